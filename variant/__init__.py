@@ -1,0 +1,1 @@
+"""VARiant: one set of VAR weights that runs at any depth."""

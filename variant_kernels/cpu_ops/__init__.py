@@ -1,0 +1,1 @@
+"""CPU launchers: torch tensors in, pointers and strides to the C++ kernels."""

@@ -1,0 +1,1 @@
+"""One file per op: contract, plain-torch definition, backends, autograd."""
