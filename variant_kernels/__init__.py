@@ -1,3 +1,38 @@
-"""Kernels, schedules and caches for visual autoregressive models."""
+"""Kernels, schedules and caches for visual autoregressive models.
+
+The names below are the public ones; ``python -m variant_kernels`` says what runs where.
+"""
+
+from variant_kernels.backends import available_backends, explain, use_backend
+from variant_kernels.cache_plan import CachePlan, KVLifetime
+from variant_kernels.depth import DepthSchedule, select_layers
+from variant_kernels.kv_cache import KVStep, PagedKVCache
+from variant_kernels.ops.adaln import adaln_modulate, gated_residual_adaln
+from variant_kernels.ops.append_paged_kv import append_paged_kv
+from variant_kernels.ops.block_causal_attention import block_causal_attention
+from variant_kernels.ops.paged_attention import paged_attention
+from variant_kernels.ops.qk_norm import qk_norm
+from variant_kernels.ops.sample_tokens import sample_tokens
+from variant_kernels.scales import ScaleLayout
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CachePlan",
+    "DepthSchedule",
+    "KVLifetime",
+    "KVStep",
+    "PagedKVCache",
+    "ScaleLayout",
+    "adaln_modulate",
+    "append_paged_kv",
+    "available_backends",
+    "block_causal_attention",
+    "explain",
+    "gated_residual_adaln",
+    "paged_attention",
+    "qk_norm",
+    "sample_tokens",
+    "select_layers",
+    "use_backend",
+]

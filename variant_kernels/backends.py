@@ -1,0 +1,172 @@
+"""Which implementation of an op runs, and why.
+
+Each op file holds a literal ``IMPLS`` table from backend name to :class:`Impl`. ``backend="auto"``
+takes the first backend of ``PREFERENCE`` that supports the arguments; a backend asked for by name
+(argument, :func:`use_backend` or the environment variable ``VARIANT_BACKEND``) runs or raises.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Fastest first. `reference` supports everything, so that a choice always exists.
+PREFERENCE = ("cpu", "reference")
+
+_override: ContextVar[str | None] = ContextVar("variant_backend", default=None)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a backend must know of the arguments to say whether it can serve them."""
+
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    head_dim: int | None = None
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One backend of one op.
+
+    forward, backward: launchers; keyword arguments only, arguments already checked.
+    unsupported: the reason why a request cannot be served, naming the argument, or None.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None = None
+    unsupported: Callable[[Request], str | None] = lambda request: None
+
+
+def lazy(module: str, name: str) -> Callable[..., Any]:
+    """A launcher whose module is imported at its first call, so that tables stay literal."""
+
+    def call(**kwargs: Any) -> Any:
+        nonlocal target
+        if target is None:
+            target = getattr(importlib.import_module(module), name)
+        return target(**kwargs)
+
+    target: Callable[..., Any] | None = None
+    call.__name__ = name
+    return call
+
+
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def cpu_unsupported(request: Request) -> str | None:
+    """Why the C++ kernels cannot serve a request."""
+    if request.device != "cpu":
+        return f"the tensors are on {request.device}, not on the CPU"
+    for dtype in request.dtypes:
+        if dtype not in CPU_DTYPES:
+            return f"dtype {dtype_name(dtype)} is not among its dtypes (float32, bfloat16)"
+    return None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that this installation can run on this machine."""
+    return tuple(reversed(PREFERENCE))
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside on one backend, unless a call names another.
+
+    Raises:
+        ValueError: no backend of that name.
+    """
+    _check_name("use_backend", name)
+    token = _override.set(None if name == "auto" else name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def _check_name(op: str, name: str) -> None:
+    if name != "auto" and name not in PREFERENCE:
+        raise ValueError(
+            f'{op}: backend "{name}" is unknown; available: auto, {", ".join(available_backends())}'
+        )
+
+
+def _asked_for(op: str, backend: str) -> str:
+    if backend != "auto":
+        name = backend
+    else:
+        name = _override.get() or os.environ.get("VARIANT_BACKEND", "auto")
+    _check_name(op, name)
+    return name
+
+
+def choose(op: str, impls: Mapping[str, Impl], backend: str, request: Request) -> Impl:
+    """The implementation that serves this request.
+
+    Raises:
+        ValueError: a backend asked for by name is unknown or cannot serve the arguments; the
+            message says which argument is the reason.
+    """
+    return impls[choose_name(op, impls, backend, request)]
+
+
+def choose_name(op: str, impls: Mapping[str, Impl], backend: str, request: Request) -> str:
+    """Name of the backend that :func:`choose` takes."""
+    asked = _asked_for(op, backend)
+    if asked != "auto":
+        reason = _reason(impls, asked, request)
+        if reason is not None:
+            raise ValueError(
+                f'{op}: backend "{asked}" cannot run this call: {reason}. Use backend="auto"'
+            )
+        return asked
+    for name in PREFERENCE:
+        if _reason(impls, name, request) is None:
+            return name
+    raise AssertionError(f"{op}: the reference backend refused {request}")
+
+
+def _reason(impls: Mapping[str, Impl], name: str, request: Request) -> str | None:
+    if name not in impls:
+        return "it does not implement this op"
+    return impls[name].unsupported(request)
+
+
+def explain(
+    op: str,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    head_dim: int | None = 64,
+    backend: str = "auto",
+) -> str:
+    """Which backend ``op`` would use for such tensors, and why the faster ones would not do.
+
+    ``explain("adaln_modulate", dtype=torch.float16)``
+    """
+    from variant_kernels import ops
+
+    tables = ops.tables()
+    if op not in tables:
+        raise ValueError(f"explain: op must be one of {', '.join(tables)}; got {op!r}")
+    request = Request(device, (dtype,), head_dim)
+    chosen = choose_name(op, tables[op], backend, request)
+    reasons = []
+    for name in PREFERENCE:
+        if name == chosen:
+            break
+        reasons.append(f"{name}: {_reason(tables[op], name, request) or 'not asked for'}")
+    return chosen + (f" ({'; '.join(reasons)})" if reasons else "")

@@ -1,0 +1,81 @@
+"""Checking arguments: who, what should hold, what came, what helps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from variant_kernels.backends import dtype_name
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(op: str, name: str, value: object) -> None:
+    """A tensor, with a contiguous last dimension."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor; got {type(value).__name__}")
+
+
+def check_float(
+    op: str, name: str, tensor: torch.Tensor, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES
+) -> None:
+    """One of the listed dtypes, last dimension contiguous."""
+    check_tensor(op, name, tensor)
+    if tensor.dtype not in dtypes:
+        names = ", ".join(dtype_name(dtype) for dtype in dtypes)
+        raise TypeError(f"{op}: {name} must be one of {names}; got {dtype_name(tensor.dtype)}")
+    check_last_contiguous(op, name, tensor)
+
+
+def check_last_contiguous(op: str, name: str, tensor: torch.Tensor) -> None:
+    """Strides are free but for the last dimension."""
+    if tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{op}: {name} must have a contiguous last dimension (stride 1); got stride "
+            f"{tensor.stride(-1)}. Call .contiguous()"
+        )
+
+
+def check_ndim(op: str, name: str, tensor: torch.Tensor, axes: str) -> None:
+    """As many dimensions as ``axes`` has words, e.g. ``"(B, T, C)"``."""
+    expected = axes.count(",") + 1
+    if tensor.ndim != expected:
+        raise ValueError(
+            f"{op}: {name} must have {expected} dimensions {axes}; got shape {tuple(tensor.shape)}"
+        )
+
+
+def check_shape(
+    op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...], reason: str
+) -> None:
+    """Exactly this shape; ``reason`` says what it must match."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{op}: {name} must be {shape} {reason}; got {tuple(tensor.shape)}")
+
+
+def check_same(op: str, name: str, tensor: torch.Tensor, other: str, like: torch.Tensor) -> None:
+    """Same dtype and device as another argument."""
+    if tensor.dtype != like.dtype:
+        raise TypeError(
+            f"{op}: {name} must have the dtype of {other} ({dtype_name(like.dtype)}); "
+            f"got {dtype_name(tensor.dtype)}"
+        )
+    check_device(op, name, tensor, other, like)
+
+
+def check_device(op: str, name: str, tensor: torch.Tensor, other: str, like: torch.Tensor) -> None:
+    """Same device as another argument."""
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{op}: {name} must be on the device of {other} ({like.device}); got {tensor.device}"
+        )
+
+
+def check_head_dim(op: str, name: str, head_dim: int) -> None:
+    """A multiple of 8 from 16 to 256."""
+    if head_dim % 8 or not 16 <= head_dim <= 256:
+        raise ValueError(
+            f"{op}: the last dimension of {name} (head_dim) must be a multiple of 8 from 16 to "
+            f"256; got {head_dim}"
+        )

@@ -1,0 +1,195 @@
+"""Page storage: the plan decides, the cache stores, the kernel reads.
+
+Axes: B sequences, T tokens of this call, H heads, D width of one head, P pages, N tokens in a page,
+M page-table entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from variant_kernels.cache_plan import CachePlan, PageAllocator
+from variant_kernels.depth import DepthSchedule
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class KVStep:
+    """Where one layer's K/V of one scale go and what its queries see.
+
+    slots_BT: int64, for ``append_paged_kv``.  page_table_BM, kv_lens_B: int32, for
+    ``paged_attention``; lengths count this scale's tokens.
+    """
+
+    slots_BT: Tensor
+    page_table_BM: Tensor
+    kv_lens_B: Tensor
+
+
+class PagedKVCache:
+    """K/V of the layers that will read it, in one slab that is never larger than the plan.
+
+    Use, for every scale and every active layer in ascending order::
+
+        step = cache.open(layer, scale)
+        append_paged_kv(k, v, cache.k_pages, cache.v_pages, step.slots_BT)
+        out = paged_attention(
+            q, cache.k_pages, cache.v_pages, step.page_table_BM, step.kv_lens_B
+        )
+        cache.close(layer, scale)
+
+    ``close`` hands a layer's pages on as soon as it has run for the last time.
+
+    Args:
+        plan: lifetimes and pages of one sequence.
+        batch: sequences; classifier-free guidance has two per image.
+        num_heads, head_dim: of K and V.
+        dtype, device: of the pages.
+    Raises:
+        ValueError: batch below 1.  MemoryError: the slab does not fit.
+    """
+
+    def __init__(
+        self,
+        plan: CachePlan,
+        batch: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if batch < 1:
+            raise ValueError(f"PagedKVCache: batch must be at least 1; got {batch}")
+        self.plan = plan
+        self.batch = batch
+        shape = (2, batch * plan.peak_pages, plan.page_size, num_heads, head_dim)
+        try:
+            slab_2PNHD = torch.empty(shape, dtype=dtype, device=device)
+        except RuntimeError as error:  # torch's CPU allocator has no exception of its own
+            if "memory" not in str(error):
+                raise
+            size = plan.peak_bytes(batch, num_heads, head_dim, dtype, guidance=False)
+            raise MemoryError(
+                f"PagedKVCache: the plan needs {size / 2**20:.1f} MiB for {batch} sequences, more "
+                f"than {device} can give; use a smaller batch or depth"
+            ) from error
+        self._slab_2PNHD = slab_2PNHD
+        self.k_pages, self.v_pages = slab_2PNHD.unbind(0)
+        self._page_bytes = slab_2PNHD[:, 0].nbytes
+        self._full_schedule = plan.schedule
+        self._steps: dict[tuple[int, int, tuple[int, ...]], KVStep] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, and any switch of schedule; keep the slab."""
+        self.schedule = self._full_schedule
+        self._allocator = PageAllocator(self.plan.page_size)
+        self._peak_pages = 0
+        self._scale, self._layer, self._open = 0, -1, False
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the slab, allocated once."""
+        return self._slab_2PNHD.nbytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes of pages in use at once since the last reset."""
+        return self._peak_pages * self.batch * self._page_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of pages in use now."""
+        return self._allocator.used_pages * self.batch * self._page_bytes
+
+    def open(self, layer: int, scale: int) -> KVStep:
+        """Pages for ``layer``'s K/V of ``scale``.
+
+        Raises:
+            ValueError: not the next (layer, scale) of the schedule, or the last one is still open.
+        """
+        expected = self._next()
+        if self._open or (layer, scale) != expected:
+            state = f"close{(self._layer, self._scale)}" if self._open else f"open{expected}"
+            raise ValueError(
+                f"PagedKVCache.open: layers run in the schedule's order; expected {state}, "
+                f"got open{(layer, scale)}"
+            )
+        pages = self._allocator.grow(layer, self.plan.layout.tokens[scale])
+        self._peak_pages = max(self._peak_pages, self._allocator.used_pages)
+        self._scale, self._layer, self._open = scale, layer, True
+        return self._step(layer, scale, pages)
+
+    def close(self, layer: int, scale: int) -> None:
+        """End of that layer's attention: its pages are handed on if it will not run again."""
+        if not self._open or (layer, scale) != (self._layer, self._scale):
+            raise ValueError(f"PagedKVCache.close: {(layer, scale)} is not open; open it first")
+        self._open = False
+        if self.schedule.last_scale(layer) == scale:
+            self._allocator.release(layer)
+
+    def switch(self, schedule: DepthSchedule) -> None:
+        """Go on with a shallower schedule; pages of layers that will not run again are freed.
+
+        Call between scales. The new schedule must agree with the scales already run and use, at
+        each later scale, a subset of the layers planned for it, so the slab stays large enough.
+
+        Raises:
+            ValueError: inside a scale, or the schedule does not fit the above.
+        """
+        op = "PagedKVCache.switch"
+        layer, done = self._next()
+        if self._open or (done < self.schedule.num_scales and layer != self._first(done)):
+            raise ValueError(f"{op}: switch between scales; scale {self._scale} is not finished")
+        old, new = self.schedule, schedule
+        if (new.full_depth, new.num_scales) != (old.full_depth, old.num_scales):
+            raise ValueError(
+                f"{op}: schedule must have {old.full_depth} layers and {old.num_scales} scales; "
+                f"got {new.full_depth} and {new.num_scales}"
+            )
+        for k in range(old.num_scales):
+            if k < done and new.layers[k] != old.layers[k]:
+                raise ValueError(
+                    f"{op}: scale {k} has already run with {len(old.layers[k])} layers; the new "
+                    f"schedule gives it {len(new.layers[k])}. Use schedule.switched({done}, depth)"
+                )
+            if not set(new.layers[k]) <= set(old.layers[k]):
+                raise ValueError(
+                    f"{op}: layers of scale {k} must be among the {len(old.layers[k])} planned; "
+                    f"got {sorted(set(new.layers[k]) - set(old.layers[k]))} besides"
+                )
+        self.schedule = new
+        for held in list(self._allocator.pages):
+            if new.last_scale(held) < done:
+                self._allocator.release(held)
+
+    def _first(self, scale: int) -> int:
+        return self.schedule.layers[scale][0]
+
+    def _next(self) -> tuple[int, int]:
+        """The (layer, scale) that must be opened next."""
+        for layer in self.schedule.layers[self._scale]:
+            if layer > self._layer:
+                return layer, self._scale
+        following = self._scale + 1
+        if following < self.schedule.num_scales:
+            return self._first(following), following
+        return -1, following
+
+    def _step(self, layer: int, scale: int, pages: tuple[int, ...]) -> KVStep:
+        key = (layer, scale, pages)
+        if key not in self._steps:
+            size, layout = self.plan.page_size, self.plan.layout
+            positions = range(layout.offsets[scale], layout.visible(scale))
+            slots_T = [pages[p // size] * size + p % size for p in positions]
+            # Sequence b owns pages b * peak_pages and following; all live the same life.
+            first_B1 = torch.arange(self.batch).unsqueeze(1) * self.plan.peak_pages
+            slots_BT = torch.tensor(slots_T).unsqueeze(0) + first_B1 * size
+            table_BM = (torch.tensor(pages).unsqueeze(0) + first_B1).to(torch.int32)
+            lens_B = torch.full((self.batch,), layout.visible(scale), dtype=torch.int32)
+            device = self.k_pages.device
+            self._steps[key] = KVStep(slots_BT.to(device), table_BM.to(device), lens_B.to(device))
+        return self._steps[key]

@@ -1,0 +1,147 @@
+"""Writing new K and V into pages: ``append_paged_kv``.
+
+Axes: B batch, T tokens of this call, H heads, D width of one head, P pages, N tokens in a page.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from variant_kernels import contract
+from variant_kernels.backends import Impl, Request, choose, cpu_unsupported, lazy
+from variant_kernels.registry import refuse_gradient, register
+
+Tensor = torch.Tensor
+
+
+def check_slots(op: str, slots_BT: Tensor, num_slots: int) -> None:
+    """Slots are -1 or in [0, num_slots); checked on the CPU, where looking costs no sync."""
+    if slots_BT.device.type != "cpu" or slots_BT.numel() == 0:
+        return
+    low, high = (int(x) for x in torch.aminmax(slots_BT))
+    if low < -1 or high >= num_slots:
+        wrong = low if low < -1 else high
+        where = tuple(int(i) for i in (slots_BT == wrong).nonzero()[0])
+        raise ValueError(
+            f"{op}: slots_BT{list(where)} must be -1 or in [0, {num_slots}) "
+            f"(pages x page_size); got {wrong}"
+        )
+
+
+def reference_append_paged_kv(
+    *,
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    k_pages_PNHD: Tensor,
+    v_pages_PNHD: Tensor,
+    slots_BT: Tensor,
+) -> None:
+    pages, page_size = k_pages_PNHD.shape[:2]
+    check_slots("append_paged_kv", slots_BT, pages * page_size)
+    kept_BT = slots_BT >= 0
+    slots_S = slots_BT[kept_BT]
+    page_S, offset_S = slots_S // page_size, slots_S % page_size
+    k_pages_PNHD[page_S, offset_S] = k_BTHD[kept_BT]
+    v_pages_PNHD[page_S, offset_S] = v_BTHD[kept_BT]
+
+
+APPEND_IMPLS = {
+    "reference": Impl(reference_append_paged_kv),
+    "cpu": Impl(
+        lazy("variant_kernels.cpu_ops.append_paged_kv", "launch_append_paged_kv"),
+        unsupported=cpu_unsupported,
+    ),
+}
+
+IMPLS = {"append_paged_kv": APPEND_IMPLS}
+
+
+def _append(k, v, k_pages, v_pages, slots, backend):
+    request = Request(k.device.type, (k.dtype,), k.shape[-1])
+    choose("append_paged_kv", APPEND_IMPLS, backend, request).forward(
+        k_BTHD=k, v_BTHD=v, k_pages_PNHD=k_pages, v_pages_PNHD=v_pages, slots_BT=slots
+    )
+
+
+append_paged_kv_op = register(
+    "append_paged_kv(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slots,"
+    " str backend) -> ()",
+    implementation=_append,
+    fake=lambda k, v, k_pages, v_pages, slots, backend: None,
+)
+
+
+def append_paged_kv(
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    k_pages_PNHD: Tensor,
+    v_pages_PNHD: Tensor,
+    slots_BT: Tensor,
+    *,
+    backend: str = "auto",
+) -> None:
+    """Write each token's K and V into its slot of the page pool, in place.
+
+        k_pages[slot // page_size, slot % page_size] = k;  the same for v
+
+    Args:
+        k_BTHD, v_BTHD: new tokens; float32, float16 or bfloat16; strided views are taken as they
+            are.
+        k_pages_PNHD, v_pages_PNHD: the pool, (P, page_size, H, D), same dtype and device.
+        slots_BT: int64, page * page_size + offset; -1 skips the token. Slots must differ.
+    Raises:
+        ValueError: shapes or devices disagree, or (CPU) a slot outside the pool; nothing is
+            written then.  TypeError: dtype not listed.
+    Gradient: none; raises RuntimeError where one is wanted.
+    """
+    op = "append_paged_kv"
+    contract.check_float(op, "k_BTHD", k_BTHD)
+    contract.check_ndim(op, "k_BTHD", k_BTHD, "(B, T, H, D)")
+    contract.check_float(op, "v_BTHD", v_BTHD)
+    contract.check_shape(op, "v_BTHD", v_BTHD, tuple(k_BTHD.shape), "to match k_BTHD")
+    contract.check_same(op, "v_BTHD", v_BTHD, "k_BTHD", k_BTHD)
+    check_pages(op, k_pages_PNHD, v_pages_PNHD, "k_BTHD", k_BTHD)
+    contract.check_tensor(op, "slots_BT", slots_BT)
+    contract.check_shape(op, "slots_BT", slots_BT, tuple(k_BTHD.shape[:2]), "to match k_BTHD")
+    if slots_BT.dtype != torch.int64:
+        raise TypeError(f"{op}: slots_BT must be int64; got {slots_BT.dtype}")
+    contract.check_device(op, "slots_BT", slots_BT, "k_BTHD", k_BTHD)
+    refuse_gradient(op, k_BTHD, v_BTHD, k_pages_PNHD, v_pages_PNHD)
+    append_paged_kv_op(k_BTHD, v_BTHD, k_pages_PNHD, v_pages_PNHD, slots_BT, backend)
+
+
+def check_pages(
+    op: str, k_pages_PNHD: Tensor, v_pages_PNHD: Tensor, name: str, like_BTHD: Tensor
+) -> None:
+    """Pages are two tensors (P, page_size, H, D) of the heads, dtype and device of ``name``."""
+    for pages_name, pages in (("k_pages_PNHD", k_pages_PNHD), ("v_pages_PNHD", v_pages_PNHD)):
+        contract.check_float(op, pages_name, pages)
+        contract.check_ndim(op, pages_name, pages, "(P, page_size, H, D)")
+        contract.check_same(op, pages_name, pages, name, like_BTHD)
+        if pages.shape[2:] != like_BTHD.shape[2:]:
+            raise ValueError(
+                f"{op}: {pages_name} must end in (H, D) = {tuple(like_BTHD.shape[2:])} to match "
+                f"{name}; got {tuple(pages.shape)}"
+            )
+    contract.check_shape(
+        op, "v_pages_PNHD", v_pages_PNHD, tuple(k_pages_PNHD.shape), "to match k_pages_PNHD"
+    )
+
+
+def sample_inputs(dtype: torch.dtype, generator: torch.Generator) -> list[tuple[Tensor, ...]]:
+    """Packed projections, shuffled slots, skipped tokens."""
+    cases = []
+    for batch, tokens, heads, head_dim, page_size in (
+        (1, 1, 1, 16, 1),
+        (2, 5, 3, 24, 4),
+        (3, 9, 2, 64, 16),
+    ):
+        packed = torch.randn(batch, tokens, 3, heads, head_dim, generator=generator).to(dtype)
+        num_pages = -(-2 * batch * tokens // page_size)
+        pages = torch.randn(2, num_pages, page_size, heads, head_dim, generator=generator)
+        slots = torch.randperm(num_pages * page_size, generator=generator)[: batch * tokens]
+        slots = slots.view(batch, tokens)
+        slots[-1, -1] = -1 if tokens > 1 else slots[-1, -1]
+        k_pages, v_pages = pages.to(dtype).unbind(0)
+        cases.append((packed[:, :, 1], packed[:, :, 2], k_pages, v_pages, slots))
+    return cases

@@ -1,0 +1,254 @@
+"""Attention of a whole multi-scale sequence at once: ``block_causal_attention``.
+
+Axes: B batch, L tokens of all scales, H heads, D width of one head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from variant_kernels import contract
+from variant_kernels.backends import Impl, Request, choose, cpu_unsupported, lazy
+from variant_kernels.registry import differentiate, last_contiguous, register
+from variant_kernels.scales import ScaleLayout
+
+Tensor = torch.Tensor
+
+
+# --- the definition -----------------------------------------------------------------------------
+
+
+def dense_mask(scale_lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """(L, L) bool: whether the token of a row sees the token of a column."""
+    lengths = torch.tensor(list(scale_lengths), device=device)
+    scale_L = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+    return scale_L.unsqueeze(1) >= scale_L.unsqueeze(0)
+
+
+def _wide(*tensors_BLHD: Tensor) -> list[Tensor]:
+    """(B, H, L, D) in float32 or wider."""
+    wide = torch.promote_types(tensors_BLHD[0].dtype, torch.float32)
+    return [x.transpose(1, 2).to(wide) for x in tensors_BLHD]
+
+
+def _scores(q_BHLD: Tensor, k_BHLD: Tensor, lengths: Sequence[int], softmax_scale: float) -> Tensor:
+    scores_BHLL = (q_BHLD @ k_BHLD.transpose(-1, -2)) * softmax_scale
+    return scores_BHLL.masked_fill(~dense_mask(lengths, scores_BHLL.device), -torch.inf)
+
+
+def reference_block_causal_attention_forward(
+    *,
+    q_BLHD: Tensor,
+    k_BLHD: Tensor,
+    v_BLHD: Tensor,
+    scale_lengths: Sequence[int],
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    q_BHLD, k_BHLD, v_BHLD = _wide(q_BLHD, k_BLHD, v_BLHD)
+    scores_BHLL = _scores(q_BHLD, k_BHLD, scale_lengths, softmax_scale)
+    lse_BHL = torch.logsumexp(scores_BHLL, dim=-1)
+    out_BHLD = torch.exp(scores_BHLL - lse_BHL.unsqueeze(-1)) @ v_BHLD
+    return out_BHLD.transpose(1, 2).to(q_BLHD.dtype).contiguous(), lse_BHL.contiguous()
+
+
+def reference_block_causal_attention_backward(
+    *,
+    grad_out_BLHD: Tensor,
+    q_BLHD: Tensor,
+    k_BLHD: Tensor,
+    v_BLHD: Tensor,
+    out_BLHD: Tensor,
+    lse_BHL: Tensor,
+    scale_lengths: Sequence[int],
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """FlashAttention-2 (arXiv 2307.08691), algorithm 2, without the tiling.
+
+    With P = exp(S - lse) and delta = rowsum(grad_out * out):
+        dV = P^T grad_out,  dS = P * (grad_out V^T - delta),
+        dQ = softmax_scale dS K,  dK = softmax_scale dS^T Q
+    """
+    q_BHLD, k_BHLD, v_BHLD, out_BHLD, grad_BHLD = _wide(
+        q_BLHD, k_BLHD, v_BLHD, out_BLHD, grad_out_BLHD
+    )
+    scores_BHLL = _scores(q_BHLD, k_BHLD, scale_lengths, softmax_scale)
+    probs_BHLL = torch.exp(scores_BHLL - lse_BHL.unsqueeze(-1))
+    delta_BHL1 = (grad_BHLD * out_BHLD).sum(-1, keepdim=True)
+    dv_BHLD = probs_BHLL.transpose(-1, -2) @ grad_BHLD
+    dscores_BHLL = probs_BHLL * (grad_BHLD @ v_BHLD.transpose(-1, -2) - delta_BHL1)
+    dscores_BHLL = dscores_BHLL * softmax_scale
+    dq_BHLD = dscores_BHLL @ k_BHLD
+    dk_BHLD = dscores_BHLL.transpose(-1, -2) @ q_BHLD
+    dtype = q_BLHD.dtype
+    dq, dk, dv = (x.transpose(1, 2).to(dtype).contiguous() for x in (dq_BHLD, dk_BHLD, dv_BHLD))
+    return dq, dk, dv
+
+
+# --- backends -----------------------------------------------------------------------------------
+
+_CPU = "variant_kernels.cpu_ops.block_causal_attention"
+
+BLOCK_CAUSAL_IMPLS = {
+    "reference": Impl(
+        reference_block_causal_attention_forward, reference_block_causal_attention_backward
+    ),
+    "cpu": Impl(
+        lazy(_CPU, "launch_block_causal_attention_forward"),
+        lazy(_CPU, "launch_block_causal_attention_backward"),
+        cpu_unsupported,
+    ),
+}
+
+IMPLS = {"block_causal_attention": BLOCK_CAUSAL_IMPLS}
+
+
+def _choose(backend: str, q: Tensor) -> Impl:
+    request = Request(q.device.type, (q.dtype,), q.shape[-1])
+    return choose("block_causal_attention", BLOCK_CAUSAL_IMPLS, backend, request)
+
+
+# --- registration -------------------------------------------------------------------------------
+
+
+def _forward(q, k, v, scale_lengths, softmax_scale, backend):
+    return _choose(backend, q).forward(
+        q_BLHD=q,
+        k_BLHD=k,
+        v_BLHD=v,
+        scale_lengths=tuple(scale_lengths),
+        softmax_scale=softmax_scale,
+    )
+
+
+def _forward_fake(q, k, v, scale_lengths, softmax_scale, backend):
+    batch, length, heads, _ = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=wide)
+
+
+def _backward(grad_out, q, k, v, out, lse, scale_lengths, softmax_scale, backend):
+    impl = _choose(backend, q)
+    return impl.backward(  # type: ignore[misc]  # every backend of this op has a backward
+        grad_out_BLHD=grad_out,
+        q_BLHD=q,
+        k_BLHD=k,
+        v_BLHD=v,
+        out_BLHD=out,
+        lse_BHL=lse,
+        scale_lengths=tuple(scale_lengths),
+        softmax_scale=softmax_scale,
+    )
+
+
+def _backward_fake(grad_out, q, k, v, out, lse, scale_lengths, softmax_scale, backend):
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+block_causal_attention_op = register(
+    "block_causal_attention(Tensor q, Tensor k, Tensor v, int[] scale_lengths,"
+    " float softmax_scale, str backend) -> (Tensor, Tensor)",
+    implementation=_forward,
+    fake=_forward_fake,
+)
+block_causal_attention_backward_op = register(
+    "block_causal_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out,"
+    " Tensor lse, int[] scale_lengths, float softmax_scale, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    implementation=_backward,
+    fake=_backward_fake,
+)
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, ctx.scale_lengths, ctx.softmax_scale, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _autograd(ctx, grad_out, grad_lse):
+    if grad_out is None:
+        return (None,) * 6
+    grads = block_causal_attention_backward_op(
+        last_contiguous(grad_out),
+        *ctx.saved_tensors,
+        ctx.scale_lengths,
+        ctx.softmax_scale,
+        ctx.backend,
+    )
+    return *grads, None, None, None
+
+
+differentiate("block_causal_attention", setup_context=_setup, backward=_autograd)
+
+
+# --- public function ----------------------------------------------------------------------------
+
+
+def block_causal_attention(
+    q_BLHD: Tensor,
+    k_BLHD: Tensor,
+    v_BLHD: Tensor,
+    layout: ScaleLayout,
+    *,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention in which every token sees its own scale and all earlier ones.
+
+        out = softmax(softmax_scale * q k^T + mask) v,   mask = 0 if scale(key) <= scale(query)
+
+    Softmax statistics and sums are float32. The backward pass is deterministic.
+    Source: VAR (arXiv 2404.02905), block-wise causal attention.
+
+    Args:
+        q_BLHD, k_BLHD, v_BLHD: same shape, dtype and device; float32, float16 or bfloat16; any
+            strides with a contiguous last axis. D: a multiple of 8 from 16 to 256.
+        layout: tokens per scale; ``layout.total`` is L.
+        softmax_scale: factor on the scores; None is 1/sqrt(D).
+    Returns:
+        (B, L, H, D), a new contiguous tensor of q's dtype.
+    Raises:
+        ValueError: shapes, devices or layout disagree.  TypeError: dtype not listed.
+    Gradient: q, k, v.
+    """
+    op = "block_causal_attention"
+    contract.check_float(op, "q_BLHD", q_BLHD)
+    contract.check_ndim(op, "q_BLHD", q_BLHD, "(B, L, H, D)")
+    contract.check_head_dim(op, "q_BLHD", q_BLHD.shape[-1])
+    for name, tensor in (("k_BLHD", k_BLHD), ("v_BLHD", v_BLHD)):
+        contract.check_float(op, name, tensor)
+        contract.check_shape(op, name, tensor, tuple(q_BLHD.shape), "to match q_BLHD")
+        contract.check_same(op, name, tensor, "q_BLHD", q_BLHD)
+    if not isinstance(layout, ScaleLayout):
+        raise TypeError(f"{op}: layout must be a ScaleLayout; got {type(layout).__name__}")
+    if q_BLHD.shape[1] != layout.total:
+        raise ValueError(
+            f"{op}: q_BLHD must have {layout.total} tokens to match layout {layout.tokens}; "
+            f"got {q_BLHD.shape[1]}"
+        )
+    scale = 1 / math.sqrt(q_BLHD.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    return block_causal_attention_op(q_BLHD, k_BLHD, v_BLHD, layout.tokens, scale, backend)[0]
+
+
+def sample_inputs(
+    dtype: torch.dtype, generator: torch.Generator
+) -> list[tuple[Tensor, Tensor, Tensor, ScaleLayout]]:
+    """One token, ragged head widths, non-square scales, packed projections."""
+    cases = []
+    shapes = (
+        (1, 1, 16, (1,)),
+        (2, 2, 24, (1, 2, 3)),
+        (1, 3, 64, (1, 2, 3, 4, 5)),
+        (2, 1, 40, ((1, 2), (3, 5), (7, 4))),
+        (1, 1, 256, (1, 3, 6)),
+        (1, 2, 64, (1, 2, 3, 4, 6, 8, 10)),
+    )
+    for batch, heads, head_dim, sides in shapes:
+        layout = ScaleLayout.from_patch_nums(sides)
+        packed = torch.randn(batch, layout.total, 3, heads, head_dim, generator=generator)
+        q, k, v = packed.to(dtype).unbind(2)
+        cases.append((q, k, v, layout))
+    return cases

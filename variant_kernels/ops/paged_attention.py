@@ -1,0 +1,192 @@
+"""Attention of one scale's queries over paged keys and values: ``paged_attention``.
+
+Axes: B batch, T queries of this call, H heads, D width of one head, P pages, N tokens in a page,
+M page-table entries.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from variant_kernels import contract
+from variant_kernels.backends import Impl, Request, choose, cpu_unsupported, lazy
+from variant_kernels.ops.append_paged_kv import check_pages
+from variant_kernels.registry import refuse_gradient, register
+
+Tensor = torch.Tensor
+
+
+def check_table(op: str, page_table_BM: Tensor, kv_lens_B: Tensor, pages_shape: torch.Size) -> None:
+    """Lengths fit the table and every page in use exists; checked on the CPU only."""
+    if kv_lens_B.device.type != "cpu":
+        return
+    num_pages, page_size = pages_shape[:2]
+    room = page_table_BM.shape[1] * page_size
+    for row, length in enumerate(kv_lens_B.tolist()):
+        if not 0 <= length <= room:
+            raise ValueError(
+                f"{op}: kv_lens_B[{row}] must be in [0, {room}] ({page_table_BM.shape[1]} "
+                f"page-table entries of {page_size} tokens); got {length}"
+            )
+        used = page_table_BM[row, : -(-length // page_size)]
+        bad = ((used < 0) | (used >= num_pages)).nonzero()
+        if len(bad):
+            entry = int(bad[0])
+            raise ValueError(
+                f"{op}: page_table_BM[{row}, {entry}] must be in [0, {num_pages}); "
+                f"got {int(used[entry])}"
+            )
+
+
+def reference_paged_attention(
+    *,
+    q_BTHD: Tensor,
+    k_pages_PNHD: Tensor,
+    v_pages_PNHD: Tensor,
+    page_table_BM: Tensor,
+    kv_lens_B: Tensor,
+    softmax_scale: float,
+) -> Tensor:
+    check_table("paged_attention", page_table_BM, kv_lens_B, k_pages_PNHD.shape)
+    batch, _, heads, head_dim = q_BTHD.shape
+    page_size, entries = k_pages_PNHD.shape[1], page_table_BM.shape[1]
+    wide = torch.promote_types(q_BTHD.dtype, torch.float32)
+    position_S = torch.arange(entries * page_size, device=q_BTHD.device)
+    visible_BS = position_S < kv_lens_B.unsqueeze(1)
+    # Entries beyond a length may hold anything: point them at page 0 and mask what they give.
+    used_BM = visible_BS.view(batch, entries, page_size)[:, :, 0]
+    safe_BM = torch.where(used_BM, page_table_BM, 0).long()
+    hidden_BS11 = ~visible_BS.view(batch, -1, 1, 1)
+
+    def gather(pages_PNHD: Tensor) -> Tensor:
+        rows_BSHD = pages_PNHD[safe_BM].reshape(batch, -1, heads, head_dim).to(wide)
+        # Unwritten slots may hold NaN, and 0 * NaN is NaN.
+        return rows_BSHD.masked_fill(hidden_BS11, 0).transpose(1, 2)
+
+    k_BHSD, v_BHSD = gather(k_pages_PNHD), gather(v_pages_PNHD)
+    scores_BHTS = (q_BTHD.transpose(1, 2).to(wide) @ k_BHSD.transpose(-1, -2)) * softmax_scale
+    scores_BHTS = scores_BHTS.masked_fill(~visible_BS.view(batch, 1, 1, -1), -torch.inf)
+    probs_BHTS = torch.softmax(scores_BHTS, dim=-1)
+    probs_BHTS = probs_BHTS.masked_fill((kv_lens_B == 0).view(batch, 1, 1, 1), 0)
+    return (probs_BHTS @ v_BHSD).transpose(1, 2).to(q_BTHD.dtype).contiguous()
+
+
+PAGED_IMPLS = {
+    "reference": Impl(reference_paged_attention),
+    "cpu": Impl(
+        lazy("variant_kernels.cpu_ops.paged_attention", "launch_paged_attention_forward"),
+        unsupported=cpu_unsupported,
+    ),
+}
+
+IMPLS = {"paged_attention": PAGED_IMPLS}
+
+
+def _paged(q, k_pages, v_pages, page_table, kv_lens, softmax_scale, backend):
+    request = Request(q.device.type, (q.dtype,), q.shape[-1])
+    return choose("paged_attention", PAGED_IMPLS, backend, request).forward(
+        q_BTHD=q,
+        k_pages_PNHD=k_pages,
+        v_pages_PNHD=v_pages,
+        page_table_BM=page_table,
+        kv_lens_B=kv_lens,
+        softmax_scale=softmax_scale,
+    )
+
+
+paged_attention_op = register(
+    "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor kv_lens,"
+    " float softmax_scale, str backend) -> Tensor",
+    implementation=_paged,
+    fake=lambda q, k_pages, v_pages, page_table, kv_lens, softmax_scale, backend: q.new_empty(
+        q.shape
+    ),
+)
+
+
+def paged_attention(
+    q_BTHD: Tensor,
+    k_pages_PNHD: Tensor,
+    v_pages_PNHD: Tensor,
+    page_table_BM: Tensor,
+    kv_lens_B: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Every query of a sequence attends to all of that sequence's visible tokens.
+
+        out[b] = softmax(softmax_scale * q[b] K[b]^T) V[b]
+
+    Token s of sequence b lies in page ``page_table[b, s // page_size]`` at ``s % page_size``;
+    the first ``kv_lens[b]`` tokens are visible, this call's included (append them first). No mask
+    is needed: the queries of a scale see their own scale whole. Softmax statistics are float32.
+    Sources: VAR (arXiv 2404.02905); pages: vLLM (arXiv 2309.06180).
+
+    Args:
+        q_BTHD: queries; float32, float16 or bfloat16; strided views are taken as they are.
+            D: a multiple of 8 from 16 to 256.
+        k_pages_PNHD, v_pages_PNHD: the pool, (P, page_size, H, D), dtype and device of q.
+        page_table_BM: int32, (B, M); entries beyond a sequence's length are never read.
+        kv_lens_B: int32, (B,), visible tokens; 0 gives zeros.
+        softmax_scale: factor on the scores; None is 1/sqrt(D).
+    Returns:
+        (B, T, H, D), a new contiguous tensor of q's dtype.
+    Raises:
+        ValueError: shapes or devices disagree, or (CPU) a length or page out of range.
+        TypeError: dtype not listed.
+    Gradient: none; raises RuntimeError where one is wanted.
+    """
+    op = "paged_attention"
+    contract.check_float(op, "q_BTHD", q_BTHD)
+    contract.check_ndim(op, "q_BTHD", q_BTHD, "(B, T, H, D)")
+    contract.check_head_dim(op, "q_BTHD", q_BTHD.shape[-1])
+    check_pages(op, k_pages_PNHD, v_pages_PNHD, "q_BTHD", q_BTHD)
+    batch = q_BTHD.shape[0]
+    for name, tensor in (("page_table_BM", page_table_BM), ("kv_lens_B", kv_lens_B)):
+        contract.check_tensor(op, name, tensor)
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"{op}: {name} must be int32; got {tensor.dtype}")
+        contract.check_device(op, name, tensor, "q_BTHD", q_BTHD)
+    contract.check_last_contiguous(op, "page_table_BM", page_table_BM)
+    contract.check_ndim(op, "page_table_BM", page_table_BM, "(B, M)")
+    if page_table_BM.shape[0] != batch:
+        raise ValueError(
+            f"{op}: page_table_BM must have {batch} rows to match q_BTHD; "
+            f"got {tuple(page_table_BM.shape)}"
+        )
+    contract.check_shape(op, "kv_lens_B", kv_lens_B, (batch,), "to match q_BTHD")
+    refuse_gradient(op, q_BTHD, k_pages_PNHD, v_pages_PNHD)
+    scale = 1 / math.sqrt(q_BTHD.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    return paged_attention_op(
+        q_BTHD, k_pages_PNHD, v_pages_PNHD, page_table_BM, kv_lens_B, scale, backend
+    )
+
+
+def sample_inputs(dtype: torch.dtype, generator: torch.Generator) -> list[tuple[Tensor, ...]]:
+    """Shuffled pages, ragged lengths, an empty sequence; free pages and tail slots are NaN."""
+    cases = []
+    for tokens, heads, head_dim, page_size, lengths in (
+        (1, 1, 16, 1, (1,)),
+        (5, 3, 24, 4, (5, 0, 13)),
+        (7, 2, 64, 16, (33, 7)),
+        (70, 1, 40, 16, (155,)),
+        (3, 1, 256, 3, (10, 9)),
+    ):
+        batch, entries = len(lengths), -(-max(lengths) // page_size) + 1
+        num_pages = batch * entries + 2
+        pages = torch.full((2, num_pages, page_size, heads, head_dim), torch.nan)
+        table = torch.full((batch, entries), 10**6, dtype=torch.int32)
+        order = iter(torch.randperm(num_pages, generator=generator).tolist())
+        for row, length in enumerate(lengths):
+            for entry in range(-(-length // page_size)):
+                page = next(order)
+                table[row, entry] = page
+                here = min(page_size, length - entry * page_size)
+                pages[:, page, :here] = torch.randn(2, here, heads, head_dim, generator=generator)
+        q = torch.randn(batch, tokens, 3, heads, head_dim, generator=generator).to(dtype)[:, :, 0]
+        k_pages, v_pages = pages.to(dtype).unbind(0)
+        cases.append((q, k_pages, v_pages, table, torch.tensor(lengths, dtype=torch.int32)))
+    return cases
