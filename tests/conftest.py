@@ -1,0 +1,9 @@
+"""Shared by all tests: the helpers beside them can be imported, and torch uses two threads."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+torch.set_num_threads(2)
