@@ -1,0 +1,481 @@
+"""Generation with a paged cache: the step loop, its weights and its memory.
+
+The modules of ``transformer.py`` are written for training; here the same weights run one scale at
+a time, and only the layers that the schedule names.
+
+Axes: B images, R sequences (B, or 2B with guidance: conditional rows first), T tokens of this
+scale, L tokens of all scales, C width, H heads, D width of one head, V codebook entries, 6 the
+rows of an adaptive layer norm (gates, scales, shifts; each of attention, then of the MLP).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from variant.memory import free_bytes
+from variant.sampling import (
+    Generation,
+    OnScale,
+    PartialResult,
+    Sampling,
+    Stats,
+    check_image_ids,
+    check_labels,
+)
+from variant.transformer import VAR, Block
+from variant.vqvae import VQVAE
+from variant_kernels import CachePlan, DepthSchedule, KVStep, PagedKVCache
+from variant_kernels.backends import Impl, Request, choose, dtype_name
+from variant_kernels.ops import tables
+from variant_kernels.ops.sample_tokens import draw_exponential
+
+Tensor = torch.Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Kernels:
+    """The launchers of one backend choice, called without the checks of the public functions."""
+
+    def __init__(self, backend: str, device: str, dtype: torch.dtype, stream: torch.dtype) -> None:
+        found = tables()
+
+        def pick(op: str, *dtypes: torch.dtype) -> Impl:
+            return choose(op, found[op], backend, Request(device, dtypes))
+
+        self.adaln = pick("adaln_modulate", stream, dtype).forward
+        self.gated_adaln = pick("gated_residual_adaln", stream, dtype).forward
+        self.qk_norm = pick("qk_norm", dtype, torch.float32).forward
+        self.append = pick("append_paged_kv", dtype).forward
+        self.attention = pick("paged_attention", dtype).forward
+        self.sample = pick("sample_tokens", dtype).forward
+
+
+class _Layer:
+    """One block's weights in the engine's dtype; shared with the model where that is its own."""
+
+    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(dtype)
+
+        attn, ffn = block.attn, block.ffn
+        self.softmax_scale = attn.softmax_scale
+        self.scale_mul_1H11 = attn.scale_mul_1H11.detach().float() if attn.attn_l2_norm else None
+        self.qkv = cast(attn.mat_qkv.weight), cast(attn.qkv_bias())
+        self.proj = cast(attn.proj.weight), cast(attn.proj.bias)
+        self.fc1 = cast(ffn.fc1.weight), cast(ffn.fc1.bias)
+        self.fc2 = cast(ffn.fc2.weight), cast(ffn.fc2.bias)
+
+
+@dataclass
+class _Run:
+    """One batch in flight. rows_6RC: per layer the six modulation rows; head_2RC: the head's."""
+
+    schedule: DepthSchedule
+    cache: PagedKVCache
+    rows_6RC: list[tuple[Tensor, ...]]
+    head_2RC: tuple[Tensor, ...]
+
+
+class Engine:
+    """Generates with one VAR and its VQ-VAE at any depth.
+
+    Weights are cast once to ``dtype`` (shared where it is their own); the residual stream is
+    float32 also in 16-bit engines. Weights changed in place are noticed at the next call.
+
+    Args:
+        var, vae: the models; same codebook and layout.
+        dtype: of weights, K/V and matrix products; None is the weights' own.
+        backend: of the kernels; "auto" takes the fastest.
+        page_size: tokens per cache page.
+    Raises:
+        ValueError: the two models do not fit each other, or the backend cannot serve the dtype.
+    """
+
+    def __init__(
+        self,
+        var: VAR,
+        vae: VQVAE,
+        *,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        page_size: int = 16,
+    ) -> None:
+        check_pair(var, vae)
+        own = var.head.weight.dtype
+        self.var, self.vae = var, vae
+        self.dtype = own if dtype is None else dtype
+        if self.dtype not in DTYPES:
+            names = ", ".join(dtype_name(d) for d in DTYPES)
+            raise ValueError(f"Engine: dtype must be one of {names}; got {self.dtype}")
+        self.page_size = page_size
+        self.backend = backend
+        self._fingerprint: tuple[tuple[int, int], ...] = ()
+        self._kernels_of = ""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.var.head.weight.device
+
+    # --- weights --------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Cast the weights, unless nothing changed since the last call."""
+        fingerprint = tuple(
+            (p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.var.parameters()
+        )
+        if fingerprint == self._fingerprint:
+            return
+        var, dtype = self.var, self.dtype
+        self._layers = [_Layer(block, dtype) for block in var.blocks]  # type: ignore[arg-type]
+        self._head = var.head.weight.detach().to(dtype), var.head.bias.detach().to(dtype)
+        self._position_1LC = var.position_embedding().detach().float()
+        self._pos_start = var.pos_start.detach().float()
+        self._word_embed = (
+            var.word_embed.weight.detach().float(),
+            var.word_embed.bias.detach().float(),
+        )
+        self._fingerprint = fingerprint
+
+    def _modulation(self, cond_RC: Tensor) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        """Every layer's rows and the head's: they depend on the class alone, so once per image."""
+        shared = self.var.shared_condition(cond_RC)
+        rows_6RC = [
+            block.modulation(shared).to(self.dtype).unbind(1)  # type: ignore[operator]
+            for block in self.var.blocks
+        ]
+        return rows_6RC, self.var.head_nm.modulation(cond_RC).to(self.dtype).unbind(1)
+
+    # --- one scale ------------------------------------------------------------------------------
+
+    def _attention(self, layer: _Layer, h_RTC: Tensor, cache: PagedKVCache, step: KVStep) -> Tensor:
+        kernels, config = self._kernels, self.var.config
+        rows, tokens, width = h_RTC.shape
+        packed = F.linear(h_RTC, *layer.qkv).view(rows, tokens, 3, config.num_heads, -1)
+        q_RTHD, k_RTHD, v_RTHD = packed.unbind(2)
+        if layer.scale_mul_1H11 is not None:
+            q_RTHD, k_RTHD = kernels.qk_norm(
+                q_BTHD=q_RTHD, k_BTHD=k_RTHD, scale_mul_1H11=layer.scale_mul_1H11
+            )
+        kernels.append(
+            k_BTHD=k_RTHD,
+            v_BTHD=v_RTHD,
+            k_pages_PNHD=cache.k_pages,
+            v_pages_PNHD=cache.v_pages,
+            slots_BT=step.slots_BT,
+        )
+        out_RTHD = kernels.attention(
+            q_BTHD=q_RTHD,
+            k_pages_PNHD=cache.k_pages,
+            v_pages_PNHD=cache.v_pages,
+            page_table_BM=step.page_table_BM,
+            kv_lens_B=step.kv_lens_B,
+            softmax_scale=layer.softmax_scale,
+        )
+        return F.linear(out_RTHD.view(rows, tokens, width), *layer.proj)
+
+    def _hidden(self, run: _Run, x_RTC: Tensor, scale: int) -> Tensor:
+        """Tokens of one scale through its active layers and the head's norm, (R, T, C)."""
+        kernels, eps = self._kernels, self.var.config.norm_eps
+        active = run.schedule.active_layers(scale)
+        _, _, scale1, _, shift1, _ = run.rows_6RC[active[0]]
+        h_RTC, _, _ = kernels.adaln(x_BTC=x_RTC, scale_BC=scale1, shift_BC=shift1, eps=eps)
+        for index, following in zip(active, (*active[1:], None), strict=True):
+            layer = self._layers[index]
+            gate1, gate2, _, scale2, _, shift2 = run.rows_6RC[index]
+            step = run.cache.open(index, scale)
+            y_RTC = self._attention(layer, h_RTC, run.cache, step)
+            run.cache.close(index, scale)
+            x_RTC, h_RTC, _, _ = kernels.gated_adaln(
+                x_BTC=x_RTC, y_BTC=y_RTC, gate_BC=gate1, scale_BC=scale2, shift_BC=shift2, eps=eps
+            )
+            hidden = F.gelu(F.linear(h_RTC, *layer.fc1), approximate="tanh")
+            y_RTC = F.linear(hidden, *layer.fc2)
+            if following is None:
+                next_scale, next_shift = run.head_2RC
+            else:
+                _, _, next_scale, _, next_shift, _ = run.rows_6RC[following]
+            x_RTC, h_RTC, _, _ = kernels.gated_adaln(
+                x_BTC=x_RTC,
+                y_BTC=y_RTC,
+                gate_BC=gate2,
+                scale_BC=next_scale,
+                shift_BC=next_shift,
+                eps=eps,
+            )
+        return h_RTC
+
+    def _input(self, run_input_BTE: Tensor | None, cond_RC: Tensor, scale: int) -> Tensor:
+        """Residual stream at the start of a scale, (R, T, C) float32."""
+        place_1TC = self._position_1LC[:, self.var.layout.slice(scale)]
+        if run_input_BTE is None:
+            return cond_RC.float().unsqueeze(1) + self._pos_start + place_1TC
+        words_BTC = F.linear(run_input_BTE, *self._word_embed) + place_1TC
+        return words_BTC.repeat(cond_RC.shape[0] // words_BTC.shape[0], 1, 1)
+
+    def _start(
+        self, labels_B: Tensor, schedule: DepthSchedule, guidance: bool
+    ) -> tuple[_Run, Tensor]:
+        self._prepare()
+        device, config = self.device, self.var.config
+        # The choice may differ from call to call: use_backend and VARIANT_BACKEND count.
+        self._kernels = _Kernels(self.backend, device.type, self.dtype, torch.float32)
+        labels_R = labels_B.to(device)
+        if guidance:
+            labels_R = torch.cat((labels_R, torch.full_like(labels_R, config.num_classes)))
+        cond_RC = self.var.class_emb(labels_R)
+        rows_6RC, head_2RC = self._modulation(cond_RC)
+        plan = CachePlan(self.var.layout, schedule, self.page_size)
+        cache = PagedKVCache(
+            plan, len(labels_R), config.num_heads, config.head_dim, self.dtype, device
+        )
+        return _Run(schedule, cache, rows_6RC, head_2RC), cond_RC
+
+    # --- public ---------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def forced_logits(
+        self,
+        labels_B: Tensor,
+        tokens_BL: Tensor,
+        *,
+        depth: int | Sequence[int] | None = None,
+        bridge: int | None = None,
+    ) -> Tensor:
+        """Logits of the cached, paged path when it is fed with given tokens.
+
+        The conditional half only; equals ``VAR.forward(labels, vae.teacher_input(tokens))`` up to
+        rounding.
+
+        Args:
+            labels_B: (B,) int64.  tokens_BL: (B, L) int64.  depth, bridge: as in ``generate``.
+        Returns:
+            (B, L, V) float32.
+        """
+        layout = self.var.layout
+        if tokens_BL.shape != (len(labels_B), layout.total):
+            raise ValueError(
+                f"Engine.forced_logits: tokens_BL must be {(len(labels_B), layout.total)}; "
+                f"got {tuple(tokens_BL.shape)}"
+            )
+        labels_B = check_labels(labels_B, self.var.config.num_classes)
+        run, cond_BC = self._start(labels_B, self.var.schedule(depth, bridge), guidance=False)
+        f_hat = self.vae.new_features(len(labels_B))
+        logits, following = [], None
+        for k in range(layout.num_scales):
+            h_BTC = self._hidden(run, self._input(following, cond_BC, k), k)
+            logits.append(F.linear(h_BTC, *self._head).float())
+            f_hat = self.vae.accumulate(f_hat, tokens_BL[:, layout.slice(k)], k)
+            if k + 1 < layout.num_scales:
+                following = self.vae.next_scale_input(f_hat, k)
+        return torch.cat(logits, dim=1)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        labels: int | Sequence[int] | Tensor,
+        *,
+        depth: int | Sequence[int] | None = None,
+        bridge: int | None = None,
+        cfg: float = 1.5,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        seed: int | None = None,
+        image_ids: Sequence[int] | Tensor | None = None,
+        generator: torch.Generator | None = None,
+        max_batch: int | None = None,
+        on_scale: OnScale | None = None,
+    ) -> Generation:
+        """Paint one image per label.
+
+        Args:
+            labels: classes in [0, num_classes).
+            depth: layers in the flexible zone, as a number or a list; None runs every layer.
+            bridge: first scales that run every layer; None is the config's bridge.
+            cfg: classifier-free guidance; its weight rises linearly from 0 to cfg over the scales.
+            top_k, top_p: filters of ``sample_tokens``; 0 keeps all.
+            seed: same seed and image id, same tokens, whatever the batch; None draws a seed.
+            image_ids: which image of the seed each label is; None is 0..B-1.
+            generator: draw as ``torch.multinomial`` does, like the original code; excludes seed.
+                The draws depend on how a request is split, so name ``max_batch`` with it.
+            max_batch: images at once; None is as many as free memory holds by the plan.
+            on_scale: called as ``on_scale(k, partial)`` after each scale of each part; may return
+                a shallower depth for the scales that follow (from ``bridge`` on at the earliest).
+        Returns:
+            :class:`Generation`.
+        Raises:
+            ValueError: an argument out of range.  MemoryError: not even one image fits.
+        """
+        started = time.perf_counter()
+        labels_B = check_labels(labels, self.var.config.num_classes)
+        sampling = Sampling(cfg, top_k, top_p, seed, generator)
+        schedule = self.var.schedule(depth, bridge)
+        image_ids_B = check_image_ids(image_ids, len(labels_B), self.device)
+        batch = self._batch_size(len(labels_B), schedule, sampling.guided, max_batch)
+        parts: list[tuple[Tensor, Tensor, Stats]] = []
+        for first in range(0, len(labels_B), batch):
+            part = slice(first, first + batch)
+            parts.append(
+                self._generate_part(
+                    labels_B[part],
+                    image_ids_B[part],
+                    schedule,
+                    sampling,
+                    on_scale=on_scale,
+                    first_flexible=self._bridge(bridge),
+                )
+            )
+        first_stats = parts[0][2]
+        stats = Stats(
+            seconds=time.perf_counter() - started,
+            decode_seconds=sum(stats.decode_seconds for _, _, stats in parts),
+            batches=len(parts),
+            depths=parts[-1][2].depths,
+            dtype=first_stats.dtype,
+            kv_planned_bytes=first_stats.kv_planned_bytes,
+            kv_allocated_bytes=first_stats.kv_allocated_bytes,
+            kv_peak_bytes=max(stats.kv_peak_bytes for _, _, stats in parts),
+            kv_paper_bytes=first_stats.kv_paper_bytes,
+        )
+        images = torch.cat([images for images, _, _ in parts])
+        return Generation(images, torch.cat([tokens for _, tokens, _ in parts]), stats)
+
+    # --- parts of generate ----------------------------------------------------------------------
+
+    def _generate_part(
+        self,
+        labels_B: Tensor,
+        image_ids_B: Tensor,
+        schedule: DepthSchedule,
+        sampling: Sampling,
+        *,
+        on_scale: OnScale | None,
+        first_flexible: int,
+    ) -> tuple[Tensor, Tensor, Stats]:
+        started = time.perf_counter()
+        layout, config, batch = self.var.layout, self.var.config, len(labels_B)
+        run, cond_RC = self._start(labels_B, schedule, guidance=sampling.guided)
+        f_hat = self.vae.new_features(batch)
+        tokens_BL = torch.empty(batch, layout.total, dtype=torch.int64, device=self.device)
+        following = None
+        for k in range(layout.num_scales):
+            h_RTC = self._hidden(run, self._input(following, cond_RC, k), k)
+            tokens_BT = self._sample(h_RTC, k, sampling, image_ids_B)
+            tokens_BL[:, layout.slice(k)] = tokens_BT
+            f_hat = self.vae.accumulate(f_hat, tokens_BT, k)
+            if k + 1 < layout.num_scales:
+                following = self.vae.next_scale_input(f_hat, k)
+            if on_scale is not None:
+                wanted = on_scale(k, self._partial(k, tokens_BL, f_hat))
+                if wanted is not None and k + 1 < layout.num_scales:
+                    self._switch(run, max(k + 1, first_flexible), wanted)
+        decoding = time.perf_counter()
+        images = self.vae.decode_features(f_hat).float()
+        ended = time.perf_counter()
+        plan, guided = run.cache.plan, sampling.guided
+        heads, head_dim = config.num_heads, config.head_dim
+        width = torch.empty((), dtype=self.dtype).itemsize
+        stats = Stats(
+            seconds=ended - started,
+            decode_seconds=ended - decoding,
+            batches=1,
+            depths=run.schedule.depths,
+            dtype=dtype_name(self.dtype),
+            kv_planned_bytes=plan.peak_bytes(batch, heads, head_dim, self.dtype, guided),
+            kv_allocated_bytes=run.cache.allocated_bytes,
+            kv_peak_bytes=run.cache.peak_bytes,
+            kv_paper_bytes=plan.paper_bytes(
+                batch, heads, head_dim, k_bytes=width, v_bytes=width, guidance=guided
+            ),
+        )
+        return images, tokens_BL, stats
+
+    def _sample(self, h_RTC: Tensor, scale: int, sampling: Sampling, image_ids_B: Tensor) -> Tensor:
+        layout = self.var.layout
+        guidance = sampling.guidance(scale, layout.num_scales)
+        if guidance == 0:
+            # Unconditional rows would count nothing: their head is not computed.
+            logits_BTV = F.linear(h_RTC[: len(image_ids_B)], *self._head)
+            logits_2BTV = logits_BTV.repeat(2, 1, 1)
+        else:
+            logits_2BTV = F.linear(h_RTC, *self._head)
+        generator, exponential_RV = sampling.generator, None
+        if generator is not None:
+            exponential_RV = draw_exponential(logits_2BTV, generator)
+        return self._kernels.sample(
+            logits_2BTV=logits_2BTV,
+            guidance=guidance,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=sampling.seed or 0,
+            image_ids_B=image_ids_B,
+            position=layout.offsets[scale],
+            exponential_RV=exponential_RV,
+        )
+
+    def _partial(self, scale: int, tokens_BL: Tensor, f_hat: Tensor) -> PartialResult:
+        so_far, features = tokens_BL[:, : self.var.layout.visible(scale)].clone(), f_hat.clone()
+        return PartialResult(scale, so_far, lambda: self.vae.decode_features(features).float())
+
+    def _switch(self, run: _Run, scale: int, depth: int | Sequence[int]) -> None:
+        if scale >= self.var.layout.num_scales:
+            return
+        layers = self.var.config.subnets.get(depth, depth) if isinstance(depth, int) else depth
+        run.schedule = run.schedule.switched(scale, layers)
+        run.cache.switch(run.schedule)
+
+    def _bridge(self, bridge: int | None) -> int:
+        return bridge if bridge is not None else (self.var.config.bridge or 0)
+
+    def _batch_size(
+        self, count: int, schedule: DepthSchedule, guidance: bool, max_batch: int | None
+    ) -> int:
+        """Images at once: what was asked for, within what free memory holds."""
+        if max_batch is not None and max_batch < 1:
+            raise ValueError(f"generate: max_batch must be at least 1; got {max_batch}")
+        plan = CachePlan(self.var.layout, schedule, self.page_size)
+        one = self.image_bytes(plan, guidance)
+        free = free_bytes(self.device)
+        fits = free // one
+        wanted = min(count, max_batch or count)
+        if fits < 1 or (max_batch is not None and fits < wanted):
+            raise MemoryError(
+                f"generate: {wanted if max_batch else 1} image(s) at once need "
+                f"{one * (wanted if max_batch else 1) / 2**20:.0f} MiB, "
+                f"but {free / 2**20:.0f} MiB are free; use a smaller depth, bridge or max_batch"
+            )
+        return min(wanted, fits)
+
+    def image_bytes(self, plan: CachePlan, guidance: bool = True) -> int:
+        """Memory for one more image in a batch: its K/V pages and the largest step's tensors."""
+        config, item = self.var.config, torch.empty((), dtype=self.dtype).itemsize
+        kv = plan.peak_bytes(1, config.num_heads, config.head_dim, self.dtype, guidance)
+        tokens = max(self.var.layout.tokens) * (2 if guidance else 1)
+        hidden = round(config.embed_dim * config.mlp_ratio)
+        # Residual stream before and after (float32), packed projection, q, k and attention's
+        # output, the MLP's two hidden tensors; or the logits, twice in float32.
+        layer = tokens * (8 * config.embed_dim + (7 * config.embed_dim + 2 * hidden) * item)
+        logits = tokens * config.vocab_size * (item + 8)
+        decoder = self.vae.config.image_size**2 * self.vae.config.ch * 4 * 6
+        return kv + max(layer, logits, decoder)
+
+
+def check_pair(var: VAR, vae: VQVAE) -> None:
+    """The transformer predicts what the VQ-VAE decodes."""
+    a, b = var.config, vae.config
+    for what, ours, theirs in (
+        ("patch_nums", a.patch_nums, b.patch_nums),
+        ("vocab_size", a.vocab_size, b.vocab_size),
+        ("vae_channels / z_channels", a.vae_channels, b.z_channels),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"VARiant: the transformer and the VQ-VAE must agree on {what}; "
+                f"got {ours} and {theirs}"
+            )

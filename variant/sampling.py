@@ -1,0 +1,140 @@
+"""What a generation is asked for and what it gives back.
+
+Axes: B images, L tokens of all scales.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from variant_kernels.backends import dtype_name
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: guidance, filters and the source of randomness.
+
+    Exactly one of seed and generator is used; with neither a seed is drawn from torch's default
+    generator.
+
+    Raises:
+        ValueError: a value out of range, or seed and generator together.
+    """
+
+    cfg: float = 1.5
+    top_k: int = 0
+    top_p: float = 0.0
+    seed: int | None = None
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.cfg) and self.cfg >= 0):
+            raise ValueError(f"generate: cfg must be >= 0 and finite; got {self.cfg}")
+        if self.top_k < 0:
+            raise ValueError(f"generate: top_k must be >= 0 (0 keeps all); got {self.top_k}")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"generate: top_p must be in [0, 1] (0 keeps all); got {self.top_p}")
+        if self.seed is not None and self.generator is not None:
+            raise ValueError("generate: seed and generator exclude each other; got both")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"generate: seed must be in [0, 2^63); got {self.seed}")
+        if self.seed is None and self.generator is None:
+            object.__setattr__(self, "seed", int(torch.randint(2**63 - 1, ())))
+
+    @property
+    def guided(self) -> bool:
+        """Whether unconditional sequences must run beside the conditional ones."""
+        return self.cfg > 0
+
+    def guidance(self, scale: int, num_scales: int) -> float:
+        """Weight of guidance at a scale: from 0 at the first to cfg at the last."""
+        return self.cfg * scale / max(num_scales - 1, 1)
+
+
+@dataclass(frozen=True)
+class PartialResult:
+    """What ``on_scale`` sees: the tokens so far, and the image they would give if it ended here.
+
+    scale: the scale just finished.  tokens: (B, tokens so far) int64.
+    """
+
+    scale: int
+    tokens: Tensor
+    _decode: Callable[[], Tensor] = field(repr=False)
+
+    def images(self) -> Tensor:
+        """(B, 3, H, W) in [0, 1]; runs the VQ-VAE decoder."""
+        return self._decode()
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a generation took.
+
+    seconds: everything.  decode_seconds: the VQ-VAE decoder's share.  batches: into how many parts
+    the request was split.  depths: layers run at each scale (of the last part).
+    kv_planned_bytes, kv_allocated_bytes, kv_peak_bytes: of the largest part; what the plan says,
+    what the slab really takes, what was in use at once.  kv_paper_bytes: what the paper's scheme
+    would hold for the same part in the same dtype.
+    """
+
+    seconds: float
+    decode_seconds: float
+    batches: int
+    depths: tuple[int, ...]
+    dtype: str
+    kv_planned_bytes: int
+    kv_allocated_bytes: int
+    kv_peak_bytes: int
+    kv_paper_bytes: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """images (B, 3, H, W) float32 in [0, 1], tokens (B, L) int64, stats."""
+
+    images: Tensor
+    tokens: Tensor
+    stats: Stats
+
+
+OnScale = Callable[[int, PartialResult], "int | Sequence[int] | None"]
+
+
+def check_labels(labels: int | Sequence[int] | Tensor, num_classes: int) -> Tensor:
+    """(B,) int64 on the CPU.  Raises: ValueError for none, for fractions, for unknown classes."""
+    labels_B = torch.as_tensor(labels, device="cpu")
+    if labels_B.ndim == 0:
+        labels_B = labels_B.unsqueeze(0)
+    if labels_B.ndim != 1 or labels_B.numel() == 0 or labels_B.is_floating_point():
+        raise ValueError(
+            f"generate: labels must be one or more integers; got shape {tuple(labels_B.shape)}, "
+            f"dtype {dtype_name(labels_B.dtype)}"
+        )
+    low, high = (int(x) for x in torch.aminmax(labels_B))
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"generate: labels must be in [0, {num_classes}); got {low if low < 0 else high}"
+        )
+    return labels_B.to(torch.int64)
+
+
+def check_image_ids(
+    image_ids: Sequence[int] | Tensor | None, count: int, device: torch.device
+) -> Tensor:
+    """(B,) int64, 0..B-1 by default.  Raises: ValueError unless there is one per label."""
+    if image_ids is None:
+        return torch.arange(count, device=device)
+    image_ids_B = torch.as_tensor(image_ids, dtype=torch.int64, device=device)
+    if image_ids_B.shape != (count,):
+        raise ValueError(
+            f"generate: image_ids must have one id per label ({count}); "
+            f"got {tuple(image_ids_B.shape)}"
+        )
+    return image_ids_B
