@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from golden_models import NAMES, load_golden
 
-from tests.golden_models import NAMES, load_golden
 from variant.config import VARConfig, VQVAEConfig
 from variant.quantizer import residual_conv_of_scale
 from variant.vqvae import VQVAE
