@@ -1,0 +1,160 @@
+// The Python module: addresses, sizes and strides in, nothing out. Python has checked them; see
+// variant_kernels/cpu_ops.
+//
+// Every view of a tensor arrives as a tuple: (address, stride, stride, ...), strides in elements.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+namespace variant {
+namespace {
+
+using RowTuple = std::tuple<uintptr_t, int64_t>;
+using TokenTuple = std::tuple<uintptr_t, int64_t, int64_t>;
+using HeadTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+RowView view(const RowTuple& t) { return {pointer<void>(std::get<0>(t)), std::get<1>(t)}; }
+TokenView view(const TokenTuple& t) {
+  return {pointer<void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
+}
+HeadView view(const HeadTuple& t) {
+  return {pointer<void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
+}
+
+template <class Args>
+void run(void (*KernelTable::*kernel)(const Args&), const Args& args) {
+  const KernelTable& table = *active_isa().table;
+  py::gil_scoped_release released;
+  (table.*kernel)(args);
+}
+
+void adaln_forward_binding(std::tuple<int64_t, int64_t, int64_t> shape_BTC, TokenTuple x,
+                           RowTuple scale, RowTuple shift, uintptr_t y, uintptr_t mean,
+                           uintptr_t rstd, float eps, int x_dtype, int value_dtype, int threads) {
+  const auto [batch, tokens, width] = shape_BTC;
+  run(&KernelTable::adaln_forward,
+      AdaLNForwardArgs{batch, tokens, width, view(x), view(scale), view(shift), pointer<void>(y),
+                       pointer<float>(mean), pointer<float>(rstd), eps, DType(x_dtype),
+                       DType(value_dtype), threads});
+}
+
+void adaln_backward_binding(std::tuple<int64_t, int64_t, int64_t> shape_BTC, TokenTuple grad_y,
+                            TokenTuple x, RowTuple scale, uintptr_t mean, uintptr_t rstd,
+                            uintptr_t grad_x, uintptr_t grad_scale, uintptr_t grad_shift,
+                            int x_dtype, int value_dtype, int threads) {
+  const auto [batch, tokens, width] = shape_BTC;
+  run(&KernelTable::adaln_backward,
+      AdaLNBackwardArgs{batch, tokens, width, view(grad_y), view(x), view(scale),
+                        pointer<float>(mean), pointer<float>(rstd), pointer<void>(grad_x),
+                        pointer<void>(grad_scale), pointer<void>(grad_shift), DType(x_dtype),
+                        DType(value_dtype), threads});
+}
+
+void gated_adaln_forward_binding(std::tuple<int64_t, int64_t, int64_t> shape_BTC, TokenTuple x,
+                                 TokenTuple y, RowTuple gate, RowTuple scale, RowTuple shift,
+                                 uintptr_t x_out, uintptr_t h, uintptr_t mean, uintptr_t rstd,
+                                 float eps, int x_dtype, int value_dtype, int threads) {
+  const auto [batch, tokens, width] = shape_BTC;
+  run(&KernelTable::gated_adaln_forward,
+      GatedAdaLNForwardArgs{batch, tokens, width, view(x), view(y), view(gate), view(scale),
+                            view(shift), pointer<void>(x_out), pointer<void>(h),
+                            pointer<float>(mean), pointer<float>(rstd), eps, DType(x_dtype),
+                            DType(value_dtype), threads});
+}
+
+void gated_adaln_backward_binding(std::tuple<int64_t, int64_t, int64_t> shape_BTC,
+                                  TokenTuple grad_x_out, TokenTuple grad_h, TokenTuple x_out,
+                                  TokenTuple y, RowTuple gate, RowTuple scale, uintptr_t mean,
+                                  uintptr_t rstd, uintptr_t grad_x, uintptr_t grad_y,
+                                  uintptr_t grad_gate, uintptr_t grad_scale, uintptr_t grad_shift,
+                                  int x_dtype, int value_dtype, int threads) {
+  const auto [batch, tokens, width] = shape_BTC;
+  run(&KernelTable::gated_adaln_backward,
+      GatedAdaLNBackwardArgs{
+          batch, tokens, width, view(grad_x_out), view(grad_h), view(x_out), view(y), view(gate),
+          view(scale), pointer<float>(mean), pointer<float>(rstd), pointer<void>(grad_x),
+          pointer<void>(grad_y), pointer<void>(grad_gate), pointer<void>(grad_scale),
+          pointer<void>(grad_shift), DType(x_dtype), DType(value_dtype), threads});
+}
+
+using HeadShape = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
+void qk_norm_forward_binding(HeadShape shape_BTHD, HeadTuple q, HeadTuple k, uintptr_t scale_mul,
+                             uintptr_t q_out, uintptr_t k_out, int dtype, int threads) {
+  const auto [batch, tokens, heads, head_dim] = shape_BTHD;
+  run(&KernelTable::qk_norm_forward,
+      QkNormForwardArgs{batch, tokens, heads, head_dim, view(q), view(k), pointer<float>(scale_mul),
+                        pointer<void>(q_out), pointer<void>(k_out), DType(dtype), threads});
+}
+
+void qk_norm_backward_binding(HeadShape shape_BTHD, HeadTuple grad_q, HeadTuple grad_k, HeadTuple q,
+                              HeadTuple k, uintptr_t scale_mul, uintptr_t dq, uintptr_t dk,
+                              uintptr_t dscale_mul, int dtype, int threads) {
+  const auto [batch, tokens, heads, head_dim] = shape_BTHD;
+  run(&KernelTable::qk_norm_backward,
+      QkNormBackwardArgs{batch, tokens, heads, head_dim, view(grad_q), view(grad_k), view(q),
+                         view(k), pointer<float>(scale_mul), pointer<void>(dq), pointer<void>(dk),
+                         pointer<float>(dscale_mul), DType(dtype), threads});
+}
+
+void append_paged_kv_binding(HeadShape shape_BTHD, int64_t page_size, HeadTuple k, HeadTuple v,
+                             HeadTuple k_pages, HeadTuple v_pages, uintptr_t slots,
+                             int element_bytes, int threads) {
+  const auto [batch, tokens, heads, head_dim] = shape_BTHD;
+  const auto [k_data, k_page, k_slot, k_head] = k_pages;
+  const auto [v_data, v_page, v_slot, v_head] = v_pages;
+  run(&KernelTable::append_paged_kv,
+      AppendPagedKvArgs{batch, tokens, heads, head_dim, page_size, view(k), view(v),
+                        pointer<void>(k_data), pointer<void>(v_data), k_page, k_slot, k_head,
+                        v_page, v_slot, v_head, pointer<int64_t>(slots), element_bytes, threads});
+}
+
+py::dict build_info() {
+  py::dict info;
+  py::list built, supported;
+  for (const Isa& isa : built_isas()) {
+    built.append(isa.name);
+    if (isa.supported()) supported.append(isa.name);
+  }
+  info["version"] = VARIANT_VERSION;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["isas_built"] = built;
+  info["isas_supported"] = supported;
+  info["isa"] = active_isa().name;
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  info["cuda"] = false;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels; call them through variant_kernels.cpu_ops.";
+  m.def("build_info", &build_info);
+  m.def("adaln_forward", &adaln_forward_binding);
+  m.def("adaln_backward", &adaln_backward_binding);
+  m.def("gated_adaln_forward", &gated_adaln_forward_binding);
+  m.def("gated_adaln_backward", &gated_adaln_backward_binding);
+  m.def("qk_norm_forward", &qk_norm_forward_binding);
+  m.def("qk_norm_backward", &qk_norm_backward_binding);
+  m.def("append_paged_kv", &append_paged_kv_binding);
+}
+
+}  // namespace variant

@@ -1,0 +1,49 @@
+// The table of CPU kernels: one copy of every kernel per instruction set, chosen at run time.
+//
+// A file of kernels is compiled once per instruction set with VARIANT_ISA_NAMESPACE set to its
+// name, so no two copies share a symbol. Hazard: an inline function or template from elsewhere (the
+// standard library's too) has one symbol for all copies, and the linker may keep the copy that uses
+// AVX-512. Kernel files therefore use builtins and what is defined inside their own namespace; a
+// test reads their symbols.
+//
+// To add an instruction set: a line in CMakeLists.txt and a line in isa.cpp.
+#pragma once
+
+#include "../include/adaln.h"
+#include "../include/append_paged_kv.h"
+#include "../include/block_causal_attention.h"
+#include "../include/paged_attention.h"
+#include "../include/qk_norm.h"
+#include "../include/sample_tokens.h"
+
+#define VARIANT_CPU_KERNELS(X)                    \
+  X(adaln_forward, AdaLNForwardArgs)              \
+  X(adaln_backward, AdaLNBackwardArgs)            \
+  X(gated_adaln_forward, GatedAdaLNForwardArgs)   \
+  X(gated_adaln_backward, GatedAdaLNBackwardArgs) \
+  X(qk_norm_forward, QkNormForwardArgs)           \
+  X(qk_norm_backward, QkNormBackwardArgs)         \
+  X(append_paged_kv, AppendPagedKvArgs)
+
+namespace variant {
+
+struct KernelTable {
+#define VARIANT_KERNEL_POINTER(name, Args) void (*name)(const Args&);
+  VARIANT_CPU_KERNELS(VARIANT_KERNEL_POINTER)
+#undef VARIANT_KERNEL_POINTER
+};
+
+#ifdef VARIANT_ISA_NAMESPACE
+namespace VARIANT_ISA_NAMESPACE {
+#define VARIANT_KERNEL_DECLARATION(name, Args) void name(const Args& args);
+VARIANT_CPU_KERNELS(VARIANT_KERNEL_DECLARATION)
+#undef VARIANT_KERNEL_DECLARATION
+}  // namespace VARIANT_ISA_NAMESPACE
+#endif
+
+// Memory for one call. Allocated before threads start: nothing may throw inside a parallel region.
+// Throws std::bad_alloc. 64-byte aligned.
+void* allocate_scratch(int64_t bytes);
+void release_scratch(void* data);
+
+}  // namespace variant

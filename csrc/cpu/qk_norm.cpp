@@ -1,0 +1,122 @@
+// L2 norm of queries and keys: one short row per (token, head).
+#include "../include/qk_norm.h"
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace variant::VARIANT_ISA_NAMESPACE {
+namespace {
+
+constexpr int64_t kTokensPerPiece = 16;
+
+// exp(min(scale_mul, log 100)), as float32.
+inline float query_factor(float scale_mul) {
+  const float limit = static_cast<float>(kMaxLogScale);
+  return static_cast<float>(__builtin_exp(scale_mul > limit ? limit : scale_mul));
+}
+
+template <class T>
+inline float norm_of(const T* x, int64_t width) {
+  VecF squares = {};
+  for_vectors(width, [&](int64_t d, auto lanes) {
+    const VecF value = load(x + d, lanes);
+    squares += value * value;
+  });
+  return __builtin_sqrtf(sum_lanes(squares));
+}
+
+template <class T>
+inline void normalise_row(const T* x, T* y, int64_t width, float factor) {
+  const float norm = norm_of(x, width);
+  // Written so that a NaN norm stays NaN. Divided, not multiplied by a reciprocal: 1/1e-12 of a
+  // zero row is finite, and unit vectors keep their last bit.
+  const float divisor = norm < kQkNormEps ? kQkNormEps : norm;
+  for_vectors(width, [&](int64_t d, auto lanes) {
+    store(y + d, load(x + d, lanes) / divisor * factor, lanes);
+  });
+}
+
+template <class T>
+void forward(const QkNormForwardArgs& a) {
+  const int64_t rows = a.batch * a.tokens;
+  const int64_t pieces = (rows + kTokensPerPiece - 1) / kTokensPerPiece;
+  Scratch<float> factors(a.heads);
+  for (int64_t h = 0; h < a.heads; ++h) factors.get()[h] = query_factor(a.scale_mul[h]);
+  const int threads = threads_for(a.num_threads, rows * a.heads * a.head_dim);
+  parallel_for(threads, pieces, [&](int64_t piece, int) {
+    const int64_t end = min_of(rows, (piece + 1) * kTokensPerPiece);
+    for (int64_t r = piece * kTokensPerPiece; r < end; ++r) {
+      const int64_t b = r / a.tokens, t = r % a.tokens;
+      for (int64_t h = 0; h < a.heads; ++h) {
+        const int64_t out = (r * a.heads + h) * a.head_dim;
+        normalise_row(row<T>(a.q, b, t, h), static_cast<T*>(a.q_out) + out, a.head_dim,
+                      factors.get()[h]);
+        normalise_row(row<T>(a.k, b, t, h), static_cast<T*>(a.k_out) + out, a.head_dim, 1.0f);
+      }
+    }
+  });
+}
+
+// With u = x / |x|:  dx = factor * (g - u * (g . u)) / |x|. Where the norm was clamped to eps the
+// divisor is a constant:  dx = factor * g / eps. Returns g . (x / divisor).
+template <class T>
+inline float backward_row(const T* g, const T* x, T* dx, int64_t width, float factor) {
+  const float norm = norm_of(x, width);
+  const bool clamped = norm < kQkNormEps;
+  const float divisor = clamped ? kQkNormEps : norm;
+  VecF products = {};
+  for_vectors(width, [&](int64_t d, auto lanes) {
+    products += load(g + d, lanes) * (load(x + d, lanes) / divisor);
+  });
+  const float dot = sum_lanes(products);
+  const float along = clamped ? 0.0f : dot;
+  for_vectors(width, [&](int64_t d, auto lanes) {
+    const VecF unit = load(x + d, lanes) / divisor;
+    store(dx + d, (load(g + d, lanes) - unit * along) * factor / divisor, lanes);
+  });
+  return dot;
+}
+
+template <class T>
+void backward(const QkNormBackwardArgs& a) {
+  const int64_t rows = a.batch * a.tokens;
+  const int64_t pieces = (rows + kTokensPerPiece - 1) / kTokensPerPiece;
+  // The gradient of scale_mul is summed over the rows of a piece, then over pieces in order.
+  Scratch<float> factors(a.heads);
+  Scratch<float> partial(pieces * a.heads);
+  for (int64_t h = 0; h < a.heads; ++h) factors.get()[h] = query_factor(a.scale_mul[h]);
+  const int threads = threads_for(a.num_threads, rows * a.heads * a.head_dim);
+  parallel_for(threads, pieces, [&](int64_t piece, int) {
+    const int64_t end = min_of(rows, (piece + 1) * kTokensPerPiece);
+    float* sums = partial.get() + piece * a.heads;
+    for (int64_t h = 0; h < a.heads; ++h) sums[h] = 0.0f;
+    for (int64_t r = piece * kTokensPerPiece; r < end; ++r) {
+      const int64_t b = r / a.tokens, t = r % a.tokens;
+      for (int64_t h = 0; h < a.heads; ++h) {
+        const int64_t out = (r * a.heads + h) * a.head_dim;
+        sums[h] += backward_row(row<T>(a.grad_q, b, t, h), row<T>(a.q, b, t, h),
+                                static_cast<T*>(a.dq) + out, a.head_dim, factors.get()[h]);
+        backward_row(row<T>(a.grad_k, b, t, h), row<T>(a.k, b, t, h), static_cast<T*>(a.dk) + out,
+                     a.head_dim, 1.0f);
+      }
+    }
+  });
+  const float limit = static_cast<float>(kMaxLogScale);
+  for (int64_t h = 0; h < a.heads; ++h) {
+    double sum = 0;
+    for (int64_t piece = 0; piece < pieces; ++piece) sum += partial.get()[piece * a.heads + h];
+    // Past the limit the factor is constant.
+    a.dscale_mul[h] = a.scale_mul[h] <= limit ? static_cast<float>(sum * factors.get()[h]) : 0.0f;
+  }
+}
+
+}  // namespace
+
+void qk_norm_forward(const QkNormForwardArgs& a) {
+  a.dtype == DType::kFloat32 ? forward<float>(a) : forward<BF16>(a);
+}
+void qk_norm_backward(const QkNormBackwardArgs& a) {
+  a.dtype == DType::kFloat32 ? backward<float>(a) : backward<BF16>(a);
+}
+
+}  // namespace variant::VARIANT_ISA_NAMESPACE

@@ -1,0 +1,158 @@
+"""CPU launchers of adaln_modulate and gated_residual_adaln. B batch, T tokens, C width.
+
+x may be float32 beside bfloat16 values. The contract is checked in ops/adaln.py.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from variant_kernels.cpu_ops.common import KERNELS, dtype_code, last_contiguous, rows
+
+
+def launch_adaln_forward(
+    *, x_BTC: torch.Tensor, scale_BC: torch.Tensor, shift_BC: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y = (x - mean) * rstd * (1 + scale) + shift; biased variance, float32 statistics.
+
+    Returns:
+        y_BTC (scale's dtype), mean_BT and rstd_BT (float32), all contiguous.
+    Raises:
+        TypeError: a dtype is neither float32 nor bfloat16.
+    """
+    y_BTC = torch.empty(x_BTC.shape, dtype=scale_BC.dtype)
+    mean_BT = torch.empty(x_BTC.shape[:2], dtype=torch.float32)
+    rstd_BT = torch.empty(x_BTC.shape[:2], dtype=torch.float32)
+    KERNELS.adaln_forward(
+        tuple(x_BTC.shape),
+        rows(x_BTC),
+        rows(scale_BC),
+        rows(shift_BC),
+        y_BTC.data_ptr(),
+        mean_BT.data_ptr(),
+        rstd_BT.data_ptr(),
+        eps,
+        dtype_code("adaln_modulate", "x_BTC", x_BTC),
+        dtype_code("adaln_modulate", "scale_BC", scale_BC),
+        torch.get_num_threads(),
+    )
+    return y_BTC, mean_BT, rstd_BT
+
+
+def launch_adaln_backward(
+    *,
+    grad_y_BTC: torch.Tensor,
+    x_BTC: torch.Tensor,
+    scale_BC: torch.Tensor,
+    mean_BT: torch.Tensor,
+    rstd_BT: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of launch_adaln_forward, from its inputs and statistics.
+
+    Returns:
+        grad_x_BTC (x's dtype), grad_scale_BC and grad_shift_BC (scale's dtype), all contiguous.
+    """
+    grad_y_BTC = last_contiguous(grad_y_BTC)
+    grad_x_BTC = torch.empty(x_BTC.shape, dtype=x_BTC.dtype)
+    grad_scale_BC = torch.empty(scale_BC.shape, dtype=scale_BC.dtype)
+    grad_shift_BC = torch.empty(scale_BC.shape, dtype=scale_BC.dtype)
+    KERNELS.adaln_backward(
+        tuple(x_BTC.shape),
+        rows(grad_y_BTC),
+        rows(x_BTC),
+        rows(scale_BC),
+        mean_BT.data_ptr(),
+        rstd_BT.data_ptr(),
+        grad_x_BTC.data_ptr(),
+        grad_scale_BC.data_ptr(),
+        grad_shift_BC.data_ptr(),
+        dtype_code("adaln_modulate", "x_BTC", x_BTC),
+        dtype_code("adaln_modulate", "scale_BC", scale_BC),
+        torch.get_num_threads(),
+    )
+    return grad_x_BTC, grad_scale_BC, grad_shift_BC
+
+
+def launch_gated_adaln_forward(
+    *,
+    x_BTC: torch.Tensor,
+    y_BTC: torch.Tensor,
+    gate_BC: torch.Tensor,
+    scale_BC: torch.Tensor,
+    shift_BC: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x_out = x + gate * y, rounded to x's dtype; h = adaLN(x_out) from the rounded values.
+
+    Returns:
+        x_out_BTC (x's dtype), h_BTC (y's dtype), mean_BT and rstd_BT (float32), all contiguous.
+    Raises:
+        TypeError: a dtype is neither float32 nor bfloat16.
+    """
+    x_out_BTC = torch.empty(x_BTC.shape, dtype=x_BTC.dtype)
+    h_BTC = torch.empty(x_BTC.shape, dtype=y_BTC.dtype)
+    mean_BT = torch.empty(x_BTC.shape[:2], dtype=torch.float32)
+    rstd_BT = torch.empty(x_BTC.shape[:2], dtype=torch.float32)
+    KERNELS.gated_adaln_forward(
+        tuple(x_BTC.shape),
+        rows(x_BTC),
+        rows(y_BTC),
+        rows(gate_BC),
+        rows(scale_BC),
+        rows(shift_BC),
+        x_out_BTC.data_ptr(),
+        h_BTC.data_ptr(),
+        mean_BT.data_ptr(),
+        rstd_BT.data_ptr(),
+        eps,
+        dtype_code("gated_residual_adaln", "x_BTC", x_BTC),
+        dtype_code("gated_residual_adaln", "y_BTC", y_BTC),
+        torch.get_num_threads(),
+    )
+    return x_out_BTC, h_BTC, mean_BT, rstd_BT
+
+
+def launch_gated_adaln_backward(
+    *,
+    grad_x_out_BTC: torch.Tensor,
+    grad_h_BTC: torch.Tensor,
+    x_out_BTC: torch.Tensor,
+    y_BTC: torch.Tensor,
+    gate_BC: torch.Tensor,
+    scale_BC: torch.Tensor,
+    mean_BT: torch.Tensor,
+    rstd_BT: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of launch_gated_adaln_forward.
+
+    Returns:
+        grad_x_BTC (x's dtype), grad_y_BTC, grad_gate_BC, grad_scale_BC, grad_shift_BC (y's dtype),
+        all contiguous.
+    """
+    grad_x_out_BTC = last_contiguous(grad_x_out_BTC)
+    grad_h_BTC = last_contiguous(grad_h_BTC)
+    grad_x_BTC = torch.empty(x_out_BTC.shape, dtype=x_out_BTC.dtype)
+    grad_y_BTC = torch.empty(x_out_BTC.shape, dtype=y_BTC.dtype)
+    grad_gate_BC = torch.empty(gate_BC.shape, dtype=y_BTC.dtype)
+    grad_scale_BC = torch.empty(gate_BC.shape, dtype=y_BTC.dtype)
+    grad_shift_BC = torch.empty(gate_BC.shape, dtype=y_BTC.dtype)
+    KERNELS.gated_adaln_backward(
+        tuple(x_out_BTC.shape),
+        rows(grad_x_out_BTC),
+        rows(grad_h_BTC),
+        rows(x_out_BTC),
+        rows(y_BTC),
+        rows(gate_BC),
+        rows(scale_BC),
+        mean_BT.data_ptr(),
+        rstd_BT.data_ptr(),
+        grad_x_BTC.data_ptr(),
+        grad_y_BTC.data_ptr(),
+        grad_gate_BC.data_ptr(),
+        grad_scale_BC.data_ptr(),
+        grad_shift_BC.data_ptr(),
+        dtype_code("gated_residual_adaln", "x_out_BTC", x_out_BTC),
+        dtype_code("gated_residual_adaln", "y_BTC", y_BTC),
+        torch.get_num_threads(),
+    )
+    return grad_x_BTC, grad_y_BTC, grad_gate_BC, grad_scale_BC, grad_shift_BC

@@ -1,0 +1,43 @@
+"""What the CPU launchers share: the extension, and tensors as addresses and strides."""
+
+from __future__ import annotations
+
+import torch  # before the extension: both use the OpenMP runtime that torch brings
+
+from variant_kernels import _C
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+KERNELS = _C
+
+
+def dtype_code(op: str, name: str, x: torch.Tensor) -> int:
+    """The extension's code of x's dtype.
+
+    Raises:
+        TypeError: the CPU kernels have no version for this dtype.
+    """
+    try:
+        return DTYPE_CODES[x.dtype]
+    except KeyError:
+        raise TypeError(
+            f"{op}: {name} must be float32 or bfloat16 for the cpu backend; got {x.dtype}"
+        ) from None
+
+
+def rows(x: torch.Tensor) -> tuple[int, ...]:
+    """(address, outer strides in elements): all but the last dimension, which is contiguous."""
+    return (x.data_ptr(), *x.stride()[:-1])
+
+
+def last_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """x, copied only if its last dimension is not contiguous (a gradient may be expanded)."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def build_info() -> dict[str, object]:
+    """What was compiled, what this machine supports and which instruction set is in use.
+
+    Raises:
+        ValueError: VARIANT_CPU_ISA names an instruction set that is unknown or missing here.
+    """
+    return KERNELS.build_info()
