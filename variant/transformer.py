@@ -167,14 +167,13 @@ class VAR(nn.Module):
             if config.shared_aln
             else nn.Identity()
         )
-        rates = torch.linspace(0, config.drop_path_rate, config.depth).tolist()
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.blocks = nn.ModuleList(
+            Block(config, config.drop_path_rate * index / max(config.depth - 1, 1))
+            for index in range(config.depth)
+        )
         self.head_nm = HeadNorm(config)
         self.head = nn.Linear(width, config.vocab_size)
-        scale_L = torch.repeat_interleave(
-            torch.arange(self.layout.num_scales), torch.tensor(self.layout.tokens)
-        )
-        self.register_buffer("scale_index_L", scale_L, persistent=False)
+        self.register_buffer("scale_index_L", _scale_index(self.layout), persistent=False)
         self.register_load_state_dict_pre_hook(_drop_derived_buffers)
         self.init_weights()
 
@@ -339,6 +338,11 @@ class VAR(nn.Module):
             others.mul_(modulation_scale)
 
 
+def _scale_index(layout: ScaleLayout) -> Tensor:
+    """(L,) int64: the scale of each token."""
+    return torch.tensor([k for k, count in enumerate(layout.tokens) for _ in range(count)])
+
+
 def _drop_derived_buffers(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
 ) -> None:
@@ -353,7 +357,7 @@ def derived_buffers(layout: ScaleLayout) -> dict[str, Tensor]:
     Returns:
         ``lvl_1L`` (1, L) int64 and ``attn_bias_for_masking`` (1, 1, L, L) float32 of 0 and -inf.
     """
-    scale_L = torch.repeat_interleave(torch.arange(layout.num_scales), torch.tensor(layout.tokens))
+    scale_L = _scale_index(layout)
     hidden_LL = scale_L.unsqueeze(1) < scale_L.unsqueeze(0)
     bias_LL = torch.zeros(hidden_LL.shape).masked_fill(hidden_LL, -torch.inf)
     return {

@@ -1,0 +1,318 @@
+"""Weight files: our folder, and the original VAR repository's two ``.pth`` files.
+
+A model folder holds ``config.json`` and ``model.safetensors`` with keys ``var.*`` and ``vae.*``.
+Files are never half written: each goes to a temporary name first. Pickles are read with
+``weights_only=True``, so that none can run code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from variant.config import VARConfig, VQVAEConfig
+from variant.errors import UserError
+from variant.transformer import VAR, derived_buffers
+from variant.vqvae import VQVAE
+
+Tensor = torch.Tensor
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+FORMAT = "variant-1"
+
+# Sides of the published models' token maps, by (scales, tokens); a checkpoint with `lvl_1L` says.
+KNOWN_PATCH_NUMS = {
+    (10, 680): (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+    (10, 2240): (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+}
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place if the block succeeds.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_model(
+    folder: str | os.PathLike[str],
+    var: VAR,
+    vae: VQVAE,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write ``config.json`` and ``model.safetensors``.
+
+    Args:
+        folder: created where it is missing.
+        extra: further keys of config.json, e.g. how the model was trained.
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    tensors = {
+        f"{part}.{key}": value.detach().cpu().contiguous()
+        for part, module in (("var", var), ("vae", vae))
+        for key, value in module.state_dict().items()
+    }
+    config = {
+        "format": FORMAT,
+        "var": var.config.to_dict(),
+        "vae": vae.config.to_dict(),
+        **(extra or {}),
+    }
+    with replacing(folder / WEIGHTS_NAME) as path:
+        save_file(tensors, path, metadata={"format": "pt"})
+    with replacing(folder / CONFIG_NAME) as path:
+        path.write_text(json.dumps(config, indent=1) + "\n")
+
+
+def save_pickle(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+    """``torch.save`` under a temporary name, then rename."""
+    with replacing(Path(path)) as temporary:
+        torch.save(dict(state), temporary)
+
+
+# --- reading our folder -------------------------------------------------------------------------
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """config.json of a model folder.
+
+    Raises:
+        UserError: not a model folder, or not our format.
+    """
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: is not a model folder: it has no {CONFIG_NAME}. Expected a folder written "
+            f'by save_pretrained or `variant train`, or the name "digits"'
+        )
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise UserError(f'{path}: "format" must be "{FORMAT}"; got {found!r}')
+    return config
+
+
+def load_model(
+    folder: str | os.PathLike[str], dtype: torch.dtype | None = None
+) -> tuple[VAR, VQVAE, dict[str, Any]]:
+    """The two models of a folder, in eval mode, and its config.json.
+
+    Args:
+        dtype: of the transformer's weights; None keeps the file's.
+    Raises:
+        UserError: a missing, damaged or foreign file, or weights that do not fit the config.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    try:
+        var_config = VARConfig.from_dict(config["var"])
+        vae_config = VQVAEConfig.from_dict(config["vae"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG_NAME}: {error}") from error
+    path = folder / WEIGHTS_NAME
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: is missing or damaged: {error}") from error
+    var, vae = VAR(var_config), VQVAE(vae_config)
+    load_state(var, _part(tensors, "var."), str(path))
+    load_state(vae, _part(tensors, "vae."), str(path))
+    stored = tensors.get("var.head.weight")
+    wanted = dtype or (stored.dtype if stored is not None else torch.float32)
+    return var.to(wanted).eval(), vae.eval(), config
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """``load_state_dict(strict=True)`` with an error that names what is missing or too much."""
+    try:
+        module.load_state_dict(dict(state), strict=True)
+    except RuntimeError as error:
+        problems = [line.strip() for line in str(error).splitlines()[1:]]
+        text = "; ".join(problems)
+        raise UserError(
+            f"{where}: does not hold the weights of this {type(module).__name__}: "
+            f"{text[:300]}{'...' if len(text) > 300 else ''}"
+        ) from None
+
+
+# --- the original repository's files ------------------------------------------------------------
+
+
+def read_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A ``.pth`` file's dictionary, without running code from it.
+
+    Raises:
+        UserError: missing, damaged, not a dictionary, or a pickle that wants to run code.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: refused: it is not a plain file of weights (it wants to run code, or is "
+            "damaged)"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: is not a readable checkpoint: {first[:200]}") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: must hold a dictionary of tensors; got {type(state).__name__}")
+    return state
+
+
+def read_original(path: str | os.PathLike[str], part: str) -> dict[str, Tensor]:
+    """The state dict of one model; also from a trainer checkpoint of the original repository.
+
+    Args:
+        part: "var_wo_ddp" or "vae_local", the keys of a trainer checkpoint.
+    """
+    state = read_pickle(path)
+    trainer = state.get("trainer")
+    if isinstance(trainer, dict) and isinstance(trainer.get(part), dict):
+        state = trainer[part]
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(
+            f"{path}: must hold a state dict of tensors, or a trainer checkpoint with "
+            f'"trainer/{part}"; got keys {sorted(map(str, state))[:5]}'
+        )
+    return state
+
+
+def infer_var_config(state: Mapping[str, Tensor], where: str = "VAR checkpoint") -> VARConfig:
+    """Sizes of an original VAR model, from the shapes of its state dict.
+
+    Without ``attn_l2_norm`` no tensor tells the number of heads; the original's is one per 64
+    channels. Raises: UserError, naming the key that is missing.
+    """
+    try:
+        depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
+        width = state["word_embed.weight"].shape[0]
+        scales, length = state["lvl_embed.weight"].shape[0], state["pos_1LC"].shape[1]
+        scale_mul = state.get("blocks.0.attn.scale_mul_1H11")
+        return VARConfig(
+            depth=depth,
+            embed_dim=width,
+            num_heads=scale_mul.shape[1] if scale_mul is not None else width // 64,
+            num_classes=state["class_emb.weight"].shape[0] - 1,
+            patch_nums=_patch_nums(state, scales, length, where),
+            vocab_size=state["head.weight"].shape[0],
+            vae_channels=state["word_embed.weight"].shape[1],
+            mlp_ratio=state["blocks.0.ffn.fc1.weight"].shape[0] / width,
+            shared_aln="shared_ada_lin.1.weight" in state,
+            attn_l2_norm=scale_mul is not None,
+        )
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"{where}: is not a VAR transformer: {error}") from error
+
+
+def _patch_nums(
+    state: Mapping[str, Tensor], scales: int, length: int, where: str
+) -> tuple[int, ...]:
+    if "lvl_1L" in state:
+        counts = torch.bincount(state["lvl_1L"].flatten()).tolist()
+        sides = tuple(math.isqrt(count) for count in counts)
+        if [side * side for side in sides] == counts:
+            return sides
+    if (scales, length) in KNOWN_PATCH_NUMS:
+        return KNOWN_PATCH_NUMS[scales, length]
+    raise UserError(
+        f"{where}: cannot tell the token maps of {scales} scales and {length} tokens: it has no "
+        "lvl_1L and is none of the published layouts"
+    )
+
+
+def infer_vqvae_config(
+    state: Mapping[str, Tensor], patch_nums: tuple[int, ...], where: str = "VQ-VAE checkpoint"
+) -> VQVAEConfig:
+    """Sizes of an original VQ-VAE, from the shapes of its state dict.
+
+    Raises: UserError, naming the key that is missing.
+    """
+    try:
+        levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
+        blocks = 1 + max(
+            int(k.split(".")[4]) for k in state if k.startswith("encoder.down.0.block.")
+        )
+        ch, in_channels = state["encoder.conv_in.weight"].shape[:2]
+        widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
+        if "quantize.quant_resi.qresi.weight" in state:
+            shared, ratio = 1, 0.5
+        else:
+            partly = sum(
+                k.startswith("quantize.quant_resi.qresi_ls.") and k.endswith("weight")
+                for k in state
+            )
+            each = sum(k.startswith("quantize.quant_resi.") and k.endswith("weight") for k in state)
+            shared, ratio = (partly, 0.5) if partly else (0, 0.5 if each else 0.0)
+        return VQVAEConfig(
+            vocab_size=state["quantize.embedding.weight"].shape[0],
+            z_channels=state["quantize.embedding.weight"].shape[1],
+            ch=ch,
+            ch_mult=tuple(width // ch for width in widths),
+            num_res_blocks=blocks,
+            patch_nums=patch_nums,
+            share_quant_resi=shared,
+            quant_resi=ratio,
+            quant_conv_ks=state["quant_conv.weight"].shape[-1],
+            in_channels=in_channels,
+        )
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"{where}: is not a VAR VQ-VAE: {error}") from error
+
+
+def load_original(
+    var_path: str | os.PathLike[str], vae_path: str | os.PathLike[str]
+) -> tuple[VAR, VQVAE]:
+    """Both models from the original repository's files, in eval mode."""
+    var_state = read_original(var_path, "var_wo_ddp")
+    vae_state = read_original(vae_path, "vae_local")
+    var_config = infer_var_config(var_state, str(var_path))
+    var = VAR(var_config)
+    vae = VQVAE(infer_vqvae_config(vae_state, var_config.patch_nums, str(vae_path)))
+    load_state(var, var_state, str(var_path))
+    load_state(vae, vae_state, str(vae_path))
+    return var.eval(), vae.eval()
+
+
+def save_original(
+    var: VAR, vae: VQVAE, var_path: str | os.PathLike[str], vae_path: str | os.PathLike[str]
+) -> None:
+    """Write both models as the original repository reads them, derived buffers included."""
+    save_pickle(var_path, {**var.state_dict(), **derived_buffers(var.layout)})
+    save_pickle(vae_path, vae.state_dict())

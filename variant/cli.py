@@ -1,0 +1,221 @@
+"""The command line ``variant``: generate, plan, train, train-vae, convert, info.
+
+Heavy imports happen inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+Positional = tyro.conf.Positional
+
+
+@dataclass
+class Generate:
+    """Paint images with a supernet at any depth.
+
+    Example: variant generate --model digits --labels 3 1 4 --depth 2 --out out/digits.png
+    """
+
+    model: str = "digits"
+    """Model folder, Hub id, or a model of this package."""
+    labels: tuple[int, ...] = ()
+    """Classes to paint; default: every class, at most ten."""
+    count: int = 1
+    """Images per label."""
+    depth: int | None = None
+    """Layers in the flexible zone; default: every layer."""
+    bridge: int | None = None
+    """First scales that run every layer; default: the model's own."""
+    all_depths: bool = False
+    """Paint the same labels and seed at every depth of the model, side by side."""
+    cfg: float = 1.5
+    """Classifier-free guidance; 0 turns it off and halves the work."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 0.96
+    """Keep this probability mass; 0 keeps all."""
+    seed: int = 0
+    """Same seed, same images."""
+    dtype: DtypeName | None = None
+    """Of weights, K/V and matrix products; default: the weights' own."""
+    max_batch: int | None = None
+    """Images at once; default: what free memory holds."""
+    out: Path = Path("out")
+    """A .png file for one grid, or a folder for one file per image."""
+
+    def run(self) -> None:
+        from variant.commands.generate import generate
+
+        generate(self)
+
+
+@dataclass
+class Plan:
+    """Print what the K/V cache needs at every depth and bridge; no GPU, no weights.
+
+    Example: variant plan --model var-d30 --batch 64 --memory 48
+    """
+
+    model: str = "var-d30"
+    """A preset (var-d16, -d20, -d24, -d30, -d36-512), a model folder, or "digits"."""
+    batch: int = 64
+    """Images; guidance doubles the sequences."""
+    dtype: DtypeName = "bfloat16"
+    """Of K and V (and of the weights)."""
+    bridge: int | None = None
+    """Bridge of the main table; default: the model's own."""
+    memory: float | None = None
+    """Device memory in GiB: says what fits beside the weights."""
+    page_size: int = 16
+    """Tokens per page."""
+    guidance: bool = True
+    """Whether unconditional sequences run beside the conditional ones."""
+
+    def run(self) -> None:
+        from variant.commands.plan import plan
+
+        plan(self)
+
+
+@dataclass
+class Train:
+    """Train a transformer, or a depth supernet, by a recipe; resumable, Ctrl-C safe.
+
+    Example: variant train --recipe digits --out runs/digits
+    """
+
+    recipe: str = "digits"
+    """Name of a packaged recipe, or a TOML file."""
+    out: Path = Path("runs/digits")
+    """Folder for checkpoints, metrics and the finished model."""
+    resume: bool = False
+    """Go on from the last checkpoint in that folder."""
+    seed: int | None = None
+    """Overrides the recipe's seed."""
+
+    def run(self) -> None:
+        from variant.commands.train import train
+
+        train(self)
+
+
+@dataclass
+class TrainVae:
+    """Train a multi-scale VQ-VAE by a recipe; resumable, Ctrl-C safe.
+
+    Example: variant train-vae --recipe digits --out runs/digits
+    """
+
+    recipe: str = "digits"
+    """Name of a packaged recipe, or a TOML file."""
+    out: Path = Path("runs/digits")
+    """Folder for checkpoints, metrics and the finished VQ-VAE."""
+    resume: bool = False
+    """Go on from the last checkpoint in that folder."""
+    seed: int | None = None
+    """Overrides the recipe's seed."""
+
+    def run(self) -> None:
+        from variant.commands.train import train_vae
+
+        train_vae(self)
+
+
+@dataclass
+class Convert:
+    """Convert between the original VAR repository's .pth files and a model folder, both ways.
+
+    Example: variant convert --var var_d16.pth --vae vae_ch160v4096z32.pth --out models/var-d16
+    Example: variant convert --model models/var-d16 --var var_d16.pth --vae vae.pth
+    """
+
+    var: Path
+    """The transformer's .pth file: read, or written where --model is given."""
+    vae: Path
+    """The VQ-VAE's .pth file: read, or written where --model is given."""
+    model: str | None = None
+    """Model folder to write as .pth files."""
+    out: Path | None = None
+    """Model folder to write from .pth files."""
+
+    def run(self) -> None:
+        from variant.commands.convert import convert
+
+        convert(self)
+
+
+@dataclass
+class Info:
+    """Describe a model: sizes, subnets and their layers, how it was trained.
+
+    Example: variant info --model digits
+    """
+
+    model: str = "digits"
+    """Model folder, Hub id, or a model of this package."""
+
+    def run(self) -> None:
+        from variant.commands.info import info
+
+        info(self)
+
+
+Command = (
+    Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[TrainVae, tyro.conf.subcommand("train-vae")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
+    | Annotated[Info, tyro.conf.subcommand("info")]
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0; 1 for an error, printed as one line (with ``--debug``: its traceback too); 130 after
+        Ctrl-C. Wrong usage exits with 2.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    command = tyro.cli(
+        Command,  # type: ignore[arg-type]
+        prog="variant",
+        description="Visual autoregressive models at any depth. --debug shows tracebacks.",
+        args=[word for word in given if word != "--debug"],
+    )
+    try:
+        command.run()
+    except KeyboardInterrupt as stop:
+        print(f"variant: stopped. {stop}".rstrip(), file=sys.stderr)
+        return 130
+    except Exception as error:
+        # Anything unforeseen is still one line; --debug tells the rest.
+        if debug:
+            traceback.print_exc()
+        print(f"variant: error: {one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def one_line(error: Exception) -> str:
+    """What a user reads: the message of errors that were written for users, else the type too."""
+    from variant.errors import UserError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError | ValueError | MemoryError) and text:
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""What several commands share: names to things, sizes to text, tables to the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from variant.config import VARConfig, VQVAEConfig
+from variant.presets import VAR_PRESETS, vqvae_of
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def console() -> Console:
+    """Standard output; plain and wide where it is not a terminal, so that tables survive a pipe."""
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=120)
+
+
+def table(title: str, *columns: str) -> Table:
+    """A table whose columns are right-aligned numbers."""
+    made = Table(title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        made.add_column(column, justify="right")
+    return made
+
+
+def mebibytes(count: float) -> str:
+    """``1,860 MiB``; small sizes in KiB."""
+    if count < 2**20:
+        return f"{count / 2**10:,.0f} KiB"
+    return f"{count / 2**20:,.1f} MiB" if count < 100 * 2**20 else f"{count / 2**20:,.0f} MiB"
+
+
+def configs_of(model: str) -> tuple[VARConfig, VQVAEConfig]:
+    """Sizes of a preset or of a model folder; weights are not read."""
+    from variant.checkpoint import read_config
+    from variant.supernet import locate
+
+    if model in VAR_PRESETS and not Path(model).exists():
+        config = VAR_PRESETS[model]
+        return config, vqvae_of(config)
+    config = read_config(locate(model))
+    return VARConfig.from_dict(config["var"]), VQVAEConfig.from_dict(config["vae"])

@@ -1,0 +1,158 @@
+"""``variant generate``: labels in, PNG files and a table out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+
+from variant.checkpoint import replacing
+from variant.commands.common import DTYPES, console, mebibytes, table
+from variant.errors import UserError
+from variant.planning import depths_of
+from variant.sampling import Generation
+from variant.supernet import VARiant
+
+if TYPE_CHECKING:
+    from variant.cli import Generate
+
+Tensor = torch.Tensor
+
+# Small images are shown enlarged in a grid, so that one can see them.
+GRID_CELL_PIXELS = 64
+GRID_GAP_PIXELS = 4
+
+
+def generate(command: Generate) -> None:
+    """Paint, write, print: time per image, K/V planned and really allocated."""
+    if command.count < 1:
+        raise UserError(f"generate: --count must be at least 1; got {command.count}")
+    if command.all_depths and command.depth is not None:
+        raise UserError("generate: --all-depths and --depth exclude each other")
+    check_writable(command.out)
+    model = VARiant.from_pretrained(command.model)
+    classes = model.var.config.num_classes
+    labels = list(command.labels) or list(range(min(classes, 10)))
+    labels = [label for label in labels for _ in range(command.count)]
+    depths = list(depths_of(model.var.config)) if command.all_depths else [command.depth]
+    if command.all_depths and model.var.config.bridge is None and command.bridge is None:
+        raise UserError(f"generate: {command.model} was trained at one depth; --bridge is needed")
+    # One unmeasured image first: threads, kernels and pages are warm when time is taken.
+    _paint(command, model, labels[:1], depths[-1])
+    results = [_paint(command, model, labels, depth) for depth in depths]
+    if command.out.suffix.lower() == ".png":
+        rows = [result.images for result in results]
+        if len(rows) == 1:
+            rows = list(rows[0].split(max(1, command.count if command.count > 1 else 10)))
+        with replacing(command.out) as path:
+            grid(rows).save(path, format="PNG")
+        written = str(command.out)
+    else:
+        written = _write_each(command.out, depths, labels, results)
+    _report(command, model, depths, results, len(labels))
+    console().print(f"wrote {written}")
+
+
+def _paint(
+    command: Generate, model: VARiant, labels: Sequence[int], depth: int | None
+) -> Generation:
+    return model.generate(
+        labels,
+        depth=depth,
+        bridge=command.bridge,
+        cfg=command.cfg,
+        top_k=command.top_k,
+        top_p=command.top_p,
+        seed=command.seed,
+        dtype=DTYPES[command.dtype] if command.dtype else None,
+        max_batch=command.max_batch,
+    )
+
+
+def check_writable(out: Path) -> None:
+    """Fail before the work, not after it.  Raises: UserError."""
+    folder = out.parent if out.suffix else out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".variant-write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    if out.suffix and out.suffix.lower() != ".png":
+        raise UserError(f"{out}: --out must be a folder or end in .png")
+
+
+def to_pil(image_IYX: Tensor) -> Image.Image:
+    """One image (3 or 1, H, W) in [0, 1] as 8-bit RGB."""
+    pixels_YXI = (image_IYX.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+    if pixels_YXI.shape[-1] == 1:
+        pixels_YXI = pixels_YXI.expand(-1, -1, 3)
+    return Image.fromarray(pixels_YXI.cpu().contiguous().numpy())
+
+
+def grid(rows: Sequence[Tensor]) -> Image.Image:
+    """Rows of images (B, 3, H, W) as one picture; small images enlarged."""
+    side = rows[0].shape[-1]
+    cell = side * max(1, round(GRID_CELL_PIXELS / side))
+    step = cell + GRID_GAP_PIXELS
+    width = max(len(row) for row in rows)
+    sheet = Image.new(
+        "RGB", (width * step + GRID_GAP_PIXELS, len(rows) * step + GRID_GAP_PIXELS), "white"
+    )
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            tile = to_pil(image).resize((cell, cell), Image.Resampling.LANCZOS)
+            sheet.paste(tile, (x * step + GRID_GAP_PIXELS, y * step + GRID_GAP_PIXELS))
+    return sheet
+
+
+def _write_each(
+    folder: Path,
+    depths: Sequence[int | None],
+    labels: Sequence[int],
+    results: Sequence[Generation],
+) -> str:
+    count = 0
+    for depth, result in zip(depths, results, strict=True):
+        prefix = f"depth{depth}_" if len(depths) > 1 else ""
+        for index, (label, image) in enumerate(zip(labels, result.images, strict=True)):
+            with replacing(folder / f"{prefix}{index:05d}_class{label}.png") as path:
+                to_pil(image).save(path, format="PNG")
+            count += 1
+    return f"{count} images to {folder}"
+
+
+def _report(
+    command: Generate,
+    model: VARiant,
+    depths: Sequence[int | None],
+    results: Sequence[Generation],
+    count: int,
+) -> None:
+    first = results[0].stats
+    at_once = -(-count // first.batches)
+    found = table(
+        f"{command.model}: {count} images, {at_once} at once, seed {command.seed}, cfg "
+        f"{command.cfg:g}, {first.dtype}, {torch.get_num_threads()} threads",
+        "depth",
+        "ms per image",
+        "of it decoder",
+        "K/V planned",
+        "K/V allocated",
+        "of paper's scheme",
+    )
+    for depth, result in zip(depths, results, strict=True):
+        stats = result.stats
+        found.add_row(
+            str(depth if depth is not None else model.var.config.depth),
+            f"{1000 * stats.seconds / count:.2f}",
+            f"{1000 * stats.decode_seconds / count:.2f}",
+            mebibytes(stats.kv_planned_bytes),
+            mebibytes(stats.kv_allocated_bytes),
+            f"{stats.kv_allocated_bytes / stats.kv_paper_bytes:.1%}",
+        )
+    console().print(found)

@@ -1,0 +1,53 @@
+"""``variant info``: what a model is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from variant.checkpoint import load_model, read_config
+from variant.commands.common import console, mebibytes, table
+from variant.planning import depths_of, plan_row
+from variant.supernet import locate
+
+if TYPE_CHECKING:
+    from variant.cli import Info
+
+
+def info(command: Info) -> None:
+    """Print sizes, subnets with their layers and cache, and how the model was trained."""
+    folder = locate(command.model)
+    var, vae, _ = load_model(folder)
+    config, out = var.config, console()
+    sizes = {part: sum(p.numel() for p in m.parameters()) for part, m in (("t", var), ("v", vae))}
+    dtype = var.head.weight.dtype
+    layout = config.layout
+    out.print(
+        f"{command.model}: {config.depth} layers, width {config.embed_dim}, {config.num_heads} "
+        f"heads, {config.num_classes} classes; {layout.num_scales} scales {config.patch_nums}, "
+        f"{layout.total} tokens, {vae.config.image_size}x{vae.config.image_size} pixels"
+    )
+    out.print(
+        f"transformer {sizes['t']:,} parameters ({str(dtype).removeprefix('torch.')}), "
+        f"VQ-VAE {sizes['v']:,} parameters, codebook {config.vocab_size} x {config.vae_channels}"
+    )
+    if config.bridge is None:
+        out.print("no subnets recorded: trained at full depth only")
+    else:
+        found = table(
+            f"depths (bridge {config.bridge}: every layer runs at the first {config.bridge} "
+            f"scales; {layout.total - sum(layout.tokens[: config.bridge])} of {layout.total} "
+            "tokens are in the flexible zone)",
+            "depth",
+            "layers",
+            "K/V of one image",
+            "of the paper's scheme",
+        )
+        for depth in depths_of(config):
+            row = plan_row(config, depth, config.bridge, 1, dtype)
+            layers = "all" if depth == config.depth else str(list(config.subnets.get(depth, ())))
+            found.add_row(str(depth), layers, mebibytes(row.ours), f"{row.share:.1%}")
+        out.print(found)
+    training = read_config(folder).get("training")
+    if isinstance(training, dict):
+        for key, value in training.items():
+            out.print(f"training {key}: {value}")
