@@ -118,6 +118,59 @@ void append_paged_kv_binding(HeadShape shape_BTHD, int64_t page_size, HeadTuple 
                         v_page, v_slot, v_head, pointer<int64_t>(slots), element_bytes, threads});
 }
 
+void paged_attention_forward_binding(HeadShape shape_BTHD, int64_t page_size, HeadTuple q,
+                                     HeadTuple k_pages, HeadTuple v_pages, RowTuple page_table,
+                                     uintptr_t kv_lens, uintptr_t out, float softmax_scale,
+                                     int dtype, int threads) {
+  const auto [batch, tokens, heads, head_dim] = shape_BTHD;
+  run(&KernelTable::paged_attention_forward,
+      PagedAttentionForwardArgs{batch, tokens, heads, head_dim, page_size, view(q), view(k_pages),
+                                view(v_pages), pointer<int32_t>(std::get<0>(page_table)),
+                                std::get<1>(page_table), pointer<int32_t>(kv_lens),
+                                pointer<void>(out), softmax_scale, DType(dtype), threads});
+}
+
+void block_causal_attention_forward_binding(HeadShape shape_BLHD, HeadTuple q, HeadTuple k,
+                                            HeadTuple v, const std::vector<int64_t>& scale_lengths,
+                                            uintptr_t out, uintptr_t lse, float softmax_scale,
+                                            int dtype, int threads) {
+  const auto [batch, length, heads, head_dim] = shape_BLHD;
+  run(&KernelTable::block_causal_attention_forward,
+      BlockCausalForwardArgs{batch, length, heads, head_dim, view(q), view(k), view(v),
+                             scale_lengths.data(), static_cast<int64_t>(scale_lengths.size()),
+                             pointer<void>(out), pointer<float>(lse), softmax_scale, DType(dtype),
+                             threads});
+}
+
+void block_causal_attention_backward_binding(HeadShape shape_BLHD, HeadTuple grad_out, HeadTuple q,
+                                             HeadTuple k, HeadTuple v, HeadTuple out, uintptr_t lse,
+                                             const std::vector<int64_t>& scale_lengths,
+                                             uintptr_t dq, uintptr_t dk, uintptr_t dv,
+                                             float softmax_scale, int dtype, int threads) {
+  const auto [batch, length, heads, head_dim] = shape_BLHD;
+  run(&KernelTable::block_causal_attention_backward,
+      BlockCausalBackwardArgs{batch, length, heads, head_dim, view(grad_out), view(q), view(k),
+                              view(v), view(out), pointer<float>(lse), scale_lengths.data(),
+                              static_cast<int64_t>(scale_lengths.size()), pointer<void>(dq),
+                              pointer<void>(dk), pointer<void>(dv), softmax_scale, DType(dtype),
+                              threads});
+}
+
+// Returns (status, row) of the first row that cannot be sampled; status 0: there is none.
+std::tuple<int, int64_t> sample_tokens_binding(std::tuple<int64_t, int64_t, int64_t> shape_BTV,
+                                               TokenTuple logits, double guidance, int64_t top_k,
+                                               double top_p, uint64_t seed, uintptr_t image_ids,
+                                               int64_t position, uintptr_t exponential,
+                                               uintptr_t out, int dtype, int threads) {
+  const auto [batch, tokens, vocab] = shape_BTV;
+  SampleError error{SampleStatus::kOk, 0};
+  run(&KernelTable::sample_tokens,
+      SampleTokensArgs{batch, tokens, vocab, view(logits), guidance, top_k, top_p, seed,
+                       pointer<int64_t>(image_ids), position, pointer<float>(exponential),
+                       pointer<int64_t>(out), &error, DType(dtype), threads});
+  return {static_cast<int>(error.status), error.row};
+}
+
 py::dict build_info() {
   py::dict info;
   py::list built, supported;
@@ -155,6 +208,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("qk_norm_forward", &qk_norm_forward_binding);
   m.def("qk_norm_backward", &qk_norm_backward_binding);
   m.def("append_paged_kv", &append_paged_kv_binding);
+  m.def("paged_attention_forward", &paged_attention_forward_binding);
+  m.def("block_causal_attention_forward", &block_causal_attention_forward_binding);
+  m.def("block_causal_attention_backward", &block_causal_attention_backward_binding);
+  m.def("sample_tokens", &sample_tokens_binding);
 }
 
 }  // namespace variant

@@ -16,14 +16,18 @@
 #include "../include/qk_norm.h"
 #include "../include/sample_tokens.h"
 
-#define VARIANT_CPU_KERNELS(X)                    \
-  X(adaln_forward, AdaLNForwardArgs)              \
-  X(adaln_backward, AdaLNBackwardArgs)            \
-  X(gated_adaln_forward, GatedAdaLNForwardArgs)   \
-  X(gated_adaln_backward, GatedAdaLNBackwardArgs) \
-  X(qk_norm_forward, QkNormForwardArgs)           \
-  X(qk_norm_backward, QkNormBackwardArgs)         \
-  X(append_paged_kv, AppendPagedKvArgs)
+#define VARIANT_CPU_KERNELS(X)                                \
+  X(adaln_forward, AdaLNForwardArgs)                          \
+  X(adaln_backward, AdaLNBackwardArgs)                        \
+  X(gated_adaln_forward, GatedAdaLNForwardArgs)               \
+  X(gated_adaln_backward, GatedAdaLNBackwardArgs)             \
+  X(qk_norm_forward, QkNormForwardArgs)                       \
+  X(qk_norm_backward, QkNormBackwardArgs)                     \
+  X(append_paged_kv, AppendPagedKvArgs)                       \
+  X(paged_attention_forward, PagedAttentionForwardArgs)       \
+  X(block_causal_attention_forward, BlockCausalForwardArgs)   \
+  X(block_causal_attention_backward, BlockCausalBackwardArgs) \
+  X(sample_tokens, SampleTokensArgs)
 
 namespace variant {
 

@@ -36,6 +36,12 @@ struct Tail {
   int count;
 };
 
+// A number as a type.
+template <int kValue>
+struct Count {
+  static constexpr int value = kValue;
+};
+
 inline VecF splat(float x) { return x - VecF{}; }
 inline VecI lane_index() {
   VecI index;

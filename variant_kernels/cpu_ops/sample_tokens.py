@@ -1,0 +1,55 @@
+"""CPU launcher of sample_tokens. B images, T tokens, V codebook entries, R = B * T rows."""
+
+from __future__ import annotations
+
+import torch
+
+from variant_kernels.cpu_ops.common import KERNELS, dtype_code, last_contiguous, rows
+
+
+def launch_sample_tokens(
+    *,
+    logits_2BTV: torch.Tensor,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    image_ids_B: torch.Tensor,
+    position: int,
+    exponential_RV: torch.Tensor | None,
+) -> torch.Tensor:
+    """Guide, filter and draw one token per row; conditional rows come first in logits_2BTV.
+
+    The draw is by Philox keyed with (seed, image, position + t), or argmax(p / exponential_RV)
+    where that is given (float32, contiguous, rows in (b, t) order).
+
+    Returns:
+        tokens_BT: int64.
+    Raises:
+        ValueError: a row holds NaN or +inf after guidance, or nothing finite.
+        TypeError: the dtype is neither float32 nor bfloat16.
+    """
+    logits_2BTV = last_contiguous(logits_2BTV)
+    images, tokens, entries = logits_2BTV.shape
+    image_ids_B = image_ids_B.contiguous()
+    tokens_BT = torch.empty((images // 2, tokens), dtype=torch.int64)
+    status, row = KERNELS.sample_tokens(
+        (images // 2, tokens, entries),
+        rows(logits_2BTV),
+        guidance,
+        top_k,
+        top_p,
+        seed & 0xFFFFFFFFFFFFFFFF,
+        image_ids_B.data_ptr(),
+        position,
+        0 if exponential_RV is None else exponential_RV.data_ptr(),
+        tokens_BT.data_ptr(),
+        dtype_code("sample_tokens", "logits_2BTV", logits_2BTV),
+        torch.get_num_threads(),
+    )
+    if status:
+        # The op file owns this message; it imports launchers only when it calls them.
+        from variant_kernels.ops.sample_tokens import raise_bad_row
+
+        raise_bad_row("sample_tokens", *divmod(row, tokens))
+    return tokens_BT
