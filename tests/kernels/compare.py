@@ -1,0 +1,95 @@
+"""How kernels are compared: error against float64, relative to what plain torch makes.
+
+A result may be at most ``times`` as far from the float64 reference as a plain-torch computation in
+the same dtype, plus one unit in the last place of the largest expected value.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+
+from variant_kernels.backends import PREFERENCE, Impl, Request
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Tensor = torch.Tensor
+
+DRAWS = 4
+
+
+def backends_for(impls: dict[str, Impl], dtype: torch.dtype) -> list[str]:
+    """Backends that say that they serve this dtype on the CPU."""
+    request = Request("cpu", (dtype,), 64)
+    return [
+        name for name in PREFERENCE if name in impls and impls[name].unsupported(request) is None
+    ]
+
+
+def cases(impls: dict[str, Impl]) -> list[tuple[str, torch.dtype]]:
+    """(backend, dtype) for parametrize."""
+    return [(name, dtype) for dtype in DTYPES for name in backends_for(impls, dtype)]
+
+
+def name_of(value: object) -> str:
+    """``float32`` for a dtype, the text itself otherwise: test ids."""
+    return str(value).removeprefix("torch.")
+
+
+def wide(*tensors: Tensor) -> list[Tensor]:
+    """The same values in float64."""
+    return [t.detach().double() for t in tensors]
+
+
+class Tally:
+    """Errors of ours and of plain torch against float64, and the verdict at the end.
+
+    The largest error among a handful of numbers is luck; so each case is drawn several times and
+    the largest errors over the draws are compared.
+    """
+
+    def __init__(self) -> None:
+        self._ours: dict[str, float] = defaultdict(float)
+        self._allowed: dict[str, float] = defaultdict(float)
+        self._ulp: dict[str, float] = defaultdict(float)
+
+    def add(
+        self,
+        name: str,
+        ours: Tensor,
+        plain: Tensor,
+        exact: Tensor,
+        times: float = 2.0,
+        largest: float | None = None,
+    ) -> None:
+        """Note one result.
+
+        Args:
+            times: how many times plain torch's error is allowed.
+            largest: magnitude whose last place counts, where several results are computed from
+                one another (an expected zero has no last place of its own); None is ``exact``'s.
+        """
+        # Plain torch may overflow where ours must not (16-bit norms of zero).
+        ours, plain, exact = ours.detach(), plain.detach().nan_to_num(), exact.detach()
+        assert ours.shape == exact.shape, name
+        assert torch.isfinite(ours).all(), f"{name}: not finite"
+        if exact.numel() == 0:
+            return
+        ulp = torch.finfo(ours.dtype).eps * (largest or float(exact.abs().max()))
+        error = float((plain.double() - exact).abs().max())
+        self._ours[name] = max(self._ours[name], float((ours.double() - exact).abs().max()))
+        self._allowed[name] = max(self._allowed[name], times * error)
+        self._ulp[name] = max(self._ulp[name], ulp)
+
+    def check(self) -> None:
+        """Every named result is near enough, and there was at least one."""
+        assert self._ours, "nothing was compared"
+        for name, error in self._ours.items():
+            allowed = self._allowed[name] + self._ulp[name]
+            assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def largest_of(tensors: Sequence[Tensor]) -> float:
+    """The largest magnitude in several tensors."""
+    return max(float(t.detach().abs().max()) for t in tensors)

@@ -1,0 +1,140 @@
+"""adaln_modulate and gated_residual_adaln: every backend against float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import DRAWS, Tally, cases, name_of, wide
+
+from variant_kernels import adaln_modulate, gated_residual_adaln
+from variant_kernels.ops import adaln
+
+EPS = 1e-6
+CASES = cases(adaln.GATED_IMPLS)
+
+
+def plain_adaln(x, scale, shift):
+    normed = F.layer_norm(x, x.shape[-1:], eps=EPS).to(scale.dtype)
+    return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def plain_gated(x, y, gate, scale, shift):
+    x = (x + gate.unsqueeze(1) * y).to(x.dtype)
+    return x, plain_adaln(x, scale, shift)
+
+
+def run(function, inputs, weights):
+    """Outputs, and gradients of their weighted sum."""
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    # Strides are part of the contract: the op sees views, gradients come back through them.
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    loss = sum((o * w.to(o.dtype)).sum() for o, w in zip(outputs, weights, strict=True))
+    return outputs, torch.autograd.grad(loss, leaves)
+
+
+def compare(tally, case, function, plain, inputs, generator):
+    exact_inputs = wide(*inputs)
+    outputs = plain(*exact_inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
+    weights = [w.to(inputs[-1].dtype).double() for w in weights]
+    exact = run(plain, exact_inputs, weights)
+    ours, ordinary = run(function, inputs, weights), run(plain, inputs, weights)
+    for kind, (name, times) in enumerate((("output", 2.0), ("gradient", 3.0))):
+        results = zip(ours[kind], ordinary[kind], exact[kind], strict=True)
+        for i, (a, b, c) in enumerate(results):
+            tally.add(f"case {case} {name} {i}", a, b, c, times)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
+def test_gated_residual_adaln_matches_float64(backend, dtype):
+    tally, generator = Tally(), torch.Generator().manual_seed(1)
+
+    def op(*leaves):
+        return gated_residual_adaln(*leaves, backend=backend)
+
+    for _ in range(DRAWS):
+        for case, inputs in enumerate(adaln.sample_inputs(dtype, generator)):
+            compare(tally, case, op, plain_gated, inputs, generator)
+    tally.check()
+
+
+@pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
+def test_adaln_modulate_matches_float64(backend, dtype):
+    tally, generator = Tally(), torch.Generator().manual_seed(2)
+
+    def op(*leaves):
+        return adaln_modulate(*leaves, backend=backend)
+
+    for _ in range(DRAWS):
+        for case, (x, _, _, scale, shift) in enumerate(adaln.sample_inputs(dtype, generator)):
+            compare(tally, case, op, plain_adaln, (x, scale, shift), generator)
+    tally.check()
+
+
+@pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
+def test_strided_views_give_what_contiguous_copies_give(backend, dtype):
+    for inputs in adaln.sample_inputs(dtype, torch.Generator().manual_seed(3)):
+        strided = gated_residual_adaln(*inputs, backend=backend)
+        copies = gated_residual_adaln(*(t.contiguous() for t in inputs), backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(strided, copies, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_large_mean_does_not_cancel(backend):
+    """Variance by sum of squares would lose every digit here."""
+    x = torch.randn(1, 4, 512, generator=torch.Generator().manual_seed(0)) + 3000
+    zeros = torch.zeros(1, 512)
+    y = adaln_modulate(x, zeros, zeros, backend=backend)
+    exact = plain_adaln(*wide(x, zeros, zeros))
+    # The limit is what float32 holds of the mean: one part in 2^24 of 3000.
+    assert (y - exact).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_opcheck_passes(backend):
+    generator = torch.Generator().manual_seed(4)
+    for inputs in adaln.sample_inputs(torch.float32, generator)[:2]:
+        x, y, gate, scale, shift = (t.clone().requires_grad_() for t in inputs)
+        torch.library.opcheck(adaln.gated_op, (x, y, gate, scale, shift, EPS, backend))
+        torch.library.opcheck(adaln.adaln_op, (x, scale, shift, EPS, backend))
+
+
+def test_fullgraph_compile_gives_the_same_gradients():
+    inputs = adaln.sample_inputs(torch.float32, torch.Generator().manual_seed(5))[4]
+
+    def loss(*leaves):
+        x, h = gated_residual_adaln(*leaves)
+        return (x * h).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (loss, compiled):
+        leaves = [t.detach().clone().requires_grad_() for t in inputs]
+        results.append(torch.autograd.grad(function(*leaves), leaves))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_wrong_arguments_are_named():
+    x, row = torch.zeros(2, 5, 64), torch.zeros(2, 64)
+    with pytest.raises(
+        ValueError,
+        match=r"adaln_modulate: scale_BC must be \(2, 64\) to match x_BTC \(2, 5, 64\); "
+        r"got \(2, 32\)",
+    ):
+        adaln_modulate(x, row[:, :32], row)
+    with pytest.raises(TypeError, match="x_BTC must be one of float32, bfloat16, float16"):
+        adaln_modulate(x.double(), row, row)
+    with pytest.raises(TypeError, match="x_BTC must be float32 or have the dtype of scale_BC"):
+        adaln_modulate(x.bfloat16(), row, row)
+    with pytest.raises(ValueError, match="x_BTC must have a contiguous last dimension"):
+        adaln_modulate(x.transpose(1, 2), torch.zeros(2, 5), torch.zeros(2, 5))
+    with pytest.raises(ValueError, match=r"y_BTC must be \(2, 5, 64\) to match x_BTC"):
+        gated_residual_adaln(x, x[:, :4], row, row, row)
+    with pytest.raises(
+        ValueError, match='backend "nonsense" is unknown; available: auto, reference, cpu'
+    ):
+        adaln_modulate(x, row, row, backend="nonsense")
+    with pytest.raises(ValueError, match='backend "cpu" cannot run this call: dtype float16'):
+        adaln_modulate(x.half(), row.half(), row.half(), backend="cpu")

@@ -1,0 +1,108 @@
+"""paged_attention and append_paged_kv: every backend against float64, pages poisoned with NaN."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import DRAWS, Tally, cases, name_of
+
+from variant_kernels import append_paged_kv, paged_attention
+from variant_kernels.ops import append_paged_kv as append
+from variant_kernels.ops import paged_attention as paged
+
+CASES = cases(paged.PAGED_IMPLS)
+
+
+def plain_attention(q, k_pages, v_pages, table, lengths):
+    """Each sequence by itself: its pages gathered, then torch's attention."""
+    out = torch.zeros(q.shape, dtype=q.dtype)
+    size = k_pages.shape[1]
+    for row, length in enumerate(lengths.tolist()):
+        if length:
+            pages = table[row, : -(-length // size)].long()
+            k, v = (x[pages].flatten(0, 1)[:length].transpose(0, 1) for x in (k_pages, v_pages))
+            out[row] = F.scaled_dot_product_attention(q[row].transpose(0, 1), k, v).transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
+def test_matches_float64_and_reads_no_poisoned_slot(backend, dtype):
+    tally, generator = Tally(), torch.Generator().manual_seed(1)
+    for _ in range(DRAWS):
+        for q, k_pages, v_pages, table, lengths in paged.sample_inputs(dtype, generator):
+            exact = plain_attention(q.double(), k_pages.double(), v_pages.double(), table, lengths)
+            plain = plain_attention(q, k_pages, v_pages, table, lengths)
+            ours = paged_attention(q, k_pages, v_pages, table, lengths, backend=backend)
+            tally.add(f"{tuple(q.shape)}", ours, plain, exact)
+            assert not ours[lengths == 0].any()
+    tally.check()
+
+
+@pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
+def test_appended_tokens_are_read_back(backend, dtype):
+    for k, v, k_pages, v_pages, slots in append.sample_inputs(
+        dtype, torch.Generator().manual_seed(2)
+    ):
+        before = k_pages.clone(), v_pages.clone()
+        append_paged_kv(k, v, k_pages, v_pages, slots, backend=backend)
+        for new, pages, old in zip((k, v), (k_pages, v_pages), before, strict=True):
+            expected = old.flatten(0, 1).clone()
+            for place, token in zip(slots.flatten().tolist(), new.flatten(0, 1), strict=True):
+                if place >= 0:
+                    expected[place] = token
+            assert torch.equal(pages.flatten(0, 1), expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_bad_pages_lengths_and_slots_are_named_and_nothing_is_written(backend):
+    q, pages = torch.zeros(2, 3, 2, 16), torch.zeros(4, 4, 2, 16)
+    table = torch.tensor([[0, 1], [2, 7]], dtype=torch.int32)
+    lengths = torch.tensor([3, 5], dtype=torch.int32)
+    with pytest.raises(
+        ValueError, match=r"paged_attention: page_table_BM\[1, 1\] must be in \[0, 4\); got 7"
+    ):
+        paged_attention(q, pages, pages, table, lengths, backend=backend)
+    with pytest.raises(ValueError, match=r"kv_lens_B\[0\] must be in \[0, 8\]"):
+        paged_attention(q, pages, pages, table, lengths + 6, backend=backend)
+    with pytest.raises(ValueError, match=r"kv_lens_B\[0\] must be in \[0, 8\]"):
+        paged_attention(q, pages, pages, table, lengths - 4, backend=backend)
+    # An unused entry may hold anything.
+    paged_attention(q, pages, pages, table, lengths.clamp_max(4), backend=backend)
+    slots = torch.tensor([[0, 1, 2], [3, 4, 16]])
+    with pytest.raises(
+        ValueError,
+        match=r"append_paged_kv: slots_BT\[1, 2\] must be -1 or in \[0, 16\).*; got 16",
+    ):
+        append_paged_kv(q + 1, q + 1, pages, pages.clone(), slots, backend=backend)
+    assert not pages.any()
+
+
+def test_inference_only_ops_refuse_gradients():
+    pages = torch.zeros(4, 4, 2, 16)
+    q = torch.zeros(1, 3, 2, 16, requires_grad=True)
+    with pytest.raises(RuntimeError, match="append_paged_kv: has no gradient"):
+        append_paged_kv(q, q, pages, pages.clone(), torch.zeros(1, 3, dtype=torch.int64))
+    table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="paged_attention: has no gradient"):
+        paged_attention(q, pages, pages, table, lengths)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_opcheck_passes(backend):
+    generator = torch.Generator().manual_seed(3)
+    inputs = paged.sample_inputs(torch.float32, generator)[1]
+    torch.library.opcheck(paged.paged_attention_op, (*inputs, 0.25, backend))
+    inputs = append.sample_inputs(torch.float32, generator)[1]
+    torch.library.opcheck(append.append_paged_kv_op, (*inputs, backend))
+
+
+def test_wrong_arguments_are_named():
+    q, pages = torch.zeros(2, 3, 2, 16), torch.zeros(4, 4, 2, 16)
+    table, lengths = torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    with pytest.raises(TypeError, match=r"page_table_BM must be int32; got torch.int64"):
+        paged_attention(q, pages, pages, table.long(), lengths)
+    with pytest.raises(ValueError, match=r"page_table_BM must have 2 rows to match q_BTHD"):
+        paged_attention(q, pages, pages, table[:1], lengths)
+    with pytest.raises(ValueError, match=r"k_pages_PNHD must end in \(H, D\) = \(2, 16\)"):
+        paged_attention(q, pages[:, :, :1], pages, table, lengths)
+    with pytest.raises(ValueError, match=r"kv_lens_B must be \(2,\) to match q_BTHD"):
+        paged_attention(q, pages, pages, table, lengths[:1])
