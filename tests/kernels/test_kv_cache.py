@@ -1,0 +1,169 @@
+"""The cache stores what the plan says, in pages that no one else uses, and hands them on."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from variant_kernels import (
+    CachePlan,
+    DepthSchedule,
+    PagedKVCache,
+    ScaleLayout,
+    append_paged_kv,
+    paged_attention,
+)
+
+HEADS, HEAD_DIM = 2, 16
+
+
+def make(schedule, sides=(1, 2, 3, 4), batch=2, page_size=4, dtype=torch.float32):
+    layout = ScaleLayout.from_patch_nums(sides)
+    return PagedKVCache(CachePlan(layout, schedule, page_size), batch, HEADS, HEAD_DIM, dtype)
+
+
+def walk(cache, check, switch_at=None, new=None):
+    """Run the schedule; K/V of (layer, scale, sequence, token) are numbers that identify them."""
+    layout = cache.plan.layout
+    cache.k_pages.fill_(torch.nan)
+    cache.v_pages.fill_(torch.nan)
+    for scale in range(layout.num_scales):
+        if scale == switch_at:
+            cache.switch(new)
+        for layer in cache.schedule.active_layers(scale):
+            step = cache.open(layer, scale)
+            count = layout.tokens[scale]
+            token = torch.arange(layout.offsets[scale], layout.visible(scale))
+            mark = 1000.0 * layer + token + 0.25 * torch.arange(cache.batch).unsqueeze(1)
+            k = mark.view(cache.batch, count, 1, 1).expand(-1, -1, HEADS, HEAD_DIM).contiguous()
+            append_paged_kv(k, -k, cache.k_pages, cache.v_pages, step.slots_BT)
+            check(cache, step, layer, scale)
+            cache.close(layer, scale)
+
+
+def check_contents(cache, step, layer, scale):
+    """All K/V of this layer so far can be read back through the page table."""
+    size = cache.plan.page_size
+    for row in range(cache.batch):
+        length = int(step.kv_lens_B[row])
+        assert length == cache.plan.layout.visible(scale)
+        pages = step.page_table_BM[row].long()
+        k = cache.k_pages[pages].flatten(0, 1)[:length, 0, 0]
+        assert torch.equal(k, 1000.0 * layer + torch.arange(length) + 0.25 * row)
+        v = cache.v_pages[pages].flatten(0, 1)[:length, 1, 3]
+        assert torch.equal(v, -k)
+        assert len(pages) == -(-length // size)
+
+
+@st.composite
+def schedules(draw):
+    full_depth, scales = draw(st.integers(2, 6)), draw(st.integers(1, 4))
+    chosen, layers = set(range(full_depth)), []
+    for _ in range(scales):
+        chosen = {0, full_depth - 1} | {x for x in chosen if draw(st.booleans())} & chosen
+        layers.append(sorted(chosen))
+    return DepthSchedule.from_depths(layers, full_depth=full_depth)
+
+
+@given(schedules(), st.integers(1, 9), st.data())
+@settings(max_examples=40, deadline=None)
+def test_every_layer_reads_back_all_it_wrote_within_the_plan(schedule, page_size, data):
+    sides = (1, 2, 3, 4)[: schedule.num_scales]
+    cache = make(schedule, sides, batch=data.draw(st.integers(1, 3)), page_size=page_size)
+    walk(cache, check_contents)
+    assert cache.used_bytes == 0
+    assert cache.peak_bytes == cache.allocated_bytes
+    assert cache.allocated_bytes == cache.plan.peak_bytes(
+        cache.batch, HEADS, HEAD_DIM, "float32", guidance=False
+    )
+
+
+@given(st.integers(0, 4), st.sampled_from([2, 3, (0, 2, 5)]), st.integers(1, 7))
+@settings(max_examples=30, deadline=None)
+def test_switching_frees_pages_and_stays_within_the_slab(at, depth, page_size):
+    full = DepthSchedule.full(6, 4)
+    new = full.switched(at, depth)
+    cache = make(full, page_size=page_size)
+    if at < 4:
+        walk(cache, check_contents, at, new)
+        assert cache.peak_bytes <= cache.allocated_bytes
+    else:
+        walk(cache, check_contents)
+        cache.switch(new)
+    assert cache.used_bytes == 0
+    cache.reset()
+    walk(cache, check_contents)
+
+
+def test_no_page_is_read_after_release():
+    """Poison every page that no layer holds, after each step: nothing may change."""
+    schedule = DepthSchedule(5, 4, 2, 2)
+    generator = torch.Generator().manual_seed(0)
+    clean, poisoned = make(schedule), make(schedule)
+    poisoned.k_pages.fill_(torch.nan)
+    poisoned.v_pages.fill_(torch.nan)
+    layout = clean.plan.layout
+    for layer, scale in clean.plan.steps():
+        shape = (2, layout.tokens[scale], HEADS, HEAD_DIM)
+        q, k, v = torch.randn(3, *shape, generator=generator).unbind(0)
+        outs = []
+        for cache in (clean, poisoned):
+            step = cache.open(layer, scale)
+            append_paged_kv(k, v, cache.k_pages, cache.v_pages, step.slots_BT)
+            outs.append(
+                paged_attention(q, cache.k_pages, cache.v_pages, step.page_table_BM, step.kv_lens_B)
+            )
+            cache.close(layer, scale)
+        assert torch.equal(*outs)
+        held = {p for pages in poisoned._allocator.pages.values() for p in pages}
+        peak = poisoned.plan.peak_pages
+        free = [row * peak + p for row in range(2) for p in range(peak) if p not in held]
+        poisoned.k_pages[free] = torch.nan
+        poisoned.v_pages[free] = torch.nan
+
+
+def test_sequences_never_share_a_page():
+    cache = make(DepthSchedule.full(3, 4), batch=4)
+    seen = {}
+
+    def check(cache, step, layer, scale):
+        for row in range(cache.batch):
+            for page in step.page_table_BM[row].tolist():
+                assert seen.setdefault(page, row) == row
+
+    walk(cache, check)
+
+
+def test_steps_out_of_order_are_refused():
+    cache = make(DepthSchedule(4, 4, 2, 1))
+    with pytest.raises(ValueError, match=r"expected open\(0, 0\), got open\(1, 0\)"):
+        cache.open(1, 0)
+    cache.open(0, 0)
+    with pytest.raises(ValueError, match=r"expected close\(0, 0\), got open\(1, 0\)"):
+        cache.open(1, 0)
+    with pytest.raises(ValueError, match=r"\(1, 0\) is not open"):
+        cache.close(1, 0)
+    with pytest.raises(ValueError, match="switch between scales; scale 0 is not finished"):
+        cache.switch(DepthSchedule(4, 4, 2, 1))
+    cache.close(0, 0)
+    with pytest.raises(ValueError, match="switch between scales; scale 0 is not finished"):
+        cache.switch(DepthSchedule(4, 4, 2, 1))
+
+
+def test_switches_that_do_not_fit_are_refused():
+    cache = make(DepthSchedule(6, 4, 3, 1))
+    for layer in range(6):
+        cache.open(layer, 0)
+        cache.close(layer, 0)
+    with pytest.raises(ValueError, match="scale 0 has already run with 6 layers"):
+        cache.switch(DepthSchedule(6, 4, 2, 0))
+    with pytest.raises(ValueError, match="layers of scale 1 must be among the 3 planned"):
+        cache.switch(DepthSchedule.full(6, 4))
+    with pytest.raises(ValueError, match="schedule must have 6 layers and 4 scales; got 5 and 4"):
+        cache.switch(DepthSchedule.full(5, 4))
+
+
+def test_too_little_memory_is_said_in_one_line():
+    plan = CachePlan(ScaleLayout.from_patch_nums((64,)), DepthSchedule.full(30, 1))
+    with pytest.raises(MemoryError, match=r"PagedKVCache: the plan needs .* MiB for 100000000"):
+        PagedKVCache(plan, 100_000_000, 30, 64, torch.float32)

@@ -1,0 +1,190 @@
+"""sample_tokens: filters against the original's torch calls, draws against chi-square."""
+
+import pytest
+import torch
+from compare import cases, name_of
+from scipy import stats
+
+from variant_kernels import sample_tokens
+from variant_kernels.ops import sample_tokens as op
+
+BACKENDS = ("reference", "cpu")
+CASES = cases(op.SAMPLE_IMPLS)
+
+
+def original_probabilities(logits, guidance, top_k=0, top_p=0.0):
+    """The original's sequence of torch calls (guidance, top-k, top-p), written out plainly."""
+    cond, uncond = logits.float().chunk(2)
+    guided = (1 + guidance) * cond - guidance * uncond
+    if top_k:
+        threshold = guided.topk(min(top_k, guided.shape[-1]), dim=-1)[0].amin(-1, keepdim=True)
+        guided = guided.masked_fill(guided < threshold, -torch.inf)
+    if top_p:
+        ascending, order = guided.sort(dim=-1, descending=False, stable=True)
+        drop = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        drop[..., -1] = False
+        guided = guided.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+    return guided.softmax(-1)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
+def test_with_a_generator_it_draws_what_multinomial_draws(backend, dtype):
+    for logits, filters in op.sample_inputs(dtype, torch.Generator().manual_seed(1)):
+        for guidance in (0.0, 1.3):
+            probs = original_probabilities(logits, guidance, **filters)
+            expected = torch.multinomial(
+                probs.flatten(0, 1), 1, replacement=True, generator=torch.Generator().manual_seed(7)
+            ).view(probs.shape[:2])
+            ours = sample_tokens(
+                logits,
+                guidance=guidance,
+                generator=torch.Generator().manual_seed(7),
+                backend=backend,
+                **filters,
+            )
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 9, "top_p": 0.9}], ids=str
+)
+def test_draws_follow_the_distribution(backend, filters):
+    generator = torch.Generator().manual_seed(2)
+    logits = 1.5 * torch.randn(2, 1, 16, generator=generator)
+    probs = original_probabilities(logits, 0.8, **filters)[0, 0]
+    draws = 100_000
+    rows = torch.cat([half.expand(20, draws // 20, 16) for half in logits.split(1)])
+    tokens = sample_tokens(rows, guidance=0.8, seed=3, backend=backend, **filters)
+    counts = tokens.flatten().bincount(minlength=16)
+    assert not counts[probs == 0].any()
+    kept = probs > 0
+    expected = probs[kept].double() / probs[kept].double().sum() * draws
+    assert stats.chisquare(counts[kept].numpy(), expected.numpy()).pvalue > 1e-4
+
+
+def test_uniform_numbers_are_uniform_and_independent_of_each_key():
+    """10^5 numbers along each key: Kolmogorov-Smirnov, and no correlation between neighbours."""
+    along_position = op.uniform(5, torch.tensor([3]), 0, 100_000)[0]
+    along_image = op.uniform(5, torch.arange(100_000), 7, 1)[:, 0]
+    along_seed = torch.stack(
+        [op.uniform(seed, torch.tensor([0]), 0, 1)[0, 0] for seed in range(2000)]
+    )
+    for numbers in (along_position, along_image, along_seed):
+        assert stats.kstest(numbers.numpy(), "uniform").pvalue > 1e-4
+        pairs = torch.corrcoef(torch.stack((numbers[:-1], numbers[1:])))
+        assert pairs[0, 1].abs() < 5 / len(numbers) ** 0.5
+
+
+def test_philox_gives_the_published_words():
+    """Known answers of Philox4x32-10 from the Random123 distribution."""
+    ones = 0xFFFFFFFF
+    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
+    for counter, key, expected in (
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((ones,) * 4, (ones,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (*pi, (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    ):
+        words = op.philox_4x32(tuple(torch.tensor([word]) for word in counter), key)
+        assert [int(word) for word in words] == list(expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_token_depends_on_seed_image_and_position_only(backend):
+    generator = torch.Generator().manual_seed(4)
+    cond, uncond = torch.randn(2, 6, 9, 100, generator=generator).unbind(0)
+    ids = torch.tensor([5, 2**40 + 1, 0, 17, 3, 2])
+    options = {"guidance": 1.0, "top_p": 0.9, "seed": 2**61 + 5, "backend": backend}
+    whole = sample_tokens(torch.cat((cond, uncond)), image_ids=ids, **options)
+    order = torch.randperm(6, generator=generator)
+    shuffled = sample_tokens(
+        torch.cat((cond[order], uncond[order])), image_ids=ids[order], **options
+    )
+    assert torch.equal(shuffled, whole[order])
+    part = sample_tokens(
+        torch.cat((cond[2:4, 3:], uncond[2:4, 3:])), image_ids=ids[2:4], position=3, **options
+    )
+    assert torch.equal(part, whole[2:4, 3:])
+    other = sample_tokens(
+        torch.cat((cond, uncond)), image_ids=ids, **{**options, "seed": 2**61 + 6}
+    )
+    assert not torch.equal(other, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_backends_differ_in_at_most_one_draw_in_100_000(dtype):
+    generator = torch.Generator().manual_seed(5)
+    differ = total = 0
+    for filters in ({}, {"top_k": 100}, {"top_p": 0.9}, {"top_k": 200, "top_p": 0.96}):
+        logits = (2 * torch.randn(64, 256, 1024, generator=generator)).to(dtype)
+        a, b = (
+            sample_tokens(logits, guidance=2.0, seed=9, backend=backend, **filters)
+            for backend in BACKENDS
+        )
+        differ += int((a != b).sum())
+        total += a.numel()
+    assert differ <= max(1, total // 100_000), f"{differ} of {total}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_guidance_unconditional_rows_are_not_looked_at(backend):
+    cond = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(6))
+    poisoned = torch.cat((cond, torch.full_like(cond, torch.nan)))
+    doubled = torch.cat((cond, cond))
+    options = {"guidance": 0.0, "seed": 1, "backend": backend}
+    assert torch.equal(sample_tokens(poisoned, **options), sample_tokens(doubled, **options))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_top_k_keeps_ties_and_top_p_never_drops_the_largest(backend):
+    logits = torch.tensor([3.0, 1.0, 3.0, 3.0, 0.0]).expand(2, 4000, 5)
+    tokens = sample_tokens(logits, guidance=0.0, top_k=1, seed=0, backend=backend)
+    assert set(tokens.unique().tolist()) == {0, 2, 3}
+    tiny = sample_tokens(logits, guidance=0.0, top_p=1e-9, seed=0, backend=backend)
+    # Equal logits are ordered by index: the last of the largest is never dropped.
+    assert tiny.unique().tolist() == [3]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_rows_that_nothing_can_be_drawn_from_are_named(backend, poison):
+    logits = torch.zeros(4, 3, 10)
+    logits[1, 2, 5] = poison
+    with pytest.raises(ValueError, match="logits_2BTV of image 1, token 2 must be free of NaN"):
+        sample_tokens(logits, guidance=1.0, seed=0, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_passes(backend):
+    for logits, filters in op.sample_inputs(torch.float32, torch.Generator().manual_seed(7))[:4]:
+        arguments = (filters.get("top_k", 0), filters.get("top_p", 0.0), 3, None, 2, None, backend)
+        torch.library.opcheck(op.sample_tokens_op, (logits, 1.5, *arguments))
+
+
+def test_without_seed_draws_follow_torchs_default_generator():
+    logits = torch.zeros(2, 50, 100)
+    torch.manual_seed(1)
+    first = sample_tokens(logits, guidance=1.0)
+    second = sample_tokens(logits, guidance=1.0)
+    torch.manual_seed(1)
+    assert torch.equal(sample_tokens(logits, guidance=1.0), first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"guidance": -1.0}, "guidance must be >= 0"),
+        ({"guidance": 1.0, "top_k": -1}, "top_k must be >= 0"),
+        ({"guidance": 1.0, "top_p": 1.2}, r"top_p must be in \[0, 1\]"),
+        ({"guidance": 1.0, "seed": -3}, r"seed must be in \[0, 2\^63\); got -3"),
+        ({"guidance": 1.0, "position": -1}, "position must be in"),
+        ({"guidance": 1.0, "image_ids": torch.arange(3)}, r"image_ids must be \(2,\)"),
+        ({"guidance": 1.0, "seed": 1, "generator": torch.Generator()}, "exclude each other"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sample_tokens(torch.zeros(4, 3, 10), **arguments)
+    with pytest.raises(ValueError, match="even number of rows"):
+        sample_tokens(torch.zeros(3, 3, 10), guidance=1.0)
