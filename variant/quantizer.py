@@ -87,7 +87,7 @@ class MultiScaleQuantizer(nn.Module):
             self.quant_resi = _PartlySharedConvs(convs)
         # How often training used each code: a running mean of the hits per step.
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(num_scales, config.vocab_size))
-        self._hits_recorded = 0
+        self._hits_recorded = [0] * num_scales
         self.embedding = nn.Embedding(config.vocab_size, config.z_channels)
         nn.init.uniform_(self.embedding.weight, -1 / config.vocab_size, 1 / config.vocab_size)
         self.register_load_state_dict_pre_hook(self._keep_own_hits)
@@ -112,13 +112,15 @@ class MultiScaleQuantizer(nn.Module):
         distance_RV = rows_RC.square().sum(dim=1, keepdim=True) + codes_VC.square().sum(dim=1)
         return distance_RV.addmm_(rows_RC, codes_VC.T, alpha=-2).argmin(dim=1)
 
-    def tokens_of_residual(self, rest_BCHW: Tensor, k: int) -> Tensor:
-        """Scale k's tokens (B, N) for what is still missing from the feature map."""
-        batch, channels = rest_BCHW.shape[:2]
+    def rows(self, rest_BCHW: Tensor, k: int) -> Tensor:
+        """What is still missing from the feature map, as scale k sees it: (R, C)."""
         if k != self.layout.num_scales - 1:
             rest_BCHW = F.interpolate(rest_BCHW, size=self.layout.shapes[k], mode="area")
-        rows_RC = rest_BCHW.permute(0, 2, 3, 1).reshape(-1, channels)
-        return self.nearest(rows_RC).view(batch, -1)
+        return rest_BCHW.permute(0, 2, 3, 1).reshape(-1, rest_BCHW.shape[1])
+
+    def tokens_of_residual(self, rest_BCHW: Tensor, k: int) -> Tensor:
+        """Scale k's tokens (B, N) for what is still missing from the feature map."""
+        return self.nearest(self.rows(rest_BCHW, k)).view(rest_BCHW.shape[0], -1)
 
     def contribution(self, tokens_BN: Tensor, k: int) -> Tensor:
         """What scale k's tokens add to the feature map, (B, C, H, W) in the weights' dtype."""
@@ -145,9 +147,14 @@ class MultiScaleQuantizer(nn.Module):
             tokens.append(tokens_BN)
         return torch.cat(tokens, dim=1)
 
-    def forward(self, f_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, f_BCHW: Tensor, num_scales: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Quantise for training.
 
+        Args:
+            f_BCHW: features, float.
+            num_scales: stop after so many scales; None is all of them.
         Returns:
             f_hat (B, C, H, W), whose gradient goes straight through to f; the loss, the mean over
             scales of ``beta * |f - f_hat|^2`` (moves f) and ``|f_hat - f|^2`` (moves the codes);
@@ -157,7 +164,7 @@ class MultiScaleQuantizer(nn.Module):
         target_BCHW = f_BCHW.detach()
         f_hat_BCHW = torch.zeros_like(target_BCHW)
         loss = target_BCHW.new_zeros(())
-        num_scales = self.layout.num_scales
+        num_scales = self.layout.num_scales if num_scales is None else num_scales
         for k in range(num_scales):
             tokens_BN = self.tokens_of_residual(target_BCHW - f_hat_BCHW.detach(), k)
             if self.training:
@@ -165,15 +172,24 @@ class MultiScaleQuantizer(nn.Module):
             f_hat_BCHW = f_hat_BCHW + self.contribution(tokens_BN, k)
             loss = loss + self.config.beta * F.mse_loss(f_BCHW, f_hat_BCHW.detach())
             loss = loss + F.mse_loss(f_hat_BCHW, target_BCHW)
-        if self.training:
-            self._hits_recorded += 1
-        straight_BCHW = f_hat_BCHW.detach() - target_BCHW + f_BCHW
+        seen_BCHW = self._as_seen_by(f_BCHW, num_scales - 1)
+        straight_BCHW = f_hat_BCHW.detach() - seen_BCHW.detach() + seen_BCHW
         return straight_BCHW, loss / num_scales, self._usage(f_BCHW)
+
+    def _as_seen_by(self, f_BCHW: Tensor, k: int) -> Tensor:
+        """The part of the features that scale k can express: shrunk to it and enlarged again."""
+        last = self.layout.num_scales - 1
+        if k == last:
+            return f_BCHW
+        small = F.interpolate(f_BCHW, size=self.layout.shapes[k], mode="area")
+        return F.interpolate(small, size=self.layout.shapes[last], mode="bicubic")
 
     def _record_hits(self, tokens_BN: Tensor, k: int) -> None:
         hits_V = tokens_BN.flatten().bincount(minlength=self.config.vocab_size).float()
         # The first steps count for much, so that the mean does not start from nothing.
-        keep = 0.0 if self._hits_recorded == 0 else 0.9 if self._hits_recorded < 100 else 0.99
+        recorded = self._hits_recorded[k]
+        keep = 0.0 if recorded == 0 else 0.9 if recorded < 100 else 0.99
+        self._hits_recorded[k] += 1
         self.get_buffer("ema_vocab_hit_SV")[k].mul_(keep).add_(hits_V, alpha=1 - keep)
 
     def _usage(self, f_BCHW: Tensor) -> Tensor:

@@ -267,14 +267,16 @@ class VQVAE(nn.Module):
         images = self.decoder(self.post_quant_conv(f_hat_BCHW))
         return images.clamp(-1, 1).add(1).mul(0.5)
 
-    def forward(self, images_BIYX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, images_BIYX: Tensor, num_scales: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """For training: reconstruction (B, I, Y, X) in about [-1, 1], quantisation loss, usage.
 
         The gradient passes the quantiser straight through; usage is (K,), the share of the
-        codebook in use at each scale.
+        codebook in use at each scale. ``num_scales`` reconstructs from the first scales only.
         """
         self._check_images("VQVAE.forward", images_BIYX)
-        f_hat_BCHW, loss, usage = self.quantize(self.features(images_BIYX))
+        f_hat_BCHW, loss, usage = self.quantize(self.features(images_BIYX), num_scales)
         return self.decoder(self.post_quant_conv(f_hat_BCHW)), loss, usage
 
     def _check_images(self, op: str, images: Tensor) -> None:

@@ -1,0 +1,451 @@
+"""The training loop that the VQ-VAE and the transformer share.
+
+A run is a function of its recipe and seed: order, augmentation, configuration and learning rate
+of every step follow from (seed, step), everything else is in the checkpoint. Stopping and resuming
+therefore gives the very weights of a run that never stopped (on the same machine and with the same
+number of threads).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import signal
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from variant.checkpoint import read_pickle, replacing, save_pickle
+from variant.data import epoch_order
+from variant.errors import UserError
+from variant.recipe import EvalSection, OptimSection, OutputSection, Recipe
+
+FORMAT = "variant-train-1"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Parameters that weight decay spares though they have two or more axes: embeddings and gains.
+UNDECAYED = ("pos_start", "pos_1LC", "ada_gss", "scale_mul")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a training run gave.
+
+    folder: where its files are.  steps, epochs: how far it went.  seconds: of all its sittings.
+    train_loss, held_out_loss: by configuration, of the epoch with the best held-out mean.
+    best_epoch: that epoch, counted from 1.
+    """
+
+    folder: Path
+    steps: int
+    epochs: int
+    seconds: float
+    train_loss: dict[str, float]
+    held_out_loss: dict[str, float]
+    best_epoch: int
+
+
+class Task(ABC):
+    """What is trained: a module, its losses, and what happens around a step."""
+
+    kind: str
+    module: nn.Module
+    num_train: int
+
+    @abstractmethod
+    def loss(self, indices: Sequence[int], epoch: int, step: int) -> Tensor:
+        """The loss of one part of a batch."""
+
+    @abstractmethod
+    def name_of_step(self, step: int) -> str:
+        """Under which name the step's loss is averaged, e.g. the subnet's depth."""
+
+    @abstractmethod
+    def held_out_losses(self) -> dict[str, float]:
+        """Losses on held-out images; their mean chooses the best weights."""
+
+    def before_step(self, indices: Sequence[int], epoch: int, step: int) -> None:
+        """Called before the forward pass of each step."""
+        return
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: no decay for biases, norms, embeddings and gains."""
+    embeddings = {
+        id(parameter)
+        for part in module.modules()
+        if isinstance(part, nn.Embedding)
+        for parameter in part.parameters()
+    }
+    decayed, spared = [], []
+    for name, parameter in module.named_parameters():
+        is_spared = (
+            parameter.ndim < 2
+            or id(parameter) in embeddings
+            or any(part in name for part in UNDECAYED)
+        )
+        (spared if is_spared else decayed).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": spared, "weight_decay": 0.0},
+    ]
+
+
+def learning_rate(optim: OptimSection, step: int, total_steps: int) -> float:
+    """The rate of a step: linear warm-up, then constant or a half cosine to its final ratio."""
+    warm_steps = optim.warmup * total_steps
+    rate = optim.learning_rate * min(1.0, (step + 1) / max(warm_steps, 1.0))
+    if optim.schedule == "cosine":
+        done = step / total_steps
+        falling = 0.5 * (1 + math.cos(math.pi * done))
+        rate *= optim.final_ratio + (1 - optim.final_ratio) * falling
+    return rate
+
+
+def random_state() -> dict[str, Any]:
+    """The state of Python's, NumPy's and torch's global generators, as plain values."""
+    algorithm, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    state = {
+        "python": random.getstate(),
+        "numpy": (algorithm, torch.from_numpy(keys.copy()), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """The inverse of :func:`random_state`."""
+    random.setstate(state["python"])
+    algorithm, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((algorithm, keys.numpy(), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+def choose_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Interrupt:
+    """Ctrl-C asks for a stop after the running step; a second one stops at once."""
+
+    requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator[Interrupt]:
+        """Catch SIGINT within the block (in the main thread; elsewhere Python cannot)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        previous = signal.getsignal(signal.SIGINT)
+
+        def request(signum: int, frame: object) -> None:
+            self.requested = True
+            signal.signal(signal.SIGINT, previous)
+
+        signal.signal(signal.SIGINT, request)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+class Trainer:
+    """Runs a :class:`Task` for its epochs, with checkpoints, metrics and progress.
+
+    Files in ``folder``, named after the task's kind: ``KIND-last.pt`` (everything a resumed run
+    needs), ``KIND-best.safetensors`` (weights of the best held-out loss), ``KIND-metrics.jsonl``.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        recipe: Recipe,
+        optim: OptimSection,
+        epochs: int,
+        folder: Path,
+        resume_with: str,
+        console: Console | None = None,
+    ) -> None:
+        self.task, self.recipe, self.optim, self.epochs = task, recipe, optim, epochs
+        self.evaluation: EvalSection = recipe.eval
+        self.output: OutputSection = recipe.output
+        self.folder, self.resume_with = folder, resume_with
+        self.console = console or Console()
+        self.steps_per_epoch = task.num_train // optim.batch_size
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"{recipe.name}: batch_size must be at most the number of training images "
+                f"({task.num_train}); got {optim.batch_size}"
+            )
+        self.total_steps = epochs * self.steps_per_epoch
+        self.device = next(task.module.parameters()).device
+        if optim.precision == "fp16" and self.device.type == "cpu":
+            raise UserError(
+                f'{recipe.name}: precision "fp16" needs a GPU, because its loss scaling does; '
+                'use "bf16" or "fp32" on a CPU'
+            )
+        self.optimizer = torch.optim.AdamW(
+            decay_groups(task.module, optim.weight_decay),
+            lr=optim.learning_rate,
+            betas=optim.betas,
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=optim.precision == "fp16")
+        self.step = 0
+        self.seconds = 0.0
+        self.sums: dict[str, tuple[float, int]] = {}
+        self.history: list[dict[str, Any]] = []
+        self._cached_order: tuple[int, np.ndarray] | None = None
+
+    # --- files ------------------------------------------------------------------------------
+
+    def path(self, name: str) -> Path:
+        """A file of this run."""
+        return self.folder / f"{self.task.kind}-{name}"
+
+    def prepare(self, resume: bool) -> None:
+        """Start in an empty folder, or load the last checkpoint of this recipe.
+
+        Raises:
+            UserError: a run is there and resume was not asked for, or the other way round; the
+                checkpoint is damaged or of another recipe; the folder cannot be written.
+        """
+        last = self.path("last.pt")
+        if not resume:
+            if last.exists():
+                raise UserError(
+                    f"{self.folder}: already holds a run; continue it with --resume, or choose "
+                    "another folder"
+                )
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.path("metrics.jsonl").write_text("")
+            except OSError as error:
+                raise UserError(
+                    f"{self.folder}: cannot be written: {error.strerror or error}"
+                ) from None
+            return
+        if not last.exists():
+            raise UserError(f"{self.folder}: holds no run to resume ({last.name} is not there)")
+        state = read_pickle(last)
+        if state.get("format") != FORMAT or state.get("kind") != self.task.kind:
+            raise UserError(f"{last}: is not a checkpoint of this program")
+        if state["recipe"] != self.recipe.to_dict():
+            raise UserError(
+                f"{last}: was written by another recipe or seed; resume with the same ones"
+            )
+        self.task.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.sums = {name: tuple(pair) for name, pair in state["sums"].items()}
+        self.history = state["history"]
+        with replacing(self.path("metrics.jsonl")) as temporary:
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in self.history))
+        set_random_state(state["random"])
+
+    def save(self) -> None:
+        """Write the checkpoint; the previous one stays until the new one is whole."""
+        save_pickle(
+            self.path("last.pt"),
+            {
+                "format": FORMAT,
+                "kind": self.task.kind,
+                "recipe": self.recipe.to_dict(),
+                "step": self.step,
+                "seconds": self.seconds,
+                "module": self.task.module.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "sums": self.sums,
+                "history": self.history,
+                "random": random_state(),
+            },
+        )
+
+    def best_entry(self) -> dict[str, Any]:
+        """The epoch of the lowest mean held-out loss; the earlier of equals."""
+        evaluated = [entry for entry in self.history if "held_out_mean" in entry]
+        return min(evaluated, key=lambda entry: entry["held_out_mean"])
+
+    def load_best(self) -> None:
+        """Put the best weights into the module."""
+        self.task.module.load_state_dict(load_file(self.path("best.safetensors")))
+
+    # --- the loop ---------------------------------------------------------------------------
+
+    def run(self, resume: bool) -> Summary:
+        """Train to the end, or until Ctrl-C.
+
+        Raises:
+            UserError: see :meth:`prepare`; a loss that is not finite.
+            SystemExit: 130 after Ctrl-C, with everything saved.
+        """
+        self.prepare(resume)
+        with Interrupt().listening() as interrupt, self._progress() as progress:
+            bar = progress.add_task(self.task.kind, total=self.total_steps, loss="")
+            while self.step < self.total_steps:
+                started = time.monotonic()
+                loss = self._train_step()
+                self.step += 1
+                is_epoch_end = self.step % self.steps_per_epoch == 0
+                if is_epoch_end:
+                    self._end_epoch(started)
+                else:
+                    self.seconds += time.monotonic() - started
+                progress.update(bar, completed=self.step, loss=f"loss {loss:.4f}")
+                if interrupt.requested:
+                    self._stop()
+        best = self.best_entry()
+        return Summary(
+            folder=self.folder,
+            steps=self.step,
+            epochs=self.epochs,
+            seconds=self.seconds,
+            train_loss=best["train"],
+            held_out_loss=best["held_out"],
+            best_epoch=best["epoch"],
+        )
+
+    def _train_step(self) -> float:
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        if position == 0:
+            self.sums = {}
+        size = self.optim.batch_size
+        indices = self._order(epoch)[position * size : (position + 1) * size]
+        self.task.module.train()
+        self.task.before_step(indices, epoch, self.step)
+        rate = learning_rate(self.optim, self.step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for part in np.split(indices, self.optim.accumulate):
+            with self._autocast():
+                loss = self.task.loss(part, epoch, self.step) / self.optim.accumulate
+            self.scaler.scale(loss).backward()
+            total += loss.item()
+        if not math.isfinite(total):
+            raise UserError(
+                f"{self.recipe.name}: the loss is not finite at step {self.step} (epoch {epoch}); "
+                "try a lower learning_rate or precision fp32"
+            )
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.task.module.parameters(), self.optim.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        name = self.task.name_of_step(self.step)
+        before, count = self.sums.get(name, (0.0, 0))
+        self.sums[name] = (before + total, count + 1)
+        return total
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._cached_order is None or self._cached_order[0] != epoch:
+            order = epoch_order(self.recipe.seed, epoch, self.task.num_train)
+            self._cached_order = (epoch, order)
+        return self._cached_order[1]
+
+    def _autocast(self) -> torch.autocast:
+        dtype = PRECISIONS[self.optim.precision]
+        return torch.autocast(
+            self.device.type,
+            dtype=torch.bfloat16 if dtype is torch.float32 else dtype,
+            enabled=dtype is not torch.float32,
+        )
+
+    def _end_epoch(self, started: float) -> None:
+        epoch = self.step // self.steps_per_epoch
+        entry: dict[str, Any] = {
+            "epoch": epoch,
+            "step": self.step,
+            "train": {name: total / count for name, (total, count) in sorted(self.sums.items())},
+        }
+        is_last = self.step == self.total_steps
+        if epoch % self.evaluation.every == 0 or is_last:
+            self.task.module.eval()
+            with torch.no_grad(), self._autocast():
+                entry["held_out"] = self.task.held_out_losses()
+            entry["held_out_mean"] = sum(entry["held_out"].values()) / len(entry["held_out"])
+            evaluated = [e["held_out_mean"] for e in self.history if "held_out_mean" in e]
+            if all(entry["held_out_mean"] < other for other in evaluated):
+                self._save_best()
+        self.seconds += time.monotonic() - started
+        entry["seconds"] = round(self.seconds, 1)
+        self.history.append(entry)
+        with self.path("metrics.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        self._print_epoch(entry)
+        if epoch % self.output.checkpoint_every == 0 or is_last:
+            self.save()
+
+    def _save_best(self) -> None:
+        state = {
+            key: value.detach().cpu().contiguous()
+            for key, value in self.task.module.state_dict().items()
+        }
+        with replacing(self.path("best.safetensors")) as temporary:
+            save_file(state, temporary)
+
+    def _stop(self) -> None:
+        if self.step < self.total_steps:
+            self.save()
+            self.console.print(
+                f"stopped after step {self.step} of {self.total_steps}; everything is saved. "
+                f"Resume with: {self.resume_with}",
+                soft_wrap=True,
+                highlight=False,
+            )
+            raise SystemExit(130)
+
+    def _print_epoch(self, entry: Mapping[str, Any]) -> None:
+        def losses(values: Mapping[str, float]) -> str:
+            return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+        line = f"{self.task.kind} epoch {entry['epoch']}/{self.epochs}  train: "
+        line += losses(entry["train"])
+        if "held_out" in entry:
+            line += f"  held out: {losses(entry['held_out'])}"
+        remaining = self.seconds / self.step * (self.total_steps - self.step)
+        line += f"  {self.seconds:.0f} s, about {remaining:.0f} s left"
+        self.console.print(line, soft_wrap=True, highlight=False)
+
+    def _progress(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )

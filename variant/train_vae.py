@@ -1,0 +1,177 @@
+"""Training of the multi-scale VQ-VAE: squared pixel error plus the quantiser's loss.
+
+Ours, and smaller than the original's recipe: no adversary and no perceptual loss. What it does
+have is a remedy for codes that nothing uses: they move onto features of the current batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+
+from variant.checkpoint import load_state, read_original
+from variant.config import VQVAEConfig
+from variant.data import ImageData, open_data, stream
+from variant.errors import UserError
+from variant.recipe import Recipe
+from variant.train import Summary, Task, Trainer, choose_device, seed_everything
+from variant.vqvae import VQVAE
+
+STREAM_REVIVE, STREAM_SCALES = 5, 6
+# A code is unused when it gets less than this share of an even use of the codebook.
+UNUSED = 0.03
+
+
+class VAETask(Task):
+    """The VQ-VAE as a training task; losses are "reconstruction" and "quantisation"."""
+
+    kind = "vae"
+
+    def __init__(
+        self, module: VQVAE, data: ImageData, recipe: Recipe, device: torch.device, steps: int
+    ) -> None:
+        self.module, self.data, self.recipe, self.device = module, data, recipe, device
+        self.training = recipe.vae_training
+        self.num_train = data.num_train
+        self.last_revival = int(self.training.revive_until * steps)
+
+    def loss(self, indices: Sequence[int], epoch: int, step: int) -> Tensor:
+        images = self.data.train(indices, epoch)[0].to(self.device)
+        reconstructed, quantisation, _ = self.module(images, self._num_scales(step))
+        pixel_error = F.mse_loss(reconstructed.float(), images)
+        return self.training.reconstruction * pixel_error + quantisation
+
+    def name_of_step(self, step: int) -> str:
+        return "loss"
+
+    def _num_scales(self, step: int) -> int:
+        """All scales, or in a share of the steps only the first few, uniformly many."""
+        scales = self.module.layout.num_scales
+        rng = stream(self.recipe.seed, step, STREAM_SCALES)
+        is_cut = rng.random() < self.training.scale_dropout
+        return int(rng.integers(1, scales)) if is_cut and scales > 1 else scales
+
+    def held_out_losses(self) -> dict[str, float]:
+        size, count = self.recipe.eval.batch_size, self.data.num_held_out
+        count = min(count, self.recipe.eval.limit or count)
+        total = 0.0
+        for start in range(0, count, size):
+            indices = range(start, min(start + size, count))
+            images = self.data.held_out(indices)[0].to(self.device)
+            made = self.module.decode(self.module.encode(images)).float() * 2 - 1
+            total += F.mse_loss(made, images).item() * len(indices)
+        return {"reconstruction": total / count}
+
+    def before_step(self, indices: Sequence[int], epoch: int, step: int) -> None:
+        every = self.training.revive_every
+        if every and step <= self.last_revival and step % every == 0:
+            images = self.data.train(indices, epoch)[0].to(self.device)
+            rng = stream(self.recipe.seed, step, STREAM_REVIVE)
+            # At the first step every code is new: all start from features.
+            revive_codes(self.module, images, rng, every_code=step == 0)
+
+
+@torch.no_grad()
+def revive_codes(
+    module: VQVAE, images_BIYX: Tensor, rng: np.random.Generator, *, every_code: bool = False
+) -> int:
+    """Move codes that this batch does not use onto features of the batch; returns how many.
+
+    The features are what each scale has left to code, so a moved code is the nearest one to at
+    least one position.
+    """
+    quantizer = module.quantize
+    rest = module.features(images_BIYX).float()
+    rows, tokens = [], []
+    for k in range(quantizer.layout.num_scales):
+        rows.append(quantizer.rows(rest, k))
+        tokens.append(quantizer.nearest(rows[-1]))
+        rest = rest - quantizer.contribution(tokens[-1].view(len(images_BIYX), -1), k)
+    all_rows = torch.cat(rows)
+    vocab = quantizer.config.vocab_size
+    hits = torch.cat(tokens).bincount(minlength=vocab)
+    unused = (hits < UNUSED * len(all_rows) / vocab) | every_code
+    chosen = rng.choice(len(all_rows), int(unused.sum()), replace=len(all_rows) < vocab)
+    quantizer.embedding.weight[unused] = all_rows[torch.from_numpy(chosen).to(all_rows.device)]
+    return len(chosen)
+
+
+def vae_files(folder: Path) -> Path:
+    """Where :func:`train_vae` leaves the weights that :func:`train_var` reads."""
+    return folder / "vae-best.safetensors"
+
+
+def load_vae(config: VQVAEConfig, weights: str | None, folder: Path) -> VQVAE:
+    """The VQ-VAE to tokenize with: the recipe's file, or the one trained in ``folder``.
+
+    Raises:
+        UserError: neither is there, or the weights are of another size.
+    """
+    path = Path(weights) if weights is not None else vae_files(folder)
+    if weights is None and not path.exists():
+        raise UserError(
+            f"{folder}: holds no VQ-VAE; train one first with `variant train-vae` into the same "
+            "folder, or name a file as vae_training.weights"
+        )
+    module = VQVAE(config)
+    load_state(module, read_weights(path, "vae_local"), str(path))
+    return module
+
+
+def read_weights(path: Path, part: str) -> dict[str, Tensor]:
+    """A state dict from .safetensors, or from the original repository's .pth files.
+
+    Args:
+        part: "var_wo_ddp" or "vae_local", keys of the original's trainer checkpoints.
+    """
+    if path.suffix != ".safetensors":
+        return read_original(path, part)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: is missing or damaged: {error}") from None
+
+
+def train_vae(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    seed: int | None = None,
+    console: Console | None = None,
+    device: torch.device | None = None,
+) -> Summary:
+    """Train a recipe's VQ-VAE into ``out``.
+
+    Args:
+        resume: continue the run that ``out`` holds.
+        seed: replaces the recipe's.
+    Raises:
+        UserError: the recipe trains none; see also :meth:`variant.train.Trainer.run`.
+        SystemExit: 130 after Ctrl-C, with everything saved.
+    """
+    if seed is not None:
+        recipe = dataclasses.replace(recipe, seed=seed)
+    optim = recipe.vae_training.optim
+    if recipe.vae_training.weights is not None or optim is None:
+        raise UserError(f"{recipe.name}: trains no VQ-VAE; it uses {recipe.vae_training.weights}")
+    device = device or choose_device()
+    seed_everything(recipe.seed)
+    module = VQVAE(recipe.vae).to(device)
+    data = open_data(recipe.data, recipe.vae.image_size, recipe.vae.in_channels, recipe.seed)
+    epochs = recipe.vae_training.epochs
+    steps = epochs * (data.num_train // optim.batch_size)
+    task = VAETask(module, data, recipe, device, steps)
+    resume_with = f"variant train-vae --recipe {recipe.name} --out {out} --resume"
+    trainer = Trainer(task, recipe, optim, epochs, Path(out), resume_with, console)
+    return trainer.run(resume)

@@ -1,0 +1,199 @@
+"""Training of the transformer as a depth supernet (VARiant, section 3.3).
+
+Each optimiser step trains one configuration, the full network or one subnet, chosen by
+``variant.schedule``; the loss is the cross-entropy averaged over all tokens of all scales.
+
+Axes: B images, C copies, N images of the data set, L tokens, V codebook entries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+
+from variant.augment import mixup
+from variant.checkpoint import load_state, save_model
+from variant.data import STREAM_COPY, STREAM_MIXUP, ImageData, open_data, stream
+from variant.errors import UserError
+from variant.recipe import Recipe
+from variant.schedule import choose_depth, subnet_probability
+from variant.train import Summary, Task, Trainer, choose_device, seed_everything
+from variant.train_vae import load_vae, read_weights
+from variant.transformer import VAR
+from variant.vqvae import VQVAE
+
+FULL = "full"
+
+
+class VARTask(Task):
+    """The transformer as a training task; losses are "full" and one per subnet depth."""
+
+    kind = "var"
+
+    def __init__(
+        self,
+        module: VAR,
+        vae: VQVAE,
+        data: ImageData,
+        recipe: Recipe,
+        device: torch.device,
+        steps_per_epoch: int,
+    ) -> None:
+        self.module, self.vae, self.data, self.recipe = module, vae, data, recipe
+        self.device, self.steps_per_epoch = device, steps_per_epoch
+        self.num_train = data.num_train
+        self.depths = recipe.schedule.depths
+        self._copies_CNL = self._encode_copies()
+
+    def depth_of_step(self, step: int) -> int | None:
+        """The configuration of a step: a subnet's depth, or None for the full network."""
+        section = self.recipe.schedule
+        probability = subnet_probability(
+            step / self.steps_per_epoch,
+            section.joint_probability,
+            section.phases.joint,
+            section.phases.transition,
+        )
+        return choose_depth(self.recipe.seed, step, probability, self.depths)
+
+    def name_of_step(self, step: int) -> str:
+        depth = self.depth_of_step(step)
+        return FULL if depth is None else str(depth)
+
+    def loss(self, indices: Sequence[int], epoch: int, step: int) -> Tensor:
+        schedule = self.module.schedule(self.depth_of_step(step))
+        mixed_labels_B = mix_B = None
+        if self._copies_CNL is not None:
+            tokens_BL, labels_B = self._copied(indices, epoch, self._copies_CNL)
+        else:
+            images, labels_B = (part.to(self.device) for part in self.data.train(indices, epoch))
+            if self.recipe.data.mixup > 0:
+                rng = stream(self.recipe.seed, step, int(indices[0]), STREAM_MIXUP)
+                images, partner_B, mix_B = mixup(images, rng, self.recipe.data.mixup)
+                mixed_labels_B = labels_B[partner_B]
+            tokens_BL = self._tokenize(images)
+        logits_BLV = self.module(
+            labels_B,
+            self._teacher_input(tokens_BL),
+            schedule,
+            mixed_labels_B=mixed_labels_B,
+            mix_B=mix_B,
+        )
+        return F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
+
+    def held_out_losses(self) -> dict[str, float]:
+        size, count = self.recipe.eval.batch_size, self.data.num_held_out
+        count = min(count, self.recipe.eval.limit or count)
+        totals = dict.fromkeys((None, *self.depths), 0.0)
+        for start in range(0, count, size):
+            indices = range(start, min(start + size, count))
+            images, labels_B = (part.to(self.device) for part in self.data.held_out(indices))
+            tokens_BL = self._tokenize(images)
+            x_teacher = self._teacher_input(tokens_BL)
+            for depth in totals:
+                logits_BLV = self.module(labels_B, x_teacher, self.module.schedule(depth))
+                loss = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
+                totals[depth] += loss.item() * len(indices)
+        return {str(depth or FULL): total / count for depth, total in totals.items()}
+
+    def _tokenize(self, images: Tensor) -> Tensor:
+        # In float32 whatever the precision of training: tokens are targets, not activations.
+        with torch.autocast(self.device.type, enabled=False):
+            return self.vae.encode(images)
+
+    def _teacher_input(self, tokens_BL: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, enabled=False):
+            return self.vae.teacher_input(tokens_BL)
+
+    def _encode_copies(self) -> Tensor | None:
+        """Tokens of each augmented copy of each training image, computed once; on the CPU."""
+        section, size = self.recipe.data, self.recipe.eval.batch_size
+        if section.copies == 0:
+            return None
+        copies = []
+        for copy in range(section.copies):
+            parts = []
+            for start in range(0, self.num_train, size):
+                indices = range(start, min(start + size, self.num_train))
+                images = self.data.train(indices, copy)[0].to(self.device)
+                parts.append(self._tokenize(images).to("cpu", torch.int32))
+            copies.append(torch.cat(parts))
+        return torch.stack(copies)
+
+    def _copied(
+        self, indices: Sequence[int], epoch: int, copies_CNL: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        rng = stream(self.recipe.seed, epoch, STREAM_COPY)
+        copy_N = rng.integers(len(copies_CNL), size=self.num_train)
+        index = torch.from_numpy(np.asarray(indices))
+        tokens_BL = copies_CNL[torch.from_numpy(copy_N)[index], index]
+        labels_B = self.data.train_labels[index]
+        return tokens_BL.to(self.device, torch.int64), labels_B.to(self.device)
+
+
+def train_var(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    seed: int | None = None,
+    console: Console | None = None,
+    device: torch.device | None = None,
+) -> Summary:
+    """Train a recipe's depth supernet into ``out``, and write the model folder there at the end.
+
+    ``out`` then holds ``config.json`` and ``model.safetensors`` with the weights of the best
+    held-out loss (mean over the full network and every subnet depth).
+
+    Args:
+        resume: continue the run that ``out`` holds.
+        seed: replaces the recipe's.
+    Raises:
+        UserError: no VQ-VAE to tokenize with, data and model disagree about the classes; see also
+            :meth:`variant.train.Trainer.run`.
+        SystemExit: 130 after Ctrl-C, with everything saved.
+    """
+    if seed is not None:
+        recipe = dataclasses.replace(recipe, seed=seed)
+    out = Path(out)
+    device = device or choose_device()
+    vae = load_vae(recipe.vae, recipe.vae_training.weights, out).to(device).eval()
+    vae.requires_grad_(False)
+    data = open_data(recipe.data, recipe.vae.image_size, recipe.vae.in_channels, recipe.seed)
+    if data.num_classes != recipe.model.num_classes:
+        raise UserError(
+            f"{recipe.name}: model.num_classes must be {data.num_classes}, as many as the data "
+            f"has; got {recipe.model.num_classes}"
+        )
+    seed_everything(recipe.seed)
+    module = VAR(recipe.var_config)
+    if recipe.model.weights is not None:
+        state = read_weights(Path(recipe.model.weights), "var_wo_ddp")
+        load_state(module, state, recipe.model.weights)
+    module = module.to(device)
+    steps_per_epoch = data.num_train // recipe.optim.batch_size
+    task = VARTask(module, vae, data, recipe, device, steps_per_epoch)
+    resume_with = f"variant train --recipe {recipe.name} --out {out} --resume"
+    trainer = Trainer(
+        task, recipe, recipe.optim, recipe.schedule.phases.total, out, resume_with, console
+    )
+    summary = trainer.run(resume)
+    trainer.load_best()
+    described = {
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "steps": summary.steps,
+        "epochs": summary.epochs,
+        "best_epoch": summary.best_epoch,
+        "train_loss": summary.train_loss,
+        "held_out_loss": summary.held_out_loss,
+    }
+    save_model(out, module.cpu().eval(), vae.cpu(), {"training": described})
+    return summary
