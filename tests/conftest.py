@@ -6,4 +6,5 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 torch.set_num_threads(2)

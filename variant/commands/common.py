@@ -20,8 +20,8 @@ DTYPES = {
 
 def console() -> Console:
     """Standard output; plain and wide where it is not a terminal, so that tables survive a pipe."""
-    out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=120)
+    out = Console(highlight=False, soft_wrap=True)
+    return out if out.is_terminal else Console(highlight=False, soft_wrap=True, width=120)
 
 
 def table(title: str, *columns: str) -> Table:

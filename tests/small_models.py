@@ -1,0 +1,42 @@
+"""Small random models that tests paint with, save and damage."""
+
+from __future__ import annotations
+
+import torch
+
+from variant.config import VARConfig, VQVAEConfig
+from variant.supernet import VARiant
+from variant.transformer import VAR
+from variant.vqvae import VQVAE
+
+
+def small_model(seed: int = 0, **options) -> VARiant:
+    """Four layers of width 32, three scales, 6x6 pixels; outputs differ from token to token."""
+    torch.manual_seed(seed)
+    settings = {"subnets": {2: (0, 3), 3: (0, 2, 3)}, "bridge": 1, **options}
+    var = VAR(
+        VARConfig(
+            depth=4,
+            embed_dim=32,
+            num_heads=2,
+            num_classes=5,
+            patch_nums=(1, 2, 3),
+            vocab_size=24,
+            vae_channels=8,
+            **settings,
+        )
+    )
+    with torch.no_grad():
+        var.head.weight.mul_(300)
+    vae = VQVAE(
+        VQVAEConfig(
+            vocab_size=24,
+            z_channels=8,
+            ch=32,
+            ch_mult=(1, 1),
+            num_res_blocks=1,
+            patch_nums=(1, 2, 3),
+            share_quant_resi=2,
+        )
+    )
+    return VARiant(var, vae).eval()
