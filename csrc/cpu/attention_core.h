@@ -12,6 +12,7 @@
 #include "parallel.h"
 
 namespace variant::VARIANT_ISA_NAMESPACE {
+namespace {
 
 constexpr int64_t kKeysPerTile = 96;
 // What one task holds at a time; more queries are cut into more tasks.
@@ -202,4 +203,5 @@ inline int64_t panels_per_task(int64_t num_panels, int64_t heads_in_all, int num
   return per_task;
 }
 
+}  // namespace
 }  // namespace variant::VARIANT_ISA_NAMESPACE

@@ -12,6 +12,7 @@
 #include "simd.h"
 
 namespace variant::VARIANT_ISA_NAMESPACE {
+namespace {
 
 #if defined(__AVX512F__)
 constexpr int kRows = 6, kVectors = 4;  // 24 accumulators of 32 registers
@@ -126,4 +127,5 @@ inline void pack_column(const T* source, int64_t width, float factor, float* out
   for (int64_t d = 0; d < width; ++d) out[d * kPanel] = to_float(source[d]) * factor;
 }
 
+}  // namespace
 }  // namespace variant::VARIANT_ISA_NAMESPACE

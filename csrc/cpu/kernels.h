@@ -1,10 +1,10 @@
 // The table of CPU kernels: one copy of every kernel per instruction set, chosen at run time.
 //
 // A file of kernels is compiled once per instruction set with VARIANT_ISA_NAMESPACE set to its
-// name, so no two copies share a symbol. Hazard: an inline function or template from elsewhere (the
-// standard library's too) has one symbol for all copies, and the linker may keep the copy that uses
-// AVX-512. Kernel files therefore use builtins and what is defined inside their own namespace; a
-// test reads their symbols.
+// name. Hazard: an inline function or template from elsewhere (the standard library's too) has one
+// symbol for all copies, and the linker may keep the one that uses AVX-512; between two files of
+// one instruction set, the one that fuses products into sums. Kernel files therefore use builtins
+// and headers whose contents have internal linkage; a test reads their symbols.
 //
 // To add an instruction set: a line in CMakeLists.txt and a line in isa.cpp.
 #pragma once

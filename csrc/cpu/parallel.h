@@ -11,6 +11,7 @@
 #include "kernels.h"
 
 namespace variant::VARIANT_ISA_NAMESPACE {
+namespace {
 
 // f(piece, thread) for every piece; f must not throw.
 template <class F>
@@ -68,4 +69,5 @@ inline const T* row(const HeadView& view, int64_t b, int64_t t, int64_t h) {
          h * view.head_stride;
 }
 
+}  // namespace
 }  // namespace variant::VARIANT_ISA_NAMESPACE

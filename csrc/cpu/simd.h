@@ -14,6 +14,7 @@
 #endif
 
 namespace variant::VARIANT_ISA_NAMESPACE {
+namespace {
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -180,4 +181,5 @@ inline VecF exp_approx(VecF x) {
   return x < kLowest ? VecF{} : p;
 }
 
+}  // namespace
 }  // namespace variant::VARIANT_ISA_NAMESPACE

@@ -1,0 +1,15 @@
+# Every function that the objects of one instruction set define belongs to its namespace. (T and W
+# are nm's letters for functions; the personality routine's address, V, is data.)
+foreach(object ${OBJECTS})
+  execute_process(COMMAND ${NM} --defined-only --extern-only -C ${object} OUTPUT_VARIABLE listed
+                  RESULT_VARIABLE status)
+  if(status)
+    message(FATAL_ERROR "${NM} failed on ${object}")
+  endif()
+  string(REPLACE "\n" ";" lines "${listed}")
+  foreach(line ${lines})
+    if(line MATCHES " [TW] " AND NOT line MATCHES "variant::${NAMESPACE}::")
+      message(FATAL_ERROR "${object} defines a function outside variant::${NAMESPACE}: ${line}")
+    endif()
+  endforeach()
+endforeach()

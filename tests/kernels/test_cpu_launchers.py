@@ -1,0 +1,274 @@
+"""What the C++ tests cannot show of the CPU kernels: threads, errors, choosing the instruction set.
+
+B batch, T tokens, C width, H heads, D head width, P pages, N slots, M page-table entries.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from variant_kernels.cpu_ops.adaln import (
+    launch_adaln_backward,
+    launch_adaln_forward,
+    launch_gated_adaln_backward,
+    launch_gated_adaln_forward,
+)
+from variant_kernels.cpu_ops.append_paged_kv import launch_append_paged_kv
+from variant_kernels.cpu_ops.block_causal_attention import (
+    launch_block_causal_attention_backward,
+    launch_block_causal_attention_forward,
+)
+from variant_kernels.cpu_ops.common import build_info
+from variant_kernels.cpu_ops.paged_attention import launch_paged_attention_forward
+from variant_kernels.cpu_ops.qk_norm import launch_qk_norm_backward, launch_qk_norm_forward
+from variant_kernels.cpu_ops.sample_tokens import launch_sample_tokens
+
+SCALES = (1, 4, 9, 49, 100)  # 163 tokens: several panels, several key tiles
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def run_adaln(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    x_BTC, y_BTC = random(3, 150, 264), random(3, 150, 264, dtype=dtype)
+    gate_BC, scale_BC, shift_BC = random(3, 3, 264, dtype=dtype).unbind(1)
+    plain = launch_adaln_forward(x_BTC=x_BTC, scale_BC=scale_BC, shift_BC=shift_BC, eps=1e-6)
+    gated = launch_gated_adaln_forward(
+        x_BTC=x_BTC, y_BTC=y_BTC, gate_BC=gate_BC, scale_BC=scale_BC, shift_BC=shift_BC, eps=1e-6
+    )
+    x_out_BTC, _, mean_BT, rstd_BT = gated
+    return (
+        *plain,
+        *gated,
+        *launch_adaln_backward(
+            grad_y_BTC=y_BTC, x_BTC=x_BTC, scale_BC=scale_BC, mean_BT=plain[1], rstd_BT=plain[2]
+        ),
+        *launch_gated_adaln_backward(
+            grad_x_out_BTC=x_BTC,
+            grad_h_BTC=y_BTC,
+            x_out_BTC=x_out_BTC,
+            y_BTC=y_BTC,
+            gate_BC=gate_BC,
+            scale_BC=scale_BC,
+            mean_BT=mean_BT,
+            rstd_BT=rstd_BT,
+        ),
+    )
+
+
+def run_qk_norm(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    q_BTHD, k_BTHD = random(2, 150, 2, 4, 40, dtype=dtype).unbind(2)
+    scale_mul_1H11 = random(1, 4, 1, 1)
+    return (
+        *launch_qk_norm_forward(q_BTHD=q_BTHD, k_BTHD=k_BTHD, scale_mul_1H11=scale_mul_1H11),
+        *launch_qk_norm_backward(
+            grad_q_BTHD=k_BTHD,
+            grad_k_BTHD=q_BTHD,
+            q_BTHD=q_BTHD,
+            k_BTHD=k_BTHD,
+            scale_mul_1H11=scale_mul_1H11,
+        ),
+    )
+
+
+def run_block_causal(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    # One head: with two threads it is cut, with one it is not.
+    q, k, v = random(1, sum(SCALES), 3, 1, 64, dtype=dtype).unbind(2)
+    out, lse = launch_block_causal_attention_forward(
+        q_BLHD=q, k_BLHD=k, v_BLHD=v, scale_lengths=SCALES, softmax_scale=0.125
+    )
+    grads = launch_block_causal_attention_backward(
+        grad_out_BLHD=v,
+        q_BLHD=q,
+        k_BLHD=k,
+        v_BLHD=v,
+        out_BLHD=out,
+        lse_BHL=lse,
+        scale_lengths=SCALES,
+        softmax_scale=0.125,
+    )
+    return (out, lse, *grads)
+
+
+def paged_arguments(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor | float]:
+    return {
+        "q_BTHD": random(2, 200, 3, 64, dtype=dtype),
+        "k_pages_PNHD": random(40, 16, 3, 64, dtype=dtype),
+        "v_pages_PNHD": random(40, 16, 3, 64, dtype=dtype),
+        "page_table_BM": torch.arange(40, dtype=torch.int32).view(2, 20),
+        "kv_lens_B": torch.tensor([300, 17], dtype=torch.int32),
+        "softmax_scale": 0.125,
+    }
+
+
+def run_paged(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return (launch_paged_attention_forward(**paged_arguments(dtype)),)
+
+
+def run_sample(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return (sample(random(8, 30, 501, dtype=dtype)),)
+
+
+def sample(logits_2BTV: torch.Tensor, **changes) -> torch.Tensor:
+    arguments = {
+        "guidance": 1.5,
+        "top_k": 100,
+        "top_p": 0.9,
+        "seed": 7,
+        "image_ids_B": torch.arange(logits_2BTV.shape[0] // 2),
+        "position": 3,
+        "exponential_RV": None,
+    }
+    return launch_sample_tokens(logits_2BTV=logits_2BTV, **{**arguments, **changes})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("run", [run_adaln, run_qk_norm, run_block_causal, run_paged, run_sample])
+def test_thread_count_changes_no_bit(run, dtype):
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run(dtype))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_tokens_do_not_depend_on_the_rest_of_the_batch():
+    logits_2BTV = random(8, 30, 501)
+    together_BT = sample(logits_2BTV)
+    alone_BT = sample(logits_2BTV[[2, 6]], image_ids_B=torch.tensor([2]))
+    assert torch.equal(together_BT[2:3], alone_BT)
+    later_BT = sample(logits_2BTV[:, 10:], position=13)
+    assert torch.equal(together_BT[:, 10:], later_BT)
+
+
+def test_no_guidance_ignores_the_unconditional_half():
+    logits_2BTV = random(4, 5, 50)
+    expected_BT = sample(logits_2BTV, guidance=0.0)
+    logits_2BTV[2:] = torch.nan
+    assert torch.equal(sample(logits_2BTV, guidance=0.0), expected_BT)
+
+
+def test_an_expanded_gradient_is_accepted():
+    x_BTC, scale_BC = random(2, 3, 40), random(2, 40)
+    _, mean_BT, rstd_BT = launch_adaln_forward(
+        x_BTC=x_BTC, scale_BC=scale_BC, shift_BC=scale_BC, eps=1e-6
+    )
+    results = [
+        launch_adaln_backward(
+            grad_y_BTC=grad, x_BTC=x_BTC, scale_BC=scale_BC, mean_BT=mean_BT, rstd_BT=rstd_BT
+        )
+        for grad in (torch.ones(()).expand(2, 3, 40), torch.ones(2, 3, 40))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("argument", "place", "value", "message"),
+    [
+        ("page_table_BM", (1, 1), 77, r"page_table_BM\[1, 1\] must be in \[0, 40\); got 77"),
+        ("page_table_BM", (0, 18), -1, r"page_table_BM\[0, 18\] must be in \[0, 40\); got -1"),
+        ("kv_lens_B", (1,), 321, r"kv_lens_B\[1\] must be in \[0, 320\]; got 321"),
+        ("kv_lens_B", (0,), -1, r"kv_lens_B\[0\] must be in \[0, 320\]; got -1"),
+    ],
+)
+def test_a_page_or_length_out_of_range_is_named(argument, place, value, message):
+    arguments = paged_arguments()
+    arguments[argument][place] = value
+    with pytest.raises(ValueError, match="paged_attention: " + message):
+        launch_paged_attention_forward(**arguments)
+
+
+def test_a_page_table_entry_past_the_length_is_not_read():
+    arguments = paged_arguments()
+    expected = launch_paged_attention_forward(**arguments)
+    arguments["page_table_BM"][0, 19] = -5
+    arguments["page_table_BM"][1, 2:] = 2**31 - 1
+    assert torch.equal(launch_paged_attention_forward(**arguments), expected)
+
+
+@pytest.mark.parametrize("slot", [-2, 20, 2**40])
+def test_a_slot_out_of_range_is_named_before_anything_is_written(slot):
+    pages_PNHD = torch.zeros(5, 4, 2, 16)
+    slots_BT = torch.tensor([[0, 1, slot]])
+    with pytest.raises(ValueError, match=r"slots_BT\[0, 2\] must be -1 or in \[0, 20\); got "):
+        launch_append_paged_kv(
+            k_BTHD=random(1, 3, 2, 16),
+            v_BTHD=random(1, 3, 2, 16),
+            k_pages_PNHD=pages_PNHD,
+            v_pages_PNHD=pages_PNHD,
+            slots_BT=slots_BT,
+        )
+    assert not pages_PNHD.any()
+
+
+def test_a_row_without_a_finite_logit_is_named():
+    logits_2BTV = random(4, 5, 50)
+    logits_2BTV[1, 3] = -torch.inf
+    with pytest.raises(ValueError, match="image 1, token 3"):
+        sample(logits_2BTV, guidance=0.0)
+
+
+def test_float16_is_refused_by_name():
+    with pytest.raises(TypeError, match="paged_attention: q_BTHD must be float32 or bfloat16"):
+        launch_paged_attention_forward(**paged_arguments(torch.float16))
+
+
+def test_build_info_lists_what_runs_here():
+    info = build_info()
+    assert info["isas_built"][0] == "portable"
+    assert set(info["isas_supported"]) <= set(info["isas_built"])
+    assert info["isa"] in info["isas_supported"]
+    assert info["cuda"] is False
+
+
+def python_with_isa(name: str, code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "VARIANT_CPU_ISA": name},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+PRINT_ISA = "from variant_kernels.cpu_ops.common import build_info; print(build_info()['isa'])"
+
+
+def test_an_instruction_set_can_be_forced():
+    ran = python_with_isa("portable", PRINT_ISA)
+    assert ran.stdout.strip() == "portable", ran.stderr
+
+
+def test_an_unknown_instruction_set_is_an_error_that_names_the_known_ones():
+    ran = python_with_isa("pdp11", PRINT_ISA)
+    assert ran.returncode != 0
+    last_line = ran.stderr.strip().splitlines()[-1]
+    assert last_line.startswith("ValueError: VARIANT_CPU_ISA must be one of: portable")
+    assert '"pdp11"' in last_line
+
+
+def test_every_instruction_set_draws_the_same_tokens():
+    code = (
+        "import torch; from variant_kernels.cpu_ops.sample_tokens import launch_sample_tokens as f;"
+        "g = torch.Generator().manual_seed(0); x = torch.randn(8, 40, 4096, generator=g);"
+        "print(f(logits_2BTV=x, guidance=1.5, top_k=900, top_p=0.96, seed=1, position=0,"
+        "image_ids_B=torch.arange(4), exponential_RV=None).flatten().tolist())"
+    )
+    supported = build_info()["isas_supported"]
+    if len(supported) < 2:
+        pytest.skip("this machine supports one instruction set only")
+    drawn = {python_with_isa(name, code).stdout for name in supported}
+    assert len(drawn) == 1
+    assert drawn.pop().count(",") == 159
