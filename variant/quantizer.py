@@ -87,7 +87,6 @@ class MultiScaleQuantizer(nn.Module):
             self.quant_resi = _PartlySharedConvs(convs)
         # How often training used each code: a running mean of the hits per step.
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(num_scales, config.vocab_size))
-        self._hits_recorded = [0] * num_scales
         self.embedding = nn.Embedding(config.vocab_size, config.z_channels)
         nn.init.uniform_(self.embedding.weight, -1 / config.vocab_size, 1 / config.vocab_size)
         self.register_load_state_dict_pre_hook(self._keep_own_hits)
@@ -187,10 +186,9 @@ class MultiScaleQuantizer(nn.Module):
     def _record_hits(self, tokens_BN: Tensor, k: int) -> None:
         hits_V = tokens_BN.flatten().bincount(minlength=self.config.vocab_size).float()
         # The first steps count for much, so that the mean does not start from nothing.
-        recorded = self._hits_recorded[k]
-        keep = 0.0 if recorded == 0 else 0.9 if recorded < 100 else 0.99
-        self._hits_recorded[k] += 1
-        self.get_buffer("ema_vocab_hit_SV")[k].mul_(keep).add_(hits_V, alpha=1 - keep)
+        mean_V = self.get_buffer("ema_vocab_hit_SV")[k]
+        # All zero: nothing was recorded yet, so the first step counts in full.
+        mean_V.copy_(torch.where(mean_V.any(), mean_V.lerp(hits_V, 0.01), hits_V))
 
     def _usage(self, f_BCHW: Tensor) -> Tensor:
         batch, _, height, width = f_BCHW.shape

@@ -40,6 +40,7 @@ class VAETask(Task):
         self.module, self.data, self.recipe, self.device = module, data, recipe, device
         self.training = recipe.vae_training
         self.num_train = data.num_train
+        self.steps = steps
         self.last_revival = int(self.training.revive_until * steps)
 
     def loss(self, indices: Sequence[int], epoch: int, step: int) -> Tensor:
@@ -52,10 +53,13 @@ class VAETask(Task):
         return "loss"
 
     def _num_scales(self, step: int) -> int:
-        """All scales, or in a share of the steps only the first few, uniformly many."""
+        """All scales, or in a share of the steps only the first few, uniformly many.
+
+        The share falls linearly, to none at the end, when the finest details are learned.
+        """
         scales = self.module.layout.num_scales
         rng = stream(self.recipe.seed, step, STREAM_SCALES)
-        is_cut = rng.random() < self.training.scale_dropout
+        is_cut = rng.random() < self.training.scale_dropout * (1 - step / self.steps)
         return int(rng.integers(1, scales)) if is_cut and scales > 1 else scales
 
     def held_out_losses(self) -> dict[str, float]:
