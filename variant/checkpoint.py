@@ -19,14 +19,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from variant.config import VARConfig, VQVAEConfig
 from variant.errors import UserError
 from variant.transformer import VAR, derived_buffers
 from variant.vqvae import VQVAE
-
-Tensor = torch.Tensor
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"

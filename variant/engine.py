@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from variant.memory import free_bytes
@@ -33,8 +34,6 @@ from variant_kernels import CachePlan, DepthSchedule, KVStep, PagedKVCache
 from variant_kernels.backends import Impl, Request, choose, dtype_name
 from variant_kernels.ops import tables
 from variant_kernels.ops.sample_tokens import draw_exponential
-
-Tensor = torch.Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -133,7 +132,7 @@ class Engine:
         if fingerprint == self._fingerprint:
             return
         var, dtype = self.var, self.dtype
-        self._layers = [_Layer(block, dtype) for block in var.blocks]  # type: ignore[arg-type]
+        self._layers = [_Layer(block, dtype) for block in var.layers()]
         self._head = var.head.weight.detach().to(dtype), var.head.bias.detach().to(dtype)
         self._position_1LC = var.position_embedding().detach().float()
         self._pos_start = var.pos_start.detach().float()
@@ -147,8 +146,7 @@ class Engine:
         """Every layer's rows and the head's: they depend on the class alone, so once per image."""
         shared = self.var.shared_condition(cond_RC)
         rows_6RC = [
-            block.modulation(shared).to(self.dtype).unbind(1)  # type: ignore[operator]
-            for block in self.var.blocks
+            block.modulation(shared).to(self.dtype).unbind(1) for block in self.var.layers()
         ]
         return rows_6RC, self.var.head_nm.modulation(cond_RC).to(self.dtype).unbind(1)
 

@@ -16,7 +16,9 @@ PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 PAPER_BRIDGE = 6
 
 
-def _var(depth: int, patch_nums: tuple[int, ...] = PATCH_NUMS_256, **options: bool) -> VARConfig:
+def _var(
+    depth: int, patch_nums: tuple[int, ...] = PATCH_NUMS_256, *, shared_aln: bool = False
+) -> VARConfig:
     return VARConfig(
         depth=depth,
         embed_dim=64 * depth,
@@ -27,7 +29,7 @@ def _var(depth: int, patch_nums: tuple[int, ...] = PATCH_NUMS_256, **options: bo
         vae_channels=32,
         drop_path_rate=0.1 * depth / 24,
         bridge=PAPER_BRIDGE,
-        **options,
+        shared_aln=shared_aln,
     )
 
 

@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from variant_kernels.backends import dtype_name
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)

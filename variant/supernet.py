@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from variant.checkpoint import load_model, load_original, save_model
 from variant.engine import Engine, check_pair
@@ -16,8 +16,6 @@ from variant.errors import UserError
 from variant.sampling import Generation, OnScale
 from variant.transformer import VAR
 from variant.vqvae import VQVAE
-
-Tensor = torch.Tensor
 
 ASSETS = Path(__file__).parent / "assets"
 

@@ -11,11 +11,11 @@ checkpoints: gate and gate, scale and scale, shift and shift of attention and of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from variant.config import VARConfig
@@ -28,7 +28,6 @@ from variant_kernels import (
     qk_norm,
 )
 
-Tensor = torch.Tensor
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -51,12 +50,13 @@ class SelfAttention(nn.Module):
         self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
+        self.zero_k_bias: Tensor
         self.register_buffer("zero_k_bias", torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
     def qkv_bias(self) -> Tensor:
         """(3C,): keys have no bias."""
-        return torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))  # type: ignore[arg-type]
+        return torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
 
     def forward(self, x_BLC: Tensor, attend: Attend) -> Tensor:
         batch, length, width = x_BLC.shape
@@ -173,6 +173,7 @@ class VAR(nn.Module):
         )
         self.head_nm = HeadNorm(config)
         self.head = nn.Linear(width, config.vocab_size)
+        self.scale_index_L: Tensor
         self.register_buffer("scale_index_L", _scale_index(self.layout), persistent=False)
         self.register_load_state_dict_pre_hook(_drop_derived_buffers)
         self.init_weights()
@@ -220,7 +221,7 @@ class VAR(nn.Module):
         words = self.word_embed(x_teacher.to(self.word_embed.weight.dtype)).to(start.dtype)
         x_BLC = torch.cat((start, words), dim=1) + self.position_embedding()
         block_cond = self.shared_condition(cond_BC)
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self.layers()):
             scales = self.layout.num_scales
             if schedule is not None:
                 scales = schedule.last_scale(index) + 1
@@ -229,7 +230,7 @@ class VAR(nn.Module):
             x_BLC = self._run(block, x_BLC, block_cond, self.layout.prefix(scales))
         return self.head(self.head_nm(x_BLC.float(), cond_BC)).float()
 
-    def _run(self, block: nn.Module, x_BLC: Tensor, cond: Tensor, layout: ScaleLayout) -> Tensor:
+    def _run(self, block: Block, x_BLC: Tensor, cond: Tensor, layout: ScaleLayout) -> Tensor:
         """One block on the tokens of ``layout``; the others pass by unchanged."""
 
         def attend(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
@@ -242,6 +243,10 @@ class VAR(nn.Module):
         head_BLC, rest_BLC = x_BLC[:, : layout.total], x_BLC[:, layout.total :]
         return torch.cat((block(head_BLC, cond, attend), rest_BLC), dim=1)
 
+    def layers(self) -> list[Block]:
+        """The blocks, typed."""
+        return cast("list[Block]", list(self.blocks))
+
     def position_embedding(self) -> Tensor:
         """(1, L, C): place in the sequence plus scale."""
         return self.pos_1LC + self.lvl_embed(self.scale_index_L).unsqueeze(0)
@@ -253,7 +258,7 @@ class VAR(nn.Module):
         return self.shared_ada_lin(cond_BC).view(cond_BC.shape[0], 6, -1)
 
     def schedule(
-        self, depth: int | tuple[int, ...] | None = None, bridge: int | None = None
+        self, depth: int | Sequence[int] | None = None, bridge: int | None = None
     ) -> DepthSchedule:
         """Schedule of a depth: the layers that the model was trained with, where it records them.
 
@@ -320,22 +325,29 @@ class VAR(nn.Module):
         """
         std = math.sqrt(1 / self.config.embed_dim / 3)
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
+            if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.trunc_normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.pos_start, std=std)
         nn.init.trunc_normal_(self.pos_1LC, std=std)
         self.head.weight.mul_(head_scale)
-        self.head_nm.ada_lin[1].weight.mul_(modulation_scale)
-        for block in self.blocks:
-            assert isinstance(block, Block)
+        _projection(self.head_nm.ada_lin).weight.mul_(modulation_scale)
+        for block in self.layers():
             block.attn.proj.weight.div_(math.sqrt(2 * self.config.depth))
             block.ffn.fc2.weight.div_(math.sqrt(2 * self.config.depth))
-            rows = block.ada_gss[0, 0] if block.shared_aln else block.ada_lin[1].weight
-            gates, others = rows.split((rows.shape[0] // 3, rows.shape[0] - rows.shape[0] // 3))
-            gates.mul_(gate_scale)
-            others.mul_(modulation_scale)
+            if block.shared_aln:
+                rows = block.ada_gss[0, 0]
+            else:
+                rows = _projection(block.ada_lin).weight
+            third = rows.shape[0] // 3
+            rows[:third].mul_(gate_scale)
+            rows[third:].mul_(modulation_scale)
+
+
+def _projection(ada_lin: nn.Sequential) -> nn.Linear:
+    """The linear layer behind the SiLU."""
+    return cast("nn.Linear", ada_lin[1])
 
 
 def _scale_index(layout: ScaleLayout) -> Tensor:

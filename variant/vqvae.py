@@ -7,6 +7,8 @@ H W is the feature map, Y X the image.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -96,6 +98,9 @@ class _Middle(nn.Module):
 class _Level(nn.Module):
     """The blocks of one resolution; the lowest one has attention after each of them."""
 
+    downsample: Downsample  # of the encoder's levels but the lowest
+    upsample: Upsample  # of the decoder's levels but the highest
+
     def __init__(
         self, channels_in: int, channels_out: int, num_blocks: int, *, attention: bool
     ) -> None:
@@ -142,7 +147,7 @@ class Encoder(nn.Module):
         for index, level in enumerate(self.down):
             x = level(x)
             if index != len(self.down) - 1:
-                x = level.downsample(x)
+                x = cast("_Level", level).downsample(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
@@ -173,7 +178,7 @@ class Decoder(nn.Module):
         for index in reversed(range(len(self.up))):
             x = self.up[index](x)
             if index != 0:
-                x = self.up[index].upsample(x)
+                x = cast("_Level", self.up[index]).upsample(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 

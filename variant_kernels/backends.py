@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ class Request:
     head_dim: int | None = None
 
 
+def _no_backward(**kwargs: Any) -> Any:
+    raise RuntimeError("this op is inference-only: it has no backward pass")
+
+
 @dataclass(frozen=True)
 class Impl:
     """One backend of one op.
@@ -41,20 +46,20 @@ class Impl:
     """
 
     forward: Callable[..., Any]
-    backward: Callable[..., Any] | None = None
+    backward: Callable[..., Any] = _no_backward
     unsupported: Callable[[Request], str | None] = lambda request: None
 
 
 def lazy(module: str, name: str) -> Callable[..., Any]:
     """A launcher whose module is imported at its first call, so that tables stay literal."""
 
-    def call(**kwargs: Any) -> Any:
-        nonlocal target
-        if target is None:
-            target = getattr(importlib.import_module(module), name)
-        return target(**kwargs)
+    @cache
+    def load() -> Callable[..., Any]:
+        return getattr(importlib.import_module(module), name)
 
-    target: Callable[..., Any] | None = None
+    def call(**kwargs: Any) -> Any:
+        return load()(**kwargs)
+
     call.__name__ = name
     return call
 

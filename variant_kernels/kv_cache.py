@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from variant_kernels.cache_plan import CachePlan, PageAllocator
 from variant_kernels.depth import DepthSchedule
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The engine against the original VAR code's outputs, and against itself."""
 
+from functools import cache
+
 import pytest
 import torch
 from golden_models import NAMES, load_golden
@@ -12,11 +14,17 @@ from variant_kernels import CachePlan
 BACKENDS = ("reference", "cpu")
 
 
-def golden_engine(name, **options):
+@cache
+def golden_models(name):
     golden = load_golden(name)
     var, vae = VAR(golden.var_config).eval(), VQVAE(golden.vae_config).eval()
     var.load_state_dict(golden.var_state, strict=True)
     vae.load_state_dict(golden.vae_state, strict=True)
+    return golden, var, vae
+
+
+def golden_engine(name, **options):
+    golden, var, vae = golden_models(name)
     return golden, Engine(var, vae, **options)
 
 
@@ -154,10 +162,13 @@ def test_zero_guidance_runs_no_unconditional_half_and_changes_nothing():
 def test_weights_changed_in_place_are_noticed():
     golden, engine = golden_engine("plain", dtype=torch.bfloat16)
     before = engine.forced_logits(golden.tensors["label"], golden.tensors["tokens_in"])
+    weight = engine.var.blocks[0].ffn.fc1.weight
     with torch.no_grad():
-        engine.var.blocks[0].ffn.fc1.weight.mul_(2)
+        weight.mul_(2)
     after = engine.forced_logits(golden.tensors["label"], golden.tensors["tokens_in"])
     assert not torch.equal(before, after)
+    with torch.no_grad():
+        weight.mul_(0.5)
 
 
 @pytest.mark.parametrize(

@@ -99,9 +99,7 @@ def test_mixup_mixes_class_embeddings():
     with use_backend("reference"), torch.no_grad():
         plain = var(label, tensors["x_teacher"])
         one = var(label, tensors["x_teacher"], mixed_labels_B=other, mix_B=torch.ones(len(label)))
-        zero = var(
-            label, tensors["x_teacher"], mixed_labels_B=other, mix_B=torch.zeros(len(label))
-        )
+        zero = var(label, tensors["x_teacher"], mixed_labels_B=other, mix_B=torch.zeros(len(label)))
         torch.testing.assert_close(one, plain)
         torch.testing.assert_close(zero, var(other, tensors["x_teacher"]))
 

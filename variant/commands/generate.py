@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from variant.checkpoint import replacing
 from variant.commands.common import DTYPES, console, mebibytes, table
@@ -19,7 +20,6 @@ from variant.supernet import VARiant
 if TYPE_CHECKING:
     from variant.cli import Generate
 
-Tensor = torch.Tensor
 
 # Small images are shown enlarged in a grid, so that one can see them.
 GRID_CELL_PIXELS = 64

@@ -6,13 +6,11 @@ Axes: B batch, T tokens, C width.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from variant_kernels import contract
 from variant_kernels.backends import Impl, Request, choose, cpu_unsupported, lazy
 from variant_kernels.registry import differentiate, last_contiguous, register
-
-Tensor = torch.Tensor
-
 
 # --- the definition -----------------------------------------------------------------------------
 

@@ -6,12 +6,11 @@ Axes: B batch, T tokens of this call, H heads, D width of one head, P pages, N t
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from variant_kernels import contract
 from variant_kernels.backends import Impl, Request, choose, cpu_unsupported, lazy
 from variant_kernels.registry import refuse_gradient, register
-
-Tensor = torch.Tensor
 
 
 def check_slots(op: str, slots_BT: Tensor, num_slots: int) -> None:

@@ -9,14 +9,12 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from variant_kernels import contract
 from variant_kernels.backends import Impl, Request, choose, cpu_unsupported, lazy
 from variant_kernels.registry import differentiate, last_contiguous, register
 from variant_kernels.scales import ScaleLayout
-
-Tensor = torch.Tensor
-
 
 # --- the definition -----------------------------------------------------------------------------
 
@@ -131,8 +129,7 @@ def _forward_fake(q, k, v, scale_lengths, softmax_scale, backend):
 
 
 def _backward(grad_out, q, k, v, out, lse, scale_lengths, softmax_scale, backend):
-    impl = _choose(backend, q)
-    return impl.backward(  # type: ignore[misc]  # every backend of this op has a backward
+    return _choose(backend, q).backward(
         grad_out_BLHD=grad_out,
         q_BLHD=q,
         k_BLHD=k,

@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from variant_kernels import contract
 from variant_kernels.backends import Impl, Request, choose, cpu_unsupported, lazy
 from variant_kernels.ops.append_paged_kv import check_pages
 from variant_kernels.registry import refuse_gradient, register
-
-Tensor = torch.Tensor
 
 
 def check_table(op: str, page_table_BM: Tensor, kv_lens_B: Tensor, pages_shape: torch.Size) -> None:

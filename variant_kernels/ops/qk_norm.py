@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from variant_kernels import contract
 from variant_kernels.backends import Impl, Request, choose, cpu_unsupported, lazy
 from variant_kernels.registry import differentiate, last_contiguous, register
-
-Tensor = torch.Tensor
 
 MAX_LOG_SCALE = math.log(100)
 NORM_EPS = 1e-12

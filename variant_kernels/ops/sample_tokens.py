@@ -7,13 +7,11 @@ call, V codebook entries, R = B * T rows.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from variant_kernels import contract
 from variant_kernels.backends import Impl, Request, choose, cpu_unsupported, lazy
 from variant_kernels.registry import refuse_gradient, register
-
-Tensor = torch.Tensor
-
 
 # --- the definition -----------------------------------------------------------------------------
 

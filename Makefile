@@ -1,0 +1,64 @@
+# Each target sets up what it needs on first use. Needs Python 3.11+, a C++17 compiler, pip, make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+JOBS ?= 2
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: help setup generate test test-python test-cpp lint clean
+
+help:
+	@echo "make setup     create $(VENV) with the package (editable) and its development tools"
+	@echo "make generate  paint digits at every depth into out/digits.png"
+	@echo "make test      C++ tests under sanitizers, then the Python tests"
+	@echo "make lint      ruff, clang-format and the type checker"
+	@echo "make clean     remove what the above made (not $(VENV))"
+
+setup: $(VENV)/.ready
+
+$(VENV)/bin/python:
+	@echo "== creating $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "VARiant needs Python 3.11 or newer; try: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: constraints.txt | $(VENV)/bin/python
+	@echo "== installing torch"
+	$(PIP) torch
+	@touch $@
+
+$(VENV)/.ready: $(SOURCES) | $(VENV)/.torch
+	@echo "== building the kernels and installing the package with its development tools"
+	$(PIP) --editable '.[dev]'
+	@$(BIN)/python -m variant_kernels
+	@touch $@
+
+generate: setup
+	@echo "== painting digits at every depth with the shipped supernet"
+	$(BIN)/variant generate --model digits --all-depths --count 1 --seed 0 --out out/digits.png
+
+test: test-cpp test-python
+
+test-cpp: setup
+	@echo "== C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	$(BIN)/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DVARIANT_TESTS=ON -DVARIANT_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >build/cpp-configure.log 2>&1 || (cat build/cpp-configure.log; exit 1)
+	$(BIN)/cmake --build build/cpp --parallel $(JOBS)
+	$(BIN)/ctest --test-dir build/cpp --output-on-failure
+
+test-python: setup
+	@echo "== Python tests"
+	$(BIN)/python -m pytest
+
+lint: setup
+	@echo "== ruff"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@echo "== clang-format"
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	@echo "== type checker"
+	$(BIN)/basedpyright
+
+clean:
+	rm -rf build out dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,6 @@
+"""The compiled extension; built from csrc/."""
+
+from typing import Any
+
+def build_info() -> dict[str, Any]: ...
+def __getattr__(name: str) -> Any: ...
