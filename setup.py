@@ -98,13 +98,10 @@ class CMakeBuild(build_ext):
             configure.append(f"-DVARIANT_CUDA_ARCHS={os.environ['VARIANT_CUDA_ARCHS']}")
         environment = {**os.environ, "CXX": compiler}
         jobs = str(self.parallel or os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or os.cpu_count())
-        for step in (configure, [cmake, "--build", str(folder), "--parallel", jobs]):
-            status = subprocess.run(step, env=environment, check=False).returncode
-            if status:
-                raise SystemExit(
-                    f"variant-kernels: `{shlex.join(step[:1] + step[-3:])}` failed with exit "
-                    f"status {status}; its output above says why"
-                )
+        build = [cmake, "--build", str(folder), "--parallel", jobs]
+        for what, step in (("configuring", configure), ("compiling", build)):
+            if subprocess.run(step, env=environment, check=False).returncode:
+                raise SystemExit(f"variant-kernels: {what} failed; CMake's output above says why")
 
 
 setup(

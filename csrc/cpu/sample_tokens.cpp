@@ -62,21 +62,33 @@ struct Uniform {
   }
 };
 
+// Weights are summed in blocks of this many, each block in 16 interleaved sums: the order is the
+// same on every instruction set.
+constexpr int64_t kBlock = 64;
+
 // One thread's memory for one row.
 struct RowScratch {
-  float* logits;    // [V] guided
-  uint32_t* order;  // [V] ordered(logits)
-  uint8_t* kept;    // [V]
-  double* weights;  // [V] exp(logit - largest); 0 where dropped
+  double* weights;      // [V] exp(logit - largest), 0 where dropped; zero up to a whole block
+  double* block_sums;   // [V / kBlock]
+  float* logits;        // [V] guided
+  uint32_t* order;      // [V] ordered(logits)
+  int32_t* candidates;  // [V]
 
-  static int64_t bytes(int64_t vocab) { return round_up(vocab, 64) * (4 + 4 + 1 + 8); }
+  static int64_t bytes(int64_t vocab) { return round_up(vocab, kBlock) * (8 + 8 + 4 + 4 + 4); }
   RowScratch(char* at, int64_t vocab) {
-    const int64_t up = round_up(vocab, 64);
+    const int64_t up = round_up(vocab, kBlock);
     weights = reinterpret_cast<double*>(at);
-    logits = reinterpret_cast<float*>(at + up * 8);
-    order = reinterpret_cast<uint32_t*>(at + up * 12);
-    kept = reinterpret_cast<uint8_t*>(at + up * 16);
+    block_sums = reinterpret_cast<double*>(at + up * 8);
+    logits = reinterpret_cast<float*>(at + up * 16);
+    order = reinterpret_cast<uint32_t*>(at + up * 20);
+    candidates = reinterpret_cast<int32_t*>(at + up * 24);
   }
+};
+
+// What top-k and top-p leave: everything above a value, and of its equals those from an index on.
+struct Cut {
+  uint32_t floor;
+  int64_t first_equal;
 };
 
 // a = (1 + t) c - t u, each product rounded to float32. t = 0 ignores u altogether.
@@ -94,72 +106,107 @@ inline void guide(const T* cond, const T* uncond, int64_t vocab, double t, float
   });
 }
 
-// ordered() of the k-th largest logit: one byte of it at a time, from the top.
-inline uint32_t kth_largest(const uint32_t* order, int64_t vocab, int64_t k) {
-  uint32_t prefix = 0, known = 0;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    int64_t counts[256] = {};
-    for (int64_t i = 0; i < vocab; ++i) {
-      if ((order[i] & known) == prefix) ++counts[(order[i] >> shift) & 255];
-    }
-    int byte = 255;
-    while (counts[byte] < k) k -= counts[byte--];
-    prefix |= static_cast<uint32_t>(byte) << shift;
-    known |= 255u << shift;
-  }
-  return prefix;
+// Both cuts search the digits of ordered(), 11, 11 and 10 bits, from the top: entries are counted
+// (or weighed) by digit, and only those that share the boundary's digits stay candidates.
+constexpr int kDigits = 3;
+constexpr int kShift[kDigits] = {21, 10, 0};
+constexpr int kDigitValues[kDigits] = {2048, 2048, 1024};
+
+inline int digit_of(uint32_t order, int digit) {
+  return static_cast<int>(order >> kShift[digit]) & (kDigitValues[digit] - 1);
 }
 
-// Drops, in ascending order (lower index first among equals), every kept entry whose cumulative
-// weight is at most `allowance`; never the last. The boundary is found byte by byte as above, with
-// weights in the place of counts, so nothing is sorted.
-inline void drop_tail(RowScratch& s, int64_t vocab, double allowance) {
-  uint32_t prefix = 0, known = 0;
-  double below = 0;  // weight of everything under the prefix
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    double sums[256] = {};
-    int64_t counts[256] = {};
-    for (int64_t i = 0; i < vocab; ++i) {
-      if (!s.kept[i] || (s.order[i] & known) != prefix) continue;
-      const int byte = (s.order[i] >> shift) & 255;
-      sums[byte] += s.weights[i];
-      ++counts[byte];
+// Keeps the candidates whose digit is `value`, in their order; returns how many.
+inline int64_t narrow_candidates(RowScratch& s, int64_t count, int digit, int value) {
+  int64_t left = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t index = s.candidates[i];
+    s.candidates[left] = index;
+    left += digit_of(s.order[index], digit) == value;
+  }
+  return left;
+}
+
+// Top-k: everything not smaller than the k-th largest.
+inline Cut cut_by_rank(RowScratch& s, int64_t vocab, int64_t k) {
+  int64_t count = vocab;
+  for (int64_t i = 0; i < vocab; ++i) s.candidates[i] = static_cast<int32_t>(i);
+  uint32_t floor = 0;
+  for (int digit = 0; digit < kDigits; ++digit) {
+    int32_t counts[2048] = {};
+    for (int64_t i = 0; i < count; ++i) ++counts[digit_of(s.order[s.candidates[i]], digit)];
+    int value = kDigitValues[digit] - 1;
+    while (counts[value] < k) k -= counts[value--];
+    floor |= static_cast<uint32_t>(value) << kShift[digit];
+    count = narrow_candidates(s, count, digit, value);
+  }
+  return {floor, 0};
+}
+
+// Top-p over what `before` leaves: in ascending order, lower index first among equals, every entry
+// whose cumulative weight is at most `allowance` goes; the last never does.
+inline Cut cut_by_mass(RowScratch& s, int64_t vocab, Cut before, double allowance) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < vocab; ++i) {
+    s.candidates[count] = static_cast<int32_t>(i);
+    count += s.order[i] >= before.floor;
+  }
+  uint32_t floor = 0;
+  double below = 0;     // weight of everything under the digits found so far
+  bool largest = true;  // nothing lies above them
+  for (int digit = 0; digit < kDigits; ++digit) {
+    double sums[2048] = {};
+    int32_t counts[2048] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const int value = digit_of(s.order[s.candidates[i]], digit);
+      sums[value] += s.weights[s.candidates[i]];
+      ++counts[value];
     }
-    int chosen = -1, highest = -1;
-    double sum = below;
-    for (int byte = 0; byte < 256; ++byte) {
-      if (!counts[byte]) continue;
-      highest = byte;
-      if (sum + sums[byte] > allowance) {
-        chosen = byte;
-        break;
+    int top = kDigitValues[digit] - 1, value = 0;
+    while (!counts[top]) --top;
+    // Should rounding put everything within the allowance, the search ends at the largest.
+    while (value < top && (!counts[value] || below + sums[value] <= allowance)) {
+      below += sums[value++];
+    }
+    largest = largest && value == top;
+    floor |= static_cast<uint32_t>(value) << kShift[digit];
+    count = narrow_candidates(s, count, digit, value);
+  }
+  // The candidates left are equal and in index order.
+  const int64_t may_go = largest ? count - 1 : count;
+  int64_t gone = 0;
+  while (gone < may_go && below + s.weights[s.candidates[gone]] <= allowance) {
+    below += s.weights[s.candidates[gone++]];
+  }
+  // All of them gone: the next larger entries stay, and an index past the end says so.
+  return {floor, gone < count ? s.candidates[gone] : vocab};
+}
+
+// Clears the weights that were cut, sums blocks, returns the total.
+inline double apply_cut(RowScratch& s, int64_t vocab, bool any_cut, Cut cut) {
+  double total = 0;
+  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
+    double* weights = s.weights + begin;
+    if (any_cut) {
+      const int64_t end = min_of(vocab - begin, kBlock);
+      for (int64_t i = 0; i < end; ++i) {
+        const uint32_t order = s.order[begin + i];
+        const bool kept =
+            (order > cut.floor) | ((order == cut.floor) & (begin + i >= cut.first_equal));
+        weights[i] = kept ? weights[i] : 0.0;
       }
-      sum += sums[byte];
     }
-    if (chosen < 0) {  // rounding: everything lies within the allowance; keep the largest
-      chosen = highest;
-      sum -= sums[chosen];
+    double sums[16] = {};
+    for (int64_t i = 0; i < kBlock; i += 16) {
+      for (int lane = 0; lane < 16; ++lane) sums[lane] += weights[i + lane];
     }
-    below = sum;
-    prefix |= static_cast<uint32_t>(chosen) << shift;
-    known |= 255u << shift;
-  }
-  int64_t last = -1;
-  bool larger = false;
-  for (int64_t i = 0; i < vocab; ++i) {
-    if (s.kept[i] && s.order[i] == prefix) last = i;
-    larger |= s.kept[i] && s.order[i] > prefix;
-  }
-  double sum = below;
-  for (int64_t i = 0; i < vocab; ++i) {
-    if (!s.kept[i] || s.order[i] > prefix) continue;
-    if (s.order[i] < prefix) {
-      s.kept[i] = 0;
-    } else {
-      sum += s.weights[i];
-      if (sum <= allowance && (larger || i != last)) s.kept[i] = 0;
+    for (int half = 8; half > 0; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
     }
+    s.block_sums[begin / kBlock] = sums[0];
+    total += sums[0];
   }
+  return total;
 }
 
 struct Drawn {
@@ -171,13 +218,18 @@ template <class T>
 Drawn sample_row(const SampleTokensArgs& a, int64_t r, RowScratch& s) {
   const int64_t b = r / a.tokens, t = r % a.tokens, vocab = a.vocab;
   guide(row<T>(a.logits, b, t), row<T>(a.logits, a.batch + b, t), vocab, a.guidance, s.logits);
+  VecF tops = splat(-__builtin_inff());
+  VecI nans = {};
+  for_vectors(vocab, [&](int64_t i, auto lanes) {
+    const VecF a = fill_beyond(load(s.logits + i, lanes), -__builtin_inff(), lanes);
+    tops = maximum(a, tops);
+    nans |= a != a;
+  });
   float largest = -__builtin_inff();
-  bool nan = false;
-  for (int64_t i = 0; i < vocab; ++i) {
-    nan |= s.logits[i] != s.logits[i];
-    largest = s.logits[i] > largest ? s.logits[i] : largest;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (nans[lane]) return {SampleStatus::kNaN, 0};
+    largest = tops[lane] > largest ? tops[lane] : largest;
   }
-  if (nan) return {SampleStatus::kNaN, 0};
   if (largest == __builtin_inff()) return {SampleStatus::kPositiveInfinity, 0};
   if (largest == -__builtin_inff()) return {SampleStatus::kAllMasked, 0};
 
@@ -186,28 +238,19 @@ Drawn sample_row(const SampleTokensArgs& a, int64_t r, RowScratch& s) {
   if (by_rank || by_mass) {
     for (int64_t i = 0; i < vocab; ++i) s.order[i] = ordered(s.logits[i]);
   }
-  const uint32_t floor = by_rank ? kth_largest(s.order, vocab, a.top_k) : 0;
-  for (int64_t i = 0; i < vocab; ++i) s.kept[i] = !by_rank || s.order[i] >= floor;
-
-  // Written in whole vectors: the scratch is padded.
-  for (int64_t i = 0; i < vocab; i += kLanes) {
-    const Tail lanes{static_cast<int>(min_of(kLanes, vocab - i))};
-    const VecD weight =
-        exp_double(__builtin_convertvector(load(s.logits + i, lanes) - largest, VecD));
+  const int64_t padded = round_up(vocab, kBlock);
+  for (int64_t i = vocab / kLanes * kLanes; i < padded; ++i) s.weights[i] = 0.0;
+  for_vectors(vocab, [&](int64_t i, auto lanes) {
+    const VecF shifted = fill_beyond(load(s.logits + i, lanes) - largest, -1000.0f, lanes);
+    const VecD weight = exp_double(__builtin_convertvector(shifted, VecD));
     __builtin_memcpy(s.weights + i, &weight, sizeof weight);
-  }
-  const auto clear_dropped = [&] {
-    double total = 0;
-    for (int64_t i = 0; i < vocab; ++i) {
-      s.weights[i] = s.kept[i] ? s.weights[i] : 0.0;
-      total += s.weights[i];
-    }
-    return total;
-  };
-  double total = clear_dropped();
+  });
+  Cut cut = {0, 0};
+  if (by_rank) cut = cut_by_rank(s, vocab, a.top_k);
+  double total = apply_cut(s, vocab, by_rank, cut);
   if (by_mass) {
-    drop_tail(s, vocab, (1.0 - a.top_p) * total);
-    total = clear_dropped();
+    cut = cut_by_mass(s, vocab, cut, (1.0 - a.top_p) * total);
+    total = apply_cut(s, vocab, true, cut);
   }
 
   if (a.exponential) {
@@ -215,7 +258,7 @@ Drawn sample_row(const SampleTokensArgs& a, int64_t r, RowScratch& s) {
     int64_t best = -1;
     float best_ratio = 0;
     for (int64_t i = 0; i < vocab; ++i) {
-      if (!s.kept[i]) continue;
+      if (s.weights[i] == 0.0) continue;
       const float ratio = static_cast<float>(s.weights[i] / total) / exponential[i];
       if (best < 0 || ratio > best_ratio) {
         best = i;
@@ -224,17 +267,23 @@ Drawn sample_row(const SampleTokensArgs& a, int64_t r, RowScratch& s) {
     }
     return {SampleStatus::kOk, best};
   }
-  const double u = Uniform::draw(a.seed, static_cast<uint64_t>(a.image_ids[b]),
-                                 static_cast<uint32_t>(a.position + t));
-  const double target = u * total;
+  // The first index whose cumulative weight passes u * total: its block, then inside it.
+  const double target = Uniform::draw(a.seed, static_cast<uint64_t>(a.image_ids[b]),
+                                      static_cast<uint32_t>(a.position + t)) *
+                        total;
+  int64_t block = 0;
   double sum = 0;
-  int64_t last = 0;
-  for (int64_t i = 0; i < vocab; ++i) {
+  while ((block + 1) * kBlock < padded && sum + s.block_sums[block] <= target) {
+    sum += s.block_sums[block++];
+  }
+  for (int64_t i = block * kBlock; i < min_of(vocab, (block + 1) * kBlock); ++i) {
     sum += s.weights[i];
     if (sum > target) return {SampleStatus::kOk, i};
-    if (s.weights[i] > 0) last = i;
   }
-  return {SampleStatus::kOk, last};  // u * total was rounded up to the total
+  // Rounding put the target at the block's end: the last entry before it that has weight.
+  int64_t last = min_of(vocab, (block + 1) * kBlock) - 1;
+  while (s.weights[last] == 0.0) --last;
+  return {SampleStatus::kOk, last};
 }
 
 template <class T>

@@ -76,12 +76,20 @@ inline BF16 from_float<BF16>(float x) {
   return BF16{static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 
-inline VecF widen(VecU16 x) { return (VecF)(__builtin_convertvector(x, VecU) << 16); }
+#if defined(__AVX512F__)
+// Left to itself, gcc 12 converts the lanes one by one.
+inline VecU widen_lanes(VecU16 x) { return (VecU)_mm512_cvtepu16_epi32((__m256i)x); }
+inline VecU16 narrow_lanes(VecU x) { return (VecU16)_mm512_cvtepi32_epi16((__m512i)x); }
+#else
+inline VecU widen_lanes(VecU16 x) { return __builtin_convertvector(x, VecU); }
+inline VecU16 narrow_lanes(VecU x) { return __builtin_convertvector(x, VecU16); }
+#endif
+inline VecF widen(VecU16 x) { return (VecF)(widen_lanes(x) << 16); }
 inline VecU16 narrow(VecF x) {
   const VecU bits = (VecU)x;
   const VecU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const VecU nan = (bits >> 16) | 0x40;
-  return __builtin_convertvector(x == x ? rounded : nan, VecU16);
+  return narrow_lanes(x == x ? rounded : nan);
 }
 
 inline VecF load(const float* p, Full = {}) {
@@ -138,6 +146,10 @@ inline void store(BF16* p, VecF x, Tail tail) {
 inline VecF zero_beyond(VecF x, Tail tail) { return lane_index() < tail.count ? x : VecF{}; }
 #endif
 inline VecF zero_beyond(VecF x, Full) { return x; }
+inline VecF fill_beyond(VecF x, float value, Tail tail) {
+  return lane_index() < tail.count ? x : splat(value);
+}
+inline VecF fill_beyond(VecF x, float, Full) { return x; }
 
 // Sum of the lanes in a fixed order: halves onto halves.
 inline float sum_lanes(VecF x) {
