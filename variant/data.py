@@ -25,6 +25,8 @@ from variant.recipe import DataSection
 # Random streams of one (seed, epoch); each use has its own. Zero is left to choose_depth.
 STREAM_ORDER, STREAM_AUGMENT, STREAM_COPY, STREAM_MIXUP = 1, 2, 3, 4
 
+Indices = Sequence[int] | np.ndarray
+
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 
 
@@ -46,11 +48,11 @@ class ImageData(Protocol):
     num_classes: int
     train_labels: Tensor
 
-    def train(self, indices: Sequence[int], epoch: int) -> tuple[Tensor, Tensor]:
+    def train(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:
         """Training images as augmented in that epoch."""
         ...
 
-    def held_out(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def held_out(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """Held-out images, not augmented."""
         ...
 
@@ -120,7 +122,7 @@ class FolderData:
         self.held_out_labels = torch.tensor(held_out_labels)
         self._pool = ThreadPoolExecutor(section.workers, thread_name_prefix="images")
 
-    def train(self, indices: Sequence[int], epoch: int) -> tuple[Tensor, Tensor]:
+    def train(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:
         def read(index: int) -> Tensor:
             rng = stream(self.seed, epoch, int(index), STREAM_AUGMENT)
             return self._to_tensor(self._augment(self._open(self.paths[index]), rng))
@@ -128,7 +130,7 @@ class FolderData:
         images = torch.stack(list(self._pool.map(read, indices)))
         return images, self.train_labels[torch.as_tensor(list(indices))]
 
-    def held_out(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def held_out(self, indices: Indices) -> tuple[Tensor, Tensor]:
         def read(index: int) -> Tensor:
             return self._to_tensor(self._crop(self._open(self.held_out_paths[index]), 0.5, 0.5))
 
@@ -143,8 +145,8 @@ class FolderData:
             raise UserError(f"{path}: is not a readable image: {error}") from None
         # 9/8 leaves room for the crop.
         ratio = self.image_size * 9 / 8 / min(image.size)
-        size = tuple(max(self.image_size, round(side * ratio)) for side in image.size)
-        return image.resize(size, Image.Resampling.LANCZOS)
+        width, height = (max(self.image_size, round(side * ratio)) for side in image.size)
+        return image.resize((width, height), Image.Resampling.LANCZOS)
 
     def _crop(self, image: Image.Image, across: float, down: float) -> Image.Image:
         left = round((image.width - self.image_size) * across)

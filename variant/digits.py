@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from variant.augment import distort
-from variant.data import STREAM_AUGMENT, stream
+from variant.data import STREAM_AUGMENT, Indices, stream
 from variant.errors import UserError
 from variant.recipe import DataSection
 
@@ -80,7 +80,7 @@ def load_scans() -> Scans:
         raise UserError(
             "the digits need scikit-learn: pip install 'variant-kernels[train]'"
         ) from error
-    digits = load_digits()
+    digits: Any = load_digits()
     images = torch.from_numpy(digits.images).float() / LEVELS
     labels = torch.from_numpy(digits.target).long()
     order = torch.from_numpy(np.random.default_rng(SPLIT_SEED).permutation(len(images)))
@@ -126,7 +126,7 @@ class DigitsData:
         self._train = enlarge(scans.train_images, image_size)
         self._held_out = enlarge(scans.held_out_images, image_size)
 
-    def train(self, indices: Sequence[int], epoch: int) -> tuple[Tensor, Tensor]:
+    def train(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:
         index = torch.as_tensor(np.asarray(indices), dtype=torch.int64)
         # Drawn for every scan, so that an image does not depend on its batch.
         draws = stream(self.seed, epoch, STREAM_AUGMENT).uniform(-1, 1, (self.num_train, 5))
@@ -141,7 +141,7 @@ class DigitsData:
         images = F.adaptive_avg_pool2d(images, self.image_size)
         return self._to_range(images), self.train_labels[index]
 
-    def held_out(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def held_out(self, indices: Indices) -> tuple[Tensor, Tensor]:
         index = torch.as_tensor(np.asarray(indices), dtype=torch.int64)
         return self._to_range(self._held_out[index]), self.held_out_labels[index]
 

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +35,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from variant.checkpoint import read_pickle, replacing, save_pickle
-from variant.data import epoch_order
+from variant.data import Indices, epoch_order
 from variant.errors import UserError
-from variant.recipe import EvalSection, OptimSection, OutputSection, Recipe
+from variant.recipe import EvalSection, OptimSection, OutputSection, Recipe, recipe_names
 
 FORMAT = "variant-train-1"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,7 +71,7 @@ class Task(ABC):
     num_train: int
 
     @abstractmethod
-    def loss(self, indices: Sequence[int], epoch: int, step: int) -> Tensor:
+    def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
         """The loss of one part of a batch."""
 
     @abstractmethod
@@ -82,7 +82,7 @@ class Task(ABC):
     def held_out_losses(self) -> dict[str, float]:
         """Losses on held-out images; their mean chooses the best weights."""
 
-    def before_step(self, indices: Sequence[int], epoch: int, step: int) -> None:
+    def before_step(self, indices: Indices, epoch: int, step: int) -> None:
         """Called before the forward pass of each step."""
         return
 
@@ -122,7 +122,8 @@ def learning_rate(optim: OptimSection, step: int, total_steps: int) -> float:
 
 def random_state() -> dict[str, Any]:
     """The state of Python's, NumPy's and torch's global generators, as plain values."""
-    algorithm, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    legacy: Any = np.random.get_state()  # noqa: NPY002  (the global one, for whoever draws from it)
+    algorithm, keys, position, has_gauss, cached = legacy
     state = {
         "python": random.getstate(),
         "numpy": (algorithm, torch.from_numpy(keys.copy()), position, has_gauss, cached),
@@ -184,6 +185,9 @@ class Trainer:
 
     Files in ``folder``, named after the task's kind: ``KIND-last.pt`` (everything a resumed run
     needs), ``KIND-best.safetensors`` (weights of the best held-out loss), ``KIND-metrics.jsonl``.
+
+    Args:
+        command: what started the run ("variant train"), for the hint how to resume it.
     """
 
     def __init__(
@@ -193,13 +197,13 @@ class Trainer:
         optim: OptimSection,
         epochs: int,
         folder: Path,
-        resume_with: str,
+        command: str,
         console: Console | None = None,
     ) -> None:
         self.task, self.recipe, self.optim, self.epochs = task, recipe, optim, epochs
         self.evaluation: EvalSection = recipe.eval
         self.output: OutputSection = recipe.output
-        self.folder, self.resume_with = folder, resume_with
+        self.folder, self.command = folder, command
         self.console = console or Console()
         self.steps_per_epoch = task.num_train // optim.batch_size
         if self.steps_per_epoch == 0:
@@ -420,11 +424,16 @@ class Trainer:
             self.save()
             self.console.print(
                 f"stopped after step {self.step} of {self.total_steps}; everything is saved. "
-                f"Resume with: {self.resume_with}",
+                f"Resume with: {self._resume_command()}",
                 soft_wrap=True,
                 highlight=False,
             )
             raise SystemExit(130)
+
+    def _resume_command(self) -> str:
+        if self.recipe.name not in recipe_names():
+            return "the same command and --resume"
+        return f"{self.command} --recipe {self.recipe.name} --out {self.folder} --resume"
 
     def _print_epoch(self, entry: Mapping[str, Any]) -> None:
         def losses(values: Mapping[str, float]) -> str:

@@ -7,7 +7,6 @@ have is a remedy for codes that nothing uses: they move onto features of the cur
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from variant.checkpoint import load_state, read_original
 from variant.config import VQVAEConfig
-from variant.data import ImageData, open_data, stream
+from variant.data import ImageData, Indices, open_data, stream
 from variant.errors import UserError
 from variant.recipe import Recipe
 from variant.train import Summary, Task, Trainer, choose_device, seed_everything
@@ -37,15 +36,16 @@ class VAETask(Task):
     def __init__(
         self, module: VQVAE, data: ImageData, recipe: Recipe, device: torch.device, steps: int
     ) -> None:
-        self.module, self.data, self.recipe, self.device = module, data, recipe, device
+        self.module = self.vae = module
+        self.data, self.recipe, self.device = data, recipe, device
         self.training = recipe.vae_training
         self.num_train = data.num_train
         self.steps = steps
         self.last_revival = int(self.training.revive_until * steps)
 
-    def loss(self, indices: Sequence[int], epoch: int, step: int) -> Tensor:
+    def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
         images = self.data.train(indices, epoch)[0].to(self.device)
-        reconstructed, quantisation, _ = self.module(images, self._num_scales(step))
+        reconstructed, quantisation, _ = self.vae(images, self._num_scales(step))
         pixel_error = F.mse_loss(reconstructed.float(), images)
         return self.training.reconstruction * pixel_error + quantisation
 
@@ -57,7 +57,7 @@ class VAETask(Task):
 
         The share falls linearly, to none at the end, when the finest details are learned.
         """
-        scales = self.module.layout.num_scales
+        scales = self.vae.layout.num_scales
         rng = stream(self.recipe.seed, step, STREAM_SCALES)
         is_cut = rng.random() < self.training.scale_dropout * (1 - step / self.steps)
         return int(rng.integers(1, scales)) if is_cut and scales > 1 else scales
@@ -69,17 +69,17 @@ class VAETask(Task):
         for start in range(0, count, size):
             indices = range(start, min(start + size, count))
             images = self.data.held_out(indices)[0].to(self.device)
-            made = self.module.decode(self.module.encode(images)).float() * 2 - 1
+            made = self.vae.decode(self.vae.encode(images)).float() * 2 - 1
             total += F.mse_loss(made, images).item() * len(indices)
         return {"reconstruction": total / count}
 
-    def before_step(self, indices: Sequence[int], epoch: int, step: int) -> None:
+    def before_step(self, indices: Indices, epoch: int, step: int) -> None:
         every = self.training.revive_every
         if every and step <= self.last_revival and step % every == 0:
             images = self.data.train(indices, epoch)[0].to(self.device)
             rng = stream(self.recipe.seed, step, STREAM_REVIVE)
             # At the first step every code is new: all start from features.
-            revive_codes(self.module, images, rng, every_code=step == 0)
+            revive_codes(self.vae, images, rng, every_code=step == 0)
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def revive_codes(
     return len(chosen)
 
 
-def vae_files(folder: Path) -> Path:
+def vae_path(folder: Path) -> Path:
     """Where :func:`train_vae` leaves the weights that :func:`train_var` reads."""
     return folder / "vae-best.safetensors"
 
@@ -118,7 +118,7 @@ def load_vae(config: VQVAEConfig, weights: str | None, folder: Path) -> VQVAE:
     Raises:
         UserError: neither is there, or the weights are of another size.
     """
-    path = Path(weights) if weights is not None else vae_files(folder)
+    path = Path(weights) if weights is not None else vae_path(folder)
     if weights is None and not path.exists():
         raise UserError(
             f"{folder}: holds no VQ-VAE; train one first with `variant train-vae` into the same "
@@ -176,6 +176,5 @@ def train_vae(
     epochs = recipe.vae_training.epochs
     steps = epochs * (data.num_train // optim.batch_size)
     task = VAETask(module, data, recipe, device, steps)
-    resume_with = f"variant train-vae --recipe {recipe.name} --out {out} --resume"
-    trainer = Trainer(task, recipe, optim, epochs, Path(out), resume_with, console)
+    trainer = Trainer(task, recipe, optim, epochs, Path(out), "variant train-vae", console)
     return trainer.run(resume)

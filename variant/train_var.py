@@ -9,7 +9,6 @@ Axes: B images, C copies, N images of the data set, L tokens, V codebook entries
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from variant.augment import mixup
 from variant.checkpoint import load_state, save_model
-from variant.data import STREAM_COPY, STREAM_MIXUP, ImageData, open_data, stream
+from variant.data import STREAM_COPY, STREAM_MIXUP, ImageData, Indices, open_data, stream
 from variant.errors import UserError
 from variant.recipe import Recipe
 from variant.schedule import choose_depth, subnet_probability
@@ -46,7 +45,8 @@ class VARTask(Task):
         device: torch.device,
         steps_per_epoch: int,
     ) -> None:
-        self.module, self.vae, self.data, self.recipe = module, vae, data, recipe
+        self.module = self.var = module
+        self.vae, self.data, self.recipe = vae, data, recipe
         self.device, self.steps_per_epoch = device, steps_per_epoch
         self.num_train = data.num_train
         self.depths = recipe.schedule.depths
@@ -67,8 +67,8 @@ class VARTask(Task):
         depth = self.depth_of_step(step)
         return FULL if depth is None else str(depth)
 
-    def loss(self, indices: Sequence[int], epoch: int, step: int) -> Tensor:
-        schedule = self.module.schedule(self.depth_of_step(step))
+    def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
+        schedule = self.var.schedule(self.depth_of_step(step))
         mixed_labels_B = mix_B = None
         if self._copies_CNL is not None:
             tokens_BL, labels_B = self._copied(indices, epoch, self._copies_CNL)
@@ -79,7 +79,7 @@ class VARTask(Task):
                 images, partner_B, mix_B = mixup(images, rng, self.recipe.data.mixup)
                 mixed_labels_B = labels_B[partner_B]
             tokens_BL = self._tokenize(images)
-        logits_BLV = self.module(
+        logits_BLV = self.var(
             labels_B,
             self._teacher_input(tokens_BL),
             schedule,
@@ -98,7 +98,7 @@ class VARTask(Task):
             tokens_BL = self._tokenize(images)
             x_teacher = self._teacher_input(tokens_BL)
             for depth in totals:
-                logits_BLV = self.module(labels_B, x_teacher, self.module.schedule(depth))
+                logits_BLV = self.var(labels_B, x_teacher, self.var.schedule(depth))
                 loss = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
                 totals[depth] += loss.item() * len(indices)
         return {str(depth or FULL): total / count for depth, total in totals.items()}
@@ -127,9 +127,7 @@ class VARTask(Task):
             copies.append(torch.cat(parts))
         return torch.stack(copies)
 
-    def _copied(
-        self, indices: Sequence[int], epoch: int, copies_CNL: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _copied(self, indices: Indices, epoch: int, copies_CNL: Tensor) -> tuple[Tensor, Tensor]:
         rng = stream(self.recipe.seed, epoch, STREAM_COPY)
         copy_N = rng.integers(len(copies_CNL), size=self.num_train)
         index = torch.from_numpy(np.asarray(indices))
@@ -180,9 +178,8 @@ def train_var(
     module = module.to(device)
     steps_per_epoch = data.num_train // recipe.optim.batch_size
     task = VARTask(module, vae, data, recipe, device, steps_per_epoch)
-    resume_with = f"variant train --recipe {recipe.name} --out {out} --resume"
     trainer = Trainer(
-        task, recipe, recipe.optim, recipe.schedule.phases.total, out, resume_with, console
+        task, recipe, recipe.optim, recipe.schedule.phases.total, out, "variant train", console
     )
     summary = trainer.run(resume)
     trainer.load_best()

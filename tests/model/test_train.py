@@ -155,9 +155,8 @@ def test_stopping_and_resuming_equals_never_stopping(
         with pytest.raises(SystemExit) as stopped:
             train(recipe, parted, console=console, device=CPU)
     assert stopped.value.code == 130
-    command = "train-vae" if kind == "vae" else "train"
     assert f"stopped after step {step + 1} of" in console.file.getvalue()
-    assert f"variant {command} --recipe tiny --out {parted} --resume" in console.file.getvalue()
+    assert "Resume with: the same command and --resume" in console.file.getvalue()
     torch.manual_seed(99)  # whatever else the process draws must not matter
     train(recipe, parted, resume=True, console=quiet(), device=CPU)
     assert metrics(parted, kind) == metrics(tmp_path / "whole", kind)
