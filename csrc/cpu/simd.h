@@ -77,9 +77,15 @@ inline BF16 from_float<BF16>(float x) {
 }
 
 #if defined(__AVX512F__)
-// Left to itself, gcc 12 converts the lanes one by one.
-inline VecU widen_lanes(VecU16 x) { return (VecU)_mm512_cvtepu16_epi32((__m256i)x); }
-inline VecU16 narrow_lanes(VecU x) { return (VecU16)_mm512_cvtepi32_epi16((__m512i)x); }
+// Left to itself, gcc 12 converts the lanes one by one. The forms with a mask (of all lanes): the
+// others start from an undefined vector, which gcc warns about.
+constexpr __mmask16 kAllLanes = 0xffff;
+inline VecU widen_lanes(VecU16 x) {
+  return (VecU)_mm512_maskz_cvtepu16_epi32(kAllLanes, (__m256i)x);
+}
+inline VecU16 narrow_lanes(VecU x) {
+  return (VecU16)_mm512_maskz_cvtepi32_epi16(kAllLanes, (__m512i)x);
+}
 #else
 inline VecU widen_lanes(VecU16 x) { return __builtin_convertvector(x, VecU); }
 inline VecU16 narrow_lanes(VecU x) { return __builtin_convertvector(x, VecU16); }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from variant_kernels.cpu_ops.common import KERNELS, dtype_code, last_contiguous, rows
+from variant_kernels.cpu_ops.common import KERNELS, dtype_code, empty_as, last_contiguous, rows
 
 
 def launch_adaln_forward(
@@ -20,9 +20,10 @@ def launch_adaln_forward(
     Raises:
         TypeError: a dtype is neither float32 nor bfloat16.
     """
-    y_BTC = torch.empty(x_BTC.shape, dtype=scale_BC.dtype)
-    mean_BT = torch.empty(x_BTC.shape[:2], dtype=torch.float32)
-    rstd_BT = torch.empty(x_BTC.shape[:2], dtype=torch.float32)
+    y_BTC = empty_as(x_BTC, scale_BC.dtype)
+    batch, tokens, _ = x_BTC.shape
+    mean_BT = torch.empty((batch, tokens), dtype=torch.float32)
+    rstd_BT = torch.empty((batch, tokens), dtype=torch.float32)
     KERNELS.adaln_forward(
         tuple(x_BTC.shape),
         rows(x_BTC),
@@ -53,9 +54,9 @@ def launch_adaln_backward(
         grad_x_BTC (x's dtype), grad_scale_BC and grad_shift_BC (scale's dtype), all contiguous.
     """
     grad_y_BTC = last_contiguous(grad_y_BTC)
-    grad_x_BTC = torch.empty(x_BTC.shape, dtype=x_BTC.dtype)
-    grad_scale_BC = torch.empty(scale_BC.shape, dtype=scale_BC.dtype)
-    grad_shift_BC = torch.empty(scale_BC.shape, dtype=scale_BC.dtype)
+    grad_x_BTC = empty_as(x_BTC, x_BTC.dtype)
+    grad_scale_BC = empty_as(scale_BC, scale_BC.dtype)
+    grad_shift_BC = empty_as(scale_BC, scale_BC.dtype)
     KERNELS.adaln_backward(
         tuple(x_BTC.shape),
         rows(grad_y_BTC),
@@ -89,10 +90,11 @@ def launch_gated_adaln_forward(
     Raises:
         TypeError: a dtype is neither float32 nor bfloat16.
     """
-    x_out_BTC = torch.empty(x_BTC.shape, dtype=x_BTC.dtype)
-    h_BTC = torch.empty(x_BTC.shape, dtype=y_BTC.dtype)
-    mean_BT = torch.empty(x_BTC.shape[:2], dtype=torch.float32)
-    rstd_BT = torch.empty(x_BTC.shape[:2], dtype=torch.float32)
+    x_out_BTC = empty_as(x_BTC, x_BTC.dtype)
+    h_BTC = empty_as(x_BTC, y_BTC.dtype)
+    batch, tokens, _ = x_BTC.shape
+    mean_BT = torch.empty((batch, tokens), dtype=torch.float32)
+    rstd_BT = torch.empty((batch, tokens), dtype=torch.float32)
     KERNELS.gated_adaln_forward(
         tuple(x_BTC.shape),
         rows(x_BTC),
@@ -131,11 +133,11 @@ def launch_gated_adaln_backward(
     """
     grad_x_out_BTC = last_contiguous(grad_x_out_BTC)
     grad_h_BTC = last_contiguous(grad_h_BTC)
-    grad_x_BTC = torch.empty(x_out_BTC.shape, dtype=x_out_BTC.dtype)
-    grad_y_BTC = torch.empty(x_out_BTC.shape, dtype=y_BTC.dtype)
-    grad_gate_BC = torch.empty(gate_BC.shape, dtype=y_BTC.dtype)
-    grad_scale_BC = torch.empty(gate_BC.shape, dtype=y_BTC.dtype)
-    grad_shift_BC = torch.empty(gate_BC.shape, dtype=y_BTC.dtype)
+    grad_x_BTC = empty_as(x_out_BTC, x_out_BTC.dtype)
+    grad_y_BTC = empty_as(x_out_BTC, y_BTC.dtype)
+    grad_gate_BC = empty_as(gate_BC, y_BTC.dtype)
+    grad_scale_BC = empty_as(gate_BC, y_BTC.dtype)
+    grad_shift_BC = empty_as(gate_BC, y_BTC.dtype)
     KERNELS.gated_adaln_backward(
         tuple(x_out_BTC.shape),
         rows(grad_x_out_BTC),

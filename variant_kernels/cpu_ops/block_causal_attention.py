@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from variant_kernels.cpu_ops.common import KERNELS, dtype_code, last_contiguous, rows
+from variant_kernels.cpu_ops.common import KERNELS, dtype_code, empty_as, last_contiguous, rows
 
 
 def launch_block_causal_attention_forward(
@@ -24,7 +24,7 @@ def launch_block_causal_attention_forward(
         TypeError: the dtype is neither float32 nor bfloat16.
     """
     batch, length, heads, _ = q_BLHD.shape
-    out_BLHD = torch.empty(q_BLHD.shape, dtype=q_BLHD.dtype)
+    out_BLHD = empty_as(q_BLHD, q_BLHD.dtype)
     lse_BHL = torch.empty((batch, heads, length), dtype=torch.float32)
     KERNELS.block_causal_attention_forward(
         tuple(q_BLHD.shape),
@@ -59,9 +59,9 @@ def launch_block_causal_attention_backward(
     """
     grad_out_BLHD = last_contiguous(grad_out_BLHD)
     lse_BHL = lse_BHL.contiguous()
-    dq_BLHD = torch.empty(q_BLHD.shape, dtype=q_BLHD.dtype)
-    dk_BLHD = torch.empty(q_BLHD.shape, dtype=q_BLHD.dtype)
-    dv_BLHD = torch.empty(q_BLHD.shape, dtype=q_BLHD.dtype)
+    dq_BLHD = empty_as(q_BLHD, q_BLHD.dtype)
+    dk_BLHD = empty_as(q_BLHD, q_BLHD.dtype)
+    dv_BLHD = empty_as(q_BLHD, q_BLHD.dtype)
     KERNELS.block_causal_attention_backward(
         tuple(q_BLHD.shape),
         rows(grad_out_BLHD),

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from variant_kernels.cpu_ops.common import KERNELS, dtype_code, rows
+from variant_kernels.cpu_ops.common import KERNELS, dtype_code, empty_as, rows
 
 
 def launch_paged_attention_forward(
@@ -34,7 +34,7 @@ def launch_paged_attention_forward(
     if kv_lens_B.numel():
         _check_pages(page_table_BM, kv_lens_B, num_pages, page_size)
     page_table_BM, kv_lens_B = page_table_BM.contiguous(), kv_lens_B.contiguous()
-    out_BTHD = torch.empty(q_BTHD.shape, dtype=q_BTHD.dtype)
+    out_BTHD = empty_as(q_BTHD, q_BTHD.dtype)
     KERNELS.paged_attention_forward(
         tuple(q_BTHD.shape),
         page_size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from variant_kernels.cpu_ops.common import KERNELS, dtype_code, last_contiguous, rows
+from variant_kernels.cpu_ops.common import KERNELS, dtype_code, empty_as, last_contiguous, rows
 
 
 def launch_qk_norm_forward(
@@ -18,8 +18,8 @@ def launch_qk_norm_forward(
         TypeError: the dtype is neither float32 nor bfloat16.
     """
     scale_mul_H = scale_mul_1H11.reshape(-1).float().contiguous()
-    q_out_BTHD = torch.empty(q_BTHD.shape, dtype=q_BTHD.dtype)
-    k_out_BTHD = torch.empty(k_BTHD.shape, dtype=k_BTHD.dtype)
+    q_out_BTHD = empty_as(q_BTHD, q_BTHD.dtype)
+    k_out_BTHD = empty_as(k_BTHD, k_BTHD.dtype)
     KERNELS.qk_norm_forward(
         tuple(q_BTHD.shape),
         rows(q_BTHD),
@@ -52,9 +52,9 @@ def launch_qk_norm_backward(
     grad_q_BTHD = last_contiguous(grad_q_BTHD)
     grad_k_BTHD = last_contiguous(grad_k_BTHD)
     scale_mul_H = scale_mul_1H11.reshape(-1).float().contiguous()
-    dq_BTHD = torch.empty(q_BTHD.shape, dtype=q_BTHD.dtype)
-    dk_BTHD = torch.empty(k_BTHD.shape, dtype=k_BTHD.dtype)
-    dscale_mul_H = torch.empty(scale_mul_H.shape, dtype=torch.float32)
+    dq_BTHD = empty_as(q_BTHD, q_BTHD.dtype)
+    dk_BTHD = empty_as(k_BTHD, k_BTHD.dtype)
+    dscale_mul_H = empty_as(scale_mul_H, torch.float32)
     KERNELS.qk_norm_backward(
         tuple(q_BTHD.shape),
         rows(grad_q_BTHD),
