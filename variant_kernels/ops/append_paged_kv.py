@@ -19,11 +19,11 @@ def check_slots(op: str, slots_BT: Tensor, num_slots: int) -> None:
         return
     low, high = (int(x) for x in torch.aminmax(slots_BT))
     if low < -1 or high >= num_slots:
-        wrong = low if low < -1 else high
-        where = tuple(int(i) for i in (slots_BT == wrong).nonzero()[0])
+        wrong_BT = (slots_BT < -1) | (slots_BT >= num_slots)
+        row, token = (int(i) for i in wrong_BT.nonzero()[0])
         raise ValueError(
-            f"{op}: slots_BT{list(where)} must be -1 or in [0, {num_slots}) "
-            f"(pages x page_size); got {wrong}"
+            f"{op}: slots_BT[{row}, {token}] must be -1 or in [0, {num_slots}); got "
+            f"{int(slots_BT[row, token])}. A slot is page * page_size + offset; -1 skips the token"
         )
 
 
@@ -35,8 +35,7 @@ def reference_append_paged_kv(
     v_pages_PNHD: Tensor,
     slots_BT: Tensor,
 ) -> None:
-    pages, page_size = k_pages_PNHD.shape[:2]
-    check_slots("append_paged_kv", slots_BT, pages * page_size)
+    page_size = k_pages_PNHD.shape[1]
     kept_BT = slots_BT >= 0
     slots_S = slots_BT[kept_BT]
     page_S, offset_S = slots_S // page_size, slots_S % page_size
@@ -56,6 +55,7 @@ IMPLS = {"append_paged_kv": APPEND_IMPLS}
 
 
 def _append(k, v, k_pages, v_pages, slots, backend):
+    check_slots("append_paged_kv", slots, k_pages.shape[0] * k_pages.shape[1])
     request = Request(k.device.type, (k.dtype,), k.shape[-1])
     choose("append_paged_kv", APPEND_IMPLS, backend, request).forward(
         k_BTHD=k, v_BTHD=v, k_pages_PNHD=k_pages, v_pages_PNHD=v_pages, slots_BT=slots

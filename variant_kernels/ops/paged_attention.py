@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,25 +19,35 @@ from variant_kernels.registry import refuse_gradient, register
 
 
 def check_table(op: str, page_table_BM: Tensor, kv_lens_B: Tensor, pages_shape: torch.Size) -> None:
-    """Lengths fit the table and every page in use exists; checked on the CPU only."""
-    if kv_lens_B.device.type != "cpu":
+    """Every length fits the table and every page in use exists.
+
+    Values are looked at on the CPU only: on a GPU that would synchronise.
+
+    Raises:
+        ValueError: naming the first entry that is wrong.
+    """
+    if kv_lens_B.device.type != "cpu" or kv_lens_B.numel() == 0:
         return
     num_pages, page_size = pages_shape[:2]
-    room = page_table_BM.shape[1] * page_size
-    for row, length in enumerate(kv_lens_B.tolist()):
-        if not 0 <= length <= room:
-            raise ValueError(
-                f"{op}: kv_lens_B[{row}] must be in [0, {room}] ({page_table_BM.shape[1]} "
-                f"page-table entries of {page_size} tokens); got {length}"
-            )
-        used = page_table_BM[row, : -(-length // page_size)]
-        bad = ((used < 0) | (used >= num_pages)).nonzero()
-        if len(bad):
-            entry = int(bad[0])
-            raise ValueError(
-                f"{op}: page_table_BM[{row}, {entry}] must be in [0, {num_pages}); "
-                f"got {int(used[entry])}"
-            )
+    table_BM, lens_B = page_table_BM.numpy(), kv_lens_B.numpy()
+    entries = table_BM.shape[1]
+    room = entries * page_size
+    if lens_B.min() < 0 or lens_B.max() > room:
+        row = int(((lens_B < 0) | (lens_B > room)).argmax())
+        raise ValueError(
+            f"{op}: kv_lens_B[{row}] must be in [0, {room}] ({entries} page-table entries of "
+            f"{page_size} tokens); got {lens_B[row]}"
+        )
+    used_B1 = -(-lens_B[:, None] // page_size)
+    used_BM = np.arange(entries) < used_B1
+    wrong_BM = used_BM & ((table_BM < 0) | (table_BM >= num_pages))
+    if wrong_BM.any():
+        row, entry = divmod(int(wrong_BM.argmax()), entries)
+        raise ValueError(
+            f"{op}: page_table_BM[{row}, {entry}] must be in [0, {num_pages}); got "
+            f"{table_BM[row, entry]}. kv_lens_B[{row}] = {lens_B[row]} makes "
+            f"{int(used_B1[row, 0])} pages of {page_size} tokens visible"
+        )
 
 
 def reference_paged_attention(
@@ -48,7 +59,6 @@ def reference_paged_attention(
     kv_lens_B: Tensor,
     softmax_scale: float,
 ) -> Tensor:
-    check_table("paged_attention", page_table_BM, kv_lens_B, k_pages_PNHD.shape)
     batch, _, heads, head_dim = q_BTHD.shape
     page_size, entries = k_pages_PNHD.shape[1], page_table_BM.shape[1]
     wide = torch.promote_types(q_BTHD.dtype, torch.float32)
@@ -84,6 +94,7 @@ IMPLS = {"paged_attention": PAGED_IMPLS}
 
 
 def _paged(q, k_pages, v_pages, page_table, kv_lens, softmax_scale, backend):
+    check_table("paged_attention", page_table, kv_lens, k_pages.shape)
     request = Request(q.device.type, (q.dtype,), q.shape[-1])
     return choose("paged_attention", PAGED_IMPLS, backend, request).forward(
         q_BTHD=q,
