@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from variant.augment import distort
+from variant.config import parse_dataclass
 from variant.data import STREAM_AUGMENT, Indices, stream
 from variant.errors import UserError
 from variant.recipe import DataSection
@@ -42,6 +43,8 @@ SIDE = 8
 LEVELS = 16
 NUM_CLASSES = 10
 SPLIT_SEED = 0
+# The grey that contrast leaves as it is: a stroke's edge, a little darker than half.
+PIVOT = 0.4
 # Distortion runs on images this many times as large as the scans: its interpolation would
 # otherwise blur strokes that are one pixel wide.
 FINE = 4
@@ -150,7 +153,8 @@ class DigitsData:
         return self._to_range(self._train)
 
     def _to_range(self, images: Tensor) -> Tensor:
-        return (images * 2 - 1).expand(-1, self.channels, -1, -1).clamp(-1, 1)
+        images = (images - PIVOT) * self.section.contrast + PIVOT
+        return (images.clamp(0, 1) * 2 - 1).expand(-1, self.channels, -1, -1)
 
 
 @cache
@@ -243,7 +247,10 @@ def judge_model(
     labels = torch.arange(count) % NUM_CLASSES
     made = model.generate(labels, depth=depth, cfg=cfg, top_k=0, top_p=top_p, seed=seed)
     config = model.vae.config
-    data = DigitsData(DataSection("digits"), config.image_size, config.in_channels, seed=0)
+    # The scans as the model saw them: its recipe's contrast is part of their tokens.
+    trained_on = model.extra.get("training", {}).get("data", {"kind": "digits"})
+    section = parse_dataclass(DataSection, trained_on, "config.json: training.data")
+    data = DigitsData(section, config.image_size, config.in_channels, seed=0)
     known = model.vae.encode(data.scans())
     return judge(made.images.float().cpu(), labels, made.tokens.cpu(), known)
 

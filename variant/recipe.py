@@ -56,10 +56,12 @@ class DataSection:
     train, held_out: folders of kind "folder".
     copies: augmented copies of each image whose tokens are computed once; 0 computes tokens anew
         in every epoch, which mixup needs.
-    hflip: probability of a horizontal flip.
-    rotate, zoom, shift, shear: largest random distortion: degrees, share of the size, share of the
-        width, slope.
-    randaugment_ops, randaugment_magnitude: RandAugment (arXiv 1909.13719); magnitude of 30.
+    rotate, zoom, shift, shear: digits' largest random distortion: degrees, share of the size, share
+        of the width, slope.
+    contrast: slope of digits' contrast curve, on training and held-out images alike; 1 is none.
+    hflip: probability of a horizontal flip of a folder's images.
+    randaugment_ops, randaugment_magnitude: RandAugment (arXiv 1909.13719) of a folder's images;
+        magnitude of 30.
     mixup: alpha of the Beta distribution (arXiv 1710.09412); 0 is none.
     workers: threads that read images of kind "folder".
     """
@@ -73,6 +75,7 @@ class DataSection:
     zoom: float = 0.0
     shift: float = 0.0
     shear: float = 0.0
+    contrast: float = 1.0
     randaugment_ops: int = 0
     randaugment_magnitude: float = 0.0
     mixup: float = 0.0
@@ -93,6 +96,14 @@ class DataSection:
             "copies must be 0 with mixup, which mixes pixels anew in every batch",
             self.copies,
         )
+        _require(self.contrast >= 1, "contrast must be at least 1", self.contrast)
+        foreign = {
+            "digits": {"hflip": 0, "randaugment_ops": 0, "train": None, "held_out": None},
+            "folder": {"rotate": 0, "zoom": 0, "shift": 0, "shear": 0, "contrast": 1},
+        }
+        for name, unset in foreign[self.kind].items():
+            value = getattr(self, name)
+            _require(value == unset, f'{name} is not for kind "{self.kind}"', value)
         if self.kind == "folder":
             _require(
                 self.train is not None and self.held_out is not None,
@@ -146,7 +157,7 @@ class VAETraining:
     revive_every: steps between checks for unused codes, which are moved onto features of the
         current batch; 0 never moves one.  revive_until: share of the steps with such checks.
     scale_dropout: share of the first steps that reconstruct from a few scales only, so that coarse
-        scales learn to say as much as they can; it falls linearly to none.
+        scales learn to say as much as they can; it falls linearly to none at half-time.
     weights: a trained VQ-VAE to use instead of training one (.pth or .safetensors).
     """
 

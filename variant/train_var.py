@@ -19,6 +19,7 @@ from torch import Tensor
 
 from variant.augment import mixup
 from variant.checkpoint import load_state, save_model
+from variant.config import to_plain
 from variant.data import STREAM_COPY, STREAM_MIXUP, ImageData, Indices, open_data, stream
 from variant.errors import UserError
 from variant.recipe import Recipe
@@ -186,6 +187,7 @@ def train_var(
     described = {
         "recipe": recipe.name,
         "seed": recipe.seed,
+        "data": to_plain(recipe.data),
         "steps": summary.steps,
         "epochs": summary.epochs,
         "best_epoch": summary.best_epoch,
