@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 
 import torch
 
@@ -12,7 +13,11 @@ from variant_kernels.contract import FLOAT_DTYPES
 
 
 def report() -> str:
-    """The text that the module prints."""
+    """The text that the module prints.
+
+    Raises:
+        ValueError: ``VARIANT_CPU_ISA`` names an instruction set that is unknown or missing here.
+    """
     build = _C.build_info()
     lines = [
         f"variant-kernels {__version__}, Python {platform.python_version()}, torch "
@@ -23,13 +28,23 @@ def report() -> str:
         f"(VARIANT_CPU_ISA forces one), {torch.get_num_threads()} threads",
         f"backends: {', '.join(available_backends())} (VARIANT_BACKEND or backend= forces one)",
         "",
-        f"backend of each op on the CPU, {', '.join(dtype_name(d) for d in FLOAT_DTYPES)}:",
+        "backend of each op on the CPU:",
     ]
     for op in ops.tables():
-        chosen = [explain(op, dtype=dtype) for dtype in FLOAT_DTYPES]
-        lines.append(f"  {op}: {' | '.join(chosen)}")
+        for dtype in FLOAT_DTYPES:
+            lines.append(f"  {op}, {dtype_name(dtype)}: {_chosen(op, dtype)}")
     return "\n".join(lines)
 
 
+def _chosen(op: str, dtype: torch.dtype) -> str:
+    try:
+        return explain(op, dtype=dtype)
+    except ValueError as error:  # VARIANT_BACKEND names one that cannot serve this
+        return f"none: {error}"
+
+
 if __name__ == "__main__":
-    print(report())
+    try:
+        print(report())
+    except ValueError as error:
+        sys.exit(f"variant_kernels: error: {error}")

@@ -50,18 +50,20 @@ class Impl:
     unsupported: Callable[[Request], str | None] = lambda request: None
 
 
-def lazy(module: str, name: str) -> Callable[..., Any]:
+@cache
+def _load(module: str, name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(module), name)
+
+
+@dataclass(frozen=True)
+class Lazy:
     """A launcher whose module is imported at its first call, so that tables stay literal."""
 
-    @cache
-    def load() -> Callable[..., Any]:
-        return getattr(importlib.import_module(module), name)
+    module: str
+    name: str
 
-    def call(**kwargs: Any) -> Any:
-        return load()(**kwargs)
-
-    call.__name__ = name
-    return call
+    def __call__(self, **kwargs: Any) -> Any:
+        return _load(self.module, self.name)(**kwargs)
 
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)
@@ -113,7 +115,7 @@ def _asked_for(op: str, backend: str) -> str:
     if backend != "auto":
         name = backend
     else:
-        name = _override.get() or os.environ.get("VARIANT_BACKEND", "auto")
+        name = _override.get() or os.environ.get("VARIANT_BACKEND") or "auto"
     _check_name(op, name)
     return name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensor(op: str, name: str, value: object) -> None:
-    """A tensor, with a contiguous last dimension."""
+    """A tensor at all."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor; got {type(value).__name__}")
 
@@ -70,6 +71,14 @@ def check_device(op: str, name: str, tensor: torch.Tensor, other: str, like: tor
         raise ValueError(
             f"{op}: {name} must be on the device of {other} ({like.device}); got {tensor.device}"
         )
+
+
+def softmax_scale(op: str, given: float | None, head_dim: int) -> float:
+    """The factor on the scores: 1/sqrt(D) where none is given; finite."""
+    scale = 1 / math.sqrt(head_dim) if given is None else float(given)
+    if not math.isfinite(scale):
+        raise ValueError(f"{op}: softmax_scale must be finite; got {given}")
+    return scale
 
 
 def check_head_dim(op: str, name: str, head_dim: int) -> None:

@@ -36,9 +36,23 @@ def register(
 def differentiate(
     name: str, *, setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> None:
-    """Attach a gradient to a registered op."""
+    """Attach a gradient to a registered op.
+
+    The gradient itself has none: a second derivative raises instead of being silently wrong.
+    """
     torch.library.register_autograd(
         f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library
+    )
+
+
+def forbid_gradient(name: str) -> None:
+    """Make a registered op raise where a gradient through it is wanted."""
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{name.removesuffix('_backward')}: has no second derivative")
+
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", refuse, setup_context=lambda ctx, inputs, output: None, lib=_library
     )
 
 

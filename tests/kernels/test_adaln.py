@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from compare import DRAWS, Tally, cases, name_of, wide
 
-from variant_kernels import adaln_modulate, gated_residual_adaln
+from variant_kernels import adaln_modulate, explain, gated_residual_adaln, use_backend
+from variant_kernels.backends import Impl
 from variant_kernels.ops import adaln
 
 EPS = 1e-6
@@ -24,8 +25,8 @@ def plain_gated(x, y, gate, scale, shift):
 
 def run(function, inputs, weights):
     """Outputs, and gradients of their weighted sum."""
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    # Strides are part of the contract: the op sees views, gradients come back through them.
+    # Not cloned: a clone of these views would be contiguous, and strides are part of the contract.
+    leaves = [t.detach().requires_grad_() for t in inputs]
     outputs = function(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     loss = sum((o * w.to(o.dtype)).sum() for o, w in zip(outputs, weights, strict=True))
@@ -94,8 +95,9 @@ def test_large_mean_does_not_cancel(backend):
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_opcheck_passes(backend):
     generator = torch.Generator().manual_seed(4)
-    for inputs in adaln.sample_inputs(torch.float32, generator)[:2]:
-        x, y, gate, scale, shift = (t.clone().requires_grad_() for t in inputs)
+    cases = adaln.sample_inputs(torch.float32, generator)
+    for inputs in (*cases[:2], cases[-1]):
+        x, y, gate, scale, shift = (t.detach().requires_grad_() for t in inputs)
         torch.library.opcheck(adaln.gated_op, (x, y, gate, scale, shift, EPS, backend))
         torch.library.opcheck(adaln.adaln_op, (x, scale, shift, EPS, backend))
 
@@ -116,6 +118,46 @@ def test_fullgraph_compile_gives_the_same_gradients():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_second_derivative_is_refused(backend):
+    x, y, gate, scale, shift = (t.requires_grad_() for t in torch.randn(5, 2, 1, 8).unbind(0))
+    rows = gate[:, 0], scale[:, 0], shift[:, 0]
+    for output in (
+        adaln_modulate(x, rows[1], rows[2], backend=backend),
+        gated_residual_adaln(x, y, *rows, backend=backend)[1],
+    ):
+        (first,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="has no second derivative"):
+            torch.autograd.grad(first.square().sum(), x)
+
+
+def test_the_backward_pass_runs_where_the_forward_ran(monkeypatch):
+    x, row = torch.randn(1, 2, 8, requires_grad=True), torch.zeros(1, 8)
+    ran = []
+    real = adaln.ADALN_IMPLS["reference"]
+
+    def spy(**arguments):
+        ran.append("reference")
+        return real.backward(**arguments)
+
+    monkeypatch.setitem(adaln.ADALN_IMPLS, "reference", Impl(real.forward, spy))
+    with use_backend("reference"):
+        y = adaln_modulate(x, row, row)
+    y.sum().backward()
+    assert ran == ["reference"]
+
+
+def test_the_environment_chooses_the_backend(monkeypatch):
+    x, row = torch.zeros(1, 2, 8).half(), torch.zeros(1, 8).half()
+    monkeypatch.setenv("VARIANT_BACKEND", "cpu")
+    with pytest.raises(ValueError, match='backend "cpu" cannot run this call'):
+        adaln_modulate(x, row, row)
+    adaln_modulate(x, row, row, backend="reference")
+    monkeypatch.setenv("VARIANT_BACKEND", "")
+    adaln_modulate(x, row, row)
+    assert explain("adaln_modulate", dtype=torch.float16).startswith("reference (cpu: dtype")
+
+
 def test_wrong_arguments_are_named():
     x, row = torch.zeros(2, 5, 64), torch.zeros(2, 64)
     with pytest.raises(
@@ -124,6 +166,8 @@ def test_wrong_arguments_are_named():
         r"got \(2, 32\)",
     ):
         adaln_modulate(x, row[:, :32], row)
+    with pytest.raises(ValueError, match="eps must be >= 0 and finite; got -1"):
+        adaln_modulate(x, row, row, eps=-1)
     with pytest.raises(TypeError, match="x_BTC must be one of float32, bfloat16, float16"):
         adaln_modulate(x.double(), row, row)
     with pytest.raises(TypeError, match="x_BTC must be float32 or have the dtype of scale_BC"):

@@ -76,6 +76,29 @@ def test_bad_pages_lengths_and_slots_are_named_and_nothing_is_written(backend):
     assert not pages.any()
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_empty_batches_and_pools_give_zeros(backend):
+    pages = torch.zeros(0, 4, 2, 16)
+    q = torch.ones(2, 3, 2, 16)
+    table = torch.zeros(2, 1, dtype=torch.int32)
+    none = torch.zeros(2, dtype=torch.int32)
+    assert not paged_attention(q, pages, pages, table, none, backend=backend).any()
+    assert not paged_attention(q, pages, pages, table[:, :0], none, backend=backend).any()
+    empty = paged_attention(q[:0], pages, pages, table[:0], none[:0], backend=backend)
+    assert empty.shape == (0, 3, 2, 16)
+
+
+def test_pages_that_share_addresses_are_refused():
+    k, slots = torch.zeros(1, 3, 2, 16), torch.zeros(1, 3, dtype=torch.int64)
+    pages = torch.zeros(4, 4, 2, 16)
+    with pytest.raises(ValueError, match="must be two tensors; got one twice"):
+        append_paged_kv(k, k, pages, pages, slots)
+    with pytest.raises(ValueError, match="k_pages_PNHD must not be expanded"):
+        append_paged_kv(k, k, pages[:1].expand(4, -1, -1, -1), pages, slots)
+    with pytest.raises(ValueError, match="k_pages_PNHD must have page_size >= 1"):
+        append_paged_kv(k, k, pages[:, :0], pages[:, :0], slots)
+
+
 def test_inference_only_ops_refuse_gradients():
     pages = torch.zeros(4, 4, 2, 16)
     q = torch.zeros(1, 3, 2, 16, requires_grad=True)

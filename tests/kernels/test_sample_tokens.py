@@ -175,10 +175,10 @@ def test_without_seed_draws_follow_torchs_default_generator():
     ("arguments", "message"),
     [
         ({"guidance": -1.0}, "guidance must be >= 0"),
-        ({"guidance": 1.0, "top_k": -1}, "top_k must be >= 0"),
+        ({"guidance": 1.0, "top_k": -1}, "top_k must be in"),
         ({"guidance": 1.0, "top_p": 1.2}, r"top_p must be in \[0, 1\]"),
         ({"guidance": 1.0, "seed": -3}, r"seed must be in \[0, 2\^63\); got -3"),
-        ({"guidance": 1.0, "position": -1}, "position must be in"),
+        ({"guidance": 1.0, "position": -1}, "position must be >= 0"),
         ({"guidance": 1.0, "image_ids": torch.arange(3)}, r"image_ids must be \(2,\)"),
         ({"guidance": 1.0, "seed": 1, "generator": torch.Generator()}, "exclude each other"),
     ],

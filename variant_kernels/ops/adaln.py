@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 
 from variant_kernels import contract
-from variant_kernels.backends import Impl, Request, choose, cpu_unsupported, lazy
-from variant_kernels.registry import differentiate, last_contiguous, register
+from variant_kernels.backends import Impl, Lazy, Request, choose_name, cpu_unsupported
+from variant_kernels.registry import (
+    differentiate,
+    forbid_gradient,
+    last_contiguous,
+    register,
+)
 
 # --- the definition -----------------------------------------------------------------------------
 
@@ -29,7 +34,7 @@ def reference_adaln_forward(
     normed_BTC, mean_BT, rstd_BT = _normalise(x_BTC, eps)
     wide = normed_BTC.dtype
     y_BTC = normed_BTC * (1 + scale_BC.to(wide).unsqueeze(1)) + shift_BC.to(wide).unsqueeze(1)
-    return y_BTC.to(scale_BC.dtype), mean_BT, rstd_BT
+    return y_BTC.to(scale_BC.dtype).contiguous(), mean_BT.contiguous(), rstd_BT.contiguous()
 
 
 def _normalise_backward(
@@ -58,7 +63,8 @@ def reference_adaln_backward(
         grad_y_BTC, x_BTC, scale_BC, mean_BT, rstd_BT
     )
     narrow = scale_BC.dtype
-    return grad_x_BTC.to(x_BTC.dtype), grad_scale_BC.to(narrow), grad_shift_BC.to(narrow)
+    grad_x_BTC = grad_x_BTC.to(x_BTC.dtype).contiguous()
+    return grad_x_BTC, grad_scale_BC.to(narrow), grad_shift_BC.to(narrow)
 
 
 def reference_gated_adaln_forward(
@@ -72,7 +78,7 @@ def reference_gated_adaln_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(x_BTC.dtype, torch.float32)
     sum_BTC = x_BTC.to(wide) + gate_BC.to(wide).unsqueeze(1) * y_BTC.to(wide)
-    x_out_BTC = sum_BTC.to(x_BTC.dtype)
+    x_out_BTC = sum_BTC.to(x_BTC.dtype).contiguous()
     h_BTC, mean_BT, rstd_BT = reference_adaln_forward(
         x_BTC=x_out_BTC, scale_BC=scale_BC, shift_BC=shift_BC, eps=eps
     )
@@ -98,8 +104,8 @@ def reference_gated_adaln_backward(
     grad_gate_BC = (grad_sum_BTC * y_BTC.to(wide)).sum(1)
     grad_y_BTC = grad_sum_BTC * gate_BC.to(wide).unsqueeze(1)
     return (
-        grad_sum_BTC.to(x_out_BTC.dtype),
-        grad_y_BTC.to(narrow),
+        grad_sum_BTC.to(x_out_BTC.dtype).contiguous(),
+        grad_y_BTC.to(narrow).contiguous(),
         grad_gate_BC.to(narrow),
         grad_scale_BC.to(narrow),
         grad_shift_BC.to(narrow),
@@ -113,15 +119,15 @@ _CPU = "variant_kernels.cpu_ops.adaln"
 ADALN_IMPLS = {
     "reference": Impl(reference_adaln_forward, reference_adaln_backward),
     "cpu": Impl(
-        lazy(_CPU, "launch_adaln_forward"), lazy(_CPU, "launch_adaln_backward"), cpu_unsupported
+        Lazy(_CPU, "launch_adaln_forward"), Lazy(_CPU, "launch_adaln_backward"), cpu_unsupported
     ),
 }
 
 GATED_IMPLS = {
     "reference": Impl(reference_gated_adaln_forward, reference_gated_adaln_backward),
     "cpu": Impl(
-        lazy(_CPU, "launch_gated_adaln_forward"),
-        lazy(_CPU, "launch_gated_adaln_backward"),
+        Lazy(_CPU, "launch_gated_adaln_forward"),
+        Lazy(_CPU, "launch_gated_adaln_backward"),
         cpu_unsupported,
     ),
 }
@@ -129,9 +135,13 @@ GATED_IMPLS = {
 IMPLS = {"adaln_modulate": ADALN_IMPLS, "gated_residual_adaln": GATED_IMPLS}
 
 
-def _choose(op: str, backend: str, x: Tensor, narrow: Tensor) -> Impl:
+def _resolve(op: str, backend: str, x: Tensor, narrow: Tensor) -> str:
     request = Request(x.device.type, (x.dtype, narrow.dtype))
-    return choose(op, IMPLS[op], backend, request)
+    return choose_name(op, IMPLS[op], backend, request)
+
+
+def _choose(op: str, backend: str, x: Tensor, narrow: Tensor) -> Impl:
+    return IMPLS[op][_resolve(op, backend, x, narrow)]
 
 
 # --- registration -------------------------------------------------------------------------------
@@ -175,7 +185,9 @@ adaln_backward_op = register(
 
 
 def _adaln_setup(ctx, inputs, output):
-    x, scale, _, _, ctx.backend = inputs
+    x, scale, _, _, backend = inputs
+    # The backward pass runs where the forward ran, whatever use_backend says by then.
+    ctx.backend = _resolve("adaln_modulate", backend, x, scale)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, scale, output[1], output[2])
 
@@ -189,6 +201,7 @@ def _adaln_autograd(ctx, grad_y, grad_mean, grad_rstd):
 
 
 differentiate("adaln_modulate", setup_context=_adaln_setup, backward=_adaln_autograd)
+forbid_gradient("adaln_modulate_backward")
 
 
 def _gated(x, y, gate, scale, shift, eps, backend):
@@ -235,7 +248,8 @@ gated_backward_op = register(
 
 
 def _gated_setup(ctx, inputs, output):
-    _, y, gate, scale, _, _, ctx.backend = inputs
+    x, y, gate, scale, _, _, backend = inputs
+    ctx.backend = _resolve("gated_residual_adaln", backend, x, y)
     x_out, _, mean, rstd = output
     ctx.save_for_backward(x_out, y, gate, scale, mean, rstd)
 
@@ -257,14 +271,19 @@ def _gated_autograd(ctx, grad_x_out, grad_h, grad_mean, grad_rstd):
 
 
 differentiate("gated_residual_adaln", setup_context=_gated_setup, backward=_gated_autograd)
+forbid_gradient("gated_residual_adaln_backward")
 
 
 # --- public functions ---------------------------------------------------------------------------
 
 
-def _check(op: str, x_BTC: Tensor, rows: dict[str, Tensor], narrow: tuple[str, Tensor]) -> None:
+def _check(
+    op: str, x_BTC: Tensor, rows: dict[str, Tensor], narrow: tuple[str, Tensor], eps: float
+) -> None:
     contract.check_float(op, "x_BTC", x_BTC)
     contract.check_ndim(op, "x_BTC", x_BTC, "(B, T, C)")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"{op}: eps must be >= 0 and finite; got {eps}")
     name, like = narrow
     if x_BTC.dtype not in (like.dtype, torch.float32):
         raise TypeError(
@@ -310,7 +329,7 @@ def adaln_modulate(
     op = "adaln_modulate"
     contract.check_float(op, "scale_BC", scale_BC)
     rows = {"scale_BC": scale_BC, "shift_BC": shift_BC}
-    _check(op, x_BTC, rows, ("scale_BC", scale_BC))
+    _check(op, x_BTC, rows, ("scale_BC", scale_BC), eps)
     return adaln_op(x_BTC, scale_BC, shift_BC, eps, backend)[0]
 
 
@@ -346,7 +365,7 @@ def gated_residual_adaln(
     op = "gated_residual_adaln"
     contract.check_float(op, "y_BTC", y_BTC)
     rows = {"gate_BC": gate_BC, "scale_BC": scale_BC, "shift_BC": shift_BC}
-    _check(op, x_BTC, rows, ("y_BTC", y_BTC))
+    _check(op, x_BTC, rows, ("y_BTC", y_BTC), eps)
     contract.check_shape(op, "y_BTC", y_BTC, tuple(x_BTC.shape), "to match x_BTC")
     x_out_BTC, h_BTC, _, _ = gated_op(x_BTC, y_BTC, gate_BC, scale_BC, shift_BC, eps, backend)
     return x_out_BTC, h_BTC
@@ -365,4 +384,8 @@ def sample_inputs(dtype: torch.dtype, generator: torch.Generator) -> list[tuple[
             rows = torch.randn(batch, 3, width, generator=generator).to(dtype)
             gate, scale, shift = (0.5 * rows).unbind(1)
             cases.append((x[:, 1 : tokens + 1], y[..., :width], gate, scale, shift))
+    # Dense but permuted: batch and tokens change places.
+    x, y = (torch.randn(5, 3, 16, generator=generator).to(dtype) for _ in range(2))
+    gate, scale, shift = torch.randn(3, 3, 16, generator=generator).to(dtype).unbind(0)
+    cases.append((x.transpose(0, 1), y.transpose(0, 1), gate, scale, shift))
     return cases

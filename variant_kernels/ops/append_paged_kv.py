@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from variant_kernels import contract
-from variant_kernels.backends import Impl, Request, choose, cpu_unsupported, lazy
+from variant_kernels.backends import Impl, Lazy, Request, choose, cpu_unsupported
 from variant_kernels.registry import refuse_gradient, register
 
 
@@ -46,7 +46,7 @@ def reference_append_paged_kv(
 APPEND_IMPLS = {
     "reference": Impl(reference_append_paged_kv),
     "cpu": Impl(
-        lazy("variant_kernels.cpu_ops.append_paged_kv", "launch_append_paged_kv"),
+        Lazy("variant_kernels.cpu_ops.append_paged_kv", "launch_append_paged_kv"),
         unsupported=cpu_unsupported,
     ),
 }
@@ -100,6 +100,8 @@ def append_paged_kv(
     contract.check_shape(op, "v_BTHD", v_BTHD, tuple(k_BTHD.shape), "to match k_BTHD")
     contract.check_same(op, "v_BTHD", v_BTHD, "k_BTHD", k_BTHD)
     check_pages(op, k_pages_PNHD, v_pages_PNHD, "k_BTHD", k_BTHD)
+    if k_pages_PNHD is v_pages_PNHD:
+        raise ValueError(f"{op}: k_pages_PNHD and v_pages_PNHD must be two tensors; got one twice")
     contract.check_tensor(op, "slots_BT", slots_BT)
     contract.check_shape(op, "slots_BT", slots_BT, tuple(k_BTHD.shape[:2]), "to match k_BTHD")
     if slots_BT.dtype != torch.int64:
@@ -121,6 +123,15 @@ def check_pages(
             raise ValueError(
                 f"{op}: {pages_name} must end in (H, D) = {tuple(like_BTHD.shape[2:])} to match "
                 f"{name}; got {tuple(pages.shape)}"
+            )
+        if pages.shape[1] < 1:
+            raise ValueError(
+                f"{op}: {pages_name} must have page_size >= 1; got {tuple(pages.shape)}"
+            )
+        if any(n > 1 and step == 0 for n, step in zip(pages.shape, pages.stride(), strict=True)):
+            raise ValueError(
+                f"{op}: {pages_name} must not be expanded: several slots would share one address; "
+                f"got strides {pages.stride()}"
             )
     contract.check_shape(
         op, "v_pages_PNHD", v_pages_PNHD, tuple(k_pages_PNHD.shape), "to match k_pages_PNHD"

@@ -5,24 +5,29 @@ Axes: B batch, L tokens of all scales, H heads, D width of one head.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from variant_kernels import contract
-from variant_kernels.backends import Impl, Request, choose, cpu_unsupported, lazy
-from variant_kernels.registry import differentiate, last_contiguous, register
+from variant_kernels.backends import Impl, Lazy, Request, choose_name, cpu_unsupported
+from variant_kernels.registry import (
+    differentiate,
+    forbid_gradient,
+    last_contiguous,
+    register,
+)
 from variant_kernels.scales import ScaleLayout
 
 # --- the definition -----------------------------------------------------------------------------
 
 
-def dense_mask(scale_lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """(L, L) bool: whether the token of a row sees the token of a column."""
-    lengths = torch.tensor(list(scale_lengths), device=device)
-    scale_L = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+@lru_cache(maxsize=64)
+def dense_mask(scale_lengths: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+    """(L, L) bool: whether the token of a row sees the token of a column; read-only."""
+    scales = [k for k, length in enumerate(scale_lengths) for _ in range(length)]
+    scale_L = torch.tensor(scales, device=device)
     return scale_L.unsqueeze(1) >= scale_L.unsqueeze(0)
 
 
@@ -32,7 +37,9 @@ def _wide(*tensors_BLHD: Tensor) -> list[Tensor]:
     return [x.transpose(1, 2).to(wide) for x in tensors_BLHD]
 
 
-def _scores(q_BHLD: Tensor, k_BHLD: Tensor, lengths: Sequence[int], softmax_scale: float) -> Tensor:
+def _scores(
+    q_BHLD: Tensor, k_BHLD: Tensor, lengths: tuple[int, ...], softmax_scale: float
+) -> Tensor:
     scores_BHLL = (q_BHLD @ k_BHLD.transpose(-1, -2)) * softmax_scale
     return scores_BHLL.masked_fill(~dense_mask(lengths, scores_BHLL.device), -torch.inf)
 
@@ -42,7 +49,7 @@ def reference_block_causal_attention_forward(
     q_BLHD: Tensor,
     k_BLHD: Tensor,
     v_BLHD: Tensor,
-    scale_lengths: Sequence[int],
+    scale_lengths: tuple[int, ...],
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
     q_BHLD, k_BHLD, v_BHLD = _wide(q_BLHD, k_BLHD, v_BLHD)
@@ -61,7 +68,7 @@ def reference_block_causal_attention_backward(
     v_BLHD: Tensor,
     out_BLHD: Tensor,
     lse_BHL: Tensor,
-    scale_lengths: Sequence[int],
+    scale_lengths: tuple[int, ...],
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """FlashAttention-2 (arXiv 2307.08691), algorithm 2, without the tiling.
@@ -95,8 +102,8 @@ BLOCK_CAUSAL_IMPLS = {
         reference_block_causal_attention_forward, reference_block_causal_attention_backward
     ),
     "cpu": Impl(
-        lazy(_CPU, "launch_block_causal_attention_forward"),
-        lazy(_CPU, "launch_block_causal_attention_backward"),
+        Lazy(_CPU, "launch_block_causal_attention_forward"),
+        Lazy(_CPU, "launch_block_causal_attention_backward"),
         cpu_unsupported,
     ),
 }
@@ -104,9 +111,13 @@ BLOCK_CAUSAL_IMPLS = {
 IMPLS = {"block_causal_attention": BLOCK_CAUSAL_IMPLS}
 
 
-def _choose(backend: str, q: Tensor) -> Impl:
+def _resolve(backend: str, q: Tensor) -> str:
     request = Request(q.device.type, (q.dtype,), q.shape[-1])
-    return choose("block_causal_attention", BLOCK_CAUSAL_IMPLS, backend, request)
+    return choose_name("block_causal_attention", BLOCK_CAUSAL_IMPLS, backend, request)
+
+
+def _choose(backend: str, q: Tensor) -> Impl:
+    return BLOCK_CAUSAL_IMPLS[_resolve(backend, q)]
 
 
 # --- registration -------------------------------------------------------------------------------
@@ -161,7 +172,9 @@ block_causal_attention_backward_op = register(
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, ctx.scale_lengths, ctx.softmax_scale, ctx.backend = inputs
+    q, k, v, ctx.scale_lengths, ctx.softmax_scale, backend = inputs
+    # The backward pass runs where the forward ran, whatever use_backend says by then.
+    ctx.backend = _resolve(backend, q)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output)
 
@@ -180,6 +193,7 @@ def _autograd(ctx, grad_out, grad_lse):
 
 
 differentiate("block_causal_attention", setup_context=_setup, backward=_autograd)
+forbid_gradient("block_causal_attention_backward")
 
 
 # --- public function ----------------------------------------------------------------------------
@@ -227,7 +241,7 @@ def block_causal_attention(
             f"{op}: q_BLHD must have {layout.total} tokens to match layout {layout.tokens}; "
             f"got {q_BLHD.shape[1]}"
         )
-    scale = 1 / math.sqrt(q_BLHD.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    scale = contract.softmax_scale(op, softmax_scale, q_BLHD.shape[-1])
     return block_causal_attention_op(q_BLHD, k_BLHD, v_BLHD, layout.tokens, scale, backend)[0]
 
 

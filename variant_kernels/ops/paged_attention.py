@@ -6,14 +6,12 @@ M page-table entries.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from variant_kernels import contract
-from variant_kernels.backends import Impl, Request, choose, cpu_unsupported, lazy
+from variant_kernels.backends import Impl, Lazy, Request, choose, cpu_unsupported
 from variant_kernels.ops.append_paged_kv import check_pages
 from variant_kernels.registry import refuse_gradient, register
 
@@ -61,22 +59,27 @@ def reference_paged_attention(
 ) -> Tensor:
     batch, _, heads, head_dim = q_BTHD.shape
     page_size, entries = k_pages_PNHD.shape[1], page_table_BM.shape[1]
+    if batch == 0 or entries == 0 or k_pages_PNHD.shape[0] == 0:
+        return torch.zeros(q_BTHD.shape, dtype=q_BTHD.dtype, device=q_BTHD.device)
     wide = torch.promote_types(q_BTHD.dtype, torch.float32)
     position_S = torch.arange(entries * page_size, device=q_BTHD.device)
     visible_BS = position_S < kv_lens_B.unsqueeze(1)
     # Entries beyond a length may hold anything: point them at page 0 and mask what they give.
     used_BM = visible_BS.view(batch, entries, page_size)[:, :, 0]
     safe_BM = torch.where(used_BM, page_table_BM, 0).long()
-    hidden_BS11 = ~visible_BS.view(batch, -1, 1, 1)
+    hidden_BS11 = ~visible_BS.view(batch, entries * page_size, 1, 1)
 
     def gather(pages_PNHD: Tensor) -> Tensor:
-        rows_BSHD = pages_PNHD[safe_BM].reshape(batch, -1, heads, head_dim).to(wide)
+        rows_BMNHD = pages_PNHD[safe_BM].to(wide)
+        rows_BSHD = rows_BMNHD.reshape(batch, entries * page_size, heads, head_dim)
         # Unwritten slots may hold NaN, and 0 * NaN is NaN.
         return rows_BSHD.masked_fill(hidden_BS11, 0).transpose(1, 2)
 
     k_BHSD, v_BHSD = gather(k_pages_PNHD), gather(v_pages_PNHD)
     scores_BHTS = (q_BTHD.transpose(1, 2).to(wide) @ k_BHSD.transpose(-1, -2)) * softmax_scale
-    scores_BHTS = scores_BHTS.masked_fill(~visible_BS.view(batch, 1, 1, -1), -torch.inf)
+    scores_BHTS = scores_BHTS.masked_fill(
+        ~visible_BS.view(batch, 1, 1, entries * page_size), -torch.inf
+    )
     probs_BHTS = torch.softmax(scores_BHTS, dim=-1)
     probs_BHTS = probs_BHTS.masked_fill((kv_lens_B == 0).view(batch, 1, 1, 1), 0)
     return (probs_BHTS @ v_BHSD).transpose(1, 2).to(q_BTHD.dtype).contiguous()
@@ -85,7 +88,7 @@ def reference_paged_attention(
 PAGED_IMPLS = {
     "reference": Impl(reference_paged_attention),
     "cpu": Impl(
-        lazy("variant_kernels.cpu_ops.paged_attention", "launch_paged_attention_forward"),
+        Lazy("variant_kernels.cpu_ops.paged_attention", "launch_paged_attention_forward"),
         unsupported=cpu_unsupported,
     ),
 }
@@ -169,7 +172,7 @@ def paged_attention(
         )
     contract.check_shape(op, "kv_lens_B", kv_lens_B, (batch,), "to match q_BTHD")
     refuse_gradient(op, q_BTHD, k_pages_PNHD, v_pages_PNHD)
-    scale = 1 / math.sqrt(q_BTHD.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    scale = contract.softmax_scale(op, softmax_scale, q_BTHD.shape[-1])
     return paged_attention_op(
         q_BTHD, k_pages_PNHD, v_pages_PNHD, page_table_BM, kv_lens_B, scale, backend
     )

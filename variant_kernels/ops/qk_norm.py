@@ -11,8 +11,13 @@ import torch
 from torch import Tensor
 
 from variant_kernels import contract
-from variant_kernels.backends import Impl, Request, choose, cpu_unsupported, lazy
-from variant_kernels.registry import differentiate, last_contiguous, register
+from variant_kernels.backends import Impl, Lazy, Request, choose_name, cpu_unsupported
+from variant_kernels.registry import (
+    differentiate,
+    forbid_gradient,
+    last_contiguous,
+    register,
+)
 
 MAX_LOG_SCALE = math.log(100)
 NORM_EPS = 1e-12
@@ -83,8 +88,8 @@ _CPU = "variant_kernels.cpu_ops.qk_norm"
 QK_NORM_IMPLS = {
     "reference": Impl(reference_qk_norm_forward, reference_qk_norm_backward),
     "cpu": Impl(
-        lazy(_CPU, "launch_qk_norm_forward"),
-        lazy(_CPU, "launch_qk_norm_backward"),
+        Lazy(_CPU, "launch_qk_norm_forward"),
+        Lazy(_CPU, "launch_qk_norm_backward"),
         cpu_unsupported,
     ),
 }
@@ -92,9 +97,13 @@ QK_NORM_IMPLS = {
 IMPLS = {"qk_norm": QK_NORM_IMPLS}
 
 
-def _choose(backend: str, q: Tensor, scale_mul: Tensor) -> Impl:
+def _resolve(backend: str, q: Tensor, scale_mul: Tensor) -> str:
     request = Request(q.device.type, (q.dtype, scale_mul.dtype), q.shape[-1])
-    return choose("qk_norm", QK_NORM_IMPLS, backend, request)
+    return choose_name("qk_norm", QK_NORM_IMPLS, backend, request)
+
+
+def _choose(backend: str, q: Tensor, scale_mul: Tensor) -> Impl:
+    return QK_NORM_IMPLS[_resolve(backend, q, scale_mul)]
 
 
 # --- registration -------------------------------------------------------------------------------
@@ -134,7 +143,9 @@ qk_norm_backward_op = register(
 
 
 def _setup(ctx, inputs, output):
-    q, k, scale_mul, ctx.backend = inputs
+    q, k, scale_mul, backend = inputs
+    # The backward pass runs where the forward ran, whatever use_backend says by then.
+    ctx.backend = _resolve(backend, q, scale_mul)
     ctx.save_for_backward(q, k, scale_mul)
 
 
@@ -147,6 +158,7 @@ def _autograd(ctx, grad_q, grad_k):
 
 
 differentiate("qk_norm", setup_context=_setup, backward=_autograd)
+forbid_gradient("qk_norm_backward")
 
 
 # --- public function ----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from variant_kernels import contract
-from variant_kernels.backends import Impl, Request, choose, cpu_unsupported, lazy
+from variant_kernels.backends import Impl, Lazy, Request, choose, cpu_unsupported
 from variant_kernels.registry import refuse_gradient, register
 
 # --- the definition -----------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def raise_bad_row(op: str, image: int, token: int) -> None:
 SAMPLE_IMPLS = {
     "reference": Impl(reference_sample_tokens),
     "cpu": Impl(
-        lazy("variant_kernels.cpu_ops.sample_tokens", "launch_sample_tokens"),
+        Lazy("variant_kernels.cpu_ops.sample_tokens", "launch_sample_tokens"),
         unsupported=cpu_unsupported,
     ),
 }
@@ -217,7 +217,8 @@ def sample_tokens(
         seed: 0 <= seed < 2^63; None draws one from torch's default generator.
         image_ids: (B,) int64, which image each row is; None is 0..B-1.
         position: of the first token in the whole sequence.
-        generator: draw as ``torch.multinomial`` does; excludes ``seed``.
+        generator: draw as ``torch.multinomial`` does; excludes ``seed``. Not under
+            ``torch.compile(fullgraph=True)``: Dynamo takes no generator.
     Returns:
         tokens (B, T) int64.
     Raises:
@@ -236,12 +237,14 @@ def sample_tokens(
     batch = logits_2BTV.shape[0] // 2
     if not 0 <= guidance < float("inf"):
         raise ValueError(f"{op}: guidance must be >= 0 and finite; got {guidance}")
-    if top_k < 0:
-        raise ValueError(f"{op}: top_k must be >= 0 (0 keeps all); got {top_k}")
+    if not 0 <= top_k < 2**31:
+        raise ValueError(f"{op}: top_k must be in [0, 2^31) (0 keeps all); got {top_k}")
     if not 0 <= top_p <= 1:
         raise ValueError(f"{op}: top_p must be in [0, 1] (0 keeps all); got {top_p}")
-    if not 0 <= position < 2**32:
-        raise ValueError(f"{op}: position must be in [0, 2^32); got {position}")
+    if position < 0 or position + logits_2BTV.shape[1] > 2**32:
+        raise ValueError(
+            f"{op}: position must be >= 0 and position + T at most 2^32; got {position}"
+        )
     if seed is not None and generator is not None:
         raise ValueError(f"{op}: seed and generator exclude each other; got both")
     if seed is not None and not 0 <= seed < 2**63:
@@ -252,6 +255,11 @@ def sample_tokens(
         if image_ids.dtype != torch.int64:
             raise TypeError(f"{op}: image_ids must be int64; got {image_ids.dtype}")
         contract.check_device(op, "image_ids", image_ids, "logits_2BTV", logits_2BTV)
+    if generator is not None and generator.device.type != logits_2BTV.device.type:
+        raise ValueError(
+            f"{op}: generator must be on the device of logits_2BTV ({logits_2BTV.device}); got "
+            f"{generator.device}"
+        )
     refuse_gradient(op, logits_2BTV)
     exponential_RV = None if generator is None else draw_exponential(logits_2BTV, generator)
     return sample_tokens_op(
