@@ -157,7 +157,7 @@ class VAETraining:
     revive_every: steps between checks for unused codes, which are moved onto features of the
         current batch; 0 never moves one.  revive_until: share of the steps with such checks.
     scale_dropout: share of the first steps that reconstruct from a few scales only, so that coarse
-        scales learn to say as much as they can; it falls linearly to none at half-time.
+        scales learn to say as much as they can; it falls linearly to none.
     weights: a trained VQ-VAE to use instead of training one (.pth or .safetensors).
     """
 

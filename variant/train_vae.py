@@ -55,11 +55,11 @@ class VAETask(Task):
     def _num_scales(self, step: int) -> int:
         """All scales, or in a share of the steps only the first few, uniformly many.
 
-        The share falls linearly to none at half-time; the second half learns the details.
+        The share falls linearly, to none at the end, when the finest details are learned.
         """
         scales = self.vae.layout.num_scales
         rng = stream(self.recipe.seed, step, STREAM_SCALES)
-        is_cut = rng.random() < self.training.scale_dropout * max(0.0, 1 - 2 * step / self.steps)
+        is_cut = rng.random() < self.training.scale_dropout * (1 - step / self.steps)
         return int(rng.integers(1, scales)) if is_cut and scales > 1 else scales
 
     def held_out_losses(self) -> dict[str, float]:
