@@ -13,9 +13,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from variant.memory import free_bytes
@@ -27,6 +28,7 @@ from variant.sampling import (
     Stats,
     check_image_ids,
     check_labels,
+    check_tokens,
 )
 from variant.transformer import VAR, Block
 from variant.vqvae import VQVAE
@@ -41,17 +43,20 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class _Kernels:
     """The launchers of one backend choice, called without the checks of the public functions."""
 
-    def __init__(self, backend: str, device: str, dtype: torch.dtype, stream: torch.dtype) -> None:
+    def __init__(self, backend: str, device: str, dtype: torch.dtype) -> None:
         found = tables()
 
         def pick(op: str, *dtypes: torch.dtype) -> Impl:
             return choose(op, found[op], backend, Request(device, dtypes))
 
-        self.adaln = pick("adaln_modulate", stream, dtype).forward
-        self.gated_adaln = pick("gated_residual_adaln", stream, dtype).forward
+        # The residual stream is float32, whatever the engine's dtype.
+        self.adaln = pick("adaln_modulate", torch.float32, dtype).forward
+        self.gated_adaln = pick("gated_residual_adaln", torch.float32, dtype).forward
         self.qk_norm = pick("qk_norm", dtype, torch.float32).forward
         self.append = pick("append_paged_kv", dtype).forward
-        self.attention = pick("paged_attention", dtype).forward
+        attention = pick("paged_attention", dtype)
+        self.attention = attention.forward
+        self.gathers_pages = attention is found["paged_attention"]["reference"]
         self.sample = pick("sample_tokens", dtype).forward
 
 
@@ -59,22 +64,40 @@ class _Layer:
     """One block's weights in the engine's dtype; shared with the model where that is its own."""
 
     def __init__(self, block: Block, dtype: torch.dtype) -> None:
-        def cast(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(dtype)
-
         attn, ffn = block.attn, block.ffn
         self.softmax_scale = attn.softmax_scale
         self.scale_mul_1H11 = attn.scale_mul_1H11.detach().float() if attn.attn_l2_norm else None
-        self.qkv = cast(attn.mat_qkv.weight), cast(attn.qkv_bias())
-        self.proj = cast(attn.proj.weight), cast(attn.proj.bias)
-        self.fc1 = cast(ffn.fc1.weight), cast(ffn.fc1.bias)
-        self.fc2 = cast(ffn.fc2.weight), cast(ffn.fc2.bias)
+        self.qkv = attn.mat_qkv.weight.detach().to(dtype), attn.qkv_bias().detach().to(dtype)
+        self.proj = _affine(attn.proj, dtype)
+        self.fc1 = _affine(ffn.fc1, dtype)
+        self.fc2 = _affine(ffn.fc2, dtype)
+
+
+class _Weights:
+    """All that the step loop reads; embeddings stay float32, as the residual stream does."""
+
+    def __init__(self, var: VAR, dtype: torch.dtype) -> None:
+        self.layers = [_Layer(block, dtype) for block in var.layers()]
+        self.head = _affine(var.head, dtype)
+        self.position_1LC = var.position_embedding().detach().float()
+        self.pos_start = var.pos_start.detach().float()
+        self.word_embed = _affine(var.word_embed, torch.float32)
+
+
+def _affine(linear: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return linear.weight.detach().to(dtype), linear.bias.detach().to(dtype)
 
 
 @dataclass
 class _Run:
-    """One batch in flight. rows_6RC: per layer the six modulation rows; head_2RC: the head's."""
+    """One batch in flight. rows_6RC: per layer the six modulation rows; head_2RC: the head's.
 
+    Kernels and weights are chosen when it starts: whatever another thread or a callback does with
+    the engine, this run goes on as it began.
+    """
+
+    kernels: _Kernels
+    weights: _Weights
     schedule: DepthSchedule
     cache: PagedKVCache
     rows_6RC: list[tuple[Tensor, ...]]
@@ -85,7 +108,9 @@ class Engine:
     """Generates with one VAR and its VQ-VAE at any depth.
 
     Weights are cast once to ``dtype`` (shared where it is their own); the residual stream is
-    float32 also in 16-bit engines. Weights changed in place are noticed at the next call.
+    float32 also in 16-bit engines. Weights changed in place (by an optimiser, by
+    ``load_state_dict``) are noticed at the next call; after changes through ``.data`` call
+    :meth:`refresh`.
 
     Args:
         var, vae: the models; same codebook and layout.
@@ -112,10 +137,20 @@ class Engine:
         if self.dtype not in DTYPES:
             names = ", ".join(dtype_name(d) for d in DTYPES)
             raise ValueError(f"Engine: dtype must be one of {names}; got {self.dtype}")
+        if page_size < 1:
+            raise ValueError(f"Engine: page_size must be at least 1; got {page_size}")
         self.page_size = page_size
         self.backend = backend
-        self._fingerprint: tuple[tuple[int, int], ...] = ()
-        self._kernels_of = ""
+        self._lock = Lock()
+        self._cast: tuple[tuple[tuple[int, int], ...], _Weights] | None = None
+        self._kernels()  # a backend that cannot serve the dtype is refused here
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the lock and the cast weights, so that a used model can be pickled."""
+        return {**self.__dict__, "_lock": None, "_cast": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state, _lock=Lock())
 
     @property
     def device(self) -> torch.device:
@@ -124,23 +159,23 @@ class Engine:
 
     # --- weights --------------------------------------------------------------------------------
 
-    def _prepare(self) -> None:
-        """Cast the weights, unless nothing changed since the last call."""
-        fingerprint = tuple(
-            (p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.var.parameters()
-        )
-        if fingerprint == self._fingerprint:
-            return
-        var, dtype = self.var, self.dtype
-        self._layers = [_Layer(block, dtype) for block in var.layers()]
-        self._head = var.head.weight.detach().to(dtype), var.head.bias.detach().to(dtype)
-        self._position_1LC = var.position_embedding().detach().float()
-        self._pos_start = var.pos_start.detach().float()
-        self._word_embed = (
-            var.word_embed.weight.detach().float(),
-            var.word_embed.bias.detach().float(),
-        )
-        self._fingerprint = fingerprint
+    def refresh(self) -> None:
+        """Cast the weights anew at the next call; needed only after a change through ``.data``."""
+        with self._lock:
+            self._cast = None
+
+    def _weights(self) -> _Weights:
+        """The weights in the engine's dtype, cast again if any changed since the last call."""
+        tensors = [*self.var.parameters(), *self.var.buffers()]
+        fingerprint = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        with self._lock:
+            if self._cast is None or self._cast[0] != fingerprint:
+                self._cast = fingerprint, _Weights(self.var, self.dtype)
+            return self._cast[1]
+
+    def _kernels(self) -> _Kernels:
+        # Chosen per call: use_backend and VARIANT_BACKEND count.
+        return _Kernels(self.backend, self.device.type, self.dtype)
 
     def _modulation(self, cond_RC: Tensor) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
         """Every layer's rows and the head's: they depend on the class alone, so once per image."""
@@ -152,8 +187,8 @@ class Engine:
 
     # --- one scale ------------------------------------------------------------------------------
 
-    def _attention(self, layer: _Layer, h_RTC: Tensor, cache: PagedKVCache, step: KVStep) -> Tensor:
-        kernels, config = self._kernels, self.var.config
+    def _attention(self, run: _Run, layer: _Layer, h_RTC: Tensor, step: KVStep) -> Tensor:
+        kernels, cache, config = run.kernels, run.cache, self.var.config
         rows, tokens, width = h_RTC.shape
         packed = F.linear(h_RTC, *layer.qkv).view(rows, tokens, 3, config.num_heads, -1)
         q_RTHD, k_RTHD, v_RTHD = packed.unbind(2)
@@ -180,15 +215,15 @@ class Engine:
 
     def _hidden(self, run: _Run, x_RTC: Tensor, scale: int) -> Tensor:
         """Tokens of one scale through its active layers and the head's norm, (R, T, C)."""
-        kernels, eps = self._kernels, self.var.config.norm_eps
+        kernels, eps = run.kernels, self.var.config.norm_eps
         active = run.schedule.active_layers(scale)
         _, _, scale1, _, shift1, _ = run.rows_6RC[active[0]]
         h_RTC, _, _ = kernels.adaln(x_BTC=x_RTC, scale_BC=scale1, shift_BC=shift1, eps=eps)
         for index, following in zip(active, (*active[1:], None), strict=True):
-            layer = self._layers[index]
+            layer = run.weights.layers[index]
             gate1, gate2, _, scale2, _, shift2 = run.rows_6RC[index]
             step = run.cache.open(index, scale)
-            y_RTC = self._attention(layer, h_RTC, run.cache, step)
+            y_RTC = self._attention(run, layer, h_RTC, step)
             run.cache.close(index, scale)
             x_RTC, h_RTC, _, _ = kernels.gated_adaln(
                 x_BTC=x_RTC, y_BTC=y_RTC, gate_BC=gate1, scale_BC=scale2, shift_BC=shift2, eps=eps
@@ -209,21 +244,20 @@ class Engine:
             )
         return h_RTC
 
-    def _input(self, run_input_BTE: Tensor | None, cond_RC: Tensor, scale: int) -> Tensor:
+    def _input(self, run: _Run, words_BTE: Tensor | None, cond_RC: Tensor, scale: int) -> Tensor:
         """Residual stream at the start of a scale, (R, T, C) float32."""
-        place_1TC = self._position_1LC[:, self.var.layout.slice(scale)]
-        if run_input_BTE is None:
-            return cond_RC.float().unsqueeze(1) + self._pos_start + place_1TC
-        words_BTC = F.linear(run_input_BTE, *self._word_embed) + place_1TC
+        weights = run.weights
+        place_1TC = weights.position_1LC[:, self.var.layout.slice(scale)]
+        if words_BTE is None:
+            return cond_RC.float().unsqueeze(1) + weights.pos_start + place_1TC
+        words_BTC = F.linear(words_BTE, *weights.word_embed) + place_1TC
         return words_BTC.repeat(cond_RC.shape[0] // words_BTC.shape[0], 1, 1)
 
     def _start(
         self, labels_B: Tensor, schedule: DepthSchedule, guidance: bool
     ) -> tuple[_Run, Tensor]:
-        self._prepare()
+        kernels, weights = self._kernels(), self._weights()
         device, config = self.device, self.var.config
-        # The choice may differ from call to call: use_backend and VARIANT_BACKEND count.
-        self._kernels = _Kernels(self.backend, device.type, self.dtype, torch.float32)
         labels_R = labels_B.to(device)
         if guidance:
             labels_R = torch.cat((labels_R, torch.full_like(labels_R, config.num_classes)))
@@ -233,11 +267,11 @@ class Engine:
         cache = PagedKVCache(
             plan, len(labels_R), config.num_heads, config.head_dim, self.dtype, device
         )
-        return _Run(schedule, cache, rows_6RC, head_2RC), cond_RC
+        return _Run(kernels, weights, schedule, cache, rows_6RC, head_2RC), cond_RC
 
     # --- public ---------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forced_logits(
         self,
         labels_B: Tensor,
@@ -256,25 +290,23 @@ class Engine:
         Returns:
             (B, L, V) float32.
         """
+        labels_B = check_labels(labels_B, self.var.config.num_classes, "forced_logits")
         layout = self.var.layout
-        if tokens_BL.shape != (len(labels_B), layout.total):
-            raise ValueError(
-                f"Engine.forced_logits: tokens_BL must be {(len(labels_B), layout.total)}; "
-                f"got {tuple(tokens_BL.shape)}"
-            )
-        labels_B = check_labels(labels_B, self.var.config.num_classes)
+        tokens_BL = check_tokens(
+            tokens_BL, (len(labels_B), layout.total), self.var.config.vocab_size
+        ).to(self.device)
         run, cond_BC = self._start(labels_B, self.var.schedule(depth, bridge), guidance=False)
         f_hat = self.vae.new_features(len(labels_B))
         logits, following = [], None
         for k in range(layout.num_scales):
-            h_BTC = self._hidden(run, self._input(following, cond_BC, k), k)
-            logits.append(F.linear(h_BTC, *self._head).float())
+            h_BTC = self._hidden(run, self._input(run, following, cond_BC, k), k)
+            logits.append(F.linear(h_BTC, *run.weights.head).float())
             f_hat = self.vae.accumulate(f_hat, tokens_BL[:, layout.slice(k)], k)
             if k + 1 < layout.num_scales:
                 following = self.vae.next_scale_input(f_hat, k)
         return torch.cat(logits, dim=1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         labels: int | Sequence[int] | Tensor,
@@ -310,7 +342,7 @@ class Engine:
         Raises:
             ValueError: an argument out of range.  MemoryError: not even one image fits.
         """
-        started = time.perf_counter()
+        started = self._clock()
         labels_B = check_labels(labels, self.var.config.num_classes)
         sampling = Sampling(cfg, top_k, top_p, seed, generator)
         schedule = self.var.schedule(depth, bridge)
@@ -331,7 +363,7 @@ class Engine:
             )
         first_stats = parts[0][2]
         stats = Stats(
-            seconds=time.perf_counter() - started,
+            seconds=self._clock() - started,
             decode_seconds=sum(stats.decode_seconds for _, _, stats in parts),
             batches=len(parts),
             depths=parts[-1][2].depths,
@@ -356,15 +388,15 @@ class Engine:
         on_scale: OnScale | None,
         first_flexible: int,
     ) -> tuple[Tensor, Tensor, Stats]:
-        started = time.perf_counter()
+        started = self._clock()
         layout, config, batch = self.var.layout, self.var.config, len(labels_B)
         run, cond_RC = self._start(labels_B, schedule, guidance=sampling.guided)
         f_hat = self.vae.new_features(batch)
         tokens_BL = torch.empty(batch, layout.total, dtype=torch.int64, device=self.device)
         following = None
         for k in range(layout.num_scales):
-            h_RTC = self._hidden(run, self._input(following, cond_RC, k), k)
-            tokens_BT = self._sample(h_RTC, k, sampling, image_ids_B)
+            h_RTC = self._hidden(run, self._input(run, following, cond_RC, k), k)
+            tokens_BT = self._sample(run, h_RTC, k, sampling, image_ids_B)
             tokens_BL[:, layout.slice(k)] = tokens_BT
             f_hat = self.vae.accumulate(f_hat, tokens_BT, k)
             if k + 1 < layout.num_scales:
@@ -373,9 +405,9 @@ class Engine:
                 wanted = on_scale(k, self._partial(k, tokens_BL, f_hat))
                 if wanted is not None and k + 1 < layout.num_scales:
                     self._switch(run, max(k + 1, first_flexible), wanted)
-        decoding = time.perf_counter()
-        images = self.vae.decode_features(f_hat).float()
-        ended = time.perf_counter()
+        decoding = self._clock()
+        images = self._decode(f_hat)
+        ended = self._clock()
         plan, guided = run.cache.plan, sampling.guided
         heads, head_dim = config.num_heads, config.head_dim
         width = torch.empty((), dtype=self.dtype).itemsize
@@ -394,19 +426,21 @@ class Engine:
         )
         return images, tokens_BL, stats
 
-    def _sample(self, h_RTC: Tensor, scale: int, sampling: Sampling, image_ids_B: Tensor) -> Tensor:
+    def _sample(
+        self, run: _Run, h_RTC: Tensor, scale: int, sampling: Sampling, image_ids_B: Tensor
+    ) -> Tensor:
         layout = self.var.layout
         guidance = sampling.guidance(scale, layout.num_scales)
         if guidance == 0:
             # Unconditional rows would count nothing: their head is not computed.
-            logits_BTV = F.linear(h_RTC[: len(image_ids_B)], *self._head)
+            logits_BTV = F.linear(h_RTC[: len(image_ids_B)], *run.weights.head)
             logits_2BTV = logits_BTV.repeat(2, 1, 1)
         else:
-            logits_2BTV = F.linear(h_RTC, *self._head)
+            logits_2BTV = F.linear(h_RTC, *run.weights.head)
         generator, exponential_RV = sampling.generator, None
         if generator is not None:
             exponential_RV = draw_exponential(logits_2BTV, generator)
-        return self._kernels.sample(
+        return run.kernels.sample(
             logits_2BTV=logits_2BTV,
             guidance=guidance,
             top_k=sampling.top_k,
@@ -417,16 +451,26 @@ class Engine:
             exponential_RV=exponential_RV,
         )
 
+    def _clock(self) -> float:
+        """Seconds; work queued on a GPU counts as done only when it is."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @torch.no_grad()
+    def _decode(self, f_hat: Tensor) -> Tensor:
+        """(B, 3, H, W) float32 in [0, 1]; one channel is shown as grey."""
+        images = self.vae.decode_features(f_hat).float()
+        return images.expand(-1, 3, -1, -1).contiguous()
+
     def _partial(self, scale: int, tokens_BL: Tensor, f_hat: Tensor) -> PartialResult:
         so_far, features = tokens_BL[:, : self.var.layout.visible(scale)].clone(), f_hat.clone()
-        return PartialResult(scale, so_far, lambda: self.vae.decode_features(features).float())
+        return PartialResult(scale, so_far, lambda: self._decode(features))
 
     def _switch(self, run: _Run, scale: int, depth: int | Sequence[int]) -> None:
-        if scale >= self.var.layout.num_scales:
-            return
-        layers = self.var.config.subnets.get(depth, depth) if isinstance(depth, int) else depth
-        run.schedule = run.schedule.switched(scale, layers)
-        run.cache.switch(run.schedule)
+        if scale < self.var.layout.num_scales:
+            run.schedule = run.schedule.switched(scale, self.var.layers_of(depth))
+            run.cache.switch(run.schedule)
 
     def _bridge(self, bridge: int | None) -> int:
         return bridge if bridge is not None else (self.var.config.bridge or 0)
@@ -435,8 +479,9 @@ class Engine:
         self, count: int, schedule: DepthSchedule, guidance: bool, max_batch: int | None
     ) -> int:
         """Images at once: what was asked for, within what free memory holds."""
-        if max_batch is not None and max_batch < 1:
-            raise ValueError(f"generate: max_batch must be at least 1; got {max_batch}")
+        if max_batch is not None and not (isinstance(max_batch, int) and max_batch >= 1):
+            raise ValueError(f"generate: max_batch must be an integer >= 1; got {max_batch!r}")
+        self._weights()  # cast now: 16-bit copies must not be counted as free memory
         plan = CachePlan(self.var.layout, schedule, self.page_size)
         one = self.image_bytes(plan, guidance)
         free = free_bytes(self.device)
@@ -460,6 +505,11 @@ class Engine:
         # output, the MLP's two hidden tensors; or the logits, twice in float32.
         layer = tokens * (8 * config.embed_dim + (7 * config.embed_dim + 2 * hidden) * item)
         logits = tokens * config.vocab_size * (item + 8)
+        if self._kernels().gathers_pages:
+            # Plain torch gathers all visible K and V in float32 and holds every score.
+            total, heads = self.var.layout.total, config.num_heads
+            rows = 2 if guidance else 1
+            layer += 4 * rows * total * 2 * config.embed_dim + 8 * heads * tokens * total
         decoder = self.vae.config.image_size**2 * self.vae.config.ch * 4 * 6
         return kv + max(layer, logits, decoder)
 

@@ -14,6 +14,13 @@ from torch import Tensor
 
 from variant_kernels.backends import dtype_name
 
+# Far beyond any use; keeps guided float32 logits finite.
+MAX_CFG = 1e4
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -33,16 +40,18 @@ class Sampling:
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.cfg) and self.cfg >= 0):
-            raise ValueError(f"generate: cfg must be >= 0 and finite; got {self.cfg}")
-        if self.top_k < 0:
-            raise ValueError(f"generate: top_k must be >= 0 (0 keeps all); got {self.top_k}")
-        if not 0 <= self.top_p <= 1:
+        if not _number(self.cfg) or not 0 <= self.cfg <= MAX_CFG:
+            raise ValueError(f"generate: cfg must be in [0, {MAX_CFG:g}]; got {self.cfg!r}")
+        if not isinstance(self.top_k, int) or not 0 <= self.top_k < 2**31:
+            raise ValueError(
+                f"generate: top_k must be an integer >= 0 (0 keeps all); got {self.top_k!r}"
+            )
+        if not _number(self.top_p) or not 0 <= self.top_p <= 1:
             raise ValueError(f"generate: top_p must be in [0, 1] (0 keeps all); got {self.top_p}")
         if self.seed is not None and self.generator is not None:
             raise ValueError("generate: seed and generator exclude each other; got both")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"generate: seed must be in [0, 2^63); got {self.seed}")
+        if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
+            raise ValueError(f"generate: seed must be an integer in [0, 2^63); got {self.seed!r}")
         if self.seed is None and self.generator is None:
             object.__setattr__(self, "seed", int(torch.randint(2**63 - 1, ())))
 
@@ -106,22 +115,34 @@ class Generation:
 OnScale = Callable[[int, PartialResult], "int | Sequence[int] | None"]
 
 
-def check_labels(labels: int | Sequence[int] | Tensor, num_classes: int) -> Tensor:
+def check_labels(
+    labels: int | Sequence[int] | Tensor, num_classes: int, op: str = "generate"
+) -> Tensor:
     """(B,) int64 on the CPU.  Raises: ValueError for none, for fractions, for unknown classes."""
-    labels_B = torch.as_tensor(labels, device="cpu")
+    labels_B = _integers(op, "labels", labels)
     if labels_B.ndim == 0:
         labels_B = labels_B.unsqueeze(0)
-    if labels_B.ndim != 1 or labels_B.numel() == 0 or labels_B.is_floating_point():
+    if labels_B.ndim != 1 or labels_B.numel() == 0:
         raise ValueError(
-            f"generate: labels must be one or more integers; got shape {tuple(labels_B.shape)}, "
-            f"dtype {dtype_name(labels_B.dtype)}"
+            f"{op}: labels must be one or more integers; got shape {tuple(labels_B.shape)}"
         )
     low, high = (int(x) for x in torch.aminmax(labels_B))
     if low < 0 or high >= num_classes:
         raise ValueError(
-            f"generate: labels must be in [0, {num_classes}); got {low if low < 0 else high}"
+            f"{op}: labels must be in [0, {num_classes}); got {low if low < 0 else high}"
         )
-    return labels_B.to(torch.int64)
+    return labels_B
+
+
+def _integers(op: str, name: str, values: object) -> Tensor:
+    """int64 on the CPU.  Raises: ValueError for anything that is no integer."""
+    try:
+        tensor = torch.as_tensor(values, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{op}: {name} must be integers; got {values!r}") from None
+    if tensor.numel() and (tensor.is_floating_point() or tensor.dtype == torch.bool):
+        raise ValueError(f"{op}: {name} must be integers; got {dtype_name(tensor.dtype)}")
+    return tensor.to(torch.int64)
 
 
 def check_image_ids(
@@ -130,10 +151,23 @@ def check_image_ids(
     """(B,) int64, 0..B-1 by default.  Raises: ValueError unless there is one per label."""
     if image_ids is None:
         return torch.arange(count, device=device)
-    image_ids_B = torch.as_tensor(image_ids, dtype=torch.int64, device=device)
+    image_ids_B = _integers("generate", "image_ids", image_ids).to(device)
     if image_ids_B.shape != (count,):
         raise ValueError(
             f"generate: image_ids must have one id per label ({count}); "
             f"got {tuple(image_ids_B.shape)}"
         )
     return image_ids_B
+
+
+def check_tokens(tokens: Tensor, shape: tuple[int, int], vocab_size: int) -> Tensor:
+    """(B, L) int64 on the CPU.  Raises: ValueError for a wrong shape, dtype or value."""
+    tokens_BL = _integers("forced_logits", "tokens_BL", tokens)
+    if tokens_BL.shape != shape:
+        raise ValueError(f"forced_logits: tokens_BL must be {shape}; got {tuple(tokens_BL.shape)}")
+    low, high = (int(x) for x in torch.aminmax(tokens_BL))
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"forced_logits: tokens_BL must be in [0, {vocab_size}); got {low if low < 0 else high}"
+        )
+    return tokens_BL

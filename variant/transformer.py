@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from operator import index
+from typing import Any, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,9 @@ from variant_kernels import (
     block_causal_attention,
     gated_residual_adaln,
     qk_norm,
+    select_layers,
 )
+from variant_kernels.depth import resolve_layers
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -168,8 +171,8 @@ class VAR(nn.Module):
             else nn.Identity()
         )
         self.blocks = nn.ModuleList(
-            Block(config, config.drop_path_rate * index / max(config.depth - 1, 1))
-            for index in range(config.depth)
+            Block(config, config.drop_path_rate * layer / max(config.depth - 1, 1))
+            for layer in range(config.depth)
         )
         self.head_nm = HeadNorm(config)
         self.head = nn.Linear(width, config.vocab_size)
@@ -205,6 +208,8 @@ class VAR(nn.Module):
             ValueError: shapes, labels (on the CPU) or the schedule do not fit the model.
         """
         self._check(labels_B, x_teacher, schedule)
+        if (mixed_labels_B is None) != (mix_B is None):
+            raise ValueError("VAR.forward: mixed_labels_B and mix_B go together; got one of them")
         batch = labels_B.shape[0]
         dropped_B = None
         if self.training and self.config.cond_drop_rate > 0:
@@ -221,10 +226,10 @@ class VAR(nn.Module):
         words = self.word_embed(x_teacher.to(self.word_embed.weight.dtype)).to(start.dtype)
         x_BLC = torch.cat((start, words), dim=1) + self.position_embedding()
         block_cond = self.shared_condition(cond_BC)
-        for index, block in enumerate(self.layers()):
+        for layer, block in enumerate(self.layers()):
             scales = self.layout.num_scales
             if schedule is not None:
-                scales = schedule.last_scale(index) + 1
+                scales = schedule.last_scale(layer) + 1
                 if scales == 0:
                     continue
             x_BLC = self._run(block, x_BLC, block_cond, self.layout.prefix(scales))
@@ -269,17 +274,40 @@ class VAR(nn.Module):
             ValueError: depth or bridge out of range.
         """
         full, scales = self.config.depth, self.layout.num_scales
-        if depth is None or depth == full:
-            return DepthSchedule.full(full, scales)
-        layers = self.config.subnets.get(depth, depth) if isinstance(depth, int) else depth
         if bridge is None:
             bridge = self.config.bridge
+        elif not (isinstance(bridge, int) and 0 <= bridge <= scales):
+            raise ValueError(f"VAR.schedule: bridge must be in [0, {scales}]; got {bridge!r}")
+        if depth is None or depth == full:
+            return DepthSchedule.full(full, scales)
+        layers = self.layers_of(depth)
         if bridge is None:
             raise ValueError(
                 f"VAR.schedule: bridge must be given (0..{scales}), because this model's config "
                 "names none"
             )
         return DepthSchedule(full, scales, layers, bridge)
+
+    def layers_of(self, depth: int | Sequence[int]) -> tuple[int, ...]:
+        """The layers of a depth: as the model was trained with, where its config records subnets.
+
+        Raises:
+            ValueError: a list that is none; a number that the model was not trained at. A list of
+                layers runs any depth; so does a number where no subnets are recorded.
+        """
+        full, subnets = self.config.depth, self.config.subnets
+        if not isinstance(depth, SupportsIndex) or depth == full:
+            return resolve_layers(full, depth)
+        depth = index(depth)
+        if depth in subnets:
+            return subnets[depth]
+        layers = select_layers(full, depth)
+        if subnets:
+            raise ValueError(
+                f"depth must be one that the model was trained at ({', '.join(map(str, subnets))} "
+                f"or {full}); got {depth}. A list of layers, {list(layers)} say, runs it untrained"
+            )
+        return layers
 
     def _check(self, labels_B: Tensor, x_teacher: Tensor, schedule: DepthSchedule | None) -> None:
         if labels_B.ndim != 1 or labels_B.dtype != torch.int64:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from operator import index
 from typing import Literal
 
 Selection = Literal["nested", "equidistant"]
@@ -56,7 +57,10 @@ def check_layers(
     full_depth: int, layers: Sequence[int], op: str = "DepthSchedule"
 ) -> tuple[int, ...]:
     """Check an explicit list of layers: sorted, unique, first and last layer included."""
-    checked = tuple(int(layer) for layer in layers)
+    try:
+        checked = tuple(index(layer) for layer in layers)
+    except TypeError:
+        raise ValueError(f"{op}: layers must be integers; got {list(layers)}") from None
     if not checked or checked[0] != 0 or checked[-1] != full_depth - 1:
         raise ValueError(
             f"{op}: a list of layers must start with 0 and end with {full_depth - 1}; "
@@ -71,9 +75,14 @@ def resolve_layers(
     full_depth: int, depth: int | Sequence[int], selection: Selection = "nested"
 ) -> tuple[int, ...]:
     """Layers of a depth given as a number, or the checked list itself."""
-    if isinstance(depth, int):
-        return select_layers(full_depth, depth, selection)
-    return check_layers(full_depth, depth)
+    if isinstance(depth, Sequence):
+        return check_layers(full_depth, depth)
+    try:
+        return select_layers(full_depth, index(depth), selection)
+    except TypeError:
+        raise ValueError(
+            f"DepthSchedule: depth must be a number of layers or a list of them; got {depth!r}"
+        ) from None
 
 
 class DepthSchedule:
@@ -147,7 +156,7 @@ class DepthSchedule:
             raise ValueError("DepthSchedule.from_depths: needs one depth per scale; got none")
         if full_depth is None:
             first = depths[0]
-            full_depth = first if isinstance(first, int) else first[-1] + 1
+            full_depth = first if isinstance(first, int) else max(first, default=0) + 1
         return cls._from_layers(
             full_depth, [resolve_layers(full_depth, depth, selection) for depth in depths]
         )
@@ -184,12 +193,14 @@ class DepthSchedule:
         return tuple(len(layers) for layers in self.layers)
 
     def active_layers(self, scale: int) -> tuple[int, ...]:
-        """Layers that run at ``scale``, ascending."""
+        """Layers that run at ``scale``, ascending.  Raises: ValueError for no such scale."""
+        if not 0 <= scale < self.num_scales:
+            raise ValueError(f"DepthSchedule: scale must be in [0, {self.num_scales}); got {scale}")
         return self.layers[scale]
 
     def is_active(self, layer: int, scale: int) -> bool:
         """Whether ``layer`` runs at ``scale``."""
-        return layer in self.layers[scale]
+        return layer in self.active_layers(scale)
 
     def last_scale(self, layer: int) -> int:
         """The last scale at which ``layer`` runs; -1 for a layer that never does."""

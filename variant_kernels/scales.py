@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from operator import index
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,10 @@ class ScaleLayout:
     def __post_init__(self) -> None:
         if not self.shapes:
             raise ValueError("ScaleLayout: shapes must name at least one scale; got none")
-        for index, shape in enumerate(self.shapes):
+        for scale, shape in enumerate(self.shapes):
             if len(shape) != 2 or not all(isinstance(side, int) and side >= 1 for side in shape):
                 raise ValueError(
-                    f"ScaleLayout: shapes[{index}] must be (height, width), both integers >= 1; "
+                    f"ScaleLayout: shapes[{scale}] must be (height, width), both integers >= 1; "
                     f"got {shape!r}"
                 )
 
@@ -44,8 +45,17 @@ class ScaleLayout:
         ``from_patch_nums((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))`` is the 680-token layout of the
         256x256 VAR models.
         """
-        shapes = tuple((n, n) if isinstance(n, int) else tuple(n) for n in patch_nums)
-        return cls(shapes)  # type: ignore[arg-type]  # lengths are checked in __post_init__
+        shapes = []
+        for sides in patch_nums:
+            pair = tuple(sides) if isinstance(sides, Sequence) else (sides, sides)
+            try:
+                shapes.append(tuple(index(side) for side in pair))
+            except TypeError:
+                raise ValueError(
+                    f"ScaleLayout.from_patch_nums: a side must be an integer or a pair of them; "
+                    f"got {sides!r}"
+                ) from None
+        return cls(tuple(shapes))
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:

@@ -1,15 +1,18 @@
 """The engine against the original VAR code's outputs, and against itself."""
 
+import copy
+import pickle
 from functools import cache
 
 import pytest
 import torch
 from golden_models import NAMES, load_golden
+from small_models import small_model
 
 from variant.engine import Engine
 from variant.transformer import VAR
 from variant.vqvae import VQVAE
-from variant_kernels import CachePlan
+from variant_kernels import CachePlan, use_backend
 
 BACKENDS = ("reference", "cpu")
 
@@ -88,7 +91,7 @@ def test_forced_logits_in_bfloat16_are_as_near_as_autocast(name, backend):
 def test_allocated_bytes_are_the_plan_and_never_more():
     golden, engine = golden_engine("plain")
     config = golden.var_config
-    for depth in (None, 2, 3, [0, 2, 5]):
+    for depth in (None, 3, [0, 5], [0, 2, 5]):
         stats = engine.generate([1, 2], depth=depth, seed=0).stats
         plan = CachePlan(engine.var.layout, engine.var.schedule(depth), 16)
         planned = plan.peak_bytes(2, config.num_heads, config.head_dim, "float32")
@@ -134,7 +137,9 @@ def test_switching_between_scales_equals_the_schedule_given_at_once():
     # The slab was planned for full depth; in use was less, because pages were freed early.
     assert switched.stats.kv_peak_bytes < switched.stats.kv_planned_bytes
     with pytest.raises(ValueError, match="subset"):
-        engine.generate(label, depth=2, bridge=4, on_scale=lambda k, partial: 3 if k == 5 else None)
+        engine.generate(
+            label, depth=[0, 5], bridge=4, on_scale=lambda k, partial: 3 if k == 5 else None
+        )
 
 
 def test_partial_results_grow_and_decode():
@@ -176,13 +181,24 @@ def test_weights_changed_in_place_are_noticed():
     [
         ({"labels": [10]}, r"labels must be in \[0, 10\); got 10"),
         ({"labels": []}, "labels must be one or more integers"),
-        ({"labels": [0.5]}, "labels must be one or more integers"),
+        ({"labels": [0.5]}, "labels must be integers; got float32"),
+        ({"labels": None}, "labels must be integers; got None"),
+        ({"labels": [True]}, "labels must be integers; got bool"),
+        ({"labels": 0, "bridge": 99}, r"bridge must be in \[0, 7\]; got 99"),
+        ({"labels": 0, "bridge": "x"}, r"bridge must be in \[0, 7\]; got 'x'"),
+        ({"labels": 0, "depth": 2}, r"trained at \(3 or 6\); got 2. A list of layers, \[0, 5\]"),
+        ({"labels": 0, "depth": 2.5}, "depth must be a number of layers or a list"),
+        ({"labels": 0, "depth": [0, 1.7, 5]}, "layers must be integers"),
+        ({"labels": 0, "top_k": 2.5}, "top_k must be an integer >= 0"),
+        ({"labels": 0, "seed": 1.5}, "seed must be an integer in"),
+        ({"labels": 0, "cfg": 1e39}, r"cfg must be in \[0, 10000\]"),
+        ({"labels": 0, "image_ids": [0.7]}, "image_ids must be integers"),
         ({"labels": 0, "depth": 9}, r"depth must be in \[2, 6\]; got 9"),
         ({"labels": 0, "depth": 3, "bridge": 8}, r"bridge must be in \[0, 7\]; got 8"),
-        ({"labels": 0, "cfg": -1.0}, "cfg must be >= 0"),
+        ({"labels": 0, "cfg": -1.0}, r"cfg must be in \[0, 10000\]; got -1.0"),
         ({"labels": 0, "top_p": 1.5}, r"top_p must be in \[0, 1\]"),
-        ({"labels": 0, "seed": -1}, "seed must be in"),
-        ({"labels": 0, "max_batch": 0}, "max_batch must be at least 1"),
+        ({"labels": 0, "seed": -1}, "seed must be an integer in"),
+        ({"labels": 0, "max_batch": 0}, "max_batch must be an integer >= 1"),
         ({"labels": 0, "image_ids": [1, 2]}, r"one id per label \(1\); got \(2,\)"),
     ],
 )
@@ -213,6 +229,59 @@ def test_a_request_is_split_by_free_memory(monkeypatch):
     split = engine.generate([0, 1, 2, 3, 4], seed=1)
     assert split.stats.batches == 3
     assert torch.equal(whole.tokens, split.tokens)
+
+
+def test_results_are_ordinary_tensors():
+    _, engine = golden_engine("no_l2norm")
+    result = engine.generate([0, 1], seed=0)
+    weight = torch.ones(1, requires_grad=True)
+    (result.images.mul_(2) * weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_a_run_goes_on_as_it_began_whatever_its_callback_does():
+    _, engine = golden_engine("no_l2norm")
+    expected = engine.generate([0, 1], seed=0).tokens
+
+    def meddle(k, partial):
+        with use_backend("reference"):
+            engine.generate([2], seed=5)
+
+    assert torch.equal(engine.generate([0, 1], seed=0, on_scale=meddle).tokens, expected)
+
+
+def test_forced_logits_checks_its_tokens():
+    golden, engine = golden_engine("plain")
+    label, tokens = golden.tensors["label"], golden.tensors["tokens_in"]
+    with pytest.raises(ValueError, match=r"tokens_BL must be \(3, 155\); got \(3, 154\)"):
+        engine.forced_logits(label, tokens[:, 1:])
+    with pytest.raises(ValueError, match=r"tokens_BL must be in \[0, 256\); got 256"):
+        engine.forced_logits(label, tokens.clamp_min(256))
+    with pytest.raises(ValueError, match="forced_logits: labels must be in"):
+        engine.forced_logits(label + 99, tokens)
+
+
+def test_what_an_engine_cannot_do_is_said_when_it_is_built():
+    _golden, var, vae = golden_models("plain")
+    with pytest.raises(ValueError, match='backend "nope" is unknown'):
+        Engine(var, vae, backend="nope")
+    with pytest.raises(ValueError, match='backend "cpu" cannot run this call: dtype float16'):
+        Engine(var, vae, backend="cpu", dtype=torch.float16)
+    with pytest.raises(ValueError, match="page_size must be at least 1; got 0"):
+        Engine(var, vae, page_size=0)
+
+
+def test_a_used_model_can_be_pickled_and_copied():
+    model = small_model()
+    before = model.generate([1], seed=3)
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(again.generate([1], seed=3).tokens, before.tokens)
+
+
+def test_float16_runs_on_the_plain_torch_backend():
+    golden, engine = golden_engine("plain", dtype=torch.float16)
+    logits = engine.forced_logits(golden.tensors["label"], golden.tensors["tokens_in"])
+    assert (logits - golden.tensors["logits_full"]).abs().max() < 0.05
 
 
 def test_models_that_do_not_fit_each_other_are_refused():
