@@ -57,20 +57,6 @@ class ImageData(Protocol):
         ...
 
 
-def open_data(section: DataSection, image_size: int, channels: int, seed: int) -> ImageData:
-    """The data of a recipe.
-
-    Raises:
-        UserError: a folder that is missing, empty or disagrees with its partner; scikit-learn is
-            not installed.
-    """
-    if section.kind == "digits":
-        from variant.digits import DigitsData
-
-        return DigitsData(section, image_size, channels, seed)
-    return FolderData(section, image_size, channels, seed)
-
-
 def list_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
     """Files of a folder with one sub-folder per class: paths, labels, class names, all sorted.
 

@@ -35,7 +35,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from variant.checkpoint import read_pickle, replacing, save_pickle
-from variant.data import Indices, epoch_order
+from variant.data import FolderData, ImageData, Indices, epoch_order
+from variant.digits import DigitsData
 from variant.errors import UserError
 from variant.recipe import EvalSection, OptimSection, OutputSection, Recipe, recipe_names
 
@@ -85,6 +86,17 @@ class Task(ABC):
     def before_step(self, indices: Indices, epoch: int, step: int) -> None:
         """Called before the forward pass of each step."""
         return
+
+
+def open_data(recipe: Recipe) -> ImageData:
+    """The data of a recipe, at its VQ-VAE's image size.
+
+    Raises:
+        UserError: a folder that is missing, empty or disagrees with its partner; scikit-learn is
+            not installed.
+    """
+    kind = DigitsData if recipe.data.kind == "digits" else FolderData
+    return kind(recipe.data, recipe.vae.image_size, recipe.vae.in_channels, recipe.seed)
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

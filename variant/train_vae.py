@@ -17,10 +17,10 @@ from torch import Tensor
 
 from variant.checkpoint import load_state, read_original
 from variant.config import VQVAEConfig
-from variant.data import ImageData, Indices, open_data, stream
+from variant.data import ImageData, Indices, stream
 from variant.errors import UserError
 from variant.recipe import Recipe
-from variant.train import Summary, Task, Trainer, choose_device, seed_everything
+from variant.train import Summary, Task, Trainer, choose_device, open_data, seed_everything
 from variant.vqvae import VQVAE
 
 STREAM_REVIVE, STREAM_SCALES = 5, 6
@@ -172,7 +172,7 @@ def train_vae(
     device = device or choose_device()
     seed_everything(recipe.seed)
     module = VQVAE(recipe.vae).to(device)
-    data = open_data(recipe.data, recipe.vae.image_size, recipe.vae.in_channels, recipe.seed)
+    data = open_data(recipe)
     epochs = recipe.vae_training.epochs
     steps = epochs * (data.num_train // optim.batch_size)
     task = VAETask(module, data, recipe, device, steps)

@@ -20,11 +20,11 @@ from torch import Tensor
 from variant.augment import mixup
 from variant.checkpoint import load_state, save_model
 from variant.config import to_plain
-from variant.data import STREAM_COPY, STREAM_MIXUP, ImageData, Indices, open_data, stream
+from variant.data import STREAM_COPY, STREAM_MIXUP, ImageData, Indices, stream
 from variant.errors import UserError
 from variant.recipe import Recipe
 from variant.schedule import choose_depth, subnet_probability
-from variant.train import Summary, Task, Trainer, choose_device, seed_everything
+from variant.train import Summary, Task, Trainer, choose_device, open_data, seed_everything
 from variant.train_vae import load_vae, read_weights
 from variant.transformer import VAR
 from variant.vqvae import VQVAE
@@ -165,7 +165,7 @@ def train_var(
     device = device or choose_device()
     vae = load_vae(recipe.vae, recipe.vae_training.weights, out).to(device).eval()
     vae.requires_grad_(False)
-    data = open_data(recipe.data, recipe.vae.image_size, recipe.vae.in_channels, recipe.seed)
+    data = open_data(recipe)
     if data.num_classes != recipe.model.num_classes:
         raise UserError(
             f"{recipe.name}: model.num_classes must be {data.num_classes}, as many as the data "
