@@ -42,9 +42,14 @@ test: test-cpp test-python
 
 test-cpp: setup
 	@echo "== C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@mkdir -p build
 	$(BIN)/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DVARIANT_TESTS=ON -DVARIANT_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >build/cpp-configure.log 2>&1 || (cat build/cpp-configure.log; exit 1)
 	$(BIN)/cmake --build build/cpp --parallel $(JOBS)
 	$(BIN)/ctest --test-dir build/cpp --output-on-failure
+	@echo "== C++ tests of the build that ships, and its symbols"
+	$(BIN)/cmake -S . -B build/cpp-release -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DVARIANT_TESTS=ON -DCMAKE_BUILD_TYPE=Release >build/cpp-configure.log 2>&1 || (cat build/cpp-configure.log; exit 1)
+	$(BIN)/cmake --build build/cpp-release --parallel $(JOBS)
+	$(BIN)/ctest --test-dir build/cpp-release --output-on-failure
 
 test-python: setup
 	@echo "== Python tests"
@@ -60,5 +65,5 @@ lint: setup
 	$(BIN)/basedpyright
 
 clean:
-	rm -rf build out dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info out/digits.png .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

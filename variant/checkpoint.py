@@ -11,10 +11,12 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +27,8 @@ from variant.config import VARConfig, VQVAEConfig
 from variant.errors import UserError
 from variant.transformer import VAR, derived_buffers
 from variant.vqvae import VQVAE
+
+Model = TypeVar("Model", bound=nn.Module)
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -50,7 +54,13 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
+        try:
+            yield temporary
+        except (SafetensorError, RuntimeError) as error:
+            # How safetensors and torch.save report a full or failing disk.
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise
+            raise UserError(f"{path}: cannot be written: {str(error).splitlines()[0]}") from error
         # safetensors writes files that only their owner can read; follow the umask instead.
         umask = os.umask(0)
         os.umask(umask)
@@ -73,9 +83,9 @@ def save_model(
 
     Args:
         folder: created where it is missing.
-        extra: further keys of config.json, e.g. how the model was trained.
+        extra: further keys of config.json, e.g. how the model was trained; plain values.
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written.  TypeError: extra holds what JSON cannot.
     """
     folder = Path(folder)
     tensors = {
@@ -84,15 +94,17 @@ def save_model(
         for key, value in module.state_dict().items()
     }
     config = {
+        **(extra or {}),
         "format": FORMAT,
         "var": var.config.to_dict(),
         "vae": vae.config.to_dict(),
-        **(extra or {}),
     }
+    # Before anything is written: what JSON cannot hold must not leave new weights by an old config.
+    text = json.dumps(config, indent=1) + "\n"
     with replacing(folder / WEIGHTS_NAME) as path:
         save_file(tensors, path, metadata={"format": "pt"})
     with replacing(folder / CONFIG_NAME) as path:
-        path.write_text(json.dumps(config, indent=1) + "\n")
+        path.write_text(text)
 
 
 def save_pickle(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
@@ -138,32 +150,63 @@ def load_model(
     """
     folder = Path(folder)
     config = read_config(folder)
-    try:
-        var_config = VARConfig.from_dict(config["var"])
-        vae_config = VQVAEConfig.from_dict(config["vae"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG_NAME}: {error}") from error
+    var_config, vae_config = configs_in(folder)
     path = folder / WEIGHTS_NAME
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: is missing or damaged: {error}") from error
-    var, vae = VAR(var_config), VQVAE(vae_config)
-    load_state(var, _part(tensors, "var."), str(path))
-    load_state(vae, _part(tensors, "vae."), str(path))
+    var = build(VAR, var_config, _part(tensors, "var."), str(path))
+    vae = build(VQVAE, vae_config, _part(tensors, "vae."), str(path))
     stored = tensors.get("var.head.weight")
     wanted = dtype or (stored.dtype if stored is not None else torch.float32)
     return var.to(wanted).eval(), vae.eval(), config
+
+
+def configs_in(folder: str | os.PathLike[str]) -> tuple[VARConfig, VQVAEConfig]:
+    """Sizes of both models of a folder; weights are not read.
+
+    Raises:
+        UserError: config.json is missing, foreign, or names a bad value.
+    """
+    path, config = Path(folder) / CONFIG_NAME, read_config(folder)
+    for key in ("var", "vae"):
+        if not isinstance(config.get(key), dict):
+            raise UserError(f'{path}: must hold the sizes of a model under "{key}"; it has none')
+    try:
+        return VARConfig.from_dict(config["var"]), VQVAEConfig.from_dict(config["vae"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def build(
+    kind: Callable[[Any], Model], config: Any, state: Mapping[str, Tensor], where: str
+) -> Model:
+    """A model that takes its tensors from a state dict, without drawing weights first.
+
+    Raises:
+        UserError: the state does not hold exactly this model's weights.
+    """
+    with torch.device("meta"):
+        module = kind(config)
+    load_state(module, state, where, assign=True)
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta:  # usage statistics of another number of scales: begin anew
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner).register_buffer(leaf, torch.zeros(buffer.shape))
+    return module
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def load_state(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+def load_state(
+    module: nn.Module, state: Mapping[str, Tensor], where: str, *, assign: bool = False
+) -> None:
     """``load_state_dict(strict=True)`` with an error that names what is missing or too much."""
     try:
-        module.load_state_dict(dict(state), strict=True)
+        module.load_state_dict(dict(state), strict=True, assign=assign)
     except RuntimeError as error:
         problems = [line.strip() for line in str(error).splitlines()[1:]]
         text = "; ".join(problems)
@@ -171,6 +214,16 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], where: str) -> No
             f"{where}: does not hold the weights of this {type(module).__name__}: "
             f"{text[:300]}{'...' if len(text) > 300 else ''}"
         ) from None
+
+
+ORIGINAL_KEYS = (
+    "word_embed.weight",
+    "lvl_embed.weight",
+    "pos_1LC",
+    "class_emb.weight",
+    "head.weight",
+    "blocks.0.ffn.fc1.weight",
+)
 
 
 # --- the original repository's files ------------------------------------------------------------
@@ -183,7 +236,9 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
         UserError: missing, damaged, not a dictionary, or a pickle that wants to run code.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Only the zip format can be mapped; older files and raw pickles are read whole.
+        mapped = zipfile.is_zipfile(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except pickle.UnpicklingError as error:
@@ -217,21 +272,38 @@ def read_original(path: str | os.PathLike[str], part: str) -> dict[str, Tensor]:
     return state
 
 
-def infer_var_config(state: Mapping[str, Tensor], where: str = "VAR checkpoint") -> VARConfig:
+def infer_var_config(
+    state: Mapping[str, Tensor], where: str = "VAR checkpoint", num_heads: int | None = None
+) -> VARConfig:
     """Sizes of an original VAR model, from the shapes of its state dict.
 
-    Without ``attn_l2_norm`` no tensor tells the number of heads; the original's is one per 64
-    channels. Raises: UserError, naming the key that is missing.
+    Args:
+        num_heads: needed only where no tensor tells it (no ``attn_l2_norm``); None then assumes
+            one head per 64 channels, as the original repository builds them, and warns.
+    Raises:
+        UserError: naming the key that is missing or does not fit.
     """
+    missing = [key for key in ORIGINAL_KEYS if key not in state]
+    if missing:
+        raise UserError(f"{where}: is not a VAR transformer: it has no {', '.join(missing)}")
     try:
         depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
         width = state["word_embed.weight"].shape[0]
         scales, length = state["lvl_embed.weight"].shape[0], state["pos_1LC"].shape[1]
         scale_mul = state.get("blocks.0.attn.scale_mul_1H11")
+        if scale_mul is not None:
+            num_heads = scale_mul.shape[1]
+        elif num_heads is None:
+            num_heads = width // 64
+            warnings.warn(
+                f"{where}: no tensor tells the number of attention heads; assuming {num_heads}, "
+                "one per 64 channels. Give num_heads (convert: --num-heads) if that is wrong",
+                stacklevel=2,
+            )
         return VARConfig(
             depth=depth,
             embed_dim=width,
-            num_heads=scale_mul.shape[1] if scale_mul is not None else width // 64,
+            num_heads=num_heads,
             num_classes=state["class_emb.weight"].shape[0] - 1,
             patch_nums=_patch_nums(state, scales, length, where),
             vocab_size=state["head.weight"].shape[0],
@@ -240,7 +312,7 @@ def infer_var_config(state: Mapping[str, Tensor], where: str = "VAR checkpoint")
             shared_aln="shared_ada_lin.1.weight" in state,
             attn_l2_norm=scale_mul is not None,
         )
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{where}: is not a VAR transformer: {error}") from error
 
 
@@ -248,7 +320,8 @@ def _patch_nums(
     state: Mapping[str, Tensor], scales: int, length: int, where: str
 ) -> tuple[int, ...]:
     if "lvl_1L" in state:
-        counts = torch.bincount(state["lvl_1L"].flatten()).tolist()
+        scale_L = state["lvl_1L"].flatten().clamp(0, scales)  # a foreign file may hold anything
+        counts = torch.bincount(scale_L, minlength=scales).tolist()
         sides = tuple(math.isqrt(count) for count in counts)
         if [side * side for side in sides] == counts:
             return sides
@@ -295,21 +368,22 @@ def infer_vqvae_config(
             quant_conv_ks=state["quant_conv.weight"].shape[-1],
             in_channels=in_channels,
         )
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{where}: is not a VAR VQ-VAE: {error}") from error
 
 
 def load_original(
-    var_path: str | os.PathLike[str], vae_path: str | os.PathLike[str]
+    var_path: str | os.PathLike[str],
+    vae_path: str | os.PathLike[str],
+    num_heads: int | None = None,
 ) -> tuple[VAR, VQVAE]:
     """Both models from the original repository's files, in eval mode."""
     var_state = read_original(var_path, "var_wo_ddp")
     vae_state = read_original(vae_path, "vae_local")
-    var_config = infer_var_config(var_state, str(var_path))
-    var = VAR(var_config)
-    vae = VQVAE(infer_vqvae_config(vae_state, var_config.patch_nums, str(vae_path)))
-    load_state(var, var_state, str(var_path))
-    load_state(vae, vae_state, str(vae_path))
+    var_config = infer_var_config(var_state, str(var_path), num_heads)
+    vae_config = infer_vqvae_config(vae_state, var_config.patch_nums, str(vae_path))
+    var = build(VAR, var_config, var_state, str(var_path))
+    vae = build(VQVAE, vae_config, vae_state, str(vae_path))
     return var.eval(), vae.eval()
 
 

@@ -145,6 +145,8 @@ class Convert:
     """Model folder to write as .pth files."""
     out: Path | None = None
     """Model folder to write from .pth files."""
+    num_heads: int | None = None
+    """Attention heads; needed only for models without L2 norm, whose files do not tell."""
 
     def run(self) -> None:
         from variant.commands.convert import convert

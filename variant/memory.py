@@ -30,11 +30,29 @@ def _available() -> int:
     raise OSError("/proc/meminfo names no MemAvailable")
 
 
-def _group_limit(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """What the control group (version 2) still allows; infinite where none sets a limit."""
+def _group_limit(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> float:
+    """What the control groups (version 2) of this process still allow; infinite without a limit."""
     try:
-        limit = (root / "memory.max").read_text().strip()
-        used = int((root / "memory.current").read_text())
+        lines = membership.read_text().splitlines()
     except OSError:
+        lines = []
+    # "0::/a/b" is the version 2 line; every group on the way up may set a limit of its own.
+    own = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+    folders = [root.joinpath(*own.split("/")[:n]) for n in range(len(own.split("/")) + 1)]
+    return min((_room(folder) for folder in folders), default=float("inf"))
+
+
+def _room(folder: Path) -> float:
+    """Bytes that one group leaves; file cache that the kernel would drop counts as free."""
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
         return float("inf")
-    return float("inf") if limit == "max" else max(int(limit) - used, 0)
+    if limit == "max":
+        return float("inf")
+    reclaimable = int(stat.get("inactive_file", 0)) + int(stat.get("slab_reclaimable", 0))
+    return max(int(limit) - used + reclaimable, 0)

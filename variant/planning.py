@@ -76,7 +76,7 @@ def plan_row(
 
 
 def weight_bytes(var: VARConfig, vae: VQVAEConfig, dtype: torch.dtype) -> int:
-    """Bytes of the transformer in ``dtype`` and of the VQ-VAE's decoder side in float32."""
+    """Bytes of the transformer in ``dtype`` and of the VQ-VAE in float32."""
     with torch.device("meta"):
         transformer, decoder = VAR(var), VQVAE(vae)
     count = sum(p.numel() for p in transformer.parameters())

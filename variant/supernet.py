@@ -110,16 +110,23 @@ class VARiant(nn.Module):
 
     @classmethod
     def from_var_checkpoint(
-        cls, var_path: str | os.PathLike[str], vae_path: str | os.PathLike[str]
+        cls,
+        var_path: str | os.PathLike[str],
+        vae_path: str | os.PathLike[str],
+        *,
+        num_heads: int | None = None,
     ) -> Self:
         """The original repository's ``.pth`` files; sizes are read from the shapes.
 
         Files are loaded with ``weights_only=True``: no code in them can run.
 
+        Args:
+            num_heads: needed only for models without ``attn_l2_norm``, whose tensors do not tell;
+                None assumes one per 64 channels and warns.
         Raises:
             UserError: a missing, damaged or foreign file.
         """
-        return cls(*load_original(var_path, vae_path)).eval()
+        return cls(*load_original(var_path, vae_path, num_heads)).eval()
 
 
 def locate(name: str | os.PathLike[str]) -> Path:
@@ -129,7 +136,7 @@ def locate(name: str | os.PathLike[str]) -> Path:
         UserError: none of the three.
     """
     path = Path(name)
-    if path.exists():
+    if (path / "config.json").is_file():
         return path
     packaged = sorted(
         folder.name for folder in ASSETS.iterdir() if (folder / "config.json").is_file()
@@ -137,6 +144,8 @@ def locate(name: str | os.PathLike[str]) -> Path:
     if str(name) in packaged:
         return ASSETS / str(name)
     text = os.fspath(name)
+    if path.exists():
+        return path  # what is wrong with it is said by whoever reads it
     looks_like_hub_id = text.count("/") == 1 and not text.startswith((".", "/", "~"))
     if not looks_like_hub_id:
         raise UserError(

@@ -380,7 +380,9 @@ def _projection(ada_lin: nn.Sequential) -> nn.Linear:
 
 def _scale_index(layout: ScaleLayout) -> Tensor:
     """(L,) int64: the scale of each token."""
-    return torch.tensor([k for k, count in enumerate(layout.tokens) for _ in range(count)])
+    scales = [k for k, count in enumerate(layout.tokens) for _ in range(count)]
+    # By name, so that a model built on the meta device has it: no state dict brings it.
+    return torch.tensor(scales, device="cpu")
 
 
 def _drop_derived_buffers(

@@ -118,12 +118,16 @@ def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, capsys):
         ((*given, "--depth", 9), r"depth must be in \[2, 4\]; got 9"),
         ((*given, "--depth", 2, "--bridge", 7), r"bridge must be in \[0, 3\]; got 7"),
         ((*given, "--count", 0), "--count must be at least 1; got 0"),
-        ((*given, "--cfg", -1), "cfg must be >= 0"),
+        ((*given, "--cfg", -1), r"cfg must be in \[0, 10000\]"),
+        ((*given, "--bridge", 99), r"bridge must be in \[0, 3\]; got 99"),
+        (("plan", "--memory", "nan"), "--memory must be positive and finite"),
+        (("convert", "--model", model, "--var", "x", "--vae", "x"), "must be two files"),
         ((*given, "--top-p", 2), r"top_p must be in \[0, 1\]"),
         ((*given, "--depth", 2, "--all-depths"), "exclude each other"),
         (("generate", "--model", tmp_path / "none"), "none: no such model"),
         (("generate", "--model", model, "--out", tmp_path / "x.jpg"), "folder or end in .png"),
         (("generate", "--model", model, "--out", tmp_path / "file" / "x"), "cannot be written"),
+        (("generate", "--model", model, "--out", ""), "must name a folder"),
         (("plan", "--model", "var-d31"), "var-d31: no such model"),
         (("plan", "--batch", 0), "--batch must be at least 1"),
         (("plan", "--bridge", 11), r"bridge must be in \[0, 10\]; got 11"),
@@ -138,7 +142,24 @@ def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, capsys):
         assert error.startswith("variant: error: ")
         assert error.count("\n") == 1, error
         assert "Traceback" not in error + printed
-    assert not out.exists() or not list(out.iterdir())
+    assert not out.exists()
+
+
+def test_names_with_brackets_and_dots_are_taken_as_they_are(model, tmp_path, capsys):
+    (tmp_path / "out.v2").mkdir()
+    for name in ("o[red]y", "o[/x]", "out.v2"):
+        code, printed, _ = run(
+            capsys, "generate", "--model", model, "--labels", 1, "--out", tmp_path / name
+        )
+        assert code == 0
+        assert f"wrote 1 images to {tmp_path / name}" in printed
+        assert len(list((tmp_path / name).iterdir())) == 1
+
+
+def test_a_folder_without_a_model_does_not_hide_a_packaged_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    assert run(capsys, "info", "--model", "digits")[0] == 0
 
 
 def test_debug_shows_the_traceback(model, capsys):

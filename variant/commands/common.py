@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from variant.config import VARConfig, VQVAEConfig
 from variant.presets import VAR_PRESETS, vqvae_of
@@ -20,13 +21,16 @@ DTYPES = {
 
 def console() -> Console:
     """Standard output; plain and wide where it is not a terminal, so that tables survive a pipe."""
-    out = Console(highlight=False, soft_wrap=True)
-    return out if out.is_terminal else Console(highlight=False, soft_wrap=True, width=120)
+    # No markup: file names may hold brackets.
+    out = Console(highlight=False, soft_wrap=True, markup=False)
+    if not out.is_terminal:
+        out.width = 120
+    return out
 
 
 def table(title: str, *columns: str) -> Table:
     """A table whose columns are right-aligned numbers."""
-    made = Table(title=title, title_justify="left", header_style="bold")
+    made = Table(title=Text(title), title_justify="left", header_style="bold")
     for column in columns:
         made.add_column(column, justify="right")
     return made
@@ -41,11 +45,10 @@ def mebibytes(count: float) -> str:
 
 def configs_of(model: str) -> tuple[VARConfig, VQVAEConfig]:
     """Sizes of a preset or of a model folder; weights are not read."""
-    from variant.checkpoint import read_config
+    from variant.checkpoint import configs_in
     from variant.supernet import locate
 
     if model in VAR_PRESETS and not Path(model).exists():
         config = VAR_PRESETS[model]
         return config, vqvae_of(config)
-    config = read_config(locate(model))
-    return VARConfig.from_dict(config["var"]), VQVAEConfig.from_dict(config["vae"])
+    return configs_in(locate(model))

@@ -13,15 +13,22 @@ if TYPE_CHECKING:
     from variant.cli import Convert
 
 
+def config_text(subnets: dict[int, tuple[int, ...]]) -> str:
+    """``2: [0, 7]; 4: [0, 2, 5, 7]``, or ``none``."""
+    return "; ".join(f"{depth}: {list(layers)}" for depth, layers in subnets.items()) or "none"
+
+
 def convert(command: Convert) -> None:
     """Read one form, write the other, say what was written."""
     if (command.model is None) == (command.out is None):
         raise UserError(
             "convert: give --out FOLDER to read the .pth files, or --model FOLDER to write them"
         )
+    if command.var.resolve() == command.vae.resolve() and command.out is None:
+        raise UserError(f"convert: --var and --vae must be two files; got {command.var} twice")
     out = console()
     if command.out is not None:
-        var, vae = load_original(command.var, command.vae)
+        var, vae = load_original(command.var, command.vae, command.num_heads)
         save_model(command.out, var, vae)
         out.print(
             f"{command.out}: {var.config.depth} layers, width {var.config.embed_dim}, "
@@ -31,3 +38,8 @@ def convert(command: Convert) -> None:
         var, vae, _ = load_model(locate(str(command.model)))
         save_original(var, vae, command.var, command.vae)
         out.print(f"{command.var} and {command.vae}: as the original VAR code loads them")
+        out.print(
+            "They hold weights only. What their shapes do not tell stays behind: "
+            f"subnets {config_text(var.config.subnets)}, bridge {var.config.bridge}, "
+            f"norm_eps {var.config.norm_eps:g}, {var.config.num_heads} heads"
+        )

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 
 from variant.checkpoint import replacing
 from variant.commands.common import DTYPES, console, mebibytes, table
 from variant.errors import UserError
 from variant.planning import depths_of
-from variant.sampling import Generation
+from variant.sampling import Generation, OnScale, PartialResult
 from variant.supernet import VARiant
 
 if TYPE_CHECKING:
@@ -32,7 +37,7 @@ def generate(command: Generate) -> None:
         raise UserError(f"generate: --count must be at least 1; got {command.count}")
     if command.all_depths and command.depth is not None:
         raise UserError("generate: --all-depths and --depth exclude each other")
-    check_writable(command.out)
+    one_file = check_target(command.out)
     model = VARiant.from_pretrained(command.model)
     classes = model.var.config.num_classes
     labels = list(command.labels) or list(range(min(classes, 10)))
@@ -40,10 +45,11 @@ def generate(command: Generate) -> None:
     depths = list(depths_of(model.var.config)) if command.all_depths else [command.depth]
     if command.all_depths and model.var.config.bridge is None and command.bridge is None:
         raise UserError(f"generate: {command.model} was trained at one depth; --bridge is needed")
-    # One unmeasured image first: threads, kernels and pages are warm when time is taken.
-    _paint(command, model, labels[:1], depths[-1])
-    results = [_paint(command, model, labels, depth) for depth in depths]
-    if command.out.suffix.lower() == ".png":
+    with _progress(len(depths) * len(labels) * model.var.layout.num_scales) as on_scale:
+        # One unmeasured image first: threads, kernels and pages are warm when time is taken.
+        _paint(command, model, labels[:1], depths[-1], None)
+        results = [_paint(command, model, labels, depth, on_scale) for depth in depths]
+    if one_file:
         rows = [result.images for result in results]
         if len(rows) == 1:
             rows = list(rows[0].split(max(1, command.count if command.count > 1 else 10)))
@@ -56,8 +62,28 @@ def generate(command: Generate) -> None:
     console().print(f"wrote {written}")
 
 
+@contextmanager
+def _progress(total: int) -> Iterator[OnScale | None]:
+    """A bar on standard error that counts images x scales; None where nobody watches."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    bar = Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True)
+    with bar:
+        task = bar.add_task("painting", total=total)
+
+        def on_scale(scale: int, partial: PartialResult) -> None:
+            bar.advance(task, len(partial.tokens))
+
+        yield on_scale
+
+
 def _paint(
-    command: Generate, model: VARiant, labels: Sequence[int], depth: int | None
+    command: Generate,
+    model: VARiant,
+    labels: Sequence[int],
+    depth: int | None,
+    on_scale: OnScale | None,
 ) -> Generation:
     return model.generate(
         labels,
@@ -69,21 +95,32 @@ def _paint(
         seed=command.seed,
         dtype=DTYPES[command.dtype] if command.dtype else None,
         max_batch=command.max_batch,
+        on_scale=on_scale,
     )
 
 
-def check_writable(out: Path) -> None:
-    """Fail before the work, not after it.  Raises: UserError."""
-    folder = out.parent if out.suffix else out
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".variant-write-test"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    if out.suffix and out.suffix.lower() != ".png":
+def check_target(out: Path) -> bool:
+    """Fail before the work, not after it, and create nothing yet.
+
+    Returns:
+        Whether ``out`` names one PNG file; otherwise it is a folder.
+    Raises:
+        UserError: neither, or it cannot be written.
+    """
+    if not out.name:
+        raise UserError("generate: --out must name a folder or a .png file; got nothing")
+    one_file = out.suffix.lower() == ".png"
+    if one_file and out.is_dir():
+        raise UserError(f"{out}: is a folder; --out must name a folder without .png, or a file")
+    if out.suffix and not one_file and not out.is_dir():
         raise UserError(f"{out}: --out must be a folder or end in .png")
+    nearest = out.parent if one_file else out
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        reason = "no permission" if nearest.is_dir() else "is not a folder"
+        raise UserError(f"{out}: cannot be written: {nearest}: {reason}")
+    return one_file
 
 
 def to_pil(image_IYX: Tensor) -> Image.Image:

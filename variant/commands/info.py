@@ -8,6 +8,7 @@ from variant.checkpoint import load_model, read_config
 from variant.commands.common import console, mebibytes, table
 from variant.planning import depths_of, plan_row
 from variant.supernet import locate
+from variant_kernels import select_layers
 
 if TYPE_CHECKING:
     from variant.cli import Info
@@ -44,7 +45,12 @@ def info(command: Info) -> None:
         )
         for depth in depths_of(config):
             row = plan_row(config, depth, config.bridge, 1, dtype)
-            layers = "all" if depth == config.depth else str(list(config.subnets.get(depth, ())))
+            if depth == config.depth:
+                layers = "all"
+            elif depth in config.subnets:
+                layers = str(list(config.subnets[depth]))
+            else:
+                layers = f"{list(select_layers(config.depth, depth))} (not trained)"
             found.add_row(str(depth), layers, mebibytes(row.ours), f"{row.share:.1%}")
         out.print(found)
     training = read_config(folder).get("training")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from variant.commands.common import DTYPES, configs_of, console, mebibytes, table
@@ -16,8 +17,8 @@ def plan(command: Plan) -> None:
     """Print the cache of every depth at one bridge, then of every depth and bridge."""
     if command.batch < 1:
         raise UserError(f"plan: --batch must be at least 1; got {command.batch}")
-    if command.memory is not None and command.memory <= 0:
-        raise UserError(f"plan: --memory must be positive (GiB); got {command.memory}")
+    if command.memory is not None and not 0 < command.memory < math.inf:
+        raise UserError(f"plan: --memory must be positive and finite (GiB); got {command.memory}")
     var, vae = configs_of(command.model)
     dtype = DTYPES[command.dtype]
     scales = len(var.patch_nums)
