@@ -247,8 +247,10 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
             "damaged)"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: is not a readable checkpoint: {first[:200]}") from error
+        # Bytes that are no pickle at all surface as bare keys and values.
+        told = isinstance(error, OSError | RuntimeError) and str(error)
+        first = str(error).splitlines()[0][:200] if told else "it is no file of torch.save"
+        raise UserError(f"{path}: is not a readable checkpoint: {first}") from error
     if not isinstance(state, dict):
         raise UserError(f"{path}: must hold a dictionary of tensors; got {type(state).__name__}")
     return state
