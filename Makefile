@@ -62,7 +62,7 @@ lint: setup
 	@echo "== clang-format"
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	@echo "== type checker"
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf build dist *.egg-info out/digits.png .pytest_cache .ruff_cache .hypothesis

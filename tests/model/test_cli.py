@@ -33,7 +33,7 @@ def test_generate_writes_a_grid_of_every_depth_and_prints_the_table(model, tmp_p
     assert code == 0
     sheet = Image.open(out)
     step = 66 + 4  # 6 pixels enlarged elevenfold, and the gap
-    assert sheet.size == (3 * step + 4, 3 * step + 4)
+    assert sheet.size == (56 + 3 * step + 4, 3 * step + 4)
     rows = re.findall(
         r"│\s+(\d)\s+│\s+([\d.]+)\s+│\s+[\d.]+\s+│\s+(\d+) KiB │\s+(\d+) KiB", printed
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # Small images are shown enlarged in a grid, so that one can see them.
 GRID_CELL_PIXELS = 64
 GRID_GAP_PIXELS = 4
+GRID_CAPTION_PIXELS = 56
 
 
 def generate(command: Generate) -> None:
@@ -50,11 +51,14 @@ def generate(command: Generate) -> None:
         _paint(command, model, labels[:1], depths[-1], None)
         results = [_paint(command, model, labels, depth, on_scale) for depth in depths]
     if one_file:
-        rows = [result.images for result in results]
-        if len(rows) == 1:
-            rows = list(rows[0].split(max(1, command.count if command.count > 1 else 10)))
+        if len(results) > 1:
+            rows = [result.images for result in results]
+            captions = [f"depth {depth}" for depth in depths]
+        else:
+            rows = list(results[0].images.split(command.count if command.count > 1 else 10))
+            captions = []
         with replacing(command.out) as path:
-            grid(rows).save(path, format="PNG")
+            grid(rows, captions).save(path, format="PNG")
         written = str(command.out)
     else:
         written = _write_each(command.out, depths, labels, results)
@@ -131,19 +135,22 @@ def to_pil(image_IYX: Tensor) -> Image.Image:
     return Image.fromarray(pixels_YXI.cpu().contiguous().numpy())
 
 
-def grid(rows: Sequence[Tensor]) -> Image.Image:
-    """Rows of images (B, 3, H, W) as one picture; small images enlarged."""
+def grid(rows: Sequence[Tensor], captions: Sequence[str] = ()) -> Image.Image:
+    """Rows of images (B, 3, H, W) as one picture; small images enlarged, captions at the left."""
     side = rows[0].shape[-1]
     cell = side * max(1, round(GRID_CELL_PIXELS / side))
     step = cell + GRID_GAP_PIXELS
-    width = max(len(row) for row in rows)
-    sheet = Image.new(
-        "RGB", (width * step + GRID_GAP_PIXELS, len(rows) * step + GRID_GAP_PIXELS), "white"
-    )
+    left = GRID_GAP_PIXELS + (GRID_CAPTION_PIXELS if captions else 0)
+    width = left + max(len(row) for row in rows) * step
+    sheet = Image.new("RGB", (width, len(rows) * step + GRID_GAP_PIXELS), "white")
+    draw = ImageDraw.Draw(sheet)
     for y, row in enumerate(rows):
+        top = y * step + GRID_GAP_PIXELS
+        if captions:
+            draw.text((GRID_GAP_PIXELS, top + cell // 2), captions[y], "black", anchor="lm")
         for x, image in enumerate(row):
             tile = to_pil(image).resize((cell, cell), Image.Resampling.LANCZOS)
-            sheet.paste(tile, (x * step + GRID_GAP_PIXELS, y * step + GRID_GAP_PIXELS))
+            sheet.paste(tile, (left + x * step, top))
     return sheet
 
 
