@@ -1,12 +1,33 @@
 """VARiant: one set of VAR weights that runs at any depth."""
 
-from variant.config import VARConfig, VQVAEConfig
-from variant.engine import Engine
-from variant.errors import UserError
-from variant.sampling import Generation, PartialResult, Stats
-from variant.supernet import VARiant
-from variant.transformer import VAR
-from variant.vqvae import VQVAE
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from variant.config import VARConfig, VQVAEConfig
+    from variant.engine import Engine
+    from variant.errors import UserError
+    from variant.sampling import Generation, PartialResult, Sampling, Stats
+    from variant.supernet import VARiant
+    from variant.transformer import VAR
+    from variant.vqvae import VQVAE
+
+# Imported at first use: `variant --help` must not wait for torch.
+_HOME = {
+    "VAR": "transformer",
+    "VQVAE": "vqvae",
+    "Engine": "engine",
+    "Generation": "sampling",
+    "PartialResult": "sampling",
+    "Sampling": "sampling",
+    "Stats": "sampling",
+    "UserError": "errors",
+    "VARConfig": "config",
+    "VARiant": "supernet",
+    "VQVAEConfig": "config",
+}
 
 __all__ = [
     "VAR",
@@ -14,9 +35,20 @@ __all__ = [
     "Engine",
     "Generation",
     "PartialResult",
+    "Sampling",
     "Stats",
     "UserError",
     "VARConfig",
     "VARiant",
     "VQVAEConfig",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'variant' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"variant.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

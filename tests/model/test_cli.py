@@ -1,6 +1,8 @@
 """The command line as a user meets it: what it prints, writes, and says of bad input."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from golden_models import load_golden
 from PIL import Image
 from small_models import small_model
 
+import variant
 from variant.cli import main
 
 
@@ -187,3 +190,13 @@ def test_wrong_usage_exits_with_2(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["generate", "--colour", "red"])
     assert stop.value.code == 2
+
+
+def test_help_does_not_wait_for_torch():
+    script = "import sys; import variant.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_all_public_names_are_there():
+    assert all(getattr(variant, name).__name__ == name for name in variant.__all__)
+    assert set(variant.__all__) <= set(dir(variant))
