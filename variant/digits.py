@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from variant.augment import distort
-from variant.config import parse_dataclass
 from variant.data import STREAM_AUGMENT, Indices, stream
 from variant.errors import UserError
 from variant.recipe import DataSection
@@ -43,8 +42,6 @@ SIDE = 8
 LEVELS = 16
 NUM_CLASSES = 10
 SPLIT_SEED = 0
-# The grey that contrast leaves as it is: a stroke's edge, a little darker than half.
-PIVOT = 0.4
 # Distortion runs on images this many times as large as the scans: its interpolation would
 # otherwise blur strokes that are one pixel wide.
 FINE = 4
@@ -153,7 +150,6 @@ class DigitsData:
         return self._to_range(self._train)
 
     def _to_range(self, images: Tensor) -> Tensor:
-        images = (images - PIVOT) * self.section.contrast + PIVOT
         return (images.clamp(0, 1) * 2 - 1).expand(-1, self.channels, -1, -1)
 
 
@@ -247,10 +243,12 @@ def judge_model(
     labels = torch.arange(count) % NUM_CLASSES
     made = model.generate(labels, depth=depth, cfg=cfg, top_k=0, top_p=top_p, seed=seed)
     config = model.vae.config
-    # The scans as the model saw them: its recipe's contrast is part of their tokens.
-    trained_on = model.extra.get("training", {}).get("data", {"kind": "digits"})
-    section = parse_dataclass(DataSection, trained_on, "config.json: training.data")
-    data = DigitsData(section, config.image_size, config.in_channels, seed=0)
+    if model.var.config.num_classes != NUM_CLASSES or config.image_size % SIDE:
+        raise UserError(
+            f"judge_model: the model must paint {NUM_CLASSES} classes at a multiple of {SIDE} "
+            f"pixels; got {model.var.config.num_classes} classes, {config.image_size} pixels"
+        )
+    data = DigitsData(DataSection("digits"), config.image_size, config.in_channels, seed=0)
     known = model.vae.encode(data.scans())
     return judge(made.images.float().cpu(), labels, made.tokens.cpu(), known)
 

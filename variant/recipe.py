@@ -58,7 +58,6 @@ class DataSection:
         in every epoch, which mixup needs.
     rotate, zoom, shift, shear: digits' largest random distortion: degrees, share of the size, share
         of the width, slope.
-    contrast: slope of digits' contrast curve, on training and held-out images alike; 1 is none.
     hflip: probability of a horizontal flip of a folder's images.
     randaugment_ops, randaugment_magnitude: RandAugment (arXiv 1909.13719) of a folder's images;
         magnitude of 30.
@@ -75,7 +74,6 @@ class DataSection:
     zoom: float = 0.0
     shift: float = 0.0
     shear: float = 0.0
-    contrast: float = 1.0
     randaugment_ops: int = 0
     randaugment_magnitude: float = 0.0
     mixup: float = 0.0
@@ -96,10 +94,9 @@ class DataSection:
             "copies must be 0 with mixup, which mixes pixels anew in every batch",
             self.copies,
         )
-        _require(self.contrast >= 1, "contrast must be at least 1", self.contrast)
         foreign = {
             "digits": {"hflip": 0, "randaugment_ops": 0, "train": None, "held_out": None},
-            "folder": {"rotate": 0, "zoom": 0, "shift": 0, "shear": 0, "contrast": 1},
+            "folder": {"rotate": 0, "zoom": 0, "shift": 0, "shear": 0},
         }
         for name, unset in foreign[self.kind].items():
             value = getattr(self, name)

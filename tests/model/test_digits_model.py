@@ -22,16 +22,11 @@ from variant.errors import UserError
 from variant.recipe import DataSection, load_recipe
 from variant.supernet import VARiant, locate
 
-COUNT = 300
+COUNT = 1000
 DEPTHS = (8, 4, 2)
-# What is promised at 1000 images. A test of 300 must not fail by chance: for shares, five
-# standard deviations of a binomial at the promised value are allowed on top.
+# What is promised; the seed is fixed, so nothing here happens by chance.
 RECOGNISED = {8: 0.97, 4: 0.95, 2: 0.95}
 SPREAD = 0.85
-
-
-def slack(share):
-    return 5 * (share * (1 - share) / COUNT) ** 0.5
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +41,18 @@ def report(model):
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_generated_digits_are_read_as_their_label(report, depth):
-    assert report(depth).recognised >= RECOGNISED[depth] - slack(RECOGNISED[depth])
+    assert report(depth).recognised >= RECOGNISED[depth]
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_generated_digits_vary_as_real_ones_do(report, depth):
-    # The spread of 30 images per class is known to about 3 %.
-    assert report(depth).std_ratio >= SPREAD - 0.05
+    assert report(depth).std_ratio >= SPREAD
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_generated_digits_neither_repeat_nor_copy(report, depth):
-    assert report(depth).repeats <= 0.01 + slack(0.01)
-    assert report(depth).copies <= 0.01 + slack(0.01)
+    assert report(depth).repeats <= 0.01
+    assert report(depth).copies <= 0.01
 
 
 def test_the_shipped_model_has_the_promised_size_and_subnets(model):
@@ -117,19 +111,6 @@ def test_without_distortion_training_images_are_the_scans():
     images, _ = data.train(range(50), epoch=0)
     scans = load_scans().train_images[:50]
     assert (shrink((images + 1) / 2) - scans).abs().max() < 0.02
-
-
-def test_contrast_is_the_same_for_training_and_held_out_images():
-    plain = DigitsData(DataSection("digits"), 16, 1, seed=0)
-    crisp = DigitsData(DataSection("digits", contrast=2.0), 16, 1, seed=0)
-    for part in ("train", "held_out"):
-        call = {"indices": range(9)} | ({"epoch": 0} if part == "train" else {})
-        before, after = (getattr(data, part)(**call)[0] for data in (plain, crisp))
-        grey = (before > -0.9) & (before < 0.7)
-        lighter = before > -0.2  # the curve turns about 0.4 of white
-        assert (after[grey & lighter] >= before[grey & lighter]).all()
-        assert (after[grey & ~lighter] <= before[grey & ~lighter]).all()
-        assert after.abs().max() <= 1
 
 
 def test_images_that_cannot_be_shrunk_to_scans_are_refused():
