@@ -42,6 +42,7 @@ from variant.recipe import EvalSection, OptimSection, OutputSection, Recipe, rec
 
 FORMAT = "variant-train-1"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SAMPLE_SEED = 0  # of the training images that are evaluated at the end
 # Parameters that weight decay spares though they have two or more axes: embeddings and gains.
 UNDECAYED = ("pos_start", "pos_1LC", "ada_gss", "scale_mul")
 
@@ -51,8 +52,9 @@ class Summary:
     """What a training run gave.
 
     folder: where its files are.  steps, epochs: how far it went.  seconds: of all its sittings.
-    train_loss, held_out_loss: by configuration, of the epoch with the best held-out mean.
-    best_epoch: that epoch, counted from 1.
+    train_loss, held_out_loss: by configuration, of the best weights in eval mode, on a fixed sample
+        of training images and on as many held-out ones.
+    best_epoch: the epoch of the best held-out mean, counted from 1.
     """
 
     folder: Path
@@ -69,7 +71,8 @@ class Task(ABC):
 
     kind: str
     module: nn.Module
-    num_train: int
+    data: ImageData
+    recipe: Recipe
 
     @abstractmethod
     def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
@@ -80,8 +83,35 @@ class Task(ABC):
         """Under which name the step's loss is averaged, e.g. the subnet's depth."""
 
     @abstractmethod
+    def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
+        """Mean losses over some images, without mixup and dropped labels; draws nothing.
+
+        held_out: which part the indices are of; training images are augmented as in epoch 0.
+        """
+
+    @property
+    def num_evaluated(self) -> int:
+        """How many images an evaluation takes."""
+        count = self.data.num_held_out
+        return min(count, self.recipe.eval.limit or count)
+
     def held_out_losses(self) -> dict[str, float]:
         """Losses on held-out images; their mean chooses the best weights."""
+        return self._mean_losses(np.arange(self.num_evaluated), held_out=True)
+
+    def train_losses(self) -> dict[str, float]:
+        """The same losses on a fixed sample of as many training images."""
+        order = np.random.default_rng(SAMPLE_SEED).permutation(self.data.num_train)
+        return self._mean_losses(order[: self.num_evaluated], held_out=False)
+
+    def _mean_losses(self, indices: np.ndarray, *, held_out: bool) -> dict[str, float]:
+        totals: dict[str, float] = {}
+        size = self.recipe.eval.batch_size
+        for start in range(0, len(indices), size):
+            part = indices[start : start + size]
+            for name, loss in self.evaluate(part, held_out=held_out).items():
+                totals[name] = totals.get(name, 0.0) + loss * len(part)
+        return {name: total / len(indices) for name, total in totals.items()}
 
     def before_step(self, indices: Indices, epoch: int, step: int) -> None:
         """Called before the forward pass of each step."""
@@ -217,11 +247,11 @@ class Trainer:
         self.output: OutputSection = recipe.output
         self.folder, self.command = folder, command
         self.console = console or Console()
-        self.steps_per_epoch = task.num_train // optim.batch_size
+        self.steps_per_epoch = task.data.num_train // optim.batch_size
         if self.steps_per_epoch == 0:
             raise UserError(
                 f"{recipe.name}: batch_size must be at most the number of training images "
-                f"({task.num_train}); got {optim.batch_size}"
+                f"({task.data.num_train}); got {optim.batch_size}"
             )
         self.total_steps = epochs * self.steps_per_epoch
         self.device = next(task.module.parameters()).device
@@ -323,7 +353,7 @@ class Trainer:
         """Train to the end, or until Ctrl-C.
 
         Raises:
-            UserError: see :meth:`prepare`; a loss that is not finite.
+            UserError: see :meth:`prepare`; a loss or gradient that is not finite.
             SystemExit: 130 after Ctrl-C, with everything saved.
         """
         self.prepare(resume)
@@ -342,12 +372,16 @@ class Trainer:
                 if interrupt.requested:
                     self._stop()
         best = self.best_entry()
+        self.load_best()
+        self.task.module.eval()
+        with torch.no_grad(), self._autocast():
+            train_loss = self.task.train_losses()
         return Summary(
             folder=self.folder,
             steps=self.step,
             epochs=self.epochs,
             seconds=self.seconds,
-            train_loss=best["train"],
+            train_loss=train_loss,
             held_out_loss=best["held_out"],
             best_epoch=best["epoch"],
         )
@@ -370,13 +404,11 @@ class Trainer:
                 loss = self.task.loss(part, epoch, self.step) / self.optim.accumulate
             self.scaler.scale(loss).backward()
             total += loss.item()
-        if not math.isfinite(total):
-            raise UserError(
-                f"{self.recipe.name}: the loss is not finite at step {self.step} (epoch {epoch}); "
-                "try a lower learning_rate or precision fp32"
-            )
+        self._require_finite(total, "loss", epoch)
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.task.module.parameters(), self.optim.clip)
+        norm = nn.utils.clip_grad_norm_(self.task.module.parameters(), self.optim.clip)
+        if not self.scaler.is_enabled():  # the scaler skips such a step and scales down
+            self._require_finite(norm.item(), "gradient", epoch)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         name = self.task.name_of_step(self.step)
@@ -384,9 +416,16 @@ class Trainer:
         self.sums[name] = (before + total, count + 1)
         return total
 
+    def _require_finite(self, value: float, what: str, epoch: int) -> None:
+        if not math.isfinite(value):
+            raise UserError(
+                f"{self.recipe.name}: the {what} is not finite at step {self.step} (epoch {epoch});"
+                " try a lower learning_rate or precision fp32"
+            )
+
     def _order(self, epoch: int) -> np.ndarray:
         if self._cached_order is None or self._cached_order[0] != epoch:
-            order = epoch_order(self.recipe.seed, epoch, self.task.num_train)
+            order = epoch_order(self.recipe.seed, epoch, self.task.data.num_train)
             self._cached_order = (epoch, order)
         return self._cached_order[1]
 
@@ -411,6 +450,7 @@ class Trainer:
             with torch.no_grad(), self._autocast():
                 entry["held_out"] = self.task.held_out_losses()
             entry["held_out_mean"] = sum(entry["held_out"].values()) / len(entry["held_out"])
+            self._require_finite(entry["held_out_mean"], "held-out loss", epoch - 1)
             evaluated = [e["held_out_mean"] for e in self.history if "held_out_mean" in e]
             if all(entry["held_out_mean"] < other for other in evaluated):
                 self._save_best()

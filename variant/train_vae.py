@@ -29,7 +29,7 @@ UNUSED = 0.03
 
 
 class VAETask(Task):
-    """The VQ-VAE as a training task; losses are "reconstruction" and "quantisation"."""
+    """The VQ-VAE as a training task; steps report "loss", evaluations "reconstruction"."""
 
     kind = "vae"
 
@@ -39,7 +39,6 @@ class VAETask(Task):
         self.module = self.vae = module
         self.data, self.recipe, self.device = data, recipe, device
         self.training = recipe.vae_training
-        self.num_train = data.num_train
         self.steps = steps
         self.last_revival = int(self.training.revive_until * steps)
 
@@ -62,16 +61,11 @@ class VAETask(Task):
         is_cut = rng.random() < self.training.scale_dropout * (1 - step / self.steps)
         return int(rng.integers(1, scales)) if is_cut and scales > 1 else scales
 
-    def held_out_losses(self) -> dict[str, float]:
-        size, count = self.recipe.eval.batch_size, self.data.num_held_out
-        count = min(count, self.recipe.eval.limit or count)
-        total = 0.0
-        for start in range(0, count, size):
-            indices = range(start, min(start + size, count))
-            images = self.data.held_out(indices)[0].to(self.device)
-            made = self.vae.decode(self.vae.encode(images)).float() * 2 - 1
-            total += F.mse_loss(made, images).item() * len(indices)
-        return {"reconstruction": total / count}
+    def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
+        data = self.data
+        images = (data.held_out(indices) if held_out else data.train(indices, 0))[0].to(self.device)
+        made = self.vae.decode(self.vae.encode(images)).float() * 2 - 1
+        return {"reconstruction": F.mse_loss(made, images).item()}
 
     def before_step(self, indices: Indices, epoch: int, step: int) -> None:
         every = self.training.revive_every

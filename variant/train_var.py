@@ -49,7 +49,6 @@ class VARTask(Task):
         self.module = self.var = module
         self.vae, self.data, self.recipe = vae, data, recipe
         self.device, self.steps_per_epoch = device, steps_per_epoch
-        self.num_train = data.num_train
         self.depths = recipe.schedule.depths
         self._copies_CNL = self._encode_copies()
 
@@ -89,20 +88,23 @@ class VARTask(Task):
         )
         return F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
 
-    def held_out_losses(self) -> dict[str, float]:
-        size, count = self.recipe.eval.batch_size, self.data.num_held_out
-        count = min(count, self.recipe.eval.limit or count)
-        totals = dict.fromkeys((None, *self.depths), 0.0)
-        for start in range(0, count, size):
-            indices = range(start, min(start + size, count))
-            images, labels_B = (part.to(self.device) for part in self.data.held_out(indices))
-            tokens_BL = self._tokenize(images)
-            x_teacher = self._teacher_input(tokens_BL)
-            for depth in totals:
-                logits_BLV = self.var(labels_B, x_teacher, self.var.schedule(depth))
-                loss = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
-                totals[depth] += loss.item() * len(indices)
-        return {str(depth or FULL): total / count for depth, total in totals.items()}
+    def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
+        if not held_out and self._copies_CNL is not None:
+            index = torch.from_numpy(np.asarray(indices))
+            tokens_BL = self._copies_CNL[0, index].to(self.device, torch.int64)
+            labels_B = self.data.train_labels[index].to(self.device)
+        else:
+            data = self.data
+            images, labels_B = data.held_out(indices) if held_out else data.train(indices, 0)
+            tokens_BL = self._tokenize(images.to(self.device))
+            labels_B = labels_B.to(self.device)
+        x_teacher = self._teacher_input(tokens_BL)
+        losses = {}
+        for depth in (None, *self.depths):
+            logits_BLV = self.var(labels_B, x_teacher, self.var.schedule(depth))
+            loss = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
+            losses[str(depth or FULL)] = loss.item()
+        return losses
 
     def _tokenize(self, images: Tensor) -> Tensor:
         # In float32 whatever the precision of training: tokens are targets, not activations.
@@ -121,8 +123,8 @@ class VARTask(Task):
         copies = []
         for copy in range(section.copies):
             parts = []
-            for start in range(0, self.num_train, size):
-                indices = range(start, min(start + size, self.num_train))
+            for start in range(0, self.data.num_train, size):
+                indices = range(start, min(start + size, self.data.num_train))
                 images = self.data.train(indices, copy)[0].to(self.device)
                 parts.append(self._tokenize(images).to("cpu", torch.int32))
             copies.append(torch.cat(parts))
@@ -130,7 +132,7 @@ class VARTask(Task):
 
     def _copied(self, indices: Indices, epoch: int, copies_CNL: Tensor) -> tuple[Tensor, Tensor]:
         rng = stream(self.recipe.seed, epoch, STREAM_COPY)
-        copy_N = rng.integers(len(copies_CNL), size=self.num_train)
+        copy_N = rng.integers(len(copies_CNL), size=self.data.num_train)
         index = torch.from_numpy(np.asarray(indices))
         tokens_BL = copies_CNL[torch.from_numpy(copy_N)[index], index]
         labels_B = self.data.train_labels[index]
@@ -182,8 +184,7 @@ def train_var(
     trainer = Trainer(
         task, recipe, recipe.optim, recipe.schedule.phases.total, out, "variant train", console
     )
-    summary = trainer.run(resume)
-    trainer.load_best()
+    summary = trainer.run(resume)  # leaves the best weights in the module
     described = {
         "recipe": recipe.name,
         "seed": recipe.seed,

@@ -27,7 +27,7 @@ from variant.recipe import (
     VAETraining,
 )
 from variant.schedule import choose_depth, subnet_probability
-from variant.train import decay_groups, learning_rate
+from variant.train import decay_groups, learning_rate, open_data
 from variant.train_vae import VAETask, revive_codes, train_vae
 from variant.train_var import VARTask, train_var
 from variant.transformer import VAR
@@ -364,3 +364,64 @@ def test_a_batch_larger_than_the_data_is_refused(recipe, tmp_path):
             console=quiet(),
             device=CPU,
         )
+
+
+def test_the_summary_gives_both_losses_of_the_best_weights_for_every_configuration(
+    recipe, tmp_path
+):
+    made = train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    assert made.train_loss.keys() == made.held_out_loss.keys() == {"reconstruction"}
+    summary = train_var(recipe, tmp_path, console=quiet(), device=CPU)
+    assert summary.train_loss.keys() == summary.held_out_loss.keys() == {"full", "2"}
+    var, vae, _ = load_model(tmp_path)
+    data = open_data(recipe)
+    # As many as are held out, 6, the same in every run and of both classes.
+    sample = np.random.default_rng(0).permutation(24)[:6]
+    images, labels = data.train(sample, 0)
+    assert set(labels.tolist()) == {0, 1}
+    with torch.no_grad():
+        tokens = vae.encode(images)
+        logits = var(labels, vae.teacher_input(tokens), var.schedule(2))
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    assert summary.train_loss["2"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_training_losses_of_copies_are_those_of_the_first_copy(recipe, tmp_path):
+    section = dataclasses.replace(recipe.data, mixup=0.0, copies=2)
+    copied = both(dataclasses.replace(recipe, data=section), tmp_path)
+    var, vae, _ = load_model(tmp_path)
+    images, labels = open_data(recipe).train(np.random.default_rng(0).permutation(24)[:6], 0)
+    with torch.no_grad():
+        tokens = vae.encode(images)
+        logits = var(labels, vae.teacher_input(tokens))
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    assert copied.train_loss["full"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_a_held_out_loss_that_is_not_finite_leaves_the_best_weights_alone(
+    recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        VAETask, "evaluate", lambda self, indices, *, held_out: {"reconstruction": float("nan")}
+    )
+    with pytest.raises(UserError, match=r"the held-out loss is not finite at step 2 .epoch 0."):
+        train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    assert not (tmp_path / "vae-best.safetensors").exists()
+    assert not (tmp_path / "vae-last.pt").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(
+    recipe, tmp_path, monkeypatch
+):
+    modules = []
+
+    def loss(self, indices, epoch, step):
+        modules.append((self.module, {k: v.clone() for k, v in self.module.state_dict().items()}))
+        weight = next(self.module.parameters())
+        return weight.sum() * 0 + (weight.flatten()[0] * 0).sqrt()  # finite; its slope is not
+
+    monkeypatch.setattr(VAETask, "loss", loss)
+    with pytest.raises(UserError, match="the gradient is not finite at step 0"):
+        train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    module, before = modules[-1]
+    assert_same(module.state_dict(), before)
