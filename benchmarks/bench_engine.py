@@ -88,7 +88,6 @@ def measure(var: VAR, vae: VQVAE, depth: int, batch: int, runs: int) -> Row:
     kv_engine = kv_plain = 0
     for run in range(runs + 1):
         seed = run
-        start = time.perf_counter()
         ours = engine.generate(
             labels, depth=depth, top_p=0.96, generator=torch.Generator().manual_seed(seed)
         )
