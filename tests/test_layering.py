@@ -26,6 +26,7 @@ ORDER = (
     "recipe",
     "data",
     "digits",
+    "train_start",
     "train",
     "train_vae",
     "train_var",

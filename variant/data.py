@@ -8,6 +8,7 @@ Axes: B images, I channels, Y X pixels, L tokens of all scales.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from variant.augment import rand_augment
@@ -25,8 +26,13 @@ from variant.recipe import DataSection
 # Random streams of one (seed, epoch); each use has its own. Zero is left to choose_depth.
 STREAM_ORDER, STREAM_AUGMENT, STREAM_COPY, STREAM_MIXUP = 1, 2, 3, 4
 
+HELD_OUT_SEED = 0  # of the order of held-out images, the same for every recipe
+
 Indices = Sequence[int] | np.ndarray
 
+# How PIL reports damaged files, and those too large to be meant.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 
 
@@ -86,7 +92,9 @@ class FolderData:
     """Two folders with one sub-folder of images per class, read with PIL.
 
     Training images are scaled so that the shorter side is 9/8 of the model's, cropped at random,
-    flipped and RandAugmented; held-out images are cropped at the centre.
+    flipped and RandAugmented; held-out images are cropped at the centre. The 9/8 are ours.
+
+    Held-out images come in a fixed random order, so that the first few are of all classes.
     """
 
     def __init__(self, section: DataSection, image_size: int, channels: int, seed: int) -> None:
@@ -105,7 +113,9 @@ class FolderData:
         self.num_train, self.num_held_out = len(self.paths), len(self.held_out_paths)
         self.num_classes = len(classes)
         self.train_labels = torch.tensor(labels)
-        self.held_out_labels = torch.tensor(held_out_labels)
+        order = np.random.default_rng(HELD_OUT_SEED).permutation(self.num_held_out)
+        self.held_out_paths = [self.held_out_paths[index] for index in order]
+        self.held_out_labels = torch.tensor(held_out_labels)[torch.from_numpy(order)]
         self._pool = ThreadPoolExecutor(section.workers, thread_name_prefix="images")
 
     def train(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:
@@ -123,11 +133,28 @@ class FolderData:
         images = torch.stack(list(self._pool.map(read, indices)))
         return images, self.held_out_labels[torch.as_tensor(list(indices))]
 
+    def digest(self) -> str:
+        """SHA-256 of relative paths and labels of both parts; what the files hold is not read."""
+        found = hashlib.sha256()
+        for root, paths, labels in (
+            (self.section.train, self.paths, self.train_labels),
+            (self.section.held_out, self.held_out_paths, self.held_out_labels),
+        ):
+            for path, label in zip(paths, labels.tolist(), strict=True):
+                found.update(f"{path.relative_to(str(root)).as_posix()}\0{label}\0".encode())
+            found.update(b"\n")
+        return found.hexdigest()
+
     def _open(self, path: Path) -> Image.Image:
         try:
             with Image.open(path) as image:
+                if image.mode in WIDE_MODES:  # PIL would clip their values to 8 bits
+                    raise UserError(
+                        f"{path}: must have 8 bits per channel; its pixels are of mode "
+                        f"{image.mode}. Convert it first"
+                    )
                 image = image.convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
+        except UNREADABLE as error:
             raise UserError(f"{path}: is not a readable image: {error}") from None
         # 9/8 leaves room for the crop.
         ratio = self.image_size * 9 / 8 / min(image.size)

@@ -1,9 +1,9 @@
 """The training loop that the VQ-VAE and the transformer share.
 
 A run is a function of its recipe and seed: order, augmentation, configuration and learning rate
-of every step follow from (seed, step), everything else is in the checkpoint. Stopping and resuming
-therefore gives the very weights of a run that never stopped (on the same machine and with the same
-number of threads).
+of every step follow from (seed, step), everything else is in the checkpoint. On the CPU, stopping
+and resuming therefore gives the very weights of a run that never stopped (same machine, same number
+of threads); on a GPU, whose sums come in no fixed order, about the same.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shlex
 import signal
 import threading
 import time
@@ -31,16 +32,23 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from variant.checkpoint import read_pickle, replacing, save_pickle
-from variant.data import FolderData, ImageData, Indices, epoch_order
-from variant.digits import DigitsData
+from variant.checkpoint import load_state, replacing, save_pickle
+from variant.data import ImageData, Indices, epoch_order
 from variant.errors import UserError
-from variant.recipe import EvalSection, OptimSection, OutputSection, Recipe, recipe_names
+from variant.recipe import (
+    EvalSection,
+    OptimSection,
+    OutputSection,
+    Recipe,
+    load_recipe,
+    recipe_names,
+)
+from variant.train_start import FORMAT, Start
 
-FORMAT = "variant-train-1"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLE_SEED = 0  # of the training images that are evaluated at the end
 # Parameters that weight decay spares though they have two or more axes: embeddings and gains.
@@ -113,20 +121,23 @@ class Task(ABC):
                 totals[name] = totals.get(name, 0.0) + loss * len(part)
         return {name: total / len(indices) for name, total in totals.items()}
 
+    def prepare(self) -> None:
+        """Called once before the first step of a sitting; must not draw from global generators."""
+        return
+
     def before_step(self, indices: Indices, epoch: int, step: int) -> None:
         """Called before the forward pass of each step."""
         return
 
 
-def open_data(recipe: Recipe) -> ImageData:
-    """The data of a recipe, at its VQ-VAE's image size.
-
-    Raises:
-        UserError: a folder that is missing, empty or disagrees with its partner; scikit-learn is
-            not installed.
-    """
-    kind = DigitsData if recipe.data.kind == "digits" else FolderData
-    return kind(recipe.data, recipe.vae.image_size, recipe.vae.in_channels, recipe.seed)
+def resume_hint(command: str, recipe: Recipe, folder: Path) -> str:
+    """How to resume a run of a packaged recipe; of any other, what to add to the command."""
+    packaged = load_recipe(recipe.name) if recipe.name in recipe_names() else None
+    if packaged is None or load_recipe(recipe.name, seed=recipe.seed) != recipe:
+        return "the same command and --resume"
+    seed = "" if packaged.seed == recipe.seed else f" --seed {recipe.seed}"
+    where = shlex.quote(str(folder))
+    return f"{command} --recipe {recipe.name} --out {where}{seed} --resume"
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -199,27 +210,35 @@ def choose_device() -> torch.device:
 
 
 class Interrupt:
-    """Ctrl-C asks for a stop after the running step; a second one stops at once."""
+    """Ctrl-C or SIGTERM asks for a stop after the running step; a second one stops at once."""
 
-    requested = False
+    signum: int | None = None
 
     @contextmanager
     def listening(self) -> Iterator[Interrupt]:
-        """Catch SIGINT within the block (in the main thread; elsewhere Python cannot)."""
+        """Catch both signals within the block (in the main thread; elsewhere Python cannot)."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        previous = signal.getsignal(signal.SIGINT)
+        previous = {
+            number: signal.getsignal(number) or signal.SIG_DFL
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+
+        def restore() -> None:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
         def request(signum: int, frame: object) -> None:
-            self.requested = True
-            signal.signal(signal.SIGINT, previous)
+            self.signum = signum
+            restore()
 
-        signal.signal(signal.SIGINT, request)
+        for number in previous:
+            signal.signal(number, request)
         try:
             yield self
         finally:
-            signal.signal(signal.SIGINT, previous)
+            restore()
 
 
 class Trainer:
@@ -229,7 +248,8 @@ class Trainer:
     needs), ``KIND-best.safetensors`` (weights of the best held-out loss), ``KIND-metrics.jsonl``.
 
     Args:
-        command: what started the run ("variant train"), for the hint how to resume it.
+        start: of this task's kind.
+        resume_command: what is printed when the run is stopped.
     """
 
     def __init__(
@@ -239,31 +259,23 @@ class Trainer:
         optim: OptimSection,
         epochs: int,
         folder: Path,
-        command: str,
+        start: Start,
+        resume_command: str,
         console: Console | None = None,
     ) -> None:
         self.task, self.recipe, self.optim, self.epochs = task, recipe, optim, epochs
         self.evaluation: EvalSection = recipe.eval
         self.output: OutputSection = recipe.output
-        self.folder, self.command = folder, command
+        self.folder, self.start, self.resume_command = folder, start, resume_command
         self.console = console or Console()
         self.steps_per_epoch = task.data.num_train // optim.batch_size
-        if self.steps_per_epoch == 0:
-            raise UserError(
-                f"{recipe.name}: batch_size must be at most the number of training images "
-                f"({task.data.num_train}); got {optim.batch_size}"
-            )
         self.total_steps = epochs * self.steps_per_epoch
         self.device = next(task.module.parameters()).device
-        if optim.precision == "fp16" and self.device.type == "cpu":
-            raise UserError(
-                f'{recipe.name}: precision "fp16" needs a GPU, because its loss scaling does; '
-                'use "bf16" or "fp32" on a CPU'
-            )
         self.optimizer = torch.optim.AdamW(
             decay_groups(task.module, optim.weight_decay),
             lr=optim.learning_rate,
             betas=optim.betas,
+            fused=True if self.device.type == "cuda" else None,
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=optim.precision == "fp16")
         self.step = 0
@@ -278,46 +290,54 @@ class Trainer:
         """A file of this run."""
         return self.folder / f"{self.task.kind}-{name}"
 
-    def prepare(self, resume: bool) -> None:
-        """Start in an empty folder, or load the last checkpoint of this recipe.
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint.
 
         Raises:
-            UserError: a run is there and resume was not asked for, or the other way round; the
-                checkpoint is damaged or of another recipe; the folder cannot be written.
+            UserError: it, or the best weights beside it, are damaged or of another model.
         """
-        last = self.path("last.pt")
-        if not resume:
-            if last.exists():
-                raise UserError(
-                    f"{self.folder}: already holds a run; continue it with --resume, or choose "
-                    "another folder"
-                )
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self.path("metrics.jsonl").write_text("")
-            except OSError as error:
-                raise UserError(
-                    f"{self.folder}: cannot be written: {error.strerror or error}"
-                ) from None
-            return
-        if not last.exists():
-            raise UserError(f"{self.folder}: holds no run to resume ({last.name} is not there)")
-        state = read_pickle(last)
-        if state.get("format") != FORMAT or state.get("kind") != self.task.kind:
-            raise UserError(f"{last}: is not a checkpoint of this program")
-        if state["recipe"] != self.recipe.to_dict():
-            raise UserError(
-                f"{last}: was written by another recipe or seed; resume with the same ones"
-            )
-        self.task.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.sums = {name: tuple(pair) for name, pair in state["sums"].items()}
-        self.history = state["history"]
+        last = self.start.last
+        load_state(self.task.module, state["module"], str(last))
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self._check_moments()
+            self.scaler.load_state_dict(state["scaler"])
+            self.step, self.seconds = state["step"], state["seconds"]
+            self.sums = {name: (pair[0], pair[1]) for name, pair in state["sums"].items()}
+            self.history = state["history"]
+            lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
+            has_best = any("held_out_mean" in entry for entry in self.history)
+            set_random_state(state["random"])
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as e:
+            raise UserError(f"{last}: is damaged: {' '.join(str(e).split())[:200]}") from None
+        if has_best:
+            self._check_best()
         with replacing(self.path("metrics.jsonl")) as temporary:
-            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in self.history))
-        set_random_state(state["random"])
+            temporary.write_text(lines)
+
+    def _check_moments(self) -> None:
+        for parameter, moments in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if moments[name].shape != parameter.shape:
+                    raise ValueError(f"optimizer: {name} is {tuple(moments[name].shape)}")
+
+    def _check_best(self) -> None:
+        path = self.path("best.safetensors")
+        try:
+            with safe_open(path, "pt") as file:
+                found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: is missing or damaged: {error}") from None
+        state = self.task.module.state_dict()
+        if found != {key: tuple(value.shape) for key, value in state.items()}:
+            raise UserError(f"{path}: does not hold the weights of this run's model")
 
     def save(self) -> None:
         """Write the checkpoint; the previous one stays until the new one is whole."""
@@ -327,7 +347,9 @@ class Trainer:
                 "format": FORMAT,
                 "kind": self.task.kind,
                 "recipe": self.recipe.to_dict(),
+                "inputs": self.start.inputs,
                 "step": self.step,
+                "total_steps": self.total_steps,
                 "seconds": self.seconds,
                 "module": self.task.module.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -349,14 +371,19 @@ class Trainer:
 
     # --- the loop ---------------------------------------------------------------------------
 
-    def run(self, resume: bool) -> Summary:
-        """Train to the end, or until Ctrl-C.
+    def run(self) -> Summary:
+        """Train to the end, or until a signal; then the module has the best weights.
 
         Raises:
-            UserError: see :meth:`prepare`; a loss or gradient that is not finite.
-            SystemExit: 130 after Ctrl-C, with everything saved.
+            UserError: see :meth:`restore`; a loss or gradient that is not finite.
+            SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
         """
-        self.prepare(resume)
+        if self.start.state is not None:
+            self.restore(self.start.state)
+            self.start.state = None  # the optimiser's moments need not stay in memory twice
+        else:
+            self.path("metrics.jsonl").write_text("")
+        self.task.prepare()
         with Interrupt().listening() as interrupt, self._progress() as progress:
             bar = progress.add_task(self.task.kind, total=self.total_steps, loss="")
             while self.step < self.total_steps:
@@ -369,8 +396,8 @@ class Trainer:
                 else:
                     self.seconds += time.monotonic() - started
                 progress.update(bar, completed=self.step, loss=f"loss {loss:.4f}")
-                if interrupt.requested:
-                    self._stop()
+                if interrupt.signum is not None:
+                    self._stop(interrupt.signum)
         best = self.best_entry()
         self.load_best()
         self.task.module.eval()
@@ -471,21 +498,16 @@ class Trainer:
         with replacing(self.path("best.safetensors")) as temporary:
             save_file(state, temporary)
 
-    def _stop(self) -> None:
+    def _stop(self, signum: int) -> None:
         if self.step < self.total_steps:
             self.save()
             self.console.print(
                 f"stopped after step {self.step} of {self.total_steps}; everything is saved. "
-                f"Resume with: {self._resume_command()}",
+                f"Resume with: {self.resume_command}",
                 soft_wrap=True,
                 highlight=False,
             )
-            raise SystemExit(130)
-
-    def _resume_command(self) -> str:
-        if self.recipe.name not in recipe_names():
-            return "the same command and --resume"
-        return f"{self.command} --recipe {self.recipe.name} --out {self.folder} --resume"
+            raise SystemExit(128 + signum)
 
     def _print_epoch(self, entry: Mapping[str, Any]) -> None:
         def losses(values: Mapping[str, float]) -> str:

@@ -20,7 +20,15 @@ from variant.config import VQVAEConfig
 from variant.data import ImageData, Indices, stream
 from variant.errors import UserError
 from variant.recipe import Recipe
-from variant.train import Summary, Task, Trainer, choose_device, open_data, seed_everything
+from variant.train import (
+    Summary,
+    Task,
+    Trainer,
+    choose_device,
+    resume_hint,
+    seed_everything,
+)
+from variant.train_start import Start, read_last
 from variant.vqvae import VQVAE
 
 STREAM_REVIVE, STREAM_SCALES = 5, 6
@@ -106,18 +114,40 @@ def vae_path(folder: Path) -> Path:
     return folder / "vae-best.safetensors"
 
 
-def load_vae(config: VQVAEConfig, weights: str | None, folder: Path) -> VQVAE:
+def find_vae(weights: str | None, folder: Path) -> Path:
     """The VQ-VAE to tokenize with: the recipe's file, or the one trained in ``folder``.
 
     Raises:
-        UserError: neither is there, or the weights are of another size.
+        UserError: neither is there, or the training in ``folder`` has not finished.
     """
-    path = Path(weights) if weights is not None else vae_path(folder)
-    if weights is None and not path.exists():
+    if weights is not None:
+        return Path(weights)
+    path, last = vae_path(folder), folder / "vae-last.pt"
+    if not path.exists() and not last.exists():
         raise UserError(
             f"{folder}: holds no VQ-VAE; train one first with `variant train-vae` into the same "
             "folder, or name a file as vae_training.weights"
         )
+    if not last.exists():
+        raise UserError(
+            f"{path}: may be half trained: {last.name}, which would tell, is not beside it; to use "
+            "it as it is, name it as vae_training.weights"
+        )
+    state = read_last(last, VAETask.kind)
+    if not path.exists() or state["step"] < state["total_steps"]:
+        raise UserError(
+            f"{folder}: the training of its VQ-VAE has not finished; finish it with `variant "
+            "train-vae --resume`, or name a file as vae_training.weights"
+        )
+    return path
+
+
+def load_vae(config: VQVAEConfig, path: Path) -> VQVAE:
+    """A VQ-VAE from a file.
+
+    Raises:
+        UserError: the file is missing or damaged, or the weights are of another size.
+    """
     module = VQVAE(config)
     load_state(module, read_weights(path, "vae_local"), str(path))
     return module
@@ -148,27 +178,31 @@ def train_vae(
     seed: int | None = None,
     console: Console | None = None,
     device: torch.device | None = None,
+    resume_command: str | None = None,
 ) -> Summary:
     """Train a recipe's VQ-VAE into ``out``.
 
     Args:
         resume: continue the run that ``out`` holds.
         seed: replaces the recipe's.
+        resume_command: what to print when the run is stopped; None derives it from the recipe.
     Raises:
-        UserError: the recipe trains none; see also :meth:`variant.train.Trainer.run`.
-        SystemExit: 130 after Ctrl-C, with everything saved.
+        UserError: the recipe trains none; see also :class:`variant.train.Start` and
+            :meth:`variant.train.Trainer.run`.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
     """
     if seed is not None:
         recipe = dataclasses.replace(recipe, seed=seed)
     optim = recipe.vae_training.optim
     if recipe.vae_training.weights is not None or optim is None:
         raise UserError(f"{recipe.name}: trains no VQ-VAE; it uses {recipe.vae_training.weights}")
-    device = device or choose_device()
+    out, device = Path(out), device or choose_device()
+    start = Start(VAETask.kind, recipe, optim, out, device, resume)
+    data = start.data
     seed_everything(recipe.seed)
     module = VQVAE(recipe.vae).to(device)
-    data = open_data(recipe)
     epochs = recipe.vae_training.epochs
     steps = epochs * (data.num_train // optim.batch_size)
     task = VAETask(module, data, recipe, device, steps)
-    trainer = Trainer(task, recipe, optim, epochs, Path(out), "variant train-vae", console)
-    return trainer.run(resume)
+    hint = resume_command or resume_hint("variant train-vae", recipe, out)
+    return Trainer(task, recipe, optim, epochs, out, start, hint, console).run()

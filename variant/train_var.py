@@ -19,13 +19,20 @@ from torch import Tensor
 
 from variant.augment import mixup
 from variant.checkpoint import load_state, save_model
-from variant.config import to_plain
 from variant.data import STREAM_COPY, STREAM_MIXUP, ImageData, Indices, stream
 from variant.errors import UserError
 from variant.recipe import Recipe
 from variant.schedule import choose_depth, subnet_probability
-from variant.train import Summary, Task, Trainer, choose_device, open_data, seed_everything
-from variant.train_vae import load_vae, read_weights
+from variant.train import (
+    Summary,
+    Task,
+    Trainer,
+    choose_device,
+    resume_hint,
+    seed_everything,
+)
+from variant.train_start import Start, file_sha256
+from variant.train_vae import find_vae, load_vae, read_weights
 from variant.transformer import VAR
 from variant.vqvae import VQVAE
 
@@ -50,6 +57,9 @@ class VARTask(Task):
         self.vae, self.data, self.recipe = vae, data, recipe
         self.device, self.steps_per_epoch = device, steps_per_epoch
         self.depths = recipe.schedule.depths
+        self._copies_CNL: Tensor | None = None
+
+    def prepare(self) -> None:
         self._copies_CNL = self._encode_copies()
 
     def depth_of_step(self, step: int) -> int | None:
@@ -147,6 +157,7 @@ def train_var(
     seed: int | None = None,
     console: Console | None = None,
     device: torch.device | None = None,
+    resume_command: str | None = None,
 ) -> Summary:
     """Train a recipe's depth supernet into ``out``, and write the model folder there at the end.
 
@@ -156,39 +167,44 @@ def train_var(
     Args:
         resume: continue the run that ``out`` holds.
         seed: replaces the recipe's.
+        resume_command: what to print when the run is stopped; None derives it from the recipe.
     Raises:
-        UserError: no VQ-VAE to tokenize with, data and model disagree about the classes; see also
-            :meth:`variant.train.Trainer.run`.
-        SystemExit: 130 after Ctrl-C, with everything saved.
+        UserError: no VQ-VAE to tokenize with, or one that is half trained or, when resuming,
+            another one; data and model disagree about the classes; see also
+            :class:`variant.train.Start` and :meth:`variant.train.Trainer.run`.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
     """
     if seed is not None:
         recipe = dataclasses.replace(recipe, seed=seed)
     out = Path(out)
     device = device or choose_device()
-    vae = load_vae(recipe.vae, recipe.vae_training.weights, out).to(device).eval()
-    vae.requires_grad_(False)
-    data = open_data(recipe)
+    start = Start(VARTask.kind, recipe, recipe.optim, out, device, resume)
+    data = start.data
     if data.num_classes != recipe.model.num_classes:
         raise UserError(
             f"{recipe.name}: model.num_classes must be {data.num_classes}, as many as the data "
             f"has; got {recipe.model.num_classes}"
         )
+    weights = find_vae(recipe.vae_training.weights, out)
+    start.add_input("vae_sha256", file_sha256(weights))
+    vae = load_vae(recipe.vae, weights).to(device).eval()
+    vae.requires_grad_(False)
     seed_everything(recipe.seed)
     module = VAR(recipe.var_config)
-    if recipe.model.weights is not None:
+    if recipe.model.weights is not None and not resume:
         state = read_weights(Path(recipe.model.weights), "var_wo_ddp")
         load_state(module, state, recipe.model.weights)
     module = module.to(device)
     steps_per_epoch = data.num_train // recipe.optim.batch_size
     task = VARTask(module, vae, data, recipe, device, steps_per_epoch)
-    trainer = Trainer(
-        task, recipe, recipe.optim, recipe.schedule.phases.total, out, "variant train", console
-    )
-    summary = trainer.run(resume)  # leaves the best weights in the module
+    epochs = recipe.schedule.phases.total
+    hint = resume_command or resume_hint("variant train", recipe, out)
+    trainer = Trainer(task, recipe, recipe.optim, epochs, out, start, hint, console)
+    summary = trainer.run()  # leaves the best weights in the module
     described = {
         "recipe": recipe.name,
         "seed": recipe.seed,
-        "data": to_plain(recipe.data),
+        "settings": recipe.to_dict(),
         "steps": summary.steps,
         "epochs": summary.epochs,
         "best_epoch": summary.best_epoch,

@@ -27,7 +27,8 @@ from variant.recipe import (
     VAETraining,
 )
 from variant.schedule import choose_depth, subnet_probability
-from variant.train import decay_groups, learning_rate, open_data
+from variant.train import decay_groups, learning_rate
+from variant.train_start import open_data
 from variant.train_vae import VAETask, revive_codes, train_vae
 from variant.train_var import VARTask, train_var
 from variant.transformer import VAR

@@ -1,0 +1,168 @@
+"""What a training run begins with, and what is refused before it costs anything."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from variant.checkpoint import CONFIG_NAME, read_pickle
+from variant.data import FolderData, ImageData
+from variant.digits import LEVELS, DigitsData, load_scans
+from variant.errors import UserError
+from variant.recipe import OptimSection, Recipe
+
+FORMAT = "variant-train-2"
+# What a checkpoint holds besides its format and kind.
+CONTENTS = {
+    "recipe": dict,
+    "inputs": dict,
+    "step": int,
+    "total_steps": int,
+    "seconds": float,
+    "module": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "sums": dict,
+    "history": list,
+    "random": dict,
+}
+# What a run was trained on besides its recipe; a resumed run must find the same.
+INPUTS = {
+    "num_train": "number of training images",
+    "num_held_out": "number of held-out images",
+    "data_sha256": "image files or labels",
+    "vae_sha256": "VQ-VAE weights",
+}
+
+
+def open_data(recipe: Recipe) -> ImageData:
+    """The data of a recipe, at its VQ-VAE's image size.
+
+    Raises:
+        UserError: a folder that is missing, empty or disagrees with its partner; scikit-learn is
+            not installed.
+    """
+    kind = DigitsData if recipe.data.kind == "digits" else FolderData
+    return kind(recipe.data, recipe.vae.image_size, recipe.vae.in_channels, recipe.seed)
+
+
+def data_inputs(data: ImageData) -> dict[str, Any]:
+    """What identifies the data of a run: both numbers of images, and a digest.
+
+    The digest is of relative paths and labels for folders (not of what the files hold), of the
+    scans themselves for digits.
+    """
+    if isinstance(data, FolderData):
+        digest = data.digest()
+    else:
+        scans = load_scans()
+        values = (scans.images * LEVELS).to(torch.uint8).numpy().tobytes()
+        digest = hashlib.sha256(values + scans.labels.numpy().tobytes()).hexdigest()
+    return {
+        "num_train": data.num_train,
+        "num_held_out": data.num_held_out,
+        "data_sha256": digest,
+    }
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal.  Raises: UserError, where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def read_last(path: Path, kind: str) -> dict[str, Any]:
+    """A run's checkpoint; its tensors are not checked here.
+
+    Raises:
+        UserError: missing, damaged, or not a checkpoint of this kind.
+    """
+    state = read_pickle(path)
+    if state.get("format") != FORMAT or state.get("kind") != kind:
+        raise UserError(
+            f'{path}: is not a checkpoint of this program: "format" and "kind" must be "{FORMAT}" '
+            f'and "{kind}"; got {state.get("format")!r} and {state.get("kind")!r}'
+        )
+    wrong = [name for name, form in CONTENTS.items() if not isinstance(state.get(name), form)]
+    if wrong:
+        raise UserError(f"{path}: is damaged: {', '.join(wrong)} missing or of another type")
+    return state
+
+
+class Start:
+    """What a run begins with: its data and, when it is resumed, its checkpoint.
+
+    Making one refuses all that can be refused before weights are read and images are encoded.
+
+    Attributes:
+        data: opened.  inputs: what identifies them.  last: path of the checkpoint.
+        state: the checkpoint's contents, None for a new run.
+    Raises:
+        UserError: a run or another model is there and resume was not asked for, or no run is there
+            to resume; the checkpoint is damaged, or of another recipe or other data; the folder
+            cannot be written; data, precision and batch size do not go together.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        recipe: Recipe,
+        optim: OptimSection,
+        folder: Path,
+        device: torch.device,
+        resume: bool,
+    ) -> None:
+        self.last = folder / f"{kind}-last.pt"
+        if not resume and self.last.exists():
+            raise UserError(
+                f"{folder}: already holds a run; continue it with --resume, or choose another "
+                "folder"
+            )
+        if not resume and (folder / CONFIG_NAME).exists() and not (folder / "var-last.pt").exists():
+            raise UserError(
+                f"{folder}: holds a model ({CONFIG_NAME}) but no run that made it; choose another "
+                "folder"
+            )
+        if resume and not self.last.exists():
+            raise UserError(f"{folder}: holds no run to resume ({self.last.name} is not there)")
+        if optim.precision == "fp16" and device.type == "cpu":
+            raise UserError(
+                f'{recipe.name}: precision "fp16" needs a GPU, because its loss scaling does; '
+                'use "bf16" or "fp32" on a CPU'
+            )
+        self.state = read_last(self.last, kind) if resume else None
+        if self.state is not None and self.state["recipe"] != recipe.to_dict():
+            raise UserError(
+                f"{self.last}: was written by another recipe or seed; resume with the same ones"
+            )
+        self.data = open_data(recipe)
+        if self.data.num_train < optim.batch_size:
+            raise UserError(
+                f"{recipe.name}: batch_size must be at most the number of training images "
+                f"({self.data.num_train}); got {optim.batch_size}"
+            )
+        self.inputs: dict[str, Any] = {}
+        for name, value in data_inputs(self.data).items():
+            self.add_input(name, value)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+
+    def add_input(self, name: str, value: Any) -> None:
+        """Record what the run is trained on.  Raises: UserError, where the checkpoint's differs."""
+        self.inputs[name] = value
+        if self.state is not None and self.state["inputs"].get(name) != value:
+            raise UserError(
+                f"{self.last}: was trained with another {INPUTS[name]}; resume with the same "
+                f"(it was {self.state['inputs'].get(name)}, now it is {value})"
+            )
