@@ -94,8 +94,8 @@ class Train:
 
     recipe: str = "digits"
     """Name of a packaged recipe, or a TOML file."""
-    out: Path = Path("runs/digits")
-    """Folder for checkpoints, metrics and the finished model."""
+    out: Path | None = None
+    """Folder for checkpoints, metrics and the finished model; default: runs/RECIPE."""
     resume: bool = False
     """Go on from the last checkpoint in that folder."""
     seed: int | None = None
@@ -116,8 +116,8 @@ class TrainVae:
 
     recipe: str = "digits"
     """Name of a packaged recipe, or a TOML file."""
-    out: Path = Path("runs/digits")
-    """Folder for checkpoints, metrics and the finished VQ-VAE."""
+    out: Path | None = None
+    """Folder for checkpoints, metrics and the finished VQ-VAE; default: runs/RECIPE."""
     resume: bool = False
     """Go on from the last checkpoint in that folder."""
     seed: int | None = None

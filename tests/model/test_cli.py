@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from PIL import Image
 from small_models import small_model
 
 import variant
-from variant.cli import main
+from variant.cli import TrainVae, main
+from variant.commands.train import folder_of, resume_command
 
 
 @pytest.fixture
@@ -200,3 +202,11 @@ def test_help_does_not_wait_for_torch():
 def test_all_public_names_are_there():
     assert all(getattr(variant, name).__name__ == name for name in variant.__all__)
     assert set(variant.__all__) <= set(dir(variant))
+
+
+def test_a_stopped_run_says_how_to_go_on():
+    command = TrainVae(recipe="my recipes/tiny.toml", seed=3)
+    assert folder_of(command) == Path("runs/tiny")
+    assert resume_command("train-vae", command) == (
+        "variant train-vae --recipe 'my recipes/tiny.toml' --out runs/tiny --seed 3 --resume"
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from variant.commands.common import console, table
@@ -17,9 +19,12 @@ def train(command: Train) -> None:
     from variant.train_var import train_var
 
     recipe = load_recipe(command.recipe, seed=command.seed)
-    summary = train_var(recipe, command.out, resume=command.resume)
+    out = folder_of(command)
+    summary = train_var(
+        recipe, out, resume=command.resume, resume_command=resume_command("train", command)
+    )
     _report(summary)
-    console().print(f"wrote {command.out}: variant generate --model {command.out}")
+    console().print(f"wrote {out}: variant generate --model {shlex.quote(str(out))}")
 
 
 def train_vae(command: TrainVae) -> None:
@@ -28,9 +33,28 @@ def train_vae(command: TrainVae) -> None:
     from variant.train_vae import train_vae as run
 
     recipe = load_recipe(command.recipe, seed=command.seed)
-    summary = run(recipe, command.out, resume=command.resume)
+    summary = run(
+        recipe,
+        folder_of(command),
+        resume=command.resume,
+        resume_command=resume_command("train-vae", command),
+    )
     _report(summary)
-    console().print(f"next: variant train --recipe {command.recipe} --out {command.out}")
+    following = resume_command("train", command).removesuffix(" --resume")
+    console().print(f"next: {following}")
+
+
+def folder_of(command: Train | TrainVae) -> Path:
+    """Where the run's files go."""
+    return command.out or Path("runs") / Path(command.recipe).stem
+
+
+def resume_command(name: str, command: Train | TrainVae) -> str:
+    """The command that goes on with this run, as a shell takes it."""
+    words = ["variant", name, "--recipe", command.recipe, "--out", str(folder_of(command))]
+    if command.seed is not None:
+        words += ["--seed", str(command.seed)]
+    return shlex.join([*words, "--resume"])
 
 
 def _report(summary: Summary) -> None:
