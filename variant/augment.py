@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-MAX_MAGNITUDE = 30.0
+MAX_MAGNITUDE = 30.0  # ours: of torchvision's bins; the paper says only "9"
 GREY = (128, 128, 128)
 
 
@@ -27,7 +27,8 @@ def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]):
     return lambda image, strength, sign: kind(image).enhance(1 + sign * 0.9 * strength)
 
 
-# name: (image, strength in [0, 1], sign) -> image. Ranges as in RandAugment's own code.
+# name: (image, strength in [0, 1], sign) -> image. The operations are RandAugment's; the range of
+# each, at strength 1, is ours.
 RAND_AUGMENT_OPS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
     "identity": lambda image, strength, sign: image,
     "autocontrast": lambda image, strength, sign: ImageOps.autocontrast(image),

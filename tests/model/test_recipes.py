@@ -114,3 +114,11 @@ def test_mistakes_are_named_in_one_line(tmp_path, old, new, message):
 def test_an_unknown_recipe_lists_the_packaged_ones():
     with pytest.raises(UserError, match=r"nonesuch: no such recipe. Packaged: digits, imagenet"):
         load_recipe("nonesuch")
+
+
+@pytest.mark.parametrize(("name", "part"), [("imagenet-var-d30", 16), ("imagenet-var-d16", 64)])
+def test_parts_of_a_batch_fit_one_gpu_by_the_recipe_s_estimate(name, part):
+    recipe = load_recipe(name)
+    assert recipe.optim.batch_size // recipe.optim.accumulate == part
+    tokens = sum(side**2 for side in recipe.vae.patch_nums)
+    assert 71 * part * tokens * recipe.model.depth * recipe.model.embed_dim < 48 * 2**30
