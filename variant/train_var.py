@@ -9,7 +9,10 @@ Axes: B images, C copies, N images of the data set, L tokens, V codebook entries
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,7 +121,7 @@ class VARTask(Task):
 
     def _tokenize(self, images: Tensor) -> Tensor:
         # In float32 whatever the precision of training: tokens are targets, not activations.
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), without_tf32():
             return self.vae.encode(images)
 
     def _teacher_input(self, tokens_BL: Tensor) -> Tensor:
@@ -147,6 +150,20 @@ class VARTask(Task):
         tokens_BL = copies_CNL[torch.from_numpy(copy_N)[index], index]
         labels_B = self.data.train_labels[index]
         return tokens_BL.to(self.device, torch.int64), labels_B.to(self.device)
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Full float32 in CUDA's convolutions and matrix products; the CPU has no other."""
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 def train_var(

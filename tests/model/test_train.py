@@ -100,13 +100,14 @@ def both(recipe, out):
     return train_var(recipe, out, console=quiet(), device=CPU)
 
 
-def interrupt_after(monkeypatch, task, step):
-    """Send SIGINT to this process while that step runs."""
-    original = task.loss
+def interrupt_after(monkeypatch, task, step, signum=signal.SIGINT):
+    """Send a signal to this process, once, while that step runs."""
+    original, sent = task.loss, []
 
     def loss(self, indices, epoch, current):
-        if current == step:
-            os.kill(os.getpid(), signal.SIGINT)
+        if current == step and not sent:
+            sent.append(current)
+            os.kill(os.getpid(), signum)
         return original(self, indices, epoch, current)
 
     monkeypatch.setattr(task, "loss", loss)

@@ -7,6 +7,7 @@ from PIL import Image
 
 from variant.augment import RAND_AUGMENT_OPS, distort, mixup, rand_augment
 from variant.data import FolderData, list_images, stream
+from variant.errors import UserError
 from variant.recipe import DataSection
 
 
@@ -113,3 +114,25 @@ def test_random_streams_of_one_epoch_are_apart():
     draws = {float(stream(0, 1, which).random()) for which in (1, 2, 3, 4)}
     assert len(draws) == 4
     assert stream(5, 1, 2).random() == stream(5, 1, 2).random()
+
+
+def test_images_that_pil_would_read_wrongly_or_not_at_all_are_named(folder, monkeypatch):
+    def refuse(message):
+        with pytest.raises(UserError, match=message) as caught:
+            open_folder(folder).train([0], epoch=0)
+        assert "0.PNG" in str(caught.value)
+
+    path = f"{folder}/a/0.PNG"
+    Image.fromarray(np.full((24, 24), 40000, dtype=np.uint16)).save(path)
+    refuse("must have 8 bits per channel; its pixels are of mode I")
+    for error in (SyntaxError("broken PNG"), ValueError("bad chunk")):
+
+        def fail(*args, error=error):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Image, "open", fail)
+            refuse("is not a readable image: (broken PNG|bad chunk)")
+    GRADIENT.save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    refuse("is not a readable image: Image size")
