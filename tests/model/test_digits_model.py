@@ -74,7 +74,8 @@ def test_the_shipped_model_is_the_recipes(model):
     assert training["recipe"] == recipe.name
     assert training["seed"] == recipe.seed
     assert training["epochs"] == recipe.schedule.phases.total
-    assert set(training["held_out_loss"]) == {"full", "2", "4"}
+    assert training["settings"] == recipe.to_dict()
+    assert set(training["held_out_loss"]) == set(training["train_loss"]) == {"full", "2", "4"}
 
 
 def test_the_held_out_tenth_is_disjoint_and_fixed():
