@@ -56,4 +56,8 @@ def info(command: Info) -> None:
     training = read_config(folder).get("training")
     if isinstance(training, dict):
         for key, value in training.items():
+            if key == "settings":
+                continue  # a page of them: config.json holds them all
+            if isinstance(value, dict):
+                value = ", ".join(f"{name} {loss:.4f}" for name, loss in value.items())
             out.print(f"training {key}: {value}")
