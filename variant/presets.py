@@ -7,7 +7,6 @@ head per 64 channels; the 512x512 model shares its adaptive layer norms' project
 from __future__ import annotations
 
 from variant.config import VARConfig, VQVAEConfig
-from variant.errors import UserError
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -45,10 +44,3 @@ VAR_PRESETS = {
 def vqvae_of(config: VARConfig) -> VQVAEConfig:
     """The published VQ-VAE (160 channels, 16-fold downsampling) for a preset's token maps."""
     return VQVAEConfig(vocab_size=4096, z_channels=32, ch=160, patch_nums=config.patch_nums)
-
-
-def preset(name: str) -> VARConfig:
-    """Raises: UserError for an unknown name."""
-    if name not in VAR_PRESETS:
-        raise UserError(f"{name}: no such preset; there are {', '.join(VAR_PRESETS)}")
-    return VAR_PRESETS[name]

@@ -278,6 +278,20 @@ def test_a_used_model_can_be_pickled_and_copied():
         assert torch.equal(again.generate([1], seed=3).tokens, before.tokens)
 
 
+def test_refresh_notices_what_a_change_through_data_hides():
+    model = small_model()
+    engine = Engine(model.var, model.vae, dtype=torch.bfloat16)
+    labels, tokens = torch.tensor([1]), torch.zeros(1, 14, dtype=torch.int64)
+    before = engine.forced_logits(labels, tokens)
+    model.var.head.weight.data.mul_(2)
+    engine.refresh()
+    after = engine.forced_logits(labels, tokens)
+    assert not torch.equal(before, after)
+    assert torch.equal(
+        after, Engine(model.var, model.vae, dtype=torch.bfloat16).forced_logits(labels, tokens)
+    )
+
+
 def test_float16_runs_on_the_plain_torch_backend():
     golden, engine = golden_engine("plain", dtype=torch.float16)
     logits = engine.forced_logits(golden.tensors["label"], golden.tensors["tokens_in"])
