@@ -118,6 +118,36 @@ void append_paged_kv_binding(HeadShape shape_BTHD, int64_t page_size, HeadTuple 
                         v_page, v_slot, v_head, pointer<int64_t>(slots), element_bytes, threads});
 }
 
+void qk_norm_append_paged_kv_binding(HeadShape shape_BTHD, int64_t page_size, HeadTuple q,
+                                     HeadTuple k, HeadTuple v, uintptr_t scale_mul, uintptr_t q_out,
+                                     HeadTuple k_pages, HeadTuple v_pages, uintptr_t slots,
+                                     int dtype, int threads) {
+  const auto [batch, tokens, heads, head_dim] = shape_BTHD;
+  const auto [k_data, k_page, k_slot, k_head] = k_pages;
+  const auto [v_data, v_page, v_slot, v_head] = v_pages;
+  run(&KernelTable::qk_norm_append_paged_kv, QkNormAppendPagedKvArgs{batch,
+                                                                     tokens,
+                                                                     heads,
+                                                                     head_dim,
+                                                                     page_size,
+                                                                     view(q),
+                                                                     view(k),
+                                                                     view(v),
+                                                                     pointer<float>(scale_mul),
+                                                                     pointer<void>(q_out),
+                                                                     pointer<void>(k_data),
+                                                                     pointer<void>(v_data),
+                                                                     k_page,
+                                                                     k_slot,
+                                                                     k_head,
+                                                                     v_page,
+                                                                     v_slot,
+                                                                     v_head,
+                                                                     pointer<int64_t>(slots),
+                                                                     DType(dtype),
+                                                                     threads});
+}
+
 void paged_attention_forward_binding(HeadShape shape_BTHD, int64_t page_size, HeadTuple q,
                                      HeadTuple k_pages, HeadTuple v_pages, RowTuple page_table,
                                      uintptr_t kv_lens, uintptr_t out, float softmax_scale,
@@ -208,6 +238,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("qk_norm_forward", &qk_norm_forward_binding);
   m.def("qk_norm_backward", &qk_norm_backward_binding);
   m.def("append_paged_kv", &append_paged_kv_binding);
+  m.def("qk_norm_append_paged_kv", &qk_norm_append_paged_kv_binding);
   m.def("paged_attention_forward", &paged_attention_forward_binding);
   m.def("block_causal_attention_forward", &block_causal_attention_forward_binding);
   m.def("block_causal_attention_backward", &block_causal_attention_backward_binding);

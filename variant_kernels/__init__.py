@@ -12,6 +12,7 @@ from variant_kernels.ops.append_paged_kv import append_paged_kv
 from variant_kernels.ops.block_causal_attention import block_causal_attention
 from variant_kernels.ops.paged_attention import paged_attention
 from variant_kernels.ops.qk_norm import qk_norm
+from variant_kernels.ops.qk_norm_append_paged_kv import qk_norm_append_paged_kv
 from variant_kernels.ops.sample_tokens import sample_tokens
 from variant_kernels.scales import ScaleLayout
 
@@ -32,6 +33,7 @@ __all__ = [
     "gated_residual_adaln",
     "paged_attention",
     "qk_norm",
+    "qk_norm_append_paged_kv",
     "sample_tokens",
     "select_layers",
     "use_backend",

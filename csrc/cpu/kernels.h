@@ -14,6 +14,7 @@
 #include "../include/block_causal_attention.h"
 #include "../include/paged_attention.h"
 #include "../include/qk_norm.h"
+#include "../include/qk_norm_append_paged_kv.h"
 #include "../include/sample_tokens.h"
 
 #define VARIANT_CPU_KERNELS(X)                                \
@@ -24,6 +25,7 @@
   X(qk_norm_forward, QkNormForwardArgs)                       \
   X(qk_norm_backward, QkNormBackwardArgs)                     \
   X(append_paged_kv, AppendPagedKvArgs)                       \
+  X(qk_norm_append_paged_kv, QkNormAppendPagedKvArgs)         \
   X(paged_attention_forward, PagedAttentionForwardArgs)       \
   X(block_causal_attention_forward, BlockCausalForwardArgs)   \
   X(block_causal_attention_backward, BlockCausalBackwardArgs) \

@@ -2,57 +2,29 @@
 #include "../include/qk_norm.h"
 
 #include "parallel.h"
-#include "simd.h"
+#include "qk_norm_row.h"
 
 namespace variant::VARIANT_ISA_NAMESPACE {
 namespace {
 
 constexpr int64_t kTokensPerPiece = 16;
 
-// exp(min(scale_mul, log 100)), as float32.
-inline float query_factor(float scale_mul) {
-  const float limit = static_cast<float>(kMaxLogScale);
-  return static_cast<float>(__builtin_exp(scale_mul > limit ? limit : scale_mul));
-}
-
-template <class T>
-inline float norm_of(const T* x, int64_t width) {
-  VecF squares = {};
-  for_vectors(width, [&](int64_t d, auto lanes) {
-    const VecF value = load(x + d, lanes);
-    squares += value * value;
-  });
-  return __builtin_sqrtf(sum_lanes(squares));
-}
-
-template <class T>
-inline void normalise_row(const T* x, T* y, int64_t width, float factor) {
-  const float norm = norm_of(x, width);
-  // Written so that a NaN norm stays NaN. Divided, not multiplied by a reciprocal: 1/1e-12 of a
-  // zero row is finite, and unit vectors keep their last bit.
-  const float divisor = norm < kQkNormEps ? kQkNormEps : norm;
-  for_vectors(width, [&](int64_t d, auto lanes) {
-    store(y + d, load(x + d, lanes) / divisor * factor, lanes);
-  });
-}
-
 template <class T>
 void forward(const QkNormForwardArgs& a) {
-  const int64_t rows = a.batch * a.tokens;
+  const int64_t rows = a.batch * a.tokens, width = a.head_dim;
   const int64_t pieces = (rows + kTokensPerPiece - 1) / kTokensPerPiece;
   Scratch<float> factors(a.heads);
-  for (int64_t h = 0; h < a.heads; ++h) factors.get()[h] = query_factor(a.scale_mul[h]);
+  query_factors(a.scale_mul, a.heads, factors.get());
   const int threads = threads_for(a.num_threads, rows * a.heads * a.head_dim);
   parallel_for(threads, pieces, [&](int64_t piece, int) {
     const int64_t end = min_of(rows, (piece + 1) * kTokensPerPiece);
     for (int64_t r = piece * kTokensPerPiece; r < end; ++r) {
       const int64_t b = r / a.tokens, t = r % a.tokens;
-      for (int64_t h = 0; h < a.heads; ++h) {
-        const int64_t out = (r * a.heads + h) * a.head_dim;
-        normalise_row(row<T>(a.q, b, t, h), static_cast<T*>(a.q_out) + out, a.head_dim,
-                      factors.get()[h]);
-        normalise_row(row<T>(a.k, b, t, h), static_cast<T*>(a.k_out) + out, a.head_dim, 1.0f);
-      }
+      const int64_t out = r * a.heads * width;
+      normalise_heads(row<T>(a.q, b, t, 0), a.q.head_stride, static_cast<T*>(a.q_out) + out, width,
+                      a.heads, width, factors.get());
+      normalise_heads(row<T>(a.k, b, t, 0), a.k.head_stride, static_cast<T*>(a.k_out) + out, width,
+                      a.heads, width, nullptr);
     }
   });
 }
@@ -84,7 +56,7 @@ void backward(const QkNormBackwardArgs& a) {
   // The gradient of scale_mul is summed over the rows of a piece, then over pieces in order.
   Scratch<float> factors(a.heads);
   Scratch<float> partial(pieces * a.heads);
-  for (int64_t h = 0; h < a.heads; ++h) factors.get()[h] = query_factor(a.scale_mul[h]);
+  query_factors(a.scale_mul, a.heads, factors.get());
   const int threads = threads_for(a.num_threads, rows * a.heads * a.head_dim);
   parallel_for(threads, pieces, [&](int64_t piece, int) {
     const int64_t end = min_of(rows, (piece + 1) * kTokensPerPiece);

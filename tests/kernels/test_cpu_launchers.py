@@ -26,6 +26,7 @@ from variant_kernels.cpu_ops.block_causal_attention import (
 from variant_kernels.cpu_ops.common import build_info
 from variant_kernels.cpu_ops.paged_attention import launch_paged_attention_forward
 from variant_kernels.cpu_ops.qk_norm import launch_qk_norm_backward, launch_qk_norm_forward
+from variant_kernels.cpu_ops.qk_norm_append_paged_kv import launch_qk_norm_append_paged_kv
 from variant_kernels.cpu_ops.sample_tokens import launch_sample_tokens
 
 SCALES = (1, 4, 9, 49, 100)  # 163 tokens: several panels, several key tiles
@@ -76,6 +77,18 @@ def run_qk_norm(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
             scale_mul_1H11=scale_mul_1H11,
         ),
     )
+
+
+def run_qk_norm_append(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    k_pages_PNHD, v_pages_PNHD = torch.zeros(2, 20, 16, 4, 40, dtype=dtype)
+    q_BTHD = launch_qk_norm_append_paged_kv(
+        qkv_BT3HD=random(2, 150, 3, 4, 40, dtype=dtype),
+        scale_mul_1H11=random(1, 4, 1, 1),
+        k_pages_PNHD=k_pages_PNHD,
+        v_pages_PNHD=v_pages_PNHD,
+        slots_BT=torch.arange(300).view(2, 150),
+    )
+    return q_BTHD, k_pages_PNHD, v_pages_PNHD
 
 
 def run_block_causal(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -133,7 +146,10 @@ def sample(logits_2BTV: torch.Tensor, **changes) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("run", [run_adaln, run_qk_norm, run_block_causal, run_paged, run_sample])
+@pytest.mark.parametrize(
+    "run",
+    [run_adaln, run_qk_norm, run_qk_norm_append, run_block_causal, run_paged, run_sample],
+)
 def test_thread_count_changes_no_bit(run, dtype):
     before = torch.get_num_threads()
     try:

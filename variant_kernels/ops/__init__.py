@@ -9,6 +9,7 @@ from variant_kernels.ops import (
     block_causal_attention,
     paged_attention,
     qk_norm,
+    qk_norm_append_paged_kv,
     sample_tokens,
 )
 
@@ -20,6 +21,7 @@ def tables() -> dict[str, dict[str, Impl]]:
         **paged_attention.IMPLS,
         **qk_norm.IMPLS,
         **append_paged_kv.IMPLS,
+        **qk_norm_append_paged_kv.IMPLS,
         **adaln.IMPLS,
         **sample_tokens.IMPLS,
     }

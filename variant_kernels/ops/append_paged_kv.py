@@ -99,16 +99,28 @@ def append_paged_kv(
     contract.check_float(op, "v_BTHD", v_BTHD)
     contract.check_shape(op, "v_BTHD", v_BTHD, tuple(k_BTHD.shape), "to match k_BTHD")
     contract.check_same(op, "v_BTHD", v_BTHD, "k_BTHD", k_BTHD)
-    check_pages(op, k_pages_PNHD, v_pages_PNHD, "k_BTHD", k_BTHD)
+    check_target(op, k_pages_PNHD, v_pages_PNHD, slots_BT, "k_BTHD", k_BTHD)
+    refuse_gradient(op, k_BTHD, v_BTHD, k_pages_PNHD, v_pages_PNHD)
+    append_paged_kv_op(k_BTHD, v_BTHD, k_pages_PNHD, v_pages_PNHD, slots_BT, backend)
+
+
+def check_target(
+    op: str,
+    k_pages_PNHD: Tensor,
+    v_pages_PNHD: Tensor,
+    slots_BT: Tensor,
+    name: str,
+    like_BTHD: Tensor,
+) -> None:
+    """Pages that can be written, a slot for every token of ``name``; values are not looked at."""
+    check_pages(op, k_pages_PNHD, v_pages_PNHD, name, like_BTHD)
     if k_pages_PNHD is v_pages_PNHD:
         raise ValueError(f"{op}: k_pages_PNHD and v_pages_PNHD must be two tensors; got one twice")
     contract.check_tensor(op, "slots_BT", slots_BT)
-    contract.check_shape(op, "slots_BT", slots_BT, tuple(k_BTHD.shape[:2]), "to match k_BTHD")
+    contract.check_shape(op, "slots_BT", slots_BT, tuple(like_BTHD.shape[:2]), f"to match {name}")
     if slots_BT.dtype != torch.int64:
         raise TypeError(f"{op}: slots_BT must be int64; got {slots_BT.dtype}")
-    contract.check_device(op, "slots_BT", slots_BT, "k_BTHD", k_BTHD)
-    refuse_gradient(op, k_BTHD, v_BTHD, k_pages_PNHD, v_pages_PNHD)
-    append_paged_kv_op(k_BTHD, v_BTHD, k_pages_PNHD, v_pages_PNHD, slots_BT, backend)
+    contract.check_device(op, "slots_BT", slots_BT, name, like_BTHD)
 
 
 def check_pages(

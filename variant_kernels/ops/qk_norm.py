@@ -192,17 +192,23 @@ def qk_norm(
     contract.check_head_dim(op, "q_BTHD", q_BTHD.shape[-1])
     contract.check_shape(op, "k_BTHD", k_BTHD, tuple(q_BTHD.shape), "to match q_BTHD")
     contract.check_same(op, "k_BTHD", k_BTHD, "q_BTHD", q_BTHD)
-    contract.check_float(op, "scale_mul_1H11", scale_mul_1H11)
-    contract.check_shape(
-        op, "scale_mul_1H11", scale_mul_1H11, (1, q_BTHD.shape[2], 1, 1), "for q_BTHD's heads"
-    )
-    if scale_mul_1H11.dtype not in (q_BTHD.dtype, torch.float32):
-        raise TypeError(
-            f"{op}: scale_mul_1H11 must be float32 or have the dtype of q_BTHD "
-            f"({q_BTHD.dtype}); got {scale_mul_1H11.dtype}"
-        )
-    contract.check_device(op, "scale_mul_1H11", scale_mul_1H11, "q_BTHD", q_BTHD)
+    check_scale_mul(op, scale_mul_1H11, "q_BTHD", q_BTHD)
     return qk_norm_op(q_BTHD, k_BTHD, scale_mul_1H11, backend)
+
+
+def check_scale_mul(op: str, scale_mul_1H11: Tensor, name: str, like_BTHD: Tensor) -> None:
+    """One logarithm per head of ``name``, float32 or of its dtype."""
+    contract.check_float(op, "scale_mul_1H11", scale_mul_1H11)
+    heads = like_BTHD.shape[2]
+    contract.check_shape(
+        op, "scale_mul_1H11", scale_mul_1H11, (1, heads, 1, 1), f"for {name}'s heads"
+    )
+    if scale_mul_1H11.dtype not in (like_BTHD.dtype, torch.float32):
+        raise TypeError(
+            f"{op}: scale_mul_1H11 must be float32 or have the dtype of {name} "
+            f"({like_BTHD.dtype}); got {scale_mul_1H11.dtype}"
+        )
+    contract.check_device(op, "scale_mul_1H11", scale_mul_1H11, name, like_BTHD)
 
 
 def sample_inputs(dtype: torch.dtype, generator: torch.Generator) -> list[tuple[Tensor, ...]]:

@@ -1,0 +1,171 @@
+"""``qk_norm`` and ``append_paged_kv`` in one pass over the projection: ``qk_norm_append_paged_kv``.
+
+Axes: B batch, T tokens of this call, H heads, D width of one head, P pages, N tokens in a page.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from variant_kernels import contract
+from variant_kernels.backends import Impl, Lazy, Request, choose, cpu_unsupported
+from variant_kernels.ops.append_paged_kv import (
+    check_slots,
+    check_target,
+    reference_append_paged_kv,
+)
+from variant_kernels.ops.qk_norm import check_scale_mul, reference_qk_norm_forward
+from variant_kernels.registry import refuse_gradient, register
+
+# --- the definition -----------------------------------------------------------------------------
+
+
+def reference_qk_norm_append_paged_kv(
+    *,
+    qkv_BT3HD: Tensor,
+    scale_mul_1H11: Tensor | None,
+    k_pages_PNHD: Tensor,
+    v_pages_PNHD: Tensor,
+    slots_BT: Tensor,
+) -> Tensor:
+    q_BTHD, k_BTHD, v_BTHD = qkv_BT3HD.unbind(2)
+    if scale_mul_1H11 is not None:
+        q_BTHD, k_BTHD = reference_qk_norm_forward(
+            q_BTHD=q_BTHD, k_BTHD=k_BTHD, scale_mul_1H11=scale_mul_1H11
+        )
+    reference_append_paged_kv(
+        k_BTHD=k_BTHD,
+        v_BTHD=v_BTHD,
+        k_pages_PNHD=k_pages_PNHD,
+        v_pages_PNHD=v_pages_PNHD,
+        slots_BT=slots_BT,
+    )
+    return q_BTHD
+
+
+# --- backends -----------------------------------------------------------------------------------
+
+# Without scale_mul a launcher returns the queries as they lie in the projection: whoever calls
+# launchers directly saves the copy that the registered op must make.
+FUSED_IMPLS = {
+    "reference": Impl(reference_qk_norm_append_paged_kv),
+    "cpu": Impl(
+        Lazy("variant_kernels.cpu_ops.qk_norm_append_paged_kv", "launch_qk_norm_append_paged_kv"),
+        unsupported=cpu_unsupported,
+    ),
+}
+
+IMPLS = {"qk_norm_append_paged_kv": FUSED_IMPLS}
+
+
+# --- registration -------------------------------------------------------------------------------
+
+
+def _fused(qkv, scale_mul, k_pages, v_pages, slots, backend):
+    check_slots("qk_norm_append_paged_kv", slots, k_pages.shape[0] * k_pages.shape[1])
+    dtypes = (qkv.dtype,) if scale_mul is None else (qkv.dtype, scale_mul.dtype)
+    request = Request(qkv.device.type, dtypes, qkv.shape[-1])
+    q = choose("qk_norm_append_paged_kv", FUSED_IMPLS, backend, request).forward(
+        qkv_BT3HD=qkv,
+        scale_mul_1H11=scale_mul,
+        k_pages_PNHD=k_pages,
+        v_pages_PNHD=v_pages,
+        slots_BT=slots,
+    )
+    # torch.library: no output may be a view of an input.
+    return q if scale_mul is not None else q.clone(memory_format=torch.contiguous_format)
+
+
+def _fused_fake(qkv, scale_mul, k_pages, v_pages, slots, backend):
+    batch, tokens, _, heads, head_dim = qkv.shape
+    return qkv.new_empty((batch, tokens, heads, head_dim))
+
+
+qk_norm_append_paged_kv_op = register(
+    "qk_norm_append_paged_kv(Tensor qkv, Tensor? scale_mul, Tensor(a!) k_pages,"
+    " Tensor(b!) v_pages, Tensor slots, str backend) -> Tensor",
+    implementation=_fused,
+    fake=_fused_fake,
+)
+
+
+# --- public function ----------------------------------------------------------------------------
+
+
+def qk_norm_append_paged_kv(
+    qkv_BT3HD: Tensor,
+    scale_mul_1H11: Tensor | None,
+    k_pages_PNHD: Tensor,
+    v_pages_PNHD: Tensor,
+    slots_BT: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """``qk_norm``, then ``append_paged_kv``: the packed projection is read once.
+
+        q' = q / max(|q|, 1e-12) * exp(min(scale_mul, log 100)),  k' = k / max(|k|, 1e-12)
+        k_pages[slot // page_size, slot % page_size] = k';  the same for v
+
+    Without ``scale_mul`` nothing is normalised: q' = q, k' = k.
+    Source: VAR (arXiv 2404.02905), attention with L2 norm.
+
+    Args:
+        qkv_BT3HD: packed projection (B, T, 3, H, D); float32, float16 or bfloat16; strided views
+            are taken as they are. D: a multiple of 8 from 16 to 256.
+        scale_mul_1H11: logarithm of each head's scale, (1, H, 1, 1), float32 or qkv's dtype; or
+            None.
+        k_pages_PNHD, v_pages_PNHD: the pool, (P, page_size, H, D), same dtype and device. Written
+            in place.
+        slots_BT: int64, page * page_size + offset; -1 skips the token's K and V, its query is
+            returned all the same. Slots must differ.
+    Returns:
+        q'_BTHD, a new contiguous tensor of qkv's dtype; also without ``scale_mul``, where it is a
+        copy.
+    Raises:
+        ValueError: shapes or devices disagree, or (CPU) a slot outside the pool; nothing is
+            written then.  TypeError: dtype not listed.
+    Gradient: none; raises RuntimeError where one is wanted.
+    """
+    op = "qk_norm_append_paged_kv"
+    contract.check_float(op, "qkv_BT3HD", qkv_BT3HD)
+    contract.check_ndim(op, "qkv_BT3HD", qkv_BT3HD, "(B, T, 3, H, D)")
+    if qkv_BT3HD.shape[2] != 3:
+        raise ValueError(
+            f"{op}: qkv_BT3HD must be (B, T, 3, H, D), queries, keys and values on its third axis; "
+            f"got {tuple(qkv_BT3HD.shape)}"
+        )
+    contract.check_head_dim(op, "qkv_BT3HD", qkv_BT3HD.shape[-1])
+    q_BTHD = qkv_BT3HD.select(2, 0)
+    if scale_mul_1H11 is not None:
+        check_scale_mul(op, scale_mul_1H11, "qkv_BT3HD", q_BTHD)
+    check_target(op, k_pages_PNHD, v_pages_PNHD, slots_BT, "qkv_BT3HD", q_BTHD)
+    refuse_gradient(op, qkv_BT3HD, scale_mul_1H11, k_pages_PNHD, v_pages_PNHD)
+    return qk_norm_append_paged_kv_op(
+        qkv_BT3HD, scale_mul_1H11, k_pages_PNHD, v_pages_PNHD, slots_BT, backend
+    )
+
+
+def sample_inputs(
+    dtype: torch.dtype, generator: torch.Generator
+) -> list[tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]]:
+    """Shuffled slots, skipped tokens, strided projections and pages, with and without the norm."""
+    cases = []
+    for batch, tokens, heads, head_dim, page_size in (
+        (1, 1, 1, 16, 1),
+        (2, 5, 3, 24, 4),
+        (3, 9, 2, 64, 16),
+        (1, 3, 2, 256, 2),
+    ):
+        rows = torch.randn(batch, tokens + 1, 4, heads, head_dim, generator=generator).to(dtype)
+        rows[0, 1:, 1, 0] = 0
+        num_pages = -(-2 * batch * tokens // page_size)
+        pages = torch.randn(num_pages, 2, page_size, heads, head_dim, generator=generator)
+        slots = torch.randperm(num_pages * page_size, generator=generator)[: batch * tokens]
+        slots = slots.view(batch, tokens)
+        slots[-1, -1] = -1 if tokens > 1 else slots[-1, -1]
+        scale_mul = torch.linspace(-1, 5, heads).view(1, heads, 1, 1)
+        for scale in (scale_mul, scale_mul.to(dtype), None):
+            k_pages, v_pages = pages.to(dtype, copy=True).unbind(1)
+            cases.append((rows[:, 1:, 1:], scale, k_pages, v_pages, slots))
+    return cases
