@@ -20,6 +20,8 @@ ORDER = (
     "vqvae",
     "transformer",
     "planning",
+    "packing",
+    "weights",
     "engine",
     "checkpoint",
     "supernet",

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from threading import Lock
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from variant.memory import free_bytes
 from variant.sampling import (
@@ -30,8 +29,9 @@ from variant.sampling import (
     check_labels,
     check_tokens,
 )
-from variant.transformer import VAR, Block
+from variant.transformer import VAR
 from variant.vqvae import VQVAE
+from variant.weights import EngineWeights, LayerWeights
 from variant_kernels import CachePlan, DepthSchedule, KVStep, PagedKVCache
 from variant_kernels.backends import Impl, Request, choose, dtype_name
 from variant_kernels.ops import tables
@@ -52,40 +52,11 @@ class _Kernels:
         # The residual stream is float32, whatever the engine's dtype.
         self.adaln = pick("adaln_modulate", torch.float32, dtype).forward
         self.gated_adaln = pick("gated_residual_adaln", torch.float32, dtype).forward
-        self.qk_norm = pick("qk_norm", dtype, torch.float32).forward
-        self.append = pick("append_paged_kv", dtype).forward
+        self.norm_append = pick("qk_norm_append_paged_kv", dtype, torch.float32).forward
         attention = pick("paged_attention", dtype)
         self.attention = attention.forward
         self.gathers_pages = attention is found["paged_attention"]["reference"]
         self.sample = pick("sample_tokens", dtype).forward
-
-
-class _Layer:
-    """One block's weights in the engine's dtype; shared with the model where that is its own."""
-
-    def __init__(self, block: Block, dtype: torch.dtype) -> None:
-        attn, ffn = block.attn, block.ffn
-        self.softmax_scale = attn.softmax_scale
-        self.scale_mul_1H11 = attn.scale_mul_1H11.detach().float() if attn.attn_l2_norm else None
-        self.qkv = attn.mat_qkv.weight.detach().to(dtype), attn.qkv_bias().detach().to(dtype)
-        self.proj = _affine(attn.proj, dtype)
-        self.fc1 = _affine(ffn.fc1, dtype)
-        self.fc2 = _affine(ffn.fc2, dtype)
-
-
-class _Weights:
-    """All that the step loop reads; embeddings stay float32, as the residual stream does."""
-
-    def __init__(self, var: VAR, dtype: torch.dtype) -> None:
-        self.layers = [_Layer(block, dtype) for block in var.layers()]
-        self.head = _affine(var.head, dtype)
-        self.position_1LC = var.position_embedding().detach().float()
-        self.pos_start = var.pos_start.detach().float()
-        self.word_embed = _affine(var.word_embed, torch.float32)
-
-
-def _affine(linear: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return linear.weight.detach().to(dtype), linear.bias.detach().to(dtype)
 
 
 @dataclass
@@ -97,7 +68,7 @@ class _Run:
     """
 
     kernels: _Kernels
-    weights: _Weights
+    weights: EngineWeights
     schedule: DepthSchedule
     cache: PagedKVCache
     rows_6RC: list[tuple[Tensor, ...]]
@@ -117,6 +88,8 @@ class Engine:
         dtype: of weights, K/V and matrix products; None is the weights' own.
         backend: of the kernels; "auto" takes the fastest.
         page_size: tokens per cache page.
+        pack: on a CPU keep a second copy of the weights, in the order that oneDNN computes with
+            (:mod:`variant.packing`): faster; False saves that memory.
     Raises:
         ValueError: the two models do not fit each other, or the backend cannot serve the dtype.
     """
@@ -129,6 +102,7 @@ class Engine:
         dtype: torch.dtype | None = None,
         backend: str = "auto",
         page_size: int = 16,
+        pack: bool = True,
     ) -> None:
         check_pair(var, vae)
         own = var.head.weight.dtype
@@ -141,8 +115,9 @@ class Engine:
             raise ValueError(f"Engine: page_size must be at least 1; got {page_size}")
         self.page_size = page_size
         self.backend = backend
+        self.pack = pack
         self._lock = Lock()
-        self._cast: tuple[tuple[tuple[int, int], ...], _Weights] | None = None
+        self._cast: tuple[tuple[tuple[int, int], ...], EngineWeights] | None = None
         self._kernels()  # a backend that cannot serve the dtype is refused here
 
     def __getstate__(self) -> dict[str, object]:
@@ -164,41 +139,30 @@ class Engine:
         with self._lock:
             self._cast = None
 
-    def _weights(self) -> _Weights:
+    def _weights(self) -> EngineWeights:
         """The weights in the engine's dtype, cast again if any changed since the last call."""
-        tensors = [*self.var.parameters(), *self.var.buffers()]
+        tensors = [*self.var.parameters(), *self.var.buffers(), *self.vae.parameters()]
         fingerprint = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
         with self._lock:
             if self._cast is None or self._cast[0] != fingerprint:
-                self._cast = fingerprint, _Weights(self.var, self.dtype)
+                self._cast = (
+                    fingerprint,
+                    EngineWeights(self.var, self.vae, self.dtype, self.pack),
+                )
             return self._cast[1]
 
     def _kernels(self) -> _Kernels:
         # Chosen per call: use_backend and VARIANT_BACKEND count.
         return _Kernels(self.backend, self.device.type, self.dtype)
 
-    def _modulation(self, cond_RC: Tensor) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        """Every layer's rows and the head's: they depend on the class alone, so once per image."""
-        shared = self.var.shared_condition(cond_RC)
-        rows_6RC = [
-            block.modulation(shared).to(self.dtype).unbind(1) for block in self.var.layers()
-        ]
-        return rows_6RC, self.var.head_nm.modulation(cond_RC).to(self.dtype).unbind(1)
-
     # --- one scale ------------------------------------------------------------------------------
 
-    def _attention(self, run: _Run, layer: _Layer, h_RTC: Tensor, step: KVStep) -> Tensor:
+    def _attention(self, run: _Run, layer: LayerWeights, h_RTC: Tensor, step: KVStep) -> Tensor:
         kernels, cache, config = run.kernels, run.cache, self.var.config
         rows, tokens, width = h_RTC.shape
-        packed = F.linear(h_RTC, *layer.qkv).view(rows, tokens, 3, config.num_heads, -1)
-        q_RTHD, k_RTHD, v_RTHD = packed.unbind(2)
-        if layer.scale_mul_1H11 is not None:
-            q_RTHD, k_RTHD = kernels.qk_norm(
-                q_BTHD=q_RTHD, k_BTHD=k_RTHD, scale_mul_1H11=layer.scale_mul_1H11
-            )
-        kernels.append(
-            k_BTHD=k_RTHD,
-            v_BTHD=v_RTHD,
+        q_RTHD = kernels.norm_append(
+            qkv_BT3HD=layer.qkv(h_RTC).view(rows, tokens, 3, config.num_heads, -1),
+            scale_mul_1H11=layer.scale_mul_1H11,
             k_pages_PNHD=cache.k_pages,
             v_pages_PNHD=cache.v_pages,
             slots_BT=step.slots_BT,
@@ -211,7 +175,7 @@ class Engine:
             kv_lens_B=step.kv_lens_B,
             softmax_scale=layer.softmax_scale,
         )
-        return F.linear(out_RTHD.view(rows, tokens, width), *layer.proj)
+        return layer.proj(out_RTHD.view(rows, tokens, width))
 
     def _hidden(self, run: _Run, x_RTC: Tensor, scale: int) -> Tensor:
         """Tokens of one scale through its active layers and the head's norm, (R, T, C)."""
@@ -228,8 +192,7 @@ class Engine:
             x_RTC, h_RTC, _, _ = kernels.gated_adaln(
                 x_BTC=x_RTC, y_BTC=y_RTC, gate_BC=gate1, scale_BC=scale2, shift_BC=shift2, eps=eps
             )
-            hidden = F.gelu(F.linear(h_RTC, *layer.fc1), approximate="tanh")
-            y_RTC = F.linear(hidden, *layer.fc2)
+            y_RTC = layer.mlp(h_RTC)
             if following is None:
                 next_scale, next_shift = run.head_2RC
             else:
@@ -250,7 +213,7 @@ class Engine:
         place_1TC = weights.position_1LC[:, self.var.layout.slice(scale)]
         if words_BTE is None:
             return cond_RC.float().unsqueeze(1) + weights.pos_start + place_1TC
-        words_BTC = F.linear(words_BTE, *weights.word_embed) + place_1TC
+        words_BTC = weights.word_embed(words_BTE) + place_1TC
         return words_BTC.repeat(cond_RC.shape[0] // words_BTC.shape[0], 1, 1)
 
     def _start(
@@ -262,7 +225,7 @@ class Engine:
         if guidance:
             labels_R = torch.cat((labels_R, torch.full_like(labels_R, config.num_classes)))
         cond_RC = self.var.class_emb(labels_R)
-        rows_6RC, head_2RC = self._modulation(cond_RC)
+        rows_6RC, head_2RC = weights.modulations(cond_RC)
         plan = CachePlan(self.var.layout, schedule, self.page_size)
         cache = PagedKVCache(
             plan, len(labels_R), config.num_heads, config.head_dim, self.dtype, device
@@ -300,7 +263,7 @@ class Engine:
         logits, following = [], None
         for k in range(layout.num_scales):
             h_BTC = self._hidden(run, self._input(run, following, cond_BC, k), k)
-            logits.append(F.linear(h_BTC, *run.weights.head).float())
+            logits.append(run.weights.head(h_BTC).float())
             f_hat = self.vae.accumulate(f_hat, tokens_BL[:, layout.slice(k)], k)
             if k + 1 < layout.num_scales:
                 following = self.vae.next_scale_input(f_hat, k)
@@ -368,6 +331,7 @@ class Engine:
             batches=len(parts),
             depths=parts[-1][2].depths,
             dtype=first_stats.dtype,
+            packed=first_stats.packed,
             kv_planned_bytes=first_stats.kv_planned_bytes,
             kv_allocated_bytes=first_stats.kv_allocated_bytes,
             kv_peak_bytes=max(stats.kv_peak_bytes for _, _, stats in parts),
@@ -402,11 +366,11 @@ class Engine:
             if k + 1 < layout.num_scales:
                 following = self.vae.next_scale_input(f_hat, k)
             if on_scale is not None:
-                wanted = on_scale(k, self._partial(k, tokens_BL, f_hat))
+                wanted = on_scale(k, self._partial(run.weights, k, tokens_BL, f_hat))
                 if wanted is not None and k + 1 < layout.num_scales:
                     self._switch(run, max(k + 1, first_flexible), wanted)
         decoding = self._clock()
-        images = self._decode(f_hat)
+        images = self._decode(run.weights, f_hat)
         ended = self._clock()
         plan, guided = run.cache.plan, sampling.guided
         heads, head_dim = config.num_heads, config.head_dim
@@ -417,6 +381,7 @@ class Engine:
             batches=1,
             depths=run.schedule.depths,
             dtype=dtype_name(self.dtype),
+            packed=run.weights.packed,
             kv_planned_bytes=plan.peak_bytes(batch, heads, head_dim, self.dtype, guided),
             kv_allocated_bytes=run.cache.allocated_bytes,
             kv_peak_bytes=run.cache.peak_bytes,
@@ -433,10 +398,10 @@ class Engine:
         guidance = sampling.guidance(scale, layout.num_scales)
         if guidance == 0:
             # Unconditional rows would count nothing: their head is not computed.
-            logits_BTV = F.linear(h_RTC[: len(image_ids_B)], *run.weights.head)
+            logits_BTV = run.weights.head(h_RTC[: len(image_ids_B)])
             logits_2BTV = logits_BTV.repeat(2, 1, 1)
         else:
-            logits_2BTV = F.linear(h_RTC, *run.weights.head)
+            logits_2BTV = run.weights.head(h_RTC)
         generator, exponential_RV = sampling.generator, None
         if generator is not None:
             exponential_RV = draw_exponential(logits_2BTV, generator)
@@ -458,14 +423,15 @@ class Engine:
         return time.perf_counter()
 
     @torch.no_grad()
-    def _decode(self, f_hat: Tensor) -> Tensor:
+    def _decode(self, weights: EngineWeights, f_hat: Tensor) -> Tensor:
         """(B, 3, H, W) float32 in [0, 1]; one channel is shown as grey."""
-        images = self.vae.decode_features(f_hat).float()
-        return images.expand(-1, 3, -1, -1).contiguous()
+        return weights.decode(f_hat).expand(-1, 3, -1, -1).contiguous()
 
-    def _partial(self, scale: int, tokens_BL: Tensor, f_hat: Tensor) -> PartialResult:
+    def _partial(
+        self, weights: EngineWeights, scale: int, tokens_BL: Tensor, f_hat: Tensor
+    ) -> PartialResult:
         so_far, features = tokens_BL[:, : self.var.layout.visible(scale)].clone(), f_hat.clone()
-        return PartialResult(scale, so_far, lambda: self._decode(features))
+        return PartialResult(scale, so_far, lambda: self._decode(weights, features))
 
     def _switch(self, run: _Run, scale: int, depth: int | Sequence[int]) -> None:
         if scale < self.var.layout.num_scales:
@@ -481,10 +447,12 @@ class Engine:
         """Images at once: what was asked for, within what free memory holds."""
         if max_batch is not None and not (isinstance(max_batch, int) and max_batch >= 1):
             raise ValueError(f"generate: max_batch must be an integer >= 1; got {max_batch!r}")
-        self._weights()  # cast now: 16-bit copies must not be counted as free memory
+        weights = self._weights()  # cast now: copies must not be counted as free memory
         plan = CachePlan(self.var.layout, schedule, self.page_size)
         one = self.image_bytes(plan, guidance)
         free = free_bytes(self.device)
+        if weights.packed:
+            free = max(free - self._decoder_bytes(), 0)
         fits = free // one
         wanted = min(count, max_batch or count)
         if fits < 1 or (max_batch is not None and fits < wanted):
@@ -510,8 +478,12 @@ class Engine:
             total, heads = self.var.layout.total, config.num_heads
             rows = 2 if guidance else 1
             layer += 4 * rows * total * 2 * config.embed_dim + 8 * heads * tokens * total
-        decoder = self.vae.config.image_size**2 * self.vae.config.ch * 4 * 6
+        decoder = 0 if self._weights().packed else self._decoder_bytes()
         return kv + max(layer, logits, decoder)
+
+    def _decoder_bytes(self) -> int:
+        """What decoding one image holds at the last level; packed decoders take them in turn."""
+        return self.vae.config.image_size**2 * self.vae.config.ch * 4 * 6
 
 
 def check_pair(var: VAR, vae: VQVAE) -> None:

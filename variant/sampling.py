@@ -86,7 +86,8 @@ class Stats:
     """What a generation took.
 
     seconds: everything.  decode_seconds: the VQ-VAE decoder's share.  batches: into how many parts
-    the request was split.  depths: layers run at each scale (of the last part).
+    the request was split.  depths: layers run at each scale (of the last part).  dtype: of the
+    matrix products.  packed: whether their weights were packed for the CPU.
     kv_planned_bytes, kv_allocated_bytes, kv_peak_bytes: of the largest part; what the plan says,
     what the slab really takes, what was in use at once.  kv_paper_bytes: what the paper's scheme
     would hold for the same part in the same dtype.
@@ -97,6 +98,7 @@ class Stats:
     batches: int
     depths: tuple[int, ...]
     dtype: str
+    packed: bool
     kv_planned_bytes: int
     kv_allocated_bytes: int
     kv_peak_bytes: int

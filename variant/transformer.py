@@ -360,20 +360,20 @@ class VAR(nn.Module):
         nn.init.trunc_normal_(self.pos_start, std=std)
         nn.init.trunc_normal_(self.pos_1LC, std=std)
         self.head.weight.mul_(head_scale)
-        _projection(self.head_nm.ada_lin).weight.mul_(modulation_scale)
+        projection(self.head_nm.ada_lin).weight.mul_(modulation_scale)
         for block in self.layers():
             block.attn.proj.weight.div_(math.sqrt(2 * self.config.depth))
             block.ffn.fc2.weight.div_(math.sqrt(2 * self.config.depth))
             if block.shared_aln:
                 rows = block.ada_gss[0, 0]
             else:
-                rows = _projection(block.ada_lin).weight
+                rows = projection(block.ada_lin).weight
             third = rows.shape[0] // 3
             rows[:third].mul_(gate_scale)
             rows[third:].mul_(modulation_scale)
 
 
-def _projection(ada_lin: nn.Sequential) -> nn.Linear:
+def projection(ada_lin: nn.Sequential) -> nn.Linear:
     """The linear layer behind the SiLU."""
     return cast("nn.Linear", ada_lin[1])
 

@@ -25,6 +25,11 @@ def _conv3(channels_in: int, channels_out: int) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1)
 
 
+def unit_range(images: Tensor) -> Tensor:
+    """Images in about [-1, 1], cut to it and moved to [0, 1]."""
+    return images.clamp(-1, 1).add(1).mul(0.5)
+
+
 class ResidualBlock(nn.Module):
     """Norm, SiLU, 3x3 convolution, twice, beside the identity (or a 1x1 convolution)."""
 
@@ -269,8 +274,7 @@ class VQVAE(nn.Module):
     def decode_features(self, f_hat_BCHW: Tensor) -> Tensor:
         """Images (B, I, Y, X) in [0, 1], in the weights' dtype."""
         f_hat_BCHW = f_hat_BCHW.to(self.post_quant_conv.weight.dtype)
-        images = self.decoder(self.post_quant_conv(f_hat_BCHW))
-        return images.clamp(-1, 1).add(1).mul(0.5)
+        return unit_range(self.decoder(self.post_quant_conv(f_hat_BCHW)))
 
     def forward(
         self, images_BIYX: Tensor, num_scales: int | None = None
