@@ -447,18 +447,17 @@ class Engine:
         """Images at once: what was asked for, within what free memory holds."""
         if max_batch is not None and not (isinstance(max_batch, int) and max_batch >= 1):
             raise ValueError(f"generate: max_batch must be an integer >= 1; got {max_batch!r}")
-        weights = self._weights()  # cast now: copies must not be counted as free memory
+        self._weights()  # cast now: copies must not be counted as free memory
         plan = CachePlan(self.var.layout, schedule, self.page_size)
-        one = self.image_bytes(plan, guidance)
+        one, always = self.image_bytes(plan, guidance), self.decoder_bytes()
         free = free_bytes(self.device)
-        if weights.packed:
-            free = max(free - self._decoder_bytes(), 0)
-        fits = free // one
+        fits = (free - always) // one
         wanted = min(count, max_batch or count)
         if fits < 1 or (max_batch is not None and fits < wanted):
+            asked = wanted if max_batch else 1
             raise MemoryError(
-                f"generate: {wanted if max_batch else 1} image(s) at once need "
-                f"{one * (wanted if max_batch else 1) / 2**20:.0f} MiB, "
+                f"generate: {asked} image(s) at once need "
+                f"{(one * asked + always) / 2**20:.0f} MiB, "
                 f"but {free / 2**20:.0f} MiB are free; use a smaller depth, bridge or max_batch"
             )
         return min(wanted, fits)
@@ -478,11 +477,14 @@ class Engine:
             total, heads = self.var.layout.total, config.num_heads
             rows = 2 if guidance else 1
             layer += 4 * rows * total * 2 * config.embed_dim + 8 * heads * tokens * total
-        decoder = 0 if self._weights().packed else self._decoder_bytes()
+        decoder = 0 if self._weights().packed else self._decoder_image_bytes()
         return kv + max(layer, logits, decoder)
 
-    def _decoder_bytes(self) -> int:
-        """What decoding one image holds at the last level; packed decoders take them in turn."""
+    def decoder_bytes(self) -> int:
+        """What decoding takes whatever the batch: packed decoders paint one image at a time."""
+        return self._decoder_image_bytes() if self._weights().packed else 0
+
+    def _decoder_image_bytes(self) -> int:
         return self.vae.config.image_size**2 * self.vae.config.ch * 4 * 6
 
 
