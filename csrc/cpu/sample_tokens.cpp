@@ -3,42 +3,11 @@
 #include "../include/sample_tokens.h"
 
 #include "parallel.h"
+#include "sample_select.h"
 #include "simd.h"
 
 namespace variant::VARIANT_ISA_NAMESPACE {
 namespace {
-
-typedef double VecD __attribute__((vector_size(kLanes * 8)));
-typedef int64_t VecL __attribute__((vector_size(kLanes * 8)));
-
-// exp for x <= 0 in double, to about 3e-10: far below the last place of float32. Only products,
-// sums and shifts of lanes, so every instruction set gives the same bits. Below -700: 0.
-inline VecD exp_double(VecD x) {
-  const VecD clamped = x < -700.0 ? VecD{} - 700.0 : x;
-  const VecD shifted = clamped * 1.4426950408889634 + 6755399441055744.0;
-  const VecD n = shifted - 6755399441055744.0;
-  // log 2 in two parts: the first has zeros enough for n * it to be exact.
-  const VecD r = (clamped - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
-  VecD p = r * (1.0 / 40320) + 1.0 / 5040;
-  p = p * r + 1.0 / 720;
-  p = p * r + 1.0 / 120;
-  p = p * r + 1.0 / 24;
-  p = p * r + 1.0 / 6;
-  p = p * r + 0.5;
-  p = p * r + 1.0;
-  p = p * r + 1.0;
-  const VecL exponent = (VecL)shifted - 0x4338000000000000;
-  p = p * (VecD)((exponent + 1023) << 52);
-  return x < -700.0 ? VecD{} : p;
-}
-
-// Float32 as unsigned integers of the same order; both zeros map to one value.
-inline uint32_t ordered(float x) {
-  const float value = x + 0.0f;  // -0 becomes +0
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
 
 struct Uniform {
   // Philox4x32-10 (Salmon et al., SC 2011): the first 53 bits of one block, in [0, 1).
@@ -66,147 +35,115 @@ struct Uniform {
 // same on every instruction set.
 constexpr int64_t kBlock = 64;
 
-// One thread's memory for one row.
+// One thread's memory for one row. What top-k leaves is copied together (n entries); without top-k
+// the row itself is taken. The end of each array is padded to a whole block.
 struct RowScratch {
-  double* weights;      // [V] exp(logit - largest), 0 where dropped; zero up to a whole block
-  double* block_sums;   // [V / kBlock]
-  float* logits;        // [V] guided
-  uint32_t* order;      // [V] ordered(logits)
-  int32_t* candidates;  // [V]
+  double* d;           // [n] logit - largest; -inf in the padding
+  double* weights;     // [n] exp(d), 0 where dropped and in the padding
+  double* block_sums;  // [n / kBlock]
+  double* room;        // [2 n] for cut_by_mass; before that, floats for kth_largest
+  float* logits;       // [V] guided
+  float* kept;         // [n]
+  int32_t* index;      // [n] of the entry in the row
 
-  static int64_t bytes(int64_t vocab) { return round_up(vocab, kBlock) * (8 + 8 + 4 + 4 + 4); }
+  static int64_t entries(int64_t vocab) { return round_up(vocab, kBlock) + kBlock; }
+  static int64_t bytes(int64_t vocab) { return entries(vocab) * (5 * 8 + 3 * 4); }
   RowScratch(char* at, int64_t vocab) {
-    const int64_t up = round_up(vocab, kBlock);
-    weights = reinterpret_cast<double*>(at);
-    block_sums = reinterpret_cast<double*>(at + up * 8);
-    logits = reinterpret_cast<float*>(at + up * 16);
-    order = reinterpret_cast<uint32_t*>(at + up * 20);
-    candidates = reinterpret_cast<int32_t*>(at + up * 24);
+    const int64_t n = entries(vocab);
+    d = reinterpret_cast<double*>(at);
+    weights = d + n;
+    block_sums = weights + n;
+    room = block_sums + n;
+    logits = reinterpret_cast<float*>(room + 2 * n);
+    kept = logits + n;
+    index = reinterpret_cast<int32_t*>(kept + n);
   }
 };
 
-// What top-k and top-p leave: everything above a value, and of its equals those from an index on.
-struct Cut {
-  uint32_t floor;
-  int64_t first_equal;
+struct Extremes {
+  SampleStatus status;
+  float smallest, largest;
 };
 
 // a = (1 + t) c - t u, each product rounded to float32. t = 0 ignores u altogether.
-template <class T>
-inline void guide(const T* cond, const T* uncond, int64_t vocab, double t, float* out) {
+template <class T, bool kGuided>
+inline Extremes guide(const T* cond, const T* uncond, int64_t vocab, double t, float* out) {
   const float with = static_cast<float>(1.0 + t), without = static_cast<float>(t);
-  if (t == 0.0) {
-    for_vectors(vocab,
-                [&](int64_t i, auto lanes) { store(out + i, load(cond + i, lanes), lanes); });
-    return;
-  }
+  VecF tops = splat(-kInfinity), bottoms = splat(kInfinity);
+  VecI nans = {};
   for_vectors(vocab, [&](int64_t i, auto lanes) {
-    const VecF grown = load(cond + i, lanes) * with, taken = load(uncond + i, lanes) * without;
-    store(out + i, grown - taken, lanes);
+    VecF guided = load(cond + i, lanes);
+    if constexpr (kGuided) guided = guided * with - load(uncond + i, lanes) * without;
+    store(out + i, guided, lanes);
+    const VecF high = fill_beyond(guided, -kInfinity, lanes);
+    const VecF low = fill_beyond(guided, kInfinity, lanes);
+    tops = high > tops ? high : tops;
+    bottoms = low < bottoms ? low : bottoms;
+    nans |= high != high;
   });
-}
-
-// Both cuts search the digits of ordered(), 11, 11 and 10 bits, from the top: entries are counted
-// (or weighed) by digit, and only those that share the boundary's digits stay candidates.
-constexpr int kDigits = 3;
-constexpr int kShift[kDigits] = {21, 10, 0};
-constexpr int kDigitValues[kDigits] = {2048, 2048, 1024};
-
-inline int digit_of(uint32_t order, int digit) {
-  return static_cast<int>(order >> kShift[digit]) & (kDigitValues[digit] - 1);
-}
-
-// Keeps the candidates whose digit is `value`, in their order; returns how many.
-inline int64_t narrow_candidates(RowScratch& s, int64_t count, int digit, int value) {
-  int64_t left = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int32_t index = s.candidates[i];
-    s.candidates[left] = index;
-    left += digit_of(s.order[index], digit) == value;
+  float largest = -kInfinity, smallest = kInfinity;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (nans[lane]) return {SampleStatus::kNaN, 0, 0};
+    largest = tops[lane] > largest ? tops[lane] : largest;
+    smallest = bottoms[lane] < smallest ? bottoms[lane] : smallest;
   }
-  return left;
+  if (largest == kInfinity) return {SampleStatus::kPositiveInfinity, 0, 0};
+  if (largest == -kInfinity) return {SampleStatus::kAllMasked, 0, 0};
+  return {SampleStatus::kOk, smallest, largest};
 }
 
-// Top-k: everything not smaller than the k-th largest.
-inline Cut cut_by_rank(RowScratch& s, int64_t vocab, int64_t k) {
-  int64_t count = vocab;
-  for (int64_t i = 0; i < vocab; ++i) s.candidates[i] = static_cast<int32_t>(i);
-  uint32_t floor = 0;
-  for (int digit = 0; digit < kDigits; ++digit) {
-    int32_t counts[2048] = {};
-    for (int64_t i = 0; i < count; ++i) ++counts[digit_of(s.order[s.candidates[i]], digit)];
-    int value = kDigitValues[digit] - 1;
-    while (counts[value] < k) k -= counts[value--];
-    floor |= static_cast<uint32_t>(value) << kShift[digit];
-    count = narrow_candidates(s, count, digit, value);
-  }
-  return {floor, 0};
-}
-
-// Top-p over what `before` leaves: in ascending order, lower index first among equals, every entry
-// whose cumulative weight is at most `allowance` goes; the last never does.
-inline Cut cut_by_mass(RowScratch& s, int64_t vocab, Cut before, double allowance) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < vocab; ++i) {
-    s.candidates[count] = static_cast<int32_t>(i);
-    count += s.order[i] >= before.floor;
-  }
-  uint32_t floor = 0;
-  double below = 0;     // weight of everything under the digits found so far
-  bool largest = true;  // nothing lies above them
-  for (int digit = 0; digit < kDigits; ++digit) {
-    double sums[2048] = {};
-    int32_t counts[2048] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      const int value = digit_of(s.order[s.candidates[i]], digit);
-      sums[value] += s.weights[s.candidates[i]];
-      ++counts[value];
+// d and the weights of n logits (n: whole blocks). Differences are exact for a Philox draw, as in
+// the float64 definition; rounded to float32 for multinomial, as in torch's softmax.
+inline void weigh(const float* logits, int64_t n, float largest, bool rounded, RowScratch& s) {
+  float group[kWideLanes];
+  for (int64_t i = 0; i < n; i += kWideLanes) {
+    VecD d;
+    if (rounded) {
+      for (int lane = 0; lane < kWideLanes; ++lane) group[lane] = logits[i + lane] - largest;
+      d = load_widened(group);
+    } else {
+      d = load_widened(logits + i) - static_cast<double>(largest);
     }
-    int top = kDigitValues[digit] - 1, value = 0;
-    while (!counts[top]) --top;
-    // Should rounding put everything within the allowance, the search ends at the largest.
-    while (value < top && (!counts[value] || below + sums[value] <= allowance)) {
-      below += sums[value++];
-    }
-    largest = largest && value == top;
-    floor |= static_cast<uint32_t>(value) << kShift[digit];
-    count = narrow_candidates(s, count, digit, value);
+    store_wide(s.d + i, d);
+    store_wide(s.weights + i, exp_wide(d));
   }
-  // The candidates left are equal and in index order.
-  const int64_t may_go = largest ? count - 1 : count;
-  int64_t gone = 0;
-  while (gone < may_go && below + s.weights[s.candidates[gone]] <= allowance) {
-    below += s.weights[s.candidates[gone++]];
-  }
-  // All of them gone: the next larger entries stay, and an index past the end says so.
-  return {floor, gone < count ? s.candidates[gone] : vocab};
 }
 
-// Clears the weights that were cut, sums blocks, returns the total.
-inline double apply_cut(RowScratch& s, int64_t vocab, bool any_cut, Cut cut) {
+// Clears the weights below `floor`, sums blocks, returns the total.
+inline double sum_blocks(RowScratch& s, int64_t n, double floor) {
   double total = 0;
-  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
-    double* weights = s.weights + begin;
-    if (any_cut) {
-      const int64_t end = min_of(vocab - begin, kBlock);
-      for (int64_t i = 0; i < end; ++i) {
-        const uint32_t order = s.order[begin + i];
-        const bool kept =
-            (order > cut.floor) | ((order == cut.floor) & (begin + i >= cut.first_equal));
-        weights[i] = kept ? weights[i] : 0.0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    WideSums sums;
+    for (int64_t i = begin; i < begin + kBlock; i += kSums) {
+      for (int j = 0; j < kSums / kWideLanes; ++j) {
+        const int64_t at = i + j * kWideLanes;
+        const VecD weight = load_wide(s.d + at) >= floor ? load_wide(s.weights + at) : VecD{};
+        store_wide(s.weights + at, weight);
+        sums.part[j] += weight;
       }
     }
-    double sums[16] = {};
-    for (int64_t i = 0; i < kBlock; i += 16) {
-      for (int lane = 0; lane < 16; ++lane) sums[lane] += weights[i + lane];
-    }
-    for (int half = 8; half > 0; half /= 2) {
-      for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-    }
-    s.block_sums[begin / kBlock] = sums[0];
-    total += sums[0];
+    s.block_sums[begin / kBlock] = sums.total();
+    total += s.block_sums[begin / kBlock];
   }
   return total;
+}
+
+// The first entry whose cumulative weight passes target: its block, then inside it.
+inline int64_t entry_at(const RowScratch& s, int64_t n, double target) {
+  int64_t block = 0;
+  double sum = 0;
+  while ((block + 1) * kBlock < n && sum + s.block_sums[block] <= target) {
+    sum += s.block_sums[block++];
+  }
+  const int64_t end = (block + 1) * kBlock;
+  for (int64_t i = block * kBlock; i < end; ++i) {
+    sum += s.weights[i];
+    if (sum > target) return i;
+  }
+  // Rounding put the target at the block's end: the last entry before it that has weight.
+  int64_t last = end - 1;
+  while (s.weights[last] == 0.0) --last;
+  return last;
 }
 
 struct Drawn {
@@ -217,73 +154,63 @@ struct Drawn {
 template <class T>
 Drawn sample_row(const SampleTokensArgs& a, int64_t r, RowScratch& s) {
   const int64_t b = r / a.tokens, t = r % a.tokens, vocab = a.vocab;
-  guide(row<T>(a.logits, b, t), row<T>(a.logits, a.batch + b, t), vocab, a.guidance, s.logits);
-  VecF tops = splat(-__builtin_inff());
-  VecI nans = {};
-  for_vectors(vocab, [&](int64_t i, auto lanes) {
-    const VecF a = fill_beyond(load(s.logits + i, lanes), -__builtin_inff(), lanes);
-    tops = maximum(a, tops);
-    nans |= a != a;
-  });
-  float largest = -__builtin_inff();
-  for (int lane = 0; lane < kLanes; ++lane) {
-    if (nans[lane]) return {SampleStatus::kNaN, 0};
-    largest = tops[lane] > largest ? tops[lane] : largest;
-  }
-  if (largest == __builtin_inff()) return {SampleStatus::kPositiveInfinity, 0};
-  if (largest == -__builtin_inff()) return {SampleStatus::kAllMasked, 0};
+  const T* cond = row<T>(a.logits, b, t);
+  const T* uncond = row<T>(a.logits, a.batch + b, t);
+  const Extremes found = a.guidance == 0.0
+                             ? guide<T, false>(cond, uncond, vocab, a.guidance, s.logits)
+                             : guide<T, true>(cond, uncond, vocab, a.guidance, s.logits);
+  if (found.status != SampleStatus::kOk) return {found.status, 0};
+  const float largest = found.largest;
+  pad(s.logits, vocab, kBlock);
 
+  float* logits = s.logits;
+  float smallest = found.smallest;
+  int64_t count = vocab;
   const bool by_rank = a.top_k > 0 && a.top_k < vocab;
-  const bool by_mass = a.top_p > 0.0 && a.top_p < 1.0;
-  if (by_rank || by_mass) {
-    for (int64_t i = 0; i < vocab; ++i) s.order[i] = ordered(s.logits[i]);
+  if (by_rank) {
+    float* room = reinterpret_cast<float*>(s.room);
+    smallest = kth_largest(s.logits, vocab, a.top_k, smallest, largest, room);
+    count = keep_from(s.logits, round_up(vocab, kLanes), smallest, s.kept, s.index);
+    // Padding of -inf passes where everything does.
+    count = min_of(count, vocab);
+    pad(s.kept, count, kBlock);
+    logits = s.kept;
   }
-  const int64_t padded = round_up(vocab, kBlock);
-  for (int64_t i = vocab / kLanes * kLanes; i < padded; ++i) s.weights[i] = 0.0;
-  for_vectors(vocab, [&](int64_t i, auto lanes) {
-    const VecF shifted = fill_beyond(load(s.logits + i, lanes) - largest, -1000.0f, lanes);
-    const VecD weight = exp_double(__builtin_convertvector(shifted, VecD));
-    __builtin_memcpy(s.weights + i, &weight, sizeof weight);
-  });
-  Cut cut = {0, 0};
-  if (by_rank) cut = cut_by_rank(s, vocab, a.top_k);
-  double total = apply_cut(s, vocab, by_rank, cut);
-  if (by_mass) {
-    cut = cut_by_mass(s, vocab, cut, (1.0 - a.top_p) * total);
-    total = apply_cut(s, vocab, true, cut);
+  const int64_t n = round_up(count, kBlock);
+  weigh(logits, n, largest, a.exponential != nullptr, s);
+  double total = sum_blocks(s, n, -static_cast<double>(kInfinity));
+  if (a.top_p > 0.0 && a.top_p < 1.0) {
+    // Below -700 nothing weighs anything.
+    const double least = static_cast<double>(smallest) - static_cast<double>(largest) - 1.0;
+    MassCut cut = cut_by_mass(s.d, s.weights, count, least > -701.0 ? least : -701.0,
+                              (1.0 - a.top_p) * total, s.room, s.room + RowScratch::entries(vocab));
+    for (int64_t i = 0; cut.gone > 0; ++i) {
+      if (s.d[i] != cut.floor) continue;
+      s.weights[i] = 0.0;
+      --cut.gone;
+    }
+    total = sum_blocks(s, n, cut.floor);
   }
 
   if (a.exponential) {
     const float* exponential = a.exponential + r * vocab;
     int64_t best = -1;
     float best_ratio = 0;
-    for (int64_t i = 0; i < vocab; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       if (s.weights[i] == 0.0) continue;
-      const float ratio = static_cast<float>(s.weights[i] / total) / exponential[i];
+      const int64_t token = by_rank ? s.index[i] : i;
+      const float ratio = static_cast<float>(s.weights[i] / total) / exponential[token];
       if (best < 0 || ratio > best_ratio) {
-        best = i;
+        best = token;
         best_ratio = ratio;
       }
     }
     return {SampleStatus::kOk, best};
   }
-  // The first index whose cumulative weight passes u * total: its block, then inside it.
-  const double target = Uniform::draw(a.seed, static_cast<uint64_t>(a.image_ids[b]),
-                                      static_cast<uint32_t>(a.position + t)) *
-                        total;
-  int64_t block = 0;
-  double sum = 0;
-  while ((block + 1) * kBlock < padded && sum + s.block_sums[block] <= target) {
-    sum += s.block_sums[block++];
-  }
-  for (int64_t i = block * kBlock; i < min_of(vocab, (block + 1) * kBlock); ++i) {
-    sum += s.weights[i];
-    if (sum > target) return {SampleStatus::kOk, i};
-  }
-  // Rounding put the target at the block's end: the last entry before it that has weight.
-  int64_t last = min_of(vocab, (block + 1) * kBlock) - 1;
-  while (s.weights[last] == 0.0) --last;
-  return {SampleStatus::kOk, last};
+  const double uniform = Uniform::draw(a.seed, static_cast<uint64_t>(a.image_ids[b]),
+                                       static_cast<uint32_t>(a.position + t));
+  const int64_t entry = entry_at(s, n, uniform * total);
+  return {SampleStatus::kOk, by_rank ? s.index[entry] : entry};
 }
 
 template <class T>

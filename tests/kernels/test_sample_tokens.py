@@ -126,6 +126,52 @@ def test_backends_differ_in_at_most_one_draw_in_100_000(dtype):
     assert differ <= max(1, total // 100_000), f"{differ} of {total}"
 
 
+def hard_rows(entries, generator):
+    """Rows that make a search for a boundary go wrong or slow: one per line, (rows, entries)."""
+    noise = torch.randn(entries, generator=generator)
+    masked = torch.where(noise < 0.5, -torch.inf, noise)
+    return torch.stack(
+        (
+            noise,
+            torch.zeros(entries),
+            noise.sign(),  # two values
+            (2 * noise).round(),  # many ties
+            torch.where(noise > 0, 0.0, -0.0),
+            masked,
+            torch.where(noise < 0.5, -1e9, noise),
+            torch.where(noise < 2.5, -torch.inf, noise),  # fewer left than top_k asks for
+            1e30 * noise,
+            1e-40 * noise,  # subnormal
+            noise.abs().pow(-3).clamp(max=1e6),  # a few far above the rest
+            torch.arange(entries) * 2.0**-20,
+            1000.0 + 1e-4 * noise,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"top_k": k, "top_p": p}
+        # No p whose 1 - p is a whole number of equal shares: there rounding decides.
+        for k, p in ((1, 0), (7, 0), (100, 0.893), (300, 0.957), (514, 0.493), (0, 0.999), (0, 0.3))
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("entries", [515, 64])
+def test_hard_rows_are_cut_as_the_reference_cuts_them(filters, entries):
+    rows = hard_rows(entries, torch.Generator().manual_seed(10))
+    draws = rows.unsqueeze(1).expand(-1, 200, -1)
+    logits = torch.cat((draws, draws))
+    ours, reference = (
+        sample_tokens(logits, guidance=0.0, seed=4, backend=backend, **filters)
+        for backend in ("cpu", "reference")
+    )
+    for row, (a, b) in enumerate(zip(ours, reference, strict=True)):
+        # 200 draws show most of what is kept; where the kept sets differ, so do many draws.
+        assert int((a != b).sum()) <= 1, f"row {row}"
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_guidance_unconditional_rows_are_not_looked_at(backend):
     cond = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(6))

@@ -1,0 +1,315 @@
+// What top-k and top-p search for in one row: the k-th largest value, and the value below which a
+// share of the weight lies. Both halve an interval of values, look at whole vectors, and keep only
+// the entries inside the interval after a few halvings: no sorting, no tables to clear.
+//
+// Every sum is taken in 16 interleaved parts, whatever the width of a vector, and nothing here may
+// be fused: every instruction set gives the same bits.
+#pragma once
+
+#include "parallel.h"
+#include "simd.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace variant::VARIANT_ISA_NAMESPACE {
+namespace {
+
+// As many doubles as fill one vector.
+constexpr int kWideLanes = kLanes / 2;
+typedef double VecD __attribute__((vector_size(kWideLanes * 8)));
+typedef int64_t VecL __attribute__((vector_size(kWideLanes * 8)));
+
+inline VecD load_wide(const double* p) {
+  VecD x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void store_wide(double* p, VecD x) { __builtin_memcpy(p, &x, sizeof x); }
+inline VecD splat_wide(double x) { return x - VecD{}; }
+// kWideLanes floats as doubles. Left to itself, gcc 12 converts the lanes one by one.
+inline VecD load_widened(const float* p) {
+#if defined(__AVX512F__)
+  return (VecD)_mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(p));
+#elif defined(__AVX2__)
+  if constexpr (kWideLanes == 4) return (VecD)_mm256_cvtps_pd(_mm_loadu_ps(p));
+#endif
+  VecD x;
+  for (int i = 0; i < kWideLanes; ++i) x[i] = p[i];
+  return x;
+}
+
+// exp for x <= 0 in double, to about 3e-10: far below the last place of float32. Only products,
+// sums and shifts of lanes, so every instruction set gives the same bits. Below -700: 0.
+inline VecD exp_wide(VecD x) {
+  const VecD clamped = x < -700.0 ? splat_wide(-700.0) : x;
+  const VecD shifted = clamped * 1.4426950408889634 + 6755399441055744.0;
+  const VecD n = shifted - 6755399441055744.0;
+  // log 2 in two parts: the first has zeros enough for n * it to be exact.
+  const VecD r = (clamped - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
+  VecD p = r * (1.0 / 40320) + 1.0 / 5040;
+  p = p * r + 1.0 / 720;
+  p = p * r + 1.0 / 120;
+  p = p * r + 1.0 / 24;
+  p = p * r + 1.0 / 6;
+  p = p * r + 0.5;
+  p = p * r + 1.0;
+  p = p * r + 1.0;
+  const VecL exponent = (VecL)shifted - 0x4338000000000000;
+  p = p * (VecD)((exponent + 1023) << 52);
+  return x < -700.0 ? VecD{} : p;
+}
+
+// 16 sums side by side.
+constexpr int kSums = 16;
+struct WideSums {
+  VecD part[kSums / kWideLanes] = {};
+
+  double total() const {
+    double sums[kSums];
+    __builtin_memcpy(sums, part, sizeof sums);
+    for (int half = kSums / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    }
+    return sums[0];
+  }
+};
+
+// Copies the entries in [low, high) of x; returns how many. Writes up to kLanes - 1 places more.
+inline int64_t keep_between(const float* x, int64_t padded, float low, float high, float* out) {
+  int64_t count = 0;
+#if defined(__AVX512F__)
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    const __m512 value = (__m512)load(x + i);
+    const __mmask16 above = _mm512_cmp_ps_mask(value, _mm512_set1_ps(low), _CMP_GE_OQ);
+    const __mmask16 kept = _mm512_mask_cmp_ps_mask(above, value, _mm512_set1_ps(high), _CMP_LT_OQ);
+    _mm512_storeu_ps(out + count, _mm512_maskz_compress_ps(kept, value));
+    count += __builtin_popcount(kept);
+  }
+#else
+  for (int64_t i = 0; i < padded; ++i) {
+    const float value = x[i];
+    out[count] = value;
+    count += (value >= low) & (value < high);
+  }
+#endif
+  return count;
+}
+
+// The entries >= low of x and their indices; returns how many. Writes up to kLanes - 1 more.
+inline int64_t keep_from(const float* x, int64_t padded, float low, float* out, int32_t* index) {
+  int64_t count = 0;
+#if defined(__AVX512F__)
+  __m512i place = (__m512i)lane_index();
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    const __m512 value = (__m512)load(x + i);
+    const __mmask16 kept = _mm512_cmp_ps_mask(value, _mm512_set1_ps(low), _CMP_GE_OQ);
+    // Compressing in a register, then storing all of it: a compressing store is microcode on Zen 4.
+    _mm512_storeu_ps(out + count, _mm512_maskz_compress_ps(kept, value));
+    _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(kept, place));
+    place = _mm512_maskz_add_epi32(kAllLanes, place, _mm512_set1_epi32(kLanes));
+    count += __builtin_popcount(kept);
+  }
+#else
+  for (int64_t i = 0; i < padded; ++i) {
+    out[count] = x[i];
+    index[count] = static_cast<int32_t>(i);
+    count += x[i] >= low;
+  }
+#endif
+  return count;
+}
+
+// The entries whose d lies in (low, high], and their weights; returns how many. Writes up to
+// kWideLanes - 1 more. May work in place.
+inline int64_t keep_wide(const double* d, const double* w, int64_t padded, double low, double high,
+                         double* d_out, double* w_out) {
+  int64_t count = 0;
+#if defined(__AVX512F__)
+  for (int64_t i = 0; i < padded; i += kWideLanes) {
+    const __m512d value = (__m512d)load_wide(d + i), weight = (__m512d)load_wide(w + i);
+    const __mmask8 above = _mm512_cmp_pd_mask(value, _mm512_set1_pd(low), _CMP_GT_OQ);
+    const __mmask8 kept = _mm512_mask_cmp_pd_mask(above, value, _mm512_set1_pd(high), _CMP_LE_OQ);
+    _mm512_storeu_pd(d_out + count, _mm512_maskz_compress_pd(kept, value));
+    _mm512_storeu_pd(w_out + count, _mm512_maskz_compress_pd(kept, weight));
+    count += __builtin_popcount(kept);
+  }
+#else
+  for (int64_t i = 0; i < padded; ++i) {
+    const double value = d[i], weight = w[i];
+    d_out[count] = value;
+    w_out[count] = weight;
+    count += (value > low) & (value <= high);
+  }
+#endif
+  return count;
+}
+
+inline int64_t count_from(const float* x, int64_t padded, float low) {
+  VecI counts = {};
+  for (int64_t i = 0; i < padded; i += kLanes) counts -= load(x + i) >= low;
+  int64_t count = 0;
+  for (int lane = 0; lane < kLanes; ++lane) count += counts[lane];
+  return count;
+}
+
+// Few enough to compare each with each.
+constexpr int64_t kFew = 16;
+// Halvings between two narrowings: passes over all entries cost more than copying those left.
+constexpr int kHalvings = 3;
+constexpr float kInfinity = __builtin_inff();
+
+inline void pad(float* x, int64_t count, int64_t multiple) {
+  for (int64_t i = count; i < round_up(count, multiple); ++i) x[i] = -kInfinity;
+}
+
+// The k-th largest of x, 1 <= k < count; x is padded with -inf to whole vectors, free of NaN and
+// +inf, its extremes are given. `room` holds count + 2 kLanes entries.
+inline float kth_largest(const float* x, int64_t count, int64_t k, float smallest, float largest,
+                         float* room) {
+  int64_t padded = round_up(count, kLanes);
+  int64_t above = count_from(x, padded, largest);  // entries >= high
+  if (above >= k) return largest;
+  float low = smallest, high = largest;  // the answer lies in [low, high)
+  // Masked entries, far below, would make the halving start far away.
+  const float near = largest - 256.0f;
+  if (low < near) {
+    const int64_t close = count_from(x, padded, near);
+    if (close >= k) {
+      low = near;
+    } else {
+      above = close;
+      high = near;
+      constexpr float kLowest = -3.40282347e38f;
+      if (low == -kInfinity) {
+        if (count_from(x, padded, kLowest) < k) return low;
+        low = kLowest;
+      }
+    }
+  }
+  int64_t base = 0;  // entries above those in x, once x is the narrowed copy
+  float top = high;  // nothing in the interval lies above
+  for (int round = 1;; ++round) {
+    float middle = low * 0.5f + top * 0.5f;
+    if (!(middle > low && middle < top)) middle = top;  // no number lies between
+    const int64_t reached = base + count_from(x, padded, middle);
+    if (reached >= k) {
+      low = middle;
+    } else {
+      top = high = middle;
+      above = reached;
+    }
+    if (round % kHalvings) continue;
+    count = keep_between(x, padded, low, high, room);
+    pad(room, count, kLanes);
+    padded = round_up(count, kLanes);
+    x = room;
+    base = above;
+    // Entries themselves bound the interval now: every halving parts some of them.
+    low = top = x[0];
+    for (int64_t i = 1; i < count; ++i) {
+      low = x[i] < low ? x[i] : low;
+      top = x[i] > top ? x[i] : top;
+    }
+    if (count <= kFew || low == top) break;
+  }
+  float answer = low;
+  for (int64_t i = 0; i < count && low < top; ++i) {
+    int64_t reached = base;
+    for (int64_t j = 0; j < count; ++j) reached += x[j] >= x[i];
+    if (reached >= k && x[i] > answer) answer = x[i];
+  }
+  return answer;
+}
+
+// What top-p leaves: everything above `floor`, and of its equals all but the first `gone`.
+struct MassCut {
+  double floor;
+  int64_t gone;
+};
+
+inline double mass_up_to(const double* d, const double* w, int64_t padded, double high) {
+  WideSums sums;
+  for (int64_t i = 0; i < padded; i += kSums) {
+    for (int j = 0; j < kSums / kWideLanes; ++j) {
+      const int64_t at = i + j * kWideLanes;
+      sums.part[j] += load_wide(d + at) <= high ? load_wide(w + at) : VecD{};
+    }
+  }
+  return sums.total();
+}
+
+// In ascending order of d, lower index first among equals, every entry whose cumulative weight w is
+// at most `allowance` goes; the last never does. d <= 0, its largest is 0; both are padded to whole
+// groups of 16 with d = -inf, w = 0. `low` is below every d that weighs anything. The rooms hold
+// count + 16 + kWideLanes entries.
+inline MassCut cut_by_mass(const double* d, const double* w, int64_t count, double low,
+                           double allowance, double* room_d, double* room_w) {
+  // Everything up to low may go, everything up to high may not: the boundary lies in (low, high].
+  double high = 0.0, below = 0.0, base = 0.0;
+  double bottom = low;  // nothing in the interval lies below
+  int64_t padded = round_up(count, kSums);
+  for (int round = 1;; ++round) {
+    const double middle = 0.5 * (bottom + high);
+    const bool between = middle > bottom && middle < high;
+    if (between) {
+      const double mass = base + mass_up_to(d, w, padded, middle);
+      if (mass <= allowance) {
+        low = bottom = middle;
+        below = mass;
+      } else {
+        high = middle;
+      }
+      if (round % kHalvings) continue;
+    }
+    count = keep_wide(d, w, padded, low, high, room_d, room_w);
+    padded = round_up(count, kSums);
+    d = room_d;
+    w = room_w;
+    base = below;
+    // Entries themselves bound the interval now: every halving parts some of them, and rounding
+    // cannot leave it empty.
+    bottom = high = d[0];
+    for (int64_t i = 1; i < count; ++i) {
+      bottom = d[i] < bottom ? d[i] : bottom;
+      high = d[i] > high ? d[i] : high;
+    }
+    if (!between || count <= kFew || bottom == high) break;
+    for (int64_t i = count; i < padded; ++i) {
+      room_d[i] = -static_cast<double>(kInfinity);
+      room_w[i] = 0.0;
+    }
+  }
+  // Few entries, or at most two values: value by value from below. The largest left is the boundary
+  // at the latest.
+  double floor = low;
+  int64_t equals = 0;
+  for (;;) {
+    double next = high, weight = 0.0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (d[i] > floor && d[i] < next) next = d[i];
+    }
+    floor = next;
+    equals = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (d[i] != floor) continue;
+      weight += w[i];
+      ++equals;
+    }
+    if (floor == high || below + weight > allowance) break;
+    below += weight;
+  }
+  const int64_t may_go = floor == 0.0 ? equals - 1 : equals;
+  int64_t gone = 0;
+  for (int64_t i = 0; i < count && gone < may_go; ++i) {
+    if (d[i] != floor) continue;
+    if (below + w[i] > allowance) break;
+    below += w[i];
+    ++gone;
+  }
+  return {floor, gone};
+}
+
+}  // namespace
+}  // namespace variant::VARIANT_ISA_NAMESPACE
