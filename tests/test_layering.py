@@ -32,6 +32,7 @@ ORDER = (
     "train",
     "train_vae",
     "train_var",
+    "bench",
     "commands",
     "cli",
 )

@@ -1,4 +1,4 @@
-"""The command line ``variant``: generate, plan, train, train-vae, convert, info.
+"""The command line ``variant``: generate, plan, train, train-vae, bench, convert, info.
 
 Heavy imports happen inside the commands, so that ``--help`` answers at once.
 """
@@ -130,6 +130,49 @@ class TrainVae:
 
 
 @dataclass
+class Bench:
+    """Time the engine beside the original VAR code (or a plain-torch loop); print its distance
+    to what the machine can do.
+
+    Example: variant bench --model var-d16 --batch 1 --dtype bfloat16 --var-repo ../VAR
+    """
+
+    model: str = "digits"
+    """Model folder, "digits", or a preset (var-d16, ...) with random weights."""
+    batch: tuple[int, ...] = (1, 8)
+    """Images at once, one or more sizes."""
+    depths: tuple[int, ...] = ()
+    """Layers in the flexible zone; default: every depth of the model."""
+    dtype: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
+    """Of the engine, one or more; peers run in float32 and under bfloat16 autocast."""
+    bridge: int | None = None
+    """First scales that run every layer; default: the model's own."""
+    cfg: float = 1.5
+    """Classifier-free guidance."""
+    top_k: int = 900
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 0.96
+    """Keep this probability mass; 0 keeps all."""
+    runs: int = 5
+    """Rounds in which everything runs once."""
+    var_repo: Path | None = None
+    """Clone of FoundationVision/VAR to compare with; default: the plain-torch loop."""
+    decoder: bool = False
+    """Time the VQ-VAE's decoder too, on its own."""
+    memory: bool = False
+    """Measure the peak memory of each, in processes of their own."""
+    threads: int | None = None
+    """Threads; default: torch's."""
+    json: Path | None = None
+    """File for the results, for benchmarks/report.py and benchmarks/compare.py."""
+
+    def run(self) -> None:
+        from variant.commands.bench import bench
+
+        bench(self)
+
+
+@dataclass
 class Convert:
     """Convert between the original VAR repository's .pth files and a model folder, both ways.
 
@@ -175,6 +218,7 @@ Command = (
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[TrainVae, tyro.conf.subcommand("train-vae")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )

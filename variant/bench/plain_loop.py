@@ -2,7 +2,8 @@
 
 Every block at every scale, K/V caches grown with ``torch.cat``, adaLN projections recomputed at
 every scale, torch's attention. Layers that the schedule skips are skipped, and their K/V is kept to
-the end, as the paper's scheme does. Same weights, same draws, so the same tokens.
+the end, as the paper's scheme does. Same weights, same draws, so in float32 the same tokens; inside
+``torch.autocast`` it computes in bfloat16 as the original code does.
 
 Axes: R sequences, T tokens of this scale, C width, H heads, D width of one head.
 """

@@ -1,0 +1,244 @@
+"""Measuring the engine: work counted from sizes, turns taken, machine described, table printed."""
+
+import itertools
+import json
+import sys
+import time
+
+import pytest
+import torch
+from small_models import small_model
+
+from variant.bench import original
+from variant.bench.alternate import Took, alternate, quartiles, ratios
+from variant.bench.engine_bench import Setting, measure
+from variant.bench.environment import caches, command_line, environment, machine_slug
+from variant.bench.limits import Limits, drift
+from variant.bench.memory import Job, peak
+from variant.bench.work import attention_flop, ceiling, linear_flop, linears
+from variant.cli import main
+from variant.errors import UserError
+from variant.presets import VAR_PRESETS
+from variant_kernels import DepthSchedule
+
+D16 = VAR_PRESETS["var-d16"]
+D30 = VAR_PRESETS["var-d30"]
+
+
+def schedule(config, depth):
+    return DepthSchedule(config.depth, 10, depth, 6)
+
+
+# --- work ---------------------------------------------------------------------------------------
+
+
+def test_ceilings_are_those_of_the_design():
+    def blocks(depth):
+        found = linears(D30, schedule(D30, depth), batch=1)
+        return sum(x.flop for x in found if x.name in ("mat_qkv", "proj", "fc1", "fc2"))
+
+    shares = {d: round(blocks(d) / blocks(30), 3) for d in (16, 8, 4, 2)}
+    assert shares == {16: 0.596, 8: 0.365, 4: 0.249, 2: 0.192}
+    # With the head, which every depth runs at every scale.
+    assert round(ceiling(D16, schedule(D16, 2)), 2) == 3.88
+    assert ceiling(D16, DepthSchedule.full(16, 10)) == 1
+
+
+def test_work_of_one_image_is_that_of_the_paper():
+    full = DepthSchedule.full(30, 10)
+    linear, attention = linear_flop(D30, full), attention_flop(D30, full)
+    assert linear + attention == pytest.approx(3.75e12, rel=0.02)
+    assert attention / (linear + attention) == pytest.approx(0.035, abs=0.003)
+
+
+def test_every_product_of_a_generation_is_listed():
+    config = small_model().var.config
+    found = linears(config, DepthSchedule.full(4, 3), batch=5)
+    assert sum(x.name == "ada_lin" for x in found) == 4
+    assert [x.rows for x in found if x.name == "head"] == [5, 10 * 4, 10 * 9]
+    assert [x.rows for x in found if x.name == "word_embed"] == [5 * 4, 5 * 9]
+    assert sum(x.name == "fc1" for x in found) == 4 * 3
+    shallow = linears(config, DepthSchedule(4, 3, (0, 3), 1), batch=5, guidance=False)
+    assert sum(x.name == "mat_qkv" for x in shallow) == 4 + 2 + 2
+    assert max(x.rows for x in shallow) == 5 * 9
+
+
+# --- alternating --------------------------------------------------------------------------------
+
+
+def test_calls_take_turns_and_each_round_begins_with_another():
+    order = []
+    calls = {name: lambda n=name: order.append(n) or Took(1.0) for name in "abc"}
+    found = alternate(calls, rounds=3, min_seconds=0)
+    assert "".join(order[-9:]) == "abcbcacab"
+    assert {name: len(s.seconds) for name, s in found.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_a_ratio_compares_within_rounds_only():
+    steps = itertools.count()
+    # The machine slows down tenfold on the way; the ratio does not notice.
+    found = alternate(
+        {
+            "slow": lambda: Took(3 * (1 + next(steps) // 8 * 9)),
+            "fast": lambda: Took(1 * (1 + next(steps) // 8 * 9)),
+        },
+        rounds=6,
+        min_seconds=0,
+        every=lambda name, seconds: 2 if name == "slow" else 1,
+    )
+    assert set(found["slow"].by_round) == {0, 2, 4}
+    assert len(ratios(found["slow"], found["fast"])) == 3
+    assert sorted(ratios(found["slow"], found["fast"]))[1] == pytest.approx(3, rel=0.4)
+
+
+def test_short_calls_are_repeated_until_a_sample_is_long_enough():
+    found = alternate({"short": lambda: None}, rounds=2, min_seconds=1e-3)["short"]
+    assert found.iterations > 100
+    assert found.median < 1e-4
+    slept = alternate({"long": lambda: time.sleep(2e-3)}, rounds=3, min_seconds=1e-3)["long"]
+    assert slept.iterations == 1
+    assert 2e-3 <= slept.quartiles[0] <= slept.median <= slept.quartiles[1]
+
+
+def test_quartiles_of_one_value_are_that_value():
+    assert quartiles([2.0]) == (2.0, 2.0)
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 4.0)
+
+
+def test_the_limit_is_the_slower_of_products_and_copies():
+    limits = Limits({"float32": 100.0}, 10.0)
+    assert limits.seconds("float32", 1000, 10) == (10, "compute")
+    assert limits.seconds("float32", 0, 50) == (5, "memory")
+    assert drift(limits, Limits({"float32": 50.0}, 20.0)) == {"gemm float32": 0.5, "copy": 2.0}
+
+
+# --- the machine --------------------------------------------------------------------------------
+
+
+def test_environment_names_machine_versions_and_commit():
+    found = environment(["/somewhere/bin/tool", "--repo", "/a/b/clone", "--json=/x/y.json", "8"])
+    assert found["command"].endswith("tool --repo PATH/clone --json=PATH/y.json 8")
+    assert "/somewhere" not in json.dumps(found)
+    assert found["threads"] == torch.get_num_threads()
+    assert found["torch"] == torch.__version__
+    assert found["isa"]
+    assert found["memory_bytes"] > 2**28
+    assert {"commit", "dirty", "cpu", "cores", "caches", "triton", "gpu", "gpu_driver"} <= set(
+        found
+    )
+    assert machine_slug({**found, "cpu": "A (TM) 3.5", "threads": 2, "gpu": None}) == (
+        "a-tm-3-5-2-threads"
+    )
+
+
+def test_a_forced_instruction_set_is_part_of_the_command(monkeypatch):
+    monkeypatch.setenv("VARIANT_CPU_ISA", "portable")
+    assert command_line(["tool"]).startswith("VARIANT_CPU_ISA=portable tool")
+
+
+def test_caches_are_read_as_the_system_lists_them(tmp_path):
+    for index, (level, kind, size) in enumerate(
+        [("1", "Data", "32K"), ("1", "Instruction", "32K"), ("3", "Unified", "8M")]
+    ):
+        folder = tmp_path / "cpu0" / "cache" / f"index{index}"
+        folder.mkdir(parents=True)
+        for name, value in (("level", level), ("type", kind), ("size", size)):
+            (folder / name).write_text(value + "\n")
+    assert caches(tmp_path) == {"L1 data": "32K", "L3": "8M"}
+    assert caches(tmp_path / "none") == {}
+
+
+# --- the engine's contest -----------------------------------------------------------------------
+
+
+def test_rows_compare_ours_with_a_loop_that_draws_the_same():
+    model = small_model()
+    ticks = []
+    found = measure(
+        model.var, model.vae, Setting(2, torch.float32, (4, 2), runs=2, top_k=9, decoder=True),
+        ticks.append,
+    )  # fmt: skip
+    full, shallow = found["rows"]
+    assert [full["depth"], shallow["depth"]] == [4, 2]
+    for row in (full, shallow):
+        assert row["same_tokens"] is True
+        assert row["kv_allocated_bytes"] == row["kv_planned_bytes"] > 0
+        assert [peer["peer"] for peer in row["against"]] == [
+            "plain loop float32", "plain loop bfloat16 autocast",
+        ]  # fmt: skip
+        assert all(peer["ratio"] > 0 and not peer["full_depth"] for peer in row["against"])
+        assert len(row["scale_ms"]) == 3
+        assert len(row["ms"]["samples"]) == 2
+        assert row["beyond_gemms"] < 1
+    assert full["speed_up"] == 1
+    assert full["ceiling"] == 1 < shallow["ceiling"]
+    assert found["decoder"][0]["against"][0]["peer"] == "plain modules float32"
+    assert found["logits"] == []
+    assert len(ticks) == 8 * 3 + 3 * 3
+
+
+def test_the_command_prints_the_table_and_writes_everything(tmp_path, capsys):
+    folder, out = tmp_path / "model", tmp_path / "new" / "result.json"
+    small_model().save_pretrained(folder)
+    words = ["bench", "--model", folder, "--batch", 1, "--depths", 2, "--runs", 1]
+    code = main([str(w) for w in [*words, "--dtype", "bfloat16", "--json", out, "--memory"]])
+    printed = capsys.readouterr()
+    assert (code, printed.err) == (0, "")
+    for text in ("beyond", "ceiling", "equal", "plain loop bfloat16", "GFLOP/s", f"wrote {out}"):
+        assert text in printed.out, text
+    result = json.loads(out.read_text())
+    assert result["complete"] is True
+    assert result["weights"] == "trained"
+    assert [row["depth"] for row in result["rows"]] == [2]
+    assert {"start", "end", "drift"} == set(result["limits"])
+    assert [one["who"] for one in result["memory"]] == [
+        "ours bfloat16", "plain loop float32", "plain loop bfloat16 autocast",
+    ]  # fmt: skip
+    assert all(one["peak"] >= one["loaded"] > 2**26 for one in result["memory"])
+
+
+def test_wrong_requests_are_named_before_the_work(tmp_path, capsys):
+    for words, message in (
+        (["--batch", "0"], "bench: --batch must be at least 1; got 0"),
+        (["--runs", "0"], "bench: --runs must be at least 1; got 0"),
+        (["--depths", "3"], "depth must be one that the model was trained at"),
+        (["--json", str(tmp_path)], f"{tmp_path}: cannot be written"),
+        (["--var-repo", str(tmp_path)], "is no clone of FoundationVision/VAR: it has no models"),
+    ):
+        assert main(["bench", "--model", "digits", *words]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_child_that_fails_says_why():
+    with pytest.raises(UserError, match=r"measures memory failed: .*nowhere"):
+        peak(Job("ours", "nowhere", 1, 4, "float32"))
+
+
+# --- the original code --------------------------------------------------------------------------
+
+
+def test_importing_a_clone_leaves_no_module_behind(tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "dist.py").write_text("__device = 'cuda'\ndef get_device(): return __device\n")
+    (tmp_path / "models" / "__init__.py").write_text("from models.var import VAR, VQVAE\n")
+    (tmp_path / "models" / "vqvae.py").write_text("")
+    (tmp_path / "models" / "var.py").write_text(
+        "import dist\nclass VAR: device = staticmethod(dist.get_device)\nclass VQVAE: pass\n"
+    )
+    mine = object()
+    monkeypatch.setitem(sys.modules, "models", mine)
+    path = list(sys.path)
+    kind, _ = original.classes(tmp_path)
+    assert kind.device() == "cpu"
+    assert sys.modules["models"] is mine
+    assert "dist" not in sys.modules
+    assert "models.var" not in sys.modules
+    assert sys.path == path
+    (tmp_path / "dist.py").write_text("import no_such_module_anywhere\n")
+    with pytest.raises(UserError, match="cannot be imported: No module named"):
+        original.classes(tmp_path)
+
+
+def test_a_model_that_the_original_cannot_be_is_refused():
+    with pytest.raises(UserError, match=r"always has ch_mult \(1, 1, 2, 2, 4\)"):
+        original.check_sizes(small_model().vae.config)

@@ -1,0 +1,1 @@
+"""Measuring: the machine, its limits, alternating timings, and the engine against its peers."""

@@ -1,0 +1,129 @@
+"""Timing several calls side by side: they take turns, so that a slow minute is slow for all.
+
+A ratio is the median of the ratios within each round, never of times taken minutes apart.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+
+# A call that takes this long needs no second warm-up.
+LONG_SECONDS = 1.0
+
+
+class Took(float):
+    """What a call returns that knows its own time better: seconds."""
+
+
+@dataclass
+class Samples:
+    """Seconds per call by round; calls that are timed in every n-th round only miss some rounds.
+
+    iterations: calls per sample.
+    """
+
+    iterations: int = 1
+    by_round: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> list[float]:
+        """The samples in the order in which they were taken."""
+        return list(self.by_round.values())
+
+    @property
+    def median(self) -> float:
+        """Seconds per call."""
+        return statistics.median(self.by_round.values())
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """First and third quartile of the seconds per call."""
+        return quartiles(self.seconds)
+
+
+def quartiles(values: list[float]) -> tuple[float, float]:
+    """First and third quartile; of a single value, the value twice."""
+    if len(values) == 1:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+def ratios(slow: Samples, fast: Samples) -> list[float]:
+    """How many times ``slow`` takes as long as ``fast``, for every round that timed both."""
+    return [
+        seconds / fast.by_round[number]
+        for number, seconds in slow.by_round.items()
+        if number in fast.by_round
+    ]
+
+
+def alternate(
+    calls: Mapping[str, Call],
+    *,
+    rounds: int,
+    min_seconds: float = 5e-4,
+    every: Callable[[str, float], int] = lambda name, seconds: 1,
+    device: str = "cpu",
+    tick: Callable[[str], None] = lambda name: None,
+) -> dict[str, Samples]:
+    """Time each call once per round; each round begins with another one.
+
+    Every call runs first: once for caches and compilers and, unless it is a long one, once more to
+    see how long it takes.
+
+    Args:
+        min_seconds: a sample repeats a call until it lasts about that long.
+        every: (name, seconds of one call) -> n: the call is timed in every n-th round only, in
+            the first always.
+        device: "cuda" times by events between synchronisations.
+        tick: told the name after every sample; rounds + 1 times where each round times a call.
+    """
+    found: dict[str, Samples] = {}
+    step: dict[str, int] = {}
+    for name, call in calls.items():
+        once = _sample(call, 1, device)
+        if once < LONG_SECONDS:
+            once = _sample(call, 1, device)
+        tick(name)
+        if once < min_seconds:  # a first guess from one call is rough: refine it with several
+            once = _sample(call, max(1, int(0.2 * min_seconds / max(once, 1e-7))), device)
+        found[name] = Samples(max(1, math.ceil(min_seconds / max(once, 1e-7))))
+        step[name] = max(1, every(name, once))
+    names = list(calls)
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            if number % step[name] == 0:
+                samples = found[name]
+                samples.by_round[number] = _sample(calls[name], samples.iterations, device)
+                tick(name)
+    return found
+
+
+def _sample(call: Call, iterations: int, device: str) -> float:
+    """Seconds per call over some calls."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        told = [call() for _ in range(iterations)]
+        end.record()
+        torch.cuda.synchronize()
+        spent = start.elapsed_time(end) / 1000
+    else:
+        begun = time.perf_counter()
+        told = [call() for _ in range(iterations)]
+        spent = time.perf_counter() - begun
+    if isinstance(told[0], Took):
+        spent = sum(told)
+    return spent / iterations

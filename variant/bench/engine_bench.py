@@ -1,0 +1,392 @@
+"""The engine against its peers: whole generations without the VQ-VAE decoder, taking turns.
+
+For one model, dtype and batch, every depth of ours, the same matrix products alone and every peer
+take turns in one process; what is compared is what a user waits for.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from variant.bench import original, plain_loop
+from variant.bench.alternate import Call, Samples, Took, alternate, quartiles, ratios
+from variant.bench.gemms import GemmsAlone
+from variant.bench.work import attention_flop, ceiling, linear_flop
+from variant.engine import Engine
+from variant.sampling import Generation, Stats
+from variant.transformer import VAR
+from variant.vqvae import VQVAE
+from variant_kernels import DepthSchedule
+from variant_kernels.backends import dtype_name
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one set of rows shares."""
+
+    batch: int
+    dtype: torch.dtype
+    depths: tuple[int, ...]
+    bridge: int | None = None
+    runs: int = 5
+    cfg: float = 1.5
+    top_k: int = 900
+    top_p: float = 0.96
+    var_repo: Path | None = None
+    decoder: bool = False
+
+    @property
+    def filters(self) -> dict[str, Any]:
+        """The sampling of every peer."""
+        return {"cfg": self.cfg, "top_k": self.top_k, "top_p": self.top_p}
+
+
+@dataclass
+class Timing:
+    """Milliseconds per image: median, quartiles, samples."""
+
+    median: float
+    quartiles: tuple[float, float]
+    samples: list[float] = field(repr=False)
+
+
+@dataclass
+class Against:
+    """A peer beside one row of ours. ratio: how many times the peer takes as long.
+
+    full_depth: it runs every layer, because it can do nothing else.
+    """
+
+    peer: str
+    ms: Timing
+    ratio: float
+    ratio_quartiles: tuple[float, float]
+    full_depth: bool
+
+
+@dataclass
+class Row:
+    """One depth at one batch and dtype.
+
+    kv_*: bytes.  speed_up: over our own full depth; ceiling: its limit by linear work, the head
+    included.  gemms_ms: the same matrix products alone; beyond_gemms: the share of the time that
+    is not theirs.  scale_ms: milliseconds of each scale for the whole batch.  same_tokens: whether
+    the plain loop drew the same (float32 only; None where there is none).
+    """
+
+    depth: int
+    batch: int
+    dtype: str
+    ms: Timing
+    against: list[Against]
+    kv_planned_bytes: int
+    kv_allocated_bytes: int
+    kv_paper_bytes: int
+    speed_up: float
+    ceiling: float
+    gemms_ms: Timing
+    beyond_gemms: float
+    flop: int
+    achieved_flops: float
+    scale_ms: list[float]
+    same_tokens: bool | None
+
+
+@dataclass
+class LogitsDifference:
+    """Last scale's logits for one peer's own tokens, against that peer or against ours in float32.
+
+    spread: standard deviation of the logits themselves, for comparison.
+    """
+
+    what: str
+    largest: float
+    mean: float
+    spread: float
+
+
+class Contest:
+    """One model in one dtype: the engine, the peers and their shared weights."""
+
+    def __init__(self, var: VAR, vae: VQVAE, setting: Setting) -> None:
+        self.var, self.vae, self.setting = var, vae, setting
+        self.engine = Engine(var, vae, dtype=setting.dtype)
+        # On this object only: an empty picture at once, so that generations end with the tokens.
+        self._decoder = self.engine._decode
+        self.engine._decode = lambda f_hat: f_hat.new_zeros(len(f_hat), 3, 1, 1)
+        self.labels_B = torch.arange(setting.batch) % var.config.num_classes
+        self.seed = 0
+        self.stats: dict[int, Stats] = {}
+        self.original = (
+            None
+            if setting.var_repo is None
+            else original.load(setting.var_repo, var.config, vae.config, (var, vae))
+        )
+
+    def schedule(self, depth: int) -> DepthSchedule:
+        """Layers by scale; at full depth every layer, whatever the bridge."""
+        return self.var.schedule(depth, self.setting.bridge)
+
+    # --- what takes turns -----------------------------------------------------------------------
+
+    def ours(self, depth: int) -> Took:
+        """Seconds of one generation."""
+        self.seed += 1
+        stats = self.stats[depth] = self._generate(depth, seed=self.seed).stats
+        return Took(stats.seconds - stats.decode_seconds)
+
+    def _generate(self, depth: int, **options: Any) -> Generation:
+        return self.engine.generate(
+            self.labels_B,
+            depth=depth,
+            bridge=self.setting.bridge,
+            max_batch=self.setting.batch,
+            **self.setting.filters,
+            **options,
+        )
+
+    def peers(self, depth: int) -> dict[str, Call]:
+        """Calls by name. The original has one depth, so it stands beside our full depth."""
+        if self.original is not None:
+            if depth != self.var.config.depth:
+                return {}
+            return {
+                "original float32": functools.partial(self._original, False),
+                "original bfloat16 autocast": functools.partial(self._original, True),
+            }
+        return {
+            f"plain loop float32, depth {depth}": functools.partial(self._plain, depth, False),
+            f"plain loop bfloat16 autocast, depth {depth}": functools.partial(
+                self._plain, depth, True
+            ),
+        }
+
+    def _original(self, autocast: bool) -> Took:
+        assert self.original is not None
+        with self.original.without_decoder():
+            begun = time.perf_counter()
+            self.original.generate(
+                self.labels_B, seed=self.seed, autocast=autocast, **self.setting.filters
+            )
+            return Took(time.perf_counter() - begun)
+
+    def _plain(self, depth: int, autocast: bool) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            plain_loop.generate(
+                self.var,
+                self.vae,
+                self.labels_B,
+                self.schedule(depth),
+                generator=torch.Generator().manual_seed(self.seed),
+                **self.setting.filters,
+            )
+
+    # --- checks and details ---------------------------------------------------------------------
+
+    def same_tokens(self, depth: int) -> bool | None:
+        """Whether ours draws what the plain loop draws from the same generator."""
+        if self.original is not None or self.setting.dtype != torch.float32:
+            return None
+        one_B = self.labels_B[:1]
+        plain = plain_loop.generate(
+            self.var,
+            self.vae,
+            one_B,
+            self.schedule(depth),
+            generator=torch.Generator().manual_seed(7),
+            **self.setting.filters,
+        )
+        ours = self.engine.generate(
+            one_B,
+            depth=depth,
+            bridge=self.setting.bridge,
+            max_batch=1,
+            generator=torch.Generator().manual_seed(7),
+            **self.setting.filters,
+        )
+        return torch.equal(ours.tokens, plain.tokens) and plain_loop.agree(
+            self.var, self.vae, one_B, self.schedule(depth)
+        )
+
+    def scale_ms(self, depth: int) -> list[float]:
+        """Milliseconds of every scale, medians over a few generations of the whole batch."""
+        taken: list[list[float]] = []
+        for run in range(1 if self.stats[depth].seconds > 1 else 5):
+            marks = [time.perf_counter()]
+            self._generate(
+                depth, seed=run, on_scale=lambda k, partial, m=marks: m.append(time.perf_counter())
+            )
+            taken.append([1000 * (b - a) for a, b in itertools.pairwise(marks)])
+        return [statistics.median(scale) for scale in zip(*taken, strict=True)]
+
+    def logits(self) -> list[LogitsDifference]:
+        """Ours against the original on the last scale, for the tokens that it drew itself."""
+        if self.original is None:
+            return []
+        exact_engine = Engine(self.var, self.vae, dtype=torch.float32)
+        last = self.var.layout.slice(self.var.layout.num_scales - 1)
+        found, one_B = [], self.labels_B[:1]
+        for autocast in (False, True):
+            tokens_BL, theirs_BTV = self.original.watched(
+                one_B, seed=3, autocast=autocast, **self.setting.filters
+            )
+            exact_BTV = exact_engine.forced_logits(one_B, tokens_BL)[:, last]
+            if autocast:
+                what = "original bfloat16 autocast against ours float32"
+                found.append(_difference(what, theirs_BTV, exact_BTV))
+            else:
+                ours_BTV = self.engine.forced_logits(one_B, tokens_BL)[:, last]
+                name = dtype_name(self.setting.dtype)
+                found.append(
+                    _difference(f"ours {name} against original float32", ours_BTV, theirs_BTV)
+                )
+        return found
+
+    def decoder(self, tick: Callable[[str], None]) -> dict[str, Any]:
+        """The VQ-VAE's decoder alone, for the whole batch."""
+        layout = self.var.layout
+        tokens_BL = torch.randint(
+            self.var.config.vocab_size, (self.setting.batch, layout.total),
+            generator=torch.Generator().manual_seed(1),
+        )  # fmt: skip
+        f_hat = self.vae.new_features(self.setting.batch)
+        for k in range(layout.num_scales):
+            f_hat = self.vae.accumulate(f_hat, tokens_BL[:, layout.slice(k)], k)
+        calls: dict[str, Call] = {"ours": lambda: self._decoder(f_hat)}
+        if self.original is not None:
+            theirs, name = self.original, "original"
+            peers = {autocast: functools.partial(theirs.decode, f_hat, autocast=autocast)
+                     for autocast in (False, True)}  # fmt: skip
+        else:
+            name = "plain modules"
+            peers = {autocast: functools.partial(self._plain_decode, f_hat, autocast)
+                     for autocast in (False, True)}  # fmt: skip
+        calls[f"{name} float32"] = peers[False]
+        calls[f"{name} bfloat16 autocast"] = peers[True]
+        samples = alternate(calls, rounds=self.setting.runs, tick=tick)
+        ours = samples.pop("ours")
+        return {
+            "batch": self.setting.batch,
+            "dtype": dtype_name(self.setting.dtype),
+            "ms": asdict(self._timing(ours)),
+            "against": [
+                asdict(self._against(name, theirs, ours, full_depth=False))
+                for name, theirs in samples.items()
+            ],
+        }
+
+    @torch.inference_mode()
+    def _plain_decode(self, f_hat: Tensor, autocast: bool) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return self.vae.decode_features(f_hat)
+
+    # --- the whole ------------------------------------------------------------------------------
+
+    def run(self, tick: Callable[[str], None]) -> list[Row]:
+        """Alternate everything, then look at the details."""
+        setting, full = self.setting, self.var.config.depth
+        depths = sorted({full, *setting.depths}, reverse=True)
+        gemms = GemmsAlone(self.var, setting.dtype, setting.batch)
+        calls: dict[str, Call] = {}
+        peers_of: dict[int, list[str]] = {}
+        for depth in depths:
+            calls[f"ours, depth {depth}"] = functools.partial(self.ours, depth)
+            calls[f"gemms, depth {depth}"] = functools.partial(gemms.run, self.schedule(depth))
+            peers = self.peers(depth)
+            peers_of[depth] = list(peers) or peers_of[full]
+            calls |= peers
+        samples = alternate(calls, rounds=setting.runs, min_seconds=0.02, tick=tick)
+        return [
+            self._row(depth, samples, peers_of[depth])
+            for depth in depths
+            if depth in setting.depths
+        ]
+
+    def _row(self, depth: int, samples: Mapping[str, Samples], peers: list[str]) -> Row:
+        ours, gemms = samples[f"ours, depth {depth}"], samples[f"gemms, depth {depth}"]
+        full = samples[f"ours, depth {self.var.config.depth}"]
+        config, schedule, batch = self.var.config, self.schedule(depth), self.setting.batch
+        flop = linear_flop(config, schedule, batch) + attention_flop(config, schedule, batch)
+        stats = self.stats[depth]
+        shallow = depth != config.depth
+        return Row(
+            depth=depth,
+            batch=batch,
+            dtype=dtype_name(self.setting.dtype),
+            ms=self._timing(ours),
+            against=[
+                self._against(
+                    name, samples[name], ours,
+                    full_depth=shallow and self.original is not None,
+                )
+                for name in peers
+            ],
+            kv_planned_bytes=stats.kv_planned_bytes,
+            kv_allocated_bytes=stats.kv_allocated_bytes,
+            kv_paper_bytes=stats.kv_paper_bytes,
+            speed_up=statistics.median(ratios(full, ours)),
+            ceiling=ceiling(config, schedule),
+            gemms_ms=self._timing(gemms),
+            beyond_gemms=1 - statistics.median(ratios(gemms, ours)),
+            flop=flop,
+            achieved_flops=flop / ours.median,
+            scale_ms=self.scale_ms(depth),
+            same_tokens=self.same_tokens(depth),
+        )  # fmt: skip
+
+    def _timing(self, samples: Samples) -> Timing:
+        each = [1000 * seconds / self.setting.batch for seconds in samples.seconds]
+        return Timing(statistics.median(each), quartiles(each), each)
+
+    def _against(self, name: str, theirs: Samples, ours: Samples, *, full_depth: bool) -> Against:
+        found = ratios(theirs, ours)
+        return Against(
+            peer=name.split(", depth")[0],
+            ms=self._timing(theirs),
+            ratio=statistics.median(found),
+            ratio_quartiles=quartiles(found),
+            full_depth=full_depth,
+        )
+
+
+def _difference(what: str, ours: Tensor, theirs: Tensor) -> LogitsDifference:
+    apart = (ours.double() - theirs.double()).abs()
+    return LogitsDifference(what, float(apart.max()), float(apart.mean()), float(theirs.std()))
+
+
+def count_samples(setting: Setting, full_depth: int) -> int:
+    """How often :func:`alternate` will tick in :meth:`Contest.run`, for a progress bar."""
+    depths = {full_depth, *setting.depths}
+    peers = 2 if setting.var_repo is not None else 2 * len(depths)
+    return (2 * len(depths) + peers) * (setting.runs + 1)
+
+
+def measure(
+    var: VAR, vae: VQVAE, setting: Setting, tick: Callable[[str], None] = lambda name: None
+) -> dict[str, Any]:
+    """Rows, logits and the decoder of one setting, as plain values.
+
+    Raises:
+        UserError: the original code does not fit this model.
+    """
+    contest = Contest(var, vae, replace(setting, depths=tuple(setting.depths)))
+    with torch.inference_mode():
+        rows = contest.run(tick)
+        return {
+            "rows": [asdict(row) for row in rows],
+            "logits": [
+                {**asdict(found), "batch": 1, "dtype": dtype_name(setting.dtype)}
+                for found in contest.logits()
+            ],
+            "decoder": [contest.decoder(tick)] if setting.decoder else [],
+        }

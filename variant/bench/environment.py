@@ -1,0 +1,140 @@
+"""Where a number was measured: machine, versions, commit and command, for every result file."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from variant_kernels import _C
+
+CPUS = Path("/sys/devices/system/cpu")
+
+
+def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
+    """All that a reader needs to repeat a measurement, as plain values.
+
+    Args:
+        command: program and arguments; None is this process's own.
+    """
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command_line(sys.argv if command is None else command),
+        **_commit(),
+        "cpu": cpu_name(),
+        "isa": _C.build_info()["isa"],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "caches": caches(),
+        "memory_bytes": _memory(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        **_gpu(),
+    }
+
+
+def machine_slug(found: dict[str, Any]) -> str:
+    """A file name for a machine's results: ``amd-epyc-2-threads``; a GPU's name goes first."""
+    words = f"{found.get('gpu') or found['cpu']} {found['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+
+
+def command_line(words: Sequence[str]) -> str:
+    """One line that can be run elsewhere: absolute paths, which exist here only, lose their folder.
+
+    ``--option=/a/b`` counts as a path too.
+    """
+    shown = []
+    for position, word in enumerate(words):
+        option, equals, value = word.rpartition("=")
+        if os.path.isabs(value):
+            name = Path(value).name
+            value = name if position == 0 else f"PATH/{name}"
+        shown.append(f"{option}{equals}{value}")
+    forced = [f"{key}={os.environ[key]}" for key in ENVIRONMENT if key in os.environ]
+    return " ".join([*forced, *shown])
+
+
+# Variables that change what runs; named in the command where they are set.
+ENVIRONMENT = ("VARIANT_CPU_ISA", "VARIANT_BACKEND", "OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA")
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def caches(root: Path = CPUS) -> dict[str, str]:
+    """``{"L1 data": "32K", "L2": "1024K", "L3": "32768K"}`` of the first core; empty if unknown."""
+    found = {}
+    for folder in sorted((root / "cpu0" / "cache").glob("index*")):
+        try:
+            level, kind, size = (
+                (folder / name).read_text().strip() for name in ("level", "type", "size")
+            )
+        except OSError:
+            continue
+        if kind != "Instruction":
+            found[f"L{level}" + (" data" if kind == "Data" else "")] = size
+    return found
+
+
+def last_level_bytes(root: Path = CPUS) -> int:
+    """Size of the largest cache; 32 MiB where the system does not tell."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    sizes = [int(size[:-1]) * units[size[-1]] for size in caches(root).values()]
+    return max(sizes, default=32 * 2**20)
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _run(*words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _commit() -> dict[str, Any]:
+    """commit: None outside a clone.  dirty: whether tracked files differ from it."""
+    changed = _run("git", "status", "--porcelain", "--untracked-files=no")
+    return {
+        "commit": _run("git", "rev-parse", "HEAD"),
+        "dirty": None if changed is None else bool(changed),
+    }
+
+
+def _gpu() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        return {"gpu": None, "gpu_driver": None}
+    driver = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "gpu_driver": driver.splitlines()[0] if driver else None,
+    }

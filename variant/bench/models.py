@@ -1,0 +1,40 @@
+"""The models that the engine benchmark runs: a folder's, the shipped one, or a preset's sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from variant.checkpoint import configs_in
+from variant.config import VARConfig, VQVAEConfig
+from variant.presets import VAR_PRESETS, vqvae_of
+from variant.supernet import VARiant, locate
+from variant.transformer import VAR
+from variant.vqvae import VQVAE
+
+
+def is_preset(name: str) -> bool:
+    """Whether the name stands for sizes, without weights; a folder of that name goes first."""
+    return name in VAR_PRESETS and not Path(name).exists()
+
+
+def configs(name: str) -> tuple[VARConfig, VQVAEConfig]:
+    """Sizes of a model by name; no weights are read."""
+    if is_preset(name):
+        return VAR_PRESETS[name], vqvae_of(VAR_PRESETS[name])
+    return configs_in(locate(name))
+
+
+def build(name: str) -> tuple[VAR, VQVAE]:
+    """A model by name, float32; presets get random weights whose logits differ between tokens."""
+    if not is_preset(name):
+        model = VARiant.from_pretrained(name)
+        var, vae = model.var.float(), model.vae.float()
+    else:
+        torch.manual_seed(0)
+        config, vae_config = configs(name)
+        var, vae = VAR(config), VQVAE(vae_config)
+        with torch.no_grad():
+            var.head.weight.mul_(100)
+    return var.eval().requires_grad_(False), vae.eval().requires_grad_(False)

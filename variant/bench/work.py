@@ -1,0 +1,92 @@
+"""How much work a generation is, from sizes and schedule alone: linear layers, FLOP, ceilings.
+
+Rows are sequences: two per image with guidance. FLOP counts a multiply-add as two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from variant.config import VARConfig
+from variant_kernels import DepthSchedule
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One matrix product of a generation: (rows x inputs) by a layer's (outputs x inputs) weights.
+
+    layer: index of the block, or -1.  name: the module inside it.  wide: float32 in every engine.
+    """
+
+    layer: int
+    name: str
+    rows: int
+    inputs: int
+    outputs: int
+    wide: bool = False
+
+    @property
+    def flop(self) -> int:
+        """Operations of the product; the bias is not counted."""
+        return 2 * self.rows * self.inputs * self.outputs
+
+
+def linears(
+    config: VARConfig, schedule: DepthSchedule, batch: int, *, guidance: bool = True
+) -> list[Linear]:
+    """Every matrix product with weights that a generation of ``batch`` images needs, in order.
+
+    The class conditioning comes once per image, the unconditional half of the first scale's head
+    not at all: at the first scale guidance is 0.
+    """
+    rows, width = batch * (2 if guidance else 1), config.embed_dim
+    hidden = round(width * config.mlp_ratio)
+    found = []
+    if config.shared_aln:
+        found.append(Linear(-1, "shared_ada_lin", rows, width, 6 * width, wide=True))
+    else:
+        found += [
+            Linear(layer, "ada_lin", rows, width, 6 * width, wide=True)
+            for layer in range(config.depth)
+            if schedule.last_scale(layer) >= 0
+        ]
+    found.append(Linear(-1, "head_nm", rows, width, 2 * width, wide=True))
+    for scale, tokens in enumerate(config.layout.tokens):
+        if scale:
+            inputs = config.vae_channels
+            found.append(Linear(-1, "word_embed", batch * tokens, inputs, width, wide=True))
+        for layer in schedule.active_layers(scale):
+            found += [
+                Linear(layer, "mat_qkv", rows * tokens, width, 3 * width),
+                Linear(layer, "proj", rows * tokens, width, width),
+                Linear(layer, "fc1", rows * tokens, width, hidden),
+                Linear(layer, "fc2", rows * tokens, hidden, width),
+            ]
+        head_rows = batch if scale == 0 else rows
+        found.append(Linear(-1, "head", head_rows * tokens, width, config.vocab_size))
+    return found
+
+
+# Work that grows with the tokens; the conditioning is once per image.
+PER_TOKEN = ("mat_qkv", "proj", "fc1", "fc2", "head")
+
+
+def linear_flop(config: VARConfig, schedule: DepthSchedule, batch: int = 1) -> int:
+    """FLOP of the blocks' linear layers and the head, guidance included."""
+    return sum(x.flop for x in linears(config, schedule, batch) if x.name in PER_TOKEN)
+
+
+def ceiling(config: VARConfig, schedule: DepthSchedule) -> float:
+    """Speed-up over full depth if time were linear work alone."""
+    full = DepthSchedule.full(config.depth, schedule.num_scales)
+    return linear_flop(config, full) / linear_flop(config, schedule)
+
+
+def attention_flop(config: VARConfig, schedule: DepthSchedule, batch: int = 1) -> int:
+    """FLOP of q k^T and p v over visible pairs, guidance included."""
+    layout = config.layout
+    pairs = sum(
+        len(schedule.active_layers(scale)) * tokens * layout.visible(scale)
+        for scale, tokens in enumerate(layout.tokens)
+    )
+    return 4 * config.embed_dim * pairs * 2 * batch
