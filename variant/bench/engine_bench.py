@@ -21,6 +21,7 @@ from torch import Tensor
 from variant.bench import original, plain_loop
 from variant.bench.alternate import Call, Samples, Took, alternate, quartiles, ratios
 from variant.bench.gemms import GemmsAlone
+from variant.bench.models import no_pictures
 from variant.bench.work import attention_flop, ceiling, linear_flop
 from variant.engine import Engine
 from variant.sampling import Generation, Stats
@@ -122,8 +123,7 @@ class Contest:
         self.var, self.vae, self.setting = var, vae, setting
         self.engine = Engine(var, vae, dtype=setting.dtype)
         # On this object only: an empty picture at once, so that generations end with the tokens.
-        self._decoder = self.engine._decode
-        self.engine._decode = lambda f_hat: f_hat.new_zeros(len(f_hat), 3, 1, 1)
+        self.engine._decode = no_pictures
         self.labels_B = torch.arange(setting.batch) % var.config.num_classes
         self.seed = 0
         self.stats: dict[int, Stats] = {}
@@ -262,7 +262,7 @@ class Contest:
         f_hat = self.vae.new_features(self.setting.batch)
         for k in range(layout.num_scales):
             f_hat = self.vae.accumulate(f_hat, tokens_BL[:, layout.slice(k)], k)
-        calls: dict[str, Call] = {"ours": lambda: self._decoder(f_hat)}
+        calls: dict[str, Call] = {"ours": lambda: self.engine._weights().decode(f_hat)}
         if self.original is not None:
             theirs, name = self.original, "original"
             peers = {autocast: functools.partial(theirs.decode, f_hat, autocast=autocast)

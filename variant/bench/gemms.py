@@ -6,47 +6,62 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from variant import packing
 from variant.bench.work import Linear, linears
+from variant.packing import can_pack
 from variant.transformer import VAR
+from variant.weights import MLP_ROWS
 from variant_kernels import DepthSchedule
 
 Product = Callable[[Tensor], Tensor]
 
 
 class GemmsAlone:
-    """Every linear layer of a generation with its own weights, in the engine's order and dtype.
+    """Every linear layer of a generation with its own weights, by the engine's library calls.
 
-    The weights are really those of the model: at batch 1 what costs is reading them. Inputs are
-    made once and shared by layers of one shape.
+    The weights are really those of the model, as the engine packs them: at batch 1 what costs is
+    reading them. Inputs are made once and shared by layers of one shape.
     """
 
     def __init__(self, var: VAR, dtype: torch.dtype, batch: int) -> None:
         self.var, self.dtype, self.batch = var, dtype, batch
+        self.packed = can_pack(var.head.weight.device, dtype)
         self._products: dict[tuple[int, str], Product] = {}
-        self._inputs: dict[tuple[int, int, bool], Tensor] = {}
+        self._inputs: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     @torch.inference_mode()
     def run(self, schedule: DepthSchedule) -> None:
         """All products once."""
         for linear in linears(self.var.config, schedule, self.batch):
-            self._product(linear)(self._input(linear))
+            product, given = self._product(linear), self._input(linear)
+            # The engine's MLP works on parts that stay in the cache.
+            parts = given.split(MLP_ROWS) if linear.name in ("fc1", "fc2") else (given,)
+            for part in parts:
+                product(part)
 
     def _input(self, linear: Linear) -> Tensor:
-        key = linear.rows, linear.inputs, linear.wide
+        key = linear.rows, linear.inputs, self._how(linear)[0]
         if key not in self._inputs:
             made = torch.randn(linear.rows, linear.inputs, device=self.var.head.weight.device)
-            self._inputs[key] = made.to(self._dtype(linear))
+            self._inputs[key] = made.to(key[2])
         return self._inputs[key]
 
-    def _dtype(self, linear: Linear) -> torch.dtype:
-        return torch.float32 if linear.wide else self.dtype
+    def _how(self, linear: Linear) -> tuple[torch.dtype, bool]:
+        """The dtype in which the engine computes a product, and whether its weights are packed."""
+        own = self.var.head.weight.dtype
+        if linear.name == "word_embed":
+            return torch.float32, False
+        if linear.name in ("ada_lin", "head_nm", "shared_ada_lin"):
+            cast = self.packed and self.dtype != own and not self.var.config.shared_aln
+            return (self.dtype, True) if cast else (own, False)
+        return self.dtype, self.packed
 
     def _product(self, linear: Linear) -> Product:
         key = linear.layer, linear.name
         if key not in self._products:
-            self._products[key] = _prepare(*self._weights(linear), self._dtype(linear))
+            dtype, packed = self._how(linear)
+            self._products[key] = packing.Linear(*self._weights(linear), dtype, packed=packed)
         return self._products[key]
 
     def _weights(self, linear: Linear) -> tuple[Tensor, Tensor]:
@@ -68,9 +83,3 @@ class GemmsAlone:
 def _affine(linear: nn.Module) -> tuple[Tensor, Tensor]:
     assert isinstance(linear, nn.Linear)
     return linear.weight, linear.bias
-
-
-def _prepare(weight_OI: Tensor, bias_O: Tensor, dtype: torch.dtype) -> Product:
-    """A product by the library call that the engine uses."""
-    weight_OI, bias_O = weight_OI.detach().to(dtype), bias_O.detach().to(dtype)
-    return lambda x: F.linear(x, weight_OI, bias_O)

@@ -15,7 +15,7 @@ from variant_kernels import DepthSchedule
 class Linear:
     """One matrix product of a generation: (rows x inputs) by a layer's (outputs x inputs) weights.
 
-    layer: index of the block, or -1.  name: the module inside it.  wide: float32 in every engine.
+    layer: index of the block, or -1.  name: the module inside it.
     """
 
     layer: int
@@ -23,7 +23,6 @@ class Linear:
     rows: int
     inputs: int
     outputs: int
-    wide: bool = False
 
     @property
     def flop(self) -> int:
@@ -43,18 +42,18 @@ def linears(
     hidden = round(width * config.mlp_ratio)
     found = []
     if config.shared_aln:
-        found.append(Linear(-1, "shared_ada_lin", rows, width, 6 * width, wide=True))
+        found.append(Linear(-1, "shared_ada_lin", rows, width, 6 * width))
     else:
         found += [
-            Linear(layer, "ada_lin", rows, width, 6 * width, wide=True)
+            Linear(layer, "ada_lin", rows, width, 6 * width)
             for layer in range(config.depth)
             if schedule.last_scale(layer) >= 0
         ]
-    found.append(Linear(-1, "head_nm", rows, width, 2 * width, wide=True))
+    found.append(Linear(-1, "head_nm", rows, width, 2 * width))
     for scale, tokens in enumerate(config.layout.tokens):
         if scale:
             inputs = config.vae_channels
-            found.append(Linear(-1, "word_embed", batch * tokens, inputs, width, wide=True))
+            found.append(Linear(-1, "word_embed", batch * tokens, inputs, width))
         for layer in schedule.active_layers(scale):
             found += [
                 Linear(layer, "mat_qkv", rows * tokens, width, 3 * width),
