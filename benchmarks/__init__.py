@@ -1,1 +1,1 @@
-"""Measurements; nothing here is installed."""
+"""The kernel benchmarks, and what turns result files into a page or a verdict; not installed."""

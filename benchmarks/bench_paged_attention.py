@@ -1,0 +1,140 @@
+"""paged_attention: one scale's queries over every visible token, each scale of two layouts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from benchmarks.harness import Case, Contest, backends, missing_module, near, replay
+from variant.presets import PATCH_NUMS_256, PATCH_NUMS_512
+from variant_kernels import ScaleLayout, paged_attention
+from variant_kernels.backends import Request
+from variant_kernels.ops.paged_attention import PAGED_IMPLS
+
+OP = "paged_attention"
+HEADS, HEAD_DIM, PAGE_SIZE = 16, 64, 16
+# The plain-torch definition holds every score in float32.
+MOST_SCORE_BYTES = 2**28
+PEERS = ("cpu", "op", "reference", "sdpa", "flash-attn", "flashinfer")
+LAYOUTS = {"256": PATCH_NUMS_256, "512": PATCH_NUMS_512}
+# Guidance has two rows for an image.
+CASES = [
+    Case(
+        f"layout{layout}-scale{scale}-rows{rows}-{dtype}",
+        dtype,
+        {"patch_nums": patch_nums, "scale": scale, "rows": rows},
+        quick=(layout, scale, rows) in {("256", 0, 2), ("256", 4, 2)},
+    )
+    for layout, patch_nums in LAYOUTS.items()
+    for rows in (2, 16)
+    for dtype in ("float32", "bfloat16")
+    for scale in range(len(patch_nums))
+]
+
+
+def build(case: Case, device: str, quick: bool) -> Contest:
+    """Shuffled pages whose unused slots are NaN; SDPA gets the same K and V in one piece."""
+    layout = ScaleLayout.from_patch_nums(case.settings["patch_nums"])
+    rows, dtype = case.settings["rows"], getattr(torch, case.dtype)
+    tokens, visible = layout.tokens[case.settings["scale"]], layout.visible(case.settings["scale"])
+    entries = -(-visible // PAGE_SIZE)
+    q_BTHD = torch.randn(rows, tokens, HEADS, HEAD_DIM, device=device).to(dtype)
+    kv_2BSHD = torch.randn(2, rows, visible, HEADS, HEAD_DIM, device=device).to(dtype)
+    pages = torch.full((2, rows * entries, PAGE_SIZE, HEADS, HEAD_DIM), torch.nan, dtype=dtype)
+    pages = pages.to(device)
+    table_BM = torch.randperm(rows * entries).view(rows, entries).to(torch.int32).to(device)
+    for row in range(rows):
+        slots = pages[:, table_BM[row].long()].flatten(1, 2)
+        slots[:, :visible] = kv_2BSHD[:, row]
+        pages[:, table_BM[row].long()] = slots.view(2, entries, *pages.shape[2:])
+    k_pages, v_pages = pages.unbind(0)
+    lens_B = torch.full((rows,), visible, dtype=torch.int32, device=device)
+    q_BHTD = q_BTHD.transpose(1, 2).contiguous()
+    k_BHSD, v_BHSD = (x.transpose(1, 2).contiguous() for x in kv_2BSHD)
+    scale = HEAD_DIM**-0.5
+    given = {
+        "q_BTHD": q_BTHD,
+        "k_pages_PNHD": k_pages,
+        "v_pages_PNHD": v_pages,
+        "page_table_BM": table_BM,
+        "kv_lens_B": lens_B,
+        "softmax_scale": scale,
+    }
+    calls, missing = {}, {}
+    score_bytes = 4 * rows * HEADS * tokens * visible
+    for name, impl, reason in backends(PAGED_IMPLS, Request(device, (dtype,), HEAD_DIM)):
+        if name == "reference" and score_bytes > MOST_SCORE_BYTES:
+            reason = f"plain torch would hold {score_bytes / 2**20:.0f} MiB of scores"
+        if reason is None:
+            calls[name] = lambda impl=impl: impl.forward(**given)
+        else:
+            missing[name] = reason
+    ours = (*(name for name in calls if name != "reference"), "op")
+    calls["op"] = lambda: paged_attention(q_BTHD, k_pages, v_pages, table_BM, lens_B)
+    calls["sdpa"] = lambda: F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD)
+    _gpu_peers(device, dtype, calls, missing, q_BTHD, kv_2BSHD, pages, table_BM, visible)
+
+    # Every sequence costs; the first and the last are checked.
+    some = [0, -1]
+    exact = F.scaled_dot_product_attention(*(x[some].double() for x in (q_BHTD, k_BHSD, v_BHSD)))
+    plain = F.scaled_dot_product_attention(*(x[some] for x in (q_BHTD, k_BHSD, v_BHSD)))
+
+    def pick(name, answer):
+        return (answer[some] if name == "sdpa" else answer[some].transpose(1, 2),)
+
+    return Contest(
+        shape={"rows": rows, "queries": tokens, "keys": visible, "heads": HEADS, "head_dim": 64},
+        flop=4 * rows * HEADS * HEAD_DIM * tokens * visible,
+        moved=2 * (q_BTHD.nbytes) + kv_2BSHD.nbytes,
+        calls=calls,
+        missing=missing,
+        peer="sdpa",
+        ours=ours,
+        check=near([exact], [plain], ours=ours, pick=pick),
+    )
+
+
+def _gpu_peers(device, dtype, calls, missing, q_BTHD, kv_2BSHD, pages, table_BM, visible):
+    """flash-attn on K and V in one piece, FlashInfer on the same pages; both need a GPU."""
+    for name in ("flash-attn", "flashinfer"):
+        missing[name] = missing_module(name) or (
+            None if device == "cuda" and dtype != torch.float32 else
+            f"{name} runs on a GPU in 16 bits only"
+        )  # fmt: skip
+    if missing["flash-attn"] is None:
+        from flash_attn import flash_attn_func
+
+        calls["flash-attn"] = lambda: flash_attn_func(q_BTHD, *kv_2BSHD)
+    if missing["flashinfer"] is None:
+        calls["flashinfer"] = _flashinfer(q_BTHD, pages, table_BM, visible)
+
+
+def _flashinfer(q_BTHD, pages, table_BM, visible):
+    import flashinfer
+
+    rows, tokens = q_BTHD.shape[:2]
+    entries = table_BM.shape[1]
+    workspace = torch.empty(128 * 2**20, dtype=torch.uint8, device=q_BTHD.device)
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+    starts = torch.arange(rows + 1, dtype=torch.int32, device=q_BTHD.device)
+    last = torch.full_like(starts[:rows], (visible - 1) % PAGE_SIZE + 1)
+    wrapper.plan(
+        starts * tokens,
+        starts * entries,
+        table_BM.flatten(),
+        last,
+        HEADS,
+        HEADS,
+        HEAD_DIM,
+        PAGE_SIZE,
+        causal=False,
+        q_data_type=q_BTHD.dtype,
+    )
+    q_NHD = q_BTHD.flatten(0, 1)
+    return lambda: wrapper.run(q_NHD, tuple(pages.unbind(0))).view_as(q_BTHD)
+
+
+@pytest.mark.benchmark(timer=replay)
+def test_paged_attention(compete, device, case, contender):
+    compete(OP, case, device, contender, build)

@@ -1,0 +1,120 @@
+"""sample_tokens: guidance, top-k, top-p and the draw, beside the sequence of torch calls."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from benchmarks.harness import Case, Contest, backends, replay
+from variant_kernels import sample_tokens
+from variant_kernels.backends import Request
+from variant_kernels.ops.sample_tokens import (
+    SAMPLE_IMPLS,
+    draw_exponential,
+    filter_logits,
+    guide,
+)
+
+OP = "sample_tokens"
+VOCAB, GUIDANCE, TOP_K, TOP_P, SEED = 4096, 1.5, 900, 0.96, 11
+PEERS = ("cpu", "op", "reference", "torch-calls")
+CASES = [
+    Case(
+        f"batch{batch}-tokens{tokens}-{dtype}-{draw}",
+        dtype,
+        {"batch": batch, "tokens": tokens, "generator": draw == "generator"},
+        quick=tokens == 16,
+    )
+    for batch, tokens in ((1, 16), (1, 256), (8, 256))
+    for dtype in ("float32", "bfloat16")
+    for draw in ("seed", "generator")
+]
+
+
+def torch_calls(logits_2BTV, generator):
+    """What VAR's sampling does, call by call, in float32."""
+    cond_BTV, uncond_BTV = logits_2BTV.float().chunk(2)
+    guided_BTV = (1 + GUIDANCE) * cond_BTV - GUIDANCE * uncond_BTV
+    lowest_BT1 = guided_BTV.topk(TOP_K, sorted=False).values.min(-1, keepdim=True).values
+    guided_BTV.masked_fill_(guided_BTV < lowest_BT1, -torch.inf)
+    ascending_BTV, order_BTV = guided_BTV.sort(-1)
+    drop_BTV = ascending_BTV.softmax(-1).cumsum_(-1) <= 1 - TOP_P
+    drop_BTV[..., -1] = False
+    guided_BTV.masked_fill_(drop_BTV.scatter(-1, order_BTV, drop_BTV), -torch.inf)
+    probs_NV = guided_BTV.softmax(-1).flatten(0, 1)
+    drawn_N1 = torch.multinomial(probs_NV, 1, replacement=True, generator=generator)
+    return drawn_N1.view(guided_BTV.shape[:2])
+
+
+def build(case: Case, device: str, quick: bool) -> Contest:
+    """Logits as a trained model gives them: a spread of about three."""
+    batch, tokens = case.settings["batch"], case.settings["tokens"]
+    dtype = getattr(torch, case.dtype)
+    logits = (3 * torch.randn(2 * batch, tokens, VOCAB, device=device)).to(dtype)
+    generator = torch.Generator(device) if case.settings["generator"] else None
+    image_ids_B = torch.arange(batch, device=device)
+
+    def launch(impl):
+        exponential_RV = None if generator is None else draw_exponential(logits, generator)
+        return impl.forward(
+            logits_2BTV=logits,
+            guidance=GUIDANCE,
+            top_k=TOP_K,
+            top_p=TOP_P,
+            seed=SEED,
+            image_ids_B=image_ids_B,
+            position=0,
+            exponential_RV=exponential_RV,
+        )
+
+    calls, missing = {}, {}
+    for name, impl, reason in backends(SAMPLE_IMPLS, Request(device, (dtype,))):
+        if reason is None:
+            calls[name] = functools.partial(launch, impl)
+        else:
+            missing[name] = reason
+    ours = (*(name for name in calls if name != "reference"), "op")
+    source = {"seed": SEED} if generator is None else {"generator": generator}
+    calls["op"] = lambda: sample_tokens(
+        logits, guidance=GUIDANCE, top_k=TOP_K, top_p=TOP_P, **source
+    )
+    own = torch.Generator(device) if generator is None else generator
+    calls["torch-calls"] = lambda: torch_calls(logits, own)
+
+    # Which entries a row keeps, and what the definition draws from the same numbers.
+    kept_BTV = filter_logits(guide(logits, GUIDANCE).double(), TOP_K, TOP_P) > -torch.inf
+    drawn_BT = _with_fresh(generator, functools.partial(launch, SAMPLE_IMPLS["reference"]))
+
+    def check(name, answer):
+        # A boundary may fall either way in float32.
+        outside = (~kept_BTV.gather(-1, answer.unsqueeze(-1))).sum()
+        assert outside <= 1 + answer.numel() // 1000, f"{name}: {int(outside)} were filtered out"
+        if name in ours:
+            again_BT = _with_fresh(generator, calls[name])
+            other = int((again_BT != drawn_BT).sum())
+            assert other <= 1, f"{name}: {other} of {answer.numel()} differ from the definition's"
+
+    return Contest(
+        shape={"batch": batch, "tokens": tokens, "vocab": VOCAB, "top_k": TOP_K, "top_p": TOP_P},
+        flop=0,
+        moved=logits.nbytes + 8 * batch * tokens,
+        calls=calls,
+        missing=missing,
+        peer="torch-calls",
+        ours=ours,
+        check=check,
+    )
+
+
+def _with_fresh(generator, call):
+    """A call whose random numbers begin anew."""
+    if generator is not None:
+        generator.manual_seed(SEED)
+    return call()
+
+
+@pytest.mark.benchmark(timer=replay)
+def test_sample_tokens(compete, device, case, contender):
+    compete(OP, case, device, contender, build)

@@ -1,0 +1,119 @@
+"""pytest benchmarks --benchmark-json=FILE: every case of every op, each contender a parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.harness import record, replay, run
+from variant.bench.environment import environment
+from variant.bench.limits import Limits, drift, measure_limits
+
+FORMAT = "variant-kernel-bench-1"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--quick", action="store_true", help="a few small cases, few rounds: under a minute"
+    )
+
+
+class Session:
+    """Limits of each device, and the contest that is being reported."""
+
+    def __init__(self, quick: bool) -> None:
+        self.quick = quick
+        self.limits: dict[str, Limits] = {}
+        self.current: tuple[Any, ...] | None = None
+
+    def limit(self, device: str) -> Limits:
+        """Measured once, before the first contest on that device."""
+        if device not in self.limits:
+            self.limits[device] = measure_limits(device, quick=self.quick)
+        return self.limits[device]
+
+
+def pytest_configure(config):
+    config.stash[SESSION] = Session(config.getoption("--quick"))
+
+
+SESSION = pytest.StashKey[Session]()
+
+
+def pytest_generate_tests(metafunc):
+    """Cases outside, contenders inside: those of one case report one after the other."""
+    if "contender" not in metafunc.fixturenames:
+        return
+    quick = metafunc.config.getoption("--quick")
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    found = [
+        pytest.param(device, case, name, id=f"{device}-{case.name}-{name}")
+        for device in devices
+        for case in metafunc.module.CASES
+        if case.quick or not quick
+        for name in metafunc.module.PEERS
+    ]
+    metafunc.parametrize(("device", "case", "contender"), found)
+
+
+@pytest.fixture
+def compete(request, benchmark):
+    """compete(op, case, device, contender, build): checks, alternates, reports one contender.
+
+    The first contender of a case builds the contest and lets all of them take turns.
+    """
+    session = request.config.stash[SESSION]
+
+    def report(op, case, device, contender, build):
+        limits = session.limit(device)
+        key = op, case.name, device
+        if session.current is None or session.current[0] != key:
+            session.current = None  # the last contest's tensors go first
+            torch.manual_seed(0)
+            contest = build(case, device, session.quick)
+            samples = run(contest, device=device, quick=session.quick)
+            contest.calls = {}
+            contest.check = lambda name, answer: None
+            session.current = key, contest, samples
+        _, contest, samples = session.current
+        if contender not in samples:
+            pytest.skip(contest.missing.get(contender, f"{contender} has no part in this case"))
+        benchmark.group = f"{op}, {device}, {case.name}"
+        benchmark.extra_info.update(record(op, case, device, contest, samples, contender, limits))
+        replay.load(samples[contender])
+        benchmark.pedantic(lambda: None, rounds=len(samples[contender].seconds))
+
+    return report
+
+
+def pytest_benchmark_update_commit_info(config, commit_info):
+    for name in ("project", "branch"):  # a folder's name, and one that nobody else has
+        commit_info.pop(name, None)
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info.clear()  # environment() says more, and no host's name
+    machine_info.update({"cpu": environment()["cpu"]})
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """One description of the machine, the limits again, and no sample twice."""
+    session = config.stash[SESSION]
+    output_json["format"] = FORMAT
+    output_json["quick"] = session.quick
+    output_json["environment"] = environment(["pytest", *config.invocation_params.args])
+    output_json["limits"] = {}
+    for device, start in session.limits.items():
+        end = measure_limits(device, quick=session.quick)
+        output_json["limits"][device] = {
+            "start": start.to_dict(),
+            "end": end.to_dict(),
+            "drift": drift(start, end),
+        }
+    for one in output_json["benchmarks"]:
+        one["stats"].pop("data", None)
+        one.pop("options", None)
+        one.pop("params", None)
