@@ -22,6 +22,8 @@ ORDER = (
     "planning",
     "packing",
     "weights",
+    "capture",
+    "steps",
     "engine",
     "checkpoint",
     "supernet",

@@ -1,23 +1,22 @@
-"""Generation with a paged cache: the step loop, its weights and its memory.
+"""The engine: generation at any depth, its weights, its memory and its graphs.
 
-The modules of ``transformer.py`` are written for training; here the same weights run one scale at
-a time, and only the layers that the schedule names.
+The step loop itself is in ``steps.py``.
 
-Axes: B images, R sequences (B, or 2B with guidance: conditional rows first), T tokens of this
-scale, L tokens of all scales, C width, H heads, D width of one head, V codebook entries, 6 the
-rows of an adaptive layer norm (gates, scales, shifts; each of attention, then of the MLP).
+Axes: B images, R sequences (B, or 2B with guidance: conditional rows first), L tokens of all
+scales, V codebook entries, E codebook vector width.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from threading import Lock
 
 import torch
 from torch import Tensor
 
+from variant.capture import Captures, GraphRecorder, Recorder, Tensors
 from variant.memory import free_bytes
 from variant.sampling import (
     Generation,
@@ -29,50 +28,33 @@ from variant.sampling import (
     check_labels,
     check_tokens,
 )
+from variant.steps import Draws, Kernels, Run, force, paint
 from variant.transformer import VAR
 from variant.vqvae import VQVAE
-from variant.weights import EngineWeights, LayerWeights
-from variant_kernels import CachePlan, DepthSchedule, KVStep, PagedKVCache
-from variant_kernels.backends import Impl, Request, choose, dtype_name
-from variant_kernels.ops import tables
-from variant_kernels.ops.sample_tokens import draw_exponential
+from variant.weights import EngineWeights
+from variant_kernels import CachePlan, DepthSchedule, PagedKVCache
+from variant_kernels.backends import dtype_name
+from variant_kernels.kv_cache import Steps
 
+# Schedules and batch sizes whose page tables wait for the next call.
+TABLES_KEPT = 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class _Kernels:
-    """The launchers of one backend choice, called without the checks of the public functions."""
+@dataclass(frozen=True)
+class _Painted:
+    """One batch before it is decoded; K/V bytes as allocated and as used at most."""
 
-    def __init__(self, backend: str, device: str, dtype: torch.dtype) -> None:
-        found = tables()
-
-        def pick(op: str, *dtypes: torch.dtype) -> Impl:
-            return choose(op, found[op], backend, Request(device, dtypes))
-
-        # The residual stream is float32, whatever the engine's dtype.
-        self.adaln = pick("adaln_modulate", torch.float32, dtype).forward
-        self.gated_adaln = pick("gated_residual_adaln", torch.float32, dtype).forward
-        self.norm_append = pick("qk_norm_append_paged_kv", dtype, torch.float32).forward
-        attention = pick("paged_attention", dtype)
-        self.attention = attention.forward
-        self.gathers_pages = attention is found["paged_attention"]["reference"]
-        self.sample = pick("sample_tokens", dtype).forward
-
-
-@dataclass
-class _Run:
-    """One batch in flight. rows_6RC: per layer the six modulation rows; head_2RC: the head's.
-
-    Kernels and weights are chosen when it starts: whatever another thread or a callback does with
-    the engine, this run goes on as it began.
-    """
-
-    kernels: _Kernels
-    weights: EngineWeights
+    tokens_BL: Tensor
+    f_hat_BEHW: Tensor
     schedule: DepthSchedule
-    cache: PagedKVCache
-    rows_6RC: list[tuple[Tensor, ...]]
-    head_2RC: tuple[Tensor, ...]
+    allocated_bytes: int
+    peak_bytes: int
+
+
+def new_recorder(device: torch.device) -> Recorder | None:
+    """What records generations on ``device``, if anything does."""
+    return GraphRecorder(device) if device.type == "cuda" else None
 
 
 class Engine:
@@ -90,6 +72,9 @@ class Engine:
         page_size: tokens per cache page.
         pack: on a CPU keep a second copy of the weights, in the order that oneDNN computes with
             (:mod:`variant.packing`): faster; False saves that memory.
+        capture: on a GPU record each batch size and schedule as one graph when it is first met and
+            replay it afterwards (:mod:`variant.capture`); False launches every kernel from Python.
+            Calls with ``on_scale`` or ``generator`` are never recorded.
     Raises:
         ValueError: the two models do not fit each other, or the backend cannot serve the dtype.
     """
@@ -103,6 +88,7 @@ class Engine:
         backend: str = "auto",
         page_size: int = 16,
         pack: bool = True,
+        capture: bool = True,
     ) -> None:
         check_pair(var, vae)
         own = var.head.weight.dtype
@@ -115,14 +101,17 @@ class Engine:
             raise ValueError(f"Engine: page_size must be at least 1; got {page_size}")
         self.page_size = page_size
         self.backend = backend
-        self.pack = pack
+        self.pack, self.capture = pack, capture
         self._lock = Lock()
         self._cast: tuple[tuple[tuple[int, int], ...], EngineWeights] | None = None
+        self._captures: tuple[EngineWeights, Captures] | None = None
+        self._tables: dict[Hashable, Steps] = {}
+        self._kv_bytes: dict[Hashable, tuple[int, int]] = {}
         self._kernels()  # a backend that cannot serve the dtype is refused here
 
     def __getstate__(self) -> dict[str, object]:
-        """Without the lock and the cast weights, so that a used model can be pickled."""
-        return {**self.__dict__, "_lock": None, "_cast": None}
+        """Without the lock, cast weights and graphs, so that a used model can be pickled."""
+        return {**self.__dict__, "_lock": None, "_cast": None, "_captures": None, "_tables": {}}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, _lock=Lock())
@@ -151,86 +140,62 @@ class Engine:
                 )
             return self._cast[1]
 
-    def _kernels(self) -> _Kernels:
+    def _kernels(self) -> Kernels:
         # Chosen per call: use_backend and VARIANT_BACKEND count.
-        return _Kernels(self.backend, self.device.type, self.dtype)
-
-    # --- one scale ------------------------------------------------------------------------------
-
-    def _attention(self, run: _Run, layer: LayerWeights, h_RTC: Tensor, step: KVStep) -> Tensor:
-        kernels, cache, config = run.kernels, run.cache, self.var.config
-        rows, tokens, width = h_RTC.shape
-        q_RTHD = kernels.norm_append(
-            qkv_BT3HD=layer.qkv(h_RTC).view(rows, tokens, 3, config.num_heads, -1),
-            scale_mul_1H11=layer.scale_mul_1H11,
-            k_pages_PNHD=cache.k_pages,
-            v_pages_PNHD=cache.v_pages,
-            slots_BT=step.slots_BT,
-        )
-        out_RTHD = kernels.attention(
-            q_BTHD=q_RTHD,
-            k_pages_PNHD=cache.k_pages,
-            v_pages_PNHD=cache.v_pages,
-            page_table_BM=step.page_table_BM,
-            kv_lens_B=step.kv_lens_B,
-            softmax_scale=layer.softmax_scale,
-        )
-        return layer.proj(out_RTHD.view(rows, tokens, width))
-
-    def _hidden(self, run: _Run, x_RTC: Tensor, scale: int) -> Tensor:
-        """Tokens of one scale through its active layers and the head's norm, (R, T, C)."""
-        kernels, eps = run.kernels, self.var.config.norm_eps
-        active = run.schedule.active_layers(scale)
-        _, _, scale1, _, shift1, _ = run.rows_6RC[active[0]]
-        h_RTC, _, _ = kernels.adaln(x_BTC=x_RTC, scale_BC=scale1, shift_BC=shift1, eps=eps)
-        for index, following in zip(active, (*active[1:], None), strict=True):
-            layer = run.weights.layers[index]
-            gate1, gate2, _, scale2, _, shift2 = run.rows_6RC[index]
-            step = run.cache.open(index, scale)
-            y_RTC = self._attention(run, layer, h_RTC, step)
-            run.cache.close(index, scale)
-            x_RTC, h_RTC, _, _ = kernels.gated_adaln(
-                x_BTC=x_RTC, y_BTC=y_RTC, gate_BC=gate1, scale_BC=scale2, shift_BC=shift2, eps=eps
-            )
-            y_RTC = layer.mlp(h_RTC)
-            if following is None:
-                next_scale, next_shift = run.head_2RC
-            else:
-                _, _, next_scale, _, next_shift, _ = run.rows_6RC[following]
-            x_RTC, h_RTC, _, _ = kernels.gated_adaln(
-                x_BTC=x_RTC,
-                y_BTC=y_RTC,
-                gate_BC=gate2,
-                scale_BC=next_scale,
-                shift_BC=next_shift,
-                eps=eps,
-            )
-        return h_RTC
-
-    def _input(self, run: _Run, words_BTE: Tensor | None, cond_RC: Tensor, scale: int) -> Tensor:
-        """Residual stream at the start of a scale, (R, T, C) float32."""
-        weights = run.weights
-        place_1TC = weights.position_1LC[:, self.var.layout.slice(scale)]
-        if words_BTE is None:
-            return cond_RC.float().unsqueeze(1) + weights.pos_start + place_1TC
-        words_BTC = weights.word_embed(words_BTE) + place_1TC
-        return words_BTC.repeat(cond_RC.shape[0] // words_BTC.shape[0], 1, 1)
+        return Kernels(self.backend, self.device.type, self.dtype)
 
     def _start(
-        self, labels_B: Tensor, schedule: DepthSchedule, guidance: bool
-    ) -> tuple[_Run, Tensor]:
-        kernels, weights = self._kernels(), self._weights()
-        device, config = self.device, self.var.config
-        labels_R = labels_B.to(device)
+        self,
+        labels_B: Tensor,
+        schedule: DepthSchedule,
+        guidance: bool,
+        weights: EngineWeights,
+        kernels: Kernels,
+        steps: Steps | None = None,
+    ) -> Run:
+        """A run of one batch; its cache is allocated here."""
+        config, labels_R = self.var.config, labels_B.to(self.device)
         if guidance:
             labels_R = torch.cat((labels_R, torch.full_like(labels_R, config.num_classes)))
-        cond_RC = self.var.class_emb(labels_R)
-        rows_6RC, head_2RC = weights.modulations(cond_RC)
         plan = CachePlan(self.var.layout, schedule, self.page_size)
         cache = PagedKVCache(
-            plan, len(labels_R), config.num_heads, config.head_dim, self.dtype, device
+            plan,
+            len(labels_R),
+            config.num_heads,
+            config.head_dim,
+            self.dtype,
+            self.device,
+            steps=self._steps(schedule, len(labels_R)) if steps is None else steps,
         )
-        return _Run(kernels, weights, schedule, cache, rows_6RC, head_2RC), cond_RC
+        return Run(
+            self.var,
+            self.vae,
+            kernels=kernels,
+            weights=weights,
+            cache=cache,
+            labels_R=labels_R,
+        )
+
+    def _captures_for(self, weights: EngineWeights, kernels: Kernels) -> Captures | None:
+        """The recordings made with these weights; None where nothing is recorded."""
+        # Plain torch is for looking into: it may wait for the device, which no graph can.
+        if not self.capture or "reference" in kernels.names.values():
+            return None
+        with self._lock:
+            if self._captures is None or self._captures[0] is not weights:
+                recorder = new_recorder(self.device)
+                self._captures = None if recorder is None else (weights, Captures(recorder))
+            return None if self._captures is None else self._captures[1]
+
+    def _steps(self, schedule: DepthSchedule, rows: int) -> Steps:
+        """Page tables of a schedule, kept for the next run."""
+        key = (schedule.layers, rows, self.device)
+        with self._lock:
+            steps = self._tables.pop(key, {})
+            self._tables[key] = steps  # last in, last out
+            while len(self._tables) > TABLES_KEPT:
+                del self._tables[next(iter(self._tables))]
+        return steps
 
     # --- public ---------------------------------------------------------------------------------
 
@@ -254,20 +219,13 @@ class Engine:
             (B, L, V) float32.
         """
         labels_B = check_labels(labels_B, self.var.config.num_classes, "forced_logits")
-        layout = self.var.layout
-        tokens_BL = check_tokens(
-            tokens_BL, (len(labels_B), layout.total), self.var.config.vocab_size
-        ).to(self.device)
-        run, cond_BC = self._start(labels_B, self.var.schedule(depth, bridge), guidance=False)
-        f_hat = self.vae.new_features(len(labels_B))
-        logits, following = [], None
-        for k in range(layout.num_scales):
-            h_BTC = self._hidden(run, self._input(run, following, cond_BC, k), k)
-            logits.append(run.weights.head(h_BTC).float())
-            f_hat = self.vae.accumulate(f_hat, tokens_BL[:, layout.slice(k)], k)
-            if k + 1 < layout.num_scales:
-                following = self.vae.next_scale_input(f_hat, k)
-        return torch.cat(logits, dim=1)
+        shape = (len(labels_B), self.var.layout.total)
+        tokens_BL = check_tokens(tokens_BL, shape, self.var.config.vocab_size, "forced_logits").to(
+            self.device
+        )
+        schedule = self.var.schedule(depth, bridge)
+        run = self._start(labels_B, schedule, False, self._weights(), self._kernels())
+        return force(run, tokens_BL)
 
     @torch.no_grad()
     def generate(
@@ -284,6 +242,7 @@ class Engine:
         generator: torch.Generator | None = None,
         max_batch: int | None = None,
         on_scale: OnScale | None = None,
+        decode: bool = True,
     ) -> Generation:
         """Paint one image per label.
 
@@ -300,6 +259,7 @@ class Engine:
             max_batch: images at once; None is as many as free memory holds by the plan.
             on_scale: called as ``on_scale(k, partial)`` after each scale of each part; may return
                 a shallower depth for the scales that follow (from ``bridge`` on at the earliest).
+            decode: False leaves the images out, (0, 3, H, W); :meth:`decode` makes them later.
         Returns:
             :class:`Generation`.
         Raises:
@@ -322,6 +282,7 @@ class Engine:
                     sampling,
                     on_scale=on_scale,
                     first_flexible=self._bridge(bridge),
+                    decode=decode,
                 )
             )
         first_stats = parts[0][2]
@@ -332,6 +293,7 @@ class Engine:
             depths=parts[-1][2].depths,
             dtype=first_stats.dtype,
             packed=first_stats.packed,
+            captured=first_stats.captured,
             kv_planned_bytes=first_stats.kv_planned_bytes,
             kv_allocated_bytes=first_stats.kv_allocated_bytes,
             kv_peak_bytes=max(stats.kv_peak_bytes for _, _, stats in parts),
@@ -339,6 +301,25 @@ class Engine:
         )
         images = torch.cat([images for images, _, _ in parts])
         return Generation(images, torch.cat([tokens for _, tokens, _ in parts]), stats)
+
+    @torch.no_grad()
+    def decode(self, tokens_BL: Tensor) -> Tensor:
+        """Images of given tokens by the engine's decoder, in its dtype.
+
+        Args:
+            tokens_BL: (B, L) int64.
+        Returns:
+            (B, 3, H, W) float32 in [0, 1].
+        Raises:
+            ValueError: tokens of a wrong shape, or (on CPU) outside [0, vocab_size).
+        """
+        layout, vocab = self.var.layout, self.var.config.vocab_size
+        shape = (len(tokens_BL), layout.total)
+        tokens_BL = check_tokens(tokens_BL, shape, vocab, "decode").to(self.device)
+        f_hat_BEHW = self.vae.new_features(len(tokens_BL))
+        for k in range(layout.num_scales):
+            self.vae.accumulate(f_hat_BEHW, tokens_BL[:, layout.slice(k)], k)
+        return self._decode(self._weights(), f_hat_BEHW)
 
     # --- parts of generate ----------------------------------------------------------------------
 
@@ -351,70 +332,107 @@ class Engine:
         *,
         on_scale: OnScale | None,
         first_flexible: int,
+        decode: bool,
     ) -> tuple[Tensor, Tensor, Stats]:
         started = self._clock()
-        layout, config, batch = self.var.layout, self.var.config, len(labels_B)
-        run, cond_RC = self._start(labels_B, schedule, guidance=sampling.guided)
-        f_hat = self.vae.new_features(batch)
-        tokens_BL = torch.empty(batch, layout.total, dtype=torch.int64, device=self.device)
-        following = None
-        for k in range(layout.num_scales):
-            h_RTC = self._hidden(run, self._input(run, following, cond_RC, k), k)
-            tokens_BT = self._sample(run, h_RTC, k, sampling, image_ids_B)
-            tokens_BL[:, layout.slice(k)] = tokens_BT
-            f_hat = self.vae.accumulate(f_hat, tokens_BT, k)
-            if k + 1 < layout.num_scales:
-                following = self.vae.next_scale_input(f_hat, k)
-            if on_scale is not None:
-                wanted = on_scale(k, self._partial(run.weights, k, tokens_BL, f_hat))
-                if wanted is not None and k + 1 < layout.num_scales:
-                    self._switch(run, max(k + 1, first_flexible), wanted)
+        weights, kernels = self._weights(), self._kernels()
+        draws = Draws(
+            image_ids_B=image_ids_B,
+            cfg=sampling.cfg,
+            seed=sampling.seed or 0,
+            guided=sampling.guided,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            generator=sampling.generator,
+        )
+        captures = self._captures_for(weights, kernels)
+        if captures is not None and on_scale is None and draws.generator is None:
+            painted = self._replay(captures, labels_B, draws, schedule, weights, kernels)
+        else:
+            painted = self._paint(
+                self._start(labels_B, schedule, draws.guided, weights, kernels),
+                draws,
+                on_scale,
+                first_flexible,
+            )
         decoding = self._clock()
-        images = self._decode(run.weights, f_hat)
+        size = self.vae.config.image_size
+        images = torch.empty(0, 3, size, size, device=self.device)
+        if decode:
+            images = self._decode(weights, painted.f_hat_BEHW, captures)
         ended = self._clock()
-        plan, guided = run.cache.plan, sampling.guided
+        plan = CachePlan(self.var.layout, schedule, self.page_size)
+        config, batch = self.var.config, len(labels_B)
         heads, head_dim = config.num_heads, config.head_dim
         width = torch.empty((), dtype=self.dtype).itemsize
         stats = Stats(
             seconds=ended - started,
             decode_seconds=ended - decoding,
             batches=1,
-            depths=run.schedule.depths,
+            depths=painted.schedule.depths,
             dtype=dtype_name(self.dtype),
-            packed=run.weights.packed,
-            kv_planned_bytes=plan.peak_bytes(batch, heads, head_dim, self.dtype, guided),
-            kv_allocated_bytes=run.cache.allocated_bytes,
-            kv_peak_bytes=run.cache.peak_bytes,
+            packed=weights.packed,
+            captured=captures is not None,
+            kv_planned_bytes=plan.peak_bytes(batch, heads, head_dim, self.dtype, draws.guided),
+            kv_allocated_bytes=painted.allocated_bytes,
+            kv_peak_bytes=painted.peak_bytes,
             kv_paper_bytes=plan.paper_bytes(
-                batch, heads, head_dim, k_bytes=width, v_bytes=width, guidance=guided
+                batch, heads, head_dim, k_bytes=width, v_bytes=width, guidance=draws.guided
             ),
         )
-        return images, tokens_BL, stats
+        return images, painted.tokens_BL, stats
 
-    def _sample(
-        self, run: _Run, h_RTC: Tensor, scale: int, sampling: Sampling, image_ids_B: Tensor
-    ) -> Tensor:
+    def _paint(
+        self,
+        run: Run,
+        draws: Draws,
+        on_scale: OnScale | None = None,
+        first_flexible: int = 0,
+    ) -> _Painted:
         layout = self.var.layout
-        guidance = sampling.guidance(scale, layout.num_scales)
-        if guidance == 0:
-            # Unconditional rows would count nothing: their head is not computed.
-            logits_BTV = run.weights.head(h_RTC[: len(image_ids_B)])
-            logits_2BTV = logits_BTV.repeat(2, 1, 1)
-        else:
-            logits_2BTV = run.weights.head(h_RTC)
-        generator, exponential_RV = sampling.generator, None
-        if generator is not None:
-            exponential_RV = draw_exponential(logits_2BTV, generator)
-        return run.kernels.sample(
-            logits_2BTV=logits_2BTV,
-            guidance=guidance,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            seed=sampling.seed or 0,
-            image_ids_B=image_ids_B,
-            position=layout.offsets[scale],
-            exponential_RV=exponential_RV,
+
+        def after_scale(k: int, tokens_BL: Tensor, f_hat_BEHW: Tensor) -> None:
+            assert on_scale is not None
+            wanted = on_scale(k, self._partial(run.weights, k, tokens_BL, f_hat_BEHW))
+            if wanted is not None and k + 1 < layout.num_scales:
+                run.switch(max(k + 1, first_flexible), self.var.layers_of(wanted))
+
+        tokens_BL, f_hat_BEHW = paint(run, draws, None if on_scale is None else after_scale)
+        cache = run.cache
+        return _Painted(
+            tokens_BL, f_hat_BEHW, run.schedule, cache.allocated_bytes, cache.peak_bytes
         )
+
+    def _replay(
+        self,
+        captures: Captures,
+        labels_B: Tensor,
+        draws: Draws,
+        schedule: DepthSchedule,
+        weights: EngineWeights,
+        kernels: Kernels,
+    ) -> _Painted:
+        """:meth:`_paint` by a graph; recorded when the schedule is first met."""
+        names = tuple(kernels.names.values())
+        key = (schedule.layers, len(labels_B), draws.guided, draws.top_k, draws.top_p, names)
+        steps = self._steps(schedule, len(labels_B) * (2 if draws.guided else 1))
+
+        def whole(labels_B: Tensor, image_ids_B: Tensor, cfg: Tensor, seed: Tensor) -> Tensors:
+            run = self._start(labels_B, schedule, draws.guided, weights, kernels, steps)
+            painted = self._paint(run, replace(draws, image_ids_B=image_ids_B, cfg=cfg, seed=seed))
+            self._kv_bytes[key] = painted.allocated_bytes, painted.peak_bytes
+            return painted.tokens_BL, painted.f_hat_BEHW
+
+        # full() is a launch: a tensor made from a number would be copied, and the copy waited for.
+        tokens_BL, f_hat_BEHW = captures.run(
+            ("paint", key),
+            whole,
+            labels_B.to(self.device),
+            draws.image_ids_B,
+            torch.full((), float(draws.cfg), dtype=torch.float64, device=self.device),
+            torch.full((), int(draws.seed), dtype=torch.int64, device=self.device),
+        )
+        return _Painted(tokens_BL, f_hat_BEHW, schedule, *self._kv_bytes[key])
 
     def _clock(self) -> float:
         """Seconds; work queued on a GPU counts as done only when it is."""
@@ -423,20 +441,23 @@ class Engine:
         return time.perf_counter()
 
     @torch.no_grad()
-    def _decode(self, weights: EngineWeights, f_hat: Tensor) -> Tensor:
+    def _decode(
+        self, weights: EngineWeights, f_hat_BEHW: Tensor, captures: Captures | None = None
+    ) -> Tensor:
         """(B, 3, H, W) float32 in [0, 1]; one channel is shown as grey."""
-        return weights.decode(f_hat).expand(-1, 3, -1, -1).contiguous()
+
+        def whole(f_hat_BEHW: Tensor) -> Tensors:
+            return (weights.decode(f_hat_BEHW).expand(-1, 3, -1, -1).contiguous(),)
+
+        if captures is None:
+            return whole(f_hat_BEHW)[0]
+        return captures.run(("decode", tuple(f_hat_BEHW.shape)), whole, f_hat_BEHW)[0]
 
     def _partial(
         self, weights: EngineWeights, scale: int, tokens_BL: Tensor, f_hat: Tensor
     ) -> PartialResult:
         so_far, features = tokens_BL[:, : self.var.layout.visible(scale)].clone(), f_hat.clone()
         return PartialResult(scale, so_far, lambda: self._decode(weights, features))
-
-    def _switch(self, run: _Run, scale: int, depth: int | Sequence[int]) -> None:
-        if scale < self.var.layout.num_scales:
-            run.schedule = run.schedule.switched(scale, self.var.layers_of(depth))
-            run.cache.switch(run.schedule)
 
     def _bridge(self, bridge: int | None) -> int:
         return bridge if bridge is not None else (self.var.config.bridge or 0)

@@ -60,10 +60,6 @@ class Sampling:
         """Whether unconditional sequences must run beside the conditional ones."""
         return self.cfg > 0
 
-    def guidance(self, scale: int, num_scales: int) -> float:
-        """Weight of guidance at a scale: from 0 at the first to cfg at the last."""
-        return self.cfg * scale / max(num_scales - 1, 1)
-
 
 @dataclass(frozen=True)
 class PartialResult:
@@ -87,7 +83,8 @@ class Stats:
 
     seconds: everything.  decode_seconds: the VQ-VAE decoder's share.  batches: into how many parts
     the request was split.  depths: layers run at each scale (of the last part).  dtype: of the
-    matrix products.  packed: whether their weights were packed for the CPU.
+    matrix products.  packed: whether their weights were packed for the CPU.  captured: whether a
+    GPU ran it as a graph.
     kv_planned_bytes, kv_allocated_bytes, kv_peak_bytes: of the largest part; what the plan says,
     what the slab really takes, what was in use at once.  kv_paper_bytes: what the paper's scheme
     would hold for the same part in the same dtype.
@@ -99,6 +96,7 @@ class Stats:
     depths: tuple[int, ...]
     dtype: str
     packed: bool
+    captured: bool
     kv_planned_bytes: int
     kv_allocated_bytes: int
     kv_peak_bytes: int
@@ -107,7 +105,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class Generation:
-    """images (B, 3, H, W) float32 in [0, 1], tokens (B, L) int64, stats."""
+    """images (B, 3, H, W) float32 in [0, 1] (none if not decoded), tokens (B, L) int64, stats."""
 
     images: Tensor
     tokens: Tensor
@@ -162,14 +160,14 @@ def check_image_ids(
     return image_ids_B
 
 
-def check_tokens(tokens: Tensor, shape: tuple[int, int], vocab_size: int) -> Tensor:
+def check_tokens(tokens: Tensor, shape: tuple[int, int], vocab_size: int, op: str) -> Tensor:
     """(B, L) int64 on the CPU.  Raises: ValueError for a wrong shape, dtype or value."""
-    tokens_BL = _integers("forced_logits", "tokens_BL", tokens)
+    tokens_BL = _integers(op, "tokens_BL", tokens)
     if tokens_BL.shape != shape:
-        raise ValueError(f"forced_logits: tokens_BL must be {shape}; got {tuple(tokens_BL.shape)}")
+        raise ValueError(f"{op}: tokens_BL must be {shape}; got {tuple(tokens_BL.shape)}")
     low, high = (int(x) for x in torch.aminmax(tokens_BL))
     if low < 0 or high >= vocab_size:
         raise ValueError(
-            f"forced_logits: tokens_BL must be in [0, {vocab_size}); got {low if low < 0 else high}"
+            f"{op}: tokens_BL must be in [0, {vocab_size}); got {low if low < 0 else high}"
         )
     return tokens_BL

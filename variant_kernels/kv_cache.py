@@ -28,6 +28,10 @@ class KVStep:
     kv_lens_B: Tensor
 
 
+# By layer, scale and pages.
+Steps = dict[tuple[int, int, tuple[int, ...]], KVStep]
+
+
 class PagedKVCache:
     """K/V of the layers that will read it, in one slab that is never larger than the plan.
 
@@ -47,6 +51,8 @@ class PagedKVCache:
         batch: sequences; classifier-free guidance has two per image.
         num_heads, head_dim: of K and V.
         dtype, device: of the pages.
+        steps: page tables already built, by caches of the same plan, batch and device; filled
+            further. None starts with none.
     Raises:
         ValueError: batch below 1.  MemoryError: the slab does not fit.
     """
@@ -59,6 +65,7 @@ class PagedKVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        steps: Steps | None = None,
     ) -> None:
         if batch < 1:
             raise ValueError(f"PagedKVCache: batch must be at least 1; got {batch}")
@@ -79,7 +86,7 @@ class PagedKVCache:
         self.k_pages, self.v_pages = slab_2PNHD.unbind(0)
         self._page_bytes = slab_2PNHD[:, 0].nbytes
         self._full_schedule = plan.schedule
-        self._steps: dict[tuple[int, int, tuple[int, ...]], KVStep] = {}
+        self._steps: Steps = {} if steps is None else steps
         self.reset()
 
     def reset(self) -> None:

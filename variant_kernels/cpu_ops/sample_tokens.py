@@ -10,10 +10,10 @@ from variant_kernels.cpu_ops.common import KERNELS, dtype_code, last_contiguous,
 def launch_sample_tokens(
     *,
     logits_2BTV: torch.Tensor,
-    guidance: float,
+    guidance: float | torch.Tensor,
     top_k: int,
     top_p: float,
-    seed: int,
+    seed: int | torch.Tensor,
     image_ids_B: torch.Tensor,
     position: int,
     exponential_RV: torch.Tensor | None,
@@ -21,7 +21,8 @@ def launch_sample_tokens(
     """Guide, filter and draw one token per row; conditional rows come first in logits_2BTV.
 
     The draw is by Philox keyed with (seed, image, position + t), or argmax(p / exponential_RV)
-    where that is given (float32, contiguous, rows in (b, t) order).
+    where that is given (float32, contiguous, rows in (b, t) order). guidance and seed may be 0-d
+    tensors: an engine that records graphs hands over what a replay reads anew.
 
     Returns:
         tokens_BT: int64.
@@ -36,10 +37,10 @@ def launch_sample_tokens(
     status, row = KERNELS.sample_tokens(
         (images // 2, tokens, entries),
         rows(logits_2BTV),
-        guidance,
+        float(guidance),
         top_k,
         top_p,
-        seed & 0xFFFFFFFFFFFFFFFF,
+        int(seed) & 0xFFFFFFFFFFFFFFFF,
         image_ids_B.data_ptr(),
         position,
         0 if exponential_RV is None else exponential_RV.data_ptr(),

@@ -76,15 +76,15 @@ def uniform(seed: int, image_ids_B: Tensor, position: int, tokens: int) -> Tenso
 def reference_sample_tokens(
     *,
     logits_2BTV: Tensor,
-    guidance: float,
+    guidance: float | Tensor,
     top_k: int,
     top_p: float,
-    seed: int,
+    seed: int | Tensor,
     image_ids_B: Tensor,
     position: int,
     exponential_RV: Tensor | None,
 ) -> Tensor:
-    kept_BTV = filter_logits(guide(logits_2BTV, guidance), top_k, top_p)
+    kept_BTV = filter_logits(guide(logits_2BTV, float(guidance)), top_k, top_p)
     batch, tokens, entries = kept_BTV.shape
     check_rows("sample_tokens", kept_BTV)
     if exponential_RV is not None:
@@ -94,7 +94,7 @@ def reference_sample_tokens(
     wide_BTV = kept_BTV.to(torch.float64)
     weights_BTV = (wide_BTV - wide_BTV.amax(-1, keepdim=True)).exp()
     mass_BTV = weights_BTV.cumsum(-1)
-    draw_BT = uniform(seed, image_ids_B, position, tokens)
+    draw_BT = uniform(int(seed), image_ids_B, position, tokens)
     target_BT1 = draw_BT.unsqueeze(-1) * mass_BTV[..., -1:]
     token_BT = torch.searchsorted(mass_BTV, target_BT1, right=True).squeeze(-1)
     # u * total may round up to the total: then the last kept entry is meant.
