@@ -21,7 +21,6 @@ from torch import Tensor
 from variant.bench import original, plain_loop
 from variant.bench.alternate import Call, Samples, Took, alternate, quartiles, ratios
 from variant.bench.gemms import GemmsAlone
-from variant.bench.models import no_pictures
 from variant.bench.work import attention_flop, ceiling, linear_flop
 from variant.engine import Engine
 from variant.sampling import Generation, Stats
@@ -122,8 +121,6 @@ class Contest:
     def __init__(self, var: VAR, vae: VQVAE, setting: Setting) -> None:
         self.var, self.vae, self.setting = var, vae, setting
         self.engine = Engine(var, vae, dtype=setting.dtype)
-        # On this object only: an empty picture at once, so that generations end with the tokens.
-        self.engine._decode = no_pictures
         self.labels_B = torch.arange(setting.batch) % var.config.num_classes
         self.seed = 0
         self.stats: dict[int, Stats] = {}
@@ -148,6 +145,7 @@ class Contest:
     def _generate(self, depth: int, **options: Any) -> Generation:
         return self.engine.generate(
             self.labels_B,
+            decode=False,
             depth=depth,
             bridge=self.setting.bridge,
             max_batch=self.setting.batch,

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from variant.bench import original, plain_loop
-from variant.bench.models import build, configs, no_pictures
+from variant.bench.models import build, configs
 from variant.engine import Engine
 from variant.errors import UserError
 
@@ -97,10 +97,14 @@ def run(job: Job) -> dict[str, int]:
     if job.who == "ours":
         engine = Engine(var, vae, dtype=getattr(torch, job.dtype))
         loaded = resident("VmRSS")
-        if not job.decoder:
-            engine._decode = no_pictures
         engine.generate(
-            labels_B, depth=job.depth, bridge=job.bridge, seed=0, max_batch=job.batch, **filters
+            labels_B,
+            depth=job.depth,
+            bridge=job.bridge,
+            seed=0,
+            max_batch=job.batch,
+            decode=job.decoder,
+            **filters,
         )
     else:
         loaded = resident("VmRSS")

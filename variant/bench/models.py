@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from variant.checkpoint import configs_in
 from variant.config import VARConfig, VQVAEConfig
@@ -13,7 +12,6 @@ from variant.presets import VAR_PRESETS, vqvae_of
 from variant.supernet import VARiant, locate
 from variant.transformer import VAR
 from variant.vqvae import VQVAE
-from variant.weights import EngineWeights
 
 
 def is_preset(name: str) -> bool:
@@ -40,8 +38,3 @@ def build(name: str) -> tuple[VAR, VQVAE]:
         with torch.no_grad():
             var.head.weight.mul_(100)
     return var.eval().requires_grad_(False), vae.eval().requires_grad_(False)
-
-
-def no_pictures(weights: EngineWeights, f_hat: Tensor) -> Tensor:
-    """Takes the place of an engine's decoder where only the tokens are to be timed."""
-    return f_hat.new_zeros(len(f_hat), 3, 1, 1)
