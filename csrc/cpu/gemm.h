@@ -16,6 +16,8 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kRows = 6, kVectors = 4;  // 24 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int kRows = 6, kVectors = 2;  // 12 accumulators of 16 registers
 #else
 constexpr int kRows = 4, kVectors = 2;  // 8 accumulators of 16 registers
 #endif

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -18,6 +18,8 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
@@ -86,6 +88,15 @@ inline VecU widen_lanes(VecU16 x) {
 inline VecU16 narrow_lanes(VecU x) {
   return (VecU16)_mm512_maskz_cvtepi32_epi16(kAllLanes, (__m512i)x);
 }
+#elif defined(__AVX2__)
+inline VecU widen_lanes(VecU16 x) { return (VecU)_mm256_cvtepu16_epi32((__m128i)x); }
+inline VecU16 narrow_lanes(VecU x) {
+  // Packing works in halves of the register: their results are 64 bits apart. The values fit 16
+  // bits once masked, so saturation changes none.
+  const __m256i low = (__m256i)(x & 0xffff);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+  return (VecU16)_mm256_castsi256_si128(packed);
+}
 #else
 inline VecU widen_lanes(VecU16 x) { return __builtin_convertvector(x, VecU); }
 inline VecU16 narrow_lanes(VecU x) { return __builtin_convertvector(x, VecU16); }
@@ -133,18 +144,27 @@ inline VecF zero_beyond(VecF x, Tail tail) {
   return (VecF)_mm512_maskz_mov_ps(lane_mask(tail), (__m512)x);
 }
 #else
+#if defined(__AVX2__)
+inline VecF load(const float* p, Tail tail) {
+  return (VecF)_mm256_maskload_ps(p, (__m256i)(lane_index() < tail.count));
+}
+inline void store(float* p, VecF x, Tail tail) {
+  _mm256_maskstore_ps(p, (__m256i)(lane_index() < tail.count), (__m256)x);
+}
+#else
 inline VecF load(const float* p, Tail tail) {
   VecF x = {};
   for (int i = 0; i < tail.count; ++i) x[i] = p[i];
   return x;
 }
+inline void store(float* p, VecF x, Tail tail) {
+  for (int i = 0; i < tail.count; ++i) p[i] = x[i];
+}
+#endif
 inline VecF load(const BF16* p, Tail tail) {
   VecF x = {};
   for (int i = 0; i < tail.count; ++i) x[i] = to_float(p[i]);
   return x;
-}
-inline void store(float* p, VecF x, Tail tail) {
-  for (int i = 0; i < tail.count; ++i) p[i] = x[i];
 }
 inline void store(BF16* p, VecF x, Tail tail) {
   for (int i = 0; i < tail.count; ++i) p[i] = from_float<BF16>(x[i]);

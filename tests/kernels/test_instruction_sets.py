@@ -1,0 +1,38 @@
+"""Every instruction set that this machine supports passes the kernels' own tests.
+
+The choice is made once per process, so each runs in one of its own; the tests around this file
+exercise the one that is chosen by default.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from variant_kernels.cpu_ops.common import build_info
+
+FOLDER = Path(__file__).parent
+# What computes: registration and argument checks do not depend on the instruction set.
+STEMS = ("adaln", "block_causal_attention", "paged_attention", "qk_norm", "sample_tokens")
+SELECTED = "cpu and not opcheck and not instruction_set"
+
+
+@pytest.mark.parametrize("isa", build_info()["isas_built"])
+def test_kernels_are_right_with_every_instruction_set(isa):
+    info = build_info()
+    if isa not in info["isas_supported"]:
+        pytest.skip(f"this machine lacks {isa}")
+    if isa == info["isa"]:
+        pytest.skip(f"{isa} is in use: the other tests exercise it")
+    files = [str(FOLDER / f"test_{stem}.py") for stem in (*STEMS, "cpu_launchers")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SELECTED]
+    ran = subprocess.run(
+        [*command, *files],
+        env={**os.environ, "VARIANT_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
