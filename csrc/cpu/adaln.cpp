@@ -2,6 +2,7 @@
 #include "../include/adaln.h"
 
 #include "parallel.h"
+#include "row_pass.h"
 #include "simd.h"
 
 namespace variant::VARIANT_ISA_NAMESPACE {
@@ -16,70 +17,164 @@ struct Statistics {
   float mean, rstd;
 };
 
-// Two passes: the one-pass form E[x^2] - E[x]^2 cancels when the mean is large.
-template <class TX>
-inline Statistics row_statistics(const TX* x, int64_t width, float eps) {
-  VecF sum = {};
-  for_vectors(width, [&](int64_t c, auto lanes) { sum += load(x + c, lanes); });
-  const float mean = sum_lanes(sum) / static_cast<float>(width);
-  VecF squares = {};
-  for_vectors(width, [&](int64_t c, auto lanes) {
-    const VecF centred = zero_beyond(load(x + c, lanes) - mean, lanes);
-    squares += centred * centred;
-  });
-  const float variance = sum_lanes(squares) / static_cast<float>(width);
-  return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
+// Mean and variance of a row in one pass: get(column, lanes) is called once for every place. Blocks
+// of eight vectors stay in registers while their own two passes are made; blocks, then lanes, then
+// the rest of the row are combined as Chan, Golub and LeVeque do (Stanford STAN-CS-79-773). The
+// form E[x^2] - E[x]^2 would cancel where the mean is large.
+template <class Order, class Get>
+inline Statistics row_statistics(int64_t width, float eps, const Get& get) {
+  constexpr int64_t kBlock = 8 * kLanes;
+  const int64_t blocks = width / kBlock, whole = blocks * kBlock;
+  Pair mean = {}, squares = {};  // of every lane; the squares around its mean
+  for (int64_t i = 0; i < blocks; ++i) {
+    Pair x[4];
+    for (int j = 0; j < 4; ++j) x[j] = get(i * kBlock + j * 2 * kLanes, Both<Order>{});
+    const Pair block_mean = ((x[0] + x[1]) + (x[2] + x[3])) * 0.25f;
+    for (int j = 0; j < 4; ++j) {
+      const Pair centred = x[j] - block_mean;
+      squares = squares + centred * centred;
+    }
+    const Pair delta = block_mean - mean;
+    const float share = 1.0f / static_cast<float>(i + 1);
+    mean = mean + delta * share;
+    squares = squares + delta * delta * (4.0f * static_cast<float>(i) * share);
+  }
+  float row_mean = total(mean) / (2 * kLanes);
+  const Pair apart = mean - row_mean;
+  float row_squares = total(squares) + 4.0f * static_cast<float>(blocks) * total(apart * apart);
+  if (whole < width) {
+    float rest[kBlock];
+    for_pairs<Order>(width - whole,
+                     [&](int64_t c, auto lanes) { store(rest + c, get(whole + c, lanes), lanes); });
+    Pair sum = {}, rest_squares = {};
+    for_pairs<InOrder>(width - whole,
+                       [&](int64_t c, auto lanes) { add_to(sum, load(rest + c, lanes)); });
+    const float count = static_cast<float>(width - whole), n = static_cast<float>(width);
+    const float rest_mean = total(sum) / count;
+    for_pairs<InOrder>(width - whole, [&](int64_t c, auto lanes) {
+      const auto centred = zero_beyond(load(rest + c, lanes) - rest_mean, lanes);
+      add_to(rest_squares, centred * centred);
+    });
+    const float delta = rest_mean - row_mean;
+    row_mean += delta * (count / n);
+    row_squares += total(rest_squares) + delta * delta * (count / n) * static_cast<float>(whole);
+  }
+  return {row_mean, 1.0f / __builtin_sqrtf(row_squares / static_cast<float>(width) + eps)};
 }
 
-template <class TX, class T>
-inline void modulate_row(const TX* x, const T* scale, const T* shift, T* y, int64_t width,
-                         Statistics stats) {
-  for_vectors(width, [&](int64_t c, auto lanes) {
-    const VecF xhat = (load(x + c, lanes) - stats.mean) * stats.rstd;
-    store(y + c, xhat * (1.0f + load(scale + c, lanes)) + load(shift + c, lanes), lanes);
+// One thread's memory: a row between its passes, and the rows of the image at work, widened.
+struct RowScratch {
+  void* row;
+  float *gain, *shift;
+
+  static int64_t count(int64_t width) { return 3 * round_up(width, 16); }
+  RowScratch(float* at, int64_t width) {
+    const int64_t n = round_up(width, 16);
+    row = at;
+    gain = at + n;
+    shift = at + 2 * n;
+  }
+};
+
+// gain = 1 + scale, and shift, as float32 in the order of the passes.
+template <class Order, class T>
+inline void widen_modulation(const T* scale, const T* shift, int64_t width, const RowScratch& s) {
+  for_pairs<Order>(width, [&](int64_t c, auto lanes) {
+    store(s.gain + c, 1.0f + load(scale + c, lanes), lanes);
+    store(s.shift + c, load(shift + c, lanes), lanes);
+  });
+}
+
+// y = xhat * gain + shift. fetch(column) brings in the next row meanwhile.
+template <class Order, bool kStream, class TX, class T, class Fetch>
+inline void modulate_row(const TX* x, Statistics stats, const RowScratch& s, int64_t width, T* y,
+                         const Fetch& fetch) {
+  for_pairs<Order>(width, [&](int64_t c, auto lanes) {
+    fetch(c);
+    const auto xhat = (load(x + c, lanes) - stats.mean) * stats.rstd;
+    put<kStream>(y + c, xhat * load(s.gain + c, lanes) + load(s.shift + c, lanes), lanes);
+  });
+}
+
+// f(row, its b, its t, the row after it in this piece or itself, the thread's scratch)
+template <class Order, class T, class Args, class F>
+void for_rows(const Args& a, const F& f) {
+  const int64_t rows = a.batch * a.tokens, per_thread = RowScratch::count(a.width);
+  const int64_t pieces = (rows + kRowsPerPiece - 1) / kRowsPerPiece;
+  const int64_t threads = min_of(pieces, threads_for(a.num_threads, rows * a.width));
+  Scratch<float> scratch(threads * per_thread);
+  parallel_for(static_cast<int>(threads), pieces, [&](int64_t piece, int thread) {
+    const RowScratch memory(scratch.get() + thread * per_thread, a.width);
+    const int64_t begin = piece * kRowsPerPiece, end = min_of(rows, begin + kRowsPerPiece);
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t b = r / a.tokens, t = r % a.tokens;
+      if (r == begin || t == 0) {
+        widen_modulation<Order>(row<T>(a.scale, b), row<T>(a.shift, b), a.width, memory);
+      }
+      f(r, b, t, min_of(r + 1, end - 1), memory);
+    }
+    end_streams();
+  });
+}
+
+template <class TX, class T, bool kStream>
+void forward_rows(const AdaLNForwardArgs& a) {
+  using Order = typename OrderOf<TX>::Type;
+  for_rows<Order, T>(a, [&](int64_t r, int64_t b, int64_t t, int64_t next, const RowScratch& s) {
+    const TX* x = row<TX>(a.x, b, t);
+    const TX* x_next = row<TX>(a.x, next / a.tokens, next % a.tokens);
+    const Statistics stats = row_statistics<Order>(
+        a.width, a.eps, [&](int64_t c, auto lanes) { return load(x + c, lanes); });
+    modulate_row<Order, kStream>(x, stats, s, a.width, static_cast<T*>(a.y) + r * a.width,
+                                 [&](int64_t c) { prefetch_pair(x_next + c); });
+    a.mean[r] = stats.mean;
+    a.rstd[r] = stats.rstd;
   });
 }
 
 template <class TX, class T>
 void forward(const AdaLNForwardArgs& a) {
-  const int64_t rows = a.batch * a.tokens;
-  const int64_t pieces = (rows + kRowsPerPiece - 1) / kRowsPerPiece;
-  parallel_for(threads_for(a.num_threads, rows * a.width), pieces, [&](int64_t piece, int) {
-    const int64_t end = min_of(rows, (piece + 1) * kRowsPerPiece);
-    for (int64_t r = piece * kRowsPerPiece; r < end; ++r) {
-      const int64_t b = r / a.tokens, t = r % a.tokens;
-      const TX* x = row<TX>(a.x, b, t);
-      const Statistics stats = row_statistics(x, a.width, a.eps);
-      modulate_row(x, row<T>(a.scale, b), row<T>(a.shift, b), static_cast<T*>(a.y) + r * a.width,
-                   a.width, stats);
-      a.mean[r] = stats.mean;
-      a.rstd[r] = stats.rstd;
-    }
+  streams(a.y, a.batch * a.tokens, a.width * static_cast<int64_t>(sizeof(T)))
+      ? forward_rows<TX, T, true>(a)
+      : forward_rows<TX, T, false>(a);
+}
+
+template <class TX, class T, bool kStream>
+void gated_forward_rows(const GatedAdaLNForwardArgs& a) {
+  using Order = typename OrderOf<TX>::Type;
+  for_rows<Order, T>(a, [&](int64_t r, int64_t b, int64_t t, int64_t next, const RowScratch& s) {
+    const TX* x = row<TX>(a.x, b, t);
+    const T* y = row<T>(a.y, b, t);
+    const T* gate = row<T>(a.gate, b);
+    TX* x_out = static_cast<TX*>(a.x_out) + r * a.width;
+    // A streamed row cannot be read back from cache.
+    TX* kept = kStream ? static_cast<TX*>(s.row) : x_out;
+    const Statistics stats = row_statistics<Order>(a.width, a.eps, [&](int64_t c, auto lanes) {
+      const auto moved = load(x + c, lanes) + load(gate + c, lanes) * load(y + c, lanes);
+      if constexpr (kStream) stream(x_out + c, moved, lanes);
+      store(kept + c, moved, lanes);
+      return rounded(x_out, moved, lanes);
+    });
+    const TX* x_next = row<TX>(a.x, next / a.tokens, next % a.tokens);
+    const T* y_next = row<T>(a.y, next / a.tokens, next % a.tokens);
+    modulate_row<Order, kStream>(kept, stats, s, a.width, static_cast<T*>(a.h) + r * a.width,
+                                 [&](int64_t c) {
+                                   prefetch_pair(x_next + c);
+                                   prefetch_pair(y_next + c);
+                                 });
+    a.mean[r] = stats.mean;
+    a.rstd[r] = stats.rstd;
   });
 }
 
 template <class TX, class T>
 void gated_forward(const GatedAdaLNForwardArgs& a) {
   const int64_t rows = a.batch * a.tokens;
-  const int64_t pieces = (rows + kRowsPerPiece - 1) / kRowsPerPiece;
-  parallel_for(threads_for(a.num_threads, rows * a.width), pieces, [&](int64_t piece, int) {
-    const int64_t end = min_of(rows, (piece + 1) * kRowsPerPiece);
-    for (int64_t r = piece * kRowsPerPiece; r < end; ++r) {
-      const int64_t b = r / a.tokens, t = r % a.tokens;
-      const TX* x = row<TX>(a.x, b, t);
-      const T* y = row<T>(a.y, b, t);
-      const T* gate = row<T>(a.gate, b);
-      TX* x_out = static_cast<TX*>(a.x_out) + r * a.width;
-      for_vectors(a.width, [&](int64_t c, auto lanes) {
-        store(x_out + c, load(x + c, lanes) + load(gate + c, lanes) * load(y + c, lanes), lanes);
-      });
-      const Statistics stats = row_statistics(x_out, a.width, a.eps);
-      modulate_row(x_out, row<T>(a.scale, b), row<T>(a.shift, b),
-                   static_cast<T*>(a.h) + r * a.width, a.width, stats);
-      a.mean[r] = stats.mean;
-      a.rstd[r] = stats.rstd;
-    }
-  });
+  const int64_t x_bytes = a.width * static_cast<int64_t>(sizeof(TX));
+  const int64_t h_bytes = a.width * static_cast<int64_t>(sizeof(T));
+  streams(a.x_out, rows, x_bytes) && streams(a.h, rows, h_bytes)
+      ? gated_forward_rows<TX, T, true>(a)
+      : gated_forward_rows<TX, T, false>(a);
 }
 
 // The gradient with respect to the normalised row's input:

@@ -3,39 +3,49 @@
 #include "../include/append_paged_kv.h"
 
 #include "parallel.h"
+#include "row_pass.h"
 
 namespace variant::VARIANT_ISA_NAMESPACE {
+namespace {
 
-void append_paged_kv(const AppendPagedKvArgs& a) {
-  const int64_t bytes = a.element_bytes, row_bytes = a.head_dim * bytes;
-  const auto copy = [&](const HeadView& from, void* pages, int64_t page_stride, int64_t slot_stride,
-                        int64_t head_stride, int64_t b, int64_t t, int64_t slot) {
-    const char* source = static_cast<const char*>(from.data) +
-                         (b * from.batch_stride + t * from.token_stride) * bytes;
-    char* target = static_cast<char*>(pages) +
-                   (slot / a.page_size * page_stride + slot % a.page_size * slot_stride) * bytes;
-    if (from.head_stride == a.head_dim && head_stride == a.head_dim) {
-      __builtin_memcpy(target, source, a.heads * row_bytes);
-      return;
-    }
-    for (int64_t h = 0; h < a.heads; ++h) {
-      __builtin_memcpy(target + h * head_stride * bytes, source + h * from.head_stride * bytes,
-                       row_bytes);
-    }
-  };
+constexpr int64_t kTokensPerPiece = 16;
+
+// T only stands for its size: nothing is computed.
+template <class T, bool kStream>
+void append_rows(const AppendPagedKvArgs& a) {
   const int64_t rows = a.batch * a.tokens;
-  constexpr int64_t kRowsPerPiece = 16;
-  const int64_t pieces = (rows + kRowsPerPiece - 1) / kRowsPerPiece;
+  const int64_t pieces = (rows + kTokensPerPiece - 1) / kTokensPerPiece;
   const int threads = threads_for(a.num_threads, rows * a.heads * a.head_dim);
   parallel_for(threads, pieces, [&](int64_t piece, int) {
-    const int64_t end = min_of(rows, (piece + 1) * kRowsPerPiece);
-    for (int64_t r = piece * kRowsPerPiece; r < end; ++r) {
+    const int64_t end = min_of(rows, (piece + 1) * kTokensPerPiece);
+    for (int64_t r = piece * kTokensPerPiece; r < end; ++r) {
       const int64_t slot = a.slots[r], b = r / a.tokens, t = r % a.tokens;
       if (slot < 0) continue;
-      copy(a.k, a.k_pages, a.k_page_stride, a.k_slot_stride, a.k_head_stride, b, t, slot);
-      copy(a.v, a.v_pages, a.v_page_stride, a.v_slot_stride, a.v_head_stride, b, t, slot);
+      const int64_t next = min_of(r + 1, end - 1), nb = next / a.tokens, nt = next % a.tokens;
+      const int64_t page = slot / a.page_size, offset = slot % a.page_size;
+      T* k_slot = static_cast<T*>(a.k_pages) + page * a.k_page_stride + offset * a.k_slot_stride;
+      T* v_slot = static_cast<T*>(a.v_pages) + page * a.v_page_stride + offset * a.v_slot_stride;
+      copy_heads<kStream>(Heads<const T>{row<T>(a.k, b, t, 0), a.k.head_stride},
+                          Heads<T>{k_slot, a.k_head_stride}, row<T>(a.k, nb, nt, 0), a.heads,
+                          a.head_dim);
+      copy_heads<kStream>(Heads<const T>{row<T>(a.v, b, t, 0), a.v.head_stride},
+                          Heads<T>{v_slot, a.v_head_stride}, row<T>(a.v, nb, nt, 0), a.heads,
+                          a.head_dim);
     }
+    end_streams();
   });
+}
+
+template <class T>
+void append(const AppendPagedKvArgs& a) {
+  streams_to_pages(a, static_cast<int64_t>(sizeof(T))) ? append_rows<T, true>(a)
+                                                       : append_rows<T, false>(a);
+}
+
+}  // namespace
+
+void append_paged_kv(const AppendPagedKvArgs& a) {
+  a.element_bytes == 4 ? append<float>(a) : append<BF16>(a);
 }
 
 }  // namespace variant::VARIANT_ISA_NAMESPACE

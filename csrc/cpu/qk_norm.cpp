@@ -9,8 +9,8 @@ namespace {
 
 constexpr int64_t kTokensPerPiece = 16;
 
-template <class T>
-void forward(const QkNormForwardArgs& a) {
+template <class T, bool kStream>
+void forward_rows(const QkNormForwardArgs& a) {
   const int64_t rows = a.batch * a.tokens, width = a.head_dim;
   const int64_t pieces = (rows + kTokensPerPiece - 1) / kTokensPerPiece;
   Scratch<float> factors(a.heads);
@@ -19,14 +19,26 @@ void forward(const QkNormForwardArgs& a) {
   parallel_for(threads, pieces, [&](int64_t piece, int) {
     const int64_t end = min_of(rows, (piece + 1) * kTokensPerPiece);
     for (int64_t r = piece * kTokensPerPiece; r < end; ++r) {
-      const int64_t b = r / a.tokens, t = r % a.tokens;
-      const int64_t out = r * a.heads * width;
-      normalise_heads(row<T>(a.q, b, t, 0), a.q.head_stride, static_cast<T*>(a.q_out) + out, width,
-                      a.heads, width, factors.get());
-      normalise_heads(row<T>(a.k, b, t, 0), a.k.head_stride, static_cast<T*>(a.k_out) + out, width,
-                      a.heads, width, nullptr);
+      const int64_t b = r / a.tokens, t = r % a.tokens, out = r * a.heads * width;
+      const int64_t next = min_of(r + 1, end - 1), nb = next / a.tokens, nt = next % a.tokens;
+      normalise_heads<kStream>(Heads<const T>{row<T>(a.q, b, t, 0), a.q.head_stride},
+                               Heads<T>{static_cast<T*>(a.q_out) + out, width},
+                               row<T>(a.q, nb, nt, 0), a.heads, width, factors.get());
+      normalise_heads<kStream>(Heads<const T>{row<T>(a.k, b, t, 0), a.k.head_stride},
+                               Heads<T>{static_cast<T*>(a.k_out) + out, width},
+                               row<T>(a.k, nb, nt, 0), a.heads, width, nullptr);
     }
+    end_streams();
   });
+}
+
+template <class T>
+void forward(const QkNormForwardArgs& a) {
+  const int64_t rows = a.batch * a.tokens * a.heads;
+  const int64_t row_bytes = a.head_dim * static_cast<int64_t>(sizeof(T));
+  streams(a.q_out, rows, row_bytes) && streams(a.k_out, rows, row_bytes)
+      ? forward_rows<T, true>(a)
+      : forward_rows<T, false>(a);
 }
 
 // With u = x / |x|:  dx = factor * (g - u * (g . u)) / |x|. Where the norm was clamped to eps the

@@ -3,6 +3,7 @@
 
 #include "../include/qk_norm.h"
 #include "parallel.h"
+#include "row_pass.h"
 #include "simd.h"
 
 namespace variant::VARIANT_ISA_NAMESPACE {
@@ -19,53 +20,71 @@ inline void query_factors(const float* scale_mul, int64_t heads, float* factors)
 
 template <class T>
 inline float norm_of(const T* x, int64_t width) {
-  VecF squares = {};
-  for_vectors(width, [&](int64_t d, auto lanes) {
-    const VecF value = load(x + d, lanes);
-    squares += value * value;
+  Pair squares = {};
+  for_pairs<typename OrderOf<T>::Type>(width, [&](int64_t d, auto lanes) {
+    const auto value = load(x + d, lanes);
+    add_to(squares, value * value);
   });
-  return __builtin_sqrtf(sum_lanes(squares));
+  return __builtin_sqrtf(total(squares));
 }
 
 // Written so that a NaN norm stays NaN.
 inline float divisor_of(float norm) { return norm < kQkNormEps ? kQkNormEps : norm; }
 
-// y = x / max(|x|, eps) * factor. float32 is divided, not multiplied by a reciprocal: unit vectors
-// keep their last bit. bfloat16 rounds far above that.
+// x / divisor * factor. float32 is divided, not multiplied by a reciprocal: unit vectors keep their
+// last bit. bfloat16 rounds far above that; factor / divisor is at most 1e14 and cannot overflow.
 template <class T>
+struct Scaling;
+template <>
+struct Scaling<float> {
+  float divisor, factor;
+  template <class X>
+  X operator()(X x) const {
+    return x / divisor * factor;
+  }
+};
+template <>
+struct Scaling<BF16> {
+  float multiplier;
+  explicit Scaling(float divisor, float factor) : multiplier(factor / divisor) {}
+  template <class X>
+  X operator()(X x) const {
+    return x * multiplier;
+  }
+};
+
+// y = x / max(|x|, eps) * factor
+template <bool kStream, class T>
 inline void normalise_row(const T* x, T* y, int64_t width, float factor) {
-  const float divisor = divisor_of(norm_of(x, width));
-  if constexpr (sizeof(T) == 2) {
-    // factor / divisor is at most 1e14: it cannot overflow, and zero rows stay zero.
-    const float multiplier = factor / divisor;
-    for_vectors(width, [&](int64_t d, auto lanes) {
-      store(y + d, load(x + d, lanes) * multiplier, lanes);
-    });
-  } else {
-    for_vectors(width, [&](int64_t d, auto lanes) {
-      store(y + d, load(x + d, lanes) / divisor * factor, lanes);
-    });
-  }
-}
-
-// Every head of one token; factors null: 1.
-template <class T>
-inline void normalise_heads(const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t heads,
-                            int64_t width, const float* factors) {
-  for (int64_t h = 0; h < heads; ++h) {
-    normalise_row(x + h * x_stride, y + h * y_stride, width, factors ? factors[h] : 1.0f);
-  }
-}
-
-template <class T>
-inline void copy_heads(const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t heads,
-                       int64_t width) {
-  if (x_stride == width && y_stride == width) {
-    __builtin_memcpy(y, x, heads * width * sizeof(T));
+  using Order = typename OrderOf<T>::Type;
+  if (width == 64) {
+    // The usual width: the row stays in registers.
+    constexpr int kPairs = 64 / (2 * kLanes);
+    Pair row[kPairs], squares = {};
+    for (int i = 0; i < kPairs; ++i) {
+      row[i] = load(x + i * 2 * kLanes, Both<Order>{});
+      squares = squares + row[i] * row[i];
+    }
+    const Scaling<T> scaled{divisor_of(__builtin_sqrtf(total(squares))), factor};
+    for (int i = 0; i < kPairs; ++i) {
+      put<kStream>(y + i * 2 * kLanes, scaled(row[i]), Both<Order>{});
+    }
     return;
   }
+  const Scaling<T> scaled{divisor_of(norm_of(x, width)), factor};
+  for_pairs<Order>(width, [&](int64_t d, auto lanes) {
+    put<kStream>(y + d, scaled(load(x + d, lanes)), lanes);
+  });
+}
+
+// Every head of one token; factors null: 1. `next`: where the same heads of the token after it lie.
+template <bool kStream, class T>
+inline void normalise_heads(Heads<const T> x, Heads<T> y, const T* next, int64_t heads,
+                            int64_t width, const float* factors) {
   for (int64_t h = 0; h < heads; ++h) {
-    __builtin_memcpy(y + h * y_stride, x + h * x_stride, width * sizeof(T));
+    prefetch_bytes(next + h * x.stride, width * static_cast<int64_t>(sizeof(T)));
+    normalise_row<kStream>(x.data + h * x.stride, y.data + h * y.stride, width,
+                           factors ? factors[h] : 1.0f);
   }
 }
 

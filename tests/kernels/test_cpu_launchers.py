@@ -19,6 +19,7 @@ from variant_kernels.cpu_ops.adaln import (
     launch_gated_adaln_backward,
     launch_gated_adaln_forward,
 )
+from variant_kernels.cpu_ops.append_paged_kv import launch_append_paged_kv
 from variant_kernels.cpu_ops.block_causal_attention import (
     launch_block_causal_attention_backward,
     launch_block_causal_attention_forward,
@@ -161,6 +162,57 @@ def test_thread_count_changes_no_bit(run, dtype):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def large_adaln(x_BTC: torch.Tensor, y_BTC: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    gate_BC, scale_BC, shift_BC = random(1, 3, x_BTC.shape[-1], dtype=y_BTC.dtype).unbind(1)
+    rows = {"scale_BC": scale_BC, "shift_BC": shift_BC, "eps": 1e-6}
+    return (
+        *launch_adaln_forward(x_BTC=x_BTC, **rows),
+        *launch_gated_adaln_forward(x_BTC=x_BTC, y_BTC=y_BTC, gate_BC=gate_BC, **rows),
+    )
+
+
+def large_heads(x_BTC: torch.Tensor, y_BTC: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    x, y = (a.to(y_BTC.dtype).unflatten(-1, (-1, 64)) for a in (x_BTC, y_BTC))
+    pages = torch.full((4, x.shape[1], 1, *x.shape[2:]), -1.0, dtype=x.dtype)
+    slots_BT = torch.arange(x.shape[1]).view(1, -1)
+    scale_mul_1H11 = random(1, x.shape[2], 1, 1)
+    launch_append_paged_kv(
+        k_BTHD=x, v_BTHD=y, k_pages_PNHD=pages[0], v_pages_PNHD=pages[1], slots_BT=slots_BT
+    )
+    q_BTHD = launch_qk_norm_append_paged_kv(
+        qkv_BT3HD=torch.stack((x, y, x), 2),
+        scale_mul_1H11=scale_mul_1H11,
+        k_pages_PNHD=pages[2],
+        v_pages_PNHD=pages[3],
+        slots_BT=slots_BT,
+    )
+    q_k = launch_qk_norm_forward(q_BTHD=x, k_BTHD=y, scale_mul_1H11=scale_mul_1H11)
+    return *(page.view(x.shape) for page in pages), q_BTHD, *q_k
+
+
+@pytest.mark.parametrize(
+    ("stream", "dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("launch", [large_adaln, large_heads])
+def test_a_result_larger_than_the_cache_is_that_of_its_parts(launch, stream, dtype):
+    # 34 MiB in the narrower dtype: stores go around the cache.
+    width = 1024 * 4 // dtype.itemsize
+    x_BTC = random(1, 8704, width, dtype=stream)
+    y_BTC = random(1, 8704, width + 8, dtype=dtype)[..., :width]
+    whole = launch(x_BTC, y_BTC)
+    first = launch(x_BTC[:, :5000], y_BTC[:, :5000])
+    rest = launch(x_BTC[:, 5000:], y_BTC[:, 5000:])
+    for a, b, c in zip(whole, first, rest, strict=True):
+        assert torch.equal(a[:, :5000], b)
+        assert torch.equal(a[:, 5000:], c)
 
 
 def test_tokens_do_not_depend_on_the_rest_of_the_batch():
