@@ -4,15 +4,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 JOBS ?= 2
+RESULTS ?= benchmarks/results
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: help setup generate test test-python test-cpp lint clean
+.PHONY: help setup generate test test-python test-cpp bench bench-report lint clean
 
 help:
 	@echo "make setup     create $(VENV) with the package (editable) and its development tools"
 	@echo "make generate  paint digits at every depth into out/digits.png"
 	@echo "make test      C++ tests under sanitizers, then the Python tests"
+	@echo "make bench     every kernel beside its peers, then the engine; results under $(RESULTS)"
 	@echo "make lint      ruff, clang-format and the type checker"
 	@echo "make clean     remove what the above made (not $(VENV))"
 
@@ -54,6 +56,18 @@ test-cpp: setup
 test-python: setup
 	@echo "== Python tests"
 	$(BIN)/python -m pytest
+
+# The machine must be idle: about a quarter of an hour on two cores.
+bench: setup
+	@echo "== kernels beside their peers"
+	@mkdir -p $(RESULTS)
+	$(BIN)/python -m pytest benchmarks --benchmark-json=$(RESULTS)/kernels-$$($(BIN)/python -m variant.bench.environment).json --benchmark-columns=median,iqr,rounds
+	@echo "== the engine, digits"
+	$(BIN)/variant bench --model digits --batch 1 8 --dtype float32 bfloat16 --runs 15 --decoder --json $(RESULTS)/engine-digits-$$($(BIN)/python -m variant.bench.environment).json
+	@$(MAKE) --no-print-directory bench-report
+
+bench-report: setup
+	$(BIN)/python -m benchmarks.report $(RESULTS)/*-$$($(BIN)/python -m variant.bench.environment).json --out out/report
 
 lint: setup
 	@echo "== ruff"

@@ -17,14 +17,14 @@ from variant_kernels.ops.adaln import ADALN_IMPLS, GATED_IMPLS
 EPS = 1e-6
 PEERS = ("cpu", "op", "reference", "eager", "compiled")
 WIDTHS = {"d16": 1024, "d30": 1920}
-# The engine's own sizes lie in the cache; "stream" is at least four times the last one.
-SIZES = {"1": 1, "256": 256, "stream": None}
+# The engine's own sizes lie in the cache; "large" is at least four times the last one.
+SIZES = {"tokens1": 1, "tokens256": 256, "large": None}
 CASES = [
     Case(
-        f"{model}-tokens-{size}-stream-{stream}-rows-{rows}",
+        f"{model}-{size}-stream-{stream}-rows-{rows}",
         rows,
         {"width": width, "tokens": tokens, "stream": stream},
-        quick=model == "d16" and size == "1",
+        quick=model == "d16" and tokens == 1,
     )
     for model, width in WIDTHS.items()
     for size, tokens in SIZES.items()

@@ -18,13 +18,13 @@ from variant_kernels.ops.qk_norm_append_paged_kv import FUSED_IMPLS
 OP = "qk_norm_append_paged_kv"
 HEAD_DIM, PAGE_SIZE = 64, 16
 PEERS = ("cpu", "op", "two-ops", "reference", "eager")
-SIZES = {"1": 1, "256": 256, "stream": None}
+SIZES = {"tokens1": 1, "tokens256": 256, "large": None}
 CASES = [
     Case(
-        f"{model}-tokens-{size}-{dtype}",
+        f"{model}-{size}-{dtype}",
         dtype,
         {"heads": heads, "tokens": tokens},
-        quick=model == "d16" and size == "1",
+        quick=model == "d16" and tokens == 1,
     )
     for model, heads in (("d16", 16), ("d30", 30))
     for size, tokens in SIZES.items()

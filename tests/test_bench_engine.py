@@ -126,9 +126,9 @@ def test_environment_names_machine_versions_and_commit():
     assert {"commit", "dirty", "cpu", "cores", "caches", "triton", "gpu", "gpu_driver"} <= set(
         found
     )
-    assert machine_slug({**found, "cpu": "A (TM) 3.5", "threads": 2, "gpu": None}) == (
-        "a-tm-3-5-2-threads"
-    )
+    machine = {**found, "cpu": "A (TM) 3.5", "isa": "avx2", "threads": 2, "gpu": None}
+    assert machine_slug(machine) == "a-tm-3-5-avx2-2-threads"
+    assert machine_slug({**machine, "gpu": "NVIDIA H100"}) == "nvidia-h100"
 
 
 def test_a_forced_instruction_set_is_part_of_the_command(monkeypatch):

@@ -1,4 +1,7 @@
-"""Where a number was measured: machine, versions, commit and command, for every result file."""
+"""Where a number was measured: machine, versions, commit and command, for every result file.
+
+``python -m variant.bench.environment`` prints the machine's name as result files carry it.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +49,8 @@ def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def machine_slug(found: dict[str, Any]) -> str:
-    """A file name for a machine's results: ``amd-epyc-2-threads``; a GPU's name goes first."""
-    words = f"{found.get('gpu') or found['cpu']} {found['threads']} threads"
+    """A file name for a machine's results: ``amd-epyc-avx512-2-threads``, or its GPU's name."""
+    words = found["gpu"] or f"{found['cpu']} {found['isa']} {found['threads']} threads"
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
@@ -138,3 +141,7 @@ def _gpu() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(),
         "gpu_driver": driver.splitlines()[0] if driver else None,
     }
+
+
+if __name__ == "__main__":
+    print(machine_slug(environment()))

@@ -69,7 +69,7 @@ def bench(command: Bench) -> None:
         "weights": "random" if is_preset(command.model) else "trained",
         "bridge": command.bridge if command.bridge is not None else var.config.bridge,
         "sampling": {"cfg": command.cfg, "top_k": command.top_k, "top_p": command.top_p},
-        "environment": environment(),
+        "environment": environment(["variant", *sys.argv[1:]]),
         "rows": [],
         "logits": [],
         "decoder": [],

@@ -1,0 +1,232 @@
+"""Result files to one Markdown page with pictures.
+
+    python -m benchmarks.report RESULT.json ... --out FOLDER
+
+Takes results of ``pytest benchmarks --benchmark-json`` and of ``variant bench --json``.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from benchmarks.plots import draw, groups
+from benchmarks.reading import ENGINE, Result, read_all
+from variant.checkpoint import replacing
+from variant.errors import UserError
+
+PAGE = "report.md"
+
+
+@dataclass
+class Options:
+    """One Markdown page and its pictures from result files.
+
+    Example: python -m benchmarks.report benchmarks/results/*.json --out out/report
+    """
+
+    results: tyro.conf.Positional[tuple[Path, ...]]
+    """Result files of either kind, or folders of them."""
+    out: Path = Path("out/report")
+    """Folder for report.md and the pictures."""
+
+
+def page(results: list[Result], folder: Path) -> str:
+    """Draw the pictures into ``folder`` and return the page that shows them."""
+    lines = ["# Benchmarks", ""]
+    for result in results:
+        lines += [f"## {result.name}", "", *_environment(result), ""]
+        if result.kind == ENGINE:
+            lines += _engine(result.data)
+        else:
+            lines += _kernels(result.data)
+        for caption, file in draw(
+            result.data, "engine" if result.kind == ENGINE else "kernels", folder, result.name
+        ):
+            lines += [f"![{caption}]({file.name})", ""]
+    return "\n".join(lines)
+
+
+def table(columns: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table and an empty line."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size or unit == "us":
+            value = seconds / size
+            return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {unit}"
+    raise AssertionError
+
+
+# --- parts of the page --------------------------------------------------------------------------
+
+
+def _environment(result: Result) -> list[str]:
+    found = result.environment
+    caches = ", ".join(f"{name} {size}" for name, size in found["caches"].items())
+    commit = (found["commit"] or "unknown")[:12] + (" with changes" if found["dirty"] else "")
+    lines = [
+        f"{found['cpu']}, {found['isa']}, {found['threads']} of {found['cores']} cores, {caches}, "
+        f"{found['memory_bytes'] / 2**30:.0f} GiB; {found['system']}, Python {found['python']}, "
+        f"torch {found['torch']}"
+        + (f"; {found['gpu']}, driver {found['gpu_driver']}" if found["gpu"] else "")
+        + f". Commit {commit}, {found['date'][:10]}.",
+        "",
+        f"`{found['command']}`",
+        "",
+    ]
+    limits = result.data["limits"]
+    for device, one in {"": limits}.items() if result.kind == ENGINE else limits.items():
+        start, drift = one["start"], one.get("drift")
+        rates = ", ".join(
+            f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in start["gemm"].items()
+        )
+        where = f" on {device}" if device else ""
+        lines.append(
+            f"Measured limits{where}: GEMM {rates}; copying {start['copy'] / 1e9:.1f} GB/s"
+            + (
+                f"; at the end {min(drift.values()):.2f} to {max(drift.values()):.2f} of that."
+                if drift
+                else "; the run was stopped before its end."
+            )
+        )  # fmt: skip
+    return lines
+
+
+def _engine(data: dict[str, Any]) -> list[str]:
+    sampling = data["sampling"]
+    lines = [
+        f"Whole generations of {data['model']} ({data['weights']} weights, bridge "
+        f"{data['bridge']}, cfg {sampling['cfg']}, top_k {sampling['top_k']}, top_p "
+        f"{sampling['top_p']}) without the VQ-VAE decoder; medians of runs that take turns. "
+        "An asterisk: the original runs every layer, it has no other depth.",
+        "",
+    ]
+    for (dtype, batch), rows in groups(data["rows"]).items():
+        peers = [peer["peer"] for peer in rows[0]["against"]]
+        columns = ["depth", "ours, ms per image", "quartiles"]
+        columns += [f"{peer}, ms (times ours)" for peer in peers]
+        columns += ["K/V allocated (plan)", "speed-up (ceiling)", "beyond the GEMMs"]
+        cells = []
+        for row in rows:
+            low, high = row["ms"]["quartiles"]
+            equal = row["kv_allocated_bytes"] == row["kv_planned_bytes"]
+            planned = "equal" if equal else f"NOT {row['kv_planned_bytes'] / 2**20:,.1f}"
+            cells.append([
+                str(row["depth"]),
+                f"{row['ms']['median']:,.1f}",
+                f"{low:,.1f} to {high:,.1f}",
+                *(
+                    f"{peer['ms']['median']:,.1f} ({peer['ratio']:.2f})"
+                    + ("\\*" if peer["full_depth"] else "")
+                    for peer in row["against"]
+                ),
+                f"{row['kv_allocated_bytes'] / 2**20:,.1f} MiB ({planned})",
+                f"{row['speed_up']:.2f} ({row['ceiling']:.2f})",
+                f"{row['beyond_gemms']:.0%}",
+            ])  # fmt: skip
+        lines += [f"### {dtype}, batch {batch}", "", *table(columns, cells)]
+    for found in data["decoder"]:
+        against = ", ".join(
+            f"{peer['peer']} {peer['ms']['median']:,.1f} ms ({peer['ratio']:.2f} times)"
+            for peer in found["against"]
+        )
+        lines += [
+            f"Decoder, {found['dtype']}, batch {found['batch']}: {found['ms']['median']:,.1f} ms "
+            f"per image; {against}.",
+            "",
+        ]
+    for found in data["logits"]:
+        lines += [
+            f"Logits of the last scale, {found['what']}: largest difference "
+            f"{found['largest']:.3g}, mean {found['mean']:.3g}; their spread is "
+            f"{found['spread']:.3g}.",
+            "",
+        ]
+    if data["memory"]:
+        cells = [
+            [one["who"], str(one["batch"]), str(one["depth"]), f"{one['peak'] / 2**20:,.0f} MiB",
+             f"{one['loaded'] / 2**20:,.0f} MiB"]
+            for one in data["memory"]
+        ]  # fmt: skip
+        columns = ["one generation in a process of its own", "batch", "depth", "peak memory",
+                   "with the model loaded"]  # fmt: skip
+        lines += table(columns, cells)
+    return lines
+
+
+def _kernels(data: dict[str, Any]) -> list[str]:
+    lines = [
+        "Contenders of a case take turns; times are medians, the ratio is that of the peer to "
+        "ours within each round (above 1: ours is faster), the limit is the measured GEMM rate or "
+        "copy bandwidth, whichever binds.",
+        "",
+    ]
+    if data["quick"]:
+        lines += ["A quick run: few rounds of small cases.", ""]
+    infos = [one["extra_info"] for one in data["benchmarks"]]
+    for op, device in dict.fromkeys((info["op"], info["device"]) for info in infos):
+        cells = []
+        some = [i for i in infos if (i["op"], i["device"]) == (op, device)]
+        for case in dict.fromkeys(info["case"] for info in some):
+            of_case = [info for info in some if info["case"] == case]
+            others = ", ".join(
+                f"{info['contender']} {duration(info['median'])}"
+                for info in of_case
+                if not info["ours"] and info["contender"] != info["peer"]
+            )
+            for info in of_case:
+                if info["ours"]:
+                    low, high = info["ratio_quartiles"]
+                    rate = (
+                        f"{info['achieved_flops'] / 1e9:,.0f} GFLOP/s"
+                        if info["bound"] == "compute"
+                        else f"{info['achieved_bandwidth'] / 1e9:,.1f} GB/s"
+                    )
+                    cells.append([
+                        case,
+                        info["contender"],
+                        duration(info["median"]),
+                        duration(info["peer_median"]),
+                        f"{info['ratio_to_peer']:.2f}",
+                        f"{low:.2f} to {high:.2f}",
+                        rate,
+                        f"{info['share_of_limit']:.0%}",
+                        others,
+                    ])  # fmt: skip
+        columns = ["case", "ours", "time", some[0]["peer"], "ratio", "quartiles", "rate",
+                   "of the limit", "others"]  # fmt: skip
+        isa = some[0]["isa"]
+        title = f"### {op} on {device}" + (f", {isa}" if isa else "")
+        lines += [title, "", *table(columns, cells)]
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the page; 0, or 1 with one line that says why not."""
+    options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.report")
+    try:
+        results = [result for path in options.results for result in read_all(path)]
+        if not results:
+            raise UserError("name at least one result file")
+        options.out.mkdir(parents=True, exist_ok=True)
+        text = page(results, options.out)
+        with replacing(options.out / PAGE) as temporary:
+            temporary.write_text(text)
+    except (UserError, OSError) as error:
+        print(f"report: error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {options.out / PAGE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

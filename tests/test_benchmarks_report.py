@@ -1,0 +1,208 @@
+"""Result files: the page with its pictures, and the verdict that looks at ratios only."""
+
+import copy
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+from small_models import small_model
+
+from benchmarks import compare, report
+from benchmarks.reading import ENGINE, KERNELS, read, read_all
+from benchmarks.report import duration
+from variant.bench.engine_bench import Setting, measure
+from variant.bench.environment import environment
+from variant.errors import UserError
+
+LIMITS = {"gemm": {"float32": 1e11, "bfloat16": 4e11}, "copy": 3e10}
+STEADY = {"start": LIMITS, "end": LIMITS, "drift": {"copy": 1.0, "gemm float32": 0.9}}
+
+
+def info(op, case, contender, ratio, **others):
+    return {
+        "op": op, "case": case, "device": "cpu", "contender": contender,
+        "ours": contender == "cpu", "isa": "avx512", "dtype": "float32", "flop": 2e6,
+        "bytes": 1e5, "median": 1e-3 / ratio, "quartiles": [0.9e-3 / ratio, 1.1e-3 / ratio],
+        "peer": "sdpa", "peer_median": 1e-3, "ratio_to_peer": ratio,
+        "ratio_quartiles": [ratio * 0.95, ratio * 1.05], "achieved_flops": 2e9 * ratio,
+        "achieved_bandwidth": 1e8 * ratio, "bound": "compute", "limit_seconds": 2e-5,
+        "share_of_limit": 0.02 * ratio, **others,
+    }  # fmt: skip
+
+
+def kernels():
+    infos = [
+        info("paged_attention", f"layout256-scale{scale}-rows2-float32", contender, ratio)
+        for scale in (0, 1, 2)
+        for contender, ratio in (("cpu", 2.0), ("reference", 0.1), ("sdpa", 1.0))
+    ]
+    infos += [
+        info("adaln_modulate", "d16-large", "cpu", 3.0, flop=0, bound="memory", peer="eager"),
+        info("adaln_modulate", "d16-large", "eager", 1.0, flop=0, bound="memory", peer="eager"),
+    ]
+    return {
+        "format": KERNELS,
+        "quick": False,
+        "environment": environment(["pytest", "benchmarks"]),
+        "limits": {"cpu": STEADY},
+        "benchmarks": [{"extra_info": one} for one in infos],
+    }
+
+
+@pytest.fixture(scope="module")
+def engine():
+    model = small_model()
+    return {
+        "format": ENGINE,
+        "model": "small",
+        "weights": "random",
+        "bridge": 1,
+        "sampling": {"cfg": 1.5, "top_k": 9, "top_p": 0.96},
+        "environment": environment(["variant", "bench"]),
+        "limits": STEADY,
+        "memory": [
+            {"who": "ours float32", "depth": 4, "batch": 1, "loaded": 3e8, "peak": 4e8},
+            {"who": "plain loop float32", "depth": 4, "batch": 1, "loaded": 3e8, "peak": 5e8},
+        ],
+        **measure(
+            model.var, model.vae, Setting(1, torch.float32, (4, 2), runs=2, top_k=9, decoder=True)
+        ),
+    }
+
+
+def write(path, data):
+    path.write_text(json.dumps(data))
+    return str(path)
+
+
+# --- the verdict --------------------------------------------------------------------------------
+
+
+def test_a_slower_machine_is_no_regression_and_a_lower_ratio_is(tmp_path, capsys):
+    old, new = kernels(), kernels()
+    for one in new["benchmarks"]:
+        for name in ("median", "peer_median"):
+            one["extra_info"][name] *= 7
+    paths = write(tmp_path / "old.json", old), write(tmp_path / "new.json", new)
+    assert compare.main(list(paths)) == 0
+    assert "4 ratios compared, tolerance 10%: 0 slower, 0 faster" in capsys.readouterr().out
+    new["benchmarks"][0]["extra_info"]["ratio_to_peer"] = 1.7
+    new["benchmarks"][3]["extra_info"]["ratio_to_peer"] = 2.5
+    write(tmp_path / "new.json", new)
+    assert compare.main(list(paths)) == 1
+    printed = capsys.readouterr().out
+    assert (
+        "slower: paged_attention, cpu, layout256-scale0-rows2-float32: cpu against sdpa: "
+        "2.00 -> 1.70 (-15%)" in printed
+    )
+    assert "1 slower, 1 faster, 0 missing" in printed
+    assert compare.main([*paths, "--tolerance", "0.2"]) == 0
+
+
+def test_a_missing_case_is_reported(tmp_path, capsys):
+    old, new = kernels(), kernels()
+    del new["benchmarks"][0]
+    paths = [write(tmp_path / "old.json", old), write(tmp_path / "new.json", new)]
+    assert compare.main(paths) == 1
+    assert "missing: paged_attention, cpu, layout256-scale0" in capsys.readouterr().out
+    assert compare.main([*paths, "--partial"]) == 0
+    assert "missing: paged_attention, cpu, layout256-scale0" in capsys.readouterr().out
+    assert compare.main(paths[::-1]) == 0, "a new case is none that is missing"
+
+
+def test_another_machine_is_named(tmp_path, capsys):
+    old, new = kernels(), kernels()
+    new["environment"]["isa"] = "avx2"
+    paths = [write(tmp_path / "old.json", old), write(tmp_path / "new.json", new)]
+    assert compare.main(paths) == 0
+    isa = old["environment"]["isa"]
+    assert f"not the same machine: isa: {isa} / avx2" in capsys.readouterr().out
+
+
+def test_engine_results_are_compared_by_peer_and_by_own_full_depth(tmp_path, engine, capsys):
+    new = copy.deepcopy(engine)
+    shallow = new["rows"][1]
+    shallow["speed_up"] *= 0.5
+    paths = [write(tmp_path / "old.json", engine), write(tmp_path / "new.json", new)]
+    assert compare.main(paths) == 1
+    printed = capsys.readouterr().out
+    assert "slower: small, batch 1, float32, depth 2: over own full depth" in printed
+    # Two peers at two depths, two of the decoder, and one shallow depth.
+    assert "7 ratios compared" in printed
+
+
+def test_a_run_in_parts_is_one_result(tmp_path, engine):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    whole = kernels()
+    parts = [{**whole, "benchmarks": whole["benchmarks"][a:b]} for a, b in ((0, 3), (3, 11))]
+    for index, part in enumerate(parts):
+        write(folder / f"{index}.json", part)
+    assert compare.main([write(tmp_path / "whole.json", whole), str(folder)]) == 0
+    assert len(read_all(folder)) == 2
+
+
+def test_what_is_no_result_is_refused(tmp_path, engine, capsys):
+    foreign, empty = write(tmp_path / "foreign.json", {"format": "other"}), tmp_path / "empty"
+    empty.mkdir()
+    good = write(tmp_path / "good.json", kernels())
+    other = write(tmp_path / "engine.json", engine)
+    for words, message in (
+        ([foreign, good], "must be a result of `pytest benchmarks --benchmark-json`"),
+        ([str(tmp_path / "none.json"), good], "cannot be read as JSON"),
+        ([str(empty), good], "holds no .json file"),
+        ([good, good, "--tolerance", "1.5"], r"--tolerance must be in [0, 1); got 1.5"),
+        ([good, other], "the two results have no case in common"),
+    ):
+        assert compare.main(words) == 1
+        assert message in capsys.readouterr().err
+    write(tmp_path / "list.json", [1])
+    with pytest.raises(UserError, match="got None"):
+        read(tmp_path / "list.json")
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+
+def test_the_page_shows_both_kinds_with_their_pictures(tmp_path, engine, capsys):
+    out = tmp_path / "page"
+    words = [write(tmp_path / "kernels.json", kernels()), write(tmp_path / "engine.json", engine)]
+    assert report.main([*words, "--out", str(out)]) == 0
+    assert f"wrote {out}/report.md" in capsys.readouterr().out
+    text = (out / "report.md").read_text()
+    pictures = re.findall(r"!\[.+\]\((.+)\)", text)
+    assert pictures == [
+        "kernels-cpu-attention.png", "kernels-cpu-roofline.png", "kernels-cpu-bandwidth.png",
+        "engine-latency.png", "engine-memory.png", "engine-scales.png",
+    ]  # fmt: skip
+    for name in pictures:
+        width, height = Image.open(out / name).size
+        assert width > 600
+        assert height > 300
+    assert "| d16-large | cpu | 333 us | 1.00 ms | 3.00 |" in text
+    assert "reference 10.0 ms" in text
+    assert "### float32, batch 1" in text
+    assert "MiB (equal)" in text
+    assert "`variant bench`" in text
+    columns = [line.count("|") for line in text.splitlines() if line.startswith("|")]
+    assert min(columns) > 4
+
+
+def test_a_run_that_was_stopped_still_makes_a_page(tmp_path, engine):
+    stopped = {**engine, "limits": {"start": LIMITS}, "memory": [], "decoder": []}
+    path = write(tmp_path / "stopped.json", stopped)
+    assert report.main([path, "--out", str(tmp_path / "page")]) == 0
+    assert "the run was stopped before its end" in (tmp_path / "page" / "report.md").read_text()
+
+
+def test_a_page_of_nothing_is_refused(tmp_path, capsys):
+    assert report.main(["--out", str(tmp_path)]) == 1
+    assert "report: error: name at least one result file" in capsys.readouterr().err
+
+
+def test_durations_have_three_digits():
+    assert [duration(x) for x in (1.5, 0.25, 12.3e-3, 4.5e-6, 0.01e-6)] == [
+        "1.50 s", "250 ms", "12.3 ms", "4.50 us", "0.01 us",
+    ]  # fmt: skip
