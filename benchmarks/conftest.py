@@ -88,11 +88,13 @@ def compete(request, benchmark):
             session.current = None  # the last contest's tensors go first
             torch.manual_seed(0)
             contest = build(case, device, session.quick)
-            samples = run(contest, device=device, quick=session.quick)
+            samples, wrong = run(contest, device=device, quick=session.quick)
             contest.calls = {}
             contest.check = lambda name, answer: None
-            session.current = key, contest, samples
-        _, contest, samples = session.current
+            session.current = key, contest, samples, wrong
+        _, contest, samples, wrong = session.current
+        if contender in wrong:
+            pytest.fail(f"{wrong[contender]}: not timed", pytrace=False)
         if contender not in samples:
             pytest.skip(contest.missing.get(contender, f"{contender} has no part in this case"))
         benchmark.group = f"{op}, {device}, {case.name}"

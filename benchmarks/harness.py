@@ -115,11 +115,15 @@ def near(
     return check
 
 
-def run(contest: Contest, *, device: str, quick: bool) -> dict[str, Samples]:
-    """Check every answer, then alternate.
+def run(
+    contest: Contest, *, device: str, quick: bool
+) -> tuple[dict[str, Samples], dict[str, AssertionError]]:
+    """Check every answer, then let those alternate that are right.
 
+    Returns:
+        Samples of the contenders, and the errors of those that compute something else.
     Raises:
-        AssertionError: a contender computes something else; nothing is timed then.
+        AssertionError: the peer computes something else; nothing is timed then.
     """
 
     def every(name: str, seconds: float) -> int:
@@ -129,15 +133,22 @@ def run(contest: Contest, *, device: str, quick: bool) -> dict[str, Samples]:
         return 1 if first or seconds < SLOW_SECONDS else 5
 
     with nullcontext() if contest.gradient else torch.inference_mode():
+        wrong = {}
         for name, call in contest.calls.items():
-            contest.check(name, call())
-        return alternate(
-            contest.calls,
+            try:
+                contest.check(name, call())
+            except AssertionError as error:
+                wrong[name] = error
+        if contest.peer in wrong:
+            raise wrong[contest.peer]
+        samples = alternate(
+            {name: call for name, call in contest.calls.items() if name not in wrong},
             rounds=QUICK_ROUNDS if quick else ROUNDS,
             min_seconds=1e-4 if quick else 5e-4,
             every=every,
             device=device,
         )
+    return samples, wrong
 
 
 def record(

@@ -1,6 +1,7 @@
 """The kernel benchmarks run, check what they time, and write what the page and the verdict read."""
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -98,9 +99,20 @@ def contest(wrong=0.0):
     )
 
 
-def test_a_wrong_answer_is_not_timed():
+def test_a_wrong_answer_is_named_and_not_timed():
+    samples, wrong = run(contest(wrong=0.01), device="cpu", quick=True)
+    assert set(samples) == {"peer"}
+    assert re.match(r"cpu, result 0: error 0\.01, allowed", str(wrong["cpu"]))
+    samples, wrong = run(contest(), device="cpu", quick=True)
+    assert set(samples) == {"cpu", "peer"}
+    assert not wrong
+
+
+def test_nothing_is_timed_beside_a_wrong_peer():
+    some = contest(wrong=0.01)
+    some.peer = "cpu"
     with pytest.raises(AssertionError, match=r"cpu, result 0: error 0\.01"):
-        run(contest(wrong=0.01), device="cpu", quick=True)
+        run(some, device="cpu", quick=True)
 
 
 def test_a_record_relates_time_to_work_peer_and_limit():
