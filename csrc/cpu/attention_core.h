@@ -2,21 +2,59 @@
 //
 // Scores are held transposed, S[key, query]: queries run along the lanes. Their maxima and sums are
 // then plain vector operations, K is used as it lies in memory (never transposed), and P is read
-// back in the other order by the product with V. For every tile of keys:
-//   m' = max(m, max over keys of s);  p = exp(s - m')
-//   l  = l * exp(m - m') + sum of p;  o = o * exp(m - m') + p V;  m = m'
-// and at the end  out = o / l,  lse = m + log(l). Everything between load and store is float32.
+// back in the other order by the product with V. With c = softmax_scale * log2(e), for every tile
+// of keys:
+//   m' = max(m, c * max over keys of s);  p = 2^(c s - m')
+//   l  = l * 2^(m - m') + sum of p;  o = o * 2^(m - m') + p V;  m = m'
+// and at the end  out = o / l,  lse = log(2) * (m + log2(l)). Everything but the operands of
+// bfloat16 dot products (q, K, V and p rounded to bfloat16) is float32; l sums p before it is
+// rounded.
 #pragma once
 
 #include "gemm.h"
-#include "parallel.h"
 
 namespace variant::VARIANT_ISA_NAMESPACE {
 namespace {
 
-constexpr int64_t kKeysPerTile = 96;
+// Keys whose scores are held at a time.
+template <class Cell>
+constexpr int64_t kMaxTileKeys = Cell::kGroup == 2 ? 192 : 96;
 // What one task holds at a time; more queries are cut into more tasks.
 constexpr int64_t kMaxQueriesPerTask = 1024;
+constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+
+// Tiles of one size, so that the last is not a sliver: whole rows of the product's tiles.
+template <class Cell>
+inline int64_t tile_keys_for(int64_t keys) {
+  const int64_t tiles = (keys + kMaxTileKeys<Cell> - 1) / kMaxTileKeys<Cell>;
+  return tiles == 0 ? kRows : round_up((keys + tiles - 1) / tiles, kRows);
+}
+static_assert(kMaxTileKeys<Single> % kRows == 0 && kRows % 2 == 0,
+              "tiles are whole groups of keys");
+
+// 2^x for x <= 126 or so: 2^n * p(x - n), n the nearest integer, p a polynomial that is 1 at 0
+// (minimax in relative error: 8.9e-5 with 3 terms, 9.1e-8 with 5). Below -126.5 it is 0, -inf
+// included; NaN stays NaN.
+template <int kTerms>
+inline VecF exp2_approx(VecF x) {
+  const VecF lowest = splat(-127.0f);
+  const VecF clamped = lowest > x ? lowest : x;
+  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+  const VecF shifted = clamped + 12582912.0f;
+  const VecF f = clamped - (shifted - 12582912.0f);
+  VecF p;
+  if (kTerms == 3) {
+    p = f * 0.0550089329f + 0.242210969f;
+    p = p * f + 0.693282902f;
+  } else {
+    p = f * 0.00132647273f + 0.00967151299f;
+    p = p * f + 0.0555073358f;
+    p = p * f + 0.240222424f;
+    p = p * f + 0.693147004f;
+  }
+  p = p * f + 1.0f;
+  return p * as_float((as_int(shifted) << 23) + 0x3f800000);
+}
 
 // Queries [begin, begin + count) fill the lanes of one panel; count <= kPanel.
 // least and most: keys that the first and the last of them see.
@@ -24,23 +62,21 @@ struct QueryPanel {
   int64_t begin, count, least, most;
 };
 
-inline int vectors_of(int64_t lanes) { return static_cast<int>((lanes + kLanes - 1) / kLanes); }
-
-// Float32 working memory of one task.
+// Working memory of one task, in cells and float32.
 struct ForwardScratch {
-  float* q;           // [panel][D][kPanel], scaled
+  float* q;           // [panel][cells of D][kPanel]
   float* out;         // [panel * kPanel + lane][width_up]
   float *peak, *sum;  // [panel * kPanel + lane]
-  float* keys;        // [kKeysPerTile][width_up]
-  float* values;      // panels of [kKeysPerTile][kPanel]
-  float* scores;      // [kKeysPerTile][kPanel]
+  float* keys;        // [tile_keys][cells of D, whole vectors]
+  float* values;      // panels of [groups of tile_keys][kPanel]
+  float* scores;      // [tile_keys][kPanel]; p takes the first rows over, [groups][kPanel]
   int64_t width_up;   // D in whole vectors
 
-  static int64_t floats(int64_t panels, int64_t head_dim) {
+  static int64_t floats(int64_t panels, int64_t tile_keys, int64_t head_dim) {
     const int64_t up = round_up(head_dim, kLanes), wide = round_up(head_dim, kPanel);
-    return panels * kPanel * (head_dim + up + 2) + kKeysPerTile * (up + wide + kPanel);
+    return panels * kPanel * (head_dim + up + 2) + tile_keys * (up + wide + kPanel);
   }
-  ForwardScratch(float* at, int64_t panels, int64_t head_dim) {
+  ForwardScratch(float* at, int64_t panels, int64_t tile_keys, int64_t head_dim) {
     const auto take = [&](int64_t count) {
       float* taken = at;
       at += count;
@@ -49,145 +85,195 @@ struct ForwardScratch {
     width_up = round_up(head_dim, kLanes);
     q = take(panels * kPanel * head_dim);
     out = take(panels * kPanel * width_up);
-    keys = take(kKeysPerTile * width_up);
-    values = take(kKeysPerTile * round_up(head_dim, kPanel));
-    scores = take(kKeysPerTile * kPanel);
+    keys = take(tile_keys * width_up);
+    values = take(tile_keys * round_up(head_dim, kPanel));
+    scores = take(tile_keys * kPanel);
     peak = take(panels * kPanel);
     sum = take(panels * kPanel);
   }
 };
 
-// One step of the running softmax over a panel's scores for `keys` keys starting at first_key.
-// Scores become probabilities in place; rescale receives exp(m - m') per lane.
-// kMasked: query lane i sees keys below visible[i] only.
-template <int kTileVectors, bool kMasked>
-inline void softmax_step(float* scores, int64_t keys, int64_t first_key, const int32_t* visible,
-                         float* peak, float* sum, float* rescale) {
-  VecF top[kTileVectors], total[kTileVectors], factor[kTileVectors];
+// Scores of one tile of keys, and their maxima per lane. kMasked: query lane i sees keys below
+// visible[i] only, numbered from the tile's first; the others get -inf.
+template <class Cell, int kTileVectors, bool kMasked>
+inline void score_tile(int64_t keys, int64_t depth, Operand k, const float* q,
+                       const int32_t* visible, float* scores, VecF* tops) {
+  VecF top[kTileVectors];
   VecI limit[kTileVectors];
   for (int j = 0; j < kTileVectors; ++j) {
-    top[j] = load(peak + j * kLanes);
+    top[j] = splat(-__builtin_inff());
     if (kMasked) __builtin_memcpy(&limit[j], visible + j * kLanes, sizeof(VecI));
   }
-  const auto seen = [&](int64_t key, int j) {
-    return limit[j] > static_cast<int32_t>(first_key + key);
-  };
-  for (int64_t key = 0; key < keys; ++key) {
-    for (int j = 0; j < kTileVectors; ++j) {
-      const VecF score = load(scores + key * kPanel + j * kLanes);
-      if (kMasked) {
-        top[j] = seen(key, j) ? maximum(score, top[j]) : top[j];
-      } else {
-        top[j] = maximum(score, top[j]);
-      }
-    }
-  }
+  multiply_rows<Cell, kTileVectors>(
+      keys, depth, k, q, [](int64_t, int) { return VecF{}; },
+      [&](int64_t key, const auto& sums) {
+        for (const auto& row : sums.at) {
+          for (int j = 0; j < kTileVectors; ++j) {
+            VecF score = row[j];
+            if (kMasked) {
+              score = limit[j] > static_cast<int32_t>(key) ? score : splat(-__builtin_inff());
+            }
+            top[j] = maximum(score, top[j]);
+            store(scores + key * kPanel + j * kLanes, score);
+          }
+          ++key;
+        }
+      });
+  for (int j = 0; j < kTileVectors; ++j) tops[j] = top[j];
+}
+
+// Two rows of numbers (queries along the lanes) as one row of cells.
+inline VecF to_cells(Single, VecF first, VecF) { return first; }
+#if defined(__AVX512BF16__)
+inline VecF to_cells(Pair, VecF first, VecF second) {
+  typedef uint16_t Halves __attribute__((vector_size(64)));
+  const __m512bh packed = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  Halves order;
+  for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
+  return (VecF)_mm512_permutexvar_epi16((__m512i)order, (__m512i)packed);
+}
+#endif
+
+// Scores become probabilities, p = 2^(factor * s - shift), and those cells of P in place; sum
+// receives their sums. A group that `keys` does not fill is filled with zeros.
+template <class Cell, int kTileVectors>
+inline void exponentials(float* scores, int64_t keys, float factor, const VecF* shifts,
+                         VecF* sums) {
+  VecF shift[kTileVectors], total[kTileVectors];
   for (int j = 0; j < kTileVectors; ++j) {
-    // A lane that has seen no key yet keeps its -inf; there is nothing to rescale.
-    const VecF before = load(peak + j * kLanes);
-    factor[j] = before == top[j] ? splat(1.0f) : exp_approx(before - top[j]);
-    store(peak + j * kLanes, top[j]);
-    store(rescale + j * kLanes, factor[j]);
+    shift[j] = shifts[j];
     total[j] = VecF{};
   }
-  for (int64_t key = 0; key < keys; ++key) {
+  const auto probability = [&](int64_t key, int j) {
+    const VecF score = load(scores + key * kPanel + j * kLanes);
+    return exp2_approx<Cell::kExpTerms>(score * factor - shift[j]);
+  };
+  int64_t key = 0;
+  for (; key + Cell::kGroup <= keys; key += Cell::kGroup) {
     for (int j = 0; j < kTileVectors; ++j) {
-      float* at = scores + key * kPanel + j * kLanes;
-      VecF p = exp_approx(load(at) - top[j]);
-      if (kMasked) p = seen(key, j) ? p : VecF{};
-      store(at, p);
-      total[j] += p;
+      const VecF first = probability(key, j);
+      const VecF second = Cell::kGroup == 2 ? probability(key + 1, j) : VecF{};
+      total[j] += Cell::kGroup == 2 ? first + second : first;
+      store(scores + key / Cell::kGroup * kPanel + j * kLanes, to_cells(Cell{}, first, second));
     }
   }
-  for (int j = 0; j < kTileVectors; ++j) {
-    store(sum + j * kLanes, load(sum + j * kLanes) * factor[j] + total[j]);
+  if (key < keys) {
+    for (int j = 0; j < kTileVectors; ++j) {
+      const VecF first = probability(key, j);
+      total[j] += first;
+      store(scores + key / Cell::kGroup * kPanel + j * kLanes, to_cells(Cell{}, first, VecF{}));
+    }
   }
+  for (int j = 0; j < kTileVectors; ++j) sums[j] = total[j];
 }
 
-template <bool kMasked>
-inline void softmax_panel(int vectors, float* scores, int64_t keys, int64_t first_key,
-                          const int32_t* visible, float* peak, float* sum, float* rescale) {
-  switch (vectors) {
-    case 1:
-      return softmax_step<1, kMasked>(scores, keys, first_key, visible, peak, sum, rescale);
-    case 2:
-      return softmax_step<2, kMasked>(scores, keys, first_key, visible, peak, sum, rescale);
-#if defined(__AVX512F__)
-    case 3:
-      return softmax_step<3, kMasked>(scores, keys, first_key, visible, peak, sum, rescale);
-    case 4:
-      return softmax_step<4, kMasked>(scores, keys, first_key, visible, peak, sum, rescale);
+// Queries as the columns of one panel of B; lanes without a query are zero.
+template <class Cell, class T, class Row>
+inline void pack_columns(int64_t count, int64_t width, Row row, float* panel) {
+  const int64_t cells = width / Cell::kGroup;
+  const int vectors = vectors_of(count);
+  if (count % kLanes) {
+    for (int64_t d = 0; d < cells; ++d) store(panel + d * kPanel + (vectors - 1) * kLanes, VecF{});
+  }
+  for (int64_t i = 0; i < count; ++i) pack_column(Cell{}, row(i), width, panel + i);
+}
+
+inline void negate_cells(Single, float* cells, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) store(cells + i, -load(cells + i));
+}
+#if defined(__AVX512BF16__)
+inline void negate_cells(Pair, float* cells, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    store(cells + i, as_float(as_int(load(cells + i)) ^ static_cast<int32_t>(0x80008000)));
+  }
+}
 #endif
-  }
-}
 
-// Attention of num_panels panels of one head. q(t) is the row of query t, k(s) and v(s) those of
-// key s, out(t) where its result goes, lse (may be null) the head's array over queries.
+// Attention of num_panels panels of one head. q(t) is the row of query t; rows(s, count, k, v)
+// writes the addresses of the rows of keys [s, s + count); out(t) is where the result of query t
+// goes, lse (may be null) the head's array over queries.
 // visible[t]: keys that query t sees, non-decreasing in t; read only where a panel's queries
-// differ.
-template <class T, class Q, class K, class V, class O>
+// differ. tile_keys: from tile_keys_for, the same for every task of a head.
+template <class T, class Q, class Rows, class O>
 inline void attend_panels(const QueryPanel* panels, int64_t num_panels, int64_t head_dim,
-                          float softmax_scale, const int32_t* visible, Q q, K k, V v, O out,
-                          float* lse, ForwardScratch& s) {
-  const int64_t panel_q = head_dim * kPanel, up = s.width_up;
+                          int64_t tile_keys, float softmax_scale, const int32_t* visible, Q q,
+                          Rows rows, O out, float* lse, ForwardScratch& s) {
+  using Cell = typename CellOf<T>::type;
+  constexpr int kGroup = Cell::kGroup;
+  const int64_t cells = head_dim / kGroup, key_stride = cells_up<Cell>(head_dim);
+  const int64_t panel_q = cells * kPanel, up = s.width_up, panel_rows = tile_keys / kGroup;
+  // The maximum of scaled scores is the scaled maximum only for a positive factor: its sign goes to
+  // q, and zero (which would make NaN of a hidden key's -inf) becomes next to nothing.
+  const float factor = max_of(__builtin_fabsf(softmax_scale) * kLog2E, __FLT_MIN__);
   for (int64_t p = 0; p < num_panels; ++p) {
     float* packed = s.q + p * panel_q;
-    for (int64_t i = 0; i < panels[p].count; ++i) {
-      pack_column<T>(q(panels[p].begin + i), head_dim, softmax_scale, packed + i);
+    pack_columns<Cell, T>(
+        panels[p].count, head_dim, [&](int64_t i) { return q(panels[p].begin + i); }, packed);
+    if (softmax_scale < 0) negate_cells(Cell{}, packed, panel_q);
+    for (int64_t i = 0; i < kPanel; i += kLanes) {
+      store(s.peak + p * kPanel + i, splat(-__builtin_inff()));
+      store(s.sum + p * kPanel + i, VecF{});
     }
-    // Lanes without a query compute on zeros and are never stored.
-    for (int64_t i = panels[p].count; i < vectors_of(panels[p].count) * kLanes; ++i) {
-      for (int64_t d = 0; d < head_dim; ++d) packed[d * kPanel + i] = 0.0f;
-    }
-    for (int64_t i = 0; i < kPanel; ++i) {
-      s.peak[p * kPanel + i] = -__builtin_inff();
-      s.sum[p * kPanel + i] = 0.0f;
-    }
-    __builtin_memset(s.out + p * kPanel * up, 0, sizeof(float) * kPanel * up);
   }
   const int64_t all_keys = panels[num_panels - 1].most;
-  for (int64_t first = 0; first < all_keys; first += kKeysPerTile) {
-    const int64_t in_tile = min_of(kKeysPerTile, all_keys - first);
-    for (int64_t i = 0; i < in_tile; ++i) {
-      pack_row<T>(k(first + i), head_dim, 1.0f, s.keys + i * up);
-      pack_panel_row<T>(v(first + i), head_dim, 1.0f, s.values, kKeysPerTile, i);
+  for (int64_t first = 0; first < all_keys; first += tile_keys) {
+    const int64_t in_tile = min_of(tile_keys, all_keys - first);
+    const T *k[kMaxTileKeys<Cell>], *v[kMaxTileKeys<Cell> + 1];
+    rows(first, in_tile, k, v);
+    v[in_tile] = nullptr;
+    for (int64_t i = 0; i < in_tile; ++i) pack_row(Cell{}, k[i], head_dim, s.keys + i * key_stride);
+    for (int64_t i = 0; i < in_tile; i += kGroup) {
+      pack_panel_group(Cell{}, v[i], v[i + kGroup - 1], head_dim, s.values, panel_rows, i / kGroup);
     }
     for (int64_t p = 0; p < num_panels; ++p) {
       const QueryPanel& panel = panels[p];
       const int64_t keys = min_of(in_tile, panel.most - first);
       if (keys <= 0) continue;
-      const int vectors = vectors_of(panel.count);
       float *peak = s.peak + p * kPanel, *sum = s.sum + p * kPanel;
       float* o = s.out + p * kPanel * up;
-      multiply<false>(keys, vectors, head_dim, Operand{s.keys, up, 1}, s.q + p * panel_q, s.scores,
-                      kPanel);
       float rescale[kPanel];
-      if (first + keys > panel.least) {
-        int32_t limits[kPanel] = {};
-        __builtin_memcpy(limits, visible + panel.begin, sizeof(int32_t) * panel.count);
-        softmax_panel<true>(vectors, s.scores, keys, first, limits, peak, sum, rescale);
-      } else {
-        softmax_panel<false>(vectors, s.scores, keys, first, nullptr, peak, sum, rescale);
-      }
-      for (int64_t i = 0; i < panel.count; ++i) {
-        if (rescale[i] == 1.0f) continue;
-        for (int64_t d = 0; d < up; d += kLanes) {
-          store(o + i * up + d, load(o + i * up + d) * rescale[i]);
+      with_vectors(vectors_of(panel.count), [&](auto count) {
+        constexpr int kTileVectors = decltype(count)::value;
+        VecF tops[kTileVectors], totals[kTileVectors];
+        const Operand tile{s.keys, key_stride, 1};
+        if (first + keys > panel.least) {
+          // Lanes without a query see everything: their zeros stay finite.
+          int32_t limits[kPanel];
+          for (int64_t i = 0; i < kPanel; ++i) {
+            limits[i] = i < panel.count ? visible[panel.begin + i] - static_cast<int32_t>(first)
+                                        : static_cast<int32_t>(keys);
+          }
+          score_tile<Cell, kTileVectors, true>(keys, cells, tile, s.q + p * panel_q, limits,
+                                               s.scores, tops);
+        } else {
+          score_tile<Cell, kTileVectors, false>(keys, cells, tile, s.q + p * panel_q, nullptr,
+                                                s.scores, tops);
         }
-      }
-      multiply_panels<true>(panel.count, head_dim, keys, Operand{s.scores, 1, kPanel}, s.values,
-                            kKeysPerTile, o, up);
+        for (int j = 0; j < kTileVectors; ++j) {
+          const VecF before = load(peak + j * kLanes);
+          tops[j] = maximum(before, tops[j] * factor);
+          store(peak + j * kLanes, tops[j]);
+          store(rescale + j * kLanes, exp2_approx<5>(before - tops[j]));
+        }
+        exponentials<Cell, kTileVectors>(s.scores, keys, factor, tops, totals);
+        for (int j = 0; j < kTileVectors; ++j) {
+          store(sum + j * kLanes, load(sum + j * kLanes) * load(rescale + j * kLanes) + totals[j]);
+        }
+      });
+      multiply_add_panels<Cell>(panel.count, head_dim, (keys + kGroup - 1) / kGroup,
+                                Operand{s.scores, 1, kPanel}, s.values, panel_rows, first == 0,
+                                rescale, o, up);
     }
   }
   for (int64_t p = 0; p < num_panels; ++p) {
     for (int64_t i = 0; i < panels[p].count; ++i) {
       const int64_t t = panels[p].begin + i, lane = p * kPanel + i;
       T* target = out(t);
-      const float sum = s.sum[lane];
+      const float sum = s.sum[lane], share = 1.0f / sum;
       for_vectors(head_dim, [&](int64_t d, auto lanes) {
-        store(target + d, load(s.out + lane * up + d) / sum, lanes);
+        store(target + d, load(s.out + lane * up + d) * share, lanes);
       });
-      if (lse) lse[t] = s.peak[lane] + static_cast<float>(__builtin_log(sum));
+      if (lse) lse[t] = s.peak[lane] * kLn2 + static_cast<float>(__builtin_log(sum));
     }
   }
 }

@@ -1,14 +1,17 @@
 // The register-tiled product under both attentions, and the packing that feeds it.
 //
-//   C[i, j] (+)= sum over k of A[i, k] * B[k, j]
+//   C[i, j] = sum over k of A[i, k] * B[k, j]
 //
-// B is a panel: `depth` rows of kPanel float32, contiguous, so one panel stays in the first-level
-// cache. A may be walked in either order (its two strides are free), so transposed products need no
-// transposed copy: kRows scalars of A are broadcast against kVectors vectors of B.
-// Every element of C is one chain of fused multiply-adds over k in order, whatever the tile it
-// falls in: cutting rows differently never changes a bit.
+// Operands are made of cells of 32 bits: one float32, or (with bfloat16 dot products) two bfloat16
+// that follow one another along k. B is a panel: `depth` rows of kPanel cells, contiguous, so one
+// panel stays in the first-level cache. A may be walked in either order (its two strides are free),
+// so transposed products need no transposed copy: kRows cells of A are broadcast against kVectors
+// vectors of B. Sums are float32.
+// Every element of C is one chain of multiply-adds over k in order, whatever the tile it falls in:
+// cutting rows differently never changes a bit.
 #pragma once
 
+#include "parallel.h"
 #include "simd.h"
 
 namespace variant::VARIANT_ISA_NAMESPACE {
@@ -23,45 +26,91 @@ constexpr int kRows = 4, kVectors = 2;  // 8 accumulators of 16 registers
 #endif
 constexpr int kPanel = kVectors * kLanes;
 
+// A cell of one float32.
+struct Single {
+  static constexpr int kGroup = 1;  // numbers along the reduction in one cell
+  // 2^x for probabilities: relative error below 1e-7.
+  static constexpr int kExpTerms = 5;
+  static VecF multiply_add(VecF sum, VecF a, VecF b) { return sum + a * b; }
+};
+
+template <class T>
+struct CellOf {
+  typedef Single type;
+};
+
+#if defined(__AVX512BF16__)
+// A cell of two bfloat16, the first in the low half. Denormal numbers count as zero.
+struct Pair {
+  static constexpr int kGroup = 2;
+  // Probabilities are rounded to 8 significant bits: an error below 2^-13 is enough.
+  static constexpr int kExpTerms = 3;
+  static VecF multiply_add(VecF sum, VecF a, VecF b) {
+    return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+
+template <>
+struct CellOf<BF16> {
+  typedef Pair type;
+};
+#endif
+
 struct Operand {
-  const float* data;
+  const float* data;  // cells
   int64_t row_stride, depth_stride;
 };
 
-template <int kTileRows, int kTileVectors, bool kAccumulate>
-inline void multiply_tile(int64_t depth, const float* a, int64_t row_stride, int64_t depth_stride,
-                          const float* b, float* c, int64_t c_stride) {
-  VecF sums[kTileRows][kTileVectors];
+// Memory that holds cells is float* whatever they are; copies of it must not do arithmetic.
+inline VecF broadcast_cell(const float* p) {
+#if defined(__AVX512F__)
+  int32_t bits;
+  __builtin_memcpy(&bits, p, 4);
+  return (VecF)_mm512_set1_epi32(bits);
+#else
+  return splat(*p);
+#endif
+}
+
+template <int kTileRows, int kTileVectors>
+struct Sums {
+  static constexpr int kTileRowCount = kTileRows;
+  VecF at[kTileRows][kTileVectors];
+};
+
+// Rows [row, row + kTileRows): begin(row, j) gives what vector j of a row starts from, end(row,
+// sums) receives the results.
+template <class Cell, int kTileRows, int kTileVectors, class Begin, class End>
+inline void multiply_tile(int64_t row, int64_t depth, Operand a, const float* b, Begin begin,
+                          End end) {
+  Sums<kTileRows, kTileVectors> sums;
   for (int i = 0; i < kTileRows; ++i) {
-    for (int j = 0; j < kTileVectors; ++j) {
-      sums[i][j] = kAccumulate ? load(c + i * c_stride + j * kLanes) : VecF{};
-    }
+    for (int j = 0; j < kTileVectors; ++j) sums.at[i][j] = begin(row + i, j);
   }
+  const float* cells = a.data + row * a.row_stride;
   for (int64_t k = 0; k < depth; ++k) {
     VecF columns[kTileVectors];
     for (int j = 0; j < kTileVectors; ++j) columns[j] = load(b + k * kPanel + j * kLanes);
     for (int i = 0; i < kTileRows; ++i) {
-      const VecF scalar = splat(a[i * row_stride + k * depth_stride]);
-      for (int j = 0; j < kTileVectors; ++j) sums[i][j] += scalar * columns[j];
+      const VecF cell = broadcast_cell(cells + i * a.row_stride + k * a.depth_stride);
+      for (int j = 0; j < kTileVectors; ++j) {
+        sums.at[i][j] = Cell::multiply_add(sums.at[i][j], cell, columns[j]);
+      }
     }
   }
-  for (int i = 0; i < kTileRows; ++i) {
-    for (int j = 0; j < kTileVectors; ++j) store(c + i * c_stride + j * kLanes, sums[i][j]);
-  }
+  end(row, sums);
 }
 
-template <int kTileVectors, bool kAccumulate>
-inline void multiply_rows(int64_t rows, int64_t depth, Operand a, const float* b, float* c,
-                          int64_t c_stride) {
-  int64_t i = 0;
+template <class Cell, int kTileVectors, class Begin, class End>
+inline void multiply_rows(int64_t rows, int64_t depth, Operand a, const float* b, Begin begin,
+                          End end) {
+  int64_t row = 0;
   const auto tile = [&](auto tile_rows) {
-    multiply_tile<decltype(tile_rows)::value, kTileVectors, kAccumulate>(
-        depth, a.data + i * a.row_stride, a.row_stride, a.depth_stride, b, c + i * c_stride,
-        c_stride);
-    i += decltype(tile_rows)::value;
+    multiply_tile<Cell, decltype(tile_rows)::value, kTileVectors>(row, depth, a, b, begin, end);
+    row += decltype(tile_rows)::value;
   };
-  while (rows - i >= kRows) tile(Count<kRows>{});
-  switch (rows - i) {
+  while (rows - row >= kRows) tile(Count<kRows>{});
+  switch (rows - row) {
     case 5:
       return tile(Count<5>{});
     case 4:
@@ -75,59 +124,148 @@ inline void multiply_rows(int64_t rows, int64_t depth, Operand a, const float* b
   }
 }
 
-// C has `rows` rows of `vectors` vectors (1..kVectors); B is one panel.
-template <bool kAccumulate>
-inline void multiply(int64_t rows, int vectors, int64_t depth, Operand a, const float* b, float* c,
-                     int64_t c_stride) {
+// f(Count<vectors>{}) for a number of vectors known at run time, 1..kVectors.
+template <class F>
+inline void with_vectors(int vectors, F f) {
   switch (vectors) {
     case 1:
-      return multiply_rows<1, kAccumulate>(rows, depth, a, b, c, c_stride);
+      return f(Count<1>{});
     case 2:
-      return multiply_rows<2, kAccumulate>(rows, depth, a, b, c, c_stride);
+      return f(Count<2>{});
 #if defined(__AVX512F__)
     case 3:
-      return multiply_rows<3, kAccumulate>(rows, depth, a, b, c, c_stride);
+      return f(Count<3>{});
     case 4:
-      return multiply_rows<4, kAccumulate>(rows, depth, a, b, c, c_stride);
+      return f(Count<4>{});
 #endif
   }
 }
 
-// As multiply, for a B of several panels side by side (`width` columns in all, panel after panel,
-// each of `panel_rows` rows).
-template <bool kAccumulate>
-inline void multiply_panels(int64_t rows, int64_t width, int64_t depth, Operand a, const float* b,
-                            int64_t panel_rows, float* c, int64_t c_stride) {
-  for (int64_t column = 0; column < width; column += kPanel) {
-    const int64_t left = (width - column + kLanes - 1) / kLanes;
-    multiply<kAccumulate>(rows, static_cast<int>(left < kVectors ? left : kVectors), depth, a,
-                          b + column * panel_rows, c + column, c_stride);
-  }
-}
+inline int vectors_of(int64_t lanes) { return static_cast<int>((lanes + kLanes - 1) / kLanes); }
 
-// Row i of the source, as float32 times factor, into out + i * out_stride; `width` rounded up to
-// whole vectors is written, zero past the width.
-template <class T>
-inline void pack_row(const T* source, int64_t width, float factor, float* out) {
-  for_vectors(width,
-              [&](int64_t d, auto lanes) { store(out + d, load(source + d, lanes) * factor); });
-}
-
-// The same row into panels of kPanel columns: column d goes to panel d / kPanel, row i.
-template <class T>
-inline void pack_panel_row(const T* source, int64_t width, float factor, float* panels,
-                           int64_t panel_rows, int64_t i) {
-  for_vectors(width, [&](int64_t d, auto lanes) {
-    store(panels + d / kPanel * kPanel * panel_rows + i * kPanel + d % kPanel,
-          load(source + d, lanes) * factor);
+// C = A B for one panel, C with rows of c_stride float32.
+template <class Cell>
+inline void multiply(int64_t rows, int vectors, int64_t depth, Operand a, const float* b, float* c,
+                     int64_t c_stride) {
+  with_vectors(vectors, [&](auto count) {
+    multiply_rows<Cell, decltype(count)::value>(
+        rows, depth, a, b, [](int64_t, int) { return VecF{}; },
+        [=](int64_t row, const auto& sums) {
+          for (const auto& vectors_of_row : sums.at) {
+            for (int j = 0; j < decltype(count)::value; ++j) {
+              store(c + row * c_stride + j * kLanes, vectors_of_row[j]);
+            }
+            ++row;
+          }
+        });
   });
 }
 
-// The same row as a column: element d goes to out[d * kPanel].
-template <class T>
-inline void pack_column(const T* source, int64_t width, float factor, float* out) {
-  for (int64_t d = 0; d < width; ++d) out[d * kPanel] = to_float(source[d]) * factor;
+// C = scale[row] * C + A B for a B of several panels side by side (`width` columns in all, panel
+// after panel, each of `panel_rows` rows of cells). scale may be null: all ones. fresh: C holds
+// nothing yet.
+template <class Cell>
+inline void multiply_add_panels(int64_t rows, int64_t width, int64_t depth, Operand a,
+                                const float* b, int64_t panel_rows, bool fresh, const float* scale,
+                                float* c, int64_t c_stride) {
+  for (int64_t column = 0; column < width; column += kPanel) {
+    float* at = c + column;
+    const float* panel = b + column * panel_rows;
+    with_vectors(vectors_of(min_of(width - column, kPanel)), [&](auto count) {
+      constexpr int kTileVectors = decltype(count)::value;
+      const auto end = [=](int64_t row, const auto& sums) {
+        for (const auto& vectors_of_row : sums.at) {
+          for (int j = 0; j < kTileVectors; ++j) {
+            store(at + row * c_stride + j * kLanes, vectors_of_row[j]);
+          }
+          ++row;
+        }
+      };
+      if (fresh) {
+        multiply_rows<Cell, kTileVectors>(
+            rows, depth, a, panel, [](int64_t, int) { return VecF{}; }, end);
+      } else if (scale) {
+        multiply_rows<Cell, kTileVectors>(
+            rows, depth, a, panel,
+            [=](int64_t row, int j) { return load(at + row * c_stride + j * kLanes) * scale[row]; },
+            end);
+      } else {
+        multiply_rows<Cell, kTileVectors>(
+            rows, depth, a, panel,
+            [=](int64_t row, int j) { return load(at + row * c_stride + j * kLanes); }, end);
+      }
+    });
+  }
 }
+
+// Cells of `width` numbers along the reduction, in whole vectors.
+template <class Cell>
+inline int64_t cells_up(int64_t width) {
+  return round_up(width / Cell::kGroup, kLanes);
+}
+
+// Row of A: `width` numbers (even) that follow one another along the reduction. Whole vectors are
+// written, zero past the width.
+template <class T>
+inline void pack_row(Single, const T* source, int64_t width, float* out) {
+  for_vectors(width, [&](int64_t d, auto lanes) { store(out + d, load(source + d, lanes)); });
+}
+
+// Rows [0, 1) of B, as columns d of its panels, into row i of cells.
+template <class T>
+inline void pack_panel_group(Single, const T* source, const T*, int64_t width, float* panels,
+                             int64_t panel_rows, int64_t i) {
+  for_vectors(width, [&](int64_t d, auto lanes) {
+    store(panels + d / kPanel * kPanel * panel_rows + i * kPanel + d % kPanel,
+          load(source + d, lanes));
+  });
+}
+
+// One column of B: cell k goes to out[k * kPanel].
+template <class T>
+inline void pack_column(Single, const T* source, int64_t width, float* out) {
+  for (int64_t d = 0; d < width; ++d) out[d * kPanel] = to_float(source[d]);
+}
+
+#if defined(__AVX512BF16__)
+inline VecU load_bits(const BF16* p, Full = {}) {
+  VecU16 x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return widen_lanes(x);
+}
+inline VecU load_bits(const BF16* p, Tail tail) {
+  return widen_lanes((VecU16)_mm256_maskz_loadu_epi16(lane_mask(tail), p));
+}
+
+inline VecF load_cells(const BF16* p, Full = {}) {
+  VecF x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+inline VecF load_cells(const BF16* p, Tail tail) {
+  return (VecF)_mm512_maskz_loadu_ps(lane_mask(tail), p);
+}
+
+inline void pack_row(Pair, const BF16* source, int64_t width, float* out) {
+  for_vectors(width / 2,
+              [&](int64_t d, auto lanes) { store(out + d, load_cells(source + 2 * d, lanes)); });
+}
+
+// Rows [0, 2) of B; the second may be null: zeros.
+inline void pack_panel_group(Pair, const BF16* first, const BF16* second, int64_t width,
+                             float* panels, int64_t panel_rows, int64_t i) {
+  for_vectors(width, [&](int64_t d, auto lanes) {
+    VecU cells = load_bits(first + d, lanes);
+    if (second) cells |= load_bits(second + d, lanes) << 16;
+    store(panels + d / kPanel * kPanel * panel_rows + i * kPanel + d % kPanel,
+          as_float((VecI)cells));
+  });
+}
+
+inline void pack_column(Pair, const BF16* source, int64_t width, float* out) {
+  for (int64_t d = 0; d < width; d += 2) __builtin_memcpy(out + d / 2 * kPanel, source + d, 4);
+}
+#endif
 
 }  // namespace
 }  // namespace variant::VARIANT_ISA_NAMESPACE

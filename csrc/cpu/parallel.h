@@ -13,13 +13,14 @@
 namespace variant::VARIANT_ISA_NAMESPACE {
 namespace {
 
-// f(piece, thread) for every piece; f must not throw.
+// f(piece, thread) for every piece; f must not throw. Threads take `chunk` pieces at a time: more
+// than one where a piece takes hardly longer than asking for it.
 template <class F>
-inline void parallel_for(int num_threads, int64_t pieces, const F& f) {
+inline void parallel_for(int num_threads, int64_t pieces, const F& f, int64_t chunk = 1) {
 #ifdef _OPENMP
   const int threads = static_cast<int>(num_threads < pieces ? num_threads : pieces);
   if (threads > 1) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, chunk)
     for (int64_t piece = 0; piece < pieces; ++piece) f(piece, omp_get_thread_num());
     return;
   }
@@ -53,6 +54,7 @@ inline int64_t round_up(int64_t x, int64_t multiple) {
 }
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+inline float max_of(float a, float b) { return a > b ? a : b; }
 
 // Rows of the views.
 template <class T>

@@ -8,6 +8,7 @@ namespace {
 struct Case {
   int64_t batch, heads, width;
   std::vector<int64_t> scale_lengths;
+  float softmax_scale = 0.4f;
 };
 
 void run_case(const char* isa, const KernelTable& table, const Case& c, DType dtype,
@@ -27,7 +28,7 @@ void run_case(const char* isa, const KernelTable& table, const Case& c, DType dt
                     c.width};
   };
   const HeadView flat_grad = {grad.data(), length * slot, slot, c.width};
-  const float softmax_scale = 0.4f;
+  const float softmax_scale = c.softmax_scale;
 
   std::vector<double> want(count, 0.0), want_lse(c.batch * c.heads * length);
   std::vector<double> dq(count, 0.0), dk(count, 0.0), dv(count, 0.0);
@@ -105,7 +106,8 @@ int main() {
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
       for (const Case& c :
            {Case{1, 1, 16, {1}}, Case{2, 3, 24, {1, 4, 9, 16, 25}}, Case{1, 1, 64, {1, 4, 36, 100}},
-            Case{1, 2, 256, {9, 16}}, Case{1, 1, 40, {81, 4, 100}}, Case{1, 2, 80, {1, 1, 1}}}) {
+            Case{1, 2, 256, {9, 16}}, Case{1, 1, 40, {81, 4, 100}}, Case{1, 2, 80, {1, 1, 1}},
+            Case{1, 1, 32, {3, 5, 90}, -0.3f}, Case{1, 1, 16, {2, 7}, 0.0f}}) {
         run_case(isa, table, c, dtype, engine);
       }
     }

@@ -8,6 +8,7 @@ namespace {
 struct Case {
   int64_t tokens, heads, width, page_size;
   std::vector<int32_t> lengths;
+  float softmax_scale = 0.3f;
 };
 
 void run_case(const char* isa, const KernelTable& table, const Case& c, DType dtype,
@@ -27,7 +28,7 @@ void run_case(const char* isa, const KernelTable& table, const Case& c, DType dt
   const int64_t token_stride = 3 * slot;  // a packed (B, T, 3, H, D) projection
   Values q = Values::random(dtype, batch * c.tokens * token_stride, engine);
   std::vector<double> want(batch * c.tokens * slot, 0.0);
-  const float softmax_scale = 0.3f;
+  const float softmax_scale = c.softmax_scale;
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t length = c.lengths[b];
     std::vector<int64_t> where(length);
@@ -78,7 +79,8 @@ int main() {
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
       for (const Case& c :
            {Case{1, 1, 16, 4, {1}}, Case{5, 2, 24, 7, {0, 13, 97}}, Case{70, 2, 64, 16, {200, 33}},
-            Case{3, 2, 256, 1, {5}}, Case{66, 1, 40, 16, {96, 97}}, Case{2, 1, 80, 3, {0}}}) {
+            Case{3, 2, 256, 1, {5}}, Case{66, 1, 40, 16, {96, 97}}, Case{2, 1, 80, 3, {0}},
+            Case{9, 1, 32, 5, {205}, -0.4f}, Case{4, 1, 16, 4, {7}, 0.0f}}) {
         run_case(isa, table, c, dtype, engine);
       }
     }

@@ -37,6 +37,25 @@ def test_matches_float64_and_reads_no_poisoned_slot(backend, dtype):
     tally.check()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_neither_the_page_size_nor_the_rest_of_the_batch_changes_a_bit(dtype):
+    generator = torch.Generator().manual_seed(4)
+    # 211 keys: more than one tile of them, the last odd.
+    k, v = torch.randn(2, 211, 2, 32, generator=generator).to(dtype)
+    q = torch.randn(3, 9, 2, 32, generator=generator).to(dtype)
+    outputs = []
+    for page_size in (1, 16, 37, 211):
+        entries = -(-211 // page_size)
+        pages = torch.full((2, entries + 1, page_size, 2, 32), torch.nan, dtype=dtype)
+        pages[:, 1:].flatten(1, 2)[:, :211] = torch.stack((k, v))
+        table = torch.arange(1, entries + 1, dtype=torch.int32).expand(3, entries).contiguous()
+        lengths = torch.tensor([17, 0, 211], dtype=torch.int32)
+        batch = paged_attention(q, *pages, table, lengths, backend="cpu")
+        alone = paged_attention(q[2:], *pages, table[2:], lengths[2:], backend="cpu")
+        outputs += [batch[2:], alone]
+    assert all(torch.equal(out, outputs[0]) for out in outputs)
+
+
 @pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
 def test_appended_tokens_are_read_back(backend, dtype):
     for k, v, k_pages, v_pages, slots in append.sample_inputs(
