@@ -16,7 +16,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 # Okabe and Ito's colours: told apart by nearly everyone.
 BLUE, SKY, ORANGE, RED, GREEN, PURPLE, GREY = (
@@ -288,6 +288,9 @@ def _plain_numbers(axis: Axes) -> None:
     """Numbers instead of powers on logarithmic axes."""
     for one in (axis.xaxis, axis.yaxis):
         if one.get_scale() == "log":
+            low, high = one.get_view_interval()
+            if high < 300 * low:  # one labelled tick would tell little
+                one.set_major_locator(LogLocator(subs=(1, 2, 5)))
             one.set_major_formatter("{x:g}")
             one.set_minor_formatter(NullFormatter())
 
