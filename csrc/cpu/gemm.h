@@ -43,8 +43,8 @@ struct CellOf {
 // A cell of two bfloat16, the first in the low half. Denormal numbers count as zero.
 struct Pair {
   static constexpr int kGroup = 2;
-  // Probabilities are rounded to 8 significant bits: an error below 2^-13 is enough.
-  static constexpr int kExpTerms = 3;
+  // Probabilities are rounded to 8 significant bits, but their sum is not: an error below 3e-6.
+  static constexpr int kExpTerms = 4;
   static VecF multiply_add(VecF sum, VecF a, VecF b) {
     return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }

@@ -104,10 +104,12 @@ int main() {
   for_each_isa([](const char* isa, const KernelTable& table) {
     std::mt19937 engine(5);
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
-      for (const Case& c :
-           {Case{1, 1, 16, {1}}, Case{2, 3, 24, {1, 4, 9, 16, 25}}, Case{1, 1, 64, {1, 4, 36, 100}},
-            Case{1, 2, 256, {9, 16}}, Case{1, 1, 40, {81, 4, 100}}, Case{1, 2, 80, {1, 1, 1}},
-            Case{1, 1, 32, {3, 5, 90}, -0.3f}, Case{1, 1, 16, {2, 7}, 0.0f}}) {
+      // Three wide tokens have 1/sqrt(D): with a softmax near one-hot, gradients all but vanish and
+      // what is left of them is the rounding of `out`, which the backward pass is given.
+      for (const Case& c : {Case{1, 1, 16, {1}}, Case{2, 3, 24, {1, 4, 9, 16, 25}},
+                            Case{1, 1, 64, {1, 4, 36, 100}}, Case{1, 2, 256, {9, 16}},
+                            Case{1, 1, 40, {81, 4, 100}}, Case{1, 2, 80, {1, 1, 1}, 0.11f},
+                            Case{1, 1, 32, {3, 5, 90}, -0.3f}, Case{1, 1, 16, {2, 7}, 0.0f}}) {
         run_case(isa, table, c, dtype, engine);
       }
     }
