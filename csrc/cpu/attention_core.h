@@ -172,11 +172,19 @@ inline void exponentials(float* scores, int64_t keys, float factor, const VecF* 
 template <class Cell, class T, class Row>
 inline void pack_columns(int64_t count, int64_t width, Row row, float* panel) {
   const int64_t cells = width / Cell::kGroup;
-  const int vectors = vectors_of(count);
-  if (count % kLanes) {
-    for (int64_t d = 0; d < cells; ++d) store(panel + d * kPanel + (vectors - 1) * kLanes, VecF{});
+  for (int64_t lane = 0; lane < count; lane += kLanes) {
+    const int64_t rows = min_of(kLanes, count - lane);
+    for_vectors(cells, [&](int64_t cell, auto lanes) {
+      // A vector of every row, turned: column i of them is cell + i of the panel.
+      VecF block[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        block[i] = i < rows ? load_cells(Cell{}, row(lane + i), cell, lanes) : VecF{};
+      }
+      transpose(block);
+      const int64_t wanted = min_of(kLanes, cells - cell);
+      for (int i = 0; i < wanted; ++i) store(panel + (cell + i) * kPanel + lane, block[i]);
+    });
   }
-  for (int64_t i = 0; i < count; ++i) pack_column(Cell{}, row(i), width, panel + i);
 }
 
 inline void negate_cells(Single, float* cells, int64_t count) {
@@ -211,10 +219,6 @@ inline void attend_panels(const QueryPanel* panels, int64_t num_panels, int64_t 
     pack_columns<Cell, T>(
         panels[p].count, head_dim, [&](int64_t i) { return q(panels[p].begin + i); }, packed);
     if (softmax_scale < 0) negate_cells(Cell{}, packed, panel_q);
-    for (int64_t i = 0; i < kPanel; i += kLanes) {
-      store(s.peak + p * kPanel + i, splat(-__builtin_inff()));
-      store(s.sum + p * kPanel + i, VecF{});
-    }
   }
   const int64_t all_keys = panels[num_panels - 1].most;
   for (int64_t first = 0; first < all_keys; first += tile_keys) {
@@ -251,14 +255,20 @@ inline void attend_panels(const QueryPanel* panels, int64_t num_panels, int64_t 
                                                 s.scores, tops);
         }
         for (int j = 0; j < kTileVectors; ++j) {
-          const VecF before = load(peak + j * kLanes);
-          tops[j] = maximum(before, tops[j] * factor);
+          tops[j] = tops[j] * factor;
+          if (first > 0) {
+            const VecF before = load(peak + j * kLanes);
+            tops[j] = maximum(before, tops[j]);
+            store(rescale + j * kLanes, exp2_approx<5>(before - tops[j]));
+          }
           store(peak + j * kLanes, tops[j]);
-          store(rescale + j * kLanes, exp2_approx<5>(before - tops[j]));
         }
         exponentials<Cell, kTileVectors>(s.scores, keys, factor, tops, totals);
         for (int j = 0; j < kTileVectors; ++j) {
-          store(sum + j * kLanes, load(sum + j * kLanes) * load(rescale + j * kLanes) + totals[j]);
+          if (first > 0) {
+            totals[j] += load(sum + j * kLanes) * load(rescale + j * kLanes);
+          }
+          store(sum + j * kLanes, totals[j]);
         }
       });
       multiply_add_panels<Cell>(panel.count, head_dim, (keys + kGroup - 1) / kGroup,

@@ -198,6 +198,43 @@ inline void multiply_add_panels(int64_t rows, int64_t width, int64_t depth, Oper
   }
 }
 
+// Rows become columns. Four steps of pairs, each doubling how far apart they stand.
+inline void transpose(VecF* rows) {
+#if defined(__AVX512F__)
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    const __m512 first = (__m512)rows[i], second = (__m512)rows[i + 1];
+    a[i] = _mm512_maskz_unpacklo_ps(kAllLanes, first, second);
+    a[i + 1] = _mm512_maskz_unpackhi_ps(kAllLanes, first, second);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    b[i] = _mm512_maskz_shuffle_ps(kAllLanes, a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm512_maskz_shuffle_ps(kAllLanes, a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm512_maskz_shuffle_ps(kAllLanes, a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm512_maskz_shuffle_ps(kAllLanes, a[i + 1], a[i + 3], 0xee);
+  }
+  // b[4 g + c]: in quarter t, column 4 t + c of rows 4 g .. 4 g + 3.
+  for (int c = 0; c < 4; ++c) {
+    const __m512 low = _mm512_maskz_shuffle_f32x4(kAllLanes, b[c], b[4 + c], 0x88);
+    const __m512 low_odd = _mm512_maskz_shuffle_f32x4(kAllLanes, b[c], b[4 + c], 0xdd);
+    const __m512 high = _mm512_maskz_shuffle_f32x4(kAllLanes, b[8 + c], b[12 + c], 0x88);
+    const __m512 high_odd = _mm512_maskz_shuffle_f32x4(kAllLanes, b[8 + c], b[12 + c], 0xdd);
+    rows[c] = (VecF)_mm512_maskz_shuffle_f32x4(kAllLanes, low, high, 0x88);
+    rows[4 + c] = (VecF)_mm512_maskz_shuffle_f32x4(kAllLanes, low_odd, high_odd, 0x88);
+    rows[8 + c] = (VecF)_mm512_maskz_shuffle_f32x4(kAllLanes, low, high, 0xdd);
+    rows[12 + c] = (VecF)_mm512_maskz_shuffle_f32x4(kAllLanes, low_odd, high_odd, 0xdd);
+  }
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float swapped = rows[i][j];
+      rows[i][j] = rows[j][i];
+      rows[j][i] = swapped;
+    }
+  }
+#endif
+}
+
 // Cells of `width` numbers along the reduction, in whole vectors.
 template <class Cell>
 inline int64_t cells_up(int64_t width) {
@@ -221,10 +258,10 @@ inline void pack_panel_group(Single, const T* source, const T*, int64_t width, f
   });
 }
 
-// One column of B: cell k goes to out[k * kPanel].
-template <class T>
-inline void pack_column(Single, const T* source, int64_t width, float* out) {
-  for (int64_t d = 0; d < width; ++d) out[d * kPanel] = to_float(source[d]);
+// Cells [cell, cell + kLanes) of a row of numbers along the reduction.
+template <class T, class Lanes>
+inline VecF load_cells(Single, const T* source, int64_t cell, Lanes lanes) {
+  return load(source + cell, lanes);
 }
 
 #if defined(__AVX512BF16__)
@@ -237,18 +274,18 @@ inline VecU load_bits(const BF16* p, Tail tail) {
   return widen_lanes((VecU16)_mm256_maskz_loadu_epi16(lane_mask(tail), p));
 }
 
-inline VecF load_cells(const BF16* p, Full = {}) {
+inline VecF load_cells(Pair, const BF16* source, int64_t cell, Full) {
   VecF x;
-  __builtin_memcpy(&x, p, sizeof x);
+  __builtin_memcpy(&x, source + 2 * cell, sizeof x);
   return x;
 }
-inline VecF load_cells(const BF16* p, Tail tail) {
-  return (VecF)_mm512_maskz_loadu_ps(lane_mask(tail), p);
+inline VecF load_cells(Pair, const BF16* source, int64_t cell, Tail tail) {
+  return (VecF)_mm512_maskz_loadu_ps(lane_mask(tail), source + 2 * cell);
 }
 
 inline void pack_row(Pair, const BF16* source, int64_t width, float* out) {
   for_vectors(width / 2,
-              [&](int64_t d, auto lanes) { store(out + d, load_cells(source + 2 * d, lanes)); });
+              [&](int64_t d, auto lanes) { store(out + d, load_cells(Pair{}, source, d, lanes)); });
 }
 
 // Rows [0, 2) of B; the second may be null: zeros.
@@ -260,10 +297,6 @@ inline void pack_panel_group(Pair, const BF16* first, const BF16* second, int64_
     store(panels + d / kPanel * kPanel * panel_rows + i * kPanel + d % kPanel,
           as_float((VecI)cells));
   });
-}
-
-inline void pack_column(Pair, const BF16* source, int64_t width, float* out) {
-  for (int64_t d = 0; d < width; d += 2) __builtin_memcpy(out + d / 2 * kPanel, source + d, 4);
 }
 #endif
 

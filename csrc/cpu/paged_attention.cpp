@@ -7,6 +7,20 @@
 namespace variant::VARIANT_ISA_NAMESPACE {
 namespace {
 
+// One key has probability 1 whatever its score, unless that is not finite: then NaN. Every image's
+// first scale is such a call, and its heads are over before their operands would be packed.
+template <class T>
+inline void attend_one_key(const T* q, const T* k, const T* v, int64_t head_dim,
+                           float softmax_scale, T* out) {
+  VecF products = {};
+  for_vectors(head_dim,
+              [&](int64_t d, auto lanes) { products += load(q + d, lanes) * load(k + d, lanes); });
+  const float score = sum_lanes(products) * softmax_scale;
+  const float nothing = score - score;
+  for_vectors(head_dim,
+              [&](int64_t d, auto lanes) { store(out + d, load(v + d, lanes) + nothing, lanes); });
+}
+
 template <class T>
 void forward(const PagedAttentionForwardArgs& a) {
   const int64_t panels_in_all = (a.tokens + kPanel - 1) / kPanel;
@@ -50,12 +64,20 @@ void forward(const PagedAttentionForwardArgs& a) {
           }
           return;
         }
+        const int32_t* table = a.page_table + b * a.page_table_stride;
+        if (keys == 1) {
+          const T *k = row<T>(a.k_pages, table[0], 0, h), *v = row<T>(a.v_pages, table[0], 0, h);
+          const int64_t end = min_of(a.tokens, (first + count) * kPanel);
+          for (int64_t t = first * kPanel; t < end; ++t) {
+            attend_one_key(row<T>(a.q, b, t, h), k, v, a.head_dim, a.softmax_scale, out(t));
+          }
+          return;
+        }
         QueryPanel* mine = panels.get() + thread * per_task;
         for (int64_t p = 0; p < count; ++p) {
           const int64_t begin = (first + p) * kPanel;
           mine[p] = {begin, min_of(kPanel, a.tokens - begin), keys, keys};
         }
-        const int32_t* table = a.page_table + b * a.page_table_stride;
         const auto rows = [&](int64_t s, int64_t rows_wanted, const T** k, const T** v) {
           int64_t entry = s / a.page_size, slot = s % a.page_size;
           for (int64_t i = 0; i < rows_wanted; ++i) {

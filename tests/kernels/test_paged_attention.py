@@ -56,6 +56,18 @@ def test_neither_the_page_size_nor_the_rest_of_the_batch_changes_a_bit(dtype):
     assert all(torch.equal(out, outputs[0]) for out in outputs)
 
 
+@pytest.mark.parametrize("keys", [1, 2])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_what_is_not_finite_in_a_visible_key_is_seen(dtype, poison, keys):
+    q = torch.ones(1, 3, 1, 16, dtype=dtype)
+    pages = torch.ones(2, 1, 4, 1, 16, dtype=dtype)
+    pages[0, 0, keys - 1, 0, 5] = poison
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    lengths = torch.tensor([keys], dtype=torch.int32)
+    assert paged_attention(q, *pages, table, lengths, backend="cpu").isnan().all()
+
+
 @pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
 def test_appended_tokens_are_read_back(backend, dtype):
     for k, v, k_pages, v_pages, slots in append.sample_inputs(
