@@ -1,0 +1,200 @@
+"""Everything that needs a GPU, in one command: build, tests, sanitizer, benchmarks.
+
+    python -m benchmarks.gpu                      all parts, within --budget seconds
+    python -m benchmarks.gpu tests kernels        some of them
+    make gpu                                      the same
+
+It needs torch, Triton, pytest with pytest-benchmark, a C++ compiler and this checkout; no network.
+Every part is a process of its own with its own log and time limit: one that fails costs none of the
+others' results. ``summary.json`` says what ran, how it ended and which files hold the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TAIL_LINES = 25
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process.
+
+    seconds: its time limit.  env: added to the environment.  needs: a program without which it is
+    left out, by name.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    seconds: int
+    env: dict[str, str] = field(default_factory=dict)
+    needs: str | None = None
+
+
+@dataclass
+class Outcome:
+    """How a part ended: ok, failed, timed out, left out (with the reason)."""
+
+    name: str
+    status: str
+    seconds: float
+    command: str
+    log: str | None = None
+    results: list[str] = field(default_factory=list)
+
+
+def parts(out: Path, var_repo: Path | None) -> list[Part]:
+    """All parts, the most important first: the budget may end before the list does."""
+    python = sys.executable
+    on_gpu = {"VARIANT_TEST_DEVICE": "cuda"}
+    pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    engine = (python, "-m", "benchmarks.gpu_engine")
+    repo = () if var_repo is None else ("--var-repo", str(var_repo))
+
+    def timed(name: str, seconds: int, *options: str) -> Part:
+        return Part(name, (*engine, "--json", str(out / f"{name}.json"), *options, *repo), seconds)
+
+    return [
+        Part("build", (python, "setup.py", "build_ext", "--inplace"), 240),
+        Part("tests", (*pytest, "tests/kernels", "-m", "not cpu_only"), 240, on_gpu),
+        Part("tests-engine", (*pytest, "tests/model", "tests/gpu", "-m", "gpu"), 180, on_gpu),
+        timed("engine-batch-1", 120, "--batch", "1"),
+        timed("engine-batch-64", 180, "--batch", "64", "--runs", "3"),
+        Part(
+            "kernels",
+            (
+                *pytest,
+                "benchmarks",
+                "--device",
+                "cuda",
+                f"--benchmark-json={out / 'kernels.json'}",
+            ),
+            240,
+        ),
+        timed("memory", 120, "--memory"),
+        Part(
+            "sanitizer",
+            ("compute-sanitizer", "--error-exitcode=1", *pytest, "tests/gpu/test_small_cases.py"),
+            120,
+            on_gpu,
+            needs="compute-sanitizer",
+        ),
+    ]
+
+
+def run_part(part: Part, out: Path, seconds: float) -> Outcome:
+    """Run one part for at most ``seconds``; its output goes to ``NAME.log``."""
+    shown = " ".join(word.replace(sys.executable, "python") for word in part.command)
+    if part.needs is not None and shutil.which(part.needs) is None:
+        return Outcome(part.name, f"left out: {part.needs} is not installed", 0.0, shown)
+    log = out / f"{part.name}.log"
+    started, before = time.monotonic(), _files(out)
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            part.command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **part.env},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=seconds)
+            status = "ok" if code == 0 else f"failed with exit code {code}"
+        except subprocess.TimeoutExpired:
+            status = f"timed out after {seconds:.0f} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    changed = sorted(name for name, stamp in _files(out).items() if before.get(name) != stamp)
+    results = [name for name in changed if name.endswith(".json")]
+    return Outcome(part.name, status, time.monotonic() - started, shown, log.name, results)
+
+
+def _files(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+
+
+def run(chosen: Sequence[Part], out: Path, budget: float) -> list[Outcome]:
+    """Run parts in turn while the budget lasts; the summary is written after each."""
+    out.mkdir(parents=True, exist_ok=True)
+    ends, outcomes = time.monotonic() + budget, []
+    for part in chosen:
+        left = ends - time.monotonic()
+        if left < 5:
+            outcomes.append(Outcome(part.name, "left out: the budget is spent", 0.0, ""))
+        else:
+            print(f"== {part.name} (at most {min(part.seconds, left):.0f} s)", flush=True)
+            outcome = run_part(part, out, min(part.seconds, left))
+            outcomes.append(outcome)
+            print(f"   {outcome.status}, {outcome.seconds:.0f} s", flush=True)
+            if outcome.log is not None:
+                lines = (out / outcome.log).read_text(errors="replace").splitlines()
+                shown = 3 if outcome.status == "ok" else TAIL_LINES
+                print("".join(f"   | {line}\n" for line in lines[-shown:]), end="", flush=True)
+        _write_summary(out, outcomes)
+    return outcomes
+
+
+def _write_summary(out: Path, outcomes: list[Outcome]) -> None:
+    temporary = out / "summary.json.part"
+    temporary.write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
+    temporary.replace(out / "summary.json")
+
+
+def missing() -> str | None:
+    """What keeps this machine from running anything here, or None."""
+    try:
+        import torch
+    except ImportError:
+        return "torch is not installed"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU; the interpreter tests (make test-triton) need none"
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 0 if every part that ran was ok."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description="Build, test and measure on this GPU."
+    )
+    names = [part.name for part in parts(Path(), None)]
+    parser.add_argument("part", nargs="*", help=f"which parts; all by default: {', '.join(names)}")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu", help="for results, logs")
+    parser.add_argument("--budget", type=float, default=520, help="seconds for everything")
+    parser.add_argument("--var-repo", type=Path, help="clone of FoundationVision/VAR to compare")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.part if name not in names]
+    if unknown:
+        parser.error(f"no part {unknown[0]!r}; there are: {', '.join(names)}")
+    reason = missing()
+    if reason is not None:
+        print(f"benchmarks.gpu: {reason}", file=sys.stderr)
+        return 2
+    out = options.out.resolve()
+    chosen = [p for p in parts(out, options.var_repo) if not options.part or p.name in options.part]
+    outcomes = run(chosen, out, options.budget)
+    print("\n".join(_line(outcome) for outcome in outcomes))
+    return int(any(o.status != "ok" and not o.status.startswith("left out") for o in outcomes))
+
+
+def _line(outcome: Outcome) -> str:
+    results: Any = ", ".join(outcome.results) or "-"
+    return f"{outcome.name:16} {outcome.seconds:6.1f} s  {outcome.status:28} {results}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
