@@ -154,7 +154,7 @@ class Engine:
         steps: Steps | None = None,
     ) -> Run:
         """A run of one batch; its cache is allocated here."""
-        config, labels_R = self.var.config, labels_B.to(self.device)
+        config, labels_R = self.var.config, labels_B.to(self.device, non_blocking=True)
         if guidance:
             labels_R = torch.cat((labels_R, torch.full_like(labels_R, config.num_classes)))
         plan = CachePlan(self.var.layout, schedule, self.page_size)
@@ -427,7 +427,7 @@ class Engine:
         tokens_BL, f_hat_BEHW = captures.run(
             ("paint", key),
             whole,
-            labels_B.to(self.device),
+            labels_B.to(self.device, non_blocking=True),
             draws.image_ids_B,
             torch.full((), float(draws.cfg), dtype=torch.float64, device=self.device),
             torch.full((), int(draws.seed), dtype=torch.int64, device=self.device),

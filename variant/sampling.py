@@ -151,7 +151,7 @@ def check_image_ids(
     """(B,) int64, 0..B-1 by default.  Raises: ValueError unless there is one per label."""
     if image_ids is None:
         return torch.arange(count, device=device)
-    image_ids_B = _integers("generate", "image_ids", image_ids).to(device)
+    image_ids_B = _integers("generate", "image_ids", image_ids).to(device, non_blocking=True)
     if image_ids_B.shape != (count,):
         raise ValueError(
             f"generate: image_ids must have one id per label ({count}); "

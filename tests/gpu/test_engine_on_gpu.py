@@ -101,7 +101,7 @@ def test_a_generation_waits_for_nothing():
         engine.generate([1, 2], seed=0)  # page tables are copied, kernels compiled
         torch.cuda.set_sync_debug_mode("error")
         try:
-            engine.generate(torch.tensor([1, 2], device="cuda"), seed=1, max_batch=2)
+            engine.generate([3, 4], seed=1, image_ids=[8, 9], max_batch=2)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
