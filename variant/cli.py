@@ -143,8 +143,11 @@ class Bench:
     """Images at once, one or more sizes."""
     depths: tuple[int, ...] = ()
     """Layers in the flexible zone; default: every depth of the model."""
-    dtype: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
-    """Of the engine, one or more; peers run in float32 and under bfloat16 autocast."""
+    dtype: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32",)
+    """Of the engine, one or more; peers run in float32 and under bfloat16 autocast, on a GPU
+    under float16 autocast only."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where everything runs."""
     bridge: int | None = None
     """First scales that run every layer; default: the model's own."""
     cfg: float = 1.5

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from variant.bench import original, plain_loop
+from variant.bench import device, original, plain_loop
 from variant.bench.alternate import Call, Samples, Took, alternate, quartiles, ratios
+from variant.bench.device import clock, peer_settings
 from variant.bench.gemms import GemmsAlone
 from variant.bench.work import attention_flop, ceiling, linear_flop
 from variant.engine import Engine
@@ -120,14 +120,18 @@ class Contest:
 
     def __init__(self, var: VAR, vae: VQVAE, setting: Setting) -> None:
         self.var, self.vae, self.setting = var, vae, setting
+        self.device = var.head.weight.device.type
         self.engine = Engine(var, vae, dtype=setting.dtype)
-        self.labels_B = torch.arange(setting.batch) % var.config.num_classes
+        # The original takes labels where its weights are.
+        self.labels_B = (
+            torch.arange(setting.batch, device=var.head.weight.device) % var.config.num_classes
+        )
         self.seed = 0
         self.stats: dict[int, Stats] = {}
         self.original = (
             None
             if setting.var_repo is None
-            else original.load(setting.var_repo, var.config, vae.config, (var, vae))
+            else original.load(setting.var_repo, var.config, vae.config, (var, vae), self.device)
         )
 
     def schedule(self, depth: int) -> DepthSchedule:
@@ -159,33 +163,31 @@ class Contest:
             if depth != self.var.config.depth:
                 return {}
             return {
-                "original float32": functools.partial(self._original, False),
-                "original bfloat16 autocast": functools.partial(self._original, True),
+                f"original {name}": functools.partial(self._original, on)
+                for name, on in peer_settings(self.device).items()
             }
         return {
-            f"plain loop float32, depth {depth}": functools.partial(self._plain, depth, False),
-            f"plain loop bfloat16 autocast, depth {depth}": functools.partial(
-                self._plain, depth, True
-            ),
+            f"plain loop {name}, depth {depth}": functools.partial(self._plain, depth, on)
+            for name, on in peer_settings(self.device).items()
         }
 
     def _original(self, autocast: bool) -> Took:
         assert self.original is not None
         with self.original.without_decoder():
-            begun = time.perf_counter()
+            begun = clock(self.device)
             self.original.generate(
                 self.labels_B, seed=self.seed, autocast=autocast, **self.setting.filters
             )
-            return Took(time.perf_counter() - begun)
+            return Took(clock(self.device) - begun)
 
     def _plain(self, depth: int, autocast: bool) -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with device.autocast(self.device, autocast):
             plain_loop.generate(
                 self.var,
                 self.vae,
                 self.labels_B,
                 self.schedule(depth),
-                generator=torch.Generator().manual_seed(self.seed),
+                generator=torch.Generator(self.device).manual_seed(self.seed),
                 **self.setting.filters,
             )
 
@@ -201,7 +203,7 @@ class Contest:
             self.vae,
             one_B,
             self.schedule(depth),
-            generator=torch.Generator().manual_seed(7),
+            generator=torch.Generator(self.device).manual_seed(7),
             **self.setting.filters,
         )
         ours = self.engine.generate(
@@ -209,7 +211,7 @@ class Contest:
             depth=depth,
             bridge=self.setting.bridge,
             max_batch=1,
-            generator=torch.Generator().manual_seed(7),
+            generator=torch.Generator(self.device).manual_seed(7),
             **self.setting.filters,
         )
         return torch.equal(ours.tokens, plain.tokens) and plain_loop.agree(
@@ -220,9 +222,11 @@ class Contest:
         """Milliseconds of every scale, medians over a few generations of the whole batch."""
         taken: list[list[float]] = []
         for run in range(1 if self.stats[depth].seconds > 1 else 5):
-            marks = [time.perf_counter()]
+            marks = [clock(self.device)]
             self._generate(
-                depth, seed=run, on_scale=lambda k, partial, m=marks: m.append(time.perf_counter())
+                depth,
+                seed=run,
+                on_scale=lambda k, partial, m=marks: m.append(clock(self.device)),
             )
             taken.append([1000 * (b - a) for a, b in itertools.pairwise(marks)])
         return [statistics.median(scale) for scale in zip(*taken, strict=True)]
@@ -234,20 +238,22 @@ class Contest:
         exact_engine = Engine(self.var, self.vae, dtype=torch.float32)
         last = self.var.layout.slice(self.var.layout.num_scales - 1)
         found, one_B = [], self.labels_B[:1]
-        for autocast in (False, True):
+        settings = peer_settings(self.device)
+        for setting, autocast in settings.items():
             tokens_BL, theirs_BTV = self.original.watched(
                 one_B, seed=3, autocast=autocast, **self.setting.filters
             )
             exact_BTV = exact_engine.forced_logits(one_B, tokens_BL)[:, last]
             if autocast:
-                what = "original bfloat16 autocast against ours float32"
+                what = f"original {setting} against ours float32"
                 found.append(_difference(what, theirs_BTV, exact_BTV))
-            else:
+            if not autocast or len(settings) == 1:
                 ours_BTV = self.engine.forced_logits(one_B, tokens_BL)[:, last]
-                name = dtype_name(self.setting.dtype)
-                found.append(
-                    _difference(f"ours {name} against original float32", ours_BTV, theirs_BTV)
+                what, against_BTV = (
+                    ("ours float32", exact_BTV) if autocast else (f"original {setting}", theirs_BTV)
                 )
+                what = f"ours {dtype_name(self.setting.dtype)} against {what}"
+                found.append(_difference(what, ours_BTV, against_BTV))
         return found
 
     def decoder(self, tick: Callable[[str], None]) -> dict[str, Any]:
@@ -256,22 +262,21 @@ class Contest:
         tokens_BL = torch.randint(
             self.var.config.vocab_size, (self.setting.batch, layout.total),
             generator=torch.Generator().manual_seed(1),
-        )  # fmt: skip
+        ).to(self.device)  # fmt: skip
         f_hat = self.vae.new_features(self.setting.batch)
         for k in range(layout.num_scales):
             f_hat = self.vae.accumulate(f_hat, tokens_BL[:, layout.slice(k)], k)
         calls: dict[str, Call] = {"ours": lambda: self.engine._weights().decode(f_hat)}
-        if self.original is not None:
-            theirs, name = self.original, "original"
-            peers = {autocast: functools.partial(theirs.decode, f_hat, autocast=autocast)
-                     for autocast in (False, True)}  # fmt: skip
-        else:
-            name = "plain modules"
-            peers = {autocast: functools.partial(self._plain_decode, f_hat, autocast)
-                     for autocast in (False, True)}  # fmt: skip
-        calls[f"{name} float32"] = peers[False]
-        calls[f"{name} bfloat16 autocast"] = peers[True]
-        samples = alternate(calls, rounds=self.setting.runs, tick=tick)
+        for setting, autocast in peer_settings(self.device).items():
+            if self.original is not None:
+                calls[f"original {setting}"] = functools.partial(
+                    self.original.decode, f_hat, autocast=autocast
+                )
+            else:
+                calls[f"plain modules {setting}"] = functools.partial(
+                    self._plain_decode, f_hat, autocast
+                )
+        samples = alternate(calls, rounds=self.setting.runs, device=self.device, tick=tick)
         ours = samples.pop("ours")
         return {
             "batch": self.setting.batch,
@@ -285,7 +290,7 @@ class Contest:
 
     @torch.inference_mode()
     def _plain_decode(self, f_hat: Tensor, autocast: bool) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with device.autocast(self.device, autocast):
             return self.vae.decode_features(f_hat)
 
     # --- the whole ------------------------------------------------------------------------------
@@ -303,7 +308,9 @@ class Contest:
             peers = self.peers(depth)
             peers_of[depth] = list(peers) or peers_of[full]
             calls |= peers
-        samples = alternate(calls, rounds=setting.runs, min_seconds=0.02, tick=tick)
+        samples = alternate(
+            calls, rounds=setting.runs, min_seconds=0.02, device=self.device, tick=tick
+        )
         return [
             self._row(depth, samples, peers_of[depth])
             for depth in depths
@@ -362,10 +369,10 @@ def _difference(what: str, ours: Tensor, theirs: Tensor) -> LogitsDifference:
     return LogitsDifference(what, float(apart.max()), float(apart.mean()), float(theirs.std()))
 
 
-def count_samples(setting: Setting, full_depth: int) -> int:
+def count_samples(setting: Setting, full_depth: int, device: str = "cpu") -> int:
     """How often :func:`alternate` will tick in :meth:`Contest.run`, for a progress bar."""
     depths = {full_depth, *setting.depths}
-    peers = 2 if setting.var_repo is not None else 2 * len(depths)
+    peers = len(peer_settings(device)) * (1 if setting.var_repo is not None else len(depths))
     return (2 * len(depths) + peers) * (setting.runs + 1)
 
 

@@ -35,8 +35,9 @@ class GemmsAlone:
         """All products once."""
         for linear in linears(self.var.config, schedule, self.batch):
             product, given = self._product(linear), self._input(linear)
-            # The engine's MLP works on parts that stay in the cache.
-            parts = given.split(MLP_ROWS) if linear.name in ("fc1", "fc2") else (given,)
+            # On a CPU the engine's MLP works on parts that stay in the cache.
+            in_parts = linear.name in ("fc1", "fc2") and given.device.type == "cpu"
+            parts = given.split(MLP_ROWS) if in_parts else (given,)
             for part in parts:
                 product(part)
 

@@ -2,8 +2,9 @@
 
     python -m variant.bench.memory '{"who": "ours", "model": "digits", ...}'
 
-prints one line of JSON. VmHWM is the most memory that a process ever had resident; it counts what
-importing torch takes, which ``loaded`` tells apart.
+prints one line of JSON. On a CPU VmHWM is the most memory that a process ever had resident; it
+counts what importing torch takes, which ``loaded`` tells apart. On a GPU it is what torch allocated
+there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 
 from variant.bench import original, plain_loop
+from variant.bench.device import autocast
 from variant.bench.models import build, configs
 from variant.engine import Engine
 from variant.errors import UserError
@@ -29,7 +31,7 @@ STATUS = Path("/proc/self/status")
 class Job:
     """What the child runs. who: "ours", "original" or "plain loop".
 
-    autocast: of the peers, bfloat16; dtype: of ours.  decoder: whether images are decoded too.
+    autocast: of the peers, 16 bits; dtype: of ours.  decoder: whether images are decoded too.
     """
 
     who: str
@@ -39,6 +41,7 @@ class Job:
     dtype: str
     bridge: int | None = None
     autocast: bool = False
+    device: str = "cpu"
     threads: int = 1
     var_repo: str | None = None
     decoder: bool = False
@@ -73,30 +76,37 @@ def resident(field: str) -> int:
     return int(found.group(1)) * 1024
 
 
+def in_use(device: str, most: bool) -> int:
+    """Bytes in use now, or at most so far: of the GPU's memory on a GPU, of the process's here."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() if most else torch.cuda.memory_allocated()
+    return resident("VmHWM" if most else "VmRSS")
+
+
 def run(job: Job) -> dict[str, int]:
     """One generation in this process."""
     torch.set_num_threads(job.threads)
-    labels_B = torch.arange(job.batch)
+    labels_B = torch.arange(job.batch, device=job.device)
     filters = {"cfg": job.cfg, "top_k": job.top_k, "top_p": job.top_p}
     if job.who == "original":
         # Its own random weights take the same room, and nothing of ours is in the way.
         if job.var_repo is None:
             raise UserError("bench: the original needs --var-repo")
         config, vae_config = configs(job.model)
-        theirs = original.load(Path(job.var_repo), config, vae_config)
-        loaded = resident("VmRSS")
+        theirs = original.load(Path(job.var_repo), config, vae_config, device=job.device)
+        loaded = in_use(job.device, most=False)
         labels_B %= config.num_classes
         if job.decoder:
             theirs.generate(labels_B, seed=0, autocast=job.autocast, **filters)
         else:
             with theirs.without_decoder():
                 theirs.generate(labels_B, seed=0, autocast=job.autocast, **filters)
-        return {"loaded": loaded, "peak": resident("VmHWM")}
-    var, vae = build(job.model)
+        return {"loaded": loaded, "peak": in_use(job.device, most=True)}
+    var, vae = build(job.model, job.device)
     labels_B %= var.config.num_classes
     if job.who == "ours":
         engine = Engine(var, vae, dtype=getattr(torch, job.dtype))
-        loaded = resident("VmRSS")
+        loaded = in_use(job.device, most=False)
         engine.generate(
             labels_B,
             depth=job.depth,
@@ -107,17 +117,17 @@ def run(job: Job) -> dict[str, int]:
             **filters,
         )
     else:
-        loaded = resident("VmRSS")
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=job.autocast):
+        loaded = in_use(job.device, most=False)
+        with autocast(job.device, job.autocast):
             plain_loop.generate(
                 var,
                 vae,
                 labels_B,
                 var.schedule(job.depth, job.bridge),
-                generator=torch.Generator().manual_seed(0),
+                generator=torch.Generator(job.device).manual_seed(0),
                 **filters,
             )
-    return {"loaded": loaded, "peak": resident("VmHWM")}
+    return {"loaded": loaded, "peak": in_use(job.device, most=True)}
 
 
 def main() -> None:

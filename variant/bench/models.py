@@ -26,8 +26,11 @@ def configs(name: str) -> tuple[VARConfig, VQVAEConfig]:
     return configs_in(locate(name))
 
 
-def build(name: str) -> tuple[VAR, VQVAE]:
-    """A model by name, float32; presets get random weights whose logits differ between tokens."""
+def build(name: str, device: str = "cpu") -> tuple[VAR, VQVAE]:
+    """A model by name, float32, on ``device``.
+
+    Presets get random weights whose logits differ between tokens.
+    """
     if not is_preset(name):
         model = VARiant.from_pretrained(name)
         var, vae = model.var.float(), model.vae.float()
@@ -37,4 +40,6 @@ def build(name: str) -> tuple[VAR, VQVAE]:
         var, vae = VAR(config), VQVAE(vae_config)
         with torch.no_grad():
             var.head.weight.mul_(100)
-    return var.eval().requires_grad_(False), vae.eval().requires_grad_(False)
+    for module in (var, vae):
+        module.to(device).eval().requires_grad_(False)
+    return var, vae

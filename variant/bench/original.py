@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from variant.bench.device import autocast as autocasting
 from variant.config import VARConfig, VQVAEConfig
 from variant.errors import UserError
 from variant.transformer import VAR, derived_buffers
@@ -37,8 +38,8 @@ def check_clone(repo: Path) -> None:
             )
 
 
-def classes(repo: Path) -> tuple[Any, Any]:
-    """(VAR, VQVAE) of the clone.
+def classes(repo: Path, device: str = "cpu") -> tuple[Any, Any]:
+    """(VAR, VQVAE) of the clone, which builds its tensors on ``device``.
 
     Raises:
         UserError: the folder is no clone of it, or its imports fail.
@@ -48,7 +49,7 @@ def classes(repo: Path) -> tuple[Any, Any]:
     mine = {name: sys.modules.pop(name) for name in _named(("models", "dist", "utils"))}
     sys.path.insert(0, str(repo.resolve()))
     try:
-        setattr(importlib.import_module("dist"), "__device", "cpu")
+        setattr(importlib.import_module("dist"), "__device", device)
         models = importlib.import_module("models")
         return models.VAR, models.VQVAE
     except ImportError as error:
@@ -76,10 +77,11 @@ def check_sizes(config: VQVAEConfig) -> None:
 
 @dataclass
 class Original:
-    """Both models of the original code, on the CPU, in eval mode, with float32 weights."""
+    """Both models of the original code, in eval mode, with float32 weights."""
 
     var: Any
     vae: Any
+    device: str = "cpu"
 
     def generate(
         self, labels_B: Tensor, *, cfg: float, top_k: int, top_p: float, seed: int, autocast: bool
@@ -87,9 +89,9 @@ class Original:
         """What its ``autoregressive_infer_cfg`` returns, the decoder included.
 
         Args:
-            autocast: bfloat16 where torch's autocast would have it, as its demo does in 16 bits.
+            autocast: 16 bits where torch's autocast would have them, as its demo does.
         """
-        with torch.inference_mode(), _autocast(autocast):
+        with torch.inference_mode(), autocasting(self.device, autocast):
             return self.var.autoregressive_infer_cfg(
                 len(labels_B), labels_B, g_seed=seed, cfg=cfg, top_k=top_k, top_p=top_p
             )
@@ -105,7 +107,7 @@ class Original:
 
     def decode(self, f_hat_BCHW: Tensor, *, autocast: bool) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] of features."""
-        with torch.inference_mode(), _autocast(autocast):
+        with torch.inference_mode(), autocasting(self.device, autocast):
             return self.vae.fhat_to_img(f_hat_BCHW)
 
     def watched(
@@ -136,25 +138,23 @@ class Original:
         return torch.cat(tokens, dim=1), logits[-1]
 
 
-def _autocast(enabled: bool) -> torch.autocast:
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled)
-
-
 def load(
     repo: Path,
     config: VARConfig,
     vae_config: VQVAEConfig,
     weights: tuple[VAR, VQVAE] | None = None,
+    device: str = "cpu",
 ) -> Original:
     """The original models of these sizes.
 
     Args:
         weights: our models, whose tensors they share; None leaves its own random ones.
+        device: "cpu" or "cuda"; that of the weights where they are shared.
     Raises:
         UserError: no clone there, sizes it cannot have, or a state dict that does not fit.
     """
     check_sizes(vae_config)
-    kind_of_var, kind_of_vae = classes(repo)
+    kind_of_var, kind_of_vae = classes(repo, device)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its sizes when it is built
         vae: nn.Module = kind_of_vae(
             vocab_size=vae_config.vocab_size,
@@ -188,5 +188,5 @@ def load(
         except RuntimeError as error:
             raise UserError(f"{repo}: does not take this model's weights: {error}") from error
     for module in (var, vae):
-        module.eval().requires_grad_(False)
-    return Original(var, vae)
+        module.to(device).eval().requires_grad_(False)
+    return Original(var, vae, device)

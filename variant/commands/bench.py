@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from variant.bench import original
+from variant.bench.device import peer_settings
 from variant.bench.engine_bench import Setting, count_samples, measure
 from variant.bench.environment import environment
 from variant.bench.limits import drift, measure_limits
@@ -38,7 +39,7 @@ def bench(command: Bench) -> None:
     _check(command)
     if command.threads is not None:
         torch.set_num_threads(command.threads)
-    var, vae = build(command.model)
+    var, vae = build(command.model, command.device)
     depths = tuple(command.depths) or depths_of(var.config)
     # What is wrong is named before the work.
     for depth in depths:
@@ -66,6 +67,7 @@ def bench(command: Bench) -> None:
         "format": FORMAT,
         "complete": False,
         "model": command.model,
+        "device": command.device,
         "weights": "random" if is_preset(command.model) else "trained",
         "bridge": command.bridge if command.bridge is not None else var.config.bridge,
         "sampling": {"cfg": command.cfg, "top_k": command.top_k, "top_p": command.top_p},
@@ -75,9 +77,11 @@ def bench(command: Bench) -> None:
         "decoder": [],
         "memory": [],
     }
-    start = measure_limits()
+    start = measure_limits(command.device)
     result["limits"] = {"start": start.to_dict()}
-    with _progress(sum(count_samples(s, var.config.depth) for s in settings)) as tick:
+    with _progress(
+        sum(count_samples(s, var.config.depth, command.device) for s in settings)
+    ) as tick:
         for setting in settings:
             found = measure(var, vae, setting, tick)
             for part in ("rows", "logits", "decoder"):
@@ -85,7 +89,7 @@ def bench(command: Bench) -> None:
             if command.memory:
                 result["memory"] += _memory(command, var, setting, result["memory"], tick)
             _write(command.json, result)  # a run that is stopped keeps what it finished
-    end = measure_limits()
+    end = measure_limits(command.device)
     result["limits"] |= {"end": end.to_dict(), "drift": drift(start, end)}
     result["complete"] = True
     _write(command.json, result)
@@ -101,6 +105,8 @@ def _write(path: Path | None, result: dict[str, Any]) -> None:
 
 
 def _check(command: Bench) -> None:
+    if command.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("bench: --device cuda: torch sees no GPU; use --device cpu")
     for name, values in (
         ("batch", command.batch),
         ("runs", (command.runs,)),
@@ -153,6 +159,7 @@ def _memory(
         batch=setting.batch,
         dtype=dtype,
         bridge=command.bridge,
+        device=command.device,
         threads=torch.get_num_threads(),
         decoder=command.decoder,
         **setting.filters,
@@ -160,7 +167,7 @@ def _memory(
     jobs = {f"ours {dtype}": [job(who="ours", depth=depth) for depth in setting.depths]}
     repo = None if command.var_repo is None else str(command.var_repo)
     who = "plain loop" if repo is None else "original"
-    for autocast, name in ((False, "float32"), (True, "bfloat16 autocast")):
+    for name, autocast in peer_settings(command.device).items():
         jobs[f"{who} {name}"] = [job(who=who, depth=full, autocast=autocast, var_repo=repo)]
     found = []
     seen = {(one["who"], one["batch"]) for one in known}
@@ -175,10 +182,17 @@ def _memory(
 # --- printing -----------------------------------------------------------------------------------
 
 
+def _machine(result: dict[str, Any]) -> str:
+    found = result["environment"]
+    if result["device"] == "cuda":
+        return f"{found['gpu']}, driver {found['gpu_driver']}"
+    return f"{found['cpu']}, {found['isa']}, {found['threads']} threads"
+
+
 def _print(result: dict[str, Any]) -> None:
     found, out = result["environment"], console()
     out.print(
-        f"{found['cpu']}, {found['isa']}, {found['threads']} threads, torch {found['torch']}; "
+        f"{_machine(result)}, torch {found['torch']}; "
         f"without the VQ-VAE decoder; medians of runs that take turns"
     )
     settings = dict.fromkeys((row["dtype"], row["batch"]) for row in result["rows"])
