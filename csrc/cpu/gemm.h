@@ -173,26 +173,27 @@ inline void multiply_add_panels(int64_t rows, int64_t width, int64_t depth, Oper
     const float* panel = b + column * panel_rows;
     with_vectors(vectors_of(min_of(width - column, kPanel)), [&](auto count) {
       constexpr int kTileVectors = decltype(count)::value;
-      const auto end = [=](int64_t row, const auto& sums) {
-        for (const auto& vectors_of_row : sums.at) {
-          for (int j = 0; j < kTileVectors; ++j) {
-            store(at + row * c_stride + j * kLanes, vectors_of_row[j]);
-          }
-          ++row;
-        }
+      // What C held is added last: a sum over thousands of keys is one of a few partial sums, and
+      // its rounding grows with their number, not with that of the keys.
+      const auto run = [&](auto held) {
+        multiply_rows<Cell, kTileVectors>(
+            rows, depth, a, panel, [](int64_t, int) { return VecF{}; },
+            [=](int64_t row, const auto& sums) {
+              for (const auto& vectors_of_row : sums.at) {
+                for (int j = 0; j < kTileVectors; ++j) {
+                  float* out = at + row * c_stride + j * kLanes;
+                  store(out, held(row, out, vectors_of_row[j]));
+                }
+                ++row;
+              }
+            });
       };
       if (fresh) {
-        multiply_rows<Cell, kTileVectors>(
-            rows, depth, a, panel, [](int64_t, int) { return VecF{}; }, end);
+        run([](int64_t, const float*, VecF sum) { return sum; });
       } else if (scale) {
-        multiply_rows<Cell, kTileVectors>(
-            rows, depth, a, panel,
-            [=](int64_t row, int j) { return load(at + row * c_stride + j * kLanes) * scale[row]; },
-            end);
+        run([=](int64_t row, const float* c, VecF sum) { return load(c) * scale[row] + sum; });
       } else {
-        multiply_rows<Cell, kTileVectors>(
-            rows, depth, a, panel,
-            [=](int64_t row, int j) { return load(at + row * c_stride + j * kLanes); }, end);
+        run([](int64_t, const float* c, VecF sum) { return load(c) + sum; });
       }
     });
   }
