@@ -2,7 +2,6 @@
 
     python -m benchmarks.gpu                      all parts, within --budget seconds
     python -m benchmarks.gpu tests kernels        some of them
-    make gpu                                      the same
 
 It needs torch, Triton, pytest with pytest-benchmark, a C++ compiler and this checkout; no network.
 Every part is a process of its own with its own log and time limit: one that fails costs none of the
@@ -58,7 +57,6 @@ class Outcome:
 def parts(out: Path, var_repo: Path | None) -> list[Part]:
     """All parts, the most important first: the budget may end before the list does."""
     python = sys.executable
-    on_gpu = {"VARIANT_TEST_DEVICE": "cuda"}
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     engine = (python, "-m", "benchmarks.gpu_engine")
     repo = () if var_repo is None else ("--var-repo", str(var_repo))
@@ -68,8 +66,7 @@ def parts(out: Path, var_repo: Path | None) -> list[Part]:
 
     return [
         Part("build", (python, "setup.py", "build_ext", "--inplace"), 240),
-        Part("tests", (*pytest, "tests/kernels", "-m", "not cpu_only"), 240, on_gpu),
-        Part("tests-engine", (*pytest, "tests/model", "tests/gpu", "-m", "gpu"), 180, on_gpu),
+        Part("tests", (*pytest, "tests/gpu"), 180),
         timed("engine-batch-1", 120, "--batch", "1"),
         timed("engine-batch-64", 180, "--batch", "64", "--runs", "3"),
         Part(
@@ -77,7 +74,7 @@ def parts(out: Path, var_repo: Path | None) -> list[Part]:
             (
                 *pytest,
                 "benchmarks",
-                "--device",
+                "-k",
                 "cuda",
                 f"--benchmark-json={out / 'kernels.json'}",
             ),
@@ -88,7 +85,6 @@ def parts(out: Path, var_repo: Path | None) -> list[Part]:
             "sanitizer",
             ("compute-sanitizer", "--error-exitcode=1", *pytest, "tests/gpu/test_small_cases.py"),
             120,
-            on_gpu,
             needs="compute-sanitizer",
         ),
     ]
@@ -162,7 +158,7 @@ def missing() -> str | None:
     except ImportError:
         return "torch is not installed"
     if not torch.cuda.is_available():
-        return "torch sees no GPU; the interpreter tests (make test-triton) need none"
+        return "torch sees no GPU"
     return None
 
 
