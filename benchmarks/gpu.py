@@ -31,14 +31,12 @@ TAIL_LINES = 25
 class Part:
     """One process.
 
-    seconds: its time limit.  env: added to the environment.  needs: a program without which it is
-    left out, by name.
+    seconds: its time limit.  needs: a program without which it is left out, by name.
     """
 
     name: str
     command: tuple[str, ...]
     seconds: int
-    env: dict[str, str] = field(default_factory=dict)
     needs: str | None = None
 
 
@@ -101,7 +99,7 @@ def run_part(part: Part, out: Path, seconds: float) -> Outcome:
         process = subprocess.Popen(
             part.command,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **part.env},
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,

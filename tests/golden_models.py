@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from variant.config import VARConfig, VQVAEConfig
+from variant.transformer import VAR
+from variant.vqvae import VQVAE
 
 FOLDER = Path(__file__).parent / "golden"
 NAMES = ("plain", "shared_aln", "no_l2norm")
@@ -98,3 +100,12 @@ def load_golden(name: str) -> Golden:
         var_state=_state(described["var_state"], patch_nums),
         vae_state=_state(described["vae_state"], patch_nums),
     )
+
+
+def golden_models(name: str, device: str = "cpu") -> tuple[Golden, VAR, VQVAE]:
+    """A golden file and both models with its weights, in eval mode; new ones at every call."""
+    golden = load_golden(name)
+    var, vae = VAR(golden.var_config).eval(), VQVAE(golden.vae_config).eval()
+    var.load_state_dict(golden.var_state, strict=True)
+    vae.load_state_dict(golden.vae_state, strict=True)
+    return golden, var.to(device), vae.to(device)

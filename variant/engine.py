@@ -18,6 +18,7 @@ from torch import Tensor
 
 from variant.capture import Captures, GraphRecorder, Recorder, Tensors
 from variant.memory import free_bytes
+from variant.packing import can_pack
 from variant.sampling import (
     Generation,
     OnScale,
@@ -121,12 +122,17 @@ class Engine:
         """Where the weights are."""
         return self.var.head.weight.device
 
+    @property
+    def packed(self) -> bool:
+        """Whether the weights are packed for the CPU's matrix library."""
+        return self.pack and can_pack(self.device, self.dtype)
+
     # --- weights --------------------------------------------------------------------------------
 
     def refresh(self) -> None:
         """Cast the weights anew at the next call; needed only after a change through ``.data``."""
         with self._lock:
-            self._cast = None
+            self._cast = self._captures = None
 
     def _weights(self) -> EngineWeights:
         """The weights in the engine's dtype, cast again if any changed since the last call."""
@@ -134,10 +140,10 @@ class Engine:
         fingerprint = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
         with self._lock:
             if self._cast is None or self._cast[0] != fingerprint:
-                self._cast = (
-                    fingerprint,
-                    EngineWeights(self.var, self.vae, self.dtype, self.pack),
-                )
+                # The old copies, and graphs that read them, go before the new ones are made.
+                self._cast = self._captures = None
+                weights = EngineWeights(self.var, self.vae, self.dtype, self.packed)
+                self._cast = fingerprint, weights
             return self._cast[1]
 
     def _kernels(self) -> Kernels:
@@ -189,7 +195,7 @@ class Engine:
 
     def _steps(self, schedule: DepthSchedule, rows: int) -> Steps:
         """Page tables of a schedule, kept for the next run."""
-        key = (schedule.layers, rows, self.device)
+        key = (schedule.layers, rows, self.page_size, self.device)
         with self._lock:
             steps = self._tables.pop(key, {})
             self._tables[key] = steps  # last in, last out
@@ -346,7 +352,8 @@ class Engine:
             generator=sampling.generator,
         )
         captures = self._captures_for(weights, kernels)
-        if captures is not None and on_scale is None and draws.generator is None:
+        captured = captures is not None and on_scale is None and draws.generator is None
+        if captures is not None and captured:
             painted = self._replay(captures, labels_B, draws, schedule, weights, kernels)
         else:
             painted = self._paint(
@@ -372,7 +379,7 @@ class Engine:
             depths=painted.schedule.depths,
             dtype=dtype_name(self.dtype),
             packed=weights.packed,
-            captured=captures is not None,
+            captured=captured,
             kv_planned_bytes=plan.peak_bytes(batch, heads, head_dim, self.dtype, draws.guided),
             kv_allocated_bytes=painted.allocated_bytes,
             kv_peak_bytes=painted.peak_bytes,
@@ -414,7 +421,8 @@ class Engine:
     ) -> _Painted:
         """:meth:`_paint` by a graph; recorded when the schedule is first met."""
         names = tuple(kernels.names.values())
-        key = (schedule.layers, len(labels_B), draws.guided, draws.top_k, draws.top_p, names)
+        key = (schedule.layers, self.page_size, len(labels_B), draws.guided)
+        key = (*key, draws.top_k, draws.top_p, names)
         steps = self._steps(schedule, len(labels_B) * (2 if draws.guided else 1))
 
         def whole(labels_B: Tensor, image_ids_B: Tensor, cfg: Tensor, seed: Tensor) -> Tensors:
@@ -498,12 +506,12 @@ class Engine:
             total, heads = self.var.layout.total, config.num_heads
             rows = 2 if guidance else 1
             layer += 4 * rows * total * 2 * config.embed_dim + 8 * heads * tokens * total
-        decoder = 0 if self._weights().packed else self._decoder_image_bytes()
+        decoder = 0 if self.packed else self._decoder_image_bytes()
         return kv + max(layer, logits, decoder)
 
     def decoder_bytes(self) -> int:
         """What decoding takes whatever the batch: packed decoders paint one image at a time."""
-        return self._decoder_image_bytes() if self._weights().packed else 0
+        return self._decoder_image_bytes() if self.packed else 0
 
     def _decoder_image_bytes(self) -> int:
         return self.vae.config.image_size**2 * self.vae.config.ch * 4 * 6

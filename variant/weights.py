@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from variant.packing import Linear, PackedDecoder, can_pack
+from variant.packing import Linear, PackedDecoder
 from variant.transformer import VAR, Block, projection
 from variant.vqvae import VQVAE
 
@@ -47,12 +47,11 @@ class EngineWeights:
     Args:
         var, vae: whose weights.
         dtype: of the matrix products.
-        pack: keep packed copies where :func:`variant.packing.can_pack`.
+        packed: keep packed copies, which :func:`variant.packing.can_pack` must allow.
     """
 
-    def __init__(self, var: VAR, vae: VQVAE, dtype: torch.dtype, pack: bool) -> None:
-        device = var.head.weight.device
-        self.packed = pack and can_pack(device, dtype)
+    def __init__(self, var: VAR, vae: VQVAE, dtype: torch.dtype, packed: bool) -> None:
+        self.packed = packed
         self.layers = [LayerWeights(block, dtype, self.packed) for block in var.layers()]
         self.head = _linear(var.head, dtype, self.packed)
         self.position_1LC = var.position_embedding().detach().float()

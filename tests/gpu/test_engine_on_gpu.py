@@ -4,11 +4,9 @@ from functools import cache
 
 import pytest
 import torch
-from golden_models import NAMES, load_golden
+from golden_models import NAMES, golden_models
 
 from variant.engine import Engine
-from variant.transformer import VAR
-from variant.vqvae import VQVAE
 from variant_kernels import CachePlan, available_backends
 
 BACKENDS = tuple(name for name in ("reference", "triton") if name in available_backends())
@@ -19,16 +17,12 @@ needs_kernels = pytest.mark.skipif(
 
 
 @cache
-def golden_models(name):
-    golden = load_golden(name)
-    var, vae = VAR(golden.var_config).eval(), VQVAE(golden.vae_config).eval()
-    var.load_state_dict(golden.var_state, strict=True)
-    vae.load_state_dict(golden.vae_state, strict=True)
-    return golden, var.cuda(), vae.cuda()
+def shared_models(name):
+    return golden_models(name, "cuda")
 
 
 def engine_of(name, **options):
-    golden, var, vae = golden_models(name)
+    golden, var, vae = shared_models(name)
     return golden, Engine(var, vae, **options)
 
 
@@ -138,10 +132,8 @@ def test_allocated_bytes_are_the_plan():
 
 def test_the_gpu_draws_what_the_cpu_draws():
     """Bit-equal logits are not to be had across devices; at most a few near ties may differ."""
-    golden, engine = engine_of("plain")
-    cpu = Engine(VAR(golden.var_config).eval(), VQVAE(golden.vae_config).eval())
-    cpu.var.load_state_dict(golden.var_state)
-    cpu.vae.load_state_dict(golden.vae_state)
+    _, engine = engine_of("plain")
+    cpu = Engine(*golden_models("plain")[1:])
     tokens = cpu.generate([1, 2, 3], seed=4, top_k=50, top_p=0.95).tokens
     ours = engine.generate([1, 2, 3], seed=4, top_k=50, top_p=0.95).tokens.cpu()
     first = cpu.var.layout.slice(0)

@@ -115,9 +115,12 @@ def test_callbacks_generators_and_plain_torch_are_not_recorded(recorder):
     model = small_model()
     engine = Engine(model.var, model.vae)
     scales = []
-    engine.generate([1], seed=0, on_scale=lambda k, partial: scales.append(k), decode=False)
-    engine.generate([1], generator=torch.Generator().manual_seed(0), decode=False)
-    Engine(model.var, model.vae, backend="reference").generate([1], seed=0)
+    watched = engine.generate(
+        [1], seed=0, on_scale=lambda k, partial: scales.append(k), decode=False
+    )
+    drawn = engine.generate([1], generator=torch.Generator().manual_seed(0), decode=False)
+    plain = Engine(model.var, model.vae, backend="reference").generate([1], seed=0)
+    assert not any(result.stats.captured for result in (watched, drawn, plain))
     assert recorder.recorded == 0
     assert scales == [0, 1, 2]
 
@@ -130,6 +133,18 @@ def test_page_tables_that_a_graph_reads_outlive_the_table_cache(recorder, monkey
     engine.generate([1, 2], depth=2, seed=0)
     engine.generate([1], depth=3, seed=0)
     assert same(engine.generate([1, 2], seed=0), expected)
+
+
+def test_another_page_size_has_tables_and_a_recording_of_its_own(recorder):
+    model = small_model()
+    engine = Engine(model.var, model.vae)
+    first = engine.generate([1, 2], seed=0, decode=False)
+    engine.page_size = 3
+    second = engine.generate([1, 2], seed=0, decode=False)
+    assert torch.equal(first.tokens, second.tokens)
+    assert second.stats.kv_allocated_bytes == second.stats.kv_planned_bytes
+    assert second.stats.kv_allocated_bytes != first.stats.kv_allocated_bytes
+    assert recorder.recorded == 2
 
 
 def test_a_failed_recording_leaves_nothing_behind():

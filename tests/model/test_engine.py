@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from golden_models import NAMES, load_golden
+from golden_models import NAMES, golden_models, load_golden
 from small_models import small_model
 
 from variant.engine import Engine
@@ -18,16 +18,12 @@ BACKENDS = ("reference", "cpu")
 
 
 @cache
-def golden_models(name):
-    golden = load_golden(name)
-    var, vae = VAR(golden.var_config).eval(), VQVAE(golden.vae_config).eval()
-    var.load_state_dict(golden.var_state, strict=True)
-    vae.load_state_dict(golden.vae_state, strict=True)
-    return golden, var, vae
+def shared_models(name):
+    return golden_models(name)
 
 
 def golden_engine(name, **options):
-    golden, var, vae = golden_models(name)
+    golden, var, vae = shared_models(name)
     return golden, Engine(var, vae, **options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from variant import packing
 from variant.bench.work import Linear, linears
 from variant.packing import can_pack
-from variant.transformer import VAR
+from variant.transformer import VAR, projection
 from variant.weights import MLP_ROWS
 from variant_kernels import DepthSchedule
 
@@ -70,12 +71,12 @@ class GemmsAlone:
         if name in ("head", "word_embed"):
             return _affine(getattr(var, name))
         if name == "head_nm":
-            return _affine(var.head_nm.ada_lin[1])
+            return _affine(projection(var.head_nm.ada_lin))
         if name == "shared_ada_lin":
-            return _affine(var.shared_ada_lin[1])  # type: ignore[index]
+            return _affine(projection(cast("nn.Sequential", var.shared_ada_lin)))
         block = var.layers()[linear.layer]
         if name == "ada_lin":
-            return _affine(block.ada_lin[1])
+            return _affine(projection(block.ada_lin))
         if name == "mat_qkv":
             return block.attn.mat_qkv.weight, block.attn.qkv_bias()
         return _affine(block.attn.proj if name == "proj" else getattr(block.ffn, name))

@@ -1,0 +1,45 @@
+"""The one command for a GPU machine: a part that fails or hangs costs no other's result."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks.gpu import Part, main, parts, run
+
+OK = "open({path!r}, 'w').write('1'); print('done')"
+
+
+def python(code):
+    return (sys.executable, "-c", code)
+
+
+def test_every_part_is_run_and_told_apart(tmp_path, capsys):
+    chosen = [
+        Part("fails", python("print('why it failed'); raise SystemExit(3)"), 20),
+        Part("hangs", python("import time; time.sleep(60)"), 1),
+        Part("absent", ("true",), 20, needs="no-such-program"),
+        Part("good", python(OK.format(path=str(tmp_path / "good.json"))), 20),
+    ]
+    outcomes = {outcome.name: outcome for outcome in run(chosen, tmp_path, budget=100)}
+    assert outcomes["fails"].status == "failed with exit code 3"
+    assert outcomes["hangs"].status == "timed out after 1 s"
+    assert outcomes["absent"].status == "left out: no-such-program is not installed"
+    assert outcomes["good"].status == "ok"
+    assert outcomes["good"].results == ["good.json"]
+    assert "why it failed" in capsys.readouterr().out
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert [one["status"] for one in written] == [o.status for o in outcomes.values()]
+
+
+def test_a_spent_budget_leaves_the_rest_out_and_says_so(tmp_path):
+    (outcome,) = run([Part("late", python("pass"), 20)], tmp_path, budget=1)
+    assert outcome.status == "left out: the budget is spent"
+
+
+def test_names_are_unique_and_an_unknown_one_is_named(tmp_path, capsys):
+    names = [part.name for part in parts(tmp_path, None)]
+    assert len(set(names)) == len(names)
+    with pytest.raises(SystemExit, match="2"):
+        main(["nonsense"])
+    assert "no part 'nonsense'" in capsys.readouterr().err
