@@ -8,6 +8,7 @@ takes the first backend of ``PREFERENCE`` that supports the arguments; a backend
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 # Fastest first. `reference` supports everything, so that a choice always exists.
-PREFERENCE = ("cpu", "reference")
+PREFERENCE = ("triton", "cpu", "reference")
 
 _override: ContextVar[str | None] = ContextVar("variant_backend", default=None)
 
@@ -67,6 +68,8 @@ class Lazy:
 
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)
+# Devices that Triton compiles for; AMD GPUs are "cuda" to torch.
+TRITON_DEVICES = ("cuda", "xpu")
 
 
 def cpu_unsupported(request: Request) -> str | None:
@@ -79,6 +82,34 @@ def cpu_unsupported(request: Request) -> str | None:
     return None
 
 
+def triton_interprets() -> bool:
+    """Whether Triton runs kernels on the CPU, in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_unsupported(request: Request) -> str | None:
+    """Why the Triton kernels cannot serve a request."""
+    if not _has_triton():
+        return "Triton is not installed (pip install triton)"
+    if triton_interprets():
+        if request.device != "cpu":
+            return f"TRITON_INTERPRET=1 takes CPU tensors; these are on {request.device}"
+        if torch.bfloat16 in request.dtypes:
+            # Its products are wrong: operands are not rounded as the hardware rounds them.
+            return "Triton's interpreter computes bfloat16 wrongly"
+    elif request.device not in TRITON_DEVICES:
+        return f"the tensors are on {request.device}, not on a GPU"
+    for dtype in request.dtypes:
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"dtype {dtype_name(dtype)} is not among its dtypes (float32, bfloat16, float16)"
+    return None
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
@@ -86,7 +117,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def available_backends() -> tuple[str, ...]:
     """Names of the backends that this installation can run on this machine."""
-    return tuple(reversed(PREFERENCE))
+    runs = {
+        "reference": True,
+        "cpu": True,
+        "triton": _has_triton() and (triton_interprets() or torch.cuda.is_available()),
+    }
+    return tuple(name for name in reversed(PREFERENCE) if runs[name])
 
 
 @contextmanager
@@ -141,9 +177,14 @@ def choose_name(op: str, impls: Mapping[str, Impl], backend: str, request: Reque
             )
         return asked
     for name in PREFERENCE:
-        if _reason(impls, name, request) is None:
+        if _reason(impls, name, request) is None and not _interpreted(name):
             return name
     raise AssertionError(f"{op}: the reference backend refused {request}")
+
+
+def _interpreted(name: str) -> bool:
+    """An interpreter proves kernels; nobody wants it chosen."""
+    return name == "triton" and triton_interprets()
 
 
 def _reason(impls: Mapping[str, Impl], name: str, request: Request) -> str | None:
@@ -175,5 +216,8 @@ def explain(
     for name in PREFERENCE:
         if name == chosen:
             break
-        reasons.append(f"{name}: {_reason(tables[op], name, request) or 'not asked for'}")
+        reason = _reason(tables[op], name, request)
+        if reason is None:
+            reason = "interpreted" if _interpreted(name) else "not asked for"
+        reasons.append(f"{name}: {reason}")
     return chosen + (f" ({'; '.join(reasons)})" if reasons else "")

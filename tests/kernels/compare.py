@@ -6,6 +6,7 @@ the same dtype, plus one unit in the last place of the largest expected value.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -17,11 +18,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Tensor = torch.Tensor
 
 DRAWS = 4
+# Kernels are compared here; inputs are drawn and errors measured on the CPU.
+DEVICE = os.environ.get("VARIANT_TEST_DEVICE", "cpu")
 
 
 def backends_for(impls: dict[str, Impl], dtype: torch.dtype) -> list[str]:
-    """Backends that say that they serve this dtype on the CPU."""
-    request = Request("cpu", (dtype,), 64)
+    """Backends that say that they serve this dtype on the device under test.
+
+    ``TRITON_INTERPRET=1`` adds triton, run by its interpreter.
+    """
+    request = Request(DEVICE, (dtype,), 64)
     return [
         name for name in PREFERENCE if name in impls and impls[name].unsupported(request) is None
     ]
@@ -30,6 +36,16 @@ def backends_for(impls: dict[str, Impl], dtype: torch.dtype) -> list[str]:
 def cases(impls: dict[str, Impl]) -> list[tuple[str, torch.dtype]]:
     """(backend, dtype) for parametrize."""
     return [(name, dtype) for dtype in DTYPES for name in backends_for(impls, dtype)]
+
+
+def moved(*tensors: Tensor) -> list[Tensor]:
+    """The tensors on the device under test, strides kept."""
+    return [t if t.device.type == DEVICE else _moved(t) for t in tensors]
+
+
+def _moved(t: Tensor) -> Tensor:
+    out = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=DEVICE)
+    return out.copy_(t)
 
 
 def name_of(value: object) -> str:
