@@ -1,0 +1,116 @@
+"""Block sizes are timed once, kept across processes, and never timed where that is not allowed."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from triton.runtime.errors import OutOfResources
+
+from variant_kernels.triton_ops import tuning
+from variant_kernels.triton_ops.tuning import Config
+
+CONFIGS = (Config(16, 16, 1, 1), Config(32, 16, 1, 1), Config(64, 16, 1, 1))
+CPU = torch.device("cpu")
+
+
+class Kernel:
+    __name__ = "some_kernel"
+    cache_key = "hash of its source"
+
+
+KERNEL = Kernel()
+
+
+@pytest.fixture
+def timed(monkeypatch, tmp_path):
+    """The configs that were run; a stopwatch that finds the second fastest and the first too big"""
+    ran = []
+
+    def stopwatch(function, **options):
+        function()
+        config = ran[-1]
+        if config is CONFIGS[0]:
+            raise OutOfResources(300, 200, "shared memory")
+        return float(config.block_q)
+
+    monkeypatch.setattr(tuning.triton.testing, "do_bench", stopwatch)
+    monkeypatch.setattr(tuning, "triton_interprets", lambda: False)
+    monkeypatch.setenv("VARIANT_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("VARIANT_AUTOTUNE", raising=False)
+    tuning.forget()
+    yield ran
+    tuning.forget()
+
+
+def choose(ran, key=("shape",)):
+    return tuning.best(KERNEL, CONFIGS, key, ran.append, CPU)
+
+
+def test_the_fastest_that_fits_wins_and_is_timed_once(timed):
+    assert choose(timed) is CONFIGS[1]
+    assert timed == list(CONFIGS)
+    assert choose(timed) is CONFIGS[1]
+    assert len(timed) == 3
+
+
+def test_another_process_reads_the_winner_and_another_shape_is_timed(timed):
+    choose(timed)
+    tuning.forget()
+    assert choose(timed) == CONFIGS[1]
+    assert len(timed) == 3
+    choose(timed, key=("another shape",))
+    assert len(timed) == 6
+
+
+def test_changed_source_is_timed_again(timed, monkeypatch):
+    choose(timed)
+    tuning.forget()
+    monkeypatch.setattr(Kernel, "cache_key", "hash of other source")
+    choose(timed)
+    assert len(timed) == 6
+
+
+def test_a_damaged_file_is_timed_again_and_mended(timed):
+    choose(timed)
+    (path,) = tuning.cache_dir().iterdir()
+    path.write_text("{")
+    tuning.forget()
+    assert choose(timed) == CONFIGS[1]
+    assert json.loads(path.read_text())["milliseconds"] == [None, 32.0, 64.0]
+
+
+def test_nothing_is_timed_when_switched_off_or_interpreting(timed, monkeypatch):
+    monkeypatch.setenv("VARIANT_AUTOTUNE", "0")
+    assert choose(timed) is CONFIGS[0]
+    monkeypatch.delenv("VARIANT_AUTOTUNE")
+    monkeypatch.setattr(tuning, "triton_interprets", lambda: True)
+    assert choose(timed) is CONFIGS[0]
+    assert not timed
+
+
+def test_nothing_is_timed_or_settled_while_a_graph_is_captured(timed, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(tuning, "_device_name", lambda device: "some GPU")
+    device = torch.device("cuda", 0)
+    assert tuning.best(KERNEL, CONFIGS, (), timed.append, device) is CONFIGS[0]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert tuning.best(KERNEL, CONFIGS, (), timed.append, device) is CONFIGS[1]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tuning.best(KERNEL, CONFIGS, (), timed.append, device) is CONFIGS[1]
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_the_winner_still_serves(
+    timed, monkeypatch, tmp_path
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VARIANT_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="cannot keep tuning results in .*VARIANT_CACHE_DIR"):
+        assert choose(timed) is CONFIGS[1]
+
+
+def test_a_device_too_small_for_every_config_is_named(timed):
+    with pytest.raises(RuntimeError, match="some_kernel: none of its 2 block sizes fits"):
+        tuning.best(KERNEL, (CONFIGS[0], CONFIGS[0]), (), timed.append, CPU)

@@ -1,0 +1,1 @@
+"""Triton kernels, one file for each stem of ``variant_kernels.ops``: kernels, then launchers."""
