@@ -3,16 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import DRAWS, Tally, cases, name_of
+from compare import DRAWS, Tally, backends_for, cases, moved, name_of
 
 from variant_kernels import append_paged_kv, paged_attention
 from variant_kernels.ops import append_paged_kv as append
 from variant_kernels.ops import paged_attention as paged
 
 CASES = cases(paged.PAGED_IMPLS)
+FLOAT32_BACKENDS = backends_for(paged.PAGED_IMPLS, torch.float32)
 
 
-def plain_attention(q, k_pages, v_pages, table, lengths):
+def plain_attention(q, k_pages, v_pages, table, lengths, scale=None):
     """Each sequence by itself: its pages gathered, then torch's attention."""
     out = torch.zeros(q.shape, dtype=q.dtype)
     size = k_pages.shape[1]
@@ -20,7 +21,8 @@ def plain_attention(q, k_pages, v_pages, table, lengths):
         if length:
             pages = table[row, : -(-length // size)].long()
             k, v = (x[pages].flatten(0, 1)[:length].transpose(0, 1) for x in (k_pages, v_pages))
-            out[row] = F.scaled_dot_product_attention(q[row].transpose(0, 1), k, v).transpose(0, 1)
+            q_row = q[row].transpose(0, 1)
+            out[row] = F.scaled_dot_product_attention(q_row, k, v, scale=scale).transpose(0, 1)
     return out
 
 
@@ -31,7 +33,8 @@ def test_matches_float64_and_reads_no_poisoned_slot(backend, dtype):
         for q, k_pages, v_pages, table, lengths in paged.sample_inputs(dtype, generator):
             exact = plain_attention(q.double(), k_pages.double(), v_pages.double(), table, lengths)
             plain = plain_attention(q, k_pages, v_pages, table, lengths)
-            ours = paged_attention(q, k_pages, v_pages, table, lengths, backend=backend)
+            inputs = moved(q, k_pages, v_pages, table, lengths)
+            ours = paged_attention(*inputs, backend=backend).cpu()
             tally.add(f"{tuple(q.shape)}", ours, plain, exact)
             assert not ours[lengths == 0].any()
     tally.check()
@@ -68,7 +71,46 @@ def test_what_is_not_finite_in_a_visible_key_is_seen(dtype, poison, keys):
     assert paged_attention(q, *pages, table, lengths, backend="cpu").isnan().all()
 
 
+def random_case(dtype, generator):
+    """Random pages of any size in any order, everything outside them NaN; a scale of any sign."""
+
+    def draw(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    batch, heads, head_dim = draw(1, 3), draw(1, 3), (16, 40, 64, 72)[draw(0, 3)]
+    page_size = (1, 5, 16, 256)[draw(0, 3)]
+    lengths = torch.randint(0, 150, (batch,), generator=generator, dtype=torch.int32)
+    entries = -(-150 // page_size) + draw(0, 2)
+    order = torch.randperm(batch * entries + draw(0, 3), generator=generator)
+    table = order[: batch * entries].view(batch, entries).to(torch.int32)
+    # The head before the slot in memory in half of the cases.
+    shape = (len(order), heads, page_size) if draw(0, 1) else (len(order), page_size, heads)
+    pages = torch.full((2, *shape, head_dim), torch.nan, dtype=dtype)
+    pages = pages if shape[1] == page_size and shape[2] == heads else pages.transpose(2, 3)
+    for row, length in enumerate(lengths.tolist()):
+        for entry in range(entries):
+            here = min(max(length - entry * page_size, 0), page_size)
+            values = torch.randn(2, here, heads, head_dim, generator=generator).to(dtype)
+            pages[:, table[row, entry], :here] = values
+            if not here:
+                table[row, entry] = -7
+    q = torch.randn(batch, heads, draw(1, 40), head_dim, generator=generator).to(dtype)
+    return (q.transpose(1, 2), *pages, table, lengths), (-0.3, 0.0, 0.125, 1.0)[draw(0, 3)]
+
+
 @pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
+def test_random_pages_strides_and_scales_match_float64(backend, dtype):
+    tally, generator = Tally(), torch.Generator().manual_seed(5)
+    for index in range(12):
+        inputs, scale = random_case(dtype, generator)
+        exact = plain_attention(*(x.double() for x in inputs[:3]), *inputs[3:], scale)
+        plain = plain_attention(*inputs, scale)
+        ours = paged_attention(*moved(*inputs), softmax_scale=scale, backend=backend).cpu()
+        tally.add(str(index), ours, plain, exact)
+    tally.check()
+
+
+@pytest.mark.parametrize(("backend", "dtype"), cases(append.APPEND_IMPLS), ids=name_of)
 def test_appended_tokens_are_read_back(backend, dtype):
     for k, v, k_pages, v_pages, slots in append.sample_inputs(
         dtype, torch.Generator().manual_seed(2)
@@ -107,12 +149,14 @@ def test_bad_pages_lengths_and_slots_are_named_and_nothing_is_written(backend):
     assert not pages.any()
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 def test_empty_batches_and_pools_give_zeros(backend):
-    pages = torch.zeros(0, 4, 2, 16)
-    q = torch.ones(2, 3, 2, 16)
-    table = torch.zeros(2, 1, dtype=torch.int32)
-    none = torch.zeros(2, dtype=torch.int32)
+    pages, q, table, none = moved(
+        torch.zeros(0, 4, 2, 16),
+        torch.ones(2, 3, 2, 16),
+        torch.zeros(2, 1, dtype=torch.int32),
+        torch.zeros(2, dtype=torch.int32),
+    )
     assert not paged_attention(q, pages, pages, table, none, backend=backend).any()
     assert not paged_attention(q, pages, pages, table[:, :0], none, backend=backend).any()
     empty = paged_attention(q[:0], pages, pages, table[:0], none[:0], backend=backend)
@@ -140,11 +184,15 @@ def test_inference_only_ops_refuse_gradients():
         paged_attention(q, pages, pages, table, lengths)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 def test_opcheck_passes(backend):
-    generator = torch.Generator().manual_seed(3)
-    inputs = paged.sample_inputs(torch.float32, generator)[1]
+    inputs = moved(*paged.sample_inputs(torch.float32, torch.Generator().manual_seed(3))[1])
     torch.library.opcheck(paged.paged_attention_op, (*inputs, 0.25, backend))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_opcheck_of_append_passes(backend):
+    generator = torch.Generator().manual_seed(3)
     inputs = append.sample_inputs(torch.float32, generator)[1]
     torch.library.opcheck(append.append_paged_kv_op, (*inputs, backend))
 

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from variant_kernels import contract
-from variant_kernels.backends import Impl, Lazy, Request, choose_name, cpu_unsupported
+from variant_kernels.backends import (
+    Impl,
+    Lazy,
+    Request,
+    choose_name,
+    cpu_unsupported,
+    triton_unsupported,
+)
 from variant_kernels.registry import (
     differentiate,
     forbid_gradient,
@@ -96,6 +103,7 @@ def reference_block_causal_attention_backward(
 # --- backends -----------------------------------------------------------------------------------
 
 _CPU = "variant_kernels.cpu_ops.block_causal_attention"
+_TRITON = "variant_kernels.triton_ops.block_causal_attention"
 
 BLOCK_CAUSAL_IMPLS = {
     "reference": Impl(
@@ -105,6 +113,11 @@ BLOCK_CAUSAL_IMPLS = {
         Lazy(_CPU, "launch_block_causal_attention_forward"),
         Lazy(_CPU, "launch_block_causal_attention_backward"),
         cpu_unsupported,
+    ),
+    "triton": Impl(
+        Lazy(_TRITON, "launch_block_causal_attention_forward"),
+        Lazy(_TRITON, "launch_block_causal_attention_backward"),
+        triton_unsupported,
     ),
 }
 

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from variant_kernels import contract
-from variant_kernels.backends import Impl, Lazy, Request, choose, cpu_unsupported
+from variant_kernels.backends import (
+    Impl,
+    Lazy,
+    Request,
+    choose,
+    cpu_unsupported,
+    triton_unsupported,
+)
 from variant_kernels.ops.append_paged_kv import check_pages
 from variant_kernels.registry import refuse_gradient, register
 
@@ -90,6 +97,10 @@ PAGED_IMPLS = {
     "cpu": Impl(
         Lazy("variant_kernels.cpu_ops.paged_attention", "launch_paged_attention_forward"),
         unsupported=cpu_unsupported,
+    ),
+    "triton": Impl(
+        Lazy("variant_kernels.triton_ops.paged_attention", "launch_paged_attention_forward"),
+        unsupported=triton_unsupported,
     ),
 }
 

@@ -1,0 +1,46 @@
+"""The compile report works without a GPU: one small kernel to machine code."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+
+def report(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "variant_kernels.triton_ops.compile_report", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0", **environment},
+    )
+
+
+def test_a_kernel_is_compiled_for_a_gpu_that_is_not_there(tmp_path):
+    run = report(
+        *("--kernel", "paged_attention_combine", "--target", "sm_90", "--dtype", "bf16"),
+        TRITON_CACHE_DIR=str(tmp_path),
+    )
+    assert run.returncode == 0, run.stderr
+    head, line = run.stdout.splitlines()
+    assert head.split()[-3:] == ["registers", "spills", "shared"]
+    fields = r"paged_attention_combine_kernel +D 64 +sm_90 +bf16 +4 +1 +(\d+) +(\d+) +(\d+)"
+    found = re.fullmatch(fields, line.strip())
+    assert found, line
+    registers, spills, _ = map(int, found.groups())
+    assert 0 < registers <= 255
+    assert spills == 0
+
+
+def test_what_does_not_compile_is_a_line_and_an_exit_code(tmp_path):
+    run = report(
+        *("--kernel", "paged_attention_combine", "--target", "sm_90", "--dtype", "bf16"),
+        TRITON_CACHE_DIR=str(tmp_path),
+        TRITON_INTERPRET="1",
+    )
+    assert run.returncode == 1
+    assert "failed" in run.stdout
+    assert "unset TRITON_INTERPRET" in run.stdout

@@ -1,0 +1,89 @@
+"""What only the Triton attention kernels have: keys split over programs, guards, block sizes."""
+
+import pytest
+import torch
+from compare import DEVICE, Tally, moved, wide
+from test_block_causal_attention import gradients, plain_attention
+from test_paged_attention import plain_attention as plain_paged
+from test_paged_attention import random_case
+
+from variant_kernels import ScaleLayout, block_causal_attention, paged_attention
+from variant_kernels.backends import Request, triton_unsupported
+
+reason = triton_unsupported(Request(DEVICE, (torch.float32,), 64))
+if reason is not None:
+    pytest.skip(f"{reason} (TRITON_INTERPRET=1 interprets)", allow_module_level=True)
+
+from variant_kernels.triton_ops import block_causal_attention_configs as configs  # noqa: E402
+from variant_kernels.triton_ops import common  # noqa: E402
+from variant_kernels.triton_ops import paged_attention as paged  # noqa: E402
+from variant_kernels.triton_ops.tuning import Config  # noqa: E402
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_keys_split_over_programs_match_float64(dtype, monkeypatch):
+    monkeypatch.setattr(common, "num_processors", lambda device: 10**4)
+    monkeypatch.setattr(paged, "KEYS_OF_A_PART", 16)
+    tally, generator = Tally(), torch.Generator().manual_seed(6)
+    for index in range(8):
+        inputs, scale = random_case(dtype, generator)
+        exact = plain_paged(*(x.double() for x in inputs[:3]), *inputs[3:], scale)
+        plain = plain_paged(*inputs, scale)
+        ours = paged_attention(*moved(*inputs), softmax_scale=scale, backend="triton").cpu()
+        tally.add(str(index), ours, plain, exact)
+        assert not ours[inputs[4] == 0].any()
+    tally.check()
+
+
+@pytest.mark.parametrize(
+    ("programs", "processors", "room", "splits"),
+    [(132, 132, 10**6, 1), (60, 132, 688, 5), (2, 132, 688, 5), (2, 132, 10**5, 132), (1, 8, 9, 1)],
+)
+def test_keys_are_split_only_to_fill_the_chip(programs, processors, room, splits):
+    assert paged.num_splits(programs, processors, room) == splits
+
+
+def test_wrong_pages_and_lengths_stay_inside_the_pool():
+    # The op checks values on the CPU; on a GPU only the kernel stands between them and memory.
+    q, pages = moved(torch.randn(2, 3, 2, 16), torch.randn(4, 4, 2, 16))
+    table, lengths = moved(
+        torch.tensor([[0, 10**9], [-(10**9), 2]], dtype=torch.int32),
+        torch.tensor([10**9, -5], dtype=torch.int32),
+    )
+    clamped, whole = moved(
+        torch.tensor([[0, 3], [0, 2]], dtype=torch.int32), torch.tensor([8, 0], dtype=torch.int32)
+    )
+    launch = paged.launch_paged_attention_forward
+    given = {"q_BTHD": q, "k_pages_PNHD": pages, "v_pages_PNHD": pages, "softmax_scale": 0.25}
+    ours = launch(page_table_BM=table, kv_lens_B=lengths, **given)
+    expected = launch(page_table_BM=clamped, kv_lens_B=whole, **given)
+    assert torch.equal(ours, expected)
+    assert not ours[1].any()
+
+
+@pytest.mark.parametrize("sides", [(4, 8), (1, 5, 6), (8,)])
+@pytest.mark.parametrize("blocks", [(16, 32), (32, 16), (64, 64)])
+def test_every_order_of_tiles_and_scales_matches_float64(sides, blocks, monkeypatch):
+    # Boundaries on, inside and beyond tiles; tiles wider than the whole sequence.
+    config = {"interpreter": {256: (Config(*blocks, 1, 1),)}}
+    for name in ("FORWARD", "DQ", "DKV"):
+        monkeypatch.setattr(configs, name, config)
+    layout = ScaleLayout.from_patch_nums(sides)
+    generator = torch.Generator().manual_seed(7)
+    packed = torch.randn(1, layout.total, 3, 2, 16, generator=generator)
+    weight = torch.randn(1, layout.total, 2, 16, generator=generator)
+    inputs, tally = packed.unbind(2), Tally()
+
+    def ours(*leaves):
+        return block_causal_attention(*leaves, layout, backend="triton")
+
+    def plain(*leaves):
+        return plain_attention(*leaves, layout)
+
+    tally.add("out", ours(*moved(*inputs)).cpu(), plain(*inputs), plain(*wide(*inputs)))
+    exact = gradients(plain, wide(*inputs), weight.double())
+    expected = gradients(plain, inputs, weight)
+    given = gradients(ours, moved(*inputs), *moved(weight))
+    for name, a, b, c in zip(("dq", "dk", "dv"), given, expected, exact, strict=True):
+        tally.add(name, a.cpu(), b, c, 3)
+    tally.check()

@@ -1,0 +1,91 @@
+"""Block sizes of the block_causal_attention kernels, by device, the likely best first.
+
+No list is long: each entry costs a compilation and a timing the first time a shape is seen. Spills
+and shared memory of every entry: ``python -m variant_kernels.triton_ops.compile_report``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from variant_kernels.triton_ops.common import family, padded
+from variant_kernels.triton_ops.tuning import Config
+
+Table = dict[str, dict[int, tuple[Config, ...]]]
+
+# By the padded head width of 16-bit inputs; the last row serves wider heads as well.
+FORWARD: Table = {
+    "sm90": {
+        64: (
+            Config(128, 64, 8, 3),
+            Config(128, 128, 8, 3),
+            Config(128, 64, 4, 3),
+            Config(64, 64, 4, 3),
+        ),
+        128: (Config(128, 64, 8, 3), Config(128, 128, 8, 2), Config(64, 64, 4, 3)),
+        256: (Config(64, 32, 4, 2), Config(128, 64, 8, 2)),
+    },
+    "nvidia": {
+        64: (Config(128, 64, 4, 3), Config(128, 32, 4, 3), Config(64, 64, 4, 3)),
+        128: (Config(128, 32, 4, 3), Config(128, 64, 8, 2), Config(64, 64, 4, 2)),
+        256: (Config(64, 32, 4, 2), Config(64, 32, 4, 1)),
+    },
+    "amd": {
+        64: (Config(128, 64, 4, 1), Config(128, 64, 4, 2), Config(64, 64, 4, 1)),
+        128: (Config(128, 64, 4, 1), Config(128, 32, 4, 2), Config(64, 64, 4, 1)),
+        256: (Config(64, 32, 4, 1), Config(64, 64, 4, 1)),
+    },
+    "other": {256: (Config(64, 32, 4, 2), Config(128, 64, 8, 2), Config(32, 32, 4, 1))},
+    # Small and unequal: several tiles of both kinds even in small cases.
+    "interpreter": {256: (Config(32, 16, 1, 1),)},
+}
+DQ: Table = {
+    "sm90": {
+        64: (Config(128, 64, 8, 3), Config(128, 128, 8, 2), Config(64, 64, 4, 3)),
+        128: (Config(128, 64, 8, 2), Config(128, 32, 8, 3), Config(64, 32, 4, 3)),
+        256: (Config(64, 32, 8, 2), Config(64, 32, 4, 2)),
+    },
+    "nvidia": {
+        64: (Config(64, 64, 4, 2), Config(128, 64, 8, 2), Config(128, 32, 4, 2)),
+        128: (Config(64, 32, 4, 2), Config(128, 32, 8, 2)),
+        256: (Config(32, 32, 4, 1), Config(64, 32, 8, 1)),
+    },
+    "amd": {
+        64: (Config(128, 64, 4, 1), Config(64, 64, 4, 1)),
+        128: (Config(64, 64, 4, 1), Config(64, 32, 4, 1)),
+        256: (Config(32, 32, 4, 1),),
+    },
+    "other": {256: (Config(32, 32, 4, 1), Config(64, 32, 4, 2))},
+    "interpreter": {256: (Config(32, 16, 1, 1),)},
+}
+DKV: Table = {
+    "sm90": {
+        64: (Config(64, 128, 8, 3), Config(64, 128, 8, 2), Config(64, 64, 4, 3)),
+        128: (Config(32, 128, 8, 3), Config(64, 128, 8, 2), Config(32, 64, 4, 3)),
+        256: (Config(32, 64, 8, 2), Config(32, 32, 4, 2)),
+    },
+    "nvidia": {
+        64: (Config(64, 64, 4, 2), Config(32, 128, 8, 2), Config(64, 128, 8, 2)),
+        128: (Config(32, 64, 4, 2), Config(32, 64, 8, 2)),
+        256: (Config(16, 64, 8, 1), Config(32, 32, 4, 1)),
+    },
+    "amd": {
+        64: (Config(64, 128, 4, 1), Config(64, 64, 4, 1)),
+        128: (Config(32, 64, 4, 1), Config(64, 64, 4, 1)),
+        256: (Config(32, 32, 4, 1),),
+    },
+    "other": {256: (Config(32, 32, 4, 1), Config(32, 64, 4, 2))},
+    "interpreter": {256: (Config(16, 32, 1, 1),)},
+}
+# float32 runs outside the tensor cores, and its tiles are twice as large.
+FLOAT32 = (Config(32, 32, 4, 2), Config(64, 32, 8, 1), Config(32, 32, 8, 1))
+FLOAT32_WIDE = (Config(16, 16, 4, 1), Config(32, 16, 8, 1), Config(32, 32, 8, 1))
+
+
+def configs_for(table: Table, x: torch.Tensor) -> tuple[Config, ...]:
+    """The configs to choose from for the device, dtype and head width of x."""
+    kind, width = family(x.device), padded(x.shape[-1])
+    if x.dtype == torch.float32 and kind != "interpreter":
+        return FLOAT32 if width <= 64 else FLOAT32_WIDE
+    rows = table[kind]
+    return rows[min(w for w in rows if w >= width)]

@@ -1,0 +1,421 @@
+"""paged_attention in Triton. B batch, T queries, H heads, D head width, P pages, N tokens of a
+page, M page-table entries; inside the kernels Q queries and K keys of a tile, S parts of the keys.
+
+A program serves one query tile of one head of one sequence. Where such programs would leave
+processors idle, the keys are split among several, each writes its part and its softmax statistics,
+and a second kernel puts the parts together in a fixed order (Flash-Decoding). Lengths are read on
+the GPU only.
+"""
+
+# Triton's compiler gives a kernel's arguments other types than Python's checker sees.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import e, log2
+
+import torch
+import triton
+import triton.language as tl
+
+from variant_kernels.triton_ops import common, tuning
+from variant_kernels.triton_ops.common import family, on_device_of, padded
+from variant_kernels.triton_ops.compile_report import DTYPES, CompileCase
+from variant_kernels.triton_ops.tuning import Config
+
+# Below every score, yet finite: 0 * inf would be NaN.
+LOWEST = tl.constexpr(-1.0e38)
+
+
+@triton.jit
+def attend_pages(
+    out,
+    total,
+    largest,
+    q,
+    k_base,
+    v_base,
+    table_base,
+    k_stride_p,
+    k_stride_n,
+    v_stride_p,
+    v_stride_n,
+    num_pages,
+    first,
+    last,
+    scale_log2,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Online softmax over the tokens from ``first`` to ``last`` of one sequence."""
+    columns = tl.arange(0, D_PADDED)
+    for start in tl.range(first, last, BLOCK_K):
+        tokens = start + tl.arange(0, BLOCK_K)
+        seen = tokens < last
+        if MASKED:
+            pages = tl.load(table_base + tokens // PAGE_SIZE, mask=seen, other=0)
+        else:
+            pages = tl.load(table_base + tokens // PAGE_SIZE)
+        # Nobody looked at the table: a wrong entry must not leave the pool.
+        pages = tl.minimum(tl.maximum(pages, 0), num_pages - 1).to(tl.int64)
+        slots = tokens % PAGE_SIZE
+        k_rows = k_base + pages * k_stride_p + slots * k_stride_n
+        v_rows = v_base + pages * v_stride_p + slots * v_stride_n
+        k_pointers = k_rows[:, None] + columns[None, :]
+        v_pointers = v_rows[:, None] + columns[None, :]
+        # Slots past the length may hold NaN, which no probability of zero would silence.
+        if MASKED:
+            inside = seen[:, None] & (columns < D)[None, :]
+            k = tl.load(k_pointers, mask=inside, other=0.0)
+            v = tl.load(v_pointers, mask=inside, other=0.0)
+        elif D == D_PADDED:
+            k = tl.load(k_pointers)
+            v = tl.load(v_pointers)
+        else:
+            k = tl.load(k_pointers, mask=(columns < D)[None, :], other=0.0)
+            v = tl.load(v_pointers, mask=(columns < D)[None, :], other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if MASKED:
+            scores = tl.where(seen[None, :], scores, LOWEST)
+        new_largest = tl.maximum(largest, tl.max(scores, 1) * scale_log2)
+        probs = tl.exp2(scores * scale_log2 - new_largest[:, None])
+        shrink = tl.exp2(largest - new_largest)
+        total = total * shrink + tl.sum(probs, 1)
+        out = tl.dot(probs.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+        largest = new_largest
+    return out, total, largest
+
+
+@triton.jit
+def paged_attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    lens_ptr,
+    out_ptr,
+    lse_ptr,
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    k_stride_p,
+    k_stride_n,
+    k_stride_h,
+    v_stride_p,
+    v_stride_n,
+    v_stride_h,
+    table_stride,
+    lens_stride,
+    batch,
+    num_queries,
+    heads,
+    num_pages,
+    entries,
+    splits,
+    scale_log2,
+    NEGATE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One query tile over one part of the keys; scale_log2 > 0, q negated if NEGATE.
+
+    out: (B, T, H, D), or with SPLIT (S, B, T, H, D) in float32 beside the base-2 logarithm of the
+    sum of exponentials, (S, B, T, H).
+    """
+    tiles = tl.cdiv(num_queries, BLOCK_Q)
+    tile = tl.program_id(0) % tiles
+    head = tl.program_id(0) // tiles % heads
+    sequence = tl.program_id(0) // tiles // heads
+    split = sequence // batch
+    b, h = (sequence % batch).to(tl.int64), head.to(tl.int64)
+    kv_len = tl.load(lens_ptr + b * lens_stride)
+    kv_len = tl.minimum(tl.maximum(kv_len, 0), entries * PAGE_SIZE)
+    # Every part a whole number of tiles: only the last has a boundary.
+    part = tl.cdiv(tl.cdiv(kv_len, splits), BLOCK_K) * BLOCK_K
+    first = split * part
+    last = tl.minimum(first + part, kv_len)
+    whole = first + tl.maximum(last - first, 0) // BLOCK_K * BLOCK_K
+
+    rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    columns = tl.arange(0, D_PADDED)
+    inside = (rows < num_queries)[:, None] & (columns < D)[None, :]
+    q_rows = q_ptr + b * q_stride_b + h * q_stride_h + rows.to(tl.int64) * q_stride_t
+    q = tl.load(q_rows[:, None] + columns[None, :], mask=inside, other=0.0)
+    if NEGATE:
+        q = -q
+    out = tl.zeros((BLOCK_Q, D_PADDED), tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    k_base, v_base = k_ptr + h * k_stride_h, v_ptr + h * v_stride_h
+    table_base = table_ptr + b * table_stride
+    out, total, largest = attend_pages(
+        out, total, largest, q, k_base, v_base, table_base, k_stride_p, k_stride_n, v_stride_p,
+        v_stride_n, num_pages, first, whole, scale_log2, PAGE_SIZE, BLOCK_K, D, D_PADDED, False,
+    )  # fmt: skip
+    out, total, largest = attend_pages(
+        out, total, largest, q, k_base, v_base, table_base, k_stride_p, k_stride_n, v_stride_p,
+        v_stride_n, num_pages, whole, last, scale_log2, PAGE_SIZE, BLOCK_K, D, D_PADDED, True,
+    )  # fmt: skip
+
+    # No key: zeros, and a logarithm that weighs nothing.
+    out = out / tl.where(total == 0.0, 1.0, total)[:, None]
+    places = ((split * batch + b) * num_queries + rows) * heads + h
+    out_pointers = out_ptr + places[:, None] * D + columns[None, :]
+    tl.store(out_pointers, out.to(out_ptr.dtype.element_ty), mask=inside)
+    if SPLIT:
+        tl.store(lse_ptr + places, largest + tl.log2(total), mask=rows < num_queries)
+
+
+@triton.jit
+def paged_attention_combine_kernel(
+    parts_ptr,
+    lse_ptr,
+    out_ptr,
+    rows,
+    splits,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """out = sum of 2^(lse - max) parts over the splits / sum of 2^(lse - max), for BLOCK_R rows."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = tl.arange(0, D_PADDED)
+    inside = (row < rows)[:, None] & (columns < D)[None, :]
+    out = tl.zeros((BLOCK_R, D_PADDED), tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    largest = tl.full((BLOCK_R,), LOWEST, tl.float32)
+    for split in range(splits):
+        place = tl.cast(split, tl.int64) * rows + row
+        lse = tl.load(lse_ptr + place, mask=row < rows, other=float("-inf"))
+        part = tl.load(parts_ptr + place[:, None] * D + columns[None, :], mask=inside, other=0.0)
+        new_largest = tl.maximum(largest, lse)
+        shrink, weight = tl.exp2(largest - new_largest), tl.exp2(lse - new_largest)
+        total = total * shrink + weight
+        out = out * shrink[:, None] + part * weight[:, None]
+        largest = new_largest
+    out = out / tl.where(total == 0.0, 1.0, total)[:, None]
+    out_pointers = out_ptr + row[:, None] * D + columns[None, :]
+    tl.store(out_pointers, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+# --- block sizes, the likely best first -----------------------------------------------------------
+
+# By the queries of a call (rounded up to a power of two, the last row serves more), for heads up
+# to 128 wide; a tile of keys is a few pages, whose addresses are looked up in one go.
+_CONFIGS = {
+    "sm90": {
+        16: (Config(16, 64, 4, 3), Config(16, 128, 4, 2), Config(16, 64, 2, 3)),
+        32: (Config(32, 64, 4, 3), Config(32, 64, 2, 3), Config(32, 128, 4, 2)),
+        64: (Config(64, 64, 4, 3), Config(64, 128, 4, 2), Config(64, 32, 4, 3)),
+        128: (Config(128, 64, 8, 3), Config(64, 64, 4, 3), Config(128, 128, 8, 2)),
+    },
+    "nvidia": {
+        16: (Config(16, 64, 4, 2), Config(16, 32, 2, 3), Config(16, 32, 4, 3)),
+        32: (Config(32, 64, 4, 2), Config(32, 32, 2, 3)),
+        64: (Config(64, 64, 4, 2), Config(64, 32, 4, 3)),
+        128: (Config(64, 64, 4, 2), Config(128, 32, 4, 3), Config(128, 64, 8, 2)),
+    },
+    "amd": {
+        16: (Config(16, 64, 4, 1), Config(16, 32, 2, 1)),
+        32: (Config(32, 64, 4, 1), Config(32, 32, 2, 1)),
+        64: (Config(64, 64, 4, 1), Config(64, 32, 4, 1)),
+        128: (Config(128, 64, 4, 1), Config(128, 32, 4, 1), Config(64, 64, 4, 1)),
+    },
+    "other": {
+        16: (Config(16, 64, 4, 2), Config(16, 32, 4, 1)),
+        128: (Config(32, 32, 4, 2), Config(64, 32, 4, 2)),
+    },
+    # Smaller than the cases, so that they have several tiles.
+    "interpreter": {128: (Config(16, 16, 1, 1),)},
+}
+# Heads wider than 128, and float32, whose products run outside the tensor cores.
+_LARGE = (Config(16, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 2))
+BLOCK_ROWS = 4
+# Fewer keys than this are not worth a second kernel.
+KEYS_OF_A_PART = 128
+
+
+def _configs(q_BTHD: torch.Tensor) -> tuple[Config, ...]:
+    kind = family(q_BTHD.device)
+    _, num_queries, _, head_dim = q_BTHD.shape
+    if kind != "interpreter" and (head_dim > 128 or q_BTHD.dtype == torch.float32):
+        return _LARGE
+    rows = _CONFIGS[kind]
+    return rows[min((n for n in rows if n >= num_queries), default=128)]
+
+
+def num_splits(programs: int, processors: int, room: int) -> int:
+    """Into how many parts the keys of each sequence go, for at most ``room`` keys.
+
+    One, unless programs without a split leave processors idle; then enough for two on each.
+    """
+    if programs >= processors:
+        return 1
+    return max(1, min(-(-2 * processors // programs), room // KEYS_OF_A_PART))
+
+
+def launch_paged_attention_forward(
+    *,
+    q_BTHD: torch.Tensor,
+    k_pages_PNHD: torch.Tensor,
+    v_pages_PNHD: torch.Tensor,
+    page_table_BM: torch.Tensor,
+    kv_lens_B: torch.Tensor,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """softmax(softmax_scale * q k^T) v over the first kv_lens_B[b] tokens of sequence b.
+
+    Token s lies at page page_table_BM[b, s // N], slot s % N. A length of 0 gives zeros. Neither
+    page-table entries nor slots past the length are read. On a GPU nobody has looked at the
+    values: lengths are clamped to what the table holds, page indices to the pool.
+
+    Returns:
+        out_BTHD: contiguous, q's dtype.
+    """
+    batch, num_queries, heads, head_dim = q_BTHD.shape
+    num_pages, page_size = k_pages_PNHD.shape[:2]
+    entries = page_table_BM.shape[1]
+    out_BTHD = torch.empty_like(q_BTHD, memory_format=torch.contiguous_format)
+    if out_BTHD.numel() == 0:
+        return out_BTHD
+    if num_pages == 0 or entries == 0:
+        return out_BTHD.zero_()
+    room = entries * page_size
+
+    def launch(config: Config) -> None:
+        programs = batch * heads * -(-num_queries // config.block_q)
+        splits = num_splits(programs, common.num_processors(q_BTHD.device), room)
+        target, lse_SBTH = out_BTHD, None
+        if splits > 1:
+            shape = (splits, batch, num_queries, heads)
+            lse_SBTH = q_BTHD.new_empty(shape, dtype=torch.float32)
+            target = q_BTHD.new_empty((*shape, head_dim), dtype=torch.float32)
+        paged_attention_kernel[(programs * splits,)](
+            q_BTHD,
+            k_pages_PNHD,
+            v_pages_PNHD,
+            page_table_BM,
+            kv_lens_B,
+            target,
+            lse_SBTH,
+            *q_BTHD.stride()[:3],
+            *k_pages_PNHD.stride()[:3],
+            *v_pages_PNHD.stride()[:3],
+            page_table_BM.stride(0),
+            kv_lens_B.stride(0),
+            batch,
+            num_queries,
+            heads,
+            num_pages,
+            entries,
+            splits,
+            # The kernel takes scale * max for max of scale * score: the sign goes into q. A scale
+            # of zero would turn masked scores into visible ones; this one is zero to every sum.
+            max(abs(softmax_scale), 1e-30) * log2(e),
+            NEGATE=softmax_scale < 0,
+            SPLIT=splits > 1,
+            PAGE_SIZE=page_size,
+            D=head_dim,
+            D_PADDED=padded(head_dim),
+            BLOCK_Q=config.block_q,
+            BLOCK_K=config.block_k,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        if lse_SBTH is not None:
+            rows = batch * num_queries * heads
+            paged_attention_combine_kernel[(-(-rows // BLOCK_ROWS),)](
+                target,
+                lse_SBTH,
+                out_BTHD,
+                rows,
+                splits,
+                D=head_dim,
+                D_PADDED=padded(head_dim),
+                BLOCK_R=BLOCK_ROWS,
+                num_warps=4,
+            )
+
+    with on_device_of(q_BTHD):
+        key = (
+            # Shapes that share a winner: queries and keys up to a power of two.
+            *((n - 1).bit_length() for n in (num_queries, room, batch * heads)),
+            head_dim,
+            page_size,
+            q_BTHD.dtype,
+        )
+        kernel = paged_attention_kernel
+        launch(tuning.best(kernel, _configs(q_BTHD), key, launch, q_BTHD.device))
+    return out_BTHD
+
+
+# --- for the compile report ---------------------------------------------------------------------
+
+_ARGUMENTS = {
+    **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*T:16"),
+    **dict.fromkeys(("table_ptr", "lens_ptr"), "*i32:16"),
+    **dict.fromkeys(("out_ptr", "lse_ptr"), "*fp32:16"),
+    **{f"{x}_stride_{axis}": "i32:16" for x in "qkv" for axis in "btphn"},
+    **dict.fromkeys(("table_stride", "batch", "num_queries", "heads"), "i32"),
+    **dict.fromkeys(("num_pages", "entries", "splits"), "i32"),
+    "scale_log2": "fp32",
+}
+
+
+def _cases() -> Iterator[CompileCase]:
+    names = paged_attention_kernel.arg_names
+    arguments = {name: _ARGUMENTS[name] for name in names if name in _ARGUMENTS}
+    for kind, target in (("sm90", "sm_90"), ("nvidia", "sm_80"), ("amd", "gfx942")):
+        # Without repetitions, in order.
+        usual = tuple(dict.fromkeys(config for row in _CONFIGS[kind].values() for config in row))
+        for head_dim, configs, dtypes in (
+            (64, usual, ("bf16", "fp16")),
+            (128, usual, ("bf16", "fp16")),
+            (64, _LARGE, ("fp32",)),
+            (256, _LARGE, DTYPES),
+        ):
+            for config in configs:
+                yield CompileCase(
+                    kernel=paged_attention_kernel,
+                    arguments=arguments,
+                    constants={
+                        "lens_stride": 1,
+                        "NEGATE": False,
+                        "SPLIT": True,
+                        "PAGE_SIZE": 16,
+                        "D": head_dim,
+                        "D_PADDED": head_dim,
+                        "BLOCK_Q": config.block_q,
+                        "BLOCK_K": config.block_k,
+                    },
+                    num_warps=config.num_warps,
+                    num_stages=config.num_stages,
+                    targets=(target,),
+                    dtypes=dtypes,
+                    label=f"D {head_dim}, {config.block_q} x {config.block_k}",
+                )
+    yield CompileCase(
+        kernel=paged_attention_combine_kernel,
+        arguments={
+            "parts_ptr": "*fp32:16",
+            "lse_ptr": "*fp32:16",
+            "out_ptr": "*T:16",
+            "rows": "i32",
+            "splits": "i32",
+        },
+        constants={"D": 64, "D_PADDED": 64, "BLOCK_R": BLOCK_ROWS},
+        num_warps=4,
+        num_stages=1,
+        label="D 64",
+    )
+
+
+COMPILE_CASES = tuple(_cases())
