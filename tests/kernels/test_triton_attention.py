@@ -65,9 +65,8 @@ def test_wrong_pages_and_lengths_stay_inside_the_pool():
 @pytest.mark.parametrize("blocks", [(16, 32), (32, 16), (64, 64)])
 def test_every_order_of_tiles_and_scales_matches_float64(sides, blocks, monkeypatch):
     # Boundaries on, inside and beyond tiles; tiles wider than the whole sequence.
-    config = {"interpreter": {256: (Config(*blocks, 1, 1),)}}
-    for name in ("FORWARD", "DQ", "DKV"):
-        monkeypatch.setattr(configs, name, config)
+    given = (Config(*blocks, 4, 1),)
+    monkeypatch.setattr(configs, "configs_for", lambda table, x: given)
     layout = ScaleLayout.from_patch_nums(sides)
     generator = torch.Generator().manual_seed(7)
     packed = torch.randn(1, layout.total, 3, 2, 16, generator=generator)
@@ -83,7 +82,7 @@ def test_every_order_of_tiles_and_scales_matches_float64(sides, blocks, monkeypa
     tally.add("out", ours(*moved(*inputs)).cpu(), plain(*inputs), plain(*wide(*inputs)))
     exact = gradients(plain, wide(*inputs), weight.double())
     expected = gradients(plain, inputs, weight)
-    given = gradients(ours, moved(*inputs), *moved(weight))
-    for name, a, b, c in zip(("dq", "dk", "dv"), given, expected, exact, strict=True):
+    found = gradients(ours, moved(*inputs), *moved(weight))
+    for name, a, b, c in zip(("dq", "dk", "dv"), found, expected, exact, strict=True):
         tally.add(name, a.cpu(), b, c, 3)
     tally.check()

@@ -114,3 +114,15 @@ def test_a_folder_that_cannot_be_written_is_said_and_the_winner_still_serves(
 def test_a_device_too_small_for_every_config_is_named(timed):
     with pytest.raises(RuntimeError, match="some_kernel: none of its 2 block sizes fits"):
         tuning.best(KERNEL, (CONFIGS[0], CONFIGS[0]), (), timed.append, CPU)
+
+
+def test_without_memory_to_time_with_the_first_serves_and_the_choice_is_left_open(
+    timed, monkeypatch
+):
+    def stopwatch(function, **options):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as full:
+        full.setattr(tuning.triton.testing, "do_bench", stopwatch)
+        assert choose(timed) is CONFIGS[0]
+    assert choose(timed) is CONFIGS[1]

@@ -116,7 +116,7 @@ BLOCK_CAUSAL_IMPLS = {
     ),
     "triton": Impl(
         Lazy(_TRITON, "launch_block_causal_attention_forward"),
-        Lazy(_TRITON, "launch_block_causal_attention_backward"),
+        Lazy(f"{_TRITON}_backward", "launch_block_causal_attention_backward"),
         triton_unsupported,
     ),
 }

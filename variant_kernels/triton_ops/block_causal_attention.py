@@ -1,10 +1,9 @@
-"""block_causal_attention in Triton. B batch, L tokens of all scales, H heads, D width; inside the
+"""block_causal_attention in Triton: what all its kernels share, and the forward pass (backward:
+``block_causal_attention_backward``). B batch, L tokens of all scales, H heads, D width; inside the
 kernels Q queries and K keys of one tile.
 
-Three kernels: the forward pass, dQ (a program for each query tile, which also writes delta) and
-dK and dV (a program for each key tile). Nothing is added up by atomics, so that runs agree bit for
-bit. A query sees a prefix of the keys: the tiles that all queries of a tile see come first, without
-a mask; then those at the boundary; the others are never visited. The layout is a compile-time
+A query sees a prefix of the keys: the tiles that all queries of a tile see come first, without a
+mask; then those at the boundary; the others are never visited. The layout is a compile-time
 constant: no table to fetch, nothing to prepare before a graph is captured.
 """
 
@@ -23,7 +22,7 @@ import triton.language as tl
 
 from variant_kernels.triton_ops import block_causal_attention_configs as configs
 from variant_kernels.triton_ops import tuning
-from variant_kernels.triton_ops.common import last_contiguous, on_device_of, padded
+from variant_kernels.triton_ops.common import on_device_of, padded
 from variant_kernels.triton_ops.compile_report import CompileCase
 from variant_kernels.triton_ops.tuning import Config
 
@@ -199,232 +198,13 @@ def block_causal_attention_forward_kernel(
     tl.store(lse_ptr + (b * heads + h) * length + rows, lse, mask=rows < length)
 
 
-@triton.jit
-def query_gradient_tiles(
-    dq,
-    q,
-    grad,
-    lse_log2,
-    delta,
-    ends,
-    k_base,
-    v_base,
-    k_stride,
-    v_stride,
-    first,
-    last,
-    scale_log2,
-    BLOCK_K: tl.constexpr,
-    D: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """dq += dS K over the keys from ``first`` to ``last``."""
-    for start in tl.range(first, last, BLOCK_K):
-        k = load_tile(k_base, start, k_stride, last, BLOCK_K, D, D_PADDED, MASKED)
-        v = load_tile(v_base, start, v_stride, last, BLOCK_K, D, D_PADDED, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        probs = tl.exp2(scores * scale_log2 - lse_log2[:, None])
-        if MASKED:
-            seen = (start + tl.arange(0, BLOCK_K))[None, :] < ends[:, None]
-            probs = tl.where(seen, probs, 0.0)
-        dprobs = tl.dot(grad, tl.trans(v), input_precision="ieee")
-        dscores = probs * (dprobs - delta[:, None])
-        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
-    return dq
-
-
-@triton.jit
-def block_causal_attention_dq_kernel(
-    grad_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    delta_ptr,
-    dq_ptr,
-    grad_stride_b,
-    grad_stride_l,
-    grad_stride_h,
-    q_stride_b,
-    q_stride_l,
-    q_stride_h,
-    k_stride_b,
-    k_stride_l,
-    k_stride_h,
-    v_stride_b,
-    v_stride_l,
-    v_stride_h,
-    out_stride_b,
-    out_stride_l,
-    out_stride_h,
-    length,
-    heads,
-    softmax_scale,
-    scale_log2,
-    ENDS: tl.constexpr,
-    NUM_SCALES: tl.constexpr,
-    D: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """dQ of one query tile of one head, and its delta = rowsum(grad_out * out), (B, H, L)."""
-    tiles = tl.cdiv(length, BLOCK_Q)
-    head = tl.program_id(0) // tiles
-    start = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_Q
-    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    rows = start + tl.arange(0, BLOCK_Q)
-    ends = visible_end(rows, ENDS, NUM_SCALES)
-    whole = visible_end(start, ENDS, NUM_SCALES) // BLOCK_K * BLOCK_K
-    last = visible_end(tl.minimum(start + BLOCK_Q, length) - 1, ENDS, NUM_SCALES)
-
-    grad_base = grad_ptr + b * grad_stride_b + h * grad_stride_h
-    out_base = out_ptr + b * out_stride_b + h * out_stride_h
-    grad = load_tile(grad_base, start, grad_stride_l, length, BLOCK_Q, D, D_PADDED, True)
-    out = load_tile(out_base, start, out_stride_l, length, BLOCK_Q, D, D_PADDED, True)
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    statistics = (b * heads + h) * length + rows
-    tl.store(delta_ptr + statistics, delta, mask=rows < length)
-    # Rows past the end: a probability of exp2(-inf) = 0.
-    lse = tl.load(lse_ptr + statistics, mask=rows < length, other=float("inf"))
-
-    q_base = q_ptr + b * q_stride_b + h * q_stride_h
-    k_base = k_ptr + b * k_stride_b + h * k_stride_h
-    v_base = v_ptr + b * v_stride_b + h * v_stride_h
-    q = load_tile(q_base, start, q_stride_l, length, BLOCK_Q, D, D_PADDED, True)
-    dq = tl.zeros((BLOCK_Q, D_PADDED), tl.float32)
-    dq = query_gradient_tiles(
-        dq, q, grad, lse * LOG2_E, delta, ends, k_base, v_base, k_stride_l, v_stride_l,
-        0, whole, scale_log2, BLOCK_K, D, D_PADDED, False,
-    )  # fmt: skip
-    dq = query_gradient_tiles(
-        dq, q, grad, lse * LOG2_E, delta, ends, k_base, v_base, k_stride_l, v_stride_l,
-        whole, last, scale_log2, BLOCK_K, D, D_PADDED, True,
-    )  # fmt: skip
-    dq_base = dq_ptr + (b * length * heads + h) * D
-    store_tile(dq_base, start, heads * D, length, dq * softmax_scale, BLOCK_Q, D, D_PADDED)
-
-
-@triton.jit
-def key_gradient_tiles(
-    dk,
-    dv,
-    k,
-    v,
-    firsts,
-    grad_base,
-    q_base,
-    lse_base,
-    delta_base,
-    grad_stride,
-    q_stride,
-    first,
-    last,
-    length,
-    scale_log2,
-    BLOCK_Q: tl.constexpr,
-    D: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """dv += P^T grad and dk += dS^T q over the queries from ``first`` to ``last``."""
-    for start in tl.range(first, last, BLOCK_Q):
-        rows = start + tl.arange(0, BLOCK_Q)
-        q = load_tile(q_base, start, q_stride, length, BLOCK_Q, D, D_PADDED, True)
-        grad = load_tile(grad_base, start, grad_stride, length, BLOCK_Q, D, D_PADDED, True)
-        # Rows past the end: a probability of exp2(-inf) = 0.
-        lse = tl.load(lse_base + rows, mask=rows < length, other=float("inf"))
-        delta = tl.load(delta_base + rows, mask=rows < length, other=0.0)
-        # Transposed, (K, Q): the probabilities go into the next product as they are.
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-        probs = tl.exp2(scores * scale_log2 - (lse * LOG2_E)[None, :])
-        if MASKED:
-            probs = tl.where(rows[None, :] >= firsts[:, None], probs, 0.0)
-        dv = tl.dot(probs.to(grad.dtype), grad, dv, input_precision="ieee")
-        dprobs = tl.dot(v, tl.trans(grad), input_precision="ieee")
-        dscores = probs * (dprobs - delta[None, :])
-        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
-    return dk, dv
-
-
-@triton.jit
-def block_causal_attention_dkv_kernel(
-    grad_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    lse_ptr,
-    delta_ptr,
-    dk_ptr,
-    dv_ptr,
-    grad_stride_b,
-    grad_stride_l,
-    grad_stride_h,
-    q_stride_b,
-    q_stride_l,
-    q_stride_h,
-    k_stride_b,
-    k_stride_l,
-    k_stride_h,
-    v_stride_b,
-    v_stride_l,
-    v_stride_h,
-    length,
-    heads,
-    softmax_scale,
-    scale_log2,
-    ENDS: tl.constexpr,
-    NUM_SCALES: tl.constexpr,
-    D: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """dK and dV of one key tile of one head, from every query that sees one of its keys.
-
-    Early tiles are seen by most queries and start first.
-    """
-    tiles = tl.cdiv(length, BLOCK_K)
-    head = tl.program_id(0) // tiles
-    start = tl.program_id(0) % tiles * BLOCK_K
-    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    firsts = first_viewer(start + tl.arange(0, BLOCK_K), ENDS, NUM_SCALES)
-    first = first_viewer(start, ENDS, NUM_SCALES) // BLOCK_Q * BLOCK_Q
-    # From here on every query sees every key of the tile.
-    whole = first_viewer(tl.minimum(start + BLOCK_K, length) - 1, ENDS, NUM_SCALES)
-    whole = tl.cdiv(whole, BLOCK_Q) * BLOCK_Q
-
-    grad_base = grad_ptr + b * grad_stride_b + h * grad_stride_h
-    q_base = q_ptr + b * q_stride_b + h * q_stride_h
-    k_base = k_ptr + b * k_stride_b + h * k_stride_h
-    v_base = v_ptr + b * v_stride_b + h * v_stride_h
-    lse_base = lse_ptr + (b * heads + h) * length
-    delta_base = delta_ptr + (b * heads + h) * length
-    k = load_tile(k_base, start, k_stride_l, length, BLOCK_K, D, D_PADDED, True)
-    v = load_tile(v_base, start, v_stride_l, length, BLOCK_K, D, D_PADDED, True)
-    dk = tl.zeros((BLOCK_K, D_PADDED), tl.float32)
-    dv = tl.zeros((BLOCK_K, D_PADDED), tl.float32)
-    dk, dv = key_gradient_tiles(
-        dk, dv, k, v, firsts, grad_base, q_base, lse_base, delta_base, grad_stride_l, q_stride_l,
-        whole, length, length, scale_log2, BLOCK_Q, D, D_PADDED, False,
-    )  # fmt: skip
-    dk, dv = key_gradient_tiles(
-        dk, dv, k, v, firsts, grad_base, q_base, lse_base, delta_base, grad_stride_l, q_stride_l,
-        first, whole, length, scale_log2, BLOCK_Q, D, D_PADDED, True,
-    )  # fmt: skip
-    place = (b * length * heads + h) * D
-    store_tile(dk_ptr + place, start, heads * D, length, dk * softmax_scale, BLOCK_K, D, D_PADDED)
-    store_tile(dv_ptr + place, start, heads * D, length, dv, BLOCK_K, D, D_PADDED)
-
-
 # --- launchers ----------------------------------------------------------------------------------
 
 
-def _constants(
+def constants(
     scale_lengths: tuple[int, ...], head_dim: int, config: Config
 ) -> dict[str, int | tuple[int, ...]]:
+    """What is compiled into a kernel."""
     return {
         "ENDS": tuple(accumulate(scale_lengths)),
         "NUM_SCALES": len(scale_lengths),
@@ -435,13 +215,14 @@ def _constants(
     }
 
 
-def _chosen(
+def chosen(
     table: configs.Table,
     kernel: triton.JITFunction,
     q_BLHD: torch.Tensor,
     scale_lengths: tuple[int, ...],
     launch: Callable[[Config], None],
 ) -> Config:
+    """The config to launch a kernel with: its winner for this layout and width."""
     batch, _, heads, head_dim = q_BLHD.shape
     # The number of heads matters only while the grid hardly fills the chip.
     key = (scale_lengths, head_dim, q_BLHD.dtype, (batch * heads).bit_length())
@@ -484,132 +265,63 @@ def launch_block_causal_attention_forward(
             # of zero would turn masked scores into visible ones; this one is zero to every sum.
             max(abs(softmax_scale), 1e-30) * log2(e),
             NEGATE=softmax_scale < 0,
-            **_constants(scale_lengths, head_dim, config),
+            **constants(scale_lengths, head_dim, config),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
 
     with on_device_of(q_BLHD):
         kernel = block_causal_attention_forward_kernel
-        launch(_chosen(configs.FORWARD, kernel, q_BLHD, scale_lengths, launch))
+        launch(chosen(configs.FORWARD, kernel, q_BLHD, scale_lengths, launch))
     return out_BLHD, lse_BHL
-
-
-def launch_block_causal_attention_backward(
-    *,
-    grad_out_BLHD: torch.Tensor,
-    q_BLHD: torch.Tensor,
-    k_BLHD: torch.Tensor,
-    v_BLHD: torch.Tensor,
-    out_BLHD: torch.Tensor,
-    lse_BHL: torch.Tensor,
-    scale_lengths: tuple[int, ...],
-    softmax_scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of launch_block_causal_attention_forward; the same bits on every run.
-
-    Returns:
-        dq_BLHD, dk_BLHD, dv_BLHD: contiguous, q's dtype.
-    """
-    batch, length, heads, head_dim = q_BLHD.shape
-    grad_out_BLHD, lse_BHL = last_contiguous(grad_out_BLHD), lse_BHL.contiguous()
-    dq_BLHD, dk_BLHD, dv_BLHD = (
-        torch.empty_like(q_BLHD, memory_format=torch.contiguous_format) for _ in range(3)
-    )
-    if dq_BLHD.numel() == 0:
-        return dq_BLHD, dk_BLHD, dv_BLHD
-    delta_BHL = torch.empty_like(lse_BHL)
-    strides = [s for x in (grad_out_BLHD, q_BLHD, k_BLHD, v_BLHD) for s in x.stride()[:3]]
-    scales = (softmax_scale, softmax_scale * log2(e))
-
-    def launch_dq(config: Config) -> None:
-        block_causal_attention_dq_kernel[(batch * heads * -(-length // config.block_q),)](
-            grad_out_BLHD,
-            q_BLHD,
-            k_BLHD,
-            v_BLHD,
-            out_BLHD,
-            lse_BHL,
-            delta_BHL,
-            dq_BLHD,
-            *strides,
-            *out_BLHD.stride()[:3],
-            length,
-            heads,
-            *scales,
-            **_constants(scale_lengths, head_dim, config),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-
-    def launch_dkv(config: Config) -> None:
-        block_causal_attention_dkv_kernel[(batch * heads * -(-length // config.block_k),)](
-            grad_out_BLHD,
-            q_BLHD,
-            k_BLHD,
-            v_BLHD,
-            lse_BHL,
-            delta_BHL,
-            dk_BLHD,
-            dv_BLHD,
-            *strides,
-            length,
-            heads,
-            *scales,
-            **_constants(scale_lengths, head_dim, config),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-
-    with on_device_of(q_BLHD):
-        # dQ first: it writes the delta that dK needs.
-        for table, kernel, launch in (
-            (configs.DQ, block_causal_attention_dq_kernel, launch_dq),
-            (configs.DKV, block_causal_attention_dkv_kernel, launch_dkv),
-        ):
-            launch(_chosen(table, kernel, q_BLHD, scale_lengths, launch))
-    return dq_BLHD, dk_BLHD, dv_BLHD
 
 
 # --- for the compile report ---------------------------------------------------------------------
 
-_ARGUMENTS = {
-    **dict.fromkeys(
-        [f"{x}_ptr" for x in ("q", "k", "v", "grad", "out", "dq", "dk", "dv")], "*T:16"
-    ),
-    **dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32:16"),
-    **{f"{x}_stride_{axis}": "i32:16" for x in ("q", "k", "v", "grad", "out") for axis in "blh"},
-    **dict.fromkeys(("length", "heads"), "i32"),
-    **dict.fromkeys(("softmax_scale", "scale_log2"), "fp32"),
-}
 # The ten scales of the 256x256 models.
 _LENGTHS = (1, 4, 9, 16, 25, 36, 64, 100, 169, 256)
 
 
-def _cases() -> Iterator[CompileCase]:
-    for table, kernel in (
-        (configs.FORWARD, block_causal_attention_forward_kernel),
-        (configs.DQ, block_causal_attention_dq_kernel),
-        (configs.DKV, block_causal_attention_dkv_kernel),
-    ):
-        arguments = {name: _ARGUMENTS[name] for name in kernel.arg_names if name in _ARGUMENTS}
-        for kind, target in (("sm90", "sm_90"), ("nvidia", "sm_80"), ("amd", "gfx942")):
-            for head_dim in (64, 128, 256):
-                float32 = configs.FLOAT32 if head_dim == 64 else configs.FLOAT32_WIDE
-                cases = [(config, ("bf16", "fp16")) for config in table[kind][head_dim]]
-                cases += [(config, ("fp32",)) for config in float32]
-                for config, dtypes in cases:
-                    yield CompileCase(
-                        kernel=kernel,
-                        arguments=arguments,
-                        constants=_constants(_LENGTHS, head_dim, config)
-                        | ({"NEGATE": False} if "NEGATE" in kernel.arg_names else {}),
-                        num_warps=config.num_warps,
-                        num_stages=config.num_stages,
-                        targets=(target,),
-                        dtypes=dtypes,
-                        label=f"D {head_dim}, {config.block_q} x {config.block_k}",
-                    )
+def compile_cases(table: configs.Table, kernel: triton.JITFunction) -> Iterator[CompileCase]:
+    """Every config of a table, and the smallest arguments: a one is a constant to the compiler."""
+    pointers = [f"{x}_ptr" for x in ("q", "k", "v", "grad", "out", "dq", "dk", "dv")]
+    types = {
+        **dict.fromkeys(pointers, "*T:16"),
+        **dict.fromkeys(("lse_ptr", "statistics_ptr"), "*fp32:16"),
+        **{
+            f"{x}_stride_{axis}": "i32:16" for x in ("q", "k", "v", "grad", "out") for axis in "blh"
+        },
+        **dict.fromkeys(("length", "heads"), "i32"),
+        **dict.fromkeys(("softmax_scale", "scale_log2"), "fp32"),
+    }
+    arguments = {name: types[name] for name in kernel.arg_names if name in types}
+    more = {"NEGATE": False} if "NEGATE" in kernel.arg_names else {}
+    for kind, target in (("sm90", "sm_90"), ("nvidia", "sm_80"), ("amd", "gfx942")):
+        for head_dim in (64, 128, 256):
+            float32 = configs.FLOAT32 if head_dim == 64 else configs.FLOAT32_WIDE
+            cases = [(config, ("bf16", "fp16")) for config in table[kind][head_dim]]
+            cases += [(config, ("fp32",)) for config in float32]
+            for config, dtypes in cases:
+                yield CompileCase(
+                    kernel=kernel,
+                    arguments=arguments,
+                    constants=constants(_LENGTHS, head_dim, config) | more,
+                    num_warps=config.num_warps,
+                    num_stages=config.num_stages,
+                    targets=(target,),
+                    dtypes=dtypes,
+                    label=f"D {head_dim}, {config.block_q} x {config.block_k}",
+                )
+    ones = {"length": 1, "heads": 1}
+    config = table["nvidia"][64][0]
+    yield CompileCase(
+        kernel=kernel,
+        arguments={name: kind for name, kind in arguments.items() if name not in ones},
+        constants=constants((1,), 24, config) | more | ones,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        label="one token, one head, D 24",
+    )
 
 
-COMPILE_CASES = tuple(_cases())
+COMPILE_CASES = tuple(compile_cases(configs.FORWARD, block_causal_attention_forward_kernel))

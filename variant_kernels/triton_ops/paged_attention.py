@@ -402,6 +402,20 @@ def _cases() -> Iterator[CompileCase]:
                     dtypes=dtypes,
                     label=f"D {head_dim}, {config.block_q} x {config.block_k}",
                 )
+    # A one is a constant to the compiler, and no statistics are written: another kernel.
+    ones = dict.fromkeys(("batch", "num_queries", "heads", "num_pages", "entries", "splits"), 1)
+    others = {"NEGATE": True, "SPLIT": False, "PAGE_SIZE": 5, "D": 24, "D_PADDED": 32}
+    others |= {"lse_ptr": None, "BLOCK_Q": 16, "BLOCK_K": 32}
+    yield CompileCase(
+        kernel=paged_attention_kernel,
+        arguments={
+            n: kind for n, kind in arguments.items() if n not in {*ones, "lse_ptr", "table_stride"}
+        },
+        constants={"lens_stride": 1, "table_stride": 1} | ones | others,
+        num_warps=4,
+        num_stages=2,
+        label="one query, one page, D 24",
+    )
     yield CompileCase(
         kernel=paged_attention_combine_kernel,
         arguments={
