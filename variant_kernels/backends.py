@@ -27,11 +27,15 @@ _override: ContextVar[str | None] = ContextVar("variant_backend", default=None)
 
 @dataclass(frozen=True)
 class Request:
-    """What a backend must know of the arguments to say whether it can serve them."""
+    """What a backend must know of the arguments to say whether it can serve them.
+
+    row: entries of a row that is normalised or sampled from, where the op works on such rows.
+    """
 
     device: str
     dtypes: tuple[torch.dtype, ...]
     head_dim: int | None = None
+    row: int | None = None
 
 
 def _no_backward(**kwargs: Any) -> Any:
@@ -70,6 +74,8 @@ class Lazy:
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 # Devices that Triton compiles for; AMD GPUs are "cuda" to torch.
 TRITON_DEVICES = ("cuda", "xpu")
+# Entries of a row that one program can hold.
+TRITON_ROW = 65536
 
 
 def cpu_unsupported(request: Request) -> str | None:
@@ -107,6 +113,8 @@ def triton_unsupported(request: Request) -> str | None:
     for dtype in request.dtypes:
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"dtype {dtype_name(dtype)} is not among its dtypes (float32, bfloat16, float16)"
+    if request.row is not None and request.row > TRITON_ROW:
+        return f"rows of {request.row} entries are longer than the {TRITON_ROW} that it can hold"
     return None
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import DRAWS, Tally, cases, name_of, wide
+from compare import DRAWS, Tally, backends_for, cases, moved, name_of, wide
 
 from variant_kernels import adaln_modulate, explain, gated_residual_adaln, use_backend
 from variant_kernels.backends import Impl
@@ -11,6 +11,7 @@ from variant_kernels.ops import adaln
 
 EPS = 1e-6
 CASES = cases(adaln.GATED_IMPLS)
+FLOAT32_BACKENDS = backends_for(adaln.GATED_IMPLS, torch.float32)
 
 
 def plain_adaln(x, scale, shift):
@@ -29,7 +30,8 @@ def run(function, inputs, weights):
     leaves = [t.detach().requires_grad_() for t in inputs]
     outputs = function(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    loss = sum((o * w.to(o.dtype)).sum() for o, w in zip(outputs, weights, strict=True))
+    pairs = zip(outputs, weights, strict=True)
+    loss = sum((o * w.to(o.device, o.dtype)).sum() for o, w in pairs)
     return outputs, torch.autograd.grad(loss, leaves)
 
 
@@ -40,11 +42,11 @@ def compare(tally, case, function, plain, inputs, generator):
     weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
     weights = [w.to(inputs[-1].dtype).double() for w in weights]
     exact = run(plain, exact_inputs, weights)
-    ours, ordinary = run(function, inputs, weights), run(plain, inputs, weights)
+    ours, ordinary = run(function, moved(*inputs), weights), run(plain, inputs, weights)
     for kind, (name, times) in enumerate((("output", 2.0), ("gradient", 3.0))):
         results = zip(ours[kind], ordinary[kind], exact[kind], strict=True)
         for i, (a, b, c) in enumerate(results):
-            tally.add(f"case {case} {name} {i}", a, b, c, times)
+            tally.add(f"case {case} {name} {i}", a.cpu(), b, c, times)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
@@ -76,28 +78,29 @@ def test_adaln_modulate_matches_float64(backend, dtype):
 @pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
 def test_strided_views_give_what_contiguous_copies_give(backend, dtype):
     for inputs in adaln.sample_inputs(dtype, torch.Generator().manual_seed(3)):
+        inputs = moved(*inputs)
         strided = gated_residual_adaln(*inputs, backend=backend)
         copies = gated_residual_adaln(*(t.contiguous() for t in inputs), backend=backend)
         assert all(torch.equal(a, b) for a, b in zip(strided, copies, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 def test_large_mean_does_not_cancel(backend):
     """Variance by sum of squares would lose every digit here."""
     x = torch.randn(1, 4, 512, generator=torch.Generator().manual_seed(0)) + 3000
     zeros = torch.zeros(1, 512)
-    y = adaln_modulate(x, zeros, zeros, backend=backend)
+    y = adaln_modulate(*moved(x, zeros, zeros), backend=backend).cpu()
     exact = plain_adaln(*wide(x, zeros, zeros))
     # The limit is what float32 holds of the mean: one part in 2^24 of 3000.
     assert (y - exact).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 def test_opcheck_passes(backend):
     generator = torch.Generator().manual_seed(4)
     cases = adaln.sample_inputs(torch.float32, generator)
     for inputs in (*cases[:2], cases[-1]):
-        x, y, gate, scale, shift = (t.detach().requires_grad_() for t in inputs)
+        x, y, gate, scale, shift = (t.requires_grad_() for t in moved(*inputs))
         torch.library.opcheck(adaln.gated_op, (x, y, gate, scale, shift, EPS, backend))
         torch.library.opcheck(adaln.adaln_op, (x, scale, shift, EPS, backend))
 
@@ -118,9 +121,9 @@ def test_fullgraph_compile_gives_the_same_gradients():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 def test_a_second_derivative_is_refused(backend):
-    x, y, gate, scale, shift = (t.requires_grad_() for t in torch.randn(5, 2, 1, 8).unbind(0))
+    x, y, gate, scale, shift = (t.requires_grad_() for t in moved(*torch.randn(5, 2, 1, 8)))
     rows = gate[:, 0], scale[:, 0], shift[:, 0]
     for output in (
         adaln_modulate(x, rows[1], rows[2], backend=backend),

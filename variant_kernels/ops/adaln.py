@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from variant_kernels import contract
-from variant_kernels.backends import Impl, Lazy, Request, choose_name, cpu_unsupported
+from variant_kernels.backends import (
+    Impl,
+    Lazy,
+    Request,
+    choose_name,
+    cpu_unsupported,
+    triton_unsupported,
+)
 from variant_kernels.registry import (
     differentiate,
     forbid_gradient,
@@ -115,11 +122,17 @@ def reference_gated_adaln_backward(
 # --- backends -----------------------------------------------------------------------------------
 
 _CPU = "variant_kernels.cpu_ops.adaln"
+_TRITON = "variant_kernels.triton_ops.adaln"
 
 ADALN_IMPLS = {
     "reference": Impl(reference_adaln_forward, reference_adaln_backward),
     "cpu": Impl(
         Lazy(_CPU, "launch_adaln_forward"), Lazy(_CPU, "launch_adaln_backward"), cpu_unsupported
+    ),
+    "triton": Impl(
+        Lazy(_TRITON, "launch_adaln_forward"),
+        Lazy(_TRITON, "launch_adaln_backward"),
+        triton_unsupported,
     ),
 }
 
@@ -130,13 +143,18 @@ GATED_IMPLS = {
         Lazy(_CPU, "launch_gated_adaln_backward"),
         cpu_unsupported,
     ),
+    "triton": Impl(
+        Lazy(_TRITON, "launch_gated_adaln_forward"),
+        Lazy(_TRITON, "launch_gated_adaln_backward"),
+        triton_unsupported,
+    ),
 }
 
 IMPLS = {"adaln_modulate": ADALN_IMPLS, "gated_residual_adaln": GATED_IMPLS}
 
 
 def _resolve(op: str, backend: str, x: Tensor, narrow: Tensor) -> str:
-    request = Request(x.device.type, (x.dtype, narrow.dtype))
+    request = Request(x.device.type, (x.dtype, narrow.dtype), row=x.shape[-1])
     return choose_name(op, IMPLS[op], backend, request)
 
 
