@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import DRAWS, Tally, cases, name_of, wide
+from compare import DRAWS, Tally, backends_for, cases, moved, name_of, wide
 
 from variant_kernels import qk_norm
 from variant_kernels.ops import qk_norm as op
 
 CASES = cases(op.QK_NORM_IMPLS)
+FLOAT32_BACKENDS = backends_for(op.QK_NORM_IMPLS, torch.float32)
 
 
 def plain_qk_norm(q, k, scale_mul):
@@ -31,10 +32,10 @@ def test_matches_float64(backend, dtype):
     for _ in range(DRAWS):
         for case, inputs in enumerate(op.sample_inputs(dtype, generator)):
             exact, plain = plain_qk_norm(*wide(*inputs)), plain_qk_norm(*inputs)
-            ours = qk_norm(*inputs, backend=backend)
+            ours = qk_norm(*moved(*inputs), backend=backend)
             for name, a, b, c in zip("qk", ours, plain, exact, strict=True):
                 assert a.is_contiguous()
-                tally.add(f"case {case} {name}", a, b, c)
+                tally.add(f"case {case} {name}", a.cpu(), b, c)
     tally.check()
 
 
@@ -49,40 +50,47 @@ def test_gradients_match_float64(backend, dtype):
             weights = [torch.randn(q.shape, generator=generator).to(dtype) for _ in range(2)]
             exact = gradients(plain_qk_norm, wide(*inputs), wide(*weights))
             plain = gradients(plain_qk_norm, inputs, weights)
-            ours = gradients(lambda *a: qk_norm(*a, backend=backend), inputs, weights)
+            ours = gradients(
+                lambda *a: qk_norm(*a, backend=backend), moved(*inputs), moved(*weights)
+            )
             for name, a, b, c in zip(("dq", "dk", "dscale"), ours, plain, exact, strict=True):
-                tally.add(f"case {case} {name}", a, b, c, times=3)
+                tally.add(f"case {case} {name}", a.cpu(), b, c, times=3)
     tally.check()
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 def test_zero_vectors_stay_zero_and_their_gradient_is_that_of_torch(backend):
-    q = torch.zeros(1, 1, 1, 16, requires_grad=True)
-    scale_mul = torch.zeros(1, 1, 1, 1)
-    out, _ = qk_norm(q, torch.ones(1, 1, 1, 16), scale_mul, backend=backend)
+    q, k, scale_mul = moved(
+        torch.zeros(1, 1, 1, 16), torch.ones(1, 1, 1, 16), torch.zeros(1, 1, 1, 1)
+    )
+    q.requires_grad_()
+    out, _ = qk_norm(q, k, scale_mul, backend=backend)
     assert torch.equal(out, torch.zeros_like(out))
     (ours,) = torch.autograd.grad(out.sum(), q)
     (torchs,) = torch.autograd.grad(F.normalize(q, dim=-1).sum(), q)
     torch.testing.assert_close(ours, torchs)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 def test_scale_is_clamped_at_100_and_passes_no_gradient_above(backend):
-    q = torch.randn(1, 2, 2, 16, generator=torch.Generator().manual_seed(0))
-    scale_mul = torch.tensor([math.log(100) + 1, 1.0]).view(1, 2, 1, 1).requires_grad_()
+    q, scale_mul = moved(
+        torch.randn(1, 2, 2, 16, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([math.log(100) + 1, 1.0]).view(1, 2, 1, 1),
+    )
+    scale_mul.requires_grad_()
     out, _ = qk_norm(q, q, scale_mul, backend=backend)
     torch.testing.assert_close(
-        out.norm(dim=-1), torch.tensor([[[100, math.e]] * 2]), rtol=1e-5, atol=0
+        out.norm(dim=-1).cpu(), torch.tensor([[[100, math.e]] * 2]), rtol=1e-5, atol=0
     )
     (grad,) = torch.autograd.grad((out * q).sum(), scale_mul)
     assert grad[0, 0] == 0
     assert grad[0, 1] != 0
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 def test_opcheck_passes(backend):
     for q, k, scale in op.sample_inputs(torch.float32, torch.Generator().manual_seed(4))[1:2]:
-        leaves = [t.detach().requires_grad_() for t in (q, k, scale)]
+        leaves = [t.detach().requires_grad_() for t in moved(q, k, scale)]
         torch.library.opcheck(op.qk_norm_op, (*leaves, backend))
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import DRAWS, Tally, cases, name_of
+from compare import DRAWS, Tally, backends_for, cases, moved, name_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +13,7 @@ from variant_kernels import append_paged_kv, qk_norm, qk_norm_append_paged_kv
 from variant_kernels.ops import qk_norm_append_paged_kv as op
 
 CASES = cases(op.FUSED_IMPLS)
-BACKENDS = ("reference", "cpu")
+BACKENDS = backends_for(op.FUSED_IMPLS, torch.float32)
 
 
 def plain_q_k(qkv, scale_mul):
@@ -44,9 +44,12 @@ def test_matches_float64_and_leaves_other_slots_alone(backend, dtype):
             exact = plain_q_k(qkv.double(), wide_scale)
             plain = [x.nan_to_num() for x in plain_q_k(qkv, scale)]
             before = k_pages.clone(), v_pages.clone()
-            q = qk_norm_append_paged_kv(qkv, scale, k_pages, v_pages, slots, backend=backend)
+            moved_scale = None if scale is None else moved(scale)[0]
+            given, *target = moved(qkv, k_pages, v_pages, slots)
+            q = qk_norm_append_paged_kv(given, moved_scale, *target, backend=backend)
             assert q.is_contiguous()
-            tally.add(f"case {case} q", q, plain[0], exact[0])
+            k_pages, v_pages = (pages.cpu() for pages in target[:2])
+            tally.add(f"case {case} q", q.cpu(), plain[0], exact[0])
             tally.add(
                 f"case {case} k",
                 k_pages,
@@ -87,8 +90,10 @@ def problems(draw):
 @given(problem=problems(), backend=st.sampled_from(BACKENDS))
 def test_equals_qk_norm_then_append_bit_by_bit(problem, backend):
     qkv, scale, k_pages, v_pages, slots = problem
-    if qkv.dtype == torch.float16:
+    if backend not in backends_for(op.FUSED_IMPLS, qkv.dtype):
         backend = "reference"
+    qkv, k_pages, v_pages, slots = moved(qkv, k_pages, v_pages, slots)
+    scale = None if scale is None else moved(scale)[0]
     expected_pages = k_pages.clone(), v_pages.clone()
     q, k, v = qkv.unbind(2)
     if scale is not None:
@@ -105,9 +110,13 @@ def test_equals_qk_norm_then_append_bit_by_bit(problem, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("norm", [True, False])
 def test_the_query_shares_no_memory_with_the_projection(backend, norm):
-    qkv, pages = torch.ones(1, 2, 3, 2, 16), torch.zeros(1, 4, 2, 16)
-    scale = torch.zeros(1, 2, 1, 1) if norm else None
-    slots = torch.tensor([[0, 1]])
+    qkv, pages, scale, slots = moved(
+        torch.ones(1, 2, 3, 2, 16),
+        torch.zeros(1, 4, 2, 16),
+        torch.zeros(1, 2, 1, 1),
+        torch.tensor([[0, 1]]),
+    )
+    scale = scale if norm else None
     q = qk_norm_append_paged_kv(qkv, scale, pages, pages.clone(), slots, backend=backend)
     expected = q.clone()
     qkv.fill_(torch.nan)
@@ -117,11 +126,13 @@ def test_the_query_shares_no_memory_with_the_projection(backend, norm):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_passes(backend):
     inputs = op.sample_inputs(torch.float32, torch.Generator().manual_seed(2))
-    for case in (inputs[3], inputs[5]):
+    for qkv, scale, *target in (inputs[3], inputs[5]):
+        scale = None if scale is None else moved(scale)[0]
+        case = (*moved(qkv), scale, *moved(*target))
         torch.library.opcheck(op.qk_norm_append_paged_kv_op, (*case, backend))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_a_slot_outside_the_pool_is_named_and_nothing_is_written(backend):
     pages = torch.zeros(4, 4, 2, 16)
     with pytest.raises(

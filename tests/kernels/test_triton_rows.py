@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from compare import DEVICE, DTYPES, Tally, moved, name_of
+from compare import DEVICE, DTYPES, Tally, moved, name_of, wide
 from test_adaln import compare as compare_adaln
 from test_adaln import plain_gated
+from test_qk_norm import gradients, plain_qk_norm
+from test_qk_norm_append_paged_kv import written
 
-from variant_kernels import gated_residual_adaln
+from variant_kernels import gated_residual_adaln, qk_norm
 from variant_kernels.backends import TRITON_ROW, Request, triton_unsupported
 from variant_kernels.ops import adaln
 
@@ -14,7 +16,9 @@ reason = triton_unsupported(Request(DEVICE, (torch.float32,), 64))
 if reason is not None:
     pytest.skip(f"{reason} (TRITON_INTERPRET=1 interprets)", allow_module_level=True)
 
+from variant_kernels.triton_ops import append_paged_kv as append  # noqa: E402
 from variant_kernels.triton_ops import common, rows  # noqa: E402
+from variant_kernels.triton_ops import qk_norm_append_paged_kv as fused  # noqa: E402
 
 SERVED = [d for d in DTYPES if triton_unsupported(Request(DEVICE, (d,), 64)) is None]
 
@@ -81,3 +85,61 @@ def test_gradients_have_the_same_bits_every_time():
         for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("processors", [1, 1000])
+@pytest.mark.parametrize("dtype", SERVED, ids=name_of)
+def test_heads_over_several_programs_and_sums_over_many_parts_match_float64(
+    processors, dtype, monkeypatch
+):
+    monkeypatch.setattr(common, "num_processors", lambda device: processors)
+    monkeypatch.setattr(rows, "BLOCK_ENTRIES", 128)
+    tally, generator = Tally(), torch.Generator().manual_seed(8)
+    for heads, head_dim in ((5, 40), (9, 16), (3, 256)):
+        packed = torch.randn(2, 33, 3, heads, head_dim, generator=generator).to(dtype)
+        scale_mul = torch.linspace(-1, 5, heads).view(1, heads, 1, 1)
+        inputs = packed[:, :, 0], packed[:, :, 1], scale_mul
+        weights = [torch.randn(inputs[0].shape, generator=generator).to(dtype) for _ in range(2)]
+        exact = gradients(plain_qk_norm, wide(*inputs), wide(*weights))
+        plain = gradients(plain_qk_norm, inputs, weights)
+
+        def op(*leaves):
+            return qk_norm(*leaves, backend="triton")
+
+        ours = gradients(op, moved(*inputs), moved(*weights))
+        outputs = zip("qk", op(*moved(*inputs)), plain_qk_norm(*inputs), strict=True)
+        for (name, a, b), c in zip(outputs, plain_qk_norm(*wide(*inputs)), strict=True):
+            tally.add(f"{heads} x {head_dim} {name}", a.cpu(), b, c)
+        for name, a, b, c in zip(("dq", "dk", "dscale"), ours, plain, exact, strict=True):
+            tally.add(f"{heads} x {head_dim} {name}", a.cpu(), b, c, times=3)
+    tally.check()
+
+
+@pytest.mark.parametrize("value", [-torch.inf, -1e4, torch.nan])
+def test_an_extreme_scale_gives_what_torch_gives(value):
+    q, scale = moved(torch.ones(1, 1, 1, 16), torch.full((1, 1, 1, 1), value))
+    ours, _ = qk_norm(q, q, scale, backend="triton")
+    expected, _ = qk_norm(q, q, scale, backend="reference")
+    assert torch.equal(ours.isnan(), expected.isnan())
+    assert torch.equal(ours.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("norm", [True, False, None])
+def test_slots_outside_the_pool_are_skipped(norm):
+    # The ops check values on the CPU; on a GPU only the kernel stands between them and memory.
+    qkv = torch.randn(2, 3, 3, 2, 16, generator=torch.Generator().manual_seed(9))
+    pages = torch.full((2, 3, 4, 2, 16), torch.nan)
+    slots = torch.tensor([[12, 5, -2], [2**40, -(2**62), 0]])
+    inside = torch.where((slots >= 0) & (slots < 12), slots, -1)
+    names = ("k_pages_PNHD", "v_pages_PNHD", "slots_BT")
+    target = dict(zip(names, moved(*pages.clone(), slots), strict=True))
+    (given,) = moved(qkv)
+    if norm is None:
+        append.launch_append_paged_kv(k_BTHD=given[:, :, 1], v_BTHD=given[:, :, 2], **target)
+    else:
+        scale = moved(torch.zeros(1, 2, 1, 1))[0] if norm else None
+        fused.launch_qk_norm_append_paged_kv(qkv_BT3HD=given, scale_mul_1H11=scale, **target)
+    k = torch.nn.functional.normalize(qkv[:, :, 1], dim=-1) if norm else qkv[:, :, 1]
+    for name, tokens in zip(names[:2], (k, qkv[:, :, 2]), strict=True):
+        expected, ours = written(pages[0], inside, tokens), target[name].cpu()
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6, equal_nan=True)

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from variant_kernels import contract
-from variant_kernels.backends import Impl, Lazy, Request, choose, cpu_unsupported
+from variant_kernels.backends import (
+    Impl,
+    Lazy,
+    Request,
+    choose,
+    cpu_unsupported,
+    triton_unsupported,
+)
 from variant_kernels.registry import refuse_gradient, register
 
 
@@ -48,6 +55,10 @@ APPEND_IMPLS = {
     "cpu": Impl(
         Lazy("variant_kernels.cpu_ops.append_paged_kv", "launch_append_paged_kv"),
         unsupported=cpu_unsupported,
+    ),
+    "triton": Impl(
+        Lazy("variant_kernels.triton_ops.append_paged_kv", "launch_append_paged_kv"),
+        unsupported=triton_unsupported,
     ),
 }
 

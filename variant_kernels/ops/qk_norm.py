@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from variant_kernels import contract
-from variant_kernels.backends import Impl, Lazy, Request, choose_name, cpu_unsupported
+from variant_kernels.backends import (
+    Impl,
+    Lazy,
+    Request,
+    choose_name,
+    cpu_unsupported,
+    triton_unsupported,
+)
 from variant_kernels.registry import (
     differentiate,
     forbid_gradient,
@@ -84,6 +91,7 @@ def reference_qk_norm_backward(
 # --- backends -----------------------------------------------------------------------------------
 
 _CPU = "variant_kernels.cpu_ops.qk_norm"
+_TRITON = "variant_kernels.triton_ops.qk_norm"
 
 QK_NORM_IMPLS = {
     "reference": Impl(reference_qk_norm_forward, reference_qk_norm_backward),
@@ -91,6 +99,11 @@ QK_NORM_IMPLS = {
         Lazy(_CPU, "launch_qk_norm_forward"),
         Lazy(_CPU, "launch_qk_norm_backward"),
         cpu_unsupported,
+    ),
+    "triton": Impl(
+        Lazy(_TRITON, "launch_qk_norm_forward"),
+        Lazy(_TRITON, "launch_qk_norm_backward"),
+        triton_unsupported,
     ),
 }
 

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from variant_kernels import contract
-from variant_kernels.backends import Impl, Lazy, Request, choose, cpu_unsupported
+from variant_kernels.backends import (
+    Impl,
+    Lazy,
+    Request,
+    choose,
+    cpu_unsupported,
+    triton_unsupported,
+)
 from variant_kernels.ops.append_paged_kv import (
     check_slots,
     check_target,
@@ -53,6 +60,12 @@ FUSED_IMPLS = {
     "cpu": Impl(
         Lazy("variant_kernels.cpu_ops.qk_norm_append_paged_kv", "launch_qk_norm_append_paged_kv"),
         unsupported=cpu_unsupported,
+    ),
+    "triton": Impl(
+        Lazy(
+            "variant_kernels.triton_ops.qk_norm_append_paged_kv", "launch_qk_norm_append_paged_kv"
+        ),
+        unsupported=triton_unsupported,
     ),
 }
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from variant_kernels.triton_ops.common import family
+from variant_kernels.triton_ops.common import family, padded
 
 # Two loads of 16 bytes for float32, one for 16-bit values.
 PER_THREAD = 8
@@ -48,8 +48,41 @@ def reciprocal_root(x):
 
 @triton.jit
 def accurate_exp(x):
-    """exp(x) to one unit in the last place for |x| < 80: only small powers go to the hardware."""
+    """exp(x) to one unit in the last place for x < 80: only small powers go to the hardware."""
+    x = tl.where(x < -110.0, -110.0, x)  # 0 either way; infinity less infinity is not
     n = tl.floor(x * 1.4426950408889634 + 0.5)
     # log 2 in two parts: the first has zeros enough for n * it to be exact.
     r = (x - n * 0.693145751953125) - n * 1.428606765330187e-06
     return tl.exp2(n) * tl.exp2(r * 1.4426950408889634)
+
+
+# --- heads of a token ---------------------------------------------------------------------------
+
+# float32 of log 100, the largest logarithm of a head's scale.
+MAX_LOG_SCALE = tl.constexpr(4.605170249938965)
+NORM_EPS = tl.constexpr(1e-12)
+# Entries of a token that one program takes, and how many of them a thread.
+BLOCK_ENTRIES = 4096
+HEADS_PER_THREAD = 16
+
+
+def heads_of_a_block(heads: int, head_dim: int) -> int:
+    """How many of a token's heads one program takes: all, unless they are many and wide."""
+    return max(1, min(padded(heads), BLOCK_ENTRIES // padded(head_dim)))
+
+
+@triton.jit
+def unit(x):
+    """x / max(|x|, 1e-12) along the last axis, 1 / max(|x|, 1e-12), and whether |x| is the larger.
+
+    x: (rows, columns), float32.
+    """
+    norm = tl.sqrt_rn(tl.sum(x * x, 1))
+    inverse = tl.div_rn(1.0, tl.maximum(norm, NORM_EPS, propagate_nan=tl.PropagateNan.ALL))
+    return x * inverse[:, None], inverse, norm > NORM_EPS
+
+
+@triton.jit
+def head_scale(log_scale):
+    """exp(min(log_scale, log 100)); NaN stays NaN."""
+    return accurate_exp(tl.where(log_scale > MAX_LOG_SCALE, MAX_LOG_SCALE, log_scale))

@@ -1,0 +1,141 @@
+"""append_paged_kv in Triton. B batch, T tokens, H heads, D head width, P pages, N tokens of a page.
+
+A program copies the keys and values of one token.
+"""
+
+# Triton's compiler gives a kernel's arguments other types than Python's checker sees.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from variant_kernels.triton_ops.common import on_device_of, padded
+from variant_kernels.triton_ops.compile_report import CompileCase
+from variant_kernels.triton_ops.rows import HEADS_PER_THREAD, heads_of_a_block, num_warps_for
+
+
+@triton.jit(do_not_specialize=["tokens", "num_slots"])
+def append_paged_kv_kernel(
+    k_ptr,
+    v_ptr,
+    k_pages_ptr,
+    v_pages_ptr,
+    slots_ptr,
+    k_stride_b,
+    k_stride_t,
+    k_stride_h,
+    v_stride_b,
+    v_stride_t,
+    v_stride_h,
+    k_pages_stride_p,
+    k_pages_stride_n,
+    k_pages_stride_h,
+    v_pages_stride_p,
+    v_pages_stride_n,
+    v_pages_stride_h,
+    slots_stride_b,
+    slots_stride_t,
+    tokens,
+    num_slots,
+    PAGE_SIZE: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    D_PADDED: tl.constexpr,
+):
+    """Keys and values of one token to its slot."""
+    tiles: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    place = (tl.program_id(0) // tiles).to(tl.int64)
+    b, t = place // tokens, place % tokens
+    slot = tl.load(slots_ptr + b * slots_stride_b + t * slots_stride_t)
+    # Nobody looked at the slots: one outside the pool is skipped like -1.
+    heads = tl.where((slot >= 0) & (slot < num_slots), H, 0)
+    page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
+    h = tl.program_id(0) % tiles * BLOCK_H + tl.arange(0, BLOCK_H)
+    d = tl.arange(0, D_PADDED)[None, :]
+    inside = (h < heads)[:, None] & (d < D)
+    wide_h = h.to(tl.int64)
+    k_rows = k_ptr + b * k_stride_b + t * k_stride_t + wide_h * k_stride_h
+    v_rows = v_ptr + b * v_stride_b + t * v_stride_t + wide_h * v_stride_h
+    k_slot = k_pages_ptr + page * k_pages_stride_p + offset * k_pages_stride_n
+    v_slot = v_pages_ptr + page * v_pages_stride_p + offset * v_pages_stride_n
+    k = tl.load(k_rows[:, None] + d, mask=inside)
+    v = tl.load(v_rows[:, None] + d, mask=inside)
+    tl.store((k_slot + wide_h * k_pages_stride_h)[:, None] + d, k, mask=inside)
+    tl.store((v_slot + wide_h * v_pages_stride_h)[:, None] + d, v, mask=inside)
+
+
+def launch_append_paged_kv(
+    *,
+    k_BTHD: torch.Tensor,
+    v_BTHD: torch.Tensor,
+    k_pages_PNHD: torch.Tensor,
+    v_pages_PNHD: torch.Tensor,
+    slots_BT: torch.Tensor,
+) -> None:
+    """Write the keys and values of token (b, t) into slot slots_BT[b, t]; -1 skips the token.
+
+    A slot is page * page_size + offset. On a GPU nobody has looked at the values: a slot outside
+    the pool is skipped. Two tokens with one slot are the caller's mistake.
+    """
+    if k_BTHD.numel() == 0:
+        return
+    batch, tokens, heads, head_dim = k_BTHD.shape
+    num_pages, page_size = k_pages_PNHD.shape[:2]
+    block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
+    with on_device_of(k_BTHD):
+        append_paged_kv_kernel[(batch * tokens * -(-heads // block_h),)](
+            k_BTHD,
+            v_BTHD,
+            k_pages_PNHD,
+            v_pages_PNHD,
+            slots_BT,
+            *k_BTHD.stride()[:3],
+            *v_BTHD.stride()[:3],
+            *k_pages_PNHD.stride()[:3],
+            *v_pages_PNHD.stride()[:3],
+            *slots_BT.stride(),
+            tokens,
+            num_pages * page_size,
+            PAGE_SIZE=page_size,
+            H=heads,
+            D=head_dim,
+            BLOCK_H=block_h,
+            D_PADDED=d_padded,
+            num_warps=num_warps_for(block_h * d_padded, k_BTHD.device, HEADS_PER_THREAD),
+        )
+
+
+# --- for the compile report ---------------------------------------------------------------------
+
+
+def _cases() -> Iterator[CompileCase]:
+    for heads, head_dim, aligned in ((16, 64, ":16"), (30, 64, ":16"), (3, 24, ":8")):
+        block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
+        arguments = {}
+        for name in append_paged_kv_kernel.arg_names:
+            if name == "slots_ptr":
+                arguments[name] = "*i64:16"
+            elif name.endswith("_ptr"):
+                arguments[name] = "*T:16"
+            elif name.startswith("slots_") or name in ("tokens", "num_slots"):
+                arguments[name] = "i32"
+            elif "_stride_" in name:
+                arguments[name] = "i32" + aligned
+        blocks = {"H": heads, "D": head_dim, "BLOCK_H": block_h, "D_PADDED": d_padded}
+        yield CompileCase(
+            kernel=append_paged_kv_kernel,
+            arguments={n: kind for n, kind in arguments.items() if n != "slots_stride_t"},
+            constants={"slots_stride_t": 1, "PAGE_SIZE": 16} | blocks,
+            num_warps=max(1, block_h * d_padded // 512),
+            num_stages=1,
+            label=f"H {heads}, D {head_dim}",
+        )
+
+
+COMPILE_CASES = tuple(_cases())

@@ -1,0 +1,318 @@
+"""qk_norm in Triton. B batch, T tokens, H heads, D head width; N parts of the tokens.
+
+Forward: a program takes the queries and keys of one token. Backward: each program walks over some
+tokens and keeps each head's sum; a second kernel adds the parts in a fixed order.
+"""
+
+# Triton's compiler gives a kernel's arguments other types than Python's checker sees.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from variant_kernels.triton_ops import common
+from variant_kernels.triton_ops.common import last_contiguous, on_device_of, padded
+from variant_kernels.triton_ops.compile_report import CompileCase
+from variant_kernels.triton_ops.rows import (
+    HEADS_PER_THREAD,
+    MAX_LOG_SCALE,
+    cut,
+    head_scale,
+    heads_of_a_block,
+    num_warps_for,
+    unit,
+)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def qk_norm_forward_kernel(
+    q_ptr,
+    k_ptr,
+    scale_ptr,
+    q_out_ptr,
+    k_out_ptr,
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    k_stride_b,
+    k_stride_t,
+    k_stride_h,
+    scale_stride,
+    tokens,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    D_PADDED: tl.constexpr,
+):
+    """q / max(|q|, 1e-12) * exp(min(scale, log 100)), k / max(|k|, 1e-12), for heads of a token."""
+    tiles: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    place = (tl.program_id(0) // tiles).to(tl.int64)
+    b, t = place // tokens, place % tokens
+    h = tl.program_id(0) % tiles * BLOCK_H + tl.arange(0, BLOCK_H)
+    d = tl.arange(0, D_PADDED)[None, :]
+    inside = (h < H)[:, None] & (d < D)
+    q_rows = q_ptr + b * q_stride_b + t * q_stride_t + h * q_stride_h
+    k_rows = k_ptr + b * k_stride_b + t * k_stride_t + h * k_stride_h
+    q = tl.load(q_rows[:, None] + d, mask=inside, other=0.0).to(tl.float32)
+    k = tl.load(k_rows[:, None] + d, mask=inside, other=0.0).to(tl.float32)
+    scale = head_scale(tl.load(scale_ptr + h * scale_stride, mask=h < H, other=0.0).to(tl.float32))
+    unit_q, _, _ = unit(q)
+    unit_k, _, _ = unit(k)
+    out = (place * H + h)[:, None] * D + d
+    element = q_out_ptr.dtype.element_ty
+    tl.store(q_out_ptr + out, (unit_q * scale[:, None]).to(element), mask=inside)
+    tl.store(k_out_ptr + out, unit_k.to(element), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "places", "places_of_a_part"])
+def qk_norm_backward_kernel(
+    grad_q_ptr,
+    grad_k_ptr,
+    q_ptr,
+    k_ptr,
+    scale_ptr,
+    dq_ptr,
+    dk_ptr,
+    sums_ptr,
+    grad_q_stride_b,
+    grad_q_stride_t,
+    grad_q_stride_h,
+    grad_k_stride_b,
+    grad_k_stride_t,
+    grad_k_stride_h,
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    k_stride_b,
+    k_stride_t,
+    k_stride_h,
+    scale_stride,
+    tokens,
+    places,
+    places_of_a_part,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """With n = x / max(|x|, 1e-12): dx = (g - n (g . n)) / |x|, and g / 1e-12 where clamped.
+
+    g is the gradient, for queries times the head's scale. Of each head the sum of g . n over the
+    tokens of one part, for the gradient of its scale: sums (N, H).
+    """
+    tiles: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    part = tl.program_id(0) // tiles
+    first = part * places_of_a_part
+    last = tl.minimum(first + places_of_a_part, places)
+    h = tl.program_id(0) % tiles * BLOCK_H + tl.arange(0, BLOCK_H)
+    d = tl.arange(0, D_PADDED)[None, :]
+    inside = (h < H)[:, None] & (d < D)
+    scale = head_scale(tl.load(scale_ptr + h * scale_stride, mask=h < H, other=0.0).to(tl.float32))
+    total = tl.zeros((BLOCK_H,), tl.float32)
+    element = dq_ptr.dtype.element_ty
+    for place in tl.range(first, last, num_stages=STAGES):
+        b, t = (place // tokens).to(tl.int64), (place % tokens).to(tl.int64)
+        q_rows = q_ptr + b * q_stride_b + t * q_stride_t + h * q_stride_h
+        k_rows = k_ptr + b * k_stride_b + t * k_stride_t + h * k_stride_h
+        dq_rows = grad_q_ptr + b * grad_q_stride_b + t * grad_q_stride_t + h * grad_q_stride_h
+        dk_rows = grad_k_ptr + b * grad_k_stride_b + t * grad_k_stride_t + h * grad_k_stride_h
+        q = tl.load(q_rows[:, None] + d, mask=inside, other=0.0).to(tl.float32)
+        k = tl.load(k_rows[:, None] + d, mask=inside, other=0.0).to(tl.float32)
+        grad_q = tl.load(dq_rows[:, None] + d, mask=inside, other=0.0).to(tl.float32)
+        grad_k = tl.load(dk_rows[:, None] + d, mask=inside, other=0.0).to(tl.float32)
+        out = (tl.cast(place, tl.int64) * H + h)[:, None] * D + d
+
+        unit_q, inverse_q, free_q = unit(q)
+        total += tl.sum(grad_q * unit_q, 1)
+        grad_q *= scale[:, None]
+        along_q = tl.where(free_q, tl.sum(grad_q * unit_q, 1), 0.0)
+        dq = inverse_q[:, None] * (grad_q - unit_q * along_q[:, None])
+        tl.store(dq_ptr + out, dq.to(element), mask=inside)
+
+        unit_k, inverse_k, free_k = unit(k)
+        along_k = tl.where(free_k, tl.sum(grad_k * unit_k, 1), 0.0)
+        dk = inverse_k[:, None] * (grad_k - unit_k * along_k[:, None])
+        tl.store(dk_ptr + out, dk.to(element), mask=inside)
+    tl.store(sums_ptr + part.to(tl.int64) * H + h, total, mask=h < H)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def qk_norm_sums_kernel(
+    sums_ptr,
+    scale_ptr,
+    dscale_ptr,
+    scale_stride,
+    parts,
+    H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Add the parts in a fixed order; the clamp passes gradient up to and including its bound."""
+    h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    n = tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
+    for start in range(0, parts, BLOCK_N):
+        inside = (start + n < parts)[:, None] & (h < H)[None, :]
+        total += tl.load(sums_ptr + (start + n)[:, None] * H + h, mask=inside, other=0.0)
+    log_scale = tl.load(scale_ptr + h * scale_stride, mask=h < H, other=0.0).to(tl.float32)
+    dscale = tl.where(log_scale > MAX_LOG_SCALE, 0.0, tl.sum(total, 0) * head_scale(log_scale))
+    tl.store(dscale_ptr + h, dscale.to(dscale_ptr.dtype.element_ty), mask=h < H)
+
+
+# --- launchers ----------------------------------------------------------------------------------
+
+STAGES = 2
+BLOCK_PARTS, BLOCK_SUMS = 64, 16
+
+
+def launch_qk_norm_forward(
+    *, q_BTHD: torch.Tensor, k_BTHD: torch.Tensor, scale_mul_1H11: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q / max(|q|, 1e-12) * exp(min(scale_mul, log 100)) and k / max(|k|, 1e-12).
+
+    Returns:
+        q_out_BTHD, k_out_BTHD: contiguous, the inputs' dtype.
+    """
+    batch, tokens, heads, head_dim = q_BTHD.shape
+    q_out_BTHD = torch.empty_like(q_BTHD, memory_format=torch.contiguous_format)
+    k_out_BTHD = torch.empty_like(k_BTHD, memory_format=torch.contiguous_format)
+    if q_BTHD.numel() == 0:
+        return q_out_BTHD, k_out_BTHD
+    block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
+    with on_device_of(q_BTHD):
+        qk_norm_forward_kernel[(batch * tokens * -(-heads // block_h),)](
+            q_BTHD,
+            k_BTHD,
+            scale_mul_1H11,
+            q_out_BTHD,
+            k_out_BTHD,
+            *q_BTHD.stride()[:3],
+            *k_BTHD.stride()[:3],
+            scale_mul_1H11.stride(1),
+            tokens,
+            H=heads,
+            D=head_dim,
+            BLOCK_H=block_h,
+            D_PADDED=d_padded,
+            num_warps=num_warps_for(block_h * d_padded, q_BTHD.device, HEADS_PER_THREAD),
+        )
+    return q_out_BTHD, k_out_BTHD
+
+
+def launch_qk_norm_backward(
+    *,
+    grad_q_BTHD: torch.Tensor,
+    grad_k_BTHD: torch.Tensor,
+    q_BTHD: torch.Tensor,
+    k_BTHD: torch.Tensor,
+    scale_mul_1H11: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of launch_qk_norm_forward.
+
+    A head whose scale_mul lies past log 100 gets no gradient there; a row whose norm was clamped
+    gets that of a division by 1e-12.
+
+    Returns:
+        dq_BTHD, dk_BTHD (contiguous, the inputs' dtype), dscale_mul_1H11 (scale_mul's dtype).
+    """
+    batch, tokens, heads, head_dim = q_BTHD.shape
+    grad_q_BTHD, grad_k_BTHD = last_contiguous(grad_q_BTHD), last_contiguous(grad_k_BTHD)
+    dq_BTHD = torch.empty_like(q_BTHD, memory_format=torch.contiguous_format)
+    dk_BTHD = torch.empty_like(k_BTHD, memory_format=torch.contiguous_format)
+    dscale_mul_1H11 = torch.empty_like(scale_mul_1H11, memory_format=torch.contiguous_format)
+    if q_BTHD.numel() == 0:
+        return dq_BTHD, dk_BTHD, dscale_mul_1H11.zero_()
+    block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
+    places, tiles = batch * tokens, -(-heads // block_h)
+    places_of_a_part = cut(places, tiles, common.num_processors(q_BTHD.device), 1)
+    parts = -(-places // places_of_a_part)
+    sums_NH = q_BTHD.new_empty((parts, heads), dtype=torch.float32)
+    with on_device_of(q_BTHD):
+        qk_norm_backward_kernel[(parts * tiles,)](
+            grad_q_BTHD,
+            grad_k_BTHD,
+            q_BTHD,
+            k_BTHD,
+            scale_mul_1H11,
+            dq_BTHD,
+            dk_BTHD,
+            sums_NH,
+            *grad_q_BTHD.stride()[:3],
+            *grad_k_BTHD.stride()[:3],
+            *q_BTHD.stride()[:3],
+            *k_BTHD.stride()[:3],
+            scale_mul_1H11.stride(1),
+            tokens,
+            places,
+            places_of_a_part,
+            H=heads,
+            D=head_dim,
+            BLOCK_H=block_h,
+            D_PADDED=d_padded,
+            STAGES=STAGES,
+            num_warps=num_warps_for(block_h * d_padded, q_BTHD.device),
+        )
+        qk_norm_sums_kernel[(-(-heads // BLOCK_SUMS),)](
+            sums_NH,
+            scale_mul_1H11,
+            dscale_mul_1H11,
+            scale_mul_1H11.stride(1),
+            parts,
+            H=heads,
+            BLOCK_N=BLOCK_PARTS,
+            BLOCK_H=BLOCK_SUMS,
+            num_warps=4,
+        )
+    return dq_BTHD, dk_BTHD, dscale_mul_1H11
+
+
+# --- for the compile report ---------------------------------------------------------------------
+
+
+def _cases() -> Iterator[CompileCase]:
+    for heads, head_dim, aligned in ((16, 64, ":16"), (30, 64, ":16"), (3, 24, ":8")):
+        block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
+        for kernel in (qk_norm_forward_kernel, qk_norm_backward_kernel):
+            backward = kernel is qk_norm_backward_kernel
+            arguments = {}
+            for name in kernel.arg_names:
+                if name in ("scale_ptr", "sums_ptr"):
+                    arguments[name] = "*fp32:16"
+                elif name.endswith("_ptr"):
+                    arguments[name] = "*T:16"
+                elif "_stride_" in name:
+                    arguments[name] = "i32" + aligned
+                elif name in ("tokens", "places", "places_of_a_part"):
+                    arguments[name] = "i32"
+            blocks = {"H": heads, "D": head_dim, "BLOCK_H": block_h, "D_PADDED": d_padded}
+            stages = {"STAGES": STAGES} if backward else {}
+            yield CompileCase(
+                kernel=kernel,
+                arguments=arguments,
+                constants={"scale_stride": 1} | blocks | stages,
+                num_warps=max(1, block_h * d_padded // (256 if backward else 512)),
+                num_stages=1,
+                label=f"H {heads}, D {head_dim}",
+            )
+    yield CompileCase(
+        kernel=qk_norm_sums_kernel,
+        arguments={
+            "sums_ptr": "*fp32:16",
+            "scale_ptr": "*fp32:16",
+            "dscale_ptr": "*T:16",
+            "parts": "i32",
+        },
+        constants={"scale_stride": 1, "H": 30, "BLOCK_N": BLOCK_PARTS, "BLOCK_H": BLOCK_SUMS},
+        num_warps=4,
+        num_stages=1,
+        label="H 30",
+    )
+
+
+COMPILE_CASES = tuple(_cases())

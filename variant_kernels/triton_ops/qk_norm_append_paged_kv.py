@@ -1,0 +1,174 @@
+"""qk_norm_append_paged_kv in Triton: the packed projection is read once.
+
+B batch, T tokens, H heads, D head width, P pages, N tokens of a page.
+"""
+
+# Triton's compiler gives a kernel's arguments other types than Python's checker sees.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from variant_kernels.triton_ops.common import on_device_of, padded
+from variant_kernels.triton_ops.compile_report import CompileCase
+from variant_kernels.triton_ops.rows import (
+    HEADS_PER_THREAD,
+    head_scale,
+    heads_of_a_block,
+    num_warps_for,
+    unit,
+)
+
+
+@triton.jit(do_not_specialize=["tokens", "num_slots"])
+def qk_norm_append_paged_kv_kernel(
+    qkv_ptr,
+    scale_ptr,
+    q_out_ptr,
+    k_pages_ptr,
+    v_pages_ptr,
+    slots_ptr,
+    qkv_stride_b,
+    qkv_stride_t,
+    qkv_stride_3,
+    qkv_stride_h,
+    k_pages_stride_p,
+    k_pages_stride_n,
+    k_pages_stride_h,
+    v_pages_stride_p,
+    v_pages_stride_n,
+    v_pages_stride_h,
+    scale_stride,
+    slots_stride_b,
+    slots_stride_t,
+    tokens,
+    num_slots,
+    NORM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    D_PADDED: tl.constexpr,
+):
+    """Heads of one token: q normalised to q_out, k (with NORM normalised) and v to their slot."""
+    tiles: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    place = (tl.program_id(0) // tiles).to(tl.int64)
+    b, t = place // tokens, place % tokens
+    slot = tl.load(slots_ptr + b * slots_stride_b + t * slots_stride_t)
+    # Nobody looked at the slots: one outside the pool is skipped like -1.
+    heads = tl.where((slot >= 0) & (slot < num_slots), H, 0)
+    page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
+    h = tl.program_id(0) % tiles * BLOCK_H + tl.arange(0, BLOCK_H)
+    d = tl.arange(0, D_PADDED)[None, :]
+    inside = (h < H)[:, None] & (d < D)
+    written = (h < heads)[:, None] & (d < D)
+    wide_h = h.to(tl.int64)
+    rows = (qkv_ptr + b * qkv_stride_b + t * qkv_stride_t + wide_h * qkv_stride_h)[:, None] + d
+    k = tl.load(rows + qkv_stride_3, mask=written, other=0.0)
+    v = tl.load(rows + tl.cast(qkv_stride_3, tl.int64) * 2, mask=written)
+    if NORM:
+        q = tl.load(rows, mask=inside, other=0.0).to(tl.float32)
+        log_scale = tl.load(scale_ptr + h * scale_stride, mask=h < H, other=0.0)
+        scale = head_scale(log_scale.to(tl.float32))
+        unit_q, _, _ = unit(q)
+        out = (unit_q * scale[:, None]).to(q_out_ptr.dtype.element_ty)
+        tl.store(q_out_ptr + (place * H + h)[:, None] * D + d, out, mask=inside)
+        unit_k, _, _ = unit(k.to(tl.float32))
+        k = unit_k.to(k_pages_ptr.dtype.element_ty)
+    k_slot = k_pages_ptr + page * k_pages_stride_p + offset * k_pages_stride_n
+    v_slot = v_pages_ptr + page * v_pages_stride_p + offset * v_pages_stride_n
+    tl.store((k_slot + wide_h * k_pages_stride_h)[:, None] + d, k, mask=written)
+    tl.store((v_slot + wide_h * v_pages_stride_h)[:, None] + d, v, mask=written)
+
+
+def launch_qk_norm_append_paged_kv(
+    *,
+    qkv_BT3HD: torch.Tensor,
+    scale_mul_1H11: torch.Tensor | None,
+    k_pages_PNHD: torch.Tensor,
+    v_pages_PNHD: torch.Tensor,
+    slots_BT: torch.Tensor,
+) -> torch.Tensor:
+    """Normalise queries and keys, write keys and values into their slots; -1 skips the token.
+
+    A slot is page * page_size + offset. On a GPU nobody has looked at the values: a slot outside
+    the pool is skipped. Two tokens with one slot are the caller's mistake.
+
+    Returns:
+        q_BTHD: new and contiguous; without scale_mul_1H11 the view qkv_BT3HD[:, :, 0].
+    """
+    batch, tokens, _, heads, head_dim = qkv_BT3HD.shape
+    norm = scale_mul_1H11 is not None
+    if norm:
+        q_BTHD = qkv_BT3HD.new_empty((batch, tokens, heads, head_dim))
+    else:
+        q_BTHD = qkv_BT3HD.select(2, 0)
+    if qkv_BT3HD.numel() == 0:
+        return q_BTHD
+    num_pages, page_size = k_pages_PNHD.shape[:2]
+    block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
+    with on_device_of(qkv_BT3HD):
+        qk_norm_append_paged_kv_kernel[(batch * tokens * -(-heads // block_h),)](
+            qkv_BT3HD,
+            scale_mul_1H11,
+            q_BTHD if norm else None,
+            k_pages_PNHD,
+            v_pages_PNHD,
+            slots_BT,
+            *qkv_BT3HD.stride()[:4],
+            *k_pages_PNHD.stride()[:3],
+            *v_pages_PNHD.stride()[:3],
+            scale_mul_1H11.stride(1) if scale_mul_1H11 is not None else 0,
+            *slots_BT.stride(),
+            tokens,
+            num_pages * page_size,
+            NORM=norm,
+            PAGE_SIZE=page_size,
+            H=heads,
+            D=head_dim,
+            BLOCK_H=block_h,
+            D_PADDED=d_padded,
+            num_warps=num_warps_for(block_h * d_padded, qkv_BT3HD.device, HEADS_PER_THREAD),
+        )
+    return q_BTHD
+
+
+# --- for the compile report ---------------------------------------------------------------------
+
+
+def _cases() -> Iterator[CompileCase]:
+    for heads, head_dim, norm in ((16, 64, True), (30, 64, True), (30, 64, False), (3, 24, True)):
+        block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
+        aligned = ":16" if head_dim % 16 == 0 else ":8"
+        constants = {"NORM": norm, "PAGE_SIZE": 16, "scale_stride": 1, "slots_stride_t": 1}
+        arguments = {}
+        for name in qk_norm_append_paged_kv_kernel.arg_names:
+            if name == "slots_ptr":
+                arguments[name] = "*i64:16"
+            elif not norm and name in ("scale_ptr", "q_out_ptr"):
+                constants[name] = None
+            elif name == "scale_ptr":
+                arguments[name] = "*fp32:16"
+            elif name.endswith("_ptr"):
+                arguments[name] = "*T:16"
+            elif name in ("slots_stride_b", "tokens", "num_slots"):
+                arguments[name] = "i32"
+            elif "_stride_" in name and name not in constants:
+                arguments[name] = "i32" + aligned
+        constants |= {"H": heads, "D": head_dim, "BLOCK_H": block_h, "D_PADDED": d_padded}
+        yield CompileCase(
+            kernel=qk_norm_append_paged_kv_kernel,
+            arguments=arguments,
+            constants=constants,
+            num_warps=max(1, block_h * d_padded // 512),
+            num_stages=1,
+            label=f"H {heads}, D {head_dim}{'' if norm else ' no norm'}",
+        )
+
+
+COMPILE_CASES = tuple(_cases())
