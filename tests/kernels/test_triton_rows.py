@@ -8,7 +8,7 @@ from test_adaln import plain_gated
 from test_qk_norm import gradients, plain_qk_norm
 from test_qk_norm_append_paged_kv import written
 
-from variant_kernels import gated_residual_adaln, qk_norm
+from variant_kernels import gated_residual_adaln, qk_norm, sample_tokens
 from variant_kernels.backends import TRITON_ROW, Request, triton_unsupported
 from variant_kernels.ops import adaln
 
@@ -19,6 +19,7 @@ if reason is not None:
 from variant_kernels.triton_ops import append_paged_kv as append  # noqa: E402
 from variant_kernels.triton_ops import common, rows  # noqa: E402
 from variant_kernels.triton_ops import qk_norm_append_paged_kv as fused  # noqa: E402
+from variant_kernels.triton_ops.sample_tokens import launch_sample_tokens  # noqa: E402
 
 SERVED = [d for d in DTYPES if triton_unsupported(Request(DEVICE, (d,), 64)) is None]
 
@@ -143,3 +144,50 @@ def test_slots_outside_the_pool_are_skipped(norm):
     for name, tokens in zip(names[:2], (k, qkv[:, :, 2]), strict=True):
         expected, ours = written(pages[0], inside, tokens), target[name].cpu()
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def draw(logits_2BTV, **changes):
+    """Launched directly: the op looks for bad rows on the CPU."""
+    arguments = {
+        "guidance": 1.5,
+        "top_k": 40,
+        "top_p": 0.9,
+        "seed": 7,
+        "position": 3,
+        "exponential_RV": None,
+    }
+    (ids,) = moved(torch.arange(logits_2BTV.shape[0] // 2))
+    (given,) = moved(logits_2BTV)
+    arguments |= {"logits_2BTV": given, "image_ids_B": ids}
+    return launch_sample_tokens(**{**arguments, **changes}).cpu()
+
+
+@pytest.mark.parametrize("exponential", [False, True])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_nothing_can_be_drawn_from_gives_token_0_and_spoils_no_other(
+    poison, exponential
+):
+    logits = torch.randn(4, 3, 50, generator=torch.Generator().manual_seed(10))
+    numbers = torch.rand(6, 50, generator=torch.Generator().manual_seed(11)) + 0.1
+    changes = {"exponential_RV": moved(numbers)[0]} if exponential else {}
+    expected = draw(logits, **changes)
+    logits[1, 2, 5 if poison == poison and poison > 0 else slice(None)] = poison
+    expected[1, 2] = 0
+    assert torch.equal(draw(logits, **changes), expected)
+
+
+def test_guidance_and_seed_may_lie_in_memory():
+    logits = torch.randn(4, 3, 50, generator=torch.Generator().manual_seed(12))
+    for guidance, seed in ((1.3, 2**61 + 5), (0.0, 3)):
+        if guidance == 0:
+            logits[2:] = torch.nan
+        in_memory = moved(torch.tensor(guidance, dtype=torch.float64), torch.tensor(seed))
+        ours = draw(logits, guidance=in_memory[0], seed=in_memory[1])
+        assert torch.equal(ours, draw(logits, guidance=guidance, seed=seed))
+
+
+def test_the_last_place_of_a_sequence_and_the_longest_row_are_drawn():
+    logits = torch.randn(2, 2, TRITON_ROW, generator=torch.Generator().manual_seed(13))
+    options = {"guidance": 1.5, "top_k": 1000, "top_p": 0.9, "seed": 5, "position": 2**32 - 2}
+    ours = sample_tokens(*moved(logits), backend="triton", **options).cpu()
+    assert torch.equal(ours, sample_tokens(logits, backend="reference", **options))

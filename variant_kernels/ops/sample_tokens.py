@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from variant_kernels import contract
-from variant_kernels.backends import Impl, Lazy, Request, choose, cpu_unsupported
+from variant_kernels.backends import (
+    Impl,
+    Lazy,
+    Request,
+    choose,
+    cpu_unsupported,
+    triton_unsupported,
+)
 from variant_kernels.registry import refuse_gradient, register
 
 # --- the definition -----------------------------------------------------------------------------
@@ -87,19 +94,22 @@ def reference_sample_tokens(
     kept_BTV = filter_logits(guide(logits_2BTV, float(guidance)), top_k, top_p)
     batch, tokens, entries = kept_BTV.shape
     check_rows("sample_tokens", kept_BTV)
+    largest_BT1 = kept_BTV.amax(-1, keepdim=True)
+    # Only on a GPU, where nobody looked, is a row left that nothing can be drawn from.
+    good_BT = torch.isfinite(largest_BT1).squeeze(-1)
     if exponential_RV is not None:
         probs_RV = kept_BTV.softmax(-1).view(-1, entries)
-        return (probs_RV / exponential_RV).argmax(-1).view(batch, tokens)
+        return (probs_RV / exponential_RV).argmax(-1).view(batch, tokens) * good_BT
     # Inverse transform in float64, so that backends agree but for about 1 draw in a million.
     wide_BTV = kept_BTV.to(torch.float64)
-    weights_BTV = (wide_BTV - wide_BTV.amax(-1, keepdim=True)).exp()
+    weights_BTV = (wide_BTV - largest_BT1).exp()
     mass_BTV = weights_BTV.cumsum(-1)
     draw_BT = uniform(int(seed), image_ids_B, position, tokens)
     target_BT1 = draw_BT.unsqueeze(-1) * mass_BTV[..., -1:]
     token_BT = torch.searchsorted(mass_BTV, target_BT1, right=True).squeeze(-1)
     # u * total may round up to the total: then the last kept entry is meant.
     last_BT = entries - 1 - (weights_BTV > 0).flip(-1).to(torch.uint8).argmax(-1)
-    return torch.minimum(token_BT, last_BT)
+    return torch.minimum(token_BT, last_BT) * good_BT
 
 
 def check_rows(op: str, logits_BTV: Tensor) -> None:
@@ -130,6 +140,10 @@ SAMPLE_IMPLS = {
         Lazy("variant_kernels.cpu_ops.sample_tokens", "launch_sample_tokens"),
         unsupported=cpu_unsupported,
     ),
+    "triton": Impl(
+        Lazy("variant_kernels.triton_ops.sample_tokens", "launch_sample_tokens"),
+        unsupported=triton_unsupported,
+    ),
 }
 
 IMPLS = {"sample_tokens": SAMPLE_IMPLS}
@@ -144,7 +158,7 @@ def _sample(logits, guidance, top_k, top_p, seed, image_ids, position, exponenti
         seed = int(torch.randint(2**63 - 1, ()))
     if image_ids is None:
         image_ids = torch.arange(batch, device=logits.device)
-    request = Request(logits.device.type, (logits.dtype,))
+    request = Request(logits.device.type, (logits.dtype,), row=logits.shape[-1])
     return choose("sample_tokens", SAMPLE_IMPLS, backend, request).forward(
         logits_2BTV=logits,
         guidance=guidance,
@@ -223,7 +237,8 @@ def sample_tokens(
         tokens (B, T) int64.
     Raises:
         ValueError: a shape or value out of range; seed and generator together; (CPU) a row
-            without a finite logit or with NaN.  TypeError: dtype not listed.
+            without a finite logit or with NaN or +inf: on a GPU, where nothing is looked at, it
+            gives token 0.  TypeError: dtype not listed.
     Gradient: none; raises RuntimeError where one is wanted.
     """
     op = "sample_tokens"
