@@ -32,11 +32,11 @@ def test_rows_too_long_for_a_program_are_refused_by_length():
 
 
 @pytest.mark.parametrize(
-    ("count", "groups", "processors", "least", "expected"),
-    [(680, 128, 132, 8, 136), (680, 2, 132, 8, 8), (680, 1000, 132, 8, 680), (1, 1, 1, 8, 8)],
+    ("count", "groups", "num_warps", "expected"),
+    [(680, 128, 8, 136), (680, 128, 4, 80), (680, 2, 8, 8), (680, 3000, 1, 680), (1, 1, 32, 8)],
 )
-def test_parts_fill_the_chip_and_are_whole_blocks(count, groups, processors, least, expected):
-    assert rows.cut(count, groups, processors, least) == expected
+def test_parts_fill_the_chip_and_are_whole_blocks(count, groups, num_warps, expected):
+    assert rows.cut(count, groups, 132, num_warps, 8) == expected
 
 
 @pytest.mark.parametrize("processors", [1, 3, 1000])

@@ -20,7 +20,13 @@ import triton.language as tl
 from variant_kernels.triton_ops import common
 from variant_kernels.triton_ops.common import last_contiguous, on_device_of, padded
 from variant_kernels.triton_ops.compile_report import CompileCase
-from variant_kernels.triton_ops.rows import cut, num_warps_for, reciprocal_root, rows_of_a_block
+from variant_kernels.triton_ops.rows import (
+    cut,
+    num_warps_for,
+    reciprocal_root,
+    rows_of_a_block,
+    warps_by_target,
+)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -357,7 +363,8 @@ def _backward(
     block_c = padded(width)
     block_t = rows_of_a_block(block_c, tokens)
     least = max(block_t, LEAST_ROWS_OF_A_PART)
-    rows_of_a_part = cut(tokens, batch, common.num_processors(x_BTC.device), least)
+    num_warps = num_warps_for(block_t * block_c, x_BTC.device)
+    rows_of_a_part = cut(tokens, batch, common.num_processors(x_BTC.device), num_warps, least)
     parts = -(-tokens // rows_of_a_part)
     shape = (batch, parts, 3 if gated else 2, width)
     sums_BNSC = x_BTC.new_empty(shape, dtype=torch.float32)
@@ -388,7 +395,7 @@ def _backward(
             BLOCK_T=block_t,
             BLOCK_C=block_c,
             STAGES=STAGES,
-            num_warps=num_warps_for(block_t * block_c, x_BTC.device),
+            num_warps=num_warps,
         )
         adaln_sums_kernel[(batch * -(-width // BLOCK_COLUMNS),)](
             sums_BNSC,
@@ -415,16 +422,16 @@ def _cases() -> Iterator[CompileCase]:
         for gated in (False, True):
             for stream in ("*fp32:16", "*T:16"):
                 for kernel in (adaln_forward_kernel, adaln_backward_kernel):
-                    yield _case(kernel, width, gated, stream, ":16")
-            yield _case(adaln_sums_kernel, width, gated, "*T:16", ":16")
+                    yield from _case(kernel, width, gated, stream, ":16")
+            yield from _case(adaln_sums_kernel, width, gated, "*T:16", ":16")
     # Rows that start anywhere.
     for kernel in (adaln_forward_kernel, adaln_backward_kernel, adaln_sums_kernel):
-        yield _case(kernel, 1030, True, "*T:16", "")
+        yield from _case(kernel, 1030, True, "*T:16", "")
 
 
 def _case(
     kernel: triton.JITFunction, width: int, gated: bool, stream: str, aligned: str
-) -> CompileCase:
+) -> Iterator[CompileCase]:
     block_c = padded(width)
     arguments, constants = {}, {"GATED": gated, "C": width, "BLOCK_T": 1, "BLOCK_C": block_c}
     for name in kernel.arg_names:
@@ -448,14 +455,16 @@ def _case(
     elif kernel is adaln_sums_kernel:
         del constants["BLOCK_T"]
         constants |= {"BLOCK_N": BLOCK_PARTS, "BLOCK_C": BLOCK_COLUMNS}
-    return CompileCase(
-        kernel=kernel,
-        arguments=arguments,
-        constants=constants,
-        num_warps=4 if kernel is adaln_sums_kernel else max(1, block_c // 256),
-        num_stages=1,
-        label=f"C {width}{' gated' if gated else ''}{' fp32 stream' if 'fp32' in stream else ''}",
-    )
+    for targets, num_warps in warps_by_target(block_c):
+        yield CompileCase(
+            kernel=kernel,
+            arguments=arguments,
+            constants=constants,
+            num_warps=4 if kernel is adaln_sums_kernel else num_warps,
+            num_stages=1,
+            targets=targets,
+            label=f"C {width}{' gated' * gated}{' fp32 stream' * ('fp32' in stream)}",
+        )
 
 
 COMPILE_CASES = tuple(_cases())

@@ -16,7 +16,12 @@ import triton.language as tl
 
 from variant_kernels.triton_ops.common import on_device_of, padded
 from variant_kernels.triton_ops.compile_report import CompileCase
-from variant_kernels.triton_ops.rows import HEADS_PER_THREAD, heads_of_a_block, num_warps_for
+from variant_kernels.triton_ops.rows import (
+    HEADS_PER_THREAD,
+    heads_of_a_block,
+    num_warps_for,
+    warps_by_target,
+)
 
 
 @triton.jit(do_not_specialize=["tokens", "num_slots"])
@@ -128,14 +133,16 @@ def _cases() -> Iterator[CompileCase]:
             elif "_stride_" in name:
                 arguments[name] = "i32" + aligned
         blocks = {"H": heads, "D": head_dim, "BLOCK_H": block_h, "D_PADDED": d_padded}
-        yield CompileCase(
-            kernel=append_paged_kv_kernel,
-            arguments={n: kind for n, kind in arguments.items() if n != "slots_stride_t"},
-            constants={"slots_stride_t": 1, "PAGE_SIZE": 16} | blocks,
-            num_warps=max(1, block_h * d_padded // 512),
-            num_stages=1,
-            label=f"H {heads}, D {head_dim}",
-        )
+        for targets, num_warps in warps_by_target(block_h * d_padded, HEADS_PER_THREAD):
+            yield CompileCase(
+                kernel=append_paged_kv_kernel,
+                arguments={n: kind for n, kind in arguments.items() if n != "slots_stride_t"},
+                constants={"slots_stride_t": 1, "PAGE_SIZE": 16} | blocks,
+                num_warps=num_warps,
+                num_stages=1,
+                targets=targets,
+                label=f"H {heads}, D {head_dim}",
+            )
 
 
 COMPILE_CASES = tuple(_cases())

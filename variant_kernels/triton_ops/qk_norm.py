@@ -21,11 +21,13 @@ from variant_kernels.triton_ops.compile_report import CompileCase
 from variant_kernels.triton_ops.rows import (
     HEADS_PER_THREAD,
     MAX_LOG_SCALE,
+    PER_THREAD,
     cut,
     head_scale,
     heads_of_a_block,
     num_warps_for,
     unit,
+    warps_by_target,
 )
 
 
@@ -230,7 +232,9 @@ def launch_qk_norm_backward(
         return dq_BTHD, dk_BTHD, dscale_mul_1H11.zero_()
     block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
     places, tiles = batch * tokens, -(-heads // block_h)
-    places_of_a_part = cut(places, tiles, common.num_processors(q_BTHD.device), 1)
+    num_warps = num_warps_for(block_h * d_padded, q_BTHD.device)
+    processors = common.num_processors(q_BTHD.device)
+    places_of_a_part = cut(places, tiles, processors, num_warps, 1)
     parts = -(-places // places_of_a_part)
     sums_NH = q_BTHD.new_empty((parts, heads), dtype=torch.float32)
     with on_device_of(q_BTHD):
@@ -256,7 +260,7 @@ def launch_qk_norm_backward(
             BLOCK_H=block_h,
             D_PADDED=d_padded,
             STAGES=STAGES,
-            num_warps=num_warps_for(block_h * d_padded, q_BTHD.device),
+            num_warps=num_warps,
         )
         qk_norm_sums_kernel[(-(-heads // BLOCK_SUMS),)](
             sums_NH,
@@ -292,14 +296,18 @@ def _cases() -> Iterator[CompileCase]:
                     arguments[name] = "i32"
             blocks = {"H": heads, "D": head_dim, "BLOCK_H": block_h, "D_PADDED": d_padded}
             stages = {"STAGES": STAGES} if backward else {}
-            yield CompileCase(
-                kernel=kernel,
-                arguments=arguments,
-                constants={"scale_stride": 1} | blocks | stages,
-                num_warps=max(1, block_h * d_padded // (256 if backward else 512)),
-                num_stages=1,
-                label=f"H {heads}, D {head_dim}",
-            )
+            for targets, num_warps in warps_by_target(
+                block_h * d_padded, PER_THREAD if backward else HEADS_PER_THREAD
+            ):
+                yield CompileCase(
+                    kernel=kernel,
+                    arguments=arguments,
+                    constants={"scale_stride": 1} | blocks | stages,
+                    num_warps=num_warps,
+                    num_stages=1,
+                    targets=targets,
+                    label=f"H {heads}, D {head_dim}",
+                )
     yield CompileCase(
         kernel=qk_norm_sums_kernel,
         arguments={

@@ -22,6 +22,7 @@ from variant_kernels.triton_ops.rows import (
     heads_of_a_block,
     num_warps_for,
     unit,
+    warps_by_target,
 )
 
 
@@ -161,14 +162,16 @@ def _cases() -> Iterator[CompileCase]:
             elif "_stride_" in name and name not in constants:
                 arguments[name] = "i32" + aligned
         constants |= {"H": heads, "D": head_dim, "BLOCK_H": block_h, "D_PADDED": d_padded}
-        yield CompileCase(
-            kernel=qk_norm_append_paged_kv_kernel,
-            arguments=arguments,
-            constants=constants,
-            num_warps=max(1, block_h * d_padded // 512),
-            num_stages=1,
-            label=f"H {heads}, D {head_dim}{'' if norm else ' no norm'}",
-        )
+        for targets, num_warps in warps_by_target(block_h * d_padded, HEADS_PER_THREAD):
+            yield CompileCase(
+                kernel=qk_norm_append_paged_kv_kernel,
+                arguments=arguments,
+                constants=constants,
+                num_warps=num_warps,
+                num_stages=1,
+                targets=targets,
+                label=f"H {heads}, D {head_dim}{'' if norm else ' no norm'}",
+            )
 
 
 COMPILE_CASES = tuple(_cases())

@@ -22,8 +22,21 @@ MAX_THREADS = 1024
 
 def num_warps_for(elements: int, device: torch.device, per_thread: int = PER_THREAD) -> int:
     """Warps for a block of ``elements`` (a power of two), so many for each thread."""
-    lanes = 64 if family(device) == "amd" else 32
+    return _warps(elements, 64 if family(device) == "amd" else 32, per_thread)
+
+
+def _warps(elements: int, lanes: int, per_thread: int) -> int:
     return max(1, min(elements // (lanes * per_thread), MAX_THREADS // lanes))
+
+
+def warps_by_target(
+    elements: int, per_thread: int = PER_THREAD
+) -> tuple[tuple[tuple[str, ...], int], ...]:
+    """What :func:`num_warps_for` says on the targets of the compile report."""
+    return (
+        (("sm_80", "sm_90"), _warps(elements, 32, per_thread)),
+        (("gfx942",), _warps(elements, 64, per_thread)),
+    )
 
 
 def rows_of_a_block(width: int, rows: int, elements: int = 1024) -> int:
@@ -31,12 +44,18 @@ def rows_of_a_block(width: int, rows: int, elements: int = 1024) -> int:
     return max(1, min(elements // width, 1 << (rows - 1).bit_length()))
 
 
-def cut(rows: int, groups: int, processors: int, least: int) -> int:
+# Enough of them to hide how long memory takes: each loads one block of rows ahead.
+WARPS_OF_A_PROCESSOR = 32
+
+
+def cut(rows: int, groups: int, processors: int, num_warps: int, least: int) -> int:
     """Into how many rows each group is cut for one program: at least ``least``, a multiple of it.
 
-    Few enough that four programs are there for every processor, if the rows suffice.
+    Few enough that every processor has programs of ``num_warps`` to switch between, if the rows
+    suffice.
     """
-    parts = max(1, -(-4 * processors // groups))
+    programs = processors * max(4, min(16, WARPS_OF_A_PROCESSOR // num_warps))
+    parts = max(1, -(-programs // groups))
     return -(-rows // (parts * least)) * least
 
 

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from variant_kernels.triton_ops.common import last_contiguous, on_device_of, padded
 from variant_kernels.triton_ops.compile_report import CompileCase
-from variant_kernels.triton_ops.rows import num_warps_for
+from variant_kernels.triton_ops.rows import num_warps_for, warps_by_target
 
 # 2^16 weights of at most 2^45 fit an int64. What is smaller than 2^-46 of the largest weight never
 # comes up: all of them together are drawn once in 10^9 times.
@@ -308,23 +308,24 @@ def _cases() -> Iterator[CompileCase]:
         (65536, True, ("guidance_ptr", "seed_ptr", "exponential_ptr"), "filtered"),
     ):
         block = padded(entries)
-        yield CompileCase(
-            kernel=sample_tokens_kernel,
-            arguments={name: kind for name, kind in kinds.items() if name not in absent},
-            constants={
-                **dict.fromkeys(absent),
-                "image_stride": 1,
-                "GUIDED": True,
-                "BY_RANK": filtered,
-                "BY_MASS": filtered,
-                "V": entries,
-                "BLOCK_V": block,
-            },
-            num_warps=min(32, block // (32 * ENTRIES_PER_THREAD)),
-            num_stages=1,
-            targets=("sm_80", "sm_90") if entries > 4096 else ("sm_80", "sm_90", "gfx942"),
-            label=f"V {entries}, {label}",
-        )
+        for targets, num_warps in warps_by_target(block, ENTRIES_PER_THREAD):
+            yield CompileCase(
+                kernel=sample_tokens_kernel,
+                arguments={name: kind for name, kind in kinds.items() if name not in absent},
+                constants={
+                    **dict.fromkeys(absent),
+                    "image_stride": 1,
+                    "GUIDED": True,
+                    "BY_RANK": filtered,
+                    "BY_MASS": filtered,
+                    "V": entries,
+                    "BLOCK_V": block,
+                },
+                num_warps=num_warps,
+                num_stages=1,
+                targets=targets,
+                label=f"V {entries}, {label}",
+            )
 
 
 COMPILE_CASES = tuple(_cases())
