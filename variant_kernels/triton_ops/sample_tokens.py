@@ -25,7 +25,6 @@ from variant_kernels.triton_ops.rows import num_warps_for, warps_by_target
 # 2^16 weights of at most 2^45 fit an int64. What is smaller than 2^-46 of the largest weight never
 # comes up: all of them together are drawn once in 10^9 times.
 FIXED = tl.constexpr(2.0**45)
-INVERSE_FIXED = tl.constexpr(2.0**-45)
 # The longest interval that is halved by value; a longer one holds numbers of any magnitude.
 NEAR = tl.constexpr(1024.0)
 HALVINGS_BY_VALUE = tl.constexpr(24)
@@ -189,8 +188,7 @@ def sample_tokens_kernel(
         d = (a - largest).to(tl.float64)
     else:
         d = a.to(tl.float64) - largest.to(tl.float64)
-    exact = exp_wide(d)
-    weights = (exact * FIXED + 0.5).to(tl.int64)
+    weights = (exp_wide(d) * FIXED + 0.5).to(tl.int64)
     if BY_RANK:
         smallest = tl.min(tl.where(inside, a, float("inf")), 0)
         weights = tl.where(a >= lowest_of_top(a, smallest, largest, V, top_k), weights, 0)
@@ -203,8 +201,8 @@ def sample_tokens_kernel(
 
     if exponential_ptr is not None:
         exponential = tl.load(exponential_ptr + row * V + v, mask=inside, other=1.0)
-        scale = 1.0 / (total.to(tl.float64) * INVERSE_FIXED)
-        ratio = tl.div_rn((exact * scale).to(tl.float32), exponential)
+        probs = weights.to(tl.float64) * (1.0 / total.to(tl.float64))
+        ratio = tl.div_rn(probs.to(tl.float32), exponential)
         ratio = tl.where(weights > 0, ratio, -1.0)
         token = tl.argmax(ratio, 0, tie_break_left=True).to(tl.int64)
     else:
