@@ -8,12 +8,13 @@ RESULTS ?= benchmarks/results
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: help setup generate test test-python test-cpp bench bench-report lint clean
+.PHONY: help setup generate test test-python test-triton test-cpp gpu bench bench-report lint clean
 
 help:
 	@echo "make setup     create $(VENV) with the package (editable) and its development tools"
 	@echo "make generate  paint digits at every depth into out/digits.png"
-	@echo "make test      C++ tests under sanitizers, then the Python tests"
+	@echo "make test      C++ tests under sanitizers, the Python tests, Triton kernels in the interpreter"
+	@echo "make gpu       on a machine with a GPU: build, tests, benchmarks; results under out/gpu"
 	@echo "make bench     every kernel beside its peers, then the engine; results under $(RESULTS)"
 	@echo "make lint      ruff, clang-format and the type checker"
 	@echo "make clean     remove what the above made (not $(VENV))"
@@ -40,7 +41,7 @@ generate: setup
 	@echo "== painting digits at every depth with the shipped supernet"
 	$(BIN)/variant generate --model digits --all-depths --count 1 --seed 0 --out out/digits.png
 
-test: test-cpp test-python
+test: test-cpp test-python test-triton
 
 test-cpp: setup
 	@echo "== C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -56,6 +57,17 @@ test-cpp: setup
 test-python: setup
 	@echo "== Python tests"
 	$(BIN)/python -m pytest
+
+# No GPU needed: the interpreter runs the kernels on the CPU (float32, float16; its bfloat16 is wrong).
+test-triton: setup
+	@echo "== Triton kernels in their interpreter"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -k triton tests/kernels tests/model
+
+# Takes the Python that has torch with CUDA, Triton and pytest; GPU_PYTHON says which.
+# GPU_PARTS chooses some (build, tests, kernels, ...), VAR_REPO is a clone of FoundationVision/VAR.
+GPU_PYTHON ?= $(PYTHON)
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu $(GPU_PARTS) $(if $(VAR_REPO),--var-repo $(VAR_REPO))
 
 # The machine must be idle: about a quarter of an hour on two cores.
 bench: setup

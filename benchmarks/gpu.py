@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one command: build, tests, sanitizer, benchmarks.
 
     python -m benchmarks.gpu                      all parts, within --budget seconds
-    python -m benchmarks.gpu tests kernels        some of them
+    python -m benchmarks.gpu build kernels        some of them
 
 It needs torch, Triton, pytest with pytest-benchmark, a C++ compiler and this checkout; no network.
 Every part is a process of its own with its own log and time limit: one that fails costs none of the
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -32,12 +33,14 @@ class Part:
     """One process.
 
     seconds: its time limit.  needs: a program without which it is left out, by name.
+    environment: variables that it gets beside those of this process.
     """
 
     name: str
     command: tuple[str, ...]
     seconds: int
     needs: str | None = None
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
@@ -64,7 +67,13 @@ def parts(out: Path, var_repo: Path | None) -> list[Part]:
 
     return [
         Part("build", (python, "setup.py", "build_ext", "--inplace"), 240),
-        Part("tests", (*pytest, "tests/gpu"), 180),
+        Part("engine-tests", (*pytest, "tests/gpu"), 150),
+        Part(
+            "kernel-tests",
+            (*pytest, "tests/kernels", "-k", "triton or reference"),
+            150,
+            environment=(("VARIANT_TEST_DEVICE", "cuda"),),
+        ),
         timed("engine-batch-1", 120, "--batch", "1"),
         timed("engine-batch-64", 180, "--batch", "64", "--runs", "3"),
         Part(
@@ -90,7 +99,9 @@ def parts(out: Path, var_repo: Path | None) -> list[Part]:
 
 def run_part(part: Part, out: Path, seconds: float) -> Outcome:
     """Run one part for at most ``seconds``; its output goes to ``NAME.log``."""
-    shown = " ".join(word.replace(sys.executable, "python") for word in part.command)
+    settings = [f"{name}={value}" for name, value in part.environment]
+    command = [word.replace(sys.executable, "python") for word in part.command]
+    shown = shlex.join([*settings, *command])
     if part.needs is not None and shutil.which(part.needs) is None:
         return Outcome(part.name, f"left out: {part.needs} is not installed", 0.0, shown)
     log = out / f"{part.name}.log"
@@ -99,7 +110,7 @@ def run_part(part: Part, out: Path, seconds: float) -> Outcome:
         process = subprocess.Popen(
             part.command,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), **dict(part.environment)},
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,

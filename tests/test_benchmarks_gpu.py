@@ -32,6 +32,14 @@ def test_every_part_is_run_and_told_apart(tmp_path, capsys):
     assert [one["status"] for one in written] == [o.status for o in outcomes.values()]
 
 
+def test_a_part_sees_the_variables_that_it_asks_for_and_the_summary_shows_them(tmp_path):
+    code = "import os; assert os.environ['VARIANT_TEST_DEVICE'] == 'cuda'"
+    part = Part("set", python(code), 20, environment=(("VARIANT_TEST_DEVICE", "cuda"),))
+    (outcome,) = run([part], tmp_path, budget=100)
+    assert outcome.status == "ok"
+    assert outcome.command.startswith("VARIANT_TEST_DEVICE=cuda python -c ")
+
+
 def test_a_spent_budget_leaves_the_rest_out_and_says_so(tmp_path):
     (outcome,) = run([Part("late", python("pass"), 20)], tmp_path, budget=1)
     assert outcome.status == "left out: the budget is spent"
