@@ -15,7 +15,7 @@ from variant_kernels.backends import Request
 from variant_kernels.ops.adaln import ADALN_IMPLS, GATED_IMPLS
 
 EPS = 1e-6
-PEERS = ("cpu", "op", "reference", "eager", "compiled")
+PEERS = ("triton", "cuda", "cpu", "op", "reference", "eager", "compiled")
 WIDTHS = {"d16": 1024, "d30": 1920}
 # The engine's own sizes lie in the cache; "large" is at least four times the last one.
 SIZES = {"tokens1": 1, "tokens256": 256, "large": None}

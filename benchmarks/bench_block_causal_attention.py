@@ -17,7 +17,7 @@ from variant_kernels.ops.block_causal_attention import BLOCK_CAUSAL_IMPLS, dense
 OP = "block_causal_attention"
 HEADS, HEAD_DIM = 16, 64
 SHORT = (1, 2, 3, 4, 5, 6)
-PEERS = ("cpu", "op", "reference", "sdpa-dense-mask", "flex-compiled")
+PEERS = ("triton", "cuda", "cpu", "op", "reference", "sdpa-dense-mask", "flex-compiled")
 CASES = [
     Case(
         f"L{length}-batch{batch}-{dtype}-{direction}",

@@ -16,7 +16,7 @@ OP = "paged_attention"
 HEADS, HEAD_DIM, PAGE_SIZE = 16, 64, 16
 # The plain-torch definition holds every score in float32.
 MOST_SCORE_BYTES = 2**28
-PEERS = ("cpu", "op", "reference", "sdpa", "flash-attn", "flashinfer")
+PEERS = ("triton", "cuda", "cpu", "op", "reference", "sdpa", "flash-attn", "flashinfer")
 LAYOUTS = {"256": PATCH_NUMS_256, "512": PATCH_NUMS_512}
 # Guidance has two rows for an image.
 CASES = [

@@ -17,7 +17,7 @@ from variant_kernels.ops.qk_norm_append_paged_kv import FUSED_IMPLS
 
 OP = "qk_norm_append_paged_kv"
 HEAD_DIM, PAGE_SIZE = 64, 16
-PEERS = ("cpu", "op", "two-ops", "reference", "eager")
+PEERS = ("triton", "cuda", "cpu", "op", "two-ops", "reference", "eager")
 SIZES = {"tokens1": 1, "tokens256": 256, "large": None}
 CASES = [
     Case(

@@ -19,7 +19,7 @@ from variant_kernels.ops.sample_tokens import (
 
 OP = "sample_tokens"
 VOCAB, GUIDANCE, TOP_K, TOP_P, SEED = 4096, 1.5, 900, 0.96, 11
-PEERS = ("cpu", "op", "reference", "torch-calls")
+PEERS = ("triton", "cuda", "cpu", "op", "reference", "torch-calls")
 CASES = [
     Case(
         f"batch{batch}-tokens{tokens}-{dtype}-{draw}",

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 # Fastest first. `reference` supports everything, so that a choice always exists.
-PREFERENCE = ("triton", "cpu", "reference")
+PREFERENCE = ("triton", "flash", "flashinfer", "flex", "cpu", "reference")
 
 _override: ContextVar[str | None] = ContextVar("variant_backend", default=None)
 
@@ -30,12 +30,14 @@ class Request:
     """What a backend must know of the arguments to say whether it can serve them.
 
     row: entries of a row that is normalised or sampled from, where the op works on such rows.
+    page_size: tokens of a page, where the op reads pages.
     """
 
     device: str
     dtypes: tuple[torch.dtype, ...]
     head_dim: int | None = None
     row: int | None = None
+    page_size: int | None = None
 
 
 def _no_backward(**kwargs: Any) -> Any:
@@ -118,6 +120,84 @@ def triton_unsupported(request: Request) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class FlashAttention:
+    """An installed flash-attn: where it is, and what it calls a page table."""
+
+    version: int
+    module: str
+    table_argument: str
+    page_multiple: int
+
+
+# Version 2 reads pages of any multiple of 256 tokens, version 3 (sm_90 only) of any number.
+FLASH_VERSIONS = (
+    FlashAttention(3, "flash_attn_interface", "page_table", 1),
+    FlashAttention(2, "flash_attn", "block_table", 256),
+)
+
+
+@cache
+def find_flash(device: torch.device | str) -> FlashAttention | None:
+    """The newest installed flash-attn that runs on a device, or None."""
+    for found in FLASH_VERSIONS:
+        newest = found.version == 3
+        if newest and torch.cuda.get_device_capability(device)[0] != 9:
+            continue
+        if importlib.util.find_spec(found.module) is not None:
+            return found
+    return None
+
+
+def _16_bits_on_nvidia(request: Request) -> str | None:
+    if request.device != "cuda" or torch.version.hip is not None:
+        return "it needs an NVIDIA GPU"
+    for dtype in request.dtypes:
+        if dtype not in (torch.float16, torch.bfloat16):
+            return f"dtype {dtype_name(dtype)} is not among its dtypes (float16, bfloat16)"
+    return None
+
+
+def flash_unsupported(request: Request) -> str | None:
+    """Why flash-attn cannot serve a request."""
+    reason = _16_bits_on_nvidia(request)
+    if reason is not None:
+        return reason
+    found = find_flash(request.device)
+    if found is None:
+        return "flash-attn is not installed"
+    if request.page_size is not None and request.page_size % found.page_multiple:
+        return (
+            f"page_size {request.page_size} is not a multiple of the {found.page_multiple} that "
+            f"flash-attn {found.version} reads"
+        )
+    return None
+
+
+FLASHINFER_HEAD_DIMS = (64, 128, 256)
+
+
+def flashinfer_unsupported(request: Request) -> str | None:
+    """Why FlashInfer cannot serve a request."""
+    reason = _16_bits_on_nvidia(request)
+    if reason is not None:
+        return reason
+    if importlib.util.find_spec("flashinfer") is None:
+        return "FlashInfer is not installed"
+    if request.head_dim not in FLASHINFER_HEAD_DIMS:
+        return f"head_dim {request.head_dim} is not among its head_dims (64, 128, 256)"
+    return None
+
+
+def flex_unsupported(request: Request) -> str | None:
+    """Why FlexAttention cannot serve a request."""
+    if request.device not in TRITON_DEVICES:
+        return f"FlexAttention has no backward pass on {request.device}"
+    if not _has_triton():
+        return "Triton is not installed (pip install triton)"
+    return None
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
@@ -125,10 +205,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def available_backends() -> tuple[str, ...]:
     """Names of the backends that this installation can run on this machine."""
+    gpu = torch.cuda.is_available()
+    nvidia = gpu and torch.version.hip is None
     runs = {
         "reference": True,
         "cpu": True,
-        "triton": _has_triton() and (triton_interprets() or torch.cuda.is_available()),
+        "triton": _has_triton() and (triton_interprets() or gpu),
+        "flex": _has_triton() and gpu,
+        "flash": nvidia and find_flash("cuda") is not None,
+        "flashinfer": nvidia and importlib.util.find_spec("flashinfer") is not None,
     }
     return tuple(name for name in reversed(PREFERENCE) if runs[name])
 

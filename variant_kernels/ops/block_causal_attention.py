@@ -17,6 +17,7 @@ from variant_kernels.backends import (
     Request,
     choose_name,
     cpu_unsupported,
+    flex_unsupported,
     triton_unsupported,
 )
 from variant_kernels.registry import (
@@ -104,6 +105,7 @@ def reference_block_causal_attention_backward(
 
 _CPU = "variant_kernels.cpu_ops.block_causal_attention"
 _TRITON = "variant_kernels.triton_ops.block_causal_attention"
+_FLEX = "variant_kernels.library_ops.flex"
 
 BLOCK_CAUSAL_IMPLS = {
     "reference": Impl(
@@ -118,6 +120,12 @@ BLOCK_CAUSAL_IMPLS = {
         Lazy(_TRITON, "launch_block_causal_attention_forward"),
         Lazy(f"{_TRITON}_backward", "launch_block_causal_attention_backward"),
         triton_unsupported,
+    ),
+    # Its gradient is torch's own: see block_causal_attention.
+    "flex": Impl(
+        Lazy(_FLEX, "launch_block_causal_attention_forward"),
+        Lazy(_FLEX, "refuse_backward"),
+        flex_unsupported,
     ),
 }
 
@@ -255,6 +263,12 @@ def block_causal_attention(
             f"got {q_BLHD.shape[1]}"
         )
     scale = contract.softmax_scale(op, softmax_scale, q_BLHD.shape[-1])
+    # Choosing looks at the environment, which a graph cannot: there, the argument alone counts.
+    compiling = torch.compiler.is_compiling()
+    if (backend if compiling else _resolve(backend, q_BLHD)) == "flex":
+        from variant_kernels.library_ops import flex
+
+        return flex.attend(q_BLHD, k_BLHD, v_BLHD, layout.tokens, scale)[0]
     return block_causal_attention_op(q_BLHD, k_BLHD, v_BLHD, layout.tokens, scale, backend)[0]
 
 

@@ -17,6 +17,8 @@ from variant_kernels.backends import (
     Request,
     choose,
     cpu_unsupported,
+    flash_unsupported,
+    flashinfer_unsupported,
     triton_unsupported,
 )
 from variant_kernels.ops.append_paged_kv import check_pages
@@ -102,6 +104,14 @@ PAGED_IMPLS = {
         Lazy("variant_kernels.triton_ops.paged_attention", "launch_paged_attention_forward"),
         unsupported=triton_unsupported,
     ),
+    "flash": Impl(
+        Lazy("variant_kernels.library_ops.flash", "launch_paged_attention_forward"),
+        unsupported=flash_unsupported,
+    ),
+    "flashinfer": Impl(
+        Lazy("variant_kernels.library_ops.flashinfer", "launch_paged_attention_forward"),
+        unsupported=flashinfer_unsupported,
+    ),
 }
 
 IMPLS = {"paged_attention": PAGED_IMPLS}
@@ -109,7 +119,7 @@ IMPLS = {"paged_attention": PAGED_IMPLS}
 
 def _paged(q, k_pages, v_pages, page_table, kv_lens, softmax_scale, backend):
     check_table("paged_attention", page_table, kv_lens, k_pages.shape)
-    request = Request(q.device.type, (q.dtype,), q.shape[-1])
+    request = Request(q.device.type, (q.dtype,), q.shape[-1], page_size=k_pages.shape[1])
     return choose("paged_attention", PAGED_IMPLS, backend, request).forward(
         q_BTHD=q,
         k_pages_PNHD=k_pages,

@@ -1,0 +1,242 @@
+"""Backends around installed libraries: what is passed to them, and when they refuse.
+
+flash-attn and FlashInfer run on NVIDIA GPUs only. Here doubles with their signatures stand in: each
+reads the arguments as the library documents them and answers with plain torch.
+"""
+
+import sys
+import types
+
+import pytest
+import torch
+from compare import Tally
+
+from variant_kernels import ScaleLayout, backends, block_causal_attention
+from variant_kernels.backends import FLASH_VERSIONS, Impl, Request
+from variant_kernels.library_ops import flash, flashinfer, flex
+from variant_kernels.ops import block_causal_attention as block_causal
+from variant_kernels.ops import paged_attention as paged
+
+GPU = Request("cuda", (torch.float16,), 64, page_size=16)
+
+
+def module(monkeypatch, name, **members):
+    made = types.ModuleType(name)
+    vars(made).update(members)
+    monkeypatch.setitem(sys.modules, name, made)
+
+
+def attend(q_THD, k_SHD, v_SHD, scale):
+    scores = torch.einsum("thd,shd->hts", q_THD, k_SHD) * scale
+    return torch.einsum("hts,shd->thd", scores.softmax(-1), v_SHD)
+
+
+def rows(pages_PNHD, pages, length):
+    return pages_PNHD[pages.long()].flatten(0, 1)[:length]
+
+
+@pytest.fixture(params=FLASH_VERSIONS, ids=lambda found: f"version-{found.version}")
+def flash_attn(request, monkeypatch):
+    found = request.param
+
+    def flash_attn_with_kvcache(
+        q, k_cache, v_cache, *, cache_seqlens, softmax_scale, causal, **others
+    ):
+        table = others.pop(found.table_argument)
+        assert not others
+        assert not causal
+        assert table.dtype == cache_seqlens.dtype == torch.int32
+        out = torch.zeros(q.shape, dtype=q.dtype)
+        for row, length in enumerate(cache_seqlens.tolist()):
+            if length:
+                used = table[row, : -(-length // k_cache.shape[1])]
+                k, v = (rows(pages, used, length) for pages in (k_cache, v_cache))
+                out[row] = attend(q[row], k, v, softmax_scale)
+        return out
+
+    module(monkeypatch, found.module, flash_attn_with_kvcache=flash_attn_with_kvcache)
+    monkeypatch.setattr(flash, "find_flash", lambda device: found)
+    return found
+
+
+class Wrapper:
+    """BatchPrefillWithPagedKVCacheWrapper as FlashInfer documents it."""
+
+    planned = 0
+
+    def __init__(self, workspace, layout):
+        assert workspace.dtype == torch.uint8
+        assert layout == "NHD"
+
+    def plan(
+        self,
+        qo_indptr,
+        paged_kv_indptr,
+        paged_kv_indices,
+        paged_kv_last_page_len,
+        num_qo_heads,
+        num_kv_heads,
+        head_dim_qk,
+        page_size,
+        *,
+        causal,
+        sm_scale,
+        q_data_type,
+        kv_data_type,
+    ):
+        Wrapper.planned += 1
+        assert not causal
+        assert num_qo_heads == num_kv_heads
+        assert q_data_type == kv_data_type
+        assert all(x.dtype == torch.int32 for x in (qo_indptr, paged_kv_indptr, paged_kv_indices))
+        self.queries, self.starts = qo_indptr.tolist(), paged_kv_indptr.tolist()
+        self.pages, self.last = paged_kv_indices, paged_kv_last_page_len.tolist()
+        self.page_size, self.scale = page_size, sm_scale
+
+    def run(self, q_NHD, pages):
+        out = torch.full_like(q_NHD, torch.nan)
+        for row, last in enumerate(self.last):
+            first, end = self.starts[row : row + 2]
+            if end > first:
+                assert 1 <= last <= self.page_size
+                length = (end - first - 1) * self.page_size + last
+                k, v = (rows(x, self.pages[first:end], length) for x in pages)
+                mine = slice(*self.queries[row : row + 2])
+                out[mine] = attend(q_NHD[mine], k, v, self.scale)
+        return out
+
+
+@pytest.fixture
+def flashinfer_double(monkeypatch):
+    module(monkeypatch, "flashinfer", BatchPrefillWithPagedKVCacheWrapper=Wrapper)
+    monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 16)
+    monkeypatch.setattr(Wrapper, "planned", 0)
+    flashinfer._plans.clear()
+    flashinfer._workspaces.clear()
+    yield
+    flashinfer._plans.clear()
+    flashinfer._workspaces.clear()
+
+
+def compare_with_the_definition(launch):
+    tally, generator = Tally(), torch.Generator().manual_seed(3)
+    for inputs in paged.sample_inputs(torch.float32, generator):
+        given = dict(
+            zip(
+                ("q_BTHD", "k_pages_PNHD", "v_pages_PNHD", "page_table_BM", "kv_lens_B"),
+                inputs,
+                strict=True,
+            )
+        )
+        exact, plain = (
+            paged.reference_paged_attention(
+                **{n: x.to(t) if x.is_floating_point() else x for n, x in given.items()},
+                softmax_scale=0.2,
+            )
+            for t in (torch.float64, torch.float32)
+        )
+        tally.add(str(tuple(inputs[0].shape)), launch(**given, softmax_scale=0.2), plain, exact)
+    tally.check()
+
+
+def test_flash_attn_gets_the_pages_as_they_are(flash_attn):
+    compare_with_the_definition(flash.launch_paged_attention_forward)
+
+
+def test_flashinfer_gets_compressed_rows_of_the_table(flashinfer_double):
+    compare_with_the_definition(flashinfer.launch_paged_attention_forward)
+
+
+def test_flashinfer_plans_a_table_once_and_again_when_it_changes(flashinfer_double):
+    q, k, v, table, lengths = paged.sample_inputs(torch.float32, torch.Generator().manual_seed(0))[
+        2
+    ]
+    arguments = {"q_BTHD": q, "k_pages_PNHD": k, "v_pages_PNHD": v, "softmax_scale": 0.1}
+    tables = {"page_table_BM": table, "kv_lens_B": lengths}
+    for _ in range(3):
+        flashinfer.launch_paged_attention_forward(**arguments, **tables)
+    assert Wrapper.planned == 1
+    lengths[0] -= 1
+    shorter = flashinfer.launch_paged_attention_forward(**arguments, **tables)
+    assert Wrapper.planned == 2
+    expected = paged.reference_paged_attention(**arguments, **tables)
+    torch.testing.assert_close(shorter, expected)
+
+
+def test_flashinfer_forgets_the_oldest_plans(flashinfer_double, monkeypatch):
+    monkeypatch.setattr(flashinfer, "MOST_PLANS", 2)
+    inputs = paged.sample_inputs(torch.float32, torch.Generator().manual_seed(0))[:4]
+    for q, k, v, table, lengths in inputs:
+        flashinfer.launch_paged_attention_forward(
+            q_BTHD=q,
+            k_pages_PNHD=k,
+            v_pages_PNHD=v,
+            page_table_BM=table,
+            kv_lens_B=lengths,
+            softmax_scale=0.1,
+        )
+    assert len(flashinfer._plans) == 2
+
+
+def test_flashinfer_does_not_plan_inside_a_capture(flashinfer_double, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="cannot plan inside a graph capture"):
+        compare_with_the_definition(flashinfer.launch_paged_attention_forward)
+
+
+@pytest.mark.parametrize(
+    ("request_", "capability", "installed", "reason"),
+    [
+        (Request("cpu", (torch.float16,), 64), (9, 0), ("flash_attn",), "needs an NVIDIA GPU"),
+        (Request("cuda", (torch.float32,), 64), (9, 0), ("flash_attn",), "dtype float32"),
+        (GPU, (9, 0), (), "not installed"),
+        (GPU, (9, 0), ("flash_attn",), "page_size 16 is not a multiple of the 256"),
+        (GPU, (8, 0), ("flash_attn_interface",), "not installed"),
+        (GPU, (9, 0), ("flash_attn_interface", "flash_attn"), None),
+    ],
+)
+def test_flash_says_why_it_cannot(monkeypatch, request_, capability, installed, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(
+        backends.importlib.util, "find_spec", lambda name: name if name in installed else None
+    )
+    backends.find_flash.cache_clear()
+    try:
+        answer = backends.flash_unsupported(request_)
+    finally:
+        backends.find_flash.cache_clear()
+    assert answer is None if reason is None else reason in answer
+
+
+def test_flashinfer_says_why_it_cannot(monkeypatch):
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name)
+    assert backends.flashinfer_unsupported(GPU) is None
+    odd = Request("cuda", (torch.bfloat16,), 40)
+    assert "head_dim 40" in backends.flashinfer_unsupported(odd)
+
+
+def test_flex_refuses_the_cpu_by_name():
+    q, k, v, layout = block_causal.sample_inputs(torch.float32, torch.Generator())[0]
+    with pytest.raises(ValueError, match=r'backend "flex" cannot run.*no backward pass on cpu'):
+        block_causal_attention(q, k, v, layout, backend="flex")
+
+
+def test_flex_attention_and_its_gradients_are_the_definitions(monkeypatch):
+    """Uncompiled, and with the check taken out that keeps gradients from the CPU."""
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(flex, "attention", lambda: flex_attention.flex_attention)
+    allowing = Impl(block_causal.BLOCK_CAUSAL_IMPLS["flex"].forward)
+    monkeypatch.setitem(block_causal.BLOCK_CAUSAL_IMPLS, "flex", allowing)
+    layout = ScaleLayout.from_patch_nums((1, 2, 3))
+    packed = torch.randn(2, layout.total, 3, 3, 16, generator=torch.Generator().manual_seed(1))
+    grad = torch.randn(2, layout.total, 3, 16, generator=torch.Generator().manual_seed(2))
+    answers = []
+    for backend in ("flex", "reference"):
+        qkv = [x.detach().contiguous().requires_grad_() for x in packed.unbind(2)]
+        out = block_causal_attention(*qkv, layout, softmax_scale=0.7, backend=backend)
+        answers.append((out.detach(), *torch.autograd.grad(out, qkv, grad)))
+    for ours, expected in zip(*answers, strict=True):
+        torch.testing.assert_close(ours, expected)

@@ -1,0 +1,71 @@
+"""block_causal_attention by torch's FlexAttention, compiled.
+
+B batch, L tokens, H heads, D width of one head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn.attention import flex_attention as flex
+
+
+@cache
+def block_mask(scale_lengths: tuple[int, ...], device: torch.device) -> flex.BlockMask:
+    """A token sees its own scale and those before; made once for a layout and device."""
+    scale_L = torch.repeat_interleave(
+        torch.arange(len(scale_lengths)), torch.tensor(scale_lengths)
+    ).to(device)
+    length = sum(scale_lengths)
+    return flex.create_block_mask(
+        lambda b, h, q, kv: scale_L[q] >= scale_L[kv], None, None, length, length, device=device
+    )
+
+
+@cache
+def attention() -> Callable[..., Any]:
+    """FlexAttention compiled; uncompiled it would hold every score."""
+    return torch.compile(flex.flex_attention, dynamic=False)
+
+
+def attend(
+    q_BLHD: torch.Tensor,
+    k_BLHD: torch.Tensor,
+    v_BLHD: torch.Tensor,
+    scale_lengths: tuple[int, ...],
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out_BLHD in q's dtype, lse_BHL float32: natural logarithm of the sum of exp(scores)).
+
+    Differentiable by torch's autograd, so a training step calls this and not an op around it.
+    """
+    out_BHLD, aux = attention()(
+        *(x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD)),
+        block_mask=block_mask(scale_lengths, q_BLHD.device),
+        scale=softmax_scale,
+        return_aux=flex.AuxRequest(lse=True),
+    )
+    return out_BHLD.transpose(1, 2).contiguous(), aux.lse.float().contiguous()
+
+
+def launch_block_causal_attention_forward(
+    *,
+    q_BLHD: torch.Tensor,
+    k_BLHD: torch.Tensor,
+    v_BLHD: torch.Tensor,
+    scale_lengths: tuple[int, ...],
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out_BLHD, lse_BHL) as :func:`attend` gives them; no gradient is recorded here."""
+    return attend(q_BLHD, k_BLHD, v_BLHD, scale_lengths, softmax_scale)
+
+
+def refuse_backward(**given: Any) -> Any:
+    """A compiled graph took the op and only then met FlexAttention."""
+    raise RuntimeError(
+        'block_causal_attention: under torch.compile, "flex" has a gradient only where the call '
+        'names it: pass backend="flex"'
+    )
