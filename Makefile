@@ -64,10 +64,11 @@ test-triton: setup
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -k triton tests/kernels tests/model
 
 # Takes the Python that has torch with CUDA, Triton and pytest; GPU_PYTHON says which.
-# GPU_PARTS chooses some (build, tests, kernels, ...), VAR_REPO is a clone of FoundationVision/VAR.
+# GPU_PARTS chooses some (build, kernels, ...); VAR_REPO and HMAR_REPO are clones of
+# FoundationVision/VAR and NVlabs/HMAR.
 GPU_PYTHON ?= $(PYTHON)
 gpu:
-	$(GPU_PYTHON) -m benchmarks.gpu $(GPU_PARTS) $(if $(VAR_REPO),--var-repo $(VAR_REPO))
+	$(GPU_PYTHON) -m benchmarks.gpu $(GPU_PARTS) $(if $(VAR_REPO),--var-repo $(VAR_REPO)) $(if $(HMAR_REPO),--hmar-repo $(HMAR_REPO))
 
 # The machine must be idle: about a quarter of an hour on two cores.
 bench: setup

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import sys
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.harness import Case, Contest, backends, missing_module, near, replay
+from benchmarks.harness import REPOSITORIES, Case, Contest, backends, missing_module, near, replay
 from variant.presets import PATCH_NUMS_256, PATCH_NUMS_512
 from variant_kernels import ScaleLayout, block_causal_attention
 from variant_kernels.backends import Request
 from variant_kernels.ops.block_causal_attention import BLOCK_CAUSAL_IMPLS, dense_mask
 
 OP = "block_causal_attention"
-HEADS, HEAD_DIM = 16, 64
+HEADS = 16
 SHORT = (1, 2, 3, 4, 5, 6)
-PEERS = ("triton", "cuda", "cpu", "op", "reference", "sdpa-dense-mask", "flex-compiled")
+# Scales of a 1024x1024 image, as HMAR (arXiv 2506.04421) measures its kernel: 9451 tokens.
+PATCH_NUMS_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
+# The plain-torch definition holds every score in float32, several times.
+MOST_SCORE_BYTES = 2**30
+PEERS = (
+    "triton", "cuda", "cpu", "op", "reference", "sdpa-dense-mask", "flex-compiled", "hmar",
+)  # fmt: skip
 CASES = [
     Case(
         f"L{length}-batch{batch}-{dtype}-{direction}",
@@ -33,6 +41,29 @@ CASES = [
     for dtype in ("float32", "bfloat16")
     for direction in ("forward", "forward+backward")
 ]
+# Sizes that fill a GPU; float16 is what HMAR's kernel takes.
+CASES += [
+    Case(
+        f"L{length}-batch{batch}-head_dim{head_dim}-{dtype}-{direction}",
+        dtype,
+        {
+            "patch_nums": patch_nums,
+            "batch": batch,
+            "head_dim": head_dim,
+            "backward": direction != "forward",
+        },
+        devices=("cuda",),
+    )
+    for length, batch, patch_nums, head_dim, dtypes in (
+        (680, 64, PATCH_NUMS_256, 64, ("bfloat16", "float16")),
+        (680, 32, PATCH_NUMS_256, 128, ("bfloat16",)),
+        (2240, 16, PATCH_NUMS_512, 64, ("bfloat16", "float16")),
+        (2240, 8, PATCH_NUMS_512, 128, ("bfloat16",)),
+        (9451, 2, PATCH_NUMS_1024, 64, ("float16",)),
+    )
+    for dtype in dtypes
+    for direction in ("forward", "forward+backward")
+]
 
 
 def build(case: Case, device: str, quick: bool) -> Contest:
@@ -40,8 +71,9 @@ def build(case: Case, device: str, quick: bool) -> Contest:
     layout = ScaleLayout.from_patch_nums(case.settings["patch_nums"])
     batch, backward = case.settings["batch"], case.settings["backward"]
     dtype, length = getattr(torch, case.dtype), layout.total
-    packed_BL3HD = torch.randn(batch, length, 3, HEADS, HEAD_DIM, device=device).to(dtype)
-    grad_BLHD = torch.randn(batch, length, HEADS, HEAD_DIM, device=device).to(dtype)
+    head_dim = case.settings.get("head_dim", 64)
+    packed_BL3HD = torch.randn(batch, length, 3, HEADS, head_dim, device=device).to(dtype)
+    grad_BLHD = torch.randn(batch, length, HEADS, head_dim, device=device).to(dtype)
     visible_LL = dense_mask(layout.tokens, device)
     bias_LL = torch.zeros(length, length, dtype=dtype, device=device)
     bias_LL = bias_LL.masked_fill(~visible_LL, -torch.inf)
@@ -57,7 +89,10 @@ def build(case: Case, device: str, quick: bool) -> Contest:
 
     masked = functools.partial(F.scaled_dot_product_attention, attn_mask=bias_LL)
     calls, missing = {}, {}
-    for name, impl, reason in backends(BLOCK_CAUSAL_IMPLS, Request(device, (dtype,), HEAD_DIM)):
+    for name, impl, reason in backends(BLOCK_CAUSAL_IMPLS, Request(device, (dtype,), head_dim)):
+        scores = 4 * batch * HEADS * length**2
+        if name == "reference" and device == "cuda" and scores > MOST_SCORE_BYTES:
+            reason = f"plain torch would hold {scores / 2**20:.0f} MiB of scores"
         if reason is not None:
             missing[name] = reason
         elif backward:
@@ -74,6 +109,11 @@ def build(case: Case, device: str, quick: bool) -> Contest:
         attend = _flex(layout, length, device)
         calls["flex-compiled"] = functools.partial(whole, attend, qkv_BHLD, grad_BHLD)
 
+    missing["hmar"] = _no_hmar(device, dtype, head_dim)
+    if missing["hmar"] is None:
+        attend = _hmar(layout, head_dim)
+        calls["hmar"] = functools.partial(whole, attend, qkv_BHLD, grad_BHLD)
+
     # The first and the last sequence are checked.
     some = [0, -1] if batch > 1 else [0]
 
@@ -83,16 +123,16 @@ def build(case: Case, device: str, quick: bool) -> Contest:
         return [x.detach() for x in whole(mask, given, grad_BHLD[some].to(kind))]
 
     def pick(name, answer):
-        heads_second = name in ("sdpa-dense-mask", "flex-compiled")
+        heads_second = name in ("sdpa-dense-mask", "flex-compiled", "hmar")
         return [x[some] if heads_second else x[some].transpose(1, 2) for x in answer]
 
     pairs = sum(n * layout.visible(k) for k, n in enumerate(layout.tokens))
     one = grad_BLHD.nbytes
     return Contest(
-        shape={"batch": batch, "tokens": length, "heads": HEADS, "head_dim": HEAD_DIM,
+        shape={"batch": batch, "tokens": length, "heads": HEADS, "head_dim": head_dim,
                "visible": round(pairs / length**2, 3)},
         # Two products forward, five backward (the scores once more).
-        flop=(14 if backward else 4) * batch * HEADS * HEAD_DIM * pairs,
+        flop=(14 if backward else 4) * batch * HEADS * head_dim * pairs,
         # Forward: q, k, v, out.  Backward: these again, grad_out, three gradients.
         moved=(12 if backward else 4) * one,
         calls=calls,
@@ -114,7 +154,7 @@ def _launch(impl, qkv_BLHD, layout):
         k_BLHD=k_BLHD,
         v_BLHD=v_BLHD,
         scale_lengths=layout.tokens,
-        softmax_scale=HEAD_DIM**-0.5,
+        softmax_scale=q_BLHD.shape[-1] ** -0.5,
     )
     return (out_BLHD,)
 
@@ -137,6 +177,23 @@ def _flex(layout: ScaleLayout, length: int, device: str):
         lambda b, h, q, kv: scale_L[q] >= scale_L[kv], None, None, length, length, device=device
     )
     return functools.partial(torch.compile(flex_attention, dynamic=False), block_mask=mask)
+
+
+def _no_hmar(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why HMAR's Triton kernel has no part."""
+    if "hmar" not in REPOSITORIES:
+        return "no --hmar-repo (a clone of NVlabs/HMAR)"
+    if device != "cuda" or dtype != torch.float16 or head_dim != 64:
+        return "HMAR measures its kernel on a GPU, in float16, with heads of 64"
+    return None
+
+
+def _hmar(layout: ScaleLayout, head_dim: int):
+    if str(REPOSITORIES["hmar"]) not in sys.path:
+        sys.path.append(str(REPOSITORIES["hmar"]))
+    module = importlib.import_module("attn.block_sparse_attn_interface")
+    attend = module.BlockSparseAttention(list(layout.tokens), "cuda", "block_causal")
+    return lambda q, k, v: attend(q, k, v, head_dim**-0.5)
 
 
 @pytest.mark.benchmark(timer=replay)

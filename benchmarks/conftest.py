@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.harness import record, replay, run
+from benchmarks.harness import REPOSITORIES, record, replay, run
 from variant.bench.environment import environment
 from variant.bench.limits import Limits, drift, measure_limits
 
@@ -18,6 +19,9 @@ FORMAT = "variant-kernel-bench-1"
 def pytest_addoption(parser):
     parser.addoption(
         "--quick", action="store_true", help="a few small cases, few rounds: under a minute"
+    )
+    parser.addoption(
+        "--hmar-repo", type=Path, help="clone of NVlabs/HMAR: its block-causal kernel takes part"
     )
 
 
@@ -52,6 +56,8 @@ def keep_memory():
 def pytest_configure(config):
     keep_memory()
     config.stash[SESSION] = Session(config.getoption("--quick"))
+    if config.getoption("--hmar-repo") is not None:
+        REPOSITORIES["hmar"] = config.getoption("--hmar-repo").resolve()
 
 
 SESSION = pytest.StashKey[Session]()
@@ -67,7 +73,7 @@ def pytest_generate_tests(metafunc):
         pytest.param(device, case, name, id=f"{device}-{case.name}-{name}")
         for device in devices
         for case in metafunc.module.CASES
-        if case.quick or not quick
+        if device in case.devices and (case.quick or not quick)
         for name in metafunc.module.PEERS
     ]
     metafunc.parametrize(("device", "case", "contender"), found)

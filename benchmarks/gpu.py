@@ -55,12 +55,13 @@ class Outcome:
     results: list[str] = field(default_factory=list)
 
 
-def parts(out: Path, var_repo: Path | None) -> list[Part]:
+def parts(out: Path, var_repo: Path | None, hmar_repo: Path | None = None) -> list[Part]:
     """All parts, the most important first: the budget may end before the list does."""
     python = sys.executable
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     engine = (python, "-m", "benchmarks.gpu_engine")
     repo = () if var_repo is None else ("--var-repo", str(var_repo))
+    hmar = () if hmar_repo is None else ("--hmar-repo", str(hmar_repo))
 
     def timed(name: str, seconds: int, *options: str) -> Part:
         return Part(name, (*engine, "--json", str(out / f"{name}.json"), *options, *repo), seconds)
@@ -84,8 +85,17 @@ def parts(out: Path, var_repo: Path | None) -> list[Part]:
                 "-k",
                 "cuda",
                 f"--benchmark-json={out / 'kernels.json'}",
+                *hmar,
             ),
             240,
+        ),
+        Part(
+            "training-step",
+            (
+                *(python, "-m", "benchmarks.training_step"),
+                *("--json", str(out / "training-step.json"), *repo),
+            ),
+            150,
         ),
         timed("memory", 120, "--memory"),
         Part(
@@ -181,6 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu", help="for results, logs")
     parser.add_argument("--budget", type=float, default=520, help="seconds for everything")
     parser.add_argument("--var-repo", type=Path, help="clone of FoundationVision/VAR to compare")
+    parser.add_argument(
+        "--hmar-repo", type=Path, help="clone of NVlabs/HMAR: its kernel beside ours"
+    )
     options = parser.parse_args(arguments)
     unknown = [name for name in options.part if name not in names]
     if unknown:
@@ -190,7 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benchmarks.gpu: {reason}", file=sys.stderr)
         return 2
     out = options.out.resolve()
-    chosen = [p for p in parts(out, options.var_repo) if not options.part or p.name in options.part]
+    every = parts(out, options.var_repo, options.hmar_repo)
+    chosen = [part for part in every if not options.part or part.name in options.part]
     outcomes = run(chosen, out, options.budget)
     print("\n".join(_line(outcome) for outcome in outcomes))
     return int(any(o.status != "ok" and not o.status.startswith("left out") for o in outcomes))

@@ -39,15 +39,20 @@ OP_SECONDS = 0.005
 class Case:
     """name: what pytest shows and what result files are compared by.  dtype: whose GEMM rate is
     the limit.  settings: what the bench file builds it from.  quick: part of a ``--quick`` run.
+    devices: where it is run.
     """
 
     name: str
     dtype: str
     settings: Mapping[str, Any]
     quick: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 Check = Callable[[str, Any], None]
+
+# Clones of other people's code that take part: name to folder, from options such as --hmar-repo.
+REPOSITORIES: dict[str, Path] = {}
 
 
 @dataclass

@@ -42,7 +42,8 @@ def measure_limits(device: str = "cpu", *, quick: bool = False) -> Limits:
     source = torch.ones(size // (8 if quick else 1) // 4, device=device)
     target = torch.empty_like(source)
     calls = {"copy": lambda: target.copy_(source)}
-    for dtype in (torch.float32, torch.bfloat16):
+    sixteen = (torch.bfloat16, torch.float16) if device == "cuda" else (torch.bfloat16,)
+    for dtype in (torch.float32, *sixteen):
         left = torch.randn(rows, inputs, device=device).to(dtype)
         right = torch.randn(inputs, outputs, device=device).to(dtype)
         out = torch.empty(rows, outputs, device=device, dtype=dtype)

@@ -1,0 +1,159 @@
+"""One optimiser step, ours by depth beside the original VAR code's with its dense mask.
+
+    python -m benchmarks.training_step --model var-d30 --batch 64 --depths 30 16 --json FILE \
+        [--device cuda] [--dtype bfloat16] [--bridge 6] [--runs 10] [--var-repo PATH]
+
+A step is: forward under autocast, mean cross-entropy over all tokens, backward, clipping to norm 1,
+AdamW (fused). Both models share their weights, gradients and the optimiser, so that a large model
+fits once; they take turns. Without ``--var-repo`` only our own depths are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from variant.bench.alternate import alternate, quartiles, ratios
+from variant.bench.environment import environment
+from variant.bench.models import build, configs
+from variant.errors import UserError
+
+FORMAT = "variant-training-step-1"
+ORIGINAL = "original, dense mask"
+
+
+def step_of(
+    logits_of: Callable[[], Tensor],
+    tokens_BL: Tensor,
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    device: str,
+    dtype: torch.dtype,
+) -> Callable[[], Tensor]:
+    """A whole optimiser step around one forward pass; returns the loss before it."""
+
+    def step() -> Tensor:
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            logits_BLV = logits_of()
+        loss = F.cross_entropy(logits_BLV.float().flatten(0, 1), tokens_BL.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The result file: seconds of each contender, ratios to the original or to full depth.
+
+    Raises:
+        UserError: a depth or a bridge that the model cannot have, or no clone at --var-repo.
+    """
+    device, dtype = options.device, getattr(torch, options.dtype)
+    config, vae_config = configs(options.model)
+    var, vae = build(options.model, device)
+    var.train().requires_grad_(True)
+    parameters = list(var.parameters())
+    # So small a rate that the weights of the last round are those of the first.
+    optimizer = torch.optim.AdamW(parameters, lr=1e-9, fused=True)
+    generator = torch.Generator().manual_seed(0)
+    tokens_BL = torch.randint(
+        config.vocab_size, (options.batch, var.layout.total), generator=generator
+    ).to(device)
+    labels_B = torch.randint(config.num_classes, (options.batch,), generator=generator).to(device)
+    with torch.no_grad():
+        x_teacher = vae.teacher_input(tokens_BL)
+    arguments = (tokens_BL, parameters, optimizer, device, dtype)
+    calls = {}
+    for depth in options.depths:
+        full = depth == config.depth
+        try:
+            schedule = var.schedule(None if full else depth, options.bridge)
+        except ValueError as error:
+            raise UserError(f"--depths {depth}: {error}") from error
+        calls[f"depth {depth}"] = step_of(
+            lambda schedule=schedule: var(labels_B, x_teacher, schedule), *arguments
+        )
+    peer = f"depth {config.depth}"
+    if options.var_repo is not None:
+        from variant.bench.original import load
+
+        original = load(options.var_repo, config, vae_config, (var, vae), device).var.train()
+        for name, parameter in var.named_parameters():
+            owner, _, leaf = name.rpartition(".")
+            setattr(original.get_submodule(owner), leaf, parameter)
+        calls[ORIGINAL] = step_of(lambda: original(labels_B, x_teacher), *arguments)
+        peer = ORIGINAL
+    if peer not in calls:
+        raise UserError(f"--depths: {config.depth} (full) must be among them without --var-repo")
+    losses = {name: float(call()) for name, call in calls.items()}
+    samples = alternate(calls, rounds=options.runs, device=device)
+    rows = [
+        {
+            "contender": name,
+            "loss": losses[name],
+            "median": found.median,
+            "quartiles": found.quartiles,
+            f"ratio to {peer}": sorted(against)[len(against) // 2],
+            "ratio_quartiles": quartiles(against),
+        }
+        for name, found in samples.items()
+        for against in [ratios(samples[peer], found)]
+    ]
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    return {
+        "format": FORMAT,
+        "environment": environment(),
+        "model": options.model,
+        "batch": options.batch,
+        "bridge": options.bridge,
+        "dtype": options.dtype,
+        "device": device,
+        "peer": peer,
+        "peak_device_bytes": peak,
+        "steps": rows,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step")
+    parser.add_argument("--model", default="var-d30")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--depths", type=int, nargs="+", default=[30, 16])
+    parser.add_argument("--bridge", type=int, default=6)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--var-repo", type=Path)
+    options = parser.parse_args(arguments)
+    try:
+        result = measure(options)
+    except UserError as error:
+        print(f"benchmarks.training_step: {error}", file=sys.stderr)
+        return 1
+    temporary = options.json.with_name(options.json.name + ".part")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.replace(options.json)
+    for row in result["steps"]:
+        ratio = row[f"ratio to {result['peer']}"]
+        print(
+            f"{row['contender']:24} {row['median'] * 1e3:10.1f} ms   {ratio:5.2f} x "
+            f"{result['peer']}   loss {row['loss']:.4f}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

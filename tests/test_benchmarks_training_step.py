@@ -1,0 +1,28 @@
+"""The training-step benchmark: what it writes, and what it refuses in one line."""
+
+import json
+
+from benchmarks.training_step import main
+
+SMALL = ("--model", "digits", "--batch", "2", "--device", "cpu", "--dtype", "float32")
+
+
+def test_every_depth_takes_a_step_and_is_compared_with_full_depth(tmp_path, capsys):
+    file = tmp_path / "steps.json"
+    code = main([*SMALL, "--depths", "8", "2", "--bridge", "4", "--runs", "2", "--json", str(file)])
+    assert code == 0
+    written = json.loads(file.read_text())
+    full, subnet = written["steps"]
+    assert [full["contender"], subnet["contender"]] == ["depth 8", "depth 2"]
+    assert full["ratio to depth 8"] == 1
+    assert subnet["loss"] != full["loss"] > 0
+    assert subnet["median"] > 0
+    assert "depth 2" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["steps.json"]
+
+
+def test_a_depth_that_the_model_lacks_is_one_line(tmp_path, capsys):
+    file = tmp_path / "steps.json"
+    assert main([*SMALL, "--depths", "9", "--bridge", "4", "--json", str(file)]) == 1
+    assert capsys.readouterr().err.startswith("benchmarks.training_step: --depths 9: ")
+    assert not file.exists()
