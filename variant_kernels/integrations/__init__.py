@@ -1,0 +1,37 @@
+"""Patching the models of other codebases in place, by their structure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from variant_kernels.integrations.base import Family, Handle, PatchError, apply_patch
+
+# Asked in this order; the first that recognises a model takes it.
+FAMILIES: tuple[Family, ...] = ()
+
+
+def patch(
+    model: nn.Module, *, depth: int | Sequence[int] | None = None, bridge: int | None = None
+) -> Handle:
+    """Make a model of another codebase faster in place.
+
+    The model keeps its parameters, their names, its checkpoint and its own generation function;
+    at full depth it generates the same tokens. Everything is verified before anything is changed.
+
+    Args:
+        model: the transformer itself (inside DDP: ``model.module``).
+        depth: layers in the flexible zone, as a number or a list; None is every layer.
+        bridge: first scales that run every layer; None is 6 of 10, in proportion.
+    Returns:
+        :class:`Handle`; also a context manager.
+    Raises:
+        PatchError: a ValueError; the model is unknown, changed, compiled or patched already. It
+            names what was looked for and not found; nothing has been changed.
+        ValueError: depth or bridge out of range.
+    """
+    return apply_patch(FAMILIES, model, depth, bridge)
+
+
+__all__ = ["FAMILIES", "Family", "Handle", "PatchError", "patch"]

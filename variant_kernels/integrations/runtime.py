@@ -1,0 +1,144 @@
+"""What the patched objects of one model share while it generates."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from variant_kernels.depth import DepthSchedule, resolve_layers
+from variant_kernels.integrations.base import Patched
+
+if TYPE_CHECKING:  # a mixin: the class that it is mixed into comes after it
+    from torch.nn import Linear
+else:
+    Linear = object
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The last finished generation of a patched model.
+
+    seconds: from the first layer's cache being opened to the last one's being closed; what comes
+        after, such as a decoder, is not in it.
+    kv_planned_bytes, kv_allocated_bytes: K/V pages by the plan and as really allocated.
+    depth, bridge: as set; None is every layer.  depths: layers that ran at each scale.
+    """
+
+    seconds: float
+    kv_planned_bytes: int
+    kv_allocated_bytes: int
+    depth: int | tuple[int, ...] | None
+    bridge: int | None
+    depths: tuple[int, ...]
+
+
+def default_bridge(num_scales: int) -> int:
+    """Scales that run every layer unless told: 6 of 10 (VARiant's main tables), in proportion."""
+    return math.ceil(0.6 * num_scales)
+
+
+class Runtime:
+    """Depth, weight copies and figures of one patched model; families add their caches.
+
+    Args:
+        full_depth: layers of the model.
+        num_scales: scales of every generation, or None where each generation has its own.
+    """
+
+    def __init__(self, full_depth: int, num_scales: int | None) -> None:
+        self.full_depth, self.num_scales = full_depth, num_scales
+        self.depth: int | tuple[int, ...] | None = None
+        self.bridge: int | None = None
+        self.last: Stats | None = None
+        self.generating = False
+        self._copies: dict[tuple[int, torch.dtype], tuple[Tensor, int | None, Tensor]] = {}
+        self._started = 0.0
+
+    # --- depth ----------------------------------------------------------------------------------
+
+    def set_depth(self, depth: int | Sequence[int] | None, bridge: int | None) -> None:
+        """Depth of the generations to come.
+
+        Raises:
+            ValueError: depth or bridge out of range.  RuntimeError: a generation is under way.
+        """
+        if self.generating:
+            raise RuntimeError("set_depth: a generation is under way; set it between generations")
+        if isinstance(depth, Sequence):
+            depth = tuple(depth)
+        if depth is not None:
+            resolve_layers(self.full_depth, depth)
+        most = self.num_scales
+        wrong = bridge is not None and (bridge < 0 or (most is not None and bridge > most))
+        if wrong:
+            limit = "0 or more" if most is None else f"in [0, {most}]"
+            raise ValueError(f"set_depth: bridge must be {limit}; got {bridge}")
+        self.depth, self.bridge = depth, bridge
+
+    def schedule(self, num_scales: int) -> DepthSchedule:
+        """Layers per scale of a generation of so many scales."""
+        if self.depth is None:
+            return DepthSchedule.full(self.full_depth, num_scales)
+        bridge = default_bridge(num_scales) if self.bridge is None else self.bridge
+        return DepthSchedule(self.full_depth, num_scales, self.depth, min(bridge, num_scales))
+
+    # --- a generation ---------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A generation starts; one that was broken off is forgotten."""
+        self._copies.clear()
+        self.generating = True
+        self._started = time.perf_counter()
+
+    def finish(self, planned_bytes: int, allocated_bytes: int, depths: Sequence[int]) -> None:
+        """A generation ended; what was kept for it is freed."""
+        seconds = time.perf_counter() - self._started
+        self.generating = False
+        self._copies.clear()
+        self.last = Stats(
+            seconds, planned_bytes, allocated_bytes, self.depth, self.bridge, tuple(depths)
+        )
+
+    def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """A weight in another dtype, cast once per generation.
+
+        torch's autocast keeps such copies for weights that require a gradient only, and casts all
+        others at every call.
+        """
+        if weight.dtype == dtype:
+            return weight
+        key = id(weight), dtype
+        version = None if weight.is_inference() else weight._version
+        kept = self._copies.get(key)
+        if kept is None or kept[0] is not weight or kept[1] != version:
+            kept = weight, version, weight.detach().to(dtype)
+            self._copies[key] = kept
+        return kept[2]
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype in which autocast computes matrix products now; None outside autocast."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+class CastOnceLinear(Patched, Linear):
+    """A linear layer whose weights are cast once per generation under autocast.
+
+    The 16-bit copies live from the first use to the end of the generation.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        runtime: Any = self.patch_state.runtime
+        dtype = autocast_dtype(x.device)
+        if not runtime.generating or dtype is None or torch.is_grad_enabled():
+            return super().forward(x)
+        bias = None if self.bias is None else runtime.cast(self.bias, dtype)
+        return F.linear(x.to(dtype), runtime.cast(self.weight, dtype), bias)
