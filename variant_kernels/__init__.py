@@ -3,9 +3,11 @@
 The names below are the public ones; ``python -m variant_kernels`` says what runs where.
 """
 
+from variant_kernels.attention_module import VARiantAttention
 from variant_kernels.backends import available_backends, explain, use_backend
 from variant_kernels.cache_plan import CachePlan, KVLifetime
 from variant_kernels.depth import DepthSchedule, select_layers
+from variant_kernels.integrations import patch
 from variant_kernels.kv_cache import KVStep, PagedKVCache
 from variant_kernels.ops.adaln import adaln_modulate, gated_residual_adaln
 from variant_kernels.ops.append_paged_kv import append_paged_kv
@@ -25,6 +27,7 @@ __all__ = [
     "KVStep",
     "PagedKVCache",
     "ScaleLayout",
+    "VARiantAttention",
     "adaln_modulate",
     "append_paged_kv",
     "available_backends",
@@ -32,6 +35,7 @@ __all__ = [
     "explain",
     "gated_residual_adaln",
     "paged_attention",
+    "patch",
     "qk_norm",
     "qk_norm_append_paged_kv",
     "sample_tokens",

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from torch import nn
 
 from variant_kernels.integrations.base import Family, Handle, PatchError, apply_patch
+from variant_kernels.integrations.var import VARFamily
 
 # Asked in this order; the first that recognises a model takes it.
-FAMILIES: tuple[Family, ...] = ()
+FAMILIES: tuple[Family, ...] = (VARFamily(),)
 
 
 def patch(

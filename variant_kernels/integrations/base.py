@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from variant_kernels.integrations.runtime import Runtime, Stats
@@ -116,6 +117,14 @@ class Family(ABC):
     def swaps(self, model: nn.Module, runtime: Runtime) -> list[Swap]:
         """What becomes of which object; nothing is changed yet."""
 
+    def probe(self, model: nn.Module) -> list[Tensor]:
+        """Outputs of a small run, before and after the swaps: they must agree.
+
+        Structure cannot tell whether a model's forward has been edited; this does. It must leave
+        no trace in the model and draw from no global generator.
+        """
+        return []
+
 
 def require(family: str, holds: bool, wanted: str, found: Any) -> None:
     """Raises: PatchError naming the family, what was looked for and what was found."""
@@ -148,7 +157,7 @@ class Handle:
             depth: layers in the flexible zone, as a number or a list; None is every layer.
             bridge: first scales that run every layer; None is 6 of 10, in proportion.
         Raises:
-            ValueError: out of range.  RuntimeError: unpatched, or a generation is under way.
+            ValueError: out of range.  RuntimeError: unpatched.
         """
         self._check()
         self._runtime.set_depth(depth, bridge)
@@ -235,10 +244,36 @@ def apply_patch(
         )
     family.verify(model)
     runtime = family.runtime(model)
-    runtime.set_depth(depth, bridge)
+    runtime.set_depth(depth, bridge)  # refused before anything is changed
+    runtime.set_depth(None, None)
     swaps = family.swaps(model, runtime)
+    before = family.probe(model)
     if all(swap.target is not model for swap in swaps):
         swaps = [*swaps, Swap(model, Patched)]  # so that the model itself knows
     handle = Handle(model, family, runtime)
     handle._apply(swaps)
+    try:
+        _compare(family.name, before, family.probe(model))
+    except BaseException:
+        handle.unpatch()
+        raise
+    runtime.last = None
+    runtime.set_depth(depth, bridge)
     return handle
+
+
+# Of the largest element: twenty times what rounding gives, a hundredth of what an edit gives.
+_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+
+
+def _compare(family: str, before: list[Tensor], after: list[Tensor]) -> None:
+    for index, (old, new) in enumerate(zip(before, after, strict=True)):
+        limit = _PROBE_TOLERANCE.get(old.dtype, 0.05) * float(old.abs().max())
+        apart = float((old - new).abs().max())
+        require(
+            family,
+            old.shape == new.shape and apart <= limit,
+            f"its layers must compute what that family's do (step {index} of a short run; has its "
+            f"forward been edited?), within {limit:.2g}",
+            f"{apart:.2g} of difference",
+        )

@@ -6,19 +6,14 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from variant_kernels.depth import DepthSchedule, resolve_layers
 from variant_kernels.integrations.base import Patched
-
-if TYPE_CHECKING:  # a mixin: the class that it is mixed into comes after it
-    from torch.nn import Linear
-else:
-    Linear = object
 
 
 @dataclass(frozen=True)
@@ -60,6 +55,7 @@ class Runtime:
         self.generating = False
         self._copies: dict[tuple[int, torch.dtype], tuple[Tensor, int | None, Tensor]] = {}
         self._started = 0.0
+        self._running: tuple[int | tuple[int, ...] | None, int | None] = (None, None)
 
     # --- depth ----------------------------------------------------------------------------------
 
@@ -67,10 +63,8 @@ class Runtime:
         """Depth of the generations to come.
 
         Raises:
-            ValueError: depth or bridge out of range.  RuntimeError: a generation is under way.
+            ValueError: depth or bridge out of range.
         """
-        if self.generating:
-            raise RuntimeError("set_depth: a generation is under way; set it between generations")
         if isinstance(depth, Sequence):
             depth = tuple(depth)
         if depth is not None:
@@ -83,18 +77,19 @@ class Runtime:
         self.depth, self.bridge = depth, bridge
 
     def schedule(self, num_scales: int) -> DepthSchedule:
-        """Layers per scale of a generation of so many scales."""
-        if self.depth is None:
+        """Layers per scale of a generation of so many scales: the one under way, or the next."""
+        depth, bridge = self._running if self.generating else (self.depth, self.bridge)
+        if depth is None:
             return DepthSchedule.full(self.full_depth, num_scales)
-        bridge = default_bridge(num_scales) if self.bridge is None else self.bridge
-        return DepthSchedule(self.full_depth, num_scales, self.depth, min(bridge, num_scales))
+        bridge = default_bridge(num_scales) if bridge is None else bridge
+        return DepthSchedule(self.full_depth, num_scales, depth, min(bridge, num_scales))
 
     # --- a generation ---------------------------------------------------------------------------
 
     def begin(self) -> None:
         """A generation starts; one that was broken off is forgotten."""
         self._copies.clear()
-        self.generating = True
+        self.generating, self._running = True, (self.depth, self.bridge)
         self._started = time.perf_counter()
 
     def finish(self, planned_bytes: int, allocated_bytes: int, depths: Sequence[int]) -> None:
@@ -102,9 +97,7 @@ class Runtime:
         seconds = time.perf_counter() - self._started
         self.generating = False
         self._copies.clear()
-        self.last = Stats(
-            seconds, planned_bytes, allocated_bytes, self.depth, self.bridge, tuple(depths)
-        )
+        self.last = Stats(seconds, planned_bytes, allocated_bytes, *self._running, tuple(depths))
 
     def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """A weight in another dtype, cast once per generation.
@@ -129,16 +122,16 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-class CastOnceLinear(Patched, Linear):
+class CastOnceLinear(Patched, nn.Linear):
     """A linear layer whose weights are cast once per generation under autocast.
 
     The 16-bit copies live from the first use to the end of the generation.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         runtime: Any = self.patch_state.runtime
-        dtype = autocast_dtype(x.device)
+        dtype = autocast_dtype(input.device)
         if not runtime.generating or dtype is None or torch.is_grad_enabled():
-            return super().forward(x)
+            return super().forward(input)
         bias = None if self.bias is None else runtime.cast(self.bias, dtype)
-        return F.linear(x.to(dtype), runtime.cast(self.weight, dtype), bias)
+        return F.linear(input.to(dtype), runtime.cast(self.weight, dtype), bias)

@@ -1,0 +1,290 @@
+"""``VARiantAttention``: the original VAR's ``SelfAttention`` on this package's kernels.
+
+Axes: B batch, T tokens of this call, S tokens visible so far, C width, H heads, D width of one
+head, 3 queries, keys and values, P pages, N tokens in a page, M page-table entries, 1 broadcast.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from variant_kernels.kv_cache import KVStep
+from variant_kernels.masks import block_causal_layout
+from variant_kernels.ops.append_paged_kv import append_paged_kv
+from variant_kernels.ops.block_causal_attention import block_causal_attention
+from variant_kernels.ops.paged_attention import paged_attention
+from variant_kernels.ops.qk_norm import qk_norm
+from variant_kernels.ops.qk_norm_append_paged_kv import qk_norm_append_paged_kv
+
+PAGE_SIZE = 16
+
+
+class KVStore(Protocol):
+    """Where one layer's K and V are kept; tokens: how many of each sequence, this call's too."""
+
+    k_pages: Tensor
+    v_pages: Tensor
+    tokens: int
+
+    def open(self, tokens: int) -> KVStep:
+        """Room for ``tokens`` more."""
+        ...
+
+    def close(self) -> None:
+        """The attention of this call is over."""
+        ...
+
+
+class GrowingPages:
+    """Pages of one layer that knows no plan: the pool doubles when it is full.
+
+    Page p of sequence b is row ``p * batch + b`` of the pool, so that growing moves no page.
+
+    Args:
+        qkv_BT3HD: the first projection; its batch, heads, dtype and device count.
+    """
+
+    def __init__(self, qkv_BT3HD: Tensor, page_size: int = PAGE_SIZE) -> None:
+        self.batch, self.page_size = qkv_BT3HD.shape[0], page_size
+        self.tokens = 0
+        self._entries = 0
+        self._like = qkv_BT3HD.new_empty(0)
+        self._sizes = page_size, *qkv_BT3HD.shape[-2:]
+        self._grow(0)
+
+    def _grow(self, entries: int) -> None:
+        slab_2PNHD = self._like.new_empty(2, entries * self.batch, *self._sizes)
+        if self._entries:
+            held = self._entries * self.batch
+            slab_2PNHD[0, :held].copy_(self.k_pages)
+            slab_2PNHD[1, :held].copy_(self.v_pages)
+        self.k_pages, self.v_pages = slab_2PNHD.unbind(0)
+        self._entries = entries
+
+    def open(self, tokens: int) -> KVStep:
+        """Slots for ``tokens`` more; table and lengths count them."""
+        seen = self.tokens + tokens
+        needed = -(-seen // self.page_size)
+        if needed > self._entries:
+            self._grow(max(needed, 2 * self._entries))
+        device = self._like.device
+        sequence_B1 = torch.arange(self.batch, device=device).unsqueeze(1)
+        position_T = torch.arange(self.tokens, seen, device=device)
+        page_BT = position_T // self.page_size * self.batch + sequence_B1
+        table_BM = torch.arange(needed, device=device) * self.batch + sequence_B1
+        self.tokens = seen
+        return KVStep(
+            page_BT * self.page_size + position_T % self.page_size,
+            table_BM.to(torch.int32),
+            torch.full((self.batch,), seen, dtype=torch.int32, device=device),
+        )
+
+    def close(self) -> None:
+        """Nothing is handed on: nobody else uses these pages."""
+
+
+class AttentionForward(nn.Module):
+    """What :class:`VARiantAttention` computes, for any module with its attributes."""
+
+    num_heads: int
+    head_dim: int
+    attn_l2_norm: bool
+    scale: float
+    attn_drop: float
+    caching: bool
+    mat_qkv: nn.Linear
+    q_bias: nn.Parameter
+    v_bias: nn.Parameter
+    zero_k_bias: Tensor
+    proj: nn.Linear
+    proj_drop: nn.Module
+    _pages: GrowingPages | None
+
+    def kv_caching(self, enable: bool) -> None:
+        """Start with an empty cache, or end caching and free it."""
+        self.caching, self._pages = enable, None
+
+    def forward(self, x: Tensor, attn_bias: Tensor | None) -> Tensor:
+        """Attention of all tokens, or of these tokens to all that were cached before them.
+
+        Args:
+            x: (B, T, C).
+            attn_bias: added to the scores, or boolean (True: visible); broadcasts to (B, H, T, S).
+                The block-causal mask of a layout is recognised and runs a kernel of its own.
+        Returns:
+            (B, T, C).
+        Raises:
+            RuntimeError: a gradient is wanted while caching.  ValueError: the batch changed while
+                caching.
+        """
+        qkv_BT3HD = self._project(x)
+        if self.caching:
+            out_BTHD = self._attend_cached(qkv_BT3HD, attn_bias)
+        else:
+            out_BTHD = self._attend(*self._normed(qkv_BT3HD), attn_bias)
+        return self.proj_drop(self.proj(out_BTHD.flatten(2)))
+
+    # --- parts ----------------------------------------------------------------------------------
+
+    def _project(self, x_BTC: Tensor) -> Tensor:
+        bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
+        return self._heads(F.linear(x_BTC, self.mat_qkv.weight, bias))
+
+    def _heads(self, qkv_BTC: Tensor) -> Tensor:
+        return qkv_BTC.view(*qkv_BTC.shape[:2], 3, self.num_heads, self.head_dim)
+
+    def _scale_mul(self) -> Tensor | None:
+        return self.scale_mul_1H11 if self.attn_l2_norm else None
+
+    def _normed(self, qkv_BT3HD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q_BTHD, k_BTHD, v_BTHD = qkv_BT3HD.unbind(2)
+        scale_mul = self._scale_mul()
+        if scale_mul is not None:
+            q_BTHD, k_BTHD = qk_norm(q_BTHD, k_BTHD, scale_mul)
+        return q_BTHD, k_BTHD, v_BTHD
+
+    @property
+    def _dropout(self) -> float:
+        return self.attn_drop if self.training else 0.0
+
+    def _attend(
+        self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, attn_bias: Tensor | None
+    ) -> Tensor:
+        """Attention of T queries to as many keys, all at hand."""
+        if attn_bias is not None and self._dropout == 0:
+            layout = block_causal_layout(attn_bias)
+            if layout is not None and layout.total == q_BTHD.shape[1]:
+                return block_causal_attention(
+                    q_BTHD, k_BTHD, v_BTHD, layout, softmax_scale=self.scale
+                )
+        return self._torch_attention(q_BTHD, k_BTHD, v_BTHD, attn_bias)
+
+    def _torch_attention(
+        self, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, attn_bias: Tensor | None
+    ) -> Tensor:
+        if attn_bias is not None and attn_bias.dtype != torch.bool:
+            attn_bias = attn_bias.to(q_BTHD.dtype)
+        out_BHTD = F.scaled_dot_product_attention(
+            q_BTHD.transpose(1, 2),
+            k_BSHD.transpose(1, 2),
+            v_BSHD.transpose(1, 2),
+            attn_mask=attn_bias,
+            dropout_p=self._dropout,
+            scale=self.scale,
+        )
+        return out_BHTD.transpose(1, 2)
+
+    def _kv_store(self, qkv_BT3HD: Tensor) -> KVStore:
+        if self._pages is None:
+            self._pages = GrowingPages(qkv_BT3HD)
+        if self._pages.batch != qkv_BT3HD.shape[0]:
+            raise ValueError(
+                f"VARiantAttention: x must have {self._pages.batch} rows as the cache has; got "
+                f"{qkv_BT3HD.shape[0]}. kv_caching(True) empties the cache"
+            )
+        return self._pages
+
+    def _attend_cached(self, qkv_BT3HD: Tensor, attn_bias: Tensor | None) -> Tensor:
+        if torch.is_grad_enabled() and qkv_BT3HD.requires_grad:
+            raise RuntimeError(
+                "VARiantAttention: the cache has no gradient; call it under torch.no_grad() or "
+                "torch.inference_mode(), or end caching with kv_caching(False)"
+            )
+        store, tokens = self._kv_store(qkv_BT3HD), qkv_BT3HD.shape[1]
+        step = store.open(tokens)
+        if attn_bias is None and self._dropout == 0:
+            q_BTHD = qk_norm_append_paged_kv(
+                qkv_BT3HD, self._scale_mul(), store.k_pages, store.v_pages, step.slots_BT
+            )
+            out_BTHD = paged_attention(
+                q_BTHD,
+                store.k_pages,
+                store.v_pages,
+                step.page_table_BM,
+                step.kv_lens_B,
+                softmax_scale=self.scale,
+            )
+        else:
+            q_BTHD, k_BTHD, v_BTHD = self._normed(qkv_BT3HD)
+            append_paged_kv(k_BTHD, v_BTHD, store.k_pages, store.v_pages, step.slots_BT)
+            seen = store.tokens
+            if seen == tokens:  # nothing was cached before
+                out_BTHD = self._attend(q_BTHD, k_BTHD, v_BTHD, attn_bias)
+            else:
+                k_BSHD, v_BSHD = (
+                    pages[step.page_table_BM.long()].flatten(1, 2)[:, :seen]
+                    for pages in (store.k_pages, store.v_pages)
+                )
+                out_BTHD = self._torch_attention(q_BTHD, k_BSHD, v_BSHD, attn_bias)
+        store.close()
+        return out_BTHD
+
+
+class VARiantAttention(AttentionForward):
+    """The original VAR's ``SelfAttention``: same constructor, parameters and methods.
+
+    Its weights load with ``strict=True``. In training the block-causal mask is recognised and runs
+    ``block_causal_attention``; any other bias goes through torch's attention, as does dropout.
+    While caching, K and V lie in pages that grow without being concatenated.
+    Source: VAR (arXiv 2404.02905).
+
+    Args:
+        block_idx: kept for the codebase that it comes from.
+        embed_dim: C; ``embed_dim / num_heads`` is a multiple of 8 from 16 to 256.
+        attn_drop, proj_drop: dropout of the attention weights and of the output.
+        attn_l2_norm: unit-length q and k, q times ``exp(min(scale_mul, log 100))``, and a softmax
+            scale of 1; else the softmax scale is ``0.25 / sqrt(D)``, as the original has it.
+        flash_if_available: accepted for compatibility; which kernel runs is told by
+            ``variant_kernels.explain``.
+    Raises:
+        ValueError: heads of another width.
+    """
+
+    def __init__(
+        self,
+        block_idx: int,
+        embed_dim: int = 768,
+        num_heads: int = 12,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        attn_l2_norm: bool = False,
+        flash_if_available: bool = True,
+    ) -> None:
+        super().__init__()
+        if embed_dim % num_heads or not can_attend(embed_dim // num_heads):
+            raise ValueError(
+                "VARiantAttention: embed_dim / num_heads must be a multiple of 8 from 16 to 256; "
+                f"got {embed_dim} / {num_heads}"
+            )
+        self.block_idx, self.num_heads = block_idx, num_heads
+        self.head_dim = embed_dim // num_heads
+        self.attn_l2_norm = attn_l2_norm
+        if attn_l2_norm:
+            self.scale = 1
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4.0)))
+            self.max_scale_mul = math.log(100)
+        else:
+            self.scale = 0.25 / math.sqrt(self.head_dim)
+        self.mat_qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(embed_dim))
+        self.v_bias = nn.Parameter(torch.zeros(embed_dim))
+        self.register_buffer("zero_k_bias", torch.zeros(embed_dim))
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.proj_drop = nn.Dropout(proj_drop, inplace=True) if proj_drop > 0 else nn.Identity()
+        self.attn_drop = attn_drop
+        # The original's model sums these up when it is built.
+        self.using_flash = self.using_xform = False
+        self.caching, self._pages = False, None
+
+    def extra_repr(self) -> str:
+        return f"heads={self.num_heads}, attn_l2_norm={self.attn_l2_norm}"
+
+
+def can_attend(head_dim: int) -> bool:
+    """Whether the kernels take heads of this width."""
+    return head_dim % 8 == 0 and 16 <= head_dim <= 256

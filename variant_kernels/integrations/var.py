@@ -1,0 +1,447 @@
+"""The original VAR (FoundationVision/VAR): ``patch`` for its ``VAR`` and ``VARHF``.
+
+Generation goes on as the model's own loop says: that switches caching on in every layer, feeds one
+scale after another to all layers, and switches caching off. The layers know the scale from that.
+
+Axes: B rows, T tokens of this call, L tokens of all scales, C width, H heads, D width of one head,
+3 queries, keys and values, N rows of an adaptive layer norm, 6 those of a block (gates, scales,
+shifts; each of attention, then of the MLP).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from variant_kernels.attention_module import AttentionForward, KVStore, can_attend
+from variant_kernels.cache_plan import CachePlan
+from variant_kernels.depth import DepthSchedule
+from variant_kernels.integrations.base import Family, Patched, Swap, require
+from variant_kernels.integrations.runtime import CastOnceLinear, Runtime, autocast_dtype
+from variant_kernels.kv_cache import KVStep, PagedKVCache, Steps
+from variant_kernels.masks import layout_of
+from variant_kernels.ops.adaln import adaln_modulate, gated_residual_adaln
+from variant_kernels.scales import ScaleLayout
+
+Rows = tuple[Tensor, ...]
+
+
+class VARRuntime(Runtime):
+    """One generation: which scale is running, the cache of all layers, the class's projections.
+
+    Args:
+        layout: tokens per scale.
+        full_depth: layers.
+    """
+
+    def __init__(self, layout: ScaleLayout, full_depth: int) -> None:
+        super().__init__(full_depth, layout.num_scales)
+        self.layout = layout
+        self._open_layers: set[int] = set()
+        self._steps: tuple[Any, Steps] = (None, {})
+        self._forget()
+
+    def _forget(self) -> None:
+        self._seen = 0  # tokens of this generation, this step's too
+        self._step = -1  # calls of the first layer, from 0
+        self._merged: tuple[ScaleLayout, DepthSchedule] | None = None
+        self._cache: PagedKVCache | None = None
+        self._hoisted: dict[int, tuple[Tensor, Any, Any]] = {}
+
+    # --- begin and end --------------------------------------------------------------------------
+
+    def caching(self, layer: int, enable: bool) -> None:
+        """A layer's cache is opened or closed; the first opens a generation, the last ends it."""
+        if enable:
+            if not self.generating or layer in self._open_layers:
+                self._open_layers.clear()
+                self._forget()
+                self.begin()
+            self._open_layers.add(layer)
+        elif self.generating:
+            self._open_layers.discard(layer)
+            if not self._open_layers:
+                self._end()
+
+    def _end(self) -> None:
+        planned = allocated = 0
+        if self._cache is not None:
+            pages = self._cache.k_pages
+            planned = self._cache.plan.peak_bytes(
+                self._cache.batch, *pages.shape[2:], pages.dtype, guidance=False
+            )
+            allocated = self._cache.allocated_bytes
+            if pages.is_cuda:
+                torch.cuda.synchronize(pages.device)
+        depths = self.schedule(self.layout.num_scales).depths
+        self._forget()
+        self.finish(planned, allocated, depths)
+
+    # --- scales ---------------------------------------------------------------------------------
+
+    def tokens_for(self, layer: int, tokens: int) -> int:
+        """How many of a call's first tokens the layer reads and updates; the rest pass by.
+
+        Raises:
+            RuntimeError: the call fits no scale.
+        """
+        if layer == 0:
+            self._advance(tokens)
+        last = self.schedule(self.layout.num_scales).last_scale(layer)
+        end = 0 if last < 0 else self.layout.visible(last)
+        return min(max(end - (self._seen - tokens), 0), tokens)
+
+    def _advance(self, tokens: int) -> None:
+        begin, end = self._seen, self._seen + tokens
+        ends = dict(zip(self.layout.offsets, self._ends, strict=True))
+        fits = end in self._ends if begin == 0 else ends.get(begin) == end
+        if not fits:
+            raise RuntimeError(
+                f"patch: after {begin} tokens the model must generate one whole scale of "
+                f"{self.layout.tokens} (the first call may hold several); got {tokens} tokens. "
+                "Other ways to generate need unpatch()"
+            )
+        self._seen, self._step = end, self._step + 1
+
+    @property
+    def _ends(self) -> tuple[int, ...]:
+        return (*self.layout.offsets[1:], self.layout.total)
+
+    def _plan(self) -> tuple[ScaleLayout, DepthSchedule]:
+        """Layout and schedule by steps: scales that came in the first call are one step."""
+        if self._merged is None:
+            schedule = self.schedule(self.layout.num_scales)
+            rest = slice(self._ends.index(self._seen) + 1, None)
+            layout = ScaleLayout(((1, self._seen), *self.layout.shapes[rest]))
+            layers = [schedule.layers[0], *schedule.layers[rest]]
+            self._merged = layout, DepthSchedule.from_depths(layers, full_depth=self.full_depth)
+        return self._merged
+
+    # --- K and V --------------------------------------------------------------------------------
+
+    def open_pages(self, qkv_BT3HD: Tensor) -> PagedKVCache:
+        """The cache of all layers, made at the first call of a generation."""
+        if self._cache is None:
+            layout, schedule = self._plan()
+            batch, _, _, heads, head_dim = qkv_BT3HD.shape
+            key = layout, schedule, batch, qkv_BT3HD.device
+            if self._steps[0] != key:
+                self._steps = key, {}
+            self._cache = PagedKVCache(
+                CachePlan(layout, schedule),
+                batch,
+                heads,
+                head_dim,
+                qkv_BT3HD.dtype,
+                qkv_BT3HD.device,
+                steps=self._steps[1],
+            )
+        if self._cache.batch != qkv_BT3HD.shape[0]:
+            raise RuntimeError(
+                f"patch: the number of rows changed from {self._cache.batch} to "
+                f"{qkv_BT3HD.shape[0]} while generating; that needs unpatch()"
+            )
+        return self._cache
+
+    @property
+    def step(self) -> int:
+        """The step under way, from 0."""
+        return self._step
+
+    @property
+    def seen(self) -> int:
+        """Tokens of this generation so far, this step's too."""
+        return self._seen
+
+    # --- the class's projections ----------------------------------------------------------------
+
+    def hoisted(self, key: int, cond: Tensor, compute: Any) -> Any:
+        """``compute()``, once per generation and condition.
+
+        The condition is the same if it is the same tensor, unchanged. A tensor made in inference
+        mode has no version to tell; there the same tensor counts as unchanged.
+        """
+        mark = None if cond.is_inference() else cond._version, autocast_dtype(cond.device)
+        kept = self._hoisted.get(key)
+        if kept is None or kept[0] is not cond or kept[1] != mark:
+            kept = cond, mark, compute()
+            self._hoisted[key] = kept
+        return kept[2]
+
+
+class _LayerPages(KVStore):
+    """One layer's share of the planned cache for one call."""
+
+    def __init__(self, runtime: VARRuntime, layer: int, cache: PagedKVCache) -> None:
+        self._runtime, self._layer, self._cache = runtime, layer, cache
+        self.k_pages, self.v_pages = cache.k_pages, cache.v_pages
+        self.tokens = 0
+
+    def open(self, tokens: int) -> KVStep:
+        step = self._cache.open(self._layer, self._runtime.step)
+        # A layer that reads only some of the first call's scales: its K and V end with this call.
+        self.tokens = self._runtime.seen - (step.slots_BT.shape[1] - tokens)
+        if step.slots_BT.shape[1] == tokens:
+            return step
+        lens_B = torch.full_like(step.kv_lens_B, self.tokens)
+        return KVStep(step.slots_BT[:, :tokens], step.page_table_BM, lens_B)
+
+    def close(self) -> None:
+        self._cache.close(self._layer, self._runtime.step)
+
+
+class PatchedAttention(Patched, AttentionForward):
+    """``SelfAttention``: kernels, and while caching the pages that all layers share."""
+
+    patch_layer: int
+
+    def kv_caching(self, enable: bool) -> None:
+        self.caching = enable
+        self.patch_state.runtime.caching(self.patch_layer, enable)
+
+    def _project(self, x_BTC: Tensor) -> Tensor:
+        dtype, runtime = autocast_dtype(x_BTC.device), self.patch_state.runtime
+        if not self.caching or dtype is None or torch.is_grad_enabled():
+            return super()._project(x_BTC)
+        bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias)).to(dtype)
+        weight = runtime.cast(self.mat_qkv.weight, dtype)
+        return self._heads(F.linear(x_BTC.to(dtype), weight, bias))
+
+    def _kv_store(self, qkv_BT3HD: Tensor) -> KVStore:
+        runtime: VARRuntime = self.patch_state.runtime
+        return _LayerPages(
+            runtime, self.patch_layer, runtime.open_pages(self.patch_layer, qkv_BT3HD)
+        )
+
+
+class PatchedBlock(Patched, nn.Module):
+    """``AdaLNSelfAttn``: skipped where inactive, its projection of the class computed once."""
+
+    patch_layer: int
+    attn: Any
+    ffn: nn.Module
+    ln_wo_grad: nn.LayerNorm
+
+    def forward(self, x: Tensor, cond_BD: Tensor, attn_bias: Tensor | None) -> Tensor:
+        if not self.attn.caching:
+            return self._original(x, cond_BD, attn_bias)
+        runtime: VARRuntime = self.patch_state.runtime
+        tokens = x.shape[1]
+        active = runtime.tokens_for(self.patch_layer, tokens)
+        if active == 0:
+            return x
+        if active == tokens:
+            return self._run(x, cond_BD, attn_bias)
+        if attn_bias is not None:
+            attn_bias = attn_bias[..., :active, :active]
+        return torch.cat((self._run(x[:, :active], cond_BD, attn_bias), x[:, active:]), dim=1)
+
+    def _original(self, x: Tensor, cond_BD: Tensor, attn_bias: Tensor | None) -> Tensor:
+        return super().forward(x=x, cond_BD=cond_BD, attn_bias=attn_bias)
+
+    def _run(self, x_BTC: Tensor, cond: Tensor, attn_bias: Tensor | None) -> Tensor:
+        if self.training or torch.is_grad_enabled():  # dropout, stochastic depth
+            return self._original(x_BTC, cond, attn_bias)
+        rows = self.patch_state.runtime.hoisted(id(self), cond, lambda: self._rows(x_BTC, cond))
+        gate1, gate2, scale1, scale2, shift1, shift2 = rows
+        eps = self.ln_wo_grad.eps
+        h_BTC = adaln_modulate(x_BTC, scale1, shift1, eps=eps)
+        y_BTC = self.attn(h_BTC, attn_bias=attn_bias)
+        x_BTC, h_BTC = gated_residual_adaln(x_BTC, y_BTC, gate1, scale2, shift2, eps=eps)
+        return torch.addcmul(x_BTC, gate2.unsqueeze(1), self.ffn(h_BTC))
+
+    def _rows(self, x_BTC: Tensor, cond: Tensor) -> Rows:
+        if self.shared_aln:
+            rows_B6C = (self.ada_gss + cond).flatten(0, 1)
+        else:
+            rows_B6C = self.ada_lin(cond).unflatten(-1, (6, -1))
+        return compute_rows(rows_B6C, x_BTC)
+
+
+class PatchedHeadNorm(Patched, nn.Module):
+    """``AdaLNBeforeHead``: its projection of the class computed once."""
+
+    ln_wo_grad: nn.LayerNorm
+
+    def forward(self, x_BLC: Tensor, cond_BD: Tensor) -> Tensor:
+        runtime: VARRuntime = self.patch_state.runtime
+        if not runtime.generating or torch.is_grad_enabled():
+            return super().forward(x_BLC, cond_BD)
+        scale, shift = runtime.hoisted(
+            id(self),
+            cond_BD,
+            lambda: compute_rows(self.ada_lin(cond_BD).unflatten(-1, (2, -1)), x_BLC),
+        )
+        return adaln_modulate(x_BLC, scale, shift, eps=self.ln_wo_grad.eps)
+
+
+class PatchedSharedProjection(Patched, nn.Module):
+    """``shared_ada_lin``: computed once."""
+
+    def forward(self, cond_BD: Tensor) -> Tensor:
+        runtime: VARRuntime = self.patch_state.runtime
+        if not runtime.generating or torch.is_grad_enabled():
+            return super().forward(cond_BD)
+        return runtime.hoisted(id(self), cond_BD, lambda: self._original(cond_BD))
+
+    def _original(self, cond_BD: Tensor) -> Tensor:
+        return super().forward(cond_BD)
+
+
+def compute_rows(rows_BNC: Tensor, x: Tensor) -> Rows:
+    """The rows, each (B, C), in the dtype in which matrix products run."""
+    return rows_BNC.to(autocast_dtype(x.device) or x.dtype).unbind(1)
+
+
+# --- the family -----------------------------------------------------------------------------------
+
+ATTENTION_PARTS = ("mat_qkv", "q_bias", "v_bias", "zero_k_bias", "proj", "proj_drop", "kv_caching")
+
+
+class VARFamily(Family):
+    """FoundationVision/VAR."""
+
+    name = "VAR"
+    sign = "autoregressive_infer_cfg, patch_nums, head_nm and blocks whose attn has " + ", ".join(
+        ATTENTION_PARTS
+    )
+
+    def recognise(self, model: nn.Module) -> bool:
+        blocks = getattr(model, "blocks", None)
+        parts = ("autoregressive_infer_cfg", "patch_nums", "head_nm")
+        if not isinstance(blocks, nn.ModuleList) or not all(hasattr(model, p) for p in parts):
+            return False
+        attn = getattr(blocks[0], "attn", None) if len(blocks) else None
+        return all(hasattr(attn, part) for part in ATTENTION_PARTS)
+
+    def runtime(self, model: Any) -> VARRuntime:
+        return VARRuntime(ScaleLayout.from_patch_nums(model.patch_nums), len(model.blocks))
+
+    def verify(self, model: Any) -> None:
+        self._require_layout(model)
+        for index, block in enumerate(model.blocks):
+            self._require_block(block, f"blocks[{index}]", model.C)
+        norm = model.head_nm
+        self._require(
+            hasattr(norm, "ada_lin") and plain_norm(getattr(norm, "ln_wo_grad", None)),
+            "head_nm must have ada_lin and a LayerNorm ln_wo_grad without weights",
+            norm,
+        )
+
+    def _require(self, holds: bool, wanted: str, found: Any) -> None:
+        require(self.name, holds, wanted, found)
+
+    def _require_layout(self, model: Any) -> None:
+        patch_nums, bias = model.patch_nums, getattr(model, "attn_bias_for_masking", None)
+        sides = isinstance(patch_nums, tuple | list) and all(type(n) is int for n in patch_nums)
+        self._require(sides, "patch_nums must be a tuple of integers", patch_nums)
+        layout = ScaleLayout.from_patch_nums(patch_nums)
+        masked = isinstance(bias, Tensor) and not bias.is_meta
+        found = layout_of(bias) if isinstance(bias, Tensor) and masked else None
+        self._require(
+            found is not None and found.tokens == layout.tokens,
+            f"attn_bias_for_masking must be the block-causal mask of patch_nums {patch_nums}",
+            "none" if bias is None else f"another {tuple(bias.shape)}",
+        )
+
+    def _require_block(self, block: Any, name: str, width: int) -> None:
+        wanted = ["x", "cond_BD", "attn_bias"]
+        names = list(inspect.signature(type(block).forward).parameters)[1:]
+        self._require(names == wanted, f"{name}.forward must take {wanted}", names)
+        missing = [p for p in ("attn", "ffn", "ln_wo_grad", "shared_aln") if not hasattr(block, p)]
+        self._require(not missing, f"{name} must have {missing}", f"a {type(block).__name__}")
+        self._require(
+            plain_norm(block.ln_wo_grad),
+            f"{name}.ln_wo_grad must be a LayerNorm without weights",
+            block.ln_wo_grad,
+        )
+        fused = getattr(block, "fused_add_norm_fn", None)
+        self._require(fused is None, f"{name}.fused_add_norm_fn must be None", fused)
+        self._require_attention(block.attn, f"{name}.attn", width)
+
+    def _require_attention(self, attn: Any, name: str, width: int) -> None:
+        missing = [part for part in ATTENTION_PARTS if not hasattr(attn, part)]
+        self._require(not missing, f"{name} must have {missing}", f"a {type(attn).__name__}")
+        heads, head_dim = attn.num_heads, attn.head_dim
+        self._require(
+            heads * head_dim == width and can_attend(head_dim),
+            f"{name} must have heads of a multiple of 8 from 16 to 256 that make {width} channels",
+            f"{heads} heads of {head_dim}",
+        )
+        shapes = {
+            "mat_qkv.weight": (attn.mat_qkv.weight, (3 * width, width)),
+            "q_bias": (attn.q_bias, (width,)),
+            "v_bias": (attn.v_bias, (width,)),
+            "zero_k_bias": (attn.zero_k_bias, (width,)),
+        }
+        if attn.attn_l2_norm:
+            scale_mul = getattr(attn, "scale_mul_1H11", None)
+            self._require(scale_mul is not None, f"{name} must have scale_mul_1H11", "none")
+            shapes["scale_mul_1H11"] = scale_mul, (1, heads, 1, 1)
+            most = getattr(attn, "max_scale_mul", None)
+            close = isinstance(most, float) and math.isclose(most, math.log(100), rel_tol=1e-5)
+            self._require(close, f"{name}.max_scale_mul must be log 100", most)
+        for part, (tensor, shape) in shapes.items():
+            got = tuple(tensor.shape)
+            self._require(got == shape, f"{name}.{part} must have shape {shape}", got)
+
+    def swaps(self, model: Any, runtime: Runtime) -> list[Swap]:
+        swaps = [Swap(model.head_nm, PatchedHeadNorm)]
+        if not isinstance(model.shared_ada_lin, nn.Identity):
+            swaps.append(Swap(model.shared_ada_lin, PatchedSharedProjection))
+        for layer, block in enumerate(model.blocks):
+            place = {"patch_layer": layer}
+            swaps.append(Swap(block, PatchedBlock, place))
+            swaps.append(
+                Swap(block.attn, PatchedAttention, {**place, "caching": False, "_pages": None})
+            )
+            # The class's projection runs once per generation: nothing to keep for it.
+            swaps += [Swap(m, CastOnceLinear) for m in linears(block.attn.proj, block.ffn)]
+        swaps += [Swap(m, CastOnceLinear) for m in linears(model.head, model.word_embed)]
+        return swaps
+
+    def probe(self, model: Any) -> list[Tensor]:
+        """The first two scales' hidden states, on random input."""
+        pair = (list(model.blocks), model.patch_nums[:2])
+        modes = [(module, module.training) for module in model.modules()]
+        weight = model.head.weight
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+
+        outputs = []
+        try:
+            for module, _ in modes:
+                module.training = False
+            with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+                cond = draw(2, model.D)
+                shared = model.shared_ada_lin(cond)
+                for block in pair[0]:
+                    block.attn.kv_caching(True)
+                for side in pair[1]:
+                    x = draw(2, side * side, model.C)
+                    for block in pair[0]:
+                        x = block(x=x, cond_BD=shared, attn_bias=None)
+                    outputs.append(model.head_nm(x, cond))
+        finally:
+            for block in pair[0]:
+                block.attn.kv_caching(False)
+            for module, mode in modes:
+                module.training = mode
+        return outputs
+
+
+def plain_norm(norm: Any) -> bool:
+    """Whether this is a layer norm without weights of its own."""
+    return isinstance(norm, nn.LayerNorm) and norm.weight is None and norm.bias is None
+
+
+def linears(*modules: nn.Module) -> list[nn.Linear]:
+    """The linear layers in these modules that compute just that (subclasses may do more)."""
+    return [m for root in modules for m in root.modules() if type(m) is nn.Linear]

@@ -1,0 +1,92 @@
+"""Recognising the block-causal mask of a layout in a dense attention bias.
+
+Axes: L tokens of all scales.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from variant_kernels.scales import ScaleLayout
+
+# Verdicts kept. A model has one mask, or one for each stage of progressive training.
+KEPT = 8
+
+_verdicts: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], ScaleLayout | None]] = {}
+
+
+def layout_of(bias: Tensor) -> ScaleLayout | None:
+    """The layout whose block-causal mask this bias is, or None.
+
+    Token i sees token j iff j's scale is not later than i's: a row's visible tokens are a prefix,
+    which ends where the row's own scale ends. Additive masks hold 0 and -inf, boolean ones True
+    and False. Looks at every element; on a GPU it waits for the device.
+
+    Args:
+        bias: (..., L, L), the leading axes of size 1 or expanded.
+    """
+    while bias.ndim > 2:
+        if bias.shape[0] == 0 or (bias.shape[0] > 1 and bias.stride(0) != 0):
+            return None
+        bias = bias[0]
+    if bias.ndim != 2 or bias.shape[0] != bias.shape[1] or bias.shape[0] == 0:
+        return None
+    bias = bias.detach()
+    visible_LL = bias if bias.dtype == torch.bool else bias == 0
+    ends_L = visible_LL.sum(1)
+    # Scales from the ends alone; whether the mask is theirs is checked next, in full.
+    ends = sorted(set(ends_L.tolist()))
+    if ends[0] < 1 or ends[-1] != bias.shape[0]:
+        return None
+    shapes = tuple((1, end - start) for start, end in pairwise([0, *ends]))
+    own_end_L = torch.repeat_interleave(
+        torch.tensor(ends), torch.tensor([width for _, width in shapes])
+    ).to(bias.device)
+    wanted_LL = torch.arange(bias.shape[0], device=bias.device) < own_end_L.unsqueeze(1)
+    if bias.dtype == torch.bool:
+        same = torch.equal(bias, wanted_LL)
+    else:
+        zero_LL = torch.zeros_like(bias)
+        same = torch.equal(bias, zero_LL.masked_fill_(~wanted_LL, -torch.inf))
+    return ScaleLayout(shapes) if same else None
+
+
+def block_causal_layout(bias: Tensor) -> ScaleLayout | None:
+    """:func:`layout_of`, looked at once for each mask and not once for each layer and step.
+
+    A verdict holds for the same memory while the tensor that owns it lives and is unchanged. A mask
+    that is cast anew at every step (as under autocast) is looked at once a step.
+
+    Args:
+        bias: as given to attention. One that requires a gradient is none: it is to be learned.
+    Returns:
+        A layout of scales (1, tokens), or None.
+    """
+    if bias.requires_grad:
+        return None
+    return _remembered(bias)
+
+
+def _look_up(bias: Tensor) -> ScaleLayout | None:
+    if bias.is_inference():  # has no version: a change would go unseen
+        return layout_of(bias)
+    owner = bias if bias._base is None else bias._base
+    key = bias.data_ptr(), bias.shape, bias.stride(), bias.dtype, bias.device, bias._version
+    kept = _verdicts.get(key)
+    if kept is not None and kept[0]() is owner:
+        return kept[1]
+    verdict = layout_of(bias)
+    _verdicts[key] = weakref.ref(owner), verdict
+    while len(_verdicts) > KEPT:
+        _verdicts.pop(next(iter(_verdicts)), None)
+    return verdict
+
+
+# Values decide, so it runs outside any compiled graph.
+_remembered: Callable[[Tensor], ScaleLayout | None] = cast(Any, torch.compiler.disable(_look_up))
