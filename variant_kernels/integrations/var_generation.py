@@ -1,0 +1,182 @@
+"""One generation of a patched VAR: scales, the pages of all layers, the class's projections.
+
+Axes: B rows, T tokens of this call, H heads, D width of one head, 3 queries, keys and values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from variant_kernels.attention_module import KVStore
+from variant_kernels.cache_plan import CachePlan
+from variant_kernels.depth import DepthSchedule
+from variant_kernels.integrations.runtime import Runtime, autocast_dtype
+from variant_kernels.kv_cache import KVStep, PagedKVCache, Steps
+from variant_kernels.scales import ScaleLayout
+
+
+class VARRuntime(Runtime):
+    """One generation: which scale is running, the cache of all layers, the class's projections.
+
+    Args:
+        layout: tokens per scale.
+        full_depth: layers.
+    """
+
+    def __init__(self, layout: ScaleLayout, full_depth: int) -> None:
+        super().__init__(full_depth, layout.num_scales)
+        self.layout = layout
+        self._open_layers: set[int] = set()
+        self._steps: tuple[Any, Steps] = (None, {})
+        self._forget()
+
+    def _forget(self) -> None:
+        self._seen = 0  # tokens of this generation, this step's too
+        self._step = -1  # calls of the first layer, from 0
+        self._merged: tuple[ScaleLayout, DepthSchedule] | None = None
+        self._cache: PagedKVCache | None = None
+        self._hoisted: dict[int, tuple[Tensor, Any, Any]] = {}
+
+    # --- begin and end --------------------------------------------------------------------------
+
+    def caching(self, layer: int, enable: bool) -> None:
+        """A layer's cache is opened or closed; the first opens a generation, the last ends it."""
+        if enable:
+            if not self.generating or layer in self._open_layers:
+                self._open_layers.clear()
+                self._forget()
+                self.begin()
+            self._open_layers.add(layer)
+        elif self.generating:
+            self._open_layers.discard(layer)
+            if not self._open_layers:
+                self._end()
+
+    def _end(self) -> None:
+        planned = allocated = 0
+        if self._cache is not None:
+            pages = self._cache.k_pages
+            planned = self._cache.plan.peak_bytes(
+                self._cache.batch, pages.shape[2], pages.shape[3], pages.dtype, guidance=False
+            )
+            allocated = self._cache.allocated_bytes
+            if pages.is_cuda:
+                torch.cuda.synchronize(pages.device)
+        depths = self.schedule(self.layout.num_scales).depths
+        self._forget()
+        self.finish(planned, allocated, depths)
+
+    # --- scales ---------------------------------------------------------------------------------
+
+    def tokens_for(self, layer: int, tokens: int) -> int:
+        """How many of a call's first tokens the layer reads and updates; the rest pass by.
+
+        Raises:
+            RuntimeError: the call fits no scale.
+        """
+        if layer == 0:
+            self._advance(tokens)
+        last = self.schedule(self.layout.num_scales).last_scale(layer)
+        end = 0 if last < 0 else self.layout.visible(last)
+        return min(max(end - (self._seen - tokens), 0), tokens)
+
+    def _advance(self, tokens: int) -> None:
+        begin, end = self._seen, self._seen + tokens
+        ends = dict(zip(self.layout.offsets, self._ends, strict=True))
+        fits = end in self._ends if begin == 0 else ends.get(begin) == end
+        if not fits:
+            raise RuntimeError(
+                f"patch: after {begin} tokens the model must generate one whole scale of "
+                f"{self.layout.tokens} (the first call may hold several); got {tokens} tokens. "
+                "Other ways to generate need unpatch()"
+            )
+        self._seen, self._step = end, self._step + 1
+
+    @property
+    def _ends(self) -> tuple[int, ...]:
+        return (*self.layout.offsets[1:], self.layout.total)
+
+    def _plan(self) -> tuple[ScaleLayout, DepthSchedule]:
+        """Layout and schedule by steps: scales that came in the first call are one step."""
+        if self._merged is None:
+            schedule = self.schedule(self.layout.num_scales)
+            rest = slice(self._ends.index(self._seen) + 1, None)
+            layout = ScaleLayout(((1, self._seen), *self.layout.shapes[rest]))
+            layers = [schedule.layers[0], *schedule.layers[rest]]
+            self._merged = layout, DepthSchedule.from_depths(layers, full_depth=self.full_depth)
+        return self._merged
+
+    # --- K and V --------------------------------------------------------------------------------
+
+    def open_pages(self, qkv_BT3HD: Tensor) -> PagedKVCache:
+        """The cache of all layers, made at the first call of a generation."""
+        if self._cache is None:
+            layout, schedule = self._plan()
+            batch, _, _, heads, head_dim = qkv_BT3HD.shape
+            key = layout, schedule, batch, qkv_BT3HD.device
+            if self._steps[0] != key:
+                self._steps = key, {}
+            self._cache = PagedKVCache(
+                CachePlan(layout, schedule),
+                batch,
+                heads,
+                head_dim,
+                qkv_BT3HD.dtype,
+                qkv_BT3HD.device,
+                steps=self._steps[1],
+            )
+        if self._cache.batch != qkv_BT3HD.shape[0]:
+            raise RuntimeError(
+                f"patch: the number of rows changed from {self._cache.batch} to "
+                f"{qkv_BT3HD.shape[0]} while generating; that needs unpatch()"
+            )
+        return self._cache
+
+    @property
+    def step(self) -> int:
+        """The step under way, from 0."""
+        return self._step
+
+    @property
+    def seen(self) -> int:
+        """Tokens of this generation so far, this step's too."""
+        return self._seen
+
+    # --- the class's projections ----------------------------------------------------------------
+
+    def hoisted(self, key: int, cond: Tensor, compute: Any) -> Any:
+        """``compute()``, once per generation and condition.
+
+        The condition is the same if it is the same tensor, unchanged. A tensor made in inference
+        mode has no version to tell; there the same tensor counts as unchanged.
+        """
+        mark = None if cond.is_inference() else cond._version, autocast_dtype(cond.device)
+        kept = self._hoisted.get(key)
+        if kept is None or kept[0] is not cond or kept[1] != mark:
+            kept = cond, mark, compute()
+            self._hoisted[key] = kept
+        return kept[2]
+
+
+class LayerPages(KVStore):
+    """One layer's share of the planned cache for one call."""
+
+    def __init__(self, runtime: VARRuntime, layer: int, cache: PagedKVCache) -> None:
+        self._runtime, self._layer, self._cache = runtime, layer, cache
+        self.k_pages, self.v_pages = cache.k_pages, cache.v_pages
+        self.tokens = 0
+
+    def open(self, tokens: int) -> KVStep:
+        step = self._cache.open(self._layer, self._runtime.step)
+        # A layer that reads only some of the first call's scales: its K and V end with this call.
+        self.tokens = self._runtime.seen - (step.slots_BT.shape[1] - tokens)
+        if step.slots_BT.shape[1] == tokens:
+            return step
+        lens_B = torch.full_like(step.kv_lens_B, self.tokens)
+        return KVStep(step.slots_BT[:, :tokens], step.page_table_BM, lens_B)
+
+    def close(self) -> None:
+        self._cache.close(self._layer, self._runtime.step)
