@@ -27,6 +27,7 @@ ORDER = (
     "engine",
     "checkpoint",
     "supernet",
+    "live",
     "recipe",
     "data",
     "digits",

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from variant.config import VARConfig, VQVAEConfig
     from variant.engine import Engine
     from variant.errors import UserError
+    from variant.live import accelerate
     from variant.sampling import Generation, PartialResult, Sampling, Stats
     from variant.supernet import VARiant
     from variant.transformer import VAR
@@ -26,6 +27,7 @@ _HOME = {
     "UserError": "errors",
     "VARConfig": "config",
     "VARiant": "supernet",
+    "accelerate": "live",
     "VQVAEConfig": "config",
 }
 
@@ -41,6 +43,7 @@ __all__ = [
     "VARConfig",
     "VARiant",
     "VQVAEConfig",
+    "accelerate",
 ]
 
 

@@ -103,6 +103,7 @@ class AttentionForward(nn.Module):
     zero_k_bias: Tensor
     proj: nn.Linear
     proj_drop: nn.Module
+    scale_mul_1H11: nn.Parameter
     _pages: GrowingPages | None
 
     def kv_caching(self, enable: bool) -> None:

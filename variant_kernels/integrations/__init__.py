@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from torch import nn
 
 from variant_kernels.integrations.base import Family, Handle, PatchError, apply_patch
+from variant_kernels.integrations.code import CoDeFamily
 from variant_kernels.integrations.var import VARFamily
 
 # Asked in this order; the first that recognises a model takes it.
-FAMILIES: tuple[Family, ...] = (VARFamily(),)
+FAMILIES: tuple[Family, ...] = (CoDeFamily(), VARFamily())
 
 
 def patch(

@@ -99,21 +99,38 @@ class Runtime:
         self._copies.clear()
         self.last = Stats(seconds, planned_bytes, allocated_bytes, *self._running, tuple(depths))
 
-    def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """A weight in another dtype, cast once per generation.
+    def linear(
+        self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """``F.linear`` in another dtype, the weight cast once per generation.
 
         torch's autocast keeps such copies for weights that require a gradient only, and casts all
-        others at every call.
+        others at every call. Where oneDNN computes the product, the copy lies in its order: a plain
+        one would be brought into that order at every call.
         """
-        if weight.dtype == dtype:
-            return weight
-        key = id(weight), dtype
-        version = None if weight.is_inference() else weight._version
+        x, key = x.to(dtype), (id(weight_OI), dtype)
+        bias_O = None if bias_O is None else bias_O.to(dtype)
+        packed = _can_pack(x)
+        version = None if weight_OI.is_inference() else weight_OI._version
         kept = self._copies.get(key)
-        if kept is None or kept[0] is not weight or kept[1] != version:
-            kept = weight, version, weight.detach().to(dtype)
+        if kept is None or kept[0] is not weight_OI or kept[1] != version:
+            copy = weight_OI.detach().to(dtype)
+            if packed:
+                copy = torch.ops.mkldnn._reorder_linear_weight(copy, None)
+            kept = weight_OI, version, copy
             self._copies[key] = kept
-        return kept[2]
+        if packed:
+            return torch.ops.mkldnn._linear_pointwise(x, kept[2], bias_O, "none", [], "")
+        return F.linear(x, kept[2], bias_O)
+
+
+def _can_pack(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -133,5 +150,14 @@ class CastOnceLinear(Patched, nn.Linear):
         dtype = autocast_dtype(input.device)
         if not runtime.generating or dtype is None or torch.is_grad_enabled():
             return super().forward(input)
-        bias = None if self.bias is None else runtime.cast(self.bias, dtype)
-        return F.linear(input.to(dtype), runtime.cast(self.weight, dtype), bias)
+        return runtime.linear(input, self.weight, self.bias, dtype)
+
+
+def without_autocast(module: nn.Module, cond: Tensor) -> Tensor:
+    """A projection of the class in its weights' own dtype.
+
+    It runs once per generation on a row or two: to cast its weights costs more than the product.
+    """
+    weight = next(module.parameters())
+    with torch.autocast(cond.device.type, enabled=False):
+        return module(cond.to(weight.dtype))

@@ -12,15 +12,19 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from variant_kernels.attention_module import AttentionForward, KVStore, can_attend
 from variant_kernels.integrations.base import Family, Patched, Swap, require
-from variant_kernels.integrations.runtime import CastOnceLinear, Runtime, autocast_dtype
+from variant_kernels.integrations.runtime import (
+    CastOnceLinear,
+    Runtime,
+    autocast_dtype,
+    without_autocast,
+)
 from variant_kernels.integrations.var_generation import LayerPages, VARRuntime
 from variant_kernels.masks import layout_of
 from variant_kernels.ops.adaln import adaln_modulate, gated_residual_adaln
@@ -42,9 +46,8 @@ class PatchedAttention(Patched, AttentionForward):
         dtype, runtime = autocast_dtype(x_BTC.device), self.patch_state.runtime
         if not self.caching or dtype is None or torch.is_grad_enabled():
             return super()._project(x_BTC)
-        bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias)).to(dtype)
-        weight = runtime.cast(self.mat_qkv.weight, dtype)
-        return self._heads(F.linear(x_BTC.to(dtype), weight, bias))
+        bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
+        return self._heads(runtime.linear(x_BTC, self.mat_qkv.weight, bias, dtype))
 
     def _kv_store(self, qkv_BT3HD: Tensor) -> KVStore:
         runtime: VARRuntime = self.patch_state.runtime
@@ -93,7 +96,7 @@ class PatchedBlock(Patched, nn.Module):
         if self.shared_aln:
             rows_B6C = (self.ada_gss + cond).flatten(0, 1)
         else:
-            rows_B6C = self.ada_lin(cond).unflatten(-1, (6, -1))
+            rows_B6C = without_autocast(self.ada_lin, cond).unflatten(-1, (6, -1))
         return compute_rows(rows_B6C, x_BTC)
 
 
@@ -110,7 +113,9 @@ class PatchedHeadNorm(Patched, nn.Module):
         scale, shift = runtime.hoisted(
             id(self),
             cond_BD,
-            lambda: compute_rows(self.ada_lin(cond_BD).unflatten(-1, (2, -1)), x_BLC),
+            lambda: compute_rows(
+                without_autocast(self.ada_lin, cond_BD).unflatten(-1, (2, -1)), x_BLC
+            ),
         )
         return adaln_modulate(x_BLC, scale, shift, eps=self.ln_wo_grad.eps)
 
@@ -141,6 +146,7 @@ ATTENTION_PARTS = ("mat_qkv", "q_bias", "v_bias", "zero_k_bias", "proj", "proj_d
 class VARFamily(Family):
     """FoundationVision/VAR."""
 
+    attention: ClassVar[type[Patched]] = PatchedAttention
     name = "VAR"
     sign = "autoregressive_infer_cfg, patch_nums, head_nm and blocks whose attn has " + ", ".join(
         ATTENTION_PARTS
@@ -233,7 +239,7 @@ class VARFamily(Family):
             place = {"patch_layer": layer}
             swaps.append(Swap(block, PatchedBlock, place))
             swaps.append(
-                Swap(block.attn, PatchedAttention, {**place, "caching": False, "_pages": None})
+                Swap(block.attn, self.attention, {**place, "caching": False, "_pages": None})
             )
             # The class's projection runs once per generation: nothing to keep for it.
             swaps += [Swap(m, CastOnceLinear) for m in linears(block.attn.proj, block.ffn)]
