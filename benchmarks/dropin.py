@@ -1,0 +1,268 @@
+"""Another codebase's real model before and after ``patch``: the same answers, then time and memory.
+
+    python -m benchmarks.dropin --repo ../VAR --family var --small
+    python -m benchmarks.dropin --repo ../VAR --family var --width d16 --dtype float32 bfloat16
+
+The checkout is run as it is, on the CPU, with random weights. bfloat16 is autocast. Any answer that
+differs makes the exit code 1, and nothing is timed then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.dropin_case import DropinCase
+from variant_kernels import DepthSchedule, patch
+from variant_kernels.integrations import Handle
+from variant_kernels.integrations.runtime import default_bridge
+
+LOGITS_TOLERANCE = 1e-4
+GRADIENT_TOLERANCE = 1e-3  # of the largest element of each gradient
+
+
+def build(family: str, repo: Path, small: bool, width: str) -> DropinCase:
+    """The case of a family.  Raises: SystemExit, unknown family."""
+    if family in ("var", "code"):
+        from benchmarks import dropin_var
+
+        return dropin_var.build(family, repo, small, width)
+    try:
+        from benchmarks import dropin_families
+    except ImportError:
+        raise SystemExit(f"dropin: family {family} is not supported") from None
+    return dropin_families.build(family, repo, small)
+
+
+# --- the same answers -----------------------------------------------------------------------------
+
+
+def check(case: DropinCase) -> dict[str, Any]:
+    """Answers before and after ``patch``; each entry of "same" must be True."""
+    plain_members = {n: _members(m) for n, m in _objects(case)}
+    state = _state(case)
+    with torch.no_grad():
+        logits, greedy, sampled = case.logits(), case.run(0, True), case.run(3, False)
+    gradients = _gradients(case)
+    with patched(case):
+        with torch.no_grad():
+            apart = float((case.logits() - logits).abs().max())
+            same_greedy = torch.equal(case.run(0, True), greedy)
+            same_sampled = torch.equal(case.run(3, False), sampled)
+        gradient_error = _gradient_error(gradients, _gradients(case))
+        same_state = _equal_states(state, _state(case))
+        copied = _copies_are_plain(case)
+    same = {
+        f"logits within {LOGITS_TOLERANCE} (largest difference {apart:.2g})": (
+            apart <= LOGITS_TOLERANCE
+        ),
+        "greedy tokens": same_greedy,
+        "seeded samples": same_sampled,
+        "state dict": same_state,
+        f"gradients within {GRADIENT_TOLERANCE} (largest {gradient_error:.2g})": (
+            gradient_error <= GRADIENT_TOLERANCE
+        ),
+        "a copy is a plain model": copied,
+        "unpatch leaves no trace": all(
+            _same_members(_members(m), plain_members[n]) for n, m in _objects(case)
+        ),
+    }
+    with torch.no_grad():
+        same["tokens after unpatch"] = torch.equal(case.run(0, True), greedy)
+        if case.accelerate is not None:
+            same["accelerate: greedy tokens"] = torch.equal(case.accelerate(0, True), greedy)
+    return same
+
+
+@contextmanager
+def patched(case: DropinCase, **options: Any) -> Iterator[Handle]:
+    """All models of the case patched; the first one's handle."""
+    with ExitStack() as stack:
+        handles = [stack.enter_context(patch(model, **options)) for model in case.models]
+        yield handles[0]
+
+
+def _objects(case: DropinCase) -> list[tuple[str, nn.Module]]:
+    return [
+        (f"{i}.{n}", m) for i, model in enumerate(case.models) for n, m in model.named_modules()
+    ]
+
+
+def _members(module: nn.Module) -> tuple[type, dict[str, Any]]:
+    return type(module), dict(vars(module))
+
+
+def _same_members(new: tuple[type, dict[str, Any]], old: tuple[type, dict[str, Any]]) -> bool:
+    return (
+        new[0] is old[0]
+        and list(new[1]) == list(old[1])
+        and all(new[1][name] is value for name, value in old[1].items())
+    )
+
+
+def _state(case: DropinCase) -> list[tuple[str, Tensor]]:
+    return [
+        (f"{i}.{name}", tensor)
+        for i, model in enumerate(case.models)
+        for name, tensor in model.state_dict().items()
+    ]
+
+
+def _equal_states(old: list[tuple[str, Tensor]], new: list[tuple[str, Tensor]]) -> bool:
+    return [name for name, _ in old] == [name for name, _ in new] and all(
+        a.data_ptr() == b.data_ptr() and torch.equal(a, b)
+        for (_, a), (_, b) in zip(old, new, strict=True)
+    )
+
+
+def _copies_are_plain(case: DropinCase) -> bool:
+    copied = copy.deepcopy(case.model)
+    return not any("_variant_patch" in vars(module) for module in copied.modules())
+
+
+def _gradients(case: DropinCase) -> dict[str, Tensor]:
+    if case.loss is None:
+        return {}
+    model = case.model
+    model.train().requires_grad_(True).zero_grad()
+    case.loss().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.eval().requires_grad_(False)
+    return found
+
+
+def _gradient_error(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> float:
+    if old.keys() != new.keys():
+        return float("inf")
+    errors = [
+        float((new[name] - grad).abs().max() / grad.abs().max().clamp_min(1e-8))
+        for name, grad in old.items()
+    ]
+    return max(errors, default=0.0)
+
+
+# --- time and memory ------------------------------------------------------------------------------
+
+
+def _peak_mib(call: Callable[[], Any]) -> float:
+    """Most memory resident during a call beyond what was resident before, MiB (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _status("VmRSS")
+    call()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {name}")
+
+
+def ceiling(case: DropinCase, depth: int) -> float:
+    """How much less linear work a depth does in its blocks."""
+    scales = len(case.scales)
+    depths = DepthSchedule(case.layers, scales, depth, default_bridge(scales)).depths
+    work = sum(n * layers for n, layers in zip(case.scales, depths, strict=True))
+    return sum(case.scales) * case.layers / work
+
+
+def measure(case: DropinCase, dtype: str, depth: int | None, rounds: int) -> list[str]:
+    """Lines of a table: contenders take turns; ratios are medians of each round's."""
+    seconds: dict[str, list[float]] = {}
+    memory: dict[str, float] = {}
+    notes: dict[str, str] = {}
+
+    def run(name: str, call: Callable[[], Any], warm: bool) -> None:
+        with (
+            torch.inference_mode(),
+            torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"),
+        ):
+            if warm:
+                memory[name] = _peak_mib(call)
+                return
+            start = time.perf_counter()
+            call()
+            seconds.setdefault(name, []).append(time.perf_counter() - start)
+
+    accelerated = None if case.accelerate is None else partial(case.accelerate, 3, False)
+    for index in range(rounds + 1):
+        warm = index == 0
+        run("original", partial(case.run, 3, False), warm)
+        with patched(case) as handle:
+            run("patch", partial(case.run, 3, False), warm)
+            notes["patch"] = _kv(handle)
+            if depth is not None:
+                handle.set_depth(depth)
+                run(f"patch, depth {depth}", partial(case.run, 3, False), warm)
+                notes[f"patch, depth {depth}"] = _kv(handle)
+        if accelerated is not None:
+            run("accelerate", accelerated, warm)
+    lines = [f"{dtype}, {rounds} rounds, without the decoder"]
+    for name, times in seconds.items():
+        ratio = _ratio(seconds["original"], times)
+        lines.append(
+            f"  {name:18} {statistics.median(times) * 1000:8.1f} ms  {ratio:5.2f} x original  "
+            f"+{memory[name]:7.1f} MiB  {notes.get(name, '')}"
+        )
+    if depth is not None:
+        gained = _ratio(seconds["patch"], seconds[f"patch, depth {depth}"])
+        most = ceiling(case, depth)
+        lines.append(
+            f"  depth {depth} over full depth: {gained:.2f} of {most:.2f} by linear work "
+            f"({gained / most:.0%})"
+        )
+    return lines
+
+
+def _ratio(old: list[float], new: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(old, new, strict=True))
+
+
+def _kv(handle: Handle) -> str:
+    stats = handle.stats()
+    planned, real = stats.kv_planned_bytes / 2**20, stats.kv_allocated_bytes / 2**20
+    return f"K/V {planned:.1f} MiB planned, {real:.1f} allocated"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compare, then time; 1 if an answer differs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repo", type=Path, required=True, help="a checkout of the codebase")
+    parser.add_argument("--family", required=True, help="var, code, infinity or hart")
+    parser.add_argument("--small", action="store_true", help="few narrow layers")
+    parser.add_argument("--width", default="d16", help="of VAR and CoDe: d16, d20, d24, d30")
+    parser.add_argument("--depth", type=int, help="also time this depth; default: half the layers")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=3, help="0: answers only")
+    parser.add_argument("--no-check", action="store_true", help="time only")
+    given = parser.parse_args(arguments)
+    case = build(given.family, given.repo, given.small, given.width)
+    for model in case.models:
+        model.requires_grad_(False)
+    if not given.no_check:
+        same = check(case)
+        for what, holds in same.items():
+            print(f"{'same' if holds else 'DIFFERS':8} {what}")
+        if not all(same.values()):
+            return 1
+    if given.rounds:
+        depth = given.depth or max(case.layers // 2, 2)
+        for dtype in given.dtype:
+            print("\n".join(measure(case, dtype, depth, given.rounds)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
