@@ -171,11 +171,12 @@ def _status(name: str) -> int:
 
 
 def ceiling(case: DropinCase, depth: int) -> float:
-    """How much less linear work a depth does in its blocks."""
+    """How much less linear work a depth does."""
     scales = len(case.scales)
     depths = DepthSchedule(case.layers, scales, depth, default_bridge(scales)).depths
     work = sum(n * layers for n, layers in zip(case.scales, depths, strict=True))
-    return sum(case.scales) * case.layers / work
+    full = sum(case.scales) * case.layers
+    return full * (1 + case.outside) / (work + full * case.outside)
 
 
 def measure(case: DropinCase, dtype: str, depth: int | None, rounds: int) -> list[str]:

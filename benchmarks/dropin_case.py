@@ -22,7 +22,8 @@ class DropinCase:
     run: (seed, greedy) to the generated tokens, through the codebase's own generation function.
     logits: of all tokens of a greedy generation.
     loss: of a training step on fixed inputs; None where the codebase has none that runs here.
-    scales: tokens per scale; layers: of model. They give the ceiling of a smaller depth.
+    scales: tokens per scale; layers: of model; outside: linear work per token outside the layers (a
+        head, say) as a share of that of all layers. They give the ceiling of a smaller depth.
     accelerate: (seed, greedy) to tokens by ``variant.accelerate``; None where it does not apply.
     """
 
@@ -32,6 +33,7 @@ class DropinCase:
     loss: Callable[[], Tensor] | None
     scales: tuple[int, ...]
     layers: int
+    outside: float = 0.0
     others: tuple[nn.Module, ...] = ()
     accelerate: Callable[[int, bool], Tensor] | None = None
 

@@ -93,6 +93,7 @@ def build(family: str, repo: Path, small: bool, width: str = "d16") -> DropinCas
         loss=loss,
         scales=tuple(side * side for side in SIDES),
         layers=layers,
+        outside=vocab / (12 * channels * layers),  # head: C x V; a layer: 12 C x C
         others=others,
         accelerate=None if others else _accelerated(var, vae, small),
     )

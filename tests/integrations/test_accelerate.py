@@ -1,0 +1,56 @@
+"""``variant.accelerate`` on a live model built like the original VAR."""
+
+import pytest
+import torch
+from lookalike_var import lookalike
+from small_models import small_model
+from torch import nn
+
+import variant
+from variant.errors import UserError
+from variant_kernels import patch
+
+LABELS = torch.tensor([1, 3])
+
+
+def live(**options):
+    model = lookalike(sides=(1, 2, 3), vocab=24, **options)
+    return model, small_model().vae
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("l2", [False, True])
+def test_logits_are_those_of_the_live_model(l2, shared, patched):
+    model, vae = live(attn_l2_norm=l2, shared_aln=shared)
+    handle = patch(model) if patched else None
+    ours = variant.accelerate(model, vae)
+    tokens = torch.randint(24, (2, 14), generator=torch.Generator().manual_seed(0))
+    words = vae.teacher_input(tokens)
+    with torch.no_grad():
+        wanted = model(LABELS, words)
+    found = ours.engine().forced_logits(LABELS, tokens)
+    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    if handle is not None:
+        handle.unpatch()
+
+
+def test_weights_are_shared_and_changes_are_seen():
+    model, vae = live()
+    ours = variant.accelerate(model, vae)
+    for name, parameter in ours.var.named_parameters():
+        assert parameter.data_ptr() == model.get_parameter(name).data_ptr()
+    tokens = torch.randint(24, (2, 14))
+    first = ours.engine().forced_logits(LABELS, tokens)
+    with torch.no_grad():
+        model.head.weight.mul_(-1)
+        model.head.bias.mul_(-1)
+    assert torch.allclose(ours.engine().forced_logits(LABELS, tokens), -first, atol=1e-4)
+
+
+def test_another_model_is_refused():
+    model, vae = live()
+    with pytest.raises(UserError, match="head_nm"):
+        variant.accelerate(nn.Linear(3, 3), vae)
+    with pytest.raises(UserError, match="VQ-VAE"):
+        variant.accelerate(model, nn.Linear(3, 3))

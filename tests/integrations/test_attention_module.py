@@ -1,0 +1,307 @@
+"""``VARiantAttention`` beside a layer built like the original's ``SelfAttention``."""
+
+import copy
+import inspect
+import pickle
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from lookalike_var import LookalikeVAR, SelfAttention, lookalike
+from torch import distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import variant_kernels.masks as masks
+from variant_kernels import ScaleLayout, VARiantAttention
+from variant_kernels.attention_module import GrowingPages
+
+SIDES = (1, 2, 3, 4)
+LAYOUT = ScaleLayout.from_patch_nums(SIDES)
+
+
+def causal(layout=LAYOUT, dtype=torch.float32):
+    scale_L = torch.repeat_interleave(torch.arange(layout.num_scales), torch.tensor(layout.tokens))
+    hidden_LL = scale_L.unsqueeze(1) < scale_L
+    return torch.zeros(1, 1, layout.total, layout.total, dtype=dtype).masked_fill(
+        hidden_LL, -torch.inf
+    )
+
+
+def pair(l2=True, dtype=torch.float32, **options):
+    """The look-alike layer and ours with its weights."""
+    torch.manual_seed(0)
+    theirs = SelfAttention(0, 64, 2, attn_l2_norm=l2, **options)
+    for bias in (theirs.q_bias, theirs.v_bias):
+        nn.init.normal_(bias)
+    ours = VARiantAttention(0, 64, 2, attn_l2_norm=l2, **options)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs.to(dtype), ours.to(dtype)
+
+
+def close(ours, wanted, factor=1.0):
+    error = (ours.float() - wanted.float()).abs().max()
+    assert error <= factor * (1e-5 if ours.dtype == torch.float32 else 0.03) * wanted.abs().max()
+
+
+def test_constructor_takes_what_the_original_takes():
+    wanted = ["block_idx", "embed_dim", "num_heads", "attn_drop", "proj_drop", "attn_l2_norm"]
+    names = list(inspect.signature(VARiantAttention).parameters)
+    assert names == [*wanted, "flash_if_available"]
+    assert VARiantAttention(0, 64, 2, 0.0, 0.1, True).proj_drop.p == 0.1
+    with pytest.raises(ValueError, match="multiple of 8"):
+        VARiantAttention(0, 24, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("l2", [True, False])
+def test_training_pass_and_gradients_match(l2, dtype):
+    theirs, ours = pair(l2, dtype)
+    x = torch.randn(2, LAYOUT.total, 64, dtype=dtype)
+    bias, grads = causal(dtype=dtype), []
+    for layer in (theirs, ours):
+        out = layer(x, attn_bias=bias)
+        out.float().square().sum().backward()
+        grads.append((out.detach(), {n: p.grad for n, p in layer.named_parameters()}))
+    close(grads[1][0], grads[0][0])
+    assert grads[1][1].keys() == grads[0][1].keys()
+    for name, grad in grads[0][1].items():
+        close(grads[1][1][name], grad, 10 if dtype == torch.float32 else 2)
+
+
+def test_the_block_causal_mask_runs_the_kernel_and_others_do_not(monkeypatch):
+    _, ours = pair()
+    layouts = []
+    real = inspect.getmodule(VARiantAttention).block_causal_attention
+
+    def watched(q, k, v, layout, **options):
+        layouts.append(layout.tokens)
+        return real(q, k, v, layout, **options)
+
+    monkeypatch.setattr(inspect.getmodule(VARiantAttention), "block_causal_attention", watched)
+    x, bias = torch.randn(1, LAYOUT.total, 64), causal()
+    ours(x, bias)
+    assert layouts == [LAYOUT.tokens]
+    ours(x[:, :14], bias[:, :, :14, :14])  # progressive training: a prefix
+    assert layouts[1:] == [LAYOUT.tokens[:3]]
+    bias[0, 0, 20, 25] = -1.0  # the same memory, changed
+    ours(x, bias)
+    ours(x, None)
+    ours(x, nn.Parameter(causal()))
+    assert len(layouts) == 2
+
+
+def other_biases():
+    random = torch.randn(1, 1, LAYOUT.total, LAYOUT.total)
+    one_off = causal()
+    one_off[0, 0, 3, 29] = 0
+    hole = causal()
+    hole[0, 0, 29, 3] = -torch.inf
+    half = causal().clamp_min(-5)
+    per_head = causal() + torch.randn(1, 2, 1, 1)
+    return {
+        "random": random,
+        "one_off": one_off,
+        "hole": hole,
+        "finite": half,
+        "per_head": per_head,
+        "none": None,
+        "boolean": torch.rand(LAYOUT.total, LAYOUT.total) > 0.3,
+        "boolean_causal": causal() == 0,
+        "causal_expanded": causal().expand(2, 2, -1, -1),
+    }
+
+
+@pytest.mark.parametrize("name", other_biases())
+def test_any_bias_gives_what_torch_gives(name):
+    theirs, ours = pair()
+    torch.manual_seed(2)
+    bias, x = other_biases()[name], torch.randn(2, LAYOUT.total, 64)
+    if name == "boolean":
+        bias.fill_diagonal_(True)
+    close(ours(x, bias), theirs(x, bias))
+
+
+def test_a_mask_is_looked_at_once_and_again_when_it_changes(monkeypatch):
+    _, ours = pair()
+    looks = []
+    real = masks.layout_of
+    monkeypatch.setattr(masks, "layout_of", lambda bias: looks.append(1) or real(bias))
+    x, bias = torch.randn(1, LAYOUT.total, 64), causal()
+    for _ in range(3):
+        ours(x, bias[:, :, :30, :30].to(torch.float32))  # a new view every step, as VAR makes
+    assert len(looks) == 1
+    bias.mul_(1)
+    ours(x, bias)
+    assert len(looks) == 2
+    for _ in range(masks.KEPT + 3):
+        ours(x, causal())
+    assert len(masks._verdicts) <= masks.KEPT
+
+
+def test_every_layout_is_found_in_its_mask():
+    for tokens in ((1,), (7,), (1, 1, 1), (2, 5, 1), (1, 4, 9, 16)):
+        layout = ScaleLayout(tuple((1, n) for n in tokens))
+        assert masks.layout_of(causal(layout)) == layout
+    assert masks.layout_of(torch.zeros(0, 0)) is None
+    assert masks.layout_of(torch.zeros(3, 4)) is None
+    assert masks.layout_of(torch.full((3, 3), -torch.inf)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("l2", [True, False])
+def test_caching_matches_concatenation(l2, dtype):
+    theirs, ours = pair(l2, dtype)
+    with torch.no_grad():
+        for _ in range(2):
+            for layer in (theirs, ours):
+                layer.kv_caching(True)
+            for tokens in (1, 4, 9, 16, 2, 40):
+                x = torch.randn(2, tokens, 64, dtype=dtype)
+                close(ours(x, None), theirs(x, None))
+            for layer in (theirs, ours):
+                layer.kv_caching(False)
+            assert ours._pages is None
+
+
+def test_a_mask_while_caching_matches():
+    theirs, ours = pair()
+    bias = causal()
+    with torch.no_grad():
+        for layer in (theirs, ours):
+            layer.kv_caching(True)
+        x = torch.randn(2, 14, 64)
+        close(ours(x, bias[:, :, :14, :14]), theirs(x, bias[:, :, :14, :14]))
+        x, later = torch.randn(2, 16, 64), torch.randn(1, 1, 16, 30)
+        close(ours(x, later), theirs(x, later))
+        x = torch.randn(2, 3, 64)
+        close(ours(x, None), theirs(x, None))
+
+
+def test_caching_refuses_a_gradient_and_another_batch():
+    _, ours = pair()
+    ours.kv_caching(True)
+    with pytest.raises(RuntimeError, match="no_grad"):
+        ours(torch.randn(2, 1, 64), None)
+    with torch.no_grad():
+        ours(torch.randn(2, 1, 64), None)
+        with pytest.raises(ValueError, match="2 rows"):
+            ours(torch.randn(3, 4, 64), None)
+
+
+def test_pages_grow_without_losing_what_they_hold():
+    qkv = torch.randn(3, 5, 3, 2, 16)
+    pages, kept = GrowingPages(qkv, page_size=4), []
+    for tokens in (5, 1, 30, 2):
+        step = pages.open(tokens)
+        k = torch.randn(3, tokens, 2, 16)
+        kept.append(k)
+        pages.k_pages.view(-1, 2, 16)[step.slots_BT] = k
+        seen = pages.k_pages[step.page_table_BM.long()].flatten(1, 2)[:, : pages.tokens]
+        assert torch.equal(seen, torch.cat(kept, 1))
+        assert step.kv_lens_B.tolist() == [pages.tokens] * 3
+    assert len(pages.k_pages) <= 3 * 2 * 10
+
+
+def test_dropout_of_attention_weights_is_that_of_torch():
+    theirs, ours = pair(attn_drop=0.3)
+    x, outputs = torch.randn(2, LAYOUT.total, 64), []
+    for layer in (theirs, ours):
+        torch.manual_seed(3)
+        outputs.append(layer.train()(x, causal()))
+    close(outputs[1], outputs[0])
+    assert not torch.allclose(outputs[1], ours.eval()(x, causal()))
+    ours.train().kv_caching(True)
+    theirs.train().kv_caching(True)
+    outputs.clear()
+    with torch.no_grad():
+        for layer in (theirs, ours):
+            torch.manual_seed(3)
+            outputs.append(layer(x, None))
+    close(outputs[1], outputs[0])
+
+
+def test_autocast_computes_in_16_bits():
+    theirs, ours = pair()
+    x = torch.randn(2, LAYOUT.total, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ours(x, causal())
+        assert out.dtype == torch.bfloat16
+        close(out, theirs(x, causal(dtype=torch.bfloat16)))
+        with torch.no_grad():
+            ours.kv_caching(True)
+            theirs.kv_caching(True)
+            for tokens in (1, 4):
+                step = torch.randn(2, tokens, 64)
+                close(ours(step, None), theirs(step, None))
+            assert ours._pages.k_pages.dtype == torch.bfloat16
+
+
+def test_compiled_layer_gives_the_same_and_its_gradients():
+    _, ours = pair()
+    x, bias = torch.randn(2, LAYOUT.total, 64), causal()
+    wanted = ours(x, bias)
+    wanted.sum().backward()
+    grads = {n: p.grad.clone() for n, p in ours.named_parameters()}
+    ours.zero_grad()
+    out = torch.compile(ours, backend="aot_eager")(x, bias)
+    out.sum().backward()
+    close(out, wanted)
+    for name, parameter in ours.named_parameters():
+        close(parameter.grad, grads[name], 10)
+
+
+def test_copies_pickles_and_moves():
+    _, ours = pair()
+    x = torch.randn(2, 4, 64)
+    with torch.no_grad():
+        wanted = ours(x, None)
+        ours.kv_caching(True)
+        ours(torch.randn(2, 1, 64), None)
+        for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            close(other(x, None), copy.deepcopy(ours)(x, None))
+            other.kv_caching(False)
+            close(other(x, None), wanted)
+        ours.kv_caching(False)
+        assert ours.to(torch.float64).to(torch.float32)(x, None).dtype == torch.float32
+        assert ours.to(torch.bfloat16)(x.bfloat16(), None).dtype == torch.bfloat16
+
+
+def test_it_replaces_the_class_in_a_model():
+    model = lookalike()
+    words = torch.randn(2, model.L - 1, model.Cvae)
+    labels = torch.tensor([1, 2])
+    tokens, _ = model.autoregressive_infer_cfg(2, labels, g_seed=1)
+    logits = model(labels, words)
+    replaced = lookalike(LookalikeVAR)
+    for index, block in enumerate(replaced.blocks):
+        block.attn = VARiantAttention(index, 64, 2, attn_l2_norm=True)
+    replaced.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(replaced.autoregressive_infer_cfg(2, labels, g_seed=1)[0], tokens)
+    close(replaced(labels, words), logits, 10)
+
+
+def _train_on_two_ranks(rank, port, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    _, layer = pair()
+    wrapped = DistributedDataParallel(layer)
+    x = torch.randn(2, LAYOUT.total, 64, generator=torch.Generator().manual_seed(1))
+    wrapped(x[rank : rank + 1], causal()).square().mean().backward()
+    if rank == 0:
+        torch.save({n: p.grad for n, p in layer.named_parameters()}, path)
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_as_one(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_train_on_two_ranks, (port, tmp_path / "grads.pt"), nprocs=2)
+    found = torch.load(tmp_path / "grads.pt", weights_only=True)
+    _, layer = pair()
+    x = torch.randn(2, LAYOUT.total, 64, generator=torch.Generator().manual_seed(1))
+    layer(x, causal()).square().mean().backward()
+    for name, parameter in layer.named_parameters():
+        close(found[name], parameter.grad, 10)

@@ -1,0 +1,352 @@
+"""``patch`` on models built like the original VAR and CoDe."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from lookalike_var import LookalikeCoDe, LookalikeVAR, lookalike
+from torch import nn
+from torch.nn import functional as F
+
+from variant_kernels import CachePlan, DepthSchedule, ScaleLayout, patch, select_layers
+from variant_kernels.integrations import PatchError
+
+LABELS = torch.tensor([1, 3])
+KINDS = [
+    pytest.param({"shared_aln": shared, "attn_l2_norm": l2}, id=f"shared_{shared}-l2_{l2}")
+    for shared in (False, True)
+    for l2 in (False, True)
+]
+
+
+def paint(model, **options):
+    return model.autoregressive_infer_cfg(2, LABELS, g_seed=5, cfg=2.0, top_k=10, **options)
+
+
+def members(model):
+    return [(type(m), dict(vars(m))) for m in model.modules()]
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_a_patched_model_paints_the_same_tokens_and_logits(options):
+    model = lookalike(**options)
+    tokens, logits = paint(model)
+    with patch(model):
+        for _ in range(2):
+            again, close = paint(model)
+            assert torch.equal(again, tokens)
+            assert (close - logits).abs().max() < 1e-4 * logits.abs().max()
+
+
+def test_inference_mode_changes_nothing():
+    model = lookalike()
+    tokens, _ = paint(model)
+    with patch(model), torch.inference_mode():
+        assert torch.equal(paint(model)[0], tokens)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_bfloat16_autocast_is_as_close_to_float32_as_without_the_patch(shared):
+    model = lookalike(shared_aln=shared).requires_grad_(False)
+    exact = paint(model)[1][:, :1]  # later scales depend on what was drawn
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = paint(model)[1][:, :1]
+        with patch(model) as handle:
+            ours = paint(model)[1][:, :1]
+            assert not handle._runtime._copies  # freed with the generation
+    assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max() + 2**-8
+
+
+def test_weights_changed_between_generations_are_seen():
+    model = lookalike().requires_grad_(False)
+    with patch(model), torch.autocast("cpu", torch.bfloat16):
+        paint(model)
+        for parameter in (model.blocks[1].ffn.fc1.weight, model.blocks[0].ada_lin[1].weight):
+            parameter.mul_(-3)
+        changed = paint(model)[1][:, :1]
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = paint(model)[1][:, :1]
+    assert (changed - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+def test_a_condition_changed_in_place_is_seen():
+    def last_scale(model):
+        generator = torch.Generator().manual_seed(0)
+        cond = torch.randn(2, 64, generator=generator)
+        for block in model.blocks:
+            block.attn.kv_caching(True)
+        for tokens in (1, 4):
+            x = torch.randn(2, tokens, 64, generator=generator)
+            for block in model.blocks:
+                x = block(x=x, cond_BD=cond, attn_bias=None)
+            cond.mul_(-2)
+        for block in model.blocks:
+            block.attn.kv_caching(False)
+        return x
+
+    model = lookalike()
+    with torch.no_grad():
+        wanted = last_scale(model)
+        with patch(model):
+            assert (last_scale(model) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+def hand_made(model, schedule):
+    """Logits at a depth, layer by layer with lists of K and V, all first scales given greedily."""
+    model.requires_grad_(False)
+    kept = [block.forward for block in model.blocks]
+    calls = dict.fromkeys(range(len(model.blocks)), 0)
+
+    def skipping(layer, original):
+        def forward(x, cond_BD, attn_bias):
+            scale = calls[layer]
+            calls[layer] += 1
+            return original(x, cond_BD, attn_bias) if schedule.is_active(layer, scale) else x
+
+        return forward
+
+    for layer, block in enumerate(model.blocks):
+        block.forward = skipping(layer, kept[layer])
+    try:
+        return paint(model)
+    finally:
+        for block in model.blocks:
+            del block.forward
+
+
+@pytest.mark.parametrize(("depth", "bridge"), [(2, 1), (3, 2), ((0, 1, 3), 0), (2, None)])
+def test_skipped_layers_are_the_identity(depth, bridge):
+    model = lookalike()
+    schedule = DepthSchedule(4, 4, depth, 3 if bridge is None else bridge)
+    tokens, logits = hand_made(model, schedule)
+    with patch(model, depth=depth, bridge=bridge) as handle:
+        ours, close = paint(model)
+        assert handle.stats().depths == schedule.depths
+    assert torch.equal(ours, tokens)
+    assert (close - logits).abs().max() < 1e-4 * logits.abs().max()
+
+
+def test_stats_tell_the_plan_and_what_was_allocated():
+    model = lookalike()
+    layout = ScaleLayout.from_patch_nums(model.patch_nums)
+    with patch(model) as handle:
+        with pytest.raises(RuntimeError, match="nothing has been generated"):
+            handle.stats()
+        sizes = []
+        for depth in (None, 2):
+            handle.set_depth(depth, bridge=2)
+            paint(model)
+            stats = handle.stats()
+            plan = CachePlan(layout, DepthSchedule(4, 4, depth or 4, 2))
+            wanted = plan.peak_bytes(2, 2, 32, torch.float32)
+            assert stats.kv_planned_bytes == stats.kv_allocated_bytes == wanted
+            assert stats.seconds > 0
+            assert (stats.depth, stats.bridge) == (depth, 2)
+            sizes.append(wanted)
+    assert sizes[1] < sizes[0]
+
+
+def test_unpatch_leaves_no_trace():
+    model = lookalike(shared_aln=True)
+    before, state = members(model), {k: v.data_ptr() for k, v in model.state_dict().items()}
+    handle = patch(model, depth=2)
+    paint(model)
+    assert {k: v.data_ptr() for k, v in model.state_dict().items()} == state
+    assert isinstance(model.blocks[0], type(lookalike().blocks[0]))
+    handle.unpatch()
+    handle.unpatch()
+    for (kind, now), (old_kind, old) in zip(members(model), before, strict=True):
+        assert kind is old_kind
+        assert list(now) == list(old)
+        assert all(now[name] is value for name, value in old.items())
+    with pytest.raises(RuntimeError, match="unpatched"):
+        handle.set_depth(2)
+
+
+def test_patching_twice_is_refused():
+    model = lookalike()
+    with patch(model), pytest.raises(PatchError, match="patched already"):
+        patch(model)
+    patch(model).unpatch()
+
+
+def test_a_copy_or_pickle_of_a_patched_model_is_the_plain_model():
+    model = lookalike()
+    tokens, _ = paint(model)
+    with patch(model):
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        assert b"variant_kernels" not in buffer.getvalue()
+        buffer.seek(0)
+        copies = [
+            copy.deepcopy(model),
+            pickle.loads(pickle.dumps(model)),
+            torch.load(buffer, weights_only=False),
+        ]
+    for other in copies:
+        assert [kind for kind, _ in members(other)] == [kind for kind, _ in members(model)]
+        assert torch.equal(paint(other)[0], tokens)
+        with patch(other):
+            assert torch.equal(paint(other)[0], tokens)
+
+
+def test_a_generation_that_was_broken_off_does_not_spoil_the_next():
+    model = lookalike()
+    tokens, _ = paint(model)
+    with patch(model):
+        hook = model.blocks[2].register_forward_pre_hook(lambda module, given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            paint(model)
+        hook.remove()
+        assert torch.equal(paint(model)[0], tokens)
+
+
+def test_a_call_that_fits_no_scale_is_refused():
+    model = lookalike()
+    x, cond = torch.randn(2, 3, 64), torch.randn(2, 64)
+    with patch(model), torch.no_grad():
+        for block in model.blocks:
+            block.attn.kv_caching(True)
+        with pytest.raises(RuntimeError, match="got 3 tokens"):
+            model.blocks[0](x=x, cond_BD=cond, attn_bias=None)
+
+
+@pytest.mark.parametrize("attn_drop", [0.0, 0.2])
+@pytest.mark.parametrize("shared", [False, True])
+def test_training_gives_the_same_gradients(shared, attn_drop):
+    model = lookalike(shared_aln=shared, attn_drop=attn_drop).train()
+    words = torch.randn(2, model.L - 1, model.Cvae)
+
+    def gradients():
+        torch.manual_seed(1)
+        model.zero_grad()
+        loss = F.cross_entropy(model(LABELS, words).flatten(0, 1), torch.zeros(2 * model.L).long())
+        loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    wanted = gradients()
+    with patch(model):
+        ours = gradients()
+    assert ours.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        assert (ours[name] - grad).abs().max() < 1e-3 * grad.abs().max() + 1e-8, name
+
+
+@pytest.mark.parametrize("entry", [1, 2, 3])
+@pytest.mark.parametrize("depth", [None, 2])
+def test_codes_refiner_reads_the_draft_through_a_mask(entry, depth):
+    model = lookalike(LookalikeCoDe)
+    words = torch.randn(2, model.L - 1, model.Cvae)
+    wanted = model.autoregressive_infer_cfg_refine(2, LABELS, words, entry)
+    with patch(model, depth=depth, bridge=2) as handle:
+        assert handle.family == "CoDe"
+        ours = model.autoregressive_infer_cfg_refine(2, LABELS, words, entry)
+        if depth is None:
+            assert (ours - wanted).abs().max() < 1e-4 * wanted.abs().max()
+        else:
+            # The same tokens fed scale by scale give the same logits: bridge tokens alone pass
+            # through all layers, in one call or in several.
+            stepwise = model.autoregressive_infer_cfg_refine(2, LABELS, words, 0)
+            assert (ours - stepwise).abs().max() < 1e-4 * stepwise.abs().max()
+            assert (ours - wanted).abs().max() > 1e-2
+        with pytest.raises(RuntimeError, match="beam search"):
+            model.blocks[0].attn.update_cache_for_beams(2)
+
+
+def spoil_norm(model):
+    model.blocks[1].ln_wo_grad = nn.RMSNorm(64)
+
+
+def spoil_mask(model):
+    model.attn_bias_for_masking[0, 0, 0, 1] = 0
+
+
+def spoil_scale(model):
+    model.blocks[2].attn.max_scale_mul = 3.0
+
+
+def spoil_bias(model):
+    model.blocks[0].attn.q_bias = nn.Parameter(torch.zeros(63))
+
+
+def spoil_part(model):
+    del model.blocks[3].attn.v_bias
+
+
+def spoil_forward(model):
+    class Edited(type(model.blocks[0])):
+        def forward(self, x, cond_BD, attn_bias):
+            return super().forward(x, cond_BD, attn_bias) * 1.1
+
+    model.blocks[1].__class__ = Edited
+
+
+def spoil_signature(model):
+    class Edited(type(model.blocks[0])):
+        def forward(self, x, cond_BD, attn_bias, rope):
+            return x
+
+    model.blocks[1].__class__ = Edited
+
+
+def spoil_compiled(model):
+    model.blocks[0].compile()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_norm, r"blocks\[1\].ln_wo_grad must be a LayerNorm"),
+        (spoil_mask, "attn_bias_for_masking must be the block-causal mask"),
+        (spoil_scale, r"blocks\[2\].attn.max_scale_mul must be log 100"),
+        (spoil_bias, r"q_bias must have shape \(64,\)"),
+        (spoil_part, r"blocks\[3\].attn must have \['v_bias'\]"),
+        (spoil_forward, "forward been edited"),
+        (spoil_signature, r"blocks\[1\].forward must take"),
+        (spoil_compiled, "compile afterwards"),
+    ],
+)
+def test_a_changed_model_is_refused_whole(spoil, message):
+    model = lookalike()
+    spoil(model)
+    before = members(model)
+    with pytest.raises(PatchError, match=message):
+        patch(model)
+    assert [kind for kind, _ in members(model)] == [kind for kind, _ in before]
+    assert all(
+        now.keys() == old.keys() for (_, now), (_, old) in zip(members(model), before, strict=True)
+    )
+
+
+def test_an_unknown_model_is_told_what_was_looked_for():
+    with pytest.raises(PatchError, match="mat_qkv"):
+        patch(nn.Sequential(nn.Linear(3, 3)))
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        patch("var_d16.pth")
+
+
+def test_a_depth_out_of_range_is_refused_before_anything_is_changed():
+    model = lookalike()
+    for options in ({"depth": 5}, {"depth": 2, "bridge": 9}, {"depth": (1, 3)}):
+        with pytest.raises(ValueError):
+            patch(model, **options)
+    assert type(model) is LookalikeVAR
+    with patch(model) as handle:
+        handle.set_depth(2)
+        assert select_layers(4, 2) == (0, 3)
+        with pytest.raises(ValueError, match="bridge"):
+            handle.set_depth(2, bridge=-1)
+
+
+def test_patching_draws_nothing_and_keeps_training_mode():
+    model = lookalike().train()
+    model.blocks[0].eval()
+    modes = [m.training for m in model.modules()]
+    torch.manual_seed(4)
+    wanted = torch.rand(1)
+    torch.manual_seed(4)
+    with patch(model):
+        assert torch.equal(torch.rand(1), wanted)
+        assert [m.training for m in model.modules()] == modes
