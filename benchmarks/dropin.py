@@ -179,7 +179,9 @@ def ceiling(case: DropinCase, depth: int) -> float:
     return full * (1 + case.outside) / (work + full * case.outside)
 
 
-def measure(case: DropinCase, dtype: str, depth: int | None, rounds: int) -> list[str]:
+def measure(
+    case: DropinCase, dtype: str, depth: int | None, rounds: int, keep_copies: bool = False
+) -> list[str]:
     """Lines of a table: contenders take turns; ratios are medians of each round's."""
     seconds: dict[str, list[float]] = {}
     memory: dict[str, float] = {}
@@ -201,7 +203,10 @@ def measure(case: DropinCase, dtype: str, depth: int | None, rounds: int) -> lis
     for index in range(rounds + 1):
         warm = index == 0
         run("original", partial(case.run, 3, False), warm)
-        with patched(case) as handle:
+        with patched(case, keep_copies=keep_copies) as handle:
+            if keep_copies:
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                    case.run(3, False)  # the copies are made
             run("patch", partial(case.run, 3, False), warm)
             notes["patch"] = _kv(handle)
             if depth is not None:
@@ -247,6 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--depth", type=int, help="also time this depth; default: half the layers")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=3, help="0: answers only")
+    parser.add_argument("--keep-copies", action="store_true", help="as patch(keep_copies=True)")
     parser.add_argument("--no-check", action="store_true", help="time only")
     given = parser.parse_args(arguments)
     case = build(given.family, given.repo, given.small, given.width)
@@ -261,7 +267,9 @@ def main(arguments: list[str] | None = None) -> int:
     if given.rounds:
         depth = given.depth or max(case.layers // 2, 2)
         for dtype in given.dtype:
-            print("\n".join(measure(case, dtype, depth, given.rounds)), flush=True)
+            print(
+                "\n".join(measure(case, dtype, depth, given.rounds, given.keep_copies)), flush=True
+            )
     return 0
 
 

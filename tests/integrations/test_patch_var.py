@@ -59,10 +59,12 @@ def test_bfloat16_autocast_is_as_close_to_float32_as_without_the_patch(shared):
     assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max() + 2**-8
 
 
-def test_weights_changed_between_generations_are_seen():
+@pytest.mark.parametrize("keep", [False, True])
+def test_weights_changed_between_generations_are_seen(keep):
     model = lookalike().requires_grad_(False)
-    with patch(model), torch.autocast("cpu", torch.bfloat16):
+    with patch(model, keep_copies=keep) as handle, torch.autocast("cpu", torch.bfloat16):
         paint(model)
+        assert bool(handle._runtime._copies) == keep
         for parameter in (model.blocks[1].ffn.fc1.weight, model.blocks[0].ada_lin[1].weight):
             parameter.mul_(-3)
         changed = paint(model)[1][:, :1]

@@ -15,7 +15,11 @@ FAMILIES: tuple[Family, ...] = (CoDeFamily(), VARFamily())
 
 
 def patch(
-    model: nn.Module, *, depth: int | Sequence[int] | None = None, bridge: int | None = None
+    model: nn.Module,
+    *,
+    depth: int | Sequence[int] | None = None,
+    bridge: int | None = None,
+    keep_copies: bool = False,
 ) -> Handle:
     """Make a model of another codebase faster in place.
 
@@ -26,6 +30,9 @@ def patch(
         model: the transformer itself (inside DDP: ``model.module``).
         depth: layers in the flexible zone, as a number or a list; None is every layer.
         bridge: first scales that run every layer; None is 6 of 10, in proportion.
+        keep_copies: under autocast weights are cast once per generation and the copies are freed at
+            its end. True keeps them: faster, at the price of that memory, and a weight that is
+            changed through ``.data`` (which torch cannot tell) is then not seen.
     Returns:
         :class:`Handle`; also a context manager.
     Raises:
@@ -33,7 +40,7 @@ def patch(
             names what was looked for and not found; nothing has been changed.
         ValueError: depth or bridge out of range.
     """
-    return apply_patch(FAMILIES, model, depth, bridge)
+    return apply_patch(FAMILIES, model, depth, bridge, keep_copies)
 
 
 __all__ = ["FAMILIES", "Family", "Handle", "PatchError", "patch"]

@@ -222,6 +222,7 @@ def apply_patch(
     model: nn.Module,
     depth: int | Sequence[int] | None,
     bridge: int | None,
+    keep_copies: bool = False,
 ) -> Handle:
     """Find the model's family, verify everything, then swap everything; see ``patch``."""
     if not isinstance(model, nn.Module):
@@ -257,7 +258,7 @@ def apply_patch(
     except BaseException:
         handle.unpatch()
         raise
-    runtime.last = None
+    runtime.last, runtime.keep_copies = None, keep_copies
     runtime.set_depth(depth, bridge)
     return handle
 

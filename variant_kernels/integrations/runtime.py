@@ -53,6 +53,7 @@ class Runtime:
         self.bridge: int | None = None
         self.last: Stats | None = None
         self.generating = False
+        self.keep_copies = False
         self._copies: dict[tuple[int, torch.dtype], tuple[Tensor, int | None, Tensor]] = {}
         self._started = 0.0
         self._running: tuple[int | tuple[int, ...] | None, int | None] = (None, None)
@@ -88,7 +89,7 @@ class Runtime:
 
     def begin(self) -> None:
         """A generation starts; one that was broken off is forgotten."""
-        self._copies.clear()
+        self._drop_copies()
         self.generating, self._running = True, (self.depth, self.bridge)
         self._started = time.perf_counter()
 
@@ -96,13 +97,17 @@ class Runtime:
         """A generation ended; what was kept for it is freed."""
         seconds = time.perf_counter() - self._started
         self.generating = False
-        self._copies.clear()
+        self._drop_copies()
         self.last = Stats(seconds, planned_bytes, allocated_bytes, *self._running, tuple(depths))
+
+    def _drop_copies(self) -> None:
+        if not self.keep_copies:
+            self._copies.clear()
 
     def linear(
         self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        """``F.linear`` in another dtype, the weight cast once per generation.
+        """``F.linear`` in another dtype, the weight cast once per generation, or once.
 
         torch's autocast keeps such copies for weights that require a gradient only, and casts all
         others at every call. Where oneDNN computes the product, the copy lies in its order: a plain
