@@ -1,17 +1,16 @@
-"""Weight files: our folder, and the original VAR repository's two ``.pth`` files.
+"""Weight files: our model folder, and reading and writing files safely.
 
-A model folder holds ``config.json`` and ``model.safetensors`` with keys ``var.*`` and ``vae.*``.
-Files are never half written: each goes to a temporary name first. Pickles are read with
-``weights_only=True``, so that none can run code.
+A model folder holds ``config.json``, ``model.safetensors`` with keys ``var.*`` and ``vae.*``, and
+a model card. Files are never half written: each goes to a temporary name first. They are mapped,
+not read: a tensor that is wanted as the file has it stays a view of the file. Pickles are read
+with ``weights_only=True``, so that none can run code. The original repository's files: original.py.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import pickle
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,13 +18,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from variant.config import VARConfig, VQVAEConfig
 from variant.errors import UserError
-from variant.transformer import VAR, derived_buffers
+from variant.mapped import place
+from variant.model_card import CARD_NAME, model_card, was_generated
+from variant.transformer import VAR
 from variant.vqvae import VQVAE
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -33,12 +34,6 @@ Model = TypeVar("Model", bound=nn.Module)
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT = "variant-1"
-
-# Sides of the published models' token maps, by (scales, tokens); a checkpoint with `lvl_1L` says.
-KNOWN_PATCH_NUMS = {
-    (10, 680): (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-    (10, 2240): (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
-}
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -78,12 +73,16 @@ def save_model(
     var: VAR,
     vae: VQVAE,
     extra: Mapping[str, Any] | None = None,
+    model_id: str | None = None,
 ) -> None:
-    """Write ``config.json`` and ``model.safetensors``.
+    """Write ``config.json``, ``model.safetensors`` and the model card ``README.md``.
+
+    A README.md that somebody else wrote stays as it is.
 
     Args:
         folder: created where it is missing.
         extra: further keys of config.json, e.g. how the model was trained; plain values.
+        model_id: how the card calls the model; None is the folder's name.
     Raises:
         UserError: the folder cannot be written.  TypeError: extra holds what JSON cannot.
     """
@@ -105,6 +104,17 @@ def save_model(
         save_file(tensors, path, metadata={"format": "pt"})
     with replacing(folder / CONFIG_NAME) as path:
         path.write_text(text)
+    card_path = folder / CARD_NAME
+    if was_generated(card_path):
+        card = model_card(
+            var.config,
+            vae.config,
+            model_id or folder.resolve().name,
+            str(var.head.weight.dtype).removeprefix("torch."),
+            config.get("training"),
+        )
+        with replacing(card_path) as path:
+            path.write_text(card)
 
 
 def save_pickle(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
@@ -139,12 +149,18 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_model(
-    folder: str | os.PathLike[str], dtype: torch.dtype | None = None
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> tuple[VAR, VQVAE, dict[str, Any]]:
     """The two models of a folder, in eval mode, and its config.json.
 
+    Weights are views of the file where its dtype and the CPU are wanted, else copied one by one:
+    memory never holds the file and the result together.
+
     Args:
         dtype: of the transformer's weights; None keeps the file's.
+        device: of both models; None is the CPU.
     Raises:
         UserError: a missing, damaged or foreign file, or weights that do not fit the config.
     """
@@ -152,15 +168,40 @@ def load_model(
     config = read_config(folder)
     var_config, vae_config = configs_in(folder)
     path = folder / WEIGHTS_NAME
+    with _opened(path) as tensors:
+        keys = set(tensors.keys())
+        if dtype is None and "var.head.weight" in keys:
+            dtype = tensors.get_tensor("var.head.weight").dtype
+
+        def part(prefix: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+            return {
+                key.removeprefix(prefix): place(tensors.get_tensor(key), dtype, device, mapped=True)
+                for key in keys
+                if key.startswith(prefix)
+            }
+
+        var = build(VAR, var_config, part("var.", dtype), str(path), device)
+        vae = build(VQVAE, vae_config, part("vae.", None), str(path), device)
+    return var.eval(), vae.eval(), config
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """All tensors of a ``.safetensors`` file, mapped.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    with _opened(Path(path)) as tensors:
+        return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
-        tensors = load_file(path)
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: is missing or damaged: {error}") from error
-    var = build(VAR, var_config, _part(tensors, "var."), str(path))
-    vae = build(VQVAE, vae_config, _part(tensors, "vae."), str(path))
-    stored = tensors.get("var.head.weight")
-    wanted = dtype or (stored.dtype if stored is not None else torch.float32)
-    return var.to(wanted).eval(), vae.eval(), config
 
 
 def configs_in(folder: str | os.PathLike[str]) -> tuple[VARConfig, VQVAEConfig]:
@@ -180,10 +221,16 @@ def configs_in(folder: str | os.PathLike[str]) -> tuple[VARConfig, VQVAEConfig]:
 
 
 def build(
-    kind: Callable[[Any], Model], config: Any, state: Mapping[str, Tensor], where: str
+    kind: Callable[[Any], Model],
+    config: Any,
+    state: Mapping[str, Tensor],
+    where: str,
+    device: torch.device | str | None = None,
 ) -> Model:
     """A model that takes its tensors from a state dict, without drawing weights first.
 
+    Args:
+        device: where the state's tensors are; buffers that it does not hold follow.
     Raises:
         UserError: the state does not hold exactly this model's weights.
     """
@@ -194,11 +241,7 @@ def build(
         if buffer.is_meta:  # usage statistics of another number of scales: begin anew
             owner, _, leaf = name.rpartition(".")
             module.get_submodule(owner).register_buffer(leaf, torch.zeros(buffer.shape))
-    return module
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    return module if device is None else module.to(device)
 
 
 def load_state(
@@ -216,28 +259,22 @@ def load_state(
         ) from None
 
 
-ORIGINAL_KEYS = (
-    "word_embed.weight",
-    "lvl_embed.weight",
-    "pos_1LC",
-    "class_emb.weight",
-    "head.weight",
-    "blocks.0.ffn.fc1.weight",
-)
+# --- pickles --------------------------------------------------------------------------------------
 
 
-# --- the original repository's files ------------------------------------------------------------
+def is_mapped(path: str | os.PathLike[str]) -> bool:
+    """Whether :func:`read_pickle` maps the file; older files and raw pickles are read whole."""
+    return zipfile.is_zipfile(path)
 
 
 def read_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A ``.pth`` file's dictionary, without running code from it.
+    """A ``.pth`` file's dictionary, without running code from it; tensors are mapped if they can.
 
     Raises:
         UserError: missing, damaged, not a dictionary, or a pickle that wants to run code.
     """
     try:
-        # Only the zip format can be mapped; older files and raw pickles are read whole.
-        mapped = zipfile.is_zipfile(path)
+        mapped = is_mapped(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
@@ -254,144 +291,3 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise UserError(f"{path}: must hold a dictionary of tensors; got {type(state).__name__}")
     return state
-
-
-def read_original(path: str | os.PathLike[str], part: str) -> dict[str, Tensor]:
-    """The state dict of one model; also from a trainer checkpoint of the original repository.
-
-    Args:
-        part: "var_wo_ddp" or "vae_local", the keys of a trainer checkpoint.
-    """
-    state = read_pickle(path)
-    trainer = state.get("trainer")
-    if isinstance(trainer, dict) and isinstance(trainer.get(part), dict):
-        state = trainer[part]
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(
-            f"{path}: must hold a state dict of tensors, or a trainer checkpoint with "
-            f'"trainer/{part}"; got keys {sorted(map(str, state))[:5]}'
-        )
-    return state
-
-
-def infer_var_config(
-    state: Mapping[str, Tensor], where: str = "VAR checkpoint", num_heads: int | None = None
-) -> VARConfig:
-    """Sizes of an original VAR model, from the shapes of its state dict.
-
-    Args:
-        num_heads: needed only where no tensor tells it (no ``attn_l2_norm``); None then assumes
-            one head per 64 channels, as the original repository builds them, and warns.
-    Raises:
-        UserError: naming the key that is missing or does not fit.
-    """
-    missing = [key for key in ORIGINAL_KEYS if key not in state]
-    if missing:
-        raise UserError(f"{where}: is not a VAR transformer: it has no {', '.join(missing)}")
-    try:
-        depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-        width = state["word_embed.weight"].shape[0]
-        scales, length = state["lvl_embed.weight"].shape[0], state["pos_1LC"].shape[1]
-        scale_mul = state.get("blocks.0.attn.scale_mul_1H11")
-        if scale_mul is not None:
-            num_heads = scale_mul.shape[1]
-        elif num_heads is None:
-            num_heads = width // 64
-            warnings.warn(
-                f"{where}: no tensor tells the number of attention heads; assuming {num_heads}, "
-                "one per 64 channels. Give num_heads (convert: --num-heads) if that is wrong",
-                stacklevel=2,
-            )
-        return VARConfig(
-            depth=depth,
-            embed_dim=width,
-            num_heads=num_heads,
-            num_classes=state["class_emb.weight"].shape[0] - 1,
-            patch_nums=_patch_nums(state, scales, length, where),
-            vocab_size=state["head.weight"].shape[0],
-            vae_channels=state["word_embed.weight"].shape[1],
-            mlp_ratio=state["blocks.0.ffn.fc1.weight"].shape[0] / width,
-            shared_aln="shared_ada_lin.1.weight" in state,
-            attn_l2_norm=scale_mul is not None,
-        )
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{where}: is not a VAR transformer: {error}") from error
-
-
-def _patch_nums(
-    state: Mapping[str, Tensor], scales: int, length: int, where: str
-) -> tuple[int, ...]:
-    if "lvl_1L" in state:
-        scale_L = state["lvl_1L"].flatten().clamp(0, scales)  # a foreign file may hold anything
-        counts = torch.bincount(scale_L, minlength=scales).tolist()
-        sides = tuple(math.isqrt(count) for count in counts)
-        if [side * side for side in sides] == counts:
-            return sides
-    if (scales, length) in KNOWN_PATCH_NUMS:
-        return KNOWN_PATCH_NUMS[scales, length]
-    raise UserError(
-        f"{where}: cannot tell the token maps of {scales} scales and {length} tokens: it has no "
-        "lvl_1L and is none of the published layouts"
-    )
-
-
-def infer_vqvae_config(
-    state: Mapping[str, Tensor], patch_nums: tuple[int, ...], where: str = "VQ-VAE checkpoint"
-) -> VQVAEConfig:
-    """Sizes of an original VQ-VAE, from the shapes of its state dict.
-
-    Raises: UserError, naming the key that is missing.
-    """
-    try:
-        levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
-        blocks = 1 + max(
-            int(k.split(".")[4]) for k in state if k.startswith("encoder.down.0.block.")
-        )
-        ch, in_channels = state["encoder.conv_in.weight"].shape[:2]
-        widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
-        if "quantize.quant_resi.qresi.weight" in state:
-            shared, ratio = 1, 0.5
-        else:
-            partly = sum(
-                k.startswith("quantize.quant_resi.qresi_ls.") and k.endswith("weight")
-                for k in state
-            )
-            each = sum(k.startswith("quantize.quant_resi.") and k.endswith("weight") for k in state)
-            shared, ratio = (partly, 0.5) if partly else (0, 0.5 if each else 0.0)
-        return VQVAEConfig(
-            vocab_size=state["quantize.embedding.weight"].shape[0],
-            z_channels=state["quantize.embedding.weight"].shape[1],
-            ch=ch,
-            ch_mult=tuple(width // ch for width in widths),
-            num_res_blocks=blocks,
-            patch_nums=patch_nums,
-            share_quant_resi=shared,
-            quant_resi=ratio,
-            quant_conv_ks=state["quant_conv.weight"].shape[-1],
-            in_channels=in_channels,
-        )
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{where}: is not a VAR VQ-VAE: {error}") from error
-
-
-def load_original(
-    var_path: str | os.PathLike[str],
-    vae_path: str | os.PathLike[str],
-    num_heads: int | None = None,
-) -> tuple[VAR, VQVAE]:
-    """Both models from the original repository's files, in eval mode."""
-    var_state = read_original(var_path, "var_wo_ddp")
-    vae_state = read_original(vae_path, "vae_local")
-    var_config = infer_var_config(var_state, str(var_path), num_heads)
-    vae_config = infer_vqvae_config(vae_state, var_config.patch_nums, str(vae_path))
-    var = build(VAR, var_config, var_state, str(var_path))
-    vae = build(VQVAE, vae_config, vae_state, str(vae_path))
-    return var.eval(), vae.eval()
-
-
-def save_original(
-    var: VAR, vae: VQVAE, var_path: str | os.PathLike[str], vae_path: str | os.PathLike[str]
-) -> None:
-    """Write both models as the original repository reads them, derived buffers included."""
-    save_pickle(var_path, {**var.state_dict(), **derived_buffers(var.layout)})
-    save_pickle(vae_path, vae.state_dict())

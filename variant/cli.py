@@ -184,15 +184,18 @@ class Convert:
     """
 
     var: Path
-    """The transformer's .pth file: read, or written where --model is given."""
+    """The transformer: its .pth file, a trainer checkpoint, or a folder or Hub id of the original's
+    Hub class. Written as a .pth file where --model is given."""
     vae: Path
-    """The VQ-VAE's .pth file: read, or written where --model is given."""
+    """The VQ-VAE's .pth file, or the same trainer checkpoint; written where --model is given."""
     model: str | None = None
     """Model folder to write as .pth files."""
     out: Path | None = None
     """Model folder to write from .pth files."""
     num_heads: int | None = None
     """Attention heads; needed only for models without L2 norm, whose files do not tell."""
+    dtype: DtypeName | None = None
+    """Of the transformer's weights; default: as they are."""
 
     def run(self) -> None:
         from variant.commands.convert import convert

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from variant.checkpoint import build, infer_var_config, infer_vqvae_config
+from variant.checkpoint import build
 from variant.errors import UserError
+from variant.original import infer_var_config, infer_vqvae_config
 from variant.supernet import VARiant
 from variant.transformer import VAR
 from variant.vqvae import VQVAE

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from variant.checkpoint import load_state, read_original
+from variant.checkpoint import load_state
 from variant.config import VQVAEConfig
 from variant.data import ImageData, Indices, stream
 from variant.errors import UserError
+from variant.original import read_original
 from variant.recipe import Recipe
 from variant.train import (
     Summary,

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from small_models import small_model
 
 from variant import VAR, VQVAE, UserError, VARiant
-from variant.checkpoint import load_original, replacing, save_original
+from variant.checkpoint import replacing
+from variant.original import load_original, save_original
 from variant.transformer import derived_buffers
 
 
@@ -28,6 +29,7 @@ def test_a_saved_folder_gives_the_same_model(tmp_path):
     model = small_model()
     model.save_pretrained(tmp_path / "model", {"training": {"recipe": "none"}})
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
     ]
@@ -241,7 +243,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_the_old_model(tmp_path):
         "sys.path.insert(0, sys.argv[2])\n"
         "from small_models import small_model\n"
         "from variant import UserError\n"
-        "from variant.checkpoint import save_original\n"
+        "from variant.original import save_original\n"
         "model = small_model(seed=1)\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"

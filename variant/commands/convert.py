@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from variant.checkpoint import load_model, load_original, save_model, save_original
-from variant.commands.common import console
+from variant.checkpoint import load_model
+from variant.commands.common import DTYPES, console
 from variant.errors import UserError
-from variant.supernet import locate
+from variant.original import save_original
+from variant.supernet import VARiant, locate
 
 if TYPE_CHECKING:
     from variant.cli import Convert
@@ -27,15 +28,19 @@ def convert(command: Convert) -> None:
     if command.var.resolve() == command.vae.resolve() and command.out is None:
         raise UserError(f"convert: --var and --vae must be two files; got {command.var} twice")
     out = console()
+    dtype = DTYPES[command.dtype] if command.dtype else None
     if command.out is not None:
-        var, vae = load_original(command.var, command.vae, command.num_heads)
-        save_model(command.out, var, vae)
+        model = VARiant.from_var_checkpoint(
+            command.var, command.vae, num_heads=command.num_heads, dtype=dtype
+        )
+        model.save_pretrained(command.out)
+        var = model.var
         out.print(
             f"{command.out}: {var.config.depth} layers, width {var.config.embed_dim}, "
             f"{var.config.num_classes} classes, scales {var.config.patch_nums}"
         )
     else:
-        var, vae, _ = load_model(locate(str(command.model)))
+        var, vae, _ = load_model(locate(str(command.model)), dtype)
         save_original(var, vae, command.var, command.vae)
         out.print(f"{command.var} and {command.vae}: as the original VAR code loads them")
         out.print(
