@@ -8,10 +8,19 @@ from torch import nn
 
 from variant_kernels.integrations.base import Family, Handle, PatchError, apply_patch
 from variant_kernels.integrations.code import CoDeFamily
+from variant_kernels.integrations.hart import HARTFamily
+from variant_kernels.integrations.infinity import InfinityFamily
+from variant_kernels.integrations.switti import SwittiFamily
 from variant_kernels.integrations.var import VARFamily
 
 # Asked in this order; the first that recognises a model takes it.
-FAMILIES: tuple[Family, ...] = (CoDeFamily(), VARFamily())
+FAMILIES: tuple[Family, ...] = (
+    InfinityFamily(),
+    HARTFamily(),
+    SwittiFamily(),
+    CoDeFamily(),
+    VARFamily(),
+)
 
 
 def patch(
