@@ -47,7 +47,7 @@ inline void wait_for_async_copies(unsigned pending) {
       me.groups.pop_front();
     }
     for (const AsyncCopy& copy : group) {
-      std::memcpy(copy.to, copy.from, copy.read);
+      if (copy.read > 0) std::memcpy(copy.to, copy.from, copy.read);
       std::memset(static_cast<char*>(copy.to) + copy.read, 0, copy.bytes - copy.read);
     }
   }
