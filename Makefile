@@ -8,12 +8,14 @@ RESULTS ?= benchmarks/results
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup generate test test-python test-triton test-cpp gpu bench bench-report lint clean
+.PHONY: help setup generate test test-python test-triton test-cpp test-cuda cuda gpu bench bench-report lint clean
 
 help:
 	@echo "make setup     create $(VENV) with the package (editable) and its development tools"
 	@echo "make generate  paint digits at every depth into out/digits.png"
-	@echo "make test      C++ tests under sanitizers, the Python tests, Triton kernels in the interpreter"
+	@echo "make test      C++ tests under sanitizers, CUDA kernels on the CPU, Python tests, Triton's interpreter"
+	@echo "make test-cuda the CUDA kernels' tests alone: no GPU, no nvcc"
+	@echo "make cuda      compile the CUDA kernels with nvcc; registers and spills of each"
 	@echo "make gpu       on a machine with a GPU: build, tests, benchmarks; results under out/gpu"
 	@echo "make bench     every kernel beside its peers, then the engine; results under $(RESULTS)"
 	@echo "make lint      ruff, clang-format and the type checker"
@@ -41,18 +43,34 @@ generate: setup
 	@echo "== painting digits at every depth with the shipped supernet"
 	$(BIN)/variant generate --model digits --all-depths --count 1 --seed 0 --out out/digits.png
 
-test: test-cpp test-python test-triton
+test: test-cpp test-cuda test-python test-triton
 
 test-cpp: setup
 	@echo "== C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@mkdir -p build
 	$(BIN)/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DVARIANT_TESTS=ON -DVARIANT_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >build/cpp-configure.log 2>&1 || (cat build/cpp-configure.log; exit 1)
 	$(BIN)/cmake --build build/cpp --parallel $(JOBS)
-	$(BIN)/ctest --test-dir build/cpp --output-on-failure
+	$(BIN)/ctest --test-dir build/cpp --output-on-failure --exclude-regex '^cuda_'
 	@echo "== C++ tests of the build that ships, and its symbols"
 	$(BIN)/cmake -S . -B build/cpp-release -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DVARIANT_TESTS=ON -DCMAKE_BUILD_TYPE=Release >build/cpp-configure.log 2>&1 || (cat build/cpp-configure.log; exit 1)
 	$(BIN)/cmake --build build/cpp-release --parallel $(JOBS)
 	$(BIN)/ctest --test-dir build/cpp-release --output-on-failure
+
+# The first of the two shares its build folder with test-cpp.
+test-cuda: setup
+	@echo "== CUDA kernels on the CPU under AddressSanitizer, then ThreadSanitizer, in several orders of threads"
+	@mkdir -p build
+	@for kind in ON thread; do \
+	  folder=build/cpp; [ $$kind = ON ] || folder=build/cpp-thread; \
+	  $(BIN)/cmake -S . -B $$folder -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DVARIANT_TESTS=ON -DVARIANT_SANITIZE=$$kind -DCMAKE_BUILD_TYPE=RelWithDebInfo >build/cuda-configure.log 2>&1 || { cat build/cuda-configure.log; exit 1; }; \
+	  $(BIN)/cmake --build $$folder --parallel $(JOBS) --target variant_cuda_tests || exit 1; \
+	  $(BIN)/ctest --test-dir $$folder --output-on-failure --parallel $(JOBS) --tests-regex '^cuda_' || exit 1; \
+	done
+	@command -v nvcc >/dev/null || echo "== nvcc not found: the CUDA kernels were not compiled for a GPU"
+
+cuda: setup
+	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DVARIANT_CUDA=1 -DPython3_EXECUTABLE=$(abspath $(BIN))/python
+	$(BIN)/cmake --build build/cuda --parallel $(JOBS) --target variant_cuda
 
 test-python: setup
 	@echo "== Python tests"

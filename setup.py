@@ -1,5 +1,6 @@
 """Builds the extension module variant_kernels._C: everything is in CMakeLists.txt, this calls it.
 
+Where nvcc works, the CUDA kernels are built as well (VARIANT_CUDA=0 leaves them out, 1 insists).
 An editable install builds in `build/`, so the next one compiles only what changed; every other
 build uses the temporary folder that setuptools gives.
 """
@@ -18,6 +19,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CUDA_LIBRARY = "_cuda.so"
 
 
 def find_compiler() -> str:
@@ -93,15 +95,31 @@ class CMakeBuild(build_ext):
             f"-DVARIANT_EXT_FOLDER={target.parent}",
             f"-DVARIANT_VERSION={self.distribution.get_version()}",
             f"-DVARIANT_CUDA={os.environ.get('VARIANT_CUDA', 'auto')}",
+            # Said even when empty: what an earlier build was given must not linger.
+            f"-DVARIANT_CUDA_ARCHS={os.environ.get('VARIANT_CUDA_ARCHS', '')}",
+            f"-DPython3_EXECUTABLE={sys.executable}",
         ]
-        if os.environ.get("VARIANT_CUDA_ARCHS"):
-            configure.append(f"-DVARIANT_CUDA_ARCHS={os.environ['VARIANT_CUDA_ARCHS']}")
         environment = {**os.environ, "CXX": compiler}
         jobs = str(self.parallel or os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or os.cpu_count())
         build = [cmake, "--build", str(folder), "--parallel", jobs]
         for what, step in (("configuring", configure), ("compiling", build)):
             if subprocess.run(step, env=environment, check=False).returncode:
                 raise SystemExit(f"variant-kernels: {what} failed; CMake's output above says why")
+        self.place_cuda_library(folder / CUDA_LIBRARY, target.parent)
+
+    def place_cuda_library(self, built: Path, beside_extension: Path) -> None:
+        """Put the CUDA kernels beside the extension, and take away what an older build left.
+
+        setuptools copies extensions into the source tree, but not other libraries.
+        """
+        folders = {beside_extension}
+        if self.builds_in_tree:
+            folders.add(ROOT / "variant_kernels")
+        for folder in folders:
+            if built.exists():
+                shutil.copy2(built, folder / CUDA_LIBRARY)
+            else:
+                (folder / CUDA_LIBRARY).unlink(missing_ok=True)
 
 
 setup(

@@ -222,7 +222,6 @@ py::dict build_info() {
 #else
   info["openmp"] = false;
 #endif
-  info["cuda"] = false;
   return info;
 }
 

@@ -10,6 +10,7 @@ import torch
 from variant_kernels import _C, __version__, ops
 from variant_kernels.backends import available_backends, dtype_name, explain
 from variant_kernels.contract import FLOAT_DTYPES
+from variant_kernels.cuda_ops import library
 
 
 def report() -> str:
@@ -23,7 +24,8 @@ def report() -> str:
         f"variant-kernels {__version__}, Python {platform.python_version()}, torch "
         f"{torch.__version__}, {platform.machine()}",
         f"built with {build['compiler']}: CPU instruction sets {', '.join(build['isas_built'])}; "
-        f"OpenMP {'yes' if build['openmp'] else 'no'}; CUDA {'yes' if build['cuda'] else 'no'}",
+        f"OpenMP {'yes' if build['openmp'] else 'no'}",
+        f"CUDA kernels: {library.describe()}",
         f"this machine supports: {', '.join(build['isas_supported'])}; in use: {build['isa']} "
         f"(VARIANT_CPU_ISA forces one), {torch.get_num_threads()} threads",
         f"backends: {', '.join(available_backends())} (VARIANT_BACKEND or backend= forces one)",

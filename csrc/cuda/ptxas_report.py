@@ -152,7 +152,7 @@ def table(kernels: list[Kernel]) -> str:
 
 
 def complaints(kernels: list[Kernel], excuses: list[Excuse]) -> list[str]:
-    """Spills without an excuse, and excuses without a spill (a list that only grows is not read)."""
+    """Spills without an excuse, and excuses that are needed no more (long lists are not read)."""
     found = [
         f"{k.name} spills registers on {k.arch} ({k.spill_store_bytes} bytes stored, "
         f"{k.spill_load_bytes} loaded): use fewer, or list it in spills.txt with the reason"
