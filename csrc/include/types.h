@@ -9,7 +9,8 @@
 
 namespace variant {
 
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1 };
+// The CPU kernels have no float16.
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // (B, C): one row per sequence.
 struct RowView {

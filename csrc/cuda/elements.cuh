@@ -1,0 +1,108 @@
+// Elements of the three dtypes as float32, one at a time or eight (a lane's share of a row) at
+// once.
+#pragma once
+
+#include <cstdint>
+
+#include "../include/types.h"
+#include "primitives.h"
+
+namespace variant::cuda {
+
+using Half = __half;
+using BF16 = __nv_bfloat16;
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(Half x) { return __half2float(x); }
+__device__ inline float widen(BF16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ inline T narrow(float x);
+template <>
+__device__ inline float narrow<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline Half narrow<Half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ inline BF16 narrow<BF16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+constexpr int kEight = 8;
+constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
+
+// kAligned: p is a multiple of 16 bytes, one or two accesses of 16 bytes; else element by element.
+template <bool kAligned, class T>
+__device__ inline void load_eight(const T* p, float (&x)[kEight]) {
+  if constexpr (kAligned) {
+    constexpr int kWords = sizeof(T) * kEight / 16;
+    alignas(16) T raw[kEight];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      reinterpret_cast<uint4*>(raw)[i] = reinterpret_cast<const uint4*>(p)[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kEight; ++i) x[i] = widen(raw[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kEight; ++i) x[i] = widen(p[i]);
+  }
+}
+
+template <bool kAligned, class T>
+__device__ inline void store_eight(T* p, const float (&x)[kEight]) {
+  if constexpr (kAligned) {
+    constexpr int kWords = sizeof(T) * kEight / 16;
+    alignas(16) T raw[kEight];
+#pragma unroll
+    for (int i = 0; i < kEight; ++i) raw[i] = narrow<T>(x[i]);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      reinterpret_cast<uint4*>(p)[i] = reinterpret_cast<const uint4*>(raw)[i];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kEight; ++i) p[i] = narrow<T>(x[i]);
+  }
+}
+
+// Rows of the views of types.h.
+template <class T>
+__host__ __device__ inline const T* row(const RowView& x, int64_t b) {
+  return static_cast<const T*>(x.data) + b * x.batch_stride;
+}
+template <class T>
+__host__ __device__ inline const T* row(const TokenView& x, int64_t b, int64_t t) {
+  return static_cast<const T*>(x.data) + b * x.batch_stride + t * x.token_stride;
+}
+template <class T>
+__host__ __device__ inline const T* row(const HeadView& x, int64_t b, int64_t t, int64_t h) {
+  return static_cast<const T*>(x.data) + b * x.batch_stride + t * x.token_stride +
+         h * x.head_stride;
+}
+
+// Whether every row of a view may be read 16 bytes at a time.
+inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+inline bool steps_aligned(int64_t element_bytes, int64_t stride) {
+  return stride * element_bytes % 16 == 0;
+}
+inline bool is_aligned(const RowView& x, int64_t element_bytes) {
+  return is_aligned(x.data) && steps_aligned(element_bytes, x.batch_stride);
+}
+inline bool is_aligned(const TokenView& x, int64_t element_bytes) {
+  return is_aligned(x.data) && steps_aligned(element_bytes, x.batch_stride) &&
+         steps_aligned(element_bytes, x.token_stride);
+}
+inline bool is_aligned(const HeadView& x, int64_t element_bytes) {
+  return is_aligned(x.data) && steps_aligned(element_bytes, x.batch_stride) &&
+         steps_aligned(element_bytes, x.token_stride) &&
+         steps_aligned(element_bytes, x.head_stride);
+}
+inline int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace variant::cuda

@@ -1,0 +1,28 @@
+// Every query of sequence b attends to the first kv_lens[b] tokens of its pages.
+#pragma once
+
+#include "../include/types.h"
+
+namespace variant::cuda {
+
+// All of B, T, H, P, entries and splits are positive.
+struct PagedAttentionArgs {
+  int64_t batch, tokens, heads, head_dim;
+  int64_t num_pages, page_size, entries;  // entries of a sequence's row in the page table
+  // Parts that the keys of a sequence are split into, each its own block; a second pass combines
+  // them. With 1, partial and lse are not looked at.
+  int64_t splits;
+  HeadView q, k_pages, v_pages;
+  // Nobody has looked at the values: lengths are clamped to what the table holds, pages to the
+  // pool.
+  const int32_t* page_table;
+  int64_t page_table_stride;
+  const int32_t* kv_lens;  // (B,); 0 gives zeros
+  void* out;               // (B, T, H, D) contiguous, dtype
+  float* partial;          // (S, B, T, H, D)
+  float* lse;              // (S, B, T, H), in base 2
+  float softmax_scale;
+  DType dtype;
+};
+
+}  // namespace variant::cuda

@@ -1,0 +1,152 @@
+// Attention of one tile of queries over a run of keys with plain multiply-adds: float32, and 16-bit
+// tensors whose rows do not start at multiples of 16 bytes. The same Source as softmax_tiles.cuh.
+//
+// A warp owns four queries. For the scores a lane is a key, for the outputs a lane is a column, so
+// that both products read shared memory without conflicts.
+#pragma once
+
+#include "elements.cuh"
+#include "primitives.h"
+#include "reduce.cuh"
+#include "softmax_tiles.cuh"
+
+namespace variant::cuda {
+
+// kColumns: columns of a lane, so heads up to 32 * kColumns wide.
+template <class T_, int kColumns_>
+struct PlainTile {
+  using T = T_;
+  static constexpr int kColumns = kColumns_, kWidth = kColumns * kWarp;
+  static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kPerWarp = 4;
+  static constexpr int kQueries = kWarps * kPerWarp, kKeys = kWarp;
+  // Four floats more: eight lanes that read 16 bytes each of their rows touch all banks.
+  static constexpr int kRow = kWidth + 4;
+  // Keys and then values take the same place.
+  static constexpr int kSharedBytes = (kQueries + kKeys) * kRow * 4;
+};
+
+template <class Tile>
+struct PlainState {
+  float out[Tile::kPerWarp][Tile::kColumns];
+  float total[Tile::kPerWarp], largest[Tile::kPerWarp];
+};
+
+// find(row) null: zeros, as beyond head_dim.
+template <class Tile, class Find>
+__device__ inline void widen_rows(float* tile, int rows, int head_dim, const Find& find) {
+  for (int r = threadIdx.x / kWarp; r < rows; r += Tile::kWarps) {
+    const typename Tile::T* from = find(r);
+#pragma unroll
+    for (int c = threadIdx.x % kWarp; c < Tile::kWidth; c += kWarp) {
+      tile[r * Tile::kRow + c] = from != nullptr && c < head_dim ? widen(from[c]) : 0.0f;
+    }
+  }
+}
+
+template <class Tile, class Source>
+__device__ inline void attend_plain(float* shared, const Source& source, int first, int last,
+                                    int head_dim, float scale_log2, bool negate,
+                                    PlainState<Tile>& state) {
+  using T = typename Tile::T;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  float* q_tile = shared;
+  float* kv_tile = shared + Tile::kQueries * Tile::kRow;
+  int visible[Tile::kPerWarp];
+#pragma unroll
+  for (int i = 0; i < Tile::kPerWarp; ++i) {
+    state.total[i] = 0.0f;
+    state.largest[i] = kMinusInfinity;
+    visible[i] = source.visible(warp * Tile::kPerWarp + i);
+#pragma unroll
+    for (int c = 0; c < Tile::kColumns; ++c) state.out[i][c] = 0.0f;
+  }
+  if (first >= last) return;
+  widen_rows<Tile>(q_tile, Tile::kQueries, head_dim, [&](int r) { return source.query(r); });
+  const float* q_rows = q_tile + warp * Tile::kPerWarp * Tile::kRow;
+
+  for (int begin = first; begin < last; begin += Tile::kKeys) {
+    widen_rows<Tile>(kv_tile, Tile::kKeys, head_dim, [&](int r) -> const T* {
+      if (begin + r >= last) return nullptr;
+      const T *k, *v;
+      source.locate(begin + r, &k, &v);
+      return k;
+    });
+    __syncthreads();
+    float scores[Tile::kPerWarp] = {};
+    for (int d = 0; d < head_dim; d += 4) {
+      const float4 k = *reinterpret_cast<const float4*>(kv_tile + lane * Tile::kRow + d);
+#pragma unroll
+      for (int i = 0; i < Tile::kPerWarp; ++i) {
+        const float4 q = *reinterpret_cast<const float4*>(q_rows + i * Tile::kRow + d);
+        scores[i] += q.x * k.x;
+        scores[i] += q.y * k.y;
+        scores[i] += q.z * k.z;
+        scores[i] += q.w * k.w;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::kPerWarp; ++i) {
+      if (negate) scores[i] = -scores[i];
+      if (begin + lane >= visible[i]) scores[i] = kMinusInfinity;
+      const float largest = fmaxf(state.largest[i], reduce_lanes<kWarp>(scores[i], Largest()));
+      const float shrink = ex2((state.largest[i] - largest) * scale_log2);
+      scores[i] = ex2((scores[i] - largest) * scale_log2);
+      state.total[i] = state.total[i] * shrink + scores[i];  // of this lane's keys
+      state.largest[i] = largest;
+#pragma unroll
+      for (int c = 0; c < Tile::kColumns; ++c) state.out[i][c] *= shrink;
+    }
+    __syncthreads();
+    widen_rows<Tile>(kv_tile, Tile::kKeys, head_dim, [&](int r) -> const T* {
+      if (begin + r >= last) return nullptr;
+      const T *k, *v;
+      source.locate(begin + r, &k, &v);
+      return v;
+    });
+    __syncthreads();
+    // This tile's sum apart: it is added to what earlier tiles gathered only once.
+    float sums[Tile::kPerWarp][Tile::kColumns] = {};
+#pragma unroll 4
+    for (int key = 0; key < Tile::kKeys; ++key) {
+      float p[Tile::kPerWarp];
+#pragma unroll
+      for (int i = 0; i < Tile::kPerWarp; ++i) p[i] = __shfl_sync(kAllLanes, scores[i], key);
+#pragma unroll
+      for (int c = 0; c < Tile::kColumns; ++c) {
+        const float v = kv_tile[key * Tile::kRow + c * kWarp + lane];
+#pragma unroll
+        for (int i = 0; i < Tile::kPerWarp; ++i) sums[i][c] += p[i] * v;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::kPerWarp; ++i) {
+#pragma unroll
+      for (int c = 0; c < Tile::kColumns; ++c) state.out[i][c] += sums[i][c];
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int i = 0; i < Tile::kPerWarp; ++i) {
+    state.total[i] = reduce_lanes<kWarp>(state.total[i], Plus());
+  }
+}
+
+// write(row, column, value); total 0 gives zeros.
+template <class Tile, class Write>
+__device__ inline void write_plain(const PlainState<Tile>& state, int rows, int head_dim,
+                                   const Write& write) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+#pragma unroll
+  for (int i = 0; i < Tile::kPerWarp; ++i) {
+    const int r = warp * Tile::kPerWarp + i;
+    if (r >= rows) continue;
+    const float total = state.total[i] == 0.0f ? 1.0f : state.total[i];
+#pragma unroll
+    for (int c = 0; c < Tile::kColumns; ++c) {
+      const int column = c * kWarp + lane;
+      if (column < head_dim) write(r, column, state.out[i][c] / total);
+    }
+  }
+}
+
+}  // namespace variant::cuda

@@ -1,0 +1,88 @@
+// Tensors of the kernels' tests: exactly the memory they need, so that the sanitizers see any stray
+// access, and NaN where nobody has written.
+#pragma once
+
+#include <random>
+#include <vector>
+
+#include "../elements.cuh"
+#include "check_cuda.h"
+
+namespace variant::test {
+
+using cuda::BF16;
+using cuda::Half;
+using cuda::narrow;
+using cuda::widen;
+
+template <class T>
+const char* name_of();
+template <>
+inline const char* name_of<float>() {
+  return "float32";
+}
+template <>
+inline const char* name_of<BF16>() {
+  return "bfloat16";
+}
+template <>
+inline const char* name_of<Half>() {
+  return "float16";
+}
+
+template <class T>
+constexpr DType dtype_of() {
+  if constexpr (sizeof(T) == 4) return DType::kFloat32;
+  if constexpr (std::is_same_v<T, BF16>) return DType::kBFloat16;
+  return DType::kFloat16;
+}
+
+// Half a unit in the last place of a number near 1, with room for the order of sums and for what
+// is rounded on the way (probabilities, say).
+template <class T>
+constexpr double tolerance_of() {
+  if constexpr (sizeof(T) == 4) return 1e-5;
+  if constexpr (std::is_same_v<T, BF16>) return 8e-3;
+  return 1.5e-3;
+}
+
+template <class T>
+std::vector<T> nans(int64_t count) {
+  return std::vector<T>(count, narrow<T>(static_cast<float>(kNaN)));
+}
+
+template <class T>
+std::vector<T> random_tensor(int64_t count, std::mt19937& engine, double spread = 1.0) {
+  std::normal_distribution<float> normal(0.0f, static_cast<float>(spread));
+  std::vector<T> values(count);
+  for (T& x : values) x = narrow<T>(normal(engine));
+  return values;
+}
+
+// A random tensor at `shift` elements after a boundary of 16 bytes.
+template <class T>
+struct Shifted {
+  std::vector<T> memory;
+  int64_t shift;
+
+  Shifted(int64_t count, int64_t shift, std::mt19937& engine)
+      : memory(random_tensor<T>(count + shift, engine)), shift(shift) {}
+  const T* data() const { return memory.data() + shift; }
+  double operator[](int64_t i) const { return widen(memory[shift + i]); }
+};
+
+// Largest difference relative to the largest expected value (at least `least`).
+template <class T>
+void compare(const char* what, const std::vector<T>& got, const std::vector<double>& expected,
+             double times = 1.0, double least = 1e-2) {
+  CHECK(got.size() == expected.size(), "%s: sizes differ", what);
+  double largest = least;
+  for (double value : expected) largest = std::max(largest, std::fabs(value));
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const double difference = std::fabs(widen(got[i]) - expected[i]);
+    CHECK(difference <= times * tolerance_of<T>() * largest, "%s %s[%zu]: got %g, expected %g",
+          name_of<T>(), what, i, static_cast<double>(widen(got[i])), expected[i]);
+  }
+}
+
+}  // namespace variant::test

@@ -1,0 +1,159 @@
+// Every path of paged attention against a plain computation in double: tensor cores and plain
+// products, one pass and two, every padded width, page sizes of one, odd and even.
+#include "../paged_attention.cu"
+#include "tensors.h"
+
+using namespace variant;
+using namespace variant::test;
+
+namespace {
+
+struct Case {
+  int64_t tokens, heads, width, page_size;
+  std::vector<int32_t> lengths;
+  int64_t splits = 1;
+  int64_t shift = 0;  // elements that q is off a boundary of 16 bytes
+  float softmax_scale = 0.3f;
+};
+
+template <class T>
+void test_matches_a_plain_computation(const Case& c, std::mt19937& engine) {
+  const int64_t batch = static_cast<int64_t>(c.lengths.size());
+  int64_t entries = 1;
+  for (int32_t length : c.lengths) {
+    entries = std::max(entries, (length + c.page_size - 1) / c.page_size);
+  }
+  const int64_t pages = batch * entries, slot = c.heads * c.width, page = c.page_size * slot;
+  // Pages start as NaN and page-table entries past the length point nowhere: neither may matter.
+  std::vector<T> k = nans<T>(pages * page), v = nans<T>(pages * page);
+  std::vector<int32_t> page_table(batch * entries, -1234567), order(pages);
+  for (int64_t i = 0; i < pages; ++i) order[i] = static_cast<int32_t>(i);
+  std::shuffle(order.begin(), order.end(), engine);
+  std::normal_distribution<float> normal;
+  const int64_t token_stride = 3 * slot;  // a packed (B, T, 3, H, D) projection
+  const Shifted<T> q(batch * c.tokens * token_stride, c.shift, engine);
+  std::vector<double> want(batch * c.tokens * slot, 0.0);
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t length = c.lengths[b];
+    std::vector<int64_t> where(length);
+    for (int64_t s = 0; s < length; ++s) {
+      int32_t& entry = page_table[b * entries + s / c.page_size];
+      entry = order[b * entries + s / c.page_size];
+      where[s] = entry * page + s % c.page_size * slot;
+      for (int64_t i = 0; i < slot; ++i) {
+        k[where[s] + i] = narrow<T>(normal(engine));
+        v[where[s] + i] = narrow<T>(normal(engine));
+      }
+    }
+    for (int64_t t = 0; t < c.tokens && length > 0; ++t) {
+      for (int64_t h = 0; h < c.heads; ++h) {
+        const int64_t from = (b * c.tokens + t) * token_stride + h * c.width;
+        const int64_t to = ((b * c.tokens + t) * c.heads + h) * c.width;
+        std::vector<double> p(length);
+        double peak = -1e300, sum = 0;
+        for (int64_t s = 0; s < length; ++s) {
+          for (int64_t d = 0; d < c.width; ++d) {
+            p[s] += q[from + d] * widen(k[where[s] + h * c.width + d]) * c.softmax_scale;
+          }
+          peak = std::max(peak, p[s]);
+        }
+        for (double& x : p) sum += x = std::exp(x - peak);
+        for (int64_t s = 0; s < length; ++s) {
+          for (int64_t d = 0; d < c.width; ++d) {
+            want[to + d] += p[s] / sum * widen(v[where[s] + h * c.width + d]);
+          }
+        }
+      }
+    }
+  }
+  std::vector<T> out = nans<T>(batch * c.tokens * slot);
+  std::vector<float> partial, lse;
+  if (c.splits > 1) {
+    partial = nans<float>(c.splits * batch * c.tokens * slot);
+    lse = nans<float>(c.splits * batch * c.tokens * c.heads);
+  }
+  const cuda::PagedAttentionArgs args = {
+      batch,
+      c.tokens,
+      c.heads,
+      c.width,
+      pages,
+      c.page_size,
+      entries,
+      c.splits,
+      HeadView{q.data(), c.tokens * token_stride, token_stride, c.width},
+      HeadView{k.data(), page, slot, c.width},
+      HeadView{v.data(), page, slot, c.width},
+      page_table.data(),
+      entries,
+      c.lengths.data(),
+      out.data(),
+      partial.data(),
+      lse.data(),
+      c.softmax_scale,
+      dtype_of<T>()};
+  CHECK(variant_cuda_paged_attention_forward(&args, sizeof args, 0, nullptr) == 0, "launch failed");
+  compare("out", out, want);
+}
+
+// Nobody looks at a page table on a GPU: what it says must not lead out of the pool.
+void test_wrong_pages_and_lengths_stay_inside_the_pool(std::mt19937& engine) {
+  const int64_t width = 32, page_size = 4, pages = 2, entries = 2;
+  const std::vector<BF16> q = random_tensor<BF16>(width, engine);
+  const std::vector<BF16> k = random_tensor<BF16>(pages * page_size * width, engine);
+  const std::vector<int32_t> table = {1000, -5}, lengths = {1000000};
+  std::vector<BF16> out = nans<BF16>(width);
+  const HeadView pool = {k.data(), page_size * width, width, width};
+  const cuda::PagedAttentionArgs args = {1,
+                                         1,
+                                         1,
+                                         width,
+                                         pages,
+                                         page_size,
+                                         entries,
+                                         1,
+                                         HeadView{q.data(), width, width, width},
+                                         pool,
+                                         pool,
+                                         table.data(),
+                                         entries,
+                                         lengths.data(),
+                                         out.data(),
+                                         nullptr,
+                                         nullptr,
+                                         0.2f,
+                                         DType::kBFloat16};
+  CHECK(variant_cuda_paged_attention_forward(&args, sizeof args, 0, nullptr) == 0, "launch failed");
+  for (BF16 x : out) CHECK(std::isfinite(widen(x)), "a clamped page gave %g", double{widen(x)});
+}
+
+void test_arguments_of_another_size_are_refused() {
+  const cuda::PagedAttentionArgs args = {};
+  CHECK(variant_cuda_paged_attention_forward(&args, sizeof args - 8, 0, nullptr) != 0,
+        "accepted arguments of the wrong size");
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 engine(4);
+  for (const Case& c : {
+           Case{1, 1, 16, 4, {1}},
+           Case{5, 2, 24, 7, {0, 13, 97}},
+           Case{21, 1, 64, 16, {140, 33}},
+           Case{3, 1, 256, 1, {5}},
+           Case{17, 1, 40, 16, {66}, 1, 0, -0.4f},
+           Case{2, 1, 80, 3, {70}},
+           Case{2, 1, 128, 5, {40}, 2},
+           Case{2, 1, 48, 16, {0, 150}, 3},
+           Case{3, 1, 16, 4, {7}, 1, 0, 0.0f},
+           Case{4, 1, 24, 4, {37}, 1, 1},
+           Case{4, 1, 72, 4, {70}, 2, 3},
+       }) {
+    test_matches_a_plain_computation<BF16>(c, engine);
+    test_matches_a_plain_computation<Half>(c, engine);
+    test_matches_a_plain_computation<float>(c, engine);
+  }
+  test_wrong_pages_and_lengths_stay_inside_the_pool(engine);
+  test_arguments_of_another_size_are_refused();
+}
