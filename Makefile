@@ -8,7 +8,7 @@ RESULTS ?= benchmarks/results
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup generate test test-python test-triton test-cpp test-cuda cuda gpu bench bench-report lint clean
+.PHONY: help setup generate test test-python test-triton test-cpp test-cuda test-cuda-python cuda gpu bench bench-report lint clean
 
 help:
 	@echo "make setup     create $(VENV) with the package (editable) and its development tools"
@@ -43,7 +43,7 @@ generate: setup
 	@echo "== painting digits at every depth with the shipped supernet"
 	$(BIN)/variant generate --model digits --all-depths --count 1 --seed 0 --out out/digits.png
 
-test: test-cpp test-cuda test-python test-triton
+test: test-cpp test-cuda test-cuda-python test-python test-triton
 
 test-cpp: setup
 	@echo "== C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -67,6 +67,14 @@ test-cuda: setup
 	  $(BIN)/ctest --test-dir $$folder --output-on-failure --parallel $(JOBS) --tests-regex '^cuda_' || exit 1; \
 	done
 	@command -v nvcc >/dev/null || echo "== nvcc not found: the CUDA kernels were not compiled for a GPU"
+
+# The Python launchers on the same kernels, compiled for the CPU: the contract's tests, no GPU.
+test-cuda-python: setup
+	@echo "== Python tests of the CUDA backend on the CPU"
+	@mkdir -p build
+	$(BIN)/cmake -S . -B build/cpp-release -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DVARIANT_TESTS=ON -DCMAKE_BUILD_TYPE=Release >build/cuda-configure.log 2>&1 || (cat build/cuda-configure.log; exit 1)
+	$(BIN)/cmake --build build/cpp-release --parallel $(JOBS) --target variant_cuda_emulated
+	VARIANT_CUDA_EMULATION=$(abspath build/cpp-release)/csrc/cuda/tests/libvariant_cuda_emulated.so $(BIN)/python -m pytest tests/kernels -k cuda
 
 cuda: setup
 	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DVARIANT_CUDA=1 -DPython3_EXECUTABLE=$(abspath $(BIN))/python

@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 
+from variant_kernels.cuda_ops import library as cuda_library
+
 # Fastest first. `reference` supports everything, so that a choice always exists.
-PREFERENCE = ("triton", "flash", "flashinfer", "flex", "cpu", "reference")
+PREFERENCE = ("triton", "cuda", "flash", "flashinfer", "flex", "cpu", "reference")
 
 _override: ContextVar[str | None] = ContextVar("variant_backend", default=None)
 
@@ -78,6 +80,7 @@ CPU_DTYPES = (torch.float32, torch.bfloat16)
 TRITON_DEVICES = ("cuda", "xpu")
 # Entries of a row that one program can hold.
 TRITON_ROW = 65536
+CUDA_ROW = 65536
 
 
 def cpu_unsupported(request: Request) -> str | None:
@@ -117,6 +120,33 @@ def triton_unsupported(request: Request) -> str | None:
             return f"dtype {dtype_name(dtype)} is not among its dtypes (float32, bfloat16, float16)"
     if request.row is not None and request.row > TRITON_ROW:
         return f"rows of {request.row} entries are longer than the {TRITON_ROW} that it can hold"
+    return None
+
+
+@cache
+def _least_capability() -> tuple[int, int]:
+    """Of the GPUs at hand: a request does not say which of them it is for."""
+    count = torch.cuda.device_count()
+    return min(torch.cuda.get_device_capability(index) for index in range(count))
+
+
+def cuda_unsupported(request: Request) -> str | None:
+    """Why the CUDA C++ kernels cannot serve a request."""
+    if cuda_library.is_emulated():
+        if request.device != "cpu":
+            return f"{cuda_library.EMULATION} takes CPU tensors; these are on {request.device}"
+    elif not cuda_library.is_built():
+        return "it is not built; build with VARIANT_CUDA=1"
+    elif request.device != "cuda" or torch.version.hip is not None:
+        return f"the tensors are on {request.device}, not on an NVIDIA GPU"
+    elif _least_capability() < (8, 0):
+        major, minor = _least_capability()
+        return f"the GPU has compute capability {major}.{minor}; it needs 8.0"
+    for dtype in request.dtypes:
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"dtype {dtype_name(dtype)} is not among its dtypes (float32, bfloat16, float16)"
+    if request.row is not None and request.row > CUDA_ROW:
+        return f"rows of {request.row} entries are longer than the {CUDA_ROW} that it takes"
     return None
 
 
@@ -210,6 +240,7 @@ def available_backends() -> tuple[str, ...]:
     runs = {
         "reference": True,
         "cpu": True,
+        "cuda": cuda_library.is_emulated() or (cuda_library.is_built() and nvidia),
         "triton": _has_triton() and (triton_interprets() or gpu),
         "flex": _has_triton() and gpu,
         "flash": nvidia and find_flash("cuda") is not None,
@@ -277,7 +308,9 @@ def choose_name(op: str, impls: Mapping[str, Impl], backend: str, request: Reque
 
 def _interpreted(name: str) -> bool:
     """An interpreter proves kernels; nobody wants it chosen."""
-    return name == "triton" and triton_interprets()
+    return (name == "triton" and triton_interprets()) or (
+        name == "cuda" and cuda_library.is_emulated()
+    )
 
 
 def _reason(impls: Mapping[str, Impl], name: str, request: Request) -> str | None:

@@ -1,6 +1,8 @@
 // Adaptive layer norm: a block for each row forward, for each tile of tokens backward.
 #include "adaln.h"
 
+#include <type_traits>
+
 #include "elements.cuh"
 #include "launch.h"
 #include "primitives.h"
@@ -12,15 +14,17 @@ namespace {
 constexpr int kMostThreads = 512;
 constexpr int kMostWarps = kMostThreads / kWarp;
 
-// kHeld: a thread has eight neighbouring columns, read 16 bytes at a time, and keeps them in
-// registers between passes. Otherwise it has every blockDim.x-th column and reads them again:
-// widths past 4096 or no multiple of eight, and rows off a boundary of 16 bytes.
-template <bool kHeld>
-constexpr int kColumns = kHeld ? kEight : 1;
+// A thread has eight neighbouring columns and keeps them in registers between passes, read 16 bytes
+// at a time (kWide) or, off a boundary of 16 bytes, one by one (kNarrow): the sums have one order,
+// so that a view gives the bits that its copy gives. Widths past 4096 or no multiple of eight:
+// every blockDim.x-th column, read again in every pass (kAnew).
+constexpr int kWide = 0, kNarrow = 1, kAnew = 2;
+template <int kAccess>
+constexpr int kColumns = kAccess == kAnew ? 1 : kEight;
 
-template <bool kHeld, class F>
+template <int kAccess, class F>
 __device__ inline void for_columns(int width, const F& f) {
-  if constexpr (kHeld) {
+  if constexpr (kAccess != kAnew) {
     const int c = static_cast<int>(threadIdx.x) * kEight;
     if (c < width) f(c);
   } else {
@@ -28,10 +32,10 @@ __device__ inline void for_columns(int width, const F& f) {
   }
 }
 
-template <class T, int kCount>
+template <int kAccess, class T, int kCount>
 __device__ inline void load_columns(const T* p, float (&x)[kCount]) {
   if constexpr (kCount == kEight) {
-    load_eight<true>(p, x);
+    load_eight<kAccess == kWide>(p, x);
   } else {
     x[0] = widen(*p);
   }
@@ -48,15 +52,15 @@ __device__ inline void store_columns(T* p, const float (&x)[kCount]) {
 // y = (x - mean) * rstd * (1 + scale) + shift for one row. first(c, x) gives columns for the first
 // time, again(c, x) gives them once more. Mean first, then the squares around it: the form
 // E[x^2] - E[x]^2 would cancel where the mean is large.
-template <bool kHeld, class T, class First, class Again>
+template <int kAccess, class T, class First, class Again>
 __device__ inline void normalise_row(int width, float eps, const T* scale, const T* shift, T* y,
                                      float* mean_out, float* rstd_out, const First& first,
                                      const Again& again) {
-  constexpr int kCount = kColumns<kHeld>;
+  constexpr int kCount = kColumns<kAccess>;
   __shared__ float room[kMostWarps];
   float x[kCount];
   float sum = 0.0f;
-  for_columns<kHeld>(width, [&](int c) {
+  for_columns<kAccess>(width, [&](int c) {
     first(c, x);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) sum += x[i];
@@ -64,18 +68,18 @@ __device__ inline void normalise_row(int width, float eps, const T* scale, const
   const float n = static_cast<float>(width);
   const float mean = reduce_block(sum, room, Plus()) / n;
   float squares = 0.0f;
-  for_columns<kHeld>(width, [&](int c) {
-    if constexpr (!kHeld) again(c, x);
+  for_columns<kAccess>(width, [&](int c) {
+    if constexpr (kAccess == kAnew) again(c, x);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) squares += (x[i] - mean) * (x[i] - mean);
   });
   const float variance = reduce_block(squares, room, Plus()) / n;
   const float rstd = 1.0f / sqrtf(variance + eps);
-  for_columns<kHeld>(width, [&](int c) {
-    if constexpr (!kHeld) again(c, x);
+  for_columns<kAccess>(width, [&](int c) {
+    if constexpr (kAccess == kAnew) again(c, x);
     float gain[kCount], offset[kCount], out[kCount];
-    load_columns(scale + c, gain);
-    load_columns(shift + c, offset);
+    load_columns<kAccess>(scale + c, gain);
+    load_columns<kAccess>(shift + c, offset);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       out[i] = (x[i] - mean) * rstd * (1.0f + gain[i]) + offset[i];
@@ -88,40 +92,42 @@ __device__ inline void normalise_row(int width, float eps, const T* scale, const
   }
 }
 
-template <class TX, class T, bool kHeld>
+template <class TX, class T, int kAccess>
 __global__ void __launch_bounds__(kMostThreads) adaln_forward_kernel(AdaLNForwardArgs a) {
   const unsigned tokens = static_cast<unsigned>(a.tokens);
   const int64_t r = blockIdx.x, b = blockIdx.x / tokens, t = blockIdx.x % tokens;
   const TX* x_row = row<TX>(a.x, b, t);
-  const auto get = [&](int c, float (&x)[kColumns<kHeld>]) { load_columns(x_row + c, x); };
-  normalise_row<kHeld>(static_cast<int>(a.width), a.eps, row<T>(a.scale, b), row<T>(a.shift, b),
-                       static_cast<T*>(a.y) + r * a.width, a.mean + r, a.rstd + r, get, get);
+  const auto get = [&](int c, float (&x)[kColumns<kAccess>]) {
+    load_columns<kAccess>(x_row + c, x);
+  };
+  normalise_row<kAccess>(static_cast<int>(a.width), a.eps, row<T>(a.scale, b), row<T>(a.shift, b),
+                         static_cast<T*>(a.y) + r * a.width, a.mean + r, a.rstd + r, get, get);
 }
 
-template <class TX, class T, bool kHeld>
+template <class TX, class T, int kAccess>
 __global__ void __launch_bounds__(kMostThreads)
     gated_adaln_forward_kernel(GatedAdaLNForwardArgs a) {
-  constexpr int kCount = kColumns<kHeld>;
+  constexpr int kCount = kColumns<kAccess>;
   const unsigned tokens = static_cast<unsigned>(a.tokens);
   const int64_t r = blockIdx.x, b = blockIdx.x / tokens, t = blockIdx.x % tokens;
   const TX* x_row = row<TX>(a.x, b, t);
   const T* y_row = row<T>(a.y, b, t);
   const T* gate_row = row<T>(a.gate, b);
   TX* out_row = static_cast<TX*>(a.x_out) + r * a.width;
-  normalise_row<kHeld>(
+  normalise_row<kAccess>(
       static_cast<int>(a.width), a.eps, row<T>(a.scale, b), row<T>(a.shift, b),
       static_cast<T*>(a.h) + r * a.width, a.mean + r, a.rstd + r,
       [&](int c, float (&x)[kCount]) {
         float y[kCount], gate[kCount];
-        load_columns(x_row + c, x);
-        load_columns(y_row + c, y);
-        load_columns(gate_row + c, gate);
+        load_columns<kAccess>(x_row + c, x);
+        load_columns<kAccess>(y_row + c, y);
+        load_columns<kAccess>(gate_row + c, gate);
     // Rounded: the statistics are those of what is stored.
 #pragma unroll
         for (int i = 0; i < kCount; ++i) x[i] = widen(narrow<TX>(x[i] + gate[i] * y[i]));
         store_columns(out_row + c, x);
       },
-      [&](int c, float (&x)[kCount]) { load_columns(out_row + c, x); });
+      [&](int c, float (&x)[kCount]) { load_columns<kAccess>(out_row + c, x); });
 }
 
 // Two sums at once over the block; every thread gets both.
@@ -159,9 +165,9 @@ struct BackwardTile {
 //   g = grad_h * (1 + scale),  total = rstd * (g - mean(g) - xhat * mean(g * xhat)) [+ grad_x_out]
 //   grad_x = total,  grad_y = gate * total
 //   grad_scale = sum of grad_h * xhat,  grad_shift = sum of grad_h,  grad_gate = sum of total * y
-template <bool kHeld, bool kGated, class TX, class T>
+template <int kAccess, bool kGated, class TX, class T>
 __device__ inline void backward_tile(const BackwardTile<TX, T>& a) {
-  constexpr int kCount = kColumns<kHeld>, kKinds = kGated ? 3 : 2;
+  constexpr int kCount = kColumns<kAccess>, kKinds = kGated ? 3 : 2;
   __shared__ float room[2][kMostWarps];
   const float n = static_cast<float>(a.width);
   float sums[kKinds][kCount];
@@ -170,8 +176,8 @@ __device__ inline void backward_tile(const BackwardTile<TX, T>& a) {
   for (int kind = 0; kind < kKinds; ++kind) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) sums[kind][i] = 0.0f;
-    for_columns<kHeld>(a.width, [&](int c) {
-      if constexpr (!kHeld) a.partial[kind * a.width + c] = 0.0f;
+    for_columns<kAccess>(a.width, [&](int c) {
+      if constexpr (kAccess == kAnew) a.partial[kind * a.width + c] = 0.0f;
     });
   }
   for (int64_t t = a.begin; t < a.end; ++t) {
@@ -180,9 +186,9 @@ __device__ inline void backward_tile(const BackwardTile<TX, T>& a) {
     const float mean = a.mean[t], rstd = a.rstd[t];
     float grad_h[kCount], xhat[kCount], gain[kCount];
     const auto get = [&](int c) {
-      load_columns(grad_h_row + c, grad_h);
-      load_columns(x_row + c, xhat);
-      load_columns(a.scale + c, gain);
+      load_columns<kAccess>(grad_h_row + c, grad_h);
+      load_columns<kAccess>(x_row + c, xhat);
+      load_columns<kAccess>(a.scale + c, gain);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         xhat[i] = (xhat[i] - mean) * rstd;
@@ -190,7 +196,7 @@ __device__ inline void backward_tile(const BackwardTile<TX, T>& a) {
       }
     };
     float sum_g = 0.0f, sum_g_xhat = 0.0f;
-    for_columns<kHeld>(a.width, [&](int c) {
+    for_columns<kAccess>(a.width, [&](int c) {
       get(c);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
@@ -200,13 +206,13 @@ __device__ inline void backward_tile(const BackwardTile<TX, T>& a) {
     });
     reduce_pair(sum_g, sum_g_xhat, room);
     const float mean_g = sum_g / n, mean_g_xhat = sum_g_xhat / n;
-    for_columns<kHeld>(a.width, [&](int c) {
-      if constexpr (!kHeld) get(c);
+    for_columns<kAccess>(a.width, [&](int c) {
+      if constexpr (kAccess == kAnew) get(c);
       float total[kCount], y[kCount], gate[kCount];
       if constexpr (kGated) {
-        load_columns(row<TX>(a.grad_x_out, a.b, t) + c, total);
-        load_columns(row<T>(a.y, a.b, t) + c, y);
-        load_columns(a.gate + c, gate);
+        load_columns<kAccess>(row<TX>(a.grad_x_out, a.b, t) + c, total);
+        load_columns<kAccess>(row<T>(a.y, a.b, t) + c, y);
+        load_columns<kAccess>(a.gate + c, gate);
       }
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
@@ -221,7 +227,7 @@ __device__ inline void backward_tile(const BackwardTile<TX, T>& a) {
       }
       store_columns(a.grad_x + t * a.width + c, total);
       if constexpr (kGated) store_columns(a.grad_y + t * a.width + c, gate);
-      if constexpr (!kHeld) {
+      if constexpr (kAccess == kAnew) {
 #pragma unroll
         for (int kind = 0; kind < kKinds; ++kind) {
           a.partial[kind * a.width + c] += sums[kind][0];
@@ -230,8 +236,8 @@ __device__ inline void backward_tile(const BackwardTile<TX, T>& a) {
       }
     });
   }
-  if constexpr (kHeld) {
-    for_columns<kHeld>(a.width, [&](int c) {
+  if constexpr (kAccess != kAnew) {
+    for_columns<kAccess>(a.width, [&](int c) {
 #pragma unroll
       for (int kind = 0; kind < kKinds; ++kind) {
 #pragma unroll
@@ -241,7 +247,7 @@ __device__ inline void backward_tile(const BackwardTile<TX, T>& a) {
   }
 }
 
-template <class TX, class T, bool kHeld>
+template <class TX, class T, int kAccess>
 __global__ void __launch_bounds__(kMostThreads) adaln_backward_kernel(AdaLNBackwardCudaArgs all) {
   const AdaLNBackwardArgs& a = all.op;
   const int64_t tiles = ceil_div(a.tokens, kAdaLNTokensPerTile);
@@ -259,10 +265,10 @@ __global__ void __launch_bounds__(kMostThreads) adaln_backward_kernel(AdaLNBackw
   tile.begin = begin;
   tile.end = after < a.tokens ? after : a.tokens;
   tile.width = static_cast<int>(a.width);
-  backward_tile<kHeld, false>(tile);
+  backward_tile<kAccess, false>(tile);
 }
 
-template <class TX, class T, bool kHeld>
+template <class TX, class T, int kAccess>
 __global__ void __launch_bounds__(kMostThreads)
     gated_adaln_backward_kernel(GatedAdaLNBackwardCudaArgs all) {
   const GatedAdaLNBackwardArgs& a = all.op;
@@ -285,7 +291,7 @@ __global__ void __launch_bounds__(kMostThreads)
   tile.begin = begin;
   tile.end = after < a.tokens ? after : a.tokens;
   tile.width = static_cast<int>(a.width);
-  backward_tile<kHeld, true>(tile);
+  backward_tile<kAccess, true>(tile);
 }
 
 constexpr int kSumThreads = 256;
@@ -326,8 +332,16 @@ dim3 threads_for(int64_t width) {
   return dim3(static_cast<unsigned>(ceil_div(ceil_div(width, kEight), kWarp) * kWarp));
 }
 bool can_hold(int64_t width) { return width % kEight == 0 && width <= kMostThreads * kEight; }
-// For columns that are read anew.
-dim3 other_threads() { return dim3(256); }
+constexpr unsigned kAnewThreads = 256;
+
+// Calls launch_with(access, threads): a view that is not `aligned` is read one by one.
+template <class F>
+int with_access(int64_t width, bool aligned, const F& launch_with) {
+  if (!can_hold(width))
+    return launch_with(std::integral_constant<int, kAnew>(), dim3(kAnewThreads));
+  return aligned ? launch_with(std::integral_constant<int, kWide>(), threads_for(width))
+                 : launch_with(std::integral_constant<int, kNarrow>(), threads_for(width));
+}
 
 // x is float32 or of the values' dtype: calls f(element of x, element of the values).
 template <class F>
@@ -344,47 +358,48 @@ int with_types(DType x_dtype, DType value_dtype, const F& f) {
 
 int forward(const AdaLNForwardArgs& a, void* stream) {
   const int64_t x_bytes = bytes_of(a.x_dtype), bytes = bytes_of(a.value_dtype);
-  const bool held = can_hold(a.width) && is_aligned(a.x, x_bytes) && is_aligned(a.scale, bytes) &&
-                    is_aligned(a.shift, bytes);
+  const bool aligned =
+      is_aligned(a.x, x_bytes) && is_aligned(a.scale, bytes) && is_aligned(a.shift, bytes);
   const dim3 grid(static_cast<unsigned>(a.batch * a.tokens));
   return with_types(a.x_dtype, a.value_dtype, [&](auto x, auto value) {
     using TX = decltype(x);
     using T = decltype(value);
-    return held
-               ? launch(adaln_forward_kernel<TX, T, true>, grid, threads_for(a.width), 0, stream, a)
-               : launch(adaln_forward_kernel<TX, T, false>, grid, other_threads(), 0, stream, a);
+    return with_access(a.width, aligned, [&](auto access, dim3 threads) {
+      return launch(adaln_forward_kernel<TX, T, decltype(access)::value>, grid, threads, 0, stream,
+                    a);
+    });
   });
 }
 
 int gated_forward(const GatedAdaLNForwardArgs& a, void* stream) {
   const int64_t x_bytes = bytes_of(a.x_dtype), bytes = bytes_of(a.value_dtype);
-  const bool held = can_hold(a.width) && is_aligned(a.x, x_bytes) && is_aligned(a.y, bytes) &&
-                    is_aligned(a.gate, bytes) && is_aligned(a.scale, bytes) &&
-                    is_aligned(a.shift, bytes);
+  const bool aligned = is_aligned(a.x, x_bytes) && is_aligned(a.y, bytes) &&
+                       is_aligned(a.gate, bytes) && is_aligned(a.scale, bytes) &&
+                       is_aligned(a.shift, bytes);
   const dim3 grid(static_cast<unsigned>(a.batch * a.tokens));
   return with_types(a.x_dtype, a.value_dtype, [&](auto x, auto value) {
     using TX = decltype(x);
     using T = decltype(value);
-    return held ? launch(gated_adaln_forward_kernel<TX, T, true>, grid, threads_for(a.width), 0,
-                         stream, a)
-                : launch(gated_adaln_forward_kernel<TX, T, false>, grid, other_threads(), 0, stream,
-                         a);
+    return with_access(a.width, aligned, [&](auto access, dim3 threads) {
+      return launch(gated_adaln_forward_kernel<TX, T, decltype(access)::value>, grid, threads, 0,
+                    stream, a);
+    });
   });
 }
 
 int backward(const AdaLNBackwardCudaArgs& all, void* stream) {
   const AdaLNBackwardArgs& a = all.op;
   const int64_t x_bytes = bytes_of(a.x_dtype), bytes = bytes_of(a.value_dtype);
-  const bool held = can_hold(a.width) && is_aligned(a.x, x_bytes) && is_aligned(a.grad_y, bytes) &&
-                    is_aligned(a.scale, bytes);
+  const bool aligned =
+      is_aligned(a.x, x_bytes) && is_aligned(a.grad_y, bytes) && is_aligned(a.scale, bytes);
   const dim3 grid(static_cast<unsigned>(a.batch * ceil_div(a.tokens, kAdaLNTokensPerTile)));
   return with_types(a.x_dtype, a.value_dtype, [&](auto x, auto value) {
     using TX = decltype(x);
     using T = decltype(value);
-    const int error =
-        held
-            ? launch(adaln_backward_kernel<TX, T, true>, grid, threads_for(a.width), 0, stream, all)
-            : launch(adaln_backward_kernel<TX, T, false>, grid, other_threads(), 0, stream, all);
+    const int error = with_access(a.width, aligned, [&](auto access, dim3 threads) {
+      return launch(adaln_backward_kernel<TX, T, decltype(access)::value>, grid, threads, 0, stream,
+                    all);
+    });
     if (error != 0) return error;
     const SumTargets<T> targets = {
         {static_cast<T*>(a.grad_scale), static_cast<T*>(a.grad_shift), nullptr}};
@@ -395,18 +410,17 @@ int backward(const AdaLNBackwardCudaArgs& all, void* stream) {
 int gated_backward(const GatedAdaLNBackwardCudaArgs& all, void* stream) {
   const GatedAdaLNBackwardArgs& a = all.op;
   const int64_t x_bytes = bytes_of(a.x_dtype), bytes = bytes_of(a.value_dtype);
-  const bool held = can_hold(a.width) && is_aligned(a.x_out, x_bytes) &&
-                    is_aligned(a.grad_x_out, x_bytes) && is_aligned(a.grad_h, bytes) &&
-                    is_aligned(a.y, bytes) && is_aligned(a.gate, bytes) &&
-                    is_aligned(a.scale, bytes);
+  const bool aligned = is_aligned(a.x_out, x_bytes) && is_aligned(a.grad_x_out, x_bytes) &&
+                       is_aligned(a.grad_h, bytes) && is_aligned(a.y, bytes) &&
+                       is_aligned(a.gate, bytes) && is_aligned(a.scale, bytes);
   const dim3 grid(static_cast<unsigned>(a.batch * ceil_div(a.tokens, kAdaLNTokensPerTile)));
   return with_types(a.x_dtype, a.value_dtype, [&](auto x, auto value) {
     using TX = decltype(x);
     using T = decltype(value);
-    const int error = held ? launch(gated_adaln_backward_kernel<TX, T, true>, grid,
-                                    threads_for(a.width), 0, stream, all)
-                           : launch(gated_adaln_backward_kernel<TX, T, false>, grid,
-                                    other_threads(), 0, stream, all);
+    const int error = with_access(a.width, aligned, [&](auto access, dim3 threads) {
+      return launch(gated_adaln_backward_kernel<TX, T, decltype(access)::value>, grid, threads, 0,
+                    stream, all);
+    });
     if (error != 0) return error;
     const SumTargets<T> targets = {{static_cast<T*>(a.grad_scale), static_cast<T*>(a.grad_shift),
                                     static_cast<T*>(a.grad_gate)}};

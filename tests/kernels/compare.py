@@ -25,7 +25,8 @@ DEVICE = os.environ.get("VARIANT_TEST_DEVICE", "cpu")
 def backends_for(impls: dict[str, Impl], dtype: torch.dtype) -> list[str]:
     """Backends that say that they serve this dtype on the device under test.
 
-    ``TRITON_INTERPRET=1`` adds triton, run by its interpreter.
+    ``TRITON_INTERPRET=1`` adds triton, run by its interpreter; ``VARIANT_CUDA_EMULATION`` adds
+    cuda, compiled for the CPU.
     """
     request = Request(DEVICE, (dtype,), 64)
     return [

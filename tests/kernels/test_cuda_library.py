@@ -27,6 +27,7 @@ def test_importing_the_package_loads_no_cuda_library():
 
 
 def test_a_missing_library_says_how_to_build_it(monkeypatch, tmp_path):
+    monkeypatch.delenv(library.EMULATION, raising=False)
     monkeypatch.setattr(library, "PATH", tmp_path / "_cuda.so")
     library.load.cache_clear()
     assert not library.is_built()
@@ -38,6 +39,7 @@ def test_a_missing_library_says_how_to_build_it(monkeypatch, tmp_path):
 def test_a_library_that_cannot_be_loaded_is_reported(monkeypatch, tmp_path):
     broken = tmp_path / "_cuda.so"
     broken.write_bytes(b"not a library")
+    monkeypatch.delenv(library.EMULATION, raising=False)
     monkeypatch.setattr(library, "PATH", broken)
     library.load.cache_clear()
     with pytest.raises(RuntimeError, match="cannot be loaded"):

@@ -7,10 +7,19 @@ this module loads nothing, so that a machine without a GPU pays nothing and cann
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import cache
 from pathlib import Path
 
 PATH = Path(__file__).resolve().parent.parent / "_cuda.so"
+# Names a library of the same kernels compiled for the CPU (csrc/cuda/EMULATION.md): launchers then
+# take CPU tensors. It proves kernels and launchers where there is no GPU; nothing chooses it.
+EMULATION = "VARIANT_CUDA_EMULATION"
+
+
+def is_emulated() -> bool:
+    """Whether the kernels run on the CPU, in the emulation."""
+    return EMULATION in os.environ
 
 
 def is_built() -> bool:
@@ -25,6 +34,8 @@ def load() -> ctypes.CDLL:
     Raises:
         RuntimeError: it was not built, or the system's loader refuses it.
     """
+    if is_emulated():
+        return ctypes.CDLL(os.environ[EMULATION])
     if not is_built():
         raise RuntimeError(
             "the CUDA kernels are not built: install nvcc (CUDA 12 or newer) and build again with "
@@ -55,6 +66,8 @@ def check(op: str, status: int) -> None:
     Raises:
         RuntimeError: the launch failed; the message is the CUDA runtime's.
     """
+    if status and is_emulated():
+        raise RuntimeError(f"{op}: the emulated CUDA kernel refused its arguments ({status})")
     if status:
         reason = load().variant_cuda_error_text(status).decode()
         raise RuntimeError(f"{op}: the CUDA kernel could not be launched: {reason} ({status})")

@@ -15,6 +15,7 @@ from variant_kernels.backends import (
     Request,
     choose_name,
     cpu_unsupported,
+    cuda_unsupported,
     triton_unsupported,
 )
 from variant_kernels.registry import (
@@ -123,6 +124,7 @@ def reference_gated_adaln_backward(
 
 _CPU = "variant_kernels.cpu_ops.adaln"
 _TRITON = "variant_kernels.triton_ops.adaln"
+_CUDA = "variant_kernels.cuda_ops.adaln"
 
 ADALN_IMPLS = {
     "reference": Impl(reference_adaln_forward, reference_adaln_backward),
@@ -133,6 +135,11 @@ ADALN_IMPLS = {
         Lazy(_TRITON, "launch_adaln_forward"),
         Lazy(_TRITON, "launch_adaln_backward"),
         triton_unsupported,
+    ),
+    "cuda": Impl(
+        Lazy(_CUDA, "launch_adaln_forward"),
+        Lazy(_CUDA, "launch_adaln_backward"),
+        cuda_unsupported,
     ),
 }
 
@@ -147,6 +154,11 @@ GATED_IMPLS = {
         Lazy(_TRITON, "launch_gated_adaln_forward"),
         Lazy(_TRITON, "launch_gated_adaln_backward"),
         triton_unsupported,
+    ),
+    "cuda": Impl(
+        Lazy(_CUDA, "launch_gated_adaln_forward"),
+        Lazy(_CUDA, "launch_gated_adaln_backward"),
+        cuda_unsupported,
     ),
 }
 

@@ -15,6 +15,7 @@ from variant_kernels.backends import (
     Request,
     choose,
     cpu_unsupported,
+    cuda_unsupported,
     triton_unsupported,
 )
 from variant_kernels.registry import refuse_gradient, register
@@ -59,6 +60,10 @@ APPEND_IMPLS = {
     "triton": Impl(
         Lazy("variant_kernels.triton_ops.append_paged_kv", "launch_append_paged_kv"),
         unsupported=triton_unsupported,
+    ),
+    "cuda": Impl(
+        Lazy("variant_kernels.cuda_ops.append_paged_kv", "launch_append_paged_kv"),
+        unsupported=cuda_unsupported,
     ),
 }
 

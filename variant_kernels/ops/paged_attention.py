@@ -17,6 +17,7 @@ from variant_kernels.backends import (
     Request,
     choose,
     cpu_unsupported,
+    cuda_unsupported,
     flash_unsupported,
     flashinfer_unsupported,
     triton_unsupported,
@@ -103,6 +104,10 @@ PAGED_IMPLS = {
     "triton": Impl(
         Lazy("variant_kernels.triton_ops.paged_attention", "launch_paged_attention_forward"),
         unsupported=triton_unsupported,
+    ),
+    "cuda": Impl(
+        Lazy("variant_kernels.cuda_ops.paged_attention", "launch_paged_attention_forward"),
+        unsupported=cuda_unsupported,
     ),
     "flash": Impl(
         Lazy("variant_kernels.library_ops.flash", "launch_paged_attention_forward"),

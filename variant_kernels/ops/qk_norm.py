@@ -17,6 +17,7 @@ from variant_kernels.backends import (
     Request,
     choose_name,
     cpu_unsupported,
+    cuda_unsupported,
     triton_unsupported,
 )
 from variant_kernels.registry import (
@@ -92,6 +93,7 @@ def reference_qk_norm_backward(
 
 _CPU = "variant_kernels.cpu_ops.qk_norm"
 _TRITON = "variant_kernels.triton_ops.qk_norm"
+_CUDA = "variant_kernels.cuda_ops.qk_norm"
 
 QK_NORM_IMPLS = {
     "reference": Impl(reference_qk_norm_forward, reference_qk_norm_backward),
@@ -104,6 +106,11 @@ QK_NORM_IMPLS = {
         Lazy(_TRITON, "launch_qk_norm_forward"),
         Lazy(_TRITON, "launch_qk_norm_backward"),
         triton_unsupported,
+    ),
+    "cuda": Impl(
+        Lazy(_CUDA, "launch_qk_norm_forward"),
+        Lazy(_CUDA, "launch_qk_norm_backward"),
+        cuda_unsupported,
     ),
 }
 

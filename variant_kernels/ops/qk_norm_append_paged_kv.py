@@ -15,6 +15,7 @@ from variant_kernels.backends import (
     Request,
     choose,
     cpu_unsupported,
+    cuda_unsupported,
     triton_unsupported,
 )
 from variant_kernels.ops.append_paged_kv import (
@@ -66,6 +67,10 @@ FUSED_IMPLS = {
             "variant_kernels.triton_ops.qk_norm_append_paged_kv", "launch_qk_norm_append_paged_kv"
         ),
         unsupported=triton_unsupported,
+    ),
+    "cuda": Impl(
+        Lazy("variant_kernels.cuda_ops.qk_norm_append_paged_kv", "launch_qk_norm_append_paged_kv"),
+        unsupported=cuda_unsupported,
     ),
 }
 

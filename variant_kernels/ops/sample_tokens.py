@@ -16,6 +16,7 @@ from variant_kernels.backends import (
     Request,
     choose,
     cpu_unsupported,
+    cuda_unsupported,
     triton_unsupported,
 )
 from variant_kernels.registry import refuse_gradient, register
@@ -143,6 +144,10 @@ SAMPLE_IMPLS = {
     "triton": Impl(
         Lazy("variant_kernels.triton_ops.sample_tokens", "launch_sample_tokens"),
         unsupported=triton_unsupported,
+    ),
+    "cuda": Impl(
+        Lazy("variant_kernels.cuda_ops.sample_tokens", "launch_sample_tokens"),
+        unsupported=cuda_unsupported,
     ),
 }
 

@@ -1,0 +1,58 @@
+"""CUDA launcher of append_paged_kv. B batch, T tokens, H heads, D head width, P pages, N slots."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from functools import cache
+from typing import Any
+
+import torch
+
+from variant_kernels.cuda_ops import common, library
+
+# AppendPagedKvArgs
+_ARGS = struct.Struct("@22qii0q")
+
+
+@cache
+def _function() -> Any:
+    # The library takes the number of pages in the place of the structure's size.
+    function = library.load().variant_cuda_append_paged_kv
+    function.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p]
+    function.restype = ctypes.c_int
+    return function
+
+
+def launch_append_paged_kv(
+    *,
+    k_BTHD: torch.Tensor,
+    v_BTHD: torch.Tensor,
+    k_pages_PNHD: torch.Tensor,
+    v_pages_PNHD: torch.Tensor,
+    slots_BT: torch.Tensor,
+) -> None:
+    """Write the keys and values of token (b, t) into slot slots_BT[b, t]; -1 skips the token.
+
+    A slot is page * page_size + offset. On a GPU nobody has looked at it: one past the last page
+    is skipped as well. Two tokens with one slot are the caller's mistake.
+
+    Raises:
+        RuntimeError: the launch failed.
+    """
+    slots_BT = slots_BT.contiguous()
+    packed = _ARGS.pack(
+        *k_BTHD.shape,
+        k_pages_PNHD.shape[1],
+        *common.rows(k_BTHD),
+        *common.rows(v_BTHD),
+        k_pages_PNHD.data_ptr(),
+        v_pages_PNHD.data_ptr(),
+        *k_pages_PNHD.stride()[:3],
+        *v_pages_PNHD.stride()[:3],
+        slots_BT.data_ptr(),
+        k_BTHD.element_size(),
+        0,
+    )
+    status = _function()(packed, k_pages_PNHD.shape[0], *common.place(k_BTHD))
+    library.check("append_paged_kv", status)

@@ -1,0 +1,72 @@
+"""What the CUDA launchers share: packed arguments, the device and its stream.
+
+A launcher of the library takes one structure (csrc/cuda/<stem>.h), its size, a device and a stream.
+Formats are those of :mod:`struct`, with the compiler's own alignment; a structure of another size
+is refused by the library. Pointers are packed as integers; strides count elements.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from functools import cache
+from typing import Any
+
+import torch
+
+from variant_kernels.cuda_ops import library
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Blocks of a grid, and rows where a kernel counts them in 32 bits.
+MOST_ROWS = 2**31 - 512
+
+
+def rows(x: torch.Tensor) -> tuple[int, ...]:
+    """(address, outer strides in elements): all but the last dimension, which is contiguous."""
+    return (x.data_ptr(), *x.stride()[:-1])
+
+
+def empty_as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A new contiguous tensor of x's shape and device."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def place(x: torch.Tensor) -> tuple[int, int]:
+    """The index of x's device and the stream that torch computes on there."""
+    if library.is_emulated():
+        return 0, 0
+    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+
+
+@cache
+def _function(name: str) -> Any:
+    function = getattr(library.load(), f"variant_cuda_{name}")
+    function.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p]
+    function.restype = ctypes.c_int
+    return function
+
+
+def launch(op: str, name: str, layout: struct.Struct, values: tuple[Any, ...], x: torch.Tensor):
+    """Run ``variant_cuda_<name>`` on x's device and stream.
+
+    Raises:
+        RuntimeError: the launch failed; the message is the CUDA runtime's.
+    """
+    packed = layout.pack(*values)
+    library.check(op, _function(name)(packed, len(packed), *place(x)))
+
+
+def check_rows(op: str, name: str, count: int) -> None:
+    """Raises ValueError where a grid could not hold so many rows."""
+    if count > MOST_ROWS:
+        raise ValueError(
+            f'{op}: backend "cuda" takes at most {MOST_ROWS} rows of {name}; got {count}'
+        )
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors; a few under emulation, so that small tests share work out too."""
+    if library.is_emulated():
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,89 @@
+"""CUDA launcher of paged_attention. B batch, T queries, H heads, D head width, P pages, N slots of
+a page, M page-table entries of a sequence.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+
+from variant_kernels.cuda_ops import common
+
+# PagedAttentionArgs
+_ARGS = struct.Struct("@8q12q6qfi0q")
+# Queries of a block: 16 where there are no more, else 64; 16 on the path of plain products.
+FEW_QUERIES, QUERIES_OF_A_BLOCK = 16, 64
+# Fewer keys than this are not worth a second kernel.
+KEYS_OF_A_PART = 128
+
+
+def num_splits(blocks: int, processors: int, room: int) -> int:
+    """Into how many parts the keys of each sequence go, for at most ``room`` keys.
+
+    One, unless blocks without a split leave processors idle; then enough for two on each.
+    """
+    if blocks >= processors:
+        return 1
+    return max(1, min(-(-2 * processors // blocks), room // KEYS_OF_A_PART))
+
+
+def launch_paged_attention_forward(
+    *,
+    q_BTHD: torch.Tensor,
+    k_pages_PNHD: torch.Tensor,
+    v_pages_PNHD: torch.Tensor,
+    page_table_BM: torch.Tensor,
+    kv_lens_B: torch.Tensor,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """softmax(softmax_scale * q k^T) v over the first kv_lens_B[b] tokens of sequence b.
+
+    Token s lies at page page_table_BM[b, s // N], slot s % N. A length of 0 gives zeros. Neither
+    page-table entries nor slots past the length are read. On a GPU nobody has looked at the
+    values: lengths are clamped to what the table holds, page indices to the pool.
+
+    Returns:
+        out_BTHD: contiguous, q's dtype.
+    Raises:
+        RuntimeError: the launch failed.
+    """
+    batch, tokens, heads, head_dim = q_BTHD.shape
+    num_pages, page_size = k_pages_PNHD.shape[:2]
+    entries = page_table_BM.shape[1]
+    out_BTHD = common.empty_as(q_BTHD, q_BTHD.dtype)
+    if out_BTHD.numel() == 0:
+        return out_BTHD
+    if num_pages == 0 or entries == 0:
+        return out_BTHD.zero_()
+    few = tokens <= FEW_QUERIES or q_BTHD.dtype == torch.float32
+    blocks = batch * heads * -(-tokens // (FEW_QUERIES if few else QUERIES_OF_A_BLOCK))
+    splits = num_splits(blocks, common.num_processors(q_BTHD.device), entries * page_size)
+    partial_address = lse_address = 0
+    if splits > 1:
+        shape = (splits, batch, tokens, heads)
+        partial_SBTHD = q_BTHD.new_empty((*shape, head_dim), dtype=torch.float32)
+        lse_SBTH = q_BTHD.new_empty(shape, dtype=torch.float32)
+        partial_address, lse_address = partial_SBTHD.data_ptr(), lse_SBTH.data_ptr()
+    kv_lens_B = kv_lens_B.contiguous()
+    common.check_rows("paged_attention", "q_BTHD", batch * tokens * heads * splits)
+    common.launch(
+        "paged_attention",
+        "paged_attention_forward",
+        _ARGS,
+        (
+            *(batch, tokens, heads, head_dim, num_pages, page_size, entries, splits),
+            *common.rows(q_BTHD),
+            *common.rows(k_pages_PNHD),
+            *common.rows(v_pages_PNHD),
+            *common.rows(page_table_BM),
+            kv_lens_B.data_ptr(),
+            out_BTHD.data_ptr(),
+            partial_address,
+            lse_address,
+            softmax_scale,
+            common.DTYPE_CODES[q_BTHD.dtype],
+        ),
+        q_BTHD,
+    )
+    return out_BTHD

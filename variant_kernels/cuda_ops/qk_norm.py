@@ -1,0 +1,105 @@
+"""CUDA launchers of qk_norm. B batch, T tokens, H heads, D head width."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+
+from variant_kernels.cuda_ops import common
+from variant_kernels.registry import last_contiguous
+
+# QkNormForwardArgs, QkNormBackwardCudaArgs
+_FORWARD = struct.Struct("@4q8q3qii0q")
+_BACKWARD = struct.Struct("@4q16q4qiiq")
+# kQkNormTokensPerPiece
+TOKENS_PER_PIECE = 64
+
+
+def launch_qk_norm_forward(
+    *, q_BTHD: torch.Tensor, k_BTHD: torch.Tensor, scale_mul_1H11: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q / max(|q|, 1e-12) * exp(min(scale_mul, log 100)) and k / max(|k|, 1e-12).
+
+    Returns:
+        q_out_BTHD, k_out_BTHD: contiguous, the inputs' dtype.
+    Raises:
+        RuntimeError: the launch failed.
+    """
+    scale_mul_H = scale_mul_1H11.reshape(-1).float().contiguous()
+    q_out_BTHD = common.empty_as(q_BTHD, q_BTHD.dtype)
+    k_out_BTHD = common.empty_as(k_BTHD, k_BTHD.dtype)
+    if q_BTHD.numel() == 0:
+        return q_out_BTHD, k_out_BTHD
+    batch, tokens, heads, head_dim = q_BTHD.shape
+    common.check_rows("qk_norm", "q_BTHD", batch * tokens * heads)
+    common.launch(
+        "qk_norm",
+        "qk_norm_forward",
+        _FORWARD,
+        (
+            *(batch, tokens, heads, head_dim),
+            *common.rows(q_BTHD),
+            *common.rows(k_BTHD),
+            scale_mul_H.data_ptr(),
+            q_out_BTHD.data_ptr(),
+            k_out_BTHD.data_ptr(),
+            common.DTYPE_CODES[q_BTHD.dtype],
+            0,
+        ),
+        q_BTHD,
+    )
+    return q_out_BTHD, k_out_BTHD
+
+
+def launch_qk_norm_backward(
+    *,
+    grad_q_BTHD: torch.Tensor,
+    grad_k_BTHD: torch.Tensor,
+    q_BTHD: torch.Tensor,
+    k_BTHD: torch.Tensor,
+    scale_mul_1H11: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of launch_qk_norm_forward; the same bits on every run.
+
+    A head whose scale_mul lies past log 100 gets no gradient there; a row whose norm was clamped
+    gets that of a division by 1e-12.
+
+    Returns:
+        dq_BTHD, dk_BTHD (contiguous, the inputs' dtype), dscale_mul_1H11 (scale_mul's dtype).
+    Raises:
+        RuntimeError: the launch failed.
+    """
+    grad_q_BTHD, grad_k_BTHD = last_contiguous(grad_q_BTHD), last_contiguous(grad_k_BTHD)
+    scale_mul_H = scale_mul_1H11.reshape(-1).float().contiguous()
+    dq_BTHD = common.empty_as(q_BTHD, q_BTHD.dtype)
+    dk_BTHD = common.empty_as(k_BTHD, k_BTHD.dtype)
+    if q_BTHD.numel() == 0:
+        return dq_BTHD, dk_BTHD, torch.zeros_like(scale_mul_1H11)
+    dscale_mul_H = torch.empty_like(scale_mul_H)
+    batch, tokens, heads, head_dim = q_BTHD.shape
+    common.check_rows("qk_norm", "q_BTHD", batch * tokens * heads)
+    pieces = -(-batch * tokens // TOKENS_PER_PIECE)
+    partial_SH = torch.empty((pieces, heads), dtype=torch.float32, device=q_BTHD.device)
+    common.launch(
+        "qk_norm",
+        "qk_norm_backward",
+        _BACKWARD,
+        (
+            *(batch, tokens, heads, head_dim),
+            *common.rows(grad_q_BTHD),
+            *common.rows(grad_k_BTHD),
+            *common.rows(q_BTHD),
+            *common.rows(k_BTHD),
+            scale_mul_H.data_ptr(),
+            dq_BTHD.data_ptr(),
+            dk_BTHD.data_ptr(),
+            dscale_mul_H.data_ptr(),
+            common.DTYPE_CODES[q_BTHD.dtype],
+            0,
+            partial_SH.data_ptr(),
+        ),
+        q_BTHD,
+    )
+    dscale_mul_1H11 = dscale_mul_H.view(scale_mul_1H11.shape).to(scale_mul_1H11.dtype)
+    return dq_BTHD, dk_BTHD, dscale_mul_1H11
