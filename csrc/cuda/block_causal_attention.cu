@@ -11,17 +11,9 @@ namespace {
 
 struct BlockCausalParams {
   BlockCausalForwardArgs a;
-  int num_scales;
-  int ends[kMostScales];  // of the scales, in tokens
+  ScaleEnds ends;
   float scale_log2;
   bool negate;
-
-  // Tokens that token t sees.
-  __device__ int visible(int t) const {
-    int scale = 0;
-    while (ends[scale] <= t) ++scale;
-    return ends[scale];
-  }
 };
 
 template <class T>
@@ -34,7 +26,9 @@ struct ContiguousSource {
     return r < queries ? q + r * p.a.q.token_stride : nullptr;
   }
   // Rows past the tile see what its last query sees.
-  __device__ int visible(int r) const { return r < queries ? p.visible(first_query + r) : last; }
+  __device__ int visible(int r) const {
+    return r < queries ? p.ends.visible(first_query + r) : last;
+  }
   __device__ void locate(int s, const T** k_row, const T** v_row) const {
     *k_row = k + s * p.a.k.token_stride;
     *v_row = v + s * p.a.v.token_stride;
@@ -67,7 +61,7 @@ __device__ inline ContiguousSource<T> source_of(const BlockCausalParams& p, Bloc
           row<T>(a.v, at.b, 0, at.h),
           at.t,
           queries,
-          p.visible(at.t + queries - 1)};
+          p.ends.visible(at.t + queries - 1)};
 }
 
 constexpr float kLog2 = 0.6931471805599453f;
@@ -162,17 +156,9 @@ int attend(const BlockCausalParams& p, void* stream) {
 }
 
 int forward(const BlockCausalForwardArgs& a, void* stream) {
-  if (a.num_scales > kMostScales) return kInvalidValue;
   BlockCausalParams p = {};
   p.a = a;
-  p.num_scales = static_cast<int>(a.num_scales);
-  int end = 0;
-  for (int64_t scale = 0; scale < a.num_scales; ++scale) {
-    end += static_cast<int>(a.scale_lengths[scale]);
-    p.ends[scale] = end;
-  }
-  // The loop over the scales ends at the last: every token must belong to one.
-  if (end != a.length) return kInvalidValue;
+  if (!p.ends.set(a.scale_lengths, a.num_scales, a.length)) return kInvalidValue;
   p.negate = a.softmax_scale < 0.0f;
   // A scale of zero would turn masked scores into visible ones; this one is zero to every sum.
   const float size = p.negate ? -a.softmax_scale : a.softmax_scale;

@@ -2,10 +2,46 @@
 #pragma once
 
 #include "../include/block_causal_attention.h"
+#include "primitives.h"
 
 namespace variant::cuda {
 
 // Scales that fit a kernel's arguments.
-constexpr int64_t kMostScales = 64;
+constexpr int64_t kMostScales = 256;
+
+// Ends of the scales, in tokens: the last is the length.
+struct ScaleEnds {
+  int count;
+  int end[kMostScales];
+
+  // False if they do not fit or leave tokens out.
+  bool set(const int64_t* lengths, int64_t num_scales, int64_t length) {
+    if (num_scales < 1 || num_scales > kMostScales) return false;
+    int64_t sum = 0;
+    count = static_cast<int>(num_scales);
+    for (int scale = 0; scale < count; ++scale) {
+      sum += lengths[scale];
+      end[scale] = static_cast<int>(sum);
+    }
+    return sum == length;
+  }
+  // Tokens that token t sees.
+  __host__ __device__ int visible(int t) const {
+    int scale = 0;
+    while (end[scale] <= t) ++scale;
+    return end[scale];
+  }
+  // The first token that sees token t.
+  __host__ __device__ int begin(int t) const {
+    int scale = 0;
+    while (end[scale] <= t) ++scale;
+    return scale == 0 ? 0 : end[scale - 1];
+  }
+};
+
+struct BlockCausalBackwardCudaArgs {
+  BlockCausalBackwardArgs op;
+  float* delta;  // (B, H, L): room for the sums of grad_out * out
+};
 
 }  // namespace variant::cuda

@@ -17,6 +17,7 @@ from variant_kernels.backends import (
     Request,
     choose_name,
     cpu_unsupported,
+    cuda_unsupported,
     flex_unsupported,
     triton_unsupported,
 )
@@ -105,6 +106,7 @@ def reference_block_causal_attention_backward(
 
 _CPU = "variant_kernels.cpu_ops.block_causal_attention"
 _TRITON = "variant_kernels.triton_ops.block_causal_attention"
+_CUDA = "variant_kernels.cuda_ops.block_causal_attention"
 _FLEX = "variant_kernels.library_ops.flex"
 
 BLOCK_CAUSAL_IMPLS = {
@@ -120,6 +122,11 @@ BLOCK_CAUSAL_IMPLS = {
         Lazy(_TRITON, "launch_block_causal_attention_forward"),
         Lazy(f"{_TRITON}_backward", "launch_block_causal_attention_backward"),
         triton_unsupported,
+    ),
+    "cuda": Impl(
+        Lazy(_CUDA, "launch_block_causal_attention_forward"),
+        Lazy(_CUDA, "launch_block_causal_attention_backward"),
+        cuda_unsupported,
     ),
     # Its gradient is torch's own: see block_causal_attention.
     "flex": Impl(

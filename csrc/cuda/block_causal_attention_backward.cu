@@ -1,0 +1,429 @@
+// Gradients of block-causal attention, without atomics: one kernel walks the queries of each tile
+// of keys (dk, dv), one the keys of each tile of queries (dq), and both compute the scores anew
+// (FlashAttention-2, arXiv 2307.08691). With X the tile's own rows and Y the rows that pass by:
+//   S = X1 Y1^T,  P = exp(softmax_scale S - lse),  dP = X2 Y2^T,  dS = P (dP - delta)
+//   keys:    X = k, v; Y = q, grad_out;  dk = softmax_scale dS Y1,  dv = P Y2
+//   queries: X = q, grad_out; Y = k, v;  dq = softmax_scale dS Y1
+#include <type_traits>
+
+#include "block_causal_attention.h"
+#include "launch.h"
+#include "softmax_plain.cuh"
+#include "softmax_tiles.cuh"
+
+namespace variant::cuda {
+namespace {
+
+constexpr float kLog2OfE = 1.4426950408889634f;
+
+struct BackwardParams {
+  BlockCausalBackwardArgs a;
+  float* delta;
+  ScaleEnds ends;
+};
+
+// The tile of one block: rows [begin, begin + rows), which meet [first, last).
+template <class T>
+struct BackwardPlace {
+  int64_t b, h;
+  int begin, rows, first, last;
+  const T *x1, *x2, *y1, *y2;  // of token 0
+  int64_t x1_stride, x2_stride, y1_stride, y2_stride;
+  const float *lse, *delta;
+};
+
+template <class T, bool kForKeys, int kRows>
+__device__ inline BackwardPlace<T> place_of_block(const BackwardParams& p) {
+  const BlockCausalBackwardArgs& a = p.a;
+  const unsigned heads = static_cast<unsigned>(a.heads);
+  const unsigned sequences = static_cast<unsigned>(a.batch) * heads;
+  const unsigned tiles = static_cast<unsigned>(ceil_div(a.length, kRows));
+  const unsigned sequence = blockIdx.x % sequences, turn = blockIdx.x / sequences;
+  BackwardPlace<T> at;
+  at.b = sequence / heads;
+  at.h = sequence % heads;
+  // The longest first: early keys meet the most queries, late queries the most keys.
+  at.begin = static_cast<int>(kForKeys ? turn : tiles - 1 - turn) * kRows;
+  const int left = static_cast<int>(a.length) - at.begin;
+  at.rows = left < kRows ? left : kRows;
+  at.first = kForKeys ? p.ends.begin(at.begin) : 0;
+  at.last = kForKeys ? static_cast<int>(a.length) : p.ends.visible(at.begin + at.rows - 1);
+  const HeadView &x1 = kForKeys ? a.k : a.q, &x2 = kForKeys ? a.v : a.grad_out;
+  const HeadView &y1 = kForKeys ? a.q : a.k, &y2 = kForKeys ? a.grad_out : a.v;
+  at.x1 = row<T>(x1, at.b, 0, at.h);
+  at.x2 = row<T>(x2, at.b, 0, at.h);
+  at.y1 = row<T>(y1, at.b, 0, at.h);
+  at.y2 = row<T>(y2, at.b, 0, at.h);
+  at.x1_stride = x1.token_stride;
+  at.x2_stride = x2.token_stride;
+  at.y1_stride = y1.token_stride;
+  at.y2_stride = y2.token_stride;
+  const int64_t place = (at.b * a.heads + at.h) * a.length;
+  at.lse = a.lse + place;
+  at.delta = p.delta + place;
+  return at;
+}
+
+// Whether query sees key, both inside their tiles.
+template <bool kForKeys, class Place>
+__device__ inline bool sees(const BackwardParams& p, const Place& at, int x, int y) {
+  if (x >= at.begin + at.rows || y >= at.last) return false;
+  return kForKeys ? x < p.ends.visible(y) : y < p.ends.visible(x);
+}
+
+// --- on tensor cores ----------------------------------------------------------------------------
+
+// A warp owns 16 rows of X; tiles of kPassing rows of Y arrive in two stages.
+template <class T_, int kHeadDim_, int kPassing_>
+struct BackwardTile {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_, kPassing = kPassing_;
+  static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kRows = 16 * kWarps;
+  static constexpr int kRow = kHeadDim + kRowPadding;
+  static constexpr int kStage = 2 * kPassing * kRow;
+  static constexpr int kSharedBytes = (2 * kRows * kRow + 2 * kStage) * 2;
+};
+
+template <class Tile, class Place>
+__device__ inline void copy_passing(typename Tile::T* stage, const Place& at, int first,
+                                    int head_dim) {
+  copy_rows<Tile>(stage, Tile::kPassing, head_dim, [&](int r) {
+    return first + r < at.last ? at.y1 + (first + r) * at.y1_stride : nullptr;
+  });
+  copy_rows<Tile>(stage + Tile::kPassing * Tile::kRow, Tile::kPassing, head_dim, [&](int r) {
+    return first + r < at.last ? at.y2 + (first + r) * at.y2_stride : nullptr;
+  });
+}
+
+// sums = X Y^T for the warp's 16 rows.
+template <class Tile>
+__device__ inline void multiply_rows(float (&sums)[Tile::kPassing / 8][4],
+                                     const typename Tile::T* x_tile,
+                                     const typename Tile::T* y_tile) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int n = 0; n < Tile::kPassing / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[n][i] = 0.0f;
+  }
+#pragma unroll
+  for (int step = 0; step < Tile::kHeadDim / 16; ++step) {
+    uint32_t a[4];
+    load_queries<Tile>(a, x_tile, step, 0);
+#pragma unroll
+    for (int n = 0; n < Tile::kPassing / 8; n += 2) {
+      const int r = n * 8 + lane / 16 * 8 + lane % 8, column = step * 16 + lane / 8 % 2 * 8;
+      uint32_t b[4];
+      ldmatrix_x4(b, y_tile + r * Tile::kRow + column);
+      const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+      mma_m16n8k16<typename Tile::T>(sums[n], a, low);
+      mma_m16n8k16<typename Tile::T>(sums[n + 1], a, high);
+    }
+  }
+}
+
+// out += W Y, with W the warp's 16 x kPassing weights.
+template <class Tile>
+__device__ inline void add_weighted(float (&out)[Tile::kHeadDim / 8][4],
+                                    const float (&weights)[Tile::kPassing / 8][4],
+                                    const typename Tile::T* y_tile) {
+  using T = typename Tile::T;
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int step = 0; step < Tile::kPassing / 16; ++step) {
+    const float* first_half = weights[2 * step];
+    const float* other_half = weights[2 * step + 1];
+    const uint32_t a[4] = {
+        pack2<T>(first_half[0], first_half[1]), pack2<T>(first_half[2], first_half[3]),
+        pack2<T>(other_half[0], other_half[1]), pack2<T>(other_half[2], other_half[3])};
+#pragma unroll
+    for (int n = 0; n < Tile::kHeadDim / 8; n += 2) {
+      const int r = step * 16 + lane % 16, column = n * 8 + lane / 16 * 8;
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, y_tile + r * Tile::kRow + column);
+      const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+      mma_m16n8k16<T>(out[n], a, low);
+      mma_m16n8k16<T>(out[n + 1], a, high);
+    }
+  }
+}
+
+template <class T, class Place, int kColumnTiles>
+__device__ inline void write_rows(T* out, const BackwardParams& p, const Place& at,
+                                  const float (&sums)[kColumnTiles][4], float factor) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int head_dim = static_cast<int>(p.a.head_dim);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int r = warp * 16 + half * 8 + lane / 4;
+    if (r >= at.rows) continue;
+    T* to = out + ((at.b * p.a.length + at.begin + r) * p.a.heads + at.h) * head_dim;
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n) {
+      const int column = n * 8 + lane % 4 * 2;
+      if (column >= head_dim) continue;
+      *reinterpret_cast<uint32_t*>(to + column) =
+          pack2<T>(sums[n][2 * half] * factor, sums[n][2 * half + 1] * factor);
+    }
+  }
+}
+
+template <class Tile, bool kForKeys>
+__global__ void __launch_bounds__(Tile::kThreads)
+    block_causal_backward_kernel(const __grid_constant__ BackwardParams p) {
+  using T = typename Tile::T;
+  constexpr int kTiles = Tile::kPassing / 8, kColumnTiles = Tile::kHeadDim / 8;
+  const BlockCausalBackwardArgs& a = p.a;
+  const BackwardPlace<T> at = place_of_block<T, kForKeys, Tile::kRows>(p);
+  const int head_dim = static_cast<int>(a.head_dim);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const float scale_log2 = a.softmax_scale * kLog2OfE;
+  T* x1_tile = dynamic_shared<T>();
+  T* x2_tile = x1_tile + Tile::kRows * Tile::kRow;
+  T* stages = x2_tile + Tile::kRows * Tile::kRow;
+
+  float dx[kColumnTiles][4] = {};
+  float dv[kForKeys ? kColumnTiles : 1][4] = {};
+  copy_rows<Tile>(x1_tile, Tile::kRows, head_dim, [&](int r) {
+    return r < at.rows ? at.x1 + (at.begin + r) * at.x1_stride : nullptr;
+  });
+  copy_rows<Tile>(x2_tile, Tile::kRows, head_dim, [&](int r) {
+    return r < at.rows ? at.x2 + (at.begin + r) * at.x2_stride : nullptr;
+  });
+  copy_passing<Tile>(stages, at, at.first, head_dim);
+  cp_async_commit();
+  int stage = 0;
+  for (int begin = at.first; begin < at.last; begin += Tile::kPassing, stage ^= 1) {
+    const bool more = begin + Tile::kPassing < at.last;
+    if (more) {
+      copy_passing<Tile>(stages + (stage ^ 1) * Tile::kStage, at, begin + Tile::kPassing, head_dim);
+      cp_async_commit();
+      cp_async_wait<1>();
+    } else {
+      cp_async_wait<0>();
+    }
+    __syncthreads();
+    const T* y1_tile = stages + stage * Tile::kStage;
+    const T* y2_tile = y1_tile + Tile::kPassing * Tile::kRow;
+    float p_tile[kTiles][4], ds_tile[kTiles][4];
+    multiply_rows<Tile>(p_tile, x1_tile, y1_tile);
+    multiply_rows<Tile>(ds_tile, x2_tile, y2_tile);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int x = at.begin + warp * 16 + i / 2 * 8 + lane / 4;
+        const int y = begin + n * 8 + lane % 4 * 2 + i % 2;
+        const int query = kForKeys ? y : x;
+        float weight = 0.0f, slope = 0.0f;
+        if (sees<kForKeys>(p, at, x, y)) {
+          weight = ex2(p_tile[n][i] * scale_log2 - at.lse[query] * kLog2OfE);
+          slope = weight * (ds_tile[n][i] - at.delta[query]);
+        }
+        p_tile[n][i] = weight;
+        ds_tile[n][i] = slope;
+      }
+    }
+    add_weighted<Tile>(dx, ds_tile, y1_tile);
+    if constexpr (kForKeys) add_weighted<Tile>(dv, p_tile, y2_tile);
+    // The next turn copies into this stage.
+    if (more) __syncthreads();
+  }
+  write_rows(static_cast<T*>(kForKeys ? a.dk : a.dq), p, at, dx, a.softmax_scale);
+  if constexpr (kForKeys) write_rows(static_cast<T*>(a.dv), p, at, dv, 1.0f);
+}
+
+// --- plain products: float32, wide heads, rows off a boundary of 16 bytes
+// -------------------------
+
+template <class Tile, bool kForKeys>
+__global__ void __launch_bounds__(Tile::kThreads)
+    block_causal_backward_plain_kernel(const __grid_constant__ BackwardParams p) {
+  using T = typename Tile::T;
+  constexpr int kRows = Tile::kQueries, kPassing = Tile::kKeys;
+  const BlockCausalBackwardArgs& a = p.a;
+  const BackwardPlace<T> at = place_of_block<T, kForKeys, kRows>(p);
+  const int head_dim = static_cast<int>(a.head_dim);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  float* x1_tile = dynamic_shared<float>();
+  float* x2_tile = x1_tile + kRows * Tile::kRow;
+  float* y1_tile = x2_tile + kRows * Tile::kRow;
+  float* y2_tile = y1_tile + kPassing * Tile::kRow;
+  float dx[Tile::kPerWarp][Tile::kColumns] = {};
+  float dv[Tile::kPerWarp][Tile::kColumns] = {};
+  widen_rows<Tile>(x1_tile, kRows, head_dim, [&](int r) {
+    return r < at.rows ? at.x1 + (at.begin + r) * at.x1_stride : nullptr;
+  });
+  widen_rows<Tile>(x2_tile, kRows, head_dim, [&](int r) {
+    return r < at.rows ? at.x2 + (at.begin + r) * at.x2_stride : nullptr;
+  });
+  for (int begin = at.first; begin < at.last; begin += kPassing) {
+    widen_rows<Tile>(y1_tile, kPassing, head_dim, [&](int r) {
+      return begin + r < at.last ? at.y1 + (begin + r) * at.y1_stride : nullptr;
+    });
+    widen_rows<Tile>(y2_tile, kPassing, head_dim, [&](int r) {
+      return begin + r < at.last ? at.y2 + (begin + r) * at.y2_stride : nullptr;
+    });
+    __syncthreads();
+    float weights[Tile::kPerWarp], slopes[Tile::kPerWarp];
+#pragma unroll
+    for (int i = 0; i < Tile::kPerWarp; ++i) {
+      const float* x1 = x1_tile + (warp * Tile::kPerWarp + i) * Tile::kRow;
+      const float* x2 = x2_tile + (warp * Tile::kPerWarp + i) * Tile::kRow;
+      float score = 0.0f, product = 0.0f;
+      for (int d = 0; d < head_dim; ++d) {
+        score += x1[d] * y1_tile[lane * Tile::kRow + d];
+        product += x2[d] * y2_tile[lane * Tile::kRow + d];
+      }
+      const int x = at.begin + warp * Tile::kPerWarp + i, y = begin + lane;
+      const int query = kForKeys ? y : x;
+      weights[i] = slopes[i] = 0.0f;
+      if (sees<kForKeys>(p, at, x, y)) {
+        weights[i] = expf(score * a.softmax_scale - at.lse[query]);
+        slopes[i] = weights[i] * (product - at.delta[query]);
+      }
+    }
+    // This tile's sums apart: they are added to what earlier tiles gathered only once.
+    float dx_part[Tile::kPerWarp][Tile::kColumns] = {};
+    float dv_part[Tile::kPerWarp][Tile::kColumns] = {};
+    for (int r = 0; r < kPassing; ++r) {
+      float weight[Tile::kPerWarp], slope[Tile::kPerWarp];
+#pragma unroll
+      for (int i = 0; i < Tile::kPerWarp; ++i) {
+        slope[i] = __shfl_sync(kAllLanes, slopes[i], r);
+        if constexpr (kForKeys) weight[i] = __shfl_sync(kAllLanes, weights[i], r);
+      }
+#pragma unroll
+      for (int c = 0; c < Tile::kColumns; ++c) {
+        const int at_column = r * Tile::kRow + c * kWarp + lane;
+        const float y1 = y1_tile[at_column], y2 = y2_tile[at_column];
+#pragma unroll
+        for (int i = 0; i < Tile::kPerWarp; ++i) {
+          dx_part[i][c] += slope[i] * y1;
+          if constexpr (kForKeys) dv_part[i][c] += weight[i] * y2;
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::kPerWarp; ++i) {
+#pragma unroll
+      for (int c = 0; c < Tile::kColumns; ++c) {
+        dx[i][c] += dx_part[i][c];
+        if constexpr (kForKeys) dv[i][c] += dv_part[i][c];
+      }
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int i = 0; i < Tile::kPerWarp; ++i) {
+    const int r = warp * Tile::kPerWarp + i;
+    if (r >= at.rows) continue;
+    const int64_t to = ((at.b * a.length + at.begin + r) * a.heads + at.h) * a.head_dim;
+#pragma unroll
+    for (int c = 0; c < Tile::kColumns; ++c) {
+      const int column = c * kWarp + lane;
+      if (column >= head_dim) continue;
+      T* dx_out = static_cast<T*>(kForKeys ? a.dk : a.dq);
+      dx_out[to + column] = narrow<T>(dx[i][c] * a.softmax_scale);
+      if constexpr (kForKeys) static_cast<T*>(a.dv)[to + column] = narrow<T>(dv[i][c]);
+    }
+  }
+}
+
+// --- launches -----------------------------------------------------------------------------------
+
+constexpr int kDeltaThreads = 128;
+
+// delta = sum over D of grad_out * out; a warp for each row.
+template <class T>
+__global__ void __launch_bounds__(kDeltaThreads)
+    block_causal_delta_kernel(BlockCausalBackwardArgs a, float* delta) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t r = int64_t{blockIdx.x} * (kDeltaThreads / kWarp) + threadIdx.x / kWarp;
+  if (r >= a.batch * a.heads * a.length) return;
+  const int64_t t = r % a.length, h = r / a.length % a.heads, b = r / a.length / a.heads;
+  const T *grad = row<T>(a.grad_out, b, t, h), *out = row<T>(a.out, b, t, h);
+  float sum = 0.0f;
+  for (int64_t d = lane; d < a.head_dim; d += kWarp) sum += widen(grad[d]) * widen(out[d]);
+  sum = reduce_lanes<kWarp>(sum, Plus());
+  if (lane == 0) delta[r] = sum;
+}
+
+template <class Kernel>
+int launch_tiles(Kernel kernel, int rows, int threads, int shared_bytes, const BackwardParams& p,
+                 void* stream) {
+  const int64_t blocks = ceil_div(p.a.length, rows) * p.a.heads * p.a.batch;
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), shared_bytes, stream,
+                p);
+}
+
+template <class T, int kHeadDim, int kPassing>
+int launch_width(const BackwardParams& p, void* stream) {
+  using Tile = BackwardTile<T, kHeadDim, kPassing>;
+  const int error = launch_tiles(block_causal_backward_kernel<Tile, true>, Tile::kRows,
+                                 Tile::kThreads, Tile::kSharedBytes, p, stream);
+  if (error != 0) return error;
+  return launch_tiles(block_causal_backward_kernel<Tile, false>, Tile::kRows, Tile::kThreads,
+                      Tile::kSharedBytes, p, stream);
+}
+
+template <class T, int kColumns>
+int launch_plain(const BackwardParams& p, void* stream) {
+  using Tile = PlainTile<T, kColumns>;
+  constexpr int kSharedBytes = 2 * (Tile::kQueries + Tile::kKeys) * Tile::kRow * 4;
+  const int error = launch_tiles(block_causal_backward_plain_kernel<Tile, true>, Tile::kQueries,
+                                 Tile::kThreads, kSharedBytes, p, stream);
+  if (error != 0) return error;
+  return launch_tiles(block_causal_backward_plain_kernel<Tile, false>, Tile::kQueries,
+                      Tile::kThreads, kSharedBytes, p, stream);
+}
+
+template <class T>
+int differentiate(const BackwardParams& p, void* stream) {
+  const BlockCausalBackwardArgs& a = p.a;
+  const int64_t rows = a.batch * a.heads * a.length;
+  const int error = launch(block_causal_delta_kernel<T>,
+                           dim3(static_cast<unsigned>(ceil_div(rows, kDeltaThreads / kWarp))),
+                           dim3(kDeltaThreads), 0, stream, a, p.delta);
+  if (error != 0) return error;
+  const int64_t d = a.head_dim;
+  if constexpr (sizeof(T) == 2) {
+    if (d <= 128 && is_aligned(a.q, 2) && is_aligned(a.k, 2) && is_aligned(a.v, 2) &&
+        is_aligned(a.grad_out, 2)) {
+      return d <= 32   ? launch_width<T, 32, 32>(p, stream)
+             : d <= 64 ? launch_width<T, 64, 32>(p, stream)
+             : d <= 96 ? launch_width<T, 96, 16>(p, stream)
+                       : launch_width<T, 128, 16>(p, stream);
+    }
+  }
+  return d <= 64    ? launch_plain<T, 2>(p, stream)
+         : d <= 128 ? launch_plain<T, 4>(p, stream)
+                    : launch_plain<T, 8>(p, stream);
+}
+
+int backward(const BlockCausalBackwardCudaArgs& all, void* stream) {
+  BackwardParams p = {};
+  p.a = all.op;
+  p.delta = all.delta;
+  if (!p.ends.set(p.a.scale_lengths, p.a.num_scales, p.a.length)) return kInvalidValue;
+  switch (p.a.dtype) {
+    case DType::kFloat32:
+      return differentiate<float>(p, stream);
+    case DType::kBFloat16:
+      return differentiate<BF16>(p, stream);
+    default:
+      return differentiate<Half>(p, stream);
+  }
+}
+
+}  // namespace
+}  // namespace variant::cuda
+
+// scale_lengths lies in host memory and is read before this returns.
+VARIANT_CUDA_API int variant_cuda_block_causal_attention_backward(
+    const variant::cuda::BlockCausalBackwardCudaArgs* args, int64_t args_bytes, int device,
+    void* stream) {
+  if (args_bytes != sizeof(*args)) return variant::cuda::kInvalidValue;
+  const variant::DeviceGuard guard(device);
+  return variant::cuda::backward(*args, stream);
+}
