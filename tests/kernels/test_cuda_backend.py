@@ -1,0 +1,91 @@
+"""When the CUDA C++ kernels say that they serve a call; what their launchers refuse and decide."""
+
+import pytest
+import torch
+
+from variant_kernels import backends
+from variant_kernels.backends import CUDA_ROW, Request, cuda_unsupported
+from variant_kernels.cuda_ops import block_causal_attention, common, library
+from variant_kernels.cuda_ops.paged_attention import num_splits
+from variant_kernels.ops import tables
+
+GPU = Request("cuda", (torch.bfloat16,), 64)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """As if the library were built and a GPU of capability 9.0 were there."""
+    monkeypatch.delenv(library.EMULATION, raising=False)
+    monkeypatch.setattr(library, "is_built", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(backends, "_least_capability", lambda: (9, 0))
+
+
+def test_every_op_has_a_cuda_implementation():
+    for op, impls in tables().items():
+        assert "cuda" in impls, op
+
+
+def test_serves_what_lies_on_a_gpu(on_a_gpu):
+    assert cuda_unsupported(GPU) is None
+
+
+def test_is_taken_by_auto_only_where_triton_does_not_serve(on_a_gpu, monkeypatch):
+    monkeypatch.delenv("VARIANT_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    impls = tables()["paged_attention"]
+    monkeypatch.setattr(backends, "_has_triton", lambda: False)
+    assert backends.choose_name("paged_attention", impls, "auto", GPU) == "cuda"
+    monkeypatch.setattr(backends, "_has_triton", lambda: True)
+    assert backends.choose_name("paged_attention", impls, "auto", GPU) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (Request("cpu", (torch.float32,), 64), "on cpu"),
+        (Request("cuda", (torch.float64,), 64), "float64"),
+        (Request("cuda", (torch.float32,), row=CUDA_ROW + 1), f"rows of {CUDA_ROW + 1}"),
+    ],
+)
+def test_says_why_it_cannot_serve(on_a_gpu, request_, reason):
+    assert reason in (cuda_unsupported(request_) or "")
+
+
+def test_an_old_gpu_is_refused_with_its_capability(on_a_gpu, monkeypatch):
+    monkeypatch.setattr(backends, "_least_capability", lambda: (7, 5))
+    assert "7.5" in (cuda_unsupported(GPU) or "")
+
+
+def test_a_missing_build_is_the_reason(monkeypatch):
+    monkeypatch.delenv(library.EMULATION, raising=False)
+    monkeypatch.setattr(library, "is_built", lambda: False)
+    assert "VARIANT_CUDA=1" in (cuda_unsupported(GPU) or "")
+
+
+def test_emulation_takes_cpu_tensors_and_is_never_chosen(monkeypatch):
+    monkeypatch.delenv("VARIANT_BACKEND", raising=False)
+    monkeypatch.setenv(library.EMULATION, "/nowhere/library.so")
+    request = Request("cpu", (torch.float32,), 64)
+    assert cuda_unsupported(request) is None
+    assert "on cuda" in (cuda_unsupported(GPU) or "")
+    name = backends.choose_name("paged_attention", tables()["paged_attention"], "auto", request)
+    assert name != "cuda"
+    assert "cuda" in backends.available_backends()
+
+
+def test_keys_are_split_only_where_blocks_are_few():
+    assert num_splits(blocks=132, processors=132, room=10_000) == 1
+    assert num_splits(blocks=2, processors=132, room=680) == 5
+    assert num_splits(blocks=2, processors=132, room=100) == 1
+    assert num_splits(blocks=100, processors=132, room=10_000) == 3
+
+
+def test_too_many_scales_and_rows_are_refused():
+    x = torch.zeros(1, 300, 1, 16)
+    with pytest.raises(ValueError, match="at most 256 scales; got 300"):
+        block_causal_attention.launch_block_causal_attention_forward(
+            q_BLHD=x, k_BLHD=x, v_BLHD=x, scale_lengths=(1,) * 300, softmax_scale=1.0
+        )
+    with pytest.raises(ValueError, match=r"qk_norm: .* rows of q_BTHD; got 2147483648"):
+        common.check_rows("qk_norm", "q_BTHD", 2**31)
