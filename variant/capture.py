@@ -8,7 +8,7 @@ filters) and replayed with new labels, image ids, seed and guidance, which are t
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Protocol
 
@@ -84,10 +84,14 @@ class Captures:
         """
         with self._lock:
             if key not in self._recorded:
-                static = tuple(tensor.clone() for tensor in inputs)
-                recording = self._recorder.record(lambda: function(*static))
-                # The function is kept, and with it all that the recorded work still reads.
-                self._recorded[key] = static, recording, function
+                # What inference mode makes, the inputs and the random state of a graph among it,
+                # could not be written to by a later call outside it.
+                with torch.inference_mode(False), torch.no_grad():
+                    static = tuple(tensor.clone() for tensor in inputs)
+                    recording = self._recorder.record(lambda: function(*static))
+                # The function is kept, and with it all that the recorded work still reads; the
+                # first result is the caller's alone.
+                self._recorded[key] = static, replace(recording, first=()), function
                 return recording.first
             static, recording, _ = self._recorded[key]
             for target, source in zip(static, inputs, strict=True):

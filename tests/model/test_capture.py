@@ -1,5 +1,7 @@
 """Captured generations on the CPU: a double records the call and repeats it as a graph would."""
 
+import weakref
+
 import pytest
 import torch
 from small_models import small_model
@@ -176,3 +178,27 @@ def test_logits_in_parts_draw_the_same_tokens(monkeypatch):
     monkeypatch.setattr("variant.steps.LOGITS_BYTES", 2 * 2 * 9 * 24 * 4)
     assert same(Engine(model.var, model.vae).generate([1, 2, 3, 4, 0], seed=0), whole)
     assert same(Engine(model.var, model.vae).generate([1, 2, 3, 4, 0], seed=0, cfg=0.0), unguided)
+
+
+def test_what_was_recorded_in_inference_mode_is_replayed_outside_and_the_other_way_round(recorder):
+    model = small_model()
+    expected = Engine(model.var, model.vae, capture=False).generate([1, 2], seed=3)
+    for first, then in ((True, False), (False, True)):
+        engine = Engine(model.var, model.vae)
+        for inference in (first, then):
+            with torch.inference_mode(inference):
+                assert same(engine.generate([1, 2], seed=3), expected)
+    assert recorder.recorded == 4
+
+
+def test_the_first_result_is_not_kept():
+    made = weakref.WeakSet()
+
+    def function(x):
+        made.add(result := x + 1)
+        return (result,)
+
+    captures = Captures(Repeater())
+    first = captures.run("key", function, torch.ones(3))
+    del first
+    assert not made
