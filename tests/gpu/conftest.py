@@ -14,3 +14,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
+
+
+@pytest.fixture(autouse=True)
+def float32_convolutions(monkeypatch):
+    """cuDNN's own choice for float32 is TF32, whose 10 bits no float32 tolerance allows for."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
