@@ -41,8 +41,8 @@ CASES = [
     for dtype in ("float32", "bfloat16")
     for direction in ("forward", "forward+backward")
 ]
-# Sizes that fill a GPU; float16 is what HMAR's kernel takes.
-CASES += [
+# Sizes that fill a GPU, first where time is short; float16 is what HMAR's kernel takes.
+CASES[:0] = [
     Case(
         f"L{length}-batch{batch}-head_dim{head_dim}-{dtype}-{direction}",
         dtype,
@@ -114,8 +114,8 @@ def build(case: Case, device: str, quick: bool) -> Contest:
         attend = _hmar(layout, head_dim)
         calls["hmar"] = functools.partial(whole, attend, qkv_BHLD, grad_BHLD)
 
-    # The first and the last sequence are checked.
-    some = [0, -1] if batch > 1 else [0]
+    # The first and the last sequence are checked; of a long one the scores take 11 GB in float64.
+    some = [0, -1] if batch > 1 and length < 4096 else [0]
 
     def alone(kind):
         given = [x[some].detach().to(kind).requires_grad_(backward) for x in qkv_BHLD]

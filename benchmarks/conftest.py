@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ def pytest_addoption(parser):
         "--quick", action="store_true", help="a few small cases, few rounds: under a minute"
     )
     parser.addoption(
+        "--seconds", type=float, help="a file of benchmarks begins no new case after this long"
+    )
+    parser.addoption(
         "--hmar-repo", type=Path, help="clone of NVlabs/HMAR: its block-causal kernel takes part"
     )
 
@@ -28,8 +32,9 @@ def pytest_addoption(parser):
 class Session:
     """Limits of each device, and the contest that is being reported."""
 
-    def __init__(self, quick: bool) -> None:
-        self.quick = quick
+    def __init__(self, quick: bool, seconds: float | None = None) -> None:
+        self.quick, self.seconds = quick, seconds
+        self.begun: dict[str, float] = {}
         self.limits: dict[str, Limits] = {}
         self.current: tuple[Any, ...] | None = None
 
@@ -38,6 +43,11 @@ class Session:
         if device not in self.limits:
             self.limits[device] = measure_limits(device, quick=self.quick)
         return self.limits[device]
+
+    def spent(self, file: str) -> bool:
+        """Whether a file has had its seconds, counted from its first case."""
+        since = time.monotonic() - self.begun.setdefault(file, time.monotonic())
+        return self.seconds is not None and since > self.seconds
 
 
 def keep_memory():
@@ -55,7 +65,7 @@ def keep_memory():
 
 def pytest_configure(config):
     keep_memory()
-    config.stash[SESSION] = Session(config.getoption("--quick"))
+    config.stash[SESSION] = Session(config.getoption("--quick"), config.getoption("--seconds"))
     if config.getoption("--hmar-repo") is not None:
         REPOSITORIES["hmar"] = config.getoption("--hmar-repo").resolve()
 
@@ -92,6 +102,10 @@ def compete(request, benchmark):
         key = op, case.name, device
         if session.current is None or session.current[0] != key:
             session.current = None  # the last contest's tensors go first
+            if session.spent(request.path.name):
+                pytest.skip(f"the {session.seconds:g} seconds of {request.path.name} are spent")
+            # After eight shapes of one function torch.compile would leave the ninth uncompiled.
+            torch.compiler.reset()
             torch.manual_seed(0)
             contest = build(case, device, session.quick)
             samples, wrong = run(contest, device=device, quick=session.quick)

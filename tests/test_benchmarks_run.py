@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.conftest import Session
 from benchmarks.harness import Contest, Replay, near, record, run
 from variant.bench.alternate import Samples
 from variant.bench.limits import Limits
@@ -139,3 +141,14 @@ def test_the_replaying_clock_shows_each_sample():
     clock.load(Samples(1, {0: 0.5, 3: 0.25}))
     times = [clock() for _ in range(4)]
     assert [times[1] - times[0], times[3] - times[2]] == [0.5, 0.25]
+
+
+def test_a_file_that_has_had_its_seconds_begins_no_new_case_and_the_next_file_has_its_own():
+    session = Session(quick=True, seconds=0.0)
+    for file in ("bench_a.py", "bench_b.py"):
+        session.spent(file)
+        time.sleep(0.01)
+        assert session.spent(file)
+    patient = Session(quick=True)
+    assert not patient.spent("bench_a.py")
+    assert not patient.spent("bench_a.py")
