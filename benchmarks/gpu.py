@@ -3,7 +3,8 @@
     python -m benchmarks.gpu                      all parts, within --budget seconds
     python -m benchmarks.gpu build kernels        some of them
 
-It needs torch, Triton, pytest with pytest-benchmark, a C++ compiler and this checkout; no network.
+It needs torch, Triton, what PACKAGES names, CMake, ninja, a C++ compiler and this checkout; no
+network.
 Every part is a process of its own with its own log and time limit: one that fails costs none of the
 others' results. ``summary.json`` says what ran, how it ended and which files hold the figures.
 """
@@ -11,6 +12,7 @@ others' results. ``summary.json`` says what ran, how it ended and which files ho
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -26,6 +28,22 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TAIL_LINES = 25
+# The most important first, and the time in which they may begin new cases together.
+OPS = (
+    "block_causal_attention",
+    "paged_attention",
+    "qk_norm_append_paged_kv",
+    "sample_tokens",
+    "adaln",
+)
+KERNEL_SECONDS = 225
+# Each tuned shape compiles every block size: some hundred small cases are no place for that.
+UNTUNED = ("VARIANT_AUTOTUNE", "0")
+# Beyond torch and Triton, by the names that are imported.
+PACKAGES = (
+    *("numpy", "pydantic", "safetensors", "rich", "pybind11", "setuptools"),
+    *("pytest", "pytest_benchmark", "pytest_timeout", "hypothesis"),
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +91,7 @@ def parts(out: Path, var_repo: Path | None, hmar_repo: Path | None = None) -> li
             "kernel-tests",
             (*pytest, "tests/kernels", "-k", "triton or reference"),
             150,
-            environment=(("VARIANT_TEST_DEVICE", "cuda"),),
+            environment=(("VARIANT_TEST_DEVICE", "cuda"), UNTUNED),
         ),
         timed("engine-batch-1", 120, "--batch", "1"),
         timed("engine-batch-64", 180, "--batch", "64", "--runs", "3"),
@@ -81,19 +99,22 @@ def parts(out: Path, var_repo: Path | None, hmar_repo: Path | None = None) -> li
             "kernels",
             (
                 *pytest,
-                "benchmarks",
-                "-k",
-                "cuda",
+                *(f"benchmarks/bench_{op}.py" for op in OPS),
+                # Parameters begin with the device; "cuda" alone is also a contender on the CPU.
+                *("-k", "[cuda-"),
+                # The result file is written at the end: reach it before the time limit.
+                *("--seconds", str(KERNEL_SECONDS // len(OPS))),
                 f"--benchmark-json={out / 'kernels.json'}",
                 *hmar,
             ),
-            240,
+            KERNEL_SECONDS + 60,
         ),
         Part(
             "training-step",
             (
                 *(python, "-m", "benchmarks.training_step"),
-                *("--json", str(out / "training-step.json"), *repo),
+                # At 64 the activations of VAR-d30 alone are more than 100 GB.
+                *("--batch", "16", "--json", str(out / "training-step.json"), *repo),
             ),
             150,
         ),
@@ -103,6 +124,7 @@ def parts(out: Path, var_repo: Path | None, hmar_repo: Path | None = None) -> li
             ("compute-sanitizer", "--error-exitcode=1", *pytest, "tests/gpu/test_small_cases.py"),
             120,
             needs="compute-sanitizer",
+            environment=(UNTUNED,),
         ),
     ]
 
@@ -178,7 +200,8 @@ def missing() -> str | None:
         return "torch is not installed"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    return None
+    absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(absent)}" if absent else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

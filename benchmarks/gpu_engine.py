@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_engine --batch 64 --json FILE [--var-repo PATH] [--memory]
 
-The command line's library may be missing on a bare GPU machine; this needs torch and rich only.
+The command line's library may be missing on a bare GPU machine; this needs no tyro.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import Part, main, parts, run
+from benchmarks.gpu import ROOT, Part, main, missing, parts, run
 
 OK = "open({path!r}, 'w').write('1'); print('done')"
 
@@ -51,3 +52,20 @@ def test_names_are_unique_and_an_unknown_one_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["nonsense"])
     assert "no part 'nonsense'" in capsys.readouterr().err
+
+
+def test_only_cases_on_the_gpu_are_chosen():
+    """A contender of that name takes part on the CPU too."""
+    (kernels,) = [part for part in parts(Path(), None) if part.name == "kernels"]
+    chosen = kernels.command[kernels.command.index("-k") + 1]
+    assert chosen in "test_adaln_modulate[cuda-d16-large-stream-float32-rows-float32-op]"
+    assert chosen not in "test_adaln_modulate[cpu-d16-large-stream-float32-rows-float32-cuda]"
+    files = [Path(word).name for word in kernels.command if "bench_" in word]
+    assert sorted(files) == sorted(path.name for path in (ROOT / "benchmarks").glob("bench_*.py"))
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert missing() is None
+    monkeypatch.setattr("benchmarks.gpu.PACKAGES", ("json", "no_such_package"))
+    assert missing() == "not installed: no_such_package"
