@@ -90,7 +90,12 @@ def attend_pages(
     return out, total, largest
 
 
-@triton.jit
+# Counts that change with the scale, the batch and the depth: compiled apart by divisibility (and a
+# one as a constant) they would make a dozen kernels, a second's compilation each.
+COUNTS = ("table_stride", "batch", "num_queries", "heads", "num_pages", "entries", "splits")
+
+
+@triton.jit(do_not_specialize=COUNTS)
 def paged_attention_kernel(
     q_ptr,
     k_ptr,
@@ -174,7 +179,7 @@ def paged_attention_kernel(
         tl.store(lse_ptr + places, largest + tl.log2(total), mask=rows < num_queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "splits"))
 def paged_attention_combine_kernel(
     parts_ptr,
     lse_ptr,
@@ -402,19 +407,16 @@ def _cases() -> Iterator[CompileCase]:
                     dtypes=dtypes,
                     label=f"D {head_dim}, {config.block_q} x {config.block_k}",
                 )
-    # A one is a constant to the compiler, and no statistics are written: another kernel.
-    ones = dict.fromkeys(("batch", "num_queries", "heads", "num_pages", "entries", "splits"), 1)
+    # No statistics are written: another kernel.
     others = {"NEGATE": True, "SPLIT": False, "PAGE_SIZE": 5, "D": 24, "D_PADDED": 32}
     others |= {"lse_ptr": None, "BLOCK_Q": 16, "BLOCK_K": 32}
     yield CompileCase(
         kernel=paged_attention_kernel,
-        arguments={
-            n: kind for n, kind in arguments.items() if n not in {*ones, "lse_ptr", "table_stride"}
-        },
-        constants={"lens_stride": 1, "table_stride": 1} | ones | others,
+        arguments={n: kind for n, kind in arguments.items() if n != "lse_ptr"},
+        constants={"lens_stride": 1} | others,
         num_warps=4,
         num_stages=2,
-        label="one query, one page, D 24",
+        label="in one part, D 24",
     )
     yield CompileCase(
         kernel=paged_attention_combine_kernel,
