@@ -214,13 +214,14 @@ def paged_attention_combine_kernel(
 # --- block sizes, the likely best first -----------------------------------------------------------
 
 # By the queries of a call (rounded up to a power of two, the last row serves more), for heads up
-# to 128 wide; a tile of keys is a few pages, whose addresses are looked up in one go.
+# to 128 wide; a tile of keys is a few pages, whose addresses are looked up in one go. Looking them
+# up takes stages: only from five on are there two buffers of K and V (sm_90, Triton 3.6 and 3.9).
 _CONFIGS = {
     "sm90": {
-        16: (Config(16, 64, 4, 3), Config(16, 128, 4, 2), Config(16, 64, 2, 3)),
-        32: (Config(32, 64, 4, 3), Config(32, 64, 2, 3), Config(32, 128, 4, 2)),
-        64: (Config(64, 64, 4, 3), Config(64, 128, 4, 2), Config(64, 32, 4, 3)),
-        128: (Config(128, 64, 8, 3), Config(64, 64, 4, 3), Config(128, 128, 8, 2)),
+        16: (Config(16, 64, 4, 3), Config(16, 64, 4, 5), Config(16, 128, 4, 5)),
+        32: (Config(32, 64, 4, 3), Config(32, 64, 4, 5), Config(32, 128, 4, 5)),
+        64: (Config(64, 64, 4, 3), Config(64, 64, 4, 5), Config(64, 32, 4, 5)),
+        128: (Config(128, 64, 8, 3), Config(128, 64, 8, 5), Config(64, 64, 4, 5)),
     },
     "nvidia": {
         16: (Config(16, 64, 4, 2), Config(16, 32, 2, 3), Config(16, 32, 4, 3)),
