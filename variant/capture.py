@@ -54,7 +54,8 @@ class GraphRecorder:
             for tensor in first:
                 tensor.record_stream(current)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Other threads may go on allocating: by default that would end the capture.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 outputs = function()
         return Recording(graph.replay, outputs, first)
 
