@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "cpu/isa.h"
+#include "include/values.h"
 
 namespace py = pybind11;
 
@@ -201,6 +202,22 @@ std::tuple<int, int64_t> sample_tokens_binding(std::tuple<int64_t, int64_t, int6
   return {static_cast<int>(error.status), error.row};
 }
 
+bool fits_page_table_binding(std::tuple<int64_t, int64_t> shape_BM, TokenTuple page_table,
+                             RowTuple kv_lens, int64_t num_pages, int64_t page_size) {
+  const auto [batch, entries] = shape_BM;
+  const auto [table, row_stride, column_stride] = page_table;
+  const auto [lens, stride] = kv_lens;
+  return fits_page_table(batch, entries, {pointer<int32_t>(table), row_stride, column_stride},
+                         {pointer<int32_t>(lens), stride}, num_pages, page_size);
+}
+
+bool fits_slots_binding(std::tuple<int64_t, int64_t> shape_BT, TokenTuple slots,
+                        int64_t num_slots) {
+  const auto [batch, tokens] = shape_BT;
+  const auto [data, row_stride, column_stride] = slots;
+  return fits_slots(batch, tokens, {pointer<int64_t>(data), row_stride, column_stride}, num_slots);
+}
+
 py::dict build_info() {
   py::dict info;
   py::list built, supported;
@@ -242,6 +259,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("block_causal_attention_forward", &block_causal_attention_forward_binding);
   m.def("block_causal_attention_backward", &block_causal_attention_backward_binding);
   m.def("sample_tokens", &sample_tokens_binding);
+  m.def("fits_page_table", &fits_page_table_binding);
+  m.def("fits_slots", &fits_slots_binding);
 }
 
 }  // namespace variant

@@ -1,13 +1,19 @@
-"""Checking arguments: who, what should hold, what came, what helps."""
+"""Checking arguments: who, what should hold, what came, what helps.
+
+The checks take their time (14 us for five tensors): ops called once per layer and scale have a
+``_fits`` beside them that accepts what is usual in one expression. It may refuse what the contract
+allows, never the reverse; only what it refuses goes through the checks.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
-from variant_kernels.backends import dtype_name
+from variant_kernels.backends import Request, dtype_name
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -88,3 +94,22 @@ def check_head_dim(op: str, name: str, head_dim: int) -> None:
             f"{op}: the last dimension of {name} (head_dim) must be a multiple of 8 from 16 to "
             f"256; got {head_dim}"
         )
+
+
+@cache
+def request(
+    device: str,
+    dtypes: tuple[torch.dtype, ...],
+    head_dim: int | None = None,
+    page_size: int | None = None,
+) -> Request:
+    """A :class:`Request`, built once: building one takes 0.9 us, finding it 0.1.
+
+    For implementations of ops: where sizes may be symbols (``setup_context``), nothing is hashed.
+    """
+    return Request(device, dtypes, head_dim, page_size=page_size)
+
+
+def all_tensors(*values: object) -> bool:
+    """Whether every argument is a tensor."""
+    return all(isinstance(value, torch.Tensor) for value in values)

@@ -5,6 +5,8 @@ Axes: B batch, T tokens, C width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -307,6 +309,49 @@ forbid_gradient("gated_residual_adaln_backward")
 # --- public functions ---------------------------------------------------------------------------
 
 
+def _fits(x_BTC: Tensor, like: Tensor, rows: Sequence[Tensor], eps: float) -> bool:
+    """Whether :func:`_check` has nothing to say."""
+    if not contract.all_tensors(x_BTC, like, *rows):
+        return False
+    shape, dtype, device = x_BTC.shape, like.dtype, like.device
+    if not (
+        len(shape) == 3
+        and 0 <= eps < float("inf")
+        and dtype in contract.FLOAT_DTYPES
+        and x_BTC.dtype in (torch.float32, dtype)
+        and x_BTC.device == device
+        and x_BTC.stride()[2] == like.stride()[-1] == 1
+    ):
+        return False
+    rows_shape = (shape[0], shape[2])
+    for row_BC in rows:
+        if not (
+            row_BC.shape == rows_shape
+            and row_BC.dtype == dtype
+            and row_BC.device == device
+            and row_BC.stride()[1] == 1
+        ):
+            return False
+    return True
+
+
+def fits_adaln(x_BTC: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float = 1e-6) -> bool:
+    """Whether no check of :func:`adaln_modulate` has anything to say."""
+    return _fits(x_BTC, scale_BC, (scale_BC, shift_BC), eps)
+
+
+def fits_gated(
+    x_BTC: Tensor,
+    y_BTC: Tensor,
+    gate_BC: Tensor,
+    scale_BC: Tensor,
+    shift_BC: Tensor,
+    eps: float = 1e-6,
+) -> bool:
+    """Whether no check of :func:`gated_residual_adaln` has anything to say."""
+    return _fits(x_BTC, y_BTC, (gate_BC, scale_BC, shift_BC), eps) and y_BTC.shape == x_BTC.shape
+
+
 def _check(
     op: str, x_BTC: Tensor, rows: dict[str, Tensor], narrow: tuple[str, Tensor], eps: float
 ) -> None:
@@ -357,9 +402,10 @@ def adaln_modulate(
     Gradient: x_BTC, scale_BC, shift_BC.
     """
     op = "adaln_modulate"
-    contract.check_float(op, "scale_BC", scale_BC)
-    rows = {"scale_BC": scale_BC, "shift_BC": shift_BC}
-    _check(op, x_BTC, rows, ("scale_BC", scale_BC), eps)
+    if not fits_adaln(x_BTC, scale_BC, shift_BC, eps):
+        contract.check_float(op, "scale_BC", scale_BC)
+        rows = {"scale_BC": scale_BC, "shift_BC": shift_BC}
+        _check(op, x_BTC, rows, ("scale_BC", scale_BC), eps)
     return adaln_op(x_BTC, scale_BC, shift_BC, eps, backend)[0]
 
 
@@ -393,10 +439,11 @@ def gated_residual_adaln(
     Gradient: all five tensors.
     """
     op = "gated_residual_adaln"
-    contract.check_float(op, "y_BTC", y_BTC)
-    rows = {"gate_BC": gate_BC, "scale_BC": scale_BC, "shift_BC": shift_BC}
-    _check(op, x_BTC, rows, ("y_BTC", y_BTC), eps)
-    contract.check_shape(op, "y_BTC", y_BTC, tuple(x_BTC.shape), "to match x_BTC")
+    if not fits_gated(x_BTC, y_BTC, gate_BC, scale_BC, shift_BC, eps):
+        rows = {"gate_BC": gate_BC, "scale_BC": scale_BC, "shift_BC": shift_BC}
+        contract.check_float(op, "y_BTC", y_BTC)
+        _check(op, x_BTC, rows, ("y_BTC", y_BTC), eps)
+        contract.check_shape(op, "y_BTC", y_BTC, tuple(x_BTC.shape), "to match x_BTC")
     x_out_BTC, h_BTC, _, _ = gated_op(x_BTC, y_BTC, gate_BC, scale_BC, shift_BC, eps, backend)
     return x_out_BTC, h_BTC
 

@@ -12,12 +12,12 @@ from variant_kernels import contract
 from variant_kernels.backends import (
     Impl,
     Lazy,
-    Request,
     choose,
     cpu_unsupported,
     cuda_unsupported,
     triton_unsupported,
 )
+from variant_kernels.cpu_ops.values import fits_slots
 from variant_kernels.registry import refuse_gradient, register
 
 
@@ -25,8 +25,7 @@ def check_slots(op: str, slots_BT: Tensor, num_slots: int) -> None:
     """Slots are -1 or in [0, num_slots); checked on the CPU, where looking costs no sync."""
     if slots_BT.device.type != "cpu" or slots_BT.numel() == 0:
         return
-    low, high = (int(x) for x in torch.aminmax(slots_BT))
-    if low < -1 or high >= num_slots:
+    if not fits_slots(slots_BT, num_slots):
         wrong_BT = (slots_BT < -1) | (slots_BT >= num_slots)
         row, token = (int(i) for i in wrong_BT.nonzero()[0])
         raise ValueError(
@@ -72,7 +71,7 @@ IMPLS = {"append_paged_kv": APPEND_IMPLS}
 
 def _append(k, v, k_pages, v_pages, slots, backend):
     check_slots("append_paged_kv", slots, k_pages.shape[0] * k_pages.shape[1])
-    request = Request(k.device.type, (k.dtype,), k.shape[-1])
+    request = contract.request(k.device.type, (k.dtype,), k.shape[-1])
     choose("append_paged_kv", APPEND_IMPLS, backend, request).forward(
         k_BTHD=k, v_BTHD=v, k_pages_PNHD=k_pages, v_pages_PNHD=v_pages, slots_BT=slots
     )
@@ -84,6 +83,57 @@ append_paged_kv_op = register(
     implementation=_append,
     fake=lambda k, v, k_pages, v_pages, slots, backend: None,
 )
+
+
+def fits_pages(k_pages_PNHD: Tensor, v_pages_PNHD: Tensor, like_BTHD: Tensor) -> bool:
+    """Whether :func:`check_pages` has nothing to say, nor ``check_float`` of ``like_BTHD``."""
+    pool, heads = k_pages_PNHD.shape, like_BTHD.shape[2:]
+    dtype, device = like_BTHD.dtype, like_BTHD.device
+    k_strides, v_strides = k_pages_PNHD.stride(), v_pages_PNHD.stride()
+    return (
+        len(pool) == 4
+        and v_pages_PNHD.shape == pool
+        and pool[2:] == heads
+        and pool[1] >= 1
+        and dtype in contract.FLOAT_DTYPES
+        and k_pages_PNHD.dtype == v_pages_PNHD.dtype == dtype
+        and k_pages_PNHD.device == v_pages_PNHD.device == device
+        and k_strides[3] == v_strides[3] == like_BTHD.stride()[-1] == 1
+        and 0 not in k_strides
+        and 0 not in v_strides
+    )
+
+
+def fits_target(
+    k_pages_PNHD: Tensor, v_pages_PNHD: Tensor, slots_BT: Tensor, like_BTHD: Tensor
+) -> bool:
+    """Whether :func:`check_target` has nothing to say, nor ``check_float`` of ``like_BTHD``."""
+    return (
+        fits_pages(k_pages_PNHD, v_pages_PNHD, like_BTHD)
+        and k_pages_PNHD is not v_pages_PNHD
+        and slots_BT.shape == like_BTHD.shape[:2]
+        and slots_BT.dtype == torch.int64
+        and slots_BT.device == like_BTHD.device
+    )
+
+
+def _fits(
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    k_pages_PNHD: Tensor,
+    v_pages_PNHD: Tensor,
+    slots_BT: Tensor,
+) -> bool:
+    """Whether no check of :func:`append_paged_kv` has anything to say."""
+    return (
+        contract.all_tensors(k_BTHD, v_BTHD, k_pages_PNHD, v_pages_PNHD, slots_BT)
+        and k_BTHD.ndim == 4
+        and v_BTHD.shape == k_BTHD.shape
+        and v_BTHD.dtype == k_BTHD.dtype
+        and v_BTHD.device == k_BTHD.device
+        and v_BTHD.stride()[3] == 1
+        and fits_target(k_pages_PNHD, v_pages_PNHD, slots_BT, k_BTHD)
+    )
 
 
 def append_paged_kv(
@@ -110,12 +160,13 @@ def append_paged_kv(
     Gradient: none; raises RuntimeError where one is wanted.
     """
     op = "append_paged_kv"
-    contract.check_float(op, "k_BTHD", k_BTHD)
-    contract.check_ndim(op, "k_BTHD", k_BTHD, "(B, T, H, D)")
-    contract.check_float(op, "v_BTHD", v_BTHD)
-    contract.check_shape(op, "v_BTHD", v_BTHD, tuple(k_BTHD.shape), "to match k_BTHD")
-    contract.check_same(op, "v_BTHD", v_BTHD, "k_BTHD", k_BTHD)
-    check_target(op, k_pages_PNHD, v_pages_PNHD, slots_BT, "k_BTHD", k_BTHD)
+    if not _fits(k_BTHD, v_BTHD, k_pages_PNHD, v_pages_PNHD, slots_BT):
+        contract.check_float(op, "k_BTHD", k_BTHD)
+        contract.check_ndim(op, "k_BTHD", k_BTHD, "(B, T, H, D)")
+        contract.check_float(op, "v_BTHD", v_BTHD)
+        contract.check_shape(op, "v_BTHD", v_BTHD, tuple(k_BTHD.shape), "to match k_BTHD")
+        contract.check_same(op, "v_BTHD", v_BTHD, "k_BTHD", k_BTHD)
+        check_target(op, k_pages_PNHD, v_pages_PNHD, slots_BT, "k_BTHD", k_BTHD)
     refuse_gradient(op, k_BTHD, v_BTHD, k_pages_PNHD, v_pages_PNHD)
     append_paged_kv_op(k_BTHD, v_BTHD, k_pages_PNHD, v_pages_PNHD, slots_BT, backend)
 

@@ -12,7 +12,6 @@ from variant_kernels import contract
 from variant_kernels.backends import (
     Impl,
     Lazy,
-    Request,
     choose,
     cpu_unsupported,
     cuda_unsupported,
@@ -21,9 +20,10 @@ from variant_kernels.backends import (
 from variant_kernels.ops.append_paged_kv import (
     check_slots,
     check_target,
+    fits_target,
     reference_append_paged_kv,
 )
-from variant_kernels.ops.qk_norm import check_scale_mul, reference_qk_norm_forward
+from variant_kernels.ops.qk_norm import check_scale_mul, fits_scale_mul, reference_qk_norm_forward
 from variant_kernels.registry import refuse_gradient, register
 
 # --- the definition -----------------------------------------------------------------------------
@@ -83,7 +83,7 @@ IMPLS = {"qk_norm_append_paged_kv": FUSED_IMPLS}
 def _fused(qkv, scale_mul, k_pages, v_pages, slots, backend):
     check_slots("qk_norm_append_paged_kv", slots, k_pages.shape[0] * k_pages.shape[1])
     dtypes = (qkv.dtype,) if scale_mul is None else (qkv.dtype, scale_mul.dtype)
-    request = Request(qkv.device.type, dtypes, qkv.shape[-1])
+    request = contract.request(qkv.device.type, dtypes, qkv.shape[-1])
     q = choose("qk_norm_append_paged_kv", FUSED_IMPLS, backend, request).forward(
         qkv_BT3HD=qkv,
         scale_mul_1H11=scale_mul,
@@ -109,6 +109,47 @@ qk_norm_append_paged_kv_op = register(
 
 
 # --- public function ----------------------------------------------------------------------------
+
+
+def _fits(
+    qkv_BT3HD: Tensor,
+    scale_mul_1H11: Tensor | None,
+    k_pages_PNHD: Tensor,
+    v_pages_PNHD: Tensor,
+    slots_BT: Tensor,
+) -> bool:
+    """Whether :func:`_check` has nothing to say."""
+    if not contract.all_tensors(qkv_BT3HD, k_pages_PNHD, v_pages_PNHD, slots_BT):
+        return False
+    shape = qkv_BT3HD.shape
+    if len(shape) != 5 or shape[2] != 3 or shape[4] % 8 or not 16 <= shape[4] <= 256:
+        return False
+    q_BTHD = qkv_BT3HD.select(2, 0)
+    return (scale_mul_1H11 is None or fits_scale_mul(scale_mul_1H11, q_BTHD)) and fits_target(
+        k_pages_PNHD, v_pages_PNHD, slots_BT, q_BTHD
+    )
+
+
+def _check(
+    qkv_BT3HD: Tensor,
+    scale_mul_1H11: Tensor | None,
+    k_pages_PNHD: Tensor,
+    v_pages_PNHD: Tensor,
+    slots_BT: Tensor,
+) -> None:
+    op = "qk_norm_append_paged_kv"
+    contract.check_float(op, "qkv_BT3HD", qkv_BT3HD)
+    contract.check_ndim(op, "qkv_BT3HD", qkv_BT3HD, "(B, T, 3, H, D)")
+    if qkv_BT3HD.shape[2] != 3:
+        raise ValueError(
+            f"{op}: qkv_BT3HD must be (B, T, 3, H, D), queries, keys and values on its third axis; "
+            f"got {tuple(qkv_BT3HD.shape)}"
+        )
+    contract.check_head_dim(op, "qkv_BT3HD", qkv_BT3HD.shape[-1])
+    q_BTHD = qkv_BT3HD.select(2, 0)
+    if scale_mul_1H11 is not None:
+        check_scale_mul(op, scale_mul_1H11, "qkv_BT3HD", q_BTHD)
+    check_target(op, k_pages_PNHD, v_pages_PNHD, slots_BT, "qkv_BT3HD", q_BTHD)
 
 
 def qk_norm_append_paged_kv(
@@ -146,18 +187,8 @@ def qk_norm_append_paged_kv(
     Gradient: none; raises RuntimeError where one is wanted.
     """
     op = "qk_norm_append_paged_kv"
-    contract.check_float(op, "qkv_BT3HD", qkv_BT3HD)
-    contract.check_ndim(op, "qkv_BT3HD", qkv_BT3HD, "(B, T, 3, H, D)")
-    if qkv_BT3HD.shape[2] != 3:
-        raise ValueError(
-            f"{op}: qkv_BT3HD must be (B, T, 3, H, D), queries, keys and values on its third axis; "
-            f"got {tuple(qkv_BT3HD.shape)}"
-        )
-    contract.check_head_dim(op, "qkv_BT3HD", qkv_BT3HD.shape[-1])
-    q_BTHD = qkv_BT3HD.select(2, 0)
-    if scale_mul_1H11 is not None:
-        check_scale_mul(op, scale_mul_1H11, "qkv_BT3HD", q_BTHD)
-    check_target(op, k_pages_PNHD, v_pages_PNHD, slots_BT, "qkv_BT3HD", q_BTHD)
+    if not _fits(qkv_BT3HD, scale_mul_1H11, k_pages_PNHD, v_pages_PNHD, slots_BT):
+        _check(qkv_BT3HD, scale_mul_1H11, k_pages_PNHD, v_pages_PNHD, slots_BT)
     refuse_gradient(op, qkv_BT3HD, scale_mul_1H11, k_pages_PNHD, v_pages_PNHD)
     return qk_norm_append_paged_kv_op(
         qkv_BT3HD, scale_mul_1H11, k_pages_PNHD, v_pages_PNHD, slots_BT, backend
