@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from variant.packing import Linear, PackedDecoder
+from variant.packing import Linear, PackedDecoder, Staging
 from variant.transformer import VAR, Block, projection
 from variant.vqvae import VQVAE
 
@@ -21,14 +21,16 @@ MLP_ROWS = 512
 class LayerWeights:
     """One block's weights; its matrix products are callables."""
 
-    def __init__(self, block: Block, dtype: torch.dtype, packed: bool) -> None:
+    def __init__(self, block: Block, dtype: torch.dtype, packed: bool, staging: Staging) -> None:
         attn, ffn = block.attn, block.ffn
         self.softmax_scale = attn.softmax_scale
         self.scale_mul_1H11 = attn.scale_mul_1H11.detach().float() if attn.attn_l2_norm else None
-        self.qkv = Linear(attn.mat_qkv.weight, attn.qkv_bias(), dtype, packed=packed)
-        self.proj = _linear(attn.proj, dtype, packed)
-        self.fc1 = _linear(ffn.fc1, dtype, packed, gelu=True)
-        self.fc2 = _linear(ffn.fc2, dtype, packed)
+        self.qkv = Linear(
+            attn.mat_qkv.weight, attn.qkv_bias(), dtype, packed=packed, staging=staging
+        )
+        self.proj = _linear(attn.proj, dtype, packed, staging)
+        self.fc1 = _linear(ffn.fc1, dtype, packed, staging, gelu=True)
+        self.fc2 = _linear(ffn.fc2, dtype, packed, staging)
 
     def mlp(self, h_RTC: Tensor) -> Tensor:
         """(R, T, C) to (R, T, C)."""
@@ -52,12 +54,13 @@ class EngineWeights:
 
     def __init__(self, var: VAR, vae: VQVAE, dtype: torch.dtype, packed: bool) -> None:
         self.packed = packed
-        self.layers = [LayerWeights(block, dtype, self.packed) for block in var.layers()]
-        self.head = _linear(var.head, dtype, self.packed)
+        staging = Staging(dtype)
+        self.layers = [LayerWeights(block, dtype, self.packed, staging) for block in var.layers()]
+        self.head = _linear(var.head, dtype, self.packed, staging)
         self.position_1LC = var.position_embedding().detach().float()
         self.pos_start = var.pos_start.detach().float()
-        self.word_embed = _linear(var.word_embed, torch.float32, packed=False)
-        self.modulations = Modulations(var, dtype, self.packed)
+        self.word_embed = _linear(var.word_embed, torch.float32, False, None)
+        self.modulations = Modulations(var, dtype, self.packed, staging)
         self._vae, self._dtype = vae, dtype
         self._decoder: PackedDecoder | None = None
 
@@ -71,8 +74,15 @@ class EngineWeights:
         return self._decoder(f_hat_BCHW)
 
 
-def _linear(linear: nn.Linear, dtype: torch.dtype, packed: bool, *, gelu: bool = False) -> Linear:
-    return Linear(linear.weight, linear.bias, dtype, packed=packed, gelu=gelu)
+def _linear(
+    linear: nn.Linear,
+    dtype: torch.dtype,
+    packed: bool,
+    staging: Staging | None,
+    *,
+    gelu: bool = False,
+) -> Linear:
+    return Linear(linear.weight, linear.bias, dtype, packed=packed, gelu=gelu, staging=staging)
 
 
 class Modulations:
@@ -83,12 +93,12 @@ class Modulations:
     modules serve: read once per image, their weights (a third of the model) are not worth a copy.
     """
 
-    def __init__(self, var: VAR, dtype: torch.dtype, packed: bool) -> None:
+    def __init__(self, var: VAR, dtype: torch.dtype, packed: bool, staging: Staging) -> None:
         self._var, self._dtype = var, dtype
         self._linears: list[Linear] = []
         if packed and dtype != var.head.weight.dtype and not var.config.shared_aln:
             modules = [*(block.ada_lin for block in var.layers()), var.head_nm.ada_lin]
-            self._linears = [_linear(projection(m), dtype, packed=True) for m in modules]
+            self._linears = [_linear(projection(m), dtype, True, staging) for m in modules]
 
     def __call__(self, cond_RC: Tensor) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
         """Per layer its rows, and the head's, each (R, C) in the engine's dtype."""
