@@ -7,7 +7,8 @@ filters) and replayed with new labels, image ids, seed and guidance, which are t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Protocol
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor
 
 Tensors = tuple[Tensor, ...]
+
+# Recordings that wait for the next call: a slider over top_p must not fill the GPU with graphs.
+KEPT = 32
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ class Recorder(Protocol):
         """The function runs at least once; it reads no tensor that a replay must not read."""
         ...
 
+    def turn(self) -> AbstractContextManager[None]:
+        """Inside, work is queued behind that of the last turn, whatever stream it was on."""
+        ...
+
 
 class GraphRecorder:
     """CUDA graphs that share one memory pool: they never run at once, so tensors may overlap."""
@@ -41,6 +49,18 @@ class GraphRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._last: torch.cuda.Event | None = None
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        stream = torch.cuda.current_stream(self._device)
+        if self._last is not None:
+            stream.wait_event(self._last)
+        try:
+            yield
+        finally:
+            self._last = torch.cuda.Event()
+            self._last.record(stream)
 
     def record(self, function: Callable[[], Tensors]) -> Recording:
         with torch.cuda.device(self._device):
@@ -65,10 +85,12 @@ class Captures:
 
     Args:
         recorder: what records; a :class:`GraphRecorder` on a GPU.
+        kept: recordings beyond so many go, those first that were not used for longest.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, kept: int = KEPT) -> None:
         self._recorder = recorder
+        self._kept = kept
         self._recorded: dict[Hashable, tuple[Tensors, Recording, Callable[..., Tensors]]] = {}
         # Inputs and outputs of a recording are one set of tensors: one caller at a time.
         self._lock = Lock()
@@ -83,7 +105,7 @@ class Captures:
             key: all that ``function`` depends on beyond its inputs, their shapes included.
             function: launches the same work whatever its inputs hold.
         """
-        with self._lock:
+        with self._lock, self._recorder.turn():
             if key not in self._recorded:
                 # What inference mode makes, the inputs and the random state of a graph among it,
                 # could not be written to by a later call outside it.
@@ -93,8 +115,10 @@ class Captures:
                 # The function is kept, and with it all that the recorded work still reads; the
                 # first result is the caller's alone.
                 self._recorded[key] = static, replace(recording, first=()), function
+                while len(self._recorded) > self._kept:
+                    del self._recorded[next(iter(self._recorded))]
                 return recording.first
-            static, recording, _ = self._recorded[key]
+            static, recording, _ = self._recorded[key] = self._recorded.pop(key)
             for target, source in zip(static, inputs, strict=True):
                 target.copy_(source)
             recording.replay()

@@ -1,6 +1,7 @@
 """Captured generations on the CPU: a double records the call and repeats it as a graph would."""
 
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -18,6 +19,12 @@ class Repeater:
 
     def __init__(self):
         self.recorded = 0
+        self.turns = 0
+
+    @contextmanager
+    def turn(self):
+        self.turns += 1
+        yield
 
     def record(self, function):
         self.recorded += 1
@@ -150,7 +157,7 @@ def test_another_page_size_has_tables_and_a_recording_of_its_own(recorder):
 
 
 def test_a_failed_recording_leaves_nothing_behind():
-    class Failing:
+    class Failing(Repeater):
         def record(self, function):
             raise RuntimeError("no")
 
@@ -202,3 +209,20 @@ def test_the_first_result_is_not_kept():
     first = captures.run("key", function, torch.ones(3))
     del first
     assert not made
+
+
+def test_the_recordings_used_last_are_kept():
+    repeater = Repeater()
+    captures = Captures(repeater, kept=2)
+    x = torch.arange(3.0)
+
+    def run(factor):
+        (got,) = captures.run(factor, lambda x: (x * factor,), x)
+        assert torch.equal(got, x * factor)
+
+    for factor in (1, 2, 1, 3, 1):  # 3 drives 2 out: 1 was used after it
+        run(factor)
+    assert (len(captures), repeater.recorded) == (2, 3)
+    run(2)
+    assert (len(captures), repeater.recorded) == (2, 4)
+    assert repeater.turns == 6  # every call waits for the work of the one before
