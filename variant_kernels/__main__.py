@@ -8,7 +8,7 @@ import sys
 import torch
 
 from variant_kernels import _C, __version__, ops
-from variant_kernels.backends import available_backends, dtype_name, explain
+from variant_kernels.backends import available_backends, chosen_and_others, dtype_name
 from variant_kernels.contract import FLOAT_DTYPES
 from variant_kernels.cuda_ops import library
 
@@ -30,19 +30,32 @@ def report() -> str:
         f"(VARIANT_CPU_ISA forces one), {torch.get_num_threads()} threads",
         f"backends: {', '.join(available_backends())} (VARIANT_BACKEND or backend= forces one)",
         "",
-        "backend of each op on the CPU:",
     ]
-    for op in ops.tables():
-        for dtype in FLOAT_DTYPES:
-            lines.append(f"  {op}, {dtype_name(dtype)}: {_chosen(op, dtype)}")
+    for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
+        lines += _table(device)
     return "\n".join(lines)
 
 
-def _chosen(op: str, dtype: torch.dtype) -> str:
-    try:
-        return explain(op, dtype=dtype)
-    except ValueError as error:  # VARIANT_BACKEND names one that cannot serve this
-        return f"none: {error}"
+def _table(device: str) -> list[str]:
+    """Each op's backend by dtype, then once what kept faster backends from being taken."""
+    width = max(map(len, ops.tables()))
+    lines, reasons = [f"backend of each op on {device}:"], {}
+    for op in ops.tables():
+        dtypes: dict[str, list[str]] = {}
+        for dtype in FLOAT_DTYPES:
+            try:
+                chosen, others = chosen_and_others(op, device=device, dtype=dtype)
+            except ValueError as error:  # VARIANT_BACKEND names one that cannot serve this
+                chosen, others = f"none: {error}", {}
+            dtypes.setdefault(chosen, []).append(dtype_name(dtype))
+            for name, reason in others.items():
+                if name in ops.tables()[op]:
+                    reasons.setdefault((name, reason), None)
+        shown = "; ".join(f"{chosen} ({', '.join(names)})" for chosen, names in dtypes.items())
+        lines.append(f"  {op:{width}}  {shown}")
+    if reasons:
+        lines += ["not taken:", *(f"  {name}: {reason}" for name, reason in reasons)]
+    return lines
 
 
 if __name__ == "__main__":

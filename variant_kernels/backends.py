@@ -331,6 +331,26 @@ def explain(
 
     ``explain("adaln_modulate", dtype=torch.float16)``
     """
+    chosen, others = chosen_and_others(
+        op, device=device, dtype=dtype, head_dim=head_dim, backend=backend
+    )
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in others.items())
+    return chosen + (f" ({reasons})" if reasons else "")
+
+
+def chosen_and_others(
+    op: str,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    head_dim: int | None = 64,
+    backend: str = "auto",
+) -> tuple[str, dict[str, str]]:
+    """The backend that ``op`` would use for such tensors, and why each faster one would not do.
+
+    Raises:
+        ValueError: no such op, or a backend asked for by name cannot serve it.
+    """
     from variant_kernels import ops
 
     tables = ops.tables()
@@ -338,12 +358,12 @@ def explain(
         raise ValueError(f"explain: op must be one of {', '.join(tables)}; got {op!r}")
     request = Request(device, (dtype,), head_dim)
     chosen = choose_name(op, tables[op], backend, request)
-    reasons = []
+    others = {}
     for name in PREFERENCE:
         if name == chosen:
             break
         reason = _reason(tables[op], name, request)
         if reason is None:
             reason = "interpreted" if _interpreted(name) else "not asked for"
-        reasons.append(f"{name}: {reason}")
-    return chosen + (f" ({'; '.join(reasons)})" if reasons else "")
+        others[name] = reason
+    return chosen, others

@@ -1,0 +1,40 @@
+"""``python -m variant_kernels``: one line for each op, and why faster backends are not taken."""
+
+import os
+import subprocess
+import sys
+
+from variant_kernels import ops
+
+
+def report(**environment):
+    return subprocess.run(
+        [sys.executable, "-m", "variant_kernels"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0", "VARIANT_BACKEND": "auto", **environment},
+    )
+
+
+def test_every_op_has_one_line_and_every_reason_too():
+    lines = report().stdout.splitlines()
+    table = lines[lines.index("backend of each op on cpu:") + 1 :]
+    for op in ops.tables():
+        (line,) = (line for line in table if line.split()[:1] == [op])
+        assert "cpu (float32, bfloat16); reference (float16)" in line
+    reasons = table[table.index("not taken:") + 1 :]
+    assert "  cpu: dtype float16 is not among its dtypes (float32, bfloat16)" in reasons
+    assert len(set(reasons)) == len(reasons)
+
+
+def test_a_backend_that_cannot_serve_is_said_in_place():
+    lines = report(VARIANT_BACKEND="flash").stdout.splitlines()
+    (line,) = (line for line in lines if line.split()[:1] == ["paged_attention"])
+    assert 'backend "flash" cannot run this call: it needs an NVIDIA GPU' in line
+
+
+def test_an_unknown_instruction_set_is_one_line_and_an_exit_code():
+    run = report(VARIANT_CPU_ISA="z80")
+    assert run.returncode == 1
+    assert run.stderr.startswith("variant_kernels: error: ")
+    assert "z80" in run.stderr
