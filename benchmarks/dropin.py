@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,10 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.dropin_case import DropinCase
+from variant.bench.environment import environment
 from variant_kernels import DepthSchedule, patch
 from variant_kernels.integrations import Handle
 from variant_kernels.integrations.runtime import default_bridge
 
+FORMAT = "variant-dropin-1"
 LOGITS_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-3  # of the largest element of each gradient
 
@@ -181,8 +184,8 @@ def ceiling(case: DropinCase, depth: int) -> float:
 
 def measure(
     case: DropinCase, dtype: str, depth: int | None, rounds: int, keep_copies: bool = False
-) -> list[str]:
-    """Lines of a table: contenders take turns; ratios are medians of each round's."""
+) -> dict[str, Any]:
+    """One result: contenders take turns; ratios are medians of each round's."""
     seconds: dict[str, list[float]] = {}
     memory: dict[str, float] = {}
     notes: dict[str, str] = {}
@@ -215,19 +218,40 @@ def measure(
                 notes[f"patch, depth {depth}"] = _kv(handle)
         if accelerated is not None:
             run("accelerate", accelerated, warm)
-    lines = [f"{dtype}, {rounds} rounds, without the decoder"]
-    for name, times in seconds.items():
-        ratio = _ratio(seconds["original"], times)
-        lines.append(
-            f"  {name:18} {statistics.median(times) * 1000:8.1f} ms  {ratio:5.2f} x original  "
-            f"+{memory[name]:7.1f} MiB  {notes.get(name, '')}"
-        )
+    found: dict[str, Any] = {
+        "dtype": dtype,
+        "rounds": rounds,
+        "keep_copies": keep_copies,
+        "contenders": {
+            name: {
+                "seconds": times,
+                "median": statistics.median(times),
+                "times_original": _ratio(seconds["original"], times),
+                "peak_mib": memory[name],
+                "note": notes.get(name, ""),
+            }
+            for name, times in seconds.items()
+        },
+    }
     if depth is not None:
         gained = _ratio(seconds["patch"], seconds[f"patch, depth {depth}"])
-        most = ceiling(case, depth)
+        found["depth"] = {"depth": depth, "gained": gained, "ceiling": ceiling(case, depth)}
+    return found
+
+
+def table(found: Mapping[str, Any]) -> list[str]:
+    """Lines for the reader."""
+    lines = [f"{found['dtype']}, {found['rounds']} rounds, without the decoder"]
+    for name, one in found["contenders"].items():
         lines.append(
-            f"  depth {depth} over full depth: {gained:.2f} of {most:.2f} by linear work "
-            f"({gained / most:.0%})"
+            f"  {name:18} {one['median'] * 1000:8.1f} ms  {one['times_original']:5.2f} x original  "
+            f"+{one['peak_mib']:7.1f} MiB  {one['note']}"
+        )
+    if "depth" in found:
+        gained, most = found["depth"]["gained"], found["depth"]["ceiling"]
+        lines.append(
+            f"  depth {found['depth']['depth']} over full depth: {gained:.2f} of {most:.2f} by "
+            f"linear work ({gained / most:.0%})"
         )
     return lines
 
@@ -254,6 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="0: answers only")
     parser.add_argument("--keep-copies", action="store_true", help="as patch(keep_copies=True)")
     parser.add_argument("--no-check", action="store_true", help="time only")
+    parser.add_argument("--json", type=Path, help="also write the times, with the environment")
     given = parser.parse_args(arguments)
     case = build(given.family, given.repo, given.small, given.width)
     for model in case.models:
@@ -264,13 +289,30 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{'same' if holds else 'DIFFERS':8} {what}")
         if not all(same.values()):
             return 1
+    results: list[dict[str, Any]] = []
     if given.rounds:
         depth = given.depth or max(case.layers // 2, 2)
         for dtype in given.dtype:
-            print(
-                "\n".join(measure(case, dtype, depth, given.rounds, given.keep_copies)), flush=True
-            )
+            found = measure(case, dtype, depth, given.rounds, given.keep_copies)
+            print("\n".join(table(found)), flush=True)
+            results.append(found)
+            if given.json is not None:
+                _write(given, results)
     return 0
+
+
+def _write(given: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    """Whole or not at all."""
+    written = {
+        "format": FORMAT,
+        "environment": environment(),
+        "family": given.family,
+        "size": "small" if given.small else given.width,
+        "results": results,
+    }
+    temporary = given.json.with_name(given.json.name + ".part")
+    temporary.write_text(json.dumps(written, indent=1) + "\n")
+    temporary.replace(given.json)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,12 @@ def block_mask(scale_lengths: tuple[int, ...], device: torch.device) -> flex.Blo
 
 @cache
 def attention() -> Callable[..., Any]:
-    """FlexAttention compiled; uncompiled it would hold every score."""
-    return torch.compile(flex.flex_attention, dynamic=False)
+    """FlexAttention compiled; uncompiled it would hold every score.
+
+    ``fullgraph``: beyond torch's limit of shapes for one function (torch._dynamo.config's
+    ``recompile_limit``) it raises, where otherwise it would go on uncompiled without a word.
+    """
+    return torch.compile(flex.flex_attention, dynamic=False, fullgraph=True)
 
 
 def attend(
