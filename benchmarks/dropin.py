@@ -270,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Compare, then time; 1 if an answer differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repo", type=Path, required=True, help="a checkout of the codebase")
-    parser.add_argument("--family", required=True, help="var, code, infinity or hart")
+    parser.add_argument("--family", required=True, help="var, code or infinity")
     parser.add_argument("--small", action="store_true", help="few narrow layers")
     parser.add_argument("--width", default="d16", help="of VAR and CoDe: d16, d20, d24, d30")
     parser.add_argument("--depth", type=int, help="also time this depth; default: half the layers")
