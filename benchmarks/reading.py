@@ -1,4 +1,4 @@
-"""Result files of both kinds: reading them, and what is compared between two of them."""
+"""Result files of every kind: reading them, and what is compared between two of them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,19 @@ from typing import Any
 from variant.errors import UserError
 
 KERNELS, ENGINE = "variant-kernel-bench-1", "variant-engine-bench-1"
+DROPIN, TRAINING = "variant-dropin-1", "variant-training-step-1"
+# Where a file of each kind comes from.
+KINDS = {
+    KERNELS: "pytest benchmarks --benchmark-json",
+    ENGINE: "variant bench --json",
+    DROPIN: "python -m benchmarks.dropin --json",
+    TRAINING: "python -m benchmarks.training_step --json",
+}
 
 
 @dataclass(frozen=True)
 class Result:
-    """One result file. name: its stem.  kind: KERNELS or ENGINE."""
+    """One result file. name: its stem.  kind: a key of KINDS."""
 
     name: str
     kind: str
@@ -34,10 +42,11 @@ def read(path: Path) -> Result:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     kind = data.get("format") if isinstance(data, dict) else None
-    if kind not in (KERNELS, ENGINE):
+    if kind not in KINDS:
+        commands = ", ".join(f"`{command}`" for command in KINDS.values())
         raise UserError(
-            f"{path}: must be a result of `pytest benchmarks --benchmark-json` or of "
-            f'`variant bench --json` ("format": "{KERNELS}" or "{ENGINE}"); got {kind!r}'
+            f'{path}: must be a result of one of {commands}, whose "format" is one of '
+            f"{', '.join(KINDS)}; got {kind!r}"
         )
     return Result(path.stem, kind, data)
 
@@ -72,6 +81,25 @@ def ratios(result: Result) -> Iterator[tuple[str, Ratio]]:
                     f"{info['peer']}"
                 )
                 yield what, Ratio(info["ratio_to_peer"], *info["ratio_quartiles"])
+        return
+    if result.kind == DROPIN:
+        for run in result.data["results"]:
+            kept = ", copies kept" if run["keep_copies"] else ""
+            where = f"{result.data['family']} {result.data['size']}, {run['dtype']}{kept}"
+            for name, one in run["contenders"].items():
+                if name != "original":
+                    peer = run["contenders"]["original"]["seconds"]
+                    each = sorted(a / b for a, b in zip(peer, one["seconds"], strict=True))
+                    ratio = Ratio(one["times_original"], each[0], each[-1])
+                    yield f"{where}: {name} against original", ratio
+        return
+    if result.kind == TRAINING:
+        data = result.data
+        where = f"{data['model']}, training step, batch {data['batch']}, {data['dtype']}"
+        for row in data["steps"]:
+            if row["contender"] != data["peer"]:
+                what = f"{where}: {row['contender']} against {data['peer']}"
+                yield what, Ratio(row[f"ratio to {data['peer']}"], *row["ratio_quartiles"])
         return
     model = result.data["model"]
     for row in result.data["rows"]:

@@ -15,7 +15,7 @@ from typing import Any
 import tyro
 
 from benchmarks.plots import draw, groups
-from benchmarks.reading import ENGINE, Result, read_all
+from benchmarks.reading import DROPIN, ENGINE, KERNELS, TRAINING, Result, read_all
 from variant.checkpoint import replacing
 from variant.errors import UserError
 
@@ -30,7 +30,7 @@ class Options:
     """
 
     results: tyro.conf.Positional[tuple[Path, ...]]
-    """Result files of either kind, or folders of them."""
+    """Result files of any kind, or folders of them."""
     out: Path = Path("out/report")
     """Folder for report.md and the pictures."""
 
@@ -40,14 +40,10 @@ def page(results: list[Result], folder: Path) -> str:
     lines = ["# Benchmarks", ""]
     for result in results:
         lines += [f"## {result.name}", "", *_environment(result), ""]
-        if result.kind == ENGINE:
-            lines += _engine(result.data)
-        else:
-            lines += _kernels(result.data)
-        for caption, file in draw(
-            result.data, "engine" if result.kind == ENGINE else "kernels", folder, result.name
-        ):
-            lines += [f"![{caption}]({file.name})", ""]
+        lines += PARTS[result.kind](result.data)
+        if result.kind in PICTURES:
+            for caption, file in draw(result.data, PICTURES[result.kind], folder, result.name):
+                lines += [f"![{caption}]({file.name})", ""]
     return "\n".join(lines)
 
 
@@ -83,7 +79,7 @@ def _environment(result: Result) -> list[str]:
         f"`{found['command']}`",
         "",
     ]
-    limits = result.data["limits"]
+    limits = result.data.get("limits", {})
     for device, one in {"": limits}.items() if result.kind == ENGINE else limits.items():
         start, drift = one["start"], one.get("drift")
         rates = ", ".join(
@@ -208,6 +204,52 @@ def _kernels(data: dict[str, Any]) -> list[str]:
         title = f"### {op} on {device}" + (f", {isa}" if isa else "")
         lines += [title, "", *table(columns, cells)]
     return lines
+
+
+def _dropin(data: dict[str, Any]) -> list[str]:
+    lines = [
+        f"The code of `{data['family']}` itself ({data['size']}, random weights) before and after "
+        "`patch`; all take turns, times are medians without the decoder.",
+        "",
+    ]
+    cells = []
+    for run in data["results"]:
+        dtype = run["dtype"] + (", copies kept" if run["keep_copies"] else "")
+        for name, one in run["contenders"].items():
+            cells.append(
+                [dtype, name, duration(one["median"]), f"{one['times_original']:.2f}",
+                 f"{one['peak_mib']:,.0f} MiB", one["note"]]
+            )  # fmt: skip
+    columns = ["dtype", "contender", "time", "times the original", "peak beyond before", ""]
+    lines += table(columns, cells)
+    for run in data["results"]:
+        if "depth" in run:
+            found = run["depth"]
+            lines += [
+                f"{run['dtype']}: depth {found['depth']} over full depth {found['gained']:.2f} of "
+                f"{found['ceiling']:.2f} by linear work.",
+                "",
+            ]
+    return lines
+
+
+def _training(data: dict[str, Any]) -> list[str]:
+    ratio = f"ratio to {data['peer']}"
+    cells = [
+        [row["contender"], duration(row["median"]), f"{row[ratio]:.2f}", f"{row['loss']:.3f}"]
+        for row in data["steps"]
+    ]
+    return [
+        f"One optimiser step of {data['model']}, batch {data['batch']}, {data['dtype']} on "
+        f"{data['device']}, bridge {data['bridge']}.",
+        "",
+        *table(["contender", "time", f"times {data['peer']}", "loss"], cells),
+    ]
+
+
+# What shows each kind, and the name by which its pictures are drawn.
+PARTS = {ENGINE: _engine, KERNELS: _kernels, DROPIN: _dropin, TRAINING: _training}
+PICTURES = {ENGINE: "engine", KERNELS: "kernels"}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -150,7 +150,7 @@ def test_what_is_no_result_is_refused(tmp_path, engine, capsys):
     good = write(tmp_path / "good.json", kernels())
     other = write(tmp_path / "engine.json", engine)
     for words, message in (
-        ([foreign, good], "must be a result of `pytest benchmarks --benchmark-json`"),
+        ([foreign, good], "must be a result of one of `pytest benchmarks --benchmark-json`"),
         ([str(tmp_path / "none.json"), good], "cannot be read as JSON"),
         ([str(empty), good], "holds no .json file"),
         ([good, good, "--tolerance", "1.5"], r"--tolerance must be in [0, 1); got 1.5"),
@@ -206,3 +206,39 @@ def test_durations_have_three_digits():
     assert [duration(x) for x in (1.5, 0.25, 12.3e-3, 4.5e-6, 0.01e-6)] == [
         "1.50 s", "250 ms", "12.3 ms", "4.50 us", "0.01 us",
     ]  # fmt: skip
+
+
+def test_drop_in_and_training_files_are_shown_and_compared(tmp_path, capsys):
+    from benchmarks.training_step import main as train
+
+    steps = tmp_path / "steps.json"
+    small = ["--model", "digits", "--batch", "1", "--device", "cpu", "--dtype", "float32"]
+    small += ["--depths", "8", "2", "--bridge", "4", "--runs", "2"]
+    assert train([*small, "--json", str(steps)]) == 0
+    seconds = {"original": [2.0, 4.0], "patch": [1.0, 1.0]}
+    contenders = {
+        name: {"seconds": times, "median": times[0], "times_original": 2.0 / times[0],
+               "peak_mib": 1.0, "note": ""}
+        for name, times in seconds.items()
+    }  # fmt: skip
+    dropin = write(
+        tmp_path / "dropin.json",
+        {
+            "format": "variant-dropin-1",
+            "environment": environment(),
+            "family": "var",
+            "size": "small",
+            "results": [
+                {"dtype": "float32", "rounds": 2, "keep_copies": False, "contenders": contenders,
+                 "depth": {"depth": 2, "gained": 1.5, "ceiling": 2.0}}
+            ],
+        },
+    )  # fmt: skip
+    assert report.main([str(steps), dropin, "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "One optimiser step of digits" in text
+    assert "depth 2 over full depth 1.50 of 2.00" in text
+    capsys.readouterr()
+    assert compare.main([dropin, dropin]) == 0
+    assert compare.main([str(steps), str(steps)]) == 0
+    assert capsys.readouterr().out.count("1 ratios compared") == 2
