@@ -18,7 +18,6 @@ from torch import Tensor
 
 from variant.capture import Captures, GraphRecorder, Recorder, Tensors
 from variant.memory import free_bytes
-from variant.packing import can_pack
 from variant.sampling import (
     Generation,
     OnScale,
@@ -36,6 +35,7 @@ from variant.weights import EngineWeights
 from variant_kernels import CachePlan, DepthSchedule, PagedKVCache
 from variant_kernels.backends import dtype_name
 from variant_kernels.kv_cache import Steps
+from variant_kernels.packed_linear import can_pack
 
 # Schedules and batch sizes whose page tables wait for the next call.
 TABLES_KEPT = 16

@@ -6,7 +6,7 @@ weights that were packed beforehand and a GELU that runs while the product is in
 Zen 4 cores, 512 rows by 1024 x 4096: 206 GFLOP/s with the GELU against 132 without it in float32;
 with 2 rows, where only the weights count, 90 against 16 (bfloat16: 146 against 59).
 
-Packed weights are a second copy: :func:`can_pack` says where they are used, and the engine's
+Packed weights are a second copy: ``can_pack`` says where they are used, and the engine's
 ``pack`` turns them off.
 
 Axes: R rows, I inputs, O outputs, C channels, H W a feature map.
@@ -22,15 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from variant.vqvae import VQVAE, ResidualBlock, Upsample, unit_range
-
-
-def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN has packed products here: a CPU, float32, or bfloat16 where it is native."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype == torch.float32
+from variant_kernels.packed_linear import pack, packed_linear
 
 
 @cache
@@ -96,21 +88,15 @@ class Linear:
         self._bias_O = bias_O.detach().to(dtype)
         self._packed, self._gelu = packed, gelu
         self._epilogue = gelu and fused_gelu(weight_OI.device, dtype)
-        # The second argument would only tune the order for a number of rows: it is the same for
-        # all that were tried (2 to 4096).
         if packed:
-            cast_OI = (staging or Staging(dtype))(weight_OI)
-            self._weight_OI = torch.ops.mkldnn._reorder_linear_weight(cast_OI, None)
+            self._weight_OI = pack((staging or Staging(dtype))(weight_OI))
         else:
             self._weight_OI = weight_OI.detach().to(dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O), a new tensor."""
         if self._packed:
-            name, variant = ("gelu", "tanh") if self._gelu else ("none", "")
-            return torch.ops.mkldnn._linear_pointwise(
-                x, self._weight_OI, self._bias_O, name, [], variant
-            )
+            return packed_linear(x, self._weight_OI, self._bias_O, gelu=self._gelu)
         if self._epilogue:
             y_RO = torch.ops.aten._addmm_activation(
                 self._bias_O, x.flatten(0, -2), self._weight_OI.t(), use_gelu=True

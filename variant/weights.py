@@ -49,7 +49,7 @@ class EngineWeights:
     Args:
         var, vae: whose weights.
         dtype: of the matrix products.
-        packed: keep packed copies, which :func:`variant.packing.can_pack` must allow.
+        packed: keep packed copies, which :func:`variant_kernels.packed_linear.can_pack` must allow.
     """
 
     def __init__(self, var: VAR, vae: VQVAE, dtype: torch.dtype, packed: bool) -> None:

@@ -190,6 +190,16 @@ class AttentionForward(nn.Module):
             )
         return self._pages
 
+    def _read_pages(self, q_BTHD: Tensor, store: KVStore, step: KVStep) -> Tensor:
+        return paged_attention(
+            q_BTHD,
+            store.k_pages,
+            store.v_pages,
+            step.page_table_BM,
+            step.kv_lens_B,
+            softmax_scale=self.scale,
+        )
+
     def _attend_cached(self, qkv_BT3HD: Tensor, attn_bias: Tensor | None) -> Tensor:
         if torch.is_grad_enabled() and qkv_BT3HD.requires_grad:
             raise RuntimeError(
@@ -202,14 +212,7 @@ class AttentionForward(nn.Module):
             q_BTHD = qk_norm_append_paged_kv(
                 qkv_BT3HD, self._scale_mul(), store.k_pages, store.v_pages, step.slots_BT
             )
-            out_BTHD = paged_attention(
-                q_BTHD,
-                store.k_pages,
-                store.v_pages,
-                step.page_table_BM,
-                step.kv_lens_B,
-                softmax_scale=self.scale,
-            )
+            out_BTHD = self._read_pages(q_BTHD, store, step)
         else:
             q_BTHD, k_BTHD, v_BTHD = self._normed(qkv_BT3HD)
             append_paged_kv(k_BTHD, v_BTHD, store.k_pages, store.v_pages, step.slots_BT)

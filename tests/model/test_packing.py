@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from variant.engine import Engine
-from variant.packing import Linear, MergedUpsample, PackedConv2d, PackedDecoder, Staging, can_pack
+from variant.packing import Linear, MergedUpsample, PackedConv2d, PackedDecoder, Staging
 from variant.vqvae import Upsample
+from variant_kernels.packed_linear import can_pack
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from variant import packing
 from variant.bench.work import Linear, linears
-from variant.packing import can_pack
 from variant.transformer import VAR, projection
 from variant.weights import MLP_ROWS
 from variant_kernels import DepthSchedule
+from variant_kernels.packed_linear import can_pack
 
 Product = Callable[[Tensor], Tensor]
 

@@ -27,7 +27,6 @@ from variant_kernels.integrations.var import PatchedAttention, linears
 from variant_kernels.integrations.var_generation import VARRuntime
 from variant_kernels.masks import block_causal_layout
 from variant_kernels.ops.append_paged_kv import append_paged_kv
-from variant_kernels.ops.paged_attention import paged_attention
 from variant_kernels.ops.qk_norm import qk_norm
 from variant_kernels.scales import ScaleLayout
 
@@ -119,14 +118,7 @@ class InfinityAttention(PatchedAttention):
         step = store.open(qkv_BT3HD.shape[1])
         q_BTHD, k_BTHD, v_BTHD = self._rotated(qkv_BT3HD, turn_2TF)
         append_paged_kv(k_BTHD, v_BTHD, store.k_pages, store.v_pages, step.slots_BT)
-        out_BTHD = paged_attention(
-            q_BTHD,
-            store.k_pages,
-            store.v_pages,
-            step.page_table_BM,
-            step.kv_lens_B,
-            softmax_scale=self.scale,
-        )
+        out_BTHD = self._read_pages(q_BTHD, store, step)
         store.close()
         return out_BTHD
 

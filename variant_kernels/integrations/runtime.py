@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from variant_kernels.depth import DepthSchedule, resolve_layers
 from variant_kernels.integrations.base import Patched
+from variant_kernels.packed_linear import can_pack, pack, packed_linear
 
 
 @dataclass(frozen=True)
@@ -115,27 +116,16 @@ class Runtime:
         """
         x, key = x.to(dtype), (id(weight_OI), dtype)
         bias_O = None if bias_O is None else bias_O.to(dtype)
-        packed = _can_pack(x)
+        packed = can_pack(x.device, dtype)
         version = None if weight_OI.is_inference() else weight_OI._version
         kept = self._copies.get(key)
         if kept is None or kept[0] is not weight_OI or kept[1] != version:
             copy = weight_OI.detach().to(dtype)
-            if packed:
-                copy = torch.ops.mkldnn._reorder_linear_weight(copy, None)
-            kept = weight_OI, version, copy
+            kept = weight_OI, version, pack(copy) if packed else copy
             self._copies[key] = kept
         if packed:
-            return torch.ops.mkldnn._linear_pointwise(x, kept[2], bias_O, "none", [], "")
+            return packed_linear(x, kept[2], bias_O)
         return F.linear(x, kept[2], bias_O)
-
-
-def _can_pack(x: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

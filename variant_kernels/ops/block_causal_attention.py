@@ -271,8 +271,9 @@ def block_causal_attention(
         )
     scale = contract.softmax_scale(op, softmax_scale, q_BLHD.shape[-1])
     # Choosing looks at the environment, which a graph cannot: there, the argument alone counts.
-    compiling = torch.compiler.is_compiling()
-    if (backend if compiling else _resolve(backend, q_BLHD)) == "flex":
+    if not torch.compiler.is_compiling():
+        backend = _resolve(backend, q_BLHD)
+    if backend == "flex":
         from variant_kernels.library_ops import flex
 
         return flex.attend(q_BLHD, k_BLHD, v_BLHD, layout.tokens, scale)[0]
