@@ -2,8 +2,9 @@
 
 import copy
 import inspect
+import os
 import pickle
-import socket
+from datetime import timedelta
 
 import pytest
 import torch
@@ -282,23 +283,31 @@ def test_it_replaces_the_class_in_a_model():
     close(replaced(labels, words), logits, 10)
 
 
-def _train_on_two_ranks(rank, port, path):
+def _train_on_two_ranks(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    # A file to meet at and the loopback: no port that another process may take in between.
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "gloo",
+        f"file://{folder}/meeting",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
+    )
     _, layer = pair()
     wrapped = DistributedDataParallel(layer)
     x = torch.randn(2, LAYOUT.total, 64, generator=torch.Generator().manual_seed(1))
     wrapped(x[rank : rank + 1], causal()).square().mean().backward()
     if rank == 0:
-        torch.save({n: p.grad for n, p in layer.named_parameters()}, path)
+        torch.save({n: p.grad for n, p in layer.named_parameters()}, folder / "grads.pt")
+    # Before the group: if its reducer goes last it takes the group with it and, still holding the
+    # interpreter's lock, waits for a gloo thread that wants it (torch 2.13).
+    del wrapped
     dist.destroy_process_group()
 
 
 def test_two_processes_train_as_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_train_on_two_ranks, (port, tmp_path / "grads.pt"), nprocs=2)
+    mp.spawn(_train_on_two_ranks, (tmp_path,), nprocs=2)
     found = torch.load(tmp_path / "grads.pt", weights_only=True)
     _, layer = pair()
     x = torch.randn(2, LAYOUT.total, 64, generator=torch.Generator().manual_seed(1))
