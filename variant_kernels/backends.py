@@ -35,6 +35,7 @@ class Request:
 
     row: entries of a row that is normalised or sampled from, where the op works on such rows.
     page_size: tokens of a page, where the op reads pages.
+    kv_dtype: of pages that hold another dtype than the tokens': 8 bits with scales.
     """
 
     device: str
@@ -42,6 +43,7 @@ class Request:
     head_dim: int | None = None
     row: int | None = None
     page_size: int | None = None
+    kv_dtype: torch.dtype | None = None
 
 
 def _no_backward(**kwargs: Any) -> Any:
@@ -77,6 +79,10 @@ class Lazy:
         return _load(self.module, self.name)(**kwargs)
 
 
+def _kv_dtype_reason(kv_dtype: torch.dtype) -> str:
+    return f"pages of {dtype_name(kv_dtype)} with scales are not among those that it reads"
+
+
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 # Devices that Triton compiles for; AMD GPUs are "cuda" to torch.
 TRITON_DEVICES = ("cuda", "xpu")
@@ -89,6 +95,8 @@ def cpu_unsupported(request: Request) -> str | None:
     """Why the C++ kernels cannot serve a request."""
     if request.device != "cpu":
         return f"the tensors are on {request.device}, not on the CPU"
+    if request.kv_dtype is not None:
+        return _kv_dtype_reason(request.kv_dtype)
     for dtype in request.dtypes:
         if dtype not in CPU_DTYPES:
             return f"dtype {dtype_name(dtype)} is not among its dtypes (float32, bfloat16)"
@@ -109,6 +117,8 @@ def triton_unsupported(request: Request) -> str | None:
     """Why the Triton kernels cannot serve a request."""
     if not _has_triton():
         return "Triton is not installed (pip install triton)"
+    if request.kv_dtype is not None:
+        return _kv_dtype_reason(request.kv_dtype)
     if triton_interprets():
         if request.device != "cpu":
             return f"TRITON_INTERPRET=1 takes CPU tensors; these are on {request.device}"
@@ -134,6 +144,8 @@ def _least_capability() -> tuple[int, int]:
 
 def cuda_unsupported(request: Request) -> str | None:
     """Why the CUDA C++ kernels cannot serve a request."""
+    if request.kv_dtype is not None:
+        return _kv_dtype_reason(request.kv_dtype)
     if cuda_library.is_emulated():
         if request.device != "cpu":
             return f"{cuda_library.EMULATION} takes CPU tensors; these are on {request.device}"
@@ -182,6 +194,8 @@ def find_flash(device: torch.device | str) -> FlashAttention | None:
 
 
 def _16_bits_on_nvidia(request: Request) -> str | None:
+    if request.kv_dtype is not None:
+        return _kv_dtype_reason(request.kv_dtype)
     if request.device != "cuda" or torch.version.hip is not None:
         return "it needs an NVIDIA GPU"
     for dtype in request.dtypes:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from variant_kernels.depth import DepthSchedule
 from variant_kernels.scales import ScaleLayout
 
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "float8_e4m3fn": 1}
 
 
 def item_bytes(dtype: object) -> int:
@@ -29,6 +29,12 @@ def item_bytes(dtype: object) -> int:
         f"item_bytes: dtype must be a torch or numpy dtype or one of {sorted(_ITEM_BYTES)}; "
         f"got {dtype!r}"
     )
+
+
+def token_bytes(num_heads: int, head_dim: int, dtype: object) -> int:
+    """Bytes of one token's K of one layer, or of its V; with a scale byte per head at 8 bits."""
+    size = item_bytes(dtype)
+    return num_heads * (head_dim * size + (size == 1))
 
 
 @dataclass(frozen=True)
@@ -159,11 +165,12 @@ class CachePlan:
 
         Args:
             batch: images; classifier-free guidance doubles the sequences.
-            dtype: of K and V; a torch or numpy dtype, or its name.
+            dtype: of K and V; a torch or numpy dtype, or its name. 8 bits (float8_e4m3fn) have
+                a scale of one byte per token and head.
             guidance: whether unconditional sequences run beside the conditional ones.
         """
         sequences = batch * (2 if guidance else 1)
-        return sequences * self.peak_page_tokens * num_heads * head_dim * 2 * item_bytes(dtype)
+        return sequences * self.peak_page_tokens * 2 * token_bytes(num_heads, head_dim, dtype)
 
     def paper_bytes(
         self,

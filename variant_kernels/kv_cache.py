@@ -13,6 +13,7 @@ from torch import Tensor
 
 from variant_kernels.cache_plan import CachePlan, PageAllocator
 from variant_kernels.depth import DepthSchedule
+from variant_kernels.kv_quantization import KV8_DTYPE
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class PagedKVCache:
     Use, for every scale and every active layer in ascending order::
 
         step = cache.open(layer, scale)
-        append_paged_kv(k, v, cache.k_pages, cache.v_pages, step.slots_BT)
+        append_paged_kv(k, v, cache.k_pages, cache.v_pages, step.slots_BT, **cache.scales)
         out = paged_attention(
-            q, cache.k_pages, cache.v_pages, step.page_table_BM, step.kv_lens_B
+            q, cache.k_pages, cache.v_pages, step.page_table_BM, step.kv_lens_B, **cache.scales
         )
         cache.close(layer, scale)
 
@@ -50,7 +51,8 @@ class PagedKVCache:
         plan: lifetimes and pages of one sequence.
         batch: sequences; classifier-free guidance has two per image.
         num_heads, head_dim: of K and V.
-        dtype, device: of the pages.
+        dtype, device: of the pages. With float8_e4m3fn each head of each token has a scale, one
+            byte (see ``kv_quantization``); with other dtypes ``scales`` is empty.
         steps: page tables already built, by caches of the same plan, batch and device; filled
             further. None starts with none.
     Raises:
@@ -72,8 +74,10 @@ class PagedKVCache:
         self.plan = plan
         self.batch = batch
         shape = (2, batch * plan.peak_pages, plan.page_size, num_heads, head_dim)
+        scales_shape = shape[:-1] if dtype == KV8_DTYPE else (2, 0)
         try:
             slab_2PNHD = torch.empty(shape, dtype=dtype, device=device)
+            scales_2PNH = torch.empty(scales_shape, dtype=torch.uint8, device=device)
         except RuntimeError as error:  # torch's CPU allocator has no exception of its own
             if "memory" not in str(error):
                 raise
@@ -82,9 +86,13 @@ class PagedKVCache:
                 f"PagedKVCache: the plan needs {size / 2**20:.1f} MiB for {batch} sequences, more "
                 f"than {device} can give; use a smaller batch or depth"
             ) from error
-        self._slab_2PNHD = slab_2PNHD
+        self._slabs = slab_2PNHD, scales_2PNH
         self.k_pages, self.v_pages = slab_2PNHD.unbind(0)
-        self._page_bytes = slab_2PNHD[:, 0].nbytes
+        self.scales: dict[str, Tensor] = {}
+        if dtype == KV8_DTYPE:
+            names = ("k_scales_PNH", "v_scales_PNH")
+            self.scales = dict(zip(names, scales_2PNH.unbind(0), strict=True))
+        self._page_bytes = self.allocated_bytes // shape[1]
         self._full_schedule = plan.schedule
         self._steps: Steps = {} if steps is None else steps
         self.reset()
@@ -98,8 +106,8 @@ class PagedKVCache:
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of the slab, allocated once."""
-        return self._slab_2PNHD.nbytes
+        """Bytes of the slab, allocated once; of 8-bit pages' scales too."""
+        return sum(slab.nbytes for slab in self._slabs)
 
     @property
     def peak_bytes(self) -> int:

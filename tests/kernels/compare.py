@@ -22,21 +22,25 @@ DRAWS = 4
 DEVICE = os.environ.get("VARIANT_TEST_DEVICE", "cpu")
 
 
-def backends_for(impls: dict[str, Impl], dtype: torch.dtype) -> list[str]:
-    """Backends that say that they serve this dtype on the device under test.
+def backends_for(
+    impls: dict[str, Impl], dtype: torch.dtype, kv_dtype: torch.dtype | None = None
+) -> list[str]:
+    """Backends that say that they serve these dtypes on the device under test.
 
     ``TRITON_INTERPRET=1`` adds triton, run by its interpreter; ``VARIANT_CUDA_EMULATION`` adds
     cuda, compiled for the CPU.
     """
-    request = Request(DEVICE, (dtype,), 64)
+    request = Request(DEVICE, (dtype,), 64, kv_dtype=kv_dtype)
     return [
         name for name in PREFERENCE if name in impls and impls[name].unsupported(request) is None
     ]
 
 
-def cases(impls: dict[str, Impl]) -> list[tuple[str, torch.dtype]]:
+def cases(
+    impls: dict[str, Impl], kv_dtype: torch.dtype | None = None
+) -> list[tuple[str, torch.dtype]]:
     """(backend, dtype) for parametrize."""
-    return [(name, dtype) for dtype in DTYPES for name in backends_for(impls, dtype)]
+    return [(name, dtype) for dtype in DTYPES for name in backends_for(impls, dtype, kv_dtype)]
 
 
 def moved(*tensors: Tensor) -> list[Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 
 import pytest
 import torch
 
+from variant_kernels.kv_quantization import KV8_DTYPE
 from variant_kernels.ops import (
     adaln,
     append_paged_kv,
@@ -32,6 +34,23 @@ def changed(x):
         yield x.narrow(axis, 0, 1).expand(x.shape)
         yield x.transpose(0, axis)
         yield torch.stack((x, x), axis + 1).flatten(axis, axis + 1).narrow(axis, 0, x.shape[axis])
+
+
+def in_8_bits(op, pages, count=7):
+    """An entry of OPS over 8-bit pages: the scales stand behind the arguments by position."""
+    function, fits, sample_inputs, _ = op
+
+    @functools.wraps(function)
+    def call(*given):
+        return function(*given[:5], k_scales_PNH=given[5], v_scales_PNH=given[6])
+
+    def samples(dtype, generator):
+        for given in sample_inputs(dtype, generator):
+            narrow = [given[i].to(KV8_DTYPE) for i in pages]
+            scales = [torch.ones(x.shape[:3], dtype=torch.uint8) for x in narrow]
+            yield (*given[: pages[0]], *narrow, *given[pages[1] + 1 :], *scales)
+
+    return call, fits, samples, count
 
 
 OPS = {
@@ -63,6 +82,14 @@ OPS = {
         ],
         3,
     ),
+}
+OPS |= {
+    f"{name}, 8 bits": in_8_bits(OPS[name], pages)
+    for name, pages in (
+        ("paged_attention", (1, 2)),
+        ("append_paged_kv", (2, 3)),
+        ("qk_norm_append_paged_kv", (2, 3)),
+    )
 }
 
 

@@ -13,6 +13,7 @@ from variant_kernels import (
     append_paged_kv,
     paged_attention,
 )
+from variant_kernels.kv_quantization import KV8_DTYPE, dequantize_kv, quantize_kv
 
 HEADS, HEAD_DIM = 2, 16
 
@@ -76,6 +77,31 @@ def test_every_layer_reads_back_all_it_wrote_within_the_plan(schedule, page_size
     assert cache.allocated_bytes == cache.plan.peak_bytes(
         cache.batch, HEADS, HEAD_DIM, "float32", guidance=False
     )
+
+
+def test_eight_bits_take_the_planned_bytes_and_read_back_what_was_rounded():
+    schedule = DepthSchedule(6, 4, 3, bridge=2)
+    cache = make(schedule, dtype=KV8_DTYPE)
+    wide = make(schedule)
+    assert cache.allocated_bytes == cache.plan.peak_bytes(
+        cache.batch, HEADS, HEAD_DIM, KV8_DTYPE, guidance=False
+    )
+    # One byte a value and one a head, where float32 takes four a value.
+    assert cache.allocated_bytes * 4 * HEAD_DIM == wide.allocated_bytes * (HEAD_DIM + 1)
+    generator = torch.Generator().manual_seed(3)
+    for layer, scale in cache.plan.steps():
+        step = cache.open(layer, scale)
+        shape = (2, cache.batch, cache.plan.layout.tokens[scale], HEADS, HEAD_DIM)
+        k, v = torch.randn(shape, generator=generator)
+        append_paged_kv(k, v, cache.k_pages, cache.v_pages, step.slots_BT, **cache.scales)
+        place = step.slots_BT // cache.plan.page_size, step.slots_BT % cache.plan.page_size
+        for new, pages, name in ((k, cache.k_pages, "k"), (v, cache.v_pages, "v")):
+            values = pages.view(torch.uint8)[place].view(KV8_DTYPE)
+            read = dequantize_kv(values, cache.scales[f"{name}_scales_PNH"][place])
+            assert torch.equal(read, dequantize_kv(*quantize_kv(new)))
+        cache.close(layer, scale)
+    assert cache.peak_bytes == cache.allocated_bytes
+    assert wide.scales == {}
 
 
 @given(st.integers(0, 4), st.sampled_from([2, 3, (0, 2, 5)]), st.integers(1, 7))

@@ -22,7 +22,8 @@ from variant_kernels.backends import (
     triton_unsupported,
 )
 from variant_kernels.cpu_ops.values import fits_page_table
-from variant_kernels.ops.append_paged_kv import check_pages, fits_pages
+from variant_kernels.kv_quantization import KV8_DTYPE, dequantize_kv
+from variant_kernels.ops.append_paged_kv import check_pages, fits_pages, given_scales
 from variant_kernels.registry import refuse_gradient, register
 
 
@@ -70,6 +71,8 @@ def reference_paged_attention(
     page_table_BM: Tensor,
     kv_lens_B: Tensor,
     softmax_scale: float,
+    k_scales_PNH: Tensor | None = None,
+    v_scales_PNH: Tensor | None = None,
 ) -> Tensor:
     batch, _, heads, head_dim = q_BTHD.shape
     page_size, entries = k_pages_PNHD.shape[1], page_table_BM.shape[1]
@@ -83,13 +86,18 @@ def reference_paged_attention(
     safe_BM = torch.where(used_BM, page_table_BM, 0).long()
     hidden_BS11 = ~visible_BS.view(batch, entries * page_size, 1, 1)
 
-    def gather(pages_PNHD: Tensor) -> Tensor:
-        rows_BMNHD = pages_PNHD[safe_BM].to(wide)
+    def gather(pages_PNHD: Tensor, scales_PNH: Tensor | None) -> Tensor:
+        if scales_PNH is None:
+            rows_BMNHD = pages_PNHD[safe_BM].to(wide)
+        else:
+            # torch has no indexing of 8-bit floats on every device.
+            values_BMNHD = pages_PNHD.view(torch.uint8)[safe_BM].view(KV8_DTYPE)
+            rows_BMNHD = dequantize_kv(values_BMNHD, scales_PNH[safe_BM], wide)
         rows_BSHD = rows_BMNHD.reshape(batch, entries * page_size, heads, head_dim)
         # Unwritten slots may hold NaN, and 0 * NaN is NaN.
         return rows_BSHD.masked_fill(hidden_BS11, 0).transpose(1, 2)
 
-    k_BHSD, v_BHSD = gather(k_pages_PNHD), gather(v_pages_PNHD)
+    k_BHSD, v_BHSD = gather(k_pages_PNHD, k_scales_PNH), gather(v_pages_PNHD, v_scales_PNH)
     scores_BHTS = (q_BTHD.transpose(1, 2).to(wide) @ k_BHSD.transpose(-1, -2)) * softmax_scale
     scores_BHTS = scores_BHTS.masked_fill(
         ~visible_BS.view(batch, 1, 1, entries * page_size), -torch.inf
@@ -126,9 +134,17 @@ PAGED_IMPLS = {
 IMPLS = {"paged_attention": PAGED_IMPLS}
 
 
-def _paged(q, k_pages, v_pages, page_table, kv_lens, softmax_scale, backend):
+def _paged(
+    q, k_pages, v_pages, page_table, kv_lens, softmax_scale, backend, k_scales=None, v_scales=None
+):
     check_table("paged_attention", page_table, kv_lens, k_pages.shape)
-    request = contract.request(q.device.type, (q.dtype,), q.shape[-1], k_pages.shape[1])
+    request = contract.request(
+        q.device.type,
+        (q.dtype,),
+        q.shape[-1],
+        k_pages.shape[1],
+        None if k_scales is None else KV8_DTYPE,
+    )
     return choose("paged_attention", PAGED_IMPLS, backend, request).forward(
         q_BTHD=q,
         k_pages_PNHD=k_pages,
@@ -136,16 +152,19 @@ def _paged(q, k_pages, v_pages, page_table, kv_lens, softmax_scale, backend):
         page_table_BM=page_table,
         kv_lens_B=kv_lens,
         softmax_scale=softmax_scale,
+        **given_scales(k_scales, v_scales),
     )
+
+
+def _paged_fake(q, *rest, **scales):
+    return q.new_empty(q.shape)
 
 
 paged_attention_op = register(
     "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor kv_lens,"
-    " float softmax_scale, str backend) -> Tensor",
+    " float softmax_scale, str backend, Tensor? k_scales=None, Tensor? v_scales=None) -> Tensor",
     implementation=_paged,
-    fake=lambda q, k_pages, v_pages, page_table, kv_lens, softmax_scale, backend: q.new_empty(
-        q.shape
-    ),
+    fake=_paged_fake,
 )
 
 
@@ -155,6 +174,8 @@ def _fits(
     v_pages_PNHD: Tensor,
     page_table_BM: Tensor,
     kv_lens_B: Tensor,
+    k_scales_PNH: Tensor | None = None,
+    v_scales_PNH: Tensor | None = None,
 ) -> bool:
     """Whether the arguments are such that :func:`_check` has nothing to say."""
     given = (q_BTHD, k_pages_PNHD, v_pages_PNHD, page_table_BM, kv_lens_B)
@@ -164,7 +185,7 @@ def _fits(
     return (
         len(shape) == 4
         and len(table) == 2
-        and fits_pages(k_pages_PNHD, v_pages_PNHD, q_BTHD)
+        and fits_pages(k_pages_PNHD, v_pages_PNHD, q_BTHD, k_scales_PNH, v_scales_PNH)
         and page_table_BM.dtype == kv_lens_B.dtype == torch.int32
         and page_table_BM.device == kv_lens_B.device == device
         and 16 <= shape[3] <= 256
@@ -181,12 +202,14 @@ def _check(
     v_pages_PNHD: Tensor,
     page_table_BM: Tensor,
     kv_lens_B: Tensor,
+    k_scales_PNH: Tensor | None,
+    v_scales_PNH: Tensor | None,
 ) -> None:
     op = "paged_attention"
     contract.check_float(op, "q_BTHD", q_BTHD)
     contract.check_ndim(op, "q_BTHD", q_BTHD, "(B, T, H, D)")
     contract.check_head_dim(op, "q_BTHD", q_BTHD.shape[-1])
-    check_pages(op, k_pages_PNHD, v_pages_PNHD, "q_BTHD", q_BTHD)
+    check_pages(op, k_pages_PNHD, v_pages_PNHD, "q_BTHD", q_BTHD, k_scales_PNH, v_scales_PNH)
     batch = q_BTHD.shape[0]
     for name, tensor in (("page_table_BM", page_table_BM), ("kv_lens_B", kv_lens_B)):
         contract.check_tensor(op, name, tensor)
@@ -211,6 +234,8 @@ def paged_attention(
     kv_lens_B: Tensor,
     *,
     softmax_scale: float | None = None,
+    k_scales_PNH: Tensor | None = None,
+    v_scales_PNH: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Every query of a sequence attends to all of that sequence's visible tokens.
@@ -225,10 +250,13 @@ def paged_attention(
     Args:
         q_BTHD: queries; float32, float16 or bfloat16; strided views are taken as they are.
             D: a multiple of 8 from 16 to 256.
-        k_pages_PNHD, v_pages_PNHD: the pool, (P, page_size, H, D), dtype and device of q.
+        k_pages_PNHD, v_pages_PNHD: the pool, (P, page_size, H, D), dtype and device of q; with
+            scales float8_e4m3fn, as ``append_paged_kv`` writes it: K and V are then page * scale.
         page_table_BM: int32, (B, M); entries beyond a sequence's length are never read.
         kv_lens_B: int32, (B,), visible tokens; 0 gives zeros.
         softmax_scale: factor on the scores; None is 1/sqrt(D).
+        k_scales_PNH, v_scales_PNH: the pool's scales, (P, page_size, H) uint8 (E8M0: a byte e is
+            2^(e - 127)); both or neither.
     Returns:
         (B, T, H, D), a new contiguous tensor of q's dtype.
     Raises:
@@ -237,13 +265,12 @@ def paged_attention(
     Gradient: none; raises RuntimeError where one is wanted.
     """
     op = "paged_attention"
-    if not _fits(q_BTHD, k_pages_PNHD, v_pages_PNHD, page_table_BM, kv_lens_B):
-        _check(q_BTHD, k_pages_PNHD, v_pages_PNHD, page_table_BM, kv_lens_B)
+    given = q_BTHD, k_pages_PNHD, v_pages_PNHD, page_table_BM, kv_lens_B
+    if not _fits(*given, k_scales_PNH, v_scales_PNH):
+        _check(*given, k_scales_PNH, v_scales_PNH)
     refuse_gradient(op, q_BTHD, k_pages_PNHD, v_pages_PNHD)
     scale = contract.softmax_scale(op, softmax_scale, q_BTHD.shape[-1])
-    return paged_attention_op(
-        q_BTHD, k_pages_PNHD, v_pages_PNHD, page_table_BM, kv_lens_B, scale, backend
-    )
+    return paged_attention_op(*given, scale, backend, k_scales_PNH, v_scales_PNH)
 
 
 def sample_inputs(dtype: torch.dtype, generator: torch.Generator) -> list[tuple[Tensor, ...]]:

@@ -17,10 +17,12 @@ from variant_kernels.backends import (
     cuda_unsupported,
     triton_unsupported,
 )
+from variant_kernels.kv_quantization import KV8_DTYPE
 from variant_kernels.ops.append_paged_kv import (
     check_slots,
     check_target,
     fits_target,
+    given_scales,
     reference_append_paged_kv,
 )
 from variant_kernels.ops.qk_norm import check_scale_mul, fits_scale_mul, reference_qk_norm_forward
@@ -36,6 +38,8 @@ def reference_qk_norm_append_paged_kv(
     k_pages_PNHD: Tensor,
     v_pages_PNHD: Tensor,
     slots_BT: Tensor,
+    k_scales_PNH: Tensor | None = None,
+    v_scales_PNH: Tensor | None = None,
 ) -> Tensor:
     q_BTHD, k_BTHD, v_BTHD = qkv_BT3HD.unbind(2)
     if scale_mul_1H11 is not None:
@@ -48,6 +52,8 @@ def reference_qk_norm_append_paged_kv(
         k_pages_PNHD=k_pages_PNHD,
         v_pages_PNHD=v_pages_PNHD,
         slots_BT=slots_BT,
+        k_scales_PNH=k_scales_PNH,
+        v_scales_PNH=v_scales_PNH,
     )
     return q_BTHD
 
@@ -80,29 +86,33 @@ IMPLS = {"qk_norm_append_paged_kv": FUSED_IMPLS}
 # --- registration -------------------------------------------------------------------------------
 
 
-def _fused(qkv, scale_mul, k_pages, v_pages, slots, backend):
+def _fused(qkv, scale_mul, k_pages, v_pages, slots, backend, k_scales=None, v_scales=None):
     check_slots("qk_norm_append_paged_kv", slots, k_pages.shape[0] * k_pages.shape[1])
     dtypes = (qkv.dtype,) if scale_mul is None else (qkv.dtype, scale_mul.dtype)
-    request = contract.request(qkv.device.type, dtypes, qkv.shape[-1])
+    request = contract.request(
+        qkv.device.type, dtypes, qkv.shape[-1], kv_dtype=None if k_scales is None else KV8_DTYPE
+    )
     q = choose("qk_norm_append_paged_kv", FUSED_IMPLS, backend, request).forward(
         qkv_BT3HD=qkv,
         scale_mul_1H11=scale_mul,
         k_pages_PNHD=k_pages,
         v_pages_PNHD=v_pages,
         slots_BT=slots,
+        **given_scales(k_scales, v_scales),
     )
     # torch.library: no output may be a view of an input.
     return q if scale_mul is not None else q.clone(memory_format=torch.contiguous_format)
 
 
-def _fused_fake(qkv, scale_mul, k_pages, v_pages, slots, backend):
+def _fused_fake(qkv, scale_mul, k_pages, v_pages, slots, backend, k_scales=None, v_scales=None):
     batch, tokens, _, heads, head_dim = qkv.shape
     return qkv.new_empty((batch, tokens, heads, head_dim))
 
 
 qk_norm_append_paged_kv_op = register(
     "qk_norm_append_paged_kv(Tensor qkv, Tensor? scale_mul, Tensor(a!) k_pages,"
-    " Tensor(b!) v_pages, Tensor slots, str backend) -> Tensor",
+    " Tensor(b!) v_pages, Tensor slots, str backend, Tensor(c!)? k_scales=None,"
+    " Tensor(d!)? v_scales=None) -> Tensor",
     implementation=_fused,
     fake=_fused_fake,
 )
@@ -117,6 +127,8 @@ def _fits(
     k_pages_PNHD: Tensor,
     v_pages_PNHD: Tensor,
     slots_BT: Tensor,
+    k_scales_PNH: Tensor | None = None,
+    v_scales_PNH: Tensor | None = None,
 ) -> bool:
     """Whether :func:`_check` has nothing to say."""
     if not contract.all_tensors(qkv_BT3HD, k_pages_PNHD, v_pages_PNHD, slots_BT):
@@ -126,7 +138,7 @@ def _fits(
         return False
     q_BTHD = qkv_BT3HD.select(2, 0)
     return (scale_mul_1H11 is None or fits_scale_mul(scale_mul_1H11, q_BTHD)) and fits_target(
-        k_pages_PNHD, v_pages_PNHD, slots_BT, q_BTHD
+        k_pages_PNHD, v_pages_PNHD, slots_BT, q_BTHD, k_scales_PNH, v_scales_PNH
     )
 
 
@@ -136,6 +148,8 @@ def _check(
     k_pages_PNHD: Tensor,
     v_pages_PNHD: Tensor,
     slots_BT: Tensor,
+    k_scales_PNH: Tensor | None,
+    v_scales_PNH: Tensor | None,
 ) -> None:
     op = "qk_norm_append_paged_kv"
     contract.check_float(op, "qkv_BT3HD", qkv_BT3HD)
@@ -149,7 +163,8 @@ def _check(
     q_BTHD = qkv_BT3HD.select(2, 0)
     if scale_mul_1H11 is not None:
         check_scale_mul(op, scale_mul_1H11, "qkv_BT3HD", q_BTHD)
-    check_target(op, k_pages_PNHD, v_pages_PNHD, slots_BT, "qkv_BT3HD", q_BTHD)
+    scales = k_scales_PNH, v_scales_PNH
+    check_target(op, k_pages_PNHD, v_pages_PNHD, slots_BT, "qkv_BT3HD", q_BTHD, *scales)
 
 
 def qk_norm_append_paged_kv(
@@ -159,6 +174,8 @@ def qk_norm_append_paged_kv(
     v_pages_PNHD: Tensor,
     slots_BT: Tensor,
     *,
+    k_scales_PNH: Tensor | None = None,
+    v_scales_PNH: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """``qk_norm``, then ``append_paged_kv``: the packed projection is read once.
@@ -166,7 +183,8 @@ def qk_norm_append_paged_kv(
         q' = q / max(|q|, 1e-12) * exp(min(scale_mul, log 100)),  k' = k / max(|k|, 1e-12)
         k_pages[slot // page_size, slot % page_size] = k';  the same for v
 
-    Without ``scale_mul`` nothing is normalised: q' = q, k' = k.
+    Without ``scale_mul`` nothing is normalised: q' = q, k' = k. With scales the pool is 8 bits
+    wide: k', rounded to qkv's dtype, and v go through ``kv_quantization.quantize_kv``.
     Source: VAR (arXiv 2404.02905), attention with L2 norm.
 
     Args:
@@ -174,10 +192,12 @@ def qk_norm_append_paged_kv(
             are taken as they are. D: a multiple of 8 from 16 to 256.
         scale_mul_1H11: logarithm of each head's scale, (1, H, 1, 1), float32 or qkv's dtype; or
             None.
-        k_pages_PNHD, v_pages_PNHD: the pool, (P, page_size, H, D), same dtype and device. Written
-            in place.
+        k_pages_PNHD, v_pages_PNHD: the pool, (P, page_size, H, D), same dtype and device; with
+            scales float8_e4m3fn. Written in place.
         slots_BT: int64, page * page_size + offset; -1 skips the token's K and V, its query is
             returned all the same. Slots must differ.
+        k_scales_PNH, v_scales_PNH: the pool's scales, (P, page_size, H) uint8 (E8M0: a byte e is
+            2^(e - 127)), written in place; both or neither.
     Returns:
         q'_BTHD, a new contiguous tensor of qkv's dtype; also without ``scale_mul``, where it is a
         copy.
@@ -187,11 +207,12 @@ def qk_norm_append_paged_kv(
     Gradient: none; raises RuntimeError where one is wanted.
     """
     op = "qk_norm_append_paged_kv"
-    if not _fits(qkv_BT3HD, scale_mul_1H11, k_pages_PNHD, v_pages_PNHD, slots_BT):
-        _check(qkv_BT3HD, scale_mul_1H11, k_pages_PNHD, v_pages_PNHD, slots_BT)
+    scales = k_scales_PNH, v_scales_PNH
+    if not _fits(qkv_BT3HD, scale_mul_1H11, k_pages_PNHD, v_pages_PNHD, slots_BT, *scales):
+        _check(qkv_BT3HD, scale_mul_1H11, k_pages_PNHD, v_pages_PNHD, slots_BT, *scales)
     refuse_gradient(op, qkv_BT3HD, scale_mul_1H11, k_pages_PNHD, v_pages_PNHD)
     return qk_norm_append_paged_kv_op(
-        qkv_BT3HD, scale_mul_1H11, k_pages_PNHD, v_pages_PNHD, slots_BT, backend
+        qkv_BT3HD, scale_mul_1H11, k_pages_PNHD, v_pages_PNHD, slots_BT, backend, *scales
     )
 
 

@@ -1,0 +1,68 @@
+"""8-bit K and V: float8_e4m3fn values with one power-of-two scale per token and head.
+
+Axes: ... any, H heads, D width of one head.
+
+The scale is stored as its biased exponent, one byte (E8M0, as in the OCP Microscaling formats
+specification 1.0): s = 2^(byte - 127). A power of two costs nothing: e4m3 is a floating-point
+format, so its relative precision does not depend on where in its range a value lies, and
+``value * s`` is exact in bfloat16, float16 (below 2^16) and float32. Every backend therefore reads
+the same K and V, whatever it computes in; what differs from 16 bits is the rounding to four
+significant bits when a token is written.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+KV8_DTYPE = torch.float8_e4m3fn
+# e4m3's largest finite value is 448 = 1.75 * 2^8: its exponent, and the mantissa bits of 1.75.
+_LARGEST_EXPONENT = 8
+_LARGEST_MANTISSA = 0x600000
+
+
+def row_scales(x_HD: Tensor) -> Tensor:
+    """E8M0 bytes of the smallest powers of two s with max|x| <= 448 s, per row of the last axis.
+
+    At least 1 (s = 2^-126), so that 1/s is finite too. From the bits of the row's largest
+    magnitude, so that every backend arrives at the same byte.
+
+    Args:
+        x_HD: (..., H, D), float32, float16 or bfloat16.
+    Returns:
+        (..., H) uint8.
+    """
+    bits_H = x_HD.float().abs().amax(-1).contiguous().view(torch.int32)
+    above_H = (bits_H & 0x7FFFFF) > _LARGEST_MANTISSA
+    return ((bits_H >> 23) - _LARGEST_EXPONENT + above_H).clamp(min=1).to(torch.uint8)
+
+
+def scale_values(scales_H: Tensor) -> Tensor:
+    """E8M0 bytes as the float32 numbers that they stand for."""
+    return (scales_H.to(torch.int32) << 23).view(torch.float32)
+
+
+def quantize_kv(x_HD: Tensor) -> tuple[Tensor, Tensor]:
+    """Round rows to 8 bits: ``x / s`` to the nearest e4m3 value, ties to even.
+
+    A row of zeros gives zeros. An entry that is not finite becomes NaN; the other entries of such
+    a row are then unspecified.
+
+    Args:
+        x_HD: (..., H, D), float32, float16 or bfloat16.
+    Returns:
+        values (..., H, D) float8_e4m3fn, scales (..., H) uint8.
+    """
+    scales_H = row_scales(x_HD)
+    reciprocal_H = scale_values(254 - scales_H)
+    scaled_HD = x_HD.float() * reciprocal_H.unsqueeze(-1)
+    # What a cast makes of infinity is not the same everywhere.
+    scaled_HD = scaled_HD.masked_fill(scaled_HD.isinf(), torch.nan)
+    return scaled_HD.to(KV8_DTYPE), scales_H
+
+
+def dequantize_kv(
+    values_HD: Tensor, scales_H: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """``values * s``: what :func:`quantize_kv` rounded to, (..., H, D) of ``dtype``."""
+    return (values_HD.float() * scale_values(scales_H).unsqueeze(-1)).to(dtype)
