@@ -117,8 +117,6 @@ def triton_unsupported(request: Request) -> str | None:
     """Why the Triton kernels cannot serve a request."""
     if not _has_triton():
         return "Triton is not installed (pip install triton)"
-    if request.kv_dtype is not None:
-        return _kv_dtype_reason(request.kv_dtype)
     if triton_interprets():
         if request.device != "cpu":
             return f"TRITON_INTERPRET=1 takes CPU tensors; these are on {request.device}"

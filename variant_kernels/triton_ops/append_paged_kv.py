@@ -9,6 +9,7 @@ A program copies the keys and values of one token.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 import triton
@@ -16,6 +17,13 @@ import triton.language as tl
 
 from variant_kernels.triton_ops.common import on_device_of, padded
 from variant_kernels.triton_ops.compile_report import CompileCase
+from variant_kernels.triton_ops.e4m3 import (
+    NO_SCALES,
+    SCALE_ARGUMENTS,
+    page_bytes,
+    quantised,
+    scale_arguments,
+)
 from variant_kernels.triton_ops.rows import (
     HEADS_PER_THREAD,
     heads_of_a_block,
@@ -45,15 +53,22 @@ def append_paged_kv_kernel(
     v_pages_stride_h,
     slots_stride_b,
     slots_stride_t,
+    k_scales_ptr,
+    v_scales_ptr,
+    k_scales_stride_p,
+    k_scales_stride_n,
+    v_scales_stride_p,
+    v_scales_stride_n,
     tokens,
     num_slots,
+    KV8: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     D_PADDED: tl.constexpr,
 ):
-    """Keys and values of one token to its slot."""
+    """Keys and values of one token to its slot; with KV8 rounded to bytes, their scales beside."""
     tiles: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     place = (tl.program_id(0) // tiles).to(tl.int64)
     b, t = place // tokens, place % tokens
@@ -71,6 +86,13 @@ def append_paged_kv_kernel(
     v_slot = v_pages_ptr + page * v_pages_stride_p + offset * v_pages_stride_n
     k = tl.load(k_rows[:, None] + d, mask=inside)
     v = tl.load(v_rows[:, None] + d, mask=inside)
+    if KV8:
+        k, k_exponents = quantised(k, inside)
+        v, v_exponents = quantised(v, inside)
+        k_scale = k_scales_ptr + page * k_scales_stride_p + offset * k_scales_stride_n
+        v_scale = v_scales_ptr + page * v_scales_stride_p + offset * v_scales_stride_n
+        tl.store(k_scale + h, k_exponents, mask=h < heads)
+        tl.store(v_scale + h, v_exponents, mask=h < heads)
     tl.store((k_slot + wide_h * k_pages_stride_h)[:, None] + d, k, mask=inside)
     tl.store((v_slot + wide_h * v_pages_stride_h)[:, None] + d, v, mask=inside)
 
@@ -82,11 +104,14 @@ def launch_append_paged_kv(
     k_pages_PNHD: torch.Tensor,
     v_pages_PNHD: torch.Tensor,
     slots_BT: torch.Tensor,
+    k_scales_PNH: torch.Tensor | None = None,
+    v_scales_PNH: torch.Tensor | None = None,
 ) -> None:
     """Write the keys and values of token (b, t) into slot slots_BT[b, t]; -1 skips the token.
 
     A slot is page * page_size + offset. On a GPU nobody has looked at the values: a slot outside
-    the pool is skipped. Two tokens with one slot are the caller's mistake.
+    the pool is skipped. Two tokens with one slot are the caller's mistake. With scales, pages are
+    float8_e4m3fn and rows are rounded to them (``kv_quantization``).
     """
     if k_BTHD.numel() == 0:
         return
@@ -97,16 +122,17 @@ def launch_append_paged_kv(
         append_paged_kv_kernel[(batch * tokens * -(-heads // block_h),)](
             k_BTHD,
             v_BTHD,
-            k_pages_PNHD,
-            v_pages_PNHD,
+            *page_bytes(k_pages_PNHD, v_pages_PNHD, k_scales_PNH),
             slots_BT,
             *k_BTHD.stride()[:3],
             *v_BTHD.stride()[:3],
             *k_pages_PNHD.stride()[:3],
             *v_pages_PNHD.stride()[:3],
             *slots_BT.stride(),
+            *scale_arguments(k_scales_PNH, v_scales_PNH),
             tokens,
             num_pages * page_size,
+            KV8=k_scales_PNH is not None,
             PAGE_SIZE=page_size,
             H=heads,
             D=head_dim,
@@ -120,28 +146,36 @@ def launch_append_paged_kv(
 
 
 def _cases() -> Iterator[CompileCase]:
-    for heads, head_dim, aligned in ((16, 64, ":16"), (30, 64, ":16"), (3, 24, ":8")):
+    shapes = ((16, 64, ":16"), (30, 64, ":16"), (3, 24, ":8"))
+    for (heads, head_dim, aligned), kv8 in product(shapes, (False, True)):
         block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
         arguments = {}
         for name in append_paged_kv_kernel.arg_names:
-            if name == "slots_ptr":
+            if name in SCALE_ARGUMENTS:
+                if kv8:
+                    arguments[name] = SCALE_ARGUMENTS[name]
+            elif name == "slots_ptr":
                 arguments[name] = "*i64:16"
+            elif kv8 and name.endswith("_pages_ptr"):
+                arguments[name] = "*u8:16"
             elif name.endswith("_ptr"):
                 arguments[name] = "*T:16"
             elif name.startswith("slots_") or name in ("tokens", "num_slots"):
                 arguments[name] = "i32"
             elif "_stride_" in name:
                 arguments[name] = "i32" + aligned
+        constants = {"slots_stride_t": 1, "KV8": kv8, "PAGE_SIZE": 16}
+        constants |= {} if kv8 else NO_SCALES
         blocks = {"H": heads, "D": head_dim, "BLOCK_H": block_h, "D_PADDED": d_padded}
         for targets, num_warps in warps_by_target(block_h * d_padded, HEADS_PER_THREAD):
             yield CompileCase(
                 kernel=append_paged_kv_kernel,
                 arguments={n: kind for n, kind in arguments.items() if n != "slots_stride_t"},
-                constants={"slots_stride_t": 1, "PAGE_SIZE": 16} | blocks,
+                constants=constants | blocks,
                 num_warps=num_warps,
                 num_stages=1,
                 targets=targets,
-                label=f"H {heads}, D {head_dim}",
+                label=f"H {heads}, D {head_dim}{', 8 bits' if kv8 else ''}",
             )
 
 

@@ -9,10 +9,13 @@ the GPU only.
 
 # Triton's compiler gives a kernel's arguments other types than Python's checker sees.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# What is assigned and read under the same compile-time constant is bound.
+# pyright: reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from math import e, log2
 
 import torch
@@ -20,8 +23,17 @@ import triton
 import triton.language as tl
 
 from variant_kernels.triton_ops import common, tuning
-from variant_kernels.triton_ops.common import family, on_device_of, padded
+from variant_kernels.triton_ops.common import on_device_of, padded
 from variant_kernels.triton_ops.compile_report import DTYPES, CompileCase
+from variant_kernels.triton_ops.e4m3 import (
+    NO_SCALES,
+    SCALE_ARGUMENTS,
+    e4m3_decode,
+    page_bytes,
+    scale_arguments,
+    scale_of,
+)
+from variant_kernels.triton_ops.paged_attention_configs import LARGE, configs, usual
 from variant_kernels.triton_ops.tuning import Config
 
 # Below every score, yet finite: 0 * inf would be NaN.
@@ -41,17 +53,29 @@ def attend_pages(
     k_stride_n,
     v_stride_p,
     v_stride_n,
+    k_scales_base,
+    v_scales_base,
+    k_scales_stride_p,
+    k_scales_stride_n,
+    v_scales_stride_p,
+    v_scales_stride_n,
     num_pages,
     first,
     last,
     scale_log2,
+    KV8: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Online softmax over the tokens from ``first`` to ``last`` of one sequence."""
+    """Online softmax over the tokens from ``first`` to ``last`` of one sequence.
+
+    With KV8 rows are decoded as late as possible, for the registers that they take. Their scales go
+    into the rows: probabilities times a scale may be too small for float16, and columns of scores
+    lie in another layout, for which the compiler would look up the pages again.
+    """
     columns = tl.arange(0, D_PADDED)
     for start in tl.range(first, last, BLOCK_K):
         tokens = start + tl.arange(0, BLOCK_K)
@@ -67,17 +91,28 @@ def attend_pages(
         v_rows = v_base + pages * v_stride_p + slots * v_stride_n
         k_pointers = k_rows[:, None] + columns[None, :]
         v_pointers = v_rows[:, None] + columns[None, :]
+        if KV8:
+            k_scale_pointers = k_scales_base + pages * k_scales_stride_p + slots * k_scales_stride_n
+            v_scale_pointers = v_scales_base + pages * v_scales_stride_p + slots * v_scales_stride_n
+            if MASKED:
+                k_exponents = tl.load(k_scale_pointers, mask=seen, other=0)
+                v_exponents = tl.load(v_scale_pointers, mask=seen, other=0)
+            else:
+                k_exponents = tl.load(k_scale_pointers)
+                v_exponents = tl.load(v_scale_pointers)
         # Slots past the length may hold NaN, which no probability of zero would silence.
         if MASKED:
             inside = seen[:, None] & (columns < D)[None, :]
-            k = tl.load(k_pointers, mask=inside, other=0.0)
-            v = tl.load(v_pointers, mask=inside, other=0.0)
+            k = tl.load(k_pointers, mask=inside, other=0)
+            v = tl.load(v_pointers, mask=inside, other=0)
         elif D == D_PADDED:
             k = tl.load(k_pointers)
             v = tl.load(v_pointers)
         else:
-            k = tl.load(k_pointers, mask=(columns < D)[None, :], other=0.0)
-            v = tl.load(v_pointers, mask=(columns < D)[None, :], other=0.0)
+            k = tl.load(k_pointers, mask=(columns < D)[None, :], other=0)
+            v = tl.load(v_pointers, mask=(columns < D)[None, :], other=0)
+        if KV8:
+            k = (e4m3_decode(k) * scale_of(k_exponents)[:, None]).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             scores = tl.where(seen[None, :], scores, LOWEST)
@@ -85,6 +120,8 @@ def attend_pages(
         probs = tl.exp2(scores * scale_log2 - new_largest[:, None])
         shrink = tl.exp2(largest - new_largest)
         total = total * shrink + tl.sum(probs, 1)
+        if KV8:
+            v = (e4m3_decode(v) * scale_of(v_exponents)[:, None]).to(q.dtype)
         out = tl.dot(probs.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
         largest = new_largest
     return out, total, largest
@@ -115,6 +152,12 @@ def paged_attention_kernel(
     v_stride_h,
     table_stride,
     lens_stride,
+    k_scales_ptr,
+    v_scales_ptr,
+    k_scales_stride_p,
+    k_scales_stride_n,
+    v_scales_stride_p,
+    v_scales_stride_n,
     batch,
     num_queries,
     heads,
@@ -122,6 +165,7 @@ def paged_attention_kernel(
     entries,
     splits,
     scale_log2,
+    KV8: tl.constexpr,
     NEGATE: tl.constexpr,
     SPLIT: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -132,6 +176,7 @@ def paged_attention_kernel(
 ):
     """One query tile over one part of the keys; scale_log2 > 0, q negated if NEGATE.
 
+    With KV8 pages are bytes, with scales.
     out: (B, T, H, D), or with SPLIT (S, B, T, H, D) in float32 beside the base-2 logarithm of the
     sum of exponentials, (S, B, T, H).
     """
@@ -161,13 +206,20 @@ def paged_attention_kernel(
     largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     k_base, v_base = k_ptr + h * k_stride_h, v_ptr + h * v_stride_h
     table_base = table_ptr + b * table_stride
+    if KV8:
+        k_scales_ptr += h
+        v_scales_ptr += h
     out, total, largest = attend_pages(
         out, total, largest, q, k_base, v_base, table_base, k_stride_p, k_stride_n, v_stride_p,
-        v_stride_n, num_pages, first, whole, scale_log2, PAGE_SIZE, BLOCK_K, D, D_PADDED, False,
+        v_stride_n, k_scales_ptr, v_scales_ptr, k_scales_stride_p, k_scales_stride_n,
+        v_scales_stride_p, v_scales_stride_n, num_pages, first, whole, scale_log2,
+        KV8, PAGE_SIZE, BLOCK_K, D, D_PADDED, False,
     )  # fmt: skip
     out, total, largest = attend_pages(
         out, total, largest, q, k_base, v_base, table_base, k_stride_p, k_stride_n, v_stride_p,
-        v_stride_n, num_pages, whole, last, scale_log2, PAGE_SIZE, BLOCK_K, D, D_PADDED, True,
+        v_stride_n, k_scales_ptr, v_scales_ptr, k_scales_stride_p, k_scales_stride_n,
+        v_scales_stride_p, v_scales_stride_n, num_pages, whole, last, scale_log2,
+        KV8, PAGE_SIZE, BLOCK_K, D, D_PADDED, True,
     )  # fmt: skip
 
     # No key: zeros, and a logarithm that weighs nothing.
@@ -211,51 +263,9 @@ def paged_attention_combine_kernel(
     tl.store(out_pointers, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-# --- block sizes, the likely best first -----------------------------------------------------------
-
-# By the queries of a call (rounded up to a power of two, the last row serves more), for heads up
-# to 128 wide; a tile of keys is a few pages, whose addresses are looked up in one go. Looking them
-# up takes stages: only from five on are there two buffers of K and V (sm_90, Triton 3.6 and 3.9).
-_CONFIGS = {
-    "sm90": {
-        16: (Config(16, 64, 4, 3), Config(16, 64, 4, 5), Config(16, 128, 4, 5)),
-        32: (Config(32, 64, 4, 3), Config(32, 64, 4, 5), Config(32, 128, 4, 5)),
-        64: (Config(64, 64, 4, 3), Config(64, 64, 4, 5), Config(64, 32, 4, 5)),
-        128: (Config(128, 64, 8, 3), Config(128, 64, 8, 5), Config(64, 64, 4, 5)),
-    },
-    "nvidia": {
-        16: (Config(16, 64, 4, 2), Config(16, 32, 2, 3), Config(16, 32, 4, 3)),
-        32: (Config(32, 64, 4, 2), Config(32, 32, 2, 3)),
-        64: (Config(64, 64, 4, 2), Config(64, 32, 4, 3)),
-        128: (Config(64, 64, 4, 2), Config(128, 32, 4, 3), Config(128, 64, 8, 2)),
-    },
-    "amd": {
-        16: (Config(16, 64, 4, 1), Config(16, 32, 2, 1)),
-        32: (Config(32, 64, 4, 1), Config(32, 32, 2, 1)),
-        64: (Config(64, 64, 4, 1), Config(64, 32, 4, 1)),
-        128: (Config(128, 64, 4, 1), Config(128, 32, 4, 1), Config(64, 64, 4, 1)),
-    },
-    "other": {
-        16: (Config(16, 64, 4, 2), Config(16, 32, 4, 1)),
-        128: (Config(32, 32, 4, 2), Config(64, 32, 4, 2)),
-    },
-    # Smaller than the cases, so that they have several tiles.
-    "interpreter": {128: (Config(16, 16, 1, 1),)},
-}
-# Heads wider than 128, and float32, whose products run outside the tensor cores.
-_LARGE = (Config(16, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 2))
 BLOCK_ROWS = 4
 # Fewer keys than this are not worth a second kernel.
 KEYS_OF_A_PART = 128
-
-
-def _configs(q_BTHD: torch.Tensor) -> tuple[Config, ...]:
-    kind = family(q_BTHD.device)
-    _, num_queries, _, head_dim = q_BTHD.shape
-    if kind != "interpreter" and (head_dim > 128 or q_BTHD.dtype == torch.float32):
-        return _LARGE
-    rows = _CONFIGS[kind]
-    return rows[min((n for n in rows if n >= num_queries), default=128)]
 
 
 def num_splits(programs: int, processors: int, room: int) -> int:
@@ -276,9 +286,12 @@ def launch_paged_attention_forward(
     page_table_BM: torch.Tensor,
     kv_lens_B: torch.Tensor,
     softmax_scale: float,
+    k_scales_PNH: torch.Tensor | None = None,
+    v_scales_PNH: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(softmax_scale * q k^T) v over the first kv_lens_B[b] tokens of sequence b.
 
+    With scales, pages are float8_e4m3fn and k and v are page * scale (``kv_quantization``).
     Token s lies at page page_table_BM[b, s // N], slot s % N. A length of 0 gives zeros. Neither
     page-table entries nor slots past the length are read. On a GPU nobody has looked at the
     values: lengths are clamped to what the table holds, page indices to the pool.
@@ -295,6 +308,8 @@ def launch_paged_attention_forward(
     if num_pages == 0 or entries == 0:
         return out_BTHD.zero_()
     room = entries * page_size
+    k_pages, v_pages = page_bytes(k_pages_PNHD, v_pages_PNHD, k_scales_PNH)
+    scales = scale_arguments(k_scales_PNH, v_scales_PNH)
 
     def launch(config: Config) -> None:
         programs = batch * heads * -(-num_queries // config.block_q)
@@ -306,8 +321,8 @@ def launch_paged_attention_forward(
             target = q_BTHD.new_empty((*shape, head_dim), dtype=torch.float32)
         paged_attention_kernel[(programs * splits,)](
             q_BTHD,
-            k_pages_PNHD,
-            v_pages_PNHD,
+            k_pages,
+            v_pages,
             page_table_BM,
             kv_lens_B,
             target,
@@ -317,6 +332,7 @@ def launch_paged_attention_forward(
             *v_pages_PNHD.stride()[:3],
             page_table_BM.stride(0),
             kv_lens_B.stride(0),
+            *scales,
             batch,
             num_queries,
             heads,
@@ -326,6 +342,7 @@ def launch_paged_attention_forward(
             # The kernel takes scale * max for max of scale * score: the sign goes into q. A scale
             # of zero would turn masked scores into visible ones; this one is zero to every sum.
             max(abs(softmax_scale), 1e-30) * log2(e),
+            KV8=k_scales_PNH is not None,
             NEGATE=softmax_scale < 0,
             SPLIT=splits > 1,
             PAGE_SIZE=page_size,
@@ -357,9 +374,10 @@ def launch_paged_attention_forward(
             head_dim,
             page_size,
             q_BTHD.dtype,
+            k_pages_PNHD.dtype,
         )
-        kernel = paged_attention_kernel
-        launch(tuning.best(kernel, _configs(q_BTHD), key, launch, q_BTHD.device))
+        kernel, likely = paged_attention_kernel, configs(q_BTHD, k_scales_PNH is not None)
+        launch(tuning.best(kernel, likely, key, launch, q_BTHD.device))
     return out_BTHD
 
 
@@ -374,26 +392,29 @@ _ARGUMENTS = {
     **dict.fromkeys(("num_pages", "entries", "splits"), "i32"),
     "scale_log2": "fp32",
 }
+_BYTES = dict.fromkeys(("k_ptr", "v_ptr"), "*u8:16") | SCALE_ARGUMENTS
 
 
 def _cases() -> Iterator[CompileCase]:
     names = paged_attention_kernel.arg_names
-    arguments = {name: _ARGUMENTS[name] for name in names if name in _ARGUMENTS}
-    for kind, target in (("sm90", "sm_90"), ("nvidia", "sm_80"), ("amd", "gfx942")):
-        # Without repetitions, in order.
-        usual = tuple(dict.fromkeys(config for row in _CONFIGS[kind].values() for config in row))
-        for head_dim, configs, dtypes in (
-            (64, usual, ("bf16", "fp16")),
-            (128, usual, ("bf16", "fp16")),
-            (64, _LARGE, ("fp32",)),
-            (256, _LARGE, DTYPES),
+    exact = {name: _ARGUMENTS[name] for name in names if name in _ARGUMENTS}
+    targets = (("sm90", "sm_90"), ("nvidia", "sm_80"), ("amd", "gfx942"))
+    for (kind, target), kv8 in product(targets, (False, True)):
+        for head_dim, rows, dtypes in (
+            (64, usual(kind, False, kv8), ("bf16", "fp16")),
+            (128, usual(kind, True, kv8), ("bf16", "fp16")),
+            (64, {128: LARGE}, ("fp32",)),
+            (256, {128: LARGE}, DTYPES),
         ):
-            for config in configs:
+            # Without repetitions, in order.
+            for config in dict.fromkeys(config for row in rows.values() for config in row):
                 yield CompileCase(
                     kernel=paged_attention_kernel,
-                    arguments=arguments,
-                    constants={
+                    arguments=exact | (_BYTES if kv8 else {}),
+                    constants=({} if kv8 else NO_SCALES)
+                    | {
                         "lens_stride": 1,
+                        "KV8": kv8,
                         "NEGATE": False,
                         "SPLIT": True,
                         "PAGE_SIZE": 16,
@@ -406,19 +427,22 @@ def _cases() -> Iterator[CompileCase]:
                     num_stages=config.num_stages,
                     targets=(target,),
                     dtypes=dtypes,
-                    label=f"D {head_dim}, {config.block_q} x {config.block_k}",
+                    label=f"D {head_dim}, {config.block_q} x {config.block_k}"
+                    + (", 8 bits" if kv8 else ""),
                 )
     # No statistics are written: another kernel.
     others = {"NEGATE": True, "SPLIT": False, "PAGE_SIZE": 5, "D": 24, "D_PADDED": 32}
-    others |= {"lse_ptr": None, "BLOCK_Q": 16, "BLOCK_K": 32}
-    yield CompileCase(
-        kernel=paged_attention_kernel,
-        arguments={n: kind for n, kind in arguments.items() if n != "lse_ptr"},
-        constants={"lens_stride": 1} | others,
-        num_warps=4,
-        num_stages=2,
-        label="in one part, D 24",
-    )
+    others |= {"lens_stride": 1, "lse_ptr": None, "BLOCK_Q": 16, "BLOCK_K": 32}
+    for kv8 in (False, True):
+        arguments = exact | (_BYTES if kv8 else {})
+        yield CompileCase(
+            kernel=paged_attention_kernel,
+            arguments={n: kind for n, kind in arguments.items() if n != "lse_ptr"},
+            constants=({} if kv8 else NO_SCALES) | {"KV8": kv8} | others,
+            num_warps=4,
+            num_stages=2,
+            label="in one part, D 24" + (", 8 bits" if kv8 else ""),
+        )
     yield CompileCase(
         kernel=paged_attention_combine_kernel,
         arguments={

@@ -9,6 +9,7 @@ B batch, T tokens, H heads, D head width, P pages, N tokens of a page.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 import triton
@@ -16,6 +17,13 @@ import triton.language as tl
 
 from variant_kernels.triton_ops.common import on_device_of, padded
 from variant_kernels.triton_ops.compile_report import CompileCase
+from variant_kernels.triton_ops.e4m3 import (
+    NO_SCALES,
+    SCALE_ARGUMENTS,
+    page_bytes,
+    quantised,
+    scale_arguments,
+)
 from variant_kernels.triton_ops.rows import (
     HEADS_PER_THREAD,
     head_scale,
@@ -47,16 +55,26 @@ def qk_norm_append_paged_kv_kernel(
     scale_stride,
     slots_stride_b,
     slots_stride_t,
+    k_scales_ptr,
+    v_scales_ptr,
+    k_scales_stride_p,
+    k_scales_stride_n,
+    v_scales_stride_p,
+    v_scales_stride_n,
     tokens,
     num_slots,
     NORM: tl.constexpr,
+    KV8: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     D_PADDED: tl.constexpr,
 ):
-    """Heads of one token: q normalised to q_out, k (with NORM normalised) and v to their slot."""
+    """Heads of one token: q normalised to q_out, k (with NORM normalised) and v to their slot.
+
+    With KV8 k and v are rounded to bytes, k after it was rounded to the tokens' dtype.
+    """
     tiles: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     place = (tl.program_id(0) // tiles).to(tl.int64)
     b, t = place // tokens, place % tokens
@@ -80,7 +98,14 @@ def qk_norm_append_paged_kv_kernel(
         out = (unit_q * scale[:, None]).to(q_out_ptr.dtype.element_ty)
         tl.store(q_out_ptr + (place * H + h)[:, None] * D + d, out, mask=inside)
         unit_k, _, _ = unit(k.to(tl.float32))
-        k = unit_k.to(k_pages_ptr.dtype.element_ty)
+        k = unit_k.to(qkv_ptr.dtype.element_ty)
+    if KV8:
+        k, k_exponents = quantised(k, written)
+        v, v_exponents = quantised(v, written)
+        k_scale = k_scales_ptr + page * k_scales_stride_p + offset * k_scales_stride_n
+        v_scale = v_scales_ptr + page * v_scales_stride_p + offset * v_scales_stride_n
+        tl.store(k_scale + h, k_exponents, mask=h < heads)
+        tl.store(v_scale + h, v_exponents, mask=h < heads)
     k_slot = k_pages_ptr + page * k_pages_stride_p + offset * k_pages_stride_n
     v_slot = v_pages_ptr + page * v_pages_stride_p + offset * v_pages_stride_n
     tl.store((k_slot + wide_h * k_pages_stride_h)[:, None] + d, k, mask=written)
@@ -94,11 +119,14 @@ def launch_qk_norm_append_paged_kv(
     k_pages_PNHD: torch.Tensor,
     v_pages_PNHD: torch.Tensor,
     slots_BT: torch.Tensor,
+    k_scales_PNH: torch.Tensor | None = None,
+    v_scales_PNH: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Normalise queries and keys, write keys and values into their slots; -1 skips the token.
 
     A slot is page * page_size + offset. On a GPU nobody has looked at the values: a slot outside
-    the pool is skipped. Two tokens with one slot are the caller's mistake.
+    the pool is skipped. Two tokens with one slot are the caller's mistake. With scales, pages are
+    float8_e4m3fn and rows are rounded to them (``kv_quantization``).
 
     Returns:
         q_BTHD: new and contiguous; without scale_mul_1H11 the view qkv_BT3HD[:, :, 0].
@@ -118,17 +146,18 @@ def launch_qk_norm_append_paged_kv(
             qkv_BT3HD,
             scale_mul_1H11,
             q_BTHD if norm else None,
-            k_pages_PNHD,
-            v_pages_PNHD,
+            *page_bytes(k_pages_PNHD, v_pages_PNHD, k_scales_PNH),
             slots_BT,
             *qkv_BT3HD.stride()[:4],
             *k_pages_PNHD.stride()[:3],
             *v_pages_PNHD.stride()[:3],
             scale_mul_1H11.stride(1) if scale_mul_1H11 is not None else 0,
             *slots_BT.stride(),
+            *scale_arguments(k_scales_PNH, v_scales_PNH),
             tokens,
             num_pages * page_size,
             NORM=norm,
+            KV8=k_scales_PNH is not None,
             PAGE_SIZE=page_size,
             H=heads,
             D=head_dim,
@@ -143,18 +172,25 @@ def launch_qk_norm_append_paged_kv(
 
 
 def _cases() -> Iterator[CompileCase]:
-    for heads, head_dim, norm in ((16, 64, True), (30, 64, True), (30, 64, False), (3, 24, True)):
+    shapes = ((16, 64, True), (30, 64, True), (30, 64, False), (3, 24, True))
+    for (heads, head_dim, norm), kv8 in product(shapes, (False, True)):
         block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
         aligned = ":16" if head_dim % 16 == 0 else ":8"
         constants = {"NORM": norm, "PAGE_SIZE": 16, "scale_stride": 1, "slots_stride_t": 1}
+        constants |= {"KV8": kv8} | ({} if kv8 else NO_SCALES)
         arguments = {}
         for name in qk_norm_append_paged_kv_kernel.arg_names:
-            if name == "slots_ptr":
+            if name in SCALE_ARGUMENTS:
+                if kv8:
+                    arguments[name] = SCALE_ARGUMENTS[name]
+            elif name == "slots_ptr":
                 arguments[name] = "*i64:16"
             elif not norm and name in ("scale_ptr", "q_out_ptr"):
                 constants[name] = None
             elif name == "scale_ptr":
                 arguments[name] = "*fp32:16"
+            elif kv8 and name.endswith("_pages_ptr"):
+                arguments[name] = "*u8:16"
             elif name.endswith("_ptr"):
                 arguments[name] = "*T:16"
             elif name in ("slots_stride_b", "tokens", "num_slots"):
@@ -170,7 +206,9 @@ def _cases() -> Iterator[CompileCase]:
                 num_warps=num_warps,
                 num_stages=1,
                 targets=targets,
-                label=f"H {heads}, D {head_dim}{'' if norm else ' no norm'}",
+                label=f"H {heads}, D {head_dim}"
+                + ("" if norm else " no norm")
+                + (", 8 bits" if kv8 else ""),
             )
 
 
