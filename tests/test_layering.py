@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 # Modules of `variant` from bottom to top; a module may import those before it, not those after.
 ORDER = (
     "errors",
+    "kv_dtype",
     "config",
     "memory",
     "presets",

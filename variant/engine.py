@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from variant.capture import Captures, GraphRecorder, Recorder, Tensors
+from variant.kv_dtype import KVDtype, check_kv_dtype
 from variant.memory import free_bytes
 from variant.sampling import (
     Generation,
@@ -71,13 +72,16 @@ class Engine:
         dtype: of weights, K/V and matrix products; None is the weights' own.
         backend: of the kernels; "auto" takes the fastest.
         page_size: tokens per cache page.
+        kv_dtype: of K and V; None is exact: ``dtype``. "fp8" (or torch.float8_e4m3fn) keeps 8 bits
+            and one scale per token and head: about half the cache of a 16-bit engine, at an error
+            that :mod:`variant.kv_error` measures. A call may ask for it alone.
         pack: on a CPU keep a second copy of the weights, in the order that oneDNN computes with
             (:mod:`variant.packing`): faster; False saves that memory.
         capture: on a GPU record each batch size and schedule as one graph when it is first met and
             replay it afterwards (:mod:`variant.capture`); False launches every kernel from Python.
             Calls with ``on_scale`` or ``generator`` are never recorded.
     Raises:
-        ValueError: the two models do not fit each other, or the backend cannot serve the dtype.
+        ValueError: the two models do not fit each other, or the backend cannot serve the dtypes.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class Engine:
         dtype: torch.dtype | None = None,
         backend: str = "auto",
         page_size: int = 16,
+        kv_dtype: KVDtype = None,
         pack: bool = True,
         capture: bool = True,
     ) -> None:
@@ -101,6 +106,7 @@ class Engine:
         if page_size < 1:
             raise ValueError(f"Engine: page_size must be at least 1; got {page_size}")
         self.page_size = page_size
+        self.kv_dtype = check_kv_dtype("Engine", kv_dtype)
         self.backend = backend
         self.pack, self.capture = pack, capture
         self._lock = Lock()
@@ -108,7 +114,7 @@ class Engine:
         self._captures: tuple[EngineWeights, Captures] | None = None
         self._tables: dict[Hashable, Steps] = {}
         self._kv_bytes: dict[Hashable, tuple[int, int]] = {}
-        self._kernels()  # a backend that cannot serve the dtype is refused here
+        self._kernels(self.kv_dtype)  # a backend that cannot serve the dtypes is refused here
 
     def __getstate__(self) -> dict[str, object]:
         """Without the lock, cast weights and graphs, so that a used model can be pickled."""
@@ -146,9 +152,13 @@ class Engine:
                 self._cast = fingerprint, weights
             return self._cast[1]
 
-    def _kernels(self) -> Kernels:
+    def _kernels(self, kv_dtype: torch.dtype | None) -> Kernels:
         # Chosen per call: use_backend and VARIANT_BACKEND count.
-        return Kernels(self.backend, self.device.type, self.dtype)
+        return Kernels(self.backend, self.device.type, self.dtype, kv_dtype)
+
+    def _kv_dtype(self, op: str, kv_dtype: KVDtype) -> torch.dtype | None:
+        """What a call asks for; None is the engine's own."""
+        return check_kv_dtype(op, kv_dtype) or self.kv_dtype
 
     def _start(
         self,
@@ -169,7 +179,7 @@ class Engine:
             len(labels_R),
             config.num_heads,
             config.head_dim,
-            self.dtype,
+            kernels.pages_dtype,
             self.device,
             steps=self._steps(schedule, len(labels_R)) if steps is None else steps,
         )
@@ -184,8 +194,7 @@ class Engine:
 
     def _captures_for(self, weights: EngineWeights, kernels: Kernels) -> Captures | None:
         """The recordings made with these weights; None where nothing is recorded."""
-        # Plain torch is for looking into: it may wait for the device, which no graph can.
-        if not self.capture or "reference" in kernels.names.values():
+        if not self.capture or not kernels.can_be_captured:
             return None
         with self._lock:
             if self._captures is None or self._captures[0] is not weights:
@@ -213,6 +222,7 @@ class Engine:
         *,
         depth: int | Sequence[int] | None = None,
         bridge: int | None = None,
+        kv_dtype: KVDtype = None,
     ) -> Tensor:
         """Logits of the cached, paged path when it is fed with given tokens.
 
@@ -220,17 +230,21 @@ class Engine:
         rounding.
 
         Args:
-            labels_B: (B,) int64.  tokens_BL: (B, L) int64.  depth, bridge: as in ``generate``.
+            labels_B: (B,) int64.  tokens_BL: (B, L) int64.
+            depth, bridge, kv_dtype: as in ``generate``.
         Returns:
             (B, L, V) float32.
+        Raises:
+            ValueError: an argument out of range.
         """
+        kv_wanted = self._kv_dtype("forced_logits", kv_dtype)
         labels_B = check_labels(labels_B, self.var.config.num_classes, "forced_logits")
         shape = (len(labels_B), self.var.layout.total)
         tokens_BL = check_tokens(tokens_BL, shape, self.var.config.vocab_size, "forced_logits").to(
             self.device
         )
         schedule = self.var.schedule(depth, bridge)
-        run = self._start(labels_B, schedule, False, self._weights(), self._kernels())
+        run = self._start(labels_B, schedule, False, self._weights(), self._kernels(kv_wanted))
         return force(run, tokens_BL)
 
     @torch.no_grad()
@@ -249,6 +263,7 @@ class Engine:
         max_batch: int | None = None,
         on_scale: OnScale | None = None,
         decode: bool = True,
+        kv_dtype: KVDtype = None,
     ) -> Generation:
         """Paint one image per label.
 
@@ -266,17 +281,19 @@ class Engine:
             on_scale: called as ``on_scale(k, partial)`` after each scale of each part; may return
                 a shallower depth for the scales that follow (from ``bridge`` on at the earliest).
             decode: False leaves the images out, (0, 3, H, W); :meth:`decode` makes them later.
+            kv_dtype: "fp8" keeps K and V of this call in 8 bits; None is the engine's own.
         Returns:
             :class:`Generation`.
         Raises:
             ValueError: an argument out of range.  MemoryError: not even one image fits.
         """
         started = self._clock()
+        kv_wanted = self._kv_dtype("generate", kv_dtype)
         labels_B = check_labels(labels, self.var.config.num_classes)
         sampling = Sampling(cfg, top_k, top_p, seed, generator)
         schedule = self.var.schedule(depth, bridge)
         image_ids_B = check_image_ids(image_ids, len(labels_B), self.device)
-        batch = self._batch_size(len(labels_B), schedule, sampling.guided, max_batch)
+        batch = self._batch_size(len(labels_B), schedule, sampling.guided, max_batch, kv_wanted)
         parts: list[tuple[Tensor, Tensor, Stats]] = []
         for first in range(0, len(labels_B), batch):
             part = slice(first, first + batch)
@@ -289,6 +306,7 @@ class Engine:
                     on_scale=on_scale,
                     first_flexible=self._bridge(bridge),
                     decode=decode,
+                    kv_dtype=kv_wanted,
                 )
             )
         first_stats = parts[0][2]
@@ -298,6 +316,7 @@ class Engine:
             batches=len(parts),
             depths=parts[-1][2].depths,
             dtype=first_stats.dtype,
+            kv_dtype=first_stats.kv_dtype,
             packed=first_stats.packed,
             captured=first_stats.captured,
             kv_planned_bytes=first_stats.kv_planned_bytes,
@@ -339,9 +358,10 @@ class Engine:
         on_scale: OnScale | None,
         first_flexible: int,
         decode: bool,
+        kv_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor, Stats]:
         started = self._clock()
-        weights, kernels = self._weights(), self._kernels()
+        weights, kernels = self._weights(), self._kernels(kv_dtype)
         draws = Draws(
             image_ids_B=image_ids_B,
             cfg=sampling.cfg,
@@ -378,9 +398,12 @@ class Engine:
             batches=1,
             depths=painted.schedule.depths,
             dtype=dtype_name(self.dtype),
+            kv_dtype=dtype_name(kernels.pages_dtype),
             packed=weights.packed,
             captured=captured,
-            kv_planned_bytes=plan.peak_bytes(batch, heads, head_dim, self.dtype, draws.guided),
+            kv_planned_bytes=plan.peak_bytes(
+                batch, heads, head_dim, kernels.pages_dtype, draws.guided
+            ),
             kv_allocated_bytes=painted.allocated_bytes,
             kv_peak_bytes=painted.peak_bytes,
             kv_paper_bytes=plan.paper_bytes(
@@ -422,7 +445,7 @@ class Engine:
         """:meth:`_paint` by a graph; recorded when the schedule is first met."""
         names = tuple(kernels.names.values())
         key = (schedule.layers, self.page_size, len(labels_B), draws.guided)
-        key = (*key, draws.top_k, draws.top_p, names)
+        key = (*key, draws.top_k, draws.top_p, names, kernels.pages_dtype)
         steps = self._steps(schedule, len(labels_B) * (2 if draws.guided else 1))
 
         def whole(labels_B: Tensor, image_ids_B: Tensor, cfg: Tensor, seed: Tensor) -> Tensors:
@@ -471,14 +494,19 @@ class Engine:
         return bridge if bridge is not None else (self.var.config.bridge or 0)
 
     def _batch_size(
-        self, count: int, schedule: DepthSchedule, guidance: bool, max_batch: int | None
+        self,
+        count: int,
+        schedule: DepthSchedule,
+        guidance: bool,
+        max_batch: int | None,
+        kv_dtype: torch.dtype | None,
     ) -> int:
         """Images at once: what was asked for, within what free memory holds."""
         if max_batch is not None and not (isinstance(max_batch, int) and max_batch >= 1):
             raise ValueError(f"generate: max_batch must be an integer >= 1; got {max_batch!r}")
         self._weights()  # cast now: copies must not be counted as free memory
         plan = CachePlan(self.var.layout, schedule, self.page_size)
-        one, always = self.image_bytes(plan, guidance), self.decoder_bytes()
+        one, always = self.image_bytes(plan, guidance, kv_dtype), self.decoder_bytes()
         free = free_bytes(self.device)
         fits = (free - always) // one
         wanted = min(count, max_batch or count)
@@ -491,17 +519,18 @@ class Engine:
             )
         return min(wanted, fits)
 
-    def image_bytes(self, plan: CachePlan, guidance: bool = True) -> int:
+    def image_bytes(self, plan: CachePlan, guidance: bool = True, kv_dtype: KVDtype = None) -> int:
         """Memory for one more image in a batch: its K/V pages and the largest step's tensors."""
         config, item = self.var.config, torch.empty((), dtype=self.dtype).itemsize
-        kv = plan.peak_bytes(1, config.num_heads, config.head_dim, self.dtype, guidance)
+        kernels = self._kernels(self._kv_dtype("image_bytes", kv_dtype))
+        kv = plan.peak_bytes(1, config.num_heads, config.head_dim, kernels.pages_dtype, guidance)
         tokens = max(self.var.layout.tokens) * (2 if guidance else 1)
         hidden = round(config.embed_dim * config.mlp_ratio)
         # Residual stream before and after (float32), packed projection, q, k and attention's
         # output, the MLP's two hidden tensors; or the logits, twice in float32.
         layer = tokens * (8 * config.embed_dim + (7 * config.embed_dim + 2 * hidden) * item)
         logits = tokens * config.vocab_size * (item + 8)
-        if self._kernels().gathers_pages:
+        if kernels.gathers_pages:
             # Plain torch gathers all visible K and V in float32 and holds every score.
             total, heads = self.var.layout.total, config.num_heads
             rows = 2 if guidance else 1

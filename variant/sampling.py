@@ -83,11 +83,11 @@ class Stats:
 
     seconds: everything.  decode_seconds: the VQ-VAE decoder's share.  batches: into how many parts
     the request was split.  depths: layers run at each scale (of the last part).  dtype: of the
-    matrix products.  packed: whether their weights were packed for the CPU.  captured: whether a
-    GPU ran it as a graph.
+    matrix products.  kv_dtype: of K and V, the same unless 8 bits were asked for.  packed: whether
+    the weights were packed for the CPU.  captured: whether a GPU ran it as a graph.
     kv_planned_bytes, kv_allocated_bytes, kv_peak_bytes: of the largest part; what the plan says,
-    what the slab really takes, what was in use at once.  kv_paper_bytes: what the paper's scheme
-    would hold for the same part in the same dtype.
+    what the slab really takes (8-bit K/V: with their scales), what was in use at once.
+    kv_paper_bytes: what the paper's scheme would hold for the same part in ``dtype``.
     """
 
     seconds: float
@@ -95,6 +95,7 @@ class Stats:
     batches: int
     depths: tuple[int, ...]
     dtype: str
+    kv_dtype: str
     packed: bool
     captured: bool
     kv_planned_bytes: int

@@ -31,26 +31,40 @@ LOGITS_BYTES = 64 * 2**20
 
 
 class Kernels:
-    """The launchers of one backend choice, called without the checks of the public functions."""
+    """The launchers of one backend choice, called without the checks of the public functions.
 
-    def __init__(self, backend: str, device: str, dtype: torch.dtype) -> None:
+    dtype: of activations; pages_dtype: of K and V, ``dtype`` unless ``kv_dtype`` names 8 bits.
+    """
+
+    def __init__(
+        self, backend: str, device: str, dtype: torch.dtype, kv_dtype: torch.dtype | None = None
+    ) -> None:
         found, self.names = tables(), {}
 
-        def pick(op: str, *dtypes: torch.dtype) -> Callable[..., Tensor]:
-            self.names[op] = choose_name(op, found[op], backend, Request(device, dtypes))
+        def pick(
+            op: str, *dtypes: torch.dtype, kv_dtype: torch.dtype | None = None
+        ) -> Callable[..., Tensor]:
+            request = Request(device, dtypes, kv_dtype=kv_dtype)
+            self.names[op] = choose_name(op, found[op], backend, request)
             return found[op][self.names[op]].forward
 
         # The residual stream is float32, whatever the engine's dtype.
         self.adaln = pick("adaln_modulate", torch.float32, dtype)
         self.gated_adaln = pick("gated_residual_adaln", torch.float32, dtype)
-        self.norm_append = pick("qk_norm_append_paged_kv", dtype, torch.float32)
-        self.attention = pick("paged_attention", dtype)
+        self.norm_append = pick("qk_norm_append_paged_kv", dtype, torch.float32, kv_dtype=kv_dtype)
+        self.attention = pick("paged_attention", dtype, kv_dtype=kv_dtype)
         self.sample = pick("sample_tokens", dtype)
+        self.pages_dtype = kv_dtype or dtype
 
     @property
     def gathers_pages(self) -> bool:
         """Whether attention copies all visible K and V before it starts."""
         return self.names["paged_attention"] == "reference"
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Plain torch is for looking into: it may wait for the device, which no graph can."""
+        return "reference" not in self.names.values()
 
 
 @dataclass(frozen=True)
@@ -150,6 +164,7 @@ class Run:
             k_pages_PNHD=cache.k_pages,
             v_pages_PNHD=cache.v_pages,
             slots_BT=step.slots_BT,
+            **cache.scales,
         )
         out_RTHD = kernels.attention(
             q_BTHD=q_RTHD,
@@ -158,6 +173,7 @@ class Run:
             page_table_BM=step.page_table_BM,
             kv_lens_B=step.kv_lens_B,
             softmax_scale=layer.softmax_scale,
+            **cache.scales,
         )
         return layer.proj(out_RTHD.view(rows, tokens, width))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from variant.checkpoint import load_model, save_model
 from variant.engine import Engine, check_pair
 from variant.errors import UserError
+from variant.kv_dtype import KVDtype
 from variant.model_card import TAGS, model_card
 from variant.original import load_original
 from variant.sampling import Generation, OnScale
@@ -77,10 +78,12 @@ class VARiant(
         dtype: torch.dtype | None = None,
         max_batch: int | None = None,
         on_scale: OnScale | None = None,
+        kv_dtype: KVDtype = None,
     ) -> Generation:
         """Paint one image per label; see :meth:`variant.engine.Engine.generate`.
 
         ``dtype``: of weights, K/V and matrix products; None is the weights' own.
+        ``kv_dtype``: "fp8" keeps K and V in 8 bits; None is exact.
         """
         return self.engine(dtype).generate(
             labels,
@@ -94,6 +97,7 @@ class VARiant(
             generator=generator,
             max_batch=max_batch,
             on_scale=on_scale,
+            kv_dtype=kv_dtype,
         )
 
     @classmethod
