@@ -8,7 +8,7 @@ import sys
 import torch
 
 from variant_kernels import _C, __version__, ops
-from variant_kernels.backends import available_backends, chosen_and_others, dtype_name
+from variant_kernels.backends import MEASURED, available_backends, dtype_name, explained
 from variant_kernels.contract import FLOAT_DTYPES
 from variant_kernels.cuda_ops import library
 
@@ -37,22 +37,28 @@ def report() -> str:
 
 
 def _table(device: str) -> list[str]:
-    """Each op's backend by dtype, then once what kept faster backends from being taken."""
+    """Each op's backend by dtype and whence, then once what kept faster ones from being taken."""
     width = max(map(len, ops.tables()))
     lines, reasons = [f"backend of each op on {device}:"], {}
     for op in ops.tables():
         dtypes: dict[str, list[str]] = {}
+        sources: dict[str, list[str]] = {}
         for dtype in FLOAT_DTYPES:
             try:
-                chosen, others = chosen_and_others(op, device=device, dtype=dtype)
+                choice = explained(op, device=device, dtype=dtype)
             except ValueError as error:  # VARIANT_BACKEND names one that cannot serve this
-                chosen, others = f"none: {error}", {}
-            dtypes.setdefault(chosen, []).append(dtype_name(dtype))
-            for name, reason in others.items():
+                dtypes.setdefault(f"none: {error}", []).append(dtype_name(dtype))
+                continue
+            dtypes.setdefault(choice.name, []).append(dtype_name(dtype))
+            if choice.source.startswith(MEASURED):
+                sources.setdefault(choice.source, []).append(dtype_name(dtype))
+            for name, reason in choice.others.items():
                 if name in ops.tables()[op]:
                     reasons.setdefault((name, reason), None)
         shown = "; ".join(f"{chosen} ({', '.join(names)})" for chosen, names in dtypes.items())
-        lines.append(f"  {op:{width}}  {shown}")
+        whence = "; ".join(f"{', '.join(names)} {source}" for source, names in sources.items())
+        lines.append(f"  {op:{width}}  {shown}" + (f"  [{whence}]" if whence else ""))
+    lines.append("in brackets: what the choice comes from; else it is the preference order")
     if reasons:
         lines += ["not taken:", *(f"  {name}: {reason}" for name, reason in reasons)]
     return lines

@@ -1,8 +1,9 @@
 """Which implementation of an op runs, and why.
 
 Each op file holds a literal ``IMPLS`` table from backend name to :class:`Impl`. ``backend="auto"``
-takes the first backend of ``PREFERENCE`` that supports the arguments; a backend asked for by name
-(argument, :func:`use_backend` or the environment variable ``VARIANT_BACKEND``) runs or raises.
+takes the fastest that supports the arguments: in the measured order where ``winners.json`` has one
+for this kind of device, op, dtype and size, else in that of ``PREFERENCE``. A backend asked for by
+name (argument, :func:`use_backend` or the environment variable ``VARIANT_BACKEND``) runs or raises.
 """
 
 from __future__ import annotations
@@ -19,12 +20,9 @@ from typing import Any
 
 import torch
 
+from variant_kernels import winners
 from variant_kernels.cuda_ops import library as cuda_library
-
-# Fastest first. `reference` supports everything, so that a choice always exists.
-PREFERENCE = ("triton", "cuda", "flash", "flashinfer", "flex", "cpu", "reference")
-# All of them that "auto" can take for CPU tensors: to hear the others' reasons costs microseconds.
-ON_CPU = ("cpu", "reference")
+from variant_kernels.winners import ON_CPU, PREFERENCE
 
 _override: ContextVar[str | None] = ContextVar("variant_backend", default=None)
 
@@ -36,6 +34,10 @@ class Request:
     row: entries of a row that is normalised or sampled from, where the op works on such rows.
     page_size: tokens of a page, where the op reads pages.
     kv_dtype: of pages that hold another dtype than the tokens': 8 bits with scales.
+    rows: how many such rows, vectors or, in attention, heads of all sequences there are.
+    queries, keys: tokens of a sequence that attend, and that they may see.
+    gradient: whether a backward pass is to follow, where the op was measured with one.
+    None: not known, or of no meaning to the op.
     """
 
     device: str
@@ -44,6 +46,15 @@ class Request:
     row: int | None = None
     page_size: int | None = None
     kv_dtype: torch.dtype | None = None
+    rows: int | None = None
+    queries: int | None = None
+    keys: int | None = None
+    gradient: bool = False
+
+    @property
+    def symbolic(self) -> bool:
+        """Whether a size is a symbol of a graph that is traced for many sizes."""
+        return not all(isinstance(getattr(self, name), int | None) for name in winners.SIZES)
 
 
 def _no_backward(**kwargs: Any) -> Any:
@@ -304,8 +315,14 @@ def choose(op: str, impls: Mapping[str, Impl], backend: str, request: Request) -
     return impls[choose_name(op, impls, backend, request)]
 
 
-def choose_name(op: str, impls: Mapping[str, Impl], backend: str, request: Request) -> str:
-    """Name of the backend that :func:`choose` takes."""
+def choose_name(
+    op: str,
+    impls: Mapping[str, Impl],
+    backend: str,
+    request: Request,
+    avoid: tuple[str, ...] = (),
+) -> str:
+    """Name of the backend that :func:`choose` takes; "auto" takes none of ``avoid``."""
     asked = _asked_for(op, backend)
     if asked != "auto":
         reason = _reason(impls, asked, request)
@@ -314,10 +331,34 @@ def choose_name(op: str, impls: Mapping[str, Impl], backend: str, request: Reque
                 f'{op}: backend "{asked}" cannot run this call: {reason}. Use backend="auto"'
             )
         return asked
-    for name in ON_CPU if request.device == "cpu" else PREFERENCE:
-        if _reason(impls, name, request) is None and not _interpreted(name):
+    # In one place, and without calls: half a microsecond is a fortieth of a short op.
+    device = request.device
+    if op in winners.deciding(device):
+        order = winners.order(op, request)
+    else:
+        order = ON_CPU if device == "cpu" else PREFERENCE
+    for name in order:
+        if _reason(impls, name, request) is None and not _interpreted(name) and name not in avoid:
             return name
     raise AssertionError(f"{op}: the reference backend refused {request}")
+
+
+def choose_backward(
+    op: str,
+    impls: Mapping[str, Impl],
+    backend: str,
+    request: Request,
+    avoid: tuple[str, ...] = (),
+) -> str:
+    """What a backward pass is to be asked for, so that it runs where the forward ran.
+
+    A name; or "auto" in a graph traced for many sizes, if the size decides: forward and backward
+    then both choose when they run, by the same sizes.
+    """
+    decided = op in winners.deciding(request.device)
+    if decided and request.symbolic and _asked_for(op, backend) == "auto":
+        return "auto"
+    return choose_name(op, impls, backend, request, avoid)
 
 
 def _interpreted(name: str) -> bool:
@@ -340,44 +381,86 @@ def explain(
     dtype: torch.dtype = torch.float32,
     head_dim: int | None = 64,
     backend: str = "auto",
+    **sizes: int,
 ) -> str:
-    """Which backend ``op`` would use for such tensors, and why the faster ones would not do.
+    """Which backend ``op`` would use for such tensors, from where, and why not a faster one.
 
-    ``explain("adaln_modulate", dtype=torch.float16)``
+    ``explain("paged_attention", dtype=torch.bfloat16, rows=32, queries=256, keys=680)``; sizes are
+    those of :class:`Request`. Without any, what most of the measured cases say.
     """
-    chosen, others = chosen_and_others(
-        op, device=device, dtype=dtype, head_dim=head_dim, backend=backend
-    )
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in others.items())
-    return chosen + (f" ({reasons})" if reasons else "")
+    choice = explained(op, device=device, dtype=dtype, head_dim=head_dim, backend=backend, **sizes)
+    reasons = (f"{name}: {reason}" for name, reason in choice.others.items())
+    return f"{choice.name} ({'; '.join((choice.source, *reasons))})"
 
 
-def chosen_and_others(
+MEASURED, PREFERRED, NAMED = "measured: ", "preference order", "asked for by name"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend, what says so, and why each that would have come before it is not taken."""
+
+    name: str
+    source: str
+    others: dict[str, str]
+
+
+def explained(
     op: str,
     *,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     head_dim: int | None = 64,
     backend: str = "auto",
-) -> tuple[str, dict[str, str]]:
-    """The backend that ``op`` would use for such tensors, and why each faster one would not do.
+    **sizes: int,
+) -> Choice:
+    """What ``op`` would use for such tensors; arguments as for :func:`explain`.
 
+    source: ``"measured: FILE.json"``, "preference order" or "asked for by name".
     Raises:
-        ValueError: no such op, or a backend asked for by name cannot serve it.
+        ValueError: no such op or size, or a backend asked for by name cannot serve it.
     """
     from variant_kernels import ops
 
     tables = ops.tables()
     if op not in tables:
         raise ValueError(f"explain: op must be one of {', '.join(tables)}; got {op!r}")
-    request = Request(device, (dtype,), head_dim)
-    chosen = choose_name(op, tables[op], backend, request)
+    unknown = sorted(set(sizes) - set(winners.SIZES))
+    if unknown:
+        raise ValueError(
+            f"explain: sizes must be among {', '.join(winners.SIZES)}; got {unknown[0]!r}"
+        )
+    # Where two dtypes count, as those of stream and rows in adaln_modulate, both are this one.
+    request = Request(
+        device,
+        (dtype, dtype),
+        head_dim,
+        row=sizes.get("row"),
+        page_size=sizes.get("page_size"),
+        rows=sizes.get("rows"),
+        queries=sizes.get("queries"),
+        keys=sizes.get("keys"),
+    )
+    impls = tables[op]
+    name = choose_name(op, impls, backend, request)
+    case = winners.find(op, request)
+    measured = case is not None and name in case.ranking
+    if _asked_for(op, backend) != "auto":
+        source, order = NAMED, ()
+    elif case is not None and measured:
+        source, order = MEASURED + ", ".join(case.sources), winners.order(op, request)
+    else:
+        source, order = PREFERRED, winners.preference(device)
+    # Those of PREFERENCE too, some of which are not even asked on a CPU.
     others = {}
-    for name in PREFERENCE:
-        if name == chosen:
-            break
-        reason = _reason(tables[op], name, request)
+    for other in dict.fromkeys((*_before(order, name), *_before(PREFERENCE, name))):
+        reason = _reason(impls, other, request)
         if reason is None:
-            reason = "interpreted" if _interpreted(name) else "not asked for"
-        others[name] = reason
-    return chosen, others
+            slower = case is not None and measured and other in case.ranking
+            reason = "measured slower" if slower else "not asked for"
+        others[other] = "interpreted" if _interpreted(other) else reason
+    return Choice(name, source, others)
+
+
+def _before(order: tuple[str, ...], name: str) -> tuple[str, ...]:
+    return order[: order.index(name)] if name in order else ()

@@ -159,7 +159,7 @@ def test_the_environment_chooses_the_backend(monkeypatch):
     monkeypatch.setenv("VARIANT_BACKEND", "")
     adaln_modulate(x, row, row)
     chosen = explain("adaln_modulate", dtype=torch.float16)
-    assert chosen.startswith("reference (")
+    assert chosen.startswith("reference (preference order; ")
     assert "cpu: dtype float16 is not among its dtypes" in chosen
 
 

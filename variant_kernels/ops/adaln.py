@@ -5,7 +5,7 @@ Axes: B batch, T tokens, C width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from variant_kernels.backends import (
     Impl,
     Lazy,
     Request,
-    choose_name,
+    choose,
+    choose_backward,
     cpu_unsupported,
     cuda_unsupported,
     triton_unsupported,
@@ -167,13 +168,18 @@ GATED_IMPLS = {
 IMPLS = {"adaln_modulate": ADALN_IMPLS, "gated_residual_adaln": GATED_IMPLS}
 
 
-def _resolve(op: str, backend: str, x: Tensor, narrow: Tensor) -> str:
-    request = Request(x.device.type, (x.dtype, narrow.dtype), row=x.shape[-1])
-    return choose_name(op, IMPLS[op], backend, request)
+def _request(make: Callable[..., Request], x: Tensor, narrow: Tensor) -> Request:
+    batch, tokens, width = x.shape
+    rows = batch * tokens
+    return make(x.device.type, (x.dtype, narrow.dtype), None, width, None, None, rows)
 
 
 def _choose(op: str, backend: str, x: Tensor, narrow: Tensor) -> Impl:
-    return IMPLS[op][_resolve(op, backend, x, narrow)]
+    return choose(op, IMPLS[op], backend, _request(contract.request, x, narrow))
+
+
+def _choose_backward(op: str, backend: str, x: Tensor, narrow: Tensor) -> str:
+    return choose_backward(op, IMPLS[op], backend, _request(Request, x, narrow))
 
 
 # --- registration -------------------------------------------------------------------------------
@@ -219,7 +225,7 @@ adaln_backward_op = register(
 def _adaln_setup(ctx, inputs, output):
     x, scale, _, _, backend = inputs
     # The backward pass runs where the forward ran, whatever use_backend says by then.
-    ctx.backend = _resolve("adaln_modulate", backend, x, scale)
+    ctx.backend = _choose_backward("adaln_modulate", backend, x, scale)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, scale, output[1], output[2])
 
@@ -281,7 +287,7 @@ gated_backward_op = register(
 
 def _gated_setup(ctx, inputs, output):
     x, y, gate, scale, _, _, backend = inputs
-    ctx.backend = _resolve("gated_residual_adaln", backend, x, y)
+    ctx.backend = _choose_backward("gated_residual_adaln", backend, x, y)
     x_out, _, mean, rstd = output
     ctx.save_for_backward(x_out, y, gate, scale, mean, rstd)
 

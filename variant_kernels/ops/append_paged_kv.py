@@ -92,8 +92,10 @@ def given_scales(k_scales: Tensor | None, v_scales: Tensor | None) -> dict[str, 
 
 def _append(k, v, k_pages, v_pages, slots, backend, k_scales=None, v_scales=None):
     check_slots("append_paged_kv", slots, k_pages.shape[0] * k_pages.shape[1])
+    batch, tokens, heads, head_dim = k.shape
+    kv_dtype = None if k_scales is None else KV8_DTYPE
     request = contract.request(
-        k.device.type, (k.dtype,), k.shape[-1], kv_dtype=None if k_scales is None else KV8_DTYPE
+        k.device.type, (k.dtype,), head_dim, None, None, kv_dtype, batch * tokens * heads
     )
     choose("append_paged_kv", APPEND_IMPLS, backend, request).forward(
         k_BTHD=k,

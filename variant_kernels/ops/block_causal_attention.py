@@ -15,6 +15,7 @@ from variant_kernels.backends import (
     Impl,
     Lazy,
     Request,
+    choose_backward,
     choose_name,
     cpu_unsupported,
     cuda_unsupported,
@@ -136,16 +137,24 @@ BLOCK_CAUSAL_IMPLS = {
     ),
 }
 
-IMPLS = {"block_causal_attention": BLOCK_CAUSAL_IMPLS}
+OP = "block_causal_attention"
+IMPLS = {OP: BLOCK_CAUSAL_IMPLS}
 
 
-def _resolve(backend: str, q: Tensor) -> str:
-    request = Request(q.device.type, (q.dtype,), q.shape[-1])
-    return choose_name("block_causal_attention", BLOCK_CAUSAL_IMPLS, backend, request)
+def _request(q: Tensor, gradient: bool) -> Request:
+    batch, length, heads, head_dim = q.shape
+    sizes = (batch * heads, length, length)
+    return Request(q.device.type, (q.dtype,), head_dim, None, None, None, *sizes, gradient)
+
+
+# Where a compiled graph chooses. It does not say whether a gradient will be wanted: training is
+# what the op is for. FlexAttention's gradient is out of its reach.
+_BEYOND_GRAPHS = ("flex",)
 
 
 def _choose(backend: str, q: Tensor) -> Impl:
-    return BLOCK_CAUSAL_IMPLS[_resolve(backend, q)]
+    name = choose_name(OP, BLOCK_CAUSAL_IMPLS, backend, _request(q, True), avoid=_BEYOND_GRAPHS)
+    return BLOCK_CAUSAL_IMPLS[name]
 
 
 # --- registration -------------------------------------------------------------------------------
@@ -202,7 +211,9 @@ block_causal_attention_backward_op = register(
 def _setup(ctx, inputs, output):
     q, k, v, ctx.scale_lengths, ctx.softmax_scale, backend = inputs
     # The backward pass runs where the forward ran, whatever use_backend says by then.
-    ctx.backend = _resolve(backend, q)
+    ctx.backend = choose_backward(
+        OP, BLOCK_CAUSAL_IMPLS, backend, _request(q, True), avoid=_BEYOND_GRAPHS
+    )
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output)
 
@@ -272,7 +283,10 @@ def block_causal_attention(
     scale = contract.softmax_scale(op, softmax_scale, q_BLHD.shape[-1])
     # Choosing looks at the environment, which a graph cannot: there, the argument alone counts.
     if not torch.compiler.is_compiling():
-        backend = _resolve(backend, q_BLHD)
+        gradient = torch.is_grad_enabled() and any(
+            x.requires_grad for x in (q_BLHD, k_BLHD, v_BLHD)
+        )
+        backend = choose_name(op, BLOCK_CAUSAL_IMPLS, backend, _request(q_BLHD, gradient))
     if backend == "flex":
         from variant_kernels.library_ops import flex
 

@@ -138,12 +138,19 @@ def _paged(
     q, k_pages, v_pages, page_table, kv_lens, softmax_scale, backend, k_scales=None, v_scales=None
 ):
     check_table("paged_attention", page_table, kv_lens, k_pages.shape)
+    batch, queries, heads, head_dim = q.shape
+    page_size = k_pages.shape[1]
     request = contract.request(
         q.device.type,
         (q.dtype,),
-        q.shape[-1],
-        k_pages.shape[1],
+        head_dim,
+        None,
+        page_size,
         None if k_scales is None else KV8_DTYPE,
+        batch * heads,
+        queries,
+        # As many as the table has room for: the lengths are on the device.
+        page_table.shape[1] * page_size,
     )
     return choose("paged_attention", PAGED_IMPLS, backend, request).forward(
         q_BTHD=q,

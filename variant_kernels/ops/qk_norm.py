@@ -6,6 +6,7 @@ Axes: B batch, T tokens, H heads, D width of one head, 1 broadcast.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from variant_kernels.backends import (
     Impl,
     Lazy,
     Request,
-    choose_name,
+    choose,
+    choose_backward,
     cpu_unsupported,
     cuda_unsupported,
     triton_unsupported,
@@ -117,13 +119,14 @@ QK_NORM_IMPLS = {
 IMPLS = {"qk_norm": QK_NORM_IMPLS}
 
 
-def _resolve(backend: str, q: Tensor, scale_mul: Tensor) -> str:
-    request = Request(q.device.type, (q.dtype, scale_mul.dtype), q.shape[-1])
-    return choose_name("qk_norm", QK_NORM_IMPLS, backend, request)
+def _request(make: Callable[..., Request], q: Tensor, scale_mul: Tensor) -> Request:
+    batch, tokens, heads, head_dim = q.shape
+    rows = batch * tokens * heads
+    return make(q.device.type, (q.dtype, scale_mul.dtype), head_dim, None, None, None, rows)
 
 
 def _choose(backend: str, q: Tensor, scale_mul: Tensor) -> Impl:
-    return QK_NORM_IMPLS[_resolve(backend, q, scale_mul)]
+    return choose("qk_norm", QK_NORM_IMPLS, backend, _request(contract.request, q, scale_mul))
 
 
 # --- registration -------------------------------------------------------------------------------
@@ -165,7 +168,8 @@ qk_norm_backward_op = register(
 def _setup(ctx, inputs, output):
     q, k, scale_mul, backend = inputs
     # The backward pass runs where the forward ran, whatever use_backend says by then.
-    ctx.backend = _resolve(backend, q, scale_mul)
+    request = _request(Request, q, scale_mul)
+    ctx.backend = choose_backward("qk_norm", QK_NORM_IMPLS, backend, request)
     ctx.save_for_backward(q, k, scale_mul)
 
 

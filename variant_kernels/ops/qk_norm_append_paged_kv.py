@@ -89,8 +89,10 @@ IMPLS = {"qk_norm_append_paged_kv": FUSED_IMPLS}
 def _fused(qkv, scale_mul, k_pages, v_pages, slots, backend, k_scales=None, v_scales=None):
     check_slots("qk_norm_append_paged_kv", slots, k_pages.shape[0] * k_pages.shape[1])
     dtypes = (qkv.dtype,) if scale_mul is None else (qkv.dtype, scale_mul.dtype)
+    batch, tokens, _, heads, head_dim = qkv.shape
+    kv_dtype = None if k_scales is None else KV8_DTYPE
     request = contract.request(
-        qkv.device.type, dtypes, qkv.shape[-1], kv_dtype=None if k_scales is None else KV8_DTYPE
+        qkv.device.type, dtypes, head_dim, None, None, kv_dtype, batch * tokens * heads
     )
     q = choose("qk_norm_append_paged_kv", FUSED_IMPLS, backend, request).forward(
         qkv_BT3HD=qkv,

@@ -13,7 +13,6 @@ from variant_kernels import contract
 from variant_kernels.backends import (
     Impl,
     Lazy,
-    Request,
     choose,
     cpu_unsupported,
     cuda_unsupported,
@@ -163,7 +162,10 @@ def _sample(logits, guidance, top_k, top_p, seed, image_ids, position, exponenti
         seed = int(torch.randint(2**63 - 1, ()))
     if image_ids is None:
         image_ids = torch.arange(batch, device=logits.device)
-    request = Request(logits.device.type, (logits.dtype,), row=logits.shape[-1])
+    rows, tokens, entries = logits.shape
+    request = contract.request(
+        logits.device.type, (logits.dtype,), None, entries, None, None, rows // 2 * tokens
+    )
     return choose("sample_tokens", SAMPLE_IMPLS, backend, request).forward(
         logits_2BTV=logits,
         guidance=guidance,
