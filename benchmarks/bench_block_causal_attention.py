@@ -24,7 +24,7 @@ PATCH_NUMS_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 # The plain-torch definition holds every score in float32, several times.
 MOST_SCORE_BYTES = 2**30
 PEERS = (
-    "triton", "cuda", "cpu", "op", "reference", "sdpa-dense-mask", "flex-compiled", "hmar",
+    "triton", "cuda", "flex", "cpu", "op", "reference", "sdpa-dense-mask", "flex-compiled", "hmar",
 )  # fmt: skip
 CASES = [
     Case(
@@ -93,6 +93,8 @@ def build(case: Case, device: str, quick: bool) -> Contest:
         scores = 4 * batch * HEADS * length**2
         if name == "reference" and device == "cuda" and scores > MOST_SCORE_BYTES:
             reason = f"plain torch would hold {scores / 2**20:.0f} MiB of scores"
+        if name == "flex" and quick:
+            reason = "compiling FlexAttention takes longer than a quick run"
         if reason is not None:
             missing[name] = reason
         elif backward:

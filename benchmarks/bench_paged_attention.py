@@ -13,10 +13,13 @@ from variant_kernels.backends import Request
 from variant_kernels.ops.paged_attention import PAGED_IMPLS
 
 OP = "paged_attention"
-HEADS, HEAD_DIM, PAGE_SIZE = 16, 64, 16
+HEADS, HEAD_DIM, PAGE_SIZE, WIDE_PAGES = 16, 64, 16, 256
 # The plain-torch definition holds every score in float32.
 MOST_SCORE_BYTES = 2**28
-PEERS = ("triton", "cuda", "cpu", "op", "reference", "sdpa", "flash-attn", "flashinfer")
+PEERS = (
+    *("triton", "cuda", "flash", "flashinfer", "cpu", "op", "reference"),
+    *("sdpa", "flash-attn", "flashinfer-planned"),
+)
 LAYOUTS = {"256": PATCH_NUMS_256, "512": PATCH_NUMS_512}
 # Guidance has two rows for an image.
 CASES = [
@@ -33,15 +36,28 @@ CASES = [
 ]
 
 
+# Pages that flash-attn 2 reads, at scales that fill a GPU; first, where time is short.
+CASES[:0] = [
+    Case(
+        f"layout256-scale{scale}-rows16-pages{WIDE_PAGES}-bfloat16",
+        "bfloat16",
+        {"patch_nums": PATCH_NUMS_256, "scale": scale, "rows": 16, "page_size": WIDE_PAGES},
+        devices=("cuda",),
+    )
+    for scale in (5, 9)
+]
+
+
 def build(case: Case, device: str, quick: bool) -> Contest:
     """Shuffled pages whose unused slots are NaN; SDPA gets the same K and V in one piece."""
     layout = ScaleLayout.from_patch_nums(case.settings["patch_nums"])
     rows, dtype = case.settings["rows"], getattr(torch, case.dtype)
     tokens, visible = layout.tokens[case.settings["scale"]], layout.visible(case.settings["scale"])
-    entries = -(-visible // PAGE_SIZE)
+    page_size = case.settings.get("page_size", PAGE_SIZE)
+    entries = -(-visible // page_size)
     q_BTHD = torch.randn(rows, tokens, HEADS, HEAD_DIM, device=device).to(dtype)
     kv_2BSHD = torch.randn(2, rows, visible, HEADS, HEAD_DIM, device=device).to(dtype)
-    pages = torch.full((2, rows * entries, PAGE_SIZE, HEADS, HEAD_DIM), torch.nan, dtype=dtype)
+    pages = torch.full((2, rows * entries, page_size, HEADS, HEAD_DIM), torch.nan, dtype=dtype)
     pages = pages.to(device)
     table_BM = torch.randperm(rows * entries).view(rows, entries).to(torch.int32).to(device)
     for row in range(rows):
@@ -63,7 +79,8 @@ def build(case: Case, device: str, quick: bool) -> Contest:
     }
     calls, missing = {}, {}
     score_bytes = 4 * rows * HEADS * tokens * visible
-    for name, impl, reason in backends(PAGED_IMPLS, Request(device, (dtype,), HEAD_DIM)):
+    request = Request(device, (dtype,), HEAD_DIM, page_size=page_size)
+    for name, impl, reason in backends(PAGED_IMPLS, request):
         if name == "reference" and score_bytes > MOST_SCORE_BYTES:
             reason = f"plain torch would hold {score_bytes / 2**20:.0f} MiB of scores"
         if reason is None:
@@ -84,7 +101,8 @@ def build(case: Case, device: str, quick: bool) -> Contest:
         return (answer[some] if name == "sdpa" else answer[some].transpose(1, 2),)
 
     return Contest(
-        shape={"rows": rows, "queries": tokens, "keys": visible, "heads": HEADS, "head_dim": 64},
+        shape={"rows": rows, "queries": tokens, "keys": visible, "heads": HEADS, "head_dim": 64,
+               "page_size": page_size},
         flop=4 * rows * HEADS * HEAD_DIM * tokens * visible,
         moved=2 * (q_BTHD.nbytes) + kv_2BSHD.nbytes,
         calls=calls,
@@ -92,13 +110,13 @@ def build(case: Case, device: str, quick: bool) -> Contest:
         peer="sdpa",
         ours=ours,
         check=near([exact], [plain], ours=ours, pick=pick),
-    )
+    )  # fmt: skip
 
 
 def _gpu_peers(device, dtype, calls, missing, q_BTHD, kv_2BSHD, pages, table_BM, visible):
     """flash-attn on K and V in one piece, FlashInfer on the same pages; both need a GPU."""
-    for name in ("flash-attn", "flashinfer"):
-        missing[name] = missing_module(name) or (
+    for name, module in (("flash-attn", "flash-attn"), ("flashinfer-planned", "flashinfer")):
+        missing[name] = missing_module(module) or (
             None if device == "cuda" and dtype != torch.float32 else
             f"{name} runs on a GPU in 16 bits only"
         )  # fmt: skip
@@ -106,19 +124,19 @@ def _gpu_peers(device, dtype, calls, missing, q_BTHD, kv_2BSHD, pages, table_BM,
         from flash_attn import flash_attn_func
 
         calls["flash-attn"] = lambda: flash_attn_func(q_BTHD, *kv_2BSHD)
-    if missing["flashinfer"] is None:
-        calls["flashinfer"] = _flashinfer(q_BTHD, pages, table_BM, visible)
+    if missing["flashinfer-planned"] is None:
+        calls["flashinfer-planned"] = _flashinfer(q_BTHD, pages, table_BM, visible)
 
 
 def _flashinfer(q_BTHD, pages, table_BM, visible):
     import flashinfer
 
     rows, tokens = q_BTHD.shape[:2]
-    entries = table_BM.shape[1]
+    entries, page_size = table_BM.shape[1], pages.shape[2]
     workspace = torch.empty(128 * 2**20, dtype=torch.uint8, device=q_BTHD.device)
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
     starts = torch.arange(rows + 1, dtype=torch.int32, device=q_BTHD.device)
-    last = torch.full_like(starts[:rows], (visible - 1) % PAGE_SIZE + 1)
+    last = torch.full_like(starts[:rows], (visible - 1) % page_size + 1)
     wrapper.plan(
         starts * tokens,
         starts * entries,
@@ -127,7 +145,7 @@ def _flashinfer(q_BTHD, pages, table_BM, visible):
         HEADS,
         HEADS,
         HEAD_DIM,
-        PAGE_SIZE,
+        page_size,
         causal=False,
         q_data_type=q_BTHD.dtype,
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from variant.bench.alternate import Call, Samples, alternate, quartiles, ratios
 from variant.bench.limits import Limits
-from variant_kernels import _C
+from variant_kernels import _C, winners
 from variant_kernels.backends import PREFERENCE, Impl, Request
 
 # The rule by which tests judge: one copy of it.
@@ -176,6 +176,7 @@ def record(
         "contender": name,
         "ours": name in contest.ours,
         "isa": _C.build_info()["isa"] if device == "cpu" else None,
+        "kind": winners.device_kind(device),
         "threads": torch.get_num_threads() if device == "cpu" else None,
         "dtype": case.dtype,
         "shape": contest.shape,
