@@ -154,7 +154,9 @@ class Engine:
 
     def _kernels(self, kv_dtype: torch.dtype | None) -> Kernels:
         # Chosen per call: use_backend and VARIANT_BACKEND count.
-        return Kernels(self.backend, self.device.type, self.dtype, kv_dtype)
+        return Kernels(
+            self.backend, self.device.type, self.dtype, self.var, self.page_size, kv_dtype
+        )
 
     def _kv_dtype(self, op: str, kv_dtype: KVDtype) -> torch.dtype | None:
         """What a call asks for; None is the engine's own."""
