@@ -23,14 +23,16 @@ from benchmarks.reading import KERNELS, Result, read_all
 from variant.checkpoint import replacing
 from variant.errors import UserError
 from variant_kernels import ops, winners
+from variant_kernels.backends import dtype_name
+from variant_kernels.kv_quantization import KV8_DTYPE
 from variant_kernels.winners import PREFERENCE
 
 # A lead below this is taken for noise.
 CLEAR = 0.03
 # Backends that win on a clock only: they are measured, and taken where a call names them.
 ASKED_FOR_ONLY = {"flashinfer": "plans on the host, which waits for the device"}
-# What a case was measured with where its sizes do not say it: the ends of names in the bench files.
-WITH_GRADIENT, OTHER_DRAW = "-forward+backward", "-generator"
+# What a case was measured with, where its sizes do not say it: parts of names in the bench files.
+WITH_GRADIENT, OTHER_DRAW, PAGES_8_BITS = "-forward+backward", "-generator", "-kv8-"
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ def measured(result: Result) -> Iterator[Measured]:
         kind = info["isa"] if device == "cpu" else info.get("kind")
         if kind is None:
             raise UserError(f"{source}: {op}, {name} does not say on which kind of {device}")
-        dtypes, kv_dtype = _dtypes(op, info), info["shape"].get("kv_dtype")
+        dtypes = _dtypes(op, info)
+        kv_dtype = dtype_name(KV8_DTYPE) if PAGES_8_BITS in name else None
         yield Measured(
             (op, device, kind, dtypes, kv_dtype, name.endswith(WITH_GRADIENT)),
             tuple(_sizes(op, info["shape"]).items()),

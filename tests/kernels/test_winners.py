@@ -349,6 +349,19 @@ def test_a_backend_that_waits_for_the_device_wins_nothing():
     assert data["entries"][0]["cases"][0]["ranking"] == ["triton", "cuda"]
 
 
+def test_pages_of_8_bits_are_told_apart_by_the_name_of_the_case():
+    ran = [
+        (label, who, time, 1)
+        for label, times in (("scale0-bfloat16", (1, 2)), ("kv8-scale0-bfloat16", (2, 1)))
+        for who, time in zip(("triton", "cuda"), times, strict=True)
+    ]
+    ran = [(f"layout256-{label}", *rest) for label, *rest in ran]
+    shape = {"rows": 1, "heads": 1, "head_dim": 64, "queries": 1, "keys": 1}
+    data = writer.table([result("kernels-x", ran, op="paged_attention", shape=shape)])
+    found = {one["kv_dtype"]: one["cases"][0]["ranking"] for one in data["entries"]}
+    assert found == {None: ["triton", "cuda"], "float8_e4m3fn": ["cuda", "triton"]}
+
+
 def test_the_written_file_is_read_back_and_changes_are_shown(tmp_path, capsys):
     source, table = tmp_path / "kernels-x.json", tmp_path / "table.json"
     source.write_text(json.dumps(result("kernels-x", TWO).data))
