@@ -29,6 +29,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--var-repo", type=Path)
+    parser.add_argument("--kv-dtype", choices=["fp8"])
     parser.add_argument("--decoder", action="store_true")
     parser.add_argument("--memory", action="store_true")
     options: dict[str, Any] = vars(parser.parse_args())

@@ -28,6 +28,7 @@ ORDER = (
     "capture",
     "steps",
     "engine",
+    "kv_error",
     "checkpoint",
     "original",
     "supernet",

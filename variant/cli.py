@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import tyro
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
+KVDtypeName = Literal["fp8"]
 Positional = tyro.conf.Positional
 
 
@@ -46,6 +47,9 @@ class Generate:
     """Same seed, same images."""
     dtype: DtypeName | None = None
     """Of weights, K/V and matrix products; default: the weights' own."""
+    kv_dtype: KVDtypeName | None = None
+    """fp8 keeps K and V in 8 bits with a scale per token and head; default: exact. `variant info
+    --kv-dtype fp8` measures what it changes."""
     max_batch: int | None = None
     """Images at once; default: what free memory holds."""
     out: Path = Path("out")
@@ -70,6 +74,8 @@ class Plan:
     """Images; guidance doubles the sequences."""
     dtype: DtypeName = "bfloat16"
     """Of K and V (and of the weights)."""
+    kv_dtype: KVDtypeName | None = None
+    """fp8: plan for K and V of 8 bits with their scales; print the error that was measured."""
     bridge: int | None = None
     """Bridge of the main table; default: the model's own."""
     memory: float | None = None
@@ -148,6 +154,8 @@ class Bench:
     under float16 autocast only."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where everything runs."""
+    kv_dtype: KVDtypeName | None = None
+    """fp8: time ours with 8-bit K/V beside exact ones too, and count the tokens that change."""
     bridge: int | None = None
     """First scales that run every layer; default: the model's own."""
     cfg: float = 1.5
@@ -208,10 +216,18 @@ class Info:
     """Describe a model: sizes, subnets and their layers, how it was trained.
 
     Example: variant info --model digits
+    Example: variant info --model digits --kv-dtype fp8
     """
 
     model: str = "digits"
     """Model folder, Hub id, or a model of this package."""
+    kv_dtype: KVDtypeName | None = None
+    """fp8: measure on this model, at every depth, what 8-bit K/V change in its logits and greedy
+    tokens (paints a few images; slow for a large model on a CPU)."""
+    dtype: DtypeName | None = None
+    """Of weights and products in that measurement; default: the weights' own."""
+    images: int = 4
+    """Images of that measurement."""
 
     def run(self) -> None:
         from variant.commands.info import info

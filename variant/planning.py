@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from variant.config import VARConfig, VQVAEConfig
+from variant.kv_dtype import KVDtype, check_kv_dtype
 from variant.transformer import VAR
 from variant.vqvae import VQVAE
 from variant_kernels import CachePlan, DepthSchedule
@@ -20,7 +21,9 @@ class PlanRow:
     """Cache of one depth and bridge, in bytes for the whole batch.
 
     paper_measured: the paper's scheme as it measured it, float32 K and 16-bit V.
-    paper_same: the paper's scheme with K and V in our dtype.  ours: the plan, in whole pages.
+    paper_same: the paper's scheme with K and V in the dtype of the products.  exact: the plan in
+    that dtype, in whole pages.  ours: the plan in the dtype that K and V are kept in: the same, or
+    8 bits with their scales.
     """
 
     depth: int
@@ -28,11 +31,12 @@ class PlanRow:
     tokens: int
     paper_measured: int
     paper_same: int
+    exact: int
     ours: int
 
     @property
     def share(self) -> float:
-        """Ours over the paper's scheme in the same dtype."""
+        """Ours over the paper's scheme in the dtype of the products."""
         return self.ours / self.paper_same
 
 
@@ -59,8 +63,14 @@ def plan_row(
     *,
     page_size: int = 16,
     guidance: bool = True,
+    kv_dtype: KVDtype = None,
 ) -> PlanRow:
-    """The plan of one depth and bridge beside the paper's scheme."""
+    """The plan of one depth and bridge beside the paper's scheme.
+
+    Raises:
+        ValueError: a kv_dtype that no engine takes.
+    """
+    kept = check_kv_dtype("plan_row", kv_dtype) or dtype
     plan = CachePlan(config.layout, schedule_of(config, depth, bridge), page_size)
     heads, head_dim, width = config.num_heads, config.head_dim, dtype.itemsize
     return PlanRow(
@@ -71,7 +81,8 @@ def plan_row(
         paper_same=plan.paper_bytes(
             batch, heads, head_dim, k_bytes=width, v_bytes=width, guidance=guidance
         ),
-        ours=plan.peak_bytes(batch, heads, head_dim, dtype, guidance),
+        exact=plan.peak_bytes(batch, heads, head_dim, dtype, guidance),
+        ours=plan.peak_bytes(batch, heads, head_dim, kept, guidance),
     )
 
 

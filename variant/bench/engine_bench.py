@@ -23,6 +23,8 @@ from variant.bench.device import clock, peer_settings
 from variant.bench.gemms import GemmsAlone
 from variant.bench.work import attention_flop, ceiling, linear_flop
 from variant.engine import Engine
+from variant.kv_error import IMAGES as GREEDY_IMAGES
+from variant.kv_error import greedy_change
 from variant.sampling import Generation, Stats
 from variant.transformer import VAR
 from variant.vqvae import VQVAE
@@ -44,6 +46,7 @@ class Setting:
     top_p: float = 0.96
     var_repo: Path | None = None
     decoder: bool = False
+    kv_dtype: str | None = None
 
     @property
     def filters(self) -> dict[str, Any]:
@@ -75,13 +78,31 @@ class Against:
 
 
 @dataclass
+class KV8:
+    """Ours with 8-bit K/V beside ours with exact ones.
+
+    ratio: how many times the exact one takes as long.  greedy_changed, first_scale: the share of
+    greedy tokens that differ, and from which scale (None: nowhere).
+    """
+
+    ms: Timing
+    ratio: float
+    ratio_quartiles: tuple[float, float]
+    kv_allocated_bytes: int
+    kv_planned_bytes: int
+    greedy_changed: float
+    first_scale: int | None
+
+
+@dataclass
 class Row:
     """One depth at one batch and dtype.
 
     kv_*: bytes.  speed_up: over our own full depth; ceiling: its limit by linear work, the head
     included.  gemms_ms: the same matrix products alone; beyond_gemms: the share of the time that
     is not theirs.  scale_ms: milliseconds of each scale for the whole batch.  same_tokens: whether
-    the plain loop drew the same (float32 only; None where there is none).
+    the plain loop drew the same (float32 only; None where there is none).  kv8: with 8-bit K/V,
+    where asked for.
     """
 
     depth: int
@@ -100,6 +121,7 @@ class Row:
     achieved_flops: float
     scale_ms: list[float]
     same_tokens: bool | None
+    kv8: KV8 | None = None
 
 
 @dataclass
@@ -128,6 +150,7 @@ class Contest:
         )
         self.seed = 0
         self.stats: dict[int, Stats] = {}
+        self.kv8_stats: dict[int, Stats] = {}
         self.original = (
             None
             if setting.var_repo is None
@@ -144,6 +167,12 @@ class Contest:
         """Seconds of one generation."""
         self.seed += 1
         stats = self.stats[depth] = self._generate(depth, seed=self.seed).stats
+        return Took(stats.seconds - stats.decode_seconds)
+
+    def kv8(self, depth: int) -> Took:
+        """Seconds of one generation with 8-bit K/V, of the seed that exact ones had last."""
+        made = self._generate(depth, seed=self.seed, kv_dtype=self.setting.kv_dtype)
+        stats = self.kv8_stats[depth] = made.stats
         return Took(stats.seconds - stats.decode_seconds)
 
     def _generate(self, depth: int, **options: Any) -> Generation:
@@ -305,6 +334,8 @@ class Contest:
         for depth in depths:
             calls[f"ours, depth {depth}"] = functools.partial(self.ours, depth)
             calls[f"gemms, depth {depth}"] = functools.partial(gemms.run, self.schedule(depth))
+            if setting.kv_dtype is not None and depth in setting.depths:
+                calls[f"8-bit K/V, depth {depth}"] = functools.partial(self.kv8, depth)
             peers = self.peers(depth)
             peers_of[depth] = list(peers) or peers_of[full]
             calls |= peers
@@ -347,7 +378,25 @@ class Contest:
             achieved_flops=flop / ours.median,
             scale_ms=self.scale_ms(depth),
             same_tokens=self.same_tokens(depth),
+            kv8=self._kv8(depth, samples.get(f"8-bit K/V, depth {depth}"), ours),
         )  # fmt: skip
+
+    def _kv8(self, depth: int, samples: Samples | None, exact: Samples) -> KV8 | None:
+        if samples is None:
+            return None
+        found, stats = ratios(exact, samples), self.kv8_stats[depth]
+        changed, _, first = greedy_change(
+            self.engine, self.labels_B[:GREEDY_IMAGES], depth=depth, bridge=self.setting.bridge
+        )
+        return KV8(
+            ms=self._timing(samples),
+            ratio=statistics.median(found),
+            ratio_quartiles=quartiles(found),
+            kv_allocated_bytes=stats.kv_allocated_bytes,
+            kv_planned_bytes=stats.kv_planned_bytes,
+            greedy_changed=changed,
+            first_scale=first,
+        )
 
     def _timing(self, samples: Samples) -> Timing:
         each = [1000 * seconds / self.setting.batch for seconds in samples.seconds]
@@ -373,7 +422,8 @@ def count_samples(setting: Setting, full_depth: int, device: str = "cpu") -> int
     """How often :func:`alternate` will tick in :meth:`Contest.run`, for a progress bar."""
     depths = {full_depth, *setting.depths}
     peers = len(peer_settings(device)) * (1 if setting.var_repo is not None else len(depths))
-    return (2 * len(depths) + peers) * (setting.runs + 1)
+    eight = 0 if setting.kv_dtype is None else len(setting.depths)
+    return (2 * len(depths) + peers + eight) * (setting.runs + 1)
 
 
 def measure(

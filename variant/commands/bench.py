@@ -59,6 +59,7 @@ def bench(command: Bench) -> None:
             top_p=command.top_p,
             var_repo=command.var_repo,
             decoder=command.decoder,
+            kv_dtype=command.kv_dtype,
         )
         for dtype in command.dtype
         for batch in command.batch
@@ -200,6 +201,8 @@ def _print(result: dict[str, Any]) -> None:
         rows = [r for r in result["rows"] if (r["dtype"], r["batch"]) == (dtype, batch)]
         out.print(_times(result, rows, dtype, batch))
         out.print(_limits(rows))
+        if any(row["kv8"] is not None for row in rows):
+            out.print(_kv8(rows))
     for found in result["logits"]:
         out.print(
             f"last scale's logits, {found['what']}: largest difference {found['largest']:.3g}, "
@@ -259,6 +262,37 @@ def _times(result: dict[str, Any], rows: list[dict[str, Any]], dtype: str, batch
         )
     if any(peer["full_depth"] for row in rows for peer in row["against"]):
         found.caption = "* the original at its full depth; it has no other"
+    return found
+
+
+def _kv8(rows: list[dict[str, Any]]) -> Any:
+    found = table(
+        f"8-bit K/V beside exact ones ({rows[0]['dtype']}): ms per image",
+        "depth",
+        "exact\nms",
+        "8-bit\nms",
+        "exact /\n8-bit",
+        "exact K/V",
+        "8-bit K/V\nand scales",
+        "of it",
+        "greedy tokens\nthat change",
+        "from scale",
+    )
+    for row in rows:
+        kv8 = row["kv8"]
+        if kv8 is None:
+            continue
+        found.add_row(
+            str(row["depth"]),
+            f"{row['ms']['median']:,.1f}",
+            f"{kv8['ms']['median']:,.1f}",
+            f"{kv8['ratio']:.2f}",
+            mebibytes(row["kv_allocated_bytes"]),
+            mebibytes(kv8["kv_allocated_bytes"]),
+            f"{kv8['kv_allocated_bytes'] / row['kv_allocated_bytes']:.1%}",
+            f"{kv8['greedy_changed']:.1%}",
+            "-" if kv8["first_scale"] is None else str(kv8["first_scale"]),
+        )
     return found
 
 

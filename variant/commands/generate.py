@@ -100,6 +100,7 @@ def _paint(
         dtype=DTYPES[command.dtype] if command.dtype else None,
         max_batch=command.max_batch,
         on_scale=on_scale,
+        kv_dtype=command.kv_dtype,
     )
 
 
@@ -179,9 +180,10 @@ def _report(
 ) -> None:
     first = results[0].stats
     at_once = -(-count // first.batches)
+    kv_text = "" if first.kv_dtype == first.dtype else f", K/V {first.kv_dtype}"
     found = table(
         f"{command.model}: {count} images, {at_once} at once, seed {command.seed}, cfg "
-        f"{command.cfg:g}, {first.dtype}, {torch.get_num_threads()} threads",
+        f"{command.cfg:g}, {first.dtype}{kv_text}, {torch.get_num_threads()} threads",
         "depth",
         "ms per image",
         "of it decoder",

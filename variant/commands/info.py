@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from variant.checkpoint import load_model, read_config
-from variant.commands.common import console, mebibytes, table
+from variant.commands.common import DTYPES, console, mebibytes, table
+from variant.commands.kv_errors import kv_error_table, measured
+from variant.engine import Engine
+from variant.errors import UserError
 from variant.planning import depths_of, plan_row
 from variant.supernet import locate
 from variant_kernels import select_layers
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 
 def info(command: Info) -> None:
     """Print sizes, subnets with their layers and cache, and how the model was trained."""
+    if command.images < 1:
+        raise UserError(f"info: --images must be at least 1; got {command.images}")
     folder = locate(command.model)
     var, vae, _ = load_model(folder)
     config, out = var.config, console()
@@ -61,3 +66,7 @@ def info(command: Info) -> None:
             if isinstance(value, dict):
                 value = ", ".join(f"{name} {loss:.4f}" for name, loss in value.items())
             out.print(f"training {key}: {value}")
+    if command.kv_dtype is not None:
+        wanted = DTYPES[command.dtype] if command.dtype else None
+        engine = Engine(var.eval(), vae.eval(), dtype=wanted)
+        out.print(kv_error_table(command.model, measured(engine, command.images)))

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from variant.commands.common import DTYPES, configs_of, console, mebibytes, table
+from variant.commands.kv_errors import print_kv_figures
 from variant.errors import UserError
 from variant.planning import PlanRow, depths_of, plan_row, weight_bytes
 
@@ -35,8 +36,10 @@ def plan(command: Plan) -> None:
             dtype,
             page_size=command.page_size,
             guidance=command.guidance,
+            kv_dtype=command.kv_dtype,
         )
 
+    eight = command.kv_dtype is not None
     weights = weight_bytes(var, vae, dtype)
     room = None if command.memory is None else command.memory * 2**30 - weights
     out = console()
@@ -47,7 +50,7 @@ def plan(command: Plan) -> None:
         "depth",
         "paper, as measured\n(float32 K, 16-bit V)",
         f"paper's scheme\n({command.dtype} K and V)",
-        "exact plan",
+        *(["exact plan"] if not eight else ["exact plan", "with 8-bit K/V\nand scales"]),
         "of paper's\nscheme",
         *(
             []
@@ -64,13 +67,15 @@ def plan(command: Plan) -> None:
             str(depth),
             mebibytes(found.paper_measured),
             mebibytes(found.paper_same),
+            *([mebibytes(found.exact)] if eight else []),
             mebibytes(found.ours),
             f"{found.share:.1%}",
             *([] if room is None else _fits(found, room, command.batch)),
         )
     out.print(main)
     grid = table(
-        "Exact plan in MiB by depth and bridge" + ("" if room is None else " (-: does not fit)"),
+        f"{'Plan with 8-bit K/V' if eight else 'Exact plan'} in MiB by depth and bridge"
+        + ("" if room is None else " (-: does not fit)"),
         "depth",
         *(f"{k}" for k in range(scales + 1)),
     )
@@ -86,6 +91,8 @@ def plan(command: Plan) -> None:
         f"Weights: {mebibytes(weights)} beside it (transformer in {command.dtype}, VQ-VAE in "
         "float32). Activations come on top."
     )
+    if eight:
+        print_kv_figures(out, command.dtype)
 
 
 def _fits(row: PlanRow, room: float, batch: int) -> tuple[str, str]:

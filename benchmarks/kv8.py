@@ -1,0 +1,78 @@
+"""What 8-bit K/V change on the golden models and on the digits model.
+
+    python -m benchmarks.kv8 --json benchmarks/results/kv8-error-MACHINE.json [--package]
+
+``--package`` also writes the figures where ``variant plan --kv-dtype fp8`` reads them. No timing:
+the machine need not be idle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.golden_weights import NAMES, golden_model
+from variant.bench.environment import environment
+from variant.bench.models import build
+from variant.checkpoint import replacing
+from variant.commands.common import console
+from variant.commands.kv_errors import FIGURES, kv_error_table
+from variant.engine import Engine
+from variant.kv_error import KVError, measure_kv_error
+from variant.transformer import VAR
+from variant.vqvae import VQVAE
+
+FORMAT = "variant-kv8-error-1"
+DTYPES = (torch.float32, torch.bfloat16)
+IMAGES = 8
+
+
+def models() -> dict[str, tuple[VAR, VQVAE]]:
+    """Every model that is measured, by the name that results carry."""
+    return {"digits": build("digits"), **{f"golden {n}": golden_model(n) for n in NAMES}}
+
+
+def measure(var: VAR, vae: VQVAE) -> dict[torch.dtype, list[KVError]]:
+    """One model in every dtype."""
+    return {
+        dtype: measure_kv_error(Engine(var, vae, dtype=dtype), images=IMAGES) for dtype in DTYPES
+    }
+
+
+def figures(result: dict[str, Any]) -> dict[str, Any]:
+    """What the package carries of a result file."""
+    source = {key: result["environment"][key] for key in ("command", "commit", "cpu", "torch")}
+    return {"source": source, "rows": result["rows"]}
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kv8")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--package", action="store_true")
+    options = parser.parse_args()
+    words = ["python", "-m", "benchmarks.kv8", *sys.argv[1:]]
+    result: dict[str, Any] = {"format": FORMAT, "environment": environment(words), "rows": []}
+    for name, (var, vae) in models().items():
+        for found in measure(var, vae).values():
+            console().print(kv_error_table(name, found))
+            result["rows"] += [{"model": name, **asdict(row)} for row in found]
+    _write(options.json, result)
+    if options.package:
+        _write(FIGURES, figures(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
