@@ -30,6 +30,9 @@ TokenView view(const TokenTuple& t) {
 HeadView view(const HeadTuple& t) {
   return {pointer<void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
 }
+ScaleView scale_view(const TokenTuple& t) {
+  return {pointer<uint8_t>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
+}
 
 template <class Args>
 void run(void (*KernelTable::*kernel)(const Args&), const Args& args) {
@@ -119,46 +122,100 @@ void append_paged_kv_binding(HeadShape shape_BTHD, int64_t page_size, HeadTuple 
                         v_page, v_slot, v_head, pointer<int64_t>(slots), element_bytes, threads});
 }
 
+QkNormAppendPagedKvArgs qk_norm_append_arguments(HeadShape shape_BTHD, int64_t page_size,
+                                                 HeadTuple q, HeadTuple k, HeadTuple v,
+                                                 uintptr_t scale_mul, uintptr_t q_out,
+                                                 HeadTuple k_pages, HeadTuple v_pages,
+                                                 uintptr_t slots, int dtype, int threads) {
+  const auto [batch, tokens, heads, head_dim] = shape_BTHD;
+  const auto [k_data, k_page, k_slot, k_head] = k_pages;
+  const auto [v_data, v_page, v_slot, v_head] = v_pages;
+  return {batch,
+          tokens,
+          heads,
+          head_dim,
+          page_size,
+          view(q),
+          view(k),
+          view(v),
+          pointer<float>(scale_mul),
+          pointer<void>(q_out),
+          pointer<void>(k_data),
+          pointer<void>(v_data),
+          k_page,
+          k_slot,
+          k_head,
+          v_page,
+          v_slot,
+          v_head,
+          pointer<int64_t>(slots),
+          DType(dtype),
+          threads};
+}
+
 void qk_norm_append_paged_kv_binding(HeadShape shape_BTHD, int64_t page_size, HeadTuple q,
                                      HeadTuple k, HeadTuple v, uintptr_t scale_mul, uintptr_t q_out,
                                      HeadTuple k_pages, HeadTuple v_pages, uintptr_t slots,
                                      int dtype, int threads) {
+  run(&KernelTable::qk_norm_append_paged_kv,
+      qk_norm_append_arguments(shape_BTHD, page_size, q, k, v, scale_mul, q_out, k_pages, v_pages,
+                               slots, dtype, threads));
+}
+
+void qk_norm_append_paged_kv8_binding(HeadShape shape_BTHD, int64_t page_size, HeadTuple q,
+                                      HeadTuple k, HeadTuple v, uintptr_t scale_mul,
+                                      uintptr_t q_out, HeadTuple k_pages, HeadTuple v_pages,
+                                      TokenTuple k_scales, TokenTuple v_scales, uintptr_t slots,
+                                      int dtype, int threads) {
+  run(&KernelTable::qk_norm_append_paged_kv8,
+      QkNormAppendPagedKv8Args{
+          qk_norm_append_arguments(shape_BTHD, page_size, q, k, v, scale_mul, q_out, k_pages,
+                                   v_pages, slots, dtype, threads),
+          scale_view(k_scales), scale_view(v_scales)});
+}
+
+PagedAttentionForwardArgs paged_attention_arguments(HeadShape shape_BTHD, int64_t page_size,
+                                                    HeadTuple q, HeadTuple k_pages,
+                                                    HeadTuple v_pages, RowTuple page_table,
+                                                    uintptr_t kv_lens, uintptr_t out,
+                                                    float softmax_scale, int dtype, int threads) {
   const auto [batch, tokens, heads, head_dim] = shape_BTHD;
-  const auto [k_data, k_page, k_slot, k_head] = k_pages;
-  const auto [v_data, v_page, v_slot, v_head] = v_pages;
-  run(&KernelTable::qk_norm_append_paged_kv, QkNormAppendPagedKvArgs{batch,
-                                                                     tokens,
-                                                                     heads,
-                                                                     head_dim,
-                                                                     page_size,
-                                                                     view(q),
-                                                                     view(k),
-                                                                     view(v),
-                                                                     pointer<float>(scale_mul),
-                                                                     pointer<void>(q_out),
-                                                                     pointer<void>(k_data),
-                                                                     pointer<void>(v_data),
-                                                                     k_page,
-                                                                     k_slot,
-                                                                     k_head,
-                                                                     v_page,
-                                                                     v_slot,
-                                                                     v_head,
-                                                                     pointer<int64_t>(slots),
-                                                                     DType(dtype),
-                                                                     threads});
+  return {batch,
+          tokens,
+          heads,
+          head_dim,
+          page_size,
+          view(q),
+          view(k_pages),
+          view(v_pages),
+          pointer<int32_t>(std::get<0>(page_table)),
+          std::get<1>(page_table),
+          pointer<int32_t>(kv_lens),
+          pointer<void>(out),
+          softmax_scale,
+          DType(dtype),
+          threads};
 }
 
 void paged_attention_forward_binding(HeadShape shape_BTHD, int64_t page_size, HeadTuple q,
                                      HeadTuple k_pages, HeadTuple v_pages, RowTuple page_table,
                                      uintptr_t kv_lens, uintptr_t out, float softmax_scale,
                                      int dtype, int threads) {
-  const auto [batch, tokens, heads, head_dim] = shape_BTHD;
   run(&KernelTable::paged_attention_forward,
-      PagedAttentionForwardArgs{batch, tokens, heads, head_dim, page_size, view(q), view(k_pages),
-                                view(v_pages), pointer<int32_t>(std::get<0>(page_table)),
-                                std::get<1>(page_table), pointer<int32_t>(kv_lens),
-                                pointer<void>(out), softmax_scale, DType(dtype), threads});
+      paged_attention_arguments(shape_BTHD, page_size, q, k_pages, v_pages, page_table, kv_lens,
+                                out, softmax_scale, dtype, threads));
+}
+
+void paged_attention_kv8_forward_binding(HeadShape shape_BTHD, int64_t page_size, HeadTuple q,
+                                         HeadTuple k_pages, HeadTuple v_pages, TokenTuple k_scales,
+                                         TokenTuple v_scales, RowTuple page_table,
+                                         uintptr_t kv_lens, uintptr_t out, float softmax_scale,
+                                         int dtype, int threads) {
+  run(&KernelTable::paged_attention_kv8_forward,
+      PagedAttentionKv8Args{
+          paged_attention_arguments(shape_BTHD, page_size, q, k_pages, v_pages, page_table, kv_lens,
+                                    out, softmax_scale, dtype, threads),
+          scale_view(k_scales), scale_view(v_scales)});
 }
 
 void block_causal_attention_forward_binding(HeadShape shape_BLHD, HeadTuple q, HeadTuple k,
@@ -255,7 +312,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("qk_norm_backward", &qk_norm_backward_binding);
   m.def("append_paged_kv", &append_paged_kv_binding);
   m.def("qk_norm_append_paged_kv", &qk_norm_append_paged_kv_binding);
+  m.def("qk_norm_append_paged_kv8", &qk_norm_append_paged_kv8_binding);
   m.def("paged_attention_forward", &paged_attention_forward_binding);
+  m.def("paged_attention_kv8_forward", &paged_attention_kv8_forward_binding);
   m.def("block_causal_attention_forward", &block_causal_attention_forward_binding);
   m.def("block_causal_attention_backward", &block_causal_attention_backward_binding);
   m.def("sample_tokens", &sample_tokens_binding);

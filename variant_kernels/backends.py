@@ -106,8 +106,6 @@ def cpu_unsupported(request: Request) -> str | None:
     """Why the C++ kernels cannot serve a request."""
     if request.device != "cpu":
         return f"the tensors are on {request.device}, not on the CPU"
-    if request.kv_dtype is not None:
-        return _kv_dtype_reason(request.kv_dtype)
     for dtype in request.dtypes:
         if dtype not in CPU_DTYPES:
             return f"dtype {dtype_name(dtype)} is not among its dtypes (float32, bfloat16)"

@@ -199,11 +199,11 @@ inline void negate_cells(Pair, float* cells, int64_t count) {
 #endif
 
 // Attention of num_panels panels of one head. q(t) is the row of query t; rows(s, count, k, v)
-// writes the addresses of the rows of keys [s, s + count); out(t) is where the result of query t
-// goes, lse (may be null) the head's array over queries.
+// writes the addresses of the rows of keys [s, s + count), as Row; out(t) is where the result of
+// query t goes, lse (may be null) the head's array over queries.
 // visible[t]: keys that query t sees, non-decreasing in t; read only where a panel's queries
 // differ. tile_keys: from tile_keys_for, the same for every task of a head.
-template <class T, class Q, class Rows, class O>
+template <class T, class Row = const T*, class Q, class Rows, class O>
 inline void attend_panels(const QueryPanel* panels, int64_t num_panels, int64_t head_dim,
                           int64_t tile_keys, float softmax_scale, const int32_t* visible, Q q,
                           Rows rows, O out, float* lse, ForwardScratch& s) {
@@ -223,9 +223,9 @@ inline void attend_panels(const QueryPanel* panels, int64_t num_panels, int64_t 
   const int64_t all_keys = panels[num_panels - 1].most;
   for (int64_t first = 0; first < all_keys; first += tile_keys) {
     const int64_t in_tile = min_of(tile_keys, all_keys - first);
-    const T *k[kMaxTileKeys<Cell>], *v[kMaxTileKeys<Cell> + 1];
+    Row k[kMaxTileKeys<Cell>], v[kMaxTileKeys<Cell> + 1];
     rows(first, in_tile, k, v);
-    v[in_tile] = nullptr;
+    v[in_tile] = Row{};
     for (int64_t i = 0; i < in_tile; ++i) pack_row(Cell{}, k[i], head_dim, s.keys + i * key_stride);
     for (int64_t i = 0; i < in_tile; i += kGroup) {
       pack_panel_group(Cell{}, v[i], v[i + kGroup - 1], head_dim, s.values, panel_rows, i / kGroup);

@@ -243,15 +243,15 @@ inline int64_t cells_up(int64_t width) {
 }
 
 // Row of A: `width` numbers (even) that follow one another along the reduction. Whole vectors are
-// written, zero past the width.
-template <class T>
-inline void pack_row(Single, const T* source, int64_t width, float* out) {
+// written, zero past the width. Row: const T*, or what can be loaded from like it.
+template <class Row>
+inline void pack_row(Single, Row source, int64_t width, float* out) {
   for_vectors(width, [&](int64_t d, auto lanes) { store(out + d, load(source + d, lanes)); });
 }
 
 // Rows [0, 1) of B, as columns d of its panels, into row i of cells.
-template <class T>
-inline void pack_panel_group(Single, const T* source, const T*, int64_t width, float* panels,
+template <class Row>
+inline void pack_panel_group(Single, Row source, Row, int64_t width, float* panels,
                              int64_t panel_rows, int64_t i) {
   for_vectors(width, [&](int64_t d, auto lanes) {
     store(panels + d / kPanel * kPanel * panel_rows + i * kPanel + d % kPanel,

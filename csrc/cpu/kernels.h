@@ -12,6 +12,7 @@
 #include "../include/adaln.h"
 #include "../include/append_paged_kv.h"
 #include "../include/block_causal_attention.h"
+#include "../include/kv8.h"
 #include "../include/paged_attention.h"
 #include "../include/qk_norm.h"
 #include "../include/qk_norm_append_paged_kv.h"
@@ -26,7 +27,9 @@
   X(qk_norm_backward, QkNormBackwardArgs)                     \
   X(append_paged_kv, AppendPagedKvArgs)                       \
   X(qk_norm_append_paged_kv, QkNormAppendPagedKvArgs)         \
+  X(qk_norm_append_paged_kv8, QkNormAppendPagedKv8Args)       \
   X(paged_attention_forward, PagedAttentionForwardArgs)       \
+  X(paged_attention_kv8_forward, PagedAttentionKv8Args)       \
   X(block_causal_attention_forward, BlockCausalForwardArgs)   \
   X(block_causal_attention_backward, BlockCausalBackwardArgs) \
   X(sample_tokens, SampleTokensArgs)

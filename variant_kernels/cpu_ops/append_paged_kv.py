@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from variant_kernels.cpu_ops.common import KERNELS, rows
+from variant_kernels.cpu_ops.common import KERNELS, dtype_code, rows
+
+NO_QUERIES = (0, 0, 0, 0)
 
 
 def launch_append_paged_kv(
@@ -14,13 +16,37 @@ def launch_append_paged_kv(
     k_pages_PNHD: torch.Tensor,
     v_pages_PNHD: torch.Tensor,
     slots_BT: torch.Tensor,
+    k_scales_PNH: torch.Tensor | None = None,
+    v_scales_PNH: torch.Tensor | None = None,
 ) -> None:
     """Write the keys and values of token (b, t) into slot slots_BT[b, t]; -1 skips the token.
 
     A slot is page * page_size + offset, checked by the caller; two tokens with one slot are the
-    caller's mistake.
+    caller's mistake. With scales the pages hold e4m3 codes (``kv_quantization.quantize_kv``).
+
+    Raises:
+        TypeError: with scales, the tokens' dtype is neither float32 nor bfloat16.
     """
     slots_BT = slots_BT.contiguous()
+    if k_scales_PNH is not None and v_scales_PNH is not None:
+        # Nothing is normalised, and no query is looked at: the fused kernel is this op.
+        KERNELS.qk_norm_append_paged_kv8(
+            tuple(k_BTHD.shape),
+            k_pages_PNHD.shape[1],
+            NO_QUERIES,
+            rows(k_BTHD),
+            rows(v_BTHD),
+            0,
+            0,
+            rows(k_pages_PNHD),
+            rows(v_pages_PNHD),
+            rows(k_scales_PNH),
+            rows(v_scales_PNH),
+            slots_BT.data_ptr(),
+            dtype_code("append_paged_kv", "k_BTHD", k_BTHD),
+            torch.get_num_threads(),
+        )
+        return
     KERNELS.append_paged_kv(
         tuple(k_BTHD.shape),
         k_pages_PNHD.shape[1],

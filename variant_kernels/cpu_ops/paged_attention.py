@@ -17,11 +17,15 @@ def launch_paged_attention_forward(
     page_table_BM: torch.Tensor,
     kv_lens_B: torch.Tensor,
     softmax_scale: float,
+    k_scales_PNH: torch.Tensor | None = None,
+    v_scales_PNH: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(softmax_scale * q k^T) v over the first kv_lens_B[b] tokens of sequence b.
 
     Token s lies at page page_table_BM[b, s // N], slot s % N. A length of 0 gives zeros. Neither
-    page-table entries nor slots past the length are read; those before it have been checked.
+    page-table entries nor slots past the length are read; those before it have been checked. With
+    scales the pages hold e4m3 codes (``kv_quantization.dequantize_kv``); the result is that of the
+    pages that they stand for, in q's dtype, bit by bit.
 
     Returns:
         out_BTHD: contiguous, q's dtype.
@@ -31,6 +35,23 @@ def launch_paged_attention_forward(
     dtype = dtype_code("paged_attention", "q_BTHD", q_BTHD)
     page_table_BM, kv_lens_B = page_table_BM.contiguous(), kv_lens_B.contiguous()
     out_BTHD = empty_as(q_BTHD, q_BTHD.dtype)
+    if k_scales_PNH is not None and v_scales_PNH is not None:
+        KERNELS.paged_attention_kv8_forward(
+            tuple(q_BTHD.shape),
+            k_pages_PNHD.shape[1],
+            rows(q_BTHD),
+            rows(k_pages_PNHD),
+            rows(v_pages_PNHD),
+            rows(k_scales_PNH),
+            rows(v_scales_PNH),
+            rows(page_table_BM),
+            kv_lens_B.data_ptr(),
+            out_BTHD.data_ptr(),
+            softmax_scale,
+            dtype,
+            torch.get_num_threads(),
+        )
+        return out_BTHD
     KERNELS.paged_attention_forward(
         tuple(q_BTHD.shape),
         k_pages_PNHD.shape[1],

@@ -17,11 +17,13 @@ def launch_qk_norm_append_paged_kv(
     k_pages_PNHD: torch.Tensor,
     v_pages_PNHD: torch.Tensor,
     slots_BT: torch.Tensor,
+    k_scales_PNH: torch.Tensor | None = None,
+    v_scales_PNH: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Normalise queries and keys, write keys and values into their slots; -1 skips the token.
 
     A slot is page * page_size + offset, checked by the caller; two tokens with one slot are the
-    caller's mistake.
+    caller's mistake. With scales the pages hold e4m3 codes (``kv_quantization.quantize_kv``).
 
     Returns:
         q_BTHD: new and contiguous; without scale_mul_1H11 the view qkv_BT3HD[:, :, 0].
@@ -41,7 +43,7 @@ def launch_qk_norm_append_paged_kv(
     else:
         scale_mul_H = scale_mul_1H11.reshape(-1).float().contiguous()
         q_BTHD = torch.empty((batch, tokens, heads, head_dim), dtype=qkv_BT3HD.dtype)
-    KERNELS.qk_norm_append_paged_kv(
+    tokens_and_pages = (
         (batch, tokens, heads, head_dim),
         k_pages_PNHD.shape[1],
         (address, *strides),
@@ -51,8 +53,11 @@ def launch_qk_norm_append_paged_kv(
         0 if scale_mul_H is None else q_BTHD.data_ptr(),
         rows(k_pages_PNHD),
         rows(v_pages_PNHD),
-        slots_BT.data_ptr(),
-        code,
-        torch.get_num_threads(),
     )
+    rest = slots_BT.data_ptr(), code, torch.get_num_threads()
+    if k_scales_PNH is None or v_scales_PNH is None:
+        KERNELS.qk_norm_append_paged_kv(*tokens_and_pages, *rest)
+    else:
+        scales = rows(k_scales_PNH), rows(v_scales_PNH)
+        KERNELS.qk_norm_append_paged_kv8(*tokens_and_pages, *scales, *rest)
     return q_BTHD
