@@ -29,6 +29,7 @@ from variant_kernels.cpu_ops.paged_attention import launch_paged_attention_forwa
 from variant_kernels.cpu_ops.qk_norm import launch_qk_norm_backward, launch_qk_norm_forward
 from variant_kernels.cpu_ops.qk_norm_append_paged_kv import launch_qk_norm_append_paged_kv
 from variant_kernels.cpu_ops.sample_tokens import launch_sample_tokens
+from variant_kernels.kv_quantization import KV8_DTYPE, dequantize_kv, quantize_kv
 
 SCALES = (1, 4, 9, 49, 100)  # 163 tokens: several panels, several key tiles
 
@@ -92,6 +93,29 @@ def run_qk_norm_append(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     return q_BTHD, k_pages_PNHD, v_pages_PNHD
 
 
+def empty_kv8(pages: int, page_size: int, heads: int, width: int) -> dict[str, torch.Tensor]:
+    codes = torch.zeros(2, pages, page_size, heads, width, dtype=torch.uint8).view(KV8_DTYPE)
+    scales = torch.zeros(2, pages, page_size, heads, dtype=torch.uint8)
+    return {
+        "k_pages_PNHD": codes[0],
+        "v_pages_PNHD": codes[1],
+        "k_scales_PNH": scales[0],
+        "v_scales_PNH": scales[1],
+    }
+
+
+def run_kv8(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    pool = empty_kv8(40, 16, 3, 64)
+    q_BTHD = launch_qk_norm_append_paged_kv(
+        qkv_BT3HD=random(2, 300, 3, 3, 64, dtype=dtype),
+        scale_mul_1H11=random(1, 3, 1, 1),
+        slots_BT=torch.arange(600).view(2, 300) + torch.tensor([[0], [20]]),
+        **pool,
+    )
+    out_BTHD = launch_paged_attention_forward(**{**paged_arguments(dtype), **pool})
+    return q_BTHD, out_BTHD, *(x.view(torch.uint8) for x in pool.values())
+
+
 def run_block_causal(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     # One head: with two threads it is cut, with one it is not.
     q, k, v = random(1, sum(SCALES), 3, 1, 64, dtype=dtype).unbind(2)
@@ -149,7 +173,15 @@ def sample(logits_2BTV: torch.Tensor, **changes) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "run",
-    [run_adaln, run_qk_norm, run_qk_norm_append, run_block_causal, run_paged, run_sample],
+    [
+        run_adaln,
+        run_qk_norm,
+        run_qk_norm_append,
+        run_kv8,
+        run_block_causal,
+        run_paged,
+        run_sample,
+    ],
 )
 def test_thread_count_changes_no_bit(run, dtype):
     before = torch.get_num_threads()
@@ -188,8 +220,16 @@ def large_heads(x_BTC: torch.Tensor, y_BTC: torch.Tensor) -> tuple[torch.Tensor,
         v_pages_PNHD=pages[3],
         slots_BT=slots_BT,
     )
+    narrow = empty_kv8(x.shape[1], 1, *x.shape[2:])
+    q_of_kv8_BTHD = launch_qk_norm_append_paged_kv(
+        qkv_BT3HD=torch.stack((x, y, x), 2),
+        scale_mul_1H11=scale_mul_1H11,
+        slots_BT=slots_BT,
+        **narrow,
+    )
     q_k = launch_qk_norm_forward(q_BTHD=x, k_BTHD=y, scale_mul_1H11=scale_mul_1H11)
-    return *(page.view(x.shape) for page in pages), q_BTHD, *q_k
+    codes = (a.view(torch.uint8).transpose(0, 1) for a in narrow.values())
+    return *(page.view(x.shape) for page in pages), q_BTHD, q_of_kv8_BTHD, *codes, *q_k
 
 
 @pytest.mark.parametrize(
@@ -290,6 +330,27 @@ def test_a_row_without_a_finite_logit_is_named():
     logits_2BTV[1, 3] = -torch.inf
     with pytest.raises(ValueError, match="image 1, token 3"):
         sample(logits_2BTV, guidance=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_8_bit_pages_give_the_bits_of_the_pages_that_they_stand_for(dtype):
+    arguments = paged_arguments(dtype)
+    narrow = {}
+    for name in ("k", "v"):
+        pages = arguments[f"{name}_pages_PNHD"] * torch.logspace(-3, 2, 16).view(-1, 1, 1)
+        codes, scales = quantize_kv(pages)
+        narrow |= {f"{name}_pages_PNHD": codes, f"{name}_scales_PNH": scales}
+        arguments[f"{name}_pages_PNHD"] = dequantize_kv(codes, scales, dtype)
+    expected = launch_paged_attention_forward(**arguments)
+    assert torch.equal(launch_paged_attention_forward(**{**arguments, **narrow}), expected)
+
+
+def test_float16_tokens_for_8_bit_pages_are_refused_by_name():
+    tokens, pool = random(1, 2, 3, 64, dtype=torch.float16), empty_kv8(1, 2, 3, 64)
+    with pytest.raises(TypeError, match="append_paged_kv: k_BTHD must be float32 or bfloat16"):
+        launch_append_paged_kv(
+            k_BTHD=tokens, v_BTHD=tokens, slots_BT=torch.tensor([[0, 1]]), **pool
+        )
 
 
 def test_float16_is_refused_by_name():

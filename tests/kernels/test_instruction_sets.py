@@ -15,7 +15,7 @@ from variant_kernels.cpu_ops.common import build_info
 
 FOLDER = Path(__file__).parent
 # What computes: registration and argument checks do not depend on the instruction set.
-STEMS = ("adaln", "block_causal_attention", "paged_attention", "qk_norm", "sample_tokens")
+STEMS = ("adaln", "block_causal_attention", "kv8", "paged_attention", "qk_norm", "sample_tokens")
 SELECTED = "cpu and not opcheck and not instruction_set"
 
 
