@@ -10,14 +10,16 @@ from benchmarks.harness import Case, Contest, backends, missing_module, near, re
 from variant.presets import PATCH_NUMS_256, PATCH_NUMS_512
 from variant_kernels import ScaleLayout, paged_attention
 from variant_kernels.backends import Request
+from variant_kernels.kv_quantization import KV8_DTYPE, dequantize_kv, quantize_kv
 from variant_kernels.ops.paged_attention import PAGED_IMPLS
 
 OP = "paged_attention"
 HEADS, HEAD_DIM, PAGE_SIZE, WIDE_PAGES = 16, 64, 16, 256
 # The plain-torch definition holds every score in float32.
 MOST_SCORE_BYTES = 2**28
+# exact: the op on pages of the queries' dtype, where the case has pages of 8 bits.
 PEERS = (
-    *("triton", "cuda", "flash", "flashinfer", "cpu", "op", "reference"),
+    *("triton", "cuda", "flash", "flashinfer", "cpu", "op", "exact", "reference"),
     *("sdpa", "flash-attn", "flashinfer-planned"),
 )
 LAYOUTS = {"256": PATCH_NUMS_256, "512": PATCH_NUMS_512}
@@ -26,13 +28,22 @@ CASES = [
     Case(
         f"layout{layout}-scale{scale}-rows{rows}-{dtype}",
         dtype,
-        {"patch_nums": patch_nums, "scale": scale, "rows": rows},
+        {"patch_nums": patch_nums, "scale": scale, "rows": rows, "kv8": False},
         quick=(layout, scale, rows) in {("256", 0, 2), ("256", 4, 2)},
     )
     for layout, patch_nums in LAYOUTS.items()
     for rows in (2, 16)
     for dtype in ("float32", "bfloat16")
     for scale in range(len(patch_nums))
+] + [
+    Case(
+        f"layout{layout}-kv8-scale{len(patch_nums) - 1}-rows{rows}-{dtype}",
+        dtype,
+        {"patch_nums": patch_nums, "scale": len(patch_nums) - 1, "rows": rows, "kv8": True},
+    )
+    for layout, patch_nums in LAYOUTS.items()
+    for rows in (2, 16)
+    for dtype in ("float32", "bfloat16")
 ]
 
 
@@ -49,7 +60,10 @@ CASES[:0] = [
 
 
 def build(case: Case, device: str, quick: bool) -> Contest:
-    """Shuffled pages whose unused slots are NaN; SDPA gets the same K and V in one piece."""
+    """Shuffled pages whose unused slots are NaN; SDPA gets the same K and V in one piece.
+
+    With 8 bits all get the same numbers, others in the queries' dtype.
+    """
     layout = ScaleLayout.from_patch_nums(case.settings["patch_nums"])
     rows, dtype = case.settings["rows"], getattr(torch, case.dtype)
     tokens, visible = layout.tokens[case.settings["scale"]], layout.visible(case.settings["scale"])
@@ -64,7 +78,16 @@ def build(case: Case, device: str, quick: bool) -> Contest:
         slots = pages[:, table_BM[row].long()].flatten(1, 2)
         slots[:, :visible] = kv_2BSHD[:, row]
         pages[:, table_BM[row].long()] = slots.view(2, entries, *pages.shape[2:])
-    k_pages, v_pages = pages.unbind(0)
+    kv8 = case.settings.get("kv8", False)
+    moved = kv_2BSHD.nbytes
+    scales = {}
+    if kv8:
+        codes, bytes_2PNH = quantize_kv(pages)
+        pages = dequantize_kv(codes, bytes_2PNH, dtype)
+        kv_2BSHD = dequantize_kv(*quantize_kv(kv_2BSHD), dtype)
+        scales = {"k_scales_PNH": bytes_2PNH[0], "v_scales_PNH": bytes_2PNH[1]}
+        moved = 2 * rows * visible * HEADS * (HEAD_DIM + 1)
+    k_pages, v_pages = (codes if kv8 else pages).unbind(0)
     lens_B = torch.full((rows,), visible, dtype=torch.int32, device=device)
     q_BHTD = q_BTHD.transpose(1, 2).contiguous()
     k_BHSD, v_BHSD = (x.transpose(1, 2).contiguous() for x in kv_2BSHD)
@@ -76,10 +99,12 @@ def build(case: Case, device: str, quick: bool) -> Contest:
         "page_table_BM": table_BM,
         "kv_lens_B": lens_B,
         "softmax_scale": scale,
+        **scales,
     }
     calls, missing = {}, {}
     score_bytes = 4 * rows * HEADS * tokens * visible
-    request = Request(device, (dtype,), HEAD_DIM, page_size=page_size)
+    kv_dtype = KV8_DTYPE if kv8 else None
+    request = Request(device, (dtype,), HEAD_DIM, page_size=page_size, kv_dtype=kv_dtype)
     for name, impl, reason in backends(PAGED_IMPLS, request):
         if name == "reference" and score_bytes > MOST_SCORE_BYTES:
             reason = f"plain torch would hold {score_bytes / 2**20:.0f} MiB of scores"
@@ -87,8 +112,10 @@ def build(case: Case, device: str, quick: bool) -> Contest:
             calls[name] = lambda impl=impl: impl.forward(**given)
         else:
             missing[name] = reason
-    ours = (*(name for name in calls if name != "reference"), "op")
-    calls["op"] = lambda: paged_attention(q_BTHD, k_pages, v_pages, table_BM, lens_B)
+    ours = (*(name for name in calls if name != "reference"), "op", "exact")
+    calls["op"] = lambda: paged_attention(q_BTHD, k_pages, v_pages, table_BM, lens_B, **scales)
+    if kv8:
+        calls["exact"] = lambda: paged_attention(q_BTHD, *pages.unbind(0), table_BM, lens_B)
     calls["sdpa"] = lambda: F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD)
     _gpu_peers(device, dtype, calls, missing, q_BTHD, kv_2BSHD, pages, table_BM, visible)
 
@@ -104,7 +131,7 @@ def build(case: Case, device: str, quick: bool) -> Contest:
         shape={"rows": rows, "queries": tokens, "keys": visible, "heads": HEADS, "head_dim": 64,
                "page_size": page_size},
         flop=4 * rows * HEADS * HEAD_DIM * tokens * visible,
-        moved=2 * (q_BTHD.nbytes) + kv_2BSHD.nbytes,
+        moved=2 * q_BTHD.nbytes + moved,
         calls=calls,
         missing=missing,
         peer="sdpa",
