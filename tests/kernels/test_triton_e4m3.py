@@ -42,7 +42,9 @@ def quantise_kernel(x_ptr, codes_ptr, scales_ptr, ROWS: tl.constexpr, D: tl.cons
     """Rows of D entries in a block of 32 columns."""
     row, column = tl.arange(0, ROWS), tl.arange(0, 32)
     place, inside = row[:, None] * D + column[None, :], (column < D)[None, :] & (row >= 0)[:, None]
-    codes, scales = quantised(tl.load(x_ptr + place, mask=inside), inside)
+    # On a GPU anything may lie outside the mask.
+    x = tl.load(x_ptr + place, mask=inside, other=60000.0)
+    codes, scales = quantised(x, inside)
     tl.store(codes_ptr + place, codes, mask=inside)
     tl.store(scales_ptr + row, scales)
 
