@@ -151,8 +151,6 @@ def _least_capability() -> tuple[int, int]:
 
 def cuda_unsupported(request: Request) -> str | None:
     """Why the CUDA C++ kernels cannot serve a request."""
-    if request.kv_dtype is not None:
-        return _kv_dtype_reason(request.kv_dtype)
     if cuda_library.is_emulated():
         if request.device != "cpu":
             return f"{cuda_library.EMULATION} takes CPU tensors; these are on {request.device}"

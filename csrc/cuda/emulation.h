@@ -4,7 +4,6 @@
 
 #include "emulation/async_copy.h"
 #include "emulation/atomics.h"
-#include "emulation/fp8.h"
 #include "emulation/half.h"
 #include "emulation/intrinsics.h"
 #include "emulation/language.h"

@@ -22,7 +22,13 @@ struct PagedAttentionArgs {
   float* partial;          // (S, B, T, H, D)
   float* lse;              // (S, B, T, H), in base 2
   float softmax_scale;
-  DType dtype;
+  DType dtype;  // of q and out; of the pages too, unless they have scales
+};
+
+// Pages are e4m3 codes with scales, (P, N, H) E8M0 bytes; their strides' last is 1.
+struct PagedAttentionKv8Args {
+  PagedAttentionArgs op;
+  HeadView k_scales, v_scales;
 };
 
 }  // namespace variant::cuda

@@ -8,7 +8,6 @@
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_fp8.h>
 #else
 #include "emulation.h"
 #endif
@@ -23,22 +22,6 @@ __device__ __forceinline__ T* dynamic_shared() {
   return reinterpret_cast<T*>(variant_dynamic_shared);
 #else
   return static_cast<T*>(emulation::Scheduler::get().shared());
-#endif
-}
-
-// e4m3, to nearest even, saturating at 448.
-__device__ __forceinline__ uint8_t float_to_e4m3(float value) {
-#ifdef __CUDACC__
-  return __nv_cvt_float_to_fp8(value, __NV_SATFINITE, __NV_E4M3);
-#else
-  return emulation::e4m3_bits(value);
-#endif
-}
-__device__ __forceinline__ float e4m3_to_float(uint8_t bits) {
-#ifdef __CUDACC__
-  return __half2float(__half(__nv_cvt_fp8_to_halfraw(bits, __NV_E4M3)));
-#else
-  return emulation::e4m3_value(bits);
 #endif
 }
 
@@ -95,6 +78,28 @@ __device__ __forceinline__ float2 unpack2<__nv_bfloat16>(uint32_t bits) {
   __nv_bfloat162 pair;
   memcpy(&pair, &bits, 4);
   return __bfloat1622float2(pair);
+}
+
+// Products of two pairs, each rounded once.
+template <class T>
+__device__ __forceinline__ uint32_t multiply2(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t multiply2<__half>(uint32_t a, uint32_t b) {
+  __half2 x, y;
+  memcpy(&x, &a, 4);
+  memcpy(&y, &b, 4);
+  x = __hmul2(x, y);
+  memcpy(&a, &x, 4);
+  return a;
+}
+template <>
+__device__ __forceinline__ uint32_t multiply2<__nv_bfloat16>(uint32_t a, uint32_t b) {
+  __nv_bfloat162 x, y;
+  memcpy(&x, &a, 4);
+  memcpy(&y, &b, 4);
+  x = __hmul2(x, y);
+  memcpy(&a, &x, 4);
+  return a;
 }
 
 #ifdef __CUDACC__

@@ -13,4 +13,12 @@ struct QkNormAppendPagedKvCudaArgs {
   int64_t num_pages;
 };
 
+// Into 8-bit pages, and each row's scale to (P, N, H), whose last stride is 1. scale_mul null:
+// append_paged_kv.
+struct QkNormAppendPagedKv8Args {
+  QkNormAppendPagedKvCudaArgs all;
+  uint8_t *k_scales, *v_scales;
+  int64_t k_scale_page_stride, k_scale_slot_stride, v_scale_page_stride, v_scale_slot_stride;
+};
+
 }  // namespace variant::cuda

@@ -23,7 +23,33 @@ struct PlainTile {
   static constexpr int kRow = kWidth + 4;
   // Keys and then values take the same place.
   static constexpr int kSharedBytes = (kQueries + kKeys) * kRow * 4;
+  // Whether the compiler may not read several rows at a time.
+  static constexpr bool kRowByRow = false;
+
+  // Key and value of token s; a Row that is made of nothing is not there.
+  using Row = const T*;
+  template <class Source>
+  __device__ static Row key(const Source& source, int s) {
+    Row k, v;
+    source.locate(s, &k, &v);
+    return k;
+  }
+  template <class Source>
+  __device__ static Row value(const Source& source, int s) {
+    Row k, v;
+    source.locate(s, &k, &v);
+    return v;
+  }
 };
+
+template <class T>
+__device__ inline bool is_there(const T* row) {
+  return row != nullptr;
+}
+template <class T>
+__device__ inline float element_of(const T* row, int column) {
+  return widen(row[column]);
+}
 
 template <class Tile>
 struct PlainState {
@@ -31,15 +57,21 @@ struct PlainState {
   float total[Tile::kPerWarp], largest[Tile::kPerWarp];
 };
 
-// find(row) null: zeros, as beyond head_dim.
+// find(row) not there: zeros, as beyond head_dim.
 template <class Tile, class Find>
 __device__ inline void widen_rows(float* tile, int rows, int head_dim, const Find& find) {
-  for (int r = threadIdx.x / kWarp; r < rows; r += Tile::kWarps) {
-    const typename Tile::T* from = find(r);
+  const auto read = [&](int r) {
+    const auto from = find(r);
 #pragma unroll
     for (int c = threadIdx.x % kWarp; c < Tile::kWidth; c += kWarp) {
-      tile[r * Tile::kRow + c] = from != nullptr && c < head_dim ? widen(from[c]) : 0.0f;
+      tile[r * Tile::kRow + c] = is_there(from) && c < head_dim ? element_of(from, c) : 0.0f;
     }
+  };
+  if constexpr (Tile::kRowByRow) {
+#pragma unroll 1
+    for (int r = threadIdx.x / kWarp; r < rows; r += Tile::kWarps) read(r);
+  } else {
+    for (int r = threadIdx.x / kWarp; r < rows; r += Tile::kWarps) read(r);
   }
 }
 
@@ -47,7 +79,6 @@ template <class Tile, class Source>
 __device__ inline void attend_plain(float* shared, const Source& source, int first, int last,
                                     int head_dim, float scale_log2, bool negate,
                                     PlainState<Tile>& state) {
-  using T = typename Tile::T;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   float* q_tile = shared;
   float* kv_tile = shared + Tile::kQueries * Tile::kRow;
@@ -65,11 +96,8 @@ __device__ inline void attend_plain(float* shared, const Source& source, int fir
   const float* q_rows = q_tile + warp * Tile::kPerWarp * Tile::kRow;
 
   for (int begin = first; begin < last; begin += Tile::kKeys) {
-    widen_rows<Tile>(kv_tile, Tile::kKeys, head_dim, [&](int r) -> const T* {
-      if (begin + r >= last) return nullptr;
-      const T *k, *v;
-      source.locate(begin + r, &k, &v);
-      return k;
+    widen_rows<Tile>(kv_tile, Tile::kKeys, head_dim, [&](int r) {
+      return begin + r < last ? Tile::key(source, begin + r) : typename Tile::Row();
     });
     __syncthreads();
     float scores[Tile::kPerWarp] = {};
@@ -97,11 +125,8 @@ __device__ inline void attend_plain(float* shared, const Source& source, int fir
       for (int c = 0; c < Tile::kColumns; ++c) state.out[i][c] *= shrink;
     }
     __syncthreads();
-    widen_rows<Tile>(kv_tile, Tile::kKeys, head_dim, [&](int r) -> const T* {
-      if (begin + r >= last) return nullptr;
-      const T *k, *v;
-      source.locate(begin + r, &k, &v);
-      return v;
+    widen_rows<Tile>(kv_tile, Tile::kKeys, head_dim, [&](int r) {
+      return begin + r < last ? Tile::value(source, begin + r) : typename Tile::Row();
     });
     __syncthreads();
     // This tile's sum apart: it is added to what earlier tiles gathered only once.

@@ -6,11 +6,19 @@
 // sees is the caller's knowledge: `Source`.
 #pragma once
 
+#include <type_traits>
+
 #include "elements.cuh"
 #include "primitives.h"
 #include "reduce.cuh"
 
 namespace variant::cuda {
+
+// A thread's part of copying 8-bit tiles: kv8_tiles.cuh.
+template <class Tile>
+struct Kv8Share;
+// Stands for it where there are none.
+struct NoShare {};
 
 constexpr float kMinusInfinity = -__builtin_huge_valf();
 
@@ -29,6 +37,8 @@ struct SoftmaxTile {
   static constexpr int kSharedBytes = (kQueries * kRow + 2 * kStage) * 2;
   // Wider queries would fill the registers: they are read anew for every tile of keys.
   static constexpr bool kKeepQueries = kHeadDim <= 128;
+  // Whether keys and values come in 8 bits (kv8_tiles.cuh).
+  static constexpr bool kEightBit = false;
   static_assert(kHeadDim % 16 == 0 && kKeys % 16 == 0, "a product takes 16 keys and 16 columns");
 };
 
@@ -125,14 +135,29 @@ __device__ inline void attend_tile(typename Tile::T* shared, const Source& sourc
   const int all_see = visible[0] < visible[1] ? visible[0] : visible[1];
 
   copy_rows<Tile>(q_tile, Tile::kQueries, head_dim, [&](int r) { return source.query(r); });
-  copy_keys<Tile>(stages, source, first, last, head_dim);
+  [[maybe_unused]] std::conditional_t<Tile::kEightBit, Kv8Share<Tile>, NoShare> share;
+  [[maybe_unused]] uint8_t* room = reinterpret_cast<uint8_t*>(stages + Tile::kStage);
+  if constexpr (Tile::kEightBit) {
+    share.fetch(room, source, first, last, head_dim);
+  } else {
+    copy_keys<Tile>(stages, source, first, last, head_dim);
+  }
   cp_async_commit();
 
   uint32_t q[Tile::kKeepQueries ? kSteps : 1][4];
   int stage = 0;
   for (int begin = first; begin < last; begin += Tile::kKeys, stage ^= 1) {
     const bool more = begin + Tile::kKeys < last;
-    if (more) {
+    if constexpr (Tile::kEightBit) {
+      // Each thread widens what it copied itself: no barrier in between, and the room for the copy
+      // is free again at once. One tile of 16 bits is enough.
+      cp_async_wait<0>();
+      share.widen(stages, room);
+      if (more) {
+        share.fetch(room, source, begin + Tile::kKeys, last, head_dim);
+        cp_async_commit();
+      }
+    } else if (more) {
       copy_keys<Tile>(stages + (stage ^ 1) * Tile::kStage, source, begin + Tile::kKeys, last,
                       head_dim);
       cp_async_commit();
@@ -148,7 +173,7 @@ __device__ inline void attend_tile(typename Tile::T* shared, const Source& sourc
       }
     }
 
-    const T* k_tile = stages + stage * Tile::kStage;
+    const T* k_tile = stages + (Tile::kEightBit ? 0 : stage) * Tile::kStage;
     const T* v_tile = k_tile + Tile::kKeys * Tile::kRow;
     float scores[kKeyTiles][4];
 #pragma unroll

@@ -43,6 +43,23 @@ def test_append_and_paged_attention(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_append_and_paged_attention_in_8_bits(dtype):
+    codes = torch.full((2, 6, 5, 3, 24), 0x7F, device="cuda", dtype=torch.uint8)
+    k_pages, v_pages = codes.view(torch.float8_e4m3fn)
+    k_scales, v_scales = torch.full((2, 6, 5, 3), 255, device="cuda", dtype=torch.uint8)
+    table = torch.tensor([[4, 1], [0, 5]], device="cuda", dtype=torch.int32)
+    slots = (table.long()[:, torch.arange(10) // 5] * 5) + torch.arange(10, device="cuda") % 5
+    qkv = randn(2, 10, 3, 3, 24, dtype=dtype)
+    scale = torch.zeros(1, 3, 1, 1, device="cuda")
+    given = {"k_scales_PNH": k_scales, "v_scales_PNH": v_scales}
+    for scale_mul in (scale, None):
+        for length in (7, 10):
+            lens = torch.tensor([length, length], device="cuda", dtype=torch.int32)
+            q = qk_norm_append_paged_kv(qkv, scale_mul, k_pages, v_pages, slots, **given)
+            assert torch.isfinite(paged_attention(q, k_pages, v_pages, table, lens, **given)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_both_ways(dtype):
     x, y = (randn(2, 7, 72, dtype=dtype).requires_grad_() for _ in range(2))
     gate, scale, shift = (randn(2, 72, dtype=dtype).requires_grad_() for _ in range(3))

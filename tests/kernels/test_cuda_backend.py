@@ -1,5 +1,7 @@
 """When the CUDA C++ kernels say that they serve a call; what their launchers refuse and decide."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from variant_kernels import backends
 from variant_kernels.backends import CUDA_ROW, Request, cuda_unsupported
 from variant_kernels.cuda_ops import block_causal_attention, common, library
 from variant_kernels.cuda_ops.paged_attention import num_splits
+from variant_kernels.kv_quantization import KV8_DTYPE
 from variant_kernels.ops import tables
 
 GPU = Request("cuda", (torch.bfloat16,), 64)
@@ -28,6 +31,7 @@ def test_every_op_has_a_cuda_implementation():
 
 def test_serves_what_lies_on_a_gpu(on_a_gpu):
     assert cuda_unsupported(GPU) is None
+    assert cuda_unsupported(replace(GPU, kv_dtype=KV8_DTYPE)) is None
 
 
 def test_is_taken_by_auto_only_where_triton_does_not_serve(on_a_gpu, monkeypatch):

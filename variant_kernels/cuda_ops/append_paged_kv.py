@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from variant_kernels.cuda_ops import common, library
+from variant_kernels.cuda_ops.qk_norm_append_paged_kv import launch_rows
 
 # AppendPagedKvArgs
 _ARGS = struct.Struct("@22qii0q")
@@ -31,16 +32,37 @@ def launch_append_paged_kv(
     k_pages_PNHD: torch.Tensor,
     v_pages_PNHD: torch.Tensor,
     slots_BT: torch.Tensor,
+    k_scales_PNH: torch.Tensor | None = None,
+    v_scales_PNH: torch.Tensor | None = None,
 ) -> None:
     """Write the keys and values of token (b, t) into slot slots_BT[b, t]; -1 skips the token.
 
     A slot is page * page_size + offset. On a GPU nobody has looked at it: one past the last page
-    is skipped as well. Two tokens with one slot are the caller's mistake.
+    is skipped as well. Two tokens with one slot are the caller's mistake. With scales the pages
+    are float8_e4m3fn; the rounded keys and values of a (token, head) and their scales are written.
 
     Raises:
         RuntimeError: the launch failed.
     """
     slots_BT = slots_BT.contiguous()
+    if k_scales_PNH is not None:
+        if k_BTHD.numel() > 0:
+            # The fused kernel without a norm, which looks at no query.
+            launch_rows(
+                op="append_paged_kv",
+                q=(0, 0, 0, 0),
+                k=common.rows(k_BTHD),
+                v=common.rows(v_BTHD),
+                like_BTHD=k_BTHD,
+                scale_mul_address=0,
+                out_address=0,
+                k_pages_PNHD=k_pages_PNHD,
+                v_pages_PNHD=v_pages_PNHD,
+                slots_BT=slots_BT,
+                k_scales_PNH=k_scales_PNH,
+                v_scales_PNH=v_scales_PNH,
+            )
+        return
     packed = _ARGS.pack(
         *k_BTHD.shape,
         k_pages_PNHD.shape[1],

@@ -12,6 +12,8 @@ from variant_kernels.cuda_ops import common
 
 # PagedAttentionArgs
 _ARGS = struct.Struct("@8q12q6qfi0q")
+# PagedAttentionKv8Args: the same and two views of the scales.
+_KV8_ARGS = struct.Struct("@8q12q6qfi8q")
 # Queries of a block: 16 where there are no more, else 64; 16 on the path of plain products.
 FEW_QUERIES, QUERIES_OF_A_BLOCK = 16, 64
 # Fewer keys than this are not worth a second kernel.
@@ -36,12 +38,15 @@ def launch_paged_attention_forward(
     page_table_BM: torch.Tensor,
     kv_lens_B: torch.Tensor,
     softmax_scale: float,
+    k_scales_PNH: torch.Tensor | None = None,
+    v_scales_PNH: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(softmax_scale * q k^T) v over the first kv_lens_B[b] tokens of sequence b.
 
     Token s lies at page page_table_BM[b, s // N], slot s % N. A length of 0 gives zeros. Neither
     page-table entries nor slots past the length are read. On a GPU nobody has looked at the
-    values: lengths are clamped to what the table holds, page indices to the pool.
+    values: lengths are clamped to what the table holds, page indices to the pool. With scales the
+    pages are float8_e4m3fn, and K and V are page * scale.
 
     Returns:
         out_BTHD: contiguous, q's dtype.
@@ -67,10 +72,15 @@ def launch_paged_attention_forward(
         partial_address, lse_address = partial_SBTHD.data_ptr(), lse_SBTH.data_ptr()
     kv_lens_B = kv_lens_B.contiguous()
     common.check_rows("paged_attention", "q_BTHD", batch * tokens * heads * splits)
+    if k_scales_PNH is None or v_scales_PNH is None:
+        name, layout, scales = "paged_attention_forward", _ARGS, ()
+    else:
+        name, layout = "paged_attention_kv8_forward", _KV8_ARGS
+        scales = (*common.rows(k_scales_PNH), 1, *common.rows(v_scales_PNH), 1)
     common.launch(
         "paged_attention",
-        "paged_attention_forward",
-        _ARGS,
+        name,
+        layout,
         (
             *(batch, tokens, heads, head_dim, num_pages, page_size, entries, splits),
             *common.rows(q_BTHD),
@@ -83,6 +93,7 @@ def launch_paged_attention_forward(
             lse_address,
             softmax_scale,
             common.DTYPE_CODES[q_BTHD.dtype],
+            *scales,
         ),
         q_BTHD,
     )

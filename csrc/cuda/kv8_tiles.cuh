@@ -1,0 +1,139 @@
+// Tiles of 8-bit keys and values for the products of softmax_tiles.cuh, and single rows for those
+// of softmax_plain.cuh. cp.async brings the codes, half the bytes of 16-bit tiles; they are widened
+// to 16 bits, scale included, on their way to the tile that the tensor cores read. What is widened
+// is exactly K and V, so that nothing else differs from 16-bit pages.
+#pragma once
+
+#include "kv8.cuh"
+#include "softmax_plain.cuh"
+#include "softmax_tiles.cuh"
+
+namespace variant::cuda {
+
+// One head of one token.
+struct Kv8Row {
+  const uint8_t* codes;
+  const uint8_t* scale;
+};
+
+// A thread's part of each tile: 16 columns of a key and of its value, a few times. It widens what
+// it has copied, codes and scales, so that no barrier stands in between.
+template <class Tile>
+struct Kv8Share {
+  using T = typename Tile::T;
+  static constexpr int kColumns = 16, kChunks = Tile::kHeadDim / kColumns;
+  static constexpr int kCount = Tile::kKeys * kChunks;
+  static constexpr int kTurns = (kCount + Tile::kThreads - 1) / Tile::kThreads;
+  // Codes of keys, codes of values, and two words of scales for each chunk.
+  static constexpr int kBytes = kCount * (2 * kColumns + 8);
+
+  // For each turn where the scale is in its word: two bits for the key's, two for the value's.
+  uint32_t places;
+  static_assert(kTurns * 4 <= 32, "a word holds all places");
+
+  __device__ static int chunk(int turn) {
+    return turn * Tile::kThreads + static_cast<int>(threadIdx.x);
+  }
+  __device__ static bool has(int turn) {
+    return kCount % Tile::kThreads == 0 || chunk(turn) < kCount;
+  }
+  __device__ static uint8_t* codes_of(uint8_t* room, int chunk) { return room + chunk * kColumns; }
+  __device__ static uint2* scales_of(uint8_t* room, int chunk) {
+    return reinterpret_cast<uint2*>(room + 2 * kCount * kColumns) + chunk;
+  }
+
+  // 16 codes of a row, fewer at its end.
+  __device__ static void copy(uint8_t* to, const uint8_t* from, int left, bool wide) {
+    if (wide) {
+      cp_async_16(to, from, left < kColumns ? left : kColumns);
+    } else {
+      cp_async_8(to, from);
+      cp_async_8(to + 8, from + 8, left > 8 ? 8 : 0);
+    }
+  }
+
+  // Starts copying tokens first..first + kKeys; nothing from last on, whatever lies there: a scale
+  // of 0 stands for it. Two turns at a time: all at once would not fit the registers.
+  template <class Source>
+  __device__ void fetch(uint8_t* room, const Source& source, int first, int last, int head_dim) {
+    places = 0;
+#pragma unroll 2
+    for (int turn = 0; turn < kTurns; ++turn) {
+      if (!has(turn)) continue;
+      const int i = chunk(turn), r = i / kChunks, column = i % kChunks * kColumns;
+      uint2* scales = scales_of(room, i);
+      if (first + r >= last || column >= head_dim) {
+        *scales = make_uint2(0, 0);
+        continue;
+      }
+      Kv8Row k, v;
+      source.locate(first + r, &k, &v);
+      copy(codes_of(room, i), k.codes + column, head_dim - column, source.wide);
+      copy(codes_of(room, kCount + i), v.codes + column, head_dim - column, source.wide);
+      const uint32_t k_place = copy_scale(&scales->x, k.scale);
+      const uint32_t v_place = copy_scale(&scales->y, v.scale);
+      places |= (k_place | v_place << 2) << turn * 4;
+    }
+  }
+
+  __device__ static void widen_chunk(T* to, const uint8_t* codes, uint32_t scale) {
+    uint32_t x[8] = {};
+    if (scale != 0) widen_sixteen<T>(*reinterpret_cast<const uint4*>(codes), scale, x);
+    uint4* out = reinterpret_cast<uint4*>(to);
+    out[0] = make_uint4(x[0], x[1], x[2], x[3]);
+    out[1] = make_uint4(x[4], x[5], x[6], x[7]);
+  }
+
+  // After the copies have arrived: keys, then values, as copy_keys leaves them.
+  __device__ void widen(T* tile, uint8_t* room) const {
+#pragma unroll 2
+    for (int turn = 0; turn < kTurns; ++turn) {
+      if (!has(turn)) continue;
+      const int i = chunk(turn);
+      const uint2 scales = *scales_of(room, i);
+      const uint32_t place = places >> turn * 4;
+      T* to = tile + i / kChunks * Tile::kRow + i % kChunks * kColumns;
+      widen_chunk(to, codes_of(room, i), scale_in_word(scales.x, place & 3u));
+      widen_chunk(to + Tile::kKeys * Tile::kRow, codes_of(room, kCount + i),
+                  scale_in_word(scales.y, place >> 2 & 3u));
+    }
+  }
+};
+
+template <class T, int kHeadDim, int kKeys, int kWarps>
+struct Kv8SoftmaxTile : SoftmaxTile<T, kHeadDim, kKeys, kWarps> {
+  using Base = SoftmaxTile<T, kHeadDim, kKeys, kWarps>;
+  static constexpr bool kEightBit = true;
+  static constexpr int kSharedBytes =
+      (Base::kQueries * Base::kRow + Base::kStage) * 2 + Kv8Share<Base>::kBytes;
+};
+
+// Of plain products: codes and their scale as a number. Without codes: not there.
+struct Kv8PlainRow {
+  const uint8_t* codes = nullptr;
+  float scale = 0.0f;
+};
+__device__ inline bool is_there(const Kv8PlainRow& row) { return row.codes != nullptr; }
+__device__ inline float element_of(const Kv8PlainRow& row, int column) {
+  return value_of_e4m3(row.codes[column]) * row.scale;
+}
+
+template <class T, int kColumns>
+struct Kv8PlainTile : PlainTile<T, kColumns> {
+  using Row = Kv8PlainRow;
+  static constexpr bool kRowByRow = true;  // several would spill on sm_80
+  template <class Source>
+  __device__ static Row key(const Source& source, int s) {
+    Kv8Row k, v;
+    source.locate(s, &k, &v);
+    return {k.codes, value_of_scale(load_scale(k.scale))};
+  }
+  template <class Source>
+  __device__ static Row value(const Source& source, int s) {
+    Kv8Row k, v;
+    source.locate(s, &k, &v);
+    return {v.codes, value_of_scale(load_scale(v.scale))};
+  }
+};
+
+}  // namespace variant::cuda

@@ -1,0 +1,276 @@
+// Paged attention: the rows of K and V are found through the page table while they are copied. The
+// kernels and their launch, for pages of the queries' dtype and for those of 8 bits.
+#pragma once
+
+#include "launch.h"
+#include "paged_attention.h"
+#include "softmax_plain.cuh"
+#include "softmax_tiles.cuh"
+
+namespace variant::cuda {
+
+// One tile of queries of one head of one sequence, and one part of its keys.
+template <class T, class Page = T>
+struct PagedSource {
+  const T* q;
+  const Page *k_pages, *v_pages;
+  const int32_t* table;
+  int64_t q_stride, k_page_stride, k_slot_stride, v_page_stride, v_slot_stride;
+  int queries, page_size, page_shift, num_pages, first, last;
+
+  __device__ const T* query(int r) const { return r < queries ? q + r * q_stride : nullptr; }
+  __device__ int visible(int) const { return last; }
+  // Page and slot of token s.
+  __device__ int find(int s, int64_t* slot) const {
+    const int entry = page_shift >= 0 ? s >> page_shift : s / page_size;
+    *slot = s - entry * page_size;
+    const int page = table[entry];
+    return page < 0 ? 0 : page >= num_pages ? num_pages - 1 : page;
+  }
+  __device__ void locate(int s, const Page** k, const Page** v) const {
+    int64_t slot;
+    const int page = find(s, &slot);
+    *k = k_pages + page * k_page_stride + slot * k_slot_stride;
+    *v = v_pages + page * v_page_stride + slot * v_slot_stride;
+  }
+};
+
+struct PagedParams {
+  PagedAttentionArgs a;
+  int page_shift;  // page_size is 1 << page_shift; -1: it is no power of two
+  float scale_log2;
+  bool negate;
+
+  // What differs for 8-bit pages: paged_attention_kv8.cuh.
+  template <class T>
+  using Source = PagedSource<T>;
+  template <class T, int kHeadDim, int kKeys, int kWarps>
+  using Tile = SoftmaxTile<T, kHeadDim, kKeys, kWarps>;
+  template <class T, int kColumns>
+  using PlainTile = cuda::PlainTile<T, kColumns>;
+  template <class T>
+  __device__ void add_to(PagedSource<T>&, int64_t) const {}
+  bool fits_tiles() const {
+    return is_aligned(a.q, 2) && is_aligned(a.k_pages, 2) && is_aligned(a.v_pages, 2);
+  }
+};
+
+// Where the results of this block go.
+struct PagedPlace {
+  int64_t b, h, t, split;
+
+  // Of row r of the tile in (B, T, H) or (S, B, T, H).
+  __device__ int64_t operator()(const PagedAttentionArgs& a, int r) const {
+    return ((split * a.batch + b) * a.tokens + t + r) * a.heads + h;
+  }
+};
+
+template <class Tile, class Page>
+__device__ inline PagedPlace place_of_block(const PagedParams& p,
+                                            PagedSource<typename Tile::T, Page>& source) {
+  using T = typename Tile::T;
+  const PagedAttentionArgs& a = p.a;
+  const unsigned tiles = ceil_div(a.tokens, Tile::kQueries);
+  unsigned rest = blockIdx.x;
+  const int tile = rest % tiles;
+  rest /= tiles;
+  const int h = rest % static_cast<unsigned>(a.heads);
+  rest /= static_cast<unsigned>(a.heads);
+  const int b = rest % static_cast<unsigned>(a.batch);
+  const int split = rest / static_cast<unsigned>(a.batch);
+  const int t = tile * Tile::kQueries;
+
+  const int room = static_cast<int>(a.entries * a.page_size);
+  int length = a.kv_lens[b];
+  length = length < 0 ? 0 : length > room ? room : length;
+  // Every part a whole number of tiles: only the last has a boundary.
+  const int splits = static_cast<int>(a.splits);
+  const int part = ((length + splits - 1) / splits + Tile::kKeys - 1) / Tile::kKeys * Tile::kKeys;
+  source.first = split * part;
+  source.last = length - source.first < part ? length : source.first + part;
+  source.queries = static_cast<int>(a.tokens - t < Tile::kQueries ? a.tokens - t : Tile::kQueries);
+  source.q = row<T>(a.q, b, t, h);
+  source.q_stride = a.q.token_stride;
+  source.k_pages = row<Page>(a.k_pages, 0, 0, h);
+  source.v_pages = row<Page>(a.v_pages, 0, 0, h);
+  source.k_page_stride = a.k_pages.batch_stride;
+  source.k_slot_stride = a.k_pages.token_stride;
+  source.v_page_stride = a.v_pages.batch_stride;
+  source.v_slot_stride = a.v_pages.token_stride;
+  source.table = a.page_table + b * a.page_table_stride;
+  source.page_size = static_cast<int>(a.page_size);
+  source.page_shift = p.page_shift;
+  source.num_pages = static_cast<int>(a.num_pages);
+  return {b, h, t, split};
+}
+
+template <class Tile, class Params>
+__global__ void __launch_bounds__(Tile::kThreads) paged_attention_kernel(Params p) {
+  using T = typename Tile::T;
+  const PagedAttentionArgs& a = p.a;
+  typename Params::template Source<T> source;
+  const PagedPlace place = place_of_block<Tile>(p, source);
+  p.add_to(source, place.h);
+  const int head_dim = static_cast<int>(a.head_dim);
+  SoftmaxState<Tile> state;
+  attend_tile<Tile>(dynamic_shared<T>(), source, source.first, source.last, head_dim, p.scale_log2,
+                    p.negate, state);
+  if (a.splits == 1) {
+    T* out = static_cast<T*>(a.out);
+    write_tile<Tile>(state, source.queries, head_dim,
+                     [&](int r, int column, float first, float second) {
+                       T* to = out + place(a, r) * a.head_dim + column;
+                       *reinterpret_cast<uint32_t*>(to) = pack2<T>(first, second);
+                     });
+    return;
+  }
+  write_tile<Tile>(state, source.queries, head_dim,
+                   [&](int r, int column, float first, float second) {
+                     float* to = a.partial + place(a, r) * a.head_dim + column;
+                     *reinterpret_cast<float2*>(to) = make_float2(first, second);
+                   });
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int r = static_cast<int>(threadIdx.x) / kWarp * 16 + half * 8 + lane / 4;
+    if (lane % 4 != 0 || r >= source.queries) continue;
+    a.lse[place(a, r)] = state.largest[half] * p.scale_log2 + log2f(state.total[half]);
+  }
+}
+
+template <class Tile, class Params>
+__global__ void __launch_bounds__(Tile::kThreads) paged_attention_plain_kernel(Params p) {
+  using T = typename Tile::T;
+  const PagedAttentionArgs& a = p.a;
+  typename Params::template Source<T> source;
+  const PagedPlace place = place_of_block<Tile>(p, source);
+  p.add_to(source, place.h);
+  const int head_dim = static_cast<int>(a.head_dim);
+  PlainState<Tile> state;
+  attend_plain<Tile>(dynamic_shared<float>(), source, source.first, source.last, head_dim,
+                     p.scale_log2, p.negate, state);
+  const bool whole = a.splits == 1;
+  write_plain<Tile>(state, source.queries, head_dim, [&](int r, int column, float value) {
+    const int64_t to = place(a, r) * a.head_dim + column;
+    if (whole) {
+      static_cast<T*>(a.out)[to] = narrow<T>(value);
+    } else {
+      a.partial[to] = value;
+    }
+  });
+  if (whole) return;
+#pragma unroll
+  for (int i = 0; i < Tile::kPerWarp; ++i) {
+    const int r = static_cast<int>(threadIdx.x) / kWarp * Tile::kPerWarp + i;
+    if (threadIdx.x % kWarp != 0 || r >= source.queries) continue;
+    a.lse[place(a, r)] = state.largest[i] * p.scale_log2 + log2f(state.total[i]);
+  }
+}
+
+constexpr int kCombineWarps = 4;
+
+// out = sum of 2^(lse - max) partial / sum of 2^(lse - max) over the parts; a warp for each row.
+template <class T>
+__global__ void __launch_bounds__(kCombineWarps* kWarp)
+    paged_attention_combine_kernel(const float* partial, const float* lse, T* out, int64_t rows,
+                                   int splits, int head_dim) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t r = int64_t{blockIdx.x} * kCombineWarps + threadIdx.x / kWarp;
+  if (r >= rows) return;
+  float largest = kMinusInfinity;
+  for (int s = 0; s < splits; ++s) largest = fmaxf(largest, lse[s * rows + r]);
+  // Without a key every part weighs nothing. NaN is no maximum but reaches the sum.
+  const float origin = largest == kMinusInfinity ? 0.0f : largest;
+  float total = 0.0f;
+  for (int s = 0; s < splits; ++s) total += ex2(lse[s * rows + r] - origin);
+  const float share = total == 0.0f ? 0.0f : 1.0f / total;
+  for (int d = lane; d < head_dim; d += kWarp) {
+    float sum = 0.0f;
+    for (int s = 0; s < splits; ++s) {
+      sum += ex2(lse[s * rows + r] - origin) * partial[(s * rows + r) * head_dim + d];
+    }
+    out[r * head_dim + d] = narrow<T>(sum * share);
+  }
+}
+
+template <class Tile, class Params>
+int launch_tiles(void (*kernel)(Params), const Params& p, void* stream) {
+  const PagedAttentionArgs& a = p.a;
+  const int64_t blocks = ceil_div(a.tokens, Tile::kQueries) * a.heads * a.batch * a.splits;
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(Tile::kThreads),
+                Tile::kSharedBytes, stream, p);
+}
+
+template <class T, int kHeadDim, int kKeys, class Params>
+int launch_width(const Params& p, void* stream) {
+  if (p.a.tokens <= 16) {
+    using Tile = typename Params::template Tile<T, kHeadDim, kKeys, 1>;
+    return launch_tiles<Tile>(paged_attention_kernel<Tile, Params>, p, stream);
+  }
+  using Tile = typename Params::template Tile<T, kHeadDim, kKeys, 4>;
+  return launch_tiles<Tile>(paged_attention_kernel<Tile, Params>, p, stream);
+}
+
+template <class T, int kColumns, class Params>
+int launch_plain(const Params& p, void* stream) {
+  using Tile = typename Params::template PlainTile<T, kColumns>;
+  return launch_tiles<Tile>(paged_attention_plain_kernel<Tile, Params>, p, stream);
+}
+
+template <class T, class Params>
+int attend(const Params& p, void* stream) {
+  const int64_t d = p.a.head_dim;
+  if constexpr (sizeof(T) == 2) {
+    if (p.fits_tiles()) {
+      return d <= 32    ? launch_width<T, 32, 64>(p, stream)
+             : d <= 64  ? launch_width<T, 64, 64>(p, stream)
+             : d <= 96  ? launch_width<T, 96, 32>(p, stream)
+             : d <= 128 ? launch_width<T, 128, 32>(p, stream)
+                        : launch_width<T, 256, 16>(p, stream);
+    }
+  }
+  return d <= 64    ? launch_plain<T, 2>(p, stream)
+         : d <= 128 ? launch_plain<T, 4>(p, stream)
+                    : launch_plain<T, 8>(p, stream);
+}
+
+template <class T, class Params>
+int forward(const Params& p, void* stream) {
+  const PagedAttentionArgs& a = p.a;
+  const int error = attend<T>(p, stream);
+  if (error != 0 || a.splits == 1) return error;
+  const int64_t rows = a.batch * a.tokens * a.heads;
+  return launch(paged_attention_combine_kernel<T>,
+                dim3(static_cast<unsigned>(ceil_div(rows, kCombineWarps))),
+                dim3(kCombineWarps * kWarp), 0, stream, static_cast<const float*>(a.partial),
+                static_cast<const float*>(a.lse), static_cast<T*>(a.out), rows,
+                static_cast<int>(a.splits), static_cast<int>(a.head_dim));
+}
+
+// p.a is given; what follows from it is filled in.
+inline void complete(PagedParams& p) {
+  const PagedAttentionArgs& a = p.a;
+  p.page_shift = -1;
+  for (int shift = 0; shift < 31; ++shift) {
+    if (a.page_size == int64_t{1} << shift) p.page_shift = shift;
+  }
+  // A scale of zero would turn masked scores into visible ones; this one is zero to every sum.
+  const float size = a.softmax_scale < 0.0f ? -a.softmax_scale : a.softmax_scale;
+  p.scale_log2 = (size > 1e-30f ? size : 1e-30f) * 1.4426950408889634f;
+  p.negate = a.softmax_scale < 0.0f;
+}
+
+template <class Params>
+int forward(Params p, void* stream) {
+  complete(p);
+  switch (p.a.dtype) {
+    case DType::kFloat32:
+      return forward<float>(p, stream);
+    case DType::kBFloat16:
+      return forward<BF16>(p, stream);
+    default:
+      return forward<Half>(p, stream);
+  }
+}
+
+}  // namespace variant::cuda
