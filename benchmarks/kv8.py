@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.golden_weights import NAMES, golden_model
+from benchmarks.reading import KV8
 from variant.bench.environment import environment
 from variant.bench.models import build
 from variant.checkpoint import replacing
@@ -28,7 +29,6 @@ from variant.kv_error import KVError, measure_kv_error
 from variant.transformer import VAR
 from variant.vqvae import VQVAE
 
-FORMAT = "variant-kv8-error-1"
 DTYPES = (torch.float32, torch.bfloat16)
 IMAGES = 8
 
@@ -63,7 +63,7 @@ def main() -> int:
     parser.add_argument("--package", action="store_true")
     options = parser.parse_args()
     words = ["python", "-m", "benchmarks.kv8", *sys.argv[1:]]
-    result: dict[str, Any] = {"format": FORMAT, "environment": environment(words), "rows": []}
+    result: dict[str, Any] = {"format": KV8, "environment": environment(words), "rows": []}
     for name, (var, vae) in models().items():
         for found in measure(var, vae).values():
             console().print(kv_error_table(name, found))

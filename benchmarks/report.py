@@ -15,7 +15,7 @@ from typing import Any
 import tyro
 
 from benchmarks.plots import draw, groups
-from benchmarks.reading import DROPIN, ENGINE, KERNELS, TRAINING, Result, read_all
+from benchmarks.reading import DROPIN, ENGINE, KERNELS, KV8, TRAINING, Result, read_all
 from variant.checkpoint import replacing
 from variant.errors import UserError
 
@@ -247,8 +247,22 @@ def _training(data: dict[str, Any]) -> list[str]:
     ]
 
 
+def _kv8(data: dict[str, Any]) -> list[str]:
+    cells = [
+        [row["model"], row["dtype"], str(row["depth"]), f"{row['largest']:.3f}",
+         f"{row['rms']:.4f}", f"{row['top_changed']:.2%}", f"{row['greedy_changed']:.1%}"]
+        for row in data["rows"]
+    ]  # fmt: skip
+    columns = ["model", "dtype", "depth", "largest", "rms", "likeliest token", "greedy tokens"]
+    return [
+        "What 8-bit K/V change: logits over their standard deviation, shares of tokens.",
+        "",
+        *table(columns, cells),
+    ]
+
+
 # What shows each kind, and the name by which its pictures are drawn.
-PARTS = {ENGINE: _engine, KERNELS: _kernels, DROPIN: _dropin, TRAINING: _training}
+PARTS = {ENGINE: _engine, KERNELS: _kernels, DROPIN: _dropin, TRAINING: _training, KV8: _kv8}
 PICTURES = {ENGINE: "engine", KERNELS: "kernels"}
 
 

@@ -63,6 +63,8 @@ def greedy_change(
             bridge=bridge,
             cfg=GREEDY_CFG,
             top_k=1,
+            # Products round differently by batch: free memory must not decide the figures.
+            max_batch=len(labels_B),
             decode=False,
             kv_dtype=kv_dtype,
         )
