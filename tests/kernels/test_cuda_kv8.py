@@ -39,8 +39,8 @@ def written_pool(
 )
 @pytest.mark.parametrize("tokens", [3, 20])
 def test_result_is_that_of_the_same_numbers_in_wide_pages(dtype, head_dim, offset, tokens):
-    # float16 holds the largest of these keys and values only in scale 2^8 times e4m3.
-    for size in (1.0, 1e-3, 1.5e4):
+    # The last: near the end of float16's range.
+    for size in (1.0, 1e-3, 1e4):
         k, v, k_scales, v_scales = written_pool(dtype, head_dim, offset, size)
         wide = [dequantize_kv(k, k_scales, dtype), dequantize_kv(v, v_scales, dtype)]
         generator = torch.Generator().manual_seed(8)

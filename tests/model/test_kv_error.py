@@ -84,6 +84,7 @@ def test_the_packages_figures_are_those_of_the_committed_result():
     (path,) = RESULTS.glob("kv8-error-*.json")
     result = json.loads(path.read_text())
     assert json.loads(FIGURES.read_text()) == kv8.figures(result)
+    assert result["environment"]["dirty"] is False
 
 
 @pytest.mark.parametrize("name", ["digits", "golden no_l2norm"])
