@@ -181,12 +181,23 @@ def test_the_command_prints_the_table_and_writes_everything(tmp_path, capsys):
     folder, out = tmp_path / "model", tmp_path / "new" / "result.json"
     small_model().save_pretrained(folder)
     words = ["bench", "--model", folder, "--batch", 1, "--depths", 2, "--runs", 1]
-    code = main([str(w) for w in [*words, "--dtype", "bfloat16", "--json", out, "--memory"]])
+    words += ["--dtype", "bfloat16", "--kv-dtype", "fp8", "--json", out, "--memory"]
+    code = main([str(word) for word in words])
     printed = capsys.readouterr()
     assert (code, printed.err) == (0, "")
-    for text in ("beyond", "ceiling", "equal", "plain loop bfloat16", "GFLOP/s", f"wrote {out}"):
+    for text in (
+        *("beyond", "ceiling", "equal", "plain loop bfloat16", "GFLOP/s", f"wrote {out}"),
+        "8-bit K/V beside exact ones (bfloat16)",
+    ):
         assert text in printed.out, text
     result = json.loads(out.read_text())
+    (row,) = result["rows"]
+    kv8 = row["kv8"]
+    assert kv8["kv_allocated_bytes"] == kv8["kv_planned_bytes"]
+    # Heads are 16 wide: one byte a value and one a head, where bfloat16 takes two a value.
+    assert kv8["kv_allocated_bytes"] * 32 == row["kv_allocated_bytes"] * 17
+    assert kv8["ratio"] > 0
+    assert 0 <= kv8["greedy_changed"] <= 1
     assert result["complete"] is True
     assert result["weights"] == "trained"
     assert [row["depth"] for row in result["rows"]] == [2]
