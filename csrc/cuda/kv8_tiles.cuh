@@ -104,6 +104,8 @@ template <class T, int kHeadDim, int kKeys, int kWarps>
 struct Kv8SoftmaxTile : SoftmaxTile<T, kHeadDim, kKeys, kWarps> {
   using Base = SoftmaxTile<T, kHeadDim, kKeys, kWarps>;
   static constexpr bool kEightBit = true;
+  // By itself the compiler fits three of the widest into sm_80, and spills for it.
+  static constexpr int kBlocks = kHeadDim == 128 && kWarps > 1 ? 1 : 0;
   static constexpr int kSharedBytes =
       (Base::kQueries * Base::kRow + Base::kStage) * 2 + Kv8Share<Base>::kBytes;
 };

@@ -105,7 +105,7 @@ __device__ inline PagedPlace place_of_block(const PagedParams& p,
 }
 
 template <class Tile, class Params>
-__global__ void __launch_bounds__(Tile::kThreads) paged_attention_kernel(Params p) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) paged_attention_kernel(Params p) {
   using T = typename Tile::T;
   const PagedAttentionArgs& a = p.a;
   typename Params::template Source<T> source;

@@ -37,6 +37,8 @@ struct SoftmaxTile {
   static constexpr int kSharedBytes = (kQueries * kRow + 2 * kStage) * 2;
   // Wider queries would fill the registers: they are read anew for every tile of keys.
   static constexpr bool kKeepQueries = kHeadDim <= 128;
+  // Blocks that a multiprocessor must hold at once; 0 leaves it to the compiler.
+  static constexpr int kBlocks = 0;
   // Whether keys and values come in 8 bits (kv8_tiles.cuh).
   static constexpr bool kEightBit = false;
   static_assert(kHeadDim % 16 == 0 && kKeys % 16 == 0, "a product takes 16 keys and 16 columns");
