@@ -21,7 +21,7 @@ from variant_kernels.triton_ops.e4m3 import (
     NO_SCALES,
     SCALE_ARGUMENTS,
     page_bytes,
-    quantised,
+    quantised_into,
     scale_arguments,
 )
 from variant_kernels.triton_ops.rows import (
@@ -87,12 +87,10 @@ def append_paged_kv_kernel(
     k = tl.load(k_rows[:, None] + d, mask=inside)
     v = tl.load(v_rows[:, None] + d, mask=inside)
     if KV8:
-        k, k_exponents = quantised(k, inside)
-        v, v_exponents = quantised(v, inside)
-        k_scale = k_scales_ptr + page * k_scales_stride_p + offset * k_scales_stride_n
-        v_scale = v_scales_ptr + page * v_scales_stride_p + offset * v_scales_stride_n
-        tl.store(k_scale + h, k_exponents, mask=h < heads)
-        tl.store(v_scale + h, v_exponents, mask=h < heads)
+        k_scales = k_scales_ptr + page * k_scales_stride_p + offset * k_scales_stride_n
+        v_scales = v_scales_ptr + page * v_scales_stride_p + offset * v_scales_stride_n
+        k = quantised_into(k_scales, k, inside, h, heads)
+        v = quantised_into(v_scales, v, inside, h, heads)
     tl.store((k_slot + wide_h * k_pages_stride_h)[:, None] + d, k, mask=inside)
     tl.store((v_slot + wide_h * v_pages_stride_h)[:, None] + d, v, mask=inside)
 

@@ -91,3 +91,11 @@ def quantised(x, inside):
     exponents = tl.minimum(exponents, 247)
     codes = e4m3_encode(x * scale_of(254 - exponents)[:, None])
     return codes, exponents.to(tl.uint8)
+
+
+@triton.jit
+def quantised_into(scales, x, inside, h, heads):
+    """Codes of the heads of one token; the bytes of their scales go to ``scales``."""
+    codes, exponents = quantised(x, inside)
+    tl.store(scales + h, exponents, mask=h < heads)
+    return codes

@@ -21,7 +21,7 @@ from variant_kernels.triton_ops.e4m3 import (
     NO_SCALES,
     SCALE_ARGUMENTS,
     page_bytes,
-    quantised,
+    quantised_into,
     scale_arguments,
 )
 from variant_kernels.triton_ops.rows import (
@@ -100,12 +100,10 @@ def qk_norm_append_paged_kv_kernel(
         unit_k, _, _ = unit(k.to(tl.float32))
         k = unit_k.to(qkv_ptr.dtype.element_ty)
     if KV8:
-        k, k_exponents = quantised(k, written)
-        v, v_exponents = quantised(v, written)
-        k_scale = k_scales_ptr + page * k_scales_stride_p + offset * k_scales_stride_n
-        v_scale = v_scales_ptr + page * v_scales_stride_p + offset * v_scales_stride_n
-        tl.store(k_scale + h, k_exponents, mask=h < heads)
-        tl.store(v_scale + h, v_exponents, mask=h < heads)
+        k_scales = k_scales_ptr + page * k_scales_stride_p + offset * k_scales_stride_n
+        v_scales = v_scales_ptr + page * v_scales_stride_p + offset * v_scales_stride_n
+        k = quantised_into(k_scales, k, written, h, heads)
+        v = quantised_into(v_scales, v, written, h, heads)
     k_slot = k_pages_ptr + page * k_pages_stride_p + offset * k_pages_stride_n
     v_slot = v_pages_ptr + page * v_pages_stride_p + offset * v_pages_stride_n
     tl.store((k_slot + wide_h * k_pages_stride_h)[:, None] + d, k, mask=written)
