@@ -42,7 +42,7 @@ def _table(device: str) -> list[str]:
     lines, reasons = [f"backend of each op on {device}:"], {}
     for op in ops.tables():
         dtypes: dict[str, list[str]] = {}
-        sources: dict[str, list[str]] = {}
+        measured: list[str] = []
         for dtype in FLOAT_DTYPES:
             try:
                 choice = explained(op, device=device, dtype=dtype)
@@ -51,14 +51,17 @@ def _table(device: str) -> list[str]:
                 continue
             dtypes.setdefault(choice.name, []).append(dtype_name(dtype))
             if choice.source.startswith(MEASURED):
-                sources.setdefault(choice.source, []).append(dtype_name(dtype))
+                measured.append(dtype_name(dtype))
             for name, reason in choice.others.items():
                 if name in ops.tables()[op]:
                     reasons.setdefault((name, reason), None)
         shown = "; ".join(f"{chosen} ({', '.join(names)})" for chosen, names in dtypes.items())
-        whence = "; ".join(f"{', '.join(names)} {source}" for source, names in sources.items())
-        lines.append(f"  {op:{width}}  {shown}" + (f"  [{whence}]" if whence else ""))
-    lines.append("in brackets: what the choice comes from; else it is the preference order")
+        whence = f"  [measured: {', '.join(measured)}]" if measured else ""
+        lines.append(f"  {op:{width}}  {shown}{whence}")
+    lines += [
+        "measured: the fastest of this kind of machine; explain(op) names the result files",
+        "the others: by the preference order",
+    ]
     if reasons:
         lines += ["not taken:", *(f"  {name}: {reason}" for name, reason in reasons)]
     return lines
