@@ -39,21 +39,25 @@ def golden_weight(key: str, shape: tuple[int, ...]) -> Tensor:
     return z * np.float32(math.prod(shape[1:]) ** -0.5)
 
 
-def golden_model(name: str) -> tuple[VAR, VQVAE]:
-    """The golden model of that name, in eval mode."""
+def golden_configs(name: str) -> tuple[dict[str, Any], VARConfig, VQVAEConfig]:
+    """What tests/golden/NAME.json says, and the configurations of both models."""
     described = json.loads((FOLDER / f"{name}.json").read_text())
     sizes, subnet = dict(described["vae"]), described["subnet"]
     vae_config = VQVAEConfig(patch_nums=sizes.pop("v_patch_nums"), **sizes)
-    var = VAR(
-        VARConfig(
-            **described["var"],
-            vocab_size=vae_config.vocab_size,
-            vae_channels=vae_config.z_channels,
-            subnets={subnet["depth"]: tuple(subnet["active_layers_flexible"])},
-            bridge=subnet["bridge"],
-        )
+    var_config = VARConfig(
+        **described["var"],
+        vocab_size=vae_config.vocab_size,
+        vae_channels=vae_config.z_channels,
+        subnets={subnet["depth"]: tuple(subnet["active_layers_flexible"])},
+        bridge=subnet["bridge"],
     )
-    return _filled(var), _filled(VQVAE(vae_config))
+    return described, var_config, vae_config
+
+
+def golden_model(name: str) -> tuple[VAR, VQVAE]:
+    """The golden model of that name, in eval mode."""
+    _, var_config, vae_config = golden_configs(name)
+    return _filled(VAR(var_config)), _filled(VQVAE(vae_config))
 
 
 @torch.no_grad()

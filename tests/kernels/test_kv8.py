@@ -223,6 +223,12 @@ def test_a_visible_nan_is_seen(backend, dtype):
 # --- the contract -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("impls", [paged.PAGED_IMPLS, append.APPEND_IMPLS, fused.FUSED_IMPLS])
+def test_whoever_serves_exact_pages_serves_8_bits(impls):
+    # One that refused would drop out of every test above. (flash and flashinfer: 16 bits only.)
+    assert backends_for(impls, torch.float32, KV8_DTYPE) == backends_for(impls, torch.float32)
+
+
 @pytest.mark.parametrize("backend", backends_for(paged.PAGED_IMPLS, torch.float32, KV8_DTYPE))
 def test_opcheck_passes(backend):
     generator = torch.Generator().manual_seed(6)

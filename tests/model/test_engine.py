@@ -2,11 +2,10 @@
 
 import copy
 import pickle
-from functools import cache
 
 import pytest
 import torch
-from golden_models import NAMES, golden_models, load_golden
+from golden_models import NAMES, golden_engine, golden_models, load_golden
 from small_models import small_model
 
 from variant.engine import Engine
@@ -15,16 +14,6 @@ from variant.vqvae import VQVAE
 from variant_kernels import CachePlan, use_backend
 
 BACKENDS = ("reference", "cpu")
-
-
-@cache
-def shared_models(name):
-    return golden_models(name)
-
-
-def golden_engine(name, **options):
-    golden, var, vae = shared_models(name)
-    return golden, Engine(var, vae, **options)
 
 
 def depths(golden):

@@ -1,11 +1,10 @@
 """8-bit K and V from the engine: exact by default, the same tokens however they are asked for."""
 
 import pickle
-from functools import cache
 
 import pytest
 import torch
-from golden_models import NAMES, golden_models
+from golden_models import NAMES, golden_engine
 from small_models import small_model
 from test_capture import Repeater
 
@@ -13,33 +12,9 @@ from variant import transformer
 from variant.engine import Engine
 from variant.steps import Kernels
 from variant_kernels import CachePlan, use_backend
-from variant_kernels.backends import Request, choose_name
-from variant_kernels.kv_quantization import KV8_DTYPE, dequantize_kv, quantize_kv
-from variant_kernels.ops import tables
+from variant_kernels.kv_quantization import dequantize_kv, quantize_kv
 
-
-def serves(backend):
-    """Whether a backend writes and reads 8-bit pages on this machine's CPU."""
-    request = Request("cpu", (torch.float32,), kv_dtype=KV8_DTYPE)
-    try:
-        for op in ("qk_norm_append_paged_kv", "paged_attention"):
-            choose_name(op, tables()[op], backend, request)
-    except ValueError:
-        return False
-    return True
-
-
-BACKENDS = [name for name in ("reference", "cpu") if serves(name)]
-
-
-@cache
-def shared_models(name):
-    return golden_models(name)
-
-
-def golden_engine(name, **options):
-    golden, var, vae = shared_models(name)
-    return golden, Engine(var, vae, **options)
+BACKENDS = ("reference", "cpu")
 
 
 def rms(x):
