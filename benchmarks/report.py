@@ -130,6 +130,16 @@ def _engine(data: dict[str, Any]) -> list[str]:
                 f"{row['beyond_gemms']:.0%}",
             ])  # fmt: skip
         lines += [f"### {dtype}, batch {batch}", "", *table(columns, cells)]
+        for row in rows:
+            # Earlier files have no such row.
+            if (kv8 := row.get("kv8")) is not None:
+                lines += [
+                    f"Depth {row['depth']} with 8-bit K/V: {kv8['ms']['median']:,.1f} ms per image "
+                    f"(exact takes {kv8['ratio']:.2f} times as long), "
+                    f"{kv8['kv_allocated_bytes'] / 2**20:,.1f} MiB; greedy tokens that change: "
+                    f"{kv8['greedy_changed']:.1%}.",
+                    "",
+                ]
     for found in data["decoder"]:
         against = ", ".join(
             f"{peer['peer']} {peer['ms']['median']:,.1f} ms ({peer['ratio']:.2f} times)"

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from variant.bench.engine_bench import Setting, measure
 from variant.bench.environment import environment
 from variant.errors import UserError
 
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 LIMITS = {"gemm": {"float32": 1e11, "bfloat16": 4e11}, "copy": 3e10}
 STEADY = {"start": LIMITS, "end": LIMITS, "drift": {"copy": 1.0, "gemm float32": 0.9}}
 
@@ -67,7 +69,9 @@ def engine():
             {"who": "plain loop float32", "depth": 4, "batch": 1, "loaded": 3e8, "peak": 5e8},
         ],
         **measure(
-            model.var, model.vae, Setting(1, torch.float32, (4, 2), runs=2, top_k=9, decoder=True)
+            model.var,
+            model.vae,
+            Setting(1, torch.float32, (4, 2), runs=2, top_k=9, decoder=True, kv_dtype="fp8"),
         ),
     }
 
@@ -185,6 +189,8 @@ def test_the_page_shows_both_kinds_with_their_pictures(tmp_path, engine, capsys)
     assert "reference 10.0 ms" in text
     assert "### float32, batch 1" in text
     assert "MiB (equal)" in text
+    assert "Depth 4 with 8-bit K/V: " in text
+    assert "Depth 2 with 8-bit K/V: " in text
     assert "`variant bench`" in text
     columns = [line.count("|") for line in text.splitlines() if line.startswith("|")]
     assert min(columns) > 4
@@ -238,6 +244,11 @@ def test_drop_in_and_training_files_are_shown_and_compared(tmp_path, capsys):
     text = (tmp_path / "out" / "report.md").read_text()
     assert "One optimiser step of digits" in text
     assert "depth 2 over full depth 1.50 of 2.00" in text
+    (kv8,) = RESULTS.glob("kv8-error-*.json")
+    assert report.main([str(kv8), "--out", str(tmp_path / "kv8")]) == 0
+    page = (tmp_path / "kv8" / "report.md").read_text()
+    assert "What 8-bit K/V change" in page
+    assert page.count("| digits |") == 6
     capsys.readouterr()
     assert compare.main([dropin, dropin]) == 0
     assert compare.main([str(steps), str(steps)]) == 0
