@@ -27,6 +27,7 @@ from variant_kernels.triton_ops.rows import (
     heads_of_a_block,
     num_warps_for,
     unit,
+    unit_gradient,
     warps_by_target,
 )
 
@@ -103,10 +104,9 @@ def qk_norm_backward_kernel(
     D_PADDED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """With n = x / max(|x|, 1e-12): dx = (g - n (g . n)) / |x|, and g / 1e-12 where clamped.
-
-    g is the gradient, for queries times the head's scale. Of each head the sum of g . n over the
-    tokens of one part, for the gradient of its scale: sums (N, H).
+    """dQ and dK; of queries, whose gradient g is taken times the head's scale, the sum of g . n
+    over the tokens of one part as well, n the unit query: sums (N, H), of which scale_mul's
+    gradient is made.
     """
     tiles: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     part = tl.program_id(0) // tiles
@@ -130,16 +130,10 @@ def qk_norm_backward_kernel(
         grad_k = tl.load(dk_rows[:, None] + d, mask=inside, other=0.0).to(tl.float32)
         out = (tl.cast(place, tl.int64) * H + h)[:, None] * D + d
 
-        unit_q, inverse_q, free_q = unit(q)
-        total += tl.sum(grad_q * unit_q, 1)
-        grad_q *= scale[:, None]
-        along_q = tl.where(free_q, tl.sum(grad_q * unit_q, 1), 0.0)
-        dq = inverse_q[:, None] * (grad_q - unit_q * along_q[:, None])
+        dq, along = unit_gradient(grad_q * scale[:, None], q)
+        total += along
         tl.store(dq_ptr + out, dq.to(element), mask=inside)
-
-        unit_k, inverse_k, free_k = unit(k)
-        along_k = tl.where(free_k, tl.sum(grad_k * unit_k, 1), 0.0)
-        dk = inverse_k[:, None] * (grad_k - unit_k * along_k[:, None])
+        dk, _ = unit_gradient(grad_k, k)
         tl.store(dk_ptr + out, dk.to(element), mask=inside)
     tl.store(sums_ptr + part.to(tl.int64) * H + h, total, mask=h < H)
 
@@ -163,7 +157,7 @@ def qk_norm_sums_kernel(
         inside = (start + n < parts)[:, None] & (h < H)[None, :]
         total += tl.load(sums_ptr + (start + n)[:, None] * H + h, mask=inside, other=0.0)
     log_scale = tl.load(scale_ptr + h * scale_stride, mask=h < H, other=0.0).to(tl.float32)
-    dscale = tl.where(log_scale > MAX_LOG_SCALE, 0.0, tl.sum(total, 0) * head_scale(log_scale))
+    dscale = tl.where(log_scale > MAX_LOG_SCALE, 0.0, tl.sum(total, 0))
     tl.store(dscale_ptr + h, dscale.to(dscale_ptr.dtype.element_ty), mask=h < H)
 
 

@@ -102,6 +102,17 @@ def unit(x):
 
 
 @triton.jit
+def unit_gradient(grad, x):
+    """Of n = unit(x): the gradient of x, (g - n (g . n)) / |x|, or g / 1e-12 where clamped; g . n.
+
+    grad, x: (rows, columns), float32.
+    """
+    unit_x, inverse, free = unit(x)
+    along = tl.sum(grad * unit_x, 1)
+    return inverse[:, None] * (grad - unit_x * tl.where(free, along, 0.0)[:, None]), along
+
+
+@triton.jit
 def head_scale(log_scale):
     """exp(min(log_scale, log 100)); NaN stays NaN."""
     return accurate_exp(tl.where(log_scale > MAX_LOG_SCALE, MAX_LOG_SCALE, log_scale))
