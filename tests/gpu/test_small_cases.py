@@ -25,8 +25,11 @@ def randn(*shape, dtype):
 def test_block_causal_attention_both_ways(dtype):
     layout = ScaleLayout.from_patch_nums((1, 2, 3, 5))
     qkv = randn(2, layout.total, 3, 2, 40, dtype=dtype).requires_grad_()
-    block_causal_attention(*qkv.unbind(2), layout).float().sum().backward()
+    scale_mul = torch.zeros(1, 2, 1, 1, device="cuda", requires_grad=True)
+    for given in ({}, {"scale_mul_1H11": scale_mul}):
+        block_causal_attention(*qkv.unbind(2), layout, **given).float().sum().backward()
     assert torch.isfinite(qkv.grad).all()
+    assert torch.isfinite(scale_mul.grad).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

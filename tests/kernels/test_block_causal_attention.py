@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import DRAWS, Tally, backends_for, cases, largest_of, moved, name_of, wide
+from test_qk_norm import plain_qk_norm
 
-from variant_kernels import ScaleLayout, block_causal_attention
+from variant_kernels import ScaleLayout, block_causal_attention, qk_norm
 from variant_kernels.ops import block_causal_attention as op
 
 CASES = cases(op.BLOCK_CAUSAL_IMPLS)
@@ -61,6 +62,11 @@ def test_gradients_match_float64(backend, dtype):
     tally.check()
 
 
+# How many times plain torch's error a gradient may have where each case is drawn once: by how much
+# its own largest error is luck differs from one machine's torch to the next.
+ONE_DRAW = 5
+
+
 def random_case(dtype, generator):
     """Ragged scales, any order of the axes in memory, a scale of any sign."""
 
@@ -97,8 +103,103 @@ def test_random_layouts_strides_and_scales_match_float64(backend, dtype):
         plain = gradients(plain_op, inputs, weight)
         ours = gradients(our_op, on_device, *moved(weight))
         for name, a, b, c in zip(("dq", "dk", "dv"), ours, plain, exact, strict=True):
-            tally.add(f"{index} {name}", a.cpu(), b, c, 3, largest_of(exact))
+            tally.add(f"{index} {name}", a.cpu(), b, c, ONE_DRAW, largest_of(exact))
     tally.check()
+
+
+def plain_after_qk_norm(q, k, v, scale_mul, layout, scale):
+    # Norms of 16-bit values are float32, as autocast has it.
+    wide_qk = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+    q, k = (x.to(v.dtype) for x in plain_qk_norm(*wide_qk, scale_mul))
+    return plain_attention(q, k, v, layout, scale)
+
+
+GRADIENTS = ("dq", "dk", "dv", "dscale")
+
+
+@pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
+def test_random_cases_with_qk_norm_inside_match_float64(backend, dtype):
+    tally, generator = Tally(), torch.Generator().manual_seed(11)
+    for index in range(6):
+        (q, k, v, weight), layout, scale = random_case(dtype, generator)
+        # Some queries and keys are short: only their direction may count. What changes a short one
+        # changes it much: gradients are compared for unit lengths.
+        lengths = 4.0 ** -torch.randint(0, 6, (*q.shape[:3], 1), generator=generator)
+        heads = q.shape[2]
+        scale_mul = torch.linspace(3, -1, heads).view(1, heads, 1, 1)
+        scale_mul = scale_mul.to(dtype) if index % 2 else scale_mul
+        inputs = q * lengths.to(dtype), k * lengths.to(dtype), v, scale_mul
+        scale = None if index == 0 else scale
+
+        def plain_op(*leaves, layout=layout, scale=scale):
+            return plain_after_qk_norm(*leaves, layout, 1.0 if scale is None else scale)
+
+        def our_op(q, k, v, scale_mul, layout=layout, scale=scale):
+            return block_causal_attention(
+                q, k, v, layout, scale_mul_1H11=scale_mul, softmax_scale=scale, backend=backend
+            )
+
+        on_device = moved(*inputs)
+        exact, plain = plain_op(*wide(*inputs)), plain_op(*inputs)
+        tally.add(f"{index} out", our_op(*on_device).cpu(), plain, exact)
+        exact = gradients(plain_op, wide(*inputs), weight.double())
+        plain = gradients(plain_op, inputs, weight)
+        ours = gradients(our_op, on_device, *moved(weight))
+        for name, *grads in zip(GRADIENTS, ours, plain, exact, strict=True):
+            if name in ("dq", "dk"):
+                grads = [grad.cpu() * lengths.to(grad.dtype) for grad in grads]
+            a, b, c = grads
+            if name == "dscale":
+                # A few numbers, each a long sum that cancels: only all cases together say much.
+                tally.add(name, a.cpu(), b, c, 3 * ONE_DRAW)
+            else:
+                tally.add(f"{index} {name}", a.cpu(), b, c, ONE_DRAW)
+    tally.check()
+
+
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
+def test_qk_norm_inside_treats_extremes_as_qk_norm_before(backend):
+    # A query and a key of zero length, a scale past the clamp, one that is zero in float32.
+    layout = ScaleLayout.from_patch_nums((1, 2, 3))
+    packed = torch.randn(1, 14, 3, 3, 16, generator=torch.Generator().manual_seed(12))
+    packed[0, 6, :2, 0] = 0
+    scale_mul = torch.tensor([5.0, 9.0, -200.0, 9.0, 1.0, 9.0]).view(1, 6, 1, 1)[:, ::2]
+    inputs = moved(*packed.unbind(2), scale_mul)
+    (weight,) = moved(torch.randn(1, 14, 3, 16, generator=torch.Generator().manual_seed(13)))
+
+    def inside(q, k, v, scale_mul):
+        return block_causal_attention(q, k, v, layout, scale_mul_1H11=scale_mul, backend=backend)
+
+    def before(q, k, v, scale_mul):
+        q, k = qk_norm(q, k, scale_mul, backend=backend)
+        return block_causal_attention(q, k, v, layout, softmax_scale=1, backend=backend)
+
+    torch.testing.assert_close(inside(*inputs), before(*inputs), rtol=1e-4, atol=1e-5)
+    found, expected = (gradients(way, inputs, weight) for way in (inside, before))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert found[3][0, 0] == 0
+    again = gradients(inside, inputs, weight)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
+def test_qk_norm_inside_keeps_no_copy_of_queries_and_keys(backend):
+    layout = ScaleLayout.from_patch_nums((1, 2))
+    (packed, scale_mul) = moved(torch.randn(1, 5, 3, 2, 16), torch.zeros(1, 2, 1, 1))
+    kept = {}
+
+    def note(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    packed.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = block_causal_attention(
+            *packed.unbind(2), layout, scale_mul_1H11=scale_mul, backend=backend
+        )
+    lse_bytes = 4 * 2 * 5
+    assert sum(kept.values()) == packed.nbytes + scale_mul.nbytes + out.nbytes + lse_bytes
 
 
 @pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
@@ -148,19 +249,24 @@ def test_opcheck_passes(backend):
     *inputs, layout = op.sample_inputs(torch.float32, torch.Generator().manual_seed(4))[1]
     leaves = [t.detach().requires_grad_() for t in moved(*inputs)]
     torch.library.opcheck(op.block_causal_attention_op, (*leaves, layout.tokens, 0.2, backend))
+    scale_mul = moved(torch.zeros(1, inputs[0].shape[2], 1, 1))[0].requires_grad_()
+    torch.library.opcheck(
+        op.block_causal_attention_qk_norm_op, (*leaves, scale_mul, layout.tokens, 0.2, backend)
+    )
 
 
 def test_fullgraph_compile_runs_forward_and_backward():
     q, k, v, layout = op.sample_inputs(torch.float32, torch.Generator().manual_seed(6))[1]
 
-    def attend(*leaves):
-        return block_causal_attention(*leaves, layout)
+    def attend(q, k, v, scale_mul=None):
+        return block_causal_attention(q, k, v, layout, scale_mul_1H11=scale_mul)
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     weight = torch.ones_like(q)
-    expected = gradients(attend, (q, k, v), weight)
-    for a, b in zip(gradients(compiled, (q, k, v), weight), expected, strict=True):
-        assert torch.equal(a, b)
+    for inputs in ((q, k, v), (q, k, v, torch.zeros(1, q.shape[2], 1, 1))):
+        expected = gradients(attend, inputs, weight)
+        for a, b in zip(gradients(compiled, inputs, weight), expected, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
@@ -168,9 +274,13 @@ def test_a_second_derivative_is_refused(backend):
     layout = ScaleLayout.from_patch_nums((1, 2))
     q = moved(torch.randn(1, 5, 1, 16))[0].requires_grad_()
     out = block_causal_attention(q, q, q, layout, backend=backend)
-    (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="has no second derivative"):
-        torch.autograd.grad(first.sum(), q)
+    normed = block_causal_attention(
+        q, q, q, layout, scale_mul_1H11=torch.zeros(1, 1, 1, 1, device=q.device), backend=backend
+    )
+    for result in (out, normed):
+        (first,) = torch.autograd.grad(result.square().sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match="has no second derivative"):
+            torch.autograd.grad(first.sum(), q)
 
 
 def test_wrong_arguments_are_named():
@@ -180,5 +290,7 @@ def test_wrong_arguments_are_named():
         block_causal_attention(q[:, :4], q[:, :4], q[:, :4], layout)
     with pytest.raises(ValueError, match=r"v_BLHD must be \(1, 5, 2, 16\) to match q_BLHD"):
         block_causal_attention(q, q, q[..., :8], layout)
+    with pytest.raises(ValueError, match=r"scale_mul_1H11 must be \(1, 2, 1, 1\) for q_BLHD's"):
+        block_causal_attention(q, q, q, layout, scale_mul_1H11=torch.zeros(1, 1, 1, 1))
     with pytest.raises(TypeError, match="layout must be a ScaleLayout; got tuple"):
         block_causal_attention(q, q, q, (1, 4))

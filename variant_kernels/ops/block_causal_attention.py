@@ -22,6 +22,7 @@ from variant_kernels.backends import (
     flex_unsupported,
     triton_unsupported,
 )
+from variant_kernels.ops.qk_norm import QK_NORM_IMPLS, check_scale_mul, qk_norm
 from variant_kernels.registry import (
     differentiate,
     forbid_gradient,
@@ -137,6 +138,37 @@ BLOCK_CAUSAL_IMPLS = {
     ),
 }
 
+
+def _after_qk_norm(name: str) -> Impl:
+    """A backend's attention of queries and keys that its qk_norm made; the gradient makes them
+    again instead of keeping them.
+    """
+    attention, norm = BLOCK_CAUSAL_IMPLS[name], QK_NORM_IMPLS[name]
+
+    def forward(*, q_BLHD, k_BLHD, scale_mul_1H11, **given):
+        q_BLHD, k_BLHD = norm.forward(q_BTHD=q_BLHD, k_BTHD=k_BLHD, scale_mul_1H11=scale_mul_1H11)
+        return attention.forward(q_BLHD=q_BLHD, k_BLHD=k_BLHD, **given)
+
+    def backward(*, q_BLHD, k_BLHD, scale_mul_1H11, **given):
+        inputs = {"q_BTHD": q_BLHD, "k_BTHD": k_BLHD, "scale_mul_1H11": scale_mul_1H11}
+        q_BLHD, k_BLHD = norm.forward(**inputs)
+        dq_BLHD, dk_BLHD, dv_BLHD = attention.backward(q_BLHD=q_BLHD, k_BLHD=k_BLHD, **given)
+        dq_BLHD, dk_BLHD, dscale = norm.backward(grad_q_BTHD=dq_BLHD, grad_k_BTHD=dk_BLHD, **inputs)
+        return dq_BLHD, dk_BLHD, dv_BLHD, dscale
+
+    return Impl(forward, backward, attention.unsupported)
+
+
+# With scale_mul_1H11. FlexAttention's gradient is torch's own: qk_norm runs before it.
+BLOCK_CAUSAL_QK_NORM_IMPLS = {
+    **{name: _after_qk_norm(name) for name in ("reference", "cpu", "cuda")},
+    "triton": Impl(
+        Lazy(_TRITON, "launch_block_causal_attention_forward"),
+        Lazy(f"{_TRITON}_backward", "launch_block_causal_attention_qk_norm_backward"),
+        triton_unsupported,
+    ),
+}
+
 OP = "block_causal_attention"
 IMPLS = {OP: BLOCK_CAUSAL_IMPLS}
 
@@ -152,16 +184,20 @@ def _request(q: Tensor, gradient: bool) -> Request:
 _BEYOND_GRAPHS = ("flex",)
 
 
-def _choose(backend: str, q: Tensor) -> Impl:
-    name = choose_name(OP, BLOCK_CAUSAL_IMPLS, backend, _request(q, True), avoid=_BEYOND_GRAPHS)
-    return BLOCK_CAUSAL_IMPLS[name]
+def _choose(impls: dict[str, Impl], backend: str, q: Tensor) -> Impl:
+    return impls[choose_name(OP, impls, backend, _request(q, True), avoid=_BEYOND_GRAPHS)]
+
+
+def _backward_backend(impls: dict[str, Impl], backend: str, q: Tensor) -> str:
+    """The backward pass runs where the forward ran, whatever use_backend says by then."""
+    return choose_backward(OP, impls, backend, _request(q, True), avoid=_BEYOND_GRAPHS)
 
 
 # --- registration -------------------------------------------------------------------------------
 
 
 def _forward(q, k, v, scale_lengths, softmax_scale, backend):
-    return _choose(backend, q).forward(
+    return _choose(BLOCK_CAUSAL_IMPLS, backend, q).forward(
         q_BLHD=q,
         k_BLHD=k,
         v_BLHD=v,
@@ -177,7 +213,7 @@ def _forward_fake(q, k, v, scale_lengths, softmax_scale, backend):
 
 
 def _backward(grad_out, q, k, v, out, lse, scale_lengths, softmax_scale, backend):
-    return _choose(backend, q).backward(
+    return _choose(BLOCK_CAUSAL_IMPLS, backend, q).backward(
         grad_out_BLHD=grad_out,
         q_BLHD=q,
         k_BLHD=k,
@@ -210,10 +246,7 @@ block_causal_attention_backward_op = register(
 
 def _setup(ctx, inputs, output):
     q, k, v, ctx.scale_lengths, ctx.softmax_scale, backend = inputs
-    # The backward pass runs where the forward ran, whatever use_backend says by then.
-    ctx.backend = choose_backward(
-        OP, BLOCK_CAUSAL_IMPLS, backend, _request(q, True), avoid=_BEYOND_GRAPHS
-    )
+    ctx.backend = _backward_backend(BLOCK_CAUSAL_IMPLS, backend, q)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output)
 
@@ -235,6 +268,88 @@ differentiate("block_causal_attention", setup_context=_setup, backward=_autograd
 forbid_gradient("block_causal_attention_backward")
 
 
+# --- the same after qk_norm ---------------------------------------------------------------------
+
+
+def _qk_norm_forward(q, k, v, scale_mul, scale_lengths, softmax_scale, backend):
+    return _choose(BLOCK_CAUSAL_QK_NORM_IMPLS, backend, q).forward(
+        q_BLHD=q,
+        k_BLHD=k,
+        v_BLHD=v,
+        scale_mul_1H11=scale_mul,
+        scale_lengths=tuple(scale_lengths),
+        softmax_scale=softmax_scale,
+    )
+
+
+def _qk_norm_forward_fake(q, k, v, scale_mul, scale_lengths, softmax_scale, backend):
+    return _forward_fake(q, k, v, scale_lengths, softmax_scale, backend)
+
+
+def _qk_norm_backward(
+    grad_out, q, k, v, scale_mul, out, lse, scale_lengths, softmax_scale, backend
+):
+    return _choose(BLOCK_CAUSAL_QK_NORM_IMPLS, backend, q).backward(
+        grad_out_BLHD=grad_out,
+        q_BLHD=q,
+        k_BLHD=k,
+        v_BLHD=v,
+        scale_mul_1H11=scale_mul,
+        out_BLHD=out,
+        lse_BHL=lse,
+        scale_lengths=tuple(scale_lengths),
+        softmax_scale=softmax_scale,
+    )
+
+
+def _qk_norm_backward_fake(
+    grad_out, q, k, v, scale_mul, out, lse, scale_lengths, softmax_scale, backend
+):
+    grads = _backward_fake(grad_out, q, k, v, out, lse, scale_lengths, softmax_scale, backend)
+    return *grads, scale_mul.new_empty(scale_mul.shape)
+
+
+block_causal_attention_qk_norm_op = register(
+    "block_causal_attention_qk_norm(Tensor q, Tensor k, Tensor v, Tensor scale_mul,"
+    " int[] scale_lengths, float softmax_scale, str backend) -> (Tensor, Tensor)",
+    implementation=_qk_norm_forward,
+    fake=_qk_norm_forward_fake,
+)
+block_causal_attention_qk_norm_backward_op = register(
+    "block_causal_attention_qk_norm_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,"
+    " Tensor scale_mul, Tensor out, Tensor lse, int[] scale_lengths, float softmax_scale,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    implementation=_qk_norm_backward,
+    fake=_qk_norm_backward_fake,
+)
+
+
+def _qk_norm_setup(ctx, inputs, output):
+    q, k, v, scale_mul, ctx.scale_lengths, ctx.softmax_scale, backend = inputs
+    ctx.backend = _backward_backend(BLOCK_CAUSAL_QK_NORM_IMPLS, backend, q)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, scale_mul, *output)
+
+
+def _qk_norm_autograd(ctx, grad_out, grad_lse):
+    if grad_out is None:
+        return (None,) * 7
+    grads = block_causal_attention_qk_norm_backward_op(
+        last_contiguous(grad_out),
+        *ctx.saved_tensors,
+        ctx.scale_lengths,
+        ctx.softmax_scale,
+        ctx.backend,
+    )
+    return *grads, None, None, None
+
+
+differentiate(
+    "block_causal_attention_qk_norm", setup_context=_qk_norm_setup, backward=_qk_norm_autograd
+)
+forbid_gradient("block_causal_attention_qk_norm_backward")
+
+
 # --- public function ----------------------------------------------------------------------------
 
 
@@ -244,6 +359,7 @@ def block_causal_attention(
     v_BLHD: Tensor,
     layout: ScaleLayout,
     *,
+    scale_mul_1H11: Tensor | None = None,
     softmax_scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -251,19 +367,22 @@ def block_causal_attention(
 
         out = softmax(softmax_scale * q k^T + mask) v,   mask = 0 if scale(key) <= scale(query)
 
-    Softmax statistics and sums are float32. The backward pass is deterministic.
+    With ``scale_mul_1H11`` q and k are those of :func:`qk_norm`; no copy of them is kept for the
+    backward pass. Softmax statistics and sums are float32. The backward pass is deterministic.
     Source: VAR (arXiv 2404.02905), block-wise causal attention.
 
     Args:
         q_BLHD, k_BLHD, v_BLHD: same shape, dtype and device; float32, float16 or bfloat16; any
             strides with a contiguous last axis. D: a multiple of 8 from 16 to 256.
         layout: tokens per scale; ``layout.total`` is L.
-        softmax_scale: factor on the scores; None is 1/sqrt(D).
+        scale_mul_1H11: logarithm of each head's scale, (1, H, 1, 1), float32 or q's dtype; None:
+            q and k are taken as they are.
+        softmax_scale: factor on the scores; None is 1/sqrt(D), or 1 with ``scale_mul_1H11``.
     Returns:
         (B, L, H, D), a new contiguous tensor of q's dtype.
     Raises:
         ValueError: shapes, devices or layout disagree.  TypeError: dtype not listed.
-    Gradient: q, k, v.
+    Gradient: q, k, v; and scale_mul, none above log 100.
     """
     op = "block_causal_attention"
     contract.check_float(op, "q_BLHD", q_BLHD)
@@ -280,18 +399,26 @@ def block_causal_attention(
             f"{op}: q_BLHD must have {layout.total} tokens to match layout {layout.tokens}; "
             f"got {q_BLHD.shape[1]}"
         )
+    inputs = [q_BLHD, k_BLHD, v_BLHD]
+    if scale_mul_1H11 is not None:
+        check_scale_mul(op, scale_mul_1H11, "q_BLHD", q_BLHD)
+        inputs.append(scale_mul_1H11)
+        softmax_scale = 1.0 if softmax_scale is None else softmax_scale
     scale = contract.softmax_scale(op, softmax_scale, q_BLHD.shape[-1])
     # Choosing looks at the environment, which a graph cannot: there, the argument alone counts.
     if not torch.compiler.is_compiling():
-        gradient = torch.is_grad_enabled() and any(
-            x.requires_grad for x in (q_BLHD, k_BLHD, v_BLHD)
-        )
+        gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         backend = choose_name(op, BLOCK_CAUSAL_IMPLS, backend, _request(q_BLHD, gradient))
     if backend == "flex":
         from variant_kernels.library_ops import flex
 
+        if scale_mul_1H11 is not None:
+            q_BLHD, k_BLHD = qk_norm(q_BLHD, k_BLHD, scale_mul_1H11)
         return flex.attend(q_BLHD, k_BLHD, v_BLHD, layout.tokens, scale)[0]
-    return block_causal_attention_op(q_BLHD, k_BLHD, v_BLHD, layout.tokens, scale, backend)[0]
+    run = block_causal_attention_op
+    if scale_mul_1H11 is not None:
+        run = block_causal_attention_qk_norm_op
+    return run(*inputs, layout.tokens, scale, backend)[0]
 
 
 def sample_inputs(

@@ -5,6 +5,11 @@ kernels Q queries and K keys of one tile.
 A query sees a prefix of the keys: the tiles that all queries of a tile see come first, without a
 mask; then those at the boundary; the others are never visited. The layout is a compile-time
 constant: no table to fetch, nothing to prepare before a graph is captured.
+
+With qk_norm the norms of a query tile go, with the head's scale, into the factor on its scores: the
+tile itself goes into the products as it was loaded, where a changed one would take registers
+throughout the loop. Keys, of which many programs load each, are normalised once, in a pass of their
+own before; they are not kept for the backward pass.
 """
 
 # Triton's compiler gives a kernel's arguments other types than Python's checker sees.
@@ -13,7 +18,7 @@ constant: no table to fetch, nothing to prepare before a graph is captured.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import accumulate
+from itertools import accumulate, product
 from math import e, log2
 
 import torch
@@ -24,12 +29,17 @@ from variant_kernels.triton_ops import block_causal_attention_configs as configs
 from variant_kernels.triton_ops import tuning
 from variant_kernels.triton_ops.common import on_device_of, padded
 from variant_kernels.triton_ops.compile_report import CompileCase
+from variant_kernels.triton_ops.qk_norm import launch_unit_keys
+from variant_kernels.triton_ops.rows import head_scale, unit
 from variant_kernels.triton_ops.tuning import Config
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Below every score, yet finite: 0 * inf would be NaN.
 LOWEST = tl.constexpr(-1.0e38)
+# A factor on scores that is zero to every sum; zero itself would turn masked scores into visible
+# ones.
+SMALLEST = tl.constexpr(1.0e-30)
 
 
 @triton.jit
@@ -96,6 +106,14 @@ def store_tile(
 
 
 @triton.jit
+def query_factors(q, scale_ptr, h):
+    """What qk_norm takes each query of a tile times, (Q,), and exp(scale_mul) of its head."""
+    scale = head_scale(tl.load(scale_ptr + h).to(tl.float32))
+    _, inverse, _ = unit(q.to(tl.float32))
+    return scale * inverse, scale
+
+
+@triton.jit
 def attend_tiles(
     out,
     total,
@@ -114,7 +132,7 @@ def attend_tiles(
     D_PADDED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Online softmax over the keys from ``first`` to ``last``."""
+    """Online softmax over the keys from ``first`` to ``last``; scale_log2: (Q,)."""
     for start in tl.range(first, last, BLOCK_K):
         k = load_tile(k_base, start, k_stride, last, BLOCK_K, D, D_PADDED, MASKED)
         v = load_tile(v_base, start, v_stride, last, BLOCK_K, D, D_PADDED, MASKED)
@@ -123,7 +141,7 @@ def attend_tiles(
             seen = (start + tl.arange(0, BLOCK_K))[None, :] < ends[:, None]
             scores = tl.where(seen, scores, LOWEST)
         new_largest = tl.maximum(largest, tl.max(scores, 1) * scale_log2)
-        probs = tl.exp2(scores * scale_log2 - new_largest[:, None])
+        probs = tl.exp2(scores * scale_log2[:, None] - new_largest[:, None])
         shrink = tl.exp2(largest - new_largest)
         total = total * shrink + tl.sum(probs, 1)
         out = out * shrink[:, None]
@@ -137,6 +155,7 @@ def block_causal_attention_forward_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    scale_ptr,
     out_ptr,
     lse_ptr,
     q_stride_b,
@@ -159,8 +178,10 @@ def block_causal_attention_forward_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """softmax(scale q k^T) v for one query tile of one head; scale_log2 > 0, q negated if NEGATE.
+    """softmax(scale q k^T) v for one query tile of one head; scale_log2 >= 0, q negated if NEGATE.
 
+    scale_ptr: (H,) logarithms of qk_norm, which queries then go through and keys went through; or
+    None.
     Late tiles see most keys and start first, so that no long one is left for the end.
     """
     tiles = tl.cdiv(length, BLOCK_Q)
@@ -175,6 +196,14 @@ def block_causal_attention_forward_kernel(
     q_base = q_ptr + b * q_stride_b + h * q_stride_h
     k_base = k_ptr + b * k_stride_b + h * k_stride_h
     v_base = v_ptr + b * v_stride_b + h * v_stride_h
+    scale_log2 = tl.full((BLOCK_Q,), scale_log2, tl.float32)
+    if scale_ptr is not None:
+        q = load_tile(q_base, start, q_stride_l, length, BLOCK_Q, D, D_PADDED, True)
+        factor, _ = query_factors(q, scale_ptr, h)
+        scale_log2 = tl.maximum(scale_log2 * factor, SMALLEST, propagate_nan=tl.PropagateNan.ALL)
+        # The compiler would make this load and the next one: a float32 tile that is summed as well
+        # stays in registers throughout the loop, and spills.
+        tl.debug_barrier()
     q = load_tile(q_base, start, q_stride_l, length, BLOCK_Q, D, D_PADDED, True)
     if NEGATE:
         q = -q
@@ -220,12 +249,15 @@ def chosen(
     kernel: triton.JITFunction,
     q_BLHD: torch.Tensor,
     scale_lengths: tuple[int, ...],
+    qk_norm: bool,
     launch: Callable[[Config], None],
 ) -> Config:
     """The config to launch a kernel with: its winner for this layout and width."""
     batch, _, heads, head_dim = q_BLHD.shape
     # The number of heads matters only while the grid hardly fills the chip.
     key = (scale_lengths, head_dim, q_BLHD.dtype, (batch * heads).bit_length())
+    if qk_norm:
+        key = (*key, "qk_norm")
     return tuning.best(kernel, configs.configs_for(table, q_BLHD), key, launch, q_BLHD.device)
 
 
@@ -236,8 +268,11 @@ def launch_block_causal_attention_forward(
     v_BLHD: torch.Tensor,
     scale_lengths: tuple[int, ...],
     softmax_scale: float,
+    scale_mul_1H11: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in which a token of scale j sees every token of the scales up to and including j.
+
+    scale_mul_1H11: queries and keys go through qk_norm first, if not None.
 
     Returns:
         out_BLHD (contiguous, q's dtype) and lse_BHL (float32), the natural logarithm of the sum of
@@ -248,12 +283,16 @@ def launch_block_causal_attention_forward(
     lse_BHL = q_BLHD.new_empty((batch, heads, length), dtype=torch.float32)
     if out_BLHD.numel() == 0:
         return out_BLHD, lse_BHL
+    if scale_mul_1H11 is not None:
+        scale_mul_1H11 = scale_mul_1H11.contiguous()
+        k_BLHD = launch_unit_keys(k_BTHD=k_BLHD)
 
     def launch(config: Config) -> None:
         block_causal_attention_forward_kernel[(batch * heads * -(-length // config.block_q),)](
             q_BLHD,
             k_BLHD,
             v_BLHD,
+            scale_mul_1H11,
             out_BLHD,
             lse_BHL,
             *q_BLHD.stride()[:3],
@@ -261,9 +300,8 @@ def launch_block_causal_attention_forward(
             *v_BLHD.stride()[:3],
             length,
             heads,
-            # The kernel takes scale * max for max of scale * score: the sign goes into q. A scale
-            # of zero would turn masked scores into visible ones; this one is zero to every sum.
-            max(abs(softmax_scale), 1e-30) * log2(e),
+            # The kernel takes scale * max for max of scale * score: the sign goes into q.
+            max(abs(softmax_scale) * log2(e), SMALLEST.value),
             NEGATE=softmax_scale < 0,
             **constants(scale_lengths, head_dim, config),
             num_warps=config.num_warps,
@@ -272,7 +310,8 @@ def launch_block_causal_attention_forward(
 
     with on_device_of(q_BLHD):
         kernel = block_causal_attention_forward_kernel
-        launch(chosen(configs.FORWARD, kernel, q_BLHD, scale_lengths, launch))
+        normed = scale_mul_1H11 is not None
+        launch(chosen(configs.FORWARD, kernel, q_BLHD, scale_lengths, normed, launch))
     return out_BLHD, lse_BHL
 
 
@@ -284,44 +323,53 @@ _LENGTHS = (1, 4, 9, 16, 25, 36, 64, 100, 169, 256)
 
 def compile_cases(table: configs.Table, kernel: triton.JITFunction) -> Iterator[CompileCase]:
     """Every config of a table, and the smallest arguments: a one is a constant to the compiler."""
-    pointers = [f"{x}_ptr" for x in ("q", "k", "v", "grad", "out", "dq", "dk", "dv")]
+    tensors = ("q", "k", "v", "grad", "out", "dq", "dk", "dv", "near_q", "raw_k")
     types = {
-        **dict.fromkeys(pointers, "*T:16"),
-        **dict.fromkeys(("lse_ptr", "statistics_ptr"), "*fp32:16"),
+        **dict.fromkeys((f"{x}_ptr" for x in tensors), "*T:16"),
+        **dict.fromkeys(("lse_ptr", "statistics_ptr", "scale_ptr"), "*fp32:16"),
         **{
-            f"{x}_stride_{axis}": "i32:16" for x in ("q", "k", "v", "grad", "out") for axis in "blh"
+            f"{x}_stride_{axis}": "i32:16"
+            for x in ("q", "k", "v", "grad", "out", "raw_k")
+            for axis in "blh"
         },
         **dict.fromkeys(("length", "heads"), "i32"),
         **dict.fromkeys(("softmax_scale", "scale_log2"), "fp32"),
     }
-    arguments = {name: types[name] for name in kernel.arg_names if name in types}
+    every = {name: types[name] for name in kernel.arg_names if name in types}
     more = {"NEGATE": False} if "NEGATE" in kernel.arg_names else {}
+    variants = []
+    for qk_norm in (False, True):
+        only = {"scale_ptr", "near_q_ptr", "raw_k_ptr"} & every.keys()
+        absent = {} if qk_norm else dict.fromkeys(only)
+        arguments = {name: kind for name, kind in every.items() if name not in absent}
+        variants.append((arguments, more | absent, ", qk_norm" if qk_norm else ""))
     for kind, target in (("sm90", "sm_90"), ("nvidia", "sm_80"), ("amd", "gfx942")):
         for head_dim in (64, 128, 256):
             float32 = configs.FLOAT32 if head_dim == 64 else configs.FLOAT32_WIDE
             cases = [(config, ("bf16", "fp16")) for config in table[kind][head_dim]]
             cases += [(config, ("fp32",)) for config in float32]
-            for config, dtypes in cases:
+            for (config, dtypes), (arguments, given, suffix) in product(cases, variants):
                 yield CompileCase(
                     kernel=kernel,
                     arguments=arguments,
-                    constants=constants(_LENGTHS, head_dim, config) | more,
+                    constants=constants(_LENGTHS, head_dim, config) | given,
                     num_warps=config.num_warps,
                     num_stages=config.num_stages,
                     targets=(target,),
                     dtypes=dtypes,
-                    label=f"D {head_dim}, {config.block_q} x {config.block_k}",
+                    label=f"D {head_dim}, {config.block_q} x {config.block_k}{suffix}",
                 )
     ones = {"length": 1, "heads": 1}
     config = table["nvidia"][64][0]
-    yield CompileCase(
-        kernel=kernel,
-        arguments={name: kind for name, kind in arguments.items() if name not in ones},
-        constants=constants((1,), 24, config) | more | ones,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        label="one token, one head, D 24",
-    )
+    for arguments, given, suffix in variants:
+        yield CompileCase(
+            kernel=kernel,
+            arguments={name: kind for name, kind in arguments.items() if name not in ones},
+            constants=constants((1,), 24, config) | given | ones,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            label=f"one token, one head, D 24{suffix}",
+        )
 
 
 COMPILE_CASES = tuple(compile_cases(configs.FORWARD, block_causal_attention_forward_kernel))

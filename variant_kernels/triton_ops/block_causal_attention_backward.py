@@ -4,6 +4,10 @@ D width; inside the kernels Q queries and K keys of one tile.
 Two kernels: dQ, a program for each query tile, and dK and dV, a program for each key tile. Each
 result is added up by one program in one order, so that runs agree bit for bit; the price is that
 both compute the probabilities: seven products instead of five.
+
+With qk_norm dQ and dK go through its gradient just before they are stored. The queries that dK and
+dV walk over come from dQ's programs, each times a power of two: none of its digits changes, and
+what is left of qk_norm's factor, from 1 to 2, takes no float16 gradient of a score out of range.
 """
 
 # Triton's compiler gives a kernel's arguments other types than Python's checker sees.
@@ -19,15 +23,19 @@ import triton.language as tl
 
 from variant_kernels.triton_ops import block_causal_attention_configs as configs
 from variant_kernels.triton_ops.block_causal_attention import (
+    SMALLEST,
     chosen,
     compile_cases,
     constants,
     first_viewer,
     load_tile,
+    query_factors,
     store_tile,
     visible_end,
 )
 from variant_kernels.triton_ops.common import last_contiguous, on_device_of
+from variant_kernels.triton_ops.qk_norm import launch_unit_keys
+from variant_kernels.triton_ops.rows import MAX_LOG_SCALE, power_of_two, unit_gradient
 from variant_kernels.triton_ops.tuning import Config
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -58,7 +66,7 @@ def query_gradient_tiles(
         k = load_tile(k_base, start, k_stride, last, BLOCK_K, D, D_PADDED, MASKED)
         v = load_tile(v_base, start, v_stride, last, BLOCK_K, D, D_PADDED, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        probs = tl.exp2(scores * scale_log2 - lse_log2[:, None])
+        probs = tl.exp2(scores * scale_log2[:, None] - lse_log2[:, None])
         if MASKED:
             seen = (start + tl.arange(0, BLOCK_K))[None, :] < ends[:, None]
             probs = tl.where(seen, probs, 0.0)
@@ -76,7 +84,9 @@ def block_causal_attention_dq_kernel(
     v_ptr,
     out_ptr,
     lse_ptr,
+    scale_ptr,
     statistics_ptr,
+    near_q_ptr,
     dq_ptr,
     grad_stride_b,
     grad_stride_l,
@@ -106,8 +116,10 @@ def block_causal_attention_dq_kernel(
 ):
     """dQ of one query tile of one head.
 
-    Its statistics, (B, H, 2, L), are what dK and dV need of each query: delta = rowsum(grad_out *
-    out) and lse in base 2 (made once here: the other kernel would do it for every key tile).
+    Its statistics, (B, H, S, L), are what dK and dV need of each query: delta = rowsum(grad_out *
+    out) and lse in base 2 (made once here: the other kernel would do it for every key tile). S is
+    2; with qk_norm (scale_ptr is not None) it is 4: what is left of each query's factor, and its
+    share in the gradient of scale_mul; near_q, (B, L, H, D), are the queries times powers of two.
     """
     tiles = tl.cdiv(length, BLOCK_Q)
     head = tl.program_id(0) // tiles
@@ -126,14 +138,24 @@ def block_causal_attention_dq_kernel(
     # Rows past the end: a probability of exp2(-inf) = 0.
     lse = tl.load(lse_ptr + (b * heads + h) * length + rows, mask=rows < length, other=float("inf"))
     lse_log2 = lse * LOG2_E
-    statistics = statistics_ptr + (b * heads + h) * 2 * length + rows
+    rows_of_statistics: tl.constexpr = 2 if scale_ptr is None else 4
+    statistics = statistics_ptr + (b * heads + h) * rows_of_statistics * length + rows
     tl.store(statistics, delta, mask=rows < length)
     tl.store(statistics + length, lse_log2, mask=rows < length)
 
     q_base = q_ptr + b * q_stride_b + h * q_stride_h
     k_base = k_ptr + b * k_stride_b + h * k_stride_h
     v_base = v_ptr + b * v_stride_b + h * v_stride_h
+    place = (b * length * heads + h) * D
     q = load_tile(q_base, start, q_stride_l, length, BLOCK_Q, D, D_PADDED, True)
+    scale_log2 = tl.full((BLOCK_Q,), scale_log2, tl.float32)
+    if scale_ptr is not None:
+        factor, scale = query_factors(q, scale_ptr, h)
+        scale_log2 *= factor
+        power = power_of_two(tl.maximum(factor, SMALLEST))
+        near_q = q.to(tl.float32) * power[:, None]
+        store_tile(near_q_ptr + place, start, heads * D, length, near_q, BLOCK_Q, D, D_PADDED)
+        tl.store(statistics + 2 * length, tl.div_rn(factor, power), mask=rows < length)
     dq = tl.zeros((BLOCK_Q, D_PADDED), tl.float32)
     dq = query_gradient_tiles(
         dq, q, grad, lse_log2, delta, ends, k_base, v_base, k_stride_l, v_stride_l,
@@ -143,8 +165,13 @@ def block_causal_attention_dq_kernel(
         dq, q, grad, lse_log2, delta, ends, k_base, v_base, k_stride_l, v_stride_l,
         whole, last, scale_log2, BLOCK_K, D, D_PADDED, True,
     )  # fmt: skip
-    dq_base = dq_ptr + (b * length * heads + h) * D
-    store_tile(dq_base, start, heads * D, length, dq * softmax_scale, BLOCK_Q, D, D_PADDED)
+    dq *= softmax_scale
+    if scale_ptr is not None:
+        # Loaded again: kept, it would take registers all the way through the loop.
+        q = load_tile(q_base, start, q_stride_l, length, BLOCK_Q, D, D_PADDED, True).to(tl.float32)
+        dq, along = unit_gradient(dq * scale, q)
+        tl.store(statistics + 3 * length, along, mask=rows < length)
+    store_tile(dq_ptr + place, start, heads * D, length, dq, BLOCK_Q, D, D_PADDED)
 
 
 @triton.jit
@@ -167,6 +194,7 @@ def key_gradient_tiles(
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     MASKED: tl.constexpr,
+    QK_NORM: tl.constexpr,
 ):
     """dv += P^T grad and dk += dS^T q over the queries from ``first`` to ``last``."""
     for start in tl.range(first, last, BLOCK_Q):
@@ -178,12 +206,17 @@ def key_gradient_tiles(
         lse_log2 = tl.load(statistics + length + rows, mask=rows < length, other=float("inf"))
         # Transposed, (K, Q): the probabilities go into the next product as they are.
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+        if QK_NORM:
+            factor = tl.load(statistics + 2 * length + rows, mask=rows < length, other=0.0)
+            scores *= factor[None, :]
         probs = tl.exp2(scores * scale_log2 - lse_log2[None, :])
         if MASKED:
             probs = tl.where(rows[None, :] >= firsts[:, None], probs, 0.0)
         dv = tl.dot(probs.to(grad.dtype), grad, dv, input_precision="ieee")
         dprobs = tl.dot(v, tl.trans(grad), input_precision="ieee")
         dscores = probs * (dprobs - delta[None, :])
+        if QK_NORM:
+            dscores *= factor[None, :]
         dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
@@ -194,6 +227,7 @@ def block_causal_attention_dkv_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    raw_k_ptr,
     statistics_ptr,
     dk_ptr,
     dv_ptr,
@@ -209,6 +243,9 @@ def block_causal_attention_dkv_kernel(
     v_stride_b,
     v_stride_l,
     v_stride_h,
+    raw_k_stride_b,
+    raw_k_stride_l,
+    raw_k_stride_h,
     length,
     heads,
     softmax_scale,
@@ -222,7 +259,8 @@ def block_causal_attention_dkv_kernel(
 ):
     """dK and dV of one key tile of one head, from every query that sees one of its keys.
 
-    Early tiles are seen by most queries and start first.
+    Early tiles are seen by most queries and start first. With qk_norm (raw_k_ptr is not None) q is
+    near_q of dQ, k are unit vectors, and dK is the gradient of raw_k.
     """
     tiles = tl.cdiv(length, BLOCK_K)
     head = tl.program_id(0) // tiles
@@ -238,21 +276,27 @@ def block_causal_attention_dkv_kernel(
     q_base = q_ptr + b * q_stride_b + h * q_stride_h
     k_base = k_ptr + b * k_stride_b + h * k_stride_h
     v_base = v_ptr + b * v_stride_b + h * v_stride_h
-    statistics = statistics_ptr + (b * heads + h) * 2 * length
+    rows_of_statistics: tl.constexpr = 2 if raw_k_ptr is None else 4
+    statistics = statistics_ptr + (b * heads + h) * rows_of_statistics * length
     k = load_tile(k_base, start, k_stride_l, length, BLOCK_K, D, D_PADDED, True)
     v = load_tile(v_base, start, v_stride_l, length, BLOCK_K, D, D_PADDED, True)
     dk = tl.zeros((BLOCK_K, D_PADDED), tl.float32)
     dv = tl.zeros((BLOCK_K, D_PADDED), tl.float32)
     dk, dv = key_gradient_tiles(
         dk, dv, k, v, firsts, grad_base, q_base, statistics, grad_stride_l, q_stride_l,
-        whole, length, length, scale_log2, BLOCK_Q, D, D_PADDED, False,
+        whole, length, length, scale_log2, BLOCK_Q, D, D_PADDED, False, raw_k_ptr is not None,
     )  # fmt: skip
     dk, dv = key_gradient_tiles(
         dk, dv, k, v, firsts, grad_base, q_base, statistics, grad_stride_l, q_stride_l,
-        first, whole, length, scale_log2, BLOCK_Q, D, D_PADDED, True,
+        first, whole, length, scale_log2, BLOCK_Q, D, D_PADDED, True, raw_k_ptr is not None,
     )  # fmt: skip
     place = (b * length * heads + h) * D
-    store_tile(dk_ptr + place, start, heads * D, length, dk * softmax_scale, BLOCK_K, D, D_PADDED)
+    dk *= softmax_scale
+    if raw_k_ptr is not None:
+        raw_base = raw_k_ptr + b * raw_k_stride_b + h * raw_k_stride_h
+        raw_k = load_tile(raw_base, start, raw_k_stride_l, length, BLOCK_K, D, D_PADDED, True)
+        dk, _ = unit_gradient(dk, raw_k.to(tl.float32))
+    store_tile(dk_ptr + place, start, heads * D, length, dk, BLOCK_K, D, D_PADDED)
     store_tile(dv_ptr + place, start, heads * D, length, dv, BLOCK_K, D, D_PADDED)
 
 
@@ -275,29 +319,88 @@ def launch_block_causal_attention_backward(
     Returns:
         dq_BLHD, dk_BLHD, dv_BLHD: contiguous, q's dtype.
     """
+    dq_BLHD, dk_BLHD, dv_BLHD, _ = _launch(
+        grad_out_BLHD, q_BLHD, k_BLHD, v_BLHD, None, out_BLHD, lse_BHL, scale_lengths, softmax_scale
+    )
+    return dq_BLHD, dk_BLHD, dv_BLHD
+
+
+def launch_block_causal_attention_qk_norm_backward(
+    *,
+    grad_out_BLHD: torch.Tensor,
+    q_BLHD: torch.Tensor,
+    k_BLHD: torch.Tensor,
+    v_BLHD: torch.Tensor,
+    scale_mul_1H11: torch.Tensor,
+    out_BLHD: torch.Tensor,
+    lse_BHL: torch.Tensor,
+    scale_lengths: tuple[int, ...],
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same of queries and keys before qk_norm.
+
+    Returns:
+        dq_BLHD, dk_BLHD, dv_BLHD (contiguous, q's dtype), dscale_mul_1H11 (scale_mul's dtype).
+    """
+    dq_BLHD, dk_BLHD, dv_BLHD, shares_BHL = _launch(
+        grad_out_BLHD,
+        q_BLHD,
+        k_BLHD,
+        v_BLHD,
+        scale_mul_1H11,
+        out_BLHD,
+        lse_BHL,
+        scale_lengths,
+        softmax_scale,
+    )
+    sums_1H11 = shares_BHL.sum((0, 2)).view(1, -1, 1, 1)
+    sums_1H11 = sums_1H11.masked_fill(scale_mul_1H11.float() > MAX_LOG_SCALE.value, 0)
+    return dq_BLHD, dk_BLHD, dv_BLHD, sums_1H11.to(scale_mul_1H11.dtype)
+
+
+def _launch(
+    grad_out_BLHD: torch.Tensor,
+    q_BLHD: torch.Tensor,
+    k_BLHD: torch.Tensor,
+    v_BLHD: torch.Tensor,
+    scale_mul_1H11: torch.Tensor | None,
+    out_BLHD: torch.Tensor,
+    lse_BHL: torch.Tensor,
+    scale_lengths: tuple[int, ...],
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq_BLHD, dk_BLHD, dv_BLHD and, with scale_mul, every query's share in its gradient, BHL."""
     batch, length, heads, head_dim = q_BLHD.shape
     grad_out_BLHD, lse_BHL = last_contiguous(grad_out_BLHD), lse_BHL.contiguous()
     dq_BLHD, dk_BLHD, dv_BLHD = (
         torch.empty_like(q_BLHD, memory_format=torch.contiguous_format) for _ in range(3)
     )
+    qk_norm = scale_mul_1H11 is not None
+    statistics_BHSL = lse_BHL.new_empty((batch, heads, 4 if qk_norm else 2, length))
+    shares_BHL = statistics_BHSL[:, :, -1]
     if dq_BLHD.numel() == 0:
-        return dq_BLHD, dk_BLHD, dv_BLHD
-    statistics_BH2L = lse_BHL.new_empty((batch, heads, 2, length))
-    strides = [s for x in (grad_out_BLHD, q_BLHD, k_BLHD, v_BLHD) for s in x.stride()[:3]]
+        return dq_BLHD, dk_BLHD, dv_BLHD, shares_BHL
+    attended_q_BLHD, attended_k_BLHD = q_BLHD, k_BLHD
+    near_q_BLHD = raw_k_BLHD = None
+    if scale_mul_1H11 is not None:
+        scale_mul_1H11 = scale_mul_1H11.contiguous()
+        attended_k_BLHD, raw_k_BLHD = launch_unit_keys(k_BTHD=k_BLHD), k_BLHD
+        attended_q_BLHD = near_q_BLHD = torch.empty_like(dq_BLHD)
     scales = (softmax_scale, softmax_scale * log2(e))
 
     def launch_dq(config: Config) -> None:
         block_causal_attention_dq_kernel[(batch * heads * -(-length // config.block_q),)](
             grad_out_BLHD,
             q_BLHD,
-            k_BLHD,
+            attended_k_BLHD,
             v_BLHD,
             out_BLHD,
             lse_BHL,
-            statistics_BH2L,
+            scale_mul_1H11,
+            statistics_BHSL,
+            near_q_BLHD,
             dq_BLHD,
-            *strides,
-            *out_BLHD.stride()[:3],
+            *_strides(grad_out_BLHD, q_BLHD, attended_k_BLHD, v_BLHD, out_BLHD),
             length,
             heads,
             *scales,
@@ -309,13 +412,14 @@ def launch_block_causal_attention_backward(
     def launch_dkv(config: Config) -> None:
         block_causal_attention_dkv_kernel[(batch * heads * -(-length // config.block_k),)](
             grad_out_BLHD,
-            q_BLHD,
-            k_BLHD,
+            attended_q_BLHD,
+            attended_k_BLHD,
             v_BLHD,
-            statistics_BH2L,
+            raw_k_BLHD,
+            statistics_BHSL,
             dk_BLHD,
             dv_BLHD,
-            *strides,
+            *_strides(grad_out_BLHD, attended_q_BLHD, attended_k_BLHD, v_BLHD, k_BLHD),
             length,
             heads,
             *scales,
@@ -325,13 +429,17 @@ def launch_block_causal_attention_backward(
         )
 
     with on_device_of(q_BLHD):
-        # dQ first: it writes the statistics that the other reads.
+        # dQ first: it writes the statistics, and the queries, that the other reads.
         for table, kernel, launch in (
             (configs.DQ, block_causal_attention_dq_kernel, launch_dq),
             (configs.DKV, block_causal_attention_dkv_kernel, launch_dkv),
         ):
-            launch(chosen(table, kernel, q_BLHD, scale_lengths, launch))
-    return dq_BLHD, dk_BLHD, dv_BLHD
+            launch(chosen(table, kernel, q_BLHD, scale_lengths, qk_norm, launch))
+    return dq_BLHD, dk_BLHD, dv_BLHD, shares_BHL
+
+
+def _strides(*tensors_BLHD: torch.Tensor) -> list[int]:
+    return [stride for x in tensors_BLHD for stride in x.stride()[:3]]
 
 
 COMPILE_CASES = (

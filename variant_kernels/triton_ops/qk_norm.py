@@ -52,23 +52,28 @@ def qk_norm_forward_kernel(
     BLOCK_H: tl.constexpr,
     D_PADDED: tl.constexpr,
 ):
-    """q / max(|q|, 1e-12) * exp(min(scale, log 100)), k / max(|k|, 1e-12), for heads of a token."""
+    """q / max(|q|, 1e-12) * exp(min(scale, log 100)), k / max(|k|, 1e-12), for heads of a token.
+
+    Without queries, q_ptr, scale_ptr and q_out_ptr are None.
+    """
     tiles: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     place = (tl.program_id(0) // tiles).to(tl.int64)
     b, t = place // tokens, place % tokens
     h = tl.program_id(0) % tiles * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, D_PADDED)[None, :]
     inside = (h < H)[:, None] & (d < D)
-    q_rows = q_ptr + b * q_stride_b + t * q_stride_t + h * q_stride_h
     k_rows = k_ptr + b * k_stride_b + t * k_stride_t + h * k_stride_h
-    q = tl.load(q_rows[:, None] + d, mask=inside, other=0.0).to(tl.float32)
     k = tl.load(k_rows[:, None] + d, mask=inside, other=0.0).to(tl.float32)
-    scale = head_scale(tl.load(scale_ptr + h * scale_stride, mask=h < H, other=0.0).to(tl.float32))
-    unit_q, _, _ = unit(q)
-    unit_k, _, _ = unit(k)
     out = (place * H + h)[:, None] * D + d
-    element = q_out_ptr.dtype.element_ty
-    tl.store(q_out_ptr + out, (unit_q * scale[:, None]).to(element), mask=inside)
+    element = k_out_ptr.dtype.element_ty
+    if q_ptr is not None:
+        q_rows = q_ptr + b * q_stride_b + t * q_stride_t + h * q_stride_h
+        q = tl.load(q_rows[:, None] + d, mask=inside, other=0.0).to(tl.float32)
+        log_scale = tl.load(scale_ptr + h * scale_stride, mask=h < H, other=0.0)
+        scale = head_scale(log_scale.to(tl.float32))
+        unit_q, _, _ = unit(q)
+        tl.store(q_out_ptr + out, (unit_q * scale[:, None]).to(element), mask=inside)
+    unit_k, _, _ = unit(k)
     tl.store(k_out_ptr + out, unit_k.to(element), mask=inside)
 
 
@@ -175,30 +180,45 @@ def launch_qk_norm_forward(
     Returns:
         q_out_BTHD, k_out_BTHD: contiguous, the inputs' dtype.
     """
-    batch, tokens, heads, head_dim = q_BTHD.shape
     q_out_BTHD = torch.empty_like(q_BTHD, memory_format=torch.contiguous_format)
+    return q_out_BTHD, _launch_forward(q_BTHD, k_BTHD, scale_mul_1H11, q_out_BTHD)
+
+
+def launch_unit_keys(*, k_BTHD: torch.Tensor) -> torch.Tensor:
+    """k / max(|k|, 1e-12), as launch_qk_norm_forward's: contiguous, k's dtype."""
+    return _launch_forward(None, k_BTHD, None, None)
+
+
+def _launch_forward(
+    q_BTHD: torch.Tensor | None,
+    k_BTHD: torch.Tensor,
+    scale_mul_1H11: torch.Tensor | None,
+    q_out_BTHD: torch.Tensor | None,
+) -> torch.Tensor:
+    """Writes q_out_BTHD, if there are queries, and returns the keys."""
+    batch, tokens, heads, head_dim = k_BTHD.shape
     k_out_BTHD = torch.empty_like(k_BTHD, memory_format=torch.contiguous_format)
-    if q_BTHD.numel() == 0:
-        return q_out_BTHD, k_out_BTHD
+    if k_BTHD.numel() == 0:
+        return k_out_BTHD
     block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
-    with on_device_of(q_BTHD):
+    with on_device_of(k_BTHD):
         qk_norm_forward_kernel[(batch * tokens * -(-heads // block_h),)](
             q_BTHD,
             k_BTHD,
             scale_mul_1H11,
             q_out_BTHD,
             k_out_BTHD,
-            *q_BTHD.stride()[:3],
+            *(q_BTHD if q_BTHD is not None else k_BTHD).stride()[:3],
             *k_BTHD.stride()[:3],
-            scale_mul_1H11.stride(1),
+            scale_mul_1H11.stride(1) if scale_mul_1H11 is not None else 1,
             tokens,
             H=heads,
             D=head_dim,
             BLOCK_H=block_h,
             D_PADDED=d_padded,
-            num_warps=num_warps_for(block_h * d_padded, q_BTHD.device, HEADS_PER_THREAD),
+            num_warps=num_warps_for(block_h * d_padded, k_BTHD.device, HEADS_PER_THREAD),
         )
-    return q_out_BTHD, k_out_BTHD
+    return k_out_BTHD
 
 
 def launch_qk_norm_backward(
@@ -302,6 +322,17 @@ def _cases() -> Iterator[CompileCase]:
                     targets=targets,
                     label=f"H {heads}, D {head_dim}",
                 )
+                if not backward:
+                    queries = ("q_ptr", "scale_ptr", "q_out_ptr")
+                    yield CompileCase(
+                        kernel=kernel,
+                        arguments={n: t for n, t in arguments.items() if n not in queries},
+                        constants={"scale_stride": 1, **dict.fromkeys(queries)} | blocks,
+                        num_warps=num_warps,
+                        num_stages=1,
+                        targets=targets,
+                        label=f"H {heads}, D {head_dim}, keys",
+                    )
     yield CompileCase(
         kernel=qk_norm_sums_kernel,
         arguments={

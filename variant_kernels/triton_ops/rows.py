@@ -75,6 +75,12 @@ def accurate_exp(x):
     return tl.exp2(n) * tl.exp2(r * 1.4426950408889634)
 
 
+@triton.jit
+def power_of_two(x):
+    """The largest power of two up to x, for normal x > 0."""
+    return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
 # --- heads of a token ---------------------------------------------------------------------------
 
 # float32 of log 100, the largest logarithm of a head's scale.
