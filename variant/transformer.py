@@ -11,7 +11,7 @@ checkpoints: gate and gate, scale and scale, shift and shift of attention and of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import index
 from typing import Any, SupportsIndex, cast
 
@@ -26,16 +26,13 @@ from variant_kernels import (
     adaln_modulate,
     block_causal_attention,
     gated_residual_adaln,
-    qk_norm,
     select_layers,
 )
 from variant_kernels.depth import resolve_layers
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
 
 class SelfAttention(nn.Module):
-    """Multi-head attention; what a query sees is the business of ``attend``."""
+    """Multi-head attention over all scales of a sequence: a token sees its own and earlier ones."""
 
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
@@ -61,14 +58,17 @@ class SelfAttention(nn.Module):
         """(3C,): keys have no bias."""
         return torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
 
-    def forward(self, x_BLC: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x_BLC: Tensor, layout: ScaleLayout) -> Tensor:
         batch, length, width = x_BLC.shape
         qkv_BL3C = F.linear(x_BLC, self.mat_qkv.weight, self.qkv_bias())
         packed = qkv_BL3C.view(batch, length, 3, self.num_heads, self.head_dim)
-        q_BLHD, k_BLHD, v_BLHD = packed.unbind(2)
-        if self.attn_l2_norm:
-            q_BLHD, k_BLHD = qk_norm(q_BLHD, k_BLHD, self.scale_mul_1H11)
-        return self.proj(attend(q_BLHD, k_BLHD, v_BLHD).view(batch, length, width))
+        out_BLHD = block_causal_attention(
+            *packed.unbind(2),
+            layout,
+            scale_mul_1H11=self.scale_mul_1H11 if self.attn_l2_norm else None,
+            softmax_scale=self.softmax_scale,
+        )
+        return self.proj(out_BLHD.view(batch, length, width))
 
 
 class MLP(nn.Module):
@@ -107,11 +107,11 @@ class Block(nn.Module):
             rows_B6C = self.ada_lin(cond).view(cond.shape[0], 6, -1)
         return rows_B6C.to(_compute_dtype(rows_B6C))
 
-    def forward(self, x_BLC: Tensor, cond: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x_BLC: Tensor, cond: Tensor, layout: ScaleLayout) -> Tensor:
         gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(cond).unbind(1)
         gate1, gate2 = self._drop_branch(gate1), self._drop_branch(gate2)
         h_BLC = adaln_modulate(x_BLC, scale1, shift1, eps=self.norm_eps)
-        y_BLC = self.attn(h_BLC, attend)
+        y_BLC = self.attn(h_BLC, layout)
         x_BLC, h_BLC = gated_residual_adaln(x_BLC, y_BLC, gate1, scale2, shift2, eps=self.norm_eps)
         return x_BLC + gate2.unsqueeze(1) * self.ffn(h_BLC)
 
@@ -237,16 +237,10 @@ class VAR(nn.Module):
 
     def _run(self, block: Block, x_BLC: Tensor, cond: Tensor, layout: ScaleLayout) -> Tensor:
         """One block on the tokens of ``layout``; the others pass by unchanged."""
-
-        def attend(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
-            return block_causal_attention(
-                q_BLHD, k_BLHD, v_BLHD, layout, softmax_scale=block.attn.softmax_scale
-            )
-
         if layout.total == x_BLC.shape[1]:
-            return block(x_BLC, cond, attend)
+            return block(x_BLC, cond, layout)
         head_BLC, rest_BLC = x_BLC[:, : layout.total], x_BLC[:, layout.total :]
-        return torch.cat((block(head_BLC, cond, attend), rest_BLC), dim=1)
+        return torch.cat((block(head_BLC, cond, layout), rest_BLC), dim=1)
 
     def layers(self) -> list[Block]:
         """The blocks, typed."""

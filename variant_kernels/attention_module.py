@@ -127,7 +127,7 @@ class AttentionForward(nn.Module):
         if self.caching:
             out_BTHD = self._attend_cached(qkv_BT3HD, attn_bias)
         else:
-            out_BTHD = self._attend(*self._normed(qkv_BT3HD), attn_bias)
+            out_BTHD = self._attend(*qkv_BT3HD.unbind(2), attn_bias, self._scale_mul())
         return self.proj_drop(self.proj(out_BTHD.flatten(2)))
 
     # --- parts ----------------------------------------------------------------------------------
@@ -154,15 +154,27 @@ class AttentionForward(nn.Module):
         return self.attn_drop if self.training else 0.0
 
     def _attend(
-        self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, attn_bias: Tensor | None
+        self,
+        q_BTHD: Tensor,
+        k_BTHD: Tensor,
+        v_BTHD: Tensor,
+        attn_bias: Tensor | None,
+        scale_mul_1H11: Tensor | None = None,
     ) -> Tensor:
-        """Attention of T queries to as many keys, all at hand."""
+        """Attention of T queries to as many keys, all at hand; after qk_norm with a scale_mul."""
         if attn_bias is not None and self._dropout == 0:
             layout = block_causal_layout(attn_bias)
             if layout is not None and layout.total == q_BTHD.shape[1]:
                 return block_causal_attention(
-                    q_BTHD, k_BTHD, v_BTHD, layout, softmax_scale=self.scale
+                    q_BTHD,
+                    k_BTHD,
+                    v_BTHD,
+                    layout,
+                    scale_mul_1H11=scale_mul_1H11,
+                    softmax_scale=self.scale,
                 )
+        if scale_mul_1H11 is not None:
+            q_BTHD, k_BTHD = qk_norm(q_BTHD, k_BTHD, scale_mul_1H11)
         return self._torch_attention(q_BTHD, k_BTHD, v_BTHD, attn_bias)
 
     def _torch_attention(
