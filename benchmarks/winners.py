@@ -33,6 +33,8 @@ CLEAR = 0.03
 ASKED_FOR_ONLY = {"flashinfer": "plans on the host, which waits for the device"}
 # What a case was measured with, where its sizes do not say it: parts of names in the bench files.
 WITH_GRADIENT, OTHER_DRAW, PAGES_8_BITS = "-forward+backward", "-generator", "-kv8-"
+# Attention with qk_norm inside goes where the attention alone goes.
+WITH_QK_NORM = "-qk_norm-"
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def measured(result: Result) -> Iterator[Measured]:
             for backend, info in found.items()
             if backend in ops.tables()[op] and backend not in ASKED_FOR_ONLY
         }
-        if len(backends) < 2 or name.endswith(OTHER_DRAW):
+        if len(backends) < 2 or name.endswith(OTHER_DRAW) or WITH_QK_NORM in name:
             continue
         info = next(iter(backends.values()))
         kind = info["isa"] if device == "cpu" else info.get("kind")
