@@ -62,8 +62,11 @@ class SelfAttention(nn.Module):
         batch, length, width = x_BLC.shape
         qkv_BL3C = F.linear(x_BLC, self.mat_qkv.weight, self.qkv_bias())
         packed = qkv_BL3C.view(batch, length, 3, self.num_heads, self.head_dim)
+        q_BLHD, k_BLHD, v_BLHD = packed.unbind(2)
         out_BLHD = block_causal_attention(
-            *packed.unbind(2),
+            q_BLHD,
+            k_BLHD,
+            v_BLHD,
             layout,
             scale_mul_1H11=self.scale_mul_1H11 if self.attn_l2_norm else None,
             softmax_scale=self.softmax_scale,

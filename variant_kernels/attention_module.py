@@ -127,7 +127,8 @@ class AttentionForward(nn.Module):
         if self.caching:
             out_BTHD = self._attend_cached(qkv_BT3HD, attn_bias)
         else:
-            out_BTHD = self._attend(*qkv_BT3HD.unbind(2), attn_bias, self._scale_mul())
+            q_BTHD, k_BTHD, v_BTHD = qkv_BT3HD.unbind(2)
+            out_BTHD = self._attend(q_BTHD, k_BTHD, v_BTHD, attn_bias, self._scale_mul())
         return self.proj_drop(self.proj(out_BTHD.flatten(2)))
 
     # --- parts ----------------------------------------------------------------------------------

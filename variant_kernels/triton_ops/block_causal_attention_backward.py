@@ -138,7 +138,7 @@ def block_causal_attention_dq_kernel(
     # Rows past the end: a probability of exp2(-inf) = 0.
     lse = tl.load(lse_ptr + (b * heads + h) * length + rows, mask=rows < length, other=float("inf"))
     lse_log2 = lse * LOG2_E
-    rows_of_statistics: tl.constexpr = 2 if scale_ptr is None else 4
+    rows_of_statistics = 2 if scale_ptr is None else 4
     statistics = statistics_ptr + (b * heads + h) * rows_of_statistics * length + rows
     tl.store(statistics, delta, mask=rows < length)
     tl.store(statistics + length, lse_log2, mask=rows < length)
@@ -148,7 +148,7 @@ def block_causal_attention_dq_kernel(
     v_base = v_ptr + b * v_stride_b + h * v_stride_h
     place = (b * length * heads + h) * D
     q = load_tile(q_base, start, q_stride_l, length, BLOCK_Q, D, D_PADDED, True)
-    scale_log2 = tl.full((BLOCK_Q,), scale_log2, tl.float32)
+    scale_log2, scale = tl.full((BLOCK_Q,), scale_log2, tl.float32), 1.0
     if scale_ptr is not None:
         factor, scale = query_factors(q, scale_ptr, h)
         scale_log2 *= factor
@@ -206,6 +206,7 @@ def key_gradient_tiles(
         lse_log2 = tl.load(statistics + length + rows, mask=rows < length, other=float("inf"))
         # Transposed, (K, Q): the probabilities go into the next product as they are.
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+        factor = tl.full((BLOCK_Q,), 1.0, tl.float32)
         if QK_NORM:
             factor = tl.load(statistics + 2 * length + rows, mask=rows < length, other=0.0)
             scores *= factor[None, :]
@@ -276,7 +277,7 @@ def block_causal_attention_dkv_kernel(
     q_base = q_ptr + b * q_stride_b + h * q_stride_h
     k_base = k_ptr + b * k_stride_b + h * k_stride_h
     v_base = v_ptr + b * v_stride_b + h * v_stride_h
-    rows_of_statistics: tl.constexpr = 2 if raw_k_ptr is None else 4
+    rows_of_statistics = 2 if raw_k_ptr is None else 4
     statistics = statistics_ptr + (b * heads + h) * rows_of_statistics * length
     k = load_tile(k_base, start, k_stride_l, length, BLOCK_K, D, D_PADDED, True)
     v = load_tile(v_base, start, v_stride_l, length, BLOCK_K, D, D_PADDED, True)
