@@ -127,7 +127,14 @@ def parts(out: Path, var_repo: Path | None, hmar_repo: Path | None = None) -> li
             ),
             150,
         ),
-        timed("memory", 120, "--memory"),
+        Part(
+            "memory",
+            (
+                *(python, "-m", "benchmarks.largest_batch"),
+                *("--json", str(out / "memory.json"), *repo),
+            ),
+            150,
+        ),
         Part(
             "sanitizer",
             ("compute-sanitizer", "--error-exitcode=1", *pytest, "tests/gpu/test_small_cases.py"),

@@ -12,7 +12,7 @@ from variant.errors import UserError
 
 KERNELS, ENGINE = "variant-kernel-bench-1", "variant-engine-bench-1"
 DROPIN, TRAINING = "variant-dropin-1", "variant-training-step-1"
-KV8 = "variant-kv8-error-1"
+KV8, LARGEST = "variant-kv8-error-1", "variant-largest-batch-1"
 # Where a file of each kind comes from.
 KINDS = {
     KERNELS: "pytest benchmarks --benchmark-json",
@@ -20,6 +20,7 @@ KINDS = {
     DROPIN: "python -m benchmarks.dropin --json",
     TRAINING: "python -m benchmarks.training_step --json",
     KV8: "python -m benchmarks.kv8 --json",
+    LARGEST: "python -m benchmarks.largest_batch --json",
 }
 
 
@@ -103,7 +104,7 @@ def ratios(result: Result) -> Iterator[tuple[str, Ratio]]:
                 what = f"{where}: {row['contender']} against {data['peer']}"
                 yield what, Ratio(row[f"ratio to {data['peer']}"], *row["ratio_quartiles"])
         return
-    if result.kind == KV8:
+    if result.kind in (KV8, LARGEST):
         return  # no timing
     model = result.data["model"]
     for row in result.data["rows"]:

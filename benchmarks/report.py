@@ -15,7 +15,17 @@ from typing import Any
 import tyro
 
 from benchmarks.plots import draw, groups
-from benchmarks.reading import DROPIN, ENGINE, KERNELS, KV8, TRAINING, Result, read_all
+from benchmarks.reading import (
+    DROPIN,
+    ENGINE,
+    KERNELS,
+    KV8,
+    LARGEST,
+    TRAINING,
+    Result,
+    read_all,
+)
+from variant.bench.engine_bench import switch_line
 from variant.checkpoint import replacing
 from variant.errors import UserError
 
@@ -157,6 +167,8 @@ def _engine(data: dict[str, Any]) -> list[str]:
             f"{found['spread']:.3g}.",
             "",
         ]
+    for found in data.get("switch", []):  # files of before it was measured have none
+        lines += [f"Switch {switch_line(found)}.", ""]
     if data["memory"]:
         cells = [
             [one["who"], str(one["batch"]), str(one["depth"]), f"{one['peak'] / 2**20:,.0f} MiB",
@@ -271,8 +283,29 @@ def _kv8(data: dict[str, Any]) -> list[str]:
     ]
 
 
+def _largest(data: dict[str, Any]) -> list[str]:
+    cells = [
+        [row["who"], str(row["depth"]), f"{row['image_bytes'] / 2**20:,.1f} MiB",
+         str(row["largest"]), str(row["by_line"])]
+        for row in data["rows"]
+    ]  # fmt: skip
+    return [
+        f"{data['model']}: the largest batch that ran in {data['limit_bytes'] / 2**30:g} GiB, and "
+        "where a line through two small ones reaches them.",
+        "",
+        *table(["who", "depth", "an image", "largest batch", "by the line"], cells),
+    ]
+
+
 # What shows each kind, and the name by which its pictures are drawn.
-PARTS = {ENGINE: _engine, KERNELS: _kernels, DROPIN: _dropin, TRAINING: _training, KV8: _kv8}
+PARTS = {
+    ENGINE: _engine,
+    KERNELS: _kernels,
+    DROPIN: _dropin,
+    TRAINING: _training,
+    KV8: _kv8,
+    LARGEST: _largest,
+}
 PICTURES = {ENGINE: "engine", KERNELS: "kernels"}
 
 

@@ -174,6 +174,9 @@ def test_rows_compare_ours_with_a_loop_that_draws_the_same():
     assert full["ceiling"] == 1 < shallow["ceiling"]
     assert found["decoder"][0]["against"][0]["peer"] == "plain modules float32"
     assert found["logits"] == []
+    (switch,) = found["switch"]
+    assert (switch["depth"], switch["to"], len(switch["samples"])) == (4, 2, 2)
+    assert switch["generation_ms"] > 0
     assert len(ticks) == 8 * 3 + 3 * 3
 
 
@@ -187,7 +190,7 @@ def test_the_command_prints_the_table_and_writes_everything(tmp_path, capsys):
     assert (code, printed.err) == (0, "")
     for text in (
         *("beyond", "ceiling", "equal", "plain loop bfloat16", "GFLOP/s", f"wrote {out}"),
-        "8-bit K/V beside exact ones (bfloat16)",
+        *("8-bit K/V beside exact ones (bfloat16)", "switch from depth 4 to 2, bfloat16, batch 1"),
     ):
         assert text in printed.out, text
     result = json.loads(out.read_text())

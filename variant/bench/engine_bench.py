@@ -125,6 +125,24 @@ class Row:
 
 
 @dataclass
+class Switch:
+    """What another depth costs the next image, milliseconds for the whole batch.
+
+    ms: a generation at depth ``to`` right after one at ``depth``, less the next at ``to``.
+    generation_ms: the latter.
+    """
+
+    depth: int
+    to: int
+    batch: int
+    dtype: str
+    ms: float
+    quartiles: tuple[float, float]
+    samples: list[float] = field(repr=False)
+    generation_ms: float = 0.0
+
+
+@dataclass
 class LogitsDifference:
     """Last scale's logits for one peer's own tokens, against that peer or against ours in float32.
 
@@ -322,6 +340,30 @@ class Contest:
         with device.autocast(self.device, autocast):
             return self.vae.decode_features(f_hat)
 
+    def switch(self) -> list[Switch]:
+        """From full depth to the shallowest, both met before; nothing without a shallower one."""
+        full, shallow = self.var.config.depth, min(self.setting.depths)
+        if shallow == full:
+            return []
+        apart, second = [], []
+        for _ in range(self.setting.runs):
+            self.ours(full)
+            first, again = 1000 * self.ours(shallow), 1000 * self.ours(shallow)
+            apart.append(first - again)
+            second.append(again)
+        return [
+            Switch(
+                depth=full,
+                to=shallow,
+                batch=self.setting.batch,
+                dtype=dtype_name(self.setting.dtype),
+                ms=statistics.median(apart),
+                quartiles=quartiles(apart),
+                samples=apart,
+                generation_ms=statistics.median(second),
+            )
+        ]
+
     # --- the whole ------------------------------------------------------------------------------
 
     def run(self, tick: Callable[[str], None]) -> list[Row]:
@@ -429,7 +471,7 @@ def count_samples(setting: Setting, full_depth: int, device: str = "cpu") -> int
 def measure(
     var: VAR, vae: VQVAE, setting: Setting, tick: Callable[[str], None] = lambda name: None
 ) -> dict[str, Any]:
-    """Rows, logits and the decoder of one setting, as plain values.
+    """Rows, logits, the decoder and the switch of depths of one setting, as plain values.
 
     Raises:
         UserError: the original code does not fit this model.
@@ -444,4 +486,14 @@ def measure(
                 for found in contest.logits()
             ],
             "decoder": [contest.decoder(tick)] if setting.decoder else [],
+            "switch": [asdict(found) for found in contest.switch()],
         }
+
+
+def switch_line(found: Mapping[str, Any]) -> str:
+    """A :class:`Switch` for the reader."""
+    low, high = found["quartiles"]
+    return (
+        f"from depth {found['depth']} to {found['to']}, {found['dtype']}, batch {found['batch']}: "
+        f"{found['ms']:+.2f} ms ({low:+.2f} to {high:+.2f}) of {found['generation_ms']:,.1f}"
+    )

@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 from variant.bench import original
 from variant.bench.device import peer_settings
-from variant.bench.engine_bench import Setting, count_samples, measure
+from variant.bench.engine_bench import Setting, count_samples, measure, switch_line
 from variant.bench.environment import environment
 from variant.bench.limits import drift, measure_limits
 from variant.bench.memory import Job, peak
@@ -76,6 +76,7 @@ def bench(command: Bench) -> None:
         "rows": [],
         "logits": [],
         "decoder": [],
+        "switch": [],
         "memory": [],
     }
     start = measure_limits(command.device)
@@ -85,7 +86,7 @@ def bench(command: Bench) -> None:
     ) as tick:
         for setting in settings:
             found = measure(var, vae, setting, tick)
-            for part in ("rows", "logits", "decoder"):
+            for part in ("rows", "logits", "decoder", "switch"):
                 result[part] += found[part]
             if command.memory:
                 result["memory"] += _memory(command, var, setting, result["memory"], tick)
@@ -217,6 +218,8 @@ def _print(result: dict[str, Any]) -> None:
             f"decoder, {found['dtype']}, batch {found['batch']}: "
             f"{found['ms']['median']:,.1f} ms per image ({against})"
         )
+    for found in result["switch"]:
+        out.print(f"switch {switch_line(found)}")
     if result["memory"]:
         sizes = table("Peak memory of a process that does one generation", "who", "batch",
                       "depth", "peak", "of it with the model loaded")  # fmt: skip
