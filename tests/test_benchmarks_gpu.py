@@ -41,6 +41,14 @@ def test_a_part_sees_the_variables_that_it_asks_for_and_the_summary_shows_them(t
     assert outcome.command.startswith("VARIANT_TEST_DEVICE=cuda python -c ")
 
 
+def test_a_part_keeps_the_python_path_that_it_was_started_with(tmp_path, monkeypatch):
+    (tmp_path / "only_here.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    part = Part("path", python("import only_here, benchmarks.gpu"), 20)
+    (outcome,) = run([part], tmp_path, budget=100)
+    assert outcome.status == "ok"
+
+
 def test_a_spent_budget_leaves_the_rest_out_and_says_so(tmp_path):
     (outcome,) = run([Part("late", python("pass"), 20)], tmp_path, budget=1)
     assert outcome.status == "left out: the budget is spent"

@@ -9,7 +9,7 @@ from golden_models import NAMES, golden_models
 from variant.engine import Engine
 from variant_kernels import CachePlan, available_backends
 
-BACKENDS = tuple(name for name in ("reference", "triton") if name in available_backends())
+BACKENDS = tuple(name for name in ("reference", "triton", "cuda") if name in available_backends())
 needs_kernels = pytest.mark.skipif(
     BACKENDS == ("reference",),
     reason="no GPU kernels: plain torch is not captured",

@@ -103,7 +103,8 @@ def agree(var: VAR, vae: VQVAE, labels_B: Tensor, schedule: DepthSchedule) -> bo
 
     Guards the peer itself: a plain loop that computes something else is no baseline.
     """
-    result = generate(var, vae, labels_B, schedule, cfg=0.0, top_k=1, generator=torch.Generator())
+    generator = torch.Generator(labels_B.device)
+    result = generate(var, vae, labels_B, schedule, cfg=0.0, top_k=1, generator=generator)
     with torch.inference_mode(), use_backend("reference"):
         logits = var(labels_B, vae.teacher_input(result.tokens), schedule)
     return torch.equal(logits.argmax(-1), result.tokens)
