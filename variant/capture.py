@@ -7,6 +7,7 @@ filters) and replayed with new labels, image ids, seed and guidance, which are t
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from variant_kernels import exclusive
 
 Tensors = tuple[Tensor, ...]
 
@@ -42,6 +45,23 @@ class Recorder(Protocol):
         """Inside, work is queued behind that of the last turn, whatever stream it was on."""
         ...
 
+    def forget(self) -> None:
+        """No recording is left: give back the memory that they shared."""
+        ...
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """A graph that the garbage collector destroys meanwhile would end a capture."""
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
 
 class GraphRecorder:
     """CUDA graphs that share one memory pool: they never run at once, so tensors may overlap."""
@@ -49,6 +69,9 @@ class GraphRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        # Its own, and one for all: torch's belongs to the device that captured first, and
+        # libraries keep a workspace for every stream that they meet.
+        self._stream = torch.cuda.Stream(device)
         self._last: torch.cuda.Event | None = None
 
     @contextmanager
@@ -66,18 +89,29 @@ class GraphRecorder:
         with torch.cuda.device(self._device):
             # Once as it is: libraries allocate workspaces, kernels are compiled and tuned, and its
             # result is the first caller's. On a stream of its own, as capture demands.
-            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
                 first = function()
-            current.wait_stream(side)
+            current.wait_stream(self._stream)
             for tensor in first:
                 tensor.record_stream(current)
             graph = torch.cuda.CUDAGraph()
             # Other threads may go on allocating: by default that would end the capture.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            recording = torch.cuda.graph(
+                graph,
+                pool=self._pool,
+                stream=self._stream,
+                capture_error_mode="thread_local",
+            )
+            with exclusive.DEVICE, _without_collections(), recording:
                 outputs = function()
         return Recording(graph.replay, outputs, first)
+
+    def forget(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 class Captures:
@@ -111,7 +145,7 @@ class Captures:
                 # could not be written to by a later call outside it.
                 with torch.inference_mode(False), torch.no_grad():
                     static = tuple(tensor.clone() for tensor in inputs)
-                    recording = self._recorder.record(lambda: function(*static))
+                    recording = self._record(lambda: function(*static))
                 # The function is kept, and with it all that the recorded work still reads; the
                 # first result is the caller's alone.
                 self._recorded[key] = static, replace(recording, first=()), function
@@ -124,3 +158,15 @@ class Captures:
             recording.replay()
             # The next replay, of this recording or another, writes where these lie.
             return tuple(tensor.clone() for tensor in recording.outputs)
+
+    def _record(self, function: Callable[[], Tensors]) -> Recording:
+        try:
+            return self._recorder.record(function)
+        except torch.OutOfMemoryError:
+            if not self._recorded:
+                raise
+        # Out here nothing holds what it had made. What earlier recordings share is no other's to
+        # use, however idle: they make room, and are recorded again when they are wanted.
+        self._recorded.clear()
+        self._recorder.forget()
+        return self._recorder.record(function)

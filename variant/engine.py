@@ -470,7 +470,8 @@ class Engine:
     def _clock(self) -> float:
         """Seconds; work queued on a GPU counts as done only when it is."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            # Not for the device: while another thread captures, that is an error.
+            torch.cuda.current_stream(self.device).synchronize()
         return time.perf_counter()
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """Block sizes are timed once, kept across processes, and never timed where that is not allowed."""
 
+import ast
 import json
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
+from variant_kernels import exclusive
 from variant_kernels.triton_ops import tuning
 from variant_kernels.triton_ops.tuning import Config
 
@@ -116,13 +119,36 @@ def test_a_device_too_small_for_every_config_is_named(timed):
         tuning.best(KERNEL, (CONFIGS[0], CONFIGS[0]), (), timed.append, CPU)
 
 
-def test_without_memory_to_time_with_the_first_serves_and_the_choice_is_left_open(
-    timed, monkeypatch
-):
+def test_without_memory_to_time_with_the_first_serves_this_process(timed, monkeypatch):
+    asked = []
+
     def stopwatch(function, **options):
+        asked.append(function)
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as full:
         full.setattr(tuning.triton.testing, "do_bench", stopwatch)
-        assert choose(timed) is CONFIGS[0]
+        assert [choose(timed) for _ in range(3)] == [CONFIGS[0]] * 3
+    assert len(asked) == 1
+    tuning.forget()
     assert choose(timed) is CONFIGS[1]
+
+
+def test_nothing_is_timed_while_another_thread_captures_or_times(timed):
+    with exclusive.DEVICE:
+        assert choose(timed) is CONFIGS[0]
+    assert not timed
+    assert choose(timed) is CONFIGS[1]
+    assert not exclusive.DEVICE.locked()
+
+
+def test_a_config_that_does_not_compile_costs_no_other(timed, monkeypatch):
+    def stopwatch(function, **options):
+        function()
+        if timed[-1] is CONFIGS[1]:
+            raise CompilationError("", ast.parse("x").body[0], "no such layout")
+        return float(timed[-1].block_q)
+
+    monkeypatch.setattr(tuning.triton.testing, "do_bench", stopwatch)
+    assert choose(timed) is CONFIGS[0]
+    assert len(timed) == 3

@@ -1,14 +1,17 @@
 """Captured generations on the CPU: a double records the call and repeats it as a graph would."""
 
+import gc
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from small_models import small_model
 
-from variant.capture import Captures, Recording
+from variant.capture import Captures, GraphRecorder, Recording
 from variant.engine import Engine
+from variant_kernels import exclusive
 
 
 class Repeater:
@@ -20,6 +23,7 @@ class Repeater:
     def __init__(self):
         self.recorded = 0
         self.turns = 0
+        self.forgotten = 0
 
     @contextmanager
     def turn(self):
@@ -36,6 +40,9 @@ class Repeater:
                 output.copy_(result)
 
         return Recording(replay, outputs, first)
+
+    def forget(self):
+        self.forgotten += 1
 
 
 @pytest.fixture
@@ -165,6 +172,69 @@ def test_a_failed_recording_leaves_nothing_behind():
     with pytest.raises(RuntimeError, match="no"):
         captures.run("key", lambda x: (x,), torch.zeros(1))
     assert len(captures) == 0
+
+
+def test_recordings_make_room_for_one_that_finds_no_memory():
+    class Tight(Repeater):
+        """Holds one recording."""
+
+        def record(self, function):
+            if self.recorded > self.forgotten:
+                raise torch.OutOfMemoryError
+            return super().record(function)
+
+    recorder = Tight()
+    captures = Captures(recorder)
+    inputs = torch.arange(3.0)
+    for key, times in (("a", 2), ("b", 3), ("b", 3), ("a", 2)):
+        (found,) = captures.run(key, lambda x, times=times: (times * x,), inputs)
+        assert torch.equal(found, times * inputs)
+    assert len(captures) == 1
+    assert (recorder.recorded, recorder.forgotten) == (3, 2)
+
+
+def test_one_that_finds_no_memory_alone_says_so():
+    class Full(Repeater):
+        def record(self, function):
+            raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Captures(Full()).run("key", lambda x: (x,), torch.zeros(1))
+
+
+def test_a_graph_is_captured_on_the_warm_up_stream_alone_and_uncollected(monkeypatch):
+    """Against a double of torch.cuda: what the capture must not meet."""
+    seen = []
+
+    class Cuda(MagicMock):
+        def graph(self, graph, *, pool, stream, capture_error_mode):
+            seen.append(("capture", stream, pool, capture_error_mode))
+            return nullcontext()
+
+        def stream(self, stream):
+            seen.append(("warm up", stream))
+            return nullcontext()
+
+    cuda = Cuda()
+    monkeypatch.setattr("variant.capture.torch.cuda", cuda)
+    recorder = GraphRecorder(torch.device("cuda", 1))
+
+    def function():
+        seen.append(("run", gc.isenabled(), exclusive.DEVICE.locked()))
+        return (MagicMock(),)
+
+    recording = recorder.record(function)
+    stream, pool = cuda.Stream.return_value, cuda.graph_pool_handle.return_value
+    assert seen == [
+        ("warm up", stream),
+        ("run", True, False),
+        ("capture", stream, pool, "thread_local"),
+        ("run", False, True),
+    ]
+    cuda.Stream.assert_called_once_with(torch.device("cuda", 1))
+    recording.first[0].record_stream.assert_called_once()
+    assert gc.isenabled()
+    assert not exclusive.DEVICE.locked()
 
 
 def test_undecoded_tokens_can_be_decoded_later():

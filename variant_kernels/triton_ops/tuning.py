@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 import triton
+from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from variant_kernels import exclusive
 from variant_kernels.backends import triton_interprets
 
 WARM_UP_MS, REPEAT_MS = 10, 40
@@ -58,8 +60,9 @@ def best(
 ) -> Config:
     """The fastest of ``configs``; the first where nothing may be or need be timed.
 
-    While a CUDA graph is captured, or no memory is left to time with, an earlier winner or the
-    first is taken, and the choice is left open.
+    While a CUDA graph is captured or another thread times, an earlier winner or the first is taken,
+    and the choice is left open. Where no memory is left to time with, the first serves for the
+    rest of the process.
 
     Args:
         kernel: the Triton kernel; its source is part of the key on disk.
@@ -73,12 +76,17 @@ def best(
     place = (kernel, device, key)
     winner = _winners.get(place)
     if winner is None:
-        if not _may_time(device):
+        if not _may_time(device) or not exclusive.DEVICE.acquire(blocking=False):
             return configs[0]
         try:
-            winner = _winners[place] = _kept_or_timed(kernel, configs, key, launch, device)
-        except torch.OutOfMemoryError:  # the stopwatch wants 256 MB: another call may find them
-            return configs[0]
+            winner = _kept_or_timed(kernel, configs, key, launch, device)
+        except torch.OutOfMemoryError:
+            # The stopwatch wants 256 MB. To ask again at every call would, in a training that fills
+            # the GPU, make torch give back all that it keeps, each time.
+            winner = configs[0]
+        finally:
+            exclusive.DEVICE.release()
+        _winners[place] = winner
     return winner
 
 
@@ -138,7 +146,7 @@ def _timed(
                 rep=REPEAT_MS,
                 return_mode="median",
             )
-        except (OutOfResources, PTXASError):  # too large for this GPU
+        except (OutOfResources, PTXASError, CompilationError):  # not for this GPU
             milliseconds = None
         times.append(milliseconds)
     fits = [(t, index) for index, t in enumerate(times) if t is not None]
