@@ -152,6 +152,7 @@ def run(
             min_seconds=1e-4 if quick else 5e-4,
             every=every,
             device=device,
+            launches=device == "cpu",
         )
     return samples, wrong
 

@@ -211,6 +211,24 @@ class PackedDecoder:
         return torch.cat(images)
 
 
+class CastDecoder:
+    """A copy of the VQ-VAE's decoder in ``dtype``; channels last, as a GPU's convolutions want."""
+
+    def __init__(self, vae: VQVAE, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        layers = deepcopy(nn.Sequential(vae.post_quant_conv, vae.decoder)).requires_grad_(False)
+        self.layers = layers.to(dtype).eval()
+        for weight in self.layers.parameters():
+            if weight.ndim == 4:
+                weight.data = weight.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def __call__(self, f_hat_BCHW: Tensor) -> Tensor:
+        """(B, C, H, W) float32 to images (B, I, Y, X) float32 in [0, 1]."""
+        x = f_hat_BCHW.to(self.dtype, memory_format=torch.channels_last)
+        return unit_range(self.layers(x).float()).contiguous()
+
+
 def _pack(module: nn.Module, staging: Staging) -> nn.Module:
     """``module`` with every layer below it in the staging's dtype, convolutions packed."""
     if isinstance(module, Upsample):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from variant.packing import Linear, PackedDecoder, Staging
+from variant.packing import CastDecoder, Linear, PackedDecoder, Staging
 from variant.transformer import VAR, Block, projection
 from variant.vqvae import VQVAE
 
@@ -62,16 +62,33 @@ class EngineWeights:
         self.word_embed = _linear(var.word_embed, torch.float32, False, None)
         self.modulations = Modulations(var, dtype, self.packed, staging)
         self._vae, self._dtype = vae, dtype
-        self._decoder: PackedDecoder | None = None
+        self._decoder: PackedDecoder | CastDecoder | None = None
 
     @torch.no_grad()
     def decode(self, f_hat_BCHW: Tensor) -> Tensor:
         """Images (B, I, Y, X) float32 in [0, 1]."""
-        if not self.packed:
+        own = self._vae.post_quant_conv.weight
+        cast = on_gpu(own) and self._dtype not in (own.dtype, torch.float32)
+        if not self.packed and not cast:
             return self._vae.decode_features(f_hat_BCHW).float()
-        if self._decoder is None:  # packed when first needed: not every caller decodes
-            self._decoder = PackedDecoder(self._vae, self._dtype)
+        if self._decoder is None:  # made when first needed: not every caller decodes
+            kind = PackedDecoder if self.packed else CastDecoder
+            self._decoder = kind(self._vae, self._dtype)
         return self._decoder(f_hat_BCHW)
+
+
+def on_gpu(weight: Tensor) -> bool:
+    """Whether a model lies on a GPU."""
+    return weight.device.type != "cpu"
+
+
+def casts_modulations(var: VAR, dtype: torch.dtype, packed: bool) -> bool:
+    """Whether the engine has adaLN projections in its own dtype.
+
+    On a GPU always: reading them, a third of the model, is what they cost.
+    """
+    own = var.head.weight
+    return (packed or on_gpu(own)) and dtype != own.dtype and not var.config.shared_aln
 
 
 def _linear(
@@ -89,16 +106,17 @@ class Modulations:
     """Every layer's six modulation rows and the head's two.
 
     They depend on the class alone, so they are computed once per image and not once per scale.
-    In 16 bits the projections are packed as all other weights are; in the weights' own dtype the
-    modules serve: read once per image, their weights (a third of the model) are not worth a copy.
+    In 16 bits the projections are cast, and on a CPU packed, as all other weights are; in the
+    weights' own dtype the modules serve: read once per image, their weights (a third of the model)
+    are not worth a copy.
     """
 
     def __init__(self, var: VAR, dtype: torch.dtype, packed: bool, staging: Staging) -> None:
         self._var, self._dtype = var, dtype
         self._linears: list[Linear] = []
-        if packed and dtype != var.head.weight.dtype and not var.config.shared_aln:
+        if casts_modulations(var, dtype, packed):
             modules = [*(block.ada_lin for block in var.layers()), var.head_nm.ada_lin]
-            self._linears = [_linear(projection(m), dtype, True, staging) for m in modules]
+            self._linears = [_linear(projection(m), dtype, packed, staging) for m in modules]
 
     def __call__(self, cond_RC: Tensor) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
         """Per layer its rows, and the head's, each (R, C) in the engine's dtype."""

@@ -60,6 +60,18 @@ def test_16_bit_logits_are_as_near_as_autocast(name, backend, dtype):
         assert error.abs().max() <= 2 * allowed.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_images_are_as_near_as_autocast(dtype):
+    golden, engine = engine_of("plain", dtype=dtype)
+    _, exact = engine_of("plain")
+    tokens = golden.tensors["greedy_tokens_full"]
+    expected = exact.decode(tokens)
+    with torch.autocast("cuda", dtype):
+        autocast = exact.decode(tokens)
+    error, allowed = (x - expected for x in (engine.decode(tokens), autocast))
+    assert error.square().mean().sqrt() <= 2 * allowed.square().mean().sqrt()
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_graphs_give_the_eager_tokens(dtype):

@@ -11,7 +11,7 @@ from test_capture import Repeater
 from variant import transformer
 from variant.engine import Engine
 from variant.steps import Kernels
-from variant_kernels import CachePlan, use_backend
+from variant_kernels import CachePlan, qk_norm, use_backend
 from variant_kernels.kv_quantization import dequantize_kv, quantize_kv
 
 BACKENDS = ("reference", "cpu")
@@ -80,7 +80,9 @@ def test_logits_are_those_of_plain_torch_with_rounded_keys_and_values(name, back
     label, tokens = golden.tensors["label"], golden.tensors["tokens_in"]
     attention = transformer.block_causal_attention
 
-    def rounded(q, k, v, *rest, **options):
+    def rounded(q, k, v, *rest, scale_mul_1H11, **options):
+        if scale_mul_1H11 is not None:
+            q, k = qk_norm(q, k, scale_mul_1H11)
         k, v = (dequantize_kv(*quantize_kv(x), x.dtype) for x in (k, v))
         return attention(q, k, v, *rest, **options)
 

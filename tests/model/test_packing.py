@@ -9,7 +9,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from variant.engine import Engine
-from variant.packing import Linear, MergedUpsample, PackedConv2d, PackedDecoder, Staging
+from variant.packing import (
+    CastDecoder,
+    Linear,
+    MergedUpsample,
+    PackedConv2d,
+    PackedDecoder,
+    Staging,
+)
 from variant.vqvae import Upsample
 from variant_kernels.packed_linear import can_pack
 
@@ -130,3 +137,18 @@ def test_the_mlp_in_parts_is_the_mlp(monkeypatch):
     monkeypatch.setattr("variant.weights.MLP_ROWS", 4)
     parts = Engine(model.var, model.vae).forced_logits([1, 2, 3], torch.zeros(3, 14).long())
     torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-5)
+
+
+def test_a_cast_decoder_is_as_near_as_the_model_in_that_dtype():
+    model = small_model()
+    f_hat = torch.randn(2, model.vae.config.z_channels, 3, 3)
+    before = copy.deepcopy(model.vae.state_dict())
+    exact = copy.deepcopy(model.vae).double().decode_features(f_hat.double())
+    plain = copy.deepcopy(model.vae).bfloat16().decode_features(f_hat.bfloat16())
+    ours = CastDecoder(model.vae, torch.bfloat16)(f_hat)
+    assert ours.dtype == torch.float32
+    assert ours.is_contiguous()
+    allowed = 2 * (plain.double() - exact).abs().max() + torch.finfo(torch.bfloat16).eps
+    assert (ours.double() - exact).abs().max() <= allowed
+    after = model.vae.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)  # a copy was cast

@@ -18,6 +18,8 @@ Call = Callable[[], Any]
 
 # A call that takes this long needs no second warm-up.
 LONG_SECONDS = 1.0
+# Keeps a GPU busy for about 5 ms, in which Python launches so many short calls.
+HEAD_START_CYCLES, HEAD_START_CALLS = 10**7, 100
 
 
 class Took(float):
@@ -75,6 +77,7 @@ def alternate(
     every: Callable[[str, float], int] = lambda name, seconds: 1,
     device: str = "cpu",
     tick: Callable[[str], None] = lambda name: None,
+    launches: bool = True,
 ) -> dict[str, Samples]:
     """Time each call once per round; each round begins with another one.
 
@@ -87,17 +90,24 @@ def alternate(
             the first always.
         device: "cuda" times by events between synchronisations.
         tick: told the name after every sample; rounds + 1 times where each round times a call.
+        launches: whether what Python takes to launch work on a GPU counts. Where a recorded graph
+            will launch it, it does not: the GPU gets other work while its queue is filled.
     """
+
+    def sample(call: Call, iterations: int) -> float:
+        return _sample(call, iterations, device, launches)
+
     found: dict[str, Samples] = {}
     step: dict[str, int] = {}
     for name, call in calls.items():
-        once = _sample(call, 1, device)
+        once = sample(call, 1)
         if once < LONG_SECONDS:
-            once = _sample(call, 1, device)
+            once = sample(call, 1)
         tick(name)
         if once < min_seconds:  # a first guess from one call is rough: refine it with several
-            once = _sample(call, max(1, int(0.2 * min_seconds / max(once, 1e-7))), device)
-        found[name] = Samples(max(1, math.ceil(min_seconds / max(once, 1e-7))))
+            once = sample(call, max(1, int(0.2 * min_seconds / max(once, 1e-7))))
+        iterations = max(1, math.ceil(min_seconds / max(once, 1e-7)))
+        found[name] = Samples(iterations if launches else min(iterations, HEAD_START_CALLS))
         step[name] = max(1, every(name, once))
     names = list(calls)
     for number in range(rounds):
@@ -105,16 +115,18 @@ def alternate(
         for name in names[first:] + names[:first]:
             if number % step[name] == 0:
                 samples = found[name]
-                samples.by_round[number] = _sample(calls[name], samples.iterations, device)
+                samples.by_round[number] = sample(calls[name], samples.iterations)
                 tick(name)
     return found
 
 
-def _sample(call: Call, iterations: int, device: str) -> float:
+def _sample(call: Call, iterations: int, device: str, launches: bool) -> float:
     """Seconds per call over some calls."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        if not launches:
+            torch.cuda._sleep(HEAD_START_CYCLES)
         start.record()
         told = [call() for _ in range(iterations)]
         end.record()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from variant import packing
 from variant.bench.work import Linear, linears
 from variant.transformer import VAR, projection
-from variant.weights import MLP_ROWS
+from variant.weights import MLP_ROWS, casts_modulations, on_gpu
 from variant_kernels import DepthSchedule
 from variant_kernels.packed_linear import can_pack
 
@@ -30,10 +30,23 @@ class GemmsAlone:
         self.packed = can_pack(var.head.weight.device, dtype)
         self._products: dict[tuple[int, str], Product] = {}
         self._inputs: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        self._graphs: dict[tuple[tuple[int, ...], ...], torch.cuda.CUDAGraph] = {}
 
     @torch.inference_mode()
     def run(self, schedule: DepthSchedule) -> None:
-        """All products once."""
+        """All products once; on a GPU as one graph, since the engine launches none from Python."""
+        if not on_gpu(self.var.head.weight):
+            self._launch(schedule)
+            return
+        if schedule.layers not in self._graphs:
+            self._launch(schedule)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._launch(schedule)
+            self._graphs[schedule.layers] = graph
+        self._graphs[schedule.layers].replay()
+
+    def _launch(self, schedule: DepthSchedule) -> None:
         for linear in linears(self.var.config, schedule, self.batch):
             product, given = self._product(linear), self._input(linear)
             # On a CPU the engine's MLP works on parts that stay in the cache.
@@ -55,8 +68,8 @@ class GemmsAlone:
         if linear.name == "word_embed":
             return torch.float32, False
         if linear.name in ("ada_lin", "head_nm", "shared_ada_lin"):
-            cast = self.packed and self.dtype != own and not self.var.config.shared_aln
-            return (self.dtype, True) if cast else (own, False)
+            cast = casts_modulations(self.var, self.dtype, self.packed)
+            return (self.dtype, self.packed) if cast else (own, False)
         return self.dtype, self.packed
 
     def _product(self, linear: Linear) -> Product:
