@@ -282,7 +282,9 @@ class Engine:
             bridge: first scales that run every layer; None is the config's bridge.
             cfg: classifier-free guidance; its weight rises linearly from 0 to cfg over the scales.
             top_k, top_p: filters of ``sample_tokens``; 0 keeps all.
-            seed: same seed and image id, same tokens, whatever the batch; None draws a seed.
+            seed: same seed and image id, same tokens, whatever the batch, unless two are so near
+                that the last bits of a matrix product, which may depend on the batch, decide; None
+                draws a seed.
             image_ids: which image of the seed each label is; None is 0..B-1.
             generator: draw as ``torch.multinomial`` does, like the original code; excludes seed.
                 The draws depend on how a request is split, so name ``max_batch`` with it.

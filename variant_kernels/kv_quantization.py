@@ -5,9 +5,9 @@ Axes: ... any, H heads, D width of one head.
 The scale is stored as its biased exponent, one byte (E8M0, as in the OCP Microscaling formats
 specification 1.0): s = 2^(byte - 127). A power of two costs nothing: e4m3 is a floating-point
 format, so its relative precision does not depend on where in its range a value lies, and
-``value * s`` is exact in bfloat16, float16 (below 2^16) and float32. Every backend therefore reads
-the same K and V, whatever it computes in; what differs from 16 bits is the rounding to four
-significant bits when a token is written.
+``value * s`` is exact in bfloat16, float32 and (below 2^16, to which magnitudes from 63,488 round)
+float16. Every backend therefore reads the same K and V, whatever it computes in; what differs from
+16 bits is the rounding to four significant bits when a token is written.
 """
 
 from __future__ import annotations

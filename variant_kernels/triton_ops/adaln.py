@@ -289,6 +289,7 @@ def _forward(
             BLOCK_T=block_t,
             BLOCK_C=block_c,
             num_warps=num_warps_for(block_t * block_c, x_BTC.device),
+            enable_fp_fusion=True,
         )
     return x_out_BTC, h_BTC, mean_BT, rstd_BT
 
@@ -396,6 +397,7 @@ def _backward(
             BLOCK_C=block_c,
             STAGES=STAGES,
             num_warps=num_warps,
+            enable_fp_fusion=True,
         )
         adaln_sums_kernel[(batch * -(-width // BLOCK_COLUMNS),)](
             sums_BNSC,
@@ -408,6 +410,7 @@ def _backward(
             BLOCK_N=BLOCK_PARTS,
             BLOCK_C=BLOCK_COLUMNS,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return found
 

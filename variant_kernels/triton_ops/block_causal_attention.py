@@ -305,6 +305,7 @@ def launch_block_causal_attention_forward(
             NEGATE=softmax_scale < 0,
             **constants(scale_lengths, head_dim, config),
             num_warps=config.num_warps,
+            enable_fp_fusion=True,
             num_stages=config.num_stages,
         )
 

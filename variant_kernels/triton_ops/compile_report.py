@@ -37,8 +37,10 @@ class CompileCase:
 
     arguments: type of each argument that is not a compile-time constant: ``"*T"`` a pointer to the
         case's dtype, ``"*fp32"``, ``"i32"``, ``"fp32"``; ``":16"`` behind it says that the value is
-        divisible by 16, as addresses and most strides are.
-    constants: the remaining arguments. targets, dtypes: where the case is compiled.
+        divisible by 16, as addresses and most strides are. A launch tells no other divisor, so that
+        heads of 24, 40, ... are loaded value by value.
+    constants: the remaining arguments. targets, dtypes: where the case is compiled. fp_fusion:
+        whether products and sums may become one, as the launcher has it.
     """
 
     kernel: Any
@@ -49,6 +51,7 @@ class CompileCase:
     targets: tuple[str, ...] = tuple(TARGETS)
     dtypes: tuple[str, ...] = DTYPES
     label: str = ""
+    fp_fusion: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,11 @@ def compile_case(case: CompileCase, target: str, dtype: str) -> Compiled:
     source = ASTSource(
         fn=case.kernel, signature=signature, constexprs=dict(case.constants), attrs=attributes
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "enable_fp_fusion": case.fp_fusion,
+    }
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     shared = int(compiled.metadata.shared)
     if TARGETS[target].backend == "cuda":

@@ -351,6 +351,7 @@ def launch_paged_attention_forward(
             BLOCK_Q=config.block_q,
             BLOCK_K=config.block_k,
             num_warps=config.num_warps,
+            enable_fp_fusion=True,
             num_stages=config.num_stages,
         )
         if lse_SBTH is not None:
@@ -365,6 +366,7 @@ def launch_paged_attention_forward(
                 D_PADDED=padded(head_dim),
                 BLOCK_R=BLOCK_ROWS,
                 num_warps=4,
+                enable_fp_fusion=True,
             )
 
     with on_device_of(q_BTHD):

@@ -34,7 +34,7 @@ from variant_kernels.triton_ops.rows import (
 )
 
 
-@triton.jit(do_not_specialize=["tokens", "num_slots"])
+@triton.jit(do_not_specialize=["slots_stride_b", "tokens", "num_slots"])
 def qk_norm_append_paged_kv_kernel(
     qkv_ptr,
     scale_ptr,
@@ -162,6 +162,7 @@ def launch_qk_norm_append_paged_kv(
             BLOCK_H=block_h,
             D_PADDED=d_padded,
             num_warps=num_warps_for(block_h * d_padded, qkv_BT3HD.device, HEADS_PER_THREAD),
+            enable_fp_fusion=True,
         )
     return q_BTHD
 
@@ -173,7 +174,7 @@ def _cases() -> Iterator[CompileCase]:
     shapes = ((16, 64, True), (30, 64, True), (30, 64, False), (3, 24, True))
     for (heads, head_dim, norm), kv8 in product(shapes, (False, True)):
         block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
-        aligned = ":16" if head_dim % 16 == 0 else ":8"
+        aligned = ":16" if head_dim % 16 == 0 else ""
         constants = {"NORM": norm, "PAGE_SIZE": 16, "scale_stride": 1, "slots_stride_t": 1}
         constants |= {"KV8": kv8} | ({} if kv8 else NO_SCALES)
         arguments = {}

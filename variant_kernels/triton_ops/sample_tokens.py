@@ -323,6 +323,7 @@ def _cases() -> Iterator[CompileCase]:
                 num_stages=1,
                 targets=targets,
                 label=f"V {entries}, {label}",
+                fp_fusion=False,
             )
 
 
