@@ -170,7 +170,8 @@ def block_causal_attention_dq_kernel(
     if scale_ptr is not None:
         # Loaded again: kept, it would take registers all the way through the loop.
         q = load_tile(q_base, start, q_stride_l, length, BLOCK_Q, D, D_PADDED, True).to(tl.float32)
-        dq, along = unit_gradient(dq * scale, q)
+        dq, along = unit_gradient(dq, q)
+        dq *= scale
         tl.store(statistics + 3 * length, along, mask=rows < length)
     store_tile(dq_ptr + place, start, heads * D, length, dq, BLOCK_Q, D, D_PADDED)
 
@@ -356,9 +357,11 @@ def launch_block_causal_attention_qk_norm_backward(
         scale_lengths,
         softmax_scale,
     )
-    sums_1H11 = shares_BHL.sum((0, 2)).view(1, -1, 1, 1)
-    sums_1H11 = sums_1H11.masked_fill(scale_mul_1H11.float() > MAX_LOG_SCALE.value, 0)
-    return dq_BLHD, dk_BLHD, dv_BLHD, sums_1H11.to(scale_mul_1H11.dtype)
+    log_scale_1H11 = scale_mul_1H11.float()
+    # Its clamp passes gradient up to and including its bound.
+    scale_1H11 = log_scale_1H11.exp().masked_fill(log_scale_1H11 > MAX_LOG_SCALE.value, 0)
+    dscale_1H11 = shares_BHL.sum((0, 2)).view(1, -1, 1, 1) * scale_1H11
+    return dq_BLHD, dk_BLHD, dv_BLHD, dscale_1H11.to(scale_mul_1H11.dtype)
 
 
 def _launch(

@@ -109,9 +109,8 @@ def qk_norm_backward_kernel(
     D_PADDED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dQ and dK; of queries, whose gradient g is taken times the head's scale, the sum of g . n
-    over the tokens of one part as well, n the unit query: sums (N, H), of which scale_mul's
-    gradient is made.
+    """dQ and dK; of queries also the sum of g . n over the tokens of one part, g the gradient and n
+    the unit query: sums (N, H), of which scale_mul's gradient is made.
     """
     tiles: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     part = tl.program_id(0) // tiles
@@ -135,9 +134,9 @@ def qk_norm_backward_kernel(
         grad_k = tl.load(dk_rows[:, None] + d, mask=inside, other=0.0).to(tl.float32)
         out = (tl.cast(place, tl.int64) * H + h)[:, None] * D + d
 
-        dq, along = unit_gradient(grad_q * scale[:, None], q)
+        dq, along = unit_gradient(grad_q, q)
         total += along
-        tl.store(dq_ptr + out, dq.to(element), mask=inside)
+        tl.store(dq_ptr + out, (dq * scale[:, None]).to(element), mask=inside)
         dk, _ = unit_gradient(grad_k, k)
         tl.store(dk_ptr + out, dk.to(element), mask=inside)
     tl.store(sums_ptr + part.to(tl.int64) * H + h, total, mask=h < H)
@@ -162,7 +161,7 @@ def qk_norm_sums_kernel(
         inside = (start + n < parts)[:, None] & (h < H)[None, :]
         total += tl.load(sums_ptr + (start + n)[:, None] * H + h, mask=inside, other=0.0)
     log_scale = tl.load(scale_ptr + h * scale_stride, mask=h < H, other=0.0).to(tl.float32)
-    dscale = tl.where(log_scale > MAX_LOG_SCALE, 0.0, tl.sum(total, 0))
+    dscale = tl.where(log_scale > MAX_LOG_SCALE, 0.0, tl.sum(total, 0) * head_scale(log_scale))
     tl.store(dscale_ptr + h, dscale.to(dscale_ptr.dtype.element_ty), mask=h < H)
 
 
