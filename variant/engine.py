@@ -9,10 +9,11 @@ scales, V codebook entries, E codebook vector width.
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 from threading import Lock
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -55,6 +56,20 @@ class _Painted:
     peak_bytes: int
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _in_its_own_dtype(method: F) -> F:
+    """A demo that puts everything under autocast, as the original's does, changes nothing here."""
+
+    @wraps(method)
+    def run(self: Engine, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(self.device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return cast("F", run)
+
+
 @lru_cache(maxsize=64)
 def _plan(layout: ScaleLayout, schedule: DepthSchedule, page_size: int) -> CachePlan:
     """Made once: 0.3 ms for VAR-d30, at every call, while a GPU has nothing to do."""
@@ -70,9 +85,9 @@ class Engine:
     """Generates with one VAR and its VQ-VAE at any depth.
 
     Weights are cast once to ``dtype`` (shared where it is their own); the residual stream is
-    float32 also in 16-bit engines. Weights changed in place (by an optimiser, by
-    ``load_state_dict``) are noticed at the next call; after changes through ``.data`` call
-    :meth:`refresh`.
+    float32 also in 16-bit engines. torch's autocast around a call changes nothing. Weights changed
+    in place (by an optimiser, by ``load_state_dict``) are noticed at the next call; after changes
+    through ``.data`` call :meth:`refresh`.
 
     Args:
         var, vae: the models; same codebook and layout.
@@ -223,6 +238,7 @@ class Engine:
 
     # --- public ---------------------------------------------------------------------------------
 
+    @_in_its_own_dtype
     @torch.no_grad()
     def forced_logits(
         self,
@@ -256,6 +272,7 @@ class Engine:
         run = self._start(labels_B, schedule, False, self._weights(), self._kernels(kv_wanted))
         return force(run, tokens_BL)
 
+    @_in_its_own_dtype
     @torch.no_grad()
     def generate(
         self,
@@ -340,6 +357,7 @@ class Engine:
         images = torch.cat([images for images, _, _ in parts])
         return Generation(images, torch.cat([tokens for _, tokens, _ in parts]), stats)
 
+    @_in_its_own_dtype
     @torch.no_grad()
     def decode(self, tokens_BL: Tensor) -> Tensor:
         """Images of given tokens by the engine's decoder, in its dtype.
@@ -488,6 +506,7 @@ class Engine:
             done.synchronize()
         return time.perf_counter()
 
+    @_in_its_own_dtype
     @torch.no_grad()
     def _decode(
         self, weights: EngineWeights, f_hat_BEHW: Tensor, captures: Captures | None = None

@@ -288,3 +288,25 @@ def test_models_that_do_not_fit_each_other_are_refused():
     plain, other = load_golden("plain"), load_golden("no_l2norm")
     with pytest.raises(ValueError, match="agree on patch_nums"):
         Engine(VAR(plain.var_config), VQVAE(other.vae_config))
+
+
+@pytest.mark.parametrize("options", [{}, {"pack": False}, {"dtype": torch.bfloat16}])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_around_a_call_changes_nothing(backend, options):
+    model = small_model()
+    engine = Engine(model.var, model.vae, backend=backend, **options)
+    label = torch.tensor([1, 2])
+
+    def results():
+        made = engine.generate(label, seed=3)
+        return (
+            made.tokens,
+            made.images,
+            engine.decode(made.tokens),
+            engine.forced_logits(label, made.tokens),
+        )
+
+    expected = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
