@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.harness import Case, Contest, backends, near, replay
-from variant.bench.environment import last_level_bytes
+from variant.bench.environment import cache_bytes
 from variant_kernels import adaln_modulate, gated_residual_adaln
 from variant_kernels.backends import Request
 from variant_kernels.ops.adaln import ADALN_IMPLS, GATED_IMPLS
@@ -53,7 +53,7 @@ def _build(case: Case, device: str, quick: bool, *, gated: bool) -> Contest:
     batch = 2
     if tokens is None:
         batch = 16
-        tokens = -(-4 * last_level_bytes() // (batch * token_bytes))
+        tokens = -(-4 * cache_bytes(device) // (batch * token_bytes))
     x_BTC = torch.randn(batch, tokens, width, device=device).to(stream)
     y_BTC = torch.randn(batch, tokens, width, device=device).to(dtype)
     gate_BC, scale_BC, shift_BC = (

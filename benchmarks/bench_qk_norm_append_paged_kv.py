@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.harness import Case, Contest, backends, near, replay
-from variant.bench.environment import last_level_bytes
+from variant.bench.environment import cache_bytes
 from variant_kernels import append_paged_kv, qk_norm, qk_norm_append_paged_kv
 from variant_kernels.backends import Request
 from variant_kernels.kv_quantization import KV8_DTYPE, dequantize_kv, quantize_kv
@@ -70,7 +70,7 @@ def build(case: Case, device: str, quick: bool) -> Contest:
     token_bytes += 2 * heads * (HEAD_DIM + 1 if kv8 else HEAD_DIM * dtype.itemsize)
     if tokens is None:
         batch = 16
-        tokens = -(-4 * last_level_bytes() // (batch * token_bytes))
+        tokens = -(-4 * cache_bytes(device) // (batch * token_bytes))
     qkv_BT3HD = torch.randn(batch, tokens, 3, heads, HEAD_DIM, device=device).to(dtype)
     scale_mul_1H11 = torch.linspace(0, 5, heads, device=device).view(1, heads, 1, 1)
     entries = -(-tokens // PAGE_SIZE)

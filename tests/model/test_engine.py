@@ -290,6 +290,32 @@ def test_models_that_do_not_fit_each_other_are_refused():
         Engine(VAR(plain.var_config), VQVAE(other.vae_config))
 
 
+def test_replaced_layers_modules_and_weights_are_noticed():
+    model = small_model()
+    var = model.var
+    engine = Engine(var, model.vae)
+    label, tokens = torch.tensor([1]), torch.zeros(1, var.layout.total, dtype=torch.int64)
+
+    def layer():
+        var.blocks[1] = copy.deepcopy(var.blocks[2])
+
+    def weight():
+        var.head.weight = torch.nn.Parameter(2 * var.head.weight)
+
+    def module():
+        other = copy.deepcopy(var.head_nm)
+        with torch.no_grad():
+            other.ada_lin[1].bias.add_(1)
+        var.head_nm = other
+
+    for replace in (layer, weight, module):
+        before = engine.forced_logits(label, tokens)
+        replace()
+        after = engine.forced_logits(label, tokens)
+        assert not torch.equal(before, after), replace.__name__
+        assert torch.equal(after, Engine(var, model.vae).forced_logits(label, tokens))
+
+
 @pytest.mark.parametrize("options", [{}, {"pack": False}, {"dtype": torch.bfloat16}])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_around_a_call_changes_nothing(backend, options):

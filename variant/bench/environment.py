@@ -103,6 +103,13 @@ def last_level_bytes(root: Path = CPUS) -> int:
     return max(sizes, default=32 * 2**20)
 
 
+def cache_bytes(device: str) -> int:
+    """Size of the largest cache of a device: what a large tensor must exceed by far."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties().L2_cache_size
+    return last_level_bytes()
+
+
 def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
