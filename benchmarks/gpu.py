@@ -37,6 +37,11 @@ OPS = (
     "adaln",
 )
 KERNEL_SECONDS = 225
+# What the case that a file is at when its time is up may still take: it goes on, and the results
+# of all files are written after it.
+KERNEL_OVERTIME = 120
+# In a command, stands for the seconds in which each file of benchmarks may begin new cases.
+FILE_SECONDS = "{file seconds}"
 # Each tuned shape compiles every block size: some hundred small cases are no place for that.
 UNTUNED = ("VARIANT_AUTOTUNE", "0")
 # Beyond torch and Triton, by the names that are imported.
@@ -50,13 +55,15 @@ PACKAGES = (
 class Part:
     """One process.
 
-    seconds: its time limit.  needs: a program without which it is left out, by name.
-    environment: variables that it gets beside those of this process.
+    seconds: its time limit; least: with less than that left it is not begun.  needs: a program
+    without which it is left out, by name.  environment: variables that it gets beside those of this
+    process.
     """
 
     name: str
     command: tuple[str, ...]
     seconds: int
+    least: int = 5
     needs: str | None = None
     environment: tuple[tuple[str, str], ...] = ()
 
@@ -104,13 +111,12 @@ def parts(out: Path, var_repo: Path | None, hmar_repo: Path | None = None) -> li
                 *(f"benchmarks/bench_{op}.py" for op in OPS),
                 # Parameters begin with the device; "cuda" alone is also a contender on the CPU.
                 *("-k", "[cuda-"),
-                # The result file is written at the end: reach it before the time limit.
-                *("--seconds", str(KERNEL_SECONDS // len(OPS))),
+                *("--seconds", FILE_SECONDS),
                 f"--benchmark-json={out / 'kernels.json'}",
                 *hmar,
             ),
-            # The case that a file is at when its time is up goes on, and is compiled first.
-            KERNEL_SECONDS + 150,
+            KERNEL_SECONDS + KERNEL_OVERTIME,
+            least=KERNEL_OVERTIME + 30,
         ),
         # Proposed, not installed: who commits the result files commits the table with them.
         Part(
@@ -155,7 +161,9 @@ def parts(out: Path, var_repo: Path | None, hmar_repo: Path | None = None) -> li
 def run_part(part: Part, out: Path, seconds: float) -> Outcome:
     """Run one part for at most ``seconds``; its output goes to ``NAME.log``."""
     settings = [f"{name}={value}" for name, value in part.environment]
-    command = [word.replace(sys.executable, "python") for word in part.command]
+    for_a_file = str(max(5, int(seconds - KERNEL_OVERTIME) // len(OPS)))
+    words = [for_a_file if word == FILE_SECONDS else word for word in part.command]
+    command = [word.replace(sys.executable, "python") for word in words]
     shown = shlex.join([*settings, *command])
     if part.needs is not None and shutil.which(part.needs) is None:
         return Outcome(part.name, f"left out: {part.needs} is not installed", 0.0, shown)
@@ -165,7 +173,7 @@ def run_part(part: Part, out: Path, seconds: float) -> Outcome:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with log.open("w") as file:
         process = subprocess.Popen(
-            part.command,
+            words,
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": path, **dict(part.environment)},
             stdout=file,
@@ -196,7 +204,7 @@ def run(chosen: Sequence[Part], out: Path, budget: float) -> list[Outcome]:
     ends, outcomes = time.monotonic() + budget, []
     for part in chosen:
         left = ends - time.monotonic()
-        if left < 5:
+        if left < part.least:
             outcomes.append(Outcome(part.name, "left out: the budget is spent", 0.0, ""))
         else:
             print(f"== {part.name} (at most {min(part.seconds, left):.0f} s)", flush=True)

@@ -49,6 +49,16 @@ def test_a_part_keeps_the_python_path_that_it_was_started_with(tmp_path, monkeyp
     assert outcome.status == "ok"
 
 
+def test_kernel_benchmarks_end_in_what_time_is_left_or_are_not_begun(tmp_path):
+    (kernels,) = [part for part in parts(Path(), None) if part.name == "kernels"]
+    show = Part("kernels", (*python("import sys; print(sys.argv[1:])"), *kernels.command[3:]), 400)
+    (outcome,) = run([show], tmp_path, budget=220)
+    # 220 less the overtime, for five files.
+    assert "'--seconds', '19'" in (tmp_path / outcome.log).read_text()
+    (outcome,) = run([kernels], tmp_path, budget=100)
+    assert outcome.status == "left out: the budget is spent"
+
+
 def test_a_spent_budget_leaves_the_rest_out_and_says_so(tmp_path):
     (outcome,) = run([Part("late", python("pass"), 20)], tmp_path, budget=1)
     assert outcome.status == "left out: the budget is spent"
