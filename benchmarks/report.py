@@ -140,6 +140,7 @@ def _engine(data: dict[str, Any]) -> list[str]:
                 f"{row['beyond_gemms']:.0%}",
             ])  # fmt: skip
         lines += [f"### {dtype}, batch {batch}", "", *table(columns, cells)]
+        lines += _weights_read(rows, data["limits"]["start"]["copy"])
         for row in rows:
             # Earlier files have no such row.
             if (kv8 := row.get("kv8")) is not None:
@@ -179,6 +180,18 @@ def _engine(data: dict[str, Any]) -> list[str]:
                    "with the model loaded"]  # fmt: skip
         lines += table(columns, cells)
     return lines
+
+
+def _weights_read(rows: list[dict[str, Any]], bandwidth: float) -> list[str]:
+    """How far from reading every weight once a product; files of before it was counted: nothing."""
+    times = [
+        f"depth {row['depth']} {row['ms']['median'] * row['batch'] / 1000 * bandwidth / bytes_:.2f}"
+        for row in rows
+        if (bytes_ := row.get("weight_bytes"))
+    ]
+    return [f"Times over reading the weights at that bandwidth: {', '.join(times)}.", ""] * bool(
+        times
+    )
 
 
 def _kernels(data: dict[str, Any]) -> list[str]:

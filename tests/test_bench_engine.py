@@ -15,7 +15,7 @@ from variant.bench.engine_bench import Setting, measure
 from variant.bench.environment import caches, command_line, environment, machine_slug
 from variant.bench.limits import Limits, drift
 from variant.bench.memory import Job, peak
-from variant.bench.work import attention_flop, ceiling, linear_flop, linears
+from variant.bench.work import attention_flop, ceiling, linear_flop, linears, weight_bytes
 from variant.cli import main
 from variant.errors import UserError
 from variant.presets import VAR_PRESETS
@@ -61,6 +61,14 @@ def test_every_product_of_a_generation_is_listed():
     shallow = linears(config, DepthSchedule(4, 3, (0, 3), 1), batch=5, guidance=False)
     assert sum(x.name == "mat_qkv" for x in shallow) == 4 + 2 + 2
     assert max(x.rows for x in shallow) == 5 * 9
+
+
+def test_weights_are_counted_once_for_every_product_that_reads_them():
+    width, once = D30.embed_dim, 6 * 30 + 2
+    full = DepthSchedule.full(30, 10)
+    every_scale = 30 * 12 * width**2 + D30.vocab_size * width
+    words = 9 * D30.vae_channels * width
+    assert weight_bytes(D30, full, 2) == 2 * (10 * every_scale + once * width**2 + words)
 
 
 # --- alternating --------------------------------------------------------------------------------
@@ -170,6 +178,7 @@ def test_rows_compare_ours_with_a_loop_that_draws_the_same():
         assert len(row["scale_ms"]) == 3
         assert len(row["ms"]["samples"]) == 2
         assert row["beyond_gemms"] < 1
+    assert full["weight_bytes"] > shallow["weight_bytes"] > 0
     assert full["speed_up"] == 1
     assert full["ceiling"] == 1 < shallow["ceiling"]
     assert found["decoder"][0]["against"][0]["peer"] == "plain modules float32"

@@ -21,7 +21,7 @@ from variant.bench import device, original, plain_loop
 from variant.bench.alternate import Call, Samples, Took, alternate, quartiles, ratios
 from variant.bench.device import clock, peer_settings
 from variant.bench.gemms import GemmsAlone
-from variant.bench.work import attention_flop, ceiling, linear_flop
+from variant.bench.work import attention_flop, ceiling, linear_flop, weight_bytes
 from variant.engine import Engine
 from variant.kv_error import IMAGES as GREEDY_IMAGES
 from variant.kv_error import greedy_change
@@ -100,9 +100,9 @@ class Row:
 
     kv_*: bytes.  speed_up: over our own full depth; ceiling: its limit by linear work, the head
     included.  gemms_ms: the same matrix products alone; beyond_gemms: the share of the time that
-    is not theirs.  scale_ms: milliseconds of each scale for the whole batch.  same_tokens: whether
-    the plain loop drew the same (float32 only; None where there is none).  kv8: with 8-bit K/V,
-    where asked for.
+    is not theirs.  weight_bytes: of the weights, read once by each product.  scale_ms: milliseconds
+    of each scale for the whole batch.  same_tokens: whether the plain loop drew the same (float32
+    only; None where there is none).  kv8: with 8-bit K/V, where asked for.
     """
 
     depth: int
@@ -117,6 +117,7 @@ class Row:
     ceiling: float
     gemms_ms: Timing
     beyond_gemms: float
+    weight_bytes: int
     flop: int
     achieved_flops: float
     scale_ms: list[float]
@@ -416,6 +417,7 @@ class Contest:
             ceiling=ceiling(config, schedule),
             gemms_ms=self._timing(gemms),
             beyond_gemms=1 - statistics.median(ratios(gemms, ours)),
+            weight_bytes=weight_bytes(config, schedule, self.setting.dtype.itemsize),
             flop=flop,
             achieved_flops=flop / ours.median,
             scale_ms=self.scale_ms(depth),

@@ -75,6 +75,15 @@ def linear_flop(config: VARConfig, schedule: DepthSchedule, batch: int = 1) -> i
     return sum(x.flop for x in linears(config, schedule, batch) if x.name in PER_TOKEN)
 
 
+def weight_bytes(config: VARConfig, schedule: DepthSchedule, item: int) -> int:
+    """Bytes of the weights that a generation reads if every product reads its own once.
+
+    Less it cannot be: scales follow one another, and the weights of a scale are far more than any
+    cache holds. item: bytes of one weight.
+    """
+    return sum(item * x.inputs * x.outputs for x in linears(config, schedule, 1))
+
+
 def ceiling(config: VARConfig, schedule: DepthSchedule) -> float:
     """Speed-up over full depth if time were linear work alone."""
     full = DepthSchedule.full(config.depth, schedule.num_scales)

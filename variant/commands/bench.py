@@ -201,7 +201,7 @@ def _print(result: dict[str, Any]) -> None:
     for dtype, batch in settings:
         rows = [r for r in result["rows"] if (r["dtype"], r["batch"]) == (dtype, batch)]
         out.print(_times(result, rows, dtype, batch))
-        out.print(_limits(rows))
+        out.print(_limits(rows, result["limits"]["start"]["copy"]))
         if any(row["kv8"] is not None for row in rows):
             out.print(_kv8(rows))
     for found in result["logits"]:
@@ -299,7 +299,7 @@ def _kv8(rows: list[dict[str, Any]]) -> Any:
     return found
 
 
-def _limits(rows: list[dict[str, Any]]) -> Any:
+def _limits(rows: list[dict[str, Any]], bandwidth: float) -> Any:
     found = table(
         "Distance to the limit",
         "depth",
@@ -308,6 +308,8 @@ def _limits(rows: list[dict[str, Any]]) -> Any:
         "of it",
         "same GEMMs\nalone, ms",
         "time beyond\nGEMMs",
+        "weights\nread, ms",
+        "time over\nthat",
         "GFLOP/s",
         "same tokens as\nplain loop",
     )
@@ -320,6 +322,9 @@ def _limits(rows: list[dict[str, Any]]) -> Any:
             f"{row['speed_up'] / row['ceiling']:.0%}",
             f"{row['gemms_ms']['median']:,.1f}",
             f"{row['beyond_gemms']:.0%}",
+            # For the whole batch; the other times are of one image.
+            f"{1000 * row['weight_bytes'] / bandwidth:,.1f}",
+            f"{row['ms']['median'] * row['batch'] * bandwidth / row['weight_bytes'] / 1000:.2f}",
             f"{row['achieved_flops'] / 1e9:,.0f}",
             said[row["same_tokens"]],
         )
