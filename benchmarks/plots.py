@@ -254,11 +254,10 @@ def attention_by_scale(result: dict[str, Any], device: str, path: Path) -> Path 
     for one in result["benchmarks"]:
         info = one["extra_info"]
         if info["op"] == "paged_attention" and info["contender"] == device:
-            layout, scale, rows, dtype = info["case"].split("-")
+            layout, *kv8, scale, rows, dtype = info["case"].split("-")
             place = int(scale.removeprefix("scale"))
-            key = (
-                f"{layout.removeprefix('layout')} pixels, {rows.removeprefix('rows')} rows, {dtype}"
-            )
+            pixels, sequences = layout.removeprefix("layout"), rows.removeprefix("rows")
+            key = f"{pixels} pixels, {sequences} rows, {dtype}" + ", 8-bit K/V" * bool(kv8)
             found.setdefault(key, []).append({**info, "scale": place})
     if not found:
         return None

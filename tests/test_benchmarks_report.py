@@ -196,6 +196,14 @@ def test_the_page_shows_both_kinds_with_their_pictures(tmp_path, engine, capsys)
     assert min(columns) > 4
 
 
+def test_every_committed_result_is_shown(tmp_path, capsys):
+    results = Path(report.__file__).parent / "results"
+    assert report.main([str(results), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    for path in results.glob("*.json"):
+        assert path.stem in text, path.name
+
+
 def test_a_run_that_was_stopped_still_makes_a_page(tmp_path, engine):
     stopped = {**engine, "limits": {"start": LIMITS}, "memory": [], "decoder": []}
     path = write(tmp_path / "stopped.json", stopped)
