@@ -189,9 +189,9 @@ def _weights_read(rows: list[dict[str, Any]], bandwidth: float) -> list[str]:
         for row in rows
         if (bytes_ := row.get("weight_bytes"))
     ]
-    return [f"Times over reading the weights at that bandwidth: {', '.join(times)}.", ""] * bool(
-        times
-    )
+    if not times:
+        return []
+    return [f"Times over reading the weights at the copy bandwidth: {', '.join(times)}.", ""]
 
 
 def _kernels(data: dict[str, Any]) -> list[str]:
