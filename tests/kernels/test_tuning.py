@@ -115,8 +115,9 @@ def test_a_folder_that_cannot_be_written_is_said_and_the_winner_still_serves(
 
 
 def test_a_device_too_small_for_every_config_is_named(timed):
-    with pytest.raises(RuntimeError, match="some_kernel: none of its 2 block sizes fits"):
+    with pytest.raises(RuntimeError, match="some_kernel: none of its 2 block sizes fits") as raised:
         tuning.best(KERNEL, (CONFIGS[0], CONFIGS[0]), (), timed.append, CPU)
+    assert isinstance(raised.value.__cause__, OutOfResources)
 
 
 def test_without_memory_to_time_with_the_first_serves_this_process(timed, monkeypatch):
@@ -128,7 +129,8 @@ def test_without_memory_to_time_with_the_first_serves_this_process(timed, monkey
 
     with monkeypatch.context() as full:
         full.setattr(tuning.triton.testing, "do_bench", stopwatch)
-        assert [choose(timed) for _ in range(3)] == [CONFIGS[0]] * 3
+        with pytest.warns(UserWarning, match="no memory to time some_kernel"):
+            assert [choose(timed) for _ in range(3)] == [CONFIGS[0]] * 3
     assert len(asked) == 1
     tuning.forget()
     assert choose(timed) is CONFIGS[1]

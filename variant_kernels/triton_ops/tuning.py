@@ -84,6 +84,11 @@ def best(
             # The stopwatch wants 256 MB. To ask again at every call would, in a training that fills
             # the GPU, make torch give back all that it keeps, each time.
             winner = configs[0]
+            warnings.warn(
+                f"variant_kernels: no memory to time {kernel.__name__} with (it takes 256 MB): its "
+                "first block sizes serve this process",
+                stacklevel=2,
+            )
         finally:
             exclusive.DEVICE.release()
         _winners[place] = winner
@@ -138,6 +143,7 @@ def _timed(
     name: str, configs: Sequence[Config], launch: Callable[[Config], object]
 ) -> tuple[Config, list[float | None]]:
     times: list[float | None] = []
+    refused: Exception | None = None
     for config in configs:
         try:
             milliseconds: Any = triton.testing.do_bench(
@@ -146,12 +152,13 @@ def _timed(
                 rep=REPEAT_MS,
                 return_mode="median",
             )
-        except (OutOfResources, PTXASError, CompilationError):  # not for this GPU
-            milliseconds = None
+        except (OutOfResources, PTXASError, CompilationError) as error:  # not for this GPU
+            milliseconds, refused = None, error
         times.append(milliseconds)
     fits = [(t, index) for index, t in enumerate(times) if t is not None]
     if not fits:
-        raise RuntimeError(f"{name}: none of its {len(configs)} block sizes fits this device")
+        count = len(configs)
+        raise RuntimeError(f"{name}: none of its {count} block sizes fits this device") from refused
     return configs[min(fits)[1]], times
 
 
