@@ -5,7 +5,9 @@ Axes: B batch, L tokens of all scales, H heads, D width of one head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -188,166 +190,86 @@ def _choose(impls: dict[str, Impl], backend: str, q: Tensor) -> Impl:
     return impls[choose_name(OP, impls, backend, _request(q, True), avoid=_BEYOND_GRAPHS)]
 
 
-def _backward_backend(impls: dict[str, Impl], backend: str, q: Tensor) -> str:
-    """The backward pass runs where the forward ran, whatever use_backend says by then."""
-    return choose_backward(OP, impls, backend, _request(q, True), avoid=_BEYOND_GRAPHS)
-
-
 # --- registration -------------------------------------------------------------------------------
 
 
-def _forward(q, k, v, scale_lengths, softmax_scale, backend):
-    return _choose(BLOCK_CAUSAL_IMPLS, backend, q).forward(
-        q_BLHD=q,
-        k_BLHD=k,
-        v_BLHD=v,
-        scale_lengths=tuple(scale_lengths),
-        softmax_scale=softmax_scale,
+def _register(name: str, impls: dict[str, Impl], keywords: dict[str, str]) -> Callable[..., Any]:
+    """The op of a table, and its gradient. keywords: launchers' name of each tensor, q first."""
+    count = len(keywords)
+    tensors = ", ".join(f"Tensor {tensor}" for tensor in keywords)
+    rest = "int[] scale_lengths, float softmax_scale, str backend"
+
+    def launch_forward(*arguments):
+        given, (lengths, scale, backend) = arguments[:count], arguments[count:]
+        return _choose(impls, backend, given[0]).forward(
+            **dict(zip(keywords.values(), given, strict=True)),
+            scale_lengths=tuple(lengths),
+            softmax_scale=scale,
+        )
+
+    def forward_fake(q, *_):
+        batch, length, heads, _ = q.shape
+        wide = torch.promote_types(q.dtype, torch.float32)
+        return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=wide)
+
+    def launch_backward(grad_out, *arguments):
+        given, (out, lse, lengths, scale, backend) = arguments[:count], arguments[count:]
+        return _choose(impls, backend, given[0]).backward(
+            grad_out_BLHD=grad_out,
+            **dict(zip(keywords.values(), given, strict=True)),
+            out_BLHD=out,
+            lse_BHL=lse,
+            scale_lengths=tuple(lengths),
+            softmax_scale=scale,
+        )
+
+    def backward_fake(grad_out, *arguments):
+        return tuple(x.new_empty(x.shape) for x in arguments[:count])
+
+    forward_op = register(
+        f"{name}({tensors}, {rest}) -> (Tensor, Tensor)",
+        implementation=launch_forward,
+        fake=forward_fake,
+    )
+    backward_op = register(
+        f"{name}_backward(Tensor grad_out, {tensors}, Tensor out, Tensor lse, {rest})"
+        f" -> ({', '.join(['Tensor'] * count)})",
+        implementation=launch_backward,
+        fake=backward_fake,
     )
 
+    def setup(ctx, inputs, output):
+        *given, ctx.scale_lengths, ctx.softmax_scale, backend = inputs
+        # The backward pass runs where the forward ran, whatever use_backend says by then.
+        request = _request(given[0], True)
+        ctx.backend = choose_backward(OP, impls, backend, request, avoid=_BEYOND_GRAPHS)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*given, *output)
 
-def _forward_fake(q, k, v, scale_lengths, softmax_scale, backend):
-    batch, length, heads, _ = q.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=wide)
+    def autograd(ctx, grad_out, grad_lse):
+        if grad_out is None:
+            return (None,) * (count + 3)
+        grads = backward_op(
+            last_contiguous(grad_out),
+            *ctx.saved_tensors,
+            ctx.scale_lengths,
+            ctx.softmax_scale,
+            ctx.backend,
+        )
+        return *grads, None, None, None
+
+    differentiate(name, setup_context=setup, backward=autograd)
+    forbid_gradient(f"{name}_backward")
+    return forward_op
 
 
-def _backward(grad_out, q, k, v, out, lse, scale_lengths, softmax_scale, backend):
-    return _choose(BLOCK_CAUSAL_IMPLS, backend, q).backward(
-        grad_out_BLHD=grad_out,
-        q_BLHD=q,
-        k_BLHD=k,
-        v_BLHD=v,
-        out_BLHD=out,
-        lse_BHL=lse,
-        scale_lengths=tuple(scale_lengths),
-        softmax_scale=softmax_scale,
-    )
-
-
-def _backward_fake(grad_out, q, k, v, out, lse, scale_lengths, softmax_scale, backend):
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
-
-
-block_causal_attention_op = register(
-    "block_causal_attention(Tensor q, Tensor k, Tensor v, int[] scale_lengths,"
-    " float softmax_scale, str backend) -> (Tensor, Tensor)",
-    implementation=_forward,
-    fake=_forward_fake,
+_QKV = {"q": "q_BLHD", "k": "k_BLHD", "v": "v_BLHD"}
+block_causal_attention_op = _register("block_causal_attention", BLOCK_CAUSAL_IMPLS, _QKV)
+block_causal_attention_qk_norm_op = _register(
+    "block_causal_attention_qk_norm",
+    BLOCK_CAUSAL_QK_NORM_IMPLS,
+    {**_QKV, "scale_mul": "scale_mul_1H11"},
 )
-block_causal_attention_backward_op = register(
-    "block_causal_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out,"
-    " Tensor lse, int[] scale_lengths, float softmax_scale, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
-    implementation=_backward,
-    fake=_backward_fake,
-)
-
-
-def _setup(ctx, inputs, output):
-    q, k, v, ctx.scale_lengths, ctx.softmax_scale, backend = inputs
-    ctx.backend = _backward_backend(BLOCK_CAUSAL_IMPLS, backend, q)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output)
-
-
-def _autograd(ctx, grad_out, grad_lse):
-    if grad_out is None:
-        return (None,) * 6
-    grads = block_causal_attention_backward_op(
-        last_contiguous(grad_out),
-        *ctx.saved_tensors,
-        ctx.scale_lengths,
-        ctx.softmax_scale,
-        ctx.backend,
-    )
-    return *grads, None, None, None
-
-
-differentiate("block_causal_attention", setup_context=_setup, backward=_autograd)
-forbid_gradient("block_causal_attention_backward")
-
-
-# --- the same after qk_norm ---------------------------------------------------------------------
-
-
-def _qk_norm_forward(q, k, v, scale_mul, scale_lengths, softmax_scale, backend):
-    return _choose(BLOCK_CAUSAL_QK_NORM_IMPLS, backend, q).forward(
-        q_BLHD=q,
-        k_BLHD=k,
-        v_BLHD=v,
-        scale_mul_1H11=scale_mul,
-        scale_lengths=tuple(scale_lengths),
-        softmax_scale=softmax_scale,
-    )
-
-
-def _qk_norm_forward_fake(q, k, v, scale_mul, scale_lengths, softmax_scale, backend):
-    return _forward_fake(q, k, v, scale_lengths, softmax_scale, backend)
-
-
-def _qk_norm_backward(
-    grad_out, q, k, v, scale_mul, out, lse, scale_lengths, softmax_scale, backend
-):
-    return _choose(BLOCK_CAUSAL_QK_NORM_IMPLS, backend, q).backward(
-        grad_out_BLHD=grad_out,
-        q_BLHD=q,
-        k_BLHD=k,
-        v_BLHD=v,
-        scale_mul_1H11=scale_mul,
-        out_BLHD=out,
-        lse_BHL=lse,
-        scale_lengths=tuple(scale_lengths),
-        softmax_scale=softmax_scale,
-    )
-
-
-def _qk_norm_backward_fake(
-    grad_out, q, k, v, scale_mul, out, lse, scale_lengths, softmax_scale, backend
-):
-    grads = _backward_fake(grad_out, q, k, v, out, lse, scale_lengths, softmax_scale, backend)
-    return *grads, scale_mul.new_empty(scale_mul.shape)
-
-
-block_causal_attention_qk_norm_op = register(
-    "block_causal_attention_qk_norm(Tensor q, Tensor k, Tensor v, Tensor scale_mul,"
-    " int[] scale_lengths, float softmax_scale, str backend) -> (Tensor, Tensor)",
-    implementation=_qk_norm_forward,
-    fake=_qk_norm_forward_fake,
-)
-block_causal_attention_qk_norm_backward_op = register(
-    "block_causal_attention_qk_norm_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,"
-    " Tensor scale_mul, Tensor out, Tensor lse, int[] scale_lengths, float softmax_scale,"
-    " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    implementation=_qk_norm_backward,
-    fake=_qk_norm_backward_fake,
-)
-
-
-def _qk_norm_setup(ctx, inputs, output):
-    q, k, v, scale_mul, ctx.scale_lengths, ctx.softmax_scale, backend = inputs
-    ctx.backend = _backward_backend(BLOCK_CAUSAL_QK_NORM_IMPLS, backend, q)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, scale_mul, *output)
-
-
-def _qk_norm_autograd(ctx, grad_out, grad_lse):
-    if grad_out is None:
-        return (None,) * 7
-    grads = block_causal_attention_qk_norm_backward_op(
-        last_contiguous(grad_out),
-        *ctx.saved_tensors,
-        ctx.scale_lengths,
-        ctx.softmax_scale,
-        ctx.backend,
-    )
-    return *grads, None, None, None
-
-
-differentiate(
-    "block_causal_attention_qk_norm", setup_context=_qk_norm_setup, backward=_qk_norm_autograd
-)
-forbid_gradient("block_causal_attention_qk_norm_backward")
 
 
 # --- public function ----------------------------------------------------------------------------
