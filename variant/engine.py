@@ -9,14 +9,14 @@ scales, V codebook entries, E codebook vector width.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
 from threading import Lock
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from variant.capture import Captures, GraphRecorder, Recorder, Tensors
 from variant.kv_dtype import KVDtype, check_kv_dtype
@@ -34,7 +34,7 @@ from variant.sampling import (
 from variant.steps import Draws, Kernels, Run, force, paint
 from variant.transformer import VAR
 from variant.vqvae import VQVAE
-from variant.weights import EngineWeights
+from variant.weights import EngineWeights, Fingerprint
 from variant_kernels import CachePlan, DepthSchedule, PagedKVCache, ScaleLayout
 from variant_kernels.backends import dtype_name
 from variant_kernels.kv_cache import Steps
@@ -43,8 +43,6 @@ from variant_kernels.packed_linear import can_pack
 # Schedules and batch sizes whose page tables wait for the next call.
 TABLES_KEPT = 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Modules, their children, and the dictionaries that hold their tensors.
-_Walk = tuple[list[nn.Module], list[nn.Module | None], Sequence[Mapping[str, Tensor | None]]]
 
 
 @dataclass(frozen=True)
@@ -137,14 +135,14 @@ class Engine:
         self._cast: tuple[tuple[tuple[int, int], ...], EngineWeights] | None = None
         self._captures: tuple[EngineWeights, Captures] | None = None
         self._tables: dict[Hashable, Steps] = {}
-        self._walked: _Walk = [], [], []
+        self._fingerprint = Fingerprint()
         self._kv_bytes: dict[Hashable, tuple[int, int]] = {}
         self._kernels(self.kv_dtype)  # a backend that cannot serve the dtypes is refused here
 
     def __getstate__(self) -> dict[str, object]:
         """Without the lock, cast weights and graphs, so that a used model can be pickled."""
         dropped = {"_lock": None, "_cast": None, "_captures": None, "_tables": {}}
-        return {**self.__dict__, **dropped, "_walked": ([], [], [])}
+        return {**self.__dict__, **dropped, "_fingerprint": Fingerprint()}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, _lock=Lock())
@@ -168,9 +166,7 @@ class Engine:
 
     def _weights(self) -> EngineWeights:
         """The weights in the engine's dtype, cast again if any changed since the last call."""
-        fingerprint = tuple(
-            (t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._tensors()
-        )
+        fingerprint = self._fingerprint(self.var, self.vae)
         with self._lock:
             if self._cast is None or self._cast[0] != fingerprint:
                 # The old copies, and graphs that read them, go before the new ones are made.
@@ -178,20 +174,6 @@ class Engine:
                 weights = EngineWeights(self.var, self.vae, self.dtype, self.packed)
                 self._cast = fingerprint, weights
             return self._cast[1]
-
-    def _tensors(self) -> list[Tensor]:
-        """Parameters of both models and the transformer's buffers.
-
-        Walking over VAR-d30's modules takes 0.7 ms, in which a GPU has nothing to do: while every
-        module has the children that it had, the last walk serves.
-        """
-        modules, children, holders = self._walked
-        if not modules or [c for m in modules for c in m._modules.values()] != children:
-            modules = [*self.var.modules(), *self.vae.modules()]
-            children = [c for m in modules for c in m._modules.values()]
-            holders = [m._parameters for m in modules] + [m._buffers for m in self.var.modules()]
-            self._walked = modules, children, holders
-        return [t for holder in holders for t in holder.values() if t is not None]
 
     def _kernels(self, kv_dtype: torch.dtype | None) -> Kernels:
         # Chosen per call: use_backend and VARIANT_BACKEND count.

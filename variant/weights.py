@@ -5,6 +5,8 @@ Axes: B images, R sequences, C width, H heads, L tokens of all scales, 6 the mod
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -75,6 +77,33 @@ class EngineWeights:
             kind = PackedDecoder if self.packed else CastDecoder
             self._decoder = kind(self._vae, self._dtype)
         return self._decoder(f_hat_BCHW)
+
+
+class Fingerprint:
+    """Where two models' weights lie and how often each was written to: changes when one does.
+
+    Walking over VAR-d30's modules takes 0.7 ms, in which a GPU has nothing to do: while every
+    module has the children that it had, the last walk serves.
+    """
+
+    def __init__(self) -> None:
+        self._modules: list[nn.Module] = []
+        self._children: list[nn.Module | None] = []
+        self._holders: Sequence[Mapping[str, Tensor | None]] = []
+
+    def __call__(self, var: VAR, vae: VQVAE) -> tuple[tuple[int, int], ...]:
+        """(address, version) of both models' parameters and the transformer's buffers."""
+        if self._children != [var, vae, *_children(self._modules)]:
+            self._modules = [*var.modules(), *vae.modules()]
+            self._children = [var, vae, *_children(self._modules)]
+            parameters = [module._parameters for module in self._modules]
+            self._holders = [*parameters, *(module._buffers for module in var.modules())]
+        tensors = (t for holder in self._holders for t in holder.values() if t is not None)
+        return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+
+
+def _children(modules: list[nn.Module]) -> list[nn.Module | None]:
+    return [child for module in modules for child in module._modules.values()]
 
 
 def on_gpu(weight: Tensor) -> bool:

@@ -308,12 +308,17 @@ def test_replaced_layers_modules_and_weights_are_noticed():
             other.ada_lin[1].bias.add_(1)
         var.head_nm = other
 
-    for replace in (layer, weight, module):
+    def whole():
+        engine.var = var = small_model().var
+        with torch.no_grad():
+            var.head.bias.add_(torch.arange(len(var.head.bias)))
+
+    for replace in (layer, weight, module, whole):
         before = engine.forced_logits(label, tokens)
         replace()
         after = engine.forced_logits(label, tokens)
         assert not torch.equal(before, after), replace.__name__
-        assert torch.equal(after, Engine(var, model.vae).forced_logits(label, tokens))
+        assert torch.equal(after, Engine(engine.var, model.vae).forced_logits(label, tokens))
 
 
 @pytest.mark.parametrize("options", [{}, {"pack": False}, {"dtype": torch.bfloat16}])
