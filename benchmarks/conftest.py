@@ -38,11 +38,14 @@ class Session:
         self.limits: dict[str, Limits] = {}
         self.current: tuple[Any, ...] | None = None
 
-    def limit(self, device: str) -> Limits:
-        """Measured once, before the first contest on that device."""
-        if device not in self.limits:
-            self.limits[device] = measure_limits(device, quick=self.quick)
-        return self.limits[device]
+    def limit(self, device: str, dtype: str) -> Limits:
+        """Measured once for each device and dtype, before the first contest that needs it."""
+        known = self.limits.get(device)
+        if known is None or dtype not in known.gemm:
+            new = measure_limits(device, [getattr(torch, dtype)], quick=self.quick)
+            known = new if known is None else Limits(known.gemm | new.gemm, known.copy)
+            self.limits[device] = known
+        return known
 
     def spent(self, file: str) -> bool:
         """Whether a file has had its seconds, counted from its first case."""
@@ -98,7 +101,7 @@ def compete(request, benchmark):
     session = request.config.stash[SESSION]
 
     def report(op, case, device, contender, build):
-        limits = session.limit(device)
+        limits = session.limit(device, case.dtype)
         key = op, case.name, device
         if session.current is None or session.current[0] != key:
             session.current = None  # the last contest's tensors go first
@@ -144,7 +147,8 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["environment"] = environment(["pytest", *config.invocation_params.args])
     output_json["limits"] = {}
     for device, start in session.limits.items():
-        end = measure_limits(device, quick=session.quick)
+        dtypes = [getattr(torch, name) for name in start.gemm]
+        end = measure_limits(device, dtypes, quick=session.quick)
         output_json["limits"][device] = {
             "start": start.to_dict(),
             "end": end.to_dict(),

@@ -9,11 +9,11 @@ import pytest
 import torch
 from small_models import small_model
 
-from variant.bench import original
+from variant.bench import limits, original
 from variant.bench.alternate import Took, alternate, quartiles, ratios
 from variant.bench.engine_bench import Setting, measure
 from variant.bench.environment import caches, command_line, environment, machine_slug
-from variant.bench.limits import Limits, drift
+from variant.bench.limits import Limits, drift, measure_limits
 from variant.bench.memory import Job, peak
 from variant.bench.work import attention_flop, ceiling, linear_flop, linears, weight_bytes
 from variant.cli import main
@@ -114,10 +114,32 @@ def test_quartiles_of_one_value_are_that_value():
 
 
 def test_the_limit_is_the_slower_of_products_and_copies():
-    limits = Limits({"float32": 100.0}, 10.0)
-    assert limits.seconds("float32", 1000, 10) == (10, "compute")
-    assert limits.seconds("float32", 0, 50) == (5, "memory")
-    assert drift(limits, Limits({"float32": 50.0}, 20.0)) == {"gemm float32": 0.5, "copy": 2.0}
+    peaks = Limits({"float32": 100.0}, 10.0)
+    assert peaks.seconds("float32", 1000, 10) == (10, "compute")
+    assert peaks.seconds("float32", 0, 50) == (5, "memory")
+    assert drift(peaks, Limits({"float32": 50.0}, 20.0)) == {"gemm float32": 0.5, "copy": 2.0}
+
+
+def test_only_the_dtypes_that_were_asked_for_are_measured():
+    measured = measure_limits("cpu", [torch.float32], quick=True)
+    assert set(measured.gemm) == {"float32"}
+    assert measured.gemm["float32"] > 1e9
+    assert measured.copy > 1e8
+
+
+def test_a_slow_dtype_is_measured_on_fewer_rows(monkeypatch):
+    rows_of_calls = []
+
+    def slow_product(left, right):
+        rows_of_calls.append(left.shape[0])
+        time.sleep(0.05)
+
+    monkeypatch.setattr(torch, "mm", slow_product)
+    # A little over 0.05 s for 32 rows: 128 rows would take a little over 0.2 s.
+    assert limits._rows_in_time(512, torch.zeros(8, 8)) == 64
+    assert rows_of_calls == [32, 32]
+    monkeypatch.setattr(torch, "mm", lambda left, right: None)
+    assert limits._rows_in_time(512, torch.zeros(8, 8)) == 512
 
 
 # --- the machine --------------------------------------------------------------------------------
@@ -214,6 +236,8 @@ def test_the_command_prints_the_table_and_writes_everything(tmp_path, capsys):
     assert result["weights"] == "trained"
     assert [row["depth"] for row in result["rows"]] == [2]
     assert {"start", "end", "drift"} == set(result["limits"])
+    # Only the dtype that was asked for: others can take minutes where they are emulated.
+    assert set(result["limits"]["start"]["gemm"]) == {"bfloat16"}
     assert [one["who"] for one in result["memory"]] == [
         "ours bfloat16", "plain loop float32", "plain loop bfloat16 autocast",
     ]  # fmt: skip

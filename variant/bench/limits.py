@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from variant.bench.alternate import alternate
 from variant_kernels.backends import dtype_name
@@ -13,6 +16,10 @@ from variant_kernels.backends import dtype_name
 # Rows, inputs, outputs: the first MLP layer of VAR-d16 on the last scale with guidance.
 GEMM = (512, 1024, 4096)
 GEMM_CUDA = (8192, 8192, 8192)
+# A CPU that emulates a dtype gets fewer rows: 4.3 GFLOP take 3 s at the 1.3 GFLOP/s of bfloat16 on
+# one thread of an AVX2 processor.
+MOST_SECONDS = 0.2
+FEWEST_ROWS = 32
 # Far beyond any cache.
 COPY_BYTES = 256 * 2**20
 COPY_BYTES_CUDA = 2**30
@@ -35,25 +42,50 @@ class Limits:
         return (compute, "compute") if compute > memory else (memory, "memory")
 
 
-def measure_limits(device: str = "cpu", *, quick: bool = False) -> Limits:
-    """GEMM rate per dtype and copy bandwidth; a few seconds, with ``quick`` less than one."""
-    rows, inputs, outputs = GEMM_CUDA if device == "cuda" else GEMM
+def measure_limits(
+    device: str = "cpu", dtypes: Sequence[torch.dtype] = (torch.float32,), *, quick: bool = False
+) -> Limits:
+    """GEMM rate of each dtype and copy bandwidth: a few seconds a dtype, with ``quick`` under one.
+
+    A dtype that the processor computes slowly (bfloat16 without bfloat16 products: a thirtieth of
+    the float32 rate) is measured on fewer rows, so that its time is bounded on any machine.
+    """
     size = COPY_BYTES_CUDA if device == "cuda" else COPY_BYTES
     source = torch.ones(size // (8 if quick else 1) // 4, device=device)
     target = torch.empty_like(source)
     calls = {"copy": lambda: target.copy_(source)}
-    sixteen = (torch.bfloat16, torch.float16) if device == "cuda" else (torch.bfloat16,)
-    for dtype in (torch.float32, *sixteen):
-        left = torch.randn(rows, inputs, device=device).to(dtype)
-        right = torch.randn(inputs, outputs, device=device).to(dtype)
-        out = torch.empty(rows, outputs, device=device, dtype=dtype)
-        calls[dtype_name(dtype)] = lambda a=left, b=right, c=out: torch.mm(a, b, out=c)
-    found = alternate(calls, rounds=5 if quick else 15, device=device)
-    flop = 2 * rows * inputs * outputs
+    flop: dict[str, int] = {}
+    for dtype in dtypes:
+        name = dtype_name(dtype)
+        calls[name], flop[name] = _gemm(device, dtype)
+    samples = alternate(calls, rounds=5 if quick else 15, device=device)
     return Limits(
-        gemm={name: flop / samples.median for name, samples in found.items() if name != "copy"},
-        copy=2 * source.nbytes / found["copy"].median,
+        gemm={name: flop[name] / samples[name].median for name in flop},
+        copy=2 * source.nbytes / samples["copy"].median,
     )
+
+
+def _gemm(device: str, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+    """A matrix product of that dtype, and its FLOP."""
+    rows, inputs, outputs = GEMM_CUDA if device == "cuda" else GEMM
+    right = torch.randn(inputs, outputs, device=device).to(dtype)
+    if device == "cpu":
+        rows = _rows_in_time(rows, right)
+    left = torch.randn(rows, inputs, device=device).to(dtype)
+    out = torch.empty(rows, outputs, device=device, dtype=dtype)
+    return lambda: torch.mm(left, right, out=out), 2 * rows * inputs * outputs
+
+
+def _rows_in_time(rows: int, right: Tensor) -> int:
+    """As many of the rows as one product can take in MOST_SECONDS, at least FEWEST_ROWS."""
+    few = torch.randn(FEWEST_ROWS, right.shape[0]).to(right.dtype)
+    torch.mm(few, right)  # the first call of a dtype compiles its kernel
+    begin = time.perf_counter()
+    torch.mm(few, right)
+    seconds = time.perf_counter() - begin
+    while rows > FEWEST_ROWS and seconds * rows / FEWEST_ROWS > MOST_SECONDS:
+        rows //= 2
+    return rows
 
 
 def drift(start: Limits, end: Limits) -> dict[str, float]:

@@ -79,7 +79,9 @@ def bench(command: Bench) -> None:
         "switch": [],
         "memory": [],
     }
-    start = measure_limits(command.device)
+    dtypes = [DTYPES[dtype] for dtype in command.dtype]
+    console().print("measuring the machine's limits")
+    start = measure_limits(command.device, dtypes)
     result["limits"] = {"start": start.to_dict()}
     with _progress(
         sum(count_samples(s, var.config.depth, command.device) for s in settings)
@@ -91,7 +93,7 @@ def bench(command: Bench) -> None:
             if command.memory:
                 result["memory"] += _memory(command, var, setting, result["memory"], tick)
             _write(command.json, result)  # a run that is stopped keeps what it finished
-    end = measure_limits(command.device)
+    end = measure_limits(command.device, dtypes)
     result["limits"] |= {"end": end.to_dict(), "drift": drift(start, end)}
     result["complete"] = True
     _write(command.json, result)
