@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from benchmarks.harness import Case, Contest, backends, near, replay
 from variant.bench.environment import cache_bytes
 from variant_kernels import adaln_modulate, gated_residual_adaln
-from variant_kernels.backends import Request
+from variant_kernels.dispatch.request import Request
 from variant_kernels.ops.adaln import ADALN_IMPLS, GATED_IMPLS
 
 EPS = 1e-6

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from benchmarks.harness import REPOSITORIES, Case, Contest, backends, missing_module, near, replay
 from variant.presets import PATCH_NUMS_256, PATCH_NUMS_512
 from variant_kernels import ScaleLayout, block_causal_attention, qk_norm
-from variant_kernels.backends import Request
+from variant_kernels.dispatch.request import Request
 from variant_kernels.ops.block_causal_attention import (
     BLOCK_CAUSAL_IMPLS,
     BLOCK_CAUSAL_QK_NORM_IMPLS,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from benchmarks.harness import Case, Contest, backends, near, replay
 from variant.bench.environment import cache_bytes
 from variant_kernels import append_paged_kv, qk_norm, qk_norm_append_paged_kv
-from variant_kernels.backends import Request
+from variant_kernels.dispatch.request import Request
 from variant_kernels.kv_quantization import KV8_DTYPE, dequantize_kv, quantize_kv
 from variant_kernels.ops.qk_norm_append_paged_kv import FUSED_IMPLS
 

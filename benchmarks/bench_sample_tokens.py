@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.harness import Case, Contest, backends, replay
 from variant_kernels import sample_tokens
-from variant_kernels.backends import Request
+from variant_kernels.dispatch.request import Request
 from variant_kernels.ops.sample_tokens import (
     SAMPLE_IMPLS,
     draw_exponential,

@@ -21,7 +21,8 @@ from torch import Tensor
 from variant.bench.alternate import Call, Samples, alternate, quartiles, ratios
 from variant.bench.limits import Limits
 from variant_kernels import _C, winners
-from variant_kernels.backends import PREFERENCE, Impl, Request
+from variant_kernels.dispatch.request import Request
+from variant_kernels.dispatch.select import PREFERENCE, Impl
 
 # The rule by which tests judge: one copy of it.
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "kernels"))

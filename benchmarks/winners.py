@@ -23,7 +23,7 @@ from benchmarks.reading import KERNELS, Result, read_all
 from variant.checkpoint import replacing
 from variant.errors import UserError
 from variant_kernels import ops, winners
-from variant_kernels.backends import dtype_name
+from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.kv_quantization import KV8_DTYPE
 from variant_kernels.winners import PREFERENCE
 

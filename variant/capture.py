@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from variant_kernels import exclusive
+from variant_kernels import device_lock
 
 Tensors = tuple[Tensor, ...]
 
@@ -104,7 +104,7 @@ class GraphRecorder:
                 stream=self._stream,
                 capture_error_mode="thread_local",
             )
-            with exclusive.DEVICE, _without_collections(), recording:
+            with device_lock.DEVICE, _without_collections(), recording:
                 outputs = function()
         return Recording(graph.replay, outputs, first)
 

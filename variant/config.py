@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from variant_kernels.depth import check_layers
-from variant_kernels.scales import ScaleLayout
+from variant_kernels.plans.depth_schedule import check_layers
+from variant_kernels.plans.scale_layout import ScaleLayout
 
 GROUPS = 32  # of every group normalisation in the VQ-VAE
 

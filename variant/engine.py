@@ -36,7 +36,7 @@ from variant.transformer import VAR
 from variant.vqvae import VQVAE
 from variant.weights import EngineWeights, Fingerprint
 from variant_kernels import CachePlan, DepthSchedule, PagedKVCache, ScaleLayout
-from variant_kernels.backends import dtype_name
+from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.kv_cache import Steps
 from variant_kernels.packed_linear import can_pack
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from variant.config import VARConfig
 from variant.engine import Engine
-from variant_kernels.backends import dtype_name
+from variant_kernels.dispatch.request import dtype_name
 
 # Few images say enough: each is hundreds of positions.
 IMAGES = 4

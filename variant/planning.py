@@ -11,7 +11,7 @@ from variant.kv_dtype import KVDtype, check_kv_dtype
 from variant.transformer import VAR
 from variant.vqvae import VQVAE
 from variant_kernels import CachePlan, DepthSchedule
-from variant_kernels.depth import DEPTH_CHAIN
+from variant_kernels.plans.depth_schedule import DEPTH_CHAIN
 
 MIB = 2**20
 

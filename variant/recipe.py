@@ -17,7 +17,7 @@ from pydantic import ConfigDict
 from variant.config import VARConfig, VQVAEConfig, parse_dataclass, to_plain
 from variant.errors import UserError
 from variant.schedule import Phases, paper_phases
-from variant_kernels.depth import Selection, select_layers
+from variant_kernels.plans.depth_schedule import Selection, select_layers
 
 STRICT = ConfigDict(extra="forbid")
 

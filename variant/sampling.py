@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from variant_kernels.backends import dtype_name
+from variant_kernels.dispatch.request import dtype_name
 
 # Far beyond any use; keeps guided float32 logits finite.
 MAX_CFG = 1e4

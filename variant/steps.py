@@ -21,7 +21,8 @@ from variant.transformer import VAR
 from variant.vqvae import VQVAE
 from variant.weights import EngineWeights, LayerWeights
 from variant_kernels import DepthSchedule, KVStep, PagedKVCache
-from variant_kernels.backends import Request, choose_name
+from variant_kernels.dispatch.request import Request
+from variant_kernels.dispatch.select import choose_name
 from variant_kernels.ops import tables
 from variant_kernels.ops.sample_tokens import draw_exponential
 

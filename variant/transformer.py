@@ -28,7 +28,7 @@ from variant_kernels import (
     gated_residual_adaln,
     select_layers,
 )
-from variant_kernels.depth import resolve_layers
+from variant_kernels.plans.depth_schedule import resolve_layers
 
 
 class SelfAttention(nn.Module):

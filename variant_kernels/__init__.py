@@ -3,10 +3,10 @@
 The names below are the public ones; ``python -m variant_kernels`` says what runs where.
 """
 
-from variant_kernels.attention_module import VARiantAttention
-from variant_kernels.backends import available_backends, explain, use_backend
-from variant_kernels.cache_plan import CachePlan, KVLifetime
-from variant_kernels.depth import DepthSchedule, select_layers
+from variant_kernels.attention import VARiantAttention
+from variant_kernels.dispatch.explain import explain
+from variant_kernels.dispatch.select import use_backend
+from variant_kernels.dispatch.support import available_backends
 from variant_kernels.integrations import patch
 from variant_kernels.kv_cache import KVStep, PagedKVCache
 from variant_kernels.ops.adaln import adaln_modulate, gated_residual_adaln
@@ -16,7 +16,9 @@ from variant_kernels.ops.paged_attention import paged_attention
 from variant_kernels.ops.qk_norm import qk_norm
 from variant_kernels.ops.qk_norm_append_paged_kv import qk_norm_append_paged_kv
 from variant_kernels.ops.sample_tokens import sample_tokens
-from variant_kernels.scales import ScaleLayout
+from variant_kernels.plans.cache_plan import CachePlan, KVLifetime
+from variant_kernels.plans.depth_schedule import DepthSchedule, select_layers
+from variant_kernels.plans.scale_layout import ScaleLayout
 
 __version__ = "0.1.0"
 

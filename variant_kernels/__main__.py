@@ -8,9 +8,11 @@ import sys
 import torch
 
 from variant_kernels import _C, __version__, ops
-from variant_kernels.backends import MEASURED, available_backends, dtype_name, explained
-from variant_kernels.contract import FLOAT_DTYPES
 from variant_kernels.cuda_ops import library
+from variant_kernels.dispatch.explain import MEASURED, explained
+from variant_kernels.dispatch.request import dtype_name
+from variant_kernels.dispatch.support import available_backends
+from variant_kernels.ops.contract import FLOAT_DTYPES
 
 
 def report() -> str:

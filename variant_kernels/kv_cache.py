@@ -7,13 +7,14 @@ M page-table entries.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from variant_kernels.cache_plan import CachePlan, PageAllocator
-from variant_kernels.depth import DepthSchedule
 from variant_kernels.kv_quantization import KV8_DTYPE
+from variant_kernels.plans.cache_plan import CachePlan, PageAllocator
+from variant_kernels.plans.depth_schedule import DepthSchedule
 
 
 @dataclass(frozen=True)
@@ -207,3 +208,70 @@ class PagedKVCache:
             device = self.k_pages.device
             self._steps[key] = KVStep(slots_BT.to(device), table_BM.to(device), lens_B.to(device))
         return self._steps[key]
+
+
+PAGE_SIZE = 16
+
+
+class KVStore(Protocol):
+    """Where one layer's K and V are kept; tokens: how many of each sequence, this call's too."""
+
+    k_pages: Tensor
+    v_pages: Tensor
+    tokens: int
+
+    def open(self, tokens: int) -> KVStep:
+        """Room for ``tokens`` more."""
+        ...
+
+    def close(self) -> None:
+        """The attention of this call is over."""
+        ...
+
+
+class GrowingPages:
+    """Pages of one layer that knows no plan: the pool doubles when it is full.
+
+    Page p of sequence b is row ``p * batch + b`` of the pool, so that growing moves no page.
+
+    Args:
+        qkv_BT3HD: the first projection; its batch, heads, dtype and device count.
+    """
+
+    def __init__(self, qkv_BT3HD: Tensor, page_size: int = PAGE_SIZE) -> None:
+        self.batch, self.page_size = qkv_BT3HD.shape[0], page_size
+        self.tokens = 0
+        self._entries = 0
+        self._like = qkv_BT3HD.new_empty(0)
+        self._sizes = page_size, *qkv_BT3HD.shape[-2:]
+        self._grow(0)
+
+    def _grow(self, entries: int) -> None:
+        slab_2PNHD = self._like.new_empty(2, entries * self.batch, *self._sizes)
+        if self._entries:
+            held = self._entries * self.batch
+            slab_2PNHD[0, :held].copy_(self.k_pages)
+            slab_2PNHD[1, :held].copy_(self.v_pages)
+        self.k_pages, self.v_pages = slab_2PNHD.unbind(0)
+        self._entries = entries
+
+    def open(self, tokens: int) -> KVStep:
+        """Slots for ``tokens`` more; table and lengths count them."""
+        seen = self.tokens + tokens
+        needed = -(-seen // self.page_size)
+        if needed > self._entries:
+            self._grow(max(needed, 2 * self._entries))
+        device = self._like.device
+        sequence_B1 = torch.arange(self.batch, device=device).unsqueeze(1)
+        position_T = torch.arange(self.tokens, seen, device=device)
+        page_BT = position_T // self.page_size * self.batch + sequence_B1
+        table_BM = torch.arange(needed, device=device) * self.batch + sequence_B1
+        self.tokens = seen
+        return KVStep(
+            page_BT * self.page_size + position_T % self.page_size,
+            table_BM.to(torch.int32),
+            torch.full((self.batch,), seen, dtype=torch.int32, device=device),
+        )
+
+    def close(self) -> None:
+        """Nothing is handed on: nobody else uses these pages."""

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from variant_kernels.scales import ScaleLayout
+from variant_kernels.plans.scale_layout import ScaleLayout
 
 # Verdicts kept. A model has one mask, or one for each stage of progressive training.
 KEPT = 8

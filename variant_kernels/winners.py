@@ -23,7 +23,7 @@ import torch
 from variant_kernels import _C
 
 if TYPE_CHECKING:
-    from variant_kernels.backends import Request
+    from variant_kernels.dispatch.request import Request
 
 # Fastest first, where nothing was measured. `reference` supports everything, so that a choice
 # always exists.

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import variant_kernels.masks as masks
 from variant_kernels import ScaleLayout, VARiantAttention
-from variant_kernels.attention_module import GrowingPages
+from variant_kernels.kv_cache import GrowingPages
 
 SIDES = (1, 2, 3, 4)
 LAYOUT = ScaleLayout.from_patch_nums(SIDES)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from variant_kernels.backends import PREFERENCE, Impl, Request
+from variant_kernels.dispatch.request import Request
+from variant_kernels.dispatch.select import PREFERENCE, Impl
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Tensor = torch.Tensor

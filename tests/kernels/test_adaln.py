@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from compare import DRAWS, Tally, backends_for, cases, moved, name_of, wide
 
 from variant_kernels import adaln_modulate, explain, gated_residual_adaln, use_backend
-from variant_kernels.backends import Impl
+from variant_kernels.dispatch.select import Impl
 from variant_kernels.ops import adaln
 
 EPS = 1e-6

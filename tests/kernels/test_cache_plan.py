@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from variant_kernels.cache_plan import CachePlan
-from variant_kernels.depth import DepthSchedule, select_layers
-from variant_kernels.scales import ScaleLayout
+from variant_kernels.plans.cache_plan import CachePlan
+from variant_kernels.plans.depth_schedule import DepthSchedule, select_layers
+from variant_kernels.plans.scale_layout import ScaleLayout
 
 VAR_256 = ScaleLayout.from_patch_nums((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from variant_kernels import backends
-from variant_kernels.backends import CUDA_ROW, Request, cuda_unsupported
 from variant_kernels.cuda_ops import block_causal_attention, common, library
 from variant_kernels.cuda_ops.paged_attention import num_splits
+from variant_kernels.dispatch import select, support
+from variant_kernels.dispatch.request import Request
+from variant_kernels.dispatch.support import CUDA_ROW, cuda_unsupported
 from variant_kernels.kv_quantization import KV8_DTYPE
 from variant_kernels.ops import tables
 
@@ -21,7 +22,7 @@ def on_a_gpu(monkeypatch):
     monkeypatch.delenv(library.EMULATION, raising=False)
     monkeypatch.setattr(library, "is_built", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(backends, "_least_capability", lambda: (9, 0))
+    monkeypatch.setattr(support, "_least_capability", lambda: (9, 0))
 
 
 def test_every_op_has_a_cuda_implementation():
@@ -38,10 +39,10 @@ def test_is_taken_by_auto_only_where_triton_does_not_serve(on_a_gpu, monkeypatch
     monkeypatch.delenv("VARIANT_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     impls = tables()["paged_attention"]
-    monkeypatch.setattr(backends, "_has_triton", lambda: False)
-    assert backends.choose_name("paged_attention", impls, "auto", GPU) == "cuda"
-    monkeypatch.setattr(backends, "_has_triton", lambda: True)
-    assert backends.choose_name("paged_attention", impls, "auto", GPU) == "triton"
+    monkeypatch.setattr(support, "_has_triton", lambda: False)
+    assert select.choose_name("paged_attention", impls, "auto", GPU) == "cuda"
+    monkeypatch.setattr(support, "_has_triton", lambda: True)
+    assert select.choose_name("paged_attention", impls, "auto", GPU) == "triton"
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_says_why_it_cannot_serve(on_a_gpu, request_, reason):
 
 
 def test_an_old_gpu_is_refused_with_its_capability(on_a_gpu, monkeypatch):
-    monkeypatch.setattr(backends, "_least_capability", lambda: (7, 5))
+    monkeypatch.setattr(support, "_least_capability", lambda: (7, 5))
     assert "7.5" in (cuda_unsupported(GPU) or "")
 
 
@@ -73,9 +74,9 @@ def test_emulation_takes_cpu_tensors_and_is_never_chosen(monkeypatch):
     request = Request("cpu", (torch.float32,), 64)
     assert cuda_unsupported(request) is None
     assert "on cuda" in (cuda_unsupported(GPU) or "")
-    name = backends.choose_name("paged_attention", tables()["paged_attention"], "auto", request)
+    name = select.choose_name("paged_attention", tables()["paged_attention"], "auto", request)
     assert name != "cuda"
-    assert "cuda" in backends.available_backends()
+    assert "cuda" in support.available_backends()
 
 
 def test_keys_are_split_only_where_blocks_are_few():

@@ -11,8 +11,11 @@ import pytest
 import torch
 from compare import Tally
 
-from variant_kernels import ScaleLayout, backends, block_causal_attention
-from variant_kernels.backends import FLASH_VERSIONS, Impl, Request
+from variant_kernels import ScaleLayout, block_causal_attention
+from variant_kernels.dispatch import support
+from variant_kernels.dispatch.request import Request
+from variant_kernels.dispatch.select import Impl
+from variant_kernels.dispatch.support import FLASH_VERSIONS
 from variant_kernels.library_ops import flash, flashinfer, flex
 from variant_kernels.ops import block_causal_attention as block_causal
 from variant_kernels.ops import paged_attention as paged
@@ -199,21 +202,21 @@ def test_flashinfer_does_not_plan_inside_a_capture(flashinfer_double, monkeypatc
 def test_flash_says_why_it_cannot(monkeypatch, request_, capability, installed, reason):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(
-        backends.importlib.util, "find_spec", lambda name: name if name in installed else None
+        support.importlib.util, "find_spec", lambda name: name if name in installed else None
     )
-    backends.find_flash.cache_clear()
+    support.find_flash.cache_clear()
     try:
-        answer = backends.flash_unsupported(request_)
+        answer = support.flash_unsupported(request_)
     finally:
-        backends.find_flash.cache_clear()
+        support.find_flash.cache_clear()
     assert answer is None if reason is None else reason in answer
 
 
 def test_flashinfer_says_why_it_cannot(monkeypatch):
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name)
-    assert backends.flashinfer_unsupported(GPU) is None
+    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: name)
+    assert support.flashinfer_unsupported(GPU) is None
     odd = Request("cuda", (torch.bfloat16,), 40)
-    assert "head_dim 40" in backends.flashinfer_unsupported(odd)
+    assert "head_dim 40" in support.flashinfer_unsupported(odd)
 
 
 def test_flex_refuses_the_cpu_by_name():

@@ -6,8 +6,8 @@ from compare import DEVICE, backends_for, cases, moved, name_of
 from scipy import stats
 
 from variant_kernels import sample_tokens
-from variant_kernels.backends import triton_interprets
 from variant_kernels.cuda_ops import library
+from variant_kernels.dispatch.support import triton_interprets
 from variant_kernels.ops import sample_tokens as op
 
 BACKENDS = backends_for(op.SAMPLE_IMPLS, torch.float32)

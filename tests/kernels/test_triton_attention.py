@@ -8,7 +8,8 @@ from test_paged_attention import plain_attention as plain_paged
 from test_paged_attention import random_case
 
 from variant_kernels import ScaleLayout, block_causal_attention, paged_attention
-from variant_kernels.backends import Request, triton_unsupported
+from variant_kernels.dispatch.request import Request
+from variant_kernels.dispatch.support import triton_unsupported
 
 reason = triton_unsupported(Request(DEVICE, (torch.float32,), 64))
 if reason is not None:

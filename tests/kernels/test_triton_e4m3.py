@@ -7,7 +7,8 @@ from test_kv8 import in_8_bits
 from test_paged_attention import plain_attention, random_case
 
 from variant_kernels import paged_attention
-from variant_kernels.backends import Request, triton_interprets, triton_unsupported
+from variant_kernels.dispatch.request import Request
+from variant_kernels.dispatch.support import triton_interprets, triton_unsupported
 from variant_kernels.kv_quantization import KV8_DTYPE, quantize_kv
 
 reason = triton_unsupported(Request(DEVICE, (torch.float32,), 64))

@@ -9,7 +9,8 @@ from test_qk_norm import gradients, plain_qk_norm
 from test_qk_norm_append_paged_kv import written
 
 from variant_kernels import gated_residual_adaln, qk_norm, sample_tokens
-from variant_kernels.backends import TRITON_ROW, Request, triton_unsupported
+from variant_kernels.dispatch.request import Request
+from variant_kernels.dispatch.support import TRITON_ROW, triton_unsupported
 from variant_kernels.ops import adaln
 
 reason = triton_unsupported(Request(DEVICE, (torch.float32,), 64))

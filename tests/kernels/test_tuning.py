@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
-from variant_kernels import exclusive
+from variant_kernels import device_lock
 from variant_kernels.triton_ops import tuning
 from variant_kernels.triton_ops.tuning import Config
 
@@ -137,11 +137,11 @@ def test_without_memory_to_time_with_the_first_serves_this_process(timed, monkey
 
 
 def test_nothing_is_timed_while_another_thread_captures_or_times(timed):
-    with exclusive.DEVICE:
+    with device_lock.DEVICE:
         assert choose(timed) is CONFIGS[0]
     assert not timed
     assert choose(timed) is CONFIGS[1]
-    assert not exclusive.DEVICE.locked()
+    assert not device_lock.DEVICE.locked()
 
 
 def test_a_config_that_does_not_compile_costs_no_other(timed, monkeypatch):

@@ -10,16 +10,10 @@ import torch
 from benchmarks import winners as writer
 from benchmarks.gpu import parts
 from benchmarks.reading import KERNELS, Result, read_all
-from variant_kernels import (
-    adaln_modulate,
-    backends,
-    explain,
-    ops,
-    paged_attention,
-    use_backend,
-    winners,
-)
-from variant_kernels.backends import Impl, Request, choose_backward, choose_name
+from variant_kernels import adaln_modulate, explain, ops, paged_attention, use_backend, winners
+from variant_kernels.dispatch import select
+from variant_kernels.dispatch.request import Request
+from variant_kernels.dispatch.select import Impl, choose_backward, choose_name
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SMALL, LARGE = {"row": 64, "rows": 8}, {"row": 64, "rows": 1024}
@@ -410,4 +404,4 @@ def test_every_benchmark_reports_all_backends_of_its_ops():
         assert len(set(peers)) == len(peers)
         for op in names:
             assert set(backends_of(op)) <= set(peers), op
-    assert backends.PREFERENCE == winners.PREFERENCE
+    assert select.PREFERENCE == winners.PREFERENCE

@@ -11,7 +11,7 @@ from small_models import small_model
 
 from variant.capture import Captures, GraphRecorder, Recording
 from variant.engine import Engine
-from variant_kernels import exclusive
+from variant_kernels import device_lock
 
 
 class Repeater:
@@ -220,7 +220,7 @@ def test_a_graph_is_captured_on_the_warm_up_stream_alone_and_uncollected(monkeyp
     recorder = GraphRecorder(torch.device("cuda", 1))
 
     def function():
-        seen.append(("run", gc.isenabled(), exclusive.DEVICE.locked()))
+        seen.append(("run", gc.isenabled(), device_lock.DEVICE.locked()))
         return (MagicMock(),)
 
     recording = recorder.record(function)
@@ -234,7 +234,7 @@ def test_a_graph_is_captured_on_the_warm_up_stream_alone_and_uncollected(monkeyp
     cuda.Stream.assert_called_once_with(torch.device("cuda", 1))
     recording.first[0].record_stream.assert_called_once()
     assert gc.isenabled()
-    assert not exclusive.DEVICE.locked()
+    assert not device_lock.DEVICE.locked()
 
 
 def test_undecoded_tokens_can_be_decoded_later():

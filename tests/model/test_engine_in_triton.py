@@ -5,7 +5,7 @@ import torch
 from golden_models import golden_models
 
 from variant.engine import Engine
-from variant_kernels.backends import triton_interprets
+from variant_kernels.dispatch.support import triton_interprets
 
 pytestmark = pytest.mark.skipif(
     not triton_interprets(), reason="needs Triton's interpreter: TRITON_INTERPRET=1"

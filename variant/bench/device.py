@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from variant_kernels.backends import dtype_name
+from variant_kernels.dispatch.request import dtype_name
 
 # The original's demo runs under float16 autocast on a GPU; a CPU is fast in bfloat16.
 AUTOCAST = {"cpu": torch.bfloat16, "cuda": torch.float16}

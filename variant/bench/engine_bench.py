@@ -29,7 +29,7 @@ from variant.sampling import Generation, Stats
 from variant.transformer import VAR
 from variant.vqvae import VQVAE
 from variant_kernels import DepthSchedule
-from variant_kernels.backends import dtype_name
+from variant_kernels.dispatch.request import dtype_name
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from variant.bench.alternate import alternate
-from variant_kernels.backends import dtype_name
+from variant.bench.alternate import Call, alternate
+from variant_kernels.dispatch.request import dtype_name
 
 # Rows, inputs, outputs: the first MLP layer of VAR-d16 on the last scale with guidance.
 GEMM = (512, 1024, 4096)
@@ -53,7 +53,7 @@ def measure_limits(
     size = COPY_BYTES_CUDA if device == "cuda" else COPY_BYTES
     source = torch.ones(size // (8 if quick else 1) // 4, device=device)
     target = torch.empty_like(source)
-    calls = {"copy": lambda: target.copy_(source)}
+    calls: dict[str, Call] = {"copy": lambda: target.copy_(source)}
     flop: dict[str, int] = {}
     for dtype in dtypes:
         name = dtype_name(dtype)
@@ -65,7 +65,7 @@ def measure_limits(
     )
 
 
-def _gemm(device: str, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+def _gemm(device: str, dtype: torch.dtype) -> tuple[Call, int]:
     """A matrix product of that dtype, and its FLOP."""
     rows, inputs, outputs = GEMM_CUDA if device == "cuda" else GEMM
     right = torch.randn(inputs, outputs, device=device).to(dtype)

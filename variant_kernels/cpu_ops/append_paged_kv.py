@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from variant_kernels.cpu_ops.common import KERNELS, dtype_code, rows
+from variant_kernels.cpu_ops.common import KERNELS, dtype_code
+from variant_kernels.tensors import rows
 
 NO_QUERIES = (0, 0, 0, 0)
 

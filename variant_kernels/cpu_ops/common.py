@@ -26,21 +26,6 @@ def dtype_code(op: str, name: str, x: torch.Tensor) -> int:
         ) from None
 
 
-def rows(x: torch.Tensor) -> tuple[int, ...]:
-    """(address, outer strides in elements): all but the last dimension, which is contiguous."""
-    return (x.data_ptr(), *x.stride()[:-1])
-
-
-def last_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """x, copied only if its last dimension is not contiguous (a gradient may be expanded)."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def empty_as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A new contiguous tensor of x's shape: 1.1 us where torch.empty(x.shape, ...) takes 2.3."""
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-
-
 def build_info() -> dict[str, Any]:
     """What was compiled, what this machine supports and which instruction set is in use.
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import torch
 
-from variant_kernels.cpu_ops.common import KERNELS, dtype_code, empty_as, rows
+from variant_kernels.cpu_ops.common import KERNELS, dtype_code
+from variant_kernels.tensors import empty_as, rows
 
 
 def launch_paged_attention_forward(

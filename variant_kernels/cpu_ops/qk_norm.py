@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from variant_kernels.cpu_ops.common import KERNELS, dtype_code, empty_as, last_contiguous, rows
+from variant_kernels.cpu_ops.common import KERNELS, dtype_code
+from variant_kernels.tensors import empty_as, last_contiguous, rows
 
 
 def launch_qk_norm_forward(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from variant_kernels.cpu_ops.common import KERNELS, dtype_code, rows
+from variant_kernels.cpu_ops.common import KERNELS, dtype_code
+from variant_kernels.tensors import rows
 
 
 def launch_qk_norm_append_paged_kv(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from variant_kernels.cpu_ops.common import KERNELS, dtype_code, last_contiguous, rows
+from variant_kernels.cpu_ops.common import KERNELS, dtype_code
+from variant_kernels.tensors import last_contiguous, rows
 
 
 def launch_sample_tokens(

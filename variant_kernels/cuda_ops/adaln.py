@@ -10,7 +10,7 @@ import struct
 import torch
 
 from variant_kernels.cuda_ops import common
-from variant_kernels.registry import last_contiguous
+from variant_kernels.tensors import empty_as, last_contiguous, rows
 
 # AdaLNForwardArgs, AdaLNBackwardCudaArgs, GatedAdaLNForwardArgs, GatedAdaLNBackwardCudaArgs
 _FORWARD = struct.Struct("@13qfiii0q")
@@ -48,7 +48,7 @@ def launch_adaln_forward(
     Raises:
         RuntimeError: the launch failed.
     """
-    y_BTC = common.empty_as(x_BTC, scale_BC.dtype)
+    y_BTC = empty_as(x_BTC, scale_BC.dtype)
     mean_BT, rstd_BT = _statistics(x_BTC)
     if x_BTC.numel() == 0:
         return y_BTC, mean_BT, rstd_BT
@@ -59,9 +59,9 @@ def launch_adaln_forward(
         _FORWARD,
         (
             *x_BTC.shape,
-            *common.rows(x_BTC),
-            *common.rows(scale_BC),
-            *common.rows(shift_BC),
+            *rows(x_BTC),
+            *rows(scale_BC),
+            *rows(shift_BC),
             y_BTC.data_ptr(),
             mean_BT.data_ptr(),
             rstd_BT.data_ptr(),
@@ -90,9 +90,9 @@ def launch_adaln_backward(
     """
     grad_y_BTC = last_contiguous(grad_y_BTC)
     mean_BT, rstd_BT = mean_BT.contiguous(), rstd_BT.contiguous()
-    grad_x_BTC = common.empty_as(x_BTC, x_BTC.dtype)
-    grad_scale_BC = common.empty_as(scale_BC, scale_BC.dtype)
-    grad_shift_BC = common.empty_as(scale_BC, scale_BC.dtype)
+    grad_x_BTC = empty_as(x_BTC, x_BTC.dtype)
+    grad_scale_BC = empty_as(scale_BC, scale_BC.dtype)
+    grad_shift_BC = empty_as(scale_BC, scale_BC.dtype)
     if x_BTC.numel() == 0:
         return grad_x_BTC, grad_scale_BC.zero_(), grad_shift_BC.zero_()
     partial = _partial(x_BTC, 2)
@@ -102,9 +102,9 @@ def launch_adaln_backward(
         _BACKWARD,
         (
             *x_BTC.shape,
-            *common.rows(grad_y_BTC),
-            *common.rows(x_BTC),
-            *common.rows(scale_BC),
+            *rows(grad_y_BTC),
+            *rows(x_BTC),
+            *rows(scale_BC),
             mean_BT.data_ptr(),
             rstd_BT.data_ptr(),
             grad_x_BTC.data_ptr(),
@@ -134,8 +134,8 @@ def launch_gated_adaln_forward(
     Raises:
         RuntimeError: the launch failed.
     """
-    x_out_BTC = common.empty_as(x_BTC, x_BTC.dtype)
-    h_BTC = common.empty_as(x_BTC, y_BTC.dtype)
+    x_out_BTC = empty_as(x_BTC, x_BTC.dtype)
+    h_BTC = empty_as(x_BTC, y_BTC.dtype)
     mean_BT, rstd_BT = _statistics(x_BTC)
     if x_BTC.numel() == 0:
         return x_out_BTC, h_BTC, mean_BT, rstd_BT
@@ -146,11 +146,11 @@ def launch_gated_adaln_forward(
         _GATED_FORWARD,
         (
             *x_BTC.shape,
-            *common.rows(x_BTC),
-            *common.rows(y_BTC),
-            *common.rows(gate_BC),
-            *common.rows(scale_BC),
-            *common.rows(shift_BC),
+            *rows(x_BTC),
+            *rows(y_BTC),
+            *rows(gate_BC),
+            *rows(scale_BC),
+            *rows(shift_BC),
             x_out_BTC.data_ptr(),
             h_BTC.data_ptr(),
             mean_BT.data_ptr(),
@@ -185,11 +185,11 @@ def launch_gated_adaln_backward(
     grad_x_out_BTC = last_contiguous(grad_x_out_BTC)
     grad_h_BTC = last_contiguous(grad_h_BTC)
     mean_BT, rstd_BT = mean_BT.contiguous(), rstd_BT.contiguous()
-    grad_x_BTC = common.empty_as(x_out_BTC, x_out_BTC.dtype)
-    grad_y_BTC = common.empty_as(x_out_BTC, y_BTC.dtype)
-    grad_gate_BC = common.empty_as(gate_BC, y_BTC.dtype)
-    grad_scale_BC = common.empty_as(gate_BC, y_BTC.dtype)
-    grad_shift_BC = common.empty_as(gate_BC, y_BTC.dtype)
+    grad_x_BTC = empty_as(x_out_BTC, x_out_BTC.dtype)
+    grad_y_BTC = empty_as(x_out_BTC, y_BTC.dtype)
+    grad_gate_BC = empty_as(gate_BC, y_BTC.dtype)
+    grad_scale_BC = empty_as(gate_BC, y_BTC.dtype)
+    grad_shift_BC = empty_as(gate_BC, y_BTC.dtype)
     grads = (grad_x_BTC, grad_y_BTC, grad_gate_BC, grad_scale_BC, grad_shift_BC)
     if x_out_BTC.numel() == 0:
         for grad in grads:
@@ -202,12 +202,12 @@ def launch_gated_adaln_backward(
         _GATED_BACKWARD,
         (
             *x_out_BTC.shape,
-            *common.rows(grad_x_out_BTC),
-            *common.rows(grad_h_BTC),
-            *common.rows(x_out_BTC),
-            *common.rows(y_BTC),
-            *common.rows(gate_BC),
-            *common.rows(scale_BC),
+            *rows(grad_x_out_BTC),
+            *rows(grad_h_BTC),
+            *rows(x_out_BTC),
+            *rows(y_BTC),
+            *rows(gate_BC),
+            *rows(scale_BC),
             mean_BT.data_ptr(),
             rstd_BT.data_ptr(),
             *(grad.data_ptr() for grad in grads),

@@ -11,6 +11,7 @@ import torch
 
 from variant_kernels.cuda_ops import common, library
 from variant_kernels.cuda_ops.qk_norm_append_paged_kv import launch_rows
+from variant_kernels.tensors import rows
 
 # AppendPagedKvArgs
 _ARGS = struct.Struct("@22qii0q")
@@ -51,8 +52,8 @@ def launch_append_paged_kv(
             launch_rows(
                 op="append_paged_kv",
                 q=(0, 0, 0, 0),
-                k=common.rows(k_BTHD),
-                v=common.rows(v_BTHD),
+                k=rows(k_BTHD),
+                v=rows(v_BTHD),
                 like_BTHD=k_BTHD,
                 scale_mul_address=0,
                 out_address=0,
@@ -66,8 +67,8 @@ def launch_append_paged_kv(
     packed = _ARGS.pack(
         *k_BTHD.shape,
         k_pages_PNHD.shape[1],
-        *common.rows(k_BTHD),
-        *common.rows(v_BTHD),
+        *rows(k_BTHD),
+        *rows(v_BTHD),
         k_pages_PNHD.data_ptr(),
         v_pages_PNHD.data_ptr(),
         *k_pages_PNHD.stride()[:3],

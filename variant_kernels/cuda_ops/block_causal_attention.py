@@ -8,7 +8,7 @@ from array import array
 import torch
 
 from variant_kernels.cuda_ops import common
-from variant_kernels.registry import last_contiguous
+from variant_kernels.tensors import empty_as, last_contiguous, rows
 
 # BlockCausalForwardArgs, BlockCausalBackwardCudaArgs
 _FORWARD = struct.Struct("@20qfii0q")
@@ -44,7 +44,7 @@ def launch_block_causal_attention_forward(
         ValueError: more than 256 scales.  RuntimeError: the launch failed.
     """
     batch, length, heads, head_dim = q_BLHD.shape
-    out_BLHD = common.empty_as(q_BLHD, q_BLHD.dtype)
+    out_BLHD = empty_as(q_BLHD, q_BLHD.dtype)
     lse_BHL = q_BLHD.new_empty((batch, heads, length), dtype=torch.float32)
     if out_BLHD.numel() == 0:
         return out_BLHD, lse_BHL
@@ -56,9 +56,9 @@ def launch_block_causal_attention_forward(
         _FORWARD,
         (
             *(batch, length, heads, head_dim),
-            *common.rows(q_BLHD),
-            *common.rows(k_BLHD),
-            *common.rows(v_BLHD),
+            *rows(q_BLHD),
+            *rows(k_BLHD),
+            *rows(v_BLHD),
             *lengths.buffer_info(),
             out_BLHD.data_ptr(),
             lse_BHL.data_ptr(),
@@ -91,9 +91,9 @@ def launch_block_causal_attention_backward(
     """
     grad_out_BLHD, lse_BHL = last_contiguous(grad_out_BLHD), lse_BHL.contiguous()
     batch, length, heads, head_dim = q_BLHD.shape
-    dq_BLHD = common.empty_as(q_BLHD, q_BLHD.dtype)
-    dk_BLHD = common.empty_as(q_BLHD, q_BLHD.dtype)
-    dv_BLHD = common.empty_as(q_BLHD, q_BLHD.dtype)
+    dq_BLHD = empty_as(q_BLHD, q_BLHD.dtype)
+    dk_BLHD = empty_as(q_BLHD, q_BLHD.dtype)
+    dv_BLHD = empty_as(q_BLHD, q_BLHD.dtype)
     if dq_BLHD.numel() == 0:
         return dq_BLHD, dk_BLHD, dv_BLHD
     common.check_rows("block_causal_attention", "q_BLHD", batch * length * heads)
@@ -105,11 +105,11 @@ def launch_block_causal_attention_backward(
         _BACKWARD,
         (
             *(batch, length, heads, head_dim),
-            *common.rows(grad_out_BLHD),
-            *common.rows(q_BLHD),
-            *common.rows(k_BLHD),
-            *common.rows(v_BLHD),
-            *common.rows(out_BLHD),
+            *rows(grad_out_BLHD),
+            *rows(q_BLHD),
+            *rows(k_BLHD),
+            *rows(v_BLHD),
+            *rows(out_BLHD),
             lse_BHL.data_ptr(),
             *lengths.buffer_info(),
             dq_BLHD.data_ptr(),

@@ -21,16 +21,6 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MOST_ROWS = 2**31 - 512
 
 
-def rows(x: torch.Tensor) -> tuple[int, ...]:
-    """(address, outer strides in elements): all but the last dimension, which is contiguous."""
-    return (x.data_ptr(), *x.stride()[:-1])
-
-
-def empty_as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A new contiguous tensor of x's shape and device."""
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-
-
 def place(x: torch.Tensor) -> tuple[int, int]:
     """The index of x's device and the stream that torch computes on there."""
     if library.is_emulated():

@@ -9,6 +9,7 @@ import struct
 import torch
 
 from variant_kernels.cuda_ops import common
+from variant_kernels.tensors import empty_as, rows
 
 # PagedAttentionArgs
 _ARGS = struct.Struct("@8q12q6qfi0q")
@@ -56,7 +57,7 @@ def launch_paged_attention_forward(
     batch, tokens, heads, head_dim = q_BTHD.shape
     num_pages, page_size = k_pages_PNHD.shape[:2]
     entries = page_table_BM.shape[1]
-    out_BTHD = common.empty_as(q_BTHD, q_BTHD.dtype)
+    out_BTHD = empty_as(q_BTHD, q_BTHD.dtype)
     if out_BTHD.numel() == 0:
         return out_BTHD
     if num_pages == 0 or entries == 0:
@@ -76,17 +77,17 @@ def launch_paged_attention_forward(
         name, layout, scales = "paged_attention_forward", _ARGS, ()
     else:
         name, layout = "paged_attention_kv8_forward", _KV8_ARGS
-        scales = (*common.rows(k_scales_PNH), 1, *common.rows(v_scales_PNH), 1)
+        scales = (*rows(k_scales_PNH), 1, *rows(v_scales_PNH), 1)
     common.launch(
         "paged_attention",
         name,
         layout,
         (
             *(batch, tokens, heads, head_dim, num_pages, page_size, entries, splits),
-            *common.rows(q_BTHD),
-            *common.rows(k_pages_PNHD),
-            *common.rows(v_pages_PNHD),
-            *common.rows(page_table_BM),
+            *rows(q_BTHD),
+            *rows(k_pages_PNHD),
+            *rows(v_pages_PNHD),
+            *rows(page_table_BM),
             kv_lens_B.data_ptr(),
             out_BTHD.data_ptr(),
             partial_address,

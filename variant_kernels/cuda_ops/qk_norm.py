@@ -7,7 +7,7 @@ import struct
 import torch
 
 from variant_kernels.cuda_ops import common
-from variant_kernels.registry import last_contiguous
+from variant_kernels.tensors import empty_as, last_contiguous, rows
 
 # QkNormForwardArgs, QkNormBackwardCudaArgs
 _FORWARD = struct.Struct("@4q8q3qii0q")
@@ -27,8 +27,8 @@ def launch_qk_norm_forward(
         RuntimeError: the launch failed.
     """
     scale_mul_H = scale_mul_1H11.reshape(-1).float().contiguous()
-    q_out_BTHD = common.empty_as(q_BTHD, q_BTHD.dtype)
-    k_out_BTHD = common.empty_as(k_BTHD, k_BTHD.dtype)
+    q_out_BTHD = empty_as(q_BTHD, q_BTHD.dtype)
+    k_out_BTHD = empty_as(k_BTHD, k_BTHD.dtype)
     if q_BTHD.numel() == 0:
         return q_out_BTHD, k_out_BTHD
     batch, tokens, heads, head_dim = q_BTHD.shape
@@ -39,8 +39,8 @@ def launch_qk_norm_forward(
         _FORWARD,
         (
             *(batch, tokens, heads, head_dim),
-            *common.rows(q_BTHD),
-            *common.rows(k_BTHD),
+            *rows(q_BTHD),
+            *rows(k_BTHD),
             scale_mul_H.data_ptr(),
             q_out_BTHD.data_ptr(),
             k_out_BTHD.data_ptr(),
@@ -72,8 +72,8 @@ def launch_qk_norm_backward(
     """
     grad_q_BTHD, grad_k_BTHD = last_contiguous(grad_q_BTHD), last_contiguous(grad_k_BTHD)
     scale_mul_H = scale_mul_1H11.reshape(-1).float().contiguous()
-    dq_BTHD = common.empty_as(q_BTHD, q_BTHD.dtype)
-    dk_BTHD = common.empty_as(k_BTHD, k_BTHD.dtype)
+    dq_BTHD = empty_as(q_BTHD, q_BTHD.dtype)
+    dk_BTHD = empty_as(k_BTHD, k_BTHD.dtype)
     if q_BTHD.numel() == 0:
         return dq_BTHD, dk_BTHD, torch.zeros_like(scale_mul_1H11)
     dscale_mul_H = torch.empty_like(scale_mul_H)
@@ -87,10 +87,10 @@ def launch_qk_norm_backward(
         _BACKWARD,
         (
             *(batch, tokens, heads, head_dim),
-            *common.rows(grad_q_BTHD),
-            *common.rows(grad_k_BTHD),
-            *common.rows(q_BTHD),
-            *common.rows(k_BTHD),
+            *rows(grad_q_BTHD),
+            *rows(grad_k_BTHD),
+            *rows(q_BTHD),
+            *rows(k_BTHD),
             scale_mul_H.data_ptr(),
             dq_BTHD.data_ptr(),
             dk_BTHD.data_ptr(),

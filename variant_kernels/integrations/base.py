@@ -11,13 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from variant_kernels.integrations.runtime import Runtime, Stats
+from variant_kernels.integrations.runtime import Runtime, Stats
 
 # The one entry that a patch adds to an object's __dict__.
 STATE = "_variant_patch"

@@ -19,16 +19,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from variant_kernels.attention_module import can_attend
+from variant_kernels.attention import can_attend
 from variant_kernels.integrations.base import Family, Patched, Swap, require
+from variant_kernels.integrations.cast_once import CastOnceLinear
 from variant_kernels.integrations.rope import rotate_pairs
-from variant_kernels.integrations.runtime import CastOnceLinear, Runtime
+from variant_kernels.integrations.runtime import Runtime
 from variant_kernels.integrations.var import PatchedAttention, linears
 from variant_kernels.integrations.var_generation import VARRuntime
 from variant_kernels.masks import block_causal_layout
 from variant_kernels.ops.append_paged_kv import append_paged_kv
 from variant_kernels.ops.qk_norm import qk_norm
-from variant_kernels.scales import ScaleLayout
+from variant_kernels.plans.scale_layout import ScaleLayout
 
 # (frames, height, width) of each scale.
 Scales = list[tuple[int, int, int]]

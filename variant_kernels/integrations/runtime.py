@@ -6,15 +6,13 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from variant_kernels.depth import DepthSchedule, resolve_layers
-from variant_kernels.integrations.base import Patched
 from variant_kernels.packed_linear import can_pack, pack, packed_linear
+from variant_kernels.plans.depth_schedule import DepthSchedule, resolve_layers
 
 
 @dataclass(frozen=True)
@@ -126,33 +124,3 @@ class Runtime:
         if packed:
             return packed_linear(x, kept[2], bias_O)
         return F.linear(x, kept[2], bias_O)
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype in which autocast computes matrix products now; None outside autocast."""
-    kind = device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
-class CastOnceLinear(Patched, nn.Linear):
-    """A linear layer whose weights are cast once per generation under autocast.
-
-    The 16-bit copies live from the first use to the end of the generation.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        runtime: Any = self.patch_state.runtime
-        dtype = autocast_dtype(input.device)
-        if not runtime.generating or dtype is None or torch.is_grad_enabled():
-            return super().forward(input)
-        return runtime.linear(input, self.weight, self.bias, dtype)
-
-
-def without_autocast(module: nn.Module, cond: Tensor) -> Tensor:
-    """A projection of the class in its weights' own dtype.
-
-    It runs once per generation on a row or two: to cast its weights costs more than the product.
-    """
-    weight = next(module.parameters())
-    with torch.autocast(cond.device.type, enabled=False):
-        return module(cond.to(weight.dtype))

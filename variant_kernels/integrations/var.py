@@ -17,18 +17,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from variant_kernels.attention_module import AttentionForward, KVStore, can_attend
+from variant_kernels.attention import AttentionForward, can_attend
 from variant_kernels.integrations.base import Family, Patched, Swap, require
-from variant_kernels.integrations.runtime import (
-    CastOnceLinear,
-    Runtime,
-    autocast_dtype,
-    without_autocast,
-)
+from variant_kernels.integrations.cast_once import CastOnceLinear, autocast_dtype, without_autocast
+from variant_kernels.integrations.runtime import Runtime
 from variant_kernels.integrations.var_generation import LayerPages, VARRuntime
+from variant_kernels.kv_cache import KVStore
 from variant_kernels.masks import layout_of
 from variant_kernels.ops.adaln import adaln_modulate, gated_residual_adaln
-from variant_kernels.scales import ScaleLayout
+from variant_kernels.plans.scale_layout import ScaleLayout
 
 Rows = tuple[Tensor, ...]
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from variant_kernels.attention_module import KVStore
-from variant_kernels.cache_plan import CachePlan
-from variant_kernels.depth import DepthSchedule
-from variant_kernels.integrations.runtime import Runtime, autocast_dtype
-from variant_kernels.kv_cache import KVStep, PagedKVCache, Steps
-from variant_kernels.scales import ScaleLayout
+from variant_kernels.integrations.cast_once import autocast_dtype
+from variant_kernels.integrations.runtime import Runtime
+from variant_kernels.kv_cache import KVStep, KVStore, PagedKVCache, Steps
+from variant_kernels.plans.cache_plan import CachePlan
+from variant_kernels.plans.depth_schedule import DepthSchedule
+from variant_kernels.plans.scale_layout import ScaleLayout
 
 
 class VARRuntime(Runtime):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from variant_kernels.backends import find_flash
+from variant_kernels.dispatch.support import find_flash
 
 
 def launch_paged_attention_forward(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from variant_kernels.backends import Impl
+from variant_kernels.dispatch.select import Impl
 from variant_kernels.ops import (
     adaln,
     append_paged_kv,

@@ -10,19 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from variant_kernels import contract
-from variant_kernels.backends import (
-    Impl,
-    Lazy,
-    choose,
-    cpu_unsupported,
-    cuda_unsupported,
-    dtype_name,
-    triton_unsupported,
-)
 from variant_kernels.cpu_ops.values import fits_slots
+from variant_kernels.dispatch.request import dtype_name
+from variant_kernels.dispatch.select import Impl, Lazy, choose
+from variant_kernels.dispatch.support import cpu_unsupported, cuda_unsupported, triton_unsupported
 from variant_kernels.kv_quantization import KV8_DTYPE, quantize_kv
-from variant_kernels.registry import refuse_gradient, register
+from variant_kernels.ops import contract
+from variant_kernels.ops.registry import refuse_gradient, register
 
 
 def check_slots(op: str, slots_BT: Tensor, num_slots: int) -> None:

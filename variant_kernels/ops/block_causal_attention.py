@@ -12,26 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from variant_kernels import contract
-from variant_kernels.backends import (
-    Impl,
-    Lazy,
-    Request,
-    choose_backward,
-    choose_name,
+from variant_kernels.dispatch.request import Request
+from variant_kernels.dispatch.select import Impl, Lazy, choose_backward, choose_name
+from variant_kernels.dispatch.support import (
     cpu_unsupported,
     cuda_unsupported,
     flex_unsupported,
     triton_unsupported,
 )
+from variant_kernels.ops import contract
 from variant_kernels.ops.qk_norm import QK_NORM_IMPLS, check_scale_mul, qk_norm
-from variant_kernels.registry import (
-    differentiate,
-    forbid_gradient,
-    last_contiguous,
-    register,
-)
-from variant_kernels.scales import ScaleLayout
+from variant_kernels.ops.registry import differentiate, forbid_gradient, register
+from variant_kernels.plans.scale_layout import ScaleLayout
+from variant_kernels.tensors import last_contiguous
 
 # --- the definition -----------------------------------------------------------------------------
 

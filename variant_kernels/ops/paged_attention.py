@@ -10,21 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from variant_kernels import contract
-from variant_kernels.backends import (
-    Impl,
-    Lazy,
-    choose,
+from variant_kernels.cpu_ops.values import fits_page_table
+from variant_kernels.dispatch.select import Impl, Lazy, choose
+from variant_kernels.dispatch.support import (
     cpu_unsupported,
     cuda_unsupported,
     flash_unsupported,
     flashinfer_unsupported,
     triton_unsupported,
 )
-from variant_kernels.cpu_ops.values import fits_page_table
 from variant_kernels.kv_quantization import KV8_DTYPE, dequantize_kv
+from variant_kernels.ops import contract
 from variant_kernels.ops.append_paged_kv import check_pages, fits_pages, given_scales
-from variant_kernels.registry import refuse_gradient, register
+from variant_kernels.ops.registry import refuse_gradient, register
 
 
 def check_table(op: str, page_table_BM: Tensor, kv_lens_B: Tensor, pages_shape: torch.Size) -> None:

@@ -11,23 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from variant_kernels import contract
-from variant_kernels.backends import (
-    Impl,
-    Lazy,
-    Request,
-    choose,
-    choose_backward,
-    cpu_unsupported,
-    cuda_unsupported,
-    triton_unsupported,
-)
-from variant_kernels.registry import (
-    differentiate,
-    forbid_gradient,
-    last_contiguous,
-    register,
-)
+from variant_kernels.dispatch.request import Request
+from variant_kernels.dispatch.select import Impl, Lazy, choose, choose_backward
+from variant_kernels.dispatch.support import cpu_unsupported, cuda_unsupported, triton_unsupported
+from variant_kernels.ops import contract
+from variant_kernels.ops.registry import differentiate, forbid_gradient, register
+from variant_kernels.tensors import last_contiguous
 
 MAX_LOG_SCALE = math.log(100)
 NORM_EPS = 1e-12

@@ -8,16 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from variant_kernels import contract
-from variant_kernels.backends import (
-    Impl,
-    Lazy,
-    choose,
-    cpu_unsupported,
-    cuda_unsupported,
-    triton_unsupported,
-)
+from variant_kernels.dispatch.select import Impl, Lazy, choose
+from variant_kernels.dispatch.support import cpu_unsupported, cuda_unsupported, triton_unsupported
 from variant_kernels.kv_quantization import KV8_DTYPE
+from variant_kernels.ops import contract
 from variant_kernels.ops.append_paged_kv import (
     check_slots,
     check_target,
@@ -26,7 +20,7 @@ from variant_kernels.ops.append_paged_kv import (
     reference_append_paged_kv,
 )
 from variant_kernels.ops.qk_norm import check_scale_mul, fits_scale_mul, reference_qk_norm_forward
-from variant_kernels.registry import refuse_gradient, register
+from variant_kernels.ops.registry import refuse_gradient, register
 
 # --- the definition -----------------------------------------------------------------------------
 

@@ -9,16 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from variant_kernels import contract
-from variant_kernels.backends import (
-    Impl,
-    Lazy,
-    choose,
-    cpu_unsupported,
-    cuda_unsupported,
-    triton_unsupported,
-)
-from variant_kernels.registry import refuse_gradient, register
+from variant_kernels.dispatch.select import Impl, Lazy, choose
+from variant_kernels.dispatch.support import cpu_unsupported, cuda_unsupported, triton_unsupported
+from variant_kernels.ops import contract
+from variant_kernels.ops.registry import refuse_gradient, register
 
 # --- the definition -----------------------------------------------------------------------------
 

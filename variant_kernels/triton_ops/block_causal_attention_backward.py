@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from variant_kernels.tensors import last_contiguous
 from variant_kernels.triton_ops import block_causal_attention_configs as configs
 from variant_kernels.triton_ops.block_causal_attention import (
     SMALLEST,
@@ -34,7 +35,7 @@ from variant_kernels.triton_ops.block_causal_attention import (
     store_tile,
     visible_end,
 )
-from variant_kernels.triton_ops.common import last_contiguous, on_device_of
+from variant_kernels.triton_ops.common import on_device_of
 from variant_kernels.triton_ops.qk_norm import launch_unit_keys
 from variant_kernels.triton_ops.rows import MAX_LOG_SCALE, power_of_two, unit_gradient
 from variant_kernels.triton_ops.tuning import Config

@@ -7,10 +7,9 @@ from functools import cache
 
 import torch
 
-from variant_kernels.backends import triton_interprets
-from variant_kernels.registry import last_contiguous
+from variant_kernels.dispatch.support import triton_interprets
 
-__all__ = ["family", "last_contiguous", "num_processors", "on_device_of", "padded"]
+__all__ = ["family", "num_processors", "on_device_of", "padded"]
 
 # One stands for the interpreter: there, a test says how many processors there should be.
 INTERPRETED_PROCESSORS = 1

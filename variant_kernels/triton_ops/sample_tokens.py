@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from variant_kernels.triton_ops.common import last_contiguous, on_device_of, padded
+from variant_kernels.tensors import last_contiguous
+from variant_kernels.triton_ops.common import on_device_of, padded
 from variant_kernels.triton_ops.compile_report import CompileCase
 from variant_kernels.triton_ops.rows import num_warps_for, warps_by_target
 

@@ -22,8 +22,8 @@ import triton
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from variant_kernels import exclusive
-from variant_kernels.backends import triton_interprets
+from variant_kernels import device_lock
+from variant_kernels.dispatch.support import triton_interprets
 
 WARM_UP_MS, REPEAT_MS = 10, 40
 
@@ -76,7 +76,7 @@ def best(
     place = (kernel, device, key)
     winner = _winners.get(place)
     if winner is None:
-        if not _may_time(device) or not exclusive.DEVICE.acquire(blocking=False):
+        if not _may_time(device) or not device_lock.DEVICE.acquire(blocking=False):
             return configs[0]
         try:
             winner = _kept_or_timed(kernel, configs, key, launch, device)
@@ -90,7 +90,7 @@ def best(
                 stacklevel=2,
             )
         finally:
-            exclusive.DEVICE.release()
+            device_lock.DEVICE.release()
         _winners[place] = winner
     return winner
 

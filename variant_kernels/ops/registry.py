@@ -63,8 +63,3 @@ def refuse_gradient(op: str, *tensors: torch.Tensor | None) -> None:
             f"{op}: has no gradient, but an argument requires one; call it under "
             "torch.no_grad() or torch.inference_mode()"
         )
-
-
-def last_contiguous(grad: torch.Tensor) -> torch.Tensor:
-    """Autograd may hand over expanded gradients; kernels want a contiguous last dimension."""
-    return grad if grad.stride(-1) == 1 else grad.contiguous()

@@ -12,8 +12,8 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from variant_kernels.depth import DepthSchedule
-from variant_kernels.scales import ScaleLayout
+from variant_kernels.plans.depth_schedule import DepthSchedule
+from variant_kernels.plans.scale_layout import ScaleLayout
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "float8_e4m3fn": 1}
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import torch
 
-from variant_kernels.backends import Request, dtype_name
+from variant_kernels.dispatch.request import Request, dtype_name
 from variant_kernels.winners import MOST_REQUESTS
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

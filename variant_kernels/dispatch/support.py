@@ -1,0 +1,195 @@
+"""What each backend can serve on this machine, and the reasons why not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from variant_kernels.cuda_ops import library as cuda_library
+from variant_kernels.dispatch.request import Request, dtype_name
+from variant_kernels.winners import PREFERENCE
+
+
+def _kv_dtype_reason(kv_dtype: torch.dtype) -> str:
+    return f"pages of {dtype_name(kv_dtype)} with scales are not among those that it reads"
+
+
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+
+
+# Devices that Triton compiles for; AMD GPUs are "cuda" to torch.
+TRITON_DEVICES = ("cuda", "xpu")
+
+
+# Entries of a row that one program can hold.
+TRITON_ROW = 65536
+
+
+CUDA_ROW = 65536
+
+
+def cpu_unsupported(request: Request) -> str | None:
+    """Why the C++ kernels cannot serve a request."""
+    if request.device != "cpu":
+        return f"the tensors are on {request.device}, not on the CPU"
+    for dtype in request.dtypes:
+        if dtype not in CPU_DTYPES:
+            return f"dtype {dtype_name(dtype)} is not among its dtypes (float32, bfloat16)"
+    return None
+
+
+def triton_interprets() -> bool:
+    """Whether Triton runs kernels on the CPU, in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_unsupported(request: Request) -> str | None:
+    """Why the Triton kernels cannot serve a request."""
+    if not _has_triton():
+        return "Triton is not installed (pip install triton)"
+    if triton_interprets():
+        if request.device != "cpu":
+            return f"TRITON_INTERPRET=1 takes CPU tensors; these are on {request.device}"
+        if torch.bfloat16 in request.dtypes:
+            # Its products are wrong: operands are not rounded as the hardware rounds them.
+            return "Triton's interpreter computes bfloat16 wrongly"
+    elif request.device not in TRITON_DEVICES:
+        return f"the tensors are on {request.device}, not on a GPU"
+    for dtype in request.dtypes:
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"dtype {dtype_name(dtype)} is not among its dtypes (float32, bfloat16, float16)"
+    if request.row is not None and request.row > TRITON_ROW:
+        return f"rows of {request.row} entries are longer than the {TRITON_ROW} that it can hold"
+    return None
+
+
+@cache
+def _least_capability() -> tuple[int, int]:
+    """Of the GPUs at hand: a request does not say which of them it is for."""
+    count = torch.cuda.device_count()
+    return min(torch.cuda.get_device_capability(index) for index in range(count))
+
+
+def cuda_unsupported(request: Request) -> str | None:
+    """Why the CUDA C++ kernels cannot serve a request."""
+    if cuda_library.is_emulated():
+        if request.device != "cpu":
+            return f"{cuda_library.EMULATION} takes CPU tensors; these are on {request.device}"
+    elif not cuda_library.is_built():
+        return "it is not built; build with VARIANT_CUDA=1"
+    elif request.device != "cuda" or torch.version.hip is not None:
+        return f"the tensors are on {request.device}, not on an NVIDIA GPU"
+    elif _least_capability() < (8, 0):
+        major, minor = _least_capability()
+        return f"the GPU has compute capability {major}.{minor}; it needs 8.0"
+    for dtype in request.dtypes:
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"dtype {dtype_name(dtype)} is not among its dtypes (float32, bfloat16, float16)"
+    if request.row is not None and request.row > CUDA_ROW:
+        return f"rows of {request.row} entries are longer than the {CUDA_ROW} that it takes"
+    return None
+
+
+@dataclass(frozen=True)
+class FlashAttention:
+    """An installed flash-attn: where it is, and what it calls a page table."""
+
+    version: int
+    module: str
+    table_argument: str
+    page_multiple: int
+
+
+# Version 2 reads pages of any multiple of 256 tokens, version 3 (sm_90 only) of any number.
+FLASH_VERSIONS = (
+    FlashAttention(3, "flash_attn_interface", "page_table", 1),
+    FlashAttention(2, "flash_attn", "block_table", 256),
+)
+
+
+@cache
+def find_flash(device: torch.device | str) -> FlashAttention | None:
+    """The newest installed flash-attn that runs on a device, or None."""
+    for found in FLASH_VERSIONS:
+        newest = found.version == 3
+        if newest and torch.cuda.get_device_capability(device)[0] != 9:
+            continue
+        if importlib.util.find_spec(found.module) is not None:
+            return found
+    return None
+
+
+def _16_bits_on_nvidia(request: Request) -> str | None:
+    if request.kv_dtype is not None:
+        return _kv_dtype_reason(request.kv_dtype)
+    if request.device != "cuda" or torch.version.hip is not None:
+        return "it needs an NVIDIA GPU"
+    for dtype in request.dtypes:
+        if dtype not in (torch.float16, torch.bfloat16):
+            return f"dtype {dtype_name(dtype)} is not among its dtypes (float16, bfloat16)"
+    return None
+
+
+def flash_unsupported(request: Request) -> str | None:
+    """Why flash-attn cannot serve a request."""
+    reason = _16_bits_on_nvidia(request)
+    if reason is not None:
+        return reason
+    found = find_flash(request.device)
+    if found is None:
+        return "flash-attn is not installed"
+    if request.page_size is not None and request.page_size % found.page_multiple:
+        return (
+            f"page_size {request.page_size} is not a multiple of the {found.page_multiple} that "
+            f"flash-attn {found.version} reads"
+        )
+    return None
+
+
+FLASHINFER_HEAD_DIMS = (64, 128, 256)
+
+
+def flashinfer_unsupported(request: Request) -> str | None:
+    """Why FlashInfer cannot serve a request."""
+    reason = _16_bits_on_nvidia(request)
+    if reason is not None:
+        return reason
+    if importlib.util.find_spec("flashinfer") is None:
+        return "FlashInfer is not installed"
+    if request.head_dim not in FLASHINFER_HEAD_DIMS:
+        return f"head_dim {request.head_dim} is not among its head_dims (64, 128, 256)"
+    return None
+
+
+def flex_unsupported(request: Request) -> str | None:
+    """Why FlexAttention cannot serve a request."""
+    if request.device not in TRITON_DEVICES:
+        return f"FlexAttention has no backward pass on {request.device}"
+    if not _has_triton():
+        return "Triton is not installed (pip install triton)"
+    return None
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that this installation can run on this machine."""
+    gpu = torch.cuda.is_available()
+    nvidia = gpu and torch.version.hip is None
+    runs = {
+        "reference": True,
+        "cpu": True,
+        "cuda": cuda_library.is_emulated() or (cuda_library.is_built() and nvidia),
+        "triton": _has_triton() and (triton_interprets() or gpu),
+        "flex": _has_triton() and gpu,
+        "flash": nvidia and find_flash("cuda") is not None,
+        "flashinfer": nvidia and importlib.util.find_spec("flashinfer") is not None,
+    }
+    return tuple(name for name in reversed(PREFERENCE) if runs[name])

@@ -1,0 +1,40 @@
+"""Linear layers that cast their weights once per generation under autocast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from variant_kernels.integrations.base import Patched
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype in which autocast computes matrix products now; None outside autocast."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+class CastOnceLinear(Patched, nn.Linear):
+    """A linear layer whose weights are cast once per generation under autocast.
+
+    The 16-bit copies live from the first use to the end of the generation.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        runtime: Any = self.patch_state.runtime
+        dtype = autocast_dtype(input.device)
+        if not runtime.generating or dtype is None or torch.is_grad_enabled():
+            return super().forward(input)
+        return runtime.linear(input, self.weight, self.bias, dtype)
+
+
+def without_autocast(module: nn.Module, cond: Tensor) -> Tensor:
+    """A projection of the class in its weights' own dtype.
+
+    It runs once per generation on a row or two: to cast its weights costs more than the product.
+    """
+    weight = next(module.parameters())
+    with torch.autocast(cond.device.type, enabled=False):
+        return module(cond.to(weight.dtype))

@@ -1,0 +1,1 @@
+"""Plans on integers: layouts, depth schedules and cache plans; no tensor."""
