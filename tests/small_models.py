@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 
 from variant.config import VARConfig, VQVAEConfig
+from variant.data import ImageData
+from variant.recipe import Recipe
 from variant.supernet import VARiant
+from variant.train_start import open_data
 from variant.transformer import VAR
 from variant.vqvae import VQVAE
 
@@ -40,3 +43,8 @@ def small_model(seed: int = 0, **options) -> VARiant:
         )
     )
     return VARiant(var, vae).eval()
+
+
+def open_recipe_data(recipe: Recipe) -> ImageData:
+    """The data of a recipe at the image size of its VQ-VAE."""
+    return open_data(recipe.data, recipe.vae.image_size, recipe.vae.in_channels, recipe.seed)

@@ -22,7 +22,7 @@ from variant_kernels.plans.depth_schedule import Selection, select_layers
 STRICT = ConfigDict(extra="forbid")
 
 
-def _require(holds: bool, what: str, got: object) -> None:
+def require(holds: bool, what: str, got: object) -> None:
     if not holds:
         raise ValueError(f"{what}; got {got!r}")
 
@@ -83,13 +83,13 @@ class DataSection:
 
     def __post_init__(self) -> None:
         for name in ("copies", "rotate", "shift", "shear", "randaugment_ops", "mixup"):
-            _require(getattr(self, name) >= 0, f"{name} must be >= 0", getattr(self, name))
-        _require(0 <= self.hflip <= 1, "hflip must be in [0, 1]", self.hflip)
-        _require(0 <= self.zoom < 1, "zoom must be in [0, 1)", self.zoom)
+            require(getattr(self, name) >= 0, f"{name} must be >= 0", getattr(self, name))
+        require(0 <= self.hflip <= 1, "hflip must be in [0, 1]", self.hflip)
+        require(0 <= self.zoom < 1, "zoom must be in [0, 1)", self.zoom)
         magnitude = self.randaugment_magnitude
-        _require(0 <= magnitude <= 30, "randaugment_magnitude must be in [0, 30]", magnitude)
-        _require(self.workers >= 1, "workers must be at least 1", self.workers)
-        _require(
+        require(0 <= magnitude <= 30, "randaugment_magnitude must be in [0, 30]", magnitude)
+        require(self.workers >= 1, "workers must be at least 1", self.workers)
+        require(
             not (self.copies and self.mixup),
             "copies must be 0 with mixup, which mixes pixels anew in every batch",
             self.copies,
@@ -100,9 +100,9 @@ class DataSection:
         }
         for name, unset in foreign[self.kind].items():
             value = getattr(self, name)
-            _require(value == unset, f'{name} is not for kind "{self.kind}"', value)
+            require(value == unset, f'{name} is not for kind "{self.kind}"', value)
         if self.kind == "folder":
-            _require(
+            require(
                 self.train is not None and self.held_out is not None,
                 'train and held_out must name folders for kind "folder"',
                 (self.train, self.held_out),
@@ -132,18 +132,18 @@ class OptimSection:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, "batch_size must be at least 1", self.batch_size)
-        _require(self.learning_rate > 0, "learning_rate must be positive", self.learning_rate)
-        _require(all(0 <= beta < 1 for beta in self.betas), "betas must be in [0, 1)", self.betas)
-        _require(self.weight_decay >= 0, "weight_decay must be >= 0", self.weight_decay)
-        _require(self.clip > 0, "clip must be positive", self.clip)
-        _require(
+        require(self.batch_size >= 1, "batch_size must be at least 1", self.batch_size)
+        require(self.learning_rate > 0, "learning_rate must be positive", self.learning_rate)
+        require(all(0 <= beta < 1 for beta in self.betas), "betas must be in [0, 1)", self.betas)
+        require(self.weight_decay >= 0, "weight_decay must be >= 0", self.weight_decay)
+        require(self.clip > 0, "clip must be positive", self.clip)
+        require(
             self.accumulate >= 1 and self.batch_size % self.accumulate == 0,
             f"accumulate must divide batch_size ({self.batch_size})",
             self.accumulate,
         )
-        _require(0 <= self.final_ratio <= 1, "final_ratio must be in [0, 1]", self.final_ratio)
-        _require(0 <= self.warmup < 1, "warmup must be in [0, 1)", self.warmup)
+        require(0 <= self.final_ratio <= 1, "final_ratio must be in [0, 1]", self.final_ratio)
+        require(0 <= self.warmup < 1, "warmup must be in [0, 1)", self.warmup)
 
 
 @dataclass(frozen=True)
@@ -169,18 +169,16 @@ class VAETraining:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 0, "epochs must be >= 0", self.epochs)
-        _require(
+        require(self.epochs >= 0, "epochs must be >= 0", self.epochs)
+        require(
             self.weights is not None or (self.epochs > 0 and self.optim is not None),
             "needs either weights, or epochs and an optim section",
             None,
         )
-        _require(self.reconstruction > 0, "reconstruction must be positive", self.reconstruction)
-        _require(self.revive_every >= 0, "revive_every must be >= 0", self.revive_every)
+        require(self.reconstruction > 0, "reconstruction must be positive", self.reconstruction)
+        require(self.revive_every >= 0, "revive_every must be >= 0", self.revive_every)
         for name in ("revive_until", "scale_dropout"):
-            _require(
-                0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1]", getattr(self, name)
-            )
+            require(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1]", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -203,16 +201,16 @@ class ScheduleSection:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
-        _require(len(set(self.depths)) == len(self.depths), "depths must not repeat", self.depths)
+        require(len(set(self.depths)) == len(self.depths), "depths must not repeat", self.depths)
         p0 = self.joint_probability
-        _require(0 <= p0 <= 1, "joint_probability must be in [0, 1]", p0)
+        require(0 <= p0 <= 1, "joint_probability must be in [0, 1]", p0)
         given = [value is not None for value in (self.joint, self.transition, self.refinement)]
-        _require(
+        require(
             all(given) or not any(given),
             "joint, transition and refinement must be given together or not at all",
             (self.joint, self.transition, self.refinement),
         )
-        _require(self.phases.total >= 1, "the phases must have at least one epoch", self.phases)
+        require(self.phases.total >= 1, "the phases must have at least one epoch", self.phases)
 
     @property
     def phases(self) -> Phases:
@@ -234,9 +232,9 @@ class EvalSection:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
-        _require(self.every >= 1, "every must be at least 1", self.every)
-        _require(self.batch_size >= 1, "batch_size must be at least 1", self.batch_size)
-        _require(self.limit >= 0, "limit must be >= 0", self.limit)
+        require(self.every >= 1, "every must be at least 1", self.every)
+        require(self.batch_size >= 1, "batch_size must be at least 1", self.batch_size)
+        require(self.limit >= 0, "limit must be >= 0", self.limit)
 
 
 @dataclass(frozen=True)
@@ -248,7 +246,7 @@ class OutputSection:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.checkpoint_every >= 1,
             "checkpoint_every must be at least 1",
             self.checkpoint_every,
@@ -274,7 +272,7 @@ class Recipe:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
-        _require(self.seed >= 0, "seed must be >= 0", self.seed)
+        require(self.seed >= 0, "seed must be >= 0", self.seed)
         _ = self.var_config  # sizes, subnets and bridge are checked there
 
     @property

@@ -13,7 +13,7 @@ from variant.checkpoint import CONFIG_NAME, read_pickle
 from variant.data import FolderData, ImageData
 from variant.digits import LEVELS, DigitsData, load_scans
 from variant.errors import UserError
-from variant.recipe import OptimSection, Recipe
+from variant.recipe import DataSection, OptimSection, Recipe
 
 FORMAT = "variant-train-2"
 # What a checkpoint holds besides its format and kind.
@@ -39,15 +39,17 @@ INPUTS = {
 }
 
 
-def open_data(recipe: Recipe) -> ImageData:
-    """The data of a recipe, at its VQ-VAE's image size.
+def open_data(section: DataSection, image_size: int, channels: int, seed: int) -> ImageData:
+    """The data that a section of a recipe describes.
 
+    Args:
+        image_size: side of the images, pixels.  channels: 1 or 3.  seed: of order and augmentation.
     Raises:
         UserError: a folder that is missing, empty or disagrees with its partner; scikit-learn is
             not installed.
     """
-    kind = DigitsData if recipe.data.kind == "digits" else FolderData
-    return kind(recipe.data, recipe.vae.image_size, recipe.vae.in_channels, recipe.seed)
+    kind = DigitsData if section.kind == "digits" else FolderData
+    return kind(section, image_size, channels, seed)
 
 
 def data_inputs(data: ImageData) -> dict[str, Any]:
@@ -142,7 +144,8 @@ class Start:
             raise UserError(
                 f"{self.last}: was written by another recipe or seed; resume with the same ones"
             )
-        self.data = open_data(recipe)
+        vae = recipe.vae
+        self.data = open_data(recipe.data, vae.image_size, vae.in_channels, recipe.seed)
         if self.data.num_train < optim.batch_size:
             raise UserError(
                 f"{recipe.name}: batch_size must be at most the number of training images "

@@ -134,7 +134,7 @@ def find_vae(weights: str | None, folder: Path) -> Path:
             f"{path}: may be half trained: {last.name}, which would tell, is not beside it; to use "
             "it as it is, name it as vae_training.weights"
         )
-    state = read_last(last, VAETask.kind)
+    state = read_last(last, "vae")
     if not path.exists() or state["step"] < state["total_steps"]:
         raise UserError(
             f"{folder}: the training of its VQ-VAE has not finished; finish it with `variant "

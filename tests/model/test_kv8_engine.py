@@ -8,7 +8,7 @@ from golden_models import NAMES, golden_engine
 from small_models import small_model
 from test_capture import Repeater
 
-from variant import transformer
+import variant.transformer as network
 from variant.engine import Engine
 from variant.steps import Kernels
 from variant_kernels import CachePlan, qk_norm, use_backend
@@ -78,7 +78,7 @@ def test_logits_are_those_of_plain_torch_with_rounded_keys_and_values(name, back
     """The training path, all scales at once and no pages, attends to what K and V round to."""
     golden, engine = golden_engine(name, backend=backend, kv_dtype="fp8")
     label, tokens = golden.tensors["label"], golden.tensors["tokens_in"]
-    attention = transformer.block_causal_attention
+    attention = network.block_causal_attention
 
     def rounded(q, k, v, *rest, scale_mul_1H11, **options):
         if scale_mul_1H11 is not None:
@@ -88,7 +88,7 @@ def test_logits_are_those_of_plain_torch_with_rounded_keys_and_values(name, back
 
     for kind, depth in {"full": None, "subnet": golden.json["subnet"]["depth"]}.items():
         with monkeypatch.context() as patched, torch.no_grad(), use_backend("reference"):
-            patched.setattr(transformer, "block_causal_attention", rounded)
+            patched.setattr(network, "block_causal_attention", rounded)
             plain = engine.var(label, golden.tensors["x_teacher"], engine.var.schedule(depth))
         ours = engine.forced_logits(label, tokens, depth=depth)
         assert_the_same_rounding(ours, plain, plain - golden.tensors[f"logits_{kind}"])

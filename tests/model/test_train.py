@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
+from small_models import open_recipe_data
 
 from variant.checkpoint import load_model
 from variant.config import VQVAEConfig
@@ -28,7 +29,6 @@ from variant.recipe import (
 )
 from variant.schedule import choose_depth, subnet_probability
 from variant.train import decay_groups, learning_rate
-from variant.train_start import open_data
 from variant.train_vae import VAETask, revive_codes, train_vae
 from variant.train_var import VARTask, train_var
 from variant.transformer import VAR
@@ -376,7 +376,7 @@ def test_the_summary_gives_both_losses_of_the_best_weights_for_every_configurati
     summary = train_var(recipe, tmp_path, console=quiet(), device=CPU)
     assert summary.train_loss.keys() == summary.held_out_loss.keys() == {"full", "2"}
     var, vae, _ = load_model(tmp_path)
-    data = open_data(recipe)
+    data = open_recipe_data(recipe)
     # As many as are held out, 6, the same in every run and of both classes.
     sample = np.random.default_rng(0).permutation(24)[:6]
     images, labels = data.train(sample, 0)
@@ -392,7 +392,7 @@ def test_training_losses_of_copies_are_those_of_the_first_copy(recipe, tmp_path)
     section = dataclasses.replace(recipe.data, mixup=0.0, copies=2)
     copied = both(dataclasses.replace(recipe, data=section), tmp_path)
     var, vae, _ = load_model(tmp_path)
-    images, labels = open_data(recipe).train(np.random.default_rng(0).permutation(24)[:6], 0)
+    images, labels = open_recipe_data(recipe).train(np.random.default_rng(0).permutation(24)[:6], 0)
     with torch.no_grad():
         tokens = vae.encode(images)
         logits = var(labels, vae.teacher_input(tokens))

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_models import open_recipe_data
 from test_train import CPU, OPTIM, assert_same, both, folders, interrupt_after, quiet, recipe
 
 from variant.data import FolderData
 from variant.errors import UserError
 from variant.recipe import load_recipe
 from variant.train import Trainer, resume_hint
-from variant.train_start import Start, data_inputs, open_data
+from variant.train_start import Start, data_inputs
 from variant.train_vae import VAETask, train_vae
 from variant.train_var import VARTask, train_var, without_tf32
 from variant.transformer import VAR
@@ -91,7 +92,7 @@ def test_resuming_with_other_data_is_refused(recipe, tmp_path, monkeypatch, fold
 
 
 def test_digits_have_a_digest_of_their_own():
-    inputs = data_inputs(open_data(load_recipe("digits")))
+    inputs = data_inputs(open_recipe_data(load_recipe("digits")))
     assert inputs["num_train"] + inputs["num_held_out"] == 1797
     assert len(inputs["data_sha256"]) == 64
 
@@ -266,7 +267,7 @@ def task_of(recipe, copies):
             given.update(mixing, labels=labels_B, images=x_teacher)
             return torch.zeros(len(labels_B), 3, 8)
 
-    task = VARTask(Network(), None, open_data(chosen), chosen, CPU, 2)
+    task = VARTask(Network(), None, open_recipe_data(chosen), chosen, CPU, 2)
     task._teacher_input = lambda tokens_BL: tokens_BL
     return task, given
 
