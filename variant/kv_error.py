@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from variant.config import VARConfig
-from variant.engine import Engine
+from variant.engine.engine import Engine
+from variant.models.config import VARConfig
 from variant_kernels.dispatch.request import dtype_name
 
 # Few images say enough: each is hundreds of positions.

@@ -14,17 +14,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from variant.config import VARConfig, VQVAEConfig, parse_dataclass, to_plain
 from variant.errors import UserError
+from variant.models.config import STRICT, VARConfig, VQVAEConfig, parse_dataclass, require, to_plain
 from variant.schedule import Phases, paper_phases
 from variant_kernels.plans.depth_schedule import Selection, select_layers
-
-STRICT = ConfigDict(extra="forbid")
-
-
-def require(holds: bool, what: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{what}; got {got!r}")
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from variant.checkpoint import load_state, replacing, save_pickle
+from variant.checkpoints.model_folder import load_state
 from variant.data import ImageData, Indices, epoch_order
 from variant.errors import UserError
+from variant.files import replacing, save_pickle
 from variant.recipe import (
     EvalSection,
     OptimSection,

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from variant.checkpoint import CONFIG_NAME, read_pickle
+from variant.checkpoints.model_folder import CONFIG_NAME
 from variant.data import FolderData, ImageData
 from variant.digits import LEVELS, DigitsData, load_scans
 from variant.errors import UserError
+from variant.files import read_pickle
 from variant.recipe import DataSection, OptimSection, Recipe
 
 FORMAT = "variant-train-2"
@@ -69,15 +70,6 @@ def data_inputs(data: ImageData) -> dict[str, Any]:
         "num_held_out": data.num_held_out,
         "data_sha256": digest,
     }
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal.  Raises: UserError, where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def read_last(path: Path, kind: str) -> dict[str, Any]:

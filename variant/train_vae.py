@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from variant.checkpoint import load_state
-from variant.config import VQVAEConfig
+from variant.checkpoints.model_folder import load_state
+from variant.checkpoints.original_var import read_original
 from variant.data import ImageData, Indices, stream
 from variant.errors import UserError
-from variant.original import read_original
+from variant.models.config import VQVAEConfig
+from variant.models.vqvae import VQVAE
 from variant.recipe import Recipe
 from variant.train import (
     Summary,
@@ -30,7 +31,6 @@ from variant.train import (
     seed_everything,
 )
 from variant.train_start import Start, read_last
-from variant.vqvae import VQVAE
 
 STREAM_REVIVE, STREAM_SCALES = 5, 6
 # A code is unused when it gets less than this share of an even use of the codebook.

@@ -21,9 +21,12 @@ from rich.console import Console
 from torch import Tensor
 
 from variant.augment import mixup
-from variant.checkpoint import load_state, save_model
+from variant.checkpoints.model_folder import load_state, save_model
 from variant.data import STREAM_COPY, STREAM_MIXUP, ImageData, Indices, stream
 from variant.errors import UserError
+from variant.files import file_sha256
+from variant.models.var import VAR
+from variant.models.vqvae import VQVAE
 from variant.recipe import Recipe
 from variant.schedule import choose_depth, subnet_probability
 from variant.train import (
@@ -34,10 +37,8 @@ from variant.train import (
     resume_hint,
     seed_everything,
 )
-from variant.train_start import Start, file_sha256
+from variant.train_start import Start
 from variant.train_vae import find_vae, load_vae, read_weights
-from variant.transformer import VAR
-from variant.vqvae import VQVAE
 
 FULL = "full"
 

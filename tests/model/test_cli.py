@@ -174,7 +174,7 @@ def test_debug_shows_the_traceback(model, capsys):
 
 
 def test_too_little_memory_is_one_line(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("variant.engine.free_bytes", lambda device: 10)
+    monkeypatch.setattr("variant.engine.engine.free_bytes", lambda device: 10)
     code, _, error = run(capsys, "generate", "--model", model, "--out", tmp_path / "out")
     assert code == 1
     assert "are free; use a smaller depth" in error

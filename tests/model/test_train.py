@@ -14,10 +14,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from small_models import open_recipe_data
 
-from variant.checkpoint import load_model
-from variant.config import VQVAEConfig
+from variant.checkpoints.model_folder import load_model
 from variant.data import epoch_order
 from variant.errors import UserError
+from variant.models.config import VQVAEConfig
+from variant.models.var import VAR
+from variant.models.vqvae import VQVAE
 from variant.recipe import (
     DataSection,
     EvalSection,
@@ -31,8 +33,6 @@ from variant.schedule import choose_depth, subnet_probability
 from variant.train import decay_groups, learning_rate
 from variant.train_vae import VAETask, revive_codes, train_vae
 from variant.train_var import VARTask, train_var
-from variant.transformer import VAR
-from variant.vqvae import VQVAE
 
 OPTIM = OptimSection(batch_size=12, learning_rate=1e-3)
 CPU = torch.device("cpu")

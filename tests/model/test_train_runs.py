@@ -13,12 +13,12 @@ from test_train import CPU, OPTIM, assert_same, both, folders, interrupt_after, 
 
 from variant.data import FolderData
 from variant.errors import UserError
+from variant.models.var import VAR
 from variant.recipe import load_recipe
 from variant.train import Trainer, resume_hint
 from variant.train_start import Start, data_inputs
 from variant.train_vae import VAETask, train_vae
 from variant.train_var import VARTask, train_var, without_tf32
-from variant.transformer import VAR
 
 __all__ = ["folders", "recipe"]  # fixtures
 

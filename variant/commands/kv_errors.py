@@ -12,7 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from variant.commands.common import table
-from variant.engine import Engine
+from variant.engine.engine import Engine
 from variant.kv_error import GREEDY_CFG, STEPS_PER_DEPTH, KVError, depths_of, measure_kv_error
 from variant.supernet import ASSETS
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from golden_models import NAMES, load_golden
 
-from variant.transformer import VAR, derived_buffers
+from variant.models.var import VAR, derived_buffers
 from variant_kernels import DepthSchedule, use_backend
 
 BACKENDS = ("reference", "cpu")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from variant.config import VARConfig
+from variant.models.config import VARConfig
 from variant_kernels import (
     DepthSchedule,
     ScaleLayout,

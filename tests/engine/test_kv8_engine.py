@@ -8,9 +8,9 @@ from golden_models import NAMES, golden_engine
 from small_models import small_model
 from test_capture import Repeater
 
-import variant.transformer as network
-from variant.engine import Engine
-from variant.steps import Kernels
+import variant.models.var as network
+from variant.engine.engine import Engine
+from variant.engine.kernels import Kernels
 from variant_kernels import CachePlan, qk_norm, use_backend
 from variant_kernels.kv_quantization import dequantize_kv, quantize_kv
 
@@ -136,7 +136,7 @@ def test_switching_between_scales_equals_the_schedule_given_at_once(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_replays_give_the_eager_tokens_and_exact_calls_are_recorded_apart(backend, monkeypatch):
     repeater = Repeater()
-    monkeypatch.setattr("variant.engine.new_recorder", lambda device: repeater)
+    monkeypatch.setattr("variant.engine.engine.new_recorder", lambda device: repeater)
     monkeypatch.setattr(Kernels, "can_be_captured", True)  # the double records plain torch too
     model = small_model()
     captured = Engine(model.var, model.vae, backend=backend)
@@ -177,7 +177,7 @@ def test_more_images_fit_into_free_memory(monkeypatch):
     assert exact - one == 2 * plan.peak_page_tokens * 2 * config.num_heads * (
         3 * config.head_dim - 1
     )
-    monkeypatch.setattr("variant.engine.free_bytes", lambda device: 2 * one + always)
+    monkeypatch.setattr("variant.engine.engine.free_bytes", lambda device: 2 * one + always)
     labels = [0, 1]
     assert engine.generate(labels, seed=1, kv_dtype="fp8", decode=False).stats.batches == 1
     assert engine.generate(labels, seed=1, decode=False).stats.batches == 2

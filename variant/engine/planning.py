@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from variant.config import VARConfig, VQVAEConfig
-from variant.kv_dtype import KVDtype, check_kv_dtype
-from variant.transformer import VAR
-from variant.vqvae import VQVAE
+from variant.engine.kv_dtype import KVDtype, check_kv_dtype
+from variant.models.config import VARConfig, VQVAEConfig
+from variant.models.var import VAR
+from variant.models.vqvae import VQVAE
 from variant_kernels import CachePlan, DepthSchedule
 from variant_kernels.plans.depth_schedule import DEPTH_CHAIN
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from golden_models import golden_models
 
-from variant.engine import Engine
+from variant.engine.engine import Engine
 from variant_kernels.dispatch.support import triton_interprets
 
 pytestmark = pytest.mark.skipif(

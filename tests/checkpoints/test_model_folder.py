@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from small_models import small_model
 
 from variant import VAR, VQVAE, UserError, VARiant
-from variant.checkpoint import replacing
-from variant.original import load_original, save_original
-from variant.transformer import derived_buffers
+from variant.checkpoints.original_var import load_original, save_original
+from variant.files import replacing
+from variant.models.var import derived_buffers
 
 
 def same_weights(a, b):

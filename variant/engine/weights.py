@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from variant.packing import CastDecoder, Linear, PackedDecoder, Staging
-from variant.transformer import VAR, Block, projection
-from variant.vqvae import VQVAE
+from variant.engine.packed_layers import CastDecoder, Linear, PackedDecoder, Staging
+from variant.models.var import VAR, Block, projection
+from variant.models.vqvae import VQVAE
 
 # Rows of the MLP at once on a CPU: its hidden tensor then stays in the cache (4096 rows of
 # 1024 x 4096 x 1024 in bfloat16: 167 ms in parts of 512, 181 ms at once).

@@ -19,21 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from variant.checkpoint import (
-    CONFIG_NAME,
-    FORMAT,
-    WEIGHTS_NAME,
-    build,
-    is_mapped,
-    read_pickle,
-    read_safetensors,
-    save_pickle,
-)
-from variant.config import VARConfig, VQVAEConfig
+from variant.checkpoints.mapped_tensors import place
+from variant.checkpoints.model_folder import CONFIG_NAME, FORMAT, WEIGHTS_NAME, build
 from variant.errors import UserError
-from variant.mapped import place
-from variant.transformer import VAR, derived_buffers
-from variant.vqvae import VQVAE
+from variant.files import is_mapped, read_pickle, read_safetensors, save_pickle
+from variant.models.config import VARConfig, VQVAEConfig
+from variant.models.var import VAR, derived_buffers
+from variant.models.vqvae import VQVAE
 
 # Sides of the published models' token maps, by (scales, tokens); a checkpoint with `lvl_1L` says.
 KNOWN_PATCH_NUMS = {

@@ -3,31 +3,29 @@
 A model folder holds ``config.json``, ``model.safetensors`` with keys ``var.*`` and ``vae.*``, and
 a model card. Files are never half written: each goes to a temporary name first. They are mapped,
 not read: a tensor that is wanted as the file has it stays a view of the file. Pickles are read
-with ``weights_only=True``, so that none can run code. The original repository's files: original.py.
+with ``weights_only=True``, so that none can run code. The original repository has other files:
+original_var.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from variant.config import VARConfig, VQVAEConfig
+from variant.checkpoints.mapped_tensors import place
+from variant.checkpoints.model_card import CARD_NAME, model_card, was_generated
 from variant.errors import UserError
-from variant.mapped import place
-from variant.model_card import CARD_NAME, model_card, was_generated
-from variant.transformer import VAR
-from variant.vqvae import VQVAE
+from variant.files import _opened, replacing
+from variant.models.config import VARConfig, VQVAEConfig
+from variant.models.var import VAR
+from variant.models.vqvae import VQVAE
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,35 +35,6 @@ FORMAT = "variant-1"
 
 
 # --- writing ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place if the block succeeds.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-        except (SafetensorError, RuntimeError) as error:
-            # How safetensors and torch.save report a full or failing disk.
-            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-                raise
-            raise UserError(f"{path}: cannot be written: {str(error).splitlines()[0]}") from error
-        # safetensors writes files that only their owner can read; follow the umask instead.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def save_model(
@@ -115,12 +84,6 @@ def save_model(
         )
         with replacing(card_path) as path:
             path.write_text(card)
-
-
-def save_pickle(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-    """``torch.save`` under a temporary name, then rename."""
-    with replacing(Path(path)) as temporary:
-        torch.save(dict(state), temporary)
 
 
 # --- reading our folder -------------------------------------------------------------------------
@@ -185,25 +148,6 @@ def load_model(
     return var.eval(), vae.eval(), config
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a ``.safetensors`` file, mapped.
-
-    Raises:
-        UserError: missing or damaged.
-    """
-    with _opened(Path(path)) as tensors:
-        return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            yield tensors
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: is missing or damaged: {error}") from error
-
-
 def configs_in(folder: str | os.PathLike[str]) -> tuple[VARConfig, VQVAEConfig]:
     """Sizes of both models of a folder; weights are not read.
 
@@ -260,34 +204,3 @@ def load_state(
 
 
 # --- pickles --------------------------------------------------------------------------------------
-
-
-def is_mapped(path: str | os.PathLike[str]) -> bool:
-    """Whether :func:`read_pickle` maps the file; older files and raw pickles are read whole."""
-    return zipfile.is_zipfile(path)
-
-
-def read_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A ``.pth`` file's dictionary, without running code from it; tensors are mapped if they can.
-
-    Raises:
-        UserError: missing, damaged, not a dictionary, or a pickle that wants to run code.
-    """
-    try:
-        mapped = is_mapped(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: refused: it is not a plain file of weights (it wants to run code, or is "
-            "damaged)"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        # Bytes that are no pickle at all surface as bare keys and values.
-        told = isinstance(error, OSError | RuntimeError) and str(error)
-        first = str(error).splitlines()[0][:200] if told else "it is no file of torch.save"
-        raise UserError(f"{path}: is not a readable checkpoint: {first}") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: must hold a dictionary of tensors; got {type(state).__name__}")
-    return state

@@ -259,3 +259,11 @@ class VQVAEConfig(_Plain):
     def layout(self) -> ScaleLayout:
         """Where each scale's tokens lie in the sequence."""
         return ScaleLayout.from_patch_nums(self.patch_nums)
+
+
+STRICT = ConfigDict(extra="forbid")
+
+
+def require(holds: bool, what: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"{what}; got {got!r}")

@@ -8,9 +8,9 @@ import torch
 from golden_models import NAMES, golden_engine, golden_models, load_golden
 from small_models import small_model
 
-from variant.engine import Engine
-from variant.transformer import VAR
-from variant.vqvae import VQVAE
+from variant.engine.engine import Engine
+from variant.models.var import VAR
+from variant.models.vqvae import VQVAE
 from variant_kernels import CachePlan, use_backend
 
 BACKENDS = ("reference", "cpu")
@@ -201,7 +201,7 @@ def test_seed_and_generator_exclude_each_other():
 
 def test_too_little_memory_is_one_clear_line(monkeypatch):
     _, engine = golden_engine("plain")
-    monkeypatch.setattr("variant.engine.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("variant.engine.engine.free_bytes", lambda device: 1000)
     with pytest.raises(MemoryError, match=r"MiB, but 0 MiB are free; use a smaller depth"):
         engine.generate(0)
 
@@ -211,7 +211,7 @@ def test_a_request_is_split_by_free_memory(monkeypatch):
     one = engine.image_bytes(CachePlan(engine.var.layout, engine.var.schedule(None), 16))
     always = engine.decoder_bytes()
     whole = engine.generate([0, 1, 2, 3, 4], seed=1)
-    monkeypatch.setattr("variant.engine.free_bytes", lambda device: 2 * one + always + 5)
+    monkeypatch.setattr("variant.engine.engine.free_bytes", lambda device: 2 * one + always + 5)
     split = engine.generate([0, 1, 2, 3, 4], seed=1)
     assert split.stats.batches == 3
     assert torch.equal(whole.tokens, split.tokens)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from golden_models import NAMES, load_golden
 
-from variant.config import VARConfig, VQVAEConfig
-from variant.quantizer import residual_conv_of_scale
-from variant.vqvae import VQVAE
+from variant.models.config import VARConfig, VQVAEConfig
+from variant.models.quantizer import residual_conv_of_scale
+from variant.models.vqvae import VQVAE
 
 SMALL = VQVAEConfig(
     vocab_size=16, z_channels=4, ch=32, ch_mult=(1, 1), num_res_blocks=1, patch_nums=(1, 2, 4)

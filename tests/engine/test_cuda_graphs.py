@@ -9,8 +9,8 @@ import pytest
 import torch
 from small_models import small_model
 
-from variant.capture import Captures, GraphRecorder, Recording
-from variant.engine import Engine
+from variant.engine.cuda_graphs import Captures, GraphRecorder, Recording
+from variant.engine.engine import Engine
 from variant_kernels import device_lock
 
 
@@ -48,7 +48,7 @@ class Repeater:
 @pytest.fixture
 def recorder(monkeypatch):
     repeater = Repeater()
-    monkeypatch.setattr("variant.engine.new_recorder", lambda device: repeater)
+    monkeypatch.setattr("variant.engine.engine.new_recorder", lambda device: repeater)
     return repeater
 
 
@@ -142,7 +142,7 @@ def test_callbacks_generators_and_plain_torch_are_not_recorded(recorder):
 
 
 def test_page_tables_that_a_graph_reads_outlive_the_table_cache(recorder, monkeypatch):
-    monkeypatch.setattr("variant.engine.TABLES_KEPT", 1)
+    monkeypatch.setattr("variant.engine.engine.TABLES_KEPT", 1)
     model = small_model()
     engine = Engine(model.var, model.vae)
     expected = engine.generate([1, 2], seed=0)
@@ -216,7 +216,7 @@ def test_a_graph_is_captured_on_the_warm_up_stream_alone_and_uncollected(monkeyp
             return nullcontext()
 
     cuda = Cuda()
-    monkeypatch.setattr("variant.capture.torch.cuda", cuda)
+    monkeypatch.setattr("variant.engine.cuda_graphs.torch.cuda", cuda)
     recorder = GraphRecorder(torch.device("cuda", 1))
 
     def function():
@@ -252,7 +252,7 @@ def test_logits_in_parts_draw_the_same_tokens(monkeypatch):
     model = small_model()
     whole = Engine(model.var, model.vae).generate([1, 2, 3, 4, 0], seed=0)
     unguided = Engine(model.var, model.vae).generate([1, 2, 3, 4, 0], seed=0, cfg=0.0)
-    monkeypatch.setattr("variant.steps.LOGITS_BYTES", 2 * 2 * 9 * 24 * 4)
+    monkeypatch.setattr("variant.engine.step_loop.LOGITS_BYTES", 2 * 2 * 9 * 24 * 4)
     assert same(Engine(model.var, model.vae).generate([1, 2, 3, 4, 0], seed=0), whole)
     assert same(Engine(model.var, model.vae).generate([1, 2, 3, 4, 0], seed=0, cfg=0.0), unguided)
 

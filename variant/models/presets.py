@@ -6,7 +6,7 @@ head per 64 channels; the 512x512 model shares its adaptive layer norms' project
 
 from __future__ import annotations
 
-from variant.config import VARConfig, VQVAEConfig
+from variant.models.config import VARConfig, VQVAEConfig
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)

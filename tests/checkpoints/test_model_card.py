@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin, hub_mixin
 from small_models import small_model
 
 from variant import VARiant
-from variant.model_card import MARK
-from variant.planning import plan_row
+from variant.checkpoints.model_card import MARK
+from variant.engine.planning import plan_row
 
 
 def card_of(folder):

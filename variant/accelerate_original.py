@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from variant.checkpoint import build
+from variant.checkpoints.model_folder import build
+from variant.checkpoints.original_var import infer_var_config, infer_vqvae_config
 from variant.errors import UserError
-from variant.original import infer_var_config, infer_vqvae_config
+from variant.models.var import VAR
+from variant.models.vqvae import VQVAE
 from variant.supernet import VARiant
-from variant.transformer import VAR
-from variant.vqvae import VQVAE
 
 
 def accelerate(var: nn.Module, vae: nn.Module) -> VARiant:

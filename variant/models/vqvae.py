@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from variant.config import GROUPS, VQVAEConfig
-from variant.quantizer import MultiScaleQuantizer
+from variant.models.config import GROUPS, VQVAEConfig
+from variant.models.quantizer import MultiScaleQuantizer
 
 
 def _norm(channels: int) -> nn.GroupNorm:

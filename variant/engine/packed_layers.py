@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from variant.vqvae import VQVAE, ResidualBlock, Upsample, unit_range
+from variant.models.vqvae import VQVAE, ResidualBlock, Upsample, unit_range
 from variant_kernels.packed_linear import pack, packed_linear
 
 

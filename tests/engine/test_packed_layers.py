@@ -8,8 +8,8 @@ from small_models import small_model
 from torch import nn
 from torch.nn import functional as F
 
-from variant.engine import Engine
-from variant.packing import (
+from variant.engine.engine import Engine
+from variant.engine.packed_layers import (
     CastDecoder,
     Linear,
     MergedUpsample,
@@ -17,7 +17,7 @@ from variant.packing import (
     PackedDecoder,
     Staging,
 )
-from variant.vqvae import Upsample
+from variant.models.vqvae import Upsample
 from variant_kernels.packed_linear import can_pack
 
 CPU = torch.device("cpu")
@@ -134,7 +134,7 @@ def test_the_mlp_in_parts_is_the_mlp(monkeypatch):
     packs(torch.float32)
     model = small_model()
     whole = Engine(model.var, model.vae).forced_logits([1, 2, 3], torch.zeros(3, 14).long())
-    monkeypatch.setattr("variant.weights.MLP_ROWS", 4)
+    monkeypatch.setattr("variant.engine.weights.MLP_ROWS", 4)
     parts = Engine(model.var, model.vae).forced_logits([1, 2, 3], torch.zeros(3, 14).long())
     torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-5)
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from variant.memory import _group_limit, free_bytes
+from variant.engine.memory import _group_limit, free_bytes
 
 
 def group(folder, limit, used, stat):

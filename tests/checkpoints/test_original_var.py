@@ -11,9 +11,14 @@ from safetensors.torch import save_file
 from small_models import small_model
 
 from variant import UserError, VARiant
+from variant.checkpoints.original_var import (
+    infer_var_config,
+    infer_vqvae_config,
+    load_original,
+    open_original,
+)
 from variant.cli import main
-from variant.original import infer_var_config, infer_vqvae_config, load_original, open_original
-from variant.presets import PATCH_NUMS_256, PATCH_NUMS_512, VAR_PRESETS, vqvae_of
+from variant.models.presets import PATCH_NUMS_256, PATCH_NUMS_512, VAR_PRESETS, vqvae_of
 
 
 def published_shapes(depth, patch_nums, shared_aln):
@@ -309,7 +314,7 @@ print(peak() - base)
 def large(tmp_path_factory):
     """A model of over 300 MB in both forms, and the sizes of its files."""
     from variant import VAR, VQVAE, VARConfig, VQVAEConfig
-    from variant.original import save_original
+    from variant.checkpoints.original_var import save_original
 
     with torch.device("meta"):
         var = VAR(

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from variant.config import VARConfig, VQVAEConfig
-from variant.planning import depths_of, plan_row
+from variant.engine.planning import depths_of, plan_row
+from variant.models.config import VARConfig, VQVAEConfig
 
 CARD_NAME = "README.md"
 # A card that holds this line is ours to write again; without it the text is somebody's own.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from variant.config import VQVAEConfig
+from variant.models.config import VQVAEConfig
 
 
 def residual_conv_of_scale(num_scales: int, num_convs: int) -> tuple[int, ...]:

@@ -18,10 +18,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from variant.capture import Captures, GraphRecorder, Recorder, Tensors
-from variant.kv_dtype import KVDtype, check_kv_dtype
-from variant.memory import free_bytes
-from variant.sampling import (
+from variant.engine.cuda_graphs import Captures, GraphRecorder, Recorder, Tensors
+from variant.engine.generation import (
     Generation,
     OnScale,
     PartialResult,
@@ -31,10 +29,13 @@ from variant.sampling import (
     check_labels,
     check_tokens,
 )
-from variant.steps import Draws, Kernels, Run, force, paint
-from variant.transformer import VAR
-from variant.vqvae import VQVAE
-from variant.weights import EngineWeights, Fingerprint
+from variant.engine.kernels import Kernels
+from variant.engine.kv_dtype import KVDtype, check_kv_dtype
+from variant.engine.memory import free_bytes
+from variant.engine.step_loop import Draws, Run, force, paint
+from variant.engine.weights import EngineWeights, Fingerprint
+from variant.models.var import VAR
+from variant.models.vqvae import VQVAE
 from variant_kernels import CachePlan, DepthSchedule, PagedKVCache, ScaleLayout
 from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.kv_cache import Steps
