@@ -24,8 +24,8 @@ from variant.bench.models import build
 from variant.commands.common import console
 from variant.commands.kv_errors import FIGURES, kv_error_table
 from variant.engine.engine import Engine
+from variant.evaluation.kv_error import KVError, measure_kv_error
 from variant.files import replacing
-from variant.kv_error import KVError, measure_kv_error
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from variant.data import ImageData
+from variant.data.images import ImageData
+from variant.data.sources import open_data
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
-from variant.recipe import Recipe
 from variant.supernet import VARiant
-from variant.train_start import open_data
+from variant.training.recipe import Recipe
 
 
 def small_model(seed: int = 0, **options) -> VARiant:

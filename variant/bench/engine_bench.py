@@ -24,8 +24,8 @@ from variant.bench.gemms import GemmsAlone
 from variant.bench.work import attention_flop, ceiling, linear_flop, weight_bytes
 from variant.engine.engine import Engine
 from variant.engine.generation import Generation, Stats
-from variant.kv_error import IMAGES as GREEDY_IMAGES
-from variant.kv_error import greedy_change
+from variant.evaluation.kv_error import IMAGES as GREEDY_IMAGES
+from variant.evaluation.kv_error import greedy_change
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant_kernels import DepthSchedule

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from variant.augment import RAND_AUGMENT_OPS, distort, mixup, rand_augment
-from variant.data import FolderData, list_images, stream
+from variant.data.augment import RAND_AUGMENT_OPS, distort, mixup, rand_augment
+from variant.data.config import DataSection
+from variant.data.images import FolderData, list_images, stream
 from variant.errors import UserError
-from variant.recipe import DataSection
 
 
 def gradient() -> Image.Image:

@@ -7,20 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from variant.digits import (
-    DigitsData,
-    enlarge,
+from variant.data.config import DataSection
+from variant.data.digits import DigitsData, enlarge, load_scans, shrink
+from variant.errors import UserError
+from variant.evaluation.digits import (
     judge,
     judge_model,
-    load_scans,
     main,
     reader_held_out_accuracy,
-    shrink,
     within_class_std,
 )
-from variant.errors import UserError
-from variant.recipe import DataSection, load_recipe
 from variant.supernet import VARiant, locate
+from variant.training.recipe import load_recipe
 
 COUNT = 1000
 DEPTHS = (8, 4, 2)

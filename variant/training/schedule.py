@@ -8,8 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+from pydantic import ConfigDict
+
+from variant.models.config import STRICT, require
+from variant_kernels.plans.depth_schedule import Selection
 
 # Epochs of subnet refinement by subnet depth (table 7): shallow subnets need longer.
 REFINEMENT_EPOCHS = {16: 5, 8: 8, 4: 12, 2: 15}
@@ -89,3 +94,42 @@ def choose_depth(seed: int, step: int, probability: float, depths: Sequence[int]
     # One draw of both numbers whatever the outcome: the depth does not shift when p changes.
     subnet, which = np.random.default_rng((seed, step)).random(2)
     return depths[int(which * len(depths))] if subnet < probability else None
+
+
+@dataclass(frozen=True)
+class ScheduleSection:
+    """Which subnets are trained, and the three phases in epochs.
+
+    depths: subnet depths; each subnet step draws one of them.  bridge: scales that run every layer.
+    joint_probability: of a subnet step in the first phase.
+    joint, transition, refinement: epochs; all three or none, which takes the paper's table.
+    """
+
+    depths: tuple[int, ...]
+    bridge: int
+    selection: Selection = "nested"
+    joint_probability: float = 0.2
+    joint: int | None = None
+    transition: int | None = None
+    refinement: int | None = None
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    def __post_init__(self) -> None:
+        require(len(set(self.depths)) == len(self.depths), "depths must not repeat", self.depths)
+        p0 = self.joint_probability
+        require(0 <= p0 <= 1, "joint_probability must be in [0, 1]", p0)
+        given = [value is not None for value in (self.joint, self.transition, self.refinement)]
+        require(
+            all(given) or not any(given),
+            "joint, transition and refinement must be given together or not at all",
+            (self.joint, self.transition, self.refinement),
+        )
+        require(self.phases.total >= 1, "the phases must have at least one epoch", self.phases)
+
+    @property
+    def phases(self) -> Phases:
+        """The three lengths, explicit or from the paper's table."""
+        if self.joint is None or self.transition is None or self.refinement is None:
+            return paper_phases(self.depths)
+        return Phases(self.joint, self.transition, self.refinement)

@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from variant.augment import rand_augment
+from variant.data.augment import rand_augment
+from variant.data.config import DataSection
 from variant.errors import UserError
-from variant.recipe import DataSection
 
 # Random streams of one (seed, epoch); each use has its own. Zero is left to choose_depth.
 STREAM_ORDER, STREAM_AUGMENT, STREAM_COPY, STREAM_MIXUP = 1, 2, 3, 4

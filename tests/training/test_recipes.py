@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from variant.errors import UserError
-from variant.recipe import load_recipe, recipe_names
-from variant.schedule import Phases
+from variant.training.recipe import load_recipe, recipe_names
+from variant.training.schedule import Phases
 
 BASE = """
 name = "tiny"

@@ -20,25 +20,20 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from variant.augment import mixup
 from variant.checkpoints.model_folder import load_state, save_model
-from variant.data import STREAM_COPY, STREAM_MIXUP, ImageData, Indices, stream
+from variant.data.augment import mixup
+from variant.data.images import STREAM_COPY, STREAM_MIXUP, ImageData, Indices, stream
 from variant.errors import UserError
 from variant.files import file_sha256
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
-from variant.recipe import Recipe
-from variant.schedule import choose_depth, subnet_probability
-from variant.train import (
-    Summary,
-    Task,
-    Trainer,
-    choose_device,
-    resume_hint,
-    seed_everything,
-)
-from variant.train_start import Start
-from variant.train_vae import find_vae, load_vae, read_weights
+from variant.training.initial_weights import find_vae, load_vae, read_weights
+from variant.training.random_state import seed_everything
+from variant.training.recipe import Recipe
+from variant.training.run_state import Start
+from variant.training.schedule import choose_depth, subnet_probability
+from variant.training.task import Summary, Task
+from variant.training.trainer import Trainer, choose_device, resume_hint
 
 FULL = "full"
 
@@ -189,7 +184,8 @@ def train_var(
     Raises:
         UserError: no VQ-VAE to tokenize with, or one that is half trained or, when resuming,
             another one; data and model disagree about the classes; see also
-            :class:`variant.train.Start` and :meth:`variant.train.Trainer.run`.
+            :class:`variant.training.run_state.Start` and
+            :meth:`variant.training.trainer.Trainer.run`.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
     """
     if seed is not None:

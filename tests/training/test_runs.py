@@ -11,14 +11,15 @@ from safetensors.torch import load_file, save_file
 from small_models import open_recipe_data
 from test_train import CPU, OPTIM, assert_same, both, folders, interrupt_after, quiet, recipe
 
-from variant.data import FolderData
+from variant.data.images import FolderData
+from variant.data.sources import data_inputs
 from variant.errors import UserError
 from variant.models.var import VAR
-from variant.recipe import load_recipe
-from variant.train import Trainer, resume_hint
-from variant.train_start import Start, data_inputs
-from variant.train_vae import VAETask, train_vae
-from variant.train_var import VARTask, train_var, without_tf32
+from variant.training.recipe import load_recipe
+from variant.training.run_state import Start
+from variant.training.trainer import Trainer, resume_hint
+from variant.training.vae_task import VAETask, train_vae
+from variant.training.var_task import VARTask, train_var, without_tf32
 
 __all__ = ["folders", "recipe"]  # fixtures
 
@@ -135,7 +136,7 @@ def test_refusals_come_before_weights_are_read_and_copies_encoded(recipe, tmp_pa
     def fail(*args, **rest):
         raise AssertionError("too late")
 
-    monkeypatch.setattr("variant.train_var.load_vae", fail)
+    monkeypatch.setattr("variant.training.var_task.load_vae", fail)
     monkeypatch.setattr(VARTask, "_encode_copies", fail)
     (tmp_path / "file").write_text("")
     for out, optim, message in (

@@ -10,15 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import shlex
-import signal
-import threading
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,101 +28,20 @@ from rich.progress import (
 )
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from variant.checkpoints.model_folder import load_state
-from variant.data import ImageData, Indices, epoch_order
+from variant.data.images import epoch_order
 from variant.errors import UserError
 from variant.files import replacing, save_pickle
-from variant.recipe import (
-    EvalSection,
-    OptimSection,
-    OutputSection,
-    Recipe,
-    load_recipe,
-    recipe_names,
-)
-from variant.train_start import FORMAT, Start
+from variant.training.interrupt import Interrupt
+from variant.training.optim import OptimSection, decay_groups, learning_rate
+from variant.training.random_state import random_state, set_random_state
+from variant.training.recipe import EvalSection, OutputSection, Recipe, load_recipe, recipe_names
+from variant.training.run_state import FORMAT, Start
+from variant.training.task import Summary, Task
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SAMPLE_SEED = 0  # of the training images that are evaluated at the end
-# Parameters that weight decay spares though they have two or more axes: embeddings and gains.
-UNDECAYED = ("pos_start", "pos_1LC", "ada_gss", "scale_mul")
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a training run gave.
-
-    folder: where its files are.  steps, epochs: how far it went.  seconds: of all its sittings.
-    train_loss, held_out_loss: by configuration, of the best weights in eval mode, on a fixed sample
-        of training images and on as many held-out ones.
-    best_epoch: the epoch of the best held-out mean, counted from 1.
-    """
-
-    folder: Path
-    steps: int
-    epochs: int
-    seconds: float
-    train_loss: dict[str, float]
-    held_out_loss: dict[str, float]
-    best_epoch: int
-
-
-class Task(ABC):
-    """What is trained: a module, its losses, and what happens around a step."""
-
-    kind: str
-    module: nn.Module
-    data: ImageData
-    recipe: Recipe
-
-    @abstractmethod
-    def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
-        """The loss of one part of a batch."""
-
-    @abstractmethod
-    def name_of_step(self, step: int) -> str:
-        """Under which name the step's loss is averaged, e.g. the subnet's depth."""
-
-    @abstractmethod
-    def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
-        """Mean losses over some images, without mixup and dropped labels; draws nothing.
-
-        held_out: which part the indices are of; training images are augmented as in epoch 0.
-        """
-
-    @property
-    def num_evaluated(self) -> int:
-        """How many images an evaluation takes."""
-        count = self.data.num_held_out
-        return min(count, self.recipe.eval.limit or count)
-
-    def held_out_losses(self) -> dict[str, float]:
-        """Losses on held-out images; their mean chooses the best weights."""
-        return self._mean_losses(np.arange(self.num_evaluated), held_out=True)
-
-    def train_losses(self) -> dict[str, float]:
-        """The same losses on a fixed sample of as many training images."""
-        order = np.random.default_rng(SAMPLE_SEED).permutation(self.data.num_train)
-        return self._mean_losses(order[: self.num_evaluated], held_out=False)
-
-    def _mean_losses(self, indices: np.ndarray, *, held_out: bool) -> dict[str, float]:
-        totals: dict[str, float] = {}
-        size = self.recipe.eval.batch_size
-        for start in range(0, len(indices), size):
-            part = indices[start : start + size]
-            for name, loss in self.evaluate(part, held_out=held_out).items():
-                totals[name] = totals.get(name, 0.0) + loss * len(part)
-        return {name: total / len(indices) for name, total in totals.items()}
-
-    def prepare(self) -> None:
-        """Called once before the first step of a sitting; must not draw from global generators."""
-        return
-
-    def before_step(self, indices: Indices, epoch: int, step: int) -> None:
-        """Called before the forward pass of each step."""
-        return
 
 
 def resume_hint(command: str, recipe: Recipe, folder: Path) -> str:
@@ -141,105 +54,9 @@ def resume_hint(command: str, recipe: Recipe, folder: Path) -> str:
     return f"{command} --recipe {recipe.name} --out {where}{seed} --resume"
 
 
-def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: no decay for biases, norms, embeddings and gains."""
-    embeddings = {
-        id(parameter)
-        for part in module.modules()
-        if isinstance(part, nn.Embedding)
-        for parameter in part.parameters()
-    }
-    decayed, spared = [], []
-    for name, parameter in module.named_parameters():
-        is_spared = (
-            parameter.ndim < 2
-            or id(parameter) in embeddings
-            or any(part in name for part in UNDECAYED)
-        )
-        (spared if is_spared else decayed).append(parameter)
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
-
-
-def learning_rate(optim: OptimSection, step: int, total_steps: int) -> float:
-    """The rate of a step: linear warm-up, then constant or a half cosine to its final ratio."""
-    warm_steps = optim.warmup * total_steps
-    rate = optim.learning_rate * min(1.0, (step + 1) / max(warm_steps, 1.0))
-    if optim.schedule == "cosine":
-        done = step / total_steps
-        falling = 0.5 * (1 + math.cos(math.pi * done))
-        rate *= optim.final_ratio + (1 - optim.final_ratio) * falling
-    return rate
-
-
-def random_state() -> dict[str, Any]:
-    """The state of Python's, NumPy's and torch's global generators, as plain values."""
-    legacy: Any = np.random.get_state()  # noqa: NPY002  (the global one, for whoever draws from it)
-    algorithm, keys, position, has_gauss, cached = legacy
-    state = {
-        "python": random.getstate(),
-        "numpy": (algorithm, torch.from_numpy(keys.copy()), position, has_gauss, cached),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """The inverse of :func:`random_state`."""
-    random.setstate(state["python"])
-    algorithm, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((algorithm, keys.numpy(), position, has_gauss, cached))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    torch.manual_seed(seed)
-
-
 def choose_device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-class Interrupt:
-    """Ctrl-C or SIGTERM asks for a stop after the running step; a second one stops at once."""
-
-    signum: int | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator[Interrupt]:
-        """Catch both signals within the block (in the main thread; elsewhere Python cannot)."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        previous = {
-            number: signal.getsignal(number) or signal.SIG_DFL
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-
-        def restore() -> None:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-        def request(signum: int, frame: object) -> None:
-            self.signum = signum
-            restore()
-
-        for number in previous:
-            signal.signal(number, request)
-        try:
-            yield self
-        finally:
-            restore()
 
 
 class Trainer:

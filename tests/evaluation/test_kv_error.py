@@ -13,7 +13,7 @@ from benchmarks import golden_weights, kv8
 from variant.cli import main
 from variant.commands.kv_errors import FIGURES
 from variant.engine.engine import Engine
-from variant.kv_error import STEPS_PER_DEPTH, greedy_change, measure_kv_error
+from variant.evaluation.kv_error import STEPS_PER_DEPTH, greedy_change, measure_kv_error
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 

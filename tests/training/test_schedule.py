@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from variant.schedule import Phases, choose_depth, paper_phases, subnet_probability
+from variant.training.schedule import Phases, choose_depth, paper_phases, subnet_probability
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,16 @@ import tomllib
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 
+from variant.data.config import DataSection
 from variant.errors import UserError
 from variant.models.config import STRICT, VARConfig, VQVAEConfig, parse_dataclass, require, to_plain
-from variant.schedule import Phases, paper_phases
-from variant_kernels.plans.depth_schedule import Selection, select_layers
+from variant.training.optim import OptimSection
+from variant.training.schedule import ScheduleSection
+from variant_kernels.plans.depth_schedule import select_layers
 
 
 @dataclass(frozen=True)
@@ -39,104 +41,6 @@ class ModelSection:
     weights: str | None = None
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-
-@dataclass(frozen=True)
-class DataSection:
-    """Where images come from and how training images are augmented.
-
-    kind: "digits" (scikit-learn's scans) or "folder" (one sub-folder of images per class).
-    train, held_out: folders of kind "folder".
-    copies: augmented copies of each image whose tokens are computed once; 0 computes tokens anew
-        in every epoch, which mixup needs.
-    rotate, zoom, shift, shear: digits' largest random distortion: degrees, share of the size, share
-        of the width, slope.
-    hflip: probability of a horizontal flip of a folder's images.
-    randaugment_ops, randaugment_magnitude: RandAugment (arXiv 1909.13719) of a folder's images;
-        magnitude of 30.
-    mixup: alpha of the Beta distribution (arXiv 1710.09412); 0 is none.
-    workers: threads that read images of kind "folder".
-    """
-
-    kind: Literal["digits", "folder"]
-    train: str | None = None
-    held_out: str | None = None
-    copies: int = 0
-    hflip: float = 0.0
-    rotate: float = 0.0
-    zoom: float = 0.0
-    shift: float = 0.0
-    shear: float = 0.0
-    randaugment_ops: int = 0
-    randaugment_magnitude: float = 0.0
-    mixup: float = 0.0
-    workers: int = 4
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    def __post_init__(self) -> None:
-        for name in ("copies", "rotate", "shift", "shear", "randaugment_ops", "mixup"):
-            require(getattr(self, name) >= 0, f"{name} must be >= 0", getattr(self, name))
-        require(0 <= self.hflip <= 1, "hflip must be in [0, 1]", self.hflip)
-        require(0 <= self.zoom < 1, "zoom must be in [0, 1)", self.zoom)
-        magnitude = self.randaugment_magnitude
-        require(0 <= magnitude <= 30, "randaugment_magnitude must be in [0, 30]", magnitude)
-        require(self.workers >= 1, "workers must be at least 1", self.workers)
-        require(
-            not (self.copies and self.mixup),
-            "copies must be 0 with mixup, which mixes pixels anew in every batch",
-            self.copies,
-        )
-        foreign = {
-            "digits": {"hflip": 0, "randaugment_ops": 0, "train": None, "held_out": None},
-            "folder": {"rotate": 0, "zoom": 0, "shift": 0, "shear": 0},
-        }
-        for name, unset in foreign[self.kind].items():
-            value = getattr(self, name)
-            require(value == unset, f'{name} is not for kind "{self.kind}"', value)
-        if self.kind == "folder":
-            require(
-                self.train is not None and self.held_out is not None,
-                'train and held_out must name folders for kind "folder"',
-                (self.train, self.held_out),
-            )
-
-
-@dataclass(frozen=True)
-class OptimSection:
-    """AdamW and how it is driven. Weight decay spares biases, norms, embeddings and scale_mul.
-
-    batch_size: images per optimiser step.  accumulate: parts that a batch is computed in.
-    schedule: "constant", or "cosine" from learning_rate to final_ratio times it.
-    warmup: share of all steps over which the rate rises from 0.
-    """
-
-    batch_size: int
-    learning_rate: float
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.05
-    clip: float = 1.0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    accumulate: int = 1
-    schedule: Literal["constant", "cosine"] = "constant"
-    final_ratio: float = 0.0
-    warmup: float = 0.0
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    def __post_init__(self) -> None:
-        require(self.batch_size >= 1, "batch_size must be at least 1", self.batch_size)
-        require(self.learning_rate > 0, "learning_rate must be positive", self.learning_rate)
-        require(all(0 <= beta < 1 for beta in self.betas), "betas must be in [0, 1)", self.betas)
-        require(self.weight_decay >= 0, "weight_decay must be >= 0", self.weight_decay)
-        require(self.clip > 0, "clip must be positive", self.clip)
-        require(
-            self.accumulate >= 1 and self.batch_size % self.accumulate == 0,
-            f"accumulate must divide batch_size ({self.batch_size})",
-            self.accumulate,
-        )
-        require(0 <= self.final_ratio <= 1, "final_ratio must be in [0, 1]", self.final_ratio)
-        require(0 <= self.warmup < 1, "warmup must be in [0, 1)", self.warmup)
 
 
 @dataclass(frozen=True)
@@ -172,45 +76,6 @@ class VAETraining:
         require(self.revive_every >= 0, "revive_every must be >= 0", self.revive_every)
         for name in ("revive_until", "scale_dropout"):
             require(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1]", getattr(self, name))
-
-
-@dataclass(frozen=True)
-class ScheduleSection:
-    """Which subnets are trained, and the three phases in epochs.
-
-    depths: subnet depths; each subnet step draws one of them.  bridge: scales that run every layer.
-    joint_probability: of a subnet step in the first phase.
-    joint, transition, refinement: epochs; all three or none, which takes the paper's table.
-    """
-
-    depths: tuple[int, ...]
-    bridge: int
-    selection: Selection = "nested"
-    joint_probability: float = 0.2
-    joint: int | None = None
-    transition: int | None = None
-    refinement: int | None = None
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    def __post_init__(self) -> None:
-        require(len(set(self.depths)) == len(self.depths), "depths must not repeat", self.depths)
-        p0 = self.joint_probability
-        require(0 <= p0 <= 1, "joint_probability must be in [0, 1]", p0)
-        given = [value is not None for value in (self.joint, self.transition, self.refinement)]
-        require(
-            all(given) or not any(given),
-            "joint, transition and refinement must be given together or not at all",
-            (self.joint, self.transition, self.refinement),
-        )
-        require(self.phases.total >= 1, "the phases must have at least one epoch", self.phases)
-
-    @property
-    def phases(self) -> Phases:
-        """The three lengths, explicit or from the paper's table."""
-        if self.joint is None or self.transition is None or self.refinement is None:
-            return paper_phases(self.depths)
-        return Phases(self.joint, self.transition, self.refinement)
 
 
 @dataclass(frozen=True)
@@ -292,7 +157,7 @@ class Recipe:
 
 def recipe_names() -> tuple[str, ...]:
     """Names of the packaged recipes."""
-    files = resources.files("variant.recipes").iterdir()
+    files = resources.files("variant.training.recipes").iterdir()
     return tuple(sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml")))
 
 
@@ -306,7 +171,9 @@ def load_recipe(name_or_path: str | Path, *, seed: int | None = None) -> Recipe:
     """
     name = str(name_or_path)
     if name in recipe_names():
-        text = resources.files("variant.recipes").joinpath(f"{name}.toml").read_text("utf-8")
+        text = (
+            resources.files("variant.training.recipes").joinpath(f"{name}.toml").read_text("utf-8")
+        )
     else:
         path = Path(name_or_path)
         if not path.is_file():

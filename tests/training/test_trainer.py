@@ -15,24 +15,17 @@ from safetensors.torch import load_file
 from small_models import open_recipe_data
 
 from variant.checkpoints.model_folder import load_model
-from variant.data import epoch_order
+from variant.data.config import DataSection
+from variant.data.images import epoch_order
 from variant.errors import UserError
 from variant.models.config import VQVAEConfig
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
-from variant.recipe import (
-    DataSection,
-    EvalSection,
-    ModelSection,
-    OptimSection,
-    Recipe,
-    ScheduleSection,
-    VAETraining,
-)
-from variant.schedule import choose_depth, subnet_probability
-from variant.train import decay_groups, learning_rate
-from variant.train_vae import VAETask, revive_codes, train_vae
-from variant.train_var import VARTask, train_var
+from variant.training.optim import OptimSection, decay_groups, learning_rate
+from variant.training.recipe import EvalSection, ModelSection, Recipe, VAETraining
+from variant.training.schedule import ScheduleSection, choose_depth, subnet_probability
+from variant.training.vae_task import VAETask, revive_codes, train_vae
+from variant.training.var_task import VARTask, train_var
 
 OPTIM = OptimSection(batch_size=12, learning_rate=1e-3)
 CPU = torch.device("cpu")
