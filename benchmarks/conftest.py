@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.harness import REPOSITORIES, record, replay, run
 from variant.bench.environment import environment
-from variant.bench.limits import Limits, drift, measure_limits
+from variant.bench.roofline import Limits, drift, measure_limits
 
 FORMAT = "variant-kernel-bench-1"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from variant.commands.bench import bench
+from variant.cli.bench import bench
 from variant.errors import UserError
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from variant.bench.alternate import Call, Samples, alternate, quartiles, ratios
-from variant.bench.limits import Limits
+from variant.bench.interleaved import Call, Samples, alternate, quartiles, ratios
+from variant.bench.roofline import Limits
 from variant_kernels import _C, winners
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import PREFERENCE, Impl

@@ -21,8 +21,8 @@ from benchmarks.golden_weights import NAMES, golden_model
 from benchmarks.reading import KV8
 from variant.bench.environment import environment
 from variant.bench.models import build
-from variant.commands.common import console
-from variant.commands.kv_errors import FIGURES, kv_error_table
+from variant.cli.kv_error_table import FIGURES, kv_error_table
+from variant.cli.output import console
 from variant.engine.engine import Engine
 from variant.evaluation.kv_error import KVError, measure_kv_error
 from variant.files import replacing

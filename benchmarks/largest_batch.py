@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from variant.bench import plain_loop
+from variant.bench import torch_baseline
 from variant.bench.device import autocast, peer_settings
 from variant.bench.environment import environment
 from variant.bench.models import build, configs
@@ -143,9 +143,9 @@ def peer(options: argparse.Namespace) -> tuple[str, Generate]:
     ]
     config, vae_config = configs(options.model)
     if options.var_repo is not None:
-        from variant.bench import original
+        from variant.bench import original_var
 
-        theirs = original.load(options.var_repo, config, vae_config, device=options.device)
+        theirs = original_var.load(options.var_repo, config, vae_config, device=options.device)
 
         def generate(batch: int) -> None:
             labels_B = torch.arange(batch, device=options.device) % config.num_classes
@@ -159,7 +159,7 @@ def peer(options: argparse.Namespace) -> tuple[str, Generate]:
     def generate_plainly(batch: int) -> None:
         labels_B = torch.arange(batch, device=options.device) % config.num_classes
         with autocast(options.device, cast):
-            plain_loop.generate(
+            torch_baseline.generate(
                 var, vae, labels_B, var.schedule(None, options.bridge),
                 generator=torch.Generator(options.device).manual_seed(0), **FILTERS,
             )  # fmt: skip

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from variant.bench.alternate import alternate, quartiles, ratios
 from variant.bench.environment import environment
+from variant.bench.interleaved import alternate, quartiles, ratios
 from variant.bench.models import build, configs
 from variant.errors import UserError
 
@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         )
     peer = f"depth {config.depth}"
     if options.var_repo is not None:
-        from variant.bench.original import load
+        from variant.bench.original_var import load
 
         original = load(options.var_repo, config, vae_config, (var, vae), device).var.train()
         for name, parameter in var.named_parameters():

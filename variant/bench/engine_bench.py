@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from variant.bench import device, original, plain_loop
-from variant.bench.alternate import Call, Samples, Took, alternate, quartiles, ratios
+from variant.bench import device, original_var, torch_baseline
 from variant.bench.device import clock, peer_settings
-from variant.bench.gemms import GemmsAlone
-from variant.bench.work import attention_flop, ceiling, linear_flop, weight_bytes
+from variant.bench.flops import attention_flop, ceiling, linear_flop, weight_bytes
+from variant.bench.gemm_baseline import GemmsAlone
+from variant.bench.interleaved import Call, Samples, Took, alternate, quartiles, ratios
 from variant.engine.engine import Engine
 from variant.engine.generation import Generation, Stats
 from variant.evaluation.kv_error import IMAGES as GREEDY_IMAGES
@@ -173,7 +173,9 @@ class Contest:
         self.original = (
             None
             if setting.var_repo is None
-            else original.load(setting.var_repo, var.config, vae.config, (var, vae), self.device)
+            else original_var.load(
+                setting.var_repo, var.config, vae.config, (var, vae), self.device
+            )
         )
 
     def schedule(self, depth: int) -> DepthSchedule:
@@ -230,7 +232,7 @@ class Contest:
 
     def _plain(self, depth: int, autocast: bool) -> None:
         with device.autocast(self.device, autocast):
-            plain_loop.generate(
+            torch_baseline.generate(
                 self.var,
                 self.vae,
                 self.labels_B,
@@ -246,7 +248,7 @@ class Contest:
         if self.original is not None or self.setting.dtype != torch.float32:
             return None
         one_B = self.labels_B[:1]
-        plain = plain_loop.generate(
+        plain = torch_baseline.generate(
             self.var,
             self.vae,
             one_B,
@@ -262,7 +264,7 @@ class Contest:
             generator=torch.Generator(self.device).manual_seed(7),
             **self.setting.filters,
         )
-        return torch.equal(ours.tokens, plain.tokens) and plain_loop.agree(
+        return torch.equal(ours.tokens, plain.tokens) and torch_baseline.agree(
             self.var, self.vae, one_B, self.schedule(depth)
         )
 

@@ -9,27 +9,25 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from variant.bench import original
+from variant.bench import original_var
 from variant.bench.device import peer_settings
 from variant.bench.engine_bench import Setting, count_samples, measure, switch_line
 from variant.bench.environment import environment
-from variant.bench.limits import drift, measure_limits
-from variant.bench.memory import Job, peak
 from variant.bench.models import build, is_preset
-from variant.commands.common import DTYPES, console, mebibytes, table
+from variant.bench.peak_memory import Job, peak
+from variant.bench.roofline import drift, measure_limits
+from variant.cli.options import Bench
+from variant.cli.output import DTYPES, console, mebibytes, table
 from variant.engine.planning import depths_of
 from variant.errors import UserError
 from variant.files import replacing
 from variant.models.var import VAR
-
-if TYPE_CHECKING:
-    from variant.cli import Bench
 
 FORMAT = "variant-engine-bench-1"
 
@@ -45,8 +43,8 @@ def bench(command: Bench) -> None:
     for depth in depths:
         var.schedule(depth, command.bridge)
     if command.var_repo is not None:
-        original.check_clone(command.var_repo)
-        original.check_sizes(vae.config)
+        original_var.check_clone(command.var_repo)
+        original_var.check_sizes(vae.config)
     settings = [
         Setting(
             batch=batch,

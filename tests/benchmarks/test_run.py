@@ -14,10 +14,10 @@ import torch
 
 from benchmarks.conftest import Session
 from benchmarks.harness import Contest, Replay, near, record, run
-from variant.bench.alternate import Samples
-from variant.bench.limits import Limits
+from variant.bench.interleaved import Samples
+from variant.bench.roofline import Limits
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OPS = {
     "adaln_modulate",
     "block_causal_attention",

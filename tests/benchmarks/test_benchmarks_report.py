@@ -17,7 +17,7 @@ from variant.bench.engine_bench import Setting, measure
 from variant.bench.environment import environment
 from variant.errors import UserError
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 LIMITS = {"gemm": {"float32": 1e11, "bfloat16": 4e11}, "copy": 3e10}
 STEADY = {"start": LIMITS, "end": LIMITS, "drift": {"copy": 1.0, "gemm float32": 0.9}}
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from variant.bench.alternate import Call, alternate
+from variant.bench.interleaved import Call, alternate
 from variant_kernels.dispatch.request import dtype_name
 
 # Rows, inputs, outputs: the first MLP layer of VAR-d16 on the last scale with guidance.

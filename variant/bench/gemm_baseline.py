@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from variant.bench.work import Linear, linears
+from variant.bench.flops import Linear, linears
 from variant.engine import packed_layers
 from variant.engine.weights import MLP_ROWS, casts_modulations, on_gpu
 from variant.models.var import VAR, projection

@@ -9,14 +9,14 @@ import pytest
 import torch
 from small_models import small_model
 
-from variant.bench import limits, original
-from variant.bench.alternate import Took, alternate, quartiles, ratios
+from variant.bench import original_var, roofline
 from variant.bench.engine_bench import Setting, measure
 from variant.bench.environment import caches, command_line, environment, machine_slug
-from variant.bench.limits import Limits, drift, measure_limits
-from variant.bench.memory import Job, peak
-from variant.bench.work import attention_flop, ceiling, linear_flop, linears, weight_bytes
-from variant.cli import main
+from variant.bench.flops import attention_flop, ceiling, linear_flop, linears, weight_bytes
+from variant.bench.interleaved import Took, alternate, quartiles, ratios
+from variant.bench.peak_memory import Job, peak
+from variant.bench.roofline import Limits, drift, measure_limits
+from variant.cli.main import main
 from variant.errors import UserError
 from variant.models.presets import VAR_PRESETS
 from variant_kernels import DepthSchedule
@@ -136,10 +136,10 @@ def test_a_slow_dtype_is_measured_on_fewer_rows(monkeypatch):
 
     monkeypatch.setattr(torch, "mm", slow_product)
     # A little over 0.05 s for 32 rows: 128 rows would take a little over 0.2 s.
-    assert limits._rows_in_time(512, torch.zeros(8, 8)) == 64
+    assert roofline._rows_in_time(512, torch.zeros(8, 8)) == 64
     assert rows_of_calls == [32, 32]
     monkeypatch.setattr(torch, "mm", lambda left, right: None)
-    assert limits._rows_in_time(512, torch.zeros(8, 8)) == 512
+    assert roofline._rows_in_time(512, torch.zeros(8, 8)) == 512
 
 
 # --- the machine --------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_importing_a_clone_leaves_no_module_behind(tmp_path, monkeypatch):
     mine = object()
     monkeypatch.setitem(sys.modules, "models", mine)
     path = list(sys.path)
-    kind, _ = original.classes(tmp_path)
+    kind, _ = original_var.classes(tmp_path)
     assert kind.device() == "cpu"
     assert sys.modules["models"] is mine
     assert "dist" not in sys.modules
@@ -283,9 +283,9 @@ def test_importing_a_clone_leaves_no_module_behind(tmp_path, monkeypatch):
     assert sys.path == path
     (tmp_path / "dist.py").write_text("import no_such_module_anywhere\n")
     with pytest.raises(UserError, match="cannot be imported: No module named"):
-        original.classes(tmp_path)
+        original_var.classes(tmp_path)
 
 
 def test_a_model_that_the_original_cannot_be_is_refused():
     with pytest.raises(UserError, match=r"always has ch_mult \(1, 1, 2, 2, 4\)"):
-        original.check_sizes(small_model().vae.config)
+        original_var.check_sizes(small_model().vae.config)

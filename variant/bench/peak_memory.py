@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from variant.bench import original, plain_loop
+from variant.bench import original_var, torch_baseline
 from variant.bench.device import autocast
 from variant.bench.models import build, configs
 from variant.engine.engine import Engine
@@ -57,7 +57,7 @@ def peak(job: Job) -> dict[str, int]:
         UserError: the child failed; its last line says why.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "variant.bench.memory", json.dumps(asdict(job))],
+        [sys.executable, "-m", "variant.bench.peak_memory", json.dumps(asdict(job))],
         capture_output=True,
         text=True,
         check=False,
@@ -93,7 +93,7 @@ def run(job: Job) -> dict[str, int]:
         if job.var_repo is None:
             raise UserError("bench: the original needs --var-repo")
         config, vae_config = configs(job.model)
-        theirs = original.load(Path(job.var_repo), config, vae_config, device=job.device)
+        theirs = original_var.load(Path(job.var_repo), config, vae_config, device=job.device)
         loaded = in_use(job.device, most=False)
         labels_B %= config.num_classes
         if job.decoder:
@@ -119,7 +119,7 @@ def run(job: Job) -> dict[str, int]:
     else:
         loaded = in_use(job.device, most=False)
         with autocast(job.device, job.autocast):
-            plain_loop.generate(
+            torch_baseline.generate(
                 var,
                 vae,
                 labels_B,
