@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden_models import NAMES, golden_engine
 from small_models import small_model
-from test_capture import Repeater
+from test_cuda_graphs import Repeater
 
 import variant.models.var as network
 from variant.engine.engine import Engine
