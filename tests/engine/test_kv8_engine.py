@@ -10,7 +10,7 @@ from test_cuda_graphs import Repeater
 
 import variant.models.var as network
 from variant.engine.engine import Engine
-from variant.engine.kernels import Kernels
+from variant.engine.kernels import Launchers
 from variant_kernels import CachePlan, qk_norm, use_backend
 from variant_kernels.kv_quantization import dequantize_kv, quantize_kv
 
@@ -137,7 +137,7 @@ def test_switching_between_scales_equals_the_schedule_given_at_once(backend):
 def test_replays_give_the_eager_tokens_and_exact_calls_are_recorded_apart(backend, monkeypatch):
     repeater = Repeater()
     monkeypatch.setattr("variant.engine.engine.new_recorder", lambda device: repeater)
-    monkeypatch.setattr(Kernels, "can_be_captured", True)  # the double records plain torch too
+    monkeypatch.setattr(Launchers, "can_be_captured", True)  # the double records plain torch too
     model = small_model()
     captured = Engine(model.var, model.vae, backend=backend)
     eager = Engine(model.var, model.vae, backend=backend, capture=False)

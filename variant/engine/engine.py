@@ -29,7 +29,7 @@ from variant.engine.generation import (
     check_labels,
     check_tokens,
 )
-from variant.engine.kernels import Kernels
+from variant.engine.kernels import Launchers
 from variant.engine.kv_dtype import KVDtype, check_kv_dtype
 from variant.engine.memory import free_bytes
 from variant.engine.step_loop import Draws, Run, force, paint
@@ -138,7 +138,7 @@ class Engine:
         self._tables: dict[Hashable, Steps] = {}
         self._fingerprint = Fingerprint()
         self._kv_bytes: dict[Hashable, tuple[int, int]] = {}
-        self._kernels(self.kv_dtype)  # a backend that cannot serve the dtypes is refused here
+        self._launchers(self.kv_dtype)  # a backend that cannot serve the dtypes is refused here
 
     def __getstate__(self) -> dict[str, object]:
         """Without the lock, cast weights and graphs, so that a used model can be pickled."""
@@ -176,9 +176,9 @@ class Engine:
                 self._cast = fingerprint, weights
             return self._cast[1]
 
-    def _kernels(self, kv_dtype: torch.dtype | None) -> Kernels:
+    def _launchers(self, kv_dtype: torch.dtype | None) -> Launchers:
         # Chosen per call: use_backend and VARIANT_BACKEND count.
-        return Kernels(
+        return Launchers(
             self.backend, self.device.type, self.dtype, self.var, self.page_size, kv_dtype
         )
 
@@ -192,7 +192,7 @@ class Engine:
         schedule: DepthSchedule,
         guidance: bool,
         weights: EngineWeights,
-        kernels: Kernels,
+        launchers: Launchers,
         steps: Steps | None = None,
     ) -> Run:
         """A run of one batch; its cache is allocated here."""
@@ -205,22 +205,22 @@ class Engine:
             len(labels_R),
             config.num_heads,
             config.head_dim,
-            kernels.pages_dtype,
+            launchers.pages_dtype,
             self.device,
             steps=self._steps(schedule, len(labels_R)) if steps is None else steps,
         )
         return Run(
             self.var,
             self.vae,
-            kernels=kernels,
+            launchers=launchers,
             weights=weights,
             cache=cache,
             labels_R=labels_R,
         )
 
-    def _captures_for(self, weights: EngineWeights, kernels: Kernels) -> Captures | None:
+    def _captures_for(self, weights: EngineWeights, launchers: Launchers) -> Captures | None:
         """The recordings made with these weights; None where nothing is recorded."""
-        if not self.capture or not kernels.can_be_captured:
+        if not self.capture or not launchers.can_be_captured:
             return None
         with self._lock:
             if self._captures is None or self._captures[0] is not weights:
@@ -271,7 +271,7 @@ class Engine:
             self.device
         )
         schedule = self.var.schedule(depth, bridge)
-        run = self._start(labels_B, schedule, False, self._weights(), self._kernels(kv_wanted))
+        run = self._start(labels_B, schedule, False, self._weights(), self._launchers(kv_wanted))
         return force(run, tokens_BL)
 
     @_in_its_own_dtype
@@ -395,7 +395,7 @@ class Engine:
         kv_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor, Stats]:
         started = self._clock()
-        kernels = self._kernels(kv_dtype)
+        launchers = self._launchers(kv_dtype)
         draws = Draws(
             image_ids_B=image_ids_B,
             cfg=sampling.cfg,
@@ -405,13 +405,13 @@ class Engine:
             top_p=sampling.top_p,
             generator=sampling.generator,
         )
-        captures = self._captures_for(weights, kernels)
+        captures = self._captures_for(weights, launchers)
         captured = captures is not None and on_scale is None and draws.generator is None
         if captures is not None and captured:
-            painted = self._replay(captures, labels_B, draws, schedule, weights, kernels)
+            painted = self._replay(captures, labels_B, draws, schedule, weights, launchers)
         else:
             painted = self._paint(
-                self._start(labels_B, schedule, draws.guided, weights, kernels),
+                self._start(labels_B, schedule, draws.guided, weights, launchers),
                 draws,
                 on_scale,
                 first_flexible,
@@ -432,11 +432,11 @@ class Engine:
             batches=1,
             depths=painted.schedule.depths,
             dtype=dtype_name(self.dtype),
-            kv_dtype=dtype_name(kernels.pages_dtype),
+            kv_dtype=dtype_name(launchers.pages_dtype),
             packed=weights.packed,
             captured=captured,
             kv_planned_bytes=plan.peak_bytes(
-                batch, heads, head_dim, kernels.pages_dtype, draws.guided
+                batch, heads, head_dim, launchers.pages_dtype, draws.guided
             ),
             kv_allocated_bytes=painted.allocated_bytes,
             kv_peak_bytes=painted.peak_bytes,
@@ -474,16 +474,16 @@ class Engine:
         draws: Draws,
         schedule: DepthSchedule,
         weights: EngineWeights,
-        kernels: Kernels,
+        launchers: Launchers,
     ) -> _Painted:
         """:meth:`_paint` by a graph; recorded when the schedule is first met."""
-        names = tuple(kernels.names.values())
+        names = tuple(launchers.names.values())
         key = (schedule.layers, self.page_size, len(labels_B), draws.guided)
-        key = (*key, draws.top_k, draws.top_p, names, kernels.pages_dtype)
+        key = (*key, draws.top_k, draws.top_p, names, launchers.pages_dtype)
         steps = self._steps(schedule, len(labels_B) * (2 if draws.guided else 1))
 
         def whole(labels_B: Tensor, image_ids_B: Tensor, cfg: Tensor, seed: Tensor) -> Tensors:
-            run = self._start(labels_B, schedule, draws.guided, weights, kernels, steps)
+            run = self._start(labels_B, schedule, draws.guided, weights, launchers, steps)
             painted = self._paint(run, replace(draws, image_ids_B=image_ids_B, cfg=cfg, seed=seed))
             self._kv_bytes[key] = painted.allocated_bytes, painted.peak_bytes
             return painted.tokens_BL, painted.f_hat_BEHW
@@ -559,15 +559,15 @@ class Engine:
     def image_bytes(self, plan: CachePlan, guidance: bool = True, kv_dtype: KVDtype = None) -> int:
         """Memory for one more image in a batch: its K/V pages and the largest step's tensors."""
         config, item = self.var.config, torch.empty((), dtype=self.dtype).itemsize
-        kernels = self._kernels(self._kv_dtype("image_bytes", kv_dtype))
-        kv = plan.peak_bytes(1, config.num_heads, config.head_dim, kernels.pages_dtype, guidance)
+        launchers = self._launchers(self._kv_dtype("image_bytes", kv_dtype))
+        kv = plan.peak_bytes(1, config.num_heads, config.head_dim, launchers.pages_dtype, guidance)
         tokens = max(self.var.layout.tokens) * (2 if guidance else 1)
         hidden = round(config.embed_dim * config.mlp_ratio)
         # Residual stream before and after (float32), packed projection, q, k and attention's
         # output, the MLP's two hidden tensors; or the logits, twice in float32.
         layer = tokens * (8 * config.embed_dim + (7 * config.embed_dim + 2 * hidden) * item)
         logits = tokens * config.vocab_size * (item + 8)
-        if kernels.gathers_pages:
+        if launchers.gathers_pages:
             # Plain torch gathers all visible K and V in float32 and holds every score.
             total, heads = self.var.layout.total, config.num_heads
             rows = 2 if guidance else 1

@@ -13,7 +13,7 @@ from variant_kernels.dispatch.select import choose_name
 from variant_kernels.ops import tables
 
 
-class Kernels:
+class Launchers:
     """The launchers of one backend choice, called without the checks of the public functions.
 
     One choice for all scales and batches, by the sizes of the last scale: most work is there.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from variant.engine.kernels import Kernels
+from variant.engine.kernels import Launchers
 from variant.engine.weights import EngineWeights, LayerWeights
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
@@ -49,7 +49,7 @@ class Draws:
 class Run:
     """One batch in flight.
 
-    Kernels and weights are chosen when it starts: whatever another thread or a callback does with
+    Launchers and weights are chosen when it starts: whatever another thread or a callback does with
     the engine, this run goes on as it began.
     """
 
@@ -58,13 +58,13 @@ class Run:
         var: VAR,
         vae: VQVAE,
         *,
-        kernels: Kernels,
+        launchers: Launchers,
         weights: EngineWeights,
         cache: PagedKVCache,
         labels_R: Tensor,
     ) -> None:
         self.var, self.vae = var, vae
-        self.kernels, self.weights, self.cache = kernels, weights, cache
+        self.launchers, self.weights, self.cache = launchers, weights, cache
         self.cond_RC = var.class_emb(labels_R)
         self.rows_6RC, self.head_2RC = weights.modulations(self.cond_RC)
 
@@ -89,17 +89,17 @@ class Run:
 
     def hidden(self, x_RTC: Tensor, scale: int) -> Tensor:
         """Tokens of one scale through its active layers and the head's norm, (R, T, C)."""
-        kernels, eps = self.kernels, self.var.config.norm_eps
+        launchers, eps = self.launchers, self.var.config.norm_eps
         active = self.schedule.active_layers(scale)
         _, _, scale1, _, shift1, _ = self.rows_6RC[active[0]]
-        h_RTC, _, _ = kernels.adaln(x_BTC=x_RTC, scale_BC=scale1, shift_BC=shift1, eps=eps)
+        h_RTC, _, _ = launchers.adaln(x_BTC=x_RTC, scale_BC=scale1, shift_BC=shift1, eps=eps)
         for index, following in zip(active, (*active[1:], None), strict=True):
             layer = self.weights.layers[index]
             gate1, gate2, _, scale2, _, shift2 = self.rows_6RC[index]
             step = self.cache.open(index, scale)
             y_RTC = self._attention(layer, h_RTC, step)
             self.cache.close(index, scale)
-            x_RTC, h_RTC, _, _ = kernels.gated_adaln(
+            x_RTC, h_RTC, _, _ = launchers.gated_adaln(
                 x_BTC=x_RTC, y_BTC=y_RTC, gate_BC=gate1, scale_BC=scale2, shift_BC=shift2, eps=eps
             )
             y_RTC = layer.mlp(h_RTC)
@@ -107,7 +107,7 @@ class Run:
                 next_scale, next_shift = self.head_2RC
             else:
                 _, _, next_scale, _, next_shift, _ = self.rows_6RC[following]
-            x_RTC, h_RTC, _, _ = kernels.gated_adaln(
+            x_RTC, h_RTC, _, _ = launchers.gated_adaln(
                 x_BTC=x_RTC,
                 y_BTC=y_RTC,
                 gate_BC=gate2,
@@ -118,9 +118,9 @@ class Run:
         return h_RTC
 
     def _attention(self, layer: LayerWeights, h_RTC: Tensor, step: KVStep) -> Tensor:
-        kernels, cache = self.kernels, self.cache
+        launchers, cache = self.launchers, self.cache
         rows, tokens, width = h_RTC.shape
-        q_RTHD = kernels.norm_append(
+        q_RTHD = launchers.norm_append(
             qkv_BT3HD=layer.qkv(h_RTC).view(rows, tokens, 3, self.var.config.num_heads, -1),
             scale_mul_1H11=layer.scale_mul_1H11,
             k_pages_PNHD=cache.k_pages,
@@ -128,7 +128,7 @@ class Run:
             slots_BT=step.slots_BT,
             **cache.scales,
         )
-        out_RTHD = kernels.attention(
+        out_RTHD = launchers.attention(
             q_BTHD=q_RTHD,
             k_pages_PNHD=cache.k_pages,
             v_pages_PNHD=cache.v_pages,
@@ -167,7 +167,7 @@ class Run:
         exponential_RV = None
         if draws.generator is not None:
             exponential_RV = draw_exponential(logits_2BTV, draws.generator)
-        return self.kernels.sample(
+        return self.launchers.sample(
             logits_2BTV=logits_2BTV,
             # From 0 at the first scale to cfg at the last.
             guidance=draws.cfg * scale / (layout.num_scales - 1) if guided else 0.0,
