@@ -32,7 +32,7 @@ from variant.engine.generation import (
 from variant.engine.kernels import Launchers
 from variant.engine.kv_dtype import KVDtype, check_kv_dtype
 from variant.engine.memory import free_bytes
-from variant.engine.step_loop import Draws, Run, force, paint
+from variant.engine.step_loop import BatchState, Draws, force, paint
 from variant.engine.weights import EngineWeights, Fingerprint
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
@@ -194,7 +194,7 @@ class Engine:
         weights: EngineWeights,
         launchers: Launchers,
         steps: Steps | None = None,
-    ) -> Run:
+    ) -> BatchState:
         """A run of one batch; its cache is allocated here."""
         config, labels_R = self.var.config, labels_B.to(self.device, non_blocking=True)
         if guidance:
@@ -209,7 +209,7 @@ class Engine:
             self.device,
             steps=self._steps(schedule, len(labels_R)) if steps is None else steps,
         )
-        return Run(
+        return BatchState(
             self.var,
             self.vae,
             launchers=launchers,
@@ -229,7 +229,7 @@ class Engine:
             return None if self._captures is None else self._captures[1]
 
     def _steps(self, schedule: DepthSchedule, rows: int) -> Steps:
-        """Page tables of a schedule, kept for the next run."""
+        """Page tables of a schedule, kept for the next call."""
         key = (schedule.layers, rows, self.page_size, self.device)
         with self._lock:
             steps = self._tables.pop(key, {})
@@ -271,8 +271,8 @@ class Engine:
             self.device
         )
         schedule = self.var.schedule(depth, bridge)
-        run = self._start(labels_B, schedule, False, self._weights(), self._launchers(kv_wanted))
-        return force(run, tokens_BL)
+        state = self._start(labels_B, schedule, False, self._weights(), self._launchers(kv_wanted))
+        return force(state, tokens_BL)
 
     @_in_its_own_dtype
     @torch.no_grad()
@@ -448,7 +448,7 @@ class Engine:
 
     def _paint(
         self,
-        run: Run,
+        state: BatchState,
         draws: Draws,
         on_scale: OnScale | None = None,
         first_flexible: int = 0,
@@ -457,14 +457,14 @@ class Engine:
 
         def after_scale(k: int, tokens_BL: Tensor, f_hat_BEHW: Tensor) -> None:
             assert on_scale is not None
-            wanted = on_scale(k, self._partial(run.weights, k, tokens_BL, f_hat_BEHW))
+            wanted = on_scale(k, self._partial(state.weights, k, tokens_BL, f_hat_BEHW))
             if wanted is not None and k + 1 < layout.num_scales:
-                run.switch(max(k + 1, first_flexible), self.var.layers_of(wanted))
+                state.switch(max(k + 1, first_flexible), self.var.layers_of(wanted))
 
-        tokens_BL, f_hat_BEHW = paint(run, draws, None if on_scale is None else after_scale)
-        cache = run.cache
+        tokens_BL, f_hat_BEHW = paint(state, draws, None if on_scale is None else after_scale)
+        cache = state.cache
         return _Painted(
-            tokens_BL, f_hat_BEHW, run.schedule, cache.allocated_bytes, cache.peak_bytes
+            tokens_BL, f_hat_BEHW, state.schedule, cache.allocated_bytes, cache.peak_bytes
         )
 
     def _replay(
@@ -483,8 +483,10 @@ class Engine:
         steps = self._steps(schedule, len(labels_B) * (2 if draws.guided else 1))
 
         def whole(labels_B: Tensor, image_ids_B: Tensor, cfg: Tensor, seed: Tensor) -> Tensors:
-            run = self._start(labels_B, schedule, draws.guided, weights, launchers, steps)
-            painted = self._paint(run, replace(draws, image_ids_B=image_ids_B, cfg=cfg, seed=seed))
+            state = self._start(labels_B, schedule, draws.guided, weights, launchers, steps)
+            painted = self._paint(
+                state, replace(draws, image_ids_B=image_ids_B, cfg=cfg, seed=seed)
+            )
             self._kv_bytes[key] = painted.allocated_bytes, painted.peak_bytes
             return painted.tokens_BL, painted.f_hat_BEHW
 

@@ -46,8 +46,8 @@ class Draws:
     generator: torch.Generator | None = None
 
 
-class Run:
-    """One batch in flight.
+class BatchState:
+    """One batch while it is generated: cache, condition and modulations.
 
     Launchers and weights are chosen when it starts: whatever another thread or a callback does with
     the engine, this run goes on as it began.
@@ -183,7 +183,9 @@ class Run:
 AfterScale = Callable[[int, Tensor, Tensor], None]
 
 
-def paint(run: Run, draws: Draws, after_scale: AfterScale | None = None) -> tuple[Tensor, Tensor]:
+def paint(
+    state: BatchState, draws: Draws, after_scale: AfterScale | None = None
+) -> tuple[Tensor, Tensor]:
     """Every scale in turn.
 
     Args:
@@ -192,12 +194,12 @@ def paint(run: Run, draws: Draws, after_scale: AfterScale | None = None) -> tupl
     Returns:
         tokens_BL int64, f_hat_BEHW float32.
     """
-    layout, vae, batch = run.var.layout, run.vae, len(draws.image_ids_B)
+    layout, vae, batch = state.var.layout, state.vae, len(draws.image_ids_B)
     f_hat_BEHW = vae.new_features(batch)
     tokens_BL = torch.empty(batch, layout.total, dtype=torch.int64, device=f_hat_BEHW.device)
     words_BTE = None
     for k in range(layout.num_scales):
-        tokens_BT = run.sample(run.hidden(run.tokens_in(words_BTE, k), k), k, draws)
+        tokens_BT = state.sample(state.hidden(state.tokens_in(words_BTE, k), k), k, draws)
         tokens_BL[:, layout.slice(k)] = tokens_BT
         vae.accumulate(f_hat_BEHW, tokens_BT, k)
         if k + 1 < layout.num_scales:
@@ -207,13 +209,13 @@ def paint(run: Run, draws: Draws, after_scale: AfterScale | None = None) -> tupl
     return tokens_BL, f_hat_BEHW
 
 
-def force(run: Run, tokens_BL: Tensor) -> Tensor:
+def force(state: BatchState, tokens_BL: Tensor) -> Tensor:
     """Logits (B, L, V) float32 when the tokens of each scale are given."""
-    layout, vae = run.var.layout, run.vae
+    layout, vae = state.var.layout, state.vae
     f_hat_BEHW = vae.new_features(len(tokens_BL))
     logits, words_BTE = [], None
     for k in range(layout.num_scales):
-        logits.append(run.weights.head(run.hidden(run.tokens_in(words_BTE, k), k)).float())
+        logits.append(state.weights.head(state.hidden(state.tokens_in(words_BTE, k), k)).float())
         vae.accumulate(f_hat_BEHW, tokens_BL[:, layout.slice(k)], k)
         if k + 1 < layout.num_scales:
             words_BTE = vae.next_scale_input(f_hat_BEHW, k)
