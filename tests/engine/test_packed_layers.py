@@ -78,7 +78,7 @@ def test_a_merged_upsample_is_the_upsample_it_stands_for(shape):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_the_packed_decoder_paints_what_the_model_paints(batch):
+def test_the_packed_decoder_decodes_as_the_model_does(batch):
     vae = small_model().vae
     before = copy.deepcopy(vae.state_dict())
     f_hat = torch.randn(batch, 8, 3, 3)

@@ -44,8 +44,8 @@ def generate(command: Generate) -> None:
         raise UserError(f"generate: {command.model} was trained at one depth; --bridge is needed")
     with _progress(len(depths) * len(labels) * model.var.layout.num_scales) as on_scale:
         # One unmeasured image first: threads, kernels and pages are warm when time is taken.
-        _paint(command, model, labels[:1], depths[-1], None)
-        results = [_paint(command, model, labels, depth, on_scale) for depth in depths]
+        _generate(command, model, labels[:1], depths[-1], None)
+        results = [_generate(command, model, labels, depth, on_scale) for depth in depths]
     if one_file:
         if len(results) > 1:
             rows = [result.images for result in results]
@@ -70,7 +70,7 @@ def _progress(total: int) -> Iterator[OnScale | None]:
         return
     bar = Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True)
     with bar:
-        task = bar.add_task("painting", total=total)
+        task = bar.add_task("generating", total=total)
 
         def on_scale(scale: int, partial: PartialResult) -> None:
             bar.advance(task, len(partial.tokens))
@@ -78,7 +78,7 @@ def _progress(total: int) -> Iterator[OnScale | None]:
         yield on_scale
 
 
-def _paint(
+def _generate(
     command: Generate,
     model: VARiant,
     labels: Sequence[int],

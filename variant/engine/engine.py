@@ -32,7 +32,7 @@ from variant.engine.generation import (
 from variant.engine.kernels import Launchers
 from variant.engine.kv_dtype import KVDtype, check_kv_dtype
 from variant.engine.memory import free_bytes
-from variant.engine.step_loop import BatchState, Draws, force, paint
+from variant.engine.step_loop import BatchState, Draws, force, generate_tokens
 from variant.engine.weights import EngineWeights, Fingerprint
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
@@ -47,7 +47,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class _Painted:
+class TokenBatch:
     """One batch before it is decoded; K/V bytes as allocated and as used at most."""
 
     tokens_BL: Tensor
@@ -408,9 +408,9 @@ class Engine:
         captures = self._captures_for(weights, launchers)
         captured = captures is not None and on_scale is None and draws.generator is None
         if captures is not None and captured:
-            painted = self._replay(captures, labels_B, draws, schedule, weights, launchers)
+            token_batch = self._replay(captures, labels_B, draws, schedule, weights, launchers)
         else:
-            painted = self._paint(
+            token_batch = self._generate_tokens(
                 self._start(labels_B, schedule, draws.guided, weights, launchers),
                 draws,
                 on_scale,
@@ -420,7 +420,7 @@ class Engine:
         size = self.vae.config.image_size
         images = torch.empty(0, 3, size, size, device=self.device)
         if decode:
-            images = self._decode(weights, painted.f_hat_BEHW, captures)
+            images = self._decode(weights, token_batch.f_hat_BEHW, captures)
         ended = self._clock()
         plan = _plan(self.var.layout, schedule, self.page_size)
         config, batch = self.var.config, len(labels_B)
@@ -430,7 +430,7 @@ class Engine:
             seconds=ended - started,
             decode_seconds=ended - decoding,
             batches=1,
-            depths=painted.schedule.depths,
+            depths=token_batch.schedule.depths,
             dtype=dtype_name(self.dtype),
             kv_dtype=dtype_name(launchers.pages_dtype),
             packed=weights.packed,
@@ -438,21 +438,21 @@ class Engine:
             kv_planned_bytes=plan.peak_bytes(
                 batch, heads, head_dim, launchers.pages_dtype, draws.guided
             ),
-            kv_allocated_bytes=painted.allocated_bytes,
-            kv_peak_bytes=painted.peak_bytes,
+            kv_allocated_bytes=token_batch.allocated_bytes,
+            kv_peak_bytes=token_batch.peak_bytes,
             kv_paper_bytes=plan.paper_bytes(
                 batch, heads, head_dim, k_bytes=width, v_bytes=width, guidance=draws.guided
             ),
         )
-        return images, painted.tokens_BL, stats
+        return images, token_batch.tokens_BL, stats
 
-    def _paint(
+    def _generate_tokens(
         self,
         state: BatchState,
         draws: Draws,
         on_scale: OnScale | None = None,
         first_flexible: int = 0,
-    ) -> _Painted:
+    ) -> TokenBatch:
         layout = self.var.layout
 
         def after_scale(k: int, tokens_BL: Tensor, f_hat_BEHW: Tensor) -> None:
@@ -461,9 +461,11 @@ class Engine:
             if wanted is not None and k + 1 < layout.num_scales:
                 state.switch(max(k + 1, first_flexible), self.var.layers_of(wanted))
 
-        tokens_BL, f_hat_BEHW = paint(state, draws, None if on_scale is None else after_scale)
+        tokens_BL, f_hat_BEHW = generate_tokens(
+            state, draws, None if on_scale is None else after_scale
+        )
         cache = state.cache
-        return _Painted(
+        return TokenBatch(
             tokens_BL, f_hat_BEHW, state.schedule, cache.allocated_bytes, cache.peak_bytes
         )
 
@@ -475,8 +477,8 @@ class Engine:
         schedule: DepthSchedule,
         weights: EngineWeights,
         launchers: Launchers,
-    ) -> _Painted:
-        """:meth:`_paint` by a graph; recorded when the schedule is first met."""
+    ) -> TokenBatch:
+        """:meth:`_generate_tokens` by a graph; recorded when the schedule is first met."""
         names = tuple(launchers.names.values())
         key = (schedule.layers, self.page_size, len(labels_B), draws.guided)
         key = (*key, draws.top_k, draws.top_p, names, launchers.pages_dtype)
@@ -484,22 +486,22 @@ class Engine:
 
         def whole(labels_B: Tensor, image_ids_B: Tensor, cfg: Tensor, seed: Tensor) -> Tensors:
             state = self._start(labels_B, schedule, draws.guided, weights, launchers, steps)
-            painted = self._paint(
+            token_batch = self._generate_tokens(
                 state, replace(draws, image_ids_B=image_ids_B, cfg=cfg, seed=seed)
             )
-            self._kv_bytes[key] = painted.allocated_bytes, painted.peak_bytes
-            return painted.tokens_BL, painted.f_hat_BEHW
+            self._kv_bytes[key] = token_batch.allocated_bytes, token_batch.peak_bytes
+            return token_batch.tokens_BL, token_batch.f_hat_BEHW
 
         # full() is a launch: a tensor made from a number would be copied, and the copy waited for.
         tokens_BL, f_hat_BEHW = captures.run(
-            ("paint", key),
+            ("generate_tokens", key),
             whole,
             labels_B.to(self.device, non_blocking=True),
             draws.image_ids_B,
             torch.full((), float(draws.cfg), dtype=torch.float64, device=self.device),
             torch.full((), int(draws.seed), dtype=torch.int64, device=self.device),
         )
-        return _Painted(tokens_BL, f_hat_BEHW, schedule, *self._kv_bytes[key])
+        return TokenBatch(tokens_BL, f_hat_BEHW, schedule, *self._kv_bytes[key])
 
     def _clock(self) -> float:
         """Seconds; work queued on a GPU counts as done only when it is."""
@@ -578,7 +580,7 @@ class Engine:
         return kv + max(layer, logits, decoder)
 
     def decoder_bytes(self) -> int:
-        """What decoding takes whatever the batch: packed decoders paint one image at a time."""
+        """What decoding takes whatever the batch: packed decoders decode one image at a time."""
         return self._decoder_image_bytes() if self.packed else 0
 
     def _decoder_image_bytes(self) -> int:

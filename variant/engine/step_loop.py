@@ -1,4 +1,4 @@
-"""The step loop: one batch painted scale by scale through a paged cache.
+"""The step loop: one batch token_batch scale by scale through a paged cache.
 
 The modules of ``models/var.py`` are written for training; here the same weights run one scale at
 a time, and only the layers that the schedule names.
@@ -183,7 +183,7 @@ class BatchState:
 AfterScale = Callable[[int, Tensor, Tensor], None]
 
 
-def paint(
+def generate_tokens(
     state: BatchState, draws: Draws, after_scale: AfterScale | None = None
 ) -> tuple[Tensor, Tensor]:
     """Every scale in turn.
