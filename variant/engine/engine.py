@@ -32,7 +32,7 @@ from variant.engine.generation import (
 from variant.engine.kernels import Launchers
 from variant.engine.kv_dtype import KVDtype, check_kv_dtype
 from variant.engine.memory import free_bytes
-from variant.engine.step_loop import BatchState, Draws, force, generate_tokens
+from variant.engine.step_loop import BatchState, Draws, generate_tokens, teacher_forced_logits
 from variant.engine.weights import EngineWeights, Fingerprint
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
@@ -272,7 +272,7 @@ class Engine:
         )
         schedule = self.var.schedule(depth, bridge)
         state = self._start(labels_B, schedule, False, self._weights(), self._launchers(kv_wanted))
-        return force(state, tokens_BL)
+        return teacher_forced_logits(state, tokens_BL)
 
     @_in_its_own_dtype
     @torch.no_grad()

@@ -209,7 +209,7 @@ def generate_tokens(
     return tokens_BL, f_hat_BEHW
 
 
-def force(state: BatchState, tokens_BL: Tensor) -> Tensor:
+def teacher_forced_logits(state: BatchState, tokens_BL: Tensor) -> Tensor:
     """Logits (B, L, V) float32 when the tokens of each scale are given."""
     layout, vae = state.var.layout, state.vae
     f_hat_BEHW = vae.new_features(len(tokens_BL))
