@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_models import small_model
 
-from variant.engine.cuda_graphs import Captures, GraphRecorder, Recording
+from variant.engine.cuda_graphs import GraphCache, GraphRecorder, Recording
 from variant.engine.engine import Engine
 from variant_kernels import device_lock
 
@@ -22,12 +22,12 @@ class Repeater:
 
     def __init__(self):
         self.recorded = 0
-        self.turns = 0
-        self.forgotten = 0
+        self.serialized_calls = 0
+        self.cleared = 0
 
     @contextmanager
-    def turn(self):
-        self.turns += 1
+    def serialized(self):
+        self.serialized_calls += 1
         yield
 
     def record(self, function):
@@ -41,8 +41,8 @@ class Repeater:
 
         return Recording(replay, outputs, first)
 
-    def forget(self):
-        self.forgotten += 1
+    def clear(self):
+        self.cleared += 1
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_callbacks_generators_and_plain_torch_are_not_recorded(recorder):
 
 
 def test_page_tables_that_a_graph_reads_outlive_the_table_cache(recorder, monkeypatch):
-    monkeypatch.setattr("variant.engine.engine.TABLES_KEPT", 1)
+    monkeypatch.setattr("variant.engine.engine.MAX_PAGE_TABLES", 1)
     model = small_model()
     engine = Engine(model.var, model.vae)
     expected = engine.generate([1, 2], seed=0)
@@ -168,10 +168,10 @@ def test_a_failed_recording_leaves_nothing_behind():
         def record(self, function):
             raise RuntimeError("no")
 
-    captures = Captures(Failing())
+    graphs = GraphCache(Failing())
     with pytest.raises(RuntimeError, match="no"):
-        captures.run("key", lambda x: (x,), torch.zeros(1))
-    assert len(captures) == 0
+        graphs.run("key", lambda x: (x,), torch.zeros(1))
+    assert len(graphs) == 0
 
 
 def test_recordings_make_room_for_one_that_finds_no_memory():
@@ -179,18 +179,18 @@ def test_recordings_make_room_for_one_that_finds_no_memory():
         """Holds one recording."""
 
         def record(self, function):
-            if self.recorded > self.forgotten:
+            if self.recorded > self.cleared:
                 raise torch.OutOfMemoryError
             return super().record(function)
 
     recorder = Tight()
-    captures = Captures(recorder)
+    graphs = GraphCache(recorder)
     inputs = torch.arange(3.0)
     for key, times in (("a", 2), ("b", 3), ("b", 3), ("a", 2)):
-        (found,) = captures.run(key, lambda x, times=times: (times * x,), inputs)
+        (found,) = graphs.run(key, lambda x, times=times: (times * x,), inputs)
         assert torch.equal(found, times * inputs)
-    assert len(captures) == 1
-    assert (recorder.recorded, recorder.forgotten) == (3, 2)
+    assert len(graphs) == 1
+    assert (recorder.recorded, recorder.cleared) == (3, 2)
 
 
 def test_one_that_finds_no_memory_alone_says_so():
@@ -199,7 +199,7 @@ def test_one_that_finds_no_memory_alone_says_so():
             raise torch.OutOfMemoryError
 
     with pytest.raises(torch.OutOfMemoryError):
-        Captures(Full()).run("key", lambda x: (x,), torch.zeros(1))
+        GraphCache(Full()).run("key", lambda x: (x,), torch.zeros(1))
 
 
 def test_a_graph_is_captured_on_the_warm_up_stream_alone_and_uncollected(monkeypatch):
@@ -275,24 +275,24 @@ def test_the_first_result_is_not_kept():
         made.add(result := x + 1)
         return (result,)
 
-    captures = Captures(Repeater())
-    first = captures.run("key", function, torch.ones(3))
+    graphs = GraphCache(Repeater())
+    first = graphs.run("key", function, torch.ones(3))
     del first
     assert not made
 
 
 def test_the_recordings_used_last_are_kept():
     repeater = Repeater()
-    captures = Captures(repeater, kept=2)
+    graphs = GraphCache(repeater, max_graphs=2)
     x = torch.arange(3.0)
 
     def run(factor):
-        (got,) = captures.run(factor, lambda x: (x * factor,), x)
+        (got,) = graphs.run(factor, lambda x: (x * factor,), x)
         assert torch.equal(got, x * factor)
 
     for factor in (1, 2, 1, 3, 1):  # 3 drives 2 out: 1 was used after it
         run(factor)
-    assert (len(captures), repeater.recorded) == (2, 3)
+    assert (len(graphs), repeater.recorded) == (2, 3)
     run(2)
-    assert (len(captures), repeater.recorded) == (2, 4)
-    assert repeater.turns == 6  # every call waits for the work of the one before
+    assert (len(graphs), repeater.recorded) == (2, 4)
+    assert repeater.serialized_calls == 6  # every call waits for the work of the one before

@@ -22,7 +22,7 @@ from variant_kernels import device_lock
 Tensors = tuple[Tensor, ...]
 
 # Recordings that wait for the next call: a slider over top_p must not fill the GPU with graphs.
-KEPT = 32
+MAX_GRAPHS = 32
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Recorder(Protocol):
         """The function runs at least once; it reads no tensor that a replay must not read."""
         ...
 
-    def turn(self) -> AbstractContextManager[None]:
-        """Inside, work is queued behind that of the last turn, whatever stream it was on."""
+    def serialized(self) -> AbstractContextManager[None]:
+        """Inside, work is queued behind that of the last such block, whatever stream it was on."""
         ...
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """No recording is left: give back the memory that they shared."""
         ...
 
@@ -75,7 +75,7 @@ class GraphRecorder:
         self._last: torch.cuda.Event | None = None
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def serialized(self) -> Iterator[None]:
         stream = torch.cuda.current_stream(self._device)
         if self._last is not None:
             stream.wait_event(self._last)
@@ -108,23 +108,23 @@ class GraphRecorder:
                 outputs = function()
         return Recording(graph.replay, outputs, first)
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         gc.collect()
         torch.cuda.empty_cache()
 
 
-class Captures:
+class GraphCache:
     """Recordings by key: made at the first use, replayed at the later ones.
 
     Args:
         recorder: what records; a :class:`GraphRecorder` on a GPU.
-        kept: recordings beyond so many go, those first that were not used for longest.
+        max_graphs: recordings beyond so many go, those first that were not used for longest.
     """
 
-    def __init__(self, recorder: Recorder, kept: int = KEPT) -> None:
+    def __init__(self, recorder: Recorder, max_graphs: int = MAX_GRAPHS) -> None:
         self._recorder = recorder
-        self._kept = kept
+        self._max_graphs = max_graphs
         self._recorded: dict[Hashable, tuple[Tensors, Recording, Callable[..., Tensors]]] = {}
         # Inputs and outputs of a recording are one set of tensors: one caller at a time.
         self._lock = Lock()
@@ -139,7 +139,7 @@ class Captures:
             key: all that ``function`` depends on beyond its inputs, their shapes included.
             function: launches the same work whatever its inputs hold.
         """
-        with self._lock, self._recorder.turn():
+        with self._lock, self._recorder.serialized():
             if key not in self._recorded:
                 # What inference mode makes, the inputs and the random state of a graph among it,
                 # could not be written to by a later call outside it.
@@ -149,7 +149,7 @@ class Captures:
                 # The function is kept, and with it all that the recorded work still reads; the
                 # first result is the caller's alone.
                 self._recorded[key] = static, replace(recording, first=()), function
-                while len(self._recorded) > self._kept:
+                while len(self._recorded) > self._max_graphs:
                     del self._recorded[next(iter(self._recorded))]
                 return recording.first
             static, recording, _ = self._recorded[key] = self._recorded.pop(key)
@@ -168,5 +168,5 @@ class Captures:
         # Out here nothing holds what it had made. What earlier recordings share is no other's to
         # use, however idle: they make room, and are recorded again when they are wanted.
         self._recorded.clear()
-        self._recorder.forget()
+        self._recorder.clear()
         return self._recorder.record(function)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from variant.engine.cuda_graphs import Captures, GraphRecorder, Recorder, Tensors
+from variant.engine.cuda_graphs import GraphCache, GraphRecorder, Recorder, Tensors
 from variant.engine.generation import (
     Generation,
     OnScale,
@@ -42,7 +42,7 @@ from variant_kernels.kv_cache import Steps
 from variant_kernels.packed_linear import can_pack
 
 # Schedules and batch sizes whose page tables wait for the next call.
-TABLES_KEPT = 16
+MAX_PAGE_TABLES = 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -134,7 +134,7 @@ class Engine:
         self.pack, self.capture = pack, capture
         self._lock = Lock()
         self._cast: tuple[tuple[tuple[int, int], ...], EngineWeights] | None = None
-        self._captures: tuple[EngineWeights, Captures] | None = None
+        self._graphs: tuple[EngineWeights, GraphCache] | None = None
         self._tables: dict[Hashable, Steps] = {}
         self._fingerprint = Fingerprint()
         self._kv_bytes: dict[Hashable, tuple[int, int]] = {}
@@ -142,7 +142,7 @@ class Engine:
 
     def __getstate__(self) -> dict[str, object]:
         """Without the lock, cast weights and graphs, so that a used model can be pickled."""
-        dropped = {"_lock": None, "_cast": None, "_captures": None, "_tables": {}}
+        dropped = {"_lock": None, "_cast": None, "_graphs": None, "_tables": {}}
         return {**self.__dict__, **dropped, "_fingerprint": Fingerprint()}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -163,7 +163,7 @@ class Engine:
     def refresh(self) -> None:
         """Cast the weights anew at the next call; needed only after a change through ``.data``."""
         with self._lock:
-            self._cast = self._captures = None
+            self._cast = self._graphs = None
 
     def _weights(self) -> EngineWeights:
         """The weights in the engine's dtype, cast again if any changed since the last call."""
@@ -171,7 +171,7 @@ class Engine:
         with self._lock:
             if self._cast is None or self._cast[0] != fingerprint:
                 # The old copies, and graphs that read them, go before the new ones are made.
-                self._cast = self._captures = None
+                self._cast = self._graphs = None
                 weights = EngineWeights(self.var, self.vae, self.dtype, self.packed)
                 self._cast = fingerprint, weights
             return self._cast[1]
@@ -218,15 +218,15 @@ class Engine:
             labels_R=labels_R,
         )
 
-    def _captures_for(self, weights: EngineWeights, launchers: Launchers) -> Captures | None:
+    def _graphs_for(self, weights: EngineWeights, launchers: Launchers) -> GraphCache | None:
         """The recordings made with these weights; None where nothing is recorded."""
         if not self.capture or not launchers.can_be_captured:
             return None
         with self._lock:
-            if self._captures is None or self._captures[0] is not weights:
+            if self._graphs is None or self._graphs[0] is not weights:
                 recorder = new_recorder(self.device)
-                self._captures = None if recorder is None else (weights, Captures(recorder))
-            return None if self._captures is None else self._captures[1]
+                self._graphs = None if recorder is None else (weights, GraphCache(recorder))
+            return None if self._graphs is None else self._graphs[1]
 
     def _steps(self, schedule: DepthSchedule, rows: int) -> Steps:
         """Page tables of a schedule, kept for the next call."""
@@ -234,7 +234,7 @@ class Engine:
         with self._lock:
             steps = self._tables.pop(key, {})
             self._tables[key] = steps  # last in, last out
-            while len(self._tables) > TABLES_KEPT:
+            while len(self._tables) > MAX_PAGE_TABLES:
                 del self._tables[next(iter(self._tables))]
         return steps
 
@@ -405,10 +405,10 @@ class Engine:
             top_p=sampling.top_p,
             generator=sampling.generator,
         )
-        captures = self._captures_for(weights, launchers)
-        captured = captures is not None and on_scale is None and draws.generator is None
-        if captures is not None and captured:
-            token_batch = self._replay(captures, labels_B, draws, schedule, weights, launchers)
+        graphs = self._graphs_for(weights, launchers)
+        captured = graphs is not None and on_scale is None and draws.generator is None
+        if graphs is not None and captured:
+            token_batch = self._replay(graphs, labels_B, draws, schedule, weights, launchers)
         else:
             token_batch = self._generate_tokens(
                 self._start(labels_B, schedule, draws.guided, weights, launchers),
@@ -420,7 +420,7 @@ class Engine:
         size = self.vae.config.image_size
         images = torch.empty(0, 3, size, size, device=self.device)
         if decode:
-            images = self._decode(weights, token_batch.f_hat_BEHW, captures)
+            images = self._decode(weights, token_batch.f_hat_BEHW, graphs)
         ended = self._clock()
         plan = _plan(self.var.layout, schedule, self.page_size)
         config, batch = self.var.config, len(labels_B)
@@ -471,7 +471,7 @@ class Engine:
 
     def _replay(
         self,
-        captures: Captures,
+        graphs: GraphCache,
         labels_B: Tensor,
         draws: Draws,
         schedule: DepthSchedule,
@@ -484,7 +484,7 @@ class Engine:
         key = (*key, draws.top_k, draws.top_p, names, launchers.pages_dtype)
         steps = self._steps(schedule, len(labels_B) * (2 if draws.guided else 1))
 
-        def whole(labels_B: Tensor, image_ids_B: Tensor, cfg: Tensor, seed: Tensor) -> Tensors:
+        def body(labels_B: Tensor, image_ids_B: Tensor, cfg: Tensor, seed: Tensor) -> Tensors:
             state = self._start(labels_B, schedule, draws.guided, weights, launchers, steps)
             token_batch = self._generate_tokens(
                 state, replace(draws, image_ids_B=image_ids_B, cfg=cfg, seed=seed)
@@ -493,9 +493,9 @@ class Engine:
             return token_batch.tokens_BL, token_batch.f_hat_BEHW
 
         # full() is a launch: a tensor made from a number would be copied, and the copy waited for.
-        tokens_BL, f_hat_BEHW = captures.run(
+        tokens_BL, f_hat_BEHW = graphs.run(
             ("generate_tokens", key),
-            whole,
+            body,
             labels_B.to(self.device, non_blocking=True),
             draws.image_ids_B,
             torch.full((), float(draws.cfg), dtype=torch.float64, device=self.device),
@@ -515,16 +515,16 @@ class Engine:
     @_in_its_own_dtype
     @torch.no_grad()
     def _decode(
-        self, weights: EngineWeights, f_hat_BEHW: Tensor, captures: Captures | None = None
+        self, weights: EngineWeights, f_hat_BEHW: Tensor, graphs: GraphCache | None = None
     ) -> Tensor:
         """(B, 3, H, W) float32 in [0, 1]; one channel is shown as grey."""
 
-        def whole(f_hat_BEHW: Tensor) -> Tensors:
+        def body(f_hat_BEHW: Tensor) -> Tensors:
             return (weights.decode(f_hat_BEHW).expand(-1, 3, -1, -1).contiguous(),)
 
-        if captures is None:
-            return whole(f_hat_BEHW)[0]
-        return captures.run(("decode", tuple(f_hat_BEHW.shape)), whole, f_hat_BEHW)[0]
+        if graphs is None:
+            return body(f_hat_BEHW)[0]
+        return graphs.run(("decode", tuple(f_hat_BEHW.shape)), body, f_hat_BEHW)[0]
 
     def _partial(
         self, weights: EngineWeights, scale: int, tokens_BL: Tensor, f_hat: Tensor
