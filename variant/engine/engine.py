@@ -33,7 +33,7 @@ from variant.engine.kernels import Launchers
 from variant.engine.kv_dtype import KVDtype, check_kv_dtype
 from variant.engine.memory import free_bytes
 from variant.engine.step_loop import BatchState, Draws, generate_tokens, teacher_forced_logits
-from variant.engine.weights import EngineWeights, Fingerprint
+from variant.engine.weights import EngineWeights, WeightsVersion
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant_kernels import CachePlan, DepthSchedule, PagedKVCache, ScaleLayout
@@ -136,14 +136,14 @@ class Engine:
         self._cast: tuple[tuple[tuple[int, int], ...], EngineWeights] | None = None
         self._graphs: tuple[EngineWeights, GraphCache] | None = None
         self._tables: dict[Hashable, Steps] = {}
-        self._fingerprint = Fingerprint()
+        self._weights_version = WeightsVersion()
         self._kv_bytes: dict[Hashable, tuple[int, int]] = {}
         self._launchers(self.kv_dtype)  # a backend that cannot serve the dtypes is refused here
 
     def __getstate__(self) -> dict[str, object]:
         """Without the lock, cast weights and graphs, so that a used model can be pickled."""
         dropped = {"_lock": None, "_cast": None, "_graphs": None, "_tables": {}}
-        return {**self.__dict__, **dropped, "_fingerprint": Fingerprint()}
+        return {**self.__dict__, **dropped, "_weights_version": WeightsVersion()}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, _lock=Lock())
@@ -167,13 +167,13 @@ class Engine:
 
     def _weights(self) -> EngineWeights:
         """The weights in the engine's dtype, cast again if any changed since the last call."""
-        fingerprint = self._fingerprint(self.var, self.vae)
+        version = self._weights_version(self.var, self.vae)
         with self._lock:
-            if self._cast is None or self._cast[0] != fingerprint:
+            if self._cast is None or self._cast[0] != version:
                 # The old copies, and graphs that read them, go before the new ones are made.
                 self._cast = self._graphs = None
                 weights = EngineWeights(self.var, self.vae, self.dtype, self.packed)
-                self._cast = fingerprint, weights
+                self._cast = version, weights
             return self._cast[1]
 
     def _launchers(self, kv_dtype: torch.dtype | None) -> Launchers:

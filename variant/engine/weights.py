@@ -79,7 +79,7 @@ class EngineWeights:
         return self._decoder(f_hat_BCHW)
 
 
-class Fingerprint:
+class WeightsVersion:
     """Where two models' weights lie and how often each was written to: changes when one does.
 
     Walking over VAR-d30's modules takes 0.7 ms, in which a GPU has nothing to do: while every
