@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 from variant.engine.engine import Engine
 from variant.engine.packed_layers import (
+    CastBuffer,
     CastDecoder,
     Linear,
     MergedUpsample,
     PackedConv2d,
     PackedDecoder,
-    Staging,
 )
 from variant.models.vqvae import Upsample
 from variant_kernels.packed_linear import can_pack
@@ -49,23 +49,24 @@ def test_a_packed_linear_is_as_near_to_float64_as_a_plain_one(shape, gelu, dtype
 
 
 @pytest.mark.parametrize("width", [8, 24, 64, 1024])
-def test_weights_packed_through_one_staging_keep_their_own_values(width):
+def test_weights_packed_through_one_cast_buffer_keep_their_own_values(width):
     packs(torch.bfloat16)
     torch.manual_seed(0)
-    staging = Staging(torch.bfloat16)
+    cast_buffer = CastBuffer(torch.bfloat16)
     weights, bias = torch.randn(2, width, width), torch.zeros(width)
     x = torch.randn(3, width).bfloat16()
     linears = [
-        Linear(w, bias, torch.bfloat16, packed=True, staging=staging) for w in weights.unbind(0)
+        Linear(w, bias, torch.bfloat16, packed=True, cast_buffer=cast_buffer)
+        for w in weights.unbind(0)
     ]
     for linear, weight in zip(linears, weights, strict=True):
         assert torch.equal(linear(x), Linear(weight, bias, torch.bfloat16, packed=True)(x))
     channels = min(width, 64)
     convs = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2)]
     image = torch.randn(1, channels, 5, 5).bfloat16().to(memory_format=torch.channels_last)
-    packed = [PackedConv2d(conv, staging) for conv in convs]
+    packed = [PackedConv2d(conv, cast_buffer) for conv in convs]
     for one, conv in zip(packed, convs, strict=True):
-        assert torch.equal(one(image), PackedConv2d(conv, Staging(torch.bfloat16))(image))
+        assert torch.equal(one(image), PackedConv2d(conv, CastBuffer(torch.bfloat16))(image))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 2), (4, 7)])

@@ -43,7 +43,7 @@ def fused_gelu(device: torch.device, dtype: torch.dtype) -> bool:
     return bool(tanh < exact)
 
 
-class Staging:
+class CastBuffer:
     """Where weights are cast on their way to being packed: one place for all of them.
 
     A cast of its own for each would be freed between packed weights that stay, and the allocator
@@ -52,16 +52,16 @@ class Staging:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._room = torch.empty(0, dtype=dtype)
+        self._buffer = torch.empty(0, dtype=dtype)
 
     def __call__(self, weight: Tensor) -> Tensor:
         """``weight`` in the dtype; itself if it has it, else overwritten by the next call."""
         weight = weight.detach()
         if weight.dtype == self.dtype:
             return weight
-        if self._room.numel() < weight.numel():
-            self._room = weight.new_empty(weight.numel(), dtype=self.dtype)
-        return self._room[: weight.numel()].view(weight.shape).copy_(weight)
+        if self._buffer.numel() < weight.numel():
+            self._buffer = weight.new_empty(weight.numel(), dtype=self.dtype)
+        return self._buffer[: weight.numel()].view(weight.shape).copy_(weight)
 
 
 class Linear:
@@ -71,7 +71,7 @@ class Linear:
         weight_OI, bias_O: any floating dtype; shared, not copied, where they have ``dtype``.
         dtype: of the product; x must have it.
         packed: keep the weight in oneDNN's order.
-        staging: where to cast a weight that is packed; None makes room for it alone.
+        cast_buffer: receives the cast of a weight that is packed; None allocates a buffer for it.
         gelu: apply the activation.
     """
 
@@ -83,13 +83,13 @@ class Linear:
         *,
         packed: bool,
         gelu: bool = False,
-        staging: Staging | None = None,
+        cast_buffer: CastBuffer | None = None,
     ) -> None:
         self._bias_O = bias_O.detach().to(dtype)
         self._packed, self._gelu = packed, gelu
         self._epilogue = gelu and fused_gelu(weight_OI.device, dtype)
         if packed:
-            self._weight_OI = pack((staging or Staging(dtype))(weight_OI))
+            self._weight_OI = pack((cast_buffer or CastBuffer(dtype))(weight_OI))
         else:
             self._weight_OI = weight_OI.detach().to(dtype)
 
@@ -109,13 +109,13 @@ class Linear:
 class PackedConv2d(nn.Module):
     """A convolution with a packed weight; channels last in, channels last out."""
 
-    def __init__(self, conv: nn.Conv2d, staging: Staging) -> None:
+    def __init__(self, conv: nn.Conv2d, cast_buffer: CastBuffer) -> None:
         super().__init__()
         padding = [int(p) for p in conv.padding]
         self.geometry = padding, list(conv.stride), list(conv.dilation), conv.groups
-        self.bias = None if conv.bias is None else conv.bias.detach().to(staging.dtype)
+        self.bias = None if conv.bias is None else conv.bias.detach().to(cast_buffer.dtype)
         self.packed = torch.ops.mkldnn._reorder_convolution_weight(
-            staging(conv.weight), *self.geometry, None
+            cast_buffer(conv.weight), *self.geometry, None
         )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -136,12 +136,15 @@ class PackedResidualBlock(nn.Module):
     A fresh tensor of the last level costs as much in page faults as in arithmetic.
     """
 
-    def __init__(self, block: ResidualBlock, staging: Staging) -> None:
+    def __init__(self, block: ResidualBlock, cast_buffer: CastBuffer) -> None:
         super().__init__()
-        self.norm1, self.norm2 = block.norm1.to(staging.dtype), block.norm2.to(staging.dtype)
-        self.conv1 = PackedConv2d(block.conv1, staging)
-        self.conv2 = PackedConv2d(block.conv2, staging)
-        self.nin_shortcut = _pack(block.nin_shortcut, staging)
+        self.norm1, self.norm2 = (
+            block.norm1.to(cast_buffer.dtype),
+            block.norm2.to(cast_buffer.dtype),
+        )
+        self.conv1 = PackedConv2d(block.conv1, cast_buffer)
+        self.conv2 = PackedConv2d(block.conv2, cast_buffer)
+        self.nin_shortcut = _pack(block.nin_shortcut, cast_buffer)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x), inplace=True))
@@ -152,11 +155,13 @@ class PackedPointwise(nn.Module):
     """A 1x1 convolution as a linear layer over pixels: 640 to 1920 channels at 16 x 16 in bfloat16
     takes 2 ms so, and 36 ms as a convolution."""
 
-    def __init__(self, conv: nn.Conv2d, staging: Staging) -> None:
+    def __init__(self, conv: nn.Conv2d, cast_buffer: CastBuffer) -> None:
         super().__init__()
         bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
         weight_OI = conv.weight.flatten(1)
-        self.linear = Linear(weight_OI, bias, staging.dtype, packed=True, staging=staging)
+        self.linear = Linear(
+            weight_OI, bias, cast_buffer.dtype, packed=True, cast_buffer=cast_buffer
+        )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.linear(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -199,7 +204,7 @@ class PackedDecoder:
         # Swapped in a copy; the modules' own forward stays the definition. Weights are not copied:
         # each is cast and packed straight from the model.
         memo = {id(p): p.detach() for p in layers.parameters()}
-        self.layers = _pack(deepcopy(layers, memo), Staging(dtype)).requires_grad_(False).eval()
+        self.layers = _pack(deepcopy(layers, memo), CastBuffer(dtype)).requires_grad_(False).eval()
 
     @torch.no_grad()
     def __call__(self, f_hat_BCHW: Tensor) -> Tensor:
@@ -229,15 +234,17 @@ class CastDecoder:
         return unit_range(self.layers(x).float()).contiguous()
 
 
-def _pack(module: nn.Module, staging: Staging) -> nn.Module:
-    """``module`` with every layer below it in the staging's dtype, convolutions packed."""
+def _pack(module: nn.Module, cast_buffer: CastBuffer) -> nn.Module:
+    """``module`` with every layer below it in the buffer's dtype, convolutions packed."""
     if isinstance(module, Upsample):
-        return MergedUpsample(module.conv, staging.dtype)
+        return MergedUpsample(module.conv, cast_buffer.dtype)
     if isinstance(module, ResidualBlock):
-        return PackedResidualBlock(module, staging)
+        return PackedResidualBlock(module, cast_buffer)
     if isinstance(module, nn.Conv2d):
         pointwise = module.kernel_size == module.stride == (1, 1)
-        return PackedPointwise(module, staging) if pointwise else PackedConv2d(module, staging)
+        return (
+            PackedPointwise(module, cast_buffer) if pointwise else PackedConv2d(module, cast_buffer)
+        )
     for name, child in module.named_children():
-        setattr(module, name, _pack(child, staging))
-    return module.to(staging.dtype)
+        setattr(module, name, _pack(child, cast_buffer))
+    return module.to(cast_buffer.dtype)

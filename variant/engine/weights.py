@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from variant.engine.packed_layers import CastDecoder, Linear, PackedDecoder, Staging
+from variant.engine.packed_layers import CastBuffer, CastDecoder, Linear, PackedDecoder
 from variant.models.var import VAR, Block, projection
 from variant.models.vqvae import VQVAE
 
@@ -23,16 +23,18 @@ MLP_ROWS = 512
 class LayerWeights:
     """One block's weights; its matrix products are callables."""
 
-    def __init__(self, block: Block, dtype: torch.dtype, packed: bool, staging: Staging) -> None:
+    def __init__(
+        self, block: Block, dtype: torch.dtype, packed: bool, cast_buffer: CastBuffer
+    ) -> None:
         attn, ffn = block.attn, block.ffn
         self.softmax_scale = attn.softmax_scale
         self.scale_mul_1H11 = attn.scale_mul_1H11.detach().float() if attn.attn_l2_norm else None
         self.qkv = Linear(
-            attn.mat_qkv.weight, attn.qkv_bias(), dtype, packed=packed, staging=staging
+            attn.mat_qkv.weight, attn.qkv_bias(), dtype, packed=packed, cast_buffer=cast_buffer
         )
-        self.proj = _linear(attn.proj, dtype, packed, staging)
-        self.fc1 = _linear(ffn.fc1, dtype, packed, staging, gelu=True)
-        self.fc2 = _linear(ffn.fc2, dtype, packed, staging)
+        self.proj = _linear(attn.proj, dtype, packed, cast_buffer)
+        self.fc1 = _linear(ffn.fc1, dtype, packed, cast_buffer, gelu=True)
+        self.fc2 = _linear(ffn.fc2, dtype, packed, cast_buffer)
 
     def mlp(self, h_RTC: Tensor) -> Tensor:
         """(R, T, C) to (R, T, C)."""
@@ -56,13 +58,15 @@ class EngineWeights:
 
     def __init__(self, var: VAR, vae: VQVAE, dtype: torch.dtype, packed: bool) -> None:
         self.packed = packed
-        staging = Staging(dtype)
-        self.layers = [LayerWeights(block, dtype, self.packed, staging) for block in var.layers()]
-        self.head = _linear(var.head, dtype, self.packed, staging)
+        cast_buffer = CastBuffer(dtype)
+        self.layers = [
+            LayerWeights(block, dtype, self.packed, cast_buffer) for block in var.layers()
+        ]
+        self.head = _linear(var.head, dtype, self.packed, cast_buffer)
         self.position_1LC = var.position_embedding().detach().float()
         self.pos_start = var.pos_start.detach().float()
         self.word_embed = _linear(var.word_embed, torch.float32, False, None)
-        self.modulations = Modulations(var, dtype, self.packed, staging)
+        self.modulations = Modulations(var, dtype, self.packed, cast_buffer)
         self._vae, self._dtype = vae, dtype
         self._decoder: PackedDecoder | CastDecoder | None = None
 
@@ -124,11 +128,13 @@ def _linear(
     linear: nn.Linear,
     dtype: torch.dtype,
     packed: bool,
-    staging: Staging | None,
+    cast_buffer: CastBuffer | None,
     *,
     gelu: bool = False,
 ) -> Linear:
-    return Linear(linear.weight, linear.bias, dtype, packed=packed, gelu=gelu, staging=staging)
+    return Linear(
+        linear.weight, linear.bias, dtype, packed=packed, gelu=gelu, cast_buffer=cast_buffer
+    )
 
 
 class Modulations:
@@ -140,12 +146,12 @@ class Modulations:
     are not worth a copy.
     """
 
-    def __init__(self, var: VAR, dtype: torch.dtype, packed: bool, staging: Staging) -> None:
+    def __init__(self, var: VAR, dtype: torch.dtype, packed: bool, cast_buffer: CastBuffer) -> None:
         self._var, self._dtype = var, dtype
         self._linears: list[Linear] = []
         if casts_modulations(var, dtype, packed):
             modules = [*(block.ada_lin for block in var.layers()), var.head_nm.ada_lin]
-            self._linears = [_linear(projection(m), dtype, packed, staging) for m in modules]
+            self._linears = [_linear(projection(m), dtype, packed, cast_buffer) for m in modules]
 
     def __call__(self, cond_RC: Tensor) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
         """Per layer its rows, and the head's, each (R, C) in the engine's dtype."""
