@@ -135,7 +135,7 @@ def test_the_mlp_in_parts_is_the_mlp(monkeypatch):
     packs(torch.float32)
     model = small_model()
     whole = Engine(model.var, model.vae).forced_logits([1, 2, 3], torch.zeros(3, 14).long())
-    monkeypatch.setattr("variant.engine.weights.MLP_ROWS", 4)
+    monkeypatch.setattr("variant.engine.weights.MLP_TOKENS", 4)
     parts = Engine(model.var, model.vae).forced_logits([1, 2, 3], torch.zeros(3, 14).long())
     torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-5)
 

@@ -116,8 +116,8 @@ def test_encode_is_the_nearest_code_of_what_earlier_scales_left():
     rest = model.features(images) - sum(
         model.quantize.contribution(tokens[:, model.layout.slice(k)], k) for k in range(2)
     )
-    rows = rest.permute(0, 2, 3, 1).reshape(-1, 4)
-    nearest = torch.cdist(rows.double(), model.quantize.embedding.weight.double()).argmin(dim=1)
+    vectors = rest.permute(0, 2, 3, 1).reshape(-1, 4)
+    nearest = torch.cdist(vectors.double(), model.quantize.embedding.weight.double()).argmin(dim=1)
     assert torch.equal(tokens[:, model.layout.slice(2)].flatten(), nearest)
 
 

@@ -228,9 +228,9 @@ class Engine:
                 self._graphs = None if recorder is None else (weights, GraphCache(recorder))
             return None if self._graphs is None else self._graphs[1]
 
-    def _steps(self, schedule: DepthSchedule, rows: int) -> Steps:
+    def _steps(self, schedule: DepthSchedule, num_sequences: int) -> Steps:
         """Page tables of a schedule, kept for the next call."""
-        key = (schedule.layers, rows, self.page_size, self.device)
+        key = (schedule.layers, num_sequences, self.page_size, self.device)
         with self._lock:
             steps = self._tables.pop(key, {})
             self._tables[key] = steps  # last in, last out
@@ -574,8 +574,8 @@ class Engine:
         if launchers.gathers_pages:
             # Plain torch gathers all visible K and V in float32 and holds every score.
             total, heads = self.var.layout.total, config.num_heads
-            rows = 2 if guidance else 1
-            layer += 4 * rows * total * 2 * config.embed_dim + 8 * heads * tokens * total
+            num_sequences = 2 if guidance else 1
+            layer += 4 * num_sequences * total * 2 * config.embed_dim + 8 * heads * tokens * total
         decoder = 0 if self.packed else self._decoder_image_bytes()
         return kv + max(layer, logits, decoder)
 

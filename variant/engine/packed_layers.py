@@ -3,13 +3,13 @@
 A torch operator that gets plain weights brings them into the matrix library's blocked order at
 every call, and for float32 on a CPU takes another library altogether. oneDNN's own operators take
 weights that were packed beforehand and a GELU that runs while the product is in registers. On two
-Zen 4 cores, 512 rows by 1024 x 4096: 206 GFLOP/s with the GELU against 132 without it in float32;
-with 2 rows, where only the weights count, 90 against 16 (bfloat16: 146 against 59).
+Zen 4 cores, 512 tokens by 1024 x 4096: 206 GFLOP/s with the GELU against 132 without it in float32;
+with 2 tokens, where the time to read the weights decides, 90 against 16 (bfloat16: 146 against 59).
 
 Packed weights are a second copy: ``can_pack`` says where they are used, and the engine's
 ``pack`` turns them off.
 
-Axes: R rows, I inputs, O outputs, C channels, H W a feature map.
+Axes: R tokens of all sequences, I inputs, O outputs, C channels, H W a feature map.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ a time, and only the layers that the schedule names.
 
 Axes: B images, R sequences (B, or 2B with guidance: conditional rows first), T tokens of this
 scale, L tokens of all scales, C width, H heads, D width of one head, V codebook entries, E codebook
-vector width, 6 the rows of an adaptive layer norm (gates, scales, shifts; each of attention, then
+vector width, 6 the parts of a layer's modulation (gates, scales, shifts; each of attention, then
 of the MLP).
 """
 
@@ -66,7 +66,7 @@ class BatchState:
         self.var, self.vae = var, vae
         self.launchers, self.weights, self.cache = launchers, weights, cache
         self.cond_RC = var.class_emb(labels_R)
-        self.rows_6RC, self.head_2RC = weights.modulations(self.cond_RC)
+        self.modulation_6RC, self.head_modulation_2RC = weights.modulations(self.cond_RC)
 
     @property
     def schedule(self) -> DepthSchedule:
@@ -91,11 +91,11 @@ class BatchState:
         """Tokens of one scale through its active layers and the head's norm, (R, T, C)."""
         launchers, eps = self.launchers, self.var.config.norm_eps
         active = self.schedule.active_layers(scale)
-        _, _, scale1, _, shift1, _ = self.rows_6RC[active[0]]
+        _, _, scale1, _, shift1, _ = self.modulation_6RC[active[0]]
         h_RTC, _, _ = launchers.adaln(x_BTC=x_RTC, scale_BC=scale1, shift_BC=shift1, eps=eps)
         for index, following in zip(active, (*active[1:], None), strict=True):
             layer = self.weights.layers[index]
-            gate1, gate2, _, scale2, _, shift2 = self.rows_6RC[index]
+            gate1, gate2, _, scale2, _, shift2 = self.modulation_6RC[index]
             step = self.cache.open(index, scale)
             y_RTC = self._attention(layer, h_RTC, step)
             self.cache.close(index, scale)
@@ -104,9 +104,9 @@ class BatchState:
             )
             y_RTC = layer.mlp(h_RTC)
             if following is None:
-                next_scale, next_shift = self.head_2RC
+                next_scale, next_shift = self.head_modulation_2RC
             else:
-                _, _, next_scale, _, next_shift, _ = self.rows_6RC[following]
+                _, _, next_scale, _, next_shift, _ = self.modulation_6RC[following]
             x_RTC, h_RTC, _, _ = launchers.gated_adaln(
                 x_BTC=x_RTC,
                 y_BTC=y_RTC,
@@ -119,9 +119,11 @@ class BatchState:
 
     def _attention(self, layer: LayerWeights, h_RTC: Tensor, step: KVStep) -> Tensor:
         launchers, cache = self.launchers, self.cache
-        rows, tokens, width = h_RTC.shape
+        num_sequences, tokens, width = h_RTC.shape
         q_RTHD = launchers.norm_append(
-            qkv_BT3HD=layer.qkv(h_RTC).view(rows, tokens, 3, self.var.config.num_heads, -1),
+            qkv_BT3HD=layer.qkv(h_RTC).view(
+                num_sequences, tokens, 3, self.var.config.num_heads, -1
+            ),
             scale_mul_1H11=layer.scale_mul_1H11,
             k_pages_PNHD=cache.k_pages,
             v_pages_PNHD=cache.v_pages,
@@ -137,23 +139,23 @@ class BatchState:
             softmax_scale=layer.softmax_scale,
             **cache.scales,
         )
-        return layer.proj(out_RTHD.view(rows, tokens, width))
+        return layer.proj(out_RTHD.view(num_sequences, tokens, width))
 
     def sample(self, h_RTC: Tensor, scale: int, draws: Draws) -> Tensor:
         """Tokens of one scale, (B, T) int64."""
         images, tokens = len(draws.image_ids_B), h_RTC.shape[1]
         one = 2 * tokens * self.var.config.vocab_size * h_RTC.element_size()
-        # A generator draws for all rows at once, in their order.
+        # A generator draws for all sequences in one call, in their order.
         part = images if draws.generator is not None else max(1, LOGITS_BYTES // one)
         if part >= images:
             return self._sample_part(h_RTC, scale, draws, draws.image_ids_B)
         parts = []
         for first in range(0, images, part):
-            rows = slice(first, first + part)
-            h_PTC = h_RTC[:images][rows]
+            images_of_part = slice(first, first + part)
+            h_PTC = h_RTC[:images][images_of_part]
             if draws.guided:
-                h_PTC = torch.cat((h_PTC, h_RTC[images:][rows]))
-            parts.append(self._sample_part(h_PTC, scale, draws, draws.image_ids_B[rows]))
+                h_PTC = torch.cat((h_PTC, h_RTC[images:][images_of_part]))
+            parts.append(self._sample_part(h_PTC, scale, draws, draws.image_ids_B[images_of_part]))
         return torch.cat(parts)
 
     def _sample_part(self, h_RTC: Tensor, scale: int, draws: Draws, image_ids_B: Tensor) -> Tensor:
@@ -162,7 +164,7 @@ class BatchState:
         if guided:
             logits_2BTV = self.weights.head(h_RTC)
         else:
-            # Unconditional rows would count nothing: their head is not computed.
+            # The unconditional logits would have weight 0: they are not computed.
             logits_2BTV = self.weights.head(h_RTC[: len(image_ids_B)]).repeat(2, 1, 1)
         exponential_RV = None
         if draws.generator is not None:

@@ -1,6 +1,7 @@
 """The engine's weights: cast to its dtype once, packed once, shared with the model where possible.
 
-Axes: B images, R sequences, C width, H heads, L tokens of all scales, 6 the modulation rows.
+Axes: B images, R sequences, C width, H heads, L tokens of all scales, 6 the parts of a
+modulation (gates, scales, shifts).
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from variant.engine.packed_layers import CastBuffer, CastDecoder, Linear, Packed
 from variant.models.var import VAR, Block, projection
 from variant.models.vqvae import VQVAE
 
-# Rows of the MLP at once on a CPU: its hidden tensor then stays in the cache (4096 rows of
-# 1024 x 4096 x 1024 in bfloat16: 167 ms in parts of 512, 181 ms at once).
-MLP_ROWS = 512
+# Tokens per call of the MLP on a CPU, so that its hidden tensor stays in the cache (4096 tokens,
+# 1024 x 4096 x 1024, bfloat16: 167 ms in parts of 512 tokens, 181 ms at once).
+MLP_TOKENS = 512
 
 
 class LayerWeights:
@@ -39,10 +40,10 @@ class LayerWeights:
     def mlp(self, h_RTC: Tensor) -> Tensor:
         """(R, T, C) to (R, T, C)."""
         h_NC = h_RTC.flatten(0, 1)
-        if h_NC.device.type != "cpu" or len(h_NC) <= MLP_ROWS:
+        if h_NC.device.type != "cpu" or len(h_NC) <= MLP_TOKENS:
             return self.fc2(self.fc1(h_RTC))
         y_NC = torch.empty_like(h_NC)
-        for part_NC, h_PC in zip(y_NC.split(MLP_ROWS), h_NC.split(MLP_ROWS), strict=True):
+        for part_NC, h_PC in zip(y_NC.split(MLP_TOKENS), h_NC.split(MLP_TOKENS), strict=True):
             part_NC.copy_(self.fc2(self.fc1(h_PC)))
         return y_NC.view_as(h_RTC)
 
@@ -138,7 +139,7 @@ def _linear(
 
 
 class Modulations:
-    """Every layer's six modulation rows and the head's two.
+    """Every layer's six modulation vectors per sequence, and the head's two.
 
     They depend on the class alone, so they are computed once per image and not once per scale.
     In 16 bits the projections are cast, and on a CPU packed, as all other weights are; in the
@@ -154,14 +155,16 @@ class Modulations:
             self._linears = [_linear(projection(m), dtype, packed, cast_buffer) for m in modules]
 
     def __call__(self, cond_RC: Tensor) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        """Per layer its rows, and the head's, each (R, C) in the engine's dtype."""
+        """Each layer's six vectors and the head's two, each (R, C) in the engine's dtype."""
         if self._linears:
             active_RC = F.silu(cond_RC).to(self._dtype)
-            rows = [
+            modulations = [
                 linear(active_RC).view(*active_RC.shape[:1], -1, active_RC.shape[1]).unbind(1)
                 for linear in self._linears
             ]
-            return rows[:-1], rows[-1]
+            return modulations[:-1], modulations[-1]
         shared = self._var.shared_condition(cond_RC)
-        rows = [block.modulation(shared).to(self._dtype).unbind(1) for block in self._var.layers()]
-        return rows, self._var.head_nm.modulation(cond_RC).to(self._dtype).unbind(1)
+        modulations = [
+            block.modulation(shared).to(self._dtype).unbind(1) for block in self._var.layers()
+        ]
+        return modulations, self._var.head_nm.modulation(cond_RC).to(self._dtype).unbind(1)

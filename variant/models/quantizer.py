@@ -1,7 +1,7 @@
 """The multi-scale residual quantiser of VAR (arXiv 2404.02905, algorithms 1 and 2).
 
 Axes: B images, K scales, N tokens of one scale, L tokens of all scales, V codebook entries,
-C codebook width, H W feature map, R rows (tokens of all images of a batch).
+C codebook width, H W feature map, R vectors (tokens of all images of a batch).
 """
 
 from __future__ import annotations
@@ -101,25 +101,25 @@ class MultiScaleQuantizer(nn.Module):
         if key in state_dict and state_dict[key].shape != own.shape:
             state_dict[key] = own
 
-    def nearest(self, rows_RC: Tensor) -> Tensor:
-        """Index of the code nearest to each row, (R,) int64."""
+    def nearest(self, vectors_RC: Tensor) -> Tensor:
+        """Index of the code nearest to each vector, (R,) int64."""
         codes_VC = self.embedding.weight.detach()
         if self.config.using_znorm:
             unit_VC = F.normalize(codes_VC, dim=-1)
-            return (F.normalize(rows_RC, dim=-1) @ unit_VC.T).argmax(dim=1)
+            return (F.normalize(vectors_RC, dim=-1) @ unit_VC.T).argmax(dim=1)
         # |r - c|^2 in this order, as the original sums it: near ties must fall the same way.
-        distance_RV = rows_RC.square().sum(dim=1, keepdim=True) + codes_VC.square().sum(dim=1)
-        return distance_RV.addmm_(rows_RC, codes_VC.T, alpha=-2).argmin(dim=1)
+        distance_RV = vectors_RC.square().sum(dim=1, keepdim=True) + codes_VC.square().sum(dim=1)
+        return distance_RV.addmm_(vectors_RC, codes_VC.T, alpha=-2).argmin(dim=1)
 
-    def rows(self, rest_BCHW: Tensor, k: int) -> Tensor:
-        """What is still missing from the feature map, as scale k sees it: (R, C)."""
+    def residual_vectors(self, rest_BCHW: Tensor, k: int) -> Tensor:
+        """The residual of the feature map at the resolution of scale k, as vectors (R, C)."""
         if k != self.layout.num_scales - 1:
             rest_BCHW = F.interpolate(rest_BCHW, size=self.layout.shapes[k], mode="area")
         return rest_BCHW.permute(0, 2, 3, 1).reshape(-1, rest_BCHW.shape[1])
 
     def tokens_of_residual(self, rest_BCHW: Tensor, k: int) -> Tensor:
-        """Scale k's tokens (B, N) for what is still missing from the feature map."""
-        return self.nearest(self.rows(rest_BCHW, k)).view(rest_BCHW.shape[0], -1)
+        """Scale k's tokens (B, N) for the residual of the feature map, (B, C, H, W)."""
+        return self.nearest(self.residual_vectors(rest_BCHW, k)).view(rest_BCHW.shape[0], -1)
 
     def contribution(self, tokens_BN: Tensor, k: int) -> Tensor:
         """What scale k's tokens add to the feature map, (B, C, H, W) in the weights' dtype."""

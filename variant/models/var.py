@@ -4,8 +4,8 @@ Source: VAR (arXiv 2404.02905); skipping layers in the flexible zone: VARiant. P
 those of the original VAR repository, so its state dicts load with ``strict=True``.
 
 Axes: B images, L tokens of all scales, C width, H heads, D width of one head, V codebook entries,
-E codebook vector width, 1 broadcast, 6 the rows of an adaptive layer norm in the order of the
-checkpoints: gate and gate, scale and scale, shift and shift of attention and of the MLP.
+E codebook vector width, 1 broadcast, 6 the parts of a block's modulation in the order of the
+checkpoints: the gates, the scales, the shifts, each of attention and then of the MLP.
 """
 
 from __future__ import annotations
@@ -103,12 +103,12 @@ class Block(nn.Module):
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def modulation(self, cond: Tensor) -> Tensor:
-        """(B, 6, C) rows from the class embedding (B, C), or from the shared rows (B, 6, C)."""
+        """(B, 6, C) from the class embedding (B, C), or from the shared modulation (B, 6, C)."""
         if self.shared_aln:
-            rows_B6C = self.ada_gss[0] + cond
+            modulation_B6C = self.ada_gss[0] + cond
         else:
-            rows_B6C = self.ada_lin(cond).view(cond.shape[0], 6, -1)
-        return rows_B6C.to(_compute_dtype(rows_B6C))
+            modulation_B6C = self.ada_lin(cond).view(cond.shape[0], 6, -1)
+        return modulation_B6C.to(_compute_dtype(modulation_B6C))
 
     def forward(self, x_BLC: Tensor, cond: Tensor, layout: ScaleLayout) -> Tensor:
         gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(cond).unbind(1)
@@ -136,8 +136,8 @@ class HeadNorm(nn.Module):
 
     def modulation(self, cond_BC: Tensor) -> Tensor:
         """(B, 2, C): scale and shift."""
-        rows_B2C = self.ada_lin(cond_BC).view(cond_BC.shape[0], 2, -1)
-        return rows_B2C.to(_compute_dtype(rows_B2C))
+        modulation_B2C = self.ada_lin(cond_BC).view(cond_BC.shape[0], 2, -1)
+        return modulation_B2C.to(_compute_dtype(modulation_B2C))
 
     def forward(self, x_BLC: Tensor, cond_BC: Tensor) -> Tensor:
         scale_BC, shift_BC = self.modulation(cond_BC).unbind(1)
@@ -165,7 +165,7 @@ class VAR(nn.Module):
         self.pos_start = nn.Parameter(torch.empty(1, self.layout.tokens[0], width))
         self.pos_1LC = nn.Parameter(torch.empty(1, length, width))
         self.word_embed = nn.Linear(config.vae_channels, width)
-        # The last row stands for "no class": the unconditional half of guidance.
+        # The last entry stands for "no class": the unconditional half of guidance.
         self.class_emb = nn.Embedding(config.num_classes + 1, width)
         self.lvl_embed = nn.Embedding(self.layout.num_scales, width)
         self.shared_ada_lin = (
@@ -254,7 +254,7 @@ class VAR(nn.Module):
         return self.pos_1LC + self.lvl_embed(self.scale_index_L).unsqueeze(0)
 
     def shared_condition(self, cond_BC: Tensor) -> Tensor:
-        """What the blocks' ``modulation`` takes: the class embedding, or shared rows (B, 6, C)."""
+        """The blocks' condition: class embedding (B, C), or shared modulation (B, 6, C)."""
         if not self.config.shared_aln:
             return cond_BC
         return self.shared_ada_lin(cond_BC).view(cond_BC.shape[0], 6, -1)
@@ -362,12 +362,12 @@ class VAR(nn.Module):
             block.attn.proj.weight.div_(math.sqrt(2 * self.config.depth))
             block.ffn.fc2.weight.div_(math.sqrt(2 * self.config.depth))
             if block.shared_aln:
-                rows = block.ada_gss[0, 0]
+                modulation = block.ada_gss[0, 0]
             else:
-                rows = projection(block.ada_lin).weight
-            third = rows.shape[0] // 3
-            rows[:third].mul_(gate_scale)
-            rows[third:].mul_(modulation_scale)
+                modulation = projection(block.ada_lin).weight
+            third = modulation.shape[0] // 3
+            modulation[:third].mul_(gate_scale)
+            modulation[third:].mul_(modulation_scale)
 
 
 def projection(ada_lin: nn.Sequential) -> nn.Linear:

@@ -90,7 +90,7 @@ def revive_codes(
     rest = module.features(images_BIYX).float()
     rows, tokens = [], []
     for k in range(quantizer.layout.num_scales):
-        rows.append(quantizer.rows(rest, k))
+        rows.append(quantizer.residual_vectors(rest, k))
         tokens.append(quantizer.nearest(rows[-1]))
         rest = rest - quantizer.contribution(tokens[-1].view(len(images_BIYX), -1), k)
     all_rows = torch.cat(rows)
