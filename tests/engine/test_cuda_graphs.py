@@ -174,7 +174,7 @@ def test_a_failed_recording_leaves_nothing_behind():
     assert len(graphs) == 0
 
 
-def test_recordings_make_room_for_one_that_finds_no_memory():
+def test_recordings_are_dropped_when_a_new_one_runs_out_of_memory():
     class Tight(Repeater):
         """Holds one recording."""
 
@@ -193,7 +193,7 @@ def test_recordings_make_room_for_one_that_finds_no_memory():
     assert (recorder.recorded, recorder.cleared) == (3, 2)
 
 
-def test_one_that_finds_no_memory_alone_says_so():
+def test_running_out_of_memory_with_no_recording_to_drop_raises():
     class Full(Repeater):
         def record(self, function):
             raise torch.OutOfMemoryError

@@ -41,10 +41,10 @@ def _group_limit(
     # "0::/a/b" is the version 2 line; every group on the way up may set a limit of its own.
     own = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
     folders = [root.joinpath(*own.split("/")[:n]) for n in range(len(own.split("/")) + 1)]
-    return min((_room(folder) for folder in folders), default=float("inf"))
+    return min((_free_in_group(folder) for folder in folders), default=float("inf"))
 
 
-def _room(folder: Path) -> float:
+def _free_in_group(folder: Path) -> float:
     """Bytes that one group leaves; file cache that the kernel would drop counts as free."""
     try:
         limit = (folder / "memory.max").read_text().strip()

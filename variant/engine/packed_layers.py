@@ -44,7 +44,7 @@ def fused_gelu(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class CastBuffer:
-    """Where weights are cast on their way to being packed: one place for all of them.
+    """One buffer into which every weight is cast before it is packed.
 
     A cast of its own for each would be freed between packed weights that stay, and the allocator
     keeps such holes: 320 MiB of them after packing VAR-d16 in bfloat16.

@@ -81,10 +81,10 @@ class BatchState:
     def tokens_in(self, words_BTE: Tensor | None, scale: int) -> Tensor:
         """Residual stream at the start of a scale, (R, T, C) float32."""
         weights = self.weights
-        place_1TC = weights.position_1LC[:, self.var.layout.slice(scale)]
+        position_1TC = weights.position_1LC[:, self.var.layout.slice(scale)]
         if words_BTE is None:
-            return self.cond_RC.float().unsqueeze(1) + weights.pos_start + place_1TC
-        words_BTC = weights.word_embed(words_BTE) + place_1TC
+            return self.cond_RC.float().unsqueeze(1) + weights.pos_start + position_1TC
+        words_BTC = weights.word_embed(words_BTE) + position_1TC
         return words_BTC.repeat(self.cond_RC.shape[0] // words_BTC.shape[0], 1, 1)
 
     def hidden(self, x_RTC: Tensor, scale: int) -> Tensor:

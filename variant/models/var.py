@@ -250,7 +250,7 @@ class VAR(nn.Module):
         return cast("list[Block]", list(self.blocks))
 
     def position_embedding(self) -> Tensor:
-        """(1, L, C): place in the sequence plus scale."""
+        """(1, L, C): embedding of the position in the sequence plus that of the scale."""
         return self.pos_1LC + self.lvl_embed(self.scale_index_L).unsqueeze(0)
 
     def shared_condition(self, cond_BC: Tensor) -> Tensor:
