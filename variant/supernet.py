@@ -58,10 +58,10 @@ class VARiant(
 
     def engine(self, dtype: torch.dtype | None = None) -> Engine:
         """The engine of that dtype, built once; None is the weights' own."""
-        wanted = dtype or self.var.head.weight.dtype
-        if wanted not in self._engines:
-            self._engines[wanted] = Engine(self.var, self.vae, dtype=wanted)
-        return self._engines[wanted]
+        dtype = dtype or self.var.head.weight.dtype
+        if dtype not in self._engines:
+            self._engines[dtype] = Engine(self.var, self.vae, dtype=dtype)
+        return self._engines[dtype]
 
     def generate(
         self,

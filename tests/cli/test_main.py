@@ -118,18 +118,18 @@ def test_convert_goes_both_ways(tmp_path, capsys):
 def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, capsys):
     out = tmp_path / "out"
     (tmp_path / "file").write_text("")
-    given = ("generate", "--model", model, "--out", out)
+    command = ("generate", "--model", model, "--out", out)
     for words, message in (
-        ((*given, "--labels", 5), r"labels must be in \[0, 5\); got 5"),
-        ((*given, "--depth", 9), r"depth must be in \[2, 4\]; got 9"),
-        ((*given, "--depth", 2, "--bridge", 7), r"bridge must be in \[0, 3\]; got 7"),
-        ((*given, "--count", 0), "--count must be at least 1; got 0"),
-        ((*given, "--cfg", -1), r"cfg must be in \[0, 10000\]"),
-        ((*given, "--bridge", 99), r"bridge must be in \[0, 3\]; got 99"),
+        ((*command, "--labels", 5), r"labels must be in \[0, 5\); got 5"),
+        ((*command, "--depth", 9), r"depth must be in \[2, 4\]; got 9"),
+        ((*command, "--depth", 2, "--bridge", 7), r"bridge must be in \[0, 3\]; got 7"),
+        ((*command, "--count", 0), "--count must be at least 1; got 0"),
+        ((*command, "--cfg", -1), r"cfg must be in \[0, 10000\]"),
+        ((*command, "--bridge", 99), r"bridge must be in \[0, 3\]; got 99"),
         (("plan", "--memory", "nan"), "--memory must be positive and finite"),
         (("convert", "--model", model, "--var", "x", "--vae", "x"), "must be two files"),
-        ((*given, "--top-p", 2), r"top_p must be in \[0, 1\]"),
-        ((*given, "--depth", 2, "--all-depths"), "exclude each other"),
+        ((*command, "--top-p", 2), r"top_p must be in \[0, 1\]"),
+        ((*command, "--depth", 2, "--all-depths"), "exclude each other"),
         (("generate", "--model", tmp_path / "none"), "none: no such model"),
         (("generate", "--model", model, "--out", tmp_path / "x.jpg"), "folder or end in .png"),
         (("generate", "--model", model, "--out", tmp_path / "file" / "x"), "cannot be written"),

@@ -109,11 +109,11 @@ def test_results_do_not_change_when_the_graph_runs_again(recorder):
     model = small_model()
     engine = Engine(model.var, model.vae)
     engine.generate([1, 2], seed=0)
-    kept = engine.generate([1, 2], seed=1)
-    tokens, images = kept.tokens.clone(), kept.images.clone()
+    second = engine.generate([1, 2], seed=1)
+    tokens, images = second.tokens.clone(), second.images.clone()
     engine.generate([3, 4], seed=2)
-    assert torch.equal(kept.tokens, tokens)
-    assert torch.equal(kept.images, images)
+    assert torch.equal(second.tokens, tokens)
+    assert torch.equal(second.images, images)
 
 
 def test_new_weights_are_recorded_anew(recorder):
@@ -187,8 +187,8 @@ def test_recordings_are_dropped_when_a_new_one_runs_out_of_memory():
     graphs = GraphCache(recorder)
     inputs = torch.arange(3.0)
     for key, times in (("a", 2), ("b", 3), ("b", 3), ("a", 2)):
-        (found,) = graphs.run(key, lambda x, times=times: (times * x,), inputs)
-        assert torch.equal(found, times * inputs)
+        (result,) = graphs.run(key, lambda x, times=times: (times * x,), inputs)
+        assert torch.equal(result, times * inputs)
     assert len(graphs) == 1
     assert (recorder.recorded, recorder.cleared) == (3, 2)
 
@@ -269,16 +269,16 @@ def test_what_was_recorded_in_inference_mode_is_replayed_outside_and_the_other_w
 
 
 def test_the_first_result_is_not_kept():
-    made = weakref.WeakSet()
+    results = weakref.WeakSet()
 
     def function(x):
-        made.add(result := x + 1)
+        results.add(result := x + 1)
         return (result,)
 
     graphs = GraphCache(Repeater())
     first = graphs.run("key", function, torch.ones(3))
     del first
-    assert not made
+    assert not results
 
 
 def test_the_recordings_used_last_are_kept():
@@ -287,8 +287,8 @@ def test_the_recordings_used_last_are_kept():
     x = torch.arange(3.0)
 
     def run(factor):
-        (got,) = graphs.run(factor, lambda x: (x * factor,), x)
-        assert torch.equal(got, x * factor)
+        (result,) = graphs.run(factor, lambda x: (x * factor,), x)
+        assert torch.equal(result, x * factor)
 
     for factor in (1, 2, 1, 3, 1):  # 3 drives 2 out: 1 was used after it
         run(factor)

@@ -329,15 +329,15 @@ def test_autocast_around_a_call_changes_nothing(backend, options):
     label = torch.tensor([1, 2])
 
     def results():
-        made = engine.generate(label, seed=3)
+        generation = engine.generate(label, seed=3)
         return (
-            made.tokens,
-            made.images,
-            engine.decode(made.tokens),
-            engine.forced_logits(label, made.tokens),
+            generation.tokens,
+            generation.images,
+            engine.decode(generation.tokens),
+            engine.forced_logits(label, generation.tokens),
         )
 
     expected = results()
     with torch.autocast("cpu", torch.bfloat16):
-        found = results()
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        under_autocast = results()
+    assert all(torch.equal(a, b) for a, b in zip(under_autocast, expected, strict=True))

@@ -101,9 +101,9 @@ def test_batch_order_and_page_size_change_no_more_than_a_matrix_product_does(bac
     tokens = golden.tensors["tokens_in"][:1].repeat(3, 1).roll(5, dims=1)
     whole = engine.forced_logits(labels, tokens)
     change = whole - golden_engine("plain", backend=backend)[1].forced_logits(labels, tokens)
-    for rows in ([2], [2, 1, 0]):
-        found = engine.forced_logits(labels[rows], tokens[rows])
-        assert_the_same_rounding(found, whole[rows], change[rows])
+    for images in ([2], [2, 1, 0]):
+        logits = engine.forced_logits(labels[images], tokens[images])
+        assert_the_same_rounding(logits, whole[images], change[images])
     for page_size in (1, 64):
         other = Engine(engine.var, engine.vae, backend=backend, kv_dtype="fp8", page_size=page_size)
         assert_the_same_rounding(other.forced_logits(labels, tokens), whole, change)

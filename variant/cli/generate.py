@@ -177,7 +177,7 @@ def _report(
     first = results[0].stats
     at_once = -(-count // first.batches)
     kv_text = "" if first.kv_dtype == first.dtype else f", K/V {first.kv_dtype}"
-    found = table(
+    timings = table(
         f"{command.model}: {count} images, {at_once} at once, seed {command.seed}, cfg "
         f"{command.cfg:g}, {first.dtype}{kv_text}, {torch.get_num_threads()} threads",
         "depth",
@@ -189,7 +189,7 @@ def _report(
     )
     for depth, result in zip(depths, results, strict=True):
         stats = result.stats
-        found.add_row(
+        timings.add_row(
             str(depth if depth is not None else model.var.config.depth),
             f"{1000 * stats.seconds / count:.2f}",
             f"{1000 * stats.decode_seconds / count:.2f}",
@@ -197,4 +197,4 @@ def _report(
             mebibytes(stats.kv_allocated_bytes),
             f"{stats.kv_allocated_bytes / stats.kv_paper_bytes:.1%}",
         )
-    console().print(found)
+    console().print(timings)

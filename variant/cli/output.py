@@ -30,10 +30,10 @@ def console() -> Console:
 
 def table(title: str, *columns: str) -> Table:
     """A table whose columns are right-aligned numbers."""
-    made = Table(title=Text(title), title_justify="left", header_style="bold")
+    result = Table(title=Text(title), title_justify="left", header_style="bold")
     for column in columns:
-        made.add_column(column, justify="right")
-    return made
+        result.add_column(column, justify="right")
+    return result
 
 
 def mebibytes(count: float) -> str:

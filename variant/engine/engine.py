@@ -264,14 +264,16 @@ class Engine:
         Raises:
             ValueError: an argument out of range.
         """
-        kv_wanted = self._kv_dtype("forced_logits", kv_dtype)
+        kv_dtype_used = self._kv_dtype("forced_logits", kv_dtype)
         labels_B = check_labels(labels_B, self.var.config.num_classes, "forced_logits")
         shape = (len(labels_B), self.var.layout.total)
         tokens_BL = check_tokens(tokens_BL, shape, self.var.config.vocab_size, "forced_logits").to(
             self.device
         )
         schedule = self.var.schedule(depth, bridge)
-        state = self._start(labels_B, schedule, False, self._weights(), self._launchers(kv_wanted))
+        state = self._start(
+            labels_B, schedule, False, self._weights(), self._launchers(kv_dtype_used)
+        )
         return teacher_forced_logits(state, tokens_BL)
 
     @_in_its_own_dtype
@@ -318,13 +320,13 @@ class Engine:
             ValueError: an argument out of range.  MemoryError: not even one image fits.
         """
         started = self._clock()
-        kv_wanted = self._kv_dtype("generate", kv_dtype)
+        kv_dtype_used = self._kv_dtype("generate", kv_dtype)
         labels_B = check_labels(labels, self.var.config.num_classes)
         sampling = Sampling(cfg, top_k, top_p, seed, generator)
         schedule = self.var.schedule(depth, bridge)
         image_ids_B = check_image_ids(image_ids, len(labels_B), self.device)
         weights = self._weights()  # cast now: copies must not be counted as free memory
-        batch = self._batch_size(len(labels_B), schedule, sampling.guided, max_batch, kv_wanted)
+        batch = self._batch_size(len(labels_B), schedule, sampling.guided, max_batch, kv_dtype_used)
         parts: list[tuple[Tensor, Tensor, Stats]] = []
         for first in range(0, len(labels_B), batch):
             part = slice(first, first + batch)
@@ -338,7 +340,7 @@ class Engine:
                     on_scale=on_scale,
                     first_flexible=self._bridge(bridge),
                     decode=decode,
-                    kv_dtype=kv_wanted,
+                    kv_dtype=kv_dtype_used,
                 )
             )
         first_stats = parts[0][2]
@@ -457,9 +459,9 @@ class Engine:
 
         def after_scale(k: int, tokens_BL: Tensor, f_hat_BEHW: Tensor) -> None:
             assert on_scale is not None
-            wanted = on_scale(k, self._partial(state.weights, k, tokens_BL, f_hat_BEHW))
-            if wanted is not None and k + 1 < layout.num_scales:
-                state.switch(max(k + 1, first_flexible), self.var.layers_of(wanted))
+            depth = on_scale(k, self._partial(state.weights, k, tokens_BL, f_hat_BEHW))
+            if depth is not None and k + 1 < layout.num_scales:
+                state.switch(max(k + 1, first_flexible), self.var.layers_of(depth))
 
         tokens_BL, f_hat_BEHW = generate_tokens(
             state, draws, None if on_scale is None else after_scale

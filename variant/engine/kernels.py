@@ -29,13 +29,13 @@ class Launchers:
         page_size: int,
         kv_dtype: torch.dtype | None = None,
     ) -> None:
-        found, self.names = tables(), {}
+        op_tables, self.names = tables(), {}
         config, tokens, total = var.config, var.layout.tokens[-1], var.layout.total
         head_dim, width = config.head_dim, config.embed_dim
 
         def pick(op: str, request: Request) -> Callable[..., Tensor]:
-            self.names[op] = choose_name(op, found[op], backend, request)
-            return found[op][self.names[op]].forward
+            self.names[op] = choose_name(op, op_tables[op], backend, request)
+            return op_tables[op][self.names[op]].forward
 
         # The residual stream is float32, whatever the engine's dtype.
         stream = Request(device, (torch.float32, dtype), row=width)

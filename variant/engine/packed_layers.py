@@ -36,9 +36,11 @@ def fused_gelu(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     x = torch.linspace(-3, 3, 64, device=device).to(dtype).view(64, 1).repeat(1, 16)
     weight, zero = torch.eye(16, device=device, dtype=dtype), torch.zeros(16, device=device)
-    found = torch.ops.aten._addmm_activation(zero.to(dtype), x, weight.t(), use_gelu=True).double()
+    activated = torch.ops.aten._addmm_activation(
+        zero.to(dtype), x, weight.t(), use_gelu=True
+    ).double()
     tanh, exact = (
-        (F.gelu(x.double(), approximate=form) - found).abs().mean() for form in ("tanh", "none")
+        (F.gelu(x.double(), approximate=form) - activated).abs().mean() for form in ("tanh", "none")
     )
     return bool(tanh < exact)
 
