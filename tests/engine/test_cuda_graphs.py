@@ -127,6 +127,21 @@ def test_new_weights_are_recorded_anew(recorder):
     assert same(changed, Engine(model.var, model.vae, capture=False).generate([1, 2], seed=0))
 
 
+def test_graphs_of_old_weights_are_released_without_the_garbage_collector(recorder):
+    model = small_model()
+    engine = Engine(model.var, model.vae)
+    engine.generate([1, 2], seed=0)
+    old = weakref.ref(engine._graphs[1].graphs)
+    with torch.no_grad():
+        model.var.head.bias.add_(1)
+    gc.disable()
+    try:
+        engine.generate([1, 2], seed=0)
+        assert old() is None
+    finally:
+        gc.enable()
+
+
 def test_callbacks_generators_and_plain_torch_are_not_recorded(recorder):
     model = small_model()
     engine = Engine(model.var, model.vae)
@@ -142,7 +157,7 @@ def test_callbacks_generators_and_plain_torch_are_not_recorded(recorder):
 
 
 def test_page_tables_that_a_graph_reads_outlive_the_table_cache(recorder, monkeypatch):
-    monkeypatch.setattr("variant.engine.engine.MAX_PAGE_TABLES", 1)
+    monkeypatch.setattr("variant.engine.page_tables.MAX_PAGE_TABLES", 1)
     model = small_model()
     engine = Engine(model.var, model.vae)
     expected = engine.generate([1, 2], seed=0)

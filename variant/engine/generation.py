@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from variant_kernels.dispatch.request import dtype_name
 MAX_CFG = 1e4
 
 
-def _number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -26,27 +28,36 @@ def _number(value: object) -> bool:
 class Sampling:
     """How tokens are drawn: guidance, filters and the source of randomness.
 
-    Exactly one of seed and generator is used; with neither a seed is drawn from torch's default
-    generator.
+    Every part of a request carries this object, from the command line to the sampling kernel.
 
+    Args:
+        cfg: weight of classifier-free guidance at the last scale, in [0, 10000]; it rises linearly
+            from 0 at the first. 0 runs no unconditional sequences.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the most probable tokens of this total probability, in [0, 1]; 0 keeps all.
+        seed: in [0, 2^63). Without a seed and a generator, torch's default generator draws one.
+        generator: draws as ``torch.multinomial`` does, in place of the seed.
+    Attributes:
+        guided: whether unconditional sequences run beside the conditional ones.
     Raises:
         ValueError: a value out of range, or seed and generator together.
     """
 
-    cfg: float = 1.5
+    cfg: float | Tensor = 1.5
     top_k: int = 0
     top_p: float = 0.0
-    seed: int | None = None
+    seed: int | Tensor | None = None
     generator: torch.Generator | None = None
+    guided: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not _number(self.cfg) or not 0 <= self.cfg <= MAX_CFG:
+        if not _is_number(self.cfg) or not 0 <= self.cfg <= MAX_CFG:
             raise ValueError(f"generate: cfg must be in [0, {MAX_CFG:g}]; got {self.cfg!r}")
         if not isinstance(self.top_k, int) or not 0 <= self.top_k < 2**31:
             raise ValueError(
                 f"generate: top_k must be an integer >= 0 (0 keeps all); got {self.top_k!r}"
             )
-        if not _number(self.top_p) or not 0 <= self.top_p <= 1:
+        if not _is_number(self.top_p) or not 0 <= self.top_p <= 1:
             raise ValueError(f"generate: top_p must be in [0, 1] (0 keeps all); got {self.top_p}")
         if self.seed is not None and self.generator is not None:
             raise ValueError("generate: seed and generator exclude each other; got both")
@@ -54,11 +65,18 @@ class Sampling:
             raise ValueError(f"generate: seed must be an integer in [0, 2^63); got {self.seed!r}")
         if self.seed is None and self.generator is None:
             object.__setattr__(self, "seed", int(torch.randint(2**63 - 1, ())))
+        object.__setattr__(self, "guided", bool(self.cfg > 0))
 
-    @property
-    def guided(self) -> bool:
-        """Whether unconditional sequences must run beside the conditional ones."""
-        return self.cfg > 0
+    def with_tensors(self, cfg: Tensor, seed: Tensor) -> Sampling:
+        """The same with cfg (float64) and seed (int64) as 0-d tensors on the device.
+
+        A CUDA graph reads tensors anew at each replay; numbers are fixed when it is recorded. The
+        values are not checked: the host would have to wait for the device.
+        """
+        sampling = copy(self)
+        object.__setattr__(sampling, "cfg", cfg)
+        object.__setattr__(sampling, "seed", seed)
+        return sampling
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from variant.engine.generation import Sampling
 from variant.engine.kernels import Launchers
 from variant.engine.weights import EngineWeights, LayerWeights
 from variant.models.var import VAR
@@ -30,20 +31,18 @@ LOGITS_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Draws:
-    """How one batch's tokens are drawn.
+class TokenBatch:
+    """One generated batch before it is decoded.
 
-    cfg and seed are numbers, or 0-d tensors (float64, int64) where a captured graph reads them anew
-    at each replay. guided: whether unconditional sequences run beside the conditional ones.
+    tokens_BL: (B, L) int64.  f_hat_BEHW: (B, E, H, W) float32, the decoder's input.  schedule: the
+    layers that ran.  allocated_bytes, peak_bytes: of the K/V cache, allocated and in use at most.
     """
 
-    image_ids_B: Tensor
-    cfg: float | Tensor
-    seed: int | Tensor
-    guided: bool
-    top_k: int
-    top_p: float
-    generator: torch.Generator | None = None
+    tokens_BL: Tensor
+    f_hat_BEHW: Tensor
+    schedule: DepthSchedule
+    allocated_bytes: int
+    peak_bytes: int
 
 
 class BatchState:
@@ -141,41 +140,43 @@ class BatchState:
         )
         return layer.proj(out_RTHD.view(num_sequences, tokens, width))
 
-    def sample(self, h_RTC: Tensor, scale: int, draws: Draws) -> Tensor:
+    def sample(self, h_RTC: Tensor, scale: int, sampling: Sampling, image_ids_B: Tensor) -> Tensor:
         """Tokens of one scale, (B, T) int64."""
-        images, tokens = len(draws.image_ids_B), h_RTC.shape[1]
+        images, tokens = len(image_ids_B), h_RTC.shape[1]
         one = 2 * tokens * self.var.config.vocab_size * h_RTC.element_size()
         # A generator draws for all sequences in one call, in their order.
-        part = images if draws.generator is not None else max(1, LOGITS_BYTES // one)
+        part = images if sampling.generator is not None else max(1, LOGITS_BYTES // one)
         if part >= images:
-            return self._sample_part(h_RTC, scale, draws, draws.image_ids_B)
+            return self._sample_part(h_RTC, scale, sampling, image_ids_B)
         parts = []
         for first in range(0, images, part):
             images_of_part = slice(first, first + part)
             h_PTC = h_RTC[:images][images_of_part]
-            if draws.guided:
+            if sampling.guided:
                 h_PTC = torch.cat((h_PTC, h_RTC[images:][images_of_part]))
-            parts.append(self._sample_part(h_PTC, scale, draws, draws.image_ids_B[images_of_part]))
+            parts.append(self._sample_part(h_PTC, scale, sampling, image_ids_B[images_of_part]))
         return torch.cat(parts)
 
-    def _sample_part(self, h_RTC: Tensor, scale: int, draws: Draws, image_ids_B: Tensor) -> Tensor:
+    def _sample_part(
+        self, h_RTC: Tensor, scale: int, sampling: Sampling, image_ids_B: Tensor
+    ) -> Tensor:
         layout = self.var.layout
-        guided = draws.guided and scale > 0
+        guided = sampling.guided and scale > 0
         if guided:
             logits_2BTV = self.weights.head(h_RTC)
         else:
             # The unconditional logits would have weight 0: they are not computed.
             logits_2BTV = self.weights.head(h_RTC[: len(image_ids_B)]).repeat(2, 1, 1)
         exponential_RV = None
-        if draws.generator is not None:
-            exponential_RV = draw_exponential(logits_2BTV, draws.generator)
+        if sampling.generator is not None:
+            exponential_RV = draw_exponential(logits_2BTV, sampling.generator)
         return self.launchers.sample(
             logits_2BTV=logits_2BTV,
             # From 0 at the first scale to cfg at the last.
-            guidance=draws.cfg * scale / (layout.num_scales - 1) if guided else 0.0,
-            top_k=draws.top_k,
-            top_p=draws.top_p,
-            seed=draws.seed,
+            guidance=sampling.cfg * scale / (layout.num_scales - 1) if guided else 0.0,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=0 if sampling.seed is None else sampling.seed,
             image_ids_B=image_ids_B,
             position=layout.offsets[scale],
             exponential_RV=exponential_RV,
@@ -186,29 +187,37 @@ AfterScale = Callable[[int, Tensor, Tensor], None]
 
 
 def generate_tokens(
-    state: BatchState, draws: Draws, after_scale: AfterScale | None = None
-) -> tuple[Tensor, Tensor]:
-    """Every scale in turn.
+    state: BatchState,
+    sampling: Sampling,
+    image_ids_B: Tensor,
+    after_scale: AfterScale | None = None,
+) -> TokenBatch:
+    """Generates the tokens of one batch, scale by scale.
 
     Args:
-        after_scale: called as ``after_scale(k, tokens_BL, f_hat_BEHW)`` after each scale; of the
-            tokens only those of scales 0..k are filled.
-    Returns:
-        tokens_BL int64, f_hat_BEHW float32.
+        state: of the batch; its cache is empty.
+        image_ids_B: (B,) int64; with the seed they determine the random numbers of each image.
+        after_scale: called as ``after_scale(k, tokens_BL, f_hat_BEHW)`` after each scale; only the
+            tokens of scales 0..k are set.
     """
-    layout, vae, batch = state.var.layout, state.vae, len(draws.image_ids_B)
+    layout, vae, batch = state.var.layout, state.vae, len(image_ids_B)
     f_hat_BEHW = vae.new_features(batch)
     tokens_BL = torch.empty(batch, layout.total, dtype=torch.int64, device=f_hat_BEHW.device)
     words_BTE = None
     for k in range(layout.num_scales):
-        tokens_BT = state.sample(state.hidden(state.tokens_in(words_BTE, k), k), k, draws)
+        tokens_BT = state.sample(
+            state.hidden(state.tokens_in(words_BTE, k), k), k, sampling, image_ids_B
+        )
         tokens_BL[:, layout.slice(k)] = tokens_BT
         vae.accumulate(f_hat_BEHW, tokens_BT, k)
         if k + 1 < layout.num_scales:
             words_BTE = vae.next_scale_input(f_hat_BEHW, k)
         if after_scale is not None:
             after_scale(k, tokens_BL, f_hat_BEHW)
-    return tokens_BL, f_hat_BEHW
+    cache = state.cache
+    return TokenBatch(
+        tokens_BL, f_hat_BEHW, state.schedule, cache.allocated_bytes, cache.peak_bytes
+    )
 
 
 def teacher_forced_logits(state: BatchState, tokens_BL: Tensor) -> Tensor:
