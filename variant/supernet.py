@@ -15,7 +15,7 @@ from variant.checkpoints.model_card import TAGS, model_card
 from variant.checkpoints.model_folder import load_model, save_model
 from variant.checkpoints.original_var import load_original
 from variant.engine.engine import Engine, check_pair
-from variant.engine.generation import Generation, OnScale
+from variant.engine.generation import Generation, OnScale, Sampling
 from variant.engine.kv_dtype import KVDtype
 from variant.errors import UserError
 from variant.models.var import VAR
@@ -85,16 +85,12 @@ class VARiant(
         ``dtype``: of weights, K/V and matrix products; None is the weights' own.
         ``kv_dtype``: "fp8" keeps K and V in 8 bits; None is exact.
         """
-        return self.engine(dtype).generate(
+        return self.engine(dtype).generate_with(
             labels,
+            Sampling(cfg, top_k, top_p, seed, generator),
             depth=depth,
             bridge=bridge,
-            cfg=cfg,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
             image_ids=image_ids,
-            generator=generator,
             max_batch=max_batch,
             on_scale=on_scale,
             kv_dtype=kv_dtype,

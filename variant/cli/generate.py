@@ -16,7 +16,7 @@ from torch import Tensor
 
 from variant.cli.options import Generate
 from variant.cli.output import DTYPES, console, mebibytes, table
-from variant.engine.generation import Generation, OnScale, PartialResult
+from variant.engine.generation import Generation, OnScale, PartialResult, Sampling
 from variant.engine.planning import depths_of
 from variant.errors import UserError
 from variant.files import replacing
@@ -85,15 +85,12 @@ def _generate(
     depth: int | None,
     on_scale: OnScale | None,
 ) -> Generation:
-    return model.generate(
+    engine = model.engine(DTYPES[command.dtype] if command.dtype else None)
+    return engine.generate_with(
         labels,
+        Sampling(command.cfg, command.top_k, command.top_p, command.seed),
         depth=depth,
         bridge=command.bridge,
-        cfg=command.cfg,
-        top_k=command.top_k,
-        top_p=command.top_p,
-        seed=command.seed,
-        dtype=DTYPES[command.dtype] if command.dtype else None,
         max_batch=command.max_batch,
         on_scale=on_scale,
         kv_dtype=command.kv_dtype,
