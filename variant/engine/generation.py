@@ -1,4 +1,4 @@
-"""What a generation is asked for and what it gives back.
+"""Request and result types of a generation, and the checks of its arguments.
 
 Axes: B images, L tokens of all scales.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from variant_kernels.dispatch.request import dtype_name
 
-# Far beyond any use; keeps guided float32 logits finite.
+# Far above any useful value; keeps guided float32 logits finite.
 MAX_CFG = 1e4
 
 
@@ -81,9 +81,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class PartialResult:
-    """What ``on_scale`` sees: the tokens so far, and the image they would give if it ended here.
+    """The argument of ``on_scale``: the tokens so far, and the images that they decode to.
 
-    scale: the scale just finished.  tokens: (B, tokens so far) int64.
+    scale: the scale that has just finished.  tokens: (B, tokens of scales 0..scale) int64.
     """
 
     scale: int
@@ -91,21 +91,21 @@ class PartialResult:
     _decode: Callable[[], Tensor] = field(repr=False)
 
     def images(self) -> Tensor:
-        """(B, 3, H, W) in [0, 1]; runs the VQ-VAE decoder."""
+        """(B, 3, H, W) float32 in [0, 1]; runs the VQ-VAE decoder."""
         return self._decode()
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What a generation took.
+    """Time and memory of one generation.
 
-    seconds: everything.  decode_seconds: the VQ-VAE decoder's share.  batches: into how many parts
-    the request was split.  depths: layers run at each scale (of the last part).  dtype: of the
-    matrix products.  kv_dtype: of K and V, the same unless 8 bits were asked for.  packed: whether
-    the weights were packed for the CPU.  captured: whether a GPU ran it as a graph.
-    kv_planned_bytes, kv_allocated_bytes, kv_peak_bytes: of the largest part; what the plan says,
-    what the slab really takes (8-bit K/V: with their scales), what was in use at once.
-    kv_paper_bytes: what the paper's scheme would hold for the same part in ``dtype``.
+    seconds: of the whole call.  decode_seconds: of the VQ-VAE decoder, part of it.  batches: the
+    number of parts that the request was split into.  depths: layers run at each scale, of the last
+    part.  dtype: of the matrix products.  kv_dtype: of K and V; the same, or float8_e4m3fn.
+    packed: whether the weights were packed for the CPU.  captured: whether a CUDA graph ran.
+    kv_planned_bytes, kv_allocated_bytes, kv_peak_bytes: K/V cache of the largest part: by the plan,
+    as allocated (8-bit K/V: with their scales), and in use at most.
+    kv_paper_bytes: K/V cache of the paper's scheme for the same part, in ``dtype``.
     """
 
     seconds: float
@@ -137,7 +137,7 @@ OnScale = Callable[[int, PartialResult], "int | Sequence[int] | None"]
 def check_labels(
     labels: int | Sequence[int] | Tensor, num_classes: int, op: str = "generate"
 ) -> Tensor:
-    """(B,) int64 on the CPU.  Raises: ValueError for none, for fractions, for unknown classes."""
+    """Labels as (B,) int64 on the CPU.  Raises: ValueError for none, fractions, unknown classes."""
     labels_B = _integers(op, "labels", labels)
     if labels_B.ndim == 0:
         labels_B = labels_B.unsqueeze(0)
@@ -154,7 +154,7 @@ def check_labels(
 
 
 def _integers(op: str, name: str, values: object) -> Tensor:
-    """int64 on the CPU.  Raises: ValueError for anything that is no integer."""
+    """Values as int64 on the CPU.  Raises: ValueError if one is not an integer."""
     try:
         tensor = torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError):

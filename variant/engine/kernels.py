@@ -1,4 +1,4 @@
-"""The launchers that an engine calls, one per op."""
+"""The kernel launchers of an engine, one per op."""
 
 from __future__ import annotations
 
@@ -14,10 +14,20 @@ from variant_kernels.ops import tables
 
 
 class Launchers:
-    """The launchers of one backend choice, called without the checks of the public functions.
+    """One launcher per op, called without the argument checks of the public functions.
 
-    One choice for all scales and batches, by the sizes of the last scale: most work is there.
-    dtype: of activations; pages_dtype: of K and V, ``dtype`` unless ``kv_dtype`` names 8 bits.
+    The sizes of the last scale, which has most of the work, decide for all scales and batches.
+
+    Args:
+        backend: a name, or "auto".
+        device: type of the device.
+        dtype: of activations.
+        kv_dtype: of K and V; None is ``dtype``.
+    Attributes:
+        names: the backend of each op.
+        pages_dtype: of K and V.
+    Raises:
+        ValueError: the backend is unknown or cannot run these dtypes.
     """
 
     def __init__(
@@ -37,7 +47,7 @@ class Launchers:
             self.names[op] = choose_name(op, op_tables[op], backend, request)
             return op_tables[op][self.names[op]].forward
 
-        # The residual stream is float32, whatever the engine's dtype.
+        # The residual stream is float32 in engines of every dtype.
         stream = Request(device, (torch.float32, dtype), row=width)
         self.adaln = pick("adaln_modulate", stream)
         self.gated_adaln = pick("gated_residual_adaln", stream)
@@ -52,10 +62,10 @@ class Launchers:
 
     @property
     def gathers_pages(self) -> bool:
-        """Whether attention copies all visible K and V before it starts."""
+        """Whether attention gathers all visible K and V into new tensors first."""
         return self.names["paged_attention"] == "reference"
 
     @property
     def can_be_captured(self) -> bool:
-        """Plain torch is for looking into: it may wait for the device, which no graph can."""
+        """Whether a graph can be captured: plain torch may synchronise, which a capture forbids."""
         return "reference" not in self.names.values()

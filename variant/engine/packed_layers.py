@@ -1,13 +1,13 @@
-"""Linear layers and convolutions as the engine runs them: weights cast once and packed once.
+"""Linear layers and convolutions of the engine: weights are cast once and packed once.
 
-A torch operator that gets plain weights brings them into the matrix library's blocked order at
-every call, and for float32 on a CPU takes another library altogether. oneDNN's own operators take
-weights that were packed beforehand and a GELU that runs while the product is in registers. On two
-Zen 4 cores, 512 tokens by 1024 x 4096: 206 GFLOP/s with the GELU against 132 without it in float32;
-with 2 tokens, where the time to read the weights decides, 90 against 16 (bfloat16: 146 against 59).
+Given plain weights, a torch operator reorders them into the blocked layout of the matrix library at
+every call, and for float32 on a CPU it uses another library. oneDNN's own operators take weights
+that are packed already, and fuse a GELU into the product. On two Zen 4 cores, 512 tokens by 1024 x
+4096: 206 GFLOP/s with the GELU against 132 without it in float32; with 2 tokens, where the time to
+read the weights decides, 90 against 16 (bfloat16: 146 against 59).
 
-Packed weights are a second copy: ``can_pack`` says where they are used, and the engine's
-``pack`` turns them off.
+Packed weights are a second copy of the model: ``can_pack`` tells where they are used, and
+``Engine(pack=False)`` turns them off.
 
 Axes: R tokens of all sequences, I inputs, O outputs, C channels, H W a feature map.
 """
@@ -27,10 +27,10 @@ from variant_kernels.packed_linear import pack, packed_linear
 
 @cache
 def fused_gelu(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's product with a GELU behind it has the tanh form on this device.
+    """Whether torch's fused product and GELU computes the tanh form on this device.
 
-    cuBLASLt's epilogue has; torch's stand-in elsewhere may have the exact form, and neither is
-    documented. So it is looked at once, where the two differ by 5e-4 and more.
+    cuBLASLt's epilogue does; torch's fallback elsewhere may compute the exact form, and neither is
+    documented. So one product is tried, at inputs where the two differ by 5e-4 and more.
     """
     if device.type != "cuda":
         return False
@@ -48,8 +48,8 @@ def fused_gelu(device: torch.device, dtype: torch.dtype) -> bool:
 class CastBuffer:
     """One buffer into which every weight is cast before it is packed.
 
-    A cast of its own for each would be freed between packed weights that stay, and the allocator
-    keeps such holes: 320 MiB of them after packing VAR-d16 in bfloat16.
+    Separate casts would be freed between packed weights that stay, and leave holes in the heap:
+    320 MiB of them after packing VAR-d16 in bfloat16.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -57,7 +57,7 @@ class CastBuffer:
         self._buffer = torch.empty(0, dtype=dtype)
 
     def __call__(self, weight: Tensor) -> Tensor:
-        """``weight`` in the dtype; itself if it has it, else overwritten by the next call."""
+        """``weight`` in the dtype: itself, or the buffer, which the next call overwrites."""
         weight = weight.detach()
         if weight.dtype == self.dtype:
             return weight
@@ -67,12 +67,12 @@ class CastBuffer:
 
 
 class Linear:
-    """``x @ weight.T + bias``, then a tanh-approximated GELU if asked.
+    """``x @ weight.T + bias``, then a tanh-approximated GELU if ``gelu``.
 
     Args:
         weight_OI, bias_O: any floating dtype; shared, not copied, where they have ``dtype``.
-        dtype: of the product; x must have it.
-        packed: keep the weight in oneDNN's order.
+        dtype: of the product and of x.
+        packed: keep the weight in oneDNN's blocked layout.
         cast_buffer: receives the cast of a weight that is packed; None allocates a buffer for it.
         gelu: apply the activation.
     """
@@ -109,7 +109,7 @@ class Linear:
 
 
 class PackedConv2d(nn.Module):
-    """A convolution with a packed weight; channels last in, channels last out."""
+    """A convolution with a packed weight; input and output are channels last."""
 
     def __init__(self, conv: nn.Conv2d, cast_buffer: CastBuffer) -> None:
         super().__init__()
@@ -133,9 +133,9 @@ class PackedConv2d(nn.Module):
 
 
 class PackedResidualBlock(nn.Module):
-    """:class:`variant.vqvae.ResidualBlock` in place: x is overwritten where no shortcut copies it.
+    """:class:`variant.models.vqvae.ResidualBlock`; overwrites x unless a shortcut copies it.
 
-    A fresh tensor of the last level costs as much in page faults as in arithmetic.
+    Allocating a tensor of the last level costs as much time in page faults as its arithmetic.
     """
 
     def __init__(self, block: ResidualBlock, cast_buffer: CastBuffer) -> None:
@@ -154,8 +154,10 @@ class PackedResidualBlock(nn.Module):
 
 
 class PackedPointwise(nn.Module):
-    """A 1x1 convolution as a linear layer over pixels: 640 to 1920 channels at 16 x 16 in bfloat16
-    takes 2 ms so, and 36 ms as a convolution."""
+    """A 1x1 convolution computed as a linear layer over pixels.
+
+    640 to 1920 channels at 16 x 16 in bfloat16: 2 ms, against 36 ms as a convolution.
+    """
 
     def __init__(self, conv: nn.Conv2d, cast_buffer: CastBuffer) -> None:
         super().__init__()
@@ -172,12 +174,12 @@ class PackedPointwise(nn.Module):
 class MergedUpsample(nn.Module):
     """Nearest-neighbour doubling and the 3x3 convolution after it, as one transposed convolution.
 
-    Output 2i sees input i - 1 once and input i twice, output 2i + 1 sees input i twice and i + 1
-    once. Weights that meet the same input are added beforehand, which leaves 4 products of 9: a
-    transposed convolution of stride 2, padding 1 and a 4x4 kernel M w M^T.
+    Along one axis, output 2i reads input i - 1 once and input i twice; output 2i + 1 reads input i
+    twice and i + 1 once. Weights of the same input are added in advance, which leaves 4 of 9
+    products: a transposed convolution of stride 2, padding 1 and a 4x4 kernel M w M^T.
     """
 
-    # Row u: which of the three taps, along one axis, the transposed kernel's tap u adds up.
+    # Row u: the taps of the 3x3 kernel, along one axis, whose sum is tap u of the 4x4 kernel.
     TAPS = ((0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 0.0))
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
@@ -196,15 +198,15 @@ class MergedUpsample(nn.Module):
 class PackedDecoder:
     """The VQ-VAE's decoder with packed convolutions, channels last, in ``dtype``.
 
-    Images are decoded one at a time: larger batches leave the cache and gain nothing (455 GFLOP/s
-    for one image, 403 for four, 160 channels at 256 x 256 in bfloat16).
+    Images are decoded one at a time: larger batches exceed the processor's cache and are not faster
+    (160 channels at 256 x 256 in bfloat16: 455 GFLOP/s for one image, 403 for four).
     """
 
     def __init__(self, vae: VQVAE, dtype: torch.dtype) -> None:
         self.dtype = dtype
         layers = nn.Sequential(vae.post_quant_conv, vae.decoder)
-        # Swapped in a copy; the modules' own forward stays the definition. Weights are not copied:
-        # each is cast and packed straight from the model.
+        # Convolutions are replaced in a copy of the modules, which keep their own forward. The
+        # memo shares the weights: each is cast and packed directly from the model.
         memo = {id(p): p.detach() for p in layers.parameters()}
         self.layers = _pack(deepcopy(layers, memo), CastBuffer(dtype)).requires_grad_(False).eval()
 
@@ -219,7 +221,7 @@ class PackedDecoder:
 
 
 class CastDecoder:
-    """A copy of the VQ-VAE's decoder in ``dtype``; channels last, as a GPU's convolutions want."""
+    """A copy of the VQ-VAE's decoder in ``dtype``, channels last, for convolutions on a GPU."""
 
     def __init__(self, vae: VQVAE, dtype: torch.dtype) -> None:
         self.dtype = dtype

@@ -1,12 +1,12 @@
-"""The step loop: one batch token_batch scale by scale through a paged cache.
+"""The step loop: generates one batch scale by scale through a paged cache.
 
-The modules of ``models/var.py`` are written for training; here the same weights run one scale at
-a time, and only the layers that the schedule names.
+The modules of ``models/var.py`` process all scales at once, for training. Here the same weights
+process one scale at a time, in the layers that the schedule lists for it.
 
-Axes: B images, R sequences (B, or 2B with guidance: conditional rows first), T tokens of this
+Axes: B images, R sequences (B, or 2B with guidance: conditional sequences first), T tokens of this
 scale, L tokens of all scales, C width, H heads, D width of one head, V codebook entries, E codebook
-vector width, 6 the parts of a layer's modulation (gates, scales, shifts; each of attention, then
-of the MLP).
+vector width, H W (after E) the feature map, 6 the parts of a layer's modulation (gates, scales,
+shifts; each of attention, then of the MLP).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from variant.models.vqvae import VQVAE
 from variant_kernels import DepthSchedule, KVStep, PagedKVCache
 from variant_kernels.ops.sample_tokens import draw_exponential
 
-# Logits of one call of the head: images are taken in parts beyond it. At batch 64 the last scale's
-# would otherwise be the largest tensors of all.
+# Limit for the logits of one call of the head; larger batches are split. At batch 64 the logits of
+# the last scale would otherwise be the largest tensors of a generation.
 LOGITS_BYTES = 64 * 2**20
 
 
@@ -48,8 +48,14 @@ class TokenBatch:
 class BatchState:
     """One batch while it is generated: cache, condition and modulations.
 
-    Launchers and weights are chosen when it starts: whatever another thread or a callback does with
-    the engine, this run goes on as it began.
+    Launchers and weights are fixed when it starts: another thread or a callback that changes the
+    engine does not change this batch.
+
+    Args:
+        var, vae: the models.
+        launchers, weights: of the engine.
+        cache: of ``len(labels_R)`` sequences, empty.
+        labels_R: (R,) int64 on the device; ``num_classes`` stands for no class.
     """
 
     def __init__(
@@ -69,11 +75,11 @@ class BatchState:
 
     @property
     def schedule(self) -> DepthSchedule:
-        """Layers per scale; :meth:`switch` changes it for the scales to come."""
+        """Layers per scale; :meth:`switch` changes the scales that have not started."""
         return self.cache.schedule
 
     def switch(self, scale: int, layers: Sequence[int]) -> None:
-        """From ``scale`` on only ``layers`` run."""
+        """From ``scale`` on, run only ``layers``."""
         if scale < self.var.layout.num_scales:
             self.cache.switch(self.schedule.switched(scale, layers))
 
@@ -87,7 +93,7 @@ class BatchState:
         return words_BTC.repeat(self.cond_RC.shape[0] // words_BTC.shape[0], 1, 1)
 
     def hidden(self, x_RTC: Tensor, scale: int) -> Tensor:
-        """Tokens of one scale through its active layers and the head's norm, (R, T, C)."""
+        """Hidden states (R, T, C) after the active layers of a scale and the norm of the head."""
         launchers, eps = self.launchers, self.var.config.norm_eps
         active = self.schedule.active_layers(scale)
         _, _, scale1, _, shift1, _ = self.modulation_6RC[active[0]]
@@ -172,7 +178,7 @@ class BatchState:
             exponential_RV = draw_exponential(logits_2BTV, sampling.generator)
         return self.launchers.sample(
             logits_2BTV=logits_2BTV,
-            # From 0 at the first scale to cfg at the last.
+            # Rises linearly from 0 at the first scale to cfg at the last.
             guidance=sampling.cfg * scale / (layout.num_scales - 1) if guided else 0.0,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
@@ -221,7 +227,7 @@ def generate_tokens(
 
 
 def teacher_forced_logits(state: BatchState, tokens_BL: Tensor) -> Tensor:
-    """Logits (B, L, V) float32 when the tokens of each scale are given."""
+    """Logits (B, L, V) float32 for given tokens of every scale, (B, L) int64."""
     layout, vae = state.var.layout, state.vae
     f_hat_BEHW = vae.new_features(len(tokens_BL))
     logits, words_BTE = [], None

@@ -1,6 +1,6 @@
-"""The engine's weights: cast to its dtype once, packed once, shared with the model where possible.
+"""The weights of an engine: cast and packed once, shared with the model where no cast is needed.
 
-Axes: B images, R sequences, C width, H heads, L tokens of all scales, 6 the parts of a
+Axes: B images, R sequences, T tokens, C width, H heads, L tokens of all scales, 6 the parts of a
 modulation (gates, scales, shifts).
 """
 
@@ -22,7 +22,7 @@ MLP_TOKENS = 512
 
 
 class LayerWeights:
-    """One block's weights; its matrix products are callables."""
+    """The weights of one block; its linear layers are callables."""
 
     def __init__(
         self, block: Block, dtype: torch.dtype, packed: bool, cast_buffer: CastBuffer
@@ -49,12 +49,12 @@ class LayerWeights:
 
 
 class EngineWeights:
-    """All that the step loop reads; embeddings stay float32, as the residual stream does.
+    """All weights that the step loop reads; embeddings stay float32, as the residual stream.
 
     Args:
-        var, vae: whose weights.
+        var, vae: the models.
         dtype: of the matrix products.
-        packed: keep packed copies, which :func:`variant_kernels.packed_linear.can_pack` must allow.
+        packed: keep packed copies; :func:`variant_kernels.packed_linear.can_pack` must be true.
     """
 
     def __init__(self, var: VAR, vae: VQVAE, dtype: torch.dtype, packed: bool) -> None:
@@ -78,17 +78,17 @@ class EngineWeights:
         cast = on_gpu(own) and self._dtype not in (own.dtype, torch.float32)
         if not self.packed and not cast:
             return self._vae.decode_features(f_hat_BCHW).float()
-        if self._decoder is None:  # made when first needed: not every caller decodes
+        if self._decoder is None:  # built at the first use: not every caller decodes
             kind = PackedDecoder if self.packed else CastDecoder
             self._decoder = kind(self._vae, self._dtype)
         return self._decoder(f_hat_BCHW)
 
 
 class WeightsVersion:
-    """Where two models' weights lie and how often each was written to: changes when one does.
+    """Addresses and version counters of two models' weights; differs after any in-place change.
 
-    Walking over VAR-d30's modules takes 0.7 ms, in which a GPU has nothing to do: while every
-    module has the children that it had, the last walk serves.
+    Walking over the modules of VAR-d30 takes 0.7 ms, during which a GPU would be idle. While every
+    module has the same children as at the last walk, its result is used again.
     """
 
     def __init__(self) -> None:
@@ -112,14 +112,14 @@ def _children(modules: list[nn.Module]) -> list[nn.Module | None]:
 
 
 def on_gpu(weight: Tensor) -> bool:
-    """Whether a model lies on a GPU."""
+    """Whether a weight is on a GPU."""
     return weight.device.type != "cpu"
 
 
 def casts_modulations(var: VAR, dtype: torch.dtype, packed: bool) -> bool:
-    """Whether the engine has adaLN projections in its own dtype.
+    """Whether the engine casts the adaLN projections to its dtype.
 
-    On a GPU always: reading them, a third of the model, is what they cost.
+    On a GPU always: their cost is reading them, and they are a third of the model.
     """
     own = var.head.weight
     return (packed or on_gpu(own)) and dtype != own.dtype and not var.config.shared_aln
@@ -142,9 +142,9 @@ class Modulations:
     """Every layer's six modulation vectors per sequence, and the head's two.
 
     They depend on the class alone, so they are computed once per image and not once per scale.
-    In 16 bits the projections are cast, and on a CPU packed, as all other weights are; in the
-    weights' own dtype the modules serve: read once per image, their weights (a third of the model)
-    are not worth a copy.
+    In a 16-bit engine the projections are cast, and on a CPU packed, like all other weights. In the
+    weights' own dtype the model's modules are used: their weights, a third of the model, are read
+    once per image only and are not worth a second copy.
     """
 
     def __init__(self, var: VAR, dtype: torch.dtype, packed: bool, cast_buffer: CastBuffer) -> None:
