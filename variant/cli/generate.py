@@ -22,14 +22,14 @@ from variant.errors import UserError
 from variant.files import replacing
 from variant.supernet import VARiant
 
-# Small images are shown enlarged in a grid, so that one can see them.
+# Small images are enlarged in a grid.
 GRID_CELL_PIXELS = 64
 GRID_GAP_PIXELS = 4
 GRID_CAPTION_PIXELS = 56
 
 
 def generate(command: Generate) -> None:
-    """Paint, write, print: time per image, K/V planned and really allocated."""
+    """Generate images, write them, print time per image and K/V bytes, planned and allocated."""
     if command.count < 1:
         raise UserError(f"generate: --count must be at least 1; got {command.count}")
     if command.all_depths and command.depth is not None:
@@ -43,7 +43,7 @@ def generate(command: Generate) -> None:
     if command.all_depths and model.var.config.bridge is None and command.bridge is None:
         raise UserError(f"generate: {command.model} was trained at one depth; --bridge is needed")
     with _progress(len(depths) * len(labels) * model.var.layout.num_scales) as on_scale:
-        # One unmeasured image first: threads, kernels and pages are warm when time is taken.
+        # Warm-up with one image, not measured: starts threads, loads kernels, allocates pages.
         _generate(command, model, labels[:1], depths[-1], None)
         results = [_generate(command, model, labels, depth, on_scale) for depth in depths]
     if one_file:
@@ -64,7 +64,7 @@ def generate(command: Generate) -> None:
 
 @contextmanager
 def _progress(total: int) -> Iterator[OnScale | None]:
-    """A bar on standard error that counts images x scales; None where nobody watches."""
+    """A progress bar on standard error, in images x scales; None without a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -98,12 +98,12 @@ def _generate(
 
 
 def check_target(out: Path) -> bool:
-    """Fail before the work, not after it, and create nothing yet.
+    """Fails before the work if the result cannot be written; creates nothing.
 
     Returns:
         Whether ``out`` names one PNG file; otherwise it is a folder.
     Raises:
-        UserError: neither, or it cannot be written.
+        UserError: ``out`` is neither, or it cannot be written.
     """
     if not out.name:
         raise UserError("generate: --out must name a folder or a .png file; got nothing")
@@ -130,7 +130,7 @@ def to_pil(image_IYX: Tensor) -> Image.Image:
 
 
 def grid(rows: Sequence[Tensor], captions: Sequence[str] = ()) -> Image.Image:
-    """Rows of images (B, 3, H, W) as one picture; small images enlarged, captions at the left."""
+    """Rows of images (B, 3, H, W) as one picture; small images are enlarged, captions at left."""
     side = rows[0].shape[-1]
     cell = side * max(1, round(GRID_CELL_PIXELS / side))
     step = cell + GRID_GAP_PIXELS
