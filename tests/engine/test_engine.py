@@ -171,7 +171,10 @@ def test_weights_changed_in_place_are_noticed():
         ({"labels": [True]}, "labels must be integers; got bool"),
         ({"labels": 0, "bridge": 99}, r"bridge must be in \[0, 7\]; got 99"),
         ({"labels": 0, "bridge": "x"}, r"bridge must be in \[0, 7\]; got 'x'"),
-        ({"labels": 0, "depth": 2}, r"trained at \(3 or 6\); got 2. A list of layers, \[0, 5\]"),
+        (
+            {"labels": 0, "depth": 2},
+            r"trained at \(3 or 6\); got 2. A list of layers, such as \[0, 5\]",
+        ),
         ({"labels": 0, "depth": 2.5}, "depth must be a number of layers or a list"),
         ({"labels": 0, "depth": [0, 1.7, 5]}, "layers must be integers"),
         ({"labels": 0, "top_k": 2.5}, "top_k must be an integer >= 0"),

@@ -32,7 +32,7 @@ from variant_kernels.plans.depth_schedule import resolve_layers
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention over all scales of a sequence: a token sees its own and earlier ones."""
+    """Multi-head attention over all scales; a token attends to its own and to earlier scales."""
 
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each modulated before and gated after by the image's condition."""
+    """Attention and MLP; the condition modulates the input of each and gates its output."""
 
     def __init__(self, config: VARConfig, drop_path: float) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class VAR(nn.Module):
     """Class-conditional next-scale predictor whose layers can be skipped by schedule.
 
     Args:
-        config: sizes; see :class:`variant.config.VARConfig`.
+        config: sizes; see :class:`variant.VARConfig`.
     """
 
     def __init__(self, config: VARConfig) -> None:
@@ -193,22 +193,23 @@ class VAR(nn.Module):
         mixed_labels_B: Tensor | None = None,
         mix_B: Tensor | None = None,
     ) -> Tensor:
-        """Logits of every token given the true tokens of all earlier scales.
+        """Logits of every token, given the true tokens of all earlier scales (teacher forcing).
 
-        A layer that a scale skips passes that scale's tokens by unchanged; it reads and updates
-        the tokens of the scales at which it runs.
+        A layer reads and updates the tokens of the scales at which it runs; the tokens of other
+        scales keep their values.
 
         Args:
             labels_B: (B,) int64 classes; ``num_classes`` stands for no class. In training mode
-                a share ``cond_drop_rate`` of them is dropped.
+                each label is dropped with probability ``cond_drop_rate``.
             x_teacher: (B, L - L_0, E), the VQ-VAE's ``teacher_input`` of the true tokens.
-            schedule: layers per scale; None runs every layer everywhere.
+            schedule: layers per scale; None runs every layer at every scale.
             mixed_labels_B, mix_B: mixup (arXiv 1710.09412): the condition is
                 ``mix * class(labels) + (1 - mix) * class(mixed_labels)``; mix_B is (B,) float.
         Returns:
             (B, L, V) float32.
         Raises:
-            ValueError: shapes, labels (on the CPU) or the schedule do not fit the model.
+            ValueError: shapes, labels (checked on the CPU only) or the schedule do not fit the
+                model.
         """
         self._check(labels_B, x_teacher, schedule)
         if (mixed_labels_B is None) != (mix_B is None):
@@ -239,7 +240,7 @@ class VAR(nn.Module):
         return self.head(self.head_nm(x_BLC.float(), cond_BC)).float()
 
     def _run(self, block: Block, x_BLC: Tensor, cond: Tensor, layout: ScaleLayout) -> Tensor:
-        """One block on the tokens of ``layout``; the others pass by unchanged."""
+        """One block on the tokens of ``layout``; later tokens keep their values."""
         if layout.total == x_BLC.shape[1]:
             return block(x_BLC, cond, layout)
         head_BLC, rest_BLC = x_BLC[:, : layout.total], x_BLC[:, layout.total :]
@@ -262,11 +263,11 @@ class VAR(nn.Module):
     def schedule(
         self, depth: int | Sequence[int] | None = None, bridge: int | None = None
     ) -> DepthSchedule:
-        """Schedule of a depth: the layers that the model was trained with, where it records them.
+        """Schedule of a depth, with the layers that the config records for it, if any.
 
         Args:
-            depth: number or list of layers in the flexible zone; None is every layer.
-            bridge: scales that run every layer; None is the config's bridge.
+            depth: number of layers in the flexible zone, or a list of layers; None is every layer.
+            bridge: number of first scales that run every layer; None is the config's bridge.
         Raises:
             ValueError: depth or bridge out of range.
         """
@@ -281,16 +282,18 @@ class VAR(nn.Module):
         if bridge is None:
             raise ValueError(
                 f"VAR.schedule: bridge must be given (0..{scales}), because this model's config "
-                "names none"
+                "has none"
             )
         return DepthSchedule(full, scales, layers, bridge)
 
     def layers_of(self, depth: int | Sequence[int]) -> tuple[int, ...]:
-        """The layers of a depth: as the model was trained with, where its config records subnets.
+        """The layers of a depth: those that the config records, or evenly chosen ones.
 
+        Args:
+            depth: number of layers, or a list of layers, which need not be recorded.
         Raises:
-            ValueError: a list that is none; a number that the model was not trained at. A list of
-                layers runs any depth; so does a number where no subnets are recorded.
+            ValueError: an invalid list; a number that is out of range, or that a config with
+                subnets does not record.
         """
         full, subnets = self.config.depth, self.config.subnets
         if not isinstance(depth, SupportsIndex) or depth == full:
@@ -302,7 +305,7 @@ class VAR(nn.Module):
         if subnets:
             raise ValueError(
                 f"depth must be one that the model was trained at ({', '.join(map(str, subnets))} "
-                f"or {full}); got {depth}. A list of layers, {list(layers)} say, runs it untrained"
+                f"or {full}); got {depth}. A list of layers, such as {list(layers)}, runs untrained"
             )
         return layers
 
@@ -343,7 +346,7 @@ class VAR(nn.Module):
     def init_weights(
         self, gate_scale: float = 1e-5, modulation_scale: float = 0.5, head_scale: float = 0.02
     ) -> None:
-        """Fresh weights as the original draws them: truncated normal, std sqrt(1 / 3C).
+        """Initialises the weights as the original does: truncated normal, std sqrt(1 / 3C).
 
         Gates start near zero (each block near the identity), scales and shifts at half size, and
         the output of each branch is divided by sqrt(2 * depth).
@@ -378,20 +381,20 @@ def projection(ada_lin: nn.Sequential) -> nn.Linear:
 def _scale_index(layout: ScaleLayout) -> Tensor:
     """(L,) int64: the scale of each token."""
     scales = [k for k, count in enumerate(layout.tokens) for _ in range(count)]
-    # By name, so that a model built on the meta device has it: no state dict brings it.
+    # device="cpu": a model built on the meta device needs the values, as no state dict has them.
     return torch.tensor(scales, device="cpu")
 
 
 def _drop_derived_buffers(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
 ) -> None:
-    """Original checkpoints store the dense mask and each token's scale; both follow from sizes."""
+    """Drops the dense mask and the scale of each token, which original checkpoints store."""
     for name in ("attn_bias_for_masking", "lvl_1L"):
         state_dict.pop(prefix + name, None)
 
 
 def derived_buffers(layout: ScaleLayout) -> dict[str, Tensor]:
-    """The two buffers that the original's state dict holds and ours does not.
+    """The two buffers that are in the original's state dict and not in ours.
 
     Returns:
         ``lvl_1L`` (1, L) int64 and ``attn_bias_for_masking`` (1, 1, L, L) float32 of 0 and -inf.
