@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it prints, writes, and says of bad input."""
+"""The command line: printed text, written files, and errors for bad input."""
 
 import re
 import subprocess
@@ -83,7 +83,7 @@ def test_plan_prints_the_contracts_table(capsys):
     assert "yes" in printed
 
 
-def test_plan_says_what_does_not_fit(model, capsys):
+def test_plan_marks_depths_that_do_not_fit(model, capsys):
     code, printed, _ = run(capsys, "plan", "--model", "var-d30", "--batch", 512, "--memory", 48)
     assert code == 0
     assert re.search(r"│\s+30 │.*│\s+no │", printed)
@@ -99,7 +99,7 @@ def test_info_describes_a_model(model, capsys):
     assert "[0, 2, 3]" in printed
 
 
-def test_convert_goes_both_ways(tmp_path, capsys):
+def test_convert_works_in_both_directions(tmp_path, capsys):
     golden = load_golden("shared_aln")
     var, vae, folder = tmp_path / "var.pth", tmp_path / "vae.pth", tmp_path / "folder"
     torch.save(golden.var_state, var)
@@ -151,7 +151,7 @@ def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_names_with_brackets_and_dots_are_taken_as_they_are(model, tmp_path, capsys):
+def test_file_names_may_contain_brackets_and_dots(model, tmp_path, capsys):
     (tmp_path / "out.v2").mkdir()
     for name in ("o[red]y", "o[/x]", "out.v2"):
         code, printed, _ = run(
@@ -195,17 +195,17 @@ def test_wrong_usage_exits_with_2(capsys):
     assert stop.value.code == 2
 
 
-def test_help_does_not_wait_for_torch():
+def test_help_does_not_import_torch():
     script = "import sys; import variant.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
-def test_all_public_names_are_there():
+def test_all_public_names_can_be_imported():
     assert all(getattr(variant, name).__name__ == name for name in variant.__all__)
     assert set(variant.__all__) <= set(dir(variant))
 
 
-def test_a_stopped_run_says_how_to_go_on():
+def test_a_stopped_run_prints_the_command_that_resumes_it():
     command = TrainVae(recipe="my recipes/tiny.toml", seed=3)
     assert folder_of(command) == Path("runs/tiny")
     assert resume_command("train-vae", command) == (

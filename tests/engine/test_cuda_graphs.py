@@ -1,4 +1,4 @@
-"""Captured generations on the CPU: a double records the call and repeats it as a graph would."""
+"""Graph replay on the CPU: a test double records a call and repeats it as a graph would."""
 
 import gc
 import weakref
@@ -15,9 +15,9 @@ from variant_kernels import device_lock
 
 
 class Repeater:
-    """Repeats the recorded function on the very tensors that it got, into the same outputs.
+    """Runs the recorded function again on the same input tensors, into the same outputs.
 
-    As with a graph, all that Python decided stays as it was, and only tensors can change.
+    As with a graph, every decision of Python is fixed, and only tensor values can change.
     """
 
     def __init__(self):
@@ -218,7 +218,7 @@ def test_running_out_of_memory_with_no_recording_to_drop_raises():
 
 
 def test_a_graph_is_captured_on_the_warm_up_stream_alone_and_uncollected(monkeypatch):
-    """Against a double of torch.cuda: what the capture must not meet."""
+    """With a double of torch.cuda: checks the streams, the lock and the garbage collector."""
     seen = []
 
     class Cuda(MagicMock):
@@ -272,7 +272,7 @@ def test_logits_in_parts_draw_the_same_tokens(monkeypatch):
     assert same(Engine(model.var, model.vae).generate([1, 2, 3, 4, 0], seed=0, cfg=0.0), unguided)
 
 
-def test_what_was_recorded_in_inference_mode_is_replayed_outside_and_the_other_way_round(recorder):
+def test_recordings_made_in_inference_mode_replay_outside_and_vice_versa(recorder):
     model = small_model()
     expected = Engine(model.var, model.vae, capture=False).generate([1, 2], seed=3)
     for first, then in ((True, False), (False, True)):
@@ -283,7 +283,7 @@ def test_what_was_recorded_in_inference_mode_is_replayed_outside_and_the_other_w
     assert recorder.recorded == 4
 
 
-def test_the_first_result_is_not_kept():
+def test_the_cache_keeps_no_reference_to_the_first_result():
     results = weakref.WeakSet()
 
     def function(x):
@@ -305,7 +305,7 @@ def test_the_recordings_used_last_are_kept():
         (result,) = graphs.run(factor, lambda x: (x * factor,), x)
         assert torch.equal(result, x * factor)
 
-    for factor in (1, 2, 1, 3, 1):  # 3 drives 2 out: 1 was used after it
+    for factor in (1, 2, 1, 3, 1):  # 3 evicts 2: 1 was used later
         run(factor)
     assert (len(graphs), repeater.recorded) == (2, 3)
     run(2)

@@ -1,4 +1,4 @@
-"""Packed products and convolutions against the layers that they stand for."""
+"""Packed products and convolutions against the layers that they replace."""
 
 import copy
 
@@ -70,7 +70,7 @@ def test_weights_packed_through_one_cast_buffer_keep_their_own_values(width):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 2), (4, 7)])
-def test_a_merged_upsample_is_the_upsample_it_stands_for(shape):
+def test_a_merged_upsample_equals_the_upsample(shape):
     torch.manual_seed(0)
     upsample = Upsample(6)
     x = torch.randn(2, 6, *shape)
@@ -104,7 +104,7 @@ def test_the_bfloat16_decoder_is_as_near_as_autocast():
     assert (ours - expected).abs().mean() <= 2 * (autocast - expected).abs().mean()
 
 
-def test_packing_is_reported_and_can_be_left_out():
+def test_packing_is_reported_and_can_be_turned_off():
     packs(torch.float32)
     model = small_model()
     results = {
@@ -119,7 +119,7 @@ def test_packing_is_reported_and_can_be_left_out():
     torch.testing.assert_close(results[True].images, results[False].images, atol=1e-5, rtol=0)
 
 
-def test_a_change_of_the_decoder_is_noticed():
+def test_the_engine_repacks_a_changed_decoder():
     packs(torch.float32)
     model = small_model()
     engine = Engine(model.var, model.vae)
@@ -131,7 +131,7 @@ def test_a_change_of_the_decoder_is_noticed():
     assert not torch.equal(before.images, after.images)
 
 
-def test_the_mlp_in_parts_is_the_mlp(monkeypatch):
+def test_the_mlp_in_parts_equals_the_whole_mlp(monkeypatch):
     packs(torch.float32)
     model = small_model()
     whole = Engine(model.var, model.vae).forced_logits([1, 2, 3], torch.zeros(3, 14).long())

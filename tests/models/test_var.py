@@ -1,4 +1,4 @@
-"""The transformer against the original VAR code's outputs."""
+"""The transformer against outputs of the original VAR code."""
 
 import pytest
 import torch
