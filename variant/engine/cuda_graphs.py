@@ -22,7 +22,7 @@ from variant_kernels import device_lock
 
 Tensors = tuple[Tensor, ...]
 
-# Recordings that are kept. Without a limit, a slider over top_p would fill the GPU with graphs.
+# Recordings that are kept. Without a limit, a slider over a filter would fill the GPU with them.
 MAX_GRAPHS = 32
 
 
