@@ -11,7 +11,7 @@ from small_models import small_model
 
 from variant.bench import original_var, roofline
 from variant.bench.engine_bench import Setting, measure
-from variant.bench.environment import caches, command_line, environment, machine_slug
+from variant.bench.environment import ENVIRONMENT, caches, command_line, environment, machine_slug
 from variant.bench.flops import attention_flop, ceiling, linear_flop, linears, weight_bytes
 from variant.bench.interleaved import Took, alternate, quartiles, ratios
 from variant.bench.peak_memory import Job, peak
@@ -162,8 +162,11 @@ def test_environment_names_machine_versions_and_commit():
 
 
 def test_a_forced_instruction_set_is_part_of_the_command(monkeypatch):
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("VARIANT_CPU_ISA", "portable")
-    assert command_line(["tool"]).startswith("VARIANT_CPU_ISA=portable tool")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert command_line(["tool"]) == "VARIANT_CPU_ISA=portable ONEDNN_MAX_CPU_ISA=AVX2 tool"
 
 
 def test_caches_are_read_as_the_system_lists_them(tmp_path):
