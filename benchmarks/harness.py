@@ -20,7 +20,7 @@ from torch import Tensor
 
 from variant.bench.interleaved import Call, Samples, alternate, quartiles, ratios
 from variant.bench.roofline import Limits
-from variant_kernels import _C, winners
+from variant_kernels import _C
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import PREFERENCE, Impl
 
@@ -178,7 +178,6 @@ def record(
         "contender": name,
         "ours": name in contest.ours,
         "isa": _C.build_info()["isa"] if device == "cpu" else None,
-        "kind": winners.device_kind(device),
         "threads": torch.get_num_threads() if device == "cpu" else None,
         "dtype": case.dtype,
         "shape": contest.shape,

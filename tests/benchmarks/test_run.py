@@ -1,5 +1,6 @@
 """The kernel benchmarks run, check what they time, and write what the page and the verdict read."""
 
+import importlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from benchmarks.conftest import Session
 from benchmarks.harness import Contest, Replay, near, record, run
 from variant.bench.interleaved import Samples
 from variant.bench.roofline import Limits
+from variant_kernels import ops
 
 ROOT = Path(__file__).parents[2]
 OPS = {
@@ -85,6 +87,20 @@ def test_plain_pytest_collects_no_benchmark():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]
     assert settings["ini_options"]["testpaths"] == ["tests"]
     assert not list((ROOT / "tests").rglob("bench_*.py"))
+
+
+def test_every_benchmark_reports_all_backends_of_its_ops():
+    for stem, names in {
+        "adaln": ("adaln_modulate", "gated_residual_adaln"),
+        "block_causal_attention": ("block_causal_attention",),
+        "paged_attention": ("paged_attention",),
+        "qk_norm_append_paged_kv": ("qk_norm_append_paged_kv",),
+        "sample_tokens": ("sample_tokens",),
+    }.items():
+        peers = importlib.import_module(f"benchmarks.bench_{stem}").PEERS
+        assert len(set(peers)) == len(peers)
+        for op in names:
+            assert set(ops.tables()[op]) <= set(peers), op
 
 
 # --- the harness --------------------------------------------------------------------------------
