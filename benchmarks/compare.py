@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.reading import Ratio, Result, ratios, read_all
+from benchmarks.results import Ratio, Result, ratios, read_all
 from variant.errors import UserError
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.golden_weights import NAMES, golden_model
-from benchmarks.reading import KV8
+from benchmarks.results import KV8
 from variant.bench.environment import environment
 from variant.bench.models import build
 from variant.cli.kv_error_table import FIGURES, kv_error_table

@@ -15,7 +15,7 @@ from typing import Any
 import tyro
 
 from benchmarks.plots import draw, groups
-from benchmarks.reading import (
+from benchmarks.results import (
     DROPIN,
     ENGINE,
     KERNELS,

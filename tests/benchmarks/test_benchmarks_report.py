@@ -11,8 +11,8 @@ from PIL import Image
 from small_models import small_model
 
 from benchmarks import compare, report
-from benchmarks.reading import ENGINE, KERNELS, read, read_all
 from benchmarks.report import duration
+from benchmarks.results import ENGINE, KERNELS, read, read_all
 from variant.bench.engine_bench import Setting, measure
 from variant.bench.environment import environment
 from variant.errors import UserError
