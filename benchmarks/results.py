@@ -10,7 +10,7 @@ from typing import Any
 
 from variant.errors import UserError
 
-KERNELS, ENGINE = "variant-kernel-bench-1", "variant-engine-bench-1"
+KERNELS, ENGINE = "variant-kernel-bench-1", "variant-engine-bench-2"
 DROPIN, TRAINING = "variant-dropin-1", "variant-training-step-1"
 KV8, LARGEST = "variant-kv8-error-1", "variant-largest-batch-1"
 # Where a file of each kind comes from.
