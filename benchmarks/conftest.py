@@ -1,4 +1,4 @@
-"""pytest benchmarks --benchmark-json=FILE: every case of every op, each contender a parameter."""
+"""pytest benchmarks --json FILE: every case of every op, each contender a parameter."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ import pytest
 import torch
 
 from benchmarks.harness import REPOSITORIES, record, replay, run
+from benchmarks.results import KERNELS
 from variant.bench.environment import environment
+from variant.bench.result_file import write_result
 from variant.bench.roofline import Limits, drift, measure_limits
-
-FORMAT = "variant-kernel-bench-1"
 
 
 def pytest_addoption(parser):
     parser.addoption(
         "--quick", action="store_true", help="a few small cases, few rounds: under a minute"
+    )
+    parser.addoption(
+        "--json", type=Path, metavar="FILE", help="file for the results, for benchmarks.report"
     )
     parser.addoption(
         "--seconds", type=float, help="a file of benchmarks begins no new case after this long"
@@ -30,13 +33,14 @@ def pytest_addoption(parser):
 
 
 class Session:
-    """Limits of each device, and the contest that is being reported."""
+    """Limits of each device, the contest that is being reported, and all cases so far."""
 
     def __init__(self, quick: bool, seconds: float | None = None) -> None:
         self.quick, self.seconds = quick, seconds
         self.begun: dict[str, float] = {}
         self.limits: dict[str, Limits] = {}
         self.current: tuple[Any, ...] | None = None
+        self.cases: list[dict[str, Any]] = []
 
     def limit(self, device: str, dtype: str) -> Limits:
         """Measured once for each device and dtype, before the first contest that needs it."""
@@ -115,46 +119,46 @@ def compete(request, benchmark):
             contest.calls = {}
             contest.check = lambda name, answer: None
             session.current = key, contest, samples, wrong
+            session.cases.append(record(op, case, device, contest, samples, limits))
         _, contest, samples, wrong = session.current
         if contender in wrong:
             pytest.fail(f"{wrong[contender]}: not timed", pytrace=False)
         if contender not in samples:
             pytest.skip(contest.missing.get(contender, f"{contender} has no part in this case"))
         benchmark.group = f"{op}, {device}, {case.name}"
-        benchmark.extra_info.update(record(op, case, device, contest, samples, contender, limits))
         replay.load(samples[contender])
         benchmark.pedantic(lambda: None, rounds=len(samples[contender].seconds))
 
     return report
 
 
-def pytest_benchmark_update_commit_info(config, commit_info):
-    for name in ("project", "branch"):  # a folder's name, and one that nobody else has
-        commit_info.pop(name, None)
-
-
-def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info.clear()  # environment() says more, and no host's name
-    machine_info.update({"cpu": environment()["cpu"]})
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """One description of the machine, the limits again, and no sample twice."""
-    session = config.stash[SESSION]
-    output_json["format"] = FORMAT
-    output_json["quick"] = session.quick
-    output_json["environment"] = environment(["pytest", *config.invocation_params.args])
-    output_json["limits"] = {}
-    for device, start in session.limits.items():
+def pytest_sessionfinish(session):
+    """Write the cases with a description of the machine and the limits at the end."""
+    config = session.config
+    path, found = config.getoption("--json"), config.stash[SESSION]
+    if path is None or not found.cases:
+        return
+    limits = {}
+    for device, start in found.limits.items():
         dtypes = [getattr(torch, name) for name in start.gemm]
-        end = measure_limits(device, dtypes, quick=session.quick)
-        output_json["limits"][device] = {
+        end = measure_limits(device, dtypes, quick=found.quick)
+        limits[device] = {
             "start": start.to_dict(),
             "end": end.to_dict(),
             "drift": drift(start, end),
         }
-    for one in output_json["benchmarks"]:
-        one["stats"].pop("data", None)
-        one.pop("options", None)
-        one.pop("params", None)
+    result = {
+        "format": KERNELS,
+        "quick": found.quick,
+        "environment": environment(["pytest", *config.invocation_params.args]),
+        "limits": limits,
+        "cases": found.cases,
+    }
+    write_result(path, result)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Say where the results are."""
+    path = config.getoption("--json")
+    if path is not None and config.stash[SESSION].cases:
+        terminalreporter.write_line(f"wrote {path}")

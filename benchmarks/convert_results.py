@@ -44,14 +44,14 @@ def kernels(old: dict[str, Any]) -> dict[str, Any]:
     for one in old["benchmarks"]:
         info = one["extra_info"]
         key = info["op"], info["device"], info["case"]
-        case = cases.setdefault(key, {**{name: info[name] for name in CASE}, "contenders": {}})
+        case = cases.setdefault(key, {**{name: info[name] for name in CASE}, "implementations": {}})
         assert all(case[name] == info[name] for name in CASE)
-        case["contenders"][info["contender"]] = {name: info[name] for name in CONTENDER}
+        case["implementations"][info["contender"]] = {name: info[name] for name in CONTENDER}
     for one in old["benchmarks"]:
         info = one["extra_info"]
         case = cases[info["op"], info["device"], info["case"]]
         median = info["median"]
-        assert info["peer_median"] == case["contenders"][case["peer"]]["median"]
+        assert info["peer_median"] == case["implementations"][case["peer"]]["median"]
         assert info["achieved_flops"] == case["flop"] / median
         assert info["achieved_bandwidth"] == case["bytes"] / median
         assert info["share_of_limit"] == case["limit_seconds"] / median
@@ -62,15 +62,17 @@ def kernels(old: dict[str, Any]) -> dict[str, Any]:
 def dropin(old: dict[str, Any]) -> dict[str, Any]:
     """Seconds become quartiles of the times and of the ratios."""
     for run in old["results"]:
-        original = run["contenders"]["original"]["seconds"]
-        for name, one in run["contenders"].items():
+        contenders = run.pop("contenders")
+        original = contenders["original"]["seconds"]
+        run["implementations"] = {}
+        for name, one in contenders.items():
             assert one["median"] == statistics.median(one["seconds"])
             each = [a / b for a, b in zip(original, one["seconds"], strict=True)]
             assert one["times_original"] == statistics.median(each)
-            run["contenders"][name] = {
+            run["implementations"][name] = {
                 "median": one["median"],
                 "quartiles": quartiles(one["seconds"]),
-                "times_original": one["times_original"],
+                "ratio_to_original": one["times_original"],
                 "ratio_quartiles": quartiles(each),
                 "peak_mib": one["peak_mib"],
                 "note": one["note"],

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,12 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.dropin_case import DropinCase
+from benchmarks.results import DROPIN
 from variant.bench.environment import environment
+from variant.bench.interleaved import quartiles
+from variant.bench.result_file import write_result
 from variant_kernels import DepthSchedule, patch
 from variant_kernels.integrations import Handle
 from variant_kernels.integrations.runtime import default_bridge
 
-FORMAT = "variant-dropin-1"
 LOGITS_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-3  # of the largest element of each gradient
 
@@ -222,11 +223,12 @@ def measure(
         "dtype": dtype,
         "rounds": rounds,
         "keep_copies": keep_copies,
-        "contenders": {
+        "implementations": {
             name: {
-                "seconds": times,
                 "median": statistics.median(times),
-                "times_original": _ratio(seconds["original"], times),
+                "quartiles": quartiles(times),
+                "ratio_to_original": statistics.median(_ratios(seconds["original"], times)),
+                "ratio_quartiles": quartiles(_ratios(seconds["original"], times)),
                 "peak_mib": memory[name],
                 "note": notes.get(name, ""),
             }
@@ -234,7 +236,7 @@ def measure(
         },
     }
     if depth is not None:
-        gained = _ratio(seconds["patch"], seconds[f"patch, depth {depth}"])
+        gained = statistics.median(_ratios(seconds["patch"], seconds[f"patch, depth {depth}"]))
         found["depth"] = {"depth": depth, "gained": gained, "ceiling": ceiling(case, depth)}
     return found
 
@@ -242,9 +244,10 @@ def measure(
 def table(found: Mapping[str, Any]) -> list[str]:
     """Lines for the reader."""
     lines = [f"{found['dtype']}, {found['rounds']} rounds, without the decoder"]
-    for name, one in found["contenders"].items():
+    for name, one in found["implementations"].items():
         lines.append(
-            f"  {name:18} {one['median'] * 1000:8.1f} ms  {one['times_original']:5.2f} x original  "
+            f"  {name:18} {one['median'] * 1000:8.1f} ms  "
+            f"{one['ratio_to_original']:5.2f} x original  "
             f"+{one['peak_mib']:7.1f} MiB  {one['note']}"
         )
     if "depth" in found:
@@ -256,8 +259,8 @@ def table(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _ratio(old: list[float], new: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(old, new, strict=True))
+def _ratios(old: list[float], new: list[float]) -> list[float]:
+    return [a / b for a, b in zip(old, new, strict=True)]
 
 
 def _kv(handle: Handle) -> str:
@@ -302,17 +305,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _write(given: argparse.Namespace, results: list[dict[str, Any]]) -> None:
-    """Whole or not at all."""
     written = {
-        "format": FORMAT,
+        "format": DROPIN,
         "environment": environment(),
         "family": given.family,
         "size": "small" if given.small else given.width,
         "results": results,
     }
-    temporary = given.json.with_name(given.json.name + ".part")
-    temporary.write_text(json.dumps(written, indent=1) + "\n")
-    temporary.replace(given.json)
+    write_result(given.json, written)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def parts(out: Path, var_repo: Path | None, hmar_repo: Path | None = None) -> li
                 # Parameters begin with the device; "cuda" alone is also a contender on the CPU.
                 *("-k", "[cuda-"),
                 *("--seconds", FILE_SECONDS),
-                f"--benchmark-json={out / 'kernels.json'}",
+                *("--json", str(out / "kernels.json")),
                 *hmar,
             ),
             KERNEL_SECONDS + KERNEL_OVERTIME,

@@ -164,38 +164,38 @@ def record(
     device: str,
     contest: Contest,
     samples: Mapping[str, Samples],
-    name: str,
     limits: Limits,
 ) -> dict[str, Any]:
-    """What one contender's ``extra_info`` holds: plain values, seconds, rates, ratios."""
-    own, peer = samples[name], samples[contest.peer]
-    against = ratios(peer, own)
-    shortest, bound = limits.seconds(case.dtype, contest.flop, contest.moved)
+    """One case of a result file, as plain values: sizes, work, limit, and each implementation's
+    median and quartiles of seconds per call and of the peer's time over its own.
+    """
+    peer = samples[contest.peer]
+    limit_seconds, bound = limits.seconds(case.dtype, contest.flop, contest.moved)
     return {
         "op": op,
         "case": case.name,
         "device": device,
-        "contender": name,
-        "ours": name in contest.ours,
         "isa": _C.build_info()["isa"] if device == "cpu" else None,
         "threads": torch.get_num_threads() if device == "cpu" else None,
         "dtype": case.dtype,
         "shape": contest.shape,
         "flop": contest.flop,
         "bytes": contest.moved,
-        "rounds": len(own.by_round),
-        "iterations": own.iterations,
-        "median": own.median,
-        "quartiles": own.quartiles,
-        "peer": contest.peer,
-        "peer_median": peer.median,
-        "ratio_to_peer": median(against),
-        "ratio_quartiles": quartiles(against),
-        "achieved_flops": contest.flop / own.median,
-        "achieved_bandwidth": contest.moved / own.median,
         "bound": bound,
-        "limit_seconds": shortest,
-        "share_of_limit": shortest / own.median,
+        "limit_seconds": limit_seconds,
+        "peer": contest.peer,
+        "implementations": {
+            name: {
+                "ours": name in contest.ours,
+                "rounds": len(own.by_round),
+                "iterations": own.iterations,
+                "median": own.median,
+                "quartiles": own.quartiles,
+                "ratio_to_peer": median(ratios(peer, own)),
+                "ratio_quartiles": quartiles(ratios(peer, own)),
+            }
+            for name, own in samples.items()
+        },
     }
 
 

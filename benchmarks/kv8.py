@@ -9,7 +9,6 @@ the machine need not be idle.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -21,11 +20,11 @@ from benchmarks.golden_weights import NAMES, golden_model
 from benchmarks.results import KV8
 from variant.bench.environment import environment
 from variant.bench.models import build
+from variant.bench.result_file import write_result
 from variant.cli.kv_error_table import FIGURES, kv_error_table
 from variant.cli.output import console
 from variant.engine.engine import Engine
 from variant.evaluation.kv_error import KVError, measure_kv_error
-from variant.files import replacing
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 
@@ -51,11 +50,6 @@ def figures(result: dict[str, Any]) -> dict[str, Any]:
     return {"source": source, "rows": result["rows"]}
 
 
-def _write(path: Path, value: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-
-
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kv8")
@@ -68,9 +62,9 @@ def main() -> int:
         for found in measure(var, vae).values():
             console().print(kv_error_table(name, found))
             result["rows"] += [{"model": name, **asdict(row)} for row in found]
-    _write(options.json, result)
+    write_result(options.json, result)
     if options.package:
-        _write(FIGURES, figures(result))
+        write_result(FIGURES, figures(result))
     return 0
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,16 +21,16 @@ from typing import Any
 
 import torch
 
+from benchmarks.results import LARGEST
 from variant.bench import torch_baseline
 from variant.bench.device import autocast, peer_settings
 from variant.bench.environment import environment
 from variant.bench.models import build, configs
+from variant.bench.result_file import write_result
 from variant.engine.engine import Engine
 from variant.engine.planning import depths_of
 from variant.errors import UserError
-from variant.files import replacing
 
-FORMAT = "variant-largest-batch-1"
 FILTERS = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
 # Of a batch that does not fit, so much is tried next.
 STEP = 0.96
@@ -175,7 +174,7 @@ def measure(options: argparse.Namespace, gpu: GPU) -> dict[str, Any]:
     """
     limit = int(options.gib * 2**30)
     result: dict[str, Any] = {
-        "format": FORMAT,
+        "format": LARGEST,
         "complete": False,
         "environment": environment(),
         "model": options.model,
@@ -187,7 +186,7 @@ def measure(options: argparse.Namespace, gpu: GPU) -> dict[str, Any]:
 
     def add(row: Row) -> None:
         result["rows"].append(asdict(row))
-        _write(options.json, result)
+        write_result(options.json, result)
         print(line(row, options.gib), flush=True)
 
     var, vae = build(options.model, options.device)
@@ -206,7 +205,7 @@ def measure(options: argparse.Namespace, gpu: GPU) -> dict[str, Any]:
     name, generate = peer(options)
     add(find(name, full, generate, limit, options.small, gpu))
     result["complete"] = True
-    _write(options.json, result)
+    write_result(options.json, result)
     return result
 
 
@@ -221,11 +220,6 @@ def line(row: Row, gib: float) -> str:
         f"largest batch in {gib:g} GiB: {row.largest} (by the line {row.by_line}){kv}"
         f"{'' if same else ' NOT THE PLAN'}"
     )
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main(arguments: list[str] | None = None, gpu: GPU | None = None) -> int:

@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from benchmarks.results import kernel_timings
+
 # Okabe and Ito's colours: told apart by nearly everyone.
 BLUE, SKY, ORANGE, RED, GREEN, PURPLE, GREY = (
     "#0072B2", "#9CCBEA", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#666666",
@@ -178,9 +180,7 @@ def time_by_scale(result: dict[str, Any], path: Path) -> Path:
 def roofline(result: dict[str, Any], device: str, path: Path) -> Path | None:
     """Achieved against possible, for ops that compute; None if none does."""
     rows = [
-        one["extra_info"]
-        for one in result["benchmarks"]
-        if one["extra_info"]["contender"] == device and one["extra_info"]["flop"]
+        row for row in kernel_timings(result) if row["implementation"] == device and row["flop"]
     ]
     if not rows:
         return None
@@ -217,9 +217,7 @@ def roofline(result: dict[str, Any], device: str, path: Path) -> Path | None:
 def bandwidth(result: dict[str, Any], device: str, path: Path) -> Path | None:
     """Share of the copy bandwidth of ops that only move memory; None if none does."""
     rows = [
-        one["extra_info"]
-        for one in result["benchmarks"]
-        if one["extra_info"]["contender"] == device and not one["extra_info"]["flop"]
+        row for row in kernel_timings(result) if row["implementation"] == device and not row["flop"]
     ]
     if not rows:
         return None
@@ -232,8 +230,8 @@ def bandwidth(result: dict[str, Any], device: str, path: Path) -> Path | None:
     for axis, op in zip(axes, ops, strict=True):
         some = [row for row in rows if row["op"] == op]
         places = list(range(len(some)))[::-1]
-        bars = axis.barh([p + 0.2 for p in places], [row["share_of_limit"] for row in some], 0.38,
-                         color=BLUE, label="ours")  # fmt: skip
+        ours = [row["fraction_of_limit"] for row in some]
+        bars = axis.barh([p + 0.2 for p in places], ours, 0.38, color=BLUE, label="ours")
         axis.bar_label(bars, [f" {row['ratio_to_peer']:.1f}x" for row in some], fontsize=8)
         axis.barh([p - 0.2 for p in places],
                   [row["limit_seconds"] / row["peer_median"] for row in some], 0.38, color=ORANGE,
@@ -251,9 +249,8 @@ def bandwidth(result: dict[str, Any], device: str, path: Path) -> Path | None:
 def attention_by_scale(result: dict[str, Any], device: str, path: Path) -> Path | None:
     """paged_attention's time at each scale beside SDPA's; None if it was not measured."""
     found: dict[str, list[Row]] = {}
-    for one in result["benchmarks"]:
-        info = one["extra_info"]
-        if info["op"] == "paged_attention" and info["contender"] == device:
+    for info in kernel_timings(result):
+        if info["op"] == "paged_attention" and info["implementation"] == device:
             layout, *kv8, scale, rows, dtype = info["case"].split("-")
             place = int(scale.removeprefix("scale"))
             pixels, sequences = layout.removeprefix("layout"), rows.removeprefix("rows")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.report RESULT.json ... --out FOLDER
 
-Takes results of ``pytest benchmarks --benchmark-json`` and of ``variant bench --json``.
+Takes results of ``pytest benchmarks --json`` and of ``variant bench --json``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from benchmarks.results import (
     LARGEST,
     TRAINING,
     Result,
+    kernel_timings,
     read_all,
 )
 from variant.bench.engine_bench import switch_line
@@ -203,16 +204,16 @@ def _kernels(data: dict[str, Any]) -> list[str]:
     ]
     if data["quick"]:
         lines += ["A quick run: few rounds of small cases.", ""]
-    infos = [one["extra_info"] for one in data["benchmarks"]]
+    infos = kernel_timings(data)
     for op, device in dict.fromkeys((info["op"], info["device"]) for info in infos):
         cells = []
         some = [i for i in infos if (i["op"], i["device"]) == (op, device)]
         for case in dict.fromkeys(info["case"] for info in some):
             of_case = [info for info in some if info["case"] == case]
             others = ", ".join(
-                f"{info['contender']} {duration(info['median'])}"
+                f"{info['implementation']} {duration(info['median'])}"
                 for info in of_case
-                if not info["ours"] and info["contender"] != info["peer"]
+                if not info["ours"] and info["implementation"] != info["peer"]
             )
             for info in of_case:
                 if info["ours"]:
@@ -224,13 +225,13 @@ def _kernels(data: dict[str, Any]) -> list[str]:
                     )
                     cells.append([
                         case,
-                        info["contender"],
+                        info["implementation"],
                         duration(info["median"]),
                         duration(info["peer_median"]),
                         f"{info['ratio_to_peer']:.2f}",
                         f"{low:.2f} to {high:.2f}",
                         rate,
-                        f"{info['share_of_limit']:.0%}",
+                        f"{info['fraction_of_limit']:.0%}",
                         others,
                     ])  # fmt: skip
         columns = ["case", "ours", "time", some[0]["peer"], "ratio", "quartiles", "rate",
@@ -250,9 +251,9 @@ def _dropin(data: dict[str, Any]) -> list[str]:
     cells = []
     for run in data["results"]:
         dtype = run["dtype"] + (", copies kept" if run["keep_copies"] else "")
-        for name, one in run["contenders"].items():
+        for name, one in run["implementations"].items():
             cells.append(
-                [dtype, name, duration(one["median"]), f"{one['times_original']:.2f}",
+                [dtype, name, duration(one["median"]), f"{one['ratio_to_original']:.2f}",
                  f"{one['peak_mib']:,.0f} MiB", one["note"]]
             )  # fmt: skip
     columns = ["dtype", "contender", "time", "times the original", "peak beyond before", ""]
@@ -269,11 +270,15 @@ def _dropin(data: dict[str, Any]) -> list[str]:
 
 
 def _training(data: dict[str, Any]) -> list[str]:
-    ratio = f"ratio to {data['peer']}"
     cells = [
-        [row["contender"], duration(row["median"]), f"{row[ratio]:.2f}", f"{row['loss']:.3f}"]
+        [
+            row["implementation"],
+            duration(row["median"]),
+            f"{row['ratio_to_peer']:.2f}",
+            f"{row['loss']:.3f}",
+        ]
         for row in data["steps"]
-    ]
+    ]  # fmt: skip
     return [
         f"One optimiser step of {data['model']}, batch {data['batch']}, {data['dtype']} on "
         f"{data['device']}, bridge {data['bridge']}.",

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from variant.errors import UserError
 
-KERNELS, ENGINE = "variant-kernel-bench-1", "variant-engine-bench-2"
-DROPIN, TRAINING = "variant-dropin-1", "variant-training-step-1"
+KERNELS, ENGINE = "variant-kernel-bench-2", "variant-engine-bench-2"
+DROPIN, TRAINING = "variant-dropin-2", "variant-training-step-2"
 KV8, LARGEST = "variant-kv8-error-1", "variant-largest-batch-1"
 # Where a file of each kind comes from.
 KINDS = {
-    KERNELS: "pytest benchmarks --benchmark-json",
+    KERNELS: "pytest benchmarks --json",
     ENGINE: "variant bench --json",
     DROPIN: "python -m benchmarks.dropin --json",
     TRAINING: "python -m benchmarks.training_step --json",
@@ -73,49 +73,95 @@ class Ratio:
     high: float
 
 
+def kernel_timings(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row for each implementation of each case of a KERNELS file.
+
+    Returns:
+        The fields of the case and of the implementation, with "implementation", its name;
+        "peer_median", seconds; "achieved_flops", FLOP/s; "achieved_bandwidth", bytes/s; and
+        "fraction_of_limit", the shortest possible time over the median.
+    """
+    rows = []
+    for case in data["cases"]:
+        shared = {name: value for name, value in case.items() if name != "implementations"}
+        peer_median = case["implementations"][case["peer"]]["median"]
+        for name, timing in case["implementations"].items():
+            seconds = timing["median"]
+            rows.append({
+                **shared,
+                **timing,
+                "implementation": name,
+                "peer_median": peer_median,
+                "achieved_flops": case["flop"] / seconds,
+                "achieved_bandwidth": case["bytes"] / seconds,
+                "fraction_of_limit": case["limit_seconds"] / seconds,
+            })  # fmt: skip
+    return rows
+
+
 def ratios(result: Result) -> Iterator[tuple[str, Ratio]]:
-    """(what, how many times the peer takes as long) for everything of ours; never a time."""
-    if result.kind == KERNELS:
-        for one in result.data["benchmarks"]:
-            info = one["extra_info"]
-            if info["ours"]:
-                what = (
-                    f"{info['op']}, {info['device']}, {info['case']}: {info['contender']} against "
-                    f"{info['peer']}"
-                )
-                yield what, Ratio(info["ratio_to_peer"], *info["ratio_quartiles"])
-        return
-    if result.kind == DROPIN:
-        for run in result.data["results"]:
-            kept = ", copies kept" if run["keep_copies"] else ""
-            where = f"{result.data['family']} {result.data['size']}, {run['dtype']}{kept}"
-            for name, one in run["contenders"].items():
-                if name != "original":
-                    peer = run["contenders"]["original"]["seconds"]
-                    each = sorted(a / b for a, b in zip(peer, one["seconds"], strict=True))
-                    ratio = Ratio(one["times_original"], each[0], each[-1])
-                    yield f"{where}: {name} against original", ratio
-        return
-    if result.kind == TRAINING:
-        data = result.data
-        where = f"{data['model']}, training step, batch {data['batch']}, {data['dtype']}"
-        for row in data["steps"]:
-            if row["contender"] != data["peer"]:
-                what = f"{where}: {row['contender']} against {data['peer']}"
-                yield what, Ratio(row[f"ratio to {data['peer']}"], *row["ratio_quartiles"])
-        return
-    if result.kind in (KV8, LARGEST):
-        return  # no timing
-    model = result.data["model"]
-    for row in result.data["rows"]:
-        where = f"{model}, batch {row['batch']}, {row['dtype']}, depth {row['depth']}"
+    """(case, ratio to the peer) for every implementation of ours; absolute times are left out."""
+    read_ratios = RATIOS.get(result.kind)
+    if read_ratios is not None:  # files without timings have none
+        yield from read_ratios(result.data)
+
+
+def _kernel_ratios(data: Mapping[str, Any]) -> Iterator[tuple[str, Ratio]]:
+    for row in kernel_timings(data):
+        if row["ours"]:
+            case = f"{row['op']}, {row['device']}, {row['case']}"
+            yield (
+                f"{case}: {row['implementation']} against {row['peer']}",
+                Ratio(row["ratio_to_peer"], *row["ratio_quartiles"]),
+            )
+
+
+def _engine_ratios(data: Mapping[str, Any]) -> Iterator[tuple[str, Ratio]]:
+    model = data["model"]
+    for row in data["rows"]:
+        case = f"{model}, batch {row['batch']}, {row['dtype']}, depth {row['depth']}"
         for peer in row["against"]:
-            what = f"{where}: against {peer['peer']}"
-            yield what, Ratio(peer["ratio"], *peer["ratio_quartiles"])
+            yield (
+                f"{case}: against {peer['peer']}",
+                Ratio(peer["ratio"], *peer["ratio_quartiles"]),
+            )
         if row["ceiling"] > 1:
             speed_up = row["speed_up"]
-            yield f"{where}: over own full depth", Ratio(speed_up, speed_up, speed_up)
-    for one in result.data["decoder"]:
-        for peer in one["against"]:
-            what = f"{model}, decoder, batch {one['batch']}, {one['dtype']}: against {peer['peer']}"
-            yield what, Ratio(peer["ratio"], *peer["ratio_quartiles"])
+            yield f"{case}: over own full depth", Ratio(speed_up, speed_up, speed_up)
+    for row in data["decoder"]:
+        case = f"{model}, decoder, batch {row['batch']}, {row['dtype']}"
+        for peer in row["against"]:
+            yield (
+                f"{case}: against {peer['peer']}",
+                Ratio(peer["ratio"], *peer["ratio_quartiles"]),
+            )
+
+
+def _dropin_ratios(data: Mapping[str, Any]) -> Iterator[tuple[str, Ratio]]:
+    for run in data["results"]:
+        kept = ", copies kept" if run["keep_copies"] else ""
+        case = f"{data['family']} {data['size']}, {run['dtype']}{kept}"
+        for name, timing in run["implementations"].items():
+            if name != "original":
+                yield (
+                    f"{case}: {name} against original",
+                    Ratio(timing["ratio_to_original"], *timing["ratio_quartiles"]),
+                )
+
+
+def _training_ratios(data: Mapping[str, Any]) -> Iterator[tuple[str, Ratio]]:
+    case = f"{data['model']}, training step, batch {data['batch']}, {data['dtype']}"
+    for row in data["steps"]:
+        if row["implementation"] != data["peer"]:
+            yield (
+                f"{case}: {row['implementation']} against {data['peer']}",
+                Ratio(row["ratio_to_peer"], *row["ratio_quartiles"]),
+            )
+
+
+RATIOS = {
+    KERNELS: _kernel_ratios,
+    ENGINE: _engine_ratios,
+    DROPIN: _dropin_ratios,
+    TRAINING: _training_ratios,
+}

@@ -11,7 +11,7 @@ fits once; they take turns. Without ``--var-repo`` only our own depths are compa
 from __future__ import annotations
 
 import argparse
-import json
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.results import TRAINING
 from variant.bench.environment import environment
 from variant.bench.interleaved import alternate, quartiles, ratios
 from variant.bench.models import build, configs
+from variant.bench.result_file import write_result
 from variant.errors import UserError
 
-FORMAT = "variant-training-step-1"
 ORIGINAL = "original, dense mask"
 
 
@@ -100,11 +101,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     samples = alternate(calls, rounds=options.runs, device=device)
     rows = [
         {
-            "contender": name,
+            "implementation": name,
             "loss": losses[name],
+            "rounds": len(found.seconds),
             "median": found.median,
             "quartiles": found.quartiles,
-            f"ratio to {peer}": sorted(against)[len(against) // 2],
+            "ratio_to_peer": statistics.median(against),
             "ratio_quartiles": quartiles(against),
         }
         for name, found in samples.items()
@@ -112,7 +114,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ]
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
     return {
-        "format": FORMAT,
+        "format": TRAINING,
         "environment": environment(),
         "model": options.model,
         "batch": options.batch,
@@ -140,17 +142,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         result = measure(options)
+        write_result(options.json, result)
     except UserError as error:
         print(f"benchmarks.training_step: {error}", file=sys.stderr)
         return 1
-    temporary = options.json.with_name(options.json.name + ".part")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(options.json)
     for row in result["steps"]:
-        ratio = row[f"ratio to {result['peer']}"]
         print(
-            f"{row['contender']:24} {row['median'] * 1e3:10.1f} ms   {ratio:5.2f} x "
-            f"{result['peer']}   loss {row['loss']:.4f}"
+            f"{row['implementation']:24} {row['median'] * 1e3:10.1f} ms   "
+            f"{row['ratio_to_peer']:5.2f} x {result['peer']}   loss {row['loss']:.4f}"
         )
     return 0
 
