@@ -85,6 +85,12 @@ def backends(impls: Mapping[str, Impl], request: Request) -> Iterator[tuple[str,
             yield name, impls[name], impls[name].unsupported(request)
 
 
+def split(builders: Mapping[str, Call | str]) -> tuple[dict[str, Call], dict[str, str]]:
+    """(calls, missing) of a :class:`Contest` from a call, or the reason for none, by name."""
+    calls = {name: call for name, call in builders.items() if not isinstance(call, str)}
+    return calls, {name: reason for name, reason in builders.items() if isinstance(reason, str)}
+
+
 def missing_module(name: str) -> str | None:
     """The reason for a skip, if a peer's package is not installed."""
     if importlib.util.find_spec(name.replace("-", "_")) is None:
