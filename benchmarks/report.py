@@ -118,81 +118,108 @@ def _engine(data: dict[str, Any]) -> list[str]:
         "",
     ]
     for (dtype, batch), rows in groups(data["rows"]).items():
-        peers = [peer["peer"] for peer in rows[0]["against"]]
-        columns = ["depth", "ours, ms per image", "quartiles"]
-        columns += [f"{peer}, ms (times ours)" for peer in peers]
-        columns += ["K/V allocated (plan)", "speed-up (ceiling)", "beyond the GEMMs"]
-        cells = []
-        for row in rows:
-            low, high = row["ms"]["quartiles"]
-            equal = row["kv_allocated_bytes"] == row["kv_planned_bytes"]
-            planned = "equal" if equal else f"NOT {row['kv_planned_bytes'] / 2**20:,.1f}"
-            cells.append([
-                str(row["depth"]),
-                f"{row['ms']['median']:,.1f}",
-                f"{low:,.1f} to {high:,.1f}",
-                *(
-                    f"{peer['ms']['median']:,.1f} ({peer['ratio']:.2f})"
-                    + ("\\*" if peer["full_depth"] else "")
-                    for peer in row["against"]
-                ),
-                f"{row['kv_allocated_bytes'] / 2**20:,.1f} MiB ({planned})",
-                f"{row['speed_up']:.2f} ({row['ceiling']:.2f})",
-                f"{row['beyond_gemms']:.0%}",
-            ])  # fmt: skip
-        lines += [f"### {dtype}, batch {batch}", "", *table(columns, cells)]
+        lines += [f"### {dtype}, batch {batch}", "", *_depths(rows)]
         lines += _weights_read(rows, data["limits"]["start"]["copy"])
-        for row in rows:
-            # Earlier files have no such row.
-            if (kv8 := row.get("kv8")) is not None:
-                lines += [
-                    f"Depth {row['depth']} with 8-bit K/V: {kv8['ms']['median']:,.1f} ms per image "
-                    f"(exact takes {kv8['ratio']:.2f} times as long), "
-                    f"{kv8['kv_allocated_bytes'] / 2**20:,.1f} MiB; greedy tokens that change: "
-                    f"{kv8['greedy_changed']:.1%}.",
-                    "",
-                ]
-    for found in data["decoder"]:
-        against = ", ".join(
-            f"{peer['peer']} {peer['ms']['median']:,.1f} ms ({peer['ratio']:.2f} times)"
-            for peer in found["against"]
-        )
-        lines += [
-            f"Decoder, {found['dtype']}, batch {found['batch']}: {found['ms']['median']:,.1f} ms "
-            f"per image; {against}.",
-            "",
-        ]
-    for found in data["logits"]:
-        lines += [
-            f"Logits of the last scale, {found['what']}: largest difference "
-            f"{found['largest']:.3g}, mean {found['mean']:.3g}; their spread is "
-            f"{found['spread']:.3g}.",
-            "",
-        ]
-    for found in data.get("switch", []):  # files of before it was measured have none
-        lines += [f"Switch {switch_line(found)}.", ""]
-    if data["memory"]:
-        cells = [
-            [one["who"], str(one["batch"]), str(one["depth"]), f"{one['peak'] / 2**20:,.0f} MiB",
-             f"{one['loaded'] / 2**20:,.0f} MiB"]
-            for one in data["memory"]
-        ]  # fmt: skip
-        columns = ["one generation in a process of its own", "batch", "depth", "peak memory",
-                   "with the model loaded"]  # fmt: skip
-        lines += table(columns, cells)
-    return lines
+        lines += _eight_bit_kv(rows)
+    lines += _decoder(data["decoder"])
+    lines += _logits(data["logits"])
+    for switch in data.get("switch", []):  # older files have none
+        lines += [f"Switch {switch_line(switch)}.", ""]
+    return lines + _peak_memory(data["memory"])
+
+
+def _depths(rows: list[dict[str, Any]]) -> list[str]:
+    """Time and K/V memory of every depth, beside the peers."""
+    peers = [peer["peer"] for peer in rows[0]["against"]]
+    columns = ["depth", "ours, ms per image", "quartiles"]
+    columns += [f"{peer}, ms (times ours)" for peer in peers]
+    columns += ["K/V allocated (plan)", "speed-up (ceiling)", "beyond the GEMMs"]
+    cells = []
+    for row in rows:
+        low, high = row["ms"]["quartiles"]
+        equal = row["kv_allocated_bytes"] == row["kv_planned_bytes"]
+        planned = "equal" if equal else f"NOT {row['kv_planned_bytes'] / 2**20:,.1f}"
+        cells.append([
+            str(row["depth"]),
+            f"{row['ms']['median']:,.1f}",
+            f"{low:,.1f} to {high:,.1f}",
+            *(
+                f"{peer['ms']['median']:,.1f} ({peer['ratio']:.2f})"
+                + ("\\*" if peer["full_depth"] else "")
+                for peer in row["against"]
+            ),
+            f"{row['kv_allocated_bytes'] / 2**20:,.1f} MiB ({planned})",
+            f"{row['speed_up']:.2f} ({row['ceiling']:.2f})",
+            f"{row['beyond_gemms']:.0%}",
+        ])  # fmt: skip
+    return table(columns, cells)
 
 
 def _weights_read(rows: list[dict[str, Any]], bandwidth: float) -> list[str]:
-    """How far from reading every weight once a product; files of before it was counted: nothing."""
+    """Our time over that of reading each weight once a product, at ``bandwidth`` bytes/s."""
     times = [
-        f"depth {row['depth']} {row['ms']['median'] * row['batch'] / 1000 * bandwidth / bytes_:.2f}"
+        f"depth {row['depth']} {row['ms']['median'] * row['batch'] / 1000 * bandwidth / size:.2f}"
         for row in rows
-        if (bytes_ := row.get("weight_bytes"))
+        if (size := row.get("weight_bytes"))  # older files have none
     ]
     if not times:
         return []
     return [f"Times over reading the weights at the copy bandwidth: {', '.join(times)}.", ""]
+
+
+def _eight_bit_kv(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for row in rows:
+        kv8 = row.get("kv8")  # older files have none
+        if kv8 is not None:
+            lines += [
+                f"Depth {row['depth']} with 8-bit K/V: {kv8['ms']['median']:,.1f} ms per image "
+                f"(exact takes {kv8['ratio']:.2f} times as long), "
+                f"{kv8['kv_allocated_bytes'] / 2**20:,.1f} MiB; greedy tokens that change: "
+                f"{kv8['greedy_changed']:.1%}.",
+                "",
+            ]
+    return lines
+
+
+def _decoder(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for row in rows:
+        peers = ", ".join(
+            f"{peer['peer']} {peer['ms']['median']:,.1f} ms ({peer['ratio']:.2f} times)"
+            for peer in row["against"]
+        )
+        lines += [
+            f"Decoder, {row['dtype']}, batch {row['batch']}: {row['ms']['median']:,.1f} ms "
+            f"per image; {peers}.",
+            "",
+        ]
+    return lines
+
+
+def _logits(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for row in rows:
+        lines += [
+            f"Logits of the last scale, {row['what']}: largest difference "
+            f"{row['largest']:.3g}, mean {row['mean']:.3g}; their spread is "
+            f"{row['spread']:.3g}.",
+            "",
+        ]
+    return lines
+
+
+def _peak_memory(rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    cells = [
+        [row["who"], str(row["batch"]), str(row["depth"]), f"{row['peak'] / 2**20:,.0f} MiB",
+         f"{row['loaded'] / 2**20:,.0f} MiB"]
+        for row in rows
+    ]  # fmt: skip
+    columns = ["one generation in a process of its own", "batch", "depth", "peak memory",
+               "with the model loaded"]  # fmt: skip
+    return table(columns, cells)
 
 
 def _kernels(data: dict[str, Any]) -> list[str]:
@@ -204,42 +231,45 @@ def _kernels(data: dict[str, Any]) -> list[str]:
     ]
     if data["quick"]:
         lines += ["A quick run: few rounds of small cases.", ""]
-    infos = kernel_timings(data)
-    for op, device in dict.fromkeys((info["op"], info["device"]) for info in infos):
-        cells = []
-        some = [i for i in infos if (i["op"], i["device"]) == (op, device)]
-        for case in dict.fromkeys(info["case"] for info in some):
-            of_case = [info for info in some if info["case"] == case]
-            others = ", ".join(
-                f"{info['implementation']} {duration(info['median'])}"
-                for info in of_case
-                if not info["ours"] and info["implementation"] != info["peer"]
-            )
-            for info in of_case:
-                if info["ours"]:
-                    low, high = info["ratio_quartiles"]
-                    rate = (
-                        f"{info['achieved_flops'] / 1e9:,.0f} GFLOP/s"
-                        if info["bound"] == "compute"
-                        else f"{info['achieved_bandwidth'] / 1e9:,.1f} GB/s"
-                    )
-                    cells.append([
-                        case,
-                        info["implementation"],
-                        duration(info["median"]),
-                        duration(info["peer_median"]),
-                        f"{info['ratio_to_peer']:.2f}",
-                        f"{low:.2f} to {high:.2f}",
-                        rate,
-                        f"{info['fraction_of_limit']:.0%}",
-                        others,
-                    ])  # fmt: skip
-        columns = ["case", "ours", "time", some[0]["peer"], "ratio", "quartiles", "rate",
-                   "of the limit", "others"]  # fmt: skip
-        isa = some[0]["isa"]
+    by_op: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in kernel_timings(data):
+        by_op.setdefault((row["op"], row["device"]), []).append(row)
+    for (op, device), rows in by_op.items():
+        isa = rows[0]["isa"]
         title = f"### {op} on {device}" + (f", {isa}" if isa else "")
-        lines += [title, "", *table(columns, cells)]
+        lines += [title, "", *_op_table(rows)]
     return lines
+
+
+def _op_table(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each implementation of ours in each case of one op."""
+    cells = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        of_case = [row for row in rows if row["case"] == case]
+        others = ", ".join(
+            f"{row['implementation']} {duration(row['median'])}"
+            for row in of_case
+            if not row["ours"] and row["implementation"] != row["peer"]
+        )
+        for row in of_case:
+            if row["ours"]:
+                low, high = row["ratio_quartiles"]
+                cells.append([
+                    case,
+                    row["implementation"],
+                    duration(row["median"]),
+                    duration(row["peer_median"]),
+                    f"{row['ratio_to_peer']:.2f}",
+                    f"{low:.2f} to {high:.2f}",
+                    f"{row['achieved_flops'] / 1e9:,.0f} GFLOP/s"
+                    if row["bound"] == "compute"
+                    else f"{row['achieved_bandwidth'] / 1e9:,.1f} GB/s",
+                    f"{row['fraction_of_limit']:.0%}",
+                    others,
+                ])  # fmt: skip
+    columns = ["case", "ours", "time", rows[0]["peer"], "ratio", "quartiles", "rate",
+               "of the limit", "others"]  # fmt: skip
+    return table(columns, cells)
 
 
 def _dropin(data: dict[str, Any]) -> list[str]:
