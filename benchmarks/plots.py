@@ -247,7 +247,7 @@ def bandwidth(result: dict[str, Any], device: str, path: Path) -> Path | None:
 
 
 def attention_by_scale(result: dict[str, Any], device: str, path: Path) -> Path | None:
-    """paged_attention's time at each scale beside SDPA's; None if it was not measured."""
+    """paged_attention's time at each scale beside SDPA's; None if no case has several scales."""
     found: dict[str, list[Row]] = {}
     for info in kernel_timings(result):
         if info["op"] == "paged_attention" and info["implementation"] == device:
@@ -256,6 +256,7 @@ def attention_by_scale(result: dict[str, Any], device: str, path: Path) -> Path 
             pixels, sequences = layout.removeprefix("layout"), rows.removeprefix("rows")
             key = f"{pixels} pixels, {sequences} rows, {dtype}" + ", 8-bit K/V" * bool(kv8)
             found.setdefault(key, []).append({**info, "scale": place})
+    found = {title: rows for title, rows in found.items() if len(rows) > 1}
     if not found:
         return None
     figure, axes = panels(
@@ -285,8 +286,9 @@ def _plain_numbers(axis: Axes) -> None:
     for one in (axis.xaxis, axis.yaxis):
         if one.get_scale() == "log":
             low, high = one.get_view_interval()
-            if high < 300 * low:  # one labelled tick would tell little
-                one.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            if high < 300 * low:  # powers of ten alone would label one tick or none
+                subs = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 6, 8)
+                one.set_major_locator(LogLocator(subs=subs))
             one.set_major_formatter("{x:g}")
             one.set_minor_formatter(NullFormatter())
 

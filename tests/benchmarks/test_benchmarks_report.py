@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from small_models import small_model
 
-from benchmarks import compare, report
+from benchmarks import compare, plots, report
 from benchmarks.report import duration
 from benchmarks.results import DROPIN, ENGINE, KERNELS, read, read_all
 from variant.bench.engine_bench import Setting, measure
@@ -19,6 +19,7 @@ from variant.errors import UserError
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 LIMITS = {"gemm": {"float32": 1e11, "bfloat16": 4e11}, "copy": 3e10}
+SLOW_LIMITS = {"gemm": {"float32": 5e9}, "copy": 1e9}
 STEADY = {"start": LIMITS, "end": LIMITS, "drift": {"copy": 1.0, "gemm float32": 0.9}}
 
 
@@ -201,6 +202,42 @@ def test_the_page_shows_both_kinds_with_their_pictures(tmp_path, engine, capsys)
     assert "`variant bench`" in text
     columns = [line.count("|") for line in text.splitlines() if line.startswith("|")]
     assert min(columns) > 4
+
+
+@pytest.fixture
+def axes(monkeypatch):
+    """axes(plot, result): the visible axes of a figure that ``plot`` would save."""
+    saved = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: saved.append(figure) or path)
+
+    def draw(plot, result):
+        with plots.plt.rc_context(plots.STYLE):
+            if plot(result, "cpu", Path("unused.png")) is None:
+                return []
+        figure = saved.pop()
+        figure.canvas.draw()
+        plots.plt.close(figure)
+        return [axis for axis in figure.axes if axis.get_visible()]
+
+    return draw
+
+
+def test_scales_have_integer_ticks_and_a_single_scale_has_no_panel(axes):
+    result = kernels()
+    alone = "layout256-kv8-scale9-rows2-float32"
+    result["cases"].append(case("paged_attention", alone, {"cpu": 2.0, "sdpa": 1.0}, "sdpa"))
+    (panel,) = axes(plots.attention_by_scale, result)
+    assert panel.get_title("left") == "256 pixels, 2 rows, float32"
+    assert all(tick == int(tick) for tick in panel.get_xticks())
+    assert axes(plots.attention_by_scale, {**result, "cases": result["cases"][-1:]}) == []
+
+
+def test_a_roofline_labels_several_rates(axes):
+    # Ours twice as fast as the peer: less than a factor of 10 on the axis.
+    (panel,) = axes(plots.roofline, {**kernels(), "limits": {"cpu": {"start": SLOW_LIMITS}}})
+    low, high = panel.get_ylim()
+    labelled = [tick for tick in panel.get_yticks() if low <= tick <= high]
+    assert len(labelled) >= 3
 
 
 def test_every_committed_result_is_shown(tmp_path, capsys):
