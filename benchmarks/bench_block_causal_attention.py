@@ -17,7 +17,7 @@ from benchmarks.harness import (
     REPOSITORIES,
     Case,
     Check,
-    Contest,
+    Comparison,
     backends,
     missing_module,
     near,
@@ -43,10 +43,10 @@ HEADS = 16
 SHORT = (1, 2, 3, 4, 5, 6)
 # Scales of a 1024x1024 image, as HMAR (arXiv 2506.04421) measures its kernel: 9451 tokens.
 PATCH_NUMS_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
-# The plain-torch definition holds every score in float32, several times.
+# The plain-torch reference holds several copies of all scores in float32.
 MOST_SCORE_BYTES = 2**30
-# two-ops: qk_norm and then the op, where the case has qk_norm.
-PEERS = (
+# two-ops: qk_norm, then the op without it; in cases with qk_norm only.
+IMPLEMENTATIONS = (
     "triton", "cuda", "flex", "cpu", "op", "two-ops", "reference", "sdpa-dense-mask",
     "flex-compiled", "hmar",
 )  # fmt: skip
@@ -71,7 +71,8 @@ CASES = [
     for dtype in ("float32", "bfloat16")
     for direction in ("forward", "forward+backward")
 ]
-# Sizes that fill a GPU, first where time is short; float16 is what HMAR's kernel takes.
+# Sizes that fill a GPU come first: the time may end before the cases do. HMAR's kernel needs
+# float16.
 CASES[:0] = [
     Case(
         f"L{length}-batch{batch}-head_dim{head_dim}-{norm}{dtype}-{direction}",
@@ -140,8 +141,8 @@ class Inputs:
         return (out, *torch.autograd.grad(out, inputs, grad)) if self.backward else (out,)
 
 
-def build(case: Case, device: str, quick: bool) -> Contest:
-    """Packed projections for us; SDPA gets contiguous heads and the mask that VAR adds."""
+def build(case: Case, device: str, quick: bool) -> Comparison:
+    """Our ops read packed projections; SDPA reads contiguous heads and VAR's additive mask."""
     inputs = _inputs(case, device)
     on_backends = _backends(inputs, device, quick)
     calls, missing = split({
@@ -156,7 +157,7 @@ def build(case: Case, device: str, quick: bool) -> Contest:
     layout, backward = inputs.layout, inputs.backward
     batch, length, heads, head_dim = inputs.grad_BLHD.shape
     pairs = sum(n * layout.visible(k) for k, n in enumerate(layout.tokens))
-    return Contest(
+    return Comparison(
         shape={"batch": batch, "tokens": length, "heads": heads, "head_dim": head_dim,
                "visible": round(pairs / length**2, 3)},
         # Two products forward, five backward (the scores once more).
@@ -237,20 +238,20 @@ def _backends(inputs: Inputs, device: str, quick: bool) -> dict[str, Call | str]
     batch, length, heads, head_dim = inputs.grad_BLHD.shape
     score_bytes = 4 * batch * heads * length**2
     request = Request(device, (inputs.grad_BLHD.dtype,), head_dim)
-    found: dict[str, Call | str] = {}
+    calls: dict[str, Call | str] = {}
     for name, impl, reason in backends(impls, request):
         if name == "reference" and device == "cuda" and score_bytes > MOST_SCORE_BYTES:
             reason = f"plain torch would hold {score_bytes / 2**20:.0f} MiB of scores"
         if name == "flex" and quick:
             reason = "compiling FlexAttention takes longer than a quick run"
         if reason is not None:
-            found[name] = reason
+            calls[name] = reason
         elif inputs.backward:
             attend = functools.partial(_attend, layout=inputs.layout, backend=name)
-            found[name] = inputs.packed(attend)
+            calls[name] = inputs.packed(attend)
         else:
-            found[name] = functools.partial(_launch, impl, inputs)
-    return found
+            calls[name] = functools.partial(_launch, impl, inputs)
+    return calls
 
 
 def _launch(impl: Impl, inputs: Inputs) -> tuple[Tensor]:
@@ -334,5 +335,5 @@ def _hmar_call(inputs: Inputs, device: str) -> Call | str:
 
 
 @pytest.mark.benchmark(timer=replay)
-def test_block_causal_attention(compete, device, case, contender):
-    compete(OP, case, device, contender, build)
+def test_block_causal_attention(report_timing, device, case, implementation):
+    report_timing(OP, case, device, implementation, build)

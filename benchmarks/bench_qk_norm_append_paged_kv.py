@@ -1,4 +1,4 @@
-"""qk_norm_append_paged_kv: the packed projection is read once, K and V land in their pages."""
+"""qk_norm_append_paged_kv: normalise q and k of a packed projection, store k and v in pages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import Case, Check, Contest, backends, near, replay, split
+from benchmarks.harness import Case, Check, Comparison, backends, near, replay, split
 from variant.bench.environment import cache_bytes
 from variant.bench.interleaved import Call
 from variant_kernels import append_paged_kv, qk_norm, qk_norm_append_paged_kv
@@ -22,8 +22,8 @@ from variant_kernels.ops.qk_norm_append_paged_kv import FUSED_IMPLS
 
 OP = "qk_norm_append_paged_kv"
 HEAD_DIM, PAGE_SIZE = 64, 16
-# exact: the op on pages of the tokens' dtype, where the case has pages of 8 bits.
-PEERS = ("triton", "cuda", "cpu", "op", "exact", "two-ops", "reference", "eager")
+# exact: the op on pages in the dtype of the tokens; in cases with pages of 8 bits only.
+IMPLEMENTATIONS = ("triton", "cuda", "cpu", "op", "exact", "two-ops", "reference", "eager")
 SIZES = {"tokens1": 1, "tokens256": 256, "large": None}
 CASES = [
     Case(
@@ -96,7 +96,7 @@ class Inputs:
         return named
 
 
-def build(case: Case, device: str, quick: bool) -> Contest:
+def build(case: Case, device: str, quick: bool) -> Comparison:
     """Each sequence's tokens fill pages that lie anywhere in the pool."""
     inputs = _inputs(case, device)
     on_backends = _backends(inputs, device)
@@ -110,7 +110,7 @@ def build(case: Case, device: str, quick: bool) -> Contest:
     })  # fmt: skip
     ours = (*on_backends.keys() - {"reference"}, "op", "exact", "two-ops")
     batch, tokens, _, heads, head_dim = inputs.qkv_BT3HD.shape
-    return Contest(
+    return Comparison(
         shape={"batch": batch, "tokens": tokens, "heads": heads, "head_dim": head_dim},
         flop=0,
         moved=batch * tokens * _token_bytes(case) + inputs.slots_BT.nbytes,
@@ -242,5 +242,5 @@ def _two_ops(qkv_BT3HD, scale_mul_1H11, k_pages, v_pages, slots_BT, **scales):
 
 
 @pytest.mark.benchmark(timer=replay)
-def test_qk_norm_append_paged_kv(compete, device, case, contender):
-    compete(OP, case, device, contender, build)
+def test_qk_norm_append_paged_kv(report_timing, device, case, implementation):
+    report_timing(OP, case, device, implementation, build)

@@ -1,4 +1,4 @@
-"""pytest benchmarks --json FILE: every case of every op, each contender a parameter."""
+"""pytest benchmarks --json FILE: every case of every op, one test for each implementation."""
 
 from __future__ import annotations
 
@@ -19,31 +19,34 @@ from variant.bench.roofline import Limits, drift, measure_limits
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--quick", action="store_true", help="a few small cases, few rounds: under a minute"
+        "--quick", action="store_true", help="few rounds of a few small cases: under a minute"
     )
     parser.addoption(
         "--json", type=Path, metavar="FILE", help="file for the results, for benchmarks.report"
     )
     parser.addoption(
-        "--seconds", type=float, help="a file of benchmarks begins no new case after this long"
+        "--seconds", type=float, help="start no new case of a bench file after this time"
     )
     parser.addoption(
-        "--hmar-repo", type=Path, help="clone of NVlabs/HMAR: its block-causal kernel takes part"
+        "--hmar-repo", type=Path, help="clone of NVlabs/HMAR, to time its block-causal kernel"
     )
 
 
 class Session:
-    """Limits of each device, the contest that is being reported, and all cases so far."""
+    """State of one run: limits of each device, the comparison being reported, finished cases.
+
+    seconds: no new case of a bench file is started after this time; None is without limit.
+    """
 
     def __init__(self, quick: bool, seconds: float | None = None) -> None:
         self.quick, self.seconds = quick, seconds
-        self.begun: dict[str, float] = {}
+        self.started: dict[str, float] = {}
         self.limits: dict[str, Limits] = {}
         self.current: tuple[Any, ...] | None = None
         self.cases: list[dict[str, Any]] = []
 
     def limit(self, device: str, dtype: str) -> Limits:
-        """Measured once for each device and dtype, before the first contest that needs it."""
+        """Measured once for each device and dtype, before the first comparison that needs it."""
         known = self.limits.get(device)
         if known is None or dtype not in known.gemm:
             new = measure_limits(device, [getattr(torch, dtype)], quick=self.quick)
@@ -51,22 +54,22 @@ class Session:
             self.limits[device] = known
         return known
 
-    def spent(self, file: str) -> bool:
-        """Whether a file has had its seconds, counted from its first case."""
-        since = time.monotonic() - self.begun.setdefault(file, time.monotonic())
-        return self.seconds is not None and since > self.seconds
+    def out_of_time(self, file: str) -> bool:
+        """Whether ``seconds`` have passed since the first case of a bench file."""
+        elapsed = time.monotonic() - self.started.setdefault(file, time.monotonic())
+        return self.seconds is not None and elapsed > self.seconds
 
 
 def keep_memory():
-    """Let glibc keep freed memory, so that a large result costs its op, not the clearing of pages.
+    """Let glibc keep freed memory, so that the time of an op excludes the clearing of new pages.
 
-    Fresh pages made 19 ms of what are 4.8 (adaln_modulate, 64 MiB in, 64 MiB out, two Zen 4
-    cores). The engine's own tensors are small enough to be kept anyway.
+    With new pages 4.8 ms became 19 (adaln_modulate, 64 MiB in, 64 MiB out, two Zen 4 cores). The
+    tensors of the engine are small enough for glibc to keep their memory by default.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # other C libraries have no such switch
-        most_mapped, trim_threshold = -4, -1
-        mallopt(most_mapped, 0)
+    if mallopt is not None:  # other C libraries do not have it
+        mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+        mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
 
 
@@ -81,53 +84,55 @@ SESSION = pytest.StashKey[Session]()
 
 
 def pytest_generate_tests(metafunc):
-    """Cases outside, contenders inside: those of one case report one after the other."""
-    if "contender" not in metafunc.fixturenames:
+    """One test for each implementation of each case; those of one case follow each other."""
+    if "implementation" not in metafunc.fixturenames:
         return
     quick = metafunc.config.getoption("--quick")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    found = [
+    parameters = [
         pytest.param(device, case, name, id=f"{device}-{case.name}-{name}")
         for device in devices
         for case in metafunc.module.CASES
         if device in case.devices and (case.quick or not quick)
-        for name in metafunc.module.PEERS
+        for name in metafunc.module.IMPLEMENTATIONS
     ]
-    metafunc.parametrize(("device", "case", "contender"), found)
+    metafunc.parametrize(("device", "case", "implementation"), parameters)
 
 
 @pytest.fixture
-def compete(request, benchmark):
-    """compete(op, case, device, contender, build): checks, alternates, reports one contender.
+def report_timing(request, benchmark):
+    """report_timing(op, case, device, implementation, build): reports one implementation.
 
-    The first contender of a case builds the contest and lets all of them take turns.
+    The first test of a case builds the comparison and times all its implementations.
     """
     session = request.config.stash[SESSION]
 
-    def report(op, case, device, contender, build):
+    def report(op, case, device, implementation, build):
         limits = session.limit(device, case.dtype)
         key = op, case.name, device
         if session.current is None or session.current[0] != key:
-            session.current = None  # the last contest's tensors go first
-            if session.spent(request.path.name):
-                pytest.skip(f"the {session.seconds:g} seconds of {request.path.name} are spent")
-            # After eight shapes of one function torch.compile would leave the ninth uncompiled.
+            session.current = None  # free the tensors of the case before
+            if session.out_of_time(request.path.name):
+                pytest.skip(f"{request.path.name}: its {session.seconds:g} seconds have passed")
+            # torch.compile stops compiling a function after eight shapes.
             torch.compiler.reset()
             torch.manual_seed(0)
-            contest = build(case, device, session.quick)
-            samples, wrong = run(contest, device=device, quick=session.quick)
-            contest.calls = {}
-            contest.check = lambda name, answer: None
-            session.current = key, contest, samples, wrong
-            session.cases.append(record(op, case, device, contest, samples, limits))
-        _, contest, samples, wrong = session.current
-        if contender in wrong:
-            pytest.fail(f"{wrong[contender]}: not timed", pytrace=False)
-        if contender not in samples:
-            pytest.skip(contest.missing.get(contender, f"{contender} has no part in this case"))
+            comparison = build(case, device, session.quick)
+            samples, wrong = run(comparison, device=device, quick=session.quick)
+            # Free the tensors that the calls and the check hold.
+            comparison.calls = {}
+            comparison.check = lambda name, result: None
+            session.current = key, comparison, samples, wrong
+            session.cases.append(record(op, case, device, comparison, samples, limits))
+        _, comparison, samples, wrong = session.current
+        if implementation in wrong:
+            pytest.fail(f"{wrong[implementation]}: not timed", pytrace=False)
+        if implementation not in samples:
+            reason = f"this case has no implementation {implementation}"
+            pytest.skip(comparison.missing.get(implementation, reason))
         benchmark.group = f"{op}, {device}, {case.name}"
-        replay.load(samples[contender])
-        benchmark.pedantic(lambda: None, rounds=len(samples[contender].seconds))
+        replay.load(samples[implementation])
+        benchmark.pedantic(lambda: None, rounds=len(samples[implementation].seconds))
 
     return report
 
@@ -135,13 +140,13 @@ def compete(request, benchmark):
 def pytest_sessionfinish(session):
     """Write the cases with a description of the machine and the limits at the end."""
     config = session.config
-    path, found = config.getoption("--json"), config.stash[SESSION]
-    if path is None or not found.cases:
+    path, run_state = config.getoption("--json"), config.stash[SESSION]
+    if path is None or not run_state.cases:
         return
     limits = {}
-    for device, start in found.limits.items():
+    for device, start in run_state.limits.items():
         dtypes = [getattr(torch, name) for name in start.gemm]
-        end = measure_limits(device, dtypes, quick=found.quick)
+        end = measure_limits(device, dtypes, quick=run_state.quick)
         limits[device] = {
             "start": start.to_dict(),
             "end": end.to_dict(),
@@ -149,10 +154,10 @@ def pytest_sessionfinish(session):
         }
     result = {
         "format": KERNELS,
-        "quick": found.quick,
+        "quick": run_state.quick,
         "environment": environment(["pytest", *config.invocation_params.args]),
         "limits": limits,
-        "cases": found.cases,
+        "cases": run_state.cases,
     }
     write_result(path, result)
 

@@ -1,8 +1,8 @@
-"""What 8-bit K/V change on the golden models and on the digits model.
+"""The error of 8-bit K/V on the golden models and on the digits model.
 
     python -m benchmarks.kv8 --json benchmarks/results/kv8-error-MACHINE.json [--package]
 
-``--package`` also writes the figures where ``variant plan --kv-dtype fp8`` reads them. No timing:
+``--package`` also writes the figures that ``variant plan --kv-dtype fp8`` prints. Nothing is timed:
 the machine need not be idle.
 """
 
@@ -33,19 +33,19 @@ IMAGES = 8
 
 
 def models() -> dict[str, tuple[VAR, VQVAE]]:
-    """Every model that is measured, by the name that results carry."""
+    """Every model to measure, by its name in the results."""
     return {"digits": build("digits"), **{f"golden {n}": golden_model(n) for n in NAMES}}
 
 
 def measure(var: VAR, vae: VQVAE) -> dict[torch.dtype, list[KVError]]:
-    """One model in every dtype."""
+    """The errors of one model by dtype."""
     return {
         dtype: measure_kv_error(Engine(var, vae, dtype=dtype), images=IMAGES) for dtype in DTYPES
     }
 
 
 def figures(result: dict[str, Any]) -> dict[str, Any]:
-    """What the package carries of a result file."""
+    """The part of a result file that is shipped with the package."""
     source = {key: result["environment"][key] for key in ("command", "commit", "cpu", "torch")}
     return {"source": source, "rows": result["rows"]}
 
@@ -59,9 +59,9 @@ def main() -> int:
     words = ["python", "-m", "benchmarks.kv8", *sys.argv[1:]]
     result: dict[str, Any] = {"format": KV8, "environment": environment(words), "rows": []}
     for name, (var, vae) in models().items():
-        for found in measure(var, vae).values():
-            console().print(kv_error_table(name, found))
-            result["rows"] += [{"model": name, **asdict(row)} for row in found]
+        for errors in measure(var, vae).values():
+            console().print(kv_error_table(name, errors))
+            result["rows"] += [{"model": name, **asdict(row)} for row in errors]
     write_result(options.json, result)
     if options.package:
         write_result(FIGURES, figures(result))

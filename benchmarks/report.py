@@ -1,8 +1,8 @@
-"""Result files to one Markdown page with pictures.
+"""One Markdown page with pictures from result files.
 
     python -m benchmarks.report RESULT.json ... --out FOLDER
 
-Takes results of ``pytest benchmarks --json`` and of ``variant bench --json``.
+``benchmarks.results.KINDS`` lists the commands whose result files it reads.
 """
 
 from __future__ import annotations
@@ -77,22 +77,24 @@ def duration(seconds: float) -> str:
 
 
 def _environment(result: Result) -> list[str]:
-    found = result.environment
-    caches = ", ".join(f"{name} {size}" for name, size in found["caches"].items())
-    commit = (found["commit"] or "unknown")[:12] + (" with changes" if found["dirty"] else "")
+    machine = result.environment
+    caches = ", ".join(f"{name} {size}" for name, size in machine["caches"].items())
+    commit = (machine["commit"] or "unknown")[:12] + (" with changes" if machine["dirty"] else "")
     lines = [
-        f"{found['cpu']}, {found['isa']}, {found['threads']} of {found['cores']} cores, {caches}, "
-        f"{found['memory_bytes'] / 2**30:.0f} GiB; {found['system']}, Python {found['python']}, "
-        f"torch {found['torch']}"
-        + (f"; {found['gpu']}, driver {found['gpu_driver']}" if found["gpu"] else "")
-        + f". Commit {commit}, {found['date'][:10]}.",
+        f"{machine['cpu']}, {machine['isa']}, {machine['threads']} of {machine['cores']} cores, "
+        f"{caches}, {machine['memory_bytes'] / 2**30:.0f} GiB; {machine['system']}, "
+        f"Python {machine['python']}, "
+        f"torch {machine['torch']}"
+        + (f"; {machine['gpu']}, driver {machine['gpu_driver']}" if machine["gpu"] else "")
+        + f". Commit {commit}, {machine['date'][:10]}.",
         "",
-        f"`{found['command']}`",
+        f"`{machine['command']}`",
         "",
     ]
     limits = result.data.get("limits", {})
-    for device, one in {"": limits}.items() if result.kind == ENGINE else limits.items():
-        start, drift = one["start"], one.get("drift")
+    by_device = {"": limits} if result.kind == ENGINE else limits
+    for device, measured in by_device.items():
+        start, drift = measured["start"], measured.get("drift")
         rates = ", ".join(
             f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in start["gemm"].items()
         )
@@ -113,8 +115,8 @@ def _engine(data: dict[str, Any]) -> list[str]:
     lines = [
         f"Whole generations of {data['model']} ({data['weights']} weights, bridge "
         f"{data['bridge']}, cfg {sampling['cfg']}, top_k {sampling['top_k']}, top_p "
-        f"{sampling['top_p']}) without the VQ-VAE decoder; medians of runs that take turns. "
-        "An asterisk: the original runs every layer, it has no other depth.",
+        f"{sampling['top_p']}) without the VQ-VAE decoder; medians of interleaved runs. "
+        "An asterisk: the original has one depth and runs every layer.",
         "",
     ]
     for (dtype, batch), rows in groups(data["rows"]).items():
@@ -224,9 +226,9 @@ def _peak_memory(rows: list[dict[str, Any]]) -> list[str]:
 
 def _kernels(data: dict[str, Any]) -> list[str]:
     lines = [
-        "Contenders of a case take turns; times are medians, the ratio is that of the peer to "
-        "ours within each round (above 1: ours is faster), the limit is the measured GEMM rate or "
-        "copy bandwidth, whichever binds.",
+        "The implementations of a case run interleaved. Times are medians; the ratio is the median "
+        "over the rounds of the peer's time over ours (above 1: ours is faster). The limit is the "
+        "measured GEMM rate or copy bandwidth, whichever takes longer.",
         "",
     ]
     if data["quick"]:
@@ -275,25 +277,25 @@ def _op_table(rows: list[dict[str, Any]]) -> list[str]:
 def _dropin(data: dict[str, Any]) -> list[str]:
     lines = [
         f"The code of `{data['family']}` itself ({data['size']}, random weights) before and after "
-        "`patch`; all take turns, times are medians without the decoder.",
+        "`patch`; interleaved runs, medians without the decoder.",
         "",
     ]
     cells = []
     for run in data["results"]:
         dtype = run["dtype"] + (", copies kept" if run["keep_copies"] else "")
-        for name, one in run["implementations"].items():
+        for name, timing in run["implementations"].items():
             cells.append(
-                [dtype, name, duration(one["median"]), f"{one['ratio_to_original']:.2f}",
-                 f"{one['peak_mib']:,.0f} MiB", one["note"]]
+                [dtype, name, duration(timing["median"]), f"{timing['ratio_to_original']:.2f}",
+                 f"{timing['peak_mib']:,.0f} MiB", timing["note"]]
             )  # fmt: skip
-    columns = ["dtype", "contender", "time", "times the original", "peak beyond before", ""]
+    columns = ["dtype", "implementation", "time", "original / this", "additional peak memory", ""]
     lines += table(columns, cells)
     for run in data["results"]:
         if "depth" in run:
-            found = run["depth"]
+            depth = run["depth"]
             lines += [
-                f"{run['dtype']}: depth {found['depth']} over full depth {found['gained']:.2f} of "
-                f"{found['ceiling']:.2f} by linear work.",
+                f"{run['dtype']}: depth {depth['depth']} over full depth {depth['gained']:.2f} of "
+                f"{depth['ceiling']:.2f} by linear work.",
                 "",
             ]
     return lines
@@ -313,7 +315,7 @@ def _training(data: dict[str, Any]) -> list[str]:
         f"One optimiser step of {data['model']}, batch {data['batch']}, {data['dtype']} on "
         f"{data['device']}, bridge {data['bridge']}.",
         "",
-        *table(["contender", "time", f"times {data['peer']}", "loss"], cells),
+        *table(["implementation", "time", f"{data['peer']} / this", "loss"], cells),
     ]
 
 
@@ -325,7 +327,8 @@ def _kv8(data: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
     columns = ["model", "dtype", "depth", "largest", "rms", "likeliest token", "greedy tokens"]
     return [
-        "What 8-bit K/V change: logits over their standard deviation, shares of tokens.",
+        "The error of 8-bit K/V: change of the logits over their standard deviation, share of "
+        "tokens that change.",
         "",
         *table(columns, cells),
     ]
@@ -339,13 +342,13 @@ def _largest(data: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
     return [
         f"{data['model']}: the largest batch that ran in {data['limit_bytes'] / 2**30:g} GiB, and "
-        "where a line through two small ones reaches them.",
+        "its prediction from the memory of two small batches.",
         "",
-        *table(["who", "depth", "an image", "largest batch", "by the line"], cells),
+        *table(["who", "depth", "memory of an image", "largest batch", "predicted"], cells),
     ]
 
 
-# What shows each kind, and the name by which its pictures are drawn.
+# The function that writes the part of each kind, and the kinds that have pictures.
 PARTS = {
     ENGINE: _engine,
     KERNELS: _kernels,
@@ -358,7 +361,7 @@ PICTURES = {ENGINE: "engine", KERNELS: "kernels"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the page; 0, or 1 with one line that says why not."""
+    """Write the page; 0, or 1 with an error of one line."""
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.report")
     try:
         results = [result for path in options.results for result in read_all(path)]

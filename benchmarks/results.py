@@ -1,4 +1,4 @@
-"""Result files of every kind: reading them, and what is compared between two of them."""
+"""Read result files of every kind, and list the ratios by which two of them are compared."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from variant.errors import UserError
 KERNELS, ENGINE = "variant-kernel-bench-2", "variant-engine-bench-2"
 DROPIN, TRAINING = "variant-dropin-2", "variant-training-step-2"
 KV8, LARGEST = "variant-kv8-error-1", "variant-largest-batch-1"
-# Where a file of each kind comes from.
+# The command that writes a file of each kind.
 KINDS = {
     KERNELS: "pytest benchmarks --json",
     ENGINE: "variant bench --json",
@@ -34,12 +34,16 @@ class Result:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Where it was measured."""
+        """The machine, its software, the command and the commit of the measurement."""
         return self.data["environment"]
 
 
 def read(path: Path) -> Result:
-    """Raises: UserError for a file that is missing or is no result file."""
+    """Read one result file.
+
+    Raises:
+        UserError: the file is missing or is no result file.
+    """
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -55,18 +59,18 @@ def read(path: Path) -> Result:
 
 
 def read_all(path: Path) -> list[Result]:
-    """One file, or every result file of a folder: a long run may be split into several."""
+    """Read one file, or every result file of a folder: a long run may be split into several."""
     if not path.is_dir():
         return [read(path)]
-    found = [read(file) for file in sorted(path.glob("*.json"))]
-    if not found:
+    results = [read(file) for file in sorted(path.glob("*.json"))]
+    if not results:
         raise UserError(f"{path}: holds no .json file")
-    return found
+    return results
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """What a comparison looks at. ratio: above 1 ours is faster; low, high: its quartiles."""
+    """Time of the peer over ours: above 1 ours is faster.  low, high: quartiles."""
 
     ratio: float
     low: float

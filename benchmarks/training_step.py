@@ -1,11 +1,11 @@
-"""One optimiser step, ours by depth beside the original VAR code's with its dense mask.
+"""One optimiser step: ours at each depth, and the original VAR code's with its dense mask.
 
     python -m benchmarks.training_step --model var-d30 --batch 64 --depths 30 16 --json FILE \
         [--device cuda] [--dtype bfloat16] [--bridge 6] [--runs 10] [--var-repo PATH]
 
 A step is: forward under autocast, mean cross-entropy over all tokens, backward, clipping to norm 1,
-AdamW (fused). Both models share their weights, gradients and the optimiser, so that a large model
-fits once; they take turns. Without ``--var-repo`` only our own depths are compared.
+AdamW (fused). Both models share weights, gradients and the optimiser, so that the memory holds a
+large model once; their steps run interleaved. Without ``--var-repo`` only our depths are compared.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def step_of(
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The result file: seconds of each contender, ratios to the original or to full depth.
+    """The result: seconds of each implementation, ratios to the original or to full depth.
 
     Raises:
         UserError: a depth or a bridge that the model cannot have, or no clone at --var-repo.
@@ -65,7 +65,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     var, vae = build(options.model, device)
     var.train().requires_grad_(True)
     parameters = list(var.parameters())
-    # So small a rate that the weights of the last round are those of the first.
+    # A learning rate so small that all rounds have the same weights.
     optimizer = torch.optim.AdamW(parameters, lr=1e-9, fused=True)
     generator = torch.Generator().manual_seed(0)
     tokens_BL = torch.randint(
@@ -103,14 +103,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         {
             "implementation": name,
             "loss": losses[name],
-            "rounds": len(found.seconds),
-            "median": found.median,
-            "quartiles": found.quartiles,
-            "ratio_to_peer": statistics.median(against),
-            "ratio_quartiles": quartiles(against),
+            "rounds": len(own.seconds),
+            "median": own.median,
+            "quartiles": own.quartiles,
+            "ratio_to_peer": statistics.median(ratios(samples[peer], own)),
+            "ratio_quartiles": quartiles(ratios(samples[peer], own)),
         }
-        for name, found in samples.items()
-        for against in [ratios(samples[peer], found)]
+        for name, own in samples.items()
     ]
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
     return {

@@ -300,7 +300,7 @@ def test_drop_in_and_training_files_are_shown_and_compared(tmp_path, capsys):
     (kv8,) = RESULTS.glob("kv8-error-*.json")
     assert report.main([str(kv8), "--out", str(tmp_path / "kv8")]) == 0
     page = (tmp_path / "kv8" / "report.md").read_text()
-    assert "What 8-bit K/V change" in page
+    assert "The error of 8-bit K/V" in page
     assert page.count("| digits |") == 6
     capsys.readouterr()
     assert compare.main([dropin, dropin]) == 0

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.conftest import Session
-from benchmarks.harness import QUICK_ROUNDS, Contest, Replay, near, record, run
+from benchmarks.harness import QUICK_ROUNDS, Comparison, Replay, near, record, run
 from benchmarks.results import KERNELS, kernel_timings
 from variant.bench.interleaved import Samples
 from variant.bench.roofline import Limits
@@ -112,7 +112,7 @@ def test_every_benchmark_reports_all_backends_of_its_ops():
         "qk_norm_append_paged_kv": ("qk_norm_append_paged_kv",),
         "sample_tokens": ("sample_tokens",),
     }.items():
-        peers = importlib.import_module(f"benchmarks.bench_{stem}").PEERS
+        peers = importlib.import_module(f"benchmarks.bench_{stem}").IMPLEMENTATIONS
         assert len(set(peers)) == len(peers)
         for op in names:
             assert set(ops.tables()[op]) <= set(peers), op
@@ -121,10 +121,10 @@ def test_every_benchmark_reports_all_backends_of_its_ops():
 # --- the harness --------------------------------------------------------------------------------
 
 
-def contest(wrong=0.0):
+def comparison(wrong=0.0):
     x = torch.linspace(0, 1, 64)
     exact, plain = x.double().exp(), x.exp()
-    return Contest(
+    return Comparison(
         shape={},
         flop=8.0,
         moved=40.0,
@@ -136,16 +136,16 @@ def contest(wrong=0.0):
 
 
 def test_a_wrong_answer_is_named_and_not_timed():
-    samples, wrong = run(contest(wrong=0.01), device="cpu", quick=True)
+    samples, wrong = run(comparison(wrong=0.01), device="cpu", quick=True)
     assert set(samples) == {"peer"}
     assert re.match(r"cpu, result 0: error 0\.01, allowed", str(wrong["cpu"]))
-    samples, wrong = run(contest(), device="cpu", quick=True)
+    samples, wrong = run(comparison(), device="cpu", quick=True)
     assert set(samples) == {"cpu", "peer"}
     assert not wrong
 
 
 def test_nothing_is_timed_beside_a_wrong_peer():
-    some = contest(wrong=0.01)
+    some = comparison(wrong=0.01)
     some.peer = "cpu"
     with pytest.raises(AssertionError, match=r"cpu, result 0: error 0\.01"):
         run(some, device="cpu", quick=True)
@@ -156,7 +156,7 @@ def test_a_record_relates_time_to_work_peer_and_limit():
         name, dtype = "one", "float32"
 
     case = record(
-        "exp", Case(), "cpu", contest(),
+        "exp", Case(), "cpu", comparison(),
         {"cpu": Samples(1, {0: 2.0, 1: 4.0}), "peer": Samples(1, {0: 6.0, 1: 12.0})},
         Limits({"float32": 16.0}, 20.0),
     )  # fmt: skip
@@ -177,12 +177,12 @@ def test_the_replaying_clock_shows_each_sample():
     assert [times[1] - times[0], times[3] - times[2]] == [0.5, 0.25]
 
 
-def test_a_file_that_has_had_its_seconds_begins_no_new_case_and_the_next_file_has_its_own():
+def test_each_bench_file_starts_cases_for_its_own_seconds():
     session = Session(quick=True, seconds=0.0)
     for file in ("bench_a.py", "bench_b.py"):
-        session.spent(file)
+        assert not session.out_of_time(file)
         time.sleep(0.01)
-        assert session.spent(file)
-    patient = Session(quick=True)
-    assert not patient.spent("bench_a.py")
-    assert not patient.spent("bench_a.py")
+        assert session.out_of_time(file)
+    unlimited = Session(quick=True)
+    assert not unlimited.out_of_time("bench_a.py")
+    assert not unlimited.out_of_time("bench_a.py")
