@@ -72,6 +72,7 @@ def test_every_case_has_a_median_and_quartiles(path):
 def test_no_file_holds_raw_samples(path):
     for one in objects(json.loads(path.read_text())):
         assert "quartiles" in one or "median" not in one, one
+        assert not {"samples", "seconds", "data"} & set(one), one
         for name, value in one.items():
             if isinstance(value, list) and all(isinstance(item, int | float) for item in value):
                 assert len(value) <= MAX_NUMBERS, name
