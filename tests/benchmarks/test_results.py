@@ -8,7 +8,7 @@ import pytest
 from benchmarks.results import DROPIN, ENGINE, KERNELS, read
 from variant.bench.result_file import result_text
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 FILES = sorted(RESULTS.glob("*.json"))
 MAX_BYTES, MAX_LINES = 400_000, 5_000
 # The longest list of numbers that is not raw samples: one time for each scale.
