@@ -201,7 +201,7 @@ def test_rows_compare_ours_with_a_loop_that_draws_the_same():
         ]  # fmt: skip
         assert all(peer["ratio"] > 0 and not peer["full_depth"] for peer in row["against"])
         assert len(row["scale_ms"]) == 3
-        assert len(row["ms"]["samples"]) == 2
+        assert row["ms"]["rounds"] == 2
         assert row["beyond_gemms"] < 1
     assert full["weight_bytes"] > shallow["weight_bytes"] > 0
     assert full["speed_up"] == 1
@@ -209,7 +209,7 @@ def test_rows_compare_ours_with_a_loop_that_draws_the_same():
     assert found["decoder"][0]["against"][0]["peer"] == "plain modules float32"
     assert found["logits"] == []
     (switch,) = found["switch"]
-    assert (switch["depth"], switch["to"], len(switch["samples"])) == (4, 2, 2)
+    assert (switch["depth"], switch["to"], switch["rounds"]) == (4, 2, 2)
     assert switch["generation_ms"] > 0
     assert len(ticks) == 8 * 3 + 3 * 3
 

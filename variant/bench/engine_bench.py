@@ -10,7 +10,7 @@ import functools
 import itertools
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,11 @@ class Setting:
 
 @dataclass
 class Timing:
-    """Milliseconds per image: median, quartiles, samples."""
+    """Milliseconds per image: median and quartiles over the rounds that timed it."""
 
     median: float
     quartiles: tuple[float, float]
-    samples: list[float] = field(repr=False)
+    rounds: int
 
 
 @dataclass
@@ -139,8 +139,8 @@ class Switch:
     dtype: str
     ms: float
     quartiles: tuple[float, float]
-    samples: list[float] = field(repr=False)
-    generation_ms: float = 0.0
+    rounds: int
+    generation_ms: float
 
 
 @dataclass
@@ -362,7 +362,7 @@ class Contest:
                 dtype=dtype_name(self.setting.dtype),
                 ms=statistics.median(apart),
                 quartiles=quartiles(apart),
-                samples=apart,
+                rounds=len(apart),
                 generation_ms=statistics.median(second),
             )
         ]
@@ -446,7 +446,7 @@ class Contest:
 
     def _timing(self, samples: Samples) -> Timing:
         each = [1000 * seconds / self.setting.batch for seconds in samples.seconds]
-        return Timing(statistics.median(each), quartiles(each), each)
+        return Timing(statistics.median(each), quartiles(each), len(each))
 
     def _against(self, name: str, theirs: Samples, ours: Samples, *, full_depth: bool) -> Against:
         found = ratios(theirs, ours)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -21,15 +20,15 @@ from variant.bench.engine_bench import Setting, count_samples, measure, switch_l
 from variant.bench.environment import environment
 from variant.bench.models import build, is_preset
 from variant.bench.peak_memory import Job, peak
+from variant.bench.result_file import write_result
 from variant.bench.roofline import drift, measure_limits
 from variant.cli.options import Bench
 from variant.cli.output import DTYPES, console, mebibytes, table
 from variant.engine.planning import depths_of
 from variant.errors import UserError
-from variant.files import replacing
 from variant.models.var import VAR
 
-FORMAT = "variant-engine-bench-1"
+FORMAT = "variant-engine-bench-2"
 
 
 def bench(command: Bench) -> None:
@@ -102,8 +101,7 @@ def bench(command: Bench) -> None:
 
 def _write(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(path, result)
 
 
 def _check(command: Bench) -> None:
