@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from variant.bench.interleaved import Call, Samples, alternate, quartiles, ratios
+from variant.bench.interleaved import Call, Samples, quartiles, ratios, time_interleaved
 from variant.bench.roofline import Limits
 from variant_kernels import _C
 from variant_kernels.dispatch.request import Request
@@ -161,7 +161,7 @@ def run(
                 wrong[name] = error
         if comparison.peer in wrong:
             raise wrong[comparison.peer]
-        samples = alternate(
+        samples = time_interleaved(
             {name: call for name, call in comparison.calls.items() if name not in wrong},
             rounds=QUICK_ROUNDS if quick else ROUNDS,
             min_seconds=1e-4 if quick else 5e-4,

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from benchmarks.results import TRAINING
 from variant.bench.environment import environment
-from variant.bench.interleaved import alternate, quartiles, ratios
+from variant.bench.interleaved import quartiles, ratios, time_interleaved
 from variant.bench.models import build, configs
 from variant.bench.result_file import write_result
 from variant.errors import UserError
@@ -98,7 +98,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if peer not in calls:
         raise UserError(f"--depths: {config.depth} (full) must be among them without --var-repo")
     losses = {name: float(call()) for name, call in calls.items()}
-    samples = alternate(calls, rounds=options.runs, device=device)
+    samples = time_interleaved(calls, rounds=options.runs, device=device)
     rows = [
         {
             "implementation": name,

@@ -13,7 +13,7 @@ from variant.bench import original_var, roofline
 from variant.bench.engine_bench import Setting, measure
 from variant.bench.environment import ENVIRONMENT, caches, command_line, environment, machine_slug
 from variant.bench.flops import attention_flop, ceiling, linear_flop, linears, weight_bytes
-from variant.bench.interleaved import Took, alternate, quartiles, ratios
+from variant.bench.interleaved import Took, quartiles, ratios, time_interleaved
 from variant.bench.peak_memory import Job, peak
 from variant.bench.roofline import Limits, drift, measure_limits
 from variant.cli.main import main
@@ -77,7 +77,7 @@ def test_weights_are_counted_once_for_every_product_that_reads_them():
 def test_calls_take_turns_and_each_round_begins_with_another():
     order = []
     calls = {name: lambda n=name: order.append(n) or Took(1.0) for name in "abc"}
-    found = alternate(calls, rounds=3, min_seconds=0)
+    found = time_interleaved(calls, rounds=3, min_seconds=0)
     assert "".join(order[-9:]) == "abcbcacab"
     assert {name: len(s.seconds) for name, s in found.items()} == {"a": 3, "b": 3, "c": 3}
 
@@ -85,7 +85,7 @@ def test_calls_take_turns_and_each_round_begins_with_another():
 def test_a_ratio_compares_within_rounds_only():
     steps = itertools.count()
     # The machine slows down tenfold on the way; the ratio does not notice.
-    found = alternate(
+    found = time_interleaved(
         {
             "slow": lambda: Took(3 * (1 + next(steps) // 8 * 9)),
             "fast": lambda: Took(1 * (1 + next(steps) // 8 * 9)),
@@ -100,10 +100,10 @@ def test_a_ratio_compares_within_rounds_only():
 
 
 def test_short_calls_are_repeated_until_a_sample_is_long_enough():
-    found = alternate({"short": lambda: None}, rounds=2, min_seconds=1e-3)["short"]
+    found = time_interleaved({"short": lambda: None}, rounds=2, min_seconds=1e-3)["short"]
     assert found.iterations > 100
     assert found.median < 1e-4
-    slept = alternate({"long": lambda: time.sleep(2e-3)}, rounds=3, min_seconds=1e-3)["long"]
+    slept = time_interleaved({"long": lambda: time.sleep(2e-3)}, rounds=3, min_seconds=1e-3)["long"]
     assert slept.iterations == 1
     assert 2e-3 <= slept.quartiles[0] <= slept.median <= slept.quartiles[1]
 

@@ -21,7 +21,7 @@ from variant.bench import device, original_var, torch_baseline
 from variant.bench.device import clock, peer_settings
 from variant.bench.flops import attention_flop, ceiling, linear_flop, weight_bytes
 from variant.bench.gemm_baseline import GemmsAlone
-from variant.bench.interleaved import Call, Samples, Took, alternate, quartiles, ratios
+from variant.bench.interleaved import Call, Samples, Took, quartiles, ratios, time_interleaved
 from variant.engine.engine import Engine
 from variant.engine.generation import Generation, Stats
 from variant.evaluation.kv_error import IMAGES as GREEDY_IMAGES
@@ -326,7 +326,7 @@ class Contest:
                 calls[f"plain modules {setting}"] = functools.partial(
                     self._plain_decode, f_hat, autocast
                 )
-        samples = alternate(calls, rounds=self.setting.runs, device=self.device, tick=tick)
+        samples = time_interleaved(calls, rounds=self.setting.runs, device=self.device, tick=tick)
         ours = samples.pop("ours")
         return {
             "batch": self.setting.batch,
@@ -384,7 +384,7 @@ class Contest:
             peers = self.peers(depth)
             peers_of[depth] = list(peers) or peers_of[full]
             calls |= peers
-        samples = alternate(
+        samples = time_interleaved(
             calls, rounds=setting.runs, min_seconds=0.02, device=self.device, tick=tick
         )
         return [
@@ -465,7 +465,7 @@ def _difference(what: str, ours: Tensor, theirs: Tensor) -> LogitsDifference:
 
 
 def count_samples(setting: Setting, full_depth: int, device: str = "cpu") -> int:
-    """How often :func:`alternate` will tick in :meth:`Contest.run`, for a progress bar."""
+    """How often :func:`time_interleaved` will tick in :meth:`Contest.run`, for a progress bar."""
     depths = {full_depth, *setting.depths}
     peers = len(peer_settings(device)) * (1 if setting.var_repo is not None else len(depths))
     eight = 0 if setting.kv_dtype is None else len(setting.depths)

@@ -69,7 +69,7 @@ def ratios(slow: Samples, fast: Samples) -> list[float]:
     ]
 
 
-def alternate(
+def time_interleaved(
     calls: Mapping[str, Call],
     *,
     rounds: int,

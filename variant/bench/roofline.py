@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from variant.bench.interleaved import Call, alternate
+from variant.bench.interleaved import Call, time_interleaved
 from variant_kernels.dispatch.request import dtype_name
 
 # Rows, inputs, outputs: the first MLP layer of VAR-d16 on the last scale with guidance.
@@ -58,7 +58,7 @@ def measure_limits(
     for dtype in dtypes:
         name = dtype_name(dtype)
         calls[name], flop[name] = _gemm(device, dtype)
-    samples = alternate(calls, rounds=5 if quick else 15, device=device)
+    samples = time_interleaved(calls, rounds=5 if quick else 15, device=device)
     return Limits(
         gemm={name: flop[name] / samples[name].median for name in flop},
         copy=2 * source.nbytes / samples["copy"].median,
