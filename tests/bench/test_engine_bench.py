@@ -13,7 +13,7 @@ from variant.bench import original_var, roofline
 from variant.bench.engine_bench import Setting, measure
 from variant.bench.environment import ENVIRONMENT, caches, command_line, environment, machine_slug
 from variant.bench.flops import attention_flop, ceiling, linear_flop, linears, weight_bytes
-from variant.bench.interleaved import Took, quartiles, ratios, time_interleaved
+from variant.bench.interleaved import SelfTimed, quartiles, ratios, time_interleaved
 from variant.bench.peak_memory import Job, peak
 from variant.bench.roofline import Limits, drift, measure_limits
 from variant.cli.main import main
@@ -76,7 +76,7 @@ def test_weights_are_counted_once_for_every_product_that_reads_them():
 
 def test_calls_take_turns_and_each_round_begins_with_another():
     order = []
-    calls = {name: lambda n=name: order.append(n) or Took(1.0) for name in "abc"}
+    calls = {name: lambda n=name: order.append(n) or SelfTimed(1.0) for name in "abc"}
     found = time_interleaved(calls, rounds=3, min_seconds=0)
     assert "".join(order[-9:]) == "abcbcacab"
     assert {name: len(s.seconds) for name, s in found.items()} == {"a": 3, "b": 3, "c": 3}
@@ -87,8 +87,8 @@ def test_a_ratio_compares_within_rounds_only():
     # The machine slows down tenfold on the way; the ratio does not notice.
     found = time_interleaved(
         {
-            "slow": lambda: Took(3 * (1 + next(steps) // 8 * 9)),
-            "fast": lambda: Took(1 * (1 + next(steps) // 8 * 9)),
+            "slow": lambda: SelfTimed(3 * (1 + next(steps) // 8 * 9)),
+            "fast": lambda: SelfTimed(1 * (1 + next(steps) // 8 * 9)),
         },
         rounds=6,
         min_seconds=0,

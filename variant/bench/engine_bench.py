@@ -21,7 +21,7 @@ from variant.bench import device, original_var, torch_baseline
 from variant.bench.device import clock, peer_settings
 from variant.bench.flops import attention_flop, ceiling, linear_flop, weight_bytes
 from variant.bench.gemm_baseline import GemmsAlone
-from variant.bench.interleaved import Call, Samples, Took, quartiles, ratios, time_interleaved
+from variant.bench.interleaved import Call, Samples, SelfTimed, quartiles, ratios, time_interleaved
 from variant.engine.engine import Engine
 from variant.engine.generation import Generation, Stats
 from variant.evaluation.kv_error import IMAGES as GREEDY_IMAGES
@@ -184,17 +184,17 @@ class Contest:
 
     # --- what takes turns -----------------------------------------------------------------------
 
-    def ours(self, depth: int) -> Took:
+    def ours(self, depth: int) -> SelfTimed:
         """Seconds of one generation."""
         self.seed += 1
         stats = self.stats[depth] = self._generate(depth, seed=self.seed).stats
-        return Took(stats.seconds - stats.decode_seconds)
+        return SelfTimed(stats.seconds - stats.decode_seconds)
 
-    def kv8(self, depth: int) -> Took:
+    def kv8(self, depth: int) -> SelfTimed:
         """Seconds of one generation with 8-bit K/V, of the seed that exact ones had last."""
         made = self._generate(depth, seed=self.seed, kv_dtype=self.setting.kv_dtype)
         stats = self.kv8_stats[depth] = made.stats
-        return Took(stats.seconds - stats.decode_seconds)
+        return SelfTimed(stats.seconds - stats.decode_seconds)
 
     def _generate(self, depth: int, **options: Any) -> Generation:
         return self.engine.generate(
@@ -221,14 +221,14 @@ class Contest:
             for name, on in peer_settings(self.device).items()
         }
 
-    def _original(self, autocast: bool) -> Took:
+    def _original(self, autocast: bool) -> SelfTimed:
         assert self.original is not None
         with self.original.without_decoder():
             begun = clock(self.device)
             self.original.generate(
                 self.labels_B, seed=self.seed, autocast=autocast, **self.setting.filters
             )
-            return Took(clock(self.device) - begun)
+            return SelfTimed(clock(self.device) - begun)
 
     def _plain(self, depth: int, autocast: bool) -> None:
         with device.autocast(self.device, autocast):

@@ -22,8 +22,8 @@ LONG_SECONDS = 1.0
 HEAD_START_CYCLES, HEAD_START_CALLS = 10**7, 100
 
 
-class Took(float):
-    """What a call returns that knows its own time better: seconds."""
+class SelfTimed(float):
+    """Seconds that a call measured itself; they replace the time of the call."""
 
 
 @dataclass
@@ -136,6 +136,6 @@ def _sample(call: Call, iterations: int, device: str, launches: bool) -> float:
         begun = time.perf_counter()
         told = [call() for _ in range(iterations)]
         spent = time.perf_counter() - begun
-    if isinstance(told[0], Took):
+    if isinstance(told[0], SelfTimed):
         spent = sum(told)
     return spent / iterations
