@@ -306,7 +306,7 @@ class Contest:
                 found.append(_difference(what, ours_BTV, against_BTV))
         return found
 
-    def decoder(self, tick: Callable[[str], None]) -> dict[str, Any]:
+    def decoder(self, on_sample: Callable[[str], None]) -> dict[str, Any]:
         """The VQ-VAE's decoder alone, for the whole batch."""
         layout = self.var.layout
         tokens_BL = torch.randint(
@@ -326,7 +326,9 @@ class Contest:
                 calls[f"plain modules {setting}"] = functools.partial(
                     self._plain_decode, f_hat, autocast
                 )
-        samples = time_interleaved(calls, rounds=self.setting.runs, device=self.device, tick=tick)
+        samples = time_interleaved(
+            calls, rounds=self.setting.runs, device=self.device, on_sample=on_sample
+        )
         ours = samples.pop("ours")
         return {
             "batch": self.setting.batch,
@@ -369,7 +371,7 @@ class Contest:
 
     # --- the whole ------------------------------------------------------------------------------
 
-    def run(self, tick: Callable[[str], None]) -> list[Row]:
+    def run(self, on_sample: Callable[[str], None]) -> list[Row]:
         """Alternate everything, then look at the details."""
         setting, full = self.setting, self.var.config.depth
         depths = sorted({full, *setting.depths}, reverse=True)
@@ -385,7 +387,7 @@ class Contest:
             peers_of[depth] = list(peers) or peers_of[full]
             calls |= peers
         samples = time_interleaved(
-            calls, rounds=setting.runs, min_seconds=0.02, device=self.device, tick=tick
+            calls, rounds=setting.runs, min_seconds=0.02, device=self.device, on_sample=on_sample
         )
         return [
             self._row(depth, samples, peers_of[depth])
@@ -465,7 +467,7 @@ def _difference(what: str, ours: Tensor, theirs: Tensor) -> LogitsDifference:
 
 
 def count_samples(setting: Setting, full_depth: int, device: str = "cpu") -> int:
-    """How often :func:`time_interleaved` will tick in :meth:`Contest.run`, for a progress bar."""
+    """How often :func:`time_interleaved` will on_sample in :meth:`Contest.run`, for a progress bar."""
     depths = {full_depth, *setting.depths}
     peers = len(peer_settings(device)) * (1 if setting.var_repo is not None else len(depths))
     eight = 0 if setting.kv_dtype is None else len(setting.depths)
@@ -473,7 +475,7 @@ def count_samples(setting: Setting, full_depth: int, device: str = "cpu") -> int
 
 
 def measure(
-    var: VAR, vae: VQVAE, setting: Setting, tick: Callable[[str], None] = lambda name: None
+    var: VAR, vae: VQVAE, setting: Setting, on_sample: Callable[[str], None] = lambda name: None
 ) -> dict[str, Any]:
     """Rows, logits, the decoder and the switch of depths of one setting, as plain values.
 
@@ -482,14 +484,14 @@ def measure(
     """
     contest = Contest(var, vae, replace(setting, depths=tuple(setting.depths)))
     with torch.inference_mode():
-        rows = contest.run(tick)
+        rows = contest.run(on_sample)
         return {
             "rows": [asdict(row) for row in rows],
             "logits": [
                 {**asdict(found), "batch": 1, "dtype": dtype_name(setting.dtype)}
                 for found in contest.logits()
             ],
-            "decoder": [contest.decoder(tick)] if setting.decoder else [],
+            "decoder": [contest.decoder(on_sample)] if setting.decoder else [],
             "switch": [asdict(found) for found in contest.switch()],
         }
 

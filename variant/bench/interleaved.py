@@ -76,7 +76,7 @@ def time_interleaved(
     min_seconds: float = 5e-4,
     every: Callable[[str, float], int] = lambda name, seconds: 1,
     device: str = "cpu",
-    tick: Callable[[str], None] = lambda name: None,
+    on_sample: Callable[[str], None] = lambda name: None,
     launches: bool = True,
 ) -> dict[str, Samples]:
     """Time each call once per round; each round begins with another one.
@@ -89,7 +89,7 @@ def time_interleaved(
         every: (name, seconds of one call) -> n: the call is timed in every n-th round only, in
             the first always.
         device: "cuda" times by events between synchronisations.
-        tick: told the name after every sample; rounds + 1 times where each round times a call.
+        on_sample: results the name after every sample; rounds + 1 times where each round times a call.
         launches: whether what Python takes to launch work on a GPU counts. Where a recorded graph
             will launch it, it does not: the GPU gets other work while its queue is filled.
     """
@@ -103,7 +103,7 @@ def time_interleaved(
         once = sample(call, 1)
         if once < LONG_SECONDS:
             once = sample(call, 1)
-        tick(name)
+        on_sample(name)
         if once < min_seconds:  # a first guess from one call is rough: refine it with several
             once = sample(call, max(1, int(0.2 * min_seconds / max(once, 1e-7))))
         iterations = max(1, math.ceil(min_seconds / max(once, 1e-7)))
@@ -116,7 +116,7 @@ def time_interleaved(
             if number % step[name] == 0:
                 samples = found[name]
                 samples.by_round[number] = sample(calls[name], samples.iterations)
-                tick(name)
+                on_sample(name)
     return found
 
 
@@ -128,14 +128,14 @@ def _sample(call: Call, iterations: int, device: str, launches: bool) -> float:
         if not launches:
             torch.cuda._sleep(HEAD_START_CYCLES)
         start.record()
-        told = [call() for _ in range(iterations)]
+        results = [call() for _ in range(iterations)]
         end.record()
         torch.cuda.synchronize()
         spent = start.elapsed_time(end) / 1000
     else:
         begun = time.perf_counter()
-        told = [call() for _ in range(iterations)]
+        results = [call() for _ in range(iterations)]
         spent = time.perf_counter() - begun
-    if isinstance(told[0], SelfTimed):
-        spent = sum(told)
+    if isinstance(results[0], SelfTimed):
+        spent = sum(results)
     return spent / iterations

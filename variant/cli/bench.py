@@ -82,13 +82,13 @@ def bench(command: Bench) -> None:
     result["limits"] = {"start": start.to_dict()}
     with _progress(
         sum(count_samples(s, var.config.depth, command.device) for s in settings)
-    ) as tick:
+    ) as on_sample:
         for setting in settings:
-            found = measure(var, vae, setting, tick)
+            found = measure(var, vae, setting, on_sample)
             for part in ("rows", "logits", "decoder", "switch"):
                 result[part] += found[part]
             if command.memory:
-                result["memory"] += _memory(command, var, setting, result["memory"], tick)
+                result["memory"] += _memory(command, var, setting, result["memory"], on_sample)
             _write(command.json, result)  # a run that is stopped keeps what it finished
     end = measure_limits(command.device, dtypes)
     result["limits"] |= {"end": end.to_dict(), "drift": drift(start, end)}
@@ -135,10 +135,10 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
     with bar:
         task = bar.add_task("measuring", total=total)
 
-        def tick(name: str) -> None:
+        def on_sample(name: str) -> None:
             bar.update(task, advance=1, description=name)
 
-        yield tick
+        yield on_sample
 
 
 def _memory(
@@ -146,7 +146,7 @@ def _memory(
     var: VAR,
     setting: Setting,
     known: list[dict[str, Any]],
-    tick: Callable[[str], None],
+    on_sample: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Peak memory of ours at every depth and of each peer at full depth, a process each.
 
@@ -173,7 +173,7 @@ def _memory(
     seen = {(one["who"], one["batch"]) for one in known}
     for name, each in jobs.items():
         for one in each if (name, setting.batch) not in seen else []:
-            tick(f"memory of {name}")
+            on_sample(f"memory of {name}")
             sizes = peak(one)
             found.append({"who": name, "depth": one.depth, "batch": one.batch, **sizes})
     return found
