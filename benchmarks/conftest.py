@@ -14,7 +14,7 @@ from benchmarks.harness import REPOSITORIES, record, replay, run
 from benchmarks.results import KERNELS
 from variant.bench.environment import environment
 from variant.bench.result_file import write_result
-from variant.bench.roofline import Limits, drift, measure_limits
+from variant.bench.roofline import Peaks, drift, measure_peaks
 
 
 def pytest_addoption(parser):
@@ -41,16 +41,16 @@ class Session:
     def __init__(self, quick: bool, seconds: float | None = None) -> None:
         self.quick, self.seconds = quick, seconds
         self.started: dict[str, float] = {}
-        self.limits: dict[str, Limits] = {}
+        self.limits: dict[str, Peaks] = {}
         self.current: tuple[Any, ...] | None = None
         self.cases: list[dict[str, Any]] = []
 
-    def limit(self, device: str, dtype: str) -> Limits:
+    def limit(self, device: str, dtype: str) -> Peaks:
         """Measured once for each device and dtype, before the first comparison that needs it."""
         known = self.limits.get(device)
         if known is None or dtype not in known.gemm:
-            new = measure_limits(device, [getattr(torch, dtype)], quick=self.quick)
-            known = new if known is None else Limits(known.gemm | new.gemm, known.copy)
+            new = measure_peaks(device, [getattr(torch, dtype)], quick=self.quick)
+            known = new if known is None else Peaks(known.gemm | new.gemm, known.copy)
             self.limits[device] = known
         return known
 
@@ -146,7 +146,7 @@ def pytest_sessionfinish(session):
     limits = {}
     for device, start in run_state.limits.items():
         dtypes = [getattr(torch, name) for name in start.gemm]
-        end = measure_limits(device, dtypes, quick=run_state.quick)
+        end = measure_peaks(device, dtypes, quick=run_state.quick)
         limits[device] = {
             "start": start.to_dict(),
             "end": end.to_dict(),

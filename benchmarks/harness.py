@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from variant.bench.interleaved import Call, Samples, quartiles, ratios, time_interleaved
-from variant.bench.roofline import Limits
+from variant.bench.roofline import Peaks
 from variant_kernels import _C
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import PREFERENCE, Impl
@@ -178,7 +178,7 @@ def record(
     device: str,
     comparison: Comparison,
     samples: Mapping[str, Samples],
-    limits: Limits,
+    limits: Peaks,
 ) -> dict[str, Any]:
     """One case of a result file, as plain values: sizes, work, limit, and each implementation's
     median and quartiles of seconds per call and of the peer's time over its own.

@@ -15,7 +15,7 @@ from variant.bench.environment import ENVIRONMENT, caches, command_line, environ
 from variant.bench.flops import attention_flop, ceiling, linear_flop, linears, weight_bytes
 from variant.bench.interleaved import SelfTimed, quartiles, ratios, time_interleaved
 from variant.bench.peak_memory import Job, peak
-from variant.bench.roofline import Limits, drift, measure_limits
+from variant.bench.roofline import Peaks, drift, measure_peaks
 from variant.cli.main import main
 from variant.errors import UserError
 from variant.models.presets import VAR_PRESETS
@@ -114,14 +114,14 @@ def test_quartiles_of_one_value_are_that_value():
 
 
 def test_the_limit_is_the_slower_of_products_and_copies():
-    peaks = Limits({"float32": 100.0}, 10.0)
+    peaks = Peaks({"float32": 100.0}, 10.0)
     assert peaks.seconds("float32", 1000, 10) == (10, "compute")
     assert peaks.seconds("float32", 0, 50) == (5, "memory")
-    assert drift(peaks, Limits({"float32": 50.0}, 20.0)) == {"gemm float32": 0.5, "copy": 2.0}
+    assert drift(peaks, Peaks({"float32": 50.0}, 20.0)) == {"gemm float32": 0.5, "copy": 2.0}
 
 
 def test_only_the_dtypes_that_were_asked_for_are_measured():
-    measured = measure_limits("cpu", [torch.float32], quick=True)
+    measured = measure_peaks("cpu", [torch.float32], quick=True)
     assert set(measured.gemm) == {"float32"}
     assert measured.gemm["float32"] > 1e9
     assert measured.copy > 1e8
@@ -136,10 +136,10 @@ def test_a_slow_dtype_is_measured_on_fewer_rows(monkeypatch):
 
     monkeypatch.setattr(torch, "mm", slow_product)
     # A little over 0.05 s for 32 rows: 128 rows would take a little over 0.2 s.
-    assert roofline._rows_in_time(512, torch.zeros(8, 8)) == 64
+    assert roofline._rows_within_budget(512, torch.zeros(8, 8)) == 64
     assert rows_of_calls == [32, 32]
     monkeypatch.setattr(torch, "mm", lambda left, right: None)
-    assert roofline._rows_in_time(512, torch.zeros(8, 8)) == 512
+    assert roofline._rows_within_budget(512, torch.zeros(8, 8)) == 512
 
 
 # --- the machine --------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from benchmarks.conftest import Session
 from benchmarks.harness import QUICK_ROUNDS, Comparison, Replay, near, record, run
 from benchmarks.results import KERNELS, kernel_timings
 from variant.bench.interleaved import Samples
-from variant.bench.roofline import Limits
+from variant.bench.roofline import Peaks
 from variant_kernels import ops
 
 ROOT = Path(__file__).parents[2]
@@ -158,7 +158,7 @@ def test_a_record_relates_time_to_work_peer_and_limit():
     case = record(
         "exp", Case(), "cpu", comparison(),
         {"cpu": Samples(1, {0: 2.0, 1: 4.0}), "peer": Samples(1, {0: 6.0, 1: 12.0})},
-        Limits({"float32": 16.0}, 20.0),
+        Peaks({"float32": 16.0}, 20.0),
     )  # fmt: skip
     assert (case["bound"], case["limit_seconds"]) == ("memory", 2)
     cpu, peer = kernel_timings({"cases": [json.loads(json.dumps(case))]})

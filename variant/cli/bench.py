@@ -21,7 +21,7 @@ from variant.bench.environment import environment
 from variant.bench.models import build, is_preset
 from variant.bench.peak_memory import Job, peak
 from variant.bench.result_file import write_result
-from variant.bench.roofline import drift, measure_limits
+from variant.bench.roofline import drift, measure_peaks
 from variant.cli.options import Bench
 from variant.cli.output import DTYPES, console, mebibytes, table
 from variant.engine.planning import depths_of
@@ -78,7 +78,7 @@ def bench(command: Bench) -> None:
     }
     dtypes = [DTYPES[dtype] for dtype in command.dtype]
     console().print("measuring the machine's limits")
-    start = measure_limits(command.device, dtypes)
+    start = measure_peaks(command.device, dtypes)
     result["limits"] = {"start": start.to_dict()}
     with _progress(
         sum(count_samples(s, var.config.depth, command.device) for s in settings)
@@ -90,7 +90,7 @@ def bench(command: Bench) -> None:
             if command.memory:
                 result["memory"] += _memory(command, var, setting, result["memory"], on_sample)
             _write(command.json, result)  # a run that is stopped keeps what it finished
-    end = measure_limits(command.device, dtypes)
+    end = measure_peaks(command.device, dtypes)
     result["limits"] |= {"end": end.to_dict(), "drift": drift(start, end)}
     result["complete"] = True
     _write(command.json, result)
