@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from variant.bench import original_var
 from variant.bench.device import peer_settings
-from variant.bench.engine_bench import Setting, count_samples, measure, switch_line
+from variant.bench.engine_bench import BenchConfig, count_samples, measure, switch_line
 from variant.bench.environment import environment
 from variant.bench.models import build, is_preset
 from variant.bench.peak_memory import Job, peak
@@ -45,7 +45,7 @@ def bench(command: Bench) -> None:
         original_var.check_clone(command.var_repo)
         original_var.check_sizes(vae.config)
     settings = [
-        Setting(
+        BenchConfig(
             batch=batch,
             dtype=DTYPES[dtype],
             depths=depths,
@@ -144,7 +144,7 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
 def _memory(
     command: Bench,
     var: VAR,
-    setting: Setting,
+    setting: BenchConfig,
     known: list[dict[str, Any]],
     on_sample: Callable[[str], None],
 ) -> list[dict[str, Any]]:
