@@ -100,9 +100,9 @@ class Row:
 
     kv_*: bytes.  speed_up: over our own full depth; ceiling: its limit by linear work, the head
     included.  gemms_ms: the same matrix products alone; beyond_gemms: the share of the time that
-    is not spent in them.  weight_bytes: of the weights, read once by each product.  scale_ms: milliseconds
-    of each scale for the whole batch.  same_tokens: whether the plain loop drew the same (float32
-    only; None where there is none).  kv8: with 8-bit K/V, where asked for.
+    is not spent in them.  weight_bytes: of the weights, read once by each product.  scale_ms:
+    milliseconds of each scale for the whole batch.  same_tokens: whether the plain loop drew the
+    same tokens (float32 only; None without a plain loop).  kv8: with 8-bit K/V, if requested.
     """
 
     depth: int
@@ -502,6 +502,7 @@ def switch_line(switch: Mapping[str, Any]) -> str:
     """A :class:`Switch` as text."""
     low, high = switch["quartiles"]
     return (
-        f"from depth {switch['depth']} to {switch['to']}, {switch['dtype']}, batch {switch['batch']}: "
+        f"from depth {switch['depth']} to {switch['to']}, {switch['dtype']}, "
+        f"batch {switch['batch']}: "
         f"{switch['ms']:+.2f} ms ({low:+.2f} to {high:+.2f}) of {switch['generation_ms']:,.1f}"
     )
