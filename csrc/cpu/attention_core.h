@@ -29,8 +29,8 @@ inline int64_t tile_keys_for(int64_t keys) {
   const int64_t tiles = (keys + kMaxTileKeys<Cell> - 1) / kMaxTileKeys<Cell>;
   return tiles == 0 ? kRows : round_up((keys + tiles - 1) / tiles, kRows);
 }
-static_assert(kMaxTileKeys<Single> % kRows == 0 && kRows % 2 == 0,
-              "tiles are whole groups of keys");
+static_assert(kMaxTileKeys<Single> % kRows == 0, "rounding up to whole rows stays in the maximum");
+static_assert(kRows % 2 == 0, "a tile is a whole number of groups of two keys");
 
 // 2^x for x <= 126 or so: 2^n * p(x - n), n the nearest integer, p a polynomial that is 1 at 0
 // (minimax in relative error: 2.8e-6 with 4 terms, 9.1e-8 with 5). Below -126.5 it is 0, -inf
@@ -198,6 +198,94 @@ inline void negate_cells(Pair, float* cells, int64_t count) {
 }
 #endif
 
+// Queries as panels of B. A negative factor of the scores is applied here, as a sign.
+template <class Cell, class T, class Q>
+inline void pack_queries(const QueryPanel* panels, int64_t num_panels, int64_t head_dim,
+                         bool negate, Q q, ForwardScratch& s) {
+  const int64_t panel_cells = head_dim / Cell::kGroup * kPanel;
+  for (int64_t p = 0; p < num_panels; ++p) {
+    float* packed = s.q + p * panel_cells;
+    pack_columns<Cell, T>(
+        panels[p].count, head_dim, [&](int64_t i) { return q(panels[p].begin + i); }, packed);
+    if (negate) negate_cells(Cell{}, packed, panel_cells);
+  }
+}
+
+// Keys [first, first + keys) as rows of A and their values as panels of B.
+template <class Cell, class Row, class Rows>
+inline void pack_tile(int64_t first, int64_t keys, int64_t head_dim, int64_t panel_rows, Rows rows,
+                      ForwardScratch& s) {
+  constexpr int kGroup = Cell::kGroup;
+  const int64_t key_stride = cells_up<Cell>(head_dim);
+  Row k[kMaxTileKeys<Cell>], v[kMaxTileKeys<Cell> + 1];
+  rows(first, keys, k, v);
+  v[keys] = Row{};  // the second value of an odd last group: zeros
+  for (int64_t i = 0; i < keys; ++i) pack_row(Cell{}, k[i], head_dim, s.keys + i * key_stride);
+  for (int64_t i = 0; i < keys; i += kGroup) {
+    pack_panel_group(Cell{}, v[i], v[i + kGroup - 1], head_dim, s.values, panel_rows, i / kGroup);
+  }
+}
+
+// Scores of one panel, packed at q, with the first `keys` keys of the tile that begins at `first`.
+template <class Cell, int kTileVectors>
+inline void score(const QueryPanel& panel, int64_t first, int64_t keys, int64_t head_dim,
+                  const float* q, const int32_t* visible, ForwardScratch& s, VecF* tops) {
+  const int64_t cells = head_dim / Cell::kGroup;
+  const Operand tile{s.keys, cells_up<Cell>(head_dim), 1};
+  if (first + keys <= panel.least) {
+    score_tile<Cell, kTileVectors, false>(keys, cells, tile, q, nullptr, s.scores, tops);
+    return;
+  }
+  // Lanes without a query see everything: their zeros stay finite.
+  int32_t limits[kPanel];
+  for (int64_t i = 0; i < kPanel; ++i) {
+    limits[i] = i < panel.count ? visible[panel.begin + i] - static_cast<int32_t>(first)
+                                : static_cast<int32_t>(keys);
+  }
+  score_tile<Cell, kTileVectors, true>(keys, cells, tile, q, limits, s.scores, tops);
+}
+
+// From the maxima of a tile's scores to m' = max(m, factor * tops), which replaces both, and to
+// shrink = 2^(m - m'), by which earlier sums are multiplied. The first tile has no m.
+template <int kTileVectors>
+inline void rescale(bool is_first, float factor, VecF* tops, float* peak, float* shrink) {
+  for (int j = 0; j < kTileVectors; ++j) {
+    tops[j] = tops[j] * factor;
+    if (!is_first) {
+      const VecF before = load(peak + j * kLanes);
+      tops[j] = maximum(before, tops[j]);
+      store(shrink + j * kLanes, exp2_approx<5>(before - tops[j]));
+    }
+    store(peak + j * kLanes, tops[j]);
+  }
+}
+
+// l = l * shrink + the sums of this tile's p.
+template <int kTileVectors>
+inline void accumulate(bool is_first, VecF* totals, const float* shrink, float* sum) {
+  for (int j = 0; j < kTileVectors; ++j) {
+    if (!is_first) totals[j] += load(sum + j * kLanes) * load(shrink + j * kLanes);
+    store(sum + j * kLanes, totals[j]);
+  }
+}
+
+// out = o / l and lse of every query.
+template <class T, class O>
+inline void write_panels(const QueryPanel* panels, int64_t num_panels, int64_t head_dim, O out,
+                         float* lse, const ForwardScratch& s) {
+  for (int64_t p = 0; p < num_panels; ++p) {
+    for (int64_t i = 0; i < panels[p].count; ++i) {
+      const int64_t t = panels[p].begin + i, lane = p * kPanel + i;
+      T* target = out(t);
+      const float sum = s.sum[lane], share = 1.0f / sum;
+      for_vectors(head_dim, [&](int64_t d, auto lanes) {
+        store(target + d, load(s.out + lane * s.width_up + d) * share, lanes);
+      });
+      if (lse) lse[t] = s.peak[lane] * kLn2 + static_cast<float>(__builtin_log(sum));
+    }
+  }
+}
+
 // Attention of num_panels panels of one head. q(t) is the row of query t; rows(s, count, k, v)
 // writes the addresses of the rows of keys [s, s + count), as Row; out(t) is where the result of
 // query t goes, lse (may be null) the head's array over queries.
@@ -207,86 +295,45 @@ template <class T, class Row = const T*, class Q, class Rows, class O>
 inline void attend_panels(const QueryPanel* panels, int64_t num_panels, int64_t head_dim,
                           int64_t tile_keys, float softmax_scale, const int32_t* visible, Q q,
                           Rows rows, O out, float* lse, ForwardScratch& s) {
+  // Types and sizes
   using Cell = typename CellOf<T>::type;
   constexpr int kGroup = Cell::kGroup;
-  const int64_t cells = head_dim / kGroup, key_stride = cells_up<Cell>(head_dim);
-  const int64_t panel_q = cells * kPanel, up = s.width_up, panel_rows = tile_keys / kGroup;
+  const int64_t panel_rows = tile_keys / kGroup, panel_cells = head_dim / kGroup * kPanel;
+
+  // Queries
   // The maximum of scaled scores is the scaled maximum only for a positive factor: its sign goes to
   // q, and zero (which would make NaN of a hidden key's -inf) becomes next to nothing.
   const float factor = max_of(__builtin_fabsf(softmax_scale) * kLog2E, __FLT_MIN__);
-  for (int64_t p = 0; p < num_panels; ++p) {
-    float* packed = s.q + p * panel_q;
-    pack_columns<Cell, T>(
-        panels[p].count, head_dim, [&](int64_t i) { return q(panels[p].begin + i); }, packed);
-    if (softmax_scale < 0) negate_cells(Cell{}, packed, panel_q);
-  }
+  pack_queries<Cell, T>(panels, num_panels, head_dim, softmax_scale < 0, q, s);
+
+  // Tiles of keys
   const int64_t all_keys = panels[num_panels - 1].most;
   for (int64_t first = 0; first < all_keys; first += tile_keys) {
     const int64_t in_tile = min_of(tile_keys, all_keys - first);
-    Row k[kMaxTileKeys<Cell>], v[kMaxTileKeys<Cell> + 1];
-    rows(first, in_tile, k, v);
-    v[in_tile] = Row{};
-    for (int64_t i = 0; i < in_tile; ++i) pack_row(Cell{}, k[i], head_dim, s.keys + i * key_stride);
-    for (int64_t i = 0; i < in_tile; i += kGroup) {
-      pack_panel_group(Cell{}, v[i], v[i + kGroup - 1], head_dim, s.values, panel_rows, i / kGroup);
-    }
+    pack_tile<Cell, Row>(first, in_tile, head_dim, panel_rows, rows, s);
     for (int64_t p = 0; p < num_panels; ++p) {
       const QueryPanel& panel = panels[p];
       const int64_t keys = min_of(in_tile, panel.most - first);
       if (keys <= 0) continue;
-      float *peak = s.peak + p * kPanel, *sum = s.sum + p * kPanel;
-      float* o = s.out + p * kPanel * up;
-      float rescale[kPanel];
+      const bool is_first = first == 0;
+      float shrink[kPanel];
       with_vectors(vectors_of(panel.count), [&](auto count) {
         constexpr int kTileVectors = decltype(count)::value;
         VecF tops[kTileVectors], totals[kTileVectors];
-        const Operand tile{s.keys, key_stride, 1};
-        if (first + keys > panel.least) {
-          // Lanes without a query see everything: their zeros stay finite.
-          int32_t limits[kPanel];
-          for (int64_t i = 0; i < kPanel; ++i) {
-            limits[i] = i < panel.count ? visible[panel.begin + i] - static_cast<int32_t>(first)
-                                        : static_cast<int32_t>(keys);
-          }
-          score_tile<Cell, kTileVectors, true>(keys, cells, tile, s.q + p * panel_q, limits,
-                                               s.scores, tops);
-        } else {
-          score_tile<Cell, kTileVectors, false>(keys, cells, tile, s.q + p * panel_q, nullptr,
-                                                s.scores, tops);
-        }
-        for (int j = 0; j < kTileVectors; ++j) {
-          tops[j] = tops[j] * factor;
-          if (first > 0) {
-            const VecF before = load(peak + j * kLanes);
-            tops[j] = maximum(before, tops[j]);
-            store(rescale + j * kLanes, exp2_approx<5>(before - tops[j]));
-          }
-          store(peak + j * kLanes, tops[j]);
-        }
+        score<Cell, kTileVectors>(panel, first, keys, head_dim, s.q + p * panel_cells, visible, s,
+                                  tops);
+        rescale<kTileVectors>(is_first, factor, tops, s.peak + p * kPanel, shrink);
         exponentials<Cell, kTileVectors>(s.scores, keys, factor, tops, totals);
-        for (int j = 0; j < kTileVectors; ++j) {
-          if (first > 0) {
-            totals[j] += load(sum + j * kLanes) * load(rescale + j * kLanes);
-          }
-          store(sum + j * kLanes, totals[j]);
-        }
+        accumulate<kTileVectors>(is_first, totals, shrink, s.sum + p * kPanel);
       });
       multiply_add_panels<Cell>(panel.count, head_dim, (keys + kGroup - 1) / kGroup,
-                                Operand{s.scores, 1, kPanel}, s.values, panel_rows, first == 0,
-                                rescale, o, up);
+                                Operand{s.scores, 1, kPanel}, s.values, panel_rows, is_first,
+                                shrink, s.out + p * kPanel * s.width_up, s.width_up);
     }
   }
-  for (int64_t p = 0; p < num_panels; ++p) {
-    for (int64_t i = 0; i < panels[p].count; ++i) {
-      const int64_t t = panels[p].begin + i, lane = p * kPanel + i;
-      T* target = out(t);
-      const float sum = s.sum[lane], share = 1.0f / sum;
-      for_vectors(head_dim, [&](int64_t d, auto lanes) {
-        store(target + d, load(s.out + lane * up + d) * share, lanes);
-      });
-      if (lse) lse[t] = s.peak[lane] * kLn2 + static_cast<float>(__builtin_log(sum));
-    }
-  }
+
+  // Outputs
+  write_panels<T>(panels, num_panels, head_dim, out, lse, s);
 }
 
 // How many panels one task takes: all that fit its memory, fewer when there would be less than two
