@@ -164,6 +164,45 @@ inline void pad(float* x, int64_t count, int64_t multiple) {
   for (int64_t i = count; i < round_up(count, multiple); ++i) x[i] = -kInfinity;
 }
 
+// The smallest and the largest of x.
+template <class Number>
+struct Range {
+  Number low, high;
+};
+template <class Number>
+inline Range<Number> range_of(const Number* x, int64_t count) {
+  Range<Number> range = {x[0], x[0]};
+  for (int64_t i = 1; i < count; ++i) {
+    range.low = x[i] < range.low ? x[i] : range.low;
+    range.high = x[i] > range.high ? x[i] : range.high;
+  }
+  return range;
+}
+
+// Searches an interval that the two functions share. halve() moves one of its bounds to the middle;
+// false: no number lies in between. narrow() copies the entries inside and takes their range as the
+// bounds, so that every halving parts some of them; true: few entries are left, or they are equal.
+template <class Halve, class Narrow>
+inline void bisect(Halve halve, Narrow narrow) {
+  for (int round = 1;; ++round) {
+    const bool halved = halve();
+    if (halved && round % kHalvings) continue;
+    if (narrow() || !halved) return;
+  }
+}
+
+// The k-th largest of few entries, or of equal ones, with `above` entries beyond them.
+inline float kth_of_few(const float* x, int64_t count, int64_t k, int64_t above,
+                        Range<float> range) {
+  float answer = range.low;
+  for (int64_t i = 0; i < count && range.low < range.high; ++i) {
+    int64_t reached = above;
+    for (int64_t j = 0; j < count; ++j) reached += x[j] >= x[i];
+    if (reached >= k && x[i] > answer) answer = x[i];
+  }
+  return answer;
+}
+
 // The k-th largest of x, 1 <= k < count; x is padded with -inf to whole vectors, free of NaN and
 // +inf, its extremes are given. `room` holds count + 2 kLanes entries.
 inline float kth_largest(const float* x, int64_t count, int64_t k, float smallest, float largest,
@@ -172,6 +211,7 @@ inline float kth_largest(const float* x, int64_t count, int64_t k, float smalles
   int64_t above = count_from(x, padded, largest);  // entries >= high
   if (above >= k) return largest;
   float low = smallest, high = largest;  // the answer lies in [low, high)
+
   // Masked entries, far below, would make the halving start far away.
   const float near = largest - 256.0f;
   if (low < near) {
@@ -188,39 +228,35 @@ inline float kth_largest(const float* x, int64_t count, int64_t k, float smalles
       }
     }
   }
+
   int64_t base = 0;  // entries above those in x, once x is the narrowed copy
   float top = high;  // nothing in the interval lies above
-  for (int round = 1;; ++round) {
-    float middle = low * 0.5f + top * 0.5f;
-    if (!(middle > low && middle < top)) middle = top;  // no number lies between
-    const int64_t reached = base + count_from(x, padded, middle);
-    if (reached >= k) {
-      low = middle;
-    } else {
-      top = high = middle;
-      above = reached;
-    }
-    if (round % kHalvings) continue;
-    count = keep_between(x, padded, low, high, room);
-    pad(room, count, kLanes);
-    padded = round_up(count, kLanes);
-    x = room;
-    base = above;
-    // Entries themselves bound the interval now: every halving parts some of them.
-    low = top = x[0];
-    for (int64_t i = 1; i < count; ++i) {
-      low = x[i] < low ? x[i] : low;
-      top = x[i] > top ? x[i] : top;
-    }
-    if (count <= kFew || low == top) break;
-  }
-  float answer = low;
-  for (int64_t i = 0; i < count && low < top; ++i) {
-    int64_t reached = base;
-    for (int64_t j = 0; j < count; ++j) reached += x[j] >= x[i];
-    if (reached >= k && x[i] > answer) answer = x[i];
-  }
-  return answer;
+  bisect(
+      [&] {
+        float middle = low * 0.5f + top * 0.5f;
+        // Without a number in between, one of the two values is left: still a halving.
+        if (!(middle > low && middle < top)) middle = top;
+        const int64_t reached = base + count_from(x, padded, middle);
+        if (reached >= k) {
+          low = middle;
+        } else {
+          top = high = middle;
+          above = reached;
+        }
+        return true;
+      },
+      [&] {
+        count = keep_between(x, padded, low, high, room);
+        pad(room, count, kLanes);
+        padded = round_up(count, kLanes);
+        x = room;
+        base = above;
+        const Range<float> range = range_of(x, count);
+        low = range.low;
+        top = range.high;
+        return count <= kFew || low == top;
+      });
+  return kth_of_few(x, count, k, base, {low, top});
 }
 
 // What top-p leaves: everything above `floor`, and of its equals all but the first `gone`.
@@ -240,49 +276,11 @@ inline double mass_up_to(const double* d, const double* w, int64_t padded, doubl
   return sums.total();
 }
 
-// In ascending order of d, lower index first among equals, every entry whose cumulative weight w is
-// at most `allowance` goes; the last never does. d <= 0, its largest is 0; both are padded to whole
-// groups of 16 with d = -inf, w = 0. `low` is below every d that weighs anything. The rooms hold
-// count + 16 + kWideLanes entries.
-inline MassCut cut_by_mass(const double* d, const double* w, int64_t count, double low,
-                           double allowance, double* room_d, double* room_w) {
-  // Everything up to low may go, everything up to high may not: the boundary lies in (low, high].
-  double high = 0.0, below = 0.0, base = 0.0;
-  double bottom = low;  // nothing in the interval lies below
-  int64_t padded = round_up(count, kSums);
-  for (int round = 1;; ++round) {
-    const double middle = 0.5 * (bottom + high);
-    const bool between = middle > bottom && middle < high;
-    if (between) {
-      const double mass = base + mass_up_to(d, w, padded, middle);
-      if (mass <= allowance) {
-        low = bottom = middle;
-        below = mass;
-      } else {
-        high = middle;
-      }
-      if (round % kHalvings) continue;
-    }
-    count = keep_wide(d, w, padded, low, high, room_d, room_w);
-    padded = round_up(count, kSums);
-    d = room_d;
-    w = room_w;
-    base = below;
-    // Entries themselves bound the interval now: every halving parts some of them, and rounding
-    // cannot leave it empty.
-    bottom = high = d[0];
-    for (int64_t i = 1; i < count; ++i) {
-      bottom = d[i] < bottom ? d[i] : bottom;
-      high = d[i] > high ? d[i] : high;
-    }
-    if (!between || count <= kFew || bottom == high) break;
-    for (int64_t i = count; i < padded; ++i) {
-      room_d[i] = -static_cast<double>(kInfinity);
-      room_w[i] = 0.0;
-    }
-  }
-  // Few entries, or at most two values: value by value from below. The largest left is the boundary
-  // at the latest.
+// The boundary among few entries, or at most two values, of which the largest is `high`: value by
+// value from low up. `below` is the weight of everything up to low. The boundary is `high` at the
+// latest.
+inline MassCut cut_few(const double* d, const double* w, int64_t count, double low, double high,
+                       double below, double allowance) {
   double floor = low;
   int64_t equals = 0;
   for (;;) {
@@ -300,6 +298,7 @@ inline MassCut cut_by_mass(const double* d, const double* w, int64_t count, doub
     if (floor == high || below + weight > allowance) break;
     below += weight;
   }
+  // Ties
   const int64_t may_go = floor == 0.0 ? equals - 1 : equals;
   int64_t gone = 0;
   for (int64_t i = 0; i < count && gone < may_go; ++i) {
@@ -309,6 +308,49 @@ inline MassCut cut_by_mass(const double* d, const double* w, int64_t count, doub
     ++gone;
   }
   return {floor, gone};
+}
+
+// In ascending order of d, lower index first among equals, every entry whose cumulative weight w is
+// at most `allowance` goes; the last never does. d <= 0, its largest is 0; both are padded to whole
+// groups of 16 with d = -inf, w = 0. `low` is below every d that weighs anything. The rooms hold
+// count + 16 + kWideLanes entries.
+inline MassCut cut_by_mass(const double* d, const double* w, int64_t count, double low,
+                           double allowance, double* room_d, double* room_w) {
+  // Everything up to low may go, everything up to high may not: the boundary lies in (low, high].
+  double high = 0.0;
+  double below = 0.0, base = 0.0;  // weights up to low: of all entries, and of those not in d
+  double bottom = low;             // nothing in the interval lies below
+  int64_t padded = round_up(count, kSums);
+  bisect(
+      [&] {
+        const double middle = 0.5 * (bottom + high);
+        if (!(middle > bottom && middle < high)) return false;
+        const double mass = base + mass_up_to(d, w, padded, middle);
+        if (mass <= allowance) {
+          low = bottom = middle;
+          below = mass;
+        } else {
+          high = middle;
+        }
+        return true;
+      },
+      [&] {
+        count = keep_wide(d, w, padded, low, high, room_d, room_w);
+        padded = round_up(count, kSums);
+        for (int64_t i = count; i < padded; ++i) {
+          room_d[i] = -static_cast<double>(kInfinity);
+          room_w[i] = 0.0;
+        }
+        d = room_d;
+        w = room_w;
+        base = below;
+        // With the entries' own range, rounding cannot leave the interval empty.
+        const Range<double> range = range_of(d, count);
+        bottom = range.low;
+        high = range.high;
+        return count <= kFew || bottom == high;
+      });
+  return cut_few(d, w, count, low, high, below, allowance);
 }
 
 }  // namespace
