@@ -9,13 +9,28 @@
 
 namespace variant::cuda {
 
+// The pages of one head.
+template <class Element>
+struct HeadPages {
+  const Element* data;
+  int64_t page_stride, slot_stride;
+
+  __device__ const Element* row(int page, int64_t slot) const {
+    return data + page * page_stride + slot * slot_stride;
+  }
+};
+template <class Element>
+__device__ inline HeadPages<Element> pages_of_head(const HeadView& pages, int64_t h) {
+  return {row<Element>(pages, 0, 0, h), pages.batch_stride, pages.token_stride};
+}
+
 // One tile of queries of one head of one sequence, and one part of its keys.
 template <class T, class Page = T>
 struct PagedSource {
   const T* q;
-  const Page *k_pages, *v_pages;
+  HeadPages<Page> k_pages, v_pages;
   const int32_t* table;
-  int64_t q_stride, k_page_stride, k_slot_stride, v_page_stride, v_slot_stride;
+  int64_t q_stride;
   int queries, page_size, page_shift, num_pages, first, last;
 
   __device__ const T* query(int r) const { return r < queries ? q + r * q_stride : nullptr; }
@@ -30,8 +45,8 @@ struct PagedSource {
   __device__ void locate(int s, const Page** k, const Page** v) const {
     int64_t slot;
     const int page = find(s, &slot);
-    *k = k_pages + page * k_page_stride + slot * k_slot_stride;
-    *v = v_pages + page * v_page_stride + slot * v_slot_stride;
+    *k = k_pages.row(page, slot);
+    *v = v_pages.row(page, slot);
   }
 };
 
@@ -91,12 +106,8 @@ __device__ inline PagedPlace place_of_block(const PagedParams& p,
   source.queries = static_cast<int>(a.tokens - t < Tile::kQueries ? a.tokens - t : Tile::kQueries);
   source.q = row<T>(a.q, b, t, h);
   source.q_stride = a.q.token_stride;
-  source.k_pages = row<Page>(a.k_pages, 0, 0, h);
-  source.v_pages = row<Page>(a.v_pages, 0, 0, h);
-  source.k_page_stride = a.k_pages.batch_stride;
-  source.k_slot_stride = a.k_pages.token_stride;
-  source.v_page_stride = a.v_pages.batch_stride;
-  source.v_slot_stride = a.v_pages.token_stride;
+  source.k_pages = pages_of_head<Page>(a.k_pages, h);
+  source.v_pages = pages_of_head<Page>(a.v_pages, h);
   source.table = a.page_table + b * a.page_table_stride;
   source.page_size = static_cast<int>(a.page_size);
   source.page_shift = p.page_shift;
