@@ -247,50 +247,43 @@ __device__ inline void backward_tile(const BackwardTile<TX, T>& a) {
   }
 }
 
-template <class TX, class T, int kAccess>
-__global__ void __launch_bounds__(kMostThreads) adaln_backward_kernel(AdaLNBackwardCudaArgs all) {
-  const AdaLNBackwardArgs& a = all.op;
+// The tile of one block, without what only the gated form has. kinds: sums for each column.
+template <class TX, class T, class Args>
+__device__ inline BackwardTile<TX, T> tile_of_block(const Args& a, const TokenView& grad_h,
+                                                    const TokenView& x, float* partial, int kinds) {
   const int64_t tiles = ceil_div(a.tokens, kAdaLNTokensPerTile);
   const int64_t b = blockIdx.x / tiles, begin = blockIdx.x % tiles * kAdaLNTokensPerTile;
   const int64_t after = begin + kAdaLNTokensPerTile, first_row = b * a.tokens;
   BackwardTile<TX, T> tile = {};
-  tile.grad_h = a.grad_y;
-  tile.x = a.x;
+  tile.grad_h = grad_h;
+  tile.x = x;
   tile.scale = row<T>(a.scale, b);
   tile.mean = a.mean + first_row;
   tile.rstd = a.rstd + first_row;
   tile.grad_x = static_cast<TX*>(a.grad_x) + first_row * a.width;
-  tile.partial = all.partial + int64_t{blockIdx.x} * 2 * a.width;
+  tile.partial = partial + int64_t{blockIdx.x} * kinds * a.width;
   tile.b = b;
   tile.begin = begin;
   tile.end = after < a.tokens ? after : a.tokens;
   tile.width = static_cast<int>(a.width);
-  backward_tile<kAccess, false>(tile);
+  return tile;
+}
+
+template <class TX, class T, int kAccess>
+__global__ void __launch_bounds__(kMostThreads) adaln_backward_kernel(AdaLNBackwardCudaArgs all) {
+  const AdaLNBackwardArgs& a = all.op;
+  backward_tile<kAccess, false>(tile_of_block<TX, T>(a, a.grad_y, a.x, all.partial, 2));
 }
 
 template <class TX, class T, int kAccess>
 __global__ void __launch_bounds__(kMostThreads)
     gated_adaln_backward_kernel(GatedAdaLNBackwardCudaArgs all) {
   const GatedAdaLNBackwardArgs& a = all.op;
-  const int64_t tiles = ceil_div(a.tokens, kAdaLNTokensPerTile);
-  const int64_t b = blockIdx.x / tiles, begin = blockIdx.x % tiles * kAdaLNTokensPerTile;
-  const int64_t after = begin + kAdaLNTokensPerTile, first_row = b * a.tokens;
-  BackwardTile<TX, T> tile = {};
-  tile.grad_h = a.grad_h;
-  tile.x = a.x_out;
+  BackwardTile<TX, T> tile = tile_of_block<TX, T>(a, a.grad_h, a.x_out, all.partial, 3);
   tile.grad_x_out = a.grad_x_out;
   tile.y = a.y;
-  tile.scale = row<T>(a.scale, b);
-  tile.gate = row<T>(a.gate, b);
-  tile.mean = a.mean + first_row;
-  tile.rstd = a.rstd + first_row;
-  tile.grad_x = static_cast<TX*>(a.grad_x) + first_row * a.width;
-  tile.grad_y = static_cast<T*>(a.grad_y) + first_row * a.width;
-  tile.partial = all.partial + int64_t{blockIdx.x} * 3 * a.width;
-  tile.b = b;
-  tile.begin = begin;
-  tile.end = after < a.tokens ? after : a.tokens;
-  tile.width = static_cast<int>(a.width);
+  tile.gate = row<T>(a.gate, tile.b);
+  tile.grad_y = static_cast<T*>(a.grad_y) + tile.b * a.tokens * a.width;
   backward_tile<kAccess, true>(tile);
 }
 
