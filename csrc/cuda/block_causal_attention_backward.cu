@@ -1,9 +1,12 @@
 // Gradients of block-causal attention, without atomics: one kernel walks the queries of each tile
 // of keys (dk, dv), one the keys of each tile of queries (dq), and both compute the scores anew
-// (FlashAttention-2, arXiv 2307.08691). With X the tile's own rows and Y the rows that pass by:
-//   S = X1 Y1^T,  P = exp(softmax_scale S - lse),  dP = X2 Y2^T,  dS = P (dP - delta)
-//   keys:    X = k, v; Y = q, grad_out;  dk = softmax_scale dS Y1,  dv = P Y2
-//   queries: X = q, grad_out; Y = k, v;  dq = softmax_scale dS Y1
+// (FlashAttention-2, arXiv 2307.08691). A block owns one tile and reads all other tiles that meet
+// it; `qk` is a tile of queries or keys, `gv` one of grad_out or values:
+//   S = own_qk other_qk^T,  P = exp(softmax_scale S - lse)
+//   dP = own_gv other_gv^T,  dS = P (dP - delta)
+//   a tile of keys:     own = k, v; other = q, grad_out;  dk = softmax_scale dS other_qk,
+//                                                         dv = P other_gv
+//   a tile of queries:  own = q, grad_out; other = k, v;  dq = softmax_scale dS other_qk
 #include <type_traits>
 
 #include "block_causal_attention.h"
@@ -22,13 +25,25 @@ struct BackwardParams {
   ScaleEnds ends;
 };
 
+// The rows of one head, by token.
+template <class T>
+struct HeadRows {
+  const T* data;
+  int64_t stride;
+
+  __device__ const T* row(int64_t t) const { return data + t * stride; }
+};
+template <class T>
+__device__ inline HeadRows<T> rows_of_head(const HeadView& x, int64_t b, int64_t h) {
+  return {row<T>(x, b, 0, h), x.token_stride};
+}
+
 // The tile of one block: rows [begin, begin + rows), which meet [first, last).
 template <class T>
 struct BackwardPlace {
   int64_t b, h;
   int begin, rows, first, last;
-  const T *x1, *x2, *y1, *y2;  // of token 0
-  int64_t x1_stride, x2_stride, y1_stride, y2_stride;
+  HeadRows<T> own_qk, own_gv, other_qk, other_gv;
   const float *lse, *delta;
 };
 
@@ -48,16 +63,10 @@ __device__ inline BackwardPlace<T> place_of_block(const BackwardParams& p) {
   at.rows = left < kRows ? left : kRows;
   at.first = kForKeys ? p.ends.begin(at.begin) : 0;
   at.last = kForKeys ? static_cast<int>(a.length) : p.ends.visible(at.begin + at.rows - 1);
-  const HeadView &x1 = kForKeys ? a.k : a.q, &x2 = kForKeys ? a.v : a.grad_out;
-  const HeadView &y1 = kForKeys ? a.q : a.k, &y2 = kForKeys ? a.grad_out : a.v;
-  at.x1 = row<T>(x1, at.b, 0, at.h);
-  at.x2 = row<T>(x2, at.b, 0, at.h);
-  at.y1 = row<T>(y1, at.b, 0, at.h);
-  at.y2 = row<T>(y2, at.b, 0, at.h);
-  at.x1_stride = x1.token_stride;
-  at.x2_stride = x2.token_stride;
-  at.y1_stride = y1.token_stride;
-  at.y2_stride = y2.token_stride;
+  at.own_qk = rows_of_head<T>(kForKeys ? a.k : a.q, at.b, at.h);
+  at.own_gv = rows_of_head<T>(kForKeys ? a.v : a.grad_out, at.b, at.h);
+  at.other_qk = rows_of_head<T>(kForKeys ? a.q : a.k, at.b, at.h);
+  at.other_gv = rows_of_head<T>(kForKeys ? a.grad_out : a.v, at.b, at.h);
   const int64_t place = (at.b * a.heads + at.h) * a.length;
   at.lse = a.lse + place;
   at.delta = p.delta + place;
@@ -73,44 +82,44 @@ __device__ inline bool sees(const BackwardParams& p, const Place& at, int x, int
 
 // --- on tensor cores ----------------------------------------------------------------------------
 
-// A warp owns 16 rows of X; tiles of kPassing rows of Y arrive in two stages.
-template <class T_, int kHeadDim_, int kPassing_>
+// A warp owns 16 rows of the own tiles; other tiles, kOtherRows rows each, arrive in two stages.
+template <class T_, int kHeadDim_, int kOtherRows_>
 struct BackwardTile {
   using T = T_;
-  static constexpr int kHeadDim = kHeadDim_, kPassing = kPassing_;
+  static constexpr int kHeadDim = kHeadDim_, kOtherRows = kOtherRows_;
   static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kRows = 16 * kWarps;
   static constexpr int kRow = kHeadDim + kRowPadding;
-  static constexpr int kStage = 2 * kPassing * kRow;
+  static constexpr int kStage = 2 * kOtherRows * kRow;
   static constexpr int kSharedBytes = (2 * kRows * kRow + 2 * kStage) * 2;
 };
 
 template <class Tile, class Place>
-__device__ inline void copy_passing(typename Tile::T* stage, const Place& at, int first,
-                                    int head_dim) {
-  copy_rows<Tile>(stage, Tile::kPassing, head_dim, [&](int r) {
-    return first + r < at.last ? at.y1 + (first + r) * at.y1_stride : nullptr;
+__device__ inline void copy_other(typename Tile::T* stage, const Place& at, int first,
+                                  int head_dim) {
+  copy_rows<Tile>(stage, Tile::kOtherRows, head_dim, [&](int r) {
+    return first + r < at.last ? at.other_qk.row(first + r) : nullptr;
   });
-  copy_rows<Tile>(stage + Tile::kPassing * Tile::kRow, Tile::kPassing, head_dim, [&](int r) {
-    return first + r < at.last ? at.y2 + (first + r) * at.y2_stride : nullptr;
+  copy_rows<Tile>(stage + Tile::kOtherRows * Tile::kRow, Tile::kOtherRows, head_dim, [&](int r) {
+    return first + r < at.last ? at.other_gv.row(first + r) : nullptr;
   });
 }
 
-// sums = X Y^T for the warp's 16 rows.
+// sums = own other^T for the warp's 16 rows.
 template <class Tile>
-__device__ inline void multiply_rows(float (&sums)[Tile::kPassing / 8][4],
-                                     const typename Tile::T* x_tile,
-                                     const typename Tile::T* y_tile) {
+__device__ inline void multiply_rows(float (&sums)[Tile::kOtherRows / 8][4],
+                                     const typename Tile::T* own_tile,
+                                     const typename Tile::T* other_tile) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
-  for (int n = 0; n < Tile::kPassing / 8; ++n) {
+  for (int n = 0; n < Tile::kOtherRows / 8; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums[n][i] = 0.0f;
   }
 #pragma unroll
   for (int step = 0; step < Tile::kHeadDim / 16; ++step) {
     uint32_t a[4];
-    load_queries<Tile>(a, x_tile, step, 0);
-    multiply_step<Tile>(sums, a, y_tile, step, lane);
+    load_queries<Tile>(a, own_tile, step, 0);
+    multiply_step<Tile>(sums, a, other_tile, step, lane);
   }
 }
 
@@ -138,42 +147,40 @@ template <class Tile, bool kForKeys>
 __global__ void __launch_bounds__(Tile::kThreads)
     block_causal_backward_kernel(const __grid_constant__ BackwardParams p) {
   using T = typename Tile::T;
-  constexpr int kTiles = Tile::kPassing / 8, kColumnTiles = Tile::kHeadDim / 8;
+  constexpr int kTiles = Tile::kOtherRows / 8, kColumnTiles = Tile::kHeadDim / 8;
   const BlockCausalBackwardArgs& a = p.a;
   const BackwardPlace<T> at = place_of_block<T, kForKeys, Tile::kRows>(p);
   const int head_dim = static_cast<int>(a.head_dim);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const float scale_log2 = a.softmax_scale * kLog2OfE;
-  T* x1_tile = dynamic_shared<T>();
-  T* x2_tile = x1_tile + Tile::kRows * Tile::kRow;
-  T* stages = x2_tile + Tile::kRows * Tile::kRow;
+  T* own_qk_tile = dynamic_shared<T>();
+  T* own_gv_tile = own_qk_tile + Tile::kRows * Tile::kRow;
+  T* stages = own_gv_tile + Tile::kRows * Tile::kRow;
 
   float dx[kColumnTiles][4] = {};
   float dv[kForKeys ? kColumnTiles : 1][4] = {};
-  copy_rows<Tile>(x1_tile, Tile::kRows, head_dim, [&](int r) {
-    return r < at.rows ? at.x1 + (at.begin + r) * at.x1_stride : nullptr;
-  });
-  copy_rows<Tile>(x2_tile, Tile::kRows, head_dim, [&](int r) {
-    return r < at.rows ? at.x2 + (at.begin + r) * at.x2_stride : nullptr;
-  });
-  copy_passing<Tile>(stages, at, at.first, head_dim);
+  copy_rows<Tile>(own_qk_tile, Tile::kRows, head_dim,
+                  [&](int r) { return r < at.rows ? at.own_qk.row(at.begin + r) : nullptr; });
+  copy_rows<Tile>(own_gv_tile, Tile::kRows, head_dim,
+                  [&](int r) { return r < at.rows ? at.own_gv.row(at.begin + r) : nullptr; });
+  copy_other<Tile>(stages, at, at.first, head_dim);
   cp_async_commit();
   int stage = 0;
-  for (int begin = at.first; begin < at.last; begin += Tile::kPassing, stage ^= 1) {
-    const bool more = begin + Tile::kPassing < at.last;
+  for (int begin = at.first; begin < at.last; begin += Tile::kOtherRows, stage ^= 1) {
+    const bool more = begin + Tile::kOtherRows < at.last;
     if (more) {
-      copy_passing<Tile>(stages + (stage ^ 1) * Tile::kStage, at, begin + Tile::kPassing, head_dim);
+      copy_other<Tile>(stages + (stage ^ 1) * Tile::kStage, at, begin + Tile::kOtherRows, head_dim);
       cp_async_commit();
       cp_async_wait<1>();
     } else {
       cp_async_wait<0>();
     }
     __syncthreads();
-    const T* y1_tile = stages + stage * Tile::kStage;
-    const T* y2_tile = y1_tile + Tile::kPassing * Tile::kRow;
+    const T* other_qk_tile = stages + stage * Tile::kStage;
+    const T* other_gv_tile = other_qk_tile + Tile::kOtherRows * Tile::kRow;
     float p_tile[kTiles][4], ds_tile[kTiles][4];
-    multiply_rows<Tile>(p_tile, x1_tile, y1_tile);
-    multiply_rows<Tile>(ds_tile, x2_tile, y2_tile);
+    multiply_rows<Tile>(p_tile, own_qk_tile, other_qk_tile);
+    multiply_rows<Tile>(ds_tile, own_gv_tile, other_gv_tile);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -190,8 +197,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
         ds_tile[n][i] = slope;
       }
     }
-    accumulate<Tile>(dx, ds_tile, y1_tile, lane);
-    if constexpr (kForKeys) accumulate<Tile>(dv, p_tile, y2_tile, lane);
+    accumulate<Tile>(dx, ds_tile, other_qk_tile, lane);
+    if constexpr (kForKeys) accumulate<Tile>(dv, p_tile, other_gv_tile, lane);
     // The next turn copies into this stage.
     if (more) __syncthreads();
   }
@@ -199,47 +206,44 @@ __global__ void __launch_bounds__(Tile::kThreads)
   if constexpr (kForKeys) write_rows(static_cast<T*>(a.dv), p, at, dv, 1.0f);
 }
 
-// --- plain products: float32, wide heads, rows off a boundary of 16 bytes
-// -------------------------
+// --- plain products: float32, wide heads, rows off a boundary of 16 bytes -----------------------
 
 template <class Tile, bool kForKeys>
 __global__ void __launch_bounds__(Tile::kThreads)
     block_causal_backward_plain_kernel(const __grid_constant__ BackwardParams p) {
   using T = typename Tile::T;
-  constexpr int kRows = Tile::kQueries, kPassing = Tile::kKeys;
+  constexpr int kRows = Tile::kQueries, kOtherRows = Tile::kKeys;
   const BlockCausalBackwardArgs& a = p.a;
   const BackwardPlace<T> at = place_of_block<T, kForKeys, kRows>(p);
   const int head_dim = static_cast<int>(a.head_dim);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  float* x1_tile = dynamic_shared<float>();
-  float* x2_tile = x1_tile + kRows * Tile::kRow;
-  float* y1_tile = x2_tile + kRows * Tile::kRow;
-  float* y2_tile = y1_tile + kPassing * Tile::kRow;
+  float* own_qk_tile = dynamic_shared<float>();
+  float* own_gv_tile = own_qk_tile + kRows * Tile::kRow;
+  float* other_qk_tile = own_gv_tile + kRows * Tile::kRow;
+  float* other_gv_tile = other_qk_tile + kOtherRows * Tile::kRow;
   float dx[Tile::kPerWarp][Tile::kColumns] = {};
   float dv[Tile::kPerWarp][Tile::kColumns] = {};
-  widen_rows<Tile>(x1_tile, kRows, head_dim, [&](int r) {
-    return r < at.rows ? at.x1 + (at.begin + r) * at.x1_stride : nullptr;
-  });
-  widen_rows<Tile>(x2_tile, kRows, head_dim, [&](int r) {
-    return r < at.rows ? at.x2 + (at.begin + r) * at.x2_stride : nullptr;
-  });
-  for (int begin = at.first; begin < at.last; begin += kPassing) {
-    widen_rows<Tile>(y1_tile, kPassing, head_dim, [&](int r) {
-      return begin + r < at.last ? at.y1 + (begin + r) * at.y1_stride : nullptr;
+  widen_rows<Tile>(own_qk_tile, kRows, head_dim,
+                   [&](int r) { return r < at.rows ? at.own_qk.row(at.begin + r) : nullptr; });
+  widen_rows<Tile>(own_gv_tile, kRows, head_dim,
+                   [&](int r) { return r < at.rows ? at.own_gv.row(at.begin + r) : nullptr; });
+  for (int begin = at.first; begin < at.last; begin += kOtherRows) {
+    widen_rows<Tile>(other_qk_tile, kOtherRows, head_dim, [&](int r) {
+      return begin + r < at.last ? at.other_qk.row(begin + r) : nullptr;
     });
-    widen_rows<Tile>(y2_tile, kPassing, head_dim, [&](int r) {
-      return begin + r < at.last ? at.y2 + (begin + r) * at.y2_stride : nullptr;
+    widen_rows<Tile>(other_gv_tile, kOtherRows, head_dim, [&](int r) {
+      return begin + r < at.last ? at.other_gv.row(begin + r) : nullptr;
     });
     __syncthreads();
     float weights[Tile::kPerWarp], slopes[Tile::kPerWarp];
 #pragma unroll
     for (int i = 0; i < Tile::kPerWarp; ++i) {
-      const float* x1 = x1_tile + (warp * Tile::kPerWarp + i) * Tile::kRow;
-      const float* x2 = x2_tile + (warp * Tile::kPerWarp + i) * Tile::kRow;
+      const float* own_qk = own_qk_tile + (warp * Tile::kPerWarp + i) * Tile::kRow;
+      const float* own_gv = own_gv_tile + (warp * Tile::kPerWarp + i) * Tile::kRow;
       float score = 0.0f, product = 0.0f;
       for (int d = 0; d < head_dim; ++d) {
-        score += x1[d] * y1_tile[lane * Tile::kRow + d];
-        product += x2[d] * y2_tile[lane * Tile::kRow + d];
+        score += own_qk[d] * other_qk_tile[lane * Tile::kRow + d];
+        product += own_gv[d] * other_gv_tile[lane * Tile::kRow + d];
       }
       const int x = at.begin + warp * Tile::kPerWarp + i, y = begin + lane;
       const int query = kForKeys ? y : x;
@@ -252,7 +256,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
     // This tile's sums apart: they are added to what earlier tiles gathered only once.
     float dx_part[Tile::kPerWarp][Tile::kColumns] = {};
     float dv_part[Tile::kPerWarp][Tile::kColumns] = {};
-    for (int r = 0; r < kPassing; ++r) {
+    for (int r = 0; r < kOtherRows; ++r) {
       float weight[Tile::kPerWarp], slope[Tile::kPerWarp];
 #pragma unroll
       for (int i = 0; i < Tile::kPerWarp; ++i) {
@@ -262,11 +266,11 @@ __global__ void __launch_bounds__(Tile::kThreads)
 #pragma unroll
       for (int c = 0; c < Tile::kColumns; ++c) {
         const int at_column = r * Tile::kRow + c * kWarp + lane;
-        const float y1 = y1_tile[at_column], y2 = y2_tile[at_column];
+        const float other_qk = other_qk_tile[at_column], other_gv = other_gv_tile[at_column];
 #pragma unroll
         for (int i = 0; i < Tile::kPerWarp; ++i) {
-          dx_part[i][c] += slope[i] * y1;
-          if constexpr (kForKeys) dv_part[i][c] += weight[i] * y2;
+          dx_part[i][c] += slope[i] * other_qk;
+          if constexpr (kForKeys) dv_part[i][c] += weight[i] * other_gv;
         }
       }
     }
@@ -323,9 +327,9 @@ int launch_tiles(Kernel kernel, int rows, int threads, int shared_bytes, const B
                 p);
 }
 
-template <class T, int kHeadDim, int kPassing>
+template <class T, int kHeadDim, int kOtherRows>
 int launch_width(const BackwardParams& p, void* stream) {
-  using Tile = BackwardTile<T, kHeadDim, kPassing>;
+  using Tile = BackwardTile<T, kHeadDim, kOtherRows>;
   const int error = launch_tiles(block_causal_backward_kernel<Tile, true>, Tile::kRows,
                                  Tile::kThreads, Tile::kSharedBytes, p, stream);
   if (error != 0) return error;
