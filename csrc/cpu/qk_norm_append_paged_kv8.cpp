@@ -37,17 +37,17 @@ template <class T, bool kStream>
 void fused_rows(const QkNormAppendPagedKv8Args& all) {
   const QkNormAppendPagedKvArgs& a = all.op;
   append_rows<T, kStream>(a, [&](const TokenToStore<T>& token) {
-    const auto place = [&](void* pages, int64_t page_stride, int64_t slot_stride,
-                           int64_t head_stride, const ScaleView& scales) {
+    const auto slot_of = [&](void* pages, int64_t page_stride, int64_t slot_stride,
+                             int64_t head_stride, const ScaleView& scales) {
       return Slot{
           static_cast<uint8_t*>(pages) + token.page * page_stride + token.offset * slot_stride,
           head_stride,
           scales.data + token.page * scales.page_stride + token.offset * scales.slot_stride};
     };
     const Slot k_slot =
-        place(a.k_pages, a.k_page_stride, a.k_slot_stride, a.k_head_stride, all.k_scales);
+        slot_of(a.k_pages, a.k_page_stride, a.k_slot_stride, a.k_head_stride, all.k_scales);
     const Slot v_slot =
-        place(a.v_pages, a.v_page_stride, a.v_slot_stride, a.v_head_stride, all.v_scales);
+        slot_of(a.v_pages, a.v_page_stride, a.v_slot_stride, a.v_head_stride, all.v_scales);
     a.scale_mul ? round_heads<true>(token.k, k_slot, token.next_k, a.heads, a.head_dim)
                 : round_heads<false>(token.k, k_slot, token.next_k, a.heads, a.head_dim);
     round_heads<false>(token.v, v_slot, token.next_v, a.heads, a.head_dim);

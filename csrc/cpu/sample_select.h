@@ -101,14 +101,14 @@ inline int64_t keep_between(const float* x, int64_t padded, float low, float hig
 inline int64_t keep_from(const float* x, int64_t padded, float low, float* out, int32_t* index) {
   int64_t count = 0;
 #if defined(__AVX512F__)
-  __m512i place = (__m512i)lane_index();
+  __m512i indices = (__m512i)lane_index();
   for (int64_t i = 0; i < padded; i += kLanes) {
     const __m512 value = (__m512)load(x + i);
     const __mmask16 kept = _mm512_cmp_ps_mask(value, _mm512_set1_ps(low), _CMP_GE_OQ);
     // Compressing in a register, then storing all of it: a compressing store is microcode on Zen 4.
     _mm512_storeu_ps(out + count, _mm512_maskz_compress_ps(kept, value));
-    _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(kept, place));
-    place = _mm512_maskz_add_epi32(kAllLanes, place, _mm512_set1_epi32(kLanes));
+    _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(kept, indices));
+    indices = _mm512_maskz_add_epi32(kAllLanes, indices, _mm512_set1_epi32(kLanes));
     count += __builtin_popcount(kept);
   }
 #else

@@ -11,8 +11,8 @@ namespace {
 
 struct Uniform {
   // Philox4x32-10 (Salmon et al., SC 2011): the first 53 bits of one block, in [0, 1).
-  static double draw(uint64_t seed, uint64_t image, uint32_t place) {
-    uint32_t c0 = place, c1 = 0;
+  static double draw(uint64_t seed, uint64_t image, uint32_t position) {
+    uint32_t c0 = position, c1 = 0;
     uint32_t c2 = static_cast<uint32_t>(image), c3 = static_cast<uint32_t>(image >> 32);
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round) {

@@ -40,7 +40,7 @@ __device__ inline HeadRows<T> rows_of_head(const HeadView& x, int64_t b, int64_t
 
 // The tile of one block: rows [begin, begin + rows), which meet [first, last).
 template <class T>
-struct BackwardPlace {
+struct BackwardBlock {
   int64_t b, h;
   int begin, rows, first, last;
   HeadRows<T> own_qk, own_gv, other_qk, other_gv;
@@ -48,35 +48,35 @@ struct BackwardPlace {
 };
 
 template <class T, bool kForKeys, int kRows>
-__device__ inline BackwardPlace<T> place_of_block(const BackwardParams& p) {
+__device__ inline BackwardBlock<T> tile_of_block(const BackwardParams& p) {
   const BlockCausalBackwardArgs& a = p.a;
   const unsigned heads = static_cast<unsigned>(a.heads);
   const unsigned sequences = static_cast<unsigned>(a.batch) * heads;
   const unsigned tiles = static_cast<unsigned>(ceil_div(a.length, kRows));
   const unsigned sequence = blockIdx.x % sequences, turn = blockIdx.x / sequences;
-  BackwardPlace<T> at;
-  at.b = sequence / heads;
-  at.h = sequence % heads;
+  BackwardBlock<T> block;
+  block.b = sequence / heads;
+  block.h = sequence % heads;
   // The longest first: early keys meet the most queries, late queries the most keys.
-  at.begin = static_cast<int>(kForKeys ? turn : tiles - 1 - turn) * kRows;
-  const int left = static_cast<int>(a.length) - at.begin;
-  at.rows = left < kRows ? left : kRows;
-  at.first = kForKeys ? p.ends.begin(at.begin) : 0;
-  at.last = kForKeys ? static_cast<int>(a.length) : p.ends.visible(at.begin + at.rows - 1);
-  at.own_qk = rows_of_head<T>(kForKeys ? a.k : a.q, at.b, at.h);
-  at.own_gv = rows_of_head<T>(kForKeys ? a.v : a.grad_out, at.b, at.h);
-  at.other_qk = rows_of_head<T>(kForKeys ? a.q : a.k, at.b, at.h);
-  at.other_gv = rows_of_head<T>(kForKeys ? a.grad_out : a.v, at.b, at.h);
-  const int64_t place = (at.b * a.heads + at.h) * a.length;
-  at.lse = a.lse + place;
-  at.delta = p.delta + place;
-  return at;
+  block.begin = static_cast<int>(kForKeys ? turn : tiles - 1 - turn) * kRows;
+  const int left = static_cast<int>(a.length) - block.begin;
+  block.rows = left < kRows ? left : kRows;
+  block.first = kForKeys ? p.ends.begin(block.begin) : 0;
+  block.last = kForKeys ? static_cast<int>(a.length) : p.ends.visible(block.begin + block.rows - 1);
+  block.own_qk = rows_of_head<T>(kForKeys ? a.k : a.q, block.b, block.h);
+  block.own_gv = rows_of_head<T>(kForKeys ? a.v : a.grad_out, block.b, block.h);
+  block.other_qk = rows_of_head<T>(kForKeys ? a.q : a.k, block.b, block.h);
+  block.other_gv = rows_of_head<T>(kForKeys ? a.grad_out : a.v, block.b, block.h);
+  const int64_t first_row = (block.b * a.heads + block.h) * a.length;
+  block.lse = a.lse + first_row;
+  block.delta = p.delta + first_row;
+  return block;
 }
 
 // Whether query sees key, both inside their tiles.
-template <bool kForKeys, class Place>
-__device__ inline bool sees(const BackwardParams& p, const Place& at, int x, int y) {
-  if (x >= at.begin + at.rows || y >= at.last) return false;
+template <bool kForKeys, class Block>
+__device__ inline bool sees(const BackwardParams& p, const Block& block, int x, int y) {
+  if (x >= block.begin + block.rows || y >= block.last) return false;
   return kForKeys ? x < p.ends.visible(y) : y < p.ends.visible(x);
 }
 
@@ -93,14 +93,14 @@ struct BackwardTile {
   static constexpr int kSharedBytes = (2 * kRows * kRow + 2 * kStage) * 2;
 };
 
-template <class Tile, class Place>
-__device__ inline void copy_other(typename Tile::T* stage, const Place& at, int first,
+template <class Tile, class Block>
+__device__ inline void copy_other(typename Tile::T* stage, const Block& block, int first,
                                   int head_dim) {
   copy_rows<Tile>(stage, Tile::kOtherRows, head_dim, [&](int r) {
-    return first + r < at.last ? at.other_qk.row(first + r) : nullptr;
+    return first + r < block.last ? block.other_qk.row(first + r) : nullptr;
   });
   copy_rows<Tile>(stage + Tile::kOtherRows * Tile::kRow, Tile::kOtherRows, head_dim, [&](int r) {
-    return first + r < at.last ? at.other_gv.row(first + r) : nullptr;
+    return first + r < block.last ? block.other_gv.row(first + r) : nullptr;
   });
 }
 
@@ -123,16 +123,16 @@ __device__ inline void multiply_rows(float (&sums)[Tile::kOtherRows / 8][4],
   }
 }
 
-template <class T, class Place, int kColumnTiles>
-__device__ inline void write_rows(T* out, const BackwardParams& p, const Place& at,
+template <class T, class Block, int kColumnTiles>
+__device__ inline void write_rows(T* out, const BackwardParams& p, const Block& block,
                                   const float (&sums)[kColumnTiles][4], float factor) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int head_dim = static_cast<int>(p.a.head_dim);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int r = warp * 16 + half * 8 + lane / 4;
-    if (r >= at.rows) continue;
-    T* to = out + ((at.b * p.a.length + at.begin + r) * p.a.heads + at.h) * head_dim;
+    if (r >= block.rows) continue;
+    T* to = out + ((block.b * p.a.length + block.begin + r) * p.a.heads + block.h) * head_dim;
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n) {
       const int column = n * 8 + lane % 4 * 2;
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
   using T = typename Tile::T;
   constexpr int kTiles = Tile::kOtherRows / 8, kColumnTiles = Tile::kHeadDim / 8;
   const BlockCausalBackwardArgs& a = p.a;
-  const BackwardPlace<T> at = place_of_block<T, kForKeys, Tile::kRows>(p);
+  const BackwardBlock<T> block = tile_of_block<T, kForKeys, Tile::kRows>(p);
   const int head_dim = static_cast<int>(a.head_dim);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const float scale_log2 = a.softmax_scale * kLog2OfE;
@@ -159,17 +159,20 @@ __global__ void __launch_bounds__(Tile::kThreads)
 
   float dx[kColumnTiles][4] = {};
   float dv[kForKeys ? kColumnTiles : 1][4] = {};
-  copy_rows<Tile>(own_qk_tile, Tile::kRows, head_dim,
-                  [&](int r) { return r < at.rows ? at.own_qk.row(at.begin + r) : nullptr; });
-  copy_rows<Tile>(own_gv_tile, Tile::kRows, head_dim,
-                  [&](int r) { return r < at.rows ? at.own_gv.row(at.begin + r) : nullptr; });
-  copy_other<Tile>(stages, at, at.first, head_dim);
+  copy_rows<Tile>(own_qk_tile, Tile::kRows, head_dim, [&](int r) {
+    return r < block.rows ? block.own_qk.row(block.begin + r) : nullptr;
+  });
+  copy_rows<Tile>(own_gv_tile, Tile::kRows, head_dim, [&](int r) {
+    return r < block.rows ? block.own_gv.row(block.begin + r) : nullptr;
+  });
+  copy_other<Tile>(stages, block, block.first, head_dim);
   cp_async_commit();
   int stage = 0;
-  for (int begin = at.first; begin < at.last; begin += Tile::kOtherRows, stage ^= 1) {
-    const bool more = begin + Tile::kOtherRows < at.last;
+  for (int begin = block.first; begin < block.last; begin += Tile::kOtherRows, stage ^= 1) {
+    const bool more = begin + Tile::kOtherRows < block.last;
     if (more) {
-      copy_other<Tile>(stages + (stage ^ 1) * Tile::kStage, at, begin + Tile::kOtherRows, head_dim);
+      copy_other<Tile>(stages + (stage ^ 1) * Tile::kStage, block, begin + Tile::kOtherRows,
+                       head_dim);
       cp_async_commit();
       cp_async_wait<1>();
     } else {
@@ -185,13 +188,13 @@ __global__ void __launch_bounds__(Tile::kThreads)
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int x = at.begin + warp * 16 + i / 2 * 8 + lane / 4;
+        const int x = block.begin + warp * 16 + i / 2 * 8 + lane / 4;
         const int y = begin + n * 8 + lane % 4 * 2 + i % 2;
         const int query = kForKeys ? y : x;
         float weight = 0.0f, slope = 0.0f;
-        if (sees<kForKeys>(p, at, x, y)) {
-          weight = ex2(p_tile[n][i] * scale_log2 - at.lse[query] * kLog2OfE);
-          slope = weight * (ds_tile[n][i] - at.delta[query]);
+        if (sees<kForKeys>(p, block, x, y)) {
+          weight = ex2(p_tile[n][i] * scale_log2 - block.lse[query] * kLog2OfE);
+          slope = weight * (ds_tile[n][i] - block.delta[query]);
         }
         p_tile[n][i] = weight;
         ds_tile[n][i] = slope;
@@ -202,8 +205,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
     // The next turn copies into this stage.
     if (more) __syncthreads();
   }
-  write_rows(static_cast<T*>(kForKeys ? a.dk : a.dq), p, at, dx, a.softmax_scale);
-  if constexpr (kForKeys) write_rows(static_cast<T*>(a.dv), p, at, dv, 1.0f);
+  write_rows(static_cast<T*>(kForKeys ? a.dk : a.dq), p, block, dx, a.softmax_scale);
+  if constexpr (kForKeys) write_rows(static_cast<T*>(a.dv), p, block, dv, 1.0f);
 }
 
 // --- plain products: float32, wide heads, rows off a boundary of 16 bytes -----------------------
@@ -214,7 +217,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
   using T = typename Tile::T;
   constexpr int kRows = Tile::kQueries, kOtherRows = Tile::kKeys;
   const BlockCausalBackwardArgs& a = p.a;
-  const BackwardPlace<T> at = place_of_block<T, kForKeys, kRows>(p);
+  const BackwardBlock<T> block = tile_of_block<T, kForKeys, kRows>(p);
   const int head_dim = static_cast<int>(a.head_dim);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   float* own_qk_tile = dynamic_shared<float>();
@@ -223,16 +226,18 @@ __global__ void __launch_bounds__(Tile::kThreads)
   float* other_gv_tile = other_qk_tile + kOtherRows * Tile::kRow;
   float dx[Tile::kPerWarp][Tile::kColumns] = {};
   float dv[Tile::kPerWarp][Tile::kColumns] = {};
-  widen_rows<Tile>(own_qk_tile, kRows, head_dim,
-                   [&](int r) { return r < at.rows ? at.own_qk.row(at.begin + r) : nullptr; });
-  widen_rows<Tile>(own_gv_tile, kRows, head_dim,
-                   [&](int r) { return r < at.rows ? at.own_gv.row(at.begin + r) : nullptr; });
-  for (int begin = at.first; begin < at.last; begin += kOtherRows) {
+  widen_rows<Tile>(own_qk_tile, kRows, head_dim, [&](int r) {
+    return r < block.rows ? block.own_qk.row(block.begin + r) : nullptr;
+  });
+  widen_rows<Tile>(own_gv_tile, kRows, head_dim, [&](int r) {
+    return r < block.rows ? block.own_gv.row(block.begin + r) : nullptr;
+  });
+  for (int begin = block.first; begin < block.last; begin += kOtherRows) {
     widen_rows<Tile>(other_qk_tile, kOtherRows, head_dim, [&](int r) {
-      return begin + r < at.last ? at.other_qk.row(begin + r) : nullptr;
+      return begin + r < block.last ? block.other_qk.row(begin + r) : nullptr;
     });
     widen_rows<Tile>(other_gv_tile, kOtherRows, head_dim, [&](int r) {
-      return begin + r < at.last ? at.other_gv.row(begin + r) : nullptr;
+      return begin + r < block.last ? block.other_gv.row(begin + r) : nullptr;
     });
     __syncthreads();
     float weights[Tile::kPerWarp], slopes[Tile::kPerWarp];
@@ -245,12 +250,12 @@ __global__ void __launch_bounds__(Tile::kThreads)
         score += own_qk[d] * other_qk_tile[lane * Tile::kRow + d];
         product += own_gv[d] * other_gv_tile[lane * Tile::kRow + d];
       }
-      const int x = at.begin + warp * Tile::kPerWarp + i, y = begin + lane;
+      const int x = block.begin + warp * Tile::kPerWarp + i, y = begin + lane;
       const int query = kForKeys ? y : x;
       weights[i] = slopes[i] = 0.0f;
-      if (sees<kForKeys>(p, at, x, y)) {
-        weights[i] = expf(score * a.softmax_scale - at.lse[query]);
-        slopes[i] = weights[i] * (product - at.delta[query]);
+      if (sees<kForKeys>(p, block, x, y)) {
+        weights[i] = expf(score * a.softmax_scale - block.lse[query]);
+        slopes[i] = weights[i] * (product - block.delta[query]);
       }
     }
     // This tile's sums apart: they are added to what earlier tiles gathered only once.
@@ -287,8 +292,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
 #pragma unroll
   for (int i = 0; i < Tile::kPerWarp; ++i) {
     const int r = warp * Tile::kPerWarp + i;
-    if (r >= at.rows) continue;
-    const int64_t to = ((at.b * a.length + at.begin + r) * a.heads + at.h) * a.head_dim;
+    if (r >= block.rows) continue;
+    const int64_t to = ((block.b * a.length + block.begin + r) * a.heads + block.h) * a.head_dim;
 #pragma unroll
     for (int c = 0; c < Tile::kColumns; ++c) {
       const int column = c * kWarp + lane;

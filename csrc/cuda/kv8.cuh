@@ -102,15 +102,15 @@ inline bool starts_at_eights(const HeadView& codes) {
   return (reinterpret_cast<uintptr_t>(codes.data) | static_cast<uint64_t>(strides)) % 8 == 0;
 }
 
-// Every access to scales, one byte at any address. cp.async takes aligned words: the one that the
-// byte lies in is copied up to this byte, whose place in it is returned.
+// All accesses to scales: one byte at any address. cp.async takes aligned words, so this copies the
+// word of the byte, up to the byte, and returns the byte's offset in it.
 __device__ inline uint32_t copy_scale(uint32_t* to, const uint8_t* scale) {
-  const int place = static_cast<int>(reinterpret_cast<uintptr_t>(scale) % 4);
-  cp_async_4(to, scale - place, place + 1);
-  return static_cast<uint32_t>(place);
+  const int offset = static_cast<int>(reinterpret_cast<uintptr_t>(scale) % 4);
+  cp_async_4(to, scale - offset, offset + 1);
+  return static_cast<uint32_t>(offset);
 }
-__device__ inline uint32_t scale_in_word(uint32_t word, uint32_t place) {
-  return word >> place * 8 & 0xffu;
+__device__ inline uint32_t scale_in_word(uint32_t word, uint32_t offset) {
+  return word >> offset * 8 & 0xffu;
 }
 __device__ inline uint32_t load_scale(const uint8_t* scale) { return *scale; }
 __device__ inline void store_scale(uint8_t* scale, uint32_t value) {

@@ -29,7 +29,7 @@ class Kv8StageLoader {
   // Codes of keys, codes of values, and two words of scales for each chunk.
   static constexpr int kScratchBytes = kCount * (2 * kColumns + 8);
   static_assert(Tile::kHeadDim % kColumns == 0, "a row is a whole number of chunks");
-  static_assert(kTurns * 4 <= 32, "places_ holds four bits for each turn");
+  static_assert(kTurns * 4 <= 32, "scale_offsets_ holds four bits for each turn");
 
   // Issues the copies of the first tile; the caller commits them. stage: kStage elements, then
   // kScratchBytes bytes.
@@ -84,7 +84,7 @@ class Kv8StageLoader {
   // a scale of 0. Two turns at a time: all at once would not fit the registers.
   template <class Source>
   __device__ void fetch(uint8_t* scratch, const Source& source, int first, int last, int head_dim) {
-    places_ = 0;
+    scale_offsets_ = 0;
 #pragma unroll 2
     for (int turn = 0; turn < kTurns; ++turn) {
       if (!has(turn)) continue;
@@ -98,9 +98,9 @@ class Kv8StageLoader {
       source.locate(first + r, &k, &v);
       copy(codes_of(scratch, i), k.codes + column, head_dim - column, source.wide);
       copy(codes_of(scratch, kCount + i), v.codes + column, head_dim - column, source.wide);
-      const uint32_t k_place = copy_scale(&scales->x, k.scale);
-      const uint32_t v_place = copy_scale(&scales->y, v.scale);
-      places_ |= (k_place | v_place << 2) << turn * 4;
+      const uint32_t k_offset = copy_scale(&scales->x, k.scale);
+      const uint32_t v_offset = copy_scale(&scales->y, v.scale);
+      scale_offsets_ |= (k_offset | v_offset << 2) << turn * 4;
     }
   }
 
@@ -119,16 +119,17 @@ class Kv8StageLoader {
       if (!has(turn)) continue;
       const int i = chunk(turn);
       const uint2 scales = *scales_of(scratch, i);
-      const uint32_t place = places_ >> turn * 4;
+      const uint32_t offsets = scale_offsets_ >> turn * 4;
       T* to = stage + i / kChunks * Tile::kRow + i % kChunks * kColumns;
-      widen_chunk(to, codes_of(scratch, i), scale_in_word(scales.x, place & 3u));
+      widen_chunk(to, codes_of(scratch, i), scale_in_word(scales.x, offsets & 3u));
       widen_chunk(to + Tile::kKeys * Tile::kRow, codes_of(scratch, kCount + i),
-                  scale_in_word(scales.y, place >> 2 & 3u));
+                  scale_in_word(scales.y, offsets >> 2 & 3u));
     }
   }
 
-  // For each turn where the scale is in its word: two bits for the key's, two for the value's.
-  uint32_t places_;
+  // For each turn the offsets of the scales in their words: two bits for the key's, two for the
+  // value's.
+  uint32_t scale_offsets_;
 };
 
 template <class T, int kHeadDim, int kKeys, int kWarps>

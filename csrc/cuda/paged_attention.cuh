@@ -70,8 +70,8 @@ struct PagedParams {
   }
 };
 
-// Where the results of this block go.
-struct PagedPlace {
+// The index of each row that this block writes.
+struct OutputIndex {
   int64_t b, h, t, split;
 
   // Of row r of the tile in (B, T, H) or (S, B, T, H).
@@ -80,8 +80,9 @@ struct PagedPlace {
   }
 };
 
+// Fills the source of one block and returns the index of its results.
 template <class Tile, class Page>
-__device__ inline PagedPlace place_of_block(const PagedParams& p,
+__device__ inline OutputIndex tile_of_block(const PagedParams& p,
                                             PagedSource<typename Tile::T, Page>& source) {
   using T = typename Tile::T;
   const PagedAttentionArgs& a = p.a;
@@ -120,8 +121,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) paged_attention
   using T = typename Tile::T;
   const PagedAttentionArgs& a = p.a;
   typename Params::template Source<T> source;
-  const PagedPlace place = place_of_block<Tile>(p, source);
-  p.add_to(source, place.h);
+  const OutputIndex index = tile_of_block<Tile>(p, source);
+  p.add_to(source, index.h);
   const int head_dim = static_cast<int>(a.head_dim);
   SoftmaxState<Tile> state;
   attend_tile<Tile>(dynamic_shared<T>(), source, source.first, source.last, head_dim, p.scale_log2,
@@ -130,14 +131,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) paged_attention
     T* out = static_cast<T*>(a.out);
     write_tile<Tile>(state, source.queries, head_dim,
                      [&](int r, int column, float first, float second) {
-                       T* to = out + place(a, r) * a.head_dim + column;
+                       T* to = out + index(a, r) * a.head_dim + column;
                        *reinterpret_cast<uint32_t*>(to) = pack2<T>(first, second);
                      });
     return;
   }
   write_tile<Tile>(state, source.queries, head_dim,
                    [&](int r, int column, float first, float second) {
-                     float* to = a.partial + place(a, r) * a.head_dim + column;
+                     float* to = a.partial + index(a, r) * a.head_dim + column;
                      *reinterpret_cast<float2*>(to) = make_float2(first, second);
                    });
   const int lane = threadIdx.x % kWarp;
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) paged_attention
   for (int half = 0; half < 2; ++half) {
     const int r = static_cast<int>(threadIdx.x) / kWarp * 16 + half * 8 + lane / 4;
     if (lane % 4 != 0 || r >= source.queries) continue;
-    a.lse[place(a, r)] = state.largest[half] * p.scale_log2 + log2f(state.total[half]);
+    a.lse[index(a, r)] = state.largest[half] * p.scale_log2 + log2f(state.total[half]);
   }
 }
 
@@ -154,15 +155,15 @@ __global__ void __launch_bounds__(Tile::kThreads) paged_attention_plain_kernel(P
   using T = typename Tile::T;
   const PagedAttentionArgs& a = p.a;
   typename Params::template Source<T> source;
-  const PagedPlace place = place_of_block<Tile>(p, source);
-  p.add_to(source, place.h);
+  const OutputIndex index = tile_of_block<Tile>(p, source);
+  p.add_to(source, index.h);
   const int head_dim = static_cast<int>(a.head_dim);
   PlainState<Tile> state;
   attend_plain<Tile>(dynamic_shared<float>(), source, source.first, source.last, head_dim,
                      p.scale_log2, p.negate, state);
   const bool whole = a.splits == 1;
   write_plain<Tile>(state, source.queries, head_dim, [&](int r, int column, float value) {
-    const int64_t to = place(a, r) * a.head_dim + column;
+    const int64_t to = index(a, r) * a.head_dim + column;
     if (whole) {
       static_cast<T*>(a.out)[to] = narrow<T>(value);
     } else {
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(Tile::kThreads) paged_attention_plain_kernel(P
   for (int i = 0; i < Tile::kPerWarp; ++i) {
     const int r = static_cast<int>(threadIdx.x) / kWarp * Tile::kPerWarp + i;
     if (threadIdx.x % kWarp != 0 || r >= source.queries) continue;
-    a.lse[place(a, r)] = state.largest[i] * p.scale_log2 + log2f(state.total[i]);
+    a.lse[index(a, r)] = state.largest[i] * p.scale_log2 + log2f(state.total[i]);
   }
 }
 

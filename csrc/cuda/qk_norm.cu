@@ -12,10 +12,10 @@ namespace {
 template <class T, int kLanes, bool kAligned>
 __global__ void __launch_bounds__(kRowThreads) qk_norm_forward_kernel(QkNormForwardArgs a) {
   const int64_t column = threadIdx.x % kLanes * kEight;
-  const RowPlace at = place_of_row<kLanes>(a);
-  const int64_t r = at.r, b = at.b, t = at.t, h = at.h;
+  const RowIndex index = index_of_row<kLanes>(a);
+  const int64_t r = index.r, b = index.b, t = index.t, h = index.h;
   // Lanes without work take part in the sums.
-  const bool works = at.inside && column < a.head_dim;
+  const bool works = index.inside && column < a.head_dim;
   float q[kEight] = {}, k[kEight] = {};
   float factor = 0.0f;
   if (works) {

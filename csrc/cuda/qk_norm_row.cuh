@@ -16,14 +16,14 @@ constexpr int kRowThreads = 256;
 // Rows are counted in 32 bits: a division of 64 takes as long as the rest of a row.
 constexpr int64_t kMostRows = (int64_t{1} << 31) - kRowThreads;
 
-struct RowPlace {
+struct RowIndex {
   int64_t r, b, t, h;
   bool inside;
 };
 
 // The (b, t, h) of this thread's group of lanes.
 template <int kLanes, class Args>
-__device__ inline RowPlace place_of_row(const Args& a) {
+__device__ inline RowIndex index_of_row(const Args& a) {
   const unsigned heads = static_cast<unsigned>(a.heads), tokens = static_cast<unsigned>(a.tokens);
   const unsigned rows = static_cast<unsigned>(a.batch) * tokens * heads;
   const unsigned r = blockIdx.x * (kRowThreads / kLanes) + threadIdx.x / kLanes;

@@ -278,15 +278,15 @@ void test_case(const char* isa, const KernelTable& table, const Case& c, DType d
       page_table[b * entries + s / c.page_size] = page;
       const int64_t at = page * c.page_size + s % c.page_size;
       for (int64_t i = 0; i < 2 * slot; ++i) {
-        const int64_t which = i / slot, h = i % slot / c.width, place = at * slot + i % slot;
+        const int64_t which = i / slot, h = i % slot / c.width, index = at * slot + i % slot;
         uint8_t& scale = scales[which][at * c.heads + h];
         // Keys stay small enough for scores that are numbers.
         if (i % c.width == 0) scale = static_cast<uint8_t>(which ? byte(engine) : 118 + s % 4);
-        uint8_t& code = codes[which][place];
+        uint8_t& code = codes[which][index];
         do {
           code = static_cast<uint8_t>(any_code(engine));
         } while ((code & 0x7f) == 0x7f && !(which && c.any_code));
-        exact[which].set(place, std::ldexp(e4m3_value(code), scale - 127));
+        exact[which].set(index, std::ldexp(e4m3_value(code), scale - 127));
       }
     }
   }

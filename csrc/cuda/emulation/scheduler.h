@@ -128,7 +128,7 @@ class Scheduler {
       fault("waits at " + at(me) + ", but thread " + text_of(threads_[i]->position) +
             " has returned and will never come");
     }
-    if (waiting_ > 0 && !same_place(*last_waiting_, me)) {
+    if (waiting_ > 0 && !same_operation(*last_waiting_, me)) {
       fault("divergent barrier: waits at " + at(me) + " while thread " +
             text_of(last_waiting_->position) + " waits at " + at(*last_waiting_));
     }
@@ -234,7 +234,7 @@ class Scheduler {
     return text + ")";
   }
 
-  static bool same_place(const Thread& a, const Thread& b) {
+  static bool same_operation(const Thread& a, const Thread& b) {
     return std::strcmp(a.operation, b.operation) == 0 && a.site.line == b.site.line &&
            std::strcmp(a.site.file, b.site.file) == 0;
   }

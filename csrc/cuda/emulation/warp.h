@@ -161,17 +161,17 @@ T __shfl_sync(unsigned mask, T value, int source, int width = 32, Site site = Si
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, Site site = Site::here()) {
   variant::emulation::check_width("__shfl_up_sync", width);
-  const unsigned lane = variant::emulation::lane_of_caller(), place = lane & (width - 1);
+  const unsigned lane = variant::emulation::lane_of_caller(), index = lane & (width - 1);
   return variant::emulation::shuffle("__shfl_up_sync", site, mask, value,
-                                     delta <= place ? lane - delta : lane);
+                                     delta <= index ? lane - delta : lane);
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
                    Site site = Site::here()) {
   variant::emulation::check_width("__shfl_down_sync", width);
-  const unsigned lane = variant::emulation::lane_of_caller(), place = lane & (width - 1);
+  const unsigned lane = variant::emulation::lane_of_caller(), index = lane & (width - 1);
   return variant::emulation::shuffle("__shfl_down_sync", site, mask, value,
-                                     delta < width - place ? lane + delta : lane);
+                                     delta < width - index ? lane + delta : lane);
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, Site site = Site::here()) {

@@ -116,8 +116,8 @@ __global__ void product(float* y) {
   const unsigned g = threadIdx.x / 4, t = threadIdx.x % 4;
   uint32_t a[4], b[2];
   for (unsigned r = 0; r < 4; ++r) {
-    const unsigned place = kRight || r % 3 == 0 ? r : 3 - r;
-    const unsigned row = g + place % 2 * 8, k = 2 * t + place / 2 * 8;
+    const unsigned part = kRight || r % 3 == 0 ? r : 3 - r;
+    const unsigned row = g + part % 2 * 8, k = 2 * t + part / 2 * 8;
     a[r] = pack2<__half>(static_cast<float>(3 * row + k), static_cast<float>(3 * row + k + 1));
   }
   for (unsigned r = 0; r < 2; ++r) {

@@ -18,8 +18,8 @@ struct Case {
   bool ties = false, multinomial = false;
 };
 
-double uniform_of(uint64_t seed, uint64_t image, uint32_t place) {
-  uint64_t c[4] = {place, 0, image & 0xffffffff, image >> 32};
+double uniform_of(uint64_t seed, uint64_t image, uint32_t position) {
+  uint64_t c[4] = {position, 0, image & 0xffffffff, image >> 32};
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int i = 0; i < 10; ++i) {
     const uint64_t product0 = 0xD2511F53ull * c[0], product1 = 0xCD9E8D57ull * c[2];
