@@ -204,9 +204,9 @@ inline float kth_of_few(const float* x, int64_t count, int64_t k, int64_t above,
 }
 
 // The k-th largest of x, 1 <= k < count; x is padded with -inf to whole vectors, free of NaN and
-// +inf, its extremes are given. `room` holds count + 2 kLanes entries.
+// +inf, its extremes are given. scratch holds count + 2 kLanes entries.
 inline float kth_largest(const float* x, int64_t count, int64_t k, float smallest, float largest,
-                         float* room) {
+                         float* scratch) {
   int64_t padded = round_up(count, kLanes);
   int64_t above = count_from(x, padded, largest);  // entries >= high
   if (above >= k) return largest;
@@ -246,10 +246,10 @@ inline float kth_largest(const float* x, int64_t count, int64_t k, float smalles
         return true;
       },
       [&] {
-        count = keep_between(x, padded, low, high, room);
-        pad(room, count, kLanes);
+        count = keep_between(x, padded, low, high, scratch);
+        pad(scratch, count, kLanes);
         padded = round_up(count, kLanes);
-        x = room;
+        x = scratch;
         base = above;
         const Range<float> range = range_of(x, count);
         low = range.low;
@@ -312,10 +312,10 @@ inline MassCut cut_few(const double* d, const double* w, int64_t count, double l
 
 // In ascending order of d, lower index first among equals, every entry whose cumulative weight w is
 // at most `allowance` goes; the last never does. d <= 0, its largest is 0; both are padded to whole
-// groups of 16 with d = -inf, w = 0. `low` is below every d that weighs anything. The rooms hold
-// count + 16 + kWideLanes entries.
+// groups of 16 with d = -inf, w = 0. `low` is below every d that weighs anything. Both scratch
+// arrays hold count + 16 + kWideLanes entries.
 inline MassCut cut_by_mass(const double* d, const double* w, int64_t count, double low,
-                           double allowance, double* room_d, double* room_w) {
+                           double allowance, double* scratch_d, double* scratch_w) {
   // Everything up to low may go, everything up to high may not: the boundary lies in (low, high].
   double high = 0.0;
   double below = 0.0, base = 0.0;  // weights up to low: of all entries, and of those not in d
@@ -335,14 +335,14 @@ inline MassCut cut_by_mass(const double* d, const double* w, int64_t count, doub
         return true;
       },
       [&] {
-        count = keep_wide(d, w, padded, low, high, room_d, room_w);
+        count = keep_wide(d, w, padded, low, high, scratch_d, scratch_w);
         padded = round_up(count, kSums);
         for (int64_t i = count; i < padded; ++i) {
-          room_d[i] = -static_cast<double>(kInfinity);
-          room_w[i] = 0.0;
+          scratch_d[i] = -static_cast<double>(kInfinity);
+          scratch_w[i] = 0.0;
         }
-        d = room_d;
-        w = room_w;
+        d = scratch_d;
+        w = scratch_w;
         base = below;
         // With the entries' own range, rounding cannot leave the interval empty.
         const Range<double> range = range_of(d, count);

@@ -41,7 +41,7 @@ struct RowScratch {
   double* d;           // [n] logit - largest; -inf in the padding
   double* weights;     // [n] exp(d), 0 where dropped and in the padding
   double* block_sums;  // [n / kBlock]
-  double* room;        // [2 n] for cut_by_mass; before that, floats for kth_largest
+  double* scratch;     // [2 n] for cut_by_mass; before that, floats for kth_largest
   float* logits;       // [V] guided
   float* kept;         // [n]
   int32_t* index;      // [n] of the entry in the row
@@ -53,8 +53,8 @@ struct RowScratch {
     d = reinterpret_cast<double*>(at);
     weights = d + n;
     block_sums = weights + n;
-    room = block_sums + n;
-    logits = reinterpret_cast<float*>(room + 2 * n);
+    scratch = block_sums + n;
+    logits = reinterpret_cast<float*>(scratch + 2 * n);
     kept = logits + n;
     index = reinterpret_cast<int32_t*>(kept + n);
   }
@@ -168,8 +168,8 @@ Drawn sample_row(const SampleTokensArgs& a, int64_t r, RowScratch& s) {
   int64_t count = vocab;
   const bool by_rank = a.top_k > 0 && a.top_k < vocab;
   if (by_rank) {
-    float* room = reinterpret_cast<float*>(s.room);
-    smallest = kth_largest(s.logits, vocab, a.top_k, smallest, largest, room);
+    float* scratch = reinterpret_cast<float*>(s.scratch);
+    smallest = kth_largest(s.logits, vocab, a.top_k, smallest, largest, scratch);
     count = keep_from(s.logits, round_up(vocab, kLanes), smallest, s.kept, s.index);
     // Padding of -inf passes where everything does.
     count = min_of(count, vocab);
@@ -182,8 +182,9 @@ Drawn sample_row(const SampleTokensArgs& a, int64_t r, RowScratch& s) {
   if (a.top_p > 0.0 && a.top_p < 1.0) {
     // Below -700 nothing weighs anything.
     const double least = static_cast<double>(smallest) - static_cast<double>(largest) - 1.0;
-    MassCut cut = cut_by_mass(s.d, s.weights, count, least > -701.0 ? least : -701.0,
-                              (1.0 - a.top_p) * total, s.room, s.room + RowScratch::entries(vocab));
+    MassCut cut =
+        cut_by_mass(s.d, s.weights, count, least > -701.0 ? least : -701.0, (1.0 - a.top_p) * total,
+                    s.scratch, s.scratch + RowScratch::entries(vocab));
     for (int64_t i = 0; cut.gone > 0; ++i) {
       if (s.d[i] != cut.floor) continue;
       s.weights[i] = 0.0;

@@ -57,7 +57,7 @@ __device__ inline void normalise_row(int width, float eps, const T* scale, const
                                      float* mean_out, float* rstd_out, const First& first,
                                      const Again& again) {
   constexpr int kCount = kColumns<kAccess>;
-  __shared__ float room[kMostWarps];
+  __shared__ float scratch[kMostWarps];
   float x[kCount];
   float sum = 0.0f;
   for_columns<kAccess>(width, [&](int c) {
@@ -66,14 +66,14 @@ __device__ inline void normalise_row(int width, float eps, const T* scale, const
     for (int i = 0; i < kCount; ++i) sum += x[i];
   });
   const float n = static_cast<float>(width);
-  const float mean = reduce_block(sum, room, Plus()) / n;
+  const float mean = reduce_block(sum, scratch, Plus()) / n;
   float squares = 0.0f;
   for_columns<kAccess>(width, [&](int c) {
     if constexpr (kAccess == kAnew) again(c, x);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) squares += (x[i] - mean) * (x[i] - mean);
   });
-  const float variance = reduce_block(squares, room, Plus()) / n;
+  const float variance = reduce_block(squares, scratch, Plus()) / n;
   const float rstd = 1.0f / sqrtf(variance + eps);
   for_columns<kAccess>(width, [&](int c) {
     if constexpr (kAccess == kAnew) again(c, x);
@@ -131,20 +131,20 @@ __global__ void __launch_bounds__(kMostThreads)
 }
 
 // Two sums at once over the block; every thread gets both.
-__device__ inline void reduce_pair(float& first, float& second, float (*room)[kMostWarps]) {
+__device__ inline void reduce_pair(float& first, float& second, float (*scratch)[kMostWarps]) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int warps = blockDim.x / kWarp;
   first = reduce_lanes<kWarp>(first, Plus());
   second = reduce_lanes<kWarp>(second, Plus());
   if (lane == 0) {
-    room[0][warp] = first;
-    room[1][warp] = second;
+    scratch[0][warp] = first;
+    scratch[1][warp] = second;
   }
   __syncthreads();
   first = second = 0.0f;
   for (int i = 0; i < warps; ++i) {
-    first += room[0][i];
-    second += room[1][i];
+    first += scratch[0][i];
+    second += scratch[1][i];
   }
   __syncthreads();
 }
@@ -168,7 +168,7 @@ struct BackwardTile {
 template <int kAccess, bool kGated, class TX, class T>
 __device__ inline void backward_tile(const BackwardTile<TX, T>& a) {
   constexpr int kCount = kColumns<kAccess>, kKinds = kGated ? 3 : 2;
-  __shared__ float room[2][kMostWarps];
+  __shared__ float scratch[2][kMostWarps];
   const float n = static_cast<float>(a.width);
   float sums[kKinds][kCount];
   // Held columns are summed in registers, others in the tile's place in memory.
@@ -204,7 +204,7 @@ __device__ inline void backward_tile(const BackwardTile<TX, T>& a) {
         sum_g_xhat += grad_h[i] * gain[i] * xhat[i];
       }
     });
-    reduce_pair(sum_g, sum_g_xhat, room);
+    reduce_pair(sum_g, sum_g_xhat, scratch);
     const float mean_g = sum_g / n, mean_g_xhat = sum_g_xhat / n;
     for_columns<kAccess>(a.width, [&](int c) {
       if constexpr (kAccess == kAnew) get(c);

@@ -41,7 +41,7 @@ struct ScaleEnds {
 
 struct BlockCausalBackwardCudaArgs {
   BlockCausalBackwardArgs op;
-  float* delta;  // (B, H, L): room for the sums of grad_out * out
+  float* delta;  // (B, H, L): scratch for the sums of grad_out * out
 };
 
 }  // namespace variant::cuda

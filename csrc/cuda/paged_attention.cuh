@@ -96,9 +96,9 @@ __device__ inline OutputIndex tile_of_block(const PagedParams& p,
   const int split = rest / static_cast<unsigned>(a.batch);
   const int t = tile * Tile::kQueries;
 
-  const int room = static_cast<int>(a.entries * a.page_size);
+  const int capacity = static_cast<int>(a.entries * a.page_size);
   int length = a.kv_lens[b];
-  length = length < 0 ? 0 : length > room ? room : length;
+  length = length < 0 ? 0 : length > capacity ? capacity : length;
   // Every part a whole number of tiles: only the last has a boundary.
   const int splits = static_cast<int>(a.splits);
   const int part = ((length + splits - 1) / splits + Tile::kKeys - 1) / Tile::kKeys * Tile::kKeys;

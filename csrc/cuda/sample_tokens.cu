@@ -237,9 +237,9 @@ __global__ void __launch_bounds__(kThreads, 1) sample_tokens_kernel(SampleTokens
   using RowType = Row<T, kThreads, kItems>;
   constexpr int kWarps = kThreads / kWarp;
   __shared__ Histogram histogram;
-  __shared__ float float_room[kWarps];
-  __shared__ Mass mass_room[kWarps];
-  __shared__ int entry_room[kWarps];
+  __shared__ float float_scratch[kWarps];
+  __shared__ Mass mass_scratch[kWarps];
+  __shared__ int entry_scratch[kWarps];
   __shared__ Mass total_mass;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t r = blockIdx.x, b = r / a.tokens, t = r % a.tokens;
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, 1) sample_tokens_kernel(SampleTokens
   float largest = -__builtin_huge_valf();
   row_values.each(
       [&](int, float x) { largest = fmaxf(largest, x == x ? x : __builtin_huge_valf()); });
-  largest = reduce_block(largest, float_room, Largest());
+  largest = reduce_block(largest, float_scratch, Largest());
   // Nobody looked at the logits: a row that nothing can be drawn from gives token 0.
   if (!(largest > -__builtin_huge_valf() && largest < __builtin_huge_valf())) {
     if (threadIdx.x == 0) a.out[r] = 0;
@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(kThreads, 1) sample_tokens_kernel(SampleTokens
     };
     Mass total = 0;
     row_values.each([&](int n, float x) { total += kept(n, x); });
-    total = reduce_block(total, mass_room, Plus());
+    total = reduce_block(total, mass_scratch, Plus());
     const Mass allowance = static_cast<Mass>((1.0 - a.top_p) * static_cast<double>(total));
     const Edge edge = find_edge<false>(row_values, largest, allowance, histogram, kept);
     const Mass weight = row_values.weight_of(value_of(edge.key));
@@ -336,12 +336,12 @@ __global__ void __launch_bounds__(kThreads, 1) sample_tokens_kernel(SampleTokens
       best = better(best, other);
     }
     if (lane == 0) {
-      float_room[warp] = best.ratio;
-      entry_room[warp] = best.entry;
+      float_scratch[warp] = best.ratio;
+      entry_scratch[warp] = best.entry;
     }
     __syncthreads();
     if (threadIdx.x != 0) return;
-    for (int i = 1; i < kWarps; ++i) best = better(best, {float_room[i], entry_room[i]});
+    for (int i = 1; i < kWarps; ++i) best = better(best, {float_scratch[i], entry_scratch[i]});
     a.out[r] = best.entry;
     return;
   }

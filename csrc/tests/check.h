@@ -83,7 +83,7 @@ class Values {
   std::vector<uint16_t> narrow_;
 };
 
-// The rounding of the dtype, with room for the order of sums.
+// The rounding of the dtype, with a margin for the order of sums.
 inline double tolerance(DType dtype) { return dtype == DType::kFloat32 ? 2e-5 : 1.2e-2; }
 
 // Largest difference relative to the largest expected value (at least `scale`).

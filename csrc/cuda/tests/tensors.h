@@ -37,8 +37,8 @@ constexpr DType dtype_of() {
   return DType::kFloat16;
 }
 
-// Half a unit in the last place of a number near 1, with room for the order of sums and for what
-// is rounded on the way (probabilities, say).
+// Half a unit in the last place of a number near 1, with a margin for the order of sums
+// and for rounded intermediate results such as probabilities.
 template <class T>
 constexpr double tolerance_of() {
   if constexpr (sizeof(T) == 4) return 1e-5;
