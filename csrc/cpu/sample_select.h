@@ -77,7 +77,7 @@ struct WideSums {
 };
 
 // Copies the entries in [low, high) of x; returns how many. Writes up to kLanes - 1 places more.
-inline int64_t keep_between(const float* x, int64_t padded, float low, float high, float* out) {
+inline int64_t compact_range(const float* x, int64_t padded, float low, float high, float* out) {
   int64_t count = 0;
 #if defined(__AVX512F__)
   for (int64_t i = 0; i < padded; i += kLanes) {
@@ -98,7 +98,7 @@ inline int64_t keep_between(const float* x, int64_t padded, float low, float hig
 }
 
 // The entries >= low of x and their indices; returns how many. Writes up to kLanes - 1 more.
-inline int64_t keep_from(const float* x, int64_t padded, float low, float* out, int32_t* index) {
+inline int64_t compact_ge(const float* x, int64_t padded, float low, float* out, int32_t* index) {
   int64_t count = 0;
 #if defined(__AVX512F__)
   __m512i indices = (__m512i)lane_index();
@@ -123,8 +123,8 @@ inline int64_t keep_from(const float* x, int64_t padded, float low, float* out, 
 
 // The entries whose d lies in (low, high], and their weights; returns how many. Writes up to
 // kWideLanes - 1 more. May work in place.
-inline int64_t keep_wide(const double* d, const double* w, int64_t padded, double low, double high,
-                         double* d_out, double* w_out) {
+inline int64_t compact_weighted_range(const double* d, const double* w, int64_t padded, double low,
+                                      double high, double* d_out, double* w_out) {
   int64_t count = 0;
 #if defined(__AVX512F__)
   for (int64_t i = 0; i < padded; i += kWideLanes) {
@@ -146,7 +146,7 @@ inline int64_t keep_wide(const double* d, const double* w, int64_t padded, doubl
   return count;
 }
 
-inline int64_t count_from(const float* x, int64_t padded, float low) {
+inline int64_t count_ge(const float* x, int64_t padded, float low) {
   VecI counts = {};
   for (int64_t i = 0; i < padded; i += kLanes) counts -= load(x + i) >= low;
   int64_t count = 0;
@@ -208,14 +208,14 @@ inline float kth_of_few(const float* x, int64_t count, int64_t k, int64_t above,
 inline float kth_largest(const float* x, int64_t count, int64_t k, float smallest, float largest,
                          float* scratch) {
   int64_t padded = round_up(count, kLanes);
-  int64_t above = count_from(x, padded, largest);  // entries >= high
+  int64_t above = count_ge(x, padded, largest);  // entries >= high
   if (above >= k) return largest;
   float low = smallest, high = largest;  // the answer lies in [low, high)
 
   // Masked entries, far below, would make the halving start far away.
   const float near = largest - 256.0f;
   if (low < near) {
-    const int64_t close = count_from(x, padded, near);
+    const int64_t close = count_ge(x, padded, near);
     if (close >= k) {
       low = near;
     } else {
@@ -223,7 +223,7 @@ inline float kth_largest(const float* x, int64_t count, int64_t k, float smalles
       high = near;
       constexpr float kLowest = -3.40282347e38f;
       if (low == -kInfinity) {
-        if (count_from(x, padded, kLowest) < k) return low;
+        if (count_ge(x, padded, kLowest) < k) return low;
         low = kLowest;
       }
     }
@@ -236,7 +236,7 @@ inline float kth_largest(const float* x, int64_t count, int64_t k, float smalles
         float middle = low * 0.5f + top * 0.5f;
         // Without a number in between, one of the two values is left: still a halving.
         if (!(middle > low && middle < top)) middle = top;
-        const int64_t reached = base + count_from(x, padded, middle);
+        const int64_t reached = base + count_ge(x, padded, middle);
         if (reached >= k) {
           low = middle;
         } else {
@@ -246,7 +246,7 @@ inline float kth_largest(const float* x, int64_t count, int64_t k, float smalles
         return true;
       },
       [&] {
-        count = keep_between(x, padded, low, high, scratch);
+        count = compact_range(x, padded, low, high, scratch);
         pad(scratch, count, kLanes);
         padded = round_up(count, kLanes);
         x = scratch;
@@ -259,13 +259,14 @@ inline float kth_largest(const float* x, int64_t count, int64_t k, float smalles
   return kth_of_few(x, count, k, base, {low, top});
 }
 
-// What top-p leaves: everything above `floor`, and of its equals all but the first `gone`.
-struct MassCut {
-  double floor;
-  int64_t gone;
+// Top-p keeps every entry above `value`, and of the entries equal to it all but the first
+// `dropped_ties`.
+struct TopPThreshold {
+  double value;
+  int64_t dropped_ties;
 };
 
-inline double mass_up_to(const double* d, const double* w, int64_t padded, double high) {
+inline double weight_le(const double* d, const double* w, int64_t padded, double high) {
   WideSums sums;
   for (int64_t i = 0; i < padded; i += kSums) {
     for (int j = 0; j < kSums / kWideLanes; ++j) {
@@ -279,43 +280,44 @@ inline double mass_up_to(const double* d, const double* w, int64_t padded, doubl
 // The boundary among few entries, or at most two values, of which the largest is `high`: value by
 // value from low up. `below` is the weight of everything up to low. The boundary is `high` at the
 // latest.
-inline MassCut cut_few(const double* d, const double* w, int64_t count, double low, double high,
-                       double below, double allowance) {
-  double floor = low;
-  int64_t equals = 0;
+inline TopPThreshold top_p_threshold_of_few(const double* d, const double* w, int64_t count,
+                                            double low, double high, double below,
+                                            double allowance) {
+  double threshold = low;
+  int64_t ties = 0;
   for (;;) {
     double next = high, weight = 0.0;
     for (int64_t i = 0; i < count; ++i) {
-      if (d[i] > floor && d[i] < next) next = d[i];
+      if (d[i] > threshold && d[i] < next) next = d[i];
     }
-    floor = next;
-    equals = 0;
+    threshold = next;
+    ties = 0;
     for (int64_t i = 0; i < count; ++i) {
-      if (d[i] != floor) continue;
+      if (d[i] != threshold) continue;
       weight += w[i];
-      ++equals;
+      ++ties;
     }
-    if (floor == high || below + weight > allowance) break;
+    if (threshold == high || below + weight > allowance) break;
     below += weight;
   }
   // Ties
-  const int64_t may_go = floor == 0.0 ? equals - 1 : equals;
-  int64_t gone = 0;
-  for (int64_t i = 0; i < count && gone < may_go; ++i) {
-    if (d[i] != floor) continue;
+  const int64_t max_dropped = threshold == 0.0 ? ties - 1 : ties;
+  int64_t dropped_ties = 0;
+  for (int64_t i = 0; i < count && dropped_ties < max_dropped; ++i) {
+    if (d[i] != threshold) continue;
     if (below + w[i] > allowance) break;
     below += w[i];
-    ++gone;
+    ++dropped_ties;
   }
-  return {floor, gone};
+  return {threshold, dropped_ties};
 }
 
-// In ascending order of d, lower index first among equals, every entry whose cumulative weight w is
+// In ascending order of d, lower index first among ties, every entry whose cumulative weight w is
 // at most `allowance` goes; the last never does. d <= 0, its largest is 0; both are padded to whole
 // groups of 16 with d = -inf, w = 0. `low` is below every d that weighs anything. Both scratch
 // arrays hold count + 16 + kWideLanes entries.
-inline MassCut cut_by_mass(const double* d, const double* w, int64_t count, double low,
-                           double allowance, double* scratch_d, double* scratch_w) {
+inline TopPThreshold top_p_threshold(const double* d, const double* w, int64_t count, double low,
+                                     double allowance, double* scratch_d, double* scratch_w) {
   // Everything up to low may go, everything up to high may not: the boundary lies in (low, high].
   double high = 0.0;
   double below = 0.0, base = 0.0;  // weights up to low: of all entries, and of those not in d
@@ -325,7 +327,7 @@ inline MassCut cut_by_mass(const double* d, const double* w, int64_t count, doub
       [&] {
         const double middle = 0.5 * (bottom + high);
         if (!(middle > bottom && middle < high)) return false;
-        const double mass = base + mass_up_to(d, w, padded, middle);
+        const double mass = base + weight_le(d, w, padded, middle);
         if (mass <= allowance) {
           low = bottom = middle;
           below = mass;
@@ -335,7 +337,7 @@ inline MassCut cut_by_mass(const double* d, const double* w, int64_t count, doub
         return true;
       },
       [&] {
-        count = keep_wide(d, w, padded, low, high, scratch_d, scratch_w);
+        count = compact_weighted_range(d, w, padded, low, high, scratch_d, scratch_w);
         padded = round_up(count, kSums);
         for (int64_t i = count; i < padded; ++i) {
           scratch_d[i] = -static_cast<double>(kInfinity);
@@ -350,7 +352,7 @@ inline MassCut cut_by_mass(const double* d, const double* w, int64_t count, doub
         high = range.high;
         return count <= kFew || bottom == high;
       });
-  return cut_few(d, w, count, low, high, below, allowance);
+  return top_p_threshold_of_few(d, w, count, low, high, below, allowance);
 }
 
 }  // namespace

@@ -41,7 +41,7 @@ struct RowScratch {
   double* d;           // [n] logit - largest; -inf in the padding
   double* weights;     // [n] exp(d), 0 where dropped and in the padding
   double* block_sums;  // [n / kBlock]
-  double* scratch;     // [2 n] for cut_by_mass; before that, floats for kth_largest
+  double* scratch;     // [2 n] for top_p_threshold; before that, floats for kth_largest
   float* logits;       // [V] guided
   float* kept;         // [n]
   int32_t* index;      // [n] of the entry in the row
@@ -109,15 +109,15 @@ inline void weigh(const float* logits, int64_t n, float largest, bool rounded, R
   }
 }
 
-// Clears the weights below `floor`, sums blocks, returns the total.
-inline double sum_blocks(RowScratch& s, int64_t n, double floor) {
+// Clears the weights below the threshold, sums blocks, returns the total.
+inline double sum_blocks(RowScratch& s, int64_t n, double threshold) {
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     WideSums sums;
     for (int64_t i = begin; i < begin + kBlock; i += kSums) {
       for (int j = 0; j < kSums / kWideLanes; ++j) {
         const int64_t at = i + j * kWideLanes;
-        const VecD weight = load_wide(s.d + at) >= floor ? load_wide(s.weights + at) : VecD{};
+        const VecD weight = load_wide(s.d + at) >= threshold ? load_wide(s.weights + at) : VecD{};
         store_wide(s.weights + at, weight);
         sums.part[j] += weight;
       }
@@ -170,7 +170,7 @@ Drawn sample_row(const SampleTokensArgs& a, int64_t r, RowScratch& s) {
   if (by_rank) {
     float* scratch = reinterpret_cast<float*>(s.scratch);
     smallest = kth_largest(s.logits, vocab, a.top_k, smallest, largest, scratch);
-    count = keep_from(s.logits, round_up(vocab, kLanes), smallest, s.kept, s.index);
+    count = compact_ge(s.logits, round_up(vocab, kLanes), smallest, s.kept, s.index);
     // Padding of -inf passes where everything does.
     count = min_of(count, vocab);
     pad(s.kept, count, kBlock);
@@ -182,15 +182,15 @@ Drawn sample_row(const SampleTokensArgs& a, int64_t r, RowScratch& s) {
   if (a.top_p > 0.0 && a.top_p < 1.0) {
     // Below -700 nothing weighs anything.
     const double least = static_cast<double>(smallest) - static_cast<double>(largest) - 1.0;
-    MassCut cut =
-        cut_by_mass(s.d, s.weights, count, least > -701.0 ? least : -701.0, (1.0 - a.top_p) * total,
-                    s.scratch, s.scratch + RowScratch::entries(vocab));
-    for (int64_t i = 0; cut.gone > 0; ++i) {
-      if (s.d[i] != cut.floor) continue;
+    TopPThreshold top_p =
+        top_p_threshold(s.d, s.weights, count, least > -701.0 ? least : -701.0,
+                        (1.0 - a.top_p) * total, s.scratch, s.scratch + RowScratch::entries(vocab));
+    for (int64_t i = 0; top_p.dropped_ties > 0; ++i) {
+      if (s.d[i] != top_p.value) continue;
       s.weights[i] = 0.0;
-      --cut.gone;
+      --top_p.dropped_ties;
     }
-    total = sum_blocks(s, n, cut.floor);
+    total = sum_blocks(s, n, top_p.value);
   }
 
   if (a.exponential) {

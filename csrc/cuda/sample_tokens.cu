@@ -261,17 +261,17 @@ __global__ void __launch_bounds__(kThreads, 1) sample_tokens_kernel(SampleTokens
   }
   row_values.weigh(largest, a.exponential != nullptr);
 
-  unsigned floor = 0;  // keys below it are gone
-  Mass gone = 0;       // and so many of its equals, lower entries first
+  unsigned threshold = 0;  // entries with smaller keys are dropped
+  Mass dropped_ties = 0;   // and this many with an equal key, lower entries first
   if (a.top_k > 0 && a.top_k < a.vocab) {
     const Mass before = static_cast<Mass>(a.top_k - 1);
-    floor = find_edge<true>(row_values, largest, before, histogram, [&](int n, float) {
-              return Mass{RowType::entry(n) < vocab};
-            }).key;
+    threshold = find_edge<true>(row_values, largest, before, histogram, [&](int n, float) {
+                  return Mass{RowType::entry(n) < vocab};
+                }).key;
   }
   if (a.top_p > 0.0 && a.top_p < 1.0) {
     const auto kept = [&](int n, float x) {
-      return key_of(x) >= floor ? row_values.weight(n, x) : Mass{0};
+      return key_of(x) >= threshold ? row_values.weight(n, x) : Mass{0};
     };
     Mass total = 0;
     row_values.each([&](int n, float x) { total += kept(n, x); });
@@ -279,15 +279,15 @@ __global__ void __launch_bounds__(kThreads, 1) sample_tokens_kernel(SampleTokens
     const Mass allowance = static_cast<Mass>((1.0 - a.top_p) * static_cast<double>(total));
     const Edge edge = find_edge<false>(row_values, largest, allowance, histogram, kept);
     const Mass weight = row_values.weight_of(value_of(edge.key));
-    const Mass equals = edge.equal / weight;
-    const Mass may_go = edge.key == key_of(largest) ? equals - 1 : equals;
-    gone = allowance > edge.before ? (allowance - edge.before) / weight : 0;
-    gone = gone < may_go ? gone : may_go;
-    floor = edge.key;
+    const Mass ties_at_edge = edge.equal / weight;
+    const Mass max_dropped = edge.key == key_of(largest) ? ties_at_edge - 1 : ties_at_edge;
+    dropped_ties = allowance > edge.before ? (allowance - edge.before) / weight : 0;
+    dropped_ties = dropped_ties < max_dropped ? dropped_ties : max_dropped;
+    threshold = edge.key;
   }
-  if (gone > 0) {
+  if (dropped_ties > 0) {
     row_values.each([&](int n, float x) {
-      const unsigned equal = __ballot_sync(kAllLanes, key_of(x) == floor);
+      const unsigned equal = __ballot_sync(kAllLanes, key_of(x) == threshold);
       if (lane == 0) ties[RowType::section(n)] = __popc(equal);
     });
     __syncthreads();
@@ -297,11 +297,11 @@ __global__ void __launch_bounds__(kThreads, 1) sample_tokens_kernel(SampleTokens
   // The weight that the filters leave; all lanes of a warp call together.
   const auto left = [&](int n, float x) {
     const unsigned key = key_of(x);
-    bool stays = key >= floor;
-    if (gone > 0) {
-      const unsigned equal = __ballot_sync(kAllLanes, key == floor);
+    bool stays = key >= threshold;
+    if (dropped_ties > 0) {
+      const unsigned equal = __ballot_sync(kAllLanes, key == threshold);
       const Mass rank = ties[RowType::section(n)] + __popc(equal & ((1u << lane) - 1));
-      stays = stays && !(key == floor && rank < gone);
+      stays = stays && !(key == threshold && rank < dropped_ties);
     }
     return stays ? row_values.weight(n, x) : Mass{0};
   };
