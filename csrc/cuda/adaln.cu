@@ -247,21 +247,28 @@ __device__ inline void backward_tile(const BackwardTile<TX, T>& a) {
   }
 }
 
-// The tile of one block, without what only the gated form has. kinds: sums for each column.
-template <class TX, class T, class Args>
+// The tile of one block. grad_h and x: the gradient and the input of the norm. In another
+// order of these assignments ptxas takes other registers.
+template <bool kGated, class TX, class T, class Args>
 __device__ inline BackwardTile<TX, T> tile_of_block(const Args& a, const TokenView& grad_h,
-                                                    const TokenView& x, float* partial, int kinds) {
+                                                    const TokenView& x, float* partial) {
   const int64_t tiles = ceil_div(a.tokens, kAdaLNTokensPerTile);
   const int64_t b = blockIdx.x / tiles, begin = blockIdx.x % tiles * kAdaLNTokensPerTile;
   const int64_t after = begin + kAdaLNTokensPerTile, first_row = b * a.tokens;
   BackwardTile<TX, T> tile = {};
   tile.grad_h = grad_h;
   tile.x = x;
+  if constexpr (kGated) {
+    tile.grad_x_out = a.grad_x_out;
+    tile.y = a.y;
+  }
   tile.scale = row<T>(a.scale, b);
+  if constexpr (kGated) tile.gate = row<T>(a.gate, b);
   tile.mean = a.mean + first_row;
   tile.rstd = a.rstd + first_row;
   tile.grad_x = static_cast<TX*>(a.grad_x) + first_row * a.width;
-  tile.partial = partial + int64_t{blockIdx.x} * kinds * a.width;
+  if constexpr (kGated) tile.grad_y = static_cast<T*>(a.grad_y) + first_row * a.width;
+  tile.partial = partial + int64_t{blockIdx.x} * (kGated ? 3 : 2) * a.width;
   tile.b = b;
   tile.begin = begin;
   tile.end = after < a.tokens ? after : a.tokens;
@@ -272,19 +279,14 @@ __device__ inline BackwardTile<TX, T> tile_of_block(const Args& a, const TokenVi
 template <class TX, class T, int kAccess>
 __global__ void __launch_bounds__(kMostThreads) adaln_backward_kernel(AdaLNBackwardCudaArgs all) {
   const AdaLNBackwardArgs& a = all.op;
-  backward_tile<kAccess, false>(tile_of_block<TX, T>(a, a.grad_y, a.x, all.partial, 2));
+  backward_tile<kAccess, false>(tile_of_block<false, TX, T>(a, a.grad_y, a.x, all.partial));
 }
 
 template <class TX, class T, int kAccess>
 __global__ void __launch_bounds__(kMostThreads)
     gated_adaln_backward_kernel(GatedAdaLNBackwardCudaArgs all) {
   const GatedAdaLNBackwardArgs& a = all.op;
-  BackwardTile<TX, T> tile = tile_of_block<TX, T>(a, a.grad_h, a.x_out, all.partial, 3);
-  tile.grad_x_out = a.grad_x_out;
-  tile.y = a.y;
-  tile.gate = row<T>(a.gate, tile.b);
-  tile.grad_y = static_cast<T*>(a.grad_y) + tile.b * a.tokens * a.width;
-  backward_tile<kAccess, true>(tile);
+  backward_tile<kAccess, true>(tile_of_block<true, TX, T>(a, a.grad_h, a.x_out, all.partial));
 }
 
 constexpr int kSumThreads = 256;

@@ -200,8 +200,9 @@ __global__ void __launch_bounds__(Tile::kThreads)
         ds_tile[n][i] = slope;
       }
     }
-    accumulate<Tile>(dx, ds_tile, other_qk_tile, lane);
-    if constexpr (kForKeys) accumulate<Tile>(dv, p_tile, other_gv_tile, lane);
+    // The lane is read again: ptxas then takes the registers that it took with one function.
+    accumulate<Tile>(dx, ds_tile, other_qk_tile, threadIdx.x % kWarp);
+    if constexpr (kForKeys) accumulate<Tile>(dv, p_tile, other_gv_tile, threadIdx.x % kWarp);
     // The next turn copies into this stage.
     if (more) __syncthreads();
   }
