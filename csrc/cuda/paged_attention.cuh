@@ -64,7 +64,7 @@ struct PagedParams {
   template <class T, int kColumns>
   using PlainTile = cuda::PlainTile<T, kColumns>;
   template <class T>
-  __device__ void add_to(PagedSource<T>&, int64_t) const {}
+  __device__ void set_scales(PagedSource<T>&, int64_t) const {}
   bool fits_tiles() const {
     return is_aligned(a.q, 2) && is_aligned(a.k_pages, 2) && is_aligned(a.v_pages, 2);
   }
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) paged_attention
   const PagedAttentionArgs& a = p.a;
   typename Params::template Source<T> source;
   const OutputIndex index = tile_of_block<Tile>(p, source);
-  p.add_to(source, index.h);
+  p.set_scales(source, index.h);
   const int head_dim = static_cast<int>(a.head_dim);
   SoftmaxState<Tile> state;
   attend_tile<Tile>(dynamic_shared<T>(), source, source.first, source.last, head_dim, p.scale_log2,
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(Tile::kThreads) paged_attention_plain_kernel(P
   const PagedAttentionArgs& a = p.a;
   typename Params::template Source<T> source;
   const OutputIndex index = tile_of_block<Tile>(p, source);
-  p.add_to(source, index.h);
+  p.set_scales(source, index.h);
   const int head_dim = static_cast<int>(a.head_dim);
   PlainState<Tile> state;
   attend_plain<Tile>(dynamic_shared<float>(), source, source.first, source.last, head_dim,
@@ -259,8 +259,8 @@ int forward(const Params& p, void* stream) {
                 static_cast<int>(a.splits), static_cast<int>(a.head_dim));
 }
 
-// p.a is given; what follows from it is filled in.
-inline void complete(PagedParams& p) {
+// Derives the other parameters from p.a.
+inline void derive_params(PagedParams& p) {
   const PagedAttentionArgs& a = p.a;
   p.page_shift = -1;
   for (int shift = 0; shift < 31; ++shift) {
@@ -274,7 +274,7 @@ inline void complete(PagedParams& p) {
 
 template <class Params>
 int forward(Params p, void* stream) {
-  complete(p);
+  derive_params(p);
   switch (p.a.dtype) {
     case DType::kFloat32:
       return forward<float>(p, stream);

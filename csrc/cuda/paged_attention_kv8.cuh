@@ -33,7 +33,7 @@ struct PagedKv8Params : PagedParams {
   using PlainTile = Kv8PlainTile<T, kColumns>;
 
   template <class T>
-  __device__ void add_to(PagedKv8Source<T>& source, int64_t h) const {
+  __device__ void set_scales(PagedKv8Source<T>& source, int64_t h) const {
     source.k_scales = pages_of_head<uint8_t>(k_scales, h);
     source.v_scales = pages_of_head<uint8_t>(v_scales, h);
     source.wide = wide;
