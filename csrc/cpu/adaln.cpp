@@ -148,16 +148,16 @@ void gated_forward_rows(const GatedAdaLNForwardArgs& a) {
     const T* gate = row<T>(a.gate, b);
     TX* x_out = static_cast<TX*>(a.x_out) + r * a.width;
     // A streamed row cannot be read back from cache.
-    TX* kept = kStream ? static_cast<TX*>(s.row) : x_out;
+    TX* x_sum = kStream ? static_cast<TX*>(s.row) : x_out;
     const Statistics stats = row_statistics<Order>(a.width, a.eps, [&](int64_t c, auto lanes) {
       const auto moved = load(x + c, lanes) + load(gate + c, lanes) * load(y + c, lanes);
       if constexpr (kStream) stream(x_out + c, moved, lanes);
-      store(kept + c, moved, lanes);
+      store(x_sum + c, moved, lanes);
       return rounded(x_out, moved, lanes);
     });
     const TX* x_next = row<TX>(a.x, next / a.tokens, next % a.tokens);
     const T* y_next = row<T>(a.y, next / a.tokens, next % a.tokens);
-    modulate_row<Order, kStream>(kept, stats, s, a.width, static_cast<T*>(a.h) + r * a.width,
+    modulate_row<Order, kStream>(x_sum, stats, s, a.width, static_cast<T*>(a.h) + r * a.width,
                                  [&](int64_t c) {
                                    prefetch_pair(x_next + c);
                                    prefetch_pair(y_next + c);

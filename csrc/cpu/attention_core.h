@@ -79,9 +79,9 @@ struct ForwardScratch {
   }
   ForwardScratch(float* at, int64_t panels, int64_t tile_keys, int64_t head_dim) {
     const auto take = [&](int64_t count) {
-      float* taken = at;
+      float* part = at;
       at += count;
-      return taken;
+      return part;
     };
     width_up = round_up(head_dim, kLanes);
     q = take(panels * kPanel * head_dim);
@@ -181,8 +181,8 @@ inline void pack_columns(int64_t count, int64_t width, Row row, float* panel) {
         block[i] = i < rows ? load_cells(Cell{}, row(lane + i), cell, lanes) : VecF{};
       }
       transpose(block);
-      const int64_t wanted = min_of(kLanes, cells - cell);
-      for (int i = 0; i < wanted; ++i) store(panel + (cell + i) * kPanel + lane, block[i]);
+      const int64_t columns = min_of(kLanes, cells - cell);
+      for (int i = 0; i < columns; ++i) store(panel + (cell + i) * kPanel + lane, block[i]);
     });
   }
 }

@@ -23,10 +23,10 @@ class Layout {
             count > 0 && panel(count - 1).count < kPanel && (t > begin || tokens < kOwnPanelTokens);
         if (!open) panels_.get()[count++] = {t, 0, end, end};
         QueryPanel& last = panels_.get()[count - 1];
-        const int64_t taken = min_of(kPanel - last.count, end - t);
-        last.count += taken;
+        const int64_t queries = min_of(kPanel - last.count, end - t);
+        last.count += queries;
         last.most = end;
-        t += taken;
+        t += queries;
       }
       begin = end;
     }
@@ -134,9 +134,9 @@ struct BackwardScratch {
   static BackwardScratch at(float* memory, int64_t panels, int64_t head_dim) {
     BackwardScratch placed;
     placed.lay_out<Cell>(panels, head_dim, [&](int64_t count) {
-      float* taken = memory;
+      float* part = memory;
       memory += round_up(count, 16);
-      return taken;
+      return part;
     });
     return placed;
   }
@@ -315,13 +315,13 @@ void backward(const BlockCausalBackwardArgs& a) {
   const Layout layout(a.scale_lengths, a.num_scales, a.length);
   const int64_t count = layout.count();
   const int64_t work = heads * a.length * a.length * a.head_dim / 8;
-  const int wanted = threads_for(a.num_threads, work);
+  const int available_threads = threads_for(a.num_threads, work);
   // Cutting a head costs two products of seven more, so only when threads would be idle.
-  const bool cut = heads < wanted;
+  const bool cut = heads < available_threads;
   const int64_t tiles = (a.length + kKeysPerTile - 1) / kKeysPerTile;
   const int64_t tasks_per_head = cut ? count + tiles : 1;
   const int64_t tasks = heads * tasks_per_head;
-  const int threads = static_cast<int>(min_of(tasks, wanted));
+  const int threads = static_cast<int>(min_of(tasks, available_threads));
   using Cell = typename CellOf<T>::type;
   const int64_t floats = BackwardScratch::floats<Cell>(count, a.head_dim);
   Scratch<float> scratch(floats * threads);

@@ -83,9 +83,9 @@ void forward(const PagedAttentionForwardArgs& a, Pages pages) {
           const int64_t begin = (first + p) * kPanel;
           mine[p] = {begin, min_of(kPanel, a.tokens - begin), keys, keys};
         }
-        const auto rows = [&](int64_t s, int64_t rows_wanted, Row* k, Row* v) {
+        const auto rows = [&](int64_t s, int64_t num_rows, Row* k, Row* v) {
           int64_t entry = s / a.page_size, slot = s % a.page_size;
-          for (int64_t i = 0; i < rows_wanted; ++i) {
+          for (int64_t i = 0; i < num_rows; ++i) {
             k[i] = pages.key(table[entry], slot, h);
             v[i] = pages.value(table[entry], slot, h);
             if (++slot == a.page_size) {

@@ -43,7 +43,7 @@ struct RowScratch {
   double* block_sums;  // [n / kBlock]
   double* scratch;     // [2 n] for top_p_threshold; before that, floats for kth_largest
   float* logits;       // [V] guided
-  float* kept;         // [n]
+  float* top_k;        // [n] the logits that top-k keeps
   int32_t* index;      // [n] of the entry in the row
 
   static int64_t entries(int64_t vocab) { return round_up(vocab, kBlock) + kBlock; }
@@ -55,8 +55,8 @@ struct RowScratch {
     block_sums = weights + n;
     scratch = block_sums + n;
     logits = reinterpret_cast<float*>(scratch + 2 * n);
-    kept = logits + n;
-    index = reinterpret_cast<int32_t*>(kept + n);
+    top_k = logits + n;
+    index = reinterpret_cast<int32_t*>(top_k + n);
   }
 };
 
@@ -156,25 +156,25 @@ Drawn sample_row(const SampleTokensArgs& a, int64_t r, RowScratch& s) {
   const int64_t b = r / a.tokens, t = r % a.tokens, vocab = a.vocab;
   const T* cond = row<T>(a.logits, b, t);
   const T* uncond = row<T>(a.logits, a.batch + b, t);
-  const Extremes found = a.guidance == 0.0
-                             ? guide<T, false>(cond, uncond, vocab, a.guidance, s.logits)
-                             : guide<T, true>(cond, uncond, vocab, a.guidance, s.logits);
-  if (found.status != SampleStatus::kOk) return {found.status, 0};
-  const float largest = found.largest;
+  const Extremes extremes = a.guidance == 0.0
+                                ? guide<T, false>(cond, uncond, vocab, a.guidance, s.logits)
+                                : guide<T, true>(cond, uncond, vocab, a.guidance, s.logits);
+  if (extremes.status != SampleStatus::kOk) return {extremes.status, 0};
+  const float largest = extremes.largest;
   pad(s.logits, vocab, kBlock);
 
   float* logits = s.logits;
-  float smallest = found.smallest;
+  float smallest = extremes.smallest;
   int64_t count = vocab;
   const bool by_rank = a.top_k > 0 && a.top_k < vocab;
   if (by_rank) {
     float* scratch = reinterpret_cast<float*>(s.scratch);
     smallest = kth_largest(s.logits, vocab, a.top_k, smallest, largest, scratch);
-    count = compact_ge(s.logits, round_up(vocab, kLanes), smallest, s.kept, s.index);
+    count = compact_ge(s.logits, round_up(vocab, kLanes), smallest, s.top_k, s.index);
     // Padding of -inf passes where everything does.
     count = min_of(count, vocab);
-    pad(s.kept, count, kBlock);
-    logits = s.kept;
+    pad(s.top_k, count, kBlock);
+    logits = s.top_k;
   }
   const int64_t n = round_up(count, kBlock);
   weigh(logits, n, largest, a.exponential != nullptr, s);

@@ -78,8 +78,8 @@ int launch_vectors(const AppendPagedKvArgs& a, int64_t pages, void* stream) {
   const unsigned across =
       vectors < kThreads ? static_cast<unsigned>((vectors + 31) / 32 * 32) : kThreads;
   const dim3 block(across, kThreads / across);
-  const int64_t wanted = (rows + block.y - 1) / block.y, most = 0x7fffffff;
-  const dim3 grid(static_cast<unsigned>(wanted < most ? wanted : most));
+  const int64_t blocks = (rows + block.y - 1) / block.y, max_blocks = 0x7fffffff;
+  const dim3 grid(static_cast<unsigned>(blocks < max_blocks ? blocks : max_blocks));
   const AppendVectors arguments{rows,
                                 a.tokens,
                                 pages * a.page_size,

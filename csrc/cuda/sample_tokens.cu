@@ -172,7 +172,7 @@ template <bool kFromTop, class RowType, class Measure>
 __device__ inline Edge find_edge(const RowType& row, float largest, Mass limit, Histogram& h,
                                  const Measure& measure) {
   Edge edge = {0, 0, 0};
-  int step_wanted = 0;
+  int edge_step = 0;
   for (int digit = 0; digit < kDigits; ++digit) {
     for (int i = threadIdx.x; i < kBins; i += blockDim.x) h.bins[i] = 0;
     __syncthreads();
@@ -184,7 +184,7 @@ __device__ inline Edge find_edge(const RowType& row, float largest, Mass limit, 
       if (digit == 0) {
         bin = kBins - 1 - step;
       } else {
-        if (step != step_wanted) return;
+        if (step != edge_step) return;
         // The bytes before this one; a shift by 32 would be undefined.
         if (digit > 1 && key >> (40 - 8 * digit) != edge.key >> (40 - 8 * digit)) return;
         bin = key >> (32 - 8 * digit) & (kBins - 1);
@@ -195,13 +195,13 @@ __device__ inline Edge find_edge(const RowType& row, float largest, Mass limit, 
     __syncthreads();
     if (threadIdx.x < kWarp) find_bin(h, limit - edge.before);
     __syncthreads();
-    const int found = kFromTop ? kBins - 1 - h.digit : h.digit;
+    const int bin = kFromTop ? kBins - 1 - h.digit : h.digit;
     edge.before += h.before;
     edge.equal = h.inside;
     if (digit == 0) {
-      step_wanted = kBins - 1 - found;
+      edge_step = kBins - 1 - bin;
     } else {
-      edge.key |= static_cast<unsigned>(found) << (32 - 8 * digit);
+      edge.key |= static_cast<unsigned>(bin) << (32 - 8 * digit);
     }
   }
   return edge;
@@ -270,14 +270,14 @@ __global__ void __launch_bounds__(kThreads, 1) sample_tokens_kernel(SampleTokens
                 }).key;
   }
   if (a.top_p > 0.0 && a.top_p < 1.0) {
-    const auto kept = [&](int n, float x) {
+    const auto kept_weight = [&](int n, float x) {
       return key_of(x) >= threshold ? row_values.weight(n, x) : Mass{0};
     };
     Mass total = 0;
-    row_values.each([&](int n, float x) { total += kept(n, x); });
+    row_values.each([&](int n, float x) { total += kept_weight(n, x); });
     total = reduce_block(total, mass_scratch, Plus());
     const Mass allowance = static_cast<Mass>((1.0 - a.top_p) * static_cast<double>(total));
-    const Edge edge = find_edge<false>(row_values, largest, allowance, histogram, kept);
+    const Edge edge = find_edge<false>(row_values, largest, allowance, histogram, kept_weight);
     const Mass weight = row_values.weight_of(value_of(edge.key));
     const Mass ties_at_edge = edge.equal / weight;
     const Mass max_dropped = edge.key == key_of(largest) ? ties_at_edge - 1 : ties_at_edge;

@@ -104,8 +104,8 @@ void draws_match_a_sorted_double_computation(const char* isa, const KernelTable&
               const float cond = static_cast<float>(logits[r * vocab + i]);
               const float uncond = static_cast<float>(logits[(batch * tokens + r) * vocab + i]);
               volatile float grown = static_cast<float>(1 + t) * cond;
-              volatile float taken = static_cast<float>(t) * uncond;
-              a[i] = t == 0 ? cond : grown - taken;
+              volatile float subtracted = static_cast<float>(t) * uncond;
+              a[i] = t == 0 ? cond : grown - subtracted;
             }
             const double u = uniform(seed, static_cast<uint64_t>(ids[r / tokens]),
                                      static_cast<uint32_t>(3 + r % tokens));

@@ -59,13 +59,13 @@ inline std::string function_name(const void* function) {
   std::vector<Elf64_Shdr> sections(head.e_shnum);
   std::memcpy(sections.data(), image.data() + head.e_shoff, sizeof(Elf64_Shdr) * head.e_shnum);
   const uint64_t base = head.e_type == ET_DYN ? reinterpret_cast<uint64_t>(info.dli_fbase) : 0;
-  const uint64_t wanted = reinterpret_cast<uint64_t>(function) - base;
+  const uint64_t offset = reinterpret_cast<uint64_t>(function) - base;
   for (const Elf64_Shdr& section : sections) {
     if (section.sh_type != SHT_SYMTAB) continue;
     for (uint64_t at = 0; at < section.sh_size; at += sizeof(Elf64_Sym)) {
       Elf64_Sym symbol;
       std::memcpy(&symbol, image.data() + section.sh_offset + at, sizeof(symbol));
-      if (symbol.st_value != wanted || ELF64_ST_TYPE(symbol.st_info) != STT_FUNC) continue;
+      if (symbol.st_value != offset || ELF64_ST_TYPE(symbol.st_info) != STT_FUNC) continue;
       const char* raw = image.data() + sections[section.sh_link].sh_offset + symbol.st_name;
       int status = 1;
       char* readable = abi::__cxa_demangle(raw, nullptr, nullptr, &status);

@@ -314,11 +314,11 @@ const std::map<std::string, void (*)()> kFaults = {
 }  // namespace
 
 int main(int count, char** arguments) {
-  const auto found = count == 2 ? kFaults.find(arguments[1]) : kFaults.end();
-  if (found == kFaults.end()) {
+  const auto entry = count == 2 ? kFaults.find(arguments[1]) : kFaults.end();
+  if (entry == kFaults.end()) {
     std::fprintf(stderr, "usage: cuda_faults NAME\n");
     return 2;
   }
-  found->second();
+  entry->second();
   std::printf("%s: nothing was noticed\n", arguments[1]);
 }

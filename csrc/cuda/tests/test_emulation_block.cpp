@@ -166,9 +166,9 @@ __global__ void atomics_kernel(Atomics* a, int* last) {
   atomicAdd(&a->wide, 1ull << 40);
   atomicAdd(&a->exchanged_sum, atomicExch(last, i));
   for (unsigned old = 0;;) {  // a counter out of compare-and-swap
-    const unsigned found = atomicCAS(&a->swaps, old, old + 1);
-    if (found == old) break;
-    old = found;
+    const unsigned previous = atomicCAS(&a->swaps, old, old + 1);
+    if (previous == old) break;
+    old = previous;
   }
   __syncthreads();
   if (local != 64) __trap();
