@@ -1,4 +1,4 @@
-// Attention for one head, forward: queries in panels, keys in tiles, softmax on the way.
+// Forward attention of one head: queries in panels, keys in tiles, online softmax.
 //
 // Scores are held transposed, S[key, query]: queries run along the lanes. Their maxima and sums are
 // then plain vector operations, K is used as it lies in memory (never transposed), and P is read
@@ -16,14 +16,15 @@
 namespace variant::VARIANT_ISA_NAMESPACE {
 namespace {
 
-// Keys whose scores are held at a time.
+// The most keys of one tile: their scores are held at the same time.
 template <class Cell>
 constexpr int64_t kMaxTileKeys = Cell::kGroup == 2 ? 192 : 96;
-// What one task holds at a time; more queries are cut into more tasks.
+// The most queries of one task; longer calls are split into more tasks.
 constexpr int64_t kMaxQueriesPerTask = 1024;
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
-// Tiles of one size, so that the last is not a sliver: whole rows of the product's tiles.
+// Keys of one tile. All tiles have the same size, so that the last one is not small, and hold whole
+// row tiles of the product.
 template <class Cell>
 inline int64_t tile_keys_for(int64_t keys) {
   const int64_t tiles = (keys + kMaxTileKeys<Cell> - 1) / kMaxTileKeys<Cell>;
@@ -57,8 +58,8 @@ inline VecF exp2_approx(VecF x) {
   return p * as_float((as_int(shifted) << 23) + 0x3f800000);
 }
 
-// Queries [begin, begin + count) fill the lanes of one panel; count <= kPanel.
-// least and most: keys that the first and the last of them see.
+// Queries [begin, begin + count) fill the lanes of one panel; count <= kPanel. The first query sees
+// `least` keys and the last one `most`.
 struct QueryPanel {
   int64_t begin, count, least, most;
 };
@@ -94,8 +95,8 @@ struct ForwardScratch {
   }
 };
 
-// Scores of one tile of keys, and their maxima per lane. kMasked: query lane i sees keys below
-// visible[i] only, numbered from the tile's first; the others get -inf.
+// Scores of one tile of keys, and their maxima per lane. kMasked: query lane i sees only the tile's
+// first visible[i] keys; the scores of the others are -inf.
 template <class Cell, int kTileVectors, bool kMasked>
 inline void score_tile(int64_t keys, int64_t depth, Operand k, const float* q,
                        const int32_t* visible, float* scores, VecF* tops) {
@@ -123,7 +124,7 @@ inline void score_tile(int64_t keys, int64_t depth, Operand k, const float* q,
   for (int j = 0; j < kTileVectors; ++j) tops[j] = top[j];
 }
 
-// Two rows of numbers (queries along the lanes) as one row of cells.
+// Packs two rows of numbers (queries along the lanes) into one row of cells.
 inline VecF to_cells(Single, VecF first, VecF) { return first; }
 #if defined(__AVX512BF16__)
 inline VecF to_cells(Pair, VecF first, VecF second) {
@@ -135,8 +136,8 @@ inline VecF to_cells(Pair, VecF first, VecF second) {
 }
 #endif
 
-// Scores become probabilities, p = 2^(factor * s - shift), and those cells of P in place; sum
-// receives their sums. A group that `keys` does not fill is filled with zeros.
+// Replaces scores by probabilities p = 2^(factor * s - shift), packed as cells of P; sums receives
+// their sums per lane. Zeros complete the last group.
 template <class Cell, int kTileVectors>
 inline void exponentials(float* scores, int64_t keys, float factor, const VecF* shifts,
                          VecF* sums) {
@@ -168,14 +169,14 @@ inline void exponentials(float* scores, int64_t keys, float factor, const VecF* 
   for (int j = 0; j < kTileVectors; ++j) sums[j] = total[j];
 }
 
-// Queries as the columns of one panel of B; lanes without a query are zero.
+// Packs queries as the columns of one panel of B; lanes without a query are zero.
 template <class Cell, class T, class Row>
 inline void pack_columns(int64_t count, int64_t width, Row row, float* panel) {
   const int64_t cells = width / Cell::kGroup;
   for (int64_t lane = 0; lane < count; lane += kLanes) {
     const int64_t rows = min_of(kLanes, count - lane);
     for_vectors(cells, [&](int64_t cell, auto lanes) {
-      // A vector of every row, turned: column i of them is cell + i of the panel.
+      // One vector of every row, transposed: column i becomes row cell + i of the panel.
       VecF block[kLanes];
       for (int i = 0; i < kLanes; ++i) {
         block[i] = i < rows ? load_cells(Cell{}, row(lane + i), cell, lanes) : VecF{};
@@ -198,7 +199,7 @@ inline void negate_cells(Pair, float* cells, int64_t count) {
 }
 #endif
 
-// Queries as panels of B. A negative factor of the scores is applied here, as a sign.
+// Packs queries as panels of B; `negate` changes their sign.
 template <class Cell, class T, class Q>
 inline void pack_queries(const QueryPanel* panels, int64_t num_panels, int64_t head_dim,
                          bool negate, Q q, ForwardScratch& s) {
@@ -211,7 +212,7 @@ inline void pack_queries(const QueryPanel* panels, int64_t num_panels, int64_t h
   }
 }
 
-// Keys [first, first + keys) as rows of A and their values as panels of B.
+// Packs keys [first, first + keys) as rows of A and their values as panels of B.
 template <class Cell, class Row, class Rows>
 inline void pack_tile(int64_t first, int64_t keys, int64_t head_dim, int64_t panel_rows, Rows rows,
                       ForwardScratch& s) {
@@ -226,7 +227,7 @@ inline void pack_tile(int64_t first, int64_t keys, int64_t head_dim, int64_t pan
   }
 }
 
-// Scores of one panel, packed at q, with the first `keys` keys of the tile that begins at `first`.
+// Scores of the panel packed at q with the first `keys` keys of the tile that begins at `first`.
 template <class Cell, int kTileVectors>
 inline void score(const QueryPanel& panel, int64_t first, int64_t keys, int64_t head_dim,
                   const float* q, const int32_t* visible, ForwardScratch& s, VecF* tops) {
@@ -236,7 +237,7 @@ inline void score(const QueryPanel& panel, int64_t first, int64_t keys, int64_t 
     score_tile<Cell, kTileVectors, false>(keys, cells, tile, q, nullptr, s.scores, tops);
     return;
   }
-  // Lanes without a query see everything: their zeros stay finite.
+  // Lanes without a query see every key: their scores of zero stay finite.
   int32_t limits[kPanel];
   for (int64_t i = 0; i < kPanel; ++i) {
     limits[i] = i < panel.count ? visible[panel.begin + i] - static_cast<int32_t>(first)
@@ -245,8 +246,8 @@ inline void score(const QueryPanel& panel, int64_t first, int64_t keys, int64_t 
   score_tile<Cell, kTileVectors, true>(keys, cells, tile, q, limits, s.scores, tops);
 }
 
-// From the maxima of a tile's scores to m' = max(m, factor * tops), which replaces both, and to
-// shrink = 2^(m - m'), by which earlier sums are multiplied. The first tile has no m.
+// m' = max(m, factor * tops) replaces tops and peak. shrink = 2^(m - m') is the factor of earlier
+// sums; the first tile has none.
 template <int kTileVectors>
 inline void rescale(bool is_first, float factor, VecF* tops, float* peak, float* shrink) {
   for (int j = 0; j < kTileVectors; ++j) {
@@ -287,10 +288,10 @@ inline void write_panels(const QueryPanel* panels, int64_t num_panels, int64_t h
 }
 
 // Attention of num_panels panels of one head. q(t) is the row of query t; rows(s, count, k, v)
-// writes the addresses of the rows of keys [s, s + count), as Row; out(t) is where the result of
-// query t goes, lse (may be null) the head's array over queries.
-// visible[t]: keys that query t sees, non-decreasing in t; read only where a panel's queries
-// differ. tile_keys: from tile_keys_for, the same for every task of a head.
+// writes the addresses of the rows of keys [s, s + count), as Row; out(t) is the address of query
+// t's result; lse is the head's array over queries, or null. visible[t]: number of keys that query
+// t sees, non-decreasing in t; read only if a panel's queries differ. tile_keys: from
+// tile_keys_for, the same for every task of a head.
 template <class T, class Row = const T*, class Q, class Rows, class O>
 inline void attend_panels(const QueryPanel* panels, int64_t num_panels, int64_t head_dim,
                           int64_t tile_keys, float softmax_scale, const int32_t* visible, Q q,
@@ -300,9 +301,9 @@ inline void attend_panels(const QueryPanel* panels, int64_t num_panels, int64_t 
   constexpr int kGroup = Cell::kGroup;
   const int64_t panel_rows = tile_keys / kGroup, panel_cells = head_dim / kGroup * kPanel;
 
-  // Queries
-  // The maximum of scaled scores is the scaled maximum only for a positive factor: its sign goes to
-  // q, and zero (which would make NaN of a hidden key's -inf) becomes next to nothing.
+  // Queries The maximum of scaled scores is the scaled maximum only for a positive factor, so the
+  // sign is applied to q. A factor of zero would turn a masked -inf into NaN; the smallest normal
+  // number replaces it.
   const float factor = max_of(__builtin_fabsf(softmax_scale) * kLog2E, __FLT_MIN__);
   pack_queries<Cell, T>(panels, num_panels, head_dim, softmax_scale < 0, q, s);
 
@@ -336,8 +337,8 @@ inline void attend_panels(const QueryPanel* panels, int64_t num_panels, int64_t 
   write_panels<T>(panels, num_panels, head_dim, out, lse, s);
 }
 
-// How many panels one task takes: all that fit its memory, fewer when there would be less than two
-// tasks per thread. Results do not depend on it.
+// Panels of one task: as many as fit its memory, fewer if that gives less than two tasks per
+// thread. Results do not depend on this number.
 inline int64_t panels_per_task(int64_t num_panels, int64_t heads_in_all, int num_threads) {
   int64_t per_task = min_of(num_panels, max_of(1, kMaxQueriesPerTask / kPanel));
   while (per_task > 1 &&

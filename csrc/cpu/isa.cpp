@@ -116,12 +116,12 @@ namespace {
 #define VARIANT_KEEPS_SCRATCH 1
 #endif
 
-// A block that malloc maps anew costs a page fault for every 4 KiB of it at every call, so each
-// thread keeps the two largest that it has released, up to this size. Under AddressSanitizer
-// nothing is kept: it knows where a block ends only when every call has its own.
+// A newly mapped block costs a page fault per 4 KiB at every call, so each thread caches the two
+// largest blocks that it has released, up to this size. Nothing is cached under AddressSanitizer,
+// which checks the end of a block only if every call allocates its own.
 constexpr size_t kMaxCachedBytes = VARIANT_KEEPS_SCRATCH ? size_t{16} << 20 : 0;
 
-// In front of every block: its size. One alignment unit.
+// Precedes every block, in one alignment unit: the block's size.
 struct Header {
   size_t bytes;
 };
@@ -145,7 +145,7 @@ size_t size_of(const char* block) { return reinterpret_cast<const Header*>(block
 }  // namespace
 
 void* allocate_scratch(int64_t bytes) {
-  // aligned_alloc wants a multiple of the alignment.
+  // aligned_alloc needs a multiple of the alignment.
   const size_t size =
       (static_cast<size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment + 2 * kAlignment;
   char** best = nullptr;
@@ -167,7 +167,7 @@ void* allocate_scratch(int64_t bytes) {
 
 void release_scratch(void* data) {
   char* block = static_cast<char*>(data) - kAlignment;
-  // Out goes the smallest of what is kept and this one.
+  // Frees the smallest of the cached blocks and this one.
   if (size_of(block) <= kMaxCachedBytes) {
     for (char*& other : cache.blocks) {
       if (!other || size_of(other) < size_of(block)) {

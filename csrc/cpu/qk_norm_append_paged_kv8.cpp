@@ -1,4 +1,4 @@
-// Keys and values rounded to 8 bits on their way to their slot.
+// qk_norm and append for 8-bit pages: keys and values are rounded when they are written.
 #include "../include/kv8.h"
 #include "kv8_round.h"
 #include "qk_norm_append_rows.h"
@@ -9,15 +9,15 @@ namespace {
 // The widest head that is normalised.
 constexpr int64_t kMaxHeadDim = 256;
 
-// Where the heads of one slot go.
+// Addresses of the heads of one slot.
 struct Slot {
   uint8_t* codes;
   int64_t head_stride;
   uint8_t* scales;
 };
 
-// Every head of one token. kNorm: x / max(|x|, eps), rounded to T as qk_norm returns it, is what
-// is rounded to 8 bits. `next`: where the same heads of the token after it lie.
+// Rounds every head of one token. kNorm: first computes x / max(|x|, eps), rounded to T as qk_norm
+// returns it. `next`: address of the same heads of the next token, for prefetching.
 template <bool kNorm, class T>
 inline void round_heads(Heads<const T> x, Slot slot, const T* next, int64_t heads, int64_t width) {
   for (int64_t h = 0; h < heads; ++h) {
@@ -32,7 +32,7 @@ inline void round_heads(Heads<const T> x, Slot slot, const T* next, int64_t head
   }
 }
 
-// kStream: queries go around the cache.
+// kStream: queries are written with non-temporal stores.
 template <class T, bool kStream>
 void fused_rows(const QkNormAppendPagedKv8Args& all) {
   const QkNormAppendPagedKvArgs& a = all.op;

@@ -1,9 +1,10 @@
-// What top-k and top-p search for in one row: the k-th largest value, and the value below which a
-// share of the weight lies. Both halve an interval of values, look at whole vectors, and keep only
-// the entries inside the interval after a few halvings: no sorting, no tables to clear.
+// The thresholds of top-k and top-p in one row: the k-th largest value, and the value below which a
+// share of the weight lies. Both bisect an interval of values with vector operations and copy the
+// entries inside the interval after a few halvings. Nothing is sorted, and no table must be
+// cleared.
 //
-// Every sum is taken in 16 interleaved parts, whatever the width of a vector, and nothing here may
-// be fused: every instruction set gives the same bits.
+// Every sum has 16 interleaved parts for every vector width, and products must not be fused into
+// sums: all instruction sets give the same bits.
 #pragma once
 
 #include "parallel.h"
@@ -28,7 +29,7 @@ inline VecD load_wide(const double* p) {
 }
 inline void store_wide(double* p, VecD x) { __builtin_memcpy(p, &x, sizeof x); }
 inline VecD splat_wide(double x) { return x - VecD{}; }
-// kWideLanes floats as doubles. Left to itself, gcc 12 converts the lanes one by one.
+// kWideLanes floats as doubles. Without intrinsics gcc 12 converts the lanes one by one.
 inline VecD load_widened(const float* p) {
 #if defined(__AVX512F__)
   return (VecD)_mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(p));
@@ -46,7 +47,7 @@ inline VecD exp_wide(VecD x) {
   const VecD clamped = x < -700.0 ? splat_wide(-700.0) : x;
   const VecD shifted = clamped * 1.4426950408889634 + 6755399441055744.0;
   const VecD n = shifted - 6755399441055744.0;
-  // log 2 in two parts: the first has zeros enough for n * it to be exact.
+  // log 2 in two parts: n times the first is exact, because its last bits are zero.
   const VecD r = (clamped - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
   VecD p = r * (1.0 / 40320) + 1.0 / 5040;
   p = p * r + 1.0 / 720;
@@ -76,7 +77,8 @@ struct WideSums {
   }
 };
 
-// Copies the entries in [low, high) of x; returns how many. Writes up to kLanes - 1 places more.
+// Copies the entries of x in [low, high) and returns their number. Writes up to kLanes - 1 elements
+// past them.
 inline int64_t compact_range(const float* x, int64_t padded, float low, float high, float* out) {
   int64_t count = 0;
 #if defined(__AVX512F__)
@@ -97,7 +99,8 @@ inline int64_t compact_range(const float* x, int64_t padded, float low, float hi
   return count;
 }
 
-// The entries >= low of x and their indices; returns how many. Writes up to kLanes - 1 more.
+// Copies the entries of x that are >= low and their indices, and returns their number. Writes up to
+// kLanes - 1 elements past them.
 inline int64_t compact_ge(const float* x, int64_t padded, float low, float* out, int32_t* index) {
   int64_t count = 0;
 #if defined(__AVX512F__)
@@ -105,7 +108,7 @@ inline int64_t compact_ge(const float* x, int64_t padded, float low, float* out,
   for (int64_t i = 0; i < padded; i += kLanes) {
     const __m512 value = (__m512)load(x + i);
     const __mmask16 kept = _mm512_cmp_ps_mask(value, _mm512_set1_ps(low), _CMP_GE_OQ);
-    // Compressing in a register, then storing all of it: a compressing store is microcode on Zen 4.
+    // Compresses in a register and stores all of it: a compressing store is microcode on Zen 4.
     _mm512_storeu_ps(out + count, _mm512_maskz_compress_ps(kept, value));
     _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(kept, indices));
     indices = _mm512_maskz_add_epi32(kAllLanes, indices, _mm512_set1_epi32(kLanes));
@@ -121,8 +124,8 @@ inline int64_t compact_ge(const float* x, int64_t padded, float low, float* out,
   return count;
 }
 
-// The entries whose d lies in (low, high], and their weights; returns how many. Writes up to
-// kWideLanes - 1 more. May work in place.
+// Copies the entries with d in (low, high] and their weights, and returns their number. Writes up
+// to kWideLanes - 1 elements past them. Source and target may be the same.
 inline int64_t compact_weighted_range(const double* d, const double* w, int64_t padded, double low,
                                       double high, double* d_out, double* w_out) {
   int64_t count = 0;
@@ -154,9 +157,9 @@ inline int64_t count_ge(const float* x, int64_t padded, float low) {
   return count;
 }
 
-// Few enough to compare each with each.
+// So few entries are compared pairwise.
 constexpr int64_t kFew = 16;
-// Halvings between two narrowings: passes over all entries cost more than copying those left.
+// Halvings before the entries inside are copied: more passes over all entries would cost more.
 constexpr int kHalvings = 3;
 constexpr float kInfinity = __builtin_inff();
 
@@ -179,9 +182,10 @@ inline Range<Number> range_of(const Number* x, int64_t count) {
   return range;
 }
 
-// Searches an interval that the two functions share. halve() moves one of its bounds to the middle;
-// false: no number lies in between. narrow() copies the entries inside and takes their range as the
-// bounds, so that every halving parts some of them; true: few entries are left, or they are equal.
+// Bisects an interval until it holds few entries, or equal ones. halve() moves one bound to the
+// middle and returns false if no number lies in between. narrow() copies the entries inside the
+// interval, sets the bounds to their range, so that every halving excludes an entry, and returns
+// whether to stop.
 template <class Halve, class Narrow>
 inline void bisect(Halve halve, Narrow narrow) {
   for (int round = 1;; ++round) {
@@ -204,7 +208,7 @@ inline float kth_of_few(const float* x, int64_t count, int64_t k, int64_t above,
 }
 
 // The k-th largest of x, 1 <= k < count; x is padded with -inf to whole vectors, free of NaN and
-// +inf, its extremes are given. scratch holds count + 2 kLanes entries.
+// +inf; `smallest` and `largest` are its extremes. scratch holds count + 2 kLanes entries.
 inline float kth_largest(const float* x, int64_t count, int64_t k, float smallest, float largest,
                          float* scratch) {
   int64_t padded = round_up(count, kLanes);
@@ -212,7 +216,7 @@ inline float kth_largest(const float* x, int64_t count, int64_t k, float smalles
   if (above >= k) return largest;
   float low = smallest, high = largest;  // the answer lies in [low, high)
 
-  // Masked entries, far below, would make the halving start far away.
+  // Masked entries lie far below and would widen the first interval.
   const float near = largest - 256.0f;
   if (low < near) {
     const int64_t close = count_ge(x, padded, near);
@@ -234,7 +238,8 @@ inline float kth_largest(const float* x, int64_t count, int64_t k, float smalles
   bisect(
       [&] {
         float middle = low * 0.5f + top * 0.5f;
-        // Without a number in between, one of the two values is left: still a halving.
+        // Without a number in between, the interval holds at most two values: this step separates
+        // them.
         if (!(middle > low && middle < top)) middle = top;
         const int64_t reached = base + count_ge(x, padded, middle);
         if (reached >= k) {
@@ -277,9 +282,8 @@ inline double weight_le(const double* d, const double* w, int64_t padded, double
   return sums.total();
 }
 
-// The boundary among few entries, or at most two values, of which the largest is `high`: value by
-// value from low up. `below` is the weight of everything up to low. The boundary is `high` at the
-// latest.
+// The threshold among few entries, or at most two values, in (low, high]: tries the values in
+// ascending order. `below` is the weight of all entries up to low. The threshold is at most `high`.
 inline TopPThreshold top_p_threshold_of_few(const double* d, const double* w, int64_t count,
                                             double low, double high, double below,
                                             double allowance) {
@@ -312,13 +316,14 @@ inline TopPThreshold top_p_threshold_of_few(const double* d, const double* w, in
   return {threshold, dropped_ties};
 }
 
-// In ascending order of d, lower index first among ties, every entry whose cumulative weight w is
-// at most `allowance` goes; the last never does. d <= 0, its largest is 0; both are padded to whole
-// groups of 16 with d = -inf, w = 0. `low` is below every d that weighs anything. Both scratch
-// arrays hold count + 16 + kWideLanes entries.
+// Top-p drops entries in ascending order of d, lower index first among ties, while their cumulative
+// weight w is at most `allowance`; it never drops the last entry. d <= 0 and its largest is 0; both
+// are padded to whole groups of 16 with d = -inf, w = 0. `low` is below every d with a weight above
+// zero. Both scratch arrays hold count + 16 + kWideLanes entries.
 inline TopPThreshold top_p_threshold(const double* d, const double* w, int64_t count, double low,
                                      double allowance, double* scratch_d, double* scratch_w) {
-  // Everything up to low may go, everything up to high may not: the boundary lies in (low, high].
+  // Entries up to low may be dropped together, entries up to high may not: the threshold lies in
+  // (low, high].
   double high = 0.0;
   double below = 0.0, base = 0.0;  // weights up to low: of all entries, and of those not in d
   double bottom = low;             // nothing in the interval lies below

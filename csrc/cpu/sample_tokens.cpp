@@ -35,8 +35,8 @@ struct Uniform {
 // same on every instruction set.
 constexpr int64_t kBlock = 64;
 
-// One thread's memory for one row. What top-k leaves is copied together (n entries); without top-k
-// the row itself is taken. The end of each array is padded to a whole block.
+// One thread's memory for one row. The n entries that top-k keeps are copied; without top-k the row
+// itself is used. The end of each array is padded to a whole block.
 struct RowScratch {
   double* d;           // [n] logit - largest; -inf in the padding
   double* weights;     // [n] exp(d), 0 where dropped and in the padding
@@ -65,7 +65,7 @@ struct Extremes {
   float smallest, largest;
 };
 
-// a = (1 + t) c - t u, each product rounded to float32. t = 0 ignores u altogether.
+// a = (1 + t) c - t u, each product rounded to float32. With t = 0 u is not read.
 template <class T, bool kGuided>
 inline Extremes guide(const T* cond, const T* uncond, int64_t vocab, double t, float* out) {
   const float with = static_cast<float>(1.0 + t), without = static_cast<float>(t);
@@ -128,7 +128,7 @@ inline double sum_blocks(RowScratch& s, int64_t n, double threshold) {
   return total;
 }
 
-// The first entry whose cumulative weight passes target: its block, then inside it.
+// The first entry with a cumulative weight above target: finds its block, then the entry.
 inline int64_t entry_at(const RowScratch& s, int64_t n, double target) {
   int64_t block = 0;
   double sum = 0;
@@ -140,7 +140,7 @@ inline int64_t entry_at(const RowScratch& s, int64_t n, double target) {
     sum += s.weights[i];
     if (sum > target) return i;
   }
-  // Rounding put the target at the block's end: the last entry before it that has weight.
+  // Rounding moved the target to the block's end: returns the last entry with a weight above zero.
   int64_t last = end - 1;
   while (s.weights[last] == 0.0) --last;
   return last;
@@ -171,7 +171,7 @@ Drawn sample_row(const SampleTokensArgs& a, int64_t r, RowScratch& s) {
     float* scratch = reinterpret_cast<float*>(s.scratch);
     smallest = kth_largest(s.logits, vocab, a.top_k, smallest, largest, scratch);
     count = compact_ge(s.logits, round_up(vocab, kLanes), smallest, s.top_k, s.index);
-    // Padding of -inf passes where everything does.
+    // With a threshold of -inf the padding passes too.
     count = min_of(count, vocab);
     pad(s.top_k, count, kBlock);
     logits = s.top_k;
@@ -180,7 +180,7 @@ Drawn sample_row(const SampleTokensArgs& a, int64_t r, RowScratch& s) {
   weigh(logits, n, largest, a.exponential != nullptr, s);
   double total = sum_blocks(s, n, -static_cast<double>(kInfinity));
   if (a.top_p > 0.0 && a.top_p < 1.0) {
-    // Below -700 nothing weighs anything.
+    // Below -700 all weights are zero.
     const double least = static_cast<double>(smallest) - static_cast<double>(largest) - 1.0;
     TopPThreshold top_p =
         top_p_threshold(s.d, s.weights, count, least > -701.0 ? least : -701.0,
