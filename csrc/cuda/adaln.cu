@@ -1,4 +1,5 @@
-// Adaptive layer norm: a block for each row forward, for each tile of tokens backward.
+// Adaptive layer norm: one block per row in the forward pass, per tile of tokens in the backward
+// pass.
 #include "adaln.h"
 
 #include <type_traits>
@@ -14,10 +15,10 @@ namespace {
 constexpr int kMostThreads = 512;
 constexpr int kMostWarps = kMostThreads / kWarp;
 
-// A thread has eight neighbouring columns and keeps them in registers between passes, read 16 bytes
-// at a time (kWide) or, off a boundary of 16 bytes, one by one (kNarrow): the sums have one order,
-// so that a view gives the bits that its copy gives. Widths past 4096 or no multiple of eight:
-// every blockDim.x-th column, read again in every pass (kAnew).
+// A thread keeps eight neighbouring columns in registers between passes. It reads them 16 bytes at
+// a time (kWide), or one by one if rows are not 16-byte aligned (kNarrow); both have the same order
+// of sums, so a view and its copy give the same bits. For widths above 4096 or not divisible by
+// eight a thread takes every blockDim.x-th column and reads it again in every pass (kAnew).
 constexpr int kWide = 0, kNarrow = 1, kAnew = 2;
 template <int kAccess>
 constexpr int kColumns = kAccess == kAnew ? 1 : kEight;
@@ -49,9 +50,9 @@ __device__ inline void store_columns(T* p, const float (&x)[kCount]) {
   }
 }
 
-// y = (x - mean) * rstd * (1 + scale) + shift for one row. first(c, x) gives columns for the first
-// time, again(c, x) gives them once more. Mean first, then the squares around it: the form
-// E[x^2] - E[x]^2 would cancel where the mean is large.
+// y = (x - mean) * rstd * (1 + scale) + shift for one row. first(c, x) reads columns the first
+// time, again(c, x) reads them again. The squares are taken around the mean: E[x^2] - E[x]^2 would
+// cancel where the mean is large.
 template <int kAccess, class T, class First, class Again>
 __device__ inline void normalise_row(int width, float eps, const T* scale, const T* shift, T* y,
                                      float* mean_out, float* rstd_out, const First& first,
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(kMostThreads)
         load_columns<kAccess>(x_row + c, x);
         load_columns<kAccess>(y_row + c, y);
         load_columns<kAccess>(gate_row + c, gate);
-    // Rounded: the statistics are those of what is stored.
+    // Rounded first: the statistics are those of the stored values.
 #pragma unroll
         for (int i = 0; i < kCount; ++i) x[i] = widen(narrow<TX>(x[i] + gate[i] * y[i]));
         store_columns(out_row + c, x);
@@ -149,7 +150,7 @@ __device__ inline void reduce_pair(float& first, float& second, float (*scratch)
   __syncthreads();
 }
 
-// What the backward pass of a tile of tokens needs; gate null: the form without the residual.
+// Arguments of the backward pass of one tile of tokens; gate null: without the residual.
 template <class TX, class T>
 struct BackwardTile {
   TokenView grad_h, x, grad_x_out, y;
@@ -171,7 +172,7 @@ __device__ inline void backward_tile(const BackwardTile<TX, T>& a) {
   __shared__ float scratch[2][kMostWarps];
   const float n = static_cast<float>(a.width);
   float sums[kKinds][kCount];
-  // Held columns are summed in registers, others in the tile's place in memory.
+  // Columns held in registers are summed there, others in `partial`.
 #pragma unroll
   for (int kind = 0; kind < kKinds; ++kind) {
 #pragma unroll
@@ -322,14 +323,14 @@ int sum_tiles(const float* partial, SumTargets<T> targets, int64_t batch, int64_
                 ceil_div(tokens, kAdaLNTokensPerTile), kinds, width);
 }
 
-// Threads of a block whose columns are held: eight columns each, whole warps.
+// Threads of a block that holds its columns: eight columns per thread, whole warps.
 dim3 threads_for(int64_t width) {
   return dim3(static_cast<unsigned>(ceil_div(ceil_div(width, kEight), kWarp) * kWarp));
 }
 bool can_hold(int64_t width) { return width % kEight == 0 && width <= kMostThreads * kEight; }
 constexpr unsigned kAnewThreads = 256;
 
-// Calls launch_with(access, threads): a view that is not `aligned` is read one by one.
+// Calls launch_with(access, threads): a view that is not `aligned` is read element by element.
 template <class F>
 int with_access(int64_t width, bool aligned, const F& launch_with) {
   if (!can_hold(width))

@@ -1,5 +1,5 @@
-// Block-causal attention: the tiles of softmax_tiles.cuh over contiguous keys, each query up to the
-// end of its own scale.
+// Block-causal attention with the tiles of softmax_tiles.cuh: keys are contiguous, and a query sees
+// the keys up to the end of its own scale.
 #include "block_causal_attention.h"
 
 #include "launch.h"
@@ -25,7 +25,7 @@ struct ContiguousSource {
   __device__ const T* query(int r) const {
     return r < queries ? q + r * p.a.q.token_stride : nullptr;
   }
-  // Rows past the tile see what its last query sees.
+  // Rows past the tile see the same keys as its last query.
   __device__ int visible(int r) const {
     return r < queries ? p.ends.visible(first_query + r) : last;
   }
@@ -41,7 +41,7 @@ struct QueryTile {
   int t;
 };
 
-// The last tiles see the most keys: handed out first, so that blocks end together.
+// The last tiles see the most keys. They get the first blocks, so that all blocks finish together.
 template <int kQueries>
 __device__ inline QueryTile tile_of_block(const BlockCausalForwardArgs& a) {
   const unsigned heads = static_cast<unsigned>(a.heads);
@@ -161,7 +161,8 @@ int forward(const BlockCausalForwardArgs& a, void* stream) {
   p.a = a;
   if (!p.ends.set(a.scale_lengths, a.num_scales, a.length)) return kInvalidValue;
   p.negate = a.softmax_scale < 0.0f;
-  // A scale of zero would turn masked scores into visible ones; this one is zero to every sum.
+  // A scale of zero would turn masked scores of -inf into NaN; 1e-30 gives the results of zero
+  // without that.
   const float size = p.negate ? -a.softmax_scale : a.softmax_scale;
   p.scale_log2 = (size > 1e-30f ? size : 1e-30f) * 1.4426950408889634f;
   switch (a.dtype) {

@@ -1,7 +1,7 @@
-// Gradients of block-causal attention, without atomics: one kernel walks the queries of each tile
-// of keys (dk, dv), one the keys of each tile of queries (dq), and both compute the scores anew
-// (FlashAttention-2, arXiv 2307.08691). A block owns one tile and reads all other tiles that meet
-// it; `qk` is a tile of queries or keys, `gv` one of grad_out or values:
+// Gradients of block-causal attention, without atomics: one kernel loops over the queries for each
+// tile of keys (dk, dv), the other over the keys for each tile of queries (dq); both recompute the
+// scores (FlashAttention-2, arXiv 2307.08691). A block owns one tile and reads all other tiles that
+// meet it; `qk` is a tile of queries or keys, `gv` one of grad_out or values:
 //   S = own_qk other_qk^T,  P = exp(softmax_scale S - lse)
 //   dP = own_gv other_gv^T,  dS = P (dP - delta)
 //   a tile of keys:     own = k, v; other = q, grad_out;  dk = softmax_scale dS other_qk,
@@ -57,7 +57,7 @@ __device__ inline BackwardBlock<T> tile_of_block(const BackwardParams& p) {
   BackwardBlock<T> block;
   block.b = sequence / heads;
   block.h = sequence % heads;
-  // The longest first: early keys meet the most queries, late queries the most keys.
+  // The longest tiles first: early keys meet the most queries, late queries the most keys.
   block.begin = static_cast<int>(kForKeys ? turn : tiles - 1 - turn) * kRows;
   const int left = static_cast<int>(a.length) - block.begin;
   block.rows = left < kRows ? left : kRows;
@@ -73,7 +73,7 @@ __device__ inline BackwardBlock<T> tile_of_block(const BackwardParams& p) {
   return block;
 }
 
-// Whether query sees key, both inside their tiles.
+// Whether the query sees the key and both are inside their tiles. x and y: rows of own and other.
 template <bool kForKeys, class Block>
 __device__ inline bool sees(const BackwardParams& p, const Block& block, int x, int y) {
   if (x >= block.begin + block.rows || y >= block.last) return false;
@@ -82,7 +82,7 @@ __device__ inline bool sees(const BackwardParams& p, const Block& block, int x, 
 
 // --- on tensor cores ----------------------------------------------------------------------------
 
-// A warp owns 16 rows of the own tiles; other tiles, kOtherRows rows each, arrive in two stages.
+// A warp owns 16 rows of the own tiles; other tiles of kOtherRows rows are copied in two stages.
 template <class T_, int kHeadDim_, int kOtherRows_>
 struct BackwardTile {
   using T = T_;
@@ -200,10 +200,10 @@ __global__ void __launch_bounds__(Tile::kThreads)
         ds_tile[n][i] = slope;
       }
     }
-    // The lane is read again: ptxas then takes the registers that it took with one function.
+    // Passing `lane` instead changes the number of registers.
     accumulate<Tile>(dx, ds_tile, other_qk_tile, threadIdx.x % kWarp);
     if constexpr (kForKeys) accumulate<Tile>(dv, p_tile, other_gv_tile, threadIdx.x % kWarp);
-    // The next turn copies into this stage.
+    // The next iteration copies into this stage.
     if (more) __syncthreads();
   }
   write_rows(static_cast<T*>(kForKeys ? a.dk : a.dq), p, block, dx, a.softmax_scale);
@@ -259,7 +259,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
         slopes[i] = weights[i] * (product - block.delta[query]);
       }
     }
-    // This tile's sums apart: they are added to what earlier tiles gathered only once.
+    // Separate sums for this tile: they are added to the sums of earlier tiles once, which rounds
+    // less.
     float dx_part[Tile::kPerWarp][Tile::kColumns] = {};
     float dv_part[Tile::kPerWarp][Tile::kColumns] = {};
     for (int r = 0; r < kOtherRows; ++r) {

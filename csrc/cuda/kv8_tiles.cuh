@@ -1,7 +1,7 @@
 // Tiles of 8-bit keys and values for the products of softmax_tiles.cuh, and single rows for those
-// of softmax_plain.cuh. cp.async brings the codes, half the bytes of 16-bit tiles; they are widened
-// to 16 bits, scale included, on their way to the tile that the tensor cores read. What is widened
-// is exactly K and V, so that nothing else differs from 16-bit pages.
+// of softmax_plain.cuh. cp.async copies the codes, half the bytes of 16-bit tiles; threads then
+// multiply them by their scales and write 16-bit tiles for the tensor cores. The products are
+// exact, so everything after them is the same as for 16-bit pages.
 #pragma once
 
 #include "kv8.cuh"
@@ -10,7 +10,7 @@
 
 namespace variant::cuda {
 
-// One head of one token.
+// Codes and scale of one head of one token.
 struct Kv8Row {
   const uint8_t* codes;
   const uint8_t* scale;
@@ -18,7 +18,7 @@ struct Kv8Row {
 
 // One stage of keys and values in 16 bits, and scratch for the codes and scales of the next. A
 // thread copies 16 columns of a key and of its value, kTurns times, and widens what it copied
-// itself: no barrier is needed in between, and its scratch is free again at once.
+// itself, so no barrier is needed in between and its scratch can be reused at once.
 template <class Tile>
 class Kv8StageLoader {
  public:
@@ -137,13 +137,14 @@ struct Kv8SoftmaxTile : SoftmaxTile<T, kHeadDim, kKeys, kWarps> {
   using Base = SoftmaxTile<T, kHeadDim, kKeys, kWarps>;
   template <class Tile>
   using Loader = Kv8StageLoader<Tile>;
-  // By itself the compiler fits three of the widest into sm_80, and spills for it.
+  // By default the compiler fits three blocks of the widest tile into an sm_80 multiprocessor, and
+  // spills registers for it.
   static constexpr int kBlocks = kHeadDim == 128 && kWarps > 1 ? 1 : 0;
   static constexpr int kSharedBytes =
       (Base::kQueries * Base::kRow + Base::kStage) * 2 + Kv8StageLoader<Base>::kScratchBytes;
 };
 
-// Of plain products: codes and their scale as a number. Without codes: not there.
+// Row of the plain products: codes, and their scale as a number. codes null: no row.
 struct Kv8PlainRow {
   const uint8_t* codes = nullptr;
   float scale = 0.0f;
@@ -156,7 +157,7 @@ __device__ inline float element_of(const Kv8PlainRow& row, int column) {
 template <class T, int kColumns>
 struct Kv8PlainTile : PlainTile<T, kColumns> {
   using Row = Kv8PlainRow;
-  static constexpr bool kRowByRow = true;  // several would spill on sm_80
+  static constexpr bool kRowByRow = true;  // reading several spills registers on sm_80
   template <class Source>
   __device__ static Row key(const Source& source, int s) {
     Kv8Row k, v;

@@ -1,5 +1,5 @@
-// Paged attention: the rows of K and V are found through the page table while they are copied. The
-// kernels and their launch, for pages of the queries' dtype and for those of 8 bits.
+// Paged attention: copies look the rows of K and V up in the page table. The kernels and their
+// launches, for pages of the queries' dtype and for 8-bit pages.
 #pragma once
 
 #include "launch.h"
@@ -9,7 +9,7 @@
 
 namespace variant::cuda {
 
-// The pages of one head.
+// View of one head in all pages.
 template <class Element>
 struct HeadPages {
   const Element* data;
@@ -52,11 +52,11 @@ struct PagedSource {
 
 struct PagedParams {
   PagedAttentionArgs a;
-  int page_shift;  // page_size is 1 << page_shift; -1: it is no power of two
+  int page_shift;  // page_size is 1 << page_shift; -1: not a power of two
   float scale_log2;
   bool negate;
 
-  // What differs for 8-bit pages: paged_attention_kv8.cuh.
+  // Types and functions that 8-bit pages replace (paged_attention_kv8.cuh).
   template <class T>
   using Source = PagedSource<T>;
   template <class T, int kHeadDim, int kKeys, int kWarps>
@@ -99,7 +99,7 @@ __device__ inline OutputIndex tile_of_block(const PagedParams& p,
   const int capacity = static_cast<int>(a.entries * a.page_size);
   int length = a.kv_lens[b];
   length = length < 0 ? 0 : length > capacity ? capacity : length;
-  // Every part a whole number of tiles: only the last has a boundary.
+  // Parts are whole numbers of tiles; only the last part has a boundary.
   const int splits = static_cast<int>(a.splits);
   const int part = ((length + splits - 1) / splits + Tile::kKeys - 1) / Tile::kKeys * Tile::kKeys;
   source.first = split * part;
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp)
   if (r >= rows) return;
   float largest = kMinusInfinity;
   for (int s = 0; s < splits; ++s) largest = fmaxf(largest, lse[s * rows + r]);
-  // Without a key every part weighs nothing. NaN is no maximum but reaches the sum.
+  // Without keys the weights of all parts are zero. fmaxf ignores NaN, but the sum does not.
   const float origin = largest == kMinusInfinity ? 0.0f : largest;
   float total = 0.0f;
   for (int s = 0; s < splits; ++s) total += ex2(lse[s * rows + r] - origin);
@@ -266,7 +266,8 @@ inline void derive_params(PagedParams& p) {
   for (int shift = 0; shift < 31; ++shift) {
     if (a.page_size == int64_t{1} << shift) p.page_shift = shift;
   }
-  // A scale of zero would turn masked scores into visible ones; this one is zero to every sum.
+  // A scale of zero would turn masked scores of -inf into NaN; 1e-30 gives the results of zero
+  // without that.
   const float size = a.softmax_scale < 0.0f ? -a.softmax_scale : a.softmax_scale;
   p.scale_log2 = (size > 1e-30f ? size : 1e-30f) * 1.4426950408889634f;
   p.negate = a.softmax_scale < 0.0f;

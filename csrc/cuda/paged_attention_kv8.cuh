@@ -1,4 +1,4 @@
-// Paged attention over 8-bit pages: what differs from pages of the queries' dtype.
+// Paged attention over 8-bit pages: the parts that differ from pages of the queries' dtype.
 #pragma once
 
 #include "kv8_tiles.cuh"

@@ -1,9 +1,9 @@
 // Attention of one tile of queries over a run of keys, on the tensor cores, for 16-bit operands.
 //
-// A warp owns 16 queries; all warps of a block share the tiles of keys and values, which arrive by
-// cp.async in two stages. The softmax is the running one (Milakov and Gimelshein, arXiv 1805.02867;
-// FlashAttention, arXiv 2205.14135), in float32 and base 2. Where a key lies and which keys a query
-// sees is the caller's knowledge: `Source`.
+// A warp owns 16 queries; all warps of a block share the tiles of keys and values, which cp.async
+// copies in two stages. The softmax is the online softmax (Milakov and Gimelshein, arXiv
+// 1805.02867; FlashAttention, arXiv 2205.14135), in float32 and base 2. The caller's `Source`
+// locates keys and tells which keys a query sees.
 #pragma once
 
 #include "elements.cuh"
@@ -21,12 +21,12 @@ constexpr float kMinusInfinity = -__builtin_huge_valf();
 // different banks for every width here.
 constexpr int kRowPadding = 8;
 
-// kHeadDim: the width of an instance; narrower heads are filled up with zeros.
+// kHeadDim: the padded width; columns beyond head_dim are zeros.
 template <class T_, int kHeadDim_, int kKeys_, int kWarps_>
 struct SoftmaxTile {
   // Types
   using T = T_;
-  // Fills the shared memory with keys and values. Tiles of 8 bits have their own: kv8_tiles.cuh.
+  // Fills the shared memory with keys and values. Kv8SoftmaxTile replaces it (kv8_tiles.cuh).
   template <class Tile>
   using Loader = StageLoader<Tile>;
 
@@ -39,8 +39,7 @@ struct SoftmaxTile {
   static constexpr int kStage = 2 * kKeys * kRow;  // keys, then values
   static constexpr int kSharedBytes = (kQueries * kRow + 2 * kStage) * 2;
 
-  // Registers
-  // Wider queries would fill the registers: they are read anew for every tile of keys.
+  // Registers Wider queries do not fit the registers; they are loaded again for every tile of keys.
   static constexpr bool kKeepQueries = kHeadDim <= 128;
   static constexpr int kQueryFragments = kKeepQueries ? kHeadDim / 16 : 1;
   // Blocks that a multiprocessor must hold at once; 0 leaves it to the compiler.
@@ -60,8 +59,8 @@ struct SoftmaxState {
   float total[2], largest[2];  // largest: of the unscaled scores
 };
 
-// Copies `rows` rows of a tile, 16 bytes a thread and turn; zeros beyond head_dim and where
-// find(row) is null.
+// Copies `rows` rows of a tile, 16 bytes per thread and iteration. Writes zeros beyond head_dim and
+// where find(row) is null.
 template <class Tile, class Find>
 __device__ inline void copy_rows(typename Tile::T* tile, int rows, int head_dim, const Find& find) {
   constexpr int kChunks = Tile::kHeadDim / kEight;
@@ -77,8 +76,8 @@ __device__ inline void copy_rows(typename Tile::T* tile, int rows, int head_dim,
   }
 }
 
-// Keys and values of tokens first..first + kKeys; zeros from last on, so that what free slots hold
-// cannot matter: a probability of zero would not silence NaN.
+// Copies keys and values of tokens first..first + kKeys. Writes zeros from `last` on, because free
+// slots may hold NaN, and a probability of zero times NaN is NaN.
 template <class Tile, class Source>
 __device__ inline void copy_keys(typename Tile::T* stage, const Source& source, int first, int last,
                                  int head_dim) {
@@ -144,8 +143,8 @@ class StageLoader {
   int index_ = 0;  // of the stage that is multiplied next
 };
 
-// sums += A B^T over 16 columns: A is a fragment of 16 rows, B the rows of a tile, 8 for each entry
-// of sums.
+// sums += A B^T over 16 columns: A is a fragment of 16 rows, B a tile with 8 rows for each entry of
+// sums.
 template <class Tile, int kTiles>
 __device__ inline void multiply_step(float (&sums)[kTiles][4], const uint32_t (&a)[4],
                                      const typename Tile::T* tile, int step, int lane) {
@@ -162,7 +161,7 @@ __device__ inline void multiply_step(float (&sums)[kTiles][4], const uint32_t (&
   }
 }
 
-// out += W Y: W holds the warp's 16 rows of weights, 8 columns an entry, and Y the rows of a tile.
+// out += W Y: W holds the warp's 16 rows of weights, 8 columns per entry; Y is a tile.
 template <class Tile, int kTiles>
 __device__ inline void accumulate(float (&out)[Tile::kHeadDim / 8][4],
                                   const float (&weights)[kTiles][4], const typename Tile::T* tile,
@@ -221,7 +220,7 @@ __device__ inline void score_keys(float (&scores)[Tile::kKeys / 8][4],
   }
 }
 
-// Keys from visible[half] on get -inf; the tile's first key is `begin`.
+// Sets the scores of keys from visible[half] on to -inf; the tile's first key is `begin`.
 template <int kTiles>
 __device__ inline void mask_scores(float (&scores)[kTiles][4], const int (&visible)[2], int begin,
                                    int lane) {
@@ -235,8 +234,8 @@ __device__ inline void mask_scores(float (&scores)[kTiles][4], const int (&visib
   }
 }
 
-// Scores become probabilities, p = 2^(scale_log2 (s - m')) with m' = max(m, all s); total and out
-// shrink by 2^(scale_log2 (m - m')), and total gains this lane's p.
+// Replaces scores by probabilities p = 2^(scale_log2 (s - m')) with m' = max(m, all s), multiplies
+// total and out by 2^(scale_log2 (m - m')), and adds this lane's p to total.
 template <class Tile>
 __device__ inline void online_softmax(float (&scores)[Tile::kKeys / 8][4], float scale_log2,
                                       SoftmaxState<Tile>& state) {
@@ -274,8 +273,8 @@ __device__ inline void online_softmax(float (&scores)[Tile::kKeys / 8][4], float
 // The parts above take the lane, the stages and `more` as arguments: computed again in each part,
 // they cost registers.
 //
-// scale_log2 > 0 multiplies the scores; negate: the queries change their sign before. Every query
-// of the block sees at least the key `first`. Call with all threads.
+// scale_log2 > 0 multiplies the scores; negate: the queries are negated first. Every query of the
+// block sees at least the key `first`. Call with all threads.
 template <class Tile, class Source>
 __device__ inline void attend_tile(typename Tile::T* shared, const Source& source, int first,
                                    int last, int head_dim, float scale_log2, bool negate,
@@ -337,7 +336,8 @@ __device__ inline void attend_tile(typename Tile::T* shared, const Source& sourc
   }
 }
 
-// write(row, column, first, second): two neighbours of a row of the tile; total 0 gives zeros.
+// Calls write(row, column, first, second) for pairs of neighbouring columns; a total of 0 gives
+// zeros.
 template <class Tile, class Write>
 __device__ inline void write_tile(const SoftmaxState<Tile>& state, int rows, int head_dim,
                                   const Write& write) {
