@@ -1,4 +1,5 @@
-// How a mistake in a kernel is reported: one line that names kernel, block and thread, exit code 1.
+// Reports an error in a kernel: prints one line with kernel, block and thread, and exits with code
+// 1.
 #pragma once
 
 #include <cxxabi.h>
@@ -18,7 +19,8 @@
 
 namespace variant::emulation {
 
-// A place in the source, taken where a default argument `Site site = Site::here()` is evaluated.
+// A source location: that of the call for which the default argument `Site site = Site::here()` is
+// evaluated.
 struct Site {
   const char* file;
   int line;
@@ -31,7 +33,7 @@ struct Site {
   }
 };
 
-// What runs now; the scheduler keeps it current.
+// The running kernel, block and thread; set by the scheduler.
 struct Position {
   const void* kernel = nullptr;
   Site launched{"?", 0};
@@ -40,7 +42,7 @@ struct Position {
 inline Position position;
 
 // The name of a function of this program, from the program's symbol table: kernels usually have
-// internal linkage, which dladdr does not see.
+// internal linkage, and dladdr does not find those.
 inline std::string function_name(const void* function) {
   Dl_info info{};
   if (!function || !dladdr(function, &info)) return "?";
@@ -81,7 +83,8 @@ inline std::string text_of(uint3 i) {
   return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
 }
 
-// "kernel NAME (launched at FILE:LINE), block (x, y, z), thread (x, y, z)", as far as it is known.
+// "kernel NAME (launched at FILE:LINE), block (x, y, z), thread (x, y, z)", without the parts that
+// are unknown.
 inline std::string where_we_are() {
   if (!position.kernel) return "no kernel running";
   std::string text = "kernel " + function_name(position.kernel) + " (launched at " +
@@ -101,7 +104,7 @@ inline std::string where_we_are() {
   std::_Exit(1);
 }
 
-// A sanitizer's report is followed by the kernel, block and thread that it stopped in.
+// Appends the running kernel, block and thread to a sanitizer's report.
 inline void name_place_in_reports() {
 #if defined(VARIANT_ASAN) || defined(VARIANT_TSAN)
   __sanitizer_set_death_callback([] {

@@ -1,5 +1,5 @@
-// Barriers, fences, and what the lanes of a warp do together. As CUDA says: __syncthreads and
-// __syncwarp order memory, shuffles and votes do not.
+// Barriers, fences and warp operations. As in CUDA, __syncthreads and __syncwarp order memory;
+// shuffles and votes do not.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ struct Vote {
   uint64_t result;
 };
 
-// One result for every lane, from all lanes' values in order.
+// Computes one result for all lanes from their values in order.
 template <class Fold>
 uint64_t vote(const char* operation, Site site, uint32_t mask, int64_t value) {
   Vote mine{value, 0};
@@ -142,7 +142,7 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, Site site = Site::here()) {
 }
 
 // A fence orders this thread's accesses with every thread that passes a fence later. A GPU orders
-// less, so a race between two fences can go unreported; none is reported that is not there.
+// less, so a race between two fences can go unreported; there are no false reports.
 inline void __threadfence() {
   auto& scheduler = variant::emulation::Scheduler::get();
   scheduler.may_yield();

@@ -1,5 +1,5 @@
-// One planted mistake per function, chosen by the command line; CMakeLists.txt says how each must
-// be reported. Whoever only computes something wrong prints "wrong result".
+// One planted fault per function, chosen on the command line; CMakeLists.txt lists the report that
+// each must produce. Faults that only compute a wrong value print "wrong result".
 #include <cmath>
 #include <cstring>
 #include <map>
@@ -24,7 +24,7 @@ void expect(const std::vector<float>& got, float (*want)(int)) {
   }
 }
 
-// The kernel without its mistake must be right, or finding it wrong would prove nothing.
+// The kernel without the fault must be right; otherwise a wrong result would prove nothing.
 void require(const std::vector<float>& got, float (*want)(int)) {
   for (size_t i = 0; i < got.size(); ++i) {
     if (got[i] != want(static_cast<int>(i))) {
@@ -34,7 +34,7 @@ void require(const std::vector<float>& got, float (*want)(int)) {
   }
 }
 
-// Any order of threads may be the one that shows it.
+// Tries several orders of threads, because not every order shows the fault.
 void expect_in_every_order(int count, void (*run)(float*), float (*want)(int)) {
   for (uint64_t seed = 0; seed < 8; ++seed) {
     emulation::set_seed(seed);
@@ -130,7 +130,7 @@ __global__ void product(float* y) {
 }
 
 __global__ void poisoned_shared_memory(float* y) {
-  float* sum = dynamic_shared<float>();  // nobody sets it to zero
+  float* sum = dynamic_shared<float>();  // the fault: not set to zero
   atomicAdd(sum, 1.0f);
   __syncthreads();
   y[threadIdx.x] = *sum;

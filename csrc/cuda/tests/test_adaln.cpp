@@ -1,5 +1,6 @@
-// adaLN and its gated form, forward and backward, against plain computations in double: held and
-// reread columns, float32 beside 16-bit values, strided and misaligned rows.
+// adaLN and its gated form, forward and backward, against plain computations in double: columns
+// held in registers and columns read again, float32 beside 16-bit values, strided and misaligned
+// rows.
 #include "../adaln.cu"
 #include "tensors.h"
 
@@ -10,7 +11,7 @@ namespace {
 
 struct Case {
   int64_t batch, tokens, width;
-  int64_t shift = 0;  // elements that inputs are off a boundary of 16 bytes
+  int64_t shift = 0;  // offset of the inputs from a 16-byte boundary, in elements
 };
 
 // Inputs of both forms, with `stride` elements from one row to the next.

@@ -11,7 +11,7 @@ namespace {
 struct Case {
   int64_t batch, heads, width;
   std::vector<int64_t> scales;
-  int64_t shift = 0;  // elements that q, k and v are off a boundary of 16 bytes
+  int64_t shift = 0;  // offset of q, k and v from a 16-byte boundary, in elements
   float softmax_scale = 0.3f;
 };
 
