@@ -104,6 +104,9 @@ __device__ inline void copy_other(typename Tile::T* stage, const Block& block, i
   });
 }
 
+// The two products below repeat multiply_step and accumulate of softmax_tiles.cuh: with those, the
+// kernel for keys of 128 columns takes another number of registers on sm_90a.
+
 // sums = own other^T for the warp's 16 rows.
 template <class Tile>
 __device__ inline void multiply_rows(float (&sums)[Tile::kOtherRows / 8][4],
@@ -119,7 +122,41 @@ __device__ inline void multiply_rows(float (&sums)[Tile::kOtherRows / 8][4],
   for (int step = 0; step < Tile::kHeadDim / 16; ++step) {
     uint32_t a[4];
     load_queries<Tile>(a, own_tile, step, 0);
-    multiply_step<Tile>(sums, a, other_tile, step, lane);
+#pragma unroll
+    for (int n = 0; n < Tile::kOtherRows / 8; n += 2) {
+      const int r = n * 8 + lane / 16 * 8 + lane % 8, column = step * 16 + lane / 8 % 2 * 8;
+      uint32_t b[4];
+      ldmatrix_x4(b, other_tile + r * Tile::kRow + column);
+      const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+      mma_m16n8k16<typename Tile::T>(sums[n], a, low);
+      mma_m16n8k16<typename Tile::T>(sums[n + 1], a, high);
+    }
+  }
+}
+
+// out += W other, with W the warp's 16 x kOtherRows weights.
+template <class Tile>
+__device__ inline void add_weighted(float (&out)[Tile::kHeadDim / 8][4],
+                                    const float (&weights)[Tile::kOtherRows / 8][4],
+                                    const typename Tile::T* other_tile) {
+  using T = typename Tile::T;
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int step = 0; step < Tile::kOtherRows / 16; ++step) {
+    const float* first_half = weights[2 * step];
+    const float* other_half = weights[2 * step + 1];
+    const uint32_t a[4] = {
+        pack2<T>(first_half[0], first_half[1]), pack2<T>(first_half[2], first_half[3]),
+        pack2<T>(other_half[0], other_half[1]), pack2<T>(other_half[2], other_half[3])};
+#pragma unroll
+    for (int n = 0; n < Tile::kHeadDim / 8; n += 2) {
+      const int r = step * 16 + lane % 16, column = n * 8 + lane / 16 * 8;
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, other_tile + r * Tile::kRow + column);
+      const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+      mma_m16n8k16<T>(out[n], a, low);
+      mma_m16n8k16<T>(out[n + 1], a, high);
+    }
   }
 }
 
@@ -200,9 +237,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
         ds_tile[n][i] = slope;
       }
     }
-    // Passing `lane` instead changes the number of registers.
-    accumulate<Tile>(dx, ds_tile, other_qk_tile, threadIdx.x % kWarp);
-    if constexpr (kForKeys) accumulate<Tile>(dv, p_tile, other_gv_tile, threadIdx.x % kWarp);
+    add_weighted<Tile>(dx, ds_tile, other_qk_tile);
+    if constexpr (kForKeys) add_weighted<Tile>(dv, p_tile, other_gv_tile);
     // The next iteration copies into this stage.
     if (more) __syncthreads();
   }
