@@ -61,12 +61,13 @@ $(VENV)/.build-requires: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.ready: $(SOURCES) | $(VENV)/.torch $(VENV)/.build-requires
 	@echo "== building the kernels and installing the package"
 	$(BUILD) $(PIP) --no-build-isolation --editable .
-	@$(BIN)/python -m variant_kernels
+	@cat $(RELEASE)/decisions.txt
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.ready
 	@echo "== installing the development tools, and building for every CPU instruction set"
 	VARIANT_CPU_ISAS=all $(PIP) --no-build-isolation --editable '.[dev]'
+	@$(BIN)/python -m variant_kernels
 	@touch $@
 
 generate: setup

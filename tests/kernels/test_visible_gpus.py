@@ -92,7 +92,9 @@ def configure(tmp_path):
     # The compiler's name is only passed on to nvcc: no language is enabled, which takes seconds.
     (source / "CMakeLists.txt").write_text(
         "cmake_minimum_required(VERSION 3.24)\nproject(cuda_alone LANGUAGES NONE)\n"
-        f"set(CMAKE_CXX_COMPILER c++)\nadd_subdirectory({ROOT / 'csrc' / 'cuda'} cuda)\n"
+        "set(CMAKE_CXX_COMPILER c++)\n"
+        'function(variant_decided text)\n  message(STATUS "${text}")\nendfunction()\n'
+        f"add_subdirectory({ROOT / 'csrc' / 'cuda'} cuda)\n"
     )
 
     def run(environment: dict[str, str], *options: str) -> str:
