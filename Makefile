@@ -19,7 +19,7 @@ BUILD = VARIANT_CPU_ISAS=$(if $(wildcard $(VENV)/.dev),all,local)
 cmake = mkdir -p $(1) && { $(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DVARIANT_TESTS=ON $(2) >$(1)/configure.log 2>&1 || { cat $(1)/configure.log; exit 1; }; } && $(BIN)/cmake --build $(1) --parallel $(JOBS) --target $(3)
 SANITIZED = -DCMAKE_BUILD_TYPE=RelWithDebInfo -DVARIANT_CPU_ISAS=$(SANITIZED_ISAS)
 CTEST := $(BIN)/ctest --output-on-failure
-PYTEST := $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n $(TEST_JOBS)
 
 .PHONY: help setup dev generate check test test-python test-triton test-cpp test-cuda test-cuda-python nightly cuda gpu bench bench-report lint clean
 

@@ -17,8 +17,6 @@ from benchmarks.harness import Contest, Replay, near, record, run
 from variant.bench.alternate import Samples
 from variant.bench.limits import Limits
 
-# The benchmarks run once; the tests of one process share the result.
-pytestmark = pytest.mark.xdist_group("benchmarks")
 ROOT = Path(__file__).parent.parent
 OPS = {
     "adaln_modulate",

@@ -22,8 +22,6 @@ from variant.errors import UserError
 from variant.recipe import DataSection, load_recipe
 from variant.supernet import VARiant, locate
 
-# The judge reads a thousand pictures of each depth once; the tests of one process share them.
-pytestmark = pytest.mark.xdist_group("digits")
 COUNT = 1000
 DEPTHS = (8, 4, 2)
 # What is promised; the seed is fixed, so nothing here happens by chance.
