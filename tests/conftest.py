@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 torch.set_num_threads(2)
 
 # Their tests share one costly fixture, so one process runs all tests of such a file.
-ONE_PROCESS = {"test_benchmarks_run.py", "test_digits_model.py", "test_original.py"}
+ONE_PROCESS = {"test_run.py", "test_digits.py", "test_original_var.py"}
 
 
 @pytest.hookimpl(optionalhook=True)
