@@ -15,8 +15,8 @@ from variant.presets import PATCH_NUMS_256, PATCH_NUMS_512
 from variant_kernels import ScaleLayout, block_causal_attention, qk_norm
 from variant_kernels.dispatch.request import Request
 from variant_kernels.ops.block_causal_attention import (
-    BLOCK_CAUSAL_IMPLS,
-    BLOCK_CAUSAL_QK_NORM_IMPLS,
+    block_causal_attention_op,
+    block_causal_attention_qk_norm_op,
     dense_mask,
 )
 from variant_kernels.ops.qk_norm import MAX_LOG_SCALE
@@ -107,7 +107,9 @@ def build(case: Case, device: str, quick: bool) -> Contest:
         return (out, *torch.autograd.grad(out, inputs, grad)) if backward else (out,)
 
     calls, missing = {}, {}
-    impls = BLOCK_CAUSAL_QK_NORM_IMPLS if normed else BLOCK_CAUSAL_IMPLS
+    impls = (
+        block_causal_attention_qk_norm_op.backends if normed else block_causal_attention_op.backends
+    )
     for name, impl, reason in backends(impls, Request(device, (dtype,), head_dim)):
         scores = 4 * batch * HEADS * length**2
         if name == "reference" and device == "cuda" and scores > MOST_SCORE_BYTES:

@@ -14,7 +14,7 @@ from variant.bench.environment import cache_bytes
 from variant_kernels import append_paged_kv, qk_norm, qk_norm_append_paged_kv
 from variant_kernels.dispatch.request import Request
 from variant_kernels.kv_quantization import KV8_DTYPE, dequantize_kv, quantize_kv
-from variant_kernels.ops.qk_norm_append_paged_kv import FUSED_IMPLS
+from variant_kernels.ops.qk_norm_append_paged_kv import qk_norm_append_paged_kv_op
 
 OP = "qk_norm_append_paged_kv"
 HEAD_DIM, PAGE_SIZE = 64, 16
@@ -91,7 +91,7 @@ def build(case: Case, device: str, quick: bool) -> Contest:
     keywords = {**dict(zip(names, given, strict=True)), **extra}
     calls, missing = {}, {}
     request = Request(device, (dtype, torch.float32), HEAD_DIM, kv_dtype=KV8_DTYPE if kv8 else None)
-    for name, impl, reason in backends(FUSED_IMPLS, request):
+    for name, impl, reason in backends(qk_norm_append_paged_kv_op.backends, request):
         if reason is None:
             calls[name] = functools.partial(impl.forward, **keywords)
         else:

@@ -118,15 +118,6 @@ def parts(out: Path, var_repo: Path | None, hmar_repo: Path | None = None) -> li
             KERNEL_SECONDS + KERNEL_OVERTIME,
             least=KERNEL_OVERTIME + 30,
         ),
-        # Proposed, not installed: who commits the result files commits the table with them.
-        Part(
-            "winners",
-            (
-                *(python, "-m", "benchmarks.winners", "benchmarks/results"),
-                *(str(out / "kernels.json"), "--write", "--to", str(out / "winners.json")),
-            ),
-            30,
-        ),
         Part(
             "training-step",
             (

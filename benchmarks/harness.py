@@ -6,6 +6,7 @@ else is done here and in ``conftest.py``.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from variant.bench.alternate import Call, Samples, alternate, quartiles, ratios
 from variant.bench.limits import Limits
-from variant_kernels import _C, winners
+from variant_kernels import _C
 from variant_kernels.dispatch.request import Request
-from variant_kernels.dispatch.select import PREFERENCE, Impl
+from variant_kernels.dispatch.select import Backend
+from variant_kernels.dispatch.support import BACKENDS
 
 # The rule by which tests judge: one copy of it.
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "kernels"))
@@ -78,11 +80,31 @@ class Contest:
     gradient: bool = False
 
 
-def backends(impls: Mapping[str, Impl], request: Request) -> Iterator[tuple[str, Impl, str | None]]:
+def backends(
+    impls: Mapping[str, Backend], request: Request
+) -> Iterator[tuple[str, Backend, str | None]]:
     """(name, implementation, reason why it cannot serve) of every backend that the op has."""
-    for name in PREFERENCE:
+    for name in BACKENDS:
         if name in impls:
             yield name, impls[name], impls[name].unsupported(request)
+
+
+@functools.cache
+def _device_kind(device: str) -> str | None:
+    """``"sm_90"`` of a GPU, the instruction set of a CPU; None where GPUs of several kinds are."""
+    if device == "cpu":
+        return _C.build_info()["isa"]
+    if device != "cuda" or not torch.cuda.is_available():
+        return None
+    kinds = {_gpu_kind(index) for index in range(torch.cuda.device_count())}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _gpu_kind(index: int) -> str:
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
 
 
 def missing_module(name: str) -> str | None:
@@ -178,7 +200,7 @@ def record(
         "contender": name,
         "ours": name in contest.ours,
         "isa": _C.build_info()["isa"] if device == "cpu" else None,
-        "kind": winners.device_kind(device),
+        "kind": _device_kind(device),
         "threads": torch.get_num_threads() if device == "cpu" else None,
         "dtype": case.dtype,
         "shape": contest.shape,

@@ -4,9 +4,7 @@ The names below are the public ones; ``python -m variant_kernels`` says what run
 """
 
 from variant_kernels.attention import VARiantAttention
-from variant_kernels.dispatch.explain import explain
-from variant_kernels.dispatch.select import use_backend
-from variant_kernels.dispatch.support import available_backends
+from variant_kernels.backends import available_backends, explain, use_backend
 from variant_kernels.integrations import patch
 from variant_kernels.kv_cache import KVStep, PagedKVCache
 from variant_kernels.ops.adaln import adaln_modulate, gated_residual_adaln

@@ -50,7 +50,7 @@ def test_is_taken_by_auto_only_where_triton_does_not_serve(on_a_gpu, monkeypatch
     [
         (Request("cpu", (torch.float32,), 64), "on cpu"),
         (Request("cuda", (torch.float64,), 64), "float64"),
-        (Request("cuda", (torch.float32,), row=CUDA_ROW + 1), f"rows of {CUDA_ROW + 1}"),
+        (Request("cuda", (torch.float32,), row_width=CUDA_ROW + 1), f"rows of {CUDA_ROW + 1}"),
     ],
 )
 def test_says_why_it_cannot_serve(on_a_gpu, request_, reason):
