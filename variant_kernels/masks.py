@@ -98,5 +98,3 @@ def _look_up(bias: Tensor) -> ScaleLayout | None:
     while len(_verdicts) > MAX_VERDICTS:
         _verdicts.pop(next(iter(_verdicts)), None)
     return verdict
-
-
