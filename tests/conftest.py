@@ -12,6 +12,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+from variant_kernels.ops.registry import forget_signatures
+
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 torch.set_num_threads(2)
@@ -34,3 +36,11 @@ def pytest_xdist_make_scheduler(config, log):
             return file if Path(file).name in ONE_PROCESS else nodeid
 
     return Scheduling(config, log)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_remembered():
+    """A test may replace what a choice depends on: no other test sees its verdicts."""
+    forget_signatures()
+    yield
+    forget_signatures()
