@@ -15,8 +15,8 @@ from torch import Tensor
 
 from variant_kernels.plans.scale_layout import ScaleLayout
 
-# Verdicts kept. A model has one mask, or one for each stage of progressive training.
-KEPT = 8
+# A model has one mask, or one for each stage of progressive training.
+MAX_VERDICTS = 8
 
 _verdicts: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], ScaleLayout | None]] = {}
 
@@ -70,11 +70,23 @@ def block_causal_layout(bias: Tensor) -> ScaleLayout | None:
     """
     if bias.requires_grad:
         return None
-    return _remembered(bias)
+    return _outside_graphs(bias)
+
+
+def _outside_graphs(bias: Tensor) -> ScaleLayout | None:
+    # The answer depends on values, which no compiled graph knows. torch.compiler.disable imports
+    # torch._dynamo (2 s of CPU), so the wrapper is made at the first mask, not at import.
+    global _disabled
+    if _disabled is None:
+        _disabled = cast(Any, torch.compiler.disable(_look_up))
+    return _disabled(bias)
+
+
+_disabled: Callable[[Tensor], ScaleLayout | None] | None = None
 
 
 def _look_up(bias: Tensor) -> ScaleLayout | None:
-    if bias.is_inference():  # has no version: a change would go unseen
+    if bias.is_inference():  # has no version counter: a change could not be detected
         return layout_of(bias)
     owner = bias if bias._base is None else bias._base
     key = bias.data_ptr(), bias.shape, bias.stride(), bias.dtype, bias.device, bias._version
@@ -83,10 +95,6 @@ def _look_up(bias: Tensor) -> ScaleLayout | None:
         return kept[1]
     verdict = layout_of(bias)
     _verdicts[key] = weakref.ref(owner), verdict
-    while len(_verdicts) > KEPT:
+    while len(_verdicts) > MAX_VERDICTS:
         _verdicts.pop(next(iter(_verdicts)), None)
     return verdict
-
-
-# Values decide, so it runs outside any compiled graph.
-_remembered: Callable[[Tensor], ScaleLayout | None] = cast(Any, torch.compiler.disable(_look_up))

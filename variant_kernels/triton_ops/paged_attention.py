@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from variant_kernels.split_keys import num_splits
 from variant_kernels.triton_ops import common, tuning
 from variant_kernels.triton_ops.common import on_device_of, padded
 from variant_kernels.triton_ops.compile_report import DTYPES, CompileCase
@@ -264,18 +265,6 @@ def paged_attention_combine_kernel(
 
 
 BLOCK_ROWS = 4
-# Fewer keys than this are not worth a second kernel.
-KEYS_OF_A_PART = 128
-
-
-def num_splits(programs: int, processors: int, room: int) -> int:
-    """Into how many parts the keys of each sequence go, for at most ``room`` keys.
-
-    One, unless programs without a split leave processors idle; then enough for two on each.
-    """
-    if programs >= processors:
-        return 1
-    return max(1, min(-(-2 * processors // programs), room // KEYS_OF_A_PART))
 
 
 def launch_paged_attention_forward(
