@@ -66,8 +66,8 @@ def decode_rgb(weights: EngineWeights, f_hat_BEHW: Tensor) -> Tensor:
 class Request:
     """What all parts of one ``generate`` call share.
 
-    flexible_from: the first scale at which ``on_scale`` can change the depth.  decode: whether
-    images are wanted beside the tokens.
+    flexible_from: the first scale at which ``on_scale`` can change the depth.  decode: whether to
+    decode images from the tokens.
     """
 
     schedule: DepthSchedule
