@@ -161,8 +161,13 @@ def test_page_tables_that_a_graph_reads_outlive_the_table_cache(recorder, monkey
     model = small_model()
     engine = Engine(model.var, model.vae)
     expected = engine.generate([1, 2], seed=0)
+    (tables,) = engine._page_tables._tables.values()
+    tensors = [weakref.ref(step.page_table_BM) for step in tables.values()]
+    assert tensors
+    del tables
     engine.generate([1, 2], depth=2, seed=0)
     engine.generate([1], depth=3, seed=0)
+    assert all(tensor() is not None for tensor in tensors)
     assert same(engine.generate([1, 2], seed=0), expected)
 
 
