@@ -11,8 +11,6 @@ keeps the sums over them in registers; a second kernel adds the parts in a fixed
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -20,13 +18,11 @@ import triton.language as tl
 from variant_kernels.tensors import last_contiguous
 from variant_kernels.triton_ops import common
 from variant_kernels.triton_ops.common import on_device_of, padded
-from variant_kernels.triton_ops.compile_report import CompileCase
 from variant_kernels.triton_ops.rows import (
     cut,
     num_warps_for,
     reciprocal_root,
     rows_of_a_block,
-    warps_by_target,
 )
 
 
@@ -414,61 +410,3 @@ def _backward(
             enable_fp_fusion=True,
         )
     return found
-
-
-# --- for the compile report ---------------------------------------------------------------------
-
-_FLOAT32 = ("mean_ptr", "rstd_ptr", "sums_ptr")
-
-
-def _cases() -> Iterator[CompileCase]:
-    for width in (1024, 1920):
-        for gated in (False, True):
-            for stream in ("*fp32:16", "*T:16"):
-                for kernel in (adaln_forward_kernel, adaln_backward_kernel):
-                    yield from _case(kernel, width, gated, stream, ":16")
-            yield from _case(adaln_sums_kernel, width, gated, "*T:16", ":16")
-    # Rows that start anywhere.
-    for kernel in (adaln_forward_kernel, adaln_backward_kernel, adaln_sums_kernel):
-        yield from _case(kernel, 1030, True, "*T:16", "")
-
-
-def _case(
-    kernel: triton.JITFunction, width: int, gated: bool, stream: str, aligned: str
-) -> Iterator[CompileCase]:
-    block_c = padded(width)
-    arguments, constants = {}, {"GATED": gated, "C": width, "BLOCK_T": 1, "BLOCK_C": block_c}
-    for name in kernel.arg_names:
-        absent = ("grad_x_out", "y_", "gate_", "x_out", "grad_y", "grad_gate")
-        if not gated and name.startswith(absent):
-            constants[name] = None if name.endswith("_ptr") else 0
-        elif name in _FLOAT32:
-            arguments[name] = "*fp32:16"
-        elif name in ("x_ptr", "x_out_ptr", "grad_x_ptr", "grad_x_out_ptr"):
-            arguments[name] = stream
-        elif name.endswith("_ptr"):
-            arguments[name] = "*T:16"
-        elif "stride" in name:
-            arguments[name] = "i32" + aligned
-        elif name in ("tokens", "parts", "rows_of_a_part"):
-            arguments[name] = "i32"
-        elif name == "eps":
-            arguments[name] = "fp32"
-    if kernel is adaln_backward_kernel:
-        constants["STAGES"] = STAGES
-    elif kernel is adaln_sums_kernel:
-        del constants["BLOCK_T"]
-        constants |= {"BLOCK_N": BLOCK_PARTS, "BLOCK_C": BLOCK_COLUMNS}
-    for targets, num_warps in warps_by_target(block_c):
-        yield CompileCase(
-            kernel=kernel,
-            arguments=arguments,
-            constants=constants,
-            num_warps=4 if kernel is adaln_sums_kernel else num_warps,
-            num_stages=1,
-            targets=targets,
-            label=f"C {width}{' gated' * gated}{' fp32 stream' * ('fp32' in stream)}",
-        )
-
-
-COMPILE_CASES = tuple(_cases())

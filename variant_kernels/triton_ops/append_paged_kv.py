@@ -8,18 +8,12 @@ A program copies the keys and values of one token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
-
 import torch
 import triton
 import triton.language as tl
 
 from variant_kernels.triton_ops.common import on_device_of, padded
-from variant_kernels.triton_ops.compile_report import CompileCase
 from variant_kernels.triton_ops.e4m3 import (
-    NO_SCALES,
-    SCALE_ARGUMENTS,
     page_bytes,
     quantised_into,
     scale_arguments,
@@ -28,7 +22,6 @@ from variant_kernels.triton_ops.rows import (
     HEADS_PER_THREAD,
     heads_of_a_block,
     num_warps_for,
-    warps_by_target,
 )
 
 
@@ -139,43 +132,3 @@ def launch_append_paged_kv(
             num_warps=num_warps_for(block_h * d_padded, k_BTHD.device, HEADS_PER_THREAD),
             enable_fp_fusion=True,
         )
-
-
-# --- for the compile report ---------------------------------------------------------------------
-
-
-def _cases() -> Iterator[CompileCase]:
-    shapes = ((16, 64, ":16"), (30, 64, ":16"), (3, 24, ""))
-    for (heads, head_dim, aligned), kv8 in product(shapes, (False, True)):
-        block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
-        arguments = {}
-        for name in append_paged_kv_kernel.arg_names:
-            if name in SCALE_ARGUMENTS:
-                if kv8:
-                    arguments[name] = SCALE_ARGUMENTS[name]
-            elif name == "slots_ptr":
-                arguments[name] = "*i64:16"
-            elif kv8 and name.endswith("_pages_ptr"):
-                arguments[name] = "*u8:16"
-            elif name.endswith("_ptr"):
-                arguments[name] = "*T:16"
-            elif name.startswith("slots_") or name in ("tokens", "num_slots"):
-                arguments[name] = "i32"
-            elif "_stride_" in name:
-                arguments[name] = "i32" + aligned
-        constants = {"slots_stride_t": 1, "KV8": kv8, "PAGE_SIZE": 16}
-        constants |= {} if kv8 else NO_SCALES
-        blocks = {"H": heads, "D": head_dim, "BLOCK_H": block_h, "D_PADDED": d_padded}
-        for targets, num_warps in warps_by_target(block_h * d_padded, HEADS_PER_THREAD):
-            yield CompileCase(
-                kernel=append_paged_kv_kernel,
-                arguments={n: kind for n, kind in arguments.items() if n != "slots_stride_t"},
-                constants=constants | blocks,
-                num_warps=num_warps,
-                num_stages=1,
-                targets=targets,
-                label=f"H {heads}, D {head_dim}{', 8 bits' if kv8 else ''}",
-            )
-
-
-COMPILE_CASES = tuple(_cases())

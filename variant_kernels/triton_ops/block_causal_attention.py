@@ -17,8 +17,8 @@ own before; they are not kept for the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import accumulate, product
+from collections.abc import Callable
+from itertools import accumulate
 from math import e, log2
 
 import torch
@@ -28,7 +28,6 @@ import triton.language as tl
 from variant_kernels.triton_ops import block_causal_attention_configs as configs
 from variant_kernels.triton_ops import tuning
 from variant_kernels.triton_ops.common import on_device_of, padded
-from variant_kernels.triton_ops.compile_report import CompileCase
 from variant_kernels.triton_ops.qk_norm import launch_unit_keys
 from variant_kernels.triton_ops.rows import head_scale, unit
 from variant_kernels.triton_ops.tuning import Config
@@ -314,63 +313,3 @@ def launch_block_causal_attention_forward(
         normed = scale_mul_1H11 is not None
         launch(chosen(configs.FORWARD, kernel, q_BLHD, scale_lengths, normed, launch))
     return out_BLHD, lse_BHL
-
-
-# --- for the compile report ---------------------------------------------------------------------
-
-# The ten scales of the 256x256 models.
-_LENGTHS = (1, 4, 9, 16, 25, 36, 64, 100, 169, 256)
-
-
-def compile_cases(table: configs.Table, kernel: triton.JITFunction) -> Iterator[CompileCase]:
-    """Every config of a table, and the smallest arguments: a one is a constant to the compiler."""
-    tensors = ("q", "k", "v", "grad", "out", "dq", "dk", "dv", "near_q", "raw_k")
-    types = {
-        **dict.fromkeys((f"{x}_ptr" for x in tensors), "*T:16"),
-        **dict.fromkeys(("lse_ptr", "statistics_ptr", "scale_ptr"), "*fp32:16"),
-        **{
-            f"{x}_stride_{axis}": "i32:16"
-            for x in ("q", "k", "v", "grad", "out", "raw_k")
-            for axis in "blh"
-        },
-        **dict.fromkeys(("length", "heads"), "i32"),
-        **dict.fromkeys(("softmax_scale", "scale_log2"), "fp32"),
-    }
-    every = {name: types[name] for name in kernel.arg_names if name in types}
-    more = {"NEGATE": False} if "NEGATE" in kernel.arg_names else {}
-    variants = []
-    for qk_norm in (False, True):
-        only = {"scale_ptr", "near_q_ptr", "raw_k_ptr"} & every.keys()
-        absent = {} if qk_norm else dict.fromkeys(only)
-        arguments = {name: kind for name, kind in every.items() if name not in absent}
-        variants.append((arguments, more | absent, ", qk_norm" if qk_norm else ""))
-    for kind, target in (("sm90", "sm_90"), ("nvidia", "sm_80"), ("amd", "gfx942")):
-        for head_dim in (64, 128, 256):
-            float32 = configs.FLOAT32 if head_dim == 64 else configs.FLOAT32_WIDE
-            cases = [(config, ("bf16", "fp16")) for config in table[kind][head_dim]]
-            cases += [(config, ("fp32",)) for config in float32]
-            for (config, dtypes), (arguments, given, suffix) in product(cases, variants):
-                yield CompileCase(
-                    kernel=kernel,
-                    arguments=arguments,
-                    constants=constants(_LENGTHS, head_dim, config) | given,
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
-                    targets=(target,),
-                    dtypes=dtypes,
-                    label=f"D {head_dim}, {config.block_q} x {config.block_k}{suffix}",
-                )
-    ones = {"length": 1, "heads": 1}
-    config = table["nvidia"][64][0]
-    for arguments, given, suffix in variants:
-        yield CompileCase(
-            kernel=kernel,
-            arguments={name: kind for name, kind in arguments.items() if name not in ones},
-            constants=constants((1,), 24, config) | given | ones,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            label=f"one token, one head, D 24{suffix}",
-        )
-
-
-COMPILE_CASES = tuple(compile_cases(configs.FORWARD, block_causal_attention_forward_kernel))

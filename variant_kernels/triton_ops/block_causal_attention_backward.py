@@ -27,7 +27,6 @@ from variant_kernels.triton_ops import block_causal_attention_configs as configs
 from variant_kernels.triton_ops.block_causal_attention import (
     SMALLEST,
     chosen,
-    compile_cases,
     constants,
     first_viewer,
     load_tile,
@@ -449,9 +448,3 @@ def _launch(
 
 def _strides(*tensors_BLHD: torch.Tensor) -> list[int]:
     return [stride for x in tensors_BLHD for stride in x.stride()[:3]]
-
-
-COMPILE_CASES = (
-    *compile_cases(configs.DQ, block_causal_attention_dq_kernel),
-    *compile_cases(configs.DKV, block_causal_attention_dkv_kernel),
-)

@@ -1,57 +1,25 @@
-"""What the compiler makes of every Triton kernel, for GPUs that need not be there.
+"""Registers, spills and shared memory of every Triton kernel, for GPUs that need not be present.
 
-``python -m variant_kernels.triton_ops.compile_report [--target sm_90] [--kernel NAME]`` prints
-registers, spilled bytes and shared memory; each kernel file lists its cases in ``COMPILE_CASES``.
+``python -m variant_kernels.triton_ops.compile_report [--target sm_90] [--kernel NAME]`` compiles
+the cases of ``compile_cases`` ahead of time and prints one line for each.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import triton
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-DTYPES = ("bf16", "fp16", "fp32")
-
-
-@dataclass(frozen=True)
-class CompileCase:
-    """One kernel with the arguments that decide its machine code.
-
-    arguments: type of each argument that is not a compile-time constant: ``"*T"`` a pointer to the
-        case's dtype, ``"*fp32"``, ``"i32"``, ``"fp32"``; ``":16"`` behind it says that the value is
-        divisible by 16, as addresses and most strides are. A launch tells no other divisor, so that
-        heads of 24, 40, ... are loaded value by value.
-    constants: the remaining arguments. targets, dtypes: where the case is compiled. fp_fusion:
-        whether products and sums may become one, as the launcher has it.
-    """
-
-    kernel: Any
-    arguments: Mapping[str, str]
-    constants: Mapping[str, Any]
-    num_warps: int
-    num_stages: int
-    targets: tuple[str, ...] = tuple(TARGETS)
-    dtypes: tuple[str, ...] = DTYPES
-    label: str = ""
-    fp_fusion: bool = True
+from variant_kernels.triton_ops.compile_cases import COMPILE_CASES
+from variant_kernels.triton_ops.compile_cases.case import DTYPES, TARGETS, CompileCase
 
 
 @dataclass(frozen=True)
@@ -61,15 +29,6 @@ class Compiled:
     registers: int
     spills: int
     shared: int
-
-
-def all_cases() -> Iterator[CompileCase]:
-    """The cases of every kernel file."""
-    package = importlib.import_module("variant_kernels.triton_ops")
-    for module in pkgutil.iter_modules(package.__path__):
-        if module.name != "compile_report":
-            file = importlib.import_module(f"variant_kernels.triton_ops.{module.name}")
-            yield from getattr(file, "COMPILE_CASES", ())
 
 
 def compile_case(case: CompileCase, target: str, dtype: str) -> Compiled:
@@ -139,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     head = ("kernel", "case", "target", "dtype", "warps", "stages", "registers", "spills", "shared")
     print(columns.format(*head))
     failed = False
-    for case in all_cases():
+    for case in COMPILE_CASES:
         name = case.kernel.__name__
         if given.kernel not in name or given.case not in case.label:
             continue

@@ -13,15 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
-# A kernel's arguments for the scales, in the order of scale_arguments, and their types for the
-# compile report.
-SCALE_ARGUMENTS = {
-    **dict.fromkeys(("k_scales_ptr", "v_scales_ptr"), "*u8:16"),
-    **{f"{x}_scales_stride_{axis}": "i32" for x in "kv" for axis in "pn"},
-}
-# For pages without scales: constants, which cost nothing.
-NO_SCALES = dict.fromkeys(SCALE_ARGUMENTS)
-_NONE = (None,) * len(NO_SCALES)
+# A kernel's arguments for the scales, in the order of scale_arguments, for pages without scales:
+# compile-time constants, which cost nothing.
+NO_SCALES = dict.fromkeys(
+    (
+        *("k_scales_ptr", "v_scales_ptr", "k_scales_stride_p", "k_scales_stride_n"),
+        *("v_scales_stride_p", "v_scales_stride_n"),
+    )
+)
 
 
 def page_bytes(
@@ -38,7 +37,7 @@ def scale_arguments(
 ) -> tuple[torch.Tensor | int | None, ...]:
     """Scales and their strides along pages and slots as a kernel takes them."""
     if k_scales_PNH is None or v_scales_PNH is None:
-        return _NONE
+        return tuple(NO_SCALES.values())
     return (k_scales_PNH, v_scales_PNH, *k_scales_PNH.stride()[:2], *v_scales_PNH.stride()[:2])
 
 

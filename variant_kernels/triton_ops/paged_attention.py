@@ -14,8 +14,6 @@ the GPU only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
 from math import e, log2
 
 import torch
@@ -24,16 +22,13 @@ import triton.language as tl
 
 from variant_kernels.triton_ops import common, tuning
 from variant_kernels.triton_ops.common import on_device_of, padded
-from variant_kernels.triton_ops.compile_report import DTYPES, CompileCase
 from variant_kernels.triton_ops.e4m3 import (
-    NO_SCALES,
-    SCALE_ARGUMENTS,
     e4m3_decode,
     page_bytes,
     scale_arguments,
     scale_of,
 )
-from variant_kernels.triton_ops.paged_attention_configs import LARGE, configs, usual
+from variant_kernels.triton_ops.paged_attention_configs import configs
 from variant_kernels.triton_ops.tuning import Config
 
 # Below every score, yet finite: 0 * inf would be NaN.
@@ -381,84 +376,3 @@ def launch_paged_attention_forward(
         kernel, likely = paged_attention_kernel, configs(q_BTHD, k_scales_PNH is not None)
         launch(tuning.best(kernel, likely, key, launch, q_BTHD.device))
     return out_BTHD
-
-
-# --- for the compile report ---------------------------------------------------------------------
-
-_ARGUMENTS = {
-    **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*T:16"),
-    **dict.fromkeys(("table_ptr", "lens_ptr"), "*i32:16"),
-    **dict.fromkeys(("out_ptr", "lse_ptr"), "*fp32:16"),
-    **{f"{x}_stride_{axis}": "i32:16" for x in "qkv" for axis in "btphn"},
-    **dict.fromkeys(("table_stride", "batch", "num_queries", "heads"), "i32"),
-    **dict.fromkeys(("num_pages", "entries", "splits"), "i32"),
-    "scale_log2": "fp32",
-}
-_BYTES = dict.fromkeys(("k_ptr", "v_ptr"), "*u8:16") | SCALE_ARGUMENTS
-
-
-def _cases() -> Iterator[CompileCase]:
-    names = paged_attention_kernel.arg_names
-    exact = {name: _ARGUMENTS[name] for name in names if name in _ARGUMENTS}
-    targets = (("sm90", "sm_90"), ("nvidia", "sm_80"), ("amd", "gfx942"))
-    for (kind, target), kv8 in product(targets, (False, True)):
-        for head_dim, rows, dtypes in (
-            (64, usual(kind, False, kv8), ("bf16", "fp16")),
-            (128, usual(kind, True, kv8), ("bf16", "fp16")),
-            (64, {128: LARGE}, ("fp32",)),
-            (256, {128: LARGE}, DTYPES),
-        ):
-            # Without repetitions, in order.
-            for config in dict.fromkeys(config for row in rows.values() for config in row):
-                yield CompileCase(
-                    kernel=paged_attention_kernel,
-                    arguments=exact | (_BYTES if kv8 else {}),
-                    constants=({} if kv8 else NO_SCALES)
-                    | {
-                        "lens_stride": 1,
-                        "KV8": kv8,
-                        "NEGATE": False,
-                        "SPLIT": True,
-                        "PAGE_SIZE": 16,
-                        "D": head_dim,
-                        "D_PADDED": head_dim,
-                        "BLOCK_Q": config.block_q,
-                        "BLOCK_K": config.block_k,
-                    },
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
-                    targets=(target,),
-                    dtypes=dtypes,
-                    label=f"D {head_dim}, {config.block_q} x {config.block_k}"
-                    + (", 8 bits" if kv8 else ""),
-                )
-    # No statistics are written: another kernel.
-    others = {"NEGATE": True, "SPLIT": False, "PAGE_SIZE": 5, "D": 24, "D_PADDED": 32}
-    others |= {"lens_stride": 1, "lse_ptr": None, "BLOCK_Q": 16, "BLOCK_K": 32}
-    for kv8 in (False, True):
-        arguments = exact | (_BYTES if kv8 else {})
-        yield CompileCase(
-            kernel=paged_attention_kernel,
-            arguments={n: kind for n, kind in arguments.items() if n != "lse_ptr"},
-            constants=({} if kv8 else NO_SCALES) | {"KV8": kv8} | others,
-            num_warps=4,
-            num_stages=2,
-            label="in one part, D 24" + (", 8 bits" if kv8 else ""),
-        )
-    yield CompileCase(
-        kernel=paged_attention_combine_kernel,
-        arguments={
-            "parts_ptr": "*fp32:16",
-            "lse_ptr": "*fp32:16",
-            "out_ptr": "*T:16",
-            "rows": "i32",
-            "splits": "i32",
-        },
-        constants={"D": 64, "D_PADDED": 64, "BLOCK_R": BLOCK_ROWS},
-        num_warps=4,
-        num_stages=1,
-        label="D 64",
-    )
-
-
-COMPILE_CASES = tuple(_cases())

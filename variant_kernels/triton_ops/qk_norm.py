@@ -9,8 +9,6 @@ tokens and keeps each head's sum; a second kernel adds the parts in a fixed orde
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -18,18 +16,15 @@ import triton.language as tl
 from variant_kernels.tensors import last_contiguous
 from variant_kernels.triton_ops import common
 from variant_kernels.triton_ops.common import on_device_of, padded
-from variant_kernels.triton_ops.compile_report import CompileCase
 from variant_kernels.triton_ops.rows import (
     HEADS_PER_THREAD,
     MAX_LOG_SCALE,
-    PER_THREAD,
     cut,
     head_scale,
     heads_of_a_block,
     num_warps_for,
     unit,
     unit_gradient,
-    warps_by_target,
 )
 
 
@@ -291,64 +286,3 @@ def launch_qk_norm_backward(
             enable_fp_fusion=True,
         )
     return dq_BTHD, dk_BTHD, dscale_mul_1H11
-
-
-# --- for the compile report ---------------------------------------------------------------------
-
-
-def _cases() -> Iterator[CompileCase]:
-    for heads, head_dim, aligned in ((16, 64, ":16"), (30, 64, ":16"), (3, 24, "")):
-        block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
-        for kernel in (qk_norm_forward_kernel, qk_norm_backward_kernel):
-            backward = kernel is qk_norm_backward_kernel
-            arguments = {}
-            for name in kernel.arg_names:
-                if name in ("scale_ptr", "sums_ptr"):
-                    arguments[name] = "*fp32:16"
-                elif name.endswith("_ptr"):
-                    arguments[name] = "*T:16"
-                elif "_stride_" in name:
-                    arguments[name] = "i32" + aligned
-                elif name in ("tokens", "places", "places_of_a_part"):
-                    arguments[name] = "i32"
-            blocks = {"H": heads, "D": head_dim, "BLOCK_H": block_h, "D_PADDED": d_padded}
-            stages = {"STAGES": STAGES} if backward else {}
-            for targets, num_warps in warps_by_target(
-                block_h * d_padded, PER_THREAD if backward else HEADS_PER_THREAD
-            ):
-                yield CompileCase(
-                    kernel=kernel,
-                    arguments=arguments,
-                    constants={"scale_stride": 1} | blocks | stages,
-                    num_warps=num_warps,
-                    num_stages=1,
-                    targets=targets,
-                    label=f"H {heads}, D {head_dim}",
-                )
-                if not backward:
-                    queries = ("q_ptr", "scale_ptr", "q_out_ptr")
-                    yield CompileCase(
-                        kernel=kernel,
-                        arguments={n: t for n, t in arguments.items() if n not in queries},
-                        constants={"scale_stride": 1, **dict.fromkeys(queries)} | blocks,
-                        num_warps=num_warps,
-                        num_stages=1,
-                        targets=targets,
-                        label=f"H {heads}, D {head_dim}, keys",
-                    )
-    yield CompileCase(
-        kernel=qk_norm_sums_kernel,
-        arguments={
-            "sums_ptr": "*fp32:16",
-            "scale_ptr": "*fp32:16",
-            "dscale_ptr": "*T:16",
-            "parts": "i32",
-        },
-        constants={"scale_stride": 1, "H": 30, "BLOCK_N": BLOCK_PARTS, "BLOCK_H": BLOCK_SUMS},
-        num_warps=4,
-        num_stages=1,
-        label="H 30",
-    )
-
-
-COMPILE_CASES = tuple(_cases())

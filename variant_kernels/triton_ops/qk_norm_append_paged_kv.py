@@ -8,18 +8,12 @@ B batch, T tokens, H heads, D head width, P pages, N tokens of a page.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
-
 import torch
 import triton
 import triton.language as tl
 
 from variant_kernels.triton_ops.common import on_device_of, padded
-from variant_kernels.triton_ops.compile_report import CompileCase
 from variant_kernels.triton_ops.e4m3 import (
-    NO_SCALES,
-    SCALE_ARGUMENTS,
     page_bytes,
     quantised_into,
     scale_arguments,
@@ -30,7 +24,6 @@ from variant_kernels.triton_ops.rows import (
     heads_of_a_block,
     num_warps_for,
     unit,
-    warps_by_target,
 )
 
 
@@ -165,50 +158,3 @@ def launch_qk_norm_append_paged_kv(
             enable_fp_fusion=True,
         )
     return q_BTHD
-
-
-# --- for the compile report ---------------------------------------------------------------------
-
-
-def _cases() -> Iterator[CompileCase]:
-    shapes = ((16, 64, True), (30, 64, True), (30, 64, False), (3, 24, True))
-    for (heads, head_dim, norm), kv8 in product(shapes, (False, True)):
-        block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
-        aligned = ":16" if head_dim % 16 == 0 else ""
-        constants = {"NORM": norm, "PAGE_SIZE": 16, "scale_stride": 1, "slots_stride_t": 1}
-        constants |= {"KV8": kv8} | ({} if kv8 else NO_SCALES)
-        arguments = {}
-        for name in qk_norm_append_paged_kv_kernel.arg_names:
-            if name in SCALE_ARGUMENTS:
-                if kv8:
-                    arguments[name] = SCALE_ARGUMENTS[name]
-            elif name == "slots_ptr":
-                arguments[name] = "*i64:16"
-            elif not norm and name in ("scale_ptr", "q_out_ptr"):
-                constants[name] = None
-            elif name == "scale_ptr":
-                arguments[name] = "*fp32:16"
-            elif kv8 and name.endswith("_pages_ptr"):
-                arguments[name] = "*u8:16"
-            elif name.endswith("_ptr"):
-                arguments[name] = "*T:16"
-            elif name in ("slots_stride_b", "tokens", "num_slots"):
-                arguments[name] = "i32"
-            elif "_stride_" in name and name not in constants:
-                arguments[name] = "i32" + aligned
-        constants |= {"H": heads, "D": head_dim, "BLOCK_H": block_h, "D_PADDED": d_padded}
-        for targets, num_warps in warps_by_target(block_h * d_padded, HEADS_PER_THREAD):
-            yield CompileCase(
-                kernel=qk_norm_append_paged_kv_kernel,
-                arguments=arguments,
-                constants=constants,
-                num_warps=num_warps,
-                num_stages=1,
-                targets=targets,
-                label=f"H {heads}, D {head_dim}"
-                + ("" if norm else " no norm")
-                + (", 8 bits" if kv8 else ""),
-            )
-
-
-COMPILE_CASES = tuple(_cases())

@@ -22,21 +22,12 @@ MAX_THREADS = 1024
 
 def num_warps_for(elements: int, device: torch.device, per_thread: int = PER_THREAD) -> int:
     """Warps for a block of ``elements`` (a power of two), so many for each thread."""
-    return _warps(elements, 64 if family(device) == "amd" else 32, per_thread)
+    return warps_for(elements, 64 if family(device) == "amd" else 32, per_thread)
 
 
-def _warps(elements: int, lanes: int, per_thread: int) -> int:
+def warps_for(elements: int, lanes: int, per_thread: int) -> int:
+    """:func:`num_warps_for` for warps of ``lanes`` threads."""
     return max(1, min(elements // (lanes * per_thread), MAX_THREADS // lanes))
-
-
-def warps_by_target(
-    elements: int, per_thread: int = PER_THREAD
-) -> tuple[tuple[tuple[str, ...], int], ...]:
-    """What :func:`num_warps_for` says on the targets of the compile report."""
-    return (
-        (("sm_80", "sm_90"), _warps(elements, 32, per_thread)),
-        (("gfx942",), _warps(elements, 64, per_thread)),
-    )
 
 
 def rows_of_a_block(width: int, rows: int, elements: int = 1024) -> int:

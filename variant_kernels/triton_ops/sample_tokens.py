@@ -12,16 +12,13 @@ their sums are exact, so a token depends neither on the order of additions nor o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 
 from variant_kernels.tensors import last_contiguous
 from variant_kernels.triton_ops.common import on_device_of, padded
-from variant_kernels.triton_ops.compile_report import CompileCase
-from variant_kernels.triton_ops.rows import num_warps_for, warps_by_target
+from variant_kernels.triton_ops.rows import num_warps_for
 
 # 2^16 weights of at most 2^45 fit an int64. What is smaller than 2^-46 of the largest weight never
 # comes up: all of them together are drawn once in 10^9 times.
@@ -281,51 +278,3 @@ def launch_sample_tokens(
             enable_fp_fusion=False,
         )
     return tokens_BT
-
-
-# --- for the compile report ---------------------------------------------------------------------
-
-
-def _cases() -> Iterator[CompileCase]:
-    kinds = {
-        **dict.fromkeys(("batch", "tokens", "top_k"), "i32"),
-        **dict.fromkeys(("more", "less", "share"), "fp32"),
-        **dict.fromkeys(("seed", "position"), "i64"),
-        **dict.fromkeys(("seed_ptr", "image_ids_ptr", "out_ptr"), "*i64:16"),
-        "logits_ptr": "*T:16",
-        "guidance_ptr": "*fp64:16",
-        "exponential_ptr": "*fp32:16",
-        "stride_b": "i32:16",
-        "stride_t": "i32:16",
-    }
-    for entries, filtered, absent, label in (
-        (4096, True, ("guidance_ptr", "seed_ptr", "exponential_ptr"), "filtered"),
-        (4096, True, ("exponential_ptr",), "filtered, for a graph"),
-        (4096, True, ("guidance_ptr", "seed_ptr"), "filtered, multinomial"),
-        (4096, False, ("guidance_ptr", "seed_ptr", "exponential_ptr"), "all"),
-        (1000, True, ("guidance_ptr", "seed_ptr", "exponential_ptr"), "filtered"),
-        (65536, True, ("guidance_ptr", "seed_ptr", "exponential_ptr"), "filtered"),
-    ):
-        block = padded(entries)
-        for targets, num_warps in warps_by_target(block, ENTRIES_PER_THREAD):
-            yield CompileCase(
-                kernel=sample_tokens_kernel,
-                arguments={name: kind for name, kind in kinds.items() if name not in absent},
-                constants={
-                    **dict.fromkeys(absent),
-                    "image_stride": 1,
-                    "GUIDED": True,
-                    "BY_RANK": filtered,
-                    "BY_MASS": filtered,
-                    "V": entries,
-                    "BLOCK_V": block,
-                },
-                num_warps=num_warps,
-                num_stages=1,
-                targets=targets,
-                label=f"V {entries}, {label}",
-                fp_fusion=False,
-            )
-
-
-COMPILE_CASES = tuple(_cases())
