@@ -204,18 +204,20 @@ def paged_attention_kernel(
     if KV8:
         k_scales_ptr += h
         v_scales_ptr += h
-    out, total, largest = attend_pages(
-        out, total, largest, q, k_base, v_base, table_base, k_stride_p, k_stride_n, v_stride_p,
-        v_stride_n, k_scales_ptr, v_scales_ptr, k_scales_stride_p, k_scales_stride_n,
-        v_scales_stride_p, v_scales_stride_n, num_pages, first, whole, scale_log2,
-        KV8, PAGE_SIZE, BLOCK_K, D, D_PADDED, False,
-    )  # fmt: skip
-    out, total, largest = attend_pages(
-        out, total, largest, q, k_base, v_base, table_base, k_stride_p, k_stride_n, v_stride_p,
-        v_stride_n, k_scales_ptr, v_scales_ptr, k_scales_stride_p, k_scales_stride_n,
-        v_scales_stride_p, v_scales_stride_n, num_pages, whole, last, scale_log2,
-        KV8, PAGE_SIZE, BLOCK_K, D, D_PADDED, True,
-    )  # fmt: skip
+    # Whole tiles first, then the tile at the end of the part, with a mask.
+    for MASKED in tl.static_range(2):
+        out, total, largest = attend_pages(
+            out, total, largest, q, k_base, v_base, table_base,
+            k_stride_p=k_stride_p, k_stride_n=k_stride_n,
+            v_stride_p=v_stride_p, v_stride_n=v_stride_n,
+            k_scales_base=k_scales_ptr, v_scales_base=v_scales_ptr,
+            k_scales_stride_p=k_scales_stride_p, k_scales_stride_n=k_scales_stride_n,
+            v_scales_stride_p=v_scales_stride_p, v_scales_stride_n=v_scales_stride_n,
+            num_pages=num_pages,
+            first=whole if MASKED else first, last=last if MASKED else whole,
+            scale_log2=scale_log2,
+            KV8=KV8, PAGE_SIZE=PAGE_SIZE, BLOCK_K=BLOCK_K, D=D, D_PADDED=D_PADDED, MASKED=MASKED,
+        )  # fmt: skip
 
     # No key: zeros, and a logarithm that weighs nothing.
     out = out / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -294,7 +296,6 @@ def launch_paged_attention_forward(
     Returns:
         out_BTHD: contiguous, q's dtype.
     """
-    batch, num_queries, heads, head_dim = q_BTHD.shape
     num_pages, page_size = k_pages_PNHD.shape[:2]
     entries = page_table_BM.shape[1]
     out_BTHD = torch.empty_like(q_BTHD, memory_format=torch.contiguous_format)
@@ -302,72 +303,20 @@ def launch_paged_attention_forward(
         return out_BTHD
     if num_pages == 0 or entries == 0:
         return out_BTHD.zero_()
-    room = entries * page_size
     k_pages, v_pages = page_bytes(k_pages_PNHD, v_pages_PNHD, k_scales_PNH)
     scales = scale_arguments(k_scales_PNH, v_scales_PNH)
 
     def launch(config: Config) -> None:
-        programs = batch * heads * -(-num_queries // config.block_q)
-        splits = num_splits(programs, common.num_processors(q_BTHD.device), room)
-        target, lse_SBTH = out_BTHD, None
-        if splits > 1:
-            shape = (splits, batch, num_queries, heads)
-            lse_SBTH = q_BTHD.new_empty(shape, dtype=torch.float32)
-            target = q_BTHD.new_empty((*shape, head_dim), dtype=torch.float32)
-        paged_attention_kernel[(programs * splits,)](
-            q_BTHD,
-            k_pages,
-            v_pages,
-            page_table_BM,
-            kv_lens_B,
-            target,
-            lse_SBTH,
-            *q_BTHD.stride()[:3],
-            *k_pages_PNHD.stride()[:3],
-            *v_pages_PNHD.stride()[:3],
-            page_table_BM.stride(0),
-            kv_lens_B.stride(0),
-            *scales,
-            batch,
-            num_queries,
-            heads,
-            num_pages,
-            entries,
-            splits,
-            # The kernel takes scale * max for max of scale * score: the sign goes into q. A scale
-            # of zero would turn masked scores into visible ones; this one is zero to every sum.
-            max(abs(softmax_scale), 1e-30) * log2(e),
-            KV8=k_scales_PNH is not None,
-            NEGATE=softmax_scale < 0,
-            SPLIT=splits > 1,
-            PAGE_SIZE=page_size,
-            D=head_dim,
-            D_PADDED=padded(head_dim),
-            BLOCK_Q=config.block_q,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            enable_fp_fusion=True,
-            num_stages=config.num_stages,
-        )
-        if lse_SBTH is not None:
-            rows = batch * num_queries * heads
-            paged_attention_combine_kernel[(-(-rows // BLOCK_ROWS),)](
-                target,
-                lse_SBTH,
-                out_BTHD,
-                rows,
-                splits,
-                D=head_dim,
-                D_PADDED=padded(head_dim),
-                BLOCK_R=BLOCK_ROWS,
-                num_warps=4,
-                enable_fp_fusion=True,
-            )
+        _launch(
+            config, q_BTHD, k_pages, v_pages, page_table_BM, kv_lens_B, softmax_scale, scales,
+            out_BTHD,
+        )  # fmt: skip
 
     with on_device_of(q_BTHD):
+        batch, num_queries, heads, head_dim = q_BTHD.shape
         key = (
             # Shapes that share a winner: queries and keys up to a power of two.
-            *((n - 1).bit_length() for n in (num_queries, room, batch * heads)),
+            *((n - 1).bit_length() for n in (num_queries, entries * page_size, batch * heads)),
             head_dim,
             page_size,
             q_BTHD.dtype,
@@ -376,3 +325,90 @@ def launch_paged_attention_forward(
         kernel, likely = paged_attention_kernel, configs(q_BTHD, k_scales_PNH is not None)
         launch(tuning.best(kernel, likely, key, launch, q_BTHD.device))
     return out_BTHD
+
+
+def _launch(
+    config: Config,
+    q_BTHD: torch.Tensor,
+    k_pages_PNHD: torch.Tensor,
+    v_pages_PNHD: torch.Tensor,
+    page_table_BM: torch.Tensor,
+    kv_lens_B: torch.Tensor,
+    softmax_scale: float,
+    scales: tuple[torch.Tensor | int | None, ...],
+    out_BTHD: torch.Tensor,
+) -> None:
+    """Both kernels with one config; pages and scales as ``e4m3`` prepares them."""
+    batch, num_queries, heads, head_dim = q_BTHD.shape
+    num_pages, page_size = k_pages_PNHD.shape[:2]
+    entries = page_table_BM.shape[1]
+    room = entries * page_size
+    programs = batch * heads * -(-num_queries // config.block_q)
+    splits = num_splits(programs, common.num_processors(q_BTHD.device), room)
+    target, lse_SBTH = out_BTHD, None
+    if splits > 1:
+        target, lse_SBTH = _split_buffers(q_BTHD, splits)
+    paged_attention_kernel[(programs * splits,)](
+        q_BTHD,
+        k_pages_PNHD,
+        v_pages_PNHD,
+        page_table_BM,
+        kv_lens_B,
+        target,
+        lse_SBTH,
+        *q_BTHD.stride()[:3],
+        *k_pages_PNHD.stride()[:3],
+        *v_pages_PNHD.stride()[:3],
+        page_table_BM.stride(0),
+        kv_lens_B.stride(0),
+        *scales,
+        batch,
+        num_queries,
+        heads,
+        num_pages,
+        entries,
+        splits,
+        # The kernel computes max(scale * scores) as scale * max(scores), so the sign goes into q.
+        # A scale of zero would make masked scores visible; 1e-30 leaves every sum as zero would.
+        max(abs(softmax_scale), 1e-30) * log2(e),
+        KV8=scales[0] is not None,
+        NEGATE=softmax_scale < 0,
+        SPLIT=splits > 1,
+        PAGE_SIZE=page_size,
+        D=head_dim,
+        D_PADDED=padded(head_dim),
+        BLOCK_Q=config.block_q,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        enable_fp_fusion=True,
+        num_stages=config.num_stages,
+    )
+    if lse_SBTH is not None:
+        _launch_combine(target, lse_SBTH, out_BTHD)
+
+
+def _split_buffers(q_BTHD: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised float32 buffers for the parts, (S, B, T, H, D), and their lse, (S, B, T, H)."""
+    batch, num_queries, heads, head_dim = q_BTHD.shape
+    shape = (splits, batch, num_queries, heads)
+    lse_SBTH = q_BTHD.new_empty(shape, dtype=torch.float32)
+    return q_BTHD.new_empty((*shape, head_dim), dtype=torch.float32), lse_SBTH
+
+
+def _launch_combine(
+    parts_SBTHD: torch.Tensor, lse_SBTH: torch.Tensor, out_BTHD: torch.Tensor
+) -> None:
+    batch, num_queries, heads, head_dim = out_BTHD.shape
+    num_rows = batch * num_queries * heads
+    paged_attention_combine_kernel[(-(-num_rows // BLOCK_ROWS),)](
+        parts_SBTHD,
+        lse_SBTH,
+        out_BTHD,
+        num_rows,
+        parts_SBTHD.shape[0],
+        D=head_dim,
+        D_PADDED=padded(head_dim),
+        BLOCK_R=BLOCK_ROWS,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
