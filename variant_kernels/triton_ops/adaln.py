@@ -343,70 +343,111 @@ def _backward(
     mean_BT: torch.Tensor,
     rstd_BT: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    batch, tokens, width = x_BTC.shape
     gated = y_BTC is not None
-    grad_h_BTC = last_contiguous(grad_h_BTC)
-    grad_x_out_BTC = None if grad_x_out_BTC is None else last_contiguous(grad_x_out_BTC)
     grad_x_BTC = _empty_as(x_BTC, x_BTC.dtype)
     grad_y_BTC = _empty_as(x_BTC, scale_BC.dtype) if gated else None
     grad_scale_BC = _empty_as(scale_BC, scale_BC.dtype)
     grad_shift_BC = _empty_as(scale_BC, scale_BC.dtype)
     grad_gate_BC = _empty_as(scale_BC, scale_BC.dtype) if gated else None
-    found = grad_x_BTC, grad_y_BTC, grad_scale_BC, grad_shift_BC, grad_gate_BC
     if x_BTC.numel() == 0:
-        for sum_BC in (grad_scale_BC, grad_shift_BC, grad_gate_BC):
-            if sum_BC is not None:
-                sum_BC.zero_()
-        return found
+        for grad_BC in (grad_scale_BC, grad_shift_BC, grad_gate_BC):
+            if grad_BC is not None:
+                grad_BC.zero_()
+    else:
+        with on_device_of(x_BTC):
+            sums_BNSC = _launch_backward(
+                None if grad_x_out_BTC is None else last_contiguous(grad_x_out_BTC),
+                last_contiguous(grad_h_BTC),
+                x_BTC,
+                y_BTC,
+                gate_BC,
+                scale_BC,
+                mean_BT,
+                rstd_BT,
+                grad_x_BTC,
+                grad_y_BTC,
+            )
+            _launch_sums(sums_BNSC, grad_scale_BC, grad_shift_BC, grad_gate_BC)
+    return grad_x_BTC, grad_y_BTC, grad_scale_BC, grad_shift_BC, grad_gate_BC
+
+
+def _launch_backward(
+    grad_x_out_BTC: torch.Tensor | None,
+    grad_h_BTC: torch.Tensor,
+    x_BTC: torch.Tensor,
+    y_BTC: torch.Tensor | None,
+    gate_BC: torch.Tensor | None,
+    scale_BC: torch.Tensor,
+    mean_BT: torch.Tensor,
+    rstd_BT: torch.Tensor,
+    grad_x_BTC: torch.Tensor,
+    grad_y_BTC: torch.Tensor | None,
+) -> torch.Tensor:
+    """Write grad_x_BTC and grad_y_BTC; return the sums over each part's tokens, sums_BNSC."""
+    batch, tokens, width = x_BTC.shape
+    gated = y_BTC is not None
     block_c = padded(width)
     block_t = rows_of_a_block(block_c, tokens)
-    least = max(block_t, LEAST_ROWS_OF_A_PART)
     num_warps = num_warps_for(block_t * block_c, x_BTC.device)
-    rows_of_a_part = cut(tokens, batch, common.num_processors(x_BTC.device), num_warps, least)
+    rows_of_a_part = cut(
+        tokens,
+        batch,
+        common.num_processors(x_BTC.device),
+        num_warps,
+        least=max(block_t, LEAST_ROWS_OF_A_PART),
+    )
     parts = -(-tokens // rows_of_a_part)
     shape = (batch, parts, 3 if gated else 2, width)
     sums_BNSC = x_BTC.new_empty(shape, dtype=torch.float32)
-    with on_device_of(x_BTC):
-        adaln_backward_kernel[(batch * parts,)](
-            grad_x_out_BTC,
-            grad_h_BTC,
-            x_BTC,
-            y_BTC,
-            gate_BC,
-            scale_BC,
-            mean_BT,
-            rstd_BT,
-            grad_x_BTC,
-            grad_y_BTC,
-            sums_BNSC,
-            *_row_strides(grad_x_out_BTC),
-            *_row_strides(grad_h_BTC),
-            *_row_strides(x_BTC),
-            *_row_strides(y_BTC),
-            0 if gate_BC is None else gate_BC.stride(0),
-            scale_BC.stride(0),
-            tokens,
-            parts,
-            rows_of_a_part,
-            GATED=gated,
-            C=width,
-            BLOCK_T=block_t,
-            BLOCK_C=block_c,
-            STAGES=STAGES,
-            num_warps=num_warps,
-            enable_fp_fusion=True,
-        )
-        adaln_sums_kernel[(batch * -(-width // BLOCK_COLUMNS),)](
-            sums_BNSC,
-            grad_scale_BC,
-            grad_shift_BC,
-            grad_gate_BC,
-            parts,
-            GATED=gated,
-            C=width,
-            BLOCK_N=BLOCK_PARTS,
-            BLOCK_C=BLOCK_COLUMNS,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
-    return found
+    adaln_backward_kernel[(batch * parts,)](
+        grad_x_out_BTC,
+        grad_h_BTC,
+        x_BTC,
+        y_BTC,
+        gate_BC,
+        scale_BC,
+        mean_BT,
+        rstd_BT,
+        grad_x_BTC,
+        grad_y_BTC,
+        sums_BNSC,
+        *_row_strides(grad_x_out_BTC),
+        *_row_strides(grad_h_BTC),
+        *_row_strides(x_BTC),
+        *_row_strides(y_BTC),
+        0 if gate_BC is None else gate_BC.stride(0),
+        scale_BC.stride(0),
+        tokens,
+        parts,
+        rows_of_a_part,
+        GATED=gated,
+        C=width,
+        BLOCK_T=block_t,
+        BLOCK_C=block_c,
+        STAGES=STAGES,
+        num_warps=num_warps,
+        enable_fp_fusion=True,
+    )
+    return sums_BNSC
+
+
+def _launch_sums(
+    sums_BNSC: torch.Tensor,
+    grad_scale_BC: torch.Tensor,
+    grad_shift_BC: torch.Tensor,
+    grad_gate_BC: torch.Tensor | None,
+) -> None:
+    batch, parts, _, width = sums_BNSC.shape
+    adaln_sums_kernel[(batch * -(-width // BLOCK_COLUMNS),)](
+        sums_BNSC,
+        grad_scale_BC,
+        grad_shift_BC,
+        grad_gate_BC,
+        parts,
+        GATED=grad_gate_BC is not None,
+        C=width,
+        BLOCK_N=BLOCK_PARTS,
+        BLOCK_C=BLOCK_COLUMNS,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
