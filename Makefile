@@ -87,7 +87,7 @@ test-python: setup
 # No GPU needed: the interpreter runs the kernels on the CPU (float32, float16; its bfloat16 is wrong).
 test-triton: setup
 	@echo "== Triton kernels in their interpreter"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -k triton tests/kernels tests/model
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -k triton tests/kernels tests/engine
 
 # Takes the Python that has torch with CUDA, Triton and pytest; GPU_PYTHON says which.
 # GPU_PARTS chooses some (build, kernels, ...); VAR_REPO and HMAR_REPO are clones of

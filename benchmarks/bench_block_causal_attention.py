@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.harness import REPOSITORIES, Case, Contest, backends, missing_module, near, replay
-from variant.presets import PATCH_NUMS_256, PATCH_NUMS_512
+from variant.models.presets import PATCH_NUMS_256, PATCH_NUMS_512
 from variant_kernels import ScaleLayout, block_causal_attention, qk_norm
 from variant_kernels.dispatch.request import Request
 from variant_kernels.ops.block_causal_attention import (

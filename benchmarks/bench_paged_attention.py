@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.harness import Case, Contest, backends, missing_module, near, replay
-from variant.presets import PATCH_NUMS_256, PATCH_NUMS_512
+from variant.models.presets import PATCH_NUMS_256, PATCH_NUMS_512
 from variant_kernels import ScaleLayout, paged_attention
 from variant_kernels.dispatch.request import Request
 from variant_kernels.kv_quantization import KV8_DTYPE, dequantize_kv, quantize_kv

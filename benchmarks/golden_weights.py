@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from variant.config import VARConfig, VQVAEConfig
-from variant.transformer import VAR
-from variant.vqvae import VQVAE
+from variant.models.config import VARConfig, VQVAEConfig
+from variant.models.var import VAR
+from variant.models.vqvae import VQVAE
 
 FOLDER = Path(__file__).parent.parent / "tests" / "golden"
 NAMES = ("plain", "shared_aln", "no_l2norm")

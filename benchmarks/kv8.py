@@ -21,13 +21,13 @@ from benchmarks.golden_weights import NAMES, golden_model
 from benchmarks.reading import KV8
 from variant.bench.environment import environment
 from variant.bench.models import build
-from variant.checkpoint import replacing
 from variant.commands.common import console
 from variant.commands.kv_errors import FIGURES, kv_error_table
-from variant.engine import Engine
-from variant.kv_error import KVError, measure_kv_error
-from variant.transformer import VAR
-from variant.vqvae import VQVAE
+from variant.engine.engine import Engine
+from variant.evaluation.kv_error import KVError, measure_kv_error
+from variant.files import replacing
+from variant.models.var import VAR
+from variant.models.vqvae import VQVAE
 
 DTYPES = (torch.float32, torch.bfloat16)
 IMAGES = 8

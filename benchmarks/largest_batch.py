@@ -26,10 +26,10 @@ from variant.bench import plain_loop
 from variant.bench.device import autocast, peer_settings
 from variant.bench.environment import environment
 from variant.bench.models import build, configs
-from variant.checkpoint import replacing
-from variant.engine import Engine
+from variant.engine.engine import Engine
+from variant.engine.planning import depths_of
 from variant.errors import UserError
-from variant.planning import depths_of
+from variant.files import replacing
 
 FORMAT = "variant-largest-batch-1"
 FILTERS = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}

@@ -26,8 +26,8 @@ from benchmarks.reading import (
     read_all,
 )
 from variant.bench.engine_bench import switch_line
-from variant.checkpoint import replacing
 from variant.errors import UserError
+from variant.files import replacing
 
 PAGE = "report.md"
 

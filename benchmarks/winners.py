@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reading import KERNELS, Result, read_all
-from variant.checkpoint import replacing
 from variant.errors import UserError
+from variant.files import replacing
 from variant_kernels import ops, winners
 from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.kv_quantization import KV8_DTYPE

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.golden_weights import FOLDER, NAMES, golden_configs, golden_weight
-from variant.config import VARConfig, VQVAEConfig
-from variant.engine import Engine
-from variant.transformer import VAR
-from variant.vqvae import VQVAE
+from variant.engine.engine import Engine
+from variant.models.config import VARConfig, VQVAEConfig
+from variant.models.var import VAR
+from variant.models.vqvae import VQVAE
 
 __all__ = ["NAMES", "Golden", "golden_engine", "golden_models", "load_golden"]
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from variant.config import VARConfig, VQVAEConfig
+from variant.data.images import ImageData
+from variant.data.sources import open_data
+from variant.models.config import VARConfig, VQVAEConfig
+from variant.models.var import VAR
+from variant.models.vqvae import VQVAE
 from variant.supernet import VARiant
-from variant.transformer import VAR
-from variant.vqvae import VQVAE
+from variant.training.recipe import Recipe
 
 
 def small_model(seed: int = 0, **options) -> VARiant:
@@ -40,3 +43,8 @@ def small_model(seed: int = 0, **options) -> VARiant:
         )
     )
     return VARiant(var, vae).eval()
+
+
+def open_recipe_data(recipe: Recipe) -> ImageData:
+    """The data of a recipe at the image size of its VQ-VAE."""
+    return open_data(recipe.data, recipe.vae.image_size, recipe.vae.in_channels, recipe.seed)

@@ -18,7 +18,7 @@ from variant.bench.memory import Job, peak
 from variant.bench.work import attention_flop, ceiling, linear_flop, linears, weight_bytes
 from variant.cli import main
 from variant.errors import UserError
-from variant.presets import VAR_PRESETS
+from variant.models.presets import VAR_PRESETS
 from variant_kernels import DepthSchedule
 
 D16 = VAR_PRESETS["var-d16"]

@@ -6,29 +6,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from variant.config import VARConfig, VQVAEConfig
-    from variant.engine import Engine
+    from variant.accelerate_original import accelerate
+    from variant.engine.engine import Engine
+    from variant.engine.generation import Generation, PartialResult, Sampling, Stats
     from variant.errors import UserError
-    from variant.live import accelerate
-    from variant.sampling import Generation, PartialResult, Sampling, Stats
+    from variant.models.config import VARConfig, VQVAEConfig
+    from variant.models.var import VAR
+    from variant.models.vqvae import VQVAE
     from variant.supernet import VARiant
-    from variant.transformer import VAR
-    from variant.vqvae import VQVAE
 
 # Imported at first use: `variant --help` must not wait for torch.
 _HOME = {
-    "VAR": "transformer",
-    "VQVAE": "vqvae",
-    "Engine": "engine",
-    "Generation": "sampling",
-    "PartialResult": "sampling",
-    "Sampling": "sampling",
-    "Stats": "sampling",
+    "VAR": "models.var",
+    "VQVAE": "models.vqvae",
+    "Engine": "engine.engine",
+    "Generation": "engine.generation",
+    "PartialResult": "engine.generation",
+    "Sampling": "engine.generation",
+    "Stats": "engine.generation",
     "UserError": "errors",
-    "VARConfig": "config",
+    "VARConfig": "models.config",
     "VARiant": "supernet",
-    "accelerate": "live",
-    "VQVAEConfig": "config",
+    # Not accelerate.py: a module of that name would hide the function.
+    "accelerate": "accelerate_original",
+    "VQVAEConfig": "models.config",
 }
 
 __all__ = [

@@ -11,15 +11,15 @@ import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from variant.checkpoint import load_model, save_model
-from variant.engine import Engine, check_pair
+from variant.checkpoints.model_card import TAGS, model_card
+from variant.checkpoints.model_folder import load_model, save_model
+from variant.checkpoints.original_var import load_original
+from variant.engine.engine import Engine, check_pair
+from variant.engine.generation import Generation, OnScale
+from variant.engine.kv_dtype import KVDtype
 from variant.errors import UserError
-from variant.kv_dtype import KVDtype
-from variant.model_card import TAGS, model_card
-from variant.original import load_original
-from variant.sampling import Generation, OnScale
-from variant.transformer import VAR
-from variant.vqvae import VQVAE
+from variant.models.var import VAR
+from variant.models.vqvae import VQVAE
 
 # What is read from a repository of the Hub; the last is of the original's older ones.
 HUB_FILES = ["config.json", "model.safetensors", "pytorch_model.bin"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden_models import NAMES, golden_models
 
-from variant.engine import Engine
+from variant.engine.engine import Engine
 from variant_kernels import CachePlan, available_backends
 
 BACKENDS = tuple(name for name in ("reference", "triton", "cuda") if name in available_backends())

@@ -22,12 +22,12 @@ from variant.bench.alternate import Call, Samples, Took, alternate, quartiles, r
 from variant.bench.device import clock, peer_settings
 from variant.bench.gemms import GemmsAlone
 from variant.bench.work import attention_flop, ceiling, linear_flop, weight_bytes
-from variant.engine import Engine
-from variant.kv_error import IMAGES as GREEDY_IMAGES
-from variant.kv_error import greedy_change
-from variant.sampling import Generation, Stats
-from variant.transformer import VAR
-from variant.vqvae import VQVAE
+from variant.engine.engine import Engine
+from variant.engine.generation import Generation, Stats
+from variant.evaluation.kv_error import IMAGES as GREEDY_IMAGES
+from variant.evaluation.kv_error import greedy_change
+from variant.models.var import VAR
+from variant.models.vqvae import VQVAE
 from variant_kernels import DepthSchedule
 from variant_kernels.dispatch.request import dtype_name
 

@@ -8,10 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from variant import packing
 from variant.bench.work import Linear, linears
-from variant.transformer import VAR, projection
-from variant.weights import MLP_ROWS, casts_modulations, on_gpu
+from variant.engine import packed_layers
+from variant.engine.weights import MLP_ROWS, casts_modulations, on_gpu
+from variant.models.var import VAR, projection
 from variant_kernels import DepthSchedule
 from variant_kernels.packed_linear import can_pack
 
@@ -76,7 +76,7 @@ class GemmsAlone:
         key = linear.layer, linear.name
         if key not in self._products:
             dtype, packed = self._how(linear)
-            self._products[key] = packing.Linear(*self._weights(linear), dtype, packed=packed)
+            self._products[key] = packed_layers.Linear(*self._weights(linear), dtype, packed=packed)
         return self._products[key]
 
     def _weights(self, linear: Linear) -> tuple[Tensor, Tensor]:

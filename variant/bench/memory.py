@@ -21,7 +21,7 @@ import torch
 from variant.bench import original, plain_loop
 from variant.bench.device import autocast
 from variant.bench.models import build, configs
-from variant.engine import Engine
+from variant.engine.engine import Engine
 from variant.errors import UserError
 
 STATUS = Path("/proc/self/status")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from variant.checkpoint import configs_in
-from variant.config import VARConfig, VQVAEConfig
-from variant.presets import VAR_PRESETS, vqvae_of
+from variant.checkpoints.model_folder import configs_in
+from variant.models.config import VARConfig, VQVAEConfig
+from variant.models.presets import VAR_PRESETS, vqvae_of
+from variant.models.var import VAR
+from variant.models.vqvae import VQVAE
 from variant.supernet import VARiant, locate
-from variant.transformer import VAR
-from variant.vqvae import VQVAE
 
 
 def is_preset(name: str) -> bool:

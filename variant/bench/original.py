@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from variant.bench.device import autocast as autocasting
-from variant.config import VARConfig, VQVAEConfig
 from variant.errors import UserError
-from variant.transformer import VAR, derived_buffers
-from variant.vqvae import VQVAE
+from variant.models.config import VARConfig, VQVAEConfig
+from variant.models.var import VAR, derived_buffers
+from variant.models.vqvae import VQVAE
 
 # What its VQ-VAE cannot be built with otherwise.
 FIXED = {"ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": 2, "in_channels": 3}

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from variant.transformer import VAR, Block
-from variant.vqvae import VQVAE
+from variant.models.var import VAR, Block
+from variant.models.vqvae import VQVAE
 from variant_kernels import DepthSchedule, use_backend
 from variant_kernels.ops.sample_tokens import filter_logits
 

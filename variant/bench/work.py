@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from variant.config import VARConfig
+from variant.models.config import VARConfig
 from variant_kernels import DepthSchedule
 
 

@@ -22,11 +22,11 @@ from variant.bench.environment import environment
 from variant.bench.limits import drift, measure_limits
 from variant.bench.memory import Job, peak
 from variant.bench.models import build, is_preset
-from variant.checkpoint import replacing
 from variant.commands.common import DTYPES, console, mebibytes, table
+from variant.engine.planning import depths_of
 from variant.errors import UserError
-from variant.planning import depths_of
-from variant.transformer import VAR
+from variant.files import replacing
+from variant.models.var import VAR
 
 if TYPE_CHECKING:
     from variant.cli import Bench

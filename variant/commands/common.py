@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from variant.config import VARConfig, VQVAEConfig
-from variant.presets import VAR_PRESETS, vqvae_of
+from variant.models.config import VARConfig, VQVAEConfig
+from variant.models.presets import VAR_PRESETS, vqvae_of
 
 DTYPES = {
     "float32": torch.float32,
@@ -45,7 +45,7 @@ def mebibytes(count: float) -> str:
 
 def configs_of(model: str) -> tuple[VARConfig, VQVAEConfig]:
     """Sizes of a preset or of a model folder; weights are not read."""
-    from variant.checkpoint import configs_in
+    from variant.checkpoints.model_folder import configs_in
     from variant.supernet import locate
 
     if model in VAR_PRESETS and not Path(model).exists():

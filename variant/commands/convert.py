@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from variant.checkpoint import load_model
+from variant.checkpoints.model_folder import load_model
+from variant.checkpoints.original_var import save_original
 from variant.commands.common import DTYPES, console
 from variant.errors import UserError
-from variant.original import save_original
 from variant.supernet import VARiant, locate
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from variant.checkpoint import replacing
 from variant.commands.common import DTYPES, console, mebibytes, table
+from variant.engine.generation import Generation, OnScale, PartialResult
+from variant.engine.planning import depths_of
 from variant.errors import UserError
-from variant.planning import depths_of
-from variant.sampling import Generation, OnScale, PartialResult
+from variant.files import replacing
 from variant.supernet import VARiant
 
 if TYPE_CHECKING:

@@ -12,8 +12,14 @@ from rich.progress import Progress
 from rich.table import Table
 
 from variant.commands.common import table
-from variant.engine import Engine
-from variant.kv_error import GREEDY_CFG, STEPS_PER_DEPTH, KVError, depths_of, measure_kv_error
+from variant.engine.engine import Engine
+from variant.evaluation.kv_error import (
+    GREEDY_CFG,
+    STEPS_PER_DEPTH,
+    KVError,
+    depths_of,
+    measure_kv_error,
+)
 from variant.supernet import ASSETS
 
 # What benchmarks/kv8.py measured, as it lies in benchmarks/results too.

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from variant.commands.common import DTYPES, configs_of, console, mebibytes, table
 from variant.commands.kv_errors import print_kv_figures
+from variant.engine.planning import PlanRow, depths_of, plan_row, weight_bytes
 from variant.errors import UserError
-from variant.planning import PlanRow, depths_of, plan_row, weight_bytes
 
 if TYPE_CHECKING:
     from variant.cli import Plan

@@ -10,13 +10,13 @@ from variant.commands.common import console, table
 
 if TYPE_CHECKING:
     from variant.cli import Train, TrainVae
-    from variant.train import Summary
+    from variant.training.task import Summary
 
 
 def train(command: Train) -> None:
     """Train the recipe's transformer and say where the model is."""
-    from variant.recipe import load_recipe
-    from variant.train_var import train_var
+    from variant.training.recipe import load_recipe
+    from variant.training.var_task import train_var
 
     recipe = load_recipe(command.recipe, seed=command.seed)
     out = folder_of(command)
@@ -29,8 +29,8 @@ def train(command: Train) -> None:
 
 def train_vae(command: TrainVae) -> None:
     """Train the recipe's VQ-VAE and say what comes next."""
-    from variant.recipe import load_recipe
-    from variant.train_vae import train_vae as run
+    from variant.training.recipe import load_recipe
+    from variant.training.vae_task import train_vae as run
 
     recipe = load_recipe(command.recipe, seed=command.seed)
     summary = run(

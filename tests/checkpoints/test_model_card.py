@@ -1,0 +1,165 @@
+"""The model card and the Hub's conventions."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, hub_mixin
+from small_models import small_model
+
+from variant import VARiant
+from variant.checkpoints.model_card import MARK
+from variant.engine.planning import plan_row
+
+
+def card_of(folder):
+    return (folder / "README.md").read_text()
+
+
+def test_a_card_names_depths_layers_cache_and_how_to_run(tmp_path):
+    model = small_model()
+    model.save_pretrained(tmp_path / "small", {"training": {"loss": 2.25, "settings": {"x": 1}}})
+    card = card_of(tmp_path / "small")
+    rows = dict(re.findall(r"^\| (\d+) \| (.*?) \|", card, re.MULTILINE))
+    assert rows == {"4": "all", "3": "0, 2, 3", "2": "0, 3"}
+    for depth in (2, 3, 4):
+        size = plan_row(model.var.config, depth, 1, 1, torch.float32).ours / 2**20
+        assert re.search(rf"^\| {depth} \| .* \| {size:.2f} MiB \|", card, re.MULTILINE)
+    assert "Every layer runs at the first 1 scales" in card
+    assert "- loss: 2.2500" in card
+    assert "settings" not in card
+    data = ModelCard.load(tmp_path / "small" / "README.md").data
+    assert data.library_name == "variant"
+    assert "pytorch_model_hub_mixin" in data.tags
+
+
+def test_the_code_and_the_command_of_a_card_run(tmp_path):
+    small_model().save_pretrained(tmp_path / "small")
+    card = card_of(tmp_path / "small")
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
+    script = code + "print(tuple(result.images.shape), result.stats.depths)"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split("\n")[0] == "(1, 3, 6, 6) (4, 2, 2)"
+    # The size that the card's comment promises.
+    assert "(1, 3, 6, 6) in [0, 1]" in code
+    command = re.search(r"`variant (generate .*?)`", card).group(1)
+    done = subprocess.run(
+        [sys.executable, "-m", "variant.cli", *command.split()],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (tmp_path / "image.png").is_file()
+
+
+def test_a_model_without_subnets_claims_none(tmp_path):
+    small_model(subnets={}, bridge=None).save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert "trained at full depth only" in card
+    assert re.findall(r"^\| (\d+) \|", card, re.MULTILINE) == ["4"]
+    assert "depth=" not in card
+
+
+def test_a_card_is_renewed_until_somebody_makes_it_their_own(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    small_model(subnets={}, bridge=None).save_pretrained(tmp_path)
+    assert "trained at full depth only" in card_of(tmp_path)
+    own = card_of(tmp_path).replace(MARK, "").replace("trained", "TRAINED")
+    (tmp_path / "README.md").write_text(own)
+    small_model().save_pretrained(tmp_path)
+    assert card_of(tmp_path) == own
+
+
+class Uploads:
+    """Stands for the Hub: keeps what would be uploaded."""
+
+    def __init__(self):
+        self.repos, self.files, self.options = [], {}, {}
+
+    def __call__(self, token=None):
+        return self
+
+    def create_repo(self, repo_id, **options):
+        self.repos.append(repo_id)
+        return type("Repo", (), {"repo_id": repo_id})
+
+    def upload_folder(self, *, folder_path, **options):
+        self.options = options
+        self.files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        return "https://example.org/commit"
+
+
+def test_push_to_hub_uploads_weights_config_and_card(tmp_path, monkeypatch):
+    hub = Uploads()
+    monkeypatch.setattr(hub_mixin, "HfApi", hub)
+    model = small_model()
+    model.extra = {"training": {"seed": 3}}
+    url = model.push_to_hub("someone/small", commit_message="first", private=True)
+    assert url == "https://example.org/commit"
+    assert hub.repos == ["someone/small"]
+    assert hub.options["commit_message"] == "first"
+    assert sorted(hub.files) == ["README.md", "config.json", "model.safetensors"]
+    assert b'VARiant.from_pretrained("someone/small")' in hub.files["README.md"]
+    for name, blob in hub.files.items():
+        (tmp_path / name).write_bytes(blob)
+    again = VARiant.from_pretrained(tmp_path)
+    assert again.extra == model.extra
+    assert torch.equal(again.generate(1, seed=0).tokens, model.generate(1, seed=0).tokens)
+
+
+def test_save_pretrained_can_push_in_the_same_call(tmp_path, monkeypatch):
+    hub = Uploads()
+    monkeypatch.setattr(hub_mixin, "HfApi", hub)
+    model = small_model()
+    url = model.save_pretrained(tmp_path / "mine", push_to_hub=True, commit_message="m")
+    assert url == "https://example.org/commit"
+    assert hub.repos == ["mine"]
+    assert hub.files["config.json"] == (tmp_path / "mine" / "config.json").read_bytes()
+    assert model.save_pretrained(tmp_path / "mine") is None
+
+
+def test_from_pretrained_hands_the_hubs_options_on(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    small_model().save_pretrained(tmp_path / "small")
+    asked = {}
+
+    def snapshot_download(repo_id, **options):
+        asked.update(options, repo_id=repo_id)
+        return str(tmp_path / "small")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    VARiant.from_pretrained("someone/small", revision="v1", token="t", local_files_only=True)
+    assert asked["repo_id"] == "someone/small"
+    assert (asked["revision"], asked["token"], asked["local_files_only"]) == ("v1", "t", True)
+    assert asked["allow_patterns"] == ["config.json", "model.safetensors", "pytorch_model.bin"]
+
+
+@pytest.mark.parametrize("name", ["from_pretrained", "save_pretrained", "push_to_hub"])
+def test_every_option_of_the_hubs_mixin_is_taken(name):
+    ours = inspect.signature(getattr(VARiant, name)).parameters
+    theirs = inspect.signature(getattr(PyTorchModelHubMixin, name)).parameters
+    taken = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in ours.values())
+    positional = ("self", "pretrained_model_name_or_path", "save_directory", "model_kwargs")
+    missing = [key for key in theirs if key not in ours and key not in positional]
+    assert not missing or taken, missing
+    assert issubclass(VARiant, PyTorchModelHubMixin)
+
+
+def test_the_generated_card_is_the_written_one(tmp_path):
+    model = small_model()
+    model.save_pretrained(tmp_path / "small")
+    assert str(model.generate_model_card(model_id="small")) == card_of(tmp_path / "small")

@@ -1,0 +1,284 @@
+"""Model folders and original checkpoints: round trips, and files that are none."""
+
+import json
+import os
+import pickle
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from golden_models import NAMES, load_golden
+from safetensors.torch import load_file, save_file
+from small_models import small_model
+
+from variant import VAR, VQVAE, UserError, VARiant
+from variant.checkpoints.original_var import load_original, save_original
+from variant.files import replacing
+from variant.models.var import derived_buffers
+
+
+def same_weights(a, b):
+    one, two = a.state_dict(), b.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_saved_folder_gives_the_same_model(tmp_path):
+    model = small_model()
+    model.save_pretrained(tmp_path / "model", {"training": {"recipe": "none"}})
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    again = VARiant.from_pretrained(tmp_path / "model")
+    assert again.var.config == model.var.config
+    assert again.vae.config == model.vae.config
+    assert again.extra == {"training": {"recipe": "none"}}
+    assert same_weights(model, again)
+    a, b = (m.generate([1, 2], depth=2, seed=4) for m in (model, again))
+    assert torch.equal(a.tokens, b.tokens)
+    assert torch.equal(a.images, b.images)
+
+
+def test_dtype_of_a_loaded_model_is_the_files_unless_asked(tmp_path):
+    model = small_model()
+    model.var.bfloat16()
+    model.save_pretrained(tmp_path)
+    assert VARiant.from_pretrained(tmp_path).var.head.weight.dtype == torch.bfloat16
+    wide = VARiant.from_pretrained(tmp_path, dtype=torch.float32)
+    assert wide.var.head.weight.dtype == torch.float32
+    assert wide.generate(0, seed=0).stats.dtype == "float32"
+    assert wide.generate(0, seed=0, dtype=torch.bfloat16).stats.dtype == "bfloat16"
+
+
+@pytest.mark.filterwarnings("ignore:.*no tensor tells the number of attention heads")
+@pytest.mark.parametrize("name", NAMES)
+def test_original_files_load_with_sizes_read_from_shapes_and_write_back_equal(name, tmp_path):
+    golden = load_golden(name)
+    var_path, vae_path = tmp_path / "var.pth", tmp_path / "vae.pth"
+    torch.save(golden.var_state, var_path)
+    torch.save(golden.vae_state, vae_path)
+    model = VARiant.from_var_checkpoint(var_path, vae_path)
+    for field in ("depth", "embed_dim", "num_heads", "num_classes", "patch_nums", "shared_aln"):
+        assert getattr(model.var.config, field) == getattr(golden.var_config, field)
+    assert model.vae.config == golden.vae_config
+    result = model.generate(golden.tensors["label"], cfg=4.0, top_k=1)
+    assert torch.equal(result.tokens, golden.tensors["greedy_tokens_full"])
+    save_original(model.var, model.vae, tmp_path / "a.pth", tmp_path / "b.pth")
+    for path, state in (
+        (tmp_path / "a.pth", golden.var_state),
+        (tmp_path / "b.pth", golden.vae_state),
+    ):
+        written = torch.load(path, weights_only=True)
+        assert written.keys() == state.keys()
+        assert all(torch.equal(written[key], state[key]) for key in state)
+
+
+def test_trainer_checkpoints_of_the_original_load(tmp_path):
+    golden = load_golden("plain")
+    path = tmp_path / "ar-ckpt-last.pth"
+    trainer = {"var_wo_ddp": golden.var_state, "vae_local": golden.vae_state}
+    torch.save({"epoch": 3, "args": "...", "trainer": trainer}, path)
+    var, _ = load_original(path, path)
+    assert var.config.depth == 6
+
+
+def test_published_layouts_are_known_without_their_buffers(tmp_path):
+    golden = load_golden("plain")
+    state = {k: v for k, v in golden.var_state.items() if k not in derived_buffers(_layout())}
+    torch.save(state, tmp_path / "var.pth")
+    torch.save(golden.vae_state, tmp_path / "vae.pth")
+    with pytest.raises(UserError, match="cannot tell the token maps of 7 scales and 155 tokens"):
+        VARiant.from_var_checkpoint(tmp_path / "var.pth", tmp_path / "vae.pth")
+
+
+def _layout():
+    return small_model().var.layout
+
+
+class _Attack:
+    def __reduce__(self):
+        return (os.system, ("touch pwned",))
+
+
+def test_a_pickle_that_wants_to_run_code_is_refused_and_runs_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, blob in (("raw.pth", pickle.dumps(_Attack())), ("zip.pth", None)):
+        if blob is None:
+            torch.save({"word_embed.weight": _Attack()}, name)
+        else:
+            (tmp_path / name).write_bytes(blob)
+        with pytest.raises(UserError, match=f"{name}: refused"):
+            VARiant.from_var_checkpoint(name, name)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_foreign_and_damaged_pickles_are_named(tmp_path):
+    good = tmp_path / "good.pth"
+    torch.save(load_golden("plain").var_state, good)
+    damaged = tmp_path / "damaged.pth"
+    damaged.write_bytes(good.read_bytes()[:1000])
+    text = tmp_path / "text.pth"
+    text.write_text("hello")
+    foreign = tmp_path / "foreign.pth"
+    torch.save({"layer.weight": torch.zeros(2, 2)}, foreign)
+    numbers = tmp_path / "numbers.pth"
+    torch.save({"epoch": 3}, numbers)
+    listed = tmp_path / "list.pth"
+    torch.save([1, 2], listed)
+    for path, message in (
+        (damaged, "damaged.pth: is not a readable checkpoint"),
+        (text, "text.pth: is not a readable checkpoint: it is no file of torch.save"),
+        (tmp_path / "none.pth", "none.pth: no such file"),
+        (foreign, "foreign.pth: is not a VAR transformer: it has no word_embed.weight"),
+        (numbers, "numbers.pth: must hold a state dict of tensors"),
+        (listed, "list.pth: must hold a dictionary of tensors; got list"),
+    ):
+        with pytest.raises(UserError, match=message):
+            VARiant.from_var_checkpoint(path, good)
+
+
+def test_folders_that_are_no_models_are_named(tmp_path):
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    # Copies: what load_file gives is mapped from the file that is overwritten below.
+    tensors = {key: value.clone() for key, value in load_file(weights).items()}
+    described = json.loads(config.read_text())
+
+    def fails(message):
+        with pytest.raises(UserError, match=message):
+            VARiant.from_pretrained(tmp_path)
+
+    weights.write_bytes(weights.read_bytes()[:500])
+    fails("model.safetensors: is missing or damaged")
+    save_file({k: v for k, v in tensors.items() if k != "var.head.bias"}, weights)
+    fails('does not hold the weights of this VAR: Missing key.* "head.bias"')
+    save_file({**tensors, "var.head.bias": torch.zeros(7)}, weights)
+    fails("size mismatch for head.bias")
+    save_file(tensors, weights)
+    config.write_text(json.dumps({**described, "format": "other"}))
+    fails('"format" must be "variant-1"; got \'other\'')
+    config.write_text(json.dumps({**described, "var": {**described["var"], "depth": 0}}))
+    fails("config.json: .*depth")
+    config.write_text(json.dumps({**described, "var": {**described["var"], "colour": 1}}))
+    fails("config.json: .*colour")
+    config.write_text("{")
+    fails("config.json: cannot be read as JSON")
+    config.unlink()
+    fails("is not a model folder: it has no config.json")
+    with pytest.raises(UserError, match="no-such-model: no such model"):
+        VARiant.from_pretrained("no-such-model")
+
+
+def test_a_layout_that_does_not_fit_the_model_is_named(tmp_path):
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    described["vae"]["patch_nums"] = [1, 2, 4]
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="agree on patch_nums"):
+        VARiant.from_pretrained(tmp_path)
+
+
+def test_nothing_half_written_is_left(tmp_path):
+    target = tmp_path / "file.bin"
+    target.write_text("old")
+
+    def write_half():
+        with replacing(target) as path:
+            path.write_text("half")
+            raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        write_half()
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_checkpoints_in_the_old_format_load(tmp_path):
+    golden = load_golden("plain")
+    for name, state in (("var.pth", golden.var_state), ("vae.pth", golden.vae_state)):
+        torch.save(state, tmp_path / name, _use_new_zipfile_serialization=False)
+    model = VARiant.from_var_checkpoint(tmp_path / "var.pth", tmp_path / "vae.pth")
+    assert same_weights(model.var, VARiant(*_built(golden)).var)
+
+
+def _built(golden):
+    var, vae = VAR(golden.var_config), VQVAE(golden.vae_config)
+    var.load_state_dict(golden.var_state)
+    vae.load_state_dict(golden.vae_state)
+    return var, vae
+
+
+def test_heads_that_no_tensor_tells_are_assumed_aloud(tmp_path):
+    golden = load_golden("no_l2norm")
+    paths = tmp_path / "var.pth", tmp_path / "vae.pth"
+    for path, state in zip(paths, (golden.var_state, golden.vae_state), strict=True):
+        torch.save(state, path)
+    with pytest.warns(UserWarning, match="assuming 2, one per 64 channels"):
+        assert VARiant.from_var_checkpoint(*paths).var.config.num_heads == 2
+    assert VARiant.from_var_checkpoint(*paths, num_heads=4).var.config.num_heads == 4
+
+
+def test_loading_draws_no_random_numbers(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    VARiant.from_pretrained(tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_the_old_model(tmp_path):
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    # A process that may not write files of more than 20 kB stands for the full disk.
+    script = (
+        "import resource, signal, sys\n"
+        "sys.path.insert(0, sys.argv[2])\n"
+        "from small_models import small_model\n"
+        "from variant import UserError\n"
+        "from variant.original import save_original\n"
+        "model = small_model(seed=1)\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "for save in (lambda: model.save_pretrained(sys.argv[1]),\n"
+        "             lambda: save_original(model.var, model.vae, sys.argv[1] + '/a.pth', 'b')):\n"
+        "    try:\n"
+        "        save()\n"
+        "    except UserError as error:\n"
+        "        print(error)\n"
+    )
+    helpers = str(Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path), helpers],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.count("cannot be written") == 2, done.stdout + done.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(TypeError):
+        small_model().save_pretrained(tmp_path / "model", {"x": torch.zeros(1)})
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_unwritable_folder_is_named(tmp_path):
+    occupied = tmp_path / "file"
+    occupied.write_text("")
+    with pytest.raises(UserError, match=r"file.*: cannot be written"):
+        small_model().save_pretrained(occupied / "model")
+
+
+def test_written_files_are_readable_by_others(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    mode = stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert mode == 0o666 & ~umask

@@ -1,0 +1,138 @@
+"""What training images look like after augmentation, and that it repeats."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from variant.data.augment import RAND_AUGMENT_OPS, distort, mixup, rand_augment
+from variant.data.config import DataSection
+from variant.data.images import FolderData, list_images, stream
+from variant.errors import UserError
+
+
+def gradient() -> Image.Image:
+    """Red rises to the right, green downwards; blue has an edge. Nothing is black or white."""
+    down, across = np.mgrid[10:240:10, 10:240:10]
+    return Image.fromarray(np.stack((across, down, 200 - 100 * (across > down)), -1).astype("u1"))
+
+
+GRADIENT = gradient()
+
+
+@pytest.mark.parametrize("name", RAND_AUGMENT_OPS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_every_operation_keeps_size_and_mode_and_changes_the_image_at_full_strength(name, sign):
+    changed = RAND_AUGMENT_OPS[name](GRADIENT, 1.0, sign)
+    assert (changed.size, changed.mode) == (GRADIENT.size, "RGB")
+    same = np.array_equal(np.asarray(changed), np.asarray(GRADIENT))
+    assert same == (name == "identity")
+
+
+@pytest.mark.parametrize("name", ["rotate", "color", "contrast", "shear_x", "translate_y"])
+def test_graded_operations_do_nothing_at_no_strength(name):
+    changed = RAND_AUGMENT_OPS[name](GRADIENT, 0.0, 1)
+    assert np.array_equal(np.asarray(changed), np.asarray(GRADIENT))
+
+
+def test_rand_augment_is_a_function_of_its_generator():
+    first, second, other = (
+        np.asarray(rand_augment(GRADIENT, np.random.default_rng(seed), 2, 9)) for seed in (1, 1, 2)
+    )
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first, other)
+
+
+def test_mixup_mixes_each_image_with_its_partner_by_its_weight():
+    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 2, 2)
+    mixed, partner, mix = mixup(images, np.random.default_rng(0), 0.4)
+    assert sorted(partner.tolist()) == [0, 1, 2, 3]
+    assert ((mix >= 0) & (mix <= 1)).all()
+    expected = mix * torch.arange(4.0) + (1 - mix) * partner
+    torch.testing.assert_close(mixed[:, 0, 0, 0], expected)
+
+
+def test_distortion_of_no_strength_is_the_identity_and_shifts_shift():
+    images = torch.rand(2, 1, 8, 8)
+    none = distort(images, torch.ones(2, 5), rotate=0, zoom=0, shift=0, shear=0)
+    torch.testing.assert_close(none, images, rtol=0, atol=1e-5)
+    moved = distort(
+        images, torch.tensor([[0.0, 0, 0, 1, 0]] * 2), rotate=0, zoom=0, shift=0.25, shear=0
+    )
+    torch.testing.assert_close(moved[..., :6], images[..., 2:], rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        for index in range(3):
+            GRADIENT.resize((20 + 4 * index, 24)).save(tmp_path / label / f"{index}.PNG")
+    return str(tmp_path)
+
+
+def open_folder(folder, **changes):
+    section = DataSection(
+        "folder",
+        train=folder,
+        held_out=folder,
+        hflip=0.5,
+        randaugment_ops=2,
+        randaugment_magnitude=9,
+        **changes,
+    )
+    return FolderData(section, image_size=16, channels=3, seed=0)
+
+
+def test_a_folder_image_depends_on_epoch_and_index_alone(folder):
+    data, more_workers = open_folder(folder, workers=1), open_folder(folder, workers=3)
+    whole, labels = data.train(range(6), epoch=2)
+    part, part_labels = more_workers.train([4, 1], epoch=2)
+    assert torch.equal(part, whole[[4, 1]])
+    assert torch.equal(part_labels, labels[[4, 1]])
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert not torch.equal(whole, data.train(range(6), epoch=3)[0])
+    assert whole.shape == (6, 3, 16, 16)
+    assert whole.abs().max() <= 1
+
+
+def test_held_out_images_are_cropped_at_the_centre_and_never_change(folder):
+    data = open_folder(folder)
+    first, _ = data.held_out([0, 5])
+    assert torch.equal(first, data.held_out([0, 5])[0])
+    assert first.shape == (2, 3, 16, 16)
+
+
+def test_files_and_classes_are_sorted(folder):
+    paths, labels, classes = list_images(folder)
+    assert classes == ["a", "b"]
+    assert paths == sorted(paths)
+    assert labels == [0, 0, 0, 1, 1, 1]
+
+
+def test_random_streams_of_one_epoch_are_apart():
+    draws = {float(stream(0, 1, which).random()) for which in (1, 2, 3, 4)}
+    assert len(draws) == 4
+    assert stream(5, 1, 2).random() == stream(5, 1, 2).random()
+
+
+def test_images_that_pil_would_read_wrongly_or_not_at_all_are_named(folder, monkeypatch):
+    def refuse(message):
+        with pytest.raises(UserError, match=message) as caught:
+            open_folder(folder).train([0], epoch=0)
+        assert "0.PNG" in str(caught.value)
+
+    path = f"{folder}/a/0.PNG"
+    Image.fromarray(np.full((24, 24), 40000, dtype=np.uint16)).save(path)
+    refuse("must have 8 bits per channel; its pixels are of mode I")
+    for error in (SyntaxError("broken PNG"), ValueError("bad chunk")):
+
+        def fail(*args, error=error):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Image, "open", fail)
+            refuse("is not a readable image: (broken PNG|bad chunk)")
+    GRADIENT.save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    refuse("is not a readable image: Image size")

@@ -1,0 +1,65 @@
+"""The engine on Triton kernels, run by Triton's interpreter (``TRITON_INTERPRET=1``)."""
+
+import pytest
+import torch
+from golden_models import golden_models
+
+from variant.engine.engine import Engine
+from variant_kernels.dispatch.support import triton_interprets
+
+pytestmark = pytest.mark.skipif(
+    not triton_interprets(), reason="needs Triton's interpreter: TRITON_INTERPRET=1"
+)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Four layers, four scales: the interpreter takes seconds for each generation."""
+    golden, var, vae = golden_models("no_l2norm")
+    return golden, Engine(var, vae, backend="triton")
+
+
+def test_logits_equal_the_original(small):
+    golden, engine = small
+    label, tokens = golden.tensors["label"], golden.tensors["tokens_in"]
+    for kind, depth in {"full": None, "subnet": golden.json["subnet"]["depth"]}.items():
+        logits = engine.forced_logits(label, tokens, depth=depth)
+        torch.testing.assert_close(logits, golden.tensors[f"logits_{kind}"], atol=1e-4, rtol=0)
+
+
+def test_greedy_tokens_equal_the_original(small):
+    golden, engine = small
+    depth = golden.json["subnet"]["depth"]
+    result = engine.generate(golden.tensors["label"], depth=depth, cfg=4.0, top_k=1)
+    assert torch.equal(result.tokens, golden.tensors["greedy_tokens_subnet"])
+
+
+def test_sampled_tokens_equal_the_original_with_its_generator(small):
+    golden, engine = small
+    result = engine.generate(
+        golden.tensors["label"],
+        depth=golden.json["subnet"]["depth"],
+        cfg=1.5,
+        top_k=40,
+        top_p=0.9,
+        generator=torch.Generator().manual_seed(7),
+    )
+    assert torch.equal(result.tokens, golden.tensors["sampled_tokens_subnet"])
+
+
+def test_a_seed_draws_what_the_cpu_kernels_draw(small):
+    golden, engine = small
+    plain = Engine(engine.var, engine.vae, backend="cpu")
+    arguments = {"depth": golden.json["subnet"]["depth"], "seed": 11, "top_k": 100, "top_p": 0.95}
+    ours = engine.generate([1, 2], image_ids=[5, 2**40], **arguments)
+    expected = plain.generate([1, 2], image_ids=[5, 2**40], **arguments)
+    assert torch.equal(ours.tokens, expected.tokens)
+
+
+def test_l2_normalised_logits_equal_the_original():
+    golden, var, vae = golden_models("plain")
+    engine = Engine(var, vae, backend="triton", page_size=5)
+    logits = engine.forced_logits(
+        golden.tensors["label"], golden.tensors["tokens_in"], depth=golden.json["subnet"]["depth"]
+    )
+    torch.testing.assert_close(logits, golden.tensors["logits_subnet"], atol=1e-4, rtol=0)

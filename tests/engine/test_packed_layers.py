@@ -1,0 +1,154 @@
+"""Packed products and convolutions against the layers that they stand for."""
+
+import copy
+
+import pytest
+import torch
+from small_models import small_model
+from torch import nn
+from torch.nn import functional as F
+
+from variant.engine.engine import Engine
+from variant.engine.packed_layers import (
+    CastDecoder,
+    Linear,
+    MergedUpsample,
+    PackedConv2d,
+    PackedDecoder,
+    Staging,
+)
+from variant.models.vqvae import Upsample
+from variant_kernels.packed_linear import can_pack
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def packs(dtype):
+    if not can_pack(CPU, dtype):
+        pytest.skip(f"oneDNN has no native {dtype} here")
+    return True
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("shape", [(1, 8), (2, 3, 24), (1, 130, 40), (700, 16)])
+def test_a_packed_linear_is_as_near_to_float64_as_a_plain_one(shape, gelu, dtype):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(56, shape[-1]) / shape[-1] ** 0.5, torch.randn(56)
+    weight, bias, x = weight.to(dtype), bias.to(dtype), torch.randn(shape).to(dtype)
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    if gelu:
+        expected = F.gelu(expected, approximate="tanh")
+    plain = Linear(weight, bias, dtype, packed=False, gelu=gelu)(x)
+    ours = Linear(weight, bias, dtype, packed=packs(dtype), gelu=gelu)(x)
+    assert ours.dtype == dtype
+    assert ours.shape == expected.shape
+    allowed = 2 * (plain.double() - expected).abs().max() + torch.finfo(dtype).eps
+    assert (ours.double() - expected).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("width", [8, 24, 64, 1024])
+def test_weights_packed_through_one_staging_keep_their_own_values(width):
+    packs(torch.bfloat16)
+    torch.manual_seed(0)
+    staging = Staging(torch.bfloat16)
+    weights, bias = torch.randn(2, width, width), torch.zeros(width)
+    x = torch.randn(3, width).bfloat16()
+    linears = [
+        Linear(w, bias, torch.bfloat16, packed=True, staging=staging) for w in weights.unbind(0)
+    ]
+    for linear, weight in zip(linears, weights, strict=True):
+        assert torch.equal(linear(x), Linear(weight, bias, torch.bfloat16, packed=True)(x))
+    channels = min(width, 64)
+    convs = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2)]
+    image = torch.randn(1, channels, 5, 5).bfloat16().to(memory_format=torch.channels_last)
+    packed = [PackedConv2d(conv, staging) for conv in convs]
+    for one, conv in zip(packed, convs, strict=True):
+        assert torch.equal(one(image), PackedConv2d(conv, Staging(torch.bfloat16))(image))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 2), (4, 7)])
+def test_a_merged_upsample_is_the_upsample_it_stands_for(shape):
+    torch.manual_seed(0)
+    upsample = Upsample(6)
+    x = torch.randn(2, 6, *shape)
+    merged = MergedUpsample(upsample.conv, torch.float32)(x)
+    torch.testing.assert_close(merged, upsample(x), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_packed_decoder_paints_what_the_model_paints(batch):
+    vae = small_model().vae
+    before = copy.deepcopy(vae.state_dict())
+    f_hat = torch.randn(batch, 8, 3, 3)
+    packs(torch.float32)
+    images = PackedDecoder(vae, torch.float32)(f_hat)
+    torch.testing.assert_close(images, vae.decode_features(f_hat), atol=1e-5, rtol=0)
+    # The model itself is as it was: same modules, same tensors, still trainable.
+    assert all(torch.equal(before[key], value) for key, value in vae.state_dict().items())
+    assert any(isinstance(module, nn.Conv2d) for module in vae.decoder.modules())
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in vae.parameters())
+
+
+def test_the_bfloat16_decoder_is_as_near_as_autocast():
+    packs(torch.bfloat16)
+    vae = small_model().vae
+    f_hat = torch.randn(4, 8, 3, 3)
+    expected = copy.deepcopy(vae).double().decode_features(f_hat.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = vae.decode_features(f_hat).double()
+    ours = PackedDecoder(vae, torch.bfloat16)(f_hat).double()
+    assert (ours - expected).abs().max() <= 2 * (autocast - expected).abs().max() + 2**-8
+    assert (ours - expected).abs().mean() <= 2 * (autocast - expected).abs().mean()
+
+
+def test_packing_is_reported_and_can_be_left_out():
+    packs(torch.float32)
+    model = small_model()
+    results = {
+        pack: Engine(model.var, model.vae, pack=pack).generate([1, 2], top_k=1)
+        for pack in (True, False)
+    }
+    assert {pack: result.stats.packed for pack, result in results.items()} == {
+        True: True,
+        False: False,
+    }
+    assert torch.equal(results[True].tokens, results[False].tokens)
+    torch.testing.assert_close(results[True].images, results[False].images, atol=1e-5, rtol=0)
+
+
+def test_a_change_of_the_decoder_is_noticed():
+    packs(torch.float32)
+    model = small_model()
+    engine = Engine(model.var, model.vae)
+    before = engine.generate([1], seed=0)
+    with torch.no_grad():
+        model.vae.decoder.conv_out.bias.add_(0.25)
+    after = engine.generate([1], seed=0)
+    assert torch.equal(before.tokens, after.tokens)
+    assert not torch.equal(before.images, after.images)
+
+
+def test_the_mlp_in_parts_is_the_mlp(monkeypatch):
+    packs(torch.float32)
+    model = small_model()
+    whole = Engine(model.var, model.vae).forced_logits([1, 2, 3], torch.zeros(3, 14).long())
+    monkeypatch.setattr("variant.engine.weights.MLP_ROWS", 4)
+    parts = Engine(model.var, model.vae).forced_logits([1, 2, 3], torch.zeros(3, 14).long())
+    torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-5)
+
+
+def test_a_cast_decoder_is_as_near_as_the_model_in_that_dtype():
+    model = small_model()
+    f_hat = torch.randn(2, model.vae.config.z_channels, 3, 3)
+    before = copy.deepcopy(model.vae.state_dict())
+    exact = copy.deepcopy(model.vae).double().decode_features(f_hat.double())
+    plain = copy.deepcopy(model.vae).bfloat16().decode_features(f_hat.bfloat16())
+    ours = CastDecoder(model.vae, torch.bfloat16)(f_hat)
+    assert ours.dtype == torch.float32
+    assert ours.is_contiguous()
+    allowed = 2 * (plain.double() - exact).abs().max() + torch.finfo(torch.bfloat16).eps
+    assert (ours.double() - exact).abs().max() <= allowed
+    after = model.vae.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)  # a copy was cast

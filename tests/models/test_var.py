@@ -1,0 +1,117 @@
+"""The transformer against the original VAR code's outputs."""
+
+import pytest
+import torch
+from golden_models import NAMES, load_golden
+
+from variant.models.var import VAR, derived_buffers
+from variant_kernels import DepthSchedule, use_backend
+
+BACKENDS = ("reference", "cpu")
+
+
+def golden_var(name):
+    golden = load_golden(name)
+    var = VAR(golden.var_config).eval()
+    var.load_state_dict(golden.var_state, strict=True)
+    return golden, var
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_equal_the_original(name, backend):
+    golden, var = golden_var(name)
+    tensors = golden.tensors
+    subnet = golden.json["subnet"]
+    with use_backend(backend), torch.no_grad():
+        full = var(tensors["label"], tensors["x_teacher"])
+        small = var(tensors["label"], tensors["x_teacher"], var.schedule(subnet["depth"]))
+    torch.testing.assert_close(full, tensors["logits_full"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(small, tensors["logits_subnet"], atol=1e-4, rtol=0)
+    # The two differ by much more than the tolerance: the schedule does something.
+    assert (full - small).abs().max() > 1e-2
+
+
+def test_layer_selection_equals_the_golden_subnets():
+    for name in NAMES:
+        golden, var = golden_var(name)
+        subnet = golden.json["subnet"]
+        chosen = DepthSchedule(
+            golden.var_config.depth, var.layout.num_scales, subnet["depth"], subnet["bridge"]
+        )
+        assert list(chosen.active_layers(subnet["bridge"])) == subnet["active_layers_flexible"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_dict_with_derived_buffers_is_the_original_state_dict(name):
+    golden, var = golden_var(name)
+    state = {**var.state_dict(), **derived_buffers(var.layout)}
+    assert state.keys() == golden.var_state.keys()
+    for key, value in golden.var_state.items():
+        assert torch.equal(state[key], value), key
+
+
+def test_gradients_agree_between_backends():
+    golden, var = golden_var("plain")
+    tensors = golden.tensors
+    gradients = []
+    for backend in BACKENDS:
+        var.zero_grad()
+        with use_backend(backend):
+            logits = var(tensors["label"], tensors["x_teacher"], var.schedule(3))
+            logits.logsumexp(-1).square().mean().backward()
+        gradients.append({k: p.grad.clone() for k, p in var.named_parameters()})
+    for key, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], expected, atol=1e-4, rtol=1e-3, msg=key)
+
+
+def test_layers_that_never_run_get_no_gradient_and_bridge_layers_do():
+    golden, var = golden_var("plain")
+    tensors = golden.tensors
+    with use_backend("reference"):
+        for bridge, expected in ((0, False), (2, True)):
+            var.zero_grad(set_to_none=True)
+            schedule = DepthSchedule(6, 7, [0, 5], bridge)
+            var(tensors["label"], tensors["x_teacher"], schedule).square().mean().backward()
+            assert (var.blocks[2].ffn.fc1.weight.grad is not None) is expected
+
+
+def test_labels_are_dropped_in_training_mode_only():
+    golden, _ = golden_var("no_l2norm")
+    config = golden.var_config
+    var = VAR(type(config).from_dict({**config.to_dict(), "cond_drop_rate": 1.0}))
+    var.load_state_dict(golden.var_state)
+    tensors = golden.tensors
+    null = torch.full_like(tensors["label"], config.num_classes)
+    with use_backend("reference"), torch.no_grad():
+        dropped = var.train()(tensors["label"], tensors["x_teacher"])
+        kept = var.eval()(tensors["label"], tensors["x_teacher"])
+        unconditional = var(null, tensors["x_teacher"])
+    assert torch.equal(dropped, unconditional)
+    assert not torch.equal(kept, unconditional)
+
+
+def test_mixup_mixes_class_embeddings():
+    golden, var = golden_var("plain")
+    tensors = golden.tensors
+    label = tensors["label"]
+    other = (label + 1) % 10
+    with use_backend("reference"), torch.no_grad():
+        plain = var(label, tensors["x_teacher"])
+        one = var(label, tensors["x_teacher"], mixed_labels_B=other, mix_B=torch.ones(len(label)))
+        zero = var(label, tensors["x_teacher"], mixed_labels_B=other, mix_B=torch.zeros(len(label)))
+        torch.testing.assert_close(one, plain)
+        torch.testing.assert_close(zero, var(other, tensors["x_teacher"]))
+
+
+def test_wrong_inputs_are_named():
+    golden, var = golden_var("plain")
+    tensors = golden.tensors
+    with pytest.raises(ValueError, match=r"labels_B must be in \[0, 10\]; got 11"):
+        var(torch.tensor([11, 0, 0]), tensors["x_teacher"])
+    with pytest.raises(ValueError, match=r"x_teacher must be \(3, 154, 16\)"):
+        var(tensors["label"], tensors["x_teacher"][:, 1:])
+    with pytest.raises(ValueError, match="schedule must have 6 layers and 7 scales; got 6 and 6"):
+        var(tensors["label"], tensors["x_teacher"], DepthSchedule.full(6, 6))
+    with pytest.raises(ValueError, match=r"depth must be in \[2, 6\]; got 7"):
+        var.schedule(7)

@@ -1,0 +1,124 @@
+"""Recipes: the packaged ones, and what is refused."""
+
+import dataclasses
+
+import pytest
+
+from variant.errors import UserError
+from variant.training.recipe import load_recipe, recipe_names
+from variant.training.schedule import Phases
+
+BASE = """
+name = "tiny"
+description = "for tests"
+[model]
+depth = 4
+embed_dim = 32
+num_heads = 2
+num_classes = 10
+[vae]
+vocab_size = 16
+z_channels = 4
+ch = 32
+ch_mult = [1, 1]
+patch_nums = [1, 2, 4]
+[vae_training]
+weights = "vae.safetensors"
+[data]
+kind = "digits"
+[optim]
+batch_size = 8
+learning_rate = 1e-3
+[schedule]
+depths = [2]
+bridge = 1
+"""
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_packaged_recipes_load_under_their_own_name(name):
+    assert load_recipe(name).name == name
+
+
+def test_the_paper_recipe_says_what_tables_6_and_7_say():
+    recipe = load_recipe("imagenet-var-d30")
+    assert recipe.model.depth == 30
+    assert recipe.schedule.depths == (16,)
+    assert recipe.schedule.bridge == 6
+    assert recipe.schedule.joint_probability == 0.2
+    assert recipe.schedule.phases == Phases(5, 15, 5)
+    optim = recipe.optim
+    assert (optim.batch_size, optim.weight_decay, optim.clip) == (1024, 0.05, 1.0)
+    assert (optim.precision, optim.schedule, optim.warmup) == ("fp16", "constant", 0.0)
+    data = recipe.data
+    assert (data.randaugment_ops, data.randaugment_magnitude) == (2, 9)
+    assert data.mixup > 0
+    assert data.hflip > 0
+
+
+@pytest.mark.parametrize(("depth", "total"), [(16, 25), (8, 28), (4, 32), (2, 35)])
+def test_without_explicit_phases_table_7_decides(tmp_path, depth, total):
+    text = BASE.replace("depth = 4", "depth = 30").replace("depths = [2]", f"depths = [{depth}]")
+    assert load_recipe(write(tmp_path, text)).schedule.phases.total == total
+
+
+def test_the_transformer_takes_codebook_scales_and_subnets_from_the_other_sections(tmp_path):
+    config = load_recipe(write(tmp_path, BASE)).var_config
+    assert (config.vocab_size, config.vae_channels, config.patch_nums) == (16, 4, (1, 2, 4))
+    assert config.subnets == {2: (0, 3)}
+    assert config.bridge == 1
+
+
+def test_a_recipe_is_plain_values_and_takes_another_seed(tmp_path):
+    path = write(tmp_path, BASE)
+    recipe = load_recipe(path, seed=5)
+    assert recipe.seed == 5
+    assert dataclasses.replace(recipe, seed=0) == load_recipe(path)
+    assert recipe.to_dict()["schedule"]["depths"] == [2]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("depth = 4", "depht = 4", "model.depht: unknown key"),
+        ("depth = 4\n", "", "model.depth: missing"),
+        ("learning_rate = 1e-3", 'learning_rate = "fast"', "optim.learning_rate: .*got 'fast'"),
+        ("learning_rate = 1e-3", "learning_rate = -1", "learning_rate must be positive; got -1"),
+        ('kind = "digits"', 'kind = "video"', "data.kind: .*'digits' or 'folder'.*got 'video'"),
+        ('kind = "digits"', 'kind = "folder"', "train and held_out must name folders"),
+        ("bridge = 1", "bridge = 4", r"bridge must be in \[0, 3\]; got 4"),
+        ("depths = [2]", "depths = [5]", r"depths must be among \[2, 4, 8, 16\]"),
+        ("depths = [2]", "depths = [2, 2]", "depths must not repeat"),
+        ("bridge = 1", "bridge = 1\njoint = 3", "must be given together or not at all"),
+        ("ch = 32", "ch = 20", "must be a multiple of 32"),
+        ('weights = "vae.safetensors"', "epochs = 3", "needs either weights, or epochs and"),
+        ("batch_size = 8", "batch_size = 8\naccumulate = 3", "accumulate must divide batch_size"),
+        ('kind = "digits"', 'kind = "digits"\ncopies = 2\nmixup = 0.2', "copies must be 0 with"),
+        ('kind = "digits"', 'kind = "digits"\nhflip = 0.5', 'hflip is not for kind "digits"; got'),
+        ("depth = 4", "depth = = 4", "is not valid TOML"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(tmp_path, old, new, message):
+    assert old in BASE
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(write(tmp_path, BASE.replace(old, new)))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_recipe_lists_the_packaged_ones():
+    with pytest.raises(UserError, match=r"nonesuch: no such recipe. Packaged: digits, imagenet"):
+        load_recipe("nonesuch")
+
+
+@pytest.mark.parametrize(("name", "part"), [("imagenet-var-d30", 16), ("imagenet-var-d16", 64)])
+def test_parts_of_a_batch_fit_one_gpu_by_the_recipe_s_estimate(name, part):
+    recipe = load_recipe(name)
+    assert recipe.optim.batch_size // recipe.optim.accumulate == part
+    tokens = sum(side**2 for side in recipe.vae.patch_nums)
+    assert 71 * part * tokens * recipe.model.depth * recipe.model.embed_dim < 48 * 2**30

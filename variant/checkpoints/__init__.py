@@ -1,0 +1,1 @@
+"""Weights in files: the model folder, the original repository's files, the model card."""

@@ -1,0 +1,114 @@
+"""The model card: what a folder on the Hub says about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from variant.engine.planning import depths_of, plan_row
+from variant.models.config import VARConfig, VQVAEConfig
+
+CARD_NAME = "README.md"
+# A card that holds this line is ours to write again; without it the text is somebody's own.
+MARK = "<!-- Written and renewed with the weights. Remove this line to keep your own text. -->"
+TAGS = ("image-generation", "visual-autoregressive", "depth-supernet", "pytorch_model_hub_mixin")
+
+
+def was_generated(path: Path) -> bool:
+    """Whether a card may be written to that path: there is none, or one that we wrote."""
+    return not path.exists() or MARK in path.read_text(errors="replace")
+
+
+def model_card(
+    var: VARConfig,
+    vae: VQVAEConfig,
+    model_id: str,
+    dtype: str,
+    training: Mapping[str, Any] | None = None,
+) -> str:
+    """Markdown with the Hub's metadata on top.
+
+    Args:
+        model_id: what ``from_pretrained`` takes: a Hub id or a folder.
+        dtype: of the transformer's weights, by name.
+        training: what config.json records under "training".
+    """
+    layout, side = var.layout, vae.image_size
+    sides = ", ".join(map(str, var.patch_nums))
+    shared = ", one class projection shared by all layers" if var.shared_aln else ""
+    parts = [
+        "\n".join(["---", "library_name: variant", "tags:", *(f"- {t}" for t in TAGS), "---"]),
+        MARK,
+        f"# {model_id}",
+        "A visual autoregressive (VAR) transformer and its VQ-VAE: class labels in, images out, "
+        "scale by scale.",
+        f"- {var.depth} layers, width {var.embed_dim}, {var.num_heads} heads{shared}; "
+        f"{var.num_classes} classes; weights in {dtype}\n"
+        f"- {side}x{side} pixels; {layout.num_scales} scales with sides {sides}; "
+        f"{layout.total} tokens; codebook {var.vocab_size} x {var.vae_channels}",
+        "## Depths",
+        _depths(var, dtype),
+        "## How to run",
+        _how_to_run(var, vae, model_id),
+    ]
+    if training:
+        facts = [
+            f"- {key}: {_plain(value)}" for key, value in training.items() if key != "settings"
+        ]
+        parts += ["## Training", "\n".join(facts)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _depths(var: VARConfig, dtype: str) -> str:
+    """The depths that the weights were trained at, their layers, and what their K/V cache takes."""
+    if var.subnets:
+        text = (
+            f"Every layer runs at the first {var.bridge} scales, the listed ones at the others. "
+            "The same weights serve every depth."
+        )
+        depths = depths_of(var)
+    else:
+        text = (
+            "No subnets are recorded: these weights were trained at full depth only. A list of "
+            "layers runs any other depth, untrained."
+        )
+        depths = (var.depth,)
+    rows = [
+        "| depth | layers | K/V cache of one image with guidance | of caching everything |",
+        "|---|---|---|---|",
+    ]
+    for depth in depths:
+        row = plan_row(var, depth, var.bridge or 0, 1, getattr(torch, dtype))
+        layers = "all" if depth == var.depth else ", ".join(map(str, var.subnets[depth]))
+        rows.append(f"| {depth} | {layers} | {row.ours / 2**20:,.2f} MiB | {row.share:.1%} |")
+    plan = (
+        f"Cache sizes are computed, not measured: K and V in {dtype}, pages of 16 tokens, each "
+        "kept only until its last use (`variant plan` prints them for other batches and dtypes)."
+    )
+    return "\n\n".join((text, "\n".join(rows), plan))
+
+
+def _how_to_run(var: VARConfig, vae: VQVAEConfig, model_id: str) -> str:
+    depth = f", depth={min(var.subnets)}" if var.subnets else ""
+    flag = f" --depth {min(var.subnets)}" if var.subnets else ""
+    label = min(1, var.num_classes - 1)
+    return f"""`pip install variant-kernels`, then
+
+```python
+from variant import VARiant
+
+model = VARiant.from_pretrained("{model_id}")
+result = model.generate([{label}]{depth}, cfg=1.5, top_p=0.96, seed=0)
+result.images  # (1, {vae.in_channels}, {vae.image_size}, {vae.image_size}) in [0, 1]
+```
+
+or `variant generate --model {model_id} --labels {label}{flag} --out image.png`."""
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

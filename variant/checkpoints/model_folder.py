@@ -1,0 +1,206 @@
+"""Weight files: our model folder, and reading and writing files safely.
+
+A model folder holds ``config.json``, ``model.safetensors`` with keys ``var.*`` and ``vae.*``, and
+a model card. Files are never half written: each goes to a temporary name first. They are mapped,
+not read: a tensor that is wanted as the file has it stays a view of the file. Pickles are read
+with ``weights_only=True``, so that none can run code. The original repository has other files:
+original_var.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from variant.checkpoints.mapped_tensors import place
+from variant.checkpoints.model_card import CARD_NAME, model_card, was_generated
+from variant.errors import UserError
+from variant.files import _opened, replacing
+from variant.models.config import VARConfig, VQVAEConfig
+from variant.models.var import VAR
+from variant.models.vqvae import VQVAE
+
+Model = TypeVar("Model", bound=nn.Module)
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+FORMAT = "variant-1"
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def save_model(
+    folder: str | os.PathLike[str],
+    var: VAR,
+    vae: VQVAE,
+    extra: Mapping[str, Any] | None = None,
+    model_id: str | None = None,
+) -> None:
+    """Write ``config.json``, ``model.safetensors`` and the model card ``README.md``.
+
+    A README.md that somebody else wrote stays as it is.
+
+    Args:
+        folder: created where it is missing.
+        extra: further keys of config.json, e.g. how the model was trained; plain values.
+        model_id: how the card calls the model; None is the folder's name.
+    Raises:
+        UserError: the folder cannot be written.  TypeError: extra holds what JSON cannot.
+    """
+    folder = Path(folder)
+    tensors = {
+        f"{part}.{key}": value.detach().cpu().contiguous()
+        for part, module in (("var", var), ("vae", vae))
+        for key, value in module.state_dict().items()
+    }
+    config = {
+        **(extra or {}),
+        "format": FORMAT,
+        "var": var.config.to_dict(),
+        "vae": vae.config.to_dict(),
+    }
+    # Before anything is written: what JSON cannot hold must not leave new weights by an old config.
+    text = json.dumps(config, indent=1) + "\n"
+    with replacing(folder / WEIGHTS_NAME) as path:
+        save_file(tensors, path, metadata={"format": "pt"})
+    with replacing(folder / CONFIG_NAME) as path:
+        path.write_text(text)
+    card_path = folder / CARD_NAME
+    if was_generated(card_path):
+        card = model_card(
+            var.config,
+            vae.config,
+            model_id or folder.resolve().name,
+            str(var.head.weight.dtype).removeprefix("torch."),
+            config.get("training"),
+        )
+        with replacing(card_path) as path:
+            path.write_text(card)
+
+
+# --- reading our folder -------------------------------------------------------------------------
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """config.json of a model folder.
+
+    Raises:
+        UserError: not a model folder, or not our format.
+    """
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: is not a model folder: it has no {CONFIG_NAME}. Expected a folder written "
+            f'by save_pretrained or `variant train`, or the name "digits"'
+        )
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise UserError(f'{path}: "format" must be "{FORMAT}"; got {found!r}')
+    return config
+
+
+def load_model(
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[VAR, VQVAE, dict[str, Any]]:
+    """The two models of a folder, in eval mode, and its config.json.
+
+    Weights are views of the file where its dtype and the CPU are wanted, else copied one by one:
+    memory never holds the file and the result together.
+
+    Args:
+        dtype: of the transformer's weights; None keeps the file's.
+        device: of both models; None is the CPU.
+    Raises:
+        UserError: a missing, damaged or foreign file, or weights that do not fit the config.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    var_config, vae_config = configs_in(folder)
+    path = folder / WEIGHTS_NAME
+    with _opened(path) as tensors:
+        keys = set(tensors.keys())
+        if dtype is None and "var.head.weight" in keys:
+            dtype = tensors.get_tensor("var.head.weight").dtype
+
+        def part(prefix: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+            return {
+                key.removeprefix(prefix): place(tensors.get_tensor(key), dtype, device, mapped=True)
+                for key in keys
+                if key.startswith(prefix)
+            }
+
+        var = build(VAR, var_config, part("var.", dtype), str(path), device)
+        vae = build(VQVAE, vae_config, part("vae.", None), str(path), device)
+    return var.eval(), vae.eval(), config
+
+
+def configs_in(folder: str | os.PathLike[str]) -> tuple[VARConfig, VQVAEConfig]:
+    """Sizes of both models of a folder; weights are not read.
+
+    Raises:
+        UserError: config.json is missing, foreign, or names a bad value.
+    """
+    path, config = Path(folder) / CONFIG_NAME, read_config(folder)
+    for key in ("var", "vae"):
+        if not isinstance(config.get(key), dict):
+            raise UserError(f'{path}: must hold the sizes of a model under "{key}"; it has none')
+    try:
+        return VARConfig.from_dict(config["var"]), VQVAEConfig.from_dict(config["vae"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def build(
+    kind: Callable[[Any], Model],
+    config: Any,
+    state: Mapping[str, Tensor],
+    where: str,
+    device: torch.device | str | None = None,
+) -> Model:
+    """A model that takes its tensors from a state dict, without drawing weights first.
+
+    Args:
+        device: where the state's tensors are; buffers that it does not hold follow.
+    Raises:
+        UserError: the state does not hold exactly this model's weights.
+    """
+    with torch.device("meta"):
+        module = kind(config)
+    load_state(module, state, where, assign=True)
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta:  # usage statistics of another number of scales: begin anew
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner).register_buffer(leaf, torch.zeros(buffer.shape))
+    return module if device is None else module.to(device)
+
+
+def load_state(
+    module: nn.Module, state: Mapping[str, Tensor], where: str, *, assign: bool = False
+) -> None:
+    """``load_state_dict(strict=True)`` with an error that names what is missing or too much."""
+    try:
+        module.load_state_dict(dict(state), strict=True, assign=assign)
+    except RuntimeError as error:
+        problems = [line.strip() for line in str(error).splitlines()[1:]]
+        text = "; ".join(problems)
+        raise UserError(
+            f"{where}: does not hold the weights of this {type(module).__name__}: "
+            f"{text[:300]}{'...' if len(text) > 300 else ''}"
+        ) from None
+
+
+# --- pickles --------------------------------------------------------------------------------------

@@ -1,0 +1,327 @@
+"""The original VAR repository's files: its ``.pth`` files, trainer checkpoints and Hub form.
+
+Sizes are read from the shapes of the state dict. Three forms are taken:
+a state dict (``var_d16.pth``); a trainer checkpoint, which nests both models' under ``trainer``;
+and what ``save_pretrained`` of its Hub class writes, a folder of config.json and model.safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from variant.checkpoints.mapped_tensors import place
+from variant.checkpoints.model_folder import CONFIG_NAME, FORMAT, WEIGHTS_NAME, build
+from variant.errors import UserError
+from variant.files import is_mapped, read_pickle, read_safetensors, save_pickle
+from variant.models.config import VARConfig, VQVAEConfig
+from variant.models.var import VAR, derived_buffers
+from variant.models.vqvae import VQVAE
+
+# Sides of the published models' token maps, by (scales, tokens); a checkpoint with `lvl_1L` says.
+KNOWN_PATCH_NUMS = {
+    (10, 680): (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+    (10, 2240): (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+}
+ORIGINAL_KEYS = (
+    "word_embed.weight",
+    "lvl_embed.weight",
+    "pos_1LC",
+    "class_emb.weight",
+    "head.weight",
+    "blocks.0.ffn.fc1.weight",
+)
+PICKLE_NAME = "pytorch_model.bin"  # of older Hub folders
+# What DistributedDataParallel and torch.compile put before every key.
+WRAPPERS = ("module.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class OriginalFile:
+    """One model's state dict as a file holds it.
+
+    config: the arguments of the model's constructor, where the Hub form records them.
+    mapped: whether the tensors are views of the file.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    mapped: bool
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def placed(
+        self, dtype: torch.dtype | None, device: torch.device | str | None
+    ) -> dict[str, Tensor]:
+        """The state in that dtype on that device; tensors that need no copy stay mapped."""
+        return {
+            key: place(value, dtype, device, mapped=self.mapped)
+            for key, value in self.state.items()
+        }
+
+
+def read_original(path: str | os.PathLike[str], part: str) -> dict[str, Tensor]:
+    """The state dict of one model; see :func:`open_original`."""
+    return open_original(path, part).state
+
+
+def open_original(path: str | os.PathLike[str], part: str) -> OriginalFile:
+    """One model from a .pth or .safetensors file, a trainer checkpoint or a Hub folder.
+
+    Args:
+        part: "var_wo_ddp" or "vae_local", the keys of a trainer checkpoint.
+    Raises:
+        UserError: missing, damaged, foreign, or a pickle that wants to run code.
+    """
+    path, config = Path(path), {}
+    if path.is_dir():
+        path, config = _hub_files(path)
+    if path.suffix == ".safetensors":
+        state, mapped = read_safetensors(path), True
+    else:
+        state, mapped = read_pickle(path), is_mapped(path)
+    trainer = state.get("trainer")
+    if isinstance(trainer, dict) and isinstance(trainer.get(part), dict):
+        state = trainer[part]
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(
+            f"{path}: must hold a state dict of tensors, or a trainer checkpoint with "
+            f'"trainer/{part}"; got keys {sorted(map(str, state))[:5]}'
+        )
+    return OriginalFile(path, _unwrapped(state), mapped, config)
+
+
+def _hub_files(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Weights and constructor arguments of a folder of the original's Hub class."""
+    weights = next(
+        (folder / name for name in (WEIGHTS_NAME, PICKLE_NAME) if (folder / name).is_file()), None
+    )
+    if weights is None:
+        raise UserError(f"{folder}: holds neither {WEIGHTS_NAME} nor {PICKLE_NAME}")
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        return weights, {}
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: must hold the model's arguments; got {type(config).__name__}")
+    if config.get("format") == FORMAT:
+        raise UserError(
+            f"{folder}: is a model folder already; VARiant.from_pretrained and --model take it"
+        )
+    return weights, config
+
+
+def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keys without the names of wrappers around the whole model."""
+    state = dict(state)
+    while prefix := next((w for w in WRAPPERS if all(k.startswith(w) for k in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+# --- sizes ---------------------------------------------------------------------------------------
+
+
+def infer_var_config(
+    state: Mapping[str, Tensor],
+    where: str = "VAR checkpoint",
+    num_heads: int | None = None,
+    patch_nums: Sequence[int] | None = None,
+) -> VARConfig:
+    """Sizes of an original VAR model, from the shapes of its state dict.
+
+    Args:
+        num_heads: needed only where no tensor tells it (no ``attn_l2_norm``); None then assumes
+            one head per 64 channels, as the original repository builds them, and warns.
+        patch_nums: needed only where the state has no ``lvl_1L`` and the layout is no published
+            one.
+    Raises:
+        UserError: naming the key that is missing or does not fit.
+    """
+    missing = [key for key in ORIGINAL_KEYS if key not in state]
+    if missing:
+        raise UserError(f"{where}: is not a VAR transformer: it has no {', '.join(missing)}")
+    try:
+        depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
+        width = state["word_embed.weight"].shape[0]
+        scales, length = state["lvl_embed.weight"].shape[0], state["pos_1LC"].shape[1]
+        scale_mul = state.get("blocks.0.attn.scale_mul_1H11")
+        if scale_mul is not None:
+            num_heads = scale_mul.shape[1]
+        elif num_heads is None:
+            num_heads = width // 64
+            warnings.warn(
+                f"{where}: no tensor tells the number of attention heads; assuming {num_heads}, "
+                "one per 64 channels. Give num_heads (convert: --num-heads) if that is wrong",
+                stacklevel=2,
+            )
+        return VARConfig(
+            depth=depth,
+            embed_dim=width,
+            num_heads=num_heads,
+            num_classes=state["class_emb.weight"].shape[0] - 1,
+            patch_nums=_patch_nums(state, scales, length, where, patch_nums),
+            vocab_size=state["head.weight"].shape[0],
+            vae_channels=state["word_embed.weight"].shape[1],
+            mlp_ratio=state["blocks.0.ffn.fc1.weight"].shape[0] / width,
+            shared_aln="shared_ada_lin.1.weight" in state,
+            attn_l2_norm=scale_mul is not None,
+        )
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{where}: is not a VAR transformer: {error}") from error
+
+
+def _patch_nums(
+    state: Mapping[str, Tensor],
+    scales: int,
+    length: int,
+    where: str,
+    given: Sequence[int] | None,
+) -> tuple[int, ...]:
+    if "lvl_1L" in state:
+        scale_L = state["lvl_1L"].flatten().clamp(0, scales)  # a foreign file may hold anything
+        counts = torch.bincount(scale_L, minlength=scales).tolist()
+        sides = tuple(math.isqrt(count) for count in counts)
+        if [side * side for side in sides] == counts:
+            return sides
+    if given is not None:
+        return tuple(given)
+    if (scales, length) in KNOWN_PATCH_NUMS:
+        return KNOWN_PATCH_NUMS[scales, length]
+    raise UserError(
+        f"{where}: cannot tell the token maps of {scales} scales and {length} tokens: it has no "
+        "lvl_1L and is none of the published layouts"
+    )
+
+
+def infer_vqvae_config(
+    state: Mapping[str, Tensor], patch_nums: tuple[int, ...], where: str = "VQ-VAE checkpoint"
+) -> VQVAEConfig:
+    """Sizes of an original VQ-VAE, from the shapes of its state dict.
+
+    Raises: UserError, naming the key that is missing.
+    """
+    try:
+        levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
+        blocks = 1 + max(
+            int(k.split(".")[4]) for k in state if k.startswith("encoder.down.0.block.")
+        )
+        ch, in_channels = state["encoder.conv_in.weight"].shape[:2]
+        widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
+        if "quantize.quant_resi.qresi.weight" in state:
+            shared, ratio = 1, 0.5
+        else:
+            partly = sum(
+                k.startswith("quantize.quant_resi.qresi_ls.") and k.endswith("weight")
+                for k in state
+            )
+            each = sum(k.startswith("quantize.quant_resi.") and k.endswith("weight") for k in state)
+            shared, ratio = (partly, 0.5) if partly else (0, 0.5 if each else 0.0)
+        return VQVAEConfig(
+            vocab_size=state["quantize.embedding.weight"].shape[0],
+            z_channels=state["quantize.embedding.weight"].shape[1],
+            ch=ch,
+            ch_mult=tuple(width // ch for width in widths),
+            num_res_blocks=blocks,
+            patch_nums=patch_nums,
+            share_quant_resi=shared,
+            quant_resi=ratio,
+            quant_conv_ks=state["quant_conv.weight"].shape[-1],
+            in_channels=in_channels,
+        )
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{where}: is not a VAR VQ-VAE: {error}") from error
+
+
+def _with_hub_config(config: VARConfig, hub: Mapping[str, Any], where: str) -> VARConfig:
+    """What shapes do not tell, from the constructor's arguments; what they do tell must agree.
+
+    Raises:
+        UserError: the two disagree, or a value is out of range.
+    """
+    told = ("depth", "embed_dim", "num_classes", "shared_aln", "attn_l2_norm", "mlp_ratio")
+    for name in told:
+        if name in hub and hub[name] != getattr(config, name):
+            raise UserError(
+                f"{where}: {CONFIG_NAME} says {name} {hub[name]!r}, but the weights are of "
+                f"{getattr(config, name)!r}"
+            )
+    untold = ("norm_eps", "cond_drop_rate", "drop_path_rate", "num_heads", "patch_nums")
+    try:
+        found = config.to_dict() | {name: hub[name] for name in untold if name in hub}
+        changed = VARConfig.from_dict(found)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {CONFIG_NAME}: {error}") from error
+    if config.attn_l2_norm and changed.num_heads != config.num_heads:
+        raise UserError(
+            f"{where}: {CONFIG_NAME} says num_heads {changed.num_heads}, but the weights are of "
+            f"{config.num_heads}"
+        )
+    if changed.layout.total != config.layout.total:
+        raise UserError(
+            f"{where}: {CONFIG_NAME} says patch_nums {changed.patch_nums}, but the weights are of "
+            f"{config.layout.total} tokens"
+        )
+    return changed
+
+
+def _with_vae_arguments(config: VQVAEConfig, arguments: Any, where: str) -> VQVAEConfig:
+    """What leaves no trace in a VQ-VAE's weights, from its constructor's arguments."""
+    untold = ("beta", "quant_resi", "using_znorm")
+    try:
+        given = dict(arguments or {})
+        found = config.to_dict() | {name: given[name] for name in untold if name in given}
+        return VQVAEConfig.from_dict(found)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {CONFIG_NAME}: vae_kwargs: {error}") from error
+
+
+# --- whole models --------------------------------------------------------------------------------
+
+
+def load_original(
+    var_path: str | os.PathLike[str],
+    vae_path: str | os.PathLike[str],
+    num_heads: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[VAR, VQVAE]:
+    """Both models from the original repository's files, in eval mode.
+
+    Args:
+        num_heads: see :func:`infer_var_config`; a Hub folder tells it itself.
+        dtype: of the transformer's weights; None keeps the file's.
+        device: of both models; None is the CPU.
+    Raises:
+        UserError: a missing, damaged or foreign file.
+    """
+    var_file = open_original(var_path, "var_wo_ddp")
+    vae_file = open_original(vae_path, "vae_local")
+    hub, where = var_file.config, str(var_path)
+    heads = hub.get("num_heads", num_heads)
+    var_config = infer_var_config(var_file.state, where, heads, hub.get("patch_nums"))
+    var_config = _with_hub_config(var_config, hub, where)
+    vae_config = infer_vqvae_config(vae_file.state, var_config.patch_nums, str(vae_path))
+    vae_config = _with_vae_arguments(vae_config, hub.get("vae_kwargs"), where)
+    var = build(VAR, var_config, var_file.placed(dtype, device), where, device)
+    vae = build(VQVAE, vae_config, vae_file.placed(None, device), str(vae_path), device)
+    return var.eval(), vae.eval()
+
+
+def save_original(
+    var: VAR, vae: VQVAE, var_path: str | os.PathLike[str], vae_path: str | os.PathLike[str]
+) -> None:
+    """Write both models as the original repository reads them, derived buffers included."""
+    save_pickle(var_path, {**var.state_dict(), **derived_buffers(var.layout)})
+    save_pickle(vae_path, vae.state_dict())

@@ -1,0 +1,71 @@
+"""The data section of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict
+
+from variant.models.config import STRICT, require
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Where images come from and how training images are augmented.
+
+    kind: "digits" (scikit-learn's scans) or "folder" (one sub-folder of images per class).
+    train, held_out: folders of kind "folder".
+    copies: augmented copies of each image whose tokens are computed once; 0 computes tokens anew
+        in every epoch, which mixup needs.
+    rotate, zoom, shift, shear: digits' largest random distortion: degrees, share of the size, share
+        of the width, slope.
+    hflip: probability of a horizontal flip of a folder's images.
+    randaugment_ops, randaugment_magnitude: RandAugment (arXiv 1909.13719) of a folder's images;
+        magnitude of 30.
+    mixup: alpha of the Beta distribution (arXiv 1710.09412); 0 is none.
+    workers: threads that read images of kind "folder".
+    """
+
+    kind: Literal["digits", "folder"]
+    train: str | None = None
+    held_out: str | None = None
+    copies: int = 0
+    hflip: float = 0.0
+    rotate: float = 0.0
+    zoom: float = 0.0
+    shift: float = 0.0
+    shear: float = 0.0
+    randaugment_ops: int = 0
+    randaugment_magnitude: float = 0.0
+    mixup: float = 0.0
+    workers: int = 4
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    def __post_init__(self) -> None:
+        for name in ("copies", "rotate", "shift", "shear", "randaugment_ops", "mixup"):
+            require(getattr(self, name) >= 0, f"{name} must be >= 0", getattr(self, name))
+        require(0 <= self.hflip <= 1, "hflip must be in [0, 1]", self.hflip)
+        require(0 <= self.zoom < 1, "zoom must be in [0, 1)", self.zoom)
+        magnitude = self.randaugment_magnitude
+        require(0 <= magnitude <= 30, "randaugment_magnitude must be in [0, 30]", magnitude)
+        require(self.workers >= 1, "workers must be at least 1", self.workers)
+        require(
+            not (self.copies and self.mixup),
+            "copies must be 0 with mixup, which mixes pixels anew in every batch",
+            self.copies,
+        )
+        foreign = {
+            "digits": {"hflip": 0, "randaugment_ops": 0, "train": None, "held_out": None},
+            "folder": {"rotate": 0, "zoom": 0, "shift": 0, "shear": 0},
+        }
+        for name, unset in foreign[self.kind].items():
+            value = getattr(self, name)
+            require(value == unset, f'{name} is not for kind "{self.kind}"', value)
+        if self.kind == "folder":
+            require(
+                self.train is not None and self.held_out is not None,
+                'train and held_out must name folders for kind "folder"',
+                (self.train, self.held_out),
+            )

@@ -1,0 +1,181 @@
+"""Images to train on: a folder of classes, or scikit-learn's digits.
+
+Which image comes when, and how it is augmented, is a function of (seed, epoch, index): runs can
+stop and resume anywhere, and the number of workers changes nothing.
+
+Axes: B images, I channels, Y X pixels, L tokens of all scales.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from variant.data.augment import rand_augment
+from variant.data.config import DataSection
+from variant.errors import UserError
+
+# Random streams of one (seed, epoch); each use has its own. Zero is left to choose_depth.
+STREAM_ORDER, STREAM_AUGMENT, STREAM_COPY, STREAM_MIXUP = 1, 2, 3, 4
+
+HELD_OUT_SEED = 0  # of the order of held-out images, the same for every recipe
+
+Indices = Sequence[int] | np.ndarray
+
+# How PIL reports damaged files, and those too large to be meant.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
+
+
+def stream(seed: int, epoch: int, *which: int) -> np.random.Generator:
+    """The random generator of one use; ``which`` ends with one of the STREAM constants."""
+    return np.random.default_rng((seed, epoch, *which))
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order in which an epoch visits its images, (count,) int64."""
+    return stream(seed, epoch, STREAM_ORDER).permutation(count)
+
+
+class ImageData(Protocol):
+    """Images in [-1, 1], float32 (B, I, Y, X), with labels (B,) int64."""
+
+    num_train: int
+    num_held_out: int
+    num_classes: int
+    train_labels: Tensor
+
+    def train(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:
+        """Training images as augmented in that epoch."""
+        ...
+
+    def held_out(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        """Held-out images, not augmented."""
+        ...
+
+
+def list_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
+    """Files of a folder with one sub-folder per class: paths, labels, class names, all sorted.
+
+    Raises:
+        UserError: no such folder, no sub-folders, or a class without images.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of images")
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    if not classes:
+        raise UserError(f"{folder}: must hold one sub-folder of images per class; it has none")
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = sorted(
+            path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES
+        )
+        if not found:
+            raise UserError(f"{folder / name}: holds no image ({', '.join(SUFFIXES)})")
+        paths += found
+        labels += [label] * len(found)
+    return paths, labels, classes
+
+
+class FolderData:
+    """Two folders with one sub-folder of images per class, read with PIL.
+
+    Training images are scaled so that the shorter side is 9/8 of the model's, cropped at random,
+    flipped and RandAugmented; held-out images are cropped at the centre. The 9/8 are ours.
+
+    Held-out images come in a fixed random order, so that the first few are of all classes.
+    """
+
+    def __init__(self, section: DataSection, image_size: int, channels: int, seed: int) -> None:
+        if section.train is None or section.held_out is None:
+            raise UserError('data: train and held_out must name folders for kind "folder"')
+        self.section, self.image_size, self.channels = section, image_size, channels
+        self.seed = seed
+        self.paths, labels, classes = list_images(section.train)
+        self.held_out_paths, held_out_labels, others = list_images(section.held_out)
+        if classes != others:
+            differing = sorted(set(classes) ^ set(others))
+            raise UserError(
+                f"{section.held_out}: must have the classes of {section.train}; "
+                f"only in one of them: {', '.join(differing[:5])}"
+            )
+        self.num_train, self.num_held_out = len(self.paths), len(self.held_out_paths)
+        self.num_classes = len(classes)
+        self.train_labels = torch.tensor(labels)
+        order = np.random.default_rng(HELD_OUT_SEED).permutation(self.num_held_out)
+        self.held_out_paths = [self.held_out_paths[index] for index in order]
+        self.held_out_labels = torch.tensor(held_out_labels)[torch.from_numpy(order)]
+        self._pool = ThreadPoolExecutor(section.workers, thread_name_prefix="images")
+
+    def train(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:
+        def read(index: int) -> Tensor:
+            rng = stream(self.seed, epoch, int(index), STREAM_AUGMENT)
+            return self._to_tensor(self._augment(self._open(self.paths[index]), rng))
+
+        images = torch.stack(list(self._pool.map(read, indices)))
+        return images, self.train_labels[torch.as_tensor(list(indices))]
+
+    def held_out(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        def read(index: int) -> Tensor:
+            return self._to_tensor(self._crop(self._open(self.held_out_paths[index]), 0.5, 0.5))
+
+        images = torch.stack(list(self._pool.map(read, indices)))
+        return images, self.held_out_labels[torch.as_tensor(list(indices))]
+
+    def digest(self) -> str:
+        """SHA-256 of relative paths and labels of both parts; what the files hold is not read."""
+        found = hashlib.sha256()
+        for root, paths, labels in (
+            (self.section.train, self.paths, self.train_labels),
+            (self.section.held_out, self.held_out_paths, self.held_out_labels),
+        ):
+            for path, label in zip(paths, labels.tolist(), strict=True):
+                found.update(f"{path.relative_to(str(root)).as_posix()}\0{label}\0".encode())
+            found.update(b"\n")
+        return found.hexdigest()
+
+    def _open(self, path: Path) -> Image.Image:
+        try:
+            with Image.open(path) as image:
+                if image.mode in WIDE_MODES:  # PIL would clip their values to 8 bits
+                    raise UserError(
+                        f"{path}: must have 8 bits per channel; its pixels are of mode "
+                        f"{image.mode}. Convert it first"
+                    )
+                image = image.convert("RGB")
+        except UNREADABLE as error:
+            raise UserError(f"{path}: is not a readable image: {error}") from None
+        # 9/8 leaves room for the crop.
+        ratio = self.image_size * 9 / 8 / min(image.size)
+        width, height = (max(self.image_size, round(side * ratio)) for side in image.size)
+        return image.resize((width, height), Image.Resampling.LANCZOS)
+
+    def _crop(self, image: Image.Image, across: float, down: float) -> Image.Image:
+        left = round((image.width - self.image_size) * across)
+        top = round((image.height - self.image_size) * down)
+        return image.crop((left, top, left + self.image_size, top + self.image_size))
+
+    def _augment(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        image = self._crop(image, rng.random(), rng.random())
+        if rng.random() < self.section.hflip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return rand_augment(
+            image, rng, self.section.randaugment_ops, self.section.randaugment_magnitude
+        )
+
+    def _to_tensor(self, image: Image.Image) -> Tensor:
+        if self.channels == 1:
+            image = image.convert("L")
+        pixels = np.asarray(image, dtype=np.float32).reshape(*image.size[::-1], self.channels)
+        return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1

@@ -1,0 +1,1 @@
+"""The networks: a VAR transformer, a multi-scale VQ-VAE and their configurations."""

@@ -1,0 +1,405 @@
+"""The VAR transformer as a depth supernet, written for training: all scales in one pass.
+
+Source: VAR (arXiv 2404.02905); skipping layers in the flexible zone: VARiant. Parameter names equal
+those of the original VAR repository, so its state dicts load with ``strict=True``.
+
+Axes: B images, L tokens of all scales, C width, H heads, D width of one head, V codebook entries,
+E codebook vector width, 1 broadcast, 6 the rows of an adaptive layer norm in the order of the
+checkpoints: gate and gate, scale and scale, shift and shift of attention and of the MLP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from operator import index
+from typing import Any, SupportsIndex, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from variant.models.config import VARConfig
+from variant_kernels import (
+    DepthSchedule,
+    ScaleLayout,
+    adaln_modulate,
+    block_causal_attention,
+    gated_residual_adaln,
+    select_layers,
+)
+from variant_kernels.plans.depth_schedule import resolve_layers
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention over all scales of a sequence: a token sees its own and earlier ones."""
+
+    def __init__(self, config: VARConfig) -> None:
+        super().__init__()
+        width = config.embed_dim
+        self.num_heads = config.num_heads
+        self.head_dim = width // config.num_heads
+        self.attn_l2_norm = config.attn_l2_norm
+        if config.attn_l2_norm:
+            self.softmax_scale = 1.0
+            self.scale_mul_1H11 = nn.Parameter(
+                torch.full((1, config.num_heads, 1, 1), math.log(4.0))
+            )
+        else:
+            self.softmax_scale = 0.25 / math.sqrt(self.head_dim)
+        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.zero_k_bias: Tensor
+        self.register_buffer("zero_k_bias", torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def qkv_bias(self) -> Tensor:
+        """(3C,): keys have no bias."""
+        return torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
+
+    def forward(self, x_BLC: Tensor, layout: ScaleLayout) -> Tensor:
+        batch, length, width = x_BLC.shape
+        qkv_BL3C = F.linear(x_BLC, self.mat_qkv.weight, self.qkv_bias())
+        packed = qkv_BL3C.view(batch, length, 3, self.num_heads, self.head_dim)
+        q_BLHD, k_BLHD, v_BLHD = packed.unbind(2)
+        out_BLHD = block_causal_attention(
+            q_BLHD,
+            k_BLHD,
+            v_BLHD,
+            layout,
+            scale_mul_1H11=self.scale_mul_1H11 if self.attn_l2_norm else None,
+            softmax_scale=self.softmax_scale,
+        )
+        return self.proj(out_BLHD.view(batch, length, width))
+
+
+class MLP(nn.Module):
+    """Two linear layers with a tanh-approximated GELU between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_BLC), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each modulated before and gated after by the image's condition."""
+
+    def __init__(self, config: VARConfig, drop_path: float) -> None:
+        super().__init__()
+        width = config.embed_dim
+        self.norm_eps = config.norm_eps
+        self.drop_path = drop_path
+        self.attn = SelfAttention(config)
+        self.ffn = MLP(width, round(width * config.mlp_ratio))
+        self.shared_aln = config.shared_aln
+        if config.shared_aln:
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / math.sqrt(width))
+        else:
+            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def modulation(self, cond: Tensor) -> Tensor:
+        """(B, 6, C) rows from the class embedding (B, C), or from the shared rows (B, 6, C)."""
+        if self.shared_aln:
+            rows_B6C = self.ada_gss[0] + cond
+        else:
+            rows_B6C = self.ada_lin(cond).view(cond.shape[0], 6, -1)
+        return rows_B6C.to(_compute_dtype(rows_B6C))
+
+    def forward(self, x_BLC: Tensor, cond: Tensor, layout: ScaleLayout) -> Tensor:
+        gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(cond).unbind(1)
+        gate1, gate2 = self._drop_branch(gate1), self._drop_branch(gate2)
+        h_BLC = adaln_modulate(x_BLC, scale1, shift1, eps=self.norm_eps)
+        y_BLC = self.attn(h_BLC, layout)
+        x_BLC, h_BLC = gated_residual_adaln(x_BLC, y_BLC, gate1, scale2, shift2, eps=self.norm_eps)
+        return x_BLC + gate2.unsqueeze(1) * self.ffn(h_BLC)
+
+    def _drop_branch(self, gate_BC: Tensor) -> Tensor:
+        """Stochastic depth (arXiv 1603.09382): a branch is dropped per image by its gate."""
+        if not self.training or self.drop_path == 0:
+            return gate_BC
+        keep = 1 - self.drop_path
+        return gate_BC * gate_BC.new_empty(gate_BC.shape[0], 1).bernoulli_(keep).div_(keep)
+
+
+class HeadNorm(nn.Module):
+    """Adaptive layer norm before the head."""
+
+    def __init__(self, config: VARConfig) -> None:
+        super().__init__()
+        self.norm_eps = config.norm_eps
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.embed_dim, 2 * config.embed_dim))
+
+    def modulation(self, cond_BC: Tensor) -> Tensor:
+        """(B, 2, C): scale and shift."""
+        rows_B2C = self.ada_lin(cond_BC).view(cond_BC.shape[0], 2, -1)
+        return rows_B2C.to(_compute_dtype(rows_B2C))
+
+    def forward(self, x_BLC: Tensor, cond_BC: Tensor) -> Tensor:
+        scale_BC, shift_BC = self.modulation(cond_BC).unbind(1)
+        return adaln_modulate(x_BLC, scale_BC, shift_BC, eps=self.norm_eps)
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which matrix products run: autocast's inside autocast, else the tensor's."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+class VAR(nn.Module):
+    """Class-conditional next-scale predictor whose layers can be skipped by schedule.
+
+    Args:
+        config: sizes; see :class:`variant.config.VARConfig`.
+    """
+
+    def __init__(self, config: VARConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layout = ScaleLayout.from_patch_nums(config.patch_nums)
+        width, length = config.embed_dim, self.layout.total
+        self.pos_start = nn.Parameter(torch.empty(1, self.layout.tokens[0], width))
+        self.pos_1LC = nn.Parameter(torch.empty(1, length, width))
+        self.word_embed = nn.Linear(config.vae_channels, width)
+        # The last row stands for "no class": the unconditional half of guidance.
+        self.class_emb = nn.Embedding(config.num_classes + 1, width)
+        self.lvl_embed = nn.Embedding(self.layout.num_scales, width)
+        self.shared_ada_lin = (
+            nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+            if config.shared_aln
+            else nn.Identity()
+        )
+        self.blocks = nn.ModuleList(
+            Block(config, config.drop_path_rate * layer / max(config.depth - 1, 1))
+            for layer in range(config.depth)
+        )
+        self.head_nm = HeadNorm(config)
+        self.head = nn.Linear(width, config.vocab_size)
+        self.scale_index_L: Tensor
+        self.register_buffer("scale_index_L", _scale_index(self.layout), persistent=False)
+        self.register_load_state_dict_pre_hook(_drop_derived_buffers)
+        self.init_weights()
+
+    def forward(
+        self,
+        labels_B: Tensor,
+        x_teacher: Tensor,
+        schedule: DepthSchedule | None = None,
+        *,
+        mixed_labels_B: Tensor | None = None,
+        mix_B: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of every token given the true tokens of all earlier scales.
+
+        A layer that a scale skips passes that scale's tokens by unchanged; it reads and updates
+        the tokens of the scales at which it runs.
+
+        Args:
+            labels_B: (B,) int64 classes; ``num_classes`` stands for no class. In training mode
+                a share ``cond_drop_rate`` of them is dropped.
+            x_teacher: (B, L - L_0, E), the VQ-VAE's ``teacher_input`` of the true tokens.
+            schedule: layers per scale; None runs every layer everywhere.
+            mixed_labels_B, mix_B: mixup (arXiv 1710.09412): the condition is
+                ``mix * class(labels) + (1 - mix) * class(mixed_labels)``; mix_B is (B,) float.
+        Returns:
+            (B, L, V) float32.
+        Raises:
+            ValueError: shapes, labels (on the CPU) or the schedule do not fit the model.
+        """
+        self._check(labels_B, x_teacher, schedule)
+        if (mixed_labels_B is None) != (mix_B is None):
+            raise ValueError("VAR.forward: mixed_labels_B and mix_B go together; got one of them")
+        batch = labels_B.shape[0]
+        dropped_B = None
+        if self.training and self.config.cond_drop_rate > 0:
+            dropped_B = torch.rand(batch, device=labels_B.device) < self.config.cond_drop_rate
+            labels_B = labels_B.masked_fill(dropped_B, self.config.num_classes)
+        cond_BC = self.class_emb(labels_B)
+        if mixed_labels_B is not None and mix_B is not None:
+            if dropped_B is not None:
+                mixed_labels_B = mixed_labels_B.masked_fill(dropped_B, self.config.num_classes)
+            mix_B1 = mix_B.to(cond_BC.dtype).unsqueeze(1)
+            cond_BC = mix_B1 * cond_BC + (1 - mix_B1) * self.class_emb(mixed_labels_B)
+
+        start = cond_BC.unsqueeze(1) + self.pos_start
+        words = self.word_embed(x_teacher.to(self.word_embed.weight.dtype)).to(start.dtype)
+        x_BLC = torch.cat((start, words), dim=1) + self.position_embedding()
+        block_cond = self.shared_condition(cond_BC)
+        for layer, block in enumerate(self.layers()):
+            scales = self.layout.num_scales
+            if schedule is not None:
+                scales = schedule.last_scale(layer) + 1
+                if scales == 0:
+                    continue
+            x_BLC = self._run(block, x_BLC, block_cond, self.layout.prefix(scales))
+        return self.head(self.head_nm(x_BLC.float(), cond_BC)).float()
+
+    def _run(self, block: Block, x_BLC: Tensor, cond: Tensor, layout: ScaleLayout) -> Tensor:
+        """One block on the tokens of ``layout``; the others pass by unchanged."""
+        if layout.total == x_BLC.shape[1]:
+            return block(x_BLC, cond, layout)
+        head_BLC, rest_BLC = x_BLC[:, : layout.total], x_BLC[:, layout.total :]
+        return torch.cat((block(head_BLC, cond, layout), rest_BLC), dim=1)
+
+    def layers(self) -> list[Block]:
+        """The blocks, typed."""
+        return cast("list[Block]", list(self.blocks))
+
+    def position_embedding(self) -> Tensor:
+        """(1, L, C): place in the sequence plus scale."""
+        return self.pos_1LC + self.lvl_embed(self.scale_index_L).unsqueeze(0)
+
+    def shared_condition(self, cond_BC: Tensor) -> Tensor:
+        """What the blocks' ``modulation`` takes: the class embedding, or shared rows (B, 6, C)."""
+        if not self.config.shared_aln:
+            return cond_BC
+        return self.shared_ada_lin(cond_BC).view(cond_BC.shape[0], 6, -1)
+
+    def schedule(
+        self, depth: int | Sequence[int] | None = None, bridge: int | None = None
+    ) -> DepthSchedule:
+        """Schedule of a depth: the layers that the model was trained with, where it records them.
+
+        Args:
+            depth: number or list of layers in the flexible zone; None is every layer.
+            bridge: scales that run every layer; None is the config's bridge.
+        Raises:
+            ValueError: depth or bridge out of range.
+        """
+        full, scales = self.config.depth, self.layout.num_scales
+        if bridge is None:
+            bridge = self.config.bridge
+        elif not (isinstance(bridge, int) and 0 <= bridge <= scales):
+            raise ValueError(f"VAR.schedule: bridge must be in [0, {scales}]; got {bridge!r}")
+        if depth is None or depth == full:
+            return DepthSchedule.full(full, scales)
+        layers = self.layers_of(depth)
+        if bridge is None:
+            raise ValueError(
+                f"VAR.schedule: bridge must be given (0..{scales}), because this model's config "
+                "names none"
+            )
+        return DepthSchedule(full, scales, layers, bridge)
+
+    def layers_of(self, depth: int | Sequence[int]) -> tuple[int, ...]:
+        """The layers of a depth: as the model was trained with, where its config records subnets.
+
+        Raises:
+            ValueError: a list that is none; a number that the model was not trained at. A list of
+                layers runs any depth; so does a number where no subnets are recorded.
+        """
+        full, subnets = self.config.depth, self.config.subnets
+        if not isinstance(depth, SupportsIndex) or depth == full:
+            return resolve_layers(full, depth)
+        depth = index(depth)
+        if depth in subnets:
+            return subnets[depth]
+        layers = select_layers(full, depth)
+        if subnets:
+            raise ValueError(
+                f"depth must be one that the model was trained at ({', '.join(map(str, subnets))} "
+                f"or {full}); got {depth}. A list of layers, {list(layers)} say, runs it untrained"
+            )
+        return layers
+
+    def _check(self, labels_B: Tensor, x_teacher: Tensor, schedule: DepthSchedule | None) -> None:
+        if labels_B.ndim != 1 or labels_B.dtype != torch.int64:
+            raise ValueError(
+                f"VAR.forward: labels_B must be (B,) int64; got {tuple(labels_B.shape)} "
+                f"{labels_B.dtype}"
+            )
+        expected = (
+            labels_B.shape[0],
+            self.layout.total - self.layout.tokens[0],
+            self.config.vae_channels,
+        )
+        if tuple(x_teacher.shape) != expected:
+            raise ValueError(
+                f"VAR.forward: x_teacher must be {expected} for {labels_B.shape[0]} labels; "
+                f"got {tuple(x_teacher.shape)}"
+            )
+        if schedule is not None and (
+            schedule.full_depth != self.config.depth
+            or schedule.num_scales != self.layout.num_scales
+        ):
+            raise ValueError(
+                f"VAR.forward: schedule must have {self.config.depth} layers and "
+                f"{self.layout.num_scales} scales; got {schedule.full_depth} and "
+                f"{schedule.num_scales}"
+            )
+        if labels_B.device.type == "cpu" and labels_B.numel():
+            low, high = (int(x) for x in torch.aminmax(labels_B))
+            if low < 0 or high > self.config.num_classes:
+                raise ValueError(
+                    f"VAR.forward: labels_B must be in [0, {self.config.num_classes}]; "
+                    f"got {low if low < 0 else high}"
+                )
+
+    @torch.no_grad()
+    def init_weights(
+        self, gate_scale: float = 1e-5, modulation_scale: float = 0.5, head_scale: float = 0.02
+    ) -> None:
+        """Fresh weights as the original draws them: truncated normal, std sqrt(1 / 3C).
+
+        Gates start near zero (each block near the identity), scales and shifts at half size, and
+        the output of each branch is divided by sqrt(2 * depth).
+        """
+        std = math.sqrt(1 / self.config.embed_dim / 3)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.trunc_normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_start, std=std)
+        nn.init.trunc_normal_(self.pos_1LC, std=std)
+        self.head.weight.mul_(head_scale)
+        projection(self.head_nm.ada_lin).weight.mul_(modulation_scale)
+        for block in self.layers():
+            block.attn.proj.weight.div_(math.sqrt(2 * self.config.depth))
+            block.ffn.fc2.weight.div_(math.sqrt(2 * self.config.depth))
+            if block.shared_aln:
+                rows = block.ada_gss[0, 0]
+            else:
+                rows = projection(block.ada_lin).weight
+            third = rows.shape[0] // 3
+            rows[:third].mul_(gate_scale)
+            rows[third:].mul_(modulation_scale)
+
+
+def projection(ada_lin: nn.Sequential) -> nn.Linear:
+    """The linear layer behind the SiLU."""
+    return cast("nn.Linear", ada_lin[1])
+
+
+def _scale_index(layout: ScaleLayout) -> Tensor:
+    """(L,) int64: the scale of each token."""
+    scales = [k for k, count in enumerate(layout.tokens) for _ in range(count)]
+    # By name, so that a model built on the meta device has it: no state dict brings it.
+    return torch.tensor(scales, device="cpu")
+
+
+def _drop_derived_buffers(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
+) -> None:
+    """Original checkpoints store the dense mask and each token's scale; both follow from sizes."""
+    for name in ("attn_bias_for_masking", "lvl_1L"):
+        state_dict.pop(prefix + name, None)
+
+
+def derived_buffers(layout: ScaleLayout) -> dict[str, Tensor]:
+    """The two buffers that the original's state dict holds and ours does not.
+
+    Returns:
+        ``lvl_1L`` (1, L) int64 and ``attn_bias_for_masking`` (1, 1, L, L) float32 of 0 and -inf.
+    """
+    scale_L = _scale_index(layout)
+    hidden_LL = scale_L.unsqueeze(1) < scale_L.unsqueeze(0)
+    bias_LL = torch.zeros(hidden_LL.shape).masked_fill(hidden_LL, -torch.inf)
+    return {
+        "lvl_1L": scale_L.unsqueeze(0),
+        "attn_bias_for_masking": bias_LL.view(1, 1, *bias_LL.shape),
+    }

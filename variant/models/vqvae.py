@@ -1,0 +1,324 @@
+"""The VQ-VAE: images to multi-scale tokens and back.
+
+Module names are those of the original VAR checkpoints, so their state dicts load strictly.
+Axes: B images, I image channels, C codebook width, N tokens of one scale, L tokens of all scales;
+H W is the feature map, Y X the image.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from variant.models.config import GROUPS, VQVAEConfig
+from variant.models.quantizer import MultiScaleQuantizer
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(GROUPS, channels, eps=1e-6)
+
+
+def _conv3(channels_in: int, channels_out: int) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1)
+
+
+def unit_range(images: Tensor) -> Tensor:
+    """Images in about [-1, 1], cut to it and moved to [0, 1]."""
+    return images.clamp(-1, 1).add(1).mul(0.5)
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, 3x3 convolution, twice, beside the identity (or a 1x1 convolution)."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(channels_in)
+        self.conv1 = _conv3(channels_in, channels_out)
+        self.norm2 = _norm(channels_out)
+        self.conv2 = _conv3(channels_out, channels_out)
+        self.nin_shortcut: nn.Module = nn.Identity()
+        if channels_in != channels_out:
+            self.nin_shortcut = nn.Conv2d(channels_in, channels_out, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class SpatialAttention(nn.Module):
+    """One head over all positions of the feature map, beside the identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, kernel_size=1)
+        self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        qkv = self.qkv(self.norm(x)).view(batch, 3, channels, height * width)
+        q, k, v = qkv.transpose(2, 3).unbind(1)
+        weights = torch.softmax(q @ k.transpose(1, 2) * channels**-0.5, dim=2)
+        h = (weights @ v).transpose(1, 2).reshape(batch, channels, height, width)
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    """Halve the resolution: stride 2, one row and column of zeros after the last."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the resolution: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = _conv3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class _Middle(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResidualBlock(channels, channels)
+        self.attn_1 = SpatialAttention(channels)
+        self.block_2 = ResidualBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class _Level(nn.Module):
+    """The blocks of one resolution; the lowest one has attention after each of them."""
+
+    downsample: Downsample  # of the encoder's levels but the lowest
+    upsample: Upsample  # of the decoder's levels but the highest
+
+    def __init__(
+        self, channels_in: int, channels_out: int, num_blocks: int, *, attention: bool
+    ) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(
+            ResidualBlock(channels_in if index == 0 else channels_out, channels_out)
+            for index in range(num_blocks)
+        )
+        self.attn = nn.ModuleList(
+            SpatialAttention(channels_out) for _ in range(num_blocks if attention else 0)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[index](x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Image (B, I, Y, X) to features (B, C, H, W)."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        lowest = len(config.ch_mult) - 1
+        self.conv_in = _conv3(config.in_channels, config.ch)
+        self.down = nn.ModuleList()
+        channels = config.ch
+        for index, multiple in enumerate(config.ch_mult):
+            level = _Level(
+                channels, config.ch * multiple, config.num_res_blocks, attention=index == lowest
+            )
+            channels = config.ch * multiple
+            if index != lowest:
+                level.downsample = Downsample(channels)
+            self.down.append(level)
+        self.mid = _Middle(channels)
+        self.norm_out = _norm(channels)
+        self.conv_out = _conv3(channels, config.z_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for index, level in enumerate(self.down):
+            x = level(x)
+            if index != len(self.down) - 1:
+                x = cast("_Level", level).downsample(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Features (B, C, H, W) to image (B, I, Y, X)."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        lowest = len(config.ch_mult) - 1
+        channels = config.ch * config.ch_mult[-1]
+        self.conv_in = _conv3(config.z_channels, channels)
+        self.mid = _Middle(channels)
+        levels = []
+        for index, multiple in reversed(list(enumerate(config.ch_mult))):
+            level = _Level(
+                channels, config.ch * multiple, config.num_res_blocks + 1, attention=index == lowest
+            )
+            channels = config.ch * multiple
+            if index != 0:
+                level.upsample = Upsample(channels)
+            levels.append(level)
+        self.up = nn.ModuleList(reversed(levels))  # numbered by resolution, as in the encoder
+        self.norm_out = _norm(channels)
+        self.conv_out = _conv3(channels, config.in_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(x))
+        for index in reversed(range(len(self.up))):
+            x = self.up[index](x)
+            if index != 0:
+                x = cast("_Level", self.up[index]).upsample(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VQVAE(nn.Module):
+    """Images to multi-scale tokens and back (VAR, arXiv 2404.02905, section 3.2).
+
+    Values of tokens and images are checked for CPU tensors; on a GPU that would synchronise.
+    """
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layout = config.layout
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = MultiScaleQuantizer(config)
+        kernel = config.quant_conv_ks
+        width = config.z_channels
+        self.quant_conv = nn.Conv2d(width, width, kernel, padding=kernel // 2)
+        self.post_quant_conv = nn.Conv2d(width, width, kernel, padding=kernel // 2)
+
+    def features(self, images_BIYX: Tensor) -> Tensor:
+        """Features (B, C, H, W) before quantisation, of images in [-1, 1]."""
+        return self.quant_conv(self.encoder(images_BIYX))
+
+    @torch.no_grad()
+    def encode(self, images_BIYX: Tensor) -> Tensor:
+        """Tokens (B, L) int64 of images (B, I, Y, X) in [-1, 1].
+
+        Raises:
+            ValueError: a shape other than the model's, or (on CPU) values outside [-1, 1].
+        """
+        self._check_images("VQVAE.encode", images_BIYX)
+        return self.quantize.encode(self.features(images_BIYX).float())
+
+    @torch.no_grad()
+    def teacher_input(self, tokens_BL: Tensor) -> Tensor:
+        """The transformer's input at every scale but the first, (B, L - N_0, C) float32.
+
+        At scale k+1 it is the sum of the contributions of scales 0..k, shrunk to that scale.
+
+        Raises:
+            ValueError: tokens of a wrong shape, or (on CPU) outside [0, vocab_size).
+        """
+        self._check_tokens("VQVAE.teacher_input", tokens_BL)
+        f_hat_BCHW = self.new_features(tokens_BL.shape[0])
+        inputs = [f_hat_BCHW.new_zeros(tokens_BL.shape[0], 0, self.config.z_channels)]
+        for k in range(self.layout.num_scales - 1):
+            self.accumulate(f_hat_BCHW, tokens_BL[:, self.layout.slice(k)], k)
+            inputs.append(self.next_scale_input(f_hat_BCHW, k))
+        return torch.cat(inputs, dim=1)
+
+    @torch.no_grad()
+    def decode(self, tokens_BL: Tensor) -> Tensor:
+        """Images (B, I, Y, X) in [0, 1] of tokens (B, L).
+
+        Raises:
+            ValueError: tokens of a wrong shape, or (on CPU) outside [0, vocab_size).
+        """
+        self._check_tokens("VQVAE.decode", tokens_BL)
+        f_hat_BCHW = self.new_features(tokens_BL.shape[0])
+        for k in range(self.layout.num_scales):
+            self.accumulate(f_hat_BCHW, tokens_BL[:, self.layout.slice(k)], k)
+        return self.decode_features(f_hat_BCHW)
+
+    def new_features(self, batch: int) -> Tensor:
+        """Zeros (B, C, H, W) float32 to accumulate on, where the codebook lives."""
+        height, width = self.layout.shapes[-1]
+        return torch.zeros(
+            batch,
+            self.config.z_channels,
+            height,
+            width,
+            device=self.quantize.embedding.weight.device,
+        )
+
+    @torch.no_grad()
+    def accumulate(self, f_hat_BCHW: Tensor, tokens_BN: Tensor, k: int) -> Tensor:
+        """Add scale k's tokens (B, N) to the float32 feature map, in place; returns it."""
+        return f_hat_BCHW.add_(self.quantize.contribution(tokens_BN, k))
+
+    @torch.no_grad()
+    def next_scale_input(self, f_hat_BCHW: Tensor, k: int) -> Tensor:
+        """The feature map as the transformer reads it at scale k+1, (B, N, C) float32."""
+        return self.quantize.next_input(f_hat_BCHW, k)
+
+    @torch.no_grad()
+    def decode_features(self, f_hat_BCHW: Tensor) -> Tensor:
+        """Images (B, I, Y, X) in [0, 1], in the weights' dtype."""
+        f_hat_BCHW = f_hat_BCHW.to(self.post_quant_conv.weight.dtype)
+        return unit_range(self.decoder(self.post_quant_conv(f_hat_BCHW)))
+
+    def forward(
+        self, images_BIYX: Tensor, num_scales: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """For training: reconstruction (B, I, Y, X) in about [-1, 1], quantisation loss, usage.
+
+        The gradient passes the quantiser straight through; usage is (K,), the share of the
+        codebook in use at each scale. ``num_scales`` reconstructs from the first scales only.
+        """
+        self._check_images("VQVAE.forward", images_BIYX)
+        f_hat_BCHW, loss, usage = self.quantize(self.features(images_BIYX), num_scales)
+        return self.decoder(self.post_quant_conv(f_hat_BCHW)), loss, usage
+
+    def _check_images(self, op: str, images: Tensor) -> None:
+        size = self.config.image_size
+        expected = (self.config.in_channels, size, size)
+        if images.dim() != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"{op}: images must be (B, {', '.join(map(str, expected))}); "
+                f"got {tuple(images.shape)}"
+            )
+        if not images.is_floating_point():
+            raise ValueError(f"{op}: images must be floating point; got {images.dtype}")
+        # Written so that NaN fails too.
+        if images.device.type == "cpu" and images.numel() and not (images.abs().max() <= 1.001):
+            raise ValueError(
+                f"{op}: images must be in [-1, 1]; "
+                f"got values from {images.min():.4g} to {images.max():.4g}"
+            )
+
+    def _check_tokens(self, op: str, tokens: Tensor) -> None:
+        if tokens.dim() != 2 or tokens.shape[1] != self.layout.total:
+            raise ValueError(
+                f"{op}: tokens must be (B, {self.layout.total}); got {tuple(tokens.shape)}"
+            )
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"{op}: tokens must be int64 or int32; got {tokens.dtype}")
+        vocab = self.config.vocab_size
+        if (
+            tokens.device.type == "cpu"
+            and tokens.numel()
+            and not (tokens.min() >= 0 and tokens.max() < vocab)
+        ):
+            raise ValueError(
+                f"{op}: tokens must be in [0, {vocab}); "
+                f"got values from {int(tokens.min())} to {int(tokens.max())}"
+            )

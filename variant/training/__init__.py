@@ -1,0 +1,1 @@
+"""Training by recipes: VQ-VAEs, transformers and depth supernets."""

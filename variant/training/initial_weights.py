@@ -1,0 +1,75 @@
+"""Where the weights come from that a run begins with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from variant.checkpoints.model_folder import load_state
+from variant.checkpoints.original_var import read_original
+from variant.errors import UserError
+from variant.models.config import VQVAEConfig
+from variant.models.vqvae import VQVAE
+from variant.training.run_state import read_last
+
+
+def vae_path(folder: Path) -> Path:
+    """Where :func:`train_vae` leaves the weights that :func:`train_var` reads."""
+    return folder / "vae-best.safetensors"
+
+
+def find_vae(weights: str | None, folder: Path) -> Path:
+    """The VQ-VAE to tokenize with: the recipe's file, or the one trained in ``folder``.
+
+    Raises:
+        UserError: neither is there, or the training in ``folder`` has not finished.
+    """
+    if weights is not None:
+        return Path(weights)
+    path, last = vae_path(folder), folder / "vae-last.pt"
+    if not path.exists() and not last.exists():
+        raise UserError(
+            f"{folder}: holds no VQ-VAE; train one first with `variant train-vae` into the same "
+            "folder, or name a file as vae_training.weights"
+        )
+    if not last.exists():
+        raise UserError(
+            f"{path}: may be half trained: {last.name}, which would tell, is not beside it; to use "
+            "it as it is, name it as vae_training.weights"
+        )
+    state = read_last(last, "vae")
+    if not path.exists() or state["step"] < state["total_steps"]:
+        raise UserError(
+            f"{folder}: the training of its VQ-VAE has not finished; finish it with `variant "
+            "train-vae --resume`, or name a file as vae_training.weights"
+        )
+    return path
+
+
+def load_vae(config: VQVAEConfig, path: Path) -> VQVAE:
+    """A VQ-VAE from a file.
+
+    Raises:
+        UserError: the file is missing or damaged, or the weights are of another size.
+    """
+    module = VQVAE(config)
+    load_state(module, read_weights(path, "vae_local"), str(path))
+    return module
+
+
+def read_weights(path: Path, part: str) -> dict[str, Tensor]:
+    """A state dict from .safetensors, or from the original repository's .pth files.
+
+    Args:
+        part: "var_wo_ddp" or "vae_local", keys of the original's trainer checkpoints.
+    """
+    if path.suffix != ".safetensors":
+        return read_original(path, part)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: is missing or damaged: {error}") from None

@@ -1,0 +1,86 @@
+"""The optimiser: groups with and without weight decay, the learning rate of a step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict
+from torch import nn
+
+from variant.models.config import STRICT, require
+
+
+@dataclass(frozen=True)
+class OptimSection:
+    """AdamW and how it is driven. Weight decay spares biases, norms, embeddings and scale_mul.
+
+    batch_size: images per optimiser step.  accumulate: parts that a batch is computed in.
+    schedule: "constant", or "cosine" from learning_rate to final_ratio times it.
+    warmup: share of all steps over which the rate rises from 0.
+    """
+
+    batch_size: int
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    accumulate: int = 1
+    schedule: Literal["constant", "cosine"] = "constant"
+    final_ratio: float = 0.0
+    warmup: float = 0.0
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "batch_size must be at least 1", self.batch_size)
+        require(self.learning_rate > 0, "learning_rate must be positive", self.learning_rate)
+        require(all(0 <= beta < 1 for beta in self.betas), "betas must be in [0, 1)", self.betas)
+        require(self.weight_decay >= 0, "weight_decay must be >= 0", self.weight_decay)
+        require(self.clip > 0, "clip must be positive", self.clip)
+        require(
+            self.accumulate >= 1 and self.batch_size % self.accumulate == 0,
+            f"accumulate must divide batch_size ({self.batch_size})",
+            self.accumulate,
+        )
+        require(0 <= self.final_ratio <= 1, "final_ratio must be in [0, 1]", self.final_ratio)
+        require(0 <= self.warmup < 1, "warmup must be in [0, 1)", self.warmup)
+
+
+# Parameters that weight decay spares though they have two or more axes: embeddings and gains.
+UNDECAYED = ("pos_start", "pos_1LC", "ada_gss", "scale_mul")
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: no decay for biases, norms, embeddings and gains."""
+    embeddings = {
+        id(parameter)
+        for part in module.modules()
+        if isinstance(part, nn.Embedding)
+        for parameter in part.parameters()
+    }
+    decayed, spared = [], []
+    for name, parameter in module.named_parameters():
+        is_spared = (
+            parameter.ndim < 2
+            or id(parameter) in embeddings
+            or any(part in name for part in UNDECAYED)
+        )
+        (spared if is_spared else decayed).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": spared, "weight_decay": 0.0},
+    ]
+
+
+def learning_rate(optim: OptimSection, step: int, total_steps: int) -> float:
+    """The rate of a step: linear warm-up, then constant or a half cosine to its final ratio."""
+    warm_steps = optim.warmup * total_steps
+    rate = optim.learning_rate * min(1.0, (step + 1) / max(warm_steps, 1.0))
+    if optim.schedule == "cosine":
+        done = step / total_steps
+        falling = 0.5 * (1 + math.cos(math.pi * done))
+        rate *= optim.final_ratio + (1 - optim.final_ratio) * falling
+    return rate

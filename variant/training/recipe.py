@@ -1,0 +1,194 @@
+"""Training recipes: TOML files checked against frozen dataclasses.
+
+A packaged recipe is named (``digits``); any other is given by the path of its file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict
+
+from variant.data.config import DataSection
+from variant.errors import UserError
+from variant.models.config import STRICT, VARConfig, VQVAEConfig, parse_dataclass, require, to_plain
+from variant.training.optim import OptimSection
+from variant.training.schedule import ScheduleSection
+from variant_kernels.plans.depth_schedule import select_layers
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """The transformer's own sizes; codebook, scales and subnets follow from the other sections.
+
+    weights: a file to start from (.pth or .safetensors); None starts from fresh weights.
+    """
+
+    depth: int
+    embed_dim: int
+    num_heads: int
+    num_classes: int
+    mlp_ratio: float = 4.0
+    shared_aln: bool = False
+    attn_l2_norm: bool = True
+    cond_drop_rate: float = 0.1
+    drop_path_rate: float = 0.0
+    weights: str | None = None
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+
+@dataclass(frozen=True)
+class VAETraining:
+    """How `variant train-vae` trains the VQ-VAE: reconstruction error and quantisation loss.
+
+    epochs: passes over the data.  reconstruction: weight of the squared pixel error.
+    revive_every: steps between checks for unused codes, which are moved onto features of the
+        current batch; 0 never moves one.  revive_until: share of the steps with such checks.
+    scale_dropout: share of the first steps that reconstruct from a few scales only, so that coarse
+        scales learn to say as much as they can; it falls linearly to none.
+    weights: a trained VQ-VAE to use instead of training one (.pth or .safetensors).
+    """
+
+    epochs: int = 0
+    optim: OptimSection | None = None
+    reconstruction: float = 1.0
+    revive_every: int = 0
+    revive_until: float = 0.5
+    scale_dropout: float = 0.0
+    weights: str | None = None
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 0, "epochs must be >= 0", self.epochs)
+        require(
+            self.weights is not None or (self.epochs > 0 and self.optim is not None),
+            "needs either weights, or epochs and an optim section",
+            None,
+        )
+        require(self.reconstruction > 0, "reconstruction must be positive", self.reconstruction)
+        require(self.revive_every >= 0, "revive_every must be >= 0", self.revive_every)
+        for name in ("revive_until", "scale_dropout"):
+            require(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1]", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class EvalSection:
+    """every: epochs between evaluations of the held-out loss, which choose the best weights.
+    batch_size: images at once.  limit: held-out images used at most; 0 is all."""
+
+    every: int = 1
+    batch_size: int = 128
+    limit: int = 0
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, "every must be at least 1", self.every)
+        require(self.batch_size >= 1, "batch_size must be at least 1", self.batch_size)
+        require(self.limit >= 0, "limit must be >= 0", self.limit)
+
+
+@dataclass(frozen=True)
+class OutputSection:
+    """checkpoint_every: epochs between checkpoints; the last one is always kept."""
+
+    checkpoint_every: int = 1
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    def __post_init__(self) -> None:
+        require(
+            self.checkpoint_every >= 1,
+            "checkpoint_every must be at least 1",
+            self.checkpoint_every,
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a training run is determined by, its seed included."""
+
+    name: str
+    description: str
+    model: ModelSection
+    vae: VQVAEConfig
+    vae_training: VAETraining
+    data: DataSection
+    optim: OptimSection
+    schedule: ScheduleSection
+    eval: EvalSection = field(default_factory=EvalSection)
+    output: OutputSection = field(default_factory=OutputSection)
+    seed: int = 0
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed must be >= 0", self.seed)
+        _ = self.var_config  # sizes, subnets and bridge are checked there
+
+    @property
+    def var_config(self) -> VARConfig:
+        """The configuration of the transformer, subnets and bridge included."""
+        sizes = {key: value for key, value in to_plain(self.model).items() if key != "weights"}
+        subnets = {
+            depth: select_layers(self.model.depth, depth, self.schedule.selection)
+            for depth in self.schedule.depths
+        }
+        return VARConfig(
+            **sizes,
+            patch_nums=self.vae.patch_nums,
+            vocab_size=self.vae.vocab_size,
+            vae_channels=self.vae.z_channels,
+            subnets=subnets,
+            bridge=self.schedule.bridge,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return to_plain(self)
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Names of the packaged recipes."""
+    files = resources.files("variant.training.recipes").iterdir()
+    return tuple(sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml")))
+
+
+def load_recipe(name_or_path: str | Path, *, seed: int | None = None) -> Recipe:
+    """A packaged recipe by name, or any recipe by the path of its TOML file.
+
+    Args:
+        seed: replaces the recipe's own.
+    Raises:
+        UserError: no such recipe, not TOML, unknown keys or bad values: one line naming them.
+    """
+    name = str(name_or_path)
+    if name in recipe_names():
+        text = (
+            resources.files("variant.training.recipes").joinpath(f"{name}.toml").read_text("utf-8")
+        )
+    else:
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise UserError(
+                f"{name}: no such recipe. Packaged: {', '.join(recipe_names())}; "
+                "or give the path of a TOML file"
+            )
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{name}: cannot be read: {error}") from None
+    try:
+        recipe = parse_dataclass(Recipe, tomllib.loads(text), name)
+        return recipe if seed is None else dataclasses.replace(recipe, seed=seed)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{name}: is not valid TOML: {error}") from None
+    except ValueError as error:
+        raise UserError(str(error)) from None

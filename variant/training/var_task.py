@@ -1,0 +1,229 @@
+"""Training of the transformer as a depth supernet (VARiant, section 3.3).
+
+Each optimiser step trains one configuration, the full network or one subnet, chosen by
+``variant.schedule``; the loss is the cross-entropy averaged over all tokens of all scales.
+
+Axes: B images, C copies, N images of the data set, L tokens, V codebook entries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+
+from variant.checkpoints.model_folder import load_state, save_model
+from variant.data.augment import mixup
+from variant.data.images import STREAM_COPY, STREAM_MIXUP, ImageData, Indices, stream
+from variant.errors import UserError
+from variant.files import file_sha256
+from variant.models.var import VAR
+from variant.models.vqvae import VQVAE
+from variant.training.initial_weights import find_vae, load_vae, read_weights
+from variant.training.random_state import seed_everything
+from variant.training.recipe import Recipe
+from variant.training.run_state import Start
+from variant.training.schedule import choose_depth, subnet_probability
+from variant.training.task import Summary, Task
+from variant.training.trainer import Trainer, choose_device, resume_hint
+
+FULL = "full"
+
+
+class VARTask(Task):
+    """The transformer as a training task; losses are "full" and one per subnet depth."""
+
+    kind = "var"
+
+    def __init__(
+        self,
+        module: VAR,
+        vae: VQVAE,
+        data: ImageData,
+        recipe: Recipe,
+        device: torch.device,
+        steps_per_epoch: int,
+    ) -> None:
+        self.module = self.var = module
+        self.vae, self.data, self.recipe = vae, data, recipe
+        self.device, self.steps_per_epoch = device, steps_per_epoch
+        self.depths = recipe.schedule.depths
+        self._copies_CNL: Tensor | None = None
+
+    def prepare(self) -> None:
+        self._copies_CNL = self._encode_copies()
+
+    def depth_of_step(self, step: int) -> int | None:
+        """The configuration of a step: a subnet's depth, or None for the full network."""
+        section = self.recipe.schedule
+        probability = subnet_probability(
+            step / self.steps_per_epoch,
+            section.joint_probability,
+            section.phases.joint,
+            section.phases.transition,
+        )
+        return choose_depth(self.recipe.seed, step, probability, self.depths)
+
+    def name_of_step(self, step: int) -> str:
+        depth = self.depth_of_step(step)
+        return FULL if depth is None else str(depth)
+
+    def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
+        schedule = self.var.schedule(self.depth_of_step(step))
+        mixed_labels_B = mix_B = None
+        if self._copies_CNL is not None:
+            tokens_BL, labels_B = self._copied(indices, epoch, self._copies_CNL)
+        else:
+            images, labels_B = (part.to(self.device) for part in self.data.train(indices, epoch))
+            if self.recipe.data.mixup > 0:
+                rng = stream(self.recipe.seed, step, int(indices[0]), STREAM_MIXUP)
+                images, partner_B, mix_B = mixup(images, rng, self.recipe.data.mixup)
+                mixed_labels_B = labels_B[partner_B]
+            tokens_BL = self._tokenize(images)
+        logits_BLV = self.var(
+            labels_B,
+            self._teacher_input(tokens_BL),
+            schedule,
+            mixed_labels_B=mixed_labels_B,
+            mix_B=mix_B,
+        )
+        return F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
+
+    def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
+        if not held_out and self._copies_CNL is not None:
+            index = torch.from_numpy(np.asarray(indices))
+            tokens_BL = self._copies_CNL[0, index].to(self.device, torch.int64)
+            labels_B = self.data.train_labels[index].to(self.device)
+        else:
+            data = self.data
+            images, labels_B = data.held_out(indices) if held_out else data.train(indices, 0)
+            tokens_BL = self._tokenize(images.to(self.device))
+            labels_B = labels_B.to(self.device)
+        x_teacher = self._teacher_input(tokens_BL)
+        losses = {}
+        for depth in (None, *self.depths):
+            logits_BLV = self.var(labels_B, x_teacher, self.var.schedule(depth))
+            loss = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
+            losses[str(depth or FULL)] = loss.item()
+        return losses
+
+    def _tokenize(self, images: Tensor) -> Tensor:
+        # In float32 whatever the precision of training: tokens are targets, not activations.
+        with torch.autocast(self.device.type, enabled=False), without_tf32():
+            return self.vae.encode(images)
+
+    def _teacher_input(self, tokens_BL: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, enabled=False):
+            return self.vae.teacher_input(tokens_BL)
+
+    def _encode_copies(self) -> Tensor | None:
+        """Tokens of each augmented copy of each training image, computed once; on the CPU."""
+        section, size = self.recipe.data, self.recipe.eval.batch_size
+        if section.copies == 0:
+            return None
+        copies = []
+        for copy in range(section.copies):
+            parts = []
+            for start in range(0, self.data.num_train, size):
+                indices = range(start, min(start + size, self.data.num_train))
+                images = self.data.train(indices, copy)[0].to(self.device)
+                parts.append(self._tokenize(images).to("cpu", torch.int32))
+            copies.append(torch.cat(parts))
+        return torch.stack(copies)
+
+    def _copied(self, indices: Indices, epoch: int, copies_CNL: Tensor) -> tuple[Tensor, Tensor]:
+        rng = stream(self.recipe.seed, epoch, STREAM_COPY)
+        copy_N = rng.integers(len(copies_CNL), size=self.data.num_train)
+        index = torch.from_numpy(np.asarray(indices))
+        tokens_BL = copies_CNL[torch.from_numpy(copy_N)[index], index]
+        labels_B = self.data.train_labels[index]
+        return tokens_BL.to(self.device, torch.int64), labels_B.to(self.device)
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Full float32 in CUDA's convolutions and matrix products; the CPU has no other."""
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
+
+
+def train_var(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    seed: int | None = None,
+    console: Console | None = None,
+    device: torch.device | None = None,
+    resume_command: str | None = None,
+) -> Summary:
+    """Train a recipe's depth supernet into ``out``, and write the model folder there at the end.
+
+    ``out`` then holds ``config.json`` and ``model.safetensors`` with the weights of the best
+    held-out loss (mean over the full network and every subnet depth).
+
+    Args:
+        resume: continue the run that ``out`` holds.
+        seed: replaces the recipe's.
+        resume_command: what to print when the run is stopped; None derives it from the recipe.
+    Raises:
+        UserError: no VQ-VAE to tokenize with, or one that is half trained or, when resuming,
+            another one; data and model disagree about the classes; see also
+            :class:`variant.training.run_state.Start` and
+            :meth:`variant.training.trainer.Trainer.run`.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
+    """
+    if seed is not None:
+        recipe = dataclasses.replace(recipe, seed=seed)
+    out = Path(out)
+    device = device or choose_device()
+    start = Start(VARTask.kind, recipe, recipe.optim, out, device, resume)
+    data = start.data
+    if data.num_classes != recipe.model.num_classes:
+        raise UserError(
+            f"{recipe.name}: model.num_classes must be {data.num_classes}, as many as the data "
+            f"has; got {recipe.model.num_classes}"
+        )
+    weights = find_vae(recipe.vae_training.weights, out)
+    start.add_input("vae_sha256", file_sha256(weights))
+    vae = load_vae(recipe.vae, weights).to(device).eval()
+    vae.requires_grad_(False)
+    seed_everything(recipe.seed)
+    module = VAR(recipe.var_config)
+    if recipe.model.weights is not None and not resume:
+        state = read_weights(Path(recipe.model.weights), "var_wo_ddp")
+        load_state(module, state, recipe.model.weights)
+    module = module.to(device)
+    steps_per_epoch = data.num_train // recipe.optim.batch_size
+    task = VARTask(module, vae, data, recipe, device, steps_per_epoch)
+    epochs = recipe.schedule.phases.total
+    hint = resume_command or resume_hint("variant train", recipe, out)
+    trainer = Trainer(task, recipe, recipe.optim, epochs, out, start, hint, console)
+    summary = trainer.run()  # leaves the best weights in the module
+    described = {
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "settings": recipe.to_dict(),
+        "steps": summary.steps,
+        "epochs": summary.epochs,
+        "best_epoch": summary.best_epoch,
+        "train_loss": summary.train_loss,
+        "held_out_loss": summary.held_out_loss,
+    }
+    save_model(out, module.cpu().eval(), vae.cpu(), {"training": described})
+    return summary
