@@ -137,11 +137,11 @@ def test_without_memory_to_time_with_the_first_serves_this_process(timed, monkey
 
 
 def test_nothing_is_timed_while_another_thread_captures_or_times(timed):
-    with device_lock.DEVICE:
+    with device_lock.CAPTURE_OR_TIMING:
         assert choose(timed) is CONFIGS[0]
     assert not timed
     assert choose(timed) is CONFIGS[1]
-    assert not device_lock.DEVICE.locked()
+    assert not device_lock.CAPTURE_OR_TIMING.locked()
 
 
 def test_a_config_that_does_not_compile_costs_no_other(timed, monkeypatch):

@@ -76,7 +76,7 @@ def best(
     place = (kernel, device, key)
     winner = _winners.get(place)
     if winner is None:
-        if not _may_time(device) or not device_lock.DEVICE.acquire(blocking=False):
+        if not _may_time(device) or not device_lock.CAPTURE_OR_TIMING.acquire(blocking=False):
             return configs[0]
         try:
             winner = _kept_or_timed(kernel, configs, key, launch, device)
@@ -90,7 +90,7 @@ def best(
                 stacklevel=2,
             )
         finally:
-            device_lock.DEVICE.release()
+            device_lock.CAPTURE_OR_TIMING.release()
         _winners[place] = winner
     return winner
 
