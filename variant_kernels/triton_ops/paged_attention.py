@@ -28,7 +28,7 @@ from variant_kernels.triton_ops.e4m3 import (
     scale_arguments,
     scale_of,
 )
-from variant_kernels.triton_ops.paged_attention_configs import configs
+from variant_kernels.triton_ops.paged_attention_configs import configs_for
 from variant_kernels.triton_ops.tuning import Config
 
 # Below every score, yet finite: 0 * inf would be NaN.
@@ -315,15 +315,15 @@ def launch_paged_attention_forward(
     with on_device_of(q_BTHD):
         batch, num_queries, heads, head_dim = q_BTHD.shape
         key = (
-            # Shapes that share a winner: queries and keys up to a power of two.
+            # Rounded up to a power of two, so that similar shapes share one choice.
             *((n - 1).bit_length() for n in (num_queries, entries * page_size, batch * heads)),
             head_dim,
             page_size,
             q_BTHD.dtype,
             k_pages_PNHD.dtype,
         )
-        kernel, likely = paged_attention_kernel, configs(q_BTHD, k_scales_PNH is not None)
-        launch(tuning.best(kernel, likely, key, launch, q_BTHD.device))
+        candidates = configs_for(q_BTHD, k_scales_PNH is not None)
+        launch(tuning.best(paged_attention_kernel, candidates, key, launch, q_BTHD.device))
     return out_BTHD
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 from variant_kernels.triton_ops.compile_cases.case import (
@@ -18,7 +18,10 @@ from variant_kernels.triton_ops.paged_attention import (
     paged_attention_combine_kernel,
     paged_attention_kernel,
 )
-from variant_kernels.triton_ops.paged_attention_configs import LARGE, usual
+from variant_kernels.triton_ops.paged_attention_configs import (
+    WIDE_OR_FP32,
+    configs_by_queries,
+)
 
 
 def _case(kv8: bool, constants: dict[str, Any], **options: Any) -> CompileCase:
@@ -45,14 +48,14 @@ def _case(kv8: bool, constants: dict[str, Any], **options: Any) -> CompileCase:
 
 def _cases() -> Iterator[CompileCase]:
     for (kind, target), kv8 in product(FAMILY_TARGETS.items(), (False, True)):
-        for head_dim, rows, dtypes in (
-            (64, usual(kind, False, kv8), ("bf16", "fp16")),
-            (128, usual(kind, True, kv8), ("bf16", "fp16")),
-            (64, {128: LARGE}, ("fp32",)),
-            (256, {128: LARGE}, DTYPES),
+        for head_dim, by_queries, dtypes in (
+            (64, configs_by_queries(kind, False, kv8), ("bf16", "fp16")),
+            (128, configs_by_queries(kind, True, kv8), ("bf16", "fp16")),
+            (64, {128: WIDE_OR_FP32}, ("fp32",)),
+            (256, {128: WIDE_OR_FP32}, DTYPES),
         ):
-            # Without repetitions, in order.
-            for config in dict.fromkeys(config for row in rows.values() for config in row):
+            # Each config once, in order.
+            for config in dict.fromkeys(chain.from_iterable(by_queries.values())):
                 constants = {
                     "NEGATE": False,
                     "SPLIT": True,
