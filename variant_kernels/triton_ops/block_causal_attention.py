@@ -251,9 +251,9 @@ def chosen(
     qk_norm: bool,
     launch: Callable[[Config], None],
 ) -> Config:
-    """The config to launch a kernel with: its winner for this layout and width."""
+    """The config to launch a kernel with: the fastest for this layout and head width."""
     batch, _, heads, head_dim = q_BLHD.shape
-    # The number of heads matters only while the grid hardly fills the chip.
+    # The number of heads matters only while the grid hardly fills the GPU.
     key = (scale_lengths, head_dim, q_BLHD.dtype, (batch * heads).bit_length())
     if qk_norm:
         key = (*key, "qk_norm")
