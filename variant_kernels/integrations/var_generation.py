@@ -12,7 +12,7 @@ from torch import Tensor
 
 from variant_kernels.integrations.cast_once import autocast_dtype
 from variant_kernels.integrations.runtime import Runtime
-from variant_kernels.kv_cache import KVStep, KVStore, PagedKVCache, Steps
+from variant_kernels.kv_cache import KVStep, KVStore, PagedKVCache, PageTables
 from variant_kernels.plans.cache_plan import CachePlan
 from variant_kernels.plans.depth_schedule import DepthSchedule
 from variant_kernels.plans.scale_layout import ScaleLayout
@@ -30,7 +30,7 @@ class VARRuntime(Runtime):
         super().__init__(full_depth, layout.num_scales)
         self.layout = layout
         self._open_layers: set[int] = set()
-        self._steps: tuple[Any, Steps] = (None, {})
+        self._page_tables: tuple[Any, PageTables] = (None, {})
         self._forget()
 
     def _forget(self) -> None:
@@ -117,8 +117,8 @@ class VARRuntime(Runtime):
             layout, schedule = self._plan()
             batch, _, _, heads, head_dim = qkv_BT3HD.shape
             key = layout, schedule, batch, qkv_BT3HD.device
-            if self._steps[0] != key:
-                self._steps = key, {}
+            if self._page_tables[0] != key:
+                self._page_tables = key, {}
             self._cache = PagedKVCache(
                 CachePlan(layout, schedule),
                 batch,
@@ -126,7 +126,7 @@ class VARRuntime(Runtime):
                 head_dim,
                 qkv_BT3HD.dtype,
                 qkv_BT3HD.device,
-                steps=self._steps[1],
+                page_tables=self._page_tables[1],
             )
         if self._cache.batch != qkv_BT3HD.shape[0]:
             raise RuntimeError(
