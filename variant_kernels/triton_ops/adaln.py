@@ -1,8 +1,8 @@
 """adaln_modulate and gated_residual_adaln in Triton. B batch, T tokens, C width; N parts of the
 tokens of an image, S sums over tokens (scale, shift, gate).
 
-Forward: one pass over the tokens. Backward: each program walks over some tokens of one image and
-keeps the sums over them in registers; a second kernel adds the parts in a fixed order.
+Forward: one pass over the tokens. Backward: each program loops over some tokens of one image and
+accumulates their sums in registers; a second kernel adds the parts in a fixed order.
 """
 
 # Triton's compiler gives a kernel's arguments other types than Python's checker sees.
@@ -19,10 +19,10 @@ from variant_kernels.tensors import last_contiguous
 from variant_kernels.triton_ops import common
 from variant_kernels.triton_ops.common import on_device_of, padded
 from variant_kernels.triton_ops.rows import (
-    cut,
     num_warps_for,
     reciprocal_root,
-    rows_of_a_block,
+    rows_per_block,
+    rows_per_part,
 )
 
 
@@ -57,7 +57,7 @@ def adaln_forward_kernel(
     t = tl.program_id(0) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.arange(0, BLOCK_C)[None, :]
     inside = (t < tokens)[:, None] & (c < C)
-    places = b * tokens + t
+    token = b * tokens + t
     x_rows = x_ptr + b * x_stride_b + t.to(tl.int64) * x_stride_t
     x = tl.load(x_rows[:, None] + c, mask=inside, other=0.0).to(tl.float32)
     if GATED:
@@ -65,22 +65,22 @@ def adaln_forward_kernel(
         y = tl.load(y_rows[:, None] + c, mask=inside, other=0.0).to(tl.float32)
         gate = tl.load(gate_ptr + b * gate_stride + c, mask=c < C, other=0.0).to(tl.float32)
         stored = (x + gate * y).to(x_out_ptr.dtype.element_ty)
-        tl.store(x_out_ptr + places[:, None] * C + c, stored, mask=inside)
-        # The statistics are those of what the next branch reads.
+        tl.store(x_out_ptr + token[:, None] * C + c, stored, mask=inside)
+        # Statistics of the rounded values, which the next branch reads.
         x = stored.to(tl.float32)
     scale = tl.load(scale_ptr + b * scale_stride + c, mask=c < C, other=0.0).to(tl.float32)
     shift = tl.load(shift_ptr + b * shift_stride + c, mask=c < C, other=0.0).to(tl.float32)
-    # Two passes over registers: a sum of squares would cancel for a large mean.
+    # Two passes over registers: E[x^2] - mean^2 would cancel for a large mean.
     mean = tl.sum(x, 1) / C
     centred = tl.where(inside, x - mean[:, None], 0.0)
     rstd = reciprocal_root(tl.sum(centred * centred, 1) / C + eps)
     h = centred * rstd[:, None] * (1.0 + scale) + shift
-    tl.store(h_ptr + places[:, None] * C + c, h.to(h_ptr.dtype.element_ty), mask=inside)
-    tl.store(mean_ptr + places, mean, mask=t < tokens)
-    tl.store(rstd_ptr + places, rstd, mask=t < tokens)
+    tl.store(h_ptr + token[:, None] * C + c, h.to(h_ptr.dtype.element_ty), mask=inside)
+    tl.store(mean_ptr + token, mean, mask=t < tokens)
+    tl.store(rstd_ptr + token, rstd, mask=t < tokens)
 
 
-@triton.jit(do_not_specialize=["tokens", "parts", "rows_of_a_part"])
+@triton.jit(do_not_specialize=["tokens", "parts", "tokens_per_part"])
 def adaln_backward_kernel(
     grad_x_out_ptr,
     grad_h_ptr,
@@ -105,7 +105,7 @@ def adaln_backward_kernel(
     scale_stride,
     tokens,
     parts,
-    rows_of_a_part,
+    tokens_per_part,
     GATED: tl.constexpr,
     C: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -118,8 +118,8 @@ def adaln_backward_kernel(
     sums over tokens of grad_h * n, grad_h and grad_x * y: sums (B, N, S, C)
     """
     b = (tl.program_id(0) // parts).to(tl.int64)
-    first = tl.program_id(0) % parts * rows_of_a_part
-    last = tl.minimum(first + rows_of_a_part, tokens)
+    first = tl.program_id(0) % parts * tokens_per_part
+    last = tl.minimum(first + tokens_per_part, tokens)
     c = tl.arange(0, BLOCK_C)[None, :]
     scale = tl.load(scale_ptr + b * scale_stride + c, mask=c < C, other=0.0).to(tl.float32)
     if GATED:
@@ -135,9 +135,9 @@ def adaln_backward_kernel(
         grad_h_rows = grad_h_ptr + b * grad_h_stride_b + wide_t * grad_h_stride_t
         x = tl.load(x_rows[:, None] + c, mask=inside, other=0.0).to(tl.float32)
         grad_h = tl.load(grad_h_rows[:, None] + c, mask=inside, other=0.0).to(tl.float32)
-        places = b * tokens + t
-        mean = tl.load(mean_ptr + places, mask=t < last, other=0.0)
-        rstd = tl.load(rstd_ptr + places, mask=t < last, other=0.0)
+        token = b * tokens + t
+        mean = tl.load(mean_ptr + token, mask=t < last, other=0.0)
+        rstd = tl.load(rstd_ptr + token, mask=t < last, other=0.0)
         # Zero outside, where grad_h is.
         normed = (x - mean[:, None]) * rstd[:, None]
         grad_scale += grad_h * normed
@@ -152,9 +152,9 @@ def adaln_backward_kernel(
             y = tl.load(y_rows[:, None] + c, mask=inside, other=0.0).to(tl.float32)
             grad_gate += grad_x * y
             grad_y = (grad_x * gate).to(grad_y_ptr.dtype.element_ty)
-            tl.store(grad_y_ptr + places[:, None] * C + c, grad_y, mask=inside)
+            tl.store(grad_y_ptr + token[:, None] * C + c, grad_y, mask=inside)
         grad_x = grad_x.to(grad_x_ptr.dtype.element_ty)
-        tl.store(grad_x_ptr + places[:, None] * C + c, grad_x, mask=inside)
+        tl.store(grad_x_ptr + token[:, None] * C + c, grad_x, mask=inside)
     SUMS: tl.constexpr = 3 if GATED else 2
     columns = tl.arange(0, BLOCK_C)
     row = sums_ptr + tl.program_id(0).to(tl.int64) * (SUMS * C) + columns
@@ -200,8 +200,8 @@ def adaln_sums_kernel(
 
 # --- launchers ----------------------------------------------------------------------------------
 
-# A part of fewer tokens would write about as much as it reads.
-LEAST_ROWS_OF_A_PART = 8
+# The sums of a part with fewer tokens would be about as large as its inputs.
+MIN_TOKENS_PER_PART = 8
 STAGES = 2
 BLOCK_PARTS, BLOCK_COLUMNS = 16, 64
 
@@ -262,7 +262,7 @@ def _forward(
     if x_BTC.numel() == 0:
         return x_out_BTC, h_BTC, mean_BT, rstd_BT
     block_c = padded(width)
-    block_t = rows_of_a_block(block_c, tokens)
+    block_t = rows_per_block(block_c, tokens)
     with on_device_of(x_BTC):
         adaln_forward_kernel[(batch * -(-tokens // block_t),)](
             x_BTC,
@@ -387,16 +387,16 @@ def _launch_backward(
     batch, tokens, width = x_BTC.shape
     gated = y_BTC is not None
     block_c = padded(width)
-    block_t = rows_of_a_block(block_c, tokens)
+    block_t = rows_per_block(block_c, tokens)
     num_warps = num_warps_for(block_t * block_c, x_BTC.device)
-    rows_of_a_part = cut(
+    tokens_per_part = rows_per_part(
         tokens,
         batch,
         common.num_processors(x_BTC.device),
         num_warps,
-        least=max(block_t, LEAST_ROWS_OF_A_PART),
+        minimum=max(block_t, MIN_TOKENS_PER_PART),
     )
-    parts = -(-tokens // rows_of_a_part)
+    parts = -(-tokens // tokens_per_part)
     shape = (batch, parts, 3 if gated else 2, width)
     sums_BNSC = x_BTC.new_empty(shape, dtype=torch.float32)
     adaln_backward_kernel[(batch * parts,)](
@@ -419,7 +419,7 @@ def _launch_backward(
         scale_BC.stride(0),
         tokens,
         parts,
-        rows_of_a_part,
+        tokens_per_part,
         GATED=gated,
         C=width,
         BLOCK_T=block_t,

@@ -20,7 +20,7 @@ from variant_kernels.triton_ops.e4m3 import (
 )
 from variant_kernels.triton_ops.rows import (
     HEADS_PER_THREAD,
-    heads_of_a_block,
+    heads_per_block,
     num_warps_for,
 )
 
@@ -61,12 +61,12 @@ def append_paged_kv_kernel(
     BLOCK_H: tl.constexpr,
     D_PADDED: tl.constexpr,
 ):
-    """Keys and values of one token to its slot; with KV8 rounded to bytes, their scales beside."""
+    """Copy keys and values of one token to its slot; with KV8 round them to 8 bits with scales."""
     tiles: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    place = (tl.program_id(0) // tiles).to(tl.int64)
-    b, t = place // tokens, place % tokens
+    token = (tl.program_id(0) // tiles).to(tl.int64)
+    b, t = token // tokens, token % tokens
     slot = tl.load(slots_ptr + b * slots_stride_b + t * slots_stride_t)
-    # Nobody looked at the slots: one outside the pool is skipped like -1.
+    # Not validated on a GPU: skip slots outside the pool, as -1, so that no write leaves the pool.
     heads = tl.where((slot >= 0) & (slot < num_slots), H, 0)
     page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
     h = tl.program_id(0) % tiles * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -100,15 +100,15 @@ def launch_append_paged_kv(
 ) -> None:
     """Write the keys and values of token (b, t) into slot slots_BT[b, t]; -1 skips the token.
 
-    A slot is page * page_size + offset. On a GPU nobody has looked at the values: a slot outside
-    the pool is skipped. Two tokens with one slot are the caller's mistake. With scales, pages are
-    float8_e4m3fn and rows are rounded to them (``kv_quantization``).
+    A slot is page * page_size + offset. On a GPU slots are not validated: those outside the pool
+    are skipped. If two tokens have the same slot, the result is undefined. With scales, pages are
+    float8_e4m3fn and k and v are quantised (``kv_quantization``).
     """
     if k_BTHD.numel() == 0:
         return
     batch, tokens, heads, head_dim = k_BTHD.shape
     num_pages, page_size = k_pages_PNHD.shape[:2]
-    block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
+    block_h, d_padded = heads_per_block(heads, head_dim), padded(head_dim)
     with on_device_of(k_BTHD):
         append_paged_kv_kernel[(batch * tokens * -(-heads // block_h),)](
             k_BTHD,

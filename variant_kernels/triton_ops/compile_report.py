@@ -24,7 +24,7 @@ from variant_kernels.triton_ops.compile_cases.case import DTYPES, TARGETS, Compi
 
 @dataclass(frozen=True)
 class Compiled:
-    """Figures of one compiled kernel; spills in bytes a thread (AMD: registers of a wave)."""
+    """Resources of one compiled kernel; spills in bytes per thread (AMD: registers per wave)."""
 
     registers: int
     spills: int
@@ -32,7 +32,7 @@ class Compiled:
 
 
 def compile_case(case: CompileCase, target: str, dtype: str) -> Compiled:
-    """Compile to machine code for a target; no GPU is needed.
+    """Compile one case to machine code for a target; no GPU is needed.
 
     Raises:
         RuntimeError: Triton is interpreting (``TRITON_INTERPRET=1``).
@@ -63,55 +63,58 @@ def compile_case(case: CompileCase, target: str, dtype: str) -> Compiled:
 
 
 def _number(text: str, field: str) -> int:
-    found = re.search(re.escape(field) + r":\s+(\d+)", text)
-    if found is None:
+    match = re.search(re.escape(field) + r":\s+(\d+)", text)
+    if match is None:
         raise RuntimeError(f"compile_report: the assembly has no field {field}")
-    return int(found.group(1))
+    return int(match.group(1))
 
 
 def _assembled(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack bytes of the machine code itself; the stack holds nothing but spills."""
+    """Registers and stack bytes of the machine code; the stack holds only spills."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.cubin"
         source.write_bytes(cubin)
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", source]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if found is None:
-        raise RuntimeError(f"compile_report: cuobjdump says nothing of registers: {text}")
-    return int(found.group(1)), int(found.group(2))
+    match = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if match is None:
+        raise RuntimeError(f"compile_report: cuobjdump printed no registers: {text}")
+    return int(match.group(1)), int(match.group(2))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print one line for each case, target and dtype; 1 if one does not compile."""
+    """Print one line for each case, target and dtype; return 1 if one does not compile."""
     parser = argparse.ArgumentParser(
         prog="python -m variant_kernels.triton_ops.compile_report",
-        description="Compile every Triton kernel ahead of time and print what it needs.",
+        description="Compile every Triton kernel; print its registers, spills and shared memory.",
         epilog="example: python -m variant_kernels.triton_ops.compile_report --target sm_90",
     )
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: all")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--case", default="", help="only cases whose label contains this")
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     columns = "{:<42} {:<26} {:<7} {:<5} {:>5} {:>6} {:>9} {:>6} {:>7}"
     head = ("kernel", "case", "target", "dtype", "warps", "stages", "registers", "spills", "shared")
     print(columns.format(*head))
     failed = False
     for case in COMPILE_CASES:
         name = case.kernel.__name__
-        if given.kernel not in name or given.case not in case.label:
+        if args.kernel not in name or args.case not in case.label:
             continue
-        for target in [t for t in given.target or TARGETS if t in case.targets]:
-            for dtype in [d for d in given.dtype or DTYPES if d in case.dtypes]:
+        for target in [t for t in args.target or TARGETS if t in case.targets]:
+            for dtype in [d for d in args.dtype or DTYPES if d in case.dtypes]:
                 line = (name, case.label, target, dtype, case.num_warps, case.num_stages)
                 try:
-                    made = compile_case(case, target, dtype)
-                except Exception as error:  # whatever a compiler raises, the others go on
+                    compiled = compile_case(case, target, dtype)
+                except Exception as error:  # any compiler error: report it and go on
                     failed = True
                     print(columns.format(*line, "failed", "", ""), str(error).splitlines()[0])
                     continue
-                print(columns.format(*line, made.registers, made.spills, made.shared), flush=True)
+                print(
+                    columns.format(*line, compiled.registers, compiled.spills, compiled.shared),
+                    flush=True,
+                )
     return int(failed)
 
 

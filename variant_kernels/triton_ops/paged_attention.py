@@ -1,15 +1,15 @@
 """paged_attention in Triton. B batch, T queries, H heads, D head width, P pages, N tokens of a
 page, M page-table entries; inside the kernels Q queries and K keys of a tile, S parts of the keys.
 
-A program serves one query tile of one head of one sequence. Where such programs would leave
-processors idle, the keys are split among several, each writes its part and its softmax statistics,
-and a second kernel puts the parts together in a fixed order (Flash-Decoding). Lengths are read on
-the GPU only.
+A program computes one query tile of one head of one sequence. If these programs are too few for
+the GPU, the keys are split over several programs; each writes its part and softmax statistics, and
+a second kernel combines the parts in a fixed order (Flash-Decoding). Lengths are read on the GPU
+only.
 """
 
 # Triton's compiler gives a kernel's arguments other types than Python's checker sees.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-# What is assigned and read under the same compile-time constant is bound.
+# Variables that are assigned and read under the same compile-time constant are bound.
 # pyright: reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
@@ -67,19 +67,20 @@ def attend_pages(
 ):
     """Online softmax over the tokens from ``first`` to ``last`` of one sequence.
 
-    With KV8 rows are decoded as late as possible, for the registers that they take. Their scales go
-    into the rows: probabilities times a scale may be too small for float16, and columns of scores
-    lie in another layout, for which the compiler would look up the pages again.
+    With KV8 keys and values are decoded as late as possible, because decoded tiles take more
+    registers. Scales are multiplied into the keys and values: probabilities times a scale may
+    underflow in float16, and the columns of scores have another layout, for which the compiler
+    would load the page table again.
     """
     columns = tl.arange(0, D_PADDED)
     for start in tl.range(first, last, BLOCK_K):
         tokens = start + tl.arange(0, BLOCK_K)
-        seen = tokens < last
+        visible = tokens < last
         if MASKED:
-            pages = tl.load(table_base + tokens // PAGE_SIZE, mask=seen, other=0)
+            pages = tl.load(table_base + tokens // PAGE_SIZE, mask=visible, other=0)
         else:
             pages = tl.load(table_base + tokens // PAGE_SIZE)
-        # Nobody looked at the table: a wrong entry must not leave the pool.
+        # Not validated on a GPU: clamp, so that a bad entry cannot read outside the pool.
         pages = tl.minimum(tl.maximum(pages, 0), num_pages - 1).to(tl.int64)
         slots = tokens % PAGE_SIZE
         k_rows = k_base + pages * k_stride_p + slots * k_stride_n
@@ -90,14 +91,14 @@ def attend_pages(
             k_scale_pointers = k_scales_base + pages * k_scales_stride_p + slots * k_scales_stride_n
             v_scale_pointers = v_scales_base + pages * v_scales_stride_p + slots * v_scales_stride_n
             if MASKED:
-                k_exponents = tl.load(k_scale_pointers, mask=seen, other=0)
-                v_exponents = tl.load(v_scale_pointers, mask=seen, other=0)
+                k_exponents = tl.load(k_scale_pointers, mask=visible, other=0)
+                v_exponents = tl.load(v_scale_pointers, mask=visible, other=0)
             else:
                 k_exponents = tl.load(k_scale_pointers)
                 v_exponents = tl.load(v_scale_pointers)
-        # Slots past the length may hold NaN, which no probability of zero would silence.
+        # Slots past the length may hold NaN, and 0 * NaN is NaN: load zeros instead.
         if MASKED:
-            inside = seen[:, None] & (columns < D)[None, :]
+            inside = visible[:, None] & (columns < D)[None, :]
             k = tl.load(k_pointers, mask=inside, other=0)
             v = tl.load(v_pointers, mask=inside, other=0)
         elif D == D_PADDED:
@@ -110,7 +111,7 @@ def attend_pages(
             k = (e4m3_decode(k) * scale_of(k_exponents)[:, None]).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
-            scores = tl.where(seen[None, :], scores, LOWEST)
+            scores = tl.where(visible[None, :], scores, LOWEST)
         new_largest = tl.maximum(largest, tl.max(scores, 1) * scale_log2)
         probs = tl.exp2(scores * scale_log2 - new_largest[:, None])
         shrink = tl.exp2(largest - new_largest)
@@ -122,8 +123,8 @@ def attend_pages(
     return out, total, largest
 
 
-# Counts that change with the scale, the batch and the depth: compiled apart by divisibility (and a
-# one as a constant) they would make a dozen kernels, a second's compilation each.
+# Sizes that vary with the scale, the batch and the depth. Specialised on divisibility by 16 (and on
+# 1), they would give a dozen kernels that take a second each to compile.
 COUNTS = ("table_stride", "batch", "num_queries", "heads", "num_pages", "entries", "splits")
 
 
@@ -171,9 +172,9 @@ def paged_attention_kernel(
 ):
     """One query tile over one part of the keys; scale_log2 > 0, q negated if NEGATE.
 
-    With KV8 pages are bytes, with scales.
-    out: (B, T, H, D), or with SPLIT (S, B, T, H, D) in float32 beside the base-2 logarithm of the
-    sum of exponentials, (S, B, T, H).
+    With KV8 pages are bytes and have scales.
+    out: (B, T, H, D); with SPLIT float32 (S, B, T, H, D), and lse (S, B, T, H) is the base-2
+    logarithm of the sum of exponentials.
     """
     tiles = tl.cdiv(num_queries, BLOCK_Q)
     tile = tl.program_id(0) % tiles
@@ -183,16 +184,16 @@ def paged_attention_kernel(
     b, h = (sequence % batch).to(tl.int64), head.to(tl.int64)
     kv_len = tl.load(lens_ptr + b * lens_stride)
     kv_len = tl.minimum(tl.maximum(kv_len, 0), entries * PAGE_SIZE)
-    # Every part a whole number of tiles: only the last has a boundary.
+    # Each part is a multiple of BLOCK_K: only the last one has an incomplete tile.
     part = tl.cdiv(tl.cdiv(kv_len, splits), BLOCK_K) * BLOCK_K
     first = split * part
     last = tl.minimum(first + part, kv_len)
-    whole = first + tl.maximum(last - first, 0) // BLOCK_K * BLOCK_K
+    full_end = first + tl.maximum(last - first, 0) // BLOCK_K * BLOCK_K
 
-    rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    queries = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     columns = tl.arange(0, D_PADDED)
-    inside = (rows < num_queries)[:, None] & (columns < D)[None, :]
-    q_rows = q_ptr + b * q_stride_b + h * q_stride_h + rows.to(tl.int64) * q_stride_t
+    inside = (queries < num_queries)[:, None] & (columns < D)[None, :]
+    q_rows = q_ptr + b * q_stride_b + h * q_stride_h + queries.to(tl.int64) * q_stride_t
     q = tl.load(q_rows[:, None] + columns[None, :], mask=inside, other=0.0)
     if NEGATE:
         q = -q
@@ -204,7 +205,7 @@ def paged_attention_kernel(
     if KV8:
         k_scales_ptr += h
         v_scales_ptr += h
-    # Whole tiles first, then the tile at the end of the part, with a mask.
+    # Complete tiles first, then the incomplete tile at the end of the part, with a mask.
     for MASKED in tl.static_range(2):
         out, total, largest = attend_pages(
             out, total, largest, q, k_base, v_base, table_base,
@@ -214,26 +215,26 @@ def paged_attention_kernel(
             k_scales_stride_p=k_scales_stride_p, k_scales_stride_n=k_scales_stride_n,
             v_scales_stride_p=v_scales_stride_p, v_scales_stride_n=v_scales_stride_n,
             num_pages=num_pages,
-            first=whole if MASKED else first, last=last if MASKED else whole,
+            first=full_end if MASKED else first, last=last if MASKED else full_end,
             scale_log2=scale_log2,
             KV8=KV8, PAGE_SIZE=PAGE_SIZE, BLOCK_K=BLOCK_K, D=D, D_PADDED=D_PADDED, MASKED=MASKED,
         )  # fmt: skip
 
-    # No key: zeros, and a logarithm that weighs nothing.
+    # Without keys: zeros, and lse = -inf, which has weight 0.
     out = out / tl.where(total == 0.0, 1.0, total)[:, None]
-    places = ((split * batch + b) * num_queries + rows) * heads + h
-    out_pointers = out_ptr + places[:, None] * D + columns[None, :]
+    out_rows = ((split * batch + b) * num_queries + queries) * heads + h
+    out_pointers = out_ptr + out_rows[:, None] * D + columns[None, :]
     tl.store(out_pointers, out.to(out_ptr.dtype.element_ty), mask=inside)
     if SPLIT:
-        tl.store(lse_ptr + places, largest + tl.log2(total), mask=rows < num_queries)
+        tl.store(lse_ptr + out_rows, largest + tl.log2(total), mask=queries < num_queries)
 
 
-@triton.jit(do_not_specialize=("rows", "splits"))
+@triton.jit(do_not_specialize=("num_rows", "splits"))
 def paged_attention_combine_kernel(
     parts_ptr,
     lse_ptr,
     out_ptr,
-    rows,
+    num_rows,
     splits,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
@@ -242,14 +243,14 @@ def paged_attention_combine_kernel(
     """out = sum of 2^(lse - max) parts over the splits / sum of 2^(lse - max), for BLOCK_R rows."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.arange(0, D_PADDED)
-    inside = (row < rows)[:, None] & (columns < D)[None, :]
+    inside = (row < num_rows)[:, None] & (columns < D)[None, :]
     out = tl.zeros((BLOCK_R, D_PADDED), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
     largest = tl.full((BLOCK_R,), LOWEST, tl.float32)
     for split in range(splits):
-        place = tl.cast(split, tl.int64) * rows + row
-        lse = tl.load(lse_ptr + place, mask=row < rows, other=float("-inf"))
-        part = tl.load(parts_ptr + place[:, None] * D + columns[None, :], mask=inside, other=0.0)
+        part_row = tl.cast(split, tl.int64) * num_rows + row
+        lse = tl.load(lse_ptr + part_row, mask=row < num_rows, other=float("-inf"))
+        part = tl.load(parts_ptr + part_row[:, None] * D + columns[None, :], mask=inside, other=0.0)
         new_largest = tl.maximum(largest, lse)
         shrink, weight = tl.exp2(largest - new_largest), tl.exp2(lse - new_largest)
         total = total * shrink + weight
@@ -288,10 +289,10 @@ def launch_paged_attention_forward(
 ) -> torch.Tensor:
     """softmax(softmax_scale * q k^T) v over the first kv_lens_B[b] tokens of sequence b.
 
-    With scales, pages are float8_e4m3fn and k and v are page * scale (``kv_quantization``).
-    Token s lies at page page_table_BM[b, s // N], slot s % N. A length of 0 gives zeros. Neither
-    page-table entries nor slots past the length are read. On a GPU nobody has looked at the
-    values: lengths are clamped to what the table holds, page indices to the pool.
+    Token s is stored in page page_table_BM[b, s // N], slot s % N. With scales, pages are
+    float8_e4m3fn and k and v are page * scale (``kv_quantization``). A length of 0 gives zeros.
+    Page-table entries and slots past the length are not read. On a GPU values are not validated:
+    lengths are clamped to the capacity of the table, page indices to the pool.
 
     Returns:
         out_BTHD: contiguous, q's dtype.
@@ -342,9 +343,9 @@ def _launch(
     batch, num_queries, heads, head_dim = q_BTHD.shape
     num_pages, page_size = k_pages_PNHD.shape[:2]
     entries = page_table_BM.shape[1]
-    room = entries * page_size
+    capacity = entries * page_size
     programs = batch * heads * -(-num_queries // config.block_q)
-    splits = num_splits(programs, common.num_processors(q_BTHD.device), room)
+    splits = num_splits(programs, common.num_processors(q_BTHD.device), capacity)
     target, lse_SBTH = out_BTHD, None
     if splits > 1:
         target, lse_SBTH = _split_buffers(q_BTHD, splits)
@@ -369,7 +370,7 @@ def _launch(
         entries,
         splits,
         # The kernel computes max(scale * scores) as scale * max(scores), so the sign goes into q.
-        # A scale of zero would make masked scores visible; 1e-30 leaves every sum as zero would.
+        # A scale of zero would make masked scores visible; 1e-30 has the effect of zero.
         max(abs(softmax_scale), 1e-30) * log2(e),
         KV8=scales[0] is not None,
         NEGATE=softmax_scale < 0,

@@ -45,7 +45,7 @@ def _case(
         **dict.fromkeys(("x_ptr", "x_out_ptr", "grad_x_ptr", "grad_x_out_ptr"), stream),
         "*_ptr": "*T:16",
         "*_stride*": strides,
-        **dict.fromkeys(("tokens", "parts", "rows_of_a_part"), "i32"),
+        **dict.fromkeys(("tokens", "parts", "tokens_per_part"), "i32"),
         "eps": "fp32",
     }
     for targets, num_warps in warps_by_target(block_c):

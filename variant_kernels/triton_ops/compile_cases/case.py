@@ -1,4 +1,4 @@
-"""What a case of the compile report consists of, and what the tables of all ops share."""
+"""``CompileCase``, a case of the compile report, and helpers that the tables of all ops share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CompileCase:
     """One kernel with the arguments that decide its machine code.
 
     arguments: type of each argument that is not a compile-time constant: ``"*T"`` a pointer to the
-        case's dtype, ``"*fp32"``, ``"i32"``, ``"fp32"``; a suffix ``":16"`` says that the value is
+        case's dtype, ``"*fp32"``, ``"i32"``, ``"fp32"``; a suffix ``":16"`` means that the value is
         divisible by 16, as addresses and most strides are. Triton specialises on no other divisor,
         so heads of 24, 40, ... are loaded value by value.
     constants: the remaining arguments. targets, dtypes: where the case is compiled. fp_fusion:

@@ -99,7 +99,7 @@ def _cases() -> Iterator[CompileCase]:
             "parts_ptr": "*fp32:16",
             "lse_ptr": "*fp32:16",
             "out_ptr": "*T:16",
-            "rows": "i32",
+            "num_rows": "i32",
             "splits": "i32",
         },
         constants={"D": 64, "D_PADDED": 64, "BLOCK_R": BLOCK_ROWS},

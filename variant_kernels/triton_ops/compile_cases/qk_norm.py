@@ -18,7 +18,7 @@ from variant_kernels.triton_ops.qk_norm import (
     qk_norm_forward_kernel,
     qk_norm_sums_kernel,
 )
-from variant_kernels.triton_ops.rows import HEADS_PER_THREAD, PER_THREAD, heads_of_a_block
+from variant_kernels.triton_ops.rows import HEADS_PER_THREAD, PER_THREAD, heads_per_block
 
 # Kernel, elements per thread, label, further constants. Forward without queries: keys only.
 _KERNELS = (
@@ -35,13 +35,13 @@ _KERNELS = (
 
 def _cases() -> Iterator[CompileCase]:
     for heads, head_dim, strides in ((16, 64, "i32:16"), (30, 64, "i32:16"), (3, 24, "i32")):
-        block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
+        block_h, d_padded = heads_per_block(heads, head_dim), padded(head_dim)
         blocks = {"H": heads, "D": head_dim, "BLOCK_H": block_h, "D_PADDED": d_padded}
         types = {
             **dict.fromkeys(("scale_ptr", "sums_ptr"), "*fp32:16"),
             "*_ptr": "*T:16",
             "*_stride_?": strides,
-            **dict.fromkeys(("tokens", "places", "places_of_a_part"), "i32"),
+            **dict.fromkeys(("tokens", "num_tokens", "tokens_per_part"), "i32"),
         }
         for kernel, per_thread, suffix, more in _KERNELS:
             constants = {"scale_stride": 1, **blocks, **more}

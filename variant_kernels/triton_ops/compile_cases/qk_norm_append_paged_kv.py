@@ -13,13 +13,13 @@ from variant_kernels.triton_ops.compile_cases.case import (
 )
 from variant_kernels.triton_ops.e4m3 import NO_SCALES
 from variant_kernels.triton_ops.qk_norm_append_paged_kv import qk_norm_append_paged_kv_kernel
-from variant_kernels.triton_ops.rows import HEADS_PER_THREAD, heads_of_a_block
+from variant_kernels.triton_ops.rows import HEADS_PER_THREAD, heads_per_block
 
 
 def _cases() -> Iterator[CompileCase]:
     shapes = ((16, 64, True), (30, 64, True), (30, 64, False), (3, 24, True))
     for (heads, head_dim, norm), kv8 in product(shapes, (False, True)):
-        block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
+        block_h, d_padded = heads_per_block(heads, head_dim), padded(head_dim)
         constants = {
             **({} if kv8 else NO_SCALES),
             **({} if norm else dict.fromkeys(("scale_ptr", "q_out_ptr"))),

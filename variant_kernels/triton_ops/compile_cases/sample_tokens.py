@@ -14,7 +14,7 @@ from variant_kernels.triton_ops.sample_tokens import ENTRIES_PER_THREAD, sample_
 
 _TYPES = {
     **dict.fromkeys(("batch", "tokens", "top_k"), "i32"),
-    **dict.fromkeys(("more", "less", "share"), "fp32"),
+    **dict.fromkeys(("cond_weight", "uncond_weight", "one_minus_top_p"), "fp32"),
     **dict.fromkeys(("seed", "position"), "i64"),
     **dict.fromkeys(("seed_ptr", "image_ids_ptr", "out_ptr"), "*i64:16"),
     "logits_ptr": "*T:16",
@@ -41,8 +41,8 @@ def _cases() -> Iterator[CompileCase]:
             **dict.fromkeys(absent),
             "image_stride": 1,
             "GUIDED": True,
-            "BY_RANK": filtered,
-            "BY_MASS": filtered,
+            "TOP_K": filtered,
+            "TOP_P": filtered,
             "V": entries,
             "BLOCK_V": block_v,
         }
