@@ -9,18 +9,22 @@ differently. The arithmetic needs float32's subnormal numbers, which Triton does
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 # A kernel's arguments for the scales, in the order of scale_arguments, for pages without scales:
 # compile-time constants, which cost nothing.
-NO_SCALES = dict.fromkeys(
-    (
-        *("k_scales_ptr", "v_scales_ptr", "k_scales_stride_p", "k_scales_stride_n"),
-        *("v_scales_stride_p", "v_scales_stride_n"),
-    )
-)
+NO_SCALES: dict[str, Any] = {
+    "k_scales_ptr": None,
+    "v_scales_ptr": None,
+    "k_scales_stride_p": None,
+    "k_scales_stride_n": None,
+    "v_scales_stride_p": None,
+    "v_scales_stride_n": None,
+}
 
 
 def page_bytes(

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from variant_kernels.triton_ops import block_causal_attention as forward
 from variant_kernels.triton_ops import block_causal_attention_configs as configs
-from variant_kernels.triton_ops.block_causal_attention import (
-    block_causal_attention_forward_kernel,
-    constants,
-)
 from variant_kernels.triton_ops.block_causal_attention_backward import (
     block_causal_attention_dkv_kernel,
     block_causal_attention_dq_kernel,
@@ -35,16 +32,24 @@ _QK_NORM_ONLY = ("scale_ptr", "near_q_ptr", "raw_k_ptr")
 
 
 def _case(
-    kernel: Any, config: Config, qk_norm: bool, given: dict[str, Any], label: str, **options: Any
+    kernel: Any,
+    config: Config,
+    qk_norm: bool,
+    constants: dict[str, Any],
+    label: str,
+    **options: Any,
 ) -> CompileCase:
     if "NEGATE" in kernel.arg_names:
-        given = {**given, "NEGATE": False}
+        constants = {**constants, "NEGATE": False}
     if not qk_norm:
-        given = {**given, **{name: None for name in _QK_NORM_ONLY if name in kernel.arg_names}}
+        constants = {
+            **constants,
+            **{name: None for name in _QK_NORM_ONLY if name in kernel.arg_names},
+        }
     return CompileCase(
         kernel=kernel,
-        arguments=argument_types(kernel, given, _TYPES),
-        constants=given,
+        arguments=argument_types(kernel, constants, _TYPES),
+        constants=constants,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         label=label + (", qk_norm" if qk_norm else ""),
@@ -64,7 +69,7 @@ def _cases(kernel: Any, table: configs.Table) -> Iterator[CompileCase]:
                         kernel,
                         config,
                         qk_norm,
-                        constants(_LENGTHS, head_dim, config),
+                        forward.constants(_LENGTHS, head_dim, config),
                         f"D {head_dim}, {config.block_q} x {config.block_k}",
                         targets=(target,),
                         dtypes=dtypes,
@@ -72,12 +77,12 @@ def _cases(kernel: Any, table: configs.Table) -> Iterator[CompileCase]:
     # An integer argument of 1 is a constant to the compiler.
     config = table["nvidia"][64][0]
     for qk_norm in (False, True):
-        given = {**constants((1,), 24, config), "length": 1, "heads": 1}
-        yield _case(kernel, config, qk_norm, given, "one token, one head, D 24")
+        constants = {**forward.constants((1,), 24, config), "length": 1, "heads": 1}
+        yield _case(kernel, config, qk_norm, constants, "one token, one head, D 24")
 
 
 CASES = (
-    *_cases(block_causal_attention_forward_kernel, configs.FORWARD),
+    *_cases(forward.block_causal_attention_forward_kernel, configs.FORWARD),
     *_cases(block_causal_attention_dq_kernel, configs.DQ),
     *_cases(block_causal_attention_dkv_kernel, configs.DKV),
 )

@@ -25,7 +25,9 @@ from variant_kernels.triton_ops.paged_attention_configs import (
 
 
 def _case(kv8: bool, constants: dict[str, Any], **options: Any) -> CompileCase:
-    constants = {**({} if kv8 else NO_SCALES), "lens_stride": 1, "KV8": kv8, **constants}
+    constants = {"lens_stride": 1, "KV8": kv8, **constants}
+    if not kv8:
+        constants.update(NO_SCALES)
     types = {
         "?_scales_ptr": "*u8:16",
         "?_scales_stride_?": "i32",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from variant_kernels.triton_ops.common import padded
 from variant_kernels.triton_ops.compile_cases.case import (
@@ -21,7 +22,7 @@ from variant_kernels.triton_ops.qk_norm import (
 from variant_kernels.triton_ops.rows import HEADS_PER_THREAD, PER_THREAD, heads_per_block
 
 # Kernel, elements per thread, label, further constants. Forward without queries: keys only.
-_KERNELS = (
+_KERNELS: tuple[tuple[Any, int, str, dict[str, Any]], ...] = (
     (qk_norm_forward_kernel, HEADS_PER_THREAD, "", {}),
     (
         qk_norm_forward_kernel,
