@@ -17,7 +17,7 @@ from variant.checkpoints.original_var import (
     load_original,
     open_original,
 )
-from variant.cli import main
+from variant.cli.main import main
 from variant.models.presets import PATCH_NUMS_256, PATCH_NUMS_512, VAR_PRESETS, vqvae_of
 
 

@@ -13,8 +13,9 @@ from PIL import Image
 from small_models import small_model
 
 import variant
-from variant.cli import TrainVae, main
-from variant.commands.train import folder_of, resume_command
+from variant.cli.main import main
+from variant.cli.options import TrainVae
+from variant.cli.train import folder_of, resume_command
 
 
 @pytest.fixture

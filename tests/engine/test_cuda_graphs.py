@@ -203,7 +203,7 @@ def test_one_that_finds_no_memory_alone_says_so():
 
 
 def test_a_graph_is_captured_on_the_warm_up_stream_alone_and_uncollected(monkeypatch):
-    """Against a double of torch.cuda: what the capture must not meet."""
+    """PeerTiming a double of torch.cuda: what the capture must not meet."""
     seen = []
 
     class Cuda(MagicMock):

@@ -10,8 +10,8 @@ from golden_models import NAMES, golden_models
 from small_models import small_model
 
 from benchmarks import golden_weights, kv8
-from variant.cli import main
-from variant.commands.kv_errors import FIGURES
+from variant.cli.kv_error_table import FIGURES
+from variant.cli.main import main
 from variant.engine.engine import Engine
 from variant.evaluation.kv_error import STEPS_PER_DEPTH, greedy_change, measure_kv_error
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from variant.checkpoints.model_folder import load_model, read_config
-from variant.commands.common import DTYPES, console, mebibytes, table
-from variant.commands.kv_errors import kv_error_table, measured
+from variant.cli.kv_error_table import kv_error_table, measured
+from variant.cli.options import Info
+from variant.cli.output import DTYPES, console, mebibytes, table
 from variant.engine.engine import Engine
 from variant.engine.planning import depths_of, plan_row
 from variant.errors import UserError
 from variant.supernet import locate
 from variant_kernels import select_layers
-
-if TYPE_CHECKING:
-    from variant.cli import Info
 
 
 def info(command: Info) -> None:

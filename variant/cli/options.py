@@ -1,12 +1,7 @@
-"""The command line ``variant``: generate, plan, train, train-vae, bench, convert, info.
-
-Heavy imports happen inside the commands, so that ``--help`` answers at once.
-"""
+"""Options of the commands as dataclasses, for tyro."""
 
 from __future__ import annotations
 
-import sys
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -55,11 +50,6 @@ class Generate:
     out: Path = Path("out")
     """A .png file for one grid, or a folder for one file per image."""
 
-    def run(self) -> None:
-        from variant.commands.generate import generate
-
-        generate(self)
-
 
 @dataclass
 class Plan:
@@ -85,11 +75,6 @@ class Plan:
     guidance: bool = True
     """Whether unconditional sequences run beside the conditional ones."""
 
-    def run(self) -> None:
-        from variant.commands.plan import plan
-
-        plan(self)
-
 
 @dataclass
 class Train:
@@ -107,11 +92,6 @@ class Train:
     seed: int | None = None
     """Overrides the recipe's seed."""
 
-    def run(self) -> None:
-        from variant.commands.train import train
-
-        train(self)
-
 
 @dataclass
 class TrainVae:
@@ -128,11 +108,6 @@ class TrainVae:
     """Go on from the last checkpoint in that folder."""
     seed: int | None = None
     """Overrides the recipe's seed."""
-
-    def run(self) -> None:
-        from variant.commands.train import train_vae
-
-        train_vae(self)
 
 
 @dataclass
@@ -177,11 +152,6 @@ class Bench:
     json: Path | None = None
     """File for the results, for benchmarks/report.py and benchmarks/compare.py."""
 
-    def run(self) -> None:
-        from variant.commands.bench import bench
-
-        bench(self)
-
 
 @dataclass
 class Convert:
@@ -205,11 +175,6 @@ class Convert:
     dtype: DtypeName | None = None
     """Of the transformer's weights; default: as they are."""
 
-    def run(self) -> None:
-        from variant.commands.convert import convert
-
-        convert(self)
-
 
 @dataclass
 class Info:
@@ -229,11 +194,6 @@ class Info:
     images: int = 4
     """Images of that measurement."""
 
-    def run(self) -> None:
-        from variant.commands.info import info
-
-        info(self)
-
 
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
@@ -244,46 +204,3 @@ Command = (
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command.
-
-    Returns:
-        0; 1 for an error, printed as one line (with ``--debug``: its traceback too); 130 after
-        Ctrl-C. Wrong usage exits with 2.
-    """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
-    command = tyro.cli(
-        Command,  # type: ignore[arg-type]
-        prog="variant",
-        description="Visual autoregressive models at any depth. --debug shows tracebacks.",
-        args=[word for word in given if word != "--debug"],
-    )
-    try:
-        command.run()
-    except KeyboardInterrupt as stop:
-        print(f"variant: stopped. {stop}".rstrip(), file=sys.stderr)
-        return 130
-    except Exception as error:
-        # Anything unforeseen is still one line; --debug tells the rest.
-        if debug:
-            traceback.print_exc()
-        print(f"variant: error: {one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def one_line(error: Exception) -> str:
-    """What a user reads: the message of errors that were written for users, else the type too."""
-    from variant.errors import UserError
-
-    text = " ".join(str(error).split())
-    if isinstance(error, UserError | ValueError | MemoryError) and text:
-        return text
-    return f"{type(error).__name__}: {text} (--debug shows where)"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

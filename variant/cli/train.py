@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from variant.commands.common import console, table
-
-if TYPE_CHECKING:
-    from variant.cli import Train, TrainVae
-    from variant.training.task import Summary
+from variant.cli.options import Train, TrainVae
+from variant.cli.output import console, table
+from variant.training.recipe import load_recipe
+from variant.training.task import Summary
+from variant.training.vae_task import train_vae as train_vae_recipe
+from variant.training.var_task import train_var
 
 
 def train(command: Train) -> None:
     """Train the recipe's transformer and say where the model is."""
-    from variant.training.recipe import load_recipe
-    from variant.training.var_task import train_var
-
     recipe = load_recipe(command.recipe, seed=command.seed)
     out = folder_of(command)
     summary = train_var(
@@ -29,11 +26,8 @@ def train(command: Train) -> None:
 
 def train_vae(command: TrainVae) -> None:
     """Train the recipe's VQ-VAE and say what comes next."""
-    from variant.training.recipe import load_recipe
-    from variant.training.vae_task import train_vae as run
-
     recipe = load_recipe(command.recipe, seed=command.seed)
-    summary = run(
+    summary = train_vae_recipe(
         recipe,
         folder_of(command),
         resume=command.resume,

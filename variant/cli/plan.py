@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-from variant.commands.common import DTYPES, configs_of, console, mebibytes, table
-from variant.commands.kv_errors import print_kv_figures
+from variant.cli.kv_error_table import print_kv_figures
+from variant.cli.options import Plan
+from variant.cli.output import DTYPES, configs_of, console, mebibytes, table
 from variant.engine.planning import PlanRow, depths_of, plan_row, weight_bytes
 from variant.errors import UserError
-
-if TYPE_CHECKING:
-    from variant.cli import Plan
 
 
 def plan(command: Plan) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from variant.commands.common import table
+from variant.cli.output import table
 from variant.engine.engine import Engine
 from variant.evaluation.kv_error import (
     GREEDY_CFG,

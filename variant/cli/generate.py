@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageDraw
@@ -15,16 +14,13 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from variant.commands.common import DTYPES, console, mebibytes, table
+from variant.cli.options import Generate
+from variant.cli.output import DTYPES, console, mebibytes, table
 from variant.engine.generation import Generation, OnScale, PartialResult
 from variant.engine.planning import depths_of
 from variant.errors import UserError
 from variant.files import replacing
 from variant.supernet import VARiant
-
-if TYPE_CHECKING:
-    from variant.cli import Generate
-
 
 # Small images are shown enlarged in a grid, so that one can see them.
 GRID_CELL_PIXELS = 64

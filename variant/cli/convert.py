@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from variant.checkpoints.model_folder import load_model
 from variant.checkpoints.original_var import save_original
-from variant.commands.common import DTYPES, console
+from variant.cli.options import Convert
+from variant.cli.output import DTYPES, console
 from variant.errors import UserError
 from variant.supernet import VARiant, locate
-
-if TYPE_CHECKING:
-    from variant.cli import Convert
 
 
 def config_text(subnets: dict[int, tuple[int, ...]]) -> str:

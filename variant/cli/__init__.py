@@ -1,0 +1,5 @@
+"""The command line ``variant``."""
+
+from variant.cli.main import main
+
+__all__ = ["main"]
