@@ -202,9 +202,9 @@ def test_calls_of_8_bits_are_tuned_apart(monkeypatch):
 
 
 def test_wide_heads_of_8_bits_have_block_sizes_for_every_number_of_queries():
-    for kind, rows in configs._CONFIGS.items():
-        narrow = configs.usual(kind, wide=True, kv8=True)
-        assert narrow.keys() == rows.keys()
+    for kind, by_queries in configs._CONFIGS.items():
+        narrow = configs.configs_by_queries(kind, wide=True, kv8=True)
+        assert narrow.keys() == by_queries.keys()
         assert all(narrow.values()), kind
-        assert configs.usual(kind, wide=False, kv8=True) is rows
-        assert configs.usual(kind, wide=True, kv8=False) is rows
+        assert configs.configs_by_queries(kind, wide=False, kv8=True) is by_queries
+        assert configs.configs_by_queries(kind, wide=True, kv8=False) is by_queries

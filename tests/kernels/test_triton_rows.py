@@ -37,7 +37,7 @@ def test_rows_too_long_for_a_program_are_refused_by_length():
     [(680, 128, 8, 136), (680, 128, 4, 80), (680, 2, 8, 8), (680, 3000, 1, 680), (1, 1, 32, 8)],
 )
 def test_parts_fill_the_chip_and_are_whole_blocks(count, groups, num_warps, expected):
-    assert rows.cut(count, groups, 132, num_warps, 8) == expected
+    assert rows.rows_per_part(count, groups, 132, num_warps, 8) == expected
 
 
 @pytest.mark.parametrize("processors", [1, 3, 1000])

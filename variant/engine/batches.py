@@ -25,7 +25,7 @@ from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant_kernels import CachePlan, DepthSchedule, PagedKVCache, ScaleLayout
 from variant_kernels.dispatch.request import dtype_name
-from variant_kernels.kv_cache import Steps
+from variant_kernels.kv_cache import PageTables
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -128,7 +128,7 @@ class BatchRunner:
         *,
         schedule: DepthSchedule,
         guidance: bool,
-        tables: Steps | None = None,
+        tables: PageTables | None = None,
     ) -> BatchState:
         """The state of a new batch; its cache is allocated here.
 
@@ -145,7 +145,7 @@ class BatchRunner:
             config.head_dim,
             self.launchers.pages_dtype,
             self.device,
-            steps=self._tables(schedule, len(labels_R)) if tables is None else tables,
+            page_tables=self._tables(schedule, len(labels_R)) if tables is None else tables,
         )
         return BatchState(
             self.var,
@@ -156,7 +156,7 @@ class BatchRunner:
             labels_R=labels_R,
         )
 
-    def _tables(self, schedule: DepthSchedule, num_sequences: int) -> Steps:
+    def _tables(self, schedule: DepthSchedule, num_sequences: int) -> PageTables:
         return self.page_tables.get(schedule, num_sequences, self.page_size, self.device)
 
     def generate(

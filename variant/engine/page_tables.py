@@ -8,7 +8,7 @@ from threading import Lock
 import torch
 
 from variant_kernels import DepthSchedule
-from variant_kernels.kv_cache import Steps
+from variant_kernels.kv_cache import PageTables
 
 # Schedules and batch sizes whose page tables are kept.
 MAX_PAGE_TABLES = 16
@@ -22,12 +22,12 @@ class PageTableCache:
     """
 
     def __init__(self) -> None:
-        self._tables: dict[Hashable, Steps] = {}
+        self._tables: dict[Hashable, PageTables] = {}
         self._lock = Lock()
 
     def get(
         self, schedule: DepthSchedule, num_sequences: int, page_size: int, device: torch.device
-    ) -> Steps:
+    ) -> PageTables:
         """The tables of that key; empty at the first call."""
         key = (schedule.layers, num_sequences, page_size, device)
         with self._lock:
