@@ -1,7 +1,7 @@
-"""What must not happen at once in one process: capturing a CUDA graph and timing a kernel.
+"""A lock that keeps the capture of a CUDA graph and the timing of a kernel apart in one process.
 
-A stopwatch waits for the whole device. CUDA refuses that while any stream is being captured, and
-the capture is lost with it.
+Timing synchronises the device, which is illegal while a stream is being captured and invalidates
+the capture.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def layout_of(bias: Tensor) -> ScaleLayout | None:
 
     Token i sees token j iff j's scale is not later than i's: a row's visible tokens are a prefix,
     which ends where the row's own scale ends. Additive masks hold 0 and -inf, boolean ones True
-    and False. Looks at every element; on a GPU it waits for the device.
+    and False. Reads every element; on a GPU it waits for the device.
 
     Args:
         bias: (..., L, L), the leading axes of size 1 or expanded.
@@ -48,23 +48,23 @@ def layout_of(bias: Tensor) -> ScaleLayout | None:
     own_end_L = torch.repeat_interleave(
         torch.tensor(ends), torch.tensor([width for _, width in shapes])
     ).to(bias.device)
-    wanted_LL = torch.arange(bias.shape[0], device=bias.device) < own_end_L.unsqueeze(1)
+    expected_LL = torch.arange(bias.shape[0], device=bias.device) < own_end_L.unsqueeze(1)
     if bias.dtype == torch.bool:
-        same = torch.equal(bias, wanted_LL)
+        same = torch.equal(bias, expected_LL)
     else:
         zero_LL = torch.zeros_like(bias)
-        same = torch.equal(bias, zero_LL.masked_fill_(~wanted_LL, -torch.inf))
+        same = torch.equal(bias, zero_LL.masked_fill_(~expected_LL, -torch.inf))
     return ScaleLayout(shapes) if same else None
 
 
 def block_causal_layout(bias: Tensor) -> ScaleLayout | None:
-    """:func:`layout_of`, looked at once for each mask and not once for each layer and step.
+    """:func:`layout_of`, computed once for each mask and not once for each layer and step.
 
     A verdict holds for the same memory while the tensor that owns it lives and is unchanged. A mask
-    that is cast anew at every step (as under autocast) is looked at once a step.
+    that is cast anew at every step (as under autocast) is read once a step.
 
     Args:
-        bias: as given to attention. One that requires a gradient is none: it is to be learned.
+        bias: argument of attention. A bias that requires a gradient is learned, so it is no mask.
     Returns:
         A layout of scales (1, tokens), or None.
     """
@@ -75,10 +75,10 @@ def block_causal_layout(bias: Tensor) -> ScaleLayout | None:
 
 def _outside_graphs(bias: Tensor) -> ScaleLayout | None:
     # The answer depends on values, which no compiled graph knows. torch.compiler.disable imports
-    # torch._dynamo (2 s of CPU), so the wrapper is made at the first mask, not at import.
+    # torch._dynamo (2 s of CPU), so the wrapper is created at the first mask, not at import.
     global _disabled
     if _disabled is None:
-        _disabled = cast(Any, torch.compiler.disable(_look_up))
+        _disabled = cast(Callable[[Tensor], ScaleLayout | None], torch.compiler.disable(_look_up))
     return _disabled(bias)
 
 
@@ -90,9 +90,9 @@ def _look_up(bias: Tensor) -> ScaleLayout | None:
         return layout_of(bias)
     owner = bias if bias._base is None else bias._base
     key = bias.data_ptr(), bias.shape, bias.stride(), bias.dtype, bias.device, bias._version
-    kept = _verdicts.get(key)
-    if kept is not None and kept[0]() is owner:
-        return kept[1]
+    entry = _verdicts.get(key)
+    if entry is not None and entry[0]() is owner:
+        return entry[1]
     verdict = layout_of(bias)
     _verdicts[key] = weakref.ref(owner), verdict
     while len(_verdicts) > MAX_VERDICTS:

@@ -1,4 +1,4 @@
-"""Linear layers whose weights lie in oneDNN's order, where torch reorders them at every call."""
+"""Linear layers with weights stored in oneDNN's order; torch reorders them at every call."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def pack(weight_OI: Tensor) -> Tensor:
 def packed_linear(
     x: Tensor, packed: Tensor, bias_O: Tensor | None, *, gelu: bool = False
 ) -> Tensor:
-    """``x @ weight.T + bias``, then a tanh-approximated GELU if asked.
+    """``x @ weight.T + bias``, then a tanh-approximated GELU if ``gelu``.
 
     Args:
         x: (..., I), bias_O: (O,); of the packed weight's dtype.
-        packed: what :func:`pack` made of a weight (O, I).
+        packed: a weight (O, I) from :func:`pack`.
     Returns:
         (..., O), a new tensor.
     """
