@@ -243,7 +243,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_the_old_model(tmp_path):
         "sys.path.insert(0, sys.argv[2])\n"
         "from small_models import small_model\n"
         "from variant import UserError\n"
-        "from variant.original import save_original\n"
+        "from variant.checkpoints.original_var import save_original\n"
         "model = small_model(seed=1)\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"

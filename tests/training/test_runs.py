@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import open_recipe_data
-from test_train import CPU, OPTIM, assert_same, both, folders, interrupt_after, quiet, recipe
+from test_trainer import CPU, OPTIM, assert_same, both, folders, interrupt_after, quiet, recipe
 
 from variant.data.images import FolderData
 from variant.data.sources import data_inputs

@@ -93,7 +93,7 @@ def shrink(images_BIYX: Tensor) -> Tensor:
 
 
 class DigitsData:
-    """The scans as training images; an :class:`variant.data.ImageData`."""
+    """The scans as training images; an :class:`variant.data.images.ImageData`."""
 
     def __init__(self, section: DataSection, image_size: int, channels: int, seed: int) -> None:
         if image_size % SIDE:

@@ -135,7 +135,7 @@ def judge_model(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table of the judge's findings at every depth of a model."""
     parser = argparse.ArgumentParser(
-        prog="python -m variant.digits",
+        prog="python -m variant.evaluation.digits",
         description="Judge a digits model at full depth and at every subnet depth.",
     )
     parser.add_argument("model", nargs="?", default="digits", help="model folder, or digits")

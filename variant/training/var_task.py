@@ -1,7 +1,7 @@
 """Training of the transformer as a depth supernet (VARiant, section 3.3).
 
 Each optimiser step trains one configuration, the full network or one subnet, chosen by
-``variant.schedule``; the loss is the cross-entropy averaged over all tokens of all scales.
+:mod:`variant.training.schedule`; the loss is the cross-entropy averaged over all tokens of all scales.
 
 Axes: B images, C copies, N images of the data set, L tokens, V codebook entries.
 """
