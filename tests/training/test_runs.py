@@ -16,7 +16,7 @@ from variant.data.sources import data_inputs
 from variant.errors import UserError
 from variant.models.var import VAR
 from variant.training.recipe import load_recipe
-from variant.training.run_state import Start
+from variant.training.run_setup import RunSetup
 from variant.training.trainer import Trainer, resume_hint
 from variant.training.vae_task import VAETask, train_vae
 from variant.training.var_task import VARTask, train_var, without_tf32
@@ -200,11 +200,11 @@ def test_a_resumed_run_equals_an_unbroken_one_with_copies_and_accumulation(
 
 
 def trainer_of(recipe, out, task=None):
-    start = Start("vae", recipe, OPTIM, out, CPU, resume=False)
+    setup = RunSetup("vae", recipe, OPTIM, out, CPU, resume=False)
     module = torch.nn.Sequential(torch.nn.Linear(2, 1))
     task = task or type("Fixed", (VAETask,), {"__init__": lambda self: None})()
-    task.module, task.data, task.recipe = module, start.data, recipe
-    return Trainer(task, recipe, OPTIM, 1, out, start, "", quiet())
+    task.module, task.data, task.recipe = module, setup.data, recipe
+    return Trainer(task, recipe, OPTIM, 1, out, setup, "", quiet())
 
 
 def test_the_real_optimiser_decays_matrices_only_and_steps_on_clipped_gradients(recipe, tmp_path):

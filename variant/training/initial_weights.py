@@ -11,7 +11,7 @@ from variant.checkpoints.original_var import read_original
 from variant.errors import UserError
 from variant.models.config import VQVAEConfig
 from variant.models.vqvae import VQVAE
-from variant.training.run_state import read_last
+from variant.training.run_setup import read_last
 
 
 def vae_path(folder: Path) -> Path:

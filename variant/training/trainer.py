@@ -38,7 +38,7 @@ from variant.training.interrupt import Interrupt
 from variant.training.optim import OptimSection, decay_groups, learning_rate
 from variant.training.random_state import random_state, set_random_state
 from variant.training.recipe import EvalSection, OutputSection, Recipe, load_recipe, recipe_names
-from variant.training.run_state import FORMAT, Start
+from variant.training.run_setup import FORMAT, RunSetup
 from variant.training.task import Summary, Task
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,7 +66,7 @@ class Trainer:
     needs), ``KIND-best.safetensors`` (weights of the best held-out loss), ``KIND-metrics.jsonl``.
 
     Args:
-        start: of this task's kind.
+        setup: of this task's kind.
         resume_command: what is printed when the run is stopped.
     """
 
@@ -77,14 +77,14 @@ class Trainer:
         optim: OptimSection,
         epochs: int,
         folder: Path,
-        start: Start,
+        setup: RunSetup,
         resume_command: str,
         console: Console | None = None,
     ) -> None:
         self.task, self.recipe, self.optim, self.epochs = task, recipe, optim, epochs
         self.evaluation: EvalSection = recipe.eval
         self.output: OutputSection = recipe.output
-        self.folder, self.start, self.resume_command = folder, start, resume_command
+        self.folder, self.setup, self.resume_command = folder, setup, resume_command
         self.console = console or Console()
         self.steps_per_epoch = task.data.num_train // optim.batch_size
         self.total_steps = epochs * self.steps_per_epoch
@@ -114,7 +114,7 @@ class Trainer:
         Raises:
             UserError: it, or the best weights beside it, are damaged or of another model.
         """
-        last = self.start.last
+        last = self.setup.last
         load_state(self.task.module, state["module"], str(last))
         try:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -165,7 +165,7 @@ class Trainer:
                 "format": FORMAT,
                 "kind": self.task.kind,
                 "recipe": self.recipe.to_dict(),
-                "inputs": self.start.inputs,
+                "inputs": self.setup.inputs,
                 "step": self.step,
                 "total_steps": self.total_steps,
                 "seconds": self.seconds,
@@ -196,9 +196,9 @@ class Trainer:
             UserError: see :meth:`restore`; a loss or gradient that is not finite.
             SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
         """
-        if self.start.state is not None:
-            self.restore(self.start.state)
-            self.start.state = None  # the optimiser's moments need not stay in memory twice
+        if self.setup.state is not None:
+            self.restore(self.setup.state)
+            self.setup.state = None  # the optimiser's moments need not stay in memory twice
         else:
             self.path("metrics.jsonl").write_text("")
         self.task.prepare()

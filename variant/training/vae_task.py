@@ -20,7 +20,7 @@ from variant.errors import UserError
 from variant.models.vqvae import VQVAE
 from variant.training.random_state import seed_everything
 from variant.training.recipe import Recipe
-from variant.training.run_state import Start
+from variant.training.run_setup import RunSetup
 from variant.training.task import Summary, Task
 from variant.training.trainer import Trainer, choose_device, resume_hint
 
@@ -119,7 +119,7 @@ def train_vae(
         seed: replaces the recipe's.
         resume_command: what to print when the run is stopped; None derives it from the recipe.
     Raises:
-        UserError: the recipe trains none; see also :class:`variant.training.run_state.Start` and
+        UserError: the recipe trains none; see also :class:`variant.training.run_setup.RunSetup` and
             :meth:`variant.training.trainer.Trainer.run`.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
     """
@@ -129,12 +129,12 @@ def train_vae(
     if recipe.vae_training.weights is not None or optim is None:
         raise UserError(f"{recipe.name}: trains no VQ-VAE; it uses {recipe.vae_training.weights}")
     out, device = Path(out), device or choose_device()
-    start = Start(VAETask.kind, recipe, optim, out, device, resume)
-    data = start.data
+    setup = RunSetup(VAETask.kind, recipe, optim, out, device, resume)
+    data = setup.data
     seed_everything(recipe.seed)
     module = VQVAE(recipe.vae).to(device)
     epochs = recipe.vae_training.epochs
     steps = epochs * (data.num_train // optim.batch_size)
     task = VAETask(module, data, recipe, device, steps)
     hint = resume_command or resume_hint("variant train-vae", recipe, out)
-    return Trainer(task, recipe, optim, epochs, out, start, hint, console).run()
+    return Trainer(task, recipe, optim, epochs, out, setup, hint, console).run()

@@ -1,7 +1,8 @@
 """Training of the transformer as a depth supernet (VARiant, section 3.3).
 
 Each optimiser step trains one configuration, the full network or one subnet, chosen by
-:mod:`variant.training.schedule`; the loss is the cross-entropy averaged over all tokens of all scales.
+:mod:`variant.training.schedule`; the loss is the cross-entropy averaged over all tokens of all
+scales.
 
 Axes: B images, C copies, N images of the data set, L tokens, V codebook entries.
 """
@@ -30,7 +31,7 @@ from variant.models.vqvae import VQVAE
 from variant.training.initial_weights import find_vae, load_vae, read_weights
 from variant.training.random_state import seed_everything
 from variant.training.recipe import Recipe
-from variant.training.run_state import Start
+from variant.training.run_setup import RunSetup
 from variant.training.schedule import choose_depth, subnet_probability
 from variant.training.task import Summary, Task
 from variant.training.trainer import Trainer, choose_device, resume_hint
@@ -184,7 +185,7 @@ def train_var(
     Raises:
         UserError: no VQ-VAE to tokenize with, or one that is half trained or, when resuming,
             another one; data and model disagree about the classes; see also
-            :class:`variant.training.run_state.Start` and
+            :class:`variant.training.run_setup.RunSetup` and
             :meth:`variant.training.trainer.Trainer.run`.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
     """
@@ -192,15 +193,15 @@ def train_var(
         recipe = dataclasses.replace(recipe, seed=seed)
     out = Path(out)
     device = device or choose_device()
-    start = Start(VARTask.kind, recipe, recipe.optim, out, device, resume)
-    data = start.data
+    setup = RunSetup(VARTask.kind, recipe, recipe.optim, out, device, resume)
+    data = setup.data
     if data.num_classes != recipe.model.num_classes:
         raise UserError(
             f"{recipe.name}: model.num_classes must be {data.num_classes}, as many as the data "
             f"has; got {recipe.model.num_classes}"
         )
     weights = find_vae(recipe.vae_training.weights, out)
-    start.add_input("vae_sha256", file_sha256(weights))
+    setup.record_input("vae_sha256", file_sha256(weights))
     vae = load_vae(recipe.vae, weights).to(device).eval()
     vae.requires_grad_(False)
     seed_everything(recipe.seed)
@@ -213,7 +214,7 @@ def train_var(
     task = VARTask(module, vae, data, recipe, device, steps_per_epoch)
     epochs = recipe.schedule.phases.total
     hint = resume_command or resume_hint("variant train", recipe, out)
-    trainer = Trainer(task, recipe, recipe.optim, epochs, out, start, hint, console)
+    trainer = Trainer(task, recipe, recipe.optim, epochs, out, setup, hint, console)
     summary = trainer.run()  # leaves the best weights in the module
     described = {
         "recipe": recipe.name,

@@ -57,7 +57,7 @@ def read_last(path: Path, kind: str) -> dict[str, Any]:
     return state
 
 
-class Start:
+class RunSetup:
     """What a run begins with: its data and, when it is resumed, its checkpoint.
 
     Making one refuses all that can be refused before weights are read and images are encoded.
@@ -112,7 +112,7 @@ class Start:
             )
         self.inputs: dict[str, Any] = {}
         for name, value in data_inputs(self.data).items():
-            self.add_input(name, value)
+            self.record_input(name, value)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
@@ -120,7 +120,7 @@ class Start:
         except OSError as error:
             raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
 
-    def add_input(self, name: str, value: Any) -> None:
+    def record_input(self, name: str, value: Any) -> None:
         """Record what the run is trained on.  Raises: UserError, where the checkpoint's differs."""
         self.inputs[name] = value
         if self.state is not None and self.state["inputs"].get(name) != value:
