@@ -25,7 +25,7 @@ from variant.cli.kv_error_table import FIGURES, kv_error_table
 from variant.cli.output import console
 from variant.engine.engine import Engine
 from variant.evaluation.kv_error import KVError, measure_kv_error
-from variant.files import replacing
+from variant.files import atomic_write
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 
@@ -52,7 +52,7 @@ def figures(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 

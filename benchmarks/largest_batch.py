@@ -29,7 +29,7 @@ from variant.bench.models import build, configs
 from variant.engine.engine import Engine
 from variant.engine.planning import depths_of
 from variant.errors import UserError
-from variant.files import replacing
+from variant.files import atomic_write
 
 FORMAT = "variant-largest-batch-1"
 FILTERS = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
@@ -224,7 +224,7 @@ def line(row: Row, gib: float) -> str:
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.reading import KERNELS, Result, read_all
 from variant.errors import UserError
-from variant.files import replacing
+from variant.files import atomic_write
 from variant_kernels import ops, winners
 from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.kv_quantization import KV8_DTYPE
@@ -297,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nbeside {options.to.name} as it is:" + ("" if changed else " no change"))
         print("\n".join(changed))
         if options.write:
-            with replacing(options.to) as temporary:
+            with atomic_write(options.to) as temporary:
                 temporary.write_text(text(data))
             winners.read(options.to)
             print(f"wrote {options.to}")

@@ -19,7 +19,7 @@ from variant.errors import UserError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place if the block succeeds.
 
     Raises:
@@ -49,7 +49,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def save_pickle(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """``torch.save`` under a temporary name, then rename."""
-    with replacing(Path(path)) as temporary:
+    with atomic_write(Path(path)) as temporary:
         torch.save(dict(state), temporary)
 
 

@@ -16,7 +16,7 @@ from small_models import small_model
 
 from variant import VAR, VQVAE, UserError, VARiant
 from variant.checkpoints.original_var import load_original, save_original
-from variant.files import replacing
+from variant.files import atomic_write
 from variant.models.var import derived_buffers
 
 
@@ -189,7 +189,7 @@ def test_nothing_half_written_is_left(tmp_path):
     target.write_text("old")
 
     def write_half():
-        with replacing(target) as path:
+        with atomic_write(target) as path:
             path.write_text("half")
             raise RuntimeError("midway")
 

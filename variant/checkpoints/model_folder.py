@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from variant.checkpoints.mapped_tensors import place
 from variant.checkpoints.model_card import CARD_NAME, model_card, was_generated
 from variant.errors import UserError
-from variant.files import _opened, replacing
+from variant.files import _opened, atomic_write
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
@@ -69,9 +69,9 @@ def save_model(
     }
     # Before anything is written: what JSON cannot hold must not leave new weights by an old config.
     text = json.dumps(config, indent=1) + "\n"
-    with replacing(folder / WEIGHTS_NAME) as path:
+    with atomic_write(folder / WEIGHTS_NAME) as path:
         save_file(tensors, path, metadata={"format": "pt"})
-    with replacing(folder / CONFIG_NAME) as path:
+    with atomic_write(folder / CONFIG_NAME) as path:
         path.write_text(text)
     card_path = folder / CARD_NAME
     if was_generated(card_path):
@@ -82,7 +82,7 @@ def save_model(
             str(var.head.weight.dtype).removeprefix("torch."),
             config.get("training"),
         )
-        with replacing(card_path) as path:
+        with atomic_write(card_path) as path:
             path.write_text(card)
 
 

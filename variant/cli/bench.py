@@ -26,7 +26,7 @@ from variant.cli.options import Bench
 from variant.cli.output import DTYPES, console, mebibytes, table
 from variant.engine.planning import depths_of
 from variant.errors import UserError
-from variant.files import replacing
+from variant.files import atomic_write
 from variant.models.var import VAR
 
 FORMAT = "variant-engine-bench-1"
@@ -102,7 +102,7 @@ def bench(command: Bench) -> None:
 
 def _write(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -33,7 +33,7 @@ from torch import nn
 from variant.checkpoints.model_folder import load_state
 from variant.data.images import epoch_order
 from variant.errors import UserError
-from variant.files import replacing, save_pickle
+from variant.files import atomic_write, save_pickle
 from variant.training.interrupt import Interrupt
 from variant.training.optim import OptimSection, decay_groups, learning_rate
 from variant.training.random_state import random_state, set_random_state
@@ -137,7 +137,7 @@ class Trainer:
             raise UserError(f"{last}: is damaged: {' '.join(str(e).split())[:200]}") from None
         if has_best:
             self._check_best()
-        with replacing(self.path("metrics.jsonl")) as temporary:
+        with atomic_write(self.path("metrics.jsonl")) as temporary:
             temporary.write_text(lines)
 
     def _check_moments(self) -> None:
@@ -313,7 +313,7 @@ class Trainer:
             key: value.detach().cpu().contiguous()
             for key, value in self.task.module.state_dict().items()
         }
-        with replacing(self.path("best.safetensors")) as temporary:
+        with atomic_write(self.path("best.safetensors")) as temporary:
             save_file(state, temporary)
 
     def _stop(self, signum: int) -> None:
