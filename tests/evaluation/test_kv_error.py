@@ -14,6 +14,7 @@ from variant.cli.kv_error_table import FIGURES
 from variant.cli.main import main
 from variant.engine.engine import Engine
 from variant.evaluation.kv_error import STEPS_PER_DEPTH, greedy_change, measure_kv_error
+from variant_kernels.dispatch.request import dtype_name
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -92,9 +93,7 @@ def test_measuring_again_gives_the_packages_figures(name):
     figures = json.loads(FIGURES.read_text())["rows"]
     for dtype, found in kv8.measure(*kv8.models()[name]).items():
         known = [
-            row
-            for row in figures
-            if row["model"] == name and row["dtype"] == str(dtype).removeprefix("torch.")
+            row for row in figures if row["model"] == name and row["dtype"] == dtype_name(dtype)
         ]
         assert [row["depth"] for row in known] == [row.depth for row in found]
         for ours, theirs in zip(found, known, strict=True):

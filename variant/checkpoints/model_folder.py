@@ -26,6 +26,7 @@ from variant.files import _opened, atomic_write
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant_kernels.dispatch.request import dtype_name
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -79,7 +80,7 @@ def save_model(
             var.config,
             vae.config,
             model_id or folder.resolve().name,
-            str(var.head.weight.dtype).removeprefix("torch."),
+            dtype_name(var.head.weight.dtype),
             config.get("training"),
         )
         with atomic_write(card_path) as path:

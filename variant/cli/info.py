@@ -11,6 +11,7 @@ from variant.engine.planning import depths_of, plan_row
 from variant.errors import UserError
 from variant.supernet import locate
 from variant_kernels import select_layers
+from variant_kernels.dispatch.request import dtype_name
 
 
 def info(command: Info) -> None:
@@ -29,7 +30,7 @@ def info(command: Info) -> None:
         f"{layout.total} tokens, {vae.config.image_size}x{vae.config.image_size} pixels"
     )
     out.print(
-        f"transformer {sizes['t']:,} parameters ({str(dtype).removeprefix('torch.')}), "
+        f"transformer {sizes['t']:,} parameters ({dtype_name(dtype)}), "
         f"VQ-VAE {sizes['v']:,} parameters, codebook {config.vocab_size} x {config.vae_channels}"
     )
     if config.bridge is None:
