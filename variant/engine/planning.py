@@ -13,8 +13,6 @@ from variant.models.vqvae import VQVAE
 from variant_kernels import CachePlan, DepthSchedule
 from variant_kernels.plans.depth_schedule import DEPTH_CHAIN
 
-MIB = 2**20
-
 
 @dataclass(frozen=True)
 class PlanRow:

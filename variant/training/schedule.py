@@ -20,7 +20,6 @@ from variant_kernels.plans.depth_schedule import Selection
 REFINEMENT_EPOCHS = {16: 5, 8: 8, 4: 12, 2: 15}
 JOINT_EPOCHS = 5
 TRANSITION_EPOCHS = 15
-JOINT_PROBABILITY = 0.2
 
 
 @dataclass(frozen=True)
