@@ -72,7 +72,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: is missing or damaged: {error}") from error
 
 
-def is_mapped(path: str | os.PathLike[str]) -> bool:
+def is_mmapped(path: str | os.PathLike[str]) -> bool:
     """Whether :func:`read_pickle` maps the file; older files and raw pickles are read whole."""
     return zipfile.is_zipfile(path)
 
@@ -84,8 +84,8 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
         UserError: missing, damaged, not a dictionary, or a pickle that wants to run code.
     """
     try:
-        mapped = is_mapped(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        mmapped = is_mmapped(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmapped)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except pickle.UnpicklingError as error:

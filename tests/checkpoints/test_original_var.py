@@ -239,13 +239,13 @@ def test_a_hub_id_is_fetched_and_read_as_a_folder(tmp_path, monkeypatch):
         VARiant.from_var_checkpoint("models/var.pth", vae_path)
 
 
-@pytest.mark.parametrize("old_format", [False, True], ids=["mapped", "read whole"])
+@pytest.mark.parametrize("old_format", [False, True], ids=["mmapped", "read whole"])
 def test_loading_in_another_dtype_equals_casting_afterwards(tmp_path, old_format):
     golden = load_golden("plain")
     paths = tmp_path / "var.pth", tmp_path / "vae.pth"
     for path, state in zip(paths, (golden.var_state, golden.vae_state), strict=True):
         torch.save(state, path, _use_new_zipfile_serialization=not old_format)
-    assert open_original(paths[0], "var_wo_ddp").mapped is not old_format
+    assert open_original(paths[0], "var_wo_ddp").mmapped is not old_format
     model = VARiant.from_var_checkpoint(*paths, dtype=torch.bfloat16)
     expected = VARiant.from_var_checkpoint(*paths).var.bfloat16().state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in model.var.state_dict().items())

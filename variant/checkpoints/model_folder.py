@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from variant.checkpoints.mapped_tensors import place
+from variant.checkpoints.mapped_tensors import to_device
 from variant.checkpoints.model_card import CARD_NAME, model_card, was_generated
 from variant.errors import UserError
 from variant.files import _opened, atomic_write
@@ -139,7 +139,9 @@ def load_model(
 
         def part(prefix: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
             return {
-                key.removeprefix(prefix): place(tensors.get_tensor(key), dtype, device, mapped=True)
+                key.removeprefix(prefix): to_device(
+                    tensors.get_tensor(key), dtype, device, mmapped=True
+                )
                 for key in keys
                 if key.startswith(prefix)
             }

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from variant.checkpoints.mapped_tensors import place
+from variant.checkpoints.mapped_tensors import to_device
 from variant.checkpoints.model_folder import CONFIG_NAME, FORMAT, WEIGHTS_NAME, build
 from variant.errors import UserError
-from variant.files import is_mapped, read_pickle, read_safetensors, save_pickle
+from variant.files import is_mmapped, read_pickle, read_safetensors, save_pickle
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.var import VAR, derived_buffers
 from variant.models.vqvae import VQVAE
@@ -50,20 +50,18 @@ class OriginalFile:
     """One model's state dict as a file holds it.
 
     config: the arguments of the model's constructor, where the Hub form records them.
-    mapped: whether the tensors are views of the file.
+    mmapped: whether the tensors are views of the memory-mapped file.
     """
 
     path: Path
     state: dict[str, Tensor]
-    mapped: bool
+    mmapped: bool
     config: dict[str, Any] = field(default_factory=dict)
 
-    def placed(
-        self, dtype: torch.dtype | None, device: torch.device | str | None
-    ) -> dict[str, Tensor]:
-        """The state in that dtype on that device; tensors that need no copy stay mapped."""
+    def to(self, dtype: torch.dtype | None, device: torch.device | str | None) -> dict[str, Tensor]:
+        """The state in that dtype on that device; tensors that need no copy stay views."""
         return {
-            key: place(value, dtype, device, mapped=self.mapped)
+            key: to_device(value, dtype, device, mmapped=self.mmapped)
             for key, value in self.state.items()
         }
 
@@ -85,9 +83,9 @@ def open_original(path: str | os.PathLike[str], part: str) -> OriginalFile:
     if path.is_dir():
         path, config = _hub_files(path)
     if path.suffix == ".safetensors":
-        state, mapped = read_safetensors(path), True
+        state, mmapped = read_safetensors(path), True
     else:
-        state, mapped = read_pickle(path), is_mapped(path)
+        state, mmapped = read_pickle(path), is_mmapped(path)
     trainer = state.get("trainer")
     if isinstance(trainer, dict) and isinstance(trainer.get(part), dict):
         state = trainer[part]
@@ -96,7 +94,7 @@ def open_original(path: str | os.PathLike[str], part: str) -> OriginalFile:
             f"{path}: must hold a state dict of tensors, or a trainer checkpoint with "
             f'"trainer/{part}"; got keys {sorted(map(str, state))[:5]}'
         )
-    return OriginalFile(path, _unwrapped(state), mapped, config)
+    return OriginalFile(path, _unwrapped(state), mmapped, config)
 
 
 def _hub_files(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -314,8 +312,8 @@ def load_original(
     var_config = _with_hub_config(var_config, hub, where)
     vae_config = infer_vqvae_config(vae_file.state, var_config.patch_nums, str(vae_path))
     vae_config = _with_vae_arguments(vae_config, hub.get("vae_kwargs"), where)
-    var = build(VAR, var_config, var_file.placed(dtype, device), where, device)
-    vae = build(VQVAE, vae_config, vae_file.placed(None, device), str(vae_path), device)
+    var = build(VAR, var_config, var_file.to(dtype, device), where, device)
+    vae = build(VQVAE, vae_config, vae_file.to(None, device), str(vae_path), device)
     return var.eval(), vae.eval()
 
 
