@@ -16,8 +16,8 @@ from variant.data.sources import data_inputs
 from variant.errors import UserError
 from variant.models.var import VAR
 from variant.training.recipe import load_recipe
-from variant.training.run_setup import RunSetup
-from variant.training.trainer import Trainer, resume_hint
+from variant.training.run_setup import RunSetup, resume_hint
+from variant.training.trainer import Trainer
 from variant.training.vae_task import VAETask, train_vae
 from variant.training.var_task import VARTask, train_var, without_tf32
 
@@ -199,30 +199,30 @@ def test_a_resumed_run_equals_an_unbroken_one_with_copies_and_accumulation(
     assert_same(states[0]["optimizer"]["state"], states[1]["optimizer"]["state"])
 
 
-def trainer_of(recipe, out, task=None):
-    setup = RunSetup("vae", recipe, OPTIM, out, CPU, resume=False)
+def trainer_of(recipe, out):
+    setup = RunSetup("vae", recipe, OPTIM, out, device=CPU)
     module = torch.nn.Sequential(torch.nn.Linear(2, 1))
-    task = task or type("Fixed", (VAETask,), {"__init__": lambda self: None})()
+    task = type("Fixed", (VAETask,), {"__init__": lambda self: None})()
     task.module, task.data, task.recipe = module, setup.data, recipe
-    return Trainer(task, recipe, OPTIM, 1, out, setup, "", quiet())
+    return Trainer(task, setup, 1, quiet())
 
 
 def test_the_real_optimiser_decays_matrices_only_and_steps_on_clipped_gradients(recipe, tmp_path):
     trainer = trainer_of(recipe, tmp_path)
-    decays = [group["weight_decay"] for group in trainer.optimizer.param_groups]
+    decays = [group["weight_decay"] for group in trainer.state.optimizer.param_groups]
     assert decays == [OPTIM.weight_decay, 0.0]
     weight, bias = trainer.task.module[0].weight, trainer.task.module[0].bias
-    assert [group["params"] for group in trainer.optimizer.param_groups] == [[weight], [bias]]
+    assert [group["params"] for group in trainer.state.optimizer.param_groups] == [[weight], [bias]]
     trainer.task.loss = lambda indices, epoch, step: (weight.sum() + bias.sum()) * 1e3
     trainer.task.before_step = lambda indices, epoch, step: None
     seen = []
-    step = trainer.optimizer.step
+    step = trainer.state.optimizer.step
 
     def watched(*args, **rest):
         seen.append(torch.cat((weight.grad.flatten(), bias.grad)).norm().item())
         return step(*args, **rest)
 
-    trainer.optimizer.step = watched
+    trainer.state.optimizer.step = watched
     trainer._train_step()
     assert seen == [pytest.approx(OPTIM.clip, rel=1e-3)]
 

@@ -1,4 +1,4 @@
-"""Where the weights come from that a run begins with."""
+"""The weights that a run starts from: a trained VQ-VAE, a pretrained transformer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,7 @@ from variant.checkpoints.original_var import read_original
 from variant.errors import UserError
 from variant.models.config import VQVAEConfig
 from variant.models.vqvae import VQVAE
-from variant.training.run_setup import read_last
-
-
-def vae_path(folder: Path) -> Path:
-    """Where :func:`train_vae` leaves the weights that :func:`train_var` reads."""
-    return folder / "vae-best.safetensors"
+from variant.training.checkpointer import Checkpointer
 
 
 def find_vae(weights: str | None, folder: Path) -> Path:
@@ -27,7 +22,8 @@ def find_vae(weights: str | None, folder: Path) -> Path:
     """
     if weights is not None:
         return Path(weights)
-    path, last = vae_path(folder), folder / "vae-last.pt"
+    checkpointer = Checkpointer(folder, "vae")
+    path, last = checkpointer.best, checkpointer.last
     if not path.exists() and not last.exists():
         raise UserError(
             f"{folder}: holds no VQ-VAE; train one first with `variant train-vae` into the same "
@@ -38,8 +34,8 @@ def find_vae(weights: str | None, folder: Path) -> Path:
             f"{path}: may be half trained: {last.name}, which would tell, is not beside it; to use "
             "it as it is, name it as vae_training.weights"
         )
-    state = read_last(last, "vae")
-    if not path.exists() or state["step"] < state["total_steps"]:
+    saved = checkpointer.read()
+    if not path.exists() or saved["step"] < saved["total_steps"]:
         raise UserError(
             f"{folder}: the training of its VQ-VAE has not finished; finish it with `variant "
             "train-vae --resume`, or name a file as vae_training.weights"

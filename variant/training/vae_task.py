@@ -22,7 +22,7 @@ from variant.training.random_state import seed_everything
 from variant.training.recipe import Recipe
 from variant.training.run_setup import RunSetup
 from variant.training.task import Summary, Task
-from variant.training.trainer import Trainer, choose_device, resume_hint
+from variant.training.trainer import Trainer
 
 STREAM_REVIVE, STREAM_SCALES = 5, 6
 # A code is unused when it gets less than this share of an even use of the codebook.
@@ -128,13 +128,17 @@ def train_vae(
     optim = recipe.vae_training.optim
     if recipe.vae_training.weights is not None or optim is None:
         raise UserError(f"{recipe.name}: trains no VQ-VAE; it uses {recipe.vae_training.weights}")
-    out, device = Path(out), device or choose_device()
-    setup = RunSetup(VAETask.kind, recipe, optim, out, device, resume)
-    data = setup.data
+    setup = RunSetup(
+        VAETask.kind,
+        recipe,
+        optim,
+        out,
+        device=device,
+        resume=resume,
+        resume_command=resume_command,
+    )
     seed_everything(recipe.seed)
-    module = VQVAE(recipe.vae).to(device)
+    module = VQVAE(recipe.vae).to(setup.device)
     epochs = recipe.vae_training.epochs
-    steps = epochs * (data.num_train // optim.batch_size)
-    task = VAETask(module, data, recipe, device, steps)
-    hint = resume_command or resume_hint("variant train-vae", recipe, out)
-    return Trainer(task, recipe, optim, epochs, out, setup, hint, console).run()
+    task = VAETask(module, setup.data, recipe, setup.device, epochs * setup.steps_per_epoch)
+    return Trainer(task, setup, epochs, console).run()

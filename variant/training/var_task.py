@@ -34,7 +34,7 @@ from variant.training.recipe import Recipe
 from variant.training.run_setup import RunSetup
 from variant.training.schedule import choose_depth, subnet_probability
 from variant.training.task import Summary, Task
-from variant.training.trainer import Trainer, choose_device, resume_hint
+from variant.training.trainer import Trainer
 
 FULL = "full"
 
@@ -191,30 +191,33 @@ def train_var(
     """
     if seed is not None:
         recipe = dataclasses.replace(recipe, seed=seed)
-    out = Path(out)
-    device = device or choose_device()
-    setup = RunSetup(VARTask.kind, recipe, recipe.optim, out, device, resume)
-    data = setup.data
-    if data.num_classes != recipe.model.num_classes:
+    setup = RunSetup(
+        VARTask.kind,
+        recipe,
+        recipe.optim,
+        out,
+        device=device,
+        resume=resume,
+        resume_command=resume_command,
+    )
+    num_classes = setup.data.num_classes
+    if num_classes != recipe.model.num_classes:
         raise UserError(
-            f"{recipe.name}: model.num_classes must be {data.num_classes}, as many as the data "
-            f"has; got {recipe.model.num_classes}"
+            f"{recipe.name}: model.num_classes must be {num_classes}, as many as the data has; "
+            f"got {recipe.model.num_classes}"
         )
-    weights = find_vae(recipe.vae_training.weights, out)
+    weights = find_vae(recipe.vae_training.weights, setup.folder)
     setup.record_input("vae_sha256", file_sha256(weights))
-    vae = load_vae(recipe.vae, weights).to(device).eval()
+    vae = load_vae(recipe.vae, weights).to(setup.device).eval()
     vae.requires_grad_(False)
     seed_everything(recipe.seed)
     module = VAR(recipe.var_config)
     if recipe.model.weights is not None and not resume:
         state = read_weights(Path(recipe.model.weights), "var_wo_ddp")
         load_state(module, state, recipe.model.weights)
-    module = module.to(device)
-    steps_per_epoch = data.num_train // recipe.optim.batch_size
-    task = VARTask(module, vae, data, recipe, device, steps_per_epoch)
-    epochs = recipe.schedule.phases.total
-    hint = resume_command or resume_hint("variant train", recipe, out)
-    trainer = Trainer(task, recipe, recipe.optim, epochs, out, setup, hint, console)
+    module = module.to(setup.device)
+    task = VARTask(module, vae, setup.data, recipe, setup.device, setup.steps_per_epoch)
+    trainer = Trainer(task, setup, recipe.schedule.phases.total, console)
     summary = trainer.run()  # leaves the best weights in the module
     described = {
         "recipe": recipe.name,
@@ -226,5 +229,5 @@ def train_var(
         "train_loss": summary.train_loss,
         "held_out_loss": summary.held_out_loss,
     }
-    save_model(out, module.cpu().eval(), vae.cpu(), {"training": described})
+    save_model(setup.folder, module.cpu().eval(), vae.cpu(), {"training": described})
     return summary

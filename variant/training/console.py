@@ -1,0 +1,83 @@
+"""What a training run prints: a progress bar, a line per epoch, how to resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+
+class RunConsole:
+    """Prints one run's progress; the bar is shown on terminals only.
+
+    Args:
+        kind: of the task, names the run.
+        epochs, total_steps: of the complete run.
+        console: None prints to standard output.
+    """
+
+    def __init__(
+        self, kind: str, epochs: int, total_steps: int, console: Console | None = None
+    ) -> None:
+        self.kind, self.epochs, self.total_steps = kind, epochs, total_steps
+        self.console = console or Console()
+        self._progress: Progress | None = None
+        self._bar = TaskID(0)
+
+    @contextmanager
+    def progress_bar(self) -> Iterator[None]:
+        """Show the bar within the block, and remove it afterwards."""
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        with self._progress:
+            self._bar = self._progress.add_task(self.kind, total=self.total_steps, loss="")
+            yield
+        self._progress = None
+
+    def update(self, step: int, loss: float) -> None:
+        """Move the bar.  Args: step: optimiser steps done.  loss: of the last one."""
+        if self._progress is not None:
+            self._progress.update(self._bar, completed=step, loss=f"loss {loss:.4f}")
+
+    def print_epoch(self, entry: Mapping[str, Any]) -> None:
+        """Print the losses of a finished epoch, an entry of the run's history."""
+        line = f"{self.kind} epoch {entry['epoch']}/{self.epochs}  train: "
+        line += _losses(entry["train"])
+        if "held_out" in entry:
+            line += f"  held out: {_losses(entry['held_out'])}"
+        seconds, step = entry["seconds"], entry["step"]
+        remaining = seconds / step * (self.total_steps - step)
+        line += f"  {seconds:.0f} s, about {remaining:.0f} s left"
+        self._print(line)
+
+    def print_stop(self, step: int, resume_command: str) -> None:
+        """Say that the run stopped after ``step`` steps, and which command resumes it."""
+        self._print(
+            f"stopped after step {step} of {self.total_steps}; everything is saved. "
+            f"Resume with: {resume_command}"
+        )
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, highlight=False)
+
+
+def _losses(losses: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())

@@ -1,0 +1,42 @@
+"""The state of a training run: everything that changes while it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass
+class RunState:
+    """What a checkpoint must hold, besides the random generators, to resume a run.
+
+    module, optimizer, scaler: what is trained and how.
+    step: optimiser steps done.  seconds: spent in all sittings of the run.
+    loss_sums: by name of the step's configuration, sum and count of this epoch's training losses.
+    history: one entry per finished epoch, the lines of the metrics file.
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    seconds: float = 0.0
+    loss_sums: dict[str, tuple[float, int]] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def add_loss(self, name: str, loss: float) -> None:
+        """Count one step's loss under the name of its configuration."""
+        total, count = self.loss_sums.get(name, (0.0, 0))
+        self.loss_sums[name] = (total + loss, count + 1)
+
+    def mean_losses(self) -> dict[str, float]:
+        """Mean training loss of this epoch's steps by name, in alphabetical order."""
+        return {name: total / count for name, (total, count) in sorted(self.loss_sums.items())}
+
+    def best_entry(self) -> dict[str, Any] | None:
+        """The epoch of the lowest mean held-out loss, the earliest of equal ones; None without."""
+        evaluated = [entry for entry in self.history if "held_out_mean" in entry]
+        return min(evaluated, key=lambda entry: entry["held_out_mean"], default=None)
