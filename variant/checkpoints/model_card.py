@@ -36,11 +36,14 @@ def model_card(
         dtype: of the transformer's weights, by name.
         training: what config.json records under "training".
     """
+    from huggingface_hub import ModelCardData
+
+    metadata = ModelCardData(library_name="variant", tags=list(TAGS)).to_yaml()
     layout, side = var.layout, vae.image_size
     sides = ", ".join(map(str, var.patch_nums))
     shared = ", one class projection shared by all layers" if var.shared_aln else ""
     parts = [
-        "\n".join(["---", "library_name: variant", "tags:", *(f"- {t}" for t in TAGS), "---"]),
+        f"---\n{metadata}\n---",
         MARK,
         f"# {model_id}",
         "A visual autoregressive (VAR) transformer and its VQ-VAE: class labels in, images out, "
