@@ -15,10 +15,12 @@ from variant.training.checkpointer import Checkpointer
 
 
 def find_vae(weights: str | None, folder: Path) -> Path:
-    """The VQ-VAE to tokenize with: the recipe's file, or the one trained in ``folder``.
+    """The weights file of the VQ-VAE that tokenizes images.
 
+    Args:
+        weights: the file that the recipe names; None takes the VQ-VAE trained in ``folder``.
     Raises:
-        UserError: neither is there, or the training in ``folder`` has not finished.
+        UserError: ``folder`` holds no VQ-VAE, or one whose training has not finished.
     """
     if weights is not None:
         return Path(weights)
@@ -31,8 +33,8 @@ def find_vae(weights: str | None, folder: Path) -> Path:
         )
     if not last.exists():
         raise UserError(
-            f"{path}: may be half trained: {last.name}, which would tell, is not beside it; to use "
-            "it as it is, name it as vae_training.weights"
+            f"{path}: may be half trained: {last.name}, which records that, is not beside it; to "
+            "use it as it is, name it as vae_training.weights"
         )
     saved = checkpointer.read()
     if not path.exists() or saved["step"] < saved["total_steps"]:
@@ -44,10 +46,10 @@ def find_vae(weights: str | None, folder: Path) -> Path:
 
 
 def load_vae(config: VQVAEConfig, path: Path) -> VQVAE:
-    """A VQ-VAE from a file.
+    """A VQ-VAE with the weights of a file.
 
     Raises:
-        UserError: the file is missing or damaged, or the weights are of another size.
+        UserError: the file is missing or damaged, or its weights do not fit the configuration.
     """
     module = VQVAE(config)
     load_state(module, read_weights(path, "vae_local"), str(path))
@@ -58,7 +60,10 @@ def read_weights(path: Path, part: str) -> dict[str, Tensor]:
     """A state dict from .safetensors, or from the original repository's .pth files.
 
     Args:
-        part: "var_wo_ddp" or "vae_local", keys of the original's trainer checkpoints.
+        part: "var_wo_ddp" or "vae_local", the key of the model in a trainer checkpoint of the
+            original.
+    Raises:
+        UserError: the file is missing, damaged or of another format.
     """
     if path.suffix != ".safetensors":
         return read_original(path, part)

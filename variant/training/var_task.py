@@ -4,7 +4,7 @@ Each optimiser step trains one configuration, the full network or one subnet, ch
 :mod:`variant.training.schedule`; the loss is the cross-entropy averaged over all tokens of all
 scales.
 
-Axes: B images, C copies, N images of the data set, L tokens, V codebook entries.
+Axes: B images of a batch, C copies, N images of the data set, L tokens, V codebook entries.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FULL = "full"
 
 
 class VARTask(Task):
-    """The transformer as a training task; losses are "full" and one per subnet depth."""
+    """The transformer as a training task; losses are named "full" and by the subnets' depths."""
 
     kind = "var"
 
@@ -63,7 +63,7 @@ class VARTask(Task):
         self._copies_CNL = self._encode_copies()
 
     def depth_of_step(self, step: int) -> int | None:
-        """The configuration of a step: a subnet's depth, or None for the full network."""
+        """The depth of the subnet that a step trains; None is the full network."""
         section = self.recipe.schedule
         probability = subnet_probability(
             step / self.steps_per_epoch,
@@ -117,7 +117,7 @@ class VARTask(Task):
         return losses
 
     def _tokenize(self, images: Tensor) -> Tensor:
-        # In float32 whatever the precision of training: tokens are targets, not activations.
+        # Always in float32: tokens are targets, so the precision of training must not change them.
         with torch.autocast(self.device.type, enabled=False), without_tf32():
             return self.vae.encode(images)
 
@@ -126,7 +126,7 @@ class VARTask(Task):
             return self.vae.teacher_input(tokens_BL)
 
     def _encode_copies(self) -> Tensor | None:
-        """Tokens of each augmented copy of each training image, computed once; on the CPU."""
+        """Tokens of each augmented copy of each training image, int32 on the CPU; None without."""
         section, size = self.recipe.data, self.recipe.eval.batch_size
         if section.copies == 0:
             return None
@@ -141,6 +141,7 @@ class VARTask(Task):
         return torch.stack(copies)
 
     def _copied(self, indices: Indices, epoch: int, copies_CNL: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and labels of some images; every epoch draws one of the copies of each image."""
         rng = stream(self.recipe.seed, epoch, STREAM_COPY)
         copy_N = rng.integers(len(copies_CNL), size=self.data.num_train)
         index = torch.from_numpy(np.asarray(indices))
@@ -151,7 +152,7 @@ class VARTask(Task):
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Full float32 in CUDA's convolutions and matrix products; the CPU has no other."""
+    """Turn TF32 off in CUDA's convolutions and matrix products within the block."""
     backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [backend.allow_tf32 for backend in backends]
     try:
@@ -175,17 +176,19 @@ def train_var(
 ) -> Summary:
     """Train a recipe's depth supernet into ``out``, and write the model folder there at the end.
 
-    ``out`` then holds ``config.json`` and ``model.safetensors`` with the weights of the best
+    ``out`` then holds ``config.json`` and ``model.safetensors`` with the weights of the lowest
     held-out loss (mean over the full network and every subnet depth).
 
     Args:
         resume: continue the run that ``out`` holds.
-        seed: replaces the recipe's.
-        resume_command: what to print when the run is stopped; None derives it from the recipe.
+        seed: replaces the recipe's seed.
+        console: to print to; None is standard output.
+        device: None is the GPU where there is one, else the CPU.
+        resume_command: printed when the run is stopped; None derives it from the recipe.
     Raises:
-        UserError: no VQ-VAE to tokenize with, or one that is half trained or, when resuming,
-            another one; data and model disagree about the classes; see also
-            :class:`variant.training.run_setup.RunSetup` and
+        UserError: there is no VQ-VAE to tokenize with, or its training has not finished, or it is
+            not the one that a resumed run started with; data and model have different numbers of
+            classes; see also :class:`variant.training.run_setup.RunSetup` and
             :meth:`variant.training.trainer.Trainer.run`.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
     """
@@ -219,7 +222,7 @@ def train_var(
     task = VARTask(module, vae, setup.data, recipe, setup.device, setup.steps_per_epoch)
     trainer = Trainer(task, setup, recipe.schedule.phases.total, console)
     summary = trainer.run()  # leaves the best weights in the module
-    described = {
+    training = {
         "recipe": recipe.name,
         "seed": recipe.seed,
         "settings": recipe.to_dict(),
@@ -229,5 +232,5 @@ def train_var(
         "train_loss": summary.train_loss,
         "held_out_loss": summary.held_out_loss,
     }
-    save_model(setup.folder, module.cpu().eval(), vae.cpu(), {"training": described})
+    save_model(setup.folder, module.cpu().eval(), vae.cpu(), {"training": training})
     return summary
