@@ -1,4 +1,4 @@
-"""What training images look like after augmentation, and that it repeats."""
+"""Training images: augmentation, reproducibility, unreadable files."""
 
 import numpy as np
 import pytest
@@ -110,13 +110,13 @@ def test_files_and_classes_are_sorted(folder):
     assert labels == [0, 0, 0, 1, 1, 1]
 
 
-def test_random_streams_of_one_epoch_are_apart():
+def test_random_streams_of_one_epoch_differ():
     draws = {float(stream(0, 1, which).random()) for which in (1, 2, 3, 4)}
     assert len(draws) == 4
     assert stream(5, 1, 2).random() == stream(5, 1, 2).random()
 
 
-def test_images_that_pil_would_read_wrongly_or_not_at_all_are_named(folder, monkeypatch):
+def test_unsuitable_and_unreadable_images_are_named(folder, monkeypatch):
     def refuse(message):
         with pytest.raises(UserError, match=message) as caught:
             open_folder(folder).train([0], epoch=0)

@@ -1,4 +1,4 @@
-"""What a training run prints."""
+"""The output of a training run."""
 
 import io
 
@@ -32,7 +32,7 @@ def test_an_epoch_without_evaluation_prints_its_training_loss_alone():
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_the_bar_is_shown_on_terminals_only(is_terminal):
     console = Console(file=io.StringIO(), width=80, force_terminal=is_terminal)
-    shown = RunConsole("vae", epochs=1, total_steps=4, console=console)
-    with shown.progress_bar():
-        shown.update(2, 0.5)
+    run = RunConsole("vae", epochs=1, total_steps=4, console=console)
+    with run.progress_bar():
+        run.update(2, 0.5)
     assert ("vae" in console.file.getvalue()) is is_terminal

@@ -1,4 +1,4 @@
-"""Training runs as files: what is refused before anything is lost, and how runs are resumed."""
+"""Training runs and their files: refusals before anything is lost, and resumption."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ __all__ = ["folders", "recipe"]  # fixtures
 
 
 def stopped(recipe, out, patch, train=train_vae, task=VAETask, step=2, **rest):
-    """A run that stops after that step, in its second epoch; what it printed."""
+    """Start a run, stop it after that step (of its second epoch), return its output."""
     console = quiet()
     with patch.context() as inner:
         interrupt_after(inner, task, step)
@@ -130,7 +130,7 @@ def test_a_damaged_or_foreign_checkpoint_is_one_line(recipe, tmp_path, monkeypat
     assert resume(recipe, tmp_path).steps == 4
 
 
-def test_refusals_come_before_weights_are_read_and_copies_encoded(recipe, tmp_path, monkeypatch):
+def test_runs_are_refused_before_weights_are_read_and_copies_encoded(recipe, tmp_path, monkeypatch):
     both(recipe, tmp_path)
 
     def fail(*args, **rest):
@@ -150,14 +150,14 @@ def test_refusals_come_before_weights_are_read_and_copies_encoded(recipe, tmp_pa
             train_var(chosen, out, console=quiet(), device=CPU)
 
 
-def test_a_model_that_no_run_here_made_is_not_overwritten(recipe, tmp_path):
+def test_a_model_folder_without_a_run_is_not_overwritten(recipe, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     for train in (train_vae, train_var):
-        with pytest.raises(UserError, match=r"holds a model .config.json. but no run that made it"):
+        with pytest.raises(UserError, match=r"holds a model .config.json. but no training run"):
             train(recipe, tmp_path, console=quiet(), device=CPU)
 
 
-def test_the_resume_command_is_quoted_and_has_the_seed(recipe, tmp_path, monkeypatch):
+def test_the_resume_command_is_quoted_and_contains_the_seed(recipe, tmp_path, monkeypatch):
     digits = load_recipe("digits")
     folder = Path("a b")
     assert resume_hint("variant train", digits, folder) == (
@@ -231,20 +231,20 @@ def test_bf16_computes_products_in_bf16_and_the_teacher_input_in_float32(
     recipe, tmp_path, monkeypatch
 ):
     train_vae(recipe, tmp_path, console=quiet(), device=CPU)
-    seen = {}
+    observed = {}
     forward = VAR.forward
 
     def spy(self, labels, x_teacher, schedule=None, **rest):
-        seen["enabled"] = torch.is_autocast_enabled("cpu")
-        seen["dtype"] = torch.get_autocast_dtype("cpu")
-        seen["product"] = torch.nn.functional.linear(x_teacher, x_teacher[0]).dtype
-        seen["teacher"] = x_teacher.dtype
+        observed["enabled"] = torch.is_autocast_enabled("cpu")
+        observed["dtype"] = torch.get_autocast_dtype("cpu")
+        observed["product"] = torch.nn.functional.linear(x_teacher, x_teacher[0]).dtype
+        observed["teacher"] = x_teacher.dtype
         return forward(self, labels, x_teacher, schedule, **rest)
 
     monkeypatch.setattr(VAR, "forward", spy)
     chosen = dataclasses.replace(recipe, optim=dataclasses.replace(OPTIM, precision="bf16"))
     train_var(chosen, tmp_path, console=quiet(), device=CPU)
-    assert seen == {
+    assert observed == {
         "enabled": True,
         "dtype": torch.bfloat16,
         "product": torch.bfloat16,
@@ -253,40 +253,40 @@ def test_bf16_computes_products_in_bf16_and_the_teacher_input_in_float32(
 
 
 def task_of(recipe, copies):
-    """A task whose network records what it is given; its VQ-VAE's tokens are the label."""
+    """A task whose network records its arguments, and the dictionary of those arguments."""
     section = recipe.data
     if copies:
         section = dataclasses.replace(section, mixup=0.0, copies=copies)
     chosen = dataclasses.replace(recipe, data=section)
-    given = {}
+    arguments = {}
 
     class Network(torch.nn.Module):
         def schedule(self, depth):
             return None
 
         def forward(self, labels_B, x_teacher, schedule, **mixing):
-            given.update(mixing, labels=labels_B, images=x_teacher)
+            arguments.update(mixing, labels=labels_B, images=x_teacher)
             return torch.zeros(len(labels_B), 3, 8)
 
     task = VARTask(Network(), None, open_recipe_data(chosen), chosen, CPU, 2)
     task._teacher_input = lambda tokens_BL: tokens_BL
-    return task, given
+    return task, arguments
 
 
 def test_copied_tokens_come_with_the_label_of_their_image(recipe):
-    task, given = task_of(recipe, copies=2)
+    task, arguments = task_of(recipe, copies=2)
     number_N = torch.arange(24)
     task._copies_CNL = torch.stack((number_N, number_N))[:, :, None].expand(2, 24, 3)
     indices = torch.randperm(24, generator=torch.Generator().manual_seed(1)).numpy()[:7]
     tokens_BL, labels_B = task._copied(indices, 0, task._copies_CNL)
     assert tokens_BL[:, 0].tolist() == indices.tolist()
     assert labels_B.tolist() == [int(index >= 12) for index in indices]
-    assert not given
+    assert not arguments
 
 
 def test_mixup_gives_the_network_the_label_of_the_partner_and_the_images_weight(recipe):
-    task, given = task_of(recipe, copies=0)
-    task._tokenize = lambda images: images[:, 0, 0, :3]  # keep the mixed pixels to look at
+    task, arguments = task_of(recipe, copies=0)
+    task._tokenize = lambda images: images[:, 0, 0, :3]  # keeps the mixed pixels
     cross_entropy = torch.nn.functional.cross_entropy
     indices = torch.arange(2, 24, 3).numpy()
     try:
@@ -295,20 +295,20 @@ def test_mixup_gives_the_network_the_label_of_the_partner_and_the_images_weight(
     finally:
         torch.nn.functional.cross_entropy = cross_entropy
     images, labels_B = task.data.train(indices, 0)
-    assert torch.equal(given["labels"], labels_B)
-    mix_B = given["mix_B"]
+    assert torch.equal(arguments["labels"], labels_B)
+    mix_B = arguments["mix_B"]
     assert len(set(mix_B.tolist())) == len(indices)
     pixels = images[:, 0, 0, :3]
     for row, mix in enumerate(mix_B):
-        # Whose pixels are in it tells the partner, and with it the label that must be mixed in.
+        # The mixed pixels identify the partner, whose label must be mixed in too.
         others = [mix * pixels[row] + (1 - mix) * pixels[other] for other in range(len(indices))]
         near = [
             other
             for other, mixed in enumerate(others)
-            if torch.allclose(mixed, given["images"][row], atol=1e-5)
+            if torch.allclose(mixed, arguments["images"][row], atol=1e-5)
         ]
         assert near
-        assert given["mixed_labels_B"][row] in labels_B[near]
+        assert arguments["mixed_labels_B"][row] in labels_B[near]
 
 
 def test_tokenising_turns_tf32_off_and_restores_it():
@@ -330,6 +330,6 @@ def test_an_evaluation_of_few_held_out_images_sees_every_class(recipe, folders):
     section = dataclasses.replace(recipe.data, held_out=str(folders / "train"))
     data = FolderData(section, 8, 3, seed=0)
     assert data.held_out(range(6))[1].unique().tolist() == [0, 1]
-    shown = [path.parent.name for path in data.held_out_paths]
-    assert shown == [f"class{label}" for label in data.held_out_labels.tolist()]
-    assert sorted(shown) == ["class0"] * 12 + ["class1"] * 12
+    classes = [path.parent.name for path in data.held_out_paths]
+    assert classes == [f"class{label}" for label in data.held_out_labels.tolist()]
+    assert sorted(classes) == ["class0"] * 12 + ["class1"] * 12

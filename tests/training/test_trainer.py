@@ -1,4 +1,4 @@
-"""Training: the schedule is followed, runs repeat, and a resumed run equals an unbroken one."""
+"""Training: the schedule is followed, runs are reproducible, resumed runs equal unbroken ones."""
 
 import dataclasses
 import io
@@ -152,7 +152,7 @@ def test_stopping_and_resuming_equals_never_stopping(
     assert stopped.value.code == 130
     assert f"stopped after step {step + 1} of" in console.file.getvalue()
     assert "Resume with: the same command and --resume" in console.file.getvalue()
-    torch.manual_seed(99)  # whatever else the process draws must not matter
+    torch.manual_seed(99)  # other draws of the process must not change the run
     train(recipe, parted, resume=True, console=quiet(), device=CPU)
     assert metrics(parted, kind) == metrics(tmp_path / "whole", kind)
     states = [
@@ -302,15 +302,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(recipe, tmp_path, monkeypatch):
         train_vae(recipe, tmp_path, console=quiet(), device=CPU)
 
 
-def test_weight_decay_spares_biases_norms_embeddings_and_gains(recipe):
+def test_biases_norms_embeddings_and_gains_have_no_weight_decay(recipe):
     module = VAR(recipe.var_config)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    decayed, spared = decay_groups(module, 0.05)
+    decayed, not_decayed = decay_groups(module, 0.05)
     assert decayed["weight_decay"] == 0.05
-    assert spared["weight_decay"] == 0.0
+    assert not_decayed["weight_decay"] == 0.0
     decayed_names = {names[id(parameter)] for parameter in decayed["params"]}
-    spared_names = {names[id(parameter)] for parameter in spared["params"]}
-    assert decayed_names | spared_names == set(names.values())
+    not_decayed_names = {names[id(parameter)] for parameter in not_decayed["params"]}
+    assert decayed_names | not_decayed_names == set(names.values())
     assert {"word_embed.weight", "head.weight", "blocks.0.attn.mat_qkv.weight"} <= decayed_names
     assert {
         "class_emb.weight",
@@ -319,7 +319,7 @@ def test_weight_decay_spares_biases_norms_embeddings_and_gains(recipe):
         "pos_1LC",
         "blocks.0.attn.scale_mul_1H11",
         "head.bias",
-    } <= spared_names
+    } <= not_decayed_names
 
 
 def test_learning_rate_is_constant_or_a_cosine_after_the_warm_up():
@@ -364,13 +364,14 @@ def test_a_batch_larger_than_the_data_is_refused(recipe, tmp_path):
 def test_the_summary_gives_both_losses_of_the_best_weights_for_every_configuration(
     recipe, tmp_path
 ):
-    made = train_vae(recipe, tmp_path, console=quiet(), device=CPU)
-    assert made.train_loss.keys() == made.held_out_loss.keys() == {"reconstruction"}
+    vae_summary = train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    assert vae_summary.train_loss.keys() == {"reconstruction"}
+    assert vae_summary.held_out_loss.keys() == {"reconstruction"}
     summary = train_var(recipe, tmp_path, console=quiet(), device=CPU)
     assert summary.train_loss.keys() == summary.held_out_loss.keys() == {"full", "2"}
     var, vae, _ = load_model(tmp_path)
     data = open_recipe_data(recipe)
-    # As many as are held out, 6, the same in every run and of both classes.
+    # Six images, as many as are held out; the same in every run, and of both classes.
     sample = np.random.default_rng(0).permutation(24)[:6]
     images, labels = data.train(sample, 0)
     assert set(labels.tolist()) == {0, 1}
@@ -413,7 +414,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(
     def loss(self, indices, epoch, step):
         modules.append((self.module, {k: v.clone() for k, v in self.module.state_dict().items()}))
         weight = next(self.module.parameters())
-        return weight.sum() * 0 + (weight.flatten()[0] * 0).sqrt()  # finite; its slope is not
+        return weight.sum() * 0 + (weight.flatten()[0] * 0).sqrt()  # its gradient is not finite
 
     monkeypatch.setattr(VAETask, "loss", loss)
     with pytest.raises(UserError, match="the gradient is not finite at step 0"):

@@ -67,7 +67,7 @@ def save_model(
         "var": var.config.to_dict(),
         "vae": vae.config.to_dict(),
     }
-    # Before any file is written: if this raises, no new weights lie beside an old config.
+    # Before any file is written: if this raises, the old files stay complete.
     text = json.dumps(config, indent=1) + "\n"
     with atomic_write(folder / WEIGHTS_NAME) as path:
         save_file(tensors, path, metadata={"format": "pt"})

@@ -77,7 +77,7 @@ class Checkpointer:
         """Write the checkpoint, random generators included.
 
         Args:
-            recipe: as plain values.  inputs: what identifies the training data.
+            recipe: as plain values.  inputs: values that identify the training data.
             total_steps: optimiser steps of the complete run.
         Raises:
             UserError: the file cannot be written.
@@ -115,7 +115,7 @@ class Checkpointer:
             state.step, state.seconds = saved["step"], saved["seconds"]
             state.loss_sums = {name: (pair[0], pair[1]) for name, pair in saved["sums"].items()}
             state.history = saved["history"]
-            json.dumps(state.history)  # raises where the metrics file could not hold it
+            json.dumps(state.history)  # raises TypeError if the metrics file cannot hold it
             best_entry = state.best_entry()
             set_random_state(saved["random"])
         except (

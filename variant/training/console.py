@@ -1,4 +1,4 @@
-"""What a training run prints: a progress bar, a line per epoch, how to resume."""
+"""The output of a training run: a progress bar, a line per epoch, how to resume."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from rich.progress import (
 
 
 class RunConsole:
-    """Prints one run's progress; the bar is shown on terminals only.
+    """Prints one run's progress, with a bar on terminals.
 
     Args:
-        kind: of the task, names the run.
+        kind: of the task, the first word of each line.
         epochs, total_steps: of the complete run.
         console: None prints to standard output.
     """
@@ -53,7 +53,7 @@ class RunConsole:
         self._progress = None
 
     def update(self, step: int, loss: float) -> None:
-        """Move the bar.  Args: step: optimiser steps done.  loss: of the last one."""
+        """Move the bar to ``step`` completed steps; ``loss`` is that of the last one."""
         if self._progress is not None:
             self._progress.update(self._bar, completed=step, loss=f"loss {loss:.4f}")
 
@@ -69,7 +69,7 @@ class RunConsole:
         self._print(line)
 
     def print_stop(self, step: int, resume_command: str) -> None:
-        """Say that the run stopped after ``step`` steps, and which command resumes it."""
+        """Print that the run stopped after ``step`` steps, and the command that resumes it."""
         self._print(
             f"stopped after step {step} of {self.total_steps}; everything is saved. "
             f"Resume with: {resume_command}"

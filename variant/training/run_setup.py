@@ -18,7 +18,7 @@ from variant.training.recipe import Recipe, load_recipe, recipe_names
 
 # The command that trains each kind of task.
 COMMANDS = {"var": "variant train", "vae": "variant train-vae"}
-# What identifies the training data besides the recipe; a resumed run must have the same.
+# Values that identify the training data besides the recipe; a resumed run must have the same ones.
 INPUTS = {
     "num_train": "number of training images",
     "num_held_out": "number of held-out images",
@@ -56,7 +56,7 @@ class RunSetup:
         resume: continue the run that the folder holds.
         resume_command: printed when the run is stopped; None derives it from the recipe.
     Attributes:
-        data: the opened data set.  inputs: what identifies the training data.
+        data: the opened data set.  inputs: values that identify the training data.
         checkpointer: of this run.  saved: the checkpoint's contents, None for a new run.
     Raises:
         UserError: the folder holds a run or another model although resume is False, or no run
@@ -138,7 +138,7 @@ class RunSetup:
         trained_here = Checkpointer(folder, "var").last.exists()
         if not resume and (folder / CONFIG_NAME).exists() and not trained_here:
             raise UserError(
-                f"{folder}: holds a model ({CONFIG_NAME}) but no run that made it; choose another "
+                f"{folder}: holds a model ({CONFIG_NAME}) but no training run; choose another "
                 "folder"
             )
         if resume and not last.exists():

@@ -11,12 +11,12 @@ from torch import nn
 
 @dataclass
 class RunState:
-    """What a checkpoint must hold, besides the random generators, to resume a run.
+    """The state that a checkpoint must hold, besides the random generators, to resume a run.
 
-    module, optimizer, scaler: what is trained and how.
-    step: optimiser steps done.  seconds: spent in all sittings of the run.
-    loss_sums: by name of the step's configuration, sum and count of this epoch's training losses.
-    history: one entry per finished epoch, the lines of the metrics file.
+    step: number of completed optimiser steps.
+    seconds: of training, summed over all resumptions.
+    loss_sums: sum and count of this epoch's training losses by name of the configuration.
+    history: one entry per completed epoch, as in the metrics file.
     """
 
     module: nn.Module
@@ -28,7 +28,7 @@ class RunState:
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def add_loss(self, name: str, loss: float) -> None:
-        """Count one step's loss under the name of its configuration."""
+        """Add one step's loss to the sum of its configuration."""
         total, count = self.loss_sums.get(name, (0.0, 0))
         self.loss_sums[name] = (total + loss, count + 1)
 
@@ -37,6 +37,6 @@ class RunState:
         return {name: total / count for name, (total, count) in sorted(self.loss_sums.items())}
 
     def best_entry(self) -> dict[str, Any] | None:
-        """The epoch of the lowest mean held-out loss, the earliest of equal ones; None without."""
+        """The entry of the lowest mean held-out loss, the earliest of equals; None before one."""
         evaluated = [entry for entry in self.history if "held_out_mean" in entry]
         return min(evaluated, key=lambda entry: entry["held_out_mean"], default=None)

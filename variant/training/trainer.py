@@ -118,10 +118,10 @@ class Trainer:
         state.add_loss(self.task.name_of_step(state.step), total)
         return total
 
-    def _require_finite(self, value: float, what: str, epoch: int) -> None:
+    def _require_finite(self, value: float, name: str, epoch: int) -> None:
         if not math.isfinite(value):
             raise UserError(
-                f"{self.recipe.name}: the {what} is not finite at step {self.state.step} (epoch "
+                f"{self.recipe.name}: the {name} is not finite at step {self.state.step} (epoch "
                 f"{epoch}); try a lower learning_rate or precision fp32"
             )
 

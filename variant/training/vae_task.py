@@ -146,7 +146,9 @@ def train_vae(
         recipe = dataclasses.replace(recipe, seed=seed)
     optim = recipe.vae_training.optim
     if recipe.vae_training.weights is not None or optim is None:
-        raise UserError(f"{recipe.name}: trains no VQ-VAE; it uses {recipe.vae_training.weights}")
+        raise UserError(
+            f"{recipe.name}: trains no VQ-VAE; it uses {recipe.vae_training.weights} instead"
+        )
     setup = RunSetup(
         VAETask.kind,
         recipe,
