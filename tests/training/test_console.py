@@ -33,6 +33,6 @@ def test_an_epoch_without_evaluation_prints_its_training_loss_alone():
 def test_the_bar_is_shown_on_terminals_only(is_terminal):
     console = Console(file=io.StringIO(), width=80, force_terminal=is_terminal)
     run = RunConsole("vae", epochs=1, total_steps=4, console=console)
-    with run.progress_bar():
-        run.update(2, 0.5)
+    with run.progress_bar() as move_bar:
+        move_bar(2, 0.5)
     assert ("vae" in console.file.getvalue()) is is_terminal

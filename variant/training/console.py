@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -31,13 +30,14 @@ class RunConsole:
     ) -> None:
         self.kind, self.epochs, self.total_steps = kind, epochs, total_steps
         self.console = console or Console()
-        self._progress: Progress | None = None
-        self._bar = TaskID(0)
 
     @contextmanager
-    def progress_bar(self) -> Iterator[None]:
-        """Show the bar within the block, and remove it afterwards."""
-        self._progress = Progress(
+    def progress_bar(self) -> Iterator[Callable[[int, float], None]]:
+        """Show the bar within the block; yields a function that moves it.
+
+        That function takes the number of completed steps and the loss of the last one.
+        """
+        progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -47,15 +47,9 @@ class RunConsole:
             transient=True,
             disable=not self.console.is_terminal,
         )
-        with self._progress:
-            self._bar = self._progress.add_task(self.kind, total=self.total_steps, loss="")
-            yield
-        self._progress = None
-
-    def update(self, step: int, loss: float) -> None:
-        """Move the bar to ``step`` completed steps; ``loss`` is that of the last one."""
-        if self._progress is not None:
-            self._progress.update(self._bar, completed=step, loss=f"loss {loss:.4f}")
+        with progress:
+            bar = progress.add_task(self.kind, total=self.total_steps, loss="")
+            yield lambda step, loss: progress.update(bar, completed=step, loss=f"loss {loss:.4f}")
 
     def print_epoch(self, entry: Mapping[str, Any]) -> None:
         """Print the losses of a finished epoch, an entry of the run's history."""

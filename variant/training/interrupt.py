@@ -9,9 +9,11 @@ from contextlib import contextmanager
 
 
 class Interrupt:
-    """The signal, Ctrl-C or SIGTERM, that requested a stop; a second one has its usual effect.
+    """Records Ctrl-C or SIGTERM, so that a run can stop at the end of its present step.
 
-    signum: of the signal, None before one arrives.
+    A second signal has its usual effect.
+
+    signum: of the recorded signal; None before one arrives.
     """
 
     signum: int | None = None

@@ -75,7 +75,7 @@ class Trainer:
             self.setup.saved = None  # frees the second copy of the optimiser's moments
         self.metrics.rewrite(state.history)
         self.task.prepare()
-        with Interrupt().listening() as interrupt, self.console.progress_bar():
+        with Interrupt().listening() as interrupt, self.console.progress_bar() as move_bar:
             while state.step < self.total_steps:
                 started = time.monotonic()
                 loss = self._train_step()
@@ -84,7 +84,7 @@ class Trainer:
                     self._end_epoch(started)
                 else:
                     state.seconds += time.monotonic() - started
-                self.console.update(state.step, loss)
+                move_bar(state.step, loss)
                 if interrupt.signum is not None:
                     self._stop(interrupt.signum)
         return self._summary()
