@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from variant_kernels import __version__ as __version__
+
 if TYPE_CHECKING:
     from variant.accelerate_original import accelerate
     from variant.engine.engine import Engine
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from variant.supernet import VARiant
 
 # Imported at first use: `variant --help` must not wait for torch.
-_HOME = {
+_MODULES = {
     "VAR": "models.var",
     "VQVAE": "models.vqvae",
     "Engine": "engine.engine",
@@ -49,9 +51,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'variant' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"variant.{_HOME[name]}"), name)
+    value = getattr(importlib.import_module(f"variant.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -8,7 +8,7 @@ import torch
 
 from variant_kernels.dispatch.request import dtype_name
 
-# The original's demo runs under float16 autocast on a GPU; a CPU is fast in bfloat16.
+# The original's demo uses float16 autocast on a GPU; CPUs have fast products in bfloat16.
 AUTOCAST = {"cpu": torch.bfloat16, "cuda": torch.float16}
 
 
@@ -18,13 +18,13 @@ def autocast(device: str, enabled: bool) -> torch.autocast:
 
 
 def peer_settings(device: str) -> dict[str, bool]:
-    """Name of each peer setting, and whether autocast is on: on a GPU nobody runs float32."""
+    """Name of each peer setting, and whether autocast is on. GPU peers run under autocast only."""
     sixteen = {f"{dtype_name(AUTOCAST[device])} autocast": True}
     return sixteen if device == "cuda" else {"float32": False, **sixteen}
 
 
 def clock(device: str) -> float:
-    """Seconds; work queued on a GPU counts as done only when it is."""
+    """Seconds, read after the device has finished its queued work."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

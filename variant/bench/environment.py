@@ -1,6 +1,6 @@
-"""Where a number was measured: machine, versions, commit and command, for every result file.
+"""The environment of a measurement: machine, versions, commit and command.
 
-``python -m variant.bench.environment`` prints the machine's name as result files carry it.
+``python -m variant.bench.environment`` prints the machine's name as it stands in file names.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CPUS = Path("/sys/devices/system/cpu")
 
 
 def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
-    """All that a reader needs to repeat a measurement, as plain values.
+    """Everything needed to repeat a measurement, as plain values.
 
     Args:
         command: program and arguments; None is this process's own.
@@ -48,16 +48,16 @@ def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
     }
 
 
-def machine_slug(found: dict[str, Any]) -> str:
+def machine_slug(machine: dict[str, Any]) -> str:
     """A file name for a machine's results: ``amd-epyc-avx512-2-threads``, or its GPU's name."""
-    words = found["gpu"] or f"{found['cpu']} {found['isa']} {found['threads']} threads"
+    words = machine["gpu"] or (f"{machine['cpu']} {machine['isa']} {machine['threads']} threads")
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
 def command_line(words: Sequence[str]) -> str:
-    """One line that can be run elsewhere: absolute paths, which exist here only, lose their folder.
+    """The command as one line, without the folders of absolute paths.
 
-    ``--option=/a/b`` counts as a path too.
+    ``--option=/a/b`` counts as a path too. Other machines do not have these folders.
     """
     shown = []
     for position, word in enumerate(words):
@@ -70,20 +70,20 @@ def command_line(words: Sequence[str]) -> str:
     return " ".join([*forced, *shown])
 
 
-# Variables that change what runs; named in the command where they are set.
+# Variables that change what runs; the command names those that are set.
 ENVIRONMENT = ("VARIANT_CPU_ISA", "VARIANT_BACKEND", "OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA")
 
 
 def cpu_name() -> str:
     """The processor's name as the system gives it."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match.group(1).strip() if match else platform.processor() or platform.machine()
 
 
 def caches(root: Path = CPUS) -> dict[str, str]:
     """``{"L1 data": "32K", "L2": "1024K", "L3": "32768K"}`` of the first core; empty if unknown."""
-    found = {}
+    sizes = {}
     for folder in sorted((root / "cpu0" / "cache").glob("index*")):
         try:
             level, kind, size = (
@@ -92,8 +92,8 @@ def caches(root: Path = CPUS) -> dict[str, str]:
         except OSError:
             continue
         if kind != "Instruction":
-            found[f"L{level}" + (" data" if kind == "Data" else "")] = size
-    return found
+            sizes[f"L{level}" + (" data" if kind == "Data" else "")] = size
+    return sizes
 
 
 def last_level_bytes(root: Path = CPUS) -> int:
@@ -104,7 +104,7 @@ def last_level_bytes(root: Path = CPUS) -> int:
 
 
 def cache_bytes(device: str) -> int:
-    """Size of the largest cache of a device: what a large tensor must exceed by far."""
+    """Size of the largest cache of a device, bytes."""
     if device == "cuda":
         return torch.cuda.get_device_properties().L2_cache_size
     return last_level_bytes()

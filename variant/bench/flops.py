@@ -1,4 +1,4 @@
-"""How much work a generation is, from sizes and schedule alone: linear layers, FLOP, ceilings.
+"""The work of a generation from sizes and schedule alone: linear layers, FLOP, ceilings.
 
 Rows are sequences: two per image with guidance. FLOP counts a multiply-add as two.
 """
@@ -35,35 +35,35 @@ def linears(
 ) -> list[Linear]:
     """Every matrix product with weights that a generation of ``batch`` images needs, in order.
 
-    The class conditioning comes once per image, the unconditional half of the first scale's head
-    not at all: at the first scale guidance is 0.
+    The class conditioning runs once per image. The unconditional half of the first scale's head
+    does not run, because guidance is 0 there.
     """
     rows, width = batch * (2 if guidance else 1), config.embed_dim
     hidden = round(width * config.mlp_ratio)
-    found = []
+    products = []
     if config.shared_aln:
-        found.append(Linear(-1, "shared_ada_lin", rows, width, 6 * width))
+        products.append(Linear(-1, "shared_ada_lin", rows, width, 6 * width))
     else:
-        found += [
+        products += [
             Linear(layer, "ada_lin", rows, width, 6 * width)
             for layer in range(config.depth)
             if schedule.last_scale(layer) >= 0
         ]
-    found.append(Linear(-1, "head_nm", rows, width, 2 * width))
+    products.append(Linear(-1, "head_nm", rows, width, 2 * width))
     for scale, tokens in enumerate(config.layout.tokens):
         if scale:
             inputs = config.vae_channels
-            found.append(Linear(-1, "word_embed", batch * tokens, inputs, width))
+            products.append(Linear(-1, "word_embed", batch * tokens, inputs, width))
         for layer in schedule.active_layers(scale):
-            found += [
+            products += [
                 Linear(layer, "mat_qkv", rows * tokens, width, 3 * width),
                 Linear(layer, "proj", rows * tokens, width, width),
                 Linear(layer, "fc1", rows * tokens, width, hidden),
                 Linear(layer, "fc2", rows * tokens, hidden, width),
             ]
         head_rows = batch if scale == 0 else rows
-        found.append(Linear(-1, "head", head_rows * tokens, width, config.vocab_size))
-    return found
+        products.append(Linear(-1, "head", head_rows * tokens, width, config.vocab_size))
+    return products
 
 
 # Work that grows with the tokens; the conditioning is once per image.
@@ -78,14 +78,14 @@ def linear_flop(config: VARConfig, schedule: DepthSchedule, batch: int = 1) -> i
 def weight_bytes(config: VARConfig, schedule: DepthSchedule, item: int) -> int:
     """Bytes of the weights that a generation reads if every product reads its own once.
 
-    Less it cannot be: scales follow one another, and the weights of a scale are far more than any
-    cache holds. item: bytes of one weight.
+    This is a lower bound: scales run one after the other, and the weights of one scale do not fit
+    into any cache. item: bytes of one weight.
     """
     return sum(item * x.inputs * x.outputs for x in linears(config, schedule, 1))
 
 
 def ceiling(config: VARConfig, schedule: DepthSchedule) -> float:
-    """Speed-up over full depth if time were linear work alone."""
+    """Speed-up over full depth if linear work took all the time."""
     full = DepthSchedule.full(config.depth, schedule.num_scales)
     return linear_flop(config, full) / linear_flop(config, schedule)
 

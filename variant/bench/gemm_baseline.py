@@ -1,4 +1,4 @@
-"""The matrix products of a generation and nothing else: what remains is what the engine adds."""
+"""The matrix products of a generation alone; the rest of the time is what the engine adds."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Product = Callable[[Tensor], Tensor]
 class GemmsAlone:
     """Every linear layer of a generation with its own weights, by the engine's library calls.
 
-    The weights are really those of the model, as the engine packs them: at batch 1 what costs is
-    reading them. Inputs are made once and shared by layers of one shape.
+    Each product reads its own weights, packed as in the engine: reading them dominates at batch 1.
+    Inputs are created once and shared by layers of the same shape.
     """
 
     def __init__(self, var: VAR, dtype: torch.dtype, batch: int) -> None:
@@ -34,7 +34,7 @@ class GemmsAlone:
 
     @torch.inference_mode()
     def run(self, schedule: DepthSchedule) -> None:
-        """All products once; on a GPU as one graph, since the engine launches none from Python."""
+        """All products once; on a GPU as one graph, because the engine replays a graph too."""
         if not on_gpu(self.var.head.weight):
             self._launch(schedule)
             return
@@ -48,18 +48,18 @@ class GemmsAlone:
 
     def _launch(self, schedule: DepthSchedule) -> None:
         for linear in linears(self.var.config, schedule, self.batch):
-            product, given = self._product(linear), self._input(linear)
-            # On a CPU the engine's MLP works on parts that stay in the cache.
-            in_parts = linear.name in ("fc1", "fc2") and given.device.type == "cpu"
-            parts = given.split(MLP_ROWS) if in_parts else (given,)
+            product, x = self._product(linear), self._input(linear)
+            # On a CPU the engine splits the MLP into parts that stay in the cache.
+            in_parts = linear.name in ("fc1", "fc2") and x.device.type == "cpu"
+            parts = x.split(MLP_ROWS) if in_parts else (x,)
             for part in parts:
                 product(part)
 
     def _input(self, linear: Linear) -> Tensor:
         key = linear.rows, linear.inputs, self._how(linear)[0]
         if key not in self._inputs:
-            made = torch.randn(linear.rows, linear.inputs, device=self.var.head.weight.device)
-            self._inputs[key] = made.to(key[2])
+            x = torch.randn(linear.rows, linear.inputs, device=self.var.head.weight.device)
+            self._inputs[key] = x.to(key[2])
         return self._inputs[key]
 
     def _how(self, linear: Linear) -> tuple[torch.dtype, bool]:

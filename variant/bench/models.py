@@ -1,4 +1,4 @@
-"""The models that the engine benchmark runs: a folder's, the shipped one, or a preset's sizes."""
+"""Models of the engine benchmark: from a folder, shipped with the package, or a preset."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from variant.supernet import VARiant, locate
 
 
 def is_preset(name: str) -> bool:
-    """Whether the name stands for sizes, without weights; a folder of that name goes first."""
+    """Whether the name is a preset without weights. A folder of that name takes precedence."""
     return name in VAR_PRESETS and not Path(name).exists()
 
 
@@ -37,7 +37,7 @@ def build(name: str, device: str = "cpu") -> tuple[VAR, VQVAE]:
     else:
         torch.manual_seed(0)
         config, vae_config = configs(name)
-        # Drawn where they will be: two billion weights take half a minute on a CPU.
+        # Created on the device: drawing two billion weights on a CPU takes half a minute.
         with torch.device(device):
             var, vae = VAR(config), VQVAE(vae_config)
         with torch.no_grad():

@@ -1,7 +1,7 @@
 """The original VAR code as a peer: its own classes, from a clone of its repository.
 
-FoundationVision/VAR is imported from a folder that the user names; nothing of it is kept here and
-nothing in it is changed. It is given our weights and run as its own demo runs it.
+The user names the folder of a clone of FoundationVision/VAR. This module imports it unchanged,
+gives it our weights and runs it as its own demo does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.var import VAR, derived_buffers
 from variant.models.vqvae import VQVAE
 
-# What its VQ-VAE cannot be built with otherwise.
+# Sizes that are fixed in the original VQ-VAE.
 FIXED = {"ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": 2, "in_channels": 3}
 
 
@@ -45,8 +45,8 @@ def classes(repo: Path, device: str = "cpu") -> tuple[Any, Any]:
         UserError: the folder is no clone of it, or its imports fail.
     """
     check_clone(repo)
-    # Its modules have everyday names ("models", "dist"): they are visible while it is imported.
-    mine = {name: sys.modules.pop(name) for name in _named(("models", "dist", "utils"))}
+    # Its modules have common names ("models", "dist"): sys.modules holds them only meanwhile.
+    hidden = {name: sys.modules.pop(name) for name in _named(("models", "dist", "utils"))}
     sys.path.insert(0, str(repo.resolve()))
     try:
         setattr(importlib.import_module("dist"), "__device", device)
@@ -58,7 +58,7 @@ def classes(repo: Path, device: str = "cpu") -> tuple[Any, Any]:
         sys.path.remove(str(repo.resolve()))
         for name in _named(("models", "dist", "utils")):
             del sys.modules[name]
-        sys.modules.update(mine)
+        sys.modules.update(hidden)
 
 
 def _named(tops: tuple[str, ...]) -> list[str]:
@@ -67,10 +67,10 @@ def _named(tops: tuple[str, ...]) -> list[str]:
 
 def check_sizes(config: VQVAEConfig) -> None:
     """Raises: UserError where the original's VQ-VAE has other sizes than this model's."""
-    for name, wanted in FIXED.items():
-        if getattr(config, name) != wanted:
+    for name, size in FIXED.items():
+        if getattr(config, name) != size:
             raise UserError(
-                f"--var-repo: the original VQ-VAE always has {name} {wanted}; this model has "
+                f"--var-repo: the original VQ-VAE always has {name} {size}; this model has "
                 f"{getattr(config, name)}. Leave --var-repo out to compare with the plain loop"
             )
 
@@ -86,10 +86,10 @@ class Original:
     def generate(
         self, labels_B: Tensor, *, cfg: float, top_k: int, top_p: float, seed: int, autocast: bool
     ) -> Tensor:
-        """What its ``autoregressive_infer_cfg`` returns, the decoder included.
+        """The result of ``autoregressive_infer_cfg``, which includes the decoder.
 
         Args:
-            autocast: 16 bits where torch's autocast would have them, as its demo does.
+            autocast: run under 16-bit autocast, as the original's demo does.
         """
         with torch.inference_mode(), autocasting(self.device, autocast):
             return self.var.autoregressive_infer_cfg(
@@ -98,7 +98,7 @@ class Original:
 
     @contextlib.contextmanager
     def without_decoder(self) -> Iterator[None]:
-        """Inside, the decoder on this object returns an empty picture at once."""
+        """A context in which the decoder returns an empty image at once."""
         self.vae.fhat_to_img = lambda f_hat: f_hat.new_zeros(len(f_hat), 3, 1, 1)
         try:
             yield
@@ -113,7 +113,7 @@ class Original:
     def watched(
         self, labels_B: Tensor, *, cfg: float, top_k: int, top_p: float, seed: int, autocast: bool
     ) -> tuple[Tensor, Tensor]:
-        """One generation seen through hooks: tokens (B, L) and the last scale's logits (B, T, V).
+        """Tokens (B, L) and the last scale's logits (B, T, V) of one generation, read by hooks.
 
         The logits are those of the conditional rows, before guidance, in float32.
         """
@@ -121,10 +121,10 @@ class Original:
         logits: list[Tensor] = []
         hooks = (
             self.var.vae_quant_proxy[0].embedding.register_forward_hook(
-                lambda module, given, out: tokens.append(given[0].clone())
+                lambda module, inputs, out: tokens.append(inputs[0].clone())
             ),
             self.var.head.register_forward_hook(
-                lambda module, given, out: logits.append(out[: len(labels_B)].float().clone())
+                lambda module, inputs, out: logits.append(out[: len(labels_B)].float().clone())
             ),
         )
         try:
@@ -148,14 +148,15 @@ def load(
     """The original models of these sizes.
 
     Args:
-        weights: our models, whose tensors they share; None leaves its own random ones.
-        device: "cpu" or "cuda"; that of the weights where they are shared.
+        weights: our models, whose tensors the original shares; None keeps its random weights.
+        device: "cpu" or "cuda"; for shared weights the device that they are on.
     Raises:
-        UserError: no clone there, sizes it cannot have, or a state dict that does not fit.
+        UserError: the folder is no clone, the original cannot have these sizes, or the state dict
+            does not fit.
     """
     check_sizes(vae_config)
     kind_of_var, kind_of_vae = classes(repo, device)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its sizes when it is built
+    with contextlib.redirect_stdout(io.StringIO()):  # the constructor prints its sizes
         vae: nn.Module = kind_of_vae(
             vocab_size=vae_config.vocab_size,
             z_channels=vae_config.z_channels,

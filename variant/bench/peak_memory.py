@@ -1,10 +1,10 @@
-"""Peak memory of one generation, measured in a process that does nothing else.
+"""Peak memory of one generation, measured in a process of its own.
 
-    python -m variant.bench.memory '{"who": "ours", "model": "digits", ...}'
+    python -m variant.bench.peak_memory '{"who": "ours", "model": "digits", ...}'
 
-prints one line of JSON. On a CPU VmHWM is the most memory that a process ever had resident; it
-counts what importing torch takes, which ``loaded`` tells apart. On a GPU it is what torch allocated
-there.
+prints one line of JSON. On a CPU the peak is VmHWM, the largest resident size of the process. It
+includes what importing torch takes; ``loaded`` is the size before the generation. On a GPU the peak
+is the most memory that torch had allocated.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class Job:
-    """What the child runs. who: "ours", "original" or "plain loop".
+    """The work of the child process. who: "ours", "original" or "plain loop".
 
-    autocast: of the peers, 16 bits; dtype: of ours.  decoder: whether images are decoded too.
+    autocast: whether a peer runs under 16-bit autocast.  dtype: of our engine.
+    decoder: whether images are decoded too.
     """
 
     who: str
@@ -51,10 +52,10 @@ class Job:
 
 
 def peak(job: Job) -> dict[str, int]:
-    """{"loaded": bytes resident with the model ready, "peak": most bytes ever} of a fresh process.
+    """{"loaded": bytes with the model loaded, "peak": largest number of bytes} of a new process.
 
     Raises:
-        UserError: the child failed; its last line says why.
+        UserError: the child failed; the message holds its last line.
     """
     done = subprocess.run(
         [sys.executable, "-m", "variant.bench.peak_memory", json.dumps(asdict(job))],
@@ -70,14 +71,14 @@ def peak(job: Job) -> dict[str, int]:
 
 def resident(field: str) -> int:
     """VmRSS or VmHWM of this process, in bytes."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
-    if found is None:
+    match = re.search(rf"^{field}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
+    if match is None:
         raise UserError(f"bench: {STATUS} names no {field}; memory is measured on Linux only")
-    return int(found.group(1)) * 1024
+    return int(match.group(1)) * 1024
 
 
 def in_use(device: str, most: bool) -> int:
-    """Bytes in use now, or at most so far: of the GPU's memory on a GPU, of the process's here."""
+    """Bytes in use, now or at the peak: of GPU memory, or of this process on a CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() if most else torch.cuda.memory_allocated()
     return resident("VmHWM" if most else "VmRSS")
@@ -89,7 +90,7 @@ def run(job: Job) -> dict[str, int]:
     labels_B = torch.arange(job.batch, device=job.device)
     filters = {"cfg": job.cfg, "top_k": job.top_k, "top_p": job.top_p}
     if job.who == "original":
-        # Its own random weights take the same room, and nothing of ours is in the way.
+        # Random weights need as much memory, and our model is not loaded.
         if job.var_repo is None:
             raise UserError("bench: the original needs --var-repo")
         config, vae_config = configs(job.model)

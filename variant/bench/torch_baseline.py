@@ -1,9 +1,9 @@
-"""The peer of the engine: VAR generation as it is usually written, in plain torch.
+"""The baseline of the engine: VAR generation in plain torch, as it is usually written.
 
 Every block at every scale, K/V caches grown with ``torch.cat``, adaLN projections recomputed at
-every scale, torch's attention. Layers that the schedule skips are skipped, and their K/V is kept to
-the end, as the paper's scheme does. Same weights, same draws, so in float32 the same tokens; inside
-``torch.autocast`` it computes in bfloat16 as the original code does.
+every scale, torch's attention. It skips the layers that the schedule skips and keeps their K/V to
+the end, as the paper's scheme does. Weights and random draws are those of the engine, so float32
+gives the same tokens; under ``torch.autocast`` it computes in bfloat16 as the original code does.
 
 Axes: R sequences, T tokens of this scale, C width, H heads, D width of one head.
 """
@@ -24,7 +24,7 @@ from variant_kernels.ops.sample_tokens import filter_logits
 
 @dataclass
 class PlainResult:
-    """tokens (B, L); kv_bytes: all caches at the end, which is their peak."""
+    """tokens (B, L); kv_bytes: size of all caches at the end, their largest size."""
 
     tokens: Tensor
     kv_bytes: int
@@ -101,7 +101,7 @@ def generate(
 def agree(var: VAR, vae: VQVAE, labels_B: Tensor, schedule: DepthSchedule) -> bool:
     """Whether the plain loop's teacher-forced twin, ``VAR.forward``, ranks its tokens first.
 
-    Guards the peer itself: a plain loop that computes something else is no baseline.
+    This checks the baseline: a loop that computed something else would not be one.
     """
     generator = torch.Generator(labels_B.device)
     result = generate(var, vae, labels_B, schedule, cfg=0.0, top_k=1, generator=generator)

@@ -21,6 +21,7 @@ from variant.cli.options import (
     TrainVae,
 )
 from variant.errors import UserError
+from variant_kernels import __version__
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,11 +32,15 @@ def main(arguments: list[str] | None = None) -> int:
         Ctrl-C. Wrong usage exits with 2.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words in (["--version"], ["-V"]):
+        print(f"variant {__version__}")
+        return 0
     debug = "--debug" in words
     command = tyro.cli(
         Command,  # type: ignore[arg-type]
         prog="variant",
-        description="Visual autoregressive models at any depth. --debug shows tracebacks.",
+        description="Visual autoregressive models at any depth. --version prints the version, "
+        "--debug shows tracebacks.",
         args=[word for word in words if word != "--debug"],
     )
     try:

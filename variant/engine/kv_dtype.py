@@ -1,6 +1,7 @@
 """How K and V are kept: in the engine's dtype, or 8 bits (``variant_kernels/kv_quantization.py``).
 
-Off by default: 8 bits change logits and tokens, by amounts that :mod:`variant.kv_error` measures.
+Off by default: 8 bits change logits and tokens; :mod:`variant.evaluation.kv_error` measures by how
+much.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from variant.engine.planning import kv_dtype_name
 from variant_kernels.kv_quantization import KV8_DTYPE
 
 KVDtype = Literal["fp8"] | torch.dtype | None
@@ -20,11 +22,4 @@ def check_kv_dtype(op: str, kv_dtype: object) -> torch.dtype | None:
     Raises:
         ValueError: anything else.
     """
-    if kv_dtype is None:
-        return None
-    if (isinstance(kv_dtype, str) and kv_dtype == "fp8") or kv_dtype is KV8_DTYPE:
-        return KV8_DTYPE
-    raise ValueError(
-        f'{op}: kv_dtype must be None (exact: the dtype of the products), "fp8" or '
-        f"torch.float8_e4m3fn; got {kv_dtype!r}"
-    )
+    return None if kv_dtype_name(op, kv_dtype) is None else KV8_DTYPE

@@ -1,17 +1,18 @@
-"""What a cache costs at every depth and bridge, and what fits a device: no weights needed."""
+"""What a cache costs at every depth and bridge, and what fits a device.
+
+Needs no weights and no torch: a dtype may be a torch dtype or its name.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from variant.engine.kv_dtype import KVDtype, check_kv_dtype
 from variant.models.config import VARConfig, VQVAEConfig
-from variant.models.var import VAR
-from variant.models.vqvae import VQVAE
-from variant_kernels import CachePlan, DepthSchedule
-from variant_kernels.plans.depth_schedule import DEPTH_CHAIN
+from variant.models.parameter_count import var_parameters, vqvae_parameters
+from variant_kernels.plans.cache_plan import CachePlan, item_bytes
+from variant_kernels.plans.depth_schedule import DEPTH_CHAIN, DepthSchedule
+
+KV8_NAME = "float8_e4m3fn"
 
 
 @dataclass(frozen=True)
@@ -52,25 +53,46 @@ def schedule_of(config: VARConfig, depth: int, bridge: int) -> DepthSchedule:
     return DepthSchedule(config.depth, scales, config.subnets.get(depth, depth), bridge)
 
 
+def kv_dtype_name(op: str, kv_dtype: object) -> str | None:
+    """The name of the dtype that ``kv_dtype`` asks for; None for None, which is exact K and V.
+
+    Args:
+        kv_dtype: None, "fp8" or torch.float8_e4m3fn.
+    Raises:
+        ValueError: anything else.
+    """
+    if kv_dtype is None:
+        return None
+    if kv_dtype == "fp8" or str(kv_dtype) == f"torch.{KV8_NAME}":
+        return KV8_NAME
+    raise ValueError(
+        f'{op}: kv_dtype must be None (exact: the dtype of the products), "fp8" or '
+        f"torch.{KV8_NAME}; got {kv_dtype!r}"
+    )
+
+
 def plan_row(
     config: VARConfig,
     depth: int,
     bridge: int,
     batch: int,
-    dtype: torch.dtype,
+    dtype: object,
     *,
     page_size: int = 16,
     guidance: bool = True,
-    kv_dtype: KVDtype = None,
+    kv_dtype: object = None,
 ) -> PlanRow:
     """The plan of one depth and bridge beside the paper's scheme.
 
+    Args:
+        dtype: of the products; a torch dtype or its name.
+        kv_dtype: as :class:`variant.Engine` takes it.
     Raises:
-        ValueError: a kv_dtype that no engine takes.
+        ValueError: a kv_dtype that no engine takes.  TypeError: an unknown dtype.
     """
-    kept = check_kv_dtype("plan_row", kv_dtype) or dtype
+    kept = kv_dtype_name("plan_row", kv_dtype) or dtype
     plan = CachePlan(config.layout, schedule_of(config, depth, bridge), page_size)
-    heads, head_dim, width = config.num_heads, config.head_dim, dtype.itemsize
+    heads, head_dim, width = config.num_heads, config.head_dim, item_bytes(dtype)
     return PlanRow(
         depth=depth,
         bridge=bridge,
@@ -84,9 +106,6 @@ def plan_row(
     )
 
 
-def weight_bytes(var: VARConfig, vae: VQVAEConfig, dtype: torch.dtype) -> int:
+def weight_bytes(var: VARConfig, vae: VQVAEConfig, dtype: object) -> int:
     """Bytes of the transformer in ``dtype`` and of the VQ-VAE in float32."""
-    with torch.device("meta"):
-        transformer, decoder = VAR(var), VQVAE(vae)
-    count = sum(p.numel() for p in transformer.parameters())
-    return count * dtype.itemsize + sum(4 * p.numel() for p in decoder.parameters())
+    return var_parameters(var) * item_bytes(dtype) + 4 * vqvae_parameters(vae)
