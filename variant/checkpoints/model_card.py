@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from variant.engine.planning import depths_of, plan_row
 from variant.models.config import VARConfig, VQVAEConfig
 
@@ -84,7 +82,7 @@ def _depths(var: VARConfig, dtype: str) -> str:
         "|---|---|---|---|",
     ]
     for depth in depths:
-        row = plan_row(var, depth, var.bridge or 0, 1, getattr(torch, dtype))
+        row = plan_row(var, depth, var.bridge or 0, 1, dtype)
         layers = "all" if depth == var.depth else ", ".join(map(str, var.subnets[depth]))
         rows.append(f"| {depth} | {layers} | {row.ours / 2**20:,.2f} MiB | {row.share:.1%} |")
     plan = (

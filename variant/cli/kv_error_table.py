@@ -17,8 +17,8 @@ from variant.evaluation.kv_error import (
     GREEDY_CFG,
     STEPS_PER_DEPTH,
     KVError,
-    depths_of,
     measure_kv_error,
+    trained_depths,
 )
 from variant.supernet import ASSETS
 
@@ -32,7 +32,7 @@ def measure_with_progress(engine: Engine, images: int) -> list[KVError]:
         return measure_kv_error(engine, images=images)
     bar = Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True)
     with bar:
-        total = STEPS_PER_DEPTH * len(depths_of(engine.var.config))
+        total = STEPS_PER_DEPTH * len(trained_depths(engine.var.config))
         task = bar.add_task("measuring", total=total)
 
         def on_step(description: str) -> None:

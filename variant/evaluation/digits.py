@@ -26,6 +26,7 @@ from torch import Tensor
 from variant.data.config import DataSection
 from variant.data.digits import LEVELS, NUM_CLASSES, SIDE, DigitsData, load_scans, shrink
 from variant.errors import UserError
+from variant.evaluation.kv_error import trained_depths
 from variant.supernet import VARiant
 
 if TYPE_CHECKING:
@@ -161,7 +162,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--count must be at least {2 * NUM_CLASSES}; got {options.count}")
     try:
         model = VARiant.from_pretrained(options.model)
-        depths = [model.var.config.depth, *sorted(model.var.config.subnets, reverse=True)]
         reports = {
             depth: evaluate_digits_model(
                 model,
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 cfg=options.cfg,
                 top_p=options.top_p,
             )
-            for depth in depths
+            for depth in trained_depths(model.var.config)
         }
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

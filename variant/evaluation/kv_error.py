@@ -48,7 +48,7 @@ class KVError:
     first_scale: int | None
 
 
-def depths_of(config: VARConfig) -> tuple[int, ...]:
+def trained_depths(config: VARConfig) -> tuple[int, ...]:
     """The depths that a model was trained at: full depth, then its subnets, deepest first."""
     return (config.depth, *sorted(config.subnets, reverse=True))
 
@@ -113,7 +113,7 @@ def measure_kv_error(
     config = engine.var.config
     labels_B = torch.arange(images) % config.num_classes
     errors = []
-    for depth in depths_of(config) if depths is None else depths:
+    for depth in trained_depths(config) if depths is None else depths:
         tokens_BL = engine.generate(
             labels_B,
             depth=depth,
