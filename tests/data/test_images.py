@@ -22,7 +22,7 @@ GRADIENT = gradient()
 
 @pytest.mark.parametrize("name", RAND_AUGMENT_OPS)
 @pytest.mark.parametrize("sign", [1, -1])
-def test_every_operation_keeps_size_and_mode_and_changes_the_image_at_full_strength(name, sign):
+def test_every_operation_changes_the_image_and_keeps_its_size_and_mode(name, sign):
     changed = RAND_AUGMENT_OPS[name](GRADIENT, 1.0, sign)
     assert (changed.size, changed.mode) == (GRADIENT.size, "RGB")
     same = np.array_equal(np.asarray(changed), np.asarray(GRADIENT))

@@ -68,7 +68,7 @@ def test_without_explicit_phases_those_of_table_7_are_used(tmp_path, depth, tota
     assert load_recipe(write(tmp_path, text)).schedule.phases.total == total
 
 
-def test_the_transformer_takes_codebook_scales_and_subnets_from_the_other_sections(tmp_path):
+def test_codebook_scales_and_subnets_come_from_the_other_sections(tmp_path):
     config = load_recipe(write(tmp_path, BASE)).var_config
     assert (config.vocab_size, config.vae_channels, config.patch_nums) == (16, 4, (1, 2, 4))
     assert config.subnets == {2: (0, 3)}

@@ -123,9 +123,7 @@ def test_epochs_visit_every_image_once_in_an_order_of_their_own():
     assert epoch_order(0, 1, 50).tolist() == orders[1]
 
 
-def test_the_summary_gives_both_losses_of_the_best_weights_for_every_configuration(
-    recipe, tmp_path
-):
+def test_the_summary_has_both_losses_of_every_configuration(recipe, tmp_path):
     vae_summary = train_vae(recipe, tmp_path, console=quiet(), device=CPU)
     assert vae_summary.train_loss.keys() == {"reconstruction"}
     assert vae_summary.held_out_loss.keys() == {"reconstruction"}
