@@ -108,7 +108,7 @@ def test_convert_works_in_both_directions(tmp_path, capsys):
     back = tmp_path / "var2.pth", tmp_path / "vae2.pth"
     code, printed, _ = run(capsys, "convert", "--model", folder, "--var", back[0], "--vae", back[1])
     assert code == 0
-    assert "as the original VAR code loads them" in printed
+    assert "which the original VAR code loads" in printed
     for path, state in zip(back, (golden.var_state, golden.vae_state), strict=True):
         written = torch.load(path, weights_only=True)
         assert written.keys() == state.keys()

@@ -19,7 +19,7 @@ from variant.cli.output import DTYPES, console, mebibytes, table
 from variant.engine.generation import Generation, OnScale, PartialResult, Sampling
 from variant.engine.planning import depths_of
 from variant.errors import UserError
-from variant.files import replacing
+from variant.files import atomic_write
 from variant.supernet import VARiant
 
 # Small images are enlarged in a grid.
@@ -53,7 +53,7 @@ def generate(command: Generate) -> None:
         else:
             rows = list(results[0].images.split(command.count if command.count > 1 else 10))
             captions = []
-        with replacing(command.out) as path:
+        with atomic_write(command.out) as path:
             grid(rows, captions).save(path, format="PNG")
         written = str(command.out)
     else:
@@ -158,7 +158,7 @@ def _write_each(
     for depth, result in zip(depths, results, strict=True):
         prefix = f"depth{depth}_" if len(depths) > 1 else ""
         for index, (label, image) in enumerate(zip(labels, result.images, strict=True)):
-            with replacing(folder / f"{prefix}{index:05d}_class{label}.png") as path:
+            with atomic_write(folder / f"{prefix}{index:05d}_class{label}.png") as path:
                 to_pil(image).save(path, format="PNG")
             count += 1
     return f"{count} images to {folder}"
