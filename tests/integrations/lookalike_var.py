@@ -7,6 +7,7 @@ import math
 from functools import partial
 
 import torch
+from small_models import small_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -227,3 +228,31 @@ def lookalike(kind=LookalikeVAR, seed=0, **options):
     with torch.no_grad():
         model.head.weight.mul_(4)
     return model.eval()
+
+
+class PictureVAR(LookalikeVAR):
+    """``autoregressive_infer_cfg`` returns pictures, as the original's does."""
+
+    def __init__(self, vae, **options):
+        super().__init__(**options)
+        object.__setattr__(self, "vae", vae)  # no part of the state dict
+
+    def autoregressive_infer_cfg(self, B, label_B, **options):
+        options.pop("top_p", None)
+        tokens, _ = super().autoregressive_infer_cfg(B, label_B, **options)
+        return self.vae.decode(tokens)
+
+
+def build_vae_var(device, depth):
+    """(VQ-VAE, VAR), as the original's builder returns them.
+
+    The original disables ``reset_parameters`` of convolutions, so that theirs are uninitialised
+    memory until a checkpoint is loaded; here they are NaN.
+    """
+    vae = small_model().vae
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d):
+            for parameter in module.parameters():
+                nn.init.constant_(parameter, math.nan)
+    var = lookalike(partial(PictureVAR, vae), sides=(1, 2, 3), vocab=24, depth=depth)
+    return vae.to(device), var.to(device)
