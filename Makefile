@@ -100,7 +100,7 @@ gpu:
 bench: setup
 	@echo "== kernels beside their peers"
 	@mkdir -p $(RESULTS)
-	$(BIN)/python -m pytest benchmarks --benchmark-json=$(RESULTS)/kernels-$$($(BIN)/python -m variant.bench.environment).json --benchmark-columns=median,iqr,rounds
+	$(BIN)/python -m pytest benchmarks --json $(RESULTS)/kernels-$$($(BIN)/python -m variant.bench.environment).json --benchmark-columns=median,iqr,rounds
 	@echo "== the engine, digits"
 	$(BIN)/variant bench --model digits --batch 1 8 --dtype float32 bfloat16 --runs 15 --decoder --json $(RESULTS)/engine-digits-$$($(BIN)/python -m variant.bench.environment).json
 	@$(MAKE) --no-print-directory bench-report

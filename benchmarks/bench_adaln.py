@@ -1,4 +1,4 @@
-"""adaln_modulate and gated_residual_adaln: the residual stream's passes over memory."""
+"""adaln_modulate and gated_residual_adaln: memory passes over the residual stream."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.harness import Case, Contest, backends, near, replay
+from benchmarks.harness import Case, Comparison, backends, near, replay
 from variant.bench.environment import cache_bytes
 from variant_kernels import adaln_modulate, gated_residual_adaln
 from variant_kernels.dispatch.request import Request
 from variant_kernels.ops.adaln import ADALN_IMPLS, GATED_IMPLS
 
 EPS = 1e-6
-PEERS = ("triton", "cuda", "cpu", "op", "reference", "eager", "compiled")
+IMPLEMENTATIONS = ("triton", "cuda", "cpu", "op", "reference", "eager", "compiled")
 WIDTHS = {"d16": 1024, "d30": 1920}
-# The engine's own sizes lie in the cache; "large" is at least four times the last one.
+# The sizes of the engine fit into the cache; "large" is at least four times the last-level cache.
 SIZES = {"tokens1": 1, "tokens256": 256, "large": None}
 CASES = [
     Case(
@@ -33,19 +33,19 @@ CASES = [
 
 
 def eager_adaln(x_BTC, scale_BC, shift_BC):
-    """As the original model composes it."""
+    """Adaptive layer norm as the original model composes it."""
     normed_BTC = F.layer_norm(x_BTC, x_BTC.shape[-1:], eps=EPS)
     y_BTC = normed_BTC.mul(scale_BC.add(1).unsqueeze(1)).add_(shift_BC.unsqueeze(1))
     return y_BTC.to(scale_BC.dtype)
 
 
 def eager_gated(x_BTC, y_BTC, gate_BC, scale_BC, shift_BC):
-    """The same, after the gated branch has been added."""
+    """Add the gated branch, then the same."""
     x_BTC = x_BTC + y_BTC.mul(gate_BC.unsqueeze(1))
     return x_BTC, eager_adaln(x_BTC, scale_BC, shift_BC)
 
 
-def _build(case: Case, device: str, quick: bool, *, gated: bool) -> Contest:
+def _build(case: Case, device: str, quick: bool, *, gated: bool) -> Comparison:
     width, tokens = case.settings["width"], case.settings["tokens"]
     stream, dtype = getattr(torch, case.settings["stream"]), getattr(torch, case.dtype)
     # Bytes of one token: x in, y out; gated: x and y in, x' and h out.
@@ -61,13 +61,13 @@ def _build(case: Case, device: str, quick: bool, *, gated: bool) -> Contest:
     ).unbind(0)
     rows = (scale_BC, shift_BC)
     if gated:
-        given = (x_BTC, y_BTC, gate_BC, *rows)
+        inputs = (x_BTC, y_BTC, gate_BC, *rows)
         names = ("x_BTC", "y_BTC", "gate_BC", "scale_BC", "shift_BC")
         impls, op, eager = GATED_IMPLS, gated_residual_adaln, eager_gated
     else:
-        given, names = (x_BTC, *rows), ("x_BTC", "scale_BC", "shift_BC")
+        inputs, names = (x_BTC, *rows), ("x_BTC", "scale_BC", "shift_BC")
         impls, op, eager = ADALN_IMPLS, adaln_modulate, eager_adaln
-    keywords = dict(zip(names, given, strict=True))
+    keywords = dict(zip(names, inputs, strict=True))
     calls, missing = {}, {}
     for name, impl, reason in backends(impls, Request(device, (stream, dtype))):
         if reason is None:
@@ -75,47 +75,48 @@ def _build(case: Case, device: str, quick: bool, *, gated: bool) -> Contest:
         else:
             missing[name] = reason
     ours = (*(name for name in calls if name != "reference"), "op")
-    calls["op"] = functools.partial(op, *given, eps=EPS)
-    calls["eager"] = functools.partial(eager, *given)
+    calls["op"] = functools.partial(op, *inputs, eps=EPS)
+    calls["eager"] = functools.partial(eager, *inputs)
     if quick:
         missing["compiled"] = "compiling takes longer than a quick run"
     else:
-        calls["compiled"] = functools.partial(torch.compile(eager, dynamic=False), *given)
+        calls["compiled"] = functools.partial(torch.compile(eager, dynamic=False), *inputs)
 
-    # The whole would take long in float64: the first and the last 8 tokens are checked.
+    # Only the first and the last 8 tokens are checked: all of them would take long in float64.
     def ends(x_BTC):
         return torch.cat((x_BTC[:, :8], x_BTC[:, -8:]), dim=1)
 
-    def alone(kind):
-        wide = [(ends(x) if x.dim() == 3 else x).to(kind or x.dtype) for x in given]
-        answer = eager(*wide)
-        return list(answer) if gated else [answer]
+    def eager_in(kind):
+        """Eager results in one dtype; None: in the dtype of each input."""
+        cast = [(ends(x) if x.dim() == 3 else x).to(kind or x.dtype) for x in inputs]
+        result = eager(*cast)
+        return list(result) if gated else [result]
 
-    def pick(name, answer):
+    def pick(name, result):
         if not gated and name in ("op", "eager", "compiled"):
-            return [ends(answer)]
-        return [ends(x) for x in answer[: 2 if gated else 1]]  # launchers add statistics
+            return [ends(result)]
+        return [ends(x) for x in result[: 2 if gated else 1]]  # launchers return statistics too
 
-    return Contest(
+    return Comparison(
         shape={"batch": batch, "tokens": tokens, "width": width, "stream": case.settings["stream"],
                "rows": case.dtype},
         flop=0,
-        moved=batch * tokens * token_bytes + sum(row.nbytes for row in given if row.dim() == 2),
+        moved=batch * tokens * token_bytes + sum(row.nbytes for row in inputs if row.dim() == 2),
         calls=calls,
         missing=missing,
         peer="eager",
         ours=ours,
-        check=near(alone(torch.float64), alone(None), ours=ours, pick=pick),
+        check=near(eager_in(torch.float64), eager_in(None), ours=ours, pick=pick),
     )  # fmt: skip
 
 
 @pytest.mark.benchmark(timer=replay)
-def test_adaln_modulate(compete, device, case, contender):
+def test_adaln_modulate(report_timing, device, case, implementation):
     build = functools.partial(_build, gated=False)
-    compete("adaln_modulate", case, device, contender, build)
+    report_timing("adaln_modulate", case, device, implementation, build)
 
 
 @pytest.mark.benchmark(timer=replay)
-def test_gated_residual_adaln(compete, device, case, contender):
+def test_gated_residual_adaln(report_timing, device, case, implementation):
     build = functools.partial(_build, gated=True)
-    compete("gated_residual_adaln", case, device, contender, build)
+    report_timing("gated_residual_adaln", case, device, implementation, build)

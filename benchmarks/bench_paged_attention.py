@@ -1,4 +1,4 @@
-"""paged_attention: one scale's queries over every visible token, each scale of two layouts."""
+"""paged_attention: queries of one scale over all visible tokens, each scale of two layouts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.harness import Case, Contest, backends, missing_module, near, replay
+from benchmarks.harness import Case, Comparison, backends, missing_module, near, replay
 from variant.models.presets import PATCH_NUMS_256, PATCH_NUMS_512
 from variant_kernels import ScaleLayout, paged_attention
 from variant_kernels.dispatch.request import Request
@@ -15,15 +15,15 @@ from variant_kernels.ops.paged_attention import PAGED_IMPLS
 
 OP = "paged_attention"
 HEADS, HEAD_DIM, PAGE_SIZE, WIDE_PAGES = 16, 64, 16, 256
-# The plain-torch definition holds every score in float32.
+# The plain-torch reference holds all scores in float32.
 MOST_SCORE_BYTES = 2**28
-# exact: the op on pages of the queries' dtype, where the case has pages of 8 bits.
-PEERS = (
+# exact: the op on pages in the dtype of the queries; in cases with pages of 8 bits only.
+IMPLEMENTATIONS = (
     *("triton", "cuda", "flash", "flashinfer", "cpu", "op", "exact", "reference"),
     *("sdpa", "flash-attn", "flashinfer-planned"),
 )
 LAYOUTS = {"256": PATCH_NUMS_256, "512": PATCH_NUMS_512}
-# Guidance has two rows for an image.
+# Guidance takes two sequences ("rows") for each image.
 CASES = [
     Case(
         f"layout{layout}-scale{scale}-rows{rows}-{dtype}",
@@ -47,7 +47,8 @@ CASES = [
 ]
 
 
-# Pages that flash-attn 2 reads, at scales that fill a GPU; first, where time is short.
+# Pages wide enough for flash-attn 2, at scales that fill a GPU. They come first: the time may end
+# before the cases do.
 CASES[:0] = [
     Case(
         f"layout256-scale{scale}-rows16-pages{WIDE_PAGES}-bfloat16",
@@ -59,10 +60,11 @@ CASES[:0] = [
 ]
 
 
-def build(case: Case, device: str, quick: bool) -> Contest:
-    """Shuffled pages whose unused slots are NaN; SDPA gets the same K and V in one piece.
+def build(case: Case, device: str, quick: bool) -> Comparison:
+    """Shuffled pages whose unused slots are NaN; SDPA reads the same K and V contiguously.
 
-    With 8 bits all get the same numbers, others in the queries' dtype.
+    With 8 bits all implementations read the same values; the others have them in the dtype of the
+    queries.
     """
     layout = ScaleLayout.from_patch_nums(case.settings["patch_nums"])
     rows, dtype = case.settings["rows"], getattr(torch, case.dtype)
@@ -92,7 +94,7 @@ def build(case: Case, device: str, quick: bool) -> Contest:
     q_BHTD = q_BTHD.transpose(1, 2).contiguous()
     k_BHSD, v_BHSD = (x.transpose(1, 2).contiguous() for x in kv_2BSHD)
     scale = HEAD_DIM**-0.5
-    given = {
+    arguments = {
         "q_BTHD": q_BTHD,
         "k_pages_PNHD": k_pages,
         "v_pages_PNHD": v_pages,
@@ -109,7 +111,7 @@ def build(case: Case, device: str, quick: bool) -> Contest:
         if name == "reference" and score_bytes > MOST_SCORE_BYTES:
             reason = f"plain torch would hold {score_bytes / 2**20:.0f} MiB of scores"
         if reason is None:
-            calls[name] = lambda impl=impl: impl.forward(**given)
+            calls[name] = lambda impl=impl: impl.forward(**arguments)
         else:
             missing[name] = reason
     ours = (*(name for name in calls if name != "reference"), "op", "exact")
@@ -119,15 +121,15 @@ def build(case: Case, device: str, quick: bool) -> Contest:
     calls["sdpa"] = lambda: F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD)
     _gpu_peers(device, dtype, calls, missing, q_BTHD, kv_2BSHD, pages, table_BM, visible)
 
-    # Every sequence costs; the first and the last are checked.
+    # Only the first and the last sequence are checked, to save time.
     some = [0, -1]
     exact = F.scaled_dot_product_attention(*(x[some].double() for x in (q_BHTD, k_BHSD, v_BHSD)))
     plain = F.scaled_dot_product_attention(*(x[some] for x in (q_BHTD, k_BHSD, v_BHSD)))
 
-    def pick(name, answer):
-        return (answer[some] if name == "sdpa" else answer[some].transpose(1, 2),)
+    def pick(name, result):
+        return (result[some] if name == "sdpa" else result[some].transpose(1, 2),)
 
-    return Contest(
+    return Comparison(
         shape={"rows": rows, "queries": tokens, "keys": visible, "heads": HEADS, "head_dim": 64,
                "page_size": page_size},
         flop=4 * rows * HEADS * HEAD_DIM * tokens * visible,
@@ -141,7 +143,7 @@ def build(case: Case, device: str, quick: bool) -> Contest:
 
 
 def _gpu_peers(device, dtype, calls, missing, q_BTHD, kv_2BSHD, pages, table_BM, visible):
-    """flash-attn on K and V in one piece, FlashInfer on the same pages; both need a GPU."""
+    """Add flash-attn on contiguous K and V, and FlashInfer on the same pages; both need a GPU."""
     for name, module in (("flash-attn", "flash-attn"), ("flashinfer-planned", "flashinfer")):
         missing[name] = missing_module(module) or (
             None if device == "cuda" and dtype != torch.float32 else
@@ -181,5 +183,5 @@ def _flashinfer(q_BTHD, pages, table_BM, visible):
 
 
 @pytest.mark.benchmark(timer=replay)
-def test_paged_attention(compete, device, case, contender):
-    compete(OP, case, device, contender, build)
+def test_paged_attention(report_timing, device, case, implementation):
+    report_timing(OP, case, device, implementation, build)

@@ -1,4 +1,4 @@
-"""sample_tokens: guidance, top-k, top-p and the draw, beside the sequence of torch calls."""
+"""sample_tokens: guidance, top-k, top-p and the draw, and the same by a sequence of torch calls."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from benchmarks.harness import Case, Contest, backends, replay
+from benchmarks.harness import Case, Comparison, backends, replay
 from variant_kernels import sample_tokens
 from variant_kernels.dispatch.request import Request
 from variant_kernels.ops.sample_tokens import (
@@ -19,7 +19,7 @@ from variant_kernels.ops.sample_tokens import (
 
 OP = "sample_tokens"
 VOCAB, GUIDANCE, TOP_K, TOP_P, SEED = 4096, 1.5, 900, 0.96, 11
-PEERS = ("triton", "cuda", "cpu", "op", "reference", "torch-calls")
+IMPLEMENTATIONS = ("triton", "cuda", "cpu", "op", "reference", "torch-calls")
 CASES = [
     Case(
         f"batch{batch}-tokens{tokens}-{dtype}-{draw}",
@@ -34,7 +34,7 @@ CASES = [
 
 
 def torch_calls(logits_2BTV, generator):
-    """What VAR's sampling does, call by call, in float32."""
+    """Sampling as the original VAR code composes it, in float32."""
     cond_BTV, uncond_BTV = logits_2BTV.float().chunk(2)
     guided_BTV = (1 + GUIDANCE) * cond_BTV - GUIDANCE * uncond_BTV
     lowest_BT1 = guided_BTV.topk(TOP_K, sorted=False).values.min(-1, keepdim=True).values
@@ -48,8 +48,8 @@ def torch_calls(logits_2BTV, generator):
     return drawn_N1.view(guided_BTV.shape[:2])
 
 
-def build(case: Case, device: str, quick: bool) -> Contest:
-    """Logits as a trained model gives them: a spread of about three."""
+def build(case: Case, device: str, quick: bool) -> Comparison:
+    """Logits with a standard deviation of three, about that of a trained model."""
     batch, tokens = case.settings["batch"], case.settings["tokens"]
     dtype = getattr(torch, case.dtype)
     logits = (3 * torch.randn(2 * batch, tokens, VOCAB, device=device)).to(dtype)
@@ -83,20 +83,22 @@ def build(case: Case, device: str, quick: bool) -> Contest:
     own = torch.Generator(device) if generator is None else generator
     calls["torch-calls"] = lambda: torch_calls(logits, own)
 
-    # Which entries a row keeps, and what the definition draws from the same numbers.
+    # The entries kept in each row, and the reference's draw from the same random numbers.
     kept_BTV = filter_logits(guide(logits, GUIDANCE).double(), TOP_K, TOP_P) > -torch.inf
-    drawn_BT = _with_fresh(generator, functools.partial(launch, SAMPLE_IMPLS["reference"]))
+    drawn_BT = _reseeded(generator, functools.partial(launch, SAMPLE_IMPLS["reference"]))
 
-    def check(name, answer):
-        # A boundary may fall either way in float32.
-        outside = (~kept_BTV.gather(-1, answer.unsqueeze(-1))).sum()
-        assert outside <= 1 + answer.numel() // 1000, f"{name}: {int(outside)} were filtered out"
+    def check(name, drawn):
+        # In float32 an entry at the boundary may be kept or dropped.
+        outside = (~kept_BTV.gather(-1, drawn.unsqueeze(-1))).sum()
+        assert outside <= 1 + drawn.numel() // 1000, f"{name}: {int(outside)} were filtered out"
         if name in ours:
-            again_BT = _with_fresh(generator, calls[name])
-            other = int((again_BT != drawn_BT).sum())
-            assert other <= 1, f"{name}: {other} of {answer.numel()} differ from the definition's"
+            own_BT = _reseeded(generator, calls[name])
+            different = int((own_BT != drawn_BT).sum())
+            assert different <= 1, (
+                f"{name}: {different} of {drawn.numel()} tokens differ from the reference"
+            )
 
-    return Contest(
+    return Comparison(
         shape={"batch": batch, "tokens": tokens, "vocab": VOCAB, "top_k": TOP_K, "top_p": TOP_P},
         flop=0,
         moved=logits.nbytes + 8 * batch * tokens,
@@ -108,13 +110,13 @@ def build(case: Case, device: str, quick: bool) -> Contest:
     )
 
 
-def _with_fresh(generator, call):
-    """A call whose random numbers begin anew."""
+def _reseeded(generator, call):
+    """The result of a call with the generator at its seed."""
     if generator is not None:
         generator.manual_seed(SEED)
     return call()
 
 
 @pytest.mark.benchmark(timer=replay)
-def test_sample_tokens(compete, device, case, contender):
-    compete(OP, case, device, contender, build)
+def test_sample_tokens(report_timing, device, case, implementation):
+    report_timing(OP, case, device, implementation, build)

@@ -1,8 +1,8 @@
-"""Whether anything became slower: two results compared by ratio to the peer, never by time.
+"""Compare two results by their ratios to the peer, never by absolute times.
 
     python -m benchmarks.compare OLD.json NEW.json [--tolerance 0.1]
 
-OLD and NEW are result files of either kind, or folders of them. Exits with 1 if a ratio fell by
+OLD and NEW are result files of any kind, or folders of them. Exits with 1 if a ratio fell by
 more than the tolerance, or if a case of OLD is missing in NEW (``--partial`` allows that).
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.reading import Ratio, Result, ratios, read_all
+from benchmarks.results import Ratio, Result, ratios, read_all
 from variant.errors import UserError
 
 
@@ -32,13 +32,13 @@ class Options:
     tolerance: float = 0.1
     """How much a ratio may fall: 0.1 is a tenth."""
     partial: bool = False
-    """NEW may leave cases out; they are still listed."""
+    """Allow cases of OLD that are missing in NEW; they are still listed."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """regressions: (what, old, new), worst first.  missing: cases of OLD only.  improved: how
-    many rose by more than the tolerance.  compared: how many were in both.
+    """regressions: (case, old, new), worst first.  missing: cases of OLD only.  improved: number
+    of ratios that rose by more than the tolerance.  compared: number of ratios in both.
     """
 
     regressions: list[tuple[str, Ratio, Ratio]]
@@ -48,38 +48,41 @@ class Verdict:
 
 
 def compare(old: list[Result], new: list[Result], tolerance: float) -> Verdict:
-    """Every ratio of OLD beside NEW's.
+    """Compare every ratio of OLD with that of NEW.
 
     Raises:
-        UserError: nothing is in both.
+        UserError: OLD and NEW have no case in common.
     """
-    before = {what: ratio for result in old for what, ratio in ratios(result)}
-    after = {what: ratio for result in new for what, ratio in ratios(result)}
-    both = [what for what in before if what in after]
+    before = {case: ratio for result in old for case, ratio in ratios(result)}
+    after = {case: ratio for result in new for case, ratio in ratios(result)}
+    both = [case for case in before if case in after]
     if not both:
         raise UserError("the two results have no case in common")
-    worse = [
-        (what, before[what], after[what])
-        for what in both
-        if after[what].ratio < before[what].ratio * (1 - tolerance)
+    regressions = [
+        (case, before[case], after[case])
+        for case in both
+        if after[case].ratio < before[case].ratio * (1 - tolerance)
     ]
-    worse.sort(key=lambda one: one[2].ratio / one[1].ratio)
-    improved = sum(after[w].ratio > before[w].ratio * (1 + tolerance) for w in both)
-    return Verdict(worse, [w for w in before if w not in after], improved, len(both))
+    regressions.sort(key=lambda regression: regression[2].ratio / regression[1].ratio)
+    improved = sum(after[case].ratio > before[case].ratio * (1 + tolerance) for case in both)
+    missing = [case for case in before if case not in after]
+    return Verdict(regressions, missing, improved, len(both))
 
 
 def differences(old: list[Result], new: list[Result]) -> list[str]:
-    """What of the machines is not the same: ratios travel better than times, but not everywhere."""
-    found = []
+    """A line for each property in which the machines differ: ratios may depend on it too."""
+    lines = []
     for name in ("cpu", "isa", "threads", "torch", "gpu"):
-        left, right = ({str(r.environment.get(name)) for r in some} for some in (old, new))
+        left, right = (
+            {str(result.environment.get(name)) for result in results} for results in (old, new)
+        )
         if left != right:
-            found.append(f"{name}: {', '.join(sorted(left))} / {', '.join(sorted(right))}")
-    return found
+            lines.append(f"{name}: {', '.join(sorted(left))} / {', '.join(sorted(right))}")
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the verdict; 0 or 1."""
+    """Print the comparison; 1 if something became slower or is missing, else 0."""
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.compare")
     try:
         if not 0 <= options.tolerance < 1:
@@ -91,15 +94,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     for line in differences(old, new):
         print(f"not the same machine: {line}")
-    for what, before, after in verdict.regressions:
-        # Quartiles that overlap say that the machine was restless, not that all is well.
+    for case, before, after in verdict.regressions:
+        # Overlapping quartiles may be noise; they do not prove that nothing became slower.
         overlap = " (their quartiles overlap)" if after.high >= before.low else ""
         print(
-            f"slower: {what}: {before.ratio:.2f} -> {after.ratio:.2f} "
+            f"slower: {case}: {before.ratio:.2f} -> {after.ratio:.2f} "
             f"({after.ratio / before.ratio - 1:+.0%}){overlap}"
         )
-    for what in verdict.missing:
-        print(f"missing: {what}")
+    for case in verdict.missing:
+        print(f"missing: {case}")
     print(
         f"{verdict.compared} ratios compared, tolerance {options.tolerance:.0%}: "
         f"{len(verdict.regressions)} slower, {verdict.improved} faster, "

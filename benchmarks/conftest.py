@@ -1,4 +1,4 @@
-"""pytest benchmarks --benchmark-json=FILE: every case of every op, each contender a parameter."""
+"""pytest benchmarks --json FILE: every case of every op, one test for each implementation."""
 
 from __future__ import annotations
 
@@ -11,58 +11,65 @@ import pytest
 import torch
 
 from benchmarks.harness import REPOSITORIES, record, replay, run
+from benchmarks.results import KERNELS
 from variant.bench.environment import environment
-from variant.bench.roofline import Limits, drift, measure_limits
-
-FORMAT = "variant-kernel-bench-1"
+from variant.bench.result_file import write_result
+from variant.bench.roofline import Peaks, drift, measure_peaks
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--quick", action="store_true", help="a few small cases, few rounds: under a minute"
+        "--quick", action="store_true", help="few rounds of a few small cases: under a minute"
     )
     parser.addoption(
-        "--seconds", type=float, help="a file of benchmarks begins no new case after this long"
+        "--json", type=Path, metavar="FILE", help="file for the results, for benchmarks.report"
     )
     parser.addoption(
-        "--hmar-repo", type=Path, help="clone of NVlabs/HMAR: its block-causal kernel takes part"
+        "--seconds", type=float, help="start no new case of a bench file after this time"
+    )
+    parser.addoption(
+        "--hmar-repo", type=Path, help="clone of NVlabs/HMAR, to time its block-causal kernel"
     )
 
 
 class Session:
-    """Limits of each device, and the contest that is being reported."""
+    """State of one run: limits of each device, the comparison being reported, finished cases.
+
+    seconds: no new case of a bench file is started after this time; None is without limit.
+    """
 
     def __init__(self, quick: bool, seconds: float | None = None) -> None:
         self.quick, self.seconds = quick, seconds
-        self.begun: dict[str, float] = {}
-        self.limits: dict[str, Limits] = {}
+        self.started: dict[str, float] = {}
+        self.limits: dict[str, Peaks] = {}
         self.current: tuple[Any, ...] | None = None
+        self.cases: list[dict[str, Any]] = []
 
-    def limit(self, device: str, dtype: str) -> Limits:
-        """Measured once for each device and dtype, before the first contest that needs it."""
+    def limit(self, device: str, dtype: str) -> Peaks:
+        """Measured once for each device and dtype, before the first comparison that needs it."""
         known = self.limits.get(device)
         if known is None or dtype not in known.gemm:
-            new = measure_limits(device, [getattr(torch, dtype)], quick=self.quick)
-            known = new if known is None else Limits(known.gemm | new.gemm, known.copy)
+            new = measure_peaks(device, [getattr(torch, dtype)], quick=self.quick)
+            known = new if known is None else Peaks(known.gemm | new.gemm, known.copy)
             self.limits[device] = known
         return known
 
-    def spent(self, file: str) -> bool:
-        """Whether a file has had its seconds, counted from its first case."""
-        since = time.monotonic() - self.begun.setdefault(file, time.monotonic())
-        return self.seconds is not None and since > self.seconds
+    def out_of_time(self, file: str) -> bool:
+        """Whether ``seconds`` have passed since the first case of a bench file."""
+        elapsed = time.monotonic() - self.started.setdefault(file, time.monotonic())
+        return self.seconds is not None and elapsed > self.seconds
 
 
 def keep_memory():
-    """Let glibc keep freed memory, so that a large result costs its op, not the clearing of pages.
+    """Let glibc keep freed memory, so that the time of an op excludes the clearing of new pages.
 
-    Fresh pages made 19 ms of what are 4.8 (adaln_modulate, 64 MiB in, 64 MiB out, two Zen 4
-    cores). The engine's own tensors are small enough to be kept anyway.
+    With new pages 4.8 ms became 19 (adaln_modulate, 64 MiB in, 64 MiB out, two Zen 4 cores). The
+    tensors of the engine are small enough for glibc to keep their memory by default.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # other C libraries have no such switch
-        most_mapped, trim_threshold = -4, -1
-        mallopt(most_mapped, 0)
+    if mallopt is not None:  # other C libraries do not have it
+        mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+        mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
 
 
@@ -77,84 +84,86 @@ SESSION = pytest.StashKey[Session]()
 
 
 def pytest_generate_tests(metafunc):
-    """Cases outside, contenders inside: those of one case report one after the other."""
-    if "contender" not in metafunc.fixturenames:
+    """One test for each implementation of each case; those of one case follow each other."""
+    if "implementation" not in metafunc.fixturenames:
         return
     quick = metafunc.config.getoption("--quick")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    found = [
+    parameters = [
         pytest.param(device, case, name, id=f"{device}-{case.name}-{name}")
         for device in devices
         for case in metafunc.module.CASES
         if device in case.devices and (case.quick or not quick)
-        for name in metafunc.module.PEERS
+        for name in metafunc.module.IMPLEMENTATIONS
     ]
-    metafunc.parametrize(("device", "case", "contender"), found)
+    metafunc.parametrize(("device", "case", "implementation"), parameters)
 
 
 @pytest.fixture
-def compete(request, benchmark):
-    """compete(op, case, device, contender, build): checks, alternates, reports one contender.
+def report_timing(request, benchmark):
+    """report_timing(op, case, device, implementation, build): reports one implementation.
 
-    The first contender of a case builds the contest and lets all of them take turns.
+    The first test of a case builds the comparison and times all its implementations.
     """
     session = request.config.stash[SESSION]
 
-    def report(op, case, device, contender, build):
+    def report(op, case, device, implementation, build):
         limits = session.limit(device, case.dtype)
         key = op, case.name, device
         if session.current is None or session.current[0] != key:
-            session.current = None  # the last contest's tensors go first
-            if session.spent(request.path.name):
-                pytest.skip(f"the {session.seconds:g} seconds of {request.path.name} are spent")
-            # After eight shapes of one function torch.compile would leave the ninth uncompiled.
+            session.current = None  # free the tensors of the case before
+            if session.out_of_time(request.path.name):
+                pytest.skip(f"{request.path.name}: its {session.seconds:g} seconds have passed")
+            # torch.compile stops compiling a function after eight shapes.
             torch.compiler.reset()
             torch.manual_seed(0)
-            contest = build(case, device, session.quick)
-            samples, wrong = run(contest, device=device, quick=session.quick)
-            contest.calls = {}
-            contest.check = lambda name, answer: None
-            session.current = key, contest, samples, wrong
-        _, contest, samples, wrong = session.current
-        if contender in wrong:
-            pytest.fail(f"{wrong[contender]}: not timed", pytrace=False)
-        if contender not in samples:
-            pytest.skip(contest.missing.get(contender, f"{contender} has no part in this case"))
+            comparison = build(case, device, session.quick)
+            samples, wrong = run(comparison, device=device, quick=session.quick)
+            # Free the tensors that the calls and the check hold.
+            comparison.calls = {}
+            comparison.check = lambda name, result: None
+            session.current = key, comparison, samples, wrong
+            session.cases.append(record(op, case, device, comparison, samples, limits))
+        _, comparison, samples, wrong = session.current
+        if implementation in wrong:
+            pytest.fail(f"{wrong[implementation]}: not timed", pytrace=False)
+        if implementation not in samples:
+            reason = f"this case has no implementation {implementation}"
+            pytest.skip(comparison.missing.get(implementation, reason))
         benchmark.group = f"{op}, {device}, {case.name}"
-        benchmark.extra_info.update(record(op, case, device, contest, samples, contender, limits))
-        replay.load(samples[contender])
-        benchmark.pedantic(lambda: None, rounds=len(samples[contender].seconds))
+        replay.load(samples[implementation])
+        benchmark.pedantic(lambda: None, rounds=len(samples[implementation].seconds))
 
     return report
 
 
-def pytest_benchmark_update_commit_info(config, commit_info):
-    for name in ("project", "branch"):  # a folder's name, and one that nobody else has
-        commit_info.pop(name, None)
-
-
-def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info.clear()  # environment() says more, and no host's name
-    machine_info.update({"cpu": environment()["cpu"]})
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """One description of the machine, the limits again, and no sample twice."""
-    session = config.stash[SESSION]
-    output_json["format"] = FORMAT
-    output_json["quick"] = session.quick
-    output_json["environment"] = environment(["pytest", *config.invocation_params.args])
-    output_json["limits"] = {}
-    for device, start in session.limits.items():
+def pytest_sessionfinish(session):
+    """Write the cases with a description of the machine and the limits at the end."""
+    config = session.config
+    path, run_state = config.getoption("--json"), config.stash[SESSION]
+    if path is None or not run_state.cases:
+        return
+    limits = {}
+    for device, start in run_state.limits.items():
         dtypes = [getattr(torch, name) for name in start.gemm]
-        end = measure_limits(device, dtypes, quick=session.quick)
-        output_json["limits"][device] = {
+        end = measure_peaks(device, dtypes, quick=run_state.quick)
+        limits[device] = {
             "start": start.to_dict(),
             "end": end.to_dict(),
             "drift": drift(start, end),
         }
-    for one in output_json["benchmarks"]:
-        one["stats"].pop("data", None)
-        one.pop("options", None)
-        one.pop("params", None)
+    result = {
+        "format": KERNELS,
+        "quick": run_state.quick,
+        "environment": environment(["pytest", *config.invocation_params.args]),
+        "limits": limits,
+        "cases": run_state.cases,
+    }
+    write_result(path, result)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Say where the results are."""
+    path = config.getoption("--json")
+    if path is not None and config.stash[SESSION].cases:
+        terminalreporter.write_line(f"wrote {path}")

@@ -1,17 +1,16 @@
-"""Another codebase's real model before and after ``patch``: the same answers, then time and memory.
+"""A model of another codebase before and after ``patch``: compare outputs, then time and memory.
 
     python -m benchmarks.dropin --repo ../VAR --family var --small
     python -m benchmarks.dropin --repo ../VAR --family var --width d16 --dtype float32 bfloat16
 
-The checkout is run as it is, on the CPU, with random weights. bfloat16 is autocast. Any answer that
-differs makes the exit code 1, and nothing is timed then.
+The checkout runs unmodified, on the CPU, with random weights. bfloat16 is autocast. If any output
+differs, the exit code is 1 and nothing is timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,18 +23,24 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.dropin_case import DropinCase
+from benchmarks.results import DROPIN
 from variant.bench.environment import environment
+from variant.bench.interleaved import quartiles
+from variant.bench.result_file import write_result
 from variant_kernels import DepthSchedule, patch
 from variant_kernels.integrations import Handle
 from variant_kernels.integrations.runtime import default_bridge
 
-FORMAT = "variant-dropin-1"
 LOGITS_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-3  # of the largest element of each gradient
 
 
 def build(family: str, repo: Path, small: bool, width: str) -> DropinCase:
-    """The case of a family.  Raises: SystemExit, unknown family."""
+    """The case of a family.
+
+    Raises:
+        SystemExit: unknown family.
+    """
     if family in ("var", "code"):
         from benchmarks import dropin_var
 
@@ -47,11 +52,15 @@ def build(family: str, repo: Path, small: bool, width: str) -> DropinCase:
     return dropin_families.build(family, repo, small)
 
 
-# --- the same answers -----------------------------------------------------------------------------
+# --- equal outputs --------------------------------------------------------------------------------
 
 
 def check(case: DropinCase) -> dict[str, Any]:
-    """Answers before and after ``patch``; each entry of "same" must be True."""
+    """Compare outputs before, under and after ``patch``.
+
+    Returns:
+        Whether each output is the same, by its description.
+    """
     plain_members = {n: _members(m) for n, m in _objects(case)}
     state = _state(case)
     with torch.no_grad():
@@ -59,15 +68,15 @@ def check(case: DropinCase) -> dict[str, Any]:
     gradients = _gradients(case)
     with patched(case):
         with torch.no_grad():
-            apart = float((case.logits() - logits).abs().max())
+            difference = float((case.logits() - logits).abs().max())
             same_greedy = torch.equal(case.run(0, True), greedy)
             same_sampled = torch.equal(case.run(3, False), sampled)
         gradient_error = _gradient_error(gradients, _gradients(case))
         same_state = _equal_states(state, _state(case))
         copied = _copies_are_plain(case)
     same = {
-        f"logits within {LOGITS_TOLERANCE} (largest difference {apart:.2g})": (
-            apart <= LOGITS_TOLERANCE
+        f"logits within {LOGITS_TOLERANCE} (largest difference {difference:.2g})": (
+            difference <= LOGITS_TOLERANCE
         ),
         "greedy tokens": same_greedy,
         "seeded samples": same_sampled,
@@ -89,7 +98,7 @@ def check(case: DropinCase) -> dict[str, Any]:
 
 @contextmanager
 def patched(case: DropinCase, **options: Any) -> Iterator[Handle]:
-    """All models of the case patched; the first one's handle."""
+    """Patch all models of the case; yields the handle of the first."""
     with ExitStack() as stack:
         handles = [stack.enter_context(patch(model, **options)) for model in case.models]
         yield handles[0]
@@ -139,10 +148,10 @@ def _gradients(case: DropinCase) -> dict[str, Tensor]:
     model = case.model
     model.train().requires_grad_(True).zero_grad()
     case.loss().backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     model.eval().requires_grad_(False)
-    return found
+    return gradients
 
 
 def _gradient_error(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> float:
@@ -159,8 +168,8 @@ def _gradient_error(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> flo
 
 
 def _peak_mib(call: Callable[[], Any]) -> float:
-    """Most memory resident during a call beyond what was resident before, MiB (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    """Peak resident memory during a call less that before it, in MiB (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
     before = _status("VmRSS")
     call()
     return (_status("VmHWM") - before) / 1024
@@ -174,7 +183,7 @@ def _status(name: str) -> int:
 
 
 def ceiling(case: DropinCase, depth: int) -> float:
-    """How much less linear work a depth does."""
+    """Linear work at full depth over that at ``depth``: the largest possible speed-up."""
     scales = len(case.scales)
     depths = DepthSchedule(case.layers, scales, depth, default_bridge(scales)).depths
     work = sum(n * layers for n, layers in zip(case.scales, depths, strict=True))
@@ -185,7 +194,7 @@ def ceiling(case: DropinCase, depth: int) -> float:
 def measure(
     case: DropinCase, dtype: str, depth: int | None, rounds: int, keep_copies: bool = False
 ) -> dict[str, Any]:
-    """One result: contenders take turns; ratios are medians of each round's."""
+    """Time the implementations interleaved; ratios are medians over the rounds."""
     seconds: dict[str, list[float]] = {}
     memory: dict[str, float] = {}
     notes: dict[str, str] = {}
@@ -209,7 +218,7 @@ def measure(
         with patched(case, keep_copies=keep_copies) as handle:
             if keep_copies:
                 with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-                    case.run(3, False)  # the copies are made
+                    case.run(3, False)  # makes the copies
             run("patch", partial(case.run, 3, False), warm)
             notes["patch"] = _kv(handle)
             if depth is not None:
@@ -218,15 +227,16 @@ def measure(
                 notes[f"patch, depth {depth}"] = _kv(handle)
         if accelerated is not None:
             run("accelerate", accelerated, warm)
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "dtype": dtype,
         "rounds": rounds,
         "keep_copies": keep_copies,
-        "contenders": {
+        "implementations": {
             name: {
-                "seconds": times,
                 "median": statistics.median(times),
-                "times_original": _ratio(seconds["original"], times),
+                "quartiles": quartiles(times),
+                "ratio_to_original": statistics.median(_ratios(seconds["original"], times)),
+                "ratio_quartiles": quartiles(_ratios(seconds["original"], times)),
                 "peak_mib": memory[name],
                 "note": notes.get(name, ""),
             }
@@ -234,30 +244,31 @@ def measure(
         },
     }
     if depth is not None:
-        gained = _ratio(seconds["patch"], seconds[f"patch, depth {depth}"])
-        found["depth"] = {"depth": depth, "gained": gained, "ceiling": ceiling(case, depth)}
-    return found
+        gained = statistics.median(_ratios(seconds["patch"], seconds[f"patch, depth {depth}"]))
+        result["depth"] = {"depth": depth, "gained": gained, "ceiling": ceiling(case, depth)}
+    return result
 
 
-def table(found: Mapping[str, Any]) -> list[str]:
-    """Lines for the reader."""
-    lines = [f"{found['dtype']}, {found['rounds']} rounds, without the decoder"]
-    for name, one in found["contenders"].items():
+def table(result: Mapping[str, Any]) -> list[str]:
+    """The printed lines of a result."""
+    lines = [f"{result['dtype']}, {result['rounds']} rounds, without the decoder"]
+    for name, timing in result["implementations"].items():
         lines.append(
-            f"  {name:18} {one['median'] * 1000:8.1f} ms  {one['times_original']:5.2f} x original  "
-            f"+{one['peak_mib']:7.1f} MiB  {one['note']}"
+            f"  {name:18} {timing['median'] * 1000:8.1f} ms  "
+            f"{timing['ratio_to_original']:5.2f} x original  "
+            f"+{timing['peak_mib']:7.1f} MiB  {timing['note']}"
         )
-    if "depth" in found:
-        gained, most = found["depth"]["gained"], found["depth"]["ceiling"]
+    if "depth" in result:
+        gained, limit = result["depth"]["gained"], result["depth"]["ceiling"]
         lines.append(
-            f"  depth {found['depth']['depth']} over full depth: {gained:.2f} of {most:.2f} by "
-            f"linear work ({gained / most:.0%})"
+            f"  depth {result['depth']['depth']} over full depth: {gained:.2f} of {limit:.2f} by "
+            f"linear work ({gained / limit:.0%})"
         )
     return lines
 
 
-def _ratio(old: list[float], new: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(old, new, strict=True))
+def _ratios(old: list[float], new: list[float]) -> list[float]:
+    return [a / b for a, b in zip(old, new, strict=True)]
 
 
 def _kv(handle: Handle) -> str:
@@ -267,7 +278,7 @@ def _kv(handle: Handle) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compare, then time; 1 if an answer differs."""
+    """Compare outputs, then time; 1 if an output differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repo", type=Path, required=True, help="a checkout of the codebase")
     parser.add_argument("--family", required=True, help="var, code or infinity")
@@ -275,44 +286,41 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--width", default="d16", help="of VAR and CoDe: d16, d20, d24, d30")
     parser.add_argument("--depth", type=int, help="also time this depth; default: half the layers")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=3, help="0: answers only")
+    parser.add_argument("--rounds", type=int, default=3, help="0: compare outputs only")
     parser.add_argument("--keep-copies", action="store_true", help="as patch(keep_copies=True)")
     parser.add_argument("--no-check", action="store_true", help="time only")
     parser.add_argument("--json", type=Path, help="also write the times, with the environment")
-    given = parser.parse_args(arguments)
-    case = build(given.family, given.repo, given.small, given.width)
+    options = parser.parse_args(arguments)
+    case = build(options.family, options.repo, options.small, options.width)
     for model in case.models:
         model.requires_grad_(False)
-    if not given.no_check:
+    if not options.no_check:
         same = check(case)
-        for what, holds in same.items():
-            print(f"{'same' if holds else 'DIFFERS':8} {what}")
+        for output, equal in same.items():
+            print(f"{'same' if equal else 'DIFFERS':8} {output}")
         if not all(same.values()):
             return 1
     results: list[dict[str, Any]] = []
-    if given.rounds:
-        depth = given.depth or max(case.layers // 2, 2)
-        for dtype in given.dtype:
-            found = measure(case, dtype, depth, given.rounds, given.keep_copies)
-            print("\n".join(table(found)), flush=True)
-            results.append(found)
-            if given.json is not None:
-                _write(given, results)
+    if options.rounds:
+        depth = options.depth or max(case.layers // 2, 2)
+        for dtype in options.dtype:
+            result = measure(case, dtype, depth, options.rounds, options.keep_copies)
+            print("\n".join(table(result)), flush=True)
+            results.append(result)
+            if options.json is not None:
+                _write(options, results)
     return 0
 
 
-def _write(given: argparse.Namespace, results: list[dict[str, Any]]) -> None:
-    """Whole or not at all."""
+def _write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     written = {
-        "format": FORMAT,
+        "format": DROPIN,
         "environment": environment(),
-        "family": given.family,
-        "size": "small" if given.small else given.width,
+        "family": options.family,
+        "size": "small" if options.small else options.width,
         "results": results,
     }
-    temporary = given.json.with_name(given.json.name + ".part")
-    temporary.write_text(json.dumps(written, indent=1) + "\n")
-    temporary.replace(given.json)
+    write_result(options.json, written)
 
 
 if __name__ == "__main__":

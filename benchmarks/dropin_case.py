@@ -1,4 +1,4 @@
-"""What a family of models must offer to be compared before and after ``patch``."""
+"""The interface of a model family for the comparison before and after ``patch``."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class DropinCase:
-    """One model of a foreign codebase, with random weights, on the CPU, in eval mode.
+    """One model of another codebase, with random weights, on the CPU, in eval mode.
 
-    model: what ``patch`` gets; further models that take part in ``run``: others.
-    run: (seed, greedy) to the generated tokens, through the codebase's own generation function.
-    logits: of all tokens of a greedy generation.
-    loss: of a training step on fixed inputs; None where the codebase has none that runs here.
-    scales: tokens per scale; layers: of model; outside: linear work per token outside the layers (a
-        head, say) as a share of that of all layers. They give the ceiling of a smaller depth.
-    accelerate: (seed, greedy) to tokens by ``variant.accelerate``; None where it does not apply.
+    model: the argument of ``patch``.  others: further models that ``run`` uses.
+    run: (seed, greedy) -> generated tokens, by the codebase's own generation function.
+    logits: the logits of all tokens of a greedy generation.
+    loss: the loss of a training step on fixed inputs; None if its training code cannot run here.
+    scales: tokens per scale.  layers: number of layers of model.  outside: linear work per token
+        outside the layers (of the head, say) as a share of that of all layers. These three give the
+        largest possible speed-up of a smaller depth.
+    accelerate: (seed, greedy) -> tokens by ``variant.accelerate``; None if it does not apply.
     """
 
     model: nn.Module
@@ -39,27 +40,27 @@ class DropinCase:
 
     @property
     def models(self) -> tuple[nn.Module, ...]:
-        """All that take part."""
+        """All models of the case."""
         return (self.model, *self.others)
 
 
 @contextmanager
-def foreign_modules(repo: Path, *tops: str) -> Iterator[Callable[[str], ModuleType]]:
-    """Import from a checkout; its modules of everyday names are visible inside only.
+def foreign_modules(repo: Path, *packages: str) -> Iterator[Callable[[str], ModuleType]]:
+    """Import from a checkout; on exit its modules, whose names are common, leave ``sys.modules``.
 
     Args:
-        tops: top-level packages of the checkout, such as "models".
+        packages: top-level packages of the checkout, such as "models".
     """
 
-    def named() -> list[str]:
-        return [name for name in sys.modules if name.split(".")[0] in tops]
+    def loaded() -> list[str]:
+        return [name for name in sys.modules if name.split(".")[0] in packages]
 
-    mine: dict[str, Any] = {name: sys.modules.pop(name) for name in named()}
+    before: dict[str, Any] = {name: sys.modules.pop(name) for name in loaded()}
     sys.path.insert(0, str(repo.resolve()))
     try:
         yield importlib.import_module
     finally:
         sys.path.remove(str(repo.resolve()))
-        for name in named():
+        for name in loaded():
             del sys.modules[name]
-        sys.modules.update(mine)
+        sys.modules.update(before)

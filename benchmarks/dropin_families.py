@@ -1,8 +1,8 @@
 """Models of other codebases with random weights, for ``benchmarks.dropin``: Infinity.
 
-The real code is imported from a checkout. What it imports and cannot be had on a CPU is stood in
-for here, and only here: flash-attn (cross-attention in plain torch), timm's DropPath and registry,
-and the VAE, whose place a codebook of signs takes. The transformer itself is the checkout's.
+The transformer is imported from a checkout. This module replaces what the checkout needs and a CPU
+machine lacks: flash-attn (by cross-attention in plain torch), timm's DropPath and registry, and the
+VAE (by a codebook of signs).
 
 Axes: B images, L tokens of all scales, C codebook channels.
 """
@@ -30,7 +30,7 @@ def build(family: str, repo: Path, small: bool) -> DropinCase:
     Args:
         small: a few narrow layers; else the width of the published 2B model and four layers.
     Raises:
-        SystemExit: a family that is not supported, or a checkout that is none.
+        SystemExit: the family is not supported, or ``repo`` is no checkout of it.
     """
     if family != "infinity":
         raise SystemExit(f"dropin: family {family} is not supported")
@@ -39,11 +39,11 @@ def build(family: str, repo: Path, small: bool) -> DropinCase:
     return _infinity(repo, small)
 
 
-# --- stand-ins ----------------------------------------------------------------------------------
+# --- replacements -------------------------------------------------------------------------------
 
 
 def flash_attn_func(q: Any, k: Any, v: Any, **_: Any) -> Any:
-    """Never called: the model is built without the flash-attention fork."""
+    """Raises if called: the model is built without flash-attn's self-attention."""
     raise RuntimeError("flash_attn_func: self-attention must not go through flash-attn here")
 
 
@@ -71,7 +71,7 @@ def varlen_attention(
 
 
 class DropPath(nn.Module):
-    """Stochastic depth, which evaluation does not use."""
+    """Stochastic depth, for evaluation only: the identity."""
 
     def __init__(self, drop_prob: float = 0.0) -> None:
         super().__init__()
@@ -79,21 +79,21 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.drop_prob > 0:
-            raise RuntimeError("DropPath: the stand-in only evaluates")
+            raise RuntimeError("DropPath: the replacement is for evaluation only")
         return x
 
 
 def _module(name: str, **members: Any) -> types.ModuleType:
-    made = types.ModuleType(name)
-    made.__dict__.update(members)
-    return made
+    module = types.ModuleType(name)
+    module.__dict__.update(members)
+    return module
 
 
 @contextlib.contextmanager
-def _standing_in() -> Iterator[None]:
-    """sys.modules for the import of the checkout; put back afterwards."""
+def _replacements() -> Iterator[None]:
+    """Put the replacements into ``sys.modules``; restore it on exit."""
     timm_models = _module("timm.models", register_model=lambda function: function)
-    stand_ins = {
+    replacements = {
         "flash_attn": _module(
             "flash_attn",
             flash_attn_func=flash_attn_func,
@@ -105,10 +105,10 @@ def _standing_in() -> Iterator[None]:
         "timm.loss": _module("timm.loss", SoftTargetCrossEntropy=nn.Module),
         "pytz": _module("pytz"),
     }
-    before = {name: sys.modules.get(name) for name in stand_ins}
-    sys.modules.update(stand_ins)
+    before = {name: sys.modules.get(name) for name in replacements}
+    sys.modules.update(replacements)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its sizes when it is built
+        with contextlib.redirect_stdout(io.StringIO()):  # the constructor prints its sizes
             yield
     finally:
         for name, module in before.items():
@@ -119,7 +119,7 @@ def _standing_in() -> Iterator[None]:
 
 
 class _SignCodes(nn.Module):
-    """Where Infinity's bitwise VAE would be: a bit is +1 or -1."""
+    """Replaces Infinity's bitwise VAE: a bit is decoded as +1 or -1."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def _infinity(repo: Path, small: bool) -> DropinCase:
     depth, heads, head_dim, text = (4, 2, 32, 256) if small else (4, 16, 128, 2048)
     channels, width, batch = 16, heads * head_dim, 1
     torch.manual_seed(0)
-    with _standing_in(), foreign_modules(repo, "infinity") as load:
+    with _replacements(), foreign_modules(repo, "infinity") as load:
         package = load("infinity.models.infinity")
         resolutions = load("infinity.utils.dynamic_resolution")
         vae = _SignCodes(channels)
@@ -179,7 +179,7 @@ def _infinity(repo: Path, small: bool) -> DropinCase:
     def condition() -> tuple[Tensor, list[int], Tensor, int]:
         return text_rows.clone(), [5], lengths, 5
 
-    # Its fused norm is compiled anew for every number of tokens: minutes on a CPU.
+    # Infinity's fused norm is recompiled for every number of tokens, which takes minutes on a CPU.
     eager = torch.compiler.set_stance("force_eager")
 
     @eager
@@ -196,24 +196,24 @@ def _infinity(repo: Path, small: bool) -> DropinCase:
             "vae_type": 1,
             "inference_mode": True,
         }
-        kept: list[Tensor] = []
+        all_bits: list[Tensor] = []
 
         def codes(bits: Tensor, label_type: str) -> Tensor:
-            kept.append(bits.flatten(1))
+            all_bits.append(bits.flatten(1))
             return _SignCodes._codes(bits, label_type)
 
         vae.quantizer.lfq.indices_to_codes = codes
         model.autoregressive_infer_cfg(vae=vae, **options)
-        return torch.cat(kept, dim=1)
+        return torch.cat(all_bits, dim=1)
 
     def logits() -> Tensor:
-        found: list[Tensor] = []
-        hook = model.head.register_forward_hook(lambda *call: found.append(call[-1].clone()))
+        outputs: list[Tensor] = []
+        hook = model.head.register_forward_hook(lambda *call: outputs.append(call[-1].clone()))
         try:
             run(0, True)
         finally:
             hook.remove()
-        return torch.cat(found, dim=1)
+        return torch.cat(outputs, dim=1)
 
     @eager
     def loss() -> Tensor:
@@ -226,13 +226,13 @@ def _infinity(repo: Path, small: bool) -> DropinCase:
 
 @torch.no_grad()
 def _randomise(model: nn.Module) -> None:
-    """Weights whose outputs differ from token to token: gates and head are not near zero."""
+    """Fill weights so that outputs differ between tokens: gates and head are not near zero."""
     for name, parameter in model.named_parameters():
         if name.endswith("scale_mul_1H11"):
             continue
         if name.endswith("ca.mat_q.weight"):
             # Cross-attention rounds its queries to bfloat16 even in float32: a difference of 1e-7
-            # may fall on either side and grow to 3e-4. Queries of the bias alone never do.
+            # may change the rounding and grow to 3e-4. Queries equal to the bias are not affected.
             parameter.zero_()
         elif parameter.dim() >= 2:
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
@@ -241,7 +241,7 @@ def _randomise(model: nn.Module) -> None:
 
 
 def _add_rotations(model: Any, scales: list[tuple[int, int, int]]) -> None:
-    """The rotations of a prefix of the model's scales are a prefix of its rotations."""
+    """Add the rotations of a prefix of the model's scales: a prefix of its rotations."""
     grid, name = model.rope2d_freqs_grid, str(tuple(scales))
     if name not in grid:
         longer = next(key for key in grid if key.startswith(name[:-1]))

@@ -1,4 +1,4 @@
-"""VAR and CoDe for ``benchmarks.dropin``: their real code, from a checkout, with random weights.
+"""VAR and CoDe for ``benchmarks.dropin``: code of a checkout, random weights.
 
 Axes: B images, L tokens of all scales, E codebook vector width.
 """
@@ -26,8 +26,8 @@ def build(family: str, repo: Path, small: bool, width: str = "d16") -> DropinCas
     """A VAR, or CoDe's drafter and refiner.
 
     Args:
-        small: few narrow layers; both keep the ten scales, to which CoDe's code is tied.
-        width: "d16" and so on: layers, and 64 channels for each, as published.
+        small: few narrow layers, with all ten scales: CoDe's code assumes them.
+        width: "d16" and so on: the number of layers; 64 channels per layer, as published.
     """
     depth = int(width.removeprefix("d"))
     layers, channels = (6, 64) if small else (depth, 64 * depth)
@@ -48,11 +48,11 @@ def build(family: str, repo: Path, small: bool, width: str = "d16") -> DropinCas
                 patch_nums=SIDES,
                 drop_path_rate=0.1 * count / 24,
             )
-            # Livelier than the published initialisation, whose blocks all but pass by.
+            # Larger than the published initialisation, under which blocks change little.
             var.init_weights(init_adaln=0.5, init_adaln_gamma=0.1, init_head=1.0, init_std=-1)
             return var.eval()
 
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its sizes when it is built
+        with contextlib.redirect_stdout(io.StringIO()):  # the constructor prints its sizes
             vae = models.VQVAE(
                 vocab_size=vocab,
                 z_channels=8 if small else 32,
@@ -62,7 +62,7 @@ def build(family: str, repo: Path, small: bool, width: str = "d16") -> DropinCas
             )
             var = make(layers)
             refiner = make(max(layers // 2, 2)) if family == "code" else None
-    # Pixels are not compared and their time is not the transformer's.
+    # Pixels are not compared, and the time is that of the transformer.
     vae.fhat_to_img = lambda f_hat: f_hat.clone()
     others = () if refiner is None else (refiner,)
     generate = _var(var, small) if refiner is None else _code(var, refiner)
@@ -74,15 +74,15 @@ def build(family: str, repo: Path, small: bool, width: str = "d16") -> DropinCas
 
     def logits() -> Tensor:
         with contextlib.ExitStack() as stack:
-            seen = [stack.enter_context(_outputs(m.head)) for m in (var, *others)]
+            by_model = [stack.enter_context(_outputs(m.head)) for m in (var, *others)]
             generate(0, True)
-        return torch.cat([out.flatten(0, 1).float() for part in seen for out in part])
+        return torch.cat([out.flatten(0, 1).float() for outs in by_model for out in outs])
 
     def loss() -> Tensor:
         generator = torch.Generator().manual_seed(1)
         words = torch.randn(2, var.L - 1, var.Cvae, generator=generator)
         targets = torch.randint(vocab, (2 * var.L,), generator=generator)
-        torch.manual_seed(2)  # labels and paths are dropped
+        torch.manual_seed(2)  # for label dropout and stochastic depth
         out_BLV = var(torch.tensor(LABELS), words)
         return F.cross_entropy(out_BLV.flatten(0, 1), targets)
 
@@ -141,7 +141,8 @@ def _accelerated(var: Any, vae: Any, small: bool) -> Callable[[int, bool], Tenso
     labels_B, model = _labels(small), accelerate(var, vae)
 
     def run(seed: int, greedy: bool) -> Tensor:
-        # The original's generator is left over from its labels: they are given, so it is fresh.
+        # The original's generator also draws missing labels; here labels are arguments, so it is
+        # at its seed when the first token is drawn.
         top_k, top_p = (1, 0.0) if greedy else (min(900, var.V), 0.96)
         autocast = torch.is_autocast_enabled("cpu")
         engine = model.engine(torch.bfloat16 if autocast else torch.float32)
@@ -161,7 +162,7 @@ def _accelerated(var: Any, vae: Any, small: bool) -> Callable[[int, bool], Tenso
 @contextlib.contextmanager
 def _inputs(module: nn.Module) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
-    hook = module.register_forward_hook(lambda module, given, out: seen.append(given[0].clone()))
+    hook = module.register_forward_hook(lambda module, args, out: seen.append(args[0].clone()))
     try:
         yield seen
     finally:
@@ -171,7 +172,7 @@ def _inputs(module: nn.Module) -> Iterator[list[Tensor]]:
 @contextlib.contextmanager
 def _outputs(module: nn.Module) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
-    hook = module.register_forward_hook(lambda module, given, out: seen.append(out.clone()))
+    hook = module.register_forward_hook(lambda module, args, out: seen.append(out.clone()))
     try:
         yield seen
     finally:

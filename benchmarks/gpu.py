@@ -5,8 +5,8 @@
 
 It needs torch, Triton, what PACKAGES names, CMake, ninja, a C++ compiler and this checkout; no
 network.
-Every part is a process of its own with its own log and time limit: one that fails costs none of the
-others' results. ``summary.json`` says what ran, how it ended and which files hold the figures.
+Every part is a separate process with its own log and time limit; the others run even if it fails.
+``summary.json`` lists the parts, how each ended and which files hold its results.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TAIL_LINES = 25
-# The most important first, and the time in which they may begin new cases together.
+# The most important first.
 OPS = (
     "block_causal_attention",
     "paged_attention",
@@ -36,15 +36,15 @@ OPS = (
     "sample_tokens",
     "adaln",
 )
+# In this time the bench files together start new cases.
 KERNEL_SECONDS = 225
-# What the case that a file is at when its time is up may still take: it goes on, and the results
-# of all files are written after it.
+# After it: the last case is finished, and the results are written.
 KERNEL_OVERTIME = 120
-# In a command, stands for the seconds in which each file of benchmarks may begin new cases.
+# Placeholder in a command for --seconds of each bench file.
 FILE_SECONDS = "{file seconds}"
-# Each tuned shape compiles every block size: some hundred small cases are no place for that.
+# Tuning compiles every block size for each shape: too long for hundreds of small cases.
 UNTUNED = ("VARIANT_AUTOTUNE", "0")
-# Beyond torch and Triton, by the names that are imported.
+# Import names of what is needed besides torch and Triton.
 PACKAGES = (
     *("numpy", "pydantic", "safetensors", "huggingface_hub", "rich", "pybind11", "setuptools"),
     *("pytest", "pytest_benchmark", "pytest_timeout", "hypothesis"),
@@ -55,9 +55,9 @@ PACKAGES = (
 class Part:
     """One process.
 
-    seconds: its time limit; least: with less than that left it is not begun.  needs: a program
-    without which it is left out, by name.  environment: variables that it gets beside those of this
-    process.
+    seconds: its time limit.  least: it is not started if less of the budget is left.  needs: name
+    of a program; without it the part is left out.  environment: variables in addition to those of
+    this process.
     """
 
     name: str
@@ -81,11 +81,11 @@ class Outcome:
 
 
 def parts(out: Path, var_repo: Path | None, hmar_repo: Path | None = None) -> list[Part]:
-    """All parts, the most important first: the budget may end before the list does."""
+    """All parts, the most important first: the budget may not suffice for all."""
     python = sys.executable
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-    # Hundreds of small shapes are compiled for the first time: that is work for every core.
-    spread = ("-n", "8") if importlib.util.find_spec("xdist") else ()
+    # Most of the time goes into compiling hundreds of small shapes on the CPU.
+    parallel = ("-n", "8") if importlib.util.find_spec("xdist") else ()
     engine = (python, "-m", "benchmarks.gpu_engine")
     repo = () if var_repo is None else ("--var-repo", str(var_repo))
     hmar = () if hmar_repo is None else ("--hmar-repo", str(hmar_repo))
@@ -98,7 +98,7 @@ def parts(out: Path, var_repo: Path | None, hmar_repo: Path | None = None) -> li
         Part("engine-tests", (*pytest, "tests/gpu"), 150),
         Part(
             "kernel-tests",
-            (*pytest, *spread, "tests/kernels", "-k", "triton or cuda or reference"),
+            (*pytest, *parallel, "tests/kernels", "-k", "triton or cuda or reference"),
             150,
             environment=(("VARIANT_TEST_DEVICE", "cuda"), UNTUNED),
         ),
@@ -109,23 +109,14 @@ def parts(out: Path, var_repo: Path | None, hmar_repo: Path | None = None) -> li
             (
                 *pytest,
                 *(f"benchmarks/bench_{op}.py" for op in OPS),
-                # Parameters begin with the device; "cuda" alone is also a contender on the CPU.
+                # Not "cuda" alone: that is also the name of an implementation in the CPU cases.
                 *("-k", "[cuda-"),
                 *("--seconds", FILE_SECONDS),
-                f"--benchmark-json={out / 'kernels.json'}",
+                *("--json", str(out / "kernels.json")),
                 *hmar,
             ),
             KERNEL_SECONDS + KERNEL_OVERTIME,
             least=KERNEL_OVERTIME + 30,
-        ),
-        # Proposed, not installed: who commits the result files commits the table with them.
-        Part(
-            "winners",
-            (
-                *(python, "-m", "benchmarks.winners", "benchmarks/results"),
-                *(str(out / "kernels.json"), "--write", "--to", str(out / "winners.json")),
-            ),
-            30,
         ),
         Part(
             "training-step",
@@ -147,7 +138,7 @@ def parts(out: Path, var_repo: Path | None, hmar_repo: Path | None = None) -> li
         Part(
             "sanitizer",
             (
-                # Not what libraries probe for when they start, and recover from.
+                # Libraries probe for features with calls that fail; those are no errors.
                 *("compute-sanitizer", "--error-exitcode=1", "--report-api-errors", "no"),
                 *(*pytest, "tests/gpu/test_small_cases.py"),
             ),
@@ -161,15 +152,15 @@ def parts(out: Path, var_repo: Path | None, hmar_repo: Path | None = None) -> li
 def run_part(part: Part, out: Path, seconds: float) -> Outcome:
     """Run one part for at most ``seconds``; its output goes to ``NAME.log``."""
     settings = [f"{name}={value}" for name, value in part.environment]
-    for_a_file = str(max(5, int(seconds - KERNEL_OVERTIME) // len(OPS)))
-    words = [for_a_file if word == FILE_SECONDS else word for word in part.command]
+    file_seconds = str(max(5, int(seconds - KERNEL_OVERTIME) // len(OPS)))
+    words = [file_seconds if word == FILE_SECONDS else word for word in part.command]
     command = [word.replace(sys.executable, "python") for word in words]
     shown = shlex.join([*settings, *command])
     if part.needs is not None and shutil.which(part.needs) is None:
         return Outcome(part.name, f"left out: {part.needs} is not installed", 0.0, shown)
     log = out / f"{part.name}.log"
     started, before = time.monotonic(), _files(out)
-    # Before whatever the caller's own path adds.
+    # This checkout comes before the caller's PYTHONPATH.
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -226,7 +217,7 @@ def _write_summary(out: Path, outcomes: list[Outcome]) -> None:
 
 
 def missing() -> str | None:
-    """What keeps this machine from running anything here, or None."""
+    """The reason why nothing can run on this machine, or None."""
     try:
         import torch
     except ImportError:
@@ -238,7 +229,7 @@ def missing() -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 0 if every part that ran was ok."""
+    """Run the command; 0 if no part failed."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description="Build, test and measure on this GPU."
     )

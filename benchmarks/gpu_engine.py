@@ -1,8 +1,8 @@
-"""``variant bench`` on a GPU for the sizes that the README names, without the command line.
+"""``variant bench`` on a GPU, with VAR-d30 by default, without the command line's library.
 
     python -m benchmarks.gpu_engine --batch 64 --json FILE [--var-repo PATH] [--memory]
 
-The command line's library may be missing on a bare GPU machine; this needs no tyro.
+The command line needs tyro, which may be missing on a GPU machine; this module does not.
 """
 
 from __future__ import annotations

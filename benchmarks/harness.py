@@ -1,7 +1,7 @@
-"""One case of one op: its contenders take turns, their answers are checked before, work counted.
+"""One case of one op: check the result of each implementation, then time them interleaved.
 
-A bench file lists ``CASES`` and ``PEERS`` and builds a :class:`Contest` from a case; everything
-else is done here and in ``conftest.py``.
+A bench file lists ``CASES`` and ``IMPLEMENTATIONS`` and builds a :class:`Comparison` from a case.
+This module and ``conftest.py`` do the rest.
 """
 
 from __future__ import annotations
@@ -18,29 +18,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from variant.bench.interleaved import Call, Samples, alternate, quartiles, ratios
-from variant.bench.roofline import Limits
-from variant_kernels import _C, winners
+from variant.bench.interleaved import Call, Samples, quartiles, ratios, time_interleaved
+from variant.bench.roofline import Peaks
+from variant_kernels import _C
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import PREFERENCE, Impl
 
-# The rule by which tests judge: one copy of it.
+# The tolerance of the tests: one copy of it.
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "kernels"))
 from compare import Tally
 
 ROUNDS, QUICK_ROUNDS = 20, 4
-# Contenders that are neither ours nor the peer are timed in every fifth round if they take longer.
+# An implementation that is neither ours nor the peer is timed in every fifth round only if a call
+# takes longer.
 SLOW_SECONDS = 0.1
-# The checks and the dispatch of a public function cost microseconds: beyond this time one cannot
-# tell it from its launcher, and it is timed in every fifth round too.
+# A public function spends microseconds on checks and dispatch. If a call takes longer than this,
+# they cannot be measured, and the function is timed in every fifth round only.
 OP_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
 class Case:
-    """name: what pytest shows and what result files are compared by.  dtype: whose GEMM rate is
-    the limit.  settings: what the bench file builds it from.  quick: part of a ``--quick`` run.
-    devices: where it is run.
+    """The sizes at which an op is timed.
+
+    name: shown by pytest; two result files are compared by it.  dtype: the limit is the GEMM rate
+    of this dtype.  settings: sizes and options, read by the bench file.  quick: part of a
+    ``--quick`` run.  devices: on which it runs.
     """
 
     name: str
@@ -52,19 +55,20 @@ class Case:
 
 Check = Callable[[str, Any], None]
 
-# Clones of other people's code that take part: name to folder, from options such as --hmar-repo.
+# Clones of other repositories, timed as peers: name to folder, from options such as --hmar-repo.
 REPOSITORIES: dict[str, Path] = {}
 
 
 @dataclass
-class Contest:
-    """What takes turns in one case.
+class Comparison:
+    """The implementations of one case.
 
     shape: sizes, for the reader.  flop: operations that must be done (visible pairs only).
-    moved: bytes that must be read or written.  calls: contenders by name.  missing: others, with
-    the reason.  peer: the contender to which all are compared.  ours: which contenders are ours.
-    check: raises AssertionError if a contender's answer is too far from float64.  gradient:
-    whether autograd is part of the work; else all runs in inference mode, as the engine does.
+    moved: bytes that must be read or written.  calls: implementations by name.  missing: the reason
+    for each implementation that cannot run.  peer: the implementation to which all are compared.
+    ours: names of our implementations.  check: takes a name and a result; raises AssertionError if
+    the result is too far from float64.  gradient: whether autograd is part of the work; if not, all
+    calls run in inference mode, as in the engine.
     """
 
     shape: dict[str, Any]
@@ -79,14 +83,20 @@ class Contest:
 
 
 def backends(impls: Mapping[str, Impl], request: Request) -> Iterator[tuple[str, Impl, str | None]]:
-    """(name, implementation, reason why it cannot serve) of every backend that the op has."""
+    """(name, implementation, reason if it cannot serve the request) of every backend of the op."""
     for name in PREFERENCE:
         if name in impls:
             yield name, impls[name], impls[name].unsupported(request)
 
 
+def split(builders: Mapping[str, Call | str]) -> tuple[dict[str, Call], dict[str, str]]:
+    """(calls, missing) of a :class:`Comparison` from a call, or the reason for none, by name."""
+    calls = {name: call for name, call in builders.items() if not isinstance(call, str)}
+    return calls, {name: reason for name, reason in builders.items() if isinstance(reason, str)}
+
+
 def missing_module(name: str) -> str | None:
-    """The reason for a skip, if a peer's package is not installed."""
+    """The reason for a skip if the package of a peer is not installed."""
     if importlib.util.find_spec(name.replace("-", "_")) is None:
         return f"{name} is not installed"
     return None
@@ -98,57 +108,61 @@ def near(
     *,
     ours: Sequence[str],
     times: Sequence[float] = (2.0,),
-    pick: Callable[[str, Any], Sequence[Tensor]] = lambda name, answer: (answer,),
+    pick: Callable[[str, Any], Sequence[Tensor]] = lambda name, result: (result,),
 ) -> Check:
-    """The tests' rule: at most twice plain torch's error against float64, plus one last place.
-
-    Peers only have to compute the same thing: eight times.
+    """A check by the tolerance of the tests: at most twice plain torch's error against float64,
+    plus one unit in the last place. For peers the factor is eight: enough to see that they compute
+    the same thing.
 
     Args:
-        times: another factor than two, for each result (the tests allow three for gradients).
-        pick: (contender, its answer) -> the tensors that ``exact`` and ``plain`` stand for.
+        exact: results in float64.
+        plain: results of plain torch in the dtype of the case.
+        ours: names of our implementations.
+        times: the factor of each result, where it is not two (the tests allow three for gradients).
+        pick: (name, result of an implementation) -> the tensors to compare with ``exact``.
     """
 
-    def check(name: str, answer: Any) -> None:
+    def check(name: str, result: Any) -> None:
         tally = Tally()
         factors = list(times) * (len(exact) // len(times))
-        results = zip(pick(name, answer), plain, exact, factors, strict=True)
-        for index, (got, usual, wanted, factor) in enumerate(results):
+        tensors = zip(pick(name, result), plain, exact, factors, strict=True)
+        for index, (tensor, plain_tensor, exact_tensor, factor) in enumerate(tensors):
             allowed = factor if name in ours else 8.0
-            tally.add(f"{name}, result {index}", got, usual, wanted, times=allowed)
+            label = f"{name}, result {index}"
+            tally.add(label, tensor, plain_tensor, exact_tensor, times=allowed)
         tally.check()
 
     return check
 
 
 def run(
-    contest: Contest, *, device: str, quick: bool
+    comparison: Comparison, *, device: str, quick: bool
 ) -> tuple[dict[str, Samples], dict[str, AssertionError]]:
-    """Check every answer, then let those alternate that are right.
+    """Check every result, then time the correct implementations interleaved.
 
     Returns:
-        Samples of the contenders, and the errors of those that compute something else.
+        Samples by implementation, and errors by implementation for wrong results.
     Raises:
-        AssertionError: the peer computes something else; nothing is timed then.
+        AssertionError: the result of the peer is wrong; nothing is timed then.
     """
 
     def every(name: str, seconds: float) -> int:
         if name == "op":
             return 5 if seconds > OP_SECONDS else 1
-        first = name == contest.peer or name in contest.ours
-        return 1 if first or seconds < SLOW_SECONDS else 5
+        always = name == comparison.peer or name in comparison.ours
+        return 1 if always or seconds < SLOW_SECONDS else 5
 
-    with nullcontext() if contest.gradient else torch.inference_mode():
+    with nullcontext() if comparison.gradient else torch.inference_mode():
         wrong = {}
-        for name, call in contest.calls.items():
+        for name, call in comparison.calls.items():
             try:
-                contest.check(name, call())
+                comparison.check(name, call())
             except AssertionError as error:
                 wrong[name] = error
-        if contest.peer in wrong:
-            raise wrong[contest.peer]
-        samples = alternate(
-            {name: call for name, call in contest.calls.items() if name not in wrong},
+        if comparison.peer in wrong:
+            raise wrong[comparison.peer]
+        samples = time_interleaved(
+            {name: call for name, call in comparison.calls.items() if name not in wrong},
             rounds=QUICK_ROUNDS if quick else ROUNDS,
             min_seconds=1e-4 if quick else 5e-4,
             every=every,
@@ -162,56 +176,55 @@ def record(
     op: str,
     case: Case,
     device: str,
-    contest: Contest,
+    comparison: Comparison,
     samples: Mapping[str, Samples],
-    name: str,
-    limits: Limits,
+    limits: Peaks,
 ) -> dict[str, Any]:
-    """What one contender's ``extra_info`` holds: plain values, seconds, rates, ratios."""
-    own, peer = samples[name], samples[contest.peer]
-    against = ratios(peer, own)
-    shortest, bound = limits.seconds(case.dtype, contest.flop, contest.moved)
+    """One case of a result file, as plain values: sizes, work, limit, and each implementation's
+    median and quartiles of seconds per call and of the peer's time over its own.
+    """
+    peer = samples[comparison.peer]
+    limit_seconds, bound = limits.seconds(case.dtype, comparison.flop, comparison.moved)
     return {
         "op": op,
         "case": case.name,
         "device": device,
-        "contender": name,
-        "ours": name in contest.ours,
         "isa": _C.build_info()["isa"] if device == "cpu" else None,
-        "kind": winners.device_kind(device),
         "threads": torch.get_num_threads() if device == "cpu" else None,
         "dtype": case.dtype,
-        "shape": contest.shape,
-        "flop": contest.flop,
-        "bytes": contest.moved,
-        "rounds": len(own.by_round),
-        "iterations": own.iterations,
-        "median": own.median,
-        "quartiles": own.quartiles,
-        "peer": contest.peer,
-        "peer_median": peer.median,
-        "ratio_to_peer": median(against),
-        "ratio_quartiles": quartiles(against),
-        "achieved_flops": contest.flop / own.median,
-        "achieved_bandwidth": contest.moved / own.median,
+        "shape": comparison.shape,
+        "flop": comparison.flop,
+        "bytes": comparison.moved,
         "bound": bound,
-        "limit_seconds": shortest,
-        "share_of_limit": shortest / own.median,
+        "limit_seconds": limit_seconds,
+        "peer": comparison.peer,
+        "implementations": {
+            name: {
+                "ours": name in comparison.ours,
+                "rounds": len(own.by_round),
+                "iterations": own.iterations,
+                "median": own.median,
+                "quartiles": own.quartiles,
+                "ratio_to_peer": median(ratios(peer, own)),
+                "ratio_quartiles": quartiles(ratios(peer, own)),
+            }
+            for name, own in samples.items()
+        },
     }
 
 
 class Replay:
-    """A clock for pytest-benchmark that shows samples taken before, while others took turns.
+    """A clock for pytest-benchmark that replays the samples of :func:`run`.
 
-    pytest-benchmark runs one test to its end before the next, minutes apart; what it reports here
-    was measured by :func:`run`. It reads the clock before and after each round.
+    pytest-benchmark cannot interleave tests: it finishes one before the next, minutes apart. It
+    reads this clock before and after each round, and so reports the interleaved samples.
     """
 
     def __init__(self) -> None:
         self._ticks: Iterator[float] = iter(())
 
     def load(self, samples: Samples) -> None:
-        """The next rounds last as long as these samples."""
+        """Let the next rounds last as long as these samples."""
         now, ticks = 0.0, []
         for seconds in samples.seconds:
             ticks += [now, now + seconds]

@@ -1,18 +1,17 @@
-"""The largest batch in so much GPU memory, by depth, beside the original's.
+"""The largest batch that fits into a given GPU memory, ours at each depth and the original's.
 
     python -m benchmarks.largest_batch --json FILE [--model var-d30] [--gib 48] [--var-repo PATH]
 
-Memory grows by the same for every image: a line through the peaks of two small batches says where
-it reaches the limit. That batch is then run with torch's allocator held to the limit, and smaller
-ones until one fits. Ours holds its weights in 16 bits; the original holds float32, which its
-autocast casts, as its demo does. Without ``--var-repo`` the plain-torch loop stands in.
+Memory is linear in the batch: the peaks of two small batches predict the largest one. That batch is
+then run with torch's allocator limited to the given memory, and smaller ones until one fits. Our
+weights are in 16 bits; the original's are in float32 under autocast, as in its demo. Without
+``--var-repo`` the plain-torch loop takes the place of the original.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,30 +21,32 @@ from typing import Any
 
 import torch
 
+from benchmarks.results import LARGEST
 from variant.bench import torch_baseline
 from variant.bench.device import autocast, peer_settings
 from variant.bench.environment import environment
 from variant.bench.models import build, configs
+from variant.bench.result_file import write_result
 from variant.engine.engine import Engine
 from variant.engine.planning import depths_of
 from variant.errors import UserError
-from variant.files import replacing
 
-FORMAT = "variant-largest-batch-1"
 FILTERS = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
-# Of a batch that does not fit, so much is tried next.
+# After a batch that does not fit, this fraction of it is tried.
 STEP = 0.96
 TRIES = 8
 
-# Runs one generation of so many images; K/V bytes (planned, allocated) where they are known.
+# Runs one generation of a batch; returns K/V bytes (planned, allocated), or None if unknown.
 Generate = Callable[[int], tuple[int, int] | None]
 
 
 @dataclass
 class Row:
-    """One contender. peaks: bytes by batch, with the weights; kv_*: bytes at the largest batch.
+    """One implementation at one depth.
 
-    by_line: where the line reaches the limit; largest: what ran within it (0: nothing tried did).
+    peaks: bytes by batch, weights included.  image_bytes: growth per image.  by_line: the largest
+    batch by the line through the peaks.  largest: the largest batch that ran within the limit; 0 if
+    none of those tried did.  kv_*: bytes at the largest batch.
     """
 
     who: str
@@ -59,19 +60,19 @@ class Row:
 
 
 class GPU:
-    """What is asked of the device; tests put their own in its place."""
+    """The memory of the device; tests replace it."""
 
     def peak(self, generate: Generate, batch: int) -> int:
-        """Most bytes that one generation allocates, what was there before included."""
-        self.tidy()
+        """Peak of the allocated bytes during one generation, weights included."""
+        self.release()
         torch.cuda.reset_peak_memory_stats()
         generate(batch)
         return torch.cuda.max_memory_allocated()
 
     @contextmanager
-    def held_to(self, limit: int) -> Iterator[None]:
-        """Inside, torch's allocator gives no more than ``limit`` bytes."""
-        self.tidy()
+    def limited_to(self, limit: int) -> Iterator[None]:
+        """Limit torch's allocator to ``limit`` bytes."""
+        self.release()
         total = torch.cuda.get_device_properties().total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
         try:
@@ -79,14 +80,18 @@ class GPU:
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
 
-    def tidy(self) -> None:
-        """Give back what nobody holds."""
+    def release(self) -> None:
+        """Free unreferenced tensors and the allocator's cache."""
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def find(who: str, depth: int, generate: Generate, limit: int, small: list[int], gpu: GPU) -> Row:
-    """The line through two small batches, and the largest that runs."""
+    """Predict the largest batch from two small ones, then find the largest that runs.
+
+    Raises:
+        UserError: memory does not grow with the batch.
+    """
     first, second = small
     peaks = {batch: gpu.peak(generate, batch) for batch in small}
     image = (peaks[second] - peaks[first]) / (second - first)
@@ -95,7 +100,7 @@ def find(who: str, depth: int, generate: Generate, limit: int, small: list[int],
     by_line = max(0, int((limit - peaks[first]) / image + first))
     row = Row(who, depth, peaks, image, by_line, largest=0)
     batch = by_line
-    with gpu.held_to(limit):
+    with gpu.limited_to(limit):
         for _ in range(TRIES):
             if batch < 1:
                 break
@@ -104,8 +109,8 @@ def find(who: str, depth: int, generate: Generate, limit: int, small: list[int],
                 row.largest = batch
                 row.kv_planned_bytes, row.kv_allocated_bytes = kv or (None, None)
                 break
-            # Out here nothing holds what the generation that failed had made.
-            gpu.tidy()
+            # The tensors of the failed generation are unreferenced here.
+            gpu.release()
             batch = min(batch - 1, int(batch * STEP))
     return row
 
@@ -118,7 +123,7 @@ def _try(generate: Generate, batch: int) -> tuple[bool, tuple[int, int] | None]:
 
 
 def ours(options: argparse.Namespace, depth: int, models: Any) -> Generate:
-    """A new engine each time: one that is kept holds the graphs of earlier batches."""
+    """Our generation, by a new engine for each batch: an engine keeps graphs of earlier batches."""
     var, vae = models
 
     def generate(batch: int) -> tuple[int, int]:
@@ -175,7 +180,7 @@ def measure(options: argparse.Namespace, gpu: GPU) -> dict[str, Any]:
     """
     limit = int(options.gib * 2**30)
     result: dict[str, Any] = {
-        "format": FORMAT,
+        "format": LARGEST,
         "complete": False,
         "environment": environment(),
         "model": options.model,
@@ -187,7 +192,7 @@ def measure(options: argparse.Namespace, gpu: GPU) -> dict[str, Any]:
 
     def add(row: Row) -> None:
         result["rows"].append(asdict(row))
-        _write(options.json, result)
+        write_result(options.json, result)
         print(line(row, options.gib), flush=True)
 
     var, vae = build(options.model, options.device)
@@ -206,12 +211,12 @@ def measure(options: argparse.Namespace, gpu: GPU) -> dict[str, Any]:
     name, generate = peer(options)
     add(find(name, full, generate, limit, options.small, gpu))
     result["complete"] = True
-    _write(options.json, result)
+    write_result(options.json, result)
     return result
 
 
 def line(row: Row, gib: float) -> str:
-    """One row for the reader."""
+    """The printed line of a row."""
     kv = (
         "" if row.kv_allocated_bytes is None else f", K/V {row.kv_allocated_bytes / 2**20:,.0f} MiB"
     )
@@ -223,11 +228,6 @@ def line(row: Row, gib: float) -> str:
     )
 
 
-def _write(path: Path, result: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-
-
 def main(arguments: list[str] | None = None, gpu: GPU | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.largest_batch")
@@ -237,7 +237,9 @@ def main(arguments: list[str] | None = None, gpu: GPU | None = None) -> int:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--gib", type=float, default=48.0, help="limit; the paper's GPU has 48")
-    parser.add_argument("--small", type=int, nargs=2, default=[4, 12], help="batches of the line")
+    parser.add_argument(
+        "--small", type=int, nargs=2, default=[4, 12], help="batches that predict it"
+    )
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--var-repo", type=Path)
     options = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
 """The report's pictures. Opaque and light, so that they read on a dark page too.
 
-One colour means one contender in every picture; error bars are quartiles.
+An implementation has the same colour in every picture; error bars are quartiles.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-# Okabe and Ito's colours: told apart by nearly everyone.
+from benchmarks.results import kernel_timings
+
+# Okabe and Ito's colours, which colour-blind readers can distinguish too.
 BLUE, SKY, ORANGE, RED, GREEN, PURPLE, GREY = (
     "#0072B2", "#9CCBEA", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#666666",
 )  # fmt: skip
@@ -45,7 +47,7 @@ Row = dict[str, Any]
 def panels(
     count: int, title: str, *, width: float = 4.6, height: float = 3.4
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of equal panels, two side by side: more would be too small on a page."""
+    """A figure of equal panels, two in a row: three would be too small on a page."""
     columns = min(count, 2)
     if count == 1:
         width *= 1.6
@@ -61,7 +63,7 @@ def panels(
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write and forget the figure."""
+    """Write the figure and free it."""
     figure.savefig(path)
     plt.close(figure)
     return path
@@ -69,30 +71,32 @@ def save(figure: Figure, path: Path) -> Path:
 
 def groups(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
     """Engine rows by dtype and batch, shallowest last."""
-    found: dict[tuple[str, int], list[Row]] = {}
+    by_setting: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
-        found.setdefault((row["dtype"], row["batch"]), []).append(row)
-    return found
+        by_setting.setdefault((row["dtype"], row["batch"]), []).append(row)
+    return by_setting
 
 
 def latency_by_depth(result: dict[str, Any], path: Path) -> Path:
-    """Our time at each depth, split into the same GEMMs alone and the rest; peers beside it."""
-    found = groups(result["rows"])
-    figure, axes = panels(len(found), f"{result['model']}: time per image by depth")
-    for axis, ((dtype, batch), rows) in zip(axes, found.items(), strict=True):
-        places = list(range(len(rows)))
+    """Our time at each depth, split into the GEMMs timed alone and the rest, with the peers."""
+    by_setting = groups(result["rows"])
+    figure, axes = panels(len(by_setting), f"{result['model']}: time per image by depth")
+    for axis, ((dtype, batch), rows) in zip(axes, by_setting.items(), strict=True):
+        positions = list(range(len(rows)))
         ours = [row["ms"]["median"] for row in rows]
         gemms = [min(row["gemms_ms"]["median"], time) for row, time in zip(rows, ours, strict=True)]
         rest = [time - alone for time, alone in zip(ours, gemms, strict=True)]
-        axis.bar(places, gemms, color=BLUE, width=0.55, label="ours: the GEMMs alone")
-        axis.bar(places, rest, bottom=gemms, color=SKY, width=0.55, label="ours: all else")
+        axis.bar(positions, gemms, color=BLUE, width=0.55, label="ours: the GEMMs alone")
+        axis.bar(positions, rest, bottom=gemms, color=SKY, width=0.55, label="ours: all else")
         low, high = (
             [abs(row["ms"]["quartiles"][side] - time) for row, time in zip(rows, ours, strict=True)]
             for side in (0, 1)
         )
-        axis.errorbar(places, ours, yerr=[low, high], fmt="none", ecolor="black", capsize=3, lw=1)
-        for place, time in zip(places, ours, strict=True):
-            axis.annotate(f"{time:,.0f}" if time >= 100 else f"{time:,.1f}", (place, 0),
+        axis.errorbar(
+            positions, ours, yerr=[low, high], fmt="none", ecolor="black", capsize=3, lw=1
+        )
+        for position, time in zip(positions, ours, strict=True):
+            axis.annotate(f"{time:,.0f}" if time >= 100 else f"{time:,.1f}", (position, 0),
                           xytext=(0, 3), textcoords="offset points", ha="center", color="white",
                           fontsize=9, fontweight="bold")  # fmt: skip
         for colour, index in zip(PEERS, range(len(rows[0]["against"])), strict=False):
@@ -102,8 +106,8 @@ def latency_by_depth(result: dict[str, Any], path: Path) -> Path:
             if any(peer["full_depth"] for peer in peers):
                 axis.axhline(times[0], color=colour, lw=1.6, ls="--", label=f"{label} (all layers)")
             else:
-                axis.plot(places, times, color=colour, marker="o", lw=1.4, label=label)
-        axis.set_xticks(places, [str(row["depth"]) for row in rows])
+                axis.plot(positions, times, color=colour, marker="o", lw=1.4, label=label)
+        axis.set_xticks(positions, [str(row["depth"]) for row in rows])
         axis.set(xlabel="depth (layers in the flexible zone)", ylabel="ms per image")
         axis.set_title(f"{dtype}, batch {batch}")
         axis.grid(axis="x", visible=False)
@@ -113,25 +117,25 @@ def latency_by_depth(result: dict[str, Any], path: Path) -> Path:
 
 
 def memory_by_depth(result: dict[str, Any], path: Path) -> Path:
-    """K/V really allocated beside the paper's scheme; peak memory of whole processes if known."""
-    found = groups(result["rows"])
+    """Allocated K/V beside the paper's scheme, and peak memory of processes if measured."""
+    by_setting = groups(result["rows"])
     batches = dict.fromkeys(one["batch"] for one in result["memory"])
-    figure, axes = panels(len(found) + len(batches), f"{result['model']}: memory by depth")
-    for axis, ((dtype, batch), rows) in zip(axes, found.items(), strict=False):
-        places = list(range(len(rows)))
+    figure, axes = panels(len(by_setting) + len(batches), f"{result['model']}: memory by depth")
+    for axis, ((dtype, batch), rows) in zip(axes, by_setting.items(), strict=False):
+        positions = list(range(len(rows)))
         for shift, name, colour, label in (
             (-0.2, "kv_allocated_bytes", BLUE, "K/V allocated (equals the plan)"),
             (0.2, "kv_paper_bytes", ORANGE, "K/V of the paper's scheme, same dtype"),
         ):
             sizes = [row[name] / 2**20 for row in rows]
-            bars = axis.bar([p + shift for p in places], sizes, 0.38, color=colour, label=label)
+            bars = axis.bar([p + shift for p in positions], sizes, 0.38, color=colour, label=label)
             axis.bar_label(bars, fmt=lambda x: f"{x:,.0f}" if x >= 10 else f"{x:.1f}", fontsize=8)
-        axis.set_xticks(places, [str(row["depth"]) for row in rows])
+        axis.set_xticks(positions, [str(row["depth"]) for row in rows])
         axis.set(xlabel="depth (layers in the flexible zone)", ylabel="K/V in MiB")
         axis.set_title(f"{dtype}, batch {batch}")
         axis.grid(axis="x", visible=False)
         axis.margins(y=0.1)
-    for axis, batch in zip(axes[len(found) :], batches, strict=True):
+    for axis, batch in zip(axes[len(by_setting) :], batches, strict=True):
         sizes = [one for one in result["memory"] if one["batch"] == batch]
         names = [
             f"{one['who']}, depth {one['depth']}" if one["who"].startswith("ours") else one["who"]
@@ -139,11 +143,11 @@ def memory_by_depth(result: dict[str, Any], path: Path) -> Path:
         ]
         loaded = [one["loaded"] / 2**20 for one in sizes]
         on_top = [one["peak"] / 2**20 - below for one, below in zip(sizes, loaded, strict=True)]
-        places = list(range(len(sizes)))[::-1]
-        axis.barh(places, loaded, color=GREY, label="process with the model loaded")
-        bars = axis.barh(places, on_top, left=loaded, color=RED, label="on top while generating")
+        positions = list(range(len(sizes)))[::-1]
+        axis.barh(positions, loaded, color=GREY, label="process with the model loaded")
+        bars = axis.barh(positions, on_top, left=loaded, color=RED, label="on top while generating")
         axis.bar_label(bars, [f" {one['peak'] / 2**20:,.0f}" for one in sizes], fontsize=8)
-        axis.set_yticks(places, names, fontsize=8)
+        axis.set_yticks(positions, names, fontsize=8)
         axis.set(xlabel="peak memory of the process in MiB")
         axis.set_title(f"whole process, batch {batch}")
         axis.grid(axis="y", visible=False)
@@ -153,11 +157,11 @@ def memory_by_depth(result: dict[str, Any], path: Path) -> Path:
 
 
 def time_by_scale(result: dict[str, Any], path: Path) -> Path:
-    """Where a generation spends its time: one line per depth."""
-    found = groups(result["rows"])
-    figure, axes = panels(len(found), f"{result['model']}: time of each scale, whole batch")
+    """Time of each scale of a generation, one line per depth."""
+    by_setting = groups(result["rows"])
+    figure, axes = panels(len(by_setting), f"{result['model']}: time of each scale, whole batch")
     shades = (BLUE, GREEN, ORANGE, RED, PURPLE, GREY)
-    for axis, ((dtype, batch), rows) in zip(axes, found.items(), strict=True):
+    for axis, ((dtype, batch), rows) in zip(axes, by_setting.items(), strict=True):
         for colour, row in zip(shades, rows, strict=False):
             scales = range(1, len(row["scale_ms"]) + 1)
             label = f"depth {row['depth']}"
@@ -176,11 +180,9 @@ def time_by_scale(result: dict[str, Any], path: Path) -> Path:
 
 
 def roofline(result: dict[str, Any], device: str, path: Path) -> Path | None:
-    """Achieved against possible, for ops that compute; None if none does."""
+    """Achieved and possible FLOP/s of compute ops; None if the result has none."""
     rows = [
-        one["extra_info"]
-        for one in result["benchmarks"]
-        if one["extra_info"]["contender"] == device and one["extra_info"]["flop"]
+        row for row in kernel_timings(result) if row["implementation"] == device and row["flop"]
     ]
     if not rows:
         return None
@@ -206,7 +208,7 @@ def roofline(result: dict[str, Any], device: str, path: Path) -> Path | None:
                          label=f"{op}: {mine[0]['peer']}")  # fmt: skip
             axis.scatter(xs, [row["achieved_flops"] / 1e9 for row in mine], s=24, marker=marker,
                          color=BLUE, label=f"{op}: ours")  # fmt: skip
-        axis.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move",
+        axis.set(xscale="log", yscale="log", xlabel="arithmetic intensity, FLOP per byte",
                  ylabel="GFLOP/s over visible pairs")  # fmt: skip
         _plain_numbers(axis)
         axis.set_title(dtype)
@@ -215,11 +217,9 @@ def roofline(result: dict[str, Any], device: str, path: Path) -> Path | None:
 
 
 def bandwidth(result: dict[str, Any], device: str, path: Path) -> Path | None:
-    """Share of the copy bandwidth of ops that only move memory; None if none does."""
+    """Fraction of the copy bandwidth of ops without FLOP; None if the result has none."""
     rows = [
-        one["extra_info"]
-        for one in result["benchmarks"]
-        if one["extra_info"]["contender"] == device and not one["extra_info"]["flop"]
+        row for row in kernel_timings(result) if row["implementation"] == device and not row["flop"]
     ]
     if not rows:
         return None
@@ -231,15 +231,15 @@ def bandwidth(result: dict[str, Any], device: str, path: Path) -> Path | None:
     )  # fmt: skip
     for axis, op in zip(axes, ops, strict=True):
         some = [row for row in rows if row["op"] == op]
-        places = list(range(len(some)))[::-1]
-        bars = axis.barh([p + 0.2 for p in places], [row["share_of_limit"] for row in some], 0.38,
-                         color=BLUE, label="ours")  # fmt: skip
+        positions = list(range(len(some)))[::-1]
+        ours = [row["fraction_of_limit"] for row in some]
+        bars = axis.barh([p + 0.2 for p in positions], ours, 0.38, color=BLUE, label="ours")
         axis.bar_label(bars, [f" {row['ratio_to_peer']:.1f}x" for row in some], fontsize=8)
-        axis.barh([p - 0.2 for p in places],
+        axis.barh([p - 0.2 for p in positions],
                   [row["limit_seconds"] / row["peer_median"] for row in some], 0.38, color=ORANGE,
                   label=f"{some[0]['peer']}")  # fmt: skip
         axis.axvline(1, color="black", lw=1.4)
-        axis.set_yticks(places, [row["case"] for row in some], fontsize=8)
+        axis.set_yticks(positions, [row["case"] for row in some], fontsize=8)
         axis.set(xlabel="share of the copy bandwidth (above 1: from the cache)")
         axis.set_title(op)
         axis.grid(axis="y", visible=False)
@@ -249,23 +249,23 @@ def bandwidth(result: dict[str, Any], device: str, path: Path) -> Path | None:
 
 
 def attention_by_scale(result: dict[str, Any], device: str, path: Path) -> Path | None:
-    """paged_attention's time at each scale beside SDPA's; None if it was not measured."""
-    found: dict[str, list[Row]] = {}
-    for one in result["benchmarks"]:
-        info = one["extra_info"]
-        if info["op"] == "paged_attention" and info["contender"] == device:
-            layout, *kv8, scale, rows, dtype = info["case"].split("-")
-            place = int(scale.removeprefix("scale"))
+    """paged_attention's time at each scale beside SDPA's; None if no case has several scales."""
+    by_case: dict[str, list[Row]] = {}
+    for row in kernel_timings(result):
+        if row["op"] == "paged_attention" and row["implementation"] == device:
+            layout, *kv8, scale, rows, dtype = row["case"].split("-")
+            scale_index = int(scale.removeprefix("scale"))
             pixels, sequences = layout.removeprefix("layout"), rows.removeprefix("rows")
             key = f"{pixels} pixels, {sequences} rows, {dtype}" + ", 8-bit K/V" * bool(kv8)
-            found.setdefault(key, []).append({**info, "scale": place})
-    if not found:
+            by_case.setdefault(key, []).append({**row, "scale": scale_index})
+    by_case = {title: rows for title, rows in by_case.items() if len(rows) > 1}
+    if not by_case:
         return None
     figure, axes = panels(
-        len(found), f"paged_attention on {device}: time of one call by scale",
+        len(by_case), f"paged_attention on {device}: time of one call by scale",
         height=2.9,
     )  # fmt: skip
-    for axis, (title, rows) in zip(axes, found.items(), strict=True):
+    for axis, (title, rows) in zip(axes, by_case.items(), strict=True):
         rows.sort(key=lambda row: row["scale"])
         scales = [row["scale"] + 1 for row in rows]
         axis.plot(scales, [1e6 * row["peer_median"] for row in rows], color=ORANGE, marker="o",
@@ -288,8 +288,9 @@ def _plain_numbers(axis: Axes) -> None:
     for one in (axis.xaxis, axis.yaxis):
         if one.get_scale() == "log":
             low, high = one.get_view_interval()
-            if high < 300 * low:  # one labelled tick would tell little
-                one.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            if high < 300 * low:  # powers of ten alone would label one tick or none
+                subs = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 6, 8)
+                one.set_major_locator(LogLocator(subs=subs))
             one.set_major_formatter("{x:g}")
             one.set_minor_formatter(NullFormatter())
 
@@ -315,7 +316,7 @@ def draw(result: dict[str, Any], kind: str, folder: Path, name: str) -> list[tup
                 ("Memory by depth", memory_by_depth(result, folder / f"{name}-memory.png")),
                 ("Time of each scale", time_by_scale(result, folder / f"{name}-scales.png")),
             ]
-        found = []
+        pictures = []
         for device in result["limits"]:
             ours = "cpu" if device == "cpu" else "triton"
             for caption, plot in (
@@ -324,7 +325,7 @@ def draw(result: dict[str, Any], kind: str, folder: Path, name: str) -> list[tup
                 ("Bandwidth", bandwidth),
             ):
                 file = folder / f"{name}-{device}-{caption.split()[0].lower()}.png"
-                made = plot(result, ours, file)
-                if made is not None:
-                    found.append((f"{caption} ({device})", made))
-        return found
+                path = plot(result, ours, file)
+                if path is not None:
+                    pictures.append((f"{caption} ({device})", path))
+        return pictures

@@ -1,8 +1,8 @@
-"""Result files to one Markdown page with pictures.
+"""One Markdown page with pictures from result files.
 
     python -m benchmarks.report RESULT.json ... --out FOLDER
 
-Takes results of ``pytest benchmarks --benchmark-json`` and of ``variant bench --json``.
+``benchmarks.results.KINDS`` lists the commands whose result files it reads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import tyro
 
 from benchmarks.plots import draw, groups
-from benchmarks.reading import (
+from benchmarks.results import (
     DROPIN,
     ENGINE,
     KERNELS,
@@ -23,6 +23,7 @@ from benchmarks.reading import (
     LARGEST,
     TRAINING,
     Result,
+    kernel_timings,
     read_all,
 )
 from variant.bench.engine_bench import switch_line
@@ -76,22 +77,24 @@ def duration(seconds: float) -> str:
 
 
 def _environment(result: Result) -> list[str]:
-    found = result.environment
-    caches = ", ".join(f"{name} {size}" for name, size in found["caches"].items())
-    commit = (found["commit"] or "unknown")[:12] + (" with changes" if found["dirty"] else "")
+    machine = result.environment
+    caches = ", ".join(f"{name} {size}" for name, size in machine["caches"].items())
+    commit = (machine["commit"] or "unknown")[:12] + (" with changes" if machine["dirty"] else "")
     lines = [
-        f"{found['cpu']}, {found['isa']}, {found['threads']} of {found['cores']} cores, {caches}, "
-        f"{found['memory_bytes'] / 2**30:.0f} GiB; {found['system']}, Python {found['python']}, "
-        f"torch {found['torch']}"
-        + (f"; {found['gpu']}, driver {found['gpu_driver']}" if found["gpu"] else "")
-        + f". Commit {commit}, {found['date'][:10]}.",
+        f"{machine['cpu']}, {machine['isa']}, {machine['threads']} of {machine['cores']} cores, "
+        f"{caches}, {machine['memory_bytes'] / 2**30:.0f} GiB; {machine['system']}, "
+        f"Python {machine['python']}, "
+        f"torch {machine['torch']}"
+        + (f"; {machine['gpu']}, driver {machine['gpu_driver']}" if machine["gpu"] else "")
+        + f". Commit {commit}, {machine['date'][:10]}.",
         "",
-        f"`{found['command']}`",
+        f"`{machine['command']}`",
         "",
     ]
     limits = result.data.get("limits", {})
-    for device, one in {"": limits}.items() if result.kind == ENGINE else limits.items():
-        start, drift = one["start"], one.get("drift")
+    by_device = {"": limits} if result.kind == ENGINE else limits
+    for device, measured in by_device.items():
+        start, drift = measured["start"], measured.get("drift")
         rates = ", ".join(
             f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in start["gemm"].items()
         )
@@ -112,173 +115,207 @@ def _engine(data: dict[str, Any]) -> list[str]:
     lines = [
         f"Whole generations of {data['model']} ({data['weights']} weights, bridge "
         f"{data['bridge']}, cfg {sampling['cfg']}, top_k {sampling['top_k']}, top_p "
-        f"{sampling['top_p']}) without the VQ-VAE decoder; medians of runs that take turns. "
-        "An asterisk: the original runs every layer, it has no other depth.",
+        f"{sampling['top_p']}) without the VQ-VAE decoder; medians of interleaved runs. "
+        "An asterisk: the original has one depth and runs every layer.",
         "",
     ]
     for (dtype, batch), rows in groups(data["rows"]).items():
-        peers = [peer["peer"] for peer in rows[0]["against"]]
-        columns = ["depth", "ours, ms per image", "quartiles"]
-        columns += [f"{peer}, ms (times ours)" for peer in peers]
-        columns += ["K/V allocated (plan)", "speed-up (ceiling)", "beyond the GEMMs"]
-        cells = []
-        for row in rows:
-            low, high = row["ms"]["quartiles"]
-            equal = row["kv_allocated_bytes"] == row["kv_planned_bytes"]
-            planned = "equal" if equal else f"NOT {row['kv_planned_bytes'] / 2**20:,.1f}"
-            cells.append([
-                str(row["depth"]),
-                f"{row['ms']['median']:,.1f}",
-                f"{low:,.1f} to {high:,.1f}",
-                *(
-                    f"{peer['ms']['median']:,.1f} ({peer['ratio']:.2f})"
-                    + ("\\*" if peer["full_depth"] else "")
-                    for peer in row["against"]
-                ),
-                f"{row['kv_allocated_bytes'] / 2**20:,.1f} MiB ({planned})",
-                f"{row['speed_up']:.2f} ({row['ceiling']:.2f})",
-                f"{row['beyond_gemms']:.0%}",
-            ])  # fmt: skip
-        lines += [f"### {dtype}, batch {batch}", "", *table(columns, cells)]
+        lines += [f"### {dtype}, batch {batch}", "", *_depths(rows)]
         lines += _weights_read(rows, data["limits"]["start"]["copy"])
-        for row in rows:
-            # Earlier files have no such row.
-            if (kv8 := row.get("kv8")) is not None:
-                lines += [
-                    f"Depth {row['depth']} with 8-bit K/V: {kv8['ms']['median']:,.1f} ms per image "
-                    f"(exact takes {kv8['ratio']:.2f} times as long), "
-                    f"{kv8['kv_allocated_bytes'] / 2**20:,.1f} MiB; greedy tokens that change: "
-                    f"{kv8['greedy_changed']:.1%}.",
-                    "",
-                ]
-    for found in data["decoder"]:
-        against = ", ".join(
-            f"{peer['peer']} {peer['ms']['median']:,.1f} ms ({peer['ratio']:.2f} times)"
-            for peer in found["against"]
-        )
-        lines += [
-            f"Decoder, {found['dtype']}, batch {found['batch']}: {found['ms']['median']:,.1f} ms "
-            f"per image; {against}.",
-            "",
-        ]
-    for found in data["logits"]:
-        lines += [
-            f"Logits of the last scale, {found['what']}: largest difference "
-            f"{found['largest']:.3g}, mean {found['mean']:.3g}; their spread is "
-            f"{found['spread']:.3g}.",
-            "",
-        ]
-    for found in data.get("switch", []):  # files of before it was measured have none
-        lines += [f"Switch {switch_line(found)}.", ""]
-    if data["memory"]:
-        cells = [
-            [one["who"], str(one["batch"]), str(one["depth"]), f"{one['peak'] / 2**20:,.0f} MiB",
-             f"{one['loaded'] / 2**20:,.0f} MiB"]
-            for one in data["memory"]
-        ]  # fmt: skip
-        columns = ["one generation in a process of its own", "batch", "depth", "peak memory",
-                   "with the model loaded"]  # fmt: skip
-        lines += table(columns, cells)
-    return lines
+        lines += _eight_bit_kv(rows)
+    lines += _decoder(data["decoder"])
+    lines += _logits(data["logits"])
+    for switch in data.get("switch", []):  # older files have none
+        lines += [f"Switch {switch_line(switch)}.", ""]
+    return lines + _peak_memory(data["memory"])
+
+
+def _depths(rows: list[dict[str, Any]]) -> list[str]:
+    """Time and K/V memory of every depth, beside the peers."""
+    peers = [peer["peer"] for peer in rows[0]["against"]]
+    columns = ["depth", "ours, ms per image", "quartiles"]
+    columns += [f"{peer}, ms (times ours)" for peer in peers]
+    columns += ["K/V allocated (plan)", "speed-up (ceiling)", "beyond the GEMMs"]
+    cells = []
+    for row in rows:
+        low, high = row["ms"]["quartiles"]
+        equal = row["kv_allocated_bytes"] == row["kv_planned_bytes"]
+        planned = "equal" if equal else f"NOT {row['kv_planned_bytes'] / 2**20:,.1f}"
+        cells.append([
+            str(row["depth"]),
+            f"{row['ms']['median']:,.1f}",
+            f"{low:,.1f} to {high:,.1f}",
+            *(
+                f"{peer['ms']['median']:,.1f} ({peer['ratio']:.2f})"
+                + ("\\*" if peer["full_depth"] else "")
+                for peer in row["against"]
+            ),
+            f"{row['kv_allocated_bytes'] / 2**20:,.1f} MiB ({planned})",
+            f"{row['speed_up']:.2f} ({row['ceiling']:.2f})",
+            f"{row['beyond_gemms']:.0%}",
+        ])  # fmt: skip
+    return table(columns, cells)
 
 
 def _weights_read(rows: list[dict[str, Any]], bandwidth: float) -> list[str]:
-    """How far from reading every weight once a product; files of before it was counted: nothing."""
+    """Our time over that of reading each weight once a product, at ``bandwidth`` bytes/s."""
     times = [
-        f"depth {row['depth']} {row['ms']['median'] * row['batch'] / 1000 * bandwidth / bytes_:.2f}"
+        f"depth {row['depth']} {row['ms']['median'] * row['batch'] / 1000 * bandwidth / size:.2f}"
         for row in rows
-        if (bytes_ := row.get("weight_bytes"))
+        if (size := row.get("weight_bytes"))  # older files have none
     ]
     if not times:
         return []
     return [f"Times over reading the weights at the copy bandwidth: {', '.join(times)}.", ""]
 
 
+def _eight_bit_kv(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for row in rows:
+        kv8 = row.get("kv8")  # older files have none
+        if kv8 is not None:
+            lines += [
+                f"Depth {row['depth']} with 8-bit K/V: {kv8['ms']['median']:,.1f} ms per image "
+                f"(exact takes {kv8['ratio']:.2f} times as long), "
+                f"{kv8['kv_allocated_bytes'] / 2**20:,.1f} MiB; greedy tokens that change: "
+                f"{kv8['greedy_changed']:.1%}.",
+                "",
+            ]
+    return lines
+
+
+def _decoder(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for row in rows:
+        peers = ", ".join(
+            f"{peer['peer']} {peer['ms']['median']:,.1f} ms ({peer['ratio']:.2f} times)"
+            for peer in row["against"]
+        )
+        lines += [
+            f"Decoder, {row['dtype']}, batch {row['batch']}: {row['ms']['median']:,.1f} ms "
+            f"per image; {peers}.",
+            "",
+        ]
+    return lines
+
+
+def _logits(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for row in rows:
+        lines += [
+            f"Logits of the last scale, {row['what']}: largest difference "
+            f"{row['largest']:.3g}, mean {row['mean']:.3g}; their spread is "
+            f"{row['spread']:.3g}.",
+            "",
+        ]
+    return lines
+
+
+def _peak_memory(rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    cells = [
+        [row["who"], str(row["batch"]), str(row["depth"]), f"{row['peak'] / 2**20:,.0f} MiB",
+         f"{row['loaded'] / 2**20:,.0f} MiB"]
+        for row in rows
+    ]  # fmt: skip
+    columns = ["one generation in a process of its own", "batch", "depth", "peak memory",
+               "with the model loaded"]  # fmt: skip
+    return table(columns, cells)
+
+
 def _kernels(data: dict[str, Any]) -> list[str]:
     lines = [
-        "Contenders of a case take turns; times are medians, the ratio is that of the peer to "
-        "ours within each round (above 1: ours is faster), the limit is the measured GEMM rate or "
-        "copy bandwidth, whichever binds.",
+        "The implementations of a case run interleaved. Times are medians; the ratio is the median "
+        "over the rounds of the peer's time over ours (above 1: ours is faster). The limit is the "
+        "measured GEMM rate or copy bandwidth, whichever takes longer.",
         "",
     ]
     if data["quick"]:
         lines += ["A quick run: few rounds of small cases.", ""]
-    infos = [one["extra_info"] for one in data["benchmarks"]]
-    for op, device in dict.fromkeys((info["op"], info["device"]) for info in infos):
-        cells = []
-        some = [i for i in infos if (i["op"], i["device"]) == (op, device)]
-        for case in dict.fromkeys(info["case"] for info in some):
-            of_case = [info for info in some if info["case"] == case]
-            others = ", ".join(
-                f"{info['contender']} {duration(info['median'])}"
-                for info in of_case
-                if not info["ours"] and info["contender"] != info["peer"]
-            )
-            for info in of_case:
-                if info["ours"]:
-                    low, high = info["ratio_quartiles"]
-                    rate = (
-                        f"{info['achieved_flops'] / 1e9:,.0f} GFLOP/s"
-                        if info["bound"] == "compute"
-                        else f"{info['achieved_bandwidth'] / 1e9:,.1f} GB/s"
-                    )
-                    cells.append([
-                        case,
-                        info["contender"],
-                        duration(info["median"]),
-                        duration(info["peer_median"]),
-                        f"{info['ratio_to_peer']:.2f}",
-                        f"{low:.2f} to {high:.2f}",
-                        rate,
-                        f"{info['share_of_limit']:.0%}",
-                        others,
-                    ])  # fmt: skip
-        columns = ["case", "ours", "time", some[0]["peer"], "ratio", "quartiles", "rate",
-                   "of the limit", "others"]  # fmt: skip
-        isa = some[0]["isa"]
+    by_op: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in kernel_timings(data):
+        by_op.setdefault((row["op"], row["device"]), []).append(row)
+    for (op, device), rows in by_op.items():
+        isa = rows[0]["isa"]
         title = f"### {op} on {device}" + (f", {isa}" if isa else "")
-        lines += [title, "", *table(columns, cells)]
+        lines += [title, "", *_op_table(rows)]
     return lines
+
+
+def _op_table(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each implementation of ours in each case of one op."""
+    cells = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        of_case = [row for row in rows if row["case"] == case]
+        others = ", ".join(
+            f"{row['implementation']} {duration(row['median'])}"
+            for row in of_case
+            if not row["ours"] and row["implementation"] != row["peer"]
+        )
+        for row in of_case:
+            if row["ours"]:
+                low, high = row["ratio_quartiles"]
+                cells.append([
+                    case,
+                    row["implementation"],
+                    duration(row["median"]),
+                    duration(row["peer_median"]),
+                    f"{row['ratio_to_peer']:.2f}",
+                    f"{low:.2f} to {high:.2f}",
+                    f"{row['achieved_flops'] / 1e9:,.0f} GFLOP/s"
+                    if row["bound"] == "compute"
+                    else f"{row['achieved_bandwidth'] / 1e9:,.1f} GB/s",
+                    f"{row['fraction_of_limit']:.0%}",
+                    others,
+                ])  # fmt: skip
+    columns = ["case", "ours", "time", rows[0]["peer"], "ratio", "quartiles", "rate",
+               "of the limit", "others"]  # fmt: skip
+    return table(columns, cells)
 
 
 def _dropin(data: dict[str, Any]) -> list[str]:
     lines = [
         f"The code of `{data['family']}` itself ({data['size']}, random weights) before and after "
-        "`patch`; all take turns, times are medians without the decoder.",
+        "`patch`; interleaved runs, medians without the decoder.",
         "",
     ]
     cells = []
     for run in data["results"]:
         dtype = run["dtype"] + (", copies kept" if run["keep_copies"] else "")
-        for name, one in run["contenders"].items():
+        for name, timing in run["implementations"].items():
             cells.append(
-                [dtype, name, duration(one["median"]), f"{one['times_original']:.2f}",
-                 f"{one['peak_mib']:,.0f} MiB", one["note"]]
+                [dtype, name, duration(timing["median"]), f"{timing['ratio_to_original']:.2f}",
+                 f"{timing['peak_mib']:,.0f} MiB", timing["note"]]
             )  # fmt: skip
-    columns = ["dtype", "contender", "time", "times the original", "peak beyond before", ""]
+    columns = ["dtype", "implementation", "time", "original / this", "additional peak memory", ""]
     lines += table(columns, cells)
     for run in data["results"]:
         if "depth" in run:
-            found = run["depth"]
+            depth = run["depth"]
             lines += [
-                f"{run['dtype']}: depth {found['depth']} over full depth {found['gained']:.2f} of "
-                f"{found['ceiling']:.2f} by linear work.",
+                f"{run['dtype']}: depth {depth['depth']} over full depth {depth['gained']:.2f} of "
+                f"{depth['ceiling']:.2f} by linear work.",
                 "",
             ]
     return lines
 
 
 def _training(data: dict[str, Any]) -> list[str]:
-    ratio = f"ratio to {data['peer']}"
     cells = [
-        [row["contender"], duration(row["median"]), f"{row[ratio]:.2f}", f"{row['loss']:.3f}"]
+        [
+            row["implementation"],
+            duration(row["median"]),
+            f"{row['ratio_to_peer']:.2f}",
+            f"{row['loss']:.3f}",
+        ]
         for row in data["steps"]
-    ]
+    ]  # fmt: skip
     return [
         f"One optimiser step of {data['model']}, batch {data['batch']}, {data['dtype']} on "
         f"{data['device']}, bridge {data['bridge']}.",
         "",
-        *table(["contender", "time", f"times {data['peer']}", "loss"], cells),
+        *table(["implementation", "time", f"{data['peer']} / this", "loss"], cells),
     ]
 
 
@@ -290,7 +327,8 @@ def _kv8(data: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
     columns = ["model", "dtype", "depth", "largest", "rms", "likeliest token", "greedy tokens"]
     return [
-        "What 8-bit K/V change: logits over their standard deviation, shares of tokens.",
+        "The error of 8-bit K/V: change of the logits over their standard deviation, share of "
+        "tokens that change.",
         "",
         *table(columns, cells),
     ]
@@ -304,13 +342,13 @@ def _largest(data: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
     return [
         f"{data['model']}: the largest batch that ran in {data['limit_bytes'] / 2**30:g} GiB, and "
-        "where a line through two small ones reaches them.",
+        "its prediction from the memory of two small batches.",
         "",
-        *table(["who", "depth", "an image", "largest batch", "by the line"], cells),
+        *table(["who", "depth", "memory of an image", "largest batch", "predicted"], cells),
     ]
 
 
-# What shows each kind, and the name by which its pictures are drawn.
+# The function that writes the part of each kind, and the kinds that have pictures.
 PARTS = {
     ENGINE: _engine,
     KERNELS: _kernels,
@@ -323,7 +361,7 @@ PICTURES = {ENGINE: "engine", KERNELS: "kernels"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the page; 0, or 1 with one line that says why not."""
+    """Write the page; 0, or 1 with an error of one line."""
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.report")
     try:
         results = [result for path in options.results for result in read_all(path)]

@@ -1,17 +1,17 @@
-"""One optimiser step, ours by depth beside the original VAR code's with its dense mask.
+"""One optimiser step: ours at each depth, and the original VAR code's with its dense mask.
 
     python -m benchmarks.training_step --model var-d30 --batch 64 --depths 30 16 --json FILE \
         [--device cuda] [--dtype bfloat16] [--bridge 6] [--runs 10] [--var-repo PATH]
 
 A step is: forward under autocast, mean cross-entropy over all tokens, backward, clipping to norm 1,
-AdamW (fused). Both models share their weights, gradients and the optimiser, so that a large model
-fits once; they take turns. Without ``--var-repo`` only our own depths are compared.
+AdamW (fused). Both models share weights, gradients and the optimiser, so that the memory holds a
+large model once; their steps run interleaved. Without ``--var-repo`` only our depths are compared.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.results import TRAINING
 from variant.bench.environment import environment
-from variant.bench.interleaved import alternate, quartiles, ratios
+from variant.bench.interleaved import quartiles, ratios, time_interleaved
 from variant.bench.models import build, configs
+from variant.bench.result_file import write_result
 from variant.errors import UserError
 
-FORMAT = "variant-training-step-1"
 ORIGINAL = "original, dense mask"
 
 
@@ -54,7 +55,7 @@ def step_of(
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The result file: seconds of each contender, ratios to the original or to full depth.
+    """The result: seconds of each implementation, ratios to the original or to full depth.
 
     Raises:
         UserError: a depth or a bridge that the model cannot have, or no clone at --var-repo.
@@ -64,7 +65,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     var, vae = build(options.model, device)
     var.train().requires_grad_(True)
     parameters = list(var.parameters())
-    # So small a rate that the weights of the last round are those of the first.
+    # A learning rate so small that all rounds have the same weights.
     optimizer = torch.optim.AdamW(parameters, lr=1e-9, fused=True)
     generator = torch.Generator().manual_seed(0)
     tokens_BL = torch.randint(
@@ -97,22 +98,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if peer not in calls:
         raise UserError(f"--depths: {config.depth} (full) must be among them without --var-repo")
     losses = {name: float(call()) for name, call in calls.items()}
-    samples = alternate(calls, rounds=options.runs, device=device)
+    samples = time_interleaved(calls, rounds=options.runs, device=device)
     rows = [
         {
-            "contender": name,
+            "implementation": name,
             "loss": losses[name],
-            "median": found.median,
-            "quartiles": found.quartiles,
-            f"ratio to {peer}": sorted(against)[len(against) // 2],
-            "ratio_quartiles": quartiles(against),
+            "rounds": len(own.seconds),
+            "median": own.median,
+            "quartiles": own.quartiles,
+            "ratio_to_peer": statistics.median(ratios(samples[peer], own)),
+            "ratio_quartiles": quartiles(ratios(samples[peer], own)),
         }
-        for name, found in samples.items()
-        for against in [ratios(samples[peer], found)]
+        for name, own in samples.items()
     ]
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
     return {
-        "format": FORMAT,
+        "format": TRAINING,
         "environment": environment(),
         "model": options.model,
         "batch": options.batch,
@@ -140,17 +141,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         result = measure(options)
+        write_result(options.json, result)
     except UserError as error:
         print(f"benchmarks.training_step: {error}", file=sys.stderr)
         return 1
-    temporary = options.json.with_name(options.json.name + ".part")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(options.json)
     for row in result["steps"]:
-        ratio = row[f"ratio to {result['peer']}"]
         print(
-            f"{row['contender']:24} {row['median'] * 1e3:10.1f} ms   {ratio:5.2f} x "
-            f"{result['peer']}   loss {row['loss']:.4f}"
+            f"{row['implementation']:24} {row['median'] * 1e3:10.1f} ms   "
+            f"{row['ratio_to_peer']:5.2f} x {result['peer']}   loss {row['loss']:.4f}"
         )
     return 0
 

@@ -13,9 +13,9 @@ from variant.bench import original_var, roofline
 from variant.bench.engine_bench import Setting, measure
 from variant.bench.environment import ENVIRONMENT, caches, command_line, environment, machine_slug
 from variant.bench.flops import attention_flop, ceiling, linear_flop, linears, weight_bytes
-from variant.bench.interleaved import Took, alternate, quartiles, ratios
+from variant.bench.interleaved import SelfTimed, quartiles, ratios, time_interleaved
 from variant.bench.peak_memory import Job, peak
-from variant.bench.roofline import Limits, drift, measure_limits
+from variant.bench.roofline import Peaks, drift, measure_peaks
 from variant.cli.main import main
 from variant.errors import UserError
 from variant.models.presets import VAR_PRESETS
@@ -76,8 +76,8 @@ def test_weights_are_counted_once_for_every_product_that_reads_them():
 
 def test_calls_take_turns_and_each_round_begins_with_another():
     order = []
-    calls = {name: lambda n=name: order.append(n) or Took(1.0) for name in "abc"}
-    found = alternate(calls, rounds=3, min_seconds=0)
+    calls = {name: lambda n=name: order.append(n) or SelfTimed(1.0) for name in "abc"}
+    found = time_interleaved(calls, rounds=3, min_seconds=0)
     assert "".join(order[-9:]) == "abcbcacab"
     assert {name: len(s.seconds) for name, s in found.items()} == {"a": 3, "b": 3, "c": 3}
 
@@ -85,10 +85,10 @@ def test_calls_take_turns_and_each_round_begins_with_another():
 def test_a_ratio_compares_within_rounds_only():
     steps = itertools.count()
     # The machine slows down tenfold on the way; the ratio does not notice.
-    found = alternate(
+    found = time_interleaved(
         {
-            "slow": lambda: Took(3 * (1 + next(steps) // 8 * 9)),
-            "fast": lambda: Took(1 * (1 + next(steps) // 8 * 9)),
+            "slow": lambda: SelfTimed(3 * (1 + next(steps) // 8 * 9)),
+            "fast": lambda: SelfTimed(1 * (1 + next(steps) // 8 * 9)),
         },
         rounds=6,
         min_seconds=0,
@@ -100,10 +100,10 @@ def test_a_ratio_compares_within_rounds_only():
 
 
 def test_short_calls_are_repeated_until_a_sample_is_long_enough():
-    found = alternate({"short": lambda: None}, rounds=2, min_seconds=1e-3)["short"]
+    found = time_interleaved({"short": lambda: None}, rounds=2, min_seconds=1e-3)["short"]
     assert found.iterations > 100
     assert found.median < 1e-4
-    slept = alternate({"long": lambda: time.sleep(2e-3)}, rounds=3, min_seconds=1e-3)["long"]
+    slept = time_interleaved({"long": lambda: time.sleep(2e-3)}, rounds=3, min_seconds=1e-3)["long"]
     assert slept.iterations == 1
     assert 2e-3 <= slept.quartiles[0] <= slept.median <= slept.quartiles[1]
 
@@ -114,14 +114,14 @@ def test_quartiles_of_one_value_are_that_value():
 
 
 def test_the_limit_is_the_slower_of_products_and_copies():
-    peaks = Limits({"float32": 100.0}, 10.0)
+    peaks = Peaks({"float32": 100.0}, 10.0)
     assert peaks.seconds("float32", 1000, 10) == (10, "compute")
     assert peaks.seconds("float32", 0, 50) == (5, "memory")
-    assert drift(peaks, Limits({"float32": 50.0}, 20.0)) == {"gemm float32": 0.5, "copy": 2.0}
+    assert drift(peaks, Peaks({"float32": 50.0}, 20.0)) == {"gemm float32": 0.5, "copy": 2.0}
 
 
 def test_only_the_dtypes_that_were_asked_for_are_measured():
-    measured = measure_limits("cpu", [torch.float32], quick=True)
+    measured = measure_peaks("cpu", [torch.float32], quick=True)
     assert set(measured.gemm) == {"float32"}
     assert measured.gemm["float32"] > 1e9
     assert measured.copy > 1e8
@@ -136,10 +136,10 @@ def test_a_slow_dtype_is_measured_on_fewer_rows(monkeypatch):
 
     monkeypatch.setattr(torch, "mm", slow_product)
     # A little over 0.05 s for 32 rows: 128 rows would take a little over 0.2 s.
-    assert roofline._rows_in_time(512, torch.zeros(8, 8)) == 64
+    assert roofline._rows_within_budget(512, torch.zeros(8, 8)) == 64
     assert rows_of_calls == [32, 32]
     monkeypatch.setattr(torch, "mm", lambda left, right: None)
-    assert roofline._rows_in_time(512, torch.zeros(8, 8)) == 512
+    assert roofline._rows_within_budget(512, torch.zeros(8, 8)) == 512
 
 
 # --- the machine --------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_rows_compare_ours_with_a_loop_that_draws_the_same():
         ]  # fmt: skip
         assert all(peer["ratio"] > 0 and not peer["full_depth"] for peer in row["against"])
         assert len(row["scale_ms"]) == 3
-        assert len(row["ms"]["samples"]) == 2
+        assert row["ms"]["rounds"] == 2
         assert row["beyond_gemms"] < 1
     assert full["weight_bytes"] > shallow["weight_bytes"] > 0
     assert full["speed_up"] == 1
@@ -209,7 +209,7 @@ def test_rows_compare_ours_with_a_loop_that_draws_the_same():
     assert found["decoder"][0]["against"][0]["peer"] == "plain modules float32"
     assert found["logits"] == []
     (switch,) = found["switch"]
-    assert (switch["depth"], switch["to"], len(switch["samples"])) == (4, 2, 2)
+    assert (switch["depth"], switch["to"], switch["rounds"]) == (4, 2, 2)
     assert switch["generation_ms"] > 0
     assert len(ticks) == 8 * 3 + 3 * 3
 

@@ -10,46 +10,54 @@ import torch
 from PIL import Image
 from small_models import small_model
 
-from benchmarks import compare, report
-from benchmarks.reading import ENGINE, KERNELS, read, read_all
+from benchmarks import compare, plots, report
 from benchmarks.report import duration
+from benchmarks.results import DROPIN, ENGINE, KERNELS, read, read_all
 from variant.bench.engine_bench import Setting, measure
 from variant.bench.environment import environment
 from variant.errors import UserError
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 LIMITS = {"gemm": {"float32": 1e11, "bfloat16": 4e11}, "copy": 3e10}
+SLOW_LIMITS = {"gemm": {"float32": 5e9}, "copy": 1e9}
 STEADY = {"start": LIMITS, "end": LIMITS, "drift": {"copy": 1.0, "gemm float32": 0.9}}
 
 
-def info(op, case, contender, ratio, **others):
+def case(op, name, ratios, peer, **others):
+    """One case whose peer takes a millisecond; ratios: of each implementation to the peer."""
     return {
-        "op": op, "case": case, "device": "cpu", "contender": contender,
-        "ours": contender == "cpu", "isa": "avx512", "dtype": "float32", "flop": 2e6,
-        "bytes": 1e5, "median": 1e-3 / ratio, "quartiles": [0.9e-3 / ratio, 1.1e-3 / ratio],
-        "peer": "sdpa", "peer_median": 1e-3, "ratio_to_peer": ratio,
-        "ratio_quartiles": [ratio * 0.95, ratio * 1.05], "achieved_flops": 2e9 * ratio,
-        "achieved_bandwidth": 1e8 * ratio, "bound": "compute", "limit_seconds": 2e-5,
-        "share_of_limit": 0.02 * ratio, **others,
+        "op": op, "case": name, "device": "cpu", "isa": "avx512", "dtype": "float32",
+        "flop": 2e6, "bytes": 1e5, "bound": "compute", "limit_seconds": 2e-5, "peer": peer,
+        "implementations": {
+            name: {
+                "ours": name == "cpu", "rounds": 20, "iterations": 1, "median": 1e-3 / ratio,
+                "quartiles": [0.9e-3 / ratio, 1.1e-3 / ratio], "ratio_to_peer": ratio,
+                "ratio_quartiles": [ratio * 0.95, ratio * 1.05],
+            }
+            for name, ratio in ratios.items()
+        },
+        **others,
     }  # fmt: skip
 
 
 def kernels():
-    infos = [
-        info("paged_attention", f"layout256-scale{scale}-rows2-float32", contender, ratio)
+    cases = [
+        case(
+            "paged_attention",
+            f"layout256-scale{scale}-rows2-float32",
+            {"cpu": 2.0, "reference": 0.1, "sdpa": 1.0},
+            "sdpa",
+        )
         for scale in (0, 1, 2)
-        for contender, ratio in (("cpu", 2.0), ("reference", 0.1), ("sdpa", 1.0))
     ]
-    infos += [
-        info("adaln_modulate", "d16-large", "cpu", 3.0, flop=0, bound="memory", peer="eager"),
-        info("adaln_modulate", "d16-large", "eager", 1.0, flop=0, bound="memory", peer="eager"),
-    ]
+    large = {"cpu": 3.0, "eager": 1.0}
+    cases.append(case("adaln_modulate", "d16-large", large, "eager", flop=0, bound="memory"))
     return {
         "format": KERNELS,
         "quick": False,
         "environment": environment(["pytest", "benchmarks"]),
         "limits": {"cpu": STEADY},
-        "benchmarks": [{"extra_info": one} for one in infos],
+        "cases": cases,
     }
 
 
@@ -86,14 +94,14 @@ def write(path, data):
 
 def test_a_slower_machine_is_no_regression_and_a_lower_ratio_is(tmp_path, capsys):
     old, new = kernels(), kernels()
-    for one in new["benchmarks"]:
-        for name in ("median", "peer_median"):
-            one["extra_info"][name] *= 7
+    for one in new["cases"]:
+        for timing in one["implementations"].values():
+            timing["median"] *= 7
     paths = write(tmp_path / "old.json", old), write(tmp_path / "new.json", new)
     assert compare.main(list(paths)) == 0
     assert "4 ratios compared, tolerance 10%: 0 slower, 0 faster" in capsys.readouterr().out
-    new["benchmarks"][0]["extra_info"]["ratio_to_peer"] = 1.7
-    new["benchmarks"][3]["extra_info"]["ratio_to_peer"] = 2.5
+    new["cases"][0]["implementations"]["cpu"]["ratio_to_peer"] = 1.7
+    new["cases"][1]["implementations"]["cpu"]["ratio_to_peer"] = 2.5
     write(tmp_path / "new.json", new)
     assert compare.main(list(paths)) == 1
     printed = capsys.readouterr().out
@@ -107,7 +115,7 @@ def test_a_slower_machine_is_no_regression_and_a_lower_ratio_is(tmp_path, capsys
 
 def test_a_missing_case_is_reported(tmp_path, capsys):
     old, new = kernels(), kernels()
-    del new["benchmarks"][0]
+    del new["cases"][0]
     paths = [write(tmp_path / "old.json", old), write(tmp_path / "new.json", new)]
     assert compare.main(paths) == 1
     assert "missing: paged_attention, cpu, layout256-scale0" in capsys.readouterr().out
@@ -141,7 +149,7 @@ def test_a_run_in_parts_is_one_result(tmp_path, engine):
     folder = tmp_path / "parts"
     folder.mkdir()
     whole = kernels()
-    parts = [{**whole, "benchmarks": whole["benchmarks"][a:b]} for a, b in ((0, 3), (3, 11))]
+    parts = [{**whole, "cases": whole["cases"][a:b]} for a, b in ((0, 1), (1, 4))]
     for index, part in enumerate(parts):
         write(folder / f"{index}.json", part)
     assert compare.main([write(tmp_path / "whole.json", whole), str(folder)]) == 0
@@ -154,7 +162,7 @@ def test_what_is_no_result_is_refused(tmp_path, engine, capsys):
     good = write(tmp_path / "good.json", kernels())
     other = write(tmp_path / "engine.json", engine)
     for words, message in (
-        ([foreign, good], "must be a result of one of `pytest benchmarks --benchmark-json`"),
+        ([foreign, good], "must be a result of one of `pytest benchmarks --json`"),
         ([str(tmp_path / "none.json"), good], "cannot be read as JSON"),
         ([str(empty), good], "holds no .json file"),
         ([good, good, "--tolerance", "1.5"], r"--tolerance must be in [0, 1); got 1.5"),
@@ -196,6 +204,42 @@ def test_the_page_shows_both_kinds_with_their_pictures(tmp_path, engine, capsys)
     assert min(columns) > 4
 
 
+@pytest.fixture
+def axes(monkeypatch):
+    """axes(plot, result): the visible axes of a figure that ``plot`` would save."""
+    saved = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: saved.append(figure) or path)
+
+    def draw(plot, result):
+        with plots.plt.rc_context(plots.STYLE):
+            if plot(result, "cpu", Path("unused.png")) is None:
+                return []
+        figure = saved.pop()
+        figure.canvas.draw()
+        plots.plt.close(figure)
+        return [axis for axis in figure.axes if axis.get_visible()]
+
+    return draw
+
+
+def test_scales_have_integer_ticks_and_a_single_scale_has_no_panel(axes):
+    result = kernels()
+    alone = "layout256-kv8-scale9-rows2-float32"
+    result["cases"].append(case("paged_attention", alone, {"cpu": 2.0, "sdpa": 1.0}, "sdpa"))
+    (panel,) = axes(plots.attention_by_scale, result)
+    assert panel.get_title("left") == "256 pixels, 2 rows, float32"
+    assert all(tick == int(tick) for tick in panel.get_xticks())
+    assert axes(plots.attention_by_scale, {**result, "cases": result["cases"][-1:]}) == []
+
+
+def test_a_roofline_labels_several_rates(axes):
+    # Ours twice as fast as the peer: less than a factor of 10 on the axis.
+    (panel,) = axes(plots.roofline, {**kernels(), "limits": {"cpu": {"start": SLOW_LIMITS}}})
+    low, high = panel.get_ylim()
+    labelled = [tick for tick in panel.get_yticks() if low <= tick <= high]
+    assert len(labelled) >= 3
+
+
 def test_every_committed_result_is_shown(tmp_path, capsys):
     results = Path(report.__file__).parent / "results"
     assert report.main([str(results), "--out", str(tmp_path)]) == 0
@@ -229,21 +273,22 @@ def test_drop_in_and_training_files_are_shown_and_compared(tmp_path, capsys):
     small = ["--model", "digits", "--batch", "1", "--device", "cpu", "--dtype", "float32"]
     small += ["--depths", "8", "2", "--bridge", "4", "--runs", "2"]
     assert train([*small, "--json", str(steps)]) == 0
-    seconds = {"original": [2.0, 4.0], "patch": [1.0, 1.0]}
-    contenders = {
-        name: {"seconds": times, "median": times[0], "times_original": 2.0 / times[0],
+    implementations = {
+        name: {"median": seconds, "quartiles": [seconds, seconds],
+               "ratio_to_original": 2.0 / seconds, "ratio_quartiles": [0.5, 4.0],
                "peak_mib": 1.0, "note": ""}
-        for name, times in seconds.items()
+        for name, seconds in {"original": 2.0, "patch": 1.0}.items()
     }  # fmt: skip
     dropin = write(
         tmp_path / "dropin.json",
         {
-            "format": "variant-dropin-1",
+            "format": DROPIN,
             "environment": environment(),
             "family": "var",
             "size": "small",
             "results": [
-                {"dtype": "float32", "rounds": 2, "keep_copies": False, "contenders": contenders,
+                {"dtype": "float32", "rounds": 2, "keep_copies": False,
+                 "implementations": implementations,
                  "depth": {"depth": 2, "gained": 1.5, "ceiling": 2.0}}
             ],
         },
@@ -255,7 +300,7 @@ def test_drop_in_and_training_files_are_shown_and_compared(tmp_path, capsys):
     (kv8,) = RESULTS.glob("kv8-error-*.json")
     assert report.main([str(kv8), "--out", str(tmp_path / "kv8")]) == 0
     page = (tmp_path / "kv8" / "report.md").read_text()
-    assert "What 8-bit K/V change" in page
+    assert "The error of 8-bit K/V" in page
     assert page.count("| digits |") == 6
     capsys.readouterr()
     assert compare.main([dropin, dropin]) == 0

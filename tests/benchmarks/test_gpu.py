@@ -73,7 +73,7 @@ def test_names_are_unique_and_an_unknown_one_is_named(tmp_path, capsys):
 
 
 def test_only_cases_on_the_gpu_are_chosen():
-    """A contender of that name takes part on the CPU too."""
+    """A implementation of that name takes part on the CPU too."""
     (kernels,) = [part for part in parts(Path(), None) if part.name == "kernels"]
     chosen = kernels.command[kernels.command.index("-k") + 1]
     assert chosen in "test_adaln_modulate[cuda-d16-large-stream-float32-rows-float32-op]"

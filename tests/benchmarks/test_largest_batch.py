@@ -23,12 +23,12 @@ class Memory(GPU):
         return WEIGHTS + IMAGE * batch
 
     @contextmanager
-    def held_to(self, limit):
+    def limited_to(self, limit):
         self.limit = limit
         yield
         self.limit = None
 
-    def tidy(self):
+    def release(self):
         pass
 
     def generate(self, batch):

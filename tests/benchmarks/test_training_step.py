@@ -13,10 +13,11 @@ def test_every_depth_takes_a_step_and_is_compared_with_full_depth(tmp_path, caps
     assert code == 0
     written = json.loads(file.read_text())
     full, subnet = written["steps"]
-    assert [full["contender"], subnet["contender"]] == ["depth 8", "depth 2"]
-    assert full["ratio to depth 8"] == 1
+    assert [full["implementation"], subnet["implementation"]] == ["depth 8", "depth 2"]
+    assert full["ratio_to_peer"] == 1
     assert subnet["loss"] != full["loss"] > 0
-    assert subnet["median"] > 0
+    assert subnet["quartiles"][0] <= subnet["median"] <= subnet["quartiles"][1]
+    assert subnet["rounds"] == 2
     assert "depth 2" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["steps.json"]
 

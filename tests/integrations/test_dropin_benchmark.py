@@ -38,8 +38,10 @@ def test_answers_are_compared_and_times_written_with_the_environment(tmp_path, m
     written = json.loads(file.read_text())
     assert written["environment"]["torch"] == torch.__version__
     (result,) = written["results"]
-    assert set(result["contenders"]) == {"original", "patch", "patch, depth 2"}
-    assert result["contenders"]["original"]["times_original"] == 1
+    assert set(result["implementations"]) == {"original", "patch", "patch, depth 2"}
+    assert result["implementations"]["original"]["ratio_to_original"] == 1
+    patched = result["implementations"]["patch"]
+    assert patched["quartiles"][0] <= patched["median"] <= patched["quartiles"][1]
     assert result["depth"]["ceiling"] > 1
     assert [path.name for path in tmp_path.iterdir()] == ["dropin.json"]
 

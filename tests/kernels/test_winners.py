@@ -1,21 +1,15 @@
-"""backend="auto" goes by a measured table; the table is what the committed results give."""
+"""backend="auto" goes by a measured table."""
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import winners as writer
-from benchmarks.gpu import parts
-from benchmarks.reading import KERNELS, Result, read_all
 from variant_kernels import adaln_modulate, explain, ops, paged_attention, use_backend, winners
 from variant_kernels.dispatch import select
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import Impl, choose_backward, choose_name
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SMALL, LARGE = {"row": 64, "rows": 8}, {"row": 64, "rows": 1024}
 FLOATS = (torch.float32, torch.float32)
 
@@ -255,153 +249,5 @@ def test_the_keys_of_paged_attention_are_those_its_table_has_room_for(plant, mon
     assert (request.head_dim, request.page_size) == (16, 4)
 
 
-# --- the writer ---------------------------------------------------------------------------------
-
-
-def timed(**medians):
-    """Backends whose quartiles lie 1 % around their medians."""
-    return {name: {"median": m, "quartiles": [0.99 * m, 1.01 * m]} for name, m in medians.items()}
-
-
-def test_a_clear_win_ranks_first_and_a_tie_keeps_the_preference_order():
-    assert writer.rank(timed(cuda=1.0, triton=1.2, reference=9.0)) == (
-        *("cuda", "triton", "reference"),
-    )
-    assert writer.rank(timed(cuda=1.0, triton=1.029)) == ("triton", "cuda")
-    assert writer.rank(timed(cuda=1.0, triton=1.04)) == ("cuda", "triton")
-    # Three of which neighbours are alike: the first place goes by the fastest of all.
-    assert writer.rank(timed(flash=1.0, cuda=1.025, triton=1.05)) == ("cuda", "flash", "triton")
-    wide = {"triton": {"median": 1.2, "quartiles": [0.9, 1.4]}, **timed(cuda=1.0)}
-    assert writer.rank(wide) == ("triton", "cuda")
-
-
-def result(name, cases, date="2026-01-01", **changed):
-    """cases: (case, contender, median, shape)."""
-    benchmarks = [
-        {"extra_info": {
-            "op": "adaln_modulate", "device": "cuda", "kind": "sm_90", "isa": None, "case": label,
-            "contender": who, "dtype": "bfloat16", **timed(one=median)["one"],
-            "shape": {"batch": 2, "tokens": tokens, "width": 64, "stream": "float32",
-                      "rows": "bfloat16"},
-            **changed,
-        }}
-        for label, who, median, tokens in cases
-    ]  # fmt: skip
-    environment = {"date": date, "gpu": "GPU", "cpu": "CPU", "torch": "2", "triton": "3",
-                   "gpu_driver": "1"}  # fmt: skip
-    data = {"format": KERNELS, "quick": False, "benchmarks": benchmarks, "environment": environment}
-    return Result(name, KERNELS, data)
-
-
-TWO = [
-    ("small", "triton", 2.0, 1),
-    ("small", "cuda", 1.0, 1),
-    ("small", "op", 0.1, 1),
-    ("small", "eager", 0.1, 1),
-    ("large", "triton", 1.0, 512),
-    ("large", "cuda", 2.0, 512),
-    ("alone", "triton", 1.0, 64),
-]
-
-
-def test_the_writer_ranks_backends_only_and_leaves_out_who_ran_alone():
-    (found,) = writer.table([result("kernels-x", TWO)])["entries"]
-    assert found["dtypes"] == ["float32", "bfloat16"]
-    assert [(one["ranking"], one["sizes"]) for one in found["cases"]] == [
-        (["cuda", "triton"], {"row": 64, "rows": 2}),
-        (["triton", "cuda"], {"row": 64, "rows": 1024}),
-    ]
-
-
-def test_the_latest_of_two_runs_counts_and_agreement_makes_one_line():
-    later = result(
-        "a-later", [("small", "triton", 1.0, 1), ("small", "cuda", 2.0, 1)], "2026-02-02"
-    )
-    data = writer.table([later, result("kernels-x", TWO)])
-    (found,) = data["entries"]
-    assert found["cases"] == [
-        {"ranking": ["triton", "cuda"], "sources": ["a-later.json", "kernels-x.json"], "sizes": {}}
-    ]
-    assert data["sources"]["a-later.json"] == {
-        "date": "2026-02-02", "device": "GPU", "torch": "2", "triton": "3", "driver": "1"
-    }  # fmt: skip
-
-
-def test_a_quick_run_and_an_unknown_gpu_are_refused():
-    quick = result("kernels-x", TWO)
-    quick.data["quick"] = True
-    with pytest.raises(writer.UserError, match=r"kernels-x.json: a quick run"):
-        writer.table([quick])
-    with pytest.raises(writer.UserError, match=r"does not say on which kind of cuda"):
-        writer.table([result("kernels-x", TWO, kind=None)])
-
-
-def test_a_backend_that_waits_for_the_device_wins_nothing():
-    ran = [("small", who, time, 1) for who, time in (("triton", 2), ("cuda", 3), ("flashinfer", 1))]
-    shape = {"rows": 1, "heads": 1, "head_dim": 64, "queries": 1, "keys": 1}
-    data = writer.table([result("kernels-x", ran, op="paged_attention", shape=shape)])
-    assert data["entries"][0]["cases"][0]["ranking"] == ["triton", "cuda"]
-
-
-def test_pages_of_8_bits_are_told_apart_by_the_name_of_the_case():
-    ran = [
-        (label, who, time, 1)
-        for label, times in (("scale0-bfloat16", (1, 2)), ("kv8-scale0-bfloat16", (2, 1)))
-        for who, time in zip(("triton", "cuda"), times, strict=True)
-    ]
-    ran = [(f"layout256-{label}", *rest) for label, *rest in ran]
-    shape = {"rows": 1, "heads": 1, "head_dim": 64, "queries": 1, "keys": 1}
-    data = writer.table([result("kernels-x", ran, op="paged_attention", shape=shape)])
-    found = {one["kv_dtype"]: one["cases"][0]["ranking"] for one in data["entries"]}
-    assert found == {None: ["triton", "cuda"], "float8_e4m3fn": ["cuda", "triton"]}
-
-
-def test_the_written_file_is_read_back_and_changes_are_shown(tmp_path, capsys):
-    source, table = tmp_path / "kernels-x.json", tmp_path / "table.json"
-    source.write_text(json.dumps(result("kernels-x", TWO).data))
-    assert writer.main([str(source), "--to", str(table)]) == 0
-    assert not table.exists()
-    line = "+ adaln_modulate, sm_90, float32 and bfloat16, row 64, rows 2: cuda < triton"
-    assert line in capsys.readouterr().out
-    table.write_text("broken")
-    assert writer.main([str(source), "--to", str(table), "--write"]) == 0
-    (found,) = winners.read(table)
-    assert [one.ranking for one in found.cases] == [("cuda", "triton"), ("triton", "cuda")]
-    capsys.readouterr()
-    assert writer.main([str(source), "--to", str(table)]) == 0
-    assert "as it is: no change" in capsys.readouterr().out
-    assert writer.main([str(tmp_path / "absent.json")]) == 1
-    assert capsys.readouterr().err.startswith("winners: error: ")
-
-
-def test_the_committed_table_is_what_the_committed_results_give():
-    results = [one for one in read_all(RESULTS) if one.kind == KERNELS]
-    made = writer.text(writer.table(results))
-    assert winners.PATH.read_text() == made, (
-        "run python -m benchmarks.winners benchmarks/results --write"
-    )
-
-
-def test_the_gpu_command_proposes_a_table_after_the_kernels_and_outside_the_package():
-    out = Path("out")
-    every = parts(out, None)
-    names = [part.name for part in every]
-    assert names.index("winners") == names.index("kernels") + 1
-    command = every[names.index("winners")].command
-    assert str(out / "kernels.json") in command
-    assert command[command.index("--to") + 1] == str(out / "winners.json")
-
-
-def test_every_benchmark_reports_all_backends_of_its_ops():
-    for stem, names in {
-        "adaln": ("adaln_modulate", "gated_residual_adaln"),
-        "block_causal_attention": ("block_causal_attention",),
-        "paged_attention": ("paged_attention",),
-        "qk_norm_append_paged_kv": ("qk_norm_append_paged_kv",),
-        "sample_tokens": ("sample_tokens",),
-    }.items():
-        peers = importlib.import_module(f"benchmarks.bench_{stem}").PEERS
-        assert len(set(peers)) == len(peers)
-        for op in names:
-            assert set(backends_of(op)) <= set(peers), op
+def test_the_preference_order_is_one():
     assert select.PREFERENCE == winners.PREFERENCE

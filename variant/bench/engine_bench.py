@@ -1,7 +1,7 @@
-"""The engine against its peers: whole generations without the VQ-VAE decoder, taking turns.
+"""The engine beside its peers: whole generations without the VQ-VAE decoder, interleaved.
 
-For one model, dtype and batch, every depth of ours, the same matrix products alone and every peer
-take turns in one process; what is compared is what a user waits for.
+For one model, dtype and batch one process interleaves every depth of the engine, the same matrix
+products alone and every peer. The times are wall times of a user's call.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import itertools
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from variant.bench import device, original_var, torch_baseline
 from variant.bench.device import clock, peer_settings
 from variant.bench.flops import attention_flop, ceiling, linear_flop, weight_bytes
 from variant.bench.gemm_baseline import GemmsAlone
-from variant.bench.interleaved import Call, Samples, Took, alternate, quartiles, ratios
+from variant.bench.interleaved import Call, Samples, SelfTimed, quartiles, ratios, time_interleaved
 from variant.engine.engine import Engine
 from variant.engine.generation import Generation, Stats
 from variant.evaluation.kv_error import IMAGES as GREEDY_IMAGES
@@ -34,7 +34,7 @@ from variant_kernels.dispatch.request import dtype_name
 
 @dataclass(frozen=True)
 class Setting:
-    """What one set of rows shares."""
+    """The settings that one set of rows shares."""
 
     batch: int
     dtype: torch.dtype
@@ -50,24 +50,24 @@ class Setting:
 
     @property
     def filters(self) -> dict[str, Any]:
-        """The sampling of every peer."""
+        """Sampling parameters of every peer."""
         return {"cfg": self.cfg, "top_k": self.top_k, "top_p": self.top_p}
 
 
 @dataclass
 class Timing:
-    """Milliseconds per image: median, quartiles, samples."""
+    """Milliseconds per image: median and quartiles over the rounds that timed it."""
 
     median: float
     quartiles: tuple[float, float]
-    samples: list[float] = field(repr=False)
+    rounds: int
 
 
 @dataclass
 class Against:
-    """A peer beside one row of ours. ratio: how many times the peer takes as long.
+    """A peer beside one row of ours. ratio: the peer's time over ours.
 
-    full_depth: it runs every layer, because it can do nothing else.
+    full_depth: the peer runs every layer, because it has no depths.
     """
 
     peer: str
@@ -81,8 +81,8 @@ class Against:
 class KV8:
     """Ours with 8-bit K/V beside ours with exact ones.
 
-    ratio: how many times the exact one takes as long.  greedy_changed, first_scale: the share of
-    greedy tokens that differ, and from which scale (None: nowhere).
+    ratio: the time with exact K/V over that with 8 bits.  greedy_changed, first_scale: the share
+    of greedy tokens that differ, and the first scale at which one does (None: they are equal).
     """
 
     ms: Timing
@@ -100,7 +100,7 @@ class Row:
 
     kv_*: bytes.  speed_up: over our own full depth; ceiling: its limit by linear work, the head
     included.  gemms_ms: the same matrix products alone; beyond_gemms: the share of the time that
-    is not theirs.  weight_bytes: of the weights, read once by each product.  scale_ms: milliseconds
+    is not spent in them.  weight_bytes: of the weights, read once by each product.  scale_ms: milliseconds
     of each scale for the whole batch.  same_tokens: whether the plain loop drew the same (float32
     only; None where there is none).  kv8: with 8-bit K/V, where asked for.
     """
@@ -127,7 +127,7 @@ class Row:
 
 @dataclass
 class Switch:
-    """What another depth costs the next image, milliseconds for the whole batch.
+    """The cost of a change of depth for the next image, milliseconds for the whole batch.
 
     ms: a generation at depth ``to`` right after one at ``depth``, less the next at ``to``.
     generation_ms: the latter.
@@ -139,15 +139,15 @@ class Switch:
     dtype: str
     ms: float
     quartiles: tuple[float, float]
-    samples: list[float] = field(repr=False)
-    generation_ms: float = 0.0
+    rounds: int
+    generation_ms: float
 
 
 @dataclass
 class LogitsDifference:
-    """Last scale's logits for one peer's own tokens, against that peer or against ours in float32.
+    """Logits of the last scale for a peer's tokens, against that peer or our float32 engine.
 
-    spread: standard deviation of the logits themselves, for comparison.
+    spread: standard deviation of the logits, for comparison.
     """
 
     what: str
@@ -182,19 +182,19 @@ class Contest:
         """Layers by scale; at full depth every layer, whatever the bridge."""
         return self.var.schedule(depth, self.setting.bridge)
 
-    # --- what takes turns -----------------------------------------------------------------------
+    # --- the calls that are interleaved ---------------------------------------------------------
 
-    def ours(self, depth: int) -> Took:
+    def ours(self, depth: int) -> SelfTimed:
         """Seconds of one generation."""
         self.seed += 1
         stats = self.stats[depth] = self._generate(depth, seed=self.seed).stats
-        return Took(stats.seconds - stats.decode_seconds)
+        return SelfTimed(stats.seconds - stats.decode_seconds)
 
-    def kv8(self, depth: int) -> Took:
-        """Seconds of one generation with 8-bit K/V, of the seed that exact ones had last."""
-        made = self._generate(depth, seed=self.seed, kv_dtype=self.setting.kv_dtype)
-        stats = self.kv8_stats[depth] = made.stats
-        return Took(stats.seconds - stats.decode_seconds)
+    def kv8(self, depth: int) -> SelfTimed:
+        """Seconds of one generation with 8-bit K/V and the seed of the last exact one."""
+        generation = self._generate(depth, seed=self.seed, kv_dtype=self.setting.kv_dtype)
+        stats = self.kv8_stats[depth] = generation.stats
+        return SelfTimed(stats.seconds - stats.decode_seconds)
 
     def _generate(self, depth: int, **options: Any) -> Generation:
         return self.engine.generate(
@@ -208,7 +208,7 @@ class Contest:
         )
 
     def peers(self, depth: int) -> dict[str, Call]:
-        """Calls by name. The original has one depth, so it stands beside our full depth."""
+        """Calls by name. The original has one depth only, which our full depth is compared with."""
         if self.original is not None:
             if depth != self.var.config.depth:
                 return {}
@@ -221,14 +221,14 @@ class Contest:
             for name, on in peer_settings(self.device).items()
         }
 
-    def _original(self, autocast: bool) -> Took:
+    def _original(self, autocast: bool) -> SelfTimed:
         assert self.original is not None
         with self.original.without_decoder():
             begun = clock(self.device)
             self.original.generate(
                 self.labels_B, seed=self.seed, autocast=autocast, **self.setting.filters
             )
-            return Took(clock(self.device) - begun)
+            return SelfTimed(clock(self.device) - begun)
 
     def _plain(self, depth: int, autocast: bool) -> None:
         with device.autocast(self.device, autocast):
@@ -244,7 +244,7 @@ class Contest:
     # --- checks and details ---------------------------------------------------------------------
 
     def same_tokens(self, depth: int) -> bool | None:
-        """Whether ours draws what the plain loop draws from the same generator."""
+        """Whether our engine draws the tokens of the plain loop from the same generator."""
         if self.original is not None or self.setting.dtype != torch.float32:
             return None
         one_B = self.labels_B[:1]
@@ -282,12 +282,12 @@ class Contest:
         return [statistics.median(scale) for scale in zip(*taken, strict=True)]
 
     def logits(self) -> list[LogitsDifference]:
-        """Ours against the original on the last scale, for the tokens that it drew itself."""
+        """Our logits of the last scale against the original's, for the tokens that it drew."""
         if self.original is None:
             return []
         exact_engine = Engine(self.var, self.vae, dtype=torch.float32)
         last = self.var.layout.slice(self.var.layout.num_scales - 1)
-        found, one_B = [], self.labels_B[:1]
+        differences, one_B = [], self.labels_B[:1]
         settings = peer_settings(self.device)
         for setting, autocast in settings.items():
             tokens_BL, theirs_BTV = self.original.watched(
@@ -296,17 +296,17 @@ class Contest:
             exact_BTV = exact_engine.forced_logits(one_B, tokens_BL)[:, last]
             if autocast:
                 what = f"original {setting} against ours float32"
-                found.append(_difference(what, theirs_BTV, exact_BTV))
+                differences.append(_difference(what, theirs_BTV, exact_BTV))
             if not autocast or len(settings) == 1:
                 ours_BTV = self.engine.forced_logits(one_B, tokens_BL)[:, last]
                 what, against_BTV = (
                     ("ours float32", exact_BTV) if autocast else (f"original {setting}", theirs_BTV)
                 )
                 what = f"ours {dtype_name(self.setting.dtype)} against {what}"
-                found.append(_difference(what, ours_BTV, against_BTV))
-        return found
+                differences.append(_difference(what, ours_BTV, against_BTV))
+        return differences
 
-    def decoder(self, tick: Callable[[str], None]) -> dict[str, Any]:
+    def decoder(self, on_sample: Callable[[str], None]) -> dict[str, Any]:
         """The VQ-VAE's decoder alone, for the whole batch."""
         layout = self.var.layout
         tokens_BL = torch.randint(
@@ -326,7 +326,9 @@ class Contest:
                 calls[f"plain modules {setting}"] = functools.partial(
                     self._plain_decode, f_hat, autocast
                 )
-        samples = alternate(calls, rounds=self.setting.runs, device=self.device, tick=tick)
+        samples = time_interleaved(
+            calls, rounds=self.setting.runs, device=self.device, on_sample=on_sample
+        )
         ours = samples.pop("ours")
         return {
             "batch": self.setting.batch,
@@ -344,7 +346,7 @@ class Contest:
             return self.vae.decode_features(f_hat)
 
     def switch(self) -> list[Switch]:
-        """From full depth to the shallowest, both met before; nothing without a shallower one."""
+        """From full depth to the shallowest, both run before; empty without a shallower depth."""
         full, shallow = self.var.config.depth, min(self.setting.depths)
         if shallow == full:
             return []
@@ -362,15 +364,15 @@ class Contest:
                 dtype=dtype_name(self.setting.dtype),
                 ms=statistics.median(apart),
                 quartiles=quartiles(apart),
-                samples=apart,
+                rounds=len(apart),
                 generation_ms=statistics.median(second),
             )
         ]
 
     # --- the whole ------------------------------------------------------------------------------
 
-    def run(self, tick: Callable[[str], None]) -> list[Row]:
-        """Alternate everything, then look at the details."""
+    def run(self, on_sample: Callable[[str], None]) -> list[Row]:
+        """Time everything interleaved, then measure the details of each row."""
         setting, full = self.setting, self.var.config.depth
         depths = sorted({full, *setting.depths}, reverse=True)
         gemms = GemmsAlone(self.var, setting.dtype, setting.batch)
@@ -384,8 +386,8 @@ class Contest:
             peers = self.peers(depth)
             peers_of[depth] = list(peers) or peers_of[full]
             calls |= peers
-        samples = alternate(
-            calls, rounds=setting.runs, min_seconds=0.02, device=self.device, tick=tick
+        samples = time_interleaved(
+            calls, rounds=setting.runs, min_seconds=0.02, device=self.device, on_sample=on_sample
         )
         return [
             self._row(depth, samples, peers_of[depth])
@@ -430,14 +432,14 @@ class Contest:
     def _kv8(self, depth: int, samples: Samples | None, exact: Samples) -> KV8 | None:
         if samples is None:
             return None
-        found, stats = ratios(exact, samples), self.kv8_stats[depth]
+        round_ratios, stats = ratios(exact, samples), self.kv8_stats[depth]
         changed, _, first = greedy_change(
             self.engine, self.labels_B[:GREEDY_IMAGES], depth=depth, bridge=self.setting.bridge
         )
         return KV8(
             ms=self._timing(samples),
-            ratio=statistics.median(found),
-            ratio_quartiles=quartiles(found),
+            ratio=statistics.median(round_ratios),
+            ratio_quartiles=quartiles(round_ratios),
             kv_allocated_bytes=stats.kv_allocated_bytes,
             kv_planned_bytes=stats.kv_planned_bytes,
             greedy_changed=changed,
@@ -446,15 +448,15 @@ class Contest:
 
     def _timing(self, samples: Samples) -> Timing:
         each = [1000 * seconds / self.setting.batch for seconds in samples.seconds]
-        return Timing(statistics.median(each), quartiles(each), each)
+        return Timing(statistics.median(each), quartiles(each), len(each))
 
     def _against(self, name: str, theirs: Samples, ours: Samples, *, full_depth: bool) -> Against:
-        found = ratios(theirs, ours)
+        round_ratios = ratios(theirs, ours)
         return Against(
             peer=name.split(", depth")[0],
             ms=self._timing(theirs),
-            ratio=statistics.median(found),
-            ratio_quartiles=quartiles(found),
+            ratio=statistics.median(round_ratios),
+            ratio_quartiles=quartiles(round_ratios),
             full_depth=full_depth,
         )
 
@@ -465,7 +467,7 @@ def _difference(what: str, ours: Tensor, theirs: Tensor) -> LogitsDifference:
 
 
 def count_samples(setting: Setting, full_depth: int, device: str = "cpu") -> int:
-    """How often :func:`alternate` will tick in :meth:`Contest.run`, for a progress bar."""
+    """How many samples :meth:`Contest.run` takes, for a progress bar."""
     depths = {full_depth, *setting.depths}
     peers = len(peer_settings(device)) * (1 if setting.var_repo is not None else len(depths))
     eight = 0 if setting.kv_dtype is None else len(setting.depths)
@@ -473,7 +475,7 @@ def count_samples(setting: Setting, full_depth: int, device: str = "cpu") -> int
 
 
 def measure(
-    var: VAR, vae: VQVAE, setting: Setting, tick: Callable[[str], None] = lambda name: None
+    var: VAR, vae: VQVAE, setting: Setting, on_sample: Callable[[str], None] = lambda name: None
 ) -> dict[str, Any]:
     """Rows, logits, the decoder and the switch of depths of one setting, as plain values.
 
@@ -482,22 +484,22 @@ def measure(
     """
     contest = Contest(var, vae, replace(setting, depths=tuple(setting.depths)))
     with torch.inference_mode():
-        rows = contest.run(tick)
+        rows = contest.run(on_sample)
         return {
             "rows": [asdict(row) for row in rows],
             "logits": [
-                {**asdict(found), "batch": 1, "dtype": dtype_name(setting.dtype)}
-                for found in contest.logits()
+                {**asdict(difference), "batch": 1, "dtype": dtype_name(setting.dtype)}
+                for difference in contest.logits()
             ],
-            "decoder": [contest.decoder(tick)] if setting.decoder else [],
-            "switch": [asdict(found) for found in contest.switch()],
+            "decoder": [contest.decoder(on_sample)] if setting.decoder else [],
+            "switch": [asdict(switch) for switch in contest.switch()],
         }
 
 
-def switch_line(found: Mapping[str, Any]) -> str:
-    """A :class:`Switch` for the reader."""
-    low, high = found["quartiles"]
+def switch_line(switch: Mapping[str, Any]) -> str:
+    """A :class:`Switch` as text."""
+    low, high = switch["quartiles"]
     return (
-        f"from depth {found['depth']} to {found['to']}, {found['dtype']}, batch {found['batch']}: "
-        f"{found['ms']:+.2f} ms ({low:+.2f} to {high:+.2f}) of {found['generation_ms']:,.1f}"
+        f"from depth {switch['depth']} to {switch['to']}, {switch['dtype']}, batch {switch['batch']}: "
+        f"{switch['ms']:+.2f} ms ({low:+.2f} to {high:+.2f}) of {switch['generation_ms']:,.1f}"
     )

@@ -1,6 +1,6 @@
-"""Timing several calls side by side: they take turns, so that a slow minute is slow for all.
+"""Timing several calls interleaved, so that a slow minute of the machine slows all of them.
 
-A ratio is the median of the ratios within each round, never of times taken minutes apart.
+A ratio is the median of the ratios of each round, so that it compares times taken close together.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ Call = Callable[[], Any]
 
 # A call that takes this long needs no second warm-up.
 LONG_SECONDS = 1.0
-# Keeps a GPU busy for about 5 ms, in which Python launches so many short calls.
+# Cycles that keep a GPU busy for about 5 ms, and the number of short calls that Python launches
+# in that time.
 HEAD_START_CYCLES, HEAD_START_CALLS = 10**7, 100
 
 
-class Took(float):
-    """What a call returns that knows its own time better: seconds."""
+class SelfTimed(float):
+    """Seconds that a call measured itself; they replace the time of the call."""
 
 
 @dataclass
@@ -69,55 +70,56 @@ def ratios(slow: Samples, fast: Samples) -> list[float]:
     ]
 
 
-def alternate(
+def time_interleaved(
     calls: Mapping[str, Call],
     *,
     rounds: int,
     min_seconds: float = 5e-4,
     every: Callable[[str, float], int] = lambda name, seconds: 1,
     device: str = "cpu",
-    tick: Callable[[str], None] = lambda name: None,
+    on_sample: Callable[[str], None] = lambda name: None,
     launches: bool = True,
 ) -> dict[str, Samples]:
-    """Time each call once per round; each round begins with another one.
+    """Time each call once per round; the order rotates from round to round.
 
-    Every call runs first: once for caches and compilers and, unless it is a long one, once more to
-    see how long it takes.
+    Every call first runs once to fill caches and to compile and, unless it is a long one, once more
+    to estimate its time.
 
     Args:
         min_seconds: a sample repeats a call until it lasts about that long.
-        every: (name, seconds of one call) -> n: the call is timed in every n-th round only, in
-            the first always.
+        every: (name, seconds of one call) -> n: only every n-th round times the call, beginning
+            with the first.
         device: "cuda" times by events between synchronisations.
-        tick: told the name after every sample; rounds + 1 times where each round times a call.
-        launches: whether what Python takes to launch work on a GPU counts. Where a recorded graph
-            will launch it, it does not: the GPU gets other work while its queue is filled.
+        on_sample: called with the name after every sample: rounds + 1 times for a call that every
+            round times.
+        launches: whether the time of launching work on a GPU from Python counts. False keeps the
+            GPU busy while Python fills its queue, as for work that a captured graph will launch.
     """
 
     def sample(call: Call, iterations: int) -> float:
         return _sample(call, iterations, device, launches)
 
-    found: dict[str, Samples] = {}
-    step: dict[str, int] = {}
+    samples_of: dict[str, Samples] = {}
+    round_step: dict[str, int] = {}
     for name, call in calls.items():
         once = sample(call, 1)
         if once < LONG_SECONDS:
             once = sample(call, 1)
-        tick(name)
-        if once < min_seconds:  # a first guess from one call is rough: refine it with several
+        on_sample(name)
+        if once < min_seconds:  # one call gives a rough estimate: refine it with several
             once = sample(call, max(1, int(0.2 * min_seconds / max(once, 1e-7))))
         iterations = max(1, math.ceil(min_seconds / max(once, 1e-7)))
-        found[name] = Samples(iterations if launches else min(iterations, HEAD_START_CALLS))
-        step[name] = max(1, every(name, once))
+        samples_of[name] = Samples(iterations if launches else min(iterations, HEAD_START_CALLS))
+        round_step[name] = max(1, every(name, once))
     names = list(calls)
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            if number % step[name] == 0:
-                samples = found[name]
+            if number % round_step[name] == 0:
+                samples = samples_of[name]
                 samples.by_round[number] = sample(calls[name], samples.iterations)
-                tick(name)
-    return found
+                on_sample(name)
+    return samples_of
 
 
 def _sample(call: Call, iterations: int, device: str, launches: bool) -> float:
@@ -128,14 +130,14 @@ def _sample(call: Call, iterations: int, device: str, launches: bool) -> float:
         if not launches:
             torch.cuda._sleep(HEAD_START_CYCLES)
         start.record()
-        told = [call() for _ in range(iterations)]
+        results = [call() for _ in range(iterations)]
         end.record()
         torch.cuda.synchronize()
         spent = start.elapsed_time(end) / 1000
     else:
         begun = time.perf_counter()
-        told = [call() for _ in range(iterations)]
+        results = [call() for _ in range(iterations)]
         spent = time.perf_counter() - begun
-    if isinstance(told[0], Took):
-        spent = sum(told)
+    if isinstance(results[0], SelfTimed):
+        spent = sum(results)
     return spent / iterations

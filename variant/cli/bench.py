@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -21,15 +20,15 @@ from variant.bench.engine_bench import Setting, count_samples, measure, switch_l
 from variant.bench.environment import environment
 from variant.bench.models import build, is_preset
 from variant.bench.peak_memory import Job, peak
-from variant.bench.roofline import drift, measure_limits
+from variant.bench.result_file import write_result
+from variant.bench.roofline import drift, measure_peaks
 from variant.cli.options import Bench
 from variant.cli.output import DTYPES, console, mebibytes, table
 from variant.engine.planning import depths_of
 from variant.errors import UserError
-from variant.files import replacing
 from variant.models.var import VAR
 
-FORMAT = "variant-engine-bench-1"
+FORMAT = "variant-engine-bench-2"
 
 
 def bench(command: Bench) -> None:
@@ -79,19 +78,19 @@ def bench(command: Bench) -> None:
     }
     dtypes = [DTYPES[dtype] for dtype in command.dtype]
     console().print("measuring the machine's limits")
-    start = measure_limits(command.device, dtypes)
+    start = measure_peaks(command.device, dtypes)
     result["limits"] = {"start": start.to_dict()}
     with _progress(
         sum(count_samples(s, var.config.depth, command.device) for s in settings)
-    ) as tick:
+    ) as on_sample:
         for setting in settings:
-            found = measure(var, vae, setting, tick)
+            found = measure(var, vae, setting, on_sample)
             for part in ("rows", "logits", "decoder", "switch"):
                 result[part] += found[part]
             if command.memory:
-                result["memory"] += _memory(command, var, setting, result["memory"], tick)
+                result["memory"] += _memory(command, var, setting, result["memory"], on_sample)
             _write(command.json, result)  # a run that is stopped keeps what it finished
-    end = measure_limits(command.device, dtypes)
+    end = measure_peaks(command.device, dtypes)
     result["limits"] |= {"end": end.to_dict(), "drift": drift(start, end)}
     result["complete"] = True
     _write(command.json, result)
@@ -102,8 +101,7 @@ def bench(command: Bench) -> None:
 
 def _write(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(path, result)
 
 
 def _check(command: Bench) -> None:
@@ -137,10 +135,10 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
     with bar:
         task = bar.add_task("measuring", total=total)
 
-        def tick(name: str) -> None:
+        def on_sample(name: str) -> None:
             bar.update(task, advance=1, description=name)
 
-        yield tick
+        yield on_sample
 
 
 def _memory(
@@ -148,7 +146,7 @@ def _memory(
     var: VAR,
     setting: Setting,
     known: list[dict[str, Any]],
-    tick: Callable[[str], None],
+    on_sample: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Peak memory of ours at every depth and of each peer at full depth, a process each.
 
@@ -175,7 +173,7 @@ def _memory(
     seen = {(one["who"], one["batch"]) for one in known}
     for name, each in jobs.items():
         for one in each if (name, setting.batch) not in seen else []:
-            tick(f"memory of {name}")
+            on_sample(f"memory of {name}")
             sizes = peak(one)
             found.append({"who": name, "depth": one.depth, "batch": one.batch, **sizes})
     return found

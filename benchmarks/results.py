@@ -1,0 +1,171 @@
+"""Read result files of every kind, and list the ratios by which two of them are compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from variant.errors import UserError
+
+KERNELS, ENGINE = "variant-kernel-bench-2", "variant-engine-bench-2"
+DROPIN, TRAINING = "variant-dropin-2", "variant-training-step-2"
+KV8, LARGEST = "variant-kv8-error-1", "variant-largest-batch-1"
+# The command that writes a file of each kind.
+KINDS = {
+    KERNELS: "pytest benchmarks --json",
+    ENGINE: "variant bench --json",
+    DROPIN: "python -m benchmarks.dropin --json",
+    TRAINING: "python -m benchmarks.training_step --json",
+    KV8: "python -m benchmarks.kv8 --json",
+    LARGEST: "python -m benchmarks.largest_batch --json",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One result file. name: its stem.  kind: a key of KINDS."""
+
+    name: str
+    kind: str
+    data: dict[str, Any]
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """The machine, its software, the command and the commit of the measurement."""
+        return self.data["environment"]
+
+
+def read(path: Path) -> Result:
+    """Read one result file.
+
+    Raises:
+        UserError: the file is missing or is no result file.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    kind = data.get("format") if isinstance(data, dict) else None
+    if kind not in KINDS:
+        commands = ", ".join(f"`{command}`" for command in KINDS.values())
+        raise UserError(
+            f'{path}: must be a result of one of {commands}, whose "format" is one of '
+            f"{', '.join(KINDS)}; got {kind!r}"
+        )
+    return Result(path.stem, kind, data)
+
+
+def read_all(path: Path) -> list[Result]:
+    """Read one file, or every result file of a folder: a long run may be split into several."""
+    if not path.is_dir():
+        return [read(path)]
+    results = [read(file) for file in sorted(path.glob("*.json"))]
+    if not results:
+        raise UserError(f"{path}: holds no .json file")
+    return results
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Time of the peer over ours: above 1 ours is faster.  low, high: quartiles."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+def kernel_timings(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row for each implementation of each case of a KERNELS file.
+
+    Returns:
+        The fields of the case and of the implementation, with "implementation", its name;
+        "peer_median", seconds; "achieved_flops", FLOP/s; "achieved_bandwidth", bytes/s; and
+        "fraction_of_limit", the shortest possible time over the median.
+    """
+    rows = []
+    for case in data["cases"]:
+        shared = {name: value for name, value in case.items() if name != "implementations"}
+        peer_median = case["implementations"][case["peer"]]["median"]
+        for name, timing in case["implementations"].items():
+            seconds = timing["median"]
+            rows.append({
+                **shared,
+                **timing,
+                "implementation": name,
+                "peer_median": peer_median,
+                "achieved_flops": case["flop"] / seconds,
+                "achieved_bandwidth": case["bytes"] / seconds,
+                "fraction_of_limit": case["limit_seconds"] / seconds,
+            })  # fmt: skip
+    return rows
+
+
+def ratios(result: Result) -> Iterator[tuple[str, Ratio]]:
+    """(case, ratio to the peer) for every implementation of ours; absolute times are left out."""
+    read_ratios = RATIOS.get(result.kind)
+    if read_ratios is not None:  # files without timings have none
+        yield from read_ratios(result.data)
+
+
+def _kernel_ratios(data: Mapping[str, Any]) -> Iterator[tuple[str, Ratio]]:
+    for row in kernel_timings(data):
+        if row["ours"]:
+            case = f"{row['op']}, {row['device']}, {row['case']}"
+            yield (
+                f"{case}: {row['implementation']} against {row['peer']}",
+                Ratio(row["ratio_to_peer"], *row["ratio_quartiles"]),
+            )
+
+
+def _engine_ratios(data: Mapping[str, Any]) -> Iterator[tuple[str, Ratio]]:
+    model = data["model"]
+    for row in data["rows"]:
+        case = f"{model}, batch {row['batch']}, {row['dtype']}, depth {row['depth']}"
+        for peer in row["against"]:
+            yield (
+                f"{case}: against {peer['peer']}",
+                Ratio(peer["ratio"], *peer["ratio_quartiles"]),
+            )
+        if row["ceiling"] > 1:
+            speed_up = row["speed_up"]
+            yield f"{case}: over own full depth", Ratio(speed_up, speed_up, speed_up)
+    for row in data["decoder"]:
+        case = f"{model}, decoder, batch {row['batch']}, {row['dtype']}"
+        for peer in row["against"]:
+            yield (
+                f"{case}: against {peer['peer']}",
+                Ratio(peer["ratio"], *peer["ratio_quartiles"]),
+            )
+
+
+def _dropin_ratios(data: Mapping[str, Any]) -> Iterator[tuple[str, Ratio]]:
+    for run in data["results"]:
+        kept = ", copies kept" if run["keep_copies"] else ""
+        case = f"{data['family']} {data['size']}, {run['dtype']}{kept}"
+        for name, timing in run["implementations"].items():
+            if name != "original":
+                yield (
+                    f"{case}: {name} against original",
+                    Ratio(timing["ratio_to_original"], *timing["ratio_quartiles"]),
+                )
+
+
+def _training_ratios(data: Mapping[str, Any]) -> Iterator[tuple[str, Ratio]]:
+    case = f"{data['model']}, training step, batch {data['batch']}, {data['dtype']}"
+    for row in data["steps"]:
+        if row["implementation"] != data["peer"]:
+            yield (
+                f"{case}: {row['implementation']} against {data['peer']}",
+                Ratio(row["ratio_to_peer"], *row["ratio_quartiles"]),
+            )
+
+
+RATIOS = {
+    KERNELS: _kernel_ratios,
+    ENGINE: _engine_ratios,
+    DROPIN: _dropin_ratios,
+    TRAINING: _training_ratios,
+}

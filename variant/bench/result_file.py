@@ -1,0 +1,47 @@
+"""Result files: JSON with one case a line, so that two of them can be compared by ``diff``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from variant.files import replacing
+
+# The last digits of a double are noise in every measurement.
+SIGNIFICANT_DIGITS = 7
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Write a result file; an existing one is replaced as a whole.
+
+    Args:
+        result: plain values; each item of its lists takes one line, every other value one line.
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(result_text(result))
+
+
+def result_text(result: Mapping[str, Any]) -> str:
+    """The text of a result file: floats are rounded to ``SIGNIFICANT_DIGITS``."""
+    fields = []
+    for name, value in result.items():
+        if isinstance(value, list) and value:
+            items = ",\n".join(f"  {json.dumps(_rounded(item))}" for item in value)
+            fields.append(f" {json.dumps(name)}: [\n{items}\n ]")
+        else:
+            fields.append(f" {json.dumps(name)}: {json.dumps(_rounded(value))}")
+    return "{\n" + ",\n".join(fields) + "\n}\n"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
+    if isinstance(value, Mapping):
+        return {name: _rounded(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return value
