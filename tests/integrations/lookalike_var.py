@@ -7,9 +7,11 @@ import math
 from functools import partial
 
 import torch
-from small_models import small_model
 from torch import nn
 from torch.nn import functional as F
+
+from variant.models.config import VQVAEConfig
+from variant.models.vqvae import VQVAE
 
 
 class SelfAttention(nn.Module):
@@ -115,11 +117,19 @@ class LookalikeVAR(nn.Module):
     """``autoregressive_infer_cfg`` returns tokens and the logits of every scale."""
 
     def __init__(
-        self, sides=(1, 2, 3, 4), depth=4, width=64, heads=2, shared_aln=False, vocab=32, **options
+        self,
+        sides=(1, 2, 3, 4),
+        depth=4,
+        width=64,
+        heads=2,
+        shared_aln=False,
+        vocab=32,
+        num_classes=5,
+        **options,
     ):
         super().__init__()
         self.patch_nums, self.C, self.D, self.V, self.Cvae = sides, width, width, vocab, 8
-        self.num_classes, self.cond_drop_rate, self.drop_path_rate = 5, 0.1, 0.0
+        self.num_classes, self.cond_drop_rate, self.drop_path_rate = num_classes, 0.1, 0.0
         self.L, self.first_l = sum(n * n for n in sides), sides[0] ** 2
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.word_embed = nn.Linear(self.Cvae, width)
@@ -164,7 +174,7 @@ class LookalikeVAR(nn.Module):
             t = cfg * scale / (len(self.patch_nums) - 1)
             guided = (1 + t) * both[:B] - t * both[B:]
             if top_k:
-                least = guided.topk(top_k)[0][..., -1:]
+                least = guided.topk(min(top_k, self.V))[0][..., -1:]
                 guided = guided.masked_fill(guided < least, -torch.inf)
             drawn = torch.multinomial(guided.softmax(-1).flatten(0, 1), 1, generator=generator)
             tokens.append(drawn.view(B, -1))
@@ -243,16 +253,26 @@ class PictureVAR(LookalikeVAR):
         return self.vae.decode(tokens)
 
 
-def build_vae_var(device, depth):
+def build_vae_var(device, depth, sides=(1, 2, 3), num_classes=5):
     """(VQ-VAE, VAR), as the original's builder returns them.
 
     The original disables ``reset_parameters`` of convolutions, so that theirs are uninitialised
     memory until a checkpoint is loaded; here they are NaN.
     """
-    vae = small_model().vae
+    torch.manual_seed(0)
+    config = VQVAEConfig(
+        vocab_size=24,
+        z_channels=8,
+        ch=32,
+        ch_mult=(1, 1),
+        num_res_blocks=1,
+        patch_nums=sides,
+    )
+    vae = VQVAE(config)
     for module in vae.modules():
         if isinstance(module, nn.Conv2d):
             for parameter in module.parameters():
                 nn.init.constant_(parameter, math.nan)
-    var = lookalike(partial(PictureVAR, vae), sides=(1, 2, 3), vocab=24, depth=depth)
+    kind = partial(PictureVAR, vae)
+    var = lookalike(kind, sides=sides, vocab=24, depth=depth, num_classes=num_classes)
     return vae.to(device), var.to(device)
