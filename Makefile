@@ -8,7 +8,7 @@ RESULTS ?= benchmarks/results
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup generate test test-python test-triton test-cpp test-cuda test-cuda-python cuda gpu bench bench-report lint clean
+.PHONY: help setup generate test test-python test-triton test-cpp test-cuda test-cuda-python cuda gpu bench bench-report docs-results lint clean
 
 help:
 	@echo "make setup     create $(VENV) with the package (editable) and its development tools"
@@ -18,6 +18,7 @@ help:
 	@echo "make cuda      compile the CUDA kernels with nvcc; registers and spills of each"
 	@echo "make gpu       on a machine with a GPU: build, tests, benchmarks; results under out/gpu"
 	@echo "make bench     every kernel beside its peers, then the engine; results under $(RESULTS)"
+	@echo "make docs-results  docs/results.md and the README's table, from $(RESULTS)"
 	@echo "make lint      ruff, clang-format and the type checker"
 	@echo "make clean     remove what the above made (not $(VENV))"
 
@@ -107,6 +108,10 @@ bench: setup
 
 bench-report: setup
 	$(BIN)/python -m benchmarks.report $(RESULTS)/*-$$($(BIN)/python -m variant.bench.environment).json --out out/report
+
+# docs/results.md and the README's table of gains; a test compares both with the result files.
+docs-results: setup
+	$(BIN)/python -m benchmarks.docs_results
 
 lint: setup
 	@echo "== ruff"
