@@ -3,19 +3,35 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-JOBS ?= 2
+# Processes that compile, and that run tests. Each of the latter imports torch.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+TEST_JOBS ?= $(shell [ $(JOBS) -gt 8 ] && echo 8 || echo $(JOBS))
+# CPU instruction sets under AddressSanitizer: the portable one and the best one of this machine.
+SANITIZED_ISAS ?= local
 RESULTS ?= benchmarks/results
-SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
+SOURCES := $(shell find csrc -type f -not -path '*/tests/*') CMakeLists.txt setup.py pyproject.toml constraints.txt
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# setup.py builds here (build_folder); tests of what is installed share its objects.
+RELEASE = build/$(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("SOABI"))')
+# What the kernels are compiled for: this machine, or everything once development has begun.
+BUILD = VARIANT_CPU_ISAS=$(if $(wildcard $(VENV)/.dev),all,local)
+# $(call cmake,FOLDER,OPTIONS,TARGETS) configures a folder with the tests, quietly, and builds.
+cmake = mkdir -p $(1) && { $(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DVARIANT_TESTS=ON $(2) >$(1)/configure.log 2>&1 || { cat $(1)/configure.log; exit 1; }; } && $(BIN)/cmake --build $(1) --parallel $(JOBS) --target $(3)
+SANITIZED = -DCMAKE_BUILD_TYPE=RelWithDebInfo -DVARIANT_CPU_ISAS=$(SANITIZED_ISAS)
+CTEST := $(BIN)/ctest --output-on-failure
+PYTEST := $(BIN)/python -m pytest -n $(TEST_JOBS)
 
-.PHONY: help setup generate test test-python test-triton test-cpp test-cuda test-cuda-python cuda gpu bench bench-report docs-results lint clean
+.PHONY: help setup dev generate check test test-python test-triton test-cpp test-cuda test-cuda-python nightly cuda gpu bench bench-report docs-results lint clean
 
 help:
-	@echo "make setup     create $(VENV) with the package (editable) and its development tools"
 	@echo "make generate  paint digits at every depth into out/digits.png"
+	@echo "make setup     create $(VENV) with the package (editable)"
+	@echo "make dev       add the development tools, and compile for every CPU instruction set"
+	@echo "make check     a few minutes: lint, op tests of the reference and CPU backends, one generation"
 	@echo "make test      C++ tests under sanitizers, CUDA kernels on the CPU, Python tests, Triton's interpreter"
 	@echo "make test-cuda the CUDA kernels' tests alone: no GPU, no nvcc"
-	@echo "make cuda      compile the CUDA kernels with nvcc; registers and spills of each"
+	@echo "make nightly   make test, with the sanitizers on every CPU instruction set of this machine"
+	@echo "make cuda      compile the CUDA kernels with nvcc for the usual GPUs; registers and spills of each"
 	@echo "make gpu       on a machine with a GPU: build, tests, benchmarks; results under out/gpu"
 	@echo "make bench     every kernel beside its peers, then the engine; results under $(RESULTS)"
 	@echo "make docs-results  docs/results.md and the README's table, from $(RESULTS)"
@@ -23,6 +39,8 @@ help:
 	@echo "make clean     remove what the above made (not $(VENV))"
 
 setup: $(VENV)/.ready
+
+dev: $(VENV)/.dev
 
 $(VENV)/bin/python:
 	@echo "== creating $(VENV)"
@@ -34,9 +52,22 @@ $(VENV)/.torch: constraints.txt | $(VENV)/bin/python
 	$(PIP) torch
 	@touch $@
 
-$(VENV)/.ready: $(SOURCES) | $(VENV)/.torch
-	@echo "== building the kernels and installing the package with its development tools"
-	$(PIP) --editable '.[dev]'
+# Without build isolation pip needs these beforehand; it creates no second environment for each build.
+$(VENV)/.build-requires: pyproject.toml | $(VENV)/bin/python
+	@echo "== installing what builds the package"
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' >$@.txt
+	$(PIP) --requirement $@.txt
+	@touch $@
+
+$(VENV)/.ready: $(SOURCES) | $(VENV)/.torch $(VENV)/.build-requires
+	@echo "== building the kernels and installing the package"
+	$(BUILD) $(PIP) --no-build-isolation --editable .
+	@cat $(RELEASE)/decisions.txt
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.ready
+	@echo "== installing the development tools, and building for every CPU instruction set"
+	VARIANT_CPU_ISAS=all $(PIP) --no-build-isolation --editable '.[dev]'
 	@$(BIN)/python -m variant_kernels
 	@touch $@
 
@@ -44,51 +75,52 @@ generate: setup
 	@echo "== painting digits at every depth with the shipped supernet"
 	$(BIN)/variant generate --model digits --all-depths --count 1 --seed 0 --out out/digits.png
 
+check: lint
+	@echo "== op tests of the reference and CPU backends"
+	$(PYTEST) tests/kernels -k '(reference or cpu) and not instruction_set'
+	@$(MAKE) --no-print-directory generate
+
 test: test-cpp test-cuda test-cuda-python test-python test-triton
 
-test-cpp: setup
+test-cpp: dev
+	@echo "== C++ tests of the installed kernels, and their symbols"
+	@$(call cmake,$(RELEASE),,variant_tests)
+	$(CTEST) --test-dir $(RELEASE)
 	@echo "== C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@mkdir -p build
-	$(BIN)/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DVARIANT_TESTS=ON -DVARIANT_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >build/cpp-configure.log 2>&1 || (cat build/cpp-configure.log; exit 1)
-	$(BIN)/cmake --build build/cpp --parallel $(JOBS)
-	$(BIN)/ctest --test-dir build/cpp --output-on-failure --exclude-regex '^cuda_'
-	@echo "== C++ tests of the build that ships, and its symbols"
-	$(BIN)/cmake -S . -B build/cpp-release -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DVARIANT_TESTS=ON -DCMAKE_BUILD_TYPE=Release >build/cpp-configure.log 2>&1 || (cat build/cpp-configure.log; exit 1)
-	$(BIN)/cmake --build build/cpp-release --parallel $(JOBS)
-	$(BIN)/ctest --test-dir build/cpp-release --output-on-failure
+	@$(call cmake,build/cpp,$(SANITIZED) -DVARIANT_SANITIZE=ON,variant_tests)
+	$(CTEST) --test-dir build/cpp --exclude-regex '^cuda_'
 
 # The first of the two shares its build folder with test-cpp.
-test-cuda: setup
-	@echo "== CUDA kernels on the CPU under AddressSanitizer, then ThreadSanitizer, in several orders of threads"
-	@mkdir -p build
-	@for kind in ON thread; do \
-	  folder=build/cpp; [ $$kind = ON ] || folder=build/cpp-thread; \
-	  $(BIN)/cmake -S . -B $$folder -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DVARIANT_TESTS=ON -DVARIANT_SANITIZE=$$kind -DCMAKE_BUILD_TYPE=RelWithDebInfo >build/cuda-configure.log 2>&1 || { cat build/cuda-configure.log; exit 1; }; \
-	  $(BIN)/cmake --build $$folder --parallel $(JOBS) --target variant_cuda_tests || exit 1; \
-	  $(BIN)/ctest --test-dir $$folder --output-on-failure --parallel $(JOBS) --tests-regex '^cuda_' || exit 1; \
-	done
-	@command -v nvcc >/dev/null || echo "== nvcc not found: the CUDA kernels were not compiled for a GPU"
+test-cuda: dev
+	@echo "== CUDA kernels on the CPU under AddressSanitizer, in several orders of threads"
+	@$(call cmake,build/cpp,$(SANITIZED) -DVARIANT_SANITIZE=ON,variant_cuda_tests)
+	$(CTEST) --test-dir build/cpp --parallel $(JOBS) --tests-regex '^cuda_'
+	@echo "== CUDA kernels on the CPU under ThreadSanitizer, in several orders of threads"
+	@$(call cmake,build/cpp-thread,$(SANITIZED) -DVARIANT_SANITIZE=thread,variant_cuda_tests)
+	$(CTEST) --test-dir build/cpp-thread --parallel $(JOBS) --tests-regex '^cuda_'
 
 # The Python launchers on the same kernels, compiled for the CPU: the contract's tests, no GPU.
-test-cuda-python: setup
+test-cuda-python: dev
 	@echo "== Python tests of the CUDA backend on the CPU"
-	@mkdir -p build
-	$(BIN)/cmake -S . -B build/cpp-release -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DVARIANT_TESTS=ON -DCMAKE_BUILD_TYPE=Release >build/cuda-configure.log 2>&1 || (cat build/cuda-configure.log; exit 1)
-	$(BIN)/cmake --build build/cpp-release --parallel $(JOBS) --target variant_cuda_emulated
-	VARIANT_CUDA_EMULATION=$(abspath build/cpp-release)/csrc/cuda/tests/libvariant_cuda_emulated.so $(BIN)/python -m pytest tests/kernels -k cuda
+	@$(call cmake,$(RELEASE),,variant_cuda_emulated)
+	VARIANT_CUDA_EMULATION=$(abspath $(RELEASE))/csrc/cuda/tests/libvariant_cuda_emulated.so $(PYTEST) tests/kernels -k cuda
 
-cuda: setup
-	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DVARIANT_CUDA=1 -DPython3_EXECUTABLE=$(abspath $(BIN))/python
-	$(BIN)/cmake --build build/cuda --parallel $(JOBS) --target variant_cuda
-
-test-python: setup
+test-python: dev
 	@echo "== Python tests"
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # No GPU needed: the interpreter runs the kernels on the CPU (float32, float16; its bfloat16 is wrong).
-test-triton: setup
+test-triton: dev
 	@echo "== Triton kernels in their interpreter"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -k triton tests/kernels tests/engine
+	TRITON_INTERPRET=1 $(PYTEST) -k triton
+
+nightly:
+	$(MAKE) test SANITIZED_ISAS=all
+
+# Compiles into the installed package and stops at a register spill that spills.txt does not list.
+cuda: setup
+	@echo "== compiling the CUDA kernels with nvcc"
+	$(BUILD) VARIANT_CUDA=1 VARIANT_CUDA_SPILLS=fail $(BIN)/python setup.py build_ext --inplace
 
 # Takes the Python that has torch with CUDA, Triton and pytest; GPU_PYTHON says which.
 # GPU_PARTS chooses some (build, kernels, ...); VAR_REPO and HMAR_REPO are clones of
@@ -98,7 +130,7 @@ gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu $(GPU_PARTS) $(if $(VAR_REPO),--var-repo $(VAR_REPO)) $(if $(HMAR_REPO),--hmar-repo $(HMAR_REPO))
 
 # The machine must be idle: about a quarter of an hour on two cores.
-bench: setup
+bench: dev
 	@echo "== kernels beside their peers"
 	@mkdir -p $(RESULTS)
 	$(BIN)/python -m pytest benchmarks --json $(RESULTS)/kernels-$$($(BIN)/python -m variant.bench.environment).json --benchmark-columns=median,iqr,rounds
@@ -106,14 +138,14 @@ bench: setup
 	$(BIN)/variant bench --model digits --batch 1 8 --dtype float32 bfloat16 --runs 15 --decoder --json $(RESULTS)/engine-digits-$$($(BIN)/python -m variant.bench.environment).json
 	@$(MAKE) --no-print-directory bench-report
 
-bench-report: setup
+bench-report: dev
 	$(BIN)/python -m benchmarks.report $(RESULTS)/*-$$($(BIN)/python -m variant.bench.environment).json --out out/report
 
 # docs/results.md and the README's table of gains; a test compares both with the result files.
-docs-results: setup
+docs-results: dev
 	$(BIN)/python -m benchmarks.docs_results
 
-lint: setup
+lint: dev
 	@echo "== ruff"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

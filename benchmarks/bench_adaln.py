@@ -12,7 +12,7 @@ from benchmarks.harness import Case, Comparison, backends, near, replay
 from variant.bench.environment import cache_bytes
 from variant_kernels import adaln_modulate, gated_residual_adaln
 from variant_kernels.dispatch.request import Request
-from variant_kernels.ops.adaln import ADALN_IMPLS, GATED_IMPLS
+from variant_kernels.ops.adaln import adaln_op, gated_op
 
 EPS = 1e-6
 IMPLEMENTATIONS = ("triton", "cuda", "cpu", "op", "reference", "eager", "compiled")
@@ -63,10 +63,10 @@ def _build(case: Case, device: str, quick: bool, *, gated: bool) -> Comparison:
     if gated:
         inputs = (x_BTC, y_BTC, gate_BC, *rows)
         names = ("x_BTC", "y_BTC", "gate_BC", "scale_BC", "shift_BC")
-        impls, op, eager = GATED_IMPLS, gated_residual_adaln, eager_gated
+        impls, op, eager = gated_op.backends, gated_residual_adaln, eager_gated
     else:
         inputs, names = (x_BTC, *rows), ("x_BTC", "scale_BC", "shift_BC")
-        impls, op, eager = ADALN_IMPLS, adaln_modulate, eager_adaln
+        impls, op, eager = adaln_op.backends, adaln_modulate, eager_adaln
     keywords = dict(zip(names, inputs, strict=True))
     calls, missing = {}, {}
     for name, impl, reason in backends(impls, Request(device, (stream, dtype))):

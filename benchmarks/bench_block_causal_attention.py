@@ -28,10 +28,10 @@ from variant.bench.interleaved import Call
 from variant.models.presets import PATCH_NUMS_256, PATCH_NUMS_512
 from variant_kernels import ScaleLayout, block_causal_attention, qk_norm
 from variant_kernels.dispatch.request import Request
-from variant_kernels.dispatch.select import Impl
+from variant_kernels.dispatch.select import Backend
 from variant_kernels.ops.block_causal_attention import (
-    BLOCK_CAUSAL_IMPLS,
-    BLOCK_CAUSAL_QK_NORM_IMPLS,
+    block_causal_attention_op,
+    block_causal_attention_qk_norm_op,
     dense_mask,
 )
 from variant_kernels.ops.qk_norm import MAX_LOG_SCALE
@@ -201,7 +201,7 @@ def _inputs(case: Case, device: str) -> Inputs:
 
 
 def _check(inputs: Inputs, ours: Sequence[str]) -> Check:
-    """Against torch's attention in float64, for the first and the last sequence."""
+    """PeerTiming torch's attention in float64, for the first and the last sequence."""
     # Of a long sequence the scores take 11 GB in float64: one is enough.
     some = [0, -1] if len(inputs.grad_BHLD) > 1 and inputs.layout.total < 4096 else [0]
 
@@ -234,7 +234,7 @@ def _check(inputs: Inputs, ours: Sequence[str]) -> Check:
 def _backends(inputs: Inputs, device: str, quick: bool) -> dict[str, Call | str]:
     """Launchers; with backward the op on each backend."""
     normed = inputs.scale_mul_1H11 is not None
-    impls = BLOCK_CAUSAL_QK_NORM_IMPLS if normed else BLOCK_CAUSAL_IMPLS
+    impls = (block_causal_attention_qk_norm_op if normed else block_causal_attention_op).backends
     batch, length, heads, head_dim = inputs.grad_BLHD.shape
     score_bytes = 4 * batch * heads * length**2
     request = Request(device, (inputs.grad_BLHD.dtype,), head_dim)
@@ -254,7 +254,7 @@ def _backends(inputs: Inputs, device: str, quick: bool) -> dict[str, Call | str]
     return calls
 
 
-def _launch(impl: Impl, inputs: Inputs) -> tuple[Tensor]:
+def _launch(impl: Backend, inputs: Inputs) -> tuple[Tensor]:
     q_BLHD, k_BLHD, v_BLHD = inputs.qkv_BLHD
     normed = inputs.scale_mul_1H11 is not None
     extra = {"scale_mul_1H11": inputs.scale_mul_1H11} if normed else {}

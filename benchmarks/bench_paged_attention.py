@@ -11,7 +11,7 @@ from variant.models.presets import PATCH_NUMS_256, PATCH_NUMS_512
 from variant_kernels import ScaleLayout, paged_attention
 from variant_kernels.dispatch.request import Request
 from variant_kernels.kv_quantization import KV8_DTYPE, dequantize_kv, quantize_kv
-from variant_kernels.ops.paged_attention import PAGED_IMPLS
+from variant_kernels.ops.paged_attention import paged_attention_op
 
 OP = "paged_attention"
 HEADS, HEAD_DIM, PAGE_SIZE, WIDE_PAGES = 16, 64, 16, 256
@@ -107,7 +107,7 @@ def build(case: Case, device: str, quick: bool) -> Comparison:
     score_bytes = 4 * rows * HEADS * tokens * visible
     kv_dtype = KV8_DTYPE if kv8 else None
     request = Request(device, (dtype,), HEAD_DIM, page_size=page_size, kv_dtype=kv_dtype)
-    for name, impl, reason in backends(PAGED_IMPLS, request):
+    for name, impl, reason in backends(paged_attention_op.backends, request):
         if name == "reference" and score_bytes > MOST_SCORE_BYTES:
             reason = f"plain torch would hold {score_bytes / 2**20:.0f} MiB of scores"
         if reason is None:

@@ -18,7 +18,7 @@ from variant.bench.interleaved import Call
 from variant_kernels import append_paged_kv, qk_norm, qk_norm_append_paged_kv
 from variant_kernels.dispatch.request import Request
 from variant_kernels.kv_quantization import KV8_DTYPE, dequantize_kv, quantize_kv
-from variant_kernels.ops.qk_norm_append_paged_kv import FUSED_IMPLS
+from variant_kernels.ops.qk_norm_append_paged_kv import qk_norm_append_paged_kv_op
 
 OP = "qk_norm_append_paged_kv"
 HEAD_DIM, PAGE_SIZE = 64, 16
@@ -209,7 +209,7 @@ def _backends(inputs: Inputs, device: str) -> dict[str, Call | str]:
         name: functools.partial(impl.forward, **inputs.arguments(inputs.kv8))
         if reason is None
         else reason
-        for name, impl, reason in backends(FUSED_IMPLS, request)
+        for name, impl, reason in backends(qk_norm_append_paged_kv_op.backends, request)
     }
 
 

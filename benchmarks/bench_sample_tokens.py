@@ -11,10 +11,10 @@ from benchmarks.harness import Case, Comparison, backends, replay
 from variant_kernels import sample_tokens
 from variant_kernels.dispatch.request import Request
 from variant_kernels.ops.sample_tokens import (
-    SAMPLE_IMPLS,
     draw_exponential,
     filter_logits,
     guide,
+    sample_tokens_op,
 )
 
 OP = "sample_tokens"
@@ -70,7 +70,7 @@ def build(case: Case, device: str, quick: bool) -> Comparison:
         )
 
     calls, missing = {}, {}
-    for name, impl, reason in backends(SAMPLE_IMPLS, Request(device, (dtype,))):
+    for name, impl, reason in backends(sample_tokens_op.backends, Request(device, (dtype,))):
         if reason is None:
             calls[name] = functools.partial(launch, impl)
         else:
@@ -85,7 +85,9 @@ def build(case: Case, device: str, quick: bool) -> Comparison:
 
     # The entries kept in each row, and the reference's draw from the same random numbers.
     kept_BTV = filter_logits(guide(logits, GUIDANCE).double(), TOP_K, TOP_P) > -torch.inf
-    drawn_BT = _reseeded(generator, functools.partial(launch, SAMPLE_IMPLS["reference"]))
+    drawn_BT = _reseeded(
+        generator, functools.partial(launch, sample_tokens_op.backends["reference"])
+    )
 
     def check(name, drawn):
         # In float32 an entry at the boundary may be kept or dropped.

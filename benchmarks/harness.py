@@ -22,7 +22,8 @@ from variant.bench.interleaved import Call, Samples, quartiles, ratios, time_int
 from variant.bench.roofline import Peaks
 from variant_kernels import _C
 from variant_kernels.dispatch.request import Request
-from variant_kernels.dispatch.select import PREFERENCE, Impl
+from variant_kernels.dispatch.select import Backend
+from variant_kernels.dispatch.support import BACKENDS
 
 # The tolerance of the tests: one copy of it.
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "kernels"))
@@ -82,9 +83,11 @@ class Comparison:
     gradient: bool = False
 
 
-def backends(impls: Mapping[str, Impl], request: Request) -> Iterator[tuple[str, Impl, str | None]]:
+def backends(
+    impls: Mapping[str, Backend], request: Request
+) -> Iterator[tuple[str, Backend, str | None]]:
     """(name, implementation, reason if it cannot serve the request) of every backend of the op."""
-    for name in PREFERENCE:
+    for name in BACKENDS:
         if name in impls:
             yield name, impls[name], impls[name].unsupported(request)
 

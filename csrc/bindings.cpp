@@ -1,7 +1,7 @@
-// The Python module: addresses, sizes and strides in, nothing out. Python has checked them; see
-// variant_kernels/cpu_ops.
+// The Python module. Its functions take addresses, sizes and strides, and write through the
+// addresses. The launchers in variant_kernels/cpu_ops have checked them.
 //
-// Every view of a tensor arrives as a tuple: (address, stride, stride, ...), strides in elements.
+// A view of a tensor is a tuple (address, stride, stride, ...); strides are in elements.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -244,7 +244,7 @@ void block_causal_attention_backward_binding(HeadShape shape_BLHD, HeadTuple gra
                               threads});
 }
 
-// Returns (status, row) of the first row that cannot be sampled; status 0: there is none.
+// Returns (status, row) of the first row that cannot be sampled; status 0 if every row can.
 std::tuple<int, int64_t> sample_tokens_binding(std::tuple<int64_t, int64_t, int64_t> shape_BTV,
                                                TokenTuple logits, double guidance, int64_t top_k,
                                                double top_p, uint64_t seed, uintptr_t image_ids,

@@ -1,10 +1,46 @@
 """Shared by all tests: the helpers beside them can be imported, and torch uses two threads."""
 
+import os
 import sys
 from pathlib import Path
 
+# Set before torch loads OpenMP. Idle threads wait for work in a loop otherwise, which takes the
+# processor from the other test processes: some kernel and model tests took 55 s of CPU that take
+# 23 s so, with two threads as well.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
 import torch
+
+from variant_kernels.ops.registry import forget_signatures
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 torch.set_num_threads(2)
+
+# Their tests share one costly fixture, so one process runs all tests of such a file.
+ONE_PROCESS = {"test_run.py", "test_digits.py", "test_original_var.py"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Gives processes single tests, but the files of ONE_PROCESS as a whole, and those first.
+
+    pytest-xdist's own groups (``--dist loadgroup``) have no effect in version 3.8 with pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, _ = nodeid.partition("::")
+            return file if Path(file).name in ONE_PROCESS else nodeid
+
+    return Scheduling(config, log)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_remembered():
+    """A test may replace what a choice depends on: no other test sees its verdicts."""
+    forget_signatures()
+    yield
+    forget_signatures()

@@ -33,6 +33,7 @@ KERNELS = (
     "masks",
     "packed_linear",
     "kv_quantization",
+    "split_keys",
     "kv_cache",
     "cuda_ops.library",
     "dispatch",
@@ -46,7 +47,7 @@ KERNELS = (
     "integrations",
     "__main__",
 )
-ORDERS = {"variant": VARIANT}
+ORDERS = {"variant": VARIANT, "variant_kernels": KERNELS}
 # The public faces of the packages, which load the rest lazily, and folders of data.
 FACES = ("variant", "variant_kernels", "variant.assets")
 # The commands' own imports, each inside its function.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from variant_kernels import __version__
+from variant_kernels import __version__ as __version__
 
 if TYPE_CHECKING:
     from variant.accelerate_original import accelerate
@@ -46,7 +46,6 @@ __all__ = [
     "VARConfig",
     "VARiant",
     "VQVAEConfig",
-    "__version__",
     "accelerate",
 ]
 

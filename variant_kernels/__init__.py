@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from variant_kernels.attention import VARiantAttention
-    from variant_kernels.dispatch.explain import explain
-    from variant_kernels.dispatch.select import use_backend
-    from variant_kernels.dispatch.support import available_backends
+    from variant_kernels.backends import available_backends, explain, use_backend
     from variant_kernels.integrations import patch
     from variant_kernels.kv_cache import KVStep, PagedKVCache
     from variant_kernels.ops.adaln import adaln_modulate, gated_residual_adaln
@@ -39,7 +37,7 @@ _MODULES = {
     "VARiantAttention": "attention",
     "adaln_modulate": "ops.adaln",
     "append_paged_kv": "ops.append_paged_kv",
-    "available_backends": "dispatch.support",
+    "available_backends": "backends",
     "block_causal_attention": "ops.block_causal_attention",
     "explain": "backends",
     "gated_residual_adaln": "ops.adaln",

@@ -8,10 +8,9 @@ import sys
 import torch
 
 from variant_kernels import _C, __version__, ops
+from variant_kernels.backends import available_backends, resolve_backend
 from variant_kernels.cuda_ops import library
-from variant_kernels.dispatch.explain import MEASURED, explained
-from variant_kernels.dispatch.request import dtype_name
-from variant_kernels.dispatch.support import available_backends
+from variant_kernels.dispatch.request import Request, dtype_name
 from variant_kernels.ops.contract import FLOAT_DTYPES
 
 
@@ -39,31 +38,23 @@ def report() -> str:
 
 
 def _table(device: str) -> list[str]:
-    """Each op's backend by dtype and whence, then once what kept faster ones from being taken."""
+    """Each op's backend by dtype, then each reason against an earlier one, once."""
     width = max(map(len, ops.tables()))
     lines, reasons = [f"backend of each op on {device}:"], {}
     for op in ops.tables():
         dtypes: dict[str, list[str]] = {}
-        measured: list[str] = []
         for dtype in FLOAT_DTYPES:
             try:
-                choice = explained(op, device=device, dtype=dtype)
+                choice = resolve_backend(op, Request(device, (dtype, dtype), 64))
             except ValueError as error:  # VARIANT_BACKEND names one that cannot serve this
                 dtypes.setdefault(f"none: {error}", []).append(dtype_name(dtype))
                 continue
             dtypes.setdefault(choice.name, []).append(dtype_name(dtype))
-            if choice.source.startswith(MEASURED):
-                measured.append(dtype_name(dtype))
             for name, reason in choice.others.items():
                 if name in ops.tables()[op]:
                     reasons.setdefault((name, reason), None)
         shown = "; ".join(f"{chosen} ({', '.join(names)})" for chosen, names in dtypes.items())
-        whence = f"  [measured: {', '.join(measured)}]" if measured else ""
-        lines.append(f"  {op:{width}}  {shown}{whence}")
-    lines += [
-        "measured: the fastest of this kind of machine; explain(op) names the result files",
-        "the others: by the preference order",
-    ]
+        lines.append(f"  {op:{width}}  {shown}")
     if reasons:
         lines += ["not taken:", *(f"  {name}: {reason}" for name, reason in reasons)]
     return lines

@@ -1,6 +1,6 @@
 """``VARiantAttention``: the original VAR's ``SelfAttention`` on this package's kernels.
 
-Axes: B batch, T tokens of this call, S tokens visible so far, C width, H heads, D width of one
+Axes: B batch, T tokens of this call, S tokens of all calls so far, C width, H heads, D width of one
 head, 3 queries, keys and values, P pages, N tokens in a page, M page-table entries, 1 broadcast.
 """
 
@@ -22,7 +22,7 @@ from variant_kernels.ops.qk_norm_append_paged_kv import qk_norm_append_paged_kv
 
 
 class AttentionForward(nn.Module):
-    """What :class:`VARiantAttention` computes, for any module with its attributes."""
+    """The computation of :class:`VARiantAttention`, for any module with these attributes."""
 
     num_heads: int
     head_dim: int
@@ -40,21 +40,23 @@ class AttentionForward(nn.Module):
     _pages: GrowingPages | None
 
     def kv_caching(self, enable: bool) -> None:
-        """Start with an empty cache, or end caching and free it."""
+        """Start caching with an empty cache, or stop caching and free the cache."""
         self.caching, self._pages = enable, None
 
     def forward(self, x: Tensor, attn_bias: Tensor | None) -> Tensor:
-        """Attention of all tokens, or of these tokens to all that were cached before them.
+        """Self-attention; while caching, also to the tokens of all earlier calls.
 
         Args:
             x: (B, T, C).
             attn_bias: added to the scores, or boolean (True: visible); broadcasts to (B, H, T, S).
-                The block-causal mask of a layout is recognised and runs a kernel of its own.
+                The block-causal mask of a layout is detected and runs ``block_causal_attention``.
+                None is full attention without a mask: every token attends to all S tokens, as in
+                the original code. For causal training pass the mask.
         Returns:
             (B, T, C).
         Raises:
-            RuntimeError: a gradient is wanted while caching.  ValueError: the batch changed while
-                caching.
+            RuntimeError: x requires a gradient while caching.
+            ValueError: the batch size changed while caching.
         """
         qkv_BT3HD = self._project(x)
         if self.caching:
@@ -95,7 +97,7 @@ class AttentionForward(nn.Module):
         attn_bias: Tensor | None,
         scale_mul_1H11: Tensor | None = None,
     ) -> Tensor:
-        """Attention of T queries to as many keys, all at hand; after qk_norm with a scale_mul."""
+        """Attention of T queries to T keys of this call, with qk_norm if scale_mul is given."""
         if attn_bias is not None and self._dropout == 0:
             layout = block_causal_layout(attn_bias)
             if layout is not None and layout.total == q_BTHD.shape[1]:
@@ -131,7 +133,7 @@ class AttentionForward(nn.Module):
             self._pages = GrowingPages(qkv_BT3HD)
         if self._pages.batch != qkv_BT3HD.shape[0]:
             raise ValueError(
-                f"VARiantAttention: x must have {self._pages.batch} rows as the cache has; got "
+                f"VARiantAttention: x must have {self._pages.batch} rows to match the cache; got "
                 f"{qkv_BT3HD.shape[0]}. kv_caching(True) empties the cache"
             )
         return self._pages
@@ -149,8 +151,8 @@ class AttentionForward(nn.Module):
     def _attend_cached(self, qkv_BT3HD: Tensor, attn_bias: Tensor | None) -> Tensor:
         if torch.is_grad_enabled() and qkv_BT3HD.requires_grad:
             raise RuntimeError(
-                "VARiantAttention: the cache has no gradient; call it under torch.no_grad() or "
-                "torch.inference_mode(), or end caching with kv_caching(False)"
+                "VARiantAttention: cached attention has no gradient; call it under torch.no_grad() "
+                "or torch.inference_mode(), or stop caching with kv_caching(False)"
             )
         store, tokens = self._kv_store(qkv_BT3HD), qkv_BT3HD.shape[1]
         step = store.open(tokens)
@@ -162,12 +164,12 @@ class AttentionForward(nn.Module):
         else:
             q_BTHD, k_BTHD, v_BTHD = self._normed(qkv_BT3HD)
             append_paged_kv(k_BTHD, v_BTHD, store.k_pages, store.v_pages, step.slots_BT)
-            seen = store.tokens
-            if seen == tokens:  # nothing was cached before
+            total = store.tokens
+            if total == tokens:  # the cache was empty
                 out_BTHD = self._attend(q_BTHD, k_BTHD, v_BTHD, attn_bias)
             else:
                 k_BSHD, v_BSHD = (
-                    pages[step.page_table_BM.long()].flatten(1, 2)[:, :seen]
+                    pages[step.page_table_BM.long()].flatten(1, 2)[:, :total]
                     for pages in (store.k_pages, store.v_pages)
                 )
                 out_BTHD = self._torch_attention(q_BTHD, k_BSHD, v_BSHD, attn_bias)
@@ -178,21 +180,23 @@ class AttentionForward(nn.Module):
 class VARiantAttention(AttentionForward):
     """The original VAR's ``SelfAttention``: same constructor, parameters and methods.
 
-    Its weights load with ``strict=True``. In training the block-causal mask is recognised and runs
-    ``block_causal_attention``; any other bias goes through torch's attention, as does dropout.
-    While caching, K and V lie in pages that grow without being concatenated.
+    The original's weights load with ``strict=True``. A block-causal ``attn_bias`` is detected and
+    runs ``block_causal_attention``; other biases and dropout run torch's attention. ``attn_bias``
+    None is full attention without a mask, as in the original. While caching, K and V are appended
+    to pages, without concatenation.
     Source: VAR (arXiv 2404.02905).
 
     Args:
-        block_idx: kept for the codebase that it comes from.
+        block_idx: stored for the original codebase, not used here.
         embed_dim: C; ``embed_dim / num_heads`` is a multiple of 8 from 16 to 256.
         attn_drop, proj_drop: dropout of the attention weights and of the output.
-        attn_l2_norm: unit-length q and k, q times ``exp(min(scale_mul, log 100))``, and a softmax
-            scale of 1; else the softmax scale is ``0.25 / sqrt(D)``, as the original has it.
-        flash_if_available: accepted for compatibility; which kernel runs is told by
-            ``variant_kernels.explain``.
+        attn_l2_norm: normalise q and k to unit length, multiply q by
+            ``exp(min(scale_mul, log 100))`` and use a softmax scale of 1; otherwise the softmax
+            scale is ``0.25 / sqrt(D)``, as in the original.
+        flash_if_available: accepted for compatibility, without effect;
+            ``variant_kernels.explain`` returns the kernel that runs.
     Raises:
-        ValueError: heads of another width.
+        ValueError: embed_dim / num_heads is not a supported head width.
     """
 
     def __init__(
@@ -227,7 +231,7 @@ class VARiantAttention(AttentionForward):
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.proj_drop = nn.Dropout(proj_drop, inplace=True) if proj_drop > 0 else nn.Identity()
         self.attn_drop = attn_drop
-        # The original's model sums these up when it is built.
+        # The original model's constructor reads these attributes.
         self.using_flash = self.using_xform = False
         self.caching, self._pages = False, None
 
@@ -236,5 +240,5 @@ class VARiantAttention(AttentionForward):
 
 
 def can_attend(head_dim: int) -> bool:
-    """Whether the kernels take heads of this width."""
+    """Whether the kernels support heads of this width."""
     return head_dim % 8 == 0 and 16 <= head_dim <= 256

@@ -1,12 +1,11 @@
-"""What must not happen at once in one process: capturing a CUDA graph and timing a kernel.
+"""A process-wide lock between the capture of CUDA graphs and the timing of kernels.
 
-A stopwatch waits for the whole device. CUDA refuses that while any stream is being captured, and
-the capture is lost with it.
+Timing synchronises the device, which is illegal while a stream is being captured and invalidates
+the capture. Hold this lock for either.
 """
 
 from __future__ import annotations
 
 from threading import Lock
 
-# Held while a graph is captured, and while a kernel is timed.
-DEVICE = Lock()
+CAPTURE_OR_TIMING = Lock()

@@ -1,4 +1,4 @@
-"""Page storage: the plan decides, the cache stores, the kernel reads.
+"""Storage of K and V in pages: a plan assigns the pages, the cache allocates and tracks them.
 
 Axes: B sequences, T tokens of this call, H heads, D width of one head, P pages, N tokens in a page,
 M page-table entries.
@@ -19,10 +19,10 @@ from variant_kernels.plans.depth_schedule import DepthSchedule
 
 @dataclass(frozen=True)
 class KVStep:
-    """Where one layer's K/V of one scale go and what its queries see.
+    """Where K/V of one layer at one scale are written, and which K/V its queries attend to.
 
     slots_BT: int64, for ``append_paged_kv``.  page_table_BM, kv_lens_B: int32, for
-    ``paged_attention``; lengths count this scale's tokens.
+    ``paged_attention``; the lengths include this scale's tokens.
     """
 
     slots_BT: Tensor
@@ -31,13 +31,13 @@ class KVStep:
 
 
 # By layer, scale and pages.
-Steps = dict[tuple[int, int, tuple[int, ...]], KVStep]
+PageTables = dict[tuple[int, int, tuple[int, ...]], KVStep]
 
 
 class PagedKVCache:
-    """K/V of the layers that will read it, in one slab that is never larger than the plan.
+    """K/V that later layers and scales still read, in one slab of exactly the planned size.
 
-    Use, for every scale and every active layer in ascending order::
+    For every scale, and for every active layer in ascending order::
 
         step = cache.open(layer, scale)
         append_paged_kv(k, v, cache.k_pages, cache.v_pages, step.slots_BT, **cache.scales)
@@ -46,7 +46,7 @@ class PagedKVCache:
         )
         cache.close(layer, scale)
 
-    ``close`` hands a layer's pages on as soon as it has run for the last time.
+    ``close`` frees a layer's pages once the layer has run for the last time.
 
     Args:
         plan: lifetimes and pages of one sequence.
@@ -54,8 +54,8 @@ class PagedKVCache:
         num_heads, head_dim: of K and V.
         dtype, device: of the pages. With float8_e4m3fn each head of each token has a scale, one
             byte (see ``kv_quantization``); with other dtypes ``scales`` is empty.
-        steps: page tables already built, by caches of the same plan, batch and device; filled
-            further. None starts with none.
+        page_tables: shared by caches of the same plan, batch and device: tables that are already
+            there are used, missing ones are added. None creates a new dictionary.
     Raises:
         ValueError: batch below 1.  MemoryError: the slab does not fit.
     """
@@ -68,7 +68,7 @@ class PagedKVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
-        steps: Steps | None = None,
+        page_tables: PageTables | None = None,
     ) -> None:
         if batch < 1:
             raise ValueError(f"PagedKVCache: batch must be at least 1; got {batch}")
@@ -79,13 +79,13 @@ class PagedKVCache:
         try:
             slab_2PNHD = torch.empty(shape, dtype=dtype, device=device)
             scales_2PNH = torch.empty(scales_shape, dtype=torch.uint8, device=device)
-        except RuntimeError as error:  # torch's CPU allocator has no exception of its own
+        except RuntimeError as error:  # torch's CPU allocator raises a plain RuntimeError
             if "memory" not in str(error):
                 raise
             size = plan.peak_bytes(batch, num_heads, head_dim, dtype, guidance=False)
             raise MemoryError(
                 f"PagedKVCache: the plan needs {size / 2**20:.1f} MiB for {batch} sequences, more "
-                f"than {device} can give; use a smaller batch or depth"
+                f"than {device} can allocate; use a smaller batch or depth"
             ) from error
         self._slabs = slab_2PNHD, scales_2PNH
         self.k_pages, self.v_pages = slab_2PNHD.unbind(0)
@@ -95,11 +95,11 @@ class PagedKVCache:
             self.scales = dict(zip(names, scales_2PNH.unbind(0), strict=True))
         self._page_bytes = self.allocated_bytes // shape[1]
         self._full_schedule = plan.schedule
-        self._steps: Steps = {} if steps is None else steps
+        self._page_tables: PageTables = {} if page_tables is None else page_tables
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything, and any switch of schedule; keep the slab."""
+        """Free all pages and return to the plan's schedule; keep the slab."""
         self.schedule = self._full_schedule
         self._allocator = PageAllocator(self.plan.page_size)
         self._peak_pages = 0
@@ -107,12 +107,12 @@ class PagedKVCache:
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of the slab, allocated once; of 8-bit pages' scales too."""
+        """Bytes of the slab, which is allocated once, including the scales of 8-bit pages."""
         return sum(slab.nbytes for slab in self._slabs)
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes of pages in use at once since the last reset."""
+        """The largest :attr:`used_bytes` since the last reset."""
         return self._peak_pages * self.batch * self._page_bytes
 
     @property
@@ -121,10 +121,11 @@ class PagedKVCache:
         return self._allocator.used_pages * self.batch * self._page_bytes
 
     def open(self, layer: int, scale: int) -> KVStep:
-        """Pages for ``layer``'s K/V of ``scale``.
+        """Allocate pages for the K/V of ``layer`` at ``scale``.
 
         Raises:
-            ValueError: not the next (layer, scale) of the schedule, or the last one is still open.
+            ValueError: not the next (layer, scale) of the schedule, or the previous one has not
+                been closed.
         """
         expected = self._next()
         if self._open or (layer, scale) != expected:
@@ -136,10 +137,14 @@ class PagedKVCache:
         pages = self._allocator.grow(layer, self.plan.layout.tokens[scale])
         self._peak_pages = max(self._peak_pages, self._allocator.used_pages)
         self._scale, self._layer, self._open = scale, layer, True
-        return self._step(layer, scale, pages)
+        return self._kv_step(layer, scale, pages)
 
     def close(self, layer: int, scale: int) -> None:
-        """End of that layer's attention: its pages are handed on if it will not run again."""
+        """End the attention of ``layer`` at ``scale``; free its pages if it will not run again.
+
+        Raises:
+            ValueError: (layer, scale) is not open.
+        """
         if not self._open or (layer, scale) != (self._layer, self._scale):
             raise ValueError(f"PagedKVCache.close: {(layer, scale)} is not open; open it first")
         self._open = False
@@ -147,13 +152,14 @@ class PagedKVCache:
             self._allocator.release(layer)
 
     def switch(self, schedule: DepthSchedule) -> None:
-        """Go on with a shallower schedule; pages of layers that will not run again are freed.
+        """Continue with a shallower schedule; free pages of layers that will not run again.
 
-        Call between scales. The new schedule must agree with the scales already run and use, at
-        each later scale, a subset of the layers planned for it, so the slab stays large enough.
+        Call it between scales. The new schedule must equal the old one in the scales that have run,
+        and use, at each later scale, a subset of the planned layers, so that the slab is large
+        enough.
 
         Raises:
-            ValueError: inside a scale, or the schedule does not fit the above.
+            ValueError: called within a scale, or the schedule does not meet these conditions.
         """
         op = "PagedKVCache.switch"
         layer, done = self._next()
@@ -177,9 +183,17 @@ class PagedKVCache:
                     f"got {sorted(set(new.layers[k]) - set(old.layers[k]))} besides"
                 )
         self.schedule = new
-        for held in list(self._allocator.pages):
-            if new.last_scale(held) < done:
-                self._allocator.release(held)
+        for layer in list(self._allocator.pages):
+            if new.last_scale(layer) < done:
+                self._allocator.release(layer)
+
+    def __repr__(self) -> str:
+        heads, head_dim = self.k_pages.shape[2:]
+        return (
+            f"PagedKVCache({self.plan!r}, batch={self.batch}, heads={heads}, head_dim={head_dim}, "
+            f"dtype={self.k_pages.dtype}, device={self.k_pages.device}, "
+            f"used_bytes={self.used_bytes}, allocated_bytes={self.allocated_bytes})"
+        )
 
     def _first(self, scale: int) -> int:
         return self.schedule.layers[scale][0]
@@ -194,48 +208,51 @@ class PagedKVCache:
             return self._first(following), following
         return -1, following
 
-    def _step(self, layer: int, scale: int, pages: tuple[int, ...]) -> KVStep:
+    def _kv_step(self, layer: int, scale: int, pages: tuple[int, ...]) -> KVStep:
         key = (layer, scale, pages)
-        if key not in self._steps:
+        if key not in self._page_tables:
             size, layout = self.plan.page_size, self.plan.layout
             positions = range(layout.offsets[scale], layout.visible(scale))
             slots_T = [pages[p // size] * size + p % size for p in positions]
-            # Sequence b owns pages b * peak_pages and following; all live the same life.
+            # Sequence b owns the pages from b * peak_pages on; all have the same lifetimes.
             first_B1 = torch.arange(self.batch).unsqueeze(1) * self.plan.peak_pages
             slots_BT = torch.tensor(slots_T).unsqueeze(0) + first_B1 * size
             table_BM = (torch.tensor(pages).unsqueeze(0) + first_B1).to(torch.int32)
             lens_B = torch.full((self.batch,), layout.visible(scale), dtype=torch.int32)
             device = self.k_pages.device
-            self._steps[key] = KVStep(slots_BT.to(device), table_BM.to(device), lens_B.to(device))
-        return self._steps[key]
+            self._page_tables[key] = KVStep(
+                slots_BT.to(device), table_BM.to(device), lens_B.to(device)
+            )
+        return self._page_tables[key]
 
 
 PAGE_SIZE = 16
 
 
 class KVStore(Protocol):
-    """Where one layer's K and V are kept; tokens: how many of each sequence, this call's too."""
+    """Storage of one layer's K and V; tokens: stored per sequence, including this call's."""
 
     k_pages: Tensor
     v_pages: Tensor
     tokens: int
 
     def open(self, tokens: int) -> KVStep:
-        """Room for ``tokens`` more."""
+        """Allocate slots for ``tokens`` more."""
         ...
 
     def close(self) -> None:
-        """The attention of this call is over."""
+        """End the attention of this call."""
         ...
 
 
 class GrowingPages:
-    """Pages of one layer that knows no plan: the pool doubles when it is full.
+    """Pages of one layer without a plan: the pool doubles when it is full.
 
-    Page p of sequence b is row ``p * batch + b`` of the pool, so that growing moves no page.
+    Page p of sequence b is page ``p * batch + b`` of the pool, so that page numbers stay valid when
+    the pool grows.
 
     Args:
-        qkv_BT3HD: the first projection; its batch, heads, dtype and device count.
+        qkv_BT3HD: the first projection; sets batch, heads, dtype and device.
     """
 
     def __init__(self, qkv_BT3HD: Tensor, page_size: int = PAGE_SIZE) -> None:
@@ -249,14 +266,14 @@ class GrowingPages:
     def _grow(self, entries: int) -> None:
         slab_2PNHD = self._like.new_empty(2, entries * self.batch, *self._sizes)
         if self._entries:
-            held = self._entries * self.batch
-            slab_2PNHD[0, :held].copy_(self.k_pages)
-            slab_2PNHD[1, :held].copy_(self.v_pages)
+            num_pages = self._entries * self.batch
+            slab_2PNHD[0, :num_pages].copy_(self.k_pages)
+            slab_2PNHD[1, :num_pages].copy_(self.v_pages)
         self.k_pages, self.v_pages = slab_2PNHD.unbind(0)
         self._entries = entries
 
     def open(self, tokens: int) -> KVStep:
-        """Slots for ``tokens`` more; table and lengths count them."""
+        """Allocate slots for ``tokens`` more; page table and lengths include them."""
         seen = self.tokens + tokens
         needed = -(-seen // self.page_size)
         if needed > self._entries:
@@ -274,4 +291,4 @@ class GrowingPages:
         )
 
     def close(self) -> None:
-        """Nothing is handed on: nobody else uses these pages."""
+        """Keep the pages: no other layer uses them."""

@@ -1,4 +1,4 @@
-"""Recognising the block-causal mask of a layout in a dense attention bias.
+"""Detect the block-causal mask of a layout in a dense attention bias.
 
 Axes: L tokens of all scales.
 """
@@ -15,18 +15,18 @@ from torch import Tensor
 
 from variant_kernels.plans.scale_layout import ScaleLayout
 
-# Verdicts kept. A model has one mask, or one for each stage of progressive training.
-KEPT = 8
+# A model has one mask, or one for each stage of progressive training.
+MAX_CACHED_LAYOUTS = 8
 
-_verdicts: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], ScaleLayout | None]] = {}
+_cached_layouts: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], ScaleLayout | None]] = {}
 
 
 def layout_of(bias: Tensor) -> ScaleLayout | None:
     """The layout whose block-causal mask this bias is, or None.
 
-    Token i sees token j iff j's scale is not later than i's: a row's visible tokens are a prefix,
-    which ends where the row's own scale ends. Additive masks hold 0 and -inf, boolean ones True
-    and False. Looks at every element; on a GPU it waits for the device.
+    Token i attends to token j if and only if j's scale is not later than i's: the visible tokens of
+    a row are a prefix that ends with the row's own scale. Additive masks consist of 0 and -inf,
+    boolean masks of True and False. This reads every element and synchronises with a GPU.
 
     Args:
         bias: (..., L, L), the leading axes of size 1 or expanded.
@@ -40,7 +40,7 @@ def layout_of(bias: Tensor) -> ScaleLayout | None:
     bias = bias.detach()
     visible_LL = bias if bias.dtype == torch.bool else bias == 0
     ends_L = visible_LL.sum(1)
-    # Scales from the ends alone; whether the mask is theirs is checked next, in full.
+    # Derive the scales from the row ends, then compare the whole mask with theirs.
     ends = sorted(set(ends_L.tolist()))
     if ends[0] < 1 or ends[-1] != bias.shape[0]:
         return None
@@ -48,45 +48,53 @@ def layout_of(bias: Tensor) -> ScaleLayout | None:
     own_end_L = torch.repeat_interleave(
         torch.tensor(ends), torch.tensor([width for _, width in shapes])
     ).to(bias.device)
-    wanted_LL = torch.arange(bias.shape[0], device=bias.device) < own_end_L.unsqueeze(1)
+    expected_LL = torch.arange(bias.shape[0], device=bias.device) < own_end_L.unsqueeze(1)
     if bias.dtype == torch.bool:
-        same = torch.equal(bias, wanted_LL)
+        same = torch.equal(bias, expected_LL)
     else:
         zero_LL = torch.zeros_like(bias)
-        same = torch.equal(bias, zero_LL.masked_fill_(~wanted_LL, -torch.inf))
+        same = torch.equal(bias, zero_LL.masked_fill_(~expected_LL, -torch.inf))
     return ScaleLayout(shapes) if same else None
 
 
 def block_causal_layout(bias: Tensor) -> ScaleLayout | None:
-    """:func:`layout_of`, looked at once for each mask and not once for each layer and step.
+    """:func:`layout_of` with a cache, so that each mask is read once and not per layer and step.
 
-    A verdict holds for the same memory while the tensor that owns it lives and is unchanged. A mask
-    that is cast anew at every step (as under autocast) is looked at once a step.
+    A cached result is valid for the same memory while the tensor that owns it exists unmodified. A
+    mask that is cast again at every step (as under autocast) is read once per step.
 
     Args:
-        bias: as given to attention. One that requires a gradient is none: it is to be learned.
+        bias: the argument of attention. A bias that requires a gradient is learned, not a mask.
     Returns:
         A layout of scales (1, tokens), or None.
     """
     if bias.requires_grad:
         return None
-    return _remembered(bias)
+    return _layout_outside_graphs(bias)
 
 
-def _look_up(bias: Tensor) -> ScaleLayout | None:
-    if bias.is_inference():  # has no version: a change would go unseen
+def _cached_layout(bias: Tensor) -> ScaleLayout | None:
+    if bias.is_inference():  # without a version, so a change could not be detected
         return layout_of(bias)
     owner = bias if bias._base is None else bias._base
     key = bias.data_ptr(), bias.shape, bias.stride(), bias.dtype, bias.device, bias._version
-    kept = _verdicts.get(key)
-    if kept is not None and kept[0]() is owner:
-        return kept[1]
-    verdict = layout_of(bias)
-    _verdicts[key] = weakref.ref(owner), verdict
-    while len(_verdicts) > KEPT:
-        _verdicts.pop(next(iter(_verdicts)), None)
-    return verdict
+    entry = _cached_layouts.get(key)
+    if entry is not None and entry[0]() is owner:
+        return entry[1]
+    layout = layout_of(bias)
+    _cached_layouts[key] = weakref.ref(owner), layout
+    while len(_cached_layouts) > MAX_CACHED_LAYOUTS:
+        _cached_layouts.pop(next(iter(_cached_layouts)), None)
+    return layout
 
 
-# Values decide, so it runs outside any compiled graph.
-_remembered: Callable[[Tensor], ScaleLayout | None] = cast(Any, torch.compiler.disable(_look_up))
+def _layout_outside_graphs(bias: Tensor) -> ScaleLayout | None:
+    # The result depends on values, so torch.compile must not trace it. torch.compiler.disable
+    # imports torch._dynamo (2 s of CPU): the wrapper is created at the first mask, not at import.
+    global _untraced
+    if _untraced is None:
+        _untraced = cast(Any, torch.compiler.disable(_cached_layout))
+    return cast(Any, _untraced)(bias)
+
+
+_untraced: Callable[[Tensor], ScaleLayout | None] | None = None

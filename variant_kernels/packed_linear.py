@@ -1,4 +1,4 @@
-"""Linear layers whose weights lie in oneDNN's order, where torch reorders them at every call."""
+"""Linear layers with weights packed for oneDNN, which repacks plain weights at every call."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN has packed products here: a CPU, float32, or bfloat16 where it is native."""
+    """Whether oneDNN can use packed weights: on a CPU in float32, or in bfloat16 if native."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:
@@ -16,20 +16,20 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def pack(weight_OI: Tensor) -> Tensor:
-    """A copy for :func:`packed_linear`, in the weight's dtype; opaque to everything else."""
-    # The second argument would only tune the order for a number of rows: it is the same for all
-    # that were tried (2 to 4096).
+    """A packed copy for :func:`packed_linear`, in the weight's dtype; opaque to other functions."""
+    # The second argument tunes the layout for a number of input rows; all tested numbers (2 to
+    # 4096) give the same layout.
     return torch.ops.mkldnn._reorder_linear_weight(weight_OI, None)
 
 
 def packed_linear(
     x: Tensor, packed: Tensor, bias_O: Tensor | None, *, gelu: bool = False
 ) -> Tensor:
-    """``x @ weight.T + bias``, then a tanh-approximated GELU if asked.
+    """``x @ weight.T + bias``, followed by a tanh-approximated GELU if ``gelu``.
 
     Args:
-        x: (..., I), bias_O: (O,); of the packed weight's dtype.
-        packed: what :func:`pack` made of a weight (O, I).
+        x, bias_O: (..., I) and (O,), in the packed weight's dtype.
+        packed: the result of :func:`pack` for a weight (O, I).
     Returns:
         (..., O), a new tensor.
     """

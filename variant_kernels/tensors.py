@@ -1,12 +1,12 @@
-"""Tensors as kernels take them: addresses and strides, a contiguous last dimension."""
+"""Tensors in the form that kernels take: addresses, strides, a contiguous last dimension."""
 
 from __future__ import annotations
 
 import torch
 
 
-def rows(x: torch.Tensor) -> tuple[int, ...]:
-    """(address, outer strides in elements): all but the last dimension, which is contiguous."""
+def address_and_strides(x: torch.Tensor) -> tuple[int, ...]:
+    """(address, strides in elements) without the stride of the last dimension, which is 1."""
     return (x.data_ptr(), *x.stride()[:-1])
 
 

@@ -17,10 +17,10 @@ struct Statistics {
   float mean, rstd;
 };
 
-// Mean and variance of a row in one pass: get(column, lanes) is called once for every place. Blocks
-// of eight vectors stay in registers while their own two passes are made; blocks, then lanes, then
-// the rest of the row are combined as Chan, Golub and LeVeque do (Stanford STAN-CS-79-773). The
-// form E[x^2] - E[x]^2 would cancel where the mean is large.
+// Mean and variance of a row in one pass: get(column, lanes) is called once for every vector.
+// Blocks of eight vectors stay in registers for their own two passes; blocks, then lanes, then the
+// rest of the row are combined as Chan, Golub and LeVeque do (Stanford STAN-CS-79-773). The form
+// E[x^2] - E[x]^2 would cancel where the mean is large.
 template <class Order, class Get>
 inline Statistics row_statistics(int64_t width, float eps, const Get& get) {
   constexpr int64_t kBlock = 8 * kLanes;
@@ -62,7 +62,8 @@ inline Statistics row_statistics(int64_t width, float eps, const Get& get) {
   return {row_mean, 1.0f / __builtin_sqrtf(row_squares / static_cast<float>(width) + eps)};
 }
 
-// One thread's memory: a row between its passes, and the rows of the image at work, widened.
+// One thread's memory: a row between its passes, and the current image's modulation rows as
+// float32.
 struct RowScratch {
   void* row;
   float *gain, *shift;
@@ -85,7 +86,7 @@ inline void widen_modulation(const T* scale, const T* shift, int64_t width, cons
   });
 }
 
-// y = xhat * gain + shift. fetch(column) brings in the next row meanwhile.
+// y = xhat * gain + shift. fetch(column) prefetches the next row.
 template <class Order, bool kStream, class TX, class T, class Fetch>
 inline void modulate_row(const TX* x, Statistics stats, const RowScratch& s, int64_t width, T* y,
                          const Fetch& fetch) {
@@ -96,7 +97,8 @@ inline void modulate_row(const TX* x, Statistics stats, const RowScratch& s, int
   });
 }
 
-// f(row, its b, its t, the row after it in this piece or itself, the thread's scratch)
+// Calls f(row, b, t, next row of this piece (the row itself if there is none), the thread's
+// scratch).
 template <class Order, class T, class Args, class F>
 void for_rows(const Args& a, const F& f) {
   const int64_t rows = a.batch * a.tokens, per_thread = RowScratch::count(a.width);
@@ -148,16 +150,16 @@ void gated_forward_rows(const GatedAdaLNForwardArgs& a) {
     const T* gate = row<T>(a.gate, b);
     TX* x_out = static_cast<TX*>(a.x_out) + r * a.width;
     // A streamed row cannot be read back from cache.
-    TX* kept = kStream ? static_cast<TX*>(s.row) : x_out;
+    TX* x_sum = kStream ? static_cast<TX*>(s.row) : x_out;
     const Statistics stats = row_statistics<Order>(a.width, a.eps, [&](int64_t c, auto lanes) {
       const auto moved = load(x + c, lanes) + load(gate + c, lanes) * load(y + c, lanes);
       if constexpr (kStream) stream(x_out + c, moved, lanes);
-      store(kept + c, moved, lanes);
+      store(x_sum + c, moved, lanes);
       return rounded(x_out, moved, lanes);
     });
     const TX* x_next = row<TX>(a.x, next / a.tokens, next % a.tokens);
     const T* y_next = row<T>(a.y, next / a.tokens, next % a.tokens);
-    modulate_row<Order, kStream>(kept, stats, s, a.width, static_cast<T*>(a.h) + r * a.width,
+    modulate_row<Order, kStream>(x_sum, stats, s, a.width, static_cast<T*>(a.h) + r * a.width,
                                  [&](int64_t c) {
                                    prefetch_pair(x_next + c);
                                    prefetch_pair(y_next + c);

@@ -1,5 +1,5 @@
-// Copies the rows of new tokens into their slots. The caller has checked the slots and sees to it
-// that no two tokens share one.
+// Copies the rows of new tokens into their slots. The caller has checked the slots and ensures that
+// no two tokens share one.
 #include "../include/append_paged_kv.h"
 
 #include "parallel.h"
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kTokensPerPiece = 16;
 
-// T only stands for its size: nothing is computed.
+// Only the size of T matters: nothing is computed.
 template <class T, bool kStream>
 void append_rows(const AppendPagedKvArgs& a) {
   const int64_t rows = a.batch * a.tokens;

@@ -1,4 +1,4 @@
-// Attention for one head, forward: queries in panels, keys in tiles, softmax on the way.
+// Forward attention of one head: queries in panels, keys in tiles, online softmax.
 //
 // Scores are held transposed, S[key, query]: queries run along the lanes. Their maxima and sums are
 // then plain vector operations, K is used as it lies in memory (never transposed), and P is read
@@ -16,21 +16,22 @@
 namespace variant::VARIANT_ISA_NAMESPACE {
 namespace {
 
-// Keys whose scores are held at a time.
+// The most keys of one tile: their scores are held at the same time.
 template <class Cell>
 constexpr int64_t kMaxTileKeys = Cell::kGroup == 2 ? 192 : 96;
-// What one task holds at a time; more queries are cut into more tasks.
+// The most queries of one task; longer calls are split into more tasks.
 constexpr int64_t kMaxQueriesPerTask = 1024;
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
-// Tiles of one size, so that the last is not a sliver: whole rows of the product's tiles.
+// Keys of one tile. All tiles have the same size, so that the last one is not small, and hold whole
+// row tiles of the product.
 template <class Cell>
 inline int64_t tile_keys_for(int64_t keys) {
   const int64_t tiles = (keys + kMaxTileKeys<Cell> - 1) / kMaxTileKeys<Cell>;
   return tiles == 0 ? kRows : round_up((keys + tiles - 1) / tiles, kRows);
 }
-static_assert(kMaxTileKeys<Single> % kRows == 0 && kRows % 2 == 0,
-              "tiles are whole groups of keys");
+static_assert(kMaxTileKeys<Single> % kRows == 0, "rounding up to whole rows stays in the maximum");
+static_assert(kRows % 2 == 0, "a tile is a whole number of groups of two keys");
 
 // 2^x for x <= 126 or so: 2^n * p(x - n), n the nearest integer, p a polynomial that is 1 at 0
 // (minimax in relative error: 2.8e-6 with 4 terms, 9.1e-8 with 5). Below -126.5 it is 0, -inf
@@ -57,8 +58,8 @@ inline VecF exp2_approx(VecF x) {
   return p * as_float((as_int(shifted) << 23) + 0x3f800000);
 }
 
-// Queries [begin, begin + count) fill the lanes of one panel; count <= kPanel.
-// least and most: keys that the first and the last of them see.
+// Queries [begin, begin + count) fill the lanes of one panel; count <= kPanel. The first query sees
+// `least` keys and the last one `most`.
 struct QueryPanel {
   int64_t begin, count, least, most;
 };
@@ -79,9 +80,9 @@ struct ForwardScratch {
   }
   ForwardScratch(float* at, int64_t panels, int64_t tile_keys, int64_t head_dim) {
     const auto take = [&](int64_t count) {
-      float* taken = at;
+      float* part = at;
       at += count;
-      return taken;
+      return part;
     };
     width_up = round_up(head_dim, kLanes);
     q = take(panels * kPanel * head_dim);
@@ -94,8 +95,8 @@ struct ForwardScratch {
   }
 };
 
-// Scores of one tile of keys, and their maxima per lane. kMasked: query lane i sees keys below
-// visible[i] only, numbered from the tile's first; the others get -inf.
+// Scores of one tile of keys, and their maxima per lane. kMasked: query lane i sees only the tile's
+// first visible[i] keys; the scores of the others are -inf.
 template <class Cell, int kTileVectors, bool kMasked>
 inline void score_tile(int64_t keys, int64_t depth, Operand k, const float* q,
                        const int32_t* visible, float* scores, VecF* tops) {
@@ -123,7 +124,7 @@ inline void score_tile(int64_t keys, int64_t depth, Operand k, const float* q,
   for (int j = 0; j < kTileVectors; ++j) tops[j] = top[j];
 }
 
-// Two rows of numbers (queries along the lanes) as one row of cells.
+// Packs two rows of numbers (queries along the lanes) into one row of cells.
 inline VecF to_cells(Single, VecF first, VecF) { return first; }
 #if defined(__AVX512BF16__)
 inline VecF to_cells(Pair, VecF first, VecF second) {
@@ -135,8 +136,8 @@ inline VecF to_cells(Pair, VecF first, VecF second) {
 }
 #endif
 
-// Scores become probabilities, p = 2^(factor * s - shift), and those cells of P in place; sum
-// receives their sums. A group that `keys` does not fill is filled with zeros.
+// Replaces scores by probabilities p = 2^(factor * s - shift), packed as cells of P; sums receives
+// their sums per lane. Zeros complete the last group.
 template <class Cell, int kTileVectors>
 inline void exponentials(float* scores, int64_t keys, float factor, const VecF* shifts,
                          VecF* sums) {
@@ -168,21 +169,21 @@ inline void exponentials(float* scores, int64_t keys, float factor, const VecF* 
   for (int j = 0; j < kTileVectors; ++j) sums[j] = total[j];
 }
 
-// Queries as the columns of one panel of B; lanes without a query are zero.
+// Packs queries as the columns of one panel of B; lanes without a query are zero.
 template <class Cell, class T, class Row>
 inline void pack_columns(int64_t count, int64_t width, Row row, float* panel) {
   const int64_t cells = width / Cell::kGroup;
   for (int64_t lane = 0; lane < count; lane += kLanes) {
     const int64_t rows = min_of(kLanes, count - lane);
     for_vectors(cells, [&](int64_t cell, auto lanes) {
-      // A vector of every row, turned: column i of them is cell + i of the panel.
+      // One vector of every row, transposed: column i becomes row cell + i of the panel.
       VecF block[kLanes];
       for (int i = 0; i < kLanes; ++i) {
         block[i] = i < rows ? load_cells(Cell{}, row(lane + i), cell, lanes) : VecF{};
       }
       transpose(block);
-      const int64_t wanted = min_of(kLanes, cells - cell);
-      for (int i = 0; i < wanted; ++i) store(panel + (cell + i) * kPanel + lane, block[i]);
+      const int64_t columns = min_of(kLanes, cells - cell);
+      for (int i = 0; i < columns; ++i) store(panel + (cell + i) * kPanel + lane, block[i]);
     });
   }
 }
@@ -198,99 +199,146 @@ inline void negate_cells(Pair, float* cells, int64_t count) {
 }
 #endif
 
-// Attention of num_panels panels of one head. q(t) is the row of query t; rows(s, count, k, v)
-// writes the addresses of the rows of keys [s, s + count), as Row; out(t) is where the result of
-// query t goes, lse (may be null) the head's array over queries.
-// visible[t]: keys that query t sees, non-decreasing in t; read only where a panel's queries
-// differ. tile_keys: from tile_keys_for, the same for every task of a head.
-template <class T, class Row = const T*, class Q, class Rows, class O>
-inline void attend_panels(const QueryPanel* panels, int64_t num_panels, int64_t head_dim,
-                          int64_t tile_keys, float softmax_scale, const int32_t* visible, Q q,
-                          Rows rows, O out, float* lse, ForwardScratch& s) {
-  using Cell = typename CellOf<T>::type;
-  constexpr int kGroup = Cell::kGroup;
-  const int64_t cells = head_dim / kGroup, key_stride = cells_up<Cell>(head_dim);
-  const int64_t panel_q = cells * kPanel, up = s.width_up, panel_rows = tile_keys / kGroup;
-  // The maximum of scaled scores is the scaled maximum only for a positive factor: its sign goes to
-  // q, and zero (which would make NaN of a hidden key's -inf) becomes next to nothing.
-  const float factor = max_of(__builtin_fabsf(softmax_scale) * kLog2E, __FLT_MIN__);
+// Packs queries as panels of B; `negate` changes their sign.
+template <class Cell, class T, class Q>
+inline void pack_queries(const QueryPanel* panels, int64_t num_panels, int64_t head_dim,
+                         bool negate, Q q, ForwardScratch& s) {
+  const int64_t panel_cells = head_dim / Cell::kGroup * kPanel;
   for (int64_t p = 0; p < num_panels; ++p) {
-    float* packed = s.q + p * panel_q;
+    float* packed = s.q + p * panel_cells;
     pack_columns<Cell, T>(
         panels[p].count, head_dim, [&](int64_t i) { return q(panels[p].begin + i); }, packed);
-    if (softmax_scale < 0) negate_cells(Cell{}, packed, panel_q);
+    if (negate) negate_cells(Cell{}, packed, panel_cells);
   }
-  const int64_t all_keys = panels[num_panels - 1].most;
-  for (int64_t first = 0; first < all_keys; first += tile_keys) {
-    const int64_t in_tile = min_of(tile_keys, all_keys - first);
-    Row k[kMaxTileKeys<Cell>], v[kMaxTileKeys<Cell> + 1];
-    rows(first, in_tile, k, v);
-    v[in_tile] = Row{};
-    for (int64_t i = 0; i < in_tile; ++i) pack_row(Cell{}, k[i], head_dim, s.keys + i * key_stride);
-    for (int64_t i = 0; i < in_tile; i += kGroup) {
-      pack_panel_group(Cell{}, v[i], v[i + kGroup - 1], head_dim, s.values, panel_rows, i / kGroup);
-    }
-    for (int64_t p = 0; p < num_panels; ++p) {
-      const QueryPanel& panel = panels[p];
-      const int64_t keys = min_of(in_tile, panel.most - first);
-      if (keys <= 0) continue;
-      float *peak = s.peak + p * kPanel, *sum = s.sum + p * kPanel;
-      float* o = s.out + p * kPanel * up;
-      float rescale[kPanel];
-      with_vectors(vectors_of(panel.count), [&](auto count) {
-        constexpr int kTileVectors = decltype(count)::value;
-        VecF tops[kTileVectors], totals[kTileVectors];
-        const Operand tile{s.keys, key_stride, 1};
-        if (first + keys > panel.least) {
-          // Lanes without a query see everything: their zeros stay finite.
-          int32_t limits[kPanel];
-          for (int64_t i = 0; i < kPanel; ++i) {
-            limits[i] = i < panel.count ? visible[panel.begin + i] - static_cast<int32_t>(first)
-                                        : static_cast<int32_t>(keys);
-          }
-          score_tile<Cell, kTileVectors, true>(keys, cells, tile, s.q + p * panel_q, limits,
-                                               s.scores, tops);
-        } else {
-          score_tile<Cell, kTileVectors, false>(keys, cells, tile, s.q + p * panel_q, nullptr,
-                                                s.scores, tops);
-        }
-        for (int j = 0; j < kTileVectors; ++j) {
-          tops[j] = tops[j] * factor;
-          if (first > 0) {
-            const VecF before = load(peak + j * kLanes);
-            tops[j] = maximum(before, tops[j]);
-            store(rescale + j * kLanes, exp2_approx<5>(before - tops[j]));
-          }
-          store(peak + j * kLanes, tops[j]);
-        }
-        exponentials<Cell, kTileVectors>(s.scores, keys, factor, tops, totals);
-        for (int j = 0; j < kTileVectors; ++j) {
-          if (first > 0) {
-            totals[j] += load(sum + j * kLanes) * load(rescale + j * kLanes);
-          }
-          store(sum + j * kLanes, totals[j]);
-        }
-      });
-      multiply_add_panels<Cell>(panel.count, head_dim, (keys + kGroup - 1) / kGroup,
-                                Operand{s.scores, 1, kPanel}, s.values, panel_rows, first == 0,
-                                rescale, o, up);
-    }
+}
+
+// Packs keys [first, first + keys) as rows of A and their values as panels of B.
+template <class Cell, class Row, class Rows>
+inline void pack_tile(int64_t first, int64_t keys, int64_t head_dim, int64_t panel_rows, Rows rows,
+                      ForwardScratch& s) {
+  constexpr int kGroup = Cell::kGroup;
+  const int64_t key_stride = cells_up<Cell>(head_dim);
+  Row k[kMaxTileKeys<Cell>], v[kMaxTileKeys<Cell> + 1];
+  rows(first, keys, k, v);
+  v[keys] = Row{};  // the second value of an odd last group: zeros
+  for (int64_t i = 0; i < keys; ++i) pack_row(Cell{}, k[i], head_dim, s.keys + i * key_stride);
+  for (int64_t i = 0; i < keys; i += kGroup) {
+    pack_panel_group(Cell{}, v[i], v[i + kGroup - 1], head_dim, s.values, panel_rows, i / kGroup);
   }
+}
+
+// Scores of the panel packed at q with the first `keys` keys of the tile that begins at `first`.
+template <class Cell, int kTileVectors>
+inline void score(const QueryPanel& panel, int64_t first, int64_t keys, int64_t head_dim,
+                  const float* q, const int32_t* visible, ForwardScratch& s, VecF* tops) {
+  const int64_t cells = head_dim / Cell::kGroup;
+  const Operand tile{s.keys, cells_up<Cell>(head_dim), 1};
+  if (first + keys <= panel.least) {
+    score_tile<Cell, kTileVectors, false>(keys, cells, tile, q, nullptr, s.scores, tops);
+    return;
+  }
+  // Lanes without a query see every key: their scores of zero stay finite.
+  int32_t limits[kPanel];
+  for (int64_t i = 0; i < kPanel; ++i) {
+    limits[i] = i < panel.count ? visible[panel.begin + i] - static_cast<int32_t>(first)
+                                : static_cast<int32_t>(keys);
+  }
+  score_tile<Cell, kTileVectors, true>(keys, cells, tile, q, limits, s.scores, tops);
+}
+
+// m' = max(m, factor * tops) replaces tops and peak. shrink = 2^(m - m') is the factor of earlier
+// sums; the first tile has none.
+template <int kTileVectors>
+inline void rescale(bool is_first, float factor, VecF* tops, float* peak, float* shrink) {
+  for (int j = 0; j < kTileVectors; ++j) {
+    tops[j] = tops[j] * factor;
+    if (!is_first) {
+      const VecF before = load(peak + j * kLanes);
+      tops[j] = maximum(before, tops[j]);
+      store(shrink + j * kLanes, exp2_approx<5>(before - tops[j]));
+    }
+    store(peak + j * kLanes, tops[j]);
+  }
+}
+
+// l = l * shrink + the sums of this tile's p.
+template <int kTileVectors>
+inline void accumulate(bool is_first, VecF* totals, const float* shrink, float* sum) {
+  for (int j = 0; j < kTileVectors; ++j) {
+    if (!is_first) totals[j] += load(sum + j * kLanes) * load(shrink + j * kLanes);
+    store(sum + j * kLanes, totals[j]);
+  }
+}
+
+// out = o / l and lse of every query.
+template <class T, class O>
+inline void write_panels(const QueryPanel* panels, int64_t num_panels, int64_t head_dim, O out,
+                         float* lse, const ForwardScratch& s) {
   for (int64_t p = 0; p < num_panels; ++p) {
     for (int64_t i = 0; i < panels[p].count; ++i) {
       const int64_t t = panels[p].begin + i, lane = p * kPanel + i;
       T* target = out(t);
       const float sum = s.sum[lane], share = 1.0f / sum;
       for_vectors(head_dim, [&](int64_t d, auto lanes) {
-        store(target + d, load(s.out + lane * up + d) * share, lanes);
+        store(target + d, load(s.out + lane * s.width_up + d) * share, lanes);
       });
       if (lse) lse[t] = s.peak[lane] * kLn2 + static_cast<float>(__builtin_log(sum));
     }
   }
 }
 
-// How many panels one task takes: all that fit its memory, fewer when there would be less than two
-// tasks per thread. Results do not depend on it.
+// Attention of num_panels panels of one head. q(t) is the row of query t; rows(s, count, k, v)
+// writes the addresses of the rows of keys [s, s + count), as Row; out(t) is the address of query
+// t's result; lse is the head's array over queries, or null. visible[t]: number of keys that query
+// t sees, non-decreasing in t; read only if a panel's queries differ. tile_keys: from
+// tile_keys_for, the same for every task of a head.
+template <class T, class Row = const T*, class Q, class Rows, class O>
+inline void attend_panels(const QueryPanel* panels, int64_t num_panels, int64_t head_dim,
+                          int64_t tile_keys, float softmax_scale, const int32_t* visible, Q q,
+                          Rows rows, O out, float* lse, ForwardScratch& s) {
+  // Types and sizes
+  using Cell = typename CellOf<T>::type;
+  constexpr int kGroup = Cell::kGroup;
+  const int64_t panel_rows = tile_keys / kGroup, panel_cells = head_dim / kGroup * kPanel;
+
+  // Queries The maximum of scaled scores is the scaled maximum only for a positive factor, so the
+  // sign is applied to q. A factor of zero would turn a masked -inf into NaN; the smallest normal
+  // number replaces it.
+  const float factor = max_of(__builtin_fabsf(softmax_scale) * kLog2E, __FLT_MIN__);
+  pack_queries<Cell, T>(panels, num_panels, head_dim, softmax_scale < 0, q, s);
+
+  // Tiles of keys
+  const int64_t all_keys = panels[num_panels - 1].most;
+  for (int64_t first = 0; first < all_keys; first += tile_keys) {
+    const int64_t in_tile = min_of(tile_keys, all_keys - first);
+    pack_tile<Cell, Row>(first, in_tile, head_dim, panel_rows, rows, s);
+    for (int64_t p = 0; p < num_panels; ++p) {
+      const QueryPanel& panel = panels[p];
+      const int64_t keys = min_of(in_tile, panel.most - first);
+      if (keys <= 0) continue;
+      const bool is_first = first == 0;
+      float shrink[kPanel];
+      with_vectors(vectors_of(panel.count), [&](auto count) {
+        constexpr int kTileVectors = decltype(count)::value;
+        VecF tops[kTileVectors], totals[kTileVectors];
+        score<Cell, kTileVectors>(panel, first, keys, head_dim, s.q + p * panel_cells, visible, s,
+                                  tops);
+        rescale<kTileVectors>(is_first, factor, tops, s.peak + p * kPanel, shrink);
+        exponentials<Cell, kTileVectors>(s.scores, keys, factor, tops, totals);
+        accumulate<kTileVectors>(is_first, totals, shrink, s.sum + p * kPanel);
+      });
+      multiply_add_panels<Cell>(panel.count, head_dim, (keys + kGroup - 1) / kGroup,
+                                Operand{s.scores, 1, kPanel}, s.values, panel_rows, is_first,
+                                shrink, s.out + p * kPanel * s.width_up, s.width_up);
+    }
+  }
+
+  // Outputs
+  write_panels<T>(panels, num_panels, head_dim, out, lse, s);
+}
+
+// Panels of one task: as many as fit its memory, fewer if that gives less than two tasks per
+// thread. Results do not depend on this number.
 inline int64_t panels_per_task(int64_t num_panels, int64_t heads_in_all, int num_threads) {
   int64_t per_task = min_of(num_panels, max_of(1, kMaxQueriesPerTask / kPanel));
   while (per_task > 1 &&

@@ -9,7 +9,7 @@ namespace {
 // A scale with at least this many tokens starts a new panel; smaller ones share panels.
 constexpr int64_t kOwnPanelTokens = kPanel / 2;
 
-// The query panels and what each query sees: plain arrays sized for the worst case.
+// The query panels, and the number of keys that each query sees: arrays sized for the worst case.
 class Layout {
  public:
   Layout(const int64_t* scale_lengths, int64_t num_scales, int64_t length)
@@ -23,10 +23,10 @@ class Layout {
             count > 0 && panel(count - 1).count < kPanel && (t > begin || tokens < kOwnPanelTokens);
         if (!open) panels_.get()[count++] = {t, 0, end, end};
         QueryPanel& last = panels_.get()[count - 1];
-        const int64_t taken = min_of(kPanel - last.count, end - t);
-        last.count += taken;
+        const int64_t queries = min_of(kPanel - last.count, end - t);
+        last.count += queries;
         last.most = end;
-        t += taken;
+        t += queries;
       }
       begin = end;
     }
@@ -56,7 +56,7 @@ void forward(const BlockCausalForwardArgs& a) {
   const int64_t floats = round_up(ForwardScratch::floats(per_task, tile_keys, a.head_dim), kPanel);
   Scratch<float> scratch(floats * threads);
   parallel_for(threads, tasks, [&](int64_t task, int thread) {
-    // The last panels see the most keys: handed out first, so that threads end together.
+    // The last panels see the most keys. They come first, so that threads finish together.
     const int64_t first = (tasks_per_head - 1 - task / (a.batch * a.heads)) * per_task;
     const int64_t b = task % (a.batch * a.heads) / a.heads, h = task % a.heads;
     ForwardScratch memory(scratch.get() + thread * floats, per_task, tile_keys, a.head_dim);
@@ -76,7 +76,7 @@ void forward(const BlockCausalForwardArgs& a) {
   });
 }
 
-// Keys whose scores are held at a time in the backward pass.
+// Keys of one tile in the backward pass.
 constexpr int64_t kKeysPerTile = 96;
 
 // Backward of one head, with s = scale * q k^T, p = exp(s - lse), delta = rowsum(grad_out * out):
@@ -134,15 +134,15 @@ struct BackwardScratch {
   static BackwardScratch at(float* memory, int64_t panels, int64_t head_dim) {
     BackwardScratch placed;
     placed.lay_out<Cell>(panels, head_dim, [&](int64_t count) {
-      float* taken = memory;
+      float* part = memory;
       memory += round_up(count, 16);
-      return taken;
+      return part;
     });
     return placed;
   }
 };
 
-// Rows [0, count) of row(i) as panels of B that reduce over them.
+// Packs rows [0, count) of row(i) as panels of B; the product reduces over them.
 template <class Cell, class Row>
 inline void pack_panel_rows(int64_t count, int64_t width, Row row, float* panels,
                             int64_t panel_rows) {
@@ -174,7 +174,8 @@ void pack_query_panel(const BlockCausalBackwardArgs& a, const QueryPanel& panel,
     s.shift[p * kPanel + i] =
         i < panel.count ? a.lse[(b * a.heads + h) * a.length + t] * kLog2E : 0.0f;
   }
-  // The same chain of sums as in dP: a query that sees one key gets a gradient of exactly zero.
+  // Sums in the same order as dP, so that a query with one visible key has a gradient of exactly
+  // zero.
   for (int j = 0; j < vectors_of(panel.count); ++j) {
     VecF delta = {};
     for (int64_t d = 0; d < cells; ++d) {
@@ -185,7 +186,7 @@ void pack_query_panel(const BlockCausalBackwardArgs& a, const QueryPanel& panel,
   }
 }
 
-// One vector of queries as cells along them, in place of vector j of a row.
+// Packs one vector of queries as cells along the queries, into vector j of a row.
 inline void store_cells(Single, float* row, int j, VecF x) { store(row + j * kLanes, x); }
 #if defined(__AVX512BF16__)
 inline void store_cells(Pair, float* row, int j, VecF x) {
@@ -194,8 +195,8 @@ inline void store_cells(Pair, float* row, int j, VecF x) {
 }
 #endif
 
-// p holds scores and becomes probabilities, ds holds dP and becomes dS; both become cells. limits
-// count from the tile's first key.
+// Replaces scores in p by probabilities and dP in ds by dS, and packs both as cells. limits count
+// from the tile's first key.
 template <class Cell>
 inline void probabilities_and_grads(float* p, float* ds, float* ds_groups, int64_t keys,
                                     int vectors, const int32_t* limits, bool masked, float factor,
@@ -315,13 +316,13 @@ void backward(const BlockCausalBackwardArgs& a) {
   const Layout layout(a.scale_lengths, a.num_scales, a.length);
   const int64_t count = layout.count();
   const int64_t work = heads * a.length * a.length * a.head_dim / 8;
-  const int wanted = threads_for(a.num_threads, work);
-  // Cutting a head costs two products of seven more, so only when threads would be idle.
-  const bool cut = heads < wanted;
+  const int available_threads = threads_for(a.num_threads, work);
+  // Splitting a head costs two more products beside seven, so do it only if threads would be idle.
+  const bool cut = heads < available_threads;
   const int64_t tiles = (a.length + kKeysPerTile - 1) / kKeysPerTile;
   const int64_t tasks_per_head = cut ? count + tiles : 1;
   const int64_t tasks = heads * tasks_per_head;
-  const int threads = static_cast<int>(min_of(tasks, wanted));
+  const int threads = static_cast<int>(min_of(tasks, available_threads));
   using Cell = typename CellOf<T>::type;
   const int64_t floats = BackwardScratch::floats<Cell>(count, a.head_dim);
   Scratch<float> scratch(floats * threads);

@@ -1,14 +1,13 @@
-// The register-tiled product under both attentions, and the packing that feeds it.
+// The register-tiled product of both attention kernels, and the packing of its operands.
 //
 //   C[i, j] = sum over k of A[i, k] * B[k, j]
 //
 // Operands are made of cells of 32 bits: one float32, or (with bfloat16 dot products) two bfloat16
 // that follow one another along k. B is a panel: `depth` rows of kPanel cells, contiguous, so one
-// panel stays in the first-level cache. A may be walked in either order (its two strides are free),
-// so transposed products need no transposed copy: kRows cells of A are broadcast against kVectors
-// vectors of B. Sums are float32.
-// Every element of C is one chain of multiply-adds over k in order, whatever the tile it falls in:
-// cutting rows differently never changes a bit.
+// panel stays in the first-level cache. Both strides of A are free, so transposed products need no
+// transposed copy. kRows cells of A are broadcast and multiplied with kVectors vectors of B. Sums
+// are float32. Every element of C is one chain of multiply-adds over k in order, in every tile: the
+// bits do not depend on how rows are split.
 #pragma once
 
 #include "parallel.h"
@@ -61,7 +60,7 @@ struct Operand {
   int64_t row_stride, depth_stride;
 };
 
-// Memory that holds cells is float* whatever they are; copies of it must not do arithmetic.
+// Cells of both kinds are stored as float*; copies must preserve their bits.
 inline VecF broadcast_cell(const float* p) {
 #if defined(__AVX512F__)
   int32_t bits;
@@ -78,7 +77,7 @@ struct Sums {
   VecF at[kTileRows][kTileVectors];
 };
 
-// Rows [row, row + kTileRows): begin(row, j) gives what vector j of a row starts from, end(row,
+// Rows [row, row + kTileRows): begin(row, j) returns the initial sum of vector j of a row, end(row,
 // sums) receives the results.
 template <class Cell, int kTileRows, int kTileVectors, class Begin, class End>
 inline void multiply_tile(int64_t row, int64_t depth, Operand a, const float* b, Begin begin,
@@ -162,8 +161,8 @@ inline void multiply(int64_t rows, int vectors, int64_t depth, Operand a, const 
 }
 
 // C = scale[row] * C + A B for a B of several panels side by side (`width` columns in all, panel
-// after panel, each of `panel_rows` rows of cells). scale may be null: all ones. fresh: C holds
-// nothing yet.
+// after panel, each of `panel_rows` rows of cells). scale null: all ones. fresh: C is uninitialised
+// and is overwritten.
 template <class Cell>
 inline void multiply_add_panels(int64_t rows, int64_t width, int64_t depth, Operand a,
                                 const float* b, int64_t panel_rows, bool fresh, const float* scale,
@@ -173,8 +172,8 @@ inline void multiply_add_panels(int64_t rows, int64_t width, int64_t depth, Oper
     const float* panel = b + column * panel_rows;
     with_vectors(vectors_of(min_of(width - column, kPanel)), [&](auto count) {
       constexpr int kTileVectors = decltype(count)::value;
-      // What C held is added last: a sum over thousands of keys is one of a few partial sums, and
-      // its rounding grows with their number, not with that of the keys.
+      // The previous C is added last: a sum over thousands of keys is a sum of a few partial sums,
+      // and its rounding error grows with their number, not with the number of keys.
       const auto run = [&](auto held) {
         multiply_rows<Cell, kTileVectors>(
             rows, depth, a, panel, [](int64_t, int) { return VecF{}; },
@@ -199,7 +198,7 @@ inline void multiply_add_panels(int64_t rows, int64_t width, int64_t depth, Oper
   }
 }
 
-// Rows become columns. Four steps of pairs, each doubling how far apart they stand.
+// Transposes a square block in four steps; each step doubles the distance of the exchanged pairs.
 inline void transpose(VecF* rows) {
 #if defined(__AVX512F__)
   __m512 a[16], b[16];
@@ -236,20 +235,20 @@ inline void transpose(VecF* rows) {
 #endif
 }
 
-// Cells of `width` numbers along the reduction, in whole vectors.
+// Number of cells of `width` numbers along the reduction, rounded up to whole vectors.
 template <class Cell>
 inline int64_t cells_up(int64_t width) {
   return round_up(width / Cell::kGroup, kLanes);
 }
 
-// Row of A: `width` numbers (even) that follow one another along the reduction. Whole vectors are
-// written, zero past the width. Row: const T*, or what can be loaded from like it.
+// Packs one row of A: `width` numbers (even) along the reduction. Writes whole vectors, with zeros
+// past the width. Row: const T*, or a type with the same load().
 template <class Row>
 inline void pack_row(Single, Row source, int64_t width, float* out) {
   for_vectors(width, [&](int64_t d, auto lanes) { store(out + d, load(source + d, lanes)); });
 }
 
-// Rows [0, 1) of B, as columns d of its panels, into row i of cells.
+// Packs one row of B into row i of the cells of its panels.
 template <class Row>
 inline void pack_panel_group(Single, Row source, Row, int64_t width, float* panels,
                              int64_t panel_rows, int64_t i) {
@@ -289,7 +288,7 @@ inline void pack_row(Pair, const BF16* source, int64_t width, float* out) {
               [&](int64_t d, auto lanes) { store(out + d, load_cells(Pair{}, source, d, lanes)); });
 }
 
-// Rows [0, 2) of B; the second may be null: zeros.
+// Packs two rows of B into row i of cells; a null second row counts as zeros.
 inline void pack_panel_group(Pair, const BF16* first, const BF16* second, int64_t width,
                              float* panels, int64_t panel_rows, int64_t i) {
   for_vectors(width, [&](int64_t d, auto lanes) {

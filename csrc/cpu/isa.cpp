@@ -64,20 +64,20 @@ std::string join_names(bool only_supported) {
 }
 
 const Isa& choose_isa() {
-  const char* asked = std::getenv("VARIANT_CPU_ISA");
+  const char* name = std::getenv("VARIANT_CPU_ISA");
   const Isa* best = nullptr;
   for (const Isa& isa : built_isas()) {
-    if (asked && *asked) {
-      if (isa.name != std::string(asked)) continue;
+    if (name && *name) {
+      if (isa.name != std::string(name)) continue;
       if (isa.supported()) return isa;
-      throw std::invalid_argument("VARIANT_CPU_ISA: this machine lacks \"" + std::string(asked) +
+      throw std::invalid_argument("VARIANT_CPU_ISA: this machine lacks \"" + std::string(name) +
                                   "\"; it supports: " + join_names(true));
     }
     if (isa.supported()) best = &isa;
   }
   if (best) return *best;
   throw std::invalid_argument("VARIANT_CPU_ISA must be one of: " + join_names(false) + "; got \"" +
-                              asked + "\"");
+                              name + "\"");
 }
 
 }  // namespace
@@ -116,40 +116,40 @@ namespace {
 #define VARIANT_KEEPS_SCRATCH 1
 #endif
 
-// A block that malloc maps anew costs a page fault for every 4 KiB of it at every call, so each
-// thread keeps the two largest that it has released, up to this size. Under AddressSanitizer
-// nothing is kept: it knows where a block ends only when every call has its own.
-constexpr size_t kLargestKept = VARIANT_KEEPS_SCRATCH ? size_t{16} << 20 : 0;
+// A newly mapped block costs a page fault per 4 KiB at every call, so each thread caches the two
+// largest blocks that it has released, up to this size. Nothing is cached under AddressSanitizer,
+// which checks the end of a block only if every call allocates its own.
+constexpr size_t kMaxCachedBytes = VARIANT_KEEPS_SCRATCH ? size_t{16} << 20 : 0;
 
-// In front of every block: its size. One alignment unit.
+// Precedes every block, in one alignment unit: the block's size.
 struct Header {
   size_t bytes;
 };
 constexpr size_t kAlignment = 64;
 static_assert(sizeof(Header) <= kAlignment, "the header stands in the unit before the block");
 
-struct Kept {
+struct ScratchCache {
   static constexpr int kBlocks = 2;
   char* blocks[kBlocks] = {};
-  ~Kept() {
+  ~ScratchCache() {
     for (char*& block : blocks) {
       std::free(block);
       block = nullptr;
     }
   }
 };
-thread_local Kept kept;
+thread_local ScratchCache cache;
 
 size_t size_of(const char* block) { return reinterpret_cast<const Header*>(block)->bytes; }
 
 }  // namespace
 
 void* allocate_scratch(int64_t bytes) {
-  // aligned_alloc wants a multiple of the alignment.
+  // aligned_alloc needs a multiple of the alignment.
   const size_t size =
       (static_cast<size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment + 2 * kAlignment;
   char** best = nullptr;
-  for (char*& block : kept.blocks) {
+  for (char*& block : cache.blocks) {
     if (block && size_of(block) >= size && (!best || size_of(block) < size_of(*best))) {
       best = &block;
     }
@@ -167,9 +167,9 @@ void* allocate_scratch(int64_t bytes) {
 
 void release_scratch(void* data) {
   char* block = static_cast<char*>(data) - kAlignment;
-  // Out goes the smallest of what is kept and this one.
-  if (size_of(block) <= kLargestKept) {
-    for (char*& other : kept.blocks) {
+  // Frees the smallest of the cached blocks and this one.
+  if (size_of(block) <= kMaxCachedBytes) {
+    for (char*& other : cache.blocks) {
       if (!other || size_of(other) < size_of(block)) {
         char* smaller = other;
         other = block;

@@ -1,4 +1,4 @@
-// Which instruction sets were built, which this machine has, and which one is used.
+// Instruction sets: those built, those that this machine supports, and the one in use.
 #pragma once
 
 #include <string>
@@ -17,8 +17,8 @@ struct Isa {
 // Slowest first; the first runs on every machine that the library was built for.
 const std::vector<Isa>& built_isas();
 
-// The one named by VARIANT_CPU_ISA, else the last that this machine supports. The choice is made
-// once. Throws std::invalid_argument when the name is unknown or the machine lacks it.
+// The instruction set named by VARIANT_CPU_ISA, else the last one that this machine supports.
+// Chosen once. Throws std::invalid_argument if the name is unknown or not supported here.
 const Isa& active_isa();
 
 }  // namespace variant

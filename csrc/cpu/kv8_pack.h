@@ -1,6 +1,6 @@
-// Rows of e4m3 codes, each with its power of two, as the products of gemm.h take them: reading
-// 8-bit K and V. A code times its row's scale is exact in bfloat16 and in float32, so what is
-// packed is what pages of that dtype would have given, bit by bit.
+// Packs rows of e4m3 codes, each with its power of two, as operands of gemm.h: this is how 8-bit K
+// and V are read. A code times its row's scale is exact in bfloat16 and in float32, so the packed
+// bits equal those packed from pages of that dtype.
 #pragma once
 
 #include "gemm.h"
@@ -11,7 +11,7 @@ namespace {
 // The widest head of the contract.
 constexpr int64_t kMaxHeadDim = 256;
 
-// exponent: of the scale, biased.
+// exponent: the biased exponent of the scale.
 struct ScaledCodes {
   const uint8_t* codes;
   int32_t exponent;
@@ -74,7 +74,7 @@ inline VecU16 load_codes(const uint8_t* p, Tail tail) {
 }
 #endif
 
-// What gemm.h's packing of single numbers calls.
+// The load() that gemm.h calls to pack cells of one float32.
 template <class Lanes>
 inline VecF load(ScaledCodes row, Lanes lanes) {
   return decode(load_codes(row.codes, lanes)) * scale_of(row);
@@ -123,7 +123,7 @@ inline VecF decode_cells(__m512i codes, __m512i exponents) {
   return (VecF)(magnitude | sign);
 }
 
-// A row in bfloat16, whatever its scale.
+// Converts a row to bfloat16, for any scale.
 inline void widen_row(ScaledCodes row, int64_t width, BF16* out) {
   for_vectors(width, [&](int64_t d, auto lanes) { store(out + d, load(row + d, lanes), lanes); });
 }
@@ -149,7 +149,7 @@ inline void pack_row(Pair, ScaledCodes row, int64_t width, float* out) {
   });
 }
 
-// The second may be null: zeros.
+// A null second row counts as zeros.
 inline void pack_panel_group(Pair, ScaledCodes first, ScaledCodes second, int64_t width,
                              float* panels, int64_t panel_rows, int64_t i) {
   if (!is_normal(first) || (second.codes && !is_normal(second))) {

@@ -1,4 +1,5 @@
-// Rows of numbers to rows of e4m3 codes, each with its power of two: writing 8-bit K and V.
+// Rounds rows of numbers to e4m3 codes with one power of two a row: this is how 8-bit K and V are
+// written.
 //
 //   s = the smallest power of two with max|x| <= 448 s, no less than 2^-126;  code = e4m3(x / s)
 //
@@ -13,7 +14,7 @@ namespace {
 inline int32_t largest_lane(VecI x) {
 #if defined(__AVX2__)
 #if defined(__AVX512F__)
-  // Forms with a mask: the others start from an undefined vector, which gcc warns about.
+  // Masked forms: gcc warns about the undefined vector in the others.
   const __m256i eight = _mm256_max_epi32(_mm512_maskz_extracti32x8_epi32(0xff, (__m512i)x, 0),
                                          _mm512_maskz_extracti32x8_epi32(0xff, (__m512i)x, 1));
 #else
@@ -30,7 +31,7 @@ inline int32_t largest_lane(VecI x) {
 #endif
 }
 
-// The bits of the largest magnitude: they are ordered as the magnitudes are, NaN above infinity.
+// Bits of the largest magnitude. Bits and magnitudes have the same order, with NaN above infinity.
 template <class T>
 inline int32_t largest_magnitude(const T* x, int64_t width) {
   VecI most = {};
@@ -47,7 +48,8 @@ inline int32_t scale_exponent(int32_t magnitude) {
   return exponent < 1 ? 1 : exponent;
 }
 
-// e4m3 codes of numbers of at most 448, in the low bytes of the lanes; not finite: NaN.
+// e4m3 codes of numbers of at most 448, in the low bytes of the lanes; NaN for numbers that are not
+// finite.
 inline VecU e4m3_codes(VecF x) {
   const VecU bits = (VecU)x, magnitude = bits & 0x7fffffffu;
   // |x| lies in [power, 2 power); below 2^-6 values are as far apart as just above it.

@@ -1,5 +1,5 @@
-// 8-bit pages, decoded while they are packed. A file of its own: beside these kernels the compiler
-// would inline less of those for pages of q's dtype, which then took up to 1.15 times as long.
+// 8-bit pages, decoded while they are packed. A separate file: in one file the compiler inlines
+// less of the kernels for pages of q's dtype, which then took up to 1.15 times as long.
 #include "../include/kv8.h"
 #include "kv8_pack.h"
 #include "paged_forward.h"

@@ -1,6 +1,5 @@
-// Paged attention over pages of any kind: the rows of K and V are found through the page table
-// while they are packed. Slots past a sequence's length are never read, so what they hold (NaN,
-// say) cannot matter.
+// Paged attention for pages of any dtype. Packing looks the rows of K and V up in the page table.
+// Slots past a sequence's length are never read, so they may hold anything, NaN included.
 #pragma once
 
 #include "../include/paged_attention.h"
@@ -9,8 +8,8 @@
 namespace variant::VARIANT_ISA_NAMESPACE {
 namespace {
 
-// One key has probability 1 whatever its score, unless that is not finite: then NaN. Every image's
-// first scale is such a call, and its heads are over before their operands would be packed.
+// A single key has probability 1 for every finite score, and NaN otherwise. The first scale of
+// every image is such a call; computing it takes less time than packing its operands.
 template <class T, class Row>
 inline void attend_one_key(const T* q, Row k, Row v, int64_t head_dim, float softmax_scale,
                            T* out) {
@@ -23,8 +22,8 @@ inline void attend_one_key(const T* q, Row k, Row v, int64_t head_dim, float sof
               [&](int64_t d, auto lanes) { store(out + d, load(v + d, lanes) + nothing, lanes); });
 }
 
-// pages.key(page, slot, head) and pages.value(...) are rows: Pages::Row is const T*, or what can be
-// packed like it. a.k_pages and a.v_pages are not looked at.
+// pages.key(page, slot, head) and pages.value(...) return rows: Pages::Row is const T*, or a type
+// with the same packing functions. a.k_pages and a.v_pages are not read.
 template <class T, class Pages>
 void forward(const PagedAttentionForwardArgs& a, Pages pages) {
   using Row = typename Pages::Row;
@@ -38,7 +37,7 @@ void forward(const PagedAttentionForwardArgs& a, Pages pages) {
     all_keys += a.kv_lens[b];
     longest = max_of(longest, int64_t{a.kv_lens[b]});
   }
-  // Packing and the latency of short sums: what a head costs however little it has to do.
+  // The first term is the fixed cost of a head: packing, and the latency of short sums.
   const int64_t work = a.batch * a.heads * 256 + all_keys * a.tokens * a.heads * a.head_dim / 8;
   const int threads = static_cast<int>(min_of(tasks, threads_for(a.num_threads, work)));
   using Cell = typename CellOf<T>::type;
@@ -47,7 +46,7 @@ void forward(const PagedAttentionForwardArgs& a, Pages pages) {
       kPanel);
   Scratch<float> scratch(floats * threads);
   Scratch<QueryPanel> panels(per_task * threads);
-  // About 30 us of work at a time, and no less than eight turns for each thread.
+  // A chunk is about 30 us of work, and each thread gets at least eight chunks.
   const int64_t work_per_task = max_of(1, work / tasks);
   const int64_t chunk =
       max_of(1, min_of(kMinParallelElements * 4 / work_per_task, tasks / (8 * threads)));
@@ -83,9 +82,9 @@ void forward(const PagedAttentionForwardArgs& a, Pages pages) {
           const int64_t begin = (first + p) * kPanel;
           mine[p] = {begin, min_of(kPanel, a.tokens - begin), keys, keys};
         }
-        const auto rows = [&](int64_t s, int64_t rows_wanted, Row* k, Row* v) {
+        const auto rows = [&](int64_t s, int64_t num_rows, Row* k, Row* v) {
           int64_t entry = s / a.page_size, slot = s % a.page_size;
-          for (int64_t i = 0; i < rows_wanted; ++i) {
+          for (int64_t i = 0; i < num_rows; ++i) {
             k[i] = pages.key(table[entry], slot, h);
             v[i] = pages.value(table[entry], slot, h);
             if (++slot == a.page_size) {

@@ -1,5 +1,5 @@
-// Threads and memory for one call. No result may depend on the number of threads: work is cut into
-// pieces whose size does not depend on it, and every reduction belongs to one piece.
+// Threads and memory for one call. No result may depend on the number of threads: work is split
+// into pieces of a size that does not depend on it, and every reduction lies within one piece.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@
 namespace variant::VARIANT_ISA_NAMESPACE {
 namespace {
 
-// f(piece, thread) for every piece; f must not throw. Threads take `chunk` pieces at a time: more
-// than one where a piece takes hardly longer than asking for it.
+// f(piece, thread) for every piece; f must not throw. Threads take `chunk` pieces at a time; use
+// more than one if a piece takes little longer than its scheduling.
 template <class F>
 inline void parallel_for(int num_threads, int64_t pieces, const F& f, int64_t chunk = 1) {
 #ifdef _OPENMP

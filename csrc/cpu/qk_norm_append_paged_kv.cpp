@@ -1,4 +1,4 @@
-// Keys and values into pages of their own dtype.
+// qk_norm and append for pages of the tokens' dtype.
 #include "qk_norm_append_rows.h"
 
 namespace variant::VARIANT_ISA_NAMESPACE {

@@ -1,4 +1,4 @@
-// Keys and values rounded to 8 bits on their way to their slot.
+// qk_norm and append for 8-bit pages: keys and values are rounded when they are written.
 #include "../include/kv8.h"
 #include "kv8_round.h"
 #include "qk_norm_append_rows.h"
@@ -9,15 +9,15 @@ namespace {
 // The widest head that is normalised.
 constexpr int64_t kMaxHeadDim = 256;
 
-// Where the heads of one slot go.
+// Addresses of the heads of one slot.
 struct Slot {
   uint8_t* codes;
   int64_t head_stride;
   uint8_t* scales;
 };
 
-// Every head of one token. kNorm: x / max(|x|, eps), rounded to T as qk_norm returns it, is what
-// is rounded to 8 bits. `next`: where the same heads of the token after it lie.
+// Rounds every head of one token. kNorm: first computes x / max(|x|, eps), rounded to T as qk_norm
+// returns it. `next`: address of the same heads of the next token, for prefetching.
 template <bool kNorm, class T>
 inline void round_heads(Heads<const T> x, Slot slot, const T* next, int64_t heads, int64_t width) {
   for (int64_t h = 0; h < heads; ++h) {
@@ -32,22 +32,22 @@ inline void round_heads(Heads<const T> x, Slot slot, const T* next, int64_t head
   }
 }
 
-// kStream: queries go around the cache.
+// kStream: queries are written with non-temporal stores.
 template <class T, bool kStream>
 void fused_rows(const QkNormAppendPagedKv8Args& all) {
   const QkNormAppendPagedKvArgs& a = all.op;
   append_rows<T, kStream>(a, [&](const TokenToStore<T>& token) {
-    const auto place = [&](void* pages, int64_t page_stride, int64_t slot_stride,
-                           int64_t head_stride, const ScaleView& scales) {
+    const auto slot_of = [&](void* pages, int64_t page_stride, int64_t slot_stride,
+                             int64_t head_stride, const ScaleView& scales) {
       return Slot{
           static_cast<uint8_t*>(pages) + token.page * page_stride + token.offset * slot_stride,
           head_stride,
           scales.data + token.page * scales.page_stride + token.offset * scales.slot_stride};
     };
     const Slot k_slot =
-        place(a.k_pages, a.k_page_stride, a.k_slot_stride, a.k_head_stride, all.k_scales);
+        slot_of(a.k_pages, a.k_page_stride, a.k_slot_stride, a.k_head_stride, all.k_scales);
     const Slot v_slot =
-        place(a.v_pages, a.v_page_stride, a.v_slot_stride, a.v_head_stride, all.v_scales);
+        slot_of(a.v_pages, a.v_page_stride, a.v_slot_stride, a.v_head_stride, all.v_scales);
     a.scale_mul ? round_heads<true>(token.k, k_slot, token.next_k, a.heads, a.head_dim)
                 : round_heads<false>(token.k, k_slot, token.next_k, a.heads, a.head_dim);
     round_heads<false>(token.v, v_slot, token.next_v, a.heads, a.head_dim);

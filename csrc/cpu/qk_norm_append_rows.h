@@ -1,5 +1,5 @@
-// The walk over tokens that qk_norm_append_paged_kv does, whatever pages hold: queries to the
-// output here, keys and values to their slot by the caller.
+// The loop of qk_norm_append_paged_kv over tokens, for pages of any dtype. It writes the queries;
+// the caller's function writes keys and values to their slot.
 #pragma once
 
 #include "../include/qk_norm_append_paged_kv.h"
@@ -11,8 +11,8 @@ namespace {
 
 constexpr int64_t kTokensPerPiece = 16;
 
-// A token that has a slot: where its keys, its values and those of the token after it lie, and the
-// slot as page and offset.
+// A token that has a slot: addresses of its keys and values and of those of the next token, and the
+// slot's page and offset.
 template <class T>
 struct TokenToStore {
   Heads<const T> k, v;
@@ -20,7 +20,7 @@ struct TokenToStore {
   int64_t page, offset;
 };
 
-// kStream: queries go around the cache.
+// kStream: queries are written with non-temporal stores.
 template <class T, bool kStream, class Store>
 inline void append_rows(const QkNormAppendPagedKvArgs& a, Store store) {
   const int64_t rows = a.batch * a.tokens, width = a.head_dim;

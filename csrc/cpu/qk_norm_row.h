@@ -1,4 +1,4 @@
-// The heads of one token: what qk_norm and its fused form share.
+// qk_norm of the heads of one token, shared with the fused op.
 #pragma once
 
 #include "../include/qk_norm.h"
@@ -58,7 +58,7 @@ template <bool kStream, class T>
 inline void normalise_row(const T* x, T* y, int64_t width, float factor) {
   using Order = typename OrderOf<T>::Type;
   if (width == 64) {
-    // The usual width: the row stays in registers.
+    // The most frequent width: the row stays in registers.
     constexpr int kPairs = 64 / (2 * kLanes);
     Pair row[kPairs], squares = {};
     for (int i = 0; i < kPairs; ++i) {
@@ -77,7 +77,8 @@ inline void normalise_row(const T* x, T* y, int64_t width, float factor) {
   });
 }
 
-// Every head of one token; factors null: 1. `next`: where the same heads of the token after it lie.
+// Every head of one token; null factors count as 1. `next`: address of the same heads of the next
+// token, for prefetching.
 template <bool kStream, class T>
 inline void normalise_heads(Heads<const T> x, Heads<T> y, const T* next, int64_t heads,
                             int64_t width, const float* factors) {

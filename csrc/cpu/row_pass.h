@@ -1,5 +1,5 @@
-// Passes over rows whose speed is that of memory: two vectors at a time, the next row on its way
-// while this one is worked on, and results that no cache could keep written around it.
+// Passes over rows that are limited by memory bandwidth: they process two vectors at a time,
+// prefetch the next row, and write outputs larger than any cache with non-temporal stores.
 #pragma once
 
 #include "parallel.h"
@@ -24,7 +24,7 @@ inline Pair operator-(Pair x, float y) { return {x.a - y, x.b - y}; }
 inline Pair operator*(Pair x, float y) { return {x.a * y, x.b * y}; }
 inline Pair operator/(Pair x, float y) { return {x.a / y, x.b / y}; }
 
-// Sums of a row: what a pair adds goes to both, the row's end to the first.
+// Sums of a row: a pair is added to both vectors, the rest of the row to the first.
 inline void add_to(Pair& sums, Pair x) { sums = sums + x; }
 inline void add_to(Pair& sums, VecF x) { sums.a += x; }
 // Halves onto halves, as sum_lanes does, but in registers.
@@ -32,7 +32,7 @@ inline float total(Pair sums) {
   const VecF x = sums.a + sums.b;
 #if defined(__AVX2__)
 #if defined(__AVX512F__)
-  // Forms with a mask: the others start from an undefined vector, which gcc warns about.
+  // Masked forms: gcc warns about the undefined vector in the others.
   const __m256 eight = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, (__m512)x, 0),
                                      _mm512_maskz_extractf32x8_ps(0xff, (__m512)x, 1));
 #else
@@ -46,10 +46,10 @@ inline float total(Pair sums) {
 #endif
 }
 
-// A place in a row: two vectors, here, or Full and Tail for what is left at its end. Order says how
-// the pair lies in memory. InOrder: one vector after the other. Parted (every operand bfloat16):
-// even elements in the first, odd ones in the second; widening and narrowing are cheapest so, and
-// no sum and no product minds.
+// Tag of two vectors of a row; Full and Tail are the tags of its rest. Order is the layout in
+// memory. InOrder: one vector after the other. Parted (all operands bfloat16): even elements in the
+// first vector, odd ones in the second; this makes widening and narrowing cheapest, and sums and
+// products do not depend on the order.
 struct InOrder {};
 struct Parted {};
 template <class Order>
@@ -63,7 +63,7 @@ struct OrderOf<BF16> {
   using Type = Parted;
 };
 
-// f(column, Both<Order>{}), then what for_vectors does for the rest.
+// Calls f(column, Both<Order>{}) for every pair of vectors, then for_vectors for the rest.
 template <class Order, class F>
 inline void for_pairs(int64_t width, F f) {
   int64_t column = 0;
@@ -89,7 +89,7 @@ inline Pair load(const BF16* p, Both<Parted>) {
 
 // A pair rounded to bfloat16 as it lies in memory.
 #if defined(__AVX512BF16__)
-// Rounds to nearest, ties to even, and takes what is subnormal in bfloat16 for zero.
+// Rounds to nearest, ties to even; numbers that are subnormal in bfloat16 become zero.
 inline VecU narrow_pair(Pair x, InOrder) {
   return (VecU)_mm512_cvtne2ps_pbh((__m512)x.b, (__m512)x.a);
 }
@@ -123,7 +123,7 @@ inline void store(BF16* p, Pair x, Both<Order>) {
   __builtin_memcpy(p, &bits, sizeof bits);
 }
 
-// x as it will be read back.
+// x as a later load returns it.
 template <class Order>
 inline Pair rounded(const float*, Pair x, Both<Order>) {
   return x;
@@ -145,7 +145,7 @@ inline Pair zero_beyond(Pair x, Both<Order>) {
   return x;
 }
 
-// Results beyond this many bytes outlast no cache (32 MiB is a large last level).
+// Outputs of more bytes do not fit any cache (32 MiB is a large last level).
 constexpr int64_t kStreamBytes = int64_t{32} << 20;
 
 // A pair of vectors of any element type here is a multiple of this, or divides it.
@@ -154,12 +154,13 @@ constexpr int64_t kStreamUnit = 128;
 inline bool is_aligned(const void* data) {
   return reinterpret_cast<uintptr_t>(data) % kStreamUnit == 0;
 }
-// Whether the rows of an output are to be streamed: it is large, and each starts at a whole line.
+// Whether to write an output with non-temporal stores: it is large, and each row starts at a whole
+// line.
 inline bool streams(const void* data, int64_t rows, int64_t row_bytes) {
   return rows * row_bytes >= kStreamBytes && row_bytes % kStreamUnit == 0 && is_aligned(data);
 }
 
-// Stores that go around the cache: an ordinary one reads the line first.
+// Non-temporal stores; an ordinary store reads the line first.
 template <class Order>
 inline void stream(float* p, Pair x, Both<Order>) {
 #if defined(__AVX512F__)
@@ -186,7 +187,7 @@ template <class T, class Lanes>
 inline void stream(T* p, VecF x, Lanes lanes) {
   store(p, x, lanes);
 }
-// One or the other.
+// A non-temporal store or an ordinary one.
 template <bool kStream, class T, class X, class Lanes>
 inline void put(T* p, X x, Lanes lanes) {
   if constexpr (kStream) {
@@ -195,14 +196,14 @@ inline void put(T* p, X x, Lanes lanes) {
     store(p, x, lanes);
   }
 }
-// Orders streamed stores before whatever tells other threads that they are done.
+// Orders non-temporal stores before the stores that signal completion to other threads.
 inline void end_streams() {
 #if defined(__AVX2__)
   _mm_sfence();
 #endif
 }
 
-// Copies bytes; a streamed target starts at a whole line and is whole lines long.
+// Copies bytes. With kStream the target must start at a whole line and be whole lines long.
 template <bool kStream>
 inline void copy_bytes(void* target, const void* source, int64_t bytes) {
   if constexpr (kStream) {
@@ -222,14 +223,14 @@ inline void prefetch_bytes(const void* p, int64_t bytes) {
   }
 }
 
-// Heads of one token, some distance apart.
+// Heads of one token, `stride` elements apart.
 template <class T>
 struct Heads {
   T* data;
   int64_t stride;
 };
 
-// `next`: where the same heads of the token after it lie.
+// `next`: address of the same heads of the next token, for prefetching.
 template <bool kStream, class T>
 inline void copy_heads(Heads<const T> x, Heads<T> y, const T* next, int64_t heads, int64_t width) {
   const int64_t bytes = width * static_cast<int64_t>(sizeof(T));
@@ -244,7 +245,7 @@ inline void copy_heads(Heads<const T> x, Heads<T> y, const T* next, int64_t head
   }
 }
 
-// Whether K and V go around the cache on their way to the pages.
+// Whether to write K and V to the pages with non-temporal stores.
 template <class Args>
 inline bool streams_to_pages(const Args& a, int64_t element_bytes) {
   const int64_t rows = a.batch * a.tokens * a.heads, row_bytes = a.head_dim * element_bytes;
@@ -254,8 +255,8 @@ inline bool streams_to_pages(const Args& a, int64_t element_bytes) {
          strides * element_bytes % kStreamUnit == 0;
 }
 
-// Asks for the lines that hold a pair's worth of the row at p, for reading soon. Into the second
-// level: two rows of 1920 floats, a gain and a shift are all that a first level of 32 KiB holds.
+// Prefetches the lines of two vectors of the row at p. Into the second level: two rows of 1920
+// floats, a gain and a shift are all that a first level of 32 KiB holds.
 template <class T>
 inline void prefetch_pair(const T* p) {
   constexpr int kBytes = 2 * kLanes * static_cast<int>(sizeof(T));

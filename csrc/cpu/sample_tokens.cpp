@@ -11,8 +11,8 @@ namespace {
 
 struct Uniform {
   // Philox4x32-10 (Salmon et al., SC 2011): the first 53 bits of one block, in [0, 1).
-  static double draw(uint64_t seed, uint64_t image, uint32_t place) {
-    uint32_t c0 = place, c1 = 0;
+  static double draw(uint64_t seed, uint64_t image, uint32_t position) {
+    uint32_t c0 = position, c1 = 0;
     uint32_t c2 = static_cast<uint32_t>(image), c3 = static_cast<uint32_t>(image >> 32);
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round) {
@@ -35,15 +35,15 @@ struct Uniform {
 // same on every instruction set.
 constexpr int64_t kBlock = 64;
 
-// One thread's memory for one row. What top-k leaves is copied together (n entries); without top-k
-// the row itself is taken. The end of each array is padded to a whole block.
+// One thread's memory for one row. The n entries that top-k keeps are copied; without top-k the row
+// itself is used. The end of each array is padded to a whole block.
 struct RowScratch {
   double* d;           // [n] logit - largest; -inf in the padding
   double* weights;     // [n] exp(d), 0 where dropped and in the padding
   double* block_sums;  // [n / kBlock]
-  double* room;        // [2 n] for cut_by_mass; before that, floats for kth_largest
+  double* scratch;     // [2 n] for top_p_threshold; before that, floats for kth_largest
   float* logits;       // [V] guided
-  float* kept;         // [n]
+  float* top_k;        // [n] the logits that top-k keeps
   int32_t* index;      // [n] of the entry in the row
 
   static int64_t entries(int64_t vocab) { return round_up(vocab, kBlock) + kBlock; }
@@ -53,10 +53,10 @@ struct RowScratch {
     d = reinterpret_cast<double*>(at);
     weights = d + n;
     block_sums = weights + n;
-    room = block_sums + n;
-    logits = reinterpret_cast<float*>(room + 2 * n);
-    kept = logits + n;
-    index = reinterpret_cast<int32_t*>(kept + n);
+    scratch = block_sums + n;
+    logits = reinterpret_cast<float*>(scratch + 2 * n);
+    top_k = logits + n;
+    index = reinterpret_cast<int32_t*>(top_k + n);
   }
 };
 
@@ -65,7 +65,7 @@ struct Extremes {
   float smallest, largest;
 };
 
-// a = (1 + t) c - t u, each product rounded to float32. t = 0 ignores u altogether.
+// a = (1 + t) c - t u, each product rounded to float32. With t = 0 u is not read.
 template <class T, bool kGuided>
 inline Extremes guide(const T* cond, const T* uncond, int64_t vocab, double t, float* out) {
   const float with = static_cast<float>(1.0 + t), without = static_cast<float>(t);
@@ -109,15 +109,15 @@ inline void weigh(const float* logits, int64_t n, float largest, bool rounded, R
   }
 }
 
-// Clears the weights below `floor`, sums blocks, returns the total.
-inline double sum_blocks(RowScratch& s, int64_t n, double floor) {
+// Clears the weights below the threshold, sums blocks, returns the total.
+inline double sum_blocks(RowScratch& s, int64_t n, double threshold) {
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     WideSums sums;
     for (int64_t i = begin; i < begin + kBlock; i += kSums) {
       for (int j = 0; j < kSums / kWideLanes; ++j) {
         const int64_t at = i + j * kWideLanes;
-        const VecD weight = load_wide(s.d + at) >= floor ? load_wide(s.weights + at) : VecD{};
+        const VecD weight = load_wide(s.d + at) >= threshold ? load_wide(s.weights + at) : VecD{};
         store_wide(s.weights + at, weight);
         sums.part[j] += weight;
       }
@@ -128,7 +128,7 @@ inline double sum_blocks(RowScratch& s, int64_t n, double floor) {
   return total;
 }
 
-// The first entry whose cumulative weight passes target: its block, then inside it.
+// The first entry with a cumulative weight above target: finds its block, then the entry.
 inline int64_t entry_at(const RowScratch& s, int64_t n, double target) {
   int64_t block = 0;
   double sum = 0;
@@ -140,7 +140,7 @@ inline int64_t entry_at(const RowScratch& s, int64_t n, double target) {
     sum += s.weights[i];
     if (sum > target) return i;
   }
-  // Rounding put the target at the block's end: the last entry before it that has weight.
+  // Rounding moved the target to the block's end: returns the last entry with a weight above zero.
   int64_t last = end - 1;
   while (s.weights[last] == 0.0) --last;
   return last;
@@ -156,40 +156,41 @@ Drawn sample_row(const SampleTokensArgs& a, int64_t r, RowScratch& s) {
   const int64_t b = r / a.tokens, t = r % a.tokens, vocab = a.vocab;
   const T* cond = row<T>(a.logits, b, t);
   const T* uncond = row<T>(a.logits, a.batch + b, t);
-  const Extremes found = a.guidance == 0.0
-                             ? guide<T, false>(cond, uncond, vocab, a.guidance, s.logits)
-                             : guide<T, true>(cond, uncond, vocab, a.guidance, s.logits);
-  if (found.status != SampleStatus::kOk) return {found.status, 0};
-  const float largest = found.largest;
+  const Extremes extremes = a.guidance == 0.0
+                                ? guide<T, false>(cond, uncond, vocab, a.guidance, s.logits)
+                                : guide<T, true>(cond, uncond, vocab, a.guidance, s.logits);
+  if (extremes.status != SampleStatus::kOk) return {extremes.status, 0};
+  const float largest = extremes.largest;
   pad(s.logits, vocab, kBlock);
 
   float* logits = s.logits;
-  float smallest = found.smallest;
+  float smallest = extremes.smallest;
   int64_t count = vocab;
   const bool by_rank = a.top_k > 0 && a.top_k < vocab;
   if (by_rank) {
-    float* room = reinterpret_cast<float*>(s.room);
-    smallest = kth_largest(s.logits, vocab, a.top_k, smallest, largest, room);
-    count = keep_from(s.logits, round_up(vocab, kLanes), smallest, s.kept, s.index);
-    // Padding of -inf passes where everything does.
+    float* scratch = reinterpret_cast<float*>(s.scratch);
+    smallest = kth_largest(s.logits, vocab, a.top_k, smallest, largest, scratch);
+    count = compact_ge(s.logits, round_up(vocab, kLanes), smallest, s.top_k, s.index);
+    // With a threshold of -inf the padding passes too.
     count = min_of(count, vocab);
-    pad(s.kept, count, kBlock);
-    logits = s.kept;
+    pad(s.top_k, count, kBlock);
+    logits = s.top_k;
   }
   const int64_t n = round_up(count, kBlock);
   weigh(logits, n, largest, a.exponential != nullptr, s);
   double total = sum_blocks(s, n, -static_cast<double>(kInfinity));
   if (a.top_p > 0.0 && a.top_p < 1.0) {
-    // Below -700 nothing weighs anything.
+    // Below -700 all weights are zero.
     const double least = static_cast<double>(smallest) - static_cast<double>(largest) - 1.0;
-    MassCut cut = cut_by_mass(s.d, s.weights, count, least > -701.0 ? least : -701.0,
-                              (1.0 - a.top_p) * total, s.room, s.room + RowScratch::entries(vocab));
-    for (int64_t i = 0; cut.gone > 0; ++i) {
-      if (s.d[i] != cut.floor) continue;
+    TopPThreshold top_p =
+        top_p_threshold(s.d, s.weights, count, least > -701.0 ? least : -701.0,
+                        (1.0 - a.top_p) * total, s.scratch, s.scratch + RowScratch::entries(vocab));
+    for (int64_t i = 0; top_p.dropped_ties > 0; ++i) {
+      if (s.d[i] != top_p.value) continue;
       s.weights[i] = 0.0;
-      --cut.gone;
+      --top_p.dropped_ties;
     }
-    total = sum_blocks(s, n, cut.floor);
+    total = sum_blocks(s, n, top_p.value);
   }
 
   if (a.exponential) {

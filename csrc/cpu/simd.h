@@ -1,6 +1,6 @@
 // One vector of float32 lanes, as wide as the instruction set that this file is compiled for, and
-// the conversions between memory and it. Compiler vector types where they say it all, intrinsics
-// where they do not.
+// the conversions between memory and it. Uses compiler vector types where they suffice, else
+// intrinsics.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ struct BF16 {
   uint16_t bits;
 };
 
-// How many lanes of a vector belong to the row: all of them, or the first `count`.
+// Number of lanes of a vector that belong to the row: all of them, or the first `count`.
 struct Full {};
 struct Tail {
   int count;
@@ -79,8 +79,8 @@ inline BF16 from_float<BF16>(float x) {
 }
 
 #if defined(__AVX512F__)
-// Left to itself, gcc 12 converts the lanes one by one. The forms with a mask (of all lanes): the
-// others start from an undefined vector, which gcc warns about.
+// Without intrinsics gcc 12 converts the lanes one by one. The masked forms (with all lanes) avoid
+// gcc's warning about the undefined vector in the others.
 constexpr __mmask16 kAllLanes = 0xffff;
 inline VecU widen_lanes(VecU16 x) {
   return (VecU)_mm512_maskz_cvtepu16_epi32(kAllLanes, (__m256i)x);
@@ -125,7 +125,7 @@ inline void store(BF16* p, VecF x, Full = {}) {
   __builtin_memcpy(p, &y, sizeof y);
 }
 
-// Partial vectors: lanes past the count read as zero and are never touched in memory.
+// Partial vectors: lanes past the count load as zero, and their memory is neither read nor written.
 #if defined(__AVX512F__)
 inline __mmask16 lane_mask(Tail tail) { return static_cast<__mmask16>((1u << tail.count) - 1); }
 inline VecF load(const float* p, Tail tail) {
@@ -187,7 +187,7 @@ inline float sum_lanes(VecF x) {
   return lanes[0];
 }
 
-// f(column, Full{}) for whole vectors, then f(column, Tail{rest}) for what is left of a row.
+// Calls f(column, Full{}) for whole vectors, then f(column, Tail{rest}) for the rest of a row.
 template <class F>
 inline void for_vectors(int64_t width, F f) {
   int64_t column = 0;
@@ -212,7 +212,7 @@ inline VecF exp_approx(VecF x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  // Two factors: 2^128 alone would not be a number.
+  // Two factors, because 2^128 overflows.
   const VecI exponent = as_int(shifted) - 0x4b400000;
   const VecI half = exponent >> 1;
   p = p * as_float((half + 127) << 23) * as_float((exponent - half + 127) << 23);

@@ -1,4 +1,5 @@
-// Adaptive layer norm: a block for each row forward, for each tile of tokens backward.
+// Adaptive layer norm: one block per row in the forward pass, per tile of tokens in the backward
+// pass.
 #include "adaln.h"
 
 #include <type_traits>
@@ -14,10 +15,10 @@ namespace {
 constexpr int kMostThreads = 512;
 constexpr int kMostWarps = kMostThreads / kWarp;
 
-// A thread has eight neighbouring columns and keeps them in registers between passes, read 16 bytes
-// at a time (kWide) or, off a boundary of 16 bytes, one by one (kNarrow): the sums have one order,
-// so that a view gives the bits that its copy gives. Widths past 4096 or no multiple of eight:
-// every blockDim.x-th column, read again in every pass (kAnew).
+// A thread keeps eight neighbouring columns in registers between passes. It reads them 16 bytes at
+// a time (kWide), or one by one if rows are not 16-byte aligned (kNarrow); both have the same order
+// of sums, so a view and its copy give the same bits. For widths above 4096 or not divisible by
+// eight a thread takes every blockDim.x-th column and reads it again in every pass (kAnew).
 constexpr int kWide = 0, kNarrow = 1, kAnew = 2;
 template <int kAccess>
 constexpr int kColumns = kAccess == kAnew ? 1 : kEight;
@@ -49,15 +50,15 @@ __device__ inline void store_columns(T* p, const float (&x)[kCount]) {
   }
 }
 
-// y = (x - mean) * rstd * (1 + scale) + shift for one row. first(c, x) gives columns for the first
-// time, again(c, x) gives them once more. Mean first, then the squares around it: the form
-// E[x^2] - E[x]^2 would cancel where the mean is large.
+// y = (x - mean) * rstd * (1 + scale) + shift for one row. first(c, x) reads columns the first
+// time, again(c, x) reads them again. The squares are taken around the mean: E[x^2] - E[x]^2 would
+// cancel where the mean is large.
 template <int kAccess, class T, class First, class Again>
 __device__ inline void normalise_row(int width, float eps, const T* scale, const T* shift, T* y,
                                      float* mean_out, float* rstd_out, const First& first,
                                      const Again& again) {
   constexpr int kCount = kColumns<kAccess>;
-  __shared__ float room[kMostWarps];
+  __shared__ float scratch[kMostWarps];
   float x[kCount];
   float sum = 0.0f;
   for_columns<kAccess>(width, [&](int c) {
@@ -66,14 +67,14 @@ __device__ inline void normalise_row(int width, float eps, const T* scale, const
     for (int i = 0; i < kCount; ++i) sum += x[i];
   });
   const float n = static_cast<float>(width);
-  const float mean = reduce_block(sum, room, Plus()) / n;
+  const float mean = reduce_block(sum, scratch, Plus()) / n;
   float squares = 0.0f;
   for_columns<kAccess>(width, [&](int c) {
     if constexpr (kAccess == kAnew) again(c, x);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) squares += (x[i] - mean) * (x[i] - mean);
   });
-  const float variance = reduce_block(squares, room, Plus()) / n;
+  const float variance = reduce_block(squares, scratch, Plus()) / n;
   const float rstd = 1.0f / sqrtf(variance + eps);
   for_columns<kAccess>(width, [&](int c) {
     if constexpr (kAccess == kAnew) again(c, x);
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(kMostThreads)
         load_columns<kAccess>(x_row + c, x);
         load_columns<kAccess>(y_row + c, y);
         load_columns<kAccess>(gate_row + c, gate);
-    // Rounded: the statistics are those of what is stored.
+    // Rounded first: the statistics are those of the stored values.
 #pragma unroll
         for (int i = 0; i < kCount; ++i) x[i] = widen(narrow<TX>(x[i] + gate[i] * y[i]));
         store_columns(out_row + c, x);
@@ -131,25 +132,25 @@ __global__ void __launch_bounds__(kMostThreads)
 }
 
 // Two sums at once over the block; every thread gets both.
-__device__ inline void reduce_pair(float& first, float& second, float (*room)[kMostWarps]) {
+__device__ inline void reduce_pair(float& first, float& second, float (*scratch)[kMostWarps]) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int warps = blockDim.x / kWarp;
   first = reduce_lanes<kWarp>(first, Plus());
   second = reduce_lanes<kWarp>(second, Plus());
   if (lane == 0) {
-    room[0][warp] = first;
-    room[1][warp] = second;
+    scratch[0][warp] = first;
+    scratch[1][warp] = second;
   }
   __syncthreads();
   first = second = 0.0f;
   for (int i = 0; i < warps; ++i) {
-    first += room[0][i];
-    second += room[1][i];
+    first += scratch[0][i];
+    second += scratch[1][i];
   }
   __syncthreads();
 }
 
-// What the backward pass of a tile of tokens needs; gate null: the form without the residual.
+// Arguments of the backward pass of one tile of tokens; gate null: without the residual.
 template <class TX, class T>
 struct BackwardTile {
   TokenView grad_h, x, grad_x_out, y;
@@ -168,10 +169,10 @@ struct BackwardTile {
 template <int kAccess, bool kGated, class TX, class T>
 __device__ inline void backward_tile(const BackwardTile<TX, T>& a) {
   constexpr int kCount = kColumns<kAccess>, kKinds = kGated ? 3 : 2;
-  __shared__ float room[2][kMostWarps];
+  __shared__ float scratch[2][kMostWarps];
   const float n = static_cast<float>(a.width);
   float sums[kKinds][kCount];
-  // Held columns are summed in registers, others in the tile's place in memory.
+  // Columns held in registers are summed there, others in `partial`.
 #pragma unroll
   for (int kind = 0; kind < kKinds; ++kind) {
 #pragma unroll
@@ -204,7 +205,7 @@ __device__ inline void backward_tile(const BackwardTile<TX, T>& a) {
         sum_g_xhat += grad_h[i] * gain[i] * xhat[i];
       }
     });
-    reduce_pair(sum_g, sum_g_xhat, room);
+    reduce_pair(sum_g, sum_g_xhat, scratch);
     const float mean_g = sum_g / n, mean_g_xhat = sum_g_xhat / n;
     for_columns<kAccess>(a.width, [&](int c) {
       if constexpr (kAccess == kAnew) get(c);
@@ -247,51 +248,46 @@ __device__ inline void backward_tile(const BackwardTile<TX, T>& a) {
   }
 }
 
-template <class TX, class T, int kAccess>
-__global__ void __launch_bounds__(kMostThreads) adaln_backward_kernel(AdaLNBackwardCudaArgs all) {
-  const AdaLNBackwardArgs& a = all.op;
+// The tile of one block. grad_h and x: the gradient and the input of the norm. In another
+// order of these assignments ptxas takes other registers.
+template <bool kGated, class TX, class T, class Args>
+__device__ inline BackwardTile<TX, T> tile_of_block(const Args& a, const TokenView& grad_h,
+                                                    const TokenView& x, float* partial) {
   const int64_t tiles = ceil_div(a.tokens, kAdaLNTokensPerTile);
   const int64_t b = blockIdx.x / tiles, begin = blockIdx.x % tiles * kAdaLNTokensPerTile;
   const int64_t after = begin + kAdaLNTokensPerTile, first_row = b * a.tokens;
   BackwardTile<TX, T> tile = {};
-  tile.grad_h = a.grad_y;
-  tile.x = a.x;
+  tile.grad_h = grad_h;
+  tile.x = x;
+  if constexpr (kGated) {
+    tile.grad_x_out = a.grad_x_out;
+    tile.y = a.y;
+  }
   tile.scale = row<T>(a.scale, b);
+  if constexpr (kGated) tile.gate = row<T>(a.gate, b);
   tile.mean = a.mean + first_row;
   tile.rstd = a.rstd + first_row;
   tile.grad_x = static_cast<TX*>(a.grad_x) + first_row * a.width;
-  tile.partial = all.partial + int64_t{blockIdx.x} * 2 * a.width;
+  if constexpr (kGated) tile.grad_y = static_cast<T*>(a.grad_y) + first_row * a.width;
+  tile.partial = partial + int64_t{blockIdx.x} * (kGated ? 3 : 2) * a.width;
   tile.b = b;
   tile.begin = begin;
   tile.end = after < a.tokens ? after : a.tokens;
   tile.width = static_cast<int>(a.width);
-  backward_tile<kAccess, false>(tile);
+  return tile;
+}
+
+template <class TX, class T, int kAccess>
+__global__ void __launch_bounds__(kMostThreads) adaln_backward_kernel(AdaLNBackwardCudaArgs all) {
+  const AdaLNBackwardArgs& a = all.op;
+  backward_tile<kAccess, false>(tile_of_block<false, TX, T>(a, a.grad_y, a.x, all.partial));
 }
 
 template <class TX, class T, int kAccess>
 __global__ void __launch_bounds__(kMostThreads)
     gated_adaln_backward_kernel(GatedAdaLNBackwardCudaArgs all) {
   const GatedAdaLNBackwardArgs& a = all.op;
-  const int64_t tiles = ceil_div(a.tokens, kAdaLNTokensPerTile);
-  const int64_t b = blockIdx.x / tiles, begin = blockIdx.x % tiles * kAdaLNTokensPerTile;
-  const int64_t after = begin + kAdaLNTokensPerTile, first_row = b * a.tokens;
-  BackwardTile<TX, T> tile = {};
-  tile.grad_h = a.grad_h;
-  tile.x = a.x_out;
-  tile.grad_x_out = a.grad_x_out;
-  tile.y = a.y;
-  tile.scale = row<T>(a.scale, b);
-  tile.gate = row<T>(a.gate, b);
-  tile.mean = a.mean + first_row;
-  tile.rstd = a.rstd + first_row;
-  tile.grad_x = static_cast<TX*>(a.grad_x) + first_row * a.width;
-  tile.grad_y = static_cast<T*>(a.grad_y) + first_row * a.width;
-  tile.partial = all.partial + int64_t{blockIdx.x} * 3 * a.width;
-  tile.b = b;
-  tile.begin = begin;
-  tile.end = after < a.tokens ? after : a.tokens;
-  tile.width = static_cast<int>(a.width);
-  backward_tile<kAccess, true>(tile);
+  backward_tile<kAccess, true>(tile_of_block<true, TX, T>(a, a.grad_h, a.x_out, all.partial));
 }
 
 constexpr int kSumThreads = 256;
@@ -327,14 +323,14 @@ int sum_tiles(const float* partial, SumTargets<T> targets, int64_t batch, int64_
                 ceil_div(tokens, kAdaLNTokensPerTile), kinds, width);
 }
 
-// Threads of a block whose columns are held: eight columns each, whole warps.
+// Threads of a block that holds its columns: eight columns per thread, whole warps.
 dim3 threads_for(int64_t width) {
   return dim3(static_cast<unsigned>(ceil_div(ceil_div(width, kEight), kWarp) * kWarp));
 }
 bool can_hold(int64_t width) { return width % kEight == 0 && width <= kMostThreads * kEight; }
 constexpr unsigned kAnewThreads = 256;
 
-// Calls launch_with(access, threads): a view that is not `aligned` is read one by one.
+// Calls launch_with(access, threads): a view that is not `aligned` is read element by element.
 template <class F>
 int with_access(int64_t width, bool aligned, const F& launch_with) {
   if (!can_hold(width))

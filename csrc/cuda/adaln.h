@@ -1,4 +1,4 @@
-// Adaptive layer norm and its form fused with the gated residual before it, forward and backward.
+// Adaptive layer norm, alone and fused with the gated residual before it, forward and backward.
 #pragma once
 
 #include "../include/adaln.h"

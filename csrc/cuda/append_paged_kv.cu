@@ -10,7 +10,7 @@ namespace {
 
 constexpr unsigned kThreads = 256;
 
-// Everything in units of one vector, so that the kernel knows neither dtype nor head_dim.
+// All sizes are in units of one vector, so the kernel needs neither dtype nor head_dim.
 struct AppendVectors {
   int64_t rows, tokens, slots, page_size;
   int heads, head_vectors;
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads) append_paged_kv_kernel(const AppendV
   for (int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y; row < a.rows;
        row += int64_t{gridDim.x} * blockDim.y) {
     const int64_t slot = a.slot_of_row[row];
-    // A slot past the last page is the caller's mistake; it must not become a stray write.
+    // A slot past the last page is an error of the caller; it must not write outside the pool.
     if (slot < 0 || slot >= a.slots) continue;
     const int64_t b = row / a.tokens, t = row % a.tokens;
     const int64_t page = slot / a.page_size, offset = slot % a.page_size;
@@ -78,8 +78,8 @@ int launch_vectors(const AppendPagedKvArgs& a, int64_t pages, void* stream) {
   const unsigned across =
       vectors < kThreads ? static_cast<unsigned>((vectors + 31) / 32 * 32) : kThreads;
   const dim3 block(across, kThreads / across);
-  const int64_t wanted = (rows + block.y - 1) / block.y, most = 0x7fffffff;
-  const dim3 grid(static_cast<unsigned>(wanted < most ? wanted : most));
+  const int64_t blocks = (rows + block.y - 1) / block.y, max_blocks = 0x7fffffff;
+  const dim3 grid(static_cast<unsigned>(blocks < max_blocks ? blocks : max_blocks));
   const AppendVectors arguments{rows,
                                 a.tokens,
                                 pages * a.page_size,
@@ -103,8 +103,8 @@ int launch_vectors(const AppendPagedKvArgs& a, int64_t pages, void* stream) {
 }  // namespace
 }  // namespace variant
 
-// args->num_threads is not read. element_bytes: 1, 2 or 4. pages: how many the storage has; a slot
-// beyond them is skipped.
+// args->num_threads is not read. element_bytes: 1, 2 or 4. pages: number of pages in the storage;
+// slots beyond them are skipped.
 VARIANT_CUDA_API int variant_cuda_append_paged_kv(const variant::AppendPagedKvArgs* args,
                                                   int64_t pages, int device, void* stream) {
   using namespace variant;

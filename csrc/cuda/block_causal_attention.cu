@@ -1,5 +1,5 @@
-// Block-causal attention: the tiles of softmax_tiles.cuh over contiguous keys, each query up to the
-// end of its own scale.
+// Block-causal attention with the tiles of softmax_tiles.cuh: keys are contiguous, and a query sees
+// the keys up to the end of its own scale.
 #include "block_causal_attention.h"
 
 #include "launch.h"
@@ -25,7 +25,7 @@ struct ContiguousSource {
   __device__ const T* query(int r) const {
     return r < queries ? q + r * p.a.q.token_stride : nullptr;
   }
-  // Rows past the tile see what its last query sees.
+  // Rows past the tile see the same keys as its last query.
   __device__ int visible(int r) const {
     return r < queries ? p.ends.visible(first_query + r) : last;
   }
@@ -35,33 +35,34 @@ struct ContiguousSource {
   }
 };
 
-struct BlockCausalPlace {
+// The tile of one block: queries from t on.
+struct QueryTile {
   int64_t b, h;
   int t;
 };
 
-// The last tiles see the most keys: handed out first, so that blocks end together.
+// The last tiles see the most keys. They get the first blocks, so that all blocks finish together.
 template <int kQueries>
-__device__ inline BlockCausalPlace place_of_block(const BlockCausalForwardArgs& a) {
+__device__ inline QueryTile tile_of_block(const BlockCausalForwardArgs& a) {
   const unsigned heads = static_cast<unsigned>(a.heads);
   const unsigned sequences = static_cast<unsigned>(a.batch) * heads;
   const unsigned tiles = static_cast<unsigned>(ceil_div(a.length, kQueries));
-  const unsigned sequence = blockIdx.x % sequences, tile = tiles - 1 - blockIdx.x / sequences;
-  return {sequence / heads, sequence % heads, static_cast<int>(tile) * kQueries};
+  const unsigned sequence = blockIdx.x % sequences, number = tiles - 1 - blockIdx.x / sequences;
+  return {sequence / heads, sequence % heads, static_cast<int>(number) * kQueries};
 }
 
 template <class T, int kQueries>
-__device__ inline ContiguousSource<T> source_of(const BlockCausalParams& p, BlockCausalPlace at) {
+__device__ inline ContiguousSource<T> source_of(const BlockCausalParams& p, QueryTile tile) {
   const BlockCausalForwardArgs& a = p.a;
-  const int left = static_cast<int>(a.length) - at.t;
+  const int left = static_cast<int>(a.length) - tile.t;
   const int queries = left < kQueries ? left : kQueries;
   return {p,
-          row<T>(a.q, at.b, at.t, at.h),
-          row<T>(a.k, at.b, 0, at.h),
-          row<T>(a.v, at.b, 0, at.h),
-          at.t,
+          row<T>(a.q, tile.b, tile.t, tile.h),
+          row<T>(a.k, tile.b, 0, tile.h),
+          row<T>(a.v, tile.b, 0, tile.h),
+          tile.t,
           queries,
-          p.ends.visible(at.t + queries - 1)};
+          p.ends.visible(tile.t + queries - 1)};
 }
 
 constexpr float kLog2 = 0.6931471805599453f;
@@ -71,8 +72,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
     block_causal_attention_kernel(const __grid_constant__ BlockCausalParams p) {
   using T = typename Tile::T;
   const BlockCausalForwardArgs& a = p.a;
-  const BlockCausalPlace at = place_of_block<Tile::kQueries>(a);
-  const auto source = source_of<T, Tile::kQueries>(p, at);
+  const QueryTile tile = tile_of_block<Tile::kQueries>(a);
+  const auto source = source_of<T, Tile::kQueries>(p, tile);
   const int head_dim = static_cast<int>(a.head_dim);
   SoftmaxState<Tile> state;
   attend_tile<Tile>(dynamic_shared<T>(), source, 0, source.last, head_dim, p.scale_log2, p.negate,
@@ -80,8 +81,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
   T* out = static_cast<T*>(a.out);
   write_tile<Tile>(state, source.queries, head_dim,
                    [&](int r, int column, float first, float second) {
-                     const int64_t place = (at.b * a.length + at.t + r) * a.heads + at.h;
-                     T* to = out + place * a.head_dim + column;
+                     const int64_t index = (tile.b * a.length + tile.t + r) * a.heads + tile.h;
+                     T* to = out + index * a.head_dim + column;
                      *reinterpret_cast<uint32_t*>(to) = pack2<T>(first, second);
                    });
   const int lane = threadIdx.x % kWarp;
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
   for (int half = 0; half < 2; ++half) {
     const int r = static_cast<int>(threadIdx.x) / kWarp * 16 + half * 8 + lane / 4;
     if (lane % 4 != 0 || r >= source.queries) continue;
-    a.lse[(at.b * a.heads + at.h) * a.length + at.t + r] =
+    a.lse[(tile.b * a.heads + tile.h) * a.length + tile.t + r] =
         (state.largest[half] * p.scale_log2 + log2f(state.total[half])) * kLog2;
   }
 }
@@ -99,21 +100,21 @@ __global__ void __launch_bounds__(Tile::kThreads)
     block_causal_attention_plain_kernel(const __grid_constant__ BlockCausalParams p) {
   using T = typename Tile::T;
   const BlockCausalForwardArgs& a = p.a;
-  const BlockCausalPlace at = place_of_block<Tile::kQueries>(a);
-  const auto source = source_of<T, Tile::kQueries>(p, at);
+  const QueryTile tile = tile_of_block<Tile::kQueries>(a);
+  const auto source = source_of<T, Tile::kQueries>(p, tile);
   const int head_dim = static_cast<int>(a.head_dim);
   PlainState<Tile> state;
   attend_plain<Tile>(dynamic_shared<float>(), source, 0, source.last, head_dim, p.scale_log2,
                      p.negate, state);
   write_plain<Tile>(state, source.queries, head_dim, [&](int r, int column, float value) {
-    const int64_t place = (at.b * a.length + at.t + r) * a.heads + at.h;
-    static_cast<T*>(a.out)[place * a.head_dim + column] = narrow<T>(value);
+    const int64_t index = (tile.b * a.length + tile.t + r) * a.heads + tile.h;
+    static_cast<T*>(a.out)[index * a.head_dim + column] = narrow<T>(value);
   });
 #pragma unroll
   for (int i = 0; i < Tile::kPerWarp; ++i) {
     const int r = static_cast<int>(threadIdx.x) / kWarp * Tile::kPerWarp + i;
     if (threadIdx.x % kWarp != 0 || r >= source.queries) continue;
-    a.lse[(at.b * a.heads + at.h) * a.length + at.t + r] =
+    a.lse[(tile.b * a.heads + tile.h) * a.length + tile.t + r] =
         (state.largest[i] * p.scale_log2 + log2f(state.total[i])) * kLog2;
   }
 }
@@ -160,7 +161,8 @@ int forward(const BlockCausalForwardArgs& a, void* stream) {
   p.a = a;
   if (!p.ends.set(a.scale_lengths, a.num_scales, a.length)) return kInvalidValue;
   p.negate = a.softmax_scale < 0.0f;
-  // A scale of zero would turn masked scores into visible ones; this one is zero to every sum.
+  // A scale of zero would turn masked scores of -inf into NaN; 1e-30 gives the results of zero
+  // without that.
   const float size = p.negate ? -a.softmax_scale : a.softmax_scale;
   p.scale_log2 = (size > 1e-30f ? size : 1e-30f) * 1.4426950408889634f;
   switch (a.dtype) {

@@ -6,15 +6,15 @@
 
 namespace variant::cuda {
 
-// Scales that fit a kernel's arguments.
+// The most scales that fit a kernel's arguments.
 constexpr int64_t kMostScales = 256;
 
-// Ends of the scales, in tokens: the last is the length.
+// Ends of the scales, in tokens; the last end is the length.
 struct ScaleEnds {
   int count;
   int end[kMostScales];
 
-  // False if they do not fit or leave tokens out.
+  // Returns false if there are too many scales or they do not add up to the length.
   bool set(const int64_t* lengths, int64_t num_scales, int64_t length) {
     if (num_scales < 1 || num_scales > kMostScales) return false;
     int64_t sum = 0;
@@ -25,7 +25,7 @@ struct ScaleEnds {
     }
     return sum == length;
   }
-  // Tokens that token t sees.
+  // Number of tokens that token t sees.
   __host__ __device__ int visible(int t) const {
     int scale = 0;
     while (end[scale] <= t) ++scale;
@@ -41,7 +41,7 @@ struct ScaleEnds {
 
 struct BlockCausalBackwardCudaArgs {
   BlockCausalBackwardArgs op;
-  float* delta;  // (B, H, L): room for the sums of grad_out * out
+  float* delta;  // (B, H, L): scratch for the sums over D of grad_out * out
 };
 
 }  // namespace variant::cuda

@@ -1,9 +1,12 @@
-// Gradients of block-causal attention, without atomics: one kernel walks the queries of each tile
-// of keys (dk, dv), one the keys of each tile of queries (dq), and both compute the scores anew
-// (FlashAttention-2, arXiv 2307.08691). With X the tile's own rows and Y the rows that pass by:
-//   S = X1 Y1^T,  P = exp(softmax_scale S - lse),  dP = X2 Y2^T,  dS = P (dP - delta)
-//   keys:    X = k, v; Y = q, grad_out;  dk = softmax_scale dS Y1,  dv = P Y2
-//   queries: X = q, grad_out; Y = k, v;  dq = softmax_scale dS Y1
+// Gradients of block-causal attention, without atomics: one kernel loops over the queries for each
+// tile of keys (dk, dv), the other over the keys for each tile of queries (dq); both recompute the
+// scores (FlashAttention-2, arXiv 2307.08691). A block owns one tile and reads all other tiles that
+// meet it; `qk` is a tile of queries or keys, `gv` one of grad_out or values:
+//   S = own_qk other_qk^T,  P = exp(softmax_scale S - lse)
+//   dP = own_gv other_gv^T,  dS = P (dP - delta)
+//   a tile of keys:     own = k, v; other = q, grad_out;  dk = softmax_scale dS other_qk,
+//                                                         dv = P other_gv
+//   a tile of queries:  own = q, grad_out; other = k, v;  dq = softmax_scale dS other_qk
 #include <type_traits>
 
 #include "block_causal_attention.h"
@@ -22,99 +25,108 @@ struct BackwardParams {
   ScaleEnds ends;
 };
 
+// The rows of one head, by token.
+template <class T>
+struct HeadRows {
+  const T* data;
+  int64_t stride;
+
+  __device__ const T* row(int64_t t) const { return data + t * stride; }
+};
+template <class T>
+__device__ inline HeadRows<T> rows_of_head(const HeadView& x, int64_t b, int64_t h) {
+  return {row<T>(x, b, 0, h), x.token_stride};
+}
+
 // The tile of one block: rows [begin, begin + rows), which meet [first, last).
 template <class T>
-struct BackwardPlace {
+struct BackwardBlock {
   int64_t b, h;
   int begin, rows, first, last;
-  const T *x1, *x2, *y1, *y2;  // of token 0
-  int64_t x1_stride, x2_stride, y1_stride, y2_stride;
+  HeadRows<T> own_qk, own_gv, other_qk, other_gv;
   const float *lse, *delta;
 };
 
 template <class T, bool kForKeys, int kRows>
-__device__ inline BackwardPlace<T> place_of_block(const BackwardParams& p) {
+__device__ inline BackwardBlock<T> tile_of_block(const BackwardParams& p) {
   const BlockCausalBackwardArgs& a = p.a;
   const unsigned heads = static_cast<unsigned>(a.heads);
   const unsigned sequences = static_cast<unsigned>(a.batch) * heads;
   const unsigned tiles = static_cast<unsigned>(ceil_div(a.length, kRows));
   const unsigned sequence = blockIdx.x % sequences, turn = blockIdx.x / sequences;
-  BackwardPlace<T> at;
-  at.b = sequence / heads;
-  at.h = sequence % heads;
-  // The longest first: early keys meet the most queries, late queries the most keys.
-  at.begin = static_cast<int>(kForKeys ? turn : tiles - 1 - turn) * kRows;
-  const int left = static_cast<int>(a.length) - at.begin;
-  at.rows = left < kRows ? left : kRows;
-  at.first = kForKeys ? p.ends.begin(at.begin) : 0;
-  at.last = kForKeys ? static_cast<int>(a.length) : p.ends.visible(at.begin + at.rows - 1);
-  const HeadView &x1 = kForKeys ? a.k : a.q, &x2 = kForKeys ? a.v : a.grad_out;
-  const HeadView &y1 = kForKeys ? a.q : a.k, &y2 = kForKeys ? a.grad_out : a.v;
-  at.x1 = row<T>(x1, at.b, 0, at.h);
-  at.x2 = row<T>(x2, at.b, 0, at.h);
-  at.y1 = row<T>(y1, at.b, 0, at.h);
-  at.y2 = row<T>(y2, at.b, 0, at.h);
-  at.x1_stride = x1.token_stride;
-  at.x2_stride = x2.token_stride;
-  at.y1_stride = y1.token_stride;
-  at.y2_stride = y2.token_stride;
-  const int64_t place = (at.b * a.heads + at.h) * a.length;
-  at.lse = a.lse + place;
-  at.delta = p.delta + place;
-  return at;
+  BackwardBlock<T> block;
+  block.b = sequence / heads;
+  block.h = sequence % heads;
+  // The longest tiles first: early keys meet the most queries, late queries the most keys.
+  block.begin = static_cast<int>(kForKeys ? turn : tiles - 1 - turn) * kRows;
+  const int left = static_cast<int>(a.length) - block.begin;
+  block.rows = left < kRows ? left : kRows;
+  block.first = kForKeys ? p.ends.begin(block.begin) : 0;
+  block.last = kForKeys ? static_cast<int>(a.length) : p.ends.visible(block.begin + block.rows - 1);
+  block.own_qk = rows_of_head<T>(kForKeys ? a.k : a.q, block.b, block.h);
+  block.own_gv = rows_of_head<T>(kForKeys ? a.v : a.grad_out, block.b, block.h);
+  block.other_qk = rows_of_head<T>(kForKeys ? a.q : a.k, block.b, block.h);
+  block.other_gv = rows_of_head<T>(kForKeys ? a.grad_out : a.v, block.b, block.h);
+  const int64_t first_row = (block.b * a.heads + block.h) * a.length;
+  block.lse = a.lse + first_row;
+  block.delta = p.delta + first_row;
+  return block;
 }
 
-// Whether query sees key, both inside their tiles.
-template <bool kForKeys, class Place>
-__device__ inline bool sees(const BackwardParams& p, const Place& at, int x, int y) {
-  if (x >= at.begin + at.rows || y >= at.last) return false;
+// Whether the query sees the key and both are inside their tiles. x and y: rows of own and other.
+template <bool kForKeys, class Block>
+__device__ inline bool sees(const BackwardParams& p, const Block& block, int x, int y) {
+  if (x >= block.begin + block.rows || y >= block.last) return false;
   return kForKeys ? x < p.ends.visible(y) : y < p.ends.visible(x);
 }
 
 // --- on tensor cores ----------------------------------------------------------------------------
 
-// A warp owns 16 rows of X; tiles of kPassing rows of Y arrive in two stages.
-template <class T_, int kHeadDim_, int kPassing_>
+// A warp owns 16 rows of the own tiles; other tiles of kOtherRows rows are copied in two stages.
+template <class T_, int kHeadDim_, int kOtherRows_>
 struct BackwardTile {
   using T = T_;
-  static constexpr int kHeadDim = kHeadDim_, kPassing = kPassing_;
+  static constexpr int kHeadDim = kHeadDim_, kOtherRows = kOtherRows_;
   static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kRows = 16 * kWarps;
   static constexpr int kRow = kHeadDim + kRowPadding;
-  static constexpr int kStage = 2 * kPassing * kRow;
+  static constexpr int kStage = 2 * kOtherRows * kRow;
   static constexpr int kSharedBytes = (2 * kRows * kRow + 2 * kStage) * 2;
 };
 
-template <class Tile, class Place>
-__device__ inline void copy_passing(typename Tile::T* stage, const Place& at, int first,
-                                    int head_dim) {
-  copy_rows<Tile>(stage, Tile::kPassing, head_dim, [&](int r) {
-    return first + r < at.last ? at.y1 + (first + r) * at.y1_stride : nullptr;
+template <class Tile, class Block>
+__device__ inline void copy_other(typename Tile::T* stage, const Block& block, int first,
+                                  int head_dim) {
+  copy_rows<Tile>(stage, Tile::kOtherRows, head_dim, [&](int r) {
+    return first + r < block.last ? block.other_qk.row(first + r) : nullptr;
   });
-  copy_rows<Tile>(stage + Tile::kPassing * Tile::kRow, Tile::kPassing, head_dim, [&](int r) {
-    return first + r < at.last ? at.y2 + (first + r) * at.y2_stride : nullptr;
+  copy_rows<Tile>(stage + Tile::kOtherRows * Tile::kRow, Tile::kOtherRows, head_dim, [&](int r) {
+    return first + r < block.last ? block.other_gv.row(first + r) : nullptr;
   });
 }
 
-// sums = X Y^T for the warp's 16 rows.
+// The two products below repeat multiply_step and accumulate of softmax_tiles.cuh: with those, the
+// kernel for keys of 128 columns takes another number of registers on sm_90a.
+
+// sums = own other^T for the warp's 16 rows.
 template <class Tile>
-__device__ inline void multiply_rows(float (&sums)[Tile::kPassing / 8][4],
-                                     const typename Tile::T* x_tile,
-                                     const typename Tile::T* y_tile) {
+__device__ inline void multiply_rows(float (&sums)[Tile::kOtherRows / 8][4],
+                                     const typename Tile::T* own_tile,
+                                     const typename Tile::T* other_tile) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
-  for (int n = 0; n < Tile::kPassing / 8; ++n) {
+  for (int n = 0; n < Tile::kOtherRows / 8; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums[n][i] = 0.0f;
   }
 #pragma unroll
   for (int step = 0; step < Tile::kHeadDim / 16; ++step) {
     uint32_t a[4];
-    load_queries<Tile>(a, x_tile, step, 0);
+    load_queries<Tile>(a, own_tile, step, 0);
 #pragma unroll
-    for (int n = 0; n < Tile::kPassing / 8; n += 2) {
+    for (int n = 0; n < Tile::kOtherRows / 8; n += 2) {
       const int r = n * 8 + lane / 16 * 8 + lane % 8, column = step * 16 + lane / 8 % 2 * 8;
       uint32_t b[4];
-      ldmatrix_x4(b, y_tile + r * Tile::kRow + column);
+      ldmatrix_x4(b, other_tile + r * Tile::kRow + column);
       const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
       mma_m16n8k16<typename Tile::T>(sums[n], a, low);
       mma_m16n8k16<typename Tile::T>(sums[n + 1], a, high);
@@ -122,15 +134,15 @@ __device__ inline void multiply_rows(float (&sums)[Tile::kPassing / 8][4],
   }
 }
 
-// out += W Y, with W the warp's 16 x kPassing weights.
+// out += W other, with W the warp's 16 x kOtherRows weights.
 template <class Tile>
 __device__ inline void add_weighted(float (&out)[Tile::kHeadDim / 8][4],
-                                    const float (&weights)[Tile::kPassing / 8][4],
-                                    const typename Tile::T* y_tile) {
+                                    const float (&weights)[Tile::kOtherRows / 8][4],
+                                    const typename Tile::T* other_tile) {
   using T = typename Tile::T;
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
-  for (int step = 0; step < Tile::kPassing / 16; ++step) {
+  for (int step = 0; step < Tile::kOtherRows / 16; ++step) {
     const float* first_half = weights[2 * step];
     const float* other_half = weights[2 * step + 1];
     const uint32_t a[4] = {
@@ -140,7 +152,7 @@ __device__ inline void add_weighted(float (&out)[Tile::kHeadDim / 8][4],
     for (int n = 0; n < Tile::kHeadDim / 8; n += 2) {
       const int r = step * 16 + lane % 16, column = n * 8 + lane / 16 * 8;
       uint32_t b[4];
-      ldmatrix_x4_trans(b, y_tile + r * Tile::kRow + column);
+      ldmatrix_x4_trans(b, other_tile + r * Tile::kRow + column);
       const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
       mma_m16n8k16<T>(out[n], a, low);
       mma_m16n8k16<T>(out[n + 1], a, high);
@@ -148,16 +160,16 @@ __device__ inline void add_weighted(float (&out)[Tile::kHeadDim / 8][4],
   }
 }
 
-template <class T, class Place, int kColumnTiles>
-__device__ inline void write_rows(T* out, const BackwardParams& p, const Place& at,
+template <class T, class Block, int kColumnTiles>
+__device__ inline void write_rows(T* out, const BackwardParams& p, const Block& block,
                                   const float (&sums)[kColumnTiles][4], float factor) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int head_dim = static_cast<int>(p.a.head_dim);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int r = warp * 16 + half * 8 + lane / 4;
-    if (r >= at.rows) continue;
-    T* to = out + ((at.b * p.a.length + at.begin + r) * p.a.heads + at.h) * head_dim;
+    if (r >= block.rows) continue;
+    T* to = out + ((block.b * p.a.length + block.begin + r) * p.a.heads + block.h) * head_dim;
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n) {
       const int column = n * 8 + lane % 4 * 2;
@@ -172,121 +184,122 @@ template <class Tile, bool kForKeys>
 __global__ void __launch_bounds__(Tile::kThreads)
     block_causal_backward_kernel(const __grid_constant__ BackwardParams p) {
   using T = typename Tile::T;
-  constexpr int kTiles = Tile::kPassing / 8, kColumnTiles = Tile::kHeadDim / 8;
+  constexpr int kTiles = Tile::kOtherRows / 8, kColumnTiles = Tile::kHeadDim / 8;
   const BlockCausalBackwardArgs& a = p.a;
-  const BackwardPlace<T> at = place_of_block<T, kForKeys, Tile::kRows>(p);
+  const BackwardBlock<T> block = tile_of_block<T, kForKeys, Tile::kRows>(p);
   const int head_dim = static_cast<int>(a.head_dim);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const float scale_log2 = a.softmax_scale * kLog2OfE;
-  T* x1_tile = dynamic_shared<T>();
-  T* x2_tile = x1_tile + Tile::kRows * Tile::kRow;
-  T* stages = x2_tile + Tile::kRows * Tile::kRow;
+  T* own_qk_tile = dynamic_shared<T>();
+  T* own_gv_tile = own_qk_tile + Tile::kRows * Tile::kRow;
+  T* stages = own_gv_tile + Tile::kRows * Tile::kRow;
 
   float dx[kColumnTiles][4] = {};
   float dv[kForKeys ? kColumnTiles : 1][4] = {};
-  copy_rows<Tile>(x1_tile, Tile::kRows, head_dim, [&](int r) {
-    return r < at.rows ? at.x1 + (at.begin + r) * at.x1_stride : nullptr;
+  copy_rows<Tile>(own_qk_tile, Tile::kRows, head_dim, [&](int r) {
+    return r < block.rows ? block.own_qk.row(block.begin + r) : nullptr;
   });
-  copy_rows<Tile>(x2_tile, Tile::kRows, head_dim, [&](int r) {
-    return r < at.rows ? at.x2 + (at.begin + r) * at.x2_stride : nullptr;
+  copy_rows<Tile>(own_gv_tile, Tile::kRows, head_dim, [&](int r) {
+    return r < block.rows ? block.own_gv.row(block.begin + r) : nullptr;
   });
-  copy_passing<Tile>(stages, at, at.first, head_dim);
+  copy_other<Tile>(stages, block, block.first, head_dim);
   cp_async_commit();
   int stage = 0;
-  for (int begin = at.first; begin < at.last; begin += Tile::kPassing, stage ^= 1) {
-    const bool more = begin + Tile::kPassing < at.last;
+  for (int begin = block.first; begin < block.last; begin += Tile::kOtherRows, stage ^= 1) {
+    const bool more = begin + Tile::kOtherRows < block.last;
     if (more) {
-      copy_passing<Tile>(stages + (stage ^ 1) * Tile::kStage, at, begin + Tile::kPassing, head_dim);
+      copy_other<Tile>(stages + (stage ^ 1) * Tile::kStage, block, begin + Tile::kOtherRows,
+                       head_dim);
       cp_async_commit();
       cp_async_wait<1>();
     } else {
       cp_async_wait<0>();
     }
     __syncthreads();
-    const T* y1_tile = stages + stage * Tile::kStage;
-    const T* y2_tile = y1_tile + Tile::kPassing * Tile::kRow;
+    const T* other_qk_tile = stages + stage * Tile::kStage;
+    const T* other_gv_tile = other_qk_tile + Tile::kOtherRows * Tile::kRow;
     float p_tile[kTiles][4], ds_tile[kTiles][4];
-    multiply_rows<Tile>(p_tile, x1_tile, y1_tile);
-    multiply_rows<Tile>(ds_tile, x2_tile, y2_tile);
+    multiply_rows<Tile>(p_tile, own_qk_tile, other_qk_tile);
+    multiply_rows<Tile>(ds_tile, own_gv_tile, other_gv_tile);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int x = at.begin + warp * 16 + i / 2 * 8 + lane / 4;
+        const int x = block.begin + warp * 16 + i / 2 * 8 + lane / 4;
         const int y = begin + n * 8 + lane % 4 * 2 + i % 2;
         const int query = kForKeys ? y : x;
         float weight = 0.0f, slope = 0.0f;
-        if (sees<kForKeys>(p, at, x, y)) {
-          weight = ex2(p_tile[n][i] * scale_log2 - at.lse[query] * kLog2OfE);
-          slope = weight * (ds_tile[n][i] - at.delta[query]);
+        if (sees<kForKeys>(p, block, x, y)) {
+          weight = ex2(p_tile[n][i] * scale_log2 - block.lse[query] * kLog2OfE);
+          slope = weight * (ds_tile[n][i] - block.delta[query]);
         }
         p_tile[n][i] = weight;
         ds_tile[n][i] = slope;
       }
     }
-    add_weighted<Tile>(dx, ds_tile, y1_tile);
-    if constexpr (kForKeys) add_weighted<Tile>(dv, p_tile, y2_tile);
-    // The next turn copies into this stage.
+    add_weighted<Tile>(dx, ds_tile, other_qk_tile);
+    if constexpr (kForKeys) add_weighted<Tile>(dv, p_tile, other_gv_tile);
+    // The next iteration copies into this stage.
     if (more) __syncthreads();
   }
-  write_rows(static_cast<T*>(kForKeys ? a.dk : a.dq), p, at, dx, a.softmax_scale);
-  if constexpr (kForKeys) write_rows(static_cast<T*>(a.dv), p, at, dv, 1.0f);
+  write_rows(static_cast<T*>(kForKeys ? a.dk : a.dq), p, block, dx, a.softmax_scale);
+  if constexpr (kForKeys) write_rows(static_cast<T*>(a.dv), p, block, dv, 1.0f);
 }
 
-// --- plain products: float32, wide heads, rows off a boundary of 16 bytes
-// -------------------------
+// --- plain products: float32, wide heads, rows off a boundary of 16 bytes -----------------------
 
 template <class Tile, bool kForKeys>
 __global__ void __launch_bounds__(Tile::kThreads)
     block_causal_backward_plain_kernel(const __grid_constant__ BackwardParams p) {
   using T = typename Tile::T;
-  constexpr int kRows = Tile::kQueries, kPassing = Tile::kKeys;
+  constexpr int kRows = Tile::kQueries, kOtherRows = Tile::kKeys;
   const BlockCausalBackwardArgs& a = p.a;
-  const BackwardPlace<T> at = place_of_block<T, kForKeys, kRows>(p);
+  const BackwardBlock<T> block = tile_of_block<T, kForKeys, kRows>(p);
   const int head_dim = static_cast<int>(a.head_dim);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  float* x1_tile = dynamic_shared<float>();
-  float* x2_tile = x1_tile + kRows * Tile::kRow;
-  float* y1_tile = x2_tile + kRows * Tile::kRow;
-  float* y2_tile = y1_tile + kPassing * Tile::kRow;
+  float* own_qk_tile = dynamic_shared<float>();
+  float* own_gv_tile = own_qk_tile + kRows * Tile::kRow;
+  float* other_qk_tile = own_gv_tile + kRows * Tile::kRow;
+  float* other_gv_tile = other_qk_tile + kOtherRows * Tile::kRow;
   float dx[Tile::kPerWarp][Tile::kColumns] = {};
   float dv[Tile::kPerWarp][Tile::kColumns] = {};
-  widen_rows<Tile>(x1_tile, kRows, head_dim, [&](int r) {
-    return r < at.rows ? at.x1 + (at.begin + r) * at.x1_stride : nullptr;
+  widen_rows<Tile>(own_qk_tile, kRows, head_dim, [&](int r) {
+    return r < block.rows ? block.own_qk.row(block.begin + r) : nullptr;
   });
-  widen_rows<Tile>(x2_tile, kRows, head_dim, [&](int r) {
-    return r < at.rows ? at.x2 + (at.begin + r) * at.x2_stride : nullptr;
+  widen_rows<Tile>(own_gv_tile, kRows, head_dim, [&](int r) {
+    return r < block.rows ? block.own_gv.row(block.begin + r) : nullptr;
   });
-  for (int begin = at.first; begin < at.last; begin += kPassing) {
-    widen_rows<Tile>(y1_tile, kPassing, head_dim, [&](int r) {
-      return begin + r < at.last ? at.y1 + (begin + r) * at.y1_stride : nullptr;
+  for (int begin = block.first; begin < block.last; begin += kOtherRows) {
+    widen_rows<Tile>(other_qk_tile, kOtherRows, head_dim, [&](int r) {
+      return begin + r < block.last ? block.other_qk.row(begin + r) : nullptr;
     });
-    widen_rows<Tile>(y2_tile, kPassing, head_dim, [&](int r) {
-      return begin + r < at.last ? at.y2 + (begin + r) * at.y2_stride : nullptr;
+    widen_rows<Tile>(other_gv_tile, kOtherRows, head_dim, [&](int r) {
+      return begin + r < block.last ? block.other_gv.row(begin + r) : nullptr;
     });
     __syncthreads();
     float weights[Tile::kPerWarp], slopes[Tile::kPerWarp];
 #pragma unroll
     for (int i = 0; i < Tile::kPerWarp; ++i) {
-      const float* x1 = x1_tile + (warp * Tile::kPerWarp + i) * Tile::kRow;
-      const float* x2 = x2_tile + (warp * Tile::kPerWarp + i) * Tile::kRow;
+      const float* own_qk = own_qk_tile + (warp * Tile::kPerWarp + i) * Tile::kRow;
+      const float* own_gv = own_gv_tile + (warp * Tile::kPerWarp + i) * Tile::kRow;
       float score = 0.0f, product = 0.0f;
       for (int d = 0; d < head_dim; ++d) {
-        score += x1[d] * y1_tile[lane * Tile::kRow + d];
-        product += x2[d] * y2_tile[lane * Tile::kRow + d];
+        score += own_qk[d] * other_qk_tile[lane * Tile::kRow + d];
+        product += own_gv[d] * other_gv_tile[lane * Tile::kRow + d];
       }
-      const int x = at.begin + warp * Tile::kPerWarp + i, y = begin + lane;
+      const int x = block.begin + warp * Tile::kPerWarp + i, y = begin + lane;
       const int query = kForKeys ? y : x;
       weights[i] = slopes[i] = 0.0f;
-      if (sees<kForKeys>(p, at, x, y)) {
-        weights[i] = expf(score * a.softmax_scale - at.lse[query]);
-        slopes[i] = weights[i] * (product - at.delta[query]);
+      if (sees<kForKeys>(p, block, x, y)) {
+        weights[i] = expf(score * a.softmax_scale - block.lse[query]);
+        slopes[i] = weights[i] * (product - block.delta[query]);
       }
     }
-    // This tile's sums apart: they are added to what earlier tiles gathered only once.
+    // Separate sums for this tile: they are added to the sums of earlier tiles once, which rounds
+    // less.
     float dx_part[Tile::kPerWarp][Tile::kColumns] = {};
     float dv_part[Tile::kPerWarp][Tile::kColumns] = {};
-    for (int r = 0; r < kPassing; ++r) {
+    for (int r = 0; r < kOtherRows; ++r) {
       float weight[Tile::kPerWarp], slope[Tile::kPerWarp];
 #pragma unroll
       for (int i = 0; i < Tile::kPerWarp; ++i) {
@@ -296,11 +309,11 @@ __global__ void __launch_bounds__(Tile::kThreads)
 #pragma unroll
       for (int c = 0; c < Tile::kColumns; ++c) {
         const int at_column = r * Tile::kRow + c * kWarp + lane;
-        const float y1 = y1_tile[at_column], y2 = y2_tile[at_column];
+        const float other_qk = other_qk_tile[at_column], other_gv = other_gv_tile[at_column];
 #pragma unroll
         for (int i = 0; i < Tile::kPerWarp; ++i) {
-          dx_part[i][c] += slope[i] * y1;
-          if constexpr (kForKeys) dv_part[i][c] += weight[i] * y2;
+          dx_part[i][c] += slope[i] * other_qk;
+          if constexpr (kForKeys) dv_part[i][c] += weight[i] * other_gv;
         }
       }
     }
@@ -317,8 +330,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
 #pragma unroll
   for (int i = 0; i < Tile::kPerWarp; ++i) {
     const int r = warp * Tile::kPerWarp + i;
-    if (r >= at.rows) continue;
-    const int64_t to = ((at.b * a.length + at.begin + r) * a.heads + at.h) * a.head_dim;
+    if (r >= block.rows) continue;
+    const int64_t to = ((block.b * a.length + block.begin + r) * a.heads + block.h) * a.head_dim;
 #pragma unroll
     for (int c = 0; c < Tile::kColumns; ++c) {
       const int column = c * kWarp + lane;
@@ -357,9 +370,9 @@ int launch_tiles(Kernel kernel, int rows, int threads, int shared_bytes, const B
                 p);
 }
 
-template <class T, int kHeadDim, int kPassing>
+template <class T, int kHeadDim, int kOtherRows>
 int launch_width(const BackwardParams& p, void* stream) {
-  using Tile = BackwardTile<T, kHeadDim, kPassing>;
+  using Tile = BackwardTile<T, kHeadDim, kOtherRows>;
   const int error = launch_tiles(block_causal_backward_kernel<Tile, true>, Tile::kRows,
                                  Tile::kThreads, Tile::kSharedBytes, p, stream);
   if (error != 0) return error;

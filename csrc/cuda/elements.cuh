@@ -1,5 +1,5 @@
-// Elements of the three dtypes as float32, one at a time or eight (a lane's share of a row) at
-// once.
+// Loads and stores elements of the three dtypes as float32, one or eight (a lane's part of a row)
+// at a time.
 #pragma once
 
 #include <cstdint>
@@ -69,7 +69,7 @@ __device__ inline void store_eight(T* p, const float (&x)[kEight]) {
   }
 }
 
-// Rows of the views of types.h.
+// Addresses of rows of the views of types.h.
 template <class T>
 __host__ __device__ inline const T* row(const RowView& x, int64_t b) {
   return static_cast<const T*>(x.data) + b * x.batch_stride;
@@ -84,7 +84,7 @@ __host__ __device__ inline const T* row(const HeadView& x, int64_t b, int64_t t,
          h * x.head_stride;
 }
 
-// Whether every row of a view may be read 16 bytes at a time.
+// Whether every row of a view can be read 16 bytes at a time.
 inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 inline bool steps_aligned(int64_t element_bytes, int64_t stride) {
   return stride * element_bytes % 16 == 0;

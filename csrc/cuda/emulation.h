@@ -1,5 +1,5 @@
 // CUDA source compiled as C++: include this (launch.h and primitives.h do) where nvcc would be.
-// EMULATION.md says what is emulated, what is stricter than a GPU, and what is left out.
+// EMULATION.md lists what is emulated, what is stricter than a GPU, and what is missing.
 #pragma once
 
 #include "emulation/async_copy.h"

@@ -1,7 +1,7 @@
 // Tiles of 8-bit keys and values for the products of softmax_tiles.cuh, and single rows for those
-// of softmax_plain.cuh. cp.async brings the codes, half the bytes of 16-bit tiles; they are widened
-// to 16 bits, scale included, on their way to the tile that the tensor cores read. What is widened
-// is exactly K and V, so that nothing else differs from 16-bit pages.
+// of softmax_plain.cuh. cp.async copies the codes, half the bytes of 16-bit tiles; threads then
+// multiply them by their scales and write 16-bit tiles for the tensor cores. The products are
+// exact, so everything after them is the same as for 16-bit pages.
 #pragma once
 
 #include "kv8.cuh"
@@ -10,36 +10,64 @@
 
 namespace variant::cuda {
 
-// One head of one token.
+// Codes and scale of one head of one token.
 struct Kv8Row {
   const uint8_t* codes;
   const uint8_t* scale;
 };
 
-// A thread's part of each tile: 16 columns of a key and of its value, a few times. It widens what
-// it has copied, codes and scales, so that no barrier stands in between.
+// One stage of keys and values in 16 bits, and scratch for the codes and scales of the next. A
+// thread copies 16 columns of a key and of its value, kTurns times, and widens what it copied
+// itself, so no barrier is needed in between and its scratch can be reused at once.
 template <class Tile>
-struct Kv8Share {
+class Kv8StageLoader {
+ public:
   using T = typename Tile::T;
   static constexpr int kColumns = 16, kChunks = Tile::kHeadDim / kColumns;
   static constexpr int kCount = Tile::kKeys * kChunks;
   static constexpr int kTurns = (kCount + Tile::kThreads - 1) / Tile::kThreads;
   // Codes of keys, codes of values, and two words of scales for each chunk.
-  static constexpr int kBytes = kCount * (2 * kColumns + 8);
+  static constexpr int kScratchBytes = kCount * (2 * kColumns + 8);
+  static_assert(Tile::kHeadDim % kColumns == 0, "a row is a whole number of chunks");
+  static_assert(kTurns * 4 <= 32, "scale_offsets_ holds four bits for each turn");
 
-  // For each turn where the scale is in its word: two bits for the key's, two for the value's.
-  uint32_t places;
-  static_assert(kTurns * 4 <= 32, "a word holds all places");
+  // Issues the copies of the first tile; the caller commits them. stage: kStage elements, then
+  // kScratchBytes bytes.
+  template <class Source>
+  __device__ void start(T* stage, const Source& source, int first, int last, int head_dim) {
+    fetch(scratch_of(stage), source, first, last, head_dim);
+  }
 
+  // Waits for this thread's copies of the tile at `begin`, widens them, issues the copies of the
+  // tile after it if there are more, and returns the stage: keys, then values. A barrier must
+  // follow.
+  template <class Source>
+  __device__ const T* load_stage(T* stage, const Source& source, int begin, bool more, int last,
+                                 int head_dim) {
+    cp_async_wait<0>();
+    widen(stage, scratch_of(stage));
+    if (more) {
+      fetch(scratch_of(stage), source, begin + Tile::kKeys, last, head_dim);
+      cp_async_commit();
+    }
+    return stage;
+  }
+
+ private:
+  __device__ static uint8_t* scratch_of(T* stage) {
+    return reinterpret_cast<uint8_t*>(stage + Tile::kStage);
+  }
   __device__ static int chunk(int turn) {
     return turn * Tile::kThreads + static_cast<int>(threadIdx.x);
   }
   __device__ static bool has(int turn) {
     return kCount % Tile::kThreads == 0 || chunk(turn) < kCount;
   }
-  __device__ static uint8_t* codes_of(uint8_t* room, int chunk) { return room + chunk * kColumns; }
-  __device__ static uint2* scales_of(uint8_t* room, int chunk) {
-    return reinterpret_cast<uint2*>(room + 2 * kCount * kColumns) + chunk;
+  __device__ static uint8_t* codes_of(uint8_t* scratch, int chunk) {
+    return scratch + chunk * kColumns;
+  }
+  __device__ static uint2* scales_of(uint8_t* scratch, int chunk) {
+    return reinterpret_cast<uint2*>(scratch + 2 * kCount * kColumns) + chunk;
   }
 
   // 16 codes of a row, fewer at its end.
@@ -52,27 +80,27 @@ struct Kv8Share {
     }
   }
 
-  // Starts copying tokens first..first + kKeys; nothing from last on, whatever lies there: a scale
-  // of 0 stands for it. Two turns at a time: all at once would not fit the registers.
+  // Issues the copies of tokens first..first + kKeys. Tokens from `last` on are not read: they get
+  // a scale of 0. Two turns at a time: all at once would not fit the registers.
   template <class Source>
-  __device__ void fetch(uint8_t* room, const Source& source, int first, int last, int head_dim) {
-    places = 0;
+  __device__ void fetch(uint8_t* scratch, const Source& source, int first, int last, int head_dim) {
+    scale_offsets_ = 0;
 #pragma unroll 2
     for (int turn = 0; turn < kTurns; ++turn) {
       if (!has(turn)) continue;
       const int i = chunk(turn), r = i / kChunks, column = i % kChunks * kColumns;
-      uint2* scales = scales_of(room, i);
+      uint2* scales = scales_of(scratch, i);
       if (first + r >= last || column >= head_dim) {
         *scales = make_uint2(0, 0);
         continue;
       }
       Kv8Row k, v;
       source.locate(first + r, &k, &v);
-      copy(codes_of(room, i), k.codes + column, head_dim - column, source.wide);
-      copy(codes_of(room, kCount + i), v.codes + column, head_dim - column, source.wide);
-      const uint32_t k_place = copy_scale(&scales->x, k.scale);
-      const uint32_t v_place = copy_scale(&scales->y, v.scale);
-      places |= (k_place | v_place << 2) << turn * 4;
+      copy(codes_of(scratch, i), k.codes + column, head_dim - column, source.wide);
+      copy(codes_of(scratch, kCount + i), v.codes + column, head_dim - column, source.wide);
+      const uint32_t k_offset = copy_scale(&scales->x, k.scale);
+      const uint32_t v_offset = copy_scale(&scales->y, v.scale);
+      scale_offsets_ |= (k_offset | v_offset << 2) << turn * 4;
     }
   }
 
@@ -84,33 +112,39 @@ struct Kv8Share {
     out[1] = make_uint4(x[4], x[5], x[6], x[7]);
   }
 
-  // After the copies have arrived: keys, then values, as copy_keys leaves them.
-  __device__ void widen(T* tile, uint8_t* room) const {
+  // Writes the stage in the layout of copy_keys. The copies must have arrived.
+  __device__ void widen(T* stage, uint8_t* scratch) const {
 #pragma unroll 2
     for (int turn = 0; turn < kTurns; ++turn) {
       if (!has(turn)) continue;
       const int i = chunk(turn);
-      const uint2 scales = *scales_of(room, i);
-      const uint32_t place = places >> turn * 4;
-      T* to = tile + i / kChunks * Tile::kRow + i % kChunks * kColumns;
-      widen_chunk(to, codes_of(room, i), scale_in_word(scales.x, place & 3u));
-      widen_chunk(to + Tile::kKeys * Tile::kRow, codes_of(room, kCount + i),
-                  scale_in_word(scales.y, place >> 2 & 3u));
+      const uint2 scales = *scales_of(scratch, i);
+      const uint32_t offsets = scale_offsets_ >> turn * 4;
+      T* to = stage + i / kChunks * Tile::kRow + i % kChunks * kColumns;
+      widen_chunk(to, codes_of(scratch, i), scale_in_word(scales.x, offsets & 3u));
+      widen_chunk(to + Tile::kKeys * Tile::kRow, codes_of(scratch, kCount + i),
+                  scale_in_word(scales.y, offsets >> 2 & 3u));
     }
   }
+
+  // For each turn the offsets of the scales in their words: two bits for the key's, two for the
+  // value's.
+  uint32_t scale_offsets_;
 };
 
 template <class T, int kHeadDim, int kKeys, int kWarps>
 struct Kv8SoftmaxTile : SoftmaxTile<T, kHeadDim, kKeys, kWarps> {
   using Base = SoftmaxTile<T, kHeadDim, kKeys, kWarps>;
-  static constexpr bool kEightBit = true;
-  // By itself the compiler fits three of the widest into sm_80, and spills for it.
+  template <class Tile>
+  using Loader = Kv8StageLoader<Tile>;
+  // By default the compiler fits three blocks of the widest tile into an sm_80 multiprocessor, and
+  // spills registers for it.
   static constexpr int kBlocks = kHeadDim == 128 && kWarps > 1 ? 1 : 0;
   static constexpr int kSharedBytes =
-      (Base::kQueries * Base::kRow + Base::kStage) * 2 + Kv8Share<Base>::kBytes;
+      (Base::kQueries * Base::kRow + Base::kStage) * 2 + Kv8StageLoader<Base>::kScratchBytes;
 };
 
-// Of plain products: codes and their scale as a number. Without codes: not there.
+// Row of the plain products: codes, and their scale as a number. codes null: no row.
 struct Kv8PlainRow {
   const uint8_t* codes = nullptr;
   float scale = 0.0f;
@@ -123,7 +157,7 @@ __device__ inline float element_of(const Kv8PlainRow& row, int column) {
 template <class T, int kColumns>
 struct Kv8PlainTile : PlainTile<T, kColumns> {
   using Row = Kv8PlainRow;
-  static constexpr bool kRowByRow = true;  // several would spill on sm_80
+  static constexpr bool kRowByRow = true;  // reading several spills registers on sm_80
   template <class Source>
   __device__ static Row key(const Source& source, int s) {
     Kv8Row k, v;

@@ -1,6 +1,6 @@
 // Launching kernels from host code, on a GPU or in the emulation. Launchers are extern "C", take
 // raw pointers, sizes, strides in elements, a device index and a stream, and return 0 or a
-// cudaError_t; variant_cuda_error_text says it in words.
+// cudaError_t; variant_cuda_error_text returns its text.
 #pragma once
 
 #include <cstddef>
@@ -39,7 +39,7 @@ int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, voi
   return cudaGetLastError();
 }
 
-// The device is the current one while this lives.
+// Makes the device current during this object's lifetime.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -66,7 +66,7 @@ inline int multiprocessors(int device) {
 
 #else
 
-// Where a launch was written: the conversion from dim3 happens there.
+// Source location of a launch: the conversion from dim3 takes place there.
 struct Grid {
   Grid(dim3 size, Site site = Site::here()) : size(size), site(site) {}
   Grid(unsigned x, Site site = Site::here()) : size(x), site(site) {}
@@ -92,7 +92,7 @@ class DeviceGuard {
   ~DeviceGuard() {}
 };
 
-// Few, so that small tests reach the paths that share work between blocks.
+// A small number, so that small tests reach the paths that share work between blocks.
 inline int multiprocessors(int) { return 4; }
 
 #endif

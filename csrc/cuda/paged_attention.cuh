@@ -1,5 +1,5 @@
-// Paged attention: the rows of K and V are found through the page table while they are copied. The
-// kernels and their launch, for pages of the queries' dtype and for those of 8 bits.
+// Paged attention: copies look the rows of K and V up in the page table. The kernels and their
+// launches, for pages of the queries' dtype and for 8-bit pages.
 #pragma once
 
 #include "launch.h"
@@ -9,13 +9,28 @@
 
 namespace variant::cuda {
 
+// View of one head in all pages.
+template <class Element>
+struct HeadPages {
+  const Element* data;
+  int64_t page_stride, slot_stride;
+
+  __device__ const Element* row(int page, int64_t slot) const {
+    return data + page * page_stride + slot * slot_stride;
+  }
+};
+template <class Element>
+__device__ inline HeadPages<Element> pages_of_head(const HeadView& pages, int64_t h) {
+  return {row<Element>(pages, 0, 0, h), pages.batch_stride, pages.token_stride};
+}
+
 // One tile of queries of one head of one sequence, and one part of its keys.
 template <class T, class Page = T>
 struct PagedSource {
   const T* q;
-  const Page *k_pages, *v_pages;
+  HeadPages<Page> k_pages, v_pages;
   const int32_t* table;
-  int64_t q_stride, k_page_stride, k_slot_stride, v_page_stride, v_slot_stride;
+  int64_t q_stride;
   int queries, page_size, page_shift, num_pages, first, last;
 
   __device__ const T* query(int r) const { return r < queries ? q + r * q_stride : nullptr; }
@@ -30,18 +45,18 @@ struct PagedSource {
   __device__ void locate(int s, const Page** k, const Page** v) const {
     int64_t slot;
     const int page = find(s, &slot);
-    *k = k_pages + page * k_page_stride + slot * k_slot_stride;
-    *v = v_pages + page * v_page_stride + slot * v_slot_stride;
+    *k = k_pages.row(page, slot);
+    *v = v_pages.row(page, slot);
   }
 };
 
 struct PagedParams {
   PagedAttentionArgs a;
-  int page_shift;  // page_size is 1 << page_shift; -1: it is no power of two
+  int page_shift;  // page_size is 1 << page_shift; -1: not a power of two
   float scale_log2;
   bool negate;
 
-  // What differs for 8-bit pages: paged_attention_kv8.cuh.
+  // Types and functions that 8-bit pages replace (paged_attention_kv8.cuh).
   template <class T>
   using Source = PagedSource<T>;
   template <class T, int kHeadDim, int kKeys, int kWarps>
@@ -49,14 +64,14 @@ struct PagedParams {
   template <class T, int kColumns>
   using PlainTile = cuda::PlainTile<T, kColumns>;
   template <class T>
-  __device__ void add_to(PagedSource<T>&, int64_t) const {}
+  __device__ void set_scales(PagedSource<T>&, int64_t) const {}
   bool fits_tiles() const {
     return is_aligned(a.q, 2) && is_aligned(a.k_pages, 2) && is_aligned(a.v_pages, 2);
   }
 };
 
-// Where the results of this block go.
-struct PagedPlace {
+// The index of each row that this block writes.
+struct OutputIndex {
   int64_t b, h, t, split;
 
   // Of row r of the tile in (B, T, H) or (S, B, T, H).
@@ -65,8 +80,9 @@ struct PagedPlace {
   }
 };
 
+// Fills the source of one block and returns the index of its results.
 template <class Tile, class Page>
-__device__ inline PagedPlace place_of_block(const PagedParams& p,
+__device__ inline OutputIndex tile_of_block(const PagedParams& p,
                                             PagedSource<typename Tile::T, Page>& source) {
   using T = typename Tile::T;
   const PagedAttentionArgs& a = p.a;
@@ -80,10 +96,10 @@ __device__ inline PagedPlace place_of_block(const PagedParams& p,
   const int split = rest / static_cast<unsigned>(a.batch);
   const int t = tile * Tile::kQueries;
 
-  const int room = static_cast<int>(a.entries * a.page_size);
+  const int capacity = static_cast<int>(a.entries * a.page_size);
   int length = a.kv_lens[b];
-  length = length < 0 ? 0 : length > room ? room : length;
-  // Every part a whole number of tiles: only the last has a boundary.
+  length = length < 0 ? 0 : length > capacity ? capacity : length;
+  // Parts are whole numbers of tiles; only the last part has a boundary.
   const int splits = static_cast<int>(a.splits);
   const int part = ((length + splits - 1) / splits + Tile::kKeys - 1) / Tile::kKeys * Tile::kKeys;
   source.first = split * part;
@@ -91,12 +107,8 @@ __device__ inline PagedPlace place_of_block(const PagedParams& p,
   source.queries = static_cast<int>(a.tokens - t < Tile::kQueries ? a.tokens - t : Tile::kQueries);
   source.q = row<T>(a.q, b, t, h);
   source.q_stride = a.q.token_stride;
-  source.k_pages = row<Page>(a.k_pages, 0, 0, h);
-  source.v_pages = row<Page>(a.v_pages, 0, 0, h);
-  source.k_page_stride = a.k_pages.batch_stride;
-  source.k_slot_stride = a.k_pages.token_stride;
-  source.v_page_stride = a.v_pages.batch_stride;
-  source.v_slot_stride = a.v_pages.token_stride;
+  source.k_pages = pages_of_head<Page>(a.k_pages, h);
+  source.v_pages = pages_of_head<Page>(a.v_pages, h);
   source.table = a.page_table + b * a.page_table_stride;
   source.page_size = static_cast<int>(a.page_size);
   source.page_shift = p.page_shift;
@@ -109,8 +121,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) paged_attention
   using T = typename Tile::T;
   const PagedAttentionArgs& a = p.a;
   typename Params::template Source<T> source;
-  const PagedPlace place = place_of_block<Tile>(p, source);
-  p.add_to(source, place.h);
+  const OutputIndex index = tile_of_block<Tile>(p, source);
+  p.set_scales(source, index.h);
   const int head_dim = static_cast<int>(a.head_dim);
   SoftmaxState<Tile> state;
   attend_tile<Tile>(dynamic_shared<T>(), source, source.first, source.last, head_dim, p.scale_log2,
@@ -119,14 +131,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) paged_attention
     T* out = static_cast<T*>(a.out);
     write_tile<Tile>(state, source.queries, head_dim,
                      [&](int r, int column, float first, float second) {
-                       T* to = out + place(a, r) * a.head_dim + column;
+                       T* to = out + index(a, r) * a.head_dim + column;
                        *reinterpret_cast<uint32_t*>(to) = pack2<T>(first, second);
                      });
     return;
   }
   write_tile<Tile>(state, source.queries, head_dim,
                    [&](int r, int column, float first, float second) {
-                     float* to = a.partial + place(a, r) * a.head_dim + column;
+                     float* to = a.partial + index(a, r) * a.head_dim + column;
                      *reinterpret_cast<float2*>(to) = make_float2(first, second);
                    });
   const int lane = threadIdx.x % kWarp;
@@ -134,7 +146,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) paged_attention
   for (int half = 0; half < 2; ++half) {
     const int r = static_cast<int>(threadIdx.x) / kWarp * 16 + half * 8 + lane / 4;
     if (lane % 4 != 0 || r >= source.queries) continue;
-    a.lse[place(a, r)] = state.largest[half] * p.scale_log2 + log2f(state.total[half]);
+    a.lse[index(a, r)] = state.largest[half] * p.scale_log2 + log2f(state.total[half]);
   }
 }
 
@@ -143,15 +155,15 @@ __global__ void __launch_bounds__(Tile::kThreads) paged_attention_plain_kernel(P
   using T = typename Tile::T;
   const PagedAttentionArgs& a = p.a;
   typename Params::template Source<T> source;
-  const PagedPlace place = place_of_block<Tile>(p, source);
-  p.add_to(source, place.h);
+  const OutputIndex index = tile_of_block<Tile>(p, source);
+  p.set_scales(source, index.h);
   const int head_dim = static_cast<int>(a.head_dim);
   PlainState<Tile> state;
   attend_plain<Tile>(dynamic_shared<float>(), source, source.first, source.last, head_dim,
                      p.scale_log2, p.negate, state);
   const bool whole = a.splits == 1;
   write_plain<Tile>(state, source.queries, head_dim, [&](int r, int column, float value) {
-    const int64_t to = place(a, r) * a.head_dim + column;
+    const int64_t to = index(a, r) * a.head_dim + column;
     if (whole) {
       static_cast<T*>(a.out)[to] = narrow<T>(value);
     } else {
@@ -163,7 +175,7 @@ __global__ void __launch_bounds__(Tile::kThreads) paged_attention_plain_kernel(P
   for (int i = 0; i < Tile::kPerWarp; ++i) {
     const int r = static_cast<int>(threadIdx.x) / kWarp * Tile::kPerWarp + i;
     if (threadIdx.x % kWarp != 0 || r >= source.queries) continue;
-    a.lse[place(a, r)] = state.largest[i] * p.scale_log2 + log2f(state.total[i]);
+    a.lse[index(a, r)] = state.largest[i] * p.scale_log2 + log2f(state.total[i]);
   }
 }
 
@@ -179,7 +191,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp)
   if (r >= rows) return;
   float largest = kMinusInfinity;
   for (int s = 0; s < splits; ++s) largest = fmaxf(largest, lse[s * rows + r]);
-  // Without a key every part weighs nothing. NaN is no maximum but reaches the sum.
+  // Without keys the weights of all parts are zero. fmaxf ignores NaN, but the sum does not.
   const float origin = largest == kMinusInfinity ? 0.0f : largest;
   float total = 0.0f;
   for (int s = 0; s < splits; ++s) total += ex2(lse[s * rows + r] - origin);
@@ -247,14 +259,15 @@ int forward(const Params& p, void* stream) {
                 static_cast<int>(a.splits), static_cast<int>(a.head_dim));
 }
 
-// p.a is given; what follows from it is filled in.
-inline void complete(PagedParams& p) {
+// Derives the other parameters from p.a.
+inline void derive_params(PagedParams& p) {
   const PagedAttentionArgs& a = p.a;
   p.page_shift = -1;
   for (int shift = 0; shift < 31; ++shift) {
     if (a.page_size == int64_t{1} << shift) p.page_shift = shift;
   }
-  // A scale of zero would turn masked scores into visible ones; this one is zero to every sum.
+  // A scale of zero would turn masked scores of -inf into NaN; 1e-30 gives the results of zero
+  // without that.
   const float size = a.softmax_scale < 0.0f ? -a.softmax_scale : a.softmax_scale;
   p.scale_log2 = (size > 1e-30f ? size : 1e-30f) * 1.4426950408889634f;
   p.negate = a.softmax_scale < 0.0f;
@@ -262,7 +275,7 @@ inline void complete(PagedParams& p) {
 
 template <class Params>
 int forward(Params p, void* stream) {
-  complete(p);
+  derive_params(p);
   switch (p.a.dtype) {
     case DType::kFloat32:
       return forward<float>(p, stream);

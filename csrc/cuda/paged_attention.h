@@ -9,12 +9,12 @@ namespace variant::cuda {
 struct PagedAttentionArgs {
   int64_t batch, tokens, heads, head_dim;
   int64_t num_pages, page_size, entries;  // entries of a sequence's row in the page table
-  // Parts that the keys of a sequence are split into, each its own block; a second pass combines
-  // them. With 1, partial and lse are not looked at.
+  // Number of parts that the keys of a sequence are split into, each with its own block; a second
+  // kernel combines them. With 1, partial and lse are not used.
   int64_t splits;
   HeadView q, k_pages, v_pages;
-  // Nobody has looked at the values: lengths are clamped to what the table holds, pages to the
-  // pool.
+  // Values are not validated on a GPU: kernels clamp lengths to the table's capacity and page
+  // numbers to the pool.
   const int32_t* page_table;
   int64_t page_table_stride;
   const int32_t* kv_lens;  // (B,); 0 gives zeros
@@ -25,7 +25,7 @@ struct PagedAttentionArgs {
   DType dtype;  // of q and out; of the pages too, unless they have scales
 };
 
-// Pages are e4m3 codes with scales, (P, N, H) E8M0 bytes; their strides' last is 1.
+// Pages are e4m3 codes with scales, (P, N, H) E8M0 bytes; their last stride is 1.
 struct PagedAttentionKv8Args {
   PagedAttentionArgs op;
   HeadView k_scales, v_scales;

@@ -1,4 +1,4 @@
-// Paged attention over 8-bit pages: what differs from pages of the queries' dtype.
+// Paged attention over 8-bit pages: the parts that differ from pages of the queries' dtype.
 #pragma once
 
 #include "kv8_tiles.cuh"
@@ -8,17 +8,16 @@ namespace variant::cuda {
 
 template <class T>
 struct PagedKv8Source : PagedSource<T, uint8_t> {
-  const uint8_t *k_scales, *v_scales;
-  int64_t k_scale_page_stride, k_scale_slot_stride, v_scale_page_stride, v_scale_slot_stride;
+  HeadPages<uint8_t> k_scales, v_scales;
   bool wide;  // rows start at multiples of 16 bytes, not only of 8
 
   __device__ void locate(int s, Kv8Row* k, Kv8Row* v) const {
     int64_t slot;
     const int page = this->find(s, &slot);
-    k->codes = this->k_pages + page * this->k_page_stride + slot * this->k_slot_stride;
-    v->codes = this->v_pages + page * this->v_page_stride + slot * this->v_slot_stride;
-    k->scale = k_scales + page * k_scale_page_stride + slot * k_scale_slot_stride;
-    v->scale = v_scales + page * v_scale_page_stride + slot * v_scale_slot_stride;
+    k->codes = this->k_pages.row(page, slot);
+    v->codes = this->v_pages.row(page, slot);
+    k->scale = k_scales.row(page, slot);
+    v->scale = v_scales.row(page, slot);
   }
 };
 
@@ -34,13 +33,9 @@ struct PagedKv8Params : PagedParams {
   using PlainTile = Kv8PlainTile<T, kColumns>;
 
   template <class T>
-  __device__ void add_to(PagedKv8Source<T>& source, int64_t h) const {
-    source.k_scales = row<uint8_t>(k_scales, 0, 0, h);
-    source.v_scales = row<uint8_t>(v_scales, 0, 0, h);
-    source.k_scale_page_stride = k_scales.batch_stride;
-    source.k_scale_slot_stride = k_scales.token_stride;
-    source.v_scale_page_stride = v_scales.batch_stride;
-    source.v_scale_slot_stride = v_scales.token_stride;
+  __device__ void set_scales(PagedKv8Source<T>& source, int64_t h) const {
+    source.k_scales = pages_of_head<uint8_t>(k_scales, h);
+    source.v_scales = pages_of_head<uint8_t>(v_scales, h);
     source.wide = wide;
   }
   explicit PagedKv8Params(const PagedAttentionKv8Args& args)

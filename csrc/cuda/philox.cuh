@@ -7,9 +7,9 @@
 
 namespace variant::cuda {
 
-// In [0, 1): the first 53 bits of the block keyed by (seed, image, place).
-__device__ inline double philox_uniform(uint64_t seed, uint64_t image, uint32_t place) {
-  uint32_t c0 = place, c1 = 0;
+// In [0, 1): the first 53 bits of the block keyed by (seed, image, position).
+__device__ inline double philox_uniform(uint64_t seed, uint64_t image, uint32_t position) {
+  uint32_t c0 = position, c1 = 0;
   uint32_t c2 = static_cast<uint32_t>(image), c3 = static_cast<uint32_t>(image >> 32);
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll

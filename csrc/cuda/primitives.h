@@ -1,5 +1,5 @@
-// One function per instruction that C++ cannot express: PTX under nvcc, elsewhere a body that the
-// CPU runs. Kernels call these and CUDA's own intrinsics, never asm.
+// One function per instruction that C++ cannot express: PTX under nvcc, a CPU implementation
+// elsewhere. Kernels call these and CUDA's own intrinsics, never asm.
 #pragma once
 
 #include <cstdint>
@@ -48,7 +48,8 @@ __device__ __forceinline__ float rcp(float x) {
 #endif
 }
 
-// Two floats rounded to T in one register, the first in the low half; and back.
+// Rounds two floats to T and packs them into one register, the first in the low half; and the
+// reverse.
 template <class T>
 __device__ __forceinline__ uint32_t pack2(float low, float high);
 template <>
@@ -109,7 +110,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
 }
 
 // Copies 16 bytes from global to shared memory without waiting; both addresses are multiples of 16.
-// Of the source only bytes_read (0 to 16) are read, the rest becomes zeros.
+// Reads only bytes_read (0 to 16) bytes of the source and fills the rest with zeros.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes_read = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(__cvta_generic_to_global(global)), "r"(bytes_read)
@@ -129,14 +130,14 @@ __device__ __forceinline__ void cp_async_4(void* shared, const void* global, int
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// Waits until at most kPending of this thread's newest groups are under way. Other threads see
-// the data after a barrier.
+// Waits until at most kPending of this thread's groups are in flight. Other threads see the data
+// after a barrier.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// 8x8 matrices of 16-bit elements: lane 8i + r brings the shared address of row r of matrix i.
+// 8x8 matrices of 16-bit elements: lane 8i + r passes the shared address of row r of matrix i.
 __device__ __forceinline__ void ldmatrix_x1(uint32_t (&r)[1], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
                : "=r"(r[0])

@@ -12,10 +12,10 @@ namespace {
 template <class T, int kLanes, bool kAligned>
 __global__ void __launch_bounds__(kRowThreads) qk_norm_forward_kernel(QkNormForwardArgs a) {
   const int64_t column = threadIdx.x % kLanes * kEight;
-  const RowPlace at = place_of_row<kLanes>(a);
-  const int64_t r = at.r, b = at.b, t = at.t, h = at.h;
-  // Lanes without work take part in the sums.
-  const bool works = at.inside && column < a.head_dim;
+  const RowIndex index = index_of_row<kLanes>(a);
+  const int64_t r = index.r, b = index.b, t = index.t, h = index.h;
+  // Lanes without work also call the reductions.
+  const bool works = index.inside && column < a.head_dim;
   float q[kEight] = {}, k[kEight] = {};
   float factor = 0.0f;
   if (works) {
@@ -51,7 +51,7 @@ __device__ inline float backward_row(const float (&g)[kEight], float (&x)[kEight
   return dot;
 }
 
-// A block takes one head of a piece of the tokens; the groups of lanes take its tokens in turns.
+// A block processes one head of a piece of the tokens; its groups of lanes take the tokens in turn.
 template <class T, int kLanes, bool kAligned>
 __global__ void __launch_bounds__(kRowThreads) qk_norm_backward_kernel(QkNormBackwardCudaArgs all) {
   constexpr int kGroups = kRowThreads / kLanes;

@@ -1,4 +1,5 @@
-// A few lanes for each (token, head): its query to the output, its key and value to their slot.
+// A few lanes for each (token, head) write its query to the output, its key and value to their
+// slot.
 #include "qk_norm_append_paged_kv.h"
 
 #include <type_traits>
@@ -14,13 +15,13 @@ __global__ void __launch_bounds__(kRowThreads)
     qk_norm_append_paged_kv_kernel(QkNormAppendPagedKvCudaArgs all) {
   const QkNormAppendPagedKvArgs& a = all.op;
   const int64_t column = threadIdx.x % kLanes * kEight;
-  const RowPlace at = place_of_row<kLanes>(a);
-  const int64_t r = at.r, b = at.b, t = at.t, h = at.h;
-  // Lanes without work take part in the sums.
-  const bool works = at.inside && column < a.head_dim;
+  const RowIndex index = index_of_row<kLanes>(a);
+  const int64_t r = index.r, b = index.b, t = index.t, h = index.h;
+  // Lanes without work also call the reductions.
+  const bool works = index.inside && column < a.head_dim;
   const int64_t slot = works ? a.slots[b * a.tokens + t] : -1;
   const bool stored = slot >= 0 && slot < all.num_pages * a.page_size;
-  // All reads first, so that they are under way together.
+  // All loads are issued first, so that their latencies overlap.
   float q[kEight] = {}, k[kEight] = {}, v[kEight] = {};
   if (stored) {
     load_eight<kAligned>(row<T>(a.k, b, t, h) + column, k);

@@ -1,5 +1,5 @@
-// qk_norm and append_paged_kv in one pass: the projection is read once, normalised keys and the
-// values go straight to their pages.
+// qk_norm and append_paged_kv in one pass: reads the projection once and writes normalised keys and
+// the values to their pages.
 #pragma once
 
 #include "../include/qk_norm_append_paged_kv.h"
@@ -9,12 +9,12 @@ namespace variant::cuda {
 // B, T and H are positive.
 struct QkNormAppendPagedKvCudaArgs {
   QkNormAppendPagedKvArgs op;
-  // Nobody has looked at the slots: one past the last page is skipped like a negative one.
+  // Slots are not validated on a GPU: a slot past the last page is skipped like a negative one.
   int64_t num_pages;
 };
 
-// Into 8-bit pages, and each row's scale to (P, N, H), whose last stride is 1. scale_mul null:
-// append_paged_kv.
+// The same for 8-bit pages. Scales are (P, N, H), one a row; their last stride is 1. With scale_mul
+// null this is append_paged_kv.
 struct QkNormAppendPagedKv8Args {
   QkNormAppendPagedKvCudaArgs all;
   uint8_t *k_scales, *v_scales;

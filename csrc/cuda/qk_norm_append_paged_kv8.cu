@@ -1,5 +1,5 @@
 // qk_norm_append_paged_kv into 8-bit pages; without a norm it is append_paged_kv. A few lanes for
-// each (token, head), which agree on the scale.
+// each (token, head) reduce its largest magnitude and use one scale.
 #include "kv8.cuh"
 #include "launch.h"
 #include "qk_norm_append_paged_kv.h"
@@ -12,7 +12,7 @@ struct LargestBits {
   __device__ uint32_t operator()(uint32_t a, uint32_t b) const { return a > b ? a : b; }
 };
 
-// Where a lane's eight codes go, and the row's scale. kLanes lanes call together.
+// Addresses of a lane's eight codes and of the row's scale. kLanes lanes call together.
 template <int kLanes, bool kAligned>
 __device__ inline void store_row(const float (&x)[kEight], bool stored, uint8_t* codes,
                                  uint8_t* scale_to) {
@@ -42,10 +42,10 @@ __global__ void __launch_bounds__(kRowThreads)
     qk_norm_append_paged_kv8_kernel(QkNormAppendPagedKv8Args args) {
   const QkNormAppendPagedKvArgs& a = args.all.op;
   const int64_t column = threadIdx.x % kLanes * kEight;
-  const RowPlace at = place_of_row<kLanes>(a);
-  const int64_t r = at.r, b = at.b, t = at.t, h = at.h;
-  // Lanes without work take part in the sums and maxima.
-  const bool works = at.inside && column < a.head_dim;
+  const RowIndex index = index_of_row<kLanes>(a);
+  const int64_t r = index.r, b = index.b, t = index.t, h = index.h;
+  // Lanes without work also call the reductions.
+  const bool works = index.inside && column < a.head_dim;
   const int64_t slot = works ? a.slots[b * a.tokens + t] : -1;
   const bool stored = slot >= 0 && slot < args.all.num_pages * a.page_size;
   float q[kEight] = {}, k[kEight] = {}, v[kEight] = {};
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kRowThreads)
     normalise<T, kLanes>(q, factor);
     normalise<T, kLanes>(k, 1.0f);
     if (works) store_eight<true>(static_cast<T*>(a.q_out) + r * a.head_dim + column, q);
-    // What qk_norm would have returned.
+    // The value that qk_norm returns.
 #pragma unroll
     for (int i = 0; i < kEight; ++i) k[i] = widen(narrow<T>(k[i]));
   }

@@ -1,5 +1,5 @@
-// One head of one token: kLanes neighbouring lanes hold it, eight elements each. What qk_norm and
-// its fused form share.
+// One head of one token, held by kLanes neighbouring lanes with eight elements each. Shared by
+// qk_norm and its fused op.
 #pragma once
 
 #include <type_traits>
@@ -13,17 +13,17 @@ namespace variant::cuda {
 
 constexpr int kRowThreads = 256;
 
-// Rows are counted in 32 bits: a division of 64 takes as long as the rest of a row.
+// Rows are counted in 32 bits: a 64-bit division takes as long as the rest of a row.
 constexpr int64_t kMostRows = (int64_t{1} << 31) - kRowThreads;
 
-struct RowPlace {
+struct RowIndex {
   int64_t r, b, t, h;
   bool inside;
 };
 
 // The (b, t, h) of this thread's group of lanes.
 template <int kLanes, class Args>
-__device__ inline RowPlace place_of_row(const Args& a) {
+__device__ inline RowIndex index_of_row(const Args& a) {
   const unsigned heads = static_cast<unsigned>(a.heads), tokens = static_cast<unsigned>(a.tokens);
   const unsigned rows = static_cast<unsigned>(a.batch) * tokens * heads;
   const unsigned r = blockIdx.x * (kRowThreads / kLanes) + threadIdx.x / kLanes;
@@ -63,7 +63,7 @@ __device__ inline void normalise(float (&x)[kEight], float factor) {
   }
 }
 
-// Calls f(integral constant) with the lanes that a head of this width takes: a power of two.
+// Calls f(integral constant) with the number of lanes for a head of this width, a power of two.
 template <class F>
 int with_lanes(int64_t head_dim, const F& f) {
   return head_dim <= 16    ? f(std::integral_constant<int, 2>())

@@ -28,16 +28,16 @@ __device__ inline T reduce_lanes(T x, Op op) {
   return x;
 }
 
-// Over the block; every thread gets the result. `room`: shared, one T per warp; free again at once.
+// Over the block; every thread gets the result. scratch: shared, one T a warp; free on return.
 template <class T, class Op>
-__device__ inline T reduce_block(T x, T* room, Op op) {
+__device__ inline T reduce_block(T x, T* scratch, Op op) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int warps = blockDim.x / kWarp;
   x = reduce_lanes<kWarp>(x, op);
-  if (lane == 0) room[warp] = x;
+  if (lane == 0) scratch[warp] = x;
   __syncthreads();
-  x = room[0];
-  for (int i = 1; i < warps; ++i) x = op(x, room[i]);
+  x = scratch[0];
+  for (int i = 1; i < warps; ++i) x = op(x, scratch[i]);
   __syncthreads();
   return x;
 }

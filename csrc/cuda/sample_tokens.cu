@@ -1,7 +1,7 @@
-// A block takes one row. No sorting: the boundaries of top-k and top-p are found digit by digit in
-// histograms, the first of counts, the second of weights. Weights are exp of a float64 difference,
-// rounded to 45 bits after the point: their sums are exact, so a token depends neither on the order
-// of additions nor on the GPU.
+// A block samples one row. Instead of sorting, it finds the thresholds of top-k and top-p digit by
+// digit in histograms, of counts for top-k and of weights for top-p. Weights are exp of a float64
+// difference, rounded to 45 bits after the point: their sums are exact, so a token depends neither
+// on the order of additions nor on the GPU.
 #include "sample_tokens.h"
 
 #include "elements.cuh"
@@ -13,24 +13,25 @@
 namespace variant::cuda {
 namespace {
 
-using Mass = unsigned long long;  // what atomicAdd takes
+using Mass = unsigned long long;  // a type that atomicAdd supports
 
-// What is smaller than 2^-46 of the largest weight never comes up: all of them together are drawn
-// once in 10^9 times.
+// Weights below 2^-46 of the largest become zero: all of them together would be drawn once in 10^9
+// times.
 constexpr double kFixedPoint = 0x1p45;
 constexpr int kBins = 256;
-// First how far below the largest a logit lies, in steps of 1 / kStepsPerUnit, then the four bytes
-// of the number: the bytes alone would crowd most of a row into a few bins of the first histogram.
+// The first digit is the distance from the largest logit in steps of 1 / kStepsPerUnit, the others
+// are the four bytes of the number: with the bytes alone most of a row would fall into a few bins
+// of the first histogram.
 constexpr int kDigits = 5;
 constexpr float kStepsPerUnit = 8.0f;
 
 // exp(d) for d <= 0, to about 3e-10; below -700 as exp(-700).
 __device__ inline double exp_wide(double d) {
   d = d < -700.0 ? -700.0 : d;
-  // Adding 1.5 * 2^52 rounds to a whole number, which then lies in the low bits.
+  // Adding 1.5 * 2^52 rounds to an integer and leaves it in the low bits.
   const double shifted = d * 1.4426950408889634 + 6755399441055744.0;
   const double n = shifted - 6755399441055744.0;
-  // log 2 in two parts: the first has zeros enough for n * it to be exact.
+  // log 2 in two parts: n times the first is exact, because its last bits are zero.
   const double r = (d - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
   double p = r * (1.0 / 40320) + 1.0 / 5040;
   p = p * r + 1.0 / 720;
@@ -44,7 +45,7 @@ __device__ inline double exp_wide(double d) {
   return p * __longlong_as_double((exponent + 1023) << 52);
 }
 
-// Ordered as the floats are; both zeros have one key.
+// Keys have the order of the floats; both zeros have the same key.
 __device__ inline unsigned key_of(float x) {
   const unsigned bits = __float_as_uint(x + 0.0f);
   return bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -54,8 +55,8 @@ __device__ inline float value_of(unsigned key) {
 }
 
 // The guided logits of one row. Entry i = n * kThreads + thread is this thread's n-th, and entries
-// of one n and one warp are a section of 32. kItems > 0: values and weights stay in registers;
-// 0: they are computed anew in every pass, and the row may have any length.
+// of one n and one warp are a section of 32. kItems > 0: values and weights stay in registers; 0:
+// they are recomputed in every pass, and the row may have any length.
 template <class T, int kThreads, int kItems>
 class Row {
  public:
@@ -81,7 +82,7 @@ class Row {
   __device__ int turns() const { return kItems > 0 ? kItems : (vocab_ + kThreads - 1) / kThreads; }
   __device__ int sections() const { return turns() * kWarps; }
 
-  // f(n, value): every thread of a warp makes the same calls; beyond the row the value is -inf.
+  // f(n, value): all threads of a warp make the same calls; beyond the row the value is -inf.
   template <class F>
   __device__ void each(const F& f) const {
     if constexpr (kItems > 0) {
@@ -113,7 +114,7 @@ class Row {
   }
 
  private:
-  // a = (1 + t) c - t u, each product rounded. t = 0 does not look at u.
+  // a = (1 + t) c - t u, each product rounded. With t = 0 u is not read.
   __device__ float load(int i) const {
     if (i >= vocab_) return -__builtin_huge_valf();
     const float c = widen(cond_[i]);
@@ -130,8 +131,8 @@ class Row {
 
 struct Edge {
   unsigned key;  // of the value at the boundary
-  Mass before;   // measure of everything before it
-  Mass equal;    // measure of its equals
+  Mass before;   // measure of all entries before it
+  Mass equal;    // measure of the entries equal to it
 };
 
 struct Histogram {
@@ -140,8 +141,8 @@ struct Histogram {
   Mass before, inside;
 };
 
-// By warp 0: the first bin with which the running sum passes `limit`, or the last that is not
-// empty.
+// Called by warp 0. Finds the first bin with which the running sum exceeds `limit`, or the last bin
+// that is not empty.
 __device__ inline void find_bin(Histogram& h, Mass limit) {
   constexpr int kPerLane = kBins / kWarp;
   const int lane = threadIdx.x;
@@ -166,13 +167,13 @@ __device__ inline void find_bin(Histogram& h, Mass limit) {
   h.before = before;
 }
 
-// In descending order of values if kFromTop, else ascending: the first value with which the running
-// sum of measure(n, value) passes `limit`; the last that measures anything, if none does.
+// Returns the first value, in descending order if kFromTop, else ascending, with which the running
+// sum of measure(n, value) exceeds `limit`; if none does, the last value with a measure above zero.
 template <bool kFromTop, class RowType, class Measure>
 __device__ inline Edge find_edge(const RowType& row, float largest, Mass limit, Histogram& h,
                                  const Measure& measure) {
   Edge edge = {0, 0, 0};
-  int step_wanted = 0;
+  int edge_step = 0;
   for (int digit = 0; digit < kDigits; ++digit) {
     for (int i = threadIdx.x; i < kBins; i += blockDim.x) h.bins[i] = 0;
     __syncthreads();
@@ -184,7 +185,7 @@ __device__ inline Edge find_edge(const RowType& row, float largest, Mass limit, 
       if (digit == 0) {
         bin = kBins - 1 - step;
       } else {
-        if (step != step_wanted) return;
+        if (step != edge_step) return;
         // The bytes before this one; a shift by 32 would be undefined.
         if (digit > 1 && key >> (40 - 8 * digit) != edge.key >> (40 - 8 * digit)) return;
         bin = key >> (32 - 8 * digit) & (kBins - 1);
@@ -195,19 +196,20 @@ __device__ inline Edge find_edge(const RowType& row, float largest, Mass limit, 
     __syncthreads();
     if (threadIdx.x < kWarp) find_bin(h, limit - edge.before);
     __syncthreads();
-    const int found = kFromTop ? kBins - 1 - h.digit : h.digit;
+    const int bin = kFromTop ? kBins - 1 - h.digit : h.digit;
     edge.before += h.before;
     edge.equal = h.inside;
     if (digit == 0) {
-      step_wanted = kBins - 1 - found;
+      edge_step = kBins - 1 - bin;
     } else {
-      edge.key |= static_cast<unsigned>(found) << (32 - 8 * digit);
+      edge.key |= static_cast<unsigned>(bin) << (32 - 8 * digit);
     }
   }
   return edge;
 }
 
-// Replaces each entry by the sum of those before it; returns the sum of all to warp 0, which calls.
+// Called by warp 0. Replaces each entry by the sum of the entries before it and returns the sum of
+// all.
 template <class T>
 __device__ inline T scan_sections(T* sums, int count) {
   T carry = 0;
@@ -237,9 +239,9 @@ __global__ void __launch_bounds__(kThreads, 1) sample_tokens_kernel(SampleTokens
   using RowType = Row<T, kThreads, kItems>;
   constexpr int kWarps = kThreads / kWarp;
   __shared__ Histogram histogram;
-  __shared__ float float_room[kWarps];
-  __shared__ Mass mass_room[kWarps];
-  __shared__ int entry_room[kWarps];
+  __shared__ float float_scratch[kWarps];
+  __shared__ Mass mass_scratch[kWarps];
+  __shared__ int entry_scratch[kWarps];
   __shared__ Mass total_mass;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t r = blockIdx.x, b = r / a.tokens, t = r % a.tokens;
@@ -249,59 +251,59 @@ __global__ void __launch_bounds__(kThreads, 1) sample_tokens_kernel(SampleTokens
   Mass* sums = dynamic_shared<Mass>();  // of sections
   int* ties = reinterpret_cast<int*>(sums + row_values.sections());
 
-  // NaN becomes +inf, beyond the row lies -inf.
+  // NaN counts as +inf; values beyond the row are -inf.
   float largest = -__builtin_huge_valf();
   row_values.each(
       [&](int, float x) { largest = fmaxf(largest, x == x ? x : __builtin_huge_valf()); });
-  largest = reduce_block(largest, float_room, Largest());
-  // Nobody looked at the logits: a row that nothing can be drawn from gives token 0.
+  largest = reduce_block(largest, float_scratch, Largest());
+  // Logits are not validated on a GPU: a row that cannot be sampled gives token 0.
   if (!(largest > -__builtin_huge_valf() && largest < __builtin_huge_valf())) {
     if (threadIdx.x == 0) a.out[r] = 0;
     return;
   }
   row_values.weigh(largest, a.exponential != nullptr);
 
-  unsigned floor = 0;  // keys below it are gone
-  Mass gone = 0;       // and so many of its equals, lower entries first
+  unsigned threshold = 0;  // entries with smaller keys are dropped
+  Mass dropped_ties = 0;   // and this many with an equal key, lower entries first
   if (a.top_k > 0 && a.top_k < a.vocab) {
     const Mass before = static_cast<Mass>(a.top_k - 1);
-    floor = find_edge<true>(row_values, largest, before, histogram, [&](int n, float) {
-              return Mass{RowType::entry(n) < vocab};
-            }).key;
+    threshold = find_edge<true>(row_values, largest, before, histogram, [&](int n, float) {
+                  return Mass{RowType::entry(n) < vocab};
+                }).key;
   }
   if (a.top_p > 0.0 && a.top_p < 1.0) {
-    const auto kept = [&](int n, float x) {
-      return key_of(x) >= floor ? row_values.weight(n, x) : Mass{0};
+    const auto kept_weight = [&](int n, float x) {
+      return key_of(x) >= threshold ? row_values.weight(n, x) : Mass{0};
     };
     Mass total = 0;
-    row_values.each([&](int n, float x) { total += kept(n, x); });
-    total = reduce_block(total, mass_room, Plus());
+    row_values.each([&](int n, float x) { total += kept_weight(n, x); });
+    total = reduce_block(total, mass_scratch, Plus());
     const Mass allowance = static_cast<Mass>((1.0 - a.top_p) * static_cast<double>(total));
-    const Edge edge = find_edge<false>(row_values, largest, allowance, histogram, kept);
+    const Edge edge = find_edge<false>(row_values, largest, allowance, histogram, kept_weight);
     const Mass weight = row_values.weight_of(value_of(edge.key));
-    const Mass equals = edge.equal / weight;
-    const Mass may_go = edge.key == key_of(largest) ? equals - 1 : equals;
-    gone = allowance > edge.before ? (allowance - edge.before) / weight : 0;
-    gone = gone < may_go ? gone : may_go;
-    floor = edge.key;
+    const Mass ties_at_edge = edge.equal / weight;
+    const Mass max_dropped = edge.key == key_of(largest) ? ties_at_edge - 1 : ties_at_edge;
+    dropped_ties = allowance > edge.before ? (allowance - edge.before) / weight : 0;
+    dropped_ties = dropped_ties < max_dropped ? dropped_ties : max_dropped;
+    threshold = edge.key;
   }
-  if (gone > 0) {
+  if (dropped_ties > 0) {
     row_values.each([&](int n, float x) {
-      const unsigned equal = __ballot_sync(kAllLanes, key_of(x) == floor);
+      const unsigned equal = __ballot_sync(kAllLanes, key_of(x) == threshold);
       if (lane == 0) ties[RowType::section(n)] = __popc(equal);
     });
     __syncthreads();
     if (warp == 0) scan_sections(ties, row_values.sections());
     __syncthreads();
   }
-  // The weight that the filters leave; all lanes of a warp call together.
+  // The weight after the filters; all lanes of a warp call together.
   const auto left = [&](int n, float x) {
     const unsigned key = key_of(x);
-    bool stays = key >= floor;
-    if (gone > 0) {
-      const unsigned equal = __ballot_sync(kAllLanes, key == floor);
+    bool stays = key >= threshold;
+    if (dropped_ties > 0) {
+      const unsigned equal = __ballot_sync(kAllLanes, key == threshold);
       const Mass rank = ties[RowType::section(n)] + __popc(equal & ((1u << lane) - 1));
-      stays = stays && !(key == floor && rank < gone);
+      stays = stays && !(key == threshold && rank < dropped_ties);
     }
     return stays ? row_values.weight(n, x) : Mass{0};
   };
@@ -336,12 +338,12 @@ __global__ void __launch_bounds__(kThreads, 1) sample_tokens_kernel(SampleTokens
       best = better(best, other);
     }
     if (lane == 0) {
-      float_room[warp] = best.ratio;
-      entry_room[warp] = best.entry;
+      float_scratch[warp] = best.ratio;
+      entry_scratch[warp] = best.entry;
     }
     __syncthreads();
     if (threadIdx.x != 0) return;
-    for (int i = 1; i < kWarps; ++i) best = better(best, {float_room[i], entry_room[i]});
+    for (int i = 1; i < kWarps; ++i) best = better(best, {float_scratch[i], entry_scratch[i]});
     a.out[r] = best.entry;
     return;
   }
@@ -351,7 +353,7 @@ __global__ void __launch_bounds__(kThreads, 1) sample_tokens_kernel(SampleTokens
                                         static_cast<uint64_t>(a.image_ids[b * a.image_stride]),
                                         static_cast<uint32_t>(a.position + t));
   Mass target = static_cast<Mass>(uniform * static_cast<double>(total));
-  // u * total may round up to the total: then the last entry is meant.
+  // u * total may round up to the total, which selects the last entry.
   target = target < total ? target : total - 1;
   row_values.each([&](int n, float x) {
     const int section = RowType::section(n);

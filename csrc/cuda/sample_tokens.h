@@ -5,7 +5,7 @@
 
 namespace variant::cuda {
 
-// Longest row: weights of 46 bits must add up in 63.
+// The longest row: the sum of its 46-bit weights must fit 63 bits.
 constexpr int64_t kMostEntries = 65536;
 
 // B, T and V are positive.
@@ -13,16 +13,16 @@ struct SampleTokensArgs {
   int64_t batch, tokens, vocab;  // batch: images; logits have 2 * batch rows, conditional first
   TokenView logits;
   double guidance;               // t: a = (1 + t) * conditional - t * unconditional
-  const double* guidance_later;  // null, or where t lies when the kernel runs
+  const double* guidance_later;  // null, or the address from which the kernel reads t
   int64_t top_k;                 // outside 1..V-1: keep all
   double top_p;                  // <= 0 or >= 1: keep all
   int64_t seed;                  // Philox key
-  const int64_t* seed_later;     // null, or where it lies when the kernel runs
+  const int64_t* seed_later;     // null, or the address from which the kernel reads it
   const int64_t* image_ids;      // (B,)
   int64_t image_stride;
   int64_t position;          // of token 0, in its sequence
   const float* exponential;  // (B * T, V) contiguous, or null: Philox
-  int64_t* out;              // (B, T) contiguous; 0 for a row that nothing can be drawn from
+  int64_t* out;              // (B, T) contiguous; 0 for a row that cannot be sampled
   DType dtype;
 };
 

@@ -1,8 +1,8 @@
 // Attention of one tile of queries over a run of keys with plain multiply-adds: float32, and 16-bit
 // tensors whose rows do not start at multiples of 16 bytes. The same Source as softmax_tiles.cuh.
 //
-// A warp owns four queries. For the scores a lane is a key, for the outputs a lane is a column, so
-// that both products read shared memory without conflicts.
+// A warp owns four queries. In the scores a lane holds a key, in the outputs a column, so that both
+// products read shared memory without bank conflicts.
 #pragma once
 
 #include "elements.cuh"
@@ -19,14 +19,15 @@ struct PlainTile {
   static constexpr int kColumns = kColumns_, kWidth = kColumns * kWarp;
   static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kPerWarp = 4;
   static constexpr int kQueries = kWarps * kPerWarp, kKeys = kWarp;
-  // Four floats more: eight lanes that read 16 bytes each of their rows touch all banks.
+  // Four floats of padding: eight lanes that read 16 bytes each, from different rows, touch all
+  // banks.
   static constexpr int kRow = kWidth + 4;
-  // Keys and then values take the same place.
+  // Keys and values use the same memory, one after the other.
   static constexpr int kSharedBytes = (kQueries + kKeys) * kRow * 4;
-  // Whether the compiler may not read several rows at a time.
+  // Whether the loop over rows must not be unrolled.
   static constexpr bool kRowByRow = false;
 
-  // Key and value of token s; a Row that is made of nothing is not there.
+  // Key and value of token s. A default-constructed Row means no row.
   using Row = const T*;
   template <class Source>
   __device__ static Row key(const Source& source, int s) {
@@ -57,7 +58,7 @@ struct PlainState {
   float total[Tile::kPerWarp], largest[Tile::kPerWarp];
 };
 
-// find(row) not there: zeros, as beyond head_dim.
+// Converts rows to float32. Writes zeros beyond head_dim and where find(row) returns no row.
 template <class Tile, class Find>
 __device__ inline void widen_rows(float* tile, int rows, int head_dim, const Find& find) {
   const auto read = [&](int r) {
@@ -129,7 +130,8 @@ __device__ inline void attend_plain(float* shared, const Source& source, int fir
       return begin + r < last ? Tile::value(source, begin + r) : typename Tile::Row();
     });
     __syncthreads();
-    // This tile's sum apart: it is added to what earlier tiles gathered only once.
+    // A separate sum for this tile: it is added to the sum of earlier tiles once, which rounds
+    // less.
     float sums[Tile::kPerWarp][Tile::kColumns] = {};
 #pragma unroll 4
     for (int key = 0; key < Tile::kKeys; ++key) {

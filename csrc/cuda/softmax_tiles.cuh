@@ -1,12 +1,10 @@
 // Attention of one tile of queries over a run of keys, on the tensor cores, for 16-bit operands.
 //
-// A warp owns 16 queries; all warps of a block share the tiles of keys and values, which arrive by
-// cp.async in two stages. The softmax is the running one (Milakov and Gimelshein, arXiv 1805.02867;
-// FlashAttention, arXiv 2205.14135), in float32 and base 2. Where a key lies and which keys a query
-// sees is the caller's knowledge: `Source`.
+// A warp owns 16 queries; all warps of a block share the tiles of keys and values, which cp.async
+// copies in two stages. The softmax is the online softmax (Milakov and Gimelshein, arXiv
+// 1805.02867; FlashAttention, arXiv 2205.14135), in float32 and base 2. The caller's `Source`
+// locates keys and tells which keys a query sees.
 #pragma once
-
-#include <type_traits>
 
 #include "elements.cuh"
 #include "primitives.h"
@@ -14,11 +12,8 @@
 
 namespace variant::cuda {
 
-// A thread's part of copying 8-bit tiles: kv8_tiles.cuh.
 template <class Tile>
-struct Kv8Share;
-// Stands for it where there are none.
-struct NoShare {};
+class StageLoader;
 
 constexpr float kMinusInfinity = -__builtin_huge_valf();
 
@@ -26,22 +21,34 @@ constexpr float kMinusInfinity = -__builtin_huge_valf();
 // different banks for every width here.
 constexpr int kRowPadding = 8;
 
-// kHeadDim: the width of an instance; narrower heads are filled up with zeros.
+// kHeadDim: the padded width; columns beyond head_dim are zeros.
 template <class T_, int kHeadDim_, int kKeys_, int kWarps_>
 struct SoftmaxTile {
+  // Types
   using T = T_;
+  // Fills the shared memory with keys and values. Kv8SoftmaxTile replaces it (kv8_tiles.cuh).
+  template <class Tile>
+  using Loader = StageLoader<Tile>;
+
+  // Sizes
   static constexpr int kHeadDim = kHeadDim_, kKeys = kKeys_, kWarps = kWarps_;
   static constexpr int kThreads = kWarps * kWarp, kQueries = 16 * kWarps;
+
+  // Shared memory
   static constexpr int kRow = kHeadDim + kRowPadding;
   static constexpr int kStage = 2 * kKeys * kRow;  // keys, then values
   static constexpr int kSharedBytes = (kQueries * kRow + 2 * kStage) * 2;
-  // Wider queries would fill the registers: they are read anew for every tile of keys.
+
+  // Registers Wider queries do not fit the registers; they are loaded again for every tile of keys.
   static constexpr bool kKeepQueries = kHeadDim <= 128;
+  static constexpr int kQueryFragments = kKeepQueries ? kHeadDim / 16 : 1;
   // Blocks that a multiprocessor must hold at once; 0 leaves it to the compiler.
   static constexpr int kBlocks = 0;
-  // Whether keys and values come in 8 bits (kv8_tiles.cuh).
-  static constexpr bool kEightBit = false;
-  static_assert(kHeadDim % 16 == 0 && kKeys % 16 == 0, "a product takes 16 keys and 16 columns");
+
+  static_assert(sizeof(T) == 2, "the tensor cores multiply 16-bit operands here");
+  static_assert(kHeadDim % 16 == 0, "a step of Q K^T takes 16 columns");
+  static_assert(kKeys % 16 == 0, "a step of P V takes 16 keys");
+  static_assert(kRow % kEight == 0, "cp.async and ldmatrix need rows at multiples of 16 bytes");
 };
 
 // One thread's part of the results: rows lane / 4 and lane / 4 + 8 of its warp's 16 queries,
@@ -52,8 +59,8 @@ struct SoftmaxState {
   float total[2], largest[2];  // largest: of the unscaled scores
 };
 
-// Copies `rows` rows of a tile, 16 bytes a thread and turn; zeros beyond head_dim and where
-// find(row) is null.
+// Copies `rows` rows of a tile, 16 bytes per thread and iteration. Writes zeros beyond head_dim and
+// where find(row) is null.
 template <class Tile, class Find>
 __device__ inline void copy_rows(typename Tile::T* tile, int rows, int head_dim, const Find& find) {
   constexpr int kChunks = Tile::kHeadDim / kEight;
@@ -69,8 +76,8 @@ __device__ inline void copy_rows(typename Tile::T* tile, int rows, int head_dim,
   }
 }
 
-// Keys and values of tokens first..first + kKeys; zeros from last on, so that what free slots hold
-// cannot matter: a probability of zero would not silence NaN.
+// Copies keys and values of tokens first..first + kKeys. Writes zeros from `last` on, because free
+// slots may hold NaN, and a probability of zero times NaN is NaN.
 template <class Tile, class Source>
 __device__ inline void copy_keys(typename Tile::T* stage, const Source& source, int first, int last,
                                  int head_dim) {
@@ -103,22 +110,88 @@ __device__ inline void load_queries(uint32_t (&a)[4], const typename Tile::T* q_
   for (int i = 0; i < 4; ++i) a[i] ^= sign;
 }
 
-// scale_log2 > 0 multiplies the scores; negate: the queries change their sign before. Every query
-// of the block sees at least the key `first`. Call with all threads.
-template <class Tile, class Source>
-__device__ inline void attend_tile(typename Tile::T* shared, const Source& source, int first,
-                                   int last, int head_dim, float scale_log2, bool negate,
-                                   SoftmaxState<Tile>& state) {
+// Keys and values in two stages: cp.async fills one while the warps multiply the other.
+template <class Tile>
+class StageLoader {
+ public:
   using T = typename Tile::T;
-  constexpr int kSteps = Tile::kHeadDim / 16, kColumns = Tile::kHeadDim / 8;
-  constexpr int kKeyTiles = Tile::kKeys / 8;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  T* q_tile = shared;
-  T* stages = shared + Tile::kQueries * Tile::kRow;
-  const uint32_t sign = negate ? 0x80008000u : 0u;
 
+  // Issues the copies of the first tile into stages, 2 * kStage elements; the caller commits them.
+  template <class Source>
+  __device__ void start(T* stages, const Source& source, int first, int last, int head_dim) {
+    copy_keys<Tile>(stages, source, first, last, head_dim);
+  }
+
+  // Issues the copies of the tile after `begin` if there are more, waits for this thread's copies
+  // of the tile at `begin`, and returns its stage: keys, then values. A barrier must follow.
+  template <class Source>
+  __device__ const T* load_stage(T* stages, const Source& source, int begin, bool more, int last,
+                                 int head_dim) {
+    const T* stage = stages + index_ * Tile::kStage;
+    index_ ^= 1;
+    if (more) {
+      copy_keys<Tile>(stages + index_ * Tile::kStage, source, begin + Tile::kKeys, last, head_dim);
+      cp_async_commit();
+      cp_async_wait<1>();
+    } else {
+      cp_async_wait<0>();
+    }
+    return stage;
+  }
+
+ private:
+  int index_ = 0;  // of the stage that is multiplied next
+};
+
+// sums += A B^T over 16 columns: A is a fragment of 16 rows, B a tile with 8 rows for each entry of
+// sums.
+template <class Tile, int kTiles>
+__device__ inline void multiply_step(float (&sums)[kTiles][4], const uint32_t (&a)[4],
+                                     const typename Tile::T* tile, int step, int lane) {
+  static_assert(kTiles % 2 == 0, "ldmatrix brings two tiles of 8 rows at a time");
 #pragma unroll
-  for (int n = 0; n < kColumns; ++n) {
+  for (int n = 0; n < kTiles; n += 2) {
+    // B operand, 16 columns x 2 tiles of 8 rows: the rows are its columns.
+    const int r = n * 8 + lane / 16 * 8 + lane % 8, column = step * 16 + lane / 8 % 2 * 8;
+    uint32_t b[4];
+    ldmatrix_x4(b, tile + r * Tile::kRow + column);
+    const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+    mma_m16n8k16<typename Tile::T>(sums[n], a, low);
+    mma_m16n8k16<typename Tile::T>(sums[n + 1], a, high);
+  }
+}
+
+// out += W Y: W holds the warp's 16 rows of weights, 8 columns per entry; Y is a tile.
+template <class Tile, int kTiles>
+__device__ inline void accumulate(float (&out)[Tile::kHeadDim / 8][4],
+                                  const float (&weights)[kTiles][4], const typename Tile::T* tile,
+                                  int lane) {
+  using T = typename Tile::T;
+  static_assert(kTiles % 2 == 0, "a product takes the weights of two tiles of 8 rows");
+#pragma unroll
+  for (int step = 0; step < kTiles / 2; ++step) {
+    // Accumulators of two tiles of 8 rows are the A operand of one product over 16 rows.
+    const float* low_rows = weights[2 * step];
+    const float* high_rows = weights[2 * step + 1];
+    const uint32_t a[4] = {pack2<T>(low_rows[0], low_rows[1]), pack2<T>(low_rows[2], low_rows[3]),
+                           pack2<T>(high_rows[0], high_rows[1]),
+                           pack2<T>(high_rows[2], high_rows[3])};
+#pragma unroll
+    for (int n = 0; n < Tile::kHeadDim / 8; n += 2) {
+      const int r = step * 16 + lane % 16, column = n * 8 + lane / 16 * 8;
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, tile + r * Tile::kRow + column);
+      const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+      mma_m16n8k16<T>(out[n], a, low);
+      mma_m16n8k16<T>(out[n + 1], a, high);
+    }
+  }
+}
+
+template <class Tile>
+__device__ inline void clear_state(SoftmaxState<Tile>& state) {
+#pragma unroll
+  for (int n = 0; n < Tile::kHeadDim / 8; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) state.out[n][i] = 0.0f;
   }
@@ -127,145 +200,144 @@ __device__ inline void attend_tile(typename Tile::T* shared, const Source& sourc
     state.total[half] = 0.0f;
     state.largest[half] = kMinusInfinity;
   }
-  if (first >= last) return;
+}
 
+// scores = Q K^T. q: all fragments of the queries if they are kept, else memory for one.
+template <class Tile>
+__device__ inline void score_keys(float (&scores)[Tile::kKeys / 8][4],
+                                  uint32_t (&q)[Tile::kQueryFragments][4],
+                                  const typename Tile::T* q_tile, const typename Tile::T* k_tile,
+                                  uint32_t sign, int lane) {
+#pragma unroll
+  for (int n = 0; n < Tile::kKeys / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scores[n][i] = 0.0f;
+  }
+#pragma unroll
+  for (int step = 0; step < Tile::kHeadDim / 16; ++step) {
+    if constexpr (!Tile::kKeepQueries) load_queries<Tile>(q[0], q_tile, step, sign);
+    multiply_step<Tile>(scores, q[Tile::kKeepQueries ? step : 0], k_tile, step, lane);
+  }
+}
+
+// Sets the scores of keys from visible[half] on to -inf; the tile's first key is `begin`.
+template <int kTiles>
+__device__ inline void mask_scores(float (&scores)[kTiles][4], const int (&visible)[2], int begin,
+                                   int lane) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int key = begin + n * 8 + lane % 4 * 2 + i % 2;
+      if (key >= visible[i / 2]) scores[n][i] = kMinusInfinity;
+    }
+  }
+}
+
+// Replaces scores by probabilities p = 2^(scale_log2 (s - m')) with m' = max(m, all s), multiplies
+// total and out by 2^(scale_log2 (m - m')), and adds this lane's p to total.
+template <class Tile>
+__device__ inline void online_softmax(float (&scores)[Tile::kKeys / 8][4], float scale_log2,
+                                      SoftmaxState<Tile>& state) {
+  constexpr int kKeyTiles = Tile::kKeys / 8, kColumns = Tile::kHeadDim / 8;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float largest = state.largest[half];
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; ++n) {
+      largest = fmaxf(largest, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
+    }
+    // The four lanes of a row are neighbours.
+    largest = reduce_lanes<4>(largest, Largest());
+    const float shrink = ex2((state.largest[half] - largest) * scale_log2);
+    const float origin = largest * scale_log2;
+    state.largest[half] = largest;
+    float sum = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        scores[n][i] = ex2(scores[n][i] * scale_log2 - origin);
+        sum += scores[n][i];
+      }
+    }
+    state.total[half] = state.total[half] * shrink + sum;
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      state.out[n][2 * half] *= shrink;
+      state.out[n][2 * half + 1] *= shrink;
+    }
+  }
+}
+
+// The parts above take the lane, the stages and `more` as arguments: computed again in each part,
+// they cost registers.
+//
+// scale_log2 > 0 multiplies the scores; negate: the queries are negated first. Every query of the
+// block sees at least the key `first`. Call with all threads.
+template <class Tile, class Source>
+__device__ inline void attend_tile(typename Tile::T* shared, const Source& source, int first,
+                                   int last, int head_dim, float scale_log2, bool negate,
+                                   SoftmaxState<Tile>& state) {
+  // Types
+  using T = typename Tile::T;
+  using Loader = typename Tile::template Loader<Tile>;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+
+  // Shared memory
+  T* q_tile = shared;
+  T* stages = shared + Tile::kQueries * Tile::kRow;
+  Loader loader;
+
+  // Registers
+  clear_state(state);
+  if (first >= last) return;
+  const uint32_t sign = negate ? 0x80008000u : 0u;
   int visible[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     visible[half] = source.visible(warp * 16 + half * 8 + lane / 4);
   }
   const int all_see = visible[0] < visible[1] ? visible[0] : visible[1];
+  uint32_t q[Tile::kQueryFragments][4];
 
+  // First copies
   copy_rows<Tile>(q_tile, Tile::kQueries, head_dim, [&](int r) { return source.query(r); });
-  [[maybe_unused]] std::conditional_t<Tile::kEightBit, Kv8Share<Tile>, NoShare> share;
-  [[maybe_unused]] uint8_t* room = reinterpret_cast<uint8_t*>(stages + Tile::kStage);
-  if constexpr (Tile::kEightBit) {
-    share.fetch(room, source, first, last, head_dim);
-  } else {
-    copy_keys<Tile>(stages, source, first, last, head_dim);
-  }
+  loader.start(stages, source, first, last, head_dim);
   cp_async_commit();
 
-  uint32_t q[Tile::kKeepQueries ? kSteps : 1][4];
-  int stage = 0;
-  for (int begin = first; begin < last; begin += Tile::kKeys, stage ^= 1) {
+  // Tiles of keys
+  for (int begin = first; begin < last; begin += Tile::kKeys) {
     const bool more = begin + Tile::kKeys < last;
-    if constexpr (Tile::kEightBit) {
-      // Each thread widens what it copied itself: no barrier in between, and the room for the copy
-      // is free again at once. One tile of 16 bits is enough.
-      cp_async_wait<0>();
-      share.widen(stages, room);
-      if (more) {
-        share.fetch(room, source, begin + Tile::kKeys, last, head_dim);
-        cp_async_commit();
-      }
-    } else if (more) {
-      copy_keys<Tile>(stages + (stage ^ 1) * Tile::kStage, source, begin + Tile::kKeys, last,
-                      head_dim);
-      cp_async_commit();
-      cp_async_wait<1>();
-    } else {
-      cp_async_wait<0>();
-    }
+    const T* k_tile = loader.load_stage(stages, source, begin, more, last, head_dim);
+    const T* v_tile = k_tile + Tile::kKeys * Tile::kRow;
     __syncthreads();
     if constexpr (Tile::kKeepQueries) {
       if (begin == first) {
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) load_queries<Tile>(q[step], q_tile, step, sign);
-      }
-    }
-
-    const T* k_tile = stages + (Tile::kEightBit ? 0 : stage) * Tile::kStage;
-    const T* v_tile = k_tile + Tile::kKeys * Tile::kRow;
-    float scores[kKeyTiles][4];
-#pragma unroll
-    for (int n = 0; n < kKeyTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) scores[n][i] = 0.0f;
-    }
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      uint32_t (&a)[4] = q[Tile::kKeepQueries ? step : 0];
-      if constexpr (!Tile::kKeepQueries) load_queries<Tile>(q[0], q_tile, step, sign);
-#pragma unroll
-      for (int n = 0; n < kKeyTiles; n += 2) {
-        // B operand, 16 columns x 2 tiles of 8 keys: rows of K are its columns.
-        const int key = n * 8 + lane / 16 * 8 + lane % 8, column = step * 16 + lane / 8 % 2 * 8;
-        uint32_t b[4];
-        ldmatrix_x4(b, k_tile + key * Tile::kRow + column);
-        const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-        mma_m16n8k16<T>(scores[n], a, low);
-        mma_m16n8k16<T>(scores[n + 1], a, high);
-      }
-    }
-
-    if (begin + Tile::kKeys > all_see) {
-#pragma unroll
-      for (int n = 0; n < kKeyTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int key = begin + n * 8 + lane % 4 * 2 + i % 2;
-          if (key >= visible[i / 2]) scores[n][i] = kMinusInfinity;
+        for (int step = 0; step < Tile::kQueryFragments; ++step) {
+          load_queries<Tile>(q[step], q_tile, step, sign);
         }
       }
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float largest = state.largest[half];
-#pragma unroll
-      for (int n = 0; n < kKeyTiles; ++n) {
-        largest = fmaxf(largest, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
-      }
-      // The four lanes of a row are neighbours.
-      largest = reduce_lanes<4>(largest, Largest());
-      const float shrink = ex2((state.largest[half] - largest) * scale_log2);
-      const float origin = largest * scale_log2;
-      state.largest[half] = largest;
-      float sum = 0.0f;
-#pragma unroll
-      for (int n = 0; n < kKeyTiles; ++n) {
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          scores[n][i] = ex2(scores[n][i] * scale_log2 - origin);
-          sum += scores[n][i];
-        }
-      }
-      state.total[half] = state.total[half] * shrink + sum;
-#pragma unroll
-      for (int n = 0; n < kColumns; ++n) {
-        state.out[n][2 * half] *= shrink;
-        state.out[n][2 * half + 1] *= shrink;
-      }
-    }
-
-#pragma unroll
-    for (int step = 0; step < Tile::kKeys / 16; ++step) {
-      // Accumulators of two tiles of 8 keys are the A operand of one product over 16 keys.
-      const float* first_keys = scores[2 * step];
-      const float* more_keys = scores[2 * step + 1];
-      const uint32_t p[4] = {
-          pack2<T>(first_keys[0], first_keys[1]), pack2<T>(first_keys[2], first_keys[3]),
-          pack2<T>(more_keys[0], more_keys[1]), pack2<T>(more_keys[2], more_keys[3])};
-#pragma unroll
-      for (int n = 0; n < kColumns; n += 2) {
-        const int key = step * 16 + lane % 16, column = n * 8 + lane / 16 * 8;
-        uint32_t b[4];
-        ldmatrix_x4_trans(b, v_tile + key * Tile::kRow + column);
-        const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-        mma_m16n8k16<T>(state.out[n], p, low);
-        mma_m16n8k16<T>(state.out[n + 1], p, high);
-      }
-    }
-    // The next turn copies into this stage.
+    float scores[Tile::kKeys / 8][4];
+    score_keys<Tile>(scores, q, q_tile, k_tile, sign, lane);
+    if (begin + Tile::kKeys > all_see) mask_scores(scores, visible, begin, lane);
+    online_softmax<Tile>(scores, scale_log2, state);
+    accumulate<Tile>(state.out, scores, v_tile, lane);
+    // The next iteration copies into this stage.
     if (more) __syncthreads();
   }
+
+  // Row sums
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     state.total[half] = reduce_lanes<4>(state.total[half], Plus());
   }
 }
 
-// write(row, column, first, second): two neighbours of a row of the tile; total 0 gives zeros.
+// Calls write(row, column, first, second) for pairs of neighbouring columns; a total of 0 gives
+// zeros.
 template <class Tile, class Write>
 __device__ inline void write_tile(const SoftmaxState<Tile>& state, int rows, int head_dim,
                                   const Write& write) {

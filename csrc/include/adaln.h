@@ -1,4 +1,4 @@
-// Adaptive layer norm and its form fused with the gated residual before it.
+// Adaptive layer norm, alone and fused with the gated residual before it.
 //   xhat = (x - mean(x)) / sqrt(var(x) + eps),  y = xhat * (1 + scale) + shift
 // mean and biased var over C, in float32. Outputs are contiguous.
 #pragma once

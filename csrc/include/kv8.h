@@ -1,5 +1,5 @@
-// 8-bit K and V: pages of e4m3 codes and, for every head of every slot, the power of two that they
-// are multiplied by, as its biased exponent (E8M0: byte e is 2^(e - 127)).
+// 8-bit K and V: pages of e4m3 codes, and for every head of every slot a power of two as scale,
+// stored as its biased exponent (E8M0: byte e is 2^(e - 127)).
 #pragma once
 
 #include "paged_attention.h"
@@ -13,13 +13,14 @@ struct ScaleView {
   int64_t page_stride, slot_stride;
 };
 
-// Both writing ops: without scale_mul this is append_paged_kv. dtype is that of the tokens.
+// Arguments of both appending ops: with scale_mul null this is append_paged_kv. dtype is the dtype
+// of the tokens.
 struct QkNormAppendPagedKv8Args {
   QkNormAppendPagedKvArgs op;
   ScaleView k_scales, v_scales;
 };
 
-// dtype is that of q and out.
+// dtype is the dtype of q and out.
 struct PagedAttentionKv8Args {
   PagedAttentionForwardArgs op;
   ScaleView k_scales, v_scales;

@@ -1,5 +1,5 @@
-// qk_norm and append_paged_kv in one pass: the projection is read once, normalised keys and the
-// values go straight to their pages.
+// qk_norm and append_paged_kv in one pass: reads the projection once and writes normalised keys and
+// the values to their pages.
 #pragma once
 
 #include "types.h"
@@ -9,7 +9,7 @@ namespace variant {
 struct QkNormAppendPagedKvArgs {
   int64_t batch, tokens, heads, head_dim, page_size;
   HeadView q, k, v;
-  const float* scale_mul;   // (H,), or null: nothing is normalised and q is not looked at
+  const float* scale_mul;   // (H,), or null: nothing is normalised and q is not read
   void* q_out;              // (B, T, H, D) contiguous, dtype; null with scale_mul
   void *k_pages, *v_pages;  // (P, N, H, D)
   int64_t k_page_stride, k_slot_stride, k_head_stride;

@@ -1,4 +1,4 @@
-// What every op shares: element types and views of tensors that we do not own.
+// Shared by all ops: element types and non-owning views of tensors.
 //
 // B rows in the batch, T tokens, C model width, H heads, D width of one head, P pages, N slots of a
 // page, M page-table entries of a sequence, V codebook entries. Strides count elements; the last
@@ -24,7 +24,7 @@ struct TokenView {
   int64_t batch_stride, token_stride;
 };
 
-// (B, T, H, D), and (P, N, H, D) with a page in the place of the sequence.
+// (B, T, H, D), or (P, N, H, D): batch_stride is then the stride of pages, token_stride of slots.
 struct HeadView {
   const void* data;
   int64_t batch_stride, token_stride, head_stride;

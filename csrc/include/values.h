@@ -1,4 +1,4 @@
-// Whether the values of index tensors are ones that kernels may follow. Strides are in elements.
+// Checks of index tensors: whether all values are in range. Strides are in elements.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The tests' tools: CHECK, tensors with exactly the memory they need, and seeded random numbers.
+// Tools for tests: CHECK, tensors allocated with their exact size, and seeded random numbers.
 #pragma once
 
 #include <algorithm>
@@ -42,7 +42,7 @@ inline uint16_t float_to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// A flat tensor of either dtype that reads as double.
+// A flat tensor of either dtype; elements read as double.
 class Values {
  public:
   Values(DType dtype, int64_t count, double fill = kNaN) : dtype_(dtype) {
@@ -83,7 +83,7 @@ class Values {
   std::vector<uint16_t> narrow_;
 };
 
-// The rounding of the dtype, with room for the order of sums.
+// The rounding of the dtype, with a margin for the order of sums.
 inline double tolerance(DType dtype) { return dtype == DType::kFloat32 ? 2e-5 : 1.2e-2; }
 
 // Largest difference relative to the largest expected value (at least `scale`).

@@ -9,7 +9,7 @@ struct Case {
   int64_t batch, tokens, width, slack;  // slack: elements between rows of the inputs
 };
 
-// Everything in double: forward, and gradients for given output gradients.
+// Computes in double: the outputs, and the gradients for given output gradients.
 struct Expected {
   std::vector<double> x_out, h, grad_x, grad_y, grad_gate, grad_scale, grad_shift;
 };
@@ -52,7 +52,7 @@ void run_case(const char* isa, const KernelTable& table, Case c, DType x_dtype, 
         const double in = x[r * stride + i];
         const double residual = gated ? gate[b * stride + i] * y[r * stride + i] : 0.0;
         want.x_out.push_back(in + residual);
-        // The norm reads the rounded sum: take the kernel's, checked below.
+        // The norm reads the rounded sum, so this uses the kernel's sum, which is checked below.
         input[i] = gated ? x_out[r * c.width + i] : in;
         norm_input.set(r * c.width + i, input[i]);
         sum += input[i];

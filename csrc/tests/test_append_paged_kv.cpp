@@ -9,7 +9,7 @@ int main() {
     const int64_t batch = 2, tokens = 20, heads = 3, width = 24, pages = 9, page_size = 5;
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
       for (const bool packed : {true, false}) {
-        // packed: heads side by side; else heads of the source lie far apart.
+        // packed: the heads of the source are contiguous; else they are far apart.
         const int64_t count = batch * tokens * heads * width;
         Values k = Values::random(dtype, count, engine), v = Values::random(dtype, count, engine);
         const int64_t token_stride = packed ? heads * width : width;

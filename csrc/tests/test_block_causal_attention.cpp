@@ -75,7 +75,7 @@ void run_case(const char* isa, const KernelTable& table, const Case& c, DType dt
                                         static_cast<float*>(lse.data()), softmax_scale, dtype, 2});
   check_close(isa, "out", out, want);
   check_close(isa, "lse", lse, want_lse);
-  // Many threads cut a head in two passes; one thread does not. The bits agree.
+  // With many threads a head takes two passes, with one thread a single one. The bits must agree.
   std::vector<Values> first;
   for (const int threads : {1, 2, 3}) {
     Values got_dq(dtype, count), got_dk(dtype, count), got_dv(dtype, count);
@@ -104,8 +104,8 @@ int main() {
   for_each_isa([](const char* isa, const KernelTable& table) {
     std::mt19937 engine(5);
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
-      // Three wide tokens have 1/sqrt(D): with a softmax near one-hot, gradients all but vanish and
-      // what is left of them is the rounding of `out`, which the backward pass is given.
+      // Three wide tokens have 1/sqrt(D): if the softmax is nearly one-hot, gradients nearly
+      // vanish, and the rest is the rounding error of `out`, an input of the backward pass.
       for (const Case& c : {Case{1, 1, 16, {1}}, Case{2, 3, 24, {1, 4, 9, 16, 25}},
                             Case{1, 1, 64, {1, 4, 36, 100}}, Case{1, 2, 256, {9, 16}},
                             Case{1, 1, 40, {81, 4, 100}}, Case{1, 2, 80, {1, 1, 1}, 0.11f},

@@ -6,7 +6,7 @@ using namespace variant::test;
 
 namespace {
 
-// By the format's definition; exact in double. NaN: 0x7f and 0xff.
+// Value of a code by the format's definition; exact in double. NaN: 0x7f and 0xff.
 double e4m3_value(int code) {
   const int exponent = code >> 3 & 15, mantissa = code & 7;
   const double magnitude = (code & 0x7f) == 0x7f ? kNaN
@@ -15,7 +15,7 @@ double e4m3_value(int code) {
   return code & 0x80 ? -magnitude : magnitude;
 }
 
-// The nearest code of |x| <= 448, the even one of two. Differences are exact in double.
+// The nearest code of |x| <= 448; of two, the even one. Differences are exact in double.
 int nearest_code(double x) {
   int best = 0;
   for (int code = 1; code < 0x7f; ++code) {
@@ -121,13 +121,13 @@ void check_rounding(const char* isa, const KernelTable& table, Values& rows, int
 void test_rounding(const char* isa, const KernelTable& table, std::mt19937& engine) {
   const std::vector<double> numbers = telling_numbers();
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
-    // Widths with and without a rest for every vector.
+    // Widths with and without a rest, for every vector width.
     for (const int64_t width : {16, 24, 56}) {
       std::vector<double> all;
-      // The least scale, the usual one, and the largest that the largest number may have.
+      // The smallest scale, a usual one, and the largest one, that of the largest number.
       for (const int exponent : {-126, -9, 0, 118}) {
         for (size_t i = 0; i < numbers.size(); ++i) {
-          // A new row starts with what fixes its scale.
+          // The first number of a row fixes its scale.
           if (all.size() % width == 0) all.push_back(std::ldexp(i % 2 ? -448.0 : 448.0, exponent));
           all.push_back(std::ldexp(i % 3 == 1 ? -numbers[i] : numbers[i], exponent));
         }
@@ -147,7 +147,7 @@ void test_rounding(const char* isa, const KernelTable& table, std::mt19937& engi
     // A step above 448 in float32 only.
     Values above(dtype, 3 * 16, 448.00003);
     check_rounding(isa, table, above, 3, 16);
-    // What is not finite becomes NaN, whatever it does to its row.
+    // Numbers that are not finite become NaN, whatever their effect on the rest of the row.
     const double infinity = std::numeric_limits<double>::infinity();
     for (const double odd : {infinity, -infinity, kNaN}) {
       Values rows(dtype, 3 * 24, 1.0);
@@ -254,7 +254,7 @@ struct Case {
   bool any_code;        // NaN too
 };
 
-// The same bits as from pages that hold what the codes stand for.
+// The same bits as from pages that hold the codes' values.
 void test_case(const char* isa, const KernelTable& table, const Case& c, DType dtype,
                std::mt19937& engine) {
   const int64_t batch = static_cast<int64_t>(c.lengths.size());
@@ -263,7 +263,7 @@ void test_case(const char* isa, const KernelTable& table, const Case& c, DType d
     entries = std::max(entries, (length + c.page_size - 1) / c.page_size);
   }
   const int64_t pages = batch * entries, slots = pages * c.page_size, slot = c.heads * c.width;
-  // Past a length: codes and scales that are NaN, table entries that point nowhere.
+  // Past a length: codes and scales are NaN, table entries are out of range.
   std::vector<uint8_t> codes[2], scales[2];
   std::vector<Values> exact(2, Values(dtype, slots * slot));
   for (const int which : {0, 1}) {
@@ -278,15 +278,15 @@ void test_case(const char* isa, const KernelTable& table, const Case& c, DType d
       page_table[b * entries + s / c.page_size] = page;
       const int64_t at = page * c.page_size + s % c.page_size;
       for (int64_t i = 0; i < 2 * slot; ++i) {
-        const int64_t which = i / slot, h = i % slot / c.width, place = at * slot + i % slot;
+        const int64_t which = i / slot, h = i % slot / c.width, index = at * slot + i % slot;
         uint8_t& scale = scales[which][at * c.heads + h];
-        // Keys stay small enough for scores that are numbers.
+        // Keys stay small enough for finite scores.
         if (i % c.width == 0) scale = static_cast<uint8_t>(which ? byte(engine) : 118 + s % 4);
-        uint8_t& code = codes[which][place];
+        uint8_t& code = codes[which][index];
         do {
           code = static_cast<uint8_t>(any_code(engine));
         } while ((code & 0x7f) == 0x7f && !(which && c.any_code));
-        exact[which].set(place, std::ldexp(e4m3_value(code), scale - 127));
+        exact[which].set(index, std::ldexp(e4m3_value(code), scale - 127));
       }
     }
   }

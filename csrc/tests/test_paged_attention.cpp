@@ -19,7 +19,8 @@ void run_case(const char* isa, const KernelTable& table, const Case& c, DType dt
     entries = std::max(entries, (length + c.page_size - 1) / c.page_size);
   }
   const int64_t pages = batch * entries, slot = c.heads * c.width, page = c.page_size * slot;
-  // Pages start as NaN and page-table entries past the length point nowhere: neither may matter.
+  // Pages start as NaN, and page-table entries past the length are out of range: neither may affect
+  // the result.
   Values k(dtype, pages * page), v(dtype, pages * page);
   std::vector<int32_t> page_table(batch * entries, -1234567), order(pages);
   for (int64_t i = 0; i < pages; ++i) order[i] = static_cast<int32_t>(i);

@@ -52,7 +52,7 @@ void run_case(const char* isa, const KernelTable& table, int64_t batch, int64_t 
   Values dscale(DType::kFloat32, heads);
   table.qk_norm_backward({batch, tokens, heads, width, gq, gk, q, k, scale_mul.data(), dq.data(),
                           dk.data(), static_cast<float*>(dscale.data()), dtype, 2});
-  // The zero row's gradient, about 1e12, would hide the others: compared on its own.
+  // The zero row's gradient, about 1e12, would hide the others, so it is compared separately.
   for (int64_t d = 0; d < width; ++d) {
     const double relative = std::fabs(dq[d] - want_dq[d]) / std::fabs(want_dq[d]);
     CHECK(relative <= tolerance(dtype), "%s dq[%lld] of a zero row: got %g, expected %g", isa,

@@ -5,7 +5,7 @@ using namespace variant::test;
 
 namespace {
 
-// Slots and heads of the pages lie apart, so that what lies between can be checked too.
+// There are gaps between slots and heads of the pages, so that the test can check them too.
 void run_case(const char* isa, const KernelTable& table, int64_t heads, int64_t width, bool norm,
               DType dtype, std::mt19937& engine) {
   const int64_t batch = 2, tokens = 20, pages = 9, page_size = 5, rows = batch * tokens;
@@ -74,7 +74,7 @@ void run_case(const char* isa, const KernelTable& table, int64_t heads, int64_t 
   if (norm) check_close(isa, "q_out", q_out, want_q);
   check_close(isa, "k_pages", k_pages, want_k);
   for (int64_t i = 0; i < k_pages.size(); ++i) {
-    // Copied values and untouched places are exact.
+    // Copied values and untouched elements are exact.
     CHECK(v_pages[i] == want_v[i], "%s v_pages[%lld]", isa, static_cast<long long>(i));
     CHECK(want_k[i] != -1.0 || k_pages[i] == -1.0, "%s k_pages[%lld]", isa,
           static_cast<long long>(i));

@@ -9,8 +9,8 @@ using namespace variant::test;
 namespace {
 
 // Philox4x32-10, written from the paper's description with 64-bit words.
-double uniform(uint64_t seed, uint64_t image, uint32_t place) {
-  uint64_t c[4] = {place, 0, image & 0xffffffff, image >> 32};
+double uniform(uint64_t seed, uint64_t image, uint32_t position) {
+  uint64_t c[4] = {position, 0, image & 0xffffffff, image >> 32};
   uint64_t k[2] = {seed & 0xffffffff, seed >> 32};
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = c[0] * 0xD2511F53u, b = c[2] * 0xCD9E8D57u;
@@ -104,8 +104,8 @@ void draws_match_a_sorted_double_computation(const char* isa, const KernelTable&
               const float cond = static_cast<float>(logits[r * vocab + i]);
               const float uncond = static_cast<float>(logits[(batch * tokens + r) * vocab + i]);
               volatile float grown = static_cast<float>(1 + t) * cond;
-              volatile float taken = static_cast<float>(t) * uncond;
-              a[i] = t == 0 ? cond : grown - taken;
+              volatile float subtracted = static_cast<float>(t) * uncond;
+              a[i] = t == 0 ? cond : grown - subtracted;
             }
             const double u = uniform(seed, static_cast<uint64_t>(ids[r / tokens]),
                                      static_cast<uint32_t>(3 + r % tokens));

@@ -10,7 +10,7 @@ import torch
 from small_models import small_model
 
 from variant.bench import original_var, roofline
-from variant.bench.engine_bench import Setting, measure
+from variant.bench.engine_bench import BenchConfig, measure
 from variant.bench.environment import ENVIRONMENT, caches, command_line, environment, machine_slug
 from variant.bench.flops import attention_flop, ceiling, linear_flop, linears, weight_bytes
 from variant.bench.interleaved import SelfTimed, quartiles, ratios, time_interleaved
@@ -188,7 +188,7 @@ def test_rows_compare_ours_with_a_loop_that_draws_the_same():
     model = small_model()
     ticks = []
     found = measure(
-        model.var, model.vae, Setting(2, torch.float32, (4, 2), runs=2, top_k=9, decoder=True),
+        model.var, model.vae, BenchConfig(2, torch.float32, (4, 2), runs=2, top_k=9, decoder=True),
         ticks.append,
     )  # fmt: skip
     full, shallow = found["rows"]

@@ -13,7 +13,7 @@ from small_models import small_model
 from benchmarks import compare, plots, report
 from benchmarks.report import duration
 from benchmarks.results import DROPIN, ENGINE, KERNELS, read, read_all
-from variant.bench.engine_bench import Setting, measure
+from variant.bench.engine_bench import BenchConfig, measure
 from variant.bench.environment import environment
 from variant.errors import UserError
 
@@ -79,7 +79,7 @@ def engine():
         **measure(
             model.var,
             model.vae,
-            Setting(1, torch.float32, (4, 2), runs=2, top_k=9, decoder=True, kv_dtype="fp8"),
+            BenchConfig(1, torch.float32, (4, 2), runs=2, top_k=9, decoder=True, kv_dtype="fp8"),
         ),
     }
 

@@ -200,6 +200,11 @@ def test_help_does_not_wait_for_torch():
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
+def test_the_version_is_printed(capsys):
+    for word in ("--version", "-V"):
+        assert run(capsys, word)[:2] == (0, f"variant {variant.__version__}\n")
+
+
 def test_all_public_names_are_there():
     assert all(getattr(variant, name).__name__ == name for name in variant.__all__)
     assert set(variant.__all__) <= set(dir(variant))

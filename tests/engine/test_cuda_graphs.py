@@ -203,7 +203,7 @@ def test_one_that_finds_no_memory_alone_says_so():
 
 
 def test_a_graph_is_captured_on_the_warm_up_stream_alone_and_uncollected(monkeypatch):
-    """Against a double of torch.cuda: what the capture must not meet."""
+    """PeerTiming a double of torch.cuda: what the capture must not meet."""
     seen = []
 
     class Cuda(MagicMock):
@@ -220,7 +220,7 @@ def test_a_graph_is_captured_on_the_warm_up_stream_alone_and_uncollected(monkeyp
     recorder = GraphRecorder(torch.device("cuda", 1))
 
     def function():
-        seen.append(("run", gc.isenabled(), device_lock.DEVICE.locked()))
+        seen.append(("run", gc.isenabled(), device_lock.CAPTURE_OR_TIMING.locked()))
         return (MagicMock(),)
 
     recording = recorder.record(function)
@@ -234,7 +234,7 @@ def test_a_graph_is_captured_on_the_warm_up_stream_alone_and_uncollected(monkeyp
     cuda.Stream.assert_called_once_with(torch.device("cuda", 1))
     recording.first[0].record_stream.assert_called_once()
     assert gc.isenabled()
-    assert not device_lock.DEVICE.locked()
+    assert not device_lock.CAPTURE_OR_TIMING.locked()
 
 
 def test_undecoded_tokens_can_be_decoded_later():

@@ -322,7 +322,7 @@ def test_a_changed_model_is_refused_whole(spoil, message):
     )
 
 
-def test_an_unknown_model_is_told_what_was_looked_for():
+def test_the_error_for_an_unknown_model_names_the_structure():
     with pytest.raises(PatchError, match="mat_qkv"):
         patch(nn.Sequential(nn.Linear(3, 3)))
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):

@@ -48,7 +48,7 @@ def test_a_refused_model_is_not_touched(make):
     assert torch.is_tensor(next(model.parameters()))
 
 
-def test_an_unknown_model_is_told_every_sign_that_was_looked_for():
+def test_the_error_for_an_unknown_model_names_every_family():
     with pytest.raises(PatchError) as caught:
         patch(nn.Linear(2, 2))
     for name in ("Infinity", "HART", "Switti", "CoDe", "VAR"):

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 
 from variant_kernels.dispatch.request import Request
-from variant_kernels.dispatch.select import PREFERENCE, Impl
+from variant_kernels.dispatch.select import Backend
+from variant_kernels.dispatch.support import BACKENDS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Tensor = torch.Tensor
@@ -24,7 +25,7 @@ DEVICE = os.environ.get("VARIANT_TEST_DEVICE", "cpu")
 
 
 def backends_for(
-    impls: dict[str, Impl], dtype: torch.dtype, kv_dtype: torch.dtype | None = None
+    impls: dict[str, Backend], dtype: torch.dtype, kv_dtype: torch.dtype | None = None
 ) -> list[str]:
     """Backends that say that they serve these dtypes on the device under test.
 
@@ -32,13 +33,11 @@ def backends_for(
     cuda, compiled for the CPU.
     """
     request = Request(DEVICE, (dtype,), 64, kv_dtype=kv_dtype)
-    return [
-        name for name in PREFERENCE if name in impls and impls[name].unsupported(request) is None
-    ]
+    return [name for name in BACKENDS if name in impls and impls[name].unsupported(request) is None]
 
 
 def cases(
-    impls: dict[str, Impl], kv_dtype: torch.dtype | None = None
+    impls: dict[str, Backend], kv_dtype: torch.dtype | None = None
 ) -> list[tuple[str, torch.dtype]]:
     """(backend, dtype) for parametrize."""
     return [(name, dtype) for dtype in DTYPES for name in backends_for(impls, dtype, kv_dtype)]

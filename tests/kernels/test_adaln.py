@@ -6,12 +6,13 @@ import torch.nn.functional as F
 from compare import DRAWS, Tally, backends_for, cases, moved, name_of, wide
 
 from variant_kernels import adaln_modulate, explain, gated_residual_adaln, use_backend
-from variant_kernels.dispatch.select import Impl
+from variant_kernels.dispatch.select import Backend
+from variant_kernels.dispatch.support import always
 from variant_kernels.ops import adaln
 
 EPS = 1e-6
-CASES = cases(adaln.GATED_IMPLS)
-FLOAT32_BACKENDS = backends_for(adaln.GATED_IMPLS, torch.float32)
+CASES = cases(adaln.gated_op.backends)
+FLOAT32_BACKENDS = backends_for(adaln.gated_op.backends, torch.float32)
 
 
 def plain_adaln(x, scale, shift):
@@ -101,8 +102,8 @@ def test_opcheck_passes(backend):
     cases = adaln.sample_inputs(torch.float32, generator)
     for inputs in (*cases[:2], cases[-1]):
         x, y, gate, scale, shift = (t.requires_grad_() for t in moved(*inputs))
-        torch.library.opcheck(adaln.gated_op, (x, y, gate, scale, shift, EPS, backend))
-        torch.library.opcheck(adaln.adaln_op, (x, scale, shift, EPS, backend))
+        torch.library.opcheck(adaln.gated_op.overload, (x, y, gate, scale, shift, EPS, backend))
+        torch.library.opcheck(adaln.adaln_op.overload, (x, scale, shift, EPS, backend))
 
 
 def test_fullgraph_compile_gives_the_same_gradients():
@@ -137,13 +138,13 @@ def test_a_second_derivative_is_refused(backend):
 def test_the_backward_pass_runs_where_the_forward_ran(monkeypatch):
     x, row = torch.randn(1, 2, 8, requires_grad=True), torch.zeros(1, 8)
     ran = []
-    real = adaln.ADALN_IMPLS["reference"]
+    real = adaln.adaln_op.backends["reference"]
 
     def spy(**arguments):
         ran.append("reference")
         return real.backward(**arguments)
 
-    monkeypatch.setitem(adaln.ADALN_IMPLS, "reference", Impl(real.forward, spy))
+    monkeypatch.setitem(adaln.adaln_op.backends, "reference", Backend(always, real.forward, spy))
     with use_backend("reference"):
         y = adaln_modulate(x, row, row)
     y.sum().backward()

@@ -11,8 +11,8 @@ from test_qk_norm import plain_qk_norm
 from variant_kernels import ScaleLayout, block_causal_attention, qk_norm
 from variant_kernels.ops import block_causal_attention as op
 
-CASES = cases(op.BLOCK_CAUSAL_IMPLS)
-FLOAT32_BACKENDS = backends_for(op.BLOCK_CAUSAL_IMPLS, torch.float32)
+CASES = cases(op.block_causal_attention_op.backends)
+FLOAT32_BACKENDS = backends_for(op.block_causal_attention_op.backends, torch.float32)
 
 
 def plain_attention(q, k, v, layout, scale=None):
@@ -259,10 +259,13 @@ def test_backward_is_deterministic(backend):
 def test_opcheck_passes(backend):
     *inputs, layout = op.sample_inputs(torch.float32, torch.Generator().manual_seed(4))[1]
     leaves = [t.detach().requires_grad_() for t in moved(*inputs)]
-    torch.library.opcheck(op.block_causal_attention_op, (*leaves, layout.tokens, 0.2, backend))
+    torch.library.opcheck(
+        op.block_causal_attention_op.overload, (*leaves, layout.tokens, 0.2, backend)
+    )
     scale_mul = moved(torch.zeros(1, inputs[0].shape[2], 1, 1))[0].requires_grad_()
     torch.library.opcheck(
-        op.block_causal_attention_qk_norm_op, (*leaves, scale_mul, layout.tokens, 0.2, backend)
+        op.block_causal_attention_qk_norm_op.overload,
+        (*leaves, scale_mul, layout.tokens, 0.2, backend),
     )
 
 

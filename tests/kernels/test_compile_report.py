@@ -1,6 +1,8 @@
 """The compile report works without a GPU: one small kernel to machine code."""
 
+import importlib
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -8,6 +10,9 @@ import sys
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
+
+from variant_kernels import triton_ops
+from variant_kernels.triton_ops.compile_cases import COMPILE_CASES
 
 
 def report(*arguments, **environment):
@@ -17,6 +22,16 @@ def report(*arguments, **environment):
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "0", **environment},
     )
+
+
+def test_every_kernel_has_a_case():
+    kernels = {
+        name
+        for module in pkgutil.iter_modules(triton_ops.__path__, "variant_kernels.triton_ops.")
+        for name in vars(importlib.import_module(module.name))
+        if name.endswith("_kernel")
+    }
+    assert kernels == {case.kernel.__name__ for case in COMPILE_CASES}
 
 
 def test_a_kernel_is_compiled_for_a_gpu_that_is_not_there(tmp_path):

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from variant_kernels.cuda_ops import block_causal_attention, common, library
-from variant_kernels.cuda_ops.paged_attention import num_splits
 from variant_kernels.dispatch import select, support
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.support import CUDA_ROW, cuda_unsupported
 from variant_kernels.kv_quantization import KV8_DTYPE
 from variant_kernels.ops import tables
+from variant_kernels.split_keys import num_splits
 
 GPU = Request("cuda", (torch.bfloat16,), 64)
 
@@ -50,7 +50,7 @@ def test_is_taken_by_auto_only_where_triton_does_not_serve(on_a_gpu, monkeypatch
     [
         (Request("cpu", (torch.float32,), 64), "on cpu"),
         (Request("cuda", (torch.float64,), 64), "float64"),
-        (Request("cuda", (torch.float32,), row=CUDA_ROW + 1), f"rows of {CUDA_ROW + 1}"),
+        (Request("cuda", (torch.float32,), row_width=CUDA_ROW + 1), f"rows of {CUDA_ROW + 1}"),
     ],
 )
 def test_says_why_it_cannot_serve(on_a_gpu, request_, reason):
@@ -80,10 +80,10 @@ def test_emulation_takes_cpu_tensors_and_is_never_chosen(monkeypatch):
 
 
 def test_keys_are_split_only_where_blocks_are_few():
-    assert num_splits(blocks=132, processors=132, room=10_000) == 1
-    assert num_splits(blocks=2, processors=132, room=680) == 5
-    assert num_splits(blocks=2, processors=132, room=100) == 1
-    assert num_splits(blocks=100, processors=132, room=10_000) == 3
+    assert num_splits(blocks=132, processors=132, max_keys=10_000) == 1
+    assert num_splits(blocks=2, processors=132, max_keys=680) == 5
+    assert num_splits(blocks=2, processors=132, max_keys=100) == 1
+    assert num_splits(blocks=100, processors=132, max_keys=10_000) == 3
 
 
 def test_too_many_scales_and_rows_are_refused():

@@ -9,7 +9,7 @@ from variant_kernels.kv_quantization import KV8_DTYPE, dequantize_kv
 from variant_kernels.ops import paged_attention as paged
 
 pytestmark = pytest.mark.skipif(
-    "cuda" not in backends_for(paged.PAGED_IMPLS, torch.bfloat16, KV8_DTYPE),
+    "cuda" not in backends_for(paged.paged_attention_op.backends, torch.bfloat16, KV8_DTYPE),
     reason="needs the CUDA kernels on the device under test (VARIANT_CUDA_EMULATION, or a GPU)",
 )
 

@@ -14,7 +14,7 @@ def built():
     if library.is_emulated():
         pytest.skip("VARIANT_CUDA_EMULATION puts other kernels in its place")
     if not library.is_built():
-        pytest.skip("the CUDA kernels are not built: no nvcc, or VARIANT_CUDA=0")
+        pytest.skip("the CUDA kernels are not built: VARIANT_CUDA=1 builds them with nvcc")
     return library
 
 

@@ -13,9 +13,9 @@ from variant_kernels.ops import append_paged_kv as append
 from variant_kernels.ops import paged_attention as paged
 from variant_kernels.ops import qk_norm_append_paged_kv as fused
 
-PAGED_CASES = cases(paged.PAGED_IMPLS, KV8_DTYPE)
-APPEND_CASES = cases(append.APPEND_IMPLS, KV8_DTYPE)
-FUSED_CASES = cases(fused.FUSED_IMPLS, KV8_DTYPE)
+PAGED_CASES = cases(paged.paged_attention_op.backends, KV8_DTYPE)
+APPEND_CASES = cases(append.append_paged_kv_op.backends, KV8_DTYPE)
+FUSED_CASES = cases(fused.qk_norm_append_paged_kv_op.backends, KV8_DTYPE)
 
 # --- the rounding -------------------------------------------------------------------------------
 
@@ -223,13 +223,22 @@ def test_a_visible_nan_is_seen(backend, dtype):
 # --- the contract -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("impls", [paged.PAGED_IMPLS, append.APPEND_IMPLS, fused.FUSED_IMPLS])
+@pytest.mark.parametrize(
+    "impls",
+    [
+        paged.paged_attention_op.backends,
+        append.append_paged_kv_op.backends,
+        fused.qk_norm_append_paged_kv_op.backends,
+    ],
+)
 def test_whoever_serves_exact_pages_serves_8_bits(impls):
     # One that refused would drop out of every test above. (flash and flashinfer: 16 bits only.)
     assert backends_for(impls, torch.float32, KV8_DTYPE) == backends_for(impls, torch.float32)
 
 
-@pytest.mark.parametrize("backend", backends_for(paged.PAGED_IMPLS, torch.float32, KV8_DTYPE))
+@pytest.mark.parametrize(
+    "backend", backends_for(paged.paged_attention_op.backends, torch.float32, KV8_DTYPE)
+)
 def test_opcheck_passes(backend):
     generator = torch.Generator().manual_seed(6)
     q, k_pages, v_pages, table, lengths = paged.sample_inputs(torch.float32, generator)[1]
@@ -239,7 +248,7 @@ def test_opcheck_passes(backend):
     scales = moved(k_scales, v_scales)
     # test_schema compares inputs before and after with an operation that no 8-bit float has.
     torch.library.opcheck(
-        paged.paged_attention_op,
+        paged.paged_attention_op.overload,
         (*given, 0.25, backend, *scales),
         test_utils=("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
     )

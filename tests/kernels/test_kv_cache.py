@@ -79,6 +79,17 @@ def test_every_layer_reads_back_all_it_wrote_within_the_plan(schedule, page_size
     )
 
 
+def test_repr_names_the_plan_the_tensors_and_the_bytes():
+    cache = make(DepthSchedule(6, 4, 3, bridge=2))
+    text = repr(cache)
+    assert repr(cache.plan) in text
+    assert "dtype=torch.float32, device=cpu, used_bytes=0, allocated_bytes=" in text
+    assert f"allocated_bytes={cache.allocated_bytes})" in text
+    cache.open(0, 0)
+    assert cache.used_bytes > 0
+    assert f"used_bytes={cache.used_bytes}," in repr(cache)
+
+
 def test_eight_bits_take_the_planned_bytes_and_read_back_what_was_rounded():
     schedule = DepthSchedule(6, 4, 3, bridge=2)
     cache = make(schedule, dtype=KV8_DTYPE)
@@ -89,7 +100,7 @@ def test_eight_bits_take_the_planned_bytes_and_read_back_what_was_rounded():
     # One byte a value and one a head, where float32 takes four a value.
     assert cache.allocated_bytes * 4 * HEAD_DIM == wide.allocated_bytes * (HEAD_DIM + 1)
     generator = torch.Generator().manual_seed(3)
-    for layer, scale in cache.plan.steps():
+    for layer, scale in cache.plan.layer_scale_order():
         step = cache.open(layer, scale)
         shape = (2, cache.batch, cache.plan.layout.tokens[scale], HEADS, HEAD_DIM)
         k, v = torch.randn(shape, generator=generator)
@@ -129,7 +140,7 @@ def test_no_page_is_read_after_release():
     poisoned.k_pages.fill_(torch.nan)
     poisoned.v_pages.fill_(torch.nan)
     layout = clean.plan.layout
-    for layer, scale in clean.plan.steps():
+    for layer, scale in clean.plan.layer_scale_order():
         shape = (2, layout.tokens[scale], HEADS, HEAD_DIM)
         q, k, v = torch.randn(3, *shape, generator=generator).unbind(0)
         outs = []

@@ -14,8 +14,8 @@ from compare import Tally
 from variant_kernels import ScaleLayout, block_causal_attention
 from variant_kernels.dispatch import support
 from variant_kernels.dispatch.request import Request
-from variant_kernels.dispatch.select import Impl
-from variant_kernels.dispatch.support import FLASH_VERSIONS
+from variant_kernels.dispatch.select import Backend
+from variant_kernels.dispatch.support import FLASH_VERSIONS, always
 from variant_kernels.library_ops import flash, flashinfer, flex
 from variant_kernels.ops import block_causal_attention as block_causal
 from variant_kernels.ops import paged_attention as paged
@@ -231,8 +231,8 @@ def test_flex_attention_and_its_gradients_are_the_definitions(monkeypatch):
 
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
     monkeypatch.setattr(flex, "attention", lambda: flex_attention.flex_attention)
-    allowing = Impl(block_causal.BLOCK_CAUSAL_IMPLS["flex"].forward)
-    monkeypatch.setitem(block_causal.BLOCK_CAUSAL_IMPLS, "flex", allowing)
+    allowing = Backend(always, "library_ops.flex.launch_block_causal_attention_forward")
+    monkeypatch.setitem(block_causal.block_causal_attention_op.backends, "flex", allowing)
     layout = ScaleLayout.from_patch_nums((1, 2, 3))
     packed = torch.randn(2, layout.total, 3, 3, 16, generator=torch.Generator().manual_seed(1))
     grad = torch.randn(2, layout.total, 3, 16, generator=torch.Generator().manual_seed(2))

@@ -9,8 +9,8 @@ from variant_kernels import append_paged_kv, paged_attention
 from variant_kernels.ops import append_paged_kv as append
 from variant_kernels.ops import paged_attention as paged
 
-CASES = cases(paged.PAGED_IMPLS)
-FLOAT32_BACKENDS = backends_for(paged.PAGED_IMPLS, torch.float32)
+CASES = cases(paged.paged_attention_op.backends)
+FLOAT32_BACKENDS = backends_for(paged.paged_attention_op.backends, torch.float32)
 
 
 def plain_attention(q, k_pages, v_pages, table, lengths, scale=None):
@@ -110,7 +110,9 @@ def test_random_pages_strides_and_scales_match_float64(backend, dtype):
     tally.check()
 
 
-@pytest.mark.parametrize(("backend", "dtype"), cases(append.APPEND_IMPLS), ids=name_of)
+@pytest.mark.parametrize(
+    ("backend", "dtype"), cases(append.append_paged_kv_op.backends), ids=name_of
+)
 def test_appended_tokens_are_read_back(backend, dtype):
     for k, v, k_pages, v_pages, slots in append.sample_inputs(
         dtype, torch.Generator().manual_seed(2)
@@ -189,14 +191,14 @@ def test_inference_only_ops_refuse_gradients():
 @pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 def test_opcheck_passes(backend):
     inputs = moved(*paged.sample_inputs(torch.float32, torch.Generator().manual_seed(3))[1])
-    torch.library.opcheck(paged.paged_attention_op, (*inputs, 0.25, backend))
+    torch.library.opcheck(paged.paged_attention_op.overload, (*inputs, 0.25, backend))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_opcheck_of_append_passes(backend):
     generator = torch.Generator().manual_seed(3)
     inputs = append.sample_inputs(torch.float32, generator)[1]
-    torch.library.opcheck(append.append_paged_kv_op, (*inputs, backend))
+    torch.library.opcheck(append.append_paged_kv_op.overload, (*inputs, backend))
 
 
 def test_wrong_arguments_are_named():

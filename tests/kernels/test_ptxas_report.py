@@ -107,7 +107,11 @@ def test_a_kernel_that_spills_stops_the_build(tmp_path):
     table = [*run, "table", "--spills", str(spills), str(log)]
     done = subprocess.run(table, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "greedy spills registers on sm_80" in done.stderr
+    assert "error: greedy spills registers on sm_80" in done.stderr
+    warn = [*table, "--on-spill", "warn"]
+    done = subprocess.run(warn, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "warning: greedy spills registers on sm_80" in done.stderr
     spills.write_text("sm_80 greedy: the test asks for it\n")
     assert subprocess.run(table, capture_output=True, check=False).returncode == 0
 

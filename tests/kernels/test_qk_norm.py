@@ -10,8 +10,8 @@ from compare import DRAWS, Tally, backends_for, cases, moved, name_of, wide
 from variant_kernels import qk_norm
 from variant_kernels.ops import qk_norm as op
 
-CASES = cases(op.QK_NORM_IMPLS)
-FLOAT32_BACKENDS = backends_for(op.QK_NORM_IMPLS, torch.float32)
+CASES = cases(op.qk_norm_op.backends)
+FLOAT32_BACKENDS = backends_for(op.qk_norm_op.backends, torch.float32)
 
 
 def plain_qk_norm(q, k, scale_mul):
@@ -91,7 +91,7 @@ def test_scale_is_clamped_at_100_and_passes_no_gradient_above(backend):
 def test_opcheck_passes(backend):
     for q, k, scale in op.sample_inputs(torch.float32, torch.Generator().manual_seed(4))[1:2]:
         leaves = [t.detach().requires_grad_() for t in moved(q, k, scale)]
-        torch.library.opcheck(op.qk_norm_op, (*leaves, backend))
+        torch.library.opcheck(op.qk_norm_op.overload, (*leaves, backend))
 
 
 def test_wrong_arguments_are_named():

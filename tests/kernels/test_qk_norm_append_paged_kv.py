@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from variant_kernels import append_paged_kv, qk_norm, qk_norm_append_paged_kv
 from variant_kernels.ops import qk_norm_append_paged_kv as op
 
-CASES = cases(op.FUSED_IMPLS)
-BACKENDS = backends_for(op.FUSED_IMPLS, torch.float32)
+CASES = cases(op.qk_norm_append_paged_kv_op.backends)
+BACKENDS = backends_for(op.qk_norm_append_paged_kv_op.backends, torch.float32)
 
 
 def plain_q_k(qkv, scale_mul):
@@ -90,7 +90,7 @@ def problems(draw):
 @given(problem=problems(), backend=st.sampled_from(BACKENDS))
 def test_equals_qk_norm_then_append_bit_by_bit(problem, backend):
     qkv, scale, k_pages, v_pages, slots = problem
-    if backend not in backends_for(op.FUSED_IMPLS, qkv.dtype):
+    if backend not in backends_for(op.qk_norm_append_paged_kv_op.backends, qkv.dtype):
         backend = "reference"
     qkv, k_pages, v_pages, slots = moved(qkv, k_pages, v_pages, slots)
     scale = None if scale is None else moved(scale)[0]
@@ -129,7 +129,7 @@ def test_opcheck_passes(backend):
     for qkv, scale, *target in (inputs[3], inputs[5]):
         scale = None if scale is None else moved(scale)[0]
         case = (*moved(qkv), scale, *moved(*target))
-        torch.library.opcheck(op.qk_norm_append_paged_kv_op, (*case, backend))
+        torch.library.opcheck(op.qk_norm_append_paged_kv_op.overload, (*case, backend))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -10,8 +10,8 @@ from variant_kernels.cuda_ops import library
 from variant_kernels.dispatch.support import triton_interprets
 from variant_kernels.ops import sample_tokens as op
 
-BACKENDS = backends_for(op.SAMPLE_IMPLS, torch.float32)
-CASES = cases(op.SAMPLE_IMPLS)
+BACKENDS = backends_for(op.sample_tokens_op.backends, torch.float32)
+CASES = cases(op.sample_tokens_op.backends)
 
 
 def fewer_if_interpreted(backend, many, few):
@@ -215,7 +215,7 @@ def test_the_least_kept_entry_can_be_drawn_and_the_next_cannot(backend, filters,
                 exponentials.append(torch.ones(entries).index_fill(0, torch.tensor(entry), 1e-30))
                 expected.append((entry, drawn))
     logits, exponentials = torch.stack(rows).unsqueeze(0), torch.stack(exponentials)
-    ours = op.SAMPLE_IMPLS[backend].forward(
+    ours = op.sample_tokens_op.backends[backend].forward(
         logits_2BTV=moved(torch.cat((logits, logits)))[0],
         guidance=0.0,
         top_k=top_k,
@@ -262,7 +262,7 @@ def test_rows_that_nothing_can_be_drawn_from_are_named(backend, poison):
 def test_opcheck_passes(backend):
     for logits, filters in op.sample_inputs(torch.float32, torch.Generator().manual_seed(7))[:4]:
         arguments = (filters.get("top_k", 0), filters.get("top_p", 0.0), 3, None, 2, None, backend)
-        torch.library.opcheck(op.sample_tokens_op, (*moved(logits), 1.5, *arguments))
+        torch.library.opcheck(op.sample_tokens_op.overload, (*moved(logits), 1.5, *arguments))
 
 
 def test_without_seed_draws_follow_torchs_default_generator():

@@ -7,7 +7,7 @@ from test_block_causal_attention import gradients, plain_attention
 from test_paged_attention import plain_attention as plain_paged
 from test_paged_attention import random_case
 
-from variant_kernels import ScaleLayout, block_causal_attention, paged_attention
+from variant_kernels import ScaleLayout, block_causal_attention, paged_attention, split_keys
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.support import triton_unsupported
 
@@ -24,7 +24,7 @@ from variant_kernels.triton_ops.tuning import Config  # noqa: E402
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_keys_split_over_programs_match_float64(dtype, monkeypatch):
     monkeypatch.setattr(common, "num_processors", lambda device: 10**4)
-    monkeypatch.setattr(paged, "KEYS_OF_A_PART", 16)
+    monkeypatch.setattr(split_keys, "MIN_KEYS_PER_SPLIT", 16)
     tally, generator = Tally(), torch.Generator().manual_seed(6)
     for index in range(8):
         inputs, scale = random_case(dtype, generator)
@@ -37,11 +37,11 @@ def test_keys_split_over_programs_match_float64(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("programs", "processors", "room", "splits"),
+    ("programs", "processors", "max_keys", "splits"),
     [(132, 132, 10**6, 1), (60, 132, 688, 5), (2, 132, 688, 5), (2, 132, 10**5, 132), (1, 8, 9, 1)],
 )
-def test_keys_are_split_only_to_fill_the_chip(programs, processors, room, splits):
-    assert paged.num_splits(programs, processors, room) == splits
+def test_keys_are_split_only_to_fill_the_chip(programs, processors, max_keys, splits):
+    assert split_keys.num_splits(programs, processors, max_keys) == splits
 
 
 def test_wrong_pages_and_lengths_stay_inside_the_pool():

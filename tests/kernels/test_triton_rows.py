@@ -27,8 +27,8 @@ SERVED = [d for d in DTYPES if triton_unsupported(Request(DEVICE, (d,), 64)) is 
 
 def test_rows_too_long_for_a_program_are_refused_by_length():
     dtypes = (torch.float32,)
-    assert triton_unsupported(Request(DEVICE, dtypes, row=TRITON_ROW)) is None
-    too_long = triton_unsupported(Request(DEVICE, dtypes, row=TRITON_ROW + 1))
+    assert triton_unsupported(Request(DEVICE, dtypes, row_width=TRITON_ROW)) is None
+    too_long = triton_unsupported(Request(DEVICE, dtypes, row_width=TRITON_ROW + 1))
     assert too_long == "rows of 65537 entries are longer than the 65536 that it can hold"
 
 
@@ -37,7 +37,7 @@ def test_rows_too_long_for_a_program_are_refused_by_length():
     [(680, 128, 8, 136), (680, 128, 4, 80), (680, 2, 8, 8), (680, 3000, 1, 680), (1, 1, 32, 8)],
 )
 def test_parts_fill_the_chip_and_are_whole_blocks(count, groups, num_warps, expected):
-    assert rows.cut(count, groups, 132, num_warps, 8) == expected
+    assert rows.rows_per_part(count, groups, 132, num_warps, 8) == expected
 
 
 @pytest.mark.parametrize("processors", [1, 3, 1000])
@@ -70,11 +70,11 @@ def test_gradients_have_the_same_bits_every_time():
     generator = torch.Generator().manual_seed(7)
     x, y = moved(*torch.randn(2, 3, 100, 33, generator=generator))
     rows_BC = moved(*torch.randn(4, 3, 33, generator=generator))
-    _, h, mean, rstd = adaln.GATED_IMPLS["triton"].forward(
+    _, h, mean, rstd = adaln.gated_op.backends["triton"].forward(
         x_BTC=x, y_BTC=y, gate_BC=rows_BC[0], scale_BC=rows_BC[1], shift_BC=rows_BC[2], eps=1e-6
     )
     first, second = (
-        adaln.GATED_IMPLS["triton"].backward(
+        adaln.gated_op.backends["triton"].backward(
             grad_x_out_BTC=h,
             grad_h_BTC=y,
             x_out_BTC=x,

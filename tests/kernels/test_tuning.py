@@ -43,9 +43,9 @@ def timed(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "triton_interprets", lambda: False)
     monkeypatch.setenv("VARIANT_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("VARIANT_AUTOTUNE", raising=False)
-    tuning.forget()
+    tuning.clear_choices()
     yield ran
-    tuning.forget()
+    tuning.clear_choices()
 
 
 def choose(ran, key=("shape",)):
@@ -61,7 +61,7 @@ def test_the_fastest_that_fits_wins_and_is_timed_once(timed):
 
 def test_another_process_reads_the_winner_and_another_shape_is_timed(timed):
     choose(timed)
-    tuning.forget()
+    tuning.clear_choices()
     assert choose(timed) == CONFIGS[1]
     assert len(timed) == 3
     choose(timed, key=("another shape",))
@@ -70,7 +70,7 @@ def test_another_process_reads_the_winner_and_another_shape_is_timed(timed):
 
 def test_changed_source_is_timed_again(timed, monkeypatch):
     choose(timed)
-    tuning.forget()
+    tuning.clear_choices()
     monkeypatch.setattr(Kernel, "cache_key", "hash of other source")
     choose(timed)
     assert len(timed) == 6
@@ -80,7 +80,7 @@ def test_a_damaged_file_is_timed_again_and_mended(timed):
     choose(timed)
     (path,) = tuning.cache_dir().iterdir()
     path.write_text("{")
-    tuning.forget()
+    tuning.clear_choices()
     assert choose(timed) == CONFIGS[1]
     assert json.loads(path.read_text())["milliseconds"] == [None, 32.0, 64.0]
 
@@ -110,7 +110,7 @@ def test_a_folder_that_cannot_be_written_is_said_and_the_winner_still_serves(
 ):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VARIANT_CACHE_DIR", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="cannot keep tuning results in .*VARIANT_CACHE_DIR"):
+    with pytest.warns(UserWarning, match="cannot store tuning results in .*VARIANT_CACHE_DIR"):
         assert choose(timed) is CONFIGS[1]
 
 
@@ -132,16 +132,16 @@ def test_without_memory_to_time_with_the_first_serves_this_process(timed, monkey
         with pytest.warns(UserWarning, match="no memory to time some_kernel"):
             assert [choose(timed) for _ in range(3)] == [CONFIGS[0]] * 3
     assert len(asked) == 1
-    tuning.forget()
+    tuning.clear_choices()
     assert choose(timed) is CONFIGS[1]
 
 
 def test_nothing_is_timed_while_another_thread_captures_or_times(timed):
-    with device_lock.DEVICE:
+    with device_lock.CAPTURE_OR_TIMING:
         assert choose(timed) is CONFIGS[0]
     assert not timed
     assert choose(timed) is CONFIGS[1]
-    assert not device_lock.DEVICE.locked()
+    assert not device_lock.CAPTURE_OR_TIMING.locked()
 
 
 def test_a_config_that_does_not_compile_costs_no_other(timed, monkeypatch):

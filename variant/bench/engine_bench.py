@@ -33,7 +33,7 @@ from variant_kernels.dispatch.request import dtype_name
 
 
 @dataclass(frozen=True)
-class Setting:
+class BenchConfig:
     """The settings that one set of rows shares."""
 
     batch: int
@@ -64,7 +64,7 @@ class Timing:
 
 
 @dataclass
-class Against:
+class PeerTiming:
     """A peer beside one row of ours. ratio: the peer's time over ours.
 
     full_depth: the peer runs every layer, because it has no depths.
@@ -100,16 +100,16 @@ class Row:
 
     kv_*: bytes.  speed_up: over our own full depth; ceiling: its limit by linear work, the head
     included.  gemms_ms: the same matrix products alone; beyond_gemms: the share of the time that
-    is not spent in them.  weight_bytes: of the weights, read once by each product.  scale_ms: milliseconds
-    of each scale for the whole batch.  same_tokens: whether the plain loop drew the same (float32
-    only; None where there is none).  kv8: with 8-bit K/V, where asked for.
+    is not spent in them.  weight_bytes: of the weights, read once by each product.  scale_ms:
+    milliseconds of each scale for the whole batch.  same_tokens: whether the plain loop drew the
+    same tokens (float32 only; None without a plain loop).  kv8: with 8-bit K/V, if requested.
     """
 
     depth: int
     batch: int
     dtype: str
     ms: Timing
-    against: list[Against]
+    against: list[PeerTiming]
     kv_planned_bytes: int
     kv_allocated_bytes: int
     kv_paper_bytes: int
@@ -156,10 +156,10 @@ class LogitsDifference:
     spread: float
 
 
-class Contest:
+class EngineComparison:
     """One model in one dtype: the engine, the peers and their shared weights."""
 
-    def __init__(self, var: VAR, vae: VQVAE, setting: Setting) -> None:
+    def __init__(self, var: VAR, vae: VQVAE, setting: BenchConfig) -> None:
         self.var, self.vae, self.setting = var, vae, setting
         self.device = var.head.weight.device.type
         self.engine = Engine(var, vae, dtype=setting.dtype)
@@ -450,9 +450,11 @@ class Contest:
         each = [1000 * seconds / self.setting.batch for seconds in samples.seconds]
         return Timing(statistics.median(each), quartiles(each), len(each))
 
-    def _against(self, name: str, theirs: Samples, ours: Samples, *, full_depth: bool) -> Against:
+    def _against(
+        self, name: str, theirs: Samples, ours: Samples, *, full_depth: bool
+    ) -> PeerTiming:
         round_ratios = ratios(theirs, ours)
-        return Against(
+        return PeerTiming(
             peer=name.split(", depth")[0],
             ms=self._timing(theirs),
             ratio=statistics.median(round_ratios),
@@ -466,8 +468,8 @@ def _difference(what: str, ours: Tensor, theirs: Tensor) -> LogitsDifference:
     return LogitsDifference(what, float(apart.max()), float(apart.mean()), float(theirs.std()))
 
 
-def count_samples(setting: Setting, full_depth: int, device: str = "cpu") -> int:
-    """How many samples :meth:`Contest.run` takes, for a progress bar."""
+def count_samples(setting: BenchConfig, full_depth: int, device: str = "cpu") -> int:
+    """How many samples :meth:`EngineComparison.run` takes, for a progress bar."""
     depths = {full_depth, *setting.depths}
     peers = len(peer_settings(device)) * (1 if setting.var_repo is not None else len(depths))
     eight = 0 if setting.kv_dtype is None else len(setting.depths)
@@ -475,24 +477,24 @@ def count_samples(setting: Setting, full_depth: int, device: str = "cpu") -> int
 
 
 def measure(
-    var: VAR, vae: VQVAE, setting: Setting, on_sample: Callable[[str], None] = lambda name: None
+    var: VAR, vae: VQVAE, setting: BenchConfig, on_sample: Callable[[str], None] = lambda name: None
 ) -> dict[str, Any]:
     """Rows, logits, the decoder and the switch of depths of one setting, as plain values.
 
     Raises:
         UserError: the original code does not fit this model.
     """
-    contest = Contest(var, vae, replace(setting, depths=tuple(setting.depths)))
+    comparison = EngineComparison(var, vae, replace(setting, depths=tuple(setting.depths)))
     with torch.inference_mode():
-        rows = contest.run(on_sample)
+        rows = comparison.run(on_sample)
         return {
             "rows": [asdict(row) for row in rows],
             "logits": [
                 {**asdict(difference), "batch": 1, "dtype": dtype_name(setting.dtype)}
-                for difference in contest.logits()
+                for difference in comparison.logits()
             ],
-            "decoder": [contest.decoder(on_sample)] if setting.decoder else [],
-            "switch": [asdict(switch) for switch in contest.switch()],
+            "decoder": [comparison.decoder(on_sample)] if setting.decoder else [],
+            "switch": [asdict(switch) for switch in comparison.switch()],
         }
 
 
@@ -500,6 +502,7 @@ def switch_line(switch: Mapping[str, Any]) -> str:
     """A :class:`Switch` as text."""
     low, high = switch["quartiles"]
     return (
-        f"from depth {switch['depth']} to {switch['to']}, {switch['dtype']}, batch {switch['batch']}: "
+        f"from depth {switch['depth']} to {switch['to']}, {switch['dtype']}, "
+        f"batch {switch['batch']}: "
         f"{switch['ms']:+.2f} ms ({low:+.2f} to {high:+.2f}) of {switch['generation_ms']:,.1f}"
     )

@@ -16,8 +16,8 @@ from variant_kernels.dispatch.request import dtype_name
 # Rows, inputs, outputs: the first MLP layer of VAR-d16 on the last scale with guidance.
 GEMM = (512, 1024, 4096)
 GEMM_CUDA = (8192, 8192, 8192)
-# A CPU that emulates a dtype multiplies fewer rows: 4.3 GFLOP take 3 s at the 1.3 GFLOP/s of bfloat16 on
-# one thread of an AVX2 processor.
+# A CPU that emulates a dtype multiplies fewer rows: at 1.3 GFLOP/s, the rate of bfloat16 on one
+# thread of an AVX2 processor, all of them take 3 s.
 PRODUCT_SECONDS = 0.2
 MIN_ROWS = 32
 # Far beyond any cache.

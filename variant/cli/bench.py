@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 from variant.bench import original_var
 from variant.bench.device import peer_settings
-from variant.bench.engine_bench import Setting, count_samples, measure, switch_line
+from variant.bench.engine_bench import BenchConfig, count_samples, measure, switch_line
 from variant.bench.environment import environment
 from variant.bench.models import build, is_preset
 from variant.bench.peak_memory import Job, peak
@@ -27,25 +28,37 @@ from variant.cli.output import DTYPES, console, mebibytes, table
 from variant.engine.planning import depths_of
 from variant.errors import UserError
 from variant.models.var import VAR
+from variant.models.vqvae import VQVAE
+from variant_kernels.dispatch.request import dtype_name
 
 FORMAT = "variant-engine-bench-2"
 
 
 def bench(command: Bench) -> None:
-    """Measure, print, write."""
+    """Measure the engine and its peers, print tables, write a result file."""
     _check(command)
     if command.threads is not None:
         torch.set_num_threads(command.threads)
     var, vae = build(command.model, command.device)
+    configs = _configs(command, var, vae)
+    result = _empty_result(command, var)
+    _measure(command, var, vae, configs, result)
+    _write(command.json, result)
+    _print(result)
+    if command.json is not None:
+        console().print(f"wrote {command.json}")
+
+
+def _configs(command: Bench, var: VAR, vae: VQVAE) -> list[BenchConfig]:
+    """One configuration for each dtype and batch; wrong depths or clones raise before the work."""
     depths = tuple(command.depths) or depths_of(var.config)
-    # What is wrong is named before the work.
     for depth in depths:
         var.schedule(depth, command.bridge)
     if command.var_repo is not None:
         original_var.check_clone(command.var_repo)
         original_var.check_sizes(vae.config)
-    settings = [
-        Setting(
+    return [
+        BenchConfig(
             batch=batch,
             dtype=DTYPES[dtype],
             depths=depths,
@@ -61,7 +74,10 @@ def bench(command: Bench) -> None:
         for dtype in command.dtype
         for batch in command.batch
     ]
-    result: dict[str, Any] = {
+
+
+def _empty_result(command: Bench, var: VAR) -> dict[str, Any]:
+    return {
         "format": FORMAT,
         "complete": False,
         "model": command.model,
@@ -76,27 +92,28 @@ def bench(command: Bench) -> None:
         "switch": [],
         "memory": [],
     }
+
+
+def _measure(
+    command: Bench, var: VAR, vae: VQVAE, configs: list[BenchConfig], result: dict[str, Any]
+) -> None:
+    """Fill ``result``; the file is written after each configuration, so Ctrl-C keeps those."""
     dtypes = [DTYPES[dtype] for dtype in command.dtype]
-    console().print("measuring the machine's limits")
+    console().print("measuring the machine's peak rates")
     start = measure_peaks(command.device, dtypes)
     result["limits"] = {"start": start.to_dict()}
-    with _progress(
-        sum(count_samples(s, var.config.depth, command.device) for s in settings)
-    ) as on_sample:
-        for setting in settings:
-            found = measure(var, vae, setting, on_sample)
+    total = sum(count_samples(c, var.config.depth, command.device) for c in configs)
+    with _progress(total) as on_sample:
+        for config in configs:
+            measured = measure(var, vae, config, on_sample)
             for part in ("rows", "logits", "decoder", "switch"):
-                result[part] += found[part]
+                result[part] += measured[part]
             if command.memory:
-                result["memory"] += _memory(command, var, setting, result["memory"], on_sample)
-            _write(command.json, result)  # a run that is stopped keeps what it finished
+                result["memory"] += _memory(command, var, config, result["memory"], on_sample)
+            _write(command.json, result)
     end = measure_peaks(command.device, dtypes)
     result["limits"] |= {"end": end.to_dict(), "drift": drift(start, end)}
     result["complete"] = True
-    _write(command.json, result)
-    _print(result)
-    if command.json is not None:
-        console().print(f"wrote {command.json}")
 
 
 def _write(path: Path | None, result: dict[str, Any]) -> None:
@@ -127,7 +144,7 @@ def _check(command: Bench) -> None:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error that counts generations; nothing where nobody watches."""
+    """A progress bar of generations on standard error; none if that is no terminal."""
     if not sys.stderr.isatty():
         yield lambda name: None
         return
@@ -144,99 +161,115 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
 def _memory(
     command: Bench,
     var: VAR,
-    setting: Setting,
+    config: BenchConfig,
     known: list[dict[str, Any]],
     on_sample: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Peak memory of ours at every depth and of each peer at full depth, a process each.
+    """Peak memory of ours at every depth and of each peer at full depth, in one process each.
 
-    Peers do not depend on our dtype: what is known of this batch is not measured again.
+    Args:
+        known: earlier results. Peers do not depend on our dtype and are measured once a batch.
     """
-    full, dtype = var.config.depth, str(setting.dtype).removeprefix("torch.")
+    full, dtype = var.config.depth, dtype_name(config.dtype)
     job = functools.partial(
         Job,
         model=command.model,
-        batch=setting.batch,
+        batch=config.batch,
         dtype=dtype,
         bridge=command.bridge,
         device=command.device,
         threads=torch.get_num_threads(),
         decoder=command.decoder,
-        **setting.filters,
+        **config.filters,
     )
-    jobs = {f"ours {dtype}": [job(who="ours", depth=depth) for depth in setting.depths]}
+    jobs = {f"ours {dtype}": [job(who="ours", depth=depth) for depth in config.depths]}
     repo = None if command.var_repo is None else str(command.var_repo)
     who = "plain loop" if repo is None else "original"
     for name, autocast in peer_settings(command.device).items():
         jobs[f"{who} {name}"] = [job(who=who, depth=full, autocast=autocast, var_repo=repo)]
-    found = []
+    measured = []
     seen = {(one["who"], one["batch"]) for one in known}
     for name, each in jobs.items():
-        for one in each if (name, setting.batch) not in seen else []:
+        for one in each if (name, config.batch) not in seen else []:
             on_sample(f"memory of {name}")
             sizes = peak(one)
-            found.append({"who": name, "depth": one.depth, "batch": one.batch, **sizes})
-    return found
+            measured.append({"who": name, "depth": one.depth, "batch": one.batch, **sizes})
+    return measured
 
 
 # --- printing -----------------------------------------------------------------------------------
 
 
 def _machine(result: dict[str, Any]) -> str:
-    found = result["environment"]
+    machine = result["environment"]
     if result["device"] == "cuda":
-        return f"{found['gpu']}, driver {found['gpu_driver']}"
-    return f"{found['cpu']}, {found['isa']}, {found['threads']} threads"
+        return f"{machine['gpu']}, driver {machine['gpu_driver']}"
+    return f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads"
 
 
 def _print(result: dict[str, Any]) -> None:
-    found, out = result["environment"], console()
+    out = console()
     out.print(
-        f"{_machine(result)}, torch {found['torch']}; "
-        f"without the VQ-VAE decoder; medians of runs that take turns"
+        f"{_machine(result)}, torch {result['environment']['torch']}; "
+        "without the VQ-VAE decoder; medians of interleaved runs"
     )
-    settings = dict.fromkeys((row["dtype"], row["batch"]) for row in result["rows"])
-    for dtype, batch in settings:
+    for dtype, batch in dict.fromkeys((row["dtype"], row["batch"]) for row in result["rows"]):
         rows = [r for r in result["rows"] if (r["dtype"], r["batch"]) == (dtype, batch)]
         out.print(_times(result, rows, dtype, batch))
         out.print(_limits(rows, result["limits"]["start"]["copy"]))
         if any(row["kv8"] is not None for row in rows):
             out.print(_kv8(rows))
-    for found in result["logits"]:
+    for difference in result["logits"]:
         out.print(
-            f"last scale's logits, {found['what']}: largest difference {found['largest']:.3g}, "
-            f"mean {found['mean']:.3g} (their spread is {found['spread']:.3g})"
+            f"last scale's logits, {difference['what']}: largest difference "
+            f"{difference['largest']:.3g}, mean {difference['mean']:.3g} (standard deviation of "
+            f"the logits {difference['spread']:.3g})"
         )
-    for found in result["decoder"]:
-        against = "; ".join(
+    for decoder in result["decoder"]:
+        peers = "; ".join(
             f"{peer['peer']} {peer['ms']['median']:,.1f} ms, {peer['ratio']:.2f} times"
-            for peer in found["against"]
+            for peer in decoder["against"]
         )
         out.print(
-            f"decoder, {found['dtype']}, batch {found['batch']}: "
-            f"{found['ms']['median']:,.1f} ms per image ({against})"
+            f"decoder, {decoder['dtype']}, batch {decoder['batch']}: "
+            f"{decoder['ms']['median']:,.1f} ms per image ({peers})"
         )
-    for found in result["switch"]:
-        out.print(f"switch {switch_line(found)}")
+    for switch in result["switch"]:
+        out.print(f"switch {switch_line(switch)}")
     if result["memory"]:
-        sizes = table("Peak memory of a process that does one generation", "who", "batch",
-                      "depth", "peak", "of it with the model loaded")  # fmt: skip
-        for one in result["memory"]:
-            sizes.add_row(one["who"], str(one["batch"]), str(one["depth"]),
-                          mebibytes(one["peak"]), mebibytes(one["loaded"]))  # fmt: skip
-        out.print(sizes)
-    limits, changes = result["limits"]["start"], result["limits"]["drift"].values()
-    rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in limits["gemm"].items())
+        out.print(_memory_table(result["memory"]))
+    peaks, changes = result["limits"]["start"], result["limits"]["drift"].values()
+    rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in peaks["gemm"].items())
     out.print(
-        f"this machine's GEMM rate: {rates}; copying {limits['copy'] / 1e9:.1f} GB/s; at the end "
+        f"this machine's GEMM rate: {rates}; copying {peaks['copy'] / 1e9:.1f} GB/s; at the end "
         f"{min(changes):.2f} to {max(changes):.2f} of that"
     )
 
 
-def _times(result: dict[str, Any], rows: list[dict[str, Any]], dtype: str, batch: int) -> Any:
+def _memory_table(memory: list[dict[str, Any]]) -> Table:
+    sizes = table(
+        "Peak memory of a process that runs one generation",
+        "implementation",
+        "batch",
+        "depth",
+        "peak",
+        "with the model loaded",
+    )
+    for job in memory:
+        sizes.add_row(
+            job["who"],
+            str(job["batch"]),
+            str(job["depth"]),
+            mebibytes(job["peak"]),
+            mebibytes(job["loaded"]),
+        )
+    return sizes
+
+
+def _times(result: dict[str, Any], rows: list[dict[str, Any]], dtype: str, batch: int) -> Table:
     peers = [peer["peer"] for peer in rows[0]["against"]]
     columns = [column for peer in peers for column in (f"{peer}\nms", "peer /\nours")]
-    found = table(
+    times = table(
         f"{result['model']} ({result['weights']} weights), batch {batch}, {dtype}: ms per image",
         "depth",
         "ours\nms",
@@ -249,11 +282,11 @@ def _times(result: dict[str, Any], rows: list[dict[str, Any]], dtype: str, batch
         same = row["kv_allocated_bytes"] == row["kv_planned_bytes"]
         cells = []
         for peer in row["against"]:
-            # The original has no depths: its time is that of every layer.
+            # The original has no depths: it runs every layer.
             mark = "*" if peer["full_depth"] else ""
             cells += [f"{peer['ms']['median']:,.1f}{mark}", f"{peer['ratio']:.2f}{mark}"]
         low, high = row["ms"]["quartiles"]
-        found.add_row(
+        times.add_row(
             str(row["depth"]),
             f"{row['ms']['median']:,.1f}",
             f"{low:,.1f}..{high:,.1f}",
@@ -262,12 +295,12 @@ def _times(result: dict[str, Any], rows: list[dict[str, Any]], dtype: str, batch
             "equal" if same else f"NOT: {mebibytes(row['kv_planned_bytes'])}",
         )
     if any(peer["full_depth"] for row in rows for peer in row["against"]):
-        found.caption = "* the original at its full depth; it has no other"
-    return found
+        times.caption = "* the original at its full depth, the only one that it has"
+    return times
 
 
-def _kv8(rows: list[dict[str, Any]]) -> Any:
-    found = table(
+def _kv8(rows: list[dict[str, Any]]) -> Table:
+    kv8_table = table(
         f"8-bit K/V beside exact ones ({rows[0]['dtype']}): ms per image",
         "depth",
         "exact\nms",
@@ -283,7 +316,7 @@ def _kv8(rows: list[dict[str, Any]]) -> Any:
         kv8 = row["kv8"]
         if kv8 is None:
             continue
-        found.add_row(
+        kv8_table.add_row(
             str(row["depth"]),
             f"{row['ms']['median']:,.1f}",
             f"{kv8['ms']['median']:,.1f}",
@@ -294,11 +327,11 @@ def _kv8(rows: list[dict[str, Any]]) -> Any:
             f"{kv8['greedy_changed']:.1%}",
             "-" if kv8["first_scale"] is None else str(kv8["first_scale"]),
         )
-    return found
+    return kv8_table
 
 
-def _limits(rows: list[dict[str, Any]], bandwidth: float) -> Any:
-    found = table(
+def _limits(rows: list[dict[str, Any]], bandwidth: float) -> Table:
+    distances = table(
         "Distance to the limit",
         "depth",
         "speed-up over\nown full depth",
@@ -311,9 +344,9 @@ def _limits(rows: list[dict[str, Any]], bandwidth: float) -> Any:
         "GFLOP/s",
         "same tokens as\nplain loop",
     )
-    said = {True: "yes", False: "NO", None: "-"}
+    answers = {True: "yes", False: "NO", None: "-"}
     for row in rows:
-        found.add_row(
+        distances.add_row(
             str(row["depth"]),
             f"{row['speed_up']:.2f}",
             f"{row['ceiling']:.2f}",
@@ -324,6 +357,6 @@ def _limits(rows: list[dict[str, Any]], bandwidth: float) -> Any:
             f"{1000 * row['weight_bytes'] / bandwidth:,.1f}",
             f"{row['ms']['median'] * row['batch'] * bandwidth / row['weight_bytes'] / 1000:.2f}",
             f"{row['achieved_flops'] / 1e9:,.0f}",
-            said[row["same_tokens"]],
+            answers[row["same_tokens"]],
         )
-    return found
+    return distances

@@ -1,4 +1,4 @@
-"""Options of the commands as dataclasses, for tyro."""
+"""The options of each command as a dataclass; tyro makes the command line of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Positional = tyro.conf.Positional
 
 @dataclass
 class Generate:
-    """Paint images with a supernet at any depth.
+    """Generate images with a supernet at any depth.
 
     Example: variant generate --model digits --labels 3 1 4 --depth 2 --out out/digits.png
     """
@@ -23,7 +23,7 @@ class Generate:
     model: str = "digits"
     """Model folder, Hub id, or a model of this package."""
     labels: tuple[int, ...] = ()
-    """Classes to paint; default: every class, at most ten."""
+    """Class labels; default: every class, at most ten."""
     count: int = 1
     """Images per label."""
     depth: int | None = None
@@ -31,29 +31,29 @@ class Generate:
     bridge: int | None = None
     """First scales that run every layer; default: the model's own."""
     all_depths: bool = False
-    """Paint the same labels and seed at every depth of the model, side by side."""
+    """Generate the same labels and seed at every depth of the model, side by side."""
     cfg: float = 1.5
-    """Classifier-free guidance; 0 turns it off and halves the work."""
+    """Scale of classifier-free guidance; 0 turns it off and halves the work."""
     top_k: int = 0
-    """Keep the k likeliest tokens; 0 keeps all."""
+    """Sample from the k likeliest tokens; 0: from all."""
     top_p: float = 0.96
-    """Keep this probability mass; 0 keeps all."""
+    """Sample from the likeliest tokens with this total probability; 0: from all."""
     seed: int = 0
-    """Same seed, same images."""
+    """Seed of the random draws: the same seed gives the same images."""
     dtype: DtypeName | None = None
-    """Of weights, K/V and matrix products; default: the weights' own."""
+    """Dtype of weights, K/V and matrix products; default: that of the weights."""
     kv_dtype: KVDtypeName | None = None
-    """fp8 keeps K and V in 8 bits with a scale per token and head; default: exact. `variant info
-    --kv-dtype fp8` measures what it changes."""
+    """fp8 stores K and V in 8 bits with a scale per token and head; default: exact. `variant info
+    --kv-dtype fp8` measures the error."""
     max_batch: int | None = None
-    """Images at once; default: what free memory holds."""
+    """Images per batch; default: as many as fit into free memory."""
     out: Path = Path("out")
-    """A .png file for one grid, or a folder for one file per image."""
+    """A .png file for a grid, or a folder for one file per image."""
 
 
 @dataclass
 class Plan:
-    """Print what the K/V cache needs at every depth and bridge; no GPU, no weights.
+    """Print the memory of the K/V cache at every depth and bridge; needs no GPU and no weights.
 
     Example: variant plan --model var-d30 --batch 64 --memory 48
     """
@@ -61,24 +61,24 @@ class Plan:
     model: str = "var-d30"
     """A preset (var-d16, -d20, -d24, -d30, -d36-512), a model folder, or "digits"."""
     batch: int = 64
-    """Images; guidance doubles the sequences."""
+    """Number of images; guidance doubles the number of sequences."""
     dtype: DtypeName = "bfloat16"
-    """Of K and V (and of the weights)."""
+    """Dtype of K, V and the weights."""
     kv_dtype: KVDtypeName | None = None
-    """fp8: plan for K and V of 8 bits with their scales; print the error that was measured."""
+    """fp8: plan for 8-bit K and V with their scales, and print the measured error."""
     bridge: int | None = None
     """Bridge of the main table; default: the model's own."""
     memory: float | None = None
-    """Device memory in GiB: says what fits beside the weights."""
+    """Device memory, GiB: print which depths and batches fit beside the weights."""
     page_size: int = 16
     """Tokens per page."""
     guidance: bool = True
-    """Whether unconditional sequences run beside the conditional ones."""
+    """Whether classifier-free guidance doubles the sequences."""
 
 
 @dataclass
 class Train:
-    """Train a transformer, or a depth supernet, by a recipe; resumable, Ctrl-C safe.
+    """Train a transformer or a depth supernet by a recipe; Ctrl-C saves, --resume continues.
 
     Example: variant train --recipe digits --out runs/digits
     """
@@ -88,14 +88,14 @@ class Train:
     out: Path | None = None
     """Folder for checkpoints, metrics and the finished model; default: runs/RECIPE."""
     resume: bool = False
-    """Go on from the last checkpoint in that folder."""
+    """Continue from the last checkpoint in that folder."""
     seed: int | None = None
     """Overrides the recipe's seed."""
 
 
 @dataclass
 class TrainVae:
-    """Train a multi-scale VQ-VAE by a recipe; resumable, Ctrl-C safe.
+    """Train a multi-scale VQ-VAE by a recipe; Ctrl-C saves, --resume continues.
 
     Example: variant train-vae --recipe digits --out runs/digits
     """
@@ -105,15 +105,15 @@ class TrainVae:
     out: Path | None = None
     """Folder for checkpoints, metrics and the finished VQ-VAE; default: runs/RECIPE."""
     resume: bool = False
-    """Go on from the last checkpoint in that folder."""
+    """Continue from the last checkpoint in that folder."""
     seed: int | None = None
     """Overrides the recipe's seed."""
 
 
 @dataclass
 class Bench:
-    """Time the engine beside the original VAR code (or a plain-torch loop); print its distance
-    to what the machine can do.
+    """Time the engine beside the original VAR code or a plain-torch loop, and print its distance
+    to the limit of the machine.
 
     Example: variant bench --model var-d16 --batch 1 --dtype bfloat16 --var-repo ../VAR
     """
@@ -121,36 +121,36 @@ class Bench:
     model: str = "digits"
     """Model folder, "digits", or a preset (var-d16, ...) with random weights."""
     batch: tuple[int, ...] = (1, 8)
-    """Images at once, one or more sizes."""
+    """Images per batch; one or more sizes."""
     depths: tuple[int, ...] = ()
     """Layers in the flexible zone; default: every depth of the model."""
     dtype: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32",)
-    """Of the engine, one or more; peers run in float32 and under bfloat16 autocast, on a GPU
-    under float16 autocast only."""
+    """Dtype of the engine; one or more. Peers run in float32 and under bfloat16 autocast, on a
+    GPU under float16 autocast only."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where everything runs."""
+    """Device of all models."""
     kv_dtype: KVDtypeName | None = None
-    """fp8: time ours with 8-bit K/V beside exact ones too, and count the tokens that change."""
+    """fp8: also time the engine with 8-bit K/V, and count the tokens that change."""
     bridge: int | None = None
     """First scales that run every layer; default: the model's own."""
     cfg: float = 1.5
-    """Classifier-free guidance."""
+    """Scale of classifier-free guidance."""
     top_k: int = 900
-    """Keep the k likeliest tokens; 0 keeps all."""
+    """Sample from the k likeliest tokens; 0: from all."""
     top_p: float = 0.96
-    """Keep this probability mass; 0 keeps all."""
+    """Sample from the likeliest tokens with this total probability; 0: from all."""
     runs: int = 5
-    """Rounds in which everything runs once."""
+    """Rounds; each runs every implementation once."""
     var_repo: Path | None = None
     """Clone of FoundationVision/VAR to compare with; default: the plain-torch loop."""
     decoder: bool = False
-    """Time the VQ-VAE's decoder too, on its own."""
+    """Also time the decoder of the VQ-VAE on its own."""
     memory: bool = False
-    """Measure the peak memory of each, in processes of their own."""
+    """Measure the peak memory of each implementation in a process of its own."""
     threads: int | None = None
-    """Threads; default: torch's."""
+    """Number of threads; default: that of torch."""
     json: Path | None = None
-    """File for the results, for benchmarks/report.py and benchmarks/compare.py."""
+    """File for the results; benchmarks/report.py and benchmarks/compare.py read it."""
 
 
 @dataclass
@@ -158,22 +158,23 @@ class Convert:
     """Convert between the original VAR repository's .pth files and a model folder, both ways.
 
     Example: variant convert --var var_d16.pth --vae vae_ch160v4096z32.pth --out models/var-d16
+
     Example: variant convert --model models/var-d16 --var var_d16.pth --vae vae.pth
     """
 
     var: Path
     """The transformer: its .pth file, a trainer checkpoint, or a folder or Hub id of the original's
-    Hub class. Written as a .pth file where --model is given."""
+    Hub class. With --model: the .pth file to write."""
     vae: Path
-    """The VQ-VAE's .pth file, or the same trainer checkpoint; written where --model is given."""
+    """The VQ-VAE's .pth file, or the same trainer checkpoint. With --model: the file to write."""
     model: str | None = None
     """Model folder to write as .pth files."""
     out: Path | None = None
     """Model folder to write from .pth files."""
     num_heads: int | None = None
-    """Attention heads; needed only for models without L2 norm, whose files do not tell."""
+    """Attention heads; needed only for models without L2 norm, whose files do not hold it."""
     dtype: DtypeName | None = None
-    """Of the transformer's weights; default: as they are."""
+    """Dtype of the transformer's weights; default: unchanged."""
 
 
 @dataclass
@@ -181,18 +182,19 @@ class Info:
     """Describe a model: sizes, subnets and their layers, how it was trained.
 
     Example: variant info --model digits
+
     Example: variant info --model digits --kv-dtype fp8
     """
 
     model: str = "digits"
     """Model folder, Hub id, or a model of this package."""
     kv_dtype: KVDtypeName | None = None
-    """fp8: measure on this model, at every depth, what 8-bit K/V change in its logits and greedy
-    tokens (paints a few images; slow for a large model on a CPU)."""
+    """fp8: measure how 8-bit K/V change the logits and greedy tokens of this model at every depth
+    (generates a few images; slow for a large model on a CPU)."""
     dtype: DtypeName | None = None
-    """Of weights and products in that measurement; default: the weights' own."""
+    """Dtype of weights and products in that measurement; default: that of the weights."""
     images: int = 4
-    """Images of that measurement."""
+    """Number of images in that measurement."""
 
 
 Command = (

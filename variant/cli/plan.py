@@ -1,14 +1,20 @@
-"""``variant plan``: the memory table."""
+"""``variant plan``: the memory table. It needs no weights and no torch."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
-from variant.cli.kv_error_table import print_kv_figures
+from rich.table import Table
+
 from variant.cli.options import Plan
-from variant.cli.output import DTYPES, configs_of, console, mebibytes, table
+from variant.cli.output import configs_of, console, mebibytes, table
 from variant.engine.planning import PlanRow, depths_of, plan_row, weight_bytes
 from variant.errors import UserError
+from variant.models.config import VARConfig
+
+# (depth, bridge) -> the plan
+PlanOf = Callable[[int, int], PlanRow]
 
 
 def plan(command: Plan) -> None:
@@ -18,81 +24,95 @@ def plan(command: Plan) -> None:
     if command.memory is not None and not 0 < command.memory < math.inf:
         raise UserError(f"plan: --memory must be positive and finite (GiB); got {command.memory}")
     var, vae = configs_of(command.model)
-    dtype = DTYPES[command.dtype]
-    scales = len(var.patch_nums)
     bridge = command.bridge if command.bridge is not None else var.bridge
     if bridge is None:
-        raise UserError(f"plan: {command.model} names no bridge; give --bridge (0..{scales})")
+        raise UserError(
+            f"plan: {command.model} names no bridge; give --bridge (0..{len(var.patch_nums)})"
+        )
 
-    def row(depth: int, at: int) -> PlanRow:
+    def plan_of(depth: int, bridge: int) -> PlanRow:
         return plan_row(
             var,
             depth,
-            at,
+            bridge,
             command.batch,
-            dtype,
+            command.dtype,
             page_size=command.page_size,
             guidance=command.guidance,
             kv_dtype=command.kv_dtype,
         )
 
-    eight = command.kv_dtype is not None
-    weights = weight_bytes(var, vae, dtype)
-    room = None if command.memory is None else command.memory * 2**30 - weights
+    weights = weight_bytes(var, vae, command.dtype)
+    free = None if command.memory is None else command.memory * 2**30 - weights
     out = console()
-    sequences = command.batch * (2 if command.guidance else 1)
-    main = table(
-        f"K/V cache of {command.model}: {command.batch} images ({sequences} sequences), "
-        f"{var.layout.total} tokens, width {var.embed_dim}, {command.dtype}, bridge {bridge}",
-        "depth",
-        "paper, as measured\n(float32 K, 16-bit V)",
-        f"paper's scheme\n({command.dtype} K and V)",
-        *(["exact plan"] if not eight else ["exact plan", "with 8-bit K/V\nand scales"]),
-        "of paper's\nscheme",
-        *(
-            []
-            if room is None
-            else [
-                f"fits {command.memory:g} GiB\n(with weights)",
-                "largest batch\n(paper's cache)",
-            ]
-        ),
-    )
-    for depth in depths_of(var):
-        found = row(depth, bridge)
-        main.add_row(
-            str(depth),
-            mebibytes(found.paper_measured),
-            mebibytes(found.paper_same),
-            *([mebibytes(found.exact)] if eight else []),
-            mebibytes(found.ours),
-            f"{found.share:.1%}",
-            *([] if room is None else _fits(found, room, command.batch)),
-        )
-    out.print(main)
-    grid = table(
-        f"{'Plan with 8-bit K/V' if eight else 'Exact plan'} in MiB by depth and bridge"
-        + ("" if room is None else " (-: does not fit)"),
-        "depth",
-        *(f"{k}" for k in range(scales + 1)),
-    )
-    for depth in depths_of(var):
-        cells = []
-        for at in range(scales + 1):
-            size = row(depth, at).ours
-            fits = room is None or size <= room
-            cells.append(f"{size / 2**20:,.0f}" if fits else "-")
-        grid.add_row(str(depth), *cells)
-    out.print(grid)
+    out.print(_by_depth(command, var, bridge, plan_of, free))
+    out.print(_by_bridge(command, var, plan_of, free))
     out.print(
-        f"Weights: {mebibytes(weights)} beside it (transformer in {command.dtype}, VQ-VAE in "
-        "float32). Activations come on top."
+        f"Weights: {mebibytes(weights)} in addition (transformer in {command.dtype}, VQ-VAE in "
+        "float32). Activations are not included."
     )
-    if eight:
+    if command.kv_dtype is not None:
+        from variant.cli.kv_error_table import print_kv_figures  # needs torch
+
         print_kv_figures(out, command.dtype)
 
 
-def _fits(row: PlanRow, room: float, batch: int) -> tuple[str, str]:
-    """Whether the plan fits beside the weights, and the largest batch, ours and the paper's."""
-    ours, paper = (max(0, int(room // (size / batch))) for size in (row.ours, row.paper_measured))
-    return ("yes" if row.ours <= room else "no"), f"{ours} ({paper})"
+def _by_depth(
+    command: Plan, var: VARConfig, bridge: int, plan_of: PlanOf, free: float | None
+) -> Table:
+    """The plan of every depth at one bridge, beside the paper's scheme."""
+    eight_bits = command.kv_dtype is not None
+    sequences = command.batch * (2 if command.guidance else 1)
+    columns = [
+        "depth",
+        "paper, as measured\n(float32 K, 16-bit V)",
+        f"paper's scheme\n({command.dtype} K and V)",
+        "exact plan",
+    ]
+    columns += ["with 8-bit K/V\nand scales"] if eight_bits else []
+    columns += ["of paper's\nscheme"]
+    if free is not None:
+        columns += [f"fits {command.memory:g} GiB\n(with weights)"]
+        columns += ["largest batch\n(paper's cache)"]
+    depths = table(
+        f"K/V cache of {command.model}: {command.batch} images ({sequences} sequences), "
+        f"{var.layout.total} tokens, width {var.embed_dim}, {command.dtype}, bridge {bridge}",
+        *columns,
+    )
+    for depth in depths_of(var):
+        row = plan_of(depth, bridge)
+        depths.add_row(
+            str(depth),
+            mebibytes(row.paper_measured),
+            mebibytes(row.paper_same),
+            *([mebibytes(row.exact)] if eight_bits else []),
+            mebibytes(row.ours),
+            f"{row.share:.1%}",
+            *([] if free is None else _fits(row, free, command.batch)),
+        )
+    return depths
+
+
+def _by_bridge(command: Plan, var: VARConfig, plan_of: PlanOf, free: float | None) -> Table:
+    """The plan of every depth and bridge in one unit, which the largest cell decides."""
+    bridges = range(len(var.patch_nums) + 1)
+    sizes = {depth: [plan_of(depth, bridge).ours for bridge in bridges] for depth in depths_of(var)}
+    largest = max(max(row) for row in sizes.values())
+    unit, name = (2**20, "MiB") if largest >= 10 * 2**20 else (2**10, "KiB")
+    grid = table(
+        f"{'Exact plan' if command.kv_dtype is None else 'Plan with 8-bit K/V'} in {name} by "
+        "depth and bridge" + ("" if free is None else " (-: does not fit)"),
+        "depth",
+        *map(str, bridges),
+    )
+    for depth, row in sizes.items():
+        fits = [free is None or size <= free for size in row]
+        cells = [f"{size / unit:,.0f}" if fit else "-" for size, fit in zip(row, fits, strict=True)]
+        grid.add_row(str(depth), *cells)
+    return grid
+
+
+def _fits(row: PlanRow, free: float, batch: int) -> tuple[str, str]:
+    """Whether the plan fits into ``free`` bytes; the largest batch of ours and of the paper."""
+    ours, paper = (max(0, int(free // (size / batch))) for size in (row.ours, row.paper_measured))
+    return ("yes" if row.ours <= free else "no"), f"{ours} ({paper})"

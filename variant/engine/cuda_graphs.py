@@ -104,7 +104,7 @@ class GraphRecorder:
                 stream=self._stream,
                 capture_error_mode="thread_local",
             )
-            with device_lock.DEVICE, _without_collections(), recording:
+            with device_lock.CAPTURE_OR_TIMING, _without_collections(), recording:
                 outputs = function()
         return Recording(graph.replay, outputs, first)
 

@@ -38,7 +38,7 @@ from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant_kernels import CachePlan, DepthSchedule, PagedKVCache, ScaleLayout
 from variant_kernels.dispatch.request import dtype_name
-from variant_kernels.kv_cache import Steps
+from variant_kernels.kv_cache import PageTables
 from variant_kernels.packed_linear import can_pack
 
 # Schedules and batch sizes whose page tables wait for the next call.
@@ -135,7 +135,7 @@ class Engine:
         self._lock = Lock()
         self._cast: tuple[tuple[tuple[int, int], ...], EngineWeights] | None = None
         self._captures: tuple[EngineWeights, Captures] | None = None
-        self._tables: dict[Hashable, Steps] = {}
+        self._tables: dict[Hashable, PageTables] = {}
         self._fingerprint = Fingerprint()
         self._kv_bytes: dict[Hashable, tuple[int, int]] = {}
         self._kernels(self.kv_dtype)  # a backend that cannot serve the dtypes is refused here
@@ -193,7 +193,7 @@ class Engine:
         guidance: bool,
         weights: EngineWeights,
         kernels: Kernels,
-        steps: Steps | None = None,
+        steps: PageTables | None = None,
     ) -> Run:
         """A run of one batch; its cache is allocated here."""
         config, labels_R = self.var.config, labels_B.to(self.device, non_blocking=True)
@@ -207,7 +207,7 @@ class Engine:
             config.head_dim,
             kernels.pages_dtype,
             self.device,
-            steps=self._steps(schedule, len(labels_R)) if steps is None else steps,
+            page_tables=self._steps(schedule, len(labels_R)) if steps is None else steps,
         )
         return Run(
             self.var,
@@ -228,7 +228,7 @@ class Engine:
                 self._captures = None if recorder is None else (weights, Captures(recorder))
             return None if self._captures is None else self._captures[1]
 
-    def _steps(self, schedule: DepthSchedule, rows: int) -> Steps:
+    def _steps(self, schedule: DepthSchedule, rows: int) -> PageTables:
         """Page tables of a schedule, kept for the next run."""
         key = (schedule.layers, rows, self.page_size, self.device)
         with self._lock:

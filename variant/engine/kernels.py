@@ -16,7 +16,7 @@ from variant_kernels.ops import tables
 class Kernels:
     """The launchers of one backend choice, called without the checks of the public functions.
 
-    One choice for all scales and batches, by the sizes of the last scale: most work is there.
+    One choice for all scales and batches.
     dtype: of activations; pages_dtype: of K and V, ``dtype`` unless ``kv_dtype`` names 8 bits.
     """
 
@@ -30,7 +30,7 @@ class Kernels:
         kv_dtype: torch.dtype | None = None,
     ) -> None:
         found, self.names = tables(), {}
-        config, tokens, total = var.config, var.layout.tokens[-1], var.layout.total
+        config = var.config
         head_dim, width = config.head_dim, config.embed_dim
 
         def pick(op: str, request: Request) -> Callable[..., Tensor]:
@@ -38,16 +38,14 @@ class Kernels:
             return found[op][self.names[op]].forward
 
         # The residual stream is float32, whatever the engine's dtype.
-        stream = Request(device, (torch.float32, dtype), row=width)
+        stream = Request(device, (torch.float32, dtype), row_width=width)
         self.adaln = pick("adaln_modulate", stream)
         self.gated_adaln = pick("gated_residual_adaln", stream)
         fused = Request(device, (dtype, torch.float32), head_dim, None, page_size, kv_dtype)
         self.norm_append = pick("qk_norm_append_paged_kv", fused)
-        attended = Request(
-            device, (dtype,), head_dim, None, page_size, kv_dtype, queries=tokens, keys=total
-        )
-        self.attention = pick("paged_attention", attended)
-        self.sample = pick("sample_tokens", Request(device, (dtype,), row=config.vocab_size))
+        paged = Request(device, (dtype,), head_dim, None, page_size, kv_dtype)
+        self.attention = pick("paged_attention", paged)
+        self.sample = pick("sample_tokens", Request(device, (dtype,), row_width=config.vocab_size))
         self.pages_dtype = kv_dtype or dtype
 
     @property

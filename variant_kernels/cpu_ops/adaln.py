@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from variant_kernels.cpu_ops.common import KERNELS, dtype_code
-from variant_kernels.tensors import empty_as, last_contiguous, rows
+from variant_kernels.tensors import address_and_strides, empty_as, last_contiguous
 
 
 def launch_adaln_forward(
@@ -27,9 +27,9 @@ def launch_adaln_forward(
     rstd_BT = torch.empty((batch, tokens), dtype=torch.float32)
     KERNELS.adaln_forward(
         tuple(x_BTC.shape),
-        rows(x_BTC),
-        rows(scale_BC),
-        rows(shift_BC),
+        address_and_strides(x_BTC),
+        address_and_strides(scale_BC),
+        address_and_strides(shift_BC),
         y_BTC.data_ptr(),
         mean_BT.data_ptr(),
         rstd_BT.data_ptr(),
@@ -60,9 +60,9 @@ def launch_adaln_backward(
     grad_shift_BC = empty_as(scale_BC, scale_BC.dtype)
     KERNELS.adaln_backward(
         tuple(x_BTC.shape),
-        rows(grad_y_BTC),
-        rows(x_BTC),
-        rows(scale_BC),
+        address_and_strides(grad_y_BTC),
+        address_and_strides(x_BTC),
+        address_and_strides(scale_BC),
         mean_BT.data_ptr(),
         rstd_BT.data_ptr(),
         grad_x_BTC.data_ptr(),
@@ -98,11 +98,11 @@ def launch_gated_adaln_forward(
     rstd_BT = torch.empty((batch, tokens), dtype=torch.float32)
     KERNELS.gated_adaln_forward(
         tuple(x_BTC.shape),
-        rows(x_BTC),
-        rows(y_BTC),
-        rows(gate_BC),
-        rows(scale_BC),
-        rows(shift_BC),
+        address_and_strides(x_BTC),
+        address_and_strides(y_BTC),
+        address_and_strides(gate_BC),
+        address_and_strides(scale_BC),
+        address_and_strides(shift_BC),
         x_out_BTC.data_ptr(),
         h_BTC.data_ptr(),
         mean_BT.data_ptr(),
@@ -141,12 +141,12 @@ def launch_gated_adaln_backward(
     grad_shift_BC = empty_as(gate_BC, y_BTC.dtype)
     KERNELS.gated_adaln_backward(
         tuple(x_out_BTC.shape),
-        rows(grad_x_out_BTC),
-        rows(grad_h_BTC),
-        rows(x_out_BTC),
-        rows(y_BTC),
-        rows(gate_BC),
-        rows(scale_BC),
+        address_and_strides(grad_x_out_BTC),
+        address_and_strides(grad_h_BTC),
+        address_and_strides(x_out_BTC),
+        address_and_strides(y_BTC),
+        address_and_strides(gate_BC),
+        address_and_strides(scale_BC),
         mean_BT.data_ptr(),
         rstd_BT.data_ptr(),
         grad_x_BTC.data_ptr(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from variant_kernels.cpu_ops.common import KERNELS, dtype_code
-from variant_kernels.tensors import rows
+from variant_kernels.tensors import address_and_strides
 
 NO_QUERIES = (0, 0, 0, 0)
 
@@ -35,14 +35,14 @@ def launch_append_paged_kv(
             tuple(k_BTHD.shape),
             k_pages_PNHD.shape[1],
             NO_QUERIES,
-            rows(k_BTHD),
-            rows(v_BTHD),
+            address_and_strides(k_BTHD),
+            address_and_strides(v_BTHD),
             0,
             0,
-            rows(k_pages_PNHD),
-            rows(v_pages_PNHD),
-            rows(k_scales_PNH),
-            rows(v_scales_PNH),
+            address_and_strides(k_pages_PNHD),
+            address_and_strides(v_pages_PNHD),
+            address_and_strides(k_scales_PNH),
+            address_and_strides(v_scales_PNH),
             slots_BT.data_ptr(),
             dtype_code("append_paged_kv", "k_BTHD", k_BTHD),
             torch.get_num_threads(),
@@ -51,10 +51,10 @@ def launch_append_paged_kv(
     KERNELS.append_paged_kv(
         tuple(k_BTHD.shape),
         k_pages_PNHD.shape[1],
-        rows(k_BTHD),
-        rows(v_BTHD),
-        rows(k_pages_PNHD),
-        rows(v_pages_PNHD),
+        address_and_strides(k_BTHD),
+        address_and_strides(v_BTHD),
+        address_and_strides(k_pages_PNHD),
+        address_and_strides(v_pages_PNHD),
         slots_BT.data_ptr(),
         k_BTHD.element_size(),
         torch.get_num_threads(),

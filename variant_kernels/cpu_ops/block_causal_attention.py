@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from variant_kernels.cpu_ops.common import KERNELS, dtype_code
-from variant_kernels.tensors import empty_as, last_contiguous, rows
+from variant_kernels.tensors import address_and_strides, empty_as, last_contiguous
 
 
 def launch_block_causal_attention_forward(
@@ -29,9 +29,9 @@ def launch_block_causal_attention_forward(
     lse_BHL = torch.empty((batch, heads, length), dtype=torch.float32)
     KERNELS.block_causal_attention_forward(
         tuple(q_BLHD.shape),
-        rows(q_BLHD),
-        rows(k_BLHD),
-        rows(v_BLHD),
+        address_and_strides(q_BLHD),
+        address_and_strides(k_BLHD),
+        address_and_strides(v_BLHD),
         scale_lengths,
         out_BLHD.data_ptr(),
         lse_BHL.data_ptr(),
@@ -65,11 +65,11 @@ def launch_block_causal_attention_backward(
     dv_BLHD = empty_as(q_BLHD, q_BLHD.dtype)
     KERNELS.block_causal_attention_backward(
         tuple(q_BLHD.shape),
-        rows(grad_out_BLHD),
-        rows(q_BLHD),
-        rows(k_BLHD),
-        rows(v_BLHD),
-        rows(out_BLHD),
+        address_and_strides(grad_out_BLHD),
+        address_and_strides(q_BLHD),
+        address_and_strides(k_BLHD),
+        address_and_strides(v_BLHD),
+        address_and_strides(out_BLHD),
         lse_BHL.data_ptr(),
         scale_lengths,
         dq_BLHD.data_ptr(),

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 
 from variant_kernels.cpu_ops.common import KERNELS, dtype_code
-from variant_kernels.tensors import empty_as, rows
+from variant_kernels.tensors import address_and_strides, empty_as
 
 
 def launch_paged_attention_forward(
@@ -40,12 +40,12 @@ def launch_paged_attention_forward(
         KERNELS.paged_attention_kv8_forward(
             tuple(q_BTHD.shape),
             k_pages_PNHD.shape[1],
-            rows(q_BTHD),
-            rows(k_pages_PNHD),
-            rows(v_pages_PNHD),
-            rows(k_scales_PNH),
-            rows(v_scales_PNH),
-            rows(page_table_BM),
+            address_and_strides(q_BTHD),
+            address_and_strides(k_pages_PNHD),
+            address_and_strides(v_pages_PNHD),
+            address_and_strides(k_scales_PNH),
+            address_and_strides(v_scales_PNH),
+            address_and_strides(page_table_BM),
             kv_lens_B.data_ptr(),
             out_BTHD.data_ptr(),
             softmax_scale,
@@ -56,10 +56,10 @@ def launch_paged_attention_forward(
     KERNELS.paged_attention_forward(
         tuple(q_BTHD.shape),
         k_pages_PNHD.shape[1],
-        rows(q_BTHD),
-        rows(k_pages_PNHD),
-        rows(v_pages_PNHD),
-        rows(page_table_BM),
+        address_and_strides(q_BTHD),
+        address_and_strides(k_pages_PNHD),
+        address_and_strides(v_pages_PNHD),
+        address_and_strides(page_table_BM),
         kv_lens_B.data_ptr(),
         out_BTHD.data_ptr(),
         softmax_scale,

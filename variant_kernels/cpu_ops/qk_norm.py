@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from variant_kernels.cpu_ops.common import KERNELS, dtype_code
-from variant_kernels.tensors import empty_as, last_contiguous, rows
+from variant_kernels.tensors import address_and_strides, empty_as, last_contiguous
 
 
 def launch_qk_norm_forward(
@@ -23,8 +23,8 @@ def launch_qk_norm_forward(
     k_out_BTHD = empty_as(k_BTHD, k_BTHD.dtype)
     KERNELS.qk_norm_forward(
         tuple(q_BTHD.shape),
-        rows(q_BTHD),
-        rows(k_BTHD),
+        address_and_strides(q_BTHD),
+        address_and_strides(k_BTHD),
         scale_mul_H.data_ptr(),
         q_out_BTHD.data_ptr(),
         k_out_BTHD.data_ptr(),
@@ -58,10 +58,10 @@ def launch_qk_norm_backward(
     dscale_mul_H = empty_as(scale_mul_H, torch.float32)
     KERNELS.qk_norm_backward(
         tuple(q_BTHD.shape),
-        rows(grad_q_BTHD),
-        rows(grad_k_BTHD),
-        rows(q_BTHD),
-        rows(k_BTHD),
+        address_and_strides(grad_q_BTHD),
+        address_and_strides(grad_k_BTHD),
+        address_and_strides(q_BTHD),
+        address_and_strides(k_BTHD),
         scale_mul_H.data_ptr(),
         dq_BTHD.data_ptr(),
         dk_BTHD.data_ptr(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from variant_kernels.cpu_ops.common import KERNELS, dtype_code
-from variant_kernels.tensors import rows
+from variant_kernels.tensors import address_and_strides
 
 
 def launch_qk_norm_append_paged_kv(
@@ -52,13 +52,13 @@ def launch_qk_norm_append_paged_kv(
         (address + 2 * part_bytes, *strides),
         0 if scale_mul_H is None else scale_mul_H.data_ptr(),
         0 if scale_mul_H is None else q_BTHD.data_ptr(),
-        rows(k_pages_PNHD),
-        rows(v_pages_PNHD),
+        address_and_strides(k_pages_PNHD),
+        address_and_strides(v_pages_PNHD),
     )
     rest = slots_BT.data_ptr(), code, torch.get_num_threads()
     if k_scales_PNH is None or v_scales_PNH is None:
         KERNELS.qk_norm_append_paged_kv(*tokens_and_pages, *rest)
     else:
-        scales = rows(k_scales_PNH), rows(v_scales_PNH)
+        scales = address_and_strides(k_scales_PNH), address_and_strides(v_scales_PNH)
         KERNELS.qk_norm_append_paged_kv8(*tokens_and_pages, *scales, *rest)
     return q_BTHD

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from variant_kernels.cpu_ops.common import KERNELS, dtype_code
-from variant_kernels.tensors import last_contiguous, rows
+from variant_kernels.cpu_ops.values import raise_bad_row
+from variant_kernels.tensors import address_and_strides, last_contiguous
 
 
 def launch_sample_tokens(
@@ -37,7 +38,7 @@ def launch_sample_tokens(
     tokens_BT = torch.empty((images // 2, tokens), dtype=torch.int64)
     status, row = KERNELS.sample_tokens(
         (images // 2, tokens, entries),
-        rows(logits_2BTV),
+        address_and_strides(logits_2BTV),
         float(guidance),
         top_k,
         top_p,
@@ -50,8 +51,5 @@ def launch_sample_tokens(
         torch.get_num_threads(),
     )
     if status:
-        # The op file owns this message; it imports launchers only when it calls them.
-        from variant_kernels.ops.sample_tokens import raise_bad_row
-
         raise_bad_row("sample_tokens", *divmod(row, tokens))
     return tokens_BT

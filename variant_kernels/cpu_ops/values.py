@@ -30,3 +30,12 @@ def fits_page_table(
 def fits_slots(slots_BT: torch.Tensor, num_slots: int) -> bool:
     """Whether every slot is -1 or in [0, num_slots); int64, on the CPU, any strides."""
     return KERNELS.fits_slots(slots_BT.shape, (slots_BT.data_ptr(), *slots_BT.stride()), num_slots)
+
+
+def raise_bad_row(op: str, image: int, token: int) -> None:
+    """The error for a row that no token can be drawn from."""
+    raise ValueError(
+        f"{op}: logits_2BTV of image {image}, token {token} must be free of NaN and +inf and hold "
+        "a finite value after guidance; got a row that does not. Check the model's weights and "
+        "dtype"
+    )

@@ -10,7 +10,7 @@ import struct
 import torch
 
 from variant_kernels.cuda_ops import common
-from variant_kernels.tensors import empty_as, last_contiguous, rows
+from variant_kernels.tensors import address_and_strides, empty_as, last_contiguous
 
 # AdaLNForwardArgs, AdaLNBackwardCudaArgs, GatedAdaLNForwardArgs, GatedAdaLNBackwardCudaArgs
 _FORWARD = struct.Struct("@13qfiii0q")
@@ -59,9 +59,9 @@ def launch_adaln_forward(
         _FORWARD,
         (
             *x_BTC.shape,
-            *rows(x_BTC),
-            *rows(scale_BC),
-            *rows(shift_BC),
+            *address_and_strides(x_BTC),
+            *address_and_strides(scale_BC),
+            *address_and_strides(shift_BC),
             y_BTC.data_ptr(),
             mean_BT.data_ptr(),
             rstd_BT.data_ptr(),
@@ -102,9 +102,9 @@ def launch_adaln_backward(
         _BACKWARD,
         (
             *x_BTC.shape,
-            *rows(grad_y_BTC),
-            *rows(x_BTC),
-            *rows(scale_BC),
+            *address_and_strides(grad_y_BTC),
+            *address_and_strides(x_BTC),
+            *address_and_strides(scale_BC),
             mean_BT.data_ptr(),
             rstd_BT.data_ptr(),
             grad_x_BTC.data_ptr(),
@@ -146,11 +146,11 @@ def launch_gated_adaln_forward(
         _GATED_FORWARD,
         (
             *x_BTC.shape,
-            *rows(x_BTC),
-            *rows(y_BTC),
-            *rows(gate_BC),
-            *rows(scale_BC),
-            *rows(shift_BC),
+            *address_and_strides(x_BTC),
+            *address_and_strides(y_BTC),
+            *address_and_strides(gate_BC),
+            *address_and_strides(scale_BC),
+            *address_and_strides(shift_BC),
             x_out_BTC.data_ptr(),
             h_BTC.data_ptr(),
             mean_BT.data_ptr(),
@@ -202,12 +202,12 @@ def launch_gated_adaln_backward(
         _GATED_BACKWARD,
         (
             *x_out_BTC.shape,
-            *rows(grad_x_out_BTC),
-            *rows(grad_h_BTC),
-            *rows(x_out_BTC),
-            *rows(y_BTC),
-            *rows(gate_BC),
-            *rows(scale_BC),
+            *address_and_strides(grad_x_out_BTC),
+            *address_and_strides(grad_h_BTC),
+            *address_and_strides(x_out_BTC),
+            *address_and_strides(y_BTC),
+            *address_and_strides(gate_BC),
+            *address_and_strides(scale_BC),
             mean_BT.data_ptr(),
             rstd_BT.data_ptr(),
             *(grad.data_ptr() for grad in grads),

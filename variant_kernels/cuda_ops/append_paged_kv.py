@@ -11,7 +11,7 @@ import torch
 
 from variant_kernels.cuda_ops import common, library
 from variant_kernels.cuda_ops.qk_norm_append_paged_kv import launch_rows
-from variant_kernels.tensors import rows
+from variant_kernels.tensors import address_and_strides
 
 # AppendPagedKvArgs
 _ARGS = struct.Struct("@22qii0q")
@@ -52,8 +52,8 @@ def launch_append_paged_kv(
             launch_rows(
                 op="append_paged_kv",
                 q=(0, 0, 0, 0),
-                k=rows(k_BTHD),
-                v=rows(v_BTHD),
+                k=address_and_strides(k_BTHD),
+                v=address_and_strides(v_BTHD),
                 like_BTHD=k_BTHD,
                 scale_mul_address=0,
                 out_address=0,
@@ -67,8 +67,8 @@ def launch_append_paged_kv(
     packed = _ARGS.pack(
         *k_BTHD.shape,
         k_pages_PNHD.shape[1],
-        *rows(k_BTHD),
-        *rows(v_BTHD),
+        *address_and_strides(k_BTHD),
+        *address_and_strides(v_BTHD),
         k_pages_PNHD.data_ptr(),
         v_pages_PNHD.data_ptr(),
         *k_pages_PNHD.stride()[:3],
@@ -77,5 +77,5 @@ def launch_append_paged_kv(
         k_BTHD.element_size(),
         0,
     )
-    status = _function()(packed, k_pages_PNHD.shape[0], *common.place(k_BTHD))
+    status = _function()(packed, k_pages_PNHD.shape[0], *common.device_and_stream(k_BTHD))
     library.check("append_paged_kv", status)

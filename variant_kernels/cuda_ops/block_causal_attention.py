@@ -8,7 +8,7 @@ from array import array
 import torch
 
 from variant_kernels.cuda_ops import common
-from variant_kernels.tensors import empty_as, last_contiguous, rows
+from variant_kernels.tensors import address_and_strides, empty_as, last_contiguous
 
 # BlockCausalForwardArgs, BlockCausalBackwardCudaArgs
 _FORWARD = struct.Struct("@20qfii0q")
@@ -56,9 +56,9 @@ def launch_block_causal_attention_forward(
         _FORWARD,
         (
             *(batch, length, heads, head_dim),
-            *rows(q_BLHD),
-            *rows(k_BLHD),
-            *rows(v_BLHD),
+            *address_and_strides(q_BLHD),
+            *address_and_strides(k_BLHD),
+            *address_and_strides(v_BLHD),
             *lengths.buffer_info(),
             out_BLHD.data_ptr(),
             lse_BHL.data_ptr(),
@@ -105,11 +105,11 @@ def launch_block_causal_attention_backward(
         _BACKWARD,
         (
             *(batch, length, heads, head_dim),
-            *rows(grad_out_BLHD),
-            *rows(q_BLHD),
-            *rows(k_BLHD),
-            *rows(v_BLHD),
-            *rows(out_BLHD),
+            *address_and_strides(grad_out_BLHD),
+            *address_and_strides(q_BLHD),
+            *address_and_strides(k_BLHD),
+            *address_and_strides(v_BLHD),
+            *address_and_strides(out_BLHD),
             lse_BHL.data_ptr(),
             *lengths.buffer_info(),
             dq_BLHD.data_ptr(),

@@ -21,7 +21,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MOST_ROWS = 2**31 - 512
 
 
-def place(x: torch.Tensor) -> tuple[int, int]:
+def device_and_stream(x: torch.Tensor) -> tuple[int, int]:
     """The index of x's device and the stream that torch computes on there."""
     if library.is_emulated():
         return 0, 0
@@ -43,7 +43,7 @@ def launch(op: str, name: str, layout: struct.Struct, values: tuple[Any, ...], x
         RuntimeError: the launch failed; the message is the CUDA runtime's.
     """
     packed = layout.pack(*values)
-    library.check(op, _function(name)(packed, len(packed), *place(x)))
+    library.check(op, _function(name)(packed, len(packed), *device_and_stream(x)))
 
 
 def check_rows(op: str, name: str, count: int) -> None:

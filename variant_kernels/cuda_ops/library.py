@@ -1,7 +1,8 @@
 """The library of CUDA kernels, ``variant_kernels/_cuda.so``: the first call that needs it loads it.
 
-It is a plain shared library of C functions (csrc/cuda), compiled where nvcc was found. Importing
-this module loads nothing, so that a machine without a GPU pays nothing and cannot fail here.
+It is a plain shared library of C functions (csrc/cuda), compiled where a GPU was visible and
+nvcc works, or on request. Importing this module loads nothing, so that a machine without a GPU pays
+nothing and cannot fail here.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def check(op: str, status: int) -> None:
 def describe() -> str:
     """One line: whether the library is built, for which architectures and with which toolkit."""
     if not is_built():
-        return "not built (nvcc was not found, or VARIANT_CUDA=0)"
+        return "not built (no GPU was visible, nvcc did not work, or VARIANT_CUDA=0)"
     try:
         found = load()
     except RuntimeError as error:

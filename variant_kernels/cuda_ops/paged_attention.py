@@ -9,7 +9,8 @@ import struct
 import torch
 
 from variant_kernels.cuda_ops import common
-from variant_kernels.tensors import empty_as, rows
+from variant_kernels.split_keys import num_splits
+from variant_kernels.tensors import address_and_strides, empty_as
 
 # PagedAttentionArgs
 _ARGS = struct.Struct("@8q12q6qfi0q")
@@ -17,18 +18,6 @@ _ARGS = struct.Struct("@8q12q6qfi0q")
 _KV8_ARGS = struct.Struct("@8q12q6qfi8q")
 # Queries of a block: 16 where there are no more, else 64; 16 on the path of plain products.
 FEW_QUERIES, QUERIES_OF_A_BLOCK = 16, 64
-# Fewer keys than this are not worth a second kernel.
-KEYS_OF_A_PART = 128
-
-
-def num_splits(blocks: int, processors: int, room: int) -> int:
-    """Into how many parts the keys of each sequence go, for at most ``room`` keys.
-
-    One, unless blocks without a split leave processors idle; then enough for two on each.
-    """
-    if blocks >= processors:
-        return 1
-    return max(1, min(-(-2 * processors // blocks), room // KEYS_OF_A_PART))
 
 
 def launch_paged_attention_forward(
@@ -77,17 +66,17 @@ def launch_paged_attention_forward(
         name, layout, scales = "paged_attention_forward", _ARGS, ()
     else:
         name, layout = "paged_attention_kv8_forward", _KV8_ARGS
-        scales = (*rows(k_scales_PNH), 1, *rows(v_scales_PNH), 1)
+        scales = (*address_and_strides(k_scales_PNH), 1, *address_and_strides(v_scales_PNH), 1)
     common.launch(
         "paged_attention",
         name,
         layout,
         (
             *(batch, tokens, heads, head_dim, num_pages, page_size, entries, splits),
-            *rows(q_BTHD),
-            *rows(k_pages_PNHD),
-            *rows(v_pages_PNHD),
-            *rows(page_table_BM),
+            *address_and_strides(q_BTHD),
+            *address_and_strides(k_pages_PNHD),
+            *address_and_strides(v_pages_PNHD),
+            *address_and_strides(page_table_BM),
             kv_lens_B.data_ptr(),
             out_BTHD.data_ptr(),
             partial_address,

@@ -7,7 +7,7 @@ import struct
 import torch
 
 from variant_kernels.cuda_ops import common
-from variant_kernels.tensors import empty_as, last_contiguous, rows
+from variant_kernels.tensors import address_and_strides, empty_as, last_contiguous
 
 # QkNormForwardArgs, QkNormBackwardCudaArgs
 _FORWARD = struct.Struct("@4q8q3qii0q")
@@ -39,8 +39,8 @@ def launch_qk_norm_forward(
         _FORWARD,
         (
             *(batch, tokens, heads, head_dim),
-            *rows(q_BTHD),
-            *rows(k_BTHD),
+            *address_and_strides(q_BTHD),
+            *address_and_strides(k_BTHD),
             scale_mul_H.data_ptr(),
             q_out_BTHD.data_ptr(),
             k_out_BTHD.data_ptr(),
@@ -87,10 +87,10 @@ def launch_qk_norm_backward(
         _BACKWARD,
         (
             *(batch, tokens, heads, head_dim),
-            *rows(grad_q_BTHD),
-            *rows(grad_k_BTHD),
-            *rows(q_BTHD),
-            *rows(k_BTHD),
+            *address_and_strides(grad_q_BTHD),
+            *address_and_strides(grad_k_BTHD),
+            *address_and_strides(q_BTHD),
+            *address_and_strides(k_BTHD),
             scale_mul_H.data_ptr(),
             dq_BTHD.data_ptr(),
             dk_BTHD.data_ptr(),

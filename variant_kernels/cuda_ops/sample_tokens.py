@@ -7,7 +7,7 @@ import struct
 import torch
 
 from variant_kernels.cuda_ops import common
-from variant_kernels.tensors import last_contiguous, rows
+from variant_kernels.tensors import address_and_strides, last_contiguous
 
 # SampleTokensArgs
 _ARGS = struct.Struct("@6qdqqd7qi0q")
@@ -61,7 +61,7 @@ def launch_sample_tokens(
         _ARGS,
         (
             *(batch, tokens, entries),
-            *rows(logits_2BTV),
+            *address_and_strides(logits_2BTV),
             weight,
             guidance_address,
             top_k,

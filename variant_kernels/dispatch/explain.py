@@ -1,104 +1,49 @@
-"""Which backend an op would use, and why not another."""
+"""Why an op uses one backend and not another."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
-from variant_kernels import winners
 from variant_kernels.dispatch.request import Request
-from variant_kernels.dispatch.select import _asked_for, _interpreted, _reason, choose_name
-from variant_kernels.winners import PREFERENCE
-
-
-def explain(
-    op: str,
-    *,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    head_dim: int | None = 64,
-    backend: str = "auto",
-    **sizes: int,
-) -> str:
-    """Which backend ``op`` would use for such tensors, from where, and why not a faster one.
-
-    ``explain("paged_attention", dtype=torch.bfloat16, rows=32, queries=256, keys=680)``; sizes are
-    those of :class:`Request`. Without any, what most of the measured cases say.
-    """
-    choice = explained(op, device=device, dtype=dtype, head_dim=head_dim, backend=backend, **sizes)
-    reasons = (f"{name}: {reason}" for name, reason in choice.others.items())
-    return f"{choice.name} ({'; '.join((choice.source, *reasons))})"
-
-
-MEASURED, PREFERRED, NAMED = "measured: ", "preference order", "asked for by name"
+from variant_kernels.dispatch.select import (
+    Backend,
+    choose_name,
+    for_tests,
+    reason_against,
+    requested_name,
+)
+from variant_kernels.dispatch.support import BACKENDS
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend, what says so, and why each that would have come before it is not taken."""
+    """A backend, the rule that selected it, and why each backend before it was not selected.
+
+    rule: "preference order" or "asked for by name".
+    """
 
     name: str
-    source: str
+    rule: str
     others: dict[str, str]
 
+    def __str__(self) -> str:
+        reasons = (f"{name}: {reason}" for name, reason in self.others.items())
+        return f"{self.name} ({'; '.join((self.rule, *reasons))})"
 
-def explained(
-    op: str,
-    *,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    head_dim: int | None = 64,
-    backend: str = "auto",
-    **sizes: int,
+
+def resolve(
+    op: str, backends: Mapping[str, Backend], request: Request, backend: str = "auto"
 ) -> Choice:
-    """What ``op`` would use for such tensors; arguments as for :func:`explain`.
+    """The choice that an op with these backends makes.
 
-    source: ``"measured: FILE.json"``, "preference order" or "asked for by name".
     Raises:
-        ValueError: no such op or size, or a backend asked for by name cannot serve it.
+        ValueError: a backend asked for by name is unknown or cannot serve the request.
     """
-    from variant_kernels import ops
-
-    tables = ops.tables()
-    if op not in tables:
-        raise ValueError(f"explain: op must be one of {', '.join(tables)}; got {op!r}")
-    unknown = sorted(set(sizes) - set(winners.SIZES))
-    if unknown:
-        raise ValueError(
-            f"explain: sizes must be among {', '.join(winners.SIZES)}; got {unknown[0]!r}"
-        )
-    # Where two dtypes count, as those of stream and rows in adaln_modulate, both are this one.
-    request = Request(
-        device,
-        (dtype, dtype),
-        head_dim,
-        row=sizes.get("row"),
-        page_size=sizes.get("page_size"),
-        rows=sizes.get("rows"),
-        queries=sizes.get("queries"),
-        keys=sizes.get("keys"),
-    )
-    impls = tables[op]
-    name = choose_name(op, impls, backend, request)
-    case = winners.find(op, request)
-    measured = case is not None and name in case.ranking
-    if _asked_for(op, backend) != "auto":
-        source, order = NAMED, ()
-    elif case is not None and measured:
-        source, order = MEASURED + ", ".join(case.sources), winners.order(op, request)
-    else:
-        source, order = PREFERRED, winners.preference(device)
-    # Those of PREFERENCE too, some of which are not even asked on a CPU.
+    name = choose_name(op, backends, backend, request)
+    named = requested_name(backend) != "auto"
     others = {}
-    for other in dict.fromkeys((*_before(order, name), *_before(PREFERENCE, name))):
-        reason = _reason(impls, other, request)
-        if reason is None:
-            slower = case is not None and measured and other in case.ranking
-            reason = "measured slower" if slower else "not asked for"
-        others[other] = "interpreted" if _interpreted(other) else reason
-    return Choice(name, source, others)
-
-
-def _before(order: tuple[str, ...], name: str) -> tuple[str, ...]:
-    return order[: order.index(name)] if name in order else ()
+    for other in BACKENDS[: BACKENDS.index(name)]:
+        reason = reason_against(backends, other, request) or "not asked for"
+        others[other] = "interpreted" if for_tests(other) else reason
+    return Choice(name, "asked for by name" if named else "preference order", others)

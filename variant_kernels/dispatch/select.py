@@ -1,63 +1,62 @@
-"""Which implementation of an op runs, and why.
+"""Which backend of an op runs a call.
 
-Each op file holds a literal ``IMPLS`` table from backend name to :class:`Impl`. ``backend="auto"``
-takes the fastest that supports the arguments: in the measured order where ``winners.json`` has one
-for this kind of device, op, dtype and size, else in that of ``PREFERENCE``. A backend asked for by
-name (argument, :func:`use_backend` or the environment variable ``VARIANT_BACKEND``) runs or raises.
+Each op file holds a literal table of :class:`Backend`, fastest first. ``backend="auto"`` takes the
+first that can serve the call. A backend asked for by name (argument, :func:`use_backend` or the
+environment variable ``VARIANT_BACKEND``) runs or raises.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
+from importlib import import_module
 from typing import Any
 
-from variant_kernels import winners
 from variant_kernels.cuda_ops import library as cuda_library
 from variant_kernels.dispatch.request import Request
-from variant_kernels.dispatch.support import available_backends, triton_interprets
-from variant_kernels.winners import ON_CPU, PREFERENCE
+from variant_kernels.dispatch.support import BACKENDS, available_backends, triton_interprets
 
 _override: ContextVar[str | None] = ContextVar("variant_backend", default=None)
+Launcher = Callable[..., Any]
 
 
-def _no_backward(**kwargs: Any) -> Any:
-    raise RuntimeError("this op is inference-only: it has no backward pass")
-
-
-@dataclass(frozen=True)
-class Impl:
+class Backend:
     """One backend of one op.
 
-    forward, backward: launchers; keyword arguments only, arguments already checked.
-    unsupported: the reason why a request cannot be served, naming the argument, or None.
+    Args:
+        unsupported: the reason why it cannot serve a request, naming the argument; or None.
+        forward, backward: launchers, called with keyword arguments that have been checked; or
+            where they are: ``"triton_ops.adaln.launch_adaln_forward"`` is imported at first use.
     """
 
-    forward: Callable[..., Any]
-    backward: Callable[..., Any] = _no_backward
-    unsupported: Callable[[Request], str | None] = lambda request: None
+    def __init__(
+        self,
+        unsupported: Callable[[Request], str | None],
+        forward: Launcher | str,
+        backward: Launcher | str | None = None,
+    ) -> None:
+        self.unsupported = unsupported
+        self._forward, self._backward = forward, backward
+
+    @cached_property
+    def forward(self) -> Launcher:
+        return _imported(self._forward)
+
+    @cached_property
+    def backward(self) -> Launcher:
+        if self._backward is None:
+            raise RuntimeError("this op is inference-only: it has no backward pass")
+        return _imported(self._backward)
 
 
-@cache
-def _load(module: str, name: str) -> Callable[..., Any]:
-    return getattr(importlib.import_module(module), name)
-
-
-@dataclass(frozen=True)
-class Lazy:
-    """A launcher whose module is imported at its first call, so that tables stay literal."""
-
-    module: str
-    name: str
-
-    def __call__(self, **kwargs: Any) -> Any:
-        return _load(self.module, self.name)(**kwargs)
+def _imported(launcher: Launcher | str) -> Launcher:
+    if not isinstance(launcher, str):
+        return launcher
+    module, _, name = launcher.rpartition(".")
+    return getattr(import_module(f"variant_kernels.{module}"), name)
 
 
 @contextmanager
@@ -76,85 +75,56 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def _check_name(op: str, name: str) -> None:
-    if name != "auto" and name not in PREFERENCE:
+    if name != "auto" and name not in BACKENDS:
         raise ValueError(
             f'{op}: backend "{name}" is unknown; available: auto, {", ".join(available_backends())}'
         )
 
 
-def _asked_for(op: str, backend: str) -> str:
+def requested_name(backend: str) -> str:
+    """The argument unless it is "auto"; then use_backend's, VARIANT_BACKEND's, or "auto"."""
     if backend != "auto":
-        name = backend
-    else:
-        name = _override.get() or os.environ.get("VARIANT_BACKEND") or "auto"
-    _check_name(op, name)
-    return name
+        return backend
+    return _override.get() or os.environ.get("VARIANT_BACKEND") or "auto"
 
 
-def choose(op: str, impls: Mapping[str, Impl], backend: str, request: Request) -> Impl:
-    """The implementation that serves this request.
+def choose_name(
+    op: str,
+    backends: Mapping[str, Backend],
+    backend: str,
+    request: Request,
+    exclude: Collection[str] = (),
+) -> str:
+    """Name of the backend that serves a request; "auto" takes none of ``exclude``.
 
     Raises:
         ValueError: a backend asked for by name is unknown or cannot serve the arguments; the
             message says which argument is the reason.
     """
-    return impls[choose_name(op, impls, backend, request)]
-
-
-def choose_name(
-    op: str,
-    impls: Mapping[str, Impl],
-    backend: str,
-    request: Request,
-    avoid: tuple[str, ...] = (),
-) -> str:
-    """Name of the backend that :func:`choose` takes; "auto" takes none of ``avoid``."""
-    asked = _asked_for(op, backend)
-    if asked != "auto":
-        reason = _reason(impls, asked, request)
+    name = requested_name(backend)
+    _check_name(op, name)
+    if name != "auto":
+        reason = reason_against(backends, name, request)
         if reason is not None:
             raise ValueError(
-                f'{op}: backend "{asked}" cannot run this call: {reason}. Use backend="auto"'
+                f'{op}: backend "{name}" cannot run this call: {reason}. Use backend="auto"'
             )
-        return asked
-    # In one place, and without calls: half a microsecond is a fortieth of a short op.
-    device = request.device
-    if op in winners.deciding(device):
-        order = winners.order(op, request)
-    else:
-        order = ON_CPU if device == "cpu" else PREFERENCE
-    for name in order:
-        if _reason(impls, name, request) is None and not _interpreted(name) and name not in avoid:
+        return name
+    for name, candidate in backends.items():
+        if name not in exclude and candidate.unsupported(request) is None and not for_tests(name):
             return name
     raise AssertionError(f"{op}: the reference backend refused {request}")
 
 
-def choose_backward(
-    op: str,
-    impls: Mapping[str, Impl],
-    backend: str,
-    request: Request,
-    avoid: tuple[str, ...] = (),
-) -> str:
-    """What a backward pass is to be asked for, so that it runs where the forward ran.
-
-    A name; or "auto" in a graph traced for many sizes, if the size decides: forward and backward
-    then both choose when they run, by the same sizes.
-    """
-    decided = op in winners.deciding(request.device)
-    if decided and request.symbolic and _asked_for(op, backend) == "auto":
-        return "auto"
-    return choose_name(op, impls, backend, request, avoid)
+def reason_against(backends: Mapping[str, Backend], name: str, request: Request) -> str | None:
+    """Why a backend cannot serve a request, or None."""
+    if name not in backends:
+        return "it does not implement this op"
+    return backends[name].unsupported(request)
 
 
-def _interpreted(name: str) -> bool:
-    """An interpreter proves kernels; nobody wants it chosen."""
+def for_tests(name: str) -> bool:
+    """Interpreted and emulated kernels are for tests: "auto" never selects them."""
     return (name == "triton" and triton_interprets()) or (
         name == "cuda" and cuda_library.is_emulated()
     )
-
-
-def _reason(impls: Mapping[str, Impl], name: str, request: Request) -> str | None:
-    if name not in impls:
-        return "it does not implement this op"
-    return impls[name].unsupported(request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 
@@ -11,35 +12,35 @@ import torch
 
 from variant_kernels.cuda_ops import library as cuda_library
 from variant_kernels.dispatch.request import Request, dtype_name
-from variant_kernels.winners import PREFERENCE
 
-
-def _kv_dtype_reason(kv_dtype: torch.dtype) -> str:
-    return f"pages of {dtype_name(kv_dtype)} with scales are not among those that it reads"
-
-
-CPU_DTYPES = (torch.float32, torch.bfloat16)
-
-
+# All names, in the order of every op's table: fastest first.
+BACKENDS = ("triton", "cuda", "flash", "flashinfer", "flex", "cpu", "reference")
 # Devices that Triton compiles for; AMD GPUs are "cuda" to torch.
 TRITON_DEVICES = ("cuda", "xpu")
-
-
-# Entries of a row that one program can hold.
+# Entries of a row that one Triton program can hold, and that one CUDA block takes.
 TRITON_ROW = 65536
-
-
 CUDA_ROW = 65536
+FLASHINFER_HEAD_DIMS = (64, 128, 256)
+_32_OR_16_BITS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _dtype_reason(request: Request, dtypes: Collection[torch.dtype]) -> str | None:
+    for dtype in request.dtypes:
+        if dtype not in dtypes:
+            names = ", ".join(dtype_name(served) for served in dtypes)
+            return f"dtype {dtype_name(dtype)} is not among its dtypes ({names})"
+    return None
+
+
+def always(request: Request) -> None:
+    """No reason: plain torch serves every request."""
 
 
 def cpu_unsupported(request: Request) -> str | None:
     """Why the C++ kernels cannot serve a request."""
     if request.device != "cpu":
         return f"the tensors are on {request.device}, not on the CPU"
-    for dtype in request.dtypes:
-        if dtype not in CPU_DTYPES:
-            return f"dtype {dtype_name(dtype)} is not among its dtypes (float32, bfloat16)"
-    return None
+    return _dtype_reason(request, (torch.float32, torch.bfloat16))
 
 
 def triton_interprets() -> bool:
@@ -64,17 +65,15 @@ def triton_unsupported(request: Request) -> str | None:
             return "Triton's interpreter computes bfloat16 wrongly"
     elif request.device not in TRITON_DEVICES:
         return f"the tensors are on {request.device}, not on a GPU"
-    for dtype in request.dtypes:
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"dtype {dtype_name(dtype)} is not among its dtypes (float32, bfloat16, float16)"
-    if request.row is not None and request.row > TRITON_ROW:
-        return f"rows of {request.row} entries are longer than the {TRITON_ROW} that it can hold"
-    return None
+    if request.row_width is not None and request.row_width > TRITON_ROW:
+        width = request.row_width
+        return f"rows of {width} entries are longer than the {TRITON_ROW} that it can hold"
+    return _dtype_reason(request, _32_OR_16_BITS)
 
 
 @cache
 def _least_capability() -> tuple[int, int]:
-    """Of the GPUs at hand: a request does not say which of them it is for."""
+    """Of the GPUs at hand: a request does not name one of them."""
     count = torch.cuda.device_count()
     return min(torch.cuda.get_device_capability(index) for index in range(count))
 
@@ -91,17 +90,14 @@ def cuda_unsupported(request: Request) -> str | None:
     elif _least_capability() < (8, 0):
         major, minor = _least_capability()
         return f"the GPU has compute capability {major}.{minor}; it needs 8.0"
-    for dtype in request.dtypes:
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"dtype {dtype_name(dtype)} is not among its dtypes (float32, bfloat16, float16)"
-    if request.row is not None and request.row > CUDA_ROW:
-        return f"rows of {request.row} entries are longer than the {CUDA_ROW} that it takes"
-    return None
+    if request.row_width is not None and request.row_width > CUDA_ROW:
+        return f"rows of {request.row_width} entries are longer than the {CUDA_ROW} that it takes"
+    return _dtype_reason(request, _32_OR_16_BITS)
 
 
 @dataclass(frozen=True)
 class FlashAttention:
-    """An installed flash-attn: where it is, and what it calls a page table."""
+    """An installed flash-attn: its module, and its name for a page table."""
 
     version: int
     module: str
@@ -119,48 +115,42 @@ FLASH_VERSIONS = (
 @cache
 def find_flash(device: torch.device | str) -> FlashAttention | None:
     """The newest installed flash-attn that runs on a device, or None."""
-    for found in FLASH_VERSIONS:
-        newest = found.version == 3
-        if newest and torch.cuda.get_device_capability(device)[0] != 9:
+    for flash in FLASH_VERSIONS:
+        if flash.version == 3 and torch.cuda.get_device_capability(device)[0] != 9:
             continue
-        if importlib.util.find_spec(found.module) is not None:
-            return found
+        if importlib.util.find_spec(flash.module) is not None:
+            return flash
     return None
 
 
-def _16_bits_on_nvidia(request: Request) -> str | None:
+def _nvidia_16_bits_reason(request: Request) -> str | None:
     if request.kv_dtype is not None:
-        return _kv_dtype_reason(request.kv_dtype)
+        name = dtype_name(request.kv_dtype)
+        return f"pages of {name} with scales are not among those that it reads"
     if request.device != "cuda" or torch.version.hip is not None:
         return "it needs an NVIDIA GPU"
-    for dtype in request.dtypes:
-        if dtype not in (torch.float16, torch.bfloat16):
-            return f"dtype {dtype_name(dtype)} is not among its dtypes (float16, bfloat16)"
-    return None
+    return _dtype_reason(request, (torch.float16, torch.bfloat16))
 
 
 def flash_unsupported(request: Request) -> str | None:
     """Why flash-attn cannot serve a request."""
-    reason = _16_bits_on_nvidia(request)
+    reason = _nvidia_16_bits_reason(request)
     if reason is not None:
         return reason
-    found = find_flash(request.device)
-    if found is None:
+    flash = find_flash(request.device)
+    if flash is None:
         return "flash-attn is not installed"
-    if request.page_size is not None and request.page_size % found.page_multiple:
+    if request.page_size is not None and request.page_size % flash.page_multiple:
         return (
-            f"page_size {request.page_size} is not a multiple of the {found.page_multiple} that "
-            f"flash-attn {found.version} reads"
+            f"page_size {request.page_size} is not a multiple of the {flash.page_multiple} that "
+            f"flash-attn {flash.version} reads"
         )
     return None
 
 
-FLASHINFER_HEAD_DIMS = (64, 128, 256)
-
-
 def flashinfer_unsupported(request: Request) -> str | None:
     """Why FlashInfer cannot serve a request."""
-    reason = _16_bits_on_nvidia(request)
+    reason = _nvidia_16_bits_reason(request)
     if reason is not None:
         return reason
     if importlib.util.find_spec("flashinfer") is None:
@@ -174,9 +164,7 @@ def flex_unsupported(request: Request) -> str | None:
     """Why FlexAttention cannot serve a request."""
     if request.device not in TRITON_DEVICES:
         return f"FlexAttention has no backward pass on {request.device}"
-    if not _has_triton():
-        return "Triton is not installed (pip install triton)"
-    return None
+    return None if _has_triton() else "Triton is not installed (pip install triton)"
 
 
 def available_backends() -> tuple[str, ...]:
@@ -192,4 +180,4 @@ def available_backends() -> tuple[str, ...]:
         "flash": nvidia and find_flash("cuda") is not None,
         "flashinfer": nvidia and importlib.util.find_spec("flashinfer") is not None,
     }
-    return tuple(name for name in reversed(PREFERENCE) if runs[name])
+    return tuple(name for name in reversed(BACKENDS) if runs[name])

@@ -1,4 +1,4 @@
-"""Patching the models of other codebases in place, by their structure."""
+"""Patch models of other codebases in place; models are recognised by their structure."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from variant_kernels.integrations.base import Family, Handle, PatchError, apply_patch
+from variant_kernels.integrations.base import Handle, ModelFamily, PatchError, apply_patch
 from variant_kernels.integrations.code import CoDeFamily
 from variant_kernels.integrations.hart import HARTFamily
 from variant_kernels.integrations.infinity import InfinityFamily
 from variant_kernels.integrations.switti import SwittiFamily
 from variant_kernels.integrations.var import VARFamily
 
-# Asked in this order; the first that recognises a model takes it.
-FAMILIES: tuple[Family, ...] = (
+# In order of precedence: the first family that recognises a model is used.
+FAMILIES: tuple[ModelFamily, ...] = (
     InfinityFamily(),
     HARTFamily(),
     SwittiFamily(),
@@ -33,23 +33,23 @@ def patch(
     """Make a model of another codebase faster in place.
 
     The model keeps its parameters, their names, its checkpoint and its own generation function;
-    at full depth it generates the same tokens. Everything is verified before anything is changed.
+    at full depth it generates the same tokens. Everything is verified before any change.
 
     Args:
         model: the transformer itself (inside DDP: ``model.module``).
         depth: layers in the flexible zone, as a number or a list; None is every layer.
         bridge: first scales that run every layer; None is 6 of 10, in proportion.
         keep_copies: under autocast weights are cast once per generation and the copies are freed at
-            its end. True keeps them: faster, at the price of that memory, and a weight that is
-            changed through ``.data`` (which torch cannot tell) is then not seen.
+            its end. True keeps them, which is faster but takes that memory; a weight that is then
+            changed through ``.data`` is not cast again, because torch does not record the change.
     Returns:
         :class:`Handle`; also a context manager.
     Raises:
-        PatchError: a ValueError; the model is unknown, changed, compiled or patched already. It
-            names what was looked for and not found; nothing has been changed.
+        PatchError: a ValueError; the model is unknown, modified, compiled or patched already. The
+            message names the requirement that is not met; the model is unchanged.
         ValueError: depth or bridge out of range.
     """
     return apply_patch(FAMILIES, model, depth, bridge, keep_copies)
 
 
-__all__ = ["FAMILIES", "Family", "Handle", "PatchError", "patch"]
+__all__ = ["FAMILIES", "Handle", "ModelFamily", "PatchError", "patch"]

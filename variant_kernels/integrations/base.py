@@ -1,8 +1,8 @@
-"""Patching a model of another codebase in place: all of it or nothing, and back again.
+"""Patch a model of another codebase in place, completely or not at all, and undo it.
 
-A family of models says by which structure it is known, checks it completely, and lists which
-objects get which behaviour. Nothing of the other codebase is imported: an object's class is swapped
-for a subclass of itself, so that its parameters, names, hooks and ``isinstance`` stay.
+A :class:`ModelFamily` recognises models by their structure, verifies them completely, and lists the
+class swaps. Nothing of the other codebase is imported: an object gets a subclass of its own class,
+so that parameters, names, hooks and ``isinstance`` keep working.
 """
 
 from __future__ import annotations
@@ -24,34 +24,35 @@ _ABSENT = object()
 
 
 class PatchError(ValueError):
-    """A model that cannot be patched; says what was looked for and not found."""
+    """The model cannot be patched; the message names the requirement that it does not meet."""
 
 
 @dataclass(frozen=True)
-class Swap:
-    """One object and what it becomes.
+class ClassSwap:
+    """One object and the class that a patch gives it.
 
-    target: its class becomes a subclass of its own class and of ``kind``.
-    kind: a subclass of :class:`Patched`, whose methods come before the object's own.
-    attributes: set in the object's ``__dict__`` meanwhile; what they hide is restored.
+    target: the object; its new class derives from ``mixin`` and from its own class.
+    mixin: a subclass of :class:`Patched`, whose methods override the object's own.
+    attributes: set in the object's ``__dict__`` while it is patched; the previous values are
+        restored.
     """
 
     target: Any
-    kind: type[Patched]
+    mixin: type[Patched]
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class PatchState:
-    """What a patched object knows of its patch: its former self, and what all objects share."""
+    """State of one patched object: its original class and attributes, and the shared runtime."""
 
     original: type
     hidden: Mapping[str, Any]
     runtime: Any
     handle: Handle
 
-    def undone(self, members: Mapping[str, Any]) -> dict[str, Any]:
-        """An object's ``__dict__`` as it was before the patch."""
+    def original_dict(self, members: Mapping[str, Any]) -> dict[str, Any]:
+        """The ``__dict__`` of the unpatched object, from that of the patched one."""
         plain = {name: value for name, value in members.items() if name != STATE}
         for name, value in self.hidden.items():
             if value is _ABSENT:
@@ -62,82 +63,87 @@ class PatchState:
 
 
 class Patched:
-    """Mixed into the class of every object that a patch touches.
+    """Mixin for the class of every patched object.
 
-    A copy or a pickle of a patched object is the plain object: a deep copy (for an average of the
-    weights, say) is not patched and may be patched itself, and a pickled model loads where this
-    package is not installed.
+    Copies and pickles of a patched object are unpatched: a deep copy (for an average of the
+    weights, say) may be patched itself, and a pickled model loads where this package is not
+    installed.
     """
 
     @property
     def patch_state(self) -> PatchState:
-        """Of this object."""
+        """The state that the patch stores in this object."""
         return self.__dict__[STATE]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = self.patch_state
         members = cast(Any, super()).__getstate__()
-        # Not copyreg.__newobj__: pickle insists that it makes the class that the object has now.
-        return object.__new__, (state.original,), state.undone(members)
+        # Not copyreg.__newobj__: pickle requires it to create the object's current class.
+        return object.__new__, (state.original,), state.original_dict(members)
 
 
 @cache
-def _swapped_class(kind: type[Patched], original: type) -> type:
+def _patched_class(mixin: type[Patched], original: type) -> type:
     names = ("__module__", "__qualname__", "__doc__")
-    return type(original.__name__, (kind, original), {n: getattr(original, n) for n in names})
+    return type(original.__name__, (mixin, original), {n: getattr(original, n) for n in names})
 
 
-class Family(ABC):
-    """One family of models: how it is known, what it must look like, what becomes of it.
+class ModelFamily(ABC):
+    """A family of models: how to recognise, verify and patch them.
 
-    name: as users know it.  sign: what :meth:`recognise` looks for, for error messages.
+    name: the family's public name.  structure: what :meth:`recognise` looks for, for error
+    messages.
     """
 
     name: ClassVar[str]
-    sign: ClassVar[str]
+    structure: ClassVar[str]
 
     @abstractmethod
     def recognise(self, model: nn.Module) -> bool:
-        """Whether the model claims to be of this family; cheap, by structure, never raises."""
+        """Whether the model's structure is that of this family; cheap, never raises."""
 
     @abstractmethod
     def verify(self, model: nn.Module) -> None:
-        """Check all that the swaps rely on.
+        """Check everything that the class swaps rely on.
 
         Raises:
-            PatchError: naming what was looked for and not found; see :func:`require`.
+            PatchError: a requirement is not met; see :func:`require`.
         """
 
     @abstractmethod
     def runtime(self, model: nn.Module) -> Runtime:
-        """A new shared state for a model that passed :meth:`verify`."""
+        """A new runtime for a model that passed :meth:`verify`; patched objects share it."""
 
     @abstractmethod
-    def swaps(self, model: nn.Module, runtime: Runtime) -> list[Swap]:
-        """What becomes of which object; nothing is changed yet."""
+    def class_swaps(self, model: nn.Module, runtime: Runtime) -> list[ClassSwap]:
+        """The class swaps of a patch; this method changes nothing."""
 
     def probe(self, model: nn.Module) -> list[Tensor]:
-        """Outputs of a small run, before and after the swaps: they must agree.
+        """Outputs of a small run, which must agree before and after the patch.
 
-        Structure cannot tell whether a model's forward has been edited; this does. It must leave
-        no trace in the model and draw from no global generator.
+        This detects an edited forward, which the structure does not show. An implementation must
+        leave the model unchanged and must not use a global random generator.
         """
         return []
 
 
-def require(family: str, holds: bool, wanted: str, found: Any) -> None:
-    """Raises: PatchError naming the family, what was looked for and what was found."""
-    if not holds:
-        raise PatchError(f"patch: the model looks like {family}, but {wanted}; found {found}")
+def require(family: str, condition: bool, requirement: str, actual: Any) -> None:
+    """Check one requirement.
+
+    Raises:
+        PatchError: the condition is false; names the family, the requirement and the actual value.
+    """
+    if not condition:
+        raise PatchError(f"patch: the model looks like {family}, but {requirement}; found {actual}")
 
 
 class Handle:
-    """A patched model: its depth, its figures, and the way back.
+    """Controls a patched model: depth, statistics, unpatching.
 
-    As a context manager it unpatches at the end of the block.
+    As a context manager it unpatches the model at the end of the block.
     """
 
-    def __init__(self, model: nn.Module, family: Family, runtime: Runtime) -> None:
+    def __init__(self, model: nn.Module, family: ModelFamily, runtime: Runtime) -> None:
         self.model, self.family = model, family.name
         self._runtime = runtime
         self._objects: list[Any] = []
@@ -150,13 +156,13 @@ class Handle:
     def set_depth(
         self, depth: int | Sequence[int] | None = None, bridge: int | None = None
     ) -> None:
-        """Layers of the generations to come.
+        """Set the layers that later generations run.
 
         Args:
             depth: layers in the flexible zone, as a number or a list; None is every layer.
             bridge: first scales that run every layer; None is 6 of 10, in proportion.
         Raises:
-            ValueError: out of range.  RuntimeError: unpatched.
+            ValueError: depth or bridge out of range.  RuntimeError: the model is unpatched.
         """
         self._check()
         self._runtime.set_depth(depth, bridge)
@@ -164,7 +170,8 @@ class Handle:
     def stats(self) -> Stats:
         """Time and K/V bytes of the last finished generation.
 
-        Raises: RuntimeError, unpatched or nothing generated yet.
+        Raises:
+            RuntimeError: the model is unpatched or has not generated anything yet.
         """
         self._check()
         if self._runtime.last is None:
@@ -172,7 +179,7 @@ class Handle:
         return self._runtime.last
 
     def unpatch(self) -> None:
-        """Give every object its own class and attributes back; a second call does nothing."""
+        """Restore every object's class and attributes; a second call does nothing."""
         for target in reversed(self._objects):
             _restore(target)
         self._objects = []
@@ -187,7 +194,7 @@ class Handle:
     def __exit__(self, *exception: object) -> None:
         self.unpatch()
 
-    def _apply(self, swaps: Iterable[Swap]) -> None:
+    def _apply(self, swaps: Iterable[ClassSwap]) -> None:
         try:
             for swap in swaps:
                 _swap(swap, self._runtime, self)
@@ -197,11 +204,11 @@ class Handle:
             raise
 
 
-def _swap(swap: Swap, runtime: Runtime, handle: Handle) -> None:
+def _swap(swap: ClassSwap, runtime: Runtime, handle: Handle) -> None:
     target, members = swap.target, vars(swap.target)
     original = type(target)
     hidden = {name: members.get(name, _ABSENT) for name in swap.attributes}
-    target.__class__ = _swapped_class(swap.kind, original)
+    target.__class__ = _patched_class(swap.mixin, original)
     members[STATE] = PatchState(original, hidden, runtime, handle)
     members.update(swap.attributes)
 
@@ -209,7 +216,7 @@ def _swap(swap: Swap, runtime: Runtime, handle: Handle) -> None:
 def _restore(target: Any) -> None:
     members = vars(target)
     state: PatchState = members[STATE]
-    plain = state.undone(members)
+    plain = state.original_dict(members)
     target.__class__ = state.original
     for name in [name for name in members if name not in plain]:
         del members[name]
@@ -217,39 +224,39 @@ def _restore(target: Any) -> None:
 
 
 def apply_patch(
-    families: Sequence[Family],
+    families: Sequence[ModelFamily],
     model: nn.Module,
     depth: int | Sequence[int] | None,
     bridge: int | None,
     keep_copies: bool = False,
 ) -> Handle:
-    """Find the model's family, verify everything, then swap everything; see ``patch``."""
+    """Find the model's family, verify the model, then swap the classes; see ``patch``."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model must be a torch.nn.Module; got {type(model).__name__}")
     for name, module in model.named_modules():
-        where = f"its module {name!r}" if name else "it"
+        where = f"module {name!r}" if name else "the model"
         if isinstance(module, Patched):
             raise PatchError(f"patch: {where} is patched already; call unpatch() on its handle")
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise PatchError(
-                f"patch: {where} is compiled by Module.compile(), which keeps the old forward; "
-                "patch first, compile afterwards"
+                f"patch: {where} is compiled by Module.compile(), which keeps the unpatched "
+                "forward; patch first, compile afterwards"
             )
     family = next((f for f in families if f.recognise(model)), None)
     if family is None:
-        looked_for = "; ".join(f"{f.name}: {f.sign}" for f in families)
+        structures = "; ".join(f"{f.name}: {f.structure}" for f in families)
         raise PatchError(
-            f"patch: {type(model).__name__} is of no family that is supported. "
-            f"Looked for {looked_for}"
+            f"patch: {type(model).__name__} does not have the structure of a known model family. "
+            f"Known are {structures}"
         )
     family.verify(model)
     runtime = family.runtime(model)
-    runtime.set_depth(depth, bridge)  # refused before anything is changed
+    runtime.set_depth(depth, bridge)  # raises before anything is changed
     runtime.set_depth(None, None)
-    swaps = family.swaps(model, runtime)
+    swaps = family.class_swaps(model, runtime)
     before = family.probe(model)
     if all(swap.target is not model for swap in swaps):
-        swaps = [*swaps, Swap(model, Patched)]  # so that the model itself knows
+        swaps = [*swaps, ClassSwap(model, Patched)]  # marks the model as patched
     handle = Handle(model, family, runtime)
     handle._apply(swaps)
     try:
@@ -262,18 +269,18 @@ def apply_patch(
     return handle
 
 
-# Of the largest element: twenty times what rounding gives, a hundredth of what an edit gives.
+# Relative to the largest element: 20 times the effect of rounding, 1/100 of that of an edit.
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 
 
 def _compare(family: str, before: list[Tensor], after: list[Tensor]) -> None:
     for index, (old, new) in enumerate(zip(before, after, strict=True)):
         limit = _PROBE_TOLERANCE.get(old.dtype, 0.05) * float(old.abs().max())
-        apart = float((old - new).abs().max())
+        difference = float((old - new).abs().max())
         require(
             family,
-            old.shape == new.shape and apart <= limit,
-            f"its layers must compute what that family's do (step {index} of a short run; has its "
-            f"forward been edited?), within {limit:.2g}",
-            f"{apart:.2g} of difference",
+            old.shape == new.shape and difference <= limit,
+            f"its layers must compute the same as that family's within {limit:.2g} (step {index} "
+            "of a short run; has its forward been edited?)",
+            f"a difference of {difference:.2g}",
         )

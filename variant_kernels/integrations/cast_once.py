@@ -11,7 +11,7 @@ from variant_kernels.integrations.base import Patched
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype in which autocast computes matrix products now; None outside autocast."""
+    """The current autocast dtype on ``device``; None outside autocast."""
     kind = device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
@@ -19,7 +19,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 class CastOnceLinear(Patched, nn.Linear):
     """A linear layer whose weights are cast once per generation under autocast.
 
-    The 16-bit copies live from the first use to the end of the generation.
+    The 16-bit copies are kept from the first use to the end of the generation.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -31,9 +31,10 @@ class CastOnceLinear(Patched, nn.Linear):
 
 
 def without_autocast(module: nn.Module, cond: Tensor) -> Tensor:
-    """A projection of the class in its weights' own dtype.
+    """A projection of the class condition, in the dtype of its weights.
 
-    It runs once per generation on a row or two: to cast its weights costs more than the product.
+    It runs once per generation on few rows, so casting the weights would cost more than the
+    product.
     """
     weight = next(module.parameters())
     with torch.autocast(cond.device.type, enabled=False):

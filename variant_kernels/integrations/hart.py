@@ -1,4 +1,4 @@
-"""HART (mit-han-lab/hart): refused, because equality with it could not be shown."""
+"""HART (mit-han-lab/hart): not supported, because equal outputs could not be verified."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from variant_kernels.integrations.refused import RefusedFamily, first_block
 
 
 class HARTFamily(RefusedFamily):
-    """Its attention has ``qkv_proj`` and ``context_token``."""
+    """HART is recognised by ``qkv_proj`` and ``context_token`` of its attention."""
 
     name: ClassVar[str] = "HART"
-    sign: ClassVar[str] = (
+    structure: ClassVar[str] = (
         "patch_nums and blocks with attn.qkv_proj and attn.context_token (refused)"
     )
     reason: ClassVar[str] = (
-        "its rotations and norms are computed by its compiled CUDA extension (hart_backend), "
-        "without which its code cannot even be imported, so that equal tokens could not be shown. "
+        "its compiled CUDA extension (hart_backend) computes its rotations and norms, and its code "
+        "cannot be imported without it, so equal tokens could not be verified. "
         "The single ops (qk_norm, append_paged_kv, paged_attention) can be used in it"
     )
 

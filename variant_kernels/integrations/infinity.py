@@ -1,11 +1,11 @@
 """Infinity (FoundationVision/Infinity): ``patch`` for its text-to-image transformer.
 
-As in VAR, the model's own loop switches caching on in every layer, feeds one scale after another
-and switches caching off. What differs: heads are rotated by their place in the token map after the
-L2 norm, the scales are an argument of each generation, and blocks attend to the text as well, which
-is left as it is.
+As in VAR, the model's own loop switches caching on in every layer, runs one scale after another and
+switches caching off. The differences: after the L2 norm, q and k are rotated by their position in
+the token map; the scales are an argument of each generation; and blocks have cross-attention to the
+text, which the patch does not change.
 
-Axes: B rows, T tokens of this call, C width, H heads, D width of one head, F = D/2 pairs, 3
+Axes: B sequences, T tokens of this call, C width, H heads, D width of one head, F = D/2 pairs, 3
 queries, keys and values, 2 cosines and sines, L tokens of all scales.
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from variant_kernels.attention import can_attend
-from variant_kernels.integrations.base import Family, Patched, Swap, require
+from variant_kernels.integrations.base import ClassSwap, ModelFamily, Patched, require
 from variant_kernels.integrations.cast_once import CastOnceLinear
 from variant_kernels.integrations.rope import rotate_pairs
 from variant_kernels.integrations.runtime import Runtime
@@ -36,25 +36,25 @@ Scales = list[tuple[int, int, int]]
 
 
 def layout_of_scales(scale_schedule: Scales) -> ScaleLayout:
-    """Tokens per scale; the frames of a clip lie below each other."""
+    """Tokens per scale; the frames of a clip are stacked vertically."""
     return ScaleLayout(tuple((int(t) * int(h), int(w)) for t, h, w in scale_schedule))
 
 
 class InfinityRuntime(VARRuntime):
-    """As VAR's, with the layout that each generation names."""
+    """:class:`VARRuntime` with a layout per generation."""
 
     def __init__(self, layout: ScaleLayout, full_depth: int) -> None:
         super().__init__(layout, full_depth)
         self.num_scales = None
 
     def use(self, scale_schedule: Scales) -> None:
-        """The scales of the generation under way; they count at its first call."""
+        """Set the scales of the current generation; only its first call has an effect."""
         if self.seen == 0:
             self.layout = layout_of_scales(scale_schedule)
 
 
 class InfinityAttention(PatchedAttention):
-    """``SelfAttention``: L2 norm, rotation and pages; a rotated K is what is kept."""
+    """``SelfAttention`` with L2 norm, rotation and pages; the cache stores rotated keys."""
 
     attn_drop = 0.0
     cos_attn: bool
@@ -75,49 +75,49 @@ class InfinityAttention(PatchedAttention):
     ) -> Tensor:
         bias = attn_bias_or_two_vector
         masked = isinstance(bias, Tensor)
-        # Training with the flash-attention fork or flex attention stays as it is.
+        # Training with the flash-attention fork or flex attention runs the original code.
         kernels = attn_fn is None and (masked if not self.caching else bias is None)
         if not kernels or rope2d_freqs_grid is None:
             return self._original(x, bias, attn_fn, scale_schedule, rope2d_freqs_grid, scale_ind)
-        turn_2TF = cos_sin(rope2d_freqs_grid, scale_schedule, scale_ind, x)
+        cos_sin_2TF = cos_sin(rope2d_freqs_grid, scale_schedule, scale_ind, x)
         qkv_BT3HD = self._project(x)
         if self.caching:
-            out_BTHD = self._attend_pages(qkv_BT3HD, turn_2TF)
+            out_BTHD = self._attend_pages(qkv_BT3HD, cos_sin_2TF)
         else:
-            q_BTHD, k_BTHD, v_BTHD = self._rotated(qkv_BT3HD, turn_2TF)
+            q_BTHD, k_BTHD, v_BTHD = self._rotated(qkv_BT3HD, cos_sin_2TF)
             layout = block_causal_layout(bias)
-            same = layout is not None and layout.total == x.shape[1]
-            attend = self._attend if same else self._torch_attention
+            block_causal = layout is not None and layout.total == x.shape[1]
+            attend = self._attend if block_causal else self._torch_attention
             out_BTHD = attend(q_BTHD, k_BTHD, v_BTHD, bias)
         return self.proj_drop(self.proj(out_BTHD.flatten(2)))
 
     def _original(self, *arguments: Any) -> Tensor:
         if self.caching:
             raise RuntimeError(
-                "patch: while Infinity generates, attention must be plain (no mask, no attn_fn) "
-                "and rotated (rope2d_freqs_grid); other ways to generate need unpatch()"
+                "patch: while Infinity generates, attention must have no mask, no attn_fn and a "
+                "rotation (rope2d_freqs_grid); other ways to generate need unpatch()"
             )
         return self.patch_state.original.forward(self, *arguments)
 
     def _scale_mul(self) -> Tensor | None:
-        # (1, 1, H, 1) or (1, H, 1, 1), depending on the kernel that the model was built for.
+        # (1, 1, H, 1) or (1, H, 1, 1), depending on the attention kernel of the model.
         return self.scale_mul_1H11.view(1, -1, 1, 1) if self.cos_attn else None
 
-    def _rotated(self, qkv_BT3HD: Tensor, turn_2TF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _rotated(self, qkv_BT3HD: Tensor, cos_sin_2TF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v in the projection's dtype; norm and rotation in float32, rounded once."""
         q_BTHD, k_BTHD, v_BTHD = qkv_BT3HD.unbind(2)
         scale_mul = self._scale_mul()
         if scale_mul is not None:
             q_BTHD, k_BTHD = qk_norm(q_BTHD.float(), k_BTHD.float(), scale_mul.float())
-        q_BTHD, k_BTHD = (rotate_pairs(x, turn_2TF).to(v_BTHD.dtype) for x in (q_BTHD, k_BTHD))
+        q_BTHD, k_BTHD = (rotate_pairs(x, cos_sin_2TF).to(v_BTHD.dtype) for x in (q_BTHD, k_BTHD))
         return q_BTHD, k_BTHD, v_BTHD
 
-    def _attend_pages(self, qkv_BT3HD: Tensor, turn_2TF: Tensor) -> Tensor:
+    def _attend_pages(self, qkv_BT3HD: Tensor, cos_sin_2TF: Tensor) -> Tensor:
         if torch.is_grad_enabled() and qkv_BT3HD.requires_grad:
             raise RuntimeError("patch: generation has no gradient; run it under torch.no_grad()")
         store = self._kv_store(qkv_BT3HD)
         step = store.open(qkv_BT3HD.shape[1])
-        q_BTHD, k_BTHD, v_BTHD = self._rotated(qkv_BT3HD, turn_2TF)
+        q_BTHD, k_BTHD, v_BTHD = self._rotated(qkv_BT3HD, cos_sin_2TF)
         append_paged_kv(k_BTHD, v_BTHD, store.k_pages, store.v_pages, step.slots_BT)
         out_BTHD = self._read_pages(q_BTHD, store, step)
         store.close()
@@ -125,7 +125,7 @@ class InfinityAttention(PatchedAttention):
 
 
 def cos_sin(grid: dict[str, Tensor], scale_schedule: Scales, scale: int, x: Tensor) -> Tensor:
-    """(2, T, F): the angles of one scale's tokens, or from the start on for ``scale`` 0.
+    """Cosines and sines, (2, T, F), for T tokens from the first one of ``scale`` on.
 
     Raises:
         ValueError: the model has no angles for these scales, or too few.
@@ -134,29 +134,29 @@ def cos_sin(grid: dict[str, Tensor], scale_schedule: Scales, scale: int, x: Tens
     if name not in grid:
         raise ValueError(f"patch: Infinity has no rotation for the scales {name}")
     start = sum(t * h * w for t, h, w in scale_schedule[:scale])
-    # (2, 1, 1, 1, L, F); kept on the device where it was used last, as the model keeps it.
+    # (2, 1, 1, 1, L, F); stored on the device of the last use, as the original code does.
     grid[name] = grid[name].to(x.device)
-    turn_2TF = grid[name][:, 0, 0, 0, start : start + x.shape[1]]
-    if turn_2TF.shape[1] != x.shape[1]:
+    cos_sin_2TF = grid[name][:, 0, 0, 0, start : start + x.shape[1]]
+    if cos_sin_2TF.shape[1] != x.shape[1]:
         raise ValueError(
             f"patch: Infinity has rotations for {grid[name].shape[4]} tokens of the scales {name}; "
             f"got {x.shape[1]} from {start}"
         )
-    return turn_2TF
+    return cos_sin_2TF
 
 
 class InfinityBlock(Patched, nn.Module):
-    """``CrossAttnBlock``: skipped where inactive."""
+    """``CrossAttnBlock``, skipped at scales where its layer is inactive."""
 
     patch_layer: int
     sa: Any
 
     def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         if self.sa.caching:
-            call = dict(zip(BLOCK_ARGUMENTS[1:], arguments, strict=False)) | options
+            call_args = dict(zip(BLOCK_ARGUMENTS[1:], arguments, strict=False)) | options
             runtime: InfinityRuntime = self.patch_state.runtime
             if self.patch_layer == 0:
-                runtime.use(call["scale_schedule"])
+                runtime.use(call_args["scale_schedule"])
             if runtime.tokens_for(self.patch_layer, x.shape[1]) == 0:
                 return x
         return super().forward(x, *arguments, **options)
@@ -178,11 +178,11 @@ BLOCK_ARGUMENTS = [
 ]
 
 
-class InfinityFamily(Family):
+class InfinityFamily(ModelFamily):
     """FoundationVision/Infinity, text to image."""
 
     name: ClassVar[str] = "Infinity"
-    sign: ClassVar[str] = (
+    structure: ClassVar[str] = (
         "autoregressive_infer_cfg, rope2d_freqs_grid and unregistered_blocks with sa and ca"
     )
 
@@ -207,14 +207,14 @@ class InfinityFamily(Family):
         )
         self._require(
             flex is False,
-            "use_flex_attn must be False: flex attention pads what it caches",
+            "use_flex_attn must be False: flex attention pads the cached keys and values",
             flex,
         )
         registered = {id(module) for module in model.modules()}
         for index, block in enumerate(model.unregistered_blocks):
             name = f"unregistered_blocks[{index}]"
             self._require(
-                id(block) in registered, f"{name} must be a module of the model", "another"
+                id(block) in registered, f"{name} must be a module of the model", "another module"
             )
             self._require_arguments(block, name, BLOCK_ARGUMENTS)
             self._require(hasattr(block, "sa"), f"{name} must have sa", type(block).__name__)
@@ -239,12 +239,12 @@ class InfinityFamily(Family):
             else type(rotations).__name__,
         )
 
-    def _require(self, holds: bool, wanted: str, found: Any) -> None:
-        require(self.name, holds, wanted, found)
+    def _require(self, condition: bool, requirement: str, actual: Any) -> None:
+        require(self.name, condition, requirement, actual)
 
-    def _require_arguments(self, module: Any, name: str, wanted: list[str]) -> None:
+    def _require_arguments(self, module: Any, name: str, expected: list[str]) -> None:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
-        self._require(names == wanted, f"{name}.forward must take {wanted}", names)
+        self._require(names == expected, f"{name}.forward must take {expected}", names)
 
     def _require_attention(self, attn: Any, name: str, width: int) -> None:
         missing = [part for part in ATTENTION_PARTS if not hasattr(attn, part)]
@@ -253,7 +253,7 @@ class InfinityFamily(Family):
         heads, head_dim = attn.num_heads, attn.head_dim
         self._require(
             heads * head_dim == width and can_attend(head_dim),
-            f"{name} must have heads of a multiple of 8 from 16 to 256 that make {width} channels",
+            f"{name} must have {width} channels and heads of a multiple of 8 from 16 to 256",
             f"{heads} heads of {head_dim}",
         )
         shapes = {
@@ -266,28 +266,27 @@ class InfinityFamily(Family):
             scale_mul = getattr(attn, "scale_mul_1H11", None)
             self._require(scale_mul is not None, f"{name} must have scale_mul_1H11", "none")
             shapes["scale_mul_1H11"] = scale_mul, [(1, 1, heads, 1), (1, heads, 1, 1)]
-            most = getattr(attn, "max_scale_mul", None)
-            close = isinstance(most, float) and math.isclose(most, math.log(100), rel_tol=1e-5)
-            self._require(close, f"{name}.max_scale_mul must be log 100", most)
+            bound = getattr(attn, "max_scale_mul", None)
+            close = isinstance(bound, float) and math.isclose(bound, math.log(100), rel_tol=1e-5)
+            self._require(close, f"{name}.max_scale_mul must be log 100", bound)
         for part, (tensor, allowed) in shapes.items():
-            got = tuple(tensor.shape)
-            wanted = " or ".join(map(str, allowed))
-            self._require(got in allowed, f"{name}.{part} must have shape {wanted}", got)
+            shape, expected = tuple(tensor.shape), " or ".join(map(str, allowed))
+            self._require(shape in allowed, f"{name}.{part} must have shape {expected}", shape)
 
-    def swaps(self, model: Any, runtime: Runtime) -> list[Swap]:
+    def class_swaps(self, model: Any, runtime: Runtime) -> list[ClassSwap]:
         swaps = []
         for layer, block in enumerate(model.unregistered_blocks):
-            place = {"patch_layer": layer}
-            swaps.append(Swap(block, InfinityBlock, place))
-            swaps.append(Swap(block.sa, InfinityAttention, {**place, "caching": False}))
+            attributes = {"patch_layer": layer}
+            swaps.append(ClassSwap(block, InfinityBlock, attributes))
+            swaps.append(ClassSwap(block.sa, InfinityAttention, {**attributes, "caching": False}))
             parts = (block.sa.proj, block.ffn, block.ca)
-            swaps += [Swap(m, CastOnceLinear) for m in linears(*parts)]
-        return swaps + [Swap(m, CastOnceLinear) for m in linears(model.word_embed)]
+            swaps += [ClassSwap(m, CastOnceLinear) for m in linears(*parts)]
+        return swaps + [ClassSwap(m, CastOnceLinear) for m in linears(model.word_embed)]
 
     def probe(self, model: Any) -> list[Tensor]:
         """Self-attention of every layer at the first two scales, on random input.
 
-        Cross-attention needs a kernel that runs on a GPU only; it is not touched.
+        Cross-attention is not patched, and its kernel runs on a GPU only.
         """
         layers, scales = [block.sa for block in model.unregistered_blocks], first_scales(model)
         modes = [(module, module.training) for sa in layers for module in sa.modules()]
@@ -320,5 +319,5 @@ class InfinityFamily(Family):
 
 
 def first_scales(model: Any) -> Scales:
-    """The scales of the first resolution that the model has rotations for."""
+    """The scales of the first resolution for which the model has rotations."""
     return [tuple(scale) for scale in ast.literal_eval(next(iter(model.rope2d_freqs_grid)))]

@@ -1,4 +1,4 @@
-"""Codebases that are known and not supported: recognised, so that the error can say why."""
+"""Model families that are known but not supported: the error states the reason."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor, nn
 
-from variant_kernels.integrations.base import Family, PatchError, Swap
+from variant_kernels.integrations.base import ClassSwap, ModelFamily, PatchError
 
 
-class RefusedFamily(Family):
-    """A family whose every model is refused.
+class RefusedFamily(ModelFamily):
+    """A family that is not supported: every method but ``recognise`` raises.
 
-    reason: what its error says.
+    reason: why, for the error message.
     """
 
     reason: ClassVar[str]
 
     @abstractmethod
     def recognise(self, model: nn.Module) -> bool:
-        """See :class:`Family`."""
+        """See :class:`ModelFamily`."""
 
     def verify(self, model: nn.Module) -> None:
-        """Raises: PatchError, always."""
+        """Always raise PatchError."""
         self._refuse()
 
     def runtime(self, model: nn.Module) -> Any:
-        """Raises: PatchError, always."""
+        """Always raise PatchError."""
         self._refuse()
 
-    def swaps(self, model: nn.Module, runtime: Any) -> list[Swap]:
-        """Raises: PatchError, always."""
+    def class_swaps(self, model: nn.Module, runtime: Any) -> list[ClassSwap]:
+        """Always raise PatchError."""
         self._refuse()
 
     def probe(self, model: nn.Module) -> list[Tensor]:
-        """Raises: PatchError, always."""
+        """Always raise PatchError."""
         self._refuse()
 
     def _refuse(self) -> NoReturn:

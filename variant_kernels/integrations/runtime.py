@@ -1,4 +1,4 @@
-"""What the patched objects of one model share while it generates."""
+"""State that the patched objects of one model share while it generates."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from variant_kernels.plans.depth_schedule import DepthSchedule, resolve_layers
 
 @dataclass(frozen=True)
 class Stats:
-    """The last finished generation of a patched model.
+    """Statistics of the last finished generation of a patched model.
 
-    seconds: from the first layer's cache being opened to the last one's being closed; what comes
-        after, such as a decoder, is not in it.
-    kv_planned_bytes, kv_allocated_bytes: K/V pages by the plan and as really allocated.
-    depth, bridge: as set; None is every layer.  depths: layers that ran at each scale.
+    seconds: from opening the first layer's cache to closing the last layer's; later work, such as
+        the decoder, is not included.
+    kv_planned_bytes, kv_allocated_bytes: bytes of K/V pages in the plan, and as allocated.
+    depth, bridge: as set by the caller; depth None is every layer.
+    depths: number of layers that ran at each scale.
     """
 
     seconds: float
@@ -34,16 +35,16 @@ class Stats:
 
 
 def default_bridge(num_scales: int) -> int:
-    """Scales that run every layer unless told: 6 of 10 (VARiant's main tables), in proportion."""
+    """The default number of scales that run every layer: 60 %, as in VARiant's main tables."""
     return math.ceil(0.6 * num_scales)
 
 
 class Runtime:
-    """Depth, weight copies and figures of one patched model; families add their caches.
+    """Depth, cast weights and statistics of one patched model; subclasses add K/V caches.
 
     Args:
         full_depth: layers of the model.
-        num_scales: scales of every generation, or None where each generation has its own.
+        num_scales: scales of every generation; None if they differ between generations.
     """
 
     def __init__(self, full_depth: int, num_scales: int | None) -> None:
@@ -60,7 +61,7 @@ class Runtime:
     # --- depth ----------------------------------------------------------------------------------
 
     def set_depth(self, depth: int | Sequence[int] | None, bridge: int | None) -> None:
-        """Depth of the generations to come.
+        """Set the depth of later generations.
 
         Raises:
             ValueError: depth or bridge out of range.
@@ -69,15 +70,14 @@ class Runtime:
             depth = tuple(depth)
         if depth is not None:
             resolve_layers(self.full_depth, depth)
-        most = self.num_scales
-        wrong = bridge is not None and (bridge < 0 or (most is not None and bridge > most))
-        if wrong:
-            limit = "0 or more" if most is None else f"in [0, {most}]"
-            raise ValueError(f"set_depth: bridge must be {limit}; got {bridge}")
+        limit = self.num_scales
+        if bridge is not None and (bridge < 0 or (limit is not None and bridge > limit)):
+            valid = "0 or more" if limit is None else f"in [0, {limit}]"
+            raise ValueError(f"set_depth: bridge must be {valid}; got {bridge}")
         self.depth, self.bridge = depth, bridge
 
     def schedule(self, num_scales: int) -> DepthSchedule:
-        """Layers per scale of a generation of so many scales: the one under way, or the next."""
+        """The schedule of the running generation, or of the next one, for ``num_scales`` scales."""
         depth, bridge = self._running if self.generating else (self.depth, self.bridge)
         if depth is None:
             return DepthSchedule.full(self.full_depth, num_scales)
@@ -87,13 +87,13 @@ class Runtime:
     # --- a generation ---------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """A generation starts; one that was broken off is forgotten."""
+        """Start a generation; drop the state of an unfinished one."""
         self._drop_copies()
         self.generating, self._running = True, (self.depth, self.bridge)
         self._started = time.perf_counter()
 
     def finish(self, planned_bytes: int, allocated_bytes: int, depths: Sequence[int]) -> None:
-        """A generation ended; what was kept for it is freed."""
+        """End a generation: record its statistics and free its weight copies."""
         seconds = time.perf_counter() - self._started
         self.generating = False
         self._drop_copies()
@@ -106,21 +106,22 @@ class Runtime:
     def linear(
         self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        """``F.linear`` in another dtype, the weight cast once per generation, or once.
+        """``F.linear`` in another dtype, with the weight cast once per generation.
 
-        torch's autocast keeps such copies for weights that require a gradient only, and casts all
-        others at every call. Where oneDNN computes the product, the copy lies in its order: a plain
-        one would be brought into that order at every call.
+        With keep_copies the weight is cast only once. torch's autocast caches copies only of
+        weights that require a gradient, and casts all others at every call. If oneDNN computes the
+        product, the copy is packed in oneDNN's layout: a plain copy would be reordered at every
+        call.
         """
         x, key = x.to(dtype), (id(weight_OI), dtype)
         bias_O = None if bias_O is None else bias_O.to(dtype)
         packed = can_pack(x.device, dtype)
         version = None if weight_OI.is_inference() else weight_OI._version
-        kept = self._copies.get(key)
-        if kept is None or kept[0] is not weight_OI or kept[1] != version:
-            copy = weight_OI.detach().to(dtype)
-            kept = weight_OI, version, pack(copy) if packed else copy
-            self._copies[key] = kept
+        entry = self._copies.get(key)
+        if entry is None or entry[0] is not weight_OI or entry[1] != version:
+            cast = weight_OI.detach().to(dtype)
+            entry = weight_OI, version, pack(cast) if packed else cast
+            self._copies[key] = entry
         if packed:
-            return packed_linear(x, kept[2], bias_O)
-        return F.linear(x, kept[2], bias_O)
+            return packed_linear(x, entry[2], bias_O)
+        return F.linear(x, entry[2], bias_O)

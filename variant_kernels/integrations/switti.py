@@ -1,4 +1,4 @@
-"""Switti (yandex-research/switti): refused, because it does not cache what ``patch`` would page."""
+"""Switti (yandex-research/switti): not supported, because it has no K/V cache to page."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from variant_kernels.integrations.refused import RefusedFamily, first_block
 
 
 class SwittiFamily(RefusedFamily):
-    """Its blocks have ``attn`` and ``cross_attn``; the model says ``use_ar``."""
+    """Switti is recognised by ``use_ar``, and ``attn`` and ``cross_attn`` of its blocks."""
 
     name: ClassVar[str] = "Switti"
-    sign: ClassVar[str] = "use_ar, patch_nums and blocks with attn and cross_attn (refused)"
+    structure: ClassVar[str] = "use_ar, patch_nums and blocks with attn and cross_attn (refused)"
     reason: ClassVar[str] = (
-        "by default (use_ar=False) its self-attention sees the current scale only and caches no "
-        "keys and values, so that there is no cache to plan; with use_ar=True its pipeline also "
-        "cuts the cache in the middle of an image, when guidance ends, which planned pages do not "
-        "follow. The single ops (qk_norm, adaln_modulate) can be used in it"
+        "by default (use_ar=False) its self-attention attends to the current scale only and caches "
+        "no keys and values, so there is no cache to plan; with use_ar=True its pipeline also "
+        "truncates the cache within an image, when guidance ends, which planned pages do not "
+        "support. The single ops (qk_norm, adaln_modulate) can be used in it"
     )
 
     def recognise(self, model: nn.Module) -> bool:

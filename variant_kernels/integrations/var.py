@@ -1,11 +1,11 @@
 """The original VAR (FoundationVision/VAR): ``patch`` for its ``VAR`` and ``VARHF``.
 
-Generation goes on as the model's own loop says: that switches caching on in every layer, feeds one
-scale after another to all layers, and switches caching off. The layers know the scale from that.
+The model's own loop generates: it switches caching on in every layer, runs one scale after another
+through all layers, and switches caching off. The patched layers infer the scale from these calls.
 
-Axes: B rows, T tokens of this call, L tokens of all scales, C width, H heads, D width of one head,
-3 queries, keys and values, N rows of an adaptive layer norm, 6 those of a block (gates, scales,
-shifts; each of attention, then of the MLP).
+Axes: B sequences, T tokens of this call, L tokens of all scales, C width, H heads, D width of one
+head, 3 queries, keys and values, N modulation vectors of an adaptive layer norm, 6 those of a block
+(gates, scales, shifts; each of attention, then of the MLP).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from variant_kernels.attention import AttentionForward, can_attend
-from variant_kernels.integrations.base import Family, Patched, Swap, require
+from variant_kernels.integrations.base import ClassSwap, ModelFamily, Patched, require
 from variant_kernels.integrations.cast_once import CastOnceLinear, autocast_dtype, without_autocast
 from variant_kernels.integrations.runtime import Runtime
 from variant_kernels.integrations.var_generation import LayerPages, VARRuntime
@@ -27,11 +27,11 @@ from variant_kernels.masks import layout_of
 from variant_kernels.ops.adaln import adaln_modulate, gated_residual_adaln
 from variant_kernels.plans.scale_layout import ScaleLayout
 
-Rows = tuple[Tensor, ...]
+Modulation = tuple[Tensor, ...]
 
 
 class PatchedAttention(Patched, AttentionForward):
-    """``SelfAttention``: kernels, and while caching the pages that all layers share."""
+    """``SelfAttention`` on this package's kernels; while caching, all layers share one cache."""
 
     patch_layer: int
 
@@ -52,7 +52,10 @@ class PatchedAttention(Patched, AttentionForward):
 
 
 class PatchedBlock(Patched, nn.Module):
-    """``AdaLNSelfAttn``: skipped where inactive, its projection of the class computed once."""
+    """``AdaLNSelfAttn``, skipped at scales where its layer is inactive.
+
+    The projection of the class condition is computed once per generation.
+    """
 
     patch_layer: int
     attn: Any
@@ -81,24 +84,25 @@ class PatchedBlock(Patched, nn.Module):
     def _run(self, x_BTC: Tensor, cond: Tensor, attn_bias: Tensor | None) -> Tensor:
         if self.training or torch.is_grad_enabled():  # dropout, stochastic depth
             return self._original(x_BTC, cond, attn_bias)
-        rows = self.patch_state.runtime.hoisted(id(self), cond, lambda: self._rows(x_BTC, cond))
-        gate1, gate2, scale1, scale2, shift1, shift2 = rows
+        gate1, gate2, scale1, scale2, shift1, shift2 = self.patch_state.runtime.hoisted(
+            id(self), cond, lambda: self._modulation(x_BTC, cond)
+        )
         eps = self.ln_wo_grad.eps
         h_BTC = adaln_modulate(x_BTC, scale1, shift1, eps=eps)
         y_BTC = self.attn(h_BTC, attn_bias=attn_bias)
         x_BTC, h_BTC = gated_residual_adaln(x_BTC, y_BTC, gate1, scale2, shift2, eps=eps)
         return torch.addcmul(x_BTC, gate2.unsqueeze(1), self.ffn(h_BTC))
 
-    def _rows(self, x_BTC: Tensor, cond: Tensor) -> Rows:
+    def _modulation(self, x_BTC: Tensor, cond: Tensor) -> Modulation:
         if self.shared_aln:
-            rows_B6C = (self.ada_gss + cond).flatten(0, 1)
+            modulation_B6C = (self.ada_gss + cond).flatten(0, 1)
         else:
-            rows_B6C = without_autocast(self.ada_lin, cond).unflatten(-1, (6, -1))
-        return compute_rows(rows_B6C, x_BTC)
+            modulation_B6C = without_autocast(self.ada_lin, cond).unflatten(-1, (6, -1))
+        return split_modulation(modulation_B6C, x_BTC)
 
 
 class PatchedHeadNorm(Patched, nn.Module):
-    """``AdaLNBeforeHead``: its projection of the class computed once."""
+    """``AdaLNBeforeHead``; the projection of the class condition runs once per generation."""
 
     ln_wo_grad: nn.LayerNorm
     ada_lin: nn.Module
@@ -110,7 +114,7 @@ class PatchedHeadNorm(Patched, nn.Module):
         scale, shift = runtime.hoisted(
             id(self),
             cond_BD,
-            lambda: compute_rows(
+            lambda: split_modulation(
                 without_autocast(self.ada_lin, cond_BD).unflatten(-1, (2, -1)), x_BLC
             ),
         )
@@ -118,7 +122,7 @@ class PatchedHeadNorm(Patched, nn.Module):
 
 
 class PatchedSharedProjection(Patched, nn.Module):
-    """``shared_ada_lin``: computed once."""
+    """``shared_ada_lin``, computed once per generation."""
 
     def forward(self, cond_BD: Tensor) -> Tensor:
         runtime: VARRuntime = self.patch_state.runtime
@@ -130,9 +134,9 @@ class PatchedSharedProjection(Patched, nn.Module):
         return super().forward(cond_BD)
 
 
-def compute_rows(rows_BNC: Tensor, x: Tensor) -> Rows:
-    """The rows, each (B, C), in the dtype in which matrix products run."""
-    return rows_BNC.to(autocast_dtype(x.device) or x.dtype).unbind(1)
+def split_modulation(modulation_BNC: Tensor, x: Tensor) -> Modulation:
+    """The modulation vectors, each (B, C), in the autocast dtype if there is one, else x's."""
+    return modulation_BNC.to(autocast_dtype(x.device) or x.dtype).unbind(1)
 
 
 # --- the family -----------------------------------------------------------------------------------
@@ -140,13 +144,14 @@ def compute_rows(rows_BNC: Tensor, x: Tensor) -> Rows:
 ATTENTION_PARTS = ("mat_qkv", "q_bias", "v_bias", "zero_k_bias", "proj", "proj_drop", "kv_caching")
 
 
-class VARFamily(Family):
+class VARFamily(ModelFamily):
     """FoundationVision/VAR."""
 
     attention: ClassVar[type[Patched]] = PatchedAttention
     name = "VAR"
-    sign = "autoregressive_infer_cfg, patch_nums, head_nm and blocks whose attn has " + ", ".join(
-        ATTENTION_PARTS
+    structure = (
+        "autoregressive_infer_cfg, patch_nums, head_nm and blocks whose attn has "
+        + ", ".join(ATTENTION_PARTS)
     )
 
     def recognise(self, model: nn.Module) -> bool:
@@ -171,26 +176,25 @@ class VARFamily(Family):
             norm,
         )
 
-    def _require(self, holds: bool, wanted: str, found: Any) -> None:
-        require(self.name, holds, wanted, found)
+    def _require(self, condition: bool, requirement: str, actual: Any) -> None:
+        require(self.name, condition, requirement, actual)
 
     def _require_layout(self, model: Any) -> None:
         patch_nums, bias = model.patch_nums, getattr(model, "attn_bias_for_masking", None)
         sides = isinstance(patch_nums, tuple | list) and all(type(n) is int for n in patch_nums)
         self._require(sides, "patch_nums must be a tuple of integers", patch_nums)
         layout = ScaleLayout.from_patch_nums(patch_nums)
-        masked = isinstance(bias, Tensor) and not bias.is_meta
-        found = layout_of(bias) if isinstance(bias, Tensor) and masked else None
+        mask_layout = layout_of(bias) if isinstance(bias, Tensor) and not bias.is_meta else None
         self._require(
-            found is not None and found.tokens == layout.tokens,
+            mask_layout is not None and mask_layout.tokens == layout.tokens,
             f"attn_bias_for_masking must be the block-causal mask of patch_nums {patch_nums}",
             "none" if bias is None else f"another {tuple(bias.shape)}",
         )
 
     def _require_block(self, block: Any, name: str, width: int) -> None:
-        wanted = ["x", "cond_BD", "attn_bias"]
+        expected = ["x", "cond_BD", "attn_bias"]
         names = list(inspect.signature(type(block).forward).parameters)[1:]
-        self._require(names == wanted, f"{name}.forward must take {wanted}", names)
+        self._require(names == expected, f"{name}.forward must take {expected}", names)
         missing = [p for p in ("attn", "ffn", "ln_wo_grad", "shared_aln") if not hasattr(block, p)]
         self._require(not missing, f"{name} must have {missing}", f"a {type(block).__name__}")
         self._require(
@@ -208,7 +212,7 @@ class VARFamily(Family):
         heads, head_dim = attn.num_heads, attn.head_dim
         self._require(
             heads * head_dim == width and can_attend(head_dim),
-            f"{name} must have heads of a multiple of 8 from 16 to 256 that make {width} channels",
+            f"{name} must have {width} channels and heads of a multiple of 8 from 16 to 256",
             f"{heads} heads of {head_dim}",
         )
         shapes = {
@@ -221,31 +225,33 @@ class VARFamily(Family):
             scale_mul = getattr(attn, "scale_mul_1H11", None)
             self._require(scale_mul is not None, f"{name} must have scale_mul_1H11", "none")
             shapes["scale_mul_1H11"] = scale_mul, (1, heads, 1, 1)
-            most = getattr(attn, "max_scale_mul", None)
-            close = isinstance(most, float) and math.isclose(most, math.log(100), rel_tol=1e-5)
-            self._require(close, f"{name}.max_scale_mul must be log 100", most)
-        for part, (tensor, shape) in shapes.items():
-            got = tuple(tensor.shape)
-            self._require(got == shape, f"{name}.{part} must have shape {shape}", got)
+            bound = getattr(attn, "max_scale_mul", None)
+            close = isinstance(bound, float) and math.isclose(bound, math.log(100), rel_tol=1e-5)
+            self._require(close, f"{name}.max_scale_mul must be log 100", bound)
+        for part, (tensor, expected) in shapes.items():
+            shape = tuple(tensor.shape)
+            self._require(shape == expected, f"{name}.{part} must have shape {expected}", shape)
 
-    def swaps(self, model: Any, runtime: Runtime) -> list[Swap]:
-        swaps = [Swap(model.head_nm, PatchedHeadNorm)]
+    def class_swaps(self, model: Any, runtime: Runtime) -> list[ClassSwap]:
+        swaps = [ClassSwap(model.head_nm, PatchedHeadNorm)]
         if not isinstance(model.shared_ada_lin, nn.Identity):
-            swaps.append(Swap(model.shared_ada_lin, PatchedSharedProjection))
+            swaps.append(ClassSwap(model.shared_ada_lin, PatchedSharedProjection))
         for layer, block in enumerate(model.blocks):
-            place = {"patch_layer": layer}
-            swaps.append(Swap(block, PatchedBlock, place))
+            attributes = {"patch_layer": layer}
+            swaps.append(ClassSwap(block, PatchedBlock, attributes))
             swaps.append(
-                Swap(block.attn, self.attention, {**place, "caching": False, "_pages": None})
+                ClassSwap(
+                    block.attn, self.attention, {**attributes, "caching": False, "_pages": None}
+                )
             )
-            # The class's projection runs once per generation: nothing to keep for it.
-            swaps += [Swap(m, CastOnceLinear) for m in linears(block.attn.proj, block.ffn)]
-        swaps += [Swap(m, CastOnceLinear) for m in linears(model.head, model.word_embed)]
+            # Projections of the class condition run once per generation: no cast copy needed.
+            swaps += [ClassSwap(m, CastOnceLinear) for m in linears(block.attn.proj, block.ffn)]
+        swaps += [ClassSwap(m, CastOnceLinear) for m in linears(model.head, model.word_embed)]
         return swaps
 
     def probe(self, model: Any) -> list[Tensor]:
-        """The first two scales' hidden states, on random input."""
-        pair = (list(model.blocks), model.patch_nums[:2])
+        """The hidden states of the first two scales, on random input."""
+        blocks = list(model.blocks)
         modes = [(module, module.training) for module in model.modules()]
         weight = model.head.weight
         generator = torch.Generator().manual_seed(0)
@@ -260,15 +266,15 @@ class VARFamily(Family):
             with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
                 cond = draw(2, model.D)
                 shared = model.shared_ada_lin(cond)
-                for block in pair[0]:
+                for block in blocks:
                     block.attn.kv_caching(True)
-                for side in pair[1]:
+                for side in model.patch_nums[:2]:
                     x = draw(2, side * side, model.C)
-                    for block in pair[0]:
+                    for block in blocks:
                         x = block(x=x, cond_BD=shared, attn_bias=None)
                     outputs.append(model.head_nm(x, cond))
         finally:
-            for block in pair[0]:
+            for block in blocks:
                 block.attn.kv_caching(False)
             for module, mode in modes:
                 module.training = mode
@@ -276,10 +282,10 @@ class VARFamily(Family):
 
 
 def plain_norm(norm: Any) -> bool:
-    """Whether this is a layer norm without weights of its own."""
+    """Whether this is a layer norm without weight and bias."""
     return isinstance(norm, nn.LayerNorm) and norm.weight is None and norm.bias is None
 
 
 def linears(*modules: nn.Module) -> list[nn.Linear]:
-    """The linear layers in these modules that compute just that (subclasses may do more)."""
+    """The plain linear layers in these modules; subclasses, which may do more, are left out."""
     return [m for root in modules for m in root.modules() if type(m) is nn.Linear]

@@ -1,6 +1,6 @@
-"""One generation of a patched VAR: scales, the pages of all layers, the class's projections.
+"""State of one generation of a patched VAR: scale, K/V pages, projections of the class condition.
 
-Axes: B rows, T tokens of this call, H heads, D width of one head, 3 queries, keys and values.
+Axes: B sequences, T tokens of this call, H heads, D width of one head, 3 queries, keys and values.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from variant_kernels.integrations.cast_once import autocast_dtype
 from variant_kernels.integrations.runtime import Runtime
-from variant_kernels.kv_cache import KVStep, KVStore, PagedKVCache, Steps
+from variant_kernels.kv_cache import KVStep, KVStore, PagedKVCache, PageTables
 from variant_kernels.plans.cache_plan import CachePlan
 from variant_kernels.plans.depth_schedule import DepthSchedule
 from variant_kernels.plans.scale_layout import ScaleLayout
 
 
 class VARRuntime(Runtime):
-    """One generation: which scale is running, the cache of all layers, the class's projections.
+    """The current scale, the K/V cache of all layers and the projections of the class condition.
 
     Args:
         layout: tokens per scale.
@@ -30,11 +30,11 @@ class VARRuntime(Runtime):
         super().__init__(full_depth, layout.num_scales)
         self.layout = layout
         self._open_layers: set[int] = set()
-        self._steps: tuple[Any, Steps] = (None, {})
-        self._forget()
+        self._page_tables: tuple[Any, PageTables] = (None, {})
+        self._clear()
 
-    def _forget(self) -> None:
-        self._seen = 0  # tokens of this generation, this step's too
+    def _clear(self) -> None:
+        self._seen = 0  # tokens of this generation, including the current step
         self._step = -1  # calls of the first layer, from 0
         self._merged: tuple[ScaleLayout, DepthSchedule] | None = None
         self._cache: PagedKVCache | None = None
@@ -43,11 +43,14 @@ class VARRuntime(Runtime):
     # --- begin and end --------------------------------------------------------------------------
 
     def caching(self, layer: int, enable: bool) -> None:
-        """A layer's cache is opened or closed; the first opens a generation, the last ends it."""
+        """Record that a layer opens or closes its cache.
+
+        The first layer to open starts a generation, the last to close ends it.
+        """
         if enable:
             if not self.generating or layer in self._open_layers:
                 self._open_layers.clear()
-                self._forget()
+                self._clear()
                 self.begin()
             self._open_layers.add(layer)
         elif self.generating:
@@ -66,16 +69,16 @@ class VARRuntime(Runtime):
             if pages.is_cuda:
                 torch.cuda.synchronize(pages.device)
         depths = self.schedule(self.layout.num_scales).depths
-        self._forget()
+        self._clear()
         self.finish(planned, allocated, depths)
 
     # --- scales ---------------------------------------------------------------------------------
 
     def tokens_for(self, layer: int, tokens: int) -> int:
-        """How many of a call's first tokens the layer reads and updates; the rest pass by.
+        """The number of tokens, from the first on, that the layer processes; it skips the rest.
 
         Raises:
-            RuntimeError: the call fits no scale.
+            RuntimeError: the tokens are not those of one scale (the first call: of several).
         """
         if layer == 0:
             self._advance(tokens)
@@ -89,8 +92,8 @@ class VARRuntime(Runtime):
         fits = end in self._ends if begin == 0 else ends.get(begin) == end
         if not fits:
             raise RuntimeError(
-                f"patch: after {begin} tokens the model must generate one whole scale of "
-                f"{self.layout.tokens} (the first call may hold several); got {tokens} tokens. "
+                f"patch: after {begin} tokens the model must generate one complete scale of "
+                f"{self.layout.tokens} (the first call may have several); got {tokens} tokens. "
                 "Other ways to generate need unpatch()"
             )
         self._seen, self._step = end, self._step + 1
@@ -100,7 +103,7 @@ class VARRuntime(Runtime):
         return (*self.layout.offsets[1:], self.layout.total)
 
     def _plan(self) -> tuple[ScaleLayout, DepthSchedule]:
-        """Layout and schedule by steps: scales that came in the first call are one step."""
+        """Layout and schedule by steps: the scales of the first call are one step."""
         if self._merged is None:
             schedule = self.schedule(self.layout.num_scales)
             rest = slice(self._ends.index(self._seen) + 1, None)
@@ -112,13 +115,17 @@ class VARRuntime(Runtime):
     # --- K and V --------------------------------------------------------------------------------
 
     def open_pages(self, qkv_BT3HD: Tensor) -> PagedKVCache:
-        """The cache of all layers, made at the first call of a generation."""
+        """The cache of all layers, created at the first call of a generation.
+
+        Raises:
+            RuntimeError: the batch size changed within the generation.
+        """
         if self._cache is None:
             layout, schedule = self._plan()
             batch, _, _, heads, head_dim = qkv_BT3HD.shape
             key = layout, schedule, batch, qkv_BT3HD.device
-            if self._steps[0] != key:
-                self._steps = key, {}
+            if self._page_tables[0] != key:
+                self._page_tables = key, {}
             self._cache = PagedKVCache(
                 CachePlan(layout, schedule),
                 batch,
@@ -126,43 +133,43 @@ class VARRuntime(Runtime):
                 head_dim,
                 qkv_BT3HD.dtype,
                 qkv_BT3HD.device,
-                steps=self._steps[1],
+                page_tables=self._page_tables[1],
             )
         if self._cache.batch != qkv_BT3HD.shape[0]:
             raise RuntimeError(
-                f"patch: the number of rows changed from {self._cache.batch} to "
-                f"{qkv_BT3HD.shape[0]} while generating; that needs unpatch()"
+                f"patch: the batch size changed from {self._cache.batch} to {qkv_BT3HD.shape[0]} "
+                "within a generation; that needs unpatch()"
             )
         return self._cache
 
     @property
     def step(self) -> int:
-        """The step under way, from 0."""
+        """The current step, from 0."""
         return self._step
 
     @property
     def seen(self) -> int:
-        """Tokens of this generation so far, this step's too."""
+        """Tokens of this generation so far, including the current step."""
         return self._seen
 
-    # --- the class's projections ----------------------------------------------------------------
+    # --- projections of the class condition -----------------------------------------------------
 
     def hoisted(self, key: int, cond: Tensor, compute: Any) -> Any:
-        """``compute()``, once per generation and condition.
+        """The result of ``compute()``, computed once per generation and condition.
 
-        The condition is the same if it is the same tensor, unchanged. A tensor made in inference
-        mode has no version to tell; there the same tensor counts as unchanged.
+        It is reused for the same tensor ``cond`` with the same version. Inference tensors have no
+        version: they are assumed not to change.
         """
-        mark = None if cond.is_inference() else cond._version, autocast_dtype(cond.device)
-        kept = self._hoisted.get(key)
-        if kept is None or kept[0] is not cond or kept[1] != mark:
-            kept = cond, mark, compute()
-            self._hoisted[key] = kept
-        return kept[2]
+        version = None if cond.is_inference() else cond._version, autocast_dtype(cond.device)
+        entry = self._hoisted.get(key)
+        if entry is None or entry[0] is not cond or entry[1] != version:
+            entry = cond, version, compute()
+            self._hoisted[key] = entry
+        return entry[2]
 
 
 class LayerPages(KVStore):
-    """One layer's share of the planned cache for one call."""
+    """The pages of one layer in the planned cache, for one call."""
 
     def __init__(self, runtime: VARRuntime, layer: int, cache: PagedKVCache) -> None:
         self._runtime, self._layer, self._cache = runtime, layer, cache
@@ -171,7 +178,7 @@ class LayerPages(KVStore):
 
     def open(self, tokens: int) -> KVStep:
         step = self._cache.open(self._layer, self._runtime.step)
-        # A layer that reads only some of the first call's scales: its K and V end with this call.
+        # The layer processes only some of the first call's scales; its K and V end with this call.
         self.tokens = self._runtime.seen - (step.slots_BT.shape[1] - tokens)
         if step.slots_BT.shape[1] == tokens:
             return step

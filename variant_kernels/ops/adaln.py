@@ -5,17 +5,19 @@ Axes: B batch, T tokens, C width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 
 from variant_kernels.dispatch.request import Request
-from variant_kernels.dispatch.select import Impl, Lazy, choose, choose_backward
-from variant_kernels.dispatch.support import cpu_unsupported, cuda_unsupported, triton_unsupported
+from variant_kernels.dispatch.select import Backend
+from variant_kernels.dispatch.support import (
+    always,
+    cpu_unsupported,
+    cuda_unsupported,
+    triton_unsupported,
+)
 from variant_kernels.ops import contract
-from variant_kernels.ops.registry import differentiate, forbid_gradient, register
-from variant_kernels.tensors import last_contiguous
+from variant_kernels.ops.registry import Op
 
 # --- the definition -----------------------------------------------------------------------------
 
@@ -112,248 +114,12 @@ def reference_gated_adaln_backward(
     )
 
 
-# --- backends -----------------------------------------------------------------------------------
-
-_CPU = "variant_kernels.cpu_ops.adaln"
-_TRITON = "variant_kernels.triton_ops.adaln"
-_CUDA = "variant_kernels.cuda_ops.adaln"
-
-ADALN_IMPLS = {
-    "reference": Impl(reference_adaln_forward, reference_adaln_backward),
-    "cpu": Impl(
-        Lazy(_CPU, "launch_adaln_forward"), Lazy(_CPU, "launch_adaln_backward"), cpu_unsupported
-    ),
-    "triton": Impl(
-        Lazy(_TRITON, "launch_adaln_forward"),
-        Lazy(_TRITON, "launch_adaln_backward"),
-        triton_unsupported,
-    ),
-    "cuda": Impl(
-        Lazy(_CUDA, "launch_adaln_forward"),
-        Lazy(_CUDA, "launch_adaln_backward"),
-        cuda_unsupported,
-    ),
-}
-
-GATED_IMPLS = {
-    "reference": Impl(reference_gated_adaln_forward, reference_gated_adaln_backward),
-    "cpu": Impl(
-        Lazy(_CPU, "launch_gated_adaln_forward"),
-        Lazy(_CPU, "launch_gated_adaln_backward"),
-        cpu_unsupported,
-    ),
-    "triton": Impl(
-        Lazy(_TRITON, "launch_gated_adaln_forward"),
-        Lazy(_TRITON, "launch_gated_adaln_backward"),
-        triton_unsupported,
-    ),
-    "cuda": Impl(
-        Lazy(_CUDA, "launch_gated_adaln_forward"),
-        Lazy(_CUDA, "launch_gated_adaln_backward"),
-        cuda_unsupported,
-    ),
-}
-
-IMPLS = {"adaln_modulate": ADALN_IMPLS, "gated_residual_adaln": GATED_IMPLS}
+# --- the declarations ---------------------------------------------------------------------------
 
 
-def _request(make: Callable[..., Request], x: Tensor, narrow: Tensor) -> Request:
-    batch, tokens, width = x.shape
-    rows = batch * tokens
-    return make(x.device.type, (x.dtype, narrow.dtype), None, width, None, None, rows)
-
-
-def _choose(op: str, backend: str, x: Tensor, narrow: Tensor) -> Impl:
-    return choose(op, IMPLS[op], backend, _request(contract.request, x, narrow))
-
-
-def _choose_backward(op: str, backend: str, x: Tensor, narrow: Tensor) -> str:
-    return choose_backward(op, IMPLS[op], backend, _request(Request, x, narrow))
-
-
-# --- registration -------------------------------------------------------------------------------
-
-
-def _adaln(x, scale, shift, eps, backend):
-    impl = _choose("adaln_modulate", backend, x, scale)
-    return impl.forward(x_BTC=x, scale_BC=scale, shift_BC=shift, eps=eps)
-
-
-def _statistics_like(x):
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(x.shape[:2], dtype=wide), x.new_empty(x.shape[:2], dtype=wide)
-
-
-def _adaln_fake(x, scale, shift, eps, backend):
-    return x.new_empty(x.shape, dtype=scale.dtype), *_statistics_like(x)
-
-
-def _adaln_backward(grad_y, x, scale, mean, rstd, backend):
-    impl = _choose("adaln_modulate", backend, x, scale)
-    return impl.backward(grad_y_BTC=grad_y, x_BTC=x, scale_BC=scale, mean_BT=mean, rstd_BT=rstd)
-
-
-def _adaln_backward_fake(grad_y, x, scale, mean, rstd, backend):
-    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
-
-
-adaln_op = register(
-    "adaln_modulate(Tensor x, Tensor scale, Tensor shift, float eps, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
-    implementation=_adaln,
-    fake=_adaln_fake,
-)
-adaln_backward_op = register(
-    "adaln_modulate_backward(Tensor grad_y, Tensor x, Tensor scale, Tensor mean, Tensor rstd,"
-    " str backend) -> (Tensor, Tensor, Tensor)",
-    implementation=_adaln_backward,
-    fake=_adaln_backward_fake,
-)
-
-
-def _adaln_setup(ctx, inputs, output):
-    x, scale, _, _, backend = inputs
-    # The backward pass runs where the forward ran, whatever use_backend says by then.
-    ctx.backend = _choose_backward("adaln_modulate", backend, x, scale)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, scale, output[1], output[2])
-
-
-def _adaln_autograd(ctx, grad_y, grad_mean, grad_rstd):
-    if grad_y is None:
-        return None, None, None, None, None
-    x, scale, mean, rstd = ctx.saved_tensors
-    grads = adaln_backward_op(last_contiguous(grad_y), x, scale, mean, rstd, ctx.backend)
-    return *grads, None, None
-
-
-differentiate("adaln_modulate", setup_context=_adaln_setup, backward=_adaln_autograd)
-forbid_gradient("adaln_modulate_backward")
-
-
-def _gated(x, y, gate, scale, shift, eps, backend):
-    impl = _choose("gated_residual_adaln", backend, x, y)
-    return impl.forward(x_BTC=x, y_BTC=y, gate_BC=gate, scale_BC=scale, shift_BC=shift, eps=eps)
-
-
-def _gated_fake(x, y, gate, scale, shift, eps, backend):
-    return x.new_empty(x.shape), y.new_empty(y.shape), *_statistics_like(x)
-
-
-def _gated_backward(grad_x_out, grad_h, x_out, y, gate, scale, mean, rstd, backend):
-    impl = _choose("gated_residual_adaln", backend, x_out, y)
-    return impl.backward(
-        grad_x_out_BTC=grad_x_out,
-        grad_h_BTC=grad_h,
-        x_out_BTC=x_out,
-        y_BTC=y,
-        gate_BC=gate,
-        scale_BC=scale,
-        mean_BT=mean,
-        rstd_BT=rstd,
-    )
-
-
-def _gated_backward_fake(grad_x_out, grad_h, x_out, y, gate, scale, mean, rstd, backend):
-    rows = [gate.new_empty(gate.shape) for _ in range(3)]
-    return x_out.new_empty(x_out.shape), y.new_empty(y.shape), *rows
-
-
-gated_op = register(
-    "gated_residual_adaln(Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, float eps,"
-    " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    implementation=_gated,
-    fake=_gated_fake,
-)
-gated_backward_op = register(
-    "gated_residual_adaln_backward(Tensor grad_x_out, Tensor grad_h, Tensor x_out, Tensor y,"
-    " Tensor gate, Tensor scale, Tensor mean, Tensor rstd, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    implementation=_gated_backward,
-    fake=_gated_backward_fake,
-)
-
-
-def _gated_setup(ctx, inputs, output):
-    x, y, gate, scale, _, _, backend = inputs
-    ctx.backend = _choose_backward("gated_residual_adaln", backend, x, y)
-    x_out, _, mean, rstd = output
-    ctx.save_for_backward(x_out, y, gate, scale, mean, rstd)
-
-
-def _gated_autograd(ctx, grad_x_out, grad_h, grad_mean, grad_rstd):
-    x_out, y, gate, scale, mean, rstd = ctx.saved_tensors
-    grads = gated_backward_op(
-        last_contiguous(grad_x_out),
-        last_contiguous(grad_h),
-        x_out,
-        y,
-        gate,
-        scale,
-        mean,
-        rstd,
-        ctx.backend,
-    )
-    return *grads, None, None
-
-
-differentiate("gated_residual_adaln", setup_context=_gated_setup, backward=_gated_autograd)
-forbid_gradient("gated_residual_adaln_backward")
-
-
-# --- public functions ---------------------------------------------------------------------------
-
-
-def _fits(x_BTC: Tensor, like: Tensor, rows: Sequence[Tensor], eps: float) -> bool:
-    """Whether :func:`_check` has nothing to say."""
-    if not contract.all_tensors(x_BTC, like, *rows):
-        return False
-    shape, dtype, device = x_BTC.shape, like.dtype, like.device
-    if not (
-        len(shape) == 3
-        and 0 <= eps < float("inf")
-        and dtype in contract.FLOAT_DTYPES
-        and x_BTC.dtype in (torch.float32, dtype)
-        and x_BTC.device == device
-        and x_BTC.stride()[2] == like.stride()[-1] == 1
-    ):
-        return False
-    rows_shape = (shape[0], shape[2])
-    for row_BC in rows:
-        if not (
-            row_BC.shape == rows_shape
-            and row_BC.dtype == dtype
-            and row_BC.device == device
-            and row_BC.stride()[1] == 1
-        ):
-            return False
-    return True
-
-
-def fits_adaln(x_BTC: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float = 1e-6) -> bool:
-    """Whether no check of :func:`adaln_modulate` has anything to say."""
-    return _fits(x_BTC, scale_BC, (scale_BC, shift_BC), eps)
-
-
-def fits_gated(
-    x_BTC: Tensor,
-    y_BTC: Tensor,
-    gate_BC: Tensor,
-    scale_BC: Tensor,
-    shift_BC: Tensor,
-    eps: float = 1e-6,
-) -> bool:
-    """Whether no check of :func:`gated_residual_adaln` has anything to say."""
-    return _fits(x_BTC, y_BTC, (gate_BC, scale_BC, shift_BC), eps) and y_BTC.shape == x_BTC.shape
-
-
-def _check(
-    op: str, x_BTC: Tensor, rows: dict[str, Tensor], narrow: tuple[str, Tensor], eps: float
-) -> None:
+def _check(op: str, x_BTC: Tensor, rows: dict[str, Tensor], narrow: tuple[str, Tensor]) -> None:
     contract.check_float(op, "x_BTC", x_BTC)
     contract.check_ndim(op, "x_BTC", x_BTC, "(B, T, C)")
-    if not 0 <= eps < float("inf"):
-        raise ValueError(f"{op}: eps must be >= 0 and finite; got {eps}")
     name, like = narrow
     if x_BTC.dtype not in (like.dtype, torch.float32):
         raise TypeError(
@@ -368,6 +134,106 @@ def _check(
         )
         contract.check_same(op, row_name, row_BC, name, like)
         contract.check_device(op, row_name, row_BC, "x_BTC", x_BTC)
+
+
+def _check_adaln(x_BTC: Tensor, scale_BC: Tensor, shift_BC: Tensor) -> None:
+    op = "adaln_modulate"
+    contract.check_float(op, "scale_BC", scale_BC)
+    rows = {"scale_BC": scale_BC, "shift_BC": shift_BC}
+    _check(op, x_BTC, rows, ("scale_BC", scale_BC))
+
+
+def _check_gated(
+    x_BTC: Tensor, y_BTC: Tensor, gate_BC: Tensor, scale_BC: Tensor, shift_BC: Tensor
+) -> None:
+    op = "gated_residual_adaln"
+    contract.check_float(op, "y_BTC", y_BTC)
+    rows = {"gate_BC": gate_BC, "scale_BC": scale_BC, "shift_BC": shift_BC}
+    _check(op, x_BTC, rows, ("y_BTC", y_BTC))
+    contract.check_shape(op, "y_BTC", y_BTC, tuple(x_BTC.shape), "to match x_BTC")
+
+
+def _check_eps(op: str, eps: float) -> None:
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"{op}: eps must be >= 0 and finite; got {eps}")
+
+
+def _request(x_BTC: Tensor, narrow: Tensor, *_: Tensor) -> Request:
+    return Request(x_BTC.device.type, (x_BTC.dtype, narrow.dtype), row_width=x_BTC.shape[-1])
+
+
+def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in tensors)
+
+
+def _statistics_like(x_BTC: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x_BTC.dtype, torch.float32)
+    mean_BT, rstd_BT = (x_BTC.new_empty(x_BTC.shape[:2], dtype=wide) for _ in range(2))
+    return mean_BT, rstd_BT
+
+
+adaln_op = Op(
+    "adaln_modulate(Tensor x_BTC, Tensor scale_BC, Tensor shift_BC, float eps, str backend)"
+    " -> (Tensor y_BTC, Tensor mean_BT, Tensor rstd_BT)",
+    check=_check_adaln,
+    request=_request,
+    fake=lambda x, scale, *_: (x.new_empty(x.shape, dtype=scale.dtype), *_statistics_like(x)),
+    backends={
+        "triton": Backend(
+            triton_unsupported,
+            "triton_ops.adaln.launch_adaln_forward",
+            "triton_ops.adaln.launch_adaln_backward",
+        ),
+        "cuda": Backend(
+            cuda_unsupported,
+            "cuda_ops.adaln.launch_adaln_forward",
+            "cuda_ops.adaln.launch_adaln_backward",
+        ),
+        "cpu": Backend(
+            cpu_unsupported,
+            "cpu_ops.adaln.launch_adaln_forward",
+            "cpu_ops.adaln.launch_adaln_backward",
+        ),
+        "reference": Backend(always, reference_adaln_forward, reference_adaln_backward),
+    },
+    backward="adaln_modulate_backward(Tensor grad_y_BTC, Tensor x_BTC, Tensor scale_BC,"
+    " Tensor mean_BT, Tensor rstd_BT, str backend) -> (Tensor, Tensor, Tensor)",
+    backward_fake=lambda grad_y, x, scale, *_: _like(x, scale, scale),
+)
+
+gated_op = Op(
+    "gated_residual_adaln(Tensor x_BTC, Tensor y_BTC, Tensor gate_BC, Tensor scale_BC,"
+    " Tensor shift_BC, float eps, str backend)"
+    " -> (Tensor x_out_BTC, Tensor h_BTC, Tensor mean_BT, Tensor rstd_BT)",
+    check=_check_gated,
+    request=_request,
+    fake=lambda x, y, *_: (*_like(x, y), *_statistics_like(x)),
+    backends={
+        "triton": Backend(
+            triton_unsupported,
+            "triton_ops.adaln.launch_gated_adaln_forward",
+            "triton_ops.adaln.launch_gated_adaln_backward",
+        ),
+        "cuda": Backend(
+            cuda_unsupported,
+            "cuda_ops.adaln.launch_gated_adaln_forward",
+            "cuda_ops.adaln.launch_gated_adaln_backward",
+        ),
+        "cpu": Backend(
+            cpu_unsupported,
+            "cpu_ops.adaln.launch_gated_adaln_forward",
+            "cpu_ops.adaln.launch_gated_adaln_backward",
+        ),
+        "reference": Backend(always, reference_gated_adaln_forward, reference_gated_adaln_backward),
+    },
+    backward="gated_residual_adaln_backward(Tensor grad_x_out_BTC, Tensor grad_h_BTC,"
+    " Tensor x_out_BTC, Tensor y_BTC, Tensor gate_BC, Tensor scale_BC, Tensor mean_BT,"
+    " Tensor rstd_BT, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    backward_fake=lambda grad_x_out, grad_h, x, y, gate, *_: _like(x, y, gate, gate, gate),
+)
+
+
+# --- public functions ---------------------------------------------------------------------------
 
 
 def adaln_modulate(
@@ -396,11 +262,7 @@ def adaln_modulate(
         ValueError: shapes or devices disagree.  TypeError: dtype not listed.
     Gradient: x_BTC, scale_BC, shift_BC.
     """
-    op = "adaln_modulate"
-    if not fits_adaln(x_BTC, scale_BC, shift_BC, eps):
-        contract.check_float(op, "scale_BC", scale_BC)
-        rows = {"scale_BC": scale_BC, "shift_BC": shift_BC}
-        _check(op, x_BTC, rows, ("scale_BC", scale_BC), eps)
+    _check_eps("adaln_modulate", eps)
     return adaln_op(x_BTC, scale_BC, shift_BC, eps, backend)[0]
 
 
@@ -433,12 +295,7 @@ def gated_residual_adaln(
         ValueError: shapes or devices disagree.  TypeError: dtype not listed.
     Gradient: all five tensors.
     """
-    op = "gated_residual_adaln"
-    if not fits_gated(x_BTC, y_BTC, gate_BC, scale_BC, shift_BC, eps):
-        rows = {"gate_BC": gate_BC, "scale_BC": scale_BC, "shift_BC": shift_BC}
-        contract.check_float(op, "y_BTC", y_BTC)
-        _check(op, x_BTC, rows, ("y_BTC", y_BTC), eps)
-        contract.check_shape(op, "y_BTC", y_BTC, tuple(x_BTC.shape), "to match x_BTC")
+    _check_eps("gated_residual_adaln", eps)
     x_out_BTC, h_BTC, _, _ = gated_op(x_BTC, y_BTC, gate_BC, scale_BC, shift_BC, eps, backend)
     return x_out_BTC, h_BTC
 

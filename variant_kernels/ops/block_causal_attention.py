@@ -5,7 +5,6 @@ Axes: B batch, L tokens of all scales, H heads, D width of one head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -13,18 +12,18 @@ import torch
 from torch import Tensor
 
 from variant_kernels.dispatch.request import Request
-from variant_kernels.dispatch.select import Impl, Lazy, choose_backward, choose_name
+from variant_kernels.dispatch.select import Backend, Launcher
 from variant_kernels.dispatch.support import (
+    always,
     cpu_unsupported,
     cuda_unsupported,
     flex_unsupported,
     triton_unsupported,
 )
 from variant_kernels.ops import contract
-from variant_kernels.ops.qk_norm import QK_NORM_IMPLS, check_scale_mul, qk_norm
-from variant_kernels.ops.registry import differentiate, forbid_gradient, register
+from variant_kernels.ops.qk_norm import check_scale_mul, qk_norm, qk_norm_op
+from variant_kernels.ops.registry import Op
 from variant_kernels.plans.scale_layout import ScaleLayout
-from variant_kernels.tensors import last_contiguous
 
 # --- the definition -----------------------------------------------------------------------------
 
@@ -99,169 +98,140 @@ def reference_block_causal_attention_backward(
     return dq, dk, dv
 
 
-# --- backends -----------------------------------------------------------------------------------
+# --- the declarations ---------------------------------------------------------------------------
 
-_CPU = "variant_kernels.cpu_ops.block_causal_attention"
-_TRITON = "variant_kernels.triton_ops.block_causal_attention"
-_CUDA = "variant_kernels.cuda_ops.block_causal_attention"
-_FLEX = "variant_kernels.library_ops.flex"
-
-BLOCK_CAUSAL_IMPLS = {
-    "reference": Impl(
-        reference_block_causal_attention_forward, reference_block_causal_attention_backward
-    ),
-    "cpu": Impl(
-        Lazy(_CPU, "launch_block_causal_attention_forward"),
-        Lazy(_CPU, "launch_block_causal_attention_backward"),
-        cpu_unsupported,
-    ),
-    "triton": Impl(
-        Lazy(_TRITON, "launch_block_causal_attention_forward"),
-        Lazy(f"{_TRITON}_backward", "launch_block_causal_attention_backward"),
-        triton_unsupported,
-    ),
-    "cuda": Impl(
-        Lazy(_CUDA, "launch_block_causal_attention_forward"),
-        Lazy(_CUDA, "launch_block_causal_attention_backward"),
-        cuda_unsupported,
-    ),
-    # Its gradient is torch's own: see block_causal_attention.
-    "flex": Impl(
-        Lazy(_FLEX, "launch_block_causal_attention_forward"),
-        Lazy(_FLEX, "refuse_backward"),
-        flex_unsupported,
-    ),
-}
+OP = "block_causal_attention"
+# Under torch.compile "auto" does not take FlexAttention: its gradient is torch's own, outside the
+# op (see block_causal_attention), and a graph does not tell whether a gradient will be needed.
+_EAGER_ONLY = ("flex",)
 
 
-def _after_qk_norm(name: str) -> Impl:
-    """A backend's attention of queries and keys that its qk_norm made; the gradient makes them
-    again instead of keeping them.
+def _check(
+    q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, scale_mul_1H11: Tensor | None = None
+) -> None:
+    contract.check_float(OP, "q_BLHD", q_BLHD)
+    contract.check_ndim(OP, "q_BLHD", q_BLHD, "(B, L, H, D)")
+    contract.check_head_dim(OP, "q_BLHD", q_BLHD.shape[-1])
+    for name, tensor in (("k_BLHD", k_BLHD), ("v_BLHD", v_BLHD)):
+        contract.check_float(OP, name, tensor)
+        contract.check_shape(OP, name, tensor, tuple(q_BLHD.shape), "to match q_BLHD")
+        contract.check_same(OP, name, tensor, "q_BLHD", q_BLHD)
+    if scale_mul_1H11 is not None:
+        check_scale_mul(OP, scale_mul_1H11, "q_BLHD", q_BLHD)
+
+
+def _check_normalised(
+    q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, scale_mul_1H11: Tensor
+) -> None:
+    _check(q_BLHD, k_BLHD, v_BLHD)
+    check_scale_mul(OP, scale_mul_1H11, "q_BLHD", q_BLHD)
+
+
+def _request(q: Tensor, *_: Tensor) -> Request:
+    return Request(q.device.type, (q.dtype,), q.shape[-1])
+
+
+def _launch(launcher: Launcher, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    arguments["scale_lengths"] = tuple(arguments["scale_lengths"])
+    return launcher(**arguments)
+
+
+def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=wide)
+
+
+def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in tensors)
+
+
+block_causal_attention_op = Op(
+    "block_causal_attention(Tensor q_BLHD, Tensor k_BLHD, Tensor v_BLHD, int[] scale_lengths,"
+    " float softmax_scale, str backend) -> (Tensor out_BLHD, Tensor lse_BHL)",
+    check=_check,
+    request=_request,
+    fake=_fake,
+    launch=_launch,
+    exclude=_EAGER_ONLY,
+    backends={
+        "triton": Backend(
+            triton_unsupported,
+            "triton_ops.block_causal_attention.launch_block_causal_attention_forward",
+            "triton_ops.block_causal_attention_backward.launch_block_causal_attention_backward",
+        ),
+        "cuda": Backend(
+            cuda_unsupported,
+            "cuda_ops.block_causal_attention.launch_block_causal_attention_forward",
+            "cuda_ops.block_causal_attention.launch_block_causal_attention_backward",
+        ),
+        "flex": Backend(
+            flex_unsupported,
+            "library_ops.flex.launch_block_causal_attention_forward",
+            "library_ops.flex.refuse_backward",
+        ),
+        "cpu": Backend(
+            cpu_unsupported,
+            "cpu_ops.block_causal_attention.launch_block_causal_attention_forward",
+            "cpu_ops.block_causal_attention.launch_block_causal_attention_backward",
+        ),
+        "reference": Backend(
+            always,
+            reference_block_causal_attention_forward,
+            reference_block_causal_attention_backward,
+        ),
+    },
+    backward="block_causal_attention_backward(Tensor grad_out_BLHD, Tensor q_BLHD, Tensor k_BLHD,"
+    " Tensor v_BLHD, Tensor out_BLHD, Tensor lse_BHL, int[] scale_lengths, float softmax_scale,"
+    " str backend) -> (Tensor, Tensor, Tensor)",
+    backward_fake=lambda grad_out, *inputs: _like(*inputs[:3]),
+)
+
+
+def _after_qk_norm(name: str) -> Backend:
+    """Attention of the queries and keys that the same backend's qk_norm makes.
+
+    The backward pass normalises again instead of saving the normalised tensors.
     """
-    attention, norm = BLOCK_CAUSAL_IMPLS[name], QK_NORM_IMPLS[name]
+    attention, norm = block_causal_attention_op.backends[name], qk_norm_op.backends[name]
 
-    def forward(*, q_BLHD, k_BLHD, scale_mul_1H11, **given):
+    def forward(*, q_BLHD, k_BLHD, scale_mul_1H11, **rest):
         q_BLHD, k_BLHD = norm.forward(q_BTHD=q_BLHD, k_BTHD=k_BLHD, scale_mul_1H11=scale_mul_1H11)
-        return attention.forward(q_BLHD=q_BLHD, k_BLHD=k_BLHD, **given)
+        return attention.forward(q_BLHD=q_BLHD, k_BLHD=k_BLHD, **rest)
 
-    def backward(*, q_BLHD, k_BLHD, scale_mul_1H11, **given):
+    def backward(*, q_BLHD, k_BLHD, scale_mul_1H11, **rest):
         inputs = {"q_BTHD": q_BLHD, "k_BTHD": k_BLHD, "scale_mul_1H11": scale_mul_1H11}
         q_BLHD, k_BLHD = norm.forward(**inputs)
-        dq_BLHD, dk_BLHD, dv_BLHD = attention.backward(q_BLHD=q_BLHD, k_BLHD=k_BLHD, **given)
+        dq_BLHD, dk_BLHD, dv_BLHD = attention.backward(q_BLHD=q_BLHD, k_BLHD=k_BLHD, **rest)
         dq_BLHD, dk_BLHD, dscale = norm.backward(grad_q_BTHD=dq_BLHD, grad_k_BTHD=dk_BLHD, **inputs)
         return dq_BLHD, dk_BLHD, dv_BLHD, dscale
 
-    return Impl(forward, backward, attention.unsupported)
+    return Backend(attention.unsupported, forward, backward)
 
 
-# With scale_mul_1H11. FlexAttention's gradient is torch's own: qk_norm runs before it.
-BLOCK_CAUSAL_QK_NORM_IMPLS = {
-    **{name: _after_qk_norm(name) for name in ("reference", "cpu", "cuda")},
-    "triton": Impl(
-        Lazy(_TRITON, "launch_block_causal_attention_forward"),
-        Lazy(f"{_TRITON}_backward", "launch_block_causal_attention_qk_norm_backward"),
-        triton_unsupported,
-    ),
-}
-
-OP = "block_causal_attention"
-IMPLS = {OP: BLOCK_CAUSAL_IMPLS}
-
-
-def _request(q: Tensor, gradient: bool) -> Request:
-    batch, length, heads, head_dim = q.shape
-    sizes = (batch * heads, length, length)
-    return Request(q.device.type, (q.dtype,), head_dim, None, None, None, *sizes, gradient)
-
-
-# Where a compiled graph chooses. It does not say whether a gradient will be wanted: training is
-# what the op is for. FlexAttention's gradient is out of its reach.
-_BEYOND_GRAPHS = ("flex",)
-
-
-def _choose(impls: dict[str, Impl], backend: str, q: Tensor) -> Impl:
-    return impls[choose_name(OP, impls, backend, _request(q, True), avoid=_BEYOND_GRAPHS)]
-
-
-# --- registration -------------------------------------------------------------------------------
-
-
-def _register(name: str, impls: dict[str, Impl], keywords: dict[str, str]) -> Callable[..., Any]:
-    """The op of a table, and its gradient. keywords: launchers' name of each tensor, q first."""
-    count = len(keywords)
-    tensors = ", ".join(f"Tensor {tensor}" for tensor in keywords)
-    rest = "int[] scale_lengths, float softmax_scale, str backend"
-
-    def launch_forward(*arguments):
-        given, (lengths, scale, backend) = arguments[:count], arguments[count:]
-        return _choose(impls, backend, given[0]).forward(
-            **dict(zip(keywords.values(), given, strict=True)),
-            scale_lengths=tuple(lengths),
-            softmax_scale=scale,
-        )
-
-    def forward_fake(q, *_):
-        batch, length, heads, _ = q.shape
-        wide = torch.promote_types(q.dtype, torch.float32)
-        return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=wide)
-
-    def launch_backward(grad_out, *arguments):
-        given, (out, lse, lengths, scale, backend) = arguments[:count], arguments[count:]
-        return _choose(impls, backend, given[0]).backward(
-            grad_out_BLHD=grad_out,
-            **dict(zip(keywords.values(), given, strict=True)),
-            out_BLHD=out,
-            lse_BHL=lse,
-            scale_lengths=tuple(lengths),
-            softmax_scale=scale,
-        )
-
-    def backward_fake(grad_out, *arguments):
-        return tuple(x.new_empty(x.shape) for x in arguments[:count])
-
-    forward_op = register(
-        f"{name}({tensors}, {rest}) -> (Tensor, Tensor)",
-        implementation=launch_forward,
-        fake=forward_fake,
-    )
-    backward_op = register(
-        f"{name}_backward(Tensor grad_out, {tensors}, Tensor out, Tensor lse, {rest})"
-        f" -> ({', '.join(['Tensor'] * count)})",
-        implementation=launch_backward,
-        fake=backward_fake,
-    )
-
-    def setup(ctx, inputs, output):
-        *given, ctx.scale_lengths, ctx.softmax_scale, backend = inputs
-        # The backward pass runs where the forward ran, whatever use_backend says by then.
-        request = _request(given[0], True)
-        ctx.backend = choose_backward(OP, impls, backend, request, avoid=_BEYOND_GRAPHS)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*given, *output)
-
-    def autograd(ctx, grad_out, grad_lse):
-        if grad_out is None:
-            return (None,) * (count + 3)
-        grads = backward_op(
-            last_contiguous(grad_out),
-            *ctx.saved_tensors,
-            ctx.scale_lengths,
-            ctx.softmax_scale,
-            ctx.backend,
-        )
-        return *grads, None, None, None
-
-    differentiate(name, setup_context=setup, backward=autograd)
-    forbid_gradient(f"{name}_backward")
-    return forward_op
-
-
-_QKV = {"q": "q_BLHD", "k": "k_BLHD", "v": "v_BLHD"}
-block_causal_attention_op = _register("block_causal_attention", BLOCK_CAUSAL_IMPLS, _QKV)
-block_causal_attention_qk_norm_op = _register(
-    "block_causal_attention_qk_norm",
-    BLOCK_CAUSAL_QK_NORM_IMPLS,
-    {**_QKV, "scale_mul": "scale_mul_1H11"},
+block_causal_attention_qk_norm_op = Op(
+    "block_causal_attention_qk_norm(Tensor q_BLHD, Tensor k_BLHD, Tensor v_BLHD,"
+    " Tensor scale_mul_1H11, int[] scale_lengths, float softmax_scale, str backend)"
+    " -> (Tensor out_BLHD, Tensor lse_BHL)",
+    title=OP,
+    check=_check_normalised,
+    request=_request,
+    fake=_fake,
+    launch=_launch,
+    # No "flex": its gradient is torch's own, so qk_norm runs before it, outside the op.
+    backends={
+        "triton": Backend(
+            triton_unsupported,
+            "triton_ops.block_causal_attention.launch_block_causal_attention_forward",
+            "triton_ops.block_causal_attention_backward"
+            ".launch_block_causal_attention_qk_norm_backward",
+        ),
+        **{name: _after_qk_norm(name) for name in ("cuda", "cpu", "reference")},
+    },
+    backward="block_causal_attention_qk_norm_backward(Tensor grad_out_BLHD, Tensor q_BLHD,"
+    " Tensor k_BLHD, Tensor v_BLHD, Tensor scale_mul_1H11, Tensor out_BLHD, Tensor lse_BHL,"
+    " int[] scale_lengths, float softmax_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    backward_fake=lambda grad_out, *inputs: _like(*inputs[:4]),
 )
 
 
@@ -299,41 +269,28 @@ def block_causal_attention(
         ValueError: shapes, devices or layout disagree.  TypeError: dtype not listed.
     Gradient: q, k, v; and scale_mul, none above log 100.
     """
-    op = "block_causal_attention"
-    contract.check_float(op, "q_BLHD", q_BLHD)
-    contract.check_ndim(op, "q_BLHD", q_BLHD, "(B, L, H, D)")
-    contract.check_head_dim(op, "q_BLHD", q_BLHD.shape[-1])
-    for name, tensor in (("k_BLHD", k_BLHD), ("v_BLHD", v_BLHD)):
-        contract.check_float(op, name, tensor)
-        contract.check_shape(op, name, tensor, tuple(q_BLHD.shape), "to match q_BLHD")
-        contract.check_same(op, name, tensor, "q_BLHD", q_BLHD)
+    normalise = () if scale_mul_1H11 is None else (scale_mul_1H11,)
+    # FlexAttention runs outside the ops, so the backend is resolved here.
+    backend = block_causal_attention_op.resolve(backend, q_BLHD, k_BLHD, v_BLHD, *normalise)
     if not isinstance(layout, ScaleLayout):
-        raise TypeError(f"{op}: layout must be a ScaleLayout; got {type(layout).__name__}")
+        raise TypeError(f"{OP}: layout must be a ScaleLayout; got {type(layout).__name__}")
     if q_BLHD.shape[1] != layout.total:
         raise ValueError(
-            f"{op}: q_BLHD must have {layout.total} tokens to match layout {layout.tokens}; "
+            f"{OP}: q_BLHD must have {layout.total} tokens to match layout {layout.tokens}; "
             f"got {q_BLHD.shape[1]}"
         )
-    inputs = [q_BLHD, k_BLHD, v_BLHD]
-    if scale_mul_1H11 is not None:
-        check_scale_mul(op, scale_mul_1H11, "q_BLHD", q_BLHD)
-        inputs.append(scale_mul_1H11)
-        softmax_scale = 1.0 if softmax_scale is None else softmax_scale
-    scale = contract.softmax_scale(op, softmax_scale, q_BLHD.shape[-1])
-    # Choosing looks at the environment, which a graph cannot: there, the argument alone counts.
-    if not torch.compiler.is_compiling():
-        gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        backend = choose_name(op, BLOCK_CAUSAL_IMPLS, backend, _request(q_BLHD, gradient))
+    contract.check_softmax_scale(OP, softmax_scale)
+    if softmax_scale is None:
+        softmax_scale = 1.0 if normalise else contract.default_softmax_scale(q_BLHD)
     if backend == "flex":
         from variant_kernels.library_ops import flex
 
         if scale_mul_1H11 is not None:
             q_BLHD, k_BLHD = qk_norm(q_BLHD, k_BLHD, scale_mul_1H11)
-        return flex.attend(q_BLHD, k_BLHD, v_BLHD, layout.tokens, scale)[0]
-    run = block_causal_attention_op
-    if scale_mul_1H11 is not None:
-        run = block_causal_attention_qk_norm_op
-    return run(*inputs, layout.tokens, scale, backend)[0]
+        return flex.attend(q_BLHD, k_BLHD, v_BLHD, layout.tokens, softmax_scale)[0]
+    op = block_causal_attention_qk_norm_op if normalise else block_causal_attention_op
+    inputs = q_BLHD, k_BLHD, v_BLHD, *normalise
+    return op.overload(*inputs, layout.tokens, float(softmax_scale), backend)[0]
 
 
 def sample_inputs(

@@ -1,32 +1,31 @@
-"""Checking arguments: who, what should hold, what came, what helps.
+"""Checks of arguments; the messages name the op, the argument, the rule and the value.
 
-The checks take their time (14 us for five tensors): ops called once per layer and scale have a
-``_fits`` beside them that accepts what is usual in one expression. It may refuse what the contract
-allows, never the reverse; only what it refuses goes through the checks.
+They take 14 us for five tensors, so :class:`~variant_kernels.ops.registry.Op` runs an op's checks
+once for each signature of shapes, strides, dtypes and devices.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
+from torch import Tensor
 
-from variant_kernels.dispatch.request import Request, dtype_name
-from variant_kernels.winners import MOST_REQUESTS
+from variant_kernels.dispatch.request import dtype_name
+from variant_kernels.kv_quantization import KV8_DTYPE
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensor(op: str, name: str, value: object) -> None:
-    """A tensor at all."""
-    if not isinstance(value, torch.Tensor):
+    """A tensor."""
+    if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor; got {type(value).__name__}")
 
 
 def check_float(
-    op: str, name: str, tensor: torch.Tensor, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES
+    op: str, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES
 ) -> None:
     """One of the listed dtypes, last dimension contiguous."""
     check_tensor(op, name, tensor)
@@ -36,8 +35,8 @@ def check_float(
     check_last_contiguous(op, name, tensor)
 
 
-def check_last_contiguous(op: str, name: str, tensor: torch.Tensor) -> None:
-    """Strides are free but for the last dimension."""
+def check_last_contiguous(op: str, name: str, tensor: Tensor) -> None:
+    """The last dimension has stride 1; the other strides are free."""
     if tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(
             f"{op}: {name} must have a contiguous last dimension (stride 1); got stride "
@@ -45,7 +44,7 @@ def check_last_contiguous(op: str, name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def check_ndim(op: str, name: str, tensor: torch.Tensor, axes: str) -> None:
+def check_ndim(op: str, name: str, tensor: Tensor, axes: str) -> None:
     """As many dimensions as ``axes`` has words, e.g. ``"(B, T, C)"``."""
     expected = axes.count(",") + 1
     if tensor.ndim != expected:
@@ -54,15 +53,13 @@ def check_ndim(op: str, name: str, tensor: torch.Tensor, axes: str) -> None:
         )
 
 
-def check_shape(
-    op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...], reason: str
-) -> None:
+def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], reason: str) -> None:
     """Exactly this shape; ``reason`` says what it must match."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{op}: {name} must be {shape} {reason}; got {tuple(tensor.shape)}")
 
 
-def check_same(op: str, name: str, tensor: torch.Tensor, other: str, like: torch.Tensor) -> None:
+def check_same(op: str, name: str, tensor: Tensor, other: str, like: Tensor) -> None:
     """Same dtype and device as another argument."""
     if tensor.dtype != like.dtype:
         raise TypeError(
@@ -72,7 +69,7 @@ def check_same(op: str, name: str, tensor: torch.Tensor, other: str, like: torch
     check_device(op, name, tensor, other, like)
 
 
-def check_device(op: str, name: str, tensor: torch.Tensor, other: str, like: torch.Tensor) -> None:
+def check_device(op: str, name: str, tensor: Tensor, other: str, like: Tensor) -> None:
     """Same device as another argument."""
     if tensor.device != like.device:
         raise ValueError(
@@ -80,12 +77,15 @@ def check_device(op: str, name: str, tensor: torch.Tensor, other: str, like: tor
         )
 
 
-def softmax_scale(op: str, given: float | None, head_dim: int) -> float:
-    """The factor on the scores: 1/sqrt(D) where none is given; finite."""
-    scale = 1 / math.sqrt(head_dim) if given is None else float(given)
-    if not math.isfinite(scale):
-        raise ValueError(f"{op}: softmax_scale must be finite; got {given}")
-    return scale
+def check_softmax_scale(op: str, softmax_scale: float | None) -> None:
+    """A finite number, or None."""
+    if softmax_scale is not None and not math.isfinite(softmax_scale):
+        raise ValueError(f"{op}: softmax_scale must be finite; got {softmax_scale}")
+
+
+def default_softmax_scale(q: Tensor) -> float:
+    """1/sqrt(D)."""
+    return 1 / math.sqrt(q.shape[-1])
 
 
 def check_head_dim(op: str, name: str, head_dim: int) -> None:
@@ -97,25 +97,65 @@ def check_head_dim(op: str, name: str, head_dim: int) -> None:
         )
 
 
-@lru_cache(maxsize=MOST_REQUESTS)
-def request(
-    device: str,
-    dtypes: tuple[torch.dtype, ...],
-    head_dim: int | None = None,
-    row: int | None = None,
-    page_size: int | None = None,
-    kv_dtype: torch.dtype | None = None,
-    rows: int | None = None,
-    queries: int | None = None,
-    keys: int | None = None,
-) -> Request:
-    """A :class:`Request`, built once: building one takes a microsecond, finding it 0.2.
+def check_pages(
+    op: str,
+    k_pages_PNHD: Tensor,
+    v_pages_PNHD: Tensor,
+    name: str,
+    like_BTHD: Tensor,
+    k_scales_PNH: Tensor | None,
+    v_scales_PNH: Tensor | None,
+) -> None:
+    """Pages are two tensors (P, page_size, H, D) of the heads, dtype and device of ``name``.
 
-    For implementations of ops: where sizes may be symbols (``setup_context``), nothing is hashed.
+    With scales, (P, page_size, H) uint8, they are float8_e4m3fn.
     """
-    return Request(device, dtypes, head_dim, row, page_size, kv_dtype, rows, queries, keys)
+    if (k_scales_PNH is None) != (v_scales_PNH is None):
+        missing = "k_scales_PNH" if k_scales_PNH is None else "v_scales_PNH"
+        raise ValueError(f"{op}: {missing} must be given where the other scales are; got None")
+    eight_bits = k_scales_PNH is not None
+    for pages_name, pages in (("k_pages_PNHD", k_pages_PNHD), ("v_pages_PNHD", v_pages_PNHD)):
+        check_float(op, pages_name, pages, (*FLOAT_DTYPES, KV8_DTYPE))
+        check_ndim(op, pages_name, pages, "(P, page_size, H, D)")
+        if eight_bits != (pages.dtype == KV8_DTYPE):
+            raise TypeError(
+                f"{op}: {pages_name} must be float8_e4m3fn where k_scales_PNH and v_scales_PNH "
+                f"are given, and only there; got {dtype_name(pages.dtype)} "
+                f"{'with' if eight_bits else 'without'} scales"
+            )
+        if eight_bits:
+            check_device(op, pages_name, pages, name, like_BTHD)
+        else:
+            check_same(op, pages_name, pages, name, like_BTHD)
+        if pages.shape[2:] != like_BTHD.shape[2:]:
+            raise ValueError(
+                f"{op}: {pages_name} must end in (H, D) = {tuple(like_BTHD.shape[2:])} to match "
+                f"{name}; got {tuple(pages.shape)}"
+            )
+        if pages.shape[1] < 1:
+            raise ValueError(
+                f"{op}: {pages_name} must have page_size >= 1; got {tuple(pages.shape)}"
+            )
+        _check_not_expanded(op, pages_name, pages)
+    check_shape(
+        op, "v_pages_PNHD", v_pages_PNHD, tuple(k_pages_PNHD.shape), "to match k_pages_PNHD"
+    )
+    for scales_name, scales in (("k_scales_PNH", k_scales_PNH), ("v_scales_PNH", v_scales_PNH)):
+        if scales is None:
+            continue
+        check_tensor(op, scales_name, scales)
+        shape = tuple(k_pages_PNHD.shape[:3])
+        check_shape(op, scales_name, scales, shape, "to match k_pages_PNHD")
+        if scales.dtype != torch.uint8:
+            raise TypeError(f"{op}: {scales_name} must be uint8; got {dtype_name(scales.dtype)}")
+        check_device(op, scales_name, scales, name, like_BTHD)
+        check_last_contiguous(op, scales_name, scales)
+        _check_not_expanded(op, scales_name, scales)
 
 
-def all_tensors(*values: object) -> bool:
-    """Whether every argument is a tensor."""
-    return all(isinstance(value, torch.Tensor) for value in values)
+def _check_not_expanded(op: str, name: str, pool: Tensor) -> None:
+    if any(n > 1 and step == 0 for n, step in zip(pool.shape, pool.stride(), strict=True)):
+        raise ValueError(
+            f"{op}: {name} must not be expanded: several slots would share one address; "
+            f"got strides {pool.stride()}"
+        )

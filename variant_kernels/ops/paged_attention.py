@@ -6,13 +6,17 @@ M page-table entries.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from variant_kernels.cpu_ops.values import fits_page_table
-from variant_kernels.dispatch.select import Impl, Lazy, choose
+from variant_kernels.dispatch.request import Request
+from variant_kernels.dispatch.select import Backend, Launcher
 from variant_kernels.dispatch.support import (
+    always,
     cpu_unsupported,
     cuda_unsupported,
     flash_unsupported,
@@ -21,31 +25,28 @@ from variant_kernels.dispatch.support import (
 )
 from variant_kernels.kv_quantization import KV8_DTYPE, dequantize_kv
 from variant_kernels.ops import contract
-from variant_kernels.ops.append_paged_kv import check_pages, fits_pages, given_scales
-from variant_kernels.ops.registry import refuse_gradient, register
+from variant_kernels.ops.registry import Op
 
 
 def check_table(op: str, page_table_BM: Tensor, kv_lens_B: Tensor, pages_shape: torch.Size) -> None:
-    """Every length fits the table and every page in use exists.
-
-    Values are looked at on the CPU only: on a GPU that would synchronise.
+    """Every length fits the table and every page in use exists; for CPU tensors.
 
     Raises:
         ValueError: naming the first entry that is wrong.
     """
-    if kv_lens_B.device.type != "cpu" or kv_lens_B.numel() == 0:
+    if kv_lens_B.numel() == 0:
         return
     num_pages, page_size = pages_shape[0], pages_shape[1]
     entries = page_table_BM.shape[1]
-    # Accepted in 1 us; numpy, 11 us, only has to say what is wrong.
+    # One pass of C++, 1 us; numpy, 11 us, only names the entry that is wrong.
     if fits_page_table(page_table_BM, kv_lens_B, num_pages, page_size):
         return
     table_BM, lens_B = page_table_BM.numpy(), kv_lens_B.numpy()
-    room = entries * page_size
-    if lens_B.min() < 0 or lens_B.max() > room:
-        row = int(((lens_B < 0) | (lens_B > room)).argmax())
+    capacity = entries * page_size
+    if lens_B.min() < 0 or lens_B.max() > capacity:
+        row = int(((lens_B < 0) | (lens_B > capacity)).argmax())
         raise ValueError(
-            f"{op}: kv_lens_B[{row}] must be in [0, {room}] ({entries} page-table entries of "
+            f"{op}: kv_lens_B[{row}] must be in [0, {capacity}] ({entries} page-table entries of "
             f"{page_size} tokens); got {lens_B[row]}"
         )
     used_B1 = -(-lens_B[:, None] // page_size)
@@ -58,7 +59,7 @@ def check_table(op: str, page_table_BM: Tensor, kv_lens_B: Tensor, pages_shape: 
             f"{table_BM[row, entry]}. kv_lens_B[{row}] = {lens_B[row]} makes "
             f"{int(used_B1[row, 0])} pages of {page_size} tokens visible"
         )
-    raise AssertionError(f"{op}: the page table was refused, but nothing is wrong with it")
+    raise AssertionError(f"{op}: the page table was refused, but every entry is valid")
 
 
 def reference_paged_attention(
@@ -105,75 +106,7 @@ def reference_paged_attention(
     return (probs_BHTS @ v_BHSD).transpose(1, 2).to(q_BTHD.dtype).contiguous()
 
 
-PAGED_IMPLS = {
-    "reference": Impl(reference_paged_attention),
-    "cpu": Impl(
-        Lazy("variant_kernels.cpu_ops.paged_attention", "launch_paged_attention_forward"),
-        unsupported=cpu_unsupported,
-    ),
-    "triton": Impl(
-        Lazy("variant_kernels.triton_ops.paged_attention", "launch_paged_attention_forward"),
-        unsupported=triton_unsupported,
-    ),
-    "cuda": Impl(
-        Lazy("variant_kernels.cuda_ops.paged_attention", "launch_paged_attention_forward"),
-        unsupported=cuda_unsupported,
-    ),
-    "flash": Impl(
-        Lazy("variant_kernels.library_ops.flash", "launch_paged_attention_forward"),
-        unsupported=flash_unsupported,
-    ),
-    "flashinfer": Impl(
-        Lazy("variant_kernels.library_ops.flashinfer", "launch_paged_attention_forward"),
-        unsupported=flashinfer_unsupported,
-    ),
-}
-
-IMPLS = {"paged_attention": PAGED_IMPLS}
-
-
-def _paged(
-    q, k_pages, v_pages, page_table, kv_lens, softmax_scale, backend, k_scales=None, v_scales=None
-):
-    check_table("paged_attention", page_table, kv_lens, k_pages.shape)
-    batch, queries, heads, head_dim = q.shape
-    page_size = k_pages.shape[1]
-    request = contract.request(
-        q.device.type,
-        (q.dtype,),
-        head_dim,
-        None,
-        page_size,
-        None if k_scales is None else KV8_DTYPE,
-        batch * heads,
-        queries,
-        # As many as the table has room for: the lengths are on the device.
-        page_table.shape[1] * page_size,
-    )
-    return choose("paged_attention", PAGED_IMPLS, backend, request).forward(
-        q_BTHD=q,
-        k_pages_PNHD=k_pages,
-        v_pages_PNHD=v_pages,
-        page_table_BM=page_table,
-        kv_lens_B=kv_lens,
-        softmax_scale=softmax_scale,
-        **given_scales(k_scales, v_scales),
-    )
-
-
-def _paged_fake(q, *rest, **scales):
-    return q.new_empty(q.shape)
-
-
-paged_attention_op = register(
-    "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor kv_lens,"
-    " float softmax_scale, str backend, Tensor? k_scales=None, Tensor? v_scales=None) -> Tensor",
-    implementation=_paged,
-    fake=_paged_fake,
-)
-
-
-def _fits(
+def _check(
     q_BTHD: Tensor,
     k_pages_PNHD: Tensor,
     v_pages_PNHD: Tensor,
@@ -181,40 +114,14 @@ def _fits(
     kv_lens_B: Tensor,
     k_scales_PNH: Tensor | None = None,
     v_scales_PNH: Tensor | None = None,
-) -> bool:
-    """Whether the arguments are such that :func:`_check` has nothing to say."""
-    given = (q_BTHD, k_pages_PNHD, v_pages_PNHD, page_table_BM, kv_lens_B)
-    if not contract.all_tensors(*given):
-        return False
-    shape, table, device = q_BTHD.shape, page_table_BM.shape, q_BTHD.device
-    return (
-        len(shape) == 4
-        and len(table) == 2
-        and fits_pages(k_pages_PNHD, v_pages_PNHD, q_BTHD, k_scales_PNH, v_scales_PNH)
-        and page_table_BM.dtype == kv_lens_B.dtype == torch.int32
-        and page_table_BM.device == kv_lens_B.device == device
-        and 16 <= shape[3] <= 256
-        and shape[3] % 8 == 0
-        and table[0] == shape[0]
-        and kv_lens_B.shape == shape[:1]
-        and page_table_BM.stride()[1] == 1
-    )
-
-
-def _check(
-    q_BTHD: Tensor,
-    k_pages_PNHD: Tensor,
-    v_pages_PNHD: Tensor,
-    page_table_BM: Tensor,
-    kv_lens_B: Tensor,
-    k_scales_PNH: Tensor | None,
-    v_scales_PNH: Tensor | None,
 ) -> None:
     op = "paged_attention"
     contract.check_float(op, "q_BTHD", q_BTHD)
     contract.check_ndim(op, "q_BTHD", q_BTHD, "(B, T, H, D)")
     contract.check_head_dim(op, "q_BTHD", q_BTHD.shape[-1])
-    check_pages(op, k_pages_PNHD, v_pages_PNHD, "q_BTHD", q_BTHD, k_scales_PNH, v_scales_PNH)
+    contract.check_pages(
+        op, k_pages_PNHD, v_pages_PNHD, "q_BTHD", q_BTHD, k_scales_PNH, v_scales_PNH
+    )
     batch = q_BTHD.shape[0]
     for name, tensor in (("page_table_BM", page_table_BM), ("kv_lens_B", kv_lens_B)):
         contract.check_tensor(op, name, tensor)
@@ -229,6 +136,44 @@ def _check(
             f"got {tuple(page_table_BM.shape)}"
         )
     contract.check_shape(op, "kv_lens_B", kv_lens_B, (batch,), "to match q_BTHD")
+
+
+def _check_values(arguments: dict[str, Tensor]) -> None:
+    pool = arguments["k_pages_PNHD"].shape
+    check_table("paged_attention", arguments["page_table_BM"], arguments["kv_lens_B"], pool)
+
+
+def _request(q: Tensor, k_pages: Tensor, *_: Tensor | None) -> Request:
+    kv_dtype = KV8_DTYPE if k_pages.dtype == KV8_DTYPE else None
+    page_size = k_pages.shape[1]
+    return Request(q.device.type, (q.dtype,), q.shape[-1], page_size=page_size, kv_dtype=kv_dtype)
+
+
+def _launch(launcher: Launcher, arguments: dict[str, Any]) -> Tensor:
+    if arguments["softmax_scale"] is None:
+        arguments["softmax_scale"] = contract.default_softmax_scale(arguments["q_BTHD"])
+    return launcher(**arguments)
+
+
+_LAUNCHER = "launch_paged_attention_forward"
+paged_attention_op = Op(
+    "paged_attention(Tensor q_BTHD, Tensor k_pages_PNHD, Tensor v_pages_PNHD,"
+    " Tensor page_table_BM, Tensor kv_lens_B, float? softmax_scale, str backend,"
+    " Tensor? k_scales_PNH=None, Tensor? v_scales_PNH=None) -> Tensor",
+    check=_check,
+    check_values=_check_values,
+    request=_request,
+    fake=lambda q, *_: q.new_empty(q.shape),
+    launch=_launch,
+    backends={
+        "triton": Backend(triton_unsupported, f"triton_ops.paged_attention.{_LAUNCHER}"),
+        "cuda": Backend(cuda_unsupported, f"cuda_ops.paged_attention.{_LAUNCHER}"),
+        "flash": Backend(flash_unsupported, f"library_ops.flash.{_LAUNCHER}"),
+        "flashinfer": Backend(flashinfer_unsupported, f"library_ops.flashinfer.{_LAUNCHER}"),
+        "cpu": Backend(cpu_unsupported, f"cpu_ops.paged_attention.{_LAUNCHER}"),
+        "reference": Backend(always, reference_paged_attention),
+    },
+)
 
 
 def paged_attention(
@@ -269,13 +214,18 @@ def paged_attention(
         TypeError: dtype not listed.
     Gradient: none; raises RuntimeError where one is wanted.
     """
-    op = "paged_attention"
-    given = q_BTHD, k_pages_PNHD, v_pages_PNHD, page_table_BM, kv_lens_B
-    if not _fits(*given, k_scales_PNH, v_scales_PNH):
-        _check(*given, k_scales_PNH, v_scales_PNH)
-    refuse_gradient(op, q_BTHD, k_pages_PNHD, v_pages_PNHD)
-    scale = contract.softmax_scale(op, softmax_scale, q_BTHD.shape[-1])
-    return paged_attention_op(*given, scale, backend, k_scales_PNH, v_scales_PNH)
+    contract.check_softmax_scale("paged_attention", softmax_scale)
+    return paged_attention_op(
+        q_BTHD,
+        k_pages_PNHD,
+        v_pages_PNHD,
+        page_table_BM,
+        kv_lens_B,
+        softmax_scale,
+        backend,
+        k_scales_PNH,
+        v_scales_PNH,
+    )
 
 
 def sample_inputs(dtype: torch.dtype, generator: torch.Generator) -> list[tuple[Tensor, ...]]:

@@ -6,17 +6,20 @@ Axes: B batch, T tokens, H heads, D width of one head, 1 broadcast.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from variant_kernels.dispatch.request import Request
-from variant_kernels.dispatch.select import Impl, Lazy, choose, choose_backward
-from variant_kernels.dispatch.support import cpu_unsupported, cuda_unsupported, triton_unsupported
+from variant_kernels.dispatch.select import Backend
+from variant_kernels.dispatch.support import (
+    always,
+    cpu_unsupported,
+    cuda_unsupported,
+    triton_unsupported,
+)
 from variant_kernels.ops import contract
-from variant_kernels.ops.registry import differentiate, forbid_gradient, register
-from variant_kernels.tensors import last_contiguous
+from variant_kernels.ops.registry import Op
 
 MAX_LOG_SCALE = math.log(100)
 NORM_EPS = 1e-12
@@ -80,129 +83,70 @@ def reference_qk_norm_backward(
     )
 
 
-# --- backends -----------------------------------------------------------------------------------
-
-_CPU = "variant_kernels.cpu_ops.qk_norm"
-_TRITON = "variant_kernels.triton_ops.qk_norm"
-_CUDA = "variant_kernels.cuda_ops.qk_norm"
-
-QK_NORM_IMPLS = {
-    "reference": Impl(reference_qk_norm_forward, reference_qk_norm_backward),
-    "cpu": Impl(
-        Lazy(_CPU, "launch_qk_norm_forward"),
-        Lazy(_CPU, "launch_qk_norm_backward"),
-        cpu_unsupported,
-    ),
-    "triton": Impl(
-        Lazy(_TRITON, "launch_qk_norm_forward"),
-        Lazy(_TRITON, "launch_qk_norm_backward"),
-        triton_unsupported,
-    ),
-    "cuda": Impl(
-        Lazy(_CUDA, "launch_qk_norm_forward"),
-        Lazy(_CUDA, "launch_qk_norm_backward"),
-        cuda_unsupported,
-    ),
-}
-
-IMPLS = {"qk_norm": QK_NORM_IMPLS}
+# --- the declaration ----------------------------------------------------------------------------
 
 
-def _request(make: Callable[..., Request], q: Tensor, scale_mul: Tensor) -> Request:
-    batch, tokens, heads, head_dim = q.shape
-    rows = batch * tokens * heads
-    return make(q.device.type, (q.dtype, scale_mul.dtype), head_dim, None, None, None, rows)
+def _check(q_BTHD: Tensor, k_BTHD: Tensor, scale_mul_1H11: Tensor) -> None:
+    op = "qk_norm"
+    contract.check_float(op, "q_BTHD", q_BTHD)
+    contract.check_float(op, "k_BTHD", k_BTHD)
+    contract.check_ndim(op, "q_BTHD", q_BTHD, "(B, T, H, D)")
+    contract.check_head_dim(op, "q_BTHD", q_BTHD.shape[-1])
+    contract.check_shape(op, "k_BTHD", k_BTHD, tuple(q_BTHD.shape), "to match q_BTHD")
+    contract.check_same(op, "k_BTHD", k_BTHD, "q_BTHD", q_BTHD)
+    check_scale_mul(op, scale_mul_1H11, "q_BTHD", q_BTHD)
 
 
-def _choose(backend: str, q: Tensor, scale_mul: Tensor) -> Impl:
-    return choose("qk_norm", QK_NORM_IMPLS, backend, _request(contract.request, q, scale_mul))
-
-
-# --- registration -------------------------------------------------------------------------------
-
-
-def _qk_norm(q, k, scale_mul, backend):
-    impl = _choose(backend, q, scale_mul)
-    return impl.forward(q_BTHD=q, k_BTHD=k, scale_mul_1H11=scale_mul)
-
-
-def _qk_norm_fake(q, k, scale_mul, backend):
-    return q.new_empty(q.shape), k.new_empty(k.shape)
-
-
-def _qk_norm_backward(grad_q, grad_k, q, k, scale_mul, backend):
-    impl = _choose(backend, q, scale_mul)
-    return impl.backward(
-        grad_q_BTHD=grad_q, grad_k_BTHD=grad_k, q_BTHD=q, k_BTHD=k, scale_mul_1H11=scale_mul
+def check_scale_mul(op: str, scale_mul_1H11: Tensor, name: str, like_BTHD: Tensor) -> None:
+    """One logarithm per head of ``name``, float32 or of its dtype."""
+    contract.check_float(op, "scale_mul_1H11", scale_mul_1H11)
+    heads = like_BTHD.shape[2]
+    contract.check_shape(
+        op, "scale_mul_1H11", scale_mul_1H11, (1, heads, 1, 1), f"for {name}'s heads"
     )
+    if scale_mul_1H11.dtype not in (like_BTHD.dtype, torch.float32):
+        raise TypeError(
+            f"{op}: scale_mul_1H11 must be float32 or have the dtype of {name} "
+            f"({like_BTHD.dtype}); got {scale_mul_1H11.dtype}"
+        )
+    contract.check_device(op, "scale_mul_1H11", scale_mul_1H11, name, like_BTHD)
 
 
-def _qk_norm_backward_fake(grad_q, grad_k, q, k, scale_mul, backend):
-    return q.new_empty(q.shape), k.new_empty(k.shape), scale_mul.new_empty(scale_mul.shape)
+def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in tensors)
 
 
-qk_norm_op = register(
-    "qk_norm(Tensor q, Tensor k, Tensor scale_mul, str backend) -> (Tensor, Tensor)",
-    implementation=_qk_norm,
-    fake=_qk_norm_fake,
+qk_norm_op = Op(
+    "qk_norm(Tensor q_BTHD, Tensor k_BTHD, Tensor scale_mul_1H11, str backend)"
+    " -> (Tensor q_BTHD, Tensor k_BTHD)",
+    check=_check,
+    request=lambda q, k, scale: Request(q.device.type, (q.dtype, scale.dtype), q.shape[-1]),
+    fake=lambda q, k, *_: _like(q, k),
+    backends={
+        "triton": Backend(
+            triton_unsupported,
+            "triton_ops.qk_norm.launch_qk_norm_forward",
+            "triton_ops.qk_norm.launch_qk_norm_backward",
+        ),
+        "cuda": Backend(
+            cuda_unsupported,
+            "cuda_ops.qk_norm.launch_qk_norm_forward",
+            "cuda_ops.qk_norm.launch_qk_norm_backward",
+        ),
+        "cpu": Backend(
+            cpu_unsupported,
+            "cpu_ops.qk_norm.launch_qk_norm_forward",
+            "cpu_ops.qk_norm.launch_qk_norm_backward",
+        ),
+        "reference": Backend(always, reference_qk_norm_forward, reference_qk_norm_backward),
+    },
+    backward="qk_norm_backward(Tensor grad_q_BTHD, Tensor grad_k_BTHD, Tensor q_BTHD,"
+    " Tensor k_BTHD, Tensor scale_mul_1H11, str backend) -> (Tensor, Tensor, Tensor)",
+    backward_fake=lambda grad_q, grad_k, q, k, scale, *_: _like(q, k, scale),
 )
-qk_norm_backward_op = register(
-    "qk_norm_backward(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor scale_mul,"
-    " str backend) -> (Tensor, Tensor, Tensor)",
-    implementation=_qk_norm_backward,
-    fake=_qk_norm_backward_fake,
-)
-
-
-def _setup(ctx, inputs, output):
-    q, k, scale_mul, backend = inputs
-    # The backward pass runs where the forward ran, whatever use_backend says by then.
-    request = _request(Request, q, scale_mul)
-    ctx.backend = choose_backward("qk_norm", QK_NORM_IMPLS, backend, request)
-    ctx.save_for_backward(q, k, scale_mul)
-
-
-def _autograd(ctx, grad_q, grad_k):
-    q, k, scale_mul = ctx.saved_tensors
-    grads = qk_norm_backward_op(
-        last_contiguous(grad_q), last_contiguous(grad_k), q, k, scale_mul, ctx.backend
-    )
-    return *grads, None
-
-
-differentiate("qk_norm", setup_context=_setup, backward=_autograd)
-forbid_gradient("qk_norm_backward")
 
 
 # --- public function ----------------------------------------------------------------------------
-
-
-def fits_scale_mul(scale_mul_1H11: Tensor, like_BTHD: Tensor) -> bool:
-    """Whether :func:`check_scale_mul` has nothing to say of a ``like_BTHD`` that passed."""
-    return (
-        isinstance(scale_mul_1H11, Tensor)
-        and scale_mul_1H11.shape == (1, like_BTHD.shape[2], 1, 1)
-        and scale_mul_1H11.dtype in (torch.float32, like_BTHD.dtype)
-        and scale_mul_1H11.device == like_BTHD.device
-    )
-
-
-def _fits(q_BTHD: Tensor, k_BTHD: Tensor, scale_mul_1H11: Tensor) -> bool:
-    """Whether no check of :func:`qk_norm` has anything to say."""
-    if not contract.all_tensors(q_BTHD, k_BTHD):
-        return False
-    shape, dtype = q_BTHD.shape, q_BTHD.dtype
-    return (
-        len(shape) == 4
-        and k_BTHD.shape == shape
-        and shape[3] % 8 == 0
-        and 16 <= shape[3] <= 256
-        and dtype in contract.FLOAT_DTYPES
-        and k_BTHD.dtype == dtype
-        and k_BTHD.device == q_BTHD.device
-        and q_BTHD.stride()[3] == k_BTHD.stride()[3] == 1
-        and fits_scale_mul(scale_mul_1H11, q_BTHD)
-    )
 
 
 def qk_norm(
@@ -226,31 +170,7 @@ def qk_norm(
         ValueError: shapes or devices disagree.  TypeError: dtype not listed.
     Gradient: all three tensors; none through scale_mul above log 100.
     """
-    op = "qk_norm"
-    if not _fits(q_BTHD, k_BTHD, scale_mul_1H11):
-        contract.check_float(op, "q_BTHD", q_BTHD)
-        contract.check_float(op, "k_BTHD", k_BTHD)
-        contract.check_ndim(op, "q_BTHD", q_BTHD, "(B, T, H, D)")
-        contract.check_head_dim(op, "q_BTHD", q_BTHD.shape[-1])
-        contract.check_shape(op, "k_BTHD", k_BTHD, tuple(q_BTHD.shape), "to match q_BTHD")
-        contract.check_same(op, "k_BTHD", k_BTHD, "q_BTHD", q_BTHD)
-        check_scale_mul(op, scale_mul_1H11, "q_BTHD", q_BTHD)
     return qk_norm_op(q_BTHD, k_BTHD, scale_mul_1H11, backend)
-
-
-def check_scale_mul(op: str, scale_mul_1H11: Tensor, name: str, like_BTHD: Tensor) -> None:
-    """One logarithm per head of ``name``, float32 or of its dtype."""
-    contract.check_float(op, "scale_mul_1H11", scale_mul_1H11)
-    heads = like_BTHD.shape[2]
-    contract.check_shape(
-        op, "scale_mul_1H11", scale_mul_1H11, (1, heads, 1, 1), f"for {name}'s heads"
-    )
-    if scale_mul_1H11.dtype not in (like_BTHD.dtype, torch.float32):
-        raise TypeError(
-            f"{op}: scale_mul_1H11 must be float32 or have the dtype of {name} "
-            f"({like_BTHD.dtype}); got {scale_mul_1H11.dtype}"
-        )
-    contract.check_device(op, "scale_mul_1H11", scale_mul_1H11, name, like_BTHD)
 
 
 def sample_inputs(dtype: torch.dtype, generator: torch.Generator) -> list[tuple[Tensor, ...]]:

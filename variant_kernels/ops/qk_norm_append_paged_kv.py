@@ -5,22 +5,30 @@ Axes: B batch, T tokens of this call, H heads, D width of one head, P pages, N t
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from variant_kernels.dispatch.select import Impl, Lazy, choose
-from variant_kernels.dispatch.support import cpu_unsupported, cuda_unsupported, triton_unsupported
+from variant_kernels.dispatch.request import Request
+from variant_kernels.dispatch.select import Backend, Launcher
+from variant_kernels.dispatch.support import (
+    always,
+    cpu_unsupported,
+    cuda_unsupported,
+    triton_unsupported,
+)
 from variant_kernels.kv_quantization import KV8_DTYPE
 from variant_kernels.ops import contract
 from variant_kernels.ops.append_paged_kv import (
-    check_slots,
+    check_distinct,
+    check_slot_values,
     check_target,
-    fits_target,
-    given_scales,
     reference_append_paged_kv,
 )
-from variant_kernels.ops.qk_norm import check_scale_mul, fits_scale_mul, reference_qk_norm_forward
-from variant_kernels.ops.registry import refuse_gradient, register
+from variant_kernels.ops.qk_norm import check_scale_mul, reference_qk_norm_forward
+from variant_kernels.ops.registry import Op
 
 # --- the definition -----------------------------------------------------------------------------
 
@@ -52,90 +60,7 @@ def reference_qk_norm_append_paged_kv(
     return q_BTHD
 
 
-# --- backends -----------------------------------------------------------------------------------
-
-# Without scale_mul a launcher returns the queries as they lie in the projection: whoever calls
-# launchers directly saves the copy that the registered op must make.
-FUSED_IMPLS = {
-    "reference": Impl(reference_qk_norm_append_paged_kv),
-    "cpu": Impl(
-        Lazy("variant_kernels.cpu_ops.qk_norm_append_paged_kv", "launch_qk_norm_append_paged_kv"),
-        unsupported=cpu_unsupported,
-    ),
-    "triton": Impl(
-        Lazy(
-            "variant_kernels.triton_ops.qk_norm_append_paged_kv", "launch_qk_norm_append_paged_kv"
-        ),
-        unsupported=triton_unsupported,
-    ),
-    "cuda": Impl(
-        Lazy("variant_kernels.cuda_ops.qk_norm_append_paged_kv", "launch_qk_norm_append_paged_kv"),
-        unsupported=cuda_unsupported,
-    ),
-}
-
-IMPLS = {"qk_norm_append_paged_kv": FUSED_IMPLS}
-
-
-# --- registration -------------------------------------------------------------------------------
-
-
-def _fused(qkv, scale_mul, k_pages, v_pages, slots, backend, k_scales=None, v_scales=None):
-    check_slots("qk_norm_append_paged_kv", slots, k_pages.shape[0] * k_pages.shape[1])
-    dtypes = (qkv.dtype,) if scale_mul is None else (qkv.dtype, scale_mul.dtype)
-    batch, tokens, _, heads, head_dim = qkv.shape
-    kv_dtype = None if k_scales is None else KV8_DTYPE
-    request = contract.request(
-        qkv.device.type, dtypes, head_dim, None, None, kv_dtype, batch * tokens * heads
-    )
-    q = choose("qk_norm_append_paged_kv", FUSED_IMPLS, backend, request).forward(
-        qkv_BT3HD=qkv,
-        scale_mul_1H11=scale_mul,
-        k_pages_PNHD=k_pages,
-        v_pages_PNHD=v_pages,
-        slots_BT=slots,
-        **given_scales(k_scales, v_scales),
-    )
-    # torch.library: no output may be a view of an input.
-    return q if scale_mul is not None else q.clone(memory_format=torch.contiguous_format)
-
-
-def _fused_fake(qkv, scale_mul, k_pages, v_pages, slots, backend, k_scales=None, v_scales=None):
-    batch, tokens, _, heads, head_dim = qkv.shape
-    return qkv.new_empty((batch, tokens, heads, head_dim))
-
-
-qk_norm_append_paged_kv_op = register(
-    "qk_norm_append_paged_kv(Tensor qkv, Tensor? scale_mul, Tensor(a!) k_pages,"
-    " Tensor(b!) v_pages, Tensor slots, str backend, Tensor(c!)? k_scales=None,"
-    " Tensor(d!)? v_scales=None) -> Tensor",
-    implementation=_fused,
-    fake=_fused_fake,
-)
-
-
-# --- public function ----------------------------------------------------------------------------
-
-
-def _fits(
-    qkv_BT3HD: Tensor,
-    scale_mul_1H11: Tensor | None,
-    k_pages_PNHD: Tensor,
-    v_pages_PNHD: Tensor,
-    slots_BT: Tensor,
-    k_scales_PNH: Tensor | None = None,
-    v_scales_PNH: Tensor | None = None,
-) -> bool:
-    """Whether :func:`_check` has nothing to say."""
-    if not contract.all_tensors(qkv_BT3HD, k_pages_PNHD, v_pages_PNHD, slots_BT):
-        return False
-    shape = qkv_BT3HD.shape
-    if len(shape) != 5 or shape[2] != 3 or shape[4] % 8 or not 16 <= shape[4] <= 256:
-        return False
-    q_BTHD = qkv_BT3HD.select(2, 0)
-    return (scale_mul_1H11 is None or fits_scale_mul(scale_mul_1H11, q_BTHD)) and fits_target(
-        k_pages_PNHD, v_pages_PNHD, slots_BT, q_BTHD, k_scales_PNH, v_scales_PNH
-    )
+# --- the declaration ----------------------------------------------------------------------------
 
 
 def _check(
@@ -144,8 +69,8 @@ def _check(
     k_pages_PNHD: Tensor,
     v_pages_PNHD: Tensor,
     slots_BT: Tensor,
-    k_scales_PNH: Tensor | None,
-    v_scales_PNH: Tensor | None,
+    k_scales_PNH: Tensor | None = None,
+    v_scales_PNH: Tensor | None = None,
 ) -> None:
     op = "qk_norm_append_paged_kv"
     contract.check_float(op, "qkv_BT3HD", qkv_BT3HD)
@@ -161,6 +86,48 @@ def _check(
         check_scale_mul(op, scale_mul_1H11, "qkv_BT3HD", q_BTHD)
     scales = k_scales_PNH, v_scales_PNH
     check_target(op, k_pages_PNHD, v_pages_PNHD, slots_BT, "qkv_BT3HD", q_BTHD, *scales)
+
+
+def _request(qkv: Tensor, scale_mul: Tensor | None, k_pages: Tensor, *_: Tensor | None) -> Request:
+    dtypes = (qkv.dtype,) if scale_mul is None else (qkv.dtype, scale_mul.dtype)
+    kv_dtype = KV8_DTYPE if k_pages.dtype == KV8_DTYPE else None
+    return Request(qkv.device.type, dtypes, qkv.shape[-1], kv_dtype=kv_dtype)
+
+
+def _launch(launcher: Launcher, arguments: dict[str, Any]) -> Tensor:
+    q_BTHD = launcher(**arguments)
+    # Without scale_mul launchers return a view of qkv, which saves direct callers a copy; the
+    # result of a torch.library op must not be a view of an argument.
+    if arguments["scale_mul_1H11"] is None:
+        return q_BTHD.clone(memory_format=torch.contiguous_format)
+    return q_BTHD
+
+
+def _fake(qkv: Tensor, *_: Any) -> Tensor:
+    batch, tokens, _, heads, head_dim = qkv.shape
+    return qkv.new_empty((batch, tokens, heads, head_dim))
+
+
+_LAUNCHER = "qk_norm_append_paged_kv.launch_qk_norm_append_paged_kv"
+qk_norm_append_paged_kv_op = Op(
+    "qk_norm_append_paged_kv(Tensor qkv_BT3HD, Tensor? scale_mul_1H11, Tensor(a!) k_pages_PNHD,"
+    " Tensor(b!) v_pages_PNHD, Tensor slots_BT, str backend, Tensor(c!)? k_scales_PNH=None,"
+    " Tensor(d!)? v_scales_PNH=None) -> Tensor",
+    check=_check,
+    check_values=partial(check_slot_values, "qk_norm_append_paged_kv"),
+    request=_request,
+    fake=_fake,
+    launch=_launch,
+    backends={
+        "triton": Backend(triton_unsupported, f"triton_ops.{_LAUNCHER}"),
+        "cuda": Backend(cuda_unsupported, f"cuda_ops.{_LAUNCHER}"),
+        "cpu": Backend(cpu_unsupported, f"cpu_ops.{_LAUNCHER}"),
+        "reference": Backend(always, reference_qk_norm_append_paged_kv),
+    },
+)
+
+
+# --- public function ----------------------------------------------------------------------------
 
 
 def qk_norm_append_paged_kv(
@@ -202,14 +169,10 @@ def qk_norm_append_paged_kv(
             written then.  TypeError: dtype not listed.
     Gradient: none; raises RuntimeError where one is wanted.
     """
-    op = "qk_norm_append_paged_kv"
+    pool = k_pages_PNHD, v_pages_PNHD
     scales = k_scales_PNH, v_scales_PNH
-    if not _fits(qkv_BT3HD, scale_mul_1H11, k_pages_PNHD, v_pages_PNHD, slots_BT, *scales):
-        _check(qkv_BT3HD, scale_mul_1H11, k_pages_PNHD, v_pages_PNHD, slots_BT, *scales)
-    refuse_gradient(op, qkv_BT3HD, scale_mul_1H11, k_pages_PNHD, v_pages_PNHD)
-    return qk_norm_append_paged_kv_op(
-        qkv_BT3HD, scale_mul_1H11, k_pages_PNHD, v_pages_PNHD, slots_BT, backend, *scales
-    )
+    check_distinct("qk_norm_append_paged_kv", *pool, *scales)
+    return qk_norm_append_paged_kv_op(qkv_BT3HD, scale_mul_1H11, *pool, slots_BT, backend, *scales)
 
 
 def sample_inputs(

@@ -1,64 +1,242 @@
-"""Registering ops with ``torch.library``: schema, implementation, fake kernel, autograd.
+"""One declaration per op: schema, checks, fake kernel, backends and gradient.
 
-``define`` and ``impl`` cost a few microseconds a call; the ``custom_op`` decorator costs three
-times that (2.7 against 9.5 us, torch 2.13, CPU, 16 floats).
+Ops are registered with ``define`` and ``impl``, which cost a few microseconds a call; the
+``custom_op`` decorator costs three times that (2.7 against 9.5 us, torch 2.13, CPU, 16 floats).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from variant_kernels.dispatch.request import Request
+from variant_kernels.dispatch.select import Backend, Launcher, choose_name, requested_name
+from variant_kernels.tensors import last_contiguous
 
 NAMESPACE = "variant_kernels"
+# Remembered by each op. A program has some dozens; one with ragged batches has thousands.
+MAX_SIGNATURES = 4096
 _library = torch.library.Library(NAMESPACE, "DEF")
+_ops: list[Op] = []
 
 
-def register(
-    schema: str,
-    *,
-    implementation: Callable[..., Any],
-    fake: Callable[..., Any],
-    tags: tuple[torch.Tag, ...] = (),
-) -> Callable[..., Any]:
-    """Define an op and return its callable overload.
+def forget_signatures() -> None:
+    """Make every op check its arguments and choose its backend anew at the next call.
 
-    The implementation serves every device: choosing a backend is its own business.
+    The backend asked for (argument, ``use_backend``, ``VARIANT_BACKEND``) is part of a signature.
+    Call this after a change of anything else that a choice depends on: ``TRITON_INTERPRET``,
+    ``VARIANT_CUDA_EMULATION``, an installed library, an op's table of backends.
     """
+    for op in _ops:
+        op.signatures.clear()
+
+
+class Verdict(NamedTuple):
+    """A signature that passed the checks, and the backend that serves it."""
+
+    backend: str
+    launcher: Launcher
+    on_cpu: bool
+
+
+class Op:
+    """An op of ``torch.library``. Calling it runs the first backend that can serve the arguments.
+
+    The schema names its arguments as the launchers do; one is ``str backend``. ``check`` and
+    ``request`` get the schema's tensors in its order, without those after ``backend`` if omitted;
+    ``check_values`` and ``launch`` get a dict of the launcher's arguments.
+
+    Args:
+        schema: as ``torch.library.define`` takes it.
+        check: raises where shapes, strides, dtypes or devices are wrong. Runs once per signature.
+        request: what the backends have to know of the tensors.
+        fake: new tensors like the op's results.
+        backends: by name, fastest first.
+        check_values: raises where values are wrong. Runs at every call with CPU tensors; on a GPU
+            it would wait for the device.
+        launch: calls the launcher, where arguments or results need completing.
+        exclude: backends that "auto" never takes inside the op.
+        backward, backward_fake: schema and fake of the gradient; None for an inference-only op. An
+            argument of it is named as an argument or a result of ``schema``, or ``grad_`` and the
+            name of a result; its results are the gradients of the op's first arguments.
+        title: name of the public function, if it is not the schema's.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        check: Callable[..., None],
+        request: Callable[..., Request],
+        fake: Callable[..., Any],
+        backends: dict[str, Backend],
+        check_values: Callable[[dict[str, Any]], None] | None = None,
+        launch: Callable[[Launcher, dict[str, Any]], Any] | None = None,
+        exclude: tuple[str, ...] = (),
+        backward: str | None = None,
+        backward_fake: Callable[..., Any] | None = None,
+        title: str | None = None,
+        tags: tuple[torch.Tag, ...] = (),
+    ) -> None:
+        self.title = title or schema.split("(", 1)[0]
+        self.backends, self.exclude = backends, exclude
+        self.signatures: dict[tuple[Any, ...], Verdict] = {}
+        self.check, self._request, self._fake = check, request, fake
+        self._check_values, self._launch = check_values, launch
+        self.overload = _define(schema, self._run, self._run_fake, tags)
+        arguments = self.overload._schema.arguments
+        self._names = tuple(argument.name for argument in arguments)
+        self._backend = self._names.index("backend")
+        types = {"Tensor": Tensor, "Optional[Tensor]": (Tensor, type(None))}
+        kinds = {i: types.get(str(argument.type)) for i, argument in enumerate(arguments)}
+        self._positions = [i for i, kind in kinds.items() if kind is not None]
+        self._types = [kinds[i] for i in self._positions]
+        # By the number of arguments: the dispatcher drops trailing ones that have their default.
+        self._tensors = {
+            count: itemgetter(*[i for i in self._positions if i < count])
+            for count in range(self._backend + 1, len(arguments) + 1)
+        }
+        self._inference_only = backward is None
+        if backward is not None and backward_fake is not None:
+            self._register_gradient(backward, backward_fake)
+        _ops.append(self)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the op; arguments in the schema's order."""
+        if is_compiling():
+            # A graph's sizes may be symbols: nothing is remembered.
+            self.check(*[args[i] for i in self._positions if i < len(args)])
+        else:
+            # torch's own error for a list or a number names neither the op nor the argument.
+            tensors = self._tensors[len(args)](args)
+            for value, kind in zip(tensors, self._types):  # noqa: B905
+                if not isinstance(value, kind):
+                    self.check(*tensors)
+        if self._inference_only and torch.is_grad_enabled():
+            refuse_gradient(self.title, *args)
+        return self.overload(*args)
+
+    def resolve(self, backend: str, *tensors: Any) -> str:
+        """Check tensors and name the backend that serves them; in a graph ``backend`` as it is."""
+        if is_compiling():
+            self.check(*tensors)
+            return backend
+        return self._verdict(backend, tensors).backend
+
+    def _verdict(
+        self, backend: str, tensors: tuple[Any, ...], exclude: tuple[str, ...] = ()
+    ) -> Verdict:
+        name = requested_name(backend)
+        signature = (
+            name,
+            exclude,
+            *[
+                (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else type(x)
+                for x in tensors
+            ],
+        )
+        try:
+            verdict = self.signatures.get(signature)
+        except TypeError:  # sizes that are symbols cannot be hashed
+            verdict, signature = None, None
+        if verdict is not None:
+            return verdict
+        self.check(*tensors)
+        request = self._request(*tensors)
+        name = choose_name(self.title, self.backends, name, request, exclude)
+        verdict = Verdict(name, self.backends[name].forward, request.device == "cpu")
+        if signature is not None:
+            if len(self.signatures) >= MAX_SIGNATURES:
+                self.signatures.clear()
+            self.signatures[signature] = verdict
+        return verdict
+
+    def _run(self, *args: Any) -> Any:
+        tensors = self._tensors[len(args)](args)
+        _, launcher, on_cpu = self._verdict(args[self._backend], tensors, self.exclude)
+        arguments = dict(zip(self._names, args))  # noqa: B905
+        del arguments["backend"]
+        if on_cpu and self._check_values is not None:
+            self._check_values(arguments)
+        return launcher(**arguments) if self._launch is None else self._launch(launcher, arguments)
+
+    def _run_fake(self, *args: Any) -> Any:
+        if not is_compiling():
+            self.check(*self._tensors[len(args)](args))
+        return self._fake(*args)
+
+    def _register_gradient(self, schema: str, fake: Callable[..., Any]) -> None:
+        def run(*args: Any) -> Any:
+            arguments = dict(zip(names, args, strict=True))
+            launcher = self.backends[arguments.pop("backend")].backward
+            if self._launch is None:
+                return launcher(**arguments)
+            return self._launch(launcher, arguments)
+
+        overload = _define(schema, run, fake, ())
+        names = tuple(argument.name for argument in overload._schema.arguments)
+        results = tuple(result.name for result in self.overload._schema.returns)
+        known = (*self._names, *results)
+        grads = [results.index(n.removeprefix("grad_")) for n in names if n.startswith("grad_")]
+        rest = [known.index(n) for n in names[len(grads) :]]
+        pick = self._tensors[len(self._names)]
+        saved = [i for i in rest if i in self._positions or i >= len(self._names)]
+        constants = [i for i in rest if i not in saved and i != self._backend]
+        order = [[*saved, *constants, self._backend].index(i) for i in rest]
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            values = (*inputs, *output)
+            # The backward pass runs where the forward ran, whatever use_backend says by then.
+            backend = inputs[self._backend]
+            if backend == "auto":
+                backend = self._verdict(backend, pick(inputs), self.exclude).backend
+            ctx.constants = (*[values[i] for i in constants], backend)
+            ctx.set_materialize_grads(len(grads) > 1)
+            ctx.save_for_backward(*[values[i] for i in saved])
+
+        def backward(ctx: Any, *grad_outputs: Any) -> Any:
+            missing = (None,) * (len(self._names) - len(overload._schema.returns))
+            given = [grad_outputs[i] for i in grads]
+            if given[0] is None:
+                return (None,) * len(self._names)
+            values = (*ctx.saved_tensors, *ctx.constants)
+            gradients = overload(*map(last_contiguous, given), *[values[i] for i in order])
+            return *gradients, *missing
+
+        def refuse(ctx: Any, *grad_outputs: Any) -> Any:
+            raise RuntimeError(f"{self.title}: has no second derivative")
+
+        _differentiate(self.overload, backward, setup_context)
+        _differentiate(overload, refuse, lambda ctx, inputs, output: None)
+
+
+def _define(
+    schema: str, run: Callable[..., Any], fake: Callable[..., Any], tags: tuple[torch.Tag, ...]
+) -> Any:
+    """The callable overload of a new op; ``run`` serves every device."""
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=tags)
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def differentiate(
-    name: str, *, setup_context: Callable[..., None], backward: Callable[..., Any]
+def _differentiate(
+    overload: Any, backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> None:
-    """Attach a gradient to a registered op.
-
-    The gradient itself has none: a second derivative raises instead of being silently wrong.
-    """
     torch.library.register_autograd(
-        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library
+        overload._schema.name, backward, setup_context=setup_context, lib=_library
     )
 
 
-def forbid_gradient(name: str) -> None:
-    """Make a registered op raise where a gradient through it is wanted."""
-
-    def refuse(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(f"{name.removesuffix('_backward')}: has no second derivative")
-
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{name}", refuse, setup_context=lambda ctx, inputs, output: None, lib=_library
-    )
-
-
-def refuse_gradient(op: str, *tensors: torch.Tensor | None) -> None:
+def refuse_gradient(op: str, *values: Any) -> None:
     """An inference-only op raises when a gradient is wanted."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values):
         raise RuntimeError(
             f"{op}: has no gradient, but an argument requires one; call it under "
             "torch.no_grad() or torch.inference_mode()"

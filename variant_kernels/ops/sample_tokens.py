@@ -6,13 +6,22 @@ call, V codebook entries, R = B * T rows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from variant_kernels.dispatch.select import Impl, Lazy, choose
-from variant_kernels.dispatch.support import cpu_unsupported, cuda_unsupported, triton_unsupported
+from variant_kernels.cpu_ops.values import raise_bad_row
+from variant_kernels.dispatch.request import Request
+from variant_kernels.dispatch.select import Backend, Launcher
+from variant_kernels.dispatch.support import (
+    always,
+    cpu_unsupported,
+    cuda_unsupported,
+    triton_unsupported,
+)
 from variant_kernels.ops import contract
-from variant_kernels.ops.registry import refuse_gradient, register
+from variant_kernels.ops.registry import Op, refuse_gradient
 
 # --- the definition -----------------------------------------------------------------------------
 
@@ -117,70 +126,60 @@ def check_rows(op: str, logits_BTV: Tensor) -> None:
         raise_bad_row(op, image, token)
 
 
-def raise_bad_row(op: str, image: int, token: int) -> None:
-    """The error for a row that no token can be drawn from."""
-    raise ValueError(
-        f"{op}: logits_2BTV of image {image}, token {token} must be free of NaN and +inf and hold "
-        "a finite value after guidance; got a row that does not. Check the model's weights and "
-        "dtype"
-    )
+# --- the declaration ----------------------------------------------------------------------------
 
 
-# --- backends -----------------------------------------------------------------------------------
-
-SAMPLE_IMPLS = {
-    "reference": Impl(reference_sample_tokens),
-    "cpu": Impl(
-        Lazy("variant_kernels.cpu_ops.sample_tokens", "launch_sample_tokens"),
-        unsupported=cpu_unsupported,
-    ),
-    "triton": Impl(
-        Lazy("variant_kernels.triton_ops.sample_tokens", "launch_sample_tokens"),
-        unsupported=triton_unsupported,
-    ),
-    "cuda": Impl(
-        Lazy("variant_kernels.cuda_ops.sample_tokens", "launch_sample_tokens"),
-        unsupported=cuda_unsupported,
-    ),
-}
-
-IMPLS = {"sample_tokens": SAMPLE_IMPLS}
-
-
-# --- registration -------------------------------------------------------------------------------
+def _check(
+    logits_2BTV: Tensor, image_ids_B: Tensor | None, exponential_RV: Tensor | None = None
+) -> None:
+    op = "sample_tokens"
+    contract.check_float(op, "logits_2BTV", logits_2BTV)
+    contract.check_ndim(op, "logits_2BTV", logits_2BTV, "(2B, T, V)")
+    if logits_2BTV.shape[0] % 2 or logits_2BTV.shape[-1] < 1:
+        raise ValueError(
+            f"{op}: logits_2BTV must have an even number of rows (conditional, then "
+            f"unconditional) and V >= 1; got {tuple(logits_2BTV.shape)}"
+        )
+    if image_ids_B is not None:
+        batch = logits_2BTV.shape[0] // 2
+        contract.check_tensor(op, "image_ids", image_ids_B)
+        contract.check_shape(op, "image_ids", image_ids_B, (batch,), "to match logits_2BTV")
+        if image_ids_B.dtype != torch.int64:
+            raise TypeError(f"{op}: image_ids must be int64; got {image_ids_B.dtype}")
+        contract.check_device(op, "image_ids", image_ids_B, "logits_2BTV", logits_2BTV)
 
 
-def _sample(logits, guidance, top_k, top_p, seed, image_ids, position, exponential, backend):
-    batch = logits.shape[0] // 2
-    if seed is None:
-        seed = int(torch.randint(2**63 - 1, ()))
-    if image_ids is None:
-        image_ids = torch.arange(batch, device=logits.device)
-    rows, tokens, entries = logits.shape
-    request = contract.request(
-        logits.device.type, (logits.dtype,), None, entries, None, None, rows // 2 * tokens
-    )
-    return choose("sample_tokens", SAMPLE_IMPLS, backend, request).forward(
-        logits_2BTV=logits,
-        guidance=guidance,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        image_ids_B=image_ids,
-        position=position,
-        exponential_RV=exponential,
-    )
+def _request(logits: Tensor, *_: Tensor | None) -> Request:
+    return Request(logits.device.type, (logits.dtype,), row_width=logits.shape[-1])
 
 
-def _sample_fake(logits, guidance, top_k, top_p, seed, image_ids, position, exponential, backend):
+def _launch(launcher: Launcher, arguments: dict[str, Any]) -> Tensor:
+    logits_2BTV = arguments["logits_2BTV"]
+    if arguments["seed"] is None:
+        arguments["seed"] = int(torch.randint(2**63 - 1, ()))
+    if arguments["image_ids_B"] is None:
+        batch = logits_2BTV.shape[0] // 2
+        arguments["image_ids_B"] = torch.arange(batch, device=logits_2BTV.device)
+    return launcher(**arguments)
+
+
+def _fake(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty((logits.shape[0] // 2, logits.shape[1]), dtype=torch.int64)
 
 
-sample_tokens_op = register(
-    "sample_tokens(Tensor logits, float guidance, int top_k, float top_p, int? seed,"
-    " Tensor? image_ids, int position, Tensor? exponential, str backend) -> Tensor",
-    implementation=_sample,
-    fake=_sample_fake,
+sample_tokens_op = Op(
+    "sample_tokens(Tensor logits_2BTV, float guidance, int top_k, float top_p, int? seed,"
+    " Tensor? image_ids_B, int position, Tensor? exponential_RV, str backend) -> Tensor",
+    check=_check,
+    request=_request,
+    fake=_fake,
+    launch=_launch,
+    backends={
+        "triton": Backend(triton_unsupported, "triton_ops.sample_tokens.launch_sample_tokens"),
+        "cuda": Backend(cuda_unsupported, "cuda_ops.sample_tokens.launch_sample_tokens"),
+        "cpu": Backend(cpu_unsupported, "cpu_ops.sample_tokens.launch_sample_tokens"),
+        "reference": Backend(always, reference_sample_tokens),
+    },
     tags=(torch.Tag.nondeterministic_seeded,),
 )
 
@@ -243,21 +242,15 @@ def sample_tokens(
     Gradient: none; raises RuntimeError where one is wanted.
     """
     op = "sample_tokens"
-    contract.check_float(op, "logits_2BTV", logits_2BTV)
-    contract.check_ndim(op, "logits_2BTV", logits_2BTV, "(2B, T, V)")
-    if logits_2BTV.shape[0] % 2 or logits_2BTV.shape[-1] < 1:
-        raise ValueError(
-            f"{op}: logits_2BTV must have an even number of rows (conditional, then "
-            f"unconditional) and V >= 1; got {tuple(logits_2BTV.shape)}"
-        )
-    batch = logits_2BTV.shape[0] // 2
     if not 0 <= guidance < float("inf"):
         raise ValueError(f"{op}: guidance must be >= 0 and finite; got {guidance}")
     if not 0 <= top_k < 2**31:
         raise ValueError(f"{op}: top_k must be in [0, 2^31) (0 keeps all); got {top_k}")
     if not 0 <= top_p <= 1:
         raise ValueError(f"{op}: top_p must be in [0, 1] (0 keeps all); got {top_p}")
-    if position < 0 or position + logits_2BTV.shape[1] > 2**32:
+    # Logits of another rank fail the op's check.
+    is_BTV = isinstance(logits_2BTV, Tensor) and logits_2BTV.ndim == 3
+    if position < 0 or position + (logits_2BTV.shape[1] if is_BTV else 0) > 2**32:
         raise ValueError(
             f"{op}: position must be >= 0 and position + T at most 2^32; got {position}"
         )
@@ -265,19 +258,16 @@ def sample_tokens(
         raise ValueError(f"{op}: seed and generator exclude each other; got both")
     if seed is not None and not 0 <= seed < 2**63:
         raise ValueError(f"{op}: seed must be in [0, 2^63); got {seed}")
-    if image_ids is not None:
-        contract.check_tensor(op, "image_ids", image_ids)
-        contract.check_shape(op, "image_ids", image_ids, (batch,), "to match logits_2BTV")
-        if image_ids.dtype != torch.int64:
-            raise TypeError(f"{op}: image_ids must be int64; got {image_ids.dtype}")
-        contract.check_device(op, "image_ids", image_ids, "logits_2BTV", logits_2BTV)
-    if generator is not None and generator.device.type != logits_2BTV.device.type:
-        raise ValueError(
-            f"{op}: generator must be on the device of logits_2BTV ({logits_2BTV.device}); got "
-            f"{generator.device}"
-        )
-    refuse_gradient(op, logits_2BTV)
-    exponential_RV = None if generator is None else draw_exponential(logits_2BTV, generator)
+    exponential_RV = None
+    if generator is not None:
+        sample_tokens_op.check(logits_2BTV, image_ids)
+        if generator.device.type != logits_2BTV.device.type:
+            raise ValueError(
+                f"{op}: generator must be on the device of logits_2BTV ({logits_2BTV.device}); "
+                f"got {generator.device}"
+            )
+        refuse_gradient(op, logits_2BTV)
+        exponential_RV = draw_exponential(logits_2BTV, generator)
     return sample_tokens_op(
         logits_2BTV,
         float(guidance),

@@ -1,1 +1,1 @@
-"""Plans on integers: layouts, depth schedules and cache plans; no tensor."""
+"""Plans in plain Python integers, without tensors: layouts, depth schedules and cache plans."""

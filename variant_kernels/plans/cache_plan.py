@@ -1,9 +1,9 @@
-"""When every piece of K/V is born, when it dies, and how many pages that takes.
+"""Lifetimes of K/V, and the number of pages that they need.
 
-K/V of (layer l, scale j) is read at scale k >= j only if l runs at k, so it dies at l's last
-active scale; what l writes *at* that scale is needed inside that one attention call only. The
-schedule is known before the first token, hence so are all lifetimes. Keeping exactly what will be
-read changes no output. Plain integers: no tensor is touched here.
+K/V of (layer l, scale j) is read at scale k >= j only if l runs at k, so it can be freed after l's
+last active scale; what l writes *at* that scale is needed within that one attention call only. The
+schedule is known before the first token, and with it all lifetimes. The plan keeps exactly the K/V
+that will be read, so outputs do not change. This module works on integers, without tensors.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ def item_bytes(dtype: object) -> int:
 
 
 def token_bytes(num_heads: int, head_dim: int, dtype: object) -> int:
-    """Bytes of one token's K of one layer, or of its V; with a scale byte per head at 8 bits."""
+    """Bytes of K (or of V) of one token in one layer; 8 bits add one scale byte per head."""
     size = item_bytes(dtype)
     return num_heads * (head_dim * size + (size == 1))
 
 
 @dataclass(frozen=True)
 class KVLifetime:
-    """K/V of one (layer, scale): born when that layer runs at that scale, dead after ``dies``.
+    """K/V of one (layer, scale): written when the layer runs at that scale, freed at ``dies``.
 
-    ``dies`` is the layer's last active scale; the tokens are free as soon as that layer's
-    attention at that scale ends, before the next layer starts.
+    ``dies`` is the layer's last active scale; the tokens are freed as soon as the layer's attention
+    at that scale ends, before the next layer starts.
     """
 
     layer: int
@@ -52,15 +52,15 @@ class KVLifetime:
 
     @property
     def kept(self) -> bool:
-        """Whether a later scale reads it; if not, it lives inside one attention call."""
+        """Whether a later scale reads it; if not, it is needed within one attention call only."""
         return self.dies > self.scale
 
 
 class PageAllocator:
-    """Pages of one sequence: which layer holds which, and which are free.
+    """Pages of one sequence: the pages of each layer, and the free ones.
 
-    Every sequence of a batch lives the same life, so one allocator serves them all. The lowest
-    free page is handed out first: the same schedule always gets the same pages, and a slab of
+    All sequences of a batch have the same lifetimes, so one allocator serves them all. It assigns
+    the lowest free page first: the same schedule always gets the same pages, and a slab of
     ``peak_pages`` pages is always enough.
     """
 
@@ -73,34 +73,38 @@ class PageAllocator:
 
     @property
     def used_pages(self) -> int:
-        """Pages held by layers now."""
+        """Pages in use now."""
         return self._created - len(self._free)
 
     @property
     def created_pages(self) -> int:
-        """Pages ever needed at once."""
+        """The largest number of pages in use at once."""
         return self._created
 
     @property
     def used_tokens(self) -> int:
-        """Tokens x layers held now."""
+        """Tokens x layers stored now."""
         return sum(self.tokens.values())
 
     def grow(self, layer: int, tokens: int) -> tuple[int, ...]:
-        """Make room for ``tokens`` more of ``layer``, first in its own partly filled page."""
-        held = self.pages.setdefault(layer, [])
+        """Allocate slots for ``tokens`` more of ``layer``; its partly filled page is used first.
+
+        Returns:
+            All pages of ``layer``, in the order of its tokens.
+        """
+        pages = self.pages.setdefault(layer, [])
         total = self.tokens.get(layer, 0) + tokens
-        for _ in range(-(-total // self.page_size) - len(held)):
+        for _ in range(-(-total // self.page_size) - len(pages)):
             if self._free:
-                held.append(heapq.heappop(self._free))
+                pages.append(heapq.heappop(self._free))
             else:
-                held.append(self._created)
+                pages.append(self._created)
                 self._created += 1
         self.tokens[layer] = total
-        return tuple(held)
+        return tuple(pages)
 
     def release(self, layer: int) -> None:
-        """Return all pages of ``layer``."""
+        """Free all pages of ``layer``."""
         for page in self.pages.pop(layer, ()):
             heapq.heappush(self._free, page)
         self.tokens.pop(layer, None)
@@ -114,7 +118,7 @@ class CachePlan:
         schedule: layers per scale; as many scales as the layout.
         page_size: tokens per page of one layer's K and V of one sequence.
     Raises:
-        ValueError: page_size below 1, or layout and schedule disagree about K.
+        ValueError: page_size below 1, or layout and schedule differ in the number of scales.
     """
 
     def __init__(self, layout: ScaleLayout, schedule: DepthSchedule, page_size: int = 16) -> None:
@@ -131,7 +135,7 @@ class CachePlan:
         self.last_scales = tuple(schedule.last_scale(i) for i in range(schedule.full_depth))
         allocator = PageAllocator(page_size)
         peak_tokens = 0
-        for layer, scale in self.steps():
+        for layer, scale in self.layer_scale_order():
             allocator.grow(layer, layout.tokens[scale])
             peak_tokens = max(peak_tokens, allocator.used_tokens)
             if self.last_scales[layer] == scale:
@@ -139,20 +143,20 @@ class CachePlan:
         self.peak_tokens: int = peak_tokens
         self.peak_pages: int = allocator.created_pages
 
-    def steps(self) -> Iterator[tuple[int, int]]:
-        """(layer, scale) in the order in which they run."""
+    def layer_scale_order(self) -> Iterator[tuple[int, int]]:
+        """Every (layer, scale) that runs, in execution order."""
         for scale, layers in enumerate(self.schedule.layers):
             for layer in layers:
                 yield layer, scale
 
     @property
     def peak_page_tokens(self) -> int:
-        """Token slots x layers of one sequence in whole pages: what the cache allocates."""
+        """Token slots x layers of one sequence in whole pages, as the cache allocates them."""
         return self.peak_pages * self.page_size
 
     @property
     def paper_tokens(self) -> int:
-        """Tokens x layers that the paper's scheme holds in the end: everything ever written."""
+        """Tokens x layers that the paper's scheme stores at the end: everything ever written."""
         return sum(
             tokens * len(layers)
             for tokens, layers in zip(self.layout.tokens, self.schedule.layers, strict=True)
@@ -167,7 +171,7 @@ class CachePlan:
             batch: images; classifier-free guidance doubles the sequences.
             dtype: of K and V; a torch or numpy dtype, or its name. 8 bits (float8_e4m3fn) have
                 a scale of one byte per token and head.
-            guidance: whether unconditional sequences run beside the conditional ones.
+            guidance: whether unconditional sequences run in addition to the conditional ones.
         """
         sequences = batch * (2 if guidance else 1)
         return sequences * self.peak_page_tokens * 2 * token_bytes(num_heads, head_dim, dtype)
@@ -184,17 +188,17 @@ class CachePlan:
     ) -> int:
         """Bytes of the paper's scheme for ``batch`` images.
 
-        The defaults are what the paper measured: under autocast the normalised K is float32 and
-        is cached as it is, V has 16 bits. ``k_bytes=2`` gives its scheme with 16-bit K and V.
+        The defaults are the paper's measured setting: under autocast the normalised K is cached in
+        float32, V in 16 bits. ``k_bytes=2`` gives its scheme with 16-bit K and V.
         """
         sequences = batch * (2 if guidance else 1)
         return sequences * self.paper_tokens * num_heads * head_dim * (k_bytes + v_bytes)
 
     def table(self) -> list[KVLifetime]:
-        """The lifetime of every (layer, scale) that runs, in the order in which it is born."""
+        """The lifetime of every (layer, scale) that runs, in execution order."""
         return [
             KVLifetime(layer, scale, self.layout.tokens[scale], self.last_scales[layer])
-            for layer, scale in self.steps()
+            for layer, scale in self.layer_scale_order()
         ]
 
     def __repr__(self) -> str:

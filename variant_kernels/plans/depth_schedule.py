@@ -1,8 +1,8 @@
 """Which layers run at which scale.
 
 A depth supernet runs every layer in the bridge zone (the first scales) and a few layers in the
-flexible zone. Layers are sampled equidistantly, first and last always kept (VARiant, equation 2).
-Plain integers: no tensor is touched here.
+flexible zone. Layers are sampled equidistantly and include the first and the last (VARiant,
+equation 2). This module works on integers, without tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 Selection = Literal["nested", "equidistant"]
 
 # The depths that the paper trains. Each is sampled from the next larger one, so that the sets are
-# nested as the paper claims; its formula applied to the full depth directly does not nest them.
+# nested as the paper claims; applying its formula to the full depth directly does not nest them.
 DEPTH_CHAIN = (16, 8, 4, 2)
 
 
@@ -56,7 +56,11 @@ def select_layers(full_depth: int, depth: int, selection: Selection = "nested") 
 def check_layers(
     full_depth: int, layers: Sequence[int], op: str = "DepthSchedule"
 ) -> tuple[int, ...]:
-    """Check an explicit list of layers: sorted, unique, first and last layer included."""
+    """Check an explicit list of layers: ascending, unique, with the first and the last layer.
+
+    Raises:
+        ValueError: the list violates this; the message starts with ``op``.
+    """
     try:
         checked = tuple(index(layer) for layer in layers)
     except TypeError:
@@ -74,7 +78,11 @@ def check_layers(
 def resolve_layers(
     full_depth: int, depth: int | Sequence[int], selection: Selection = "nested"
 ) -> tuple[int, ...]:
-    """Layers of a depth given as a number, or the checked list itself."""
+    """Layers of ``depth``: selected if it is a number, checked if it is a list.
+
+    Raises:
+        ValueError: depth out of range, or not a valid list.
+    """
     if isinstance(depth, Sequence):
         return check_layers(full_depth, depth)
     try:
@@ -86,7 +94,7 @@ def resolve_layers(
 
 
 class DepthSchedule:
-    """For each scale, the tuple of layers that run; never grows from one scale to the next.
+    """The layers that run at each scale; every scale's layers are a subset of the previous scale's.
 
     Scales ``0..bridge-1`` run every layer, the others the layers of ``depth``.
 
@@ -146,11 +154,11 @@ class DepthSchedule:
     ) -> DepthSchedule:
         """One depth (or list of layers) per scale: ``from_depths([30] * 6 + [16, 16, 8, 8])``.
 
-        ``full_depth`` defaults to the depth of the first scale; name it where no scale runs
-        every layer.
+        ``full_depth`` defaults to the depth of the first scale; pass it if no scale runs every
+        layer.
 
         Raises:
-            ValueError: a scale whose layers are not a subset of the scale before, naming it.
+            ValueError: a scale's layers are not a subset of the previous scale's.
         """
         if not depths:
             raise ValueError("DepthSchedule.from_depths: needs one depth per scale; got none")
@@ -169,18 +177,18 @@ class DepthSchedule:
     def switched(
         self, scale: int, depth: int | Sequence[int], selection: Selection = "nested"
     ) -> DepthSchedule:
-        """This schedule until ``scale``, the layers of ``depth`` from ``scale`` on.
+        """A schedule with this one's layers before ``scale`` and those of ``depth`` from it on.
 
         Raises:
-            ValueError: the new layers are not a subset of those that ran before.
+            ValueError: the new layers are not a subset of the previous scale's.
         """
         if not 0 <= scale <= self.num_scales:
             raise ValueError(
                 f"DepthSchedule.switched: scale must be in [0, {self.num_scales}]; got {scale}"
             )
         flexible = resolve_layers(self.full_depth, depth, selection)
-        kept = self.layers[:scale]
-        return self._from_layers(self.full_depth, kept + (flexible,) * (self.num_scales - scale))
+        layers = self.layers[:scale] + (flexible,) * (self.num_scales - scale)
+        return self._from_layers(self.full_depth, layers)
 
     @property
     def num_scales(self) -> int:
@@ -193,7 +201,11 @@ class DepthSchedule:
         return tuple(len(layers) for layers in self.layers)
 
     def active_layers(self, scale: int) -> tuple[int, ...]:
-        """Layers that run at ``scale``, ascending.  Raises: ValueError for no such scale."""
+        """Layers that run at ``scale``, ascending.
+
+        Raises:
+            ValueError: scale out of range.
+        """
         if not 0 <= scale < self.num_scales:
             raise ValueError(f"DepthSchedule: scale must be in [0, {self.num_scales}); got {scale}")
         return self.layers[scale]
@@ -203,12 +215,12 @@ class DepthSchedule:
         return layer in self.active_layers(scale)
 
     def last_scale(self, layer: int) -> int:
-        """The last scale at which ``layer`` runs; -1 for a layer that never does."""
+        """The last scale at which ``layer`` runs; -1 if it never runs."""
         if not 0 <= layer < self.full_depth:
             raise ValueError(
                 f"DepthSchedule.last_scale: layer must be in [0, {self.full_depth}); got {layer}"
             )
-        # Schedules never grow, so counting the scales is finding the last one.
+        # Layers never come back at a later scale, so the number of scales gives the last one.
         return sum(layer in layers for layers in self.layers) - 1
 
     def __eq__(self, other: object) -> bool:

@@ -1,8 +1,8 @@
-"""How the tokens of a multi-scale image lie in one sequence.
+"""The positions of a multi-scale image's tokens in one sequence.
 
 A VAR model predicts an image as K token maps of growing size; scale k holds
 ``h_k * w_k`` tokens, and the maps are concatenated in order (VAR, arXiv 2404.02905).
-Plain integers: no tensor is touched here.
+This module works on integers, without tensors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from operator import index
 class ScaleLayout:
     """Tokens per scale, their offsets and their total.
 
-    Hashable and comparable, so that it can key caches of masks, plans and kernels.
+    Hashable and comparable: caches of masks, plans and kernels use layouts as keys.
 
     Args:
         shapes: ``((h_0, w_0), ..., (h_{K-1}, w_{K-1}))``, each at least 1.
@@ -40,7 +40,7 @@ class ScaleLayout:
 
     @classmethod
     def from_patch_nums(cls, patch_nums: Sequence[int | tuple[int, int]]) -> ScaleLayout:
-        """Layout of square scales given by side, or of any scales given as (h, w).
+        """Layout from the side of each square scale, or from (height, width) pairs.
 
         ``from_patch_nums((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))`` is the 680-token layout of the
         256x256 VAR models.
@@ -78,7 +78,11 @@ class ScaleLayout:
         return len(self.shapes)
 
     def slice(self, scale: int) -> slice:
-        """The positions of ``scale`` as a slice of the sequence."""
+        """The positions of ``scale`` as a slice of the sequence.
+
+        Raises:
+            ValueError: scale out of range.
+        """
         if not 0 <= scale < self.num_scales:
             raise ValueError(
                 f"ScaleLayout.slice: scale must be in [0, {self.num_scales}); got {scale}"

@@ -1,8 +1,8 @@
 """adaln_modulate and gated_residual_adaln in Triton. B batch, T tokens, C width; N parts of the
 tokens of an image, S sums over tokens (scale, shift, gate).
 
-Forward: one pass over the tokens. Backward: each program walks over some tokens of one image and
-keeps the sums over them in registers; a second kernel adds the parts in a fixed order.
+Forward: one pass over the tokens. Backward: each program loops over some tokens of one image and
+accumulates their sums in registers; a second kernel adds the parts in a fixed order.
 """
 
 # Triton's compiler gives a kernel's arguments other types than Python's checker sees.
@@ -11,8 +11,6 @@ keeps the sums over them in registers; a second kernel adds the parts in a fixed
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -20,13 +18,11 @@ import triton.language as tl
 from variant_kernels.tensors import last_contiguous
 from variant_kernels.triton_ops import common
 from variant_kernels.triton_ops.common import on_device_of, padded
-from variant_kernels.triton_ops.compile_report import CompileCase
 from variant_kernels.triton_ops.rows import (
-    cut,
     num_warps_for,
     reciprocal_root,
-    rows_of_a_block,
-    warps_by_target,
+    rows_per_block,
+    rows_per_part,
 )
 
 
@@ -61,7 +57,7 @@ def adaln_forward_kernel(
     t = tl.program_id(0) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.arange(0, BLOCK_C)[None, :]
     inside = (t < tokens)[:, None] & (c < C)
-    places = b * tokens + t
+    token = b * tokens + t
     x_rows = x_ptr + b * x_stride_b + t.to(tl.int64) * x_stride_t
     x = tl.load(x_rows[:, None] + c, mask=inside, other=0.0).to(tl.float32)
     if GATED:
@@ -69,22 +65,22 @@ def adaln_forward_kernel(
         y = tl.load(y_rows[:, None] + c, mask=inside, other=0.0).to(tl.float32)
         gate = tl.load(gate_ptr + b * gate_stride + c, mask=c < C, other=0.0).to(tl.float32)
         stored = (x + gate * y).to(x_out_ptr.dtype.element_ty)
-        tl.store(x_out_ptr + places[:, None] * C + c, stored, mask=inside)
-        # The statistics are those of what the next branch reads.
+        tl.store(x_out_ptr + token[:, None] * C + c, stored, mask=inside)
+        # Statistics of the rounded values, which the next branch reads.
         x = stored.to(tl.float32)
     scale = tl.load(scale_ptr + b * scale_stride + c, mask=c < C, other=0.0).to(tl.float32)
     shift = tl.load(shift_ptr + b * shift_stride + c, mask=c < C, other=0.0).to(tl.float32)
-    # Two passes over registers: a sum of squares would cancel for a large mean.
+    # Two passes over registers: E[x^2] - mean^2 would cancel for a large mean.
     mean = tl.sum(x, 1) / C
     centred = tl.where(inside, x - mean[:, None], 0.0)
     rstd = reciprocal_root(tl.sum(centred * centred, 1) / C + eps)
     h = centred * rstd[:, None] * (1.0 + scale) + shift
-    tl.store(h_ptr + places[:, None] * C + c, h.to(h_ptr.dtype.element_ty), mask=inside)
-    tl.store(mean_ptr + places, mean, mask=t < tokens)
-    tl.store(rstd_ptr + places, rstd, mask=t < tokens)
+    tl.store(h_ptr + token[:, None] * C + c, h.to(h_ptr.dtype.element_ty), mask=inside)
+    tl.store(mean_ptr + token, mean, mask=t < tokens)
+    tl.store(rstd_ptr + token, rstd, mask=t < tokens)
 
 
-@triton.jit(do_not_specialize=["tokens", "parts", "rows_of_a_part"])
+@triton.jit(do_not_specialize=["tokens", "parts", "tokens_per_part"])
 def adaln_backward_kernel(
     grad_x_out_ptr,
     grad_h_ptr,
@@ -109,7 +105,7 @@ def adaln_backward_kernel(
     scale_stride,
     tokens,
     parts,
-    rows_of_a_part,
+    tokens_per_part,
     GATED: tl.constexpr,
     C: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -122,8 +118,8 @@ def adaln_backward_kernel(
     sums over tokens of grad_h * n, grad_h and grad_x * y: sums (B, N, S, C)
     """
     b = (tl.program_id(0) // parts).to(tl.int64)
-    first = tl.program_id(0) % parts * rows_of_a_part
-    last = tl.minimum(first + rows_of_a_part, tokens)
+    first = tl.program_id(0) % parts * tokens_per_part
+    last = tl.minimum(first + tokens_per_part, tokens)
     c = tl.arange(0, BLOCK_C)[None, :]
     scale = tl.load(scale_ptr + b * scale_stride + c, mask=c < C, other=0.0).to(tl.float32)
     if GATED:
@@ -139,9 +135,9 @@ def adaln_backward_kernel(
         grad_h_rows = grad_h_ptr + b * grad_h_stride_b + wide_t * grad_h_stride_t
         x = tl.load(x_rows[:, None] + c, mask=inside, other=0.0).to(tl.float32)
         grad_h = tl.load(grad_h_rows[:, None] + c, mask=inside, other=0.0).to(tl.float32)
-        places = b * tokens + t
-        mean = tl.load(mean_ptr + places, mask=t < last, other=0.0)
-        rstd = tl.load(rstd_ptr + places, mask=t < last, other=0.0)
+        token = b * tokens + t
+        mean = tl.load(mean_ptr + token, mask=t < last, other=0.0)
+        rstd = tl.load(rstd_ptr + token, mask=t < last, other=0.0)
         # Zero outside, where grad_h is.
         normed = (x - mean[:, None]) * rstd[:, None]
         grad_scale += grad_h * normed
@@ -156,9 +152,9 @@ def adaln_backward_kernel(
             y = tl.load(y_rows[:, None] + c, mask=inside, other=0.0).to(tl.float32)
             grad_gate += grad_x * y
             grad_y = (grad_x * gate).to(grad_y_ptr.dtype.element_ty)
-            tl.store(grad_y_ptr + places[:, None] * C + c, grad_y, mask=inside)
+            tl.store(grad_y_ptr + token[:, None] * C + c, grad_y, mask=inside)
         grad_x = grad_x.to(grad_x_ptr.dtype.element_ty)
-        tl.store(grad_x_ptr + places[:, None] * C + c, grad_x, mask=inside)
+        tl.store(grad_x_ptr + token[:, None] * C + c, grad_x, mask=inside)
     SUMS: tl.constexpr = 3 if GATED else 2
     columns = tl.arange(0, BLOCK_C)
     row = sums_ptr + tl.program_id(0).to(tl.int64) * (SUMS * C) + columns
@@ -204,8 +200,8 @@ def adaln_sums_kernel(
 
 # --- launchers ----------------------------------------------------------------------------------
 
-# A part of fewer tokens would write about as much as it reads.
-LEAST_ROWS_OF_A_PART = 8
+# The sums of a part with fewer tokens would be about as large as its inputs.
+MIN_TOKENS_PER_PART = 8
 STAGES = 2
 BLOCK_PARTS, BLOCK_COLUMNS = 16, 64
 
@@ -266,7 +262,7 @@ def _forward(
     if x_BTC.numel() == 0:
         return x_out_BTC, h_BTC, mean_BT, rstd_BT
     block_c = padded(width)
-    block_t = rows_of_a_block(block_c, tokens)
+    block_t = rows_per_block(block_c, tokens)
     with on_device_of(x_BTC):
         adaln_forward_kernel[(batch * -(-tokens // block_t),)](
             x_BTC,
@@ -347,128 +343,111 @@ def _backward(
     mean_BT: torch.Tensor,
     rstd_BT: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    batch, tokens, width = x_BTC.shape
     gated = y_BTC is not None
-    grad_h_BTC = last_contiguous(grad_h_BTC)
-    grad_x_out_BTC = None if grad_x_out_BTC is None else last_contiguous(grad_x_out_BTC)
     grad_x_BTC = _empty_as(x_BTC, x_BTC.dtype)
     grad_y_BTC = _empty_as(x_BTC, scale_BC.dtype) if gated else None
     grad_scale_BC = _empty_as(scale_BC, scale_BC.dtype)
     grad_shift_BC = _empty_as(scale_BC, scale_BC.dtype)
     grad_gate_BC = _empty_as(scale_BC, scale_BC.dtype) if gated else None
-    found = grad_x_BTC, grad_y_BTC, grad_scale_BC, grad_shift_BC, grad_gate_BC
     if x_BTC.numel() == 0:
-        for sum_BC in (grad_scale_BC, grad_shift_BC, grad_gate_BC):
-            if sum_BC is not None:
-                sum_BC.zero_()
-        return found
+        for grad_BC in (grad_scale_BC, grad_shift_BC, grad_gate_BC):
+            if grad_BC is not None:
+                grad_BC.zero_()
+    else:
+        with on_device_of(x_BTC):
+            sums_BNSC = _launch_backward(
+                None if grad_x_out_BTC is None else last_contiguous(grad_x_out_BTC),
+                last_contiguous(grad_h_BTC),
+                x_BTC,
+                y_BTC,
+                gate_BC,
+                scale_BC,
+                mean_BT,
+                rstd_BT,
+                grad_x_BTC,
+                grad_y_BTC,
+            )
+            _launch_sums(sums_BNSC, grad_scale_BC, grad_shift_BC, grad_gate_BC)
+    return grad_x_BTC, grad_y_BTC, grad_scale_BC, grad_shift_BC, grad_gate_BC
+
+
+def _launch_backward(
+    grad_x_out_BTC: torch.Tensor | None,
+    grad_h_BTC: torch.Tensor,
+    x_BTC: torch.Tensor,
+    y_BTC: torch.Tensor | None,
+    gate_BC: torch.Tensor | None,
+    scale_BC: torch.Tensor,
+    mean_BT: torch.Tensor,
+    rstd_BT: torch.Tensor,
+    grad_x_BTC: torch.Tensor,
+    grad_y_BTC: torch.Tensor | None,
+) -> torch.Tensor:
+    """Write grad_x_BTC and grad_y_BTC; return the sums over each part's tokens, sums_BNSC."""
+    batch, tokens, width = x_BTC.shape
+    gated = y_BTC is not None
     block_c = padded(width)
-    block_t = rows_of_a_block(block_c, tokens)
-    least = max(block_t, LEAST_ROWS_OF_A_PART)
+    block_t = rows_per_block(block_c, tokens)
     num_warps = num_warps_for(block_t * block_c, x_BTC.device)
-    rows_of_a_part = cut(tokens, batch, common.num_processors(x_BTC.device), num_warps, least)
-    parts = -(-tokens // rows_of_a_part)
+    tokens_per_part = rows_per_part(
+        tokens,
+        batch,
+        common.num_processors(x_BTC.device),
+        num_warps,
+        minimum=max(block_t, MIN_TOKENS_PER_PART),
+    )
+    parts = -(-tokens // tokens_per_part)
     shape = (batch, parts, 3 if gated else 2, width)
     sums_BNSC = x_BTC.new_empty(shape, dtype=torch.float32)
-    with on_device_of(x_BTC):
-        adaln_backward_kernel[(batch * parts,)](
-            grad_x_out_BTC,
-            grad_h_BTC,
-            x_BTC,
-            y_BTC,
-            gate_BC,
-            scale_BC,
-            mean_BT,
-            rstd_BT,
-            grad_x_BTC,
-            grad_y_BTC,
-            sums_BNSC,
-            *_row_strides(grad_x_out_BTC),
-            *_row_strides(grad_h_BTC),
-            *_row_strides(x_BTC),
-            *_row_strides(y_BTC),
-            0 if gate_BC is None else gate_BC.stride(0),
-            scale_BC.stride(0),
-            tokens,
-            parts,
-            rows_of_a_part,
-            GATED=gated,
-            C=width,
-            BLOCK_T=block_t,
-            BLOCK_C=block_c,
-            STAGES=STAGES,
-            num_warps=num_warps,
-            enable_fp_fusion=True,
-        )
-        adaln_sums_kernel[(batch * -(-width // BLOCK_COLUMNS),)](
-            sums_BNSC,
-            grad_scale_BC,
-            grad_shift_BC,
-            grad_gate_BC,
-            parts,
-            GATED=gated,
-            C=width,
-            BLOCK_N=BLOCK_PARTS,
-            BLOCK_C=BLOCK_COLUMNS,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
-    return found
+    adaln_backward_kernel[(batch * parts,)](
+        grad_x_out_BTC,
+        grad_h_BTC,
+        x_BTC,
+        y_BTC,
+        gate_BC,
+        scale_BC,
+        mean_BT,
+        rstd_BT,
+        grad_x_BTC,
+        grad_y_BTC,
+        sums_BNSC,
+        *_row_strides(grad_x_out_BTC),
+        *_row_strides(grad_h_BTC),
+        *_row_strides(x_BTC),
+        *_row_strides(y_BTC),
+        0 if gate_BC is None else gate_BC.stride(0),
+        scale_BC.stride(0),
+        tokens,
+        parts,
+        tokens_per_part,
+        GATED=gated,
+        C=width,
+        BLOCK_T=block_t,
+        BLOCK_C=block_c,
+        STAGES=STAGES,
+        num_warps=num_warps,
+        enable_fp_fusion=True,
+    )
+    return sums_BNSC
 
 
-# --- for the compile report ---------------------------------------------------------------------
-
-_FLOAT32 = ("mean_ptr", "rstd_ptr", "sums_ptr")
-
-
-def _cases() -> Iterator[CompileCase]:
-    for width in (1024, 1920):
-        for gated in (False, True):
-            for stream in ("*fp32:16", "*T:16"):
-                for kernel in (adaln_forward_kernel, adaln_backward_kernel):
-                    yield from _case(kernel, width, gated, stream, ":16")
-            yield from _case(adaln_sums_kernel, width, gated, "*T:16", ":16")
-    # Rows that start anywhere.
-    for kernel in (adaln_forward_kernel, adaln_backward_kernel, adaln_sums_kernel):
-        yield from _case(kernel, 1030, True, "*T:16", "")
-
-
-def _case(
-    kernel: triton.JITFunction, width: int, gated: bool, stream: str, aligned: str
-) -> Iterator[CompileCase]:
-    block_c = padded(width)
-    arguments, constants = {}, {"GATED": gated, "C": width, "BLOCK_T": 1, "BLOCK_C": block_c}
-    for name in kernel.arg_names:
-        absent = ("grad_x_out", "y_", "gate_", "x_out", "grad_y", "grad_gate")
-        if not gated and name.startswith(absent):
-            constants[name] = None if name.endswith("_ptr") else 0
-        elif name in _FLOAT32:
-            arguments[name] = "*fp32:16"
-        elif name in ("x_ptr", "x_out_ptr", "grad_x_ptr", "grad_x_out_ptr"):
-            arguments[name] = stream
-        elif name.endswith("_ptr"):
-            arguments[name] = "*T:16"
-        elif "stride" in name:
-            arguments[name] = "i32" + aligned
-        elif name in ("tokens", "parts", "rows_of_a_part"):
-            arguments[name] = "i32"
-        elif name == "eps":
-            arguments[name] = "fp32"
-    if kernel is adaln_backward_kernel:
-        constants["STAGES"] = STAGES
-    elif kernel is adaln_sums_kernel:
-        del constants["BLOCK_T"]
-        constants |= {"BLOCK_N": BLOCK_PARTS, "BLOCK_C": BLOCK_COLUMNS}
-    for targets, num_warps in warps_by_target(block_c):
-        yield CompileCase(
-            kernel=kernel,
-            arguments=arguments,
-            constants=constants,
-            num_warps=4 if kernel is adaln_sums_kernel else num_warps,
-            num_stages=1,
-            targets=targets,
-            label=f"C {width}{' gated' * gated}{' fp32 stream' * ('fp32' in stream)}",
-        )
-
-
-COMPILE_CASES = tuple(_cases())
+def _launch_sums(
+    sums_BNSC: torch.Tensor,
+    grad_scale_BC: torch.Tensor,
+    grad_shift_BC: torch.Tensor,
+    grad_gate_BC: torch.Tensor | None,
+) -> None:
+    batch, parts, _, width = sums_BNSC.shape
+    adaln_sums_kernel[(batch * -(-width // BLOCK_COLUMNS),)](
+        sums_BNSC,
+        grad_scale_BC,
+        grad_shift_BC,
+        grad_gate_BC,
+        parts,
+        GATED=grad_gate_BC is not None,
+        C=width,
+        BLOCK_N=BLOCK_PARTS,
+        BLOCK_C=BLOCK_COLUMNS,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )

@@ -8,27 +8,20 @@ A program copies the keys and values of one token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
-
 import torch
 import triton
 import triton.language as tl
 
 from variant_kernels.triton_ops.common import on_device_of, padded
-from variant_kernels.triton_ops.compile_report import CompileCase
 from variant_kernels.triton_ops.e4m3 import (
-    NO_SCALES,
-    SCALE_ARGUMENTS,
     page_bytes,
     quantised_into,
     scale_arguments,
 )
 from variant_kernels.triton_ops.rows import (
     HEADS_PER_THREAD,
-    heads_of_a_block,
+    heads_per_block,
     num_warps_for,
-    warps_by_target,
 )
 
 
@@ -68,12 +61,12 @@ def append_paged_kv_kernel(
     BLOCK_H: tl.constexpr,
     D_PADDED: tl.constexpr,
 ):
-    """Keys and values of one token to its slot; with KV8 rounded to bytes, their scales beside."""
+    """Copy keys and values of one token to its slot; with KV8 round them to 8 bits with scales."""
     tiles: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    place = (tl.program_id(0) // tiles).to(tl.int64)
-    b, t = place // tokens, place % tokens
+    token = (tl.program_id(0) // tiles).to(tl.int64)
+    b, t = token // tokens, token % tokens
     slot = tl.load(slots_ptr + b * slots_stride_b + t * slots_stride_t)
-    # Nobody looked at the slots: one outside the pool is skipped like -1.
+    # Not validated on a GPU: skip slots outside the pool, as -1, so that no write leaves the pool.
     heads = tl.where((slot >= 0) & (slot < num_slots), H, 0)
     page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
     h = tl.program_id(0) % tiles * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -107,15 +100,15 @@ def launch_append_paged_kv(
 ) -> None:
     """Write the keys and values of token (b, t) into slot slots_BT[b, t]; -1 skips the token.
 
-    A slot is page * page_size + offset. On a GPU nobody has looked at the values: a slot outside
-    the pool is skipped. Two tokens with one slot are the caller's mistake. With scales, pages are
-    float8_e4m3fn and rows are rounded to them (``kv_quantization``).
+    A slot is page * page_size + offset. On a GPU slots are not validated: those outside the pool
+    are skipped. If two tokens have the same slot, the result is undefined. With scales, pages are
+    float8_e4m3fn and k and v are quantised (``kv_quantization``).
     """
     if k_BTHD.numel() == 0:
         return
     batch, tokens, heads, head_dim = k_BTHD.shape
     num_pages, page_size = k_pages_PNHD.shape[:2]
-    block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
+    block_h, d_padded = heads_per_block(heads, head_dim), padded(head_dim)
     with on_device_of(k_BTHD):
         append_paged_kv_kernel[(batch * tokens * -(-heads // block_h),)](
             k_BTHD,
@@ -139,43 +132,3 @@ def launch_append_paged_kv(
             num_warps=num_warps_for(block_h * d_padded, k_BTHD.device, HEADS_PER_THREAD),
             enable_fp_fusion=True,
         )
-
-
-# --- for the compile report ---------------------------------------------------------------------
-
-
-def _cases() -> Iterator[CompileCase]:
-    shapes = ((16, 64, ":16"), (30, 64, ":16"), (3, 24, ""))
-    for (heads, head_dim, aligned), kv8 in product(shapes, (False, True)):
-        block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
-        arguments = {}
-        for name in append_paged_kv_kernel.arg_names:
-            if name in SCALE_ARGUMENTS:
-                if kv8:
-                    arguments[name] = SCALE_ARGUMENTS[name]
-            elif name == "slots_ptr":
-                arguments[name] = "*i64:16"
-            elif kv8 and name.endswith("_pages_ptr"):
-                arguments[name] = "*u8:16"
-            elif name.endswith("_ptr"):
-                arguments[name] = "*T:16"
-            elif name.startswith("slots_") or name in ("tokens", "num_slots"):
-                arguments[name] = "i32"
-            elif "_stride_" in name:
-                arguments[name] = "i32" + aligned
-        constants = {"slots_stride_t": 1, "KV8": kv8, "PAGE_SIZE": 16}
-        constants |= {} if kv8 else NO_SCALES
-        blocks = {"H": heads, "D": head_dim, "BLOCK_H": block_h, "D_PADDED": d_padded}
-        for targets, num_warps in warps_by_target(block_h * d_padded, HEADS_PER_THREAD):
-            yield CompileCase(
-                kernel=append_paged_kv_kernel,
-                arguments={n: kind for n, kind in arguments.items() if n != "slots_stride_t"},
-                constants=constants | blocks,
-                num_warps=num_warps,
-                num_stages=1,
-                targets=targets,
-                label=f"H {heads}, D {head_dim}{', 8 bits' if kv8 else ''}",
-            )
-
-
-COMPILE_CASES = tuple(_cases())

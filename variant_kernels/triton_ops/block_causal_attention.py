@@ -1,15 +1,17 @@
-"""block_causal_attention in Triton: what all its kernels share, and the forward pass (backward:
-``block_causal_attention_backward``). B batch, L tokens of all scales, H heads, D width; inside the
-kernels Q queries and K keys of one tile.
+"""block_causal_attention in Triton: the forward pass and helpers of both passes.
 
-A query sees a prefix of the keys: the tiles that all queries of a tile see come first, without a
-mask; then those at the boundary; the others are never visited. The layout is a compile-time
-constant: no table to fetch, nothing to prepare before a graph is captured.
+The backward pass is in ``block_causal_attention_backward``. B batch, L tokens of all scales, H
+heads, D width; inside the kernels Q queries and K keys of one tile.
 
-With qk_norm the norms of a query tile go, with the head's scale, into the factor on its scores: the
-tile itself goes into the products as it was loaded, where a changed one would take registers
-throughout the loop. Keys, of which many programs load each, are normalised once, in a pass of their
-own before; they are not kept for the backward pass.
+A query attends to a prefix of the keys. Key tiles that are visible to all queries of a tile come
+first, without a mask; then the tiles at the boundary, with a mask; the others are skipped. The
+layout is a compile-time constant, so there is no table to load and nothing to prepare before a
+graph is captured.
+
+With qk_norm the norms of a query tile and the head's scale are multiplied into the factor on its
+scores: the products use the tile as it was loaded, because a normalised copy would occupy registers
+throughout the loop. Keys are loaded by many programs, so a separate kernel normalises them once;
+they are not saved for the backward pass.
 """
 
 # Triton's compiler gives a kernel's arguments other types than Python's checker sees.
@@ -17,8 +19,8 @@ own before; they are not kept for the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import accumulate, product
+from collections.abc import Callable
+from itertools import accumulate
 from math import e, log2
 
 import torch
@@ -28,23 +30,22 @@ import triton.language as tl
 from variant_kernels.triton_ops import block_causal_attention_configs as configs
 from variant_kernels.triton_ops import tuning
 from variant_kernels.triton_ops.common import on_device_of, padded
-from variant_kernels.triton_ops.compile_report import CompileCase
 from variant_kernels.triton_ops.qk_norm import launch_unit_keys
 from variant_kernels.triton_ops.rows import head_scale, unit
 from variant_kernels.triton_ops.tuning import Config
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# Below every score, yet finite: 0 * inf would be NaN.
+# Lower than any score, but finite: 0 * inf would be NaN.
 LOWEST = tl.constexpr(-1.0e38)
-# A factor on scores that is zero to every sum; zero itself would turn masked scores into visible
-# ones.
+# The smallest factor on scores: it has the effect of zero, but zero times LOWEST would be 0 and so
+# make masked scores visible.
 SMALLEST = tl.constexpr(1.0e-30)
 
 
 @triton.jit
 def visible_end(position, ENDS: tl.constexpr, NUM_SCALES: tl.constexpr):
-    """How many keys a query sees: up to the end of its scale."""
+    """The number of keys that a query attends to: up to the end of its scale."""
     end = tl.zeros_like(position) + ENDS[0]
     for scale in tl.static_range(1, NUM_SCALES):
         end = tl.where(position >= ENDS[scale - 1], ENDS[scale], end)
@@ -53,7 +54,7 @@ def visible_end(position, ENDS: tl.constexpr, NUM_SCALES: tl.constexpr):
 
 @triton.jit
 def first_viewer(position, ENDS: tl.constexpr, NUM_SCALES: tl.constexpr):
-    """The first query that sees a key: the first token of its scale."""
+    """The first query that attends to a key: the first token of its scale."""
     first = tl.zeros_like(position)
     for scale in tl.static_range(1, NUM_SCALES):
         first = tl.where(position >= ENDS[scale - 1], ENDS[scale - 1], first)
@@ -71,10 +72,10 @@ def load_tile(
     D_PADDED: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """Rows start.. of one head, zeros past ``end`` (looked at if CHECK) and past D."""
+    """Rows from ``start`` on of one head; zeros past D and, with CHECK, past ``end``."""
     rows = tl.arange(0, BLOCK)
     columns = tl.arange(0, D_PADDED)
-    # The tile's address in 64 bits, the way inside it in 32: only a scalar changes in the loop.
+    # 64-bit address of the tile plus 32-bit offsets in it: only a scalar changes in the loop.
     pointers = base + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
     if CHECK and D == D_PADDED:
         return tl.load(pointers, mask=(start + rows < end)[:, None], other=0.0)
@@ -107,7 +108,7 @@ def store_tile(
 
 @triton.jit
 def query_factors(q, scale_ptr, h):
-    """What qk_norm takes each query of a tile times, (Q,), and exp(scale_mul) of its head."""
+    """The factor of qk_norm on each query of a tile, (Q,), and exp(scale_mul) of its head."""
     scale = head_scale(tl.load(scale_ptr + h).to(tl.float32))
     _, inverse, _ = unit(q.to(tl.float32))
     return scale * inverse, scale
@@ -138,8 +139,8 @@ def attend_tiles(
         v = load_tile(v_base, start, v_stride, last, BLOCK_K, D, D_PADDED, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
-            seen = (start + tl.arange(0, BLOCK_K))[None, :] < ends[:, None]
-            scores = tl.where(seen, scores, LOWEST)
+            visible = (start + tl.arange(0, BLOCK_K))[None, :] < ends[:, None]
+            scores = tl.where(visible, scores, LOWEST)
         new_largest = tl.maximum(largest, tl.max(scores, 1) * scale_log2)
         probs = tl.exp2(scores * scale_log2[:, None] - new_largest[:, None])
         shrink = tl.exp2(largest - new_largest)
@@ -180,17 +181,16 @@ def block_causal_attention_forward_kernel(
 ):
     """softmax(scale q k^T) v for one query tile of one head; scale_log2 >= 0, q negated if NEGATE.
 
-    scale_ptr: (H,) logarithms of qk_norm, which queries then go through and keys went through; or
-    None.
-    Late tiles see most keys and start first, so that no long one is left for the end.
+    scale_ptr: (H,) logarithms of qk_norm's scales, or None; keys are normalised already.
+    Late tiles have most keys and start first, so that no long tile remains at the end.
     """
     tiles = tl.cdiv(length, BLOCK_Q)
     head = tl.program_id(0) // tiles
     start = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_Q
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    rows = start + tl.arange(0, BLOCK_Q)
-    ends = visible_end(rows, ENDS, NUM_SCALES)
-    whole = visible_end(start, ENDS, NUM_SCALES) // BLOCK_K * BLOCK_K
+    positions = start + tl.arange(0, BLOCK_Q)
+    ends = visible_end(positions, ENDS, NUM_SCALES)
+    full_end = visible_end(start, ENDS, NUM_SCALES) // BLOCK_K * BLOCK_K
     last = visible_end(tl.minimum(start + BLOCK_Q, length) - 1, ENDS, NUM_SCALES)
 
     q_base = q_ptr + b * q_stride_b + h * q_stride_h
@@ -201,30 +201,30 @@ def block_causal_attention_forward_kernel(
         q = load_tile(q_base, start, q_stride_l, length, BLOCK_Q, D, D_PADDED, True)
         factor, _ = query_factors(q, scale_ptr, h)
         scale_log2 = tl.maximum(scale_log2 * factor, SMALLEST, propagate_nan=tl.PropagateNan.ALL)
-        # The compiler would make this load and the next one: a float32 tile that is summed as well
-        # stays in registers throughout the loop, and spills.
+        # Keep the compiler from merging this load with the next: a float32 tile that is also used
+        # for a sum would stay in registers throughout the loop and spill.
         tl.debug_barrier()
     q = load_tile(q_base, start, q_stride_l, length, BLOCK_Q, D, D_PADDED, True)
     if NEGATE:
         q = -q
     out = tl.zeros((BLOCK_Q, D_PADDED), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
-    # Key 0 is seen by every query and comes first: after it, `largest` is a score.
+    # Every query attends to key 0, which comes first: after it, `largest` is finite.
     largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     out, total, largest = attend_tiles(
         out, total, largest, q, ends, k_base, v_base, k_stride_l, v_stride_l,
-        0, whole, scale_log2, BLOCK_K, D, D_PADDED, False,
+        0, full_end, scale_log2, BLOCK_K, D, D_PADDED, False,
     )  # fmt: skip
     out, total, largest = attend_tiles(
         out, total, largest, q, ends, k_base, v_base, k_stride_l, v_stride_l,
-        whole, last, scale_log2, BLOCK_K, D, D_PADDED, True,
+        full_end, last, scale_log2, BLOCK_K, D, D_PADDED, True,
     )  # fmt: skip
 
     out = out / total[:, None]
     out_base = out_ptr + (b * length * heads + h) * D
     store_tile(out_base, start, heads * D, length, out, BLOCK_Q, D, D_PADDED)
     lse = (largest + tl.log2(total)) * LN_2
-    tl.store(lse_ptr + (b * heads + h) * length + rows, lse, mask=rows < length)
+    tl.store(lse_ptr + (b * heads + h) * length + positions, lse, mask=positions < length)
 
 
 # --- launchers ----------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def block_causal_attention_forward_kernel(
 def constants(
     scale_lengths: tuple[int, ...], head_dim: int, config: Config
 ) -> dict[str, int | tuple[int, ...]]:
-    """What is compiled into a kernel."""
+    """The compile-time constants that all kernels share."""
     return {
         "ENDS": tuple(accumulate(scale_lengths)),
         "NUM_SCALES": len(scale_lengths),
@@ -244,7 +244,7 @@ def constants(
     }
 
 
-def chosen(
+def choose_config(
     table: configs.Table,
     kernel: triton.JITFunction,
     q_BLHD: torch.Tensor,
@@ -252,9 +252,9 @@ def chosen(
     qk_norm: bool,
     launch: Callable[[Config], None],
 ) -> Config:
-    """The config to launch a kernel with: its winner for this layout and width."""
+    """The fastest config of a kernel for this layout and head width."""
     batch, _, heads, head_dim = q_BLHD.shape
-    # The number of heads matters only while the grid hardly fills the chip.
+    # The number of heads matters only while the grid hardly fills the GPU.
     key = (scale_lengths, head_dim, q_BLHD.dtype, (batch * heads).bit_length())
     if qk_norm:
         key = (*key, "qk_norm")
@@ -270,13 +270,13 @@ def launch_block_causal_attention_forward(
     softmax_scale: float,
     scale_mul_1H11: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in which a token of scale j sees every token of the scales up to and including j.
+    """Attention of each token of scale j to all tokens of the scales up to and including j.
 
-    scale_mul_1H11: queries and keys go through qk_norm first, if not None.
+    With scale_mul_1H11, queries and keys are first normalised as by qk_norm.
 
     Returns:
         out_BLHD (contiguous, q's dtype) and lse_BHL (float32), the natural logarithm of the sum of
-        exp(softmax_scale * q.k) over what each query sees.
+        exp(softmax_scale * q.k) over the visible keys of each query.
     """
     batch, length, heads, head_dim = q_BLHD.shape
     out_BLHD = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
@@ -300,7 +300,7 @@ def launch_block_causal_attention_forward(
             *v_BLHD.stride()[:3],
             length,
             heads,
-            # The kernel takes scale * max for max of scale * score: the sign goes into q.
+            # The kernel computes max(scale * scores) as scale * max(scores): the sign goes into q.
             max(abs(softmax_scale) * log2(e), SMALLEST.value),
             NEGATE=softmax_scale < 0,
             **constants(scale_lengths, head_dim, config),
@@ -312,65 +312,5 @@ def launch_block_causal_attention_forward(
     with on_device_of(q_BLHD):
         kernel = block_causal_attention_forward_kernel
         normed = scale_mul_1H11 is not None
-        launch(chosen(configs.FORWARD, kernel, q_BLHD, scale_lengths, normed, launch))
+        launch(choose_config(configs.FORWARD, kernel, q_BLHD, scale_lengths, normed, launch))
     return out_BLHD, lse_BHL
-
-
-# --- for the compile report ---------------------------------------------------------------------
-
-# The ten scales of the 256x256 models.
-_LENGTHS = (1, 4, 9, 16, 25, 36, 64, 100, 169, 256)
-
-
-def compile_cases(table: configs.Table, kernel: triton.JITFunction) -> Iterator[CompileCase]:
-    """Every config of a table, and the smallest arguments: a one is a constant to the compiler."""
-    tensors = ("q", "k", "v", "grad", "out", "dq", "dk", "dv", "near_q", "raw_k")
-    types = {
-        **dict.fromkeys((f"{x}_ptr" for x in tensors), "*T:16"),
-        **dict.fromkeys(("lse_ptr", "statistics_ptr", "scale_ptr"), "*fp32:16"),
-        **{
-            f"{x}_stride_{axis}": "i32:16"
-            for x in ("q", "k", "v", "grad", "out", "raw_k")
-            for axis in "blh"
-        },
-        **dict.fromkeys(("length", "heads"), "i32"),
-        **dict.fromkeys(("softmax_scale", "scale_log2"), "fp32"),
-    }
-    every = {name: types[name] for name in kernel.arg_names if name in types}
-    more = {"NEGATE": False} if "NEGATE" in kernel.arg_names else {}
-    variants = []
-    for qk_norm in (False, True):
-        only = {"scale_ptr", "near_q_ptr", "raw_k_ptr"} & every.keys()
-        absent = {} if qk_norm else dict.fromkeys(only)
-        arguments = {name: kind for name, kind in every.items() if name not in absent}
-        variants.append((arguments, more | absent, ", qk_norm" if qk_norm else ""))
-    for kind, target in (("sm90", "sm_90"), ("nvidia", "sm_80"), ("amd", "gfx942")):
-        for head_dim in (64, 128, 256):
-            float32 = configs.FLOAT32 if head_dim == 64 else configs.FLOAT32_WIDE
-            cases = [(config, ("bf16", "fp16")) for config in table[kind][head_dim]]
-            cases += [(config, ("fp32",)) for config in float32]
-            for (config, dtypes), (arguments, given, suffix) in product(cases, variants):
-                yield CompileCase(
-                    kernel=kernel,
-                    arguments=arguments,
-                    constants=constants(_LENGTHS, head_dim, config) | given,
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
-                    targets=(target,),
-                    dtypes=dtypes,
-                    label=f"D {head_dim}, {config.block_q} x {config.block_k}{suffix}",
-                )
-    ones = {"length": 1, "heads": 1}
-    config = table["nvidia"][64][0]
-    for arguments, given, suffix in variants:
-        yield CompileCase(
-            kernel=kernel,
-            arguments={name: kind for name, kind in arguments.items() if name not in ones},
-            constants=constants((1,), 24, config) | given | ones,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            label=f"one token, one head, D 24{suffix}",
-        )
-
-
-COMPILE_CASES = tuple(compile_cases(configs.FORWARD, block_causal_attention_forward_kernel))

@@ -1,14 +1,16 @@
-"""The backward pass of block_causal_attention in Triton. B batch, L tokens of all scales, H heads,
-D width; inside the kernels Q queries and K keys of one tile.
+"""The backward pass of block_causal_attention in Triton.
 
-Two kernels: dQ, a program for each query tile, and dK and dV, a program for each key tile. Each
-result is added up by one program in one order, so that runs agree bit for bit; the price is that
-both compute the probabilities: seven products instead of five.
+B batch, L tokens of all scales, H heads, D width; inside the kernels Q queries and K keys of one
+tile.
 
-With qk_norm dQ and dK go through its gradient just before they are stored. The queries that dK and
-dV walk over come from dQ's programs, each times a power of two: that rounds nothing (but float16
-entries under 6e-5), and what is left of qk_norm's factor, from 1 to 2, takes no float16 gradient of
-a score out of range.
+Two kernels: one computes dQ with a program per query tile, the other dK and dV with a program per
+key tile. Each result is accumulated by one program in a fixed order, so that runs agree bit for
+bit; the cost is that both kernels compute the probabilities: seven products instead of five.
+
+With qk_norm both kernels apply its gradient to dQ and dK just before storing them. The dQ kernel
+also stores the queries that the other kernel reads, each multiplied by a power of two: this is
+exact (except for float16 entries below 6e-5), and the rest of qk_norm's factor, between 1 and 2,
+cannot overflow a float16 gradient of a score.
 """
 
 # Triton's compiler gives a kernel's arguments other types than Python's checker sees.
@@ -26,8 +28,7 @@ from variant_kernels.tensors import last_contiguous
 from variant_kernels.triton_ops import block_causal_attention_configs as configs
 from variant_kernels.triton_ops.block_causal_attention import (
     SMALLEST,
-    chosen,
-    compile_cases,
+    choose_config,
     constants,
     first_viewer,
     load_tile,
@@ -70,8 +71,8 @@ def query_gradient_tiles(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         probs = tl.exp2(scores * scale_log2[:, None] - lse_log2[:, None])
         if MASKED:
-            seen = (start + tl.arange(0, BLOCK_K))[None, :] < ends[:, None]
-            probs = tl.where(seen, probs, 0.0)
+            visible = (start + tl.arange(0, BLOCK_K))[None, :] < ends[:, None]
+            probs = tl.where(visible, probs, 0.0)
         dprobs = tl.dot(grad, tl.trans(v), input_precision="ieee")
         dscores = probs * (dprobs - delta[:, None])
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
@@ -116,20 +117,20 @@ def block_causal_attention_dq_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dQ of one query tile of one head.
+    """dQ of one query tile of one head, and the statistics of its queries for the other kernel.
 
-    Its statistics, (B, H, S, L), are what dK and dV need of each query: delta = rowsum(grad_out *
-    out) and lse in base 2 (made once here: the other kernel would do it for every key tile). S is
-    2; with qk_norm (scale_ptr is not None) it is 4: what is left of each query's factor, and its
-    share in the gradient of scale_mul; near_q, (B, L, H, D), are the queries times powers of two.
+    Statistics (B, H, S, L) hold delta = rowsum(grad_out * out) and lse in base 2; the other kernel
+    would otherwise compute them for every key tile. S is 2; with qk_norm (scale_ptr is not None) S
+    is 4: the rest of each query's factor, and the query's term in the gradient of scale_mul. near_q
+    (B, L, H, D): the queries times powers of two.
     """
     tiles = tl.cdiv(length, BLOCK_Q)
     head = tl.program_id(0) // tiles
     start = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_Q
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    rows = start + tl.arange(0, BLOCK_Q)
-    ends = visible_end(rows, ENDS, NUM_SCALES)
-    whole = visible_end(start, ENDS, NUM_SCALES) // BLOCK_K * BLOCK_K
+    positions = start + tl.arange(0, BLOCK_Q)
+    ends = visible_end(positions, ENDS, NUM_SCALES)
+    full_end = visible_end(start, ENDS, NUM_SCALES) // BLOCK_K * BLOCK_K
     last = visible_end(tl.minimum(start + BLOCK_Q, length) - 1, ENDS, NUM_SCALES)
 
     grad_base = grad_ptr + b * grad_stride_b + h * grad_stride_h
@@ -138,17 +139,19 @@ def block_causal_attention_dq_kernel(
     out = load_tile(out_base, start, out_stride_l, length, BLOCK_Q, D, D_PADDED, True)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     # Rows past the end: a probability of exp2(-inf) = 0.
-    lse = tl.load(lse_ptr + (b * heads + h) * length + rows, mask=rows < length, other=float("inf"))
+    lse = tl.load(
+        lse_ptr + (b * heads + h) * length + positions, mask=positions < length, other=float("inf")
+    )
     lse_log2 = lse * LOG2_E
     rows_of_statistics = 2 if scale_ptr is None else 4
-    statistics = statistics_ptr + (b * heads + h) * rows_of_statistics * length + rows
-    tl.store(statistics, delta, mask=rows < length)
-    tl.store(statistics + length, lse_log2, mask=rows < length)
+    statistics = statistics_ptr + (b * heads + h) * rows_of_statistics * length + positions
+    tl.store(statistics, delta, mask=positions < length)
+    tl.store(statistics + length, lse_log2, mask=positions < length)
 
     q_base = q_ptr + b * q_stride_b + h * q_stride_h
     k_base = k_ptr + b * k_stride_b + h * k_stride_h
     v_base = v_ptr + b * v_stride_b + h * v_stride_h
-    place = (b * length * heads + h) * D
+    offset = (b * length * heads + h) * D
     q = load_tile(q_base, start, q_stride_l, length, BLOCK_Q, D, D_PADDED, True)
     scale_log2, scale = tl.full((BLOCK_Q,), scale_log2, tl.float32), 1.0
     if scale_ptr is not None:
@@ -156,25 +159,25 @@ def block_causal_attention_dq_kernel(
         scale_log2 *= factor
         power = power_of_two(tl.maximum(factor, SMALLEST))
         near_q = q.to(tl.float32) * power[:, None]
-        store_tile(near_q_ptr + place, start, heads * D, length, near_q, BLOCK_Q, D, D_PADDED)
-        tl.store(statistics + 2 * length, tl.div_rn(factor, power), mask=rows < length)
+        store_tile(near_q_ptr + offset, start, heads * D, length, near_q, BLOCK_Q, D, D_PADDED)
+        tl.store(statistics + 2 * length, tl.div_rn(factor, power), mask=positions < length)
     dq = tl.zeros((BLOCK_Q, D_PADDED), tl.float32)
     dq = query_gradient_tiles(
         dq, q, grad, lse_log2, delta, ends, k_base, v_base, k_stride_l, v_stride_l,
-        0, whole, scale_log2, BLOCK_K, D, D_PADDED, False,
+        0, full_end, scale_log2, BLOCK_K, D, D_PADDED, False,
     )  # fmt: skip
     dq = query_gradient_tiles(
         dq, q, grad, lse_log2, delta, ends, k_base, v_base, k_stride_l, v_stride_l,
-        whole, last, scale_log2, BLOCK_K, D, D_PADDED, True,
+        full_end, last, scale_log2, BLOCK_K, D, D_PADDED, True,
     )  # fmt: skip
     dq *= softmax_scale
     if scale_ptr is not None:
-        # Loaded again: kept, it would take registers all the way through the loop.
+        # Load q again: otherwise it would occupy registers throughout the loop.
         q = load_tile(q_base, start, q_stride_l, length, BLOCK_Q, D, D_PADDED, True).to(tl.float32)
         dq, along = unit_gradient(dq, q)
         dq *= scale
-        tl.store(statistics + 3 * length, along, mask=rows < length)
-    store_tile(dq_ptr + place, start, heads * D, length, dq, BLOCK_Q, D, D_PADDED)
+        tl.store(statistics + 3 * length, along, mask=positions < length)
+    store_tile(dq_ptr + offset, start, heads * D, length, dq, BLOCK_Q, D, D_PADDED)
 
 
 @triton.jit
@@ -201,21 +204,25 @@ def key_gradient_tiles(
 ):
     """dv += P^T grad and dk += dS^T q over the queries from ``first`` to ``last``."""
     for start in tl.range(first, last, BLOCK_Q):
-        rows = start + tl.arange(0, BLOCK_Q)
+        positions = start + tl.arange(0, BLOCK_Q)
         q = load_tile(q_base, start, q_stride, length, BLOCK_Q, D, D_PADDED, True)
         grad = load_tile(grad_base, start, grad_stride, length, BLOCK_Q, D, D_PADDED, True)
-        # Rows past the end: a probability of exp2(-inf) = 0.
-        delta = tl.load(statistics + rows, mask=rows < length, other=0.0)
-        lse_log2 = tl.load(statistics + length + rows, mask=rows < length, other=float("inf"))
-        # Transposed, (K, Q): the probabilities go into the next product as they are.
+        # Queries past the end: a probability of exp2(-inf) = 0.
+        delta = tl.load(statistics + positions, mask=positions < length, other=0.0)
+        lse_log2 = tl.load(
+            statistics + length + positions, mask=positions < length, other=float("inf")
+        )
+        # Transposed, (K, Q), so that the next product uses the probabilities as they are.
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
         factor = tl.full((BLOCK_Q,), 1.0, tl.float32)
         if QK_NORM:
-            factor = tl.load(statistics + 2 * length + rows, mask=rows < length, other=0.0)
+            factor = tl.load(
+                statistics + 2 * length + positions, mask=positions < length, other=0.0
+            )
             scores *= factor[None, :]
         probs = tl.exp2(scores * scale_log2 - lse_log2[None, :])
         if MASKED:
-            probs = tl.where(rows[None, :] >= firsts[:, None], probs, 0.0)
+            probs = tl.where(positions[None, :] >= firsts[:, None], probs, 0.0)
         dv = tl.dot(probs.to(grad.dtype), grad, dv, input_precision="ieee")
         dprobs = tl.dot(v, tl.trans(grad), input_precision="ieee")
         dscores = probs * (dprobs - delta[None, :])
@@ -261,10 +268,10 @@ def block_causal_attention_dkv_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dK and dV of one key tile of one head, from every query that sees one of its keys.
+    """dK and dV of one key tile of one head, from every query that attends to one of its keys.
 
-    Early tiles are seen by most queries and start first. With qk_norm (raw_k_ptr is not None) q is
-    near_q of dQ, k are unit vectors, and dK is the gradient of raw_k.
+    Early tiles have most queries and start first. With qk_norm (raw_k_ptr is not None) q is near_q
+    of the dQ kernel, k are unit vectors, and dK is the gradient of raw_k.
     """
     tiles = tl.cdiv(length, BLOCK_K)
     head = tl.program_id(0) // tiles
@@ -272,9 +279,9 @@ def block_causal_attention_dkv_kernel(
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     firsts = first_viewer(start + tl.arange(0, BLOCK_K), ENDS, NUM_SCALES)
     first = first_viewer(start, ENDS, NUM_SCALES) // BLOCK_Q * BLOCK_Q
-    # From here on every query sees every key of the tile.
-    whole = first_viewer(tl.minimum(start + BLOCK_K, length) - 1, ENDS, NUM_SCALES)
-    whole = tl.cdiv(whole, BLOCK_Q) * BLOCK_Q
+    # From here on every query attends to every key of the tile.
+    full_start = first_viewer(tl.minimum(start + BLOCK_K, length) - 1, ENDS, NUM_SCALES)
+    full_start = tl.cdiv(full_start, BLOCK_Q) * BLOCK_Q
 
     grad_base = grad_ptr + b * grad_stride_b + h * grad_stride_h
     q_base = q_ptr + b * q_stride_b + h * q_stride_h
@@ -288,20 +295,20 @@ def block_causal_attention_dkv_kernel(
     dv = tl.zeros((BLOCK_K, D_PADDED), tl.float32)
     dk, dv = key_gradient_tiles(
         dk, dv, k, v, firsts, grad_base, q_base, statistics, grad_stride_l, q_stride_l,
-        whole, length, length, scale_log2, BLOCK_Q, D, D_PADDED, False, raw_k_ptr is not None,
+        full_start, length, length, scale_log2, BLOCK_Q, D, D_PADDED, False, raw_k_ptr is not None,
     )  # fmt: skip
     dk, dv = key_gradient_tiles(
         dk, dv, k, v, firsts, grad_base, q_base, statistics, grad_stride_l, q_stride_l,
-        first, whole, length, scale_log2, BLOCK_Q, D, D_PADDED, True, raw_k_ptr is not None,
+        first, full_start, length, scale_log2, BLOCK_Q, D, D_PADDED, True, raw_k_ptr is not None,
     )  # fmt: skip
-    place = (b * length * heads + h) * D
+    offset = (b * length * heads + h) * D
     dk *= softmax_scale
     if raw_k_ptr is not None:
         raw_base = raw_k_ptr + b * raw_k_stride_b + h * raw_k_stride_h
         raw_k = load_tile(raw_base, start, raw_k_stride_l, length, BLOCK_K, D, D_PADDED, True)
         dk, _ = unit_gradient(dk, raw_k.to(tl.float32))
-    store_tile(dk_ptr + place, start, heads * D, length, dk, BLOCK_K, D, D_PADDED)
-    store_tile(dv_ptr + place, start, heads * D, length, dv, BLOCK_K, D, D_PADDED)
+    store_tile(dk_ptr + offset, start, heads * D, length, dk, BLOCK_K, D, D_PADDED)
+    store_tile(dv_ptr + offset, start, heads * D, length, dv, BLOCK_K, D, D_PADDED)
 
 
 # --- launcher -----------------------------------------------------------------------------------
@@ -318,8 +325,10 @@ def launch_block_causal_attention_backward(
     scale_lengths: tuple[int, ...],
     softmax_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of launch_block_causal_attention_forward; with the same block sizes (those that
-    are timed are kept on disk) the same bits on every run.
+    """The gradients of launch_block_causal_attention_forward.
+
+    They are bitwise reproducible as long as the block sizes are the same (autotuned block sizes are
+    stored on disk).
 
     Returns:
         dq_BLHD, dk_BLHD, dv_BLHD: contiguous, q's dtype.
@@ -342,12 +351,14 @@ def launch_block_causal_attention_qk_norm_backward(
     scale_lengths: tuple[int, ...],
     softmax_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same of queries and keys before qk_norm.
+    """The gradients of launch_block_causal_attention_forward with scale_mul_1H11.
+
+    dq and dk are those of queries and keys before qk_norm.
 
     Returns:
         dq_BLHD, dk_BLHD, dv_BLHD (contiguous, q's dtype), dscale_mul_1H11 (scale_mul's dtype).
     """
-    dq_BLHD, dk_BLHD, dv_BLHD, shares_BHL = _launch(
+    dq_BLHD, dk_BLHD, dv_BLHD, terms_BHL = _launch(
         grad_out_BLHD,
         q_BLHD,
         k_BLHD,
@@ -359,9 +370,9 @@ def launch_block_causal_attention_qk_norm_backward(
         softmax_scale,
     )
     log_scale_1H11 = scale_mul_1H11.float()
-    # Its clamp passes gradient up to and including its bound.
+    # The clamp passes gradient up to and including its bound.
     scale_1H11 = log_scale_1H11.exp().masked_fill(log_scale_1H11 > MAX_LOG_SCALE.value, 0)
-    dscale_1H11 = shares_BHL.sum((0, 2)).view(1, -1, 1, 1) * scale_1H11
+    dscale_1H11 = terms_BHL.sum((0, 2)).view(1, -1, 1, 1) * scale_1H11
     return dq_BLHD, dk_BLHD, dv_BLHD, dscale_1H11.to(scale_mul_1H11.dtype)
 
 
@@ -376,7 +387,7 @@ def _launch(
     scale_lengths: tuple[int, ...],
     softmax_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq_BLHD, dk_BLHD, dv_BLHD and, with scale_mul, every query's share in its gradient, BHL."""
+    """dq_BLHD, dk_BLHD, dv_BLHD and, with scale_mul, each query's term in its gradient, BHL."""
     batch, length, heads, head_dim = q_BLHD.shape
     grad_out_BLHD, lse_BHL = last_contiguous(grad_out_BLHD), lse_BHL.contiguous()
     dq_BLHD, dk_BLHD, dv_BLHD = (
@@ -384,9 +395,9 @@ def _launch(
     )
     qk_norm = scale_mul_1H11 is not None
     statistics_BHSL = lse_BHL.new_empty((batch, heads, 4 if qk_norm else 2, length))
-    shares_BHL = statistics_BHSL[:, :, -1]
+    terms_BHL = statistics_BHSL[:, :, -1]
     if dq_BLHD.numel() == 0:
-        return dq_BLHD, dk_BLHD, dv_BLHD, shares_BHL
+        return dq_BLHD, dk_BLHD, dv_BLHD, terms_BHL
     attended_q_BLHD, attended_k_BLHD = q_BLHD, k_BLHD
     near_q_BLHD = raw_k_BLHD = None
     if scale_mul_1H11 is not None:
@@ -438,20 +449,14 @@ def _launch(
         )
 
     with on_device_of(q_BLHD):
-        # dQ first: it writes the statistics, and the queries, that the other reads.
+        # dQ first: it writes the statistics and queries that the other kernel reads.
         for table, kernel, launch in (
             (configs.DQ, block_causal_attention_dq_kernel, launch_dq),
             (configs.DKV, block_causal_attention_dkv_kernel, launch_dkv),
         ):
-            launch(chosen(table, kernel, q_BLHD, scale_lengths, qk_norm, launch))
-    return dq_BLHD, dk_BLHD, dv_BLHD, shares_BHL
+            launch(choose_config(table, kernel, q_BLHD, scale_lengths, qk_norm, launch))
+    return dq_BLHD, dk_BLHD, dv_BLHD, terms_BHL
 
 
 def _strides(*tensors_BLHD: torch.Tensor) -> list[int]:
     return [stride for x in tensors_BLHD for stride in x.stride()[:3]]
-
-
-COMPILE_CASES = (
-    *compile_cases(configs.DQ, block_causal_attention_dq_kernel),
-    *compile_cases(configs.DKV, block_causal_attention_dkv_kernel),
-)

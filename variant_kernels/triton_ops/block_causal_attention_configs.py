@@ -1,7 +1,7 @@
-"""Block sizes of the block_causal_attention kernels, by device, the likely best first.
+"""Block sizes of the block_causal_attention kernels by device family; the first is the default.
 
-No list is long: each entry costs a compilation and a timing the first time a shape is seen. Spills
-and shared memory of every entry: ``python -m variant_kernels.triton_ops.compile_report``.
+The lists are short: each entry costs a compilation and a timing the first time a shape is seen.
+Spills and shared memory of every entry: ``python -m variant_kernels.triton_ops.compile_report``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from variant_kernels.triton_ops.tuning import Config
 
 Table = dict[str, dict[int, tuple[Config, ...]]]
 
-# By the padded head width of 16-bit inputs; the last row serves wider heads as well.
+# By the padded head width of 16-bit inputs; an entry serves all heads up to its key.
 FORWARD: Table = {
     "sm90": {
         64: (
@@ -36,7 +36,7 @@ FORWARD: Table = {
         256: (Config(64, 32, 4, 1), Config(64, 64, 4, 1)),
     },
     "other": {256: (Config(64, 32, 4, 2), Config(128, 64, 8, 2), Config(32, 32, 4, 1))},
-    # Small and unequal: several tiles of both kinds even in small cases.
+    # Small and unequal, so that small test cases have several tiles of queries and of keys.
     "interpreter": {256: (Config(32, 16, 1, 1),)},
 }
 DQ: Table = {
@@ -77,15 +77,15 @@ DKV: Table = {
     "other": {256: (Config(32, 32, 4, 1), Config(32, 64, 4, 2))},
     "interpreter": {256: (Config(16, 32, 1, 1),)},
 }
-# float32 runs outside the tensor cores, and its tiles are twice as large.
+# float32 products do not use the tensor cores, and float32 tiles take twice the memory.
 FLOAT32 = (Config(32, 32, 4, 2), Config(64, 32, 8, 1), Config(32, 32, 8, 1))
 FLOAT32_WIDE = (Config(16, 16, 4, 1), Config(32, 16, 8, 1), Config(32, 32, 8, 1))
 
 
 def configs_for(table: Table, x: torch.Tensor) -> tuple[Config, ...]:
-    """The configs to choose from for the device, dtype and head width of x."""
+    """The candidates for the device, dtype and head width of x."""
     kind, width = family(x.device), padded(x.shape[-1])
     if x.dtype == torch.float32 and kind != "interpreter":
         return FLOAT32 if width <= 64 else FLOAT32_WIDE
-    rows = table[kind]
-    return rows[min(w for w in rows if w >= width)]
+    by_width = table[kind]
+    return by_width[min(w for w in by_width if w >= width)]

@@ -1,4 +1,4 @@
-"""What the Triton launchers share: the device they launch on and what that device is."""
+"""Shared by the Triton launchers: the current device, its family and number of processors."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from variant_kernels.dispatch.support import triton_interprets
 
 __all__ = ["family", "num_processors", "on_device_of", "padded"]
 
-# One stands for the interpreter: there, a test says how many processors there should be.
+# The interpreter has no processors; tests replace num_processors.
 INTERPRETED_PROCESSORS = 1
 
 
 def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: make it x's."""
+    """A context in which x's device is the current one, on which Triton launches."""
     if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     if x.device.type == "xpu" and x.device.index != torch.xpu.current_device():
@@ -36,9 +36,10 @@ def num_processors(device: torch.device) -> int:
 
 @cache
 def family(device: torch.device) -> str:
-    """Which list of block sizes suits a device: interpreter, sm90 (and later), nvidia, amd, other.
+    """The device family that selects block sizes: interpreter, sm90, nvidia, amd or other.
 
-    Consumer GPUs after sm90 have the shared memory of sm86, so that capability 12 is "nvidia".
+    sm90 includes capability 10. Consumer GPUs after sm90 have as little shared memory as sm86, so
+    capability 12 is "nvidia".
     """
     if triton_interprets():
         return "interpreter"
@@ -50,5 +51,5 @@ def family(device: torch.device) -> str:
 
 
 def padded(head_dim: int) -> int:
-    """The power of two that a block of head_dim columns takes."""
+    """The next power of two, which is the width of a block of head_dim columns."""
     return 1 << (head_dim - 1).bit_length()

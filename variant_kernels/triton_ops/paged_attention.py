@@ -1,39 +1,35 @@
 """paged_attention in Triton. B batch, T queries, H heads, D head width, P pages, N tokens of a
 page, M page-table entries; inside the kernels Q queries and K keys of a tile, S parts of the keys.
 
-A program serves one query tile of one head of one sequence. Where such programs would leave
-processors idle, the keys are split among several, each writes its part and its softmax statistics,
-and a second kernel puts the parts together in a fixed order (Flash-Decoding). Lengths are read on
-the GPU only.
+A program computes one query tile of one head of one sequence. If these programs are too few for
+the GPU, the keys are split over several programs; each writes its part and softmax statistics, and
+a second kernel combines the parts in a fixed order (Flash-Decoding). Lengths are read on the GPU
+only.
 """
 
 # Triton's compiler gives a kernel's arguments other types than Python's checker sees.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-# What is assigned and read under the same compile-time constant is bound.
+# Variables that are assigned and read under the same compile-time constant are bound.
 # pyright: reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
 from math import e, log2
 
 import torch
 import triton
 import triton.language as tl
 
+from variant_kernels.split_keys import num_splits
 from variant_kernels.triton_ops import common, tuning
 from variant_kernels.triton_ops.common import on_device_of, padded
-from variant_kernels.triton_ops.compile_report import DTYPES, CompileCase
 from variant_kernels.triton_ops.e4m3 import (
-    NO_SCALES,
-    SCALE_ARGUMENTS,
     e4m3_decode,
     page_bytes,
     scale_arguments,
     scale_of,
 )
-from variant_kernels.triton_ops.paged_attention_configs import LARGE, configs, usual
+from variant_kernels.triton_ops.paged_attention_configs import configs_for
 from variant_kernels.triton_ops.tuning import Config
 
 # Below every score, yet finite: 0 * inf would be NaN.
@@ -72,19 +68,20 @@ def attend_pages(
 ):
     """Online softmax over the tokens from ``first`` to ``last`` of one sequence.
 
-    With KV8 rows are decoded as late as possible, for the registers that they take. Their scales go
-    into the rows: probabilities times a scale may be too small for float16, and columns of scores
-    lie in another layout, for which the compiler would look up the pages again.
+    With KV8 keys and values are decoded as late as possible, because decoded tiles take more
+    registers. Scales are multiplied into the keys and values: probabilities times a scale may
+    underflow in float16, and the columns of scores have another layout, for which the compiler
+    would load the page table again.
     """
     columns = tl.arange(0, D_PADDED)
     for start in tl.range(first, last, BLOCK_K):
         tokens = start + tl.arange(0, BLOCK_K)
-        seen = tokens < last
+        visible = tokens < last
         if MASKED:
-            pages = tl.load(table_base + tokens // PAGE_SIZE, mask=seen, other=0)
+            pages = tl.load(table_base + tokens // PAGE_SIZE, mask=visible, other=0)
         else:
             pages = tl.load(table_base + tokens // PAGE_SIZE)
-        # Nobody looked at the table: a wrong entry must not leave the pool.
+        # Not validated on a GPU: clamp, so that a bad entry cannot read outside the pool.
         pages = tl.minimum(tl.maximum(pages, 0), num_pages - 1).to(tl.int64)
         slots = tokens % PAGE_SIZE
         k_rows = k_base + pages * k_stride_p + slots * k_stride_n
@@ -95,14 +92,14 @@ def attend_pages(
             k_scale_pointers = k_scales_base + pages * k_scales_stride_p + slots * k_scales_stride_n
             v_scale_pointers = v_scales_base + pages * v_scales_stride_p + slots * v_scales_stride_n
             if MASKED:
-                k_exponents = tl.load(k_scale_pointers, mask=seen, other=0)
-                v_exponents = tl.load(v_scale_pointers, mask=seen, other=0)
+                k_exponents = tl.load(k_scale_pointers, mask=visible, other=0)
+                v_exponents = tl.load(v_scale_pointers, mask=visible, other=0)
             else:
                 k_exponents = tl.load(k_scale_pointers)
                 v_exponents = tl.load(v_scale_pointers)
-        # Slots past the length may hold NaN, which no probability of zero would silence.
+        # Slots past the length may hold NaN, and 0 * NaN is NaN: load zeros instead.
         if MASKED:
-            inside = seen[:, None] & (columns < D)[None, :]
+            inside = visible[:, None] & (columns < D)[None, :]
             k = tl.load(k_pointers, mask=inside, other=0)
             v = tl.load(v_pointers, mask=inside, other=0)
         elif D == D_PADDED:
@@ -115,7 +112,7 @@ def attend_pages(
             k = (e4m3_decode(k) * scale_of(k_exponents)[:, None]).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
-            scores = tl.where(seen[None, :], scores, LOWEST)
+            scores = tl.where(visible[None, :], scores, LOWEST)
         new_largest = tl.maximum(largest, tl.max(scores, 1) * scale_log2)
         probs = tl.exp2(scores * scale_log2 - new_largest[:, None])
         shrink = tl.exp2(largest - new_largest)
@@ -127,8 +124,8 @@ def attend_pages(
     return out, total, largest
 
 
-# Counts that change with the scale, the batch and the depth: compiled apart by divisibility (and a
-# one as a constant) they would make a dozen kernels, a second's compilation each.
+# Sizes that vary with the scale, the batch and the depth. Specialised on divisibility by 16 (and on
+# 1), they would give a dozen kernels that take a second each to compile.
 COUNTS = ("table_stride", "batch", "num_queries", "heads", "num_pages", "entries", "splits")
 
 
@@ -176,9 +173,9 @@ def paged_attention_kernel(
 ):
     """One query tile over one part of the keys; scale_log2 > 0, q negated if NEGATE.
 
-    With KV8 pages are bytes, with scales.
-    out: (B, T, H, D), or with SPLIT (S, B, T, H, D) in float32 beside the base-2 logarithm of the
-    sum of exponentials, (S, B, T, H).
+    With KV8 pages are bytes and have scales.
+    out: (B, T, H, D); with SPLIT float32 (S, B, T, H, D), and lse (S, B, T, H) is the base-2
+    logarithm of the sum of exponentials.
     """
     tiles = tl.cdiv(num_queries, BLOCK_Q)
     tile = tl.program_id(0) % tiles
@@ -188,16 +185,16 @@ def paged_attention_kernel(
     b, h = (sequence % batch).to(tl.int64), head.to(tl.int64)
     kv_len = tl.load(lens_ptr + b * lens_stride)
     kv_len = tl.minimum(tl.maximum(kv_len, 0), entries * PAGE_SIZE)
-    # Every part a whole number of tiles: only the last has a boundary.
+    # Each part is a multiple of BLOCK_K: only the last one has an incomplete tile.
     part = tl.cdiv(tl.cdiv(kv_len, splits), BLOCK_K) * BLOCK_K
     first = split * part
     last = tl.minimum(first + part, kv_len)
-    whole = first + tl.maximum(last - first, 0) // BLOCK_K * BLOCK_K
+    full_end = first + tl.maximum(last - first, 0) // BLOCK_K * BLOCK_K
 
-    rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    queries = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     columns = tl.arange(0, D_PADDED)
-    inside = (rows < num_queries)[:, None] & (columns < D)[None, :]
-    q_rows = q_ptr + b * q_stride_b + h * q_stride_h + rows.to(tl.int64) * q_stride_t
+    inside = (queries < num_queries)[:, None] & (columns < D)[None, :]
+    q_rows = q_ptr + b * q_stride_b + h * q_stride_h + queries.to(tl.int64) * q_stride_t
     q = tl.load(q_rows[:, None] + columns[None, :], mask=inside, other=0.0)
     if NEGATE:
         q = -q
@@ -209,34 +206,36 @@ def paged_attention_kernel(
     if KV8:
         k_scales_ptr += h
         v_scales_ptr += h
-    out, total, largest = attend_pages(
-        out, total, largest, q, k_base, v_base, table_base, k_stride_p, k_stride_n, v_stride_p,
-        v_stride_n, k_scales_ptr, v_scales_ptr, k_scales_stride_p, k_scales_stride_n,
-        v_scales_stride_p, v_scales_stride_n, num_pages, first, whole, scale_log2,
-        KV8, PAGE_SIZE, BLOCK_K, D, D_PADDED, False,
-    )  # fmt: skip
-    out, total, largest = attend_pages(
-        out, total, largest, q, k_base, v_base, table_base, k_stride_p, k_stride_n, v_stride_p,
-        v_stride_n, k_scales_ptr, v_scales_ptr, k_scales_stride_p, k_scales_stride_n,
-        v_scales_stride_p, v_scales_stride_n, num_pages, whole, last, scale_log2,
-        KV8, PAGE_SIZE, BLOCK_K, D, D_PADDED, True,
-    )  # fmt: skip
+    # Complete tiles first, then the incomplete tile at the end of the part, with a mask.
+    for MASKED in tl.static_range(2):
+        out, total, largest = attend_pages(
+            out, total, largest, q, k_base, v_base, table_base,
+            k_stride_p=k_stride_p, k_stride_n=k_stride_n,
+            v_stride_p=v_stride_p, v_stride_n=v_stride_n,
+            k_scales_base=k_scales_ptr, v_scales_base=v_scales_ptr,
+            k_scales_stride_p=k_scales_stride_p, k_scales_stride_n=k_scales_stride_n,
+            v_scales_stride_p=v_scales_stride_p, v_scales_stride_n=v_scales_stride_n,
+            num_pages=num_pages,
+            first=full_end if MASKED else first, last=last if MASKED else full_end,
+            scale_log2=scale_log2,
+            KV8=KV8, PAGE_SIZE=PAGE_SIZE, BLOCK_K=BLOCK_K, D=D, D_PADDED=D_PADDED, MASKED=MASKED,
+        )  # fmt: skip
 
-    # No key: zeros, and a logarithm that weighs nothing.
+    # Without keys: zeros, and lse = -inf, which has weight 0.
     out = out / tl.where(total == 0.0, 1.0, total)[:, None]
-    places = ((split * batch + b) * num_queries + rows) * heads + h
-    out_pointers = out_ptr + places[:, None] * D + columns[None, :]
+    out_rows = ((split * batch + b) * num_queries + queries) * heads + h
+    out_pointers = out_ptr + out_rows[:, None] * D + columns[None, :]
     tl.store(out_pointers, out.to(out_ptr.dtype.element_ty), mask=inside)
     if SPLIT:
-        tl.store(lse_ptr + places, largest + tl.log2(total), mask=rows < num_queries)
+        tl.store(lse_ptr + out_rows, largest + tl.log2(total), mask=queries < num_queries)
 
 
-@triton.jit(do_not_specialize=("rows", "splits"))
+@triton.jit(do_not_specialize=("num_rows", "splits"))
 def paged_attention_combine_kernel(
     parts_ptr,
     lse_ptr,
     out_ptr,
-    rows,
+    num_rows,
     splits,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
@@ -245,14 +244,14 @@ def paged_attention_combine_kernel(
     """out = sum of 2^(lse - max) parts over the splits / sum of 2^(lse - max), for BLOCK_R rows."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.arange(0, D_PADDED)
-    inside = (row < rows)[:, None] & (columns < D)[None, :]
+    inside = (row < num_rows)[:, None] & (columns < D)[None, :]
     out = tl.zeros((BLOCK_R, D_PADDED), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
     largest = tl.full((BLOCK_R,), LOWEST, tl.float32)
     for split in range(splits):
-        place = tl.cast(split, tl.int64) * rows + row
-        lse = tl.load(lse_ptr + place, mask=row < rows, other=float("-inf"))
-        part = tl.load(parts_ptr + place[:, None] * D + columns[None, :], mask=inside, other=0.0)
+        part_row = tl.cast(split, tl.int64) * num_rows + row
+        lse = tl.load(lse_ptr + part_row, mask=row < num_rows, other=float("-inf"))
+        part = tl.load(parts_ptr + part_row[:, None] * D + columns[None, :], mask=inside, other=0.0)
         new_largest = tl.maximum(largest, lse)
         shrink, weight = tl.exp2(largest - new_largest), tl.exp2(lse - new_largest)
         total = total * shrink + weight
@@ -264,18 +263,6 @@ def paged_attention_combine_kernel(
 
 
 BLOCK_ROWS = 4
-# Fewer keys than this are not worth a second kernel.
-KEYS_OF_A_PART = 128
-
-
-def num_splits(programs: int, processors: int, room: int) -> int:
-    """Into how many parts the keys of each sequence go, for at most ``room`` keys.
-
-    One, unless programs without a split leave processors idle; then enough for two on each.
-    """
-    if programs >= processors:
-        return 1
-    return max(1, min(-(-2 * processors // programs), room // KEYS_OF_A_PART))
 
 
 def launch_paged_attention_forward(
@@ -291,15 +278,14 @@ def launch_paged_attention_forward(
 ) -> torch.Tensor:
     """softmax(softmax_scale * q k^T) v over the first kv_lens_B[b] tokens of sequence b.
 
-    With scales, pages are float8_e4m3fn and k and v are page * scale (``kv_quantization``).
-    Token s lies at page page_table_BM[b, s // N], slot s % N. A length of 0 gives zeros. Neither
-    page-table entries nor slots past the length are read. On a GPU nobody has looked at the
-    values: lengths are clamped to what the table holds, page indices to the pool.
+    Token s is stored in page page_table_BM[b, s // N], slot s % N. With scales, pages are
+    float8_e4m3fn and k and v are page * scale (``kv_quantization``). A length of 0 gives zeros.
+    Page-table entries and slots past the length are not read. On a GPU values are not validated:
+    lengths are clamped to the capacity of the table, page indices to the pool.
 
     Returns:
         out_BTHD: contiguous, q's dtype.
     """
-    batch, num_queries, heads, head_dim = q_BTHD.shape
     num_pages, page_size = k_pages_PNHD.shape[:2]
     entries = page_table_BM.shape[1]
     out_BTHD = torch.empty_like(q_BTHD, memory_format=torch.contiguous_format)
@@ -307,158 +293,112 @@ def launch_paged_attention_forward(
         return out_BTHD
     if num_pages == 0 or entries == 0:
         return out_BTHD.zero_()
-    room = entries * page_size
     k_pages, v_pages = page_bytes(k_pages_PNHD, v_pages_PNHD, k_scales_PNH)
     scales = scale_arguments(k_scales_PNH, v_scales_PNH)
 
     def launch(config: Config) -> None:
-        programs = batch * heads * -(-num_queries // config.block_q)
-        splits = num_splits(programs, common.num_processors(q_BTHD.device), room)
-        target, lse_SBTH = out_BTHD, None
-        if splits > 1:
-            shape = (splits, batch, num_queries, heads)
-            lse_SBTH = q_BTHD.new_empty(shape, dtype=torch.float32)
-            target = q_BTHD.new_empty((*shape, head_dim), dtype=torch.float32)
-        paged_attention_kernel[(programs * splits,)](
-            q_BTHD,
-            k_pages,
-            v_pages,
-            page_table_BM,
-            kv_lens_B,
-            target,
-            lse_SBTH,
-            *q_BTHD.stride()[:3],
-            *k_pages_PNHD.stride()[:3],
-            *v_pages_PNHD.stride()[:3],
-            page_table_BM.stride(0),
-            kv_lens_B.stride(0),
-            *scales,
-            batch,
-            num_queries,
-            heads,
-            num_pages,
-            entries,
-            splits,
-            # The kernel takes scale * max for max of scale * score: the sign goes into q. A scale
-            # of zero would turn masked scores into visible ones; this one is zero to every sum.
-            max(abs(softmax_scale), 1e-30) * log2(e),
-            KV8=k_scales_PNH is not None,
-            NEGATE=softmax_scale < 0,
-            SPLIT=splits > 1,
-            PAGE_SIZE=page_size,
-            D=head_dim,
-            D_PADDED=padded(head_dim),
-            BLOCK_Q=config.block_q,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            enable_fp_fusion=True,
-            num_stages=config.num_stages,
-        )
-        if lse_SBTH is not None:
-            rows = batch * num_queries * heads
-            paged_attention_combine_kernel[(-(-rows // BLOCK_ROWS),)](
-                target,
-                lse_SBTH,
-                out_BTHD,
-                rows,
-                splits,
-                D=head_dim,
-                D_PADDED=padded(head_dim),
-                BLOCK_R=BLOCK_ROWS,
-                num_warps=4,
-                enable_fp_fusion=True,
-            )
+        _launch(
+            config, q_BTHD, k_pages, v_pages, page_table_BM, kv_lens_B, softmax_scale, scales,
+            out_BTHD,
+        )  # fmt: skip
 
     with on_device_of(q_BTHD):
+        batch, num_queries, heads, head_dim = q_BTHD.shape
         key = (
-            # Shapes that share a winner: queries and keys up to a power of two.
-            *((n - 1).bit_length() for n in (num_queries, room, batch * heads)),
+            # Rounded up to a power of two, so that similar shapes share one choice.
+            *((n - 1).bit_length() for n in (num_queries, entries * page_size, batch * heads)),
             head_dim,
             page_size,
             q_BTHD.dtype,
             k_pages_PNHD.dtype,
         )
-        kernel, likely = paged_attention_kernel, configs(q_BTHD, k_scales_PNH is not None)
-        launch(tuning.best(kernel, likely, key, launch, q_BTHD.device))
+        candidates = configs_for(q_BTHD, k_scales_PNH is not None)
+        launch(tuning.best(paged_attention_kernel, candidates, key, launch, q_BTHD.device))
     return out_BTHD
 
 
-# --- for the compile report ---------------------------------------------------------------------
-
-_ARGUMENTS = {
-    **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*T:16"),
-    **dict.fromkeys(("table_ptr", "lens_ptr"), "*i32:16"),
-    **dict.fromkeys(("out_ptr", "lse_ptr"), "*fp32:16"),
-    **{f"{x}_stride_{axis}": "i32:16" for x in "qkv" for axis in "btphn"},
-    **dict.fromkeys(("table_stride", "batch", "num_queries", "heads"), "i32"),
-    **dict.fromkeys(("num_pages", "entries", "splits"), "i32"),
-    "scale_log2": "fp32",
-}
-_BYTES = dict.fromkeys(("k_ptr", "v_ptr"), "*u8:16") | SCALE_ARGUMENTS
-
-
-def _cases() -> Iterator[CompileCase]:
-    names = paged_attention_kernel.arg_names
-    exact = {name: _ARGUMENTS[name] for name in names if name in _ARGUMENTS}
-    targets = (("sm90", "sm_90"), ("nvidia", "sm_80"), ("amd", "gfx942"))
-    for (kind, target), kv8 in product(targets, (False, True)):
-        for head_dim, rows, dtypes in (
-            (64, usual(kind, False, kv8), ("bf16", "fp16")),
-            (128, usual(kind, True, kv8), ("bf16", "fp16")),
-            (64, {128: LARGE}, ("fp32",)),
-            (256, {128: LARGE}, DTYPES),
-        ):
-            # Without repetitions, in order.
-            for config in dict.fromkeys(config for row in rows.values() for config in row):
-                yield CompileCase(
-                    kernel=paged_attention_kernel,
-                    arguments=exact | (_BYTES if kv8 else {}),
-                    constants=({} if kv8 else NO_SCALES)
-                    | {
-                        "lens_stride": 1,
-                        "KV8": kv8,
-                        "NEGATE": False,
-                        "SPLIT": True,
-                        "PAGE_SIZE": 16,
-                        "D": head_dim,
-                        "D_PADDED": head_dim,
-                        "BLOCK_Q": config.block_q,
-                        "BLOCK_K": config.block_k,
-                    },
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
-                    targets=(target,),
-                    dtypes=dtypes,
-                    label=f"D {head_dim}, {config.block_q} x {config.block_k}"
-                    + (", 8 bits" if kv8 else ""),
-                )
-    # No statistics are written: another kernel.
-    others = {"NEGATE": True, "SPLIT": False, "PAGE_SIZE": 5, "D": 24, "D_PADDED": 32}
-    others |= {"lens_stride": 1, "lse_ptr": None, "BLOCK_Q": 16, "BLOCK_K": 32}
-    for kv8 in (False, True):
-        arguments = exact | (_BYTES if kv8 else {})
-        yield CompileCase(
-            kernel=paged_attention_kernel,
-            arguments={n: kind for n, kind in arguments.items() if n != "lse_ptr"},
-            constants=({} if kv8 else NO_SCALES) | {"KV8": kv8} | others,
-            num_warps=4,
-            num_stages=2,
-            label="in one part, D 24" + (", 8 bits" if kv8 else ""),
-        )
-    yield CompileCase(
-        kernel=paged_attention_combine_kernel,
-        arguments={
-            "parts_ptr": "*fp32:16",
-            "lse_ptr": "*fp32:16",
-            "out_ptr": "*T:16",
-            "rows": "i32",
-            "splits": "i32",
-        },
-        constants={"D": 64, "D_PADDED": 64, "BLOCK_R": BLOCK_ROWS},
-        num_warps=4,
-        num_stages=1,
-        label="D 64",
+def _launch(
+    config: Config,
+    q_BTHD: torch.Tensor,
+    k_pages_PNHD: torch.Tensor,
+    v_pages_PNHD: torch.Tensor,
+    page_table_BM: torch.Tensor,
+    kv_lens_B: torch.Tensor,
+    softmax_scale: float,
+    scales: tuple[torch.Tensor | int | None, ...],
+    out_BTHD: torch.Tensor,
+) -> None:
+    """Both kernels with one config; pages and scales as ``e4m3`` prepares them."""
+    batch, num_queries, heads, head_dim = q_BTHD.shape
+    num_pages, page_size = k_pages_PNHD.shape[:2]
+    entries = page_table_BM.shape[1]
+    capacity = entries * page_size
+    programs = batch * heads * -(-num_queries // config.block_q)
+    splits = num_splits(programs, common.num_processors(q_BTHD.device), capacity)
+    target, lse_SBTH = out_BTHD, None
+    if splits > 1:
+        target, lse_SBTH = _split_buffers(q_BTHD, splits)
+    paged_attention_kernel[(programs * splits,)](
+        q_BTHD,
+        k_pages_PNHD,
+        v_pages_PNHD,
+        page_table_BM,
+        kv_lens_B,
+        target,
+        lse_SBTH,
+        *q_BTHD.stride()[:3],
+        *k_pages_PNHD.stride()[:3],
+        *v_pages_PNHD.stride()[:3],
+        page_table_BM.stride(0),
+        kv_lens_B.stride(0),
+        *scales,
+        batch,
+        num_queries,
+        heads,
+        num_pages,
+        entries,
+        splits,
+        # The kernel computes max(scale * scores) as scale * max(scores), so the sign goes into q.
+        # A scale of zero would make masked scores visible; 1e-30 has the effect of zero.
+        max(abs(softmax_scale), 1e-30) * log2(e),
+        KV8=scales[0] is not None,
+        NEGATE=softmax_scale < 0,
+        SPLIT=splits > 1,
+        PAGE_SIZE=page_size,
+        D=head_dim,
+        D_PADDED=padded(head_dim),
+        BLOCK_Q=config.block_q,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        enable_fp_fusion=True,
+        num_stages=config.num_stages,
     )
+    if lse_SBTH is not None:
+        _launch_combine(target, lse_SBTH, out_BTHD)
 
 
-COMPILE_CASES = tuple(_cases())
+def _split_buffers(q_BTHD: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised float32 buffers for the parts, (S, B, T, H, D), and their lse, (S, B, T, H)."""
+    batch, num_queries, heads, head_dim = q_BTHD.shape
+    shape = (splits, batch, num_queries, heads)
+    lse_SBTH = q_BTHD.new_empty(shape, dtype=torch.float32)
+    return q_BTHD.new_empty((*shape, head_dim), dtype=torch.float32), lse_SBTH
+
+
+def _launch_combine(
+    parts_SBTHD: torch.Tensor, lse_SBTH: torch.Tensor, out_BTHD: torch.Tensor
+) -> None:
+    batch, num_queries, heads, head_dim = out_BTHD.shape
+    num_rows = batch * num_queries * heads
+    paged_attention_combine_kernel[(-(-num_rows // BLOCK_ROWS),)](
+        parts_SBTHD,
+        lse_SBTH,
+        out_BTHD,
+        num_rows,
+        parts_SBTHD.shape[0],
+        D=head_dim,
+        D_PADDED=padded(head_dim),
+        BLOCK_R=BLOCK_ROWS,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )

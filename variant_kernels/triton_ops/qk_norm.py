@@ -1,15 +1,13 @@
 """qk_norm in Triton. B batch, T tokens, H heads, D head width; N parts of the tokens.
 
-Forward: a program takes the queries and keys of one token. Backward: each program walks over some
-tokens and keeps each head's sum; a second kernel adds the parts in a fixed order.
+Forward: a program processes the queries and keys of one token. Backward: each program loops over
+some tokens and accumulates a sum per head; a second kernel adds the parts in a fixed order.
 """
 
 # Triton's compiler gives a kernel's arguments other types than Python's checker sees.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 import triton
@@ -18,18 +16,15 @@ import triton.language as tl
 from variant_kernels.tensors import last_contiguous
 from variant_kernels.triton_ops import common
 from variant_kernels.triton_ops.common import on_device_of, padded
-from variant_kernels.triton_ops.compile_report import CompileCase
 from variant_kernels.triton_ops.rows import (
     HEADS_PER_THREAD,
     MAX_LOG_SCALE,
-    PER_THREAD,
-    cut,
     head_scale,
-    heads_of_a_block,
+    heads_per_block,
     num_warps_for,
+    rows_per_part,
     unit,
     unit_gradient,
-    warps_by_target,
 )
 
 
@@ -58,14 +53,14 @@ def qk_norm_forward_kernel(
     Without queries, q_ptr, scale_ptr and q_out_ptr are None.
     """
     tiles: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    place = (tl.program_id(0) // tiles).to(tl.int64)
-    b, t = place // tokens, place % tokens
+    token = (tl.program_id(0) // tiles).to(tl.int64)
+    b, t = token // tokens, token % tokens
     h = tl.program_id(0) % tiles * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, D_PADDED)[None, :]
     inside = (h < H)[:, None] & (d < D)
     k_rows = k_ptr + b * k_stride_b + t * k_stride_t + h * k_stride_h
     k = tl.load(k_rows[:, None] + d, mask=inside, other=0.0).to(tl.float32)
-    out = (place * H + h)[:, None] * D + d
+    out = (token * H + h)[:, None] * D + d
     element = k_out_ptr.dtype.element_ty
     if q_ptr is not None:
         q_rows = q_ptr + b * q_stride_b + t * q_stride_t + h * q_stride_h
@@ -78,7 +73,7 @@ def qk_norm_forward_kernel(
     tl.store(k_out_ptr + out, unit_k.to(element), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "places", "places_of_a_part"])
+@triton.jit(do_not_specialize=["tokens", "num_tokens", "tokens_per_part"])
 def qk_norm_backward_kernel(
     grad_q_ptr,
     grad_k_ptr,
@@ -102,29 +97,30 @@ def qk_norm_backward_kernel(
     k_stride_h,
     scale_stride,
     tokens,
-    places,
-    places_of_a_part,
+    num_tokens,
+    tokens_per_part,
     H: tl.constexpr,
     D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     D_PADDED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dQ and dK; of queries also the sum of g . n over the tokens of one part, g the gradient and n
-    the unit query: sums (N, H), of which scale_mul's gradient is made.
+    """dQ and dK of the tokens of one part, and the sums (N, H) for scale_mul's gradient.
+
+    The sum of a head is that of g . n over the tokens; g is the gradient, n the unit query.
     """
     tiles: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     part = tl.program_id(0) // tiles
-    first = part * places_of_a_part
-    last = tl.minimum(first + places_of_a_part, places)
+    first = part * tokens_per_part
+    last = tl.minimum(first + tokens_per_part, num_tokens)
     h = tl.program_id(0) % tiles * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, D_PADDED)[None, :]
     inside = (h < H)[:, None] & (d < D)
     scale = head_scale(tl.load(scale_ptr + h * scale_stride, mask=h < H, other=0.0).to(tl.float32))
     total = tl.zeros((BLOCK_H,), tl.float32)
     element = dq_ptr.dtype.element_ty
-    for place in tl.range(first, last, num_stages=STAGES):
-        b, t = (place // tokens).to(tl.int64), (place % tokens).to(tl.int64)
+    for token in tl.range(first, last, num_stages=STAGES):
+        b, t = (token // tokens).to(tl.int64), (token % tokens).to(tl.int64)
         q_rows = q_ptr + b * q_stride_b + t * q_stride_t + h * q_stride_h
         k_rows = k_ptr + b * k_stride_b + t * k_stride_t + h * k_stride_h
         dq_rows = grad_q_ptr + b * grad_q_stride_b + t * grad_q_stride_t + h * grad_q_stride_h
@@ -133,7 +129,7 @@ def qk_norm_backward_kernel(
         k = tl.load(k_rows[:, None] + d, mask=inside, other=0.0).to(tl.float32)
         grad_q = tl.load(dq_rows[:, None] + d, mask=inside, other=0.0).to(tl.float32)
         grad_k = tl.load(dk_rows[:, None] + d, mask=inside, other=0.0).to(tl.float32)
-        out = (tl.cast(place, tl.int64) * H + h)[:, None] * D + d
+        out = (tl.cast(token, tl.int64) * H + h)[:, None] * D + d
 
         dq, along = unit_gradient(grad_q, q)
         total += along
@@ -185,7 +181,7 @@ def launch_qk_norm_forward(
 
 
 def launch_unit_keys(*, k_BTHD: torch.Tensor) -> torch.Tensor:
-    """k / max(|k|, 1e-12), as launch_qk_norm_forward's: contiguous, k's dtype."""
+    """k / max(|k|, 1e-12), as launch_qk_norm_forward computes it: contiguous, k's dtype."""
     return _launch_forward(None, k_BTHD, None, None)
 
 
@@ -195,12 +191,12 @@ def _launch_forward(
     scale_mul_1H11: torch.Tensor | None,
     q_out_BTHD: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Writes q_out_BTHD, if there are queries, and returns the keys."""
+    """Write q_out_BTHD if there are queries; return the normalised keys."""
     batch, tokens, heads, head_dim = k_BTHD.shape
     k_out_BTHD = torch.empty_like(k_BTHD, memory_format=torch.contiguous_format)
     if k_BTHD.numel() == 0:
         return k_out_BTHD
-    block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
+    block_h, d_padded = heads_per_block(heads, head_dim), padded(head_dim)
     with on_device_of(k_BTHD):
         qk_norm_forward_kernel[(batch * tokens * -(-heads // block_h),)](
             q_BTHD,
@@ -232,8 +228,8 @@ def launch_qk_norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of launch_qk_norm_forward.
 
-    A head whose scale_mul lies past log 100 gets no gradient there; a row whose norm was clamped
-    gets that of a division by 1e-12.
+    The gradient of scale_mul is 0 for heads above log 100. Where a norm was clamped, the gradient
+    is that of a division by 1e-12.
 
     Returns:
         dq_BTHD, dk_BTHD (contiguous, the inputs' dtype), dscale_mul_1H11 (scale_mul's dtype).
@@ -245,12 +241,12 @@ def launch_qk_norm_backward(
     dscale_mul_1H11 = torch.empty_like(scale_mul_1H11, memory_format=torch.contiguous_format)
     if q_BTHD.numel() == 0:
         return dq_BTHD, dk_BTHD, dscale_mul_1H11.zero_()
-    block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
-    places, tiles = batch * tokens, -(-heads // block_h)
+    block_h, d_padded = heads_per_block(heads, head_dim), padded(head_dim)
+    num_tokens, tiles = batch * tokens, -(-heads // block_h)
     num_warps = num_warps_for(block_h * d_padded, q_BTHD.device)
     processors = common.num_processors(q_BTHD.device)
-    places_of_a_part = cut(places, tiles, processors, num_warps, 1)
-    parts = -(-places // places_of_a_part)
+    tokens_per_part = rows_per_part(num_tokens, tiles, processors, num_warps, 1)
+    parts = -(-num_tokens // tokens_per_part)
     sums_NH = q_BTHD.new_empty((parts, heads), dtype=torch.float32)
     with on_device_of(q_BTHD):
         qk_norm_backward_kernel[(parts * tiles,)](
@@ -268,8 +264,8 @@ def launch_qk_norm_backward(
             *k_BTHD.stride()[:3],
             scale_mul_1H11.stride(1),
             tokens,
-            places,
-            places_of_a_part,
+            num_tokens,
+            tokens_per_part,
             H=heads,
             D=head_dim,
             BLOCK_H=block_h,
@@ -291,64 +287,3 @@ def launch_qk_norm_backward(
             enable_fp_fusion=True,
         )
     return dq_BTHD, dk_BTHD, dscale_mul_1H11
-
-
-# --- for the compile report ---------------------------------------------------------------------
-
-
-def _cases() -> Iterator[CompileCase]:
-    for heads, head_dim, aligned in ((16, 64, ":16"), (30, 64, ":16"), (3, 24, "")):
-        block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
-        for kernel in (qk_norm_forward_kernel, qk_norm_backward_kernel):
-            backward = kernel is qk_norm_backward_kernel
-            arguments = {}
-            for name in kernel.arg_names:
-                if name in ("scale_ptr", "sums_ptr"):
-                    arguments[name] = "*fp32:16"
-                elif name.endswith("_ptr"):
-                    arguments[name] = "*T:16"
-                elif "_stride_" in name:
-                    arguments[name] = "i32" + aligned
-                elif name in ("tokens", "places", "places_of_a_part"):
-                    arguments[name] = "i32"
-            blocks = {"H": heads, "D": head_dim, "BLOCK_H": block_h, "D_PADDED": d_padded}
-            stages = {"STAGES": STAGES} if backward else {}
-            for targets, num_warps in warps_by_target(
-                block_h * d_padded, PER_THREAD if backward else HEADS_PER_THREAD
-            ):
-                yield CompileCase(
-                    kernel=kernel,
-                    arguments=arguments,
-                    constants={"scale_stride": 1} | blocks | stages,
-                    num_warps=num_warps,
-                    num_stages=1,
-                    targets=targets,
-                    label=f"H {heads}, D {head_dim}",
-                )
-                if not backward:
-                    queries = ("q_ptr", "scale_ptr", "q_out_ptr")
-                    yield CompileCase(
-                        kernel=kernel,
-                        arguments={n: t for n, t in arguments.items() if n not in queries},
-                        constants={"scale_stride": 1, **dict.fromkeys(queries)} | blocks,
-                        num_warps=num_warps,
-                        num_stages=1,
-                        targets=targets,
-                        label=f"H {heads}, D {head_dim}, keys",
-                    )
-    yield CompileCase(
-        kernel=qk_norm_sums_kernel,
-        arguments={
-            "sums_ptr": "*fp32:16",
-            "scale_ptr": "*fp32:16",
-            "dscale_ptr": "*T:16",
-            "parts": "i32",
-        },
-        constants={"scale_stride": 1, "H": 30, "BLOCK_N": BLOCK_PARTS, "BLOCK_H": BLOCK_SUMS},
-        num_warps=4,
-        num_stages=1,
-        label="H 30",
-    )
-
-
-COMPILE_CASES = tuple(_cases())

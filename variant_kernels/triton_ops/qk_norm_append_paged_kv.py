@@ -8,18 +8,12 @@ B batch, T tokens, H heads, D head width, P pages, N tokens of a page.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
-
 import torch
 import triton
 import triton.language as tl
 
 from variant_kernels.triton_ops.common import on_device_of, padded
-from variant_kernels.triton_ops.compile_report import CompileCase
 from variant_kernels.triton_ops.e4m3 import (
-    NO_SCALES,
-    SCALE_ARGUMENTS,
     page_bytes,
     quantised_into,
     scale_arguments,
@@ -27,10 +21,9 @@ from variant_kernels.triton_ops.e4m3 import (
 from variant_kernels.triton_ops.rows import (
     HEADS_PER_THREAD,
     head_scale,
-    heads_of_a_block,
+    heads_per_block,
     num_warps_for,
     unit,
-    warps_by_target,
 )
 
 
@@ -71,15 +64,15 @@ def qk_norm_append_paged_kv_kernel(
     BLOCK_H: tl.constexpr,
     D_PADDED: tl.constexpr,
 ):
-    """Heads of one token: q normalised to q_out, k (with NORM normalised) and v to their slot.
+    """One token's heads: with NORM normalise q (into q_out) and k; write k and v to their slot.
 
-    With KV8 k and v are rounded to bytes, k after it was rounded to the tokens' dtype.
+    With KV8 k and v are rounded to 8 bits, k after rounding to the tokens' dtype.
     """
     tiles: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    place = (tl.program_id(0) // tiles).to(tl.int64)
-    b, t = place // tokens, place % tokens
+    token = (tl.program_id(0) // tiles).to(tl.int64)
+    b, t = token // tokens, token % tokens
     slot = tl.load(slots_ptr + b * slots_stride_b + t * slots_stride_t)
-    # Nobody looked at the slots: one outside the pool is skipped like -1.
+    # Not validated on a GPU: skip slots outside the pool, as -1, so that no write leaves the pool.
     heads = tl.where((slot >= 0) & (slot < num_slots), H, 0)
     page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
     h = tl.program_id(0) % tiles * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -87,16 +80,18 @@ def qk_norm_append_paged_kv_kernel(
     inside = (h < H)[:, None] & (d < D)
     written = (h < heads)[:, None] & (d < D)
     wide_h = h.to(tl.int64)
-    rows = (qkv_ptr + b * qkv_stride_b + t * qkv_stride_t + wide_h * qkv_stride_h)[:, None] + d
-    k = tl.load(rows + qkv_stride_3, mask=written, other=0.0)
-    v = tl.load(rows + tl.cast(qkv_stride_3, tl.int64) * 2, mask=written)
+    q_pointers = (qkv_ptr + b * qkv_stride_b + t * qkv_stride_t + wide_h * qkv_stride_h)[
+        :, None
+    ] + d
+    k = tl.load(q_pointers + qkv_stride_3, mask=written, other=0.0)
+    v = tl.load(q_pointers + tl.cast(qkv_stride_3, tl.int64) * 2, mask=written)
     if NORM:
-        q = tl.load(rows, mask=inside, other=0.0).to(tl.float32)
+        q = tl.load(q_pointers, mask=inside, other=0.0).to(tl.float32)
         log_scale = tl.load(scale_ptr + h * scale_stride, mask=h < H, other=0.0)
         scale = head_scale(log_scale.to(tl.float32))
         unit_q, _, _ = unit(q)
         out = (unit_q * scale[:, None]).to(q_out_ptr.dtype.element_ty)
-        tl.store(q_out_ptr + (place * H + h)[:, None] * D + d, out, mask=inside)
+        tl.store(q_out_ptr + (token * H + h)[:, None] * D + d, out, mask=inside)
         unit_k, _, _ = unit(k.to(tl.float32))
         k = unit_k.to(qkv_ptr.dtype.element_ty)
     if KV8:
@@ -122,9 +117,9 @@ def launch_qk_norm_append_paged_kv(
 ) -> torch.Tensor:
     """Normalise queries and keys, write keys and values into their slots; -1 skips the token.
 
-    A slot is page * page_size + offset. On a GPU nobody has looked at the values: a slot outside
-    the pool is skipped. Two tokens with one slot are the caller's mistake. With scales, pages are
-    float8_e4m3fn and rows are rounded to them (``kv_quantization``).
+    A slot is page * page_size + offset. On a GPU slots are not validated: those outside the pool
+    are skipped. If two tokens have the same slot, the result is undefined. With scales, pages are
+    float8_e4m3fn and k and v are quantised (``kv_quantization``).
 
     Returns:
         q_BTHD: new and contiguous; without scale_mul_1H11 the view qkv_BT3HD[:, :, 0].
@@ -138,7 +133,7 @@ def launch_qk_norm_append_paged_kv(
     if qkv_BT3HD.numel() == 0:
         return q_BTHD
     num_pages, page_size = k_pages_PNHD.shape[:2]
-    block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
+    block_h, d_padded = heads_per_block(heads, head_dim), padded(head_dim)
     with on_device_of(qkv_BT3HD):
         qk_norm_append_paged_kv_kernel[(batch * tokens * -(-heads // block_h),)](
             qkv_BT3HD,
@@ -165,50 +160,3 @@ def launch_qk_norm_append_paged_kv(
             enable_fp_fusion=True,
         )
     return q_BTHD
-
-
-# --- for the compile report ---------------------------------------------------------------------
-
-
-def _cases() -> Iterator[CompileCase]:
-    shapes = ((16, 64, True), (30, 64, True), (30, 64, False), (3, 24, True))
-    for (heads, head_dim, norm), kv8 in product(shapes, (False, True)):
-        block_h, d_padded = heads_of_a_block(heads, head_dim), padded(head_dim)
-        aligned = ":16" if head_dim % 16 == 0 else ""
-        constants = {"NORM": norm, "PAGE_SIZE": 16, "scale_stride": 1, "slots_stride_t": 1}
-        constants |= {"KV8": kv8} | ({} if kv8 else NO_SCALES)
-        arguments = {}
-        for name in qk_norm_append_paged_kv_kernel.arg_names:
-            if name in SCALE_ARGUMENTS:
-                if kv8:
-                    arguments[name] = SCALE_ARGUMENTS[name]
-            elif name == "slots_ptr":
-                arguments[name] = "*i64:16"
-            elif not norm and name in ("scale_ptr", "q_out_ptr"):
-                constants[name] = None
-            elif name == "scale_ptr":
-                arguments[name] = "*fp32:16"
-            elif kv8 and name.endswith("_pages_ptr"):
-                arguments[name] = "*u8:16"
-            elif name.endswith("_ptr"):
-                arguments[name] = "*T:16"
-            elif name in ("slots_stride_b", "tokens", "num_slots"):
-                arguments[name] = "i32"
-            elif "_stride_" in name and name not in constants:
-                arguments[name] = "i32" + aligned
-        constants |= {"H": heads, "D": head_dim, "BLOCK_H": block_h, "D_PADDED": d_padded}
-        for targets, num_warps in warps_by_target(block_h * d_padded, HEADS_PER_THREAD):
-            yield CompileCase(
-                kernel=qk_norm_append_paged_kv_kernel,
-                arguments=arguments,
-                constants=constants,
-                num_warps=num_warps,
-                num_stages=1,
-                targets=targets,
-                label=f"H {heads}, D {head_dim}"
-                + ("" if norm else " no norm")
-                + (", 8 bits" if kv8 else ""),
-            )
-
-
-COMPILE_CASES = tuple(_cases())

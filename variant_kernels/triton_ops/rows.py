@@ -1,7 +1,7 @@
-"""What the row kernels share: how a row is cut among threads and programs, and accurate helpers.
+"""Shared by the row kernels: rows per program, warps per block, and accurate math helpers.
 
-They move bytes and do little else: a program takes a row (narrow rows: several) into registers in
-one go, and there are many more programs than processors. Nothing is worth timing.
+Row kernels are bound by memory bandwidth: a program loads one row (or several narrow ones) into
+registers at once, and there are many more programs than processors. They are not autotuned.
 """
 
 # Triton's compiler gives a kernel's arguments other types than Python's checker sees.
@@ -21,56 +21,47 @@ MAX_THREADS = 1024
 
 
 def num_warps_for(elements: int, device: torch.device, per_thread: int = PER_THREAD) -> int:
-    """Warps for a block of ``elements`` (a power of two), so many for each thread."""
-    return _warps(elements, 64 if family(device) == "amd" else 32, per_thread)
+    """Warps for a block of ``elements`` (a power of two) with ``per_thread`` for each thread."""
+    return warps_for(elements, 64 if family(device) == "amd" else 32, per_thread)
 
 
-def _warps(elements: int, lanes: int, per_thread: int) -> int:
+def warps_for(elements: int, lanes: int, per_thread: int) -> int:
+    """:func:`num_warps_for` for warps of ``lanes`` threads."""
     return max(1, min(elements // (lanes * per_thread), MAX_THREADS // lanes))
 
 
-def warps_by_target(
-    elements: int, per_thread: int = PER_THREAD
-) -> tuple[tuple[tuple[str, ...], int], ...]:
-    """What :func:`num_warps_for` says on the targets of the compile report."""
-    return (
-        (("sm_80", "sm_90"), _warps(elements, 32, per_thread)),
-        (("gfx942",), _warps(elements, 64, per_thread)),
-    )
-
-
-def rows_of_a_block(width: int, rows: int, elements: int = 1024) -> int:
-    """How many rows of ``width`` (a power of two) one program takes at once."""
+def rows_per_block(width: int, rows: int, elements: int = 1024) -> int:
+    """Rows of ``width`` (a power of two) that one program processes at once."""
     return max(1, min(elements // width, 1 << (rows - 1).bit_length()))
 
 
-# Enough of them to hide how long memory takes: each loads one block of rows ahead.
-WARPS_OF_A_PROCESSOR = 32
+# Enough warps to hide the latency of memory; each prefetches one block of rows.
+WARPS_PER_PROCESSOR = 32
 
 
-def cut(rows: int, groups: int, processors: int, num_warps: int, least: int) -> int:
-    """Into how many rows each group is cut for one program: at least ``least``, a multiple of it.
+def rows_per_part(num_rows: int, groups: int, processors: int, num_warps: int, minimum: int) -> int:
+    """Rows of each group that one program processes, a multiple of ``minimum``.
 
-    Few enough that every processor has programs of ``num_warps`` to switch between, if the rows
-    suffice.
+    Small enough that every processor has several programs of ``num_warps``, if there are enough
+    rows.
     """
-    programs = processors * max(4, min(16, WARPS_OF_A_PROCESSOR // num_warps))
+    programs = processors * max(4, min(16, WARPS_PER_PROCESSOR // num_warps))
     parts = max(1, -(-programs // groups))
-    return -(-rows // (parts * least)) * least
+    return -(-num_rows // (parts * minimum)) * minimum
 
 
 @triton.jit
 def reciprocal_root(x):
-    """1 / sqrt(x), both correctly rounded: the hardware's own is two units off."""
+    """1 / sqrt(x), both correctly rounded: the hardware's rsqrt is off by up to two units."""
     return tl.div_rn(1.0, tl.sqrt_rn(x))
 
 
 @triton.jit
 def accurate_exp(x):
-    """exp(x) to one unit in the last place for x < 80: only small powers go to the hardware."""
-    x = tl.where(x < -110.0, -110.0, x)  # 0 either way; infinity less infinity is not
+    """exp(x) to one unit in the last place for x < 80; exp2 gets integers and small arguments."""
+    x = tl.where(x < -110.0, -110.0, x)  # exp is 0 either way; -inf - -inf would be NaN
     n = tl.floor(x * 1.4426950408889634 + 0.5)
-    # log 2 in two parts: the first has zeros enough for n * it to be exact.
+    # log 2 in two parts: the first has enough trailing zeros for n times it to be exact.
     r = (x - n * 0.693145751953125) - n * 1.428606765330187e-06
     return tl.exp2(n) * tl.exp2(r * 1.4426950408889634)
 
@@ -86,19 +77,19 @@ def power_of_two(x):
 # float32 of log 100, the largest logarithm of a head's scale.
 MAX_LOG_SCALE = tl.constexpr(4.605170249938965)
 NORM_EPS = tl.constexpr(1e-12)
-# Entries of a token that one program takes, and how many of them a thread.
+# Entries of a token that one program processes, and that one thread does.
 BLOCK_ENTRIES = 4096
 HEADS_PER_THREAD = 16
 
 
-def heads_of_a_block(heads: int, head_dim: int) -> int:
-    """How many of a token's heads one program takes: all, unless they are many and wide."""
+def heads_per_block(heads: int, head_dim: int) -> int:
+    """Heads of a token that one program processes: all, unless they exceed BLOCK_ENTRIES."""
     return max(1, min(padded(heads), BLOCK_ENTRIES // padded(head_dim)))
 
 
 @triton.jit
 def unit(x):
-    """x / max(|x|, 1e-12) along the last axis, 1 / max(|x|, 1e-12), and whether |x| is the larger.
+    """x / max(|x|, 1e-12) along the last axis, 1 / max(|x|, 1e-12), and whether |x| > 1e-12.
 
     x: (rows, columns), float32.
     """
@@ -109,7 +100,9 @@ def unit(x):
 
 @triton.jit
 def unit_gradient(grad, x):
-    """Of n = unit(x): the gradient of x, (g - n (g . n)) / |x|, or g / 1e-12 where clamped; g . n.
+    """The backward pass of n = unit(x), and g . n, for the gradient g of n.
+
+    The gradient of x is (g - n (g . n)) / |x|, or g / 1e-12 where |x| was clamped.
 
     grad, x: (rows, columns), float32.
     """

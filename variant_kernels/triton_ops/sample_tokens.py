@@ -1,8 +1,8 @@
 """sample_tokens in Triton. B images, T tokens, V codebook entries, R = B * T rows.
 
-A program holds one row in registers. What top-k and top-p keep is found by halving an interval of
-values: no sorting. Weights are exp of a float64 difference, rounded to 45 bits after the point:
-their sums are exact, so a token depends neither on the order of additions nor on the GPU.
+A program holds one row in registers. The thresholds of top-k and top-p are found by bisection,
+without sorting. Weights are exp of a float64 difference in fixed point with 45 fractional bits:
+their sums are exact, so tokens depend neither on the order of additions nor on the GPU.
 """
 
 # Triton's compiler gives a kernel's arguments other types than Python's checker sees.
@@ -12,21 +12,18 @@ their sums are exact, so a token depends neither on the order of additions nor o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 
 from variant_kernels.tensors import last_contiguous
 from variant_kernels.triton_ops.common import on_device_of, padded
-from variant_kernels.triton_ops.compile_report import CompileCase
-from variant_kernels.triton_ops.rows import num_warps_for, warps_by_target
+from variant_kernels.triton_ops.rows import num_warps_for
 
-# 2^16 weights of at most 2^45 fit an int64. What is smaller than 2^-46 of the largest weight never
-# comes up: all of them together are drawn once in 10^9 times.
+# The sum of 2^16 weights of at most 2^45 fits an int64. Entries below 2^-46 of the largest weight
+# are never drawn; all of them together would be drawn once in 10^9 times.
 FIXED = tl.constexpr(2.0**45)
-# The longest interval that is halved by value; a longer one holds numbers of any magnitude.
+# The longest interval that is bisected by value; longer ones are bisected by the order of floats.
 NEAR = tl.constexpr(1024.0)
 HALVINGS_BY_VALUE = tl.constexpr(24)
 HALVINGS = tl.constexpr(3)
@@ -34,12 +31,12 @@ HALVINGS = tl.constexpr(3)
 
 @triton.jit
 def exp_wide(d):
-    """exp(d) for float64 d <= 0, to about 3e-10 as the C++ kernel has it; below -700 as there."""
+    """exp(d) for float64 d <= 0, as in the C++ kernel: to about 3e-10, d clamped to -700."""
     d = tl.where(d < -700.0, -700.0, d)
-    # Adding 1.5 * 2^52 rounds to a whole number, which then lies in the low bits.
+    # Adding 1.5 * 2^52 rounds to an integer, which is then in the low bits.
     shifted = d * 1.4426950408889634 + 6755399441055744.0
     n = shifted - 6755399441055744.0
-    # log 2 in two parts: the first has zeros enough for n * it to be exact.
+    # log 2 in two parts: the first has enough trailing zeros for n times it to be exact.
     r = (d - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10
     p = r * (1.0 / 40320) + 1.0 / 5040
     p = p * r + 1.0 / 720
@@ -55,22 +52,25 @@ def exp_wide(d):
 
 @triton.jit
 def rank_of(x):
-    """An int64 that is ordered as the float32 scalar x is; both zeros have one."""
+    """An int64 with the order of the float32 scalar x; both zeros have the same."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
 
 
 @triton.jit
 def value_of(rank):
-    """The float32 whose rank_of this is."""
+    """The inverse of :func:`rank_of`."""
     bits = rank.to(tl.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def lowest_of_top(a, smallest, largest, entries, top_k):
-    """A value that as many of ``a`` reach as reach its top_k-th largest; top_k < entries."""
-    # low is reached by enough, high by too few.
+def top_k_threshold(a, smallest, largest, entries, top_k):
+    """A threshold such that ``a >= threshold`` selects the top_k largest and ties of the last.
+
+    top_k < entries.
+    """
+    # At least top_k entries are >= low, fewer are >= high.
     low, high = rank_of(smallest), rank_of(largest) + 1
     count = tl.zeros((), tl.int32) + entries
     step = tl.zeros((), tl.int32)
@@ -89,46 +89,46 @@ def lowest_of_top(a, smallest, largest, entries, top_k):
 
 
 @triton.jit
-def cut_by_mass(a, weights, largest, allowance):
-    """The weights that top-p leaves.
+def top_p_weights(a, weights, largest, allowance):
+    """The weights after top-p, with zeros for dropped entries.
 
     In ascending order of a, lower index first among equals, every entry whose cumulative weight is
-    at most ``allowance`` goes; the last never does.
+    at most ``allowance`` is dropped, except the last.
     """
-    live = weights > 0
-    # Everything up to low may go, everything up to high may not: the boundary lies in (low, high].
+    nonzero = weights > 0
+    # All entries up to low can be dropped, all up to high cannot: the boundary is in (low, high].
     low = tl.full((), float("-inf"), tl.float32)
     below = tl.zeros((), tl.int64)
-    bottom, high = tl.min(tl.where(live, a, largest), 0), largest
+    bottom, high = tl.min(tl.where(nonzero, a, largest), 0), largest
     while bottom < high:
         for _ in tl.static_range(HALVINGS):
             middle = 0.5 * bottom + 0.5 * high
-            middle = tl.where(middle < high, middle, bottom)  # no number lies between
+            middle = tl.where(middle < high, middle, bottom)  # no float in between
             mass = tl.sum(tl.where(a <= middle, weights, 0), 0)
             fits = mass <= allowance
             low, bottom = tl.where(fits, middle, low), tl.where(fits, middle, bottom)
             high, below = tl.where(fits, high, middle), tl.where(fits, mass, below)
-        # Entries themselves bound the interval: every halving parts some of them.
-        between = live & (a > low) & (a <= high)
+        # Shrink the interval to the entries in it, so that every bisection separates some of them.
+        between = nonzero & (a > low) & (a <= high)
         bottom = tl.min(tl.where(between, a, float("inf")), 0)
         high = tl.max(tl.where(between, a, float("-inf")), 0)
     equal = a == high
     weight = tl.max(tl.where(equal, weights, 0), 0)
-    may_go = tl.sum(equal.to(tl.int32), 0) - (high == largest).to(tl.int32)
-    gone = tl.minimum((allowance - below) // tl.maximum(weight, 1), may_go.to(tl.int64))
+    droppable = tl.sum(equal.to(tl.int32), 0) - (high == largest).to(tl.int32)
+    dropped_ties = tl.minimum((allowance - below) // tl.maximum(weight, 1), droppable.to(tl.int64))
     weights = tl.where(a < high, 0, weights)
-    if gone > 0:
+    if dropped_ties > 0:
         order = tl.cumsum(equal.to(tl.int32), 0)
-        weights = tl.where(equal & (order <= gone), 0, weights)
+        weights = tl.where(equal & (order <= dropped_ties), 0, weights)
     return weights
 
 
 @triton.jit
-def uniform(seed, image, place):
-    """float64 in [0, 1): 53 random bits keyed by (seed, image, place), all int64 scalars."""
-    zero = (place * 0).to(tl.uint32)
+def uniform(seed, image, position):
+    """float64 in [0, 1): 53 random bits keyed by (seed, image, position), all int64 scalars."""
+    zero = (position * 0).to(tl.uint32)
     word0, word1, _, _ = tl.philox(
-        seed, place.to(tl.uint32), zero, image.to(tl.uint32), (image >> 32).to(tl.uint32)
+        seed, position.to(tl.uint32), zero, image.to(tl.uint32), (image >> 32).to(tl.uint32)
     )
     bits = ((word0 >> 5).to(tl.int64) << 26) + (word1 >> 6).to(tl.int64)
     return bits.to(tl.float64) * 1.1102230246251565e-16
@@ -147,19 +147,22 @@ def sample_tokens_kernel(
     image_stride,
     batch,
     tokens,
-    more,
-    less,
+    cond_weight,
+    uncond_weight,
     top_k,
-    share,
+    one_minus_top_p,
     seed: tl.int64,
     position: tl.int64,
     GUIDED: tl.constexpr,
-    BY_RANK: tl.constexpr,
-    BY_MASS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One row. more and less are 1 + t and t, or t lies at guidance_ptr; share is 1 - top_p."""
+    """Sample the token of one row.
+
+    cond_weight and uncond_weight are 1 + guidance and guidance, unless guidance_ptr is given.
+    """
     row = tl.program_id(0).to(tl.int64)
     b, t = row // tokens, row % tokens
     v = tl.arange(0, BLOCK_V)
@@ -167,22 +170,22 @@ def sample_tokens_kernel(
     cond_ptr = logits_ptr + b * stride_b + t * stride_t
     a = tl.load(cond_ptr + v, mask=inside, other=0.0).to(tl.float32)
     if GUIDED:
-        wanted = inside
+        uncond_mask = inside
         if guidance_ptr is not None:
             guidance = tl.load(guidance_ptr)
-            more, less = (1.0 + guidance).to(tl.float32), guidance.to(tl.float32)
-            # Without guidance unconditional rows are not looked at.
-            wanted = v < tl.where(guidance == 0.0, 0, V)
-        far = tl.cast(batch, tl.int64) * stride_b
-        uncond = tl.load(cond_ptr + far + v, mask=wanted, other=0.0).to(tl.float32)
+            cond_weight, uncond_weight = (1.0 + guidance).to(tl.float32), guidance.to(tl.float32)
+            # Without guidance the unconditional rows are not loaded.
+            uncond_mask = v < tl.where(guidance == 0.0, 0, V)
+        uncond_offset = tl.cast(batch, tl.int64) * stride_b
+        uncond = tl.load(cond_ptr + uncond_offset + v, mask=uncond_mask, other=0.0).to(tl.float32)
         # Each product is rounded: the launcher forbids fused multiply-adds.
-        a = a * more - uncond * less
+        a = a * cond_weight - uncond * uncond_weight
     a = tl.where(inside, a, float("-inf"))
-    # Nobody looked at the logits. A row that nothing can be drawn from gives token 0.
+    # Logits are not validated. A row from which nothing can be drawn gives token 0.
     largest = tl.max(tl.where(a == a, a, float("inf")), 0)
-    good = (largest > float("-inf")) & (largest < float("inf"))
-    a = tl.where(v < tl.where(good, BLOCK_V, 0), a, tl.where(v == 0, 0.0, float("-inf")))
-    largest = tl.where(good, largest, 0.0)
+    valid = (largest > float("-inf")) & (largest < float("inf"))
+    a = tl.where(v < tl.where(valid, BLOCK_V, 0), a, tl.where(v == 0, 0.0, float("-inf")))
+    largest = tl.where(valid, largest, 0.0)
 
     if exponential_ptr is not None:
         # Rounded to float32, as in torch's softmax.
@@ -190,13 +193,13 @@ def sample_tokens_kernel(
     else:
         d = a.to(tl.float64) - largest.to(tl.float64)
     weights = (exp_wide(d) * FIXED + 0.5).to(tl.int64)
-    if BY_RANK:
+    if TOP_K:
         smallest = tl.min(tl.where(inside, a, float("inf")), 0)
-        weights = tl.where(a >= lowest_of_top(a, smallest, largest, V, top_k), weights, 0)
-    if BY_MASS:
+        weights = tl.where(a >= top_k_threshold(a, smallest, largest, V, top_k), weights, 0)
+    if TOP_P:
         total = tl.sum(weights, 0).to(tl.float64)
-        weights = cut_by_mass(
-            a, weights, largest, (tl.cast(share, tl.float64) * total).to(tl.int64)
+        weights = top_p_weights(
+            a, weights, largest, (tl.cast(one_minus_top_p, tl.float64) * total).to(tl.int64)
         )
     total = tl.sum(weights, 0)
 
@@ -211,7 +214,7 @@ def sample_tokens_kernel(
         if seed_ptr is not None:
             seed = tl.load(seed_ptr)
         target = (uniform(seed, image, position + t) * total.to(tl.float64)).to(tl.int64)
-        # u * total may round up to the total: then the last entry is meant.
+        # u * total may round up to the total, which would be past the last entry.
         target = tl.minimum(target, total - 1)
         token = tl.sum((tl.cumsum(weights, 0) <= target).to(tl.int32), 0).to(tl.int64)
     tl.store(out_ptr + row, token)
@@ -219,9 +222,9 @@ def sample_tokens_kernel(
 
 # --- launcher -----------------------------------------------------------------------------------
 
-# Entries of a row that a thread holds.
+# Entries of a row that one thread holds.
 ENTRIES_PER_THREAD = 16
-LEAST_BLOCK = 16
+MIN_BLOCK = 16
 
 
 def launch_sample_tokens(
@@ -237,10 +240,10 @@ def launch_sample_tokens(
 ) -> torch.Tensor:
     """Guide, filter and draw one token per row; conditional rows come first in logits_2BTV.
 
-    The draw is by Philox keyed with (seed, image, position + t), or argmax(p / exponential_RV)
-    where that is given (float32, contiguous, rows in (b, t) order). guidance and seed may be 0-d
-    tensors (float64, int64): an engine that records graphs hands over what a replay reads anew.
-    A row that holds NaN or +inf after guidance, or nothing finite, gives token 0.
+    The random number is Philox keyed with (seed, image, position + t); with exponential_RV
+    (float32, contiguous, rows in (b, t) order) the token is argmax(p / exponential_RV) instead.
+    guidance and seed may be 0-d tensors (float64, int64), which each replay of a captured graph
+    reads again. A row with NaN or +inf after guidance, or without a finite entry, gives token 0.
 
     Returns:
         tokens_BT: int64.
@@ -251,13 +254,13 @@ def launch_sample_tokens(
     tokens_BT = logits_2BTV.new_empty((batch, tokens), dtype=torch.int64)
     if tokens_BT.numel() == 0:
         return tokens_BT
-    later = isinstance(guidance, torch.Tensor)
-    weight = 0.0 if isinstance(guidance, torch.Tensor) else float(guidance)
-    block = max(LEAST_BLOCK, padded(entries))
+    guidance_on_device = isinstance(guidance, torch.Tensor)
+    guidance_scale = 0.0 if isinstance(guidance, torch.Tensor) else float(guidance)
+    block = max(MIN_BLOCK, padded(entries))
     with on_device_of(logits_2BTV):
         sample_tokens_kernel[(batch * tokens,)](
             logits_2BTV,
-            guidance if later else None,
+            guidance if guidance_on_device else None,
             seed if isinstance(seed, torch.Tensor) else None,
             image_ids_B,
             exponential_RV,
@@ -266,66 +269,18 @@ def launch_sample_tokens(
             image_ids_B.stride(0),
             batch,
             tokens,
-            1.0 + weight,
-            weight,
+            1.0 + guidance_scale,
+            guidance_scale,
             top_k,
             1.0 - top_p,
             0 if isinstance(seed, torch.Tensor) else seed,
             position,
-            GUIDED=later or weight != 0.0,
-            BY_RANK=0 < top_k < entries,
-            BY_MASS=0.0 < top_p < 1.0,
+            GUIDED=guidance_on_device or guidance_scale != 0.0,
+            TOP_K=0 < top_k < entries,
+            TOP_P=0.0 < top_p < 1.0,
             V=entries,
             BLOCK_V=block,
             num_warps=num_warps_for(block, logits_2BTV.device, ENTRIES_PER_THREAD),
             enable_fp_fusion=False,
         )
     return tokens_BT
-
-
-# --- for the compile report ---------------------------------------------------------------------
-
-
-def _cases() -> Iterator[CompileCase]:
-    kinds = {
-        **dict.fromkeys(("batch", "tokens", "top_k"), "i32"),
-        **dict.fromkeys(("more", "less", "share"), "fp32"),
-        **dict.fromkeys(("seed", "position"), "i64"),
-        **dict.fromkeys(("seed_ptr", "image_ids_ptr", "out_ptr"), "*i64:16"),
-        "logits_ptr": "*T:16",
-        "guidance_ptr": "*fp64:16",
-        "exponential_ptr": "*fp32:16",
-        "stride_b": "i32:16",
-        "stride_t": "i32:16",
-    }
-    for entries, filtered, absent, label in (
-        (4096, True, ("guidance_ptr", "seed_ptr", "exponential_ptr"), "filtered"),
-        (4096, True, ("exponential_ptr",), "filtered, for a graph"),
-        (4096, True, ("guidance_ptr", "seed_ptr"), "filtered, multinomial"),
-        (4096, False, ("guidance_ptr", "seed_ptr", "exponential_ptr"), "all"),
-        (1000, True, ("guidance_ptr", "seed_ptr", "exponential_ptr"), "filtered"),
-        (65536, True, ("guidance_ptr", "seed_ptr", "exponential_ptr"), "filtered"),
-    ):
-        block = padded(entries)
-        for targets, num_warps in warps_by_target(block, ENTRIES_PER_THREAD):
-            yield CompileCase(
-                kernel=sample_tokens_kernel,
-                arguments={name: kind for name, kind in kinds.items() if name not in absent},
-                constants={
-                    **dict.fromkeys(absent),
-                    "image_stride": 1,
-                    "GUIDED": True,
-                    "BY_RANK": filtered,
-                    "BY_MASS": filtered,
-                    "V": entries,
-                    "BLOCK_V": block,
-                },
-                num_warps=num_warps,
-                num_stages=1,
-                targets=targets,
-                label=f"V {entries}, {label}",
-                fp_fusion=False,
-            )
-
-
-COMPILE_CASES = tuple(_cases())

@@ -1,7 +1,8 @@
-"""Choosing block sizes: a short list is timed once for each shape, and the winner kept on disk.
+"""Autotuning of block sizes: candidates are timed once per shape, the fastest is stored on disk.
 
-Environment: ``VARIANT_AUTOTUNE=0`` takes the first of every list; ``VARIANT_CACHE_DIR`` is where
-winners are kept (default: ``variant_kernels`` in the user's cache directory).
+Environment: ``VARIANT_AUTOTUNE=0`` disables timing and takes the first candidate;
+``VARIANT_CACHE_DIR`` is where results are stored (default: ``variant_kernels`` in the user's cache
+directory).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ WARM_UP_MS, REPEAT_MS = 10, 40
 
 @dataclass(frozen=True)
 class Config:
-    """Queries and keys of one tile, and how the compiler spreads the work."""
+    """Queries and keys of one tile, and the compiler's options."""
 
     block_q: int
     block_k: int
@@ -38,15 +39,15 @@ class Config:
     num_stages: int
 
 
-# Winners of this process, by (kernel, device, key).
-_winners: dict[tuple[Any, ...], Config] = {}
+# Choices of this process, by (kernel, device, key).
+_chosen_configs: dict[tuple[Any, ...], Config] = {}
 
 
 def cache_dir() -> Path:
-    """Where winners are kept across processes."""
-    given = os.environ.get("VARIANT_CACHE_DIR")
-    if given:
-        return Path(given) / "tuning"
+    """Where choices are stored across processes."""
+    directory = os.environ.get("VARIANT_CACHE_DIR")
+    if directory:
+        return Path(directory) / "tuning"
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "variant_kernels" / "tuning"
 
@@ -58,46 +59,45 @@ def best(
     launch: Callable[[Config], object],
     device: torch.device,
 ) -> Config:
-    """The fastest of ``configs``; the first where nothing may be or need be timed.
+    """The fastest of ``configs``; the first where timing is unnecessary or impossible.
 
-    While a CUDA graph is captured or another thread times, an earlier winner or the first is taken,
-    and the choice is left open. Where no memory is left to time with, the first serves for the
-    rest of the process.
+    While a CUDA graph is being captured or another thread is timing, this returns an earlier choice
+    or else the first config, and stores nothing. If there is not enough memory for timing, the
+    first config is used for the rest of the process.
 
     Args:
         kernel: the Triton kernel; its source is part of the key on disk.
-        key: what else the winner depends on: shape, dtype.
-        launch: runs the kernel with a config; it must be free to run many times.
+        key: everything else that the fastest config depends on: shape, dtype.
+        launch: runs the kernel with a config; it must be safe to run many times.
     Raises:
         RuntimeError: no config fits the device.
     """
     if len(configs) == 1:
         return configs[0]
-    place = (kernel, device, key)
-    winner = _winners.get(place)
-    if winner is None:
-        if not _may_time(device) or not device_lock.DEVICE.acquire(blocking=False):
+    chosen = _chosen_configs.get((kernel, device, key))
+    if chosen is None:
+        if not _may_time(device) or not device_lock.CAPTURE_OR_TIMING.acquire(blocking=False):
             return configs[0]
         try:
-            winner = _kept_or_timed(kernel, configs, key, launch, device)
+            chosen = _read_or_time(kernel, configs, key, launch, device)
         except torch.OutOfMemoryError:
-            # The stopwatch wants 256 MB. To ask again at every call would, in a training that fills
-            # the GPU, make torch give back all that it keeps, each time.
-            winner = configs[0]
+            # Timing allocates 256 MB. Trying again at every call of a training that fills the GPU
+            # would make torch empty its caching allocator each time.
+            chosen = configs[0]
             warnings.warn(
-                f"variant_kernels: no memory to time {kernel.__name__} with (it takes 256 MB): its "
-                "first block sizes serve this process",
+                f"variant_kernels: no memory to time {kernel.__name__} (timing takes 256 MB): this "
+                "process uses its first block sizes",
                 stacklevel=2,
             )
         finally:
-            device_lock.DEVICE.release()
-        _winners[place] = winner
-    return winner
+            device_lock.CAPTURE_OR_TIMING.release()
+        _chosen_configs[kernel, device, key] = chosen
+    return chosen
 
 
-def forget() -> None:
-    """Drop the winners of this process (those on disk stay)."""
-    _winners.clear()
+def clear_choices() -> None:
+    """Drop the choices of this process; those on disk stay."""
+    _chosen_configs.clear()
 
 
 def _may_time(device: torch.device) -> bool:
@@ -113,14 +113,14 @@ def _device_name(device: torch.device) -> str:
     return torch.xpu.get_device_name(device) if device.type == "xpu" else device.type
 
 
-def _kept_or_timed(
+def _read_or_time(
     kernel: Any,
     configs: Sequence[Config],
     key: tuple[Any, ...],
     launch: Callable[[Config], object],
     device: torch.device,
 ) -> Config:
-    described = {
+    record = {
         "kernel": kernel.__name__,
         "source": kernel.cache_key,
         "triton": triton.__version__,
@@ -128,22 +128,23 @@ def _kept_or_timed(
         "key": [str(part) for part in key],
         "configs": [asdict(config) for config in configs],
     }
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     path = cache_dir() / f"{kernel.__name__}-{digest[:24]}.json"
-    kept = _read(path, configs)
-    if kept is not None:
-        return kept
-    winner, times = _timed(kernel.__name__, configs, launch)
-    described |= {"milliseconds": times, "winner": asdict(winner)}
-    _write(path, json.dumps(described, indent=1))
-    return winner
+    stored = _read_config(path, configs)
+    if stored is not None:
+        return stored
+    fastest, times = _time(kernel.__name__, configs, launch)
+    record |= {"milliseconds": times, "winner": asdict(fastest)}
+    _write(path, json.dumps(record, indent=1))
+    return fastest
 
 
-def _timed(
+def _time(
     name: str, configs: Sequence[Config], launch: Callable[[Config], object]
 ) -> tuple[Config, list[float | None]]:
+    """The fastest config, and the milliseconds of each; None for one that does not fit the GPU."""
     times: list[float | None] = []
-    refused: Exception | None = None
+    last_error: Exception | None = None
     for config in configs:
         try:
             milliseconds: Any = triton.testing.do_bench(
@@ -152,27 +153,28 @@ def _timed(
                 rep=REPEAT_MS,
                 return_mode="median",
             )
-        except (OutOfResources, PTXASError, CompilationError) as error:  # not for this GPU
-            milliseconds, refused = None, error
+        except (OutOfResources, PTXASError, CompilationError) as error:
+            milliseconds, last_error = None, error
         times.append(milliseconds)
-    fits = [(t, index) for index, t in enumerate(times) if t is not None]
-    if not fits:
-        count = len(configs)
-        raise RuntimeError(f"{name}: none of its {count} block sizes fits this device") from refused
-    return configs[min(fits)[1]], times
+    measured = [(t, index) for index, t in enumerate(times) if t is not None]
+    if not measured:
+        raise RuntimeError(
+            f"{name}: none of its {len(configs)} block sizes fits this device"
+        ) from last_error
+    return configs[min(measured)[1]], times
 
 
-def _read(path: Path, configs: Sequence[Config]) -> Config | None:
-    """The winner on file; None if there is none or it is not one of ``configs``."""
+def _read_config(path: Path, configs: Sequence[Config]) -> Config | None:
+    """The stored choice; None if there is none or it is not one of ``configs``."""
     try:
-        winner = Config(**json.loads(path.read_text())["winner"])
+        config = Config(**json.loads(path.read_text())["winner"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return winner if winner in configs else None
+    return config if config in configs else None
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all: other processes may be reading and writing the same file."""
+    """Replace the file atomically: other processes may be reading and writing it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
@@ -181,7 +183,7 @@ def _write(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         warnings.warn(
-            f"variant_kernels: cannot keep tuning results in {path.parent} ({error}); every "
+            f"variant_kernels: cannot store tuning results in {path.parent} ({error}); every "
             "process will time its kernels again. Set VARIANT_CACHE_DIR to a writable folder",
             stacklevel=2,
         )

@@ -1,5 +1,5 @@
-// cp.async. The destination is poisoned when a copy is issued and filled when its group is waited
-// for, as late as the instruction allows: whoever reads it in between reads NaN.
+// cp.async. Issuing a copy poisons the destination; waiting for its group fills it, as late as the
+// instruction allows. Reads in between return NaN.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ inline void commit_async_copies() {
   me.open_copies.clear();
 }
 
-// All groups but the newest `pending` are complete afterwards, for this thread alone.
+// Completes all groups of this thread except the newest `pending`.
 inline void wait_for_async_copies(unsigned pending) {
   for (;;) {
     std::vector<AsyncCopy> group;

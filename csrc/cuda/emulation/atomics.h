@@ -1,4 +1,4 @@
-// Atomics: relaxed, as CUDA's are. Another thread may be run just before each.
+// Atomics: relaxed, as CUDA's are. The scheduler may run another thread just before each.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ struct Same {
 template <class T>
 using As = typename Same<T>::type;
 
-// Replaces *at by change(*at) in one step and returns what it was.
+// Replaces *at by change(*at) atomically and returns the previous value.
 template <class T, class F>
 T update(T* at, F change) {
   Scheduler::get().may_yield();

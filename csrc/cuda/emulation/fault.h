@@ -1,4 +1,5 @@
-// How a mistake in a kernel is reported: one line that names kernel, block and thread, exit code 1.
+// Reports an error in a kernel: prints one line with kernel, block and thread, and exits with code
+// 1.
 #pragma once
 
 #include <cxxabi.h>
@@ -18,7 +19,8 @@
 
 namespace variant::emulation {
 
-// A place in the source, taken where a default argument `Site site = Site::here()` is evaluated.
+// A source location: that of the call for which the default argument `Site site = Site::here()` is
+// evaluated.
 struct Site {
   const char* file;
   int line;
@@ -31,7 +33,7 @@ struct Site {
   }
 };
 
-// What runs now; the scheduler keeps it current.
+// The running kernel, block and thread; set by the scheduler.
 struct Position {
   const void* kernel = nullptr;
   Site launched{"?", 0};
@@ -40,7 +42,7 @@ struct Position {
 inline Position position;
 
 // The name of a function of this program, from the program's symbol table: kernels usually have
-// internal linkage, which dladdr does not see.
+// internal linkage, and dladdr does not find those.
 inline std::string function_name(const void* function) {
   Dl_info info{};
   if (!function || !dladdr(function, &info)) return "?";
@@ -59,13 +61,13 @@ inline std::string function_name(const void* function) {
   std::vector<Elf64_Shdr> sections(head.e_shnum);
   std::memcpy(sections.data(), image.data() + head.e_shoff, sizeof(Elf64_Shdr) * head.e_shnum);
   const uint64_t base = head.e_type == ET_DYN ? reinterpret_cast<uint64_t>(info.dli_fbase) : 0;
-  const uint64_t wanted = reinterpret_cast<uint64_t>(function) - base;
+  const uint64_t offset = reinterpret_cast<uint64_t>(function) - base;
   for (const Elf64_Shdr& section : sections) {
     if (section.sh_type != SHT_SYMTAB) continue;
     for (uint64_t at = 0; at < section.sh_size; at += sizeof(Elf64_Sym)) {
       Elf64_Sym symbol;
       std::memcpy(&symbol, image.data() + section.sh_offset + at, sizeof(symbol));
-      if (symbol.st_value != wanted || ELF64_ST_TYPE(symbol.st_info) != STT_FUNC) continue;
+      if (symbol.st_value != offset || ELF64_ST_TYPE(symbol.st_info) != STT_FUNC) continue;
       const char* raw = image.data() + sections[section.sh_link].sh_offset + symbol.st_name;
       int status = 1;
       char* readable = abi::__cxa_demangle(raw, nullptr, nullptr, &status);
@@ -81,7 +83,8 @@ inline std::string text_of(uint3 i) {
   return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
 }
 
-// "kernel NAME (launched at FILE:LINE), block (x, y, z), thread (x, y, z)", as far as it is known.
+// "kernel NAME (launched at FILE:LINE), block (x, y, z), thread (x, y, z)", without the parts that
+// are unknown.
 inline std::string where_we_are() {
   if (!position.kernel) return "no kernel running";
   std::string text = "kernel " + function_name(position.kernel) + " (launched at " +
@@ -101,7 +104,7 @@ inline std::string where_we_are() {
   std::_Exit(1);
 }
 
-// A sanitizer's report is followed by the kernel, block and thread that it stopped in.
+// Appends the running kernel, block and thread to a sanitizer's report.
 inline void name_place_in_reports() {
 #if defined(VARIANT_ASAN) || defined(VARIANT_TSAN)
   __sanitizer_set_death_callback([] {

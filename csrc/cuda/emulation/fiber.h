@@ -1,4 +1,4 @@
-// A stack that can be left and resumed. One CUDA thread is one fiber.
+// A fiber: a stack that can be suspended and resumed. Each CUDA thread is one fiber.
 #pragma once
 
 #include <sys/mman.h>
@@ -16,8 +16,8 @@
 #include "sanitizers.h"
 
 #ifndef VARIANT_UCONTEXT
-// Saves what the System V ABI says a callee must preserve, on the stack that is left. Weak: every
-// file that includes this carries a copy.
+// Saves the callee-saved registers of the System V ABI on the old stack. Weak, because every file
+// that includes this header defines it.
 extern "C" void variant_emulation_switch(void** left, void* entered);
 asm(R"(
   .pushsection .text
@@ -56,14 +56,14 @@ class Fiber {
  public:
   static constexpr size_t kStackBytes = 256 * 1024;
 
-  // The context that the process started in; it has a stack already.
+  // The process's first context, which already has a stack.
   Fiber() {
 #ifdef VARIANT_TSAN
     tsan_ = __tsan_get_current_fiber();
 #endif
   }
 
-  // A fiber that runs body() once it is first entered; body must never return.
+  // A fiber that runs body() when it is first entered; body must not return.
   explicit Fiber(void (*body)()) : body_(body) {
     const size_t guard = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     void* memory = mmap(nullptr, guard + kStackBytes, PROT_READ | PROT_WRITE,
@@ -84,7 +84,7 @@ class Fiber {
     context_.uc_link = nullptr;
     makecontext(&context_, &Fiber::enter, 0);
 #else
-    // As variant_emulation_switch leaves a stack: control words, six registers, return address.
+    // The stack layout of variant_emulation_switch: control words, six registers, return address.
     char* at = bottom_ + bytes_ - 16;
     void (*entry)() = &Fiber::enter;
     std::memcpy(at, &entry, sizeof(entry));
@@ -98,7 +98,7 @@ class Fiber {
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  // Leaves this fiber, which must be the running one, and runs `next`.
+  // Suspends this fiber, which must be the running one, and runs `next`.
   void switch_to(Fiber& next) {
     arriving_ = &next;
     leaving_ = this;

@@ -1,7 +1,8 @@
-// __half and __nv_bfloat16: storage of 16 bits, every operation rounded once, to nearest even.
+// __half and __nv_bfloat16: 16 bits of storage; every operation rounds once, to nearest even.
 //
 // Sum, product and quotient of two such numbers are computed in float (24 bits >= 2 * 11 + 2), so
-// rounding twice gives what rounding once would. A fused multiply-add rounds to odd in between.
+// rounding twice gives the same result as rounding once. A fused multiply-add rounds to odd in
+// between.
 #pragma once
 
 #include <cmath>
@@ -32,7 +33,7 @@ inline uint32_t round_magnitude(double magnitude) {
   std::frexp(magnitude, &exponent);
   exponent -= 1;
   if (exponent < kMinExponent) exponent = kMinExponent;
-  // Whole units of the last place, exactly; nearbyint rounds them to nearest even.
+  // The number in units of the last place, exactly; nearbyint rounds it to nearest even.
   const double units = std::nearbyint(std::ldexp(magnitude, kMantissa - exponent));
   const uint32_t bits =
       (static_cast<uint32_t>(exponent - kMinExponent) << kMantissa) + static_cast<uint32_t>(units);

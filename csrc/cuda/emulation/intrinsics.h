@@ -49,7 +49,7 @@ inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
 
 namespace variant::emulation {
-// Conversions to integers: NaN becomes 0, what does not fit becomes the nearest that does.
+// Conversions to integers: NaN becomes 0, numbers out of range become the nearest limit.
 template <class To>
 To saturate(double value) {
   if (std::isnan(value)) return 0;

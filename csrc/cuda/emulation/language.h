@@ -1,4 +1,4 @@
-// Words of the CUDA language: qualifiers, vector types, indices.
+// CUDA's language extensions: qualifiers, vector types, indices.
 #pragma once
 
 #include <cstddef>
@@ -66,7 +66,7 @@ struct dim3 {
   constexpr dim3(unsigned int x = 1, unsigned int y = 1, unsigned int z = 1) : x(x), y(y), z(z) {}
 };
 
-// The scheduler sets them whenever it resumes a thread.
+// The scheduler sets these whenever it resumes a thread.
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 constexpr int warpSize = 32;

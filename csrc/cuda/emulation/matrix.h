@@ -18,8 +18,8 @@ struct RowAddresses {
   const void* all[kWarp];
 };
 
-// Lane 8i + r brings the address of row r of matrix i. Every lane reads its own elements, so all
-// of them must be ordered after whoever wrote the rows.
+// Lane 8i + r passes the address of row r of matrix i. Every lane reads its own elements, so a
+// barrier must order all lanes after the threads that wrote the rows.
 template <int kCount, bool kTranspose>
 void load_matrices(uint32_t (&fragment)[kCount], const void* row, Site site) {
   static_assert(kCount == 1 || kCount == 2 || kCount == 4);
@@ -68,7 +68,8 @@ struct Fragments {
 };
 
 // d += a * b with a 16x16 (row major), b 16x8 (column major), d 16x8. Products are exact and summed
-// in double, then rounded once: a GPU truncates while it aligns them, so it may be further off.
+// in double, then rounded once: a GPU truncates products when it aligns them, so its error may be
+// larger.
 template <class T>
 void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site) {
   Fragments mine{a, b, d};

@@ -1,4 +1,5 @@
-// What the sanitizers must be told: that stacks are switched, what orders memory, what is ours.
+// Annotations for the sanitizers: stack switches, operations that order memory, and accesses of the
+// harness.
 #pragma once
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -32,7 +33,7 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 namespace variant::emulation {
 
 // ThreadSanitizer sees every CUDA thread as a thread of its own; switching between them orders
-// nothing. Only what CUDA says orders memory is announced, by these two.
+// nothing. These two functions annotate the operations that order memory in CUDA.
 inline void release_memory([[maybe_unused]] void* object) {
 #ifdef VARIANT_TSAN
   __tsan_release(object);
@@ -44,7 +45,8 @@ inline void acquire_memory([[maybe_unused]] void* object) {
 #endif
 }
 
-// While one lives, the current thread's accesses are the harness's own and not the kernel's.
+// During an object's lifetime ThreadSanitizer ignores the current thread's accesses: they belong to
+// the harness, not to the kernel.
 class Unwatched {
  public:
   Unwatched() {

@@ -1,5 +1,5 @@
-// Runs a grid: blocks one after another, the threads of a block as fibers, in an order that a seed
-// chooses. Knows barriers and the operations in which lanes of a warp meet.
+// Runs a grid: blocks one after another, the threads of a block as fibers, in an order chosen by a
+// seed. Implements barriers and the operations that synchronise lanes of a warp.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +18,7 @@
 namespace variant::emulation {
 
 constexpr unsigned kWarp = 32;
-constexpr size_t kMaxSharedBytes = 163 * 1024;  // what sm_80 allows one block
+constexpr size_t kMaxSharedBytes = 163 * 1024;  // limit of a block on sm_80
 constexpr unsigned char kPoison = 0xff;         // NaN in every float format, -1 in integers
 
 struct AsyncCopy {
@@ -29,7 +29,7 @@ struct AsyncCopy {
 
 enum class State : uint8_t { kReady, kAtBarrier, kMeeting, kReturned };
 
-// Fills in the results of a meeting: payloads[lane] for each lane of the mask.
+// Computes the results of a warp operation: payloads[lane] for each lane of the mask.
 using Complete = void (*)(void* const* payloads, uint32_t mask);
 
 struct Thread {
@@ -38,7 +38,7 @@ struct Thread {
   unsigned index = 0;  // within the block
   uint3 position{};
   State state = State::kReady;
-  const char* operation = "";  // where it waits
+  const char* operation = "";  // the operation that it waits in
   Site site{"?", 0};
   uint32_t mask = 0;
   void* payload = nullptr;
@@ -48,7 +48,7 @@ struct Thread {
   std::deque<std::vector<AsyncCopy>> groups;
 };
 
-// What every thread of the grid does. (std::function would add four frames to each report.)
+// The body of every thread of the grid. (std::function would add four frames to each report.)
 struct Body {
   void (*call)(const void* arguments);
   const void* arguments;
@@ -59,13 +59,13 @@ enum class Order { kForward, kBackward, kRandom };
 class Scheduler {
  public:
   static Scheduler& get() {
-    static Scheduler* scheduler = new Scheduler;  // never destroyed: its fibers have no end
+    static Scheduler* scheduler = new Scheduler;  // never destroyed: its fibers do not return
     return *scheduler;
   }
 
-  // 0: the lowest thread that can run goes on until it must wait. 1: the highest. Others: any
-  // thread, and a thread may also lose its turn wherever it uses a primitive. The environment
-  // variable VARIANT_EMULATION_SEED sets the first one.
+  // 0: the lowest thread that can run continues until it must wait. 1: the highest. Other seeds: a
+  // random thread, and every primitive may switch to another one. The environment variable
+  // VARIANT_EMULATION_SEED sets the initial seed.
   void set_seed(uint64_t seed) {
     order_ = seed == 0 ? Order::kForward : seed == 1 ? Order::kBackward : Order::kRandom;
     random_ = seed;
@@ -102,7 +102,7 @@ class Scheduler {
   size_t shared_bytes() const { return shared_bytes_; }
   void* fence() { return &fence_; }
 
-  // A point where another thread may be run first.
+  // A point at which the scheduler may run another thread first.
   void may_yield() {
     const Unwatched unwatched;
     if (order_ == Order::kRandom && current_ && below(4) == 0) leave(State::kReady);
@@ -113,8 +113,8 @@ class Scheduler {
                Complete complete = nullptr) {
     const Unwatched unwatched;
     require_in_kernel(operation);
-    // Two objects by turns: a thread that runs ahead to the next barrier orders nothing for a
-    // thread still leaving this one.
+    // Two objects alternate, so that a thread that is already at the next barrier does not order
+    // memory for a thread that is still leaving this one.
     uint64_t* object = &barriers_[barrier_phase_ & 1];
     release_memory(object);
     Thread& me = self();
@@ -128,7 +128,7 @@ class Scheduler {
       fault("waits at " + at(me) + ", but thread " + text_of(threads_[i]->position) +
             " has returned and will never come");
     }
-    if (waiting_ > 0 && !same_place(*last_waiting_, me)) {
+    if (waiting_ > 0 && !same_operation(*last_waiting_, me)) {
       fault("divergent barrier: waits at " + at(me) + " while thread " +
             text_of(last_waiting_->position) + " waits at " + at(*last_waiting_));
     }
@@ -149,7 +149,7 @@ class Scheduler {
     acquire_memory(object);
   }
 
-  // Waits for the lanes of the mask; the last to come computes everyone's result. Orders no memory.
+  // Waits for the lanes of the mask; the last one computes the results of all. Orders no memory.
   void meet(const char* operation, Site site, uint32_t mask, void* payload, Complete complete) {
     const Unwatched unwatched;
     require_in_kernel(operation);
@@ -194,7 +194,7 @@ class Scheduler {
     if (order_ == Order::kRandom) leave(State::kReady);
   }
 
-  // __syncwarp: a meeting that orders memory.
+  // __syncwarp: waits for the lanes of the mask and orders their memory.
   void sync_warp(uint32_t mask, Site site) {
     const Unwatched unwatched;
     require_in_kernel("__syncwarp");
@@ -234,7 +234,7 @@ class Scheduler {
     return text + ")";
   }
 
-  static bool same_place(const Thread& a, const Thread& b) {
+  static bool same_operation(const Thread& a, const Thread& b) {
     return std::strcmp(a.operation, b.operation) == 0 && a.site.line == b.site.line &&
            std::strcmp(a.site.file, b.site.file) == 0;
   }
@@ -367,7 +367,7 @@ class Scheduler {
   size_t shared_bytes_ = 0;
   Order order_ = Order::kForward;
   uint64_t random_ = 0;
-  // Only their addresses matter: they stand for what orders memory.
+  // Only their addresses are used: each identifies an operation that orders memory.
   uint64_t barriers_[2] = {}, block_start_ = 0, block_end_ = 0, fence_ = 0;
   uint64_t warp_objects_[32][4][2] = {};
 };

@@ -1,5 +1,5 @@
-// Barriers, fences, and what the lanes of a warp do together. As CUDA says: __syncthreads and
-// __syncwarp order memory, shuffles and votes do not.
+// Barriers, fences and warp operations. As in CUDA, __syncthreads and __syncwarp order memory;
+// shuffles and votes do not.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ struct Vote {
   uint64_t result;
 };
 
-// One result for every lane, from all lanes' values in order.
+// Computes one result for all lanes from their values in order.
 template <class Fold>
 uint64_t vote(const char* operation, Site site, uint32_t mask, int64_t value) {
   Vote mine{value, 0};
@@ -142,7 +142,7 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, Site site = Site::here()) {
 }
 
 // A fence orders this thread's accesses with every thread that passes a fence later. A GPU orders
-// less, so a race between two fences can go unreported; none is reported that is not there.
+// less, so a race between two fences can go unreported; there are no false reports.
 inline void __threadfence() {
   auto& scheduler = variant::emulation::Scheduler::get();
   scheduler.may_yield();
@@ -161,17 +161,17 @@ T __shfl_sync(unsigned mask, T value, int source, int width = 32, Site site = Si
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, Site site = Site::here()) {
   variant::emulation::check_width("__shfl_up_sync", width);
-  const unsigned lane = variant::emulation::lane_of_caller(), place = lane & (width - 1);
+  const unsigned lane = variant::emulation::lane_of_caller(), index = lane & (width - 1);
   return variant::emulation::shuffle("__shfl_up_sync", site, mask, value,
-                                     delta <= place ? lane - delta : lane);
+                                     delta <= index ? lane - delta : lane);
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
                    Site site = Site::here()) {
   variant::emulation::check_width("__shfl_down_sync", width);
-  const unsigned lane = variant::emulation::lane_of_caller(), place = lane & (width - 1);
+  const unsigned lane = variant::emulation::lane_of_caller(), index = lane & (width - 1);
   return variant::emulation::shuffle("__shfl_down_sync", site, mask, value,
-                                     delta < width - place ? lane + delta : lane);
+                                     delta < width - index ? lane + delta : lane);
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, Site site = Site::here()) {

@@ -1,4 +1,4 @@
-// Tools of the emulated kernels' tests: CHECK, and 16-bit numbers as the kernels see them.
+// Tools for tests of emulated kernels: CHECK, and the 16-bit types of the kernels.
 #pragma once
 
 #include "../../tests/check.h"

@@ -1,5 +1,5 @@
-// One planted mistake per function, chosen by the command line; CMakeLists.txt says how each must
-// be reported. Whoever only computes something wrong prints "wrong result".
+// One planted fault per function, chosen on the command line; CMakeLists.txt lists the report that
+// each must produce. Faults that only compute a wrong value print "wrong result".
 #include <cmath>
 #include <cstring>
 #include <map>
@@ -24,7 +24,7 @@ void expect(const std::vector<float>& got, float (*want)(int)) {
   }
 }
 
-// The kernel without its mistake must be right, or finding it wrong would prove nothing.
+// The kernel without the fault must be right; otherwise a wrong result would prove nothing.
 void require(const std::vector<float>& got, float (*want)(int)) {
   for (size_t i = 0; i < got.size(); ++i) {
     if (got[i] != want(static_cast<int>(i))) {
@@ -34,7 +34,7 @@ void require(const std::vector<float>& got, float (*want)(int)) {
   }
 }
 
-// Any order of threads may be the one that shows it.
+// Tries several orders of threads, because not every order shows the fault.
 void expect_in_every_order(int count, void (*run)(float*), float (*want)(int)) {
   for (uint64_t seed = 0; seed < 8; ++seed) {
     emulation::set_seed(seed);
@@ -116,8 +116,8 @@ __global__ void product(float* y) {
   const unsigned g = threadIdx.x / 4, t = threadIdx.x % 4;
   uint32_t a[4], b[2];
   for (unsigned r = 0; r < 4; ++r) {
-    const unsigned place = kRight || r % 3 == 0 ? r : 3 - r;
-    const unsigned row = g + place % 2 * 8, k = 2 * t + place / 2 * 8;
+    const unsigned part = kRight || r % 3 == 0 ? r : 3 - r;
+    const unsigned row = g + part % 2 * 8, k = 2 * t + part / 2 * 8;
     a[r] = pack2<__half>(static_cast<float>(3 * row + k), static_cast<float>(3 * row + k + 1));
   }
   for (unsigned r = 0; r < 2; ++r) {
@@ -130,7 +130,7 @@ __global__ void product(float* y) {
 }
 
 __global__ void poisoned_shared_memory(float* y) {
-  float* sum = dynamic_shared<float>();  // nobody sets it to zero
+  float* sum = dynamic_shared<float>();  // the fault: not set to zero
   atomicAdd(sum, 1.0f);
   __syncthreads();
   y[threadIdx.x] = *sum;
@@ -314,11 +314,11 @@ const std::map<std::string, void (*)()> kFaults = {
 }  // namespace
 
 int main(int count, char** arguments) {
-  const auto found = count == 2 ? kFaults.find(arguments[1]) : kFaults.end();
-  if (found == kFaults.end()) {
+  const auto entry = count == 2 ? kFaults.find(arguments[1]) : kFaults.end();
+  if (entry == kFaults.end()) {
     std::fprintf(stderr, "usage: cuda_faults NAME\n");
     return 2;
   }
-  found->second();
+  entry->second();
   std::printf("%s: nothing was noticed\n", arguments[1]);
 }

@@ -1,4 +1,5 @@
-// 8-bit keys and values by their definition alone: every number of the format, and the nearest one.
+// A reference of the 8-bit format by its definition: every number, and the nearest code of a
+// number.
 #pragma once
 
 #include <cmath>
@@ -9,7 +10,7 @@
 
 namespace variant::test {
 
-// Of the codes 0 to 0x7e, ascending; 0x7f is NaN.
+// Values of the codes 0 to 0x7e, ascending; 0x7f is NaN.
 inline const std::vector<double>& e4m3_magnitudes() {
   static const std::vector<double> all = [] {
     std::vector<double> numbers;
@@ -42,7 +43,7 @@ inline uint8_t exact_code(double x) {
   return static_cast<uint8_t>(best | (std::signbit(x) ? 0x80 : 0));
 }
 
-// Of a row whose largest magnitude this is.
+// Scale of a row with this largest magnitude.
 inline uint8_t exact_row_scale(double largest) {
   int scale = 1;
   while (largest > 448 * exact_scale(static_cast<uint8_t>(scale))) ++scale;

@@ -1,5 +1,5 @@
-// Tensors of the kernels' tests: exactly the memory they need, so that the sanitizers see any stray
-// access, and NaN where nobody has written.
+// Tensors of the kernels' tests: allocated with their exact size, so that the sanitizers detect
+// stray accesses, and filled with NaN before kernels write them.
 #pragma once
 
 #include <random>
@@ -37,8 +37,8 @@ constexpr DType dtype_of() {
   return DType::kFloat16;
 }
 
-// Half a unit in the last place of a number near 1, with room for the order of sums and for what
-// is rounded on the way (probabilities, say).
+// Half a unit in the last place of a number near 1, with a margin for the order of sums
+// and for rounded intermediate results such as probabilities.
 template <class T>
 constexpr double tolerance_of() {
   if constexpr (sizeof(T) == 4) return 1e-5;
@@ -59,7 +59,7 @@ std::vector<T> random_tensor(int64_t count, std::mt19937& engine, double spread 
   return values;
 }
 
-// A random tensor at `shift` elements after a boundary of 16 bytes.
+// A random tensor that starts `shift` elements after a 16-byte boundary.
 template <class T>
 struct Shifted {
   std::vector<T> memory;

@@ -19,7 +19,7 @@ void test_copies_rows_into_their_slots(int64_t heads, int64_t width, bool packed
   const int64_t head_stride = packed ? width : tokens * width;
   const int64_t batch_stride = tokens * heads * width;
   const int64_t count = batch * batch_stride, stored = pages * page_size * heads * width;
-  // No slack at either end; `shift` elements of misalignment.
+  // Allocated without slack at either end; `shift` elements of misalignment.
   std::vector<T> k(count + shift), v(count + shift), k_pages(stored), v_pages(stored);
   for (T& x : k) x = static_cast<T>(engine());
   for (T& x : v) x = static_cast<T>(engine());

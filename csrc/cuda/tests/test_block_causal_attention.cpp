@@ -10,7 +10,7 @@ namespace {
 struct Case {
   int64_t batch, heads, width;
   std::vector<int64_t> scales;
-  int64_t shift = 0;  // elements that q is off a boundary of 16 bytes
+  int64_t shift = 0;  // offset of q from a 16-byte boundary, in elements
   float softmax_scale = 0.3f;
 };
 

@@ -11,7 +11,7 @@ namespace {
 struct Case {
   int64_t batch, heads, width;
   std::vector<int64_t> scales;
-  int64_t shift = 0;  // elements that q, k and v are off a boundary of 16 bytes
+  int64_t shift = 0;  // offset of q, k and v from a 16-byte boundary, in elements
   float softmax_scale = 0.3f;
 };
 
@@ -34,7 +34,7 @@ void test_matches_a_plain_computation(const Case& c, std::mt19937& engine) {
       const auto in = [&](int64_t part, int64_t t, int64_t d) {
         return qkv[b * batch + t * token + part * head + h * width + d];
       };
-      const auto place = [&](int64_t t) { return ((b * length + t) * c.heads + h) * width; };
+      const auto index = [&](int64_t t) { return ((b * length + t) * c.heads + h) * width; };
       for (int64_t t = 0; t < length; ++t) {
         std::vector<double> p(visible[t]), slope(visible[t]), mean(width);
         double peak = -1e300, sum = 0, delta = 0;
@@ -48,19 +48,19 @@ void test_matches_a_plain_computation(const Case& c, std::mt19937& engine) {
           p[s] /= sum;
           for (int64_t d = 0; d < width; ++d) {
             mean[d] += p[s] * in(2, s, d);
-            slope[s] += grad[place(t) + d] * in(2, s, d);
-            want_dv[place(s) + d] += p[s] * grad[place(t) + d];
+            slope[s] += grad[index(t) + d] * in(2, s, d);
+            want_dv[index(s) + d] += p[s] * grad[index(t) + d];
           }
           delta += p[s] * slope[s];
         }
         for (int64_t d = 0; d < width; ++d) {
-          out[place(t) + d] = narrow<T>(static_cast<float>(mean[d]));
+          out[index(t) + d] = narrow<T>(static_cast<float>(mean[d]));
         }
         for (int64_t s = 0; s < visible[t]; ++s) {
           const double g = p[s] * (slope[s] - delta) * c.softmax_scale;
           for (int64_t d = 0; d < width; ++d) {
-            want_dq[place(t) + d] += g * in(1, s, d);
-            want_dk[place(s) + d] += g * in(0, t, d);
+            want_dq[index(t) + d] += g * in(1, s, d);
+            want_dk[index(s) + d] += g * in(0, t, d);
           }
         }
       }

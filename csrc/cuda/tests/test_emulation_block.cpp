@@ -1,4 +1,4 @@
-// Indices, barriers, warps, atomics and asynchronous copies against what CUDA documents.
+// Indices, barriers, warps, atomics and asynchronous copies against CUDA's documentation.
 #include <set>
 #include <vector>
 
@@ -81,7 +81,7 @@ __global__ void warp_kernel(WarpResults* out) {
   r.narrow_down = __shfl_down_sync(kFull, x, 2, 8);
   r.wide = __shfl_sync(kFull, 1e300 + lane * 1e299, 7);
   r.ballot = __ballot_sync(kFull, lane % 3 == 0);
-  // The halves of a warp vote apart, each with its own mask.
+  // The halves of a warp vote separately, each with its own mask.
   r.half_ballot = lane < 16 ? __ballot_sync(0x0000ffffu, lane % 2) : __ballot_sync(0xffff0000u, 1);
   r.any = __any_sync(kFull, lane == 31) != 0;
   r.all = __all_sync(kFull, lane != 31) != 0;
@@ -121,7 +121,7 @@ __global__ void warp_memory_kernel(int* out) {
     __syncwarp();
     out[round * 64 + threadIdx.x] = shared[threadIdx.x ^ 31];
     __syncwarp();
-    // Pairs of lanes alone.
+    // Reductions over pairs of lanes.
     const unsigned pair = 3u << (threadIdx.x % 32 / 2 * 2);
     shared[threadIdx.x] += 1;
     __syncwarp(pair);
@@ -165,10 +165,10 @@ __global__ void atomics_kernel(Atomics* a, int* last) {
   atomicAdd(&a->doubles, 0.25);
   atomicAdd(&a->wide, 1ull << 40);
   atomicAdd(&a->exchanged_sum, atomicExch(last, i));
-  for (unsigned old = 0;;) {  // a counter out of compare-and-swap
-    const unsigned found = atomicCAS(&a->swaps, old, old + 1);
-    if (found == old) break;
-    old = found;
+  for (unsigned old = 0;;) {  // a counter made of compare-and-swap
+    const unsigned previous = atomicCAS(&a->swaps, old, old + 1);
+    if (previous == old) break;
+    old = previous;
   }
   __syncthreads();
   if (local != 64) __trap();
@@ -213,7 +213,7 @@ void test_the_last_block_sees_what_the_others_wrote() {
   CHECK(sum == 45, "%d", sum);
 }
 
-// A tile of 128 floats at a time, the next one on its way while this one is read by others.
+// Copies tiles of 128 floats; the next tile is copied while other threads read this one.
 __global__ void pipeline_kernel(const float* x, float* y, int tiles) {
   float* shared = dynamic_shared<float>();
   cp_async_16(shared + 4 * threadIdx.x, x + 4 * threadIdx.x);
@@ -246,7 +246,7 @@ void test_double_buffered_copies_arrive_when_waited_for() {
   }
 }
 
-// Groups land in order: one may still be under way when the older one is used.
+// Groups complete in order: a newer one may still be in flight when the older one is used.
 __global__ void partial_copies_kernel(const int* x, int* y) {
   int* shared = dynamic_shared<int>();
   cp_async_16(shared, x, 4);  // one int; the other three become zero
@@ -257,7 +257,7 @@ __global__ void partial_copies_kernel(const int* x, int* y) {
   cp_async_commit();
   cp_async_wait<1>();
   for (int i = 0; i < 4; ++i) y[i] = shared[i];
-  y[12] = shared[4];  // not yet here
+  y[12] = shared[4];  // not yet copied
   cp_async_wait<0>();
   for (int i = 4; i < 12; ++i) y[i] = shared[i];
 }
@@ -272,7 +272,7 @@ void test_copies_fill_with_zeros_and_land_by_group() {
 
 __global__ void order_kernel(int* order, int* next) { order[atomicAdd(next, 1)] = threadIdx.x; }
 
-// Seeds must reach different interleavings, or the tests above prove little.
+// Seeds must produce different interleavings; otherwise the tests above prove little.
 void test_seeds_choose_the_order_of_threads() {
   std::set<std::vector<int>> orders;
   for (uint64_t seed = 0; seed < 10; ++seed) {

@@ -94,7 +94,7 @@ struct Rounded {
 
 struct Case {
   int64_t batch, tokens, heads, width;
-  int64_t shift = 0;  // elements that the tokens are off a boundary of 16 bytes, codes off one of 8
+  int64_t shift = 0;  // offset of tokens from a 16-byte, of codes from an 8-byte boundary
 };
 
 template <class T>
@@ -173,7 +173,7 @@ void test_rows_are_rounded_into_their_slots(const Case& c, bool norm, std::mt199
             name_of<T>(), part, i, scales[part][i], want_scales[part][i]);
     }
     for (size_t i = 0; i < want_codes[part].size(); ++i) {
-      // A normalised key may lie on the other side of a boundary of the rounding before.
+      // The norm's own rounding may move a normalised key across a boundary of the 8-bit rounding.
       const int apart = codes[part][i] - want_codes[part][i];
       CHECK(apart == 0 || (norm && part == 0 && std::abs(apart) == 1),
             "%s code[%d][%zu]: got %02x, expected %02x", name_of<T>(), part, i, codes[part][i],
@@ -207,8 +207,8 @@ int main() {
   test_every_code_is_read_and_written_exactly();
   test_numbers_between_two_codes_go_to_the_nearest_or_the_even();
   test_a_scale_is_the_smallest_that_holds_its_row();
-  // Below 2^-32 a scale times the smallest code is nothing to float16; above 2^22 codes of the
-  // lowest magnitude are all that it holds.
+  // Below 2^-32 a scale times the smallest code is zero in float16; above 2^22 float16 holds only
+  // codes of the lowest magnitude.
   test_codes_widen_to_16_bits<Half>(95, 149);
   test_codes_widen_to_16_bits<BF16>(1, 254);
   test_dtype<float>(engine);

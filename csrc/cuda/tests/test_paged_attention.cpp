@@ -12,7 +12,7 @@ struct Case {
   int64_t tokens, heads, width, page_size;
   std::vector<int32_t> lengths;
   int64_t splits = 1;
-  int64_t shift = 0;  // elements that q is off a boundary of 16 bytes
+  int64_t shift = 0;  // offset of q from a 16-byte boundary, in elements
   float softmax_scale = 0.3f;
 };
 
@@ -24,7 +24,8 @@ void test_matches_a_plain_computation(const Case& c, std::mt19937& engine) {
     entries = std::max(entries, (length + c.page_size - 1) / c.page_size);
   }
   const int64_t pages = batch * entries, slot = c.heads * c.width, page = c.page_size * slot;
-  // Pages start as NaN and page-table entries past the length point nowhere: neither may matter.
+  // Pages start as NaN, and page-table entries past the length are out of range: neither may affect
+  // the result.
   std::vector<T> k = nans<T>(pages * page), v = nans<T>(pages * page);
   std::vector<int32_t> page_table(batch * entries, -1234567), order(pages);
   for (int64_t i = 0; i < pages; ++i) order[i] = static_cast<int32_t>(i);
@@ -96,7 +97,8 @@ void test_matches_a_plain_computation(const Case& c, std::mt19937& engine) {
   compare("out", out, want);
 }
 
-// Nobody looks at a page table on a GPU: what it says must not lead out of the pool.
+// The page table is not validated on a GPU: entries out of range must not cause accesses outside
+// the pool.
 void test_wrong_pages_and_lengths_stay_inside_the_pool(std::mt19937& engine) {
   const int64_t width = 32, page_size = 4, pages = 2, entries = 2;
   const std::vector<BF16> q = random_tensor<BF16>(width, engine);

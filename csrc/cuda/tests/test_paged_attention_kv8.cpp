@@ -1,6 +1,6 @@
 // Paged attention over 8-bit pages against a plain computation in double: tensor cores and plain
 // products, copies of 16 and of 8 bytes, one pass and two, page sizes of one, odd and even.
-// ONE_TILE: only one instance, for faults that are planted in it.
+// ONE_TILE: tests a single instance, for the planted faults.
 #include <algorithm>
 
 #include "kv8_codes.h"
@@ -34,11 +34,11 @@ struct Case {
   int64_t tokens, heads, width, page_size;
   std::vector<int32_t> lengths;
   int64_t splits = 1;
-  int64_t shift = 0;   // elements that q is off a boundary of 16 bytes
-  int64_t offset = 0;  // bytes that the codes are off one
+  int64_t shift = 0;   // offset of q from a 16-byte boundary, in elements
+  int64_t offset = 0;  // offset of the codes from a 16-byte boundary, in bytes
 };
 
-// One pool: codes and scales, NaN and 2^128 where nothing is written.
+// One pool: codes and scales, unwritten entries are NaN and 2^128.
 struct Pool {
   int64_t offset;
   std::vector<uint8_t> codes, scales;

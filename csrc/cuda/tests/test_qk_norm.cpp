@@ -11,7 +11,7 @@ namespace {
 
 struct Case {
   int64_t batch, tokens, heads, width;
-  int64_t shift = 0;  // elements that the inputs are off a boundary of 16 bytes
+  int64_t shift = 0;  // offset of the inputs from a 16-byte boundary, in elements
 };
 
 // exp(min(s, log 100)), its largest argument past the clamp.
@@ -102,10 +102,10 @@ void test_forward_and_backward_match(const Case& c, std::mt19937& engine) {
       partial.data()};
   CHECK(variant_cuda_qk_norm_backward(&backward, sizeof backward, 0, nullptr) == 0,
         "launch failed");
-  // The gradient at the clamped head is 1e12 times the others: compared apart.
+  // The gradient at the clamped head is 1e12 times the others, so it is compared separately.
   for (int64_t d = 0; d < c.width; ++d) {
     const double got = widen(dq[d]);
-    if (!std::is_same_v<T, Half>) {  // whose largest number is 65504
+    if (!std::is_same_v<T, Half>) {  // the largest float16 is 65504
       CHECK(std::fabs(got - want_dq[d]) <= tolerance_of<T>() * std::fabs(want_dq[d]),
             "clamped dq[%lld]: got %g, expected %g", static_cast<long long>(d), got, want_dq[d]);
     }

@@ -1,5 +1,5 @@
 // Sampling against its definition with a sort, in double: guidance, top-k with ties, top-p with
-// ties, Philox and multinomial's draw, rows in registers and rows that are read anew.
+// ties, draws by Philox and as in multinomial, rows in registers and rows that are read again.
 #include <numeric>
 #include "../sample_tokens.cu"
 
@@ -18,8 +18,8 @@ struct Case {
   bool ties = false, multinomial = false;
 };
 
-double uniform_of(uint64_t seed, uint64_t image, uint32_t place) {
-  uint64_t c[4] = {place, 0, image & 0xffffffff, image >> 32};
+double uniform_of(uint64_t seed, uint64_t image, uint32_t position) {
+  uint64_t c[4] = {position, 0, image & 0xffffffff, image >> 32};
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int i = 0; i < 10; ++i) {
     const uint64_t product0 = 0xD2511F53ull * c[0], product1 = 0xCD9E8D57ull * c[2];
@@ -32,7 +32,7 @@ double uniform_of(uint64_t seed, uint64_t image, uint32_t place) {
   return static_cast<double>(((c[0] >> 5) << 26) + (c[1] >> 6)) / 9007199254740992.0;
 }
 
-// The kept weights of one guided row: what the definition says.
+// The kept weights of one guided row, by the definition.
 std::vector<double> kept_weights(const std::vector<float>& logits, int64_t top_k, double top_p) {
   const size_t n = logits.size();
   std::vector<size_t> order(n);
@@ -67,7 +67,7 @@ void test_draws_what_the_definition_draws(const Case& c, std::mt19937& engine) {
     if (i % 3 == 1) logits[i] = narrow<T>(0.5f * static_cast<float>(static_cast<int>(i) % 4));
     if (i % 7 == 2) logits[i] = narrow<T>(-1e4f);
   }
-  // Without guidance nobody looks at the second half.
+  // Without guidance the second half is not read.
   for (size_t i = logits.size() / 2; c.guidance == 0 && i < logits.size(); ++i) {
     logits[i] = narrow<T>(static_cast<float>(kNaN));
   }
@@ -80,7 +80,7 @@ void test_draws_what_the_definition_draws(const Case& c, std::mt19937& engine) {
   std::vector<int64_t> images(c.batch), out(rows, -1);
   for (int64_t& image : images) image = static_cast<int64_t>(engine()) << 20;
   const int64_t seed = 0x123456789abcdef, position = 91;
-  // A replayed graph finds its guidance and seed in memory.
+  // A replayed graph reads its guidance and seed from memory.
   const double guidance_later = c.guidance;
   const int64_t seed_later = seed;
   const bool later = c.top_k % 2 == 1;

@@ -1,4 +1,4 @@
-// A fault planted in whatever is compiled after this: scales are read and written one byte too far.
+// A fault for all code after this header: scales are read and written one byte too far.
 #pragma once
 
 #include "../../kv8.cuh"

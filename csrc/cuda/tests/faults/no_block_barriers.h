@@ -1,4 +1,4 @@
-// A fault planted in whatever is compiled after this: __syncthreads does nothing.
+// A fault for all code after this header: __syncthreads does nothing.
 #pragma once
 
 #include "../../launch.h"

@@ -1,4 +1,4 @@
-// A fault planted in whatever is compiled after this: no cp.async is waited for.
+// A fault for all code after this header: cp.async is not waited for.
 #pragma once
 
 #include "../../launch.h"

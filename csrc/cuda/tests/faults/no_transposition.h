@@ -1,4 +1,4 @@
-// A fault planted in whatever is compiled after this: right-hand fragments are loaded untransposed.
+// A fault for all code after this header: right-hand fragments are loaded untransposed.
 #pragma once
 
 #include "../../launch.h"

@@ -1,0 +1,265 @@
+"""Which backend runs a call, and what an op remembers of the calls before."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from variant_kernels import (
+    adaln_modulate,
+    append_paged_kv,
+    block_causal_attention,
+    explain,
+    paged_attention,
+    qk_norm,
+    sample_tokens,
+    use_backend,
+)
+from variant_kernels.dispatch import support
+from variant_kernels.dispatch.select import Backend
+from variant_kernels.dispatch.support import BACKENDS
+from variant_kernels.ops import adaln, registry, tables
+from variant_kernels.ops import block_causal_attention as block_causal
+
+ROOT = Path(__file__).parent.parent.parent
+X, ROW = torch.randn(2, 3, 16), torch.zeros(2, 16)
+
+
+@pytest.fixture(autouse=True)
+def nothing_forces_a_backend(monkeypatch):
+    monkeypatch.delenv("VARIANT_BACKEND", raising=False)
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """Shapes of x in each run of adaln_modulate's check."""
+    shapes, check = [], adaln.adaln_op.check
+
+    def counted(x, *rows):
+        shapes.append(tuple(x.shape) if isinstance(x, torch.Tensor) else x)
+        check(x, *rows)
+
+    monkeypatch.setattr(adaln.adaln_op, "check", counted)
+    return shapes
+
+
+def test_every_table_is_in_the_order_of_preference():
+    for op, backends in tables().items():
+        assert list(backends) == [name for name in BACKENDS if name in backends], op
+        assert list(backends)[-1] == "reference"
+
+
+def test_a_signature_is_checked_once(checks):
+    for _ in range(3):
+        adaln_modulate(X, ROW, ROW)
+    assert checks == [(2, 3, 16)]
+    for other in (X[:, :2], X.bfloat16(), X.transpose(0, 1).contiguous().transpose(0, 1)):
+        rows = ROW.to(other.dtype)
+        adaln_modulate(other, rows, rows)
+        adaln_modulate(other, rows, rows)
+    assert len(checks) == 4
+
+
+def test_a_bad_call_after_a_good_one_raises_every_time():
+    good = (X, ROW, ROW)
+    adaln_modulate(*good)
+    wide = torch.zeros(2, 17)
+    bad = (
+        ((X, wide[:, :16].t().contiguous().t(), ROW), ValueError, "contiguous last dimension"),
+        ((X, ROW, wide), ValueError, r"shift_BC must be \(2, 16\)"),
+        ((X.double(), ROW, ROW), TypeError, "x_BTC must be one of"),
+        ((X[0], ROW, ROW), ValueError, "must have 3 dimensions"),
+        ((X, ROW, ROW.to("meta")), ValueError, "shift_BC must be on the device of scale_BC"),
+        *(((X, ROW, other), TypeError, "shift_BC must be a torch.Tensor; got")
+          for other in (None, 3.0, [1.0], np.zeros((2, 16)), "x")),
+    )  # fmt: skip
+    for arguments, error, message in bad:
+        for _ in range(2):
+            with pytest.raises(error, match=f"adaln_modulate: .*{message}"):
+                adaln_modulate(*arguments)
+    adaln_modulate(*good)
+
+
+def test_what_is_no_tensor_is_named_in_every_op():
+    q = torch.zeros(1, 1, 1, 16)
+    scale, slots = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, dtype=torch.int64)
+    table, lens = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    calls = {
+        "q_BTHD": lambda bad: paged_attention(bad, q, q, table, lens),
+        "kv_lens_B": lambda bad: paged_attention(q, q, q, table, bad),
+        "k_scales_PNH": lambda bad: paged_attention(
+            q, q.to(torch.float8_e4m3fn), q.to(torch.float8_e4m3fn), table, lens,
+            k_scales_PNH=bad, v_scales_PNH=bad,
+        ),
+        "slots_BT": lambda bad: append_paged_kv(q, q, q.clone(), q.clone(), bad),
+        "k_BTHD": lambda bad: append_paged_kv(bad, q, q.clone(), q.clone(), slots),
+        "scale_mul_1H11": lambda bad: qk_norm(q, q, bad),
+        "logits_2BTV": lambda bad: sample_tokens(bad, guidance=1.0),
+        "image_ids": lambda bad: sample_tokens(torch.zeros(2, 1, 8), guidance=1.0, image_ids=bad),
+        "v_BLHD": lambda bad: block_causal_attention(
+            q, q, bad, block_causal.ScaleLayout.from_patch_nums((1,))
+        ),
+    }  # fmt: skip
+    del scale
+    for name, call in calls.items():
+        for bad in (3.0, [1.0], "x", np.zeros(3)):
+            with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor; got"):
+                call(bad)
+
+
+def test_a_changed_environment_chooses_anew(monkeypatch, checks):
+    x, row = X.half(), ROW.half()
+    adaln_modulate(x, row, row)
+    monkeypatch.setenv("VARIANT_BACKEND", "cpu")
+    for _ in range(2):
+        with pytest.raises(ValueError, match='backend "cpu" cannot run this call'):
+            adaln_modulate(x, row, row)
+    monkeypatch.setenv("VARIANT_BACKEND", "reference")
+    adaln_modulate(x, row, row)
+    with use_backend("cpu"), pytest.raises(ValueError, match='backend "cpu" cannot run'):
+        adaln_modulate(x, row, row)
+    with pytest.raises(ValueError, match='backend "triton" cannot run'):
+        adaln_modulate(x, row, row, backend="triton")
+
+
+def test_what_a_choice_depends_on_is_asked_again_after_forgetting(monkeypatch):
+    def launch(**arguments):
+        ran.append("planted")
+        return adaln.reference_adaln_forward(**arguments)
+
+    ran = []
+    adaln_modulate(X, ROW, ROW)
+    monkeypatch.setitem(adaln.adaln_op.backends, "cpu", Backend(support.always, launch))
+    registry.forget_signatures()
+    adaln_modulate(X, ROW, ROW)
+    assert ran == ["planted"]
+
+
+def test_no_more_signatures_are_kept_than_the_limit(monkeypatch, checks):
+    monkeypatch.setattr(registry, "MAX_SIGNATURES", 5)
+    for tokens in range(1, 30):
+        adaln_modulate(torch.zeros(2, tokens, 16), ROW, ROW)
+        assert 1 <= len(adaln.adaln_op.signatures) <= 5
+    assert len(checks) == 29
+    adaln_modulate(torch.zeros(2, 29, 16), ROW, ROW)
+    assert len(checks) == 29
+
+
+def test_values_are_checked_at_every_call_of_a_known_signature():
+    q, pages = torch.zeros(1, 1, 1, 16), torch.zeros(2, 2, 1, 16)
+    table, lens = torch.tensor([[1]], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    paged_attention(q, pages, pages, table, lens)
+    lens.fill_(3)
+    with pytest.raises(ValueError, match=r"kv_lens_B\[0\] must be in \[0, 2\]"):
+        paged_attention(q, pages, pages, table, lens)
+    slots = torch.zeros(1, 1, dtype=torch.int64)
+    append_paged_kv(q, q, pages, pages.clone(), slots)
+    slots.fill_(4)
+    with pytest.raises(ValueError, match=r"slots_BT\[0, 0\] must be -1 or in \[0, 4\)"):
+        append_paged_kv(q, q, pages, pages.clone(), slots)
+    logits = torch.zeros(2, 1, 8)
+    sample_tokens(logits, guidance=1.0)
+    logits.fill_(torch.nan)
+    with pytest.raises(ValueError, match="must be free of NaN"):
+        sample_tokens(logits, guidance=1.0)
+
+
+def test_one_pool_for_keys_and_values_is_refused_after_a_good_call():
+    q, pages = torch.zeros(1, 1, 1, 16), torch.zeros(2, 2, 1, 16)
+    slots = torch.zeros(1, 1, dtype=torch.int64)
+    append_paged_kv(q, q, pages, pages.clone(), slots)
+    with pytest.raises(ValueError, match="must be two tensors; got one twice"):
+        append_paged_kv(q, q, pages, pages, slots)
+
+
+def test_fake_tensors_are_checked_too():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        x, row = mode.from_tensor(X), mode.from_tensor(ROW)
+        assert adaln_modulate(x, row, row).shape == X.shape
+        with pytest.raises(ValueError, match="shift_BC must be"):
+            adaln_modulate(x, row, row[:, :8])
+    assert not adaln.adaln_op.signatures
+
+
+def test_a_wrong_shape_in_a_compiled_function_is_refused():
+    compiled = torch.compile(adaln_modulate, backend="aot_eager")
+    torch.testing.assert_close(compiled(X, ROW, ROW), adaln_modulate(X, ROW, ROW))
+    with pytest.raises(ValueError, match="shift_BC must be"):
+        compiled(X, ROW, ROW[:, :8])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductor_and_sizes_that_are_symbols_give_the_same_bits(dynamic):
+    def step(x, scale, shift):
+        return adaln_modulate(x.transpose(0, 1) * 2, scale, shift).sum(1)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    for tokens in (3, 5):
+        x = torch.randn(tokens, 2, 16)
+        expected = step(x, ROW, ROW)
+        torch.testing.assert_close(compiled(x, ROW, ROW), expected)
+
+
+def test_a_named_backend_in_a_graph_is_checked_when_it_runs():
+    @torch.compile(fullgraph=True, backend="eager")
+    def step(x, row):
+        return adaln_modulate(x, row, row, backend="cpu")
+
+    with pytest.raises(ValueError, match='backend "cpu" cannot run this call: dtype float16'):
+        step(X.half(), ROW.half())
+
+
+def test_explain_says_why_not_another_and_refuses_an_unknown_op(monkeypatch):
+    text = explain("adaln_modulate")
+    assert text.startswith("cpu (preference order; triton: ")
+    assert "flash: it does not implement this op" in text
+    with pytest.raises(ValueError, match="op must be one of block_causal_attention, "):
+        explain("no_such_op")
+    assert explain("qk_norm", backend="reference").startswith("reference (asked for by name; ")
+    monkeypatch.setenv("VARIANT_BACKEND", "reference")
+    assert "cpu: not asked for" in explain("paged_attention", page_size=16)
+
+
+def test_a_launcher_is_imported_at_its_first_call():
+    run = """
+import sys, torch, variant_kernels as vk
+assert "variant_kernels.cpu_ops.adaln" not in sys.modules
+vk.adaln_modulate(torch.zeros(1, 1, 8), torch.zeros(1, 8), torch.zeros(1, 8))
+assert "variant_kernels.cpu_ops.adaln" in sys.modules
+assert "variant_kernels.cpu_ops.qk_norm" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", run], check=True)
+
+
+def test_every_backend_of_an_op_is_where_its_table_says():
+    for op, backends in tables().items():
+        for name, backend in backends.items():
+            for launcher in (backend._forward, backend._backward):
+                if isinstance(launcher, str):
+                    module, _, function = launcher.rpartition(".")
+                    path = ROOT / "variant_kernels" / (module.replace(".", "/") + ".py")
+                    defined = {
+                        getattr(node, "name", "") for node in ast.parse(path.read_text()).body
+                    }
+                    assert function in defined, (op, name, launcher)
+
+
+def test_every_benchmark_reports_all_backends_of_its_ops():
+    for stem, names in {
+        "adaln": ("adaln_modulate", "gated_residual_adaln"),
+        "block_causal_attention": ("block_causal_attention",),
+        "paged_attention": ("paged_attention",),
+        "qk_norm_append_paged_kv": ("qk_norm_append_paged_kv",),
+        "sample_tokens": ("sample_tokens",),
+    }.items():
+        peers = importlib.import_module(f"benchmarks.bench_{stem}").PEERS
+        assert len(set(peers)) == len(peers)
+        for op in names:
+            assert set(tables()[op]) <= set(peers), op
