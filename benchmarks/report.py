@@ -28,7 +28,7 @@ from benchmarks.results import (
 )
 from variant.bench.engine_bench import switch_line
 from variant.errors import UserError
-from variant.files import replacing
+from variant.files import atomic_write
 
 PAGE = "report.md"
 
@@ -370,7 +370,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError("name at least one result file")
         options.out.mkdir(parents=True, exist_ok=True)
         text = page(results, options.out)
-        with replacing(options.out / PAGE) as temporary:
+        with atomic_write(options.out / PAGE) as temporary:
             temporary.write_text(text)
     except (UserError, OSError) as error:
         print(f"report: error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Small random models that tests paint with, save and damage."""
+"""Small random models for tests that generate, save and damage them."""
 
 from __future__ import annotations
 

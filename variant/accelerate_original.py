@@ -1,4 +1,4 @@
-"""A live model of the original VAR code, served by our engine: ``accelerate``."""
+"""``accelerate``: a model object of the original VAR code, run by our engine."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from variant.supernet import VARiant
 def accelerate(var: nn.Module, vae: nn.Module) -> VARiant:
     """A VARiant that shares the weights of an original VAR model and its VQ-VAE.
 
-    Nothing is copied and nothing in the two objects is changed, patched or not; what is loaded into
-    them or trained in place is what the VARiant generates with. Sizes are read from shapes, the
-    rest from the objects.
+    The weights are not copied and the two objects, patched or not, are not changed. The VARiant
+    generates with their current weights, also after training or loading in place. Sizes are read
+    from tensor shapes, other settings from the objects.
 
     Args:
-        var: of the original repository's ``VAR`` (or CoDe's), on any device.
+        var: a ``VAR`` of the original repository (or of CoDe), on any device.
         vae: its ``VQVAE``.
     Returns:
-        In eval mode, on the weights' device.
+        A model in eval mode, on the device of the weights.
     Raises:
-        UserError: one of the two is not such a model; naming what is missing.
+        UserError: one of the two is not such a model; the message names what is missing.
     """
     attn = getattr(getattr(var, "blocks", [None])[0], "attn", None)
     norm = getattr(getattr(var, "head_nm", None), "ln_wo_grad", None)

@@ -1,8 +1,8 @@
-"""Errors whose message is all that a user needs."""
+"""The error that the command line prints without a traceback."""
 
 
 class UserError(Exception):
-    """Something in a request, a file or the machine; the message is one line and says what helps.
+    """A request, a file or the machine is unsuitable; the message is one line and names a remedy.
 
-    The command line prints it without a traceback and exits with 1.
+    The command line prints the message without a traceback and exits with 1.
     """

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, read without running code."""
+"""Files: atomic writes, and pickles that are read without running code from them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from variant.errors import UserError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place if the block succeeds.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``, and rename it to ``path`` if the block succeeds.
+
+    A block that raises leaves an existing file as it was.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -31,11 +33,11 @@ def replacing(path: Path) -> Iterator[Path]:
         try:
             yield temporary
         except (SafetensorError, RuntimeError) as error:
-            # How safetensors and torch.save report a full or failing disk.
+            # safetensors and torch.save report a full or failing disk by these.
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):
                 raise
             raise UserError(f"{path}: cannot be written: {str(error).splitlines()[0]}") from error
-        # safetensors writes files that only their owner can read; follow the umask instead.
+        # safetensors writes files that only their owner can read; apply the umask instead.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
@@ -48,23 +50,28 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def save_pickle(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-    """``torch.save`` under a temporary name, then rename."""
-    with replacing(Path(path)) as temporary:
+    """``torch.save`` by :func:`atomic_write`.  Raises: UserError, if it cannot be written."""
+    with atomic_write(Path(path)) as temporary:
         torch.save(dict(state), temporary)
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a ``.safetensors`` file, mapped.
+    """All tensors of a ``.safetensors`` file, memory-mapped.
 
     Raises:
         UserError: missing or damaged.
     """
-    with _opened(Path(path)) as tensors:
+    with open_safetensors(path) as tensors:
         return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def open_safetensors(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """safetensors' ``safe_open`` within the block.
+
+    Raises:
+        UserError: missing or damaged.
+    """
     try:
         with safe_open(path, framework="pt") as tensors:
             yield tensors
@@ -72,39 +79,41 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: is missing or damaged: {error}") from error
 
 
-def is_mapped(path: str | os.PathLike[str]) -> bool:
-    """Whether :func:`read_pickle` maps the file; older files and raw pickles are read whole."""
+def is_mmapped(path: str | os.PathLike[str]) -> bool:
+    """Whether :func:`read_pickle` memory-maps the file; it reads older formats into memory."""
     return zipfile.is_zipfile(path)
 
 
 def read_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A ``.pth`` file's dictionary, without running code from it; tensors are mapped if they can.
+    """A ``.pth`` file's dictionary; tensors are memory-mapped where the file's format allows it.
+
+    No code in the pickle is run (``weights_only=True``).
 
     Raises:
-        UserError: missing, damaged, not a dictionary, or a pickle that wants to run code.
+        UserError: missing, damaged, not a dictionary, or a pickle that would run code.
     """
     try:
-        mapped = is_mapped(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        mmapped = is_mmapped(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmapped)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: refused: it is not a plain file of weights (it wants to run code, or is "
-            "damaged)"
+            f"{path}: refused: loading it would run code that it contains, or it is damaged; only "
+            "plain files of weights are read"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        # Bytes that are no pickle at all surface as bare keys and values.
-        told = isinstance(error, OSError | RuntimeError) and str(error)
-        first = str(error).splitlines()[0][:200] if told else "it is no file of torch.save"
-        raise UserError(f"{path}: is not a readable checkpoint: {first}") from error
+        # For bytes that are no pickle, the text of the error is a key or a value from them.
+        has_text = isinstance(error, OSError | RuntimeError) and str(error)
+        reason = str(error).splitlines()[0][:200] if has_text else "torch.save did not write it"
+        raise UserError(f"{path}: is not a readable checkpoint: {reason}") from error
     if not isinstance(state, dict):
         raise UserError(f"{path}: must hold a dictionary of tensors; got {type(state).__name__}")
     return state
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal.  Raises: UserError, where it cannot be read."""
+    """SHA-256 of a file, in hexadecimal.  Raises: UserError, if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

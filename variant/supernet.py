@@ -1,4 +1,4 @@
-"""One set of weights that runs at any depth: what users hold in their hands."""
+"""``VARiant``: a VAR and its VQ-VAE, one set of weights that runs at any depth."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from variant.checkpoints.model_card import TAGS, model_card
 from variant.checkpoints.model_folder import load_model, save_model
 from variant.checkpoints.original_var import load_original
 from variant.engine.engine import Engine, check_pair
-from variant.engine.generation import Generation, OnScale
+from variant.engine.generation import Generation, OnScale, Sampling
 from variant.engine.kv_dtype import KVDtype
 from variant.errors import UserError
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 
-# What is read from a repository of the Hub; the last is of the original's older ones.
+# Files that are downloaded from a Hub repository; the last is for older ones of the original.
 HUB_FILES = ["config.json", "model.safetensors", "pytorch_model.bin"]
 ASSETS = Path(__file__).parent / "assets"
 
@@ -40,12 +40,12 @@ class VARiant(
         result = model.generate([3, 1, 4], depth=2, seed=0)
         result.images, result.tokens, result.stats
 
-    ``push_to_hub(repo_id)`` is the Hub's own (``huggingface_hub.PyTorchModelHubMixin``).
+    ``push_to_hub(repo_id)`` is that of ``huggingface_hub.PyTorchModelHubMixin``.
 
     Args:
-        var, vae: models of one codebook and layout; their weights are shared, not copied.
+        var, vae: models with the same codebook and layout; their weights are shared, not copied.
     Raises:
-        ValueError: the two do not fit each other.
+        ValueError: the codebooks or layouts of the two differ.
     """
 
     def __init__(self, var: VAR, vae: VQVAE) -> None:
@@ -57,11 +57,11 @@ class VARiant(
         self._engines: dict[torch.dtype, Engine] = {}
 
     def engine(self, dtype: torch.dtype | None = None) -> Engine:
-        """The engine of that dtype, built once; None is the weights' own."""
-        wanted = dtype or self.var.head.weight.dtype
-        if wanted not in self._engines:
-            self._engines[wanted] = Engine(self.var, self.vae, dtype=wanted)
-        return self._engines[wanted]
+        """The engine of a dtype, built once; None is the dtype of the weights."""
+        dtype = dtype or self.var.head.weight.dtype
+        if dtype not in self._engines:
+            self._engines[dtype] = Engine(self.var, self.vae, dtype=dtype)
+        return self._engines[dtype]
 
     def generate(
         self,
@@ -80,21 +80,44 @@ class VARiant(
         on_scale: OnScale | None = None,
         kv_dtype: KVDtype = None,
     ) -> Generation:
-        """Paint one image per label; see :meth:`variant.engine.Engine.generate`.
+        """Generates one image per label.
 
-        ``dtype``: of weights, K/V and matrix products; None is the weights' own.
-        ``kv_dtype``: "fp8" keeps K and V in 8 bits; None is exact.
+        Args:
+            labels: classes in [0, num_classes): a number, a list, or a (B,) integer tensor.
+            depth: number of layers in the flexible zone, or a list of layers; None runs all layers.
+            bridge: number of first scales that run all layers; None is the config's bridge.
+            cfg: classifier-free guidance, in [0, 10000]. Its weight rises linearly from 0 at the
+                first scale to ``cfg`` at the last; 0 turns guidance off and halves the work.
+            top_k: sample from the k most probable tokens; 0 keeps all.
+            top_p: sample from the most probable tokens of this total probability; 0 keeps all.
+            seed: in [0, 2^63); None draws one from torch's default generator. A seed and an image
+                id give the same tokens in any batch, except where two candidates are so close that
+                the last bits of a matrix product decide, which may depend on the batch size.
+            image_ids: (B,) integers that select the random numbers of each image; None is 0..B-1.
+            generator: draws as ``torch.multinomial`` does, like the original code; excludes seed.
+                The draws depend on the batch size, so give ``max_batch`` too.
+            dtype: of weights, K/V and matrix products: float32, bfloat16 or float16; None is the
+                dtype of the weights.
+            max_batch: images per batch; None is as many as fit into free memory by the cache plan.
+            on_scale: called as ``on_scale(k, partial)`` after scale k of each batch, with a
+                :class:`variant.PartialResult`. It may return a shallower depth for the scales that
+                follow. Scales before ``bridge`` run all layers: a depth returned earlier is
+                postponed to scale ``bridge``.
+            kv_dtype: "fp8" stores K and V in 8 bits; None is exact: ``dtype``.
+        Returns:
+            :class:`variant.Generation`: ``images`` (B, 3, H, W) float32 in [0, 1], ``tokens``
+            (B, L) int64 and ``stats``, a :class:`variant.Stats`; tensors are on the device of the
+            weights.
+        Raises:
+            ValueError: an argument out of range, or a backend that cannot run this call.
+            MemoryError: not even one image fits, or ``max_batch`` images do not.
         """
-        return self.engine(dtype).generate(
+        return self.engine(dtype).generate_with(
             labels,
+            Sampling(cfg, top_k, top_p, seed, generator),
             depth=depth,
             bridge=bridge,
-            cfg=cfg,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
             image_ids=image_ids,
-            generator=generator,
             max_batch=max_batch,
             on_scale=on_scale,
             kv_dtype=kv_dtype,
@@ -116,13 +139,15 @@ class VARiant(
         """A model folder, a repository of the Hugging Face Hub, or "digits" from this package.
 
         Args:
-            name: a path wins over a Hub id of the same spelling.
-            dtype: of the transformer's weights; None keeps the file's.
+            name: an existing path is preferred to a Hub id of the same spelling.
+            dtype: of the transformer's weights; None keeps that of the file.
             device: of both models; None is the CPU.
-            revision, token, cache_dir, force_download, local_files_only: as the Hub's mixin takes
-                them; for a Hub id only.
+            revision, token, cache_dir, force_download, local_files_only: as in the Hub's mixin;
+                for a Hub id only.
+        Returns:
+            The model in eval mode.
         Raises:
-            UserError: nothing of that name, or a damaged or foreign file.
+            UserError: there is no such model, or a file is damaged or of another format.
         """
         folder = locate(
             name,
@@ -150,16 +175,16 @@ class VARiant(
     ) -> str | None:
         """Write ``config.json``, ``model.safetensors`` and a model card, ``README.md``.
 
-        :meth:`from_pretrained` reads them. A README.md of somebody else's stays as it is.
+        :meth:`from_pretrained` reads them. A README.md that this method did not write is kept.
 
         Args:
             extra: further keys of config.json, e.g. how the model was trained; plain values.
-            config: the same, under the name that the Hub's mixin gives it.
-            repo_id: on the Hub; None is the folder's name.
-            push_to_hub: upload the folder too; the other keywords go to :meth:`push_to_hub`.
-            model_card_kwargs: ``model_id``, how the card calls the model.
+            config: the same; the Hub's mixin uses this name.
+            repo_id: of the Hub; None is the name of the folder.
+            push_to_hub: upload the folder too; other keywords are those of :meth:`push_to_hub`.
+            model_card_kwargs: ``model_id``, the name of the model in the card.
         Returns:
-            The commit's address on the Hub if it was pushed.
+            The URL of the commit on the Hub, or None if nothing was uploaded.
         Raises:
             UserError: the folder cannot be written.
         """
@@ -171,10 +196,10 @@ class VARiant(
         return self.push_to_hub(repo_id or Path(folder).resolve().name, **push_to_hub_kwargs)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:  # type: ignore[override]
-        """Upload weights, config and card to the Hub; options as the Hub's mixin takes them.
+        """Upload weights, config and card to the Hub; options as in the Hub's mixin.
 
         Returns:
-            The commit's address.
+            The URL of the commit.
         """
         options["model_card_kwargs"] = {
             "model_id": repo_id,
@@ -198,31 +223,33 @@ class VARiant(
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Self:
-        """The original repository's files; sizes are read from the shapes.
+        """A model from files of the original repository; sizes are read from tensor shapes.
 
-        Each is a ``.pth`` state dict (loaded with ``weights_only=True``: no code in it can run), a
-        trainer checkpoint that holds both models, a ``.safetensors`` file, or what
-        ``save_pretrained`` of the original's Hub class wrote: a folder, or its Hub id.
+        Each file is a ``.pth`` state dict (loaded with ``weights_only=True``, which runs no code),
+        a trainer checkpoint with both models, a ``.safetensors`` file, or the output of
+        ``save_pretrained`` of the original's Hub class: a folder, or its Hub id.
 
         Args:
-            num_heads: needed only for models without ``attn_l2_norm``, whose tensors do not tell;
-                None assumes one per 64 channels and warns.
-            dtype: of the transformer's weights; None keeps the file's.
+            num_heads: needed only without ``attn_l2_norm``, where no tensor has a head axis; None
+                assumes one head per 64 channels and warns.
+            dtype: of the transformer's weights; None keeps that of the file.
             device: of both models; None is the CPU.
+        Returns:
+            The model in eval mode.
         Raises:
-            UserError: a missing, damaged or foreign file.
+            UserError: a file is missing, damaged or of another format.
         """
         var_file, vae_file = _fetched(var_path), _fetched(vae_path)
         return cls(*load_original(var_file, vae_file, num_heads, dtype, device)).eval()
 
 
 def _fetched(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """The path, or what the Hub gives for an id that is none."""
+    """The path itself, or the downloaded folder if it is a Hub id."""
     return locate(path) if _is_hub_id(path) and not Path(path).exists() else path
 
 
 def _is_hub_id(name: str | os.PathLike[str]) -> bool:
-    """Whether it reads as owner/name; file names end in a suffix that says so."""
+    """Whether the name has the form owner/name and no suffix of a weights file."""
     text = os.fspath(name)
     named = text.count("/") == 1 and not text.startswith((".", "/", "~"))
     return named and not text.endswith((".pth", ".pt", ".bin", ".safetensors"))
@@ -234,7 +261,7 @@ def locate(name: str | os.PathLike[str], **hub_options: Any) -> Path:
     Args:
         hub_options: of ``huggingface_hub.snapshot_download``: revision, token and so on.
     Raises:
-        UserError: none of the three.
+        UserError: the name is none of the three.
     """
     path = Path(name)
     if (path / "config.json").is_file():
@@ -246,13 +273,13 @@ def locate(name: str | os.PathLike[str], **hub_options: Any) -> Path:
         return ASSETS / str(name)
     text = os.fspath(name)
     if path.exists():
-        return path  # what is wrong with it is said by whoever reads it
+        return path  # the reader of the folder reports what is missing
     if not _is_hub_id(name):
         raise UserError(
             f"{text}: no such model: neither a folder nor one of this package "
             f"({', '.join(packaged) or 'none'}) nor a Hub id (owner/name)"
         )
-    # Imported here: it takes a second and most runs need no Hub.
+    # Imported here: it takes a second, and most calls do not use the Hub.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -260,4 +287,4 @@ def locate(name: str | os.PathLike[str], **hub_options: Any) -> Path:
         return Path(snapshot_download(text, allow_patterns=HUB_FILES, **hub_options))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{text}: neither a folder nor to be had from the Hub: {first}") from error
+        raise UserError(f"{text}: not a folder, and the Hub cannot provide it: {first}") from error

@@ -1,4 +1,4 @@
-"""The model card and the Hub's conventions."""
+"""The model card and the conventions of the Hub."""
 
 import inspect
 import re
@@ -51,7 +51,7 @@ def test_the_code_and_the_command_of_a_card_run(tmp_path):
         check=True,
     )
     assert done.stdout.split("\n")[0] == "(1, 3, 6, 6) (4, 2, 2)"
-    # The size that the card's comment promises.
+    # The size in the comment of the card's code.
     assert "(1, 3, 6, 6) in [0, 1]" in code
     command = re.search(r"`variant (generate .*?)`", card).group(1)
     done = subprocess.run(
@@ -73,7 +73,7 @@ def test_a_model_without_subnets_claims_none(tmp_path):
     assert "depth=" not in card
 
 
-def test_a_card_is_renewed_until_somebody_makes_it_their_own(tmp_path):
+def test_a_card_is_overwritten_until_its_mark_is_removed(tmp_path):
     small_model().save_pretrained(tmp_path)
     small_model(subnets={}, bridge=None).save_pretrained(tmp_path)
     assert "trained at full depth only" in card_of(tmp_path)
@@ -84,7 +84,7 @@ def test_a_card_is_renewed_until_somebody_makes_it_their_own(tmp_path):
 
 
 class Uploads:
-    """Stands for the Hub: keeps what would be uploaded."""
+    """A fake Hub that records what would be uploaded."""
 
     def __init__(self):
         self.repos, self.files, self.options = [], {}, {}
@@ -131,31 +131,31 @@ def test_save_pretrained_can_push_in_the_same_call(tmp_path, monkeypatch):
     assert model.save_pretrained(tmp_path / "mine") is None
 
 
-def test_from_pretrained_hands_the_hubs_options_on(tmp_path, monkeypatch):
+def test_from_pretrained_passes_on_the_hubs_options(tmp_path, monkeypatch):
     import huggingface_hub
 
     small_model().save_pretrained(tmp_path / "small")
-    asked = {}
+    request = {}
 
     def snapshot_download(repo_id, **options):
-        asked.update(options, repo_id=repo_id)
+        request.update(options, repo_id=repo_id)
         return str(tmp_path / "small")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     VARiant.from_pretrained("someone/small", revision="v1", token="t", local_files_only=True)
-    assert asked["repo_id"] == "someone/small"
-    assert (asked["revision"], asked["token"], asked["local_files_only"]) == ("v1", "t", True)
-    assert asked["allow_patterns"] == ["config.json", "model.safetensors", "pytorch_model.bin"]
+    assert request["repo_id"] == "someone/small"
+    assert (request["revision"], request["token"], request["local_files_only"]) == ("v1", "t", True)
+    assert request["allow_patterns"] == ["config.json", "model.safetensors", "pytorch_model.bin"]
 
 
 @pytest.mark.parametrize("name", ["from_pretrained", "save_pretrained", "push_to_hub"])
-def test_every_option_of_the_hubs_mixin_is_taken(name):
+def test_every_option_of_the_hubs_mixin_is_accepted(name):
     ours = inspect.signature(getattr(VARiant, name)).parameters
     theirs = inspect.signature(getattr(PyTorchModelHubMixin, name)).parameters
-    taken = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in ours.values())
+    has_kwargs = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in ours.values())
     positional = ("self", "pretrained_model_name_or_path", "save_directory", "model_kwargs")
     missing = [key for key in theirs if key not in ours and key not in positional]
-    assert not missing or taken, missing
+    assert not missing or has_kwargs, missing
     assert issubclass(VARiant, PyTorchModelHubMixin)
 
 

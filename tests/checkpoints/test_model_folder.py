@@ -1,4 +1,4 @@
-"""Model folders and original checkpoints: round trips, and files that are none."""
+"""Model folders and original checkpoints: round trips, and files that are refused."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from small_models import small_model
 
 from variant import VAR, VQVAE, UserError, VARiant
 from variant.checkpoints.original_var import load_original, save_original
-from variant.files import replacing
+from variant.files import atomic_write
 from variant.models.var import derived_buffers
 
 
@@ -43,7 +43,7 @@ def test_a_saved_folder_gives_the_same_model(tmp_path):
     assert torch.equal(a.images, b.images)
 
 
-def test_dtype_of_a_loaded_model_is_the_files_unless_asked(tmp_path):
+def test_a_loaded_model_has_the_files_dtype_by_default(tmp_path):
     model = small_model()
     model.var.bfloat16()
     model.save_pretrained(tmp_path)
@@ -54,7 +54,7 @@ def test_dtype_of_a_loaded_model_is_the_files_unless_asked(tmp_path):
     assert wide.generate(0, seed=0, dtype=torch.bfloat16).stats.dtype == "bfloat16"
 
 
-@pytest.mark.filterwarnings("ignore:.*no tensor tells the number of attention heads")
+@pytest.mark.filterwarnings("ignore:.*no tensor contains the number of attention heads")
 @pytest.mark.parametrize("name", NAMES)
 def test_original_files_load_with_sizes_read_from_shapes_and_write_back_equal(name, tmp_path):
     golden = load_golden(name)
@@ -91,7 +91,7 @@ def test_published_layouts_are_known_without_their_buffers(tmp_path):
     state = {k: v for k, v in golden.var_state.items() if k not in derived_buffers(_layout())}
     torch.save(state, tmp_path / "var.pth")
     torch.save(golden.vae_state, tmp_path / "vae.pth")
-    with pytest.raises(UserError, match="cannot tell the token maps of 7 scales and 155 tokens"):
+    with pytest.raises(UserError, match="cannot infer the token maps of 7 scales and 155 tokens"):
         VARiant.from_var_checkpoint(tmp_path / "var.pth", tmp_path / "vae.pth")
 
 
@@ -104,7 +104,7 @@ class _Attack:
         return (os.system, ("touch pwned",))
 
 
-def test_a_pickle_that_wants_to_run_code_is_refused_and_runs_none(tmp_path, monkeypatch):
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, blob in (("raw.pth", pickle.dumps(_Attack())), ("zip.pth", None)):
         if blob is None:
@@ -131,7 +131,7 @@ def test_foreign_and_damaged_pickles_are_named(tmp_path):
     torch.save([1, 2], listed)
     for path, message in (
         (damaged, "damaged.pth: is not a readable checkpoint"),
-        (text, "text.pth: is not a readable checkpoint: it is no file of torch.save"),
+        (text, "text.pth: is not a readable checkpoint: torch.save did not write it"),
         (tmp_path / "none.pth", "none.pth: no such file"),
         (foreign, "foreign.pth: is not a VAR transformer: it has no word_embed.weight"),
         (numbers, "numbers.pth: must hold a state dict of tensors"),
@@ -145,7 +145,7 @@ def test_folders_that_are_no_models_are_named(tmp_path):
     model = small_model()
     model.save_pretrained(tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
-    # Copies: what load_file gives is mapped from the file that is overwritten below.
+    # Copies: load_file maps the file into memory, and the file is overwritten below.
     tensors = {key: value.clone() for key, value in load_file(weights).items()}
     described = json.loads(config.read_text())
 
@@ -189,7 +189,7 @@ def test_nothing_half_written_is_left(tmp_path):
     target.write_text("old")
 
     def write_half():
-        with replacing(target) as path:
+        with atomic_write(target) as path:
             path.write_text("half")
             raise RuntimeError("midway")
 
@@ -214,7 +214,7 @@ def _built(golden):
     return var, vae
 
 
-def test_heads_that_no_tensor_tells_are_assumed_aloud(tmp_path):
+def test_a_number_of_heads_that_is_assumed_gives_a_warning(tmp_path):
     golden = load_golden("no_l2norm")
     paths = tmp_path / "var.pth", tmp_path / "vae.pth"
     for path, state in zip(paths, (golden.var_state, golden.vae_state), strict=True):
@@ -237,13 +237,13 @@ def test_a_full_disk_is_one_clear_line_and_leaves_the_old_model(tmp_path):
     model = small_model()
     model.save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    # A process that may not write files of more than 20 kB stands for the full disk.
+    # A limit of 20 kB on the size of files simulates a full disk.
     script = (
         "import resource, signal, sys\n"
         "sys.path.insert(0, sys.argv[2])\n"
         "from small_models import small_model\n"
         "from variant import UserError\n"
-        "from variant.original import save_original\n"
+        "from variant.checkpoints.original_var import save_original\n"
         "model = small_model(seed=1)\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"

@@ -1,4 +1,4 @@
-"""The original repository's files: sizes of the published models, every form, memory."""
+"""Files of the original repository: published models, all three forms, memory while loading."""
 
 import json
 import subprocess
@@ -69,7 +69,7 @@ def published_shapes(depth, patch_nums, shared_aln):
 
 
 def published_state(depth, patch_nums, shared_aln):
-    """A state dict of that structure that takes no memory: every tensor is one zero, expanded."""
+    """A state dict of that structure without its memory: every tensor is one expanded zero."""
     state = {
         key: torch.zeros(()).expand(shape)
         for key, shape in published_shapes(depth, patch_nums, shared_aln).items()
@@ -96,12 +96,12 @@ def test_published_models_are_recognised_from_their_shapes(
     state = published_state(depth, patch_nums, shared_aln)
     if not with_buffers:
         del state["lvl_1L"], state["attn_bias_for_masking"]
-    found, preset = infer_var_config(state).to_dict(), VAR_PRESETS[name].to_dict()
-    # Neither is told by a shape: the paper's bridge and the training's stochastic depth.
-    for untold in ("bridge", "drop_path_rate"):
-        found.pop(untold)
-        preset.pop(untold)
-    assert found == preset
+    inferred, preset = infer_var_config(state).to_dict(), VAR_PRESETS[name].to_dict()
+    # No shape contains the paper's bridge and the stochastic depth of training.
+    for key in ("bridge", "drop_path_rate"):
+        inferred.pop(key)
+        preset.pop(key)
+    assert inferred == preset
 
 
 @pytest.mark.parametrize("name", VAR_PRESETS)
@@ -133,7 +133,7 @@ def same(model, golden):
 
 
 def trainer_checkpoint(golden):
-    """As the original's training script writes it, optimiser included."""
+    """A checkpoint as the original training script writes it, with the optimiser state."""
     moments = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(4), "exp_avg_sq": torch.ones(4)}
     return {
         "epoch": 3,
@@ -155,7 +155,7 @@ def test_a_trainer_checkpoint_holds_both_models(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
-def test_names_of_wrappers_around_the_model_are_taken_off(tmp_path, prefix):
+def test_prefixes_of_wrappers_around_the_model_are_removed(tmp_path, prefix):
     golden = load_golden("plain")
     wrapped = {prefix + key: value for key, value in golden.var_state.items()}
     var_path = write(tmp_path, wrapped, "var.pth")
@@ -164,7 +164,7 @@ def test_names_of_wrappers_around_the_model_are_taken_off(tmp_path, prefix):
 
 
 def hub_folder(tmp_path, golden, weights="model.safetensors", **changes):
-    """What ``save_pretrained`` of the original's Hub class writes: constructor arguments beside."""
+    """A folder as ``save_pretrained`` of the original's Hub class writes it."""
     folder = tmp_path / "hub"
     folder.mkdir(exist_ok=True)
     write(folder, golden.var_state, weights)
@@ -182,14 +182,14 @@ def hub_folder(tmp_path, golden, weights="model.safetensors", **changes):
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
-def test_the_hub_form_brings_what_shapes_do_not_tell(tmp_path, weights, recwarn):
+def test_the_hub_form_adds_arguments_that_no_shape_contains(tmp_path, weights, recwarn):
     golden = load_golden("no_l2norm")
-    # Two heads by the shapes, if nothing is told.
+    # Without num_heads in config.json, two heads would be assumed.
     folder = hub_folder(tmp_path, golden, weights, num_heads=4)
     vae_path = write(tmp_path, golden.vae_state, "vae.safetensors")
     var, vae = load_original(folder, vae_path)
     assert same((var, vae), golden)
-    assert not recwarn.list, "the number of heads is told, nothing is assumed"
+    assert not recwarn.list, "config.json has the number of heads: nothing is assumed"
     assert var.config.num_heads == 4
     assert (var.config.norm_eps, var.config.drop_path_rate) == (1e-5, 0.2)
     assert vae.config.beta == 0.5
@@ -221,31 +221,31 @@ def test_a_hub_id_is_fetched_and_read_as_a_folder(tmp_path, monkeypatch):
     import huggingface_hub
 
     golden = load_golden("plain")
-    folder, asked = hub_folder(tmp_path, golden), []
+    folder, requests = hub_folder(tmp_path, golden), []
 
     def snapshot_download(repo_id, **options):
-        asked.append((repo_id, options["allow_patterns"]))
+        requests.append((repo_id, options["allow_patterns"]))
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     vae_path = write(tmp_path, golden.vae_state, "vae.pth")
     model = VARiant.from_var_checkpoint("someone/var-small", vae_path)
     assert same((model.var, model.vae), golden)
-    assert asked == [
+    assert requests == [
         ("someone/var-small", ["config.json", "model.safetensors", "pytorch_model.bin"])
     ]
-    # A file's name is never taken for a Hub id.
+    # The path of a missing file is not taken for a Hub id.
     with pytest.raises(UserError, match=r"models/var\.pth: no such file"):
         VARiant.from_var_checkpoint("models/var.pth", vae_path)
 
 
-@pytest.mark.parametrize("old_format", [False, True], ids=["mapped", "read whole"])
+@pytest.mark.parametrize("old_format", [False, True], ids=["mmapped", "read whole"])
 def test_loading_in_another_dtype_equals_casting_afterwards(tmp_path, old_format):
     golden = load_golden("plain")
     paths = tmp_path / "var.pth", tmp_path / "vae.pth"
     for path, state in zip(paths, (golden.var_state, golden.vae_state), strict=True):
         torch.save(state, path, _use_new_zipfile_serialization=not old_format)
-    assert open_original(paths[0], "var_wo_ddp").mapped is not old_format
+    assert open_original(paths[0], "var_wo_ddp").mmapped is not old_format
     model = VARiant.from_var_checkpoint(*paths, dtype=torch.bfloat16)
     expected = VARiant.from_var_checkpoint(*paths).var.bfloat16().state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in model.var.state_dict().items())
@@ -283,15 +283,15 @@ def test_a_loaded_models_weights_can_be_trained_and_leave_the_file_alone(tmp_pat
     assert torch.equal(model.var.head.weight, weight)
 
 
-# Peak of resident memory while loading, files mapped into it included, minus what the process held
-# before; then every weight is read, so that a mapping that is loaded late counts too.
+# The growth of the peak resident memory while loading, mapped files included. Every weight is read
+# afterwards, so that pages that are loaded only then count too.
 MEASURE = """
 import sys
 import torch
 from variant import VARiant
 torch.set_num_threads(1)
 def peak():
-    # Not ru_maxrss: a child inherits that of the process that started it.
+    # Not ru_maxrss, which a child process inherits from its parent.
     lines = open("/proc/self/status").read().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 def warm_up():
@@ -366,7 +366,7 @@ def test_loading_peaks_below_1_2_times_the_file(large, kind, dtype):
         text=True,
         check=True,
     )
-    # Half of the file in bfloat16, and one tensor; with both copies held it would be 1.5.
+    # bfloat16: half of the file and one tensor; holding both copies would give 1.5.
     limit = 1.2 if dtype == "float32" else 0.8
     assert int(done.stdout) < limit * size, int(done.stdout) / size
 
@@ -385,6 +385,6 @@ def test_convert_writes_another_dtype_and_back(tmp_path, capsys):
     written, expected = torch.load(back[0], weights_only=True), golden.var_state
     assert written.keys() == expected.keys()
     for key, value in expected.items():
-        # The buffers that the original derives are written as it derives them.
+        # Derived buffers are written in the dtype in which the original derives them.
         derived = key in ("lvl_1L", "attn_bias_for_masking")
         assert torch.equal(written[key], value if derived else value.bfloat16()), key

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it prints, writes, and says of bad input."""
+"""The command line: printed text, written files, and errors for bad input."""
 
 import re
 import subprocess
@@ -83,7 +83,7 @@ def test_plan_prints_the_contracts_table(capsys):
     assert "yes" in printed
 
 
-def test_plan_says_what_does_not_fit(model, capsys):
+def test_plan_marks_depths_that_do_not_fit(model, capsys):
     code, printed, _ = run(capsys, "plan", "--model", "var-d30", "--batch", 512, "--memory", 48)
     assert code == 0
     assert re.search(r"│\s+30 │.*│\s+no │", printed)
@@ -99,7 +99,7 @@ def test_info_describes_a_model(model, capsys):
     assert "[0, 2, 3]" in printed
 
 
-def test_convert_goes_both_ways(tmp_path, capsys):
+def test_convert_works_in_both_directions(tmp_path, capsys):
     golden = load_golden("shared_aln")
     var, vae, folder = tmp_path / "var.pth", tmp_path / "vae.pth", tmp_path / "folder"
     torch.save(golden.var_state, var)
@@ -108,7 +108,7 @@ def test_convert_goes_both_ways(tmp_path, capsys):
     back = tmp_path / "var2.pth", tmp_path / "vae2.pth"
     code, printed, _ = run(capsys, "convert", "--model", folder, "--var", back[0], "--vae", back[1])
     assert code == 0
-    assert "as the original VAR code loads them" in printed
+    assert "which the original VAR code loads" in printed
     for path, state in zip(back, (golden.var_state, golden.vae_state), strict=True):
         written = torch.load(path, weights_only=True)
         assert written.keys() == state.keys()
@@ -118,18 +118,18 @@ def test_convert_goes_both_ways(tmp_path, capsys):
 def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, capsys):
     out = tmp_path / "out"
     (tmp_path / "file").write_text("")
-    given = ("generate", "--model", model, "--out", out)
+    command = ("generate", "--model", model, "--out", out)
     for words, message in (
-        ((*given, "--labels", 5), r"labels must be in \[0, 5\); got 5"),
-        ((*given, "--depth", 9), r"depth must be in \[2, 4\]; got 9"),
-        ((*given, "--depth", 2, "--bridge", 7), r"bridge must be in \[0, 3\]; got 7"),
-        ((*given, "--count", 0), "--count must be at least 1; got 0"),
-        ((*given, "--cfg", -1), r"cfg must be in \[0, 10000\]"),
-        ((*given, "--bridge", 99), r"bridge must be in \[0, 3\]; got 99"),
+        ((*command, "--labels", 5), r"labels must be in \[0, 5\); got 5"),
+        ((*command, "--depth", 9), r"depth must be in \[2, 4\]; got 9"),
+        ((*command, "--depth", 2, "--bridge", 7), r"bridge must be in \[0, 3\]; got 7"),
+        ((*command, "--count", 0), "--count must be at least 1; got 0"),
+        ((*command, "--cfg", -1), r"cfg must be in \[0, 10000\]"),
+        ((*command, "--bridge", 99), r"bridge must be in \[0, 3\]; got 99"),
         (("plan", "--memory", "nan"), "--memory must be positive and finite"),
         (("convert", "--model", model, "--var", "x", "--vae", "x"), "must be two files"),
-        ((*given, "--top-p", 2), r"top_p must be in \[0, 1\]"),
-        ((*given, "--depth", 2, "--all-depths"), "exclude each other"),
+        ((*command, "--top-p", 2), r"top_p must be in \[0, 1\]"),
+        ((*command, "--depth", 2, "--all-depths"), "exclude each other"),
         (("generate", "--model", tmp_path / "none"), "none: no such model"),
         (("generate", "--model", model, "--out", tmp_path / "x.jpg"), "folder or end in .png"),
         (("generate", "--model", model, "--out", tmp_path / "file" / "x"), "cannot be written"),
@@ -151,7 +151,7 @@ def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_names_with_brackets_and_dots_are_taken_as_they_are(model, tmp_path, capsys):
+def test_file_names_may_contain_brackets_and_dots(model, tmp_path, capsys):
     (tmp_path / "out.v2").mkdir()
     for name in ("o[red]y", "o[/x]", "out.v2"):
         code, printed, _ = run(
@@ -195,7 +195,7 @@ def test_wrong_usage_exits_with_2(capsys):
     assert stop.value.code == 2
 
 
-def test_help_does_not_wait_for_torch():
+def test_help_does_not_import_torch():
     script = "import sys; import variant.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
@@ -205,12 +205,12 @@ def test_the_version_is_printed(capsys):
         assert run(capsys, word)[:2] == (0, f"variant {variant.__version__}\n")
 
 
-def test_all_public_names_are_there():
+def test_all_public_names_can_be_imported():
     assert all(getattr(variant, name).__name__ == name for name in variant.__all__)
     assert set(variant.__all__) <= set(dir(variant))
 
 
-def test_a_stopped_run_says_how_to_go_on():
+def test_a_stopped_run_prints_the_command_that_resumes_it():
     command = TrainVae(recipe="my recipes/tiny.toml", seed=3)
     assert folder_of(command) == Path("runs/tiny")
     assert resume_command("train-vae", command) == (

@@ -1,4 +1,4 @@
-"""What training images look like after augmentation, and that it repeats."""
+"""Training images: augmentation, reproducibility, unreadable files."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ GRADIENT = gradient()
 
 @pytest.mark.parametrize("name", RAND_AUGMENT_OPS)
 @pytest.mark.parametrize("sign", [1, -1])
-def test_every_operation_keeps_size_and_mode_and_changes_the_image_at_full_strength(name, sign):
+def test_every_operation_changes_the_image_and_keeps_its_size_and_mode(name, sign):
     changed = RAND_AUGMENT_OPS[name](GRADIENT, 1.0, sign)
     assert (changed.size, changed.mode) == (GRADIENT.size, "RGB")
     same = np.array_equal(np.asarray(changed), np.asarray(GRADIENT))
@@ -110,13 +110,13 @@ def test_files_and_classes_are_sorted(folder):
     assert labels == [0, 0, 0, 1, 1, 1]
 
 
-def test_random_streams_of_one_epoch_are_apart():
+def test_random_streams_of_one_epoch_differ():
     draws = {float(stream(0, 1, which).random()) for which in (1, 2, 3, 4)}
     assert len(draws) == 4
     assert stream(5, 1, 2).random() == stream(5, 1, 2).random()
 
 
-def test_images_that_pil_would_read_wrongly_or_not_at_all_are_named(folder, monkeypatch):
+def test_unsuitable_and_unreadable_images_are_named(folder, monkeypatch):
     def refuse(message):
         with pytest.raises(UserError, match=message) as caught:
             open_folder(folder).train([0], epoch=0)

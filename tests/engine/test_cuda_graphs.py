@@ -1,4 +1,4 @@
-"""Captured generations on the CPU: a double records the call and repeats it as a graph would."""
+"""Graph replay on the CPU: a test double records a call and repeats it as a graph would."""
 
 import gc
 import weakref
@@ -9,25 +9,25 @@ import pytest
 import torch
 from small_models import small_model
 
-from variant.engine.cuda_graphs import Captures, GraphRecorder, Recording
+from variant.engine.cuda_graphs import GraphCache, GraphRecorder, Recording
 from variant.engine.engine import Engine
 from variant_kernels import device_lock
 
 
 class Repeater:
-    """Repeats the recorded function on the very tensors that it got, into the same outputs.
+    """Runs the recorded function again on the same input tensors, into the same outputs.
 
-    As with a graph, all that Python decided stays as it was, and only tensors can change.
+    As with a graph, every decision of Python is fixed, and only tensor values can change.
     """
 
     def __init__(self):
         self.recorded = 0
-        self.turns = 0
-        self.forgotten = 0
+        self.serialized_calls = 0
+        self.cleared = 0
 
     @contextmanager
-    def turn(self):
-        self.turns += 1
+    def serialized(self):
+        self.serialized_calls += 1
         yield
 
     def record(self, function):
@@ -41,8 +41,8 @@ class Repeater:
 
         return Recording(replay, outputs, first)
 
-    def forget(self):
-        self.forgotten += 1
+    def clear(self):
+        self.cleared += 1
 
 
 @pytest.fixture
@@ -109,11 +109,11 @@ def test_results_do_not_change_when_the_graph_runs_again(recorder):
     model = small_model()
     engine = Engine(model.var, model.vae)
     engine.generate([1, 2], seed=0)
-    kept = engine.generate([1, 2], seed=1)
-    tokens, images = kept.tokens.clone(), kept.images.clone()
+    second = engine.generate([1, 2], seed=1)
+    tokens, images = second.tokens.clone(), second.images.clone()
     engine.generate([3, 4], seed=2)
-    assert torch.equal(kept.tokens, tokens)
-    assert torch.equal(kept.images, images)
+    assert torch.equal(second.tokens, tokens)
+    assert torch.equal(second.images, images)
 
 
 def test_new_weights_are_recorded_anew(recorder):
@@ -125,6 +125,21 @@ def test_new_weights_are_recorded_anew(recorder):
     changed = engine.generate([1, 2], seed=0)
     assert recorder.recorded == 4
     assert same(changed, Engine(model.var, model.vae, capture=False).generate([1, 2], seed=0))
+
+
+def test_graphs_of_old_weights_are_released_without_the_garbage_collector(recorder):
+    model = small_model()
+    engine = Engine(model.var, model.vae)
+    engine.generate([1, 2], seed=0)
+    old = weakref.ref(engine._graphs[1].graphs)
+    with torch.no_grad():
+        model.var.head.bias.add_(1)
+    gc.disable()
+    try:
+        engine.generate([1, 2], seed=0)
+        assert old() is None
+    finally:
+        gc.enable()
 
 
 def test_callbacks_generators_and_plain_torch_are_not_recorded(recorder):
@@ -142,12 +157,17 @@ def test_callbacks_generators_and_plain_torch_are_not_recorded(recorder):
 
 
 def test_page_tables_that_a_graph_reads_outlive_the_table_cache(recorder, monkeypatch):
-    monkeypatch.setattr("variant.engine.engine.TABLES_KEPT", 1)
+    monkeypatch.setattr("variant.engine.page_tables.MAX_PAGE_TABLES", 1)
     model = small_model()
     engine = Engine(model.var, model.vae)
     expected = engine.generate([1, 2], seed=0)
+    (tables,) = engine._page_tables._tables.values()
+    tensors = [weakref.ref(step.page_table_BM) for step in tables.values()]
+    assert tensors
+    del tables
     engine.generate([1, 2], depth=2, seed=0)
     engine.generate([1], depth=3, seed=0)
+    assert all(tensor() is not None for tensor in tensors)
     assert same(engine.generate([1, 2], seed=0), expected)
 
 
@@ -168,42 +188,42 @@ def test_a_failed_recording_leaves_nothing_behind():
         def record(self, function):
             raise RuntimeError("no")
 
-    captures = Captures(Failing())
+    graphs = GraphCache(Failing())
     with pytest.raises(RuntimeError, match="no"):
-        captures.run("key", lambda x: (x,), torch.zeros(1))
-    assert len(captures) == 0
+        graphs.run("key", lambda x: (x,), torch.zeros(1))
+    assert len(graphs) == 0
 
 
-def test_recordings_make_room_for_one_that_finds_no_memory():
+def test_recordings_are_dropped_when_a_new_one_runs_out_of_memory():
     class Tight(Repeater):
         """Holds one recording."""
 
         def record(self, function):
-            if self.recorded > self.forgotten:
+            if self.recorded > self.cleared:
                 raise torch.OutOfMemoryError
             return super().record(function)
 
     recorder = Tight()
-    captures = Captures(recorder)
+    graphs = GraphCache(recorder)
     inputs = torch.arange(3.0)
     for key, times in (("a", 2), ("b", 3), ("b", 3), ("a", 2)):
-        (found,) = captures.run(key, lambda x, times=times: (times * x,), inputs)
-        assert torch.equal(found, times * inputs)
-    assert len(captures) == 1
-    assert (recorder.recorded, recorder.forgotten) == (3, 2)
+        (result,) = graphs.run(key, lambda x, times=times: (times * x,), inputs)
+        assert torch.equal(result, times * inputs)
+    assert len(graphs) == 1
+    assert (recorder.recorded, recorder.cleared) == (3, 2)
 
 
-def test_one_that_finds_no_memory_alone_says_so():
+def test_running_out_of_memory_with_no_recording_to_drop_raises():
     class Full(Repeater):
         def record(self, function):
             raise torch.OutOfMemoryError
 
     with pytest.raises(torch.OutOfMemoryError):
-        Captures(Full()).run("key", lambda x: (x,), torch.zeros(1))
+        GraphCache(Full()).run("key", lambda x: (x,), torch.zeros(1))
 
 
 def test_a_graph_is_captured_on_the_warm_up_stream_alone_and_uncollected(monkeypatch):
-    """PeerTiming a double of torch.cuda: what the capture must not meet."""
+    """With a double of torch.cuda: checks the streams, the lock and the garbage collector."""
     seen = []
 
     class Cuda(MagicMock):
@@ -257,7 +277,7 @@ def test_logits_in_parts_draw_the_same_tokens(monkeypatch):
     assert same(Engine(model.var, model.vae).generate([1, 2, 3, 4, 0], seed=0, cfg=0.0), unguided)
 
 
-def test_what_was_recorded_in_inference_mode_is_replayed_outside_and_the_other_way_round(recorder):
+def test_recordings_made_in_inference_mode_replay_outside_and_vice_versa(recorder):
     model = small_model()
     expected = Engine(model.var, model.vae, capture=False).generate([1, 2], seed=3)
     for first, then in ((True, False), (False, True)):
@@ -268,31 +288,31 @@ def test_what_was_recorded_in_inference_mode_is_replayed_outside_and_the_other_w
     assert recorder.recorded == 4
 
 
-def test_the_first_result_is_not_kept():
-    made = weakref.WeakSet()
+def test_the_cache_keeps_no_reference_to_the_first_result():
+    results = weakref.WeakSet()
 
     def function(x):
-        made.add(result := x + 1)
+        results.add(result := x + 1)
         return (result,)
 
-    captures = Captures(Repeater())
-    first = captures.run("key", function, torch.ones(3))
+    graphs = GraphCache(Repeater())
+    first = graphs.run("key", function, torch.ones(3))
     del first
-    assert not made
+    assert not results
 
 
 def test_the_recordings_used_last_are_kept():
     repeater = Repeater()
-    captures = Captures(repeater, kept=2)
+    graphs = GraphCache(repeater, max_graphs=2)
     x = torch.arange(3.0)
 
     def run(factor):
-        (got,) = captures.run(factor, lambda x: (x * factor,), x)
-        assert torch.equal(got, x * factor)
+        (result,) = graphs.run(factor, lambda x: (x * factor,), x)
+        assert torch.equal(result, x * factor)
 
-    for factor in (1, 2, 1, 3, 1):  # 3 drives 2 out: 1 was used after it
+    for factor in (1, 2, 1, 3, 1):  # 3 evicts 2: 1 was used later
         run(factor)
-    assert (len(captures), repeater.recorded) == (2, 3)
+    assert (len(graphs), repeater.recorded) == (2, 3)
     run(2)
-    assert (len(captures), repeater.recorded) == (2, 4)
-    assert repeater.turns == 6  # every call waits for the work of the one before
+    assert (len(graphs), repeater.recorded) == (2, 4)
+    assert repeater.serialized_calls == 6  # every call waits for the work of the one before

@@ -1,4 +1,4 @@
-"""The engine against the original VAR code's outputs, and against itself."""
+"""The engine: equal to outputs of the original VAR code, and consistent with itself."""
 
 import copy
 import pickle
@@ -171,7 +171,10 @@ def test_weights_changed_in_place_are_noticed():
         ({"labels": [True]}, "labels must be integers; got bool"),
         ({"labels": 0, "bridge": 99}, r"bridge must be in \[0, 7\]; got 99"),
         ({"labels": 0, "bridge": "x"}, r"bridge must be in \[0, 7\]; got 'x'"),
-        ({"labels": 0, "depth": 2}, r"trained at \(3 or 6\); got 2. A list of layers, \[0, 5\]"),
+        (
+            {"labels": 0, "depth": 2},
+            r"trained at \(3 or 6\); got 2. A list of layers, such as \[0, 5\]",
+        ),
         ({"labels": 0, "depth": 2.5}, "depth must be a number of layers or a list"),
         ({"labels": 0, "depth": [0, 1.7, 5]}, "layers must be integers"),
         ({"labels": 0, "top_k": 2.5}, "top_k must be an integer >= 0"),
@@ -180,6 +183,7 @@ def test_weights_changed_in_place_are_noticed():
         ({"labels": 0, "image_ids": [0.7]}, "image_ids must be integers"),
         ({"labels": 0, "depth": 9}, r"depth must be in \[2, 6\]; got 9"),
         ({"labels": 0, "depth": 3, "bridge": 8}, r"bridge must be in \[0, 7\]; got 8"),
+        ({"labels": 0, "cfg": torch.tensor(1.5)}, r"cfg must be in \[0, 10000\]; got tensor"),
         ({"labels": 0, "cfg": -1.0}, r"cfg must be in \[0, 10000\]; got -1.0"),
         ({"labels": 0, "top_p": 1.5}, r"top_p must be in \[0, 1\]"),
         ({"labels": 0, "seed": -1}, "seed must be an integer in"),
@@ -187,7 +191,7 @@ def test_weights_changed_in_place_are_noticed():
         ({"labels": 0, "image_ids": [1, 2]}, r"one id per label \(1\); got \(2,\)"),
     ],
 )
-def test_bad_requests_are_named(arguments, message):
+def test_bad_arguments_raise_with_their_name_and_value(arguments, message):
     _, engine = golden_engine("plain")
     with pytest.raises(ValueError, match=message):
         engine.generate(**arguments)
@@ -199,7 +203,7 @@ def test_seed_and_generator_exclude_each_other():
         engine.generate(0, seed=1, generator=torch.Generator())
 
 
-def test_too_little_memory_is_one_clear_line(monkeypatch):
+def test_too_little_memory_raises_one_line(monkeypatch):
     _, engine = golden_engine("plain")
     monkeypatch.setattr("variant.engine.engine.free_bytes", lambda device: 1000)
     with pytest.raises(MemoryError, match=r"MiB, but 0 MiB are free; use a smaller depth"):
@@ -225,7 +229,7 @@ def test_results_are_ordinary_tensors():
     assert weight.grad is not None
 
 
-def test_a_run_goes_on_as_it_began_whatever_its_callback_does():
+def test_a_callback_that_uses_the_engine_does_not_change_the_generation():
     _, engine = golden_engine("no_l2norm")
     expected = engine.generate([0, 1], seed=0).tokens
 
@@ -247,7 +251,7 @@ def test_forced_logits_checks_its_tokens():
         engine.forced_logits(label + 99, tokens)
 
 
-def test_what_an_engine_cannot_do_is_said_when_it_is_built():
+def test_unsupported_backends_dtypes_and_page_sizes_raise_at_construction():
     _golden, var, vae = golden_models("plain")
     with pytest.raises(ValueError, match='backend "nope" is unknown'):
         Engine(var, vae, backend="nope")
@@ -264,7 +268,7 @@ def test_a_used_model_can_be_pickled_and_copied():
         assert torch.equal(again.generate([1], seed=3).tokens, before.tokens)
 
 
-def test_refresh_notices_what_a_change_through_data_hides():
+def test_refresh_casts_weights_that_were_changed_through_data():
     model = small_model()
     engine = Engine(model.var, model.vae, dtype=torch.bfloat16)
     labels, tokens = torch.tensor([1]), torch.zeros(1, 14, dtype=torch.int64)
@@ -284,7 +288,7 @@ def test_float16_runs_on_the_plain_torch_backend():
     assert (logits - golden.tensors["logits_full"]).abs().max() < 0.05
 
 
-def test_models_that_do_not_fit_each_other_are_refused():
+def test_models_of_different_layouts_raise():
     plain, other = load_golden("plain"), load_golden("no_l2norm")
     with pytest.raises(ValueError, match="agree on patch_nums"):
         Engine(VAR(plain.var_config), VQVAE(other.vae_config))
@@ -329,15 +333,15 @@ def test_autocast_around_a_call_changes_nothing(backend, options):
     label = torch.tensor([1, 2])
 
     def results():
-        made = engine.generate(label, seed=3)
+        generation = engine.generate(label, seed=3)
         return (
-            made.tokens,
-            made.images,
-            engine.decode(made.tokens),
-            engine.forced_logits(label, made.tokens),
+            generation.tokens,
+            generation.images,
+            engine.decode(generation.tokens),
+            engine.forced_logits(label, generation.tokens),
         )
 
     expected = results()
     with torch.autocast("cpu", torch.bfloat16):
-        found = results()
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        under_autocast = results()
+    assert all(torch.equal(a, b) for a, b in zip(under_autocast, expected, strict=True))

@@ -1,4 +1,4 @@
-"""8-bit K and V from the engine: exact by default, the same tokens however they are asked for."""
+"""8-bit K and V in the engine: off by default; per engine and per call give the same tokens."""
 
 import pickle
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 from golden_models import NAMES, golden_engine
 from small_models import small_model
-from test_capture import Repeater
+from test_cuda_graphs import Repeater
 
 import variant.models.var as network
 from variant.engine.engine import Engine
-from variant.engine.kernels import Kernels
+from variant.engine.kernels import Launchers
 from variant_kernels import CachePlan, qk_norm, use_backend
 from variant_kernels.kv_quantization import dequantize_kv, quantize_kv
 
@@ -22,11 +22,11 @@ def rms(x):
 
 
 def assert_the_same_rounding(ours, theirs, change):
-    """Two computations of one model with 8-bit K/V, beside what 8 bits change in it.
+    """Two computations of one model with 8-bit K/V differ by far less than 8 bits change in it.
 
-    They cannot agree to the last bits: where float32 rounds a key or a value to the other side of
-    the middle between two 8-bit numbers, one of some ten thousand entries differs by a sixteenth.
-    One entry that is read wrongly throughout would be of the size of the change itself.
+    They cannot agree to the last bit: where float32 rounding moves a key or a value across the
+    midpoint between two 8-bit numbers, one of about ten thousand entries differs by a sixteenth.
+    An entry that is always read wrongly would give an error as large as the change itself.
     """
     assert rms(ours - theirs) <= 0.02 * rms(change)
     assert (ours - theirs).abs().max() <= 0.2 * change.abs().max()
@@ -64,7 +64,7 @@ def test_an_engine_of_8_bits_and_a_call_of_8_bits_are_the_same():
     assert torch.equal(again.tokens, ours.tokens)
 
 
-def test_the_model_hands_the_choice_on():
+def test_the_model_passes_kv_dtype_to_its_engine():
     model = small_model()
     ours = model.generate([1, 2], seed=4, kv_dtype="fp8", dtype=torch.bfloat16)
     engine = Engine(model.var, model.vae, dtype=torch.bfloat16, kv_dtype="fp8")
@@ -75,7 +75,7 @@ def test_the_model_hands_the_choice_on():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_those_of_plain_torch_with_rounded_keys_and_values(name, backend, monkeypatch):
-    """The training path, all scales at once and no pages, attends to what K and V round to."""
+    """The reference: the training path, all scales at once, without pages, with rounded K and V."""
     golden, engine = golden_engine(name, backend=backend, kv_dtype="fp8")
     label, tokens = golden.tensors["label"], golden.tensors["tokens_in"]
     attention = network.block_causal_attention
@@ -101,9 +101,9 @@ def test_batch_order_and_page_size_change_no_more_than_a_matrix_product_does(bac
     tokens = golden.tensors["tokens_in"][:1].repeat(3, 1).roll(5, dims=1)
     whole = engine.forced_logits(labels, tokens)
     change = whole - golden_engine("plain", backend=backend)[1].forced_logits(labels, tokens)
-    for rows in ([2], [2, 1, 0]):
-        found = engine.forced_logits(labels[rows], tokens[rows])
-        assert_the_same_rounding(found, whole[rows], change[rows])
+    for images in ([2], [2, 1, 0]):
+        logits = engine.forced_logits(labels[images], tokens[images])
+        assert_the_same_rounding(logits, whole[images], change[images])
     for page_size in (1, 64):
         other = Engine(engine.var, engine.vae, backend=backend, kv_dtype="fp8", page_size=page_size)
         assert_the_same_rounding(other.forced_logits(labels, tokens), whole, change)
@@ -112,7 +112,7 @@ def test_batch_order_and_page_size_change_no_more_than_a_matrix_product_does(bac
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_seed_and_image_ids_decide_the_tokens(backend):
+def test_seed_and_image_ids_determine_the_tokens(backend):
     _, engine = golden_engine("no_l2norm", backend=backend, kv_dtype="fp8")
     arguments = {"seed": 11, "top_p": 0.9, "decode": False}
     first = engine.generate([1, 1], **arguments).tokens
@@ -137,7 +137,7 @@ def test_switching_between_scales_equals_the_schedule_given_at_once(backend):
 def test_replays_give_the_eager_tokens_and_exact_calls_are_recorded_apart(backend, monkeypatch):
     repeater = Repeater()
     monkeypatch.setattr("variant.engine.engine.new_recorder", lambda device: repeater)
-    monkeypatch.setattr(Kernels, "can_be_captured", True)  # the double records plain torch too
+    monkeypatch.setattr(Launchers, "can_be_captured", True)  # the double records plain torch too
     model = small_model()
     captured = Engine(model.var, model.vae, backend=backend)
     eager = Engine(model.var, model.vae, backend=backend, capture=False)
@@ -184,7 +184,7 @@ def test_more_images_fit_into_free_memory(monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", ["fp16", "float8_e4m3fn", torch.bfloat16, 8, False])
-def test_other_values_are_refused_by_name(wrong):
+def test_other_kv_dtypes_raise(wrong):
     golden, engine = golden_engine("plain")
     with pytest.raises(ValueError, match=r"Engine: kv_dtype must be None .* got"):
         Engine(engine.var, engine.vae, kv_dtype=wrong)
@@ -194,7 +194,7 @@ def test_other_values_are_refused_by_name(wrong):
         engine.forced_logits(golden.tensors["label"], golden.tensors["tokens_in"], kv_dtype=wrong)
 
 
-def test_a_backend_that_cannot_read_8_bits_is_refused_when_the_engine_is_built():
+def test_a_backend_without_8_bit_support_raises_at_construction():
     _, engine = golden_engine("plain")
     with pytest.raises(ValueError, match=r'backend "(flash|flex)" cannot run this call'):
         Engine(engine.var, engine.vae, backend="flash", kv_dtype="fp8")

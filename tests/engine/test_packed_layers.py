@@ -1,4 +1,4 @@
-"""Packed products and convolutions against the layers that they stand for."""
+"""Packed products and convolutions against the layers that they replace."""
 
 import copy
 
@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 from variant.engine.engine import Engine
 from variant.engine.packed_layers import (
+    CastBuffer,
     CastDecoder,
     Linear,
     MergedUpsample,
     PackedConv2d,
     PackedDecoder,
-    Staging,
 )
 from variant.models.vqvae import Upsample
 from variant_kernels.packed_linear import can_pack
@@ -49,27 +49,28 @@ def test_a_packed_linear_is_as_near_to_float64_as_a_plain_one(shape, gelu, dtype
 
 
 @pytest.mark.parametrize("width", [8, 24, 64, 1024])
-def test_weights_packed_through_one_staging_keep_their_own_values(width):
+def test_weights_packed_through_one_cast_buffer_keep_their_own_values(width):
     packs(torch.bfloat16)
     torch.manual_seed(0)
-    staging = Staging(torch.bfloat16)
+    cast_buffer = CastBuffer(torch.bfloat16)
     weights, bias = torch.randn(2, width, width), torch.zeros(width)
     x = torch.randn(3, width).bfloat16()
     linears = [
-        Linear(w, bias, torch.bfloat16, packed=True, staging=staging) for w in weights.unbind(0)
+        Linear(w, bias, torch.bfloat16, packed=True, cast_buffer=cast_buffer)
+        for w in weights.unbind(0)
     ]
     for linear, weight in zip(linears, weights, strict=True):
         assert torch.equal(linear(x), Linear(weight, bias, torch.bfloat16, packed=True)(x))
     channels = min(width, 64)
     convs = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2)]
     image = torch.randn(1, channels, 5, 5).bfloat16().to(memory_format=torch.channels_last)
-    packed = [PackedConv2d(conv, staging) for conv in convs]
+    packed = [PackedConv2d(conv, cast_buffer) for conv in convs]
     for one, conv in zip(packed, convs, strict=True):
-        assert torch.equal(one(image), PackedConv2d(conv, Staging(torch.bfloat16))(image))
+        assert torch.equal(one(image), PackedConv2d(conv, CastBuffer(torch.bfloat16))(image))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 2), (4, 7)])
-def test_a_merged_upsample_is_the_upsample_it_stands_for(shape):
+def test_a_merged_upsample_equals_the_upsample(shape):
     torch.manual_seed(0)
     upsample = Upsample(6)
     x = torch.randn(2, 6, *shape)
@@ -78,7 +79,7 @@ def test_a_merged_upsample_is_the_upsample_it_stands_for(shape):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_the_packed_decoder_paints_what_the_model_paints(batch):
+def test_the_packed_decoder_decodes_as_the_model_does(batch):
     vae = small_model().vae
     before = copy.deepcopy(vae.state_dict())
     f_hat = torch.randn(batch, 8, 3, 3)
@@ -103,7 +104,7 @@ def test_the_bfloat16_decoder_is_as_near_as_autocast():
     assert (ours - expected).abs().mean() <= 2 * (autocast - expected).abs().mean()
 
 
-def test_packing_is_reported_and_can_be_left_out():
+def test_packing_is_reported_and_can_be_turned_off():
     packs(torch.float32)
     model = small_model()
     results = {
@@ -118,7 +119,7 @@ def test_packing_is_reported_and_can_be_left_out():
     torch.testing.assert_close(results[True].images, results[False].images, atol=1e-5, rtol=0)
 
 
-def test_a_change_of_the_decoder_is_noticed():
+def test_the_engine_repacks_a_changed_decoder():
     packs(torch.float32)
     model = small_model()
     engine = Engine(model.var, model.vae)
@@ -130,11 +131,11 @@ def test_a_change_of_the_decoder_is_noticed():
     assert not torch.equal(before.images, after.images)
 
 
-def test_the_mlp_in_parts_is_the_mlp(monkeypatch):
+def test_the_mlp_in_parts_equals_the_whole_mlp(monkeypatch):
     packs(torch.float32)
     model = small_model()
     whole = Engine(model.var, model.vae).forced_logits([1, 2, 3], torch.zeros(3, 14).long())
-    monkeypatch.setattr("variant.engine.weights.MLP_ROWS", 4)
+    monkeypatch.setattr("variant.engine.weights.MLP_TOKENS", 4)
     parts = Engine(model.var, model.vae).forced_logits([1, 2, 3], torch.zeros(3, 14).long())
     torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-5)
 

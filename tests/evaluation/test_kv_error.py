@@ -1,4 +1,4 @@
-"""What 8-bit K/V change: measured, printed, and kept beside the results that it comes from."""
+"""The error of 8-bit K/V: its measurement, the printed tables, the figures in the package."""
 
 import json
 import re
@@ -14,6 +14,7 @@ from variant.cli.kv_error_table import FIGURES
 from variant.cli.main import main
 from variant.engine.engine import Engine
 from variant.evaluation.kv_error import STEPS_PER_DEPTH, greedy_change, measure_kv_error
+from variant_kernels.dispatch.request import dtype_name
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -24,26 +25,26 @@ def run(capsys, *words):
     return code, captured.out, captured.err
 
 
-def test_the_change_is_what_the_two_engines_say():
+def test_the_error_is_the_difference_of_two_engines():
     model = small_model()
     engine = Engine(model.var, model.vae)
     done = []
-    (found,) = measure_kv_error(engine, images=2, depths=(2,), tick=done.append)
+    (error,) = measure_kv_error(engine, images=2, depths=(2,), on_step=done.append)
     assert len(done) == STEPS_PER_DEPTH
     other = Engine(model.var, model.vae, kv_dtype="fp8")
     labels = torch.tensor([0, 1])
     tokens = engine.generate(labels, depth=2, seed=0, top_p=0.96).tokens
     exact, changed = (e.forced_logits(labels, tokens, depth=2).double() for e in (engine, other))
     spread = exact.std()
-    assert found.largest == pytest.approx(((changed - exact).abs().max() / spread).item(), rel=1e-4)
-    assert found.rms == pytest.approx(
+    assert error.largest == pytest.approx(((changed - exact).abs().max() / spread).item(), rel=1e-4)
+    assert error.rms == pytest.approx(
         ((changed - exact).square().mean().sqrt() / spread).item(), rel=1e-4
     )
-    assert 0 < found.rms < found.largest < 1
+    assert 0 < error.rms < error.largest < 1
     moved = (exact.argmax(-1) != changed.argmax(-1)).double().mean().item()
-    assert found.top_changed == pytest.approx(moved)
+    assert error.top_changed == pytest.approx(moved)
     greedy = [e.generate(labels, depth=2, cfg=4.0, top_k=1, seed=0).tokens for e in (engine, other)]
-    assert found.greedy_changed == pytest.approx((greedy[0] != greedy[1]).double().mean().item())
+    assert error.greedy_changed == pytest.approx((greedy[0] != greedy[1]).double().mean().item())
 
 
 def test_the_first_scale_that_changes_is_found(monkeypatch):
@@ -52,17 +53,17 @@ def test_the_first_scale_that_changes_is_found(monkeypatch):
     generate = engine.generate
 
     def changed(*arguments, **options):
-        made = generate(*arguments, **{**options, "kv_dtype": None})
+        result = generate(*arguments, **{**options, "kv_dtype": None})
         if options["kv_dtype"] is not None:
-            made.tokens[1, 3] = (made.tokens[1, 3] + 1) % 24  # scale 1 has tokens 1..4
-            made.tokens[1, 9] = (made.tokens[1, 9] + 1) % 24
-        return made
+            result.tokens[1, 3] = (result.tokens[1, 3] + 1) % 24  # scale 1 has tokens 1..4
+            result.tokens[1, 9] = (result.tokens[1, 9] + 1) % 24
+        return result
 
     monkeypatch.setattr(engine, "generate", changed)
     assert greedy_change(engine, torch.arange(2), depth=4) == (2 / 28, 1, 1)
 
 
-def test_an_engine_of_8_bits_has_nothing_to_compare_with():
+def test_an_engine_with_8_bit_kv_is_refused():
     model = small_model()
     with pytest.raises(ValueError, match="must keep exact K/V"):
         measure_kv_error(Engine(model.var, model.vae, kv_dtype="fp8"))
@@ -80,7 +81,7 @@ def test_the_measured_golden_models_are_the_golden_models(name):
         assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
 
 
-def test_the_packages_figures_are_those_of_the_committed_result():
+def test_the_figures_in_the_package_are_those_of_the_committed_result():
     (path,) = RESULTS.glob("kv8-error-*.json")
     result = json.loads(path.read_text())
     assert json.loads(FIGURES.read_text()) == kv8.figures(result)
@@ -88,17 +89,15 @@ def test_the_packages_figures_are_those_of_the_committed_result():
 
 
 @pytest.mark.parametrize("name", ["digits", "golden no_l2norm"])
-def test_measuring_again_gives_the_packages_figures(name):
+def test_measuring_again_gives_the_figures_in_the_package(name):
     figures = json.loads(FIGURES.read_text())["rows"]
-    for dtype, found in kv8.measure(*kv8.models()[name]).items():
-        known = [
-            row
-            for row in figures
-            if row["model"] == name and row["dtype"] == str(dtype).removeprefix("torch.")
+    for dtype, errors in kv8.measure(*kv8.models()[name]).items():
+        packaged = [
+            row for row in figures if row["model"] == name and row["dtype"] == dtype_name(dtype)
         ]
-        assert [row["depth"] for row in known] == [row.depth for row in found]
-        for ours, theirs in zip(found, known, strict=True):
-            # Backends round differently, and a drawn token may then be another: the sizes stay.
+        assert [row["depth"] for row in packaged] == [error.depth for error in errors]
+        for ours, theirs in zip(errors, packaged, strict=True):
+            # Backends round differently, and may then sample other tokens: only sizes are compared.
             assert ours.rms == pytest.approx(theirs["rms"], rel=0.1)
             assert ours.largest == pytest.approx(theirs["largest"], rel=0.3)
             assert ours.logits_std == pytest.approx(theirs["logits_std"], rel=0.02)
@@ -119,7 +118,7 @@ def test_info_measures_a_model_on_request(tmp_path, capsys):
     assert (code, "--images must be at least 1; got 0" in error) == (1, True)
 
 
-def test_plan_prints_what_8_bits_save_and_what_they_change(capsys):
+def test_plan_prints_the_memory_and_the_error_of_8_bits(capsys):
     code, printed, _ = run(capsys, "plan", "--model", "var-d30", "--kv-dtype", "fp8")
     assert code == 0
     lines = [line for line in printed.splitlines() if "MiB │" in line]
@@ -140,7 +139,7 @@ def test_plan_prints_what_8_bits_save_and_what_they_change(capsys):
     assert re.search(r"│\s+30 │.*│\s+yes │", printed)
 
 
-def test_generate_paints_with_8_bits_and_says_so(tmp_path, capsys):
+def test_generate_with_8_bits_prints_the_dtype_of_kv(tmp_path, capsys):
     small_model().save_pretrained(tmp_path / "model")
     code, printed, _ = run(
         capsys, "generate", "--model", tmp_path / "model", "--labels", 1, "--kv-dtype", "fp8",

@@ -128,11 +128,11 @@ def test_switching_depth_moves_no_weight_and_records_nothing_twice():
     depth = golden.json["subnet"]["depth"]
     for wanted in (None, depth):
         engine.generate([1, 2], seed=0, depth=wanted)
-    recorded = len(engine._captures[1])
+    recorded = len(engine._graphs[1].graphs)
     allocated = torch.cuda.memory_allocated()
     for wanted in (None, depth) * 5:
         engine.generate([1, 2], seed=0, depth=wanted)
-    assert len(engine._captures[1]) == recorded
+    assert len(engine._graphs[1].graphs) == recorded
     assert torch.cuda.memory_allocated() <= allocated
 
 

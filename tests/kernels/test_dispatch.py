@@ -2,8 +2,10 @@
 
 import ast
 import importlib
+import io
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -263,3 +265,27 @@ def test_every_benchmark_reports_all_backends_of_its_ops():
         assert len(set(peers)) == len(peers)
         for op in names:
             assert set(tables()[op]) <= set(peers), op
+
+
+def statements(path):
+    """Lines of a file that hold code: no blank line, comment or docstring."""
+    source = path.read_text()
+    lines = set()
+    skip = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in (*skip, tokenize.ENDMARKER):
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                lines -= set(range(value.lineno, value.end_lineno + 1))
+    return len(lines)
+
+
+def test_little_generic_python_stands_in_front_of_a_launcher():
+    kernels = ROOT / "variant_kernels"
+    files = [kernels / "ops/registry.py", kernels / "ops/contract.py"]
+    files += (kernels / "dispatch").glob("*.py")
+    assert sum(map(statements, files)) < 450

@@ -15,8 +15,9 @@ from variant_kernels import ScaleLayout, block_causal_attention
 from variant_kernels.dispatch import support
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import Backend
-from variant_kernels.dispatch.support import FLASH_VERSIONS, always
+from variant_kernels.dispatch.support import always
 from variant_kernels.library_ops import flash, flashinfer, flex
+from variant_kernels.library_ops.installed import FLASH_VERSIONS
 from variant_kernels.ops import block_causal_attention as block_causal
 from variant_kernels.ops import paged_attention as paged
 
@@ -167,7 +168,7 @@ def test_flashinfer_plans_a_table_once_and_again_when_it_changes(flashinfer_doub
 
 
 def test_flashinfer_forgets_the_oldest_plans(flashinfer_double, monkeypatch):
-    monkeypatch.setattr(flashinfer, "MOST_PLANS", 2)
+    monkeypatch.setattr(flashinfer, "MAX_PLANS", 2)
     inputs = paged.sample_inputs(torch.float32, torch.Generator().manual_seed(0))[:4]
     for q, k, v, table, lengths in inputs:
         flashinfer.launch_paged_attention_forward(

@@ -1,4 +1,4 @@
-"""The transformer against the original VAR code's outputs."""
+"""The transformer against outputs of the original VAR code."""
 
 import pytest
 import torch
@@ -85,10 +85,10 @@ def test_labels_are_dropped_in_training_mode_only():
     null = torch.full_like(tensors["label"], config.num_classes)
     with use_backend("reference"), torch.no_grad():
         dropped = var.train()(tensors["label"], tensors["x_teacher"])
-        kept = var.eval()(tensors["label"], tensors["x_teacher"])
+        conditional = var.eval()(tensors["label"], tensors["x_teacher"])
         unconditional = var(null, tensors["x_teacher"])
     assert torch.equal(dropped, unconditional)
-    assert not torch.equal(kept, unconditional)
+    assert not torch.equal(conditional, unconditional)
 
 
 def test_mixup_mixes_class_embeddings():

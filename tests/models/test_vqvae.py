@@ -1,4 +1,4 @@
-"""The VQ-VAE against the original VAR code, and its edges."""
+"""The VQ-VAE against outputs of the original VAR code; rare options and bad arguments."""
 
 import dataclasses
 
@@ -109,15 +109,15 @@ def test_a_single_scale_divides_nothing_by_zero():
     assert torch.isfinite(model(torch.zeros(2, 3, 8, 8))[1])
 
 
-def test_encode_is_the_nearest_code_of_what_earlier_scales_left():
+def test_encode_takes_the_nearest_code_of_the_residual():
     model = small()
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     tokens = model.encode(images)
     rest = model.features(images) - sum(
         model.quantize.contribution(tokens[:, model.layout.slice(k)], k) for k in range(2)
     )
-    rows = rest.permute(0, 2, 3, 1).reshape(-1, 4)
-    nearest = torch.cdist(rows.double(), model.quantize.embedding.weight.double()).argmin(dim=1)
+    vectors = rest.permute(0, 2, 3, 1).reshape(-1, 4)
+    nearest = torch.cdist(vectors.double(), model.quantize.embedding.weight.double()).argmin(dim=1)
     assert torch.equal(tokens[:, model.layout.slice(2)].flatten(), nearest)
 
 
@@ -192,7 +192,7 @@ def test_wrong_vae_configs_are_refused(changes, message):
         dataclasses.replace(SMALL, **changes)
 
 
-def test_configs_survive_the_way_through_plain_values():
+def test_configs_round_trip_through_plain_values():
     golden = load_golden("plain")
     assert VQVAEConfig.from_dict(golden.vae_config.to_dict()) == golden.vae_config
     plain = golden.var_config.to_dict()

@@ -1,4 +1,4 @@
-"""Recipes: the packaged ones, and what is refused."""
+"""Recipes: the packaged ones, and the errors of invalid ones."""
 
 import dataclasses
 
@@ -46,7 +46,7 @@ def test_packaged_recipes_load_under_their_own_name(name):
     assert load_recipe(name).name == name
 
 
-def test_the_paper_recipe_says_what_tables_6_and_7_say():
+def test_the_paper_recipe_has_the_values_of_tables_6_and_7():
     recipe = load_recipe("imagenet-var-d30")
     assert recipe.model.depth == 30
     assert recipe.schedule.depths == (16,)
@@ -63,19 +63,19 @@ def test_the_paper_recipe_says_what_tables_6_and_7_say():
 
 
 @pytest.mark.parametrize(("depth", "total"), [(16, 25), (8, 28), (4, 32), (2, 35)])
-def test_without_explicit_phases_table_7_decides(tmp_path, depth, total):
+def test_without_explicit_phases_those_of_table_7_are_used(tmp_path, depth, total):
     text = BASE.replace("depth = 4", "depth = 30").replace("depths = [2]", f"depths = [{depth}]")
     assert load_recipe(write(tmp_path, text)).schedule.phases.total == total
 
 
-def test_the_transformer_takes_codebook_scales_and_subnets_from_the_other_sections(tmp_path):
+def test_codebook_scales_and_subnets_come_from_the_other_sections(tmp_path):
     config = load_recipe(write(tmp_path, BASE)).var_config
     assert (config.vocab_size, config.vae_channels, config.patch_nums) == (16, 4, (1, 2, 4))
     assert config.subnets == {2: (0, 3)}
     assert config.bridge == 1
 
 
-def test_a_recipe_is_plain_values_and_takes_another_seed(tmp_path):
+def test_a_recipe_gives_plain_values_and_accepts_another_seed(tmp_path):
     path = write(tmp_path, BASE)
     recipe = load_recipe(path, seed=5)
     assert recipe.seed == 5

@@ -15,7 +15,7 @@ def test_phases_are_those_of_table_7(depth, refinement, total):
     assert paper_phases([depth]).total == total
 
 
-def test_several_depths_refine_as_long_as_the_shallowest_needs():
+def test_several_depths_take_the_refinement_of_the_shallowest():
     assert paper_phases([2, 4, 8, 16]) == Phases(5, 15, 15)
 
 
@@ -69,7 +69,7 @@ def test_choice_follows_the_probability_and_is_uniform_among_depths():
         assert chosen.count(depth) / steps == pytest.approx(0.2, abs=0.04)
 
 
-def test_certain_probabilities_and_no_depths_are_honoured():
+def test_probabilities_0_and_1_and_no_depths():
     assert all(choose_depth(0, step, 1.0, (2,)) == 2 for step in range(200))
     assert all(choose_depth(0, step, 0.0, (2,)) is None for step in range(200))
     assert choose_depth(0, 0, 1.0, ()) is None

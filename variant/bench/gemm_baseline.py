@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from variant.bench.flops import Linear, linears
 from variant.engine import packed_layers
-from variant.engine.weights import MLP_ROWS, casts_modulations, on_gpu
+from variant.engine.weights import MLP_TOKENS, casts_modulations, on_gpu
 from variant.models.var import VAR, projection
 from variant_kernels import DepthSchedule
 from variant_kernels.packed_linear import can_pack
@@ -51,7 +51,7 @@ class GemmsAlone:
             product, x = self._product(linear), self._input(linear)
             # On a CPU the engine splits the MLP into parts that stay in the cache.
             in_parts = linear.name in ("fc1", "fc2") and x.device.type == "cpu"
-            parts = x.split(MLP_ROWS) if in_parts else (x,)
+            parts = x.split(MLP_TOKENS) if in_parts else (x,)
             for part in parts:
                 product(part)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from variant.files import replacing
+from variant.files import atomic_write
 
 # The last digits of a double are noise in every measurement.
 SIGNIFICANT_DIGITS = 7
@@ -21,7 +21,7 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(result_text(result))
 
 

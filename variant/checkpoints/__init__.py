@@ -1,1 +1,1 @@
-"""Weights in files: the model folder, the original repository's files, the model card."""
+"""Model weights in files: the model folder, the original repository's files, the model card."""

@@ -1,8 +1,8 @@
-"""Tensors that are mapped from a file: put where they are wanted without holding both copies.
+"""Memory-mapped tensors: converting them without holding the file and the result in memory.
 
-A mapped tensor costs nothing until it is read; then its pages stay in memory, beside any converted
-copy. Here each is converted on its own and its pages are handed back at once, so that loading
-never needs more than the result and one tensor.
+The pages of a mapped tensor are loaded when they are first read, and then stay in memory beside any
+converted copy. Here each tensor is converted on its own, and its pages are released right after, so
+that loading a model needs at most the memory of the result and of one tensor.
 """
 
 from __future__ import annotations
@@ -15,31 +15,33 @@ import torch
 from torch import Tensor
 
 
-def place(
-    tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str | None, *, mapped: bool
+def to_device(
+    tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str | None, *, mmapped: bool
 ) -> Tensor:
-    """``tensor`` in that dtype on that device; the same object where it already is.
+    """``tensor.to(device, dtype)`` that releases the pages of a memory-mapped tensor.
 
     Args:
-        dtype: of floating-point tensors; None keeps it, and integers always keep theirs.
+        dtype: of floating-point tensors; None keeps it. Integer tensors always keep theirs.
         device: None keeps it.
-        mapped: the tensor lies in a private mapping of a file, unchanged since it was mapped; where
-            a copy is made, the memory behind the original is then handed back.
+        mmapped: whether the tensor is a view of a privately mapped file that has not been written
+            to since it was mapped. If a copy is made, the pages of such a tensor are released.
+    Returns:
+        the tensor itself where dtype and device are right already, else a copy.
     """
-    wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    placed = tensor.to(device=device or tensor.device, dtype=wanted)
-    if mapped and placed is not tensor:
+    new_dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    converted = tensor.to(device=device or tensor.device, dtype=new_dtype)
+    if mmapped and converted is not tensor:
         _release_pages(tensor)
-    return placed
+    return converted
 
 
 def _release_pages(tensor: Tensor) -> None:
-    """Let the system take back the whole pages of a mapped tensor; if read again, they reload."""
+    """Release the whole pages of a mapped tensor; reading it again loads them from the file."""
     if not sys.platform.startswith("linux") or not tensor.is_contiguous():
         return
     first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if last > first:
-        # A hint: whether the system takes it changes how much memory is used and nothing else.
+        # A hint: if the system ignores it, more memory is used and nothing else changes.
         advise = ctypes.CDLL(None).madvise
         advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)

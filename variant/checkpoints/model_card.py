@@ -1,4 +1,4 @@
-"""The model card: what a folder on the Hub says about itself."""
+"""The model card: the README.md of a model folder, as the Hugging Face Hub shows it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from variant.engine.planning import depths_of, plan_row
 from variant.models.config import VARConfig, VQVAEConfig
 
 CARD_NAME = "README.md"
-# A card that holds this line is ours to write again; without it the text is somebody's own.
+# save_model overwrites a README.md that contains this line, and leaves any other alone.
 MARK = "<!-- Written and renewed with the weights. Remove this line to keep your own text. -->"
 TAGS = ("image-generation", "visual-autoregressive", "depth-supernet", "pytorch_model_hub_mixin")
 
 
 def was_generated(path: Path) -> bool:
-    """Whether a card may be written to that path: there is none, or one that we wrote."""
+    """Whether save_model may write this README.md: it does not exist, or was generated."""
     return not path.exists() or MARK in path.read_text(errors="replace")
 
 
@@ -29,18 +27,21 @@ def model_card(
     dtype: str,
     training: Mapping[str, Any] | None = None,
 ) -> str:
-    """Markdown with the Hub's metadata on top.
+    """The text of a model card: Markdown below the Hub's metadata.
 
     Args:
-        model_id: what ``from_pretrained`` takes: a Hub id or a folder.
-        dtype: of the transformer's weights, by name.
-        training: what config.json records under "training".
+        model_id: the argument of ``from_pretrained``: a Hub id or a folder.
+        dtype: name of the dtype of the transformer's weights, e.g. "bfloat16".
+        training: the entry "training" of config.json.
     """
+    from huggingface_hub import ModelCardData
+
+    metadata = ModelCardData(library_name="variant", tags=list(TAGS)).to_yaml()
     layout, side = var.layout, vae.image_size
     sides = ", ".join(map(str, var.patch_nums))
     shared = ", one class projection shared by all layers" if var.shared_aln else ""
     parts = [
-        "\n".join(["---", "library_name: variant", "tags:", *(f"- {t}" for t in TAGS), "---"]),
+        f"---\n{metadata}\n---",
         MARK,
         f"# {model_id}",
         "A visual autoregressive (VAR) transformer and its VQ-VAE: class labels in, images out, "
@@ -63,7 +64,7 @@ def model_card(
 
 
 def _depths(var: VARConfig, dtype: str) -> str:
-    """The depths that the weights were trained at, their layers, and what their K/V cache takes."""
+    """A table of the depths that were trained: their layers and the size of their K/V cache."""
     if var.subnets:
         text = (
             f"Every layer runs at the first {var.bridge} scales, the listed ones at the others. "
@@ -81,7 +82,7 @@ def _depths(var: VARConfig, dtype: str) -> str:
         "|---|---|---|---|",
     ]
     for depth in depths:
-        row = plan_row(var, depth, var.bridge or 0, 1, getattr(torch, dtype))
+        row = plan_row(var, depth, var.bridge or 0, 1, dtype)
         layers = "all" if depth == var.depth else ", ".join(map(str, var.subnets[depth]))
         rows.append(f"| {depth} | {layers} | {row.ours / 2**20:,.2f} MiB | {row.share:.1%} |")
     plan = (

@@ -1,10 +1,8 @@
-"""Weight files: our model folder, and reading and writing files safely.
+"""The model folder: ``config.json``, ``model.safetensors`` and a model card.
 
-A model folder holds ``config.json``, ``model.safetensors`` with keys ``var.*`` and ``vae.*``, and
-a model card. Files are never half written: each goes to a temporary name first. They are mapped,
-not read: a tensor that is wanted as the file has it stays a view of the file. Pickles are read
-with ``weights_only=True``, so that none can run code. The original repository has other files:
-original_var.py.
+The keys of the weights start with ``var.`` or ``vae.``. Each file is written under a temporary name
+and then renamed. Weights are memory-mapped: a tensor that is loaded in the file's own dtype to the
+CPU is a view of the file. original_var.py reads and writes the original repository's files.
 """
 
 from __future__ import annotations
@@ -19,13 +17,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from variant.checkpoints.mapped_tensors import place
+from variant.checkpoints.mapped_tensors import to_device
 from variant.checkpoints.model_card import CARD_NAME, model_card, was_generated
 from variant.errors import UserError
-from variant.files import _opened, replacing
+from variant.files import atomic_write, open_safetensors
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant_kernels.dispatch.request import dtype_name
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -46,14 +45,15 @@ def save_model(
 ) -> None:
     """Write ``config.json``, ``model.safetensors`` and the model card ``README.md``.
 
-    A README.md that somebody else wrote stays as it is.
+    A README.md that save_model did not generate is not overwritten.
 
     Args:
         folder: created where it is missing.
         extra: further keys of config.json, e.g. how the model was trained; plain values.
-        model_id: how the card calls the model; None is the folder's name.
+        model_id: name of the model in the card; None is the folder's name.
     Raises:
-        UserError: the folder cannot be written.  TypeError: extra holds what JSON cannot.
+        UserError: the folder cannot be written.
+        TypeError: ``extra`` holds a value that JSON cannot represent.
     """
     folder = Path(folder)
     tensors = {
@@ -67,11 +67,11 @@ def save_model(
         "var": var.config.to_dict(),
         "vae": vae.config.to_dict(),
     }
-    # Before anything is written: what JSON cannot hold must not leave new weights by an old config.
+    # Before any file is written: if this raises, the old files stay complete.
     text = json.dumps(config, indent=1) + "\n"
-    with replacing(folder / WEIGHTS_NAME) as path:
+    with atomic_write(folder / WEIGHTS_NAME) as path:
         save_file(tensors, path, metadata={"format": "pt"})
-    with replacing(folder / CONFIG_NAME) as path:
+    with atomic_write(folder / CONFIG_NAME) as path:
         path.write_text(text)
     card_path = folder / CARD_NAME
     if was_generated(card_path):
@@ -79,10 +79,10 @@ def save_model(
             var.config,
             vae.config,
             model_id or folder.resolve().name,
-            str(var.head.weight.dtype).removeprefix("torch."),
+            dtype_name(var.head.weight.dtype),
             config.get("training"),
         )
-        with replacing(card_path) as path:
+        with atomic_write(card_path) as path:
             path.write_text(card)
 
 
@@ -93,7 +93,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """config.json of a model folder.
 
     Raises:
-        UserError: not a model folder, or not our format.
+        UserError: not a model folder, or config.json is of another format.
     """
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
@@ -106,8 +106,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        found = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise UserError(f'{path}: "format" must be "{FORMAT}"; got {found!r}')
+        value = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise UserError(f'{path}: "format" must be "{FORMAT}"; got {value!r}')
     return config
 
 
@@ -118,27 +118,30 @@ def load_model(
 ) -> tuple[VAR, VQVAE, dict[str, Any]]:
     """The two models of a folder, in eval mode, and its config.json.
 
-    Weights are views of the file where its dtype and the CPU are wanted, else copied one by one:
-    memory never holds the file and the result together.
+    On the CPU and in the file's own dtype, weights are views of the file. Otherwise they are copied
+    one by one, and memory never holds the whole file beside the result.
 
     Args:
         dtype: of the transformer's weights; None keeps the file's.
         device: of both models; None is the CPU.
     Raises:
-        UserError: a missing, damaged or foreign file, or weights that do not fit the config.
+        UserError: a file is missing, damaged or of another format, or the weights do not fit the
+            config.
     """
     folder = Path(folder)
     config = read_config(folder)
     var_config, vae_config = configs_in(folder)
     path = folder / WEIGHTS_NAME
-    with _opened(path) as tensors:
+    with open_safetensors(path) as tensors:
         keys = set(tensors.keys())
         if dtype is None and "var.head.weight" in keys:
             dtype = tensors.get_tensor("var.head.weight").dtype
 
         def part(prefix: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
             return {
-                key.removeprefix(prefix): place(tensors.get_tensor(key), dtype, device, mapped=True)
+                key.removeprefix(prefix): to_device(
+                    tensors.get_tensor(key), dtype, device, mmapped=True
+                )
                 for key in keys
                 if key.startswith(prefix)
             }
@@ -149,10 +152,10 @@ def load_model(
 
 
 def configs_in(folder: str | os.PathLike[str]) -> tuple[VARConfig, VQVAEConfig]:
-    """Sizes of both models of a folder; weights are not read.
+    """The configurations of both models of a folder; weights are not read.
 
     Raises:
-        UserError: config.json is missing, foreign, or names a bad value.
+        UserError: config.json is missing, of another format, or holds an invalid value.
     """
     path, config = Path(folder) / CONFIG_NAME, read_config(folder)
     for key in ("var", "vae"):
@@ -171,18 +174,19 @@ def build(
     where: str,
     device: torch.device | str | None = None,
 ) -> Model:
-    """A model that takes its tensors from a state dict, without drawing weights first.
+    """A model that uses the tensors of a state dict, without initialising weights first.
 
     Args:
-        device: where the state's tensors are; buffers that it does not hold follow.
+        where: names the state in errors.
+        device: of the state's tensors; buffers that the state does not hold are moved there.
     Raises:
-        UserError: the state does not hold exactly this model's weights.
+        UserError: the state's keys or shapes are not exactly those of this model.
     """
     with torch.device("meta"):
         module = kind(config)
     load_state(module, state, where, assign=True)
     for name, buffer in list(module.named_buffers()):
-        if buffer.is_meta:  # usage statistics of another number of scales: begin anew
+        if buffer.is_meta:  # usage statistics, which other checkpoints lack: start at zero
             owner, _, leaf = name.rpartition(".")
             module.get_submodule(owner).register_buffer(leaf, torch.zeros(buffer.shape))
     return module if device is None else module.to(device)
@@ -191,7 +195,11 @@ def build(
 def load_state(
     module: nn.Module, state: Mapping[str, Tensor], where: str, *, assign: bool = False
 ) -> None:
-    """``load_state_dict(strict=True)`` with an error that names what is missing or too much."""
+    """``load_state_dict(strict=True)`` with an error of one line.
+
+    Raises:
+        UserError: naming missing and unexpected keys and shapes that differ.
+    """
     try:
         module.load_state_dict(dict(state), strict=True, assign=assign)
     except RuntimeError as error:
@@ -201,6 +209,3 @@ def load_state(
             f"{where}: does not hold the weights of this {type(module).__name__}: "
             f"{text[:300]}{'...' if len(text) > 300 else ''}"
         ) from None
-
-
-# --- pickles --------------------------------------------------------------------------------------

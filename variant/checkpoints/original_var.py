@@ -1,8 +1,9 @@
-"""The original VAR repository's files: its ``.pth`` files, trainer checkpoints and Hub form.
+"""The files of the original VAR repository.
 
-Sizes are read from the shapes of the state dict. Three forms are taken:
-a state dict (``var_d16.pth``); a trainer checkpoint, which nests both models' under ``trainer``;
-and what ``save_pretrained`` of its Hub class writes, a folder of config.json and model.safetensors.
+The sizes of a model are inferred from the shapes in its state dict. Three forms can be read:
+a state dict (``var_d16.pth``); a trainer checkpoint, which holds the state dicts of both models
+under ``trainer``; the folder that ``save_pretrained`` of the original's Hub class writes, with
+config.json and model.safetensors.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from variant.checkpoints.mapped_tensors import place
+from variant.checkpoints.mapped_tensors import to_device
 from variant.checkpoints.model_folder import CONFIG_NAME, FORMAT, WEIGHTS_NAME, build
 from variant.errors import UserError
-from variant.files import is_mapped, read_pickle, read_safetensors, save_pickle
+from variant.files import is_mmapped, read_pickle, read_safetensors, save_pickle
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.var import VAR, derived_buffers
 from variant.models.vqvae import VQVAE
 
-# Sides of the published models' token maps, by (scales, tokens); a checkpoint with `lvl_1L` says.
+# Token-map sides of the published models, by (scales, tokens); for files without `lvl_1L`.
 KNOWN_PATCH_NUMS = {
     (10, 680): (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
     (10, 2240): (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
@@ -41,29 +42,27 @@ ORIGINAL_KEYS = (
     "blocks.0.ffn.fc1.weight",
 )
 PICKLE_NAME = "pytorch_model.bin"  # of older Hub folders
-# What DistributedDataParallel and torch.compile put before every key.
+# Prefixes that DistributedDataParallel and torch.compile add to every key.
 WRAPPERS = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
 class OriginalFile:
-    """One model's state dict as a file holds it.
+    """One model's state dict, as read from a file.
 
-    config: the arguments of the model's constructor, where the Hub form records them.
-    mapped: whether the tensors are views of the file.
+    config: the arguments of the model's constructor if the Hub form records them, else empty.
+    mmapped: whether the tensors are views of the memory-mapped file.
     """
 
     path: Path
     state: dict[str, Tensor]
-    mapped: bool
+    mmapped: bool
     config: dict[str, Any] = field(default_factory=dict)
 
-    def placed(
-        self, dtype: torch.dtype | None, device: torch.device | str | None
-    ) -> dict[str, Tensor]:
-        """The state in that dtype on that device; tensors that need no copy stay mapped."""
+    def to(self, dtype: torch.dtype | None, device: torch.device | str | None) -> dict[str, Tensor]:
+        """The state in that dtype on that device; tensors that need no copy stay views."""
         return {
-            key: place(value, dtype, device, mapped=self.mapped)
+            key: to_device(value, dtype, device, mmapped=self.mmapped)
             for key, value in self.state.items()
         }
 
@@ -79,15 +78,15 @@ def open_original(path: str | os.PathLike[str], part: str) -> OriginalFile:
     Args:
         part: "var_wo_ddp" or "vae_local", the keys of a trainer checkpoint.
     Raises:
-        UserError: missing, damaged, foreign, or a pickle that wants to run code.
+        UserError: missing, damaged, not a file of the original, or a pickle that would run code.
     """
     path, config = Path(path), {}
     if path.is_dir():
         path, config = _hub_files(path)
     if path.suffix == ".safetensors":
-        state, mapped = read_safetensors(path), True
+        state, mmapped = read_safetensors(path), True
     else:
-        state, mapped = read_pickle(path), is_mapped(path)
+        state, mmapped = read_pickle(path), is_mmapped(path)
     trainer = state.get("trainer")
     if isinstance(trainer, dict) and isinstance(trainer.get(part), dict):
         state = trainer[part]
@@ -96,11 +95,11 @@ def open_original(path: str | os.PathLike[str], part: str) -> OriginalFile:
             f"{path}: must hold a state dict of tensors, or a trainer checkpoint with "
             f'"trainer/{part}"; got keys {sorted(map(str, state))[:5]}'
         )
-    return OriginalFile(path, _unwrapped(state), mapped, config)
+    return OriginalFile(path, _unwrapped(state), mmapped, config)
 
 
 def _hub_files(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Weights and constructor arguments of a folder of the original's Hub class."""
+    """The weights file and the constructor arguments in a folder of the original's Hub class."""
     weights = next(
         (folder / name for name in (WEIGHTS_NAME, PICKLE_NAME) if (folder / name).is_file()), None
     )
@@ -123,7 +122,7 @@ def _hub_files(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys without the names of wrappers around the whole model."""
+    """The state without the prefixes of wrappers around the whole model."""
     state = dict(state)
     while prefix := next((w for w in WRAPPERS if all(k.startswith(w) for k in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -139,13 +138,14 @@ def infer_var_config(
     num_heads: int | None = None,
     patch_nums: Sequence[int] | None = None,
 ) -> VARConfig:
-    """Sizes of an original VAR model, from the shapes of its state dict.
+    """Infer the configuration of an original VAR model from the shapes in its state dict.
 
     Args:
-        num_heads: needed only where no tensor tells it (no ``attn_l2_norm``); None then assumes
-            one head per 64 channels, as the original repository builds them, and warns.
-        patch_nums: needed only where the state has no ``lvl_1L`` and the layout is no published
-            one.
+        where: names the state in errors.
+        num_heads: needed only without ``attn_l2_norm``, when no shape contains it; None then
+            assumes one head per 64 channels, as in the original repository, and warns.
+        patch_nums: needed only if the state has no ``lvl_1L`` and the layout is not that of a
+            published model.
     Raises:
         UserError: naming the key that is missing or does not fit.
     """
@@ -162,7 +162,7 @@ def infer_var_config(
         elif num_heads is None:
             num_heads = width // 64
             warnings.warn(
-                f"{where}: no tensor tells the number of attention heads; assuming {num_heads}, "
+                f"{where}: no tensor contains the number of attention heads; assuming {num_heads}, "
                 "one per 64 channels. Give num_heads (convert: --num-heads) if that is wrong",
                 stacklevel=2,
             )
@@ -187,20 +187,20 @@ def _patch_nums(
     scales: int,
     length: int,
     where: str,
-    given: Sequence[int] | None,
+    default: Sequence[int] | None,
 ) -> tuple[int, ...]:
     if "lvl_1L" in state:
-        scale_L = state["lvl_1L"].flatten().clamp(0, scales)  # a foreign file may hold anything
+        scale_L = state["lvl_1L"].flatten().clamp(0, scales)  # a damaged file may hold others
         counts = torch.bincount(scale_L, minlength=scales).tolist()
         sides = tuple(math.isqrt(count) for count in counts)
         if [side * side for side in sides] == counts:
             return sides
-    if given is not None:
-        return tuple(given)
+    if default is not None:
+        return tuple(default)
     if (scales, length) in KNOWN_PATCH_NUMS:
         return KNOWN_PATCH_NUMS[scales, length]
     raise UserError(
-        f"{where}: cannot tell the token maps of {scales} scales and {length} tokens: it has no "
+        f"{where}: cannot infer the token maps of {scales} scales and {length} tokens: it has no "
         "lvl_1L and is none of the published layouts"
     )
 
@@ -208,9 +208,13 @@ def _patch_nums(
 def infer_vqvae_config(
     state: Mapping[str, Tensor], patch_nums: tuple[int, ...], where: str = "VQ-VAE checkpoint"
 ) -> VQVAEConfig:
-    """Sizes of an original VQ-VAE, from the shapes of its state dict.
+    """Infer the configuration of an original VQ-VAE from the shapes in its state dict.
 
-    Raises: UserError, naming the key that is missing.
+    Args:
+        patch_nums: sides of the token maps, which no shape contains.
+        where: names the state in errors.
+    Raises:
+        UserError: naming the key that is missing.
     """
     try:
         levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
@@ -245,44 +249,45 @@ def infer_vqvae_config(
 
 
 def _with_hub_config(config: VARConfig, hub: Mapping[str, Any], where: str) -> VARConfig:
-    """What shapes do not tell, from the constructor's arguments; what they do tell must agree.
+    """Add the constructor arguments that no shape contains to an inferred configuration.
 
     Raises:
-        UserError: the two disagree, or a value is out of range.
+        UserError: an argument contradicts a shape, or a value is out of range.
     """
-    told = ("depth", "embed_dim", "num_classes", "shared_aln", "attn_l2_norm", "mlp_ratio")
-    for name in told:
+    inferred = ("depth", "embed_dim", "num_classes", "shared_aln", "attn_l2_norm", "mlp_ratio")
+    for name in inferred:
         if name in hub and hub[name] != getattr(config, name):
             raise UserError(
                 f"{where}: {CONFIG_NAME} says {name} {hub[name]!r}, but the weights are of "
                 f"{getattr(config, name)!r}"
             )
-    untold = ("norm_eps", "cond_drop_rate", "drop_path_rate", "num_heads", "patch_nums")
+    not_inferred = ("norm_eps", "cond_drop_rate", "drop_path_rate", "num_heads", "patch_nums")
     try:
-        found = config.to_dict() | {name: hub[name] for name in untold if name in hub}
-        changed = VARConfig.from_dict(found)
+        arguments = config.to_dict() | {name: hub[name] for name in not_inferred if name in hub}
+        complete = VARConfig.from_dict(arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {CONFIG_NAME}: {error}") from error
-    if config.attn_l2_norm and changed.num_heads != config.num_heads:
+    if config.attn_l2_norm and complete.num_heads != config.num_heads:
         raise UserError(
-            f"{where}: {CONFIG_NAME} says num_heads {changed.num_heads}, but the weights are of "
+            f"{where}: {CONFIG_NAME} says num_heads {complete.num_heads}, but the weights are of "
             f"{config.num_heads}"
         )
-    if changed.layout.total != config.layout.total:
+    if complete.layout.total != config.layout.total:
         raise UserError(
-            f"{where}: {CONFIG_NAME} says patch_nums {changed.patch_nums}, but the weights are of "
+            f"{where}: {CONFIG_NAME} says patch_nums {complete.patch_nums}, but the weights are of "
             f"{config.layout.total} tokens"
         )
-    return changed
+    return complete
 
 
 def _with_vae_arguments(config: VQVAEConfig, arguments: Any, where: str) -> VQVAEConfig:
-    """What leaves no trace in a VQ-VAE's weights, from its constructor's arguments."""
-    untold = ("beta", "quant_resi", "using_znorm")
+    """Add the constructor arguments that the weights do not show to an inferred configuration."""
+    not_inferred = ("beta", "quant_resi", "using_znorm")
     try:
-        given = dict(arguments or {})
-        found = config.to_dict() | {name: given[name] for name in untold if name in given}
-        return VQVAEConfig.from_dict(found)
+        hub = dict(arguments or {})
+        return VQVAEConfig.from_dict(
+            config.to_dict() | {name: hub[name] for name in not_inferred if name in hub}
+        )
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {CONFIG_NAME}: vae_kwargs: {error}") from error
 
@@ -300,11 +305,11 @@ def load_original(
     """Both models from the original repository's files, in eval mode.
 
     Args:
-        num_heads: see :func:`infer_var_config`; a Hub folder tells it itself.
+        num_heads: see :func:`infer_var_config`; a Hub folder records it.
         dtype: of the transformer's weights; None keeps the file's.
         device: of both models; None is the CPU.
     Raises:
-        UserError: a missing, damaged or foreign file.
+        UserError: a file is missing, damaged or not of the original repository.
     """
     var_file = open_original(var_path, "var_wo_ddp")
     vae_file = open_original(vae_path, "vae_local")
@@ -314,14 +319,18 @@ def load_original(
     var_config = _with_hub_config(var_config, hub, where)
     vae_config = infer_vqvae_config(vae_file.state, var_config.patch_nums, str(vae_path))
     vae_config = _with_vae_arguments(vae_config, hub.get("vae_kwargs"), where)
-    var = build(VAR, var_config, var_file.placed(dtype, device), where, device)
-    vae = build(VQVAE, vae_config, vae_file.placed(None, device), str(vae_path), device)
+    var = build(VAR, var_config, var_file.to(dtype, device), where, device)
+    vae = build(VQVAE, vae_config, vae_file.to(None, device), str(vae_path), device)
     return var.eval(), vae.eval()
 
 
 def save_original(
     var: VAR, vae: VQVAE, var_path: str | os.PathLike[str], vae_path: str | os.PathLike[str]
 ) -> None:
-    """Write both models as the original repository reads them, derived buffers included."""
+    """Write both models as the original repository reads them, derived buffers included.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
     save_pickle(var_path, {**var.state_dict(), **derived_buffers(var.layout)})
     save_pickle(vae_path, vae.state_dict())

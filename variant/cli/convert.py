@@ -1,4 +1,4 @@
-"""``variant convert``: the original repository's files and ours, both ways."""
+"""``variant convert``: from the original repository's files to a model folder, and back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def config_text(subnets: dict[int, tuple[int, ...]]) -> str:
 
 
 def convert(command: Convert) -> None:
-    """Read one form, write the other, say what was written."""
+    """Read one form, write the other, print what was written."""
     if (command.model is None) == (command.out is None):
         raise UserError(
             "convert: give --out FOLDER to read the .pth files, or --model FOLDER to write them"
@@ -38,9 +38,9 @@ def convert(command: Convert) -> None:
     else:
         var, vae, _ = load_model(locate(str(command.model)), dtype)
         save_original(var, vae, command.var, command.vae)
-        out.print(f"{command.var} and {command.vae}: as the original VAR code loads them")
+        out.print(f"wrote {command.var} and {command.vae}, which the original VAR code loads")
         out.print(
-            "They hold weights only. What their shapes do not tell stays behind: "
+            "They hold weights only. Not included, because no shape contains it: "
             f"subnets {config_text(var.config.subnets)}, bridge {var.config.bridge}, "
             f"norm_eps {var.config.norm_eps:g}, {var.config.num_heads} heads"
         )

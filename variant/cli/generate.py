@@ -16,20 +16,20 @@ from torch import Tensor
 
 from variant.cli.options import Generate
 from variant.cli.output import DTYPES, console, mebibytes, table
-from variant.engine.generation import Generation, OnScale, PartialResult
+from variant.engine.generation import Generation, OnScale, PartialResult, Sampling
 from variant.engine.planning import depths_of
 from variant.errors import UserError
-from variant.files import replacing
+from variant.files import atomic_write
 from variant.supernet import VARiant
 
-# Small images are shown enlarged in a grid, so that one can see them.
+# Small images are enlarged in a grid.
 GRID_CELL_PIXELS = 64
 GRID_GAP_PIXELS = 4
 GRID_CAPTION_PIXELS = 56
 
 
 def generate(command: Generate) -> None:
-    """Paint, write, print: time per image, K/V planned and really allocated."""
+    """Generate images, write them, print time per image and K/V bytes, planned and allocated."""
     if command.count < 1:
         raise UserError(f"generate: --count must be at least 1; got {command.count}")
     if command.all_depths and command.depth is not None:
@@ -43,9 +43,9 @@ def generate(command: Generate) -> None:
     if command.all_depths and model.var.config.bridge is None and command.bridge is None:
         raise UserError(f"generate: {command.model} was trained at one depth; --bridge is needed")
     with _progress(len(depths) * len(labels) * model.var.layout.num_scales) as on_scale:
-        # One unmeasured image first: threads, kernels and pages are warm when time is taken.
-        _paint(command, model, labels[:1], depths[-1], None)
-        results = [_paint(command, model, labels, depth, on_scale) for depth in depths]
+        # Warm-up with one image, not measured: starts threads, loads kernels, allocates pages.
+        _generate(command, model, labels[:1], depths[-1], None)
+        results = [_generate(command, model, labels, depth, on_scale) for depth in depths]
     if one_file:
         if len(results) > 1:
             rows = [result.images for result in results]
@@ -53,7 +53,7 @@ def generate(command: Generate) -> None:
         else:
             rows = list(results[0].images.split(command.count if command.count > 1 else 10))
             captions = []
-        with replacing(command.out) as path:
+        with atomic_write(command.out) as path:
             grid(rows, captions).save(path, format="PNG")
         written = str(command.out)
     else:
@@ -64,13 +64,13 @@ def generate(command: Generate) -> None:
 
 @contextmanager
 def _progress(total: int) -> Iterator[OnScale | None]:
-    """A bar on standard error that counts images x scales; None where nobody watches."""
+    """A progress bar on standard error, in images x scales; None without a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
     bar = Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True)
     with bar:
-        task = bar.add_task("painting", total=total)
+        task = bar.add_task("generating", total=total)
 
         def on_scale(scale: int, partial: PartialResult) -> None:
             bar.advance(task, len(partial.tokens))
@@ -78,22 +78,19 @@ def _progress(total: int) -> Iterator[OnScale | None]:
         yield on_scale
 
 
-def _paint(
+def _generate(
     command: Generate,
     model: VARiant,
     labels: Sequence[int],
     depth: int | None,
     on_scale: OnScale | None,
 ) -> Generation:
-    return model.generate(
+    engine = model.engine(DTYPES[command.dtype] if command.dtype else None)
+    return engine.generate_with(
         labels,
+        Sampling(command.cfg, command.top_k, command.top_p, command.seed),
         depth=depth,
         bridge=command.bridge,
-        cfg=command.cfg,
-        top_k=command.top_k,
-        top_p=command.top_p,
-        seed=command.seed,
-        dtype=DTYPES[command.dtype] if command.dtype else None,
         max_batch=command.max_batch,
         on_scale=on_scale,
         kv_dtype=command.kv_dtype,
@@ -101,12 +98,12 @@ def _paint(
 
 
 def check_target(out: Path) -> bool:
-    """Fail before the work, not after it, and create nothing yet.
+    """Fails before the work if the result cannot be written; creates nothing.
 
     Returns:
         Whether ``out`` names one PNG file; otherwise it is a folder.
     Raises:
-        UserError: neither, or it cannot be written.
+        UserError: ``out`` is neither, or it cannot be written.
     """
     if not out.name:
         raise UserError("generate: --out must name a folder or a .png file; got nothing")
@@ -133,7 +130,7 @@ def to_pil(image_IYX: Tensor) -> Image.Image:
 
 
 def grid(rows: Sequence[Tensor], captions: Sequence[str] = ()) -> Image.Image:
-    """Rows of images (B, 3, H, W) as one picture; small images enlarged, captions at the left."""
+    """Rows of images (B, 3, H, W) as one picture; small images are enlarged, captions at left."""
     side = rows[0].shape[-1]
     cell = side * max(1, round(GRID_CELL_PIXELS / side))
     step = cell + GRID_GAP_PIXELS
@@ -161,7 +158,7 @@ def _write_each(
     for depth, result in zip(depths, results, strict=True):
         prefix = f"depth{depth}_" if len(depths) > 1 else ""
         for index, (label, image) in enumerate(zip(labels, result.images, strict=True)):
-            with replacing(folder / f"{prefix}{index:05d}_class{label}.png") as path:
+            with atomic_write(folder / f"{prefix}{index:05d}_class{label}.png") as path:
                 to_pil(image).save(path, format="PNG")
             count += 1
     return f"{count} images to {folder}"
@@ -177,7 +174,7 @@ def _report(
     first = results[0].stats
     at_once = -(-count // first.batches)
     kv_text = "" if first.kv_dtype == first.dtype else f", K/V {first.kv_dtype}"
-    found = table(
+    timings = table(
         f"{command.model}: {count} images, {at_once} at once, seed {command.seed}, cfg "
         f"{command.cfg:g}, {first.dtype}{kv_text}, {torch.get_num_threads()} threads",
         "depth",
@@ -189,7 +186,7 @@ def _report(
     )
     for depth, result in zip(depths, results, strict=True):
         stats = result.stats
-        found.add_row(
+        timings.add_row(
             str(depth if depth is not None else model.var.config.depth),
             f"{1000 * stats.seconds / count:.2f}",
             f"{1000 * stats.decode_seconds / count:.2f}",
@@ -197,4 +194,4 @@ def _report(
             mebibytes(stats.kv_allocated_bytes),
             f"{stats.kv_allocated_bytes / stats.kv_paper_bytes:.1%}",
         )
-    console().print(found)
+    console().print(timings)

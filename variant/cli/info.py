@@ -1,9 +1,9 @@
-"""``variant info``: what a model is."""
+"""``variant info``: a description of a model."""
 
 from __future__ import annotations
 
 from variant.checkpoints.model_folder import load_model, read_config
-from variant.cli.kv_error_table import kv_error_table, measured
+from variant.cli.kv_error_table import kv_error_table, measure_with_progress
 from variant.cli.options import Info
 from variant.cli.output import DTYPES, console, mebibytes, table
 from variant.engine.engine import Engine
@@ -11,16 +11,17 @@ from variant.engine.planning import depths_of, plan_row
 from variant.errors import UserError
 from variant.supernet import locate
 from variant_kernels import select_layers
+from variant_kernels.dispatch.request import dtype_name
 
 
 def info(command: Info) -> None:
-    """Print sizes, subnets with their layers and cache, and how the model was trained."""
+    """Print sizes, subnets with their layers and cache, and the record of the training."""
     if command.images < 1:
         raise UserError(f"info: --images must be at least 1; got {command.images}")
     folder = locate(command.model)
     var, vae, _ = load_model(folder)
     config, out = var.config, console()
-    sizes = {part: sum(p.numel() for p in m.parameters()) for part, m in (("t", var), ("v", vae))}
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (var, vae)]
     dtype = var.head.weight.dtype
     layout = config.layout
     out.print(
@@ -29,13 +30,13 @@ def info(command: Info) -> None:
         f"{layout.total} tokens, {vae.config.image_size}x{vae.config.image_size} pixels"
     )
     out.print(
-        f"transformer {sizes['t']:,} parameters ({str(dtype).removeprefix('torch.')}), "
-        f"VQ-VAE {sizes['v']:,} parameters, codebook {config.vocab_size} x {config.vae_channels}"
+        f"transformer {sizes[0]:,} parameters ({dtype_name(dtype)}), "
+        f"VQ-VAE {sizes[1]:,} parameters, codebook {config.vocab_size} x {config.vae_channels}"
     )
     if config.bridge is None:
-        out.print("no subnets recorded: trained at full depth only")
+        out.print("no subnets are recorded: the model was trained at full depth only")
     else:
-        found = table(
+        depths = table(
             f"depths (bridge {config.bridge}: every layer runs at the first {config.bridge} "
             f"scales; {layout.total - sum(layout.tokens[: config.bridge])} of {layout.total} "
             "tokens are in the flexible zone)",
@@ -52,17 +53,17 @@ def info(command: Info) -> None:
                 layers = str(list(config.subnets[depth]))
             else:
                 layers = f"{list(select_layers(config.depth, depth))} (not trained)"
-            found.add_row(str(depth), layers, mebibytes(row.ours), f"{row.share:.1%}")
-        out.print(found)
+            depths.add_row(str(depth), layers, mebibytes(row.ours), f"{row.share:.1%}")
+        out.print(depths)
     training = read_config(folder).get("training")
     if isinstance(training, dict):
         for key, value in training.items():
             if key == "settings":
-                continue  # a page of them: config.json holds them all
+                continue  # too long to print; config.json holds them
             if isinstance(value, dict):
                 value = ", ".join(f"{name} {loss:.4f}" for name, loss in value.items())
             out.print(f"training {key}: {value}")
     if command.kv_dtype is not None:
-        wanted = DTYPES[command.dtype] if command.dtype else None
-        engine = Engine(var.eval(), vae.eval(), dtype=wanted)
-        out.print(kv_error_table(command.model, measured(engine, command.images)))
+        dtype = DTYPES[command.dtype] if command.dtype else None
+        engine = Engine(var.eval(), vae.eval(), dtype=dtype)
+        out.print(kv_error_table(command.model, measure_with_progress(engine, command.images)))

@@ -1,82 +1,83 @@
-"""Printing what 8-bit K/V change: measured now (``variant info``), or before (``variant plan``)."""
+"""Tables of the error of 8-bit K/V: measured now (``variant info``), or before (``plan``)."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from variant.cli.output import table
+from variant.cli.output import table as new_table
 from variant.engine.engine import Engine
 from variant.evaluation.kv_error import (
     GREEDY_CFG,
     STEPS_PER_DEPTH,
     KVError,
-    depths_of,
     measure_kv_error,
+    trained_depths,
 )
 from variant.supernet import ASSETS
 
-# What benchmarks/kv8.py measured, as it lies in benchmarks/results too.
+# Measured by benchmarks/kv8.py; its whole result is in benchmarks/results.
 FIGURES = ASSETS / "kv8.json"
 
 
-def measured(engine: Engine, images: int) -> list[KVError]:
-    """:func:`measure_kv_error` with a bar on standard error, where somebody watches."""
+def measure_with_progress(engine: Engine, images: int) -> list[KVError]:
+    """:func:`measure_kv_error` with a progress bar if standard error is a terminal."""
     if not sys.stderr.isatty():
         return measure_kv_error(engine, images=images)
     bar = Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True)
     with bar:
-        total = STEPS_PER_DEPTH * len(depths_of(engine.var.config))
+        total = STEPS_PER_DEPTH * len(trained_depths(engine.var.config))
         task = bar.add_task("measuring", total=total)
 
-        def tick(done: str) -> None:
-            bar.update(task, advance=1, description=done)
+        def on_step(description: str) -> None:
+            bar.update(task, advance=1, description=description)
 
-        return measure_kv_error(engine, images=images, tick=tick)
+        return measure_kv_error(engine, images=images, on_step=on_step)
 
 
-def kv_error_table(model: str, found: Iterable[KVError]) -> Table:
+def kv_error_table(model: str, errors: Sequence[KVError]) -> Table:
     """A table of one model, a row per depth."""
-    rows = list(found)
-    made = _table(
-        f"8-bit K/V against exact ones: {model}, {rows[0].dtype}, {rows[0].images} images", []
-    )
-    for row in rows:
-        made.add_row(*_cells(row))
-    return made
+    dtype, images = errors[0].dtype, errors[0].images
+    table = _table(f"8-bit K/V compared with exact K/V: {model}, {dtype}, {images} images", [])
+    for error in errors:
+        table.add_row(*_cells(error))
+    return table
 
 
 def print_kv_figures(out: Console, dtype: str) -> None:
-    """The figures of the package for engines of ``dtype``, with their source."""
+    """Print the figures in the package for engines of ``dtype``, with their source.
+
+    Without figures of that dtype, those of bfloat16 are printed, and the title names bfloat16.
+    """
     figures: dict[str, Any] = json.loads(FIGURES.read_text())
-    known = {row["dtype"] for row in figures["rows"]}
-    shown = dtype if dtype in known else "bfloat16"
+    measured = {row["dtype"] for row in figures["rows"]}
+    shown = dtype if dtype in measured else "bfloat16"
     rows = [row for row in figures["rows"] if row["dtype"] == shown]
-    made = _table(f"8-bit K/V against exact ones, measured: {shown}, small models", ["model"])
+    table = _table(f"8-bit K/V compared with exact K/V: {shown}, small models", ["model"])
     for row in rows:
-        made.add_row(row["model"], *_cells(KVError(**{k: row[k] for k in _FIELDS})))
-    out.print(made)
+        table.add_row(row["model"], *_cells(KVError(**{k: row[k] for k in _FIELDS})))
+    out.print(table)
     source = figures["source"]
     out.print(
         f"measured: {source['command']}, commit {source['commit'][:12]}, {source['cpu']}, torch "
-        f"{source['torch']}. golden: random weights; digits: the model of this package. "
-        "Yours: variant info --model YOURS --kv-dtype fp8"
+        f"{source['torch']}. golden: random weights; digits: the model in this package. "
+        "For your model: variant info --model YOURS --kv-dtype fp8"
     )
 
 
 _FIELDS = tuple(KVError.__dataclass_fields__)
 
 
-def _table(title: str, first: list[str]) -> Table:
-    made = table(
+def _table(title: str, first_columns: list[str]) -> Table:
+    table = new_table(
         title,
-        *first,
+        *first_columns,
         "depth",
         "logits: largest\nchange / std",
         "rms change\n/ std",
@@ -85,20 +86,20 @@ def _table(title: str, first: list[str]) -> Table:
         "in images",
         "from scale",
     )
-    made.caption = (
-        "logits are teacher-forced with tokens of the exact model; one greedy token that changes "
-        "changes what follows it"
+    table.caption = (
+        "logits are teacher-forced with tokens of the exact model; a different greedy token "
+        "changes all later tokens of its image"
     )
-    return made
+    return table
 
 
-def _cells(row: KVError) -> tuple[str, ...]:
+def _cells(error: KVError) -> tuple[str, ...]:
     return (
-        str(row.depth),
-        f"{row.largest:.3g}",
-        f"{row.rms:.3g}",
-        f"{row.top_changed:.2%}",
-        f"{row.greedy_changed:.2%}",
-        f"{row.greedy_images} of {row.images}",
-        "-" if row.first_scale is None else str(row.first_scale),
+        str(error.depth),
+        f"{error.largest:.3g}",
+        f"{error.rms:.3g}",
+        f"{error.top_changed:.2%}",
+        f"{error.greedy_changed:.2%}",
+        f"{error.greedy_images} of {error.images}",
+        "-" if error.first_scale is None else str(error.first_scale),
     )

@@ -1,4 +1,4 @@
-"""What several commands share: names to things, sizes to text, tables to the terminal."""
+"""Shared by several commands: dtypes by name, sizes as text, tables, configs of a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DTYPES = {
 
 
 def console() -> Console:
-    """Standard output; plain and wide where it is not a terminal, so that tables survive a pipe."""
+    """Standard output; plain and 120 columns wide where it is not a terminal."""
     # No markup: file names may hold brackets.
     out = Console(highlight=False, soft_wrap=True, markup=False)
     if not out.is_terminal:
@@ -30,10 +30,10 @@ def console() -> Console:
 
 def table(title: str, *columns: str) -> Table:
     """A table whose columns are right-aligned numbers."""
-    made = Table(title=Text(title), title_justify="left", header_style="bold")
+    result = Table(title=Text(title), title_justify="left", header_style="bold")
     for column in columns:
-        made.add_column(column, justify="right")
-    return made
+        result.add_column(column, justify="right")
+    return result
 
 
 def mebibytes(count: float) -> str:
@@ -44,7 +44,7 @@ def mebibytes(count: float) -> str:
 
 
 def configs_of(model: str) -> tuple[VARConfig, VQVAEConfig]:
-    """Sizes of a preset or of a model folder; weights are not read."""
+    """Configs of a preset or of a model folder, without reading weights."""
     from variant.checkpoints.model_folder import configs_in
     from variant.supernet import locate
 

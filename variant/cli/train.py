@@ -14,7 +14,7 @@ from variant.training.var_task import train_var
 
 
 def train(command: Train) -> None:
-    """Train the recipe's transformer and say where the model is."""
+    """Train the recipe's transformer and print where the model is."""
     recipe = load_recipe(command.recipe, seed=command.seed)
     out = folder_of(command)
     summary = train_var(
@@ -25,7 +25,7 @@ def train(command: Train) -> None:
 
 
 def train_vae(command: TrainVae) -> None:
-    """Train the recipe's VQ-VAE and say what comes next."""
+    """Train the recipe's VQ-VAE and print the next command."""
     recipe = load_recipe(command.recipe, seed=command.seed)
     summary = train_vae_recipe(
         recipe,
@@ -34,17 +34,17 @@ def train_vae(command: TrainVae) -> None:
         resume_command=resume_command("train-vae", command),
     )
     _report(summary)
-    following = resume_command("train", command).removesuffix(" --resume")
-    console().print(f"next: {following}")
+    next_command = resume_command("train", command).removesuffix(" --resume")
+    console().print(f"next: {next_command}")
 
 
 def folder_of(command: Train | TrainVae) -> Path:
-    """Where the run's files go."""
+    """The folder of the run's files."""
     return command.out or Path("runs") / Path(command.recipe).stem
 
 
 def resume_command(name: str, command: Train | TrainVae) -> str:
-    """The command that goes on with this run, as a shell takes it."""
+    """The shell command that resumes this run."""
     words = ["variant", name, "--recipe", command.recipe, "--out", str(folder_of(command))]
     if command.seed is not None:
         words += ["--seed", str(command.seed)]
@@ -52,7 +52,7 @@ def resume_command(name: str, command: Train | TrainVae) -> str:
 
 
 def _report(summary: Summary) -> None:
-    found = table(
+    losses = table(
         f"{summary.steps} steps, {summary.epochs} epochs, {summary.seconds:.0f} s; best held-out "
         f"loss at epoch {summary.best_epoch}, whose weights are kept",
         "configuration",
@@ -60,6 +60,7 @@ def _report(summary: Summary) -> None:
         "held-out loss",
     )
     for name, loss in summary.held_out_loss.items():
-        trained = summary.train_loss.get(name)
-        found.add_row(name, "-" if trained is None else f"{trained:.4f}", f"{loss:.4f}")
-    console().print(found)
+        train_loss = summary.train_loss.get(name)
+        shown = "-" if train_loss is None else f"{train_loss:.4f}"
+        losses.add_row(name, shown, f"{loss:.4f}")
+    console().print(losses)

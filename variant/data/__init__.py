@@ -1,1 +1,1 @@
-"""Images to train on."""
+"""Training images."""

@@ -1,7 +1,7 @@
 """Augmentation of training images: RandAugment, random distortion, mixup.
 
-Every function takes the random generator it draws from, so that an image's augmentation depends
-on (seed, epoch, image) alone, whatever the batch or the number of workers.
+Every function takes its random generator, or random numbers, as an argument. The augmentation of an
+image is therefore a function of (seed, epoch, image), independent of batches and workers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-MAX_MAGNITUDE = 30.0  # ours: of torchvision's bins; the paper says only "9"
+MAX_MAGNITUDE = 30.0  # ours: as many as torchvision's bins; VARiant says only "9"
 GREY = (128, 128, 128)
 
 
@@ -27,8 +27,8 @@ def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]):
     return lambda image, strength, sign: kind(image).enhance(1 + sign * 0.9 * strength)
 
 
-# name: (image, strength in [0, 1], sign) -> image. The operations are RandAugment's; the range of
-# each, at strength 1, is ours.
+# name: (image, strength in [0, 1], sign) -> image. The operations are those of RandAugment; their
+# ranges, reached at strength 1, are ours.
 RAND_AUGMENT_OPS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
     "identity": lambda image, strength, sign: image,
     "autocontrast": lambda image, strength, sign: ImageOps.autocontrast(image),
@@ -54,9 +54,12 @@ RAND_AUGMENT_OPS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = 
 def rand_augment(
     image: Image.Image, rng: np.random.Generator, num_ops: int, magnitude: float
 ) -> Image.Image:
-    """``num_ops`` operations drawn uniformly, each at ``magnitude`` of 30 with a random sign.
+    """Apply ``num_ops`` operations, drawn uniformly, each with a random sign.
 
-    Source: RandAugment, arXiv 1909.13719. The image must be RGB.
+    Source: RandAugment, arXiv 1909.13719.
+
+    Args:
+        image: RGB.  magnitude: of the operations, in [0, 30].
     """
     names = list(RAND_AUGMENT_OPS)
     for _ in range(num_ops):
@@ -68,11 +71,13 @@ def rand_augment(
 def mixup(
     images_BIYX: Tensor, rng: np.random.Generator, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mix each image with another of the batch (arXiv 1710.09412).
+    """Mix each image with another image of the batch (arXiv 1710.09412).
 
+    Args:
+        images_BIYX: float32.  alpha: of the Beta distribution of the weights.
     Returns:
-        ``mix * images + (1 - mix) * images[partner]``, partner_B (int64) and mix_B (float32);
-        the condition must be mixed by the same weights.
+        ``mix * images + (1 - mix) * images[partner]``, partner_B (int64) and mix_B (float32). The
+        caller must mix the labels with the same weights.
     """
     batch = images_BIYX.shape[0]
     partner_B = torch.from_numpy(rng.permutation(batch)).to(images_BIYX.device)
@@ -91,7 +96,7 @@ def distort(
     shift: float,
     shear: float,
 ) -> Tensor:
-    """Rotate, scale, shift and shear each image; what comes in from outside is 0.
+    """Rotate, scale, shift and shear each image; pixels from outside the image are 0.
 
     Args:
         images_BIYX: float32.
@@ -101,7 +106,7 @@ def distort(
     angle, size, slope, right, down = draws_B5.float().unbind(1)
     angle = angle * math.radians(rotate)
     size, slope = 1 + size * zoom, slope * shear
-    # grid_sample's coordinates run from -1 to 1: a shift by the whole width is 2.
+    # In grid_sample's coordinates, from -1 to 1, a shift by the whole width is 2.
     row_x = torch.stack((angle.cos() / size, (slope - angle.sin()) / size, 2 * shift * right), 1)
     row_y = torch.stack((angle.sin() / size, angle.cos() / size, 2 * shift * down), 1)
     grid = F.affine_grid(torch.stack((row_x, row_y), 1), list(images_BIYX.shape), False)

@@ -12,19 +12,19 @@ from variant.models.config import STRICT, require
 
 @dataclass(frozen=True)
 class DataSection:
-    """Where images come from and how training images are augmented.
+    """The source of the images and the augmentation of training images.
 
     kind: "digits" (scikit-learn's scans) or "folder" (one sub-folder of images per class).
-    train, held_out: folders of kind "folder".
-    copies: augmented copies of each image whose tokens are computed once; 0 computes tokens anew
-        in every epoch, which mixup needs.
-    rotate, zoom, shift, shear: digits' largest random distortion: degrees, share of the size, share
-        of the width, slope.
-    hflip: probability of a horizontal flip of a folder's images.
-    randaugment_ops, randaugment_magnitude: RandAugment (arXiv 1909.13719) of a folder's images;
-        magnitude of 30.
-    mixup: alpha of the Beta distribution (arXiv 1710.09412); 0 is none.
-    workers: threads that read images of kind "folder".
+    train, held_out: folders, for kind "folder".
+    copies: number of augmented copies of each image that are tokenized before training; 0 tokenizes
+        newly augmented images in every epoch. Must be 0 with mixup.
+    rotate, zoom, shift, shear: largest random distortion, for kind "digits": degrees, share of the
+        size, share of the width, slope.
+    hflip: probability of a horizontal flip, for kind "folder".
+    randaugment_ops, randaugment_magnitude: number of operations and their magnitude in [0, 30], for
+        kind "folder" (arXiv 1909.13719).
+    mixup: alpha of the Beta distribution (arXiv 1710.09412); 0 turns mixup off.
+    workers: number of threads that read images, for kind "folder".
     """
 
     kind: Literal["digits", "folder"]
@@ -53,7 +53,7 @@ class DataSection:
         require(self.workers >= 1, "workers must be at least 1", self.workers)
         require(
             not (self.copies and self.mixup),
-            "copies must be 0 with mixup, which mixes pixels anew in every batch",
+            "copies must be 0 with mixup, which mixes the pixels of every batch",
             self.copies,
         )
         foreign = {

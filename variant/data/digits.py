@@ -1,8 +1,7 @@
-"""The data of the digits model.
+"""The data of the digits model: scikit-learn's handwritten digits.
 
-Scikit-learn's handwritten digits, 1,797 scans of 8x8 pixels with values 0..16 (UCI
-"Optical Recognition of Handwritten Digits"). A tenth is held out. Training images are the scans
-enlarged so that their area mean is the scan again.
+1,797 scans of 8x8 pixels with values 0..16 (UCI "Optical Recognition of Handwritten Digits"). A
+tenth is held out. Training images are enlarged scans: the area means of an image give its scan.
 
 Axes: B images, I channels, Y X pixels, N scans.
 """
@@ -27,14 +26,14 @@ SIDE = 8
 LEVELS = 16
 NUM_CLASSES = 10
 SPLIT_SEED = 0
-# Distortion runs on images this many times as large as the scans: its interpolation would
-# otherwise blur strokes that are one pixel wide.
+# Images are distorted at this many times the size of the scans. At the size of the scans,
+# interpolation would blur strokes, which are one pixel wide.
 FINE = 4
 
 
 @dataclass(frozen=True)
 class Scans:
-    """images_NYX float32 in [0, 1] (8x8) and labels_N int64, of both parts."""
+    """Images (N, 8, 8), float32 in [0, 1], and labels (N,), int64, of both parts of the data."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -54,7 +53,7 @@ class Scans:
 
 @cache
 def load_scans() -> Scans:
-    """scikit-learn's digits; the same tenth is held out in every run.
+    """The scans; the same tenth of them is held out in every run.
 
     Raises:
         UserError: scikit-learn is not installed.
@@ -74,26 +73,29 @@ def load_scans() -> Scans:
 
 
 def enlarge(scans_NYX: Tensor, size: int) -> Tensor:
-    """Scans as smooth images (N, 1, size, size) in [0, 1] whose area mean is the scan again.
+    """Smooth images (N, 1, size, size) in [0, 1] whose means over areas are the scans.
 
-    Bicubic, then a few rounds of adding back what the area mean lacks; clamping leaves an error
-    of about 1 %. size must be a multiple of 8.
+    Bicubic interpolation, then eight corrections by the difference between scan and area means.
+    Clamping to [0, 1] leaves an error of about 1 %.
+
+    Args:
+        size: a multiple of 8, pixels.
     """
     scans = scans_NYX.unsqueeze(1)
     images = F.interpolate(scans, size=(size, size), mode="bicubic")
     for _ in range(8):
-        missing = scans - shrink(images.clamp(0, 1)).unsqueeze(1)
-        images = images.clamp(0, 1) + F.interpolate(missing, size=(size, size), mode="nearest")
+        error = scans - shrink(images.clamp(0, 1)).unsqueeze(1)
+        images = images.clamp(0, 1) + F.interpolate(error, size=(size, size), mode="nearest")
     return images.clamp(0, 1)
 
 
 def shrink(images_BIYX: Tensor) -> Tensor:
-    """Images of any size as scans (B, 8, 8): mean over channels, then over areas."""
+    """Scans (B, 8, 8) from images of any size: the mean over channels, then over areas."""
     return F.adaptive_avg_pool2d(images_BIYX.float().mean(dim=1, keepdim=True), SIDE).squeeze(1)
 
 
 class DigitsData:
-    """The scans as training images; an :class:`variant.data.ImageData`."""
+    """Enlarged scans; implements :class:`variant.data.images.ImageData`."""
 
     def __init__(self, section: DataSection, image_size: int, channels: int, seed: int) -> None:
         if image_size % SIDE:
@@ -113,7 +115,7 @@ class DigitsData:
 
     def train(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:
         index = torch.as_tensor(np.asarray(indices), dtype=torch.int64)
-        # Drawn for every scan, so that an image does not depend on its batch.
+        # Drawn for all scans, so that an image does not depend on the other indices.
         draws = stream(self.seed, epoch, STREAM_AUGMENT).uniform(-1, 1, (self.num_train, 5))
         images = distort(
             self._fine[index],

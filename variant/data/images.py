@@ -1,7 +1,7 @@
-"""Images to train on: a folder of classes, or scikit-learn's digits.
+"""The interface of image data, and images from folders.
 
-Which image comes when, and how it is augmented, is a function of (seed, epoch, index): runs can
-stop and resume anywhere, and the number of workers changes nothing.
+The order of images and the augmentation of each are functions of (seed, epoch, index). A run can
+therefore stop and resume at any step, and the number of workers does not change the images.
 
 Axes: B images, I channels, Y X pixels, L tokens of all scales.
 """
@@ -23,21 +23,21 @@ from variant.data.augment import rand_augment
 from variant.data.config import DataSection
 from variant.errors import UserError
 
-# Random streams of one (seed, epoch); each use has its own. Zero is left to choose_depth.
+# Independent random streams of one (seed, epoch), one for each use.
 STREAM_ORDER, STREAM_AUGMENT, STREAM_COPY, STREAM_MIXUP = 1, 2, 3, 4
 
-HELD_OUT_SEED = 0  # of the order of held-out images, the same for every recipe
+HELD_OUT_SEED = 0  # of the order of held-out images, which is the same for every recipe
 
 Indices = Sequence[int] | np.ndarray
 
-# How PIL reports damaged files, and those too large to be meant.
+# Exceptions of PIL for damaged files and for images that are suspiciously large.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 
 
 def stream(seed: int, epoch: int, *which: int) -> np.random.Generator:
-    """The random generator of one use; ``which`` ends with one of the STREAM constants."""
+    """A random generator for one use; ``which`` ends with one of the STREAM constants."""
     return np.random.default_rng((seed, epoch, *which))
 
 
@@ -55,7 +55,7 @@ class ImageData(Protocol):
     train_labels: Tensor
 
     def train(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:
-        """Training images as augmented in that epoch."""
+        """Training images, augmented as in that epoch."""
         ...
 
     def held_out(self, indices: Indices) -> tuple[Tensor, Tensor]:
@@ -78,23 +78,23 @@ def list_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(
+        files = sorted(
             path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES
         )
-        if not found:
+        if not files:
             raise UserError(f"{folder / name}: holds no image ({', '.join(SUFFIXES)})")
-        paths += found
-        labels += [label] * len(found)
+        paths += files
+        labels += [label] * len(files)
     return paths, labels, classes
 
 
 class FolderData:
-    """Two folders with one sub-folder of images per class, read with PIL.
+    """Images from two folders with one sub-folder per class; implements :class:`ImageData`.
 
-    Training images are scaled so that the shorter side is 9/8 of the model's, cropped at random,
-    flipped and RandAugmented; held-out images are cropped at the centre. The 9/8 are ours.
-
-    Held-out images come in a fixed random order, so that the first few are of all classes.
+    Images are scaled so that the shorter side is 9/8 (ours) of the model's image size. Training
+    images are cropped at random, flipped and RandAugmented; held-out images are cropped at the
+    centre. The order of held-out images is random and fixed, so that the first few show all
+    classes.
     """
 
     def __init__(self, section: DataSection, image_size: int, channels: int, seed: int) -> None:
@@ -134,21 +134,21 @@ class FolderData:
         return images, self.held_out_labels[torch.as_tensor(list(indices))]
 
     def digest(self) -> str:
-        """SHA-256 of relative paths and labels of both parts; what the files hold is not read."""
-        found = hashlib.sha256()
+        """SHA-256 of the relative paths and labels of both parts; files are not read."""
+        sha256 = hashlib.sha256()
         for root, paths, labels in (
             (self.section.train, self.paths, self.train_labels),
             (self.section.held_out, self.held_out_paths, self.held_out_labels),
         ):
             for path, label in zip(paths, labels.tolist(), strict=True):
-                found.update(f"{path.relative_to(str(root)).as_posix()}\0{label}\0".encode())
-            found.update(b"\n")
-        return found.hexdigest()
+                sha256.update(f"{path.relative_to(str(root)).as_posix()}\0{label}\0".encode())
+            sha256.update(b"\n")
+        return sha256.hexdigest()
 
     def _open(self, path: Path) -> Image.Image:
         try:
             with Image.open(path) as image:
-                if image.mode in WIDE_MODES:  # PIL would clip their values to 8 bits
+                if image.mode in WIDE_MODES:  # convert("RGB") would clip their values to 8 bits
                     raise UserError(
                         f"{path}: must have 8 bits per channel; its pixels are of mode "
                         f"{image.mode}. Convert it first"
@@ -156,7 +156,7 @@ class FolderData:
                 image = image.convert("RGB")
         except UNREADABLE as error:
             raise UserError(f"{path}: is not a readable image: {error}") from None
-        # 9/8 leaves room for the crop.
+        # 9/8 of the image size: the crop removes the rest.
         ratio = self.image_size * 9 / 8 / min(image.size)
         width, height = (max(self.image_size, round(side * ratio)) for side in image.size)
         return image.resize((width, height), Image.Resampling.LANCZOS)

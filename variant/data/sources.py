@@ -1,4 +1,4 @@
-"""Opening the data that a recipe names."""
+"""Opening and identifying the data of a recipe."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from variant.data.images import FolderData, ImageData
 
 
 def open_data(section: DataSection, image_size: int, channels: int, seed: int) -> ImageData:
-    """The data that a section of a recipe describes.
+    """Open the data of a recipe's section.
 
     Args:
         image_size: side of the images, pixels.  channels: 1 or 3.  seed: of order and augmentation.
     Raises:
-        UserError: a folder that is missing, empty or disagrees with its partner; scikit-learn is
-            not installed.
+        UserError: a folder is missing or empty, or the two folders have different classes;
+            scikit-learn is not installed.
     """
     kind = DigitsData if section.kind == "digits" else FolderData
     return kind(section, image_size, channels, seed)
 
 
 def data_inputs(data: ImageData) -> dict[str, Any]:
-    """What identifies the data of a run: both numbers of images, and a digest.
+    """Numbers that identify the data of a run: of images in both parts, and a digest.
 
-    The digest is of relative paths and labels for folders (not of what the files hold), of the
-    scans themselves for digits.
+    The digest of folders covers relative paths and labels, not the contents of the files; that of
+    digits covers the scans.
     """
     if isinstance(data, FolderData):
         digest = data.digest()

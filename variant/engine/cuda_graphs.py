@@ -1,8 +1,9 @@
-"""Captured functions: on a GPU one graph replays all that a generation launches.
+"""CUDA graphs: a graph replays all kernels of a function with one launch.
 
-A generation of VAR-d30 is some 14,000 launches; issued from Python they, and not the GPU, set the
-time at small batches. A graph is recorded once for everything that Python decides (batch, schedule,
-filters) and replayed with new labels, image ids, seed and guidance, which are tensors.
+A generation of VAR-d30 launches about 14,000 kernels. At small batches the time to launch them from
+Python, not the GPU, limits the speed. A graph is recorded once per choice of everything that Python
+decides (batch size, schedule, filters), and replayed with new labels, image ids, seed and guidance,
+which are tensors.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from variant_kernels import device_lock
 
 Tensors = tuple[Tensor, ...]
 
-# Recordings that wait for the next call: a slider over top_p must not fill the GPU with graphs.
-KEPT = 32
+# Recordings that are kept. Without a limit, a slider over a filter would fill the GPU with them.
+MAX_GRAPHS = 32
 
 
 @dataclass(frozen=True)
 class Recording:
-    """replay repeats what was recorded and fills outputs; first is what the function gave."""
+    """replay: runs the kernels again and overwrites outputs.  first: result of the warm-up run."""
 
     replay: Callable[[], object]
     outputs: Tensors
@@ -35,24 +36,24 @@ class Recording:
 
 
 class Recorder(Protocol):
-    """Records what a function launches."""
+    """Records the kernels that a function launches."""
 
     def record(self, function: Callable[[], Tensors]) -> Recording:
-        """The function runs at least once; it reads no tensor that a replay must not read."""
+        """Runs the function at least once. A replay reads the same tensors as the recorded run."""
         ...
 
-    def turn(self) -> AbstractContextManager[None]:
-        """Inside, work is queued behind that of the last turn, whatever stream it was on."""
+    def serialized(self) -> AbstractContextManager[None]:
+        """Work queued in this block starts after that of the block before, on whatever stream."""
         ...
 
-    def forget(self) -> None:
-        """No recording is left: give back the memory that they shared."""
+    def clear(self) -> None:
+        """Frees the memory that recordings share; called when no recording is left."""
         ...
 
 
 @contextmanager
 def _without_collections() -> Iterator[None]:
-    """A graph that the garbage collector destroys meanwhile would end a capture."""
+    """No garbage collection inside: destroying another graph would invalidate the capture."""
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -64,18 +65,18 @@ def _without_collections() -> Iterator[None]:
 
 
 class GraphRecorder:
-    """CUDA graphs that share one memory pool: they never run at once, so tensors may overlap."""
+    """Records CUDA graphs into one memory pool: no two run at a time, so tensors may overlap."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        # Its own, and one for all: torch's belongs to the device that captured first, and
-        # libraries keep a workspace for every stream that they meet.
+        # One stream for all captures, because libraries keep a workspace for each stream. Not
+        # torch's capture stream: it belongs to the device that captured first.
         self._stream = torch.cuda.Stream(device)
         self._last: torch.cuda.Event | None = None
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def serialized(self) -> Iterator[None]:
         stream = torch.cuda.current_stream(self._device)
         if self._last is not None:
             stream.wait_event(self._last)
@@ -87,8 +88,8 @@ class GraphRecorder:
 
     def record(self, function: Callable[[], Tensors]) -> Recording:
         with torch.cuda.device(self._device):
-            # Once as it is: libraries allocate workspaces, kernels are compiled and tuned, and its
-            # result is the first caller's. On a stream of its own, as capture demands.
+            # The warm-up run: libraries allocate workspaces, kernels are compiled and tuned. Its
+            # result goes to the first caller. On the stream of the capture, as CUDA requires.
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
@@ -97,7 +98,7 @@ class GraphRecorder:
             for tensor in first:
                 tensor.record_stream(current)
             graph = torch.cuda.CUDAGraph()
-            # Other threads may go on allocating: by default that would end the capture.
+            # Other threads may allocate memory meanwhile; in the default mode that is an error.
             recording = torch.cuda.graph(
                 graph,
                 pool=self._pool,
@@ -108,55 +109,55 @@ class GraphRecorder:
                 outputs = function()
         return Recording(graph.replay, outputs, first)
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         gc.collect()
         torch.cuda.empty_cache()
 
 
-class Captures:
-    """Recordings by key: made at the first use, replayed at the later ones.
+class GraphCache:
+    """Recordings by key: recorded at the first use, replayed at later ones.
 
     Args:
-        recorder: what records; a :class:`GraphRecorder` on a GPU.
-        kept: recordings beyond so many go, those first that were not used for longest.
+        recorder: a :class:`GraphRecorder` on a GPU.
+        max_graphs: recordings that are kept; the least recently used are dropped first.
     """
 
-    def __init__(self, recorder: Recorder, kept: int = KEPT) -> None:
+    def __init__(self, recorder: Recorder, max_graphs: int = MAX_GRAPHS) -> None:
         self._recorder = recorder
-        self._kept = kept
+        self._max_graphs = max_graphs
         self._recorded: dict[Hashable, tuple[Tensors, Recording, Callable[..., Tensors]]] = {}
-        # Inputs and outputs of a recording are one set of tensors: one caller at a time.
+        # A recording has one set of input and output tensors: one caller at a time.
         self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self._recorded)
 
     def run(self, key: Hashable, function: Callable[..., Tensors], *inputs: Tensor) -> Tensors:
-        """``function(*inputs)``, new tensors.
+        """``function(*inputs)`` as new tensors.
 
         Args:
-            key: all that ``function`` depends on beyond its inputs, their shapes included.
-            function: launches the same work whatever its inputs hold.
+            key: identifies everything that decides the kernels, including the inputs' shapes.
+            function: launches the same kernels for all values of its inputs.
         """
-        with self._lock, self._recorder.turn():
+        with self._lock, self._recorder.serialized():
             if key not in self._recorded:
-                # What inference mode makes, the inputs and the random state of a graph among it,
-                # could not be written to by a later call outside it.
+                # Tensors created in inference mode, among them the inputs and the random state of
+                # a graph, could not be written to by a later call outside of it.
                 with torch.inference_mode(False), torch.no_grad():
                     static = tuple(tensor.clone() for tensor in inputs)
                     recording = self._record(lambda: function(*static))
-                # The function is kept, and with it all that the recorded work still reads; the
-                # first result is the caller's alone.
+                # Keep the function: it holds the tensors that the graph reads. Do not keep the
+                # first result: it belongs to the caller.
                 self._recorded[key] = static, replace(recording, first=()), function
-                while len(self._recorded) > self._kept:
+                while len(self._recorded) > self._max_graphs:
                     del self._recorded[next(iter(self._recorded))]
                 return recording.first
             static, recording, _ = self._recorded[key] = self._recorded.pop(key)
             for target, source in zip(static, inputs, strict=True):
                 target.copy_(source)
             recording.replay()
-            # The next replay, of this recording or another, writes where these lie.
+            # Copied: the next replay, of this recording or another, overwrites this memory.
             return tuple(tensor.clone() for tensor in recording.outputs)
 
     def _record(self, function: Callable[[], Tensors]) -> Recording:
@@ -165,8 +166,8 @@ class Captures:
         except torch.OutOfMemoryError:
             if not self._recorded:
                 raise
-        # Out here nothing holds what it had made. What earlier recordings share is no other's to
-        # use, however idle: they make room, and are recorded again when they are wanted.
+        # Here the frame of the failed recording is gone, and its tensors are freed. The pool of
+        # earlier graphs cannot be used for anything else, so drop them all and try once more.
         self._recorded.clear()
-        self._recorder.forget()
+        self._recorder.clear()
         return self._recorder.record(function)

@@ -1,4 +1,4 @@
-"""What a generation is asked for and what it gives back.
+"""Request and result types of a generation, and the checks of its arguments.
 
 Axes: B images, L tokens of all scales.
 """
@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from variant_kernels.dispatch.request import dtype_name
 
-# Far beyond any use; keeps guided float32 logits finite.
+# Far above any useful value; keeps guided float32 logits finite.
 MAX_CFG = 1e4
 
 
-def _number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -26,27 +28,36 @@ def _number(value: object) -> bool:
 class Sampling:
     """How tokens are drawn: guidance, filters and the source of randomness.
 
-    Exactly one of seed and generator is used; with neither a seed is drawn from torch's default
-    generator.
+    Every part of a request carries this object, from the command line to the sampling kernel.
 
+    Args:
+        cfg: weight of classifier-free guidance at the last scale, in [0, 10000]; it rises linearly
+            from 0 at the first. 0 runs no unconditional sequences.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the most probable tokens of this total probability, in [0, 1]; 0 keeps all.
+        seed: in [0, 2^63). Without a seed and a generator, torch's default generator draws one.
+        generator: draws as ``torch.multinomial`` does, in place of the seed.
+    Attributes:
+        guided: whether unconditional sequences run beside the conditional ones.
     Raises:
         ValueError: a value out of range, or seed and generator together.
     """
 
-    cfg: float = 1.5
+    cfg: float | Tensor = 1.5
     top_k: int = 0
     top_p: float = 0.0
-    seed: int | None = None
+    seed: int | Tensor | None = None
     generator: torch.Generator | None = None
+    guided: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not _number(self.cfg) or not 0 <= self.cfg <= MAX_CFG:
+        if not _is_number(self.cfg) or not 0 <= self.cfg <= MAX_CFG:
             raise ValueError(f"generate: cfg must be in [0, {MAX_CFG:g}]; got {self.cfg!r}")
         if not isinstance(self.top_k, int) or not 0 <= self.top_k < 2**31:
             raise ValueError(
                 f"generate: top_k must be an integer >= 0 (0 keeps all); got {self.top_k!r}"
             )
-        if not _number(self.top_p) or not 0 <= self.top_p <= 1:
+        if not _is_number(self.top_p) or not 0 <= self.top_p <= 1:
             raise ValueError(f"generate: top_p must be in [0, 1] (0 keeps all); got {self.top_p}")
         if self.seed is not None and self.generator is not None:
             raise ValueError("generate: seed and generator exclude each other; got both")
@@ -54,18 +65,25 @@ class Sampling:
             raise ValueError(f"generate: seed must be an integer in [0, 2^63); got {self.seed!r}")
         if self.seed is None and self.generator is None:
             object.__setattr__(self, "seed", int(torch.randint(2**63 - 1, ())))
+        object.__setattr__(self, "guided", bool(self.cfg > 0))
 
-    @property
-    def guided(self) -> bool:
-        """Whether unconditional sequences must run beside the conditional ones."""
-        return self.cfg > 0
+    def with_tensors(self, cfg: Tensor, seed: Tensor) -> Sampling:
+        """The same with cfg (float64) and seed (int64) as 0-d tensors on the device.
+
+        A CUDA graph reads tensors anew at each replay; numbers are fixed when it is recorded. The
+        values are not checked: the host would have to wait for the device.
+        """
+        sampling = copy(self)
+        object.__setattr__(sampling, "cfg", cfg)
+        object.__setattr__(sampling, "seed", seed)
+        return sampling
 
 
 @dataclass(frozen=True)
 class PartialResult:
-    """What ``on_scale`` sees: the tokens so far, and the image they would give if it ended here.
+    """The argument of ``on_scale``: the tokens so far, and the images that they decode to.
 
-    scale: the scale just finished.  tokens: (B, tokens so far) int64.
+    scale: the scale that has just finished.  tokens: (B, tokens of scales 0..scale) int64.
     """
 
     scale: int
@@ -73,21 +91,21 @@ class PartialResult:
     _decode: Callable[[], Tensor] = field(repr=False)
 
     def images(self) -> Tensor:
-        """(B, 3, H, W) in [0, 1]; runs the VQ-VAE decoder."""
+        """(B, 3, H, W) float32 in [0, 1]; runs the VQ-VAE decoder."""
         return self._decode()
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What a generation took.
+    """Time and memory of one generation.
 
-    seconds: everything.  decode_seconds: the VQ-VAE decoder's share.  batches: into how many parts
-    the request was split.  depths: layers run at each scale (of the last part).  dtype: of the
-    matrix products.  kv_dtype: of K and V, the same unless 8 bits were asked for.  packed: whether
-    the weights were packed for the CPU.  captured: whether a GPU ran it as a graph.
-    kv_planned_bytes, kv_allocated_bytes, kv_peak_bytes: of the largest part; what the plan says,
-    what the slab really takes (8-bit K/V: with their scales), what was in use at once.
-    kv_paper_bytes: what the paper's scheme would hold for the same part in ``dtype``.
+    seconds: of the whole call.  decode_seconds: of the VQ-VAE decoder, part of it.  batches: the
+    number of parts that the request was split into.  depths: layers run at each scale, of the last
+    part.  dtype: of the matrix products.  kv_dtype: of K and V; the same, or float8_e4m3fn.
+    packed: whether the weights were packed for the CPU.  captured: whether a CUDA graph ran.
+    kv_planned_bytes, kv_allocated_bytes, kv_peak_bytes: K/V cache of the largest part: by the plan,
+    as allocated (8-bit K/V: with their scales), and in use at most.
+    kv_paper_bytes: K/V cache of the paper's scheme for the same part, in ``dtype``.
     """
 
     seconds: float
@@ -119,7 +137,7 @@ OnScale = Callable[[int, PartialResult], "int | Sequence[int] | None"]
 def check_labels(
     labels: int | Sequence[int] | Tensor, num_classes: int, op: str = "generate"
 ) -> Tensor:
-    """(B,) int64 on the CPU.  Raises: ValueError for none, for fractions, for unknown classes."""
+    """Labels as (B,) int64 on the CPU.  Raises: ValueError for none, fractions, unknown classes."""
     labels_B = _integers(op, "labels", labels)
     if labels_B.ndim == 0:
         labels_B = labels_B.unsqueeze(0)
@@ -136,7 +154,7 @@ def check_labels(
 
 
 def _integers(op: str, name: str, values: object) -> Tensor:
-    """int64 on the CPU.  Raises: ValueError for anything that is no integer."""
+    """Values as int64 on the CPU.  Raises: ValueError if one is not an integer."""
     try:
         tensor = torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError):

@@ -1,4 +1,4 @@
-"""The launchers that an engine calls, one per op."""
+"""The kernel launchers of an engine, one per op."""
 
 from __future__ import annotations
 
@@ -13,11 +13,21 @@ from variant_kernels.dispatch.select import choose_name
 from variant_kernels.ops import tables
 
 
-class Kernels:
-    """The launchers of one backend choice, called without the checks of the public functions.
+class Launchers:
+    """One launcher per op, called without the argument checks of the public functions.
 
     One choice for all scales and batches.
-    dtype: of activations; pages_dtype: of K and V, ``dtype`` unless ``kv_dtype`` names 8 bits.
+
+    Args:
+        backend: a name, or "auto".
+        device: type of the device.
+        dtype: of activations.
+        kv_dtype: of K and V; None is ``dtype``.
+    Attributes:
+        names: the backend of each op.
+        pages_dtype: of K and V.
+    Raises:
+        ValueError: the backend is unknown or cannot run these dtypes.
     """
 
     def __init__(
@@ -29,15 +39,15 @@ class Kernels:
         page_size: int,
         kv_dtype: torch.dtype | None = None,
     ) -> None:
-        found, self.names = tables(), {}
+        op_tables, self.names = tables(), {}
         config = var.config
         head_dim, width = config.head_dim, config.embed_dim
 
         def pick(op: str, request: Request) -> Callable[..., Tensor]:
-            self.names[op] = choose_name(op, found[op], backend, request)
-            return found[op][self.names[op]].forward
+            self.names[op] = choose_name(op, op_tables[op], backend, request)
+            return op_tables[op][self.names[op]].forward
 
-        # The residual stream is float32, whatever the engine's dtype.
+        # The residual stream is float32 in engines of every dtype.
         stream = Request(device, (torch.float32, dtype), row_width=width)
         self.adaln = pick("adaln_modulate", stream)
         self.gated_adaln = pick("gated_residual_adaln", stream)
@@ -50,10 +60,10 @@ class Kernels:
 
     @property
     def gathers_pages(self) -> bool:
-        """Whether attention copies all visible K and V before it starts."""
+        """Whether attention gathers all visible K and V into new tensors first."""
         return self.names["paged_attention"] == "reference"
 
     @property
     def can_be_captured(self) -> bool:
-        """Plain torch is for looking into: it may wait for the device, which no graph can."""
+        """Whether a graph can be captured: plain torch may synchronise, which a capture forbids."""
         return "reference" not in self.names.values()

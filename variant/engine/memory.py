@@ -1,4 +1,4 @@
-"""How much memory a machine can still give."""
+"""Memory of a generation: bytes per image, free bytes, and the batch size that fits."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ from pathlib import Path
 
 import torch
 
-# Left to everything else: the allocator's rounding, other processes, the operating system.
+from variant.engine.kernels import Launchers
+from variant.models.config import VARConfig, VQVAEConfig
+from variant_kernels import CachePlan
+
+# The rest stays free for the allocator's rounding, other processes and the operating system.
 USABLE_SHARE = 0.8
 
 
 def free_bytes(device: torch.device) -> int:
     """Bytes that a large allocation may take on ``device``.
 
-    On a GPU what the driver reports free plus what torch's allocator caches; on the CPU what the
-    kernel calls available, within the limit of the control group.
+    On a GPU: the bytes that the driver reports as free plus those that torch's allocator caches.
+    On the CPU: MemAvailable, limited by the control groups of this process.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -33,19 +37,19 @@ def _available() -> int:
 def _group_limit(
     root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> float:
-    """What the control groups (version 2) of this process still allow; infinite without a limit."""
+    """Bytes that this process's control groups (version 2) still allow; inf without a limit."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
         lines = []
-    # "0::/a/b" is the version 2 line; every group on the way up may set a limit of its own.
+    # "0::/a/b" is the version 2 line; every parent group may set a limit of its own.
     own = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
     folders = [root.joinpath(*own.split("/")[:n]) for n in range(len(own.split("/")) + 1)]
-    return min((_room(folder) for folder in folders), default=float("inf"))
+    return min((_free_in_group(folder) for folder in folders), default=float("inf"))
 
 
-def _room(folder: Path) -> float:
-    """Bytes that one group leaves; file cache that the kernel would drop counts as free."""
+def _free_in_group(folder: Path) -> float:
+    """Bytes that one group still allows; reclaimable file cache counts as free."""
     try:
         limit = (folder / "memory.max").read_text().strip()
         used = int((folder / "memory.current").read_text())
@@ -56,3 +60,77 @@ def _room(folder: Path) -> float:
         return float("inf")
     reclaimable = int(stat.get("inactive_file", 0)) + int(stat.get("slab_reclaimable", 0))
     return max(int(limit) - used + reclaimable, 0)
+
+
+def image_bytes(
+    var: VARConfig,
+    vae: VQVAEConfig,
+    plan: CachePlan,
+    dtype: torch.dtype,
+    launchers: Launchers,
+    *,
+    guidance: bool,
+    packed: bool,
+) -> int:
+    """Bytes that one more image in a batch needs: its K/V pages and the largest temporary tensors.
+
+    Args:
+        var, vae: sizes of the two models.
+        plan: of the schedule that runs.
+        dtype: of the matrix products.
+        launchers: give the dtype of K and V, and whether attention gathers the pages.
+        guidance: an unconditional sequence runs beside each conditional one.
+        packed: the decoder is packed and decodes one image at a time.
+    """
+    item, layout = dtype.itemsize, var.layout
+    num_sequences = 2 if guidance else 1
+    kv = plan.peak_bytes(1, var.num_heads, var.head_dim, launchers.pages_dtype, guidance)
+    tokens = max(layout.tokens) * num_sequences
+    hidden = round(var.embed_dim * var.mlp_ratio)
+    # A layer: the residual stream before and after (float32), the packed projection, q, k, the
+    # output of attention, the two hidden tensors of the MLP. Or the logits, twice in float32.
+    layer = tokens * (8 * var.embed_dim + (7 * var.embed_dim + 2 * hidden) * item)
+    logits = tokens * var.vocab_size * (item + 8)
+    if launchers.gathers_pages:
+        # Plain torch gathers all visible K and V in float32 and stores every score.
+        layer += 4 * num_sequences * layout.total * 2 * var.embed_dim
+        layer += 8 * var.num_heads * tokens * layout.total
+    return kv + max(layer, logits, 0 if packed else _decoded_image_bytes(vae))
+
+
+def decoder_bytes(vae: VQVAEConfig, *, packed: bool) -> int:
+    """Bytes that decoding needs at any batch size: a packed decoder decodes one image at a time."""
+    return _decoded_image_bytes(vae) if packed else 0
+
+
+def _decoded_image_bytes(vae: VQVAEConfig) -> int:
+    """Six float32 feature maps at the resolution of the image."""
+    return vae.image_size**2 * vae.ch * 4 * 6
+
+
+def batch_size(
+    count: int, max_batch: int | None, *, per_image: int, fixed: int, available: int
+) -> int:
+    """Images per batch: at most ``count`` and ``max_batch``, within the available bytes.
+
+    Args:
+        count: images of the request.
+        max_batch: the caller's limit; None is no limit.
+        per_image: :func:`image_bytes`.  fixed: :func:`decoder_bytes`.
+        available: :func:`free_bytes`.
+    Raises:
+        ValueError: max_batch is not a positive integer.
+        MemoryError: one image, or ``max_batch`` images where that is given, do not fit.
+    """
+    if max_batch is not None and not (isinstance(max_batch, int) and max_batch >= 1):
+        raise ValueError(f"generate: max_batch must be an integer >= 1; got {max_batch!r}")
+    largest = (available - fixed) // per_image
+    limit = min(count, max_batch or count)
+    required = 1 if max_batch is None else limit
+    if largest < required:
+        raise MemoryError(
+            f"generate: {required} image(s) at once need "
+            f"{(per_image * required + fixed) / 2**20:.0f} MiB, "
+            f"but {available / 2**20:.0f} MiB are free; use a smaller depth, bridge or max_batch"
+        )
+    return min(limit, largest)

@@ -1,15 +1,15 @@
-"""Linear layers and convolutions as the engine runs them: weights cast once and packed once.
+"""Linear layers and convolutions of the engine: weights are cast once and packed once.
 
-A torch operator that gets plain weights brings them into the matrix library's blocked order at
-every call, and for float32 on a CPU takes another library altogether. oneDNN's own operators take
-weights that were packed beforehand and a GELU that runs while the product is in registers. On two
-Zen 4 cores, 512 rows by 1024 x 4096: 206 GFLOP/s with the GELU against 132 without it in float32;
-with 2 rows, where only the weights count, 90 against 16 (bfloat16: 146 against 59).
+Given plain weights, a torch operator reorders them into the blocked layout of the matrix library at
+every call, and for float32 on a CPU it uses another library. oneDNN's own operators take weights
+that are packed already, and fuse a GELU into the product. On two Zen 4 cores, 512 tokens by 1024 x
+4096: 206 GFLOP/s with the GELU against 132 without it in float32; with 2 tokens, where the time to
+read the weights decides, 90 against 16 (bfloat16: 146 against 59).
 
-Packed weights are a second copy: ``can_pack`` says where they are used, and the engine's
-``pack`` turns them off.
+Packed weights are a second copy of the model: ``can_pack`` tells where they are used, and
+``Engine(pack=False)`` turns them off.
 
-Axes: R rows, I inputs, O outputs, C channels, H W a feature map.
+Axes: R tokens of all sequences, I inputs, O outputs, C channels, H W a feature map.
 """
 
 from __future__ import annotations
@@ -27,51 +27,53 @@ from variant_kernels.packed_linear import pack, packed_linear
 
 @cache
 def fused_gelu(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's product with a GELU behind it has the tanh form on this device.
+    """Whether torch's fused product and GELU computes the tanh form on this device.
 
-    cuBLASLt's epilogue has; torch's stand-in elsewhere may have the exact form, and neither is
-    documented. So it is looked at once, where the two differ by 5e-4 and more.
+    cuBLASLt's epilogue does; torch's fallback elsewhere may compute the exact form, and neither is
+    documented. So one product is tried, at inputs where the two differ by 5e-4 and more.
     """
     if device.type != "cuda":
         return False
     x = torch.linspace(-3, 3, 64, device=device).to(dtype).view(64, 1).repeat(1, 16)
     weight, zero = torch.eye(16, device=device, dtype=dtype), torch.zeros(16, device=device)
-    found = torch.ops.aten._addmm_activation(zero.to(dtype), x, weight.t(), use_gelu=True).double()
+    activated = torch.ops.aten._addmm_activation(
+        zero.to(dtype), x, weight.t(), use_gelu=True
+    ).double()
     tanh, exact = (
-        (F.gelu(x.double(), approximate=form) - found).abs().mean() for form in ("tanh", "none")
+        (F.gelu(x.double(), approximate=form) - activated).abs().mean() for form in ("tanh", "none")
     )
     return bool(tanh < exact)
 
 
-class Staging:
-    """Where weights are cast on their way to being packed: one place for all of them.
+class CastBuffer:
+    """One buffer into which every weight is cast before it is packed.
 
-    A cast of its own for each would be freed between packed weights that stay, and the allocator
-    keeps such holes: 320 MiB of them after packing VAR-d16 in bfloat16.
+    Separate casts would be freed between packed weights that stay, and leave holes in the heap:
+    320 MiB of them after packing VAR-d16 in bfloat16.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._room = torch.empty(0, dtype=dtype)
+        self._buffer = torch.empty(0, dtype=dtype)
 
     def __call__(self, weight: Tensor) -> Tensor:
-        """``weight`` in the dtype; itself if it has it, else overwritten by the next call."""
+        """``weight`` in the dtype: itself, or the buffer, which the next call overwrites."""
         weight = weight.detach()
         if weight.dtype == self.dtype:
             return weight
-        if self._room.numel() < weight.numel():
-            self._room = weight.new_empty(weight.numel(), dtype=self.dtype)
-        return self._room[: weight.numel()].view(weight.shape).copy_(weight)
+        if self._buffer.numel() < weight.numel():
+            self._buffer = weight.new_empty(weight.numel(), dtype=self.dtype)
+        return self._buffer[: weight.numel()].view(weight.shape).copy_(weight)
 
 
 class Linear:
-    """``x @ weight.T + bias``, then a tanh-approximated GELU if asked.
+    """``x @ weight.T + bias``, then a tanh-approximated GELU if ``gelu``.
 
     Args:
         weight_OI, bias_O: any floating dtype; shared, not copied, where they have ``dtype``.
-        dtype: of the product; x must have it.
-        packed: keep the weight in oneDNN's order.
-        staging: where to cast a weight that is packed; None makes room for it alone.
+        dtype: of the product and of x.
+        packed: keep the weight in oneDNN's blocked layout.
+        cast_buffer: receives the cast of a weight that is packed; None allocates a buffer for it.
         gelu: apply the activation.
     """
 
@@ -83,13 +85,13 @@ class Linear:
         *,
         packed: bool,
         gelu: bool = False,
-        staging: Staging | None = None,
+        cast_buffer: CastBuffer | None = None,
     ) -> None:
         self._bias_O = bias_O.detach().to(dtype)
         self._packed, self._gelu = packed, gelu
         self._epilogue = gelu and fused_gelu(weight_OI.device, dtype)
         if packed:
-            self._weight_OI = pack((staging or Staging(dtype))(weight_OI))
+            self._weight_OI = pack((cast_buffer or CastBuffer(dtype))(weight_OI))
         else:
             self._weight_OI = weight_OI.detach().to(dtype)
 
@@ -107,15 +109,15 @@ class Linear:
 
 
 class PackedConv2d(nn.Module):
-    """A convolution with a packed weight; channels last in, channels last out."""
+    """A convolution with a packed weight; input and output are channels last."""
 
-    def __init__(self, conv: nn.Conv2d, staging: Staging) -> None:
+    def __init__(self, conv: nn.Conv2d, cast_buffer: CastBuffer) -> None:
         super().__init__()
         padding = [int(p) for p in conv.padding]
         self.geometry = padding, list(conv.stride), list(conv.dilation), conv.groups
-        self.bias = None if conv.bias is None else conv.bias.detach().to(staging.dtype)
+        self.bias = None if conv.bias is None else conv.bias.detach().to(cast_buffer.dtype)
         self.packed = torch.ops.mkldnn._reorder_convolution_weight(
-            staging(conv.weight), *self.geometry, None
+            cast_buffer(conv.weight), *self.geometry, None
         )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -131,17 +133,20 @@ class PackedConv2d(nn.Module):
 
 
 class PackedResidualBlock(nn.Module):
-    """:class:`variant.vqvae.ResidualBlock` in place: x is overwritten where no shortcut copies it.
+    """:class:`variant.models.vqvae.ResidualBlock`; overwrites x unless a shortcut copies it.
 
-    A fresh tensor of the last level costs as much in page faults as in arithmetic.
+    Allocating a tensor of the last level costs as much time in page faults as its arithmetic.
     """
 
-    def __init__(self, block: ResidualBlock, staging: Staging) -> None:
+    def __init__(self, block: ResidualBlock, cast_buffer: CastBuffer) -> None:
         super().__init__()
-        self.norm1, self.norm2 = block.norm1.to(staging.dtype), block.norm2.to(staging.dtype)
-        self.conv1 = PackedConv2d(block.conv1, staging)
-        self.conv2 = PackedConv2d(block.conv2, staging)
-        self.nin_shortcut = _pack(block.nin_shortcut, staging)
+        self.norm1, self.norm2 = (
+            block.norm1.to(cast_buffer.dtype),
+            block.norm2.to(cast_buffer.dtype),
+        )
+        self.conv1 = PackedConv2d(block.conv1, cast_buffer)
+        self.conv2 = PackedConv2d(block.conv2, cast_buffer)
+        self.nin_shortcut = _pack(block.nin_shortcut, cast_buffer)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x), inplace=True))
@@ -149,14 +154,18 @@ class PackedResidualBlock(nn.Module):
 
 
 class PackedPointwise(nn.Module):
-    """A 1x1 convolution as a linear layer over pixels: 640 to 1920 channels at 16 x 16 in bfloat16
-    takes 2 ms so, and 36 ms as a convolution."""
+    """A 1x1 convolution computed as a linear layer over pixels.
 
-    def __init__(self, conv: nn.Conv2d, staging: Staging) -> None:
+    640 to 1920 channels at 16 x 16 in bfloat16: 2 ms, against 36 ms as a convolution.
+    """
+
+    def __init__(self, conv: nn.Conv2d, cast_buffer: CastBuffer) -> None:
         super().__init__()
         bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
         weight_OI = conv.weight.flatten(1)
-        self.linear = Linear(weight_OI, bias, staging.dtype, packed=True, staging=staging)
+        self.linear = Linear(
+            weight_OI, bias, cast_buffer.dtype, packed=True, cast_buffer=cast_buffer
+        )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.linear(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -165,12 +174,12 @@ class PackedPointwise(nn.Module):
 class MergedUpsample(nn.Module):
     """Nearest-neighbour doubling and the 3x3 convolution after it, as one transposed convolution.
 
-    Output 2i sees input i - 1 once and input i twice, output 2i + 1 sees input i twice and i + 1
-    once. Weights that meet the same input are added beforehand, which leaves 4 products of 9: a
-    transposed convolution of stride 2, padding 1 and a 4x4 kernel M w M^T.
+    Along one axis, output 2i reads input i - 1 once and input i twice; output 2i + 1 reads input i
+    twice and i + 1 once. Weights of the same input are added in advance, which leaves 4 of 9
+    products: a transposed convolution of stride 2, padding 1 and a 4x4 kernel M w M^T.
     """
 
-    # Row u: which of the three taps, along one axis, the transposed kernel's tap u adds up.
+    # Row u: the taps of the 3x3 kernel, along one axis, whose sum is tap u of the 4x4 kernel.
     TAPS = ((0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 0.0))
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
@@ -189,17 +198,17 @@ class MergedUpsample(nn.Module):
 class PackedDecoder:
     """The VQ-VAE's decoder with packed convolutions, channels last, in ``dtype``.
 
-    Images are decoded one at a time: larger batches leave the cache and gain nothing (455 GFLOP/s
-    for one image, 403 for four, 160 channels at 256 x 256 in bfloat16).
+    Images are decoded one at a time: larger batches exceed the processor's cache and are not faster
+    (160 channels at 256 x 256 in bfloat16: 455 GFLOP/s for one image, 403 for four).
     """
 
     def __init__(self, vae: VQVAE, dtype: torch.dtype) -> None:
         self.dtype = dtype
         layers = nn.Sequential(vae.post_quant_conv, vae.decoder)
-        # Swapped in a copy; the modules' own forward stays the definition. Weights are not copied:
-        # each is cast and packed straight from the model.
+        # Convolutions are replaced in a copy of the modules, which keep their own forward. The
+        # memo shares the weights: each is cast and packed directly from the model.
         memo = {id(p): p.detach() for p in layers.parameters()}
-        self.layers = _pack(deepcopy(layers, memo), Staging(dtype)).requires_grad_(False).eval()
+        self.layers = _pack(deepcopy(layers, memo), CastBuffer(dtype)).requires_grad_(False).eval()
 
     @torch.no_grad()
     def __call__(self, f_hat_BCHW: Tensor) -> Tensor:
@@ -212,7 +221,7 @@ class PackedDecoder:
 
 
 class CastDecoder:
-    """A copy of the VQ-VAE's decoder in ``dtype``; channels last, as a GPU's convolutions want."""
+    """A copy of the VQ-VAE's decoder in ``dtype``, channels last, for convolutions on a GPU."""
 
     def __init__(self, vae: VQVAE, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -229,15 +238,17 @@ class CastDecoder:
         return unit_range(self.layers(x).float()).contiguous()
 
 
-def _pack(module: nn.Module, staging: Staging) -> nn.Module:
-    """``module`` with every layer below it in the staging's dtype, convolutions packed."""
+def _pack(module: nn.Module, cast_buffer: CastBuffer) -> nn.Module:
+    """``module`` with every layer below it in the buffer's dtype, convolutions packed."""
     if isinstance(module, Upsample):
-        return MergedUpsample(module.conv, staging.dtype)
+        return MergedUpsample(module.conv, cast_buffer.dtype)
     if isinstance(module, ResidualBlock):
-        return PackedResidualBlock(module, staging)
+        return PackedResidualBlock(module, cast_buffer)
     if isinstance(module, nn.Conv2d):
         pointwise = module.kernel_size == module.stride == (1, 1)
-        return PackedPointwise(module, staging) if pointwise else PackedConv2d(module, staging)
+        return (
+            PackedPointwise(module, cast_buffer) if pointwise else PackedConv2d(module, cast_buffer)
+        )
     for name, child in module.named_children():
-        setattr(module, name, _pack(child, staging))
-    return module.to(staging.dtype)
+        setattr(module, name, _pack(child, cast_buffer))
+    return module.to(cast_buffer.dtype)

@@ -1,6 +1,7 @@
-"""The engine's weights: cast to its dtype once, packed once, shared with the model where possible.
+"""The weights of an engine: cast and packed once, shared with the model where no cast is needed.
 
-Axes: B images, R sequences, C width, H heads, L tokens of all scales, 6 the modulation rows.
+Axes: B images, R sequences, T tokens, C width, H heads, L tokens of all scales, 6 the parts of a
+modulation (gates, scales, shifts).
 """
 
 from __future__ import annotations
@@ -11,58 +12,62 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from variant.engine.packed_layers import CastDecoder, Linear, PackedDecoder, Staging
+from variant.engine.packed_layers import CastBuffer, CastDecoder, Linear, PackedDecoder
 from variant.models.var import VAR, Block, projection
 from variant.models.vqvae import VQVAE
 
-# Rows of the MLP at once on a CPU: its hidden tensor then stays in the cache (4096 rows of
-# 1024 x 4096 x 1024 in bfloat16: 167 ms in parts of 512, 181 ms at once).
-MLP_ROWS = 512
+# Tokens per call of the MLP on a CPU, so that its hidden tensor stays in the cache (4096 tokens,
+# 1024 x 4096 x 1024, bfloat16: 167 ms in parts of 512 tokens, 181 ms at once).
+MLP_TOKENS = 512
 
 
 class LayerWeights:
-    """One block's weights; its matrix products are callables."""
+    """The weights of one block; its linear layers are callables."""
 
-    def __init__(self, block: Block, dtype: torch.dtype, packed: bool, staging: Staging) -> None:
+    def __init__(
+        self, block: Block, dtype: torch.dtype, packed: bool, cast_buffer: CastBuffer
+    ) -> None:
         attn, ffn = block.attn, block.ffn
         self.softmax_scale = attn.softmax_scale
         self.scale_mul_1H11 = attn.scale_mul_1H11.detach().float() if attn.attn_l2_norm else None
         self.qkv = Linear(
-            attn.mat_qkv.weight, attn.qkv_bias(), dtype, packed=packed, staging=staging
+            attn.mat_qkv.weight, attn.qkv_bias(), dtype, packed=packed, cast_buffer=cast_buffer
         )
-        self.proj = _linear(attn.proj, dtype, packed, staging)
-        self.fc1 = _linear(ffn.fc1, dtype, packed, staging, gelu=True)
-        self.fc2 = _linear(ffn.fc2, dtype, packed, staging)
+        self.proj = _linear(attn.proj, dtype, packed, cast_buffer)
+        self.fc1 = _linear(ffn.fc1, dtype, packed, cast_buffer, gelu=True)
+        self.fc2 = _linear(ffn.fc2, dtype, packed, cast_buffer)
 
     def mlp(self, h_RTC: Tensor) -> Tensor:
         """(R, T, C) to (R, T, C)."""
         h_NC = h_RTC.flatten(0, 1)
-        if h_NC.device.type != "cpu" or len(h_NC) <= MLP_ROWS:
+        if h_NC.device.type != "cpu" or len(h_NC) <= MLP_TOKENS:
             return self.fc2(self.fc1(h_RTC))
         y_NC = torch.empty_like(h_NC)
-        for part_NC, h_PC in zip(y_NC.split(MLP_ROWS), h_NC.split(MLP_ROWS), strict=True):
+        for part_NC, h_PC in zip(y_NC.split(MLP_TOKENS), h_NC.split(MLP_TOKENS), strict=True):
             part_NC.copy_(self.fc2(self.fc1(h_PC)))
         return y_NC.view_as(h_RTC)
 
 
 class EngineWeights:
-    """All that the step loop reads; embeddings stay float32, as the residual stream does.
+    """All weights that the step loop reads; embeddings stay float32, as the residual stream.
 
     Args:
-        var, vae: whose weights.
+        var, vae: the models.
         dtype: of the matrix products.
-        packed: keep packed copies, which :func:`variant_kernels.packed_linear.can_pack` must allow.
+        packed: keep packed copies; :func:`variant_kernels.packed_linear.can_pack` must be true.
     """
 
     def __init__(self, var: VAR, vae: VQVAE, dtype: torch.dtype, packed: bool) -> None:
         self.packed = packed
-        staging = Staging(dtype)
-        self.layers = [LayerWeights(block, dtype, self.packed, staging) for block in var.layers()]
-        self.head = _linear(var.head, dtype, self.packed, staging)
+        cast_buffer = CastBuffer(dtype)
+        self.layers = [
+            LayerWeights(block, dtype, self.packed, cast_buffer) for block in var.layers()
+        ]
+        self.head = _linear(var.head, dtype, self.packed, cast_buffer)
         self.position_1LC = var.position_embedding().detach().float()
         self.pos_start = var.pos_start.detach().float()
         self.word_embed = _linear(var.word_embed, torch.float32, False, None)
-        self.modulations = Modulations(var, dtype, self.packed, staging)
+        self.modulations = Modulations(var, dtype, self.packed, cast_buffer)
         self._vae, self._dtype = vae, dtype
         self._decoder: PackedDecoder | CastDecoder | None = None
 
@@ -73,17 +78,17 @@ class EngineWeights:
         cast = on_gpu(own) and self._dtype not in (own.dtype, torch.float32)
         if not self.packed and not cast:
             return self._vae.decode_features(f_hat_BCHW).float()
-        if self._decoder is None:  # made when first needed: not every caller decodes
+        if self._decoder is None:  # built at the first use: not every caller decodes
             kind = PackedDecoder if self.packed else CastDecoder
             self._decoder = kind(self._vae, self._dtype)
         return self._decoder(f_hat_BCHW)
 
 
-class Fingerprint:
-    """Where two models' weights lie and how often each was written to: changes when one does.
+class WeightsVersion:
+    """Addresses and version counters of two models' weights; differs after any in-place change.
 
-    Walking over VAR-d30's modules takes 0.7 ms, in which a GPU has nothing to do: while every
-    module has the children that it had, the last walk serves.
+    Walking over the modules of VAR-d30 takes 0.7 ms, during which a GPU would be idle. While every
+    module has the same children as at the last walk, its result is used again.
     """
 
     def __init__(self) -> None:
@@ -107,14 +112,14 @@ def _children(modules: list[nn.Module]) -> list[nn.Module | None]:
 
 
 def on_gpu(weight: Tensor) -> bool:
-    """Whether a model lies on a GPU."""
+    """Whether a weight is on a GPU."""
     return weight.device.type != "cpu"
 
 
 def casts_modulations(var: VAR, dtype: torch.dtype, packed: bool) -> bool:
-    """Whether the engine has adaLN projections in its own dtype.
+    """Whether the engine casts the adaLN projections to its dtype.
 
-    On a GPU always: reading them, a third of the model, is what they cost.
+    On a GPU always: their cost is reading them, and they are a third of the model.
     """
     own = var.head.weight
     return (packed or on_gpu(own)) and dtype != own.dtype and not var.config.shared_aln
@@ -124,38 +129,42 @@ def _linear(
     linear: nn.Linear,
     dtype: torch.dtype,
     packed: bool,
-    staging: Staging | None,
+    cast_buffer: CastBuffer | None,
     *,
     gelu: bool = False,
 ) -> Linear:
-    return Linear(linear.weight, linear.bias, dtype, packed=packed, gelu=gelu, staging=staging)
+    return Linear(
+        linear.weight, linear.bias, dtype, packed=packed, gelu=gelu, cast_buffer=cast_buffer
+    )
 
 
 class Modulations:
-    """Every layer's six modulation rows and the head's two.
+    """Every layer's six modulation vectors per sequence, and the head's two.
 
     They depend on the class alone, so they are computed once per image and not once per scale.
-    In 16 bits the projections are cast, and on a CPU packed, as all other weights are; in the
-    weights' own dtype the modules serve: read once per image, their weights (a third of the model)
-    are not worth a copy.
+    In a 16-bit engine the projections are cast, and on a CPU packed, like all other weights. In the
+    weights' own dtype the model's modules are used: their weights, a third of the model, are read
+    once per image only and are not worth a second copy.
     """
 
-    def __init__(self, var: VAR, dtype: torch.dtype, packed: bool, staging: Staging) -> None:
+    def __init__(self, var: VAR, dtype: torch.dtype, packed: bool, cast_buffer: CastBuffer) -> None:
         self._var, self._dtype = var, dtype
         self._linears: list[Linear] = []
         if casts_modulations(var, dtype, packed):
             modules = [*(block.ada_lin for block in var.layers()), var.head_nm.ada_lin]
-            self._linears = [_linear(projection(m), dtype, packed, staging) for m in modules]
+            self._linears = [_linear(projection(m), dtype, packed, cast_buffer) for m in modules]
 
     def __call__(self, cond_RC: Tensor) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        """Per layer its rows, and the head's, each (R, C) in the engine's dtype."""
+        """Each layer's six vectors and the head's two, each (R, C) in the engine's dtype."""
         if self._linears:
             active_RC = F.silu(cond_RC).to(self._dtype)
-            rows = [
+            modulations = [
                 linear(active_RC).view(*active_RC.shape[:1], -1, active_RC.shape[1]).unbind(1)
                 for linear in self._linears
             ]
-            return rows[:-1], rows[-1]
+            return modulations[:-1], modulations[-1]
         shared = self._var.shared_condition(cond_RC)
-        rows = [block.modulation(shared).to(self._dtype).unbind(1) for block in self._var.layers()]
-        return rows, self._var.head_nm.modulation(cond_RC).to(self._dtype).unbind(1)
+        modulations = [
+            block.modulation(shared).to(self._dtype).unbind(1) for block in self._var.layers()
+        ]
+        return modulations, self._var.head_nm.modulation(cond_RC).to(self._dtype).unbind(1)

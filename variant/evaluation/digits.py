@@ -1,7 +1,7 @@
-"""Judging generated digits.
+"""Evaluation of generated digits: are they recognised, do they vary, repeat or copy?
 
-The judge asks a support vector classifier, trained on all real scans at 8x8, what it reads in a
-generated image, and measures whether images vary, repeat or copy.
+A support vector classifier, trained on all real scans at 8x8 pixels, classifies the generated
+images.
 
     python -m variant.evaluation.digits MODEL_FOLDER --count 1000
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from variant.data.config import DataSection
 from variant.data.digits import LEVELS, NUM_CLASSES, SIDE, DigitsData, load_scans, shrink
 from variant.errors import UserError
+from variant.evaluation.kv_error import trained_depths
 from variant.supernet import VARiant
 
 if TYPE_CHECKING:
@@ -33,24 +34,26 @@ if TYPE_CHECKING:
 
 
 @cache
-def reader() -> SVC:
-    """The judge: a support vector classifier of scikit-learn's defaults, trained on all scans."""
+def digit_classifier() -> SVC:
+    """A support vector classifier with scikit-learn's defaults, trained on all real scans."""
     from sklearn.svm import SVC
 
     scans = load_scans()
-    return SVC().fit(_rows(scans.images), scans.labels.numpy())
+    return SVC().fit(_pixel_rows(scans.images), scans.labels.numpy())
 
 
-def reader_held_out_accuracy() -> float:
-    """How often the same classifier, trained without the held-out tenth, reads that correctly."""
+def held_out_accuracy() -> float:
+    """The classifier's accuracy on the held-out tenth when it is trained without that tenth."""
     from sklearn.svm import SVC
 
     scans = load_scans()
-    blind = SVC().fit(_rows(scans.train_images), scans.train_labels.numpy())
-    return float(blind.score(_rows(scans.held_out_images), scans.held_out_labels.numpy()))
+    classifier = SVC().fit(_pixel_rows(scans.train_images), scans.train_labels.numpy())
+    images, labels = _pixel_rows(scans.held_out_images), scans.held_out_labels.numpy()
+    return float(classifier.score(images, labels))
 
 
-def _rows(scans_NYX: Tensor) -> np.ndarray:
+def _pixel_rows(scans_NYX: Tensor) -> np.ndarray:
+    """Scans as scikit-learn has them: (N, 64) with values 0..16."""
     return (scans_NYX.flatten(1) * LEVELS).numpy()
 
 
@@ -62,11 +65,12 @@ def within_class_std(scans_NYX: Tensor, labels_N: Tensor) -> float:
 
 @dataclass(frozen=True)
 class DigitsReport:
-    """What the judge found; all but count are shares in [0, 1] unless said otherwise.
+    """Figures of ``count`` generated digits.
 
-    recognised: read as their label.  std_ratio: spread within classes over that of real scans.
-    repeats: images whose tokens another image before them already had.  copies: images whose
-    tokens are those of a training scan.
+    recognised: share of images that are classified as their label.
+    std_ratio: standard deviation within classes, divided by that of the real scans.
+    repeats: share of images whose tokens equal those of an earlier image.
+    copies: share of images whose tokens equal those of a training scan.
     """
 
     count: int
@@ -76,40 +80,40 @@ class DigitsReport:
     copies: float
 
 
-def judge(
+def evaluate_digits(
     images_BIYX: Tensor, labels_B: Tensor, tokens_BL: Tensor, training_tokens_NL: Tensor
 ) -> DigitsReport:
-    """Judge generated digits.
+    """Evaluate generated digits.
 
     Args:
         images_BIYX: in [0, 1], of any size of at least 8x8.
-        labels_B: what they should show; every class needs at least two images.
-        tokens_BL: their tokens.
+        labels_B: the classes that were generated; each class needs at least two images.
+        tokens_BL: the images' tokens.
         training_tokens_NL: the training scans' tokens, without augmentation.
     Raises:
-        ValueError: the three disagree about the number of images.
+        ValueError: the numbers of images, labels and token rows differ.
     """
     count = len(labels_B)
     if len(images_BIYX) != count or len(tokens_BL) != count:
         raise ValueError(
-            f"judge: images, labels and tokens must be of the same number; got "
+            f"evaluate_digits: images, labels and tokens must be of the same number; got "
             f"{len(images_BIYX)}, {count}, {len(tokens_BL)}"
         )
     scans = shrink(images_BIYX)
-    read = torch.from_numpy(reader().predict(_rows(scans)))
+    classes_B = torch.from_numpy(digit_classifier().predict(_pixel_rows(scans)))
     real = load_scans()
-    known = {tuple(row) for row in training_tokens_NL.tolist()}
-    rows = [tuple(row) for row in tokens_BL.tolist()]
+    training = {tuple(tokens) for tokens in training_tokens_NL.tolist()}
+    generated = [tuple(tokens) for tokens in tokens_BL.tolist()]
     return DigitsReport(
         count=count,
-        recognised=float((read == labels_B).float().mean()),
+        recognised=float((classes_B == labels_B).float().mean()),
         std_ratio=within_class_std(scans, labels_B) / within_class_std(real.images, real.labels),
-        repeats=1 - len(set(rows)) / count,
-        copies=sum(row in known for row in rows) / count,
+        repeats=1 - len(set(generated)) / count,
+        copies=sum(tokens in training for tokens in generated) / count,
     )
 
 
-def judge_model(
+def evaluate_digits_model(
     model: VARiant,
     depth: int | None,
     *,
@@ -118,25 +122,34 @@ def judge_model(
     cfg: float = 1.5,
     top_p: float = 0.96,
 ) -> DigitsReport:
-    """Generate ``count`` digits, equally many of each class, and judge them."""
+    """Generate ``count`` digits, equally many of each class, and evaluate them.
+
+    Args:
+        depth, seed, cfg, top_p: as in ``VARiant.generate``.
+    Raises:
+        UserError: the model does not generate 10 classes at a multiple of 8 pixels.
+    """
     labels = torch.arange(count) % NUM_CLASSES
-    made = model.generate(labels, depth=depth, cfg=cfg, top_k=0, top_p=top_p, seed=seed)
+    result = model.generate(labels, depth=depth, cfg=cfg, top_k=0, top_p=top_p, seed=seed)
     config = model.vae.config
     if model.var.config.num_classes != NUM_CLASSES or config.image_size % SIDE:
         raise UserError(
-            f"judge_model: the model must paint {NUM_CLASSES} classes at a multiple of {SIDE} "
-            f"pixels; got {model.var.config.num_classes} classes, {config.image_size} pixels"
+            f"evaluate_digits_model: the model must generate {NUM_CLASSES} classes at a multiple "
+            f"of {SIDE} pixels; got {model.var.config.num_classes} classes, {config.image_size} "
+            "pixels"
         )
     data = DigitsData(DataSection("digits"), config.image_size, config.in_channels, seed=0)
-    known = model.vae.encode(data.scans())
-    return judge(made.images.float().cpu(), labels, made.tokens.cpu(), known)
+    training_tokens = model.vae.encode(data.scans())
+    return evaluate_digits(
+        result.images.float().cpu(), labels, result.tokens.cpu(), training_tokens
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a table of the judge's findings at every depth of a model."""
+    """Print the figures of a digits model at every depth that it was trained at."""
     parser = argparse.ArgumentParser(
-        prog="python -m variant.digits",
-        description="Judge a digits model at full depth and at every subnet depth.",
+        prog="python -m variant.evaluation.digits",
+        description="Evaluate a digits model at full depth and at every subnet depth.",
     )
     parser.add_argument("model", nargs="?", default="digits", help="model folder, or digits")
     parser.add_argument("--count", type=int, default=1000, help="images per depth")
@@ -144,35 +157,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cfg", type=float, default=1.5)
     parser.add_argument("--top-p", type=float, default=0.96)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    chosen = parser.parse_args(arguments)
-    if chosen.count < 2 * NUM_CLASSES:
-        parser.error(f"--count must be at least {2 * NUM_CLASSES}; got {chosen.count}")
+    options = parser.parse_args(arguments)
+    if options.count < 2 * NUM_CLASSES:
+        parser.error(f"--count must be at least {2 * NUM_CLASSES}; got {options.count}")
     try:
-        model = VARiant.from_pretrained(chosen.model)
-        depths = [model.var.config.depth, *sorted(model.var.config.subnets, reverse=True)]
+        model = VARiant.from_pretrained(options.model)
         reports = {
-            depth: judge_model(
+            depth: evaluate_digits_model(
                 model,
                 depth,
-                count=chosen.count,
-                seed=chosen.seed,
-                cfg=chosen.cfg,
-                top_p=chosen.top_p,
+                count=options.count,
+                seed=options.seed,
+                cfg=options.cfg,
+                top_p=options.top_p,
             )
-            for depth in depths
+            for depth in trained_depths(model.var.config)
         }
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if chosen.json:
+    if options.json:
         print(json.dumps({depth: dataclasses.asdict(r) for depth, r in reports.items()}))
         return 0
-    print(f"the reader's own accuracy on held-out scans: {reader_held_out_accuracy():.1%}")
+    print(f"accuracy of the classifier on held-out real scans: {held_out_accuracy():.1%}")
     print(f"{'depth':>5}  {'images':>6}  recognised  spread/real  repeats  copies")
-    for depth, found in reports.items():
+    for depth, report in reports.items():
         print(
-            f"{depth:>5}  {found.count:>6}  {found.recognised:>10.1%}  {found.std_ratio:>11.1%}"
-            f"  {found.repeats:>7.1%}  {found.copies:>6.1%}"
+            f"{depth:>5}  {report.count:>6}  {report.recognised:>10.1%}  {report.std_ratio:>11.1%}"
+            f"  {report.repeats:>7.1%}  {report.copies:>6.1%}"
         )
     return 0
 

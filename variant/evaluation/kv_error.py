@@ -1,4 +1,4 @@
-"""What 8-bit K and V change in a model: measured on the model itself, against its exact K and V.
+"""The error of 8-bit K and V: logits and tokens of a model, compared with those of exact K and V.
 
 Axes: B images, L tokens of all scales, V codebook entries.
 """
@@ -15,7 +15,7 @@ from variant.engine.engine import Engine
 from variant.models.config import VARConfig
 from variant_kernels.dispatch.request import dtype_name
 
-# Few images say enough: each is hundreds of positions.
+# Few images suffice: each has hundreds of positions.
 IMAGES = 4
 GREEDY_CFG = 4.0
 TOP_P = 0.96
@@ -24,14 +24,16 @@ STEPS_PER_DEPTH = 4
 
 @dataclass(frozen=True)
 class KVError:
-    """8-bit K/V against exact ones at one depth.
+    """Differences between a model with 8-bit K/V and one with exact K/V at one depth.
 
-    logits_std: standard deviation of the exact logits; largest, rms: of the difference, over it.
-    top_changed: share of positions whose likeliest token is another.  The tokens fed are those that
-    the exact model drew.
-    greedy_changed: share of tokens that differ when each model takes its own likeliest (guidance
-    ``GREEDY_CFG``); greedy_images: images in which any does; first_scale: the first scale (0-based)
-    at which one does, None where all agree.
+    dtype: of the engine.  images: number of images that were generated.
+    logits_std: standard deviation of the exact logits. Both models get the tokens that the exact
+        model sampled (teacher forcing).
+    largest, rms: largest and root-mean-square difference of the logits, divided by logits_std.
+    top_changed: share of positions whose likeliest token differs.
+    greedy_changed: share of tokens that differ in greedy generation with guidance ``GREEDY_CFG``.
+    greedy_images: number of images with a different token.
+    first_scale: the first scale (from 0) with a different token; None if no token differs.
     """
 
     depth: int
@@ -46,30 +48,36 @@ class KVError:
     first_scale: int | None
 
 
-def depths_of(config: VARConfig) -> tuple[int, ...]:
-    """Full depth and the subnets that it was trained with; others would say nothing."""
+def trained_depths(config: VARConfig) -> tuple[int, ...]:
+    """The depths that a model was trained at: full depth, then its subnets, deepest first."""
     return (config.depth, *sorted(config.subnets, reverse=True))
 
 
 def greedy_change(
     engine: Engine, labels_B: Tensor, *, depth: int, bridge: int | None = None
 ) -> tuple[float, int, int | None]:
-    """Share of tokens, images and first scale that differ between exact and 8-bit greedy images."""
-    found_BL: list[Tensor] = []
+    """Compare greedy generation with exact and with 8-bit K/V.
+
+    Returns:
+        share of tokens that differ, number of images with a different token, first scale with one
+        (None if no token differs).
+    """
+    tokens_of_both: list[Tensor] = []
     for kv_dtype in (None, "fp8"):
-        made = engine.generate(
+        result = engine.generate(
             labels_B,
             depth=depth,
             bridge=bridge,
             cfg=GREEDY_CFG,
             top_k=1,
-            # Products round differently by batch: free memory must not decide the figures.
+            # One batch, because the rounding of products depends on its size; without this the free
+            # memory would decide the size.
             max_batch=len(labels_B),
             decode=False,
             kv_dtype=kv_dtype,
         )
-        found_BL.append(made.tokens)
-    differs_BL = found_BL[0] != found_BL[1]
+        tokens_of_both.append(result.tokens)
+    differs_BL = tokens_of_both[0] != tokens_of_both[1]
     layout = engine.var.layout
     scales = [k for k in range(layout.num_scales) if bool(differs_BL[:, layout.slice(k)].any())]
     return (
@@ -85,18 +93,18 @@ def measure_kv_error(
     images: int = IMAGES,
     depths: tuple[int, ...] | None = None,
     bridge: int | None = None,
-    tick: Callable[[str], None] = lambda done: None,
+    on_step: Callable[[str], None] = lambda step: None,
 ) -> list[KVError]:
-    """The change at every depth of a model.
+    """Measure the error at every depth of a model.
 
     Args:
-        engine: with exact K/V of its own.
-        images: of the first so many classes.
+        engine: whose default is exact K/V.
+        images: number of images to generate, one of each class, beginning with class 0.
         depths: None is full depth and every subnet of the config.
         bridge: as in ``generate``.
-        tick: called after each of ``STEPS_PER_DEPTH`` steps per depth.
+        on_step: called with a description after each of the ``STEPS_PER_DEPTH`` steps per depth.
     Raises:
-        ValueError: the engine's own K/V are 8 bits, or images below 1.
+        ValueError: the default of the engine is 8-bit K/V, or images is below 1.
     """
     if engine.kv_dtype is not None:
         raise ValueError("measure_kv_error: the engine must keep exact K/V (kv_dtype=None)")
@@ -104,8 +112,8 @@ def measure_kv_error(
         raise ValueError(f"measure_kv_error: images must be at least 1; got {images}")
     config = engine.var.config
     labels_B = torch.arange(images) % config.num_classes
-    found = []
-    for depth in depths_of(config) if depths is None else depths:
+    errors = []
+    for depth in trained_depths(config) if depths is None else depths:
         tokens_BL = engine.generate(
             labels_B,
             depth=depth,
@@ -115,30 +123,30 @@ def measure_kv_error(
             max_batch=images,
             decode=False,
         ).tokens
-        tick(f"depth {depth}: tokens")
+        on_step(f"depth {depth}: tokens")
         exact_BLV = engine.forced_logits(labels_B, tokens_BL, depth=depth, bridge=bridge)
-        tick(f"depth {depth}: exact logits")
-        apart_BLV = engine.forced_logits(
+        on_step(f"depth {depth}: exact logits")
+        changed_BLV = engine.forced_logits(
             labels_B, tokens_BL, depth=depth, bridge=bridge, kv_dtype="fp8"
         )
-        tick(f"depth {depth}: 8-bit logits")
-        top_changed = (exact_BLV.argmax(-1) != apart_BLV.argmax(-1)).double().mean()
-        apart_BLV -= exact_BLV
+        on_step(f"depth {depth}: 8-bit logits")
+        top_changed = (exact_BLV.argmax(-1) != changed_BLV.argmax(-1)).double().mean()
+        difference_BLV = changed_BLV.sub_(exact_BLV)  # in place: logits are large
         std = float(exact_BLV.double().std())
         share, changed, first = greedy_change(engine, labels_B, depth=depth, bridge=bridge)
-        tick(f"depth {depth}: greedy tokens")
-        found.append(
+        on_step(f"depth {depth}: greedy tokens")
+        errors.append(
             KVError(
                 depth=depth,
                 dtype=dtype_name(engine.dtype),
                 images=images,
                 logits_std=std,
-                largest=float(apart_BLV.abs().max()) / std,
-                rms=float(apart_BLV.double().square().mean().sqrt()) / std,
+                largest=float(difference_BLV.abs().max()) / std,
+                rms=float(difference_BLV.double().square().mean().sqrt()) / std,
                 top_changed=float(top_changed),
                 greedy_changed=share,
                 greedy_images=changed,
                 first_scale=first,
             )
         )
-    return found
+    return errors

@@ -1,4 +1,4 @@
-"""What a model is: frozen dataclasses, checked when built and when read from a file."""
+"""Configs of the models: frozen dataclasses, checked when built and when read from a file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def parse_dataclass(kind: type[Config], values: Mapping[str, Any], where: str) -
 
 
 def to_plain(value: Any) -> Any:
-    """A dataclass as what JSON and TOML hold: dicts with string keys, lists, scalars."""
+    """A dataclass as plain values for JSON and TOML: dicts with string keys, lists, scalars."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -96,12 +96,12 @@ class VARConfig(_Plain):
             in [16, 256].
         num_classes: class labels; one more embedding stands for "no label".
         patch_nums: sides of the token maps, ascending.
-        vocab_size, vae_channels: codebook entries and their width, as the VQ-VAE has them.
+        vocab_size, vae_channels: codebook entries and their width; those of the VQ-VAE.
         mlp_ratio: hidden width of the feed-forward, in units of embed_dim.
         norm_eps: epsilon of every layer normalisation.
         shared_aln: one class projection shared by all layers.
-        attn_l2_norm: q and k are L2-normalised and a learned temperature per head scales them.
-        cond_drop_rate: probability with which a label is dropped in training mode.
+        attn_l2_norm: q and k are L2-normalised and scaled by a learned factor per head.
+        cond_drop_rate: probability that a label is dropped in training mode.
         drop_path_rate: stochastic depth of the last layer, rising linearly from 0.
         subnets: {depth: layers} that the weights were trained with.
         bridge: number of first scales that run every layer in those subnets.
@@ -191,9 +191,9 @@ class VQVAEConfig(_Plain):
         patch_nums: sides of the token maps; the last is the side of the feature map.
         share_quant_resi: residual convolutions shared by the scales: 1 for one, 0 for one per
             scale.
-        quant_resi: weight of a residual convolution against the identity; 0 for none at all.
-        quant_conv_ks: kernel side of the convolutions beside the quantiser (odd).
-        using_znorm: nearest code by cosine instead of by Euclidean distance.
+        quant_resi: weight of a residual convolution; the identity has the rest. 0 for none.
+        quant_conv_ks: kernel size of the convolutions before and after the quantiser (odd).
+        using_znorm: the nearest code by cosine, not by Euclidean distance.
         beta: weight of the commitment loss.
         in_channels: image channels, 1 or 3.
     Raises:
@@ -247,7 +247,7 @@ class VQVAEConfig(_Plain):
 
     @property
     def downsample(self) -> int:
-        """Image side over feature-map side."""
+        """Side of the image divided by that of the feature map."""
         return 2 ** (len(self.ch_mult) - 1)
 
     @property

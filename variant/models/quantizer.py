@@ -1,7 +1,7 @@
 """The multi-scale residual quantiser of VAR (arXiv 2404.02905, algorithms 1 and 2).
 
 Axes: B images, K scales, N tokens of one scale, L tokens of all scales, V codebook entries,
-C codebook width, H W feature map, R rows (tokens of all images of a batch).
+C codebook width, H W feature map, R vectors (tokens of all images of a batch).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from variant.models.config import VQVAEConfig
 
 
 def residual_conv_of_scale(num_scales: int, num_convs: int) -> tuple[int, ...]:
-    """Which residual convolution serves each scale: the one whose tick is nearest to k/(K-1).
+    """The residual convolution of each scale: the one whose tick is nearest to k/(K-1).
 
     ``residual_conv_of_scale(10, 4)`` is (0, 0, 1, 1, 1, 2, 2, 3, 3, 3).
     """
-    # Scales 2 and 7 of ten lie half way between two ticks: which is nearer is decided by the
-    # rounding of these very float64 expressions, which trained checkpoints depend on.
+    # Scales 2 and 7 of ten are halfway between two ticks. The rounding of exactly these float64
+    # expressions decides which tick is nearer, and trained checkpoints depend on it.
     margin = 1 / 3 / num_convs if num_convs == 4 else 1 / 2 / num_convs
     ticks = np.linspace(margin, 1 - margin, num_convs)
     positions = [k / (num_scales - 1) if num_scales > 1 else 0.0 for k in range(num_scales)]
@@ -59,7 +59,7 @@ class _PartlySharedConvs(nn.Module):
 
 
 class MultiScaleQuantizer(nn.Module):
-    """Feature map to token maps and back, coarse to fine, each scale coding what is still missing.
+    """Feature map to token maps and back, coarse to fine; each scale codes the remaining residual.
 
     The module and buffer names are those of the original VAR checkpoints.
     """
@@ -85,7 +85,7 @@ class MultiScaleQuantizer(nn.Module):
             self.quant_resi = _SharedConv(convs[0])
         else:
             self.quant_resi = _PartlySharedConvs(convs)
-        # How often training used each code: a running mean of the hits per step.
+        # Running mean of the hits of each code per training step.
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(num_scales, config.vocab_size))
         self.embedding = nn.Embedding(config.vocab_size, config.z_channels)
         nn.init.uniform_(self.embedding.weight, -1 / config.vocab_size, 1 / config.vocab_size)
@@ -95,34 +95,34 @@ class MultiScaleQuantizer(nn.Module):
     def _keep_own_hits(
         module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
     ) -> None:
-        # A checkpoint trained with other scales loads; only its usage statistics do not fit.
+        # A checkpoint of other scales still loads: only its usage statistics have another shape.
         key = prefix + "ema_vocab_hit_SV"
         own = module.get_buffer("ema_vocab_hit_SV")
         if key in state_dict and state_dict[key].shape != own.shape:
             state_dict[key] = own
 
-    def nearest(self, rows_RC: Tensor) -> Tensor:
-        """Index of the code nearest to each row, (R,) int64."""
+    def nearest(self, vectors_RC: Tensor) -> Tensor:
+        """Index of the code nearest to each vector, (R,) int64."""
         codes_VC = self.embedding.weight.detach()
         if self.config.using_znorm:
             unit_VC = F.normalize(codes_VC, dim=-1)
-            return (F.normalize(rows_RC, dim=-1) @ unit_VC.T).argmax(dim=1)
-        # |r - c|^2 in this order, as the original sums it: near ties must fall the same way.
-        distance_RV = rows_RC.square().sum(dim=1, keepdim=True) + codes_VC.square().sum(dim=1)
-        return distance_RV.addmm_(rows_RC, codes_VC.T, alpha=-2).argmin(dim=1)
+            return (F.normalize(vectors_RC, dim=-1) @ unit_VC.T).argmax(dim=1)
+        # |r - c|^2, summed in the order of the original, so that near ties give the same code.
+        distance_RV = vectors_RC.square().sum(dim=1, keepdim=True) + codes_VC.square().sum(dim=1)
+        return distance_RV.addmm_(vectors_RC, codes_VC.T, alpha=-2).argmin(dim=1)
 
-    def rows(self, rest_BCHW: Tensor, k: int) -> Tensor:
-        """What is still missing from the feature map, as scale k sees it: (R, C)."""
+    def residual_vectors(self, rest_BCHW: Tensor, k: int) -> Tensor:
+        """The residual of the feature map at the resolution of scale k, as vectors (R, C)."""
         if k != self.layout.num_scales - 1:
             rest_BCHW = F.interpolate(rest_BCHW, size=self.layout.shapes[k], mode="area")
         return rest_BCHW.permute(0, 2, 3, 1).reshape(-1, rest_BCHW.shape[1])
 
     def tokens_of_residual(self, rest_BCHW: Tensor, k: int) -> Tensor:
-        """Scale k's tokens (B, N) for what is still missing from the feature map."""
-        return self.nearest(self.rows(rest_BCHW, k)).view(rest_BCHW.shape[0], -1)
+        """Scale k's tokens (B, N) for the residual of the feature map, (B, C, H, W)."""
+        return self.nearest(self.residual_vectors(rest_BCHW, k)).view(rest_BCHW.shape[0], -1)
 
     def contribution(self, tokens_BN: Tensor, k: int) -> Tensor:
-        """What scale k's tokens add to the feature map, (B, C, H, W) in the weights' dtype."""
+        """The term of scale k's tokens in the feature map, (B, C, H, W) in the weights' dtype."""
         last = self.layout.num_scales - 1
         height, width = self.layout.shapes[k]
         h_BNC = self.embedding(tokens_BN)
@@ -132,12 +132,12 @@ class MultiScaleQuantizer(nn.Module):
         return self.quant_resi[self._conv_of_scale[k]](h_BCHW)
 
     def next_input(self, f_hat_BCHW: Tensor, k: int) -> Tensor:
-        """The feature map shrunk to scale k+1, as tokens (B, N, C)."""
+        """The feature map at the resolution of scale k+1, as vectors (B, N, C)."""
         small = F.interpolate(f_hat_BCHW, size=self.layout.shapes[k + 1], mode="area")
         return small.flatten(2).transpose(1, 2)
 
     def encode(self, f_BCHW: Tensor) -> Tensor:
-        """Tokens (B, L) int64 of a float32 feature map."""
+        """Tokens (B, L) int64 of a float32 feature map (B, C, H, W)."""
         rest_BCHW = f_BCHW.clone()
         tokens = []
         for k in range(self.layout.num_scales):
@@ -152,12 +152,12 @@ class MultiScaleQuantizer(nn.Module):
         """Quantise for training.
 
         Args:
-            f_BCHW: features, float.
-            num_scales: stop after so many scales; None is all of them.
+            f_BCHW: features, floating point.
+            num_scales: number of first scales to use; None is all of them.
         Returns:
-            f_hat (B, C, H, W), whose gradient goes straight through to f; the loss, the mean over
-            scales of ``beta * |f - f_hat|^2`` (moves f) and ``|f_hat - f|^2`` (moves the codes);
-            and (K,) the share of the codebook in use at each scale.
+            f_hat (B, C, H, W) float32, with the straight-through gradient to f; the loss, the mean
+            over scales of ``beta * |f - f_hat|^2`` (gradient to f) plus ``|f_hat - f|^2`` (gradient
+            to the codes); and (K,) the fraction of the codebook in use at each scale.
         """
         f_BCHW = f_BCHW.float()
         target_BCHW = f_BCHW.detach()
@@ -176,7 +176,7 @@ class MultiScaleQuantizer(nn.Module):
         return straight_BCHW, loss / num_scales, self._usage(f_BCHW)
 
     def _as_seen_by(self, f_BCHW: Tensor, k: int) -> Tensor:
-        """The part of the features that scale k can express: shrunk to it and enlarged again."""
+        """The features resized to scale k and back: the part that scale k can express."""
         last = self.layout.num_scales - 1
         if k == last:
             return f_BCHW
@@ -185,13 +185,12 @@ class MultiScaleQuantizer(nn.Module):
 
     def _record_hits(self, tokens_BN: Tensor, k: int) -> None:
         hits_V = tokens_BN.flatten().bincount(minlength=self.config.vocab_size).float()
-        # The first steps count for much, so that the mean does not start from nothing.
         mean_V = self.get_buffer("ema_vocab_hit_SV")[k]
-        # All zero: nothing was recorded yet, so the first step counts in full.
+        # All zero before the first step, whose hits then are the mean.
         mean_V.copy_(torch.where(mean_V.any(), mean_V.lerp(hits_V, 0.01), hits_V))
 
     def _usage(self, f_BCHW: Tensor) -> Tensor:
         batch, _, height, width = f_BCHW.shape
-        # In use: at least 8 % of the hits that an even use of the codebook would give.
+        # In use: at least 8 % of the hits that uniform use of the codebook would give.
         margin = batch * height * width / self.config.vocab_size * 0.08
         return (self.get_buffer("ema_vocab_hit_SV") >= margin).float().mean(dim=1)

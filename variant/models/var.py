@@ -4,8 +4,8 @@ Source: VAR (arXiv 2404.02905); skipping layers in the flexible zone: VARiant. P
 those of the original VAR repository, so its state dicts load with ``strict=True``.
 
 Axes: B images, L tokens of all scales, C width, H heads, D width of one head, V codebook entries,
-E codebook vector width, 1 broadcast, 6 the rows of an adaptive layer norm in the order of the
-checkpoints: gate and gate, scale and scale, shift and shift of attention and of the MLP.
+E codebook vector width, 1 broadcast, 6 the parts of a block's modulation in the order of the
+checkpoints: the gates, the scales, the shifts, each of attention and then of the MLP.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from variant_kernels.plans.depth_schedule import resolve_layers
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention over all scales of a sequence: a token sees its own and earlier ones."""
+    """Multi-head attention over all scales; a token attends to its own and to earlier scales."""
 
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each modulated before and gated after by the image's condition."""
+    """Attention and MLP; the condition modulates the input of each and gates its output."""
 
     def __init__(self, config: VARConfig, drop_path: float) -> None:
         super().__init__()
@@ -103,12 +103,12 @@ class Block(nn.Module):
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def modulation(self, cond: Tensor) -> Tensor:
-        """(B, 6, C) rows from the class embedding (B, C), or from the shared rows (B, 6, C)."""
+        """(B, 6, C) from the class embedding (B, C), or from the shared modulation (B, 6, C)."""
         if self.shared_aln:
-            rows_B6C = self.ada_gss[0] + cond
+            modulation_B6C = self.ada_gss[0] + cond
         else:
-            rows_B6C = self.ada_lin(cond).view(cond.shape[0], 6, -1)
-        return rows_B6C.to(_compute_dtype(rows_B6C))
+            modulation_B6C = self.ada_lin(cond).view(cond.shape[0], 6, -1)
+        return modulation_B6C.to(_compute_dtype(modulation_B6C))
 
     def forward(self, x_BLC: Tensor, cond: Tensor, layout: ScaleLayout) -> Tensor:
         gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(cond).unbind(1)
@@ -136,8 +136,8 @@ class HeadNorm(nn.Module):
 
     def modulation(self, cond_BC: Tensor) -> Tensor:
         """(B, 2, C): scale and shift."""
-        rows_B2C = self.ada_lin(cond_BC).view(cond_BC.shape[0], 2, -1)
-        return rows_B2C.to(_compute_dtype(rows_B2C))
+        modulation_B2C = self.ada_lin(cond_BC).view(cond_BC.shape[0], 2, -1)
+        return modulation_B2C.to(_compute_dtype(modulation_B2C))
 
     def forward(self, x_BLC: Tensor, cond_BC: Tensor) -> Tensor:
         scale_BC, shift_BC = self.modulation(cond_BC).unbind(1)
@@ -154,7 +154,7 @@ class VAR(nn.Module):
     """Class-conditional next-scale predictor whose layers can be skipped by schedule.
 
     Args:
-        config: sizes; see :class:`variant.config.VARConfig`.
+        config: sizes; see :class:`variant.VARConfig`.
     """
 
     def __init__(self, config: VARConfig) -> None:
@@ -165,7 +165,7 @@ class VAR(nn.Module):
         self.pos_start = nn.Parameter(torch.empty(1, self.layout.tokens[0], width))
         self.pos_1LC = nn.Parameter(torch.empty(1, length, width))
         self.word_embed = nn.Linear(config.vae_channels, width)
-        # The last row stands for "no class": the unconditional half of guidance.
+        # The last entry stands for "no class": the unconditional half of guidance.
         self.class_emb = nn.Embedding(config.num_classes + 1, width)
         self.lvl_embed = nn.Embedding(self.layout.num_scales, width)
         self.shared_ada_lin = (
@@ -193,22 +193,23 @@ class VAR(nn.Module):
         mixed_labels_B: Tensor | None = None,
         mix_B: Tensor | None = None,
     ) -> Tensor:
-        """Logits of every token given the true tokens of all earlier scales.
+        """Logits of every token, given the true tokens of all earlier scales (teacher forcing).
 
-        A layer that a scale skips passes that scale's tokens by unchanged; it reads and updates
-        the tokens of the scales at which it runs.
+        A layer reads and updates the tokens of the scales at which it runs; the tokens of other
+        scales keep their values.
 
         Args:
             labels_B: (B,) int64 classes; ``num_classes`` stands for no class. In training mode
-                a share ``cond_drop_rate`` of them is dropped.
+                each label is dropped with probability ``cond_drop_rate``.
             x_teacher: (B, L - L_0, E), the VQ-VAE's ``teacher_input`` of the true tokens.
-            schedule: layers per scale; None runs every layer everywhere.
+            schedule: layers per scale; None runs every layer at every scale.
             mixed_labels_B, mix_B: mixup (arXiv 1710.09412): the condition is
                 ``mix * class(labels) + (1 - mix) * class(mixed_labels)``; mix_B is (B,) float.
         Returns:
             (B, L, V) float32.
         Raises:
-            ValueError: shapes, labels (on the CPU) or the schedule do not fit the model.
+            ValueError: shapes, labels (checked on the CPU only) or the schedule do not fit the
+                model.
         """
         self._check(labels_B, x_teacher, schedule)
         if (mixed_labels_B is None) != (mix_B is None):
@@ -239,7 +240,7 @@ class VAR(nn.Module):
         return self.head(self.head_nm(x_BLC.float(), cond_BC)).float()
 
     def _run(self, block: Block, x_BLC: Tensor, cond: Tensor, layout: ScaleLayout) -> Tensor:
-        """One block on the tokens of ``layout``; the others pass by unchanged."""
+        """One block on the tokens of ``layout``; later tokens keep their values."""
         if layout.total == x_BLC.shape[1]:
             return block(x_BLC, cond, layout)
         head_BLC, rest_BLC = x_BLC[:, : layout.total], x_BLC[:, layout.total :]
@@ -250,11 +251,11 @@ class VAR(nn.Module):
         return cast("list[Block]", list(self.blocks))
 
     def position_embedding(self) -> Tensor:
-        """(1, L, C): place in the sequence plus scale."""
+        """(1, L, C): embedding of the position in the sequence plus that of the scale."""
         return self.pos_1LC + self.lvl_embed(self.scale_index_L).unsqueeze(0)
 
     def shared_condition(self, cond_BC: Tensor) -> Tensor:
-        """What the blocks' ``modulation`` takes: the class embedding, or shared rows (B, 6, C)."""
+        """The blocks' condition: class embedding (B, C), or shared modulation (B, 6, C)."""
         if not self.config.shared_aln:
             return cond_BC
         return self.shared_ada_lin(cond_BC).view(cond_BC.shape[0], 6, -1)
@@ -262,11 +263,11 @@ class VAR(nn.Module):
     def schedule(
         self, depth: int | Sequence[int] | None = None, bridge: int | None = None
     ) -> DepthSchedule:
-        """Schedule of a depth: the layers that the model was trained with, where it records them.
+        """Schedule of a depth, with the layers that the config records for it, if any.
 
         Args:
-            depth: number or list of layers in the flexible zone; None is every layer.
-            bridge: scales that run every layer; None is the config's bridge.
+            depth: number of layers in the flexible zone, or a list of layers; None is every layer.
+            bridge: number of first scales that run every layer; None is the config's bridge.
         Raises:
             ValueError: depth or bridge out of range.
         """
@@ -281,16 +282,18 @@ class VAR(nn.Module):
         if bridge is None:
             raise ValueError(
                 f"VAR.schedule: bridge must be given (0..{scales}), because this model's config "
-                "names none"
+                "has none"
             )
         return DepthSchedule(full, scales, layers, bridge)
 
     def layers_of(self, depth: int | Sequence[int]) -> tuple[int, ...]:
-        """The layers of a depth: as the model was trained with, where its config records subnets.
+        """The layers of a depth: those that the config records, or evenly chosen ones.
 
+        Args:
+            depth: number of layers, or a list of layers, which need not be recorded.
         Raises:
-            ValueError: a list that is none; a number that the model was not trained at. A list of
-                layers runs any depth; so does a number where no subnets are recorded.
+            ValueError: an invalid list; a number that is out of range, or that a config with
+                subnets does not record.
         """
         full, subnets = self.config.depth, self.config.subnets
         if not isinstance(depth, SupportsIndex) or depth == full:
@@ -302,7 +305,7 @@ class VAR(nn.Module):
         if subnets:
             raise ValueError(
                 f"depth must be one that the model was trained at ({', '.join(map(str, subnets))} "
-                f"or {full}); got {depth}. A list of layers, {list(layers)} say, runs it untrained"
+                f"or {full}); got {depth}. A list of layers, such as {list(layers)}, runs untrained"
             )
         return layers
 
@@ -343,7 +346,7 @@ class VAR(nn.Module):
     def init_weights(
         self, gate_scale: float = 1e-5, modulation_scale: float = 0.5, head_scale: float = 0.02
     ) -> None:
-        """Fresh weights as the original draws them: truncated normal, std sqrt(1 / 3C).
+        """Initialises the weights as the original does: truncated normal, std sqrt(1 / 3C).
 
         Gates start near zero (each block near the identity), scales and shifts at half size, and
         the output of each branch is divided by sqrt(2 * depth).
@@ -362,12 +365,12 @@ class VAR(nn.Module):
             block.attn.proj.weight.div_(math.sqrt(2 * self.config.depth))
             block.ffn.fc2.weight.div_(math.sqrt(2 * self.config.depth))
             if block.shared_aln:
-                rows = block.ada_gss[0, 0]
+                modulation = block.ada_gss[0, 0]
             else:
-                rows = projection(block.ada_lin).weight
-            third = rows.shape[0] // 3
-            rows[:third].mul_(gate_scale)
-            rows[third:].mul_(modulation_scale)
+                modulation = projection(block.ada_lin).weight
+            third = modulation.shape[0] // 3
+            modulation[:third].mul_(gate_scale)
+            modulation[third:].mul_(modulation_scale)
 
 
 def projection(ada_lin: nn.Sequential) -> nn.Linear:
@@ -378,20 +381,20 @@ def projection(ada_lin: nn.Sequential) -> nn.Linear:
 def _scale_index(layout: ScaleLayout) -> Tensor:
     """(L,) int64: the scale of each token."""
     scales = [k for k, count in enumerate(layout.tokens) for _ in range(count)]
-    # By name, so that a model built on the meta device has it: no state dict brings it.
+    # device="cpu": a model built on the meta device needs the values, as no state dict has them.
     return torch.tensor(scales, device="cpu")
 
 
 def _drop_derived_buffers(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
 ) -> None:
-    """Original checkpoints store the dense mask and each token's scale; both follow from sizes."""
+    """Drops the dense mask and the scale of each token, which original checkpoints store."""
     for name in ("attn_bias_for_masking", "lvl_1L"):
         state_dict.pop(prefix + name, None)
 
 
 def derived_buffers(layout: ScaleLayout) -> dict[str, Tensor]:
-    """The two buffers that the original's state dict holds and ours does not.
+    """The two buffers that are in the original's state dict and not in ours.
 
     Returns:
         ``lvl_1L`` (1, L) int64 and ``attn_bias_for_masking`` (1, 1, L, L) float32 of 0 and -inf.

@@ -26,12 +26,12 @@ def _conv3(channels_in: int, channels_out: int) -> nn.Conv2d:
 
 
 def unit_range(images: Tensor) -> Tensor:
-    """Images in about [-1, 1], cut to it and moved to [0, 1]."""
+    """Images clamped to [-1, 1] and mapped to [0, 1]."""
     return images.clamp(-1, 1).add(1).mul(0.5)
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, 3x3 convolution, twice, beside the identity (or a 1x1 convolution)."""
+    """Twice norm, SiLU and 3x3 convolution, plus the identity (or a 1x1 convolution)."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class ResidualBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """One head over all positions of the feature map, beside the identity."""
+    """Self-attention with one head over all positions of the feature map, plus the identity."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class SpatialAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the resolution: stride 2, one row and column of zeros after the last."""
+    """Halves the resolution: stride 2, one row and column of zeros padded at the end."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the resolution: nearest neighbour, then a convolution."""
+    """Doubles the resolution: nearest neighbour, then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -101,10 +101,10 @@ class _Middle(nn.Module):
 
 
 class _Level(nn.Module):
-    """The blocks of one resolution; the lowest one has attention after each of them."""
+    """The blocks of one resolution; at the lowest, attention follows each block."""
 
-    downsample: Downsample  # of the encoder's levels but the lowest
-    upsample: Upsample  # of the decoder's levels but the highest
+    downsample: Downsample  # in the encoder, not at the lowest resolution
+    upsample: Upsample  # in the decoder, not at the highest resolution
 
     def __init__(
         self, channels_in: int, channels_out: int, num_blocks: int, *, attention: bool
@@ -190,7 +190,7 @@ class Decoder(nn.Module):
 class VQVAE(nn.Module):
     """Images to multi-scale tokens and back (VAR, arXiv 2404.02905, section 3.2).
 
-    Values of tokens and images are checked for CPU tensors; on a GPU that would synchronise.
+    Values of tokens and images are checked on the CPU only; on a GPU the check would synchronise.
     """
 
     def __init__(self, config: VQVAEConfig) -> None:
@@ -206,7 +206,7 @@ class VQVAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(width, width, kernel, padding=kernel // 2)
 
     def features(self, images_BIYX: Tensor) -> Tensor:
-        """Features (B, C, H, W) before quantisation, of images in [-1, 1]."""
+        """Features (B, C, H, W) before quantisation, of images (B, I, Y, X) in [-1, 1]."""
         return self.quant_conv(self.encoder(images_BIYX))
 
     @torch.no_grad()
@@ -214,7 +214,7 @@ class VQVAE(nn.Module):
         """Tokens (B, L) int64 of images (B, I, Y, X) in [-1, 1].
 
         Raises:
-            ValueError: a shape other than the model's, or (on CPU) values outside [-1, 1].
+            ValueError: a wrong shape, or (on the CPU) values outside [-1, 1].
         """
         self._check_images("VQVAE.encode", images_BIYX)
         return self.quantize.encode(self.features(images_BIYX).float())
@@ -223,7 +223,7 @@ class VQVAE(nn.Module):
     def teacher_input(self, tokens_BL: Tensor) -> Tensor:
         """The transformer's input at every scale but the first, (B, L - N_0, C) float32.
 
-        At scale k+1 it is the sum of the contributions of scales 0..k, shrunk to that scale.
+        At scale k+1 it is the sum of the contributions of scales 0..k, at that scale's resolution.
 
         Raises:
             ValueError: tokens of a wrong shape, or (on CPU) outside [0, vocab_size).
@@ -238,7 +238,7 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens_BL: Tensor) -> Tensor:
-        """Images (B, I, Y, X) in [0, 1] of tokens (B, L).
+        """Images (B, I, Y, X) float in [0, 1] of tokens (B, L), int64 or int32.
 
         Raises:
             ValueError: tokens of a wrong shape, or (on CPU) outside [0, vocab_size).
@@ -250,7 +250,7 @@ class VQVAE(nn.Module):
         return self.decode_features(f_hat_BCHW)
 
     def new_features(self, batch: int) -> Tensor:
-        """Zeros (B, C, H, W) float32 to accumulate on, where the codebook lives."""
+        """Zeros (B, C, H, W) float32 to accumulate on, on the device of the codebook."""
         height, width = self.layout.shapes[-1]
         return torch.zeros(
             batch,
@@ -262,12 +262,12 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def accumulate(self, f_hat_BCHW: Tensor, tokens_BN: Tensor, k: int) -> Tensor:
-        """Add scale k's tokens (B, N) to the float32 feature map, in place; returns it."""
+        """Adds the term of scale k's tokens (B, N) to the float32 feature map, in place."""
         return f_hat_BCHW.add_(self.quantize.contribution(tokens_BN, k))
 
     @torch.no_grad()
     def next_scale_input(self, f_hat_BCHW: Tensor, k: int) -> Tensor:
-        """The feature map as the transformer reads it at scale k+1, (B, N, C) float32."""
+        """The transformer's input at scale k+1 from the feature map, (B, N, C) float32."""
         return self.quantize.next_input(f_hat_BCHW, k)
 
     @torch.no_grad()
@@ -281,8 +281,8 @@ class VQVAE(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """For training: reconstruction (B, I, Y, X) in about [-1, 1], quantisation loss, usage.
 
-        The gradient passes the quantiser straight through; usage is (K,), the share of the
-        codebook in use at each scale. ``num_scales`` reconstructs from the first scales only.
+        The quantiser has the straight-through gradient; usage is (K,), the fraction of the codebook
+        in use at each scale. ``num_scales`` reconstructs from the first scales only.
         """
         self._check_images("VQVAE.forward", images_BIYX)
         f_hat_BCHW, loss, usage = self.quantize(self.features(images_BIYX), num_scales)

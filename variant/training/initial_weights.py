@@ -1,4 +1,4 @@
-"""Where the weights come from that a run begins with."""
+"""The weights that a run starts from: a trained VQ-VAE, a pretrained transformer."""
 
 from __future__ import annotations
 
@@ -11,23 +11,21 @@ from variant.checkpoints.original_var import read_original
 from variant.errors import UserError
 from variant.models.config import VQVAEConfig
 from variant.models.vqvae import VQVAE
-from variant.training.run_state import read_last
-
-
-def vae_path(folder: Path) -> Path:
-    """Where :func:`train_vae` leaves the weights that :func:`train_var` reads."""
-    return folder / "vae-best.safetensors"
+from variant.training.checkpointer import Checkpointer
 
 
 def find_vae(weights: str | None, folder: Path) -> Path:
-    """The VQ-VAE to tokenize with: the recipe's file, or the one trained in ``folder``.
+    """The weights file of the VQ-VAE that tokenizes images.
 
+    Args:
+        weights: the file that the recipe names; None takes the VQ-VAE trained in ``folder``.
     Raises:
-        UserError: neither is there, or the training in ``folder`` has not finished.
+        UserError: ``folder`` holds no VQ-VAE, or one whose training has not finished.
     """
     if weights is not None:
         return Path(weights)
-    path, last = vae_path(folder), folder / "vae-last.pt"
+    checkpointer = Checkpointer(folder, "vae")
+    path, last = checkpointer.best, checkpointer.last
     if not path.exists() and not last.exists():
         raise UserError(
             f"{folder}: holds no VQ-VAE; train one first with `variant train-vae` into the same "
@@ -35,11 +33,11 @@ def find_vae(weights: str | None, folder: Path) -> Path:
         )
     if not last.exists():
         raise UserError(
-            f"{path}: may be half trained: {last.name}, which would tell, is not beside it; to use "
-            "it as it is, name it as vae_training.weights"
+            f"{path}: may be half trained: {last.name}, which records that, is not beside it; to "
+            "use it as it is, name it as vae_training.weights"
         )
-    state = read_last(last, "vae")
-    if not path.exists() or state["step"] < state["total_steps"]:
+    saved = checkpointer.read()
+    if not path.exists() or saved["step"] < saved["total_steps"]:
         raise UserError(
             f"{folder}: the training of its VQ-VAE has not finished; finish it with `variant "
             "train-vae --resume`, or name a file as vae_training.weights"
@@ -48,10 +46,10 @@ def find_vae(weights: str | None, folder: Path) -> Path:
 
 
 def load_vae(config: VQVAEConfig, path: Path) -> VQVAE:
-    """A VQ-VAE from a file.
+    """A VQ-VAE with the weights of a file.
 
     Raises:
-        UserError: the file is missing or damaged, or the weights are of another size.
+        UserError: the file is missing or damaged, or its weights do not fit the configuration.
     """
     module = VQVAE(config)
     load_state(module, read_weights(path, "vae_local"), str(path))
@@ -62,7 +60,10 @@ def read_weights(path: Path, part: str) -> dict[str, Tensor]:
     """A state dict from .safetensors, or from the original repository's .pth files.
 
     Args:
-        part: "var_wo_ddp" or "vae_local", keys of the original's trainer checkpoints.
+        part: "var_wo_ddp" or "vae_local", the key of the model in a trainer checkpoint of the
+            original.
+    Raises:
+        UserError: the file is missing, damaged or of another format.
     """
     if path.suffix != ".safetensors":
         return read_original(path, part)

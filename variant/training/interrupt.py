@@ -1,4 +1,4 @@
-"""Stopping a run after the step that is under way."""
+"""Ctrl-C and SIGTERM: a run stops at the end of its present step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from contextlib import contextmanager
 
 
 class Interrupt:
-    """Ctrl-C or SIGTERM asks for a stop after the running step; a second one stops at once."""
+    """Records Ctrl-C or SIGTERM, so that a run can stop at the end of its present step.
+
+    A second signal has its usual effect.
+
+    signum: of the recorded signal; None before one arrives.
+    """
 
     signum: int | None = None
 
     @contextmanager
     def listening(self) -> Iterator[Interrupt]:
-        """Catch both signals within the block (in the main thread; elsewhere Python cannot)."""
+        """Handle both signals within the block; in other threads than the main one, do nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return

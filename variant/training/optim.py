@@ -1,4 +1,4 @@
-"""The optimiser: groups with and without weight decay, the learning rate of a step."""
+"""AdamW: its settings, its parameter groups, the learning rate of a step."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from variant.models.config import STRICT, require
 
 @dataclass(frozen=True)
 class OptimSection:
-    """AdamW and how it is driven. Weight decay spares biases, norms, embeddings and scale_mul.
+    """Settings of AdamW. Biases, norms, embeddings and scale_mul have no weight decay.
 
-    batch_size: images per optimiser step.  accumulate: parts that a batch is computed in.
+    batch_size: images per optimiser step.
+    accumulate: number of parts that a batch is split into; their gradients are accumulated.
+    clip: largest norm of the gradient of all parameters.
     schedule: "constant", or "cosine" from learning_rate to final_ratio times it.
-    warmup: share of all steps over which the rate rises from 0.
+    warmup: share of all steps in which the rate rises linearly from 0.
     """
 
     batch_size: int
@@ -49,7 +51,7 @@ class OptimSection:
         require(0 <= self.warmup < 1, "warmup must be in [0, 1)", self.warmup)
 
 
-# Parameters that weight decay spares though they have two or more axes: embeddings and gains.
+# Parameters with two or more axes that have no weight decay: embeddings and gains.
 UNDECAYED = ("pos_start", "pos_1LC", "ada_gss", "scale_mul")
 
 
@@ -61,26 +63,25 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
         if isinstance(part, nn.Embedding)
         for parameter in part.parameters()
     }
-    decayed, spared = [], []
+    decayed, not_decayed = [], []
     for name, parameter in module.named_parameters():
-        is_spared = (
+        is_decayed = not (
             parameter.ndim < 2
             or id(parameter) in embeddings
             or any(part in name for part in UNDECAYED)
         )
-        (spared if is_spared else decayed).append(parameter)
+        (decayed if is_decayed else not_decayed).append(parameter)
     return [
         {"params": decayed, "weight_decay": weight_decay},
-        {"params": spared, "weight_decay": 0.0},
+        {"params": not_decayed, "weight_decay": 0.0},
     ]
 
 
 def learning_rate(optim: OptimSection, step: int, total_steps: int) -> float:
-    """The rate of a step: linear warm-up, then constant or a half cosine to its final ratio."""
+    """The rate of a step: linear warm-up, then constant or half a cosine to the final ratio."""
     warm_steps = optim.warmup * total_steps
     rate = optim.learning_rate * min(1.0, (step + 1) / max(warm_steps, 1.0))
     if optim.schedule == "cosine":
-        done = step / total_steps
-        falling = 0.5 * (1 + math.cos(math.pi * done))
-        rate *= optim.final_ratio + (1 - optim.final_ratio) * falling
+        cosine = 0.5 * (1 + math.cos(math.pi * step / total_steps))
+        rate *= optim.final_ratio + (1 - optim.final_ratio) * cosine
     return rate

@@ -1,4 +1,4 @@
-"""The state of every random generator that training uses."""
+"""Saving, restoring and seeding the global random generators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 def random_state() -> dict[str, Any]:
     """The state of Python's, NumPy's and torch's global generators, as plain values."""
-    legacy: Any = np.random.get_state()  # noqa: NPY002  (the global one, for whoever draws from it)
+    legacy: Any = np.random.get_state()  # noqa: NPY002  (libraries may draw from it)
     algorithm, keys, position, has_gauss, cached = legacy
     state = {
         "python": random.getstate(),
@@ -25,7 +25,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """The inverse of :func:`random_state`."""
+    """Restore the generators from a value of :func:`random_state`."""
     random.setstate(state["python"])
     algorithm, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((algorithm, keys.numpy(), position, has_gauss, cached))  # noqa: NPY002

@@ -1,6 +1,6 @@
 """Training recipes: TOML files checked against frozen dataclasses.
 
-A packaged recipe is named (``digits``); any other is given by the path of its file.
+A packaged recipe is loaded by its name (``digits``), any other by the path of its file.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from variant_kernels.plans.depth_schedule import select_layers
 
 @dataclass(frozen=True)
 class ModelSection:
-    """The transformer's own sizes; codebook, scales and subnets follow from the other sections.
+    """The sizes of the transformer; codebook, scales and subnets come from the other sections.
 
-    weights: a file to start from (.pth or .safetensors); None starts from fresh weights.
+    weights: file of pretrained weights (.pth or .safetensors); None initialises at random.
     """
 
     depth: int
@@ -48,11 +48,11 @@ class VAETraining:
     """How `variant train-vae` trains the VQ-VAE: reconstruction error and quantisation loss.
 
     epochs: passes over the data.  reconstruction: weight of the squared pixel error.
-    revive_every: steps between checks for unused codes, which are moved onto features of the
-        current batch; 0 never moves one.  revive_until: share of the steps with such checks.
-    scale_dropout: share of the first steps that reconstruct from a few scales only, so that coarse
-        scales learn to say as much as they can; it falls linearly to none.
-    weights: a trained VQ-VAE to use instead of training one (.pth or .safetensors).
+    revive_every: steps between the checks that move unused codes onto features of the current
+        batch; 0 never moves a code.  revive_until: share of the steps after which the checks end.
+    scale_dropout: share of the steps that reconstruct from the first few scales only, so that
+        coarse scales learn to hold as much of the image as they can; falls linearly to 0.
+    weights: file of a trained VQ-VAE that is used instead (.pth or .safetensors).
     """
 
     epochs: int = 0
@@ -80,8 +80,11 @@ class VAETraining:
 
 @dataclass(frozen=True)
 class EvalSection:
-    """every: epochs between evaluations of the held-out loss, which choose the best weights.
-    batch_size: images at once.  limit: held-out images used at most; 0 is all."""
+    """Evaluation of the held-out loss, which decides the best weights.
+
+    every: epochs between evaluations.  batch_size: images at once.
+    limit: largest number of held-out images that are evaluated; 0 is all.
+    """
 
     every: int = 1
     batch_size: int = 128
@@ -97,7 +100,7 @@ class EvalSection:
 
 @dataclass(frozen=True)
 class OutputSection:
-    """checkpoint_every: epochs between checkpoints; the last one is always kept."""
+    """checkpoint_every: epochs between checkpoints; the last epoch always writes one."""
 
     checkpoint_every: int = 1
 
@@ -113,7 +116,7 @@ class OutputSection:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a training run is determined by, its seed included."""
+    """All settings of a training run, its seed included."""
 
     name: str
     description: str
@@ -131,11 +134,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed must be >= 0", self.seed)
-        _ = self.var_config  # sizes, subnets and bridge are checked there
+        _ = self.var_config  # its constructor checks sizes, subnets and bridge
 
     @property
     def var_config(self) -> VARConfig:
-        """The configuration of the transformer, subnets and bridge included."""
+        """The configuration of the transformer, with its subnets and bridge."""
         sizes = {key: value for key, value in to_plain(self.model).items() if key != "weights"}
         subnets = {
             depth: select_layers(self.model.depth, depth, self.schedule.selection)
@@ -151,7 +154,7 @@ class Recipe:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """The settings as plain values for JSON."""
         return to_plain(self)
 
 
@@ -165,9 +168,10 @@ def load_recipe(name_or_path: str | Path, *, seed: int | None = None) -> Recipe:
     """A packaged recipe by name, or any recipe by the path of its TOML file.
 
     Args:
-        seed: replaces the recipe's own.
+        seed: replaces the recipe's seed.
     Raises:
-        UserError: no such recipe, not TOML, unknown keys or bad values: one line naming them.
+        UserError: no such recipe, not TOML, unknown keys or invalid values; the message is one line
+            that names them.
     """
     name = str(name_or_path)
     if name in recipe_names():

@@ -1,6 +1,7 @@
 """The progressive training schedule: which configuration each optimiser step trains.
 
-Pure functions of integers and floats, so that a resumed run and every rank agree without talking.
+Pure functions of integers and floats: a resumed run and every rank of a distributed run compute the
+same values without communication.
 Source: VARiant, section 3.3, algorithm 1 and table 7.
 """
 
@@ -20,7 +21,6 @@ from variant_kernels.plans.depth_schedule import Selection
 REFINEMENT_EPOCHS = {16: 5, 8: 8, 4: 12, 2: 15}
 JOINT_EPOCHS = 5
 TRANSITION_EPOCHS = 15
-JOINT_PROBABILITY = 0.2
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,23 @@ class Phases:
 
     @property
     def total(self) -> int:
-        """Epochs of all three."""
+        """Epochs of all three phases."""
         return self.joint + self.transition + self.refinement
 
 
 def paper_phases(depths: Sequence[int]) -> Phases:
-    """Table 7's phases for one subnet depth; for several, the longest refinement among them.
+    """The phases of table 7; of several depths, with the longest refinement among them.
 
+    Args:
+        depths: of the subnets.
     Raises:
-        ValueError: no depth, or one that the table does not list.
+        ValueError: no depth, or one that is not in the table.
     """
     unknown = [depth for depth in depths if depth not in REFINEMENT_EPOCHS]
     if unknown or not depths:
         raise ValueError(
-            f"paper_phases: depths must be among {sorted(REFINEMENT_EPOCHS)}, which the paper "
-            f"lists; got {list(depths)}. Give the three phases explicitly for others"
+            f"paper_phases: depths must be among {sorted(REFINEMENT_EPOCHS)}, those of the paper; "
+            f"got {list(depths)}. Give the three phases explicitly for others"
         )
     refinement = max(REFINEMENT_EPOCHS[depth] for depth in depths)
     return Phases(JOINT_EPOCHS, TRANSITION_EPOCHS, refinement)
@@ -84,25 +86,30 @@ def subnet_probability(epoch: float, p0: float, t1: float, t2: float) -> float:
 
 
 def choose_depth(seed: int, step: int, probability: float, depths: Sequence[int]) -> int | None:
-    """The depth that this optimiser step trains; None is the full network.
+    """Draw the depth of the subnet that an optimiser step trains; None is the full network.
 
-    A subnet with the given probability, uniformly one of ``depths``. Depends on the arguments
-    alone; steps are independent of each other.
+    The result is a function of the arguments. The draws of different steps are independent.
+
+    Args:
+        probability: of a subnet.  depths: of the subnets, drawn uniformly.
     """
     if not depths:
         return None
-    # One draw of both numbers whatever the outcome: the depth does not shift when p changes.
-    subnet, which = np.random.default_rng((seed, step)).random(2)
-    return depths[int(which * len(depths))] if subnet < probability else None
+    # Both numbers are always drawn, so that the depth does not depend on the probability.
+    u_subnet, u_depth = np.random.default_rng((seed, step)).random(2)
+    return depths[int(u_depth * len(depths))] if u_subnet < probability else None
 
 
 @dataclass(frozen=True)
 class ScheduleSection:
-    """Which subnets are trained, and the three phases in epochs.
+    """The subnets and the three phases of training.
 
-    depths: subnet depths; each subnet step draws one of them.  bridge: scales that run every layer.
-    joint_probability: of a subnet step in the first phase.
-    joint, transition, refinement: epochs; all three or none, which takes the paper's table.
+    depths: of the subnets; a step that trains a subnet draws one of them.
+    bridge: number of first scales at which every layer runs.
+    selection: how the layers of a subnet are selected.
+    joint_probability: that a step of the first phase trains a subnet.
+    joint, transition, refinement: epochs of the phases; without all three, those of the paper's
+        table 7.
     """
 
     depths: tuple[int, ...]
@@ -119,17 +126,17 @@ class ScheduleSection:
         require(len(set(self.depths)) == len(self.depths), "depths must not repeat", self.depths)
         p0 = self.joint_probability
         require(0 <= p0 <= 1, "joint_probability must be in [0, 1]", p0)
-        given = [value is not None for value in (self.joint, self.transition, self.refinement)]
+        lengths = (self.joint, self.transition, self.refinement)
         require(
-            all(given) or not any(given),
+            None not in lengths or lengths == (None, None, None),
             "joint, transition and refinement must be given together or not at all",
-            (self.joint, self.transition, self.refinement),
+            lengths,
         )
         require(self.phases.total >= 1, "the phases must have at least one epoch", self.phases)
 
     @property
     def phases(self) -> Phases:
-        """The three lengths, explicit or from the paper's table."""
+        """The lengths of the phases, from this section or from the paper's table 7."""
         if self.joint is None or self.transition is None or self.refinement is None:
             return paper_phases(self.depths)
         return Phases(self.joint, self.transition, self.refinement)

@@ -1,4 +1,4 @@
-"""What a trainer trains: the interface of a task."""
+"""The interface between the trainer and a task: the VQ-VAE or the transformer."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from variant.data.images import ImageData, Indices
 from variant.training.recipe import Recipe
 
-SAMPLE_SEED = 0  # of the training images that are evaluated at the end
+SAMPLE_SEED = 0  # of the sample of training images that is evaluated at the end
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a training run gave.
+    """The result of a training run.
 
-    folder: where its files are.  steps, epochs: how far it went.  seconds: of all its sittings.
-    train_loss, held_out_loss: by configuration, of the best weights in eval mode, on a fixed sample
-        of training images and on as many held-out ones.
-    best_epoch: the epoch of the best held-out mean, counted from 1.
+    folder: of the run's files.  steps, epochs: completed.  seconds: of training, summed over all
+        resumptions.
+    train_loss, held_out_loss: losses of the best weights in eval mode by name of the configuration,
+        on a fixed sample of training images and on equally many held-out images.
+    best_epoch: the epoch of the lowest mean held-out loss, counted from 1.
     """
 
     folder: Path
@@ -35,7 +36,10 @@ class Summary:
 
 
 class Task(ABC):
-    """What is trained: a module, its losses, and what happens around a step."""
+    """A module to train, its data and its losses.
+
+    kind: "var" or "vae", the first word of the names of the run's files.
+    """
 
     kind: str
     module: nn.Module
@@ -44,31 +48,39 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
-        """The loss of one part of a batch."""
+        """The training loss of one part of a batch, a scalar with a gradient.
+
+        Args:
+            indices: of the part's training images.  epoch, step: counted from 0.
+        """
 
     @abstractmethod
     def name_of_step(self, step: int) -> str:
-        """Under which name the step's loss is averaged, e.g. the subnet's depth."""
+        """The name under which the step's loss is averaged, e.g. the subnet's depth."""
 
     @abstractmethod
     def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
-        """Mean losses over some images, without mixup and dropped labels; draws nothing.
+        """Mean losses of some images by name, without mixup and without dropped labels.
 
-        held_out: which part the indices are of; training images are augmented as in epoch 0.
+        Must not use the global random generators.
+
+        Args:
+            indices: of held-out images if ``held_out``, else of training images, which are
+                augmented as in epoch 0.
         """
 
     @property
     def num_evaluated(self) -> int:
-        """How many images an evaluation takes."""
+        """Number of images in an evaluation."""
         count = self.data.num_held_out
         return min(count, self.recipe.eval.limit or count)
 
     def held_out_losses(self) -> dict[str, float]:
-        """Losses on held-out images; their mean chooses the best weights."""
+        """Losses on held-out images; the best weights are those of the lowest mean."""
         return self._mean_losses(np.arange(self.num_evaluated), held_out=True)
 
     def train_losses(self) -> dict[str, float]:
-        """The same losses on a fixed sample of as many training images."""
+        """The same losses on a fixed sample of equally many training images."""
         order = np.random.default_rng(SAMPLE_SEED).permutation(self.data.num_train)
         return self._mean_losses(order[: self.num_evaluated], held_out=False)
 
@@ -82,7 +94,10 @@ class Task(ABC):
         return {name: total / len(indices) for name, total in totals.items()}
 
     def prepare(self) -> None:
-        """Called once before the first step of a sitting; must not draw from global generators."""
+        """Called before the first step of a new or resumed run.
+
+        Must not use the global random generators.
+        """
         return
 
     def before_step(self, indices: Indices, epoch: int, step: int) -> None:

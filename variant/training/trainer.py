@@ -2,270 +2,127 @@
 
 A run is a function of its recipe and seed: order, augmentation, configuration and learning rate
 of every step follow from (seed, step), everything else is in the checkpoint. On the CPU, stopping
-and resuming therefore gives the very weights of a run that never stopped (same machine, same number
-of threads); on a GPU, whose sums come in no fixed order, about the same.
+and resuming therefore gives exactly the weights of a run that never stopped (same machine, same
+number of threads). On a GPU the weights agree approximately, because sums are not ordered there.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import shlex
 import time
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from variant.checkpoints.model_folder import load_state
 from variant.data.images import epoch_order
 from variant.errors import UserError
-from variant.files import replacing, save_pickle
+from variant.training.console import RunConsole
 from variant.training.interrupt import Interrupt
-from variant.training.optim import OptimSection, decay_groups, learning_rate
-from variant.training.random_state import random_state, set_random_state
-from variant.training.recipe import EvalSection, OutputSection, Recipe, load_recipe, recipe_names
-from variant.training.run_state import FORMAT, Start
+from variant.training.metrics import MetricsFile
+from variant.training.optim import decay_groups, learning_rate
+from variant.training.run_setup import RunSetup
+from variant.training.run_state import RunState
 from variant.training.task import Summary, Task
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resume_hint(command: str, recipe: Recipe, folder: Path) -> str:
-    """How to resume a run of a packaged recipe; of any other, what to add to the command."""
-    packaged = load_recipe(recipe.name) if recipe.name in recipe_names() else None
-    if packaged is None or load_recipe(recipe.name, seed=recipe.seed) != recipe:
-        return "the same command and --resume"
-    seed = "" if packaged.seed == recipe.seed else f" --seed {recipe.seed}"
-    where = shlex.quote(str(folder))
-    return f"{command} --recipe {recipe.name} --out {where}{seed} --resume"
-
-
-def choose_device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 class Trainer:
     """Runs a :class:`Task` for its epochs, with checkpoints, metrics and progress.
 
-    Files in ``folder``, named after the task's kind: ``KIND-last.pt`` (everything a resumed run
-    needs), ``KIND-best.safetensors`` (weights of the best held-out loss), ``KIND-metrics.jsonl``.
+    Files in the run's folder: those of :class:`Checkpointer` and :class:`MetricsFile`.
 
     Args:
-        start: of this task's kind.
-        resume_command: what is printed when the run is stopped.
+        setup: of this task's kind.
+        console: to print to; None is standard output.
     """
 
     def __init__(
-        self,
-        task: Task,
-        recipe: Recipe,
-        optim: OptimSection,
-        epochs: int,
-        folder: Path,
-        start: Start,
-        resume_command: str,
-        console: Console | None = None,
+        self, task: Task, setup: RunSetup, epochs: int, console: Console | None = None
     ) -> None:
-        self.task, self.recipe, self.optim, self.epochs = task, recipe, optim, epochs
-        self.evaluation: EvalSection = recipe.eval
-        self.output: OutputSection = recipe.output
-        self.folder, self.start, self.resume_command = folder, start, resume_command
-        self.console = console or Console()
-        self.steps_per_epoch = task.data.num_train // optim.batch_size
+        self.task, self.setup, self.epochs = task, setup, epochs
+        self.recipe, self.optim = setup.recipe, setup.optim
+        self.steps_per_epoch = setup.steps_per_epoch
         self.total_steps = epochs * self.steps_per_epoch
         self.device = next(task.module.parameters()).device
-        self.optimizer = torch.optim.AdamW(
-            decay_groups(task.module, optim.weight_decay),
-            lr=optim.learning_rate,
-            betas=optim.betas,
+        optimizer = torch.optim.AdamW(
+            decay_groups(task.module, self.optim.weight_decay),
+            lr=self.optim.learning_rate,
+            betas=self.optim.betas,
             fused=True if self.device.type == "cuda" else None,
         )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=optim.precision == "fp16")
-        self.step = 0
-        self.seconds = 0.0
-        self.sums: dict[str, tuple[float, int]] = {}
-        self.history: list[dict[str, Any]] = []
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.optim.precision == "fp16")
+        self.state = RunState(task.module, optimizer, scaler)
+        self.checkpointer = setup.checkpointer
+        self.metrics = MetricsFile(setup.folder, task.kind)
+        self.console = RunConsole(task.kind, epochs, self.total_steps, console)
         self._cached_order: tuple[int, np.ndarray] | None = None
-
-    # --- files ------------------------------------------------------------------------------
-
-    def path(self, name: str) -> Path:
-        """A file of this run."""
-        return self.folder / f"{self.task.kind}-{name}"
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint.
-
-        Raises:
-            UserError: it, or the best weights beside it, are damaged or of another model.
-        """
-        last = self.start.last
-        load_state(self.task.module, state["module"], str(last))
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self._check_moments()
-            self.scaler.load_state_dict(state["scaler"])
-            self.step, self.seconds = state["step"], state["seconds"]
-            self.sums = {name: (pair[0], pair[1]) for name, pair in state["sums"].items()}
-            self.history = state["history"]
-            lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
-            has_best = any("held_out_mean" in entry for entry in self.history)
-            set_random_state(state["random"])
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as e:
-            raise UserError(f"{last}: is damaged: {' '.join(str(e).split())[:200]}") from None
-        if has_best:
-            self._check_best()
-        with replacing(self.path("metrics.jsonl")) as temporary:
-            temporary.write_text(lines)
-
-    def _check_moments(self) -> None:
-        for parameter, moments in self.optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                if moments[name].shape != parameter.shape:
-                    raise ValueError(f"optimizer: {name} is {tuple(moments[name].shape)}")
-
-    def _check_best(self) -> None:
-        path = self.path("best.safetensors")
-        try:
-            with safe_open(path, "pt") as file:
-                found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: is missing or damaged: {error}") from None
-        state = self.task.module.state_dict()
-        if found != {key: tuple(value.shape) for key, value in state.items()}:
-            raise UserError(f"{path}: does not hold the weights of this run's model")
-
-    def save(self) -> None:
-        """Write the checkpoint; the previous one stays until the new one is whole."""
-        save_pickle(
-            self.path("last.pt"),
-            {
-                "format": FORMAT,
-                "kind": self.task.kind,
-                "recipe": self.recipe.to_dict(),
-                "inputs": self.start.inputs,
-                "step": self.step,
-                "total_steps": self.total_steps,
-                "seconds": self.seconds,
-                "module": self.task.module.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "sums": self.sums,
-                "history": self.history,
-                "random": random_state(),
-            },
-        )
-
-    def best_entry(self) -> dict[str, Any]:
-        """The epoch of the lowest mean held-out loss; the earlier of equals."""
-        evaluated = [entry for entry in self.history if "held_out_mean" in entry]
-        return min(evaluated, key=lambda entry: entry["held_out_mean"])
-
-    def load_best(self) -> None:
-        """Put the best weights into the module."""
-        self.task.module.load_state_dict(load_file(self.path("best.safetensors")))
-
-    # --- the loop ---------------------------------------------------------------------------
 
     def run(self) -> Summary:
         """Train to the end, or until a signal; then the module has the best weights.
 
         Raises:
-            UserError: see :meth:`restore`; a loss or gradient that is not finite.
+            UserError: the checkpoint or the best weights of a resumed run are damaged or of another
+                model; a loss or gradient is not finite; a file cannot be written.
             SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
         """
-        if self.start.state is not None:
-            self.restore(self.start.state)
-            self.start.state = None  # the optimiser's moments need not stay in memory twice
-        else:
-            self.path("metrics.jsonl").write_text("")
+        state = self.state
+        if self.setup.saved is not None:
+            self.checkpointer.restore(state, self.setup.saved)
+            self.setup.saved = None  # frees the second copy of the optimiser's moments
+        self.metrics.rewrite(state.history)
         self.task.prepare()
-        with Interrupt().listening() as interrupt, self._progress() as progress:
-            bar = progress.add_task(self.task.kind, total=self.total_steps, loss="")
-            while self.step < self.total_steps:
+        with Interrupt().listening() as interrupt, self.console.progress_bar() as move_bar:
+            while state.step < self.total_steps:
                 started = time.monotonic()
                 loss = self._train_step()
-                self.step += 1
-                is_epoch_end = self.step % self.steps_per_epoch == 0
-                if is_epoch_end:
+                state.step += 1
+                if state.step % self.steps_per_epoch == 0:
                     self._end_epoch(started)
                 else:
-                    self.seconds += time.monotonic() - started
-                progress.update(bar, completed=self.step, loss=f"loss {loss:.4f}")
+                    state.seconds += time.monotonic() - started
+                move_bar(state.step, loss)
                 if interrupt.signum is not None:
                     self._stop(interrupt.signum)
-        best = self.best_entry()
-        self.load_best()
-        self.task.module.eval()
-        with torch.no_grad(), self._autocast():
-            train_loss = self.task.train_losses()
-        return Summary(
-            folder=self.folder,
-            steps=self.step,
-            epochs=self.epochs,
-            seconds=self.seconds,
-            train_loss=train_loss,
-            held_out_loss=best["held_out"],
-            best_epoch=best["epoch"],
-        )
+        return self._summary()
 
     def _train_step(self) -> float:
-        epoch, position = divmod(self.step, self.steps_per_epoch)
+        state = self.state
+        epoch, position = divmod(state.step, self.steps_per_epoch)
         if position == 0:
-            self.sums = {}
+            state.loss_sums = {}
         size = self.optim.batch_size
         indices = self._order(epoch)[position * size : (position + 1) * size]
         self.task.module.train()
-        self.task.before_step(indices, epoch, self.step)
-        rate = learning_rate(self.optim, self.step, self.total_steps)
-        for group in self.optimizer.param_groups:
+        self.task.before_step(indices, epoch, state.step)
+        rate = learning_rate(self.optim, state.step, self.total_steps)
+        for group in state.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
+        state.optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for part in np.split(indices, self.optim.accumulate):
             with self._autocast():
-                loss = self.task.loss(part, epoch, self.step) / self.optim.accumulate
-            self.scaler.scale(loss).backward()
+                loss = self.task.loss(part, epoch, state.step) / self.optim.accumulate
+            state.scaler.scale(loss).backward()
             total += loss.item()
         self._require_finite(total, "loss", epoch)
-        self.scaler.unscale_(self.optimizer)
+        state.scaler.unscale_(state.optimizer)
         norm = nn.utils.clip_grad_norm_(self.task.module.parameters(), self.optim.clip)
-        if not self.scaler.is_enabled():  # the scaler skips such a step and scales down
+        if not state.scaler.is_enabled():  # the scaler skips such a step and lowers the scale
             self._require_finite(norm.item(), "gradient", epoch)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        name = self.task.name_of_step(self.step)
-        before, count = self.sums.get(name, (0.0, 0))
-        self.sums[name] = (before + total, count + 1)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.add_loss(self.task.name_of_step(state.step), total)
         return total
 
-    def _require_finite(self, value: float, what: str, epoch: int) -> None:
+    def _require_finite(self, value: float, name: str, epoch: int) -> None:
         if not math.isfinite(value):
             raise UserError(
-                f"{self.recipe.name}: the {what} is not finite at step {self.step} (epoch {epoch});"
-                " try a lower learning_rate or precision fp32"
+                f"{self.recipe.name}: the {name} is not finite at step {self.state.step} (epoch "
+                f"{epoch}); try a lower learning_rate or precision fp32"
             )
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -283,70 +140,60 @@ class Trainer:
         )
 
     def _end_epoch(self, started: float) -> None:
-        epoch = self.step // self.steps_per_epoch
-        entry: dict[str, Any] = {
-            "epoch": epoch,
-            "step": self.step,
-            "train": {name: total / count for name, (total, count) in sorted(self.sums.items())},
-        }
-        is_last = self.step == self.total_steps
-        if epoch % self.evaluation.every == 0 or is_last:
-            self.task.module.eval()
-            with torch.no_grad(), self._autocast():
-                entry["held_out"] = self.task.held_out_losses()
-            entry["held_out_mean"] = sum(entry["held_out"].values()) / len(entry["held_out"])
-            self._require_finite(entry["held_out_mean"], "held-out loss", epoch - 1)
-            evaluated = [e["held_out_mean"] for e in self.history if "held_out_mean" in e]
-            if all(entry["held_out_mean"] < other for other in evaluated):
-                self._save_best()
-        self.seconds += time.monotonic() - started
-        entry["seconds"] = round(self.seconds, 1)
-        self.history.append(entry)
-        with self.path("metrics.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-        self._print_epoch(entry)
-        if epoch % self.output.checkpoint_every == 0 or is_last:
-            self.save()
+        """Evaluate, record and save.  Args: started: when the epoch's last step began."""
+        state = self.state
+        epoch = state.step // self.steps_per_epoch
+        is_last = state.step == self.total_steps
+        entry: dict[str, Any] = {"epoch": epoch, "step": state.step, "train": state.mean_losses()}
+        if epoch % self.recipe.eval.every == 0 or is_last:
+            entry |= self._evaluate(epoch)
+            best = state.best_entry()
+            if best is None or entry["held_out_mean"] < best["held_out_mean"]:
+                self.checkpointer.save_best(state)
+        state.seconds += time.monotonic() - started
+        entry["seconds"] = round(state.seconds, 1)
+        state.history.append(entry)
+        self.metrics.append(entry)
+        self.console.print_epoch(entry)
+        if epoch % self.recipe.output.checkpoint_every == 0 or is_last:
+            self._save()
 
-    def _save_best(self) -> None:
-        state = {
-            key: value.detach().cpu().contiguous()
-            for key, value in self.task.module.state_dict().items()
-        }
-        with replacing(self.path("best.safetensors")) as temporary:
-            save_file(state, temporary)
+    def _evaluate(self, epoch: int) -> dict[str, Any]:
+        self.task.module.eval()
+        with torch.no_grad(), self._autocast():
+            losses = self.task.held_out_losses()
+        mean = sum(losses.values()) / len(losses)
+        self._require_finite(mean, "held-out loss", epoch - 1)
+        return {"held_out": losses, "held_out_mean": mean}
+
+    def _save(self) -> None:
+        self.checkpointer.save(
+            self.state,
+            recipe=self.recipe.to_dict(),
+            inputs=self.setup.inputs,
+            total_steps=self.total_steps,
+        )
 
     def _stop(self, signum: int) -> None:
-        if self.step < self.total_steps:
-            self.save()
-            self.console.print(
-                f"stopped after step {self.step} of {self.total_steps}; everything is saved. "
-                f"Resume with: {self.resume_command}",
-                soft_wrap=True,
-                highlight=False,
-            )
+        if self.state.step < self.total_steps:
+            self._save()
+            self.console.print_stop(self.state.step, self.setup.resume_command)
             raise SystemExit(128 + signum)
 
-    def _print_epoch(self, entry: Mapping[str, Any]) -> None:
-        def losses(values: Mapping[str, float]) -> str:
-            return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-
-        line = f"{self.task.kind} epoch {entry['epoch']}/{self.epochs}  train: "
-        line += losses(entry["train"])
-        if "held_out" in entry:
-            line += f"  held out: {losses(entry['held_out'])}"
-        remaining = self.seconds / self.step * (self.total_steps - self.step)
-        line += f"  {self.seconds:.0f} s, about {remaining:.0f} s left"
-        self.console.print(line, soft_wrap=True, highlight=False)
-
-    def _progress(self) -> Progress:
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}"),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
+    def _summary(self) -> Summary:
+        """Load the best weights, and evaluate them on training images."""
+        best = self.state.best_entry()
+        assert best is not None, "the last epoch is always evaluated"
+        self.checkpointer.load_best(self.state)
+        self.task.module.eval()
+        with torch.no_grad(), self._autocast():
+            train_loss = self.task.train_losses()
+        return Summary(
+            folder=self.setup.folder,
+            steps=self.state.step,
+            epochs=self.epochs,
+            seconds=self.state.seconds,
+            train_loss=train_loss,
+            held_out_loss=best["held_out"],
+            best_epoch=best["epoch"],
         )

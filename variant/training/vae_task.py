@@ -1,7 +1,7 @@
 """Training of the multi-scale VQ-VAE: squared pixel error plus the quantiser's loss.
 
-Ours, and smaller than the original's recipe: no adversary and no perceptual loss. What it does
-have is a remedy for codes that nothing uses: they move onto features of the current batch.
+This recipe is ours and smaller than the original's: it has no discriminator and no perceptual loss,
+so it suits small images. Unused codes are moved onto features of the current batch.
 """
 
 from __future__ import annotations
@@ -20,17 +20,22 @@ from variant.errors import UserError
 from variant.models.vqvae import VQVAE
 from variant.training.random_state import seed_everything
 from variant.training.recipe import Recipe
-from variant.training.run_state import Start
+from variant.training.run_setup import RunSetup
 from variant.training.task import Summary, Task
-from variant.training.trainer import Trainer, choose_device, resume_hint
+from variant.training.trainer import Trainer
 
 STREAM_REVIVE, STREAM_SCALES = 5, 6
-# A code is unused when it gets less than this share of an even use of the codebook.
+# A code is unused if a batch uses it less than this share of the average code.
 UNUSED = 0.03
 
 
 class VAETask(Task):
-    """The VQ-VAE as a training task; steps report "loss", evaluations "reconstruction"."""
+    """The VQ-VAE as a training task.
+
+    The loss of a step is named "loss", that of an evaluation "reconstruction".
+
+    steps: optimiser steps of the complete run.
+    """
 
     kind = "vae"
 
@@ -53,9 +58,10 @@ class VAETask(Task):
         return "loss"
 
     def _num_scales(self, step: int) -> int:
-        """All scales, or in a share of the steps only the first few, uniformly many.
+        """How many scales the step's images are reconstructed from.
 
-        The share falls linearly, to none at the end, when the finest details are learned.
+        All of them, except in a share of the steps that draws their number uniformly. The share
+        falls linearly to 0 at the end of training.
         """
         scales = self.vae.layout.num_scales
         rng = stream(self.recipe.seed, step, STREAM_SCALES)
@@ -65,15 +71,15 @@ class VAETask(Task):
     def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
         data = self.data
         images = (data.held_out(indices) if held_out else data.train(indices, 0))[0].to(self.device)
-        made = self.vae.decode(self.vae.encode(images)).float() * 2 - 1
-        return {"reconstruction": F.mse_loss(made, images).item()}
+        reconstructed = self.vae.decode(self.vae.encode(images)).float() * 2 - 1
+        return {"reconstruction": F.mse_loss(reconstructed, images).item()}
 
     def before_step(self, indices: Indices, epoch: int, step: int) -> None:
         every = self.training.revive_every
         if every and step <= self.last_revival and step % every == 0:
             images = self.data.train(indices, epoch)[0].to(self.device)
             rng = stream(self.recipe.seed, step, STREAM_REVIVE)
-            # At the first step every code is new: all start from features.
+            # The first step moves every code, so that all start as features of images.
             revive_codes(self.vae, images, rng, every_code=step == 0)
 
 
@@ -81,25 +87,35 @@ class VAETask(Task):
 def revive_codes(
     module: VQVAE, images_BIYX: Tensor, rng: np.random.Generator, *, every_code: bool = False
 ) -> int:
-    """Move codes that this batch does not use onto features of the batch; returns how many.
+    """Move codes that this batch does not use onto features of the batch.
 
-    The features are what each scale has left to code, so a moved code is the nearest one to at
-    least one position.
+    The features are the residuals that each scale quantises. A moved code equals one of them, so it
+    is the nearest code of at least one position.
+
+    Args:
+        images_BIYX: in [-1, 1].
+        rng: chooses the features.
+        every_code: move the used codes too.
+    Returns:
+        the number of moved codes.
     """
     quantizer = module.quantize
-    rest = module.features(images_BIYX).float()
-    rows, tokens = [], []
+    residual = module.features(images_BIYX).float()
+    features_of_scales, tokens_of_scales = [], []
     for k in range(quantizer.layout.num_scales):
-        rows.append(quantizer.rows(rest, k))
-        tokens.append(quantizer.nearest(rows[-1]))
-        rest = rest - quantizer.contribution(tokens[-1].view(len(images_BIYX), -1), k)
-    all_rows = torch.cat(rows)
-    vocab = quantizer.config.vocab_size
-    hits = torch.cat(tokens).bincount(minlength=vocab)
-    unused = (hits < UNUSED * len(all_rows) / vocab) | every_code
-    chosen = rng.choice(len(all_rows), int(unused.sum()), replace=len(all_rows) < vocab)
-    quantizer.embedding.weight[unused] = all_rows[torch.from_numpy(chosen).to(all_rows.device)]
-    return len(chosen)
+        features = quantizer.residual_vectors(residual, k)
+        tokens = quantizer.nearest(features)
+        residual = residual - quantizer.contribution(tokens.view(len(images_BIYX), -1), k)
+        features_of_scales.append(features)
+        tokens_of_scales.append(tokens)
+    features = torch.cat(features_of_scales)
+    vocab_size = quantizer.config.vocab_size
+    uses = torch.cat(tokens_of_scales).bincount(minlength=vocab_size)
+    unused = (uses < UNUSED * len(features) / vocab_size) | every_code
+    num_unused = int(unused.sum())
+    chosen = rng.choice(len(features), num_unused, replace=len(features) < vocab_size)
+    quantizer.embedding.weight[unused] = features[torch.from_numpy(chosen).to(features.device)]
+    return num_unused
 
 
 def train_vae(
@@ -116,10 +132,13 @@ def train_vae(
 
     Args:
         resume: continue the run that ``out`` holds.
-        seed: replaces the recipe's.
-        resume_command: what to print when the run is stopped; None derives it from the recipe.
+        seed: replaces the recipe's seed.
+        console: to print to; None is standard output.
+        device: None is the GPU where there is one, else the CPU.
+        resume_command: printed when the run is stopped; None derives it from the recipe.
     Raises:
-        UserError: the recipe trains none; see also :class:`variant.training.run_state.Start` and
+        UserError: the recipe uses a trained VQ-VAE; see also
+            :class:`variant.training.run_setup.RunSetup` and
             :meth:`variant.training.trainer.Trainer.run`.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
     """
@@ -127,14 +146,20 @@ def train_vae(
         recipe = dataclasses.replace(recipe, seed=seed)
     optim = recipe.vae_training.optim
     if recipe.vae_training.weights is not None or optim is None:
-        raise UserError(f"{recipe.name}: trains no VQ-VAE; it uses {recipe.vae_training.weights}")
-    out, device = Path(out), device or choose_device()
-    start = Start(VAETask.kind, recipe, optim, out, device, resume)
-    data = start.data
+        raise UserError(
+            f"{recipe.name}: trains no VQ-VAE; it uses {recipe.vae_training.weights} instead"
+        )
+    setup = RunSetup(
+        VAETask.kind,
+        recipe,
+        optim,
+        out,
+        device=device,
+        resume=resume,
+        resume_command=resume_command,
+    )
     seed_everything(recipe.seed)
-    module = VQVAE(recipe.vae).to(device)
+    module = VQVAE(recipe.vae).to(setup.device)
     epochs = recipe.vae_training.epochs
-    steps = epochs * (data.num_train // optim.batch_size)
-    task = VAETask(module, data, recipe, device, steps)
-    hint = resume_command or resume_hint("variant train-vae", recipe, out)
-    return Trainer(task, recipe, optim, epochs, out, start, hint, console).run()
+    task = VAETask(module, setup.data, recipe, setup.device, epochs * setup.steps_per_epoch)
+    return Trainer(task, setup, epochs, console).run()

@@ -1,9 +1,10 @@
 """Training of the transformer as a depth supernet (VARiant, section 3.3).
 
 Each optimiser step trains one configuration, the full network or one subnet, chosen by
-``variant.schedule``; the loss is the cross-entropy averaged over all tokens of all scales.
+:mod:`variant.training.schedule`; the loss is the cross-entropy averaged over all tokens of all
+scales.
 
-Axes: B images, C copies, N images of the data set, L tokens, V codebook entries.
+Axes: B images of a batch, C copies, N images of the data set, L tokens, V codebook entries.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from variant.models.vqvae import VQVAE
 from variant.training.initial_weights import find_vae, load_vae, read_weights
 from variant.training.random_state import seed_everything
 from variant.training.recipe import Recipe
-from variant.training.run_state import Start
+from variant.training.run_setup import RunSetup
 from variant.training.schedule import choose_depth, subnet_probability
 from variant.training.task import Summary, Task
-from variant.training.trainer import Trainer, choose_device, resume_hint
+from variant.training.trainer import Trainer
 
 FULL = "full"
 
 
 class VARTask(Task):
-    """The transformer as a training task; losses are "full" and one per subnet depth."""
+    """The transformer as a training task; losses are named "full" and by the subnets' depths."""
 
     kind = "var"
 
@@ -62,7 +63,7 @@ class VARTask(Task):
         self._copies_CNL = self._encode_copies()
 
     def depth_of_step(self, step: int) -> int | None:
-        """The configuration of a step: a subnet's depth, or None for the full network."""
+        """The depth of the subnet that a step trains; None is the full network."""
         section = self.recipe.schedule
         probability = subnet_probability(
             step / self.steps_per_epoch,
@@ -116,7 +117,7 @@ class VARTask(Task):
         return losses
 
     def _tokenize(self, images: Tensor) -> Tensor:
-        # In float32 whatever the precision of training: tokens are targets, not activations.
+        # Always in float32: tokens are targets, so the precision of training must not change them.
         with torch.autocast(self.device.type, enabled=False), without_tf32():
             return self.vae.encode(images)
 
@@ -125,7 +126,7 @@ class VARTask(Task):
             return self.vae.teacher_input(tokens_BL)
 
     def _encode_copies(self) -> Tensor | None:
-        """Tokens of each augmented copy of each training image, computed once; on the CPU."""
+        """Tokens of each augmented copy of each training image, int32 on the CPU; None without."""
         section, size = self.recipe.data, self.recipe.eval.batch_size
         if section.copies == 0:
             return None
@@ -140,6 +141,7 @@ class VARTask(Task):
         return torch.stack(copies)
 
     def _copied(self, indices: Indices, epoch: int, copies_CNL: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and labels of some images; every epoch draws one of the copies of each image."""
         rng = stream(self.recipe.seed, epoch, STREAM_COPY)
         copy_N = rng.integers(len(copies_CNL), size=self.data.num_train)
         index = torch.from_numpy(np.asarray(indices))
@@ -150,7 +152,7 @@ class VARTask(Task):
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Full float32 in CUDA's convolutions and matrix products; the CPU has no other."""
+    """Turn TF32 off in CUDA's convolutions and matrix products within the block."""
     backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [backend.allow_tf32 for backend in backends]
     try:
@@ -174,48 +176,53 @@ def train_var(
 ) -> Summary:
     """Train a recipe's depth supernet into ``out``, and write the model folder there at the end.
 
-    ``out`` then holds ``config.json`` and ``model.safetensors`` with the weights of the best
+    ``out`` then holds ``config.json`` and ``model.safetensors`` with the weights of the lowest
     held-out loss (mean over the full network and every subnet depth).
 
     Args:
         resume: continue the run that ``out`` holds.
-        seed: replaces the recipe's.
-        resume_command: what to print when the run is stopped; None derives it from the recipe.
+        seed: replaces the recipe's seed.
+        console: to print to; None is standard output.
+        device: None is the GPU where there is one, else the CPU.
+        resume_command: printed when the run is stopped; None derives it from the recipe.
     Raises:
-        UserError: no VQ-VAE to tokenize with, or one that is half trained or, when resuming,
-            another one; data and model disagree about the classes; see also
-            :class:`variant.training.run_state.Start` and
+        UserError: there is no VQ-VAE to tokenize with, or its training has not finished, or it is
+            not the one that a resumed run started with; data and model have different numbers of
+            classes; see also :class:`variant.training.run_setup.RunSetup` and
             :meth:`variant.training.trainer.Trainer.run`.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
     """
     if seed is not None:
         recipe = dataclasses.replace(recipe, seed=seed)
-    out = Path(out)
-    device = device or choose_device()
-    start = Start(VARTask.kind, recipe, recipe.optim, out, device, resume)
-    data = start.data
-    if data.num_classes != recipe.model.num_classes:
+    setup = RunSetup(
+        VARTask.kind,
+        recipe,
+        recipe.optim,
+        out,
+        device=device,
+        resume=resume,
+        resume_command=resume_command,
+    )
+    num_classes = setup.data.num_classes
+    if num_classes != recipe.model.num_classes:
         raise UserError(
-            f"{recipe.name}: model.num_classes must be {data.num_classes}, as many as the data "
-            f"has; got {recipe.model.num_classes}"
+            f"{recipe.name}: model.num_classes must be {num_classes}, as many as the data has; "
+            f"got {recipe.model.num_classes}"
         )
-    weights = find_vae(recipe.vae_training.weights, out)
-    start.add_input("vae_sha256", file_sha256(weights))
-    vae = load_vae(recipe.vae, weights).to(device).eval()
+    weights = find_vae(recipe.vae_training.weights, setup.folder)
+    setup.record_input("vae_sha256", file_sha256(weights))
+    vae = load_vae(recipe.vae, weights).to(setup.device).eval()
     vae.requires_grad_(False)
     seed_everything(recipe.seed)
     module = VAR(recipe.var_config)
     if recipe.model.weights is not None and not resume:
         state = read_weights(Path(recipe.model.weights), "var_wo_ddp")
         load_state(module, state, recipe.model.weights)
-    module = module.to(device)
-    steps_per_epoch = data.num_train // recipe.optim.batch_size
-    task = VARTask(module, vae, data, recipe, device, steps_per_epoch)
-    epochs = recipe.schedule.phases.total
-    hint = resume_command or resume_hint("variant train", recipe, out)
-    trainer = Trainer(task, recipe, recipe.optim, epochs, out, start, hint, console)
+    module = module.to(setup.device)
+    task = VARTask(module, vae, setup.data, recipe, setup.device, setup.steps_per_epoch)
+    trainer = Trainer(task, setup, recipe.schedule.phases.total, console)
     summary = trainer.run()  # leaves the best weights in the module
-    described = {
+    training = {
         "recipe": recipe.name,
         "seed": recipe.seed,
         "settings": recipe.to_dict(),
@@ -225,5 +232,5 @@ def train_var(
         "train_loss": summary.train_loss,
         "held_out_loss": summary.held_out_loss,
     }
-    save_model(out, module.cpu().eval(), vae.cpu(), {"training": described})
+    save_model(setup.folder, module.cpu().eval(), vae.cpu(), {"training": training})
     return summary

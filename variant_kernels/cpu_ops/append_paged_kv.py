@@ -22,15 +22,15 @@ def launch_append_paged_kv(
 ) -> None:
     """Write the keys and values of token (b, t) into slot slots_BT[b, t]; -1 skips the token.
 
-    A slot is page * page_size + offset, checked by the caller; two tokens with one slot are the
-    caller's mistake. With scales the pages hold e4m3 codes (``kv_quantization.quantize_kv``).
+    A slot is page * page_size + offset, checked by the caller, who must not give two tokens the
+    same slot. With scales the pages hold e4m3 codes (``kv_quantization.quantize_kv``).
 
     Raises:
         TypeError: with scales, the tokens' dtype is neither float32 nor bfloat16.
     """
     slots_BT = slots_BT.contiguous()
     if k_scales_PNH is not None and v_scales_PNH is not None:
-        # Nothing is normalised, and no query is looked at: the fused kernel is this op.
+        # Without scale_mul the fused kernel is this op: it normalises nothing, reads no query.
         KERNELS.qk_norm_append_paged_kv8(
             tuple(k_BTHD.shape),
             k_pages_PNHD.shape[1],

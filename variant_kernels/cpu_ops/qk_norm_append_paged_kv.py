@@ -23,8 +23,8 @@ def launch_qk_norm_append_paged_kv(
 ) -> torch.Tensor:
     """Normalise queries and keys, write keys and values into their slots; -1 skips the token.
 
-    A slot is page * page_size + offset, checked by the caller; two tokens with one slot are the
-    caller's mistake. With scales the pages hold e4m3 codes (``kv_quantization.quantize_kv``).
+    A slot is page * page_size + offset, checked by the caller, who must not give two tokens the
+    same slot. With scales the pages hold e4m3 codes (``kv_quantization.quantize_kv``).
 
     Returns:
         q_BTHD: new and contiguous; without scale_mul_1H11 the view qkv_BT3HD[:, :, 0].
@@ -33,7 +33,7 @@ def launch_qk_norm_append_paged_kv(
     """
     code = dtype_code("qk_norm_append_paged_kv", "qkv_BT3HD", qkv_BT3HD)
     slots_BT = slots_BT.contiguous()
-    # Not unbind: three views cost more than the addresses that are wanted of them.
+    # Addresses by arithmetic: unbind would create three views, which costs more.
     batch, tokens, _, heads, head_dim = qkv_BT3HD.shape
     batch_stride, token_stride, part_stride, head_stride, _ = qkv_BT3HD.stride()
     address, part_bytes = qkv_BT3HD.data_ptr(), part_stride * qkv_BT3HD.element_size()

@@ -23,8 +23,8 @@ def launch_sample_tokens(
     """Guide, filter and draw one token per row; conditional rows come first in logits_2BTV.
 
     The draw is by Philox keyed with (seed, image, position + t), or argmax(p / exponential_RV)
-    where that is given (float32, contiguous, rows in (b, t) order). guidance and seed may be 0-d
-    tensors: an engine that records graphs hands over what a replay reads anew.
+    if that is not None (float32, contiguous, rows in (b, t) order). guidance and seed may be 0-d
+    tensors, which a captured graph reads at each replay.
 
     Returns:
         tokens_BT: int64.

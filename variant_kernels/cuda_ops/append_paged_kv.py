@@ -38,8 +38,8 @@ def launch_append_paged_kv(
 ) -> None:
     """Write the keys and values of token (b, t) into slot slots_BT[b, t]; -1 skips the token.
 
-    A slot is page * page_size + offset. On a GPU nobody has looked at it: one past the last page
-    is skipped as well. Two tokens with one slot are the caller's mistake. With scales the pages
+    A slot is page * page_size + offset. Slots are not checked on a GPU: one past the last page is
+    skipped as well. The caller must not give two tokens the same slot. With scales the pages
     are float8_e4m3fn; the rounded keys and values of a (token, head) and their scales are written.
 
     Raises:
@@ -48,7 +48,7 @@ def launch_append_paged_kv(
     slots_BT = slots_BT.contiguous()
     if k_scales_PNH is not None:
         if k_BTHD.numel() > 0:
-            # The fused kernel without a norm, which looks at no query.
+            # The fused kernel without a norm reads no query.
             launch_rows(
                 op="append_paged_kv",
                 q=(0, 0, 0, 0),

@@ -14,14 +14,14 @@ from variant_kernels.tensors import address_and_strides, empty_as, last_contiguo
 _FORWARD = struct.Struct("@20qfii0q")
 _BACKWARD = struct.Struct("@30qfiiq")
 # kMostScales
-MOST_SCALES = 256
+MAX_SCALES = 256
 
 
 def _lengths(scale_lengths: tuple[int, ...]) -> array[int]:
     """The lengths in host memory, which the launcher reads before it returns."""
-    if len(scale_lengths) > MOST_SCALES:
+    if len(scale_lengths) > MAX_SCALES:
         raise ValueError(
-            f'block_causal_attention: backend "cuda" takes a layout of at most {MOST_SCALES} '
+            f'block_causal_attention: backend "cuda" takes a layout of at most {MAX_SCALES} '
             f"scales; got {len(scale_lengths)}"
         )
     return array("q", scale_lengths)

@@ -18,7 +18,7 @@ from variant_kernels.cuda_ops import library
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Blocks of a grid, and rows where a kernel counts them in 32 bits.
-MOST_ROWS = 2**31 - 512
+MAX_ROWS = 2**31 - 512
 
 
 def device_and_stream(x: torch.Tensor) -> tuple[int, int]:
@@ -48,9 +48,9 @@ def launch(op: str, name: str, layout: struct.Struct, values: tuple[Any, ...], x
 
 def check_rows(op: str, name: str, count: int) -> None:
     """Raises ValueError where a grid could not hold so many rows."""
-    if count > MOST_ROWS:
+    if count > MAX_ROWS:
         raise ValueError(
-            f'{op}: backend "cuda" takes at most {MOST_ROWS} rows of {name}; got {count}'
+            f'{op}: backend "cuda" takes at most {MAX_ROWS} rows of {name}; got {count}'
         )
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 PATH = Path(__file__).resolve().parent.parent / "_cuda.so"
 # Names a library of the same kernels compiled for the CPU (csrc/cuda/EMULATION.md): launchers then
-# take CPU tensors. It proves kernels and launchers where there is no GPU; nothing chooses it.
+# take CPU tensors. It tests kernels and launchers where there is no GPU; "auto" never
+# selects it.
 EMULATION = "VARIANT_CUDA_EMULATION"
 
 
@@ -43,13 +44,13 @@ def load() -> ctypes.CDLL:
             "VARIANT_CUDA=1, which says what is missing"
         )
     try:
-        found = ctypes.CDLL(str(PATH))
+        cuda = ctypes.CDLL(str(PATH))
     except OSError as error:
         raise RuntimeError(f"the CUDA kernels cannot be loaded: {error}") from error
-    found.variant_cuda_architectures.restype = ctypes.c_char_p
-    found.variant_cuda_error_text.restype = ctypes.c_char_p
-    found.variant_cuda_error_text.argtypes = [ctypes.c_int]
-    return found
+    cuda.variant_cuda_architectures.restype = ctypes.c_char_p
+    cuda.variant_cuda_error_text.restype = ctypes.c_char_p
+    cuda.variant_cuda_error_text.argtypes = [ctypes.c_int]
+    return cuda
 
 
 def architectures() -> tuple[str, ...]:
@@ -79,9 +80,9 @@ def describe() -> str:
     if not is_built():
         return "not built (no GPU was visible, nvcc did not work, or VARIANT_CUDA=0)"
     try:
-        found = load()
+        cuda = load()
     except RuntimeError as error:
         return f"built, but {error}"
-    version = found.variant_cuda_runtime_version()
+    version = cuda.variant_cuda_runtime_version()
     archs = ", ".join(f"sm_{arch}" for arch in architectures())
     return f"built for {archs} with CUDA {version // 1000}.{version % 1000 // 10}"

@@ -34,8 +34,8 @@ def launch_paged_attention_forward(
     """softmax(softmax_scale * q k^T) v over the first kv_lens_B[b] tokens of sequence b.
 
     Token s lies at page page_table_BM[b, s // N], slot s % N. A length of 0 gives zeros. Neither
-    page-table entries nor slots past the length are read. On a GPU nobody has looked at the
-    values: lengths are clamped to what the table holds, page indices to the pool. With scales the
+    page-table entries nor slots past the length are read. Values are not checked on a GPU: lengths
+    are clamped to what the table holds, page indices to the pool. With scales the
     pages are float8_e4m3fn, and K and V are page * scale.
 
     Returns:

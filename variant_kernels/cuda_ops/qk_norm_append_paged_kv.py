@@ -86,8 +86,8 @@ def launch_qk_norm_append_paged_kv(
 ) -> torch.Tensor:
     """Normalise queries and keys, write keys and values into their slots; -1 skips the token.
 
-    A slot is page * page_size + offset. On a GPU nobody has looked at it: one past the last page
-    is skipped as well. Two tokens with one slot are the caller's mistake. With scales the pages
+    A slot is page * page_size + offset. Slots are not checked on a GPU: one past the last page is
+    skipped as well. The caller must not give two tokens the same slot. With scales the pages
     are float8_e4m3fn; the rounded keys and values of a (token, head) and their scales are written.
 
     Returns:

@@ -27,8 +27,8 @@ def launch_sample_tokens(
     """Guide, filter and draw one token per row; conditional rows come first in logits_2BTV.
 
     The draw is by Philox keyed with (seed, image, position + t), or argmax(p / exponential_RV)
-    where that is given (float32, contiguous, rows in (b, t) order). guidance and seed may be 0-d
-    tensors (float64, int64): an engine that records graphs hands over what a replay reads anew.
+    if that is not None (float32, contiguous, rows in (b, t) order). guidance and seed may be 0-d
+    tensors (float64, int64), which a captured graph reads at each replay.
     A row that holds NaN or +inf after guidance, or nothing finite, gives token 0.
 
     Returns:

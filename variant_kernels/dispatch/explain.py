@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from variant_kernels.dispatch import select
 from variant_kernels.dispatch.request import Request
-from variant_kernels.dispatch.select import (
-    Backend,
-    choose_name,
-    for_tests,
-    reason_against,
-    requested_name,
-)
 from variant_kernels.dispatch.support import BACKENDS
 
 
@@ -33,17 +27,17 @@ class Choice:
 
 
 def resolve(
-    op: str, backends: Mapping[str, Backend], request: Request, backend: str = "auto"
+    op: str, backends: Mapping[str, select.Backend], request: Request, backend: str = "auto"
 ) -> Choice:
     """The choice that an op with these backends makes.
 
     Raises:
         ValueError: a backend asked for by name is unknown or cannot serve the request.
     """
-    name = choose_name(op, backends, backend, request)
-    named = requested_name(backend) != "auto"
+    name = select.choose_name(op, backends, backend, request)
+    named = select.requested_name(backend) != "auto"
     others = {}
     for other in BACKENDS[: BACKENDS.index(name)]:
-        reason = reason_against(backends, other, request) or "not asked for"
-        others[other] = "interpreted" if for_tests(other) else reason
+        reason = select.reason_against(backends, other, request) or "not asked for"
+        others[other] = "interpreted" if select.for_tests(other) else reason
     return Choice(name, "asked for by name" if named else "preference order", others)

@@ -104,8 +104,7 @@ def choose_name(
     name = requested_name(backend)
     _check_name(op, name)
     if name != "auto":
-        reason = reason_against(backends, name, request)
-        if reason is not None:
+        if reason := reason_against(backends, name, request):
             raise ValueError(
                 f'{op}: backend "{name}" cannot run this call: {reason}. Use backend="auto"'
             )

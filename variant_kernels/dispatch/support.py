@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 
 from variant_kernels.cuda_ops import library as cuda_library
 from variant_kernels.dispatch.request import Request, dtype_name
+from variant_kernels.library_ops.installed import find_flash
 
 # All names, in the order of every op's table: fastest first.
 BACKENDS = ("triton", "cuda", "flash", "flashinfer", "flex", "cpu", "reference")
@@ -95,34 +95,6 @@ def cuda_unsupported(request: Request) -> str | None:
     return _dtype_reason(request, _32_OR_16_BITS)
 
 
-@dataclass(frozen=True)
-class FlashAttention:
-    """An installed flash-attn: its module, and its name for a page table."""
-
-    version: int
-    module: str
-    table_argument: str
-    page_multiple: int
-
-
-# Version 2 reads pages of any multiple of 256 tokens, version 3 (sm_90 only) of any number.
-FLASH_VERSIONS = (
-    FlashAttention(3, "flash_attn_interface", "page_table", 1),
-    FlashAttention(2, "flash_attn", "block_table", 256),
-)
-
-
-@cache
-def find_flash(device: torch.device | str) -> FlashAttention | None:
-    """The newest installed flash-attn that runs on a device, or None."""
-    for flash in FLASH_VERSIONS:
-        if flash.version == 3 and torch.cuda.get_device_capability(device)[0] != 9:
-            continue
-        if importlib.util.find_spec(flash.module) is not None:
-            return flash
-    return None
-
-
 def _nvidia_16_bits_reason(request: Request) -> str | None:
     if request.kv_dtype is not None:
         name = dtype_name(request.kv_dtype)
@@ -134,8 +106,7 @@ def _nvidia_16_bits_reason(request: Request) -> str | None:
 
 def flash_unsupported(request: Request) -> str | None:
     """Why flash-attn cannot serve a request."""
-    reason = _nvidia_16_bits_reason(request)
-    if reason is not None:
+    if reason := _nvidia_16_bits_reason(request):
         return reason
     flash = find_flash(request.device)
     if flash is None:
@@ -150,8 +121,7 @@ def flash_unsupported(request: Request) -> str | None:
 
 def flashinfer_unsupported(request: Request) -> str | None:
     """Why FlashInfer cannot serve a request."""
-    reason = _nvidia_16_bits_reason(request)
-    if reason is not None:
+    if reason := _nvidia_16_bits_reason(request):
         return reason
     if importlib.util.find_spec("flashinfer") is None:
         return "FlashInfer is not installed"

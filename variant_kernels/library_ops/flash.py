@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from variant_kernels.dispatch.support import find_flash
+from variant_kernels.library_ops.installed import find_flash
 
 
 def launch_paged_attention_forward(
@@ -31,10 +31,10 @@ def launch_paged_attention_forward(
     Raises:
         ImportError: flash-attn is not installed.
     """
-    found = find_flash(q_BTHD.device)
-    if found is None:
+    flash = find_flash(q_BTHD.device)
+    if flash is None:
         raise ImportError("paged_attention: flash-attn is not installed")
-    attend: Callable[..., Any] = importlib.import_module(found.module).flash_attn_with_kvcache
+    attend: Callable[..., Any] = importlib.import_module(flash.module).flash_attn_with_kvcache
     out_BTHD = attend(
         q_BTHD,
         k_pages_PNHD,
@@ -42,6 +42,6 @@ def launch_paged_attention_forward(
         cache_seqlens=kv_lens_B,
         softmax_scale=softmax_scale,
         causal=False,
-        **{found.table_argument: page_table_BM},
+        **{flash.table_argument: page_table_BM},
     )
     return out_BTHD[0] if isinstance(out_BTHD, tuple) else out_BTHD

@@ -1,9 +1,9 @@
 """paged_attention by FlashInfer: its page lists are derived from our table once, then kept.
 
 FlashInfer plans a batch on the host, from lengths that it copies there: that waits for the device.
-A table is planned at its first call and found again by its memory and version, so that a step loop
-whose tables stay waits once for each of them; inside a graph capture only a table already planned
-is served. B batch, T queries, H heads, D head width, P pages, N slots of a page, M table entries.
+A table is planned at its first call and identified by its memory and version, so that a step loop
+with constant tables waits once for each of them; inside a graph capture only a planned table is
+served. B batch, T queries, H heads, D head width, P pages, N slots of a page, M table entries.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 WORKSPACE_BYTES = 128 * 2**20
 # Plans hold 8 MiB of device memory each: enough for two schedules of ten scales.
-MOST_PLANS = 24
+MAX_PLANS = 24
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def _planned(
     softmax_scale: float,
 ) -> Any:
     tensors = (page_table_BM, kv_lens_B)
-    # Inference tensors have no version: nobody may write to a table that is in use.
+    # Inference tensors have no version counter: a table in use must not be written to.
     versions = tuple(0 if t.is_inference() else t._version for t in tensors)
     places = tuple((t.data_ptr(), tuple(t.shape), t.stride()) for t in tensors)
     key = (q_BTHD.shape, q_BTHD.dtype, q_BTHD.device, page_size, softmax_scale, places, versions)
@@ -71,7 +71,7 @@ def _planned(
             )
         plan = _Plan(_plan(q_BTHD, page_size, page_table_BM, kv_lens_B, softmax_scale), tensors)
         _plans[key] = plan
-        while len(_plans) > MOST_PLANS:
+        while len(_plans) > MAX_PLANS:
             _plans.popitem(last=False)
     _plans.move_to_end(key)
     return plan.wrapper

@@ -15,7 +15,7 @@ from torch.nn.attention import flex_attention as flex
 
 @cache
 def block_mask(scale_lengths: tuple[int, ...], device: torch.device) -> flex.BlockMask:
-    """A token sees its own scale and those before; made once for a layout and device."""
+    """A token sees its own scale and those before; created once for each layout and device."""
     scale_L = torch.repeat_interleave(
         torch.arange(len(scale_lengths)), torch.tensor(scale_lengths)
     ).to(device)
@@ -30,7 +30,7 @@ def attention() -> Callable[..., Any]:
     """FlexAttention compiled; uncompiled it would hold every score.
 
     ``fullgraph``: beyond torch's limit of shapes for one function (torch._dynamo.config's
-    ``recompile_limit``) it raises, where otherwise it would go on uncompiled without a word.
+    ``recompile_limit``) it raises; without it torch would continue uncompiled, silently.
     """
     return torch.compile(flex.flex_attention, dynamic=False, fullgraph=True)
 
@@ -67,8 +67,8 @@ def launch_block_causal_attention_forward(
     return attend(q_BLHD, k_BLHD, v_BLHD, scale_lengths, softmax_scale)
 
 
-def refuse_backward(**given: Any) -> Any:
-    """A compiled graph took the op and only then met FlexAttention."""
+def refuse_backward(**arguments: Any) -> Any:
+    """Inside a compiled graph the op runs FlexAttention without recording its gradient."""
     raise RuntimeError(
         'block_causal_attention: under torch.compile, "flex" has a gradient only where the call '
         'names it: pass backend="flex"'

@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from variant_kernels.cpu_ops.values import fits_slots
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import Backend
 from variant_kernels.dispatch.support import (
@@ -23,20 +22,8 @@ from variant_kernels.dispatch.support import (
 )
 from variant_kernels.kv_quantization import KV8_DTYPE, quantize_kv
 from variant_kernels.ops import contract
+from variant_kernels.ops.pages import check_distinct, check_slot_values, check_target
 from variant_kernels.ops.registry import Op
-
-
-def check_slots(op: str, slots_BT: Tensor, num_slots: int) -> None:
-    """Slots are -1 or in [0, num_slots); for CPU tensors."""
-    if slots_BT.numel() == 0:
-        return
-    if not fits_slots(slots_BT, num_slots):
-        wrong_BT = (slots_BT < -1) | (slots_BT >= num_slots)
-        row, token = (int(i) for i in wrong_BT.nonzero()[0])
-        raise ValueError(
-            f"{op}: slots_BT[{row}, {token}] must be -1 or in [0, {num_slots}); got "
-            f"{int(slots_BT[row, token])}. A slot is page * page_size + offset; -1 skips the token"
-        )
 
 
 def reference_append_paged_kv(
@@ -65,41 +52,6 @@ def reference_append_paged_kv(
             pages_PNHD.view(torch.uint8)[place] = values_SHD.view(torch.uint8)
 
 
-def check_distinct(
-    op: str,
-    k_pages_PNHD: Tensor,
-    v_pages_PNHD: Tensor,
-    k_scales_PNH: Tensor | None,
-    v_scales_PNH: Tensor | None,
-) -> None:
-    """Keys and values are written to two tensors; at every call: no signature tells it."""
-    if k_pages_PNHD is v_pages_PNHD:
-        raise ValueError(f"{op}: k_pages_PNHD and v_pages_PNHD must be two tensors; got one twice")
-    if k_scales_PNH is not None and k_scales_PNH is v_scales_PNH:
-        raise ValueError(f"{op}: k_scales_PNH and v_scales_PNH must be two tensors; got one twice")
-
-
-def check_target(
-    op: str,
-    k_pages_PNHD: Tensor,
-    v_pages_PNHD: Tensor,
-    slots_BT: Tensor,
-    name: str,
-    like_BTHD: Tensor,
-    k_scales_PNH: Tensor | None,
-    v_scales_PNH: Tensor | None,
-) -> None:
-    """Pages that can be written, a slot for every token of ``name``; values are not checked."""
-    contract.check_pages(
-        op, k_pages_PNHD, v_pages_PNHD, name, like_BTHD, k_scales_PNH, v_scales_PNH
-    )
-    contract.check_tensor(op, "slots_BT", slots_BT)
-    contract.check_shape(op, "slots_BT", slots_BT, tuple(like_BTHD.shape[:2]), f"to match {name}")
-    if slots_BT.dtype != torch.int64:
-        raise TypeError(f"{op}: slots_BT must be int64; got {slots_BT.dtype}")
-    contract.check_device(op, "slots_BT", slots_BT, name, like_BTHD)
-
-
 def _check(
     k_BTHD: Tensor,
     v_BTHD: Tensor,
@@ -122,12 +74,6 @@ def _check(
 def _request(k: Tensor, v: Tensor, k_pages: Tensor, *_: Tensor | None) -> Request:
     kv_dtype = KV8_DTYPE if k_pages.dtype == KV8_DTYPE else None
     return Request(k.device.type, (k.dtype,), k.shape[-1], kv_dtype=kv_dtype)
-
-
-def check_slot_values(op: str, arguments: dict[str, Tensor]) -> None:
-    """:func:`check_slots` of a launcher's arguments."""
-    pool = arguments["k_pages_PNHD"].shape
-    check_slots(op, arguments["slots_BT"], pool[0] * pool[1])
 
 
 append_paged_kv_op = Op(
@@ -176,7 +122,7 @@ def append_paged_kv(
     Raises:
         ValueError: shapes or devices disagree, or (CPU) a slot outside the pool; nothing is
             written then.  TypeError: dtype not listed.
-    Gradient: none; raises RuntimeError where one is wanted.
+    Gradient: none; raises RuntimeError if an argument requires one.
     """
     pool = k_pages_PNHD, v_pages_PNHD
     scales = k_scales_PNH, v_scales_PNH

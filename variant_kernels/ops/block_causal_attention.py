@@ -136,7 +136,7 @@ def _launch(launcher: Launcher, arguments: dict[str, Any]) -> tuple[Tensor, ...]
     return launcher(**arguments)
 
 
-def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=wide)

@@ -25,6 +25,7 @@ from variant_kernels.dispatch.support import (
 )
 from variant_kernels.kv_quantization import KV8_DTYPE, dequantize_kv
 from variant_kernels.ops import contract
+from variant_kernels.ops.pages import check_pages
 from variant_kernels.ops.registry import Op
 
 
@@ -119,9 +120,7 @@ def _check(
     contract.check_float(op, "q_BTHD", q_BTHD)
     contract.check_ndim(op, "q_BTHD", q_BTHD, "(B, T, H, D)")
     contract.check_head_dim(op, "q_BTHD", q_BTHD.shape[-1])
-    contract.check_pages(
-        op, k_pages_PNHD, v_pages_PNHD, "q_BTHD", q_BTHD, k_scales_PNH, v_scales_PNH
-    )
+    check_pages(op, k_pages_PNHD, v_pages_PNHD, "q_BTHD", q_BTHD, k_scales_PNH, v_scales_PNH)
     batch = q_BTHD.shape[0]
     for name, tensor in (("page_table_BM", page_table_BM), ("kv_lens_B", kv_lens_B)):
         contract.check_tensor(op, name, tensor)
@@ -212,7 +211,7 @@ def paged_attention(
     Raises:
         ValueError: shapes or devices disagree, or (CPU) a length or page out of range.
         TypeError: dtype not listed.
-    Gradient: none; raises RuntimeError where one is wanted.
+    Gradient: none; raises RuntimeError if an argument requires one.
     """
     contract.check_softmax_scale("paged_attention", softmax_scale)
     return paged_attention_op(

@@ -21,12 +21,8 @@ from variant_kernels.dispatch.support import (
 )
 from variant_kernels.kv_quantization import KV8_DTYPE
 from variant_kernels.ops import contract
-from variant_kernels.ops.append_paged_kv import (
-    check_distinct,
-    check_slot_values,
-    check_target,
-    reference_append_paged_kv,
-)
+from variant_kernels.ops.append_paged_kv import reference_append_paged_kv
+from variant_kernels.ops.pages import check_distinct, check_slot_values, check_target
 from variant_kernels.ops.qk_norm import check_scale_mul, reference_qk_norm_forward
 from variant_kernels.ops.registry import Op
 
@@ -103,7 +99,7 @@ def _launch(launcher: Launcher, arguments: dict[str, Any]) -> Tensor:
     return q_BTHD
 
 
-def _fake(qkv: Tensor, *_: Any) -> Tensor:
+def _fake(qkv: Tensor, *rest: Any) -> Tensor:
     batch, tokens, _, heads, head_dim = qkv.shape
     return qkv.new_empty((batch, tokens, heads, head_dim))
 
@@ -167,7 +163,7 @@ def qk_norm_append_paged_kv(
     Raises:
         ValueError: shapes or devices disagree, or (CPU) a slot outside the pool; nothing is
             written then.  TypeError: dtype not listed.
-    Gradient: none; raises RuntimeError where one is wanted.
+    Gradient: none; raises RuntimeError if an argument requires one.
     """
     pool = k_pages_PNHD, v_pages_PNHD
     scales = k_scales_PNH, v_scales_PNH

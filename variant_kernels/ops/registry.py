@@ -93,9 +93,9 @@ class Op:
         self._names = tuple(argument.name for argument in arguments)
         self._backend = self._names.index("backend")
         types = {"Tensor": Tensor, "Optional[Tensor]": (Tensor, type(None))}
-        kinds = {i: types.get(str(argument.type)) for i, argument in enumerate(arguments)}
-        self._positions = [i for i, kind in kinds.items() if kind is not None]
-        self._types = [kinds[i] for i in self._positions]
+        kinds = [str(argument.type) for argument in arguments]
+        self._positions = [i for i, kind in enumerate(kinds) if kind in types]
+        self._types = [types[kinds[i]] for i in self._positions]
         # By the number of arguments: the dispatcher drops trailing ones that have their default.
         self._tensors = {
             count: itemgetter(*[i for i in self._positions if i < count])
@@ -132,14 +132,11 @@ class Op:
         self, backend: str, tensors: tuple[Any, ...], exclude: tuple[str, ...] = ()
     ) -> Verdict:
         name = requested_name(backend)
-        signature = (
-            name,
-            exclude,
-            *[
-                (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else type(x)
-                for x in tensors
-            ],
-        )
+        properties = [
+            (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else type(x)
+            for x in tensors
+        ]
+        signature = name, exclude, *properties
         try:
             verdict = self.signatures.get(signature)
         except TypeError:  # sizes that are symbols cannot be hashed
@@ -174,9 +171,8 @@ class Op:
         def run(*args: Any) -> Any:
             arguments = dict(zip(names, args, strict=True))
             launcher = self.backends[arguments.pop("backend")].backward
-            if self._launch is None:
-                return launcher(**arguments)
-            return self._launch(launcher, arguments)
+            launch = self._launch
+            return launcher(**arguments) if launch is None else launch(launcher, arguments)
 
         overload = _define(schema, run, fake, ())
         names = tuple(argument.name for argument in overload._schema.arguments)
@@ -200,13 +196,12 @@ class Op:
             ctx.save_for_backward(*[values[i] for i in saved])
 
         def backward(ctx: Any, *grad_outputs: Any) -> Any:
-            missing = (None,) * (len(self._names) - len(overload._schema.returns))
-            given = [grad_outputs[i] for i in grads]
-            if given[0] is None:
+            used = [grad_outputs[i] for i in grads]
+            if used[0] is None:
                 return (None,) * len(self._names)
             values = (*ctx.saved_tensors, *ctx.constants)
-            gradients = overload(*map(last_contiguous, given), *[values[i] for i in order])
-            return *gradients, *missing
+            gradients = overload(*map(last_contiguous, used), *[values[i] for i in order])
+            return *gradients, *[None] * (len(self._names) - len(gradients))
 
         def refuse(ctx: Any, *grad_outputs: Any) -> Any:
             raise RuntimeError(f"{self.title}: has no second derivative")
@@ -235,7 +230,7 @@ def _differentiate(
 
 
 def refuse_gradient(op: str, *values: Any) -> None:
-    """An inference-only op raises when a gradient is wanted."""
+    """Raise where an argument of an inference-only op requires a gradient."""
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values):
         raise RuntimeError(
             f"{op}: has no gradient, but an argument requires one; call it under "

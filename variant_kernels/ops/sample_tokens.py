@@ -98,7 +98,7 @@ def reference_sample_tokens(
     batch, tokens, entries = kept_BTV.shape
     check_rows("sample_tokens", kept_BTV)
     largest_BT1 = kept_BTV.amax(-1, keepdim=True)
-    # Only on a GPU, where nobody looked, is a row left that nothing can be drawn from.
+    # Rows are not checked on a GPU: one without a finite logit gives token 0.
     good_BT = torch.isfinite(largest_BT1).squeeze(-1)
     if exponential_RV is not None:
         probs_RV = kept_BTV.softmax(-1).view(-1, entries)
@@ -116,7 +116,7 @@ def reference_sample_tokens(
 
 
 def check_rows(op: str, logits_BTV: Tensor) -> None:
-    """Every row has a finite largest logit; checked on the CPU, where looking costs no sync."""
+    """Every row has a finite largest logit; checked on the CPU only: a GPU would synchronise."""
     if logits_BTV.device.type != "cpu":
         return
     # A NaN anywhere makes the maximum NaN.
@@ -225,7 +225,7 @@ def sample_tokens(
 
     Args:
         logits_2BTV: (2B, T, V), conditional rows first; float32, float16 or bfloat16.
-        guidance: t >= 0, the weight at this scale; at 0 unconditional rows are not looked at.
+        guidance: t >= 0, the weight at this scale; at 0 unconditional rows are not read.
         top_k: entries to keep; 0 keeps all.
         top_p: probability mass to keep, in [0, 1]; 0 keeps all.
         seed: 0 <= seed < 2^63; None draws one from torch's default generator.
@@ -237,9 +237,9 @@ def sample_tokens(
         tokens (B, T) int64.
     Raises:
         ValueError: a shape or value out of range; seed and generator together; (CPU) a row
-            without a finite logit or with NaN or +inf: on a GPU, where nothing is looked at, it
+            without a finite logit or with NaN or +inf: on a GPU, where values are not checked, it
             gives token 0.  TypeError: dtype not listed.
-    Gradient: none; raises RuntimeError where one is wanted.
+    Gradient: none; raises RuntimeError if an argument requires one.
     """
     op = "sample_tokens"
     if not 0 <= guidance < float("inf"):

@@ -1,1 +1,1 @@
-"""Recipe files: TOML, one per experiment."""
+"""The packaged recipes: TOML files, one per experiment."""

@@ -1,0 +1,92 @@
+"""The checkpointer: what it saves it restores, and what does not fit is refused."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from variant.errors import UserError
+from variant.training.checkpointer import Checkpointer
+from variant.training.run_state import RunState
+
+
+def new_state(seed):
+    torch.manual_seed(seed)
+    module = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    return RunState(module, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+
+
+def train_step(state):
+    state.optimizer.zero_grad()
+    state.module(torch.rand(4, 3)).square().sum().backward()
+    state.optimizer.step()
+    state.step += 1
+
+
+@pytest.fixture
+def checkpointer(tmp_path):
+    return Checkpointer(tmp_path, "vae")
+
+
+@pytest.fixture
+def state(checkpointer):
+    """A state of three steps, with its checkpoint and best weights in files."""
+    state = new_state(seed=1)
+    for _ in range(3):
+        train_step(state)
+    state.add_loss("full", 2.0)
+    state.history = [{"epoch": 1, "held_out": {"full": 3.0}, "held_out_mean": 3.0}]
+    checkpointer.save_best(state)
+    checkpointer.save(state, recipe={"seed": 0}, inputs={"num_train": 4}, total_steps=9)
+    return state
+
+
+def test_a_restored_state_continues_as_the_saved_one(checkpointer, state):
+    train_step(state)
+    restored = new_state(seed=2)
+    checkpointer.restore(restored, checkpointer.read())
+    assert (restored.step, restored.loss_sums) == (3, {"full": (2.0, 1)})
+    assert restored.history == state.history
+    train_step(restored)  # with the same random batch
+    for left, right in zip(state.module.parameters(), restored.module.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_the_checkpoint_holds_what_identifies_the_run(checkpointer, state):
+    saved = checkpointer.read()
+    assert (saved["recipe"], saved["inputs"]) == ({"seed": 0}, {"num_train": 4})
+    assert (saved["step"], saved["total_steps"]) == (3, 9)
+
+
+def test_the_best_weights_outlast_further_steps(checkpointer, state):
+    best = {key: value.clone() for key, value in state.module.state_dict().items()}
+    train_step(state)
+    assert not torch.equal(state.module.weight, best["weight"])
+    checkpointer.load_best(state)
+    assert torch.equal(state.module.weight, best["weight"])
+
+
+def test_moments_of_another_shape_are_refused(checkpointer, state):
+    saved = checkpointer.read()
+    saved["optimizer"]["state"][0]["exp_avg_sq"] = torch.zeros(2, 2)
+    with pytest.raises(UserError, match=r"is damaged: optimizer: exp_avg_sq is \(2, 2\)"):
+        checkpointer.restore(new_state(seed=2), saved)
+
+
+def test_a_history_that_json_cannot_hold_is_refused(checkpointer, state):
+    saved = checkpointer.read()
+    saved["history"] = [{"held_out_mean": torch.zeros(1)}]
+    with pytest.raises(UserError, match=r"is damaged: .*not JSON serializable"):
+        checkpointer.restore(new_state(seed=2), saved)
+
+
+def test_best_weights_of_another_model_are_refused(checkpointer, state):
+    save_file({"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}, checkpointer.best)
+    with pytest.raises(UserError, match="does not hold the weights of this run's model"):
+        checkpointer.restore(new_state(seed=2), checkpointer.read())
+
+
+def test_a_checkpoint_of_another_kind_is_refused(checkpointer, state):
+    checkpointer.last.rename(checkpointer.last.with_name("var-last.pt"))
+    with pytest.raises(UserError, match=r'must be "variant-train-2" and "var"; got .* and \'vae\''):
+        Checkpointer(checkpointer.last.parent, "var").read()

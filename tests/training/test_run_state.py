@@ -1,0 +1,44 @@
+"""The state of a run, and the metrics file that lists its epochs."""
+
+import json
+
+import torch
+
+from variant.training.metrics import MetricsFile
+from variant.training.run_state import RunState
+
+
+def state_with(history=()):
+    module = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(module.parameters())
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return RunState(module, optimizer, scaler, history=list(history))
+
+
+def test_losses_are_averaged_by_name():
+    state = state_with()
+    for name, loss in (("full", 1.0), ("2", 5.0), ("full", 2.0)):
+        state.add_loss(name, loss)
+    assert state.mean_losses() == {"2": 5.0, "full": 1.5}
+
+
+def test_the_best_epoch_is_the_first_of_the_lowest_held_out_loss():
+    losses = (3.0, None, 2.0, 2.0)
+    history = [
+        {"epoch": epoch} if loss is None else {"epoch": epoch, "held_out_mean": loss}
+        for epoch, loss in enumerate(losses, 1)
+    ]
+    assert state_with(history).best_entry() == {"epoch": 3, "held_out_mean": 2.0}
+    assert state_with([{"epoch": 1}]).best_entry() is None
+
+
+def test_the_metrics_file_holds_the_history_and_the_epochs_after_it(tmp_path):
+    metrics = MetricsFile(tmp_path, "var")
+    metrics.path.write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
+    metrics.rewrite([{"epoch": 1}])
+    metrics.append({"epoch": 2, "train": {"full": 0.5}})
+    lines = (tmp_path / "var-metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"epoch": 1},
+        {"epoch": 2, "train": {"full": 0.5}},
+    ]

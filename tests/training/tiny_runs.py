@@ -1,0 +1,95 @@
+"""Helpers of the training tests: start, stop and resume small runs."""
+
+import dataclasses
+import io
+import json
+import os
+import signal
+
+import pytest
+import torch
+from rich.console import Console
+
+from variant.training.optim import OptimSection
+from variant.training.vae_task import VAETask, train_vae
+from variant.training.var_task import train_var
+
+OPTIM = OptimSection(batch_size=12, learning_rate=1e-3)
+CPU = torch.device("cpu")
+
+
+def quiet():
+    """A console whose output is kept in ``console.file``."""
+    return Console(file=io.StringIO(), width=200)
+
+
+def with_precision(recipe, precision):
+    return dataclasses.replace(recipe, optim=dataclasses.replace(OPTIM, precision=precision))
+
+
+def metrics(folder, kind="var"):
+    """The entries of a metrics file, without the seconds."""
+    lines = (folder / f"{kind}-metrics.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    for entry in entries:
+        entry.pop("seconds")
+    return entries
+
+
+def train_both(recipe, out):
+    """Train the VQ-VAE, then the transformer; returns the summary of the latter."""
+    train_vae(recipe, out, console=quiet(), device=CPU)
+    return train_var(recipe, out, console=quiet(), device=CPU)
+
+
+def interrupt_after(monkeypatch, task, step, signum=signal.SIGINT):
+    """Send a signal to this process, once, while that step runs."""
+    original, sent = task.loss, []
+
+    def loss(self, indices, epoch, current):
+        if current == step and not sent:
+            sent.append(current)
+            os.kill(os.getpid(), signum)
+        return original(self, indices, epoch, current)
+
+    monkeypatch.setattr(task, "loss", loss)
+
+
+def run_until(recipe, out, patch, train=train_vae, task=VAETask, step=2, **rest):
+    """Start a run, stop it after that step (of its second epoch), return its output."""
+    console = quiet()
+    with patch.context() as inner:
+        interrupt_after(inner, task, step)
+        with pytest.raises(SystemExit):
+            train(recipe, out, console=console, device=CPU, **rest)
+    return console.file.getvalue()
+
+
+def resume(recipe, out, train=train_vae):
+    return train(recipe, out, resume=True, console=quiet(), device=CPU)
+
+
+def rewrite(path, **changes):
+    """Change or remove (None) entries of a checkpoint."""
+    state = torch.load(path, weights_only=True)
+    for name, value in changes.items():
+        if value is None:
+            del state[name]
+        else:
+            state[name] = value
+    torch.save(state, path)
+
+
+def assert_same(left, right):
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right)
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_same(left[key], right[key])
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right)
+        for pair in zip(left, right, strict=True):
+            assert_same(*pair)
+    else:
+        assert left == right

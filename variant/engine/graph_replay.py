@@ -1,0 +1,77 @@
+"""Generation and decoding of whole batches by CUDA graphs.
+
+Axes: B images, L tokens of all scales, E codebook vector width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+from variant.engine.cuda_graphs import GraphCache, Recorder, Tensors
+from variant.engine.generation import Sampling
+from variant.engine.step_loop import BatchState, TokenBatch, generate_tokens
+from variant_kernels import DepthSchedule
+
+
+class GraphReplay:
+    """One graph per schedule, batch size and filters; recorded at the first use, then replayed.
+
+    Graphs read the weights that they were recorded with: other weights need another object.
+
+    Args:
+        recorder: records the graphs; a :class:`variant.engine.cuda_graphs.GraphRecorder` on a GPU.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.graphs = GraphCache(recorder)
+        # Bytes of the K/V cache of each recorded generation: allocated, and in use at most.
+        self._kv_bytes: dict[Hashable, tuple[int, int]] = {}
+
+    def generate_tokens(
+        self,
+        start: Callable[[Tensor], BatchState],
+        labels_B: Tensor,
+        image_ids_B: Tensor,
+        sampling: Sampling,
+        schedule: DepthSchedule,
+        configuration: Hashable,
+    ) -> TokenBatch:
+        """:func:`variant.engine.step_loop.generate_tokens` by a graph.
+
+        Args:
+            start: allocates the batch of given labels; ``configuration`` must tell apart whatever
+                its work depends on beside the labels, ``sampling`` and ``schedule``.
+            labels_B: (B,) int64.  image_ids_B: (B,) int64 on the device.
+            sampling: without a generator.
+        """
+        key = (schedule.layers, configuration, len(labels_B))
+        key = (*key, sampling.guided, sampling.top_k, sampling.top_p)
+        # The graph keeps its body. A reference from there to self would be a cycle, and the graphs
+        # of old weights would stay in memory until the garbage collector runs.
+        kv_bytes = self._kv_bytes
+
+        def body(labels_B: Tensor, image_ids_B: Tensor, cfg: Tensor, seed: Tensor) -> Tensors:
+            batch = generate_tokens(start(labels_B), sampling.with_tensors(cfg, seed), image_ids_B)
+            kv_bytes[key] = batch.allocated_bytes, batch.peak_bytes
+            return batch.tokens_BL, batch.f_hat_BEHW
+
+        # full() launches a kernel. A tensor made from a number would be copied to the device, and
+        # the host would wait for the copy.
+        device = image_ids_B.device
+        tokens_BL, f_hat_BEHW = self.graphs.run(
+            ("generate_tokens", key),
+            body,
+            labels_B.to(device, non_blocking=True),
+            image_ids_B,
+            torch.full((), float(sampling.cfg), dtype=torch.float64, device=device),
+            torch.full((), int(sampling.seed or 0), dtype=torch.int64, device=device),
+        )
+        return TokenBatch(tokens_BL, f_hat_BEHW, schedule, *kv_bytes[key])
+
+    def decode(self, decode: Callable[[Tensor], Tensor], f_hat_BEHW: Tensor) -> Tensor:
+        """``decode(f_hat_BEHW)`` by a graph, a new tensor."""
+        key = ("decode", tuple(f_hat_BEHW.shape))
+        return self.graphs.run(key, lambda f_hat_BEHW: (decode(f_hat_BEHW),), f_hat_BEHW)[0]

@@ -1,0 +1,81 @@
+"""The output of a training run: a progress bar, a line per epoch, how to resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+
+class RunConsole:
+    """Prints one run's progress, with a bar on terminals.
+
+    Args:
+        kind: of the task, the first word of each line.
+        epochs, total_steps: of the complete run.
+        console: None prints to standard output.
+    """
+
+    def __init__(
+        self, kind: str, epochs: int, total_steps: int, console: Console | None = None
+    ) -> None:
+        self.kind, self.epochs, self.total_steps = kind, epochs, total_steps
+        self.console = console or Console()
+
+    @contextmanager
+    def progress_bar(self) -> Iterator[Callable[[int, float], None]]:
+        """Show the bar within the block; yields a function that moves it.
+
+        That function takes the number of completed steps and the loss of the last one.
+        """
+        progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        with progress:
+            bar = progress.add_task(self.kind, total=self.total_steps, loss="")
+            yield lambda step, loss: progress.update(bar, completed=step, loss=f"loss {loss:.4f}")
+
+    def print_epoch(self, entry: Mapping[str, Any]) -> None:
+        """Print the losses of a finished epoch, an entry of the run's history."""
+        line = f"{self.kind} epoch {entry['epoch']}/{self.epochs}  train: "
+        line += _losses(entry["train"])
+        if "held_out" in entry:
+            line += f"  held out: {_losses(entry['held_out'])}"
+        seconds, step = entry["seconds"], entry["step"]
+        remaining = seconds / step * (self.total_steps - step)
+        line += f"  {seconds:.0f} s, about {remaining:.0f} s left"
+        self._print(line)
+
+    def print_stop(self, step: int, resume_command: str) -> None:
+        """Print that the run stopped after ``step`` steps, and the command that resumes it."""
+        self._print(
+            f"stopped after step {step} of {self.total_steps}; everything is saved. "
+            f"Resume with: {resume_command}"
+        )
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, highlight=False)
+
+
+def _losses(losses: Mapping[str, float]) -> str:
+    """``full 3.8842 | depth 4 3.8850 | depth 2 3.8861``; a name of digits is a subnet's depth."""
+    depths = sorted((name for name in losses if name.isdigit()), key=int, reverse=True)
+    labels = {name: name for name in losses if not name.isdigit()}
+    labels |= {depth: f"depth {depth}" for depth in depths}
+    return " | ".join(f"{label} {losses[name]:.4f}" for name, label in labels.items())

@@ -1,0 +1,34 @@
+"""The metrics file of a training run: JSON, one line per epoch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from variant.files import atomic_write
+
+
+class MetricsFile:
+    """``KIND-metrics.jsonl``: the history of a run, one epoch a line."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.path = folder / f"{kind}-metrics.jsonl"
+
+    def rewrite(self, history: Iterable[Mapping[str, Any]]) -> None:
+        """Make the file hold these epochs and no others.
+
+        A resumed run repeats the epochs after its checkpoint, which the file may hold already.
+        """
+        with atomic_write(self.path) as temporary:
+            temporary.write_text("".join(_line(entry) for entry in history))
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Add a finished epoch."""
+        with self.path.open("a") as file:
+            file.write(_line(entry))
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry) + "\n"

@@ -1,0 +1,145 @@
+"""The set-up of a training run: its data, folder and checkpoint, checked before any work starts."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from variant.checkpoints.model_folder import CONFIG_NAME
+from variant.data.sources import data_inputs, open_data
+from variant.errors import UserError
+from variant.training.checkpointer import Checkpointer
+from variant.training.optim import OptimSection
+from variant.training.recipe import Recipe, load_recipe, recipe_names
+
+# The command that trains each kind of task.
+COMMANDS = {"var": "variant train", "vae": "variant train-vae"}
+# Values that identify the training data besides the recipe; a resumed run must have the same ones.
+INPUTS = {
+    "num_train": "number of training images",
+    "num_held_out": "number of held-out images",
+    "data_sha256": "image files or labels",
+    "vae_sha256": "VQ-VAE weights",
+}
+
+
+def choose_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resume_hint(command: str, recipe: Recipe, folder: Path) -> str:
+    """The command that resumes a run of a packaged recipe; for others, the option to add."""
+    packaged = load_recipe(recipe.name) if recipe.name in recipe_names() else None
+    if packaged is None or load_recipe(recipe.name, seed=recipe.seed) != recipe:
+        return "the same command and --resume"
+    seed = "" if packaged.seed == recipe.seed else f" --seed {recipe.seed}"
+    out = shlex.quote(str(folder))
+    return f"{command} --recipe {recipe.name} --out {out}{seed} --resume"
+
+
+class RunSetup:
+    """A run's recipe, folder, data and, when it is resumed, its checkpoint.
+
+    The constructor checks everything that can be checked before weights are read and images are
+    encoded.
+
+    Args:
+        kind: of the task, "var" or "vae".
+        optim: the optimiser section of that task.
+        folder: for the run's files; created where it is missing.
+        device: None is the GPU where there is one, else the CPU.
+        resume: continue the run that the folder holds.
+        resume_command: printed when the run is stopped; None derives it from the recipe.
+    Attributes:
+        data: the opened data set.  inputs: values that identify the training data.
+        checkpointer: of this run.  saved: the checkpoint's contents, None for a new run.
+    Raises:
+        UserError: the folder holds a run or another model although resume is False, or no run
+            although it is True; the checkpoint is damaged, or of another recipe or other data; the
+            folder cannot be written; data, precision and batch size do not fit together.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        recipe: Recipe,
+        optim: OptimSection,
+        folder: Path,
+        *,
+        device: torch.device | None = None,
+        resume: bool = False,
+        resume_command: str | None = None,
+    ) -> None:
+        self.recipe, self.optim, self.folder = recipe, optim, Path(folder)
+        self.device = device or choose_device()
+        self.checkpointer = Checkpointer(self.folder, kind)
+        self.resume_command = resume_command or resume_hint(COMMANDS[kind], recipe, self.folder)
+        self._check_folder(resume)
+        if optim.precision == "fp16" and self.device.type == "cpu":
+            raise UserError(
+                f'{recipe.name}: precision "fp16" needs a GPU, because its loss scaling does; '
+                'use "bf16" or "fp32" on a CPU'
+            )
+        self.saved = self.checkpointer.read() if resume else None
+        if self.saved is not None and self.saved["recipe"] != recipe.to_dict():
+            raise UserError(
+                f"{self.checkpointer.last}: was written by another recipe or seed; resume with the "
+                "same ones"
+            )
+        vae = recipe.vae
+        self.data = open_data(recipe.data, vae.image_size, vae.in_channels, recipe.seed)
+        if self.data.num_train < optim.batch_size:
+            raise UserError(
+                f"{recipe.name}: batch_size must be at most the number of training images "
+                f"({self.data.num_train}); got {optim.batch_size}"
+            )
+        self.inputs: dict[str, Any] = {}
+        for name, value in data_inputs(self.data).items():
+            self.record_input(name, value)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: cannot be written: {error.strerror or error}"
+            ) from None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of one epoch; the images of an incomplete last batch are left out."""
+        return self.data.num_train // self.optim.batch_size
+
+    def record_input(self, name: str, value: Any) -> None:
+        """Record one of :data:`INPUTS`.
+
+        Raises:
+            UserError: the checkpoint of a resumed run records another value.
+        """
+        self.inputs[name] = value
+        if self.saved is not None and self.saved["inputs"].get(name) != value:
+            raise UserError(
+                f"{self.checkpointer.last}: was trained with another {INPUTS[name]}; resume with "
+                f"the same (it was {self.saved['inputs'].get(name)}, now it is {value})"
+            )
+
+    def _check_folder(self, resume: bool) -> None:
+        folder, last = self.folder, self.checkpointer.last
+        if not resume and last.exists():
+            raise UserError(
+                f"{folder}: already holds a run; continue it with --resume, or choose another "
+                "folder"
+            )
+        trained_here = Checkpointer(folder, "var").last.exists()
+        if not resume and (folder / CONFIG_NAME).exists() and not trained_here:
+            raise UserError(
+                f"{folder}: holds a model ({CONFIG_NAME}) but no training run; choose another "
+                "folder"
+            )
+        if resume and not last.exists():
+            raise UserError(f"{folder}: holds no run to resume ({last.name} is not there)")

@@ -1,0 +1,130 @@
+"""Checks of pages and slots, for the three ops that write or read them.
+
+Axes: B batch, T tokens of this call, H heads, D width of one head, P pages, N tokens in a page.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from variant_kernels.cpu_ops.values import fits_slots
+from variant_kernels.dispatch.request import dtype_name
+from variant_kernels.kv_quantization import KV8_DTYPE
+from variant_kernels.ops import contract
+
+
+def check_pages(
+    op: str,
+    k_pages_PNHD: Tensor,
+    v_pages_PNHD: Tensor,
+    name: str,
+    like_BTHD: Tensor,
+    k_scales_PNH: Tensor | None,
+    v_scales_PNH: Tensor | None,
+) -> None:
+    """Pages are two tensors (P, page_size, H, D) of the heads, dtype and device of ``name``.
+
+    With scales, (P, page_size, H) uint8, they are float8_e4m3fn.
+    """
+    if (k_scales_PNH is None) != (v_scales_PNH is None):
+        missing = "k_scales_PNH" if k_scales_PNH is None else "v_scales_PNH"
+        raise ValueError(f"{op}: {missing} must be given where the other scales are; got None")
+    eight_bits = k_scales_PNH is not None
+    for pages_name, pages in (("k_pages_PNHD", k_pages_PNHD), ("v_pages_PNHD", v_pages_PNHD)):
+        contract.check_float(op, pages_name, pages, (*contract.FLOAT_DTYPES, KV8_DTYPE))
+        contract.check_ndim(op, pages_name, pages, "(P, page_size, H, D)")
+        if eight_bits != (pages.dtype == KV8_DTYPE):
+            raise TypeError(
+                f"{op}: {pages_name} must be float8_e4m3fn where k_scales_PNH and v_scales_PNH "
+                f"are given, and only there; got {dtype_name(pages.dtype)} "
+                f"{'with' if eight_bits else 'without'} scales"
+            )
+        if eight_bits:
+            contract.check_device(op, pages_name, pages, name, like_BTHD)
+        else:
+            contract.check_same(op, pages_name, pages, name, like_BTHD)
+        if pages.shape[2:] != like_BTHD.shape[2:]:
+            raise ValueError(
+                f"{op}: {pages_name} must end in (H, D) = {tuple(like_BTHD.shape[2:])} to match "
+                f"{name}; got {tuple(pages.shape)}"
+            )
+        if pages.shape[1] < 1:
+            raise ValueError(
+                f"{op}: {pages_name} must have page_size >= 1; got {tuple(pages.shape)}"
+            )
+        _check_not_expanded(op, pages_name, pages)
+    contract.check_shape(
+        op, "v_pages_PNHD", v_pages_PNHD, tuple(k_pages_PNHD.shape), "to match k_pages_PNHD"
+    )
+    for scales_name, scales in (("k_scales_PNH", k_scales_PNH), ("v_scales_PNH", v_scales_PNH)):
+        if scales is None:
+            continue
+        contract.check_tensor(op, scales_name, scales)
+        shape = tuple(k_pages_PNHD.shape[:3])
+        contract.check_shape(op, scales_name, scales, shape, "to match k_pages_PNHD")
+        if scales.dtype != torch.uint8:
+            raise TypeError(f"{op}: {scales_name} must be uint8; got {dtype_name(scales.dtype)}")
+        contract.check_device(op, scales_name, scales, name, like_BTHD)
+        contract.check_last_contiguous(op, scales_name, scales)
+        _check_not_expanded(op, scales_name, scales)
+
+
+def _check_not_expanded(op: str, name: str, pool: Tensor) -> None:
+    if any(n > 1 and step == 0 for n, step in zip(pool.shape, pool.stride(), strict=True)):
+        raise ValueError(
+            f"{op}: {name} must not be expanded: several slots would share one address; "
+            f"got strides {pool.stride()}"
+        )
+
+
+def check_target(
+    op: str,
+    k_pages_PNHD: Tensor,
+    v_pages_PNHD: Tensor,
+    slots_BT: Tensor,
+    name: str,
+    like_BTHD: Tensor,
+    k_scales_PNH: Tensor | None,
+    v_scales_PNH: Tensor | None,
+) -> None:
+    """Pages that can be written, a slot for every token of ``name``; values are not checked."""
+    check_pages(op, k_pages_PNHD, v_pages_PNHD, name, like_BTHD, k_scales_PNH, v_scales_PNH)
+    contract.check_tensor(op, "slots_BT", slots_BT)
+    contract.check_shape(op, "slots_BT", slots_BT, tuple(like_BTHD.shape[:2]), f"to match {name}")
+    if slots_BT.dtype != torch.int64:
+        raise TypeError(f"{op}: slots_BT must be int64; got {slots_BT.dtype}")
+    contract.check_device(op, "slots_BT", slots_BT, name, like_BTHD)
+
+
+def check_distinct(
+    op: str,
+    k_pages_PNHD: Tensor,
+    v_pages_PNHD: Tensor,
+    k_scales_PNH: Tensor | None,
+    v_scales_PNH: Tensor | None,
+) -> None:
+    """Keys and values are written to two tensors; at every call: no signature tells it."""
+    if k_pages_PNHD is v_pages_PNHD:
+        raise ValueError(f"{op}: k_pages_PNHD and v_pages_PNHD must be two tensors; got one twice")
+    if k_scales_PNH is not None and k_scales_PNH is v_scales_PNH:
+        raise ValueError(f"{op}: k_scales_PNH and v_scales_PNH must be two tensors; got one twice")
+
+
+def check_slots(op: str, slots_BT: Tensor, num_slots: int) -> None:
+    """Slots are -1 or in [0, num_slots); for CPU tensors."""
+    if slots_BT.numel() == 0:
+        return
+    if not fits_slots(slots_BT, num_slots):
+        wrong_BT = (slots_BT < -1) | (slots_BT >= num_slots)
+        row, token = (int(i) for i in wrong_BT.nonzero()[0])
+        raise ValueError(
+            f"{op}: slots_BT[{row}, {token}] must be -1 or in [0, {num_slots}); got "
+            f"{int(slots_BT[row, token])}. A slot is page * page_size + offset; -1 skips the token"
+        )
+
+
+def check_slot_values(op: str, arguments: dict[str, Tensor]) -> None:
+    """:func:`check_slots` of a launcher's arguments."""
+    pool = arguments["k_pages_PNHD"].shape
+    check_slots(op, arguments["slots_BT"], pool[0] * pool[1])
