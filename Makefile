@@ -21,7 +21,7 @@ SANITIZED = -DCMAKE_BUILD_TYPE=RelWithDebInfo -DVARIANT_CPU_ISAS=$(SANITIZED_ISA
 CTEST := $(BIN)/ctest --output-on-failure
 PYTEST := $(BIN)/python -m pytest -n $(TEST_JOBS)
 
-.PHONY: help setup dev generate check test test-python test-triton test-cpp test-cuda test-cuda-python nightly cuda gpu bench bench-report lint clean
+.PHONY: help setup dev generate check test test-python test-triton test-cpp test-cuda test-cuda-python nightly cuda gpu bench bench-report docs-results lint clean
 
 help:
 	@echo "make generate  paint digits at every depth into out/digits.png"
@@ -34,6 +34,7 @@ help:
 	@echo "make cuda      compile the CUDA kernels with nvcc for the usual GPUs; registers and spills of each"
 	@echo "make gpu       on a machine with a GPU: build, tests, benchmarks; results under out/gpu"
 	@echo "make bench     every kernel beside its peers, then the engine; results under $(RESULTS)"
+	@echo "make docs-results  docs/results.md and the README's table, from $(RESULTS)"
 	@echo "make lint      ruff, clang-format and the type checker"
 	@echo "make clean     remove what the above made (not $(VENV))"
 
@@ -139,6 +140,10 @@ bench: dev
 
 bench-report: dev
 	$(BIN)/python -m benchmarks.report $(RESULTS)/*-$$($(BIN)/python -m variant.bench.environment).json --out out/report
+
+# docs/results.md and the README's table of gains; a test compares both with the result files.
+docs-results: dev
+	$(BIN)/python -m benchmarks.docs_results
 
 lint: dev
 	@echo "== ruff"

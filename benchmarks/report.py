@@ -50,7 +50,7 @@ def page(results: list[Result], folder: Path) -> str:
     """Draw the pictures into ``folder`` and return the page that shows them."""
     lines = ["# Benchmarks", ""]
     for result in results:
-        lines += [f"## {result.name}", "", *_environment(result), ""]
+        lines += [f"## {result.name}", "", *environment_lines(result), ""]
         lines += PARTS[result.kind](result.data)
         if result.kind in PICTURES:
             for caption, file in draw(result.data, PICTURES[result.kind], folder, result.name):
@@ -76,7 +76,8 @@ def duration(seconds: float) -> str:
 # --- parts of the page --------------------------------------------------------------------------
 
 
-def _environment(result: Result) -> list[str]:
+def environment_lines(result: Result) -> list[str]:
+    """The machine, the command and the measured limits of a result."""
     machine = result.environment
     caches = ", ".join(f"{name} {size}" for name, size in machine["caches"].items())
     commit = (machine["commit"] or "unknown")[:12] + (" with changes" if machine["dirty"] else "")

@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from variant.models.config import VQVAEConfig
+from variant.models.vqvae import VQVAE
+
 
 class SelfAttention(nn.Module):
     def __init__(self, block_idx, embed_dim, num_heads, attn_drop=0.0, attn_l2_norm=True):
@@ -114,11 +117,19 @@ class LookalikeVAR(nn.Module):
     """``autoregressive_infer_cfg`` returns tokens and the logits of every scale."""
 
     def __init__(
-        self, sides=(1, 2, 3, 4), depth=4, width=64, heads=2, shared_aln=False, vocab=32, **options
+        self,
+        sides=(1, 2, 3, 4),
+        depth=4,
+        width=64,
+        heads=2,
+        shared_aln=False,
+        vocab=32,
+        num_classes=5,
+        **options,
     ):
         super().__init__()
         self.patch_nums, self.C, self.D, self.V, self.Cvae = sides, width, width, vocab, 8
-        self.num_classes, self.cond_drop_rate, self.drop_path_rate = 5, 0.1, 0.0
+        self.num_classes, self.cond_drop_rate, self.drop_path_rate = num_classes, 0.1, 0.0
         self.L, self.first_l = sum(n * n for n in sides), sides[0] ** 2
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.word_embed = nn.Linear(self.Cvae, width)
@@ -163,7 +174,7 @@ class LookalikeVAR(nn.Module):
             t = cfg * scale / (len(self.patch_nums) - 1)
             guided = (1 + t) * both[:B] - t * both[B:]
             if top_k:
-                least = guided.topk(top_k)[0][..., -1:]
+                least = guided.topk(min(top_k, self.V))[0][..., -1:]
                 guided = guided.masked_fill(guided < least, -torch.inf)
             drawn = torch.multinomial(guided.softmax(-1).flatten(0, 1), 1, generator=generator)
             tokens.append(drawn.view(B, -1))
@@ -227,3 +238,41 @@ def lookalike(kind=LookalikeVAR, seed=0, **options):
     with torch.no_grad():
         model.head.weight.mul_(4)
     return model.eval()
+
+
+class PictureVAR(LookalikeVAR):
+    """``autoregressive_infer_cfg`` returns pictures, as the original's does."""
+
+    def __init__(self, vae, **options):
+        super().__init__(**options)
+        object.__setattr__(self, "vae", vae)  # no part of the state dict
+
+    def autoregressive_infer_cfg(self, B, label_B, **options):
+        options.pop("top_p", None)
+        tokens, _ = super().autoregressive_infer_cfg(B, label_B, **options)
+        return self.vae.decode(tokens)
+
+
+def build_vae_var(device, depth, sides=(1, 2, 3), num_classes=5):
+    """(VQ-VAE, VAR), as the original's builder returns them.
+
+    The original disables ``reset_parameters`` of convolutions, so that theirs are uninitialised
+    memory until a checkpoint is loaded; here they are NaN.
+    """
+    torch.manual_seed(0)
+    config = VQVAEConfig(
+        vocab_size=24,
+        z_channels=8,
+        ch=32,
+        ch_mult=(1, 1),
+        num_res_blocks=1,
+        patch_nums=sides,
+    )
+    vae = VQVAE(config)
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d):
+            for parameter in module.parameters():
+                nn.init.constant_(parameter, math.nan)
+    kind = partial(PictureVAR, vae)
+    var = lookalike(kind, sides=sides, vocab=24, depth=depth, num_classes=num_classes)
+    return vae.to(device), var.to(device)

@@ -1,12 +1,12 @@
 """Every file of ``examples/`` runs on tiny models and does what it says."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from lookalike_var import LookalikeVAR, lookalike
-from small_models import small_model
+from lookalike_var import PictureVAR
 
 FOLDER = Path(__file__).parents[2] / "examples"
 TRIED = {"speed_up_a_var_checkpoint", "use_one_op", "train_with_variant_attention"}
@@ -23,27 +23,39 @@ def test_every_example_is_tried_here():
     assert {path.stem for path in FOLDER.glob("*.py")} == TRIED
 
 
-class Painting(LookalikeVAR):
-    """Pictures out, as the original returns them."""
+@pytest.fixture
+def original_repository(tmp_path, monkeypatch):
+    """A folder that is imported from as a clone of the original is."""
+    package = tmp_path / "models"
+    package.mkdir()
+    (package / "__init__.py").write_text("from lookalike_var import build_vae_var\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "models", raising=False)
+    yield tmp_path
+    sys.modules.pop("models", None)
 
-    vae = None
 
-    def autoregressive_infer_cfg(self, B, label_B, **options):
-        options.pop("top_p", None)
-        tokens, _ = super().autoregressive_infer_cfg(B, label_B, **options)
-        return self.vae.decode(tokens)
-
-
-def test_speeding_up_a_checkpoint_paints_the_same_picture(capsys):
-    vae = small_model().vae
-    model = lookalike(Painting, sides=(1, 2, 3), vocab=24)
-    object.__setattr__(model, "vae", vae)
+def test_speeding_up_a_checkpoint_generates_the_same_picture(original_repository, capsys):
     example = load("speed_up_a_var_checkpoint")
+    vae, model = example.original_models(str(original_repository), 4, None, None)
     pictures = example.compare(model, vae, torch.tensor([2, 4]), cfg=1.5, top_k=5, top_p=0.0)
+    assert all(picture.isfinite().all() for picture in pictures.values())
     assert torch.equal(pictures["patched"], pictures["original"])
     assert pictures["accelerated"].shape == pictures["original"].shape
-    assert type(model) is Painting
+    assert type(model) is PictureVAR
     assert "MiB" in capsys.readouterr().out
+
+
+def test_checkpoints_are_loaded_where_they_are_named(original_repository, tmp_path):
+    example = load("speed_up_a_var_checkpoint")
+    vae, var = example.original_models(str(original_repository), 4, None, None)
+    for model, name in ((var, "var.pth"), (vae, "vae.pth")):
+        torch.save(model.state_dict(), tmp_path / name)
+    files = str(tmp_path / "var.pth"), str(tmp_path / "vae.pth")
+    loaded_vae, loaded_var = example.original_models(str(original_repository), 4, *files)
+    for model, loaded in ((vae, loaded_vae), (var, loaded_var)):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, loaded.state_dict()[name]), name
 
 
 def test_single_ops_agree_in_one_pass_and_scale_by_scale(capsys):
