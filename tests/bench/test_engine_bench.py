@@ -224,7 +224,7 @@ def test_the_command_prints_the_table_and_writes_everything(tmp_path, capsys):
     assert (code, printed.err) == (0, "")
     for text in (
         *("beyond", "ceiling", "equal", "plain loop bfloat16", "GFLOP/s", f"wrote {out}"),
-        *("8-bit K/V beside exact ones (bfloat16)", "switch from depth 4 to 2, bfloat16, batch 1"),
+        *("8-bit K/V beside exact K/V (bfloat16)", "switch from depth 4 to 2, bfloat16, batch 1"),
     ):
         assert text in printed.out, text
     result = json.loads(out.read_text())
