@@ -36,6 +36,7 @@ KERNELS = (
     "split_keys",
     "kv_cache",
     "cuda_ops.library",
+    "library_ops.installed",
     "dispatch",
     "cpu_ops",
     "cuda_ops",

@@ -11,19 +11,16 @@ import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from variant.checkpoints.locate import is_hub_id, locate
 from variant.checkpoints.model_card import TAGS, model_card
 from variant.checkpoints.model_folder import load_model, save_model
 from variant.checkpoints.original_var import load_original
 from variant.engine.engine import Engine, check_pair
 from variant.engine.generation import Generation, OnScale, Sampling
 from variant.engine.kv_dtype import KVDtype
-from variant.errors import UserError
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
-
-# Files that are downloaded from a Hub repository; the last is for older ones of the original.
-HUB_FILES = ["config.json", "model.safetensors", "pytorch_model.bin"]
-ASSETS = Path(__file__).parent / "assets"
+from variant_kernels.dispatch.request import dtype_name
 
 
 class VARiant(
@@ -209,7 +206,7 @@ class VARiant(
 
     def generate_model_card(self, *_: Any, model_id: str = "this model", **__: Any) -> ModelCard:
         """The card that :meth:`save_pretrained` writes."""
-        dtype = str(self.var.head.weight.dtype).removeprefix("torch.")
+        dtype = dtype_name(self.var.head.weight.dtype)
         training = self.extra.get("training")
         return ModelCard(model_card(self.var.config, self.vae.config, model_id, dtype, training))
 
@@ -245,46 +242,4 @@ class VARiant(
 
 def _fetched(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """The path itself, or the downloaded folder if it is a Hub id."""
-    return locate(path) if _is_hub_id(path) and not Path(path).exists() else path
-
-
-def _is_hub_id(name: str | os.PathLike[str]) -> bool:
-    """Whether the name has the form owner/name and no suffix of a weights file."""
-    text = os.fspath(name)
-    named = text.count("/") == 1 and not text.startswith((".", "/", "~"))
-    return named and not text.endswith((".pth", ".pt", ".bin", ".safetensors"))
-
-
-def locate(name: str | os.PathLike[str], **hub_options: Any) -> Path:
-    """The folder of a model: a path, a model of this package, or a snapshot from the Hub.
-
-    Args:
-        hub_options: of ``huggingface_hub.snapshot_download``: revision, token and so on.
-    Raises:
-        UserError: the name is none of the three.
-    """
-    path = Path(name)
-    if (path / "config.json").is_file():
-        return path
-    packaged = sorted(
-        folder.name for folder in ASSETS.iterdir() if (folder / "config.json").is_file()
-    )
-    if str(name) in packaged:
-        return ASSETS / str(name)
-    text = os.fspath(name)
-    if path.exists():
-        return path  # the reader of the folder reports what is missing
-    if not _is_hub_id(name):
-        raise UserError(
-            f"{text}: no such model: neither a folder nor one of this package "
-            f"({', '.join(packaged) or 'none'}) nor a Hub id (owner/name)"
-        )
-    # Imported here: it takes a second, and most calls do not use the Hub.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(text, allow_patterns=HUB_FILES, **hub_options))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{text}: not a folder, and the Hub cannot provide it: {first}") from error
+    return locate(path) if is_hub_id(path) and not Path(path).exists() else path

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from variant.checkpoints.locate import locate
 from variant.data.config import DataSection
 from variant.data.digits import DigitsData, enlarge, load_scans, shrink
 from variant.errors import UserError
@@ -17,7 +18,7 @@ from variant.evaluation.digits import (
     main,
     within_class_std,
 )
-from variant.supernet import VARiant, locate
+from variant.supernet import VARiant
 from variant.training.recipe import load_recipe
 
 COUNT = 1000

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
-from variant.checkpoints.model_folder import configs_in
+from variant.checkpoints.config_file import configs_in
+from variant.checkpoints.locate import locate
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.presets import VAR_PRESETS, vqvae_of
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
-from variant.supernet import VARiant, locate
+from variant.supernet import VARiant
 
 
 def is_preset(name: str) -> bool:

@@ -17,20 +17,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from variant.checkpoints.config_file import CONFIG_NAME, FORMAT, configs_in, read_config
 from variant.checkpoints.mapped_tensors import to_device
 from variant.checkpoints.model_card import CARD_NAME, model_card, was_generated
 from variant.errors import UserError
 from variant.files import atomic_write, open_safetensors
-from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant_kernels.dispatch.request import dtype_name
 
 Model = TypeVar("Model", bound=nn.Module)
 
-CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
-FORMAT = "variant-1"
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -89,28 +87,6 @@ def save_model(
 # --- reading our folder -------------------------------------------------------------------------
 
 
-def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """config.json of a model folder.
-
-    Raises:
-        UserError: not a model folder, or config.json is of another format.
-    """
-    path = Path(folder) / CONFIG_NAME
-    if not path.is_file():
-        raise UserError(
-            f"{folder}: is not a model folder: it has no {CONFIG_NAME}. Expected a folder written "
-            f'by save_pretrained or `variant train`, or the name "digits"'
-        )
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        value = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise UserError(f'{path}: "format" must be "{FORMAT}"; got {value!r}')
-    return config
-
-
 def load_model(
     folder: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
@@ -149,22 +125,6 @@ def load_model(
         var = build(VAR, var_config, part("var.", dtype), str(path), device)
         vae = build(VQVAE, vae_config, part("vae.", None), str(path), device)
     return var.eval(), vae.eval(), config
-
-
-def configs_in(folder: str | os.PathLike[str]) -> tuple[VARConfig, VQVAEConfig]:
-    """The configurations of both models of a folder; weights are not read.
-
-    Raises:
-        UserError: config.json is missing, of another format, or holds an invalid value.
-    """
-    path, config = Path(folder) / CONFIG_NAME, read_config(folder)
-    for key in ("var", "vae"):
-        if not isinstance(config.get(key), dict):
-            raise UserError(f'{path}: must hold the sizes of a model under "{key}"; it has none')
-    try:
-        return VARConfig.from_dict(config["var"]), VQVAEConfig.from_dict(config["vae"])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def build(

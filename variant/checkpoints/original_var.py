@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from variant.checkpoints.config_file import CONFIG_NAME, FORMAT
 from variant.checkpoints.mapped_tensors import to_device
-from variant.checkpoints.model_folder import CONFIG_NAME, FORMAT, WEIGHTS_NAME, build
+from variant.checkpoints.model_folder import WEIGHTS_NAME, build
 from variant.errors import UserError
 from variant.files import is_mmapped, read_pickle, read_safetensors, save_pickle
 from variant.models.config import VARConfig, VQVAEConfig

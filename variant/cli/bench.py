@@ -23,8 +23,9 @@ from variant.bench.models import build, is_preset
 from variant.bench.peak_memory import Job, peak
 from variant.bench.result_file import write_result
 from variant.bench.roofline import drift, measure_peaks
+from variant.cli.dtypes import DTYPES
 from variant.cli.options import Bench
-from variant.cli.output import DTYPES, console, mebibytes, table
+from variant.cli.output import console, mebibytes, table
 from variant.engine.planning import depths_of
 from variant.errors import UserError
 from variant.models.var import VAR

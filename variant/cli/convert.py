@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from variant.checkpoints.locate import locate
 from variant.checkpoints.model_folder import load_model
 from variant.checkpoints.original_var import save_original
+from variant.cli.dtypes import DTYPES
 from variant.cli.options import Convert
-from variant.cli.output import DTYPES, console
+from variant.cli.output import console
 from variant.errors import UserError
-from variant.supernet import VARiant, locate
+from variant.supernet import VARiant
 
 
 def config_text(subnets: dict[int, tuple[int, ...]]) -> str:

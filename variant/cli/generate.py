@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from variant.cli.dtypes import DTYPES
 from variant.cli.options import Generate
-from variant.cli.output import DTYPES, console, mebibytes, table
+from variant.cli.output import console, mebibytes, table
 from variant.engine.generation import Generation, OnScale, PartialResult, Sampling
 from variant.engine.planning import depths_of
 from variant.errors import UserError

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from variant.checkpoints.model_folder import load_model, read_config
+from variant.checkpoints.config_file import read_config
+from variant.checkpoints.locate import locate
+from variant.checkpoints.model_folder import load_model
+from variant.cli.dtypes import DTYPES
 from variant.cli.kv_error_table import kv_error_table, measure_with_progress
 from variant.cli.options import Info
-from variant.cli.output import DTYPES, console, mebibytes, table
+from variant.cli.output import console, mebibytes, table
 from variant.engine.engine import Engine
 from variant.engine.planning import depths_of, plan_row
 from variant.errors import UserError
-from variant.supernet import locate
 from variant_kernels import select_layers
 from variant_kernels.dispatch.request import dtype_name
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from variant.checkpoints.locate import ASSETS
 from variant.cli.output import table as new_table
 from variant.engine.engine import Engine
 from variant.evaluation.kv_error import (
@@ -20,7 +21,6 @@ from variant.evaluation.kv_error import (
     measure_kv_error,
     trained_depths,
 )
-from variant.supernet import ASSETS
 
 # Measured by benchmarks/kv8.py; its whole result is in benchmarks/results.
 FIGURES = ASSETS / "kv8.json"

@@ -1,22 +1,17 @@
-"""Shared by several commands: dtypes by name, sizes as text, tables, configs of a model."""
+"""Shared by several commands: sizes as text, tables, configs of a model. Imports no torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from variant.checkpoints.config_file import configs_in
+from variant.checkpoints.locate import locate
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.presets import VAR_PRESETS, vqvae_of
-
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 def console() -> Console:
@@ -45,9 +40,6 @@ def mebibytes(count: float) -> str:
 
 def configs_of(model: str) -> tuple[VARConfig, VQVAEConfig]:
     """Configs of a preset or of a model folder, without reading weights."""
-    from variant.checkpoints.model_folder import configs_in
-    from variant.supernet import locate
-
     if model in VAR_PRESETS and not Path(model).exists():
         config = VAR_PRESETS[model]
         return config, vqvae_of(config)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from variant.checkpoints.model_folder import CONFIG_NAME
+from variant.checkpoints.config_file import CONFIG_NAME
 from variant.data.sources import data_inputs, open_data
 from variant.errors import UserError
 from variant.training.checkpointer import Checkpointer

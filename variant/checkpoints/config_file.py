@@ -1,0 +1,52 @@
+"""config.json of a model folder: sizes of both models, without weights and without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from variant.errors import UserError
+from variant.models.config import VARConfig, VQVAEConfig
+
+CONFIG_NAME = "config.json"
+FORMAT = "variant-1"
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """config.json of a model folder.
+
+    Raises:
+        UserError: not a model folder, or config.json is of another format.
+    """
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: is not a model folder: it has no {CONFIG_NAME}. Expected a folder written "
+            f'by save_pretrained or `variant train`, or the name "digits"'
+        )
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        value = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise UserError(f'{path}: "format" must be "{FORMAT}"; got {value!r}')
+    return config
+
+
+def configs_in(folder: str | os.PathLike[str]) -> tuple[VARConfig, VQVAEConfig]:
+    """The configurations of both models of a folder; weights are not read.
+
+    Raises:
+        UserError: config.json is missing, of another format, or holds an invalid value.
+    """
+    path, config = Path(folder) / CONFIG_NAME, read_config(folder)
+    for key in ("var", "vae"):
+        if not isinstance(config.get(key), dict):
+            raise UserError(f'{path}: must hold the sizes of a model under "{key}"; it has none')
+    try:
+        return VARConfig.from_dict(config["var"]), VQVAEConfig.from_dict(config["vae"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
