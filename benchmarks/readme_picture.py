@@ -25,7 +25,7 @@ from torch import Tensor
 from variant import VARiant
 from variant.bench.environment import environment
 from variant.evaluation.digits import evaluate_digits_model, held_out_accuracy
-from variant.files import replacing
+from variant.files import atomic_write
 
 FORMAT = "variant-digits-1"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -187,9 +187,9 @@ def main(arguments: list[str] | None = None) -> int:
     file = options.out / "digits.json"
     if not options.draw:
         data = measure(options.rounds, options.count)
-        with replacing(file) as temporary:
+        with atomic_write(file) as temporary:
             temporary.write_text(_text(data))
-    with replacing(options.out / "digits.png") as temporary:
+    with atomic_write(options.out / "digits.png") as temporary:
         picture = draw(json.loads(file.read_text())).quantize(64)  # a third of the bytes
         picture.save(temporary, format="PNG", optimize=True)
     print(f"wrote {options.out / 'digits.png'}")
