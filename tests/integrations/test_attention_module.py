@@ -136,9 +136,9 @@ def test_a_mask_is_looked_at_once_and_again_when_it_changes(monkeypatch):
     bias.mul_(1)
     ours(x, bias)
     assert len(looks) == 2
-    for _ in range(masks.KEPT + 3):
+    for _ in range(masks.MAX_VERDICTS + 3):
         ours(x, causal())
-    assert len(masks._verdicts) <= masks.KEPT
+    assert len(masks._verdicts) <= masks.MAX_VERDICTS
 
 
 def test_every_layout_is_found_in_its_mask():
