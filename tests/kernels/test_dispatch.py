@@ -35,6 +35,7 @@ X, ROW = torch.randn(2, 3, 16), torch.zeros(2, 16)
 @pytest.fixture(autouse=True)
 def nothing_forces_a_backend(monkeypatch):
     monkeypatch.delenv("VARIANT_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 @pytest.fixture
