@@ -262,7 +262,7 @@ def test_every_benchmark_reports_all_backends_of_its_ops():
         "qk_norm_append_paged_kv": ("qk_norm_append_paged_kv",),
         "sample_tokens": ("sample_tokens",),
     }.items():
-        peers = importlib.import_module(f"benchmarks.bench_{stem}").PEERS
+        peers = importlib.import_module(f"benchmarks.bench_{stem}").IMPLEMENTATIONS
         assert len(set(peers)) == len(peers)
         for op in names:
             assert set(tables()[op]) <= set(peers), op
