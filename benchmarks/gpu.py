@@ -155,9 +155,9 @@ def run_part(part: Part, out: Path, seconds: float) -> Outcome:
     file_seconds = str(max(5, int(seconds - KERNEL_OVERTIME) // len(OPS)))
     words = [file_seconds if word == FILE_SECONDS else word for word in part.command]
     command = [word.replace(sys.executable, "python") for word in words]
-    shown = shlex.join([*settings, *command])
+    command_text = shlex.join([*settings, *command])
     if part.needs is not None and shutil.which(part.needs) is None:
-        return Outcome(part.name, f"left out: {part.needs} is not installed", 0.0, shown)
+        return Outcome(part.name, f"left out: {part.needs} is not installed", 0.0, command_text)
     log = out / f"{part.name}.log"
     started, before = time.monotonic(), _files(out)
     # This checkout comes before the caller's PYTHONPATH.
@@ -182,7 +182,7 @@ def run_part(part: Part, out: Path, seconds: float) -> Outcome:
                 process.wait()
     changed = sorted(name for name, stamp in _files(out).items() if before.get(name) != stamp)
     results = [name for name in changed if name.endswith(".json")]
-    return Outcome(part.name, status, time.monotonic() - started, shown, log.name, results)
+    return Outcome(part.name, status, time.monotonic() - started, command_text, log.name, results)
 
 
 def _files(out: Path) -> dict[str, int]:
@@ -196,7 +196,7 @@ def run(chosen: Sequence[Part], out: Path, budget: float) -> list[Outcome]:
     for part in chosen:
         left = ends - time.monotonic()
         if left < part.least:
-            outcomes.append(Outcome(part.name, "left out: the budget is spent", 0.0, ""))
+            outcomes.append(Outcome(part.name, "left out: no budget is left", 0.0, ""))
         else:
             print(f"== {part.name} (at most {min(part.seconds, left):.0f} s)", flush=True)
             outcome = run_part(part, out, min(part.seconds, left))
@@ -204,8 +204,8 @@ def run(chosen: Sequence[Part], out: Path, budget: float) -> list[Outcome]:
             print(f"   {outcome.status}, {outcome.seconds:.0f} s", flush=True)
             if outcome.log is not None:
                 lines = (out / outcome.log).read_text(errors="replace").splitlines()
-                shown = 3 if outcome.status == "ok" else TAIL_LINES
-                print("".join(f"   | {line}\n" for line in lines[-shown:]), end="", flush=True)
+                tail = 3 if outcome.status == "ok" else TAIL_LINES
+                print("".join(f"   | {line}\n" for line in lines[-tail:]), end="", flush=True)
         _write_summary(out, outcomes)
     return outcomes
 
@@ -223,7 +223,7 @@ def missing() -> str | None:
     except ImportError:
         return "torch is not installed"
     if not torch.cuda.is_available():
-        return "torch sees no GPU"
+        return "torch finds no GPU"
     absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(absent)}" if absent else None
 

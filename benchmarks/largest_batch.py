@@ -246,7 +246,7 @@ def main(arguments: list[str] | None = None, gpu: GPU | None = None) -> int:
     if not 1 <= options.small[0] < options.small[1]:
         parser.error(f"--small must name two batches, the smaller first; got {options.small}")
     if gpu is None and not (options.device == "cuda" and torch.cuda.is_available()):
-        print("benchmarks.largest_batch: needs a GPU: torch sees none", file=sys.stderr)
+        print("benchmarks.largest_batch: needs a GPU: torch finds none", file=sys.stderr)
         return 1
     try:
         measure(options, gpu or GPU())

@@ -261,7 +261,7 @@ def test_wrong_requests_are_named_before_the_work(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_a_child_that_fails_says_why():
+def test_the_error_of_a_child_is_reported():
     with pytest.raises(UserError, match=r"measures memory failed: .*nowhere"):
         peak(Job("ours", "nowhere", 1, 4, "float32"))
 

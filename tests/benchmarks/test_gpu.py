@@ -57,12 +57,12 @@ def test_kernel_benchmarks_fit_the_time_left_or_do_not_start(tmp_path):
     # 220 less the overtime, for five files.
     assert "'--seconds', '19'" in (tmp_path / outcome.log).read_text()
     (outcome,) = run([kernels], tmp_path, budget=100)
-    assert outcome.status == "left out: the budget is spent"
+    assert outcome.status == "left out: no budget is left"
 
 
 def test_a_spent_budget_leaves_the_rest_out(tmp_path):
     (outcome,) = run([Part("late", python("pass"), 20)], tmp_path, budget=1)
-    assert outcome.status == "left out: the budget is spent"
+    assert outcome.status == "left out: no budget is left"
 
 
 def test_names_are_unique_and_an_unknown_one_is_named(tmp_path, capsys):

@@ -88,7 +88,7 @@ def test_pytest_benchmark_shows_the_same_medians(quick):
     assert shown == pytest.approx(medians, rel=1e-6)
 
 
-def test_a_result_file_says_where_it_was_measured_and_on_what(quick):
+def test_a_result_file_describes_the_machine_and_the_command(quick):
     data = json.loads(quick[0])
     assert data["format"] == KERNELS
     assert data["quick"] is True

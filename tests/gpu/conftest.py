@@ -13,7 +13,7 @@ def pytest_collection_modifyitems(items):
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
+                item.add_marker(pytest.mark.skip(reason="torch finds no GPU"))
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,7 @@ def test_a_half_trained_vqvae_is_refused_unless_it_is_named(recipe, tmp_path, mo
     )
     assert train_var(named, tmp_path / "named", console=quiet(), device=CPU).steps == 8
     (tmp_path / "vae-last.pt").unlink()
-    with pytest.raises(UserError, match="may be half trained"):
+    with pytest.raises(UserError, match="training may be incomplete"):
         train_var(recipe, tmp_path, console=quiet(), device=CPU)
 
 

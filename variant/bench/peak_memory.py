@@ -73,7 +73,7 @@ def resident(field: str) -> int:
     """VmRSS or VmHWM of this process, in bytes."""
     match = re.search(rf"^{field}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
     if match is None:
-        raise UserError(f"bench: {STATUS} names no {field}; memory is measured on Linux only")
+        raise UserError(f"bench: {STATUS} has no {field}; memory is measured on Linux only")
     return int(match.group(1)) * 1024
 
 

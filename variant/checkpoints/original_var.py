@@ -259,7 +259,7 @@ def _with_hub_config(config: VARConfig, hub: Mapping[str, Any], where: str) -> V
     for name in inferred:
         if name in hub and hub[name] != getattr(config, name):
             raise UserError(
-                f"{where}: {CONFIG_NAME} says {name} {hub[name]!r}, but the weights are of "
+                f"{where}: {CONFIG_NAME} has {name} {hub[name]!r}, but the weights have "
                 f"{getattr(config, name)!r}"
             )
     not_inferred = ("norm_eps", "cond_drop_rate", "drop_path_rate", "num_heads", "patch_nums")
@@ -270,12 +270,12 @@ def _with_hub_config(config: VARConfig, hub: Mapping[str, Any], where: str) -> V
         raise UserError(f"{where}: {CONFIG_NAME}: {error}") from error
     if config.attn_l2_norm and complete.num_heads != config.num_heads:
         raise UserError(
-            f"{where}: {CONFIG_NAME} says num_heads {complete.num_heads}, but the weights are of "
+            f"{where}: {CONFIG_NAME} has num_heads {complete.num_heads}, but the weights have "
             f"{config.num_heads}"
         )
     if complete.layout.total != config.layout.total:
         raise UserError(
-            f"{where}: {CONFIG_NAME} says patch_nums {complete.patch_nums}, but the weights are of "
+            f"{where}: {CONFIG_NAME} has patch_nums {complete.patch_nums}, but the weights have "
             f"{config.layout.total} tokens"
         )
     return complete

@@ -124,7 +124,7 @@ def _write(path: Path | None, result: dict[str, Any]) -> None:
 
 def _check(command: Bench) -> None:
     if command.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("bench: --device cuda: torch sees no GPU; use --device cpu")
+        raise UserError("bench: --device cuda: torch finds no GPU; use --device cpu")
     for name, values in (
         ("batch", command.batch),
         ("runs", (command.runs,)),

@@ -27,7 +27,8 @@ def plan(command: Plan) -> None:
     bridge = command.bridge if command.bridge is not None else var.bridge
     if bridge is None:
         raise UserError(
-            f"plan: {command.model} names no bridge; give --bridge (0..{len(var.patch_nums)})"
+            f"plan: the config of {command.model} has no bridge; give --bridge "
+            f"(0..{len(var.patch_nums)})"
         )
 
     def plan_of(depth: int, bridge: int) -> PlanRow:

@@ -31,7 +31,7 @@ def _available() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo names no MemAvailable")
+    raise OSError("/proc/meminfo has no MemAvailable")
 
 
 def _group_limit(

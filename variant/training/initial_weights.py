@@ -33,7 +33,7 @@ def find_vae(weights: str | None, folder: Path) -> Path:
         )
     if not last.exists():
         raise UserError(
-            f"{path}: may be half trained: {last.name}, which records that, is not beside it; to "
+            f"{path}: training may be incomplete: {last.name}, which records it, is missing; to "
             "use it as it is, name it as vae_training.weights"
         )
     saved = checkpointer.read()

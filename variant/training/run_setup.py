@@ -142,4 +142,4 @@ class RunSetup:
                 "folder"
             )
         if resume and not last.exists():
-            raise UserError(f"{folder}: holds no run to resume ({last.name} is not there)")
+            raise UserError(f"{folder}: holds no run to resume ({last.name} is missing)")
