@@ -112,7 +112,7 @@ def test_what_is_no_tensor_is_named_in_every_op():
         for bad in (3.0, [1.0], "x", np.zeros(3)):
             with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor; got"):
                 call(bad)
-    with pytest.raises(TypeError, match="k_pages_PNHD must be a torch.Tensor; got NoneType"):
+    with pytest.raises(TypeError, match=r"k_pages_PNHD must be a torch\.Tensor; got None"):
         append_paged_kv(q, q, None, None, slots)
 
 
