@@ -201,7 +201,7 @@ def _inputs(case: Case, device: str) -> Inputs:
 
 
 def _check(inputs: Inputs, ours: Sequence[str]) -> Check:
-    """PeerTiming torch's attention in float64, for the first and the last sequence."""
+    """Against torch's attention in float64, for the first and the last sequence."""
     # Of a long sequence the scores take 11 GB in float64: one is enough.
     some = [0, -1] if len(inputs.grad_BHLD) > 1 and inputs.layout.total < 4096 else [0]
 

@@ -19,7 +19,7 @@ import torch
 from benchmarks.report import PARTS, environment_lines, table
 from benchmarks.results import DROPIN, ENGINE, KERNELS, KV8, LARGEST, TRAINING, Result, read_all
 from variant.engine.planning import depths_of, plan_row
-from variant.files import replacing
+from variant.files import atomic_write
 from variant.models.presets import PAPER_BRIDGE, VAR_PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -198,7 +198,7 @@ def outputs() -> dict[Path, Callable[[], str]]:
 def main() -> int:
     """Write both; 0."""
     for path, text in outputs().items():
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(text())
         print(f"wrote {path.relative_to(ROOT)}")
     return 0

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from variant import VARiant
 from variant.bench.environment import environment
-from variant.evaluation.digits import judge_model, reader_held_out_accuracy
-from variant.files import replacing
+from variant.evaluation.digits import evaluate_digits_model, held_out_accuracy
+from variant.files import atomic_write
 
 FORMAT = "variant-digits-1"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -87,8 +87,7 @@ def measure(rounds: int, count: int) -> dict[str, Any]:
     training = model.extra["training"]
     rows = []
     for depth in depths:
-        report = judge_model(model, depth, count=count, seed=SEED, cfg=CFG, top_p=TOP_P)
-        _, classified, spread, repeats, copies = vars(report).values()
+        report = evaluate_digits_model(model, depth, count=count, seed=SEED, cfg=CFG, top_p=TOP_P)
         name = "full" if depth == config.depth else str(depth)
         rows.append({
             "depth": depth,
@@ -96,10 +95,10 @@ def measure(rounds: int, count: int) -> dict[str, Any]:
             "image_ms": _milliseconds(samples[depth, True]),
             "kv_allocated_bytes": stats[depth].kv_allocated_bytes // len(LABELS),
             "kv_paper_bytes": stats[depth].kv_paper_bytes // len(LABELS),
-            "classified": round(classified, 4),
-            "spread": round(spread, 4),
-            "repeats": round(repeats, 4),
-            "copies": round(copies, 4),
+            "classified": round(report.recognised, 4),
+            "spread": round(report.std_ratio, 4),
+            "repeats": round(report.repeats, 4),
+            "copies": round(report.copies, 4),
             "train_loss": round(training["train_loss"][name], 4),
             "held_out_loss": round(training["held_out_loss"][name], 4),
         })  # fmt: skip
@@ -110,7 +109,7 @@ def measure(rounds: int, count: int) -> dict[str, Any]:
         "timing": {"clock": "CPU time", "batch": len(LABELS), "dtype": "float32", "rounds": rounds},
         "sampling": {"cfg": CFG, "top_p": TOP_P, "seed": SEED},
         "classified_images": count,
-        "classifier_held_out_accuracy": round(reader_held_out_accuracy(), 4),
+        "classifier_held_out_accuracy": round(held_out_accuracy(), 4),
         "rows": rows,
     }
 
@@ -188,9 +187,9 @@ def main(arguments: list[str] | None = None) -> int:
     file = options.out / "digits.json"
     if not options.draw:
         data = measure(options.rounds, options.count)
-        with replacing(file) as temporary:
+        with atomic_write(file) as temporary:
             temporary.write_text(_text(data))
-    with replacing(options.out / "digits.png") as temporary:
+    with atomic_write(options.out / "digits.png") as temporary:
         picture = draw(json.loads(file.read_text())).quantize(64)  # a third of the bytes
         picture.save(temporary, format="PNG", optimize=True)
     print(f"wrote {options.out / 'digits.png'}")

@@ -1,7 +1,6 @@
 """Which backend runs a call, and what an op remembers of the calls before."""
 
 import ast
-import importlib
 import io
 import subprocess
 import sys
@@ -35,6 +34,7 @@ X, ROW = torch.randn(2, 3, 16), torch.zeros(2, 16)
 @pytest.fixture(autouse=True)
 def nothing_forces_a_backend(monkeypatch):
     monkeypatch.delenv("VARIANT_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 @pytest.fixture
@@ -253,20 +253,6 @@ def test_every_backend_of_an_op_is_where_its_table_says():
                         getattr(node, "name", "") for node in ast.parse(path.read_text()).body
                     }
                     assert function in defined, (op, name, launcher)
-
-
-def test_every_benchmark_reports_all_backends_of_its_ops():
-    for stem, names in {
-        "adaln": ("adaln_modulate", "gated_residual_adaln"),
-        "block_causal_attention": ("block_causal_attention",),
-        "paged_attention": ("paged_attention",),
-        "qk_norm_append_paged_kv": ("qk_norm_append_paged_kv",),
-        "sample_tokens": ("sample_tokens",),
-    }.items():
-        benchmark = importlib.import_module(f"benchmarks.bench_{stem}")
-        assert len(set(benchmark.IMPLEMENTATIONS)) == len(benchmark.IMPLEMENTATIONS)
-        for op in names:
-            assert set(tables()[op]) <= set(benchmark.IMPLEMENTATIONS), op
 
 
 def statements(path):

@@ -4,16 +4,20 @@ import subprocess
 import sys
 
 IMPORTS = """
-import importlib, pkgutil, sys
+import importlib, sys
+from pathlib import Path
 import torch, numpy
 before = set(sys.modules)
 import variant_kernels
 added = {name.split(".")[0] for name in set(sys.modules) - before}
 assert added == {"variant_kernels"}, added
-for module in pkgutil.walk_packages(variant_kernels.__path__, "variant_kernels."):
+root = Path(variant_kernels.__file__).parent
+for path in root.rglob("*.py"):
     # The Triton kernels import Triton; __main__ is a command.
-    if "triton_ops" not in module.name and not module.name.endswith("__main__"):
-        importlib.import_module(module.name)
+    if path.is_relative_to(root / "triton_ops") or path.stem in ("__init__", "__main__"):
+        continue
+    name = ".".join(path.relative_to(root.parent).with_suffix("").parts)
+    importlib.import_module(name)
 assert "variant_kernels.integrations.infinity" in sys.modules
 assert "torch._dynamo" not in sys.modules
 assert "triton" not in sys.modules

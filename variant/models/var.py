@@ -349,8 +349,10 @@ class VAR(nn.Module):
         """Initialises the weights as the original does: truncated normal, std sqrt(1 / 3C).
 
         Gates start near zero (each block near the identity), scales and shifts at half size, and
-        the output of each branch is divided by sqrt(2 * depth).
+        the output of each branch is divided by sqrt(2 * depth). Meta tensors stay as they are.
         """
+        if self.pos_start.is_meta:
+            return
         std = math.sqrt(1 / self.config.embed_dim / 3)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
