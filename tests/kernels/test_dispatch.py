@@ -1,4 +1,4 @@
-"""Which backend runs a call, and what an op remembers of the calls before."""
+"""Which backend runs a call, and which checks an op repeats at later calls."""
 
 import ast
 import io
