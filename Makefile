@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# Processes that compile, and that run tests. Each of the latter imports torch.
+# Numbers of processes that compile, and that run tests. Each test process imports torch.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 TEST_JOBS ?= $(shell [ $(JOBS) -gt 8 ] && echo 8 || echo $(JOBS))
 # CPU instruction sets under AddressSanitizer: the portable one and the best one of this machine.
@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc -type f -not -path '*/tests/*') CMakeLists.txt setu
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # setup.py builds here (build_folder); tests of what is installed share its objects.
 RELEASE = build/$(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("SOABI"))')
-# What the kernels are compiled for: this machine, or everything once development has begun.
+# Instruction sets of the CPU kernels: those of this machine, or all after `make dev`.
 BUILD = VARIANT_CPU_ISAS=$(if $(wildcard $(VENV)/.dev),all,local)
 # $(call cmake,FOLDER,OPTIONS,TARGETS) configures a folder with the tests, quietly, and builds.
 cmake = mkdir -p $(1) && { $(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DVARIANT_TESTS=ON $(2) >$(1)/configure.log 2>&1 || { cat $(1)/configure.log; exit 1; }; } && $(BIN)/cmake --build $(1) --parallel $(JOBS) --target $(3)
@@ -24,7 +24,7 @@ PYTEST := $(BIN)/python -m pytest -n $(TEST_JOBS)
 .PHONY: help setup dev generate check test test-python test-triton test-cpp test-cuda test-cuda-python nightly cuda gpu bench bench-report docs-results lint clean
 
 help:
-	@echo "make generate  paint digits at every depth into out/digits.png"
+	@echo "make generate  generate digits at every depth into out/digits.png"
 	@echo "make setup     create $(VENV) with the package (editable)"
 	@echo "make dev       add the development tools, and compile for every CPU instruction set"
 	@echo "make check     a few minutes: lint, op tests of the reference and CPU backends, one generation"
@@ -36,7 +36,7 @@ help:
 	@echo "make bench     every kernel beside its peers, then the engine; results under $(RESULTS)"
 	@echo "make docs-results  docs/results.md and the README's table, from $(RESULTS)"
 	@echo "make lint      ruff, clang-format and the type checker"
-	@echo "make clean     remove what the above made (not $(VENV))"
+	@echo "make clean     remove the files made by the targets above (not $(VENV))"
 
 setup: $(VENV)/.ready
 
@@ -54,7 +54,7 @@ $(VENV)/.torch: constraints.txt | $(VENV)/bin/python
 
 # Without build isolation pip needs these beforehand; it creates no second environment for each build.
 $(VENV)/.build-requires: pyproject.toml | $(VENV)/bin/python
-	@echo "== installing what builds the package"
+	@echo "== installing the build requirements"
 	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' >$@.txt
 	$(PIP) --requirement $@.txt
 	@touch $@
@@ -72,7 +72,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.ready
 	@touch $@
 
 generate: setup
-	@echo "== painting digits at every depth with the shipped supernet"
+	@echo "== generating digits at every depth with the shipped supernet"
 	$(BIN)/variant generate --model digits --all-depths --count 1 --seed 0 --out out/digits.png
 
 check: lint
@@ -122,7 +122,7 @@ cuda: setup
 	@echo "== compiling the CUDA kernels with nvcc"
 	$(BUILD) VARIANT_CUDA=1 VARIANT_CUDA_SPILLS=fail $(BIN)/python setup.py build_ext --inplace
 
-# Takes the Python that has torch with CUDA, Triton and pytest; GPU_PYTHON says which.
+# Uses the Python that has torch with CUDA, Triton and pytest (GPU_PYTHON).
 # GPU_PARTS chooses some (build, kernels, ...); VAR_REPO and HMAR_REPO are clones of
 # FoundationVision/VAR and NVlabs/HMAR.
 GPU_PYTHON ?= $(PYTHON)

@@ -1,1 +1,1 @@
-"""The kernel benchmarks, and what turns result files into a page or a verdict; not installed."""
+"""The kernel benchmarks, and programs that report and compare result files; not installed."""

@@ -30,7 +30,7 @@ class Options:
     new: tyro.conf.Positional[Path]
     """Result file, or a folder of them."""
     tolerance: float = 0.1
-    """How much a ratio may fall: 0.1 is a tenth."""
+    """Largest relative fall of a ratio that is accepted: 0.1 is a tenth."""
     partial: bool = False
     """Allow cases of OLD that are missing in NEW; they are still listed."""
 

@@ -47,12 +47,12 @@ class Session:
 
     def limit(self, device: str, dtype: str) -> Peaks:
         """Measured once for each device and dtype, before the first comparison that needs it."""
-        known = self.limits.get(device)
-        if known is None or dtype not in known.gemm:
+        peaks = self.limits.get(device)
+        if peaks is None or dtype not in peaks.gemm:
             new = measure_peaks(device, [getattr(torch, dtype)], quick=self.quick)
-            known = new if known is None else Peaks(known.gemm | new.gemm, known.copy)
-            self.limits[device] = known
-        return known
+            peaks = new if peaks is None else Peaks(peaks.gemm | new.gemm, peaks.copy)
+            self.limits[device] = peaks
+        return peaks
 
     def out_of_time(self, file: str) -> bool:
         """Whether ``seconds`` have passed since the first case of a bench file."""

@@ -187,7 +187,7 @@ def with_gains(readme: str, text: str) -> str:
 
 
 def outputs() -> dict[Path, Callable[[], str]]:
-    """What is generated: the file, and the function that gives its text."""
+    """The generated files, and the function that returns the text of each."""
     results = read_all(RESULTS)
     return {
         PAGE: lambda: page(results, json.loads(DIGITS.read_text())),

@@ -161,19 +161,19 @@ def _accelerated(var: Any, vae: Any, small: bool) -> Callable[[int, bool], Tenso
 
 @contextlib.contextmanager
 def _inputs(module: nn.Module) -> Iterator[list[Tensor]]:
-    seen: list[Tensor] = []
-    hook = module.register_forward_hook(lambda module, args, out: seen.append(args[0].clone()))
+    inputs: list[Tensor] = []
+    hook = module.register_forward_hook(lambda module, args, out: inputs.append(args[0].clone()))
     try:
-        yield seen
+        yield inputs
     finally:
         hook.remove()
 
 
 @contextlib.contextmanager
 def _outputs(module: nn.Module) -> Iterator[list[Tensor]]:
-    seen: list[Tensor] = []
-    hook = module.register_forward_hook(lambda module, args, out: seen.append(out.clone()))
+    outputs: list[Tensor] = []
+    hook = module.register_forward_hook(lambda module, args, out: outputs.append(out.clone()))
     try:
-        yield seen
+        yield outputs
     finally:
         hook.remove()

@@ -3,10 +3,10 @@
     python -m benchmarks.gpu                      all parts, within --budget seconds
     python -m benchmarks.gpu build kernels        some of them
 
-It needs torch, Triton, what PACKAGES names, CMake, ninja, a C++ compiler and this checkout; no
+It needs torch, Triton, the packages in PACKAGES, CMake, ninja, a C++ compiler and this checkout; no
 network.
 Every part is a separate process with its own log and time limit; the others run even if it fails.
-``summary.json`` lists the parts, how each ended and which files hold its results.
+``summary.json`` lists the parts, the outcome of each and the files with its results.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Part:
 
 @dataclass
 class Outcome:
-    """How a part ended: ok, failed, timed out, left out (with the reason)."""
+    """The result of a part: ok, failed, timed out, left out (with the reason)."""
 
     name: str
     status: str

@@ -4,7 +4,7 @@
         --vae vae_ch160v4096z32.pth
 
 ``--repo`` is a clone of FoundationVision/VAR. Without the two files the weights are random: the
-times are the same, the picture is noise.
+times are the same, the image is noise.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def initialize_convolutions(vae: nn.Module) -> None:
 
 
 def compare(var: Any, vae: Any, labels: torch.Tensor, **sampling: Any) -> dict[str, torch.Tensor]:
-    """The same pictures generated in four ways; prints the seconds of each."""
-    pictures = {}
+    """The same images generated in four ways; prints the seconds of each."""
+    images = {}
 
     def timed(name: str, generate: Any) -> None:
         start = time.perf_counter()
-        pictures[name] = generate()
+        images[name] = generate()
         print(f"{name:22} {time.perf_counter() - start:6.2f} s")
 
     def own_loop() -> torch.Tensor:
@@ -75,7 +75,7 @@ def compare(var: Any, vae: Any, labels: torch.Tensor, **sampling: Any) -> dict[s
     model = accelerate(var, vae)  # shares the weights; our engine runs the whole generation
     generator = torch.Generator().manual_seed(0)
     timed("accelerated", lambda: model.generate(labels, generator=generator, **sampling).images)
-    return pictures
+    return images
 
 
 def main() -> None:
@@ -87,8 +87,8 @@ def main() -> None:
     parser.add_argument("--vae")
     args = parser.parse_args()
     vae, var = original_models(args.repo, args.depth, args.var, args.vae)
-    pictures = compare(var, vae, torch.tensor([207]), cfg=4.0, top_k=900, top_p=0.96)
-    difference = (pictures["patched"] - pictures["original"]).abs().max()
+    images = compare(var, vae, torch.tensor([207]), cfg=4.0, top_k=900, top_p=0.96)
+    difference = (images["patched"] - images["original"]).abs().max()
     print(f"largest difference of a pixel, patched and original: {difference:.2g}")
 
 

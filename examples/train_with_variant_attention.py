@@ -1,9 +1,9 @@
-"""Train your own next-scale model with ``VARiantAttention`` in the place of its attention.
+"""Train your own next-scale model with ``VARiantAttention`` in place of its own attention.
 
     python examples/train_with_variant_attention.py --steps 200
 
-The model is made for reading: tokens of three scales are copied from the scale before, which
-attention must find out. Axes: B images, L tokens of all scales, C width, V token values.
+A small model: every token of three scales has to repeat the value of the first token, which
+attention must learn to find. Axes: B images, L tokens of all scales, C width, V token values.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class NextScale(nn.Module):
     def __init__(self, width: int = 64) -> None:
         super().__init__()
         self.embed = nn.Embedding(VALUES, width)
-        self.place = nn.Parameter(0.1 * torch.randn(LAYOUT.total, width))
+        self.position = nn.Parameter(0.1 * torch.randn(LAYOUT.total, width))
         self.attention = nn.ModuleList(
             VARiantAttention(index, width, num_heads=2, attn_l2_norm=True) for index in range(2)
         )
@@ -36,7 +36,7 @@ class NextScale(nn.Module):
         )
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
         self.head = nn.Linear(width, VALUES)
-        # The mask that VAR's training code adds; it is recognised and never multiplied out.
+        # The mask that VAR's training code adds; VARiantAttention recognises it.
         scale_L = torch.repeat_interleave(torch.arange(3), torch.tensor(LAYOUT.tokens))
         hidden_LL = scale_L.unsqueeze(1) < scale_L
         self.bias: Tensor
@@ -44,7 +44,7 @@ class NextScale(nn.Module):
         self.register_buffer("bias", mask_LL.view(1, 1, LAYOUT.total, LAYOUT.total))
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
-        x_BLC = self.embed(tokens_BL) + self.place
+        x_BLC = self.embed(tokens_BL) + self.position
         for index, (attention, mlp) in enumerate(zip(self.attention, self.mlp, strict=True)):
             x_BLC = x_BLC + attention(self.norms[2 * index](x_BLC), attn_bias=self.bias)
             x_BLC = x_BLC + mlp(self.norms[2 * index + 1](x_BLC))
@@ -52,11 +52,11 @@ class NextScale(nn.Module):
 
 
 def batch(size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """What each position sees and what it must say: the first token's value, at every scale."""
+    """Inputs and targets (B, L): random tokens; the first one's value at every position."""
     first_B1 = torch.randint(VALUES, (size, 1), generator=generator)
     noise_BL = torch.randint(VALUES, (size, LAYOUT.total), generator=generator)
-    seen_BL = torch.cat((first_B1, noise_BL[:, 1:]), dim=1)
-    return seen_BL, first_B1.expand(-1, LAYOUT.total)
+    inputs_BL = torch.cat((first_B1, noise_BL[:, 1:]), dim=1)
+    return inputs_BL, first_B1.expand(-1, LAYOUT.total)
 
 
 def train(steps: int, seed: int = 0) -> list[float]:
@@ -66,8 +66,8 @@ def train(steps: int, seed: int = 0) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(steps):
-        seen_BL, wanted_BL = batch(32, generator)
-        loss = F.cross_entropy(model(seen_BL).flatten(0, 1), wanted_BL.flatten())
+        inputs_BL, targets_BL = batch(32, generator)
+        loss = F.cross_entropy(model(inputs_BL).flatten(0, 1), targets_BL.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

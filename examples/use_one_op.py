@@ -22,15 +22,15 @@ from variant_kernels import (
 
 
 def all_scales_at_once(qkv_BL3HD: torch.Tensor, layout: ScaleLayout) -> torch.Tensor:
-    """Training: every token sees its own scale and all earlier ones. Has a gradient."""
+    """Training: every token attends to its own scale and all earlier ones. Has a gradient."""
     return block_causal_attention(*qkv_BL3HD.unbind(2), layout)
 
 
 @torch.no_grad()
 def scale_by_scale(qkv_BL3HD: torch.Tensor, layout: ScaleLayout) -> torch.Tensor:
-    """Generation: the same answer, one scale at a time, through a planned cache."""
+    """Generation: the same result, one scale at a time, through a planned cache."""
     batch, _, _, heads, head_dim = qkv_BL3HD.shape
-    # One layer here; a model names its layers and the depth of its late scales.
+    # One layer here; a real model has more, and may have fewer at its late scales.
     plan = CachePlan(layout, DepthSchedule.full(1, layout.num_scales))
     cache = PagedKVCache(plan, batch, heads, head_dim, qkv_BL3HD.dtype)
     outputs = []
@@ -46,14 +46,14 @@ def scale_by_scale(qkv_BL3HD: torch.Tensor, layout: ScaleLayout) -> torch.Tensor
 
 
 def main() -> None:
-    """Both ways on random input."""
+    """Compare both ways on random input."""
     layout = ScaleLayout.from_patch_nums((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
     qkv_BL3HD = torch.randn(2, layout.total, 3, 4, 64, requires_grad=True)
     out_BLHD = all_scales_at_once(qkv_BL3HD, layout)
     out_BLHD.sum().backward()
-    apart = (scale_by_scale(qkv_BL3HD.detach(), layout) - out_BLHD).abs().max()
+    difference = (scale_by_scale(qkv_BL3HD.detach(), layout) - out_BLHD).abs().max()
     print(f"backend: {explain('block_causal_attention')}")
-    print(f"largest difference between one pass and scale by scale: {apart:.2g}")
+    print(f"largest difference between one pass and scale by scale: {difference:.2g}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 # Set before torch loads OpenMP. Idle threads wait for work in a loop otherwise, which takes the
-# processor from the other test processes: some kernel and model tests took 55 s of CPU that take
-# 23 s so, with two threads as well.
+# processor from the other test processes: some kernel and model tests took 55 s of CPU instead of
+# 23 s, with two threads too.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
@@ -40,7 +40,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(autouse=True)
 def nothing_is_remembered():
-    """A test may replace what a choice depends on: no other test sees its verdicts."""
+    """A test may change the conditions of a choice: other tests must not use its result."""
     forget_signatures()
     yield
     forget_signatures()

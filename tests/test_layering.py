@@ -67,7 +67,7 @@ def files(package):
 
 
 def imports(path, *, top_level_only=False):
-    """Every module that a file imports; of what is no module, the module that holds it."""
+    """Every module that a file imports; of an imported name that is no module, its module."""
     tree = ast.parse(path.read_text())
     for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -84,7 +84,7 @@ def is_module(name):
     return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
-def place(order, package, module):
+def position(order, package, module):
     """The index in ORDER of the longest entry that holds a module, or None."""
     inner = module.removeprefix(f"{package}.")
     names = [name for name in order if f"{inner}.".startswith(f"{name}.")]
@@ -144,10 +144,10 @@ def test_packages_import_downwards_only():
             module = module_name(path)
             if module in FACES:
                 continue
-            own = place(order, package, module)
+            own = position(order, package, module)
             assert own is not None, f"{path}: add its package to the order where it belongs"
             for name in imports(path, top_level_only=module == LAZY):
-                target = place(order, package, name) if name.startswith(f"{package}.") else None
+                target = position(order, package, name) if name.startswith(f"{package}.") else None
                 assert target is None or target <= own, f"{path}: imports {name}"
 
 

@@ -37,12 +37,12 @@ def accelerate(var: nn.Module, vae: nn.Module) -> VARiant:
             f"accelerate: var must be a VAR of the original repository, with blocks[0].attn and "
             f"head_nm.ln_wo_grad; got {type(var).__name__}"
         )
-    state, known = var.state_dict(), infer_var_config(var.state_dict(), "var", attn.num_heads)
+    state, inferred = var.state_dict(), infer_var_config(var.state_dict(), "var", attn.num_heads)
     options: dict[str, Any] = {"norm_eps": norm.eps}
     for name in ("cond_drop_rate", "drop_path_rate"):
         if hasattr(var, name):
             options[name] = getattr(var, name)
-    config = replace(known, **options)
+    config = replace(inferred, **options)
     quantizer = getattr(vae, "quantize", None)
     vae_config = infer_vqvae_config(vae.state_dict(), config.patch_nums, "vae")
     vae_config = replace(vae_config, using_znorm=bool(getattr(quantizer, "using_znorm", False)))

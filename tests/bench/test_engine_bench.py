@@ -1,4 +1,4 @@
-"""Measuring the engine: work counted from sizes, turns taken, machine described, table printed."""
+"""The engine benchmark: counted work, interleaved timing, the machine's description, the table."""
 
 import itertools
 import json
@@ -32,10 +32,10 @@ def schedule(config, depth):
 # --- work ---------------------------------------------------------------------------------------
 
 
-def test_ceilings_are_those_of_the_design():
+def test_ceilings_of_the_published_sizes():
     def blocks(depth):
-        found = linears(D30, schedule(D30, depth), batch=1)
-        return sum(x.flop for x in found if x.name in ("mat_qkv", "proj", "fc1", "fc2"))
+        products = linears(D30, schedule(D30, depth), batch=1)
+        return sum(x.flop for x in products if x.name in ("mat_qkv", "proj", "fc1", "fc2"))
 
     shares = {d: round(blocks(d) / blocks(30), 3) for d in (16, 8, 4, 2)}
     assert shares == {16: 0.596, 8: 0.365, 4: 0.249, 2: 0.192}
@@ -53,11 +53,11 @@ def test_work_of_one_image_is_that_of_the_paper():
 
 def test_every_product_of_a_generation_is_listed():
     config = small_model().var.config
-    found = linears(config, DepthSchedule.full(4, 3), batch=5)
-    assert sum(x.name == "ada_lin" for x in found) == 4
-    assert [x.rows for x in found if x.name == "head"] == [5, 10 * 4, 10 * 9]
-    assert [x.rows for x in found if x.name == "word_embed"] == [5 * 4, 5 * 9]
-    assert sum(x.name == "fc1" for x in found) == 4 * 3
+    products = linears(config, DepthSchedule.full(4, 3), batch=5)
+    assert sum(x.name == "ada_lin" for x in products) == 4
+    assert [x.rows for x in products if x.name == "head"] == [5, 10 * 4, 10 * 9]
+    assert [x.rows for x in products if x.name == "word_embed"] == [5 * 4, 5 * 9]
+    assert sum(x.name == "fc1" for x in products) == 4 * 3
     shallow = linears(config, DepthSchedule(4, 3, (0, 3), 1), batch=5, guidance=False)
     assert sum(x.name == "mat_qkv" for x in shallow) == 4 + 2 + 2
     assert max(x.rows for x in shallow) == 5 * 9
@@ -71,21 +71,21 @@ def test_weights_are_counted_once_for_every_product_that_reads_them():
     assert weight_bytes(D30, full, 2) == 2 * (10 * every_scale + once * width**2 + words)
 
 
-# --- alternating --------------------------------------------------------------------------------
+# --- interleaved --------------------------------------------------------------------------------
 
 
 def test_calls_take_turns_and_each_round_begins_with_another():
     order = []
     calls = {name: lambda n=name: order.append(n) or SelfTimed(1.0) for name in "abc"}
-    found = time_interleaved(calls, rounds=3, min_seconds=0)
+    samples = time_interleaved(calls, rounds=3, min_seconds=0)
     assert "".join(order[-9:]) == "abcbcacab"
-    assert {name: len(s.seconds) for name, s in found.items()} == {"a": 3, "b": 3, "c": 3}
+    assert {name: len(s.seconds) for name, s in samples.items()} == {"a": 3, "b": 3, "c": 3}
 
 
 def test_a_ratio_compares_within_rounds_only():
     steps = itertools.count()
-    # The machine slows down tenfold on the way; the ratio does not notice.
-    found = time_interleaved(
+    # The machine becomes ten times slower meanwhile; the ratio stays.
+    samples = time_interleaved(
         {
             "slow": lambda: SelfTimed(3 * (1 + next(steps) // 8 * 9)),
             "fast": lambda: SelfTimed(1 * (1 + next(steps) // 8 * 9)),
@@ -94,15 +94,15 @@ def test_a_ratio_compares_within_rounds_only():
         min_seconds=0,
         every=lambda name, seconds: 2 if name == "slow" else 1,
     )
-    assert set(found["slow"].by_round) == {0, 2, 4}
-    assert len(ratios(found["slow"], found["fast"])) == 3
-    assert sorted(ratios(found["slow"], found["fast"]))[1] == pytest.approx(3, rel=0.4)
+    assert set(samples["slow"].by_round) == {0, 2, 4}
+    assert len(ratios(samples["slow"], samples["fast"])) == 3
+    assert sorted(ratios(samples["slow"], samples["fast"]))[1] == pytest.approx(3, rel=0.4)
 
 
 def test_short_calls_are_repeated_until_a_sample_is_long_enough():
-    found = time_interleaved({"short": lambda: None}, rounds=2, min_seconds=1e-3)["short"]
-    assert found.iterations > 100
-    assert found.median < 1e-4
+    samples = time_interleaved({"short": lambda: None}, rounds=2, min_seconds=1e-3)["short"]
+    assert samples.iterations > 100
+    assert samples.median < 1e-4
     slept = time_interleaved({"long": lambda: time.sleep(2e-3)}, rounds=3, min_seconds=1e-3)["long"]
     assert slept.iterations == 1
     assert 2e-3 <= slept.quartiles[0] <= slept.median <= slept.quartiles[1]
@@ -146,17 +146,19 @@ def test_a_slow_dtype_is_measured_on_fewer_rows(monkeypatch):
 
 
 def test_environment_names_machine_versions_and_commit():
-    found = environment(["/somewhere/bin/tool", "--repo", "/a/b/clone", "--json=/x/y.json", "8"])
-    assert found["command"].endswith("tool --repo PATH/clone --json=PATH/y.json 8")
-    assert "/somewhere" not in json.dumps(found)
-    assert found["threads"] == torch.get_num_threads()
-    assert found["torch"] == torch.__version__
-    assert found["isa"]
-    assert found["memory_bytes"] > 2**28
-    assert {"commit", "dirty", "cpu", "cores", "caches", "triton", "gpu", "gpu_driver"} <= set(
-        found
+    description = environment(
+        ["/somewhere/bin/tool", "--repo", "/a/b/clone", "--json=/x/y.json", "8"]
     )
-    machine = {**found, "cpu": "A (TM) 3.5", "isa": "avx2", "threads": 2, "gpu": None}
+    assert description["command"].endswith("tool --repo PATH/clone --json=PATH/y.json 8")
+    assert "/somewhere" not in json.dumps(description)
+    assert description["threads"] == torch.get_num_threads()
+    assert description["torch"] == torch.__version__
+    assert description["isa"]
+    assert description["memory_bytes"] > 2**28
+    assert {"commit", "dirty", "cpu", "cores", "caches", "triton", "gpu", "gpu_driver"} <= set(
+        description
+    )
+    machine = {**description, "cpu": "A (TM) 3.5", "isa": "avx2", "threads": 2, "gpu": None}
     assert machine_slug(machine) == "a-tm-3-5-avx2-2-threads"
     assert machine_slug({**machine, "gpu": "NVIDIA H100"}) == "nvidia-h100"
 
@@ -181,17 +183,17 @@ def test_caches_are_read_as_the_system_lists_them(tmp_path):
     assert caches(tmp_path / "none") == {}
 
 
-# --- the engine's contest -----------------------------------------------------------------------
+# --- the comparison -----------------------------------------------------------------------------
 
 
 def test_rows_compare_ours_with_a_loop_that_draws_the_same():
     model = small_model()
-    ticks = []
-    found = measure(
+    names = []
+    result = measure(
         model.var, model.vae, BenchConfig(2, torch.float32, (4, 2), runs=2, top_k=9, decoder=True),
-        ticks.append,
+        names.append,
     )  # fmt: skip
-    full, shallow = found["rows"]
+    full, shallow = result["rows"]
     assert [full["depth"], shallow["depth"]] == [4, 2]
     for row in (full, shallow):
         assert row["same_tokens"] is True
@@ -206,12 +208,12 @@ def test_rows_compare_ours_with_a_loop_that_draws_the_same():
     assert full["weight_bytes"] > shallow["weight_bytes"] > 0
     assert full["speed_up"] == 1
     assert full["ceiling"] == 1 < shallow["ceiling"]
-    assert found["decoder"][0]["against"][0]["peer"] == "plain modules float32"
-    assert found["logits"] == []
-    (switch,) = found["switch"]
+    assert result["decoder"][0]["against"][0]["peer"] == "plain modules float32"
+    assert result["logits"] == []
+    (switch,) = result["switch"]
     assert (switch["depth"], switch["to"], switch["rounds"]) == (4, 2, 2)
     assert switch["generation_ms"] > 0
-    assert len(ticks) == 8 * 3 + 3 * 3
+    assert len(names) == 8 * 3 + 3 * 3
 
 
 def test_the_command_prints_the_table_and_writes_everything(tmp_path, capsys):
@@ -224,7 +226,7 @@ def test_the_command_prints_the_table_and_writes_everything(tmp_path, capsys):
     assert (code, printed.err) == (0, "")
     for text in (
         *("beyond", "ceiling", "equal", "plain loop bfloat16", "GFLOP/s", f"wrote {out}"),
-        *("8-bit K/V beside exact ones (bfloat16)", "switch from depth 4 to 2, bfloat16, batch 1"),
+        *("8-bit K/V beside exact K/V (bfloat16)", "switch from depth 4 to 2, bfloat16, batch 1"),
     ):
         assert text in printed.out, text
     result = json.loads(out.read_text())

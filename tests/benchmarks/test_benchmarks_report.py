@@ -1,4 +1,4 @@
-"""Result files: the page with its pictures, and the verdict that looks at ratios only."""
+"""Result files: the page with its pictures, and the comparison, which uses ratios only."""
 
 import copy
 import json
@@ -199,7 +199,7 @@ def test_the_page_shows_both_kinds_with_their_pictures(tmp_path, engine, capsys)
     assert "MiB (equal)" in text
     assert "Depth 4 with 8-bit K/V: " in text
     assert "Depth 2 with 8-bit K/V: " in text
-    assert "`variant bench`" in text
+    assert "variant bench`" in text  # after variables of the environment, if any are set
     columns = [line.count("|") for line in text.splitlines() if line.startswith("|")]
     assert min(columns) > 4
 

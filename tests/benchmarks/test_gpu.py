@@ -1,6 +1,7 @@
-"""The one command for a GPU machine: a part that fails or hangs costs no other's result."""
+"""The command for a GPU machine: a part that fails or hangs does not affect the others."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ def python(code):
     return (sys.executable, "-c", code)
 
 
-def test_every_part_is_run_and_told_apart(tmp_path, capsys):
+def test_every_part_is_run_and_has_its_own_outcome(tmp_path, capsys):
     chosen = [
         Part("fails", python("print('why it failed'); raise SystemExit(3)"), 20),
         Part("hangs", python("import time; time.sleep(60)"), 1),
@@ -33,7 +34,7 @@ def test_every_part_is_run_and_told_apart(tmp_path, capsys):
     assert [one["status"] for one in written] == [o.status for o in outcomes.values()]
 
 
-def test_a_part_sees_the_variables_that_it_asks_for_and_the_summary_shows_them(tmp_path):
+def test_a_part_runs_with_its_variables_and_the_summary_lists_them(tmp_path):
     code = "import os; assert os.environ['VARIANT_TEST_DEVICE'] == 'cuda'"
     part = Part("set", python(code), 20, environment=(("VARIANT_TEST_DEVICE", "cuda"),))
     (outcome,) = run([part], tmp_path, budget=100)
@@ -49,7 +50,7 @@ def test_a_part_keeps_the_python_path_that_it_was_started_with(tmp_path, monkeyp
     assert outcome.status == "ok"
 
 
-def test_kernel_benchmarks_end_in_what_time_is_left_or_are_not_begun(tmp_path):
+def test_kernel_benchmarks_fit_the_time_left_or_do_not_start(tmp_path):
     (kernels,) = [part for part in parts(Path(), None) if part.name == "kernels"]
     show = Part("kernels", (*python("import sys; print(sys.argv[1:])"), *kernels.command[3:]), 400)
     (outcome,) = run([show], tmp_path, budget=220)
@@ -59,7 +60,7 @@ def test_kernel_benchmarks_end_in_what_time_is_left_or_are_not_begun(tmp_path):
     assert outcome.status == "left out: the budget is spent"
 
 
-def test_a_spent_budget_leaves_the_rest_out_and_says_so(tmp_path):
+def test_a_spent_budget_leaves_the_rest_out(tmp_path):
     (outcome,) = run([Part("late", python("pass"), 20)], tmp_path, budget=1)
     assert outcome.status == "left out: the budget is spent"
 
@@ -73,7 +74,7 @@ def test_names_are_unique_and_an_unknown_one_is_named(tmp_path, capsys):
 
 
 def test_only_cases_on_the_gpu_are_chosen():
-    """A implementation of that name takes part on the CPU too."""
+    """An implementation of that name takes part on the CPU too."""
     (kernels,) = [part for part in parts(Path(), None) if part.name == "kernels"]
     chosen = kernels.command[kernels.command.index("-k") + 1]
     assert chosen in "test_adaln_modulate[cuda-d16-large-stream-float32-rows-float32-op]"
@@ -87,3 +88,11 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     assert missing() is None
     monkeypatch.setattr("benchmarks.gpu.PACKAGES", ("json", "no_such_package"))
     assert missing() == "not installed: no_such_package"
+
+
+def test_every_part_can_be_imported_without_the_command_lines_library(tmp_path):
+    commands = [part.command for part in parts(tmp_path, None)]
+    modules = {c[c.index("-m") + 1] for c in commands if "-m" in c} - {"pytest"}
+    assert "benchmarks.gpu_engine" in modules
+    code = f"import sys; sys.modules['tyro'] = None; import {', '.join(sorted(modules))}"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

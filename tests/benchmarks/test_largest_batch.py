@@ -1,4 +1,4 @@
-"""The largest batch in so much memory: the line, the runs that prove it, and the file."""
+"""The largest batch in a given memory: the predicting line, the confirming runs, the file."""
 
 import json
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ WEIGHTS, IMAGE = 1000, 10
 
 
 class Memory(GPU):
-    """WEIGHTS and IMAGE bytes for each image of a batch; more than the line says beyond it."""
+    """WEIGHTS and IMAGE bytes for each image of a batch; more than the line predicts beyond it."""
 
     def __init__(self, excess=0):
         self.excess, self.limit, self.ran = excess, None, []
@@ -38,7 +38,7 @@ class Memory(GPU):
         return 7, 7
 
 
-def test_the_line_says_where_to_look_and_a_run_proves_it():
+def test_the_line_predicts_a_batch_and_a_run_confirms_it():
     gpu = Memory()
     row = find("ours", 4, gpu.generate, 2005, [2, 6], gpu)
     assert (row.by_line, row.largest) == (100, 100)
@@ -88,7 +88,7 @@ def test_every_depth_and_the_plain_loop_are_in_the_file_and_in_the_report(tmp_pa
     assert "largest batch that ran" in (tmp_path / "page" / "report.md").read_text()
 
 
-def test_a_machine_without_a_gpu_is_told_so(tmp_path, capsys, monkeypatch):
+def test_a_machine_without_a_gpu_is_an_error(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["--json", str(tmp_path / "memory.json")]) == 1
     assert "needs a GPU" in capsys.readouterr().err

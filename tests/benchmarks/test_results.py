@@ -60,9 +60,9 @@ def test_a_file_is_as_its_writer_writes_it(path):
 @every_file
 def test_every_case_has_a_median_and_quartiles(path):
     result = read(path)
-    found = dict(timings(result))
-    assert found or result.kind not in (KERNELS, ENGINE, DROPIN)
-    for case, timing in found.items():
+    by_case = dict(timings(result))
+    assert by_case or result.kind not in (KERNELS, ENGINE, DROPIN)
+    for case, timing in by_case.items():
         low, high = timing["quartiles"]
         assert 0 < low <= timing["median"] <= high, case
         assert timing["rounds"] >= 1, case

@@ -1,4 +1,4 @@
-"""The kernel benchmarks run, check what they time, and write what the page and the verdict read."""
+"""The kernel benchmarks run, check the results of what they time, and write result files."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""The training-step benchmark: what it writes, and what it refuses in one line."""
+"""The training-step benchmark: its result file, and its errors of one line."""
 
 import json
 

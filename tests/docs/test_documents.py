@@ -1,7 +1,7 @@
 """The documentation: its size, its links, and every code block and command in it.
 
 Python blocks run as they stand, each on its own, in a folder with small stand-ins for the files
-that they name. Shell commands run there too, unless NOT_RUN says why not.
+that they name. Shell commands run there too, unless NOT_RUN gives a reason.
 """
 
 import dataclasses
@@ -62,12 +62,12 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 def blocks(language):
     """(id, text) of every fenced block of that language in all documents."""
-    found = []
+    parameters = []
     for document in DOCUMENTS:
         for number, (kind, text) in enumerate(FENCE.findall(document.read_text())):
             if kind == language:
-                found.append(pytest.param(text, id=f"{document.stem}-{number}"))
-    return found
+                parameters.append(pytest.param(text, id=f"{document.stem}-{number}"))
+    return parameters
 
 
 def commands():
@@ -87,7 +87,7 @@ def reason_not_run(words):
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
-    """What the documents name: a clone of VAR, its two files, model folders, images."""
+    """The files that the documents name: a clone of VAR, its two files, model folders, images."""
     folder = tmp_path_factory.mktemp("documents")
     package = folder / "VAR" / "models"
     package.mkdir(parents=True)

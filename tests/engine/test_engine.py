@@ -149,7 +149,7 @@ def test_zero_guidance_runs_no_unconditional_half_and_changes_nothing():
     assert plain.stats.kv_allocated_bytes * 2 == guided.kv_allocated_bytes
 
 
-def test_weights_changed_in_place_are_noticed():
+def test_weights_changed_in_place_are_cast_again():
     golden, engine = golden_engine("plain", dtype=torch.bfloat16)
     before = engine.forced_logits(golden.tensors["label"], golden.tensors["tokens_in"])
     weight = engine.var.blocks[0].ffn.fc1.weight
@@ -294,7 +294,7 @@ def test_models_of_different_layouts_raise():
         Engine(VAR(plain.var_config), VQVAE(other.vae_config))
 
 
-def test_replaced_layers_modules_and_weights_are_noticed():
+def test_replaced_layers_modules_and_weights_are_cast_again():
     model = small_model()
     var = model.var
     engine = Engine(var, model.vae)

@@ -40,6 +40,10 @@ def test_a_batch_is_limited_by_the_request_the_caller_and_memory(
     assert size == expected
 
 
+def test_a_batch_size_is_a_plain_integer():
+    assert type(batch_size(5, True, per_image=10, fixed=10, available=1000)) is int
+
+
 def test_a_batch_that_does_not_fit_raises():
     for max_batch, available in ((None, 19), (3, 39)):
         with pytest.raises(MemoryError, match=f"generate: {max_batch or 1} image"):

@@ -110,8 +110,8 @@ def test_twenty_runs_give_the_same_bits():
 
 
 @needs_kernels
-def test_a_generation_waits_for_nothing():
-    """Neither the eager loop nor a replay makes the host wait before the end."""
+def test_a_generation_does_not_synchronise():
+    """Neither the eager loop nor a replay synchronises with the host before the end."""
     for capture in (False, True):
         _, engine = engine_of("plain", dtype=torch.bfloat16, capture=capture)
         engine.generate([1, 2], seed=0)  # page tables are copied, kernels compiled
@@ -126,12 +126,12 @@ def test_a_generation_waits_for_nothing():
 def test_switching_depth_moves_no_weight_and_records_nothing_twice():
     golden, engine = engine_of("plain", dtype=torch.bfloat16)
     depth = golden.json["subnet"]["depth"]
-    for wanted in (None, depth):
-        engine.generate([1, 2], seed=0, depth=wanted)
+    for next_depth in (None, depth):
+        engine.generate([1, 2], seed=0, depth=next_depth)
     recorded = len(engine._graphs[1].graphs)
     allocated = torch.cuda.memory_allocated()
-    for wanted in (None, depth) * 5:
-        engine.generate([1, 2], seed=0, depth=wanted)
+    for next_depth in (None, depth) * 5:
+        engine.generate([1, 2], seed=0, depth=next_depth)
     assert len(engine._graphs[1].graphs) == recorded
     assert torch.cuda.memory_allocated() <= allocated
 
@@ -147,7 +147,7 @@ def test_allocated_bytes_are_the_plan():
 
 
 def test_the_gpu_draws_what_the_cpu_draws():
-    """Bit-equal logits are not to be had across devices; at most a few near ties may differ."""
+    """Logits are not equal bit for bit across devices; at most a few near ties may differ."""
     _, engine = engine_of("plain")
     cpu = Engine(*golden_models("plain")[1:])
     tokens = cpu.generate([1, 2, 3], seed=4, top_k=50, top_p=0.95).tokens

@@ -1,4 +1,4 @@
-"""Every op once, at its smallest awkward size: what compute-sanitizer looks at."""
+"""Every op once, at its smallest awkward size: for compute-sanitizer."""
 
 import pytest
 import torch
@@ -26,8 +26,8 @@ def test_block_causal_attention_both_ways(dtype):
     layout = ScaleLayout.from_patch_nums((1, 2, 3, 5))
     qkv = randn(2, layout.total, 3, 2, 40, dtype=dtype).requires_grad_()
     scale_mul = torch.zeros(1, 2, 1, 1, device="cuda", requires_grad=True)
-    for given in ({}, {"scale_mul_1H11": scale_mul}):
-        block_causal_attention(*qkv.unbind(2), layout, **given).float().sum().backward()
+    for scales in ({}, {"scale_mul_1H11": scale_mul}):
+        block_causal_attention(*qkv.unbind(2), layout, **scales).float().sum().backward()
     assert torch.isfinite(qkv.grad).all()
     assert torch.isfinite(scale_mul.grad).all()
 
@@ -54,12 +54,12 @@ def test_append_and_paged_attention_in_8_bits(dtype):
     slots = (table.long()[:, torch.arange(10) // 5] * 5) + torch.arange(10, device="cuda") % 5
     qkv = randn(2, 10, 3, 3, 24, dtype=dtype)
     scale = torch.zeros(1, 3, 1, 1, device="cuda")
-    given = {"k_scales_PNH": k_scales, "v_scales_PNH": v_scales}
+    scales = {"k_scales_PNH": k_scales, "v_scales_PNH": v_scales}
     for scale_mul in (scale, None):
         for length in (7, 10):
             lens = torch.tensor([length, length], device="cuda", dtype=torch.int32)
-            q = qk_norm_append_paged_kv(qkv, scale_mul, k_pages, v_pages, slots, **given)
-            assert torch.isfinite(paged_attention(q, k_pages, v_pages, table, lens, **given)).all()
+            q = qk_norm_append_paged_kv(qkv, scale_mul, k_pages, v_pages, slots, **scales)
+            assert torch.isfinite(paged_attention(q, k_pages, v_pages, table, lens, **scales)).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

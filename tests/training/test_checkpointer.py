@@ -1,4 +1,4 @@
-"""The checkpointer: what it saves it restores, and what does not fit is refused."""
+"""The checkpointer: it restores the saved state, and refuses files of other models."""
 
 import pytest
 import torch

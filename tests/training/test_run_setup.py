@@ -1,4 +1,4 @@
-"""Set-up of runs: what is refused before anything is lost, and who may resume."""
+"""Set-up of runs: refused folders and settings, and the conditions of resuming."""
 
 import dataclasses
 from pathlib import Path

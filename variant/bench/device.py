@@ -1,4 +1,4 @@
-"""What differs between a CPU and a GPU when generations are timed."""
+"""The differences between timing generations on a CPU and on a GPU."""
 
 from __future__ import annotations
 

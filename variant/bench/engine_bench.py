@@ -34,7 +34,7 @@ from variant_kernels.dispatch.request import dtype_name
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """The settings that one set of rows shares."""
+    """The settings of one set of rows."""
 
     batch: int
     dtype: torch.dtype
@@ -79,7 +79,7 @@ class PeerTiming:
 
 @dataclass
 class KV8:
-    """Ours with 8-bit K/V beside ours with exact ones.
+    """The engine with 8-bit K/V beside the engine with exact K/V.
 
     ratio: the time with exact K/V over that with 8 bits.  greedy_changed, first_scale: the share
     of greedy tokens that differ, and the first scale at which one does (None: they are equal).
@@ -208,7 +208,7 @@ class EngineComparison:
         )
 
     def peers(self, depth: int) -> dict[str, Call]:
-        """Calls by name. The original has one depth only, which our full depth is compared with."""
+        """Calls by name. The original has no depths: it is a peer of our full depth only."""
         if self.original is not None:
             if depth != self.var.config.depth:
                 return {}
@@ -224,11 +224,11 @@ class EngineComparison:
     def _original(self, autocast: bool) -> SelfTimed:
         assert self.original is not None
         with self.original.without_decoder():
-            begun = clock(self.device)
+            start = clock(self.device)
             self.original.generate(
                 self.labels_B, seed=self.seed, autocast=autocast, **self.setting.filters
             )
-            return SelfTimed(clock(self.device) - begun)
+            return SelfTimed(clock(self.device) - start)
 
     def _plain(self, depth: int, autocast: bool) -> None:
         with device.autocast(self.device, autocast):
@@ -270,7 +270,7 @@ class EngineComparison:
 
     def scale_ms(self, depth: int) -> list[float]:
         """Milliseconds of every scale, medians over a few generations of the whole batch."""
-        taken: list[list[float]] = []
+        runs_ms: list[list[float]] = []
         for run in range(1 if self.stats[depth].seconds > 1 else 5):
             marks = [clock(self.device)]
             self._generate(
@@ -278,8 +278,8 @@ class EngineComparison:
                 seed=run,
                 on_scale=lambda k, partial, m=marks: m.append(clock(self.device)),
             )
-            taken.append([1000 * (b - a) for a, b in itertools.pairwise(marks)])
-        return [statistics.median(scale) for scale in zip(*taken, strict=True)]
+            runs_ms.append([1000 * (b - a) for a, b in itertools.pairwise(marks)])
+        return [statistics.median(scale) for scale in zip(*runs_ms, strict=True)]
 
     def logits(self) -> list[LogitsDifference]:
         """Our logits of the last scale against the original's, for the tokens that it drew."""
@@ -469,7 +469,7 @@ def _difference(what: str, ours: Tensor, theirs: Tensor) -> LogitsDifference:
 
 
 def count_samples(setting: BenchConfig, full_depth: int, device: str = "cpu") -> int:
-    """How many samples :meth:`EngineComparison.run` takes, for a progress bar."""
+    """Number of samples that :meth:`EngineComparison.run` takes, for a progress bar."""
     depths = {full_depth, *setting.depths}
     peers = len(peer_settings(device)) * (1 if setting.var_repo is not None else len(depths))
     eight = 0 if setting.kv_dtype is None else len(setting.depths)

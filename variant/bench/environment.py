@@ -59,15 +59,15 @@ def command_line(words: Sequence[str]) -> str:
 
     ``--option=/a/b`` counts as a path too. Other machines do not have these folders.
     """
-    shown = []
+    relative = []
     for position, word in enumerate(words):
         option, equals, value = word.rpartition("=")
         if os.path.isabs(value):
             name = Path(value).name
             value = name if position == 0 else f"PATH/{name}"
-        shown.append(f"{option}{equals}{value}")
+        relative.append(f"{option}{equals}{value}")
     forced = [f"{key}={os.environ[key]}" for key in ENVIRONMENT if key in os.environ]
-    return " ".join([*forced, *shown])
+    return " ".join([*forced, *relative])
 
 
 # Variables that change what runs; the command names those that are set.
@@ -97,7 +97,7 @@ def caches(root: Path = CPUS) -> dict[str, str]:
 
 
 def last_level_bytes(root: Path = CPUS) -> int:
-    """Size of the largest cache; 32 MiB where the system does not tell."""
+    """Size of the largest cache; 32 MiB if the system does not report it."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
     sizes = [int(size[:-1]) * units[size[-1]] for size in caches(root).values()]
     return max(sizes, default=32 * 2**20)

@@ -62,7 +62,7 @@ def quartiles(values: list[float]) -> tuple[float, float]:
 
 
 def ratios(slow: Samples, fast: Samples) -> list[float]:
-    """How many times ``slow`` takes as long as ``fast``, for every round that timed both."""
+    """The time of ``slow`` divided by that of ``fast``, for every round that timed both."""
     return [
         seconds / fast.by_round[number]
         for number, seconds in slow.by_round.items()
@@ -87,7 +87,7 @@ def time_interleaved(
 
     Args:
         min_seconds: a sample repeats a call until it lasts about that long.
-        every: (name, seconds of one call) -> n: only every n-th round times the call, beginning
+        every: (name, seconds of one call) -> n: only every n-th round times the call, starting
             with the first.
         device: "cuda" times by events between synchronisations.
         on_sample: called with the name after every sample: rounds + 1 times for a call that every

@@ -74,8 +74,8 @@ def generate(
     layout, batch = var.layout, len(labels_B)
     labels_R = torch.cat((labels_B, torch.full_like(labels_B, var.config.num_classes)))
     cond_RC = var.class_emb(labels_R)
-    place_1LC = var.position_embedding()
-    x_RTC = cond_RC.unsqueeze(1) + var.pos_start + place_1LC[:, layout.slice(0)]
+    position_1LC = var.position_embedding()
+    x_RTC = cond_RC.unsqueeze(1) + var.pos_start + position_1LC[:, layout.slice(0)]
     caches: list[list[Tensor]] = [[] for _ in var.blocks]
     f_hat, tokens = vae.new_features(batch), []
     for k in range(layout.num_scales):
@@ -88,12 +88,12 @@ def generate(
         t = cfg * k / max(layout.num_scales - 1, 1)
         guided = (1 + t) * logits[:batch] - t * logits[batch:]
         probs = filter_logits(guided, top_k, top_p).softmax(-1)
-        drawn = torch.multinomial(probs.flatten(0, 1), 1, replacement=True, generator=generator)
-        tokens.append(drawn.view(batch, -1))
+        samples = torch.multinomial(probs.flatten(0, 1), 1, replacement=True, generator=generator)
+        tokens.append(samples.view(batch, -1))
         f_hat = vae.accumulate(f_hat, tokens[-1], k)
         if k + 1 < layout.num_scales:
             words = var.word_embed(vae.next_scale_input(f_hat, k))
-            x_RTC = (words + place_1LC[:, layout.slice(k + 1)]).repeat(2, 1, 1)
+            x_RTC = (words + position_1LC[:, layout.slice(k + 1)]).repeat(2, 1, 1)
     kv_bytes = sum(tensor.nbytes for cache in caches for tensor in cache)
     return PlainResult(torch.cat(tokens, dim=1), kv_bytes)
 

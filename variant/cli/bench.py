@@ -163,13 +163,14 @@ def _memory(
     command: Bench,
     var: VAR,
     config: BenchConfig,
-    known: list[dict[str, Any]],
+    earlier: list[dict[str, Any]],
     on_sample: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Peak memory of ours at every depth and of each peer at full depth, in one process each.
 
     Args:
-        known: earlier results. Peers do not depend on our dtype and are measured once a batch.
+        earlier: results of the configurations before. Peers do not depend on our dtype: they are
+            measured once for each batch.
     """
     full, dtype = var.config.depth, dtype_name(config.dtype)
     job = functools.partial(
@@ -189,9 +190,9 @@ def _memory(
     for name, autocast in peer_settings(command.device).items():
         jobs[f"{who} {name}"] = [job(who=who, depth=full, autocast=autocast, var_repo=repo)]
     measured = []
-    seen = {(one["who"], one["batch"]) for one in known}
+    finished = {(one["who"], one["batch"]) for one in earlier}
     for name, each in jobs.items():
-        for one in each if (name, config.batch) not in seen else []:
+        for one in each if (name, config.batch) not in finished else []:
             on_sample(f"memory of {name}")
             sizes = peak(one)
             measured.append({"who": name, "depth": one.depth, "batch": one.batch, **sizes})
@@ -302,7 +303,7 @@ def _times(result: dict[str, Any], rows: list[dict[str, Any]], dtype: str, batch
 
 def _kv8(rows: list[dict[str, Any]]) -> Table:
     kv8_table = table(
-        f"8-bit K/V beside exact ones ({rows[0]['dtype']}): ms per image",
+        f"8-bit K/V beside exact K/V ({rows[0]['dtype']}): ms per image",
         "depth",
         "exact\nms",
         "8-bit\nms",

@@ -57,9 +57,9 @@ def print_kv_figures(out: Console, dtype: str) -> None:
     """
     figures: dict[str, Any] = json.loads(FIGURES.read_text())
     measured = {row["dtype"] for row in figures["rows"]}
-    shown = dtype if dtype in measured else "bfloat16"
-    rows = [row for row in figures["rows"] if row["dtype"] == shown]
-    table = _table(f"8-bit K/V compared with exact K/V: {shown}, small models", ["model"])
+    dtype = dtype if dtype in measured else "bfloat16"
+    rows = [row for row in figures["rows"] if row["dtype"] == dtype]
+    table = _table(f"8-bit K/V compared with exact K/V: {dtype}, small models", ["model"])
     for row in rows:
         table.add_row(row["model"], *_cells(KVError(**{k: row[k] for k in _FIELDS})))
     out.print(table)

@@ -8,8 +8,6 @@ from __future__ import annotations
 import sys
 import traceback
 
-import tyro
-
 from variant.cli.options import (
     Bench,
     Command,
@@ -35,6 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     if words in (["--version"], ["-V"]):
         print(f"variant {__version__}")
         return 0
+    # Imported here: on machines without tyro, benchmarks.gpu_engine calls the commands' functions.
+    import tyro
+
     debug = "--debug" in words
     command = tyro.cli(
         Command,  # type: ignore[arg-type]

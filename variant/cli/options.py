@@ -1,16 +1,13 @@
-"""The options of each command as a dataclass; tyro makes the command line of them."""
+"""The options of each command as a dataclass; ``main.py`` makes the command line of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 KVDtypeName = Literal["fp8"]
-Positional = tyro.conf.Positional
 
 
 @dataclass
@@ -197,12 +194,4 @@ class Info:
     """Number of images in that measurement."""
 
 
-Command = (
-    Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Plan, tyro.conf.subcommand("plan")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[TrainVae, tyro.conf.subcommand("train-vae")]
-    | Annotated[Bench, tyro.conf.subcommand("bench")]
-    | Annotated[Convert, tyro.conf.subcommand("convert")]
-    | Annotated[Info, tyro.conf.subcommand("info")]
-)
+Command = Generate | Plan | Train | TrainVae | Bench | Convert | Info

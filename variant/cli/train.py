@@ -61,6 +61,6 @@ def _report(summary: Summary) -> None:
     )
     for name, loss in summary.held_out_loss.items():
         train_loss = summary.train_loss.get(name)
-        shown = "-" if train_loss is None else f"{train_loss:.4f}"
-        losses.add_row(name, shown, f"{loss:.4f}")
+        train_text = "-" if train_loss is None else f"{train_loss:.4f}"
+        losses.add_row(name, train_text, f"{loss:.4f}")
     console().print(losses)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-MAX_MAGNITUDE = 30.0  # ours: as many as torchvision's bins; VARiant says only "9"
+MAX_MAGNITUDE = 30.0  # ours: as many as torchvision's bins; the paper gives only "9"
 GREY = (128, 128, 128)
 
 

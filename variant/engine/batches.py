@@ -64,7 +64,7 @@ def decode_rgb(weights: EngineWeights, f_hat_BEHW: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Request:
-    """What all parts of one ``generate`` call share.
+    """The arguments that all batches of one ``generate`` call share.
 
     flexible_from: the first scale at which ``on_scale`` can change the depth.  decode: whether to
     decode images from the tokens.

@@ -43,7 +43,7 @@ class Recorder(Protocol):
         ...
 
     def serialized(self) -> AbstractContextManager[None]:
-        """Work queued in this block starts after that of the block before, on whatever stream."""
+        """Work queued in this block starts after that of the previous block, on any stream."""
         ...
 
     def clear(self) -> None:

@@ -57,8 +57,8 @@ class Engine:
     """Generates with one VAR and its VQ-VAE at any depth.
 
     Weights are cast once to ``dtype`` (shared where they have it already); the residual stream is
-    float32 also in 16-bit engines. A caller's autocast changes nothing. The engine notices at the
-    next call when weights were changed in place (by an optimiser, by ``load_state_dict``); after a
+    float32 also in 16-bit engines. A caller's autocast has no effect. Weights that changed
+    in place (by an optimiser, by ``load_state_dict``) are cast again at the next call; after a
     change through ``.data`` call :meth:`refresh`.
 
     Args:

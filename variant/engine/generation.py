@@ -70,7 +70,7 @@ class Sampling:
     def with_tensors(self, cfg: Tensor, seed: Tensor) -> Sampling:
         """The same with cfg (float64) and seed (int64) as 0-d tensors on the device.
 
-        A CUDA graph reads tensors anew at each replay; numbers are fixed when it is recorded. The
+        A CUDA graph reads tensors again at each replay; numbers are fixed when it is recorded. The
         values are not checked: the host would have to wait for the device.
         """
         sampling = copy(self)

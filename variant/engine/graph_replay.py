@@ -42,8 +42,8 @@ class GraphReplay:
         """:func:`variant.engine.step_loop.generate_tokens` by a graph.
 
         Args:
-            start: allocates the batch of given labels; ``configuration`` must tell apart whatever
-                its work depends on beside the labels, ``sampling`` and ``schedule``.
+            start: allocates the batch of given labels; ``configuration`` must identify all
+                that its work depends on besides the labels, ``sampling`` and ``schedule``.
             labels_B: (B,) int64.  image_ids_B: (B,) int64 on the device.
             sampling: without a generator.
         """

@@ -1,4 +1,4 @@
-"""How K and V are kept: in the engine's dtype, or 8 bits (``variant_kernels/kv_quantization.py``).
+"""The dtype of cached K and V: the engine's, or 8 bits (``variant_kernels/kv_quantization.py``).
 
 Off by default: 8 bits change logits and tokens; :mod:`variant.evaluation.kv_error` measures by how
 much.

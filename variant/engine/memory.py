@@ -133,4 +133,4 @@ def batch_size(
             f"{(per_image * required + fixed) / 2**20:.0f} MiB, "
             f"but {available / 2**20:.0f} MiB are free; use a smaller depth, bridge or max_batch"
         )
-    return min(limit, largest)
+    return int(min(limit, largest))  # True is an int, but Tensor.split refuses it

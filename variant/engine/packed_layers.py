@@ -6,8 +6,8 @@ that are packed already, and fuse a GELU into the product. On two Zen 4 cores, 5
 4096: 206 GFLOP/s with the GELU against 132 without it in float32; with 2 tokens, where the time to
 read the weights decides, 90 against 16 (bfloat16: 146 against 59).
 
-Packed weights are a second copy of the model: ``can_pack`` tells where they are used, and
-``Engine(pack=False)`` turns them off.
+Packed weights are a second copy of the model: ``can_pack`` returns whether they are used,
+and ``Engine(pack=False)`` turns them off.
 
 Axes: R tokens of all sequences, I inputs, O outputs, C channels, H W a feature map.
 """

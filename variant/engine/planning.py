@@ -1,4 +1,4 @@
-"""What a cache costs at every depth and bridge, and what fits a device.
+"""The K/V memory of every depth and bridge.
 
 Needs no weights and no torch: a dtype may be a torch dtype or its name.
 """
@@ -88,9 +88,9 @@ def plan_row(
         dtype: of the products; a torch dtype or its name.
         kv_dtype: as :class:`variant.Engine` takes it.
     Raises:
-        ValueError: a kv_dtype that no engine takes.  TypeError: an unknown dtype.
+        ValueError: an unknown kv_dtype.  TypeError: an unknown dtype.
     """
-    kept = kv_dtype_name("plan_row", kv_dtype) or dtype
+    cache_dtype = kv_dtype_name("plan_row", kv_dtype) or dtype
     plan = CachePlan(config.layout, schedule_of(config, depth, bridge), page_size)
     heads, head_dim, width = config.num_heads, config.head_dim, item_bytes(dtype)
     return PlanRow(
@@ -102,7 +102,7 @@ def plan_row(
             batch, heads, head_dim, k_bytes=width, v_bytes=width, guidance=guidance
         ),
         exact=plan.peak_bytes(batch, heads, head_dim, dtype, guidance),
-        ours=plan.peak_bytes(batch, heads, head_dim, kept, guidance),
+        ours=plan.peak_bytes(batch, heads, head_dim, cache_dtype, guidance),
     )
 
 

@@ -175,7 +175,7 @@ class VARConfig(_Plain):
 
     @cached_property
     def layout(self) -> ScaleLayout:
-        """Where each scale's tokens lie in the sequence."""
+        """The position of each scale's tokens in the sequence."""
         return ScaleLayout.from_patch_nums(self.patch_nums)
 
 
@@ -257,7 +257,7 @@ class VQVAEConfig(_Plain):
 
     @cached_property
     def layout(self) -> ScaleLayout:
-        """Where each scale's tokens lie in the sequence."""
+        """The position of each scale's tokens in the sequence."""
         return ScaleLayout.from_patch_nums(self.patch_nums)
 
 

@@ -171,11 +171,11 @@ class MultiScaleQuantizer(nn.Module):
             f_hat_BCHW = f_hat_BCHW + self.contribution(tokens_BN, k)
             loss = loss + self.config.beta * F.mse_loss(f_BCHW, f_hat_BCHW.detach())
             loss = loss + F.mse_loss(f_hat_BCHW, target_BCHW)
-        seen_BCHW = self._as_seen_by(f_BCHW, num_scales - 1)
-        straight_BCHW = f_hat_BCHW.detach() - seen_BCHW.detach() + seen_BCHW
+        resized_BCHW = self._through_scale(f_BCHW, num_scales - 1)
+        straight_BCHW = f_hat_BCHW.detach() - resized_BCHW.detach() + resized_BCHW
         return straight_BCHW, loss / num_scales, self._usage(f_BCHW)
 
-    def _as_seen_by(self, f_BCHW: Tensor, k: int) -> Tensor:
+    def _through_scale(self, f_BCHW: Tensor, k: int) -> Tensor:
         """The features resized to scale k and back: the part that scale k can express."""
         last = self.layout.num_scales - 1
         if k == last:

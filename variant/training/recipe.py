@@ -45,7 +45,7 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class VAETraining:
-    """How `variant train-vae` trains the VQ-VAE: reconstruction error and quantisation loss.
+    """Settings of `variant train-vae`, which minimises reconstruction error and quantisation loss.
 
     epochs: passes over the data.  reconstruction: weight of the squared pixel error.
     revive_every: steps between the checks that move unused codes onto features of the current

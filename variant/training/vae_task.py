@@ -58,7 +58,7 @@ class VAETask(Task):
         return "loss"
 
     def _num_scales(self, step: int) -> int:
-        """How many scales the step's images are reconstructed from.
+        """Number of first scales that the step's images are reconstructed from.
 
         All of them, except in a share of the steps that draws their number uniformly. The share
         falls linearly to 0 at the end of training.
