@@ -50,9 +50,9 @@ def find_program(name: str, folder_attribute: str) -> str:
             return str(candidate)
     except (ImportError, AttributeError):
         pass
-    found = shutil.which(name)
-    if found:
-        return found
+    path = shutil.which(name)
+    if path:
+        return path
     raise SystemExit(f"variant-kernels needs {name} to build: not found; pip install {name}")
 
 

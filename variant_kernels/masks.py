@@ -6,12 +6,12 @@ Axes: L tokens of all scales.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from variant_kernels.plans.scale_layout import ScaleLayout
 
@@ -70,9 +70,12 @@ def block_causal_layout(bias: Tensor) -> ScaleLayout | None:
     """
     if bias.requires_grad:
         return None
-    return _layout_outside_graphs(bias)
+    return _cached_layout(bias)
 
 
+# The result depends on values, so torch.compile must not trace it. torch.compiler.disable would
+# import torch._dynamo (2 s of CPU) with this module.
+@_disable_dynamo
 def _cached_layout(bias: Tensor) -> ScaleLayout | None:
     if bias.is_inference():  # without a version, so a change could not be detected
         return layout_of(bias)
@@ -86,15 +89,3 @@ def _cached_layout(bias: Tensor) -> ScaleLayout | None:
     while len(_cached_layouts) > MAX_CACHED_LAYOUTS:
         _cached_layouts.pop(next(iter(_cached_layouts)), None)
     return layout
-
-
-def _layout_outside_graphs(bias: Tensor) -> ScaleLayout | None:
-    # The result depends on values, so torch.compile must not trace it. torch.compiler.disable
-    # imports torch._dynamo (2 s of CPU): the wrapper is created at the first mask, not at import.
-    global _untraced
-    if _untraced is None:
-        _untraced = cast(Any, torch.compiler.disable(_cached_layout))
-    return cast(Any, _untraced)(bias)
-
-
-_untraced: Callable[[Tensor], ScaleLayout | None] | None = None

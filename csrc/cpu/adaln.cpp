@@ -48,12 +48,12 @@ inline Statistics row_statistics(int64_t width, float eps, const Get& get) {
                      [&](int64_t c, auto lanes) { store(rest + c, get(whole + c, lanes), lanes); });
     Pair sum = {}, rest_squares = {};
     for_pairs<InOrder>(width - whole,
-                       [&](int64_t c, auto lanes) { add_to(sum, load(rest + c, lanes)); });
+                       [&](int64_t c, auto lanes) { accumulate(sum, load(rest + c, lanes)); });
     const float count = static_cast<float>(width - whole), n = static_cast<float>(width);
     const float rest_mean = total(sum) / count;
     for_pairs<InOrder>(width - whole, [&](int64_t c, auto lanes) {
       const auto centred = zero_beyond(load(rest + c, lanes) - rest_mean, lanes);
-      add_to(rest_squares, centred * centred);
+      accumulate(rest_squares, centred * centred);
     });
     const float delta = rest_mean - row_mean;
     row_mean += delta * (count / n);
@@ -101,13 +101,13 @@ inline void modulate_row(const TX* x, Statistics stats, const RowScratch& s, int
 // scratch).
 template <class Order, class T, class Args, class F>
 void for_rows(const Args& a, const F& f) {
-  const int64_t rows = a.batch * a.tokens, per_thread = RowScratch::count(a.width);
-  const int64_t pieces = (rows + kRowsPerPiece - 1) / kRowsPerPiece;
-  const int64_t threads = min_of(pieces, threads_for(a.num_threads, rows * a.width));
+  const int64_t num_rows = a.batch * a.tokens, per_thread = RowScratch::count(a.width);
+  const int64_t pieces = (num_rows + kRowsPerPiece - 1) / kRowsPerPiece;
+  const int64_t threads = min_of(pieces, threads_for(a.num_threads, num_rows * a.width));
   Scratch<float> scratch(threads * per_thread);
   parallel_for(static_cast<int>(threads), pieces, [&](int64_t piece, int thread) {
     const RowScratch memory(scratch.get() + thread * per_thread, a.width);
-    const int64_t begin = piece * kRowsPerPiece, end = min_of(rows, begin + kRowsPerPiece);
+    const int64_t begin = piece * kRowsPerPiece, end = min_of(num_rows, begin + kRowsPerPiece);
     for (int64_t r = begin; r < end; ++r) {
       const int64_t b = r / a.tokens, t = r % a.tokens;
       if (r == begin || t == 0) {
@@ -171,10 +171,10 @@ void gated_forward_rows(const GatedAdaLNForwardArgs& a) {
 
 template <class TX, class T>
 void gated_forward(const GatedAdaLNForwardArgs& a) {
-  const int64_t rows = a.batch * a.tokens;
+  const int64_t num_rows = a.batch * a.tokens;
   const int64_t x_bytes = a.width * static_cast<int64_t>(sizeof(TX));
   const int64_t h_bytes = a.width * static_cast<int64_t>(sizeof(T));
-  streams(a.x_out, rows, x_bytes) && streams(a.h, rows, h_bytes)
+  streams(a.x_out, num_rows, x_bytes) && streams(a.h, num_rows, h_bytes)
       ? gated_forward_rows<TX, T, true>(a)
       : gated_forward_rows<TX, T, false>(a);
 }

@@ -13,11 +13,11 @@ constexpr int64_t kTokensPerPiece = 16;
 // Only the size of T matters: nothing is computed.
 template <class T, bool kStream>
 void append_rows(const AppendPagedKvArgs& a) {
-  const int64_t rows = a.batch * a.tokens;
-  const int64_t pieces = (rows + kTokensPerPiece - 1) / kTokensPerPiece;
-  const int threads = threads_for(a.num_threads, rows * a.heads * a.head_dim);
+  const int64_t num_tokens = a.batch * a.tokens;
+  const int64_t pieces = (num_tokens + kTokensPerPiece - 1) / kTokensPerPiece;
+  const int threads = threads_for(a.num_threads, num_tokens * a.heads * a.head_dim);
   parallel_for(threads, pieces, [&](int64_t piece, int) {
-    const int64_t end = min_of(rows, (piece + 1) * kTokensPerPiece);
+    const int64_t end = min_of(num_tokens, (piece + 1) * kTokensPerPiece);
     for (int64_t r = piece * kTokensPerPiece; r < end; ++r) {
       const int64_t slot = a.slots[r], b = r / a.tokens, t = r % a.tokens;
       if (slot < 0) continue;

@@ -132,13 +132,13 @@ struct BackwardScratch {
   }
   template <class Cell>
   static BackwardScratch at(float* memory, int64_t panels, int64_t head_dim) {
-    BackwardScratch placed;
-    placed.lay_out<Cell>(panels, head_dim, [&](int64_t count) {
+    BackwardScratch scratch;
+    scratch.lay_out<Cell>(panels, head_dim, [&](int64_t count) {
       float* part = memory;
       memory += round_up(count, 16);
       return part;
     });
-    return placed;
+    return scratch;
   }
 };
 

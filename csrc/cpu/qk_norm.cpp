@@ -11,13 +11,13 @@ constexpr int64_t kTokensPerPiece = 16;
 
 template <class T, bool kStream>
 void forward_rows(const QkNormForwardArgs& a) {
-  const int64_t rows = a.batch * a.tokens, width = a.head_dim;
-  const int64_t pieces = (rows + kTokensPerPiece - 1) / kTokensPerPiece;
+  const int64_t num_tokens = a.batch * a.tokens, width = a.head_dim;
+  const int64_t pieces = (num_tokens + kTokensPerPiece - 1) / kTokensPerPiece;
   Scratch<float> factors(a.heads);
   query_factors(a.scale_mul, a.heads, factors.get());
-  const int threads = threads_for(a.num_threads, rows * a.heads * a.head_dim);
+  const int threads = threads_for(a.num_threads, num_tokens * a.heads * a.head_dim);
   parallel_for(threads, pieces, [&](int64_t piece, int) {
-    const int64_t end = min_of(rows, (piece + 1) * kTokensPerPiece);
+    const int64_t end = min_of(num_tokens, (piece + 1) * kTokensPerPiece);
     for (int64_t r = piece * kTokensPerPiece; r < end; ++r) {
       const int64_t b = r / a.tokens, t = r % a.tokens, out = r * a.heads * width;
       const int64_t next = min_of(r + 1, end - 1), nb = next / a.tokens, nt = next % a.tokens;
@@ -34,9 +34,9 @@ void forward_rows(const QkNormForwardArgs& a) {
 
 template <class T>
 void forward(const QkNormForwardArgs& a) {
-  const int64_t rows = a.batch * a.tokens * a.heads;
+  const int64_t num_rows = a.batch * a.tokens * a.heads;
   const int64_t row_bytes = a.head_dim * static_cast<int64_t>(sizeof(T));
-  streams(a.q_out, rows, row_bytes) && streams(a.k_out, rows, row_bytes)
+  streams(a.q_out, num_rows, row_bytes) && streams(a.k_out, num_rows, row_bytes)
       ? forward_rows<T, true>(a)
       : forward_rows<T, false>(a);
 }
@@ -63,15 +63,15 @@ inline float backward_row(const T* g, const T* x, T* dx, int64_t width, float fa
 
 template <class T>
 void backward(const QkNormBackwardArgs& a) {
-  const int64_t rows = a.batch * a.tokens;
-  const int64_t pieces = (rows + kTokensPerPiece - 1) / kTokensPerPiece;
+  const int64_t num_tokens = a.batch * a.tokens;
+  const int64_t pieces = (num_tokens + kTokensPerPiece - 1) / kTokensPerPiece;
   // The gradient of scale_mul is summed over the rows of a piece, then over pieces in order.
   Scratch<float> factors(a.heads);
   Scratch<float> partial(pieces * a.heads);
   query_factors(a.scale_mul, a.heads, factors.get());
-  const int threads = threads_for(a.num_threads, rows * a.heads * a.head_dim);
+  const int threads = threads_for(a.num_threads, num_tokens * a.heads * a.head_dim);
   parallel_for(threads, pieces, [&](int64_t piece, int) {
-    const int64_t end = min_of(rows, (piece + 1) * kTokensPerPiece);
+    const int64_t end = min_of(num_tokens, (piece + 1) * kTokensPerPiece);
     float* sums = partial.get() + piece * a.heads;
     for (int64_t h = 0; h < a.heads; ++h) sums[h] = 0.0f;
     for (int64_t r = piece * kTokensPerPiece; r < end; ++r) {

@@ -23,13 +23,13 @@ struct TokenToStore {
 // kStream: queries are written with non-temporal stores.
 template <class T, bool kStream, class Store>
 inline void append_rows(const QkNormAppendPagedKvArgs& a, Store store) {
-  const int64_t rows = a.batch * a.tokens, width = a.head_dim;
-  const int64_t pieces = (rows + kTokensPerPiece - 1) / kTokensPerPiece;
+  const int64_t num_tokens = a.batch * a.tokens, width = a.head_dim;
+  const int64_t pieces = (num_tokens + kTokensPerPiece - 1) / kTokensPerPiece;
   Scratch<float> factors(a.heads);
   if (a.scale_mul) query_factors(a.scale_mul, a.heads, factors.get());
-  const int threads = threads_for(a.num_threads, rows * a.heads * width);
+  const int threads = threads_for(a.num_threads, num_tokens * a.heads * width);
   parallel_for(threads, pieces, [&](int64_t piece, int) {
-    const int64_t end = min_of(rows, (piece + 1) * kTokensPerPiece);
+    const int64_t end = min_of(num_tokens, (piece + 1) * kTokensPerPiece);
     for (int64_t r = piece * kTokensPerPiece; r < end; ++r) {
       const int64_t b = r / a.tokens, t = r % a.tokens, slot = a.slots[r];
       const int64_t next = min_of(r + 1, end - 1), nb = next / a.tokens, nt = next % a.tokens;

@@ -23,7 +23,7 @@ inline float norm_of(const T* x, int64_t width) {
   Pair squares = {};
   for_pairs<typename OrderOf<T>::Type>(width, [&](int64_t d, auto lanes) {
     const auto value = load(x + d, lanes);
-    add_to(squares, value * value);
+    accumulate(squares, value * value);
   });
   return __builtin_sqrtf(total(squares));
 }

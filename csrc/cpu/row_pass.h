@@ -25,8 +25,8 @@ inline Pair operator*(Pair x, float y) { return {x.a * y, x.b * y}; }
 inline Pair operator/(Pair x, float y) { return {x.a / y, x.b / y}; }
 
 // Sums of a row: a pair is added to both vectors, the rest of the row to the first.
-inline void add_to(Pair& sums, Pair x) { sums = sums + x; }
-inline void add_to(Pair& sums, VecF x) { sums.a += x; }
+inline void accumulate(Pair& sums, Pair x) { sums = sums + x; }
+inline void accumulate(Pair& sums, VecF x) { sums.a += x; }
 // Halves onto halves, as sum_lanes does, but in registers.
 inline float total(Pair sums) {
   const VecF x = sums.a + sums.b;

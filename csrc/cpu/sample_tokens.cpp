@@ -216,21 +216,21 @@ Drawn sample_row(const SampleTokensArgs& a, int64_t r, RowScratch& s) {
 
 template <class T>
 void sample(const SampleTokensArgs& a) {
-  const int64_t rows = a.batch * a.tokens;
+  const int64_t num_rows = a.batch * a.tokens;
   a.error->status = SampleStatus::kOk;
-  if (rows == 0) return;
+  if (num_rows == 0) return;
   const int threads =
-      static_cast<int>(min_of(rows, threads_for(a.num_threads, 4 * rows * a.vocab)));
+      static_cast<int>(min_of(num_rows, threads_for(a.num_threads, 4 * num_rows * a.vocab)));
   const int64_t bytes = RowScratch::bytes(a.vocab);
   Scratch<char> scratch(bytes * threads);
-  Scratch<uint8_t> status(rows);
-  parallel_for(threads, rows, [&](int64_t r, int thread) {
+  Scratch<uint8_t> status(num_rows);
+  parallel_for(threads, num_rows, [&](int64_t r, int thread) {
     RowScratch memory(scratch.get() + thread * bytes, a.vocab);
     const Drawn drawn = sample_row<T>(a, r, memory);
     a.out[r] = drawn.token;
     status.get()[r] = static_cast<uint8_t>(drawn.status);
   });
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t r = 0; r < num_rows; ++r) {
     if (status.get()[r] == 0) continue;
     *a.error = {static_cast<SampleStatus>(status.get()[r]), r};
     return;

@@ -153,24 +153,24 @@ def table(kernels: list[Kernel]) -> str:
 
 
 def complaints(kernels: list[Kernel], excuses: list[Excuse]) -> list[str]:
-    """Spills without an excuse, and excuses that are needed no more (long lists are not read)."""
-    found = [
+    """Spills that spills.txt does not list, and lines of spills.txt that are no longer needed."""
+    problems = [
         f"{k.name} spills registers on {k.arch} ({k.spill_store_bytes} bytes stored, "
         f"{k.spill_load_bytes} loaded): use fewer, or list it in spills.txt with the reason"
         for k in kernels
         if k.spills and not any(excuse.covers(k) for excuse in excuses)
     ]
     archs = {k.arch for k in kernels}
-    found += [
+    problems += [
         f'spills.txt: "{excuse.arch} {excuse.part}" spills no more; remove the line'
         for excuse in excuses
         if excuse.arch in archs and not any(excuse.covers(k) and k.spills for k in kernels)
     ]
-    return found
+    return problems
 
 
 def compile_and_keep(log: Path, command: list[str]) -> int:
-    """Run nvcc; its diagnostics go on to stderr, ptxas's statistics into the log."""
+    """Run nvcc; pass its diagnostics on to stderr and write ptxas's statistics to the log."""
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     for line in done.stderr.splitlines():
         if not CHATTER.search(line):
@@ -181,16 +181,16 @@ def compile_and_keep(log: Path, command: list[str]) -> int:
 
 
 def report(logs: list[Path], spills: Path, on_spill: str) -> int:
-    """Print the table; 1 if a spill is not accounted for and ``on_spill`` is "fail"."""
+    """Print the table; return 1 if there are problems and ``on_spill`` is "fail"."""
     kernels = [kernel for log in logs for kernel in parse(log.read_text())]
     names = readable([kernel.name for kernel in kernels])
     kernels = [Kernel(**{**vars(k), "name": names[k.name]}) for k in kernels]
     print(table(kernels))
-    found = complaints(kernels, read_excuses(spills.read_text()))
+    problems = complaints(kernels, read_excuses(spills.read_text()))
     word = "error" if on_spill == "fail" else "warning"
-    for line in found:
+    for line in problems:
         print(f"ptxas_report: {word}: {line}", file=sys.stderr)
-    return 1 if found and on_spill == "fail" else 0
+    return 1 if problems and on_spill == "fail" else 0
 
 
 def main(arguments: list[str]) -> int:

@@ -39,7 +39,8 @@ struct SoftmaxTile {
   static constexpr int kStage = 2 * kKeys * kRow;  // keys, then values
   static constexpr int kSharedBytes = (kQueries * kRow + 2 * kStage) * 2;
 
-  // Registers Wider queries do not fit the registers; they are loaded again for every tile of keys.
+  // Registers
+  // Wider queries do not fit the registers; they are loaded again for every tile of keys.
   static constexpr bool kKeepQueries = kHeadDim <= 128;
   static constexpr int kQueryFragments = kKeepQueries ? kHeadDim / 16 : 1;
   // Blocks that a multiprocessor must hold at once; 0 leaves it to the compiler.

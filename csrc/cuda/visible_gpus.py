@@ -37,25 +37,25 @@ def capabilities() -> list[tuple[int, int]]:
     call("cuInit", 0)
     count = ctypes.c_int()
     call("cuDeviceGetCount", ctypes.byref(count))
-    found = set()
+    visible = set()
     for index in range(count.value):
         device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
         call("cuDeviceGet", ctypes.byref(device), index)
         call("cuDeviceGetAttribute", ctypes.byref(major), CAPABILITY_MAJOR, device)
         call("cuDeviceGetAttribute", ctypes.byref(minor), CAPABILITY_MINOR, device)
-        found.add((major.value, minor.value))
-    if not found:
+        visible.add((major.value, minor.value))
+    if not visible:
         raise NoGpuError("the CUDA driver shows none")
-    return sorted(found)
+    return sorted(visible)
 
 
 def main() -> int:
     try:
-        found = capabilities()
+        visible = capabilities()
     except NoGpuError as error:
         print(error, file=sys.stderr)
         return 1
-    for major, minor in found:
+    for major, minor in visible:
         print(f"{major}.{minor}")
     return 0
 

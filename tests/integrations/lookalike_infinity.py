@@ -1,4 +1,4 @@
-"""A small model built like Infinity: the attributes that ``patch`` looks for, our words.
+"""A small model built like Infinity: the attributes that ``patch`` requires, our own code.
 
 Axes: B rows, T tokens of this call, L tokens of all scales, C width, E bits per token.
 """
@@ -19,8 +19,8 @@ def rotations(scales, head_dim):
     speed = 10000.0 ** -(torch.arange(quarter) / quarter)
     angles = []
     for t, h, w in scales:
-        for place in range(t * h * w):
-            row, column = divmod(place % (h * w), w)
+        for position in range(t * h * w):
+            row, column = divmod(position % (h * w), w)
             angles.append(torch.cat((row / h * 9 * speed, column / w * 9 * speed)))
     angle = torch.stack(angles)
     return torch.stack((angle.cos(), angle.sin()))[:, None, None, None]

@@ -1,4 +1,4 @@
-"""A small model built like the original VAR: the attributes that ``patch`` looks for, our words.
+"""A small model built like the original VAR: the attributes that ``patch`` requires, our own code.
 
 Axes: B rows, T tokens of this call, L tokens of all scales, C width, E codebook vector width.
 """
@@ -160,8 +160,8 @@ class LookalikeVAR(nn.Module):
         generator = torch.Generator().manual_seed(g_seed or 0)
         labels = torch.cat((label_B, torch.full_like(label_B, self.num_classes)))
         cond = self.class_emb(labels)
-        place = self.lvl_embed(self.lvl_1L) + self.pos_1LC
-        x = cond.unsqueeze(1) + self.pos_start + place[:, : self.first_l]
+        position = self.lvl_embed(self.lvl_1L) + self.pos_1LC
+        x = cond.unsqueeze(1) + self.pos_start + position[:, : self.first_l]
         tokens, logits, seen = [], [], 0
         for block in self.blocks:
             block.attn.kv_caching(True)
@@ -183,7 +183,7 @@ class LookalikeVAR(nn.Module):
                 grid = self.codes[0](tokens[-1]).mT.unflatten(-1, (side, side))
                 following = self.patch_nums[scale + 1]
                 words = F.interpolate(grid, (following, following)).flatten(2).mT
-                x = self.word_embed(words) + place[:, seen : seen + following**2]
+                x = self.word_embed(words) + position[:, seen : seen + following**2]
                 x = x.repeat(2, 1, 1)
         for block in self.blocks:
             block.attn.kv_caching(False)
@@ -201,7 +201,7 @@ class LookalikeVAR(nn.Module):
 
 
 class LookalikeCoDe(LookalikeVAR):
-    """With CoDe's further functions: a refiner reads what was drafted in one masked call."""
+    """With CoDe's additional functions: a refiner processes the draft in one masked call."""
 
     def autoregressive_infer_cfg_draft(self, B, label_B, exit_num):
         return self.autoregressive_infer_cfg(B, label_B)[0][:, : self._seen(exit_num - 1)]
@@ -212,9 +212,9 @@ class LookalikeCoDe(LookalikeVAR):
     @torch.no_grad()
     def autoregressive_infer_cfg_refine(self, B, label_B, words_BLE, entry_num):
         """Logits: of the masked prefix (scales 0..entry_num), then of each scale after it."""
-        cond, place = self.class_emb(label_B), self.lvl_embed(self.lvl_1L) + self.pos_1LC
+        cond, position = self.class_emb(label_B), self.lvl_embed(self.lvl_1L) + self.pos_1LC
         start = cond.unsqueeze(1) + self.pos_start
-        x_BLC = torch.cat((start, self.word_embed(words_BLE)), 1) + place
+        x_BLC = torch.cat((start, self.word_embed(words_BLE)), 1) + position
         shared, logits, begin = self.shared_ada_lin(cond), [], 0
         for block in self.blocks:
             block.attn.kv_caching(True)

@@ -28,9 +28,9 @@ def test_logits_are_those_of_the_live_model(l2, shared, patched):
     tokens = torch.randint(24, (2, 14), generator=torch.Generator().manual_seed(0))
     words = vae.teacher_input(tokens)
     with torch.no_grad():
-        wanted = model(LABELS, words)
-    found = ours.engine().forced_logits(LABELS, tokens)
-    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+        expected = model(LABELS, words)
+    logits = ours.engine().forced_logits(LABELS, tokens)
+    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
     if handle is not None:
         handle.unpatch()
 

@@ -1,4 +1,4 @@
-"""The drop-in benchmark on a look-alike: the answers that it compares, and what it writes."""
+"""The drop-in benchmark on a look-alike: it compares outputs and writes results."""
 
 import json
 
@@ -27,7 +27,7 @@ def case(model):
 
 
 def test_answers_are_compared_and_times_written_with_the_environment(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(dropin, "build", lambda *given: case(lookalike()))
+    monkeypatch.setattr(dropin, "build", lambda *args: case(lookalike()))
     file = tmp_path / "dropin.json"
     arguments = ["--repo", "nowhere", "--family", "var", "--small", "--depth", "2"]
     arguments += ["--rounds", "1", "--dtype", "float32", "--json", str(file)]
@@ -53,7 +53,7 @@ def test_a_different_answer_is_named_and_nothing_is_timed(tmp_path, monkeypatch,
     monkeypatch.setattr(
         dropin,
         "build",
-        lambda *given: DropinCase(
+        lambda *args: DropinCase(
             **{**vars(broken), "run": lambda seed, greedy: torch.tensor([next(answers)])}
         ),
     )

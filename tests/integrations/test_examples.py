@@ -1,4 +1,4 @@
-"""Every file of ``examples/`` runs on tiny models and does what it says."""
+"""Every file of ``examples/`` runs on tiny models and gives its documented result."""
 
 import importlib.util
 import sys

@@ -32,8 +32,8 @@ def test_rotation_turns_neighbouring_channels_by_the_tokens_angle():
     turn = torch.stack((angle.cos(), angle.sin()))
     cos, sin = (part.unsqueeze(1) for part in turn)
     even, odd = x.double()[..., 0::2], x.double()[..., 1::2]
-    wanted = torch.stack((cos * even - sin * odd, sin * even + cos * odd), -1).flatten(-2)
-    assert (rotate_pairs(x, turn.float()) - wanted).abs().max() < 1e-6
+    expected = torch.stack((cos * even - sin * odd, sin * even + cos * odd), -1).flatten(-2)
+    assert (rotate_pairs(x, turn.float()) - expected).abs().max() < 1e-6
     half = rotate_pairs(x.bfloat16(), turn.float())
     assert half.dtype == torch.float32
     assert torch.equal(half, rotate_pairs(x.bfloat16().float(), turn.float()))
@@ -61,9 +61,9 @@ def test_a_patched_model_paints_the_same_bits_and_logits(options, greedy):
 
 def test_each_generation_brings_its_own_scales():
     model = lookalike()
-    wanted = [paint(model, scales) for scales in (SQUARE, WIDE, SQUARE)]
+    expected = [paint(model, scales) for scales in (SQUARE, WIDE, SQUARE)]
     with patch(model) as handle:
-        for scales, (bits, logits) in zip((SQUARE, WIDE, SQUARE), wanted, strict=True):
+        for scales, (bits, logits) in zip((SQUARE, WIDE, SQUARE), expected, strict=True):
             again, close = paint(model, scales)
             assert torch.equal(again, bits)
             assert (close - logits).abs().max() < 1e-4
@@ -97,9 +97,9 @@ def test_skipped_layers_are_the_identity(depth, bridge):
             return original(x=x, **options) if active else x
 
         block.forward = skipping
-    wanted_bits, wanted = paint(model)
-    assert torch.equal(bits, wanted_bits)
-    assert (logits - wanted).abs().max() < 1e-4
+    expected_bits, expected = paint(model)
+    assert torch.equal(bits, expected_bits)
+    assert (logits - expected).abs().max() < 1e-4
 
 
 def test_training_gives_the_same_logits_and_gradients():
@@ -125,9 +125,9 @@ def test_another_mask_than_the_block_causal_one_is_respected():
     attention = model.unregistered_blocks[0].sa
     x, mask = torch.randn(2, 30, 64), torch.randn(1, 1, 30, 30)
     call = (x, mask, None, SQUARE, model.rope2d_freqs_grid)
-    wanted = attention(*call)
+    expected = attention(*call)
     with patch(model):
-        assert (attention(*call) - wanted).abs().max() < 1e-5
+        assert (attention(*call) - expected).abs().max() < 1e-5
 
 
 def test_bfloat16_autocast_is_as_close_to_float32_as_without_the_patch():
@@ -161,9 +161,9 @@ def test_unpatch_leaves_no_trace_and_patching_twice_is_refused():
 
 def before_type(before, model):
     """The plain class of the blocks."""
-    found = [kind for kind, _ in before if kind.__name__ == "CrossAttnBlock"]
-    assert len(found) == len(model.unregistered_blocks)
-    return found[0]
+    blocks = [kind for kind, _ in before if kind.__name__ == "CrossAttnBlock"]
+    assert len(blocks) == len(model.unregistered_blocks)
+    return blocks[0]
 
 
 def damaged(change):

@@ -69,8 +69,8 @@ def test_weights_changed_between_generations_are_seen(keep):
             parameter.mul_(-3)
         changed = paint(model)[1][:, :1]
     with torch.autocast("cpu", torch.bfloat16):
-        wanted = paint(model)[1][:, :1]
-    assert (changed - wanted).abs().max() < 0.05 * wanted.abs().max()
+        expected = paint(model)[1][:, :1]
+    assert (changed - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_a_condition_changed_in_place_is_seen():
@@ -90,9 +90,9 @@ def test_a_condition_changed_in_place_is_seen():
 
     model = lookalike()
     with torch.no_grad():
-        wanted = last_scale(model)
+        expected = last_scale(model)
         with patch(model):
-            assert (last_scale(model) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+            assert (last_scale(model) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def hand_made(model, schedule):
@@ -142,11 +142,11 @@ def test_stats_tell_the_plan_and_what_was_allocated():
             paint(model)
             stats = handle.stats()
             plan = CachePlan(layout, DepthSchedule(4, 4, depth or 4, 2))
-            wanted = plan.peak_bytes(2, 2, 32, torch.float32)
-            assert stats.kv_planned_bytes == stats.kv_allocated_bytes == wanted
+            expected = plan.peak_bytes(2, 2, 32, torch.float32)
+            assert stats.kv_planned_bytes == stats.kv_allocated_bytes == expected
             assert stats.seconds > 0
             assert (stats.depth, stats.bridge) == (depth, 2)
-            sizes.append(wanted)
+            sizes.append(expected)
     assert sizes[1] < sizes[0]
 
 
@@ -198,7 +198,7 @@ def test_a_generation_that_was_broken_off_does_not_spoil_the_next():
     model = lookalike()
     tokens, _ = paint(model)
     with patch(model):
-        hook = model.blocks[2].register_forward_pre_hook(lambda module, given: 1 / 0)
+        hook = model.blocks[2].register_forward_pre_hook(lambda module, args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             paint(model)
         hook.remove()
@@ -228,11 +228,11 @@ def test_training_gives_the_same_gradients(shared, attn_drop):
         loss.backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
-    wanted = gradients()
+    expected = gradients()
     with patch(model):
         ours = gradients()
-    assert ours.keys() == wanted.keys()
-    for name, grad in wanted.items():
+    assert ours.keys() == expected.keys()
+    for name, grad in expected.items():
         assert (ours[name] - grad).abs().max() < 1e-3 * grad.abs().max() + 1e-8, name
 
 
@@ -241,18 +241,18 @@ def test_training_gives_the_same_gradients(shared, attn_drop):
 def test_codes_refiner_reads_the_draft_through_a_mask(entry, depth):
     model = lookalike(LookalikeCoDe)
     words = torch.randn(2, model.L - 1, model.Cvae)
-    wanted = model.autoregressive_infer_cfg_refine(2, LABELS, words, entry)
+    expected = model.autoregressive_infer_cfg_refine(2, LABELS, words, entry)
     with patch(model, depth=depth, bridge=2) as handle:
         assert handle.family == "CoDe"
         ours = model.autoregressive_infer_cfg_refine(2, LABELS, words, entry)
         if depth is None:
-            assert (ours - wanted).abs().max() < 1e-4 * wanted.abs().max()
+            assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
         else:
             # The same tokens fed scale by scale give the same logits: bridge tokens alone pass
             # through all layers, in one call or in several.
             stepwise = model.autoregressive_infer_cfg_refine(2, LABELS, words, 0)
             assert (ours - stepwise).abs().max() < 1e-4 * stepwise.abs().max()
-            assert (ours - wanted).abs().max() > 1e-2
+            assert (ours - expected).abs().max() > 1e-2
         with pytest.raises(RuntimeError, match="beam search"):
             model.blocks[0].attn.update_cache_for_beams(2)
 
@@ -347,8 +347,8 @@ def test_patching_draws_nothing_and_keeps_training_mode():
     model.blocks[0].eval()
     modes = [m.training for m in model.modules()]
     torch.manual_seed(4)
-    wanted = torch.rand(1)
+    expected = torch.rand(1)
     torch.manual_seed(4)
     with patch(model):
-        assert torch.equal(torch.rand(1), wanted)
+        assert torch.equal(torch.rand(1), expected)
         assert [m.training for m in model.modules()] == modes

@@ -1,4 +1,4 @@
-"""How kernels are compared: error against float64, relative to what plain torch makes.
+"""Compare kernels: error against float64, relative to the error of plain torch.
 
 A result may be at most ``times`` as far from the float64 reference as a plain-torch computation in
 the same dtype, plus one unit in the last place of the largest expected value.
@@ -27,7 +27,7 @@ DEVICE = os.environ.get("VARIANT_TEST_DEVICE", "cpu")
 def backends_for(
     impls: dict[str, Backend], dtype: torch.dtype, kv_dtype: torch.dtype | None = None
 ) -> list[str]:
-    """Backends that say that they serve these dtypes on the device under test.
+    """Backends that can serve these dtypes on the device under test.
 
     ``TRITON_INTERPRET=1`` adds triton, run by its interpreter; ``VARIANT_CUDA_EMULATION`` adds
     cuda, compiled for the CPU.
@@ -64,10 +64,10 @@ def wide(*tensors: Tensor) -> list[Tensor]:
 
 
 class Tally:
-    """Errors of ours and of plain torch against float64, and the verdict at the end.
+    """Collects errors of ours and of plain torch against float64, then compares them.
 
-    The largest error among a handful of numbers is luck; so each case is drawn several times and
-    the largest errors over the draws are compared.
+    The largest error among a few numbers varies by chance, so a test draws each case several times
+    and compares the largest errors over the draws.
     """
 
     def __init__(self) -> None:
@@ -84,12 +84,12 @@ class Tally:
         times: float = 2.0,
         largest: float | None = None,
     ) -> None:
-        """Note one result.
+        """Record one result.
 
         Args:
             times: how many times plain torch's error is allowed.
-            largest: magnitude whose last place counts, where several results are computed from
-                one another (an expected zero has no last place of its own); None is ``exact``'s.
+            largest: magnitude whose last place is the unit; for results that are computed from one
+                another, because an expected zero has no last place. None is that of ``exact``.
         """
         # Plain torch may overflow where ours must not (16-bit norms of zero).
         ours, plain, exact = ours.detach(), plain.detach().nan_to_num(), exact.detach()
@@ -104,7 +104,7 @@ class Tally:
         self._ulp[name] = max(self._ulp[name], ulp)
 
     def check(self) -> None:
-        """Every named result is near enough, and there was at least one."""
+        """Assert that there are results and that every error is within its limit."""
         assert self._ours, "nothing was compared"
         for name, error in self._ours.items():
             allowed = self._allowed[name] + self._ulp[name]

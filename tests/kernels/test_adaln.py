@@ -87,7 +87,7 @@ def test_strided_views_give_what_contiguous_copies_give(backend, dtype):
 
 @pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 def test_large_mean_does_not_cancel(backend):
-    """Variance by sum of squares would lose every digit here."""
+    """The variance as E[x^2] - E[x]^2 would lose all digits here."""
     x = torch.randn(1, 4, 512, generator=torch.Generator().manual_seed(0)) + 3000
     zeros = torch.zeros(1, 512)
     y = adaln_modulate(*moved(x, zeros, zeros), backend=backend).cpu()

@@ -82,12 +82,13 @@ def random_case(dtype, generator):
 
 
 def add_case(tally, plain_op, our_op, inputs, weight, names, sizes=()):
-    """Output and gradients of one case, over a power of two near the largest: each is drawn once,
-    so that only the largest errors of all cases say how lucky plain torch was.
+    """Output and gradients of one case, divided by a power of two near the largest value.
 
-    sizes: what gradients are multiplied by first, by name.  "dscale" is a long sum that cancels:
-    what counts is 16 units in the last place of its terms, whose magnitude is given there (scores
-    of up to 20 carry about as many into each probability).
+    Each case is drawn once: only the largest errors of all cases show the error of plain torch.
+
+    sizes: factors of gradients, by name.  "dscale" is a long sum that cancels: its limit is 16
+    units in the last place of its terms, whose magnitude is the entry (scores of up to 20 carry
+    about as many units into each probability).
     """
     on_device = moved(*inputs)
     exact = [plain_op(*wide(*inputs)), *gradients(plain_op, wide(*inputs), weight.double())]
@@ -96,16 +97,16 @@ def add_case(tally, plain_op, our_op, inputs, weight, names, sizes=()):
     sizes = dict(sizes)
     terms = sizes.pop("dscale", None)
     results = {}
-    for name, *found in zip(("out", *names), ours, plain, exact, strict=True):
+    for name, *values in zip(("out", *names), ours, plain, exact, strict=True):
         size = sizes.get(name, torch.ones(()))
-        results[name] = [x.detach().cpu() * size.to(x.dtype) for x in found]
+        results[name] = [x.detach().cpu() * size.to(x.dtype) for x in values]
     shared = largest_of([results[name][2] for name in names if name != "dscale"])
-    for name, found in results.items():
-        largest = {"out": float(found[2].abs().max()), "dscale": 16 * (terms or 0)}.get(
+    for name, values in results.items():
+        largest = {"out": float(values[2].abs().max()), "dscale": 16 * (terms or 0)}.get(
             name, shared
         )
         near = 2.0 ** math.frexp(largest)[1]
-        scaled = [x / near for x in found]
+        scaled = [x / near for x in values]
         tally.add(name, *scaled, 2 if name == "out" else 3, largest / near)
 
 
@@ -133,7 +134,7 @@ def plain_after_qk_norm(q, k, v, scale_mul, layout, scale):
 
 
 def terms_of_dscale(q, k, v, scale_mul, layout, scale, weight):
-    """The sum of the magnitudes of what is added up for one head, the largest of all heads."""
+    """The sum of the magnitudes of the terms of dscale; the largest over all heads."""
     q, k = plain_qk_norm(q, k, scale_mul)
     (dq,) = gradients(lambda leaf: plain_attention(leaf, k, v, layout, scale), [q], weight)
     return float((dq * q).sum(-1).abs().sum((0, 1)).max())
@@ -144,8 +145,8 @@ def test_random_cases_with_qk_norm_inside_match_float64(backend, dtype):
     tally, generator = Tally(), torch.Generator().manual_seed(11)
     for index in range(6):
         (q, k, v, weight), layout, scale = random_case(dtype, generator)
-        # Some queries and keys are short: only their direction may count. What changes a short one
-        # changes it much: gradients are compared for unit lengths.
+        # Some queries and keys are short: only their direction may have an effect. Gradients of
+        # short vectors are large, so gradients are compared for unit lengths.
         lengths = 4.0 ** -torch.randint(0, 6, (*q.shape[:3], 1), generator=generator)
         heads = q.shape[2]
         scale_mul = torch.linspace(3, -1, heads).view(1, heads, 1, 1)
@@ -186,12 +187,12 @@ def test_qk_norm_inside_treats_extremes_as_qk_norm_before(backend):
         return block_causal_attention(q, k, v, layout, softmax_scale=1, backend=backend)
 
     torch.testing.assert_close(inside(*inputs), before(*inputs), rtol=1e-4, atol=1e-5)
-    found, expected = (gradients(way, inputs, weight) for way in (inside, before))
-    for a, b in zip(found, expected, strict=True):
+    actual, expected = (gradients(way, inputs, weight) for way in (inside, before))
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    assert found[3][0, 0] == 0
+    assert actual[3][0, 0] == 0
     again = gradients(inside, inputs, weight)
-    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
 
 
 @pytest.mark.parametrize("backend", FLOAT32_BACKENDS)

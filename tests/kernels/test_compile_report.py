@@ -43,9 +43,9 @@ def test_a_kernel_is_compiled_for_a_gpu_that_is_not_there(tmp_path):
     head, line = run.stdout.splitlines()
     assert head.split()[-3:] == ["registers", "spills", "shared"]
     fields = r"paged_attention_combine_kernel +D 64 +sm_90 +bf16 +4 +1 +(\d+) +(\d+) +(\d+)"
-    found = re.fullmatch(fields, line.strip())
-    assert found, line
-    registers, spills, _ = map(int, found.groups())
+    match = re.fullmatch(fields, line.strip())
+    assert match, line
+    registers, spills, _ = map(int, match.groups())
     assert 0 < registers <= 255
     assert spills == 0
 

@@ -1,4 +1,4 @@
-"""What the C++ tests cannot show of the CPU kernels: threads, errors, choosing the instruction set.
+"""CPU kernels through Python: threads, errors, and the choice of the instruction set.
 
 B batch, T tokens, C width, H heads, D head width, P pages, N slots, M page-table entries.
 """
@@ -117,7 +117,7 @@ def run_kv8(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 
 
 def run_block_causal(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    # One head: with two threads it is cut, with one it is not.
+    # One head: two threads split it, one thread does not.
     q, k, v = random(1, sum(SCALES), 3, 1, 64, dtype=dtype).unbind(2)
     out, lse = launch_block_causal_attention_forward(
         q_BLHD=q, k_BLHD=k, v_BLHD=v, scale_lengths=SCALES, softmax_scale=0.125
@@ -286,7 +286,7 @@ def test_an_expanded_gradient_is_accepted():
 
 
 @pytest.mark.parametrize(
-    ("argument", "place", "value", "message"),
+    ("argument", "index", "value", "message"),
     [
         ("page_table_BM", (1, 1), 77, r"page_table_BM\[1, 1\] must be in \[0, 40\); got 77"),
         ("page_table_BM", (0, 18), -1, r"page_table_BM\[0, 18\] must be in \[0, 40\); got -1"),
@@ -294,9 +294,9 @@ def test_an_expanded_gradient_is_accepted():
         ("kv_lens_B", (0,), -1, r"kv_lens_B\[0\] must be in \[0, 320\].*; got -1"),
     ],
 )
-def test_a_page_or_length_out_of_range_is_named(argument, place, value, message):
+def test_a_page_or_length_out_of_range_is_named(argument, index, value, message):
     arguments = paged_arguments()
-    arguments[argument][place] = value
+    arguments[argument][index] = value
     with pytest.raises(ValueError, match="paged_attention: " + message):
         paged_attention(*(arguments[name] for name in PAGED_ORDER), backend="cpu")
 

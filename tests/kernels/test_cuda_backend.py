@@ -1,4 +1,4 @@
-"""When the CUDA C++ kernels say that they serve a call; what their launchers refuse and decide."""
+"""Which calls the CUDA C++ kernels can serve, and the checks and choices of their launchers."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ GPU = Request("cuda", (torch.bfloat16,), 64)
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
-    """As if the library were built and a GPU of capability 9.0 were there."""
+    """Simulates a built library and a GPU of capability 9.0."""
     monkeypatch.delenv(library.EMULATION, raising=False)
     monkeypatch.setattr(library, "is_built", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)

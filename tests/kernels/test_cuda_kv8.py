@@ -1,4 +1,4 @@
-"""8-bit pages in the CUDA kernels: nothing but the reading differs from 16-bit pages."""
+"""8-bit pages in the CUDA kernels give the results of 16-bit pages with the same values."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The library of CUDA kernels: found late, missed politely, loadable without a GPU."""
+"""The library of CUDA kernels: loaded at first use, with a clear error if it is missing."""
 
 import re
 import subprocess

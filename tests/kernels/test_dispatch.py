@@ -1,4 +1,4 @@
-"""Which backend runs a call, and what an op remembers of the calls before."""
+"""Which backend runs a call, and which checks an op repeats at later calls."""
 
 import ast
 import io
@@ -89,7 +89,7 @@ def test_a_bad_call_after_a_good_one_raises_every_time():
 
 def test_what_is_no_tensor_is_named_in_every_op():
     q = torch.zeros(1, 1, 1, 16)
-    scale, slots = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, dtype=torch.int64)
+    slots = torch.zeros(1, 1, dtype=torch.int64)
     table, lens = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     calls = {
         "q_BTHD": lambda bad: paged_attention(bad, q, q, table, lens),
@@ -98,6 +98,7 @@ def test_what_is_no_tensor_is_named_in_every_op():
             q, q.to(torch.float8_e4m3fn), q.to(torch.float8_e4m3fn), table, lens,
             k_scales_PNH=bad, v_scales_PNH=bad,
         ),
+        "k_pages_PNHD": lambda bad: append_paged_kv(q, q, bad, bad, slots),
         "slots_BT": lambda bad: append_paged_kv(q, q, q.clone(), q.clone(), bad),
         "k_BTHD": lambda bad: append_paged_kv(bad, q, q.clone(), q.clone(), slots),
         "scale_mul_1H11": lambda bad: qk_norm(q, q, bad),
@@ -107,11 +108,12 @@ def test_what_is_no_tensor_is_named_in_every_op():
             q, q, bad, block_causal.ScaleLayout.from_patch_nums((1,))
         ),
     }  # fmt: skip
-    del scale
     for name, call in calls.items():
         for bad in (3.0, [1.0], "x", np.zeros(3)):
             with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor; got"):
                 call(bad)
+    with pytest.raises(TypeError, match=r"k_pages_PNHD must be a torch\.Tensor; got None"):
+        append_paged_kv(q, q, None, None, slots)
 
 
 def test_a_changed_environment_chooses_anew(monkeypatch, checks):

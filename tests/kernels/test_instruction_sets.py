@@ -1,7 +1,7 @@
 """Every instruction set that this machine supports passes the kernels' own tests.
 
-The choice is made once per process, so each runs in one of its own; the tests around this file
-exercise the one that is chosen by default.
+A process chooses its instruction set once, so each set runs in a separate process; the other tests
+use the default.
 """
 
 import os
@@ -14,7 +14,7 @@ import pytest
 from variant_kernels.cpu_ops.common import build_info
 
 FOLDER = Path(__file__).parent
-# What computes: registration and argument checks do not depend on the instruction set.
+# Only tests of results: registration and checks do not depend on the instruction set.
 STEMS = ("adaln", "block_causal_attention", "kv8", "paged_attention", "qk_norm", "sample_tokens")
 SELECTED = "cpu and not opcheck and not instruction_set"
 

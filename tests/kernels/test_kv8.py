@@ -34,7 +34,7 @@ def nearest(x: Fraction, values: list[Fraction]) -> Fraction:
 
 
 def exact_row(row: torch.Tensor) -> list[Fraction]:
-    """What a row must round to, in exact arithmetic."""
+    """The values and scale that a row must round to, in exact arithmetic."""
     numbers = [Fraction(x) for x in row.double().tolist()]
     exponent = -126
     while max(map(abs, numbers)) > 448 * Fraction(2) ** exponent:
@@ -54,9 +54,9 @@ def test_rows_round_as_exact_arithmetic_says(dtype):
         # Within a row: magnitudes from the largest down to below the smallest e4m3 value.
         rows[3:] *= torch.logspace(0, -7, 16)
         values, scales = quantize_kv(rows.unsqueeze(1))
-        found = dequantize_kv(values, scales).squeeze(1)
-        for row, ours in zip(rows, found, strict=True):
-            # float32 flushes nothing here: what is below its range has rounded to zero.
+        decoded = dequantize_kv(values, scales).squeeze(1)
+        for row, ours in zip(rows, decoded, strict=True):
+            # Numbers below float32's range have rounded to zero, so no flushing is visible.
             assert [Fraction(x) for x in ours.double().tolist()] == exact_row(row), size
 
 
@@ -104,11 +104,11 @@ def test_appended_tokens_are_the_rounded_ones_bit_by_bit(backend, dtype):
         v[0, 0] = 0
         pool = empty_pool(k_pages)
         *pages, k_scales, v_scales = moved(*(x.clone() for x in pool))
-        given = moved(k, v, slots)
+        args = moved(k, v, slots)
         append_paged_kv(
-            *given[:2],
+            *args[:2],
             *pages,
-            given[2],
+            args[2],
             k_scales_PNH=k_scales,
             v_scales_PNH=v_scales,
             backend=backend,
@@ -170,7 +170,7 @@ def test_entries_that_are_not_finite_are_read_back_as_nan(backend, dtype):
 
 
 def in_8_bits(pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Values, scales and what they stand for; what was NaN is NaN in both."""
+    """Values, scales and the numbers that they represent; NaN stays NaN in both."""
     values, scales = quantize_kv(pages)
     poisoned = pages.isnan().any(-1)
     values.view(torch.uint8)[poisoned] = 0x7F
@@ -193,8 +193,8 @@ def test_attention_matches_float64_and_reads_no_poisoned_slot(backend, dtype):
         exact = plain_attention(q.double(), k_exact, v_exact, table, lengths, scale)
         # The same numbers: 16 bits hold every product of an e4m3 value and its scale.
         plain = plain_attention(q, k_exact.to(dtype), v_exact.to(dtype), table, lengths, scale)
-        given = moved(q, k_values, v_values, table, lengths, k_scales, v_scales)
-        *inputs, k_scales, v_scales = given
+        args = moved(q, k_values, v_values, table, lengths, k_scales, v_scales)
+        *inputs, k_scales, v_scales = args
         ours = paged_attention(
             *inputs,
             softmax_scale=scale,
@@ -232,7 +232,7 @@ def test_a_visible_nan_is_seen(backend, dtype):
     ],
 )
 def test_whoever_serves_exact_pages_serves_8_bits(impls):
-    # One that refused would drop out of every test above. (flash and flashinfer: 16 bits only.)
+    # A backend that refused would be absent from every test above (flash, flashinfer: 16 bits).
     assert backends_for(impls, torch.float32, KV8_DTYPE) == backends_for(impls, torch.float32)
 
 
@@ -244,12 +244,12 @@ def test_opcheck_passes(backend):
     q, k_pages, v_pages, table, lengths = paged.sample_inputs(torch.float32, generator)[1]
     k_values, k_scales, _ = in_8_bits(k_pages)
     v_values, v_scales, _ = in_8_bits(v_pages)
-    given = moved(q, k_values, v_values, table, lengths)
+    args = moved(q, k_values, v_values, table, lengths)
     scales = moved(k_scales, v_scales)
     # test_schema compares inputs before and after with an operation that no 8-bit float has.
     torch.library.opcheck(
         paged.paged_attention_op.overload,
-        (*given, 0.25, backend, *scales),
+        (*args, 0.25, backend, *scales),
         test_utils=("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
     compiled = torch.compile(
@@ -259,8 +259,8 @@ def test_opcheck_passes(backend):
         fullgraph=True,
         backend="aot_eager",
     )
-    expected = paged.paged_attention_op(*given, q.shape[-1] ** -0.5, backend, *scales)
-    assert torch.equal(compiled(*given, *scales), expected)
+    expected = paged.paged_attention_op(*args, q.shape[-1] ** -0.5, backend, *scales)
+    assert torch.equal(compiled(*args, *scales), expected)
 
 
 def test_scales_and_dtypes_that_do_not_fit_are_named():

@@ -1,4 +1,4 @@
-"""The cache stores what the plan says, in pages that no one else uses, and hands them on."""
+"""The cache stores K/V as planned, in pages that no other layer uses, and reuses freed pages."""
 
 import pytest
 import torch
@@ -97,7 +97,7 @@ def test_eight_bits_take_the_planned_bytes_and_read_back_what_was_rounded():
     assert cache.allocated_bytes == cache.plan.peak_bytes(
         cache.batch, HEADS, HEAD_DIM, KV8_DTYPE, guidance=False
     )
-    # One byte a value and one a head, where float32 takes four a value.
+    # One byte per value and one per head; float32 takes four per value.
     assert cache.allocated_bytes * 4 * HEAD_DIM == wide.allocated_bytes * (HEAD_DIM + 1)
     generator = torch.Generator().manual_seed(3)
     for layer, scale in cache.plan.layer_scale_order():
@@ -105,10 +105,10 @@ def test_eight_bits_take_the_planned_bytes_and_read_back_what_was_rounded():
         shape = (2, cache.batch, cache.plan.layout.tokens[scale], HEADS, HEAD_DIM)
         k, v = torch.randn(shape, generator=generator)
         append_paged_kv(k, v, cache.k_pages, cache.v_pages, step.slots_BT, **cache.scales)
-        place = step.slots_BT // cache.plan.page_size, step.slots_BT % cache.plan.page_size
+        index = step.slots_BT // cache.plan.page_size, step.slots_BT % cache.plan.page_size
         for new, pages, name in ((k, cache.k_pages, "k"), (v, cache.v_pages, "v")):
-            values = pages.view(torch.uint8)[place].view(KV8_DTYPE)
-            read = dequantize_kv(values, cache.scales[f"{name}_scales_PNH"][place])
+            values = pages.view(torch.uint8)[index].view(KV8_DTYPE)
+            read = dequantize_kv(values, cache.scales[f"{name}_scales_PNH"][index])
             assert torch.equal(read, dequantize_kv(*quantize_kv(new)))
         cache.close(layer, scale)
     assert cache.peak_bytes == cache.allocated_bytes

@@ -1,4 +1,4 @@
-"""Backends around installed libraries: what is passed to them, and when they refuse.
+"""Backends of installed libraries: the arguments that they get, and the calls that they refuse.
 
 flash-attn and FlashInfer run on NVIDIA GPUs only. Here doubles with their signatures stand in: each
 reads the arguments as the library documents them and answers with plain torch.
@@ -25,9 +25,9 @@ GPU = Request("cuda", (torch.float16,), 64, page_size=16)
 
 
 def module(monkeypatch, name, **members):
-    made = types.ModuleType(name)
-    vars(made).update(members)
-    monkeypatch.setitem(sys.modules, name, made)
+    stub = types.ModuleType(name)
+    vars(stub).update(members)
+    monkeypatch.setitem(sys.modules, name, stub)
 
 
 def attend(q_THD, k_SHD, v_SHD, scale):
@@ -39,14 +39,14 @@ def rows(pages_PNHD, pages, length):
     return pages_PNHD[pages.long()].flatten(0, 1)[:length]
 
 
-@pytest.fixture(params=FLASH_VERSIONS, ids=lambda found: f"version-{found.version}")
+@pytest.fixture(params=FLASH_VERSIONS, ids=lambda flash_version: f"version-{flash_version.version}")
 def flash_attn(request, monkeypatch):
-    found = request.param
+    flash_version = request.param
 
     def flash_attn_with_kvcache(
         q, k_cache, v_cache, *, cache_seqlens, softmax_scale, causal, **others
     ):
-        table = others.pop(found.table_argument)
+        table = others.pop(flash_version.table_argument)
         assert not others
         assert not causal
         assert table.dtype == cache_seqlens.dtype == torch.int32
@@ -58,9 +58,9 @@ def flash_attn(request, monkeypatch):
                 out[row] = attend(q[row], k, v, softmax_scale)
         return out
 
-    module(monkeypatch, found.module, flash_attn_with_kvcache=flash_attn_with_kvcache)
-    monkeypatch.setattr(flash, "find_flash", lambda device: found)
-    return found
+    module(monkeypatch, flash_version.module, flash_attn_with_kvcache=flash_attn_with_kvcache)
+    monkeypatch.setattr(flash, "find_flash", lambda device: flash_version)
+    return flash_version
 
 
 class Wrapper:
@@ -125,7 +125,7 @@ def flashinfer_double(monkeypatch):
 def compare_with_the_definition(launch):
     tally, generator = Tally(), torch.Generator().manual_seed(3)
     for inputs in paged.sample_inputs(torch.float32, generator):
-        given = dict(
+        arguments = dict(
             zip(
                 ("q_BTHD", "k_pages_PNHD", "v_pages_PNHD", "page_table_BM", "kv_lens_B"),
                 inputs,
@@ -134,12 +134,12 @@ def compare_with_the_definition(launch):
         )
         exact, plain = (
             paged.reference_paged_attention(
-                **{n: x.to(t) if x.is_floating_point() else x for n, x in given.items()},
+                **{n: x.to(t) if x.is_floating_point() else x for n, x in arguments.items()},
                 softmax_scale=0.2,
             )
             for t in (torch.float64, torch.float32)
         )
-        tally.add(str(tuple(inputs[0].shape)), launch(**given, softmax_scale=0.2), plain, exact)
+        tally.add(str(tuple(inputs[0].shape)), launch(**arguments, softmax_scale=0.2), plain, exact)
     tally.check()
 
 
@@ -227,7 +227,7 @@ def test_flex_refuses_the_cpu_by_name():
 
 
 def test_flex_attention_and_its_gradients_are_the_definitions(monkeypatch):
-    """Uncompiled, and with the check taken out that keeps gradients from the CPU."""
+    """FlexAttention uncompiled, without its check that refuses gradients on the CPU."""
     from torch.nn.attention import flex_attention
 
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)

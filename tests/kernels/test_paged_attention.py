@@ -118,14 +118,14 @@ def test_appended_tokens_are_read_back(backend, dtype):
         dtype, torch.Generator().manual_seed(2)
     ):
         before = k_pages.clone(), v_pages.clone()
-        given = moved(k, v, k_pages, v_pages, slots)
-        append_paged_kv(*given, backend=backend)
-        after = (pages.cpu() for pages in given[2:4])
+        args = moved(k, v, k_pages, v_pages, slots)
+        append_paged_kv(*args, backend=backend)
+        after = (pages.cpu() for pages in args[2:4])
         for new, pages, old in zip((k, v), after, before, strict=True):
             expected = old.flatten(0, 1).clone()
-            for place, token in zip(slots.flatten().tolist(), new.flatten(0, 1), strict=True):
-                if place >= 0:
-                    expected[place] = token
+            for slot, token in zip(slots.flatten().tolist(), new.flatten(0, 1), strict=True):
+                if slot >= 0:
+                    expected[slot] = token
             assert torch.equal(pages.flatten(0, 1), expected)
 
 

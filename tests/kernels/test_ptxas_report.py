@@ -1,4 +1,4 @@
-"""The report on compiled CUDA kernels: what it reads, and that a spill cannot pass unnoticed."""
+"""The report on compiled CUDA kernels: how it reads ptxas's output, and that it reports spills."""
 
 import importlib.util
 import shutil

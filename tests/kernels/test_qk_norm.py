@@ -44,7 +44,7 @@ def test_gradients_match_float64(backend, dtype):
     tally, generator = Tally(), torch.Generator().manual_seed(2)
     for _ in range(DRAWS):
         for case, (q, k, scale_mul) in enumerate(op.sample_inputs(dtype, generator)):
-            # At a vector of zeros the gradient is 1/eps: checked in a test of its own.
+            # At a vector of zeros the gradient is 1/eps: a separate test checks it.
             q = q + (q == 0).all(-1, keepdim=True) * torch.ones((), dtype=dtype)
             inputs = q, k, scale_mul
             weights = [torch.randn(q.shape, generator=generator).to(dtype) for _ in range(2)]

@@ -27,9 +27,9 @@ def plain_q_k(qkv, scale_mul):
 def written(pages, slots, tokens):
     """The pages after `tokens` were put into their slots one by one."""
     flat = pages.flatten(0, 1).clone()
-    for place, token in zip(slots.flatten().tolist(), tokens.flatten(0, 1), strict=True):
-        if place >= 0:
-            flat[place] = token
+    for slot, token in zip(slots.flatten().tolist(), tokens.flatten(0, 1), strict=True):
+        if slot >= 0:
+            flat[slot] = token
     return flat.view(pages.shape)
 
 
@@ -45,8 +45,8 @@ def test_matches_float64_and_leaves_other_slots_alone(backend, dtype):
             plain = [x.nan_to_num() for x in plain_q_k(qkv, scale)]
             before = k_pages.clone(), v_pages.clone()
             moved_scale = None if scale is None else moved(scale)[0]
-            given, *target = moved(qkv, k_pages, v_pages, slots)
-            q = qk_norm_append_paged_kv(given, moved_scale, *target, backend=backend)
+            moved_qkv, *target = moved(qkv, k_pages, v_pages, slots)
+            q = qk_norm_append_paged_kv(moved_qkv, moved_scale, *target, backend=backend)
             assert q.is_contiguous()
             k_pages, v_pages = (pages.cpu() for pages in target[:2])
             tally.add(f"case {case} q", q.cpu(), plain[0], exact[0])
@@ -102,7 +102,7 @@ def test_equals_qk_norm_then_append_bit_by_bit(problem, backend):
     ours = qk_norm_append_paged_kv(qkv, scale, k_pages, v_pages, slots, backend=backend)
     assert torch.equal(ours, q)
     for pages, expected in zip((k_pages, v_pages), expected_pages, strict=True):
-        # Slots that no token went to still hold their NaN.
+        # Slots without a new token still hold their NaN.
         assert torch.equal(pages.isnan(), expected.isnan())
         assert torch.equal(pages.nan_to_num(), expected.nan_to_num())
 

@@ -138,7 +138,7 @@ def test_backends_differ_in_at_most_one_draw_in_100_000(backend, dtype):
 
 
 def hard_rows(entries, generator):
-    """Rows that make a search for a boundary go wrong or slow: one per line, (rows, entries)."""
+    """Rows for which bisection is difficult or slow, (rows, entries)."""
     noise = torch.randn(entries, generator=generator)
     masked = torch.where(noise < 0.5, -torch.inf, noise)
     return torch.stack(
@@ -179,12 +179,12 @@ def test_hard_rows_are_cut_as_the_reference_cuts_them(backend, filters, entries)
     ours = sample_tokens(*moved(logits), backend=backend, **options).cpu()
     reference = sample_tokens(logits, backend="reference", **options)
     for row, (a, b) in enumerate(zip(ours, reference, strict=True)):
-        # 200 draws show most of what is kept; where the kept sets differ, so do many draws.
+        # 200 draws show most kept entries; if the kept sets differ, many draws differ.
         assert int((a != b).sum()) <= 1, f"row {row}"
 
 
 def exactly_kept(row, top_k, top_p):
-    """Indices of what the filters keep, by sorting in float64, from the least of them."""
+    """Indices of the kept and of the dropped entries, ascending by value; sorted in float64."""
     order = row.double().sort(stable=True)
     kept = torch.ones(len(row), dtype=torch.bool)
     if 0 < top_k < len(row):
@@ -202,15 +202,15 @@ def exactly_kept(row, top_k, top_p):
 @pytest.mark.parametrize("entries", [515, 64])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_least_kept_entry_can_be_drawn_and_the_next_cannot(backend, filters, entries):
-    """An exponential near zero draws its entry, unless that has gone."""
+    """An exponential near zero draws its entry, unless the filters dropped it."""
     top_k, top_p = filters
     rows, exponentials, expected = [], [], []
     for row in hard_rows(entries, torch.Generator().manual_seed(11)):
-        kept, gone = exactly_kept(row, top_k, top_p)
-        # What has next to no probability is not drawn whatever its exponential.
+        kept, dropped = exactly_kept(row, top_k, top_p)
+        # An entry with almost no probability is not drawn for any exponential.
         kept = kept[(row[kept] - row.max()).exp() > 1e-6]
-        for wanted, drawn in ((kept[:1], True), (gone[-1:], False)):
-            for entry in wanted.tolist():
+        for indices, drawn in ((kept[:1], True), (dropped[-1:], False)):
+            for entry in indices.tolist():
                 rows.append(row)
                 exponentials.append(torch.ones(entries).index_fill(0, torch.tensor(entry), 1e-30))
                 expected.append((entry, drawn))

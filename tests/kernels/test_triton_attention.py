@@ -1,4 +1,4 @@
-"""What only the Triton attention kernels have: keys split over programs, guards, block sizes."""
+"""Features of the Triton attention kernels alone: split keys, bounds checks, block sizes."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_keys_are_split_only_to_fill_the_chip(programs, processors, max_keys, sp
 
 
 def test_wrong_pages_and_lengths_stay_inside_the_pool():
-    # The op checks values on the CPU; on a GPU only the kernel stands between them and memory.
+    # The op checks values on the CPU only; on a GPU the kernel must stay inside the pool.
     q, pages = moved(torch.randn(2, 3, 2, 16), torch.randn(4, 4, 2, 16))
     table, lengths = moved(
         torch.tensor([[0, 10**9], [-(10**9), 2]], dtype=torch.int32),
@@ -83,7 +83,7 @@ def test_every_order_of_tiles_and_scales_matches_float64(sides, blocks, monkeypa
     tally.add("out", ours(*moved(*inputs)).cpu(), plain(*inputs), plain(*wide(*inputs)))
     exact = gradients(plain, wide(*inputs), weight.double())
     expected = gradients(plain, inputs, weight)
-    found = gradients(ours, moved(*inputs), *moved(weight))
-    for name, a, b, c in zip(("dq", "dk", "dv"), found, expected, exact, strict=True):
+    grads = gradients(ours, moved(*inputs), *moved(weight))
+    for name, a, b, c in zip(("dq", "dk", "dv"), grads, expected, exact, strict=True):
         tally.add(name, a.cpu(), b, c, 3)
     tally.check()

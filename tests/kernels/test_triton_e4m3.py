@@ -1,4 +1,4 @@
-"""8-bit K and V in Triton: every code, every rounding, splits, guards, tuning."""
+"""8-bit K and V in Triton: every code, every rounding, split keys, bounds checks, tuning."""
 
 import pytest
 import torch
@@ -41,11 +41,11 @@ def encode_kernel(x_ptr, codes_ptr, COUNT: tl.constexpr):
 def quantise_kernel(x_ptr, codes_ptr, scales_ptr, ROWS: tl.constexpr, D: tl.constexpr):
     """Rows of D entries in a block of 32 columns."""
     row, column = tl.arange(0, ROWS), tl.arange(0, 32)
-    place, inside = row[:, None] * D + column[None, :], (column < D)[None, :] & (row >= 0)[:, None]
+    offset, inside = row[:, None] * D + column[None, :], (column < D)[None, :] & (row >= 0)[:, None]
     # On a GPU anything may lie outside the mask.
-    x = tl.load(x_ptr + place, mask=inside, other=60000.0)
+    x = tl.load(x_ptr + offset, mask=inside, other=60000.0)
     codes, scales = quantised(x, inside)
-    tl.store(codes_ptr + place, codes, mask=inside)
+    tl.store(codes_ptr + offset, codes, mask=inside)
     tl.store(scales_ptr + row, scales)
 
 
@@ -56,8 +56,8 @@ def bits(x):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_all_256_codes_are_decoded(dtype):
     codes = torch.arange(256).to(torch.uint8)
-    given, out = moved(codes, torch.empty(256, dtype=dtype))
-    decode_kernel[(1,)](given, out)
+    args, out = moved(codes, torch.empty(256, dtype=dtype))
+    decode_kernel[(1,)](args, out)
     expected = codes.view(KV8_DTYPE).float()
     assert expected.isnan().nonzero().flatten().tolist() == [0x7F, 0xFF]
     assert torch.equal(out.cpu().isnan(), expected.isnan())
@@ -77,15 +77,15 @@ def test_codes_ties_and_their_neighbours_are_encoded():
     numbers = torch.cat((numbers, -numbers))
     count = 1 << (len(numbers) - 1).bit_length()
     numbers = torch.nn.functional.pad(numbers, (0, count - len(numbers)))
-    given, codes = moved(numbers, torch.empty(count, dtype=torch.uint8))
-    encode_kernel[(1,)](given, codes, COUNT=count)
+    args, codes = moved(numbers, torch.empty(count, dtype=torch.uint8))
+    encode_kernel[(1,)](args, codes, COUNT=count)
     assert torch.equal(codes.cpu(), bits(numbers.to(KV8_DTYPE)))
 
 
 def test_what_no_code_stands_for_is_nan():
     numbers = torch.tensor([448.00003, 1e30, torch.inf, torch.nan])
-    given, codes = moved(torch.cat((numbers, -numbers)), torch.empty(8, dtype=torch.uint8))
-    encode_kernel[(1,)](given, codes, COUNT=8)
+    args, codes = moved(torch.cat((numbers, -numbers)), torch.empty(8, dtype=torch.uint8))
+    encode_kernel[(1,)](args, codes, COUNT=8)
     assert ((codes.cpu() & 0x7F) == 0x7F).all()
 
 
@@ -102,14 +102,14 @@ def test_rows_of_every_size_are_quantised_bit_by_bit(dtype):
     rows[::2] *= torch.logspace(0, -5, 24, dtype=torch.float64)
     rows = rows.to(dtype)
     if triton_interprets() and dtype == torch.bfloat16:
-        # It reads subnormal bfloat16 as zero.
+        # The interpreter reads subnormal bfloat16 as zero.
         rows[rows.abs() < info.smallest_normal] = 0
     rows[1] = 0
     rows[3, 0], rows[5, 0], rows[7, 0] = 1.75, 448.0, -1.7578125
     assert rows.isfinite().all()
     codes, scales = torch.empty_like(rows, dtype=torch.uint8), torch.empty(512, dtype=torch.uint8)
-    given, codes, scales = moved(rows, codes, scales)
-    quantise_kernel[(1,)](given, codes, scales, ROWS=512, D=24)
+    args, codes, scales = moved(rows, codes, scales)
+    quantise_kernel[(1,)](args, codes, scales, ROWS=512, D=24)
     expected, expected_scales = quantize_kv(rows.unsqueeze(1))
     assert torch.equal(scales.cpu(), expected_scales.flatten())
     assert torch.equal(codes.cpu(), bits(expected.squeeze(1)))
@@ -125,12 +125,12 @@ def test_keys_of_8_bits_split_over_programs_match_float64(monkeypatch):
         v_values, v_scales, v_exact = in_8_bits(v_pages)
         exact = plain_attention(q.double(), k_exact, v_exact, *rest, scale)
         plain = plain_attention(q, k_exact.to(q.dtype), v_exact.to(q.dtype), *rest, scale)
-        given = moved(q, k_values, v_values, *rest, k_scales, v_scales)
+        args = moved(q, k_values, v_values, *rest, k_scales, v_scales)
         ours = paged_attention(
-            *given[:5],
+            *args[:5],
             softmax_scale=scale,
-            k_scales_PNH=given[5],
-            v_scales_PNH=given[6],
+            k_scales_PNH=args[5],
+            v_scales_PNH=args[6],
             backend="triton",
         ).cpu()
         tally.add(str(index), ours, plain, exact)
@@ -146,11 +146,11 @@ def test_scales_that_only_float32_or_no_probability_can_hold(dtype):
     q, table, lengths = torch.zeros(1, 1, 1, 16, dtype=dtype), torch.zeros(1, 1), torch.ones(1)
     for scale in (first, 119, 127, last):
         scales = torch.full((1, 1, 1), scale, dtype=torch.uint8)
-        given = moved(q, codes.view(KV8_DTYPE), table.int(), lengths.int(), scales)
+        args = moved(q, codes.view(KV8_DTYPE), table.int(), lengths.int(), scales)
         out = paged_attention(
-            *(given[0], given[1], given[1], given[2], given[3]),
-            k_scales_PNH=given[4],
-            v_scales_PNH=given[4],
+            *(args[0], args[1], args[1], args[2], args[3]),
+            k_scales_PNH=args[4],
+            v_scales_PNH=args[4],
             backend="triton",
         )
         expected = torch.tensor(2.0 ** (scale - 127), dtype=torch.float64).to(dtype)
@@ -159,20 +159,22 @@ def test_scales_that_only_float32_or_no_probability_can_hold(dtype):
 
 @pytest.mark.parametrize("norm", [True, False, None])
 def test_slots_outside_the_pool_are_skipped_with_their_scales(norm):
-    # The ops check values on the CPU; on a GPU only the kernel stands between them and memory.
+    # The ops check values on the CPU only; on a GPU the kernel must stay inside the pool.
     qkv = torch.randn(1, 4, 3, 3, 16, generator=torch.Generator().manual_seed(3))
     before = torch.full((2, 3, 4, 3, 16), 0x55, dtype=torch.uint8)
     scales = torch.full((2, 3, 4, 3), 0x66, dtype=torch.uint8)
-    given, slots, *pools = moved(
+    moved_qkv, slots, *pools = moved(
         qkv, torch.tensor([[12, 5, -2, 2**40]]), *before.clone().view(KV8_DTYPE), *scales.clone()
     )
     names = ("k_pages_PNHD", "v_pages_PNHD", "k_scales_PNH", "v_scales_PNH")
     target = {"slots_BT": slots, **dict(zip(names, pools, strict=True))}
     if norm is None:
-        append.launch_append_paged_kv(k_BTHD=given[:, :, 1], v_BTHD=given[:, :, 2], **target)
+        append.launch_append_paged_kv(
+            k_BTHD=moved_qkv[:, :, 1], v_BTHD=moved_qkv[:, :, 2], **target
+        )
     else:
         scale = moved(torch.zeros(1, 3, 1, 1))[0] if norm else None
-        fused.launch_qk_norm_append_paged_kv(qkv_BT3HD=given, scale_mul_1H11=scale, **target)
+        fused.launch_qk_norm_append_paged_kv(qkv_BT3HD=moved_qkv, scale_mul_1H11=scale, **target)
     values, row_scales = quantize_kv(qkv[0, 1, 2])
     for i in range(2):
         written = (bits(pools[i]) != before[i]).flatten(2).any(2)
@@ -193,8 +195,8 @@ def test_calls_of_8_bits_are_tuned_apart(monkeypatch):
     monkeypatch.setattr(tuning, "best", best)
     q, pages = torch.zeros(1, 2, 1, 16), torch.zeros(1, 4, 1, 16)
     rest = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
-    given = moved(q, pages, *rest, pages.to(KV8_DTYPE), torch.ones(1, 4, 1, dtype=torch.uint8))
-    q, exact, table, lengths, narrow, scales = given
+    args = moved(q, pages, *rest, pages.to(KV8_DTYPE), torch.ones(1, 4, 1, dtype=torch.uint8))
+    q, exact, table, lengths, narrow, scales = args
     paged_attention(q, exact, exact, table, lengths, backend="triton")
     with_scales = {"k_scales_PNH": scales, "v_scales_PNH": scales}
     paged_attention(q, narrow, narrow, table, lengths, backend="triton", **with_scales)

@@ -1,4 +1,4 @@
-"""What only the Triton row kernels have: blocks of rows, parts of sums, guards, long rows."""
+"""Features of the Triton row kernels alone: blocks of rows, partial sums, bounds, long rows."""
 
 import pytest
 import torch
@@ -47,22 +47,22 @@ def test_sums_over_many_parts_match_float64(processors, dtype, monkeypatch):
     tally, generator = Tally(), torch.Generator().manual_seed(6)
     for tokens, width in ((67, 40), (300, 16), (130, 300)):
         x, y = torch.randn(2, 2, tokens, width, generator=generator).to(dtype)
-        given = (0.5 * torch.randn(3, 2, width, generator=generator)).to(dtype)
+        modulation = (0.5 * torch.randn(3, 2, width, generator=generator)).to(dtype)
 
         def op(*leaves):
             return gated_residual_adaln(*leaves, backend="triton")
 
-        compare_adaln(tally, f"{tokens} x {width}", op, plain_gated, (x, y, *given), generator)
+        compare_adaln(tally, f"{tokens} x {width}", op, plain_gated, (x, y, *modulation), generator)
     tally.check()
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 16), (2, 0, 16), (2, 3, 0)])
 def test_empty_tokens_give_empty_tokens_and_sums_of_zero(shape):
     x, y = moved(torch.ones(shape), torch.ones(shape))
-    given = [t.requires_grad_() for t in moved(*torch.ones(3, shape[0], shape[2]))]
-    out, h = gated_residual_adaln(x, y, *given, backend="triton")
+    modulation = [t.requires_grad_() for t in moved(*torch.ones(3, shape[0], shape[2]))]
+    out, h = gated_residual_adaln(x, y, *modulation, backend="triton")
     assert out.shape == h.shape == shape
-    for grad in torch.autograd.grad(out.sum() + h.sum(), given):
+    for grad in torch.autograd.grad(out.sum() + h.sum(), modulation):
         assert not grad.any()
 
 
@@ -128,19 +128,21 @@ def test_an_extreme_scale_gives_what_torch_gives(value):
 
 @pytest.mark.parametrize("norm", [True, False, None])
 def test_slots_outside_the_pool_are_skipped(norm):
-    # The ops check values on the CPU; on a GPU only the kernel stands between them and memory.
+    # The ops check values on the CPU only; on a GPU the kernel must stay inside the pool.
     qkv = torch.randn(2, 3, 3, 2, 16, generator=torch.Generator().manual_seed(9))
     pages = torch.full((2, 3, 4, 2, 16), torch.nan)
     slots = torch.tensor([[12, 5, -2], [2**40, -(2**62), 0]])
     inside = torch.where((slots >= 0) & (slots < 12), slots, -1)
     names = ("k_pages_PNHD", "v_pages_PNHD", "slots_BT")
     target = dict(zip(names, moved(*pages.clone(), slots), strict=True))
-    (given,) = moved(qkv)
+    (moved_qkv,) = moved(qkv)
     if norm is None:
-        append.launch_append_paged_kv(k_BTHD=given[:, :, 1], v_BTHD=given[:, :, 2], **target)
+        append.launch_append_paged_kv(
+            k_BTHD=moved_qkv[:, :, 1], v_BTHD=moved_qkv[:, :, 2], **target
+        )
     else:
         scale = moved(torch.zeros(1, 2, 1, 1))[0] if norm else None
-        fused.launch_qk_norm_append_paged_kv(qkv_BT3HD=given, scale_mul_1H11=scale, **target)
+        fused.launch_qk_norm_append_paged_kv(qkv_BT3HD=moved_qkv, scale_mul_1H11=scale, **target)
     k = torch.nn.functional.normalize(qkv[:, :, 1], dim=-1) if norm else qkv[:, :, 1]
     for name, tokens in zip(names[:2], (k, qkv[:, :, 2]), strict=True):
         expected, ours = written(pages[0], inside, tokens), target[name].cpu()
@@ -148,7 +150,7 @@ def test_slots_outside_the_pool_are_skipped(norm):
 
 
 def draw(logits_2BTV, **changes):
-    """Launched directly: the op looks for bad rows on the CPU."""
+    """Launched directly, because the op refuses such rows on the CPU."""
     arguments = {
         "guidance": 1.5,
         "top_k": 40,
@@ -158,8 +160,8 @@ def draw(logits_2BTV, **changes):
         "exponential_RV": None,
     }
     (ids,) = moved(torch.arange(logits_2BTV.shape[0] // 2))
-    (given,) = moved(logits_2BTV)
-    arguments |= {"logits_2BTV": given, "image_ids_B": ids}
+    (moved_logits,) = moved(logits_2BTV)
+    arguments |= {"logits_2BTV": moved_logits, "image_ids_B": ids}
     return launch_sample_tokens(**{**arguments, **changes}).cpu()
 
 

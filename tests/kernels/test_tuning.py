@@ -1,4 +1,4 @@
-"""Block sizes are timed once, kept across processes, and never timed where that is not allowed."""
+"""Block sizes are timed once, stored across processes, and not timed during a capture."""
 
 import ast
 import json
@@ -121,17 +121,17 @@ def test_a_device_too_small_for_every_config_is_named(timed):
 
 
 def test_without_memory_to_time_with_the_first_serves_this_process(timed, monkeypatch):
-    asked = []
+    searched = []
 
     def stopwatch(function, **options):
-        asked.append(function)
+        searched.append(function)
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as full:
         full.setattr(tuning.triton.testing, "do_bench", stopwatch)
         with pytest.warns(UserWarning, match="no memory to time some_kernel"):
             assert [choose(timed) for _ in range(3)] == [CONFIGS[0]] * 3
-    assert len(asked) == 1
+    assert len(searched) == 1
     tuning.clear_choices()
     assert choose(timed) is CONFIGS[1]
 

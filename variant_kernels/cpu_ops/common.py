@@ -1,4 +1,4 @@
-"""What the CPU launchers share: the extension, and tensors as addresses and strides."""
+"""Shared by the CPU launchers: the compiled extension and its dtype codes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What the CUDA launchers share: packed arguments, the device and its stream.
+"""Shared by the CUDA launchers: packed arguments, the device and its stream.
 
 A launcher of the library takes one structure (csrc/cuda/<stem>.h), its size, a device and a stream.
-Formats are those of :mod:`struct`, with the compiler's own alignment; a structure of another size
-is refused by the library. Pointers are packed as integers; strides count elements.
+Formats are those of :mod:`struct`, with the compiler's own alignment; the library refuses a
+structure of another size. Pointers are packed as integers; strides count elements.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def launch(op: str, name: str, layout: struct.Struct, values: tuple[Any, ...], x
 
 
 def check_rows(op: str, name: str, count: int) -> None:
-    """Raises ValueError where a grid could not hold so many rows."""
+    """Raise ValueError if a grid cannot hold so many rows."""
     if count > MAX_ROWS:
         raise ValueError(
             f'{op}: backend "cuda" takes at most {MAX_ROWS} rows of {name}; got {count}'

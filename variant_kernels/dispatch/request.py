@@ -1,4 +1,4 @@
-"""What a backend must know of a call to say whether it can serve it."""
+"""The properties of a call that decide which backends can serve it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each backend can serve on this machine, and the reasons why not."""
+"""Which requests each backend can serve on this machine, and the reason if it cannot."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def triton_unsupported(request: Request) -> str | None:
 
 @cache
 def _least_capability() -> tuple[int, int]:
-    """Of the GPUs at hand: a request does not name one of them."""
+    """The least of all visible GPUs, because a request does not name one of them."""
     count = torch.cuda.device_count()
     return min(torch.cuda.get_device_capability(index) for index in range(count))
 

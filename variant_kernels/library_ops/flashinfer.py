@@ -60,8 +60,8 @@ def _planned(
     tensors = (page_table_BM, kv_lens_B)
     # Inference tensors have no version counter: a table in use must not be written to.
     versions = tuple(0 if t.is_inference() else t._version for t in tensors)
-    places = tuple((t.data_ptr(), tuple(t.shape), t.stride()) for t in tensors)
-    key = (q_BTHD.shape, q_BTHD.dtype, q_BTHD.device, page_size, softmax_scale, places, versions)
+    addresses = tuple((t.data_ptr(), tuple(t.shape), t.stride()) for t in tensors)
+    key = (q_BTHD.shape, q_BTHD.dtype, q_BTHD.device, page_size, softmax_scale, addresses, versions)
     plan = _plans.get(key)
     if plan is None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():

@@ -117,7 +117,9 @@ def reference_gated_adaln_backward(
 # --- the declarations ---------------------------------------------------------------------------
 
 
-def _check(op: str, x_BTC: Tensor, rows: dict[str, Tensor], narrow: tuple[str, Tensor]) -> None:
+def _check(
+    op: str, x_BTC: Tensor, modulation: dict[str, Tensor], narrow: tuple[str, Tensor]
+) -> None:
     contract.check_float(op, "x_BTC", x_BTC)
     contract.check_ndim(op, "x_BTC", x_BTC, "(B, T, C)")
     name, like = narrow
@@ -127,20 +129,19 @@ def _check(op: str, x_BTC: Tensor, rows: dict[str, Tensor], narrow: tuple[str, T
             f"got {x_BTC.dtype}"
         )
     batch, _, width = x_BTC.shape
-    for row_name, row_BC in rows.items():
-        contract.check_float(op, row_name, row_BC)
-        contract.check_shape(
-            op, row_name, row_BC, (batch, width), f"to match x_BTC {tuple(x_BTC.shape)}"
-        )
-        contract.check_same(op, row_name, row_BC, name, like)
-        contract.check_device(op, row_name, row_BC, "x_BTC", x_BTC)
+    reason = f"to match x_BTC {tuple(x_BTC.shape)}"
+    for argument, vector_BC in modulation.items():
+        contract.check_float(op, argument, vector_BC)
+        contract.check_shape(op, argument, vector_BC, (batch, width), reason)
+        contract.check_same(op, argument, vector_BC, name, like)
+        contract.check_device(op, argument, vector_BC, "x_BTC", x_BTC)
 
 
 def _check_adaln(x_BTC: Tensor, scale_BC: Tensor, shift_BC: Tensor) -> None:
     op = "adaln_modulate"
     contract.check_float(op, "scale_BC", scale_BC)
-    rows = {"scale_BC": scale_BC, "shift_BC": shift_BC}
-    _check(op, x_BTC, rows, ("scale_BC", scale_BC))
+    modulation = {"scale_BC": scale_BC, "shift_BC": shift_BC}
+    _check(op, x_BTC, modulation, ("scale_BC", scale_BC))
 
 
 def _check_gated(
@@ -148,8 +149,8 @@ def _check_gated(
 ) -> None:
     op = "gated_residual_adaln"
     contract.check_float(op, "y_BTC", y_BTC)
-    rows = {"gate_BC": gate_BC, "scale_BC": scale_BC, "shift_BC": shift_BC}
-    _check(op, x_BTC, rows, ("y_BTC", y_BTC))
+    modulation = {"gate_BC": gate_BC, "scale_BC": scale_BC, "shift_BC": shift_BC}
+    _check(op, x_BTC, modulation, ("y_BTC", y_BTC))
     contract.check_shape(op, "y_BTC", y_BTC, tuple(x_BTC.shape), "to match x_BTC")
 
 
@@ -303,15 +304,16 @@ def gated_residual_adaln(
 def sample_inputs(dtype: torch.dtype, generator: torch.Generator) -> list[tuple[Tensor, ...]]:
     """Arguments of ``gated_residual_adaln`` (its first and last two: ``adaln_modulate``'s).
 
-    One token, ragged widths, strided rows and a float32 stream beside 16-bit rows are among them.
+    The cases include one token, ragged widths, strided vectors, and a float32 residual stream with
+    16-bit vectors.
     """
     cases = []
     for batch, tokens, width in ((1, 1, 8), (2, 5, 33), (3, 7, 64), (2, 16, 192), (1, 3, 1030)):
-        for stream in {dtype, torch.float32}:
+        for stream in dict.fromkeys((dtype, torch.float32)):
             x = torch.randn(batch, tokens + 2, width, generator=generator).to(stream)
             y = torch.randn(batch, tokens, width + 5, generator=generator).to(dtype)
-            rows = torch.randn(batch, 3, width, generator=generator).to(dtype)
-            gate, scale, shift = (0.5 * rows).unbind(1)
+            modulation = torch.randn(batch, 3, width, generator=generator).to(dtype)
+            gate, scale, shift = (0.5 * modulation).unbind(1)
             cases.append((x[:, 1 : tokens + 1], y[..., :width], gate, scale, shift))
     # Dense but permuted: batch and tokens change places.
     x, y = (torch.randn(5, 3, 16, generator=generator).to(dtype) for _ in range(2))

@@ -39,17 +39,17 @@ def reference_append_paged_kv(
     page_size = k_pages_PNHD.shape[1]
     kept_BT = slots_BT >= 0
     slots_S = slots_BT[kept_BT]
-    place = slots_S // page_size, slots_S % page_size
+    index = slots_S // page_size, slots_S % page_size
     for new_BTHD, pages_PNHD, scales_PNH in (
         (k_BTHD, k_pages_PNHD, k_scales_PNH),
         (v_BTHD, v_pages_PNHD, v_scales_PNH),
     ):
         if scales_PNH is None:
-            pages_PNHD[place] = new_BTHD[kept_BT]
+            pages_PNHD[index] = new_BTHD[kept_BT]
         else:
-            values_SHD, scales_PNH[place] = quantize_kv(new_BTHD[kept_BT])
+            values_SHD, scales_PNH[index] = quantize_kv(new_BTHD[kept_BT])
             # torch has no indexed assignment of 8-bit floats.
-            pages_PNHD.view(torch.uint8)[place] = values_SHD.view(torch.uint8)
+            pages_PNHD.view(torch.uint8)[index] = values_SHD.view(torch.uint8)
 
 
 def _check(

@@ -104,10 +104,13 @@ def check_distinct(
     k_scales_PNH: Tensor | None,
     v_scales_PNH: Tensor | None,
 ) -> None:
-    """Keys and values are written to two tensors; at every call: no signature tells it."""
-    if k_pages_PNHD is v_pages_PNHD:
+    """Keys and values have two tensors; checked at every call, because signatures do not show it.
+
+    The check of the op reports arguments that are not tensors.
+    """
+    if k_pages_PNHD is v_pages_PNHD and isinstance(k_pages_PNHD, Tensor):
         raise ValueError(f"{op}: k_pages_PNHD and v_pages_PNHD must be two tensors; got one twice")
-    if k_scales_PNH is not None and k_scales_PNH is v_scales_PNH:
+    if k_scales_PNH is v_scales_PNH and isinstance(k_scales_PNH, Tensor):
         raise ValueError(f"{op}: k_scales_PNH and v_scales_PNH must be two tensors; got one twice")
 
 

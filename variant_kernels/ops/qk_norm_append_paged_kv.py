@@ -153,8 +153,8 @@ def qk_norm_append_paged_kv(
             None.
         k_pages_PNHD, v_pages_PNHD: the pool, (P, page_size, H, D), same dtype and device; with
             scales float8_e4m3fn. Written in place.
-        slots_BT: int64, page * page_size + offset; -1 skips the token's K and V, its query is
-            returned all the same. Slots must differ.
+        slots_BT: int64, page * page_size + offset; -1 skips the token's K and V; its query is
+            still returned. Slots must differ.
         k_scales_PNH, v_scales_PNH: the pool's scales, (P, page_size, H) uint8 (E8M0: a byte e is
             2^(e - 127)), written in place; both or neither.
     Returns:
@@ -182,8 +182,8 @@ def sample_inputs(
         (3, 9, 2, 64, 16),
         (1, 3, 2, 256, 2),
     ):
-        rows = torch.randn(batch, tokens + 1, 4, heads, head_dim, generator=generator).to(dtype)
-        rows[0, 1:, 1, 0] = 0
+        packed = torch.randn(batch, tokens + 1, 4, heads, head_dim, generator=generator).to(dtype)
+        packed[0, 1:, 1, 0] = 0
         num_pages = -(-2 * batch * tokens // page_size)
         pages = torch.randn(num_pages, 2, page_size, heads, head_dim, generator=generator)
         slots = torch.randperm(num_pages * page_size, generator=generator)[: batch * tokens]
@@ -192,5 +192,5 @@ def sample_inputs(
         scale_mul = torch.linspace(-1, 5, heads).view(1, heads, 1, 1)
         for scale in (scale_mul, scale_mul.to(dtype), None):
             k_pages, v_pages = pages.to(dtype, copy=True).unbind(1)
-            cases.append((rows[:, 1:, 1:], scale, k_pages, v_pages, slots))
+            cases.append((packed[:, 1:, 1:], scale, k_pages, v_pages, slots))
     return cases

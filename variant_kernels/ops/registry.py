@@ -54,7 +54,7 @@ class Op:
     Args:
         schema: as ``torch.library.define`` takes it.
         check: raises where shapes, strides, dtypes or devices are wrong. Runs once per signature.
-        request: what the backends have to know of the tensors.
+        request: returns the properties of the tensors that decide which backends can serve them.
         fake: new tensors like the op's results.
         backends: by name, fastest first.
         check_values: raises where values are wrong. Runs at every call with CPU tensors; on a GPU

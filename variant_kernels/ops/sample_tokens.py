@@ -69,11 +69,11 @@ def philox_4x32(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tens
 def uniform(seed: int, image_ids_B: Tensor, position: int, tokens: int) -> Tensor:
     """(B, T) float64 in [0, 1), 53 random bits keyed by (seed, image, position)."""
     mask = 0xFFFFFFFF
-    place_T = position + torch.arange(tokens, device=image_ids_B.device)
+    position_T = position + torch.arange(tokens, device=image_ids_B.device)
     image_B1 = image_ids_B.unsqueeze(1)
-    zero_BT = torch.zeros_like(image_B1 + place_T)
+    zero_BT = torch.zeros_like(image_B1 + position_T)
     counter = (
-        zero_BT + place_T,
+        zero_BT + position_T,
         zero_BT,
         zero_BT + (image_B1 & mask),
         zero_BT + ((image_B1 >> 32) & mask),
@@ -192,8 +192,8 @@ def draw_exponential(logits_2BTV: Tensor, generator: torch.Generator) -> Tensor:
 
     One draw of multinomial is argmax(p / e), so guidance and filters can still be fused.
     """
-    rows, tokens, entries = logits_2BTV.shape
-    shape = (rows // 2 * tokens, entries)
+    num_sequences, tokens, entries = logits_2BTV.shape
+    shape = (num_sequences // 2 * tokens, entries)
     empty_RV = torch.empty(shape, dtype=torch.float32, device=logits_2BTV.device)
     return empty_RV.exponential_(1, generator=generator)
 

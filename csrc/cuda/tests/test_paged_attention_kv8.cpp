@@ -19,7 +19,7 @@ namespace {
 #ifdef ONE_TILE
 int attend(const cuda::PagedAttentionKv8Args& args) {
   cuda::PagedKv8Params p(args);
-  cuda::complete(p);
+  cuda::derive_params(p);
   using Tile = cuda::Kv8SoftmaxTile<Half, 32, 64, 4>;
   return cuda::launch_tiles<Tile>(cuda::paged_attention_kernel<Tile, cuda::PagedKv8Params>, p,
                                   nullptr);
