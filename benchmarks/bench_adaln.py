@@ -59,13 +59,13 @@ def _build(case: Case, device: str, quick: bool, *, gated: bool) -> Comparison:
     gate_BC, scale_BC, shift_BC = (
         0.5 * torch.randn(3, batch, width, device=device).to(dtype)
     ).unbind(0)
-    rows = (scale_BC, shift_BC)
+    modulation = (scale_BC, shift_BC)
     if gated:
-        inputs = (x_BTC, y_BTC, gate_BC, *rows)
+        inputs = (x_BTC, y_BTC, gate_BC, *modulation)
         names = ("x_BTC", "y_BTC", "gate_BC", "scale_BC", "shift_BC")
         impls, op, eager = gated_op.backends, gated_residual_adaln, eager_gated
     else:
-        inputs, names = (x_BTC, *rows), ("x_BTC", "scale_BC", "shift_BC")
+        inputs, names = (x_BTC, *modulation), ("x_BTC", "scale_BC", "shift_BC")
         impls, op, eager = adaln_op.backends, adaln_modulate, eager_adaln
     keywords = dict(zip(names, inputs, strict=True))
     calls, missing = {}, {}

@@ -58,7 +58,7 @@ def varlen_attention(
     softmax_scale: float | None = None,
 ) -> Tensor:
     """flash-attn's ``flash_attn_varlen_kvpacked_func``, one sequence at a time, in float32."""
-    rows = []
+    outputs = []
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for b in range(len(bounds_q) - 1):
         one = q[bounds_q[b] : bounds_q[b + 1]].float().transpose(0, 1)
@@ -66,8 +66,8 @@ def varlen_attention(
         out = F.scaled_dot_product_attention(
             one, k.transpose(0, 1), v.transpose(0, 1), scale=softmax_scale
         )
-        rows.append(out.transpose(0, 1))
-    return torch.cat(rows).to(q.dtype)
+        outputs.append(out.transpose(0, 1))
+    return torch.cat(outputs).to(q.dtype)
 
 
 class DropPath(nn.Module):

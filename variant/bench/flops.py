@@ -1,6 +1,6 @@
 """The work of a generation from sizes and schedule alone: linear layers, FLOP, ceilings.
 
-Rows are sequences: two per image with guidance. FLOP counts a multiply-add as two.
+With guidance there are two sequences per image. FLOP counts a multiply-add as two.
 """
 
 from __future__ import annotations
@@ -38,31 +38,31 @@ def linears(
     The class conditioning runs once per image. The unconditional half of the first scale's head
     does not run, because guidance is 0 there.
     """
-    rows, width = batch * (2 if guidance else 1), config.embed_dim
+    num_sequences, width = batch * (2 if guidance else 1), config.embed_dim
     hidden = round(width * config.mlp_ratio)
     products = []
     if config.shared_aln:
-        products.append(Linear(-1, "shared_ada_lin", rows, width, 6 * width))
+        products.append(Linear(-1, "shared_ada_lin", num_sequences, width, 6 * width))
     else:
         products += [
-            Linear(layer, "ada_lin", rows, width, 6 * width)
+            Linear(layer, "ada_lin", num_sequences, width, 6 * width)
             for layer in range(config.depth)
             if schedule.last_scale(layer) >= 0
         ]
-    products.append(Linear(-1, "head_nm", rows, width, 2 * width))
+    products.append(Linear(-1, "head_nm", num_sequences, width, 2 * width))
     for scale, tokens in enumerate(config.layout.tokens):
         if scale:
             inputs = config.vae_channels
             products.append(Linear(-1, "word_embed", batch * tokens, inputs, width))
         for layer in schedule.active_layers(scale):
             products += [
-                Linear(layer, "mat_qkv", rows * tokens, width, 3 * width),
-                Linear(layer, "proj", rows * tokens, width, width),
-                Linear(layer, "fc1", rows * tokens, width, hidden),
-                Linear(layer, "fc2", rows * tokens, hidden, width),
+                Linear(layer, "mat_qkv", num_sequences * tokens, width, 3 * width),
+                Linear(layer, "proj", num_sequences * tokens, width, width),
+                Linear(layer, "fc1", num_sequences * tokens, width, hidden),
+                Linear(layer, "fc2", num_sequences * tokens, hidden, width),
             ]
-        head_rows = batch if scale == 0 else rows
-        products.append(Linear(-1, "head", head_rows * tokens, width, config.vocab_size))
+        head_sequences = batch if scale == 0 else num_sequences
+        products.append(Linear(-1, "head", head_sequences * tokens, width, config.vocab_size))
     return products
 
 

@@ -32,9 +32,11 @@ class PlainResult:
 
 def _attend(block: Block, h_RTC: Tensor, cache: list[Tensor]) -> Tensor:
     attn = block.attn
-    rows, tokens, width = h_RTC.shape
+    num_sequences, tokens, width = h_RTC.shape
     qkv = F.linear(h_RTC, attn.mat_qkv.weight, attn.qkv_bias())
-    q, k, v = qkv.view(rows, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = (
+        qkv.view(num_sequences, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    )
     if attn.attn_l2_norm:
         q = F.normalize(q, dim=-1) * attn.scale_mul_1H11.clamp_max(4.605170185988092).exp()
         k = F.normalize(k, dim=-1)
@@ -42,7 +44,7 @@ def _attend(block: Block, h_RTC: Tensor, cache: list[Tensor]) -> Tensor:
         k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
     cache[:] = k, v
     out = F.scaled_dot_product_attention(q, k, v, scale=attn.softmax_scale)
-    return attn.proj(out.transpose(1, 2).reshape(rows, tokens, width))
+    return attn.proj(out.transpose(1, 2).reshape(num_sequences, tokens, width))
 
 
 def _modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
