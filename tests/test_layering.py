@@ -1,4 +1,4 @@
-"""Imports point one way: cli -> ... -> models -> variant_kernels -> csrc, and make no circle.
+"""Imports go one way only, cli -> ... -> models -> variant_kernels -> csrc, without a circle.
 
 Every import counts: at the top of a file, inside a function, under TYPE_CHECKING. The exception is
 cli/main.py, which imports a command's module when that command runs.
@@ -67,7 +67,7 @@ def files(package):
 
 
 def imports(path, *, top_level_only=False):
-    """Every module that a file imports; of an imported name that is no module, its module."""
+    """Every module that a file imports; for other names, the module that defines them."""
     tree = ast.parse(path.read_text())
     for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -1,12 +1,12 @@
-"""What ptxas says of each kernel: registers, shared memory and spills, as a table.
+"""A table of ptxas's output for each kernel: registers, shared memory and spills.
 
     python ptxas_report.py compile LOG nvcc ...      runs nvcc, keeps ptxas's lines in LOG
     python ptxas_report.py table --spills FILE [--on-spill fail|warn] LOG...
                                                      prints the table and each spill that is new
 
-A spilled register costs memory traffic in the innermost loop, and nothing but this report says so.
-A spill that is meant is listed in spills.txt, one a line: architecture, kernel (a part of its
-name), colon, reason.
+A spilled register costs memory traffic in the innermost loop, and only this report shows it.
+spills.txt lists the accepted spills, one per line: architecture, kernel (a part of its name),
+colon, reason.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
-# Lines of ptxas -v that only repeat what the table says.
+# Lines of ptxas -v that only repeat the table's contents.
 CHATTER = re.compile(
     r"^ptxas info\s*:|bytes stack frame|^\s*Function properties for|^ptxas \S* ?info\s*:"
 )
@@ -62,7 +62,7 @@ def parse(text: str) -> list[Kernel]:
     """Every kernel that a log of `ptxas -v` describes.
 
     Raises:
-        ValueError: a kernel without its line of registers: the format is not the one known here.
+        ValueError: a kernel has no line of registers, so the log has an unknown format.
     """
     kernels = []
     parts = re.split(r"(?=^.*Compiling entry function)", text, flags=re.MULTILINE)
@@ -88,7 +88,7 @@ def parse(text: str) -> list[Kernel]:
 
 
 def readable(names: list[str]) -> dict[str, str]:
-    """C++ names without namespaces and argument lists, or as they are where c++filt is missing."""
+    """C++ names without namespaces and argument lists; unchanged if c++filt is missing."""
     if not shutil.which("c++filt") or not names:
         return {name: name for name in names}
     # nvcc puts a hash of the file into the name of an anonymous namespace.

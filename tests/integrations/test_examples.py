@@ -25,7 +25,7 @@ def test_every_example_is_tried_here():
 
 @pytest.fixture
 def original_repository(tmp_path, monkeypatch):
-    """A folder that is imported from as a clone of the original is."""
+    """A folder that can be imported from like a clone of the original."""
     package = tmp_path / "models"
     package.mkdir()
     (package / "__init__.py").write_text("from lookalike_var import build_vae_var\n")

@@ -89,7 +89,7 @@ def test_skipped_layers_are_the_identity(depth, bridge):
     with patch(model, depth=depth, bridge=bridge) as handle:
         bits, logits = paint(model)
         assert handle.stats().depths == schedule.depths
-    # By hand: a skipped layer passes its tokens by and caches nothing.
+    # Reference: a skipped layer returns its tokens unchanged and caches nothing.
     for layer, block in enumerate(model.unregistered_blocks):
 
         def skipping(x, original=block.forward, layer=layer, **options):

@@ -96,7 +96,7 @@ def test_a_condition_changed_in_place_is_seen():
 
 
 def hand_made(model, schedule):
-    """Logits at a depth, layer by layer with lists of K and V, all first scales given greedily."""
+    """``paint`` of the unpatched model, with blocks that return their input where inactive."""
     model.requires_grad_(False)
     kept = [block.forward for block in model.blocks]
     calls = dict.fromkeys(range(len(model.blocks)), 0)

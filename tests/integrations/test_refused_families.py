@@ -1,4 +1,4 @@
-"""Codebases that ``patch`` knows and refuses say why."""
+"""The errors for codebases that ``patch`` recognises but does not support."""
 
 import pytest
 import torch
@@ -16,13 +16,13 @@ class Part(nn.Module):
 
 
 def lookalike_switti(use_ar):
-    """The attributes by which Switti is known."""
+    """The attributes by which ``patch`` recognises Switti."""
     block = Part(attn=nn.Linear(2, 2), cross_attn=nn.Linear(2, 2))
     return Part(use_ar=use_ar, patch_nums=(1, 2, 3), blocks=nn.ModuleList([block]))
 
 
 def lookalike_hart():
-    """The attributes by which HART is known."""
+    """The attributes by which ``patch`` recognises HART."""
     attn = Part(qkv_proj=nn.Linear(2, 6), context_token=300)
     return Part(patch_nums=(1, 2, 3), blocks=nn.ModuleList([Part(attn=attn)]))
 
