@@ -255,6 +255,14 @@ def test_every_backend_of_an_op_is_where_its_table_says():
                     assert function in defined, (op, name, launcher)
 
 
+def test_a_backward_op_called_directly_names_the_backends_that_it_takes():
+    dot = torch.ops.variant_kernels.qk_norm_backward
+    q_BTHD, scale_mul = torch.randn(1, 2, 2, 16), torch.zeros(1, 2, 1, 1)
+    for name in ("auto", "triton9"):
+        with pytest.raises(ValueError, match="qk_norm_backward: backend must be one of"):
+            dot(q_BTHD, q_BTHD, q_BTHD, q_BTHD, scale_mul, name)
+
+
 def statements(path):
     """Lines of a file that hold code: no blank line, comment or docstring."""
     source = path.read_text()

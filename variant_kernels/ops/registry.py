@@ -170,7 +170,11 @@ class Op:
     def _register_gradient(self, schema: str, fake: Callable[..., Any]) -> None:
         def run(*args: Any) -> Any:
             arguments = dict(zip(names, args, strict=True))
-            launcher = self.backends[arguments.pop("backend")].backward
+            name = arguments.pop("backend")
+            if name not in self.backends:
+                text = f"backend must be one of {', '.join(self.backends)}; got {name!r}"
+                raise ValueError(f"{overload._schema.name}: {text}")
+            launcher = self.backends[name].backward
             launch = self._launch
             return launcher(**arguments) if launch is None else launch(launcher, arguments)
 
