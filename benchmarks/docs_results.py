@@ -131,7 +131,7 @@ def _digits(data: Mapping[str, Any]) -> list[str]:
         "handwritten digits.",
         "",
         f"{machine['cpu']}, {machine['isa']}, {machine['threads']} thread, torch "
-        f"{machine['torch']}. {timing['clock']} (other processes ran on the machine), median of "
+        f"{machine['torch']}. {timing['clock']}, median of "
         f"{timing['rounds']} interleaved rounds, batch {timing['batch']}, {timing['dtype']}; cfg "
         f"{sampling['cfg']}, top_p {sampling['top_p']}. Commit {machine['commit'][:12]}, "
         f"{machine['date'][:10]}.",
