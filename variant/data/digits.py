@@ -61,9 +61,7 @@ def load_scans() -> Scans:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UserError(
-            "the digits need scikit-learn: pip install 'variant-kernels[train]'"
-        ) from error
+        raise UserError("the digits need scikit-learn: pip install scikit-learn") from error
     digits: Any = load_digits()
     images = torch.from_numpy(digits.images).float() / LEVELS
     labels = torch.from_numpy(digits.target).long()
