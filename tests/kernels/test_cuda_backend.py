@@ -8,7 +8,7 @@ import torch
 from variant_kernels.cuda_ops import block_causal_attention, common, library
 from variant_kernels.dispatch import select, support
 from variant_kernels.dispatch.request import Request
-from variant_kernels.dispatch.support import CUDA_ROW, cuda_unsupported
+from variant_kernels.dispatch.support import MAX_ROW_WIDTH, cuda_unsupported
 from variant_kernels.kv_quantization import KV8_DTYPE
 from variant_kernels.ops import tables
 from variant_kernels.split_keys import num_splits
@@ -50,7 +50,10 @@ def test_is_taken_by_auto_only_where_triton_does_not_serve(on_a_gpu, monkeypatch
     [
         (Request("cpu", (torch.float32,), 64), "on cpu"),
         (Request("cuda", (torch.float64,), 64), "float64"),
-        (Request("cuda", (torch.float32,), row_width=CUDA_ROW + 1), f"rows of {CUDA_ROW + 1}"),
+        (
+            Request("cuda", (torch.float32,), row_width=MAX_ROW_WIDTH + 1),
+            f"rows of {MAX_ROW_WIDTH + 1}",
+        ),
     ],
 )
 def test_says_why_it_cannot_serve(on_a_gpu, request_, reason):

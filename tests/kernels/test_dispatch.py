@@ -22,6 +22,8 @@ from variant_kernels import (
     use_backend,
 )
 from variant_kernels.dispatch import support
+from variant_kernels.dispatch.explain import resolve
+from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import Backend
 from variant_kernels.dispatch.support import BACKENDS
 from variant_kernels.ops import adaln, registry, tables
@@ -261,6 +263,25 @@ def test_a_backward_op_called_directly_names_the_backends_that_it_takes():
     for name in ("auto", "triton9"):
         with pytest.raises(ValueError, match="qk_norm_backward: backend must be one of"):
             dot(q_BTHD, q_BTHD, q_BTHD, q_BTHD, scale_mul, name)
+
+
+def test_explain_follows_the_order_of_the_op():
+    def refuses(request):
+        return "it never can"
+
+    backends = {
+        "flex": Backend(refuses, "nowhere"),
+        "cpu": Backend(support.always, "nowhere"),
+        "triton": Backend(support.always, "nowhere"),
+        "reference": Backend(support.always, "nowhere"),
+    }
+    choice = resolve("an_op", backends, Request("cpu", (torch.float32,)))
+    assert choice.name == "cpu"
+    # triton stands behind cpu in this op; the others are none of its backends.
+    missing = "it does not implement this op"
+    assert choice.others == {
+        "cuda": missing, "flash": missing, "flashinfer": missing, "flex": "it never can"
+    }  # fmt: skip
 
 
 def statements(path):

@@ -10,7 +10,7 @@ from test_qk_norm_append_paged_kv import written
 
 from variant_kernels import gated_residual_adaln, qk_norm, sample_tokens
 from variant_kernels.dispatch.request import Request
-from variant_kernels.dispatch.support import TRITON_ROW, triton_unsupported
+from variant_kernels.dispatch.support import MAX_ROW_WIDTH, triton_unsupported
 from variant_kernels.ops import adaln
 
 reason = triton_unsupported(Request(DEVICE, (torch.float32,), 64))
@@ -27,9 +27,9 @@ SERVED = [d for d in DTYPES if triton_unsupported(Request(DEVICE, (d,), 64)) is 
 
 def test_rows_too_long_for_a_program_are_refused_by_length():
     dtypes = (torch.float32,)
-    assert triton_unsupported(Request(DEVICE, dtypes, row_width=TRITON_ROW)) is None
-    too_long = triton_unsupported(Request(DEVICE, dtypes, row_width=TRITON_ROW + 1))
-    assert too_long == "rows of 65537 entries are longer than the 65536 that it can hold"
+    assert triton_unsupported(Request(DEVICE, dtypes, row_width=MAX_ROW_WIDTH)) is None
+    too_long = triton_unsupported(Request(DEVICE, dtypes, row_width=MAX_ROW_WIDTH + 1))
+    assert too_long == "rows of 65537 entries are longer than the 65536 that it takes"
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_guidance_and_seed_may_lie_in_memory():
 
 
 def test_the_last_place_of_a_sequence_and_the_longest_row_are_drawn():
-    logits = torch.randn(2, 2, TRITON_ROW, generator=torch.Generator().manual_seed(13))
+    logits = torch.randn(2, 2, MAX_ROW_WIDTH, generator=torch.Generator().manual_seed(13))
     options = {"guidance": 1.5, "top_k": 1000, "top_p": 0.9, "seed": 5, "position": 2**32 - 2}
     ours = sample_tokens(*moved(logits), backend="triton", **options).cpu()
     assert torch.equal(ours, sample_tokens(logits, backend="reference", **options))

@@ -37,7 +37,10 @@ def resolve(
     name = select.choose_name(op, backends, backend, request)
     named = select.requested_name(backend) != "auto"
     others = {}
-    for other in BACKENDS[: BACKENDS.index(name)]:
-        reason = select.reason_against(backends, other, request) or "not asked for"
-        others[other] = "interpreted" if select.for_tests(other) else reason
+    for other in BACKENDS:
+        # By the op's own order; BACKENDS orders those that the op lacks.
+        order = [*backends] if other in backends else BACKENDS
+        if order.index(other) < order.index(name):
+            reason = select.reason_against(backends, other, request) or "not asked for"
+            others[other] = "interpreted" if select.for_tests(other) else reason
     return Choice(name, "asked for by name" if named else "preference order", others)

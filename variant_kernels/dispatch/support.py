@@ -17,9 +17,8 @@ from variant_kernels.library_ops.installed import find_flash
 BACKENDS = ("triton", "cuda", "flash", "flashinfer", "flex", "cpu", "reference")
 # Devices that Triton compiles for; AMD GPUs are "cuda" to torch.
 TRITON_DEVICES = ("cuda", "xpu")
-# Entries of a row that one Triton program can hold, and that one CUDA block takes.
-TRITON_ROW = 65536
-CUDA_ROW = 65536
+# Entries of a row that one Triton program or one CUDA block takes.
+MAX_ROW_WIDTH = 65536
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
 _32_OR_16_BITS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,6 +29,13 @@ def _dtype_reason(request: Request, dtypes: Collection[torch.dtype]) -> str | No
             names = ", ".join(dtype_name(served) for served in dtypes)
             return f"dtype {dtype_name(dtype)} is not among its dtypes ({names})"
     return None
+
+
+def _row_reason(request: Request) -> str | None:
+    """Of the two GPU backends: rows that are too long, or another dtype."""
+    if (width := request.row_width) is not None and width > MAX_ROW_WIDTH:
+        return f"rows of {width} entries are longer than the {MAX_ROW_WIDTH} that it takes"
+    return _dtype_reason(request, _32_OR_16_BITS)
 
 
 def always(request: Request) -> None:
@@ -65,10 +71,7 @@ def triton_unsupported(request: Request) -> str | None:
             return "Triton's interpreter computes bfloat16 wrongly"
     elif request.device not in TRITON_DEVICES:
         return f"the tensors are on {request.device}, not on a GPU"
-    if request.row_width is not None and request.row_width > TRITON_ROW:
-        width = request.row_width
-        return f"rows of {width} entries are longer than the {TRITON_ROW} that it can hold"
-    return _dtype_reason(request, _32_OR_16_BITS)
+    return _row_reason(request)
 
 
 @cache
@@ -90,9 +93,7 @@ def cuda_unsupported(request: Request) -> str | None:
     elif _least_capability() < (8, 0):
         major, minor = _least_capability()
         return f"the GPU has compute capability {major}.{minor}; it needs 8.0"
-    if request.row_width is not None and request.row_width > CUDA_ROW:
-        return f"rows of {request.row_width} entries are longer than the {CUDA_ROW} that it takes"
-    return _dtype_reason(request, _32_OR_16_BITS)
+    return _row_reason(request)
 
 
 def _nvidia_16_bits_reason(request: Request) -> str | None:
