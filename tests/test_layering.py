@@ -27,6 +27,7 @@ VARIANT = (
 # The same for `variant_kernels`. `_C` is the compiled extension.
 KERNELS = (
     "_C",
+    "arguments",
     "plans",
     "device_lock",
     "tensors",

@@ -1,0 +1,77 @@
+"""Plain arguments: what counts as an integer or a number, and what the refusals say."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from variant_kernels.arguments import choice, instance, integer, real
+
+FIVES = (5, np.int64(5), np.uint8(5), torch.tensor(5), torch.tensor(5, dtype=torch.int16))
+NO_INTEGERS = (
+    5.0, True, np.bool_(True), torch.tensor(True), "5", b"5", None, [5], np.array([5, 6]),
+    torch.tensor([5, 6]), torch.tensor(5.0), np.float32(5), 5j, object,
+)  # fmt: skip
+NO_NUMBERS = (
+    True, np.bool_(True), torch.tensor(True), "0.5", b"1", None, [0.5], np.array([0.5, 1]),
+    torch.tensor([0.5, 1]), torch.tensor([]), 1j, object,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("value", FIVES, ids=repr)
+def test_integers_of_python_numpy_and_torch(value):
+    result = integer("op", "n", value, 0, 5)
+    assert type(result) is int
+    assert result == 5
+
+
+@pytest.mark.parametrize("value", NO_INTEGERS, ids=repr)
+def test_other_values_are_no_integers(value):
+    with pytest.raises(TypeError, match=r"^op: n must be an integer in \[0, 9\] \(0 is all\); got"):
+        integer("op", "n", value, 0, 9, "(0 is all)")
+
+
+@pytest.mark.parametrize("value", [*FIVES, 5.0, np.float32(5), torch.tensor(5.0)], ids=repr)
+def test_numbers_of_python_numpy_and_torch(value):
+    result = real("op", "x", value, 0, 5)
+    assert type(result) is float
+    assert result == 5
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
+def test_other_values_are_no_numbers(value):
+    with pytest.raises(TypeError, match=r"^op: x must be a finite number >= 0; got"):
+        real("op", "x", value, 0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.1, 1.1, 10**400], ids=repr)
+def test_numbers_out_of_range(value):
+    with pytest.raises(ValueError, match=r"^op: x must be a finite number in \[0, 1\]; got"):
+        real("op", "x", value, 0, 1)
+
+
+def test_refusals_name_the_range_the_value_and_its_type():
+    with pytest.raises(ValueError, match=r"^op: n must be an integer >= 1; got 0$"):
+        integer("op", "n", 0, 1)
+    with pytest.raises(
+        ValueError, match=r"an integer in \[0, 2\^63 - 1\]; got 9223372036854775808"
+    ):
+        integer("op", "n", 2**63, 0, 2**63 - 1)
+    with pytest.raises(TypeError, match=r"got '5' \(str\)$"):
+        integer("op", "n", "5")
+    with pytest.raises(TypeError, match=r"got Tensor of shape \(2,\) torch.float32$"):
+        real("op", "x", torch.zeros(2))
+
+
+def test_choices_and_instances():
+    assert choice("op", "mode", "a", ("a", "b")) == "a"
+    with pytest.raises(ValueError, match=r"^op: mode must be one of 'a', 'b'; got 'c'"):
+        choice("op", "mode", "c", ("a", "b"))
+    with pytest.raises(TypeError, match=r"^op: mode must be one of 'a', 'b'; got None"):
+        choice("op", "mode", None, ("a", "b"))
+    assert instance("op", "t", 3, int) == 3
+    with pytest.raises(
+        TypeError, match=r"^op: t must be of type int; got 'x' \(str\)\. Convert it$"
+    ):
+        instance("op", "t", "x", int, "Convert it")

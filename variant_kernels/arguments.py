@@ -1,0 +1,132 @@
+"""Checks of plain arguments: integers, numbers, names and objects, without an import of torch.
+
+Numbers of Python, numpy and torch are taken alike: whatever ``operator.index`` takes is an integer,
+whatever ``float`` takes is a number. Booleans, text and arrays of several values are neither.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from operator import index
+from typing import Any, SupportsFloat, SupportsIndex, TypeVar, cast
+
+T = TypeVar("T")
+
+
+def integer(
+    op: str,
+    name: str,
+    value: object,
+    low: int | None = None,
+    high: int | None = None,
+    note: str = "",
+) -> int:
+    """The value as an ``int`` in [low, high]; either bound may be missing.
+
+    Args:
+        op, name: of the function and of its argument, for the message.
+        note: follows the range in the message, e.g. "(0 keeps all)".
+    Raises:
+        TypeError: the value is no integer (3.0, True and "3" are none).
+        ValueError: it is out of range.
+    """
+    expected = " ".join(filter(None, ("an integer", _range(low, high), note)))
+    if _is_bool(value) or not isinstance(value, SupportsIndex):
+        raise _wrong_type(op, name, expected, value)
+    try:
+        number = index(value)
+    except TypeError:  # a tensor or an array of several values, or of fractions
+        raise _wrong_type(op, name, expected, value) from None
+    if (low is not None and number < low) or (high is not None and number > high):
+        raise ValueError(f"{op}: {name} must be {expected}; got {number}")
+    return number
+
+
+def real(
+    op: str,
+    name: str,
+    value: object,
+    low: float | None = None,
+    high: float | None = None,
+    note: str = "",
+) -> float:
+    """The value as a finite ``float`` in [low, high]; either bound may be missing.
+
+    Args and Raises: as :func:`integer`; NaN and infinities are out of every range.
+    """
+    expected = " ".join(filter(None, ("a finite number", _range(low, high), note)))
+    if isinstance(value, str | bytes) or _is_bool(value) or not isinstance(value, SupportsFloat):
+        raise _wrong_type(op, name, expected, value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{op}: {name} must be {expected}; got {_shown(value)}") from None
+    except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several values
+        raise _wrong_type(op, name, expected, value) from None
+    inside = (low is None or number >= low) and (high is None or number <= high)
+    if not math.isfinite(number) or not inside:
+        raise ValueError(f"{op}: {name} must be {expected}; got {number!r}")
+    return number
+
+
+def choice(op: str, name: str, value: object, choices: Sequence[str]) -> str:
+    """The value, one of ``choices``.
+
+    Raises:
+        TypeError: the value is no text.
+        ValueError: it is none of the choices.
+    """
+    expected = "one of " + ", ".join(repr(known) for known in choices)
+    if not isinstance(value, str):
+        raise _wrong_type(op, name, expected, value)
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be {expected}; got {_shown(value)}")
+    return value
+
+
+def instance(op: str, name: str, value: object, kind: type[T], remedy: str = "") -> T:
+    """The value, an object of class ``kind``.
+
+    Raises:
+        TypeError: it is of another class; ``remedy`` follows in the message.
+    """
+    if not isinstance(value, kind):
+        error = _wrong_type(op, name, f"of type {kind.__name__}", value)
+        raise TypeError(f"{error}. {remedy}" if remedy else str(error))
+    return value
+
+
+def _range(low: float | None, high: float | None) -> str:
+    if low is None:
+        return "" if high is None else f"<= {_text(high)}"
+    return f">= {_text(low)}" if high is None else f"in [{_text(low)}, {_text(high)}]"
+
+
+def _text(bound: float) -> str:
+    if isinstance(bound, int):
+        power = bound.bit_length()
+        if bound > 2**30 and bound & (bound + 1) == 0:
+            return f"2^{power} - 1"
+        return str(bound)
+    return f"{bound:g}"
+
+
+def _is_bool(value: object) -> bool:
+    """Booleans of Python, of numpy and of torch."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+
+
+def _wrong_type(op: str, name: str, expected: str, value: object) -> TypeError:
+    return TypeError(f"{op}: {name} must be {expected}; got {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    """The value and its type, short: an array or a tensor by its shape and dtype."""
+    kind = type(value).__name__
+    shape = getattr(value, "shape", None)
+    if shape is not None and len(tuple(shape)):
+        dtype = str(cast("Any", value).dtype) if hasattr(value, "dtype") else ""
+        return f"{kind} of shape {tuple(shape)} {dtype}".rstrip()
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({kind})"
