@@ -8,14 +8,13 @@ are right only where these modules do what their classes say.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _WRAPPERS = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
@@ -29,6 +28,11 @@ _REPLACEABLE: tuple[type[nn.Module], ...] = (
     nn.SiLU,
     nn.Sequential,
 )
+
+
+def readable_names(model: nn.Module) -> dict[int, str]:
+    """The name of every module of the model, as Python spells it, by its ``id``."""
+    return {id(module): readable(path) for path, module in model.named_modules()}
 
 
 def readable(path: str) -> str:
@@ -164,7 +168,7 @@ def is_sharded(module: nn.Module) -> bool:
     )
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor | None) -> bool:
     """Whether a tensor is distributed over several processes."""
     return any(
         kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed")
@@ -172,30 +176,25 @@ def is_dtensor(tensor: Tensor) -> bool:
     )
 
 
-def named_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all parameters and buffers, names as Python spells them."""
-    for path, tensor in (*module.named_parameters(), *module.named_buffers()):
-        yield readable(f"{prefix}{path}"), tensor
-
-
-def tensor_alteration(model: nn.Module, prefix: str = "") -> str | None:
+def tensor_alteration(model: nn.Module, names: Mapping[int, str], remedy: str) -> str | None:
     """Why the model's tensors cannot be read, or None: without memory, or distributed.
 
-    Distributed parameters of a module in the model that ``fully_shard`` gathers at each call are
-    no obstacle.
+    Distributed parameters in a module that ``fully_shard`` gathers at each call are no obstacle.
+
+    Args:
+        names: of the modules, by ``id``.
+        remedy: follows in the message about distributed parameters.
     """
-    for path, tensor in named_tensors(model, prefix):
-        if tensor.is_meta:
-            return f"{path} is on the meta device; load the weights first"
     if is_sharded(model):
-        return "the model was sharded by fully_shard; patch it first and shard it afterwards"
-    gathered = [f"{p}." for p, m in model.named_modules() if is_sharded(m)]
-    for path, parameter in model.named_parameters():
-        if is_dtensor(parameter) and not path.startswith(tuple(gathered)):
-            return (
-                f"{readable(prefix + path)} is a DTensor; patch the model before its parameters "
-                "are distributed"
-            )
+        return f"the model was sharded by fully_shard; {remedy}"
+    gathered = {id(part) for m in model.modules() if is_sharded(m) for part in m.modules()}
+    for module in model.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            where = f"{names[id(module)]}.{name}".removeprefix(".")
+            if tensor is not None and tensor.is_meta:
+                return f"{where} is on the meta device; load the weights first"
+            if is_dtensor(tensor) and id(module) not in gathered:
+                return f"{where} is a DTensor, which several processes share; {remedy}"
     return None
 
 

@@ -156,7 +156,7 @@ class ModelFamily(ABC):
 
     def module_names(self, model: nn.Module) -> dict[int, str]:
         """Names of the modules by their ``id``, for messages."""
-        return {id(module): alterations.readable(path) for path, module in model.named_modules()}
+        return alterations.readable_names(model)
 
     def probe(self, model: nn.Module) -> list[Tensor]:
         """Outputs of a small run, which must agree before and after the patch.
@@ -343,8 +343,10 @@ def _family_of(families: Sequence[ModelFamily], model: nn.Module) -> ModelFamily
     wrapped = alterations.wrapper_alteration(model, "model")
     if wrapped is not None:
         raise PatchError(f"patch: {wrapped}")
-    for path, module in model.named_modules():
-        where = alterations.readable(path) or "the model"
+    family = next((f for f in families if f.recognise(model)), None)
+    names = alterations.readable_names(model) if family is None else family.module_names(model)
+    for module in model.modules():
+        where = names[id(module)] or "the model"
         if isinstance(module, Patched):
             raise PatchError(f"patch: {where} is patched already; call unpatch() on its handle")
         compiled = alterations.compilation(module)
@@ -353,14 +355,14 @@ def _family_of(families: Sequence[ModelFamily], model: nn.Module) -> ModelFamily
                 f"patch: {where} is compiled by {compiled}, which keeps the unpatched forward; "
                 "patch first, compile afterwards"
             )
-    family = next((f for f in families if f.recognise(model)), None)
     if family is None:
         structures = "; ".join(f"{f.name}: {f.structure}" for f in families)
         raise PatchError(
             f"patch: {type(model).__name__} does not have the structure of a known model family. "
             f"Known are {structures}"
         )
-    altered = alterations.tensor_alteration(model)
+    remedy = "patch the model before it is distributed"
+    altered = alterations.tensor_alteration(model, names, remedy)
     if altered is not None:
         raise PatchError(f"patch: {altered}")
     return family

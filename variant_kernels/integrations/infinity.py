@@ -198,15 +198,15 @@ class InfinityFamily(ModelFamily):
         return hasattr(blocks[0], "sa") and hasattr(blocks[0], "ca")
 
     def runtime(self, model: Any) -> InfinityRuntime:
-        layers = Layers("unregistered_blocks", "sa", lambda: list(model.unregistered_blocks))
+        layers = Layers("unregistered_blocks", "sa", lambda: registered_blocks(model))
         return InfinityRuntime(layout_of_scales(first_scales(model)), layers)
 
     def module_names(self, model: Any) -> dict[int, str]:
         names = super().module_names(model)
         for index, block in enumerate(model.unregistered_blocks):
             for path, module in block.named_modules():
-                dotted = f".{path}" if path else ""
-                names[id(module)] = f"unregistered_blocks[{index}]{readable(dotted)}"
+                dotted = f"unregistered_blocks.{index}.{path}".removesuffix(".")
+                names[id(module)] = readable(dotted)
         return names
 
     def verify(self, model: Any) -> None:
@@ -221,8 +221,7 @@ class InfinityFamily(ModelFamily):
             "use_flex_attn must be False: flex attention pads the cached keys and values",
             flex,
         )
-        registered = [module for module in model.modules() if hasattr(module, "sa")]
-        run = [id(block) for block in registered]
+        run = [id(block) for block in registered_blocks(model)]
         for index, block in enumerate(model.unregistered_blocks):
             name = f"unregistered_blocks[{index}]"
             self._require(
@@ -230,8 +229,12 @@ class InfinityFamily(ModelFamily):
             )
             require_arguments(self.name, block, name, BLOCK_ARGUMENTS)
             self._require(hasattr(block, "sa"), f"{name} must have sa", type(block).__name__)
-            require_known_parts(self.name, block.sa, f"{name}.sa")
             self._require_attention(block.sa, f"{name}.sa", model.C)
+        self._require(
+            run == list(dict.fromkeys(map(id, model.unregistered_blocks))),
+            "unregistered_blocks must have the order of the modules",
+            "another order",
+        )
         width = model.unregistered_blocks[0].sa.head_dim // 2
         scales = str(tuple(first_scales(model)))
         rotations = grid[scales]
@@ -259,6 +262,7 @@ class InfinityFamily(ModelFamily):
         missing = [part for part in ATTENTION_PARTS if not hasattr(attn, part)]
         self._require(not missing, f"{name} must have {missing}", f"a {type(attn).__name__}")
         require_arguments(self.name, attn, name, ATTENTION_ARGUMENTS)
+        require_known_parts(self.name, attn, name)
         heads, head_dim = attn.num_heads, attn.head_dim
         self._require(
             heads * head_dim == width and can_attend(head_dim),
@@ -298,7 +302,7 @@ class InfinityFamily(ModelFamily):
         """
         layers, scales = [block.sa for block in model.unregistered_blocks], first_scales(model)
         modes = [(module, module.training) for sa in layers for module in sa.modules()]
-        weight = layers[0].mat_qkv.weight
+        weight = layers[0].q_bias  # other weights may be quantised
         generator = torch.Generator().manual_seed(0)
         runtime = getattr(layers[0], "patch_state", None)
         outputs = []
@@ -324,6 +328,11 @@ class InfinityFamily(ModelFamily):
             for module, mode in modes:
                 module.training = mode
         return outputs
+
+
+def registered_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks in the order of the model's modules, in which they run."""
+    return [module for module in model.modules() if hasattr(module, "sa")]
 
 
 def first_scales(model: Any) -> Scales:

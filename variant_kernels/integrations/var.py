@@ -284,7 +284,7 @@ class VARFamily(ModelFamily):
         """The hidden states of the first two scales, on random input."""
         blocks = list(model.blocks)
         modes = [(module, module.training) for module in model.modules()]
-        weight = model.head.weight
+        weight = blocks[0].attn.q_bias  # other weights may be quantised
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
