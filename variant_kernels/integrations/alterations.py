@@ -100,7 +100,7 @@ def _is_own(kind: type, function: Any) -> bool:
 
 
 # Of classes whose forward another tool had replaced before this import: none, so never plain.
-_OWN_FORWARD = {
+_OWN_FORWARD: dict[type[nn.Module], Any] = {
     kind: kind.forward for kind in _REPLACEABLE if _is_own(kind, vars(kind).get("forward"))
 }
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,7 @@ class Patched:
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        members = self.patch_state.original_dict(self.__getstate__())
+        members = self.patch_state.original_dict(cast(Any, self.__getstate__()))
         # Not copyreg.__newobj__: pickle requires it to create the object's current class.
         return object.__new__, (_plain_class(self, self.patch_state),), members
 

@@ -70,6 +70,7 @@ class PatchedBlock(Patched, nn.Module):
     attn: Any
     ffn: nn.Module
     ln_wo_grad: nn.LayerNorm
+    shared_aln: bool
     ada_gss: Tensor
     ada_lin: nn.Module
 
