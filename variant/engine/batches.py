@@ -207,7 +207,8 @@ class BatchRunner:
             tokens, features = tokens_BL[:, : layout.visible(k)].clone(), f_hat_BEHW.clone()
             depth = on_scale(k, PartialResult(k, tokens, partial(self.decode, features)))
             if depth is not None and k + 1 < layout.num_scales:
-                state.switch(max(k + 1, request.flexible_from), self.var.layers_of(depth))
+                layers = self.var.layers_of(depth, op="on_scale")
+                state.switch(max(k + 1, request.flexible_from), layers)
 
         return generate_tokens(state, sampling, image_ids_B, after_scale)
 

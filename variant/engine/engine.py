@@ -205,7 +205,7 @@ class Engine:
         labels_B = check_labels(labels_B, self.var.config.num_classes, "forced_logits")
         shape = (len(labels_B), self.var.layout.total)
         tokens_BL = check_tokens(tokens_BL, shape, self.var.config.vocab_size, "forced_logits")
-        schedule = self.var.schedule(depth, bridge)
+        schedule = self.var.schedule(depth, bridge, op="forced_logits")
         state = self._runner(kv_dtype).start(labels_B, schedule=schedule, guidance=False)
         return teacher_forced_logits(state, tokens_BL.to(self.device))
 
@@ -264,7 +264,7 @@ class Engine:
         kv_dtype = self._kv_dtype("generate", kv_dtype)
         labels_B = check_labels(labels, self.var.config.num_classes)
         request = Request(
-            schedule=self.var.schedule(depth, bridge),
+            schedule=self.var.schedule(depth, bridge, op="generate"),
             sampling=sampling,
             flexible_from=bridge if bridge is not None else (self.var.config.bridge or 0),
             on_scale=on_scale,
