@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from small_models import small_model
 
 from variant import UserError, VARiant
+from variant.checkpoints.locate import HUB_FILES
 from variant.checkpoints.original_var import (
     infer_var_config,
     infer_vqvae_config,
@@ -243,9 +244,7 @@ def test_a_hub_id_is_fetched_and_read_as_a_folder(tmp_path, monkeypatch):
     vae_path = write(tmp_path, golden.vae_state, "vae.pth")
     model = VARiant.from_var_checkpoint("someone/var-small", vae_path)
     assert same((model.var, model.vae), golden)
-    assert requests == [
-        ("someone/var-small", ["config.json", "model.safetensors", "pytorch_model.bin"])
-    ]
+    assert requests == [("someone/var-small", HUB_FILES)]
     # The path of a missing file is not taken for a Hub id.
     with pytest.raises(UserError, match=r"models/var\.pth: no such file"):
         VARiant.from_var_checkpoint("models/var.pth", vae_path)
@@ -391,7 +390,7 @@ def test_convert_writes_another_dtype_and_back(tmp_path, capsys):
     files = ("--var", str(var_path), "--vae", str(vae_path))
     assert main(["convert", *files, "--dtype", "bfloat16", "--out", str(folder)]) == 0
     assert "weights in bfloat16" in (folder / "README.md").read_text()
-    files = ("--var", str(back[0]), "--vae", str(back[1]))
+    files = ("--to-var", str(back[0]), "--to-vae", str(back[1]))
     assert main(["convert", "--model", str(folder), *files]) == 0
     capsys.readouterr()
     written, expected = torch.load(back[0], weights_only=True), golden.var_state

@@ -17,19 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from variant.checkpoints.config_file import CONFIG_NAME, FORMAT
+from variant.checkpoints.locate import check_path
 from variant.checkpoints.mapped_tensors import to_device
 from variant.checkpoints.model_folder import build
 from variant.checkpoints.settings import VAE_SETTINGS, VAR_SETTINGS, Settings, settings_of_training
-from variant.checkpoints.sharded import INDEX_ENDING, WEIGHTS_NAMES, find_weights, read_sharded
+from variant.checkpoints.sharded import WEIGHTS_NAMES, find_weights, read_weights_file
 from variant.checkpoints.state_dict_forms import VAR_KEYS, find_state_dict
 from variant.errors import UserError
-from variant.files import is_mmapped, read_pickle, read_safetensors, save_pickle
+from variant.files import atomic_write, save_pickle
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.var import VAR, derived_buffers
 from variant.models.vqvae import VQVAE
+from variant_kernels.arguments import instance
 
 # Token-map sides of the published models, by (scales, tokens); for files without `lvl_1L`.
 KNOWN_PATCH_NUMS = {
@@ -40,6 +43,7 @@ KNOWN_PATCH_NUMS = {
 VAR_SIZES = ("depth", "embed_dim", "num_classes", "shared_aln", "attn_l2_norm", "mlp_ratio")
 VAE_SIZES = ("vocab_size", "z_channels", "ch", "share_quant_resi", "quant_conv_ks")
 ARGS = "the checkpoint's args"
+PICKLE_ENDINGS = (".pth", ".pt")
 
 
 @dataclass(frozen=True)
@@ -87,13 +91,7 @@ def open_original(
     path, config = Path(path), {}
     if path.is_dir():
         path, config = _hub_files(path)
-    content: Mapping[str, Any]
-    if path.name.endswith(INDEX_ENDING):
-        content, mmapped = read_sharded(path), True
-    elif path.suffix == ".safetensors":
-        content, mmapped = read_safetensors(path), True
-    else:
-        content, mmapped = read_pickle(path), is_mmapped(path)
+    content, mmapped = read_weights_file(path)
     state = find_state_dict(content, part, str(path), weights)
     return OriginalFile(path, state, mmapped, config, settings_of_training(content))
 
@@ -360,8 +358,37 @@ def save_original(
 ) -> None:
     """Write both models as the original repository reads them, derived buffers included.
 
+    Args:
+        var_path, vae_path: names ending in .safetensors are written in that format, names ending in
+            .pth or .pt by ``torch.save``.
     Raises:
-        UserError: a file cannot be written.
+        TypeError: var or vae is of another class.
+        UserError: another ending, one path for both, or a file that cannot be written.
     """
-    save_pickle(var_path, {**var.state_dict(), **derived_buffers(var.layout)})
-    save_pickle(vae_path, vae.state_dict())
+    op = "save_original"
+    instance(op, "var", var, VAR)
+    instance(op, "vae", vae, VQVAE)
+    paths = [Path(check_path(op, "path", path)) for path in (var_path, vae_path)]
+    for path in paths:
+        check_ending(op, path)
+    if paths[0].absolute() == paths[1].absolute():
+        raise UserError(f"{op}: the two models need two files; got {paths[0]} twice")
+    for path, state in (
+        (paths[0], {**var.state_dict(), **derived_buffers(var.layout)}),
+        (paths[1], vae.state_dict()),
+    ):
+        if path.suffix in PICKLE_ENDINGS:
+            save_pickle(path, state)
+        else:
+            tensors = {key: value.detach().cpu().clone() for key, value in state.items()}
+            with atomic_write(path) as temporary:
+                save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+def check_ending(op: str, path: Path) -> None:
+    """Raises: UserError, if a file of weights is not written under names of this ending."""
+    endings = (*PICKLE_ENDINGS, ".safetensors")
+    if path.suffix not in endings:
+        raise UserError(
+            f"{op}: {path} must end in {', '.join(endings)}, by which its format is chosen"
+        )

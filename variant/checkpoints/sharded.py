@@ -7,16 +7,13 @@ the same folder that holds it.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from variant.errors import UserError
-from variant.files import is_mmapped, open_safetensors, read_pickle
+from variant.files import is_mmapped, read_pickle, read_safetensors
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_ENDING = ".safetensors.index.json"
@@ -25,93 +22,46 @@ PICKLE_NAME = "pytorch_model.bin"
 WEIGHTS_NAMES = (WEIGHTS_NAME, INDEX_NAME, PICKLE_NAME)
 
 
-class Tensors(Protocol):
-    """The tensors of a file by key, each read when it is asked for."""
-
-    def keys(self) -> Collection[str]: ...
-
-    def get_tensor(self, key: str) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class _Pickled:
-    state: Mapping[str, Tensor]
-
-    def keys(self) -> Collection[str]:
-        return self.state.keys()
-
-    def get_tensor(self, key: str) -> Tensor:
-        return self.state[key]
-
-
-@dataclass(frozen=True)
-class _Sharded:
-    shard_of: Mapping[str, str]
-    shards: Mapping[str, Any]
-
-    def keys(self) -> Collection[str]:
-        return self.shard_of.keys()
-
-    def get_tensor(self, key: str) -> Tensor:
-        return self.shards[self.shard_of[key]].get_tensor(key)
-
-
 def find_weights(folder: Path) -> Path | None:
     """The file of a folder's weights, or the index of its shards; None where there is neither."""
     paths = (folder / name for name in WEIGHTS_NAMES)
     return next((path for path in paths if path.is_file()), None)
 
 
-@contextmanager
-def open_weights(path: Path) -> Iterator[tuple[Tensors, bool]]:
-    """The tensors of a .safetensors file, of an index's shards or of a pickle, within the block.
+def read_weights_file(path: Path) -> tuple[dict[Any, Any], bool]:
+    """The content of a .safetensors file, of all shards of an index, or of a pickle.
 
-    Yields:
-        the tensors, and whether they are views of memory-mapped files.
+    Returns:
+        the dictionary, of tensors by key except in a pickle, which may hold anything; and whether
+        the tensors are views of memory-mapped files.
     Raises:
-        UserError: missing or damaged, not a state dict, or an index that does not fit its shards.
+        UserError: missing or damaged, or an index that does not fit its shards.
     """
     if path.name.endswith(INDEX_ENDING):
-        with _open_shards(path) as tensors:
-            yield tensors, True
-    elif path.suffix == ".safetensors":
-        with open_safetensors(path) as tensors:
-            yield tensors, True
-    else:
-        state = read_pickle(path)
-        wrong = [key for key, value in state.items() if not isinstance(value, Tensor)]
-        if wrong or not all(isinstance(key, str) for key in state):
-            raise UserError(f"{path}: must hold a state dict of tensors; got keys {wrong[:5]}")
-        yield _Pickled(state), is_mmapped(path)
+        return _read_shards(path), True
+    if path.suffix == ".safetensors":
+        return read_safetensors(path), True
+    return read_pickle(path), is_mmapped(path)
 
 
-def read_sharded(index: Path) -> dict[str, Tensor]:
-    """All tensors of the shards of an index.  Raises: UserError, see :func:`open_weights`."""
-    with _open_shards(index) as tensors:
-        return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
-
-
-@contextmanager
-def _open_shards(index: Path) -> Iterator[_Sharded]:
+def _read_shards(index: Path) -> dict[str, Tensor]:
     shard_of = _weight_map(index)
-    with ExitStack() as stack:
-        shards: dict[str, Any] = {}
-        for name in dict.fromkeys(shard_of.values()):
-            path = index.parent / name
-            if not path.is_file():
-                raise UserError(f"{index}: the shard {name} is missing; it should lie beside it")
-            shards[name] = stack.enter_context(open_safetensors(path))
-            keys = set(shards[name].keys())
-            for key in keys:
-                if shard_of.get(key) != name:
-                    other = f"assigns it to {shard_of[key]}" if key in shard_of else "lacks it"
-                    raise UserError(f"{index}: {name} holds {key!r}, but the index {other}")
-            missing = next(
-                (k for k, shard in shard_of.items() if shard == name and k not in keys), None
-            )
-            if missing is not None:
-                raise UserError(f"{index}: {name} lacks {missing!r}, which the index assigns to it")
-        yield _Sharded(shard_of, shards)
+    tensors: dict[str, Tensor] = {}
+    for name in dict.fromkeys(shard_of.values()):
+        path = index.parent / name
+        if not path.is_file():
+            raise UserError(f"{index}: the shard {name} is missing; it should lie beside it")
+        shard = read_safetensors(path)
+        for key in shard:
+            if shard_of.get(key) != name:
+                other = f"has it in {shard_of[key]}" if key in shard_of else "lacks it"
+                raise UserError(f"{index}: {name} holds {key!r}, but the index {other}")
+        tensors |= shard
+    missing = sorted(shard_of.keys() - tensors.keys())
+    if missing:
+        name = shard_of[missing[0]]
+        raise UserError(f"{index}: {name} lacks {missing[0]!r}, which it has by the index")
+    return tensors
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from variant.errors import UserError
 
@@ -222,7 +222,8 @@ def _without_wrappers(content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], se
         short = ".".join(part for part in key.split(".") if part not in WRAPPERS)
         if short in tensors:
             repeated.add(short)
-        tensors[short] = value.detach()
+        # A parameter would stay one, with its own requires_grad, in the model that is built.
+        tensors[short] = value.detach() if isinstance(value, nn.Parameter) else value
     return tensors, repeated
 
 
@@ -235,4 +236,4 @@ def _add_buffers(state: dict[str, Tensor], plain: Sequence[Mapping[str, Tensor]]
     for key in list(state):
         if key.endswith("attn.q_bias"):  # the bias of keys is always zero
             constant = key.removesuffix("q_bias") + "zero_k_bias"
-            state.setdefault(constant, torch.zeros_like(state[key]))
+            state.setdefault(constant, torch.zeros(state[key].shape, dtype=state[key].dtype))
