@@ -1,4 +1,4 @@
-"""Checks of plain arguments: integers, numbers, names and objects, without an import of torch.
+"""Checks of plain arguments: numbers, booleans, names and objects, without an import of torch.
 
 Numbers of Python, numpy and torch are taken alike: whatever ``operator.index`` takes is an integer,
 whatever ``float`` takes is a number. Booleans, text and arrays of several values are neither.
@@ -70,6 +70,19 @@ def real(
     if not math.isfinite(number) or not inside:
         raise ValueError(f"{op}: {name} must be {expected}; got {number!r}")
     return number
+
+
+def boolean(op: str, name: str, value: object) -> bool:
+    """The value as a ``bool``.
+
+    Raises:
+        TypeError: the value is no boolean of Python, numpy or torch (0, 1 and None are none).
+    """
+    if isinstance(value, bool):
+        return value
+    if not _is_bool(value) or getattr(value, "ndim", 1):
+        raise _wrong_type(op, name, "True or False", value)
+    return bool(value)
 
 
 def choice(op: str, name: str, value: object, choices: Sequence[str]) -> str:

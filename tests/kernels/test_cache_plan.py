@@ -105,7 +105,7 @@ def test_plan_rejects_what_does_not_fit():
         CachePlan(VAR_256, DepthSchedule(30, 9, 16, 6))
     with pytest.raises(ValueError, match=r"page_size must be an integer .*; got 0"):
         CachePlan(VAR_256, DepthSchedule.full(30, 10), page_size=0)
-    with pytest.raises(TypeError, match="item_bytes"):
+    with pytest.raises(TypeError, match="peak_bytes: dtype must be"):
         CachePlan(VAR_256, DepthSchedule.full(30, 10)).peak_bytes(1, 1, 64, "int3")
 
 

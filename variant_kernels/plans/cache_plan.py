@@ -12,29 +12,32 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from variant_kernels.arguments import instance, integer
+from variant_kernels.arguments import boolean, instance, integer
 from variant_kernels.plans.depth_schedule import DepthSchedule
 from variant_kernels.plans.scale_layout import MAX_TOKENS, ScaleLayout
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "float8_e4m3fn": 1}
 
 
-def item_bytes(dtype: object) -> int:
-    """Bytes of one element of a torch or numpy dtype, or of a dtype given by name."""
+def item_bytes(dtype: object, op: str = "item_bytes") -> int:
+    """Bytes of one element of a torch or numpy dtype, or of a dtype given by name.
+
+    Raises:
+        TypeError: no such dtype; the message starts with ``op``.
+    """
     if isinstance(dtype, str):
         if dtype in _ITEM_BYTES:
             return _ITEM_BYTES[dtype]
     elif isinstance(getattr(dtype, "itemsize", None), int):
         return dtype.itemsize  # type: ignore[attr-defined]
     raise TypeError(
-        f"item_bytes: dtype must be a torch or numpy dtype or one of {sorted(_ITEM_BYTES)}; "
-        f"got {dtype!r}"
+        f"{op}: dtype must be a torch or numpy dtype or one of {sorted(_ITEM_BYTES)}; got {dtype!r}"
     )
 
 
-def token_bytes(num_heads: int, head_dim: int, dtype: object) -> int:
+def token_bytes(num_heads: int, head_dim: int, dtype: object, op: str = "token_bytes") -> int:
     """Bytes of K (or of V) of one token in one layer; 8 bits add one scale byte per head."""
-    size = item_bytes(dtype)
+    size = item_bytes(dtype, op)
     return num_heads * (head_dim * size + (size == 1))
 
 
@@ -191,7 +194,7 @@ class CachePlan:
         sequences = _sequences(op, batch, guidance)
         num_heads = integer(op, "num_heads", num_heads, 1)
         head_dim = integer(op, "head_dim", head_dim, 1)
-        return sequences * self.peak_page_tokens * 2 * token_bytes(num_heads, head_dim, dtype)
+        return sequences * self.peak_page_tokens * 2 * token_bytes(num_heads, head_dim, dtype, op)
 
     def paper_bytes(
         self,
@@ -237,4 +240,4 @@ def _pages(tokens: int, page_size: int) -> int:
 
 def _sequences(op: str, batch: int, guidance: bool) -> int:
     """Classifier-free guidance runs two sequences for each image."""
-    return integer(op, "batch", batch, 1) * (2 if guidance else 1)
+    return integer(op, "batch", batch, 1) * (2 if boolean(op, "guidance", guidance) else 1)
