@@ -19,6 +19,7 @@ VARIANT = (
     "checkpoints",
     "training",
     "supernet",
+    "live_weights",
     "accelerate_original",
     "evaluation",
     "bench",
