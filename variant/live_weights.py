@@ -45,13 +45,17 @@ class LiveWeights:
         self._children: list[tuple[str, nn.Module, str, nn.Module]] = []
         self._shapes: list[tuple[str, nn.Module, dict[str, torch.Size]]] = []
         for path, module in ours.named_modules():
-            source = original.get_submodule(path)
+            source = _submodule(original, path)
+            if source is None and not any(True for _ in module.parameters()):
+                continue  # an identity of the quantiser, which may be elsewhere in the original
+            assert source is not None
             where = f"{name}.{readable(path)}".removesuffix(".")
             shapes = {n: p.shape for n, p in module._parameters.items() if p is not None}
             self._shapes.append((where, source, shapes))
             for child in module._modules:
-                inner = source._modules[child]
-                assert inner is not None
+                inner = source._modules.get(child)
+                if inner is None:
+                    continue
                 inside = f"{where}[{child}]" if child.isdigit() else f"{where}.{child}"
                 self._children.append((inside, source, child, inner))
             module._parameters = source._parameters
@@ -95,6 +99,13 @@ class LiveWeights:
         return UserError(
             f"accelerate: {what}; undo that, or call accelerate again with the changed model"
         )
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    found: nn.Module | None = model
+    for name in filter(None, path.split(".")):
+        found = None if found is None else found._modules.get(name)
+    return found
 
 
 class LiveVARiant(VARiant):
