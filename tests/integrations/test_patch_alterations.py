@@ -752,6 +752,13 @@ def test_distributed_models(family, one_process):
     with pytest.raises(PatchError, match=r"DistributedDataParallel; give model\.module"):
         patch(nn.parallel.DistributedDataParallel(model))
 
+    if family == "VAR":
+        words = torch.randn(2, model.L - 1, model.Cvae)
+        expected = model(LABELS, words)
+        with patch(model):
+            ours = nn.parallel.DistributedDataParallel(model)(LABELS, words)
+        assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
+
     # One parameter distributed by hand, as tensor parallelism does.
     attention = attention_of(blocks_of(model)[2])
     attention.q_bias = nn.Parameter(distribute_tensor(attention.q_bias.detach(), one_process))
