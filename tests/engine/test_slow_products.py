@@ -50,7 +50,7 @@ def plan_of(engine):
 
 def test_eight_bit_pages_take_float32_without_a_cast(no_16_bit_products):
     model = small_model()
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="no native"):
         engine = Engine(model.var, model.vae, dtype=torch.bfloat16, kv_dtype="fp8")
     exact = Engine(model.var, model.vae, dtype=torch.float32, kv_dtype="fp8")
     tokens = exact.generate([1], seed=0).tokens
