@@ -136,14 +136,14 @@ class Settings:
         sources += self._known[name]
         if not sources:
             if default is not None:
-                self.assumed[name] = f"{name}={_text(default)}{note and f' ({note})'}"
+                self.assumed[name] = f"{name}={default}{note and f' ({note})'}"
             return default
         (first, value), *others = sources
         for place, other in others:
             if other != value:
                 raise UserError(
-                    f"{self.where}: {first} {_has(first)} {name} {_text(value)}, but {place} "
-                    f"{_has(place)} {_text(other)}"
+                    f"{self.where}: {first} {_has(first)} {name} {value}, but {place} "
+                    f"{_has(place)} {other}"
                 )
         return value
 
@@ -169,10 +169,6 @@ class Settings:
 
 def _has(place: str) -> str:
     return "have" if place == "the weights" else "has"
-
-
-def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def settings_of_training(content: Mapping[Any, Any]) -> dict[str, Any]:
