@@ -177,10 +177,18 @@ def test_settings_and_the_choice_of_weights_are_options(place, capsys):
     state = load_golden("plain").var_state
     average = state | {"head.bias": state["head.bias"] + 1}
     torch.save({"model": state, "ema": average}, "var.pth")
-    options = (
-        "--weights ema --num-heads 2 --norm-eps 1e-5 --quant-resi 0.25 --using-znorm True --beta 2 "
-        "--cond-drop-rate 0.2 --drop-path-rate 0.3 --patch-nums 1 2 3 4 5 6 8"
-    ).split()
+    texts = {
+        "weights": "ema",
+        "num-heads": "2",
+        "norm-eps": "1e-5",
+        "cond-drop-rate": "0.2",
+        "drop-path-rate": "0.3",
+        "quant-resi": "0.25",
+        "using-znorm": "True",
+        "beta": "2",
+        "patch-nums": "1 2 3 4 5 6 8",
+    }
+    options = [word for name, text in texts.items() for word in (f"--{name}", *text.split())]
     assert run(capsys, *FILES, "--out", "new", *options)[0] == 0
     model = VARiant.from_pretrained("new")
     assert torch.equal(model.var.head.bias, average["head.bias"])
