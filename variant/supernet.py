@@ -21,7 +21,7 @@ from variant.engine.kv_dtype import KVDtype
 from variant.models.placement import WEIGHT_DTYPES, check_device, check_dtype
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
-from variant_kernels.arguments import instance
+from variant_kernels.arguments import boolean, instance
 from variant_kernels.dispatch.request import dtype_name
 
 Value = TypeVar("Value")
@@ -242,7 +242,7 @@ class VARiant(
             force_download=force_download,
             local_files_only=local_files_only,
         )
-        strict = instance(op, "strict", strict, bool)
+        strict = boolean(op, "strict", strict)
         var, vae, config = load_model(folder, cast_to, place, strict=strict)
         model = cls(var, vae).eval()
         model.extra = {k: v for k, v in config.items() if k not in ("format", "var", "vae")}
