@@ -18,6 +18,7 @@ VARIANT = (
     "data",
     "checkpoints",
     "training",
+    "pretrained",
     "supernet",
     "accelerate_original",
     "evaluation",
