@@ -26,7 +26,8 @@ from variant_kernels.plans.depth_schedule import select_layers
 class ModelSection:
     """The sizes of the transformer; codebook, scales and subnets come from the other sections.
 
-    weights: file of pretrained weights (.pth or .safetensors); None initialises at random.
+    weights: pretrained weights: a file (.pth or .safetensors), a model folder, the name of a
+        packaged model or a Hub id; None initialises at random.
     """
 
     depth: int
@@ -34,6 +35,7 @@ class ModelSection:
     num_heads: int
     num_classes: int
     mlp_ratio: float = 4.0
+    norm_eps: float = 1e-6
     shared_aln: bool = False
     attn_l2_norm: bool = True
     cond_drop_rate: float = 0.1
@@ -52,7 +54,7 @@ class VAETraining:
         batch; 0 never moves a code.  revive_until: share of the steps after which the checks end.
     scale_dropout: share of the steps that reconstruct from the first few scales only, so that
         coarse scales learn to hold as much of the image as they can; falls linearly to 0.
-    weights: file of a trained VQ-VAE that is used instead (.pth or .safetensors).
+    weights: a trained VQ-VAE that is used instead; the same forms as the transformer's weights.
     """
 
     epochs: int = 0

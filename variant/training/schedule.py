@@ -140,3 +140,13 @@ class ScheduleSection:
         if self.joint is None or self.transition is None or self.refinement is None:
             return paper_phases(self.depths)
         return Phases(self.joint, self.transition, self.refinement)
+
+    def agrees_until(self, other: ScheduleSection, epoch: float) -> bool:
+        """Whether both give every step before ``epoch`` (fractional) the same probability.
+
+        Only the phases are compared. Without subnets the probability has no effect.
+        """
+        own, others = self.phases, other.phases
+        if not self.depths or epoch <= min(own.joint, others.joint):
+            return True
+        return (own.joint, own.transition) == (others.joint, others.transition)
