@@ -6,7 +6,6 @@ so it suits small images. Unused codes are moved onto features of the current ba
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from variant.data.images import ImageData, Indices, stream
 from variant.errors import UserError
 from variant.models.vqvae import VQVAE
 from variant.training.random_state import seed_everything
-from variant.training.recipe import Recipe
+from variant.training.recipe import Recipe, with_seed
 from variant.training.run_setup import open_run
 from variant.training.task import Summary, Task
 from variant.training.trainer import Trainer
@@ -142,8 +141,7 @@ def train_vae(
             :meth:`variant.training.trainer.Trainer.run`.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
     """
-    if seed is not None:
-        recipe = dataclasses.replace(recipe, seed=seed)
+    recipe = with_seed("train_vae", recipe, seed)
     optim = recipe.vae_training.optim
     if recipe.vae_training.weights is not None or optim is None:
         raise UserError(

@@ -9,7 +9,6 @@ Axes: B images of a batch, C copies, N images of the data set, L tokens, V codeb
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +28,7 @@ from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.training.initial_weights import find_start, find_vae, load_start, load_vae
 from variant.training.random_state import seed_everything
-from variant.training.recipe import Recipe
+from variant.training.recipe import Recipe, with_seed
 from variant.training.run_setup import RunSetup, open_run
 from variant.training.schedule import choose_depth, subnet_probability
 from variant.training.task import Summary, Task
@@ -192,8 +191,7 @@ def train_var(
             :meth:`variant.training.trainer.Trainer.run`.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
     """
-    if seed is not None:
-        recipe = dataclasses.replace(recipe, seed=seed)
+    recipe = with_seed("train_var", recipe, seed)
     with open_run(
         VARTask.kind,
         recipe,
