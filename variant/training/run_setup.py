@@ -145,8 +145,8 @@ class RunSetup:
             except ValueError as error:
                 raise UserError(f"{where}: is damaged: {error}") from None
             self.keeps_start = old.model.weights == recipe.model.weights
-            if self.keeps_start:
-                self.inputs["start_sha256"] = self.saved["inputs"].get("start_sha256")
+            if self.keeps_start and "start_sha256" in self.saved["inputs"]:
+                self.inputs["start_sha256"] = self.saved["inputs"]["start_sha256"]
             compare_schedules(old, recipe, kind, self.saved["step"], self.steps_per_epoch, where)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
