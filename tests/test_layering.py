@@ -34,6 +34,7 @@ KERNELS = (
     "tensors",
     "masks",
     "packed_linear",
+    "products",
     "kv_quantization",
     "split_keys",
     "kv_cache",
