@@ -1,8 +1,8 @@
 """The model folder: ``config.json``, ``model.safetensors`` and a model card.
 
 The keys of the weights start with ``var.`` or ``vae.``. Each file is written under a temporary name
-and then renamed. Weights are memory-mapped: a tensor that is loaded in the file's own dtype to the
-CPU is a view of the file. original_var.py reads and writes the original repository's files.
+and then renamed. A loaded model does not depend on its files: weights are copied, one by one.
+original_var.py reads and writes the original repository's files.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from variant.checkpoints.config_file import CONFIG_NAME, FORMAT, configs_in, read_config
-from variant.checkpoints.mapped_tensors import to_device
 from variant.checkpoints.model_card import CARD_NAME, model_card, was_generated
 from variant.errors import UserError
-from variant.files import atomic_write, open_safetensors
+from variant.files import atomic_write
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant.tensor_files import StoredTensor, checksums_of, read_all, stored_safetensors
 from variant_kernels.dispatch.request import dtype_name
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -69,7 +69,7 @@ def save_model(
     # Before any file is written: if this raises, the old files stay complete.
     text = json.dumps(config, indent=1) + "\n"
     with atomic_write(folder / WEIGHTS_NAME) as path:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt", **checksums_of(tensors)})
     with atomic_write(folder / CONFIG_NAME) as path:
         path.write_text(text)
     card_path = folder / CARD_NAME
@@ -95,8 +95,8 @@ def load_model(
 ) -> tuple[VAR, VQVAE, dict[str, Any]]:
     """The two models of a folder, in eval mode, and its config.json.
 
-    On the CPU and in the file's own dtype, weights are views of the file. Otherwise they are copied
-    one by one, and memory never holds the whole file beside the result.
+    Weights are compared with the config before they are read, and then copied one by one: memory
+    never holds the whole file beside the result.
 
     Args:
         dtype: of the transformer's weights; None keeps the file's.
@@ -109,22 +109,15 @@ def load_model(
     config = read_config(folder)
     var_config, vae_config = configs_in(folder)
     path = folder / WEIGHTS_NAME
-    with open_safetensors(path) as tensors:
-        keys = set(tensors.keys())
-        if dtype is None and "var.head.weight" in keys:
-            dtype = tensors.get_tensor("var.head.weight").dtype
-
-        def part(prefix: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
-            return {
-                key.removeprefix(prefix): to_device(
-                    tensors.get_tensor(key), dtype, device, mmapped=True
-                )
-                for key in keys
-                if key.startswith(prefix)
-            }
-
-        var = build(VAR, var_config, part("var.", dtype), str(path), device)
-        vae = build(VQVAE, vae_config, part("vae.", None), str(path), device)
+    stored = stored_safetensors(path)
+    parts = {
+        part: {k.removeprefix(part): v for k, v in stored.items() if k.startswith(part)}
+        for part in ("var.", "vae.")
+    }
+    if dtype is None and "var.head.weight" in stored:
+        dtype = stored["var.head.weight"].dtype
+    var = build(VAR, var_config, parts["var."], str(path), device, dtype)
+    vae = build(VQVAE, vae_config, parts["vae."], str(path), device)
     return var.eval(), vae.eval(), config
 
 
@@ -149,18 +142,27 @@ def build(
     state: Mapping[str, Tensor],
     where: str,
     device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Model:
     """A model that uses the tensors of a state dict, without initialising weights first.
 
     Args:
+        state: tensors, which the model then shares, or stored tensors, which are read here, after
+            their names and shapes were found to be those of the model.
         where: names the state in errors.
-        device: of the state's tensors; buffers that the state does not hold are moved there.
+        device, dtype: of the model; None keeps that of the state. Tensors that are on that device
+            and in that dtype already are not copied.
     Raises:
         UserError: the state's keys or shapes are not exactly those of this model.
     """
     with torch.device("meta"), _SkipInit():
         module = kind(config)
+    needed = module.state_dict()
     load_state(module, state, where, assign=True)
+    if any(isinstance(value, StoredTensor) for value in state.values()) or dtype or device:
+        wanted = {key: value for key, value in state.items() if key in needed}
+        values = read_all(wanted, dtype, device)
+        load_state(module, values, where, assign=True)
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:  # usage statistics, which other checkpoints lack: start at zero
             owner, _, leaf = name.rpartition(".")

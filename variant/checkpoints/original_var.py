@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from variant.checkpoints.config_file import CONFIG_NAME, FORMAT
-from variant.checkpoints.mapped_tensors import to_device
 from variant.checkpoints.model_folder import WEIGHTS_NAME, build
 from variant.errors import UserError
-from variant.files import is_mmapped, read_pickle, read_safetensors, save_pickle
+from variant.files import save_pickle
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.var import VAR, derived_buffers
 from variant.models.vqvae import VQVAE
+from variant.tensor_files import read_all, read_values, stored_pickle, stored_safetensors
 
 # Token-map sides of the published models, by (scales, tokens); for files without `lvl_1L`.
 KNOWN_PATCH_NUMS = {
@@ -49,28 +49,19 @@ WRAPPERS = ("module.", "_orig_mod.")
 
 @dataclass(frozen=True)
 class OriginalFile:
-    """One model's state dict, as read from a file.
+    """One model's state dict, as found in a file; its values are read later.
 
     config: the arguments of the model's constructor if the Hub form records them, else empty.
-    mmapped: whether the tensors are views of the memory-mapped file.
     """
 
     path: Path
     state: dict[str, Tensor]
-    mmapped: bool
     config: dict[str, Any] = field(default_factory=dict)
-
-    def to(self, dtype: torch.dtype | None, device: torch.device | str | None) -> dict[str, Tensor]:
-        """The state in that dtype on that device; tensors that need no copy stay views."""
-        return {
-            key: to_device(value, dtype, device, mmapped=self.mmapped)
-            for key, value in self.state.items()
-        }
 
 
 def read_original(path: str | os.PathLike[str], part: str) -> dict[str, Tensor]:
-    """The state dict of one model; see :func:`open_original`."""
-    return open_original(path, part).state
+    """The state dict of one model with its values; see :func:`open_original`."""
+    return read_all(open_original(path, part).state)
 
 
 def open_original(path: str | os.PathLike[str], part: str) -> OriginalFile:
@@ -85,9 +76,9 @@ def open_original(path: str | os.PathLike[str], part: str) -> OriginalFile:
     if path.is_dir():
         path, config = _hub_files(path)
     if path.suffix == ".safetensors":
-        state, mmapped = read_safetensors(path), True
+        state: dict[str, Any] = dict(stored_safetensors(path))
     else:
-        state, mmapped = read_pickle(path), is_mmapped(path)
+        state = stored_pickle(path)
     trainer = state.get("trainer")
     if isinstance(trainer, dict) and isinstance(trainer.get(part), dict):
         state = trainer[part]
@@ -96,7 +87,7 @@ def open_original(path: str | os.PathLike[str], part: str) -> OriginalFile:
             f"{path}: must hold a state dict of tensors, or a trainer checkpoint with "
             f'"trainer/{part}"; got keys {sorted(map(str, state))[:5]}'
         )
-    return OriginalFile(path, _unwrapped(state), mmapped, config)
+    return OriginalFile(path, _unwrapped(state), config)
 
 
 def _hub_files(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -191,7 +182,9 @@ def _patch_nums(
     default: Sequence[int] | None,
 ) -> tuple[int, ...]:
     if "lvl_1L" in state:
-        scale_L = state["lvl_1L"].flatten().clamp(0, scales)  # a damaged file may hold others
+        scale_L = (
+            read_values(state["lvl_1L"]).flatten().clamp(0, scales)
+        )  # a damaged file may hold others
         counts = torch.bincount(scale_L, minlength=scales).tolist()
         sides = tuple(math.isqrt(count) for count in counts)
         if [side * side for side in sides] == counts:
@@ -320,8 +313,8 @@ def load_original(
     var_config = _with_hub_config(var_config, hub, where)
     vae_config = infer_vqvae_config(vae_file.state, var_config.patch_nums, str(vae_path))
     vae_config = _with_vae_arguments(vae_config, hub.get("vae_kwargs"), where)
-    var = build(VAR, var_config, var_file.to(dtype, device), where, device)
-    vae = build(VQVAE, vae_config, vae_file.to(None, device), str(vae_path), device)
+    var = build(VAR, var_config, var_file.state, where, device, dtype)
+    vae = build(VQVAE, vae_config, vae_file.state, str(vae_path), device)
     return var.eval(), vae.eval()
 
 
