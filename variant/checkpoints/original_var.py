@@ -22,7 +22,6 @@ from torch import Tensor
 
 from variant.checkpoints.config_file import CONFIG_NAME, FORMAT
 from variant.checkpoints.locate import check_path
-from variant.checkpoints.mapped_tensors import to_device
 from variant.checkpoints.model_folder import build
 from variant.checkpoints.settings import VAE_SETTINGS, VAR_SETTINGS, Settings, settings_of_training
 from variant.checkpoints.sharded import WEIGHTS_NAMES, find_weights, read_weights_file
@@ -32,6 +31,7 @@ from variant.files import atomic_write, save_pickle
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.var import VAR, derived_buffers
 from variant.models.vqvae import VQVAE
+from variant.tensor_files import read_all, read_values
 from variant_kernels.arguments import instance
 
 # Token-map sides of the published models, by (scales, tokens); for files without `lvl_1L`.
@@ -48,32 +48,23 @@ PICKLE_ENDINGS = (".pth", ".pt")
 
 @dataclass(frozen=True)
 class OriginalFile:
-    """One model's state dict, as read from a file.
+    """One model's state dict, as found in a file; its values are read later.
 
-    mmapped: whether the tensors are views of the memory-mapped file.
     config: the arguments of the model's constructor if the Hub form records them, else empty.
     training: the settings in a trainer checkpoint that no tensor tells.
     """
 
     path: Path
     state: dict[str, Tensor]
-    mmapped: bool
     config: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
-
-    def to(self, dtype: torch.dtype | None, device: torch.device | str | None) -> dict[str, Tensor]:
-        """The state in that dtype on that device; tensors that need no copy stay views."""
-        return {
-            key: to_device(value, dtype, device, mmapped=self.mmapped)
-            for key, value in self.state.items()
-        }
 
 
 def read_original(
     path: str | os.PathLike[str], part: str, weights: str | None = None
 ) -> dict[str, Tensor]:
-    """The state dict of one model; see :func:`open_original`."""
-    return open_original(path, part, weights).state
+    """The state dict of one model with its values; see :func:`open_original`."""
+    return read_all(open_original(path, part, weights).state)
 
 
 def open_original(
@@ -91,9 +82,9 @@ def open_original(
     path, config = Path(path), {}
     if path.is_dir():
         path, config = _hub_files(path)
-    content, mmapped = read_weights_file(path)
+    content = read_weights_file(path)
     state = find_state_dict(content, part, str(path), weights)
-    return OriginalFile(path, state, mmapped, config, settings_of_training(content))
+    return OriginalFile(path, state, config, settings_of_training(content))
 
 
 def _hub_files(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -181,7 +172,8 @@ def _patch_nums(state: Mapping[str, Tensor], where: str, settings: Settings) -> 
     scales, length = state["lvl_embed.weight"].shape[0], state["pos_1LC"].shape[1]
     shown = None
     if "lvl_1L" in state:
-        scale_L = state["lvl_1L"].flatten().clamp(0, scales)  # a damaged file may hold others
+        # A damaged file may hold others.
+        scale_L = read_values(state["lvl_1L"]).flatten().clamp(0, scales)
         counts = torch.bincount(scale_L, minlength=scales).tolist()
         sides = tuple(math.isqrt(count) for count in counts)
         if [side * side for side in sides] == counts:
@@ -348,8 +340,8 @@ def load_original(
     for values in (kwargs, vae_file.config):
         _check_sizes(vae_config, values, VAE_SIZES, where)
     var_settings.warn(vae_settings, stacklevel=3)
-    var = build(VAR, var_config, var_file.to(dtype, device), where, device)
-    vae = build(VQVAE, vae_config, vae_file.to(None, device), vae_where, device)
+    var = build(VAR, var_config, var_file.state, where, device, dtype)
+    vae = build(VQVAE, vae_config, vae_file.state, vae_where, device)
     return var.eval(), vae.eval()
 
 
