@@ -21,7 +21,7 @@ from variant.cli.main import main
 from variant.models.presets import PATCH_NUMS_256, PATCH_NUMS_512, VAR_PRESETS, vqvae_of
 
 # What files of the original do not tell; tests of the warning catch it themselves.
-pytestmark = pytest.mark.filterwarnings("ignore:.*assumed .*because nothing:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*assumed .*because nothing tells them:UserWarning")
 
 
 def published_shapes(depth, patch_nums, shared_aln):
