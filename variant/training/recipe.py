@@ -17,9 +17,12 @@ from pydantic import ConfigDict
 from variant.data.config import DataSection
 from variant.errors import UserError
 from variant.models.config import STRICT, VARConfig, VQVAEConfig, parse_dataclass, require, to_plain
+from variant.paths import path_kind, read_text, shown
 from variant.training.optim import OptimSection
 from variant.training.schedule import ScheduleSection
 from variant_kernels.plans.depth_schedule import select_layers
+
+MAX_RECIPE, MAX_LINE = 2**17, 2**10  # characters; the packaged recipes have a fiftieth of that
 
 
 @dataclass(frozen=True)
@@ -140,18 +143,19 @@ class Recipe:
     def var_config(self) -> VARConfig:
         """The configuration of the transformer, with its subnets and bridge."""
         sizes = {key: value for key, value in to_plain(self.model).items() if key != "weights"}
-        subnets = {
-            depth: select_layers(self.model.depth, depth, self.schedule.selection)
-            for depth in self.schedule.depths
-        }
-        return VARConfig(
+        # Its sizes are checked before layers are selected from as many as the recipe names.
+        config = VARConfig(
             **sizes,
             patch_nums=self.vae.patch_nums,
             vocab_size=self.vae.vocab_size,
             vae_channels=self.vae.z_channels,
-            subnets=subnets,
             bridge=self.schedule.bridge,
         )
+        subnets = {
+            depth: select_layers(config.depth, depth, self.schedule.selection)
+            for depth in self.schedule.depths
+        }
+        return dataclasses.replace(config, subnets=subnets)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values for JSON."""
@@ -179,20 +183,24 @@ def load_recipe(name_or_path: str | Path, *, seed: int | None = None) -> Recipe:
             resources.files("variant.training.recipes").joinpath(f"{name}.toml").read_text("utf-8")
         )
     else:
-        path = Path(name_or_path)
-        if not path.is_file():
+        if path_kind(name_or_path) is None:
             raise UserError(
-                f"{name}: no such recipe. Packaged: {', '.join(recipe_names())}; "
+                f"{shown(name)}: no such recipe. Packaged: {', '.join(recipe_names())}; "
                 "or give the path of a TOML file"
             )
-        try:
-            text = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{name}: cannot be read: {error}") from None
+        text = read_text(name_or_path)
+        # tomllib's memory grows with the square of the number of parts of a key.
+        if max(map(len, text.splitlines()), default=0) > MAX_LINE or len(text) > MAX_RECIPE:
+            raise UserError(
+                f"{shown(name)}: is no recipe: it has more than {MAX_RECIPE:,} characters, or more "
+                f"than {MAX_LINE:,} in one line"
+            )
     try:
         recipe = parse_dataclass(Recipe, tomllib.loads(text), name)
         return recipe if seed is None else dataclasses.replace(recipe, seed=seed)
+    except RecursionError:
+        raise UserError(f"{shown(name)}: is not valid TOML: it is nested too deeply") from None
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{name}: is not valid TOML: {error}") from None
+        raise UserError(f"{shown(name)}: is not valid TOML: {error}") from None
     except ValueError as error:
         raise UserError(str(error)) from None
