@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from variant.errors import UserError
+from variant.paths import path_kind, shown
 
 # Files that are downloaded from a Hub repository; the last is for older ones of the original.
 HUB_FILES = ["config.json", "model.safetensors", "pytorch_model.bin"]
@@ -29,19 +30,19 @@ def locate(name: str | os.PathLike[str], **hub_options: Any) -> Path:
         UserError: the name is none of the three.
     """
     path = Path(name)
-    if (path / "config.json").is_file():
-        return path
+    if path_kind(path / "config.json") is not None:
+        return path  # the reader of the folder looks at the files
     packaged = sorted(
         folder.name for folder in ASSETS.iterdir() if (folder / "config.json").is_file()
     )
     if str(name) in packaged:
         return ASSETS / str(name)
     text = os.fspath(name)
-    if path.exists():
+    if path_kind(path) is not None:
         return path  # the reader of the folder reports what is missing
     if not is_hub_id(name):
         raise UserError(
-            f"{text}: no such model: neither a folder nor one of this package "
+            f"{shown(text)}: no such model: neither a folder nor one of this package "
             f"({', '.join(packaged) or 'none'}) nor a Hub id (owner/name)"
         )
     # Imported here: it takes a second, and most calls do not use the Hub.
@@ -50,6 +51,8 @@ def locate(name: str | os.PathLike[str], **hub_options: Any) -> Path:
 
     try:
         return Path(snapshot_download(text, allow_patterns=HUB_FILES, **hub_options))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{text}: not a folder, and the Hub cannot provide it: {first}") from error
+        raise UserError(
+            f"{shown(text)}: not a folder, and the Hub cannot provide it: {first}"
+        ) from error

@@ -8,7 +8,6 @@ config.json and model.safetensors.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import warnings
@@ -27,6 +26,7 @@ from variant.files import save_pickle
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.var import VAR, derived_buffers
 from variant.models.vqvae import VQVAE
+from variant.paths import path_kind, read_json
 from variant.tensor_files import read_all, read_values, stored_pickle, stored_safetensors
 
 # Token-map sides of the published models, by (scales, tokens); for files without `lvl_1L`.
@@ -73,7 +73,7 @@ def open_original(path: str | os.PathLike[str], part: str) -> OriginalFile:
         UserError: missing, damaged, not a file of the original, or a pickle that would run code.
     """
     path, config = Path(path), {}
-    if path.is_dir():
+    if path_kind(path) == "folder":
         path, config = _hub_files(path)
     if path.suffix == ".safetensors":
         state: dict[str, Any] = dict(stored_safetensors(path))
@@ -82,10 +82,11 @@ def open_original(path: str | os.PathLike[str], part: str) -> OriginalFile:
     trainer = state.get("trainer")
     if isinstance(trainer, dict) and isinstance(trainer.get(part), dict):
         state = trainer[part]
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not state or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in state.items()):
+        keys = [key if isinstance(key, str) else f"a {type(key).__name__}" for key in state]
         raise UserError(
             f"{path}: must hold a state dict of tensors, or a trainer checkpoint with "
-            f'"trainer/{part}"; got keys {sorted(map(str, state))[:5]}'
+            f'"trainer/{part}"; got keys {sorted(keys)[:5]}'
         )
     return OriginalFile(path, _unwrapped(state), config)
 
@@ -93,17 +94,14 @@ def open_original(path: str | os.PathLike[str], part: str) -> OriginalFile:
 def _hub_files(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The weights file and the constructor arguments in a folder of the original's Hub class."""
     weights = next(
-        (folder / name for name in (WEIGHTS_NAME, PICKLE_NAME) if (folder / name).is_file()), None
+        (folder / name for name in (WEIGHTS_NAME, PICKLE_NAME) if path_kind(folder / name)), None
     )
     if weights is None:
         raise UserError(f"{folder}: holds neither {WEIGHTS_NAME} nor {PICKLE_NAME}")
     path = folder / CONFIG_NAME
-    if not path.is_file():
+    if path_kind(path) is None:
         return weights, {}
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path}: must hold the model's arguments; got {type(config).__name__}")
     if config.get("format") == FORMAT:
@@ -145,7 +143,7 @@ def infer_var_config(
     if missing:
         raise UserError(f"{where}: is not a VAR transformer: it has no {', '.join(missing)}")
     try:
-        depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
+        depth = _count(state, "blocks.")
         width = state["word_embed.weight"].shape[0]
         scales, length = state["lvl_embed.weight"].shape[0], state["pos_1LC"].shape[1]
         scale_mul = state.get("blocks.0.attn.scale_mul_1H11")
@@ -172,6 +170,18 @@ def infer_var_config(
         )
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{where}: is not a VAR transformer: {error}") from error
+
+
+def _count(state: Mapping[str, Tensor], prefix: str) -> int:
+    """The number of modules of a list.  Raises: ValueError, if they are not numbered from 0 on."""
+    numbers = {key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)}
+    odd = numbers - {str(number) for number in range(len(numbers))}
+    if odd or not numbers:
+        raise ValueError(
+            f"the modules {prefix}N must be numbered from 0 on without a gap; it has "
+            f"{len(numbers)} of them" + (f", one of them {prefix}{min(odd)[:40]}" if odd else "")
+        )
+    return len(numbers)
 
 
 def _patch_nums(
@@ -211,10 +221,8 @@ def infer_vqvae_config(
         UserError: naming the key that is missing.
     """
     try:
-        levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
-        blocks = 1 + max(
-            int(k.split(".")[4]) for k in state if k.startswith("encoder.down.0.block.")
-        )
+        levels = _count(state, "encoder.down.")
+        blocks = _count(state, "encoder.down.0.block.")
         ch, in_channels = state["encoder.conv_in.weight"].shape[:2]
         widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
         if "quantize.quant_resi.qresi.weight" in state:

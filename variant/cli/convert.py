@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from variant.checkpoints.locate import locate
 from variant.checkpoints.model_folder import load_model
 from variant.checkpoints.original_var import save_original
@@ -23,7 +25,7 @@ def convert(command: Convert) -> None:
         raise UserError(
             "convert: give --out FOLDER to read the .pth files, or --model FOLDER to write them"
         )
-    if command.var.resolve() == command.vae.resolve() and command.out is None:
+    if os.path.realpath(command.var) == os.path.realpath(command.vae) and command.out is None:
         raise UserError(f"convert: --var and --vae must be two files; got {command.var} twice")
     out = console()
     dtype = DTYPES[command.dtype] if command.dtype else None

@@ -22,6 +22,7 @@ from torch import Tensor
 from variant.data.augment import rand_augment
 from variant.data.config import DataSection
 from variant.errors import UserError
+from variant.paths import open_regular, path_kind, shown
 
 # Independent random streams of one (seed, epoch), one for each use.
 STREAM_ORDER, STREAM_AUGMENT, STREAM_COPY, STREAM_MIXUP = 1, 2, 3, 4
@@ -70,8 +71,8 @@ def list_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
         UserError: no such folder, no sub-folders, or a class without images.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of images")
+    if path_kind(folder) != "folder":
+        raise UserError(f"{shown(folder)}: no such folder of images")
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     if not classes:
         raise UserError(f"{folder}: must hold one sub-folder of images per class; it has none")
@@ -147,7 +148,7 @@ class FolderData:
 
     def _open(self, path: Path) -> Image.Image:
         try:
-            with Image.open(path) as image:
+            with open_regular(path) as file, Image.open(file) as image:
                 if image.mode in WIDE_MODES:  # convert("RGB") would clip their values to 8 bits
                     raise UserError(
                         f"{path}: must have 8 bits per channel; its pixels are of mode "

@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-
 from variant.checkpoints.model_folder import load_state
 from variant.errors import UserError
-from variant.files import atomic_write, read_pickle, save_pickle
+from variant.files import read_pickle, read_safetensors, save_pickle, save_safetensors
+from variant.tensor_files import stored_safetensors
 from variant.training.random_state import random_state, set_random_state
 from variant.training.run_state import RunState
 
@@ -136,20 +134,15 @@ class Checkpointer:
             key: value.detach().cpu().contiguous()
             for key, value in state.module.state_dict().items()
         }
-        with atomic_write(self.best) as temporary:
-            save_file(weights, temporary)
+        save_safetensors(self.best, weights)
 
     def load_best(self, state: RunState) -> None:
         """Load the best weights into the module."""
-        state.module.load_state_dict(load_file(self.best))
+        state.module.load_state_dict(read_safetensors(self.best))
 
     def _check_best(self, state: RunState) -> None:
         """Compare the shapes in the file of the best weights with the module's."""
-        try:
-            with safe_open(self.best, "pt") as file:
-                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{self.best}: is missing or damaged: {error}") from None
+        shapes = {key: tuple(value.shape) for key, value in stored_safetensors(self.best).items()}
         weights = state.module.state_dict()
         if shapes != {key: tuple(value.shape) for key, value in weights.items()}:
             raise UserError(f"{self.best}: does not hold the weights of this run's model")

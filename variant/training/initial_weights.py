@@ -9,6 +9,7 @@ from torch import Tensor
 from variant.checkpoints.model_folder import load_state
 from variant.checkpoints.original_var import read_original
 from variant.errors import UserError
+from variant.files import read_safetensors
 from variant.models.config import VQVAEConfig
 from variant.models.vqvae import VQVAE
 from variant.training.checkpointer import Checkpointer
@@ -65,12 +66,4 @@ def read_weights(path: Path, part: str) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing, damaged or of another format.
     """
-    if path.suffix != ".safetensors":
-        return read_original(path, part)
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: is missing or damaged: {error}") from None
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_original(path, part)
