@@ -11,11 +11,13 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from variant.errors import UserError
 from variant.paths import open_regular
 from variant.tensor_files import (
+    checksums_of,
     read_all,
     read_values,
     replace_tensors,
@@ -59,6 +61,17 @@ def save_pickle(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """``torch.save`` by :func:`atomic_write`.  Raises: UserError, if it cannot be written."""
     with atomic_write(Path(path)) as temporary:
         torch.save(dict(state), temporary)
+
+
+def save_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    """Tensors, contiguous and on the CPU, with their checksums, by :func:`atomic_write`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    metadata = {"format": "pt", **checksums_of(tensors)}
+    with atomic_write(Path(path)) as temporary:
+        save_file(dict(tensors), temporary, metadata=metadata)
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:

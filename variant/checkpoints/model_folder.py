@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -23,10 +22,10 @@ from variant.checkpoints.config_file import CONFIG_NAME, FORMAT, configs_in, rea
 from variant.checkpoints.model_card import CARD_NAME, model_card, was_generated
 from variant.checkpoints.sharded import WEIGHTS_NAME, find_weights, read_weights_file
 from variant.errors import UserError
-from variant.files import atomic_write
+from variant.files import atomic_write, save_safetensors
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
-from variant.tensor_files import StoredTensor, checksums_of, read_all
+from variant.tensor_files import StoredTensor, read_all
 from variant_kernels.arguments import instance
 from variant_kernels.dispatch.request import dtype_name
 
@@ -74,8 +73,7 @@ def save_model(
     }
     # Before any file is written: if this raises, the old files stay complete.
     text = json.dumps(config, indent=1) + "\n"
-    with atomic_write(folder / WEIGHTS_NAME) as path:
-        save_file(tensors, path, metadata={"format": "pt", **checksums_of(tensors)})
+    save_safetensors(folder / WEIGHTS_NAME, tensors)
     with atomic_write(folder / CONFIG_NAME) as path:
         path.write_text(text)
     card_path = folder / CARD_NAME
