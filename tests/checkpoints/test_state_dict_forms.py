@@ -8,9 +8,10 @@ from golden_models import load_golden
 from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
 
-from variant import VAR, VQVAE, UserError, VARiant
+from variant import VAR, UserError, VARiant
 from variant.checkpoints.original_var import load_original, read_original
 from variant.checkpoints.state_dict_forms import find_state_dict
+from variant.models.vqvae import VQVAE
 from variant.training.initial_weights import find_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*assumed .*because nothing tells them:UserWarning")
@@ -243,20 +244,21 @@ def test_training_reads_the_same_forms(tmp_path, name, prefix):
         save_file(content, path)
     else:
         torch.save({"state_dict": content}, path)
-    module = VQVAE(golden().vae_config)
-    find_weights("vae", str(path)).load_into(module, None)
-    assert equal(module.state_dict(), state)
+    assert equal(started("vae", path, VQVAE(golden().vae_config)), state)
     assert equal(read_original(path, "vae_local"), state)
 
 
-def test_training_starts_from_the_weights_of_a_model_folder(tmp_path):
+def test_training_takes_the_weights_file_of_a_model_folder(tmp_path):
     paths = tmp_path / "var.pth", tmp_path / "vae.pth"
     torch.save(golden().var_state, paths[0])
     torch.save(golden().vae_state, paths[1])
     VARiant.from_var_checkpoint(*paths).save_pretrained(tmp_path / "model")
-    path = str(tmp_path / "model" / "model.safetensors")
-    var, vae = VAR(golden().var_config), VQVAE(golden().vae_config)
-    find_weights("var", path).load_into(var, None)
-    find_weights("vae", path).load_into(vae, None)
-    assert equal(var.state_dict(), golden().var_state)
-    assert equal(vae.state_dict(), golden().vae_state)
+    path = tmp_path / "model" / "model.safetensors"
+    assert equal(started("var", path, VAR(golden().var_config)), golden().var_state)
+    assert equal(started("vae", path, VQVAE(golden().vae_config)), golden().vae_state)
+
+
+def started(kind, path, module):
+    """The state dict of a model that a training starts from a file."""
+    find_weights(kind, str(path)).load_into(module, recipe=None)
+    return module.state_dict()
