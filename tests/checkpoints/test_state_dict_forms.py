@@ -14,7 +14,7 @@ from variant.checkpoints.state_dict_forms import find_state_dict
 from variant.models.vqvae import VQVAE
 from variant.training.initial_weights import find_weights
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*assumed .*because nothing:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*assumed .*because nothing tells them:UserWarning")
 
 
 def golden():
