@@ -132,16 +132,24 @@ class CachePlan:
         self.layout = layout
         self.schedule = schedule
         self.page_size = page_size
-        self.last_scales = tuple(schedule.last_scale(i) for i in range(schedule.full_depth))
-        allocator = PageAllocator(page_size)
-        peak_tokens = 0
+        last_scales = [-1] * schedule.full_depth
         for layer, scale in self.layer_scale_order():
-            allocator.grow(layer, layout.tokens[scale])
-            peak_tokens = max(peak_tokens, allocator.used_tokens)
-            if self.last_scales[layer] == scale:
-                allocator.release(layer)
-        self.peak_tokens: int = peak_tokens
-        self.peak_pages: int = allocator.created_pages
+            last_scales[layer] = scale
+        self.last_scales = tuple(last_scales)
+        # As many pages as PageAllocator creates: it takes a free page before it makes a new one.
+        stored: dict[int, int] = {}
+        tokens = pages = self.peak_tokens = self.peak_pages = 0
+        for layer, scale in self.layer_scale_order():
+            before = stored.get(layer, 0)
+            after = stored[layer] = before + layout.tokens[scale]
+            tokens += after - before
+            pages += -(-after // page_size) - -(-before // page_size)
+            self.peak_tokens = max(self.peak_tokens, tokens)
+            self.peak_pages = max(self.peak_pages, pages)
+            if last_scales[layer] == scale:
+                tokens -= after
+                pages -= -(-after // page_size)
+                del stored[layer]
 
     def layer_scale_order(self) -> Iterator[tuple[int, int]]:
         """Every (layer, scale) that runs, in execution order."""
