@@ -376,9 +376,9 @@ def stored_pickle(path: str | os.PathLike[str]) -> dict[Any, Any]:
     with open_regular(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of pickle protocols and of TorchScript
         source = Source(path, file)
-        zipped = file.read(4) == b"PK\x03\x04"
-        file.seek(0)
         try:
+            zipped = file.read(4) == b"PK\x03\x04"
+            file.seek(0)
             records = _records(file, source) if zipped else {}
             state = torch.load(file, map_location="meta" if zipped else "cpu", weights_only=True)
             if zipped:

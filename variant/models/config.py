@@ -91,7 +91,8 @@ def parse_dataclass(kind: type[Config], values: Mapping[str, Any], where: str) -
         text = json.dumps(dict(values), default=str)
         return TypeAdapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
-        raise ValueError(f"{where}: {describe_validation_error(error)}") from None
+        text = describe_validation_error(error).removeprefix(f"{where}: ")
+        raise ValueError(f"{where}: {text}") from None
     except RecursionError:
         raise ValueError(f"{where}: is nested too deeply") from None
 
