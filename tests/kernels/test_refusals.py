@@ -335,7 +335,7 @@ def test_shared_memory_is_what_brute_force_finds():
         twice = len(set(addresses(a))) < a.numel()
         assert overlaps_itself(a) >= twice
         between, within = between + shared, within + twice
-    assert between > 50
+    assert between > 30
     assert within > 30
     assert not overlaps_itself(torch.zeros(2, 3, 4).transpose(0, 2))
 
