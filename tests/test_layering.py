@@ -22,6 +22,7 @@ VARIANT = (
     "training",
     "pretrained",
     "supernet",
+    "live_weights",
     "accelerate_original",
     "evaluation",
     "bench",
