@@ -1,6 +1,6 @@
 """Request and result types of a generation, and the checks of its arguments.
 
-Axes: B images, L tokens of all scales.
+Axes: B images, L tokens of all scales, H W pixels.
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ import math
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
 
+from variant.engine.images import to_pil
 from variant_kernels.dispatch.request import dtype_name
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # Far above any useful value; keeps guided float32 logits finite.
 MAX_CFG = 1e4
@@ -101,7 +105,8 @@ class Stats:
 
     seconds: of the whole call.  decode_seconds: of the VQ-VAE decoder, part of it.  batches: the
     number of parts that the request was split into.  depths: layers run at each scale, of the last
-    part.  dtype: of the matrix products.  kv_dtype: of K and V; the same, or float8_e4m3fn.
+    part.  dtype: of the engine.  product_dtype: of the matrix products; the same, or float32 on a
+    CPU without native 16-bit products.  kv_dtype: of K and V; the engine's, or float8_e4m3fn.
     packed: whether the weights were packed for the CPU.  captured: whether a CUDA graph ran.
     kv_planned_bytes, kv_allocated_bytes, kv_peak_bytes: K/V cache of the largest part: by the plan,
     as allocated (8-bit K/V: with their scales), and in use at most.
@@ -113,6 +118,7 @@ class Stats:
     batches: int
     depths: tuple[int, ...]
     dtype: str
+    product_dtype: str
     kv_dtype: str
     packed: bool
     captured: bool
@@ -124,11 +130,21 @@ class Stats:
 
 @dataclass(frozen=True)
 class Generation:
-    """images (B, 3, H, W) float32 in [0, 1] (none if not decoded), tokens (B, L) int64, stats."""
+    """Images, their tokens, and what they were generated from; on the device of the weights.
+
+    images: (B, 3, H, W) float32 in [0, 1], or uint8 in 0..255 where that was asked for; (0, 3, H,
+    W) if not decoded.  tokens: (B, L) int64.  labels, image_ids: (B,) int64.
+    """
 
     images: Tensor
     tokens: Tensor
     stats: Stats
+    labels: Tensor
+    image_ids: Tensor
+
+    def pil(self) -> list[Image]:
+        """The images as 8-bit RGB ``PIL.Image.Image`` objects."""
+        return to_pil(self.images)
 
 
 OnScale = Callable[[int, PartialResult], "int | Sequence[int] | None"]
