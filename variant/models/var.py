@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from operator import index
-from typing import Any, SupportsIndex, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,8 @@ from variant_kernels import (
     gated_residual_adaln,
     select_layers,
 )
-from variant_kernels.plans.depth_schedule import resolve_layers
+from variant_kernels.arguments import integer
+from variant_kernels.plans.depth_schedule import check_layers
 
 
 class SelfAttention(nn.Module):
@@ -261,51 +261,66 @@ class VAR(nn.Module):
         return self.shared_ada_lin(cond_BC).view(cond_BC.shape[0], 6, -1)
 
     def schedule(
-        self, depth: int | Sequence[int] | None = None, bridge: int | None = None
+        self,
+        depth: int | Sequence[int] | None = None,
+        bridge: int | None = None,
+        op: str = "VAR.schedule",
     ) -> DepthSchedule:
         """Schedule of a depth, with the layers that the config records for it, if any.
 
         Args:
             depth: number of layers in the flexible zone, or a list of layers; None is every layer.
             bridge: number of first scales that run every layer; None is the config's bridge.
+            op: the function that messages name.
         Raises:
-            ValueError: depth or bridge out of range.
+            TypeError: neither numbers nor lists of them.  ValueError: depth or bridge out of range.
         """
         full, scales = self.config.depth, self.layout.num_scales
         if bridge is None:
             bridge = self.config.bridge
-        elif not (isinstance(bridge, int) and 0 <= bridge <= scales):
-            raise ValueError(f"VAR.schedule: bridge must be in [0, {scales}]; got {bridge!r}")
-        if depth is None or depth == full:
+        else:
+            bridge = integer(op, "bridge", bridge, 0, scales)
+        if depth is None:
             return DepthSchedule.full(full, scales)
-        layers = self.layers_of(depth)
+        layers = self.layers_of(depth, op)
+        if len(layers) == full:
+            return DepthSchedule.full(full, scales)
         if bridge is None:
             raise ValueError(
-                f"VAR.schedule: bridge must be given (0..{scales}), because this model's config "
-                "has none"
+                f"{op}: bridge must be given (0..{scales}), because this model's config has none"
             )
         return DepthSchedule(full, scales, layers, bridge)
 
-    def layers_of(self, depth: int | Sequence[int]) -> tuple[int, ...]:
+    def layers_of(self, depth: int | Sequence[int], op: str = "VAR.layers_of") -> tuple[int, ...]:
         """The layers of a depth: those that the config records, or evenly chosen ones.
 
         Args:
-            depth: number of layers, or a list of layers, which need not be recorded.
+            depth: number of layers, or a list of layers, which need not be recorded; of Python,
+                numpy or torch.
+            op: the function that messages name.
         Raises:
+            TypeError: neither a number nor a list of them.
             ValueError: an invalid list; a number that is out of range, or that a config with
                 subnets does not record.
         """
         full, subnets = self.config.depth, self.config.subnets
-        if not isinstance(depth, SupportsIndex) or depth == full:
-            return resolve_layers(full, depth)
-        depth = index(depth)
+        if getattr(depth, "ndim", 0) == 1:  # an array
+            depth = cast("Any", depth).tolist()
+        if isinstance(depth, Sequence) and not isinstance(depth, str | bytes):
+            layers = [integer(op, f"depth[{i}]", layer) for i, layer in enumerate(depth)]
+            return check_layers(full, layers, op)
+        note = "(or a list of layers)"
+        depth = integer(op, "depth", depth, min(2, full), full, note)
+        if depth == full:
+            return tuple(range(full))
         if depth in subnets:
             return subnets[depth]
         layers = select_layers(full, depth)
         if subnets:
             raise ValueError(
-                f"depth must be one that the model was trained at ({', '.join(map(str, subnets))} "
-                f"or {full}); got {depth}. A list of layers, such as {list(layers)}, runs untrained"
+                f"{op}: depth must be one that the model was trained at "
+                f"({', '.join(map(str, subnets))} or {full}); got {depth}. A list of layers, such "
+                f"as {list(layers)}, runs untrained"
             )
         return layers
 
