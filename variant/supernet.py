@@ -5,22 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from variant.checkpoints.locate import is_hub_id, locate
+from variant.checkpoints.locate import check_path, fetched, locate
 from variant.checkpoints.model_card import TAGS, model_card
 from variant.checkpoints.model_folder import load_model, save_model
 from variant.checkpoints.original_var import load_original
 from variant.engine.engine import Engine, check_engine_dtype, check_pair
 from variant.engine.generation import Generation, OnScale, PerScale
 from variant.engine.kv_dtype import KVDtype
+from variant.models.placement import WEIGHT_DTYPES, check_device, check_dtype
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant_kernels.arguments import instance
 from variant_kernels.dispatch.request import dtype_name
+
+Value = TypeVar("Value")
 
 
 class VARiant(
@@ -223,8 +227,12 @@ class VARiant(
         cls,
         name: str | os.PathLike[str],
         *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | int | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        map_location: torch.device | str | int | None = None,
+        strict: bool = True,
+        subfolder: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -235,24 +243,43 @@ class VARiant(
 
         Args:
             name: an existing path is preferred to a Hub id of the same spelling.
-            dtype: of the transformer's weights; None keeps that of the file.
+            dtype: of the transformer's weights, itself or its name; None or "auto" keeps that of
+                the file.
             device: of both models; None is the CPU.
+            torch_dtype, map_location: other names of dtype and device.
+            strict: False lets weights be missing (they are initialised) or unexpected, and warns.
+            subfolder: of the folder or repository, in which the model lies.
             revision, token, cache_dir, force_download, local_files_only: as in the Hub's mixin;
                 for a Hub id only.
         Returns:
             The model in eval mode.
         Raises:
+            TypeError, ValueError: an argument of a wrong type or value, a device that is not
+                there, or two names of one argument with different values.
             UserError: there is no such model, or a file is damaged or of another format.
         """
+        op = "from_pretrained"
+        place = _one_of(
+            op,
+            ("device", check_device(op, device)),
+            ("map_location", check_device(op, map_location, name="map_location")),
+        )
+        cast_to = _one_of(
+            op,
+            ("dtype", check_dtype(op, dtype, dtypes=WEIGHT_DTYPES)),
+            ("torch_dtype", check_dtype(op, torch_dtype, name="torch_dtype", dtypes=WEIGHT_DTYPES)),
+        )
         folder = locate(
-            name,
+            check_path(op, "name", name),
+            instance(op, "subfolder", "" if subfolder is None else subfolder, str),
             revision=revision,
             token=token,
             cache_dir=cache_dir,
             force_download=force_download,
             local_files_only=local_files_only,
         )
-        var, vae, config = load_model(folder, dtype, device)
+        strict = instance(op, "strict", strict, bool)
+        var, vae, config = load_model(folder, cast_to, place, strict=strict)
         model = cls(var, vae).eval()
         model.extra = {k: v for k, v in config.items() if k not in ("format", "var", "vae")}
         return model
@@ -281,11 +308,18 @@ class VARiant(
         Returns:
             The URL of the commit on the Hub, or None if nothing was uploaded.
         Raises:
+            TypeError, ValueError: extra holds what config.json cannot; nothing is written, and the
+                model keeps the entries that it had.
             UserError: the folder cannot be written.
         """
-        self.extra = {**self.extra, **(config or {}), **(extra or {})}
+        op = "save_pretrained"
+        check_path(op, "folder", folder)
+        merged = dict(self.extra)
+        for name, entries in (("config", config), ("extra", extra)):
+            merged |= instance(op, name, {} if entries is None else entries, Mapping)
         model_id = dict(model_card_kwargs or {}).get("model_id") or repo_id
-        save_model(folder, self.var, self.vae, self.extra, model_id)
+        save_model(folder, self.var, self.vae, merged, model_id)
+        self.extra = merged  # after success: a refused save must not spoil later ones
         if not push_to_hub:
             return None
         return self.push_to_hub(repo_id or Path(folder).resolve().name, **push_to_hub_kwargs)
@@ -314,30 +348,78 @@ class VARiant(
         var_path: str | os.PathLike[str],
         vae_path: str | os.PathLike[str],
         *,
+        weights: str | None = None,
         num_heads: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        patch_nums: Sequence[int] | None = None,
+        norm_eps: float | None = None,
+        cond_drop_rate: float | None = None,
+        drop_path_rate: float | None = None,
+        quant_resi: float | None = None,
+        using_znorm: bool | None = None,
+        beta: float | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | int | None = None,
     ) -> Self:
         """A model from files of the original repository; sizes are read from tensor shapes.
 
         Each file is a ``.pth`` state dict (loaded with ``weights_only=True``, which runs no code),
-        a trainer checkpoint with both models, a ``.safetensors`` file, or the output of
-        ``save_pretrained`` of the original's Hub class: a folder, or its Hub id.
+        a checkpoint of a trainer with the state dict under any name and prefix, a ``.safetensors``
+        file or the index of its shards, or the output of ``save_pretrained`` of the original's Hub
+        class: a folder, or its Hub id.
+
+        The settings below are in no tensor. Those that the files hold (config.json, the ``args`` of
+        a trainer checkpoint) are used; the others are arguments, and what is not given is assumed
+        as the original's default, with one warning that names it.
 
         Args:
-            num_heads: needed only without ``attn_l2_norm``, where no tensor has a head axis; None
-                assumes one head per 64 channels and warns.
-            dtype: of the transformer's weights; None keeps that of the file.
+            weights: of a file with several state dicts: "model", "ema", or the name of an entry,
+                such as "trainer/var_ema"; None is the plain model, with a warning.
+            num_heads: in no tensor only without ``attn_l2_norm``; else one per 64 channels.
+            patch_nums: sides of the token maps, in no tensor only without ``lvl_1L``.
+            norm_eps: epsilon of the layer normalisations; else 1e-6.
+            cond_drop_rate, drop_path_rate: of training; else 0.1 and 0.
+            quant_resi: weight of the VQ-VAE's residual convolutions; else 0.5.
+            using_znorm: nearest codes by cosine; else False.
+            beta: weight of the VQ-VAE's commitment loss; else 0.25.
+            dtype: of the transformer's weights, itself or its name; None keeps that of the file.
             device: of both models; None is the CPU.
         Returns:
             The model in eval mode.
         Raises:
-            UserError: a file is missing, damaged or of another format.
+            TypeError, ValueError: an argument of a wrong type or value, or a device that is not
+                there.
+            UserError: a file is missing, damaged or of another format, or contradicts a setting.
         """
-        var_file, vae_file = _fetched(var_path), _fetched(vae_path)
-        return cls(*load_original(var_file, vae_file, num_heads, dtype, device)).eval()
+        op = "from_var_checkpoint"
+        dtype = check_dtype(op, dtype, dtypes=WEIGHT_DTYPES)
+        device = check_device(op, device)
+        files = [
+            fetched(check_path(op, name, path))
+            for name, path in (("var_path", var_path), ("vae_path", vae_path))
+        ]
+        models = load_original(
+            *files,
+            num_heads,
+            dtype,
+            device,
+            weights=weights,
+            patch_nums=patch_nums,
+            norm_eps=norm_eps,
+            cond_drop_rate=cond_drop_rate,
+            drop_path_rate=drop_path_rate,
+            quant_resi=quant_resi,
+            using_znorm=using_znorm,
+            beta=beta,
+        )
+        return cls(*models).eval()
 
 
-def _fetched(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """The path itself, or the downloaded folder if it is a Hub id."""
-    return locate(path) if is_hub_id(path) and not Path(path).exists() else path
+def _one_of(
+    op: str, one: tuple[str, Value | None], other: tuple[str, Value | None]
+) -> Value | None:
+    """The value of an argument that has two names.  Raises: ValueError, if both differ."""
+    if one[1] is not None and other[1] is not None and one[1] != other[1]:
+        raise ValueError(
+            f"{op}: {other[0]} is another name of {one[0]}; got {other[1]} and {one[1]}, give one"
+        )
+    return other[1] if one[1] is None else one[1]

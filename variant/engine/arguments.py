@@ -1,4 +1,4 @@
-"""Checks of the arguments of a generation that are flags or tensors, or become tensors.
+"""Checks of the arguments of a generation that are tensors, or become tensors.
 
 Axes: B images, K scales, T tokens of one scale, L tokens of all scales, H W a map of any size.
 """
@@ -17,16 +17,6 @@ from variant_kernels.dispatch.request import dtype_name
 
 # The original's editing keeps the given tokens of scales of at most so many tokens.
 COARSE_TOKENS = 3
-
-
-def flag(op: str, name: str, value: object) -> bool:
-    """A boolean of Python, numpy or torch.  Raises: TypeError."""
-    if isinstance(value, bool):
-        return value
-    dtype, shape = str(getattr(value, "dtype", "")), getattr(value, "shape", None)
-    if dtype in ("bool", "torch.bool") and shape is not None and len(shape) == 0:
-        return bool(value)
-    raise TypeError(f"{op}: {name} must be True or False; got {value!r} ({type(value).__name__})")
 
 
 def _integers(op: str, name: str, values: object) -> Tensor:

@@ -68,7 +68,7 @@ def switch_depth(state: BatchState, k: int, begin: int, depth: int | Sequence[in
         TypeError, ValueError: no depth of this model, or a deeper one.
     """
     op = f"generate: on_scale after scale {k}"
-    layers, schedule = state.var.layers_of(depth, op), state.schedule
+    layers, schedule = state.var.layers_of(depth, op=op), state.schedule
     if begin == schedule.num_scales or layers == schedule.layers[begin]:
         return False
     planned = schedule.layers[begin]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from variant.engine import memory
-from variant.engine.arguments import check_given, check_image_ids, check_labels, check_tokens, flag
+from variant.engine.arguments import check_given, check_image_ids, check_labels, check_tokens
 from variant.engine.batches import (
     Batch,
     BatchRunner,
@@ -41,7 +41,7 @@ from variant.models.placement import check_dtype
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant_kernels import CachePlan
-from variant_kernels.arguments import instance, integer
+from variant_kernels.arguments import boolean, instance, integer
 
 
 def new_recorder(device: torch.device) -> Recorder | None:
@@ -153,7 +153,7 @@ class Engine(CastModels):
         kv_dtype = self._kv_dtype("forced_logits", kv_dtype)
         labels_B = check_labels(labels_B, self.var.config.num_classes, "forced_logits")
         tokens_BL = self._check_tokens("forced_logits", tokens_BL, len(labels_B))
-        schedule = self.var.schedule(depth, bridge, "forced_logits")
+        schedule = self.var.schedule(depth, bridge, op="forced_logits")
         state = self._runner(kv_dtype).start(labels_B, schedule=schedule, guidance=False)
         return teacher_forced_logits(state, tokens_BL.to(self.device))
 
@@ -270,15 +270,15 @@ class Engine(CastModels):
         kv_dtype = self._kv_dtype(op, call.kv_dtype)
         labels_B = check_labels(labels, config.num_classes)
         sampling.check_run(layout.num_scales, self.device)
-        schedule = self.var.schedule(call.depth, call.bridge, op)
+        schedule = self.var.schedule(call.depth, call.bridge, op=op)
         request = Request(
             schedule=schedule,
             sampling=sampling,
             flexible_from=int((config.bridge or 0) if call.bridge is None else call.bridge),
             on_scale=call.on_scale,
-            decode=flag(op, "decode", call.decode),
+            decode=boolean(op, "decode", call.decode),
             image_dtype=check_image_dtype(op, call.image_dtype),
-            log_probs=flag(op, "log_probs", call.log_probs),
+            log_probs=boolean(op, "log_probs", call.log_probs),
         )
         request.check()
         batch = Batch(

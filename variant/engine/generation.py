@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from variant.engine.arguments import flag
 from variant.engine.images import to_pil
-from variant_kernels.arguments import instance, integer, real
+from variant_kernels.arguments import boolean, instance, integer, real, sequence
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -91,7 +90,7 @@ class Sampling:
             "top_p": real(op, "top_p", self.top_p, 0, 1, "(0 keeps all)"),
             "seed": seed,
             "temperature": temperature,
-            "more_smooth": flag(op, "more_smooth", self.more_smooth),
+            "more_smooth": boolean(op, "more_smooth", self.more_smooth),
             "guided": any(cfg) if isinstance(cfg, tuple) else cfg > 0,
         }
         for name, value in checked.items():
@@ -153,11 +152,9 @@ def _per_scale(
     op: str, name: str, value: object, low: float, high: float, note: str = ""
 ) -> float | tuple[float, ...]:
     """One number, or a tuple of several, each in [low, high]."""
-    if getattr(value, "ndim", 0) == 1 or (
-        isinstance(value, Sequence) and not isinstance(value, str | bytes)
-    ):
-        numbers = cast("Sequence[object]", value)
-        if not len(numbers):
+    numbers = sequence(value)
+    if numbers is not None:
+        if not numbers:
             raise ValueError(f"{op}: {name} must be one number, or one per scale; got none")
         return tuple(
             real(op, f"{name}[{k}]", number, low, high, note) for k, number in enumerate(numbers)
