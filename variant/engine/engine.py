@@ -60,7 +60,9 @@ class Engine(CastModels):
     Args:
         var, vae: the models; same codebook and layout.
         dtype: of weights, K/V and matrix products: float32, bfloat16 or float16, or its name;
-            None is the dtype of the weights.
+            None is the dtype of the weights. On a CPU without native 16-bit products (for bfloat16:
+            AVX-512 BF16 or AMX) K and V are stored in it, and weights and products are float32,
+            which is faster there; the engine warns once.
         backend: of the kernels; "auto" takes the fastest that can run.
         page_size: tokens per cache page.
         kv_dtype: of K and V; None is exact: ``dtype``. "fp8" (or torch.float8_e4m3fn) stores 8 bits
@@ -100,7 +102,13 @@ class Engine(CastModels):
     def _launchers(self, kv_dtype: torch.dtype | None) -> Launchers:
         # Chosen at each call, because use_backend and VARIANT_BACKEND may have changed.
         return Launchers(
-            self.backend, self.device.type, self.dtype, self.var, self.page_size, kv_dtype
+            self.backend,
+            self.device.type,
+            self.dtype,
+            self.product_dtype,
+            self.var,
+            self.page_size,
+            kv_dtype,
         )
 
     def _kv_dtype(self, op: str, kv_dtype: KVDtype) -> torch.dtype | None:
@@ -290,15 +298,11 @@ class Engine(CastModels):
         size = memory.batch_size(
             len(labels_B),
             call.max_batch,
-            per_image=memory.image_bytes(
-                config,
-                self.vae.config,
+            per_image=self._image_bytes(
                 runner.plan(schedule),
-                self.dtype,
                 runner.launchers,
-                guidance=sampling.guided,
-                packed=self.packed,
-                extra_logit_bytes=extra_logit_bytes(sampling, request.log_probs),
+                sampling.guided,
+                extra_logit_bytes(sampling, request.log_probs),
             ),
             fixed=self.decoder_bytes(),
             available=free_bytes(self.device),
@@ -339,14 +343,20 @@ class Engine(CastModels):
     def image_bytes(self, plan: CachePlan, guidance: bool = True, kv_dtype: KVDtype = None) -> int:
         """Bytes that one more image in a batch needs: its K/V pages and the largest tensors."""
         launchers = self._launchers(self._kv_dtype("image_bytes", kv_dtype))
+        return self._image_bytes(plan, launchers, guidance)
+
+    def _image_bytes(
+        self, plan: CachePlan, launchers: Launchers, guidance: bool, extra_logit_bytes: int = 0
+    ) -> int:
         return memory.image_bytes(
             self.var.config,
             self.vae.config,
             plan,
-            self.dtype,
+            self.product_dtype,
             launchers,
             guidance=guidance,
             packed=self.packed,
+            extra_logit_bytes=extra_logit_bytes,
         )
 
     def decoder_bytes(self) -> int:

@@ -185,7 +185,8 @@ class Stats:
     seconds: of the whole call.  decode_seconds: of the VQ-VAE decoder, part of it.  batches: the
     number of parts that the request was split into.  depths: layers run at each scale, of the last
     part.  postponed: the scales after which ``on_scale`` asked for another depth that began later,
-    after the bridge.  dtype: of the matrix products.  kv_dtype: of K and V; the same, or
+    after the bridge.  dtype: of the engine.  product_dtype: of the matrix products; the same, or
+    float32 on a CPU without native 16-bit products.  kv_dtype: of K and V; the engine's, or
     float8_e4m3fn.  packed: whether the weights were packed for the CPU.  captured: whether a CUDA
     graph ran.
     kv_planned_bytes, kv_allocated_bytes, kv_peak_bytes: K/V cache of the largest part: by the plan,
@@ -199,6 +200,7 @@ class Stats:
     depths: tuple[int, ...]
     postponed: tuple[int, ...]
     dtype: str
+    product_dtype: str
     kv_dtype: str
     packed: bool
     captured: bool

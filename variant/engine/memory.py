@@ -93,6 +93,8 @@ def image_bytes(
     # A layer: the residual stream before and after (float32), the packed projection, q, k, the
     # output of attention, the two hidden tensors of the MLP. Or the logits, twice in float32.
     layer = tokens * (8 * var.embed_dim + (7 * var.embed_dim + 2 * hidden) * item)
+    if launchers.attention_dtype != dtype:  # q, k, v, the normalised q and the output, cast
+        layer += 5 * tokens * var.embed_dim * launchers.attention_dtype.itemsize
     logits = tokens * var.vocab_size * (item + 8)
     logits += max(layout.tokens) * var.vocab_size * extra_logit_bytes
     if launchers.gathers_pages:

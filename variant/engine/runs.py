@@ -72,7 +72,7 @@ class Run:
         request: what all batches share.
         whole: labels, image ids and given tokens of all batches.
         size: images per batch.
-        dtype: of the matrix products.
+        dtype: of the engine.
     """
 
     first: Current
