@@ -29,7 +29,8 @@ def locate(name: str | os.PathLike[str], **hub_options: Any) -> Path:
         UserError: the name is none of the three.
     """
     path = Path(name)
-    if (path / "config.json").is_file():
+    # os.path and not Path: a name that is too long for a path is no error there.
+    if os.path.isfile(path / "config.json"):
         return path
     packaged = sorted(
         folder.name for folder in ASSETS.iterdir() if (folder / "config.json").is_file()
@@ -37,19 +38,20 @@ def locate(name: str | os.PathLike[str], **hub_options: Any) -> Path:
     if str(name) in packaged:
         return ASSETS / str(name)
     text = os.fspath(name)
-    if path.exists():
+    if os.path.exists(path):
         return path  # the reader of the folder reports what is missing
     if not is_hub_id(name):
+        text = text if len(text) <= 200 else f"{text[:100]}...{text[-100:]}"
         raise UserError(
             f"{text}: no such model: neither a folder nor one of this package "
             f"({', '.join(packaged) or 'none'}) nor a Hub id (owner/name)"
         )
     # Imported here: it takes a second, and most calls do not use the Hub.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(text, allow_patterns=HUB_FILES, **hub_options))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{text}: not a folder, and the Hub cannot provide it: {first}") from error

@@ -1,0 +1,40 @@
+"""Checks of the words of a command line that a parser by types does not make."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+OPTION = re.compile(r"--[A-Za-z][\w-]*")
+
+
+class UsageError(Exception):
+    """A command line that cannot be parsed; the message is one line."""
+
+
+def check_words(words: Sequence[str]) -> list[str]:
+    """The words, ``--help`` in place of none, and ``--debug`` behind the command.
+
+    Raises:
+        UsageError: an option is given twice, or its value is an empty text.
+    """
+    if not words:
+        return ["--help"]
+    words = [word for word in words if word != "--debug"] + ["--debug"] * ("--debug" in words)
+    seen: set[str] = set()
+    option = ""
+    for word in words:
+        match = OPTION.match(word)
+        if match:
+            option = match[0].replace("_", "-")
+            if option.replace("--no-", "--", 1) in seen:
+                raise UsageError(
+                    f"{words[0]}: {option} is given twice; give it once, with all of its values"
+                )
+            seen.add(option.replace("--no-", "--", 1))
+        if word == "" or (match and word == match[0] + "="):
+            raise UsageError(
+                f"{words[0]}: {option or 'an argument'} must not be empty; leave it out for its "
+                "default"
+            )
+    return list(words)
