@@ -15,7 +15,7 @@ from variant.checkpoints.locate import is_hub_id, locate
 from variant.checkpoints.model_card import TAGS, model_card
 from variant.checkpoints.model_folder import load_model, save_model
 from variant.checkpoints.original_var import load_original
-from variant.engine.engine import Engine, check_pair
+from variant.engine.engine import Engine, check_engine_dtype, check_pair
 from variant.engine.generation import Generation, OnScale, Sampling
 from variant.engine.kv_dtype import KVDtype
 from variant.models.var import VAR
@@ -42,6 +42,7 @@ class VARiant(
     Args:
         var, vae: models with the same codebook and layout; their weights are shared, not copied.
     Raises:
+        TypeError: one of the two is of another class.
         ValueError: the codebooks or layouts of the two differ.
     """
 
@@ -53,9 +54,9 @@ class VARiant(
         self.extra: dict[str, Any] = {}
         self._engines: dict[torch.dtype, Engine] = {}
 
-    def engine(self, dtype: torch.dtype | None = None) -> Engine:
-        """The engine of a dtype, built once; None is the dtype of the weights."""
-        dtype = dtype or self.var.head.weight.dtype
+    def engine(self, dtype: torch.dtype | str | None = None) -> Engine:
+        """The engine of a dtype (itself or its name), built once; None is that of the weights."""
+        dtype = check_engine_dtype("VARiant", dtype, self.var)
         if dtype not in self._engines:
             self._engines[dtype] = Engine(self.var, self.vae, dtype=dtype)
         return self._engines[dtype]
@@ -72,7 +73,7 @@ class VARiant(
         seed: int | None = None,
         image_ids: Sequence[int] | Tensor | None = None,
         generator: torch.Generator | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         max_batch: int | None = None,
         on_scale: OnScale | None = None,
         kv_dtype: KVDtype = None,
@@ -93,8 +94,8 @@ class VARiant(
             image_ids: (B,) integers that select the random numbers of each image; None is 0..B-1.
             generator: draws as ``torch.multinomial`` does, like the original code; excludes seed.
                 The draws depend on the batch size, so give ``max_batch`` too.
-            dtype: of weights, K/V and matrix products: float32, bfloat16 or float16; None is the
-                dtype of the weights.
+            dtype: of weights, K/V and matrix products: float32, bfloat16 or float16, or its name;
+                None is the dtype of the weights.
             max_batch: images per batch; None is as many as fit into free memory by the cache plan.
             on_scale: called as ``on_scale(k, partial)`` after scale k of each batch, with a
                 :class:`variant.PartialResult`. It may return a shallower depth for the scales that

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from threading import Lock
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -39,13 +40,12 @@ from variant.engine.memory import free_bytes
 from variant.engine.page_tables import PageTableCache
 from variant.engine.step_loop import teacher_forced_logits
 from variant.engine.weights import EngineWeights, WeightsVersion
+from variant.models.placement import check_dtype
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant_kernels import CachePlan
-from variant_kernels.dispatch.request import dtype_name
+from variant_kernels.arguments import instance
 from variant_kernels.packed_linear import can_pack
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def new_recorder(device: torch.device) -> Recorder | None:
@@ -63,7 +63,8 @@ class Engine:
 
     Args:
         var, vae: the models; same codebook and layout.
-        dtype: of weights, K/V and matrix products; None is the dtype of the weights.
+        dtype: of weights, K/V and matrix products: float32, bfloat16 or float16, or its name;
+            None is the dtype of the weights.
         backend: of the kernels; "auto" takes the fastest that can run.
         page_size: tokens per cache page.
         kv_dtype: of K and V; None is exact: ``dtype``. "fp8" (or torch.float8_e4m3fn) stores 8 bits
@@ -83,19 +84,16 @@ class Engine:
         var: VAR,
         vae: VQVAE,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         backend: str = "auto",
         page_size: int = 16,
         kv_dtype: KVDtype = None,
         pack: bool = True,
         capture: bool = True,
     ) -> None:
-        check_pair(var, vae)
+        check_pair(var, vae, "Engine")
         self.var, self.vae = var, vae
-        self.dtype = var.head.weight.dtype if dtype is None else dtype
-        if self.dtype not in DTYPES:
-            names = ", ".join(dtype_name(d) for d in DTYPES)
-            raise ValueError(f"Engine: dtype must be one of {names}; got {self.dtype}")
+        self.dtype = check_engine_dtype("Engine", dtype, var)
         if page_size < 1:
             raise ValueError(f"Engine: page_size must be at least 1; got {page_size}")
         self.page_size = page_size
@@ -329,8 +327,23 @@ class Engine:
         return memory.decoder_bytes(self.vae.config, packed=self.packed)
 
 
-def check_pair(var: VAR, vae: VQVAE) -> None:
-    """Raises: ValueError unless the two models have one codebook and layout."""
+def check_engine_dtype(op: str, dtype: torch.dtype | str | None, var: VAR) -> torch.dtype:
+    """The dtype of an engine, by itself or by name; None is that of the weights.
+
+    Raises:
+        TypeError, ValueError: see :func:`variant.models.placement.check_dtype`.
+    """
+    weights = var.head.weight.dtype
+    # The dtype of the weights is checked too: an engine runs in three dtypes only.
+    return cast("torch.dtype", check_dtype(op, check_dtype(op, dtype) or weights))
+
+
+def check_pair(var: VAR, vae: VQVAE, op: str = "VARiant") -> None:
+    """Raises: TypeError unless they are a VAR and a VQVAE; ValueError unless the two have one
+    codebook and layout."""
+    remedy = "variant.accelerate takes model objects of the original code"
+    instance(op, "var", var, VAR, remedy)
+    instance(op, "vae", vae, VQVAE, remedy)
     a, b = var.config, vae.config
     for what, ours, theirs in (
         ("patch_nums", a.patch_nums, b.patch_nums),
@@ -339,6 +352,6 @@ def check_pair(var: VAR, vae: VQVAE) -> None:
     ):
         if ours != theirs:
             raise ValueError(
-                f"VARiant: the transformer and the VQ-VAE must agree on {what}; "
+                f"{op}: the transformer and the VQ-VAE must agree on {what}; "
                 f"got {ours} and {theirs}"
             )
