@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import functools
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from variant.bench import original_var
@@ -32,6 +29,7 @@ from variant.cli.output import (
     table,
     write_json,
 )
+from variant.cli.progress import progress
 from variant.engine.generation import Sampling
 from variant.engine.memory import free_bytes
 from variant.engine.planning import depths_of, plan_row
@@ -44,8 +42,6 @@ from variant_kernels.dispatch.request import dtype_name
 
 FORMAT = "variant-engine-bench-2"
 MAX_BATCH, MAX_RUNS, MAX_THREADS = 2**16, 10**6, 1024
-# Between two progress lines where standard error is no terminal.
-LINE_SECONDS = 10.0
 
 
 def bench(command: Bench) -> None:
@@ -124,7 +120,8 @@ def _measure(
     result["limits"] = {"start": start.to_dict()}
     total = sum(count_samples(c, var.config.depth, command.device) for c in configs)
     print_line(f"{total} samples of generations")
-    with _progress(total) as on_sample:
+    with progress("bench", "measuring", total) as advance:
+        on_sample = functools.partial(advance, 1)
         for config in configs:
             measured = measure(var, vae, config, on_sample)
             for part in ("rows", "logits", "decoder", "switch"):
@@ -181,36 +178,6 @@ def _save(command: Bench, result: dict[str, Any]) -> None:
     """Write what is measured so far, if it goes to a file."""
     if command.json != STANDARD_OUTPUT:
         write_json(command.json, result)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Progress on standard error: a bar, or without a terminal a line every few seconds."""
-    if not sys.stderr.isatty():
-        yield _Lines(total)
-        return
-    bar = Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True)
-    with bar:
-        task = bar.add_task("measuring", total=total)
-
-        def on_sample(name: str) -> None:
-            bar.update(task, advance=1, description=name)
-
-        yield on_sample
-
-
-class _Lines:
-    """A progress line on standard error at most every ``LINE_SECONDS``."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.printed = total, 0, time.monotonic()
-
-    def __call__(self, name: str) -> None:
-        self.done += 1
-        now = time.monotonic()
-        if now - self.printed >= LINE_SECONDS:
-            self.printed = now
-            print(f"bench: {self.done} of {self.total}: {name}", file=sys.stderr, flush=True)
 
 
 def _memory(

@@ -78,12 +78,14 @@ def check_file(path: Path) -> None:
     if path.exists() and not path.is_file():
         what = "is a folder" if path.is_dir() else "is no plain file"
         raise UserError(f"{path}: cannot be written: {what}")
-    check_folder(path.parent)
+    check_folder(path.parent, path)
 
 
-def check_folder(path: Path) -> None:
+def check_folder(path: Path, target: Path | None = None) -> None:
     """Fails before the work if a file cannot be written to this folder, which may not exist yet.
 
+    Args:
+        target: the file, for the message.
     Raises:
         UserError: it cannot.
     """
@@ -92,7 +94,7 @@ def check_folder(path: Path) -> None:
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         reason = "no permission" if nearest.is_dir() else "is not a folder"
-        raise UserError(f"{path}: cannot be written: {nearest}: {reason}")
+        raise UserError(f"{target or path}: cannot be written: {nearest}: {reason}")
 
 
 @contextmanager

@@ -33,6 +33,11 @@ def parse(words: Sequence[str]) -> Command:
         SystemExit: 0, after help or a completion script was printed.
     """
     _annotate()
+    names = ", ".join(_command_names())
+    if words[0].startswith("--") and not words[0].startswith(("--help", "--tyro-")):
+        raise UsageError(f"the command comes before {words[0]}; commands: {names}")
+    if not words[0].startswith("-") and words[0] not in _command_names():
+        raise UsageError(f"{shorten(words[0])}: no such command; commands: {names}")
     if any(word in ("-h", "--help") or word.startswith("--tyro-") for word in words):
         return _cli(words)
     errors = io.StringIO()
@@ -103,7 +108,6 @@ def _one_line(box: str, words: Sequence[str]) -> str:
     sections = [section for section in sections if section]
     if not sections:
         return " ".join(box.split()) or "wrong usage; see variant --help"
-    command = words[0] if not words[0].startswith("-") else ""
     message = _problem(sections, words)
     proposals = [
         match[0]
@@ -114,10 +118,7 @@ def _one_line(box: str, words: Sequence[str]) -> str:
     ]
     if proposals:
         message += f"; perhaps you meant {' or '.join(dict.fromkeys(proposals))}"
-    known = command in _command_names()
-    return (f"{command}: " if known else "") + f"{message}; see variant " + (
-        f"{command} --help" if known else "--help"
-    )
+    return f"{words[0]}: {message}; see variant {words[0]} --help"
 
 
 def _problem(sections: Sequence[Sequence[str]], words: Sequence[str]) -> str:

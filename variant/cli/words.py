@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 OPTION = re.compile(r"--[A-Za-z][\w-]*")
 
@@ -38,3 +41,23 @@ def check_words(words: Sequence[str]) -> list[str]:
                 "default"
             )
     return list(words)
+
+
+def command_line(name: str, command: Any, **changes: Any) -> str:
+    """The shell command of an options object; options at their default are left out.
+
+    Args:
+        changes: values that replace those of the object.
+    """
+    words = ["variant", name]
+    for option in fields(command):
+        value = changes.get(option.name, getattr(command, option.name))
+        default = option.default
+        if value == default:
+            continue
+        word = f"--{option.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(word if value else word.replace("--", "--no-", 1))
+        else:
+            words += [word, *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
