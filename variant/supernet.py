@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ from variant.checkpoints.model_card import TAGS, model_card
 from variant.checkpoints.model_folder import load_model, save_model
 from variant.checkpoints.original_var import load_original
 from variant.engine.engine import Engine, check_engine_dtype, check_pair
-from variant.engine.generation import Generation, OnScale, Sampling
+from variant.engine.generation import Generation, OnScale
 from variant.engine.kv_dtype import KVDtype
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
@@ -77,6 +77,7 @@ class VARiant(
         max_batch: int | None = None,
         on_scale: OnScale | None = None,
         kv_dtype: KVDtype = None,
+        image_dtype: torch.dtype | str = torch.float32,
     ) -> Generation:
         """Generates one image per label.
 
@@ -102,23 +103,83 @@ class VARiant(
                 follow. Scales before ``bridge`` run all layers: a depth returned earlier is
                 postponed to scale ``bridge``.
             kv_dtype: "fp8" stores K and V in 8 bits; None is exact: ``dtype``.
+            image_dtype: float32, or uint8: pixels rounded to 0..255, a quarter of the memory.
         Returns:
             :class:`variant.Generation`: ``images`` (B, 3, H, W) float32 in [0, 1], ``tokens``
             (B, L) int64 and ``stats``, a :class:`variant.Stats`; tensors are on the device of the
-            weights.
+            weights. ``pil()`` gives a list of PIL images.
         Raises:
             ValueError: an argument out of range, or a backend that cannot run this call.
             MemoryError: not even one image fits, or ``max_batch`` images do not.
         """
-        return self.engine(dtype).generate_with(
+        return self.engine(dtype).generate(
             labels,
-            Sampling(cfg, top_k, top_p, seed, generator),
             depth=depth,
             bridge=bridge,
+            cfg=cfg,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
             image_ids=image_ids,
+            generator=generator,
             max_batch=max_batch,
             on_scale=on_scale,
             kv_dtype=kv_dtype,
+            image_dtype=image_dtype,
+        )
+
+    def generate_batches(
+        self,
+        labels: int | Sequence[int] | Tensor,
+        *,
+        depth: int | Sequence[int] | None = None,
+        bridge: int | None = None,
+        cfg: float = 1.5,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        seed: int | None = None,
+        image_ids: Sequence[int] | Tensor | None = None,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | str | None = None,
+        max_batch: int | None = None,
+        on_scale: OnScale | None = None,
+        kv_dtype: KVDtype = None,
+        image_dtype: torch.dtype | str = torch.float32,
+    ) -> Iterator[Generation]:
+        """Generates one image per label and hands out each batch as soon as it is made.
+
+        ::
+
+            for batch in model.generate_batches(range(1000), max_batch=50, image_dtype="uint8"):
+                for image_id, image in zip(batch.image_ids.tolist(), batch.pil()):
+                    image.save(f"{image_id:05d}.png")
+
+        No batch is kept: 50,000 images need the memory of one batch. Together the batches equal the
+        result of :meth:`generate` with the same arguments; image ids run on from batch to batch.
+        Arguments are checked, and the batch size is chosen, before the first batch. A loop may
+        end early. Weights that change between two batches count from the second on.
+
+        Args:
+            labels and the others: as in :meth:`generate`.
+        Returns:
+            An iterator of :class:`variant.Generation`, one per batch, in the order of the labels.
+        Raises:
+            ValueError, TypeError, MemoryError: as :meth:`generate`, at the call.
+        """
+        return self.engine(dtype).generate_batches(
+            labels,
+            depth=depth,
+            bridge=bridge,
+            cfg=cfg,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            image_ids=image_ids,
+            generator=generator,
+            max_batch=max_batch,
+            on_scale=on_scale,
+            kv_dtype=kv_dtype,
+            image_dtype=image_dtype,
         )
 
     @classmethod
