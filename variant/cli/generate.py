@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from PIL.Image import Image
 
 from variant.cli.dtypes import DTYPES
 from variant.cli.grid import grid
@@ -32,13 +30,20 @@ from variant.cli.progress import Advance, progress
 from variant.cli.words import command_line
 from variant.engine.engine import Engine
 from variant.engine.generation import Generation, OnScale, PartialResult, Sampling, Stats
+from variant.engine.memory import batch_size, free_bytes
 from variant.engine.planning import depths_of
 from variant.errors import UserError
+from variant.models.placement import check_device
 from variant.supernet import VARiant
-from variant_kernels import __version__
-from variant_kernels.arguments import integer
+from variant_kernels import CachePlan, __version__
+from variant_kernels.arguments import choice, integer
+from variant_kernels.dispatch.support import BACKENDS
+
+T = TypeVar("T")
 
 MAX_COUNT = 10**8
+# Larger batches are not faster, and an interrupted run loses one of them.
+MAX_BATCH = 256
 # One picture of all images has to fit into memory.
 MAX_GRID_IMAGES = 4096
 # Images that one call of the engine gets: their labels and ids are tensors.
@@ -80,6 +85,8 @@ def _check(command: Generate) -> Sampling:
         UserError, ValueError: an option that cannot be used.
     """
     integer("generate", "--count", command.count, 1, MAX_COUNT)
+    check_device("generate", command.device, name="--device")
+    choice("generate", "--backend", command.backend, ("auto", *BACKENDS))
     if command.max_batch is not None:
         integer("generate", "--max-batch", command.max_batch, 1)
     if command.all_depths and command.depth is not None:
@@ -160,16 +167,17 @@ class Work:
         if command.out.exists() and not command.overwrite:
             raise UserError(f"{command.out}: exists; give --overwrite, or another --out")
         results, pictures = [], []
-        with self._progress(total) as advance:
+        with progress("generate", "generating", total) as advance:
             for depth in target.depths:
-                parts = list(self._batches(depth, None, set(), advance))
+                batch = self._batch(depth)
+                parts = list(self._batches(depth, batch, set(), advance))
                 pictures.append([image for part in parts for image in part.pil()])
                 results.append(self._result(depth, parts))
         if len(pictures) > 1:
             sheet = grid(pictures, [f"depth {depth}" for depth in target.depths])
         else:
             width = command.count if command.count > 1 else 10
-            sheet = grid([list(row) for row in itertools.batched(pictures[0], width)])
+            sheet = grid(list(_batched(pictures[0], width)))
         depths = [result.depth for result in results]
         save_png(command.out, sheet, self._text(_words(target.labels), _words(depths)))
         return results
@@ -186,15 +194,16 @@ class Work:
         self._check_disk(total - len(done))
         results, batches = [], dict(recorded.get("batches", {}))
         try:
-            with self._progress(total) as advance:
+            with progress("generate", "generating", total) as advance:
                 advance(len(done), "images that are there")
                 for depth in target.depths:
                     result = Result(self._depth(depth), len(target), 0, [])
                     results.append(result)
-                    for part in self._batches(depth, batches.get(str(depth)), done, advance):
-                        if str(depth) not in batches:
-                            batches[str(depth)] = len(part.images)
-                            target.write_settings({**settings, "batches": batches})
+                    key = str(result.depth)
+                    if key not in batches:
+                        batches[key] = self._batch(depth)
+                        target.write_settings({**settings, "batches": batches})
+                    for part in self._batches(depth, batches[key], done, advance):
                         self._write(part, result)
         except KeyboardInterrupt as stop:
             written = len(target.existing())
@@ -264,25 +273,31 @@ class Work:
     # --- both -----------------------------------------------------------------------------------
 
     def _batches(
-        self, depth: int | None, batch: int | None, done: set[str], advance: Advance
+        self, depth: int | None, batch: int, done: set[str], advance: Advance
     ) -> Iterator[Generation]:
-        """The batches of a depth of which an image is missing.
-
-        Args:
-            batch: images of a batch; None lets the engine choose.
-        """
-        target = self.target
-        if batch is None:
-            self._warm_up(depth)
-            first = range(min(len(target), IMAGES_PER_CALL))
-            part = next(self._generate(depth, first, self.command.max_batch, advance))
-            batch = len(part.images)
-            yield part
-            missing = itertools.islice(target.chunks(depth, batch, set()), 1, None)
-        else:
-            missing = target.chunks(depth, batch, done)
-        for chunks in itertools.batched(missing, max(1, IMAGES_PER_CALL // batch)):
+        """The batches of a depth of which an image is missing, each of ``batch`` images."""
+        missing = self.target.chunks(depth, batch, done)
+        for chunks in _batched(missing, max(1, IMAGES_PER_CALL // batch)):
             yield from self._generate(depth, list(itertools.chain(*chunks)), batch, advance)
+
+    def _batch(self, depth: int | None) -> int:
+        """Images of a batch: as asked for, or as many as fit."""
+        command, engine, total = self.command, self.engine, len(self.target)
+        # One image, not measured: starts threads, loads kernels, casts the weights, whose copies
+        # must not count as free.
+        next(self._generate(depth, [0], None, lambda steps, what: None))
+        if command.max_batch is not None:
+            return min(total, command.max_batch)
+        schedule = engine.var.schedule(depth, command.bridge)
+        plan = CachePlan(engine.var.layout, schedule, engine.page_size)
+        return batch_size(
+            min(total, MAX_BATCH),
+            None,
+            per_image=engine.image_bytes(plan, self.sampling.guided, command.kv_dtype),
+            fixed=engine.decoder_bytes(),
+            # Every call of the engine looks again, and other processes may take memory meanwhile.
+            available=int(0.9 * free_bytes(engine.device)),
+        )
 
     def _generate(
         self, depth: int | None, indices: Sequence[int], max_batch: int | None, advance: Advance
@@ -303,10 +318,6 @@ class Work:
                 advance(len(part.images), _doing(depth))
             yield part
 
-    def _warm_up(self, depth: int | None) -> None:
-        """One image, not measured: starts threads, loads kernels, allocates pages."""
-        next(self._generate(depth, [0], None, lambda steps, what: None))
-
     def _on_scale(self, advance: Advance) -> OnScale | None:
         """Progress by scales on a CPU. On a GPU a callback would keep graphs from being used."""
         if self.engine.device.type != "cpu":
@@ -317,11 +328,6 @@ class Work:
             advance(len(partial.tokens) / scales, f"scale {scale + 1} of {scales}")
 
         return on_scale
-
-    @contextmanager
-    def _progress(self, total: int) -> Iterator[Advance]:
-        with progress("generate", "generating", total) as advance:
-            yield advance
 
     def _depth(self, depth: int | None) -> int:
         return self.engine.var.config.depth if depth is None else depth
@@ -370,6 +376,13 @@ def fingerprint(engine: Engine) -> str:
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(memoryview(data.numpy()))
     return digest.hexdigest()
+
+
+def _batched(values: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of ``size`` values; the last may be shorter."""
+    iterator = iter(values)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
 
 
 def _doing(depth: int | None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from variant.cli import signals
@@ -115,7 +116,6 @@ def _print_error(text: str) -> None:
 
 
 def _print(line: str) -> None:
-    try:
+    # Standard error may be closed, or its disk full: the exit code has to do.
+    with suppress(OSError):
         print(line, file=sys.stderr)
-    except OSError:
-        pass  # standard error is closed or its disk is full: the exit code has to do

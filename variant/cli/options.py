@@ -48,7 +48,7 @@ class Generate:
     """fp8 stores K and V in 8 bits with a scale per token and head; default: exact. `variant info
     --kv-dtype fp8` measures the error."""
     max_batch: int | None = None
-    """Images per batch; default: as many as fit into free memory."""
+    """Images per batch; default: as many as fit into free memory, at most 256."""
     out: Path = Path("out")
     """A .png file for a grid, or a folder for one file per image, written as soon as it is made."""
     resume: bool = False

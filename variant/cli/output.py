@@ -17,7 +17,6 @@ from rich.text import Text
 from variant.bench.result_file import result_text, write_result
 from variant.errors import UserError
 
-
 # Room in a file's name for what a temporary file adds to it; the usual limit is 255 bytes.
 NAME_BYTES, TEMPORARY_BYTES = 255, 16
 STANDARD_OUTPUT = Path("-")

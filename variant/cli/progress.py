@@ -50,5 +50,5 @@ class _Lines:
         now = time.monotonic()
         if now - self.printed >= LINE_SECONDS:
             self.printed = now
-            line = f"{self.command}: {self.done:g} of {self.total:g}: {what}"
+            line = f"{self.command}: {self.done:,.0f} of {self.total:,.0f}: {what}"
             print(line, file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -58,10 +59,8 @@ def _install(handler: Any) -> None:
 
 def _exit(signum: int, frame: FrameType | None) -> None:
     message = b"" if _received else b"variant: stopped.\n"
-    try:
+    with suppress(OSError):  # standard error may be closed
         os.write(2, message)
-    except OSError:
-        pass  # standard error is closed
     os._exit(exit_code(signum))
 
 
