@@ -125,14 +125,16 @@ def check_target(out: Path) -> bool:
 
 @dataclass
 class Result:
-    """What one depth took. stats: of every batch generated in this run.
+    """What one depth took.
 
-    total: images of the whole run.  made: images generated now; the others were there before.
+    total: images of the whole run.  generated: images of the batches of this run.  written: those
+    of them that were not there before.  stats: of every batch of this run.
     """
 
     depth: int
     total: int
-    made: int
+    generated: int
+    written: int
     stats: list[Stats]
 
     def seconds(self, name: str) -> float:
@@ -197,14 +199,14 @@ class Work:
             with progress("generate", "generating", total) as advance:
                 advance(len(done), "images that are there")
                 for depth in target.depths:
-                    result = Result(self._depth(depth), len(target), 0, [])
+                    result = Result(self._depth(depth), len(target), 0, 0, [])
                     results.append(result)
                     key = str(result.depth)
                     if key not in batches:
                         batches[key] = self._batch(depth)
                         target.write_settings({**settings, "batches": batches})
                     for part in self._batches(depth, batches[key], done, advance):
-                        self._write(part, result)
+                        self._write(part, result, done)
         except KeyboardInterrupt as stop:
             written = len(target.existing())
             again = command_line("generate", command, resume=True, overwrite=False)
@@ -261,14 +263,16 @@ class Work:
                 f"{mebibytes(free)} are free in {nearest}; give a smaller --count"
             )
 
-    def _write(self, part: Generation, result: Result) -> None:
+    def _write(self, part: Generation, result: Result, done: set[str]) -> None:
+        result.generated += len(part.images)
+        result.stats.append(part.stats)
         for index, label, image in zip(
             part.image_ids.tolist(), part.labels.tolist(), part.pil(), strict=True
         ):
-            text = self._text(label, result.depth, index)
-            save_png(self.target.file(result.depth, index), image, text)
-        result.made += len(part.images)
-        result.stats.append(part.stats)
+            path = self.target.file(result.depth, index)
+            if path.name not in done:
+                save_png(path, image, self._text(label, result.depth, index))
+                result.written += 1
 
     # --- both -----------------------------------------------------------------------------------
 
@@ -334,7 +338,7 @@ class Work:
 
     def _result(self, depth: int | None, parts: Sequence[Generation]) -> Result:
         made = sum(len(part.images) for part in parts)
-        return Result(self._depth(depth), made, made, [part.stats for part in parts])
+        return Result(self._depth(depth), made, made, made, [part.stats for part in parts])
 
     def _settings(self) -> dict[str, Any]:
         """All that the images depend on, as plain values."""
@@ -397,23 +401,23 @@ def _words(values: Sequence[object]) -> str:
 
 
 def _report(command: Generate, engine: Engine, results: Sequence[Result], out: Any) -> None:
-    made = sum(result.made for result in results)
+    written = sum(result.written for result in results)
     total = sum(result.total for result in results)
-    if made:
+    if any(result.stats for result in results):
         out.print(_table(command, results))
-    what = "" if command.out.suffix.lower() == ".png" else f"{made} images to "
+    what = "" if command.out.suffix.lower() == ".png" else f"{written} images to "
     out.print(f"wrote {what}{command.out}")
-    if made < total:
-        out.print(f"{total - made} of {total} images were there")
+    if written < total:
+        out.print(f"{total - written} of {total} images were there")
 
 
 def _table(command: Generate, results: Sequence[Result]) -> Any:
     first = next(result for result in results if result.stats)
     stats = first.stats[0]
     kv_text = "" if stats.kv_dtype == stats.dtype else f", K/V {stats.kv_dtype}"
-    at_once = -(-first.made // len(first.stats))
+    at_once = -(-first.generated // len(first.stats))
     timings = table(
-        f"{command.model}: {first.made} images, {at_once} at once, seed {command.seed}, cfg "
+        f"{command.model}: {first.generated} images, {at_once} at once, seed {command.seed}, cfg "
         f"{command.cfg:g}, {stats.dtype}{kv_text}, {torch.get_num_threads()} threads",
         "depth",
         "ms per image",
@@ -422,11 +426,11 @@ def _table(command: Generate, results: Sequence[Result]) -> Any:
         "K/V allocated",
         "of paper's scheme",
     )
-    for result in (result for result in results if result.made):
+    for result in (result for result in results if result.stats):
         timings.add_row(
             str(result.depth),
-            f"{1000 * result.seconds('seconds') / result.made:.2f}",
-            f"{1000 * result.seconds('decode_seconds') / result.made:.2f}",
+            f"{1000 * result.seconds('seconds') / result.generated:.2f}",
+            f"{1000 * result.seconds('decode_seconds') / result.generated:.2f}",
             mebibytes(result.largest("kv_planned_bytes")),
             mebibytes(result.largest("kv_allocated_bytes")),
             f"{result.largest('kv_allocated_bytes') / result.largest('kv_paper_bytes'):.1%}",
@@ -452,7 +456,7 @@ def _as_json(command: Generate, results: Sequence[Result]) -> dict[str, Any]:
             {
                 "depth": result.depth,
                 "images": result.total,
-                "generated": result.made,
+                "generated": result.generated,
                 "batches": len(result.stats),
                 "seconds": result.seconds("seconds"),
                 "decode_seconds": result.seconds("decode_seconds"),

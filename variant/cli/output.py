@@ -74,10 +74,17 @@ def check_file(path: Path) -> None:
     Raises:
         UserError: it cannot.
     """
-    if path.exists() and not path.is_file():
+    # In these folders new files cannot be made or mean something else; /dev/stdout is a link.
+    folders = os.path.realpath(path), f"{os.path.realpath(path.parent)}/"
+    system = any(map(_is_system, folders))
+    if system or (path.exists() and not path.is_file()):
         what = "is a folder" if path.is_dir() else "is no plain file"
         raise UserError(f"{path}: cannot be written: {what}")
     check_folder(path.parent, path)
+
+
+def _is_system(path: str) -> bool:
+    return path.startswith(("/dev/", "/proc/", "/sys/")) and not path.startswith("/dev/shm/")
 
 
 def check_folder(path: Path, target: Path | None = None) -> None:
