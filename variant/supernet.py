@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Iterator, Sequence
 
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
-from torch import Tensor, nn
+from torch import Tensor
 
-from variant.checkpoints.locate import is_hub_id, locate
-from variant.checkpoints.model_card import TAGS, model_card
-from variant.checkpoints.model_folder import load_model, save_model
-from variant.checkpoints.original_var import load_original
-from variant.engine.engine import Engine, check_engine_dtype, check_pair
+from variant.checkpoints.model_card import TAGS
+from variant.engine.engine import Engine, check_engine_dtype
 from variant.engine.generation import Generation, OnScale
 from variant.engine.kv_dtype import KVDtype
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
-from variant_kernels.dispatch.request import dtype_name
+from variant.pretrained import PretrainedPair
 
 
-class VARiant(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="variant",
-    tags=list(TAGS),
-):
+class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
     """A depth supernet and its VQ-VAE: labels in, images out, at any depth.
 
     ::
@@ -47,11 +35,7 @@ class VARiant(
     """
 
     def __init__(self, var: VAR, vae: VQVAE) -> None:
-        super().__init__()
-        check_pair(var, vae)
-        self.var = var
-        self.vae = vae
-        self.extra: dict[str, Any] = {}
+        super().__init__(var, vae)
         self._engines: dict[torch.dtype, Engine] = {}
 
     def engine(self, dtype: torch.dtype | str | None = None) -> Engine:
@@ -181,127 +165,3 @@ class VARiant(
             kv_dtype=kv_dtype,
             image_dtype=image_dtype,
         )
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]  # dtype and device in place of model_kwargs
-        cls,
-        name: str | os.PathLike[str],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-    ) -> Self:
-        """A model folder, a repository of the Hugging Face Hub, or "digits" from this package.
-
-        Args:
-            name: an existing path is preferred to a Hub id of the same spelling.
-            dtype: of the transformer's weights; None keeps that of the file.
-            device: of both models; None is the CPU.
-            revision, token, cache_dir, force_download, local_files_only: as in the Hub's mixin;
-                for a Hub id only.
-        Returns:
-            The model in eval mode.
-        Raises:
-            UserError: there is no such model, or a file is damaged or of another format.
-        """
-        folder = locate(
-            name,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
-        var, vae, config = load_model(folder, dtype, device)
-        model = cls(var, vae).eval()
-        model.extra = {k: v for k, v in config.items() if k not in ("format", "var", "vae")}
-        return model
-
-    def save_pretrained(  # type: ignore[override]  # extra in place of config
-        self,
-        folder: str | os.PathLike[str],
-        extra: Mapping[str, Any] | None = None,
-        *,
-        config: Mapping[str, Any] | None = None,
-        repo_id: str | None = None,
-        push_to_hub: bool = False,
-        model_card_kwargs: Mapping[str, Any] | None = None,
-        **push_to_hub_kwargs: Any,
-    ) -> str | None:
-        """Write ``config.json``, ``model.safetensors`` and a model card, ``README.md``.
-
-        :meth:`from_pretrained` reads them. A README.md that this method did not write is kept.
-
-        Args:
-            extra: further keys of config.json, e.g. how the model was trained; plain values.
-            config: the same; the Hub's mixin uses this name.
-            repo_id: of the Hub; None is the name of the folder.
-            push_to_hub: upload the folder too; other keywords are those of :meth:`push_to_hub`.
-            model_card_kwargs: ``model_id``, the name of the model in the card.
-        Returns:
-            The URL of the commit on the Hub, or None if nothing was uploaded.
-        Raises:
-            UserError: the folder cannot be written.
-        """
-        self.extra = {**self.extra, **(config or {}), **(extra or {})}
-        model_id = dict(model_card_kwargs or {}).get("model_id") or repo_id
-        save_model(folder, self.var, self.vae, self.extra, model_id)
-        if not push_to_hub:
-            return None
-        return self.push_to_hub(repo_id or Path(folder).resolve().name, **push_to_hub_kwargs)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:  # type: ignore[override]
-        """Upload weights, config and card to the Hub; options as in the Hub's mixin.
-
-        Returns:
-            The URL of the commit.
-        """
-        options["model_card_kwargs"] = {
-            "model_id": repo_id,
-            **(options.get("model_card_kwargs") or {}),
-        }
-        return super().push_to_hub(repo_id, **options)
-
-    def generate_model_card(self, *_: Any, model_id: str = "this model", **__: Any) -> ModelCard:
-        """The card that :meth:`save_pretrained` writes."""
-        dtype = dtype_name(self.var.head.weight.dtype)
-        training = self.extra.get("training")
-        return ModelCard(model_card(self.var.config, self.vae.config, model_id, dtype, training))
-
-    @classmethod
-    def from_var_checkpoint(
-        cls,
-        var_path: str | os.PathLike[str],
-        vae_path: str | os.PathLike[str],
-        *,
-        num_heads: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Self:
-        """A model from files of the original repository; sizes are read from tensor shapes.
-
-        Each file is a ``.pth`` state dict (loaded with ``weights_only=True``, which runs no code),
-        a trainer checkpoint with both models, a ``.safetensors`` file, or the output of
-        ``save_pretrained`` of the original's Hub class: a folder, or its Hub id.
-
-        Args:
-            num_heads: needed only without ``attn_l2_norm``, where no tensor has a head axis; None
-                assumes one head per 64 channels and warns.
-            dtype: of the transformer's weights; None keeps that of the file.
-            device: of both models; None is the CPU.
-        Returns:
-            The model in eval mode.
-        Raises:
-            UserError: a file is missing, damaged or of another format.
-        """
-        var_file, vae_file = _fetched(var_path), _fetched(vae_path)
-        return cls(*load_original(var_file, vae_file, num_heads, dtype, device)).eval()
-
-
-def _fetched(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """The path itself, or the downloaded folder if it is a Hub id."""
-    return locate(path) if is_hub_id(path) and not Path(path).exists() else path

@@ -38,7 +38,7 @@ def test_convert_works_in_both_directions(tmp_path, run):
     torch.save(golden.vae_state, vae)
     assert run("convert", "--var", var, "--vae", vae, "--out", folder)[0] == 0
     back = tmp_path / "var2.pth", tmp_path / "vae2.pth"
-    code, printed, _ = run("convert", "--model", folder, "--var", back[0], "--vae", back[1])
+    code, printed, _ = run("convert", "--model", folder, "--to-var", back[0], "--to-vae", back[1])
     assert code == 0
     assert "which the original VAR code loads" in printed
     for path, state in zip(back, (golden.var_state, golden.vae_state), strict=True):
@@ -152,13 +152,16 @@ def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, run):
     command = ("generate", "--model", model, "--out", out)
     for words, message in (
         ((*command, "--labels", 5), r"generate: --labels must be .*; got 5"),
-        ((*command, "--depth", 9), r"generate: --depth must be in \[2, 4\]; got 9"),
-        ((*command, "--depth", 2, "--bridge", 7), r"generate: --bridge must be in \[0, 3\]; got 7"),
+        ((*command, "--depth", 9), r"generate: --depth must be an integer in \[2, 4\] .*; got 9"),
+        ((*command, "--depth", 2, "--bridge", 7), r"--bridge must be an integer in \[0, 3\]; got 7"),
         ((*command, "--count", 0), r"--count must be an integer in \[1, 100000000\]; got 0"),
         ((*command, "--cfg", -1), r"generate: --cfg must be .*\[0, 10000\].*; got -1"),
-        ((*command, "--bridge", 99), r"generate: --bridge must be in \[0, 3\]; got 99"),
+        ((*command, "--bridge", 99), r"generate: --bridge must be an integer in \[0, 3\]; got 99"),
         (("plan", "--memory", "nan"), "--memory must be positive and finite"),
-        (("convert", "--model", model, "--var", "x", "--vae", "x"), "must be two files"),
+        (
+            ("convert", "--model", model, "--to-var", "x.pth", "--to-vae", "x.pth"),
+            "must be two files",
+        ),
         ((*command, "--top-p", 2), r"generate: --top-p must be .*\[0, 1\].*; got 2"),
         ((*command, "--depth", 2, "--all-depths"), "exclude each other"),
         (("generate", "--model", tmp_path / "none"), "none: no such model"),
@@ -166,10 +169,10 @@ def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, run):
         (("generate", "--model", model, "--out", tmp_path / "file" / "x"), "cannot be written"),
         (("plan", "--model", "var-d31"), "var-d31: no such model"),
         (("plan", "--batch", 0), "plan: --batch must be an integer"),
-        (("plan", "--bridge", 11), r"plan: --bridge must be in \[0, 10\]; got 11"),
+        (("plan", "--bridge", 11), r"plan: --bridge must be an integer in \[0, 10\]; got 11"),
         (("plan", "--page-size", 0), "plan: --page-size must be an integer"),
         (("info", "--model", tmp_path), "has no config.json"),
-        (("convert", "--var", "a", "--vae", "b"), "give --out FOLDER"),
+        (("convert", "--var", "a", "--vae", "b"), "give --out FOLDER, or --to-var and --to-vae"),
         (("train", "--recipe", "nonsense"), "nonsense: no such recipe"),
     ):
         code, printed, error = run(*words)
@@ -189,15 +192,16 @@ def test_debug_shows_the_traceback(model, run):
 
 
 def test_messages_name_the_option_and_the_command():
-    for text, command, expected in (
-        ("select_layers: depth must be in [2, 4]; got 9", "generate", "generate: --depth must be in [2, 4]; got 9"),
-        ("VAR.schedule: bridge must be given (0..4)", "generate", "generate: --bridge must be given (0..4)"),
-        ("CachePlan: page_size must be at least 1", "plan", "plan: --page-size must be at least 1"),
-        ("select_layers: depth must be in [2, 4]", "bench", "bench: --depths must be in [2, 4]"),
-        ("depth must be one that it knows", "generate", "generate: --depth must be one that it knows"),
-        ("CachePlan: page_size must be at least 1", "generate", "CachePlan: page_size must be at least 1"),
-        ("a.toml: model.depth must be 3", "train", "a.toml: model.depth must be 3"),
-    ):  # fmt: skip
+    for command, text, expected in (
+        ("generate", "select_layers: depth must be 2", "generate: --depth must be 2"),
+        ("generate", "VAR.schedule: bridge must be given", "generate: --bridge must be given"),
+        ("plan", "CachePlan: page_size must be 1", "plan: --page-size must be 1"),
+        ("bench", "select_layers: depth must be 2", "bench: --depths must be 2"),
+        ("generate", "depth must be one of 2", "generate: --depth must be one of 2"),
+        ("generate", "CachePlan: page_size must be 1", "CachePlan: page_size must be 1"),
+        ("train", "a.toml: model.depth must be 3", "a.toml: model.depth must be 3"),
+        ("train-vae", "recipe: seed must be 3", "train-vae: --seed must be 3"),
+    ):
         assert messages.in_options(text, command) == expected
 
 

@@ -82,13 +82,13 @@ def test_an_index_beyond_the_gpus_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("given", ["banana", "cpu:x", "vulkan", -3])
 def test_no_such_device(given):
-    with pytest.raises(ValueError, match="^op: device "):
+    with pytest.raises(ValueError, match=r"^op: device "):
         check_device("op", given)
 
 
 @pytest.mark.parametrize("given", [1.5, True, ["cpu"], {"cuda:0": "cpu"}])
 def test_what_is_no_device_is_refused_by_its_type(given):
-    with pytest.raises(TypeError, match="^op: device must be a device such as"):
+    with pytest.raises(TypeError, match=r"^op: device must be a device such as"):
         check_device("op", given)
 
 
@@ -96,7 +96,7 @@ def test_a_pair_of_other_classes_is_refused():
     model = small_model()
     with pytest.raises(TypeError, match=r"^VARiant: vae must be of type VQVAE; got 3 \(int\)"):
         VARiant(model.var, 3)
-    with pytest.raises(TypeError, match="^VARiant: var must be of type VAR.*variant.accelerate"):
+    with pytest.raises(TypeError, match=r"^VARiant: var must be of type VAR.*variant.accelerate"):
         VARiant(torch.nn.Linear(2, 2), model.vae)
-    with pytest.raises(TypeError, match="^Engine: var must be of type VAR"):
+    with pytest.raises(TypeError, match=r"^Engine: var must be of type VAR"):
         Engine(model.vae, model.var)

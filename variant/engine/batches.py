@@ -219,7 +219,8 @@ class BatchRunner:
             tokens, features = tokens_BL[:, : layout.visible(k)].clone(), f_hat_BEHW.clone()
             depth = on_scale(k, PartialResult(k, tokens, partial(self.decode, features)))
             if depth is not None and k + 1 < layout.num_scales:
-                state.switch(max(k + 1, request.flexible_from), self.var.layers_of(depth))
+                layers = self.var.layers_of(depth, op="on_scale")
+                state.switch(max(k + 1, request.flexible_from), layers)
 
         return generate_tokens(state, sampling, image_ids_B, after_scale)
 
@@ -253,7 +254,7 @@ class BatchRunner:
         """Measurements of a request from those of its parts.
 
         Args:
-            dtype: of the matrix products.
+            dtype: of the engine.
             seconds: of the whole request.
         """
         first, plan, config = parts[0], self.plan(request.schedule), self.var.config
@@ -267,6 +268,7 @@ class BatchRunner:
             batches=len(parts),
             depths=parts[-1].depths,
             dtype=dtype_name(dtype),
+            product_dtype=dtype_name(self.weights.dtype),
             kv_dtype=dtype_name(pages_dtype),
             packed=self.weights.packed,
             captured=first.captured,
