@@ -153,7 +153,7 @@ def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, run):
     for words, message in (
         ((*command, "--labels", 5), r"generate: --labels must be .*; got 5"),
         ((*command, "--depth", 9), r"generate: --depth must be an integer in \[2, 4\] .*; got 9"),
-        ((*command, "--depth", 2, "--bridge", 7), r"--bridge must be an integer in \[0, 3\]; got 7"),
+        ((*command, "--depth", 2, "--bridge", 7), r"--bridge must be an integer in .*; got 7"),
         ((*command, "--count", 0), r"--count must be an integer in \[1, 100000000\]; got 0"),
         ((*command, "--cfg", -1), r"generate: --cfg must be .*\[0, 10000\].*; got -1"),
         ((*command, "--bridge", 99), r"generate: --bridge must be an integer in \[0, 3\]; got 99"),
