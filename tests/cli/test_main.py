@@ -122,18 +122,18 @@ def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     command = ("generate", "--model", model, "--out", out)
     for words, message in (
-        ((*command, "--labels", 5), r"labels must be in \[0, 5\); got 5"),
+        ((*command, "--labels", 6), r"labels must be in \[0, 5\), or -1 or 5 for no class; got 6"),
         ((*command, "--depth", 9), r"depth must be an integer in \[2, 4\] .*; got 9"),
         ((*command, "--depth", 2, "--bridge", 7), r"bridge must be an integer in \[0, 3\]; got 7"),
         ((*command, "--count", 0), "--count must be at least 1; got 0"),
-        ((*command, "--cfg", -1), r"cfg must be in \[0, 10000\]"),
+        ((*command, "--cfg", -1), r"cfg must be a finite number in \[0, 10000\]"),
         ((*command, "--bridge", 99), r"bridge must be an integer in \[0, 3\]; got 99"),
         (("plan", "--memory", "nan"), "--memory must be positive and finite"),
         (
             ("convert", "--model", model, "--to-var", "x.pth", "--to-vae", "x.pth"),
             "must be two files",
         ),
-        ((*command, "--top-p", 2), r"top_p must be in \[0, 1\]"),
+        ((*command, "--top-p", 2), r"top_p must be a finite number in \[0, 1\]"),
         ((*command, "--depth", 2, "--all-depths"), "exclude each other"),
         (("generate", "--model", tmp_path / "none"), "none: no such model"),
         (("generate", "--model", model, "--out", tmp_path / "x.jpg"), "folder or end in .png"),
@@ -174,7 +174,7 @@ def test_a_folder_without_a_model_does_not_hide_a_packaged_one(tmp_path, capsys,
 
 
 def test_debug_shows_the_traceback(model, capsys):
-    code, _, error = run(capsys, "generate", "--model", model, "--labels", 5, "--debug")
+    code, _, error = run(capsys, "generate", "--model", model, "--labels", 6, "--debug")
     assert code == 1
     assert "Traceback" in error
 
