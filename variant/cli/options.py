@@ -84,6 +84,9 @@ class Train:
     """Name of a packaged recipe, or a TOML file."""
     out: Path | None = None
     """Folder for checkpoints, metrics and the finished model; default: runs/RECIPE."""
+    start_from: str | None = None
+    """Model folder, Hub id, or a model of this package: train its transformer further, with its
+    VQ-VAE; its sizes must be those of the recipe."""
     resume: bool = False
     """Continue from the last checkpoint in that folder."""
     seed: int | None = None
