@@ -12,12 +12,15 @@ ROOT = Path(__file__).parent.parent
 # Packages and modules of `variant`, bottom up: one may import those before it, not those after.
 VARIANT = (
     "errors",
+    "paths",
     "models",
+    "tensor_files",
     "files",
     "engine",
     "data",
     "checkpoints",
     "training",
+    "pretrained",
     "supernet",
     "live_weights",
     "accelerate_original",
@@ -34,6 +37,7 @@ KERNELS = (
     "tensors",
     "masks",
     "packed_linear",
+    "products",
     "kv_quantization",
     "split_keys",
     "kv_cache",
