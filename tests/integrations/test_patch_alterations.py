@@ -795,6 +795,26 @@ def test_distributed_models(family, one_process):
     assert torch.equal(paint(model)[0], expected[0])
 
 
+@pytest.mark.parametrize("reshard", [False, True])
+def test_kept_copies_of_sharded_weights_follow_the_optimiser(reshard, one_process):
+    from torch.distributed.fsdp import fully_shard
+
+    model = seeded("VAR")
+    with torch.autocast("cpu", torch.bfloat16), patch(model, keep_copies=True):
+        for block in model.blocks:
+            fully_shard(block, mesh=one_process, reshard_after_forward=reshard)
+        paint(model)
+        for block in model.blocks:
+            block.reshard()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(-2)
+        ours = paint(model)[1][:, :1]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = paint(model)[1][:, :1]
+    assert (ours - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 def test_every_family_that_patch_supports_is_tried_here():
     from variant_kernels.integrations import FAMILIES as KNOWN
     from variant_kernels.integrations.refused import RefusedFamily
