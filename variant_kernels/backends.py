@@ -39,9 +39,11 @@ def explain(
         raise TypeError(f"explain: device must be text or a torch.device; got {device!r}")
     instance("explain", "dtype", dtype, torch.dtype, "Pass torch.float32, for example")
     sizes = {"head_dim": head_dim, "row_width": row_width, "page_size": page_size}
-    known = {k: None if n is None else integer("explain", k, n, 1) for k, n in sizes.items()}
+    head_dim, row_width, page_size = (
+        None if n is None else integer("explain", name, n, 1) for name, n in sizes.items()
+    )
     # Where two dtypes count, as those of stream and rows in adaln_modulate, both are this one.
-    request = Request(torch.device(device).type, (dtype, dtype), **known)
+    request = Request(torch.device(device).type, (dtype, dtype), head_dim, row_width, page_size)
     return str(resolve_backend(op, request, backend))
 
 
