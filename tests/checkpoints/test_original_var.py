@@ -199,7 +199,7 @@ def test_a_hub_form_whose_config_does_not_fit_its_weights_is_named(tmp_path):
     vae_path = write(tmp_path, golden.vae_state, "vae.pth")
     for changes, message in (
         ({"depth": 5}, "has depth 5, but the weights have 6"),
-        ({"num_heads": 4}, "has num_heads 4, but the weights have 2"),
+        ({"num_heads": 4}, "num_heads is 4, but the weights have 2"),
         ({"patch_nums": [1, 2, 3, 4, 5, 6, 9]}, "but the weights have 155 tokens"),
         ({"norm_eps": -1}, r"norm_eps must be a finite number in \[0, 1\]; got -1"),
         ({"vae_kwargs": {"quant_resi": 7}}, r"quant_resi must be a finite number in \[0, 1\]"),

@@ -148,6 +148,10 @@ def infer_var_config(
         scales, length = state["lvl_embed.weight"].shape[0], state["pos_1LC"].shape[1]
         scale_mul = state.get("blocks.0.attn.scale_mul_1H11")
         if scale_mul is not None:
+            if num_heads not in (None, scale_mul.shape[1]):
+                raise ValueError(
+                    f"num_heads is {num_heads}, but the weights have {scale_mul.shape[1]} heads"
+                )
             num_heads = scale_mul.shape[1]
         elif num_heads is None:
             num_heads = width // 64

@@ -30,6 +30,7 @@ from variant.engine.planning import depths_of
 from variant.errors import UserError
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant.paths import path_kind
 from variant_kernels.dispatch.request import dtype_name
 
 FORMAT = "variant-engine-bench-2"
@@ -137,9 +138,9 @@ def _check(command: Bench) -> None:
             raise UserError(f"bench: --{name} must name at least one; got none")
     if command.json is not None:
         nearest = command.json.parent
-        while not nearest.exists():
+        while path_kind(nearest) is None:
             nearest = nearest.parent
-        if command.json.is_dir() or not os.access(nearest, os.W_OK):
+        if path_kind(command.json) == "folder" or not os.access(nearest, os.W_OK):
             raise UserError(f"{command.json}: cannot be written")
 
 

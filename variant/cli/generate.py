@@ -21,6 +21,7 @@ from variant.engine.generation import Generation, OnScale, PartialResult, Sampli
 from variant.engine.planning import depths_of
 from variant.errors import UserError
 from variant.files import atomic_write
+from variant.paths import path_kind
 from variant.supernet import VARiant
 
 # Small images are enlarged in a grid.
@@ -109,12 +110,13 @@ def check_target(out: Path) -> bool:
     if not out.name:
         raise UserError("generate: --out must name a folder or a .png file; got nothing")
     one_file = out.suffix.lower() == ".png"
-    if one_file and out.is_dir():
+    kind = path_kind(out)
+    if one_file and kind == "folder":
         raise UserError(f"{out}: is a folder; --out must name a folder without .png, or a file")
-    if out.suffix and not one_file and not out.is_dir():
+    if out.suffix and not one_file and kind != "folder":
         raise UserError(f"{out}: --out must be a folder or end in .png")
     nearest = out.parent if one_file else out
-    while not nearest.exists():
+    while path_kind(nearest) is None:
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         reason = "no permission" if nearest.is_dir() else "is not a folder"

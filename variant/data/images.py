@@ -9,10 +9,12 @@ Axes: B images, I channels, Y X pixels, L tokens of all scales.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from threading import Lock
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +36,7 @@ Indices = Sequence[int] | np.ndarray
 # Exceptions of PIL for damaged files and for images that are suspiciously large.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_FILTERS = Lock()
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 
 
@@ -87,6 +90,14 @@ def list_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
         paths += files
         labels += [label] * len(files)
     return paths, labels, classes
+
+
+def _opened(file: BinaryIO) -> Image.Image:
+    """``Image.open``, which reads the header, without its warning of many pixels."""
+    # The filters of warnings are those of the process, and images are read by several threads.
+    with _FILTERS, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(file)
 
 
 class FolderData:
@@ -148,7 +159,7 @@ class FolderData:
 
     def _open(self, path: Path) -> Image.Image:
         try:
-            with open_regular(path) as file, Image.open(file) as image:
+            with open_regular(path) as file, _opened(file) as image:
                 if image.mode in WIDE_MODES:  # convert("RGB") would clip their values to 8 bits
                     raise UserError(
                         f"{path}: must have 8 bits per channel; its pixels are of mode "
