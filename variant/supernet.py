@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Iterator, Sequence
 
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
-from torch import Tensor, nn
+from torch import Tensor
 
-from variant.checkpoints.locate import is_hub_id, locate
-from variant.checkpoints.model_card import TAGS, model_card
-from variant.checkpoints.model_folder import load_model, save_model
-from variant.checkpoints.original_var import load_original
-from variant.engine.engine import Engine, check_pair
-from variant.engine.generation import Generation, OnScale, Sampling
+from variant.checkpoints.model_card import TAGS
+from variant.engine.engine import Engine, check_engine_dtype
+from variant.engine.generation import Generation, OnScale, PerScale
 from variant.engine.kv_dtype import KVDtype
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
-from variant_kernels.dispatch.request import dtype_name
+from variant.pretrained import PretrainedPair
 
 
-class VARiant(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="variant",
-    tags=list(TAGS),
-):
+class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
     """A depth supernet and its VQ-VAE: labels in, images out, at any depth.
 
     ::
@@ -42,20 +30,17 @@ class VARiant(
     Args:
         var, vae: models with the same codebook and layout; their weights are shared, not copied.
     Raises:
+        TypeError: one of the two is of another class.
         ValueError: the codebooks or layouts of the two differ.
     """
 
     def __init__(self, var: VAR, vae: VQVAE) -> None:
-        super().__init__()
-        check_pair(var, vae)
-        self.var = var
-        self.vae = vae
-        self.extra: dict[str, Any] = {}
+        super().__init__(var, vae)
         self._engines: dict[torch.dtype, Engine] = {}
 
-    def engine(self, dtype: torch.dtype | None = None) -> Engine:
-        """The engine of a dtype, built once; None is the dtype of the weights."""
-        dtype = dtype or self.var.head.weight.dtype
+    def engine(self, dtype: torch.dtype | str | None = None) -> Engine:
+        """The engine of a dtype (itself or its name), built once; None is that of the weights."""
+        dtype = check_engine_dtype("VARiant", dtype, self.var)
         if dtype not in self._engines:
             self._engines[dtype] = Engine(self.var, self.vae, dtype=dtype)
         return self._engines[dtype]
@@ -66,180 +51,154 @@ class VARiant(
         *,
         depth: int | Sequence[int] | None = None,
         bridge: int | None = None,
-        cfg: float = 1.5,
+        cfg: PerScale = 1.5,
         top_k: int = 0,
         top_p: float = 0.0,
         seed: int | None = None,
         image_ids: Sequence[int] | Tensor | None = None,
         generator: torch.Generator | None = None,
-        dtype: torch.dtype | None = None,
+        temperature: PerScale = 1.0,
+        more_smooth: bool = False,
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+        log_probs: bool = False,
+        dtype: torch.dtype | str | None = None,
         max_batch: int | None = None,
         on_scale: OnScale | None = None,
         kv_dtype: KVDtype = None,
+        image_dtype: torch.dtype | str = torch.float32,
     ) -> Generation:
         """Generates one image per label.
 
         Args:
-            labels: classes in [0, num_classes): a number, a list, or a (B,) integer tensor.
+            labels: classes in [0, num_classes): a number, a list, or a (B,) integer tensor. -1 and
+                ``num_classes`` are no class.
             depth: number of layers in the flexible zone, or a list of layers; None runs all layers.
             bridge: number of first scales that run all layers; None is the config's bridge.
             cfg: classifier-free guidance, in [0, 10000]. Its weight rises linearly from 0 at the
-                first scale to ``cfg`` at the last; 0 turns guidance off and halves the work.
+                first scale to ``cfg`` at the last; 0 turns guidance off and halves the work. A
+                list gives the weight of each scale.
             top_k: sample from the k most probable tokens; 0 keeps all.
             top_p: sample from the most probable tokens of this total probability; 0 keeps all.
             seed: in [0, 2^63); None draws one from torch's default generator. A seed and an image
-                id give the same tokens in any batch, except where two candidates are so close that
-                the last bits of a matrix product decide, which may depend on the batch size.
+                id give the same tokens in any float32 batch. In 16 bits most images of a batch of
+                one differ from those of larger batches, because the matrix products add in another
+                order (docs/reproducibility.md).
             image_ids: (B,) integers that select the random numbers of each image; None is 0..B-1.
             generator: draws as ``torch.multinomial`` does, like the original code; excludes seed.
                 The draws depend on the batch size, so give ``max_batch`` too.
-            dtype: of weights, K/V and matrix products: float32, bfloat16 or float16; None is the
-                dtype of the weights.
+            temperature: in [0.0001, 10000], or one per scale: logits are divided by it before
+                guidance and filters. Below 1 likely tokens become likelier.
+            more_smooth: as in the original code, for looking at images: mixtures of codes (softmax
+                of filtered logits with Gumbel noise) make the images in place of the drawn tokens,
+                so that ``tokens`` do not decode to them.
+            tokens, mask: edit images: ``tokens`` (B, L), or (L,) for all images, are given, e.g. by
+                ``model.vae.encode``; ``mask`` says which stay (1, True) and which are drawn anew.
+                It is of tokens, (B, L) or (L,); or a map of any size, (H, W) or (B, H, W), that is
+                resized to every scale as in the original's zero-shot editing.
+            log_probs: return the log-probability of each token, drawn or kept, under the model:
+                the log-softmax of the conditional logits, before guidance, temperature and
+                filters. ``Engine.forced_log_probs`` gives it for given tokens.
+            dtype: of weights, K/V and matrix products: float32, bfloat16 or float16, or its name;
+                None is the dtype of the weights.
             max_batch: images per batch; None is as many as fit into free memory by the cache plan.
             on_scale: called as ``on_scale(k, partial)`` after scale k of each batch, with a
                 :class:`variant.PartialResult`. It may return a shallower depth for the scales that
                 follow. Scales before ``bridge`` run all layers: a depth returned earlier is
-                postponed to scale ``bridge``.
+                postponed to scale ``bridge``, and ``stats.postponed`` lists the scale of the call.
             kv_dtype: "fp8" stores K and V in 8 bits; None is exact: ``dtype``.
+            image_dtype: float32, or uint8: pixels rounded to 0..255, a quarter of the memory.
         Returns:
             :class:`variant.Generation`: ``images`` (B, 3, H, W) float32 in [0, 1], ``tokens``
             (B, L) int64 and ``stats``, a :class:`variant.Stats`; tensors are on the device of the
-            weights.
+            weights. ``pil()`` gives a list of PIL images; ``labels``, ``image_ids`` and
+            ``log_probs`` (B, L) float32 (or None) belong to them.
         Raises:
+            TypeError: an argument of another type.
             ValueError: an argument out of range, or a backend that cannot run this call.
             MemoryError: not even one image fits, or ``max_batch`` images do not.
         """
-        return self.engine(dtype).generate_with(
+        return self.engine(dtype).generate(
             labels,
-            Sampling(cfg, top_k, top_p, seed, generator),
             depth=depth,
             bridge=bridge,
+            cfg=cfg,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
             image_ids=image_ids,
+            generator=generator,
+            temperature=temperature,
+            more_smooth=more_smooth,
+            tokens=tokens,
+            mask=mask,
+            log_probs=log_probs,
             max_batch=max_batch,
             on_scale=on_scale,
             kv_dtype=kv_dtype,
+            image_dtype=image_dtype,
         )
 
-    @classmethod
-    def from_pretrained(  # type: ignore[override]  # dtype and device in place of model_kwargs
-        cls,
-        name: str | os.PathLike[str],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-    ) -> Self:
-        """A model folder, a repository of the Hugging Face Hub, or "digits" from this package.
-
-        Args:
-            name: an existing path is preferred to a Hub id of the same spelling.
-            dtype: of the transformer's weights; None keeps that of the file.
-            device: of both models; None is the CPU.
-            revision, token, cache_dir, force_download, local_files_only: as in the Hub's mixin;
-                for a Hub id only.
-        Returns:
-            The model in eval mode.
-        Raises:
-            UserError: there is no such model, or a file is damaged or of another format.
-        """
-        folder = locate(
-            name,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
-        var, vae, config = load_model(folder, dtype, device)
-        model = cls(var, vae).eval()
-        model.extra = {k: v for k, v in config.items() if k not in ("format", "var", "vae")}
-        return model
-
-    def save_pretrained(  # type: ignore[override]  # extra in place of config
+    def generate_batches(
         self,
-        folder: str | os.PathLike[str],
-        extra: Mapping[str, Any] | None = None,
+        labels: int | Sequence[int] | Tensor,
         *,
-        config: Mapping[str, Any] | None = None,
-        repo_id: str | None = None,
-        push_to_hub: bool = False,
-        model_card_kwargs: Mapping[str, Any] | None = None,
-        **push_to_hub_kwargs: Any,
-    ) -> str | None:
-        """Write ``config.json``, ``model.safetensors`` and a model card, ``README.md``.
+        depth: int | Sequence[int] | None = None,
+        bridge: int | None = None,
+        cfg: PerScale = 1.5,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        seed: int | None = None,
+        image_ids: Sequence[int] | Tensor | None = None,
+        generator: torch.Generator | None = None,
+        temperature: PerScale = 1.0,
+        more_smooth: bool = False,
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+        log_probs: bool = False,
+        dtype: torch.dtype | str | None = None,
+        max_batch: int | None = None,
+        on_scale: OnScale | None = None,
+        kv_dtype: KVDtype = None,
+        image_dtype: torch.dtype | str = torch.float32,
+    ) -> Iterator[Generation]:
+        """Generates one image per label and hands out each batch as soon as it is made.
 
-        :meth:`from_pretrained` reads them. A README.md that this method did not write is kept.
+        ::
+
+            for batch in model.generate_batches(range(1000), max_batch=50, image_dtype="uint8"):
+                for image_id, image in zip(batch.image_ids.tolist(), batch.pil()):
+                    image.save(f"{image_id:05d}.png")
+
+        No batch is kept: 50,000 images need the memory of one batch. Together the batches equal the
+        result of :meth:`generate` with the same arguments; image ids run on from batch to batch.
+        Arguments are checked, and the batch size is chosen, before the first batch. A loop may
+        end early. Weights that change between two batches count from the second on.
 
         Args:
-            extra: further keys of config.json, e.g. how the model was trained; plain values.
-            config: the same; the Hub's mixin uses this name.
-            repo_id: of the Hub; None is the name of the folder.
-            push_to_hub: upload the folder too; other keywords are those of :meth:`push_to_hub`.
-            model_card_kwargs: ``model_id``, the name of the model in the card.
+            labels and the others: as in :meth:`generate`.
         Returns:
-            The URL of the commit on the Hub, or None if nothing was uploaded.
+            An iterator of :class:`variant.Generation`, one per batch, in the order of the labels.
         Raises:
-            UserError: the folder cannot be written.
+            ValueError, TypeError, MemoryError: as :meth:`generate`, at the call.
         """
-        self.extra = {**self.extra, **(config or {}), **(extra or {})}
-        model_id = dict(model_card_kwargs or {}).get("model_id") or repo_id
-        save_model(folder, self.var, self.vae, self.extra, model_id)
-        if not push_to_hub:
-            return None
-        return self.push_to_hub(repo_id or Path(folder).resolve().name, **push_to_hub_kwargs)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:  # type: ignore[override]
-        """Upload weights, config and card to the Hub; options as in the Hub's mixin.
-
-        Returns:
-            The URL of the commit.
-        """
-        options["model_card_kwargs"] = {
-            "model_id": repo_id,
-            **(options.get("model_card_kwargs") or {}),
-        }
-        return super().push_to_hub(repo_id, **options)
-
-    def generate_model_card(self, *_: Any, model_id: str = "this model", **__: Any) -> ModelCard:
-        """The card that :meth:`save_pretrained` writes."""
-        dtype = dtype_name(self.var.head.weight.dtype)
-        training = self.extra.get("training")
-        return ModelCard(model_card(self.var.config, self.vae.config, model_id, dtype, training))
-
-    @classmethod
-    def from_var_checkpoint(
-        cls,
-        var_path: str | os.PathLike[str],
-        vae_path: str | os.PathLike[str],
-        *,
-        num_heads: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Self:
-        """A model from files of the original repository; sizes are read from tensor shapes.
-
-        Each file is a ``.pth`` state dict (loaded with ``weights_only=True``, which runs no code),
-        a trainer checkpoint with both models, a ``.safetensors`` file, or the output of
-        ``save_pretrained`` of the original's Hub class: a folder, or its Hub id.
-
-        Args:
-            num_heads: needed only without ``attn_l2_norm``, where no tensor has a head axis; None
-                assumes one head per 64 channels and warns.
-            dtype: of the transformer's weights; None keeps that of the file.
-            device: of both models; None is the CPU.
-        Returns:
-            The model in eval mode.
-        Raises:
-            UserError: a file is missing, damaged or of another format.
-        """
-        var_file, vae_file = _fetched(var_path), _fetched(vae_path)
-        return cls(*load_original(var_file, vae_file, num_heads, dtype, device)).eval()
-
-
-def _fetched(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """The path itself, or the downloaded folder if it is a Hub id."""
-    return locate(path) if is_hub_id(path) and not Path(path).exists() else path
+        return self.engine(dtype).generate_batches(
+            labels,
+            depth=depth,
+            bridge=bridge,
+            cfg=cfg,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            image_ids=image_ids,
+            generator=generator,
+            temperature=temperature,
+            more_smooth=more_smooth,
+            tokens=tokens,
+            mask=mask,
+            log_probs=log_probs,
+            max_batch=max_batch,
+            on_scale=on_scale,
+            kv_dtype=kv_dtype,
+            image_dtype=image_dtype,
+        )

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,16 +20,19 @@ from torch.overrides import TorchFunctionMode
 
 from variant.checkpoints.config_file import CONFIG_NAME, FORMAT, configs_in, read_config
 from variant.checkpoints.model_card import CARD_NAME, model_card, was_generated
+from variant.checkpoints.sharded import WEIGHTS_NAME, find_weights, read_weights_file
 from variant.errors import UserError
 from variant.files import atomic_write, save_safetensors
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
-from variant.tensor_files import StoredTensor, read_all, stored_safetensors
+from variant.tensor_files import StoredTensor, read_all
+from variant_kernels.arguments import instance
 from variant_kernels.dispatch.request import dtype_name
 
 Model = TypeVar("Model", bound=nn.Module)
 
-WEIGHTS_NAME = "model.safetensors"
+RESERVED = ("format", "var", "vae")  # keys of config.json that save_model writes
+MAX_NESTING = 100  # of extra; also ends at a list that holds itself
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -52,8 +56,10 @@ def save_model(
     Raises:
         UserError: the folder cannot be written.
         TypeError: ``extra`` holds a value that JSON cannot represent.
+        ValueError: ``extra`` has a key that save_model writes itself.
     """
     folder = Path(folder)
+    check_extra("save_pretrained", extra or {})
     tensors = {
         f"{part}.{key}": value.detach().cpu().contiguous()
         for part, module in (("var", var), ("vae", vae))
@@ -83,6 +89,39 @@ def save_model(
             path.write_text(card)
 
 
+def check_extra(op: str, extra: Mapping[str, Any]) -> None:
+    """Raises: TypeError or ValueError for what cannot be an entry of config.json, naming it."""
+    instance(op, "extra", extra, Mapping)
+    for key, value in extra.items():
+        if key in RESERVED:
+            raise ValueError(f"{op}: extra must not have the key {key!r}, which config.json uses")
+        where, wrong = _not_json(f"extra[{key!r}]", value) or (None, None)
+        if where is not None:
+            raise TypeError(
+                f"{op}: {where} must be text, a number, a boolean, None, a list or a dictionary "
+                f"with text as keys; got {wrong!r} ({type(wrong).__name__})"
+            )
+        if not isinstance(key, str):
+            raise TypeError(f"{op}: the keys of extra must be text; got {key!r}")
+
+
+def _not_json(where: str, value: Any, depth: int = 0) -> tuple[str, Any] | None:
+    """The place and value of what JSON cannot represent; None if all of it is plain."""
+    if depth > MAX_NESTING:
+        return where, "nesting deeper than that"
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key is not None and not isinstance(key, str | int | float):
+                return f"a key of {where}", key
+            if found := _not_json(f"{where}[{key!r}]", item, depth + 1):
+                return found
+        return None
+    if isinstance(value, list | tuple):
+        places = (_not_json(f"{where}[{i}]", item, depth + 1) for i, item in enumerate(value))
+        return next(filter(None, places), None)
+    return None if value is None or isinstance(value, str | int | float) else (where, value)
+
+
 # --- reading our folder -------------------------------------------------------------------------
 
 
@@ -90,15 +129,20 @@ def load_model(
     folder: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    *,
+    strict: bool = True,
 ) -> tuple[VAR, VQVAE, dict[str, Any]]:
     """The two models of a folder, in eval mode, and its config.json.
 
-    Weights are compared with the config before they are read, and then copied one by one: memory
-    never holds the whole file beside the result.
+    The weights are model.safetensors, or shards with their model.safetensors.index.json, or
+    pytorch_model.bin; all with the same keys. They are compared with the config before they are
+    read, and then copied one by one: memory never holds the whole file beside the result.
 
     Args:
         dtype: of the transformer's weights; None keeps the file's.
         device: of both models; None is the CPU.
+        strict: False lets keys be missing (these weights are initialised) and unexpected, with a
+            warning that names them.
     Raises:
         UserError: a file is missing, damaged or of another format, or the weights do not fit the
             config.
@@ -106,16 +150,20 @@ def load_model(
     folder = Path(folder)
     config = read_config(folder)
     var_config, vae_config = configs_in(folder)
-    path = folder / WEIGHTS_NAME
-    stored = stored_safetensors(path)
+    path = find_weights(folder) or folder / WEIGHTS_NAME
+    stored = read_weights_file(path)
+    if not all(isinstance(value, Tensor) for value in stored.values()):
+        raise UserError(f"{path}: must hold tensors alone, under the keys of both models")
+    foreign = sorted(str(key) for key in stored if not str(key).startswith(("var.", "vae.")))
+    report_keys(str(path), "model folder", (), foreign, strict=strict)
     parts = {
-        part: {k.removeprefix(part): v for k, v in stored.items() if k.startswith(part)}
+        part: {k.removeprefix(part): v for k, v in stored.items() if str(k).startswith(part)}
         for part in ("var.", "vae.")
     }
     if dtype is None and "var.head.weight" in stored:
         dtype = stored["var.head.weight"].dtype
-    var = build(VAR, var_config, parts["var."], str(path), device, dtype)
-    vae = build(VQVAE, vae_config, parts["vae."], str(path), device)
+    var = build(VAR, var_config, parts["var."], str(path), device, dtype, strict=strict)
+    vae = build(VQVAE, vae_config, parts["vae."], str(path), device, strict=strict)
     return var.eval(), vae.eval(), config
 
 
@@ -141,6 +189,8 @@ def build(
     where: str,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    strict: bool = True,
 ) -> Model:
     """A model that uses the tensors of a state dict, without initialising weights first.
 
@@ -150,17 +200,24 @@ def build(
         where: names the state in errors.
         device, dtype: of the model; None keeps that of the state. Tensors that are on that device
             and in that dtype already are not copied.
+        strict: False initialises weights that the state does not hold, leaves out keys that the
+            model does not have, and warns.
     Raises:
         UserError: the state's keys or shapes are not exactly those of this model.
     """
     with torch.device("meta"), _SkipInit():
         module = kind(config)
     needed = module.state_dict()
-    load_state(module, state, where, assign=True)
-    if any(isinstance(value, StoredTensor) for value in state.values()) or dtype or device:
+    load_state(module, state, where, assign=True, strict=strict)
+    stored = any(isinstance(value, StoredTensor) for value in state.values())
+    missing = needed.keys() - state.keys()
+    if missing:  # not strict, else load_state raised
+        module = kind(config)
+        module.to(dtype or next((v.dtype for v in state.values() if v.is_floating_point()), None))
+    if stored or missing or dtype or device:
         wanted = {key: value for key, value in state.items() if key in needed}
         values = read_all(wanted, dtype, device)
-        load_state(module, values, where, assign=True)
+        module.load_state_dict(values, strict=not missing, assign=True)
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:  # usage statistics, which other checkpoints lack: start at zero
             owner, _, leaf = name.rpartition(".")
@@ -169,15 +226,22 @@ def build(
 
 
 def load_state(
-    module: nn.Module, state: Mapping[str, Tensor], where: str, *, assign: bool = False
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    where: str,
+    *,
+    assign: bool = False,
+    strict: bool = True,
 ) -> None:
-    """``load_state_dict(strict=True)`` with an error of one line.
+    """``load_state_dict`` with an error of one line.
 
+    Args:
+        strict: False allows missing and unexpected keys, with a warning that names them.
     Raises:
         UserError: naming missing and unexpected keys and shapes that differ.
     """
     try:
-        module.load_state_dict(dict(state), strict=True, assign=assign)
+        missing, unexpected = module.load_state_dict(dict(state), strict=strict, assign=assign)
     except RuntimeError as error:
         problems = [line.strip() for line in str(error).splitlines()[1:]]
         text = "; ".join(problems)
@@ -185,3 +249,23 @@ def load_state(
             f"{where}: does not hold the weights of this {type(module).__name__}: "
             f"{text[:300]}{'...' if len(text) > 300 else ''}"
         ) from None
+    report_keys(where, type(module).__name__, missing, unexpected, strict=False)
+
+
+def report_keys(
+    where: str, kind: str, missing: Sequence[str], unexpected: Sequence[str], *, strict: bool
+) -> None:
+    """A warning that names keys that are missing or unexpected, if there are any.
+
+    Raises:
+        UserError: in place of the warning, if ``strict``.
+    """
+    lists = (("missing (initialised)", missing), ("unexpected (left out)", unexpected))
+    text = "; ".join(f"{what} keys: {', '.join(keys)}" for what, keys in lists if keys)
+    if text and strict:
+        raise UserError(
+            f"{where}: does not hold the weights of a {kind}: unexpected keys: "
+            f"{', '.join(unexpected)[:300]}; strict=False leaves them out"
+        )
+    if text:
+        warnings.warn(f"{where}: not all weights fit this {kind}: {text}", stacklevel=4)

@@ -20,7 +20,8 @@ class Generate:
     model: str = "digits"
     """Model folder, Hub id, or a model of this package."""
     labels: tuple[int, ...] = ()
-    """Class labels; default: every class, at most ten."""
+    """Class labels; -1, or the number of classes, is the null class: unconditional. Default: every
+    class, at most ten."""
     count: int = 1
     """Images per label."""
     depth: int | None = None
@@ -37,15 +38,28 @@ class Generate:
     """Sample from the likeliest tokens with this total probability; 0: from all."""
     seed: int = 0
     """Seed of the random draws: the same seed gives the same images."""
+    device: str = "cpu"
+    """Device of the model: cpu, cuda, cuda:1."""
+    backend: str = "auto"
+    """Backend of the kernels; auto: the fastest. `python -m variant_kernels` lists them."""
     dtype: DtypeName | None = None
     """Dtype of weights, K/V and matrix products; default: that of the weights."""
     kv_dtype: KVDtypeName | None = None
     """fp8 stores K and V in 8 bits with a scale per token and head; default: exact. `variant info
     --kv-dtype fp8` measures the error."""
     max_batch: int | None = None
-    """Images per batch; default: as many as fit into free memory."""
+    """Images per batch; default: as many as fit into free memory, at most 256."""
     out: Path = Path("out")
-    """A .png file for a grid, or a folder for one file per image."""
+    """A .png file for a grid, or a folder for one file per image, written as soon as it is made."""
+    resume: bool = False
+    """Generate the images that an interrupted run with the same settings did not write to that
+    folder."""
+    overwrite: bool = False
+    """Replace the images of an earlier run."""
+    json: Path | None = None
+    """File for settings, times and memory; -: print them in place of the table."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
 
 @dataclass
@@ -71,6 +85,10 @@ class Plan:
     """Tokens per page."""
     guidance: bool = True
     """Whether classifier-free guidance doubles the sequences."""
+    json: Path | None = None
+    """File for every plan, in bytes; -: print them in place of the tables."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
 
 @dataclass
@@ -84,10 +102,15 @@ class Train:
     """Name of a packaged recipe, or a TOML file."""
     out: Path | None = None
     """Folder for checkpoints, metrics and the finished model; default: runs/RECIPE."""
+    start_from: str | None = None
+    """Model folder, Hub id, or a model of this package: train its transformer further, with its
+    VQ-VAE; its sizes must be those of the recipe."""
     resume: bool = False
     """Continue from the last checkpoint in that folder."""
     seed: int | None = None
     """Overrides the recipe's seed."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
 
 @dataclass
@@ -105,6 +128,8 @@ class TrainVae:
     """Continue from the last checkpoint in that folder."""
     seed: int | None = None
     """Overrides the recipe's seed."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
 
 @dataclass
@@ -147,31 +172,65 @@ class Bench:
     threads: int | None = None
     """Number of threads; default: that of torch."""
     json: Path | None = None
-    """File for the results; benchmarks/report.py and benchmarks/compare.py read it."""
+    """File for the results, which benchmarks/report.py and benchmarks/compare.py read; -: print
+    them in place of the tables."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
 
 @dataclass
 class Convert:
-    """Convert between the original VAR repository's .pth files and a model folder, both ways.
+    """Convert between files of the original VAR repository and a model folder, both ways.
+
+    --var and --vae, or --model, are read; --out, or --to-var and --to-vae, are written. An input is
+    never overwritten, and any other existing file only with --overwrite.
 
     Example: variant convert --var var_d16.pth --vae vae_ch160v4096z32.pth --out models/var-d16
 
-    Example: variant convert --model models/var-d16 --var var_d16.pth --vae vae.pth
+    Example: variant convert --model models/var-d16 --to-var exported/var.pth --to-vae
+    exported/vae.pth
     """
 
-    var: Path
-    """The transformer: its .pth file, a trainer checkpoint, or a folder or Hub id of the original's
-    Hub class. With --model: the .pth file to write."""
-    vae: Path
-    """The VQ-VAE's .pth file, or the same trainer checkpoint. With --model: the file to write."""
+    var: Path | None = None
+    """Input: the transformer's .pth or .safetensors file, a trainer checkpoint, or a folder or Hub
+    id of the original's Hub class."""
+    vae: Path | None = None
+    """Input: the VQ-VAE's file, or the same trainer checkpoint."""
     model: str | None = None
-    """Model folder to write as .pth files."""
+    """Input in place of --var and --vae: a model folder, Hub id, or a model of this package."""
     out: Path | None = None
-    """Model folder to write from .pth files."""
-    num_heads: int | None = None
-    """Attention heads; needed only for models without L2 norm, whose files do not hold it."""
+    """Output: a model folder."""
+    to_var: Path | None = None
+    """Output for the original VAR code: the transformer's .pth, .pt or .safetensors file."""
+    to_vae: Path | None = None
+    """Output for the original VAR code: the VQ-VAE's .pth, .pt or .safetensors file."""
+    overwrite: bool = False
+    """Overwrite existing outputs."""
+    weights: str | None = None
+    """Which weights of a file with several: model, ema, or the name of an entry; default: the plain
+    model, with a warning."""
     dtype: DtypeName | None = None
     """Dtype of the transformer's weights; default: unchanged."""
+    num_heads: int | None = None
+    """Attention heads; files of models without L2 norm do not hold it. This and the options below
+    are for --var and --vae; default: what the files hold, else the original's value, with a
+    warning."""
+    patch_nums: tuple[int, ...] | None = None
+    """Sides of the token maps; for files without lvl_1L."""
+    norm_eps: float | None = None
+    """Epsilon of the layer normalisations."""
+    cond_drop_rate: float | None = None
+    """Probability that training drops a label."""
+    drop_path_rate: float | None = None
+    """Stochastic depth of training."""
+    quant_resi: float | None = None
+    """Weight of the residual convolutions of the VQ-VAE."""
+    using_znorm: bool | None = None
+    """Whether the VQ-VAE finds the nearest code by cosine."""
+    beta: float | None = None
+    """Weight of the commitment loss of the VQ-VAE."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
 
 @dataclass
@@ -192,6 +251,10 @@ class Info:
     """Dtype of weights and products in that measurement; default: that of the weights."""
     images: int = 4
     """Number of images in that measurement."""
+    json: Path | None = None
+    """File for the description; -: print it in place of the text."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
 
 Command = Generate | Plan | Train | TrainVae | Bench | Convert | Info

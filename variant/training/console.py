@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +17,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+# Seconds between lines of progress where there is no bar.
+LINE_EVERY = 60.0
+
 
 class RunConsole:
-    """Prints one run's progress, with a bar on terminals.
+    """Prints one run's progress: a bar on terminals, elsewhere a line every minute.
 
     Args:
         kind: of the task, the first word of each line.
@@ -30,12 +35,14 @@ class RunConsole:
     ) -> None:
         self.kind, self.epochs, self.total_steps = kind, epochs, total_steps
         self.console = console or Console()
+        self._last_line = -math.inf
 
     @contextmanager
     def progress_bar(self) -> Iterator[Callable[[int, float], None]]:
         """Show the bar within the block; yields a function that moves it.
 
-        That function takes the number of completed steps and the loss of the last one.
+        That function takes the number of completed steps and the loss of the last one. Without a
+        terminal it prints a line, at most every minute.
         """
         progress = Progress(
             TextColumn("{task.description}"),
@@ -49,7 +56,36 @@ class RunConsole:
         )
         with progress:
             bar = progress.add_task(self.kind, total=self.total_steps, loss="")
-            yield lambda step, loss: progress.update(bar, completed=step, loss=f"loss {loss:.4f}")
+            self._last_line = time.monotonic()
+
+            def move(step: int, loss: float) -> None:
+                progress.update(bar, completed=step, loss=f"loss {loss:.4f}")
+                if not self.console.is_terminal and self._is_line_due():
+                    self._print(f"{self.kind} step {step}/{self.total_steps}  loss {loss:.4f}")
+
+            yield move
+
+    def print_start(
+        self, num_train: int, device: str, step: int, changes: Sequence[str] = ()
+    ) -> None:
+        """Print the size of the run before its first step.
+
+        Args:
+            num_train: training images.  step: completed steps of a resumed run.
+            changes: differences to the recipe of the run that is resumed.
+        """
+        where = f"from step {step} of" if step else "for"
+        self._print(
+            f"{self.kind}: training on {num_train} images with {device}, {where} "
+            f"{self.total_steps} steps, {self.epochs} epochs"
+        )
+        if changes:
+            self._print(f"changed since the run began: {', '.join(changes)}")
+
+    def print_preparation(self, what: str, done: int, total: int) -> None:
+        """Print how far the work before the first step is, at most every minute."""
+        if self._is_line_due():
+            self._print(f"{self.kind}: {done} of {total} {what}")
 
     def print_epoch(self, entry: Mapping[str, Any]) -> None:
         """Print the losses of a finished epoch, an entry of the run's history."""
@@ -68,6 +104,13 @@ class RunConsole:
             f"stopped after step {step} of {self.total_steps}; everything is saved. "
             f"Resume with: {resume_command}"
         )
+
+    def _is_line_due(self) -> bool:
+        now = time.monotonic()
+        is_due = now - self._last_line >= LINE_EVERY
+        if is_due:
+            self._last_line = now
+        return is_due
 
     def _print(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, highlight=False)

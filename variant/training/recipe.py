@@ -16,20 +16,36 @@ from pydantic import ConfigDict
 
 from variant.data.config import DataSection
 from variant.errors import UserError
-from variant.models.config import STRICT, VARConfig, VQVAEConfig, parse_dataclass, require, to_plain
+from variant.models.config import (
+    MAX_INTEGER,
+    STRICT,
+    VARConfig,
+    VQVAEConfig,
+    parse_dataclass,
+    require,
+    require_plain_numbers,
+    to_plain,
+)
 from variant.paths import path_kind, read_text, shown
 from variant.training.optim import OptimSection
 from variant.training.schedule import ScheduleSection
+from variant_kernels.arguments import integer
 from variant_kernels.plans.depth_schedule import select_layers
 
-MAX_RECIPE, MAX_LINE = 2**17, 2**10  # characters; the packaged recipes have a fiftieth of that
+# Limits of a recipe's text, in characters; the packaged ones have 3,000.
+MAX_LENGTH = 2**18
+MAX_DOTS = 100  # in one line
+MAX_MESSAGE = 1000
 
 
 @dataclass(frozen=True)
 class ModelSection:
     """The sizes of the transformer; codebook, scales and subnets come from the other sections.
 
-    weights: file of pretrained weights (.pth or .safetensors); None initialises at random.
+    weights: pretrained weights: a file (.pth or .safetensors), a model folder, the name of a
+        packaged model or a Hub id; None initialises at random.
+    weights_entry: which of several state dicts in that file: "model", "ema" (an average of the
+        weights), or the name of one; None takes the plain model.
     """
 
     depth: int
@@ -37,13 +53,23 @@ class ModelSection:
     num_heads: int
     num_classes: int
     mlp_ratio: float = 4.0
+    norm_eps: float = 1e-6
     shared_aln: bool = False
     attn_l2_norm: bool = True
     cond_drop_rate: float = 0.1
     drop_path_rate: float = 0.0
     weights: str | None = None
+    weights_entry: str | None = None
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    def __post_init__(self) -> None:
+        require_plain_numbers(self)
+        require(
+            self.weights_entry is None or self.weights is not None,
+            "weights_entry needs weights",
+            self.weights_entry,
+        )
 
 
 @dataclass(frozen=True)
@@ -55,7 +81,7 @@ class VAETraining:
         batch; 0 never moves a code.  revive_until: share of the steps after which the checks end.
     scale_dropout: share of the steps that reconstruct from the first few scales only, so that
         coarse scales learn to hold as much of the image as they can; falls linearly to 0.
-    weights: file of a trained VQ-VAE that is used instead (.pth or .safetensors).
+    weights: a trained VQ-VAE that is used instead; the same forms as the transformer's weights.
     """
 
     epochs: int = 0
@@ -69,6 +95,7 @@ class VAETraining:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
+        require_plain_numbers(self)
         require(self.epochs >= 0, "epochs must be >= 0", self.epochs)
         require(
             self.weights is not None or (self.epochs > 0 and self.optim is not None),
@@ -96,6 +123,7 @@ class EvalSection:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
+        require_plain_numbers(self)
         require(self.every >= 1, "every must be at least 1", self.every)
         require(self.batch_size >= 1, "batch_size must be at least 1", self.batch_size)
         require(self.limit >= 0, "limit must be >= 0", self.limit)
@@ -110,6 +138,7 @@ class OutputSection:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
+        require_plain_numbers(self)
         require(
             self.checkpoint_every >= 1,
             "checkpoint_every must be at least 1",
@@ -136,13 +165,15 @@ class Recipe:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
+        require_plain_numbers(self)
         require(self.seed >= 0, "seed must be >= 0", self.seed)
         _ = self.var_config  # its constructor checks sizes, subnets and bridge
 
     @property
     def var_config(self) -> VARConfig:
         """The configuration of the transformer, with its subnets and bridge."""
-        sizes = {key: value for key, value in to_plain(self.model).items() if key != "weights"}
+        starts = ("weights", "weights_entry")
+        sizes = {key: value for key, value in to_plain(self.model).items() if key not in starts}
         # Its sizes are checked before layers are selected from as many as the recipe names.
         config = VARConfig(
             **sizes,
@@ -160,6 +191,31 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values for JSON."""
         return to_plain(self)
+
+
+def with_seed(op: str, recipe: Recipe, seed: int | None) -> Recipe:
+    """The recipe with another seed; None keeps its own.
+
+    Args:
+        op: the caller's function, for messages.
+    Raises:
+        TypeError: the seed is no integer.  ValueError: it is not in [0, 2^63).
+    """
+    if seed is None:
+        return recipe
+    return dataclasses.replace(recipe, seed=integer(op, "seed", seed, 0, MAX_INTEGER))
+
+
+def starting_from(recipe: Recipe, model: str) -> Recipe:
+    """The recipe with both models started from a model folder, a packaged model or a Hub id.
+
+    The transformer is trained further, the VQ-VAE is used as it is.
+    """
+    return dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, weights=model),
+        vae_training=dataclasses.replace(recipe.vae_training, weights=model),
+    )
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -183,24 +239,41 @@ def load_recipe(name_or_path: str | Path, *, seed: int | None = None) -> Recipe:
             resources.files("variant.training.recipes").joinpath(f"{name}.toml").read_text("utf-8")
         )
     else:
-        if path_kind(name_or_path) is None:
-            raise UserError(
-                f"{shown(name)}: no such recipe. Packaged: {', '.join(recipe_names())}; "
-                "or give the path of a TOML file"
-            )
-        text = read_text(name_or_path)
-        # tomllib's memory grows with the square of the number of parts of a key.
-        if max(map(len, text.splitlines()), default=0) > MAX_LINE or len(text) > MAX_RECIPE:
-            raise UserError(
-                f"{shown(name)}: is no recipe: it has more than {MAX_RECIPE:,} characters, or more "
-                f"than {MAX_LINE:,} in one line"
-            )
+        text = _read_text(name)
+    where = shown(name)
     try:
-        recipe = parse_dataclass(Recipe, tomllib.loads(text), name)
-        return recipe if seed is None else dataclasses.replace(recipe, seed=seed)
+        # tomllib needs memory and time quadratic in the parts of a dotted key.
+        if any(line.count(".") > MAX_DOTS for line in text.splitlines()):
+            raise ValueError(f"has a line of more than {MAX_DOTS} dots")
+        values = tomllib.loads(text)
     except RecursionError:
-        raise UserError(f"{shown(name)}: is not valid TOML: it is nested too deeply") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{shown(name)}: is not valid TOML: {error}") from None
-    except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"{where}: is not valid TOML for a recipe: nested too deeply") from None
+    except ValueError as error:  # TOMLDecodeError is one
+        raise UserError(f"{where}: is not valid TOML: {_one_line(error)}") from None
+    try:
+        return with_seed("load_recipe", parse_dataclass(Recipe, values, where), seed)
+    except (RecursionError, ValueError) as error:
+        message = _one_line(error)
+        prefix = "" if message.startswith(where) else f"{where}: "
+        raise UserError(f"{prefix}{message}") from None
+
+
+def _one_line(error: Exception) -> str:
+    """The error's message on one line, shortened where it quotes very long values."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}..."
+
+
+def _read_text(name: str) -> str:
+    """The text of a recipe's file.  Raises: UserError, if there is none, or it is no text."""
+    if path_kind(name) is None:
+        raise UserError(
+            f"{shown(name)}: no such recipe. Packaged: {', '.join(recipe_names())}; "
+            "or give the path of a TOML file"
+        )
+    text = read_text(name)
+    if len(text) > MAX_LENGTH:
+        raise UserError(
+            f"{shown(name)}: is no recipe: it has {len(text):,} characters; at most {MAX_LENGTH:,}"
+        )
+    return text

@@ -73,8 +73,13 @@ class Trainer:
         if self.setup.saved is not None:
             self.checkpointer.restore(state, self.setup.saved)
             self.setup.saved = None  # frees the second copy of the optimiser's moments
+        else:
+            self.checkpointer.check_best({})
         self.metrics.rewrite(state.history)
-        self.task.prepare()
+        self.console.print_start(
+            self.task.data.num_train, str(self.device), state.step, self.setup.changes
+        )
+        self.task.prepare(self.console.print_preparation)
         with Interrupt().listening() as interrupt, self.console.progress_bar() as move_bar:
             while state.step < self.total_steps:
                 started = time.monotonic()

@@ -5,17 +5,54 @@ Axes: B sequences, T tokens of this call, H heads, D width of one head, 3 querie
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from variant_kernels.integrations.cast_once import autocast_dtype
-from variant_kernels.integrations.runtime import Runtime
+from variant_kernels.integrations.runtime import Runtime, untraced
 from variant_kernels.kv_cache import KVStep, KVStore, PagedKVCache, PageTables
 from variant_kernels.plans.cache_plan import CachePlan
 from variant_kernels.plans.depth_schedule import DepthSchedule
 from variant_kernels.plans.scale_layout import ScaleLayout
+
+
+class Layers:
+    """The model's blocks and their attention, as they were when the model was patched.
+
+    Args:
+        name: of the model's list of blocks.  attention: name of a block's attention.
+        current: returns the blocks in the order in which the model runs them.
+    """
+
+    def __init__(self, name: str, attention: str, current: Callable[[], list[nn.Module]]) -> None:
+        self._name, self._attention, self._current = name, attention, current
+        self._blocks = current()
+        self._attentions = [getattr(block, attention) for block in self._blocks]
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def check(self) -> None:
+        """Raises: RuntimeError if a block or its attention is not the one that was patched."""
+        blocks = self._current()
+        for index, (now, patched) in enumerate(zip_longest(blocks, self._blocks)):
+            if now is patched:
+                attention = getattr(now, self._attention, None)
+                if attention is self._attentions[index]:
+                    continue
+                what = f"{self._name}[{index}].{self._attention} is another module"
+            elif now is None:
+                what = f"the model has {len(blocks)} blocks, not {len(self)}"
+            else:
+                what = f"{self._name}[{index}] is another module"
+            raise RuntimeError(
+                f"patch: {what} than when the model was patched (blocks were replaced, reordered, "
+                "added or deleted); call unpatch() first and patch the new model"
+            )
 
 
 class VARRuntime(Runtime):
@@ -23,12 +60,12 @@ class VARRuntime(Runtime):
 
     Args:
         layout: tokens per scale.
-        full_depth: layers.
+        layers: the model's blocks.
     """
 
-    def __init__(self, layout: ScaleLayout, full_depth: int) -> None:
-        super().__init__(full_depth, layout.num_scales)
-        self.layout = layout
+    def __init__(self, layout: ScaleLayout, layers: Layers) -> None:
+        super().__init__(len(layers), layout.num_scales)
+        self.layout, self._layers = layout, layers
         self._open_layers: set[int] = set()
         self._page_tables: tuple[Any, PageTables] = (None, {})
         self._clear()
@@ -42,6 +79,7 @@ class VARRuntime(Runtime):
 
     # --- begin and end --------------------------------------------------------------------------
 
+    @untraced
     def caching(self, layer: int, enable: bool) -> None:
         """Record that a layer opens or closes its cache.
 
@@ -49,6 +87,7 @@ class VARRuntime(Runtime):
         """
         if enable:
             if not self.generating or layer in self._open_layers:
+                self._layers.check()
                 self._open_layers.clear()
                 self._clear()
                 self.begin()
@@ -74,6 +113,7 @@ class VARRuntime(Runtime):
 
     # --- scales ---------------------------------------------------------------------------------
 
+    @untraced
     def tokens_for(self, layer: int, tokens: int) -> int:
         """The number of tokens, from the first on, that the layer processes; it skips the rest.
 
@@ -114,6 +154,7 @@ class VARRuntime(Runtime):
 
     # --- K and V --------------------------------------------------------------------------------
 
+    @untraced
     def open_pages(self, qkv_BT3HD: Tensor) -> PagedKVCache:
         """The cache of all layers, created at the first call of a generation.
 
@@ -154,6 +195,7 @@ class VARRuntime(Runtime):
 
     # --- projections of the class condition -----------------------------------------------------
 
+    @untraced
     def hoisted(self, key: int, cond: Tensor, compute: Any) -> Any:
         """The result of ``compute()``, computed once per generation and condition.
 
@@ -176,6 +218,7 @@ class LayerPages(KVStore):
         self.k_pages, self.v_pages = cache.k_pages, cache.v_pages
         self.tokens = 0
 
+    @untraced
     def open(self, tokens: int) -> KVStep:
         step = self._cache.open(self._layer, self._runtime.step)
         # The layer processes only some of the first call's scales; its K and V end with this call.
@@ -185,5 +228,6 @@ class LayerPages(KVStore):
         lens_B = torch.full_like(step.kv_lens_B, self.tokens)
         return KVStep(step.slots_BT[:, :tokens], step.page_table_BM, lens_B)
 
+    @untraced
     def close(self) -> None:
         self._cache.close(self._layer, self._runtime.step)
