@@ -169,7 +169,7 @@ class Work:
         if command.out.exists() and not command.overwrite:
             raise UserError(f"{command.out}: exists; give --overwrite, or another --out")
         results, pictures = [], []
-        with progress("generate", "generating", total) as advance:
+        with progress("generate", "generating", total, command.json) as advance:
             for depth in target.depths:
                 batch = self._batch(depth)
                 parts = list(self._batches(depth, batch, set(), advance))
@@ -196,7 +196,7 @@ class Work:
         self._check_disk(total - len(done))
         results, batches = [], dict(recorded.get("batches", {}))
         try:
-            with progress("generate", "generating", total) as advance:
+            with progress("generate", "generating", total, command.json) as advance:
                 advance(len(done), "images that are there")
                 for depth in target.depths:
                     result = Result(self._depth(depth), len(target), 0, 0, [])
