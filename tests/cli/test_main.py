@@ -151,7 +151,7 @@ def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, run):
     (tmp_path / "file").write_text("")
     command = ("generate", "--model", model, "--out", out)
     for words, message in (
-        ((*command, "--labels", 5), r"generate: --labels must be .*; got 5"),
+        ((*command, "--labels", 6), r"generate: --labels must be .*; got 6"),
         ((*command, "--depth", 9), r"generate: --depth must be an integer in \[2, 4\] .*; got 9"),
         ((*command, "--depth", 2, "--bridge", 7), r"--bridge must be an integer in .*; got 7"),
         ((*command, "--count", 0), r"--count must be an integer in \[1, 100000000\]; got 0"),

@@ -99,7 +99,14 @@ def _check(command: Generate) -> Sampling:
     check_json("generate", command.json)
     if command.json is not None and command.json == command.out:
         raise UserError(f"generate: --json and --out must differ; got {command.out} twice")
-    return Sampling(command.cfg, command.top_k, command.top_p, command.seed)
+    return Sampling(
+        command.cfg,
+        command.top_k,
+        command.top_p,
+        command.seed,
+        temperature=command.temperature,
+        more_smooth=command.more_smooth,
+    )
 
 
 def check_target(out: Path) -> bool:
@@ -353,6 +360,8 @@ class Work:
             "cfg": command.cfg,
             "top_k": command.top_k,
             "top_p": command.top_p,
+            "temperature": command.temperature,
+            "more_smooth": command.more_smooth,
             "seed": command.seed,
             "dtype": str(engine.dtype).removeprefix("torch."),
             "kv_dtype": command.kv_dtype,
@@ -368,6 +377,7 @@ class Work:
         text: dict[str, object] = {"Software": f"variant {__version__}", "model": command.model}
         text |= {"label": label, "seed": command.seed, "depth": depth, "cfg": command.cfg}
         text |= {"top_k": command.top_k, "top_p": command.top_p}
+        text |= {"temperature": command.temperature, "more_smooth": command.more_smooth}
         return text if index is None else {**text, "index": index}
 
 
@@ -447,7 +457,13 @@ def _as_json(command: Generate, results: Sequence[Result]) -> dict[str, Any]:
         "labels": list(command.labels),
         "count": command.count,
         "seed": command.seed,
-        "sampling": {"cfg": command.cfg, "top_k": command.top_k, "top_p": command.top_p},
+        "sampling": {
+            "cfg": command.cfg,
+            "top_k": command.top_k,
+            "top_p": command.top_p,
+            "temperature": command.temperature,
+            "more_smooth": command.more_smooth,
+        },
         "dtype": None if stats is None else stats.dtype,
         "kv_dtype": None if stats is None else stats.kv_dtype,
         "device": command.device,

@@ -36,6 +36,10 @@ class Generate:
     """Sample from the k likeliest tokens; 0: from all."""
     top_p: float = 0.96
     """Sample from the likeliest tokens with this total probability; 0: from all."""
+    temperature: float = 1.0
+    """Divides the logits: below 1 likelier tokens are preferred more."""
+    more_smooth: bool = False
+    """Mix the codes of likely tokens in place of taking one: smoother images, as in the original."""
     seed: int = 0
     """Seed of the random draws: the same seed gives the same images."""
     device: str = "cpu"
@@ -102,6 +106,9 @@ class Train:
     """Name of a packaged recipe, or a TOML file."""
     out: Path | None = None
     """Folder for checkpoints, metrics and the finished model; default: runs/RECIPE."""
+    start_from: str | None = None
+    """Model folder, Hub id, or a model of this package: train its transformer further, with its
+    VQ-VAE; its sizes must be those of the recipe."""
     resume: bool = False
     """Continue from the last checkpoint in that folder."""
     seed: int | None = None

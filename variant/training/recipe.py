@@ -43,6 +43,8 @@ class ModelSection:
 
     weights: pretrained weights: a file (.pth or .safetensors), a model folder, the name of a
         packaged model or a Hub id; None initialises at random.
+    weights_entry: which of several state dicts in that file: "model", "ema" (an average of the
+        weights), or the name of one; None takes the plain model.
     """
 
     depth: int
@@ -56,11 +58,17 @@ class ModelSection:
     cond_drop_rate: float = 0.1
     drop_path_rate: float = 0.0
     weights: str | None = None
+    weights_entry: str | None = None
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
         require_plain_numbers(self)
+        require(
+            self.weights_entry is None or self.weights is not None,
+            "weights_entry needs weights",
+            self.weights_entry,
+        )
 
 
 @dataclass(frozen=True)
@@ -163,19 +171,21 @@ class Recipe:
     @property
     def var_config(self) -> VARConfig:
         """The configuration of the transformer, with its subnets and bridge."""
-        sizes = {key: value for key, value in to_plain(self.model).items() if key != "weights"}
-        subnets = {
-            depth: select_layers(self.model.depth, depth, self.schedule.selection)
-            for depth in self.schedule.depths
-        }
-        return VARConfig(
+        starts = ("weights", "weights_entry")
+        sizes = {key: value for key, value in to_plain(self.model).items() if key not in starts}
+        # Its sizes are checked before layers are selected from as many as the recipe names.
+        config = VARConfig(
             **sizes,
             patch_nums=self.vae.patch_nums,
             vocab_size=self.vae.vocab_size,
             vae_channels=self.vae.z_channels,
-            subnets=subnets,
             bridge=self.schedule.bridge,
         )
+        subnets = {
+            depth: select_layers(config.depth, depth, self.schedule.selection)
+            for depth in self.schedule.depths
+        }
+        return dataclasses.replace(config, subnets=subnets)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values for JSON."""
@@ -193,6 +203,18 @@ def with_seed(op: str, recipe: Recipe, seed: int | None) -> Recipe:
     if seed is None:
         return recipe
     return dataclasses.replace(recipe, seed=integer(op, "seed", seed, 0, MAX_INTEGER))
+
+
+def starting_from(recipe: Recipe, model: str) -> Recipe:
+    """The recipe with both models started from a model folder, a packaged model or a Hub id.
+
+    The transformer is trained further, the VQ-VAE is used as it is.
+    """
+    return dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, weights=model),
+        vae_training=dataclasses.replace(recipe.vae_training, weights=model),
+    )
 
 
 def recipe_names() -> tuple[str, ...]:
