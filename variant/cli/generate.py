@@ -61,6 +61,9 @@ def generate(command: Generate) -> None:
     model = VARiant.from_pretrained(command.model, device=command.device)
     config = model.var.config
     labels = list(command.labels) or list(range(min(config.num_classes, 10)))
+    for label in labels:
+        note = f"(-1 or {config.num_classes}: no class)"
+        integer("generate", "--labels", label, -1, config.num_classes, note)
     depths = list(depths_of(config)) if command.all_depths else [command.depth]
     if command.all_depths and config.bridge is None and command.bridge is None:
         raise UserError(f"generate: {command.model} was trained at one depth; --bridge is needed")
