@@ -39,7 +39,7 @@ class Generate:
     temperature: float = 1.0
     """Divides the logits: below 1 likelier tokens are preferred more."""
     more_smooth: bool = False
-    """Mix the codes of likely tokens in place of taking one, as the original can: smoother images."""
+    """Mix the codes of likely tokens in place of taking one: smoother, as the original can."""
     seed: int = 0
     """Seed of the random draws: the same seed gives the same images."""
     device: str = "cpu"
