@@ -1,6 +1,7 @@
 """Arguments that nobody gives on purpose: one line, quickly, and nothing is written."""
 
 import time
+import zlib
 
 import pytest
 
@@ -62,7 +63,7 @@ CASES = [
 
 def name_of(case):
     text = " ".join(ascii(word)[:12].strip("'") for word in map(str, case))
-    return f"{text}-{abs(hash(case)) % 1000}" if "xxx" in text else text
+    return f"{text}-{zlib.crc32(repr(case).encode()) % 1000}" if "xxx" in text else text
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)

@@ -55,11 +55,16 @@ def test_without_a_terminal_a_line_is_printed_every_minute(monkeypatch):
     monkeypatch.setattr("variant.training.console.time.monotonic", lambda: now[0])
     console = Console(file=io.StringIO(), width=80)
     run = RunConsole("vae", epochs=1, total_steps=9, console=console)
+    for done in range(4):
+        now[0] += 25
+        run.print_preparation("images tokenized", done, 4)
     with run.progress_bar() as move_bar:
         for step in range(1, 7):
             now[0] += 25
             move_bar(step, step / 8)
     assert console.file.getvalue().splitlines() == [
+        "vae: 0 of 4 images tokenized",
+        "vae: 3 of 4 images tokenized",
         "vae step 3/9  loss 0.3750",
         "vae step 6/9  loss 0.7500",
     ]
