@@ -138,7 +138,7 @@ def test_what_is_no_file_of_weights_is_refused(place, capsys):
         ((*MODEL, "--out", "x", "--norm-eps", "1e-5"), "--norm-eps is for --var and --vae"),
         ((*MODEL, "--out", "x", "--weights", "ema"), "--weights is for --var and --vae"),
         ((*FILES, "--out", "x", "--num-heads", "3"), "have num_heads 2, but the argument has 3"),
-        ((*FILES, "--out", "x", "--norm-eps", "-1"), "convert: norm_eps must be a finite number"),
+        ((*FILES, "--out", "x", "--norm-eps", "-1"), "convert: --norm-eps must be a finite number"),
         ((*FILES, "--out", "x", "--weights", "ema"), "has no average"),
         (("--var", "none.pth", "--vae", "vae.pth", "--out", "x"), "none.pth: no such file"),
         (("--model", "none", "--out", "x"), "none: no such model"),
