@@ -38,7 +38,8 @@ def integer(
         raise _wrong_type(op, name, expected, value)
     try:
         number = index(value)
-    except TypeError:  # a tensor or an array of several values, or of fractions
+    # Of several values, of fractions, without values (on meta), or a class's own error.
+    except Exception:
         raise _wrong_type(op, name, expected, value) from None
     if (low is not None and number < low) or (high is not None and number > high):
         raise ValueError(f"{op}: {name} must be {expected}; got {number}")
@@ -63,8 +64,8 @@ def real(
     try:
         number = float(value)
     except OverflowError:
-        raise ValueError(f"{op}: {name} must be {expected}; got {_shown(value)}") from None
-    except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several values
+        raise ValueError(f"{op}: {name} must be {expected}; got {shown(value)}") from None
+    except Exception:  # of several values, without values (on meta), or a class's own error
         raise _wrong_type(op, name, expected, value) from None
     inside = (low is None or number >= low) and (high is None or number <= high)
     if not math.isfinite(number) or not inside:
@@ -96,7 +97,7 @@ def choice(op: str, name: str, value: object, choices: Sequence[str]) -> str:
     if not isinstance(value, str):
         raise _wrong_type(op, name, expected, value)
     if value not in choices:
-        raise ValueError(f"{op}: {name} must be {expected}; got {_shown(value)}")
+        raise ValueError(f"{op}: {name} must be {expected}; got {shown(value)}")
     return value
 
 
@@ -124,7 +125,10 @@ def sequence(values: object) -> Sequence[Any] | None:
     if isinstance(values, str | bytes):
         return None
     if getattr(values, "ndim", 0):  # of numpy and torch
-        return cast("Any", values).tolist()
+        try:
+            return cast("Any", values).tolist()
+        except Exception:  # sparse, or without values (on meta)
+            return None
     return values if isinstance(values, Sequence) else None
 
 
@@ -161,15 +165,18 @@ def _is_bool(value: object) -> bool:
 
 
 def _wrong_type(op: str, name: str, expected: str, value: object) -> TypeError:
-    return TypeError(f"{op}: {name} must be {expected}; got {_shown(value)}")
+    return TypeError(f"{op}: {name} must be {expected}; got {shown(value)}")
 
 
-def _shown(value: object) -> str:
-    """The value and its type, short: an array or a tensor by its shape and dtype."""
+def shown(value: object) -> str:
+    """The value and its type, in one short line: an array or a tensor by its shape and dtype."""
     kind = type(value).__name__
     shape = getattr(value, "shape", None)
     if shape is not None and len(tuple(shape)):
         dtype = str(cast("Any", value).dtype) if hasattr(value, "dtype") else ""
         return f"{kind} of shape {tuple(shape)} {dtype}".rstrip()
-    text = repr(value)
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a class's own error must not hide the refusal
+        return f"an object of type {kind}"
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({kind})"

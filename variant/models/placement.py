@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from variant_kernels.arguments import shown
 from variant_kernels.dispatch.request import dtype_name
 
 # Of engines: weights, K/V and matrix products.
@@ -40,9 +41,7 @@ def check_dtype(
         return None
     expected = f"{name} must be one of {', '.join(map(dtype_name, dtypes))}"
     if not isinstance(dtype, str | torch.dtype):
-        raise TypeError(
-            f"{op}: {expected} (a torch.dtype or its name); got {type(dtype).__name__} {dtype!r}"
-        )
+        raise TypeError(f"{op}: {expected} (a torch.dtype or its name); got {shown(dtype)}")
     asked = dtype if isinstance(dtype, str) else dtype_name(dtype)
     asked = asked.removeprefix("torch.")
     asked = SHORT_NAMES.get(asked, asked)
@@ -69,8 +68,7 @@ def check_device(
         return None
     if not isinstance(device, str | int | torch.device) or isinstance(device, bool):
         raise TypeError(
-            f'{op}: {name} must be a device such as "cpu" or "cuda:0"; '
-            f"got {type(device).__name__} {device!r}"
+            f'{op}: {name} must be a device such as "cpu" or "cuda:0"; got {shown(device)}'
         )
     # torch.device takes a bare index for its current accelerator; without one it raises.
     asked: Any = f"cuda:{device}" if isinstance(device, int) else device
