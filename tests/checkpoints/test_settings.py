@@ -5,6 +5,7 @@ import inspect
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from golden_models import load_golden
@@ -102,6 +103,8 @@ def test_the_args_of_a_trainer_checkpoint_are_used(tmp_path, as_text):
         model = VARiant.from_var_checkpoint(path, path)
     assert settings_of(model) == GIVEN
     assert model.var.config.patch_nums == golden.var_config.patch_nums
+    single = {n: np.float32(v) for n, v in GIVEN.items() if isinstance(v, float)}
+    assert settings_of(VARiant.from_var_checkpoint(path, path, **single)) == GIVEN
     for name, value in ASSUMED.items():
         with pytest.raises(UserError, match=f"args has {name} .*, but the argument has"):
             VARiant.from_var_checkpoint(path, path, **{name: value})

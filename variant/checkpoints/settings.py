@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -137,7 +138,7 @@ class Settings:
             return default
         (first, value), *others = sources
         for place, other in others:
-            if other != value:
+            if not _same(value, other):
                 raise UserError(
                     f"{self.where}: {first} {_has(first)} {name} {value}, but {place} "
                     f"{_has(place)} {other}"
@@ -164,6 +165,13 @@ class Settings:
             f"{remedy} if they are wrong",
             stacklevel=stacklevel + 1,
         )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two places tell the same; a number may have been rounded to float32 by one."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return one == other
 
 
 def _has(place: str) -> str:

@@ -81,9 +81,8 @@ def check_name(op: str, name: str) -> None:
     """Raise unless the name is "auto" or that of a backend."""
     instance(op, "backend", name, str, 'Use "auto"')
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(
-            f'{op}: backend "{name}" is unknown; available: auto, {", ".join(available_backends())}'
-        )
+        known, text = ", ".join(available_backends()), " ".join(name.split())
+        raise ValueError(f'{op}: backend "{text}" is unknown; available: auto, {known}')
 
 
 def requested_name(backend: str) -> str:

@@ -39,7 +39,7 @@ class ScaleLayout:
         if shapes is None:
             raise TypeError(
                 "ScaleLayout: shapes must be ((height, width), ...), one pair for each scale; "
-                f"got {self.shapes!r}"
+                f"got {shown(self.shapes)}"
             )
         if not 1 <= len(shapes) <= MAX_SCALES:
             raise ValueError(
