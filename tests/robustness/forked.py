@@ -1,0 +1,194 @@
+"""Run cases in forked children, so that a crash, a hang or a huge allocation belongs to one case.
+
+The parent must not run torch with several threads before: a forked child of OpenMP's threads hangs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+GIB = 2**30
+# Cases of one child. A new one costs 10 to 20 ms; what a case leaves behind ends with its child.
+CASES_PER_CHILD = 250
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one case. Seconds of CPU, so that a busy machine makes no case fail; bytes of memory."""
+
+    cpu_seconds: float = 20
+    wall_seconds: float = 240
+    memory: int = 2 * GIB
+
+
+class Failed(AssertionError):
+    """The case does not hold; the message says what came and what was expected."""
+
+
+def rng_of(seed: int, case: int) -> random.Random:
+    """The random numbers of one case."""
+    return random.Random(f"{seed}:{case}")
+
+
+def run_cases(
+    run: Callable[[int], object], cases: Iterable[int], limits: Limits = Limits()
+) -> Iterator[tuple[int, str | None]]:
+    """(case, None) or (case, what went wrong) for each; ``run`` raises where a case fails."""
+    waiting = list(cases)
+    while waiting:
+        batch = waiting[:CASES_PER_CHILD]
+        done = 0
+        for case, text in _run_in_child(run, batch, limits):
+            done += 1
+            yield case, text
+        waiting = waiting[done:]
+
+
+def _run_in_child(
+    run: Callable[[int], object], cases: list[int], limits: Limits
+) -> Iterator[tuple[int, str | None]]:
+    """Runs cases until the first that ends the child."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        _child(run, cases, writing, limits)
+    os.close(writing)
+    status, finished = None, 0
+    with os.fdopen(reading, "rb") as pipe:
+        buffer = b""
+        deadline = time.monotonic() + limits.wall_seconds
+        while finished < len(cases):
+            ready, _, _ = select.select([pipe], [], [], max(0, deadline - time.monotonic()))
+            if not ready:
+                os.kill(child, signal.SIGKILL)
+                status = f"no answer after {limits.wall_seconds:g} s"
+                break
+            data = os.read(pipe.fileno(), 1 << 16)
+            if not data:
+                break
+            deadline = time.monotonic() + limits.wall_seconds
+            *lines, buffer = (buffer + data).split(b"\n")
+            for line in lines:
+                case, text = json.loads(line)
+                finished += 1
+                yield case, text
+    _, code = os.waitpid(child, 0)
+    if finished < len(cases):
+        yield cases[finished], status or _reason(code, limits)
+
+
+def _reason(code: int, limits: Limits) -> str:
+    if os.WIFEXITED(code):
+        return f"ended the process with exit code {os.WEXITSTATUS(code)}"
+    number = os.WTERMSIG(code)
+    if number == signal.SIGPROF:
+        return f"not done after {limits.cpu_seconds:g} s of CPU"
+    return f"crash: killed by {signal.Signals(number).name}"
+
+
+def _child(
+    run: Callable[[int], object], cases: list[int], writing: int, limits: Limits
+) -> None:
+    try:
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream in (1, 2):
+            os.dup2(null, stream)
+        limit_memory(limits.memory)
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        for case in cases:
+            signal.setitimer(signal.ITIMER_PROF, limits.cpu_seconds)
+            text = None
+            try:
+                run(case)
+            except Failed as error:
+                text = " ".join(str(error).split())
+            except BaseException as error:
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                place = f"{os.path.basename(last.filename)}:{last.lineno}"
+                text = f"{type(error).__name__} at {place}: {' '.join(str(error).split())}"
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            os.write(writing, json.dumps([case, text and text[:600]]).encode() + b"\n")
+    finally:
+        os._exit(0)
+
+
+def limit_memory(more: int) -> None:
+    """Allow this process ``more`` bytes of address space beyond what it has now."""
+    with open("/proc/self/statm") as file:
+        pages = int(file.read().split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + more
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def single_thread() -> None:
+    """One thread in this process, and no network."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def option(name: str, default: int) -> int:
+    """An environment variable ``VARIANT_ROBUSTNESS_<NAME>``, or the default."""
+    return int(os.environ.get(f"VARIANT_ROBUSTNESS_{name}", default))
+
+
+def main(
+    module: str,
+    run: Callable[[int, int], object],
+    default_cases: int,
+    limits: Limits = Limits(),
+    extra: Callable[[argparse.ArgumentParser], None] | None = None,
+    prepare: Callable[[argparse.Namespace], str] | None = None,
+) -> int:
+    """The command of a generator: run cases, print one line for each failure that repeats it.
+
+    Args:
+        run: called with a seed and a case.
+        prepare: gets the arguments; returns the words that repeat its own options.
+    Returns:
+        0, or 1 if a case failed.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}")
+    parser.add_argument("--seed", type=int, default=option("SEED", 0))
+    parser.add_argument("--cases", type=int, default=default_cases)
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--case", type=int, help="run this case only, in this process")
+    parser.add_argument("--all-failures", action="store_true", help="print more than 20")
+    if extra:
+        extra(parser)
+    arguments = parser.parse_args()
+    single_thread()
+    words = prepare(arguments) if prepare else ""
+    command = f"python -m {module}{words} --seed {arguments.seed}"
+    if arguments.case is not None:
+        limit_memory(limits.memory)
+        run(arguments.seed, arguments.case)
+        print(f"{command} --case {arguments.case}: holds")
+        return 0
+    cases = range(arguments.first, arguments.first + arguments.cases)
+    failures, started = 0, time.monotonic()
+    for case, text in run_cases(lambda case: run(arguments.seed, case), cases, limits):
+        if text is not None:
+            failures += 1
+            if failures <= 20 or arguments.all_failures:
+                print(f"{command} --case {case}: {text}", flush=True)
+    seconds = time.monotonic() - started
+    print(f"{module}: {len(cases)} cases, {failures} failures, {seconds:.0f} s")
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+    return 1 if failures else 0
