@@ -37,21 +37,33 @@ class Failed(AssertionError):
     """The case does not hold; the message says what came and what was expected."""
 
 
+class Ended(str):
+    """How a child ended that did not finish its case."""
+
+
 def rng_of(seed: int, case: int) -> random.Random:
     """The random numbers of one case."""
     return random.Random(f"{seed}:{case}")
 
 
 def run_cases(
-    run: Callable[[int], object], cases: Iterable[int], limits: Limits = Limits()
+    run: Callable[[int], object],
+    cases: Iterable[int],
+    limits: Limits = Limits(),
+    describe: Callable[[int], str] | None = None,
 ) -> Iterator[tuple[int, str | None]]:
-    """(case, None) or (case, what went wrong) for each; ``run`` raises where a case fails."""
+    """(case, None) or (case, what went wrong) for each; ``run`` raises where a case fails.
+
+    ``describe`` gives the text of a case that ended its process and so could not give its own.
+    """
     waiting = list(cases)
     while waiting:
         batch = waiting[:CASES_PER_CHILD]
         done = 0
         for case, text in _run_in_child(run, batch, limits):
             done += 1
+            if isinstance(text, Ended):
+                text = f"{describe(case)}: {text}" if describe else str(text)
             yield case, text
         waiting = waiting[done:]
 
@@ -87,7 +99,7 @@ def _run_in_child(
                 yield case, text
     _, code = os.waitpid(child, 0)
     if finished < len(cases):
-        yield cases[finished], status or _reason(code, limits)
+        yield cases[finished], Ended(status or _reason(code, limits))
 
 
 def _reason(code: int, limits: Limits) -> str:
@@ -154,6 +166,7 @@ def main(
     limits: Limits = Limits(),
     extra: Callable[[argparse.ArgumentParser], None] | None = None,
     prepare: Callable[[argparse.Namespace], str] | None = None,
+    describe: Callable[[int, int], str] | None = None,
 ) -> int:
     """The command of a generator: run cases, print one line for each failure that repeats it.
 
@@ -182,7 +195,9 @@ def main(
         return 0
     cases = range(arguments.first, arguments.first + arguments.cases)
     failures, started = 0, time.monotonic()
-    for case, text in run_cases(lambda case: run(arguments.seed, case), cases, limits):
+    seed = arguments.seed
+    text_of = (lambda case: describe(seed, case)) if describe else None
+    for case, text in run_cases(lambda case: run(seed, case), cases, limits, text_of):
         if text is not None:
             failures += 1
             if failures <= 20 or arguments.all_failures:

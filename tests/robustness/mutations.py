@@ -194,6 +194,12 @@ def _every_other(rng: random.Random, t: Tensor) -> Tensor:
     return torch.stack((t, t), axis + 1).flatten(axis, axis + 1)[(slice(None),) * axis + (slice(None, None, 2),)]
 
 
+def _negative(rng: random.Random, t: Tensor) -> Tensor:
+    if t.is_quantized:
+        raise TypeError("torch itself crashes when it computes a negative view of a quantised tensor")
+    return torch._neg_view(t)
+
+
 class Subclass(Tensor):
     """A tensor of another class."""
 
@@ -224,7 +230,7 @@ _TENSORS: tuple[tuple[str, Callable[[random.Random, Tensor], Any]], ...] = (
     ("expanded", _expanded),
     ("huge", _huge),
     ("overlapping", _overlapping),
-    ("negative view", lambda r, t: torch._neg_view(t)),
+    ("negative view", _negative),
     ("imaginary part", lambda r, t: torch.complex(t.float(), t.float()).conj().imag),
     ("meta", lambda r, t: t.to("meta")),
     ("sparse", lambda r, t: t.to_sparse()),

@@ -283,14 +283,13 @@ def _explain(d: Draw) -> Made:
     )
 
 
-def _within(name: str) -> None:
-    with vk.use_backend(name):
-        pass
-
-
 @maker("use_backend")
 def _use_backend(d: Draw) -> Made:
-    return _within, {"name": d.backend()}
+    def use_backend(*args: Any, **options: Any) -> None:
+        with vk.use_backend(*args, **options):
+            pass
+
+    return use_backend, {"name": d.backend()}
 
 
 @maker("available_backends")
