@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 GIB = 2**30
 # Cases of one child. A new one costs 10 to 20 ms; what a case leaves behind ends with its child.
@@ -37,6 +38,10 @@ class Failed(AssertionError):
     """The case does not hold; the message says what came and what was expected."""
 
 
+# A case, what went wrong or None, and what the case returned.
+Result = tuple[int, str | None, Any]
+
+
 class Ended(str):
     """How a child ended that did not finish its case."""
 
@@ -51,8 +56,8 @@ def run_cases(
     cases: Iterable[int],
     limits: Limits = Limits(),
     describe: Callable[[int], str] | None = None,
-) -> Iterator[tuple[int, str | None]]:
-    """(case, None) or (case, what went wrong) for each; ``run`` raises where a case fails.
+) -> Iterator[Result]:
+    """The result of each case; ``run`` raises where a case fails, and returns plain values.
 
     ``describe`` gives the text of a case that ended its process and so could not give its own.
     """
@@ -60,17 +65,17 @@ def run_cases(
     while waiting:
         batch = waiting[:CASES_PER_CHILD]
         done = 0
-        for case, text in _run_in_child(run, batch, limits):
+        for case, text, value in _run_in_child(run, batch, limits):
             done += 1
             if isinstance(text, Ended):
                 text = f"{describe(case)}: {text}" if describe else str(text)
-            yield case, text
+            yield case, text, value
         waiting = waiting[done:]
 
 
 def _run_in_child(
     run: Callable[[int], object], cases: list[int], limits: Limits
-) -> Iterator[tuple[int, str | None]]:
+) -> Iterator[Result]:
     """Runs cases until the first that ends the child."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -94,12 +99,12 @@ def _run_in_child(
             deadline = time.monotonic() + limits.wall_seconds
             *lines, buffer = (buffer + data).split(b"\n")
             for line in lines:
-                case, text = json.loads(line)
+                case, text, value = json.loads(line)
                 finished += 1
-                yield case, text
+                yield case, text, value
     _, code = os.waitpid(child, 0)
     if finished < len(cases):
-        yield cases[finished], Ended(status or _reason(code, limits))
+        yield cases[finished], Ended(status or _reason(code, limits)), None
 
 
 def _reason(code: int, limits: Limits) -> str:
@@ -122,9 +127,9 @@ def _child(
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         for case in cases:
             signal.setitimer(signal.ITIMER_PROF, limits.cpu_seconds)
-            text = None
+            text = value = None
             try:
-                run(case)
+                value = run(case)
             except Failed as error:
                 text = " ".join(str(error).split())
             except BaseException as error:
@@ -132,7 +137,7 @@ def _child(
                 place = f"{os.path.basename(last.filename)}:{last.lineno}"
                 text = f"{type(error).__name__} at {place}: {' '.join(str(error).split())}"
             signal.setitimer(signal.ITIMER_PROF, 0)
-            os.write(writing, json.dumps([case, text and text[:600]]).encode() + b"\n")
+            os.write(writing, json.dumps([case, text and text[:600], value]).encode() + b"\n")
     finally:
         os._exit(0)
 
@@ -167,12 +172,15 @@ def main(
     extra: Callable[[argparse.ArgumentParser], None] | None = None,
     prepare: Callable[[argparse.Namespace], str] | None = None,
     describe: Callable[[int, int], str] | None = None,
+    finish: Callable[[list[Any]], list[str]] | None = None,
 ) -> int:
     """The command of a generator: run cases, print one line for each failure that repeats it.
 
     Args:
         run: called with a seed and a case.
         prepare: gets the arguments; returns the words that repeat its own options.
+        describe: the text of a case that crashed.
+        finish: gets what the cases returned; returns further failures.
     Returns:
         0, or 1 if a case failed.
     """
@@ -197,11 +205,16 @@ def main(
     failures, started = 0, time.monotonic()
     seed = arguments.seed
     text_of = (lambda case: describe(seed, case)) if describe else None
-    for case, text in run_cases(lambda case: run(seed, case), cases, limits, text_of):
+    values = []
+    for case, text, value in run_cases(lambda case: run(seed, case), cases, limits, text_of):
+        values.append(value)
         if text is not None:
             failures += 1
             if failures <= 20 or arguments.all_failures:
                 print(f"{command} --case {case}: {text}", flush=True)
+    for text in finish([value for value in values if value is not None]) if finish else ():
+        failures += 1
+        print(f"{command} --cases {len(cases)}: {text}", flush=True)
     seconds = time.monotonic() - started
     print(f"{module}: {len(cases)} cases, {failures} failures, {seconds:.0f} s")
     with suppress(BrokenPipeError):
