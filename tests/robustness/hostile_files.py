@@ -247,6 +247,10 @@ def _run(hostile: Hostile) -> tuple[int, str]:
                 return 0, read()
             except UserError as error:
                 return 1, read() + f"variant: error: {error}"
+            except Exception as error:
+                text = " ".join(str(error).split())[:200]
+                kind = type(error).__name__
+                raise Failed(f"loader: {hostile.text}: {kind}: {text}; expected UserError") from None
     training = hostile.words[:1] in (["train"], ["train-vae"])
     if training:
         signal.signal(signal.SIGVTALRM, lambda *_: signal.raise_signal(signal.SIGINT))
