@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -37,15 +36,20 @@ def accelerate(var: nn.Module, vae: nn.Module) -> VARiant:
             f"accelerate: var must be a VAR of the original repository, with blocks[0].attn and "
             f"head_nm.ln_wo_grad; got {type(var).__name__}"
         )
-    state, inferred = var.state_dict(), infer_var_config(var.state_dict(), "var", attn.num_heads)
-    options: dict[str, Any] = {"norm_eps": norm.eps}
-    for name in ("cond_drop_rate", "drop_path_rate"):
-        if hasattr(var, name):
-            options[name] = getattr(var, name)
-    config = replace(inferred, **options)
+    given: dict[str, Any] = {"num_heads": attn.num_heads, "norm_eps": norm.eps}
+    for name in ("cond_drop_rate", "drop_path_rate", "patch_nums"):
+        given[name] = getattr(var, name, None)
+    state = var.state_dict()
+    config = infer_var_config(state, "var", **given)
     quantizer = getattr(vae, "quantize", None)
-    vae_config = infer_vqvae_config(vae.state_dict(), config.patch_nums, "vae")
-    vae_config = replace(vae_config, using_znorm=bool(getattr(quantizer, "using_znorm", False)))
+    vae_config = infer_vqvae_config(
+        vae.state_dict(),
+        config.patch_nums,
+        "vae",
+        quant_resi=getattr(quantizer, "quant_resi_ratio", None),
+        using_znorm=getattr(quantizer, "using_znorm", None),
+        beta=getattr(quantizer, "beta", None),
+    )
     return VARiant(
         build(VAR, config, state, "var"), build(VQVAE, vae_config, vae.state_dict(), "vae")
     ).eval()

@@ -1,4 +1,4 @@
-"""Checks of plain arguments: integers, numbers, names and objects, without an import of torch.
+"""Checks of plain arguments: numbers, booleans, names and objects, without an import of torch.
 
 Numbers of Python, numpy and torch are taken alike: whatever ``operator.index`` takes is an integer,
 whatever ``float`` takes is a number. Booleans, text and arrays of several values are neither.
@@ -31,6 +31,8 @@ def integer(
         TypeError: the value is no integer (3.0, True and "3" are none).
         ValueError: it is out of range.
     """
+    if type(value) is int and (low is None or value >= low) and (high is None or value <= high):
+        return value  # the common case, without the text of the range
     expected = " ".join(filter(None, ("an integer", _range(low, high), note)))
     if _is_bool(value) or not isinstance(value, SupportsIndex):
         raise _wrong_type(op, name, expected, value)
@@ -70,6 +72,19 @@ def real(
     return number
 
 
+def boolean(op: str, name: str, value: object) -> bool:
+    """The value as a ``bool``.
+
+    Raises:
+        TypeError: the value is no boolean of Python, numpy or torch (0, 1 and None are none).
+    """
+    if isinstance(value, bool):
+        return value
+    if not _is_bool(value) or getattr(value, "ndim", 1):
+        raise _wrong_type(op, name, "True or False", value)
+    return bool(value)
+
+
 def choice(op: str, name: str, value: object, choices: Sequence[str]) -> str:
     """The value, one of ``choices``.
 
@@ -83,6 +98,34 @@ def choice(op: str, name: str, value: object, choices: Sequence[str]) -> str:
     if value not in choices:
         raise ValueError(f"{op}: {name} must be {expected}; got {_shown(value)}")
     return value
+
+
+def integers(
+    op: str,
+    name: str,
+    values: object,
+    low: int | None = None,
+    high: int | None = None,
+) -> tuple[int, ...]:
+    """The values of a list, tuple, range, 1-D array or 1-D tensor, each as :func:`integer`.
+
+    Raises:
+        TypeError: no such list, or a value of it is no integer; the message names its position.
+        ValueError: a value is out of range.
+    """
+    items = sequence(values)
+    if items is None:
+        raise _wrong_type(op, name, "a list of integers", values)
+    return tuple(integer(op, f"{name}[{i}]", item, low, high) for i, item in enumerate(items))
+
+
+def sequence(values: object) -> Sequence[Any] | None:
+    """The items of a list, tuple, range, array or tensor; None for numbers, text and the rest."""
+    if isinstance(values, str | bytes):
+        return None
+    if getattr(values, "ndim", 0):  # of numpy and torch
+        return cast("Any", values).tolist()
+    return values if isinstance(values, Sequence) else None
 
 
 def instance(op: str, name: str, value: object, kind: type[T], remedy: str = "") -> T:

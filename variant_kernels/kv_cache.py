@@ -7,14 +7,18 @@ M page-table entries.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from variant_kernels.arguments import instance, integer
 from variant_kernels.kv_quantization import KV8_DTYPE
 from variant_kernels.plans.cache_plan import CachePlan, PageAllocator
 from variant_kernels.plans.depth_schedule import DepthSchedule
+
+# The largest size that torch can count.
+MAX_BYTES = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,10 @@ class PagedKVCache:
         page_tables: shared by caches of the same plan, batch and device: tables that are already
             there are used, missing ones are added. None creates a new dictionary.
     Raises:
-        ValueError: batch below 1.  MemoryError: the slab does not fit.
+        TypeError: an argument of another class, or a number that is no integer.
+        ValueError: batch, num_heads or head_dim below 1; a dtype that is no floating-point one; a
+            device that this machine has not.
+        MemoryError: the slab does not fit.
     """
 
     def __init__(
@@ -70,33 +77,61 @@ class PagedKVCache:
         device: torch.device | str = "cpu",
         page_tables: PageTables | None = None,
     ) -> None:
-        if batch < 1:
-            raise ValueError(f"PagedKVCache: batch must be at least 1; got {batch}")
-        self.plan = plan
-        self.batch = batch
+        op = "PagedKVCache"
+        self.plan = instance(op, "plan", plan, CachePlan)
+        self.batch = batch = integer(op, "batch", batch, 1)
+        num_heads = integer(op, "num_heads", num_heads, 1)
+        head_dim = integer(op, "head_dim", head_dim, 1)
+        if not instance(op, "dtype", dtype, torch.dtype).is_floating_point:
+            raise ValueError(f"{op}: dtype must be a floating-point dtype; got {dtype}")
         shape = (2, batch * plan.peak_pages, plan.page_size, num_heads, head_dim)
         scales_shape = shape[:-1] if dtype == KV8_DTYPE else (2, 0)
+        size = plan.peak_bytes(batch, num_heads, head_dim, dtype, guidance=False)
         try:
+            if size > MAX_BYTES:
+                raise torch.OutOfMemoryError  # torch counts elements in 64 bits
             slab_2PNHD = torch.empty(shape, dtype=dtype, device=device)
             scales_2PNH = torch.empty(scales_shape, dtype=torch.uint8, device=device)
-        except RuntimeError as error:  # torch's CPU allocator raises a plain RuntimeError
-            if "memory" not in str(error):
-                raise
-            size = plan.peak_bytes(batch, num_heads, head_dim, dtype, guidance=False)
-            raise MemoryError(
-                f"PagedKVCache: the plan needs {size / 2**20:.1f} MiB for {batch} sequences, more "
-                f"than {device} can allocate; use a smaller batch or depth"
-            ) from error
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            # torch's CPU allocator raises a plain RuntimeError.
+            if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
+                raise MemoryError(
+                    f"{op}: the plan needs {size / 2**20:.1f} MiB for {batch} sequences, more than "
+                    f"{device} can allocate; use a smaller batch or depth"
+                ) from error
+            raise ValueError(
+                f"{op}: device must be one that this machine has; got {device!r}: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
         self._slabs = slab_2PNHD, scales_2PNH
-        self.k_pages, self.v_pages = slab_2PNHD.unbind(0)
-        self.scales: dict[str, Tensor] = {}
-        if dtype == KV8_DTYPE:
-            names = ("k_scales_PNH", "v_scales_PNH")
-            self.scales = dict(zip(names, scales_2PNH.unbind(0), strict=True))
+        self._set_views()
         self._page_bytes = self.allocated_bytes // shape[1]
         self._full_schedule = plan.schedule
         self._page_tables: PageTables = {} if page_tables is None else page_tables
         self.reset()
+
+    def _set_views(self) -> None:
+        slab_2PNHD, scales_2PNH = self._slabs
+        self.k_pages, self.v_pages = slab_2PNHD.unbind(0)
+        self.scales: dict[str, Tensor] = {}
+        if slab_2PNHD.dtype == KV8_DTYPE:
+            names = ("k_scales_PNH", "v_scales_PNH")
+            self.scales = dict(zip(names, scales_2PNH.unbind(0), strict=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the views of the slab, which pickle would write again beside it.
+
+        The slab is written as bytes: torch does not unpickle tensors of 8-bit floats.
+        """
+        views = ("k_pages", "v_pages", "scales")
+        state = {name: value for name, value in self.__dict__.items() if name not in views}
+        slab_2PNHD, scales_2PNH = self._slabs
+        return state | {"_slabs": (slab_2PNHD.view(torch.uint8), slab_2PNHD.dtype, scales_2PNH)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        slab_bytes, dtype, scales_2PNH = state["_slabs"]
+        self.__dict__.update(state | {"_slabs": (slab_bytes.view(dtype), scales_2PNH)})
+        self._set_views()
 
     def reset(self) -> None:
         """Free all pages and return to the plan's schedule; keep the slab."""
@@ -127,13 +162,19 @@ class PagedKVCache:
             ValueError: not the next (layer, scale) of the schedule, or the previous one has not
                 been closed.
         """
+        op = "PagedKVCache.open"
+        call = integer(op, "layer", layer), integer(op, "scale", scale)
         expected = self._next()
-        if self._open or (layer, scale) != expected:
-            state = f"close{(self._layer, self._scale)}" if self._open else f"open{expected}"
-            raise ValueError(
-                f"PagedKVCache.open: layers run in the schedule's order; expected {state}, "
-                f"got open{(layer, scale)}"
-            )
+        wanted = ""
+        if self._open:
+            wanted = f"expected close{(self._layer, self._scale)}"
+        elif expected[1] == self.schedule.num_scales:
+            wanted = "every scale has run: call reset() before the next images"
+        elif call != expected:
+            wanted = f"expected open{expected}"
+        if wanted:
+            raise ValueError(f"{op}: layers run in the schedule's order; {wanted}; got open{call}")
+        layer, scale = call
         pages = self._allocator.grow(layer, self.plan.layout.tokens[scale])
         self._peak_pages = max(self._peak_pages, self._allocator.used_pages)
         self._scale, self._layer, self._open = scale, layer, True
@@ -145,8 +186,10 @@ class PagedKVCache:
         Raises:
             ValueError: (layer, scale) is not open.
         """
+        op = "PagedKVCache.close"
+        layer, scale = integer(op, "layer", layer), integer(op, "scale", scale)
         if not self._open or (layer, scale) != (self._layer, self._scale):
-            raise ValueError(f"PagedKVCache.close: {(layer, scale)} is not open; open it first")
+            raise ValueError(f"{op}: {(layer, scale)} is not open; open it first")
         self._open = False
         if self.schedule.last_scale(layer) == scale:
             self._allocator.release(layer)
@@ -159,9 +202,13 @@ class PagedKVCache:
         enough.
 
         Raises:
+            TypeError: schedule is no DepthSchedule.
             ValueError: called within a scale, or the schedule does not meet these conditions.
         """
         op = "PagedKVCache.switch"
+        instance(
+            op, "schedule", schedule, DepthSchedule, "schedule.switched(scale, depth) makes one"
+        )
         layer, done = self._next()
         if self._open or (done < self.schedule.num_scales and layer != self._first(done)):
             raise ValueError(f"{op}: switch between scales; scale {self._scale} is not finished")

@@ -141,11 +141,20 @@ def test_from_pretrained_passes_on_the_hubs_options(tmp_path, monkeypatch):
         request.update(options, repo_id=repo_id)
         return str(tmp_path / "small")
 
+    small_model().save_pretrained(tmp_path / "small" / "a" / "b")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     VARiant.from_pretrained("someone/small", revision="v1", token="t", local_files_only=True)
     assert request["repo_id"] == "someone/small"
     assert (request["revision"], request["token"], request["local_files_only"]) == ("v1", "t", True)
-    assert request["allow_patterns"] == ["config.json", "model.safetensors", "pytorch_model.bin"]
+    assert request["allow_patterns"] == [
+        "config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "model-*.safetensors",
+        "pytorch_model.bin",
+    ]
+    VARiant.from_pretrained("someone/small", subfolder="a/b/.")
+    assert request["allow_patterns"][3] == "a/b/model-*.safetensors"
 
 
 @pytest.mark.parametrize("name", ["from_pretrained", "save_pretrained", "push_to_hub"])

@@ -106,7 +106,9 @@ def test_convert_works_in_both_directions(tmp_path, capsys):
     torch.save(golden.vae_state, vae)
     assert run(capsys, "convert", "--var", var, "--vae", vae, "--out", folder)[0] == 0
     back = tmp_path / "var2.pth", tmp_path / "vae2.pth"
-    code, printed, _ = run(capsys, "convert", "--model", folder, "--var", back[0], "--vae", back[1])
+    code, printed, _ = run(
+        capsys, "convert", "--model", folder, "--to-var", back[0], "--to-vae", back[1]
+    )
     assert code == 0
     assert "which the original VAR code loads" in printed
     for path, state in zip(back, (golden.var_state, golden.vae_state), strict=True):
@@ -121,13 +123,16 @@ def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, capsys):
     command = ("generate", "--model", model, "--out", out)
     for words, message in (
         ((*command, "--labels", 5), r"labels must be in \[0, 5\); got 5"),
-        ((*command, "--depth", 9), r"depth must be in \[2, 4\]; got 9"),
-        ((*command, "--depth", 2, "--bridge", 7), r"bridge must be in \[0, 3\]; got 7"),
+        ((*command, "--depth", 9), r"depth must be an integer in \[2, 4\] .*; got 9"),
+        ((*command, "--depth", 2, "--bridge", 7), r"bridge must be an integer in \[0, 3\]; got 7"),
         ((*command, "--count", 0), "--count must be at least 1; got 0"),
         ((*command, "--cfg", -1), r"cfg must be in \[0, 10000\]"),
-        ((*command, "--bridge", 99), r"bridge must be in \[0, 3\]; got 99"),
+        ((*command, "--bridge", 99), r"bridge must be an integer in \[0, 3\]; got 99"),
         (("plan", "--memory", "nan"), "--memory must be positive and finite"),
-        (("convert", "--model", model, "--var", "x", "--vae", "x"), "must be two files"),
+        (
+            ("convert", "--model", model, "--to-var", "x.pth", "--to-vae", "x.pth"),
+            "must be two files",
+        ),
         ((*command, "--top-p", 2), r"top_p must be in \[0, 1\]"),
         ((*command, "--depth", 2, "--all-depths"), "exclude each other"),
         (("generate", "--model", tmp_path / "none"), "none: no such model"),
@@ -136,10 +141,10 @@ def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, capsys):
         (("generate", "--model", model, "--out", ""), "must name a folder"),
         (("plan", "--model", "var-d31"), "var-d31: no such model"),
         (("plan", "--batch", 0), "--batch must be at least 1"),
-        (("plan", "--bridge", 11), r"bridge must be in \[0, 10\]; got 11"),
-        (("plan", "--page-size", 0), "page_size must be at least 1"),
+        (("plan", "--bridge", 11), r"bridge must be an integer in \[0, 10\]; got 11"),
+        (("plan", "--page-size", 0), "page_size must be an integer"),
         (("info", "--model", tmp_path), "has no config.json"),
-        (("convert", "--var", "a", "--vae", "b"), "give --out FOLDER"),
+        (("convert", "--var", "a", "--vae", "b"), "give --out FOLDER, or --to-var and --to-vae"),
         (("train", "--recipe", "nonsense"), "nonsense: no such recipe"),
     ):
         code, printed, error = run(capsys, *words)

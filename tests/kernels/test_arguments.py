@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from variant_kernels.arguments import choice, instance, integer, real
+from variant_kernels.arguments import boolean, choice, instance, integer, real
 
 FIVES = (5, np.int64(5), np.uint8(5), torch.tensor(5), torch.tensor(5, dtype=torch.int16))
 NO_INTEGERS = (
@@ -75,3 +75,16 @@ def test_choices_and_instances():
         TypeError, match=r"^op: t must be of type int; got 'x' \(str\)\. Convert it$"
     ):
         instance("op", "t", "x", int, "Convert it")
+
+
+@pytest.mark.parametrize(
+    "value", [True, np.bool_(True), torch.tensor(True), np.array(True)], ids=repr
+)
+def test_booleans_of_python_numpy_and_torch(value):
+    assert boolean("op", "flag", value) is True
+
+
+@pytest.mark.parametrize("value", [1, 0, None, "True", torch.tensor(1), np.array([True])], ids=repr)
+def test_other_values_are_no_booleans(value):
+    with pytest.raises(TypeError, match=r"^op: flag must be True or False; got"):
+        boolean("op", "flag", value)

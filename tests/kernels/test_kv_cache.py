@@ -173,10 +173,10 @@ def test_sequences_never_share_a_page():
 
 def test_steps_out_of_order_are_refused():
     cache = make(DepthSchedule(4, 4, 2, 1))
-    with pytest.raises(ValueError, match=r"expected open\(0, 0\), got open\(1, 0\)"):
+    with pytest.raises(ValueError, match=r"expected open\(0, 0\); got open\(1, 0\)"):
         cache.open(1, 0)
     cache.open(0, 0)
-    with pytest.raises(ValueError, match=r"expected close\(0, 0\), got open\(1, 0\)"):
+    with pytest.raises(ValueError, match=r"expected close\(0, 0\); got open\(1, 0\)"):
         cache.open(1, 0)
     with pytest.raises(ValueError, match=r"\(1, 0\) is not open"):
         cache.close(1, 0)

@@ -113,5 +113,7 @@ def test_wrong_inputs_are_named():
         var(tensors["label"], tensors["x_teacher"][:, 1:])
     with pytest.raises(ValueError, match="schedule must have 6 layers and 7 scales; got 6 and 6"):
         var(tensors["label"], tensors["x_teacher"], DepthSchedule.full(6, 6))
-    with pytest.raises(ValueError, match=r"depth must be in \[2, 6\]; got 7"):
+    with pytest.raises(
+        ValueError, match=r"VAR.schedule: depth must be an integer in \[2, 6\] .*; got 7"
+    ):
         var.schedule(7)

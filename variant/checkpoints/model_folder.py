@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,15 +22,18 @@ from torch.overrides import TorchFunctionMode
 from variant.checkpoints.config_file import CONFIG_NAME, FORMAT, configs_in, read_config
 from variant.checkpoints.mapped_tensors import to_device
 from variant.checkpoints.model_card import CARD_NAME, model_card, was_generated
+from variant.checkpoints.sharded import WEIGHTS_NAME, find_weights, read_weights_file
 from variant.errors import UserError
-from variant.files import atomic_write, open_safetensors
+from variant.files import atomic_write
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant_kernels.arguments import instance
 from variant_kernels.dispatch.request import dtype_name
 
 Model = TypeVar("Model", bound=nn.Module)
 
-WEIGHTS_NAME = "model.safetensors"
+RESERVED = ("format", "var", "vae")  # keys of config.json that save_model writes
+MAX_NESTING = 100  # of extra; also ends at a list that holds itself
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -53,8 +57,10 @@ def save_model(
     Raises:
         UserError: the folder cannot be written.
         TypeError: ``extra`` holds a value that JSON cannot represent.
+        ValueError: ``extra`` has a key that save_model writes itself.
     """
     folder = Path(folder)
+    check_extra("save_pretrained", extra or {})
     tensors = {
         f"{part}.{key}": value.detach().cpu().contiguous()
         for part, module in (("var", var), ("vae", vae))
@@ -85,6 +91,39 @@ def save_model(
             path.write_text(card)
 
 
+def check_extra(op: str, extra: Mapping[str, Any]) -> None:
+    """Raises: TypeError or ValueError for what cannot be an entry of config.json, naming it."""
+    instance(op, "extra", extra, Mapping)
+    for key, value in extra.items():
+        if key in RESERVED:
+            raise ValueError(f"{op}: extra must not have the key {key!r}, which config.json uses")
+        where, wrong = _not_json(f"extra[{key!r}]", value) or (None, None)
+        if where is not None:
+            raise TypeError(
+                f"{op}: {where} must be text, a number, a boolean, None, a list or a dictionary "
+                f"with text as keys; got {wrong!r} ({type(wrong).__name__})"
+            )
+        if not isinstance(key, str):
+            raise TypeError(f"{op}: the keys of extra must be text; got {key!r}")
+
+
+def _not_json(where: str, value: Any, depth: int = 0) -> tuple[str, Any] | None:
+    """The place and value of what JSON cannot represent; None if all of it is plain."""
+    if depth > MAX_NESTING:
+        return where, "nesting deeper than that"
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key is not None and not isinstance(key, str | int | float):
+                return f"a key of {where}", key
+            if found := _not_json(f"{where}[{key!r}]", item, depth + 1):
+                return found
+        return None
+    if isinstance(value, list | tuple):
+        places = (_not_json(f"{where}[{i}]", item, depth + 1) for i, item in enumerate(value))
+        return next(filter(None, places), None)
+    return None if value is None or isinstance(value, str | int | float) else (where, value)
+
+
 # --- reading our folder -------------------------------------------------------------------------
 
 
@@ -92,8 +131,13 @@ def load_model(
     folder: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    *,
+    strict: bool = True,
 ) -> tuple[VAR, VQVAE, dict[str, Any]]:
     """The two models of a folder, in eval mode, and its config.json.
+
+    The weights are model.safetensors, or shards with their model.safetensors.index.json, or
+    pytorch_model.bin; all with the same keys.
 
     On the CPU and in the file's own dtype, weights are views of the file. Otherwise they are copied
     one by one, and memory never holds the whole file beside the result.
@@ -101,6 +145,8 @@ def load_model(
     Args:
         dtype: of the transformer's weights; None keeps the file's.
         device: of both models; None is the CPU.
+        strict: False lets keys be missing (these weights are initialised) and unexpected, with a
+            warning that names them.
     Raises:
         UserError: a file is missing, damaged or of another format, or the weights do not fit the
             config.
@@ -108,23 +154,25 @@ def load_model(
     folder = Path(folder)
     config = read_config(folder)
     var_config, vae_config = configs_in(folder)
-    path = folder / WEIGHTS_NAME
-    with open_safetensors(path) as tensors:
-        keys = set(tensors.keys())
-        if dtype is None and "var.head.weight" in keys:
-            dtype = tensors.get_tensor("var.head.weight").dtype
+    path = find_weights(folder) or folder / WEIGHTS_NAME
+    tensors, mmapped = read_weights_file(path)
+    if not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"{path}: must hold tensors alone, under the keys of both models")
+    foreign = sorted(str(key) for key in tensors if not str(key).startswith(("var.", "vae.")))
+    report_keys(str(path), "model folder", (), foreign, strict=strict)
+    if dtype is None and "var.head.weight" in tensors:
+        dtype = tensors["var.head.weight"].dtype
 
-        def part(prefix: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
-            return {
-                key.removeprefix(prefix): to_device(
-                    tensors.get_tensor(key), dtype, device, mmapped=True
-                )
-                for key in keys
-                if key.startswith(prefix)
-            }
+    def part(prefix: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        return {
+            key.removeprefix(prefix): to_device(value, dtype, device, mmapped=mmapped)
+            for key, value in tensors.items()
+            if str(key).startswith(prefix)
+        }
 
-        var = build(VAR, var_config, part("var.", dtype), str(path), device)
-        vae = build(VQVAE, vae_config, part("vae.", None), str(path), device)
+    var_state, vae_state = part("var.", dtype), part("vae.", None)
+    var = build(VAR, var_config, var_state, str(path), device, strict=strict)
+    vae = build(VQVAE, vae_config, vae_state, str(path), device, strict=strict)
     return var.eval(), vae.eval(), config
 
 
@@ -149,18 +197,28 @@ def build(
     state: Mapping[str, Tensor],
     where: str,
     device: torch.device | str | None = None,
+    *,
+    strict: bool = True,
 ) -> Model:
     """A model that uses the tensors of a state dict, without initialising weights first.
 
     Args:
         where: names the state in errors.
         device: of the state's tensors; buffers that the state does not hold are moved there.
+        strict: False initialises weights that the state does not hold, leaves out keys that the
+            model does not have, and warns.
     Raises:
         UserError: the state's keys or shapes are not exactly those of this model.
     """
     with torch.device("meta"), _SkipInit():
         module = kind(config)
-    load_state(module, state, where, assign=True)
+    missing = module.state_dict().keys() - state.keys()
+    if missing and not strict:
+        module = kind(config)
+        dtypes = [value.dtype for value in state.values() if value.is_floating_point()]
+        if dtypes:
+            module.to(dtypes[0])
+    load_state(module, state, where, assign=True, strict=strict)
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:  # usage statistics, which other checkpoints lack: start at zero
             owner, _, leaf = name.rpartition(".")
@@ -169,15 +227,22 @@ def build(
 
 
 def load_state(
-    module: nn.Module, state: Mapping[str, Tensor], where: str, *, assign: bool = False
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    where: str,
+    *,
+    assign: bool = False,
+    strict: bool = True,
 ) -> None:
-    """``load_state_dict(strict=True)`` with an error of one line.
+    """``load_state_dict`` with an error of one line.
 
+    Args:
+        strict: False allows missing and unexpected keys, with a warning that names them.
     Raises:
         UserError: naming missing and unexpected keys and shapes that differ.
     """
     try:
-        module.load_state_dict(dict(state), strict=True, assign=assign)
+        missing, unexpected = module.load_state_dict(dict(state), strict=strict, assign=assign)
     except RuntimeError as error:
         problems = [line.strip() for line in str(error).splitlines()[1:]]
         text = "; ".join(problems)
@@ -185,3 +250,23 @@ def load_state(
             f"{where}: does not hold the weights of this {type(module).__name__}: "
             f"{text[:300]}{'...' if len(text) > 300 else ''}"
         ) from None
+    report_keys(where, type(module).__name__, missing, unexpected, strict=False)
+
+
+def report_keys(
+    where: str, kind: str, missing: Sequence[str], unexpected: Sequence[str], *, strict: bool
+) -> None:
+    """A warning that names keys that are missing or unexpected, if there are any.
+
+    Raises:
+        UserError: in place of the warning, if ``strict``.
+    """
+    lists = (("missing (initialised)", missing), ("unexpected (left out)", unexpected))
+    text = "; ".join(f"{what} keys: {', '.join(keys)}" for what, keys in lists if keys)
+    if text and strict:
+        raise UserError(
+            f"{where}: does not hold the weights of a {kind}: unexpected keys: "
+            f"{', '.join(unexpected)[:300]}; strict=False leaves them out"
+        )
+    if text:
+        warnings.warn(f"{where}: not all weights fit this {kind}: {text}", stacklevel=4)

@@ -1,9 +1,9 @@
 """The files of the original VAR repository.
 
 The sizes of a model are inferred from the shapes in its state dict. Three forms can be read:
-a state dict (``var_d16.pth``); a trainer checkpoint, which holds the state dicts of both models
-under ``trainer``; the folder that ``save_pretrained`` of the original's Hub class writes, with
-config.json and model.safetensors.
+a state dict (``var_d16.pth``); a checkpoint of any trainer, with the state dict under some name
+(:mod:`variant.checkpoints.state_dict_forms`); the folder that ``save_pretrained`` of the original's
+Hub class writes, with config.json and model.safetensors.
 """
 
 from __future__ import annotations
@@ -11,54 +11,55 @@ from __future__ import annotations
 import json
 import math
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from variant.checkpoints.config_file import CONFIG_NAME, FORMAT
+from variant.checkpoints.locate import check_path
 from variant.checkpoints.mapped_tensors import to_device
-from variant.checkpoints.model_folder import WEIGHTS_NAME, build
+from variant.checkpoints.model_folder import build
+from variant.checkpoints.settings import VAE_SETTINGS, VAR_SETTINGS, Settings, settings_of_training
+from variant.checkpoints.sharded import WEIGHTS_NAMES, find_weights, read_weights_file
+from variant.checkpoints.state_dict_forms import VAR_KEYS, find_state_dict
 from variant.errors import UserError
-from variant.files import is_mmapped, read_pickle, read_safetensors, save_pickle
+from variant.files import atomic_write, save_pickle
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.var import VAR, derived_buffers
 from variant.models.vqvae import VQVAE
+from variant_kernels.arguments import instance
 
 # Token-map sides of the published models, by (scales, tokens); for files without `lvl_1L`.
 KNOWN_PATCH_NUMS = {
     (10, 680): (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
     (10, 2240): (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
 }
-ORIGINAL_KEYS = (
-    "word_embed.weight",
-    "lvl_embed.weight",
-    "pos_1LC",
-    "class_emb.weight",
-    "head.weight",
-    "blocks.0.ffn.fc1.weight",
-)
-PICKLE_NAME = "pytorch_model.bin"  # of older Hub folders
-# Prefixes that DistributedDataParallel and torch.compile add to every key.
-WRAPPERS = ("module.", "_orig_mod.")
+# Arguments of the two constructors that shapes tell.
+VAR_SIZES = ("depth", "embed_dim", "num_classes", "shared_aln", "attn_l2_norm", "mlp_ratio")
+VAE_SIZES = ("vocab_size", "z_channels", "ch", "share_quant_resi", "quant_conv_ks")
+ARGS = "the checkpoint's args"
+PICKLE_ENDINGS = (".pth", ".pt")
 
 
 @dataclass(frozen=True)
 class OriginalFile:
     """One model's state dict, as read from a file.
 
-    config: the arguments of the model's constructor if the Hub form records them, else empty.
     mmapped: whether the tensors are views of the memory-mapped file.
+    config: the arguments of the model's constructor if the Hub form records them, else empty.
+    training: the settings in a trainer checkpoint that no tensor tells.
     """
 
     path: Path
     state: dict[str, Tensor]
     mmapped: bool
     config: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
 
     def to(self, dtype: torch.dtype | None, device: torch.device | str | None) -> dict[str, Tensor]:
         """The state in that dtype on that device; tensors that need no copy stay views."""
@@ -68,44 +69,38 @@ class OriginalFile:
         }
 
 
-def read_original(path: str | os.PathLike[str], part: str) -> dict[str, Tensor]:
+def read_original(
+    path: str | os.PathLike[str], part: str, weights: str | None = None
+) -> dict[str, Tensor]:
     """The state dict of one model; see :func:`open_original`."""
-    return open_original(path, part).state
+    return open_original(path, part, weights).state
 
 
-def open_original(path: str | os.PathLike[str], part: str) -> OriginalFile:
+def open_original(
+    path: str | os.PathLike[str], part: str, weights: str | None = None
+) -> OriginalFile:
     """One model from a .pth or .safetensors file, a trainer checkpoint or a Hub folder.
 
     Args:
         part: "var_wo_ddp" or "vae_local", the keys of a trainer checkpoint.
+        weights: which of several state dicts; see
+            :func:`variant.checkpoints.state_dict_forms.find_state_dict`.
     Raises:
         UserError: missing, damaged, not a file of the original, or a pickle that would run code.
     """
     path, config = Path(path), {}
     if path.is_dir():
         path, config = _hub_files(path)
-    if path.suffix == ".safetensors":
-        state, mmapped = read_safetensors(path), True
-    else:
-        state, mmapped = read_pickle(path), is_mmapped(path)
-    trainer = state.get("trainer")
-    if isinstance(trainer, dict) and isinstance(trainer.get(part), dict):
-        state = trainer[part]
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(
-            f"{path}: must hold a state dict of tensors, or a trainer checkpoint with "
-            f'"trainer/{part}"; got keys {sorted(map(str, state))[:5]}'
-        )
-    return OriginalFile(path, _unwrapped(state), mmapped, config)
+    content, mmapped = read_weights_file(path)
+    state = find_state_dict(content, part, str(path), weights)
+    return OriginalFile(path, state, mmapped, config, settings_of_training(content))
 
 
 def _hub_files(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The weights file and the constructor arguments in a folder of the original's Hub class."""
-    weights = next(
-        (folder / name for name in (WEIGHTS_NAME, PICKLE_NAME) if (folder / name).is_file()), None
-    )
+    weights = find_weights(folder)
     if weights is None:
-        raise UserError(f"{folder}: holds neither {WEIGHTS_NAME} nor {PICKLE_NAME}")
+        raise UserError(f"{folder}: holds neither {' nor '.join(WEIGHTS_NAMES)}")
     path = folder / CONFIG_NAME
     if not path.is_file():
         return weights, {}
@@ -122,14 +117,6 @@ def _hub_files(folder: Path) -> tuple[Path, dict[str, Any]]:
     return weights, config
 
 
-def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state without the prefixes of wrappers around the whole model."""
-    state = dict(state)
-    while prefix := next((w for w in WRAPPERS if all(k.startswith(w) for k in state)), None):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
-
-
 # --- sizes ---------------------------------------------------------------------------------------
 
 
@@ -138,85 +125,103 @@ def infer_var_config(
     where: str = "VAR checkpoint",
     num_heads: int | None = None,
     patch_nums: Sequence[int] | None = None,
+    *,
+    settings: Settings | None = None,
+    **given: Any,
 ) -> VARConfig:
     """Infer the configuration of an original VAR model from the shapes in its state dict.
 
     Args:
         where: names the state in errors.
-        num_heads: needed only without ``attn_l2_norm``, when no shape contains it; None then
-            assumes one head per 64 channels, as in the original repository, and warns.
-        patch_nums: needed only if the state has no ``lvl_1L`` and the layout is not that of a
-            published model.
+        num_heads, patch_nums, given: what the caller knows of VAR_SETTINGS
+            (:mod:`variant.checkpoints.settings`); what nothing tells is assumed with a warning.
+        settings: in their place; the caller then gives the warning.
     Raises:
-        UserError: naming the key that is missing or does not fit.
+        UserError: naming the key that is missing or does not fit, or a setting that contradicts
+            the tensors.
     """
-    missing = [key for key in ORIGINAL_KEYS if key not in state]
+    own = settings or Settings(
+        where, {"num_heads": num_heads, "patch_nums": patch_nums, **given}, op=where
+    )
+    missing = [key for key in VAR_KEYS if key not in state]
     if missing:
         raise UserError(f"{where}: is not a VAR transformer: it has no {', '.join(missing)}")
     try:
         depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
         width = state["word_embed.weight"].shape[0]
-        scales, length = state["lvl_embed.weight"].shape[0], state["pos_1LC"].shape[1]
         scale_mul = state.get("blocks.0.attn.scale_mul_1H11")
-        if scale_mul is not None:
-            num_heads = scale_mul.shape[1]
-        elif num_heads is None:
-            num_heads = width // 64
-            warnings.warn(
-                f"{where}: no tensor contains the number of attention heads; assuming {num_heads}, "
-                "one per 64 channels. Give num_heads (convert: --num-heads) if that is wrong",
-                stacklevel=2,
-            )
-        return VARConfig(
+        config = VARConfig(
             depth=depth,
             embed_dim=width,
-            num_heads=num_heads,
+            num_heads=own.value(
+                "num_heads",
+                width // 64,
+                shown=None if scale_mul is None else scale_mul.shape[1],
+                note="one per 64 channels",
+            ),
             num_classes=state["class_emb.weight"].shape[0] - 1,
-            patch_nums=_patch_nums(state, scales, length, where, patch_nums),
+            patch_nums=_patch_nums(state, where, own),
             vocab_size=state["head.weight"].shape[0],
             vae_channels=state["word_embed.weight"].shape[1],
             mlp_ratio=state["blocks.0.ffn.fc1.weight"].shape[0] / width,
+            norm_eps=own.value("norm_eps", 1e-6),
             shared_aln="shared_ada_lin.1.weight" in state,
             attn_l2_norm=scale_mul is not None,
+            cond_drop_rate=own.value("cond_drop_rate", 0.1),
+            drop_path_rate=own.value("drop_path_rate", 0.0),
         )
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{where}: is not a VAR transformer: {error}") from error
+    if settings is None:
+        own.warn(stacklevel=2)
+    return config
 
 
-def _patch_nums(
-    state: Mapping[str, Tensor],
-    scales: int,
-    length: int,
-    where: str,
-    default: Sequence[int] | None,
-) -> tuple[int, ...]:
+def _patch_nums(state: Mapping[str, Tensor], where: str, settings: Settings) -> tuple[int, ...]:
+    scales, length = state["lvl_embed.weight"].shape[0], state["pos_1LC"].shape[1]
+    shown = None
     if "lvl_1L" in state:
         scale_L = state["lvl_1L"].flatten().clamp(0, scales)  # a damaged file may hold others
         counts = torch.bincount(scale_L, minlength=scales).tolist()
         sides = tuple(math.isqrt(count) for count in counts)
         if [side * side for side in sides] == counts:
-            return sides
-    if default is not None:
-        return tuple(default)
-    if (scales, length) in KNOWN_PATCH_NUMS:
-        return KNOWN_PATCH_NUMS[scales, length]
-    raise UserError(
-        f"{where}: cannot infer the token maps of {scales} scales and {length} tokens: it has no "
-        "lvl_1L and is none of the published layouts"
-    )
+            shown = sides
+    found = settings.value("patch_nums", KNOWN_PATCH_NUMS.get((scales, length)), shown)
+    if found is None:
+        raise UserError(
+            f"{where}: cannot infer the token maps of {scales} scales and {length} tokens: it has "
+            "no lvl_1L and is none of the published layouts; give patch_nums (convert: "
+            "--patch-nums), the sides of the token maps"
+        )
+    tokens = sum(side * side for side in found)
+    if (len(found), tokens) != (scales, length):
+        raise UserError(
+            f"{where}: patch_nums {found} have {len(found)} scales and {tokens} tokens, but the "
+            f"weights have {scales} scales and {length} tokens"
+        )
+    return found
 
 
 def infer_vqvae_config(
-    state: Mapping[str, Tensor], patch_nums: tuple[int, ...], where: str = "VQ-VAE checkpoint"
+    state: Mapping[str, Tensor],
+    patch_nums: tuple[int, ...],
+    where: str = "VQ-VAE checkpoint",
+    *,
+    settings: Settings | None = None,
+    **given: Any,
 ) -> VQVAEConfig:
     """Infer the configuration of an original VQ-VAE from the shapes in its state dict.
 
     Args:
         patch_nums: sides of the token maps, which no shape contains.
         where: names the state in errors.
+        given: what the caller knows of VAE_SETTINGS (:mod:`variant.checkpoints.settings`); what
+            nothing tells is assumed with a warning.
+        settings: in place of ``given``; the caller then gives the warning.
     Raises:
-        UserError: naming the key that is missing.
+        UserError: naming the key that is missing, or a setting that contradicts the tensors.
     """
+    own = settings or Settings(where, given, op=where)
     try:
         levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
         blocks = 1 + max(
@@ -224,16 +229,13 @@ def infer_vqvae_config(
         )
         ch, in_channels = state["encoder.conv_in.weight"].shape[:2]
         widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
-        if "quantize.quant_resi.qresi.weight" in state:
-            shared, ratio = 1, 0.5
-        else:
-            partly = sum(
-                k.startswith("quantize.quant_resi.qresi_ls.") and k.endswith("weight")
-                for k in state
-            )
-            each = sum(k.startswith("quantize.quant_resi.") and k.endswith("weight") for k in state)
-            shared, ratio = (partly, 0.5) if partly else (0, 0.5 if each else 0.0)
-        return VQVAEConfig(
+        # Where the transformer's file tells them for the VQ-VAE, they must be its own.
+        own.value("patch_nums", None, shown=patch_nums)
+        shared, has_convs = _residual_convs(state, len(patch_nums), where)
+        quant_resi = own.value("quant_resi", 0.5, shown=None if has_convs else 0.0)
+        if has_convs and quant_resi == 0:
+            raise UserError(f"{where}: quant_resi is 0, but the weights have residual convolutions")
+        config = VQVAEConfig(
             vocab_size=state["quantize.embedding.weight"].shape[0],
             z_channels=state["quantize.embedding.weight"].shape[1],
             ch=ch,
@@ -241,56 +243,45 @@ def infer_vqvae_config(
             num_res_blocks=blocks,
             patch_nums=patch_nums,
             share_quant_resi=shared,
-            quant_resi=ratio,
+            quant_resi=quant_resi,
             quant_conv_ks=state["quant_conv.weight"].shape[-1],
+            using_znorm=own.value("using_znorm", False),
+            beta=own.value("beta", 0.25),
             in_channels=in_channels,
         )
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{where}: is not a VAR VQ-VAE: {error}") from error
+    if settings is None:
+        own.warn(stacklevel=2)
+    return config
 
 
-def _with_hub_config(config: VARConfig, hub: Mapping[str, Any], where: str) -> VARConfig:
-    """Add the constructor arguments that no shape contains to an inferred configuration.
+def _residual_convs(state: Mapping[str, Tensor], num_scales: int, where: str) -> tuple[int, bool]:
+    """``share_quant_resi``, and whether the quantiser has residual convolutions at all."""
+    if "quantize.quant_resi.qresi.weight" in state:
+        return 1, True
+    names = [k for k in state if k.startswith("quantize.quant_resi.") and k.endswith("weight")]
+    partly = sum(name.startswith("quantize.quant_resi.qresi_ls.") for name in names)
+    if not partly and names and len(names) != num_scales:
+        raise UserError(
+            f"{where}: has {len(names)} residual convolutions for {num_scales} scales; "
+            "expected one per scale (default_qresi_counts is not supported)"
+        )
+    return partly, bool(names)
 
-    Raises:
-        UserError: an argument contradicts a shape, or a value is out of range.
-    """
-    inferred = ("depth", "embed_dim", "num_classes", "shared_aln", "attn_l2_norm", "mlp_ratio")
-    for name in inferred:
-        if name in hub and hub[name] != getattr(config, name):
+
+def _check_sizes(
+    config: VARConfig | VQVAEConfig, told: Mapping[str, Any], names: Sequence[str], where: str
+) -> None:
+    """Raises: UserError, if config.json contradicts what the shapes tell."""
+    for name in names:
+        # Without convolutions nothing is shared, whatever the number.
+        free = name == "share_quant_resi" and getattr(config, "quant_resi", 1) == 0
+        if name in told and told[name] != getattr(config, name) and not free:
             raise UserError(
-                f"{where}: {CONFIG_NAME} has {name} {hub[name]!r}, but the weights have "
+                f"{where}: {CONFIG_NAME} has {name} {told[name]!r}, but the weights have "
                 f"{getattr(config, name)!r}"
             )
-    not_inferred = ("norm_eps", "cond_drop_rate", "drop_path_rate", "num_heads", "patch_nums")
-    try:
-        arguments = config.to_dict() | {name: hub[name] for name in not_inferred if name in hub}
-        complete = VARConfig.from_dict(arguments)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {CONFIG_NAME}: {error}") from error
-    if config.attn_l2_norm and complete.num_heads != config.num_heads:
-        raise UserError(
-            f"{where}: {CONFIG_NAME} has num_heads {complete.num_heads}, but the weights have "
-            f"{config.num_heads}"
-        )
-    if complete.layout.total != config.layout.total:
-        raise UserError(
-            f"{where}: {CONFIG_NAME} has patch_nums {complete.patch_nums}, but the weights have "
-            f"{config.layout.total} tokens"
-        )
-    return complete
-
-
-def _with_vae_arguments(config: VQVAEConfig, arguments: Any, where: str) -> VQVAEConfig:
-    """Add the constructor arguments that the weights do not show to an inferred configuration."""
-    not_inferred = ("beta", "quant_resi", "using_znorm")
-    try:
-        hub = dict(arguments or {})
-        return VQVAEConfig.from_dict(
-            config.to_dict() | {name: hub[name] for name in not_inferred if name in hub}
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {CONFIG_NAME}: vae_kwargs: {error}") from error
 
 
 # --- whole models --------------------------------------------------------------------------------
@@ -302,26 +293,63 @@ def load_original(
     num_heads: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    *,
+    weights: str | None = None,
+    op: str = "from_var_checkpoint",
+    **given: Any,
 ) -> tuple[VAR, VQVAE]:
     """Both models from the original repository's files, in eval mode.
 
     Args:
-        num_heads: see :func:`infer_var_config`; a Hub folder records it.
+        num_heads, given: settings that no tensor tells, by the names of VAR_SETTINGS and
+            VAE_SETTINGS (:mod:`variant.checkpoints.settings`). What neither the files nor these
+            tell is assumed, with one warning.
         dtype: of the transformer's weights; None keeps the file's.
         device: of both models; None is the CPU.
+        weights: "model", "ema" or the name of an entry: which of several state dicts in the
+            transformer's file; in that of the VQ-VAE too, where it has such an entry.
+        op: the caller's function, for messages about settings.
     Raises:
-        UserError: a file is missing, damaged or not of the original repository.
+        TypeError, ValueError: a setting of a wrong type or out of range.
+        UserError: a file is missing, damaged or not of the original repository, or contradicts a
+            setting.
     """
-    var_file = open_original(var_path, "var_wo_ddp")
-    vae_file = open_original(vae_path, "vae_local")
-    hub, where = var_file.config, str(var_path)
-    heads = hub.get("num_heads", num_heads)
-    var_config = infer_var_config(var_file.state, where, heads, hub.get("patch_nums"))
-    var_config = _with_hub_config(var_config, hub, where)
-    vae_config = infer_vqvae_config(vae_file.state, var_config.patch_nums, str(vae_path))
-    vae_config = _with_vae_arguments(vae_config, hub.get("vae_kwargs"), where)
+    given |= {"num_heads": num_heads}
+    # Unknown and wrong settings are refused before a large file is read.
+    Settings(str(var_path), given, op=op)
+    var_file = open_original(var_path, "var_wo_ddp", weights)
+    vae_file = open_original(vae_path, "vae_local", weights)
+    hub, where, vae_where = var_file.config, str(var_path), str(vae_path)
+    kwargs = hub.get("vae_kwargs") or {}
+    if not isinstance(kwargs, Mapping):
+        raise UserError(f"{where}: {CONFIG_NAME}: vae_kwargs must be a mapping; got {kwargs!r}")
+    sides = {"patch_nums": kwargs["v_patch_nums"]} if "v_patch_nums" in kwargs else {}
+    var_settings = Settings(
+        where,
+        {name: value for name, value in given.items() if name not in VAE_SETTINGS},
+        [(CONFIG_NAME, hub), (ARGS, var_file.training)],
+        op,
+    )
+    vae_settings = Settings(
+        vae_where,
+        {name: value for name, value in given.items() if name not in VAR_SETTINGS},
+        [
+            (f"vae_kwargs in {CONFIG_NAME}", {**kwargs, **sides}),
+            (CONFIG_NAME, vae_file.config),
+            (ARGS, {k: v for k, v in vae_file.training.items() if k in VAE_SETTINGS}),
+        ],
+        op,
+    )
+    var_config = infer_var_config(var_file.state, where, settings=var_settings)
+    _check_sizes(var_config, hub, VAR_SIZES, where)
+    vae_config = infer_vqvae_config(
+        vae_file.state, var_config.patch_nums, vae_where, settings=vae_settings
+    )
+    for values in (kwargs, vae_file.config):
+        _check_sizes(vae_config, values, VAE_SIZES, where)
+    var_settings.warn(vae_settings, stacklevel=3)
     var = build(VAR, var_config, var_file.to(dtype, device), where, device)
-    vae = build(VQVAE, vae_config, vae_file.to(None, device), str(vae_path), device)
+    vae = build(VQVAE, vae_config, vae_file.to(None, device), vae_where, device)
     return var.eval(), vae.eval()
 
 
@@ -330,8 +358,37 @@ def save_original(
 ) -> None:
     """Write both models as the original repository reads them, derived buffers included.
 
+    Args:
+        var_path, vae_path: names ending in .safetensors are written in that format, names ending in
+            .pth or .pt by ``torch.save``.
     Raises:
-        UserError: a file cannot be written.
+        TypeError: var or vae is of another class.
+        UserError: another ending, one path for both, or a file that cannot be written.
     """
-    save_pickle(var_path, {**var.state_dict(), **derived_buffers(var.layout)})
-    save_pickle(vae_path, vae.state_dict())
+    op = "save_original"
+    instance(op, "var", var, VAR)
+    instance(op, "vae", vae, VQVAE)
+    paths = [Path(check_path(op, "path", path)) for path in (var_path, vae_path)]
+    for path in paths:
+        check_ending(op, path)
+    if paths[0].absolute() == paths[1].absolute():
+        raise UserError(f"{op}: the two models need two files; got {paths[0]} twice")
+    for path, state in (
+        (paths[0], {**var.state_dict(), **derived_buffers(var.layout)}),
+        (paths[1], vae.state_dict()),
+    ):
+        if path.suffix in PICKLE_ENDINGS:
+            save_pickle(path, state)
+        else:
+            tensors = {key: value.detach().cpu().clone() for key, value in state.items()}
+            with atomic_write(path) as temporary:
+                save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+def check_ending(op: str, path: Path) -> None:
+    """Raises: UserError, if a file of weights is not written under names of this ending."""
+    endings = (*PICKLE_ENDINGS, ".safetensors")
+    if path.suffix not in endings:
+        raise UserError(
+            f"{op}: {path} must end in {', '.join(endings)}, by which its format is chosen"
+        )

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from variant.models import placement
+from variant_kernels.dispatch.request import dtype_name
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {dtype_name(dtype): dtype for dtype in placement.DTYPES}

@@ -152,26 +152,55 @@ class Bench:
 
 @dataclass
 class Convert:
-    """Convert between the original VAR repository's .pth files and a model folder, both ways.
+    """Convert between files of the original VAR repository and a model folder, both ways.
+
+    --var and --vae, or --model, are read; --out, or --to-var and --to-vae, are written. An input is
+    never overwritten, and any other existing file only with --overwrite.
 
     Example: variant convert --var var_d16.pth --vae vae_ch160v4096z32.pth --out models/var-d16
 
-    Example: variant convert --model models/var-d16 --var var_d16.pth --vae vae.pth
+    Example: variant convert --model models/var-d16 --to-var exported/var.pth --to-vae
+    exported/vae.pth
     """
 
-    var: Path
-    """The transformer: its .pth file, a trainer checkpoint, or a folder or Hub id of the original's
-    Hub class. With --model: the .pth file to write."""
-    vae: Path
-    """The VQ-VAE's .pth file, or the same trainer checkpoint. With --model: the file to write."""
+    var: Path | None = None
+    """Input: the transformer's .pth or .safetensors file, a trainer checkpoint, or a folder or Hub
+    id of the original's Hub class."""
+    vae: Path | None = None
+    """Input: the VQ-VAE's file, or the same trainer checkpoint."""
     model: str | None = None
-    """Model folder to write as .pth files."""
+    """Input in place of --var and --vae: a model folder, Hub id, or a model of this package."""
     out: Path | None = None
-    """Model folder to write from .pth files."""
-    num_heads: int | None = None
-    """Attention heads; needed only for models without L2 norm, whose files do not hold it."""
+    """Output: a model folder."""
+    to_var: Path | None = None
+    """Output for the original VAR code: the transformer's .pth, .pt or .safetensors file."""
+    to_vae: Path | None = None
+    """Output for the original VAR code: the VQ-VAE's .pth, .pt or .safetensors file."""
+    overwrite: bool = False
+    """Overwrite existing outputs."""
+    weights: str | None = None
+    """Which weights of a file with several: model, ema, or the name of an entry; default: the plain
+    model, with a warning."""
     dtype: DtypeName | None = None
     """Dtype of the transformer's weights; default: unchanged."""
+    num_heads: int | None = None
+    """Attention heads; files of models without L2 norm do not hold it. This and the options below
+    are for --var and --vae; default: what the files hold, else the original's value, with a
+    warning."""
+    patch_nums: tuple[int, ...] | None = None
+    """Sides of the token maps; for files without lvl_1L."""
+    norm_eps: float | None = None
+    """Epsilon of the layer normalisations."""
+    cond_drop_rate: float | None = None
+    """Probability that training drops a label."""
+    drop_path_rate: float | None = None
+    """Stochastic depth of training."""
+    quant_resi: float | None = None
+    """Weight of the residual convolutions of the VQ-VAE."""
+    using_znorm: bool | None = None
+    """Whether the VQ-VAE finds the nearest code by cosine."""
+    beta: float | None = None
+    """Weight of the commitment loss of the VQ-VAE."""
 
 
 @dataclass

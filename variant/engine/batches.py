@@ -17,6 +17,7 @@ from torch import Tensor
 
 from variant.engine.generation import OnScale, PartialResult, Sampling, Stats
 from variant.engine.graph_replay import GraphReplay
+from variant.engine.images import to_uint8
 from variant.engine.kernels import Launchers
 from variant.engine.page_tables import PageTableCache
 from variant.engine.step_loop import BatchState, TokenBatch, generate_tokens
@@ -67,7 +68,7 @@ class Request:
     """The arguments that all batches of one ``generate`` call share.
 
     flexible_from: the first scale at which ``on_scale`` can change the depth.  decode: whether to
-    decode images from the tokens.
+    decode images from the tokens.  image_dtype: of the images, float32 or uint8.
     """
 
     schedule: DepthSchedule
@@ -75,23 +76,29 @@ class Request:
     flexible_from: int
     on_scale: OnScale | None
     decode: bool
+    image_dtype: torch.dtype
 
 
 @dataclass(frozen=True)
 class Part:
     """The result of one batch.
 
-    images: (B, 3, H, W) float32 in [0, 1], or (0, 3, H, W).  tokens_BL: (B, L) int64.
+    images: (B, 3, H, W) float32 in [0, 1] or uint8, or (0, 3, H, W).  tokens_BL: (B, L) int64.
+    labels_B, image_ids_B: (B,) int64, what it was generated from.
     depths: layers run at each scale.  allocated_bytes, peak_bytes: of the K/V cache.
-    captured: whether a CUDA graph generated it.
+    captured: whether a CUDA graph generated it.  seconds: of the batch; decode_seconds: of the
+    VQ-VAE decoder, part of it.
     """
 
     images: Tensor
     tokens_BL: Tensor
+    labels_B: Tensor
+    image_ids_B: Tensor
     depths: tuple[int, ...]
     allocated_bytes: int
     peak_bytes: int
     captured: bool
+    seconds: float
     decode_seconds: float
 
 
@@ -99,8 +106,8 @@ class Part:
 class BatchRunner:
     """Starts, generates and decodes batches.
 
-    Weights and launchers are chosen once per call of the engine: what another thread or a callback
-    does to the engine meanwhile does not change the batches of this call.
+    Launchers are chosen once per call of the engine, weights once per batch: what another thread or
+    a callback does to the engine meanwhile does not change a batch that has started.
 
     Args:
         page_tables: shared by all calls of the engine.
@@ -173,6 +180,7 @@ class BatchRunner:
             graphs: recorded with these weights; None launches every kernel from Python. No field
                 of this object: a graph keeps the object that recorded it.
         """
+        started = synchronized_time(self.device)
         eager = request.on_scale is not None or request.sampling.generator is not None
         if graphs is None or eager:
             batch = self._generate_eagerly(labels_B, image_ids_B, request)
@@ -181,17 +189,21 @@ class BatchRunner:
         decoding = synchronized_time(self.device)
         if request.decode:
             images = self.decode(batch.f_hat_BEHW, graphs)
+            images = to_uint8(images) if request.image_dtype == torch.uint8 else images
         else:
             size = self.vae.config.image_size
-            images = torch.empty(0, 3, size, size, device=self.device)
+            images = torch.empty(0, 3, size, size, dtype=request.image_dtype, device=self.device)
         return Part(
             images,
             batch.tokens_BL,
+            labels_B,
+            image_ids_B,
             batch.schedule.depths,
             batch.allocated_bytes,
             batch.peak_bytes,
             captured=graphs is not None and not eager,
-            decode_seconds=synchronized_time(self.device) - decoding,
+            seconds=(finished := synchronized_time(self.device)) - started,
+            decode_seconds=finished - decoding,
         )
 
     def _generate_eagerly(
@@ -207,7 +219,8 @@ class BatchRunner:
             tokens, features = tokens_BL[:, : layout.visible(k)].clone(), f_hat_BEHW.clone()
             depth = on_scale(k, PartialResult(k, tokens, partial(self.decode, features)))
             if depth is not None and k + 1 < layout.num_scales:
-                state.switch(max(k + 1, request.flexible_from), self.var.layers_of(depth))
+                layers = self.var.layers_of(depth, op="on_scale")
+                state.switch(max(k + 1, request.flexible_from), layers)
 
         return generate_tokens(state, sampling, image_ids_B, after_scale)
 

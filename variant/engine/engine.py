@@ -9,8 +9,9 @@ map (of images: pixels).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from threading import Lock
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from variant.engine.batches import (
     synchronized_time,
     without_autocast,
 )
+from variant.engine.cast_models import CastModels
 from variant.engine.cuda_graphs import GraphRecorder, Recorder
 from variant.engine.generation import (
     Generation,
@@ -33,19 +35,17 @@ from variant.engine.generation import (
     check_tokens,
 )
 from variant.engine.graph_replay import GraphReplay
+from variant.engine.images import check_image_dtype
 from variant.engine.kernels import Launchers
 from variant.engine.kv_dtype import KVDtype, check_kv_dtype
 from variant.engine.memory import free_bytes
-from variant.engine.page_tables import PageTableCache
+from variant.engine.runs import Current, Run
 from variant.engine.step_loop import teacher_forced_logits
-from variant.engine.weights import EngineWeights, WeightsVersion
+from variant.models.placement import check_dtype
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant_kernels import CachePlan
-from variant_kernels.dispatch.request import dtype_name
-from variant_kernels.packed_linear import can_pack
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from variant_kernels.arguments import instance
 
 
 def new_recorder(device: torch.device) -> Recorder | None:
@@ -53,7 +53,20 @@ def new_recorder(device: torch.device) -> Recorder | None:
     return GraphRecorder(device) if device.type == "cuda" else None
 
 
-class Engine:
+class CallOptions(TypedDict, total=False):
+    """The arguments of ``generate`` that do not concern the drawing of tokens."""
+
+    depth: int | Sequence[int] | None
+    bridge: int | None
+    image_ids: Sequence[int] | Tensor | None
+    max_batch: int | None
+    on_scale: OnScale | None
+    decode: bool
+    kv_dtype: KVDtype
+    image_dtype: torch.dtype | str
+
+
+class Engine(CastModels):
     """Generates with one VAR and its VQ-VAE at any depth.
 
     Weights are cast once to ``dtype`` (shared where they have it already); the residual stream is
@@ -63,7 +76,8 @@ class Engine:
 
     Args:
         var, vae: the models; same codebook and layout.
-        dtype: of weights, K/V and matrix products; None is the dtype of the weights.
+        dtype: of weights, K/V and matrix products: float32, bfloat16 or float16, or its name;
+            None is the dtype of the weights.
         backend: of the kernels; "auto" takes the fastest that can run.
         page_size: tokens per cache page.
         kv_dtype: of K and V; None is exact: ``dtype``. "fp8" (or torch.float8_e4m3fn) stores 8 bits
@@ -83,72 +97,24 @@ class Engine:
         var: VAR,
         vae: VQVAE,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         backend: str = "auto",
         page_size: int = 16,
         kv_dtype: KVDtype = None,
         pack: bool = True,
         capture: bool = True,
     ) -> None:
-        check_pair(var, vae)
-        self.var, self.vae = var, vae
-        self.dtype = var.head.weight.dtype if dtype is None else dtype
-        if self.dtype not in DTYPES:
-            names = ", ".join(dtype_name(d) for d in DTYPES)
-            raise ValueError(f"Engine: dtype must be one of {names}; got {self.dtype}")
+        check_pair(var, vae, "Engine")
+        super().__init__(var, vae, check_engine_dtype("Engine", dtype, var), pack)
         if page_size < 1:
             raise ValueError(f"Engine: page_size must be at least 1; got {page_size}")
         self.page_size = page_size
         self.kv_dtype = check_kv_dtype("Engine", kv_dtype)
         self.backend = backend
-        self.pack, self.capture = pack, capture
-        self._reset()
+        self.capture = capture
         self._launchers(self.kv_dtype)  # raises where the backend cannot run these dtypes
 
-    def _reset(self) -> None:
-        """Empties what is rebuilt on use and not pickled: cast weights, graphs, page tables."""
-        self._lock = Lock()
-        self._weights_version = WeightsVersion()
-        self._cast: tuple[tuple[tuple[int, int], ...], EngineWeights] | None = None
-        self._graphs: tuple[EngineWeights, GraphReplay] | None = None
-        self._page_tables = PageTableCache()
-
-    def __getstate__(self) -> dict[str, object]:
-        """Without the lock, cast weights and graphs, so that a used model can be pickled."""
-        dropped = ("_lock", "_weights_version", "_cast", "_graphs", "_page_tables")
-        return {name: value for name, value in self.__dict__.items() if name not in dropped}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._reset()
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the weights."""
-        return self.var.head.weight.device
-
-    @property
-    def packed(self) -> bool:
-        """Whether the weights are packed for the CPU's matrix library."""
-        return self.pack and can_pack(self.device, self.dtype)
-
-    # --- weights, launchers, graphs -------------------------------------------------------------
-
-    def refresh(self) -> None:
-        """Casts the weights again at the next call: needed after a change through ``.data``."""
-        with self._lock:
-            self._cast = self._graphs = None
-
-    def _weights(self) -> EngineWeights:
-        """The weights in the engine's dtype, cast again if any changed since the last call."""
-        version = self._weights_version(self.var, self.vae)
-        with self._lock:
-            if self._cast is None or self._cast[0] != version:
-                # Free the old copies, and the graphs that read them, before new ones are allocated.
-                self._cast = self._graphs = None
-                weights = EngineWeights(self.var, self.vae, self.dtype, self.packed)
-                self._cast = version, weights
-            return self._cast[1]
+    # --- launchers, graphs ----------------------------------------------------------------------
 
     def _launchers(self, kv_dtype: torch.dtype | None) -> Launchers:
         # Chosen at each call, because use_backend and VARIANT_BACKEND may have changed.
@@ -207,7 +173,7 @@ class Engine:
         labels_B = check_labels(labels_B, self.var.config.num_classes, "forced_logits")
         shape = (len(labels_B), self.var.layout.total)
         tokens_BL = check_tokens(tokens_BL, shape, self.var.config.vocab_size, "forced_logits")
-        schedule = self.var.schedule(depth, bridge)
+        schedule = self.var.schedule(depth, bridge, op="forced_logits")
         state = self._runner(kv_dtype).start(labels_B, schedule=schedule, guidance=False)
         return teacher_forced_logits(state, tokens_BL.to(self.device))
 
@@ -227,6 +193,7 @@ class Engine:
         on_scale: OnScale | None = None,
         decode: bool = True,
         kv_dtype: KVDtype = None,
+        image_dtype: torch.dtype | str = torch.float32,
     ) -> Generation:
         """One image per label; arguments, result and errors of ``VARiant.generate``.
 
@@ -244,11 +211,65 @@ class Engine:
             on_scale=on_scale,
             decode=decode,
             kv_dtype=kv_dtype,
+            image_dtype=image_dtype,
         )
+
+    def generate_with(
+        self,
+        labels: int | Sequence[int] | Tensor,
+        sampling: Sampling,
+        **options: Unpack[CallOptions],
+    ) -> Generation:
+        """:meth:`generate` with guidance, filters, seed and generator in one object."""
+        started = synchronized_time(self.device)
+        run = self._run(labels, sampling, **options)
+        parts = list(run.parts())
+        return run.generation(parts, synchronized_time(self.device) - started)
+
+    def generate_batches(
+        self,
+        labels: int | Sequence[int] | Tensor,
+        *,
+        depth: int | Sequence[int] | None = None,
+        bridge: int | None = None,
+        cfg: float = 1.5,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        seed: int | None = None,
+        image_ids: Sequence[int] | Tensor | None = None,
+        generator: torch.Generator | None = None,
+        max_batch: int | None = None,
+        on_scale: OnScale | None = None,
+        decode: bool = True,
+        kv_dtype: KVDtype = None,
+        image_dtype: torch.dtype | str = torch.float32,
+    ) -> Iterator[Generation]:
+        """:meth:`generate` one batch at a time; see ``VARiant.generate_batches``."""
+        return self.generate_batches_with(
+            labels,
+            Sampling(cfg, top_k, top_p, seed, generator),
+            depth=depth,
+            bridge=bridge,
+            image_ids=image_ids,
+            max_batch=max_batch,
+            on_scale=on_scale,
+            decode=decode,
+            kv_dtype=kv_dtype,
+            image_dtype=image_dtype,
+        )
+
+    def generate_batches_with(
+        self,
+        labels: int | Sequence[int] | Tensor,
+        sampling: Sampling,
+        **options: Unpack[CallOptions],
+    ) -> Iterator[Generation]:
+        """:meth:`generate_batches` with guidance, filters, seed and generator in one object."""
+        return self._run(labels, sampling, **options).batches()
 
     @without_autocast
     @torch.no_grad()
-    def generate_with(
+    def _run(
         self,
         labels: int | Sequence[int] | Tensor,
         sampling: Sampling,
@@ -260,17 +281,18 @@ class Engine:
         on_scale: OnScale | None = None,
         decode: bool = True,
         kv_dtype: KVDtype = None,
-    ) -> Generation:
-        """:meth:`generate` with guidance, filters, seed and generator in one object."""
-        started = synchronized_time(self.device)
+        image_dtype: torch.dtype | str = torch.float32,
+    ) -> Run:
+        """The batches of a request, none of them started; raises what ``generate`` raises."""
         kv_dtype = self._kv_dtype("generate", kv_dtype)
         labels_B = check_labels(labels, self.var.config.num_classes)
         request = Request(
-            schedule=self.var.schedule(depth, bridge),
+            schedule=self.var.schedule(depth, bridge, op="generate"),
             sampling=sampling,
             flexible_from=bridge if bridge is not None else (self.var.config.bridge or 0),
             on_scale=on_scale,
             decode=decode,
+            image_dtype=check_image_dtype("generate", image_dtype),
         )
         image_ids_B = check_image_ids(image_ids, len(labels_B), self.device)
         runner = self._runner(kv_dtype)  # casts the weights: the copies must not count as free
@@ -283,14 +305,19 @@ class Engine:
             fixed=self.decoder_bytes(),
             available=free_bytes(self.device),
         )
-        batches = zip(labels_B.split(size), image_ids_B.split(size), strict=True)
-        graphs = self._graphs_for(runner)
-        parts = [runner.generate(*batch, request, graphs) for batch in batches]
-        seconds = synchronized_time(self.device) - started
-        return Generation(
-            torch.cat([part.images for part in parts]),
-            torch.cat([part.tokens_BL for part in parts]),
-            runner.stats(parts, request, self.dtype, seconds),
+
+        def renew() -> Current:
+            renewed = replace(runner, weights=self._weights())
+            return renewed, self._graphs_for(renewed)
+
+        return Run(
+            first=(runner, self._graphs_for(runner)),
+            renew=renew,
+            request=request,
+            labels_B=labels_B,
+            image_ids_B=image_ids_B,
+            size=size,
+            dtype=self.dtype,
         )
 
     @without_autocast
@@ -329,8 +356,23 @@ class Engine:
         return memory.decoder_bytes(self.vae.config, packed=self.packed)
 
 
-def check_pair(var: VAR, vae: VQVAE) -> None:
-    """Raises: ValueError unless the two models have one codebook and layout."""
+def check_engine_dtype(op: str, dtype: torch.dtype | str | None, var: VAR) -> torch.dtype:
+    """The dtype of an engine, by itself or by name; None is that of the weights.
+
+    Raises:
+        TypeError, ValueError: see :func:`variant.models.placement.check_dtype`.
+    """
+    weights = var.head.weight.dtype
+    # The dtype of the weights is checked too: an engine runs in three dtypes only.
+    return cast("torch.dtype", check_dtype(op, check_dtype(op, dtype) or weights))
+
+
+def check_pair(var: VAR, vae: VQVAE, op: str = "VARiant") -> None:
+    """Raises: TypeError unless they are a VAR and a VQVAE; ValueError unless the two have one
+    codebook and layout."""
+    remedy = "variant.accelerate takes model objects of the original code"
+    instance(op, "var", var, VAR, remedy)
+    instance(op, "vae", vae, VQVAE, remedy)
     a, b = var.config, vae.config
     for what, ours, theirs in (
         ("patch_nums", a.patch_nums, b.patch_nums),
@@ -339,6 +381,6 @@ def check_pair(var: VAR, vae: VQVAE) -> None:
     ):
         if ours != theirs:
             raise ValueError(
-                f"VARiant: the transformer and the VQ-VAE must agree on {what}; "
+                f"{op}: the transformer and the VQ-VAE must agree on {what}; "
                 f"got {ours} and {theirs}"
             )

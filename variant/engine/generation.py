@@ -1,6 +1,6 @@
 """Request and result types of a generation, and the checks of its arguments.
 
-Axes: B images, L tokens of all scales.
+Axes: B images, L tokens of all scales, H W pixels.
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ import math
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
 
+from variant.engine.images import to_pil
 from variant_kernels.dispatch.request import dtype_name
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # Far above any useful value; keeps guided float32 logits finite.
 MAX_CFG = 1e4
@@ -124,11 +128,21 @@ class Stats:
 
 @dataclass(frozen=True)
 class Generation:
-    """images (B, 3, H, W) float32 in [0, 1] (none if not decoded), tokens (B, L) int64, stats."""
+    """Images, their tokens, and what they were generated from; on the device of the weights.
+
+    images: (B, 3, H, W) float32 in [0, 1], or uint8 in 0..255 where that was asked for; (0, 3, H,
+    W) if not decoded.  tokens: (B, L) int64.  labels, image_ids: (B,) int64.
+    """
 
     images: Tensor
     tokens: Tensor
     stats: Stats
+    labels: Tensor
+    image_ids: Tensor
+
+    def pil(self) -> list[Image]:
+        """The images as 8-bit RGB ``PIL.Image.Image`` objects."""
+        return to_pil(self.images)
 
 
 OnScale = Callable[[int, PartialResult], "int | Sequence[int] | None"]

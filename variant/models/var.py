@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from operator import index
-from typing import Any, SupportsIndex, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +25,8 @@ from variant_kernels import (
     adaln_modulate,
     block_causal_attention,
     gated_residual_adaln,
-    select_layers,
 )
+from variant_kernels.arguments import integer, sequence
 from variant_kernels.plans.depth_schedule import resolve_layers
 
 
@@ -261,53 +260,61 @@ class VAR(nn.Module):
         return self.shared_ada_lin(cond_BC).view(cond_BC.shape[0], 6, -1)
 
     def schedule(
-        self, depth: int | Sequence[int] | None = None, bridge: int | None = None
+        self,
+        depth: int | Sequence[int] | None = None,
+        bridge: int | None = None,
+        *,
+        op: str = "VAR.schedule",
     ) -> DepthSchedule:
         """Schedule of a depth, with the layers that the config records for it, if any.
 
         Args:
             depth: number of layers in the flexible zone, or a list of layers; None is every layer.
             bridge: number of first scales that run every layer; None is the config's bridge.
+            op: the function that the messages name.
         Raises:
+            TypeError: a number that is no integer.
             ValueError: depth or bridge out of range.
         """
         full, scales = self.config.depth, self.layout.num_scales
         if bridge is None:
             bridge = self.config.bridge
-        elif not (isinstance(bridge, int) and 0 <= bridge <= scales):
-            raise ValueError(f"VAR.schedule: bridge must be in [0, {scales}]; got {bridge!r}")
-        if depth is None or depth == full:
+        else:
+            bridge = integer(op, "bridge", bridge, 0, scales)
+        layers = tuple(range(full)) if depth is None else self.layers_of(depth, op=op)
+        if len(layers) == full:
             return DepthSchedule.full(full, scales)
-        layers = self.layers_of(depth)
         if bridge is None:
             raise ValueError(
-                f"VAR.schedule: bridge must be given (0..{scales}), because this model's config "
-                "has none"
+                f"{op}: bridge must be given, an integer in [0, {scales}], because this model's "
+                "config has none"
             )
         return DepthSchedule(full, scales, layers, bridge)
 
-    def layers_of(self, depth: int | Sequence[int]) -> tuple[int, ...]:
+    def layers_of(
+        self, depth: int | Sequence[int], *, op: str = "VAR.layers_of"
+    ) -> tuple[int, ...]:
         """The layers of a depth: those that the config records, or evenly chosen ones.
 
         Args:
             depth: number of layers, or a list of layers, which need not be recorded.
+            op: the function that the messages name.
         Raises:
+            TypeError: depth is neither an integer nor a list of integers.
             ValueError: an invalid list; a number that is out of range, or that a config with
                 subnets does not record.
         """
         full, subnets = self.config.depth, self.config.subnets
-        if not isinstance(depth, SupportsIndex) or depth == full:
-            return resolve_layers(full, depth)
-        depth = index(depth)
-        if depth in subnets:
-            return subnets[depth]
-        layers = select_layers(full, depth)
-        if subnets:
+        layers = resolve_layers(full, depth, op=op)
+        if sequence(depth) is not None or len(layers) == full:
+            return layers
+        if subnets and len(layers) not in subnets:
             raise ValueError(
-                f"depth must be one that the model was trained at ({', '.join(map(str, subnets))} "
-                f"or {full}); got {depth}. A list of layers, such as {list(layers)}, runs untrained"
+                f"{op}: depth must be one that the model was trained at "
+                f"({', '.join(map(str, subnets))} or {full}); got {len(layers)}. A list of layers, "
+                f"such as {list(layers)}, runs untrained"
             )
-        return layers
+        return subnets.get(len(layers), layers)
 
     def _check(self, labels_B: Tensor, x_teacher: Tensor, schedule: DepthSchedule | None) -> None:
         if labels_B.ndim != 1 or labels_B.dtype != torch.int64:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from variant.checkpoints.model_folder import load_state
 from variant.checkpoints.original_var import read_original
+from variant.checkpoints.sharded import find_weights
 from variant.errors import UserError
 from variant.models.config import VQVAEConfig
 from variant.models.vqvae import VQVAE
@@ -18,12 +19,13 @@ def find_vae(weights: str | None, folder: Path) -> Path:
     """The weights file of the VQ-VAE that tokenizes images.
 
     Args:
-        weights: the file that the recipe names; None takes the VQ-VAE trained in ``folder``.
+        weights: the file or model folder that the recipe names; None takes the VQ-VAE trained in
+            ``folder``.
     Raises:
         UserError: ``folder`` holds no VQ-VAE, or one whose training has not finished.
     """
     if weights is not None:
-        return Path(weights)
+        return _weights_file(Path(weights))
     checkpointer = Checkpointer(folder, "vae")
     path, last = checkpointer.best, checkpointer.last
     if not path.exists() and not last.exists():
@@ -57,7 +59,7 @@ def load_vae(config: VQVAEConfig, path: Path) -> VQVAE:
 
 
 def read_weights(path: Path, part: str) -> dict[str, Tensor]:
-    """A state dict from .safetensors, or from the original repository's .pth files.
+    """One model's state dict from any file of weights, or from a model folder.
 
     Args:
         part: "var_wo_ddp" or "vae_local", the key of the model in a trainer checkpoint of the
@@ -65,12 +67,9 @@ def read_weights(path: Path, part: str) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing, damaged or of another format.
     """
-    if path.suffix != ".safetensors":
-        return read_original(path, part)
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    return read_original(_weights_file(path), part)
 
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: is missing or damaged: {error}") from None
+
+def _weights_file(path: Path) -> Path:
+    """The path itself, or the file of weights in a folder."""
+    return (find_weights(path) or path) if path.is_dir() else path

@@ -26,7 +26,8 @@ from variant_kernels.plans.depth_schedule import select_layers
 class ModelSection:
     """The sizes of the transformer; codebook, scales and subnets come from the other sections.
 
-    weights: file of pretrained weights (.pth or .safetensors); None initialises at random.
+    weights: pretrained weights: a .pth or .safetensors file, also of another trainer, or a model
+        folder; None initialises at random.
     """
 
     depth: int
@@ -52,7 +53,7 @@ class VAETraining:
         batch; 0 never moves a code.  revive_until: share of the steps after which the checks end.
     scale_dropout: share of the steps that reconstruct from the first few scales only, so that
         coarse scales learn to hold as much of the image as they can; falls linearly to 0.
-    weights: file of a trained VQ-VAE that is used instead (.pth or .safetensors).
+    weights: a trained VQ-VAE that is used instead: a file or a model folder, as model.weights.
     """
 
     epochs: int = 0

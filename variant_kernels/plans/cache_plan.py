@@ -12,28 +12,32 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from variant_kernels.arguments import boolean, instance, integer
 from variant_kernels.plans.depth_schedule import DepthSchedule
-from variant_kernels.plans.scale_layout import ScaleLayout
+from variant_kernels.plans.scale_layout import MAX_TOKENS, ScaleLayout
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "float8_e4m3fn": 1}
 
 
-def item_bytes(dtype: object) -> int:
-    """Bytes of one element of a torch or numpy dtype, or of a dtype given by name."""
+def item_bytes(dtype: object, op: str = "item_bytes") -> int:
+    """Bytes of one element of a torch or numpy dtype, or of a dtype given by name.
+
+    Raises:
+        TypeError: no such dtype; the message starts with ``op``.
+    """
     if isinstance(dtype, str):
         if dtype in _ITEM_BYTES:
             return _ITEM_BYTES[dtype]
     elif isinstance(getattr(dtype, "itemsize", None), int):
         return dtype.itemsize  # type: ignore[attr-defined]
     raise TypeError(
-        f"item_bytes: dtype must be a torch or numpy dtype or one of {sorted(_ITEM_BYTES)}; "
-        f"got {dtype!r}"
+        f"{op}: dtype must be a torch or numpy dtype or one of {sorted(_ITEM_BYTES)}; got {dtype!r}"
     )
 
 
-def token_bytes(num_heads: int, head_dim: int, dtype: object) -> int:
+def token_bytes(num_heads: int, head_dim: int, dtype: object, op: str = "token_bytes") -> int:
     """Bytes of K (or of V) of one token in one layer; 8 bits add one scale byte per head."""
-    size = item_bytes(dtype)
+    size = item_bytes(dtype, op)
     return num_heads * (head_dim * size + (size == 1))
 
 
@@ -94,7 +98,7 @@ class PageAllocator:
         """
         pages = self.pages.setdefault(layer, [])
         total = self.tokens.get(layer, 0) + tokens
-        for _ in range(-(-total // self.page_size) - len(pages)):
+        for _ in range(_pages(total, self.page_size) - len(pages)):
             if self._free:
                 pages.append(heapq.heappop(self._free))
             else:
@@ -118,30 +122,40 @@ class CachePlan:
         schedule: layers per scale; as many scales as the layout.
         page_size: tokens per page of one layer's K and V of one sequence.
     Raises:
+        TypeError: an argument of another class.
         ValueError: page_size below 1, or layout and schedule differ in the number of scales.
     """
 
     def __init__(self, layout: ScaleLayout, schedule: DepthSchedule, page_size: int = 16) -> None:
-        if page_size < 1:
-            raise ValueError(f"CachePlan: page_size must be at least 1; got {page_size}")
+        op = "CachePlan"
+        instance(op, "layout", layout, ScaleLayout, "ScaleLayout.from_patch_nums makes one")
+        instance(op, "schedule", schedule, DepthSchedule)
+        page_size = integer(op, "page_size", page_size, 1, MAX_TOKENS)
         if layout.num_scales != schedule.num_scales:
             raise ValueError(
-                f"CachePlan: layout and schedule must have the same number of scales; "
+                f"{op}: layout and schedule must have the same number of scales; "
                 f"got {layout.num_scales} and {schedule.num_scales}"
             )
         self.layout = layout
         self.schedule = schedule
         self.page_size = page_size
         self.last_scales = tuple(schedule.last_scale(i) for i in range(schedule.full_depth))
-        allocator = PageAllocator(page_size)
-        peak_tokens = 0
+        # PageAllocator reuses the lowest free page first, so that the pages that it creates are the
+        # most in use at once; counting them takes no time for each page.
+        self.peak_tokens = self.peak_pages = 0
+        stored = dict.fromkeys(range(schedule.full_depth), 0)
+        used_tokens = used_pages = 0
         for layer, scale in self.layer_scale_order():
-            allocator.grow(layer, layout.tokens[scale])
-            peak_tokens = max(peak_tokens, allocator.used_tokens)
+            before = stored[layer]
+            after = before + layout.tokens[scale]
+            used_tokens += after - before
+            used_pages += _pages(after, page_size) - _pages(before, page_size)
+            self.peak_tokens = max(self.peak_tokens, used_tokens)
+            self.peak_pages = max(self.peak_pages, used_pages)
             if self.last_scales[layer] == scale:
-                allocator.release(layer)
-        self.peak_tokens: int = peak_tokens
-        self.peak_pages: int = allocator.created_pages
+                used_tokens -= after
+                used_pages -= _pages(after, page_size)
+            stored[layer] = after
 
     def layer_scale_order(self) -> Iterator[tuple[int, int]]:
         """Every (layer, scale) that runs, in execution order."""
@@ -172,9 +186,15 @@ class CachePlan:
             dtype: of K and V; a torch or numpy dtype, or its name. 8 bits (float8_e4m3fn) have
                 a scale of one byte per token and head.
             guidance: whether unconditional sequences run in addition to the conditional ones.
+        Raises:
+            TypeError: a number that is no integer, or an unknown dtype.
+            ValueError: a number below 1.
         """
-        sequences = batch * (2 if guidance else 1)
-        return sequences * self.peak_page_tokens * 2 * token_bytes(num_heads, head_dim, dtype)
+        op = "CachePlan.peak_bytes"
+        sequences = _sequences(op, batch, guidance)
+        num_heads = integer(op, "num_heads", num_heads, 1)
+        head_dim = integer(op, "head_dim", head_dim, 1)
+        return sequences * self.peak_page_tokens * 2 * token_bytes(num_heads, head_dim, dtype, op)
 
     def paper_bytes(
         self,
@@ -190,9 +210,15 @@ class CachePlan:
 
         The defaults are the paper's measured setting: under autocast the normalised K is cached in
         float32, V in 16 bits. ``k_bytes=2`` gives its scheme with 16-bit K and V.
+
+        Raises:
+            TypeError: a number that is no integer.  ValueError: a number below 1.
         """
-        sequences = batch * (2 if guidance else 1)
-        return sequences * self.paper_tokens * num_heads * head_dim * (k_bytes + v_bytes)
+        op = "CachePlan.paper_bytes"
+        sequences = _sequences(op, batch, guidance)
+        width = integer(op, "num_heads", num_heads, 1) * integer(op, "head_dim", head_dim, 1)
+        item = integer(op, "k_bytes", k_bytes, 1) + integer(op, "v_bytes", v_bytes, 1)
+        return sequences * self.paper_tokens * width * item
 
     def table(self) -> list[KVLifetime]:
         """The lifetime of every (layer, scale) that runs, in execution order."""
@@ -206,3 +232,12 @@ class CachePlan:
             f"CachePlan({self.schedule!r}, page_size={self.page_size}, "
             f"peak_tokens={self.peak_tokens}, peak_pages={self.peak_pages})"
         )
+
+
+def _pages(tokens: int, page_size: int) -> int:
+    return -(-tokens // page_size)
+
+
+def _sequences(op: str, batch: int, guidance: bool) -> int:
+    """Classifier-free guidance runs two sequences for each image."""
+    return integer(op, "batch", batch, 1) * (2 if boolean(op, "guidance", guidance) else 1)

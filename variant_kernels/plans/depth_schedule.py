@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from operator import index
-from typing import Literal
+from typing import Any, Literal
+
+from variant_kernels.arguments import choice, integer, integers, sequence
+from variant_kernels.plans.scale_layout import MAX_SCALES
 
 Selection = Literal["nested", "equidistant"]
+SELECTIONS = ("nested", "equidistant")
+# The deepest VAR models have 40 layers; a schedule and a plan list every layer of every scale.
+MAX_LAYERS = 1024
 
 # The depths that the paper trains. Each is sampled from the next larger one, so that the sets are
 # nested as the paper claims; applying its formula to the full depth directly does not nest them.
@@ -34,63 +39,65 @@ def select_layers(full_depth: int, depth: int, selection: Selection = "nested") 
     in the chain. Source: VARiant, section 3.2.2.
 
     Raises:
-        ValueError: depth not in [2, full_depth], or an unknown selection.
+        TypeError: a number that is no integer.
+        ValueError: full_depth not in [1, 1024], depth not in [2, full_depth], or an unknown
+            selection.
     """
-    if full_depth < 1:
-        raise ValueError(f"select_layers: full_depth must be at least 1; got {full_depth}")
+    op = "select_layers"
+    full_depth = integer(op, "full_depth", full_depth, 1, MAX_LAYERS)
+    choice(op, "selection", selection, SELECTIONS)
+    return _select(op, full_depth, depth, selection)
+
+
+def _select(
+    op: str, full_depth: int, depth: object, selection: str, note: str = ""
+) -> tuple[int, ...]:
+    # A model of one layer has the depth 1 only.
+    depth = integer(op, "depth", depth, min(2, full_depth), full_depth, note)
     if depth == full_depth:
         return tuple(range(full_depth))
-    if not 2 <= depth <= full_depth:
-        raise ValueError(f"select_layers: depth must be in [2, {full_depth}]; got {depth}")
     if selection == "equidistant":
         return _sample_equidistant(range(full_depth), depth)
-    if selection != "nested":
-        raise ValueError(
-            f'select_layers: selection must be "nested" or "equidistant"; got {selection!r}'
-        )
     larger = [d for d in DEPTH_CHAIN if depth < d < full_depth]
-    parent = select_layers(full_depth, min(larger)) if larger else tuple(range(full_depth))
+    parent = _select(op, full_depth, min(larger), selection) if larger else range(full_depth)
     return _sample_equidistant(parent, depth)
 
 
 def check_layers(
-    full_depth: int, layers: Sequence[int], op: str = "DepthSchedule"
+    full_depth: int, layers: object, op: str = "DepthSchedule", name: str = "a list of layers"
 ) -> tuple[int, ...]:
     """Check an explicit list of layers: ascending, unique, with the first and the last layer.
 
     Raises:
+        TypeError: a layer that is no integer.
         ValueError: the list violates this; the message starts with ``op``.
     """
-    try:
-        checked = tuple(index(layer) for layer in layers)
-    except TypeError:
-        raise ValueError(f"{op}: layers must be integers; got {list(layers)}") from None
+    checked = integers(op, name, layers)
     if not checked or checked[0] != 0 or checked[-1] != full_depth - 1:
         raise ValueError(
-            f"{op}: a list of layers must start with 0 and end with {full_depth - 1}; "
-            f"got {list(layers)}"
+            f"{op}: {name} must start with 0 and end with {full_depth - 1}; got {list(checked)}"
         )
     if any(a >= b for a, b in itertools.pairwise(checked)):
-        raise ValueError(f"{op}: layers must be ascending without repeats; got {list(layers)}")
+        raise ValueError(f"{op}: {name} must be ascending without repeats; got {list(checked)}")
     return checked
 
 
 def resolve_layers(
-    full_depth: int, depth: int | Sequence[int], selection: Selection = "nested"
+    full_depth: int, depth: Any, selection: Selection = "nested", op: str = "DepthSchedule"
 ) -> tuple[int, ...]:
     """Layers of ``depth``: selected if it is a number, checked if it is a list.
 
+    Args:
+        depth: a number of layers, or a list, tuple, 1-D array or 1-D tensor of layers.
+        op: begins the messages.
     Raises:
+        TypeError: depth is neither.
         ValueError: depth out of range, or not a valid list.
     """
-    if isinstance(depth, Sequence):
-        return check_layers(full_depth, depth)
-    try:
-        return select_layers(full_depth, index(depth), selection)
-    except TypeError:
-        raise ValueError(
-            f"DepthSchedule: depth must be a number of layers or a list of them; got {depth!r}"
-        ) from None
+    if sequence(depth) is not None:
+        return check_layers(full_depth, depth, op)
+    selection = choice(op, "selection", selection, SELECTIONS)
+    return _select(op, full_depth, depth, selection, "(a number of layers), or a list of layers")
 
 
 class DepthSchedule:
@@ -105,13 +112,15 @@ class DepthSchedule:
         bridge: number of scales that run every layer, 0..K.
         selection: how a number becomes a list, see :func:`select_layers`.
     Raises:
-        ValueError: depth, bridge or list out of range.
+        TypeError: a number that is no integer.
+        ValueError: depth, bridge or list out of range; more than 1,024 layers or scales.
     """
 
-    __slots__ = ("full_depth", "layers")
+    __slots__ = ("_last_scales", "full_depth", "layers")
 
     full_depth: int
     layers: tuple[tuple[int, ...], ...]
+    _last_scales: tuple[int, ...]
 
     def __init__(
         self,
@@ -121,27 +130,36 @@ class DepthSchedule:
         bridge: int,
         selection: Selection = "nested",
     ) -> None:
-        if num_scales < 1:
-            raise ValueError(f"DepthSchedule: num_scales must be at least 1; got {num_scales}")
-        if not 0 <= bridge <= num_scales:
-            raise ValueError(f"DepthSchedule: bridge must be in [0, {num_scales}]; got {bridge}")
+        op = "DepthSchedule"
+        full_depth = integer(op, "full_depth", full_depth, 1, MAX_LAYERS)
+        num_scales = integer(op, "num_scales", num_scales, 1, MAX_SCALES)
+        bridge = integer(op, "bridge", bridge, 0, num_scales)
         flexible = resolve_layers(full_depth, depth, selection)
         every = tuple(range(full_depth))
-        self.full_depth = full_depth
-        self.layers = (every,) * bridge + (flexible,) * (num_scales - bridge)
+        self._set(full_depth, (every,) * bridge + (flexible,) * (num_scales - bridge))
+
+    def _set(self, full_depth: int, layers: tuple[tuple[int, ...], ...]) -> None:
+        """Layers never come back at a later scale, so that the last entry of each is the last."""
+        last_scales = [-1] * full_depth
+        for scale, active in enumerate(layers):
+            for layer in active:
+                last_scales[layer] = scale
+        self.full_depth, self.layers, self._last_scales = full_depth, layers, tuple(last_scales)
 
     @classmethod
-    def _from_layers(cls, full_depth: int, layers: Sequence[tuple[int, ...]]) -> DepthSchedule:
+    def _from_layers(
+        cls, op: str, full_depth: int, layers: Sequence[tuple[int, ...]]
+    ) -> DepthSchedule:
         for scale in range(1, len(layers)):
-            if not set(layers[scale]) <= set(layers[scale - 1]):
-                extra = sorted(set(layers[scale]) - set(layers[scale - 1]))
+            extra = sorted(set(layers[scale]).difference(layers[scale - 1]))
+            if extra:
                 raise ValueError(
-                    f"DepthSchedule: the layers of scale {scale} must be a subset of those of "
-                    f"scale {scale - 1}, whose K/V they read; layers {extra} are new"
+                    f"{op}: the layers of scale {scale} must be a subset of those of scale "
+                    f"{scale - 1}, whose K/V they read; layers {extra} are new. The depth can only "
+                    "fall within an image"
                 )
         schedule = cls.__new__(cls)
-        schedule.full_depth = full_depth
-        schedule.layers = tuple(layers)
+        schedule._set(full_depth, tuple(layers))
         return schedule
 
     @classmethod
@@ -158,15 +176,25 @@ class DepthSchedule:
         layer.
 
         Raises:
-            ValueError: a scale's layers are not a subset of the previous scale's.
+            TypeError: a depth that is neither an integer nor a list of integers.
+            ValueError: a depth out of range, or a scale's layers are not a subset of the previous
+                scale's.
         """
-        if not depths:
-            raise ValueError("DepthSchedule.from_depths: needs one depth per scale; got none")
+        op = "DepthSchedule.from_depths"
+        items = sequence(depths)
+        if items is None or not 1 <= len(items) <= MAX_SCALES:
+            raise (TypeError if items is None else ValueError)(
+                f"{op}: depths must be a list of 1 to {MAX_SCALES} depths, one for each scale; "
+                f"got {depths!r}"
+            )
         if full_depth is None:
-            first = depths[0]
-            full_depth = first if isinstance(first, int) else max(first, default=0) + 1
+            first = sequence(items[0])
+            full_depth = (
+                items[0] if first is None else max(integers(op, "depths[0]", first), default=0) + 1
+            )
+        full_depth = integer(op, "full_depth", full_depth, 1, MAX_LAYERS)
         return cls._from_layers(
-            full_depth, [resolve_layers(full_depth, depth, selection) for depth in depths]
+            op, full_depth, [resolve_layers(full_depth, depth, selection, op) for depth in items]
         )
 
     @classmethod
@@ -180,15 +208,14 @@ class DepthSchedule:
         """A schedule with this one's layers before ``scale`` and those of ``depth`` from it on.
 
         Raises:
-            ValueError: the new layers are not a subset of the previous scale's.
+            TypeError: scale or depth is no integer (or, depth, no list of them).
+            ValueError: out of range, or the new layers are not a subset of the previous scale's.
         """
-        if not 0 <= scale <= self.num_scales:
-            raise ValueError(
-                f"DepthSchedule.switched: scale must be in [0, {self.num_scales}]; got {scale}"
-            )
-        flexible = resolve_layers(self.full_depth, depth, selection)
+        op = "DepthSchedule.switched"
+        scale = integer(op, "scale", scale, 0, self.num_scales)
+        flexible = resolve_layers(self.full_depth, depth, selection, op)
         layers = self.layers[:scale] + (flexible,) * (self.num_scales - scale)
-        return self._from_layers(self.full_depth, layers)
+        return self._from_layers(op, self.full_depth, layers)
 
     @property
     def num_scales(self) -> int:
@@ -206,22 +233,27 @@ class DepthSchedule:
         Raises:
             ValueError: scale out of range.
         """
-        if not 0 <= scale < self.num_scales:
-            raise ValueError(f"DepthSchedule: scale must be in [0, {self.num_scales}); got {scale}")
-        return self.layers[scale]
+        op = "DepthSchedule.active_layers"
+        return self.layers[integer(op, "scale", scale, 0, self.num_scales - 1)]
 
     def is_active(self, layer: int, scale: int) -> bool:
-        """Whether ``layer`` runs at ``scale``."""
-        return layer in self.active_layers(scale)
+        """Whether ``layer`` runs at ``scale``.
+
+        Raises:
+            ValueError: layer or scale out of range.
+        """
+        op = "DepthSchedule.is_active"
+        layer = integer(op, "layer", layer, 0, self.full_depth - 1)
+        return layer in self.layers[integer(op, "scale", scale, 0, self.num_scales - 1)]
 
     def last_scale(self, layer: int) -> int:
-        """The last scale at which ``layer`` runs; -1 if it never runs."""
-        if not 0 <= layer < self.full_depth:
-            raise ValueError(
-                f"DepthSchedule.last_scale: layer must be in [0, {self.full_depth}); got {layer}"
-            )
-        # Layers never come back at a later scale, so the number of scales gives the last one.
-        return sum(layer in layers for layers in self.layers) - 1
+        """The last scale at which ``layer`` runs; -1 if it never runs.
+
+        Raises:
+            ValueError: layer out of range.
+        """
+        op = "DepthSchedule.last_scale"
+        return self._last_scales[integer(op, "layer", layer, 0, self.full_depth - 1)]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, DepthSchedule):

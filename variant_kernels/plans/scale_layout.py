@@ -11,7 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from operator import index
+
+from variant_kernels.arguments import integer, sequence
+
+# Positions and lengths are int32 in the kernels; the longest sequences of today have 10^5 tokens.
+MAX_TOKENS = 2**31 - 1
+MAX_SCALES = 1024
 
 
 @dataclass(frozen=True)
@@ -21,22 +26,30 @@ class ScaleLayout:
     Hashable and comparable: caches of masks, plans and kernels use layouts as keys.
 
     Args:
-        shapes: ``((h_0, w_0), ..., (h_{K-1}, w_{K-1}))``, each at least 1.
+        shapes: ``((h_0, w_0), ..., (h_{K-1}, w_{K-1}))``, each at least 1; lists are taken too.
     Raises:
-        ValueError: no scale, or a side below 1.
+        TypeError: a shape that is no pair of integers.
+        ValueError: no scale, more than 1,024, a side below 1, or 2^31 tokens and more.
     """
 
     shapes: tuple[tuple[int, int], ...]
 
     def __post_init__(self) -> None:
-        if not self.shapes:
-            raise ValueError("ScaleLayout: shapes must name at least one scale; got none")
-        for scale, shape in enumerate(self.shapes):
-            if len(shape) != 2 or not all(isinstance(side, int) and side >= 1 for side in shape):
-                raise ValueError(
-                    f"ScaleLayout: shapes[{scale}] must be (height, width), both integers >= 1; "
-                    f"got {shape!r}"
-                )
+        shapes = sequence(self.shapes)
+        if shapes is None:
+            raise TypeError(
+                "ScaleLayout: shapes must be ((height, width), ...), one pair for each scale; "
+                f"got {self.shapes!r}"
+            )
+        if not 1 <= len(shapes) <= MAX_SCALES:
+            raise ValueError(
+                f"ScaleLayout: shapes must have 1 to {MAX_SCALES} scales; got {len(shapes)}"
+            )
+        object.__setattr__(self, "shapes", tuple(map(_pair, range(len(shapes)), shapes)))
+        if self.total > MAX_TOKENS:
+            raise ValueError(
+                f"ScaleLayout: shapes must have fewer than 2^31 tokens in all; got {self.total}"
+            )
 
     @classmethod
     def from_patch_nums(cls, patch_nums: Sequence[int | tuple[int, int]]) -> ScaleLayout:
@@ -45,17 +58,13 @@ class ScaleLayout:
         ``from_patch_nums((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))`` is the 680-token layout of the
         256x256 VAR models.
         """
-        shapes = []
-        for sides in patch_nums:
-            pair = tuple(sides) if isinstance(sides, Sequence) else (sides, sides)
-            try:
-                shapes.append(tuple(index(side) for side in pair))
-            except TypeError:
-                raise ValueError(
-                    f"ScaleLayout.from_patch_nums: a side must be an integer or a pair of them; "
-                    f"got {sides!r}"
-                ) from None
-        return cls(tuple(shapes))
+        sides = sequence(patch_nums)
+        if sides is None:
+            raise TypeError(
+                "ScaleLayout.from_patch_nums: patch_nums must be a list of sides, or of pairs "
+                f"(height, width); got {patch_nums!r}"
+            )
+        return cls(tuple(side if sequence(side) is not None else (side, side) for side in sides))
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:
@@ -83,10 +92,7 @@ class ScaleLayout:
         Raises:
             ValueError: scale out of range.
         """
-        if not 0 <= scale < self.num_scales:
-            raise ValueError(
-                f"ScaleLayout.slice: scale must be in [0, {self.num_scales}); got {scale}"
-            )
+        scale = integer("ScaleLayout.slice", "scale", scale, 0, self.num_scales - 1)
         return slice(self.offsets[scale], self.offsets[scale] + self.tokens[scale])
 
     def visible(self, scale: int) -> int:
@@ -95,9 +101,16 @@ class ScaleLayout:
 
     def prefix(self, num_scales: int) -> ScaleLayout:
         """The layout of the first ``num_scales`` scales (1 <= num_scales <= K)."""
-        if not 1 <= num_scales <= self.num_scales:
-            raise ValueError(
-                f"ScaleLayout.prefix: num_scales must be in [1, {self.num_scales}]; "
-                f"got {num_scales}"
-            )
+        num_scales = integer("ScaleLayout.prefix", "num_scales", num_scales, 1, self.num_scales)
         return ScaleLayout(self.shapes[:num_scales])
+
+
+def _pair(scale: int, shape: object) -> tuple[int, int]:
+    sides = sequence(shape)
+    if sides is None or len(sides) != 2:
+        raise TypeError(
+            f"ScaleLayout: shapes[{scale}] must be (height, width), both integers >= 1; "
+            f"got {shape!r}"
+        )
+    height, width = (integer("ScaleLayout", f"shapes[{scale}]", side, 1) for side in sides)
+    return height, width

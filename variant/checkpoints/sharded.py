@@ -1,0 +1,97 @@
+"""The weights of a folder: one .safetensors file, several with an index, or a pickle.
+
+The index of Hugging Face, ``model.safetensors.index.json``, maps every key to the file (shard) of
+the same folder that holds it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from variant.errors import UserError
+from variant.files import is_mmapped, read_pickle, read_safetensors
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_ENDING = ".safetensors.index.json"
+INDEX_NAME = "model" + INDEX_ENDING
+PICKLE_NAME = "pytorch_model.bin"
+WEIGHTS_NAMES = (WEIGHTS_NAME, INDEX_NAME, PICKLE_NAME)
+
+
+def find_weights(folder: Path) -> Path | None:
+    """The file of a folder's weights, or the index of its shards; None where there is neither."""
+    paths = (folder / name for name in WEIGHTS_NAMES)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def read_weights_file(path: Path) -> tuple[dict[Any, Any], bool]:
+    """The content of a .safetensors file, of all shards of an index, or of a pickle.
+
+    Returns:
+        the dictionary, of tensors by key except in a pickle, which may hold anything; and whether
+        the tensors are views of memory-mapped files.
+    Raises:
+        UserError: missing or damaged, or an index that does not fit its shards.
+    """
+    if path.name.endswith(INDEX_ENDING):
+        return _read_shards(path), True
+    if path.suffix == ".safetensors":
+        return read_safetensors(path), True
+    return read_pickle(path), is_mmapped(path)
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    shard_of = _weight_map(index)
+    tensors: dict[str, Tensor] = {}
+    for name in dict.fromkeys(shard_of.values()):
+        path = index.parent / name
+        if not path.is_file():
+            raise UserError(f"{index}: the shard {name} is missing; it should lie beside it")
+        shard = read_safetensors(path)
+        for key in shard:
+            if shard_of.get(key) != name:
+                other = f"has it in {shard_of[key]}" if key in shard_of else "lacks it"
+                raise UserError(f"{index}: {name} holds {key!r}, but the index {other}")
+        tensors |= shard
+    missing = sorted(shard_of.keys() - tensors.keys())
+    if missing:
+        name = shard_of[missing[0]]
+        raise UserError(f"{index}: {name} lacks {missing[0]!r}, which it has by the index")
+    return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The shard of each key.
+
+    Raises:
+        UserError: no readable index, a key twice, or a shard that is no file name of this folder.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise UserError(f"{index}: has {key!r} twice")
+            result[key] = value
+        return result
+
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{index}: cannot be read as JSON: {error}") from error
+    shard_of = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise UserError(f'{index}: must map keys to files under "weight_map"; it does not')
+    for name in shard_of.values():
+        # A path could lead out of the folder, to files that the user did not mean to load.
+        plain = isinstance(name, str) and name == Path(name).name and "\\" not in name
+        if not plain or not name.endswith(".safetensors"):
+            raise UserError(
+                f"{index}: a shard must be the name of a .safetensors file in the same folder; "
+                f"got {name!r}"
+            )
+    return shard_of

@@ -1,0 +1,239 @@
+"""The state dict of one model in a file of any trainer: wrappers, prefixes and averages taken off.
+
+Trainers store a state dict under a name ("state_dict", "model", "trainer/var_wo_ddp", ...), often
+beside an exponential moving average of it (EMA), and their wrappers put prefixes before every key
+("module.", "_orig_mod.", the attribute of a LightningModule). Nothing is known here of particular
+trainers: a state dict is wherever the keys of the model are, behind one common prefix.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from variant.errors import UserError
+
+# Keys that every model of a kind has; found together behind one prefix, they are the model.
+VAR_KEYS = (
+    "word_embed.weight",
+    "lvl_embed.weight",
+    "pos_1LC",
+    "class_emb.weight",
+    "head.weight",
+    "blocks.0.ffn.fc1.weight",
+)
+VAE_KEYS = ("quantize.embedding.weight", "encoder.conv_in.weight", "quant_conv.weight")
+# The key of each model in a trainer checkpoint of the original, and those of its state dict.
+KEYS_OF_PART = {"var_wo_ddp": VAR_KEYS, "vae_local": VAE_KEYS}
+MODEL, EMA = "model", "ema"
+# Parts of a key that wrappers of a module or a submodule add: DistributedDataParallel and
+# AveragedModel, torch.compile, FSDP, activation checkpointing.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# Words in the name of an average of the weights.
+AVERAGES = {"ema", "swa", "averaged", "average", "avg", "shadow"}
+# Averages over parameters alone lack these; they are no parameters.
+BUFFERS = ("zero_k_bias", "ema_vocab_hit_SV", "lvl_1L", "attn_bias_for_masking")
+MAX_NESTING = 5
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """A state dict that was found in a file.
+
+    name: its place: the keys of the dictionaries around it and the prefix, joined by "/".
+    complete: whether every key that marks the model is there.
+    """
+
+    name: str
+    state: dict[str, Tensor]
+    complete: bool
+    averaged: bool
+
+    def describe(self) -> str:
+        """The name, or words for a file that is a state dict itself."""
+        return f'"{self.name}"' if self.name else "the state dict at the top"
+
+
+def find_state_dict(
+    content: Mapping[Any, Any], part: str, where: str, weights: str | None = None
+) -> dict[str, Tensor]:
+    """The state dict of one model, under the model's own keys.
+
+    Args:
+        content: of a .pth or .safetensors file.
+        part: "var_wo_ddp" or "vae_local": which of the two models.
+        where: names the file in errors.
+        weights: "model", "ema", or the name of an entry of the file ("trainer/var_ema"); None takes
+            what there is, and of several the plain model with a warning. It chooses the
+            transformer; for a VQ-VAE it counts only where the file has such an entry.
+    Raises:
+        TypeError: ``weights`` is no text.
+        UserError: the file has no such model, or several plain ones.
+    """
+    if weights is not None and not isinstance(weights, str):
+        raise TypeError(
+            f'{where}: weights must be "model", "ema" or the name of an entry; got {weights!r}'
+        )
+    found = list(_search(content, KEYS_OF_PART[part], where))
+    complete = [state for state in found if state.complete]
+    if not complete:
+        return _incomplete(content, found, part, where)
+    if part == "vae_local" and weights is not None:
+        known = {state.name for state in complete}
+        known |= {EMA if state.averaged else MODEL for state in complete}
+        weights = weights if weights in known else None
+    chosen = _choose(complete, weights, where)
+    state = dict(chosen.state)
+    if chosen.averaged:
+        _add_buffers(state, [other.state for other in complete if not other.averaged])
+    return state
+
+
+def _choose(found: Sequence[StateDict], weights: str | None, where: str) -> StateDict:
+    places = ", ".join(state.describe() for state in found)
+    named = [state for state in found if state.name == weights]
+    if named:
+        return named[0]
+    if weights not in (None, MODEL, EMA):
+        raise UserError(f'{where}: has no weights "{weights}"; it has {places}')
+    plain = [state for state in found if not state.averaged]
+    averaged = [state for state in found if state.averaged]
+    if weights is None and not plain:
+        plain = averaged
+    wanted = averaged if weights == EMA else plain
+    if not wanted:
+        kind = "average (EMA) of the weights" if weights == EMA else "weights but an average (EMA)"
+        raise UserError(f"{where}: has no {kind}; it has {places}")
+    if len(wanted) > 1:
+        raise UserError(
+            f"{where}: has several state dicts of this model: {places}; give the name of one as "
+            "weights (convert: --weights)"
+        )
+    if weights is None and len(found) > 1:
+        others = ", ".join(state.describe() for state in found if state is not wanted[0])
+        warnings.warn(
+            f"{where}: took {wanted[0].describe()}; the file also has {others}. Give weights "
+            '(convert: --weights) to choose: "ema" or "model"',
+            stacklevel=6,
+        )
+    return wanted[0]
+
+
+def _incomplete(
+    content: Mapping[Any, Any], found: Sequence[StateDict], part: str, where: str
+) -> dict[str, Tensor]:
+    """A state dict that lacks keys, so that the next reader names them.
+
+    Raises:
+        UserError: there is no state dict at all.
+    """
+    if found:
+        return dict(
+            max(found, key=lambda one: sum(k in one.state for k in KEYS_OF_PART[part])).state
+        )
+    if content and all(isinstance(k, str) for k in content) and _all_tensors(content):
+        return dict(content)
+    for value in content.values():  # of another model, under a name
+        if isinstance(value, Mapping) and value and _all_tensors(value):
+            return {str(key): tensor for key, tensor in value.items()}
+    raise UserError(
+        f"{where}: must hold a state dict of tensors, or a trainer checkpoint with one, such as "
+        f'"trainer/{part}", "state_dict" or "model"; got keys {sorted(map(str, content))[:5]}'
+    )
+
+
+def _all_tensors(content: Mapping[Any, Any]) -> bool:
+    return all(isinstance(value, Tensor) for value in content.values())
+
+
+def _search(
+    content: Mapping[Any, Any],
+    marks: Sequence[str],
+    where: str,
+    path: tuple[str, ...] = (),
+    seen: set[int] | None = None,
+) -> Iterator[StateDict]:
+    """Every state dict with these keys in a dictionary and the dictionaries within."""
+    seen = set() if seen is None else seen
+    if id(content) in seen:  # one dictionary under two names, or within itself
+        return
+    seen.add(id(content))
+    tensors, repeated = _without_wrappers(content)
+    # The ends of other keys can be equal to a mark, so a prefix counts only with all of them.
+    complete = _complete_prefixes(tensors, marks)
+    others = [p for keys in KEYS_OF_PART.values() for p in _complete_prefixes(tensors, keys)]
+    for prefix in complete or sorted(_prefixes(tensors, marks)):
+        within = tuple(p for p in others if p != prefix and p.startswith(prefix))
+        state = {
+            key.removeprefix(prefix): tensor
+            for key, tensor in tensors.items()
+            if key.startswith(prefix) and not (within and key.startswith(within))
+        }
+        twice = next((key for key in state if prefix + key in repeated), None)
+        if twice is not None:
+            raise UserError(
+                f'{"/".join((where, *path))}: has "{prefix}{twice}" twice, with and without the '
+                "prefix of a wrapper"
+            )
+        counted = state.pop("n_averaged", None) is not None  # by torch's AveragedModel
+        names = (*path, *filter(None, prefix.split(".")))
+        averaged = counted or any(word in AVERAGES for name in names for word in _words(name))
+        yield StateDict("/".join(names), state, prefix in complete, averaged)
+    if len(path) < MAX_NESTING:
+        for key, value in content.items():
+            if isinstance(value, Mapping):
+                yield from _search(value, marks, where, (*path, str(key)), seen)
+
+
+def _prefixes(keys: Iterable[str], marks: Sequence[str]) -> set[str]:
+    """What stands before any of these marks in the keys."""
+    return {
+        key[: -len(mark)]
+        for key in keys
+        for mark in marks
+        if key == mark or key.endswith(f".{mark}")
+    }
+
+
+def _complete_prefixes(keys: Mapping[str, Tensor], marks: Sequence[str]) -> list[str]:
+    """The prefixes behind which all of these marks stand."""
+    return [p for p in sorted(_prefixes(keys, marks)) if all(p + mark in keys for mark in marks)]
+
+
+def _words(name: str) -> list[str]:
+    """The words of a name: ``model_ema``, ``EMAModel`` and ``model-ema`` all have "ema"."""
+    apart = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
+    return [word.lower() for word in re.split(r"[^A-Za-z]+", apart)]
+
+
+def _without_wrappers(content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], set[str]]:
+    """Tensors by names without the wrappers' parts, and the names that come more than once."""
+    tensors: dict[str, Tensor] = {}
+    repeated = set()
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            continue
+        short = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+        if short in tensors:
+            repeated.add(short)
+        # A parameter would stay one, with its own requires_grad, in the model that is built.
+        tensors[short] = value.detach() if isinstance(value, nn.Parameter) else value
+    return tensors, repeated
+
+
+def _add_buffers(state: dict[str, Tensor], plain: Sequence[Mapping[str, Tensor]]) -> None:
+    """Add what an average over parameters lacks: from the plain model, or by its constant value."""
+    for other in plain[:1]:
+        for key, tensor in other.items():
+            if key.endswith(BUFFERS):
+                state.setdefault(key, tensor)
+    for key in list(state):
+        if key.endswith("attn.q_bias"):  # the bias of keys is always zero
+            constant = key.removesuffix("q_bias") + "zero_k_bias"
+            state.setdefault(constant, torch.zeros(state[key].shape, dtype=state[key].dtype))

@@ -1,0 +1,72 @@
+"""A VAR and its VQ-VAE with their weights in another dtype, cast again when they change."""
+
+from __future__ import annotations
+
+from threading import Lock
+
+import torch
+
+from variant.engine.graph_replay import GraphReplay
+from variant.engine.page_tables import PageTableCache
+from variant.engine.weights import EngineWeights, WeightsVersion
+from variant.models.var import VAR
+from variant.models.vqvae import VQVAE
+from variant_kernels.packed_linear import can_pack
+
+
+class CastModels:
+    """Both models, their cast weights, and what was made from these: graphs and page tables.
+
+    Args:
+        var, vae: the models.
+        dtype: of weights, K/V and matrix products.
+        pack: on a CPU, keep a second copy of the weights in the layout of its matrix library.
+    """
+
+    def __init__(self, var: VAR, vae: VQVAE, dtype: torch.dtype, pack: bool) -> None:
+        self.var, self.vae = var, vae
+        self.dtype, self.pack = dtype, pack
+        self._reset()
+
+    def _reset(self) -> None:
+        """Empties what is rebuilt on use and not pickled: cast weights, graphs, page tables."""
+        self._lock = Lock()
+        self._weights_version = WeightsVersion()
+        self._cast: tuple[tuple[tuple[int, int], ...], EngineWeights] | None = None
+        self._graphs: tuple[EngineWeights, GraphReplay] | None = None
+        self._page_tables = PageTableCache()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the lock, cast weights and graphs, so that a used model can be pickled."""
+        dropped = ("_lock", "_weights_version", "_cast", "_graphs", "_page_tables")
+        return {name: value for name, value in self.__dict__.items() if name not in dropped}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.var.head.weight.device
+
+    @property
+    def packed(self) -> bool:
+        """Whether the weights are packed for the CPU's matrix library."""
+        return self.pack and can_pack(self.device, self.dtype)
+
+    def refresh(self) -> None:
+        """Casts the weights again at the next call: needed after a change through ``.data``."""
+        with self._lock:
+            self._cast = self._graphs = None
+
+    def _weights(self) -> EngineWeights:
+        """The weights in the engine's dtype, cast again if any changed since the last call."""
+        version = self._weights_version(self.var, self.vae)
+        with self._lock:
+            if self._cast is None or self._cast[0] != version:
+                # Free the old copies, and the graphs that read them, before new ones are allocated.
+                self._cast = self._graphs = None
+                weights = EngineWeights(self.var, self.vae, self.dtype, self.packed)
+                self._cast = version, weights
+            return self._cast[1]
