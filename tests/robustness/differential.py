@@ -340,11 +340,15 @@ def check_case(build: Callable[[str], Case], backend: str) -> list[tuple[str, fl
         eps = max(torch.finfo(x.dtype).eps for x in (result, *case.inputs.values()))
         allowed = SINGLE_TIMES * plain_error + SINGLE_ULPS * eps * size
         if our_error > allowed:
-            raise Failed(f"{what}: error {our_error:.3g}, plain torch {plain_error:.3g}, "
-                         f"allowed {allowed:.3g}")
+            raise Failed(
+                f"{what}: error {our_error:.3g}, plain torch {plain_error:.3g}, "
+                f"allowed {allowed:.3g}"
+            )
         if size > 0:
             dtype = str(result.dtype).removeprefix("torch.")
-            errors.append((f"{case.name} {backend} {dtype} {name}", our_error / size, plain_error / size))
+            errors.append(
+                (f"{case.name} {backend} {dtype} {name}", our_error / size, plain_error / size)
+            )
     return errors
 
 
@@ -386,8 +390,10 @@ def worst_of(values: list[list[tuple[str, float, float]]]) -> list[str]:
         times = WORST_GRADIENT_TIMES if result.startswith("d") else WORST_TIMES
         allowed = times * max(plain[name]) + torch.finfo(getattr(torch, dtype)).eps
         if len(ours[name]) >= LEAST_CASES and max(ours[name]) > allowed:
-            failures.append(f"{name}: worst error of {len(ours[name])} cases {max(ours[name]):.3g}, "
-                            f"plain torch {max(plain[name]):.3g}, allowed {allowed:.3g}")
+            failures.append(
+                f"{name}: worst error of {len(ours[name])} cases {max(ours[name]):.3g}, "
+                f"plain torch {max(plain[name]):.3g}, allowed {allowed:.3g}"
+            )
     return failures
 
 
@@ -446,7 +452,9 @@ def check_append(d: Draw, backend: str) -> None:
     untouched[index] = False
     for i, new in enumerate((k, v)):
         exact = exact_k or i == 1
-        _check_pool(what, d.dtype, pages[i], scales[i] if eight_bits else None, new[kept], index, exact)
+        _check_pool(
+            what, d.dtype, pages[i], scales[i] if eight_bits else None, new[kept], index, exact
+        )
         for now, then in ((pages[i], before[i]), (scales[i], before[2 + i])):
             same = torch.equal(_bits(now[untouched]), _bits(then[untouched]))
             _require(same, f"{what}: another slot was written")
@@ -505,10 +513,15 @@ def check_sampling(d: Draw, backend: str) -> None:
     guided = cond * (1 + guidance) - uncond * guidance if guidance else cond
     for b in range(batch):
         for t in range(tokens):
-            allowed = _tokens_of(guided[b, t], top_k, top_p, _uniform(seed, int(ids[b]), position + t))
+            allowed = _tokens_of(
+                guided[b, t], top_k, top_p, _uniform(seed, int(ids[b]), position + t)
+            )
             got = int(drawn[b, t])
-            _require(got in allowed, f"sample_tokens [{backend}] {d.dtype}: token {got} of {entries}; "
-                     f"expected {sorted(allowed)[:4]}")
+            _require(
+                got in allowed,
+                f"sample_tokens [{backend}] {d.dtype}: token {got} of {entries}; "
+                f"expected {sorted(allowed)[:4]}",
+            )
 
 
 def _tokens_of(logits: Tensor, top_k: int, top_p: float, u: float) -> set[int]:
@@ -532,7 +545,9 @@ def _tokens_of(logits: Tensor, top_k: int, top_p: float, u: float) -> set[int]:
         mass = x.masked_fill(~mask, -math.inf).softmax(0).cumsum(0)
         for shift in (-2e-6, 0, 2e-6):
             target = min(max(u + shift, 0.0), 1 - 1e-12) * float(mass[-1])
-            token = int(torch.searchsorted(mass, torch.tensor(target, dtype=torch.float64), right=True))
+            token = int(
+                torch.searchsorted(mass, torch.tensor(target, dtype=torch.float64), right=True)
+            )
             found.add(min(token, int(mask.nonzero().max())))
     return found
 

@@ -116,9 +116,7 @@ def _reason(code: int, limits: Limits) -> str:
     return f"crash: killed by {signal.Signals(number).name}"
 
 
-def _child(
-    run: Callable[[int], object], cases: list[int], writing: int, limits: Limits
-) -> None:
+def _child(run: Callable[[int], object], cases: list[int], writing: int, limits: Limits) -> None:
     try:
         null = os.open(os.devnull, os.O_RDWR)
         for stream in (1, 2):

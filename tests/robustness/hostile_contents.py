@@ -92,7 +92,12 @@ def recipe(images: Path) -> dict[str, Any]:
             "num_res_blocks": 1,
             "patch_nums": [1, 2, 4],
         },
-        "vae_training": {"epochs": 2, "revive_every": 2, "scale_dropout": 0.5, "optim": dict(optim)},
+        "vae_training": {
+            "epochs": 2,
+            "revive_every": 2,
+            "scale_dropout": 0.5,
+            "optim": dict(optim),
+        },
         "data": {
             "kind": "folder",
             "train": str(images / "train"),
@@ -135,7 +140,13 @@ def _toml(value: Any) -> str:
 
 
 def _places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    items = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
     found = [path] if path else []
     for key, value in items:
         found += _places(value, (*path, key))
@@ -196,7 +207,9 @@ def _odd_text(rng: random.Random, text: str) -> tuple[bytes, str]:
 def _no_file(rng: random.Random, path: Path) -> str:
     """Something that is no regular file in the file's place."""
     path.unlink()
-    kind = rng.choice(("missing", "a folder", "a pipe", "a link to itself", "/dev/zero", "/dev/full"))
+    kind = rng.choice(
+        ("missing", "a folder", "a pipe", "a link to itself", "/dev/zero", "/dev/full")
+    )
     if kind == "a folder":
         path.mkdir()
     elif kind == "a pipe":
@@ -508,14 +521,12 @@ _WORDS = (
     "float32", "float16", "fp8", "cpu", "cuda", "é", "[bold]", "$(touch x)", "1e12",
 )  # fmt: skip
 _OPTIONS = {
-    "generate": (
-        "model labels count depth bridge cfg top-k top-p seed dtype kv-dtype max-batch out"
-    ).split(),
-    "plan": "model batch dtype kv-dtype bridge memory page-size".split(),
-    "info": "model kv-dtype dtype images".split(),
-    "convert": "var vae model out num-heads dtype".split(),
-    "train": "recipe out seed".split(),
-    "train-vae": "recipe out seed".split(),
+    "generate": ["model", "labels", "count", "depth", "bridge", "cfg", "top-k", "top-p", "seed", "dtype", "kv-dtype", "max-batch", "out"],
+    "plan": ["model", "batch", "dtype", "kv-dtype", "bridge", "memory", "page-size"],
+    "info": ["model", "kv-dtype", "dtype", "images"],
+    "convert": ["var", "vae", "model", "out", "num-heads", "dtype"],
+    "train": ["recipe", "out", "seed"],
+    "train-vae": ["recipe", "out", "seed"],
 }
 
 

@@ -119,7 +119,15 @@ def _model_commands(rng: random.Random, model: Path, folder: Path) -> Hostile:
             ["info", "--model", str(model)],
             ["plan", "--model", str(model)],
             ["generate", "--model", str(model), "--labels", "1", "--out", str(folder / "out.png")],
-            ["convert", "--model", str(model), "--var", str(folder / "o.pth"), "--vae", str(folder / "p.pth")],
+            [
+                "convert",
+                "--model",
+                str(model),
+                "--var",
+                str(folder / "o.pth"),
+                "--vae",
+                str(folder / "p.pth"),
+            ],
             [],
         )
     )
@@ -250,7 +258,9 @@ def _run(hostile: Hostile) -> tuple[int, str]:
             except Exception as error:
                 text = " ".join(str(error).split())[:200]
                 kind = type(error).__name__
-                raise Failed(f"loader: {hostile.text}: {kind}: {text}; expected UserError") from None
+                raise Failed(
+                    f"loader: {hostile.text}: {kind}: {text}; expected UserError"
+                ) from None
     training = hostile.words[:1] in (["train"], ["train-vae"])
     if training:
         signal.signal(signal.SIGVTALRM, lambda *_: signal.raise_signal(signal.SIGINT))

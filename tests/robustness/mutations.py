@@ -129,10 +129,10 @@ def tensor(rng: random.Random, value: Tensor) -> Spoilt:
         result = spoil(rng, value)
     except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError):
         # Not possible for this tensor, e.g. no axis to cut.
-        result, name = value.unsqueeze(0), "unsqueeze instead of " + name
+        result, name = torch.zeros(3), "zeros of shape (3,) instead of " + name
     if isinstance(result, Spoilt):
         return result
-    text = f"{name} {tuple(result.shape)}" if isinstance(result, Tensor) else name
+    text = f"{name} {_shape(result)}" if isinstance(result, Tensor) else name
     return Spoilt(
         result,
         text,
@@ -191,12 +191,16 @@ def _overlapping(rng: random.Random, t: Tensor) -> Tensor:
 
 def _every_other(rng: random.Random, t: Tensor) -> Tensor:
     axis = _axis(rng, t)
-    return torch.stack((t, t), axis + 1).flatten(axis, axis + 1)[(slice(None),) * axis + (slice(None, None, 2),)]
+    return torch.stack((t, t), axis + 1).flatten(axis, axis + 1)[
+        (slice(None),) * axis + (slice(None, None, 2),)
+    ]
 
 
 def _negative(rng: random.Random, t: Tensor) -> Tensor:
     if t.is_quantized:
-        raise TypeError("torch itself crashes when it computes a negative view of a quantised tensor")
+        raise TypeError(
+            "torch itself crashes when it computes a negative view of a quantised tensor"
+        )
     return torch._neg_view(t)
 
 
@@ -240,8 +244,14 @@ _TENSORS: tuple[tuple[str, Callable[[random.Random, Tensor], Any]], ...] = (
     ("quantised", lambda r, t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.quint8)),
     ("gradient", lambda r, t: t.clone().requires_grad_()),
     ("subclass", lambda r, t: t.as_subclass(Subclass)),
-    ("extreme elements", lambda r, t: _one_element(r, t, _floats(t) if t.is_floating_point() else _INDICES)),
-    ("extreme elements", lambda r, t: _one_element(r, t, _floats(t) if t.is_floating_point() else _INDICES)),
+    (
+        "extreme elements",
+        lambda r, t: _one_element(r, t, _floats(t) if t.is_floating_point() else _INDICES),
+    ),
+    (
+        "extreme elements",
+        lambda r, t: _one_element(r, t, _floats(t) if t.is_floating_point() else _INDICES),
+    ),
     ("zeros", lambda r, t: torch.zeros_like(t)),
     ("empty", lambda r, t: t.new_empty(0)),
     ("empty of its rank", lambda r, t: t.new_empty((0,) * t.ndim)),
@@ -249,8 +259,12 @@ _TENSORS: tuple[tuple[str, Callable[[random.Random, Tensor], Any]], ...] = (
 )
 
 
+def _shape(value: Any) -> object:
+    return "nested" if getattr(value, "is_nested", False) else tuple(value.shape)
+
+
 def _short(value: Any) -> str:
     if isinstance(value, Tensor | np.ndarray):
-        return f"{type(value).__name__} {tuple(value.shape)}"
+        return f"{type(value).__name__} {_shape(value)}"
     text = " ".join(f"{type(value).__name__} {value!r}".split())
     return text if len(text) < 50 else text[:47] + "..."

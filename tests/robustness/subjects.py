@@ -75,6 +75,20 @@ NOT_CALLED = {
     "VARiant.push_to_hub": "it talks to the network",
     "variant.UserError": "an exception: any arguments make one",
 }
+# Parts of a model's computation, which the engine or torch's own modules call in their loops: torch's
+# own errors for odd tensors are let through.
+PARTS = {
+    "VAR.init_weights",
+    "VAR.shared_condition",
+    "VARiantAttention.forward",
+    "VQVAE.accumulate",
+    "VQVAE.decode_features",
+    "VQVAE.features",
+    "VQVAE.new_features",
+    "VQVAE.next_scale_input",
+}
+# Arguments that are never given: they talk to the network.
+NOT_GIVEN = {"push_to_hub", "repo_id"}
 # Records that functions return: plain dataclasses, which check nothing by design.
 RECORDS = {"KVLifetime", "KVStep", "Generation", "PartialResult", "Stats"}
 
@@ -118,6 +132,17 @@ def called_backends() -> tuple[str, ...]:
 
 def is_op(name: str) -> bool:
     return name in tables()
+
+
+def _consumed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The function, which returns an iterator, called and run to its end."""
+
+    def run(*args: Any, **options: Any) -> Any:
+        return list(function(*args, **options))
+
+    run.__name__ = name
+    run.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return run
 
 
 # --- ops -------------------------------------------------------------------------------------------
@@ -409,8 +434,14 @@ def _paper_bytes(d: Draw) -> Made:
     return _plan(d).paper_bytes, arguments | d.some(k_bytes=2, v_bytes=2, guidance=False)
 
 
-for _name in ("table", "layer_scale_order"):
-    MAKERS[f"CachePlan.{_name}"] = lambda d, name=_name: (getattr(_plan(d), name), {})
+@maker("CachePlan.table")
+def _table(d: Draw) -> Made:
+    return _plan(d).table, {}
+
+
+@maker("CachePlan.layer_scale_order")
+def _order(d: Draw) -> Made:
+    return _consumed(_plan(d).layer_scale_order, "layer_scale_order"), {}
 
 
 @maker("PagedKVCache")
@@ -495,7 +526,12 @@ def _accelerate(d: Draw) -> Made:
     from lookalike_var import LookalikeVAR
 
     config = variant.VQVAEConfig(
-        vocab_size=32, z_channels=8, ch=32, ch_mult=(1, 1), num_res_blocks=1, patch_nums=(1, 2, 3, 4)
+        vocab_size=32,
+        z_channels=8,
+        ch=32,
+        ch_mult=(1, 1),
+        num_res_blocks=1,
+        patch_nums=(1, 2, 3, 4),
     )
     return variant.accelerate, {
         "var": LookalikeVAR(depth=2, width=32),
@@ -730,6 +766,24 @@ def _generate_with(d: Draw) -> Made:
     return small_engine().generate_with, _generation(d) | sampling | d.some(decode=False)
 
 
+@maker("Engine.generate_batches")
+def _generate_batches(d: Draw) -> Made:
+    function = _consumed(small_engine().generate_batches, "generate_batches")
+    return function, _generation(d) | d.some(cfg=1.5, top_k=3, top_p=0.9, seed=3, decode=False)
+
+
+@maker("Engine.generate_batches_with")
+def _generate_batches_with(d: Draw) -> Made:
+    function = _consumed(small_engine().generate_batches_with, "generate_batches_with")
+    return function, _generation(d) | {"sampling": variant.Sampling(seed=3)}
+
+
+@maker("VARiant.generate_batches")
+def _variant_batches(d: Draw) -> Made:
+    function = _consumed(small().generate_batches, "generate_batches")
+    return function, _generation(d) | d.some(cfg=1.5, top_k=3, top_p=0.9, seed=3)
+
+
 @maker("Engine.forced_logits")
 def _forced_logits(d: Draw) -> Made:
     arguments = {"labels_B": torch.tensor([0, 4]), "tokens_BL": _tokens(d, 2)}
@@ -795,7 +849,13 @@ def _generate_model_card(d: Draw) -> Made:
 @maker("Generation")
 def _generation_record(d: Draw) -> Made:
     tensor = torch.zeros(1)
-    return variant.Generation, {"images": tensor, "tokens": tensor, "stats": None}
+    names = variant.Generation.__dataclass_fields__
+    return variant.Generation, dict.fromkeys(names, tensor)
+
+
+@maker("Generation.pil")
+def _pil(d: Draw) -> Made:
+    return small().generate([1], seed=0).pil, {}
 
 
 @maker("PartialResult")
