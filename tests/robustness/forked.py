@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 # Cases of one child. A new one costs 10 to 20 ms; what a case leaves behind ends with its child.
 CASES_PER_CHILD = 250
 

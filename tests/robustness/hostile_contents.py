@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gzip
 import io
 import json
@@ -13,7 +14,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 ODD = (
     None,
@@ -520,40 +521,56 @@ _WORDS = (
     "/dev/null", "/dev/null/x", "/", ".", "..", "x" * 5000, "a\nb", "--", "None", "True", "digits",
     "float32", "float16", "fp8", "cpu", "cuda", "é", "[bold]", "$(touch x)", "1e12",
 )  # fmt: skip
-_OPTIONS = {
-    "generate": ["model", "labels", "count", "depth", "bridge", "cfg", "top-k", "top-p", "seed", "dtype", "kv-dtype", "max-batch", "out"],
-    "plan": ["model", "batch", "dtype", "kv-dtype", "bridge", "memory", "page-size"],
-    "info": ["model", "kv-dtype", "dtype", "images"],
-    "convert": ["var", "vae", "model", "out", "num-heads", "dtype"],
-    "train": ["recipe", "out", "seed"],
-    "train-vae": ["recipe", "out", "seed"],
-}
+# Not spoilt: measurements take minutes; tracebacks are wanted with --debug.
+_NOT_SPOILT = {"bench", "debug"}
+
+
+def options_of(command: str) -> dict[str, bool]:
+    """Names of a command's options; whether each is a flag."""
+    from variant.cli.options import Command
+
+    kinds = {_dashed(kind.__name__): kind for kind in get_args(Command)}
+    return {
+        field.name.replace("_", "-"): str(field.type) == "bool"
+        for field in dataclasses.fields(kinds[command])
+        if field.name not in _NOT_SPOILT
+    }
+
+
+def _dashed(name: str) -> str:
+    return "".join(f"-{c.lower()}" if c.isupper() else c for c in name).lstrip("-")
 
 
 def command_line(rng: random.Random, root: Path, folder: Path) -> list[str]:
     """A command with good options of which one to three are spoilt."""
-    command = rng.choice(list(_OPTIONS))
-    good = {
-        "generate": {"model": str(root / "model"), "labels": "1", "out": str(folder / "out.png")},
-        "plan": {"model": str(root / "model")},
-        "info": {"model": str(root / "model")},
-        "convert": {
-            "var": str(root / "var.pth"),
-            "vae": str(root / "vae.pth"),
-            "out": str(folder / "converted"),
-        },
-        "train": {"recipe": str(root / "recipe.toml"), "out": str(folder / "run")},
-        "train-vae": {"recipe": str(root / "recipe.toml"), "out": str(folder / "run")},
-    }[command]
+    model, run = str(root / "model"), str(folder / "run")
+    recipe = {"recipe": str(root / "recipe.toml"), "out": run}
+    weights = {"var": str(root / "var.pth"), "vae": str(root / "vae.pth")}
+    commands: dict[str, dict[str, str]] = {
+        "generate": {"model": model, "labels": "1", "out": str(folder / "out.png")},
+        "plan": {"model": model},
+        "info": {"model": model},
+        "convert": {**weights, "out": str(folder / "converted")},
+        "train": dict(recipe),
+        "train-vae": dict(recipe),
+    }
+    command = rng.choice(list(commands))
+    good = commands[command]
+    options = options_of(command)
     for _ in range(rng.choice((1, 1, 2, 3))):
-        option = rng.choice(_OPTIONS[command])
+        option = rng.choice(list(options))
         good[option] = rng.choice(_WORDS)
         # A relative path stays within the case's folder.
-        if option in ("out", "model", "var", "vae") and not good[option].startswith("/"):
+        path = option in ("out", "model", "var", "vae", "to-var", "to-vae", "json", "recipe")
+        if path and good[option] not in ("digits", "/", "/dev/null", "/dev/null/x"):
             good[option] = str(folder / good[option])
     words = [command]
     for option, value in good.items():
-        words += [f"--{option}", *([value] if rng.random() < 0.97 else [])]
+        words += [f"--{option}"]
+        if not options[option] and rng.random() < 0.97:
+            words.append(value)
     if rng.random() < 0.1:
-        words.insert(rng.randrange(len(words) + 1), rng.choice(("--help", "--unknown", "extra")))
+        words.insert(
+            rng.randrange(len(words) + 1), rng.choice(("--help", "--unknown", "extra"))
+        )
     return words
