@@ -12,6 +12,7 @@ from variant_kernels.backends import available_backends, resolve_backend
 from variant_kernels.cuda_ops import library
 from variant_kernels.dispatch.request import Request, dtype_name
 from variant_kernels.ops.contract import FLOAT_DTYPES
+from variant_kernels.products import slow_products
 
 
 def report() -> str:
@@ -29,12 +30,24 @@ def report() -> str:
         f"CUDA kernels: {library.describe()}",
         f"this machine supports: {', '.join(build['isas_supported'])}; in use: {build['isa']} "
         f"(VARIANT_CPU_ISA forces one), {torch.get_num_threads()} threads",
+        _products(),
         f"backends: {', '.join(available_backends())} (VARIANT_BACKEND or backend= forces one)",
         "",
     ]
     for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
         lines += _table(device)
     return "\n".join(lines)
+
+
+def _products() -> str:
+    """Which dtypes have slow matrix products on this processor."""
+    slow = ", ".join(map(dtype_name, slow_products("cpu")))
+    if not slow:
+        return "matrix products: native in float32, bfloat16 and float16"
+    return (
+        f"matrix products: slow in {slow}, which this processor lacks; an engine of such a dtype "
+        "computes in float32 and stores K and V in it"
+    )
 
 
 def _table(device: str) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from variant_kernels.arguments import instance, integer, real
 from variant_kernels.kv_cache import GrowingPages, KVStep, KVStore
 from variant_kernels.masks import block_causal_layout
 from variant_kernels.ops.append_paged_kv import append_paged_kv
@@ -183,7 +184,8 @@ class VARiantAttention(AttentionForward):
     The original's weights load with ``strict=True``. A block-causal ``attn_bias`` is detected and
     runs ``block_causal_attention``; other biases and dropout run torch's attention. ``attn_bias``
     None is full attention without a mask, as in the original. While caching, K and V are appended
-    to pages, without concatenation.
+    to pages, without concatenation. A mask may be changed in place; on a GPU not through ``.data``,
+    which torch does not count as a change.
     Source: VAR (arXiv 2404.02905).
 
     Args:
@@ -196,7 +198,8 @@ class VARiantAttention(AttentionForward):
         flash_if_available: accepted for compatibility, without effect;
             ``variant_kernels.explain`` returns the kernel that runs.
     Raises:
-        ValueError: embed_dim / num_heads is not a supported head width.
+        ValueError: embed_dim / num_heads is not a supported head width, a dropout is not in [0, 1].
+        TypeError: an argument of another type.
     """
 
     def __init__(
@@ -210,6 +213,12 @@ class VARiantAttention(AttentionForward):
         flash_if_available: bool = True,
     ) -> None:
         super().__init__()
+        op = "VARiantAttention"
+        embed_dim = integer(op, "embed_dim", embed_dim, 1)
+        num_heads = integer(op, "num_heads", num_heads, 1)
+        attn_drop = real(op, "attn_drop", attn_drop, 0, 1)
+        proj_drop = real(op, "proj_drop", proj_drop, 0, 1)
+        instance(op, "attn_l2_norm", attn_l2_norm, bool)
         if embed_dim % num_heads or not can_attend(embed_dim // num_heads):
             raise ValueError(
                 "VARiantAttention: embed_dim / num_heads must be a multiple of 8 from 16 to 256; "

@@ -141,6 +141,54 @@ def test_a_mask_is_looked_at_once_and_again_when_it_changes(monkeypatch):
     assert len(masks._cached_layouts) <= masks.MAX_CACHED_LAYOUTS
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_mask_changed_behind_torchs_back_is_noticed(dtype, inference, monkeypatch):
+    looks, real = [], masks.layout_of
+    monkeypatch.setattr(masks, "layout_of", lambda bias: looks.append(1) or real(bias))
+    found = ScaleLayout(tuple((1, n) for n in LAYOUT.tokens))
+    with torch.inference_mode(inference):
+        bias = causal()
+        bias = bias == 0 if dtype == torch.bool else bias.to(dtype)
+        blocked = bias[0, 0, 0, 1].item()
+        for _ in range(3):
+            assert masks.block_causal_layout(bias) == found
+        assert len(looks) == 1
+        bias.data[0, 0, 0, 1] = True if dtype == torch.bool else 0
+        assert masks.block_causal_layout(bias) is None
+        bias[0, 0, 0, 1] = blocked
+        assert masks.block_causal_layout(bias) == found
+        # Through the memory that numpy and others share.
+        bias.view(torch.uint8).numpy()[0, 0, 0, -1] ^= 1
+        assert masks.block_causal_layout(bias) is None
+
+
+def test_a_changed_mask_gives_the_originals_result():
+    theirs, ours = pair()
+    x, bias = torch.randn(1, LAYOUT.total, 64), causal()
+    close(ours(x, bias), theirs(x, bias))
+    bias.data[0, 0, 0, 1] = 0
+    close(ours(x, bias), theirs(x, bias))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_heads": 0}, ValueError, "num_heads must be an integer >= 1; got 0"),
+        ({"num_heads": 2.0}, TypeError, "num_heads must be an integer >= 1; got 2.0"),
+        ({"embed_dim": "64"}, TypeError, "embed_dim must be an integer >= 1; got '64'"),
+        ({"attn_drop": "meta"}, TypeError, r"attn_drop must be a finite number in \[0, 1\]"),
+        ({"attn_drop": 1.5}, ValueError, r"attn_drop must be a finite number in \[0, 1\]; got 1.5"),
+        ({"proj_drop": None}, TypeError, r"proj_drop must be a finite number in \[0, 1\]"),
+        ({"attn_l2_norm": "no"}, TypeError, "attn_l2_norm must be of type bool"),
+        ({"embed_dim": 20}, ValueError, "must be a multiple of 8 from 16 to 256; got 20 / 2"),
+    ],
+)
+def test_wrong_arguments_of_the_module_are_named(arguments, error, message):
+    with pytest.raises(error, match=f"VARiantAttention: .*{message}"):
+        VARiantAttention(0, **{"embed_dim": 64, "num_heads": 2, **arguments})
+
+
 def test_every_layout_is_found_in_its_mask():
     for tokens in ((1,), (7,), (1, 1, 1), (2, 5, 1), (1, 4, 9, 16)):
         layout = ScaleLayout(tuple((1, n) for n in tokens))

@@ -172,9 +172,11 @@ def test_wrong_arguments_are_named():
         r"got \(2, 32\)",
     ):
         adaln_modulate(x, row[:, :32], row)
-    with pytest.raises(ValueError, match="eps must be >= 0 and finite; got -1"):
+    with pytest.raises(ValueError, match="eps must be a finite number >= 0; got -1"):
         adaln_modulate(x, row, row, eps=-1)
-    with pytest.raises(TypeError, match="x_BTC must be one of float32, bfloat16, float16"):
+    with pytest.raises(TypeError, match="x_BTC must be one of float32, bfloat16, float16, float64"):
+        adaln_modulate(x.int(), row, row)
+    with pytest.raises(TypeError, match="x_BTC must be float32 or have the dtype of scale_BC"):
         adaln_modulate(x.double(), row, row)
     with pytest.raises(TypeError, match="x_BTC must be float32 or have the dtype of scale_BC"):
         adaln_modulate(x.bfloat16(), row, row)

@@ -76,7 +76,9 @@ def test_a_bad_call_after_a_good_one_raises_every_time():
     bad = (
         ((X, wide[:, :16].t().contiguous().t(), ROW), ValueError, "contiguous last dimension"),
         ((X, ROW, wide), ValueError, r"shift_BC must be \(2, 16\)"),
-        ((X.double(), ROW, ROW), TypeError, "x_BTC must be one of"),
+        ((X.int(), ROW, ROW), TypeError, "x_BTC must be one of"),
+        ((X.double(), ROW, ROW), TypeError, "x_BTC must be float32 or have the dtype of scale_BC"),
+        ((X.double(), ROW.double(), ROW.double()), TypeError, "float64 runs with backend"),
         ((X[0], ROW, ROW), ValueError, "must have 3 dimensions"),
         ((X, ROW, ROW.to("meta")), ValueError, "shift_BC must be on the device of scale_BC"),
         *(((X, ROW, other), TypeError, "shift_BC must be a torch.Tensor; got")
@@ -179,7 +181,7 @@ def test_one_pool_for_keys_and_values_is_refused_after_a_good_call():
     q, pages = torch.zeros(1, 1, 1, 16), torch.zeros(2, 2, 1, 16)
     slots = torch.zeros(1, 1, dtype=torch.int64)
     append_paged_kv(q, q, pages, pages.clone(), slots)
-    with pytest.raises(ValueError, match="must be two tensors; got one twice"):
+    with pytest.raises(ValueError, match="k_pages_PNHD and v_pages_PNHD must not share memory"):
         append_paged_kv(q, q, pages, pages, slots)
 
 
@@ -305,4 +307,8 @@ def test_little_generic_python_stands_in_front_of_a_launcher():
     kernels = ROOT / "variant_kernels"
     files = [kernels / "ops/registry.py", kernels / "ops/contract.py"]
     files += (kernels / "dispatch").glob("*.py")
-    assert sum(map(statements, files)) < 450
+    # 460: 450 before float64, sparse tensors and backends that are no text were refused by name.
+    assert sum(map(statements, files)) < 460
+    # An ordinary call passes a dozen of these lines; the others answer to derivatives, vmap, sparse
+    # tensors and negated views.
+    assert statements(kernels / "ops/derivatives.py") + statements(kernels / "ops/library.py") < 130

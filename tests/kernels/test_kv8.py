@@ -279,7 +279,7 @@ def test_scales_and_dtypes_that_do_not_fit_are_named():
         paged_attention(q, narrow, narrow, *rest, k_scales_PNH=scales, v_scales_PNH=scales[:3])
     with pytest.raises(TypeError, match="k_scales_PNH must be uint8; got float32"):
         paged_attention(q, narrow, narrow, *rest, k_scales_PNH=wide, v_scales_PNH=wide)
-    with pytest.raises(ValueError, match="k_scales_PNH and v_scales_PNH must be two tensors"):
+    with pytest.raises(ValueError, match="k_scales_PNH and v_scales_PNH must not share memory"):
         append_paged_kv(
             q, q, narrow, narrow.clone(), slots, k_scales_PNH=scales, v_scales_PNH=scales
         )

@@ -278,11 +278,14 @@ def test_without_seed_draws_follow_torchs_default_generator():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"guidance": -1.0}, "guidance must be >= 0"),
-        ({"guidance": 1.0, "top_k": -1}, "top_k must be in"),
-        ({"guidance": 1.0, "top_p": 1.2}, r"top_p must be in \[0, 1\]"),
-        ({"guidance": 1.0, "seed": -3}, r"seed must be in \[0, 2\^63\); got -3"),
-        ({"guidance": 1.0, "position": -1}, "position must be >= 0"),
+        ({"guidance": -1.0}, "guidance must be a finite number >= 0; got -1"),
+        (
+            {"guidance": 1.0, "top_k": -1},
+            r"top_k must be an integer in \[0, 2\^31 - 1\] \(0 keeps all\); got -1",
+        ),
+        ({"guidance": 1.0, "top_p": 1.2}, r"top_p must be a finite number in \[0, 1\]"),
+        ({"guidance": 1.0, "seed": -3}, r"seed must be an integer in \[0, 2\^63 - 1\]; got -3"),
+        ({"guidance": 1.0, "position": -1}, r"position must be an integer in \[0, 4294967293\]"),
         ({"guidance": 1.0, "image_ids": torch.arange(3)}, r"image_ids must be \(2,\)"),
         ({"guidance": 1.0, "seed": 1, "generator": torch.Generator()}, "exclude each other"),
     ],

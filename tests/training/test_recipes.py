@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from variant.errors import UserError
@@ -102,12 +103,59 @@ def test_a_recipe_gives_plain_values_and_accepts_another_seed(tmp_path):
         ('kind = "digits"', 'kind = "digits"\ncopies = 2\nmixup = 0.2', "copies must be 0 with"),
         ('kind = "digits"', 'kind = "digits"\nhflip = 0.5', 'hflip is not for kind "digits"; got'),
         ("depth = 4", "depth = = 4", "is not valid TOML"),
+        ("learning_rate = 1e-3", "learning_rate = inf", "learning_rate must be finite; got inf"),
+        ("1e-3", "1e-3\nweight_decay = inf", "optim: weight_decay must be finite; got inf"),
+        ("1e-3", "1e-3\nweight_decay = nan", "optim: weight_decay must be finite; got nan"),
+        ("1e-3", "1e-3\nclip = 1e999", "optim: clip must be finite; got inf"),
+        ("1e-3", "1e-3\nbetas = [nan, 0.5]", "optim: betas must be finite; got nan"),
+        ("1e-3", "2020-01-01", "learning_rate: Input should be a valid number; got '2020-01-01'"),
+        ("bridge = 1", "bridge = 1\njoint_probability = nan", "joint_probability must be finite"),
+        ("depth = 4", "depth = 4\nnorm_eps = inf", "model: norm_eps must be finite; got inf"),
+        ('kind = "digits"', 'kind = "digits"\nrotate = inf', "data: rotate must be finite"),
+        ('kind = "digits"', 'kind = "digits"\nworkers = 100000', r"workers must be in \[1, 1024\]"),
+        (
+            'name = "tiny"',
+            f'name = "tiny"\nseed = {2**63}',
+            f"seed must be below 2.63; got {2**63}",
+        ),
+        (
+            'name = "tiny"',
+            'name = "tiny"\nseed = 0x' + "f" * 9000,
+            "recipe.toml: Exceeds the limit",
+        ),
+        (
+            'name = "tiny"',
+            f'name = "tiny"\na{".a" * 20000} = 1',
+            "has a line of more than 100 dots",
+        ),
     ],
 )
 def test_mistakes_are_named_in_one_line(tmp_path, old, new, message):
     assert old in BASE
     with pytest.raises(UserError, match=message) as caught:
         load_recipe(write(tmp_path, BASE.replace(old, new)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed = true", "seed: .*valid integer; got True"),
+        ("seed = 1.0", "seed: .*valid integer; got 1.0"),
+        ('seed = "1"', "seed: .*valid integer; got '1'"),
+        (f"seed = {2**63}", f"seed must be below 2.63; got {2**63}"),
+        ("seed = 0x" + "f" * 9000, "recipe.toml: Exceeds the limit"),
+        ("a = " + "[" * 9000, "nested too deeply"),
+        ('"a\\nb" = 1', "a b: unknown key"),
+        ("a" + ".a" * 20000 + " = 1", "has a line of more than 100 dots"),
+        ("a = '" + "y" * 2**18 + "'", "is no recipe: it has 262,[0-9]+ bytes"),
+        ("a = 1\0", "is not valid TOML"),
+    ],
+    ids=lambda text: text[:10],
+)
+def test_hostile_text_is_refused_in_one_line(tmp_path, text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(write(tmp_path, f"{text}\n{BASE}"))
     assert "\n" not in str(caught.value)
 
 
@@ -122,3 +170,38 @@ def test_parts_of_a_batch_fit_one_gpu_by_the_recipe_s_estimate(name, part):
     assert recipe.optim.batch_size // recipe.optim.accumulate == part
     tokens = sum(side**2 for side in recipe.vae.patch_nums)
     assert 71 * part * tokens * recipe.model.depth * recipe.model.embed_dim < 48 * 2**30
+
+
+def test_a_file_that_is_no_text_is_one_line(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"recipe.toml: cannot be read: 'utf-8' codec"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "/dev/zero", "."])
+def test_a_path_that_is_no_recipe_is_one_short_line(name):
+    with pytest.raises(UserError, match=r"no such recipe|cannot be read: File name too long") as e:
+        load_recipe(name)
+    assert len(str(e.value)) < 400
+
+
+def test_long_values_are_not_quoted_whole(tmp_path):
+    with pytest.raises(UserError, match="seed: Input should be a valid integer") as e:
+        load_recipe(write(tmp_path, f"seed = '{'y' * 10**5}'\n{BASE}"))
+    assert len(str(e.value)) < 1200
+
+
+def test_numbers_keep_every_bit(tmp_path):
+    for rate in (0.1 + 0.2, 5e-324, 1.7976931348623157e308, 1 / 3, 2**-40 + 2**-80):
+        text = BASE.replace("1e-3", repr(rate))
+        assert load_recipe(write(tmp_path, text)).optim.learning_rate == rate
+
+
+def test_a_seed_is_an_integer_of_64_bits(tmp_path):
+    path = write(tmp_path, BASE)
+    assert load_recipe(path, seed=np.int64(7)).seed == 7
+    with pytest.raises(UserError, match=r"load_recipe: seed must be an integer in \[0, 2.63 - 1\]"):
+        load_recipe(path, seed=2**63)
+    with pytest.raises(TypeError, match=r"load_recipe: seed must be an integer .*; got True"):
+        load_recipe(path, seed=True)

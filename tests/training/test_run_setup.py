@@ -101,7 +101,7 @@ def test_resuming_needs_a_run_of_the_same_recipe(recipe, tmp_path):
     with pytest.raises(UserError, match="holds no run to resume"):
         train_vae(recipe, tmp_path, resume=True, console=quiet(), device=CPU)
     train_vae(recipe, tmp_path, console=quiet(), device=CPU)
-    with pytest.raises(UserError, match="written by another recipe or seed"):
+    with pytest.raises(UserError, match=r"written with other settings: seed 0 -> 3; resume with"):
         train_vae(recipe, tmp_path, resume=True, seed=3, console=quiet(), device=CPU)
     whole = (tmp_path / "vae-last.pt").read_bytes()
     (tmp_path / "vae-last.pt").write_bytes(whole[: len(whole) // 2])
@@ -110,12 +110,15 @@ def test_resuming_needs_a_run_of_the_same_recipe(recipe, tmp_path):
 
 
 def test_resuming_with_another_vqvae_is_refused(recipe, tmp_path, monkeypatch):
-    train_vae(recipe, tmp_path, console=quiet(), device=CPU)
-    run_until(recipe, tmp_path, monkeypatch, train_var, VARTask)
-    path = tmp_path / "vae-best.safetensors"
+    train_vae(recipe, tmp_path / "vae", console=quiet(), device=CPU)
+    path = tmp_path / "vae" / "vae-best.safetensors"
+    named = dataclasses.replace(
+        recipe, vae_training=dataclasses.replace(recipe.vae_training, weights=str(path))
+    )
+    run_until(named, tmp_path, monkeypatch, train_var, VARTask)
     save_file({key: value + 1 for key, value in load_file(path).items()}, path)
     with pytest.raises(UserError, match="was trained with another VQ-VAE weights") as caught:
-        resume(recipe, tmp_path, train_var)
+        resume(named, tmp_path, train_var)
     assert "\n" not in str(caught.value)
 
 

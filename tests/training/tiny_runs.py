@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from variant.training.checksum import append_checksum
 from variant.training.optim import OptimSection
 from variant.training.vae_task import VAETask, train_vae
 from variant.training.var_task import train_var
@@ -78,6 +79,7 @@ def rewrite(path, **changes):
         else:
             state[name] = value
     torch.save(state, path)
+    append_checksum(path)
 
 
 def assert_same(left, right):

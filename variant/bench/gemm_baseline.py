@@ -14,6 +14,7 @@ from variant.engine.weights import MLP_TOKENS, casts_modulations, on_gpu
 from variant.models.var import VAR, projection
 from variant_kernels import DepthSchedule
 from variant_kernels.packed_linear import can_pack
+from variant_kernels.products import product_dtype
 
 Product = Callable[[Tensor], Tensor]
 
@@ -26,8 +27,9 @@ class GemmsAlone:
     """
 
     def __init__(self, var: VAR, dtype: torch.dtype, batch: int) -> None:
-        self.var, self.dtype, self.batch = var, dtype, batch
-        self.packed = can_pack(var.head.weight.device, dtype)
+        device = var.head.weight.device
+        self.var, self.dtype, self.batch = var, product_dtype(device, dtype), batch
+        self.packed = can_pack(device, self.dtype)
         self._products: dict[tuple[int, str], Product] = {}
         self._inputs: dict[tuple[int, int, torch.dtype], Tensor] = {}
         self._graphs: dict[tuple[tuple[int, ...], ...], torch.cuda.CUDAGraph] = {}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from variant.errors import UserError
-from variant_kernels.arguments import instance, integer, real
+from variant_kernels.arguments import boolean, integer, integers, real
 
 # `quant_resi` below this has no residual convolutions in the original code.
 NO_CONVOLUTION = 1e-6
@@ -26,12 +26,7 @@ def _num_heads(op: str, value: object) -> int:
 
 
 def _patch_nums(op: str, value: object) -> tuple[int, ...]:
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        raise TypeError(
-            f"{op}: patch_nums must be a list of integers, the sides of the token maps; got "
-            f"{value!r}"
-        )
-    sides = tuple(integer(op, f"patch_nums[{i}]", side, 1) for i, side in enumerate(value))
+    sides = integers(op, "patch_nums", value, 1)
     if not sides or any(a >= b for a, b in itertools.pairwise(sides)):
         raise ValueError(f"{op}: patch_nums must be ascending positive integers; got {value!r}")
     return sides
@@ -62,7 +57,7 @@ def _quant_resi(op: str, value: object) -> float:
 
 
 def _using_znorm(op: str, value: object) -> bool:
-    return instance(op, "using_znorm", value, bool)
+    return boolean(op, "using_znorm", value)
 
 
 def _beta(op: str, value: object) -> float:
@@ -136,14 +131,14 @@ class Settings:
         sources += self._known[name]
         if not sources:
             if default is not None:
-                self.assumed[name] = f"{name}={_text(default)}{note and f' ({note})'}"
+                self.assumed[name] = f"{name}={default}{note and f' ({note})'}"
             return default
         (first, value), *others = sources
         for place, other in others:
             if other != value:
                 raise UserError(
-                    f"{self.where}: {first} {_has(first)} {name} {_text(value)}, but {place} "
-                    f"{_has(place)} {_text(other)}"
+                    f"{self.where}: {first} {_has(first)} {name} {value}, but {place} "
+                    f"{_has(place)} {other}"
                 )
         return value
 
@@ -169,10 +164,6 @@ class Settings:
 
 def _has(place: str) -> str:
     return "have" if place == "the weights" else "has"
-
-
-def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def settings_of_training(content: Mapping[Any, Any]) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from variant.models.config import STRICT, require
+from variant.models.config import STRICT, require, require_plain_numbers
+
+MAX_WORKERS = 1024  # threads
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,16 @@ class DataSection:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
+        require_plain_numbers(self)
         for name in ("copies", "rotate", "shift", "shear", "randaugment_ops", "mixup"):
             require(getattr(self, name) >= 0, f"{name} must be >= 0", getattr(self, name))
         require(0 <= self.hflip <= 1, "hflip must be in [0, 1]", self.hflip)
         require(0 <= self.zoom < 1, "zoom must be in [0, 1)", self.zoom)
         magnitude = self.randaugment_magnitude
         require(0 <= magnitude <= 30, "randaugment_magnitude must be in [0, 30]", magnitude)
-        require(self.workers >= 1, "workers must be at least 1", self.workers)
+        require(
+            1 <= self.workers <= MAX_WORKERS, f"workers must be in [1, {MAX_WORKERS}]", self.workers
+        )
         require(
             not (self.copies and self.mixup),
             "copies must be 0 with mixup, which mixes the pixels of every batch",

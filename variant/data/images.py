@@ -9,10 +9,12 @@ Axes: B images, I channels, Y X pixels, L tokens of all scales.
 from __future__ import annotations
 
 import hashlib
+import os
+import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,9 +33,32 @@ HELD_OUT_SEED = 0  # of the order of held-out images, which is the same for ever
 Indices = Sequence[int] | np.ndarray
 
 # Exceptions of PIL for damaged files and for images that are suspiciously large.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
+MAX_PIXELS = 2**28  # of an image after resizing; only very long and narrow ones have more
+# The EXIF tag of the orientation, and what turns each of its values upright.
+ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def stream(seed: int, epoch: int, *which: int) -> np.random.Generator:
@@ -47,11 +72,15 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 class ImageData(Protocol):
-    """Images in [-1, 1], float32 (B, I, Y, X), with labels (B,) int64."""
+    """Images in [-1, 1], float32 (B, I, Y, X), with labels (B,) int64.
+
+    classes: names of the classes, in the order of their labels.
+    """
 
     num_train: int
     num_held_out: int
     num_classes: int
+    classes: list[str]
     train_labels: Tensor
 
     def train(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:
@@ -66,35 +95,56 @@ class ImageData(Protocol):
 def list_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
     """Files of a folder with one sub-folder per class: paths, labels, class names, all sorted.
 
+    Hidden folders and files, whose names start with a dot, are passed over.
+
     Raises:
-        UserError: no such folder, no sub-folders, or a class without images.
+        UserError: no such folder, no sub-folders, a class without images, or an image that is no
+            regular file.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of images")
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    if not classes:
-        raise UserError(f"{folder}: must hold one sub-folder of images per class; it has none")
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        files = sorted(
-            path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES
-        )
-        if not files:
-            raise UserError(f"{folder / name}: holds no image ({', '.join(SUFFIXES)})")
-        paths += files
-        labels += [label] * len(files)
+    try:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder of images")
+        classes = sorted(path.name for path in _visible(folder) if path.is_dir())
+        if not classes:
+            raise UserError(f"{folder}: must hold one sub-folder of images per class; it has none")
+        paths: list[Path] = []
+        labels: list[int] = []
+        for label, name in enumerate(classes):
+            files = sorted(p for p in _visible(folder / name) if p.suffix.lower() in SUFFIXES)
+            if not files:
+                raise UserError(f"{folder / name}: holds no image ({', '.join(SUFFIXES)})")
+            for path in files:
+                if not path.is_file():
+                    raise UserError(f"{path}: must be a regular file, as its name is an image's")
+            paths += files
+            labels += [label] * len(files)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror or error}") from None
     return paths, labels, classes
+
+
+def _visible(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation says; without one, or with a damaged one, unchanged."""
+    try:
+        orientation = image.getexif().get(ORIENTATION)
+    except UNREADABLE:
+        return image
+    turn = UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
 
 
 class FolderData:
     """Images from two folders with one sub-folder per class; implements :class:`ImageData`.
 
-    Images are scaled so that the shorter side is 9/8 (ours) of the model's image size. Training
-    images are cropped at random, flipped and RandAugmented; held-out images are cropped at the
-    centre. The order of held-out images is random and fixed, so that the first few show all
-    classes.
+    Images are turned upright by their EXIF orientation, then scaled so that the shorter side is 9/8
+    (ours) of the model's image size. Training images are cropped at random, flipped and
+    RandAugmented; held-out images are cropped at the centre. The order of held-out images is random
+    and fixed, so that the first few show all classes.
     """
 
     def __init__(self, section: DataSection, image_size: int, channels: int, seed: int) -> None:
@@ -111,7 +161,7 @@ class FolderData:
                 f"only in one of them: {', '.join(differing[:5])}"
             )
         self.num_train, self.num_held_out = len(self.paths), len(self.held_out_paths)
-        self.num_classes = len(classes)
+        self.classes, self.num_classes = classes, len(classes)
         self.train_labels = torch.tensor(labels)
         order = np.random.default_rng(HELD_OUT_SEED).permutation(self.num_held_out)
         self.held_out_paths = [self.held_out_paths[index] for index in order]
@@ -134,31 +184,56 @@ class FolderData:
         return images, self.held_out_labels[torch.as_tensor(list(indices))]
 
     def digest(self) -> str:
-        """SHA-256 of the relative paths and labels of both parts; files are not read."""
-        sha256 = hashlib.sha256()
-        for root, paths, labels in (
-            (self.section.train, self.paths, self.train_labels),
-            (self.section.held_out, self.held_out_paths, self.held_out_labels),
+        """SHA-256 of the relative paths, labels and sizes of all files; they are not read."""
+        digests = self.class_digests()
+        return hashlib.sha256("\n".join(digests.values()).encode()).hexdigest()
+
+    def class_digests(self) -> dict[str, str]:
+        """The same for each class, by "train/CLASS" and "held_out/CLASS", in the order of labels.
+
+        Raises:
+            UserError: a file is gone.
+        """
+        hashes: dict[str, Any] = {}
+        for part, paths, labels in (
+            ("train", self.paths, self.train_labels),
+            ("held_out", self.held_out_paths, self.held_out_labels),
         ):
             for path, label in zip(paths, labels.tolist(), strict=True):
-                sha256.update(f"{path.relative_to(str(root)).as_posix()}\0{label}\0".encode())
-            sha256.update(b"\n")
-        return sha256.hexdigest()
+                name = f"{part}/{self.classes[label]}"
+                if name not in hashes:
+                    hashes[name] = hashlib.sha256(os.fsencode(f"{name}\0{label}\0"))
+                try:
+                    size = path.stat().st_size
+                except OSError as error:
+                    raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+                hashes[name].update(os.fsencode(path.name) + f"\0{size}\0".encode())
+        return {name: sha256.hexdigest() for name, sha256 in sorted(hashes.items())}
 
     def _open(self, path: Path) -> Image.Image:
         try:
             with Image.open(path) as image:
-                if image.mode in WIDE_MODES:  # convert("RGB") would clip their values to 8 bits
-                    raise UserError(
-                        f"{path}: must have 8 bits per channel; its pixels are of mode "
-                        f"{image.mode}. Convert it first"
-                    )
-                image = image.convert("RGB")
+                if image.mode not in WIDE_MODES:
+                    return self._resize(upright(image).convert("RGB"), path)
+                mode = image.mode
         except UNREADABLE as error:
-            raise UserError(f"{path}: is not a readable image: {error}") from None
+            raise UserError(
+                f"{path}: is not a readable image: {error or type(error).__name__}"
+            ) from None
+        # convert("RGB") would clip their values to 8 bits
+        raise UserError(
+            f"{path}: must have 8 bits per channel; its pixels are of mode {mode}. Convert it first"
+        )
+
+    def _resize(self, image: Image.Image, path: Path) -> Image.Image:
         # 9/8 of the image size: the crop removes the rest.
         ratio = self.image_size * 9 / 8 / min(image.size)
         width, height = (max(self.image_size, round(side * ratio)) for side in image.size)
+        if width * height > MAX_PIXELS:
+            raise UserError(
+                f"{path}: is too narrow: {image.width} x {image.height} pixels would become "
+                f"{width} x {height}"
+            )
         return image.resize((width, height), Image.Resampling.LANCZOS)
 
     def _crop(self, image: Image.Image, across: float, down: float) -> Image.Image:

@@ -28,8 +28,8 @@ def open_data(section: DataSection, image_size: int, channels: int, seed: int) -
 def data_inputs(data: ImageData) -> dict[str, Any]:
     """Numbers that identify the data of a run: of images in both parts, and a digest.
 
-    The digest of folders covers relative paths and labels, not the contents of the files; that of
-    digits covers the scans.
+    The digest of folders covers relative paths, labels and sizes of the files, not their contents
+    and not the place of the folders; that of digits covers the scans.
     """
     if isinstance(data, FolderData):
         digest = data.digest()
@@ -42,3 +42,14 @@ def data_inputs(data: ImageData) -> dict[str, Any]:
         "num_held_out": data.num_held_out,
         "data_sha256": digest,
     }
+
+
+def class_digests(data: ImageData) -> dict[str, str]:
+    """A digest of every class of folder data, by "train/CLASS" and "held_out/CLASS"."""
+    return data.class_digests() if isinstance(data, FolderData) else {}
+
+
+def differing_classes(old: object, new: dict[str, str]) -> list[str]:
+    """Keys of :func:`class_digests` whose files differ between two data sets, sorted."""
+    before = old if isinstance(old, dict) else {}
+    return sorted(str(key) for key in {**before, **new} if before.get(key) != new.get(key))

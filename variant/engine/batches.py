@@ -254,7 +254,7 @@ class BatchRunner:
         """Measurements of a request from those of its parts.
 
         Args:
-            dtype: of the matrix products.
+            dtype: of the engine.
             seconds: of the whole request.
         """
         first, plan, config = parts[0], self.plan(request.schedule), self.var.config
@@ -268,6 +268,7 @@ class BatchRunner:
             batches=len(parts),
             depths=parts[-1].depths,
             dtype=dtype_name(dtype),
+            product_dtype=dtype_name(self.weights.dtype),
             kv_dtype=dtype_name(pages_dtype),
             packed=self.weights.packed,
             captured=first.captured,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from threading import Lock
 
 import torch
@@ -11,7 +13,9 @@ from variant.engine.page_tables import PageTableCache
 from variant.engine.weights import EngineWeights, WeightsVersion
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.packed_linear import can_pack
+from variant_kernels.products import product_dtype
 
 
 class CastModels:
@@ -19,7 +23,8 @@ class CastModels:
 
     Args:
         var, vae: the models.
-        dtype: of weights, K/V and matrix products.
+        dtype: of weights, K/V and matrix products; a CPU without native 16-bit products stores K/V
+            in it and computes in float32.
         pack: on a CPU, keep a second copy of the weights in the layout of its matrix library.
     """
 
@@ -27,6 +32,8 @@ class CastModels:
         self.var, self.vae = var, vae
         self.dtype, self.pack = dtype, pack
         self._reset()
+        if self.product_dtype != dtype:
+            _warn_of_products(dtype)
 
     def _reset(self) -> None:
         """Empties what is rebuilt on use and not pickled: cast weights, graphs, page tables."""
@@ -51,9 +58,14 @@ class CastModels:
         return self.var.head.weight.device
 
     @property
+    def product_dtype(self) -> torch.dtype:
+        """The dtype of cast weights, activations and matrix products."""
+        return product_dtype(self.device, self.dtype)
+
+    @property
     def packed(self) -> bool:
         """Whether the weights are packed for the CPU's matrix library."""
-        return self.pack and can_pack(self.device, self.dtype)
+        return self.pack and can_pack(self.device, self.product_dtype)
 
     def refresh(self) -> None:
         """Casts the weights again at the next call: needed after a change through ``.data``."""
@@ -67,6 +79,17 @@ class CastModels:
             if self._cast is None or self._cast[0] != version:
                 # Free the old copies, and the graphs that read them, before new ones are allocated.
                 self._cast = self._graphs = None
-                weights = EngineWeights(self.var, self.vae, self.dtype, self.packed)
+                weights = EngineWeights(self.var, self.vae, self.product_dtype, self.packed)
                 self._cast = version, weights
             return self._cast[1]
+
+
+@cache
+def _warn_of_products(dtype: torch.dtype) -> None:
+    """Once in a process: the caller asked for fewer bits to be faster, and is not."""
+    name = dtype_name(dtype)
+    warnings.warn(
+        f"Engine: this processor has no native {name} products; weights and products are float32, "
+        f"K and V are stored in {name}. dtype=torch.float32 is as fast",
+        stacklevel=4,
+    )

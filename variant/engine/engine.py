@@ -77,7 +77,9 @@ class Engine(CastModels):
     Args:
         var, vae: the models; same codebook and layout.
         dtype: of weights, K/V and matrix products: float32, bfloat16 or float16, or its name;
-            None is the dtype of the weights.
+            None is the dtype of the weights. On a CPU without native 16-bit products (for bfloat16:
+            AVX-512 BF16 or AMX) K and V are stored in it, and weights and products are float32,
+            which is faster there; the engine warns once.
         backend: of the kernels; "auto" takes the fastest that can run.
         page_size: tokens per cache page.
         kv_dtype: of K and V; None is exact: ``dtype``. "fp8" (or torch.float8_e4m3fn) stores 8 bits
@@ -119,7 +121,13 @@ class Engine(CastModels):
     def _launchers(self, kv_dtype: torch.dtype | None) -> Launchers:
         # Chosen at each call, because use_backend and VARIANT_BACKEND may have changed.
         return Launchers(
-            self.backend, self.device.type, self.dtype, self.var, self.page_size, kv_dtype
+            self.backend,
+            self.device.type,
+            self.dtype,
+            self.product_dtype,
+            self.var,
+            self.page_size,
+            kv_dtype,
         )
 
     def _kv_dtype(self, op: str, kv_dtype: KVDtype) -> torch.dtype | None:
@@ -348,7 +356,7 @@ class Engine(CastModels):
     def _image_bytes(self, plan: CachePlan, launchers: Launchers, guidance: bool) -> int:
         var, vae = self.var.config, self.vae.config
         return memory.image_bytes(
-            var, vae, plan, self.dtype, launchers, guidance=guidance, packed=self.packed
+            var, vae, plan, self.product_dtype, launchers, guidance=guidance, packed=self.packed
         )
 
     def decoder_bytes(self) -> int:

@@ -105,7 +105,8 @@ class Stats:
 
     seconds: of the whole call.  decode_seconds: of the VQ-VAE decoder, part of it.  batches: the
     number of parts that the request was split into.  depths: layers run at each scale, of the last
-    part.  dtype: of the matrix products.  kv_dtype: of K and V; the same, or float8_e4m3fn.
+    part.  dtype: of the engine.  product_dtype: of the matrix products; the same, or float32 on a
+    CPU without native 16-bit products.  kv_dtype: of K and V; the engine's, or float8_e4m3fn.
     packed: whether the weights were packed for the CPU.  captured: whether a CUDA graph ran.
     kv_planned_bytes, kv_allocated_bytes, kv_peak_bytes: K/V cache of the largest part: by the plan,
     as allocated (8-bit K/V: with their scales), and in use at most.
@@ -117,6 +118,7 @@ class Stats:
     batches: int
     depths: tuple[int, ...]
     dtype: str
+    product_dtype: str
     kv_dtype: str
     packed: bool
     captured: bool

@@ -21,11 +21,13 @@ class Launchers:
     Args:
         backend: a name, or "auto".
         device: type of the device.
-        dtype: of activations.
+        dtype: of the engine: of K and V unless ``kv_dtype`` is given.
+        product_dtype: of activations; that of the engine, or float32.
         kv_dtype: of K and V; None is ``dtype``.
     Attributes:
         names: the backend of each op.
         pages_dtype: of K and V.
+        attention_dtype: of q, k, v and the output of attention.
     Raises:
         ValueError: the backend is unknown or cannot run these dtypes.
     """
@@ -35,6 +37,7 @@ class Launchers:
         backend: str,
         device: str,
         dtype: torch.dtype,
+        product_dtype: torch.dtype,
         var: VAR,
         page_size: int,
         kv_dtype: torch.dtype | None = None,
@@ -47,16 +50,21 @@ class Launchers:
             self.names[op] = choose_name(op, op_tables[op], backend, request)
             return op_tables[op][self.names[op]].forward
 
+        self.pages_dtype = kv_dtype or dtype
+        # 8-bit pages take K and V of any dtype; others store what comes.
+        dtype = dtype if kv_dtype is None else product_dtype
+        self.attention_dtype = dtype
         # The residual stream is float32 in engines of every dtype.
-        stream = Request(device, (torch.float32, dtype), row_width=width)
+        stream = Request(device, (torch.float32, product_dtype), row_width=width)
         self.adaln = pick("adaln_modulate", stream)
         self.gated_adaln = pick("gated_residual_adaln", stream)
         fused = Request(device, (dtype, torch.float32), head_dim, None, page_size, kv_dtype)
         self.norm_append = pick("qk_norm_append_paged_kv", fused)
         paged = Request(device, (dtype,), head_dim, None, page_size, kv_dtype)
         self.attention = pick("paged_attention", paged)
-        self.sample = pick("sample_tokens", Request(device, (dtype,), row_width=config.vocab_size))
-        self.pages_dtype = kv_dtype or dtype
+        self.sample = pick(
+            "sample_tokens", Request(device, (product_dtype,), row_width=config.vocab_size)
+        )
 
     @property
     def gathers_pages(self) -> bool:

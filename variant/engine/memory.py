@@ -90,6 +90,8 @@ def image_bytes(
     # A layer: the residual stream before and after (float32), the packed projection, q, k, the
     # output of attention, the two hidden tensors of the MLP. Or the logits, twice in float32.
     layer = tokens * (8 * var.embed_dim + (7 * var.embed_dim + 2 * hidden) * item)
+    if launchers.attention_dtype != dtype:  # q, k, v, the normalised q and the output, cast
+        layer += 5 * tokens * var.embed_dim * launchers.attention_dtype.itemsize
     logits = tokens * var.vocab_size * (item + 8)
     if launchers.gathers_pages:
         # Plain torch gathers all visible K and V in float32 and stores every score.

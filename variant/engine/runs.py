@@ -28,7 +28,7 @@ class Run:
         request: what all batches share.
         labels_B, image_ids_B: (B,) int64 of the whole request, the ids on the device.
         size: images per batch.
-        dtype: of the matrix products.
+        dtype: of the engine.
     """
 
     first: Current

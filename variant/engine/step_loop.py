@@ -125,10 +125,9 @@ class BatchState:
     def _attention(self, layer: LayerWeights, h_RTC: Tensor, step: KVStep) -> Tensor:
         launchers, cache = self.launchers, self.cache
         num_sequences, tokens, width = h_RTC.shape
+        qkv_RT3C = layer.qkv(h_RTC).to(launchers.attention_dtype)
         q_RTHD = launchers.norm_append(
-            qkv_BT3HD=layer.qkv(h_RTC).view(
-                num_sequences, tokens, 3, self.var.config.num_heads, -1
-            ),
+            qkv_BT3HD=qkv_RT3C.view(num_sequences, tokens, 3, self.var.config.num_heads, -1),
             scale_mul_1H11=layer.scale_mul_1H11,
             k_pages_PNHD=cache.k_pages,
             v_pages_PNHD=cache.v_pages,
@@ -144,7 +143,7 @@ class BatchState:
             softmax_scale=layer.softmax_scale,
             **cache.scales,
         )
-        return layer.proj(out_RTHD.view(num_sequences, tokens, width))
+        return layer.proj(out_RTHD.view(num_sequences, tokens, width).to(h_RTC.dtype))
 
     def sample(self, h_RTC: Tensor, scale: int, sampling: Sampling, image_ids_B: Tensor) -> Tensor:
         """Tokens of one scale, (B, T) int64."""

@@ -58,7 +58,7 @@ class EngineWeights:
     """
 
     def __init__(self, var: VAR, vae: VQVAE, dtype: torch.dtype, packed: bool) -> None:
-        self.packed = packed
+        self.packed, self.dtype = packed, dtype
         cast_buffer = CastBuffer(dtype)
         self.layers = [
             LayerWeights(block, dtype, self.packed, cast_buffer) for block in var.layers()
@@ -68,19 +68,19 @@ class EngineWeights:
         self.pos_start = var.pos_start.detach().float()
         self.word_embed = _linear(var.word_embed, torch.float32, False, None)
         self.modulations = Modulations(var, dtype, self.packed, cast_buffer)
-        self._vae, self._dtype = vae, dtype
+        self._vae = vae
         self._decoder: PackedDecoder | CastDecoder | None = None
 
     @torch.no_grad()
     def decode(self, f_hat_BCHW: Tensor) -> Tensor:
         """Images (B, I, Y, X) float32 in [0, 1]."""
         own = self._vae.post_quant_conv.weight
-        cast = on_gpu(own) and self._dtype not in (own.dtype, torch.float32)
+        cast = on_gpu(own) and self.dtype not in (own.dtype, torch.float32)
         if not self.packed and not cast:
             return self._vae.decode_features(f_hat_BCHW).float()
         if self._decoder is None:  # built at the first use: not every caller decodes
             kind = PackedDecoder if self.packed else CastDecoder
-            self._decoder = kind(self._vae, self._dtype)
+            self._decoder = kind(self._vae, self.dtype)
         return self._decoder(f_hat_BCHW)
 
 

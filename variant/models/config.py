@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,11 +40,16 @@ def describe_validation_error(error: ValidationError) -> str:
 def parse_dataclass(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
     """Build a dataclass from plain values (JSON, TOML), checking names, types and ranges.
 
+    Types are not converted, except integers to floats: 8.0, true and "8" are no integers.
+
     Raises:
         ValueError: one line that starts with ``where`` and names every bad key.
     """
     try:
-        return TypeAdapter(kind).validate_python(dict(values))
+        # As JSON, because strict validation of Python values takes no lists as tuples. Dates of
+        # TOML become text, which no key takes.
+        text = json.dumps(dict(values), default=str)
+        return TypeAdapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         raise ValueError(f"{where}: {describe_validation_error(error)}") from None
 
@@ -262,6 +269,29 @@ class VQVAEConfig(_Plain):
 
 
 STRICT = ConfigDict(extra="forbid")
+MAX_INTEGER = 2**63 - 1  # of torch's integers and seeds
+
+
+def require_plain_numbers(section: Any) -> None:
+    """Check that no number of a dataclass is infinite, NaN or an integer beyond 64 bits.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for entry in dataclasses.fields(section):
+        value = getattr(section, entry.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float):
+                require(math.isfinite(number), f"{entry.name} must be finite", number)
+            elif isinstance(number, int):
+                is_small = abs(number) <= MAX_INTEGER
+                require(is_small, f"{entry.name} must be below 2^63", _shown(number))
+
+
+def _shown(number: int) -> int | str:
+    """The number, or the size of one of more digits than Python prints."""
+    bits = number.bit_length()
+    return number if bits < 200 else f"an integer of {bits} bits"
 
 
 def require(holds: bool, what: str, got: object) -> None:

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from variant.checkpoints.model_folder import load_state
 from variant.errors import UserError
-from variant.files import atomic_write, read_pickle, save_pickle
+from variant.files import atomic_write, file_sha256, read_pickle, read_safetensors
+from variant.training.checkpoint_contents import check_contents
+from variant.training.checksum import append_checksum, check_checksum
 from variant.training.random_state import random_state, set_random_state
 from variant.training.run_state import RunState
 
-FORMAT = "variant-train-2"
-# The keys of a checkpoint besides "format" and "kind", and the types of their values.
-CONTENTS = {
-    "recipe": dict,
-    "inputs": dict,
-    "step": int,
-    "total_steps": int,
-    "seconds": float,
-    "module": dict,
-    "optimizer": dict,
-    "scaler": dict,
-    "sums": dict,
-    "history": list,
-    "random": dict,
-}
+FORMAT = "variant-train-3"
 
 
 class Checkpointer:
@@ -39,12 +29,25 @@ class Checkpointer:
     Files are named after the task's kind: ``KIND-last.pt`` holds everything that a resumed run
     needs, ``KIND-best.safetensors`` the weights of the lowest held-out loss. A file is replaced
     only when the new one is complete.
+
+    The checkpoint has a checksum of itself and that of the best weights. New best weights wait in a
+    file of their own until the checkpoint that records them is written, so that the two files agree
+    whenever a run is killed.
+
+    best_sha256: SHA-256 of the best weights in hexadecimal; None before the first evaluation.
     """
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.kind = kind
         self.last = folder / f"{kind}-last.pt"
         self.best = folder / f"{kind}-best.safetensors"
+        self.next_best = folder / f".{kind}-best.next.safetensors"
+        self.best_sha256: str | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files that are written."""
+        return (self.last.name, self.best.name, self.next_best.name)
 
     def read(self) -> dict[str, Any]:
         """The checkpoint's contents; the shapes of its tensors are not checked here.
@@ -52,18 +55,18 @@ class Checkpointer:
         Raises:
             UserError: missing, damaged, or not a checkpoint of this kind.
         """
+        check_checksum(self.last)
         saved = read_pickle(self.last)
         if saved.get("format") != FORMAT or saved.get("kind") != self.kind:
             raise UserError(
                 f'{self.last}: is not a checkpoint of this program: "format" and "kind" must be '
-                f'"{FORMAT}" and "{self.kind}"; got {saved.get("format")!r} and '
-                f"{saved.get('kind')!r}"
+                f'"{FORMAT}" and "{self.kind}"; got {saved.get("format")!r:.100} and '
+                f"{saved.get('kind')!r:.100}"
             )
-        wrong = [key for key, kind in CONTENTS.items() if not isinstance(saved.get(key), kind)]
-        if wrong:
-            raise UserError(
-                f"{self.last}: is damaged: {', '.join(wrong)} missing or of another type"
-            )
+        try:
+            check_contents(saved)
+        except ValueError as error:
+            raise UserError(f"{self.last}: is damaged: {error}") from None
         return saved
 
     def save(
@@ -82,41 +85,42 @@ class Checkpointer:
         Raises:
             UserError: the file cannot be written.
         """
-        save_pickle(
-            self.last,
-            {
-                "format": FORMAT,
-                "kind": self.kind,
-                "recipe": dict(recipe),
-                "inputs": dict(inputs),
-                "step": state.step,
-                "total_steps": total_steps,
-                "seconds": state.seconds,
-                "module": state.module.state_dict(),
-                "optimizer": state.optimizer.state_dict(),
-                "scaler": state.scaler.state_dict(),
-                "sums": state.loss_sums,
-                "history": state.history,
-                "random": random_state(),
-            },
-        )
+        contents = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "recipe": dict(recipe),
+            "inputs": dict(inputs),
+            "step": state.step,
+            "total_steps": total_steps,
+            "seconds": state.seconds,
+            "module": state.module.state_dict(),
+            "optimizer": state.optimizer.state_dict(),
+            "scaler": state.scaler.state_dict(),
+            "sums": state.loss_sums,
+            "history": state.history,
+            "best_sha256": self.best_sha256,
+            "random": random_state(),
+        }
+        with atomic_write(self.last) as temporary:
+            torch.save(contents, temporary)
+            append_checksum(temporary)
+        self._keep_next_best()
 
     def restore(self, state: RunState, saved: Mapping[str, Any]) -> None:
         """Load a checkpoint's contents into ``state`` and into the random generators.
 
+        Args:
+            saved: of :meth:`read`.
         Raises:
             UserError: it, or the best weights beside it, are damaged or of another model.
         """
         load_state(state.module, saved["module"], str(self.last))
         try:
-            state.optimizer.load_state_dict(saved["optimizer"])
-            _check_moments(state.optimizer)
+            _load_optimizer(state.optimizer, saved["optimizer"])
             state.scaler.load_state_dict(saved["scaler"])
             state.step, state.seconds = saved["step"], saved["seconds"]
             state.loss_sums = {name: (pair[0], pair[1]) for name, pair in saved["sums"].items()}
-            state.history = saved["history"]
-            json.dumps(state.history)  # raises TypeError if the metrics file cannot hold it
-            best_entry = state.best_entry()
+            state.history = list(saved["history"])
             set_random_state(saved["random"])
         except (
             ArithmeticError,
@@ -127,37 +131,77 @@ class Checkpointer:
             ValueError,
         ) as e:
             raise UserError(f"{self.last}: is damaged: {' '.join(str(e).split())[:200]}") from None
-        if best_entry is not None:
-            self._check_best(state)
+        self.check_best(saved)
+
+    def check_best(self, saved: Mapping[str, Any]) -> None:
+        """Compare the best weights with the checkpoint; finish or undo a replacement of them.
+
+        Args:
+            saved: of :meth:`read`; an empty one, of a new run, has no best weights.
+        Raises:
+            UserError: they are missing, or not those that the checkpoint records.
+        """
+        self.best_sha256 = saved.get("best_sha256")
+        if self.next_best.is_file():
+            if file_sha256(self.next_best) == self.best_sha256:  # killed before it was renamed
+                self._keep_next_best()
+            else:  # of an epoch after the checkpoint
+                with suppress(OSError):
+                    self.next_best.unlink()
+        if self.best_sha256 is None:
+            return
+        if not self.best.is_file():
+            raise UserError(f"{self.best}: is missing or damaged: no such file")
+        if file_sha256(self.best) != self.best_sha256:
+            raise UserError(
+                f"{self.best}: is missing or damaged: it is not the file whose SHA-256 "
+                f"{self.last.name} records"
+            )
 
     def save_best(self, state: RunState) -> None:
-        """Write the module's present weights as the best ones."""
+        """Write the module's present weights as the best ones; :meth:`save` puts them in place."""
         weights = {
             key: value.detach().cpu().contiguous()
             for key, value in state.module.state_dict().items()
         }
-        with atomic_write(self.best) as temporary:
+        with atomic_write(self.next_best) as temporary:
             save_file(weights, temporary)
+        self.best_sha256 = file_sha256(self.next_best)
 
     def load_best(self, state: RunState) -> None:
         """Load the best weights into the module."""
-        state.module.load_state_dict(load_file(self.best))
+        load_state(state.module, read_safetensors(self.best), str(self.best))
 
-    def _check_best(self, state: RunState) -> None:
-        """Compare the shapes in the file of the best weights with the module's."""
+    def _keep_next_best(self) -> None:
         try:
-            with safe_open(self.best, "pt") as file:
-                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{self.best}: is missing or damaged: {error}") from None
-        weights = state.module.state_dict()
-        if shapes != {key: tuple(value.shape) for key, value in weights.items()}:
-            raise UserError(f"{self.best}: does not hold the weights of this run's model")
+            if self.next_best.exists():
+                os.replace(self.next_best, self.best)
+        except OSError as error:
+            raise UserError(f"{self.best}: cannot be written: {error.strerror or error}") from error
 
 
-def _check_moments(optimizer: Any) -> None:
-    """Check that AdamW's moments have the shapes of their parameters; load_state_dict does not."""
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Load AdamW's moments; its settings stay those of the recipe and of this device.
+
+    Raises:
+        ValueError: the moments are not those of the optimiser's parameters.
+    """
+    groups = [
+        {**{key: value for key, value in group.items() if key != "params"}, "params": old["params"]}
+        for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=True)
+    ]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     for parameter, moments in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            if moments[name].shape != parameter.shape:
-                raise ValueError(f"optimizer: {name} is {tuple(moments[name].shape)}")
+        if moments.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            raise ValueError(f"optimizer: has {sorted(map(str, moments))}, not the state of AdamW")
+        for name, shape in (
+            ("step", torch.Size()),
+            ("exp_avg", parameter.shape),
+            ("exp_avg_sq", parameter.shape),
+        ):
+            value = moments[name]
+            if not isinstance(value, Tensor) or value.shape != shape:
+                found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"optimizer: {name} is {found}")
+            if not value.is_floating_point() or not torch.isfinite(value).all():
+                raise ValueError(f"optimizer: {name} is not finite")

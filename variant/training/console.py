@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +16,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+# Seconds between lines of progress where there is no bar.
+LINE_EVERY = 60.0
+
 
 class RunConsole:
-    """Prints one run's progress, with a bar on terminals.
+    """Prints one run's progress: a bar on terminals, elsewhere a line every minute.
 
     Args:
         kind: of the task, the first word of each line.
@@ -35,7 +39,8 @@ class RunConsole:
     def progress_bar(self) -> Iterator[Callable[[int, float], None]]:
         """Show the bar within the block; yields a function that moves it.
 
-        That function takes the number of completed steps and the loss of the last one.
+        That function takes the number of completed steps and the loss of the last one. Without a
+        terminal it prints a line, at most every minute.
         """
         progress = Progress(
             TextColumn("{task.description}"),
@@ -49,7 +54,33 @@ class RunConsole:
         )
         with progress:
             bar = progress.add_task(self.kind, total=self.total_steps, loss="")
-            yield lambda step, loss: progress.update(bar, completed=step, loss=f"loss {loss:.4f}")
+            last_line = time.monotonic()
+
+            def move(step: int, loss: float) -> None:
+                nonlocal last_line
+                progress.update(bar, completed=step, loss=f"loss {loss:.4f}")
+                if not self.console.is_terminal and time.monotonic() - last_line >= LINE_EVERY:
+                    last_line = time.monotonic()
+                    self._print(f"{self.kind} step {step}/{self.total_steps}  loss {loss:.4f}")
+
+            yield move
+
+    def print_start(
+        self, num_train: int, device: str, step: int, changes: Sequence[str] = ()
+    ) -> None:
+        """Print the size of the run before its first step.
+
+        Args:
+            num_train: training images.  step: completed steps of a resumed run.
+            changes: differences to the recipe of the run that is resumed.
+        """
+        where = f"from step {step} of" if step else "for"
+        self._print(
+            f"{self.kind}: training on {num_train} images with {device}, {where} "
+            f"{self.total_steps} steps, {self.epochs} epochs"
+        )
+        if changes:
+            self._print(f"changed since the run began: {', '.join(changes)}")
 
     def print_epoch(self, entry: Mapping[str, Any]) -> None:
         """Print the losses of a finished epoch, an entry of the run's history."""

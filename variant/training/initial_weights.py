@@ -1,31 +1,125 @@
-"""The weights that a run starts from: a trained VQ-VAE, a pretrained transformer."""
+"""The weights that a run starts from: a trained VQ-VAE, a pretrained transformer.
+
+Both may come from a file of the original repository or of a trainer, or from a model folder of this
+program, a packaged model or a repository of the Hub.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+from torch import nn
 
-from variant.checkpoints.model_folder import load_state
+from variant.checkpoints.config_file import configs_in, read_config
+from variant.checkpoints.locate import locate
+from variant.checkpoints.model_folder import WEIGHTS_NAME, load_model, load_state
 from variant.checkpoints.original_var import read_original
-from variant.checkpoints.sharded import find_weights
 from variant.errors import UserError
-from variant.models.config import VQVAEConfig
+from variant.files import file_sha256
+from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.training.checkpointer import Checkpointer
+from variant.training.recipe import Recipe
+
+# Keys of the configs that may differ from the recipe's: they do not change what the weights mean.
+FREE_KEYS = {
+    "var": ("subnets", "bridge", "cond_drop_rate", "drop_path_rate"),
+    "vae": ("beta",),
+}
+# The key of each model in a trainer checkpoint of the original.
+PARTS = {"var": "var_wo_ddp", "vae": "vae_local"}
+# Where the recipe has a size that does not stand in the section of the model itself.
+RECIPE_KEYS = {"vae_channels": "vae.z_channels", "patch_nums": "vae.patch_nums"}
+WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
-def find_vae(weights: str | None, folder: Path) -> Path:
-    """The weights file of the VQ-VAE that tokenizes images.
+@dataclass(frozen=True)
+class Weights:
+    """One model's weights, in a file or in a model folder of this program.
 
     Args:
-        weights: the file or model folder that the recipe names; None takes the VQ-VAE trained in
-            ``folder``.
-    Raises:
-        UserError: ``folder`` holds no VQ-VAE, or one whose training has not finished.
+        kind: "var" or "vae".
+        path: the file, or the folder.
+        is_model_folder: whether the path is a model folder, which tells the sizes of its model.
     """
-    if weights is not None:
-        return _weights_file(Path(weights))
+
+    kind: str
+    path: Path
+    is_model_folder: bool = False
+
+    def sha256(self) -> str:
+        """SHA-256 of the file, or of the folder's weights.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        whole = self.path / WEIGHTS_NAME
+        if not self.path.is_dir() or whole.is_file():
+            return file_sha256(whole if self.path.is_dir() else self.path)
+        files = sorted(p for p in self.path.iterdir() if p.suffix in WEIGHTS_SUFFIXES)
+        digests = [file_sha256(path) for path in files]
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+    def load_into(self, module: nn.Module, recipe: Recipe) -> None:
+        """Load the weights into a model of the recipe.
+
+        Raises:
+            UserError: they are missing or damaged, or do not fit the recipe; the message names the
+                key that differs.
+        """
+        if not self.is_model_folder:
+            load_state(module, read_original(self.path, PARTS[self.kind]), str(self.path))
+            return
+        self._compare(recipe)
+        var, vae, _ = load_model(self.path)
+        load_state(module, (var if self.kind == "var" else vae).state_dict(), str(self.path))
+
+    def _compare(self, recipe: Recipe) -> None:
+        found_var, found_vae = configs_in(self.path)
+        found, own = (
+            (found_var, recipe.var_config) if self.kind == "var" else (found_vae, recipe.vae)
+        )
+        own_values: dict[str, Any] = own.to_dict()
+        wrong = [
+            f"{_recipe_key(self.kind, key)} must be {value!r}, as in the model; got "
+            f"{own_values[key]!r}"
+            for key, value in found.to_dict().items()
+            if key not in FREE_KEYS[self.kind] and own_values[key] != value
+        ]
+        if wrong:
+            raise UserError(f"{recipe.name}: cannot start from {self.path}: {'; '.join(wrong[:5])}")
+
+
+def _recipe_key(kind: str, key: str) -> str:
+    if kind == "vae" or key == "vocab_size":
+        return f"vae.{key}"
+    return RECIPE_KEYS.get(key, f"model.{key}")
+
+
+def find_start(recipe: Recipe) -> Weights | None:
+    """The weights that the recipe's transformer starts from; None starts at random.
+
+    Raises:
+        UserError: there is no such file or model.
+    """
+    name = recipe.model.weights
+    return None if name is None else find_weights("var", name)
+
+
+def find_vae(recipe: Recipe, folder: Path) -> Weights:
+    """The weights of the VQ-VAE that tokenizes images.
+
+    Those that the recipe names, else those of the VQ-VAE trained in ``folder``.
+
+    Raises:
+        UserError: ``folder`` holds no VQ-VAE, one whose training has not finished, or a damaged
+            one; there is no file or model of the name in the recipe.
+    """
+    if recipe.vae_training.weights is not None:
+        return find_weights("vae", recipe.vae_training.weights)
     checkpointer = Checkpointer(folder, "vae")
     path, last = checkpointer.best, checkpointer.last
     if not path.exists() and not last.exists():
@@ -39,37 +133,54 @@ def find_vae(weights: str | None, folder: Path) -> Path:
             "use it as it is, name it as vae_training.weights"
         )
     saved = checkpointer.read()
-    if not path.exists() or saved["step"] < saved["total_steps"]:
+    if saved["step"] < saved["total_steps"]:
         raise UserError(
             f"{folder}: the training of its VQ-VAE has not finished; finish it with `variant "
             "train-vae --resume`, or name a file as vae_training.weights"
         )
-    return path
+    checkpointer.check_best(saved)
+    return Weights("vae", path)
 
 
-def load_vae(config: VQVAEConfig, path: Path) -> VQVAE:
-    """A VQ-VAE with the weights of a file.
+def find_weights(kind: str, name: str) -> Weights:
+    """The file or the model folder of a name; a model of the Hub is downloaded.
+
+    Args:
+        kind: "var" or "vae".
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(name)
+    if path.is_file() or path.suffix in WEIGHTS_SUFFIXES:
+        return Weights(kind, path)  # a missing file is reported by its reader
+    folder = locate(name)
+    return Weights(kind, folder, is_model_folder=_is_model_folder(folder))
+
+
+def _is_model_folder(folder: Path) -> bool:
+    """Whether a folder is of this program; the original's Hub class writes a config.json too."""
+    try:
+        read_config(folder)
+    except UserError:
+        return False
+    return True
+
+
+def load_vae(recipe: Recipe, weights: Weights) -> VQVAE:
+    """The recipe's VQ-VAE with trained weights.
 
     Raises:
-        UserError: the file is missing or damaged, or its weights do not fit the configuration.
+        UserError: as :meth:`Weights.load_into`.
     """
-    module = VQVAE(config)
-    load_state(module, read_weights(path, "vae_local"), str(path))
+    module = VQVAE(recipe.vae)
+    weights.load_into(module, recipe)
     return module
 
 
-def read_weights(path: Path, part: str) -> dict[str, Tensor]:
-    """One model's state dict from any file of weights, or from a model folder.
+def load_start(module: VAR, recipe: Recipe, weights: Weights) -> None:
+    """Load the weights that a transformer starts from.
 
-    Args:
-        part: "var_wo_ddp" or "vae_local", the key of the model in a trainer checkpoint of the
-            original.
     Raises:
-        UserError: the file is missing, damaged or of another format.
+        UserError: as :meth:`Weights.load_into`.
     """
-    return read_original(_weights_file(path), part)
-
-
-def _weights_file(path: Path) -> Path:
-    """The path itself, or the file of weights in a folder."""
-    return (find_weights(path) or path) if path.is_dir() else path
+    weights.load_into(module, recipe)

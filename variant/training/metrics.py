@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,16 @@ class MetricsFile:
     def rewrite(self, history: Iterable[Mapping[str, Any]]) -> None:
         """Make the file hold these epochs and no others.
 
-        A resumed run repeats the epochs after its checkpoint, which the file may hold already.
+        A resumed run repeats the epochs after its checkpoint, which the file may hold already. A
+        new run has no file before its first epoch ends.
         """
+        entries = list(history)
+        if not entries:
+            with suppress(FileNotFoundError):
+                self.path.unlink()
+            return
         with atomic_write(self.path) as temporary:
-            temporary.write_text("".join(_line(entry) for entry in history))
+            temporary.write_text("".join(_line(entry) for entry in entries))
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add a finished epoch."""

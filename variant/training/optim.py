@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict
 from torch import nn
 
-from variant.models.config import STRICT, require
+from variant.models.config import STRICT, require, require_plain_numbers
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class OptimSection:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
+        require_plain_numbers(self)
         require(self.batch_size >= 1, "batch_size must be at least 1", self.batch_size)
         require(self.learning_rate > 0, "learning_rate must be positive", self.learning_rate)
         require(all(0 <= beta < 1 for beta in self.betas), "betas must be in [0, 1)", self.betas)

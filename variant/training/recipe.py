@@ -16,18 +16,33 @@ from pydantic import ConfigDict
 
 from variant.data.config import DataSection
 from variant.errors import UserError
-from variant.models.config import STRICT, VARConfig, VQVAEConfig, parse_dataclass, require, to_plain
+from variant.models.config import (
+    MAX_INTEGER,
+    STRICT,
+    VARConfig,
+    VQVAEConfig,
+    parse_dataclass,
+    require,
+    require_plain_numbers,
+    to_plain,
+)
 from variant.training.optim import OptimSection
 from variant.training.schedule import ScheduleSection
+from variant_kernels.arguments import integer
 from variant_kernels.plans.depth_schedule import select_layers
+
+# Limits of a recipe's file; the packaged ones have 2,000 bytes.
+MAX_BYTES = 2**18
+MAX_DOTS = 100  # in one line
+MAX_MESSAGE = 1000  # characters
 
 
 @dataclass(frozen=True)
 class ModelSection:
     """The sizes of the transformer; codebook, scales and subnets come from the other sections.
 
-    weights: pretrained weights: a .pth or .safetensors file, also of another trainer, or a model
-        folder; None initialises at random.
+    weights: pretrained weights: a file (.pth or .safetensors), a model folder, the name of a
+        packaged model or a Hub id; None initialises at random.
     """
 
     depth: int
@@ -35,6 +50,7 @@ class ModelSection:
     num_heads: int
     num_classes: int
     mlp_ratio: float = 4.0
+    norm_eps: float = 1e-6
     shared_aln: bool = False
     attn_l2_norm: bool = True
     cond_drop_rate: float = 0.1
@@ -42,6 +58,9 @@ class ModelSection:
     weights: str | None = None
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    def __post_init__(self) -> None:
+        require_plain_numbers(self)
 
 
 @dataclass(frozen=True)
@@ -53,7 +72,7 @@ class VAETraining:
         batch; 0 never moves a code.  revive_until: share of the steps after which the checks end.
     scale_dropout: share of the steps that reconstruct from the first few scales only, so that
         coarse scales learn to hold as much of the image as they can; falls linearly to 0.
-    weights: a trained VQ-VAE that is used instead: a file or a model folder, as model.weights.
+    weights: a trained VQ-VAE that is used instead; the same forms as the transformer's weights.
     """
 
     epochs: int = 0
@@ -67,6 +86,7 @@ class VAETraining:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
+        require_plain_numbers(self)
         require(self.epochs >= 0, "epochs must be >= 0", self.epochs)
         require(
             self.weights is not None or (self.epochs > 0 and self.optim is not None),
@@ -94,6 +114,7 @@ class EvalSection:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
+        require_plain_numbers(self)
         require(self.every >= 1, "every must be at least 1", self.every)
         require(self.batch_size >= 1, "batch_size must be at least 1", self.batch_size)
         require(self.limit >= 0, "limit must be >= 0", self.limit)
@@ -108,6 +129,7 @@ class OutputSection:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
+        require_plain_numbers(self)
         require(
             self.checkpoint_every >= 1,
             "checkpoint_every must be at least 1",
@@ -134,6 +156,7 @@ class Recipe:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
+        require_plain_numbers(self)
         require(self.seed >= 0, "seed must be >= 0", self.seed)
         _ = self.var_config  # its constructor checks sizes, subnets and bridge
 
@@ -159,6 +182,19 @@ class Recipe:
         return to_plain(self)
 
 
+def with_seed(op: str, recipe: Recipe, seed: int | None) -> Recipe:
+    """The recipe with another seed; None keeps its own.
+
+    Args:
+        op: the caller's function, for messages.
+    Raises:
+        TypeError: the seed is no integer.  ValueError: it is not in [0, 2^63).
+    """
+    if seed is None:
+        return recipe
+    return dataclasses.replace(recipe, seed=integer(op, "seed", seed, 0, MAX_INTEGER))
+
+
 def recipe_names() -> tuple[str, ...]:
     """Names of the packaged recipes."""
     files = resources.files("variant.training.recipes").iterdir()
@@ -180,20 +216,48 @@ def load_recipe(name_or_path: str | Path, *, seed: int | None = None) -> Recipe:
             resources.files("variant.training.recipes").joinpath(f"{name}.toml").read_text("utf-8")
         )
     else:
-        path = Path(name_or_path)
-        if not path.is_file():
-            raise UserError(
-                f"{name}: no such recipe. Packaged: {', '.join(recipe_names())}; "
-                "or give the path of a TOML file"
-            )
-        try:
-            text = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{name}: cannot be read: {error}") from None
+        text = _read_text(name)
+    shown = name if len(name) <= 200 else f"...{name[-200:]}"
     try:
-        recipe = parse_dataclass(Recipe, tomllib.loads(text), name)
-        return recipe if seed is None else dataclasses.replace(recipe, seed=seed)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{name}: is not valid TOML: {error}") from None
-    except ValueError as error:
-        raise UserError(str(error)) from None
+        # tomllib needs memory and time quadratic in the parts of a dotted key.
+        if any(line.count(".") > MAX_DOTS for line in text.splitlines()):
+            raise ValueError(f"has a line of more than {MAX_DOTS} dots")
+        values = tomllib.loads(text)
+    except RecursionError:
+        raise UserError(f"{shown}: is not valid TOML for a recipe: nested too deeply") from None
+    except ValueError as error:  # TOMLDecodeError is one
+        raise UserError(f"{shown}: is not valid TOML: {_one_line(error)}") from None
+    try:
+        return with_seed("load_recipe", parse_dataclass(Recipe, values, shown), seed)
+    except (RecursionError, ValueError) as error:
+        message = _one_line(error)
+        prefix = "" if message.startswith(shown) else f"{shown}: "
+        raise UserError(f"{prefix}{message}") from None
+
+
+def _one_line(error: Exception) -> str:
+    """The error's message on one line, shortened where it quotes very long values."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}..."
+
+
+def _read_text(name: str) -> str:
+    """The text of a recipe's file.  Raises: UserError, if there is none, or it is no text."""
+    path, shown = Path(name), name if len(name) <= 200 else f"...{name[-200:]}"
+    try:
+        is_file = path.is_file()
+        size = path.stat().st_size if is_file else 0
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{shown}: cannot be read: {reason}") from None
+    if not is_file:
+        raise UserError(
+            f"{shown}: no such recipe. Packaged: {', '.join(recipe_names())}; "
+            "or give the path of a TOML file"
+        )
+    if size > MAX_BYTES:
+        raise UserError(f"{shown}: is no recipe: it has {size:,} bytes; at most {MAX_BYTES:,}")
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{shown}: cannot be read: {error}") from None

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import shlex
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from variant.checkpoints.config_file import CONFIG_NAME
-from variant.data.sources import data_inputs, open_data
+from variant.data.sources import class_digests, data_inputs, differing_classes, open_data
 from variant.errors import UserError
+from variant.training.checkpoint_contents import check_epochs
 from variant.training.checkpointer import Checkpointer
+from variant.training.folder_lock import clear_leftovers, locked_folder
+from variant.training.metrics import MetricsFile
 from variant.training.optim import OptimSection
 from variant.training.recipe import Recipe, load_recipe, recipe_names
+from variant.training.resume_rules import compare_recipes, compare_schedules, read_recipe
 
 # The command that trains each kind of task.
 COMMANDS = {"var": "variant train", "vae": "variant train-vae"}
@@ -24,7 +30,10 @@ INPUTS = {
     "num_held_out": "number of held-out images",
     "data_sha256": "image files or labels",
     "vae_sha256": "VQ-VAE weights",
+    "start_sha256": "weights to start from",
 }
+# Files of the finished model, which a run writes too.
+MODEL_FILES = ("config.json", "model.safetensors", "README.md")
 
 
 def choose_device() -> torch.device:
@@ -40,6 +49,32 @@ def resume_hint(command: str, recipe: Recipe, folder: Path) -> str:
     seed = "" if packaged.seed == recipe.seed else f" --seed {recipe.seed}"
     out = shlex.quote(str(folder))
     return f"{command} --recipe {recipe.name} --out {out}{seed} --resume"
+
+
+@contextmanager
+def open_run(
+    kind: str, recipe: Recipe, optim: OptimSection, folder: Path, **options: Any
+) -> Iterator[RunSetup]:
+    """The set-up of a run, whose folder is locked within the block; arguments of RunSetup.
+
+    Raises:
+        UserError: another training is writing into the folder; see also :class:`RunSetup`.
+    """
+    with locked_folder(Path(folder)) as is_locked:
+        setup = RunSetup(kind, recipe, optim, folder, **options)
+        if is_locked:
+            clear_leftovers(setup.folder, run_files(setup.folder))
+        yield setup
+
+
+def run_files(folder: Path) -> tuple[str, ...]:
+    """Names of all files that runs write into their folder."""
+    names = [
+        name
+        for kind in COMMANDS
+        for name in (*Checkpointer(folder, kind).files, MetricsFile(folder, kind).path.name)
+    ]
+    return (*names, *MODEL_FILES)
 
 
 class RunSetup:
@@ -58,6 +93,8 @@ class RunSetup:
     Attributes:
         data: the opened data set.  inputs: values that identify the training data.
         checkpointer: of this run.  saved: the checkpoint's contents, None for a new run.
+        changes: allowed differences to the recipe of the run that is resumed.
+        keeps_start: whether a resumed run names the same weights to start from as before.
     Raises:
         UserError: the folder holds a run or another model although resume is False, or no run
             although it is True; the checkpoint is damaged, or of another recipe or other data; the
@@ -86,11 +123,11 @@ class RunSetup:
                 'use "bf16" or "fp32" on a CPU'
             )
         self.saved = self.checkpointer.read() if resume else None
-        if self.saved is not None and self.saved["recipe"] != recipe.to_dict():
-            raise UserError(
-                f"{self.checkpointer.last}: was written by another recipe or seed; resume with the "
-                "same ones"
-            )
+        self.changes: list[str] = []
+        old, where = None, str(self.checkpointer.last)
+        if self.saved is not None:
+            old = read_recipe(self.saved["recipe"], where)
+            self.changes = compare_recipes(old, recipe, kind, where)
         vae = recipe.vae
         self.data = open_data(recipe.data, vae.image_size, vae.in_channels, recipe.seed)
         if self.data.num_train < optim.batch_size:
@@ -99,8 +136,18 @@ class RunSetup:
                 f"({self.data.num_train}); got {optim.batch_size}"
             )
         self.inputs: dict[str, Any] = {}
-        for name, value in data_inputs(self.data).items():
-            self.record_input(name, value)
+        self._record_data()
+        # The weights that a run started from are not read again, and may be gone when it resumes.
+        self.keeps_start = False
+        if self.saved is not None and old is not None:
+            try:
+                check_epochs(self.saved, self.steps_per_epoch)
+            except ValueError as error:
+                raise UserError(f"{where}: is damaged: {error}") from None
+            self.keeps_start = old.model.weights == recipe.model.weights
+            if self.keeps_start and "start_sha256" in self.saved["inputs"]:
+                self.inputs["start_sha256"] = self.saved["inputs"]["start_sha256"]
+            compare_schedules(old, recipe, kind, self.saved["step"], self.steps_per_epoch, where)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
@@ -115,9 +162,11 @@ class RunSetup:
         """Optimiser steps of one epoch; the images of an incomplete last batch are left out."""
         return self.data.num_train // self.optim.batch_size
 
-    def record_input(self, name: str, value: Any) -> None:
+    def record_input(self, name: str, value: Any, detail: str = "") -> None:
         """Record one of :data:`INPUTS`.
 
+        Args:
+            detail: follows the message.
         Raises:
             UserError: the checkpoint of a resumed run records another value.
         """
@@ -125,8 +174,19 @@ class RunSetup:
         if self.saved is not None and self.saved["inputs"].get(name) != value:
             raise UserError(
                 f"{self.checkpointer.last}: was trained with another {INPUTS[name]}; resume with "
-                f"the same (it was {self.saved['inputs'].get(name)}, now it is {value})"
+                f"the same (it was {self.saved['inputs'].get(name)!s:.100}, now it is {value})"
+                f"{detail}"
             )
+
+    def _record_data(self) -> None:
+        digests = class_digests(self.data)
+        detail = ""
+        if self.saved is not None:
+            changed = differing_classes(self.saved["inputs"].get("classes"), digests)
+            detail = f". Changed: {', '.join(changed[:5])}" if changed else ""
+        for name, value in data_inputs(self.data).items():
+            self.record_input(name, value, detail)
+        self.inputs["classes"] = digests
 
     def _check_folder(self, resume: bool) -> None:
         folder, last = self.folder, self.checkpointer.last

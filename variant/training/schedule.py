@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import ConfigDict
 
-from variant.models.config import STRICT, require
+from variant.models.config import STRICT, require, require_plain_numbers
 from variant_kernels.plans.depth_schedule import Selection
 
 # Epochs of subnet refinement by subnet depth (table 7): shallow subnets need longer.
@@ -123,6 +123,7 @@ class ScheduleSection:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
+        require_plain_numbers(self)
         require(len(set(self.depths)) == len(self.depths), "depths must not repeat", self.depths)
         p0 = self.joint_probability
         require(0 <= p0 <= 1, "joint_probability must be in [0, 1]", p0)
@@ -140,3 +141,13 @@ class ScheduleSection:
         if self.joint is None or self.transition is None or self.refinement is None:
             return paper_phases(self.depths)
         return Phases(self.joint, self.transition, self.refinement)
+
+    def agrees_until(self, other: ScheduleSection, epoch: float) -> bool:
+        """Whether both give every step before ``epoch`` (fractional) the same probability.
+
+        Only the phases are compared. Without subnets the probability has no effect.
+        """
+        own, others = self.phases, other.phases
+        if not self.depths or epoch <= min(own.joint, others.joint):
+            return True
+        return (own.joint, own.transition) == (others.joint, others.transition)

@@ -73,7 +73,12 @@ class Trainer:
         if self.setup.saved is not None:
             self.checkpointer.restore(state, self.setup.saved)
             self.setup.saved = None  # frees the second copy of the optimiser's moments
+        else:
+            self.checkpointer.check_best({})
         self.metrics.rewrite(state.history)
+        self.console.print_start(
+            self.task.data.num_train, str(self.device), state.step, self.setup.changes
+        )
         self.task.prepare()
         with Interrupt().listening() as interrupt, self.console.progress_bar() as move_bar:
             while state.step < self.total_steps:

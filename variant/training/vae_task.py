@@ -6,7 +6,6 @@ so it suits small images. Unused codes are moved onto features of the current ba
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,8 @@ from variant.data.images import ImageData, Indices, stream
 from variant.errors import UserError
 from variant.models.vqvae import VQVAE
 from variant.training.random_state import seed_everything
-from variant.training.recipe import Recipe
-from variant.training.run_setup import RunSetup
+from variant.training.recipe import Recipe, with_seed
+from variant.training.run_setup import open_run
 from variant.training.task import Summary, Task
 from variant.training.trainer import Trainer
 
@@ -137,19 +136,18 @@ def train_vae(
         device: None is the GPU where there is one, else the CPU.
         resume_command: printed when the run is stopped; None derives it from the recipe.
     Raises:
-        UserError: the recipe uses a trained VQ-VAE; see also
-            :class:`variant.training.run_setup.RunSetup` and
+        UserError: the recipe uses a trained VQ-VAE; another training is writing into ``out``; see
+            also :class:`variant.training.run_setup.RunSetup` and
             :meth:`variant.training.trainer.Trainer.run`.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
     """
-    if seed is not None:
-        recipe = dataclasses.replace(recipe, seed=seed)
+    recipe = with_seed("train_vae", recipe, seed)
     optim = recipe.vae_training.optim
     if recipe.vae_training.weights is not None or optim is None:
         raise UserError(
             f"{recipe.name}: trains no VQ-VAE; it uses {recipe.vae_training.weights} instead"
         )
-    setup = RunSetup(
+    with open_run(
         VAETask.kind,
         recipe,
         optim,
@@ -157,9 +155,9 @@ def train_vae(
         device=device,
         resume=resume,
         resume_command=resume_command,
-    )
-    seed_everything(recipe.seed)
-    module = VQVAE(recipe.vae).to(setup.device)
-    epochs = recipe.vae_training.epochs
-    task = VAETask(module, setup.data, recipe, setup.device, epochs * setup.steps_per_epoch)
-    return Trainer(task, setup, epochs, console).run()
+    ) as setup:
+        seed_everything(recipe.seed)
+        module = VQVAE(recipe.vae).to(setup.device)
+        epochs = recipe.vae_training.epochs
+        task = VAETask(module, setup.data, recipe, setup.device, epochs * setup.steps_per_epoch)
+        return Trainer(task, setup, epochs, console).run()

@@ -9,7 +9,6 @@ Axes: B images of a batch, C copies, N images of the data set, L tokens, V codeb
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,17 +20,16 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from variant.checkpoints.model_folder import load_state, save_model
+from variant.checkpoints.model_folder import save_model
 from variant.data.augment import mixup
 from variant.data.images import STREAM_COPY, STREAM_MIXUP, ImageData, Indices, stream
 from variant.errors import UserError
-from variant.files import file_sha256
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
-from variant.training.initial_weights import find_vae, load_vae, read_weights
+from variant.training.initial_weights import find_start, find_vae, load_start, load_vae
 from variant.training.random_state import seed_everything
-from variant.training.recipe import Recipe
-from variant.training.run_setup import RunSetup
+from variant.training.recipe import Recipe, with_seed
+from variant.training.run_setup import RunSetup, open_run
 from variant.training.schedule import choose_depth, subnet_probability
 from variant.training.task import Summary, Task
 from variant.training.trainer import Trainer
@@ -187,14 +185,14 @@ def train_var(
         resume_command: printed when the run is stopped; None derives it from the recipe.
     Raises:
         UserError: there is no VQ-VAE to tokenize with, or its training has not finished, or it is
-            not the one that a resumed run started with; data and model have different numbers of
-            classes; see also :class:`variant.training.run_setup.RunSetup` and
+            not the one that a resumed run started with; the weights to start from are missing or
+            do not fit; data and model have different numbers of classes; another training is
+            writing into ``out``; see also :class:`variant.training.run_setup.RunSetup` and
             :meth:`variant.training.trainer.Trainer.run`.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
     """
-    if seed is not None:
-        recipe = dataclasses.replace(recipe, seed=seed)
-    setup = RunSetup(
+    recipe = with_seed("train_var", recipe, seed)
+    with open_run(
         VARTask.kind,
         recipe,
         recipe.optim,
@@ -202,24 +200,30 @@ def train_var(
         device=device,
         resume=resume,
         resume_command=resume_command,
-    )
-    num_classes = setup.data.num_classes
-    if num_classes != recipe.model.num_classes:
+    ) as setup:
+        return _train(setup, recipe, console)
+
+
+def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
+    data = setup.data
+    if data.num_classes != recipe.model.num_classes:
         raise UserError(
-            f"{recipe.name}: model.num_classes must be {num_classes}, as many as the data has; "
-            f"got {recipe.model.num_classes}"
+            f"{recipe.name}: model.num_classes must be {data.num_classes}, as many as the data "
+            f"has; got {recipe.model.num_classes}"
         )
-    weights = find_vae(recipe.vae_training.weights, setup.folder)
-    setup.record_input("vae_sha256", file_sha256(weights))
-    vae = load_vae(recipe.vae, weights).to(setup.device).eval()
+    weights = find_vae(recipe, setup.folder)
+    setup.record_input("vae_sha256", weights.sha256())
+    start = None if setup.keeps_start else find_start(recipe)
+    if not setup.keeps_start:
+        setup.record_input("start_sha256", start and start.sha256())
+    vae = load_vae(recipe, weights).to(setup.device).eval()
     vae.requires_grad_(False)
     seed_everything(recipe.seed)
     module = VAR(recipe.var_config)
-    if recipe.model.weights is not None and not resume:
-        state = read_weights(Path(recipe.model.weights), "var_wo_ddp")
-        load_state(module, state, recipe.model.weights)
+    if start is not None and setup.saved is None:
+        load_start(module, recipe, start)
     module = module.to(setup.device)
-    task = VARTask(module, vae, setup.data, recipe, setup.device, setup.steps_per_epoch)
+    task = VARTask(module, vae, data, recipe, setup.device, setup.steps_per_epoch)
     trainer = Trainer(task, setup, recipe.schedule.phases.total, console)
     summary = trainer.run()  # leaves the best weights in the module
     training = {
@@ -232,5 +236,6 @@ def train_var(
         "train_loss": summary.train_loss,
         "held_out_loss": summary.held_out_loss,
     }
-    save_model(setup.folder, module.cpu().eval(), vae.cpu(), {"training": training})
+    extra = {"classes": data.classes, "training": training}
+    save_model(setup.folder, module.cpu().eval(), vae.cpu(), extra)
     return summary

@@ -15,6 +15,9 @@ from functools import cached_property
 from importlib import import_module
 from typing import Any
 
+import torch
+
+from variant_kernels.arguments import instance
 from variant_kernels.cuda_ops import library as cuda_library
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.support import BACKENDS, available_backends, triton_interprets
@@ -66,7 +69,7 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: no backend of that name.
     """
-    _check_name("use_backend", name)
+    check_name("use_backend", name)
     token = _override.set(None if name == "auto" else name)
     try:
         yield
@@ -74,7 +77,9 @@ def use_backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
-def _check_name(op: str, name: str) -> None:
+def check_name(op: str, name: str) -> None:
+    """Raise unless the name is "auto" or that of a backend."""
+    instance(op, "backend", name, str, 'Use "auto"')
     if name != "auto" and name not in BACKENDS:
         raise ValueError(
             f'{op}: backend "{name}" is unknown; available: auto, {", ".join(available_backends())}'
@@ -100,9 +105,15 @@ def choose_name(
     Raises:
         ValueError: a backend asked for by name is unknown or cannot serve the arguments; the
             message says which argument is the reason.
+        TypeError: float64, which the reference alone takes, and only if asked for.
     """
     name = requested_name(backend)
-    _check_name(op, name)
+    check_name(op, name)
+    if torch.float64 in request.dtypes and name != "reference":
+        raise TypeError(
+            f'{op}: float64 runs with backend="reference" only; got backend="{name}". Convert the '
+            'tensors to float32, or pass backend="reference"'
+        )
     if name != "auto":
         if reason := reason_against(backends, name, request):
             raise ValueError(

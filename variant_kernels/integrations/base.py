@@ -2,20 +2,30 @@
 
 A :class:`ModelFamily` recognises models by their structure, verifies them completely, and lists the
 class swaps. Nothing of the other codebase is imported: an object gets a subclass of its own class,
-so that parameters, names, hooks and ``isinstance`` keep working.
+so that parameters, names, hooks and ``isinstance`` keep working. alterations.py finds what other
+tools changed before a patch, classes.py what they put on top of it.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from types import FunctionType
 from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from variant_kernels.integrations import alterations
+from variant_kernels.integrations.classes import (
+    added_names,
+    class_without_patch,
+    own_namespace,
+    patched_class,
+)
 from variant_kernels.integrations.runtime import Runtime, Stats
 
 # The one entry that a patch adds to an object's __dict__.
@@ -24,7 +34,7 @@ _ABSENT = object()
 
 
 class PatchError(ValueError):
-    """The model cannot be patched; the message names the requirement that it does not meet."""
+    """The model cannot be patched or unpatched; the message names the requirement that it fails."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +45,37 @@ class ClassSwap:
     mixin: a subclass of :class:`Patched`, whose methods override the object's own.
     attributes: set in the object's ``__dict__`` while it is patched; the previous values are
         restored.
+    needed: whether the patch relies on the mixin's methods. If not, an object whose methods were
+        replaced before is left as it is: it computes the same, only no faster.
     """
 
     target: Any
     mixin: type[Patched]
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    needed: bool = True
+
+    @property
+    def methods(self) -> list[str]:
+        """Names of the object's methods that the mixin replaces."""
+        return replaced_methods(self.mixin, type(self.target))
+
+
+def replaced_methods(mixin: type, original: type) -> list[str]:
+    """Names of the methods of ``original`` that a mixin replaces."""
+    ours = __name__.split(".")[0]
+    kinds = [k for k in mixin.__mro__ if k.__module__.startswith(ours) and k is not Patched]
+    names = {n for kind in kinds for n, v in vars(kind).items() if isinstance(v, FunctionType)}
+    return sorted(name for name in names if hasattr(original, name))
 
 
 @dataclass(frozen=True)
 class PatchState:
-    """State of one patched object: its original class and attributes, and the shared runtime."""
+    """State of one patched object: its name, classes and attributes, and the shared runtime."""
 
+    name: str
     original: type
+    patched: type
+    mixin: type
     hidden: Mapping[str, Any]
     runtime: Any
     handle: Handle
@@ -75,17 +104,24 @@ class Patched:
         """The state that the patch stores in this object."""
         return self.__dict__[STATE]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         state = self.patch_state
-        members = cast(Any, super()).__getstate__()
+        plain, members = _plain_class(self, state), state.original_dict(vars(self))
+        if hasattr(plain, "__deepcopy__"):  # the object's class has its own
+            twin = object.__new__(plain)
+            twin.__dict__.update(members)
+            copied = copy.deepcopy(twin, memo)
+        else:
+            copied = object.__new__(plain)
+            memo[id(self)] = copied
+            copied.__dict__.update(copy.deepcopy(members, memo))
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        members = self.patch_state.original_dict(cast(Any, self.__getstate__()))
         # Not copyreg.__newobj__: pickle requires it to create the object's current class.
-        return object.__new__, (state.original,), state.original_dict(members)
-
-
-@cache
-def _patched_class(mixin: type[Patched], original: type) -> type:
-    names = ("__module__", "__qualname__", "__doc__")
-    return type(original.__name__, (mixin, original), {n: getattr(original, n) for n in names})
+        return object.__new__, (_plain_class(self, self.patch_state),), members
 
 
 class ModelFamily(ABC):
@@ -117,6 +153,10 @@ class ModelFamily(ABC):
     @abstractmethod
     def class_swaps(self, model: nn.Module, runtime: Runtime) -> list[ClassSwap]:
         """The class swaps of a patch; this method changes nothing."""
+
+    def module_names(self, model: nn.Module) -> dict[int, str]:
+        """Names of the modules by their ``id``, for messages."""
+        return alterations.readable_names(model)
 
     def probe(self, model: nn.Module) -> list[Tensor]:
         """Outputs of a small run, which must agree before and after the patch.
@@ -179,7 +219,18 @@ class Handle:
         return self._runtime.last
 
     def unpatch(self) -> None:
-        """Restore every object's class and attributes; a second call does nothing."""
+        """Take away what the patch brought; a second call does nothing.
+
+        What other tools changed since stays: classes that they put on top, hooks, parameters.
+
+        Raises:
+            PatchError: a method was replaced since, perhaps by one that calls the patch's. The
+                message names it; nothing has been changed.
+        """
+        obstacles = [text for target in self._objects if (text := _obstacle(target)) is not None]
+        if obstacles:
+            more = f" ({len(obstacles)} such changes)" if len(obstacles) > 1 else ""
+            raise PatchError(f"unpatch: {obstacles[0]}{more}; nothing has been changed")
         for target in reversed(self._objects):
             _restore(target)
         self._objects = []
@@ -194,30 +245,65 @@ class Handle:
     def __exit__(self, *exception: object) -> None:
         self.unpatch()
 
-    def _apply(self, swaps: Iterable[ClassSwap]) -> None:
+    def _apply(self, swaps: Iterable[ClassSwap], names: Mapping[int, str]) -> None:
         try:
             for swap in swaps:
-                _swap(swap, self._runtime, self)
+                name = names.get(id(swap.target), type(swap.target).__name__) or "the model"
+                _swap(swap, name, self._runtime, self)
                 self._objects.append(swap.target)
         except BaseException:
             self.unpatch()
             raise
 
 
-def _swap(swap: ClassSwap, runtime: Runtime, handle: Handle) -> None:
+def _swap(swap: ClassSwap, name: str, runtime: Runtime, handle: Handle) -> None:
     target, members = swap.target, vars(swap.target)
     original = type(target)
-    hidden = {name: members.get(name, _ABSENT) for name in swap.attributes}
-    target.__class__ = _patched_class(swap.mixin, original)
-    members[STATE] = PatchState(original, hidden, runtime, handle)
+    hidden = {attribute: members.get(attribute, _ABSENT) for attribute in swap.attributes}
+    target.__class__ = patched = patched_class(swap.mixin, original)
+    members[STATE] = PatchState(name, original, patched, swap.mixin, hidden, runtime, handle)
     members.update(swap.attributes)
+
+
+def _plain_class(target: Any, state: PatchState) -> type:
+    """The class of a patched object without the patch, but with what was put on top since.
+
+    Raises:
+        TypeError: a class on top cannot be built without the patch.
+    """
+    current = type(target)
+    if current is state.patched:
+        plain = class_without_patch(current)
+        # A class of torch's above the patch's: the very class from before, unless it was changed.
+        same = plain is state.original or own_namespace(plain) == own_namespace(state.original)
+        return state.original if same else plain
+    return class_without_patch(current)
+
+
+def _obstacle(target: Any) -> str | None:
+    """Why an object cannot be unpatched, or None."""
+    state: PatchState = vars(target)[STATE]
+    for name in replaced_methods(state.mixin, state.original):
+        if name in vars(target):
+            return (
+                f"{state.name}.{name} was replaced since patch; restore it first "
+                f"(del {state.name}.{name})"
+            )
+    added = added_names(state.patched)
+    if added:
+        return f"the class of {state.name} was changed since patch: it has {', '.join(added)}"
+    try:
+        _plain_class(target, state)
+    except TypeError as error:
+        return f"the class of {state.name} was wrapped since patch: {error}; undo that first"
+    return None
 
 
 def _restore(target: Any) -> None:
     members = vars(target)
     state: PatchState = members[STATE]
-    plain = state.original_dict(members)
-    target.__class__ = state.original
+    plain, kind = state.original_dict(members), _plain_class(target, state)
+    target.__class__ = kind
     for name in [name for name in members if name not in plain]:
         del members[name]
     members.update({name: plain[name] for name in state.hidden if name in plain})
@@ -233,40 +319,125 @@ def apply_patch(
     """Find the model's family, verify the model, then swap the classes; see ``patch``."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model must be a torch.nn.Module; got {type(model).__name__}")
-    for name, module in model.named_modules():
-        where = f"module {name!r}" if name else "the model"
+    try:
+        family = _family_of(families, model)
+        with _naming_the_failure(family, "its structure cannot be read"):
+            family.verify(model)
+            runtime = family.runtime(model)
+        runtime.set_depth(depth, bridge)  # raises before anything is changed
+        runtime.set_depth(None, None)
+        handle = _patched(family, model, runtime)
+    except PatchError as error:
+        raise PatchError(f"{error}; nothing has been changed") from error.__cause__
+    runtime.last, runtime.keep_copies = None, keep_copies
+    runtime.set_depth(depth, bridge)
+    return handle
+
+
+def _family_of(families: Sequence[ModelFamily], model: nn.Module) -> ModelFamily:
+    """The family of an unpatched, uncompiled model.
+
+    Raises:
+        PatchError: there is none, or the model cannot be patched as it is.
+    """
+    wrapped = alterations.wrapper_alteration(model, "model")
+    if wrapped is not None:
+        raise PatchError(f"patch: {wrapped}")
+    family = next((f for f in families if f.recognise(model)), None)
+    names = alterations.readable_names(model) if family is None else family.module_names(model)
+    for module in model.modules():
+        where = names[id(module)] or "the model"
         if isinstance(module, Patched):
             raise PatchError(f"patch: {where} is patched already; call unpatch() on its handle")
-        if getattr(module, "_compiled_call_impl", None) is not None:
+        compiled = alterations.compilation(module)
+        if compiled is not None:
             raise PatchError(
-                f"patch: {where} is compiled by Module.compile(), which keeps the unpatched "
-                "forward; patch first, compile afterwards"
+                f"patch: {where} is compiled by {compiled}, which keeps the unpatched forward; "
+                "patch first, compile afterwards"
             )
-    family = next((f for f in families if f.recognise(model)), None)
     if family is None:
         structures = "; ".join(f"{f.name}: {f.structure}" for f in families)
         raise PatchError(
             f"patch: {type(model).__name__} does not have the structure of a known model family. "
             f"Known are {structures}"
         )
-    family.verify(model)
-    runtime = family.runtime(model)
-    runtime.set_depth(depth, bridge)  # raises before anything is changed
-    runtime.set_depth(None, None)
-    swaps = family.class_swaps(model, runtime)
-    before = family.probe(model)
+    remedy = "patch the model before it is distributed"
+    altered = alterations.tensor_alteration(model, names, remedy)
+    if altered is not None:
+        raise PatchError(f"patch: {altered}")
+    return family
+
+
+def _patched(family: ModelFamily, model: nn.Module, runtime: Runtime) -> Handle:
+    names = family.module_names(model)
+    with _naming_the_failure(family, "its structure cannot be read"):
+        swaps = _checked(family.class_swaps(model, runtime), names)
+    with _naming_the_failure(family, "a short run of its layers failed"), _kept_members(model):
+        before = family.probe(model)
     if all(swap.target is not model for swap in swaps):
         swaps = [*swaps, ClassSwap(model, Patched)]  # marks the model as patched
     handle = Handle(model, family, runtime)
-    handle._apply(swaps)
+    with _naming_the_failure(family, "its classes cannot be extended"):
+        handle._apply(swaps, names)
     try:
-        _compare(family.name, before, family.probe(model))
+        with _naming_the_failure(family, "a short run of its patched layers failed"):
+            with _kept_members(model):
+                after = family.probe(model)
+            _compare(family.name, before, after)
     except BaseException:
         handle.unpatch()
         raise
-    runtime.last, runtime.keep_copies = None, keep_copies
-    runtime.set_depth(depth, bridge)
     return handle
+
+
+def _checked(swaps: Iterable[ClassSwap], names: Mapping[int, str]) -> list[ClassSwap]:
+    """The class swaps that can be made.
+
+    Raises:
+        PatchError: one that the patch relies on cannot be made.
+    """
+    swaps = list(swaps)
+    needed = [(names[id(s.target)], s.target) for s in swaps if s.needed]
+    common = alterations.shared(needed)
+    if common is not None:
+        raise PatchError(f"patch: {common}")
+    made: dict[int, ClassSwap] = {}
+    for swap in swaps:
+        where = names.get(id(swap.target), type(swap.target).__name__)
+        found = (alterations.method_alteration(swap.target, m, where) for m in swap.methods)
+        altered = next((text for text in found if text is not None), None)
+        if altered is not None and swap.needed:
+            raise PatchError(f"patch: {altered}")
+        if altered is None:
+            made.setdefault(id(swap.target), swap)  # a module with two names is one object
+    return list(made.values())
+
+
+@contextmanager
+def _naming_the_failure(family: ModelFamily, what: str) -> Iterator[None]:
+    """Any exception becomes a PatchError."""
+    try:
+        yield
+    except PatchError:
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise PatchError(
+            f"patch: the model looks like {family.name}, but {what}: {text}"
+        ) from error
+
+
+@contextmanager
+def _kept_members(model: nn.Module) -> Iterator[None]:
+    """Restores what is set on the model's modules meanwhile."""
+    kept = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for members, old in kept:
+            if list(members) != list(old) or any(members[n] is not v for n, v in old.items()):
+                members.clear()
+                members.update(old)
 
 
 # Relative to the largest element: 20 times the effect of rounding, 1/100 of that of an edit.

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from variant_kernels.integrations.alterations import has_own_forward
 from variant_kernels.integrations.base import Patched
+from variant_kernels.integrations.runtime import can_cast_once
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -25,9 +27,14 @@ class CastOnceLinear(Patched, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         runtime: Any = self.patch_state.runtime
         dtype = autocast_dtype(input.device)
-        if not runtime.generating or dtype is None or torch.is_grad_enabled():
+        if (
+            not runtime.generating
+            or dtype is None
+            or torch.is_grad_enabled()
+            or not (can_cast_once(self) and has_own_forward(nn.Linear))
+        ):
             return super().forward(input)
-        return runtime.linear(input, self.weight, self.bias, dtype)
+        return runtime.linear(input, self, self.bias, dtype)
 
 
 def without_autocast(module: nn.Module, cond: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ queries, keys and values, 2 cosines and sines, L tokens of all scales.
 from __future__ import annotations
 
 import ast
-import inspect
 import math
 from typing import Any, ClassVar
 
@@ -20,12 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from variant_kernels.attention import can_attend
+from variant_kernels.integrations.alterations import readable
 from variant_kernels.integrations.base import ClassSwap, ModelFamily, Patched, require
-from variant_kernels.integrations.cast_once import CastOnceLinear
 from variant_kernels.integrations.rope import rotate_pairs
 from variant_kernels.integrations.runtime import Runtime
-from variant_kernels.integrations.var import PatchedAttention, linears
-from variant_kernels.integrations.var_generation import VARRuntime
+from variant_kernels.integrations.var import (
+    PatchedAttention,
+    cast_once,
+    require_arguments,
+    require_known_parts,
+)
+from variant_kernels.integrations.var_generation import Layers, VARRuntime
 from variant_kernels.masks import block_causal_layout
 from variant_kernels.ops.append_paged_kv import append_paged_kv
 from variant_kernels.ops.qk_norm import qk_norm
@@ -43,8 +47,8 @@ def layout_of_scales(scale_schedule: Scales) -> ScaleLayout:
 class InfinityRuntime(VARRuntime):
     """:class:`VARRuntime` with a layout per generation."""
 
-    def __init__(self, layout: ScaleLayout, full_depth: int) -> None:
-        super().__init__(layout, full_depth)
+    def __init__(self, layout: ScaleLayout, layers: Layers) -> None:
+        super().__init__(layout, layers)
         self.num_scales = None
 
     def use(self, scale_schedule: Scales) -> None:
@@ -194,9 +198,16 @@ class InfinityFamily(ModelFamily):
         return hasattr(blocks[0], "sa") and hasattr(blocks[0], "ca")
 
     def runtime(self, model: Any) -> InfinityRuntime:
-        return InfinityRuntime(
-            layout_of_scales(first_scales(model)), len(model.unregistered_blocks)
-        )
+        layers = Layers("unregistered_blocks", "sa", lambda: registered_blocks(model))
+        return InfinityRuntime(layout_of_scales(first_scales(model)), layers)
+
+    def module_names(self, model: Any) -> dict[int, str]:
+        names = super().module_names(model)
+        for index, block in enumerate(model.unregistered_blocks):
+            for path, module in block.named_modules():
+                dotted = f"unregistered_blocks.{index}.{path}".removesuffix(".")
+                names[id(module)] = readable(dotted)
+        return names
 
     def verify(self, model: Any) -> None:
         grid, flex = model.rope2d_freqs_grid, getattr(model, "use_flex_attn", None)
@@ -210,15 +221,20 @@ class InfinityFamily(ModelFamily):
             "use_flex_attn must be False: flex attention pads the cached keys and values",
             flex,
         )
-        registered = {id(module) for module in model.modules()}
+        run = [id(block) for block in registered_blocks(model)]
         for index, block in enumerate(model.unregistered_blocks):
             name = f"unregistered_blocks[{index}]"
             self._require(
-                id(block) in registered, f"{name} must be a module of the model", "another module"
+                id(block) in run, f"{name} must be a module of the model", "another module"
             )
-            self._require_arguments(block, name, BLOCK_ARGUMENTS)
+            require_arguments(self.name, block, name, BLOCK_ARGUMENTS)
             self._require(hasattr(block, "sa"), f"{name} must have sa", type(block).__name__)
             self._require_attention(block.sa, f"{name}.sa", model.C)
+        self._require(
+            run == list(dict.fromkeys(map(id, model.unregistered_blocks))),
+            "unregistered_blocks must have the order of the modules",
+            "another order",
+        )
         width = model.unregistered_blocks[0].sa.head_dim // 2
         scales = str(tuple(first_scales(model)))
         rotations = grid[scales]
@@ -242,14 +258,11 @@ class InfinityFamily(ModelFamily):
     def _require(self, condition: bool, requirement: str, actual: Any) -> None:
         require(self.name, condition, requirement, actual)
 
-    def _require_arguments(self, module: Any, name: str, expected: list[str]) -> None:
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        self._require(names == expected, f"{name}.forward must take {expected}", names)
-
     def _require_attention(self, attn: Any, name: str, width: int) -> None:
         missing = [part for part in ATTENTION_PARTS if not hasattr(attn, part)]
         self._require(not missing, f"{name} must have {missing}", f"a {type(attn).__name__}")
-        self._require_arguments(attn, name, ATTENTION_ARGUMENTS)
+        require_arguments(self.name, attn, name, ATTENTION_ARGUMENTS)
+        require_known_parts(self.name, attn, name)
         heads, head_dim = attn.num_heads, attn.head_dim
         self._require(
             heads * head_dim == width and can_attend(head_dim),
@@ -279,9 +292,8 @@ class InfinityFamily(ModelFamily):
             attributes = {"patch_layer": layer}
             swaps.append(ClassSwap(block, InfinityBlock, attributes))
             swaps.append(ClassSwap(block.sa, InfinityAttention, {**attributes, "caching": False}))
-            parts = (block.sa.proj, block.ffn, block.ca)
-            swaps += [ClassSwap(m, CastOnceLinear) for m in linears(*parts)]
-        return swaps + [ClassSwap(m, CastOnceLinear) for m in linears(model.word_embed)]
+            swaps += cast_once(block.sa.proj, block.ffn, block.ca)
+        return swaps + cast_once(model.word_embed)
 
     def probe(self, model: Any) -> list[Tensor]:
         """Self-attention of every layer at the first two scales, on random input.
@@ -290,7 +302,7 @@ class InfinityFamily(ModelFamily):
         """
         layers, scales = [block.sa for block in model.unregistered_blocks], first_scales(model)
         modes = [(module, module.training) for sa in layers for module in sa.modules()]
-        weight = layers[0].mat_qkv.weight
+        weight = layers[0].q_bias  # other weights may be quantised
         generator = torch.Generator().manual_seed(0)
         runtime = getattr(layers[0], "patch_state", None)
         outputs = []
@@ -316,6 +328,11 @@ class InfinityFamily(ModelFamily):
             for module, mode in modes:
                 module.training = mode
         return outputs
+
+
+def registered_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks in the order of the model's modules, in which they run."""
+    return [module for module in model.modules() if hasattr(module, "sa")]
 
 
 def first_scales(model: Any) -> Scales:

@@ -6,9 +6,10 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from variant_kernels.packed_linear import can_pack, pack, packed_linear
@@ -34,6 +35,15 @@ class Stats:
     depths: tuple[int, ...]
 
 
+class _CastWeight(NamedTuple):
+    """The copy of a module's weight; state: version, address and dtype for which it is right."""
+
+    module: nn.Module
+    weight: Tensor
+    state: tuple[int | None, int, torch.dtype]
+    cast: Tensor
+
+
 def default_bridge(num_scales: int) -> int:
     """The default number of scales that run every layer: 60 %, as in VARiant's main tables."""
     return math.ceil(0.6 * num_scales)
@@ -54,7 +64,7 @@ class Runtime:
         self.last: Stats | None = None
         self.generating = False
         self.keep_copies = False
-        self._copies: dict[tuple[int, torch.dtype], tuple[Tensor, int | None, Tensor]] = {}
+        self._copies: dict[int, _CastWeight] = {}
         self._started = 0.0
         self._running: tuple[int | tuple[int, ...] | None, int | None] = (None, None)
 
@@ -100,28 +110,49 @@ class Runtime:
         self.last = Stats(seconds, planned_bytes, allocated_bytes, *self._running, tuple(depths))
 
     def _drop_copies(self) -> None:
-        if not self.keep_copies:
-            self._copies.clear()
+        """Drop all copies, or only those of weights that their modules do not hold any more.
+
+        ``fully_shard``, for instance, makes a module's weight anew at each call.
+        """
+        kept = self._copies.items() if self.keep_copies else ()
+        self._copies = {
+            key: entry
+            for key, entry in kept
+            if entry.module._parameters.get("weight") is entry.weight
+        }
 
     def linear(
-        self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype
+        self, x: Tensor, module: nn.Module, bias_O: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        """``F.linear`` in another dtype, with the weight cast once per generation.
+        """``F.linear`` in another dtype, with the module's weight cast once per generation.
 
-        With keep_copies the weight is cast only once. torch's autocast caches copies only of
+        The module needs a weight that :func:`can_cast_once`; there is one copy per module. With
+        keep_copies the weight is cast only once. torch's autocast caches copies only of
         weights that require a gradient, and casts all others at every call. If oneDNN computes the
         product, the copy is packed in oneDNN's layout: a plain copy would be reordered at every
         call.
         """
-        x, key = x.to(dtype), (id(weight_OI), dtype)
+        weight_OI: Any = module._parameters["weight"]
+        x = x.to(dtype)
         bias_O = None if bias_O is None else bias_O.to(dtype)
         packed = can_pack(x.device, dtype)
         version = None if weight_OI.is_inference() else weight_OI._version
-        entry = self._copies.get(key)
-        if entry is None or entry[0] is not weight_OI or entry[1] != version:
+        state = version, weight_OI.data_ptr(), dtype
+        entry = self._copies.get(id(module))
+        if entry is None or entry.weight is not weight_OI or entry.state != state:
             cast = weight_OI.detach().to(dtype)
-            entry = weight_OI, version, pack(cast) if packed else cast
-            self._copies[key] = entry
+            entry = _CastWeight(module, weight_OI, state, pack(cast) if packed else cast)
+            self._copies[id(module)] = entry
         if packed:
-            return packed_linear(x, entry[2], bias_O)
-        return F.linear(x, entry[2], bias_O)
+            return packed_linear(x, entry.cast, bias_O)
+        return F.linear(x, entry.cast, bias_O)
+
+
+def can_cast_once(module: nn.Module) -> bool:
+    """Whether the module's weight is a parameter of its own, with plain values.
+
+    A weight that is computed at each call (weight norm, LoRA as a parametrization,
+    ``functional_call``) has nothing that a copy could be kept for, and a quantised or distributed
+    one has its own product.
+    """
+    return type(module._parameters.get("weight")) is nn.Parameter

@@ -18,10 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from variant_kernels.attention import AttentionForward, can_attend
+from variant_kernels.integrations.alterations import (
+    all_plain,
+    is_altered,
+    is_plain,
+    none_altered,
+)
 from variant_kernels.integrations.base import ClassSwap, ModelFamily, Patched, require
 from variant_kernels.integrations.cast_once import CastOnceLinear, autocast_dtype, without_autocast
-from variant_kernels.integrations.runtime import Runtime
-from variant_kernels.integrations.var_generation import LayerPages, VARRuntime
+from variant_kernels.integrations.runtime import Runtime, can_cast_once
+from variant_kernels.integrations.var_generation import LayerPages, Layers, VARRuntime
 from variant_kernels.kv_cache import KVStore
 from variant_kernels.masks import layout_of
 from variant_kernels.ops.adaln import adaln_modulate, gated_residual_adaln
@@ -36,15 +42,16 @@ class PatchedAttention(Patched, AttentionForward):
     patch_layer: int
 
     def kv_caching(self, enable: bool) -> None:
-        self.caching = enable
         self.patch_state.runtime.caching(self.patch_layer, enable)
+        self.caching = enable
 
     def _project(self, x_BTC: Tensor) -> Tensor:
         dtype, runtime = autocast_dtype(x_BTC.device), self.patch_state.runtime
-        if not self.caching or dtype is None or torch.is_grad_enabled():
+        once = self.caching and can_cast_once(self.mat_qkv)
+        if not once or dtype is None or torch.is_grad_enabled():
             return super()._project(x_BTC)
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
-        return self._heads(runtime.linear(x_BTC, self.mat_qkv.weight, bias, dtype))
+        return self._heads(runtime.linear(x_BTC, self.mat_qkv, bias, dtype))
 
     def _kv_store(self, qkv_BT3HD: Tensor) -> KVStore:
         runtime: VARRuntime = self.patch_state.runtime
@@ -54,13 +61,16 @@ class PatchedAttention(Patched, AttentionForward):
 class PatchedBlock(Patched, nn.Module):
     """``AdaLNSelfAttn``, skipped at scales where its layer is inactive.
 
-    The projection of the class condition is computed once per generation.
+    The projection of the class condition is computed once per generation. The norm, the stochastic
+    depth (the identity in generation) and mostly the projection are passed by; where one of them
+    has hooks or was replaced, the original forward runs, around the patched attention.
     """
 
     patch_layer: int
     attn: Any
     ffn: nn.Module
     ln_wo_grad: nn.LayerNorm
+    shared_aln: bool
     ada_gss: Tensor
     ada_lin: nn.Module
 
@@ -82,7 +92,8 @@ class PatchedBlock(Patched, nn.Module):
         return super().forward(x=x, cond_BD=cond_BD, attn_bias=attn_bias)
 
     def _run(self, x_BTC: Tensor, cond: Tensor, attn_bias: Tensor | None) -> Tensor:
-        if self.training or torch.is_grad_enabled():  # dropout, stochastic depth
+        # In training there are dropout and stochastic depth.
+        if self.training or torch.is_grad_enabled() or not self._may_pass_by_parts():
             return self._original(x_BTC, cond, attn_bias)
         gate1, gate2, scale1, scale2, shift1, shift2 = self.patch_state.runtime.hoisted(
             id(self), cond, lambda: self._modulation(x_BTC, cond)
@@ -93,6 +104,16 @@ class PatchedBlock(Patched, nn.Module):
         x_BTC, h_BTC = gated_residual_adaln(x_BTC, y_BTC, gate1, scale2, shift2, eps=eps)
         return torch.addcmul(x_BTC, gate2.unsqueeze(1), self.ffn(h_BTC))
 
+    def _may_pass_by_parts(self) -> bool:
+        if not is_plain(self.ln_wo_grad) or not self._modules.keys() <= BLOCK_PARTS:
+            return False
+        drop_path = self._modules.get("drop_path")
+        if drop_path is not None and not is_plain(drop_path):
+            stochastic_depth = type(drop_path).__name__ == "DropPath" and not drop_path.training
+            if not stochastic_depth or is_altered(drop_path):
+                return False
+        return self.shared_aln or all_plain(self.ada_lin)
+
     def _modulation(self, x_BTC: Tensor, cond: Tensor) -> Modulation:
         if self.shared_aln:
             modulation_B6C = (self.ada_gss + cond).flatten(0, 1)
@@ -102,14 +123,17 @@ class PatchedBlock(Patched, nn.Module):
 
 
 class PatchedHeadNorm(Patched, nn.Module):
-    """``AdaLNBeforeHead``; the projection of the class condition runs once per generation."""
+    """``AdaLNBeforeHead``; the projection of the class condition runs once per generation.
+
+    The original forward runs where one of its parts has hooks or was replaced.
+    """
 
     ln_wo_grad: nn.LayerNorm
     ada_lin: nn.Module
 
     def forward(self, x_BLC: Tensor, cond_BD: Tensor) -> Tensor:
         runtime: VARRuntime = self.patch_state.runtime
-        if not runtime.generating or torch.is_grad_enabled():
+        if not runtime.generating or torch.is_grad_enabled() or not self._may_pass_by_parts():
             return super().forward(x_BLC, cond_BD)
         scale, shift = runtime.hoisted(
             id(self),
@@ -120,13 +144,17 @@ class PatchedHeadNorm(Patched, nn.Module):
         )
         return adaln_modulate(x_BLC, scale, shift, eps=self.ln_wo_grad.eps)
 
+    def _may_pass_by_parts(self) -> bool:
+        known = self._modules.keys() <= {"ln_wo_grad", "ada_lin"}
+        return known and is_plain(self.ln_wo_grad) and all_plain(self.ada_lin)
+
 
 class PatchedSharedProjection(Patched, nn.Module):
-    """``shared_ada_lin``, computed once per generation."""
+    """``shared_ada_lin``, computed once per generation; at each call where a part has hooks."""
 
     def forward(self, cond_BD: Tensor) -> Tensor:
         runtime: VARRuntime = self.patch_state.runtime
-        if not runtime.generating or torch.is_grad_enabled():
+        if not runtime.generating or torch.is_grad_enabled() or not none_altered(self):
             return super().forward(cond_BD)
         return runtime.hoisted(id(self), cond_BD, lambda: self._original(cond_BD))
 
@@ -141,6 +169,8 @@ def split_modulation(modulation_BNC: Tensor, x: Tensor) -> Modulation:
 
 # --- the family -----------------------------------------------------------------------------------
 
+# The modules of a block that its forward calls; another one could change what it computes later.
+BLOCK_PARTS = {"attn", "ffn", "ln_wo_grad", "drop_path", "ada_lin"}
 ATTENTION_PARTS = ("mat_qkv", "q_bias", "v_bias", "zero_k_bias", "proj", "proj_drop", "kv_caching")
 
 
@@ -163,7 +193,10 @@ class VARFamily(ModelFamily):
         return all(hasattr(attn, part) for part in ATTENTION_PARTS)
 
     def runtime(self, model: Any) -> VARRuntime:
-        return VARRuntime(ScaleLayout.from_patch_nums(model.patch_nums), len(model.blocks))
+        return VARRuntime(
+            ScaleLayout.from_patch_nums(model.patch_nums),
+            Layers("blocks", "attn", lambda: list(model.blocks)),
+        )
 
     def verify(self, model: Any) -> None:
         self._require_layout(model)
@@ -192,9 +225,7 @@ class VARFamily(ModelFamily):
         )
 
     def _require_block(self, block: Any, name: str, width: int) -> None:
-        expected = ["x", "cond_BD", "attn_bias"]
-        names = list(inspect.signature(type(block).forward).parameters)[1:]
-        self._require(names == expected, f"{name}.forward must take {expected}", names)
+        require_arguments(self.name, block, name, ["x", "cond_BD", "attn_bias"])
         missing = [p for p in ("attn", "ffn", "ln_wo_grad", "shared_aln") if not hasattr(block, p)]
         self._require(not missing, f"{name} must have {missing}", f"a {type(block).__name__}")
         self._require(
@@ -209,6 +240,8 @@ class VARFamily(ModelFamily):
     def _require_attention(self, attn: Any, name: str, width: int) -> None:
         missing = [part for part in ATTENTION_PARTS if not hasattr(attn, part)]
         self._require(not missing, f"{name} must have {missing}", f"a {type(attn).__name__}")
+        require_arguments(self.name, attn, name, ["x", "attn_bias"])
+        require_known_parts(self.name, attn, name)
         heads, head_dim = attn.num_heads, attn.head_dim
         self._require(
             heads * head_dim == width and can_attend(head_dim),
@@ -233,9 +266,9 @@ class VARFamily(ModelFamily):
             self._require(shape == expected, f"{name}.{part} must have shape {expected}", shape)
 
     def class_swaps(self, model: Any, runtime: Runtime) -> list[ClassSwap]:
-        swaps = [ClassSwap(model.head_nm, PatchedHeadNorm)]
-        if not isinstance(model.shared_ada_lin, nn.Identity):
-            swaps.append(ClassSwap(model.shared_ada_lin, PatchedSharedProjection))
+        swaps = [ClassSwap(model.head_nm, PatchedHeadNorm, needed=False)]
+        if isinstance(model.shared_ada_lin, nn.Sequential):
+            swaps.append(ClassSwap(model.shared_ada_lin, PatchedSharedProjection, needed=False))
         for layer, block in enumerate(model.blocks):
             attributes = {"patch_layer": layer}
             swaps.append(ClassSwap(block, PatchedBlock, attributes))
@@ -245,15 +278,14 @@ class VARFamily(ModelFamily):
                 )
             )
             # Projections of the class condition run once per generation: no cast copy needed.
-            swaps += [ClassSwap(m, CastOnceLinear) for m in linears(block.attn.proj, block.ffn)]
-        swaps += [ClassSwap(m, CastOnceLinear) for m in linears(model.head, model.word_embed)]
-        return swaps
+            swaps += cast_once(block.attn.proj, block.ffn)
+        return swaps + cast_once(model.head, model.word_embed)
 
     def probe(self, model: Any) -> list[Tensor]:
         """The hidden states of the first two scales, on random input."""
         blocks = list(model.blocks)
         modes = [(module, module.training) for module in model.modules()]
-        weight = model.head.weight
+        weight = blocks[0].attn.q_bias  # other weights may be quantised
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
@@ -286,6 +318,29 @@ def plain_norm(norm: Any) -> bool:
     return isinstance(norm, nn.LayerNorm) and norm.weight is None and norm.bias is None
 
 
-def linears(*modules: nn.Module) -> list[nn.Linear]:
-    """The plain linear layers in these modules; subclasses, which may do more, are left out."""
-    return [m for root in modules for m in root.modules() if type(m) is nn.Linear]
+def require_arguments(family: str, module: nn.Module, name: str, expected: list[str]) -> None:
+    """Check the arguments of a module's forward.
+
+    Raises:
+        PatchError: they differ; the module may be a wrapper.
+    """
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    found = f"{names} of {type(module).__name__}"
+    require(family, names == expected, f"{name}.forward must take {expected}", found)
+
+
+def require_known_parts(family: str, attn: nn.Module, name: str) -> None:
+    """Check that attention has no modules that the patched forward would pass by.
+
+    Raises:
+        PatchError: it has.
+    """
+    known = {"mat_qkv", "proj", "proj_drop", "parametrizations"}
+    unknown = sorted(attn._modules.keys() - known)
+    require(family, not unknown, f"{name} must have no other modules than {sorted(known)}", unknown)
+
+
+def cast_once(*modules: nn.Module) -> list[ClassSwap]:
+    """Swaps for the plain linear layers in these modules; subclasses, which may do more, stay."""
+    linears = [m for root in modules for m in root.modules() if type(m) is nn.Linear]
+    return [ClassSwap(m, CastOnceLinear, needed=False) for m in linears]

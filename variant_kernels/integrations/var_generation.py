@@ -5,10 +5,12 @@ Axes: B sequences, T tokens of this call, H heads, D width of one head, 3 querie
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from variant_kernels.integrations.cast_once import autocast_dtype
 from variant_kernels.integrations.runtime import Runtime
@@ -18,17 +20,52 @@ from variant_kernels.plans.depth_schedule import DepthSchedule
 from variant_kernels.plans.scale_layout import ScaleLayout
 
 
+class Layers:
+    """The model's blocks and their attention, as they were when the model was patched.
+
+    Args:
+        name: of the model's list of blocks.  attention: name of a block's attention.
+        current: returns the blocks in the order in which the model runs them.
+    """
+
+    def __init__(self, name: str, attention: str, current: Callable[[], list[nn.Module]]) -> None:
+        self._name, self._attention, self._current = name, attention, current
+        self._blocks = current()
+        self._attentions = [getattr(block, attention) for block in self._blocks]
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def check(self) -> None:
+        """Raises: RuntimeError if a block or its attention is not the one that was patched."""
+        blocks = self._current()
+        for index, (now, patched) in enumerate(zip_longest(blocks, self._blocks)):
+            if now is patched:
+                attention = getattr(now, self._attention, None)
+                if attention is self._attentions[index]:
+                    continue
+                what = f"{self._name}[{index}].{self._attention} is another module"
+            elif now is None:
+                what = f"the model has {len(blocks)} blocks, not {len(self)}"
+            else:
+                what = f"{self._name}[{index}] is another module"
+            raise RuntimeError(
+                f"patch: {what} than when the model was patched (blocks were replaced, reordered, "
+                "added or deleted); call unpatch() first and patch the new model"
+            )
+
+
 class VARRuntime(Runtime):
     """The current scale, the K/V cache of all layers and the projections of the class condition.
 
     Args:
         layout: tokens per scale.
-        full_depth: layers.
+        layers: the model's blocks.
     """
 
-    def __init__(self, layout: ScaleLayout, full_depth: int) -> None:
-        super().__init__(full_depth, layout.num_scales)
-        self.layout = layout
+    def __init__(self, layout: ScaleLayout, layers: Layers) -> None:
+        super().__init__(len(layers), layout.num_scales)
+        self.layout, self._layers = layout, layers
         self._open_layers: set[int] = set()
         self._page_tables: tuple[Any, PageTables] = (None, {})
         self._clear()
@@ -49,6 +86,7 @@ class VARRuntime(Runtime):
         """
         if enable:
             if not self.generating or layer in self._open_layers:
+                self._layers.check()
                 self._open_layers.clear()
                 self._clear()
                 self.begin()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from variant_kernels.arguments import real
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import Backend
 from variant_kernels.dispatch.support import (
@@ -154,9 +155,8 @@ def _check_gated(
     contract.check_shape(op, "y_BTC", y_BTC, tuple(x_BTC.shape), "to match x_BTC")
 
 
-def _check_eps(op: str, eps: float) -> None:
-    if not 0 <= eps < float("inf"):
-        raise ValueError(f"{op}: eps must be >= 0 and finite; got {eps}")
+def _eps(op: str, eps: float) -> float:
+    return eps if type(eps) is float and 0 <= eps <= 1 else real(op, "eps", eps, 0)
 
 
 def _request(x_BTC: Tensor, narrow: Tensor, *_: Tensor) -> Request:
@@ -249,7 +249,8 @@ def adaln_modulate(
 
         y = (x - mean(x)) / sqrt(var(x) + eps) * (1 + scale) + shift
 
-    var is the biased variance over C. Statistics are float32.
+    var is the biased variance over C. Statistics are float32; where var exceeds its range (entries
+    beyond 1e19) backends differ.
     Source: VAR (arXiv 2404.02905), adaptive layer norm.
 
     Args:
@@ -261,9 +262,10 @@ def adaln_modulate(
         y_BTC, a new tensor of scale_BC's dtype.
     Raises:
         ValueError: shapes or devices disagree.  TypeError: dtype not listed.
+        NotImplementedError: a second or a forward-mode derivative is wanted.
     Gradient: x_BTC, scale_BC, shift_BC.
     """
-    _check_eps("adaln_modulate", eps)
+    eps = _eps("adaln_modulate", eps)
     return adaln_op(x_BTC, scale_BC, shift_BC, eps, backend)[0]
 
 
@@ -282,8 +284,9 @@ def gated_residual_adaln(
         x' = x + gate * y
         h  = (x' - mean(x')) / sqrt(var(x') + eps) * (1 + scale) + shift
 
-    Statistics are float32 and taken from x' as it is stored. One pass over the tokens where the
-    composition needs three. Source: VAR (arXiv 2404.02905), adaptive layer norm.
+    Statistics are float32 and taken from x' as it is stored; where var exceeds the range of float32
+    (entries beyond 1e19) backends differ. One pass over the tokens where the composition needs
+    three. Source: VAR (arXiv 2404.02905), adaptive layer norm.
 
     Args:
         x_BTC: residual stream; float32, or y_BTC's dtype.
@@ -294,9 +297,10 @@ def gated_residual_adaln(
         x'_BTC of x_BTC's dtype and h_BTC of y_BTC's dtype, new tensors.
     Raises:
         ValueError: shapes or devices disagree.  TypeError: dtype not listed.
+        NotImplementedError: a second or a forward-mode derivative is wanted.
     Gradient: all five tensors.
     """
-    _check_eps("gated_residual_adaln", eps)
+    eps = _eps("gated_residual_adaln", eps)
     x_out_BTC, h_BTC, _, _ = gated_op(x_BTC, y_BTC, gate_BC, scale_BC, shift_BC, eps, backend)
     return x_out_BTC, h_BTC
 

@@ -22,7 +22,7 @@ from variant_kernels.dispatch.support import (
 )
 from variant_kernels.kv_quantization import KV8_DTYPE, quantize_kv
 from variant_kernels.ops import contract
-from variant_kernels.ops.pages import check_distinct, check_slot_values, check_target
+from variant_kernels.ops.pages import check_memory, check_slot_values, check_target
 from variant_kernels.ops.registry import Op
 
 
@@ -82,6 +82,7 @@ append_paged_kv_op = Op(
     " Tensor(d!)? v_scales_PNH=None) -> ()",
     check=_check,
     check_values=partial(check_slot_values, "append_paged_kv"),
+    check_memory=partial(check_memory, "append_paged_kv"),
     request=_request,
     fake=lambda *_: None,
     backends={
@@ -120,13 +121,13 @@ def append_paged_kv(
         k_scales_PNH, v_scales_PNH: the pool's scales, (P, page_size, H) uint8 (E8M0: a byte e is
             2^(e - 127)), written in place; both or neither.
     Raises:
-        ValueError: shapes or devices disagree, or (CPU) a slot outside the pool; nothing is
-            written then.  TypeError: dtype not listed.
-    Gradient: none; raises RuntimeError if an argument requires one.
+        ValueError: shapes or devices disagree, the pool overlaps itself or another argument, or
+            (CPU) a slot lies outside the pool; nothing is written then.  TypeError: dtype not
+            listed.  NotImplementedError: a derivative is wanted.
+    Gradient: none.
     """
     pool = k_pages_PNHD, v_pages_PNHD
     scales = k_scales_PNH, v_scales_PNH
-    check_distinct("append_paged_kv", *pool, *scales)
     append_paged_kv_op(k_BTHD, v_BTHD, *pool, slots_BT, backend, *scales)
 
 

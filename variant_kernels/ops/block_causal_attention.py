@@ -262,11 +262,14 @@ def block_causal_attention(
         layout: tokens per scale; ``layout.total`` is L.
         scale_mul_1H11: logarithm of each head's scale, (1, H, 1, 1), float32 or q's dtype; None:
             q and k are taken as they are.
-        softmax_scale: factor on the scores; None is 1/sqrt(D), or 1 with ``scale_mul_1H11``.
+        softmax_scale: factor on the scores, at most 2^20 in magnitude; None is 1/sqrt(D), or 1
+            with ``scale_mul_1H11``. Scores of 2^24 and more have no digits left for exp in
+            float32; backends then differ.
     Returns:
         (B, L, H, D), a new contiguous tensor of q's dtype.
     Raises:
         ValueError: shapes, devices or layout disagree.  TypeError: dtype not listed.
+        NotImplementedError: a second or a forward-mode derivative is wanted.
     Gradient: q, k, v; and scale_mul, none above log 100.
     """
     normalise = () if scale_mul_1H11 is None else (scale_mul_1H11,)
@@ -279,7 +282,7 @@ def block_causal_attention(
             f"{OP}: q_BLHD must have {layout.total} tokens to match layout {layout.tokens}; "
             f"got {q_BLHD.shape[1]}"
         )
-    contract.check_softmax_scale(OP, softmax_scale)
+    softmax_scale = contract.softmax_scale(OP, softmax_scale)
     if softmax_scale is None:
         softmax_scale = 1.0 if normalise else contract.default_softmax_scale(q_BLHD)
     if backend == "flex":
@@ -290,7 +293,7 @@ def block_causal_attention(
         return flex.attend(q_BLHD, k_BLHD, v_BLHD, layout.tokens, softmax_scale)[0]
     op = block_causal_attention_qk_norm_op if normalise else block_causal_attention_op
     inputs = q_BLHD, k_BLHD, v_BLHD, *normalise
-    return op.overload(*inputs, layout.tokens, float(softmax_scale), backend)[0]
+    return op.overload(*inputs, layout.tokens, softmax_scale, backend)[0]
 
 
 def sample_inputs(

@@ -12,19 +12,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from variant_kernels.arguments import real
 from variant_kernels.dispatch.request import dtype_name
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# float64 is for the reference alone: dispatch/select.py refuses it for every other backend.
+REFERENCE_DTYPES = (*FLOAT_DTYPES, torch.float64)
+# Beyond it the scores of ordinary queries leave the range in which float32 has digits for exp.
+MAX_SOFTMAX_SCALE = float(2**20)
 
 
 def check_tensor(op: str, name: str, value: object) -> None:
-    """A tensor."""
+    """A tensor with strides: neither sparse nor nested."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor; got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "a nested tensor" if value.is_nested else value.layout
+        raise TypeError(f"{op}: {name} must be a dense tensor with strides; got {layout}")
 
 
 def check_float(
-    op: str, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES
+    op: str, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = REFERENCE_DTYPES
 ) -> None:
     """One of the listed dtypes, last dimension contiguous."""
     check_tensor(op, name, tensor)
@@ -76,10 +84,11 @@ def check_device(op: str, name: str, tensor: Tensor, other: str, like: Tensor) -
         )
 
 
-def check_softmax_scale(op: str, softmax_scale: float | None) -> None:
-    """A finite number, or None."""
-    if softmax_scale is not None and not math.isfinite(softmax_scale):
-        raise ValueError(f"{op}: softmax_scale must be finite; got {softmax_scale}")
+def softmax_scale(op: str, value: float | None) -> float | None:
+    """A number in [-2^20, 2^20], as a float; or None."""
+    if value is None or (type(value) is float and abs(value) <= MAX_SOFTMAX_SCALE):
+        return value
+    return real(op, "softmax_scale", value, -MAX_SOFTMAX_SCALE, MAX_SOFTMAX_SCALE)
 
 
 def default_softmax_scale(q: Tensor) -> float:

@@ -203,17 +203,18 @@ def paged_attention(
             scales float8_e4m3fn, as ``append_paged_kv`` writes it: K and V are then page * scale.
         page_table_BM: int32, (B, M); entries beyond a sequence's length are never read.
         kv_lens_B: int32, (B,), visible tokens; 0 gives zeros.
-        softmax_scale: factor on the scores; None is 1/sqrt(D).
+        softmax_scale: factor on the scores, at most 2^20 in magnitude; None is 1/sqrt(D). Scores
+            of 2^24 and more have no digits left for exp in float32; backends then differ.
         k_scales_PNH, v_scales_PNH: the pool's scales, (P, page_size, H) uint8 (E8M0: a byte e is
             2^(e - 127)); both or neither.
     Returns:
         (B, T, H, D), a new contiguous tensor of q's dtype.
     Raises:
         ValueError: shapes or devices disagree, or (CPU) a length or page out of range.
-        TypeError: dtype not listed.
-    Gradient: none; raises RuntimeError if an argument requires one.
+        TypeError: dtype not listed.  NotImplementedError: a derivative is wanted.
+    Gradient: none.
     """
-    contract.check_softmax_scale("paged_attention", softmax_scale)
+    softmax_scale = contract.softmax_scale("paged_attention", softmax_scale)
     return paged_attention_op(
         q_BTHD,
         k_pages_PNHD,

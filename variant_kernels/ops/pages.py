@@ -5,13 +5,22 @@ Axes: B batch, T tokens of this call, H heads, D width of one head, P pages, N t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from variant_kernels.cpu_ops.values import fits_slots
 from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.kv_quantization import KV8_DTYPE
 from variant_kernels.ops import contract
+from variant_kernels.tensors import overlaps_itself, share_memory
+
+# Combinations of addresses for each signature. An allocator hands out the same ones again.
+MAX_REMEMBERED = 1024
+# What append_paged_kv and qk_norm_append_paged_kv write.
+WRITTEN = ("k_pages_PNHD", "v_pages_PNHD", "k_scales_PNH", "v_scales_PNH")
 
 
 def check_pages(
@@ -32,7 +41,7 @@ def check_pages(
         raise ValueError(f"{op}: {missing} must be given where the other scales are; got None")
     eight_bits = k_scales_PNH is not None
     for pages_name, pages in (("k_pages_PNHD", k_pages_PNHD), ("v_pages_PNHD", v_pages_PNHD)):
-        contract.check_float(op, pages_name, pages, (*contract.FLOAT_DTYPES, KV8_DTYPE))
+        contract.check_float(op, pages_name, pages, (*contract.REFERENCE_DTYPES, KV8_DTYPE))
         contract.check_ndim(op, pages_name, pages, "(P, page_size, H, D)")
         if eight_bits != (pages.dtype == KV8_DTYPE):
             raise TypeError(
@@ -90,6 +99,13 @@ def check_target(
 ) -> None:
     """Pages that can be written, a slot for every token of ``name``; values are not checked."""
     check_pages(op, k_pages_PNHD, v_pages_PNHD, name, like_BTHD, k_scales_PNH, v_scales_PNH)
+    pools = k_pages_PNHD, v_pages_PNHD, k_scales_PNH, v_scales_PNH
+    for pool_name, pool in zip(WRITTEN, pools, strict=True):
+        if pool is not None and overlaps_itself(pool):
+            raise ValueError(
+                f"{op}: {pool_name} must not overlap itself: several slots would share an address; "
+                f"got shape {tuple(pool.shape)} and strides {pool.stride()}"
+            )
     contract.check_tensor(op, "slots_BT", slots_BT)
     contract.check_shape(op, "slots_BT", slots_BT, tuple(like_BTHD.shape[:2]), f"to match {name}")
     if slots_BT.dtype != torch.int64:
@@ -97,21 +113,39 @@ def check_target(
     contract.check_device(op, "slots_BT", slots_BT, name, like_BTHD)
 
 
-def check_distinct(
-    op: str,
-    k_pages_PNHD: Tensor,
-    v_pages_PNHD: Tensor,
-    k_scales_PNH: Tensor | None,
-    v_scales_PNH: Tensor | None,
-) -> None:
-    """Keys and values have two tensors; checked at every call, because signatures do not show it.
+def check_memory(op: str, arguments: dict[str, Any], apart: set[tuple[int, ...]]) -> None:
+    """The pool may be written, and shares no memory with another argument.
 
-    The check of the op reports arguments that are not tensors.
+    K and V that lie interleaved in one tensor are apart. As in torch, a tensor of inference mode is
+    written under inference mode only; any other one gets a new version, so that autograd sees the
+    change.
+
+    Args:
+        apart: addresses that passed before with tensors of this signature; gains these.
     """
-    if k_pages_PNHD is v_pages_PNHD and isinstance(k_pages_PNHD, Tensor):
-        raise ValueError(f"{op}: k_pages_PNHD and v_pages_PNHD must be two tensors; got one twice")
-    if k_scales_PNH is v_scales_PNH and isinstance(k_scales_PNH, Tensor):
-        raise ValueError(f"{op}: k_scales_PNH and v_scales_PNH must be two tensors; got one twice")
+    written = [name for name in WRITTEN if arguments.get(name) is not None]
+    if not torch.is_inference_mode_enabled():
+        for name in written:
+            if arguments[name].is_inference():
+                raise ValueError(
+                    f"{op}: {name} was made under torch.inference_mode() and must be written "
+                    "there; got a call outside. Pass a clone"
+                )
+        increment_version([arguments[name] for name in written])
+    tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
+    addresses = tuple([x.data_ptr() for x in tensors.values()])
+    if addresses in apart:
+        return
+    for position, name in enumerate(written):
+        for other in (*written[position + 1 :], *(n for n in tensors if n not in WRITTEN)):
+            if share_memory(tensors[name], tensors[other]):
+                raise ValueError(
+                    f"{op}: {name} and {other} must not share memory, because {name} is written "
+                    "in place; got tensors that overlap. Pass a clone"
+                )
+    if len(apart) >= MAX_REMEMBERED:
+        apart.clear()
+    apart.add(addresses)
 
 
 def check_slots(op: str, slots_BT: Tensor, num_slots: int) -> None:

@@ -168,6 +168,7 @@ def qk_norm(
         q' and k', new contiguous (B, T, H, D) tensors of q's dtype.
     Raises:
         ValueError: shapes or devices disagree.  TypeError: dtype not listed.
+        NotImplementedError: a second or a forward-mode derivative is wanted.
     Gradient: all three tensors; none through scale_mul above log 100.
     """
     return qk_norm_op(q_BTHD, k_BTHD, scale_mul_1H11, backend)

@@ -22,7 +22,7 @@ from variant_kernels.dispatch.support import (
 from variant_kernels.kv_quantization import KV8_DTYPE
 from variant_kernels.ops import contract
 from variant_kernels.ops.append_paged_kv import reference_append_paged_kv
-from variant_kernels.ops.pages import check_distinct, check_slot_values, check_target
+from variant_kernels.ops.pages import check_memory, check_slot_values, check_target
 from variant_kernels.ops.qk_norm import check_scale_mul, reference_qk_norm_forward
 from variant_kernels.ops.registry import Op
 
@@ -111,6 +111,7 @@ qk_norm_append_paged_kv_op = Op(
     " Tensor(d!)? v_scales_PNH=None) -> Tensor",
     check=_check,
     check_values=partial(check_slot_values, "qk_norm_append_paged_kv"),
+    check_memory=partial(check_memory, "qk_norm_append_paged_kv"),
     request=_request,
     fake=_fake,
     launch=_launch,
@@ -161,13 +162,13 @@ def qk_norm_append_paged_kv(
         q'_BTHD, a new contiguous tensor of qkv's dtype; also without ``scale_mul``, where it is a
         copy.
     Raises:
-        ValueError: shapes or devices disagree, or (CPU) a slot outside the pool; nothing is
-            written then.  TypeError: dtype not listed.
-    Gradient: none; raises RuntimeError if an argument requires one.
+        ValueError: shapes or devices disagree, the pool overlaps itself or another argument, or
+            (CPU) a slot lies outside the pool; nothing is written then.  TypeError: dtype not
+            listed.  NotImplementedError: a derivative is wanted.
+    Gradient: none.
     """
     pool = k_pages_PNHD, v_pages_PNHD
     scales = k_scales_PNH, v_scales_PNH
-    check_distinct("qk_norm_append_paged_kv", *pool, *scales)
     return qk_norm_append_paged_kv_op(qkv_BT3HD, scale_mul_1H11, *pool, slots_BT, backend, *scales)
 
 

@@ -12,16 +12,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from variant_kernels.dispatch.request import Request
-from variant_kernels.dispatch.select import Backend, Launcher, choose_name, requested_name
+from variant_kernels.dispatch.select import (
+    Backend,
+    Launcher,
+    check_name,
+    choose_name,
+    requested_name,
+)
+from variant_kernels.ops.derivatives import differentiate, refuse_derivatives
+from variant_kernels.ops.library import define
 from variant_kernels.tensors import last_contiguous
 
-NAMESPACE = "variant_kernels"
 # Remembered by each op. A program has some dozens; one with ragged batches has thousands.
 MAX_SIGNATURES = 4096
-_library = torch.library.Library(NAMESPACE, "DEF")
 _ops: list[Op] = []
 
 
@@ -37,11 +44,15 @@ def forget_signatures() -> None:
 
 
 class Verdict(NamedTuple):
-    """A signature that passed the checks, and the backend that serves it."""
+    """A signature that passed the checks, and the backend that serves it.
+
+    apart: addresses of tensors of this signature that share no memory which the op writes.
+    """
 
     backend: str
     launcher: Launcher
     on_cpu: bool
+    apart: set[tuple[int, ...]]
 
 
 class Op:
@@ -59,6 +70,9 @@ class Op:
         backends: by name, fastest first.
         check_values: raises where values are wrong. Runs at every call with CPU tensors; on a GPU
             it would wait for the device.
+        check_memory: for an op that writes in place: raises where what it writes shares memory with
+            another argument. Runs at every call, with a dict of the launcher's arguments and a set
+            to remember the addresses in which a signature passed.
         launch: calls the launcher, where arguments or results need completing.
         exclude: backends that "auto" never takes inside the op.
         backward, backward_fake: schema and fake of the gradient; None for an inference-only op. An
@@ -76,6 +90,7 @@ class Op:
         fake: Callable[..., Any],
         backends: dict[str, Backend],
         check_values: Callable[[dict[str, Any]], None] | None = None,
+        check_memory: Callable[[dict[str, Any], set], None] | None = None,
         launch: Callable[[Launcher, dict[str, Any]], Any] | None = None,
         exclude: tuple[str, ...] = (),
         backward: str | None = None,
@@ -87,8 +102,8 @@ class Op:
         self.backends, self.exclude = backends, exclude
         self.signatures: dict[tuple[Any, ...], Verdict] = {}
         self.check, self._request, self._fake = check, request, fake
-        self._check_values, self._launch = check_values, launch
-        self.overload = _define(schema, self._run, self._run_fake, tags)
+        self._check_values, self._check_memory, self._launch = check_values, check_memory, launch
+        self.overload = define(schema, self._run, self._run_fake, tags)
         arguments = self.overload._schema.arguments
         self._names = tuple(argument.name for argument in arguments)
         self._backend = self._names.index("backend")
@@ -117,12 +132,15 @@ class Op:
             for value, kind in zip(tensors, self._types):  # noqa: B905
                 if not isinstance(value, kind):
                     self.check(*tensors)
-        if self._inference_only and torch.is_grad_enabled():
-            refuse_gradient(self.title, *args)
+        if type(args[self._backend]) is not str:
+            check_name(self.title, args[self._backend])
+        if self._inference_only and (torch.is_grad_enabled() or forward_ad._current_level >= 0):
+            refuse_derivatives(self.title, *args)
         return self.overload(*args)
 
     def resolve(self, backend: str, *tensors: Any) -> str:
         """Check tensors and name the backend that serves them; in a graph ``backend`` as it is."""
+        check_name(self.title, backend)
         if is_compiling():
             self.check(*tensors)
             return backend
@@ -132,21 +150,22 @@ class Op:
         self, backend: str, tensors: tuple[Any, ...], exclude: tuple[str, ...] = ()
     ) -> Verdict:
         name = requested_name(backend)
-        properties = [
-            (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else type(x)
-            for x in tensors
-        ]
-        signature = name, exclude, *properties
         try:
+            properties = [
+                (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else type(x)
+                for x in tensors
+            ]
+            signature = name, exclude, *properties
             verdict = self.signatures.get(signature)
-        except TypeError:  # sizes that are symbols cannot be hashed
+        # Sizes that are symbols cannot be hashed; some sparse and nested tensors have no strides.
+        except (TypeError, RuntimeError):
             verdict, signature = None, None
         if verdict is not None:
             return verdict
         self.check(*tensors)
         request = self._request(*tensors)
         name = choose_name(self.title, self.backends, name, request, exclude)
-        verdict = Verdict(name, self.backends[name].forward, request.device == "cpu")
+        verdict = Verdict(name, self.backends[name].forward, request.device == "cpu", set())
         if signature is not None:
             if len(self.signatures) >= MAX_SIGNATURES:
                 self.signatures.clear()
@@ -155,9 +174,11 @@ class Op:
 
     def _run(self, *args: Any) -> Any:
         tensors = self._tensors[len(args)](args)
-        _, launcher, on_cpu = self._verdict(args[self._backend], tensors, self.exclude)
+        _, launcher, on_cpu, apart = self._verdict(args[self._backend], tensors, self.exclude)
         arguments = dict(zip(self._names, args))  # noqa: B905
         del arguments["backend"]
+        if self._check_memory is not None:
+            self._check_memory(arguments, apart)
         if on_cpu and self._check_values is not None:
             self._check_values(arguments)
         return launcher(**arguments) if self._launch is None else self._launch(launcher, arguments)
@@ -178,7 +199,7 @@ class Op:
             launch = self._launch
             return launcher(**arguments) if launch is None else launch(launcher, arguments)
 
-        overload = _define(schema, run, fake, ())
+        overload = define(schema, run, fake, ())
         names = tuple(argument.name for argument in overload._schema.arguments)
         results = tuple(result.name for result in self.overload._schema.returns)
         known = (*self._names, *results)
@@ -208,35 +229,7 @@ class Op:
             return *gradients, *[None] * (len(self._names) - len(gradients))
 
         def refuse(ctx: Any, *grad_outputs: Any) -> Any:
-            raise RuntimeError(f"{self.title}: has no second derivative")
+            raise NotImplementedError(f"{self.title}: has no second derivative")
 
-        _differentiate(self.overload, backward, setup_context)
-        _differentiate(overload, refuse, lambda ctx, inputs, output: None)
-
-
-def _define(
-    schema: str, run: Callable[..., Any], fake: Callable[..., Any], tags: tuple[torch.Tag, ...]
-) -> Any:
-    """The callable overload of a new op; ``run`` serves every device."""
-    name = schema.split("(", 1)[0]
-    _library.define(schema, tags=tags)
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
-
-
-def _differentiate(
-    overload: Any, backward: Callable[..., Any], setup_context: Callable[..., None]
-) -> None:
-    torch.library.register_autograd(
-        overload._schema.name, backward, setup_context=setup_context, lib=_library
-    )
-
-
-def refuse_gradient(op: str, *values: Any) -> None:
-    """Raise where an argument of an inference-only op requires a gradient."""
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values):
-        raise RuntimeError(
-            f"{op}: has no gradient, but an argument requires one; call it under "
-            "torch.no_grad() or torch.inference_mode()"
-        )
+        differentiate(self.overload, self.title, backward, setup_context)
+        differentiate(overload, self.title, refuse, lambda ctx, inputs, output: None)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from variant_kernels.arguments import instance, integer, real
 from variant_kernels.cpu_ops.values import raise_bad_row
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import Backend, Launcher
@@ -21,7 +22,8 @@ from variant_kernels.dispatch.support import (
     triton_unsupported,
 )
 from variant_kernels.ops import contract
-from variant_kernels.ops.registry import Op, refuse_gradient
+from variant_kernels.ops.derivatives import refuse_derivatives
+from variant_kernels.ops.registry import Op
 
 # --- the definition -----------------------------------------------------------------------------
 
@@ -133,7 +135,7 @@ def _check(
     logits_2BTV: Tensor, image_ids_B: Tensor | None, exponential_RV: Tensor | None = None
 ) -> None:
     op = "sample_tokens"
-    contract.check_float(op, "logits_2BTV", logits_2BTV)
+    contract.check_float(op, "logits_2BTV", logits_2BTV, contract.FLOAT_DTYPES)
     contract.check_ndim(op, "logits_2BTV", logits_2BTV, "(2B, T, V)")
     if logits_2BTV.shape[0] % 2 or logits_2BTV.shape[-1] < 1:
         raise ValueError(
@@ -238,44 +240,45 @@ def sample_tokens(
     Raises:
         ValueError: a shape or value out of range; seed and generator together; (CPU) a row
             without a finite logit or with NaN or +inf: on a GPU, where values are not checked, it
-            gives token 0.  TypeError: dtype not listed.
-    Gradient: none; raises RuntimeError if an argument requires one.
+            gives token 0.  TypeError: dtype not listed, or an argument of another type.
+        NotImplementedError: a derivative or a vmap is wanted.
+    Gradient: none.
     """
     op = "sample_tokens"
-    if not 0 <= guidance < float("inf"):
-        raise ValueError(f"{op}: guidance must be >= 0 and finite; got {guidance}")
-    if not 0 <= top_k < 2**31:
-        raise ValueError(f"{op}: top_k must be in [0, 2^31) (0 keeps all); got {top_k}")
-    if not 0 <= top_p <= 1:
-        raise ValueError(f"{op}: top_p must be in [0, 1] (0 keeps all); got {top_p}")
+    if not (type(guidance) is float and 0 <= guidance <= 1e4):
+        guidance = real(op, "guidance", guidance, 0)
+    if not (type(top_k) is int and 0 <= top_k < 2**31):
+        top_k = integer(op, "top_k", top_k, 0, 2**31 - 1, "(0 keeps all)")
+    if not (type(top_p) is float and 0 <= top_p <= 1):
+        top_p = real(op, "top_p", top_p, 0, 1, "(0 keeps all)")
     # Logits of another rank fail the op's check.
     is_BTV = isinstance(logits_2BTV, Tensor) and logits_2BTV.ndim == 3
-    if position < 0 or position + (logits_2BTV.shape[1] if is_BTV else 0) > 2**32:
-        raise ValueError(
-            f"{op}: position must be >= 0 and position + T at most 2^32; got {position}"
-        )
+    last = 2**32 - (logits_2BTV.shape[1] if is_BTV else 0)
+    if not (type(position) is int and 0 <= position <= last):
+        position = integer(op, "position", position, 0, last, "(position + T is at most 2^32)")
     if seed is not None and generator is not None:
         raise ValueError(f"{op}: seed and generator exclude each other; got both")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"{op}: seed must be in [0, 2^63); got {seed}")
+    if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
+        seed = integer(op, "seed", seed, 0, 2**63 - 1)
     exponential_RV = None
     if generator is not None:
+        instance(op, "generator", generator, torch.Generator)
         sample_tokens_op.check(logits_2BTV, image_ids)
         if generator.device.type != logits_2BTV.device.type:
             raise ValueError(
                 f"{op}: generator must be on the device of logits_2BTV ({logits_2BTV.device}); "
                 f"got {generator.device}"
             )
-        refuse_gradient(op, logits_2BTV)
+        refuse_derivatives(op, logits_2BTV)
         exponential_RV = draw_exponential(logits_2BTV, generator)
     return sample_tokens_op(
         logits_2BTV,
-        float(guidance),
-        int(top_k),
-        float(top_p),
+        guidance,
+        top_k,
+        top_p,
         seed,
         image_ids,
-        int(position),
+        position,
         exponential_RV,
         backend,
     )

@@ -96,8 +96,8 @@ def resolve_layers(
     """
     if sequence(depth) is not None:
         return check_layers(full_depth, depth, op)
-    selection = choice(op, "selection", selection, SELECTIONS)
-    return _select(op, full_depth, depth, selection, "(a number of layers), or a list of layers")
+    chosen = choice(op, "selection", selection, SELECTIONS)
+    return _select(op, full_depth, depth, chosen, "(a number of layers), or a list of layers")
 
 
 class DepthSchedule:

@@ -1,0 +1,230 @@
+"""What no tensor tells: told by the file, given by the caller, or assumed with a warning."""
+
+import dataclasses
+import inspect
+import json
+import warnings
+
+import pytest
+import torch
+from golden_models import load_golden
+
+from variant import UserError, VARiant
+from variant.checkpoints.original_var import infer_var_config, infer_vqvae_config
+from variant.checkpoints.settings import CHECKS, Settings, settings_of_training
+from variant.cli.options import Convert
+
+# Of the golden model without L2 norm, of which no tensor tells the number of heads.
+ASSUMED = {
+    "num_heads": 2,
+    "norm_eps": 1e-6,
+    "cond_drop_rate": 0.1,
+    "drop_path_rate": 0.0,
+    "quant_resi": 0.5,
+    "using_znorm": False,
+    "beta": 0.25,
+}
+GIVEN = {
+    "num_heads": 4,
+    "norm_eps": 1e-5,
+    "cond_drop_rate": 0.2,
+    "drop_path_rate": 0.3,
+    "quant_resi": 0.25,
+    "using_znorm": True,
+    "beta": 1.0,
+}
+
+
+@pytest.fixture
+def files(tmp_path):
+    golden = load_golden("no_l2norm")
+    paths = tmp_path / "var.pth", tmp_path / "vae.pth"
+    torch.save(golden.var_state, paths[0])
+    torch.save(golden.vae_state, paths[1])
+    return paths
+
+
+def settings_of(model):
+    return {
+        name: getattr(model.vae.config if name in ("quant_resi", "using_znorm", "beta")
+                      else model.var.config, name)
+        for name in ASSUMED
+    }  # fmt: skip
+
+
+def assumed_in(caught):
+    return [str(warning.message) for warning in caught if "assumed" in str(warning.message)]
+
+
+def test_one_warning_names_every_assumed_value(files):
+    with pytest.warns(UserWarning, match="assumed") as caught:
+        model = VARiant.from_var_checkpoint(*files)
+    (message,) = assumed_in(caught)
+    assert message.startswith(
+        f"{files[0]}, {files[1]}: assumed num_heads=2 (one per 64 channels), norm_eps=1e-06, "
+        "cond_drop_rate=0.1, drop_path_rate=0.0, quant_resi=0.5, using_znorm=False, beta=0.25, "
+    )
+    assert "--num-heads, --norm-eps" in message
+    assert "\n" not in message
+    assert caught[0].filename == __file__
+    assert settings_of(model) == ASSUMED
+
+
+def test_given_values_are_used_without_a_warning(files):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = VARiant.from_var_checkpoint(*files, **GIVEN)
+    assert settings_of(model) == GIVEN
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_only_what_is_not_given_is_assumed(files, name):
+    with pytest.warns(UserWarning, match="assumed") as caught:
+        model = VARiant.from_var_checkpoint(*files, **{name: GIVEN[name]})
+    (message,) = assumed_in(caught)
+    assert f"{name}=" not in message
+    assert settings_of(model) == ASSUMED | {name: GIVEN[name]}
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_the_args_of_a_trainer_checkpoint_are_used(tmp_path, as_text):
+    golden = load_golden("no_l2norm")
+    state = {k: v for k, v in golden.var_state.items() if k != "lvl_1L"}
+    args = {**GIVEN, "depth": 4, "tblr": 1e-4, "patch_nums": golden.var_config.patch_nums}
+    content = {
+        "args": repr(args) if as_text else args,
+        "trainer": {"var_wo_ddp": state, "vae_local": golden.vae_state},
+    }
+    path = tmp_path / "ar-ckpt-last.pth"
+    torch.save(content, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = VARiant.from_var_checkpoint(path, path)
+    assert settings_of(model) == GIVEN
+    assert model.var.config.patch_nums == golden.var_config.patch_nums
+    for name, value in ASSUMED.items():
+        with pytest.raises(UserError, match=f"args has {name} .*, but the argument has"):
+            VARiant.from_var_checkpoint(path, path, **{name: value})
+
+
+@pytest.mark.parametrize("text", ["...", "{'norm_eps': open('x')}", "(" * 50000, "[1]", 3, None])
+def test_args_of_another_form_tell_nothing(text):
+    assert settings_of_training({"args": text}) == {}
+
+
+def test_token_maps_can_be_given_and_must_fit(files):
+    golden = load_golden("no_l2norm")
+    torch.save({k: v for k, v in golden.var_state.items() if k != "lvl_1L"}, files[0])
+    with pytest.raises(UserError, match=r"no lvl_1L .*; give patch_nums \(convert: --patch-nums"):
+        VARiant.from_var_checkpoint(*files, **GIVEN)
+    for sides in ([1, 2, 4, 7], (1, 2, 4, 7)):
+        model = VARiant.from_var_checkpoint(*files, patch_nums=sides, **GIVEN)
+        assert model.var.config.patch_nums == model.vae.config.patch_nums == (1, 2, 4, 7)
+    with pytest.raises(UserError, match=r"have 3 scales and 21 tokens, but the weights have 4 sc"):
+        VARiant.from_var_checkpoint(*files, patch_nums=(1, 2, 4), **GIVEN)
+
+
+def test_a_value_that_contradicts_the_tensors_is_refused(tmp_path, files):
+    with pytest.raises(UserError, match=r"the weights have patch_nums \(1, 2, 4, 7\), but the arg"):
+        VARiant.from_var_checkpoint(*files, patch_nums=(1, 2, 4, 8))
+    with pytest.raises(UserError, match="quant_resi is 0, but the weights have residual conv"):
+        VARiant.from_var_checkpoint(*files, quant_resi=0)
+    plain = load_golden("plain")
+    torch.save(plain.var_state, tmp_path / "plain.pth")
+    with pytest.raises(UserError, match="the weights have num_heads 2, but the argument has 4"):
+        VARiant.from_var_checkpoint(tmp_path / "plain.pth", files[1], num_heads=4)
+    without = {k: v for k, v in plain.vae_state.items() if ".quant_resi." not in k}
+    assert infer_vqvae_config(without, (1, 2), quant_resi=0.0, using_znorm=False, beta=1.0)
+    with pytest.raises(
+        UserError, match=r"the weights have quant_resi 0\.0, but the argument has 0\.5"
+    ):
+        infer_vqvae_config(without, (1, 2), quant_resi=0.5)
+    # Phi per scale, but not one for every scale (default_qresi_counts).
+    state = dict(without)
+    for i in range(3):
+        state[f"quantize.quant_resi.{i}.weight"] = torch.zeros(16, 16, 3, 3)
+    with pytest.raises(UserError, match="has 3 residual convolutions for 2 scales"):
+        infer_vqvae_config(state, (1, 2), "vae.pth")
+
+
+@pytest.mark.parametrize("ratio", [-0.25, 0.25])
+def test_the_sign_of_quant_resi_has_no_effect_as_in_the_original(files, ratio):
+    model = VARiant.from_var_checkpoint(*files, **GIVEN | {"quant_resi": ratio})
+    assert model.vae.config.quant_resi == 0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("num_heads", 0, ValueError),
+        ("num_heads", 2.0, TypeError),
+        ("num_heads", "4", TypeError),
+        ("patch_nums", "1_2_3", TypeError),
+        ("patch_nums", 4, TypeError),
+        ("patch_nums", (1, 1), ValueError),
+        ("patch_nums", (), ValueError),
+        ("patch_nums", (1, 2.5), TypeError),
+        ("norm_eps", 0, ValueError),
+        ("norm_eps", float("nan"), ValueError),
+        ("norm_eps", "1e-6", TypeError),
+        ("cond_drop_rate", 1.1, ValueError),
+        ("drop_path_rate", 1, ValueError),
+        ("quant_resi", 2, ValueError),
+        ("quant_resi", True, TypeError),
+        ("using_znorm", 1, TypeError),
+        ("using_znorm", "no", TypeError),
+        ("beta", -1, ValueError),
+    ],
+)
+def test_wrong_values_are_refused_by_name_before_a_file_is_read(name, value, error):
+    with pytest.raises(error, match=rf"^from_var_checkpoint: {name}"):
+        VARiant.from_var_checkpoint("none.pth", "none.pth", **{name: value})
+    with pytest.raises(UserError, match=rf"^hub: config\.json: {name}"):
+        Settings("hub", {}, [("config.json", {name: value})])
+
+
+def test_unknown_settings_are_refused():
+    with pytest.raises(TypeError, match="unknown setting 'colour'; known are num_heads"):
+        infer_var_config({}, colour=3)
+
+
+def test_the_hub_form_tells_every_setting(tmp_path, files):
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    torch.save(load_golden("no_l2norm").var_state, folder / "pytorch_model.bin")
+    of_vae = ("quant_resi", "using_znorm", "beta")
+    config = {k: v for k, v in GIVEN.items() if k not in of_vae}
+    config["vae_kwargs"] = {k: v for k, v in GIVEN.items() if k in of_vae}
+    (folder / "config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = VARiant.from_var_checkpoint(folder, files[1])
+    assert settings_of(model) == GIVEN
+    with pytest.raises(UserError, match=r"config\.json has norm_eps 1e-05, but the argument has 0"):
+        VARiant.from_var_checkpoint(folder, files[1], norm_eps=1e-4)
+
+
+def test_results_depend_on_the_given_values(files):
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 112, 112) * 2 - 1
+    usual = {"quant_resi": 0.5, "using_znorm": False}
+    changes = {
+        "usual": {},
+        "quant_resi": {"quant_resi": 0.25},
+        "using_znorm": {"using_znorm": True},
+    }
+    models = {
+        name: VARiant.from_var_checkpoint(*files, **GIVEN | usual | change)
+        for name, change in changes.items()
+    }
+    with torch.no_grad():
+        tokens = {name: model.vae.encode(images) for name, model in models.items()}
+    assert not torch.equal(tokens["quant_resi"], tokens["usual"])
+    assert not torch.equal(tokens["using_znorm"], tokens["usual"])
+
+
+def test_every_setting_is_an_argument_of_the_three_surfaces():
+    arguments = inspect.signature(VARiant.from_var_checkpoint).parameters
+    options = {field.name for field in dataclasses.fields(Convert)}
+    assert set(CHECKS) <= set(arguments)
+    assert set(CHECKS) <= options

@@ -1,0 +1,260 @@
+"""Files of many trainers: each gives the weights of the plain file, bit by bit."""
+
+import warnings
+
+import pytest
+import torch
+from golden_models import load_golden
+from safetensors.torch import save_file
+from torch.optim.swa_utils import AveragedModel
+
+from variant import VAR, UserError, VARiant
+from variant.checkpoints.original_var import load_original, read_original
+from variant.checkpoints.state_dict_forms import find_state_dict
+from variant.training.initial_weights import load_vae, read_weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*assumed .*because nothing:UserWarning")
+
+
+def golden():
+    return load_golden("plain")
+
+
+def ema_of(state):
+    return {
+        key: value * 0.5 if value.is_floating_point() and "attn_bias" not in key else value
+        for key, value in state.items()
+    }
+
+
+def prefixed(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def loaded(tmp_path, content, name="var.pth", **options):
+    """The transformer's weights as from_var_checkpoint loads them."""
+    path, vae = tmp_path / name, tmp_path / "vae.pth"
+    if path.suffix == ".safetensors":
+        save_file({key: value.clone() for key, value in content.items()}, path)
+    else:
+        torch.save(content, path)
+    torch.save(golden().vae_state, vae)
+    return VARiant.from_var_checkpoint(path, vae, **options).var.state_dict()
+
+
+def equal(found, state):
+    return len(found) > 50 and all(torch.equal(value, state[key]) for key, value in found.items())
+
+
+OPTIMISER = {
+    "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(4)}},
+    "param_groups": [{"lr": 1e-4, "params": [0, 1]}],
+}
+WRAPPED = {
+    "plain": lambda s: s,
+    "state_dict": lambda s: {"state_dict": s},
+    "model": lambda s: {"model": s, "optimizer": OPTIMISER, "epoch": 3},
+    "model_state_dict": lambda s: {"epoch": 1, "model_state_dict": s, "loss": 0.5},
+    "module": lambda s: {"module": prefixed("module.", s)},
+    "any name": lambda s: {"my_transformer": s, 7: "an integer key"},
+    "nested": lambda s: {"checkpoint": {"0": {"generator": s}}},
+    "DDP": lambda s: prefixed("module.", s),
+    "compiled": lambda s: prefixed("_orig_mod.", s),
+    "compiled DDP": lambda s: {"state_dict": prefixed("module._orig_mod.", s)},
+    "Lightning": lambda s: {
+        "state_dict": prefixed("model.", s) | {"lpips.weight": torch.ones(3)},
+        "pytorch-lightning_version": "2.4.0",
+        "hparams_name": None,
+        "callbacks": {"EarlyStopping": {"patience": 3}},
+    },
+    "Lightning net": lambda s: {"state_dict": prefixed("net._orig_mod.", s)},
+    "any prefix": lambda s: prefixed("wrapper.of.mine.", s),
+    "compiled blocks": lambda s: {
+        key.replace("blocks.1.", "blocks.1._orig_mod."): value for key, value in s.items()
+    },
+    "FSDP": lambda s: {
+        key.replace("blocks.1.", "blocks.1._fsdp_wrapped_module._checkpoint_wrapped_module."): value
+        for key, value in prefixed("_fsdp_wrapped_module.", s).items()
+    },
+    "AveragedModel": lambda s: prefixed("module.", s) | {"n_averaged": torch.tensor(5)},
+    "only an EMA": lambda s: {"ema": {"decay": 0.999, "state_dict": s}},
+    "with the VQ-VAE": lambda s: {
+        "state_dict": prefixed("var.", s) | prefixed("vae.", golden().vae_state)
+    },
+    "with the VQ-VAE inside": lambda s: s | prefixed("vae_local.", golden().vae_state),
+    "parameters": lambda s: {
+        key: torch.nn.Parameter(value, requires_grad=False) if value.is_floating_point() else value
+        for key, value in s.items()
+    },
+    "twice under two names": lambda s: {"model": s, "state_dict": s},
+    "beside numbers": lambda s: {**s, "epoch": 3, 5: 6},
+}
+
+
+@pytest.mark.parametrize("form", WRAPPED)
+def test_every_form_gives_the_weights_of_the_plain_file(tmp_path, form, recwarn):
+    state = golden().var_state
+    found = loaded(tmp_path, WRAPPED[form](state))
+    assert equal(found, state)
+    assert all(parameter.dtype == state[key].dtype for key, parameter in found.items())
+    assert not [w for w in recwarn if "also has" in str(w.message)], "there was no choice"
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "net.module.", "x.y."])
+def test_prefixes_in_safetensors(tmp_path, prefix):
+    state = golden().var_state
+    assert equal(loaded(tmp_path, prefixed(prefix, state), "var.safetensors"), state)
+
+
+EMA_FORMS = {
+    "ema": lambda s, e: {"model": s, "ema": e},
+    "state_dict_ema": lambda s, e: {"state_dict": s, "state_dict_ema": e},  # timm
+    "model_ema": lambda s, e: {"model": s, "model_ema": {"module": e}},
+    "ema_state_dict": lambda s, e: {"model_state_dict": s, "ema_state_dict": e},
+    "EMAModel": lambda s, e: {"state_dict": s, "callbacks": {"EMAModel": {"weights": e}}},
+    "Lightning": lambda s, e: {"state_dict": prefixed("model.", s) | prefixed("ema_model.", e)},
+    "within a prefix": lambda s, e: {"state_dict": s | prefixed("ema.module.", e)},
+    "AveragedModel": lambda s, e: {
+        "model": s,
+        "average": prefixed("module.", e) | {"n_averaged": torch.tensor(2)},
+    },
+    "unnamed AveragedModel": lambda s, e: {
+        "model": s,
+        "teacher": prefixed("module.", e) | {"n_averaged": torch.tensor(2)},
+    },
+    "trainer": lambda s, e: {"trainer": {"var_wo_ddp": s, "var_ema": e}},
+    "parameters alone": lambda s, e: {
+        "model": s,
+        "ema": {
+            key: value
+            for key, value in e.items()
+            if not key.endswith(("zero_k_bias", "lvl_1L", "attn_bias_for_masking"))
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("form", EMA_FORMS)
+def test_a_file_with_both_gives_either(tmp_path, form):
+    state = golden().var_state
+    average = ema_of(state)
+    content = EMA_FORMS[form](state, average)
+    with pytest.warns(UserWarning, match=r"var\.pth: took .*; the file also has .*weights"):
+        assert equal(loaded(tmp_path, content), state)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*also has")
+        assert equal(loaded(tmp_path, content, weights="model"), state)
+        assert equal(loaded(tmp_path, content, weights="ema"), average)
+
+
+def test_the_warning_names_both_entries(tmp_path):
+    state = golden().var_state
+    content = {"trainer": {"var_wo_ddp": state, "var_ema": ema_of(state)}}
+    with pytest.warns(UserWarning, match='took "trainer/var_wo_ddp".* also has "trainer/var_ema"'):
+        loaded(tmp_path, content)
+    assert equal(loaded(tmp_path, content, weights="trainer/var_ema"), ema_of(state))
+
+
+def test_several_averages_are_chosen_by_name(tmp_path):
+    state = golden().var_state
+    content = {"model": state, "ema": {"0.99": ema_of(state), "0.999": ema_of(ema_of(state))}}
+    assert equal(loaded(tmp_path, content, weights="ema/0.99"), ema_of(state))
+    with pytest.raises(UserError, match=r'several state dicts .*"ema/0\.99", "ema/0\.999"; give'):
+        loaded(tmp_path, content, weights="ema")
+    with pytest.raises(UserError, match=r'has no weights "ema/0\.9"; it has "model", "ema/0\.99"'):
+        loaded(tmp_path, content, weights="ema/0.9")
+
+
+def test_weights_that_are_not_there_are_refused(tmp_path):
+    state = golden().var_state
+    with pytest.raises(UserError, match=r'no average \(EMA\) of the weights; it has "model"'):
+        loaded(tmp_path, {"model": state}, weights="ema")
+    with pytest.raises(UserError, match=r"no weights but an average \(EMA\); it has \"ema\""):
+        loaded(tmp_path, {"ema": state}, weights="model")
+    with pytest.raises(UserError, match='several state dicts of this model: "best", "last"; give'):
+        loaded(tmp_path, {"best": state, "last": ema_of(state)})
+    assert equal(
+        loaded(tmp_path, {"best": state, "last": ema_of(state)}, weights="last"), ema_of(state)
+    )
+    with pytest.raises(TypeError, match="weights must be"):
+        loaded(tmp_path, state, weights=3)
+
+
+def test_a_key_with_and_without_a_wrapper_is_refused(tmp_path):
+    state = golden().var_state
+    twice = state | {"module.head.bias": state["head.bias"]}
+    with pytest.raises(UserError, match=r'has "head\.bias" twice'):
+        loaded(tmp_path, twice)
+
+
+def test_a_dictionary_within_itself_ends():
+    content = {"model": golden().var_state}
+    for name in "abcdefgh":
+        content[name] = content
+    assert len(find_state_dict(content, "var_wo_ddp", "x.pth")) > 50
+
+
+def test_foreign_keys_in_the_state_dict_itself_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"Unexpected key.*extra\.weight"):
+        loaded(tmp_path, golden().var_state | {"extra.weight": torch.ones(1)})
+
+
+def test_a_file_without_a_state_dict_lists_its_keys(tmp_path):
+    for content in ({}, {3: torch.ones(1)}, {"epoch": 3, 4: 5}, {"model": {"a": 1}}):
+        with pytest.raises(UserError, match="must hold a state dict of tensors"):
+            loaded(tmp_path, content)
+    incomplete = dict(golden().var_state)
+    del incomplete["pos_1LC"]
+    for content in (incomplete, {"model": prefixed("module.", incomplete)}):
+        with pytest.raises(UserError, match="not a VAR transformer: it has no pos_1LC"):
+            loaded(tmp_path, content)
+
+
+def test_real_wrappers_of_torch(tmp_path):
+    model = VAR(golden().var_config)
+    model.load_state_dict(golden().var_state)
+    averaged = AveragedModel(model)
+    averaged.update_parameters(model)
+    for module in (averaged, torch.compile(model), torch.compile(averaged)):
+        # Ours has no buffer lvl_1L, so the sides of the token maps are given.
+        found = loaded(tmp_path, module.state_dict(), patch_nums=golden().var_config.patch_nums)
+        assert equal(found, golden().var_state)
+
+
+def test_the_choice_reaches_the_vqvae_where_its_file_has_one(tmp_path):
+    var, vae = golden().var_state, golden().vae_state
+    paths = tmp_path / "var.pth", tmp_path / "vae.pth"
+    torch.save({"model": var, "ema": ema_of(var)}, paths[0])
+    torch.save({"model": vae, "ema": ema_of(vae)}, paths[1])
+    models = load_original(*paths, weights="ema")
+    assert equal(models[0].state_dict(), ema_of(var))
+    assert equal(models[1].state_dict(), ema_of(vae))
+    torch.save(vae, paths[1])
+    models = load_original(*paths, weights="ema")
+    assert equal(models[1].state_dict(), vae)
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors", "w.ckpt"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "vae."])
+def test_training_reads_the_same_forms(tmp_path, name, prefix):
+    state, path = golden().vae_state, tmp_path / name
+    content = prefixed(prefix, state)
+    if path.suffix == ".safetensors":
+        save_file(content, path)
+    else:
+        torch.save({"state_dict": content}, path)
+    assert equal(read_weights(path, "vae_local"), state)
+    assert equal(load_vae(golden().vae_config, path).state_dict(), state)
+    assert equal(read_original(path, "vae_local"), state)
+
+
+def test_training_takes_a_model_folder(tmp_path):
+    paths = tmp_path / "var.pth", tmp_path / "vae.pth"
+    torch.save(golden().var_state, paths[0])
+    torch.save(golden().vae_state, paths[1])
+    VARiant.from_var_checkpoint(*paths).save_pretrained(tmp_path / "model")
+    for path in (tmp_path / "model", tmp_path / "model" / "model.safetensors"):
+        var = read_weights(path, "var_wo_ddp")
+        assert var.keys() == VAR(golden().var_config).state_dict().keys()
+        assert equal(var, golden().var_state)
+        assert equal(load_vae(golden().vae_config, path).state_dict(), golden().vae_state)

@@ -1,0 +1,171 @@
+"""The lock of a run's folder, and what killed runs leave behind."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from variant.errors import UserError
+from variant.training import folder_lock
+from variant.training.folder_lock import LOCK_NAME, clear_leftovers, locked_folder
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from variant.training.folder_lock import locked_folder
+with locked_folder(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_training_is_refused_at_once_in_one_line(tmp_path):
+    with locked_folder(tmp_path):
+        with (
+            pytest.raises(UserError, match="another training is writing") as caught,
+            locked_folder(tmp_path),
+        ):
+            pytest.fail("two at once")
+        assert str(caught.value).startswith(f"{tmp_path}: ")
+        assert f"(process {os.getpid()})" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with locked_folder(tmp_path) as is_locked:
+        assert is_locked
+
+
+def test_another_name_of_the_folder_is_the_same_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    with (
+        locked_folder(tmp_path / "run"),
+        pytest.raises(UserError, match="another training is writing"),
+        locked_folder(tmp_path / "link"),
+    ):
+        pytest.fail("two at once")
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        with (
+            pytest.raises(UserError, match=rf"\(process {holder.pid}\)"),
+            locked_folder(tmp_path),
+        ):
+            pytest.fail("two at once")
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    assert (tmp_path / LOCK_NAME).exists()
+    with locked_folder(tmp_path) as is_locked:
+        assert is_locked
+    assert not (tmp_path / LOCK_NAME).exists()
+
+
+def test_of_many_at_once_one_is_in_the_folder(tmp_path):
+    """Owners remove the file of the lock while others open it."""
+    inside, most, entered = [0], [0], [0]
+    guard = threading.Lock()
+
+    def visit():
+        for _ in range(60):
+            try:
+                with locked_folder(tmp_path):
+                    with guard:
+                        inside[0] += 1
+                        most[0] = max(most[0], inside[0])
+                        entered[0] += 1
+                    time.sleep(0)
+                    with guard:
+                        inside[0] -= 1
+            except UserError:
+                time.sleep(0)
+
+    threads = [threading.Thread(target=visit) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
+    assert entered[0] > 10
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, None])
+def test_without_locks_a_run_goes_on_with_a_warning(tmp_path, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    if number is None:
+        monkeypatch.setattr(folder_lock, "fcntl", None)
+    else:
+        monkeypatch.setattr(folder_lock.fcntl, "flock", flock)
+    with (
+        pytest.warns(RuntimeWarning, match=r"cannot be locked .*no other training"),
+        locked_folder(tmp_path) as is_locked,
+    ):
+        assert not is_locked
+
+
+def test_new_folders_that_stay_empty_are_removed(tmp_path):
+    with locked_folder(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert list(tmp_path.iterdir()) == []
+    with locked_folder(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "file").write_text("")
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "file"]
+    (tmp_path / "old").mkdir()
+    with locked_folder(tmp_path / "old"):
+        pass
+    assert (tmp_path / "old").is_dir()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link", "text"])
+def test_a_lock_file_of_another_kind_neither_blocks_nor_is_written_to(tmp_path, kind):
+    path, other = tmp_path / LOCK_NAME, tmp_path / "other"
+    other.write_text("precious")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to(other)
+    else:
+        path.write_text("of a killed run \0\xff")
+        with locked_folder(tmp_path) as is_locked:
+            assert is_locked
+        return
+    with (
+        pytest.raises(UserError, match=r"must be a regular file|cannot be written") as caught,
+        locked_folder(tmp_path),
+    ):
+        pytest.fail("taken as a lock")
+    assert "\n" not in str(caught.value)
+    assert other.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "file/run"])
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match="cannot be written: "),
+        locked_folder(tmp_path / name),
+    ):
+        pytest.fail("locked")
+
+
+def test_leftovers_of_the_run_s_files_are_removed_and_no_others(tmp_path):
+    left = [".vae-last.pt.123.tmp", ".vae-last.pt.4.5.tmp", ".config.json.123.tmp"]
+    kept = ["vae-last.pt", ".other.pt.123.tmp", ".vae-last.pt.tmp~", "x.vae-last.pt.1.tmp"]
+    for name in left + kept:
+        (tmp_path / name).write_text("")
+    removed = clear_leftovers(tmp_path, ("vae-last.pt", "config.json"))
+    assert {path.name for path in removed} == set(left)
+    assert {path.name for path in tmp_path.iterdir()} == set(kept)

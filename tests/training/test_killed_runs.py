@@ -1,0 +1,39 @@
+"""kill -9: a run that is killed again and again ends with the files of one that never was."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tiny_runs import assert_same, metrics
+
+HERE = Path(__file__).parent
+# Events that a sitting has more than the one before it; 1 tries more of them and takes longer.
+STRIDE = 3
+
+
+def test_runs_killed_again_and_again_equal_runs_that_never_were(recipe, tmp_path):
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    paths = [str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, str(HERE / "killed_run.py"), str(whole), str(parted), str(STRIDE)],
+        input=pickle.dumps(recipe),
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    kills = json.loads(done.stdout.decode().splitlines()[-1])
+    for kind in ("vae", "var"):
+        assert kills[kind] >= 6 // STRIDE
+        assert metrics(parted, kind) == metrics(whole, kind)
+        states = [torch.load(f / f"{kind}-last.pt", weights_only=True) for f in (whole, parted)]
+        for part in ("step", "module", "random", "best_sha256", "inputs"):
+            assert_same(states[0][part], states[1][part])
+        assert_same(states[0]["optimizer"]["state"], states[1]["optimizer"]["state"])
+    for name in ("vae-best.safetensors", "var-best.safetensors", "model.safetensors"):
+        assert (parted / name).read_bytes() == (whole / name).read_bytes()
+    assert {path.name for path in parted.iterdir()} == {path.name for path in whole.iterdir()}

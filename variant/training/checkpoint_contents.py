@@ -1,0 +1,134 @@
+"""What a checkpoint must hold: types and ranges of its entries, without the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+# The keys of a checkpoint besides "format" and "kind", and the types of their values.
+CONTENTS: dict[str, type | tuple[type, ...]] = {
+    "recipe": dict,
+    "inputs": dict,
+    "step": int,
+    "total_steps": int,
+    "seconds": float,
+    "module": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "sums": dict,
+    "history": list,
+    "best_sha256": (str, type(None)),
+    "random": dict,
+}
+ENTRY = {"epoch", "step", "seconds", "train", "held_out", "held_out_mean"}  # of the history
+MAX_STEPS = 2**53
+
+
+def check_contents(saved: Mapping[str, Any]) -> None:
+    """Check the entries of a checkpoint, as far as they do not depend on the model.
+
+    Raises:
+        ValueError: naming the entry that is missing, of another type or out of range.
+    """
+    wrong = [key for key, kind in CONTENTS.items() if not _is(saved.get(key, Ellipsis), kind)]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} missing or of another type")
+    step, total = saved["step"], saved["total_steps"]
+    _require(1 <= total <= MAX_STEPS, f"total_steps is {total}")
+    _require(0 <= step <= total, f"step is {step}, of {total} steps")
+    for name, value in saved["inputs"].items():
+        _require(_is(name, str) and _is_input(value), f"inputs: {name!r:.100}")
+    _require(_is_number(saved["seconds"]) and saved["seconds"] >= 0, "seconds is out of range")
+    for name, tensor in saved["module"].items():
+        _require(_is(name, str) and _is(tensor, Tensor), f"module: {name!r:.100} is no tensor")
+    _check_optimizer(saved["optimizer"])
+    for name, value in saved["scaler"].items():
+        _require(_is(name, str) and _is_number(value), f"scaler: {name!r:.100} is no number")
+    for name, pair in saved["sums"].items():
+        is_pair = _is(name, str) and _is(pair, tuple) and len(pair) == 2 and _is(pair[1], int)
+        _require(is_pair and _is_number(pair[0]) and pair[1] >= 1, f"sums: {name!r:.100}")
+    _check_history(saved["history"], step)
+    evaluated = any("held_out_mean" in entry for entry in saved["history"])
+    _require(
+        evaluated == (saved["best_sha256"] is not None),
+        "best_sha256 and history do not agree on whether there are best weights",
+    )
+
+
+def check_epochs(saved: Mapping[str, Any], steps_per_epoch: int) -> None:
+    """Check that the history ends at the epoch of the checkpoint's step.
+
+    Raises:
+        ValueError: it does not.
+    """
+    step, history = saved["step"], saved["history"]
+    _require(
+        len(history) == step // steps_per_epoch,
+        f"history has {len(history)} epochs, but step {step} is in epoch {step // steps_per_epoch} "
+        f"of {steps_per_epoch} steps each",
+    )
+    _require(
+        all(entry["step"] == entry["epoch"] * steps_per_epoch for entry in history),
+        f"history: its epochs do not end every {steps_per_epoch} steps",
+    )
+    # The sums are those of the present epoch, or of the one that has just ended.
+    counted = sum(count for _, count in saved["sums"].values())
+    in_epoch = step % steps_per_epoch or min(step, steps_per_epoch)
+    _require(counted == in_epoch, f"sums has {counted} steps; the epoch has {in_epoch}")
+
+
+def _check_optimizer(optimizer: Mapping[Any, Any]) -> None:
+    _require(
+        _is(optimizer.get("state"), dict) and _is(optimizer.get("param_groups"), list),
+        "optimizer has no state or no param_groups",
+    )
+    for group in optimizer["param_groups"]:
+        _require(_is(group, dict) and _is(group.get("params"), list), "optimizer: param_groups")
+    for moments in optimizer["state"].values():
+        _require(_is(moments, dict), "optimizer: state")
+
+
+def _check_history(history: list[Any], step: int) -> None:
+    for number, entry in enumerate(history, 1):
+        where = f"history[{number - 1}]"
+        _require(_is(entry, dict) and entry.keys() <= ENTRY, f"{where} is no epoch")
+        _require(_is(entry.get("epoch"), int) and entry["epoch"] == number, f"{where}: epoch")
+        _require(_is(entry.get("step"), int) and 0 < entry["step"] <= step, f"{where}: step")
+        _require(_is_number(entry.get("seconds")), f"{where}: seconds")
+        _require(_are_losses(entry.get("train")), f"{where}: train")
+        if "held_out" in entry or "held_out_mean" in entry:
+            _require(_are_losses(entry.get("held_out")), f"{where}: held_out")
+            _require(_is_number(entry.get("held_out_mean")), f"{where}: held_out_mean")
+
+
+def _is_input(value: object) -> bool:
+    """Whether the value is a number, a digest, None, or digests by name."""
+    if isinstance(value, dict):
+        return all(_is(name, str) and _is(digest, str) for name, digest in value.items())
+    return value is None or _is(value, (int, str))
+
+
+def _are_losses(value: object) -> bool:
+    """Whether the value is a dictionary of finite losses by name, with at least one."""
+    return (
+        isinstance(value, dict)
+        and len(value) > 0
+        and all(_is(name, str) and _is_number(loss) for name, loss in value.items())
+    )
+
+
+def _is(value: object, kind: type | tuple[type, ...]) -> bool:
+    """isinstance, but a boolean is no integer."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is(value, (int, float)) and abs(value) < math.inf  # type: ignore[arg-type]
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(what)

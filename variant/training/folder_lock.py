@@ -1,0 +1,142 @@
+"""One training at a time in a folder: a lock, and the removal of what killed runs left behind.
+
+The lock is ``flock`` on a file in the folder. The kernel releases it however the process ends, so a
+run that was killed never blocks the next one.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from variant.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK_NAME = ".variant-train.lock"
+# A link or a pipe of this name must neither be followed nor waited for.
+FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[bool]:
+    """Hold the folder's lock within the block; the folder is created where it is missing.
+
+    Afterwards the file of the lock is removed, and so are folders that were created here and that
+    the block left empty.
+
+    Yields:
+        whether the folder is locked; False, after a warning, where its file system has no locks.
+    Raises:
+        UserError: another training holds the lock, or the folder cannot be written.
+    """
+    path = folder / LOCK_NAME
+    try:
+        created = _create(folder)
+        descriptor, is_locked = _acquire(path)
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder}: cannot be written: {reason}") from None
+    try:
+        yield is_locked
+    finally:
+        with suppress(OSError):
+            if is_locked:  # while it is held: the next owner compares its file with the folder's
+                path.unlink()
+        os.close(descriptor)
+        for empty in created:
+            with suppress(OSError):
+                empty.rmdir()
+
+
+def clear_leftovers(folder: Path, names: Iterable[str]) -> list[Path]:
+    """Remove temporary files of runs that were killed while they wrote a file of these names.
+
+    To be called while the folder is locked.
+
+    Returns:
+        the removed files.
+    """
+    removed = []
+    for name in names:
+        for path in folder.glob(f".{name}.*.tmp"):
+            with suppress(OSError):
+                path.unlink()
+                removed.append(path)
+    return removed
+
+
+def _create(folder: Path) -> list[Path]:
+    """Create a folder; returns it and its parents as far as they are new, the deepest first."""
+    new = []
+    for path in (folder, *folder.parents):
+        if path.exists():
+            break
+        new.append(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return new
+
+
+def _acquire(path: Path) -> tuple[int, bool]:
+    """The descriptor of the locked file, and whether it is locked.
+
+    Raises:
+        UserError: another process holds the lock, or the file is no regular one.
+        OSError: the file cannot be opened.
+    """
+    while True:
+        descriptor = os.open(path, FLAGS, 0o666)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise UserError(f"{path}: must be a regular file, that of the lock; remove it")
+            if not _lock(descriptor, path.parent):
+                return descriptor, False
+            # Whoever held the lock removed the file at its end, perhaps after it was opened here.
+            with suppress(OSError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
+                    return descriptor, True
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> bool:
+    """Take the lock without waiting; False, with a warning, where there is none."""
+    reason: object = "this system has no flock"
+    if fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another training is writing into this folder{_holder(descriptor)}; "
+                "wait for its end, or choose another folder"
+            ) from None
+        except OSError as error:
+            reason = error.strerror or error
+    warnings.warn(
+        f"{folder}: cannot be locked ({reason}); make sure that no other training writes there",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
+
+
+def _holder(descriptor: int) -> str:
+    """`` (process 12)``, as the file of the lock tells; nothing before the holder wrote it."""
+    words = os.pread(descriptor, 300, 0).decode(errors="replace").split()
+    if len(words) != 2 or not words[0].isdecimal():
+        return ""
+    host = "" if words[1] == socket.gethostname() else f" on {words[1]}"
+    return f" (process {words[0]}{host})"

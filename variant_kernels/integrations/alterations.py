@@ -1,0 +1,208 @@
+"""What changes a module's behaviour although its class's code stays: hooks, replaced methods,
+compilation, sharding, wrappers.
+
+A patch replaces methods of some modules and does the work of others, which it then passes by. Both
+are right only where these modules do what their classes say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from types import FunctionType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+_WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
+_REPLACEABLE: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.LayerNorm,
+    nn.Identity,
+    nn.SiLU,
+    nn.Sequential,
+)
+
+
+def readable_names(model: nn.Module) -> dict[int, str]:
+    """The name of every module of the model, as Python spells it, by its ``id``."""
+    return {id(module): readable(path) for path, module in model.named_modules()}
+
+
+def readable(path: str) -> str:
+    """The name of a module as Python spells it: ``blocks.0.attn`` is ``blocks[0].attn``."""
+    return re.sub(r"(^|\.)(\d+)", lambda m: f"[{m.group(2)}]", path)
+
+
+# --- at each call -------------------------------------------------------------------------------
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of this module runs hooks, its own or global ones."""
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether a call does anything else than the ``forward`` of the module's class."""
+    own = module.__dict__
+    return "forward" in own or own.get("_compiled_call_impl") is not None or has_hooks(module)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether this is one of torch's own simple modules, with the forward that torch gave it."""
+    return has_own_forward(type(module)) and not is_altered(module)
+
+
+def has_own_forward(kind: type[nn.Module]) -> bool:
+    """Whether this class of torch's has the forward that torch gave it."""
+    return _OWN_FORWARD.get(kind) is kind.forward
+
+
+def all_plain(root: nn.Module) -> bool:
+    """:func:`is_plain` of a module and all modules in it."""
+    return is_plain(root) and all(all_plain(child) for child in root.children())
+
+
+def none_altered(root: nn.Module) -> bool:
+    """Whether no module in ``root`` (which itself does not count) is altered."""
+    return not any(is_altered(child) or not none_altered(child) for child in root.children())
+
+
+def _is_own(kind: type, function: Any) -> bool:
+    """Whether a function was written in this class, and not set on it afterwards.
+
+    A wrapper by ``functools.wraps`` has the names of what it wraps, but its own code.
+    """
+    if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
+        return False
+    expected = f"{kind.__qualname__}.{function.__name__}"
+    return (
+        function.__module__ == kind.__module__
+        and function.__qualname__ == expected
+        and function.__code__.co_qualname == expected
+    )
+
+
+# Of classes whose forward another tool had replaced before this import: none, so never plain.
+_OWN_FORWARD: dict[type[nn.Module], Any] = {
+    kind: kind.forward for kind in _REPLACEABLE if _is_own(kind, vars(kind).get("forward"))
+}
+
+
+# --- before a patch -----------------------------------------------------------------------------
+
+
+def method_alteration(module: nn.Module, name: str, where: str) -> str | None:
+    """Why a method of this module is not the one of its class, or None.
+
+    Found are methods set on the object, wrappers set on its class, and methods of a subclass that
+    override those of the codebase's own class.
+    """
+    if name in vars(module):
+        return (
+            f"{where}.{name} was replaced on the instance (by hooks of a library, gradient "
+            f"checkpointing or torch.compile); restore it first (del {where}.{name})"
+        )
+    owners = [kind for kind in type(module).__mro__ if name in vars(kind) and kind is not nn.Module]
+    if not owners:
+        return f"{where}.{name} is not defined by its class {type(module).__name__}"
+    if len(owners) > 1:
+        return (
+            f"{where}.{name} is that of {owners[0].__name__}, which overrides that of "
+            f"{owners[1].__name__} (has its forward been edited?)"
+        )
+    if not _is_own(owners[0], vars(owners[0])[name]):
+        return (
+            f"{owners[0].__name__}.{name} was replaced on the class of {where} (has its forward "
+            "been edited?); restore it first"
+        )
+    return None
+
+
+def wrapper_alteration(model: nn.Module, argument: str) -> str | None:
+    """Whether this is a wrapper around the model; names the attribute to give instead."""
+    for kind in type(model).__mro__:
+        inner = _WRAPPERS.get(kind.__name__)
+        if inner is not None and kind.__module__.startswith("torch."):
+            then = ", and compile it afterwards" if inner == "_orig_mod" else ""
+            return (
+                f"{argument} is wrapped in {kind.__name__}; give {argument}.{inner}, the model in "
+                f"it{then}"
+            )
+    return None
+
+
+def compilation(module: nn.Module) -> str | None:
+    """How this module was compiled, or None."""
+    own = vars(module)
+    if own.get("_compiled_call_impl") is not None:
+        return "Module.compile()"
+    if any(kind.__name__ == "OptimizedModule" for kind in type(module).__mro__):
+        return "torch.compile"
+    if hasattr(own.get("forward"), "_torchdynamo_orig_callable"):
+        return "torch.compile (its forward)"
+    return None
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` has sharded this module."""
+    return any(
+        kind.__name__ == "FSDPModule" and kind.__module__.startswith("torch.distributed")
+        for kind in type(module).__mro__
+    )
+
+
+def is_dtensor(tensor: Tensor | None) -> bool:
+    """Whether a tensor is distributed over several processes."""
+    return any(
+        kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed")
+        for kind in type(tensor).__mro__
+    )
+
+
+def tensor_alteration(model: nn.Module, names: Mapping[int, str], remedy: str) -> str | None:
+    """Why the model's tensors cannot be read, or None: without memory, or distributed.
+
+    Distributed parameters in a module that ``fully_shard`` gathers at each call are no obstacle.
+
+    Args:
+        names: of the modules, by ``id``.
+        remedy: follows in the message about distributed parameters.
+    """
+    if is_sharded(model):
+        return f"the model was sharded by fully_shard; {remedy}"
+    gathered = {id(part) for m in model.modules() if is_sharded(m) for part in m.modules()}
+    for module in model.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            where = f"{names[id(module)]}.{name}".removeprefix(".")
+            if tensor is not None and tensor.is_meta:
+                return f"{where} is on the meta device; load the weights first"
+            if is_dtensor(tensor) and id(module) not in gathered:
+                return f"{where} is a DTensor, which several processes share; {remedy}"
+    return None
+
+
+def shared(named: Iterable[tuple[str, Any]]) -> str | None:
+    """Whether two of these names are one object."""
+    first: dict[int, str] = {}
+    for name, target in named:
+        if id(target) in first:
+            return f"{name} and {first[id(target)]} are one module, which each need their own state"
+        first[id(target)] = name
+    return None
