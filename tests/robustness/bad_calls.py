@@ -2,9 +2,9 @@
 
 A case takes good arguments of one name (``subjects``) and spoils none, one or several
 (``mutations``). The call must return, or raise ValueError, TypeError or UserError of one line that
-names the function or its class. It must not crash, hang, write outside its pools, write at all where
-it raises, or take a value of another kind in silence; what it returns must be the reference
-backend's result.
+names the function or its class. It must not crash, hang, write outside its pools, write before it
+raises, or take a value of another kind in silence. What it returns must equal the result of the
+reference backend.
 
     python -m tests.robustness.bad_calls --seed 7 --cases 1000
 """
@@ -317,7 +317,7 @@ def _check_result(generator: Generator, seed: int, case: int, call: Call, result
     expected = again.target(**again.arguments)
     pairs = list(zip(_tensors(result), _tensors(expected), strict=True))
     for name, value in call.arguments.items():
-        if name.endswith("_PNHD") or name.endswith("_PNH"):
+        if name.endswith(("_PNHD", "_PNH")):
             pairs.append((value, again.arguments[name]))
     for ours, theirs in pairs:
         if ours is None or theirs is None:

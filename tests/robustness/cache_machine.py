@@ -1,7 +1,7 @@
 """``PagedKVCache`` as a state machine, against a dictionary of what each layer has stored.
 
-hypothesis chooses layouts, schedules and operations, right and wrong ones, and shortens a sequence that
-fails. Every token is written to its slot and read back by page tables after every operation.
+hypothesis chooses layouts, schedules and operations, right and wrong ones, and shortens a sequence
+that fails. Every token is written to its slot and read back by page tables after every operation.
 
     python -m tests.robustness.cache_machine --seed 7 --cases 300
 """
@@ -51,8 +51,8 @@ def schedules(draw, full_depth: int, num_scales: int) -> DepthSchedule:
 class CacheMachine(RuleBasedStateMachine):
     """The cache beside its model.
 
-    ``stored``: by layer, the numbers written, (B, tokens). ``ran``: how many (layer, scale) have been
-    closed. ``opened``: the one that is open.
+    stored: by layer, the numbers written, (B, tokens).  ran: the (layer, scale) that have been
+    closed.  opened: the one that is open.
     """
 
     @initialize(data=st.data())
@@ -79,7 +79,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.step = None
         self.most_pages = 0
 
-    # --- the model ----------------------------------------------------------------------------------
+    # --- the model --------------------------------------------------------------------------------
 
     def _next(self) -> tuple[int, int] | None:
         """The (layer, scale) that may be opened; None if one is open, or all have run."""
@@ -101,7 +101,7 @@ class CacheMachine(RuleBasedStateMachine):
     def _pages(self) -> int:
         return sum(-(-x.shape[1] // self.page_size) for x in self.stored.values())
 
-    # --- operations ---------------------------------------------------------------------------------
+    # --- operations -------------------------------------------------------------------------------
 
     @precondition(lambda self: self._next() is not None)
     @rule()
@@ -192,7 +192,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.reset()
         self._forget()
 
-    # --- what always holds --------------------------------------------------------------------------
+    # --- what always holds ------------------------------------------------------------------------
 
     @invariant()
     def holds(self) -> None:
@@ -220,10 +220,11 @@ def _refused(call, name: str) -> None:
     try:
         call()
     except ValueError as error:
-        assert name in str(error), str(error)
-        assert "expected open(-1" not in str(error), f"nobody can do that: {error}"
-        return
-    raise AssertionError(f"{name} took it; expected ValueError")
+        text = str(error)
+    else:
+        raise AssertionError(f"{name} took it; expected ValueError")
+    assert name in text, text
+    assert "expected open(-1" not in text, f"nobody can do that: {text}"
 
 
 def _peak_pages(layout: ScaleLayout, schedule: DepthSchedule, page_size: int) -> int:

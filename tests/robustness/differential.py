@@ -1,9 +1,9 @@
 """Random good cases of every op, forward and backward: each backend against float64.
 
-Axes in memory are permuted and padded, page tables shuffled, free pages and tail slots hold NaN. The
-expected value is a plain-torch definition in float64; the same definition in the case's dtype makes an
-error too, and a backend's may be a few times that one: in a single case 4 times and 4 units in the last
-place, in the worst of all cases of an op, dtype and result 3 times (gradients) or twice.
+Axes in memory are permuted and padded, page tables shuffled, free pages and tail slots hold NaN.
+The expected value is a plain-torch definition in float64. The same definition in the case's dtype
+has an error too, and a backend's may be a few times as large: in a single case 4 times and 4 units
+in the last place; in the worst of all cases of an op, dtype and result twice (gradients: 3 times).
 
     python -m tests.robustness.differential --seed 7 --cases 500
 """
@@ -77,8 +77,8 @@ class Case:
     """Inputs of one op, the definition and the call.
 
     plain: the definition on tensors of any float dtype; ours: the op on the case's own tensors.
-    sizes: largest terms of gradients that are sums which may cancel, by name; from float64 inputs and
-        the weights of the results.
+    sizes: largest terms of gradients that are sums which may cancel, by name; from float64 inputs
+        and the weights of the results.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Case:
     sizes: Callable[[dict[str, Tensor], list[Tensor]], dict[str, float]] = lambda wide, weights: {}
 
 
-# --- definitions ---------------------------------------------------------------------------------------
+# --- definitions ----------------------------------------------------------------------------------
 
 
 def plain_adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -114,7 +114,7 @@ def plain_attention(q, k, v, mask, scale):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
-# --- cases ---------------------------------------------------------------------------------------------
+# --- cases ----------------------------------------------------------------------------------------
 
 
 def _adaln(d: Draw, backend: str) -> Case:
@@ -302,7 +302,7 @@ OPS: dict[str, Callable[[Draw, str], Case]] = {
 }
 
 
-# --- comparison ----------------------------------------------------------------------------------------
+# --- comparison -----------------------------------------------------------------------------------
 
 
 def check_case(build: Callable[[str], Case], backend: str) -> list[tuple[str, float, float]]:
@@ -397,7 +397,7 @@ def worst_of(values: list[list[tuple[str, float, float]]]) -> list[str]:
     return failures
 
 
-# --- ops whose results are exact -----------------------------------------------------------------------
+# --- ops whose results are exact ------------------------------------------------------------------
 
 
 def check_append(d: Draw, backend: str) -> None:
@@ -573,7 +573,7 @@ def _require(holds: bool, text: str) -> None:
         raise Failed(text)
 
 
-# --- the command ---------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 EXACT = {"append": check_append, "sample_tokens": check_sampling}
 DTYPES = {

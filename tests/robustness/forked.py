@@ -56,16 +56,19 @@ def run_cases(
     cases: Iterable[int],
     limits: Limits = Limits(),
     describe: Callable[[int], str] | None = None,
+    quiet: bool = True,
 ) -> Iterator[Result]:
     """The result of each case; ``run`` raises where a case fails, and returns plain values.
 
-    ``describe`` gives the text of a case that ended its process and so could not give its own.
+    Args:
+        describe: the text of a case that ended its process and so could not give its own.
+        quiet: discard what the cases print.
     """
     waiting = list(cases)
     while waiting:
         batch = waiting[:CASES_PER_CHILD]
         done = 0
-        for case, text, value in _run_in_child(run, batch, limits):
+        for case, text, value in _run_in_child(run, batch, limits, quiet):
             done += 1
             if isinstance(text, Ended):
                 text = f"{describe(case)}: {text}" if describe else str(text)
@@ -74,14 +77,14 @@ def run_cases(
 
 
 def _run_in_child(
-    run: Callable[[int], object], cases: list[int], limits: Limits
+    run: Callable[[int], object], cases: list[int], limits: Limits, quiet: bool
 ) -> Iterator[Result]:
     """Runs cases until the first that ends the child."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
-        _child(run, cases, writing, limits)
+        _child(run, cases, writing, limits, quiet)
     os.close(writing)
     status, finished = None, 0
     with os.fdopen(reading, "rb") as pipe:
@@ -116,11 +119,14 @@ def _reason(code: int, limits: Limits) -> str:
     return f"crash: killed by {signal.Signals(number).name}"
 
 
-def _child(run: Callable[[int], object], cases: list[int], writing: int, limits: Limits) -> None:
+def _child(
+    run: Callable[[int], object], cases: list[int], writing: int, limits: Limits, quiet: bool
+) -> None:
     try:
-        null = os.open(os.devnull, os.O_RDWR)
-        for stream in (1, 2):
-            os.dup2(null, stream)
+        if quiet:
+            null = os.open(os.devnull, os.O_RDWR)
+            for stream in (1, 2):
+                os.dup2(null, stream)
         limit_memory(limits.memory)
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         for case in cases:
@@ -131,6 +137,8 @@ def _child(run: Callable[[int], object], cases: list[int], writing: int, limits:
             except Failed as error:
                 text = " ".join(str(error).split())
             except BaseException as error:
+                if not quiet:
+                    traceback.print_exc()
                 last = traceback.extract_tb(error.__traceback__)[-1]
                 place = f"{os.path.basename(last.filename)}:{last.lineno}"
                 text = f"{type(error).__name__} at {place}: {' '.join(str(error).split())}"
@@ -186,7 +194,7 @@ def main(
     parser.add_argument("--seed", type=int, default=option("SEED", 0))
     parser.add_argument("--cases", type=int, default=default_cases)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    parser.add_argument("--case", type=int, help="run this case only, in this process")
+    parser.add_argument("--case", type=int, help="run this case only, and show what it prints")
     parser.add_argument("--all-failures", action="store_true", help="print more than 20")
     if extra:
         extra(parser)
@@ -194,23 +202,23 @@ def main(
     single_thread()
     words = prepare(arguments) if prepare else ""
     command = f"python -m {module}{words} --seed {arguments.seed}"
-    if arguments.case is not None:
-        limit_memory(limits.memory)
-        run(arguments.seed, arguments.case)
-        print(f"{command} --case {arguments.case}: holds")
-        return 0
-    cases = range(arguments.first, arguments.first + arguments.cases)
+    one = arguments.case is not None
+    first = arguments.case if one else arguments.first
+    cases = range(first, first + (1 if one else arguments.cases))
     failures, started = 0, time.monotonic()
     seed = arguments.seed
     text_of = (lambda case: describe(seed, case)) if describe else None
     values = []
-    for case, text, value in run_cases(lambda case: run(seed, case), cases, limits, text_of):
+    for case, text, value in run_cases(
+        lambda case: run(seed, case), cases, limits, text_of, quiet=not one
+    ):
         values.append(value)
         if text is not None:
             failures += 1
             if failures <= 20 or arguments.all_failures:
                 print(f"{command} --case {case}: {text}", flush=True)
-    for text in finish([value for value in values if value is not None]) if finish else ():
+    values = [value for value in values if value is not None]
+    for text in finish(values) if finish and not one else ():
         failures += 1
         print(f"{command} --cases {len(cases)}: {text}", flush=True)
     seconds = time.monotonic() - started

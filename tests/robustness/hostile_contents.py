@@ -137,7 +137,7 @@ def _toml(value: Any) -> str:
     return repr(value)
 
 
-# --- trees of plain values, and texts ----------------------------------------------------------------
+# --- trees of plain values, and texts -------------------------------------------------------------
 
 
 def _places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -253,7 +253,7 @@ def spoil_toml(rng: random.Random, good: dict[str, Any], path: Path) -> str:
     return text
 
 
-# --- weights -----------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
 def _bytes_spoilt(rng: random.Random, path: Path) -> str:
@@ -514,7 +514,7 @@ def spoil_image(rng: random.Random, path: Path) -> str:
     return what
 
 
-# --- command lines -----------------------------------------------------------------------------------
+# --- command lines --------------------------------------------------------------------------------
 
 _WORDS = (
     "", "x", "-1", "0", "1", "3", "17", "999999999999", "1e400", "nan", "inf", "-inf", "0.5", "1_0",
@@ -570,7 +570,5 @@ def command_line(rng: random.Random, root: Path, folder: Path) -> list[str]:
         if not options[option] and rng.random() < 0.97:
             words.append(value)
     if rng.random() < 0.1:
-        words.insert(
-            rng.randrange(len(words) + 1), rng.choice(("--help", "--unknown", "extra"))
-        )
+        words.insert(rng.randrange(len(words) + 1), rng.choice(("--help", "--unknown", "extra")))
     return words

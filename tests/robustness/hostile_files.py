@@ -1,8 +1,8 @@
 """Damaged and hostile files and command-line arguments, given to the commands and the loaders.
 
-A case makes one file or one command line from good ones. The command must end with 0, 1 or 2; with 1
-it prints one line that names the file; it runs no code from a file, leaves nothing half-written, and
-stays within seconds and memory that the file's size does not explain. The loaders raise UserError.
+A case makes one file or one command line from good ones. The command must end with 0, 1 or 2, and
+with 1 print one line that names the file. It must run no code from a file, leave nothing
+half-written, and end within seconds and within a bounded memory. The loaders raise UserError.
 
     python -m tests.robustness.hostile_files --seed 7 --cases 200
 """
@@ -210,7 +210,7 @@ MAKERS: dict[str, Callable[[Files, Path, random.Random], Hostile]] = {
 }
 
 
-# --- the run and what must hold ----------------------------------------------------------------------
+# --- the run and what must hold -------------------------------------------------------------------
 
 
 def check(files: Files, seed: int, case: int) -> None:

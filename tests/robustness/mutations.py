@@ -88,7 +88,7 @@ def plain(rng: random.Random, value: Any, kind: str) -> Spoilt:
     roll = rng.random()
     if roll < 0.3:
         odd = _never(rng)
-        # A list of numbers has the type of an array or a tensor too; a dtype is one where one is due.
+        # Elsewhere a list, an array or a tensor may be meant.
         refuse = kind in ("integer", "real", "choice") or (
             kind in ("tensor", "config") and not isinstance(odd, Tensor)
         )

@@ -1,7 +1,7 @@
 """Trainings and generations that are stopped by SIGINT, SIGTERM or SIGKILL at random moments.
 
-A training is stopped and resumed until it ends; its weights, moments, losses and random state then equal
-those of a run that nothing disturbed, bit by bit. A stopped generation leaves no damaged picture.
+A training is stopped and resumed until it ends; its weights, moments, losses and random state then
+equal those of an undisturbed run, bit by bit. A stopped generation leaves no damaged picture.
 
     python -m tests.robustness.signals --seed 7 --cases 6
 """
@@ -33,11 +33,11 @@ COMMANDS = ("train-vae", "train", "generate")
 class Files:
     """A recipe, and the folders of its undisturbed runs with the seconds that they took."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, only: str | None) -> None:
         from PIL import Image
         from small_models import small_model
 
-        self.root = root
+        self.root, self.only = root, only
         for part in ("train", "held_out"):
             for label in range(2):
                 folder = root / "images" / part / f"class{label}"
@@ -52,7 +52,9 @@ class Files:
         self.recipe.write_text(hostile_contents.to_toml(recipe))
         small_model().save_pretrained(root / "model")
         self.seconds: dict[str, float] = {}
-        for command in ("train-vae", "train"):
+        for command in () if only == "generate" else ("train-vae", "train"):
+            if command == "train" and only == "train-vae":
+                break
             if command == "train":
                 shutil.copytree(root / "train-vae", root / "train")
             started = time.monotonic()
@@ -105,7 +107,7 @@ def run(
 
 def check(files: Files, seed: int, case: int) -> None:
     rng = forked.rng_of(seed, case)
-    command = COMMANDS[case % len(COMMANDS)]
+    command = files.only or COMMANDS[case % len(COMMANDS)]
     folder = Path(tempfile.mkdtemp(prefix=f"signals{case}-", dir=files.root))
     try:
         if command == "generate":
@@ -217,9 +219,12 @@ def main() -> int:
         folder = tempfile.TemporaryDirectory(prefix="signals-")
         folders.append(folder)
         hostile_contents.import_everything()
-        made.append(Files(Path(folder.name)))
+        made.append(Files(Path(folder.name), arguments.only))
         os.chdir(folder.name)
-        return ""
+        return f" --only {arguments.only}" if arguments.only else ""
+
+    def extra(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--only", choices=COMMANDS, help="the only command")
 
     sys.path[:0] = [os.getcwd(), str(Path(__file__).parent.parent)]
     return forked.main(
@@ -227,6 +232,7 @@ def main() -> int:
         lambda seed, case: check(made[0], seed, case),
         forked.option("SIGNALS", 6),
         LIMITS,
+        extra=extra,
         prepare=prepare,
     )
 

@@ -1,7 +1,7 @@
 """Good arguments for every public name: what ``bad_calls`` spoils.
 
-A subject is named ``function``, ``Class`` (its constructor) or ``Class.method``. Its maker draws good
-arguments; one maker per name, found by its name, so that a new public name without one is noticed.
+A subject is named ``function``, ``Class`` (its constructor) or ``Class.method``. Its maker draws
+good arguments. A public name without a maker fails a test.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TESTS = Path(__file__).parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS / "integrations")]
-
 import variant
 import variant_kernels as vk
 from variant_kernels.kv_quantization import KV8_DTYPE
 from variant_kernels.ops import tables
 
-MAX_SIDE = 4
+# The models beside the tests.
+TESTS = Path(__file__).parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS / "integrations")]
+
 GUARD = 64  # bytes on either side of a pool
 
 
@@ -75,8 +75,7 @@ NOT_CALLED = {
     "VARiant.push_to_hub": "it talks to the network",
     "variant.UserError": "an exception: any arguments make one",
 }
-# Parts of a model's computation, which the engine or torch's own modules call in their loops: torch's
-# own errors for odd tensors are let through.
+# Parts of a model's computation, called within loops: torch's own errors for odd tensors may pass.
 PARTS = {
     "VAR.init_weights",
     "VAR.shared_condition",
@@ -145,7 +144,7 @@ def _consumed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return run
 
 
-# --- ops -------------------------------------------------------------------------------------------
+# --- ops ------------------------------------------------------------------------------------------
 
 
 @maker("adaln_modulate")
@@ -322,7 +321,7 @@ def _available(d: Draw) -> Made:
     return vk.available_backends, {}
 
 
-# --- plans and the cache ---------------------------------------------------------------------------
+# --- plans and the cache --------------------------------------------------------------------------
 
 
 def _layout(d: Draw) -> vk.ScaleLayout:
@@ -484,7 +483,7 @@ def _kv_step(d: Draw) -> Made:
     return vk.KVStep, {"slots_BT": slots, "page_table_BM": slots.int(), "kv_lens_B": lens}
 
 
-# --- the attention module, and other codebases' models ---------------------------------------------
+# --- the attention module, and other codebases' models --------------------------------------------
 
 
 @maker("VARiantAttention")
@@ -539,7 +538,7 @@ def _accelerate(d: Draw) -> Made:
     }
 
 
-# --- models ----------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
@@ -718,7 +717,7 @@ def _decode_features(d: Draw) -> Made:
     return small().vae.decode_features, {"f_hat_BCHW": d.normal(2, 8, 3, 3)}
 
 
-# --- engine and supernet ---------------------------------------------------------------------------
+# --- engine and supernet --------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
