@@ -13,7 +13,7 @@ import os
 import sys
 
 import torch
-from hypothesis import HealthCheck, assume, seed, settings
+from hypothesis import HealthCheck, Phase, assume, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -143,6 +143,14 @@ class CacheMachine(RuleBasedStateMachine):
         if not any(layer in layers for layers in self.schedule.layers[scale + 1 :]):
             del self.stored[layer]
 
+    @precondition(lambda self: self._next() is not None)
+    @rule()
+    def run_the_rest_of_a_scale(self) -> None:
+        _, scale = self._next()
+        while (following := self._next()) is not None and following[1] == scale:
+            self.open()
+            self.close()
+
     @rule(layer=st.integers(-2, MAX_LAYERS + 1), scale=st.integers(-2, MAX_SCALES + 1))
     def open_a_wrong_one(self, layer: int, scale: int) -> None:
         assume((layer, scale) != self._next())
@@ -187,8 +195,9 @@ class CacheMachine(RuleBasedStateMachine):
             wrong = data.draw(st.sampled_from([wrong, DepthSchedule.full(depth, scales)]), "full")
         _refused(lambda: self.cache.switch(wrong), "PagedKVCache.switch")
 
-    @rule()
-    def reset(self) -> None:
+    @rule(chance=st.integers(0, 3))
+    def reset(self, chance: int) -> None:
+        assume(chance == 0)  # else few sequences come far
         self.cache.reset()
         self._forget()
 
@@ -240,9 +249,14 @@ def _peak_pages(layout: ScaleLayout, schedule: DepthSchedule, page_size: int) ->
     return most
 
 
-def run(number: int, examples: int) -> None:
-    """Run the machine with hypothesis's seed ``number``; raises where it fails."""
+def run(number: int, examples: int, shorten: bool = True) -> None:
+    """Run the machine with hypothesis's seed ``number``; raises where it fails.
+
+    Args:
+        shorten: a sequence that fails, before it is reported.
+    """
     chosen = settings(
+        phases=(Phase.generate, *((Phase.shrink,) if shorten else ())),
         max_examples=examples,
         stateful_step_count=STEPS,
         deadline=None,

@@ -6,6 +6,7 @@ The parent must not run torch with several threads before: a forked child of Ope
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import random
@@ -123,6 +124,7 @@ def _child(
     run: Callable[[int], object], cases: list[int], writing: int, limits: Limits, quiet: bool
 ) -> None:
     try:
+        faulthandler.disable()
         if quiet:
             null = os.open(os.devnull, os.O_RDWR)
             for stream in (1, 2):

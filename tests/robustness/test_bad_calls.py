@@ -34,13 +34,16 @@ def test_every_public_name_has_a_generator():
     assert subjects.public_names() - set(subjects.NOT_CALLED) == set(subjects.MAKERS)
 
 
-def test_good_arguments_are_taken():
+@pytest.mark.filterwarnings("ignore:.*assumed")
+def test_good_arguments_are_taken(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     generator = bad_calls.Generator()
     draw = subjects.Draw(bad_calls.forked.rng_of(0, 0), generator.backends)
     torch.manual_seed(0)
     for name, make in subjects.MAKERS.items():
         target, arguments = make(draw)
-        if name != "VARiant.from_var_checkpoint" and name != "VARiant.save_pretrained":
+        # Its files are missing; and dictionaries are spoilt by their makers.
+        if name != "VARiant.from_var_checkpoint" and not name.endswith(".from_dict"):
             target(**arguments)
 
 

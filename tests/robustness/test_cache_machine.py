@@ -29,7 +29,7 @@ def keep_the_last_page(self, layer):
 def test_a_wrong_release_is_found(monkeypatch, release):
     monkeypatch.setattr(PageAllocator, "release", release)
     with pytest.raises(Exception):  # noqa: B017  the plan's own checks may be the first to raise
-        cache_machine.run(0, 30)
+        cache_machine.run(0, 30, shorten=False)
 
 
 def test_a_switch_that_frees_what_is_still_read_is_found(monkeypatch):
@@ -42,10 +42,10 @@ def test_a_switch_that_frees_what_is_still_read_is_found(monkeypatch):
 
     monkeypatch.setattr(PagedKVCache, "switch", switch)
     with pytest.raises(AssertionError):
-        cache_machine.run(0, 50)
+        cache_machine.run(0, 50, shorten=False)
 
 
 def test_a_wrong_order_that_is_taken_is_found(monkeypatch):
     monkeypatch.setattr(PagedKVCache, "close", lambda self, layer, scale: None)
     with pytest.raises(Exception):  # noqa: B017
-        cache_machine.run(0, 30)
+        cache_machine.run(0, 30, shorten=False)
