@@ -12,7 +12,9 @@ ROOT = Path(__file__).parent.parent
 # Packages and modules of `variant`, bottom up: one may import those before it, not those after.
 VARIANT = (
     "errors",
+    "paths",
     "models",
+    "tensor_files",
     "files",
     "engine",
     "data",
@@ -20,6 +22,7 @@ VARIANT = (
     "training",
     "pretrained",
     "supernet",
+    "live_weights",
     "accelerate_original",
     "evaluation",
     "bench",

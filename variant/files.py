@@ -1,21 +1,29 @@
-"""Files: atomic writes, and pickles that are read without running code from them."""
+"""Files: atomic writes, and weights that are read without running code from them."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import pickle
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from variant.errors import UserError
+from variant.paths import open_regular
+from variant.tensor_files import (
+    checksums_of,
+    read_all,
+    read_values,
+    replace_tensors,
+    stored_pickle,
+    stored_safetensors,
+)
 
 
 @contextmanager
@@ -55,67 +63,41 @@ def save_pickle(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
         torch.save(dict(state), temporary)
 
 
+def save_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    """Tensors, contiguous and on the CPU, with their checksums, by :func:`atomic_write`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    metadata = {"format": "pt", **checksums_of(tensors)}
+    with atomic_write(Path(path)) as temporary:
+        save_file(dict(tensors), temporary, metadata=metadata)
+
+
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a ``.safetensors`` file, memory-mapped.
+    """All tensors of a ``.safetensors`` file, in memory of their own.
 
     Raises:
         UserError: missing or damaged.
     """
-    with open_safetensors(path) as tensors:
-        return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+    return read_all(stored_safetensors(path))
 
 
-@contextmanager
-def open_safetensors(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """safetensors' ``safe_open`` within the block.
-
-    Raises:
-        UserError: missing or damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            yield tensors
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: is missing or damaged: {error}") from error
-
-
-def is_mmapped(path: str | os.PathLike[str]) -> bool:
-    """Whether :func:`read_pickle` memory-maps the file; it reads older formats into memory."""
-    return zipfile.is_zipfile(path)
-
-
-def read_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A ``.pth`` file's dictionary; tensors are memory-mapped where the file's format allows it.
+def read_pickle(path: str | os.PathLike[str]) -> dict[Any, Any]:
+    """A ``.pth`` file's dictionary, its tensors in memory of their own.
 
     No code in the pickle is run (``weights_only=True``).
 
     Raises:
         UserError: missing, damaged, not a dictionary, or a pickle that would run code.
     """
-    try:
-        mmapped = is_mmapped(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmapped)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: refused: loading it would run code that it contains, or it is damaged; only "
-            "plain files of weights are read"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        # For bytes that are no pickle, the text of the error is a key or a value from them.
-        has_text = isinstance(error, OSError | RuntimeError) and str(error)
-        reason = str(error).splitlines()[0][:200] if has_text else "torch.save did not write it"
-        raise UserError(f"{path}: is not a readable checkpoint: {reason}") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: must hold a dictionary of tensors; got {type(state).__name__}")
-    return state
+    return replace_tensors(stored_pickle(path), read_values)
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal.  Raises: UserError, if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    with open_regular(path) as file:
+        try:
+            return hashlib.file_digest(cast("Any", file), "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None

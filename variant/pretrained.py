@@ -213,12 +213,9 @@ class PretrainedPair(nn.Module, PyTorchModelHubMixin):
         op = "from_var_checkpoint"
         dtype = check_dtype(op, dtype, dtypes=WEIGHT_DTYPES)
         device = check_device(op, device)
-        files = [
-            fetched(check_path(op, name, path))
-            for name, path in (("var_path", var_path), ("vae_path", vae_path))
-        ]
         models = load_original(
-            *files,
+            fetched(check_path(op, "var_path", var_path)),
+            fetched(check_path(op, "vae_path", vae_path)),
             num_heads,
             dtype,
             device,

@@ -74,8 +74,9 @@ class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
             top_k: sample from the k most probable tokens; 0 keeps all.
             top_p: sample from the most probable tokens of this total probability; 0 keeps all.
             seed: in [0, 2^63); None draws one from torch's default generator. A seed and an image
-                id give the same tokens in any batch, except where two candidates are so close that
-                the last bits of a matrix product decide, which may depend on the batch size.
+                id give the same tokens in any float32 batch. In 16 bits most images of a batch of
+                one differ from those of larger batches, because the matrix products add in another
+                order (docs/reproducibility.md).
             image_ids: (B,) integers that select the random numbers of each image; None is 0..B-1.
             generator: draws as ``torch.multinomial`` does, like the original code; excludes seed.
                 The draws depend on the batch size, so give ``max_batch`` too.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from variant_kernels.arguments import choice, instance, integer
 from variant_kernels.dispatch.explain import Choice, resolve
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import use_backend
@@ -16,7 +17,7 @@ __all__ = ["available_backends", "explain", "resolve_backend", "use_backend"]
 def explain(
     op: str,
     *,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     head_dim: int | None = 64,
     row_width: int | None = None,
@@ -28,16 +29,23 @@ def explain(
     ``explain("paged_attention", dtype=torch.bfloat16)``. ``row_width`` and ``page_size`` are those
     of :class:`~variant_kernels.dispatch.request.Request`.
 
+    Args:
+        device: its type, or one device: "cuda" and "cuda:0" are the same here.
     Raises:
         ValueError: no such op, or a backend asked for by name cannot serve it.
+        TypeError: an argument of another type; float64 without backend="reference".
     """
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"explain: device must be text or a torch.device; got {device!r}")
+    instance("explain", "dtype", dtype, torch.dtype, "Pass torch.float32, for example")
+    sizes = {"head_dim": head_dim, "row_width": row_width, "page_size": page_size}
+    known = {k: None if n is None else integer("explain", k, n, 1) for k, n in sizes.items()}
     # Where two dtypes count, as those of stream and rows in adaln_modulate, both are this one.
-    request = Request(device, (dtype, dtype), head_dim, row_width, page_size)
+    request = Request(torch.device(device).type, (dtype, dtype), **known)
     return str(resolve_backend(op, request, backend))
 
 
 def resolve_backend(op: str, request: Request, backend: str = "auto") -> Choice:
     """What :func:`explain` prints, as data."""
-    if op not in tables():
-        raise ValueError(f"explain: op must be one of {', '.join(tables())}; got {op!r}")
+    choice("explain", "op", op, tuple(tables()))
     return resolve(op, tables()[op], request, backend)

@@ -73,7 +73,7 @@ def test_a_pickle_of_the_same_keys_gives_the_same_weights(model, folder):
         VARiant.from_pretrained(folder)
 
 
-@pytest.mark.filterwarnings("ignore:.*assumed .*because nothing:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*assumed .*because nothing tells them:UserWarning")
 def test_shards_of_the_original_form(model, tmp_path):
     paths = tmp_path / "model.safetensors", tmp_path / "vae.safetensors"
     save_original(model.var, model.vae, *paths)
@@ -297,7 +297,7 @@ def test_a_folder_that_cannot_be_written_does_not_keep_the_extra(tmp_path):
 # --- save_original --------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:.*assumed .*because nothing:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*assumed .*because nothing tells them:UserWarning")
 @pytest.mark.parametrize("ending", [".pth", ".pt", ".safetensors"])
 def test_the_ending_chooses_the_format_and_every_format_is_read_back(model, tmp_path, ending):
     paths = tmp_path / f"var{ending}", tmp_path / f"vae{ending}"

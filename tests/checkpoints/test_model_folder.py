@@ -20,7 +20,7 @@ from variant.files import atomic_write
 from variant.models.var import derived_buffers
 
 # What files of the original do not tell; tests of the warning catch it themselves.
-pytestmark = pytest.mark.filterwarnings("ignore:.*assumed .*because nothing:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*assumed .*because nothing tells them:UserWarning")
 
 
 def same_weights(a, b):

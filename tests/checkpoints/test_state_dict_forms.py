@@ -11,9 +11,10 @@ from torch.optim.swa_utils import AveragedModel
 from variant import VAR, UserError, VARiant
 from variant.checkpoints.original_var import load_original, read_original
 from variant.checkpoints.state_dict_forms import find_state_dict
-from variant.training.initial_weights import load_vae, read_weights
+from variant.models.vqvae import VQVAE
+from variant.training.initial_weights import find_weights
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*assumed .*because nothing:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*assumed .*because nothing tells them:UserWarning")
 
 
 def golden():
@@ -243,18 +244,21 @@ def test_training_reads_the_same_forms(tmp_path, name, prefix):
         save_file(content, path)
     else:
         torch.save({"state_dict": content}, path)
-    assert equal(read_weights(path, "vae_local"), state)
-    assert equal(load_vae(golden().vae_config, path).state_dict(), state)
+    assert equal(started("vae", path, VQVAE(golden().vae_config)), state)
     assert equal(read_original(path, "vae_local"), state)
 
 
-def test_training_takes_a_model_folder(tmp_path):
+def test_training_takes_the_weights_file_of_a_model_folder(tmp_path):
     paths = tmp_path / "var.pth", tmp_path / "vae.pth"
     torch.save(golden().var_state, paths[0])
     torch.save(golden().vae_state, paths[1])
     VARiant.from_var_checkpoint(*paths).save_pretrained(tmp_path / "model")
-    for path in (tmp_path / "model", tmp_path / "model" / "model.safetensors"):
-        var = read_weights(path, "var_wo_ddp")
-        assert var.keys() == VAR(golden().var_config).state_dict().keys()
-        assert equal(var, golden().var_state)
-        assert equal(load_vae(golden().vae_config, path).state_dict(), golden().vae_state)
+    path = tmp_path / "model" / "model.safetensors"
+    assert equal(started("var", path, VAR(golden().var_config)), golden().var_state)
+    assert equal(started("vae", path, VQVAE(golden().vae_config)), golden().vae_state)
+
+
+def started(kind, path, module):
+    """The state dict of a model that a training starts from a file."""
+    find_weights(kind, str(path)).load_into(module, recipe=None)
+    return module.state_dict()

@@ -15,7 +15,7 @@ from variant import VARiant
 from variant.cli.main import main
 from variant.cli.options import Convert
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*assumed .*because nothing:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*assumed .*because nothing tells them:UserWarning")
 
 
 @pytest.fixture
@@ -196,6 +196,11 @@ def test_settings_and_the_choice_of_weights_are_options(place, capsys):
     assert (config.norm_eps, config.cond_drop_rate, config.drop_path_rate) == (1e-5, 0.2, 0.3)
     config = model.vae.config
     assert (config.quant_resi, config.using_znorm, config.beta) == (0.25, True, 2)
+
+
+def test_the_warning_names_the_options(place, capsys):
+    with pytest.warns(UserWarning, match="give --norm-eps, .*--beta if they are wrong"):
+        run(capsys, *FILES, "--out", "new")
 
 
 def test_a_model_folder_can_be_written_in_another_dtype(place, capsys):

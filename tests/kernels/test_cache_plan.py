@@ -3,10 +3,11 @@
 import itertools
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from variant_kernels.plans.cache_plan import CachePlan, PageAllocator
+from variant_kernels.plans.cache_plan import CachePlan, PageAllocator, item_bytes
 from variant_kernels.plans.depth_schedule import DepthSchedule, select_layers
 from variant_kernels.plans.scale_layout import ScaleLayout
 
@@ -174,3 +175,23 @@ def test_layout_offsets_slices_and_prefixes():
         VAR_256.prefix(0)
     with pytest.raises(ValueError, match=r"shapes\[1\]"):
         ScaleLayout.from_patch_nums((1, 0))
+
+
+def test_bytes_of_a_dtype_by_name_are_those_of_the_dtype():
+    for name in ("float32", "float16", "bfloat16", "float64", "float8_e4m3fn"):
+        assert item_bytes(name) == item_bytes(getattr(torch, name)) == getattr(torch, name).itemsize
+
+
+def test_without_guidance_the_papers_scheme_takes_half():
+    plan = CachePlan(ScaleLayout.from_patch_nums((1, 2, 3)), DepthSchedule(8, 3, 2, 2))
+    assert plan.paper_bytes(3, 2, 16, guidance=False) == 3 * plan.paper_tokens * 2 * 16 * 6
+    assert plan.paper_bytes(3, 2, 16) == 2 * plan.paper_bytes(3, 2, 16, guidance=False)
+    assert plan.peak_bytes(3, 2, 16, "float32") == 2 * plan.peak_bytes(
+        3, 2, 16, "float32", guidance=False
+    )
+
+
+def test_lists_of_layers_tell_the_full_depth():
+    schedule = DepthSchedule.from_depths([[0, 2, 5], [0, 5], [0, 5]])
+    assert schedule.full_depth == 6
+    assert schedule.layers == ((0, 2, 5), (0, 5), (0, 5))

@@ -184,7 +184,7 @@ def test_wrong_tokens_are_refused(method, tokens, message):
         ({"in_channels": 2}, "in_channels must be 1 or 3; got 2"),
         ({"patch_nums": (2, 1)}, r"patch_nums must be ascending positive integers; got \(2, 1\)"),
         ({"quant_conv_ks": 2}, "quant_conv_ks must be odd"),
-        ({"vocab_size": 0}, "vocab_size must be at least 1; got 0"),
+        ({"vocab_size": 0}, "vocab_size must be an integer in \\[1, 16777216\\]; got 0"),
     ],
 )
 def test_wrong_vae_configs_are_refused(changes, message):
@@ -208,8 +208,8 @@ def test_configs_round_trip_through_plain_values():
         ({"num_heads": 3}, "embed_dim / num_heads must be a multiple of 8"),
         ({"subnets": {"2": [0, 3, 5]}}, r"subnets\[2\] must list 2 layers; got \(0, 3, 5\)"),
         ({"subnets": {"3": [0, 3, 4]}}, r"must start with 0 and end with 5"),
-        ({"bridge": 8}, r"bridge must be in \[0, 7\]; got 8"),
-        ({"cond_drop_rate": 1.5}, r"cond_drop_rate must be in \[0, 1\]; got 1.5"),
+        ({"bridge": 8}, r"bridge must be an integer in \[0, 7\]; got 8"),
+        ({"cond_drop_rate": 1.5}, r"cond_drop_rate must be a finite number in \[0, 1\]; got 1.5"),
     ],
 )
 def test_wrong_plain_values_are_refused_in_one_line(changes, message):

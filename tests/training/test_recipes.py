@@ -93,7 +93,7 @@ def test_a_recipe_gives_plain_values_and_accepts_another_seed(tmp_path):
         ("learning_rate = 1e-3", "learning_rate = -1", "learning_rate must be positive; got -1"),
         ('kind = "digits"', 'kind = "video"', "data.kind: .*'digits' or 'folder'.*got 'video'"),
         ('kind = "digits"', 'kind = "folder"', "train and held_out must name folders"),
-        ("bridge = 1", "bridge = 4", r"bridge must be in \[0, 3\]; got 4"),
+        ("bridge = 1", "bridge = 4", r"bridge must be an integer in \[0, 3\]; got 4"),
         ("depths = [2]", "depths = [5]", r"depths must be among \[2, 4, 8, 16\]"),
         ("depths = [2]", "depths = [2, 2]", "depths must not repeat"),
         ("bridge = 1", "bridge = 1\njoint = 3", "must be given together or not at all"),

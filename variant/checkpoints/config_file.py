@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from variant.errors import UserError
 from variant.models.config import VARConfig, VQVAEConfig
+from variant.paths import path_kind, read_json, shown
 
 CONFIG_NAME = "config.json"
 FORMAT = "variant-1"
@@ -21,18 +21,15 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         UserError: not a model folder, or config.json is of another format.
     """
     path = Path(folder) / CONFIG_NAME
-    if not path.is_file():
+    if path_kind(path) is None:
         raise UserError(
-            f"{folder}: is not a model folder: it has no {CONFIG_NAME}. Expected a folder written "
-            f'by save_pretrained or `variant train`, or the name "digits"'
+            f"{shown(folder)}: is not a model folder: it has no {CONFIG_NAME}. Expected a folder "
+            f'written by save_pretrained or `variant train`, or the name "digits"'
         )
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    config = read_json(path)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         value = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise UserError(f'{path}: "format" must be "{FORMAT}"; got {value!r}')
+        raise UserError(f'{path}: "format" must be "{FORMAT}"; got {str(value)[:100]!r}')
     return config
 
 

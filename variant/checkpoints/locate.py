@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from variant.errors import UserError
+from variant.paths import path_kind, shown
 
 # Files that are downloaded from a Hub repository: the model folder's, shards with their index, and
 # the pickle of older repositories.
@@ -48,19 +49,19 @@ def locate(name: str | os.PathLike[str], subfolder: str | None = None, **hub_opt
     """
     inner = _inner(subfolder)
     path = Path(name)
-    if (path / inner / "config.json").is_file():
-        return path / inner
+    if path_kind(path / inner / "config.json") is not None:
+        return path / inner  # the reader of the folder looks at the files
     packaged = sorted(
         folder.name for folder in ASSETS.iterdir() if (folder / "config.json").is_file()
     )
     if str(name) in packaged:
         return ASSETS / str(name) / inner
     text = os.fspath(name)
-    if path.exists():
+    if path_kind(path) is not None:
         return path / inner  # the reader of the folder reports what is missing
     if not is_hub_id(name):
         raise UserError(
-            f"{text}: no such model: neither a folder nor one of this package "
+            f"{shown(text)}: no such model: neither a folder nor one of this package "
             f"({', '.join(packaged) or 'none'}) nor a Hub id (owner/name)"
         )
     # Imported here: it takes a second, and most calls do not use the Hub.
@@ -70,14 +71,16 @@ def locate(name: str | os.PathLike[str], subfolder: str | None = None, **hub_opt
     patterns = [(inner / file).as_posix() for file in HUB_FILES]
     try:
         return Path(snapshot_download(text, allow_patterns=patterns, **hub_options)) / inner
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{text}: not a folder, and the Hub cannot provide it: {first}") from error
+        raise UserError(
+            f"{shown(text)}: not a folder, and the Hub cannot provide it: {first}"
+        ) from error
 
 
 def fetched(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """The path itself, or the downloaded folder if it is a Hub id."""
-    return locate(path) if is_hub_id(path) and not Path(path).exists() else path
+    return locate(path) if is_hub_id(path) and path_kind(path) is None else path
 
 
 def _inner(subfolder: str | None) -> PurePosixPath:

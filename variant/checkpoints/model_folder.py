@@ -1,8 +1,8 @@
 """The model folder: ``config.json``, ``model.safetensors`` and a model card.
 
 The keys of the weights start with ``var.`` or ``vae.``. Each file is written under a temporary name
-and then renamed. Weights are memory-mapped: a tensor that is loaded in the file's own dtype to the
-CPU is a view of the file. original_var.py reads and writes the original repository's files.
+and then renamed. A loaded model does not depend on its files: weights are copied, one by one.
+original_var.py reads and writes the original repository's files.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from variant.checkpoints.config_file import CONFIG_NAME, FORMAT, configs_in, read_config
-from variant.checkpoints.mapped_tensors import to_device
 from variant.checkpoints.model_card import CARD_NAME, model_card, was_generated
 from variant.checkpoints.sharded import WEIGHTS_NAME, find_weights, read_weights_file
 from variant.errors import UserError
-from variant.files import atomic_write
+from variant.files import atomic_write, save_safetensors
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant.tensor_files import StoredTensor, read_all
 from variant_kernels.arguments import instance
 from variant_kernels.dispatch.request import dtype_name
 
@@ -74,8 +73,7 @@ def save_model(
     }
     # Before any file is written: if this raises, the old files stay complete.
     text = json.dumps(config, indent=1) + "\n"
-    with atomic_write(folder / WEIGHTS_NAME) as path:
-        save_file(tensors, path, metadata={"format": "pt"})
+    save_safetensors(folder / WEIGHTS_NAME, tensors)
     with atomic_write(folder / CONFIG_NAME) as path:
         path.write_text(text)
     card_path = folder / CARD_NAME
@@ -137,10 +135,8 @@ def load_model(
     """The two models of a folder, in eval mode, and its config.json.
 
     The weights are model.safetensors, or shards with their model.safetensors.index.json, or
-    pytorch_model.bin; all with the same keys.
-
-    On the CPU and in the file's own dtype, weights are views of the file. Otherwise they are copied
-    one by one, and memory never holds the whole file beside the result.
+    pytorch_model.bin; all with the same keys. They are compared with the config before they are
+    read, and then copied one by one: memory never holds the whole file beside the result.
 
     Args:
         dtype: of the transformer's weights; None keeps the file's.
@@ -155,24 +151,19 @@ def load_model(
     config = read_config(folder)
     var_config, vae_config = configs_in(folder)
     path = find_weights(folder) or folder / WEIGHTS_NAME
-    tensors, mmapped = read_weights_file(path)
-    if not all(isinstance(value, Tensor) for value in tensors.values()):
+    stored = read_weights_file(path)
+    if not all(isinstance(value, Tensor) for value in stored.values()):
         raise UserError(f"{path}: must hold tensors alone, under the keys of both models")
-    foreign = sorted(str(key) for key in tensors if not str(key).startswith(("var.", "vae.")))
+    foreign = sorted(str(key) for key in stored if not str(key).startswith(("var.", "vae.")))
     report_keys(str(path), "model folder", (), foreign, strict=strict)
-    if dtype is None and "var.head.weight" in tensors:
-        dtype = tensors["var.head.weight"].dtype
-
-    def part(prefix: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        return {
-            key.removeprefix(prefix): to_device(value, dtype, device, mmapped=mmapped)
-            for key, value in tensors.items()
-            if str(key).startswith(prefix)
-        }
-
-    var_state, vae_state = part("var.", dtype), part("vae.", None)
-    var = build(VAR, var_config, var_state, str(path), device, strict=strict)
-    vae = build(VQVAE, vae_config, vae_state, str(path), device, strict=strict)
+    parts = {
+        part: {k.removeprefix(part): v for k, v in stored.items() if str(k).startswith(part)}
+        for part in ("var.", "vae.")
+    }
+    if dtype is None and "var.head.weight" in stored:
+        dtype = stored["var.head.weight"].dtype
+    var = build(VAR, var_config, parts["var."], str(path), device, dtype, strict=strict)
+    vae = build(VQVAE, vae_config, parts["vae."], str(path), device, strict=strict)
     return var.eval(), vae.eval(), config
 
 
@@ -197,14 +188,18 @@ def build(
     state: Mapping[str, Tensor],
     where: str,
     device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     *,
     strict: bool = True,
 ) -> Model:
     """A model that uses the tensors of a state dict, without initialising weights first.
 
     Args:
+        state: tensors, which the model then shares, or stored tensors, which are read here, after
+            their names and shapes were found to be those of the model.
         where: names the state in errors.
-        device: of the state's tensors; buffers that the state does not hold are moved there.
+        device, dtype: of the model; None keeps that of the state. Tensors that are on that device
+            and in that dtype already are not copied.
         strict: False initialises weights that the state does not hold, leaves out keys that the
             model does not have, and warns.
     Raises:
@@ -212,13 +207,17 @@ def build(
     """
     with torch.device("meta"), _SkipInit():
         module = kind(config)
-    missing = module.state_dict().keys() - state.keys()
-    if missing and not strict:
-        module = kind(config)
-        dtypes = [value.dtype for value in state.values() if value.is_floating_point()]
-        if dtypes:
-            module.to(dtypes[0])
+    needed = module.state_dict()
     load_state(module, state, where, assign=True, strict=strict)
+    stored = any(isinstance(value, StoredTensor) for value in state.values())
+    missing = needed.keys() - state.keys()
+    if missing:  # not strict, else load_state raised
+        module = kind(config)
+        module.to(dtype or next((v.dtype for v in state.values() if v.is_floating_point()), None))
+    if stored or missing or dtype or device:
+        wanted = {key: value for key, value in state.items() if key in needed}
+        values = read_all(wanted, dtype, device)
+        module.load_state_dict(values, strict=not missing, assign=True)
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:  # usage statistics, which other checkpoints lack: start at zero
             owner, _, leaf = name.rpartition(".")

@@ -8,7 +8,6 @@ Hub class writes, with config.json and model.safetensors.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -17,21 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from variant.checkpoints.config_file import CONFIG_NAME, FORMAT
 from variant.checkpoints.locate import check_path
-from variant.checkpoints.mapped_tensors import to_device
 from variant.checkpoints.model_folder import build
 from variant.checkpoints.settings import VAE_SETTINGS, VAR_SETTINGS, Settings, settings_of_training
 from variant.checkpoints.sharded import WEIGHTS_NAMES, find_weights, read_weights_file
 from variant.checkpoints.state_dict_forms import VAR_KEYS, find_state_dict
 from variant.errors import UserError
-from variant.files import atomic_write, save_pickle
+from variant.files import save_pickle, save_safetensors
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.var import VAR, derived_buffers
 from variant.models.vqvae import VQVAE
+from variant.paths import path_kind, read_json
+from variant.tensor_files import read_all, read_values
 from variant_kernels.arguments import instance
 
 # Token-map sides of the published models, by (scales, tokens); for files without `lvl_1L`.
@@ -48,32 +47,23 @@ PICKLE_ENDINGS = (".pth", ".pt")
 
 @dataclass(frozen=True)
 class OriginalFile:
-    """One model's state dict, as read from a file.
+    """One model's state dict, as found in a file; its values are read later.
 
-    mmapped: whether the tensors are views of the memory-mapped file.
     config: the arguments of the model's constructor if the Hub form records them, else empty.
     training: the settings in a trainer checkpoint that no tensor tells.
     """
 
     path: Path
     state: dict[str, Tensor]
-    mmapped: bool
     config: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
-
-    def to(self, dtype: torch.dtype | None, device: torch.device | str | None) -> dict[str, Tensor]:
-        """The state in that dtype on that device; tensors that need no copy stay views."""
-        return {
-            key: to_device(value, dtype, device, mmapped=self.mmapped)
-            for key, value in self.state.items()
-        }
 
 
 def read_original(
     path: str | os.PathLike[str], part: str, weights: str | None = None
 ) -> dict[str, Tensor]:
-    """The state dict of one model; see :func:`open_original`."""
-    return open_original(path, part, weights).state
+    """The state dict of one model with its values; see :func:`open_original`."""
+    return read_all(open_original(path, part, weights).state)
 
 
 def open_original(
@@ -89,11 +79,11 @@ def open_original(
         UserError: missing, damaged, not a file of the original, or a pickle that would run code.
     """
     path, config = Path(path), {}
-    if path.is_dir():
+    if path_kind(path) == "folder":
         path, config = _hub_files(path)
-    content, mmapped = read_weights_file(path)
+    content = read_weights_file(path)
     state = find_state_dict(content, part, str(path), weights)
-    return OriginalFile(path, state, mmapped, config, settings_of_training(content))
+    return OriginalFile(path, state, config, settings_of_training(content))
 
 
 def _hub_files(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -102,12 +92,9 @@ def _hub_files(folder: Path) -> tuple[Path, dict[str, Any]]:
     if weights is None:
         raise UserError(f"{folder}: holds neither {' nor '.join(WEIGHTS_NAMES)}")
     path = folder / CONFIG_NAME
-    if not path.is_file():
+    if path_kind(path) is None:
         return weights, {}
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path}: must hold the model's arguments; got {type(config).__name__}")
     if config.get("format") == FORMAT:
@@ -147,7 +134,7 @@ def infer_var_config(
     if missing:
         raise UserError(f"{where}: is not a VAR transformer: it has no {', '.join(missing)}")
     try:
-        depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
+        depth = _count(state, "blocks.")
         width = state["word_embed.weight"].shape[0]
         scale_mul = state.get("blocks.0.attn.scale_mul_1H11")
         config = VARConfig(
@@ -177,11 +164,24 @@ def infer_var_config(
     return config
 
 
+def _count(state: Mapping[str, Tensor], prefix: str) -> int:
+    """The number of modules of a list.  Raises: ValueError, if they are not numbered from 0 on."""
+    numbers = {key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)}
+    odd = numbers - {str(number) for number in range(len(numbers))}
+    if odd or not numbers:
+        raise ValueError(
+            f"the modules {prefix}N must be numbered from 0 on without a gap; it has "
+            f"{len(numbers)} of them" + (f", one of them {prefix}{min(odd)[:40]}" if odd else "")
+        )
+    return len(numbers)
+
+
 def _patch_nums(state: Mapping[str, Tensor], where: str, settings: Settings) -> tuple[int, ...]:
     scales, length = state["lvl_embed.weight"].shape[0], state["pos_1LC"].shape[1]
     shown = None
     if "lvl_1L" in state:
-        scale_L = state["lvl_1L"].flatten().clamp(0, scales)  # a damaged file may hold others
+        # A damaged file may hold others.
+        scale_L = read_values(state["lvl_1L"]).flatten().clamp(0, scales)
         counts = torch.bincount(scale_L, minlength=scales).tolist()
         sides = tuple(math.isqrt(count) for count in counts)
         if [side * side for side in sides] == counts:
@@ -223,10 +223,8 @@ def infer_vqvae_config(
     """
     own = settings or Settings(where, given, op=where)
     try:
-        levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
-        blocks = 1 + max(
-            int(k.split(".")[4]) for k in state if k.startswith("encoder.down.0.block.")
-        )
+        levels = _count(state, "encoder.down.")
+        blocks = _count(state, "encoder.down.0.block.")
         ch, in_channels = state["encoder.conv_in.weight"].shape[:2]
         widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
         # Where the transformer's file tells them for the VQ-VAE, they must be its own.
@@ -348,8 +346,8 @@ def load_original(
     for values in (kwargs, vae_file.config):
         _check_sizes(vae_config, values, VAE_SIZES, where)
     var_settings.warn(vae_settings, stacklevel=3)
-    var = build(VAR, var_config, var_file.to(dtype, device), where, device)
-    vae = build(VQVAE, vae_config, vae_file.to(None, device), vae_where, device)
+    var = build(VAR, var_config, var_file.state, where, device, dtype)
+    vae = build(VQVAE, vae_config, vae_file.state, vae_where, device)
     return var.eval(), vae.eval()
 
 
@@ -380,9 +378,11 @@ def save_original(
         if path.suffix in PICKLE_ENDINGS:
             save_pickle(path, state)
         else:
-            tensors = {key: value.detach().cpu().clone() for key, value in state.items()}
-            with atomic_write(path) as temporary:
-                save_file(tensors, temporary, metadata={"format": "pt"})
+            contiguous = torch.contiguous_format
+            tensors = {
+                k: v.detach().cpu().clone(memory_format=contiguous) for k, v in state.items()
+            }
+            save_safetensors(path, tensors)
 
 
 def check_ending(op: str, path: Path) -> None:

@@ -154,10 +154,12 @@ class Settings:
             return
         assumed = {name: text for settings in models for name, text in settings.assumed.items()}
         where = ", ".join(dict.fromkeys(settings.where for settings in models))
+        remedy = "the arguments of these names"
+        if self.op == "convert":
+            remedy = ", ".join("--" + name.replace("_", "-") for name in assumed)
         warnings.warn(
-            f"{where}: assumed {', '.join(assumed.values())}, because nothing in the file tells "
-            "them; give the arguments of these names (convert: "
-            f"{', '.join('--' + name.replace('_', '-') for name in assumed)}) if they are wrong",
+            f"{where}: assumed {', '.join(assumed.values())}, because nothing tells them; give "
+            f"{remedy} if they are wrong",
             stacklevel=stacklevel + 1,
         )
 

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from variant.errors import UserError
-from variant.files import is_mmapped, read_pickle, read_safetensors
+from variant.paths import read_text
+from variant.tensor_files import stored_pickle, stored_safetensors
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_ENDING = ".safetensors.index.json"
@@ -28,20 +29,18 @@ def find_weights(folder: Path) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def read_weights_file(path: Path) -> tuple[dict[Any, Any], bool]:
+def read_weights_file(path: Path) -> dict[Any, Any]:
     """The content of a .safetensors file, of all shards of an index, or of a pickle.
 
     Returns:
-        the dictionary, of tensors by key except in a pickle, which may hold anything; and whether
-        the tensors are views of memory-mapped files.
+        the dictionary, of tensors by key except in a pickle, which may hold anything. The values of
+        tensors are read later (:class:`variant.tensor_files.StoredTensor`).
     Raises:
         UserError: missing or damaged, or an index that does not fit its shards.
     """
     if path.name.endswith(INDEX_ENDING):
-        return _read_shards(path), True
-    if path.suffix == ".safetensors":
-        return read_safetensors(path), True
-    return read_pickle(path), is_mmapped(path)
+        return dict(_read_shards(path))
+    return dict(stored_safetensors(path)) if path.suffix == ".safetensors" else stored_pickle(path)
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -51,7 +50,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         path = index.parent / name
         if not path.is_file():
             raise UserError(f"{index}: the shard {name} is missing; it should lie beside it")
-        shard = read_safetensors(path)
+        shard = stored_safetensors(path)
         for key in shard:
             if shard_of.get(key) != name:
                 other = f"has it in {shard_of[key]}" if key in shard_of else "lacks it"
@@ -80,8 +79,8 @@ def _weight_map(index: Path) -> dict[str, str]:
         return result
 
     try:
-        content = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(read_text(index), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{index}: cannot be read as JSON: {error}") from error
     shard_of = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shard_of, dict) or not shard_of:

@@ -24,6 +24,7 @@ from torch import Tensor
 from variant.data.augment import rand_augment
 from variant.data.config import DataSection
 from variant.errors import UserError
+from variant.paths import open_regular
 
 # Independent random streams of one (seed, epoch), one for each use.
 STREAM_ORDER, STREAM_AUGMENT, STREAM_COPY, STREAM_MIXUP = 1, 2, 3, 4
@@ -212,7 +213,7 @@ class FolderData:
 
     def _open(self, path: Path) -> Image.Image:
         try:
-            with Image.open(path) as image:
+            with open_regular(path) as file, Image.open(file) as image:
                 if image.mode not in WIDE_MODES:
                     return self._resize(upright(image).convert("RGB"), path)
                 mode = image.mode

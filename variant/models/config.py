@@ -9,14 +9,43 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from variant_kernels.arguments import integer, real
 from variant_kernels.plans.depth_schedule import check_layers
 from variant_kernels.plans.scale_layout import ScaleLayout
 
 GROUPS = 32  # of every group normalisation in the VQ-VAE
+
+# The largest sizes, several times those of any published model: a damaged or hostile config is
+# refused at once, before anything of its size is built or planned.
+LIMITS = {
+    "depth": 256,
+    "embed_dim": 2**15,
+    "num_heads": 2**11,
+    "num_classes": 2**24,
+    "vocab_size": 2**24,
+    "vae_channels": 2**12,
+    "z_channels": 2**12,
+    "mlp_ratio": 64,
+    "scales": 32,  # the length of patch_nums
+    "tokens": 2**16,  # of all scales: the sum of the squares of patch_nums
+    "subnets": 16,
+    "ch": 2**12,
+    "ch_mult": 64,  # each of them, and
+    "resolutions": 8,  # how many there are
+    "num_res_blocks": 32,
+    "share_quant_resi": 32,
+    "quant_conv_ks": 31,
+    "beta": 1e6,
+}
+MAX_SHOWN = 120  # characters of a value in a message
+
+# What JSON and TOML give for a number: no text, no boolean, no fraction for an integer.
+Integer = Annotated[int, Field(strict=True)]
+Real = Annotated[float, Field(strict=True)]
 
 Config = TypeVar("Config")
 
@@ -32,9 +61,20 @@ def describe_validation_error(error: ValidationError) -> str:
         elif problem["type"] == "missing":
             message = "missing"
         elif problem["type"] != "value_error":
-            message = f"{message}; got {problem['input']!r}"
+            message = f"{message}; got {_shown(problem['input'])}"
         problems.append(f"{where}: {message}" if where else message)
     return "; ".join(problems)
+
+
+def _shown(value: object) -> str:
+    """The value for a message, shortened."""
+    if isinstance(value, int) and value.bit_length() >= 200:  # repr refuses thousands of digits
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested deeply; an integer of thousands of digits
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def parse_dataclass(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
@@ -51,7 +91,10 @@ def parse_dataclass(kind: type[Config], values: Mapping[str, Any], where: str) -
         text = json.dumps(dict(values), default=str)
         return TypeAdapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
-        raise ValueError(f"{where}: {describe_validation_error(error)}") from None
+        text = describe_validation_error(error).removeprefix(f"{where}: ")
+        raise ValueError(f"{where}: {text}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: is nested too deeply") from None
 
 
 def to_plain(value: Any) -> Any:
@@ -81,15 +124,40 @@ class _Plain:
 
     def _require(self, holds: bool, what: str, got: object) -> None:
         if not holds:
-            raise ValueError(f"{type(self).__name__}: {what}; got {got!r}")
+            raise ValueError(f"{type(self).__name__}: {what}; got {_shown(got)}")
 
-    def _check_patch_nums(self, patch_nums: tuple[int, ...]) -> None:
+    def _check_integers(self, **lowest: int) -> None:
+        """Check fields against their lowest values and LIMITS; numbers of numpy become ints."""
+        for name, low in lowest.items():
+            value = integer(type(self).__name__, name, getattr(self, name), low, LIMITS[name])
+            object.__setattr__(self, name, value)
+
+    def _check_reals(self, **ranges: tuple[float, float]) -> None:
+        for name, (low, high) in ranges.items():
+            value = real(type(self).__name__, name, getattr(self, name), low, high)
+            object.__setattr__(self, name, value)
+
+    def _integers(self, name: str, longest: int) -> tuple[int, ...]:
+        values = tuple(getattr(self, name))
         self._require(
-            bool(patch_nums)
-            and patch_nums[0] >= 1
-            and all(a < b for a, b in itertools.pairwise(patch_nums)),
+            1 <= len(values) <= longest, f"{name} must have 1 to {longest} integers", len(values)
+        )
+        op = type(self).__name__
+        return tuple(integer(op, f"{name}[{i}]", value, 1) for i, value in enumerate(values))
+
+    def _check_patch_nums(self) -> None:
+        patch_nums = self._integers("patch_nums", int(LIMITS["scales"]))
+        object.__setattr__(self, "patch_nums", patch_nums)
+        self._require(
+            all(a < b for a, b in itertools.pairwise(patch_nums)),
             "patch_nums must be ascending positive integers",
             patch_nums,
+        )
+        tokens = sum(side * side for side in patch_nums)
+        self._require(
+            tokens <= LIMITS["tokens"],
+            f"patch_nums must have at most {LIMITS['tokens']:,} tokens in total",
+            tokens,
         )
 
 
@@ -113,33 +181,37 @@ class VARConfig(_Plain):
         subnets: {depth: layers} that the weights were trained with.
         bridge: number of first scales that run every layer in those subnets.
     Raises:
-        ValueError: a value out of range, naming it.
+        TypeError: a value that is no number where there must be one.
+        ValueError: a value out of range (LIMITS), naming it.
     """
 
-    depth: int
-    embed_dim: int
-    num_heads: int
-    num_classes: int
-    patch_nums: tuple[int, ...]
-    vocab_size: int
-    vae_channels: int
-    mlp_ratio: float = 4.0
-    norm_eps: float = 1e-6
+    depth: Integer
+    embed_dim: Integer
+    num_heads: Integer
+    num_classes: Integer
+    patch_nums: tuple[Integer, ...]
+    vocab_size: Integer
+    vae_channels: Integer
+    mlp_ratio: Real = 4.0
+    norm_eps: Real = 1e-6
     shared_aln: bool = False
     attn_l2_norm: bool = True
-    cond_drop_rate: float = 0.1
-    drop_path_rate: float = 0.0
-    subnets: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    bridge: int | None = None
+    cond_drop_rate: Real = 0.1
+    drop_path_rate: Real = 0.0
+    subnets: dict[int, tuple[Integer, ...]] = field(default_factory=dict)
+    bridge: Integer | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "patch_nums", tuple(self.patch_nums))
-        for name in ("depth", "embed_dim", "num_heads", "num_classes", "vocab_size"):
-            self._require(
-                getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name)
-            )
-        self._require(self.vae_channels >= 1, "vae_channels must be at least 1", self.vae_channels)
-        self._check_patch_nums(self.patch_nums)
+        self._check_integers(
+            depth=1, embed_dim=1, num_heads=1, num_classes=1, vocab_size=1, vae_channels=1
+        )
+        self._check_reals(
+            mlp_ratio=(0, LIMITS["mlp_ratio"]),
+            norm_eps=(0, 1),
+            cond_drop_rate=(0, 1),
+            drop_path_rate=(0, 1),
+        )
+        self._check_patch_nums()
         head_dim = self.embed_dim / self.num_heads
         self._require(
             head_dim % 8 == 0 and 16 <= head_dim <= 256,
@@ -152,17 +224,15 @@ class VARConfig(_Plain):
             self.mlp_ratio,
         )
         self._require(self.norm_eps > 0, "norm_eps must be positive", self.norm_eps)
-        self._require(
-            0 <= self.cond_drop_rate <= 1, "cond_drop_rate must be in [0, 1]", self.cond_drop_rate
-        )
-        self._require(
-            0 <= self.drop_path_rate < 1, "drop_path_rate must be in [0, 1)", self.drop_path_rate
-        )
+        self._require(self.drop_path_rate < 1, "drop_path_rate must be < 1", self.drop_path_rate)
         num_scales = len(self.patch_nums)
+        if self.bridge is not None:
+            bridge = integer("VARConfig", "bridge", self.bridge, 0, num_scales)
+            object.__setattr__(self, "bridge", bridge)
         self._require(
-            self.bridge is None or 0 <= self.bridge <= num_scales,
-            f"bridge must be in [0, {num_scales}]",
-            self.bridge,
+            len(self.subnets) <= LIMITS["subnets"],
+            f"subnets must be at most {LIMITS['subnets']}",
+            len(self.subnets),
         )
         subnets = {
             int(depth): check_layers(self.depth, layers, f"VARConfig: subnets[{depth}]")
@@ -204,33 +274,33 @@ class VQVAEConfig(_Plain):
         beta: weight of the commitment loss.
         in_channels: image channels, 1 or 3.
     Raises:
-        ValueError: a value out of range, naming it.
+        TypeError: a value that is no number where there must be one.
+        ValueError: a value out of range (LIMITS), naming it.
     """
 
-    vocab_size: int
-    z_channels: int
-    ch: int
-    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
-    num_res_blocks: int = 2
-    patch_nums: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-    share_quant_resi: int = 4
-    quant_resi: float = 0.5
-    quant_conv_ks: int = 3
+    vocab_size: Integer
+    z_channels: Integer
+    ch: Integer
+    ch_mult: tuple[Integer, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: Integer = 2
+    patch_nums: tuple[Integer, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    share_quant_resi: Integer = 4
+    quant_resi: Real = 0.5
+    quant_conv_ks: Integer = 3
     using_znorm: bool = False
-    beta: float = 0.25
-    in_channels: int = 3
+    beta: Real = 0.25
+    in_channels: Integer = 3
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "patch_nums", tuple(self.patch_nums))
-        object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
-        for name in ("vocab_size", "z_channels", "ch", "num_res_blocks"):
-            self._require(
-                getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name)
-            )
-        self._check_patch_nums(self.patch_nums)
+        self._check_integers(
+            vocab_size=1, z_channels=1, ch=1, num_res_blocks=1, share_quant_resi=0, quant_conv_ks=1
+        )
+        self._check_reals(quant_resi=(0, 1), beta=(0, LIMITS["beta"]))
+        self._check_patch_nums()
+        object.__setattr__(self, "ch_mult", self._integers("ch_mult", int(LIMITS["resolutions"])))
         self._require(
-            bool(self.ch_mult) and min(self.ch_mult) >= 1,
-            "ch_mult must be positive integers",
+            max(self.ch_mult) <= LIMITS["ch_mult"],
+            f"ch_mult must be at most {LIMITS['ch_mult']}",
             self.ch_mult,
         )
         for multiple in (1, *self.ch_mult):
@@ -240,16 +310,7 @@ class VQVAEConfig(_Plain):
                 "group normalisation",
                 f"{self.ch} * {multiple}",
             )
-        self._require(
-            self.share_quant_resi >= 0, "share_quant_resi must be >= 0", self.share_quant_resi
-        )
-        self._require(0 <= self.quant_resi <= 1, "quant_resi must be in [0, 1]", self.quant_resi)
-        self._require(
-            self.quant_conv_ks >= 1 and self.quant_conv_ks % 2 == 1,
-            "quant_conv_ks must be odd and positive",
-            self.quant_conv_ks,
-        )
-        self._require(self.beta >= 0, "beta must be >= 0", self.beta)
+        self._require(self.quant_conv_ks % 2 == 1, "quant_conv_ks must be odd", self.quant_conv_ks)
         self._require(self.in_channels in (1, 3), "in_channels must be 1 or 3", self.in_channels)
 
     @property
@@ -285,15 +346,9 @@ def require_plain_numbers(section: Any) -> None:
                 require(math.isfinite(number), f"{entry.name} must be finite", number)
             elif isinstance(number, int):
                 is_small = abs(number) <= MAX_INTEGER
-                require(is_small, f"{entry.name} must be below 2^63", _shown(number))
-
-
-def _shown(number: int) -> int | str:
-    """The number, or the size of one of more digits than Python prints."""
-    bits = number.bit_length()
-    return number if bits < 200 else f"an integer of {bits} bits"
+                require(is_small, f"{entry.name} must be below 2^63", number)
 
 
 def require(holds: bool, what: str, got: object) -> None:
     if not holds:
-        raise ValueError(f"{what}; got {got!r}")
+        raise ValueError(f"{what}; got {_shown(got)}")

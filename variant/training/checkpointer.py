@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from variant.checkpoints.model_folder import load_state
 from variant.errors import UserError
-from variant.files import atomic_write, file_sha256, read_pickle, read_safetensors
+from variant.files import atomic_write, file_sha256, read_pickle, read_safetensors, save_safetensors
 from variant.training.checkpoint_contents import check_contents
 from variant.training.checksum import append_checksum, check_checksum
 from variant.training.random_state import random_state, set_random_state
@@ -164,8 +163,7 @@ class Checkpointer:
             key: value.detach().cpu().contiguous()
             for key, value in state.module.state_dict().items()
         }
-        with atomic_write(self.next_best) as temporary:
-            save_file(weights, temporary)
+        save_safetensors(self.next_best, weights)
         self.best_sha256 = file_sha256(self.next_best)
 
     def load_best(self, state: RunState) -> None:

@@ -164,18 +164,19 @@ class Recipe:
     def var_config(self) -> VARConfig:
         """The configuration of the transformer, with its subnets and bridge."""
         sizes = {key: value for key, value in to_plain(self.model).items() if key != "weights"}
-        subnets = {
-            depth: select_layers(self.model.depth, depth, self.schedule.selection)
-            for depth in self.schedule.depths
-        }
-        return VARConfig(
+        # Its sizes are checked before layers are selected from as many as the recipe names.
+        config = VARConfig(
             **sizes,
             patch_nums=self.vae.patch_nums,
             vocab_size=self.vae.vocab_size,
             vae_channels=self.vae.z_channels,
-            subnets=subnets,
             bridge=self.schedule.bridge,
         )
+        subnets = {
+            depth: select_layers(config.depth, depth, self.schedule.selection)
+            for depth in self.schedule.depths
+        }
+        return dataclasses.replace(config, subnets=subnets)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values for JSON."""

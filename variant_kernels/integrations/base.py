@@ -372,7 +372,7 @@ def _patched(family: ModelFamily, model: nn.Module, runtime: Runtime) -> Handle:
     names = family.module_names(model)
     with _naming_the_failure(family, "its structure cannot be read"):
         swaps = _checked(family.class_swaps(model, runtime), names)
-    with _naming_the_failure(family, "a short run of its layers failed"), _kept_members(model):
+    with _naming_the_failure(family, "a short run of its layers failed"), kept_members(model):
         before = family.probe(model)
     if all(swap.target is not model for swap in swaps):
         swaps = [*swaps, ClassSwap(model, Patched)]  # marks the model as patched
@@ -381,9 +381,9 @@ def _patched(family: ModelFamily, model: nn.Module, runtime: Runtime) -> Handle:
         handle._apply(swaps, names)
     try:
         with _naming_the_failure(family, "a short run of its patched layers failed"):
-            with _kept_members(model):
+            with kept_members(model):
                 after = family.probe(model)
-            _compare(family.name, before, after)
+            compare_outputs(family.name, before, after)
     except BaseException:
         handle.unpatch()
         raise
@@ -428,7 +428,7 @@ def _naming_the_failure(family: ModelFamily, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _kept_members(model: nn.Module) -> Iterator[None]:
+def kept_members(model: nn.Module) -> Iterator[None]:
     """Restores what is set on the model's modules meanwhile."""
     kept = [(vars(module), dict(vars(module))) for module in model.modules()]
     try:
@@ -444,7 +444,12 @@ def _kept_members(model: nn.Module) -> Iterator[None]:
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 
 
-def _compare(family: str, before: list[Tensor], after: list[Tensor]) -> None:
+def compare_outputs(family: str, before: list[Tensor], after: list[Tensor]) -> None:
+    """Check that two short runs gave the same.
+
+    Raises:
+        PatchError: a difference that rounding does not explain.
+    """
     for index, (old, new) in enumerate(zip(before, after, strict=True)):
         limit = _PROBE_TOLERANCE.get(old.dtype, 0.05) * float(old.abs().max())
         difference = float((old - new).abs().max())

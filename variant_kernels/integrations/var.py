@@ -281,27 +281,29 @@ class VARFamily(ModelFamily):
             swaps += cast_once(block.attn.proj, block.ffn)
         return swaps + cast_once(model.head, model.word_embed)
 
+    def probe_inputs(self, model: Any) -> list[Tensor]:
+        """The class condition (2, D) and the tokens (2, T, C) of the first two scales, random."""
+        like = model.blocks[0].attn.q_bias  # other weights may be quantised
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(2, model.D), *((2, side * side, model.C) for side in model.patch_nums[:2])]
+        return [
+            torch.randn(shape, generator=generator).to(like.device, like.dtype) for shape in shapes
+        ]
+
     def probe(self, model: Any) -> list[Tensor]:
         """The hidden states of the first two scales, on random input."""
         blocks = list(model.blocks)
         modes = [(module, module.training) for module in model.modules()]
-        weight = blocks[0].attn.q_bias  # other weights may be quantised
-        generator = torch.Generator().manual_seed(0)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
-
         outputs = []
         try:
             for module, _ in modes:
                 module.training = False
-            with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-                cond = draw(2, model.D)
+            cond, *inputs = self.probe_inputs(model)
+            with torch.no_grad(), torch.autocast(cond.device.type, enabled=False):
                 shared = model.shared_ada_lin(cond)
                 for block in blocks:
                     block.attn.kv_caching(True)
-                for side in model.patch_nums[:2]:
-                    x = draw(2, side * side, model.C)
+                for x in inputs:
                     for block in blocks:
                         x = block(x=x, cond_BD=shared, attn_bias=None)
                     outputs.append(model.head_nm(x, cond))

@@ -123,22 +123,24 @@ def check_memory(op: str, arguments: dict[str, Any], apart: set[tuple[int, ...]]
     Args:
         apart: addresses that passed before with tensors of this signature; gains these.
     """
-    written = [name for name in WRITTEN if arguments.get(name) is not None]
+    pools = [x for x in map(arguments.get, WRITTEN) if x is not None]
     if not torch.is_inference_mode_enabled():
-        for name in written:
-            if arguments[name].is_inference():
+        for name, pool in zip(WRITTEN, pools):  # noqa: B905
+            if pool.is_inference():
                 raise ValueError(
                     f"{op}: {name} was made under torch.inference_mode() and must be written "
                     "there; got a call outside. Pass a clone"
                 )
-        increment_version([arguments[name] for name in written])
-    tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
-    addresses = tuple([x.data_ptr() for x in tensors.values()])
+        increment_version(pools)
+    # The arguments of both ops are tensors or None.
+    addresses = tuple([x.data_ptr() for x in arguments.values() if x is not None])
     if addresses in apart:
         return
-    for position, name in enumerate(written):
-        for other in (*written[position + 1 :], *(n for n in tensors if n not in WRITTEN)):
-            if share_memory(tensors[name], tensors[other]):
+    for position, (name, pool) in enumerate(zip(WRITTEN, pools)):  # noqa: B905
+        others = {n: x for n, x in arguments.items() if x is not None and n not in WRITTEN}
+        others.update(zip(WRITTEN[position + 1 :], pools[position + 1 :]))  # noqa: B905
+        for other, x in others.items():
+            if share_memory(pool, x):
                 raise ValueError(
                     f"{op}: {name} and {other} must not share memory, because {name} is written "
                     "in place; got tensors that overlap. Pass a clone"

@@ -136,7 +136,12 @@ class Op:
             check_name(self.title, args[self._backend])
         if self._inference_only and (torch.is_grad_enabled() or forward_ad._current_level >= 0):
             refuse_derivatives(self.title, *args)
-        return self.overload(*args)
+        try:
+            return self.overload(*args)
+        except NotImplementedError:
+            # Tensor subclasses (jagged ones under inference mode) raise it without a name.
+            self.check(*[args[i] for i in self._positions if i < len(args)])
+            raise
 
     def resolve(self, backend: str, *tensors: Any) -> str:
         """Check tensors and name the backend that serves them; in a graph ``backend`` as it is."""

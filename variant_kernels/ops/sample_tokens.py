@@ -159,10 +159,10 @@ def _launch(launcher: Launcher, arguments: dict[str, Any]) -> Tensor:
     logits_2BTV = arguments["logits_2BTV"]
     if arguments["seed"] is None:
         arguments["seed"] = int(torch.randint(2**63 - 1, ()))
-    if arguments["image_ids_B"] is None:
-        batch = logits_2BTV.shape[0] // 2
-        arguments["image_ids_B"] = torch.arange(batch, device=logits_2BTV.device)
-    return launcher(**arguments)
+    image_ids_B = arguments.pop("image_ids")
+    if image_ids_B is None:
+        image_ids_B = torch.arange(logits_2BTV.shape[0] // 2, device=logits_2BTV.device)
+    return launcher(**arguments, image_ids_B=image_ids_B)
 
 
 def _fake(logits: Tensor, *_: Any) -> Tensor:
@@ -171,7 +171,7 @@ def _fake(logits: Tensor, *_: Any) -> Tensor:
 
 sample_tokens_op = Op(
     "sample_tokens(Tensor logits_2BTV, float guidance, int top_k, float top_p, int? seed,"
-    " Tensor? image_ids_B, int position, Tensor? exponential_RV, str backend) -> Tensor",
+    " Tensor? image_ids, int position, Tensor? exponential_RV, str backend) -> Tensor",
     check=_check,
     request=_request,
     fake=_fake,

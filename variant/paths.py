@@ -1,0 +1,124 @@
+"""Paths that users give: looked at before anything is read. Imports no torch.
+
+A named pipe or a device under the name of a file would be read without end; :func:`open_regular` is
+the one place that opens a file for reading.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from typing import Any, BinaryIO, Literal
+
+from variant.errors import UserError
+
+MAX_TEXT_BYTES = 2**24  # of a config.json, an index of shards or a recipe
+SHOWN_CHARACTERS = 200  # of a path in a message
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """The path for a message: on one line, and shortened where it is very long."""
+    text = os.fspath(path)
+    if not text.isprintable():
+        text = repr(text)[1:-1]
+    half = SHOWN_CHARACTERS // 2
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:half]}...{text[-half:]}"
+
+
+def path_kind(path: str | os.PathLike[str]) -> Literal["file", "folder", "other"] | None:
+    """What is at a path, links followed: None where there is nothing.
+
+    Raises:
+        UserError: no path of this system: too long, with a NUL byte, a link to itself; or a folder
+            above it may not be entered.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shown(path)}: {_reason(error)}") from None
+    if stat.S_ISREG(mode):
+        return "file"
+    return "folder" if stat.S_ISDIR(mode) else "other"
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file for reading.
+
+    Raises:
+        UserError: missing, not readable, or no regular file; one line that names the path.
+    """
+    try:
+        _check_regular(path, os.stat(path).st_mode)
+        file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shown(path)}: {_reason(error)}") from None
+    try:
+        _check_regular(path, os.fstat(file.fileno()).st_mode)
+    except UserError:
+        file.close()
+        raise
+    return file
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """A text file in UTF-8 of at most 16 MiB.
+
+    Raises:
+        UserError: as :func:`open_regular`; too large, or not UTF-8.
+    """
+    with open_regular(path) as file:
+        try:
+            content = file.read(MAX_TEXT_BYTES + 1)
+        except OSError as error:
+            raise UserError(f"{shown(path)}: cannot be read: {_reason(error)}") from None
+    if len(content) > MAX_TEXT_BYTES:
+        raise UserError(f"{shown(path)}: must have at most {MAX_TEXT_BYTES:,} bytes; it is larger")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{shown(path)}: cannot be read as text in UTF-8: {error}") from None
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        UserError: as :func:`read_text`; no JSON, or nested too deeply.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise UserError(f"{shown(path)}: cannot be read as JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{shown(path)}: cannot be read as JSON: {error}") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Without waiting, should a named pipe have taken the file's place since it was looked at."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _check_regular(path: str | os.PathLike[str], mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
+        raise UserError(f"{shown(path)}: must be a regular file; it is {kind}")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, OSError):
+        return (error.strerror or str(error)).lower()
+    return str(error)
