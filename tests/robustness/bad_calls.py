@@ -25,8 +25,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from tests.robustness import forked
+import torch
+from torch import Tensor
+
+from tests.robustness import forked, mutations, subjects
 from tests.robustness.forked import Failed
+from tests.robustness.mutations import Spoilt
+from variant.errors import UserError
 
 MODULE = "tests.robustness.bad_calls"
 # Of each case, by the number of arguments that are spoilt.
@@ -80,9 +85,6 @@ class Generator:
     """
 
     def __init__(self, only: str | None = None, backend: str | None = None) -> None:
-        from tests.robustness import subjects
-
-        self.subjects = subjects
         names = sorted(subjects.public_names() - set(subjects.NOT_CALLED))
         if only:
             names = [name for name in names if any(part in name for part in only.split(","))]
@@ -94,24 +96,25 @@ class Generator:
     def call(self, seed: int, case: int) -> Call:
         rng = forked.rng_of(seed, case)
         name = rng.choice(self.names)
-        draw = self.subjects.Draw(rng, self.backends)
-        target, arguments = self.subjects.MAKERS[name](draw)
+        draw = subjects.Draw(rng, self.backends)
+        target, arguments = subjects.MAKERS[name](draw)
         # Arguments that the maker does not draw are given their defaults now and then.
         for parameter in inspect.signature(target).parameters.values():
-            given = parameter.name in arguments or parameter.name in self.subjects.NOT_GIVEN
+            given = parameter.name in arguments or parameter.name in subjects.NOT_GIVEN
             if not given and parameter.default is not parameter.empty and rng.random() < 0.15:
                 arguments[parameter.name] = parameter.default
         spoilt = []
+        kinds = {key: kind_of(key, value) for key, value in arguments.items()}
         for _ in range(rng.choice(SPOILT)):
-            change = self._spoil(rng, name, arguments)
+            change = self._spoil(rng, name, arguments, kinds)
             if change:
                 spoilt.append(change)
         return Call(name, target, arguments, draw.pools, spoilt)
 
-    def _spoil(self, rng: random.Random, name: str, arguments: dict[str, Any]):
+    def _spoil(
+        self, rng: random.Random, name: str, arguments: dict[str, Any], kinds: dict[str, str]
+    ) -> tuple[str, Spoilt] | None:
         """Change one argument in place; its name and what is known of the new value."""
-        from tests.robustness import mutations
-
         if not arguments:
             return None
         key = rng.choice(list(arguments))
@@ -129,12 +132,12 @@ class Generator:
             other = rng.choice(list(arguments))
             arguments[key] = arguments[other]
             return key, mutations.Spoilt(None, f"the object of {other}", extreme=True)
-        kind = kind_of(key, value)
-        if kind == "tensor":
+        kind = kinds.get(key, "any")
+        if isinstance(value, Tensor) and (kind == "tensor" or rng.random() < 0.5):
             spoilt = mutations.tensor(rng, value)
         else:
             spoilt = mutations.plain(rng, value, kind)
-        if (name, key) in FREE or name in self.subjects.RECORDS:
+        if (name, key) in FREE or name in subjects.RECORDS:
             spoilt.refuse = False
         arguments[key] = spoilt.value
         return key, spoilt
@@ -142,9 +145,8 @@ class Generator:
 
 def kind_of(name: str, value: Any) -> str:
     """What an argument takes: tensor, integer, real, choice, config (an own class) or any."""
-    import torch
 
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         # Tokens, labels and ids may be lists, too.
         return "any" if name in ("labels", "image_ids", "tokens_BL", "labels_B") else "tensor"
     if isinstance(value, bool) or name in ("depth", "labels", "values", "extra"):
@@ -161,22 +163,21 @@ def kind_of(name: str, value: Any) -> str:
 
 def check(generator: Generator, seed: int, case: int) -> None:
     """Make the call of a case.  Raises: Failed, or whatever the call must not raise."""
-    import torch
 
     torch.manual_seed(0)
     call = generator.call(seed, case)
-    is_op = generator.subjects.is_op(call.name)
+    is_op = subjects.is_op(call.name)
     before = _Memory(call) if is_op else None
     warnings.simplefilter("ignore")
     try:
         result = call.target(**call.arguments)
     except Exception as error:
-        if call.name not in generator.subjects.PARTS:
+        if call.name not in subjects.PARTS:
             _check_error(call, error)
         if before:
             before.check(written=False)
         return
-    if call.name in generator.subjects.PARTS:
+    if call.name in subjects.PARTS:
         return
     for key, spoilt in call.spoilt:
         if spoilt.refuse and key in call.arguments and call.arguments[key] is spoilt.value:
@@ -188,10 +189,6 @@ def check(generator: Generator, seed: int, case: int) -> None:
 
 
 def _check_error(call: Call, error: Exception) -> None:
-    import torch
-
-    from variant.errors import UserError
-
     text = str(error)
     gradient = any(spoilt.gradient for _, spoilt in call.spoilt)
     huge = any(spoilt.huge for _, spoilt in call.spoilt)
@@ -219,9 +216,7 @@ def _check_error(call: Call, error: Exception) -> None:
 
 @cache
 def _public() -> set[str]:
-    from tests.robustness.subjects import public_names
-
-    return {name.split(".")[0] for name in public_names()}
+    return {name.split(".")[0] for name in subjects.public_names()}
 
 
 def _is_large(value: Any) -> bool:
@@ -240,7 +235,6 @@ class _Memory:
     """The bytes of all arguments and of the guards before a call."""
 
     def __init__(self, call: Call) -> None:
-        import torch
 
         self.call = call
         self.bases = [(base, base.clone(), start, size) for base, start, size in call.pools]
@@ -257,13 +251,10 @@ class _Memory:
                 self.inputs.append((name, bytes_, bytes_.clone()))
 
     def check(self, written: bool) -> None:
-        import torch
 
         text = self.call.text
-        shared = {id(v) for v in self.call.arguments.values() if isinstance(v, torch.Tensor)}
-        aliased = len(shared) < sum(
-            isinstance(v, torch.Tensor) for v in self.call.arguments.values()
-        )
+        shared = {id(v) for v in self.call.arguments.values() if isinstance(v, Tensor)}
+        aliased = len(shared) < sum(isinstance(v, Tensor) for v in self.call.arguments.values())
         for name, now, then in self.inputs:
             if not torch.equal(now, then) and not aliased:
                 raise Failed(f"{text}: wrote to {name}, which is an input")
@@ -277,10 +268,9 @@ class _Memory:
 
 def _is_plain(value: Any) -> bool:
     """A dense tensor on the CPU."""
-    import torch
 
     return (
-        isinstance(value, torch.Tensor)
+        isinstance(value, Tensor)
         and value.device.type == "cpu"
         and value.layout == torch.strided
         and not value.is_nested
@@ -290,14 +280,13 @@ def _is_plain(value: Any) -> bool:
 
 def _is_comparable(call: Call) -> bool:
     """Whether backends must agree: finite arguments of usual size, on another backend."""
-    import torch
 
     if call.arguments.get("backend", "auto") == "reference":
         return False
     if any(spoilt.extreme or spoilt.huge for _, spoilt in call.spoilt):
         return False
     for value in call.arguments.values():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Tensor):
             if not _is_plain(value):
                 return False
             if value.is_floating_point() and value.numel():
@@ -309,7 +298,6 @@ def _is_comparable(call: Call) -> bool:
 
 def _check_result(generator: Generator, seed: int, case: int, call: Call, result: Any) -> None:
     """The reference backend's result and pools for the same arguments, up to rounding."""
-    import torch
 
     torch.manual_seed(0)
     again = generator.call(seed, case)
@@ -361,7 +349,7 @@ def main() -> int:
         folders.append(folder)
         made.append(Generator(arguments.only, arguments.backend))
         # Models are built once, before the children.
-        made[0].subjects.small_engine()
+        subjects.small_engine()
         os.chdir(folder.name)
         words = [("--only", arguments.only), ("--backend", arguments.backend)]
         return "".join(f" {option} {value}" for option, value in words if value)

@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,12 +244,13 @@ def _run(hostile: Hostile) -> tuple[int, str]:
     from variant.errors import UserError
 
     if hostile.loader is not None:
-        with standard_error() as read:
+        with standard_error(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             try:
                 hostile.loader()
-                return 0, read()
+                return 0, ""
             except UserError as error:
-                return 1, read() + f"variant: error: {error}"
+                return 1, f"variant: error: {error}"
             except Exception as error:
                 text = " ".join(str(error).split())[:200]
                 kind = type(error).__name__

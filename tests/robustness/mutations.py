@@ -197,10 +197,8 @@ def _every_other(rng: random.Random, t: Tensor) -> Tensor:
 
 
 def _negative(rng: random.Random, t: Tensor) -> Tensor:
-    if t.is_quantized:
-        raise TypeError(
-            "torch itself crashes when it computes a negative view of a quantised tensor"
-        )
+    if t.is_quantized or t.dtype == torch.bool or t.dtype.itemsize == 1:
+        raise TypeError("torch itself cannot compute it, and crashes for quantised tensors")
     return torch._neg_view(t)
 
 
