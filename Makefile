@@ -73,7 +73,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.ready
 
 generate: setup
 	@echo "== generating digits at every depth with the shipped supernet"
-	$(BIN)/variant generate --model digits --all-depths --count 1 --seed 0 --out out/digits.png
+	$(BIN)/variant generate --model digits --all-depths --count 1 --seed 0 --overwrite --out out/digits.png
 
 check: lint
 	@echo "== op tests of the reference and CPU backends"

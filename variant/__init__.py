@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
 from variant_kernels import __version__ as __version__
+
+# In place of typing's, which type checkers read alike: the command line can install its handlers of
+# signals only after this module, so it imports nothing.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from variant.accelerate_original import accelerate
@@ -50,9 +51,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module 'variant' has no attribute {name!r}")
+    import importlib
+
     value = getattr(importlib.import_module(f"variant.{_MODULES[name]}"), name)
     globals()[name] = value
     return value

@@ -30,14 +30,18 @@ from variant.tensor_files import (
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, and rename it to ``path`` if the block succeeds.
 
-    A block that raises leaves an existing file as it was.
+    A block that raises leaves an existing file as it was. A link stays: the file that it names is
+    replaced. A device, which a rename would replace by a file, is refused.
 
     Raises:
-        UserError: the folder cannot be written, or the disk is full.
+        UserError: the folder cannot be written, the disk is full, or ``path`` is no plain file.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_file():
+            raise UserError(f"{path}: cannot be written: is no plain file")
         try:
             yield temporary
         except (SafetensorError, RuntimeError) as error:
@@ -49,7 +53,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from variant.checkpoints.model_card import TAGS
 from variant.engine.engine import Engine, check_engine_dtype
-from variant.engine.generation import Generation, OnScale
+from variant.engine.generation import Generation, OnScale, PerScale
 from variant.engine.kv_dtype import KVDtype
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
@@ -51,12 +51,17 @@ class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
         *,
         depth: int | Sequence[int] | None = None,
         bridge: int | None = None,
-        cfg: float = 1.5,
+        cfg: PerScale = 1.5,
         top_k: int = 0,
         top_p: float = 0.0,
         seed: int | None = None,
         image_ids: Sequence[int] | Tensor | None = None,
         generator: torch.Generator | None = None,
+        temperature: PerScale = 1.0,
+        more_smooth: bool = False,
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+        log_probs: bool = False,
         dtype: torch.dtype | str | None = None,
         max_batch: int | None = None,
         on_scale: OnScale | None = None,
@@ -66,11 +71,13 @@ class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
         """Generates one image per label.
 
         Args:
-            labels: classes in [0, num_classes): a number, a list, or a (B,) integer tensor.
+            labels: classes in [0, num_classes): a number, a list, or a (B,) integer tensor. -1 and
+                ``num_classes`` are no class.
             depth: number of layers in the flexible zone, or a list of layers; None runs all layers.
             bridge: number of first scales that run all layers; None is the config's bridge.
             cfg: classifier-free guidance, in [0, 10000]. Its weight rises linearly from 0 at the
-                first scale to ``cfg`` at the last; 0 turns guidance off and halves the work.
+                first scale to ``cfg`` at the last; 0 turns guidance off and halves the work. A
+                list gives the weight of each scale.
             top_k: sample from the k most probable tokens; 0 keeps all.
             top_p: sample from the most probable tokens of this total probability; 0 keeps all.
             seed: in [0, 2^63); None draws one from torch's default generator. A seed and an image
@@ -80,20 +87,34 @@ class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
             image_ids: (B,) integers that select the random numbers of each image; None is 0..B-1.
             generator: draws as ``torch.multinomial`` does, like the original code; excludes seed.
                 The draws depend on the batch size, so give ``max_batch`` too.
+            temperature: in [0.0001, 10000], or one per scale: logits are divided by it before
+                guidance and filters. Below 1 likely tokens become likelier.
+            more_smooth: as in the original code, for looking at images: mixtures of codes (softmax
+                of filtered logits with Gumbel noise) make the images in place of the drawn tokens,
+                so that ``tokens`` do not decode to them.
+            tokens, mask: edit images: ``tokens`` (B, L), or (L,) for all images, are given, e.g. by
+                ``model.vae.encode``; ``mask`` says which stay (1, True) and which are drawn anew.
+                It is of tokens, (B, L) or (L,); or a map of any size, (H, W) or (B, H, W), that is
+                resized to every scale as in the original's zero-shot editing.
+            log_probs: return the log-probability of each token, drawn or kept, under the model:
+                the log-softmax of the conditional logits, before guidance, temperature and
+                filters. ``Engine.forced_log_probs`` gives it for given tokens.
             dtype: of weights, K/V and matrix products: float32, bfloat16 or float16, or its name;
                 None is the dtype of the weights.
             max_batch: images per batch; None is as many as fit into free memory by the cache plan.
             on_scale: called as ``on_scale(k, partial)`` after scale k of each batch, with a
                 :class:`variant.PartialResult`. It may return a shallower depth for the scales that
                 follow. Scales before ``bridge`` run all layers: a depth returned earlier is
-                postponed to scale ``bridge``.
+                postponed to scale ``bridge``, and ``stats.postponed`` lists the scale of the call.
             kv_dtype: "fp8" stores K and V in 8 bits; None is exact: ``dtype``.
             image_dtype: float32, or uint8: pixels rounded to 0..255, a quarter of the memory.
         Returns:
             :class:`variant.Generation`: ``images`` (B, 3, H, W) float32 in [0, 1], ``tokens``
             (B, L) int64 and ``stats``, a :class:`variant.Stats`; tensors are on the device of the
-            weights. ``pil()`` gives a list of PIL images.
+            weights. ``pil()`` gives a list of PIL images; ``labels``, ``image_ids`` and
+            ``log_probs`` (B, L) float32 (or None) belong to them.
         Raises:
+            TypeError: an argument of another type.
             ValueError: an argument out of range, or a backend that cannot run this call.
             MemoryError: not even one image fits, or ``max_batch`` images do not.
         """
@@ -107,6 +128,11 @@ class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
             seed=seed,
             image_ids=image_ids,
             generator=generator,
+            temperature=temperature,
+            more_smooth=more_smooth,
+            tokens=tokens,
+            mask=mask,
+            log_probs=log_probs,
             max_batch=max_batch,
             on_scale=on_scale,
             kv_dtype=kv_dtype,
@@ -119,12 +145,17 @@ class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
         *,
         depth: int | Sequence[int] | None = None,
         bridge: int | None = None,
-        cfg: float = 1.5,
+        cfg: PerScale = 1.5,
         top_k: int = 0,
         top_p: float = 0.0,
         seed: int | None = None,
         image_ids: Sequence[int] | Tensor | None = None,
         generator: torch.Generator | None = None,
+        temperature: PerScale = 1.0,
+        more_smooth: bool = False,
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+        log_probs: bool = False,
         dtype: torch.dtype | str | None = None,
         max_batch: int | None = None,
         on_scale: OnScale | None = None,
@@ -161,6 +192,11 @@ class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
             seed=seed,
             image_ids=image_ids,
             generator=generator,
+            temperature=temperature,
+            more_smooth=more_smooth,
+            tokens=tokens,
+            mask=mask,
+            log_probs=log_probs,
             max_batch=max_batch,
             on_scale=on_scale,
             kv_dtype=kv_dtype,

@@ -5,9 +5,8 @@ The names below are the public ones; ``python -m variant_kernels`` says what run
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+# In place of typing's, which type checkers read alike: see variant/__init__.py.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from variant_kernels.attention import VARiantAttention
     from variant_kernels.backends import available_backends, explain, use_backend
@@ -74,9 +73,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module 'variant_kernels' has no attribute {name!r}")
+    import importlib
+
     value = getattr(importlib.import_module(f"variant_kernels.{_MODULES[name]}"), name)
     globals()[name] = value
     return value

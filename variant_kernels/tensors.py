@@ -39,7 +39,7 @@ def share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.numel() == 0 or b.numel() == 0:
         return False
     try:
-        return np.shares_memory(_Addresses.of(a), _Addresses.of(b), max_work=10**6)
+        return np.shares_memory(_Addresses.of(a), _Addresses.of(b), max_work=10**6)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 

@@ -1,114 +1,44 @@
-"""The command line: printed text, written files, and errors for bad input."""
+"""The command line as a whole: help, version, wrong usage, errors and warnings of one line."""
 
+import os
 import re
 import subprocess
 import sys
-from pathlib import Path
+import time
+import warnings
 
-import numpy as np
 import pytest
 import torch
 from golden_models import load_golden
-from PIL import Image
-from small_models import small_model
 
 import variant
+from variant.cli import announce, messages
+from variant.cli import main as module
 from variant.cli.main import main
-from variant.cli.options import TrainVae
-from variant.cli.train import folder_of, resume_command
+from variant.cli.options import Bench, Generate, Plan
+from variant.cli.words import command_line
+from variant.errors import UserError
+
+COMMANDS = ["generate", "plan", "train", "train-vae", "bench", "convert", "info"]
 
 
-@pytest.fixture
-def model(tmp_path):
-    folder = tmp_path / "model"
-    small_model().save_pretrained(folder)
-    return str(folder)
+def process(*words, **options):
+    """A finished process of the command line; its streams are text unless given."""
+    options = {"capture_output": True, **options}
+    return subprocess.run(
+        [sys.executable, "-m", "variant.cli", *map(str, words)],
+        text=True, timeout=120, check=False, **options,
+    )  # fmt: skip
 
 
-def run(capsys, *words):
-    code = main([str(word) for word in words])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def test_generate_writes_a_grid_of_every_depth_and_prints_the_table(model, tmp_path, capsys):
-    out = tmp_path / "new" / "grid.png"
-    code, printed, _ = run(
-        capsys, "generate", "--model", model, "--labels", 0, 3, 4, "--all-depths", "--out", out
-    )
-    assert code == 0
-    sheet = Image.open(out)
-    step = 66 + 4  # 6 pixels enlarged elevenfold, and the gap
-    assert sheet.size == (56 + 3 * step + 4, 3 * step + 4)
-    rows = re.findall(
-        r"│\s+(\d)\s+│\s+([\d.]+)\s+│\s+[\d.]+\s+│\s+(\d+) KiB │\s+(\d+) KiB", printed
-    )
-    assert [row[0] for row in rows] == ["4", "3", "2"]
-    assert all(planned == allocated for _, _, planned, allocated in rows)
-    assert "ms per image" in printed
-
-
-def test_generate_writes_one_file_per_image_the_same_for_the_same_seed(model, tmp_path, capsys):
-    for name in ("a", "b"):
-        code, printed, _ = run(
-            capsys, "generate", "--model", model, "--labels", 2, 1, "--count", 2,
-            "--depth", 2, "--seed", 5, "--top-k", 9, "--out", tmp_path / name,
-        )  # fmt: skip
-        assert code == 0
-        assert f"wrote 4 images to {tmp_path / name}" in printed
-    files = sorted((tmp_path / "a").iterdir())
-    assert [f.name for f in files] == [
-        "00000_class2.png", "00001_class2.png", "00002_class1.png", "00003_class1.png",
-    ]  # fmt: skip
-    for file in files:
-        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
-    images = small_model().generate([2, 2, 1, 1], depth=2, seed=5, top_k=9, top_p=0.96).images
-    pixels = torch.from_numpy(np.array(Image.open(files[3]))).long().permute(2, 0, 1)
-    assert torch.equal(pixels, (images[3] * 255).round().long())
-
-
-def test_plan_prints_the_contracts_table(capsys):
-    code, printed, _ = run(capsys, "plan", "--model", "var-d30", "--batch", 64)
-    assert code == 0
-    numbers = [re.findall(r"[\d,.]+", line) for line in printed.splitlines() if "MiB │" in line]
-    assert [[n[0], n[2], n[3]] for n in numbers] == [
-        ["30", "19,125", "12,390"],
-        ["16", "11,394", "6,720"],
-        ["8", "6,977", "3,480"],
-        ["4", "4,768", "1,860"],
-        ["2", "3,664", "1,860"],
-    ]
-    code, printed, _ = run(capsys, "plan", "--memory", 24)
-    assert code == 0
-    assert "yes" in printed
-
-
-def test_plan_marks_depths_that_do_not_fit(model, capsys):
-    code, printed, _ = run(capsys, "plan", "--model", "var-d30", "--batch", 512, "--memory", 48)
-    assert code == 0
-    assert re.search(r"│\s+30 │.*│\s+no │", printed)
-    code, printed, _ = run(capsys, "plan", "--model", model, "--batch", 1)
-    assert code == 0
-    assert "bridge 1" in printed
-
-
-def test_info_describes_a_model(model, capsys):
-    code, printed, _ = run(capsys, "info", "--model", model)
-    assert code == 0
-    assert "4 layers, width 32, 2 heads, 5 classes; 3 scales (1, 2, 3), 14 tokens" in printed
-    assert "[0, 2, 3]" in printed
-
-
-def test_convert_works_in_both_directions(tmp_path, capsys):
+def test_convert_works_in_both_directions(tmp_path, run):
     golden = load_golden("shared_aln")
     var, vae, folder = tmp_path / "var.pth", tmp_path / "vae.pth", tmp_path / "folder"
     torch.save(golden.var_state, var)
     torch.save(golden.vae_state, vae)
-    assert run(capsys, "convert", "--var", var, "--vae", vae, "--out", folder)[0] == 0
+    assert run("convert", "--var", var, "--vae", vae, "--out", folder)[0] == 0
     back = tmp_path / "var2.pth", tmp_path / "vae2.pth"
-    code, printed, _ = run(
-        capsys, "convert", "--model", folder, "--to-var", back[0], "--to-vae", back[1]
-    )
+    code, printed, _ = run("convert", "--model", folder, "--to-var", back[0], "--to-vae", back[1])
     assert code == 0
     assert "which the original VAR code loads" in printed
     for path, state in zip(back, (golden.var_state, golden.vae_state), strict=True):
@@ -117,37 +47,135 @@ def test_convert_works_in_both_directions(tmp_path, capsys):
         assert all(torch.equal(written[key], state[key]) for key in state)
 
 
-def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, capsys):
+# --- help, version, usage -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples_and_every_option(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert re.search(rf"^Example: variant {command} ", text, re.MULTILINE)
+    assert len(re.findall(r"Example: ", text)) == len(re.findall(r"^Example: ", text, re.MULTILINE))
+    assert "--debug " in text
+    assert "None" not in text
+    assert "default: )" not in text
+
+
+def test_no_words_print_the_help(capsys):
+    texts = []
+    for words in ([], ["--help"], ["-h"]):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 0
+        texts.append(capsys.readouterr().out)
+    assert len(set(texts)) == 1
+    assert all(command in texts[0] for command in COMMANDS)
+    assert "--tyro-print-completion bash" in texts[0]
+
+
+def test_the_version_is_printed(run):
+    for word in ("--version", "-V"):
+        assert run(word)[:2] == (0, f"variant {variant.__version__}\n")
+
+
+def test_the_completion_script_is_printed():
+    done = process("--tyro-print-completion", "bash")
+    assert done.returncode == 0
+    assert "complete" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("generate --colour red", "generate: unrecognized options: --colour, red"),
+        ("generate --depht 2", "perhaps you meant --depth"),
+        ("generate --cfg abc", "generate: --cfg must be a number; got abc; see variant generate"),
+        ("generate --depth 1.5", "--depth must be an integer; got 1.5"),
+        ("generate --depth None", "--depth must be an integer; got None"),
+        ("generate --labels 1 x", "--labels must be integers; got 1 x"),
+        ("generate --dtype int8", "--dtype must be one of bfloat16, float16, float32; got int8"),
+        ("bench --dtype int8", "--dtype must be one of bfloat16, float16, float32; got int8"),
+        ("generate --cfg", "--cfg needs a value"),
+        ("generate --labels 3 --labels 4", "--labels is given twice"),
+        ("generate --top-k 3 --top_k=4", "--top-k is given twice"),
+        ("plan --guidance --no-guidance", "--no-guidance is given twice"),
+        ("plan extra", "plan: unrecognized options: extra"),
+        ("paint", "paint: no such command; commands: generate, plan, train, train-vae, bench"),
+        ("--model digits", "the command comes before --model"),
+        ("generate --out=", "generate: --out must not be empty"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exits_with_2(words, message, run):
+    code, printed, error = run(*words.split())
+    assert (code, printed) == (2, "")
+    assert error.startswith("variant: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not set("│╭╰─") & set(error)
+
+
+def test_empty_words_are_refused(run):
+    for words in (("generate", "--out", ""), ("info", "--model", ""), ("plan", "")):
+        code, _, error = run(*words)
+        assert code == 2
+        assert "must not be empty" in error
+        assert error.count("\n") == 1
+
+
+def test_help_does_not_import_torch():
+    script = "import sys; import variant.cli.main; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_all_public_names_can_be_imported():
+    assert all(getattr(variant, name).__name__ == name for name in variant.__all__)
+    assert set(variant.__all__) <= set(dir(variant))
+
+
+def test_a_command_can_be_printed():
+    assert command_line("generate", Generate()) == "variant generate"
+    command = Generate(labels=(3, 1), depth=2, out="my out", overwrite=True)
+    assert command_line("generate", command, resume=True, overwrite=False) == (
+        "variant generate --labels 3 1 --depth 2 --out 'my out' --resume"
+    )
+    assert command_line("plan", Plan(guidance=False)) == "variant plan --no-guidance"
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, run):
     out = tmp_path / "out"
     (tmp_path / "file").write_text("")
     command = ("generate", "--model", model, "--out", out)
     for words, message in (
-        ((*command, "--labels", 5), r"labels must be in \[0, 5\); got 5"),
-        ((*command, "--depth", 9), r"depth must be an integer in \[2, 4\] .*; got 9"),
-        ((*command, "--depth", 2, "--bridge", 7), r"bridge must be an integer in \[0, 3\]; got 7"),
-        ((*command, "--count", 0), "--count must be at least 1; got 0"),
-        ((*command, "--cfg", -1), r"cfg must be in \[0, 10000\]"),
-        ((*command, "--bridge", 99), r"bridge must be an integer in \[0, 3\]; got 99"),
+        ((*command, "--labels", 6), r"generate: --labels must be .*; got 6"),
+        ((*command, "--depth", 9), r"generate: --depth must be an integer in \[2, 4\] .*; got 9"),
+        ((*command, "--depth", 2, "--bridge", 7), r"--bridge must be an integer in .*; got 7"),
+        ((*command, "--count", 0), r"--count must be an integer in \[1, 100000000\]; got 0"),
+        ((*command, "--cfg", -1), r"generate: --cfg must be .*\[0, 10000\].*; got -1"),
+        ((*command, "--bridge", 99), r"generate: --bridge must be an integer in \[0, 3\]; got 99"),
         (("plan", "--memory", "nan"), "--memory must be positive and finite"),
         (
             ("convert", "--model", model, "--to-var", "x.pth", "--to-vae", "x.pth"),
             "must be two files",
         ),
-        ((*command, "--top-p", 2), r"top_p must be in \[0, 1\]"),
+        ((*command, "--top-p", 2), r"generate: --top-p must be .*\[0, 1\].*; got 2"),
         ((*command, "--depth", 2, "--all-depths"), "exclude each other"),
         (("generate", "--model", tmp_path / "none"), "none: no such model"),
         (("generate", "--model", model, "--out", tmp_path / "x.jpg"), "folder or end in .png"),
         (("generate", "--model", model, "--out", tmp_path / "file" / "x"), "cannot be written"),
-        (("generate", "--model", model, "--out", ""), "must name a folder"),
         (("plan", "--model", "var-d31"), "var-d31: no such model"),
-        (("plan", "--batch", 0), "--batch must be at least 1"),
-        (("plan", "--bridge", 11), r"bridge must be an integer in \[0, 10\]; got 11"),
-        (("plan", "--page-size", 0), "page_size must be an integer"),
+        (("plan", "--batch", 0), "plan: --batch must be an integer"),
+        (("plan", "--bridge", 11), r"plan: --bridge must be an integer in \[0, 10\]; got 11"),
+        (("plan", "--page-size", 0), "plan: --page-size must be an integer"),
         (("info", "--model", tmp_path), "has no config.json"),
         (("convert", "--var", "a", "--vae", "b"), "give --out FOLDER, or --to-var and --to-vae"),
         (("train", "--recipe", "nonsense"), "nonsense: no such recipe"),
     ):
-        code, printed, error = run(capsys, *words)
+        code, printed, error = run(*words)
         assert code == 1, words
         assert re.search(message, error), (words, error)
         assert error.startswith("variant: error: ")
@@ -156,68 +184,127 @@ def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_file_names_may_contain_brackets_and_dots(model, tmp_path, capsys):
-    (tmp_path / "out.v2").mkdir()
-    for name in ("o[red]y", "o[/x]", "out.v2"):
-        code, printed, _ = run(
-            capsys, "generate", "--model", model, "--labels", 1, "--out", tmp_path / name
-        )
-        assert code == 0
-        assert f"wrote 1 images to {tmp_path / name}" in printed
-        assert len(list((tmp_path / name).iterdir())) == 1
+def test_debug_shows_the_traceback(model, run):
+    for words in (("generate", "--model", model, "--labels", 9, "--debug"),):
+        code, _, error = run(*words)
+        assert code == 1
+        assert "Traceback" in error
 
 
-def test_a_folder_without_a_model_does_not_hide_a_packaged_one(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "digits").mkdir()
-    assert run(capsys, "info", "--model", "digits")[0] == 0
+def test_messages_name_the_option_and_the_command():
+    for command, text, expected in (
+        ("generate", "select_layers: depth must be 2", "generate: --depth must be 2"),
+        ("generate", "VAR.schedule: bridge must be given", "generate: --bridge must be given"),
+        ("plan", "CachePlan: page_size must be 1", "plan: --page-size must be 1"),
+        ("bench", "select_layers: depth must be 2", "bench: --depths must be 2"),
+        ("generate", "depth must be one of 2", "generate: --depth must be one of 2"),
+        ("generate", "CachePlan: page_size must be 1", "CachePlan: page_size must be 1"),
+        ("train", "a.toml: model.depth must be 3", "a.toml: model.depth must be 3"),
+        ("train-vae", "recipe: seed must be 3", "train-vae: --seed must be 3"),
+    ):
+        assert messages.in_options(text, command) == expected
 
 
-def test_debug_shows_the_traceback(model, capsys):
-    code, _, error = run(capsys, "generate", "--model", model, "--labels", 5, "--debug")
-    assert code == 1
-    assert "Traceback" in error
-
-
-def test_too_little_memory_is_one_line(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("variant.engine.engine.free_bytes", lambda device: 10)
-    code, _, error = run(capsys, "generate", "--model", model, "--out", tmp_path / "out")
-    assert code == 1
-    assert "are free; use a smaller depth" in error
-
-
-@pytest.mark.parametrize("command", ["generate", "plan", "train", "train-vae", "convert", "info"])
-def test_every_command_has_help_with_an_example(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0
-    assert f"Example: variant {command}" in capsys.readouterr().out
-
-
-def test_wrong_usage_exits_with_2(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["generate", "--colour", "red"])
-    assert stop.value.code == 2
-
-
-def test_help_does_not_import_torch():
-    script = "import sys; import variant.cli; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
-
-
-def test_the_version_is_printed(capsys):
-    for word in ("--version", "-V"):
-        assert run(capsys, word)[:2] == (0, f"variant {variant.__version__}\n")
-
-
-def test_all_public_names_can_be_imported():
-    assert all(getattr(variant, name).__name__ == name for name in variant.__all__)
-    assert set(variant.__all__) <= set(dir(variant))
-
-
-def test_a_stopped_run_prints_the_command_that_resumes_it():
-    command = TrainVae(recipe="my recipes/tiny.toml", seed=3)
-    assert folder_of(command) == Path("runs/tiny")
-    assert resume_command("train-vae", command) == (
-        "variant train-vae --recipe 'my recipes/tiny.toml' --out runs/tiny --seed 3 --resume"
+def test_any_error_becomes_one_printable_line():
+    text = messages.one_line(ValueError("a\nb\x1b[31m\udcff"), "plan")
+    assert text == "a b\\x1b[31m\\udcff"
+    assert messages.one_line(KeyError("x"), "plan") == "KeyError: 'x' (--debug shows where)"
+    assert messages.one_line(OSError(36, "File name too long", "abc"), "plan") == (
+        "abc: File name too long"
     )
+    assert len(messages.one_line(UserError("x" * 10**6), "plan")) < 3000
+    assert "memory" in messages.one_line(MemoryError(), "plan")
+
+
+def test_warnings_of_libraries_are_one_line(run, monkeypatch):
+    def warn(command):
+        warnings.warn("first\n  second", RuntimeWarning, stacklevel=1)
+        warnings.warn("third", stacklevel=1)
+
+    monkeypatch.setattr(module, "function_of", lambda command: warn)
+    before = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, _, error = run("plan")
+    assert code == 0
+    assert error == "variant: warning: first second\nvariant: warning: third\n"
+    assert warnings.showwarning is before
+
+
+def test_an_interrupt_that_a_library_turned_into_its_own_error_is_one(run, monkeypatch):
+    def work(command):
+        raise ImportError("numpy failed to import")
+
+    monkeypatch.setattr(module, "function_of", lambda command: work)
+    assert run("plan")[0] == 1
+    monkeypatch.setattr("variant.cli.signals._received", [15])
+    code, _, error = run("plan")
+    assert (code, error) == (143, "variant: stopped.\n")
+
+
+# --- first line, streams ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "plan"])
+def test_the_first_line_comes_before_torch(command):
+    script = (
+        "import sys\n"
+        "from variant.cli import main\n"
+        "def function_of(command):\n"
+        "    sys.stdout.flush()\n"
+        "    sys.exit('torch' in sys.modules)\n"
+        "main.function_of = function_of\n"
+        "main.main(sys.argv[1:])\n"
+    )
+    words = ["--var", "a", "--vae", "b", "--out", "c"] if command == "convert" else []
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", script, command, *words],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{command}: ")
+    assert done.stdout.count("\n") == 1
+    assert time.monotonic() - begun < 20  # 0.3 s on an idle core
+
+
+def test_the_first_line_says_what_is_about_to_happen():
+    assert announce.first_line(Generate(depth=2, device="cuda")) == (
+        "generate: digits, depth 2, dtype of the weights, cuda, to out"
+    )
+    assert announce.first_line(Bench(dtype=("float32", "bfloat16"))) == (
+        "bench: digits, batch 1, 8, float32, bfloat16, cpu, 5 rounds"
+    )
+
+
+def test_a_terminal_of_ascii_only(model, tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    words = ("generate", "--model", model, "--labels", 1, "--out", tmp_path / "ü図")
+    done = process(*words, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "ü図" / "00000_class1.png").exists()
+    assert done.stdout.isascii()
+    done = process("plan", "--model", "ü図", env=environment)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.isascii()
+
+
+def test_a_closed_or_full_standard_output_is_one_line():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full, os.fdopen(writer, "w") as closed:
+        for target, words in ((full, ()), (closed, ()), (full, ("--json", "-"))):
+            done = process("plan", *words, stdout=target, stderr=subprocess.PIPE,
+                           capture_output=False)  # fmt: skip
+            assert done.returncode == 1
+            assert done.stderr.startswith("variant: error: standard output: ")
+            assert done.stderr.count("\n") == 1
+        done = process("plan", "--batch", 0, stderr=full, stdout=subprocess.PIPE,
+                       capture_output=False)  # fmt: skip
+        assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_streams_may_be_missing():
+    script = f"exec {sys.executable} -m variant.cli plan >&- 2>&-"
+    assert subprocess.run(["sh", "-c", script], check=False).returncode == 0

@@ -1,13 +1,18 @@
 """Training images: augmentation, reproducibility, unreadable files."""
 
+import os
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from variant.data.augment import RAND_AUGMENT_OPS, distort, mixup, rand_augment
 from variant.data.config import DataSection
-from variant.data.images import FolderData, list_images, stream
+from variant.data.images import ORIENTATION, FolderData, list_images, stream, upright
+from variant.data.sources import class_digests, differing_classes
 from variant.errors import UserError
 
 
@@ -136,3 +141,110 @@ def test_unsuitable_and_unreadable_images_are_named(folder, monkeypatch):
     GRADIENT.save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     refuse("is not a readable image: Image size")
+
+
+def corners(image):
+    """The brightness of an image's quarters, 0 to 3."""
+    values = np.asarray(image.convert("L").resize((2, 2), Image.Resampling.BOX))
+    return np.round(values / 80).astype(int).tolist()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_images_are_turned_upright_as_pillow_does(tmp_path, orientation, suffix):
+    image = Image.new("RGB", (32, 48))
+    for index, (left, top) in enumerate(((0, 0), (16, 0), (0, 24), (16, 24))):
+        image.paste((80 * index,) * 3, (left, top, left + 16, top + 24))
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    path = tmp_path / f"image.{suffix}"
+    image.save(path, exif=exif)
+    with Image.open(path) as opened:
+        turned, expected = upright(opened), ImageOps.exif_transpose(opened)
+    assert turned.size == expected.size == ((32, 48) if orientation < 5 else (48, 32))
+    assert corners(turned) == corners(expected)
+    assert (corners(turned) == [[0, 1], [2, 3]]) == (orientation == 1)
+
+
+def test_training_and_held_out_images_are_turned_upright(folder):
+    plain = open_folder(folder)
+    expected = [plain.train([0], epoch=1)[0], plain.held_out_paths]
+    path = Path(folder) / "a" / "0.PNG"
+    exif = Image.Exif()
+    exif[ORIENTATION] = 3
+    with Image.open(path) as image:
+        image.rotate(180).save(path, exif=exif)
+    data = open_folder(folder)
+    assert torch.equal(data.train([0], epoch=1)[0], expected[0])
+    index = data.held_out_paths.index(path)
+    path.write_bytes(path.read_bytes())
+    with Image.open(path) as image:
+        ImageOps.exif_transpose(image).save(path)
+    assert torch.equal(data.held_out([index])[0], open_folder(folder).held_out([index])[0])
+
+
+def test_a_damaged_exif_orientation_is_ignored(tmp_path):
+    path = tmp_path / "image.jpg"
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    GRADIENT.save(path, exif=exif)
+    content = path.read_bytes()
+    start = content.index(b"Exif\0\0") + 6
+    for damage in (b"\xff" * 8, b"II*\0\xff\xff\xff\x7f", b"MM\0*\0\0\0\x08\xff\xff\xff\xff"):
+        path.write_bytes(content[:start] + damage + content[start + len(damage) :])
+        with Image.open(path) as image:
+            assert upright(image).size == GRADIENT.size
+
+
+def test_hidden_folders_and_files_are_passed_over(folder):
+    (Path(folder) / ".ipynb_checkpoints").mkdir()
+    GRADIENT.save(Path(folder) / ".ipynb_checkpoints" / "0-checkpoint.png")
+    (Path(folder) / "a" / "._0.png").write_bytes(b"\0\x05\x16\x07")
+    (Path(folder) / ".DS_Store").write_bytes(b"")
+    paths, _, classes = list_images(folder)
+    assert classes == ["a", "b"]
+    assert len(paths) == 6
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "broken link"])
+def test_an_image_that_is_no_regular_file_is_refused_before_the_run(folder, kind):
+    path = Path(folder) / "b" / "9.png"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"b/9.png: must be a regular file"):
+        open_folder(folder)
+
+
+def test_an_image_that_would_be_enlarged_beyond_memory_is_refused(folder):
+    Image.new("RGB", (1, 60000)).save(Path(folder) / "a" / "0.PNG")
+    data = FolderData(
+        DataSection("folder", train=folder, held_out=folder), image_size=256, channels=3, seed=0
+    )
+    with pytest.raises(UserError, match=r"0.PNG: is too narrow: 1 x 60000 pixels would become"):
+        data.train([0], epoch=0)
+
+
+def test_the_digest_follows_paths_sizes_and_classes_but_not_the_place(folder, tmp_path):
+    data = open_folder(folder)
+    moved = shutil.copytree(folder, tmp_path / "elsewhere" / "moved")
+    assert open_folder(str(moved)).digest() == data.digest()
+    assert sorted(data.class_digests()) == ["held_out/a", "held_out/b", "train/a", "train/b"]
+    with (moved / "b" / "1.PNG").open("ab") as file:
+        file.write(b"\0")
+    changed = open_folder(str(moved))
+    assert changed.digest() != data.digest()
+    assert differing_classes(data.class_digests(), class_digests(changed)) == [
+        "held_out/b",
+        "train/b",
+    ]
+    (moved / "b").rename(moved / "c")
+    assert differing_classes(data.class_digests(), open_folder(str(moved)).class_digests()) == [
+        "held_out/b",
+        "held_out/c",
+        "train/b",
+        "train/c",
+    ]

@@ -264,7 +264,7 @@ def test_undecoded_tokens_can_be_decoded_later():
     assert torch.equal(whole.tokens, tokens.tokens)
     assert tokens.images.shape == (0, 3, 6, 6)
     torch.testing.assert_close(engine.decode(tokens.tokens), whole.images, atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match=r"decode: tokens_BL must be \(1, 14\); got"):
+    with pytest.raises(ValueError, match=r"decode: tokens_BL must be \(B, 14\); got \(1, 3\)"):
         engine.decode(tokens.tokens[:1, :3])
 
 
@@ -272,7 +272,7 @@ def test_logits_in_parts_draw_the_same_tokens(monkeypatch):
     model = small_model()
     whole = Engine(model.var, model.vae).generate([1, 2, 3, 4, 0], seed=0)
     unguided = Engine(model.var, model.vae).generate([1, 2, 3, 4, 0], seed=0, cfg=0.0)
-    monkeypatch.setattr("variant.engine.step_loop.LOGITS_BYTES", 2 * 2 * 9 * 24 * 4)
+    monkeypatch.setattr("variant.engine.drawing.LOGITS_BYTES", 2 * 2 * 9 * 24 * 4)
     assert same(Engine(model.var, model.vae).generate([1, 2, 3, 4, 0], seed=0), whole)
     assert same(Engine(model.var, model.vae).generate([1, 2, 3, 4, 0], seed=0, cfg=0.0), unguided)
 

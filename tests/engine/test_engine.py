@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from golden_models import NAMES, golden_engine, golden_models, load_golden
@@ -127,6 +128,51 @@ def test_switching_between_scales_equals_the_schedule_given_at_once():
         )
 
 
+@pytest.mark.parametrize(
+    ("depth", "error", "message"),
+    [
+        (
+            6,
+            ValueError,
+            r"depth can only fall within an image.*\[0, 3, 5\]; got \[0, 1, 2, 3, 4, 5",
+        ),
+        (
+            [0, 4, 5],
+            ValueError,
+            r"can only fall.* to run at scale 5, \[0, 3, 5\]; got \[0, 4",
+        ),
+        (4, ValueError, r"one that the model was trained at \(3 or 6\); got 4"),
+        (9, ValueError, "depth must be an integer in"),
+        ("3", TypeError, "depth must be an integer in"),
+    ],
+)
+def test_a_depth_that_cannot_follow_raises(depth, error, message):
+    _, engine = golden_engine("plain")
+    with pytest.raises(error, match=f"^generate: on_scale after scale 4: .*{message}"):
+        engine.generate(1, depth=3, bridge=4, on_scale=lambda k, partial: depth if k == 4 else None)
+    with pytest.raises(ValueError, match=r"can only fall .* at scale 4, \[0, 5\]; got \[0, 3"):
+        engine.generate(1, depth=[0, 5], bridge=4, on_scale=lambda k, p: 3 if k == 1 else None)
+    # The engine stays usable, and a depth after the last scale asks for nothing.
+    result = engine.generate(1, seed=0, depth=3, on_scale=lambda k, p: 6 if k == 6 else None)
+    assert torch.equal(result.tokens, engine.generate(1, seed=0, depth=3).tokens)
+
+
+def test_a_postponed_depth_is_in_the_stats():
+    _, engine = golden_engine("plain")
+
+    def stats(bridge, **depths):
+        return engine.generate(
+            1, bridge=bridge, on_scale=lambda k, partial: depths.get(f"after_{k}")
+        ).stats
+
+    early = stats(4, after_1=3)
+    assert (early.depths, early.postponed) == ((6, 6, 6, 6, 3, 3, 3), (1,))
+    assert stats(4, after_0=3, after_1=3, after_2=3).postponed == (0,)
+    for on_time in (stats(4, after_3=3), stats(2, after_1=3), stats(4, after_1=6)):
+        assert on_time.postponed == ()
+    assert engine.generate(1).stats.postponed == ()
+
+
 def test_partial_results_grow_and_decode():
     _, engine = golden_engine("no_l2norm")
     seen = []
@@ -162,39 +208,113 @@ def test_weights_changed_in_place_are_cast_again():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "error", "message"),
     [
-        ({"labels": [10]}, r"labels must be in \[0, 10\); got 10"),
-        ({"labels": []}, "labels must be one or more integers"),
-        ({"labels": [0.5]}, "labels must be integers; got float32"),
-        ({"labels": None}, "labels must be integers; got None"),
-        ({"labels": [True]}, "labels must be integers; got bool"),
-        ({"labels": 0, "bridge": 99}, r"bridge must be an integer in \[0, 7\]; got 99"),
-        ({"labels": 0, "bridge": "x"}, r"bridge must be an integer in \[0, 7\]; got 'x'"),
+        ({"labels": [11]}, ValueError, r"labels must be in \[0, 10\), or -1 or 10 for .*; got 11"),
+        ({"labels": [0, -2]}, ValueError, r"labels must be in \[0, 10\), .*; got -2"),
+        ({"labels": []}, ValueError, "labels must be one or more integers"),
+        ({"labels": [0.5]}, TypeError, "labels must be integers; got float32"),
+        ({"labels": None}, TypeError, "labels must be integers of 64 bits; got NoneType"),
+        ({"labels": [2**70]}, TypeError, "labels must be integers of 64 bits; got list"),
+        ({"labels": [1j]}, TypeError, "labels must be integers; got complex64"),
+        ({"labels": [True]}, TypeError, "labels must be integers; got bool"),
+        ({"bridge": 99}, ValueError, r"bridge must be an integer in \[0, 7\]; got 99"),
+        ({"bridge": "x"}, TypeError, r"bridge must be an integer in \[0, 7\]; got 'x'"),
+        ({"depth": 3, "bridge": 8}, ValueError, r"bridge must be an integer in \[0, 7\]; got 8"),
         (
-            {"labels": 0, "depth": 2},
+            {"depth": 2},
+            ValueError,
             r"trained at \(3 or 6\); got 2. A list of layers, such as \[0, 5\]",
         ),
-        ({"labels": 0, "depth": 2.5}, r"depth must be .*or a list of layers; got 2.5"),
-        ({"labels": 0, "depth": [0, 1.7, 5]}, r"a list of layers\[1\] must be an integer; got 1.7"),
-        ({"labels": 0, "top_k": 2.5}, "top_k must be an integer >= 0"),
-        ({"labels": 0, "seed": 1.5}, "seed must be an integer in"),
-        ({"labels": 0, "cfg": 1e39}, r"cfg must be in \[0, 10000\]"),
-        ({"labels": 0, "image_ids": [0.7]}, "image_ids must be integers"),
-        ({"labels": 0, "depth": 9}, r"depth must be an integer in \[2, 6\] \(a number of layers\)"),
-        ({"labels": 0, "depth": 3, "bridge": 8}, r"bridge must be an integer in \[0, 7\]; got 8"),
-        ({"labels": 0, "cfg": torch.tensor(1.5)}, r"cfg must be in \[0, 10000\]; got tensor"),
-        ({"labels": 0, "cfg": -1.0}, r"cfg must be in \[0, 10000\]; got -1.0"),
-        ({"labels": 0, "top_p": 1.5}, r"top_p must be in \[0, 1\]"),
-        ({"labels": 0, "seed": -1}, "seed must be an integer in"),
-        ({"labels": 0, "max_batch": 0}, "max_batch must be an integer >= 1"),
-        ({"labels": 0, "image_ids": [1, 2]}, r"one id per label \(1\); got \(2,\)"),
+        (
+            {"depth": 2.5},
+            TypeError,
+            "depth must be an integer .*or a list of layers; got 2.5",
+        ),
+        ({"depth": [0, 1.7, 5]}, TypeError, r"layers\[1\] must be an integer; got 1.7"),
+        ({"depth": [0, 3]}, ValueError, r"layers must start with 0 and end with 5; got \[0, 3\]"),
+        ({"depth": 9}, ValueError, r"depth must be an integer in \[2, 6\] .*; got 9"),
+        ({"depth": True}, TypeError, "depth must be an integer"),
+        ({"depth": [[0, 5]]}, TypeError, r"layers\[0\] must be an integer"),
+        ({"top_k": 2.5}, TypeError, r"top_k must be an integer in .* \(0 keeps all\); got 2.5"),
+        ({"top_k": True}, TypeError, "top_k must be an integer"),
+        ({"top_k": -1}, ValueError, "top_k must be an integer .*; got -1"),
+        ({"top_p": 1.5}, ValueError, r"top_p must be a finite number in \[0, 1\]"),
+        ({"top_p": float("nan")}, ValueError, r"top_p must be a finite number in \[0, 1\]"),
+        ({"top_p": None}, TypeError, r"top_p must be a finite number in \[0, 1\]"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer in"),
+        ({"seed": -1}, ValueError, "seed must be an integer in"),
+        ({"seed": 2**63}, ValueError, "seed must be an integer in"),
+        ({"cfg": 1e39}, ValueError, r"cfg must be a finite number in \[0, 10000\]"),
+        ({"cfg": -1.0}, ValueError, r"cfg must be a finite number in \[0, 10000\]; got -1.0"),
+        ({"cfg": "1.5"}, TypeError, "cfg must be a finite number"),
+        ({"cfg": [1.0, 2.0]}, ValueError, r"cfg must be one number, or one per scale \(7\); got 2"),
+        ({"cfg": []}, ValueError, "cfg must be one number, or one per scale; got none"),
+        ({"cfg": [1.0] * 6 + [-2]}, ValueError, r"cfg\[6\] must be a finite number"),
+        ({"cfg": torch.ones(2, 2)}, TypeError, r"cfg\[0\] must be a finite number"),
+        ({"temperature": 0}, ValueError, r"temperature must be .* in \[0.0001, 10000\] \(top_k=1"),
+        ({"temperature": [1.0] * 8}, ValueError, r"temperature must be one number, .*\(7\); got 8"),
+        ({"more_smooth": "yes"}, TypeError, "more_smooth must be True or False; got 'yes'"),
+        ({"more_smooth": 1}, TypeError, "more_smooth must be True or False; got 1"),
+        ({"log_probs": None}, TypeError, "log_probs must be True or False; got None"),
+        ({"decode": "no"}, TypeError, "decode must be True or False; got 'no'"),
+        ({"log_probs": True, "more_smooth": True}, ValueError, "log_probs and more_smooth exclude"),
+        ({"max_batch": 0}, ValueError, "max_batch must be an integer >= 1; got 0"),
+        ({"image_ids": [0.7]}, TypeError, "image_ids must be integers"),
+        ({"image_ids": [1, 2]}, ValueError, r"one id per label \(1\); got \(2,\)"),
+        ({"generator": 7}, TypeError, "generator must be of type Generator; got 7"),
+        ({"on_scale": 7}, TypeError, r"on_scale must be a function of \(scale, partial\); got int"),
+        ({"kv_dtype": "fp4"}, ValueError, "kv_dtype must be None"),
+        ({"depht": 2}, TypeError, "got an unexpected argument 'depht'"),
     ],
 )
-def test_bad_arguments_raise_with_their_name_and_value(arguments, message):
+def test_bad_arguments_raise_with_their_name_and_value(arguments, error, message):
     _, engine = golden_engine("plain")
-    with pytest.raises((TypeError, ValueError), match=message):
-        engine.generate(**arguments)
+    with pytest.raises(error, match=f"^generate: .*{message}") as caught:
+        engine.generate(**{"labels": 0, **arguments})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor, np.array])
+def test_integers_of_numpy_and_torch_are_taken(kind):
+    _golden, engine = golden_engine("plain")
+    plain = {"labels": 3, "depth": 3, "bridge": 4, "top_k": 40, "seed": 7, "max_batch": 2}
+    expected = engine.generate(**plain).tokens
+    assert torch.equal(engine.generate(**{n: kind(v) for n, v in plain.items()}).tokens, expected)
+    layers = kind([0, 3, 5]) if kind in (torch.tensor, np.array) else [kind(v) for v in (0, 3, 5)]
+    assert torch.equal(engine.generate(**{**plain, "depth": layers}).tokens, expected)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, torch.tensor, np.array, str])
+def test_numbers_of_numpy_and_torch_are_taken(kind):
+    _, engine = golden_engine("plain")
+    plain = {"cfg": 2.5, "top_p": 0.5, "temperature": 0.75}
+    given = {name: kind(value) for name, value in plain.items()}
+    if kind is str:
+        with pytest.raises(TypeError):
+            engine.generate(1, seed=0, **given)
+        return
+    expected = engine.generate(1, seed=0, **plain).tokens
+    assert torch.equal(engine.generate(1, seed=0, **given).tokens, expected)
+    scales = {"cfg": [2.5] * 7, "temperature": [0.75] * 7}
+    given = {
+        n: kind(v) if kind in (torch.tensor, np.array) else [kind(x) for x in v]
+        for n, v in scales.items()
+    }
+    expected = engine.generate(1, seed=0, **scales).tokens
+    assert torch.equal(engine.generate(1, seed=0, **given).tokens, expected)
+
+
+def test_no_tokens_decode_to_no_images():
+    golden, engine = golden_engine("plain")
+    tokens = golden.tensors["tokens_in"]
+    images = engine.decode(tokens)
+    nothing = engine.decode(tokens[:0])
+    assert (nothing.shape, nothing.dtype) == ((0, *images.shape[1:]), images.dtype)
+    with pytest.raises(TypeError, match="decode: tokens_BL must be integers; got float32"):
+        engine.decode(tokens.float())
+    with pytest.raises(ValueError, match=r"decode: tokens_BL must be \(B, 155\); got \(\)"):
+        engine.decode(5)
 
 
 def test_seed_and_generator_exclude_each_other():
@@ -257,7 +377,7 @@ def test_unsupported_backends_dtypes_and_page_sizes_raise_at_construction():
         Engine(var, vae, backend="nope")
     with pytest.raises(ValueError, match='backend "cpu" cannot run this call: dtype float16'):
         Engine(var, vae, backend="cpu", dtype=torch.float16)
-    with pytest.raises(ValueError, match="page_size must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="page_size must be an integer >= 1; got 0"):
         Engine(var, vae, page_size=0)
 
 

@@ -1,5 +1,6 @@
 """Free memory and the batch size that fits into it."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,13 +42,15 @@ def test_a_batch_is_limited_by_the_request_the_caller_and_memory(
 
 
 def test_a_batch_size_is_a_plain_integer():
-    assert type(batch_size(5, True, per_image=10, fixed=10, available=1000)) is int
+    for value in (np.int64(3), torch.tensor(3)):
+        size = batch_size(5, value, per_image=10, fixed=10, available=1000)
+        assert (type(size), size) == (int, 3)
 
 
 def test_a_batch_that_does_not_fit_raises():
     for max_batch, available in ((None, 19), (3, 39)):
         with pytest.raises(MemoryError, match=f"generate: {max_batch or 1} image"):
             batch_size(5, max_batch, per_image=10, fixed=10, available=available)
-    for max_batch in (0, 1.5):
-        with pytest.raises(ValueError, match="max_batch must be an integer >= 1"):
+    for max_batch, error in ((0, ValueError), (1.5, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="max_batch must be an integer >= 1"):
             batch_size(5, max_batch, per_image=10, fixed=10, available=1000)

@@ -794,3 +794,29 @@ def test_every_family_that_patch_supports_is_tried_here():
 
     supported = [family.name for family in KNOWN if not isinstance(family, RefusedFamily)]
     assert sorted(supported) == sorted(FAMILIES)
+
+
+@pytest.mark.parametrize("how", ["compile", "wrapper"])
+def test_a_block_compiled_after_the_patch_paints_the_same(how):
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = seeded("VAR", depth=2)
+    tokens, _ = paint(model)
+    handle = patch(model)
+    if how == "compile":
+        model.blocks[0].attn.compile(backend=backend)
+    else:
+        model.blocks[1].ffn = torch.compile(model.blocks[1].ffn, backend=backend)
+    assert torch.equal(paint(model)[0], tokens)
+    compiled = len(graphs)
+    assert compiled > 0
+    assert torch.equal(paint(model)[0], tokens)
+    assert len(graphs) == compiled, "a second generation compiles nothing"
+    handle.unpatch()
+    assert torch.equal(paint(model)[0], tokens)
+    torch.compiler.reset()

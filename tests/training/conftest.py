@@ -2,12 +2,7 @@
 
 import pytest
 from PIL import Image
-from tiny_runs import OPTIM
-
-from variant.data.config import DataSection
-from variant.models.config import VQVAEConfig
-from variant.training.recipe import EvalSection, ModelSection, Recipe, VAETraining
-from variant.training.schedule import ScheduleSection
+from tiny_runs import tiny_recipe
 
 
 @pytest.fixture(scope="module")
@@ -26,30 +21,4 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def recipe(folders):
-    return Recipe(
-        name="tiny",
-        description="two classes of flat colours",
-        model=ModelSection(depth=3, embed_dim=32, num_heads=2, num_classes=2),
-        vae=VQVAEConfig(
-            vocab_size=8,
-            z_channels=4,
-            ch=32,
-            ch_mult=(1, 1),
-            num_res_blocks=1,
-            patch_nums=(1, 2, 4),
-        ),
-        vae_training=VAETraining(epochs=2, optim=OPTIM, revive_every=2, scale_dropout=0.5),
-        data=DataSection(
-            kind="folder",
-            train=str(folders / "train"),
-            held_out=str(folders / "held_out"),
-            hflip=0.5,
-            randaugment_ops=2,
-            randaugment_magnitude=9,
-            mixup=0.2,
-            workers=2,
-        ),
-        optim=OPTIM,
-        schedule=ScheduleSection(depths=(2,), bridge=1, joint=1, transition=2, refinement=1),
-        eval=EvalSection(batch_size=4),
-    )
+    return tiny_recipe(folders)

@@ -1,5 +1,6 @@
 """The checksum of a checkpoint finds every changed byte."""
 
+import os
 import random
 import zipfile
 
@@ -61,10 +62,11 @@ def test_cut_lengthened_and_foreign_files_are_found(path):
         with pytest.raises(UserError, match=r"last.pt: is damaged"):
             check_checksum(path)
     path.unlink()
-    for make in (lambda: None, path.mkdir):
-        make()
-        with pytest.raises(UserError, match=r"last.pt: is missing or no regular file"):
-            check_checksum(path)
+    with pytest.raises(UserError, match=r"last.pt: no such file"):
+        check_checksum(path)
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"last.pt: must be a regular file; it is a named pipe"):
+        check_checksum(path)
 
 
 def test_one_file_has_one_checksum(path):

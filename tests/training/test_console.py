@@ -36,3 +36,35 @@ def test_the_bar_is_shown_on_terminals_only(is_terminal):
     with run.progress_bar() as move_bar:
         move_bar(2, 0.5)
     assert ("vae" in console.file.getvalue()) is is_terminal
+
+
+def test_the_first_line_tells_the_size_of_the_run():
+    console = Console(file=io.StringIO(), width=200)
+    run = RunConsole("var", epochs=4, total_steps=40, console=console)
+    run.print_start(24, "cpu", 0)
+    run.print_start(24, "cuda:0", 7, ["data.workers 2 -> 1", "name 'a' -> 'b'"])
+    assert console.file.getvalue().splitlines() == [
+        "var: training on 24 images with cpu, for 40 steps, 4 epochs",
+        "var: training on 24 images with cuda:0, from step 7 of 40 steps, 4 epochs",
+        "changed since the run began: data.workers 2 -> 1, name 'a' -> 'b'",
+    ]
+
+
+def test_without_a_terminal_a_line_is_printed_every_minute(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("variant.training.console.time.monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=80)
+    run = RunConsole("vae", epochs=1, total_steps=9, console=console)
+    for done in range(4):
+        now[0] += 25
+        run.print_preparation("images tokenized", done, 4)
+    with run.progress_bar() as move_bar:
+        for step in range(1, 7):
+            now[0] += 25
+            move_bar(step, step / 8)
+    assert console.file.getvalue().splitlines() == [
+        "vae: 0 of 4 images tokenized",
+        "vae: 3 of 4 images tokenized",
+        "vae step 3/9  loss 0.3750",
+        "vae step 6/9  loss 0.7500",
+    ]

@@ -148,7 +148,7 @@ def test_mistakes_are_named_in_one_line(tmp_path, old, new, message):
         ("a = " + "[" * 9000, "nested too deeply"),
         ('"a\\nb" = 1', "a b: unknown key"),
         ("a" + ".a" * 20000 + " = 1", "has a line of more than 100 dots"),
-        ("a = '" + "y" * 2**18 + "'", "is no recipe: it has 262,[0-9]+ bytes"),
+        ("a = '" + "y" * 2**18 + "'", "is no recipe: it has 262,[0-9]+ characters"),
         ("a = 1\0", "is not valid TOML"),
     ],
     ids=lambda text: text[:10],
@@ -175,13 +175,14 @@ def test_parts_of_a_batch_fit_one_gpu_by_the_recipe_s_estimate(name, part):
 def test_a_file_that_is_no_text_is_one_line(tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"recipe.toml: cannot be read: 'utf-8' codec"):
+    with pytest.raises(UserError, match=r"recipe.toml: cannot be read as text in UTF-8"):
         load_recipe(path)
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "/dev/zero", "."])
 def test_a_path_that_is_no_recipe_is_one_short_line(name):
-    with pytest.raises(UserError, match=r"no such recipe|cannot be read: File name too long") as e:
+    message = r"file name too long|null byte|must be a regular file; it is a (device|folder)"
+    with pytest.raises(UserError, match=message) as e:
         load_recipe(name)
     assert len(str(e.value)) < 400
 

@@ -1,19 +1,33 @@
 """Set-up of runs: refused folders and settings, and the conditions of resuming."""
 
 import dataclasses
+import os
+import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import open_recipe_data
-from tiny_runs import CPU, OPTIM, quiet, resume, rewrite, run_until, train_both, with_precision
+from tiny_runs import (
+    CPU,
+    OPTIM,
+    assert_same,
+    quiet,
+    resume,
+    rewrite,
+    run_until,
+    tiny_recipe,
+    train_both,
+    with_precision,
+)
 
 from variant.data.sources import data_inputs
 from variant.errors import UserError
 from variant.training.recipe import load_recipe
 from variant.training.run_setup import resume_hint
-from variant.training.vae_task import train_vae
+from variant.training.vae_task import VAETask, train_vae
 from variant.training.var_task import VARTask, train_var
 
 
@@ -189,3 +203,186 @@ def test_the_resume_command_is_quoted_and_contains_the_seed(recipe, tmp_path, mo
     assert resume_hint("x", changed, folder) == "the same command and --resume"
     printed = run_until(recipe, tmp_path, monkeypatch, resume_command="variant train-vae --out q")
     assert "Resume with: variant train-vae --out q" in printed
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_second_training_in_the_folder_is_refused(recipe, tmp_path, monkeypatch, resumes):
+    refused = []
+
+    def second(self, *args):
+        for train in (train_vae, train_var):
+            with pytest.raises(UserError, match="another training is writing") as caught:
+                train(recipe, tmp_path, resume=resumes, console=quiet(), device=CPU)
+            refused.append(str(caught.value))
+        return original(self, *args)
+
+    original = VAETask.name_of_step
+    monkeypatch.setattr(VAETask, "name_of_step", second)
+    assert train_vae(recipe, tmp_path, console=quiet(), device=CPU).steps == 4
+    assert len(refused) == 8
+    assert all(f"(process {os.getpid()})" in text and "\n" not in text for text in refused)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "vae-best.safetensors",
+        "vae-last.pt",
+        "vae-metrics.jsonl",
+    ]
+
+
+def test_a_run_removes_the_temporary_files_of_killed_ones(recipe, tmp_path):
+    for name in (".vae-last.pt.9.tmp", ".var-best.safetensors.9.tmp", ".model.safetensors.9.tmp"):
+        (tmp_path / name).write_text("")
+    (tmp_path / ".notes.9.tmp").write_text("")
+    train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    assert [path.name for path in tmp_path.glob(".*")] == [".notes.9.tmp"]
+
+
+def test_a_refused_run_leaves_nothing(recipe, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="holds no VQ-VAE"):
+        train_var(recipe, tmp_path / "a" / "run", console=quiet(), device=CPU)
+    monkeypatch.setattr(VAETask, "loss", lambda self, *args: self.module.missing)
+    with pytest.raises(AttributeError):
+        train_vae(recipe, tmp_path / "a" / "run", console=quiet(), device=CPU)
+    assert not any(tmp_path.iterdir())
+
+
+def test_damaged_best_weights_are_found_at_resume_and_by_the_next_training(
+    recipe, tmp_path, monkeypatch
+):
+    train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    best = tmp_path / "vae-best.safetensors"
+    whole = best.read_bytes()
+    draw = random.Random(0)
+    for _ in range(12):
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        best.write_bytes(damaged)
+        for train in (train_var, train_vae):
+            with pytest.raises(UserError, match=r"vae-best.safetensors: is .*damaged") as caught:
+                train(recipe, tmp_path, resume=train is train_vae, console=quiet(), device=CPU)
+            assert "\n" not in str(caught.value)
+    best.write_bytes(whole)
+    assert resume(recipe, tmp_path).steps == 4
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found(recipe, tmp_path, monkeypatch):
+    run_until(recipe, tmp_path, monkeypatch)
+    last = tmp_path / "vae-last.pt"
+    whole = last.read_bytes()
+    draw = random.Random(1)
+    for _ in range(24):
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        last.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"vae-last.pt: is damaged") as caught:
+            resume(recipe, tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+EPOCH = {
+    "epoch": 1,
+    "step": 2,
+    "seconds": 1.0,
+    "train": {"loss": 1.0},
+    "held_out": {"reconstruction": 1.0},
+    "held_out_mean": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"history": []}, "history"),
+        ({"history": [{}]}, r"history\[0\]: epoch"),
+        ({"history": [{**EPOCH, "epoch": 2}]}, r"history\[0\]: epoch"),
+        ({"history": [{**EPOCH, "epoch": True}]}, r"history\[0\]: epoch"),
+        ({"history": [{**EPOCH, "step": 0}]}, r"history\[0\]: step"),
+        ({"history": [{**EPOCH, "step": 1}]}, "its epochs do not end every 2 steps"),
+        ({"history": [{**EPOCH, "held_out_mean": "x"}]}, r"history\[0\]: held_out_mean"),
+        ({"history": [{**EPOCH, "held_out_mean": float("nan")}]}, "held_out_mean"),
+        ({"history": [{**EPOCH, "held_out": {}}]}, r"history\[0\]: held_out"),
+        ({"history": [{**EPOCH, "train": [1.0]}]}, r"history\[0\]: train"),
+        ({"history": [{**EPOCH, "seconds": 10**400}]}, r"history\[0\]: seconds"),
+        ({"history": [{**EPOCH, "more": 1}]}, r"history\[0\] is no epoch"),
+        ({"history": [EPOCH, {**EPOCH, "epoch": 2}]}, "history has 2 epochs, but step 3 is in"),
+        ({"history": [3]}, r"history\[0\] is no epoch"),
+        ({"history": {}}, "history missing or of another type"),
+        ({"step": -1}, "step is -1, of 4 steps"),
+        ({"step": 10**12}, "step is 1000000000000, of 4 steps"),
+        ({"step": 5}, "step is 5, of 4 steps"),
+        ({"step": True}, "step missing or of another type"),
+        ({"step": 1.5}, "step missing or of another type"),
+        ({"step": 2}, "sums has 1 steps; the epoch has 2"),
+        ({"step": 1}, r"history\[0\]: step"),
+        ({"total_steps": 0}, "total_steps is 0"),
+        ({"total_steps": 10**30}, "total_steps is 10"),
+        ({"seconds": float("nan")}, "seconds is out of range"),
+        ({"seconds": -1.0}, "seconds is out of range"),
+        ({"sums": {"loss": 3}}, "sums: 'loss'"),
+        ({"sums": {"loss": (float("inf"), 1)}}, "sums: 'loss'"),
+        ({"sums": {1: (1.0, 1)}}, "sums: 1"),
+        ({"best_sha256": 3}, "best_sha256 missing or of another type"),
+        ({"module": {"x": 3}}, "module: 'x' is no tensor"),
+        ({"module": {3: torch.zeros(1)}}, "module: 3 is no tensor"),
+        ({"optimizer": {}}, "optimizer has no state or no param_groups"),
+        ({"optimizer": {"state": {0: 3}, "param_groups": []}}, "optimizer: state"),
+        ({"optimizer": {"state": {}, "param_groups": [3]}}, "optimizer: param_groups"),
+        ({"scaler": {"scale": "x"}}, "scaler: 'scale' is no number"),
+        ({"inputs": {"num_train": torch.zeros(3)}}, "inputs: 'num_train'"),
+        ({"inputs": {}}, "trained with another number of training images"),
+        ({"recipe": {}}, "recipe: name: missing"),
+        ({"recipe": {"seed": []}}, "recipe: name: missing"),
+        ({"random": {"python": 3}}, "is damaged"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_entries_of_a_checkpoint_are_one_line(stopped, recipe, tmp_path, changes, message):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    rewrite(tmp_path / "vae-last.pt", **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        resume(recipe, tmp_path)
+    assert str(caught.value).startswith(str(tmp_path / "vae-last.pt"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda moments: moments.pop("step"), "must have tensors step, .*; has exp_avg Tensor"),
+        (lambda moments: moments.update(step=3), "must have tensors .*step int"),
+        (lambda moments: moments.update(step=torch.tensor(4.0)), "step is 4.0, of 3"),
+        (lambda moments: moments.update(step=torch.tensor(float("nan"))), "step is not finite"),
+        (lambda moments: moments["exp_avg"].fill_(float("nan")), "exp_avg is not finite"),
+        (lambda moments: moments.update(exp_avg=torch.zeros(1)), r"exp_avg is \(1,\)"),
+        (lambda moments: moments.update(more=torch.zeros(1)), "must have tensors .*more Tensor"),
+    ],
+)
+def test_wrong_moments_in_a_checkpoint_are_one_line(stopped, recipe, tmp_path, change, message):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    optimizer = torch.load(tmp_path / "vae-last.pt", weights_only=True)["optimizer"]
+    change(optimizer["state"][0])
+    rewrite(tmp_path / "vae-last.pt", optimizer=optimizer)
+    with pytest.raises(UserError, match=f"vae-last.pt: is damaged: optimizer: {message}"):
+        resume(recipe, tmp_path)
+
+
+def test_the_optimiser_s_settings_are_those_of_the_recipe(stopped, recipe, tmp_path):
+    for name in ("whole", "changed"):
+        shutil.copytree(stopped, tmp_path / name)
+    optimizer = torch.load(tmp_path / "whole" / "vae-last.pt", weights_only=True)["optimizer"]
+    for group in optimizer["param_groups"]:
+        group |= {"weight_decay": 9.0, "betas": (0.0, 0.0), "maximize": True, "fused": True}
+    rewrite(tmp_path / "changed" / "vae-last.pt", optimizer=optimizer)
+    states = []
+    for name in ("whole", "changed"):
+        resume(recipe, tmp_path / name)
+        states.append(torch.load(tmp_path / name / "vae-last.pt", weights_only=True))
+    assert_same(states[0]["module"], states[1]["module"])
+
+
+@pytest.fixture(scope="module")
+def stopped(folders, tmp_path_factory):
+    """The folder of a VQ-VAE's training that was stopped after step 3 of 4."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        run_until(tiny_recipe(folders), folder, patch)
+    return folder

@@ -42,3 +42,14 @@ def test_the_metrics_file_holds_the_history_and_the_epochs_after_it(tmp_path):
         {"epoch": 1},
         {"epoch": 2, "train": {"full": 0.5}},
     ]
+
+
+def test_a_new_run_has_no_metrics_file_before_its_first_epoch_ends(tmp_path):
+    metrics = MetricsFile(tmp_path, "vae")
+    metrics.rewrite([])
+    assert not metrics.path.exists()
+    metrics.path.write_text("of a run that was killed")
+    metrics.rewrite([])
+    assert not metrics.path.exists()
+    metrics.append({"epoch": 1})
+    assert metrics.path.read_text() == '{"epoch": 1}\n'

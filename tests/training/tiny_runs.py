@@ -10,13 +10,48 @@ import pytest
 import torch
 from rich.console import Console
 
+from variant.data.config import DataSection
+from variant.models.config import VQVAEConfig
 from variant.training.checksum import append_checksum
 from variant.training.optim import OptimSection
+from variant.training.recipe import EvalSection, ModelSection, Recipe, VAETraining
+from variant.training.schedule import ScheduleSection
 from variant.training.vae_task import VAETask, train_vae
 from variant.training.var_task import train_var
 
 OPTIM = OptimSection(batch_size=12, learning_rate=1e-3)
 CPU = torch.device("cpu")
+
+
+def tiny_recipe(folders):
+    """A recipe for the images in the folders ``train`` and ``held_out`` of ``folders``."""
+    return Recipe(
+        name="tiny",
+        description="two classes of flat colours",
+        model=ModelSection(depth=3, embed_dim=32, num_heads=2, num_classes=2),
+        vae=VQVAEConfig(
+            vocab_size=8,
+            z_channels=4,
+            ch=32,
+            ch_mult=(1, 1),
+            num_res_blocks=1,
+            patch_nums=(1, 2, 4),
+        ),
+        vae_training=VAETraining(epochs=2, optim=OPTIM, revive_every=2, scale_dropout=0.5),
+        data=DataSection(
+            kind="folder",
+            train=str(folders / "train"),
+            held_out=str(folders / "held_out"),
+            hflip=0.5,
+            randaugment_ops=2,
+            randaugment_magnitude=9,
+            mixup=0.2,
+            workers=2,
+        ),
+        optim=OPTIM,
+        schedule=ScheduleSection(depths=(2,), bridge=1, joint=1, transition=2, refinement=1),
+        eval=EvalSection(batch_size=4),
+    )
 
 
 def quiet():

@@ -1,4 +1,7 @@
-"""Result files: JSON with one case a line, so that two of them can be compared by ``diff``."""
+"""Result files: JSON with one case a line, so that two of them can be compared by ``diff``.
+
+Torch is imported only to write a file: ``variant plan --json -`` must not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from variant.files import atomic_write
 
 # The last digits of a double are noise in every measurement.
 SIGNIFICANT_DIGITS = 7
@@ -21,6 +22,8 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
+    from variant.files import atomic_write
+
     with atomic_write(path) as temporary:
         temporary.write_text(result_text(result))
 

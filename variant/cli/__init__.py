@@ -1,5 +1,4 @@
-"""The command line ``variant``."""
+"""The command line ``variant``; ``variant.cli.entry`` starts it, ``variant.cli.main`` runs it.
 
-from variant.cli.main import main
-
-__all__ = ["main"]
+Imports nothing: entry.py must install its signal handlers before anything slow is imported.
+"""

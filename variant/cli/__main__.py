@@ -2,6 +2,6 @@
 
 import sys
 
-from variant.cli.main import main
+from variant.cli.entry import main
 
 sys.exit(main())

@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from variant.bench import original_var
 from variant.bench.device import peer_settings
 from variant.bench.engine_bench import BenchConfig, count_samples, measure, switch_line
 from variant.bench.environment import environment
-from variant.bench.models import build, is_preset
+from variant.bench.models import build
 from variant.bench.peak_memory import Job, peak
-from variant.bench.result_file import write_result
 from variant.bench.roofline import drift, measure_peaks
+from variant.checkpoints.named_configs import configs_of, is_preset
 from variant.cli.dtypes import DTYPES
 from variant.cli.options import Bench
-from variant.cli.output import console, mebibytes, table
-from variant.engine.planning import depths_of
+from variant.cli.output import (
+    STANDARD_OUTPUT,
+    check_json,
+    console,
+    mebibytes,
+    table,
+    write_json,
+)
+from variant.cli.progress import progress
+from variant.engine.generation import Sampling
+from variant.engine.memory import free_bytes
+from variant.engine.planning import depths_of, plan_row
 from variant.errors import UserError
+from variant.models.config import VARConfig
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant_kernels.arguments import integer
 from variant_kernels.dispatch.request import dtype_name
 
 FORMAT = "variant-engine-bench-2"
+MAX_BATCH, MAX_RUNS, MAX_THREADS = 2**16, 10**6, 1024
 
 
 def bench(command: Bench) -> None:
@@ -40,24 +49,29 @@ def bench(command: Bench) -> None:
     _check(command)
     if command.threads is not None:
         torch.set_num_threads(command.threads)
+    configs = _configs(command)
     var, vae = build(command.model, command.device)
-    configs = _configs(command, var, vae)
     result = _empty_result(command, var)
     _measure(command, var, vae, configs, result)
-    _write(command.json, result)
-    _print(result)
+    write_json(command.json, result)
+    out = console(command.json)
+    _print(out, result)
     if command.json is not None:
-        console().print(f"wrote {command.json}")
+        out.print(f"wrote {command.json}")
 
 
-def _configs(command: Bench, var: VAR, vae: VQVAE) -> list[BenchConfig]:
+def _configs(command: Bench) -> list[BenchConfig]:
     """One configuration for each dtype and batch; wrong depths or clones raise before the work."""
-    depths = tuple(command.depths) or depths_of(var.config)
+    var_config, vae_config = configs_of(command.model)
+    depths = tuple(command.depths) or depths_of(var_config)
+    with torch.device("meta"):  # the schedule needs no weights
+        var = VAR(var_config)
     for depth in depths:
         var.schedule(depth, command.bridge)
+    _check_memory(command, var_config, depths)
     if command.var_repo is not None:
         original_var.check_clone(command.var_repo)
-        original_var.check_sizes(vae.config)
+        original_var.check_sizes(vae_config)
     return [
         BenchConfig(
             batch=batch,
@@ -100,63 +114,70 @@ def _measure(
 ) -> None:
     """Fill ``result``; the file is written after each configuration, so Ctrl-C keeps those."""
     dtypes = [DTYPES[dtype] for dtype in command.dtype]
-    console().print("measuring the machine's peak rates")
+    print_line = console(command.json, stderr=True).print
+    print_line(f"measuring the machine's peak rates: copying, {', '.join(command.dtype)} products")
     start = measure_peaks(command.device, dtypes)
     result["limits"] = {"start": start.to_dict()}
     total = sum(count_samples(c, var.config.depth, command.device) for c in configs)
-    with _progress(total) as on_sample:
+    print_line(f"{total} samples of generations")
+    with progress("bench", "measuring", total) as advance:
+        on_sample = functools.partial(advance, 1)
         for config in configs:
             measured = measure(var, vae, config, on_sample)
             for part in ("rows", "logits", "decoder", "switch"):
                 result[part] += measured[part]
             if command.memory:
                 result["memory"] += _memory(command, var, config, result["memory"], on_sample)
-            _write(command.json, result)
+            _save(command, result)
     end = measure_peaks(command.device, dtypes)
     result["limits"] |= {"end": end.to_dict(), "drift": drift(start, end)}
     result["complete"] = True
 
 
-def _write(path: Path | None, result: dict[str, Any]) -> None:
-    if path is not None:
-        write_result(path, result)
-
-
 def _check(command: Bench) -> None:
-    if command.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("bench: --device cuda: torch finds no GPU; use --device cpu")
-    for name, values in (
-        ("batch", command.batch),
-        ("runs", (command.runs,)),
-        ("threads", () if command.threads is None else (command.threads,)),
-    ):
-        if any(value < 1 for value in values):
-            raise UserError(f"bench: --{name} must be at least 1; got {min(values)}")
+    """Everything that can be refused without a model, before the first measurement.
+
+    Raises:
+        UserError, ValueError: an option that cannot be used.
+    """
     for name, words in (("batch", command.batch), ("dtype", command.dtype)):
         if not words:
             raise UserError(f"bench: --{name} must name at least one; got none")
-    if command.json is not None:
-        nearest = command.json.parent
-        while not nearest.exists():
-            nearest = nearest.parent
-        if command.json.is_dir() or not os.access(nearest, os.W_OK):
-            raise UserError(f"{command.json}: cannot be written")
+    for batch in command.batch:
+        integer("bench", "--batch", batch, 1, MAX_BATCH)
+    integer("bench", "--runs", command.runs, 1, MAX_RUNS)
+    if command.threads is not None:
+        integer("bench", "--threads", command.threads, 1, MAX_THREADS)
+    Sampling(command.cfg, command.top_k, command.top_p, seed=0)
+    check_json("bench", command.json)
+    if command.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("bench: --device cuda: torch finds no GPU; use --device cpu")
 
 
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar of generations on standard error; none if that is no terminal."""
-    if not sys.stderr.isatty():
-        yield lambda name: None
-        return
-    bar = Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True)
-    with bar:
-        task = bar.add_task("measuring", total=total)
+def _check_memory(command: Bench, var: VARConfig, depths: Sequence[int]) -> None:
+    """The K/V cache of the largest batch alone must fit.
 
-        def on_sample(name: str) -> None:
-            bar.update(task, advance=1, description=name)
+    Raises:
+        UserError: it does not.
+    """
+    bridge = command.bridge if command.bridge is not None else var.bridge or 0
+    batch, free = max(command.batch), free_bytes(torch.device(command.device))
+    needed = max(
+        plan_row(var, depth, bridge, batch, dtype, guidance=command.cfg > 0).exact
+        for depth in {var.depth, *depths}
+        for dtype in command.dtype
+    )
+    if needed > free:
+        raise UserError(
+            f"bench: --batch {batch} needs {mebibytes(needed)} for K and V; "
+            f"{mebibytes(free)} are free; use a smaller batch"
+        )
 
-        yield on_sample
+
+def _save(command: Bench, result: dict[str, Any]) -> None:
+    """Write what is measured so far, if it goes to a file."""
+    if command.json != STANDARD_OUTPUT:
+        write_json(command.json, result)
 
 
 def _memory(
@@ -209,8 +230,7 @@ def _machine(result: dict[str, Any]) -> str:
     return f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads"
 
 
-def _print(result: dict[str, Any]) -> None:
-    out = console()
+def _print(out: Console, result: dict[str, Any]) -> None:
     out.print(
         f"{_machine(result)}, torch {result['environment']['torch']}; "
         "without the VQ-VAE decoder; medians of interleaved runs"

@@ -2,100 +2,104 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import hashlib
+import itertools
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from PIL import Image, ImageDraw
-from rich.console import Console
-from rich.progress import Progress
-from torch import Tensor
 
 from variant.cli.dtypes import DTYPES
+from variant.cli.grid import grid
+from variant.cli.image_folder import ImageFolder, save_png
 from variant.cli.options import Generate
-from variant.cli.output import console, mebibytes, table
-from variant.engine.generation import Generation, OnScale, PartialResult, Sampling
+from variant.cli.output import (
+    check_file,
+    check_folder,
+    check_json,
+    checked_path,
+    console,
+    mebibytes,
+    table,
+    write_json,
+)
+from variant.cli.progress import Advance, progress
+from variant.cli.words import command_line
+from variant.engine.engine import Engine
+from variant.engine.generation import Generation, OnScale, PartialResult, Sampling, Stats
+from variant.engine.memory import batch_size, free_bytes
 from variant.engine.planning import depths_of
 from variant.errors import UserError
-from variant.files import atomic_write
+from variant.models.placement import check_device
 from variant.supernet import VARiant
+from variant_kernels import CachePlan, __version__
+from variant_kernels.arguments import choice, integer
+from variant_kernels.dispatch.support import BACKENDS
 
-# Small images are enlarged in a grid.
-GRID_CELL_PIXELS = 64
-GRID_GAP_PIXELS = 4
-GRID_CAPTION_PIXELS = 56
+T = TypeVar("T")
+
+MAX_COUNT = 10**8
+# Larger batches are not faster, and an interrupted run loses one of them.
+MAX_BATCH = 256
+# One picture of all images has to fit into memory.
+MAX_GRID_IMAGES = 4096
+# Images that one call of the engine gets: their labels and ids are tensors.
+IMAGES_PER_CALL = 2**16
+# The least that a file takes on a disk.
+BLOCK_BYTES = 4096
 
 
 def generate(command: Generate) -> None:
     """Generate images, write them, print time per image and K/V bytes, planned and allocated."""
-    if command.count < 1:
-        raise UserError(f"generate: --count must be at least 1; got {command.count}")
+    sampling = _check(command)
+    one_file = check_target(command.out)
+    if one_file and command.resume:
+        raise UserError("generate: --resume needs a folder as --out; a grid is written as a whole")
+    model = VARiant.from_pretrained(command.model, device=command.device)
+    config = model.var.config
+    labels = list(command.labels) or list(range(min(config.num_classes, 10)))
+    depths = list(depths_of(config)) if command.all_depths else [command.depth]
+    if command.all_depths and config.bridge is None and command.bridge is None:
+        raise UserError(f"generate: {command.model} was trained at one depth; --bridge is needed")
+    folder = ImageFolder(command.out, labels, command.count, config.num_classes, depths)
+    engine = Engine(
+        model.var,
+        model.vae,
+        dtype=DTYPES[command.dtype] if command.dtype else None,
+        backend=command.backend,
+    )
+    work = Work(command, engine, sampling, folder)
+    results = work.grid() if one_file else work.folder()
+    out = console(command.json)
+    _report(command, engine, results, out)
+    write_json(command.json, _as_json(command, results))
+
+
+def _check(command: Generate) -> Sampling:
+    """Everything that can be refused without a model.
+
+    Raises:
+        UserError, ValueError: an option that cannot be used.
+    """
+    integer("generate", "--count", command.count, 1, MAX_COUNT)
+    check_device("generate", command.device, name="--device")
+    choice("generate", "--backend", command.backend, ("auto", *BACKENDS))
+    if command.max_batch is not None:
+        integer("generate", "--max-batch", command.max_batch, 1)
     if command.all_depths and command.depth is not None:
         raise UserError("generate: --all-depths and --depth exclude each other")
-    one_file = check_target(command.out)
-    model = VARiant.from_pretrained(command.model)
-    classes = model.var.config.num_classes
-    labels = list(command.labels) or list(range(min(classes, 10)))
-    labels = [label for label in labels for _ in range(command.count)]
-    depths = list(depths_of(model.var.config)) if command.all_depths else [command.depth]
-    if command.all_depths and model.var.config.bridge is None and command.bridge is None:
-        raise UserError(f"generate: {command.model} was trained at one depth; --bridge is needed")
-    with _progress(len(depths) * len(labels) * model.var.layout.num_scales) as on_scale:
-        # Warm-up with one image, not measured: starts threads, loads kernels, allocates pages.
-        _generate(command, model, labels[:1], depths[-1], None)
-        results = [_generate(command, model, labels, depth, on_scale) for depth in depths]
-    if one_file:
-        if len(results) > 1:
-            rows = [result.images for result in results]
-            captions = [f"depth {depth}" for depth in depths]
-        else:
-            rows = list(results[0].images.split(command.count if command.count > 1 else 10))
-            captions = []
-        with atomic_write(command.out) as path:
-            grid(rows, captions).save(path, format="PNG")
-        written = str(command.out)
-    else:
-        written = _write_each(command.out, depths, labels, results)
-    _report(command, model, depths, results, len(labels))
-    console().print(f"wrote {written}")
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[OnScale | None]:
-    """A progress bar on standard error, in images x scales; None without a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    bar = Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True)
-    with bar:
-        task = bar.add_task("generating", total=total)
-
-        def on_scale(scale: int, partial: PartialResult) -> None:
-            bar.advance(task, len(partial.tokens))
-
-        yield on_scale
-
-
-def _generate(
-    command: Generate,
-    model: VARiant,
-    labels: Sequence[int],
-    depth: int | None,
-    on_scale: OnScale | None,
-) -> Generation:
-    engine = model.engine(DTYPES[command.dtype] if command.dtype else None)
-    return engine.generate_with(
-        labels,
-        Sampling(command.cfg, command.top_k, command.top_p, command.seed),
-        depth=depth,
-        bridge=command.bridge,
-        max_batch=command.max_batch,
-        on_scale=on_scale,
-        kv_dtype=command.kv_dtype,
-    )
+    if command.resume and command.overwrite:
+        raise UserError("generate: --resume and --overwrite exclude each other")
+    total = max(len(command.labels), 1) * command.count
+    if total > MAX_COUNT:
+        raise UserError(f"generate: at most {MAX_COUNT:,} images in one run; got {total:,}")
+    check_json("generate", command.json)
+    if command.json is not None and command.json == command.out:
+        raise UserError(f"generate: --json and --out must differ; got {command.out} twice")
+    return Sampling(command.cfg, command.top_k, command.top_p, command.seed)
 
 
 def check_target(out: Path) -> bool:
@@ -106,78 +110,315 @@ def check_target(out: Path) -> bool:
     Raises:
         UserError: ``out`` is neither, or it cannot be written.
     """
-    if not out.name:
-        raise UserError("generate: --out must name a folder or a .png file; got nothing")
-    one_file = out.suffix.lower() == ".png"
-    if one_file and out.is_dir():
-        raise UserError(f"{out}: is a folder; --out must name a folder without .png, or a file")
-    if out.suffix and not one_file and not out.is_dir():
-        raise UserError(f"{out}: --out must be a folder or end in .png")
-    nearest = out.parent if one_file else out
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        reason = "no permission" if nearest.is_dir() else "is not a folder"
-        raise UserError(f"{out}: cannot be written: {nearest}: {reason}")
-    return one_file
+    with checked_path(out):
+        one_file = out.suffix.lower() == ".png"
+        if one_file and out.is_dir():
+            raise UserError(f"{out}: is a folder; --out must name a folder without .png, or a file")
+        if out.suffix and not one_file and not out.is_dir():
+            raise UserError(f"{out}: --out must be a folder or end in .png")
+        if one_file:
+            check_file(out)
+        else:
+            check_folder(out)
+        return one_file
 
 
-def to_pil(image_IYX: Tensor) -> Image.Image:
-    """One image (3 or 1, H, W) in [0, 1] as 8-bit RGB."""
-    pixels_YXI = (image_IYX.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
-    if pixels_YXI.shape[-1] == 1:
-        pixels_YXI = pixels_YXI.expand(-1, -1, 3)
-    return Image.fromarray(pixels_YXI.cpu().contiguous().numpy())
+@dataclass
+class Result:
+    """What one depth took.
+
+    total: images of the whole run.  generated: images of the batches of this run.  written: those
+    of them that were not there before.  stats: of every batch of this run.
+    """
+
+    depth: int
+    total: int
+    generated: int
+    written: int
+    stats: list[Stats]
+
+    def seconds(self, name: str) -> float:
+        """The sum of a time over the batches."""
+        return sum(getattr(stats, name) for stats in self.stats)
+
+    def largest(self, name: str) -> int:
+        """The size of the largest batch's cache."""
+        return max((getattr(stats, name) for stats in self.stats), default=0)
 
 
-def grid(rows: Sequence[Tensor], captions: Sequence[str] = ()) -> Image.Image:
-    """Rows of images (B, 3, H, W) as one picture; small images are enlarged, captions at left."""
-    side = rows[0].shape[-1]
-    cell = side * max(1, round(GRID_CELL_PIXELS / side))
-    step = cell + GRID_GAP_PIXELS
-    left = GRID_GAP_PIXELS + (GRID_CAPTION_PIXELS if captions else 0)
-    width = left + max(len(row) for row in rows) * step
-    sheet = Image.new("RGB", (width, len(rows) * step + GRID_GAP_PIXELS), "white")
-    draw = ImageDraw.Draw(sheet)
-    for y, row in enumerate(rows):
-        top = y * step + GRID_GAP_PIXELS
-        if captions:
-            draw.text((GRID_GAP_PIXELS, top + cell // 2), captions[y], "black", anchor="lm")
-        for x, image in enumerate(row):
-            tile = to_pil(image).resize((cell, cell), Image.Resampling.LANCZOS)
-            sheet.paste(tile, (left + x * step, top))
-    return sheet
+@dataclass
+class Work:
+    """The images of one command."""
+
+    command: Generate
+    engine: Engine
+    sampling: Sampling
+    target: ImageFolder
+
+    # --- one picture ----------------------------------------------------------------------------
+
+    def grid(self) -> list[Result]:
+        """Generate everything, then write one picture."""
+        command, target = self.command, self.target
+        total = len(target) * len(target.depths)
+        if total > MAX_GRID_IMAGES:
+            raise UserError(
+                f"generate: a grid holds at most {MAX_GRID_IMAGES} images; got {total}; give a "
+                "folder as --out"
+            )
+        if command.out.exists() and not command.overwrite:
+            raise UserError(f"{command.out}: exists; give --overwrite, or another --out")
+        results, pictures = [], []
+        with progress("generate", "generating", total) as advance:
+            for depth in target.depths:
+                batch = self._batch(depth)
+                parts = list(self._batches(depth, batch, set(), advance))
+                pictures.append([image for part in parts for image in part.pil()])
+                results.append(self._result(depth, parts))
+        if len(pictures) > 1:
+            sheet = grid(pictures, [f"depth {depth}" for depth in target.depths])
+        else:
+            width = command.count if command.count > 1 else 10
+            sheet = grid(list(_batched(pictures[0], width)))
+        depths = [result.depth for result in results]
+        save_png(command.out, sheet, self._text(_words(target.labels), _words(depths)))
+        return results
+
+    # --- a folder -------------------------------------------------------------------------------
+
+    def folder(self) -> list[Result]:
+        """Generate and write batch by batch; Ctrl-C keeps what is written."""
+        command, target = self.command, self.target
+        settings = self._settings()
+        recorded = self._start(settings)
+        done = target.existing()
+        total = len(target) * len(target.depths)
+        self._check_disk(total - len(done))
+        results, batches = [], dict(recorded.get("batches", {}))
+        try:
+            with progress("generate", "generating", total) as advance:
+                advance(len(done), "images that are there")
+                for depth in target.depths:
+                    result = Result(self._depth(depth), len(target), 0, 0, [])
+                    results.append(result)
+                    key = str(result.depth)
+                    if key not in batches:
+                        batches[key] = self._batch(depth)
+                        target.write_settings({**settings, "batches": batches})
+                    for part in self._batches(depth, batches[key], done, advance):
+                        self._write(part, result, done)
+        except KeyboardInterrupt as stop:
+            written = len(target.existing())
+            again = command_line("generate", command, resume=True, overwrite=False)
+            raise type(stop)(
+                f"{written} of {total} images are in {command.out}; continue: {again}"
+            ) from None
+        return results
+
+    def _start(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Prepare the folder; the recorded settings, or {} for a new run.
+
+        Raises:
+            UserError: the folder holds another run.
+        """
+        command, target = self.command, self.target
+        if command.overwrite:
+            target.clear()
+        recorded, found = target.settings(), target.existing()
+        if recorded is None and found:
+            raise UserError(
+                f"{command.out}: holds {len(found)} images of a run whose settings are not "
+                "recorded; give another --out, or --overwrite"
+            )
+        if recorded is not None and not command.resume:
+            raise UserError(
+                f"{command.out}: holds images of an earlier run; give --resume to continue it, "
+                "--overwrite to replace it, or another --out"
+            )
+        target.clear_temporary()
+        for key, value in settings.items() if recorded is not None else ():
+            if recorded is not None and recorded.get(key) != value and key != "software":
+                raise UserError(
+                    f"{command.out}: was generated with {key} {recorded.get(key)}; got {value}. "
+                    "Give the same settings, or another --out"
+                )
+        return recorded or {}
+
+    def _check_disk(self, missing: int) -> None:
+        """The least that the missing images can take must fit on the disk.
+
+        Raises:
+            UserError: it does not.
+        """
+        side = self.engine.vae.config.image_size
+        # A PNG of a photograph takes more than half of its pixels' bytes.
+        per_image = -(-(3 * side * side // 2) // BLOCK_BYTES) * BLOCK_BYTES
+        nearest = self.command.out.absolute()
+        while not nearest.exists():
+            nearest = nearest.parent
+        free = shutil.disk_usage(nearest).free
+        if missing * per_image > free:
+            raise UserError(
+                f"generate: {missing:,} images take at least {mebibytes(missing * per_image)}; "
+                f"{mebibytes(free)} are free in {nearest}; give a smaller --count"
+            )
+
+    def _write(self, part: Generation, result: Result, done: set[str]) -> None:
+        result.generated += len(part.images)
+        result.stats.append(part.stats)
+        for index, label, image in zip(
+            part.image_ids.tolist(), part.labels.tolist(), part.pil(), strict=True
+        ):
+            path = self.target.file(result.depth, index)
+            if path.name not in done:
+                save_png(path, image, self._text(label, result.depth, index))
+                result.written += 1
+
+    # --- both -----------------------------------------------------------------------------------
+
+    def _batches(
+        self, depth: int | None, batch: int, done: set[str], advance: Advance
+    ) -> Iterator[Generation]:
+        """The batches of a depth of which an image is missing, each of ``batch`` images."""
+        missing = self.target.chunks(depth, batch, done)
+        for chunks in _batched(missing, max(1, IMAGES_PER_CALL // batch)):
+            yield from self._generate(depth, list(itertools.chain(*chunks)), batch, advance)
+
+    def _batch(self, depth: int | None) -> int:
+        """Images of a batch: as asked for, or as many as fit."""
+        command, engine, total = self.command, self.engine, len(self.target)
+        # One image, not measured: starts threads, loads kernels, casts the weights, whose copies
+        # must not count as free.
+        next(self._generate(depth, [0], None, lambda steps, what: None))
+        if command.max_batch is not None:
+            return min(total, command.max_batch)
+        schedule = engine.var.schedule(depth, command.bridge)
+        plan = CachePlan(engine.var.layout, schedule, engine.page_size)
+        return batch_size(
+            min(total, MAX_BATCH),
+            None,
+            per_image=engine.image_bytes(plan, self.sampling.guided, command.kv_dtype),
+            fixed=engine.decoder_bytes(),
+            # Every call of the engine looks again, and other processes may take memory meanwhile.
+            available=int(0.9 * free_bytes(engine.device)),
+        )
+
+    def _generate(
+        self, depth: int | None, indices: Sequence[int], max_batch: int | None, advance: Advance
+    ) -> Iterator[Generation]:
+        on_scale = self._on_scale(advance)
+        for part in self.engine.generate_batches_with(
+            [self.target.label(index) for index in indices],
+            self.sampling,
+            image_ids=list(indices),
+            depth=depth,
+            bridge=self.command.bridge,
+            max_batch=max_batch,
+            on_scale=on_scale,
+            kv_dtype=self.command.kv_dtype,
+            image_dtype="uint8",
+        ):
+            if on_scale is None:
+                advance(len(part.images), _doing(depth))
+            yield part
+
+    def _on_scale(self, advance: Advance) -> OnScale | None:
+        """Progress by scales on a CPU. On a GPU a callback would keep graphs from being used."""
+        if self.engine.device.type != "cpu":
+            return None
+        scales = self.engine.var.layout.num_scales
+
+        def on_scale(scale: int, partial: PartialResult) -> None:
+            advance(len(partial.tokens) / scales, f"scale {scale + 1} of {scales}")
+
+        return on_scale
+
+    def _depth(self, depth: int | None) -> int:
+        return self.engine.var.config.depth if depth is None else depth
+
+    def _result(self, depth: int | None, parts: Sequence[Generation]) -> Result:
+        made = sum(len(part.images) for part in parts)
+        return Result(self._depth(depth), made, made, made, [part.stats for part in parts])
+
+    def _settings(self) -> dict[str, Any]:
+        """All that the images depend on, as plain values."""
+        command, engine = self.command, self.engine
+        return {
+            "model": command.model,
+            "weights": fingerprint(engine),
+            "labels": list(self.target.labels),
+            "count": command.count,
+            "depths": [self._depth(depth) for depth in self.target.depths],
+            "bridge": command.bridge,
+            "cfg": command.cfg,
+            "top_k": command.top_k,
+            "top_p": command.top_p,
+            "seed": command.seed,
+            "dtype": str(engine.dtype).removeprefix("torch."),
+            "kv_dtype": command.kv_dtype,
+            "device": engine.device.type,
+            "backend": command.backend,
+            "max_batch": command.max_batch,
+            "software": f"variant {__version__}, torch {torch.__version__}",
+        }
+
+    def _text(self, label: object, depth: object, index: int | None = None) -> dict[str, object]:
+        """Text chunks of a PNG."""
+        command = self.command
+        text: dict[str, object] = {"Software": f"variant {__version__}", "model": command.model}
+        text |= {"label": label, "seed": command.seed, "depth": depth, "cfg": command.cfg}
+        text |= {"top_k": command.top_k, "top_p": command.top_p}
+        return text if index is None else {**text, "index": index}
 
 
-def _write_each(
-    folder: Path,
-    depths: Sequence[int | None],
-    labels: Sequence[int],
-    results: Sequence[Generation],
-) -> str:
-    count = 0
-    for depth, result in zip(depths, results, strict=True):
-        prefix = f"depth{depth}_" if len(depths) > 1 else ""
-        for index, (label, image) in enumerate(zip(labels, result.images, strict=True)):
-            with atomic_write(folder / f"{prefix}{index:05d}_class{label}.png") as path:
-                to_pil(image).save(path, format="PNG")
-            count += 1
-    return f"{count} images to {folder}"
+def fingerprint(engine: Engine) -> str:
+    """SHA-256 over the names and values of all weights."""
+    digest = hashlib.sha256()
+    for module in (engine.var, engine.vae):
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(name.encode())
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(memoryview(data.numpy()))
+    return digest.hexdigest()
 
 
-def _report(
-    command: Generate,
-    model: VARiant,
-    depths: Sequence[int | None],
-    results: Sequence[Generation],
-    count: int,
-) -> None:
-    first = results[0].stats
-    at_once = -(-count // first.batches)
-    kv_text = "" if first.kv_dtype == first.dtype else f", K/V {first.kv_dtype}"
+def _batched(values: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of ``size`` values; the last may be shorter."""
+    iterator = iter(values)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def _doing(depth: int | None) -> str:
+    return "full depth" if depth is None else f"depth {depth}"
+
+
+def _words(values: Sequence[object]) -> str:
+    return " ".join(map(str, values))
+
+
+# --- printing -----------------------------------------------------------------------------------
+
+
+def _report(command: Generate, engine: Engine, results: Sequence[Result], out: Any) -> None:
+    written = sum(result.written for result in results)
+    total = sum(result.total for result in results)
+    if any(result.stats for result in results):
+        out.print(_table(command, results))
+    what = "" if command.out.suffix.lower() == ".png" else f"{written} images to "
+    out.print(f"wrote {what}{command.out}")
+    if written < total:
+        out.print(f"{total - written} of {total} images were there")
+
+
+def _table(command: Generate, results: Sequence[Result]) -> Any:
+    first = next(result for result in results if result.stats)
+    stats = first.stats[0]
+    kv_text = "" if stats.kv_dtype == stats.dtype else f", K/V {stats.kv_dtype}"
+    at_once = -(-first.generated // len(first.stats))
     timings = table(
-        f"{command.model}: {count} images, {at_once} at once, seed {command.seed}, cfg "
-        f"{command.cfg:g}, {first.dtype}{kv_text}, {torch.get_num_threads()} threads",
+        f"{command.model}: {first.generated} images, {at_once} at once, seed {command.seed}, cfg "
+        f"{command.cfg:g}, {stats.dtype}{kv_text}, {torch.get_num_threads()} threads",
         "depth",
         "ms per image",
         "of it decoder",
@@ -185,14 +426,44 @@ def _report(
         "K/V allocated",
         "of paper's scheme",
     )
-    for depth, result in zip(depths, results, strict=True):
-        stats = result.stats
+    for result in (result for result in results if result.stats):
         timings.add_row(
-            str(depth if depth is not None else model.var.config.depth),
-            f"{1000 * stats.seconds / count:.2f}",
-            f"{1000 * stats.decode_seconds / count:.2f}",
-            mebibytes(stats.kv_planned_bytes),
-            mebibytes(stats.kv_allocated_bytes),
-            f"{stats.kv_allocated_bytes / stats.kv_paper_bytes:.1%}",
+            str(result.depth),
+            f"{1000 * result.seconds('seconds') / result.generated:.2f}",
+            f"{1000 * result.seconds('decode_seconds') / result.generated:.2f}",
+            mebibytes(result.largest("kv_planned_bytes")),
+            mebibytes(result.largest("kv_allocated_bytes")),
+            f"{result.largest('kv_allocated_bytes') / result.largest('kv_paper_bytes'):.1%}",
         )
-    console().print(timings)
+    return timings
+
+
+def _as_json(command: Generate, results: Sequence[Result]) -> dict[str, Any]:
+    stats = next((one for result in results for one in result.stats), None)
+    return {
+        "format": "variant-generated-1",
+        "model": command.model,
+        "out": str(command.out),
+        "labels": list(command.labels),
+        "count": command.count,
+        "seed": command.seed,
+        "sampling": {"cfg": command.cfg, "top_k": command.top_k, "top_p": command.top_p},
+        "dtype": None if stats is None else stats.dtype,
+        "kv_dtype": None if stats is None else stats.kv_dtype,
+        "device": command.device,
+        "threads": torch.get_num_threads(),
+        "depths": [
+            {
+                "depth": result.depth,
+                "images": result.total,
+                "generated": result.generated,
+                "batches": len(result.stats),
+                "seconds": result.seconds("seconds"),
+                "decode_seconds": result.seconds("decode_seconds"),
+                "kv_planned_bytes": result.largest("kv_planned_bytes"),
+                "kv_allocated_bytes": result.largest("kv_allocated_bytes"),
+                "kv_paper_bytes": result.largest("kv_paper_bytes"),
+            }
+            for result in results
+        ],
+    }

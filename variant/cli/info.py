@@ -2,70 +2,127 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+
 from variant.checkpoints.config_file import read_config
 from variant.checkpoints.locate import locate
 from variant.checkpoints.model_folder import load_model
 from variant.cli.dtypes import DTYPES
 from variant.cli.kv_error_table import kv_error_table, measure_with_progress
 from variant.cli.options import Info
-from variant.cli.output import console, mebibytes, table
+from variant.cli.output import check_json, console, mebibytes, table, write_json
 from variant.engine.engine import Engine
 from variant.engine.planning import depths_of, plan_row
-from variant.errors import UserError
+from variant.models.config import VARConfig
+from variant.models.var import VAR
+from variant.models.vqvae import VQVAE
 from variant_kernels import select_layers
+from variant_kernels.arguments import integer
 from variant_kernels.dispatch.request import dtype_name
+
+# Logits of every image are compared at once; a few images have thousands of tokens.
+MAX_IMAGES = 1024
 
 
 def info(command: Info) -> None:
     """Print sizes, subnets with their layers and cache, and the record of the training."""
-    if command.images < 1:
-        raise UserError(f"info: --images must be at least 1; got {command.images}")
+    integer("info", "--images", command.images, 1, MAX_IMAGES)
+    check_json("info", command.json)
     folder = locate(command.model)
     var, vae, _ = load_model(folder)
-    config, out = var.config, console()
-    sizes = [sum(p.numel() for p in model.parameters()) for model in (var, vae)]
+    training = read_config(folder).get("training")
+    described = _described(command.model, var, vae, training)
+    out = console(command.json)
+    _print(out, described, var.config)
+    if command.kv_dtype is not None:
+        dtype = DTYPES[command.dtype] if command.dtype else None
+        engine = Engine(var.eval(), vae.eval(), dtype=dtype)
+        errors = measure_with_progress(engine, command.images)
+        out.print(kv_error_table(command.model, errors))
+        described["kv_error"] = [asdict(error) for error in errors]
+    write_json(command.json, described)
+
+
+def _described(model: str, var: VAR, vae: VQVAE, training: object) -> dict[str, Any]:
+    """The model as plain values; K/V bytes are those of one image with guidance."""
+    config, layout = var.config, var.config.layout
     dtype = var.head.weight.dtype
-    layout = config.layout
+    parameters = [sum(p.numel() for p in module.parameters()) for module in (var, vae)]
+    flexible = 0 if config.bridge is None else layout.total - sum(layout.tokens[: config.bridge])
+    return {
+        "format": "variant-info-1",
+        "model": model,
+        "image_size": vae.config.image_size,
+        "tokens": layout.total,
+        "flexible_tokens": flexible,
+        "dtype": dtype_name(dtype),
+        "var_parameters": parameters[0],
+        "vae_parameters": parameters[1],
+        "var": config.to_dict(),
+        "vae": vae.config.to_dict(),
+        "depths": [] if config.bridge is None else _depths(config, dtype),
+        "training": training if isinstance(training, dict) else None,
+    }
+
+
+def _depths(config: VARConfig, dtype: object) -> list[dict[str, Any]]:
+    assert config.bridge is not None
+    depths = []
+    for depth in depths_of(config):
+        row = plan_row(config, depth, config.bridge, 1, dtype)
+        trained = depth == config.depth or depth in config.subnets
+        layers = config.subnets.get(depth, select_layers(config.depth, depth))
+        depths.append(
+            {
+                "depth": depth,
+                "layers": list(layers),
+                "trained": trained,
+                "kv_bytes": row.ours,
+                "paper_scheme_bytes": row.paper_same,
+            }
+        )
+    return depths
+
+
+def _print(out: Console, described: dict[str, Any], config: VARConfig) -> None:
+    layout, side = config.layout, described["image_size"]
     out.print(
-        f"{command.model}: {config.depth} layers, width {config.embed_dim}, {config.num_heads} "
-        f"heads, {config.num_classes} classes; {layout.num_scales} scales {config.patch_nums}, "
-        f"{layout.total} tokens, {vae.config.image_size}x{vae.config.image_size} pixels"
+        f"{described['model']}: {config.depth} layers, width {config.embed_dim}, "
+        f"{config.num_heads} heads, {config.num_classes} classes; {layout.num_scales} scales "
+        f"{config.patch_nums}, {layout.total} tokens, {side}x{side} pixels"
     )
     out.print(
-        f"transformer {sizes[0]:,} parameters ({dtype_name(dtype)}), "
-        f"VQ-VAE {sizes[1]:,} parameters, codebook {config.vocab_size} x {config.vae_channels}"
+        f"transformer {described['var_parameters']:,} parameters ({described['dtype']}), "
+        f"VQ-VAE {described['vae_parameters']:,} parameters, codebook {config.vocab_size} x "
+        f"{config.vae_channels}"
     )
     if config.bridge is None:
         out.print("no subnets are recorded: the model was trained at full depth only")
     else:
         depths = table(
             f"depths (bridge {config.bridge}: every layer runs at the first {config.bridge} "
-            f"scales; {layout.total - sum(layout.tokens[: config.bridge])} of {layout.total} "
-            "tokens are in the flexible zone)",
+            f"scales; {described['flexible_tokens']} of {layout.total} tokens are in the flexible "
+            "zone)",
             "depth",
             "layers",
             "K/V of one image",
             "of the paper's scheme",
         )
-        for depth in depths_of(config):
-            row = plan_row(config, depth, config.bridge, 1, dtype)
-            if depth == config.depth:
-                layers = "all"
-            elif depth in config.subnets:
-                layers = str(list(config.subnets[depth]))
-            else:
-                layers = f"{list(select_layers(config.depth, depth))} (not trained)"
-            depths.add_row(str(depth), layers, mebibytes(row.ours), f"{row.share:.1%}")
+        for row in described["depths"]:
+            layers = "all" if row["depth"] == config.depth else str(row["layers"])
+            depths.add_row(
+                str(row["depth"]),
+                layers if row["trained"] else f"{layers} (not trained)",
+                mebibytes(row["kv_bytes"]),
+                f"{row['kv_bytes'] / row['paper_scheme_bytes']:.1%}",
+            )
         out.print(depths)
-    training = read_config(folder).get("training")
-    if isinstance(training, dict):
-        for key, value in training.items():
-            if key == "settings":
-                continue  # too long to print; config.json holds them
-            if isinstance(value, dict):
-                value = ", ".join(f"{name} {loss:.4f}" for name, loss in value.items())
-            out.print(f"training {key}: {value}")
-    if command.kv_dtype is not None:
-        dtype = DTYPES[command.dtype] if command.dtype else None
-        engine = Engine(var.eval(), vae.eval(), dtype=dtype)
-        out.print(kv_error_table(command.model, measure_with_progress(engine, command.images)))
+    for key, value in (described["training"] or {}).items():
+        if key == "settings":
+            continue  # too long to print; config.json holds them
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {loss:.4f}" for name, loss in value.items())
+        out.print(f"training {key}: {value}")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from variant.checkpoints.locate import ASSETS
 from variant.cli.output import table as new_table
+from variant.cli.progress import progress
 from variant.engine.engine import Engine
 from variant.evaluation.kv_error import (
     GREEDY_CFG,
@@ -27,18 +27,10 @@ FIGURES = ASSETS / "kv8.json"
 
 
 def measure_with_progress(engine: Engine, images: int) -> list[KVError]:
-    """:func:`measure_kv_error` with a progress bar if standard error is a terminal."""
-    if not sys.stderr.isatty():
-        return measure_kv_error(engine, images=images)
-    bar = Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True)
-    with bar:
-        total = STEPS_PER_DEPTH * len(trained_depths(engine.var.config))
-        task = bar.add_task("measuring", total=total)
-
-        def on_step(description: str) -> None:
-            bar.update(task, advance=1, description=description)
-
-        return measure_kv_error(engine, images=images, on_step=on_step)
+    """:func:`measure_kv_error` with progress on standard error."""
+    total = STEPS_PER_DEPTH * len(trained_depths(engine.var.config))
+    with progress("info", "measuring", total) as advance:
+        return measure_kv_error(engine, images=images, on_step=functools.partial(advance, 1))
 
 
 def kv_error_table(model: str, errors: Sequence[KVError]) -> Table:

@@ -7,7 +7,13 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
+from variant.cli import signals
+from variant.cli.announce import announce
+from variant.cli.messages import one_line, one_line_warnings
 from variant.cli.options import (
     Bench,
     Command,
@@ -18,82 +24,98 @@ from variant.cli.options import (
     Train,
     TrainVae,
 )
-from variant.errors import UserError
+from variant.cli.words import UsageError, check_words
 from variant_kernels import __version__
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(
+    arguments: list[str] | None = None, *, before_work: Callable[[], None] = lambda: None
+) -> int:
     """Run one command.
 
+    Args:
+        arguments: None takes those of the process.
+        before_work: called after the command's modules are imported.
     Returns:
-        0; 1 for an error, printed as one line (with ``--debug``: its traceback too); 130 after
-        Ctrl-C. Wrong usage exits with 2.
+        0; 1 for an error, printed as one line (with ``--debug``: its traceback too); 2 for wrong
+        usage, one line too; 130 after Ctrl-C, 143 after SIGTERM.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words in (["--version"], ["-V"]):
         print(f"variant {__version__}")
         return 0
-    # Imported here: on machines without tyro, benchmarks.gpu_engine calls the commands' functions.
-    import tyro
-
     debug = "--debug" in words
-    command = tyro.cli(
-        Command,  # type: ignore[arg-type]
-        prog="variant",
-        description="Visual autoregressive models at any depth. --version prints the version, "
-        "--debug shows tracebacks.",
-        args=[word for word in words if word != "--debug"],
-    )
-    try:
-        run(command)
-    except KeyboardInterrupt as stop:
-        print(f"variant: stopped. {stop}".rstrip(), file=sys.stderr)
-        return 130
-    except Exception as error:
-        # Unexpected errors are printed as one line too; --debug shows the traceback.
-        if debug:
-            traceback.print_exc()
-        print(f"variant: error: {one_line(error)}", file=sys.stderr)
-        return 1
+    with one_line_warnings():
+        try:
+            words = check_words(words)
+            # Imported here: on machines without tyro, benchmarks.gpu_engine calls the commands'
+            # functions.
+            from variant.cli.parser import parse
+
+            command = parse(words)
+            announce(command)
+            function = function_of(command)
+            before_work()
+            function(command)
+        except KeyboardInterrupt as stop:
+            return _stopped(stop)
+        except UsageError as error:
+            _print_error(str(error))
+            return 2
+        except Exception as error:
+            if signals.received():  # a library turned the signal's exception into its own
+                return _stopped(KeyboardInterrupt())
+            # Unexpected errors are printed as one line too; --debug shows the traceback.
+            if debug:
+                traceback.print_exc()
+            _print_error(one_line(error, words[0]))
+            return 1
     return 0
 
 
-def run(command: Command) -> None:
-    """Run the function of a command."""
+def function_of(command: Command) -> Callable[[Any], None]:
+    """The function of a command, imported now."""
     match command:
         case Generate():
             from variant.cli.generate import generate
 
-            generate(command)
+            return generate
         case Plan():
             from variant.cli.plan import plan
 
-            plan(command)
+            return plan
         case Train():
             from variant.cli.train import train
 
-            train(command)
+            return train
         case TrainVae():
             from variant.cli.train import train_vae
 
-            train_vae(command)
+            return train_vae
         case Bench():
             from variant.cli.bench import bench
 
-            bench(command)
+            return bench
         case Convert():
             from variant.cli.convert import convert
 
-            convert(command)
+            return convert
         case Info():
             from variant.cli.info import info
 
-            info(command)
+            return info
 
 
-def one_line(error: Exception) -> str:
-    """The message of an error that is meant for users; of any other error its type too."""
-    text = " ".join(str(error).split())
-    if isinstance(error, UserError | ValueError | MemoryError) and text:
-        return text
-    return f"{type(error).__name__}: {text} (--debug shows where)"
+def _stopped(stop: KeyboardInterrupt) -> int:
+    _print(f"variant: stopped. {stop}".rstrip())
+    return signals.exit_code(signals.received() or signals.signum_of(stop))
+
+
+def _print_error(text: str) -> None:
+    _print(f"variant: error: {text}")
+
+
+def _print(line: str) -> None:
+    # Standard error may be closed, or its disk full: the exit code has to do.
+    with suppress(OSError):
+        print(line, file=sys.stderr)

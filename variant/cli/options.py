@@ -20,7 +20,8 @@ class Generate:
     model: str = "digits"
     """Model folder, Hub id, or a model of this package."""
     labels: tuple[int, ...] = ()
-    """Class labels; default: every class, at most ten."""
+    """Class labels; -1, or the number of classes, is the null class: unconditional. Default: every
+    class, at most ten."""
     count: int = 1
     """Images per label."""
     depth: int | None = None
@@ -37,15 +38,28 @@ class Generate:
     """Sample from the likeliest tokens with this total probability; 0: from all."""
     seed: int = 0
     """Seed of the random draws: the same seed gives the same images."""
+    device: str = "cpu"
+    """Device of the model: cpu, cuda, cuda:1."""
+    backend: str = "auto"
+    """Backend of the kernels; auto: the fastest. `python -m variant_kernels` lists them."""
     dtype: DtypeName | None = None
     """Dtype of weights, K/V and matrix products; default: that of the weights."""
     kv_dtype: KVDtypeName | None = None
     """fp8 stores K and V in 8 bits with a scale per token and head; default: exact. `variant info
     --kv-dtype fp8` measures the error."""
     max_batch: int | None = None
-    """Images per batch; default: as many as fit into free memory."""
+    """Images per batch; default: as many as fit into free memory, at most 256."""
     out: Path = Path("out")
-    """A .png file for a grid, or a folder for one file per image."""
+    """A .png file for a grid, or a folder for one file per image, written as soon as it is made."""
+    resume: bool = False
+    """Generate the images that an interrupted run with the same settings did not write to that
+    folder."""
+    overwrite: bool = False
+    """Replace the images of an earlier run."""
+    json: Path | None = None
+    """File for settings, times and memory; -: print them in place of the table."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
 
 @dataclass
@@ -71,6 +85,10 @@ class Plan:
     """Tokens per page."""
     guidance: bool = True
     """Whether classifier-free guidance doubles the sequences."""
+    json: Path | None = None
+    """File for every plan, in bytes; -: print them in place of the tables."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
 
 @dataclass
@@ -84,10 +102,15 @@ class Train:
     """Name of a packaged recipe, or a TOML file."""
     out: Path | None = None
     """Folder for checkpoints, metrics and the finished model; default: runs/RECIPE."""
+    start_from: str | None = None
+    """Model folder, Hub id, or a model of this package: train its transformer further, with its
+    VQ-VAE; its sizes must be those of the recipe."""
     resume: bool = False
     """Continue from the last checkpoint in that folder."""
     seed: int | None = None
     """Overrides the recipe's seed."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
 
 @dataclass
@@ -105,6 +128,8 @@ class TrainVae:
     """Continue from the last checkpoint in that folder."""
     seed: int | None = None
     """Overrides the recipe's seed."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
 
 @dataclass
@@ -147,7 +172,10 @@ class Bench:
     threads: int | None = None
     """Number of threads; default: that of torch."""
     json: Path | None = None
-    """File for the results; benchmarks/report.py and benchmarks/compare.py read it."""
+    """File for the results, which benchmarks/report.py and benchmarks/compare.py read; -: print
+    them in place of the tables."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
 
 @dataclass
@@ -201,6 +229,8 @@ class Convert:
     """Whether the VQ-VAE finds the nearest code by cosine."""
     beta: float | None = None
     """Weight of the commitment loss of the VQ-VAE."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
 
 @dataclass
@@ -221,6 +251,10 @@ class Info:
     """Dtype of weights and products in that measurement; default: that of the weights."""
     images: int = 4
     """Number of images in that measurement."""
+    json: Path | None = None
+    """File for the description; -: print it in place of the text."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
 
 Command = Generate | Plan | Train | TrainVae | Bench | Convert | Info

@@ -1,23 +1,51 @@
-"""Shared by several commands: sizes as text, tables, configs of a model. Imports no torch."""
+"""Shared by several commands: consoles, tables, sizes as text, files to write. Imports no torch."""
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from variant.checkpoints.config_file import configs_in
-from variant.checkpoints.locate import locate
-from variant.models.config import VARConfig, VQVAEConfig
-from variant.models.presets import VAR_PRESETS, vqvae_of
+from variant.bench.result_file import result_text, write_result
+from variant.errors import UserError
+
+# Room in a file's name for what a temporary file adds to it; the usual limit is 255 bytes.
+NAME_BYTES, TEMPORARY_BYTES = 255, 16
+STANDARD_OUTPUT = Path("-")
 
 
-def console() -> Console:
-    """Standard output; plain and 120 columns wide where it is not a terminal."""
+class _Console(Console):
+    """rich's console; a closed standard output is an error like any other."""
+
+    def on_broken_pipe(self) -> None:
+        """In place of an exit without a message."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE), "standard output")
+
+
+def console(json_file: Path | None = None, *, stderr: bool = False) -> Console:
+    """Standard output; plain and 120 columns wide where it is not a terminal.
+
+    Args:
+        json_file: that of ``--json``. If it is standard output, nothing else may be printed there.
+        stderr: print on standard error in that case, and not nowhere.
+    """
+    for_machines = json_file == STANDARD_OUTPUT
     # No markup: file names may hold brackets.
-    out = Console(highlight=False, soft_wrap=True, markup=False)
+    out = _Console(
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+        quiet=for_machines and not stderr,
+        stderr=for_machines and stderr,
+    )
     if not out.is_terminal:
         out.width = 120
     return out
@@ -32,15 +60,85 @@ def table(title: str, *columns: str) -> Table:
 
 
 def mebibytes(count: float) -> str:
-    """``1,860 MiB``; small sizes in KiB."""
+    """``1,860 MiB``; small sizes in KiB, smaller ones in bytes."""
+    if count < 2**10:
+        return f"{count:,.0f} bytes"
     if count < 2**20:
         return f"{count / 2**10:,.0f} KiB"
     return f"{count / 2**20:,.1f} MiB" if count < 100 * 2**20 else f"{count / 2**20:,.0f} MiB"
 
 
-def configs_of(model: str) -> tuple[VARConfig, VQVAEConfig]:
-    """Configs of a preset or of a model folder, without reading weights."""
-    if model in VAR_PRESETS and not Path(model).exists():
-        config = VAR_PRESETS[model]
-        return config, vqvae_of(config)
-    return configs_in(locate(model))
+def check_file(path: Path) -> None:
+    """Fails before the work if a file cannot be written there; creates nothing.
+
+    Raises:
+        UserError: it cannot.
+    """
+    # In these folders new files cannot be made or mean something else; /dev/stdout is a link.
+    folders = os.path.realpath(path), f"{os.path.realpath(path.parent)}/"
+    system = any(map(_is_system, folders))
+    if system or (path.exists() and not path.is_file()):
+        what = "is a folder" if path.is_dir() else "is no plain file"
+        raise UserError(f"{path}: cannot be written: {what}")
+    check_folder(path.parent, path)
+
+
+def _is_system(path: str) -> bool:
+    return path.startswith(("/dev/", "/proc/", "/sys/")) and not path.startswith("/dev/shm/")
+
+
+def check_folder(path: Path, target: Path | None = None) -> None:
+    """Fails before the work if a file cannot be written to this folder, which may not exist yet.
+
+    Args:
+        target: the file, for the message.
+    Raises:
+        UserError: it cannot.
+    """
+    nearest = path
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        reason = "no permission" if nearest.is_dir() else "is not a folder"
+        raise UserError(f"{target or path}: cannot be written: {nearest}: {reason}")
+
+
+@contextmanager
+def checked_path(path: Path) -> Iterator[None]:
+    """Turns what the system says about a path within the block into a UserError."""
+    try:
+        longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+        if longest > NAME_BYTES - TEMPORARY_BYTES:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def check_json(op: str, path: Path | None) -> None:
+    """Fails before the work if the file of ``--json`` cannot be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if path is None or path == STANDARD_OUTPUT:
+        return
+    with checked_path(path):
+        if not path.name:
+            raise UserError(f"{op}: --json must name a file, or - for standard output; got {path}")
+        check_file(path)
+
+
+def write_json(path: Path | None, value: Mapping[str, Any]) -> None:
+    """Write the result of a command where ``--json`` asked for it; None does nothing.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if path is None:
+        return
+    if path == STANDARD_OUTPUT:
+        sys.stdout.write(result_text(value))
+        sys.stdout.flush()
+    else:
+        write_result(path, value)

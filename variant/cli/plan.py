@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
 
 from rich.table import Table
 
+from variant.checkpoints.named_configs import configs_of
 from variant.cli.options import Plan
-from variant.cli.output import configs_of, console, mebibytes, table
+from variant.cli.output import check_json, console, mebibytes, table, write_json
 from variant.engine.planning import PlanRow, depths_of, plan_row, weight_bytes
 from variant.errors import UserError
 from variant.models.config import VARConfig
+from variant_kernels.arguments import integer
 
+MAX_BATCH = 2**31 - 1
+MAX_PAGE_SIZE = 2**16
 # (depth, bridge) -> the plan
 PlanOf = Callable[[int, int], PlanRow]
 
 
 def plan(command: Plan) -> None:
     """Print the cache of every depth at one bridge, then of every depth and bridge."""
-    if command.batch < 1:
-        raise UserError(f"plan: --batch must be at least 1; got {command.batch}")
+    integer("plan", "--batch", command.batch, 1, MAX_BATCH)
+    integer("plan", "--page-size", command.page_size, 1, MAX_PAGE_SIZE)
     if command.memory is not None and not 0 < command.memory < math.inf:
         raise UserError(f"plan: --memory must be positive and finite (GiB); got {command.memory}")
+    check_json("plan", command.json)
     var, vae = configs_of(command.model)
     bridge = command.bridge if command.bridge is not None else var.bridge
     if bridge is None:
@@ -31,6 +38,7 @@ def plan(command: Plan) -> None:
             f"(0..{len(var.patch_nums)})"
         )
 
+    @cache
     def plan_of(depth: int, bridge: int) -> PlanRow:
         return plan_row(
             var,
@@ -45,7 +53,7 @@ def plan(command: Plan) -> None:
 
     weights = weight_bytes(var, vae, command.dtype)
     free = None if command.memory is None else command.memory * 2**30 - weights
-    out = console()
+    out = console(command.json)
     out.print(_by_depth(command, var, bridge, plan_of, free))
     out.print(_by_bridge(command, var, plan_of, free))
     out.print(
@@ -56,6 +64,43 @@ def plan(command: Plan) -> None:
         from variant.cli.kv_error_table import print_kv_figures  # needs torch
 
         print_kv_figures(out, command.dtype)
+    write_json(command.json, _as_json(command, var, bridge, weights, plan_of))
+
+
+def _as_json(
+    command: Plan, var: VARConfig, bridge: int, weights: int, plan_of: PlanOf
+) -> dict[str, Any]:
+    """Both tables as plain values, in bytes."""
+    bridges = range(len(var.patch_nums) + 1)
+    rows = [plan_of(depth, bridge) for depth in depths_of(var)]
+    grid = [plan_of(depth, bridge) for depth in depths_of(var) for bridge in bridges]
+    return {
+        "format": "variant-plan-1",
+        "model": command.model,
+        "batch": command.batch,
+        "guidance": command.guidance,
+        "dtype": command.dtype,
+        "kv_dtype": command.kv_dtype,
+        "page_size": command.page_size,
+        "bridge": bridge,
+        "tokens": var.layout.total,
+        "weight_bytes": weights,
+        "memory_bytes": None if command.memory is None else int(command.memory * 2**30),
+        "depths": [_row_as_json(row) for row in rows],
+        "bridges": [
+            {"depth": row.depth, "bridge": row.bridge, "planned_bytes": row.ours} for row in grid
+        ],
+    }
+
+
+def _row_as_json(row: PlanRow) -> dict[str, int]:
+    return {
+        "depth": row.depth,
+        "paper_measured_bytes": row.paper_measured,
+        "paper_scheme_bytes": row.paper_same,
+        "exact_bytes": row.exact,
+        "planned_bytes": row.ours,
+    }
 
 
 def _by_depth(
@@ -95,11 +140,10 @@ def _by_depth(
 
 
 def _by_bridge(command: Plan, var: VARConfig, plan_of: PlanOf, free: float | None) -> Table:
-    """The plan of every depth and bridge in one unit, which the largest cell decides."""
+    """The plan of every depth and bridge in one unit."""
     bridges = range(len(var.patch_nums) + 1)
     sizes = {depth: [plan_of(depth, bridge).ours for bridge in bridges] for depth in depths_of(var)}
-    largest = max(max(row) for row in sizes.values())
-    unit, name = (2**20, "MiB") if largest >= 10 * 2**20 else (2**10, "KiB")
+    unit, name = unit_of(size for row in sizes.values() for size in row)
     grid = table(
         f"{'Exact plan' if command.kv_dtype is None else 'Plan with 8-bit K/V'} in {name} by "
         "depth and bridge" + ("" if free is None else " (-: does not fit)"),
@@ -111,6 +155,13 @@ def _by_bridge(command: Plan, var: VARConfig, plan_of: PlanOf, free: float | Non
         cells = [f"{size / unit:,.0f}" if fit else "-" for size, fit in zip(row, fits, strict=True)]
         grid.add_row(str(depth), *cells)
     return grid
+
+
+def unit_of(sizes: Iterable[int]) -> tuple[int, str]:
+    """The largest unit in which the smallest size that is not 0 has two digits."""
+    smallest = min((size for size in sizes if size), default=0)
+    units = (2**20, "MiB"), (2**10, "KiB")
+    return next((unit for unit in units if smallest >= 10 * unit[0]), (1, "bytes"))
 
 
 def _fits(row: PlanRow, free: float, batch: int) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from variant.cli.options import Train, TrainVae
 from variant.cli.output import console, table
-from variant.training.recipe import load_recipe
+from variant.training.recipe import load_recipe, starting_from
 from variant.training.task import Summary
 from variant.training.vae_task import train_vae as train_vae_recipe
 from variant.training.var_task import train_var
@@ -16,6 +16,8 @@ from variant.training.var_task import train_var
 def train(command: Train) -> None:
     """Train the recipe's transformer and print where the model is."""
     recipe = load_recipe(command.recipe, seed=command.seed)
+    if command.start_from is not None:
+        recipe = starting_from(recipe, command.start_from)
     out = folder_of(command)
     summary = train_var(
         recipe, out, resume=command.resume, resume_command=resume_command("train", command)
@@ -48,6 +50,8 @@ def resume_command(name: str, command: Train | TrainVae) -> str:
     words = ["variant", name, "--recipe", command.recipe, "--out", str(folder_of(command))]
     if command.seed is not None:
         words += ["--seed", str(command.seed)]
+    if isinstance(command, Train) and command.start_from is not None:
+        words += ["--start-from", command.start_from]
     return shlex.join([*words, "--resume"])
 
 

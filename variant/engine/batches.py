@@ -7,7 +7,7 @@ scales, E codebook vector width, H W the feature map (of images: pixels).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial, wraps
 from typing import Any, TypeVar, cast
@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from variant.engine.arguments import GivenTokens
 from variant.engine.generation import OnScale, PartialResult, Sampling, Stats
 from variant.engine.graph_replay import GraphReplay
 from variant.engine.images import to_uint8
@@ -58,6 +59,28 @@ def synchronized_time(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def switch_depth(state: BatchState, k: int, begin: int, depth: int | Sequence[int]) -> bool:
+    """From scale ``begin`` on, run the depth that ``on_scale`` returned after scale k.
+
+    Returns:
+        Whether it differs from the depth that runs there otherwise.
+    Raises:
+        TypeError, ValueError: no depth of this model, or a deeper one.
+    """
+    op = f"generate: on_scale after scale {k}"
+    layers, schedule = state.var.layers_of(depth, op=op), state.schedule
+    if begin == schedule.num_scales or layers == schedule.layers[begin]:
+        return False
+    planned = schedule.layers[begin]
+    if not set(layers) <= set(planned):
+        raise ValueError(
+            f"{op}: depth can only fall within an image: its layers must be a subset of those that "
+            f"were to run at scale {begin}, {list(planned)}; got {list(layers)}"
+        )
+    state.switch(begin, layers)
+    return True
+
+
 def decode_rgb(weights: EngineWeights, f_hat_BEHW: Tensor) -> Tensor:
     """(B, 3, H, W) float32 in [0, 1]; a single channel is repeated."""
     return weights.decode(f_hat_BEHW).expand(-1, 3, -1, -1).contiguous()
@@ -68,7 +91,8 @@ class Request:
     """The arguments that all batches of one ``generate`` call share.
 
     flexible_from: the first scale at which ``on_scale`` can change the depth.  decode: whether to
-    decode images from the tokens.  image_dtype: of the images, float32 or uint8.
+    decode images from the tokens.  image_dtype: of the images, float32 or uint8.  log_probs:
+    whether to return the log-probability of each token.
     """
 
     schedule: DepthSchedule
@@ -77,6 +101,43 @@ class Request:
     on_scale: OnScale | None
     decode: bool
     image_dtype: torch.dtype
+    log_probs: bool
+
+    def check(self) -> None:
+        """Raises: TypeError, ValueError for values that do not go together."""
+        if self.on_scale is not None and not callable(self.on_scale):
+            raise TypeError(
+                "generate: on_scale must be a function of (scale, partial); got "
+                f"{type(self.on_scale).__name__}"
+            )
+        if self.log_probs and self.sampling.more_smooth:
+            raise ValueError(
+                "generate: log_probs and more_smooth exclude each other (mixtures of codes, not "
+                "tokens, determine the next scale); got both"
+            )
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a CUDA graph can generate a batch that has no given tokens."""
+        return self.on_scale is None and self.sampling.can_be_captured and not self.log_probs
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What differs from batch to batch.
+
+    labels_B: (B,) int64.  image_ids_B: (B,) int64 on the device.  given: tokens that stay.
+    """
+
+    labels_B: Tensor
+    image_ids_B: Tensor
+    given: GivenTokens | None = None
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Parts of ``size`` images."""
+        labels, ids = self.labels_B.split(size), self.image_ids_B.split(size)
+        given = [None] * len(labels) if self.given is None else self.given.split(size)
+        return map(Batch, labels, ids, given)
 
 
 @dataclass(frozen=True)
@@ -84,17 +145,19 @@ class Part:
     """The result of one batch.
 
     images: (B, 3, H, W) float32 in [0, 1] or uint8, or (0, 3, H, W).  tokens_BL: (B, L) int64.
-    labels_B, image_ids_B: (B,) int64, what it was generated from.
-    depths: layers run at each scale.  allocated_bytes, peak_bytes: of the K/V cache.
+    log_probs_BL: (B, L) float32, or None.  batch: what it was generated from.
+    depths: layers run at each scale.  postponed: scales after which ``on_scale`` asked for a depth
+    that began later.  allocated_bytes, peak_bytes: of the K/V cache.
     captured: whether a CUDA graph generated it.  seconds: of the batch; decode_seconds: of the
     VQ-VAE decoder, part of it.
     """
 
     images: Tensor
     tokens_BL: Tensor
-    labels_B: Tensor
-    image_ids_B: Tensor
+    log_probs_BL: Tensor | None
+    batch: Batch
     depths: tuple[int, ...]
+    postponed: tuple[int, ...]
     allocated_bytes: int
     peak_bytes: int
     captured: bool
@@ -166,68 +229,68 @@ class BatchRunner:
     def _tables(self, schedule: DepthSchedule, num_sequences: int) -> PageTables:
         return self.page_tables.get(schedule, num_sequences, self.page_size, self.device)
 
-    def generate(
-        self,
-        labels_B: Tensor,
-        image_ids_B: Tensor,
-        request: Request,
-        graphs: GraphReplay | None,
-    ) -> Part:
+    def generate(self, batch: Batch, request: Request, graphs: GraphReplay | None) -> Part:
         """One batch of a request.
 
         Args:
-            labels_B: (B,) int64.  image_ids_B: (B,) int64 on the device.
             graphs: recorded with these weights; None launches every kernel from Python. No field
                 of this object: a graph keeps the object that recorded it.
         """
         started = synchronized_time(self.device)
-        eager = request.on_scale is not None or request.sampling.generator is not None
-        if graphs is None or eager:
-            batch = self._generate_eagerly(labels_B, image_ids_B, request)
+        captured = graphs is not None and request.can_be_captured and batch.given is None
+        postponed: list[int] = []
+        if graphs is not None and captured:
+            drawn = self._replay(graphs, batch, request)
         else:
-            batch = self._replay(graphs, labels_B, image_ids_B, request)
+            drawn = self._generate_eagerly(batch, request, postponed)
         decoding = synchronized_time(self.device)
         if request.decode:
-            images = self.decode(batch.f_hat_BEHW, graphs)
+            images = self.decode(drawn.f_hat_BEHW, graphs)
             images = to_uint8(images) if request.image_dtype == torch.uint8 else images
         else:
             size = self.vae.config.image_size
             images = torch.empty(0, 3, size, size, dtype=request.image_dtype, device=self.device)
         return Part(
             images,
-            batch.tokens_BL,
-            labels_B,
-            image_ids_B,
-            batch.schedule.depths,
-            batch.allocated_bytes,
-            batch.peak_bytes,
-            captured=graphs is not None and not eager,
+            drawn.tokens_BL,
+            drawn.log_probs_BL,
+            batch,
+            drawn.schedule.depths,
+            tuple(postponed),
+            drawn.allocated_bytes,
+            drawn.peak_bytes,
+            captured=captured,
             seconds=(finished := synchronized_time(self.device)) - started,
             decode_seconds=finished - decoding,
         )
 
-    def _generate_eagerly(
-        self, labels_B: Tensor, image_ids_B: Tensor, request: Request
-    ) -> TokenBatch:
+    def _generate_eagerly(self, batch: Batch, request: Request, postponed: list[int]) -> TokenBatch:
+        """Adds to ``postponed`` the scales after which a depth was asked for too early."""
         schedule, sampling, layout = request.schedule, request.sampling, self.var.layout
-        state = self.start(labels_B, schedule=schedule, guidance=sampling.guided)
+        state = self.start(batch.labels_B, schedule=schedule, guidance=sampling.guided)
         on_scale = request.on_scale
-        if on_scale is None:
-            return generate_tokens(state, sampling, image_ids_B)
 
         def after_scale(k: int, tokens_BL: Tensor, f_hat_BEHW: Tensor) -> None:
+            assert on_scale is not None
             tokens, features = tokens_BL[:, : layout.visible(k)].clone(), f_hat_BEHW.clone()
             depth = on_scale(k, PartialResult(k, tokens, partial(self.decode, features)))
             if depth is not None and k + 1 < layout.num_scales:
-                layers = self.var.layers_of(depth, op="on_scale")
-                state.switch(max(k + 1, request.flexible_from), layers)
+                begin = max(k + 1, request.flexible_from)
+                if switch_depth(state, k, begin, depth) and begin > k + 1:
+                    postponed.append(k)
 
-        return generate_tokens(state, sampling, image_ids_B, after_scale)
+        return generate_tokens(
+            state,
+            sampling,
+            batch.image_ids_B,
+            None if on_scale is None else after_scale,
+            given=None if batch.given is None else batch.given.to(self.device),
+            log_probs=request.log_probs,
+        )
 
-    def _replay(
-        self, graphs: GraphReplay, labels_B: Tensor, image_ids_B: Tensor, request: Request
-    ) -> TokenBatch:
+    def _replay(self, graphs: GraphReplay, batch: Batch, request: Request) -> TokenBatch:
         schedule, sampling = request.schedule, request.sampling
+        labels_B, image_ids_B = batch.labels_B, batch.image_ids_B
         # The graph reads these tables: it must keep them when the cache drops them.
         tables = self._tables(schedule, len(labels_B) * (2 if sampling.guided else 1))
         start = partial(self.start, schedule=schedule, guidance=sampling.guided, tables=tables)
@@ -267,6 +330,7 @@ class BatchRunner:
             decode_seconds=sum(part.decode_seconds for part in parts),
             batches=len(parts),
             depths=parts[-1].depths,
+            postponed=parts[-1].postponed,
             dtype=dtype_name(dtype),
             product_dtype=dtype_name(self.weights.dtype),
             kv_dtype=dtype_name(pages_dtype),

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TypedDict, Unpack, cast
+from typing import Unpack, cast
 
 import torch
 from torch import Tensor
 
 from variant.engine import memory
+from variant.engine.arguments import check_given, check_image_ids, check_labels, check_tokens
 from variant.engine.batches import (
+    Batch,
     BatchRunner,
     Request,
     decode_rgb,
@@ -26,44 +28,25 @@ from variant.engine.batches import (
 )
 from variant.engine.cast_models import CastModels
 from variant.engine.cuda_graphs import GraphRecorder, Recorder
-from variant.engine.generation import (
-    Generation,
-    OnScale,
-    Sampling,
-    check_image_ids,
-    check_labels,
-    check_tokens,
-)
+from variant.engine.drawing import extra_logit_bytes
+from variant.engine.generation import Generation, PerScale, Sampling
 from variant.engine.graph_replay import GraphReplay
 from variant.engine.images import check_image_dtype
 from variant.engine.kernels import Launchers
 from variant.engine.kv_dtype import KVDtype, check_kv_dtype
 from variant.engine.memory import free_bytes
-from variant.engine.runs import Current, Run
+from variant.engine.runs import Call, CallOptions, Current, Run
 from variant.engine.step_loop import teacher_forced_logits
 from variant.models.placement import check_dtype
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant_kernels import CachePlan
-from variant_kernels.arguments import instance
+from variant_kernels.arguments import boolean, instance, integer
 
 
 def new_recorder(device: torch.device) -> Recorder | None:
     """A recorder of CUDA graphs; None where the device has no graphs."""
     return GraphRecorder(device) if device.type == "cuda" else None
-
-
-class CallOptions(TypedDict, total=False):
-    """The arguments of ``generate`` that do not concern the drawing of tokens."""
-
-    depth: int | Sequence[int] | None
-    bridge: int | None
-    image_ids: Sequence[int] | Tensor | None
-    max_batch: int | None
-    on_scale: OnScale | None
-    decode: bool
-    kv_dtype: KVDtype
-    image_dtype: torch.dtype | str
 
 
 class Engine(CastModels):
@@ -108,9 +91,7 @@ class Engine(CastModels):
     ) -> None:
         check_pair(var, vae, "Engine")
         super().__init__(var, vae, check_engine_dtype("Engine", dtype, var), pack)
-        if page_size < 1:
-            raise ValueError(f"Engine: page_size must be at least 1; got {page_size}")
-        self.page_size = page_size
+        self.page_size = integer("Engine", "page_size", page_size, 1)
         self.kv_dtype = check_kv_dtype("Engine", kv_dtype)
         self.backend = backend
         self.capture = capture
@@ -179,48 +160,74 @@ class Engine(CastModels):
         """
         kv_dtype = self._kv_dtype("forced_logits", kv_dtype)
         labels_B = check_labels(labels_B, self.var.config.num_classes, "forced_logits")
-        shape = (len(labels_B), self.var.layout.total)
-        tokens_BL = check_tokens(tokens_BL, shape, self.var.config.vocab_size, "forced_logits")
+        tokens_BL = self._check_tokens("forced_logits", tokens_BL, len(labels_B))
         schedule = self.var.schedule(depth, bridge, op="forced_logits")
         state = self._runner(kv_dtype).start(labels_B, schedule=schedule, guidance=False)
         return teacher_forced_logits(state, tokens_BL.to(self.device))
+
+    def forced_log_probs(
+        self,
+        labels_B: Tensor,
+        tokens_BL: Tensor,
+        *,
+        depth: int | Sequence[int] | None = None,
+        bridge: int | None = None,
+        cfg: PerScale = 0.0,
+        max_batch: int | None = None,
+        kv_dtype: KVDtype = None,
+    ) -> Tensor:
+        """Log-probability of each given token by the cached, paged path (teacher forcing).
+
+        The log-softmax of :meth:`forced_logits` at the tokens, without guidance, temperature and
+        filters. With the ``cfg`` and batches of a generation it equals that one's ``log_probs`` bit
+        by bit.
+
+        Args:
+            labels_B: (B,) int64.  tokens_BL: (B, L) int64.
+            cfg: where it is above 0, unconditional sequences run too, as in that generation; they
+                can only change the last bits.
+            depth, bridge, max_batch, kv_dtype: as in ``generate``.
+        Returns:
+            (B, L) float32.
+        Raises:
+            TypeError, ValueError, MemoryError: as ``generate``.
+        """
+        mask_L = torch.ones(self.var.layout.total, dtype=torch.bool)
+        result = self.generate_with(
+            labels_B,
+            Sampling(cfg, seed=0),
+            depth=depth,
+            bridge=bridge,
+            tokens=tokens_BL,
+            mask=mask_L,
+            log_probs=True,
+            max_batch=max_batch,
+            decode=False,
+            kv_dtype=kv_dtype,
+        )
+        return cast("Tensor", result.log_probs)
 
     def generate(
         self,
         labels: int | Sequence[int] | Tensor,
         *,
-        depth: int | Sequence[int] | None = None,
-        bridge: int | None = None,
-        cfg: float = 1.5,
+        cfg: PerScale = 1.5,
         top_k: int = 0,
         top_p: float = 0.0,
         seed: int | None = None,
-        image_ids: Sequence[int] | Tensor | None = None,
         generator: torch.Generator | None = None,
-        max_batch: int | None = None,
-        on_scale: OnScale | None = None,
-        decode: bool = True,
-        kv_dtype: KVDtype = None,
-        image_dtype: torch.dtype | str = torch.float32,
+        temperature: PerScale = 1.0,
+        more_smooth: bool = False,
+        **options: Unpack[CallOptions],
     ) -> Generation:
         """One image per label; arguments, result and errors of ``VARiant.generate``.
 
         Args:
-            decode: False returns no images, (0, 3, H, W); :meth:`decode` makes them later.
-            kv_dtype: None is the engine's own.
+            options: the other arguments, but ``dtype``; and ``decode``: False returns no images,
+                (0, 3, H, W); :meth:`decode` makes them later. ``kv_dtype`` None is the engine's.
         """
-        return self.generate_with(
-            labels,
-            Sampling(cfg, top_k, top_p, seed, generator),
-            depth=depth,
-            bridge=bridge,
-            image_ids=image_ids,
-            max_batch=max_batch,
-            on_scale=on_scale,
-            decode=decode,
-            kv_dtype=kv_dtype,
-            image_dtype=image_dtype,
-        )
+        sampling = Sampling(cfg, top_k, top_p, seed, generator, temperature, more_smooth)
+        return self.generate_with(labels, sampling, **options)
 
     def generate_with(
         self,
@@ -230,7 +237,7 @@ class Engine(CastModels):
     ) -> Generation:
         """:meth:`generate` with guidance, filters, seed and generator in one object."""
         started = synchronized_time(self.device)
-        run = self._run(labels, sampling, **options)
+        run = self._run(labels, sampling, options)
         parts = list(run.parts())
         return run.generation(parts, synchronized_time(self.device) - started)
 
@@ -238,33 +245,18 @@ class Engine(CastModels):
         self,
         labels: int | Sequence[int] | Tensor,
         *,
-        depth: int | Sequence[int] | None = None,
-        bridge: int | None = None,
-        cfg: float = 1.5,
+        cfg: PerScale = 1.5,
         top_k: int = 0,
         top_p: float = 0.0,
         seed: int | None = None,
-        image_ids: Sequence[int] | Tensor | None = None,
         generator: torch.Generator | None = None,
-        max_batch: int | None = None,
-        on_scale: OnScale | None = None,
-        decode: bool = True,
-        kv_dtype: KVDtype = None,
-        image_dtype: torch.dtype | str = torch.float32,
+        temperature: PerScale = 1.0,
+        more_smooth: bool = False,
+        **options: Unpack[CallOptions],
     ) -> Iterator[Generation]:
         """:meth:`generate` one batch at a time; see ``VARiant.generate_batches``."""
-        return self.generate_batches_with(
-            labels,
-            Sampling(cfg, top_k, top_p, seed, generator),
-            depth=depth,
-            bridge=bridge,
-            image_ids=image_ids,
-            max_batch=max_batch,
-            on_scale=on_scale,
-            decode=decode,
-            kv_dtype=kv_dtype,
-            image_dtype=image_dtype,
-        )
+        sampling = Sampling(cfg, top_k, top_p, seed, generator, temperature, more_smooth)
+        return self.generate_batches_with(labels, sampling, **options)
 
     def generate_batches_with(
         self,
@@ -273,42 +265,44 @@ class Engine(CastModels):
         **options: Unpack[CallOptions],
     ) -> Iterator[Generation]:
         """:meth:`generate_batches` with guidance, filters, seed and generator in one object."""
-        return self._run(labels, sampling, **options).batches()
+        return self._run(labels, sampling, options).batches()
 
     @without_autocast
     @torch.no_grad()
     def _run(
-        self,
-        labels: int | Sequence[int] | Tensor,
-        sampling: Sampling,
-        *,
-        depth: int | Sequence[int] | None = None,
-        bridge: int | None = None,
-        image_ids: Sequence[int] | Tensor | None = None,
-        max_batch: int | None = None,
-        on_scale: OnScale | None = None,
-        decode: bool = True,
-        kv_dtype: KVDtype = None,
-        image_dtype: torch.dtype | str = torch.float32,
+        self, labels: int | Sequence[int] | Tensor, sampling: Sampling, options: CallOptions
     ) -> Run:
         """The batches of a request, none of them started; raises what ``generate`` raises."""
-        kv_dtype = self._kv_dtype("generate", kv_dtype)
-        labels_B = check_labels(labels, self.var.config.num_classes)
+        call = Call.of(options)
+        op, config, layout = "generate", self.var.config, self.var.layout
+        kv_dtype = self._kv_dtype(op, call.kv_dtype)
+        labels_B = check_labels(labels, config.num_classes)
+        sampling.check_run(layout.num_scales, self.device)
+        schedule = self.var.schedule(call.depth, call.bridge, op=op)
         request = Request(
-            schedule=self.var.schedule(depth, bridge, op="generate"),
+            schedule=schedule,
             sampling=sampling,
-            flexible_from=bridge if bridge is not None else (self.var.config.bridge or 0),
-            on_scale=on_scale,
-            decode=decode,
-            image_dtype=check_image_dtype("generate", image_dtype),
+            flexible_from=int((config.bridge or 0) if call.bridge is None else call.bridge),
+            on_scale=call.on_scale,
+            decode=boolean(op, "decode", call.decode),
+            image_dtype=check_image_dtype(op, call.image_dtype),
+            log_probs=boolean(op, "log_probs", call.log_probs),
         )
-        image_ids_B = check_image_ids(image_ids, len(labels_B), self.device)
+        request.check()
+        batch = Batch(
+            labels_B,
+            check_image_ids(call.image_ids, len(labels_B), self.device),
+            check_given(call.tokens, call.mask, layout, config.vocab_size, len(labels_B)),
+        )
         runner = self._runner(kv_dtype)  # casts the weights: the copies must not count as free
         size = memory.batch_size(
             len(labels_B),
-            max_batch,
+            call.max_batch,
             per_image=self._image_bytes(
-                runner.plan(request.schedule), runner.launchers, sampling.guided
+                runner.plan(schedule),
+                runner.launchers,
+                sampling.guided,
+                extra_logit_bytes(sampling, request.log_probs),
             ),
             fixed=self.decoder_bytes(),
             available=free_bytes(self.device),
@@ -318,15 +312,8 @@ class Engine(CastModels):
             renewed = replace(runner, weights=self._weights())
             return renewed, self._graphs_for(renewed)
 
-        return Run(
-            first=(runner, self._graphs_for(runner)),
-            renew=renew,
-            request=request,
-            labels_B=labels_B,
-            image_ids_B=image_ids_B,
-            size=size,
-            dtype=self.dtype,
-        )
+        first = runner, self._graphs_for(runner)
+        return Run(first, renew, request, batch, size, self.dtype)
 
     @without_autocast
     @torch.no_grad()
@@ -340,23 +327,36 @@ class Engine(CastModels):
         Raises:
             ValueError: tokens of a wrong shape, or outside [0, vocab_size).
         """
-        layout, vocab = self.var.layout, self.var.config.vocab_size
-        shape = (len(tokens_BL), layout.total)
-        tokens_BL = check_tokens(tokens_BL, shape, vocab, "decode").to(self.device)
+        layout, size = self.var.layout, self.vae.config.image_size
+        tokens_BL = self._check_tokens("decode", tokens_BL, None).to(self.device)
+        if not len(tokens_BL):
+            return torch.empty(0, 3, size, size, device=self.device)
         f_hat_BEHW = self.vae.new_features(len(tokens_BL))
         for k in range(layout.num_scales):
             self.vae.accumulate(f_hat_BEHW, tokens_BL[:, layout.slice(k)], k)
         return decode_rgb(self._weights(), f_hat_BEHW)
+
+    def _check_tokens(self, op: str, tokens_BL: Tensor, count: int | None) -> Tensor:
+        vocab = self.var.config.vocab_size
+        return check_tokens(op, "tokens_BL", tokens_BL, self.var.layout, vocab, count)
 
     def image_bytes(self, plan: CachePlan, guidance: bool = True, kv_dtype: KVDtype = None) -> int:
         """Bytes that one more image in a batch needs: its K/V pages and the largest tensors."""
         launchers = self._launchers(self._kv_dtype("image_bytes", kv_dtype))
         return self._image_bytes(plan, launchers, guidance)
 
-    def _image_bytes(self, plan: CachePlan, launchers: Launchers, guidance: bool) -> int:
-        var, vae = self.var.config, self.vae.config
+    def _image_bytes(
+        self, plan: CachePlan, launchers: Launchers, guidance: bool, extra_logit_bytes: int = 0
+    ) -> int:
         return memory.image_bytes(
-            var, vae, plan, self.product_dtype, launchers, guidance=guidance, packed=self.packed
+            self.var.config,
+            self.vae.config,
+            plan,
+            self.product_dtype,
+            launchers,
+            guidance=guidance,
+            packed=self.packed,
+            extra_logit_bytes=extra_logit_bytes,
         )
 
     def decoder_bytes(self) -> int:

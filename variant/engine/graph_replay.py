@@ -6,6 +6,7 @@ Axes: B images, L tokens of all scales, E codebook vector width.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -45,10 +46,9 @@ class GraphReplay:
             start: allocates the batch of given labels; ``configuration`` must identify all
                 that its work depends on besides the labels, ``sampling`` and ``schedule``.
             labels_B: (B,) int64.  image_ids_B: (B,) int64 on the device.
-            sampling: without a generator.
+            sampling: that a graph can draw (:attr:`Sampling.can_be_captured`).
         """
-        key = (schedule.layers, configuration, len(labels_B))
-        key = (*key, sampling.guided, sampling.top_k, sampling.top_p)
+        key = (schedule.layers, configuration, len(labels_B), sampling.recorded)
         # The graph keeps its body. A reference from there to self would be a cycle, and the graphs
         # of old weights would stay in memory until the garbage collector runs.
         kv_bytes = self._kv_bytes
@@ -61,12 +61,13 @@ class GraphReplay:
         # full() launches a kernel. A tensor made from a number would be copied to the device, and
         # the host would wait for the copy.
         device = image_ids_B.device
+        cfg = 0.0 if isinstance(sampling.cfg, tuple) else float(cast("float", sampling.cfg))
         tokens_BL, f_hat_BEHW = self.graphs.run(
             ("generate_tokens", key),
             body,
             labels_B.to(device, non_blocking=True),
             image_ids_B,
-            torch.full((), float(sampling.cfg), dtype=torch.float64, device=device),
+            torch.full((), cfg, dtype=torch.float64, device=device),
             torch.full((), int(sampling.seed or 0), dtype=torch.int64, device=device),
         )
         return TokenBatch(tokens_BL, f_hat_BEHW, schedule, *kv_bytes[key])

@@ -62,9 +62,12 @@ class Launchers:
         self.norm_append = pick("qk_norm_append_paged_kv", fused)
         paged = Request(device, (dtype,), head_dim, None, page_size, kv_dtype)
         self.attention = pick("paged_attention", paged)
-        self.sample = pick(
-            "sample_tokens", Request(device, (product_dtype,), row_width=config.vocab_size)
+        vocab = config.vocab_size
+        # Of logits that were divided by a temperature, which makes them float32.
+        self.sample_float32 = pick(
+            "sample_tokens", Request(device, (torch.float32,), row_width=vocab)
         )
+        self.sample = pick("sample_tokens", Request(device, (product_dtype,), row_width=vocab))
 
     @property
     def gathers_pages(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 from variant.engine.kernels import Launchers
 from variant.models.config import VARConfig, VQVAEConfig
 from variant_kernels import CachePlan
+from variant_kernels.arguments import integer
 
 # The rest stays free for the allocator's rounding, other processes and the operating system.
 USABLE_SHARE = 0.8
@@ -71,6 +72,7 @@ def image_bytes(
     *,
     guidance: bool,
     packed: bool,
+    extra_logit_bytes: int = 0,
 ) -> int:
     """Bytes that one more image in a batch needs: its K/V pages and the largest temporary tensors.
 
@@ -81,6 +83,7 @@ def image_bytes(
         launchers: give the dtype of K and V, and whether attention gathers the pages.
         guidance: an unconditional sequence runs beside each conditional one.
         packed: the decoder is packed and decodes one image at a time.
+        extra_logit_bytes: :func:`variant.engine.drawing.extra_logit_bytes`.
     """
     item, layout = dtype.itemsize, var.layout
     num_sequences = 2 if guidance else 1
@@ -93,6 +96,7 @@ def image_bytes(
     if launchers.attention_dtype != dtype:  # q, k, v, the normalised q and the output, cast
         layer += 5 * tokens * var.embed_dim * launchers.attention_dtype.itemsize
     logits = tokens * var.vocab_size * (item + 8)
+    logits += max(layout.tokens) * var.vocab_size * extra_logit_bytes
     if launchers.gathers_pages:
         # Plain torch gathers all visible K and V in float32 and stores every score.
         layer += 4 * num_sequences * layout.total * 2 * var.embed_dim
@@ -121,11 +125,11 @@ def batch_size(
         per_image: :func:`image_bytes`.  fixed: :func:`decoder_bytes`.
         available: :func:`free_bytes`.
     Raises:
-        ValueError: max_batch is not a positive integer.
+        TypeError, ValueError: max_batch is not a positive integer.
         MemoryError: one image, or ``max_batch`` images where that is given, do not fit.
     """
-    if max_batch is not None and not (isinstance(max_batch, int) and max_batch >= 1):
-        raise ValueError(f"generate: max_batch must be an integer >= 1; got {max_batch!r}")
+    if max_batch is not None:
+        max_batch = integer("generate", "max_batch", max_batch, 1)
     largest = (available - fixed) // per_image
     limit = min(count, max_batch or count)
     required = 1 if max_batch is None else limit
@@ -135,4 +139,4 @@ def batch_size(
             f"{(per_image * required + fixed) / 2**20:.0f} MiB, "
             f"but {available / 2**20:.0f} MiB are free; use a smaller depth, bridge or max_batch"
         )
-    return int(min(limit, largest))  # True is an int, but Tensor.split refuses it
+    return min(limit, largest)

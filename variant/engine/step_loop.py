@@ -17,17 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from variant.engine.arguments import GivenTokens
+from variant.engine.drawing import Drawer
 from variant.engine.generation import Sampling
 from variant.engine.kernels import Launchers
 from variant.engine.weights import EngineWeights, LayerWeights
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant_kernels import DepthSchedule, KVStep, PagedKVCache
-from variant_kernels.ops.sample_tokens import draw_exponential
-
-# Limit for the logits of one call of the head; larger batches are split. At batch 64 the logits of
-# the last scale would otherwise be the largest tensors of a generation.
-LOGITS_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,7 @@ class TokenBatch:
 
     tokens_BL: (B, L) int64.  f_hat_BEHW: (B, E, H, W) float32, the decoder's input.  schedule: the
     layers that ran.  allocated_bytes, peak_bytes: of the K/V cache, allocated and in use at most.
+    log_probs_BL: (B, L) float32 if asked for.
     """
 
     tokens_BL: Tensor
@@ -43,6 +41,7 @@ class TokenBatch:
     schedule: DepthSchedule
     allocated_bytes: int
     peak_bytes: int
+    log_probs_BL: Tensor | None = None
 
 
 class BatchState:
@@ -145,48 +144,6 @@ class BatchState:
         )
         return layer.proj(out_RTHD.view(num_sequences, tokens, width).to(h_RTC.dtype))
 
-    def sample(self, h_RTC: Tensor, scale: int, sampling: Sampling, image_ids_B: Tensor) -> Tensor:
-        """Tokens of one scale, (B, T) int64."""
-        images, tokens = len(image_ids_B), h_RTC.shape[1]
-        one = 2 * tokens * self.var.config.vocab_size * h_RTC.element_size()
-        # A generator draws for all sequences in one call, in their order.
-        part = images if sampling.generator is not None else max(1, LOGITS_BYTES // one)
-        if part >= images:
-            return self._sample_part(h_RTC, scale, sampling, image_ids_B)
-        parts = []
-        for first in range(0, images, part):
-            images_of_part = slice(first, first + part)
-            h_PTC = h_RTC[:images][images_of_part]
-            if sampling.guided:
-                h_PTC = torch.cat((h_PTC, h_RTC[images:][images_of_part]))
-            parts.append(self._sample_part(h_PTC, scale, sampling, image_ids_B[images_of_part]))
-        return torch.cat(parts)
-
-    def _sample_part(
-        self, h_RTC: Tensor, scale: int, sampling: Sampling, image_ids_B: Tensor
-    ) -> Tensor:
-        layout = self.var.layout
-        guided = sampling.guided and scale > 0
-        if guided:
-            logits_2BTV = self.weights.head(h_RTC)
-        else:
-            # The unconditional logits would have weight 0: they are not computed.
-            logits_2BTV = self.weights.head(h_RTC[: len(image_ids_B)]).repeat(2, 1, 1)
-        exponential_RV = None
-        if sampling.generator is not None:
-            exponential_RV = draw_exponential(logits_2BTV, sampling.generator)
-        return self.launchers.sample(
-            logits_2BTV=logits_2BTV,
-            # Rises linearly from 0 at the first scale to cfg at the last.
-            guidance=sampling.cfg * scale / (layout.num_scales - 1) if guided else 0.0,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            seed=0 if sampling.seed is None else sampling.seed,
-            image_ids_B=image_ids_B,
-            position=layout.offsets[scale],
-            exponential_RV=exponential_RV,
-        )
-
 
 AfterScale = Callable[[int, Tensor, Tensor], None]
 
@@ -196,6 +153,9 @@ def generate_tokens(
     sampling: Sampling,
     image_ids_B: Tensor,
     after_scale: AfterScale | None = None,
+    *,
+    given: GivenTokens | None = None,
+    log_probs: bool = False,
 ) -> TokenBatch:
     """Generates the tokens of one batch, scale by scale.
 
@@ -204,24 +164,40 @@ def generate_tokens(
         image_ids_B: (B,) int64; with the seed they determine the random numbers of each image.
         after_scale: called as ``after_scale(k, tokens_BL, f_hat_BEHW)`` after each scale; only the
             tokens of scales 0..k are set.
+        given: tokens of the batch that stay, on the device.
+        log_probs: whether to return the log-probability of each token.
     """
     layout, vae, batch = state.var.layout, state.vae, len(image_ids_B)
     f_hat_BEHW = vae.new_features(batch)
     tokens_BL = torch.empty(batch, layout.total, dtype=torch.int64, device=f_hat_BEHW.device)
+    log_probs_BL = torch.empty_like(tokens_BL, dtype=torch.float32) if log_probs else None
+    drawer = Drawer(
+        layout,
+        state.launchers,
+        head=state.weights.head,
+        codes_VE=vae.quantize.embedding.weight.detach(),
+        sampling=sampling,
+        image_ids_B=image_ids_B,
+        given=given,
+        log_probs=log_probs,
+    )
     words_BTE = None
     for k in range(layout.num_scales):
-        tokens_BT = state.sample(
-            state.hidden(state.tokens_in(words_BTE, k), k), k, sampling, image_ids_B
-        )
-        tokens_BL[:, layout.slice(k)] = tokens_BT
-        vae.accumulate(f_hat_BEHW, tokens_BT, k)
+        drawn = drawer.draw(state.hidden(state.tokens_in(words_BTE, k), k), k)
+        tokens_BL[:, layout.slice(k)] = drawn.tokens_BT
+        if log_probs_BL is not None and drawn.log_probs_BT is not None:
+            log_probs_BL[:, layout.slice(k)] = drawn.log_probs_BT
+        if drawn.codes_BTE is None:
+            vae.accumulate(f_hat_BEHW, drawn.tokens_BT, k)
+        else:
+            vae.accumulate_codes(f_hat_BEHW, drawn.codes_BTE, k)
         if k + 1 < layout.num_scales:
             words_BTE = vae.next_scale_input(f_hat_BEHW, k)
         if after_scale is not None:
             after_scale(k, tokens_BL, f_hat_BEHW)
     cache = state.cache
     return TokenBatch(
-        tokens_BL, f_hat_BEHW, state.schedule, cache.allocated_bytes, cache.peak_bytes
+        tokens_BL, f_hat_BEHW, state.schedule, cache.allocated_bytes, cache.peak_bytes, log_probs_BL
     )
 
 

@@ -123,9 +123,12 @@ class MultiScaleQuantizer(nn.Module):
 
     def contribution(self, tokens_BN: Tensor, k: int) -> Tensor:
         """The term of scale k's tokens in the feature map, (B, C, H, W) in the weights' dtype."""
+        return self.contribution_of_codes(self.embedding(tokens_BN), k)
+
+    def contribution_of_codes(self, h_BNC: Tensor, k: int) -> Tensor:
+        """:meth:`contribution` of scale k's codes, or of mixtures of codes, (B, N, C)."""
         last = self.layout.num_scales - 1
         height, width = self.layout.shapes[k]
-        h_BNC = self.embedding(tokens_BN)
         h_BCHW = h_BNC.transpose(1, 2).reshape(-1, h_BNC.shape[2], height, width)
         if k != last:
             h_BCHW = F.interpolate(h_BCHW, size=self.layout.shapes[last], mode="bicubic")

@@ -266,6 +266,12 @@ class VQVAE(nn.Module):
         return f_hat_BCHW.add_(self.quantize.contribution(tokens_BN, k))
 
     @torch.no_grad()
+    def accumulate_codes(self, f_hat_BCHW: Tensor, codes_BNC: Tensor, k: int) -> Tensor:
+        """:meth:`accumulate` for scale k's codes, or mixtures of codes, (B, N, C)."""
+        codes_BNC = codes_BNC.to(self.quantize.embedding.weight.dtype)
+        return f_hat_BCHW.add_(self.quantize.contribution_of_codes(codes_BNC, k))
+
+    @torch.no_grad()
     def next_scale_input(self, f_hat_BCHW: Tensor, k: int) -> Tensor:
         """The transformer's input at scale k+1 from the feature map, (B, N, C) float32."""
         return self.quantize.next_input(f_hat_BCHW, k)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -126,7 +126,7 @@ def _is(value: object, kind: type | tuple[type, ...]) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return _is(value, (int, float)) and abs(value) < math.inf  # type: ignore[arg-type]
+    return _is(value, (int, float)) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def _require(holds: bool, what: str) -> None:

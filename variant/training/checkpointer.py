@@ -20,6 +20,7 @@ from variant.training.random_state import random_state, set_random_state
 from variant.training.run_state import RunState
 
 FORMAT = "variant-train-3"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW stores for a parameter
 
 
 class Checkpointer:
@@ -115,7 +116,7 @@ class Checkpointer:
         """
         load_state(state.module, saved["module"], str(self.last))
         try:
-            _load_optimizer(state.optimizer, saved["optimizer"])
+            _load_optimizer(state.optimizer, saved["optimizer"], saved["step"])
             state.scaler.load_state_dict(saved["scaler"])
             state.step, state.seconds = saved["step"], saved["seconds"]
             state.loss_sums = {name: (pair[0], pair[1]) for name, pair in saved["sums"].items()}
@@ -178,28 +179,29 @@ class Checkpointer:
             raise UserError(f"{self.best}: cannot be written: {error.strerror or error}") from error
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], step: int) -> None:
     """Load AdamW's moments; its settings stay those of the recipe and of this device.
 
+    Args:
+        step: of the checkpoint; AdamW's own counts are at most that.
     Raises:
         ValueError: the moments are not those of the optimiser's parameters.
     """
+    for moments in saved["state"].values():
+        if set(moments) != set(MOMENTS) or not all(isinstance(v, Tensor) for v in moments.values()):
+            found = ", ".join(f"{key} {type(value).__name__}" for key, value in moments.items())
+            raise ValueError(f"optimizer: must have tensors {', '.join(MOMENTS)}; has {found}")
     groups = [
         {**{key: value for key, value in group.items() if key != "params"}, "params": old["params"]}
         for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=True)
     ]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     for parameter, moments in optimizer.state.items():
-        if moments.keys() != {"step", "exp_avg", "exp_avg_sq"}:
-            raise ValueError(f"optimizer: has {sorted(map(str, moments))}, not the state of AdamW")
-        for name, shape in (
-            ("step", torch.Size()),
-            ("exp_avg", parameter.shape),
-            ("exp_avg_sq", parameter.shape),
-        ):
-            value = moments[name]
-            if not isinstance(value, Tensor) or value.shape != shape:
-                found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"optimizer: {name} is {found}")
+        for name, value in moments.items():
+            shape = torch.Size() if name == "step" else parameter.shape
+            if value.shape != shape:
+                raise ValueError(f"optimizer: {name} is {tuple(value.shape)}")
             if not value.is_floating_point() or not torch.isfinite(value).all():
                 raise ValueError(f"optimizer: {name} is not finite")
+        if not 0 <= moments["step"].item() <= step:
+            raise ValueError(f"optimizer: step is {moments['step'].item()}, of {step}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from variant.errors import UserError
+from variant.paths import open_regular
 
 MARK = b"variant-sha256:"
 COMMENT_SIZE = len(MARK) + 64
@@ -45,10 +46,8 @@ def check_checksum(path: Path) -> None:
     Raises:
         UserError: they differ, there is none, or the file is missing or no regular one.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: is missing or no regular file")
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = file.seek(0, os.SEEK_END) - TAIL_SIZE
             file.seek(max(size, 0))
             tail = file.read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ class RunConsole:
     ) -> None:
         self.kind, self.epochs, self.total_steps = kind, epochs, total_steps
         self.console = console or Console()
+        self._last_line = -math.inf
 
     @contextmanager
     def progress_bar(self) -> Iterator[Callable[[int, float], None]]:
@@ -54,13 +56,11 @@ class RunConsole:
         )
         with progress:
             bar = progress.add_task(self.kind, total=self.total_steps, loss="")
-            last_line = time.monotonic()
+            self._last_line = time.monotonic()
 
             def move(step: int, loss: float) -> None:
-                nonlocal last_line
                 progress.update(bar, completed=step, loss=f"loss {loss:.4f}")
-                if not self.console.is_terminal and time.monotonic() - last_line >= LINE_EVERY:
-                    last_line = time.monotonic()
+                if not self.console.is_terminal and self._is_line_due():
                     self._print(f"{self.kind} step {step}/{self.total_steps}  loss {loss:.4f}")
 
             yield move
@@ -82,6 +82,11 @@ class RunConsole:
         if changes:
             self._print(f"changed since the run began: {', '.join(changes)}")
 
+    def print_preparation(self, what: str, done: int, total: int) -> None:
+        """Print how far the work before the first step is, at most every minute."""
+        if self._is_line_due():
+            self._print(f"{self.kind}: {done} of {total} {what}")
+
     def print_epoch(self, entry: Mapping[str, Any]) -> None:
         """Print the losses of a finished epoch, an entry of the run's history."""
         line = f"{self.kind} epoch {entry['epoch']}/{self.epochs}  train: "
@@ -99,6 +104,13 @@ class RunConsole:
             f"stopped after step {step} of {self.total_steps}; everything is saved. "
             f"Resume with: {resume_command}"
         )
+
+    def _is_line_due(self) -> bool:
+        now = time.monotonic()
+        is_due = now - self._last_line >= LINE_EVERY
+        if is_due:
+            self._last_line = now
+        return is_due
 
     def _print(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, highlight=False)

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from variant.errors import UserError
+from variant.paths import shown
 
 try:
     import fcntl
@@ -44,7 +45,7 @@ def locked_folder(folder: Path) -> Iterator[bool]:
         descriptor, is_locked = _acquire(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{folder}: cannot be written: {reason}") from None
+        raise UserError(f"{shown(folder)}: cannot be written: {reason}") from None
     try:
         yield is_locked
     finally:

@@ -14,9 +14,10 @@ from typing import Any
 from torch import nn
 
 from variant.checkpoints.config_file import configs_in, read_config
-from variant.checkpoints.locate import locate
-from variant.checkpoints.model_folder import WEIGHTS_NAME, load_model, load_state
+from variant.checkpoints.locate import FILE_ENDINGS, locate
+from variant.checkpoints.model_folder import load_model, load_state
 from variant.checkpoints.original_var import read_original
+from variant.checkpoints.sharded import INDEX_ENDING, find_weights
 from variant.errors import UserError
 from variant.files import file_sha256
 from variant.models.var import VAR
@@ -33,7 +34,6 @@ FREE_KEYS = {
 PARTS = {"var": "var_wo_ddp", "vae": "vae_local"}
 # Where the recipe has a size that does not stand in the section of the model itself.
 RECIPE_KEYS = {"vae_channels": "vae.z_channels", "patch_nums": "vae.patch_nums"}
-WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,13 @@ class Weights:
         kind: "var" or "vae".
         path: the file, or the folder.
         is_model_folder: whether the path is a model folder, which tells the sizes of its model.
+        entry: which of several state dicts in a file; see :class:`variant.training.recipe.Recipe`.
     """
 
     kind: str
     path: Path
     is_model_folder: bool = False
+    entry: str | None = None
 
     def sha256(self) -> str:
         """SHA-256 of the file, or of the folder's weights.
@@ -56,11 +58,13 @@ class Weights:
         Raises:
             UserError: a file cannot be read.
         """
-        whole = self.path / WEIGHTS_NAME
-        if not self.path.is_dir() or whole.is_file():
-            return file_sha256(whole if self.path.is_dir() else self.path)
-        files = sorted(p for p in self.path.iterdir() if p.suffix in WEIGHTS_SUFFIXES)
-        digests = [file_sha256(path) for path in files]
+        file = find_weights(self.path) if self.path.is_dir() else self.path
+        if file is None:
+            raise UserError(f"{self.path}: holds no weights")
+        if not file.name.endswith(INDEX_ENDING):
+            return file_sha256(file)
+        shards = sorted(path for path in file.parent.iterdir() if path.suffix == ".safetensors")
+        digests = [file_sha256(path) for path in (file, *shards)]
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
     def load_into(self, module: nn.Module, recipe: Recipe) -> None:
@@ -71,8 +75,14 @@ class Weights:
                 key that differs.
         """
         if not self.is_model_folder:
-            load_state(module, read_original(self.path, PARTS[self.kind]), str(self.path))
+            state = read_original(self.path, PARTS[self.kind], self.entry)
+            load_state(module, state, str(self.path))
             return
+        if self.entry not in (None, "model"):
+            raise UserError(
+                f'{recipe.name}: weights_entry must be "model" for {self.path}, a model folder, '
+                f"which has one set of weights; got {self.entry!r}"
+            )
         self._compare(recipe)
         var, vae, _ = load_model(self.path)
         load_state(module, (var if self.kind == "var" else vae).state_dict(), str(self.path))
@@ -106,7 +116,7 @@ def find_start(recipe: Recipe) -> Weights | None:
         UserError: there is no such file or model.
     """
     name = recipe.model.weights
-    return None if name is None else find_weights("var", name)
+    return None if name is None else named_weights("var", name, recipe.model.weights_entry)
 
 
 def find_vae(recipe: Recipe, folder: Path) -> Weights:
@@ -119,7 +129,7 @@ def find_vae(recipe: Recipe, folder: Path) -> Weights:
             one; there is no file or model of the name in the recipe.
     """
     if recipe.vae_training.weights is not None:
-        return find_weights("vae", recipe.vae_training.weights)
+        return named_weights("vae", recipe.vae_training.weights)
     checkpointer = Checkpointer(folder, "vae")
     path, last = checkpointer.best, checkpointer.last
     if not path.exists() and not last.exists():
@@ -142,19 +152,19 @@ def find_vae(recipe: Recipe, folder: Path) -> Weights:
     return Weights("vae", path)
 
 
-def find_weights(kind: str, name: str) -> Weights:
+def named_weights(kind: str, name: str, entry: str | None = None) -> Weights:
     """The file or the model folder of a name; a model of the Hub is downloaded.
 
     Args:
-        kind: "var" or "vae".
+        kind: "var" or "vae".  entry: which of several state dicts in a file.
     Raises:
         UserError: there is none.
     """
     path = Path(name)
-    if path.is_file() or path.suffix in WEIGHTS_SUFFIXES:
-        return Weights(kind, path)  # a missing file is reported by its reader
+    if path.is_file() or path.suffix in FILE_ENDINGS:
+        return Weights(kind, path, entry=entry)  # a missing file is reported by its reader
     folder = locate(name)
-    return Weights(kind, folder, is_model_folder=_is_model_folder(folder))
+    return Weights(kind, folder, is_model_folder=_is_model_folder(folder), entry=entry)
 
 
 def _is_model_folder(folder: Path) -> bool:

@@ -26,15 +26,16 @@ from variant.models.config import (
     require_plain_numbers,
     to_plain,
 )
+from variant.paths import path_kind, read_text, shown
 from variant.training.optim import OptimSection
 from variant.training.schedule import ScheduleSection
 from variant_kernels.arguments import integer
 from variant_kernels.plans.depth_schedule import select_layers
 
-# Limits of a recipe's file; the packaged ones have 2,000 bytes.
-MAX_BYTES = 2**18
+# Limits of a recipe's text, in characters; the packaged ones have 3,000.
+MAX_LENGTH = 2**18
 MAX_DOTS = 100  # in one line
-MAX_MESSAGE = 1000  # characters
+MAX_MESSAGE = 1000
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class ModelSection:
 
     weights: pretrained weights: a file (.pth or .safetensors), a model folder, the name of a
         packaged model or a Hub id; None initialises at random.
+    weights_entry: which of several state dicts in that file: "model", "ema" (an average of the
+        weights), or the name of one; None takes the plain model.
     """
 
     depth: int
@@ -56,11 +59,17 @@ class ModelSection:
     cond_drop_rate: float = 0.1
     drop_path_rate: float = 0.0
     weights: str | None = None
+    weights_entry: str | None = None
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
         require_plain_numbers(self)
+        require(
+            self.weights_entry is None or self.weights is not None,
+            "weights_entry needs weights",
+            self.weights_entry,
+        )
 
 
 @dataclass(frozen=True)
@@ -163,7 +172,8 @@ class Recipe:
     @property
     def var_config(self) -> VARConfig:
         """The configuration of the transformer, with its subnets and bridge."""
-        sizes = {key: value for key, value in to_plain(self.model).items() if key != "weights"}
+        starts = ("weights", "weights_entry")
+        sizes = {key: value for key, value in to_plain(self.model).items() if key not in starts}
         # Its sizes are checked before layers are selected from as many as the recipe names.
         config = VARConfig(
             **sizes,
@@ -196,6 +206,18 @@ def with_seed(op: str, recipe: Recipe, seed: int | None) -> Recipe:
     return dataclasses.replace(recipe, seed=integer(op, "seed", seed, 0, MAX_INTEGER))
 
 
+def starting_from(recipe: Recipe, model: str) -> Recipe:
+    """The recipe with both models started from a model folder, a packaged model or a Hub id.
+
+    The transformer is trained further, the VQ-VAE is used as it is.
+    """
+    return dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, weights=model),
+        vae_training=dataclasses.replace(recipe.vae_training, weights=model),
+    )
+
+
 def recipe_names() -> tuple[str, ...]:
     """Names of the packaged recipes."""
     files = resources.files("variant.training.recipes").iterdir()
@@ -218,21 +240,21 @@ def load_recipe(name_or_path: str | Path, *, seed: int | None = None) -> Recipe:
         )
     else:
         text = _read_text(name)
-    shown = name if len(name) <= 200 else f"...{name[-200:]}"
+    where = shown(name)
     try:
         # tomllib needs memory and time quadratic in the parts of a dotted key.
         if any(line.count(".") > MAX_DOTS for line in text.splitlines()):
             raise ValueError(f"has a line of more than {MAX_DOTS} dots")
         values = tomllib.loads(text)
     except RecursionError:
-        raise UserError(f"{shown}: is not valid TOML for a recipe: nested too deeply") from None
+        raise UserError(f"{where}: is not valid TOML for a recipe: nested too deeply") from None
     except ValueError as error:  # TOMLDecodeError is one
-        raise UserError(f"{shown}: is not valid TOML: {_one_line(error)}") from None
+        raise UserError(f"{where}: is not valid TOML: {_one_line(error)}") from None
     try:
-        return with_seed("load_recipe", parse_dataclass(Recipe, values, shown), seed)
+        return with_seed("load_recipe", parse_dataclass(Recipe, values, where), seed)
     except (RecursionError, ValueError) as error:
         message = _one_line(error)
-        prefix = "" if message.startswith(shown) else f"{shown}: "
+        prefix = "" if message.startswith(where) else f"{where}: "
         raise UserError(f"{prefix}{message}") from None
 
 
@@ -244,21 +266,14 @@ def _one_line(error: Exception) -> str:
 
 def _read_text(name: str) -> str:
     """The text of a recipe's file.  Raises: UserError, if there is none, or it is no text."""
-    path, shown = Path(name), name if len(name) <= 200 else f"...{name[-200:]}"
-    try:
-        is_file = path.is_file()
-        size = path.stat().st_size if is_file else 0
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{shown}: cannot be read: {reason}") from None
-    if not is_file:
+    if path_kind(name) is None:
         raise UserError(
-            f"{shown}: no such recipe. Packaged: {', '.join(recipe_names())}; "
+            f"{shown(name)}: no such recipe. Packaged: {', '.join(recipe_names())}; "
             "or give the path of a TOML file"
         )
-    if size > MAX_BYTES:
-        raise UserError(f"{shown}: is no recipe: it has {size:,} bytes; at most {MAX_BYTES:,}")
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{shown}: cannot be read: {error}") from None
+    text = read_text(name)
+    if len(text) > MAX_LENGTH:
+        raise UserError(
+            f"{shown(name)}: is no recipe: it has {len(text):,} characters; at most {MAX_LENGTH:,}"
+        )
+    return text

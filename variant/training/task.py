@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from variant.data.images import ImageData, Indices
 from variant.training.recipe import Recipe
 
 SAMPLE_SEED = 0  # of the sample of training images that is evaluated at the end
+
+Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,13 @@ class Task(ABC):
                 totals[name] = totals.get(name, 0.0) + loss * len(part)
         return {name: total / len(indices) for name, total in totals.items()}
 
-    def prepare(self) -> None:
+    def prepare(self, report: Report) -> None:
         """Called before the first step of a new or resumed run.
 
         Must not use the global random generators.
+
+        Args:
+            report: called with what is being done, and how much of how much is done.
         """
         return
 

@@ -79,7 +79,7 @@ class Trainer:
         self.console.print_start(
             self.task.data.num_train, str(self.device), state.step, self.setup.changes
         )
-        self.task.prepare()
+        self.task.prepare(self.console.print_preparation)
         with Interrupt().listening() as interrupt, self.console.progress_bar() as move_bar:
             while state.step < self.total_steps:
                 started = time.monotonic()

@@ -31,7 +31,7 @@ from variant.training.random_state import seed_everything
 from variant.training.recipe import Recipe, with_seed
 from variant.training.run_setup import RunSetup, open_run
 from variant.training.schedule import choose_depth, subnet_probability
-from variant.training.task import Summary, Task
+from variant.training.task import Report, Summary, Task
 from variant.training.trainer import Trainer
 
 FULL = "full"
@@ -57,8 +57,8 @@ class VARTask(Task):
         self.depths = recipe.schedule.depths
         self._copies_CNL: Tensor | None = None
 
-    def prepare(self) -> None:
-        self._copies_CNL = self._encode_copies()
+    def prepare(self, report: Report) -> None:
+        self._copies_CNL = self._encode_copies(report)
 
     def depth_of_step(self, step: int) -> int | None:
         """The depth of the subnet that a step trains; None is the full network."""
@@ -123,7 +123,7 @@ class VARTask(Task):
         with torch.autocast(self.device.type, enabled=False):
             return self.vae.teacher_input(tokens_BL)
 
-    def _encode_copies(self) -> Tensor | None:
+    def _encode_copies(self, report: Report) -> Tensor | None:
         """Tokens of each augmented copy of each training image, int32 on the CPU; None without."""
         section, size = self.recipe.data, self.recipe.eval.batch_size
         if section.copies == 0:
@@ -132,6 +132,11 @@ class VARTask(Task):
         for copy in range(section.copies):
             parts = []
             for start in range(0, self.data.num_train, size):
+                report(
+                    "images tokenized",
+                    copy * self.data.num_train + start,
+                    section.copies * self.data.num_train,
+                )
                 indices = range(start, min(start + size, self.data.num_train))
                 images = self.data.train(indices, copy)[0].to(self.device)
                 parts.append(self._tokenize(images).to("cpu", torch.int32))

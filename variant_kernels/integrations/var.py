@@ -26,7 +26,7 @@ from variant_kernels.integrations.alterations import (
 )
 from variant_kernels.integrations.base import ClassSwap, ModelFamily, Patched, require
 from variant_kernels.integrations.cast_once import CastOnceLinear, autocast_dtype, without_autocast
-from variant_kernels.integrations.runtime import Runtime, can_cast_once
+from variant_kernels.integrations.runtime import Runtime, can_cast_once, untraced
 from variant_kernels.integrations.var_generation import LayerPages, Layers, VARRuntime
 from variant_kernels.kv_cache import KVStore
 from variant_kernels.masks import layout_of
@@ -104,6 +104,7 @@ class PatchedBlock(Patched, nn.Module):
         x_BTC, h_BTC = gated_residual_adaln(x_BTC, y_BTC, gate1, scale2, shift2, eps=eps)
         return torch.addcmul(x_BTC, gate2.unsqueeze(1), self.ffn(h_BTC))
 
+    @untraced
     def _may_pass_by_parts(self) -> bool:
         if not is_plain(self.ln_wo_grad) or not self._modules.keys() <= BLOCK_PARTS:
             return False
@@ -144,6 +145,7 @@ class PatchedHeadNorm(Patched, nn.Module):
         )
         return adaln_modulate(x_BLC, scale, shift, eps=self.ln_wo_grad.eps)
 
+    @untraced
     def _may_pass_by_parts(self) -> bool:
         known = self._modules.keys() <= {"ln_wo_grad", "ada_lin"}
         return known and is_plain(self.ln_wo_grad) and all_plain(self.ada_lin)

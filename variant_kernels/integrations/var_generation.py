@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from variant_kernels.integrations.cast_once import autocast_dtype
-from variant_kernels.integrations.runtime import Runtime
+from variant_kernels.integrations.runtime import Runtime, untraced
 from variant_kernels.kv_cache import KVStep, KVStore, PagedKVCache, PageTables
 from variant_kernels.plans.cache_plan import CachePlan
 from variant_kernels.plans.depth_schedule import DepthSchedule
@@ -79,6 +79,7 @@ class VARRuntime(Runtime):
 
     # --- begin and end --------------------------------------------------------------------------
 
+    @untraced
     def caching(self, layer: int, enable: bool) -> None:
         """Record that a layer opens or closes its cache.
 
@@ -112,6 +113,7 @@ class VARRuntime(Runtime):
 
     # --- scales ---------------------------------------------------------------------------------
 
+    @untraced
     def tokens_for(self, layer: int, tokens: int) -> int:
         """The number of tokens, from the first on, that the layer processes; it skips the rest.
 
@@ -152,6 +154,7 @@ class VARRuntime(Runtime):
 
     # --- K and V --------------------------------------------------------------------------------
 
+    @untraced
     def open_pages(self, qkv_BT3HD: Tensor) -> PagedKVCache:
         """The cache of all layers, created at the first call of a generation.
 
@@ -192,6 +195,7 @@ class VARRuntime(Runtime):
 
     # --- projections of the class condition -----------------------------------------------------
 
+    @untraced
     def hoisted(self, key: int, cond: Tensor, compute: Any) -> Any:
         """The result of ``compute()``, computed once per generation and condition.
 
@@ -214,6 +218,7 @@ class LayerPages(KVStore):
         self.k_pages, self.v_pages = cache.k_pages, cache.v_pages
         self.tokens = 0
 
+    @untraced
     def open(self, tokens: int) -> KVStep:
         step = self._cache.open(self._layer, self._runtime.step)
         # The layer processes only some of the first call's scales; its K and V end with this call.
@@ -223,5 +228,6 @@ class LayerPages(KVStore):
         lens_B = torch.full_like(step.kv_lens_B, self.tokens)
         return KVStep(step.slots_BT[:, :tokens], step.page_table_BM, lens_B)
 
+    @untraced
     def close(self) -> None:
         self._cache.close(self._layer, self._runtime.step)

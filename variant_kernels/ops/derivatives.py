@@ -63,7 +63,7 @@ def differentiate(
         # The dispatcher calls this kernel once for each level of torch.func's transforms; apply
         # itself would begin with the first level again.
         with enable_single_level_autograd_function():
-            return super(Function, Derivative).apply(keyset, *args)
+            return super(Function, Derivative).apply(keyset, *args)  # type: ignore[misc]
 
     LIBRARY.impl(overload._schema.name.split("::")[1], kernel, "Autograd", with_keyset=True)
 

@@ -1,0 +1,81 @@
+"""``variant plan``."""
+
+import json
+import re
+import subprocess
+import sys
+
+from variant.cli.plan import unit_of
+
+
+def test_the_contracts_table(run):
+    code, printed, _ = run("plan", "--model", "var-d30", "--batch", 64)
+    assert code == 0
+    numbers = [re.findall(r"[\d,.]+", line) for line in printed.splitlines() if "MiB │" in line]
+    assert [[n[0], n[2], n[3]] for n in numbers] == [
+        ["30", "19,125", "12,390"],
+        ["16", "11,394", "6,720"],
+        ["8", "6,977", "3,480"],
+        ["4", "4,768", "1,860"],
+        ["2", "3,664", "1,860"],
+    ]
+    code, printed, _ = run("plan", "--memory", 24)
+    assert code == 0
+    assert "yes" in printed
+
+
+def test_marks_depths_that_do_not_fit(model, run):
+    code, printed, _ = run("plan", "--model", "var-d30", "--batch", 512, "--memory", 48)
+    assert code == 0
+    assert re.search(r"│\s+30 │.*│\s+no │", printed)
+    code, printed, _ = run("plan", "--model", model, "--batch", 1)
+    assert code == 0
+    assert "bridge 1" in printed
+
+
+def test_no_cell_of_a_small_model_is_zero(model, run):
+    for name in (model, "digits"):
+        code, printed, _ = run("plan", "--model", name, "--batch", 1)
+        assert code == 0
+        cells = re.findall(r"│\s+([\d,.]+)(?: \w+)?(?= │)", printed)
+        assert len(cells) > 20
+        assert "0" not in cells
+
+
+def test_the_unit_shows_two_digits_of_the_smallest_size():
+    assert unit_of([0, 10 * 2**20, 2**40]) == (2**20, "MiB")
+    assert unit_of([10 * 2**20 - 1, 2**40]) == (2**10, "KiB")
+    assert unit_of([100, 2**40]) == (1, "bytes")
+    assert unit_of([0]) == (1, "bytes")
+
+
+def test_an_unknown_model_names_the_presets(run):
+    code, _, error = run("plan", "--model", "foo")
+    assert code == 1
+    assert "foo: no such model" in error
+    assert all(name in error for name in ("var-d16", "var-d36-512", "digits"))
+
+
+def test_json_holds_the_table_and_nothing_else_is_printed(run, tmp_path):
+    words = ("plan", "--model", "var-d30", "--batch", 64, "--memory", 48)
+    code, printed, error = run(*words, "--json", "-")
+    assert (code, error) == (0, "")
+    plan = json.loads(printed)
+    assert plan["format"] == "variant-plan-1"
+    assert [row["depth"] for row in plan["depths"]] == [30, 16, 8, 4, 2]
+    assert plan["depths"][0]["planned_bytes"] == 12390 * 2**20
+    assert len(plan["bridges"]) == 5 * 11
+    code, tables, _ = run(*words, "--json", tmp_path / "plan.json")
+    assert code == 0
+    assert "12,390" in tables
+    assert json.loads((tmp_path / "plan.json").read_text()) == plan
+
+
+def test_does_not_import_torch():
+    script = (
+        "import sys; from variant.cli.main import main; "
+        "code = main(['plan', '--model', 'digits', '--json', '-']); "
+        "sys.exit(code or 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,48 @@
+"""The first line of a command: what it is about to do, before torch is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from variant.cli.options import Bench, Command, Convert, Generate, Info, Plan, Train, TrainVae
+from variant.cli.output import console
+
+
+def announce(command: Command) -> None:
+    """Print the first line, on standard error if standard output is for machines.
+
+    ``variant plan`` has its table as fast.
+    """
+    text = first_line(command)
+    if text:
+        console(getattr(command, "json", None), stderr=True).print(text)
+
+
+def first_line(command: Command) -> str:
+    """What the command is about to do; empty for a command that needs no such line."""
+    match command:
+        case Generate():
+            depth = "every depth" if command.all_depths else f"depth {command.depth or 'full'}"
+            return (
+                f"generate: {command.model}, {depth}, {command.dtype or 'dtype of the weights'}, "
+                f"{command.device}, to {command.out}"
+            )
+        case Bench():
+            return (
+                f"bench: {command.model}, batch {_list(command.batch)}, {_list(command.dtype)}, "
+                f"{command.device}, {command.runs} rounds"
+            )
+        case Train() | TrainVae():
+            name = "train" if isinstance(command, Train) else "train-vae"
+            out = command.out or Path("runs") / Path(command.recipe).stem
+            return f"{name}: recipe {command.recipe}, to {out}"
+        case Convert():
+            return f"convert: reading {command.model or f'{command.var} and {command.vae}'}"
+        case Info():
+            return f"info: reading {command.model}"
+        case Plan():
+            return ""
+
+
+def _list(values: tuple[object, ...]) -> str:
+    return ", ".join(map(str, values))

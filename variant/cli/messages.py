@@ -1,0 +1,83 @@
+"""Errors and warnings of the command line: one line each, in the words of the command line."""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from typing import Any, TextIO, get_args
+
+from variant.cli.options import Command
+from variant.errors import UserError
+
+MAX_CHARACTERS = 2000
+
+
+def one_line(error: Exception, command: str) -> str:
+    """The message of an error that is meant for users; of any other error its type too.
+
+    Args:
+        command: e.g. "generate". An argument named in the message becomes that command's option.
+    """
+    text = plain(str(error))
+    if isinstance(error, OSError) and error.strerror:
+        name = plain(str(error.filename)) if error.filename else "standard output"
+        return f"{name}: {error.strerror}"
+    if isinstance(error, MemoryError) and not text:
+        return f"{command}: this machine has too little memory for it"
+    if isinstance(error, UserError | ValueError | MemoryError) and text:
+        return in_options(text, command)
+    return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def in_options(text: str, command: str) -> str:
+    """``select_layers: depth must ...`` as ``generate: --depth must ...``, if it has --depth."""
+    match = re.match(r"(?:[\w.]+: )?(\w+) (?=must )", text)
+    names = (match[1], f"{match[1]}s") if match else ()
+    name = next((name for name in names if name in _options(command)), None)
+    if match is None or name is None:
+        return text
+    return f"{command}: --{name.replace('_', '-')} {text[match.end() :]}"
+
+
+def _options(command: str) -> set[str]:
+    """Names of the fields of a command."""
+    name = command.replace("-", "")
+    kinds = [kind for kind in get_args(Command) if kind.__name__.lower() == name]
+    return {option.name for kind in kinds for option in fields(kind)}
+
+
+def plain(text: str) -> str:
+    """One line without control characters; the middle of a very long text is left out."""
+    text = " ".join(text.split())
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    if len(text) > MAX_CHARACTERS:
+        half = MAX_CHARACTERS // 2
+        text = f"{text[:half]}...{text[-half:]}"
+    return text
+
+
+@contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Within the block a warning, of ours or of a library, is one line on standard error."""
+    before = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> Any:
+        with suppress(OSError):
+            print(f"variant: warning: {plain(str(message))}", file=file or sys.stderr)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before

@@ -1,0 +1,178 @@
+"""The command line of the dataclasses in ``options.py``, by tyro."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import fields
+from typing import Annotated, get_args, get_type_hints
+
+import tyro
+
+from variant.cli.options import Command
+from variant.cli.words import UsageError
+
+DESCRIPTION = """Visual autoregressive models at any depth.
+
+--version prints the version. `variant COMMAND --help` lists the options of a command.
+
+Tab completion: variant --tyro-print-completion bash (or zsh, tcsh) prints a script."""
+# Wide enough that no message is wrapped.
+ERROR_COLUMNS = "100000"
+KINDS = {"INT": "an integer", "FLOAT": "a number", "STR": "a text", "PATH": "a path"}
+
+
+def parse(words: Sequence[str]) -> Command:
+    """The command of these words.
+
+    Raises:
+        UsageError: they make no command.
+        SystemExit: 0, after help or a completion script was printed.
+    """
+    _annotate()
+    names = ", ".join(_command_names())
+    if words[0].startswith("--") and not words[0].startswith(("--help", "--tyro-")):
+        raise UsageError(f"the command comes before {words[0]}; commands: {names}")
+    if not words[0].startswith("-") and words[0] not in _command_names():
+        raise UsageError(f"{shorten(words[0])}: no such command; commands: {names}")
+    if any(word in ("-h", "--help") or word.startswith("--tyro-") for word in words):
+        return _cli(words)
+    errors = io.StringIO()
+    try:
+        with _columns(ERROR_COLUMNS), redirect_stderr(errors):
+            return _cli(words)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UsageError(_one_line(errors.getvalue(), words)) from None
+
+
+def _cli(words: Sequence[str]) -> Command:
+    return tyro.cli(
+        Command,  # type: ignore[arg-type]
+        prog="variant",
+        description=DESCRIPTION,
+        args=list(words),
+        config=(tyro.conf.DisallowNone,),
+    )
+
+
+def _annotate() -> None:
+    """Tell tyro how the options look in the help.
+
+    Here and not in ``options.py``, which must be importable without tyro.
+    """
+    for kind in get_args(Command):
+        if hasattr(kind, "__tyro__"):
+            continue
+        defaults = {option.name: option.default for option in fields(kind)}
+        hint = tyro.conf.arg(help_behavior_hint=_default_text)
+        for name, annotation in get_type_hints(kind).items():
+            if defaults[name] is False:  # --debug, without --no-debug
+                annotation = tyro.conf.FlagCreatePairsOff[annotation]
+            kind.__annotations__[name] = Annotated[annotation, hint]
+        kind.__tyro__ = True
+
+
+def _default_text(default: str) -> str:
+    """Nothing for a default that the text of the option describes in words."""
+    return "" if default in ("", "None", "False") else f"(default: {default})"
+
+
+@contextmanager
+def _columns(width: str) -> Iterator[None]:
+    """The width of the terminal, as libraries see it, within the block."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = width
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def _one_line(box: str, words: Sequence[str]) -> str:
+    """tyro's box around an error as one line: its first section, a proposal, where help is."""
+    sections: list[list[str]] = [[]]
+    for line in box.splitlines()[1:]:  # the first is the title
+        text = line.strip(" │╭╮╰╯")
+        if set(text) <= {"─", "-"}:
+            sections.append([])
+        else:
+            sections[-1].append(text)
+    sections = [section for section in sections if section]
+    if not sections:
+        return " ".join(box.split()) or "wrong usage; see variant --help"
+    message = _problem(sections, words)
+    proposals = [
+        match[0]
+        for section in sections[1:]
+        if section[0].startswith("Perhaps you meant")
+        for line in section
+        if (match := re.match(r"--[\w-]+", line))
+    ]
+    if proposals:
+        message += f"; perhaps you meant {' or '.join(dict.fromkeys(proposals))}"
+    return f"{words[0]}: {message}; see variant {words[0]} --help"
+
+
+def _problem(sections: Sequence[Sequence[str]], words: Sequence[str]) -> str:
+    """What is wrong, in the words of other errors where the option and its type are known."""
+    text = " ".join(part for part in sections[0] if part)
+    parsing = re.match(r"Error parsing (--[\w-]+)", text)
+    usage = [line for section in sections[1:] for line in section if line.startswith("--")]
+    if parsing and usage:
+        _, _, metavar = usage[0].partition(" ")
+        return f"{parsing[1]} must be {_kind(metavar)}; got {_got(parsing[1], words)}"
+    choice = re.match(r"invalid choice .* for argument '(--[\w-]+)'. Expected one of (.*)", text)
+    if choice:
+        names = [name for name in re.findall(r"'([^']*)'", choice[2]) if name != "None"]
+        return (
+            f"{choice[1]} must be one of {', '.join(sorted(names))}; got {_got(choice[1], words)}"
+        )
+    missing = re.match(r"Missing value for argument '(--[\w-]+)'", text)
+    if missing:
+        return f"{missing[1]} needs a value"
+    return text[0].lower() + text[1:].rstrip(".")
+
+
+def _kind(metavar: str) -> str:
+    several = re.match(r"\[(\w+) \[", metavar)
+    if several:
+        kind = KINDS.get(several[1], several[1])
+        return f"{kind.split()[-1]}s"
+    if metavar.startswith("{"):
+        return "one of " + ", ".join(metavar.strip("{}").split(","))
+    return KINDS.get(metavar, metavar)
+
+
+def _got(option: str, words: Sequence[str]) -> str:
+    """The values that follow an option."""
+    values: list[str] = []
+    found = False
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == option:
+            found = True
+            values += [value] if equals else []
+        elif found and word.startswith("--"):
+            break
+        elif found:
+            values.append(word)
+    return shorten(" ".join(values)) or "nothing"
+
+
+def shorten(text: str, length: int = 200) -> str:
+    """The text, its middle left out if it is long."""
+    return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 2 :]}"
+
+
+def _command_names() -> tuple[str, ...]:
+    return tuple(
+        re.sub(r"(?<!^)(?=[A-Z])", "-", kind.__name__).lower() for kind in get_args(Command)
+    )

@@ -1,0 +1,63 @@
+"""Checks of the words of a command line that a parser by types does not make."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+OPTION = re.compile(r"--[A-Za-z][\w-]*")
+
+
+class UsageError(Exception):
+    """A command line that cannot be parsed; the message is one line."""
+
+
+def check_words(words: Sequence[str]) -> list[str]:
+    """The words, ``--help`` in place of none, and ``--debug`` behind the command.
+
+    Raises:
+        UsageError: an option is given twice, or its value is an empty text.
+    """
+    if not words:
+        return ["--help"]
+    words = [word for word in words if word != "--debug"] + ["--debug"] * ("--debug" in words)
+    seen: set[str] = set()
+    option = ""
+    for word in words:
+        match = OPTION.match(word)
+        if match:
+            option = match[0].replace("_", "-")
+            if option.replace("--no-", "--", 1) in seen:
+                raise UsageError(
+                    f"{words[0]}: {option} is given twice; give it once, with all of its values"
+                )
+            seen.add(option.replace("--no-", "--", 1))
+        if word == "" or (match and word == match[0] + "="):
+            raise UsageError(
+                f"{words[0]}: {option or 'an argument'} must not be empty; leave it out for its "
+                "default"
+            )
+    return list(words)
+
+
+def command_line(name: str, command: Any, **changes: Any) -> str:
+    """The shell command of an options object; options at their default are left out.
+
+    Args:
+        changes: values that replace those of the object.
+    """
+    words = ["variant", name]
+    for option in fields(command):
+        value = changes.get(option.name, getattr(command, option.name))
+        default = option.default
+        if value == default:
+            continue
+        word = f"--{option.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(word if value else word.replace("--", "--no-", 1))
+        else:
+            words += [word, *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
