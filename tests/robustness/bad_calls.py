@@ -50,6 +50,7 @@ ALIASES = {
     "Sampling": ("generate",),
     "Engine": ("VARiant",),
     "Engine.generate_with": ("generate",),
+    "Engine.forced_log_probs": ("forced_logits",),
     "Engine.generate_batches": ("generate",),
     "Engine.generate_batches_with": ("generate",),
     "VARiant.generate_batches": ("generate",),
@@ -135,6 +136,7 @@ class Generator:
         kind = kinds.get(key, "any")
         if isinstance(value, Tensor) and (kind == "tensor" or rng.random() < 0.5):
             spoilt = mutations.tensor(rng, value)
+            spoilt.refuse = spoilt.refuse and kind == "tensor"
         else:
             spoilt = mutations.plain(rng, value, kind)
         if (name, key) in FREE or name in subjects.RECORDS:
@@ -348,9 +350,9 @@ def main() -> int:
         folder = tempfile.TemporaryDirectory(prefix="bad-calls-")
         folders.append(folder)
         made.append(Generator(arguments.only, arguments.backend))
-        # Models are built once, before the children.
-        subjects.small_engine()
         os.chdir(folder.name)
+        warnings.simplefilter("ignore")
+        subjects.warm_up()
         words = [("--only", arguments.only), ("--backend", arguments.backend)]
         return "".join(f" {option} {value}" for option, value in words if value)
 

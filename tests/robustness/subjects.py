@@ -10,6 +10,7 @@ import inspect
 import random
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -77,10 +78,14 @@ NOT_CALLED = {
 }
 # Parts of a model's computation, called within loops: torch's own errors for odd tensors may pass.
 PARTS = {
+    "Sampling.check_run",
+    "Sampling.guidance",
+    "Sampling.temperature_at",
     "VAR.init_weights",
     "VAR.shared_condition",
     "VARiantAttention.forward",
     "VQVAE.accumulate",
+    "VQVAE.accumulate_codes",
     "VQVAE.decode_features",
     "VQVAE.features",
     "VQVAE.new_features",
@@ -121,6 +126,15 @@ def public_names() -> set[str]:
                     if inspect.isfunction(function) and not attribute.startswith("_"):
                         names.add(f"{name}.{attribute}")
     return names
+
+
+def warm_up() -> None:
+    """Make one good call of each name: what is imported or built at a first call is then there."""
+    draw = Draw(random.Random(0), called_backends())
+    for make in MAKERS.values():
+        target, arguments = make(draw)
+        with suppress(ValueError, TypeError, variant.UserError):
+            target(**arguments)
 
 
 def called_backends() -> tuple[str, ...]:
@@ -707,6 +721,14 @@ def _accumulate(d: Draw) -> Made:
     }
 
 
+@maker("VQVAE.accumulate_codes")
+def _accumulate_codes(d: Draw) -> Made:
+    k = d.int(0, 2)
+    codes = d.normal(2, small().vae.layout.tokens[k], 8)
+    arguments = {"f_hat_BCHW": d.normal(2, 8, 3, 3), "codes_BNC": codes, "k": k}
+    return small().vae.accumulate_codes, arguments
+
+
 @maker("VQVAE.next_scale_input")
 def _next_scale_input(d: Draw) -> Made:
     return small().vae.next_scale_input, {"f_hat_BCHW": d.normal(2, 8, 3, 3), "k": d.int(0, 1)}
@@ -736,6 +758,24 @@ def _with_tensors(d: Draw) -> Made:
         "cfg": torch.tensor(1.5).double(),
         "seed": torch.tensor(3),
     }
+
+
+@maker("Sampling.check_run")
+def _check_run(d: Draw) -> Made:
+    return variant.Sampling(seed=1).check_run, {
+        "num_scales": 3,
+        "device": torch.device("cpu"),
+    }
+
+
+@maker("Sampling.guidance")
+def _guidance(d: Draw) -> Made:
+    return variant.Sampling(seed=1).guidance, {"scale": 1, "num_scales": 3}
+
+
+@maker("Sampling.temperature_at")
+def _temperature_at(d: Draw) -> Made:
+    return variant.Sampling(seed=1).temperature_at, {"scale": 1}
 
 
 @maker("Engine")
@@ -787,6 +827,14 @@ def _variant_batches(d: Draw) -> Made:
 def _forced_logits(d: Draw) -> Made:
     arguments = {"labels_B": torch.tensor([0, 4]), "tokens_BL": _tokens(d, 2)}
     return small_engine().forced_logits, arguments | d.some(depth=2, bridge=1, kv_dtype="fp8")
+
+
+@maker("Engine.forced_log_probs")
+def _forced_log_probs(d: Draw) -> Made:
+    arguments = {"labels_B": torch.tensor([0, 4]), "tokens_BL": _tokens(d, 2)}
+    return small_engine().forced_log_probs, arguments | d.some(
+        depth=2, bridge=1, cfg=1.5, max_batch=1, kv_dtype="fp8"
+    )
 
 
 @maker("Engine.decode")
