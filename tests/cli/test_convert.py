@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -198,9 +199,10 @@ def test_settings_and_the_choice_of_weights_are_options(place, capsys):
     assert (config.quant_resi, config.using_znorm, config.beta) == (0.25, True, 2)
 
 
-@pytest.mark.filterwarnings("always")
 def test_the_warning_names_the_options(place, capsys):
-    code, _, error = run(capsys, *FILES, "--out", "new")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, _, error = run(capsys, *FILES, "--out", "new")
     assert code == 0
     (line,) = [line for line in error.splitlines() if "assumed" in line]
     assert re.search("give --norm-eps, .*--beta if they are wrong", line)
