@@ -38,14 +38,12 @@ def explain(
     if not isinstance(device, str | torch.device):
         raise TypeError(f"explain: device must be text or a torch.device; got {device!r}")
     instance("explain", "dtype", dtype, torch.dtype, "Pass torch.float32, for example")
-    # Where two dtypes count, as those of stream and rows in adaln_modulate, both are this one.
-    request = Request(
-        torch.device(device).type,
-        (dtype, dtype),
-        head_dim=_size("head_dim", head_dim),
-        row_width=_size("row_width", row_width),
-        page_size=_size("page_size", page_size),
+    sizes = {"head_dim": head_dim, "row_width": row_width, "page_size": page_size}
+    head_dim, row_width, page_size = (
+        None if n is None else integer("explain", name, n, 1) for name, n in sizes.items()
     )
+    # Where two dtypes count, as those of stream and rows in adaln_modulate, both are this one.
+    request = Request(torch.device(device).type, (dtype, dtype), head_dim, row_width, page_size)
     return str(resolve_backend(op, request, backend))
 
 
@@ -53,7 +51,3 @@ def resolve_backend(op: str, request: Request, backend: str = "auto") -> Choice:
     """What :func:`explain` prints, as data."""
     choice("explain", "op", op, tuple(tables()))
     return resolve(op, tables()[op], request, backend)
-
-
-def _size(name: str, value: int | None) -> int | None:
-    return None if value is None else integer("explain", name, value, 1)

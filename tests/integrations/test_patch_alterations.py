@@ -752,6 +752,13 @@ def test_distributed_models(family, one_process):
     with pytest.raises(PatchError, match=r"DistributedDataParallel; give model\.module"):
         patch(nn.parallel.DistributedDataParallel(model))
 
+    if family == "VAR":
+        words = torch.randn(2, model.L - 1, model.Cvae)
+        expected = model(LABELS, words)
+        with patch(model):
+            ours = nn.parallel.DistributedDataParallel(model)(LABELS, words)
+        assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
+
     # One parameter distributed by hand, as tensor parallelism does.
     attention = attention_of(blocks_of(model)[2])
     attention.q_bias = nn.Parameter(distribute_tensor(attention.q_bias.detach(), one_process))
@@ -786,6 +793,26 @@ def test_distributed_models(family, one_process):
     handle.unpatch()
     assert [kind for _, kind, *_ in snapshot(model)] == [kind for _, kind, *_ in before]
     assert torch.equal(paint(model)[0], expected[0])
+
+
+@pytest.mark.parametrize("reshard", [False, True])
+def test_kept_copies_of_sharded_weights_follow_the_optimiser(reshard, one_process):
+    from torch.distributed.fsdp import fully_shard
+
+    model = seeded("VAR")
+    with torch.autocast("cpu", torch.bfloat16), patch(model, keep_copies=True):
+        for block in model.blocks:
+            fully_shard(block, mesh=one_process, reshard_after_forward=reshard)
+        paint(model)
+        for block in model.blocks:
+            block.reshard()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(-2)
+        ours = paint(model)[1][:, :1]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = paint(model)[1][:, :1]
+    assert (ours - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_every_family_that_patch_supports_is_tried_here():

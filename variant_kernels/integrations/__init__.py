@@ -45,8 +45,10 @@ def patch(
     Returns:
         :class:`Handle`; also a context manager.
     Raises:
-        PatchError: a ValueError; the model is unknown, modified, compiled or patched already. The
-            message names the requirement that is not met; the model is unchanged.
+        PatchError: a ValueError; the model is unknown, patched already, or changed in a way that
+            the patch would undo: a method of a block replaced, a module compiled, wrapped or used
+            twice, parameters distributed or on meta. The message names the module and the
+            requirement that is not met; the model is unchanged.
         ValueError: depth or bridge out of range.
     """
     return apply_patch(FAMILIES, model, depth, bridge, keep_copies)
