@@ -385,7 +385,7 @@ def _add(key: Any) -> Callable[[random.Random, dict[Any, Any], str], None]:
 
 def _wrapped(rng: random.Random, state: dict[Any, Any], name: str) -> Any:
     deep: Any = state
-    for _ in range(rng.choice((1, 2, 500))):
+    for _ in range(rng.choice((1, 2, 100))):
         deep = {rng.choice(("trainer", "model", "state_dict", "x")): deep}
     return deep
 
