@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from variant_kernels.arguments import choice, instance, integer
+from variant_kernels.arguments import choice, instance, integer, typed
 from variant_kernels.dispatch.explain import Choice, resolve
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import use_backend
@@ -36,7 +36,7 @@ def explain(
         TypeError: an argument of another type; float64 without backend="reference".
     """
     if not isinstance(device, str | torch.device):
-        raise TypeError(f"explain: device must be text or a torch.device; got {device!r}")
+        raise TypeError(f"explain: device must be text or a torch.device; got {typed(device)}")
     instance("explain", "dtype", dtype, torch.dtype, "Pass torch.float32, for example")
     sizes = {"head_dim": head_dim, "row_width": row_width, "page_size": page_size}
     head_dim, row_width, page_size = (

@@ -26,7 +26,7 @@ from variant_kernels import (
     block_causal_attention,
     gated_residual_adaln,
 )
-from variant_kernels.arguments import integer, sequence
+from variant_kernels.arguments import instance, integer, sequence
 from variant_kernels.plans.depth_schedule import resolve_layers
 
 
@@ -158,7 +158,7 @@ class VAR(nn.Module):
 
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = instance("VAR", "config", config, VARConfig)
         self.layout = ScaleLayout.from_patch_nums(config.patch_nums)
         width, length = config.embed_dim, self.layout.total
         self.pos_start = nn.Parameter(torch.empty(1, self.layout.tokens[0], width))
@@ -211,6 +211,15 @@ class VAR(nn.Module):
                 model.
         """
         self._check(labels_B, x_teacher, schedule)
+        for name, given_B in (("mixed_labels_B", mixed_labels_B), ("mix_B", mix_B)):
+            if (
+                given_B is not None
+                and instance("VAR.forward", name, given_B, Tensor).shape != labels_B.shape
+            ):
+                raise ValueError(
+                    f"VAR.forward: {name} must be {tuple(labels_B.shape)}, as the labels; "
+                    f"got {tuple(given_B.shape)}"
+                )
         if (mixed_labels_B is None) != (mix_B is None):
             raise ValueError("VAR.forward: mixed_labels_B and mix_B go together; got one of them")
         batch = labels_B.shape[0]
@@ -317,6 +326,11 @@ class VAR(nn.Module):
         return subnets.get(len(layers), layers)
 
     def _check(self, labels_B: Tensor, x_teacher: Tensor, schedule: DepthSchedule | None) -> None:
+        op = "VAR.forward"
+        instance(op, "labels_B", labels_B, Tensor)
+        instance(op, "x_teacher", x_teacher, Tensor)
+        if schedule is not None:
+            instance(op, "schedule", schedule, DepthSchedule, "var.schedule(depth) makes one")
         if labels_B.ndim != 1 or labels_B.dtype != torch.int64:
             raise ValueError(
                 f"VAR.forward: labels_B must be (B,) int64; got {tuple(labels_B.shape)} "
