@@ -170,12 +170,12 @@ def _wrong_type(op: str, name: str, expected: str, value: object) -> TypeError:
 def shown(value: object, longest: int = 60) -> str:
     """The value on one line, shortened; an array or a tensor by its shape and dtype."""
     kind = type(value).__name__
-    shape = getattr(value, "shape", None)
-    if isinstance(shape, tuple) and shape:
-        return f"{kind} of shape {tuple(shape)} {getattr(value, 'dtype', '')}".rstrip()
     if isinstance(value, int) and value.bit_length() >= 200:  # repr refuses thousands of digits
         return f"an integer of {value.bit_length()} bits"
     try:
+        shape = getattr(value, "shape", None)
+        if isinstance(shape, tuple) and shape:
+            return f"{kind} of shape {tuple(shape)} {getattr(value, 'dtype', '')}".rstrip()
         text = " ".join(repr(value).split())
     except Exception:  # of any object's repr: a nested tensor, a list that is nested deeply
         return f"an object of type {kind}"

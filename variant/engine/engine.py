@@ -277,9 +277,7 @@ class Engine(CastModels):
         op, config, layout = "generate", self.var.config, self.var.layout
         kv_dtype = self._kv_dtype(op, call.kv_dtype)
         labels_B = check_labels(labels, config.num_classes)
-        instance("generate", "sampling", sampling, Sampling).check_run(
-            layout.num_scales, self.device
-        )
+        instance(op, "sampling", sampling, Sampling).check_run(layout.num_scales, self.device)
         schedule = self.var.schedule(call.depth, call.bridge, op=op)
         request = Request(
             schedule=schedule,

@@ -222,6 +222,7 @@ class VARConfig(_Plain):
         if self.bridge is not None:
             bridge = integer("VARConfig", "bridge", self.bridge, 0, num_scales)
             object.__setattr__(self, "bridge", bridge)
+        instance("VARConfig", "subnets", self.subnets, Mapping)
         self._require(
             len(self.subnets) <= LIMITS["subnets"],
             f"subnets must be at most {LIMITS['subnets']}",

@@ -27,6 +27,7 @@ from variant_kernels import (
     gated_residual_adaln,
 )
 from variant_kernels.arguments import instance, integer, sequence
+from variant_kernels.ops.contract import check_tensor
 from variant_kernels.plans.depth_schedule import resolve_layers
 
 
@@ -212,10 +213,10 @@ class VAR(nn.Module):
         """
         self._check(labels_B, x_teacher, schedule)
         for name, given_B in (("mixed_labels_B", mixed_labels_B), ("mix_B", mix_B)):
-            if (
-                given_B is not None
-                and instance("VAR.forward", name, given_B, Tensor).shape != labels_B.shape
-            ):
+            if given_B is None:
+                continue
+            check_tensor("VAR.forward", name, given_B)
+            if given_B.shape != labels_B.shape:
                 raise ValueError(
                     f"VAR.forward: {name} must be {tuple(labels_B.shape)}, as the labels; "
                     f"got {tuple(given_B.shape)}"
@@ -327,8 +328,8 @@ class VAR(nn.Module):
 
     def _check(self, labels_B: Tensor, x_teacher: Tensor, schedule: DepthSchedule | None) -> None:
         op = "VAR.forward"
-        instance(op, "labels_B", labels_B, Tensor)
-        instance(op, "x_teacher", x_teacher, Tensor)
+        check_tensor(op, "labels_B", labels_B)
+        check_tensor(op, "x_teacher", x_teacher)
         if schedule is not None:
             instance(op, "schedule", schedule, DepthSchedule, "var.schedule(depth) makes one")
         if labels_B.ndim != 1 or labels_B.dtype != torch.int64:
@@ -346,6 +347,13 @@ class VAR(nn.Module):
                 f"VAR.forward: x_teacher must be {expected} for {labels_B.shape[0]} labels; "
                 f"got {tuple(x_teacher.shape)}"
             )
+        own = self.pos_start.device
+        for name, tensor in (("labels_B", labels_B), ("x_teacher", x_teacher)):
+            if tensor.device != own:
+                raise ValueError(
+                    f"{op}: {name} must be on the device of the weights ({own}); "
+                    f"got {tensor.device}"
+                )
         if schedule is not None and (
             schedule.full_depth != self.config.depth
             or schedule.num_scales != self.layout.num_scales

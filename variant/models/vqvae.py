@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from variant.models.config import GROUPS, VQVAEConfig
 from variant.models.quantizer import MultiScaleQuantizer
-from variant_kernels.arguments import instance, integer, shown
+from variant_kernels.arguments import instance, integer
+from variant_kernels.ops.contract import check_tensor
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -325,9 +326,7 @@ class VQVAE(nn.Module):
 
     def _check_placement(self, op: str, name: str, tensor: Tensor) -> None:
         own = self.quant_conv.weight.device
-        instance(op, name, tensor, Tensor)
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
-            raise ValueError(f"{op}: {name} must be a dense tensor; got {shown(tensor)}")
+        check_tensor(op, name, tensor)
         if tensor.device != own:
             raise ValueError(
                 f"{op}: {name} must be on the device of the weights ({own}); got {tensor.device}"
