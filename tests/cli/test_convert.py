@@ -14,6 +14,7 @@ from small_models import small_model
 
 from variant import VARiant
 from variant.cli.main import main
+from variant.cli.messages import one_line_warnings
 from variant.cli.options import Convert
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*assumed .*because nothing tells them:UserWarning")
@@ -185,7 +186,7 @@ def test_settings_and_the_choice_of_weights_are_options(place, capsys):
         "cond-drop-rate": "0.2",
         "drop-path-rate": "0.3",
         "quant-resi": "0.25",
-        "using-znorm": "",  # a flag
+        "using-znorm": "True",
         "beta": "2",
         "patch-nums": "1 2 3 4 5 6 8",
     }
@@ -202,7 +203,8 @@ def test_settings_and_the_choice_of_weights_are_options(place, capsys):
 def test_the_warning_names_the_options(place, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        code, _, error = run(capsys, *FILES, "--out", "new")
+        with one_line_warnings():
+            code, _, error = run(capsys, *FILES, "--out", "new")
     assert code == 0
     (line,) = [line for line in error.splitlines() if "assumed" in line]
     assert re.search("give --norm-eps, .*--beta if they are wrong", line)

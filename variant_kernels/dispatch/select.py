@@ -82,7 +82,7 @@ def check_name(op: str, name: str) -> None:
     instance(op, "backend", name, str, 'Use "auto"')
     if name != "auto" and name not in BACKENDS:
         raise ValueError(
-            f"{op}: backend {shown(name)} is unknown; available: auto, "
+            f'{op}: backend "{shown(name)[1:-1]}" is unknown; available: auto, '
             f"{', '.join(available_backends())}"
         )
 
