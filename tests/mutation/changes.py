@@ -1,0 +1,103 @@
+"""The changes of one module: mutmut's operators on every expression inside a function.
+
+Left out: annotations, decorators, text (a message's wording) and calls without one of their
+arguments (most of them are parts of messages too).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import libcst
+from libcst.metadata import MetadataWrapper, PositionProvider
+
+LEFT_OUT = {
+    "operator_string",
+    "operator_dict_arguments",
+    "operator_arg_removal",
+    "operator_lambda",
+    "operator_assignment",
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file; ``source`` is the changed file."""
+
+    path: Path
+    line: int
+    before: str
+    after: str
+    source: str
+
+
+class _Places(libcst.CSTVisitor):
+    """Collects (node, changed node, line) for every change."""
+
+    METADATA_DEPENDENCIES = (PositionProvider,)
+
+    def __init__(self) -> None:
+        from mutmut.mutation.mutators import mutation_operators
+
+        self.operators = [
+            (kind, operator)
+            for kind, operator in mutation_operators
+            if operator.__name__ not in LEFT_OUT
+        ]
+        self.depth = 0
+        self.found: list[tuple[libcst.CSTNode, libcst.CSTNode, int]] = []
+
+    def visit_FunctionDef(self, node: libcst.FunctionDef) -> None:
+        self.depth += 1
+
+    def leave_FunctionDef(self, original_node: libcst.FunctionDef) -> None:
+        self.depth -= 1
+
+    def visit_Annotation(self, node: libcst.Annotation) -> bool:
+        return False
+
+    def visit_Decorator(self, node: libcst.Decorator) -> bool:
+        return False
+
+    def on_visit(self, node: libcst.CSTNode) -> bool:
+        if self.depth and not isinstance(node, libcst.Annotation | libcst.Decorator):
+            for kind, operator in self.operators:
+                if isinstance(node, kind):
+                    for changed in operator(node):
+                        line = self.get_metadata(PositionProvider, node).start.line
+                        self.found.append((node, changed, line))
+        return super().on_visit(node)
+
+
+def path_of(module: str) -> Path:
+    """The file of a module, which is not imported."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"no file of module {module}")
+    return Path(spec.origin)
+
+
+def mutants_of(module: str) -> list[Mutant]:
+    """Every mutant of ``module``, in the order of its file."""
+    path = path_of(module)
+    wrapper = MetadataWrapper(libcst.parse_module(path.read_text(encoding="utf-8")))
+    places = _Places()
+    wrapper.visit(places)
+    tree = wrapper.module
+
+    mutants = []
+    for node, changed, line in places.found:
+        mutated = tree.deep_replace(node, changed)
+        code = mutated.code
+        if code == tree.code:
+            continue
+        before, after = (_one_line(tree.code_for_node(part)) for part in (node, changed))
+        mutants.append(Mutant(path, line, before, after, code))
+    return mutants
+
+
+def _one_line(code: str) -> str:
+    words = " ".join(code.split())
+    return words if len(words) <= 60 else f"{words[:57]}..."
