@@ -174,6 +174,24 @@ def test_copies_keep_pages_and_slab_in_one_allocation(dtype, again):
 
 def test_limits_that_are_just_allowed_and_just_not():
     """The first and the last value of each range, and the ones beside them."""
+    assert ScaleLayout(((1, 2**31 - 1),)).total == 2**31 - 1
+    with pytest.raises(ValueError, match=r"fewer than 2\^31 tokens in all; got 2147483648"):
+        ScaleLayout(((1, 2**31 - 1), (1, 1)))
+    assert ScaleLayout(((1, 1),) * MAX_SCALES).num_scales == MAX_SCALES
+    assert LAYOUT.prefix(1).shapes == ((1, 1),)
+    assert LAYOUT.prefix(3) == LAYOUT
+    for call, name, number in ((LAYOUT.prefix, "num_scales", 0), (LAYOUT.slice, "scale", 3)):
+        with pytest.raises(ValueError, match=rf"{name} must be an integer in .*; got {number}"):
+            call(number)
+    assert PLAN.paper_bytes(1, 1, 1, k_bytes=1, v_bytes=1) == 2 * 2 * PLAN.paper_tokens
+    assert PLAN.peak_bytes(1, 1, 1, "float32") == 2 * PLAN.peak_page_tokens * 2 * 4
+    for name in ("batch", "num_heads", "head_dim", "v_bytes"):
+        numbers = {"batch": 1, "num_heads": 1, "head_dim": 1, name: 0}
+        with pytest.raises(ValueError, match=f"paper_bytes: {name} must be an integer >= 1"):
+            PLAN.paper_bytes(**numbers)
+        if name != "v_bytes":
+            with pytest.raises(ValueError, match=f"peak_bytes: {name} must be an integer >= 1"):
+                PLAN.peak_bytes(dtype="float32", **numbers)
     assert DepthSchedule.from_depths([2] * MAX_SCALES, full_depth=2).num_scales == MAX_SCALES
     with pytest.raises(ValueError, match=f"list of 1 to {MAX_SCALES} depths"):
         DepthSchedule.from_depths([2] * (MAX_SCALES + 1), full_depth=2)

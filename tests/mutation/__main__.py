@@ -66,11 +66,11 @@ def main() -> int:
         verdict, by = verdict_of(module, mutant, tests, options.seconds)
         counts[verdict] += 1
         place = f"{mutant.path.relative_to(ROOT)}:{mutant.line}"
-        print(f"{verdict:9} {place}  {mutant.before} -> {mutant.after}  {by}", flush=True)
+        print(f"{verdict:9} {place}  {mutant}  {by}", flush=True)
         if options.json:
             record = {
                 "place": place,
-                "change": f"{mutant.before} -> {mutant.after}",
+                "change": str(mutant),
                 "verdict": verdict,
                 "by": by,
                 "tests": len(tests),

@@ -24,13 +24,24 @@ LEFT_OUT = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of one file; ``source`` is the changed file."""
+    """One change of one file: ``node`` of ``tree`` becomes ``changed``."""
 
     path: Path
     line: int
-    before: str
-    after: str
-    source: str
+    tree: libcst.Module
+    node: libcst.CSTNode
+    changed: libcst.CSTNode
+
+    @property
+    def source(self) -> str:
+        """The changed file. Made on demand: it takes much longer than finding the place."""
+        mutated = self.tree.deep_replace(self.node, self.changed)
+        assert isinstance(mutated, libcst.Module)
+        return mutated.code
+
+    def __str__(self) -> str:
+        before, after = (self.tree.code_for_node(part) for part in (self.node, self.changed))
+        return f"{_one_line(before)} -> {_one_line(after)}"
 
 
 class _Places(libcst.CSTVisitor):
@@ -85,17 +96,7 @@ def mutants_of(module: str) -> list[Mutant]:
     wrapper = MetadataWrapper(libcst.parse_module(path.read_text(encoding="utf-8")))
     places = _Places()
     wrapper.visit(places)
-    tree = wrapper.module
-
-    mutants = []
-    for node, changed, line in places.found:
-        mutated = tree.deep_replace(node, changed)
-        code = mutated.code
-        if code == tree.code:
-            continue
-        before, after = (_one_line(tree.code_for_node(part)) for part in (node, changed))
-        mutants.append(Mutant(path, line, before, after, code))
-    return mutants
+    return [Mutant(path, line, wrapper.module, *nodes) for *nodes, line in places.found]
 
 
 def _one_line(code: str) -> str:
