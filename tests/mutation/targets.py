@@ -27,7 +27,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "variant_kernels.plans.cache_plan": _PLANS,
     "variant_kernels.kv_cache": _kernels("kv_cache", "plan_arguments", "kv8"),
     "variant_kernels.arguments": _kernels("arguments"),
-    "variant_kernels.tensors": _CHECKS,
+    "variant_kernels.tensors": _kernels("tensors"),
     "variant_kernels.dispatch.select": _kernels("dispatch"),
     "variant_kernels.dispatch.support": _kernels("dispatch"),
     "variant_kernels.dispatch.explain": _kernels("dispatch"),
