@@ -22,7 +22,7 @@ CTEST := $(BIN)/ctest --output-on-failure
 # COVERAGE=1 records the branches that the Python tests take, for `make coverage`.
 PYTEST := $(BIN)/python $(if $(COVERAGE),-m coverage run) -m pytest -n $(TEST_JOBS)
 
-.PHONY: help setup dev generate check test test-python test-triton test-cpp test-cuda test-cuda-python nightly coverage mutants cuda gpu bench bench-report docs-results lint clean
+.PHONY: help setup dev generate check test test-python test-triton test-robustness test-cpp test-cuda test-cuda-python nightly coverage mutants cuda gpu bench bench-report docs-results lint clean
 
 help:
 	@echo "make generate  generate digits at every depth into out/digits.png"
@@ -83,7 +83,7 @@ check: lint
 	$(PYTEST) tests/kernels -k '(reference or cpu) and not instruction_set'
 	@$(MAKE) --no-print-directory generate
 
-test: test-cpp test-cuda test-cuda-python test-python test-triton
+test: test-cpp test-cuda test-cuda-python test-python test-robustness test-triton
 
 test-cpp: dev
 	@echo "== C++ tests of the installed kernels, and their symbols"
@@ -110,15 +110,24 @@ test-cuda-python: dev
 
 test-python: dev
 	@echo "== Python tests"
-	$(PYTEST)
+	$(PYTEST) --ignore tests/robustness
+
+# Random and seeded: a failing case prints the command that repeats it. The variables of the
+# numbers of cases are in CONTRIBUTING.md. Without COVERAGE: each call runs in a process of its own.
+test-robustness: override COVERAGE =
+test-robustness: dev
+	@echo "== random bad calls, hostile files, exactness, signals, pressure"
+	$(PYTEST) tests/robustness
 
 # No GPU needed: the interpreter runs the kernels on the CPU (float32, float16; its bfloat16 is wrong).
 test-triton: dev
 	@echo "== Triton kernels in their interpreter"
 	TRITON_INTERPRET=1 $(PYTEST) -k triton
 
+# The day is the seed of the random tests.
+NIGHTLY = CALLS=100000 CASES=20000 FILES=8000 SEQUENCES=2000 SIGNALS=60 PRESSURE=400 SEED=$(shell date +%Y%m%d)
 nightly:
-	$(MAKE) test SANITIZED_ISAS=all
+	$(addprefix VARIANT_ROBUSTNESS_,$(NIGHTLY)) $(MAKE) test SANITIZED_ISAS=all
 	$(MAKE) mutants
 
 # After `make test COVERAGE=1`: the data of test-python, test-triton and test-cuda-python together.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -70,12 +71,28 @@ def save_pickle(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
 def save_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
     """Tensors, contiguous and on the CPU, with their checksums, by :func:`atomic_write`.
 
+    The same tensors give the same bytes.
+
     Raises:
         UserError: the file cannot be written.
     """
     metadata = {"format": "pt", **checksums_of(tensors)}
     with atomic_write(Path(path)) as temporary:
         save_file(dict(tensors), temporary, metadata=metadata)
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a .safetensors file; the library writes them in a random order."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise ValueError(f"{path}: its header would need {len(text)} bytes; it has {size}")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:

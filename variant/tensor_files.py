@@ -394,9 +394,8 @@ def stored_pickle(path: str | os.PathLike[str]) -> dict[Any, Any]:
             reason = str(error).splitlines()[0][:200] if has_text else "torch.save did not write it"
             raise UserError(f"{source.where}: is not a readable checkpoint: {reason}") from None
     if not isinstance(state, dict):
-        raise UserError(
-            f"{source.where}: must hold a dictionary of tensors; got {type(state).__name__}"
-        )
+        kind = "Tensor" if isinstance(state, Tensor) else type(state).__name__
+        raise UserError(f"{source.where}: must hold a dictionary of tensors; got {kind}")
     return state
 
 

@@ -38,10 +38,10 @@ def integer(
         raise _wrong_type(op, name, expected, value)
     try:
         number = index(value)
-    except TypeError:  # a tensor or an array of several values, or of fractions
+    except (TypeError, ValueError, RuntimeError):  # a tensor or an array of several values, or meta
         raise _wrong_type(op, name, expected, value) from None
     if (low is not None and number < low) or (high is not None and number > high):
-        raise ValueError(f"{op}: {name} must be {expected}; got {number}")
+        raise ValueError(f"{op}: {name} must be {expected}; got {shown(number)}")
     return number
 
 
@@ -63,7 +63,7 @@ def real(
     try:
         number = float(value)
     except OverflowError:
-        raise ValueError(f"{op}: {name} must be {expected}; got {_shown(value)}") from None
+        raise ValueError(f"{op}: {name} must be {expected}; got {typed(value)}") from None
     except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several values
         raise _wrong_type(op, name, expected, value) from None
     inside = (low is None or number >= low) and (high is None or number <= high)
@@ -96,7 +96,7 @@ def choice(op: str, name: str, value: object, choices: Sequence[str]) -> str:
     if not isinstance(value, str):
         raise _wrong_type(op, name, expected, value)
     if value not in choices:
-        raise ValueError(f"{op}: {name} must be {expected}; got {_shown(value)}")
+        raise ValueError(f"{op}: {name} must be {expected}; got {typed(value)}")
     return value
 
 
@@ -124,7 +124,10 @@ def sequence(values: object) -> Sequence[Any] | None:
     if isinstance(values, str | bytes):
         return None
     if getattr(values, "ndim", 0):  # of numpy and torch
-        return cast("Any", values).tolist()
+        try:
+            return cast("Any", values).tolist()
+        except RuntimeError:  # a tensor without values or strides: meta, sparse
+            return None
     return values if isinstance(values, Sequence) else None
 
 
@@ -161,15 +164,25 @@ def _is_bool(value: object) -> bool:
 
 
 def _wrong_type(op: str, name: str, expected: str, value: object) -> TypeError:
-    return TypeError(f"{op}: {name} must be {expected}; got {_shown(value)}")
+    return TypeError(f"{op}: {name} must be {expected}; got {typed(value)}")
 
 
-def _shown(value: object) -> str:
-    """The value and its type, short: an array or a tensor by its shape and dtype."""
+def shown(value: object, longest: int = 60) -> str:
+    """The value on one line, shortened; an array or a tensor by its shape and dtype."""
     kind = type(value).__name__
-    shape = getattr(value, "shape", None)
-    if shape is not None and len(tuple(shape)):
-        dtype = str(cast("Any", value).dtype) if hasattr(value, "dtype") else ""
-        return f"{kind} of shape {tuple(shape)} {dtype}".rstrip()
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({kind})"
+    if isinstance(value, int) and value.bit_length() >= 200:  # repr refuses thousands of digits
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        shape = getattr(value, "shape", None)
+        if isinstance(shape, tuple) and shape:
+            return f"{kind} of shape {tuple(shape)} {getattr(value, 'dtype', '')}".rstrip()
+        text = " ".join(repr(value).split())
+    except Exception:  # of any object's repr: a nested tensor, a list that is nested deeply
+        return f"an object of type {kind}"
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def typed(value: object) -> str:
+    """:func:`shown`, followed by the type where the text does not begin with it."""
+    text, kind = shown(value), type(value).__name__
+    return text if kind in text.split("(")[0].split() else f"{text} ({kind})"

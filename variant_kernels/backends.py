@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from variant_kernels.arguments import choice, instance, integer
+from variant_kernels.arguments import choice, instance, integer, typed
 from variant_kernels.dispatch.explain import Choice, resolve
 from variant_kernels.dispatch.request import Request
-from variant_kernels.dispatch.select import use_backend
+from variant_kernels.dispatch.select import check_name, use_backend
 from variant_kernels.dispatch.support import available_backends
 from variant_kernels.ops import tables
 
@@ -35,17 +35,16 @@ def explain(
         ValueError: no such op, or a backend asked for by name cannot serve it.
         TypeError: an argument of another type; float64 without backend="reference".
     """
+    check_name("explain", backend)
     if not isinstance(device, str | torch.device):
-        raise TypeError(f"explain: device must be text or a torch.device; got {device!r}")
+        raise TypeError(f"explain: device must be text or a torch.device; got {typed(device)}")
     instance("explain", "dtype", dtype, torch.dtype, "Pass torch.float32, for example")
-    # Where two dtypes count, as those of stream and rows in adaln_modulate, both are this one.
-    request = Request(
-        torch.device(device).type,
-        (dtype, dtype),
-        head_dim=_size("head_dim", head_dim),
-        row_width=_size("row_width", row_width),
-        page_size=_size("page_size", page_size),
+    sizes = {"head_dim": head_dim, "row_width": row_width, "page_size": page_size}
+    head_dim, row_width, page_size = (
+        None if n is None else integer("explain", name, n, 1) for name, n in sizes.items()
     )
+    # Where two dtypes count, as those of stream and rows in adaln_modulate, both are this one.
+    request = Request(torch.device(device).type, (dtype, dtype), head_dim, row_width, page_size)
     return str(resolve_backend(op, request, backend))
 
 
@@ -53,7 +52,3 @@ def resolve_backend(op: str, request: Request, backend: str = "auto") -> Choice:
     """What :func:`explain` prints, as data."""
     choice("explain", "op", op, tuple(tables()))
     return resolve(op, tables()[op], request, backend)
-
-
-def _size(name: str, value: int | None) -> int | None:
-    return None if value is None else integer("explain", name, value, 1)

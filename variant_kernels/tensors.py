@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -19,6 +21,9 @@ def last_contiguous(x: torch.Tensor) -> torch.Tensor:
 def empty_as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A new contiguous tensor of x's shape: 1.1 us where torch.empty(x.shape, ...) takes 2.3."""
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+_MAX_STEPS: Any = 10**6
 
 
 def overlaps_itself(x: torch.Tensor) -> bool:
@@ -39,7 +44,8 @@ def share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.numel() == 0 or b.numel() == 0:
         return False
     try:
-        return np.shares_memory(_Addresses.of(a), _Addresses.of(b), max_work=10**6)  # type: ignore[arg-type]
+        # numpy takes any number of steps; its stub knows two of them.
+        return np.shares_memory(_Addresses.of(a), _Addresses.of(b), max_work=_MAX_STEPS)
     except np.exceptions.TooHardError:
         return True
 

@@ -251,9 +251,9 @@ def test_the_command_prints_the_table_and_writes_everything(tmp_path, capsys):
 
 def test_wrong_requests_are_named_before_the_work(tmp_path, capsys):
     for words, message in (
-        (["--batch", "0"], "bench: --batch must be at least 1; got 0"),
-        (["--runs", "0"], "bench: --runs must be at least 1; got 0"),
-        (["--depths", "3"], "depth must be one that the model was trained at"),
+        (["--batch", "0"], "bench: --batch must be an integer in [1, 65536]; got 0"),
+        (["--runs", "0"], "bench: --runs must be an integer in [1, 1000000]; got 0"),
+        (["--depths", "3"], "bench: --depths must be one that the model was trained at"),
         (["--json", str(tmp_path)], f"{tmp_path}: cannot be written"),
         (["--var-repo", str(tmp_path)], "is no clone of FoundationVision/VAR: it has no models"),
     ):

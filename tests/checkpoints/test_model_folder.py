@@ -296,3 +296,12 @@ def test_loading_draws_no_weights_and_imports_no_compiler():
         "sys.exit('torch._dynamo' in sys.modules or 'sympy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_the_same_weights_give_the_same_file(tmp_path):
+    """The library writes metadata in an order that differs from call to call."""
+    model, files = small_model(), set()
+    for number in range(12):
+        model.save_pretrained(tmp_path / str(number))
+        files.add((tmp_path / str(number) / "model.safetensors").read_bytes())
+    assert len(files) == 1

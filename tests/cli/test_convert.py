@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -138,7 +139,7 @@ def test_what_is_no_file_of_weights_is_refused(place, capsys):
         ((*MODEL, "--out", "x", "--norm-eps", "1e-5"), "--norm-eps is for --var and --vae"),
         ((*MODEL, "--out", "x", "--weights", "ema"), "--weights is for --var and --vae"),
         ((*FILES, "--out", "x", "--num-heads", "3"), "have num_heads 2, but the argument has 3"),
-        ((*FILES, "--out", "x", "--norm-eps", "-1"), "convert: norm_eps must be a finite number"),
+        ((*FILES, "--out", "x", "--norm-eps", "-1"), "convert: --norm-eps must be a finite number"),
         ((*FILES, "--out", "x", "--weights", "ema"), "has no average"),
         (("--var", "none.pth", "--vae", "vae.pth", "--out", "x"), "none.pth: no such file"),
         (("--model", "none", "--out", "x"), "none: no such model"),
@@ -184,7 +185,7 @@ def test_settings_and_the_choice_of_weights_are_options(place, capsys):
         "cond-drop-rate": "0.2",
         "drop-path-rate": "0.3",
         "quant-resi": "0.25",
-        "using-znorm": "True",
+        "using-znorm": "",  # a flag
         "beta": "2",
         "patch-nums": "1 2 3 4 5 6 8",
     }
@@ -199,8 +200,12 @@ def test_settings_and_the_choice_of_weights_are_options(place, capsys):
 
 
 def test_the_warning_names_the_options(place, capsys):
-    with pytest.warns(UserWarning, match="give --norm-eps, .*--beta if they are wrong"):
-        run(capsys, *FILES, "--out", "new")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, _, error = run(capsys, *FILES, "--out", "new")
+    assert code == 0
+    (line,) = [line for line in error.splitlines() if "assumed" in line]
+    assert re.search("give --norm-eps, .*--beta if they are wrong", line)
 
 
 def test_a_model_folder_can_be_written_in_another_dtype(place, capsys):

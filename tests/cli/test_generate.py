@@ -67,8 +67,28 @@ def test_a_png_says_what_it_was_generated_from(model, tmp_path, run):
     assert text.pop("Software").startswith("variant ")
     assert text == {
         "model": model, "label": "3", "index": "0", "seed": "7", "depth": "2", "cfg": "2.0",
-        "top_k": "9", "top_p": "0.5",
+        "top_k": "9", "top_p": "0.5", "temperature": "1.0", "more_smooth": "False",
     }  # fmt: skip
+
+
+def test_the_null_class_is_unconditional(model, tmp_path, run):
+    words = ("generate", "--model", model, "--labels", -1, 5, 1, "--out", tmp_path / "o")
+    assert run(*words)[0] == 0
+    names = sorted(pictures(tmp_path / "o"))
+    assert names == ["00000_null.png", "00001_null.png", "00002_class1.png"]
+    images = small_model().generate([5, 5, 1], seed=0, top_p=0.96, image_dtype="uint8").pil()
+    for name, image in zip(names, images, strict=True):
+        assert np.array_equal(np.array(Image.open(tmp_path / "o" / name)), np.array(image))
+
+
+def test_temperature_and_smooth_mixtures(model, tmp_path, run):
+    words = ("generate", "--model", model, "--labels", 1, 2, "--temperature", 0.5, "--more-smooth")
+    assert run(*words, "--out", tmp_path / "o")[0] == 0
+    expected = small_model().generate(
+        [1, 2], seed=0, top_p=0.96, temperature=0.5, more_smooth=True, image_dtype="uint8"
+    )
+    for path, image in zip(sorted((tmp_path / "o").glob("*.png")), expected.pil(), strict=True):
+        assert np.array_equal(np.array(Image.open(path)), np.array(image))
 
 
 def test_file_names_may_contain_brackets_and_dots(model, tmp_path, run):

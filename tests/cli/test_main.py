@@ -223,7 +223,7 @@ def test_warnings_of_libraries_are_one_line(run, monkeypatch):
 
     monkeypatch.setattr(module, "function_of", lambda command: warn)
     before = warnings.showwarning
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), messages.one_line_warnings():
         warnings.simplefilter("always")
         code, _, error = run("plan")
     assert code == 0
@@ -308,3 +308,15 @@ def test_a_closed_or_full_standard_output_is_one_line():
 def test_streams_may_be_missing():
     script = f"exec {sys.executable} -m variant.cli plan >&- 2>&-"
     assert subprocess.run(["sh", "-c", script], check=False).returncode == 0
+
+
+def test_the_process_prints_warnings_as_one_line(tmp_path):
+    golden = load_golden("plain")
+    torch.save(golden.var_state, tmp_path / "var.pth")
+    torch.save(golden.vae_state, tmp_path / "vae.pth")
+    words = ("--var", tmp_path / "var.pth", "--vae", tmp_path / "vae.pth", "--out", tmp_path / "o")
+    done = process("convert", *words)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert lines
+    assert all(line.startswith("variant: warning: ") for line in lines)

@@ -12,5 +12,5 @@ def test_a_line_every_few_seconds(capsys, monkeypatch):
             now[0] += 0.01
             advance(1, f"ours {step}")
     printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err == "bench: 1,000 of 2,000: ours 1000\n"
+    assert printed.err == ""
+    assert printed.out == "bench: 1,000 of 2,000: ours 1000\n"

@@ -115,7 +115,7 @@ def test_info_measures_a_model_on_request(tmp_path, capsys):
     code, printed, _ = run(capsys, "info", "--model", tmp_path)
     assert "8-bit" not in printed
     code, _, error = run(capsys, "info", "--model", tmp_path, "--images", 0)
-    assert (code, "--images must be at least 1; got 0" in error) == (1, True)
+    assert (code, "--images must be an integer in [1, 1024]; got 0" in error) == (1, True)
 
 
 def test_plan_prints_the_memory_and_the_error_of_8_bits(capsys):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from variant.errors import UserError
-from variant_kernels.arguments import boolean, integer, integers, real
+from variant_kernels.arguments import boolean, integer, integers, real, typed
 
 # `quant_resi` below this has no residual convolutions in the original code.
 NO_CONVOLUTION = 1e-6
@@ -28,7 +28,7 @@ def _num_heads(op: str, value: object) -> int:
 def _patch_nums(op: str, value: object) -> tuple[int, ...]:
     sides = integers(op, "patch_nums", value, 1)
     if not sides or any(a >= b for a, b in itertools.pairwise(sides)):
-        raise ValueError(f"{op}: patch_nums must be ascending positive integers; got {value!r}")
+        raise ValueError(f"{op}: patch_nums must be ascending integers; got {typed(value)}")
     return sides
 
 

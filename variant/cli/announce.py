@@ -37,7 +37,8 @@ def first_line(command: Command) -> str:
             out = command.out or Path("runs") / Path(command.recipe).stem
             return f"{name}: recipe {command.recipe}, to {out}"
         case Convert():
-            return f"convert: reading {command.model or f'{command.var} and {command.vae}'}"
+            names = [str(name) for name in (command.model, command.var, command.vae) if name]
+            return f"convert: reading {' and '.join(names)}" if names else ""
         case Info():
             return f"info: reading {command.model}"
         case Plan():

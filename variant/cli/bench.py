@@ -120,7 +120,7 @@ def _measure(
     result["limits"] = {"start": start.to_dict()}
     total = sum(count_samples(c, var.config.depth, command.device) for c in configs)
     print_line(f"{total} samples of generations")
-    with progress("bench", "measuring", total) as advance:
+    with progress("bench", "measuring", total, command.json) as advance:
         on_sample = functools.partial(advance, 1)
         for config in configs:
             measured = measure(var, vae, config, on_sample)

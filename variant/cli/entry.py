@@ -22,11 +22,13 @@ def main() -> int:
     """
     _open_streams()
     from variant.cli.main import main as run_command
+    from variant.cli.messages import one_line_warnings
 
     sys.unraisablehook = _unraisable
     try:
         try:
-            code = run_command(before_work=signals.raise_in_main_thread)
+            with one_line_warnings():
+                code = run_command(before_work=signals.raise_in_main_thread)
         finally:
             signals.exit_at_once()
     except SystemExit as stop:  # --help, wrong usage, an interrupted training

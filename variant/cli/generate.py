@@ -61,6 +61,9 @@ def generate(command: Generate) -> None:
     model = VARiant.from_pretrained(command.model, device=command.device)
     config = model.var.config
     labels = list(command.labels) or list(range(min(config.num_classes, 10)))
+    for label in labels:
+        note = f"(-1 or {config.num_classes}: no class)"
+        integer("generate", "--labels", label, -1, config.num_classes, note)
     depths = list(depths_of(config)) if command.all_depths else [command.depth]
     if command.all_depths and config.bridge is None and command.bridge is None:
         raise UserError(f"generate: {command.model} was trained at one depth; --bridge is needed")
@@ -99,7 +102,14 @@ def _check(command: Generate) -> Sampling:
     check_json("generate", command.json)
     if command.json is not None and command.json == command.out:
         raise UserError(f"generate: --json and --out must differ; got {command.out} twice")
-    return Sampling(command.cfg, command.top_k, command.top_p, command.seed)
+    return Sampling(
+        command.cfg,
+        command.top_k,
+        command.top_p,
+        command.seed,
+        temperature=command.temperature,
+        more_smooth=command.more_smooth,
+    )
 
 
 def check_target(out: Path) -> bool:
@@ -169,7 +179,7 @@ class Work:
         if command.out.exists() and not command.overwrite:
             raise UserError(f"{command.out}: exists; give --overwrite, or another --out")
         results, pictures = [], []
-        with progress("generate", "generating", total) as advance:
+        with progress("generate", "generating", total, command.json) as advance:
             for depth in target.depths:
                 batch = self._batch(depth)
                 parts = list(self._batches(depth, batch, set(), advance))
@@ -196,7 +206,7 @@ class Work:
         self._check_disk(total - len(done))
         results, batches = [], dict(recorded.get("batches", {}))
         try:
-            with progress("generate", "generating", total) as advance:
+            with progress("generate", "generating", total, command.json) as advance:
                 advance(len(done), "images that are there")
                 for depth in target.depths:
                     result = Result(self._depth(depth), len(target), 0, 0, [])
@@ -353,6 +363,8 @@ class Work:
             "cfg": command.cfg,
             "top_k": command.top_k,
             "top_p": command.top_p,
+            "temperature": command.temperature,
+            "more_smooth": command.more_smooth,
             "seed": command.seed,
             "dtype": str(engine.dtype).removeprefix("torch."),
             "kv_dtype": command.kv_dtype,
@@ -368,6 +380,7 @@ class Work:
         text: dict[str, object] = {"Software": f"variant {__version__}", "model": command.model}
         text |= {"label": label, "seed": command.seed, "depth": depth, "cfg": command.cfg}
         text |= {"top_k": command.top_k, "top_p": command.top_p}
+        text |= {"temperature": command.temperature, "more_smooth": command.more_smooth}
         return text if index is None else {**text, "index": index}
 
 
@@ -447,7 +460,13 @@ def _as_json(command: Generate, results: Sequence[Result]) -> dict[str, Any]:
         "labels": list(command.labels),
         "count": command.count,
         "seed": command.seed,
-        "sampling": {"cfg": command.cfg, "top_k": command.top_k, "top_p": command.top_p},
+        "sampling": {
+            "cfg": command.cfg,
+            "top_k": command.top_k,
+            "top_p": command.top_p,
+            "temperature": command.temperature,
+            "more_smooth": command.more_smooth,
+        },
         "dtype": None if stats is None else stats.dtype,
         "kv_dtype": None if stats is None else stats.kv_dtype,
         "device": command.device,

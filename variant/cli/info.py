@@ -40,7 +40,7 @@ def info(command: Info) -> None:
     if command.kv_dtype is not None:
         dtype = DTYPES[command.dtype] if command.dtype else None
         engine = Engine(var.eval(), vae.eval(), dtype=dtype)
-        errors = measure_with_progress(engine, command.images)
+        errors = measure_with_progress(engine, command.images, command.json)
         out.print(kv_error_table(command.model, errors))
         described["kv_error"] = [asdict(error) for error in errors]
     write_json(command.json, described)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -26,10 +27,12 @@ from variant.evaluation.kv_error import (
 FIGURES = ASSETS / "kv8.json"
 
 
-def measure_with_progress(engine: Engine, images: int) -> list[KVError]:
-    """:func:`measure_kv_error` with progress on standard error."""
+def measure_with_progress(
+    engine: Engine, images: int, json_file: Path | None = None
+) -> list[KVError]:
+    """:func:`measure_kv_error` with :func:`progress`."""
     total = STEPS_PER_DEPTH * len(trained_depths(engine.var.config))
-    with progress("info", "measuring", total) as advance:
+    with progress("info", "measuring", total, json_file) as advance:
         return measure_kv_error(engine, images=images, on_step=functools.partial(advance, 1))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from variant.cli import signals
 from variant.cli.announce import announce
-from variant.cli.messages import one_line, one_line_warnings
+from variant.cli.messages import one_line
 from variant.cli.options import (
     Bench,
     Command,
@@ -45,31 +45,30 @@ def main(
         print(f"variant {__version__}")
         return 0
     debug = "--debug" in words
-    with one_line_warnings():
-        try:
-            words = check_words(words)
-            # Imported here: on machines without tyro, benchmarks.gpu_engine calls the commands'
-            # functions.
-            from variant.cli.parser import parse
+    try:
+        words = check_words(words)
+        # Imported here: on machines without tyro, benchmarks.gpu_engine calls the commands'
+        # functions.
+        from variant.cli.parser import parse
 
-            command = parse(words)
-            announce(command)
-            function = function_of(command)
-            before_work()
-            function(command)
-        except KeyboardInterrupt as stop:
-            return _stopped(stop)
-        except UsageError as error:
-            _print_error(str(error))
-            return 2
-        except Exception as error:
-            if signals.received():  # a library turned the signal's exception into its own
-                return _stopped(KeyboardInterrupt())
-            # Unexpected errors are printed as one line too; --debug shows the traceback.
-            if debug:
-                traceback.print_exc()
-            _print_error(one_line(error, words[0]))
-            return 1
+        command = parse(words)
+        announce(command)
+        function = function_of(command)
+        before_work()
+        function(command)
+    except KeyboardInterrupt as stop:
+        return _stopped(stop)
+    except UsageError as error:
+        _print_error(str(error))
+        return 2
+    except Exception as error:
+        if signals.received():  # a library turned the signal's exception into its own
+            return _stopped(KeyboardInterrupt())
+        # Unexpected errors are printed as one line too; --debug shows the traceback.
+        if debug:
+            traceback.print_exc()
+        _print_error(one_line(error, words[0]))
+        return 1
     return 0
 
 

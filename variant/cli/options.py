@@ -36,6 +36,10 @@ class Generate:
     """Sample from the k likeliest tokens; 0: from all."""
     top_p: float = 0.96
     """Sample from the likeliest tokens with this total probability; 0: from all."""
+    temperature: float = 1.0
+    """Divides the logits: below 1 likelier tokens are preferred more."""
+    more_smooth: bool = False
+    """Mix the codes of likely tokens in place of taking one: smoother, as the original can."""
     seed: int = 0
     """Seed of the random draws: the same seed gives the same images."""
     device: str = "cpu"

@@ -73,6 +73,8 @@ def _annotate() -> None:
         for name, annotation in get_type_hints(kind).items():
             if defaults[name] is False:  # --debug, without --no-debug
                 annotation = tyro.conf.FlagCreatePairsOff[annotation]
+            elif bool in get_args(annotation):  # --using-znorm True, not given by default
+                annotation = tyro.conf.FlagConversionOff[annotation]
             kind.__annotations__[name] = Annotated[annotation, hint]
         kind.__tyro__ = True
 

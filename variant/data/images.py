@@ -11,10 +11,12 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from threading import Lock
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -47,6 +49,7 @@ UNREADABLE = (
     Image.DecompressionBombError,
 )
 WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_FILTERS = Lock()
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 MAX_PIXELS = 2**28  # of an image after resizing; only very long and narrow ones have more
 # The EXIF tag of the orientation, and what turns each of its values upright.
@@ -123,6 +126,14 @@ def list_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error.strerror or error}") from None
     return paths, labels, classes
+
+
+def _opened(file: BinaryIO) -> Image.Image:
+    """``Image.open``, which reads the header, without its warning of many pixels."""
+    # The filters of warnings are those of the process, and images are read by several threads.
+    with _FILTERS, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(file)
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -213,7 +224,7 @@ class FolderData:
 
     def _open(self, path: Path) -> Image.Image:
         try:
-            with open_regular(path) as file, Image.open(file) as image:
+            with open_regular(path) as file, _opened(file) as image:
                 if image.mode not in WIDE_MODES:
                     return self._resize(upright(image).convert("RGB"), path)
                 mode = image.mode

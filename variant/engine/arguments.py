@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from variant_kernels import ScaleLayout
+from variant_kernels.arguments import shown
 from variant_kernels.dispatch.request import dtype_name
 
 # The original's editing keeps the given tokens of scales of at most so many tokens.
@@ -21,6 +22,8 @@ COARSE_TOKENS = 3
 
 def _integers(op: str, name: str, values: object) -> Tensor:
     """Values as int64 on the CPU.  Raises: TypeError if one is not an integer."""
+    if isinstance(values, Tensor) and not _has_values(values):
+        raise TypeError(f"{op}: {name} must be a plain tensor of integers; got {shown(values)}")
     try:
         tensor = torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -30,6 +33,13 @@ def _integers(op: str, name: str, values: object) -> Tensor:
     if tensor.numel() and (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool):
         raise TypeError(f"{op}: {name} must be integers; got {dtype_name(dtype)}")
     return tensor.to(torch.int64)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether a tensor is dense and neither quantized nor on the meta device."""
+    return tensor.layout == torch.strided and not (
+        tensor.is_quantized or tensor.is_meta or tensor.is_nested
+    )
 
 
 def check_labels(

@@ -277,7 +277,7 @@ class Engine(CastModels):
         op, config, layout = "generate", self.var.config, self.var.layout
         kv_dtype = self._kv_dtype(op, call.kv_dtype)
         labels_B = check_labels(labels, config.num_classes)
-        sampling.check_run(layout.num_scales, self.device)
+        instance(op, "sampling", sampling, Sampling).check_run(layout.num_scales, self.device)
         schedule = self.var.schedule(call.depth, call.bridge, op=op)
         request = Request(
             schedule=schedule,
@@ -342,6 +342,8 @@ class Engine(CastModels):
 
     def image_bytes(self, plan: CachePlan, guidance: bool = True, kv_dtype: KVDtype = None) -> int:
         """Bytes that one more image in a batch needs: its K/V pages and the largest tensors."""
+        instance("image_bytes", "plan", plan, CachePlan)
+        guidance = boolean("image_bytes", "guidance", guidance)
         launchers = self._launchers(self._kv_dtype("image_bytes", kv_dtype))
         return self._image_bytes(plan, launchers, guidance)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.parameter_count import var_parameters, vqvae_parameters
+from variant_kernels.arguments import shown
 from variant_kernels.plans.cache_plan import CachePlan, item_bytes
 from variant_kernels.plans.depth_schedule import DEPTH_CHAIN, DepthSchedule
 
@@ -63,11 +64,11 @@ def kv_dtype_name(op: str, kv_dtype: object) -> str | None:
     """
     if kv_dtype is None:
         return None
-    if kv_dtype == "fp8" or str(kv_dtype) == f"torch.{KV8_NAME}":
+    if (isinstance(kv_dtype, str) and kv_dtype == "fp8") or str(kv_dtype) == f"torch.{KV8_NAME}":
         return KV8_NAME
     raise ValueError(
         f'{op}: kv_dtype must be None (exact: the dtype of the products), "fp8" or '
-        f"torch.{KV8_NAME}; got {kv_dtype!r}"
+        f"torch.{KV8_NAME}; got {shown(kv_dtype)}"
     )
 
 

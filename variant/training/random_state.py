@@ -31,7 +31,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     np.random.set_state((algorithm, keys.numpy(), position, has_gauss, cached))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        # A run may resume on a machine with fewer GPUs.
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
 
 
 def seed_everything(seed: int) -> None:

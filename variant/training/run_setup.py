@@ -14,6 +14,7 @@ import torch
 from variant.checkpoints.config_file import CONFIG_NAME
 from variant.data.sources import class_digests, data_inputs, differing_classes, open_data
 from variant.errors import UserError
+from variant.paths import path_kind
 from variant.training.checkpoint_contents import check_epochs
 from variant.training.checkpointer import Checkpointer
 from variant.training.folder_lock import clear_leftovers, locked_folder
@@ -190,7 +191,7 @@ class RunSetup:
 
     def _check_folder(self, resume: bool) -> None:
         folder, last = self.folder, self.checkpointer.last
-        if not resume and last.exists():
+        if not resume and path_kind(last) is not None:
             raise UserError(
                 f"{folder}: already holds a run; continue it with --resume, or choose another "
                 "folder"
@@ -201,5 +202,5 @@ class RunSetup:
                 f"{folder}: holds a model ({CONFIG_NAME}) but no training run; choose another "
                 "folder"
             )
-        if resume and not last.exists():
+        if resume and path_kind(last) is None:
             raise UserError(f"{folder}: holds no run to resume ({last.name} is missing)")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from variant_kernels.arguments import instance
+from variant_kernels.arguments import instance, shown
 from variant_kernels.cuda_ops import library as cuda_library
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.support import BACKENDS, available_backends, triton_interprets
@@ -82,7 +82,8 @@ def check_name(op: str, name: str) -> None:
     instance(op, "backend", name, str, 'Use "auto"')
     if name != "auto" and name not in BACKENDS:
         raise ValueError(
-            f'{op}: backend "{name}" is unknown; available: auto, {", ".join(available_backends())}'
+            f"{op}: backend {shown(name)} is unknown; available: auto, "
+            f"{', '.join(available_backends())}"
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
+from variant_kernels.arguments import integer, sequence
 from variant_kernels.packed_linear import can_pack, pack, packed_linear
 from variant_kernels.plans.depth_schedule import DepthSchedule, resolve_layers
 
@@ -96,16 +97,14 @@ class Runtime:
         """Set the depth of later generations.
 
         Raises:
+            TypeError: one that is no integer (or, depth, no list of them).
             ValueError: depth or bridge out of range.
         """
-        if isinstance(depth, Sequence):
-            depth = tuple(depth)
         if depth is not None:
-            resolve_layers(self.full_depth, depth)
-        limit = self.num_scales
-        if bridge is not None and (bridge < 0 or (limit is not None and bridge > limit)):
-            valid = "0 or more" if limit is None else f"in [0, {limit}]"
-            raise ValueError(f"set_depth: bridge must be {valid}; got {bridge}")
+            layers = resolve_layers(self.full_depth, depth, op="patch: set_depth")
+            depth = int(cast("int", depth)) if sequence(depth) is None else layers
+        if bridge is not None:
+            bridge = integer("patch: set_depth", "bridge", bridge, 0, self.num_scales)
         self.depth, self.bridge = depth, bridge
 
     def schedule(self, num_scales: int) -> DepthSchedule:

@@ -53,6 +53,8 @@ def differentiate(
         def backward(ctx: Any, *grads: Any) -> Any:
             return None, *backward(ctx, *grads)
 
+    one_level: Any = super(Function, Derivative)
+
     def kernel(keyset: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0:
             _refuse_tangents(title, args)
@@ -63,7 +65,7 @@ def differentiate(
         # The dispatcher calls this kernel once for each level of torch.func's transforms; apply
         # itself would begin with the first level again.
         with enable_single_level_autograd_function():
-            return super(Function, Derivative).apply(keyset, *args)  # type: ignore[misc]
+            return one_level.apply(keyset, *args)
 
     LIBRARY.impl(overload._schema.name.split("::")[1], kernel, "Autograd", with_keyset=True)
 

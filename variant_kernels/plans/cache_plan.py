@@ -12,7 +12,7 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from variant_kernels.arguments import boolean, instance, integer
+from variant_kernels.arguments import boolean, instance, integer, shown
 from variant_kernels.plans.depth_schedule import DepthSchedule
 from variant_kernels.plans.scale_layout import MAX_TOKENS, ScaleLayout
 
@@ -31,7 +31,8 @@ def item_bytes(dtype: object, op: str = "item_bytes") -> int:
     elif isinstance(getattr(dtype, "itemsize", None), int):
         return dtype.itemsize  # type: ignore[attr-defined]
     raise TypeError(
-        f"{op}: dtype must be a torch or numpy dtype or one of {sorted(_ITEM_BYTES)}; got {dtype!r}"
+        f"{op}: dtype must be a torch or numpy dtype or one of {sorted(_ITEM_BYTES)}; "
+        f"got {shown(dtype)}"
     )
 
 

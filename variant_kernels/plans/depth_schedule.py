@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from variant_kernels.arguments import choice, integer, integers, sequence
+from variant_kernels.arguments import choice, integer, integers, sequence, shown
 from variant_kernels.plans.scale_layout import MAX_SCALES
 
 Selection = Literal["nested", "equidistant"]
@@ -94,9 +94,9 @@ def resolve_layers(
         TypeError: depth is neither.
         ValueError: depth out of range, or not a valid list.
     """
+    chosen = choice(op, "selection", selection, SELECTIONS)
     if sequence(depth) is not None:
         return check_layers(full_depth, depth, op)
-    chosen = choice(op, "selection", selection, SELECTIONS)
     return _select(op, full_depth, depth, chosen, "(a number of layers), or a list of layers")
 
 
@@ -185,7 +185,7 @@ class DepthSchedule:
         if items is None or not 1 <= len(items) <= MAX_SCALES:
             raise (TypeError if items is None else ValueError)(
                 f"{op}: depths must be a list of 1 to {MAX_SCALES} depths, one for each scale; "
-                f"got {depths!r}"
+                f"got {shown(depths)}"
             )
         if full_depth is None:
             first = sequence(items[0])
