@@ -20,7 +20,7 @@ cmake = mkdir -p $(1) && { $(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGR
 SANITIZED = -DCMAKE_BUILD_TYPE=RelWithDebInfo -DVARIANT_CPU_ISAS=$(SANITIZED_ISAS)
 CTEST := $(BIN)/ctest --output-on-failure
 # COVERAGE=1 records the branches that the Python tests take, for `make coverage`.
-PYTEST := $(BIN)/python $(if $(COVERAGE),-m coverage run) -m pytest -n $(TEST_JOBS)
+PYTEST = $(BIN)/python $(if $(COVERAGE),-m coverage run) -m pytest -n $(TEST_JOBS)
 
 .PHONY: help setup dev generate check test test-python test-triton test-robustness test-cpp test-cuda test-cuda-python nightly coverage mutants cuda gpu bench bench-report docs-results lint clean
 
