@@ -57,6 +57,8 @@ def test_memory_shared_by_two_tensors():
     # Interleaved: every second column of the same rows.
     assert not tensors.share_memory(x[:, ::2], x[:, 1::2])
     assert tensors.share_memory(x[:, ::2], x[:, 2:3])
+    assert tensors.share_memory(x[0, :1], x)
+    assert tensors.share_memory(x, x[0, :1])
     for empty in (x[:0], x[:, :0]):
         assert not tensors.share_memory(x, empty)
         assert not tensors.share_memory(empty, x)

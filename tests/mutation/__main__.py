@@ -43,7 +43,6 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=160)
     parser.add_argument("--seconds", type=float, default=60, help="limit of one mutant's tests")
-    parser.add_argument("--tests", type=int, default=40, help="at most so many tests a mutant")
     parser.add_argument("--least", type=float, default=90, help="per cent of decided, killed")
     parser.add_argument("--json", type=Path, help="every verdict, one object a line")
     parser.add_argument("modules", nargs="*", help=f"some of: {' '.join(TARGETS)}")
@@ -61,7 +60,7 @@ def main() -> int:
             reaches |= reach_of(sorted(alike), files)
             seconds = reaches[module].seconds
             print(f"{module}: {len(seconds)} tests, {sum(seconds.values()):.0f} s")
-        tests = reaches[module].tests_of(mutant.line)[: options.tests]
+        tests = reaches[module].tests_of(mutant.line)
         start = time.monotonic()
         verdict, by = verdict_of(module, mutant, tests, options.seconds)
         counts[verdict] += 1

@@ -6,7 +6,7 @@ arguments (most of them are parts of messages too).
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,11 +83,13 @@ class _Places(libcst.CSTVisitor):
 
 
 def path_of(module: str) -> Path:
-    """The file of a module, which is not imported."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"no file of module {module}")
-    return Path(spec.origin)
+    """The file of a module, found on the path without importing its packages."""
+    parts = module.split(".")
+    for folder in sys.path:
+        path = Path(folder or ".", *parts).with_suffix(".py").absolute()
+        if path.is_file():
+            return path
+    raise ModuleNotFoundError(f"no file of module {module}")
 
 
 def mutants_of(module: str) -> list[Mutant]:

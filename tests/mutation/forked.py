@@ -190,6 +190,10 @@ def verdict_of(
     source = mutant.source
     compile(source, str(mutant.path), "exec")  # what is no Python would pass for killed
 
+    # A package that was imported here would bring the unchanged module along.
+    if loaded := [name for name in sys.modules if name.split(".")[0] == module.split(".")[0]]:
+        raise RuntimeError(f"{', '.join(loaded)} must not be imported before the fork")
+
     def work() -> object:
         _prepare()
         sys.meta_path.insert(0, _Changed(module, mutant.path, source))

@@ -31,7 +31,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "variant_kernels.dispatch.select": _kernels("dispatch"),
     "variant_kernels.dispatch.support": _kernels("dispatch"),
     "variant_kernels.dispatch.explain": _kernels("dispatch"),
-    "variant_kernels.ops.contract": _CHECKS,
+    "variant_kernels.ops.contract": _kernels("contract"),
     "variant_kernels.ops.pages": (*_kernels("paged_attention", "kv8"), *_CHECKS),
     "variant_kernels.ops.registry": (*_kernels("dispatch"), *_CHECKS),
     "variant_kernels.ops.adaln": (*_kernels("adaln"), *_CHECKS),
