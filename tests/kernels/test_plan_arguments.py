@@ -212,6 +212,8 @@ def test_full_depth_follows_from_the_first_entry():
     assert DepthSchedule.from_depths([8, 4]).full_depth == 8
     assert DepthSchedule.from_depths([[0, 3, 6], [0, 6]]).full_depth == 7
     assert DepthSchedule.from_depths([np.array([0, 3, 6])]).full_depth == 7
+    assert DepthSchedule.from_depths([[0, 1, 2], 2]).layers == ((0, 1, 2), (0, 2))
+    assert DepthSchedule.from_depths([1, 1]).layers == ((0,), (0,))
 
 
 def test_nested_depths_between_two_of_the_chain():

@@ -38,6 +38,22 @@ def sample(seed: int, count: int, chosen: list[str]) -> list[tuple[str, Mutant]]
     return picked
 
 
+def not_killed(file: Path) -> list[tuple[str, Mutant]]:
+    """The mutants of an earlier run that no test killed, as far as the code still has them."""
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    wanted = {(r["place"], r["change"]) for r in records if r["verdict"] != "killed"}
+    return [
+        (module, mutant)
+        for module in TARGETS
+        for mutant in mutants_of(module)
+        if (place_of(mutant), str(mutant)) in wanted
+    ]
+
+
+def place_of(mutant: Mutant) -> str:
+    return f"{mutant.path.relative_to(ROOT)}:{mutant.line}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
@@ -45,6 +61,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60, help="limit of one mutant's tests")
     parser.add_argument("--least", type=float, default=90, help="per cent of decided, killed")
     parser.add_argument("--json", type=Path, help="every verdict, one object a line")
+    parser.add_argument("--again", type=Path, help="those of a --json file that were not killed")
     parser.add_argument("modules", nargs="*", help=f"some of: {' '.join(TARGETS)}")
     options = parser.parse_args()
     if unknown := set(options.modules) - set(TARGETS):
@@ -52,7 +69,10 @@ def main() -> int:
 
     counts = {"killed": 0, "survived": 0, "undecided": 0}
     reaches: dict[str, Reach] = {}
-    picked = sample(options.seed, options.count, options.modules)
+    if options.again:
+        picked = not_killed(options.again)
+    else:
+        picked = sample(options.seed, options.count, options.modules)
     for module, mutant in picked:
         if module not in reaches:
             files = TARGETS[module]
@@ -64,7 +84,7 @@ def main() -> int:
         start = time.monotonic()
         verdict, by = verdict_of(module, mutant, tests, options.seconds)
         counts[verdict] += 1
-        place = f"{mutant.path.relative_to(ROOT)}:{mutant.line}"
+        place = place_of(mutant)
         print(f"{verdict:9} {place}  {mutant}  {by}", flush=True)
         if options.json:
             record = {
