@@ -61,9 +61,9 @@ def test_a_batch_size_is_a_plain_integer():
 
 def test_a_batch_that_does_not_fit_says_what_it_needs_and_what_is_free():
     sizes = {"per_image": 5 * 2**20, "fixed": 2 * 2**20, "available": 6 * 2**20}
-    with pytest.raises(MemoryError, match="1 image.* need 7 MiB, but 6 MiB are free"):
+    with pytest.raises(MemoryError, match=r"1 image.* need 7 MiB, but 6 MiB are free"):
         batch_size(3, None, **sizes)
-    with pytest.raises(MemoryError, match="3 image.* need 17 MiB, but 6 MiB are free"):
+    with pytest.raises(MemoryError, match=r"3 image.* need 17 MiB, but 6 MiB are free"):
         batch_size(3, 8, **sizes)
 
 

@@ -11,14 +11,17 @@ def _kernels(*stems: str) -> tuple[str, ...]:
 
 _PLANS = _kernels("cache_plan", "plan_arguments")
 _CHECKS = _kernels("refusals", "derivatives")
-_ENGINE = tuple(
-    f"tests/engine/test_{stem}.py"
-    for stem in ("engine", "editing", "generate_batches", "kv8_engine", "memory", "slow_products")
-)
-_LOADING = tuple(
-    f"tests/checkpoints/test_{stem}.py"
-    for stem in ("model_folder", "loading_options", "settings", "state_dict_forms", "model_card")
-)
+
+
+def _engine(*stems: str) -> tuple[str, ...]:
+    return tuple(f"tests/engine/test_{stem}.py" for stem in stems)
+
+
+def _checkpoints(*stems: str) -> tuple[str, ...]:
+    return tuple(f"tests/checkpoints/test_{stem}.py" for stem in stems)
+
+
+_ENGINE = _engine("engine", "editing", "generate_batches", "kv8_engine")
 
 # module: files of tests.
 TARGETS: dict[str, tuple[str, ...]] = {
@@ -41,26 +44,26 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "variant_kernels.ops.block_causal_attention": (*_kernels("block_causal_attention"), *_CHECKS),
     "variant_kernels.ops.paged_attention": (*_kernels("paged_attention", "kv8"), *_CHECKS),
     "variant_kernels.ops.sample_tokens": (*_kernels("sample_tokens"), *_CHECKS),
-    "variant.engine.arguments": _ENGINE,
-    "variant.engine.batches": _ENGINE,
-    "variant.engine.drawing": _ENGINE,
+    "variant.engine.arguments": _engine("engine", "editing", "generate_batches"),
+    "variant.engine.batches": _engine("generate_batches"),
+    "variant.engine.drawing": _engine("editing"),
     "variant.engine.engine": _ENGINE,
-    "variant.engine.generation": _ENGINE,
+    "variant.engine.generation": _engine("editing", "generate_batches"),
     "variant.engine.kernels": _ENGINE,
-    "variant.engine.memory": ("tests/engine/test_memory.py",),
+    "variant.engine.memory": _engine("memory"),
     "variant.engine.page_tables": _ENGINE,
-    "variant.engine.planning": (*_ENGINE, "tests/cli/test_plan.py"),
+    "variant.engine.planning": _engine("engine", "generate_batches"),
     "variant.engine.runs": _ENGINE,
     "variant.engine.step_loop": _ENGINE,
-    "variant.engine.weights": (*_ENGINE, "tests/engine/test_packed_layers.py"),
-    "variant.engine.packed_layers": ("tests/engine/test_packed_layers.py",),
-    "variant.checkpoints.config_file": _LOADING,
-    "variant.checkpoints.locate": _LOADING,
-    "variant.checkpoints.model_card": ("tests/checkpoints/test_model_card.py",),
-    "variant.checkpoints.model_folder": _LOADING,
-    "variant.checkpoints.original_var": (*_LOADING, "tests/checkpoints/test_original_var.py"),
-    "variant.checkpoints.settings": _LOADING,
-    "variant.checkpoints.sharded": _LOADING,
-    "variant.checkpoints.state_dict_forms": _LOADING,
-    "variant.files": ("tests/test_files.py", *_LOADING),
+    "variant.engine.weights": _engine("engine", "packed_layers", "slow_products"),
+    "variant.engine.packed_layers": _engine("packed_layers"),
+    "variant.checkpoints.config_file": _checkpoints("model_folder", "loading_options"),
+    "variant.checkpoints.locate": _checkpoints("model_folder", "loading_options"),
+    "variant.checkpoints.model_card": _checkpoints("model_card"),
+    "variant.checkpoints.model_folder": _checkpoints("model_folder", "loading_options"),
+    "variant.checkpoints.original_var": _checkpoints("settings", "original_var"),
+    "variant.checkpoints.settings": _checkpoints("settings"),
+    "variant.checkpoints.sharded": _checkpoints("loading_options"),
+    "variant.checkpoints.state_dict_forms": _checkpoints("state_dict_forms"),
+    "variant.files": ("tests/test_files.py", *_checkpoints("model_folder")),
 }
