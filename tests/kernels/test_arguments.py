@@ -150,3 +150,45 @@ def test_long_values_are_cut_in_refusals():
 
     with pytest.raises(TypeError, match=r"got Shaped of shape \(2,\)$"):
         integer("op", "n", Shaped())
+
+
+class _TwoLines:
+    def __repr__(self):
+        return "first\nsecond"
+
+
+class _Broken:
+    """An object of which nothing works."""
+
+    def __index__(self):
+        raise RuntimeError("first\nsecond")
+
+    __float__ = __repr__ = __index__
+
+
+@pytest.mark.parametrize("check", [integer, real, boolean, integers])
+@pytest.mark.parametrize(
+    "value",
+    [
+        _TwoLines(),
+        _Broken(),
+        torch.tensor(1, device="meta"),
+        torch.ones(3, device="meta"),
+        torch.ones(3, dtype=torch.int64).to_sparse(),
+        torch.nn.Parameter(torch.ones(2, 2)),
+        torch.tensor(1j),
+        np.ma.masked,
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_any_object_is_refused_in_one_line_that_names_the_argument(check, value):
+    if check is real and value is np.ma.masked:
+        pytest.skip("float() of it is nan, which is out of range")
+    with pytest.raises(TypeError, match=r"^op: name(\[0\])? must be ") as raised:
+        check("op", "name", value)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_element_is_named_by_its_position():
+    with pytest.raises(TypeError, match=r"^op: name\[1\] must be an integer; got 'x'"):
+        integers("op", "name", [1, "x"])

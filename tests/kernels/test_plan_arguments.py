@@ -89,7 +89,7 @@ def test_bytes_without_guidance_are_half_and_eight_bits_have_scales():
         (lambda: DepthSchedule(4, 3, 2, None), TypeError, r"bridge must .* in \[0, 3\]; got None"),
         (lambda: DepthSchedule(4, 3, 2, 2.0), TypeError, r"bridge must .*; got 2.0 \(float\)"),
         (lambda: DepthSchedule(4, 3, "2", 1), TypeError, r"depth must be an integer in \[2, 4\]"),
-        (lambda: DepthSchedule(4, 3, [0, 1.5, 3], 1), TypeError, r"a list of layers\[1\] must be"),
+        (lambda: DepthSchedule(4, 3, [0, 1.5, 3], 1), TypeError, r"depth\[1\] must be"),
         (lambda: DepthSchedule(4, 3, [], 1), ValueError, "must start with 0 and end with 3"),
         (lambda: DepthSchedule(4, 3, [0, 2, 1, 3], 1), ValueError, "ascending without repeats"),
         (lambda: DepthSchedule.from_depths([]), ValueError, "from_depths: depths must be a list"),
