@@ -369,7 +369,7 @@ def save_original(
     paths = [Path(check_path(op, "path", path)) for path in (var_path, vae_path)]
     for path in paths:
         check_ending(op, path)
-    if paths[0].absolute() == paths[1].absolute():
+    if os.path.realpath(paths[0]) == os.path.realpath(paths[1]):
         raise UserError(f"{op}: the two models need two files; got {paths[0]} twice")
     for path, state in (
         (paths[0], {**var.state_dict(), **derived_buffers(var.layout)}),
