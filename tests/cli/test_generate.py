@@ -229,6 +229,12 @@ def test_images_without_a_record_and_damaged_records_are_refused(model, tmp_path
         assert code == 1, text[:9]
         assert error.count("\n") == 1
         assert "--overwrite" in error
+    for batches in ([8], {"8": 0}, {"8": "2"}, {"8": True}):
+        record.write_text(json.dumps({"format": "variant-generate-1", "batches": batches}))
+        assert '"batches" must be positive integers' in run(*words, "--resume")[2]
+    record.unlink()
+    os.mkfifo(record)
+    assert "must be a regular file; it is a named pipe" in run(*words, "--resume")[2]
     record.unlink()
     assert "not recorded" in run(*words, "--resume")[2]
 
