@@ -272,6 +272,10 @@ def test_an_existing_picture_is_not_overwritten(model, tmp_path, run):
         (("--count", 5000, "--out", "x.png"), "a grid holds at most 4096 images; got 25000"),
         (("--resume", "--out", "x.png"), "--resume needs a folder"),
         (("--out", "x.png", "--json", "x.png"), "--json and --out must differ"),
+        (("--out", "x.png", "--json", "y/../x.png"), "--json and --out must differ"),
+        (("--out", "x", "--json", "x/generate.json"), "must be no file that --out writes"),
+        (("--out", "x", "--json", "x/00000_class1.png"), "must be no file that --out writes"),
+        (("--out", "x", "--json", "y/../x/depth2_00000_null.png"), "no file that --out writes"),
     ],
 )
 def test_too_much_is_refused_before_the_work(words, message, model, tmp_path, run, monkeypatch):

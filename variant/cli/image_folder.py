@@ -140,6 +140,11 @@ class ImageFolder:
             return []
 
 
+def is_own_name(name: str) -> bool:
+    """Whether a run writes files of this name into its folder."""
+    return name == SETTINGS_NAME or IMAGE_NAME.fullmatch(name) is not None
+
+
 def _runs(pid: int) -> bool:
     try:
         os.kill(pid, 0)
