@@ -245,8 +245,16 @@ def load_state(
     Args:
         strict: False allows missing and unexpected keys, with a warning that names them.
     Raises:
-        UserError: naming missing and unexpected keys and shapes that differ.
+        UserError: naming missing and unexpected keys, and shapes and dtypes that differ.
     """
+    for key, weight in module.state_dict().items():
+        value = state.get(key)
+        # torch takes complex numbers here, and drops their imaginary part.
+        if value is not None and weight.is_floating_point() and not value.is_floating_point():
+            raise UserError(
+                f"{where}: does not hold the weights of this {type(module).__name__}: {key} must "
+                f"be of a floating-point dtype; got {dtype_name(value.dtype)}"
+            )
     try:
         missing, unexpected = module.load_state_dict(dict(state), strict=strict, assign=assign)
     except RuntimeError as error:
