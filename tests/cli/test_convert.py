@@ -225,6 +225,26 @@ def test_a_readme_of_the_user_is_kept(place, capsys):
     assert (place / "mine" / "README.md").read_text() == "my words"
 
 
+def test_names_that_are_no_text_and_odd_files_in_the_folder(place, capsys):
+    for out in ("out\udcff", "pipe", "folder"):
+        (place / out).mkdir()
+    os.mkfifo(place / "pipe" / "README.md")
+    (place / "folder" / "README.md").mkdir()
+    (place / "loop.pth").symlink_to("loop.pth")
+    refused(capsys, place, "README.md is a folder", *MODEL, "--out", "folder")
+    VARiant.from_pretrained("model").save_pretrained("out\udcff")
+    assert run(capsys, *MODEL, "--out", "pipe")[0] == 0
+    for out in ("out\udcff", "pipe"):
+        assert same_weights(place / out, place / "model")
+    assert (place / "pipe" / "README.md").is_fifo(), "what is not ours is kept"
+    assert run(capsys, *MODEL, "--to-var", "loop.pth", "--to-vae", "vae2.pth")[0] == 0
+    assert (place / "loop.pth").is_file()
+
+
+def same_weights(one, other):
+    return (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
 def test_the_examples_of_the_help_can_be_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     golden = load_golden("plain")
