@@ -94,6 +94,11 @@ def _unwrapped(name: str, model: nn.Module) -> nn.Module:
     instance("accelerate", name, model, nn.Module)
     while type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:
         model = model.get_submodule("_orig_mod")
+    if isinstance(model, VAR | VARiant):
+        raise UserError(
+            f"accelerate: {name} must be a model of the original repository; got this package's "
+            f"{type(model).__name__}, for which VARiant(var, vae).generate(labels) is fast already"
+        )
     wrapped = alterations.wrapper_alteration(model, name)
     if wrapped is not None:
         raise UserError(f"accelerate: {wrapped}")

@@ -137,7 +137,8 @@ class PretrainedPair(nn.Module, PyTorchModelHubMixin):
         merged = dict(self.extra)
         for name, entries in (("config", config), ("extra", extra)):
             merged |= instance(op, name, {} if entries is None else entries, Mapping)
-        model_id = dict(model_card_kwargs or {}).get("model_id") or repo_id
+        card = {} if model_card_kwargs is None else model_card_kwargs
+        model_id = instance(op, "model_card_kwargs", card, Mapping).get("model_id") or repo_id
         save_model(folder, self.var, self.vae, merged, model_id)
         self.extra = merged  # after success: a refused save must not spoil later ones
         if not push_to_hub:

@@ -42,7 +42,7 @@ def integer(
     except Exception:
         raise _wrong_type(op, name, expected, value) from None
     if (low is not None and number < low) or (high is not None and number > high):
-        raise ValueError(f"{op}: {name} must be {expected}; got {number}")
+        raise ValueError(f"{op}: {name} must be {expected}; got {shown(number)}")
     return number
 
 
@@ -64,7 +64,7 @@ def real(
     try:
         number = float(value)
     except OverflowError:
-        raise ValueError(f"{op}: {name} must be {expected}; got {shown(value)}") from None
+        raise ValueError(f"{op}: {name} must be {expected}; got {typed(value)}") from None
     except Exception:  # of several values, without values (on meta), or a class's own error
         raise _wrong_type(op, name, expected, value) from None
     inside = (low is None or number >= low) and (high is None or number <= high)
@@ -97,7 +97,7 @@ def choice(op: str, name: str, value: object, choices: Sequence[str]) -> str:
     if not isinstance(value, str):
         raise _wrong_type(op, name, expected, value)
     if value not in choices:
-        raise ValueError(f"{op}: {name} must be {expected}; got {shown(value)}")
+        raise ValueError(f"{op}: {name} must be {expected}; got {typed(value)}")
     return value
 
 
@@ -165,18 +165,25 @@ def _is_bool(value: object) -> bool:
 
 
 def _wrong_type(op: str, name: str, expected: str, value: object) -> TypeError:
-    return TypeError(f"{op}: {name} must be {expected}; got {shown(value)}")
+    return TypeError(f"{op}: {name} must be {expected}; got {typed(value)}")
 
 
-def shown(value: object) -> str:
-    """The value and its type, in one short line: an array or a tensor by its shape and dtype."""
+def shown(value: object, longest: int = 60) -> str:
+    """The value on one line, shortened; an array or a tensor by its shape and dtype."""
     kind = type(value).__name__
-    shape = getattr(value, "shape", None)
-    if shape is not None and len(tuple(shape)):
-        dtype = str(cast("Any", value).dtype) if hasattr(value, "dtype") else ""
-        return f"{kind} of shape {tuple(shape)} {dtype}".rstrip()
+    if isinstance(value, int) and value.bit_length() >= 200:  # repr refuses thousands of digits
+        return f"an integer of {value.bit_length()} bits"
     try:
+        shape = getattr(value, "shape", None)
+        if isinstance(shape, tuple) and shape:
+            return f"{kind} of shape {tuple(shape)} {getattr(value, 'dtype', '')}".rstrip()
         text = " ".join(repr(value).split())
-    except Exception:  # a class's own error must not hide the refusal
+    except Exception:  # of any object's repr: a nested tensor, a list that is nested deeply
         return f"an object of type {kind}"
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({kind})"
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def typed(value: object) -> str:
+    """:func:`shown`, followed by the type where the text does not begin with it."""
+    text, kind = shown(value), type(value).__name__
+    return text if kind in text.split("(")[0].split() else f"{text} ({kind})"

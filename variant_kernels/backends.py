@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from variant_kernels.arguments import choice, instance, integer, shown
+from variant_kernels.arguments import choice, instance, integer, typed
 from variant_kernels.dispatch.explain import Choice, resolve
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import check_name, use_backend
@@ -35,12 +35,13 @@ def explain(
         ValueError: no such op, or a backend asked for by name cannot serve it.
         TypeError: an argument of another type; float64 without backend="reference".
     """
+    check_name("explain", backend)
     if not isinstance(device, str | torch.device):
-        raise TypeError(f"explain: device must be text or a torch.device; got {shown(device)}")
+        raise TypeError(f"explain: device must be text or a torch.device; got {typed(device)}")
     try:
         kind = torch.device(device).type
     except RuntimeError:
-        raise ValueError(f"explain: device must be one of torch's; got {shown(device)}") from None
+        raise ValueError(f"explain: device must be one of torch's; got {typed(device)}") from None
     instance("explain", "dtype", dtype, torch.dtype, "Pass torch.float32, for example")
     sizes = {"head_dim": head_dim, "row_width": row_width, "page_size": page_size}
     head_dim, row_width, page_size = (

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from variant_kernels.arguments import instance, integer, shown
+from variant_kernels.arguments import instance, integer, typed
 from variant_kernels.kv_quantization import KV8_DTYPE
 from variant_kernels.plans.cache_plan import CachePlan, PageAllocator
 from variant_kernels.plans.depth_schedule import DepthSchedule
@@ -92,7 +92,7 @@ class PagedKVCache:
                 raise torch.OutOfMemoryError  # torch counts elements in 64 bits
             slab_2PNHD = torch.empty(shape, dtype=dtype, device=device)
             scales_2PNH = torch.empty(scales_shape, dtype=torch.uint8, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
             # torch's CPU allocator raises a plain RuntimeError.
             if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
                 mib = size // 2**20 if size > MAX_BYTES else round(size / 2**20, 1)
@@ -100,8 +100,9 @@ class PagedKVCache:
                     f"{op}: the plan needs {mib} MiB for {batch} sequences, more than "
                     f"{device} can allocate; use a smaller batch or depth"
                 ) from error
-            raise ValueError(
-                f"{op}: device must be one that this machine has; got {shown(device)}: "
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(
+                f"{op}: device must be one that this machine has; got {typed(device)}: "
                 f"{str(error).splitlines()[0]}"
             ) from None
         self._slabs = slab_2PNHD, scales_2PNH

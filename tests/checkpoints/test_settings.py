@@ -148,6 +148,22 @@ def test_names_of_the_other_model_do_not_count(tmp_path):
     assert model.var.config.norm_eps == 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.bfloat16])
+def test_the_scales_of_tokens_are_read_in_any_dtype(files, dtype):
+    golden = load_golden("no_l2norm")
+    torch.save(golden.var_state | {"lvl_1L": golden.var_state["lvl_1L"].to(dtype)}, files[0])
+    model = VARiant.from_var_checkpoint(*files, **GIVEN)
+    assert model.var.config.patch_nums == golden.var_config.patch_nums
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_no_floating_point_numbers_are_refused(files, dtype):
+    state = load_golden("no_l2norm").var_state
+    torch.save(state | {"head.bias": state["head.bias"].to(dtype)}, files[0])
+    with pytest.raises(UserError, match=r"head\.bias must be of a floating-point dtype; got "):
+        VARiant.from_var_checkpoint(*files, **GIVEN)
+
+
 def test_token_maps_can_be_given_and_must_fit(files):
     golden = load_golden("no_l2norm")
     torch.save({k: v for k, v in golden.var_state.items() if k != "lvl_1L"}, files[0])

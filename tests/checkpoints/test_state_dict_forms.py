@@ -12,7 +12,7 @@ from variant import VAR, UserError, VARiant
 from variant.checkpoints.original_var import load_original, read_original
 from variant.checkpoints.state_dict_forms import find_state_dict
 from variant.models.vqvae import VQVAE
-from variant.training.initial_weights import find_weights
+from variant.training.initial_weights import named_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*assumed .*because nothing tells them:UserWarning")
 
@@ -260,5 +260,5 @@ def test_training_takes_the_weights_file_of_a_model_folder(tmp_path):
 
 def started(kind, path, module):
     """The state dict of a model that a training starts from a file."""
-    find_weights(kind, str(path)).load_into(module, recipe=None)
+    named_weights(kind, str(path)).load_into(module, recipe=None)
     return module.state_dict()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from variant.cli.options import TrainVae
+from variant.cli.options import Train, TrainVae
 from variant.cli.train import folder_of, resume_command
 
 
@@ -11,4 +11,11 @@ def test_a_stopped_run_prints_the_command_that_resumes_it():
     assert folder_of(command) == Path("runs/tiny")
     assert resume_command("train-vae", command) == (
         "variant train-vae --recipe 'my recipes/tiny.toml' --out runs/tiny --seed 3 --resume"
+    )
+
+
+def test_the_resume_command_keeps_the_start():
+    command = Train(recipe="digits", start_from="my model")
+    assert resume_command("train", command) == (
+        "variant train --recipe digits --out runs/digits --start-from 'my model' --resume"
     )

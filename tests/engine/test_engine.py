@@ -385,6 +385,14 @@ def test_unsupported_backends_dtypes_and_page_sizes_raise_at_construction():
         Engine(var, vae, page_size=0)
 
 
+@pytest.mark.parametrize("part", ["var.blocks.1.attn.proj", "vae.decoder.conv_in"])
+def test_weights_without_values_are_named(part):
+    _golden, var, vae = golden_models("plain")
+    torch.nn.ModuleDict({"var": var, "vae": vae}).get_submodule(part).to("meta")
+    with pytest.raises(ValueError, match=rf'^Engine: .* {part}\.weight is on "meta"'):
+        Engine(var, vae)
+
+
 def test_a_used_model_can_be_pickled_and_copied():
     model = small_model()
     before = model.generate([1], seed=3)

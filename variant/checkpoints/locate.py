@@ -8,6 +8,7 @@ from typing import Any
 
 from variant.errors import UserError
 from variant.paths import path_kind, shown
+from variant_kernels.arguments import typed
 
 # Files that are downloaded from a Hub repository: the model folder's, shards with their index, and
 # the pickle of older repositories.
@@ -33,7 +34,7 @@ def is_hub_id(name: str | os.PathLike[str]) -> bool:
 def check_path(op: str, name: str, value: object) -> str | os.PathLike[str]:
     """The value, a path or the name of a model.  Raises: TypeError, if it is neither."""
     if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
-        raise TypeError(f"{op}: {name} must be a path or a name; got {value!r}")
+        raise TypeError(f"{op}: {name} must be a path or a name; got {typed(value)}")
     return value
 
 
@@ -85,8 +86,8 @@ def fetched(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
 
 def _inner(subfolder: str | None) -> PurePosixPath:
     if subfolder is not None and not isinstance(subfolder, str):
-        raise TypeError(f"subfolder must be the name of a folder; got {subfolder!r}")
+        raise TypeError(f"subfolder must be the name of a folder; got {typed(subfolder)}")
     inner = PurePosixPath(subfolder or "")
     if inner.is_absolute() or ".." in inner.parts or "\\" in (subfolder or ""):
-        raise ValueError(f"subfolder must lie within the model's folder; got {subfolder!r}")
+        raise ValueError(f"subfolder must lie within the model's folder; got {typed(subfolder)}")
     return inner

@@ -186,9 +186,9 @@ def _patch_nums(state: Mapping[str, Tensor], where: str, settings: Settings) -> 
     scales, length = state["lvl_embed.weight"].shape[0], state["pos_1LC"].shape[1]
     shown = None
     if "lvl_1L" in state:
-        # A damaged file may hold others.
-        scale_L = read_values(state["lvl_1L"]).flatten().clamp(0, scales)
-        counts = torch.bincount(scale_L, minlength=scales).tolist()
+        # Averages of all entries (EMA) hold it in the weights' dtype; a damaged file other values.
+        scale_L = read_values(state["lvl_1L"]).flatten().to(torch.float64).clamp(0, scales)
+        counts = [int((scale_L == scale).sum()) for scale in range(scales)]
         sides = tuple(math.isqrt(count) for count in counts)
         if [side * side for side in sides] == counts:
             shown = sides
@@ -375,7 +375,7 @@ def save_original(
     paths = [Path(check_path(op, "path", path)) for path in (var_path, vae_path)]
     for path in paths:
         check_ending(op, path)
-    if paths[0].absolute() == paths[1].absolute():
+    if os.path.realpath(paths[0]) == os.path.realpath(paths[1]):
         raise UserError(f"{op}: the two models need two files; got {paths[0]} twice")
     for path, state in (
         (paths[0], {**var.state_dict(), **derived_buffers(var.layout)}),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from variant.errors import UserError
 from variant.tensor_files import read_values, replace_tensors
-from variant_kernels.arguments import boolean, integer, integers, real, shown
+from variant_kernels.arguments import boolean, integer, integers, real, typed
 
 # In a setting that is a tensor: sides of token maps, at most one for each scale.
 MAX_NUMBERS = 1024
@@ -34,9 +34,7 @@ def _num_heads(op: str, value: object) -> int:
 def _patch_nums(op: str, value: object) -> tuple[int, ...]:
     sides = integers(op, "patch_nums", value, 1)
     if not sides or any(a >= b for a, b in itertools.pairwise(sides)):
-        raise ValueError(
-            f"{op}: patch_nums must be ascending positive integers; got {shown(value)}"
-        )
+        raise ValueError(f"{op}: patch_nums must be ascending integers; got {typed(value)}")
     return sides
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from variant.errors import UserError
-from variant_kernels.arguments import shown
+from variant_kernels.arguments import typed
 
 # Keys that every model of a kind has; found together behind one prefix, they are the model.
 VAR_KEYS = (
@@ -79,7 +79,7 @@ def find_state_dict(
     """
     if weights is not None and not isinstance(weights, str):
         raise TypeError(
-            f'{where}: weights must be "model", "ema" or the name of an entry; got {shown(weights)}'
+            f'{where}: weights must be "model", "ema" or the name of an entry; got {typed(weights)}'
         )
     found = list(_search(content, KEYS_OF_PART[part], where))
     complete = [state for state in found if state.complete]

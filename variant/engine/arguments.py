@@ -22,6 +22,8 @@ COARSE_TOKENS = 3
 
 def _integers(op: str, name: str, values: object) -> Tensor:
     """Values as int64 on the CPU.  Raises: TypeError if one is not an integer."""
+    if isinstance(values, Tensor) and not _has_values(values):
+        raise TypeError(f"{op}: {name} must be a plain tensor of integers; got {shown(values)}")
     try:
         tensor = torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -33,6 +35,13 @@ def _integers(op: str, name: str, values: object) -> Tensor:
     if tensor.numel() and (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool):
         raise TypeError(f"{op}: {name} must be integers; got {dtype_name(dtype)}")
     return tensor.to(torch.int64)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether a tensor is dense and neither quantized nor on the meta device."""
+    return tensor.layout == torch.strided and not (
+        tensor.is_quantized or tensor.is_meta or tensor.is_nested
+    )
 
 
 def check_labels(

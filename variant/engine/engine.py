@@ -74,7 +74,8 @@ class Engine(CastModels):
             replay it afterwards (:mod:`variant.engine.graph_replay`); False launches every kernel
             from Python. Calls with ``on_scale`` or ``generator`` are never recorded.
     Raises:
-        ValueError: the two models do not fit each other, or the backend cannot run these dtypes.
+        ValueError: the two models do not fit each other, a weight is on the meta device, or the
+            backend cannot run these dtypes.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Engine(CastModels):
         capture: bool = True,
     ) -> None:
         check_pair(var, vae, "Engine")
+        check_values("Engine", var, vae)
         super().__init__(var, vae, check_engine_dtype("Engine", dtype, var), pack)
         self.page_size = integer("Engine", "page_size", page_size, 1)
         self.kv_dtype = check_kv_dtype("Engine", kv_dtype)
@@ -277,7 +279,7 @@ class Engine(CastModels):
         op, config, layout = "generate", self.var.config, self.var.layout
         kv_dtype = self._kv_dtype(op, call.kv_dtype)
         labels_B = check_labels(labels, config.num_classes)
-        sampling.check_run(layout.num_scales, self.device)
+        instance(op, "sampling", sampling, Sampling).check_run(layout.num_scales, self.device)
         schedule = self.var.schedule(call.depth, call.bridge, op=op)
         request = Request(
             schedule=schedule,
@@ -342,6 +344,8 @@ class Engine(CastModels):
 
     def image_bytes(self, plan: CachePlan, guidance: bool = True, kv_dtype: KVDtype = None) -> int:
         """Bytes that one more image in a batch needs: its K/V pages and the largest tensors."""
+        instance("image_bytes", "plan", plan, CachePlan)
+        guidance = boolean("image_bytes", "guidance", guidance)
         launchers = self._launchers(self._kv_dtype("image_bytes", kv_dtype))
         return self._image_bytes(plan, launchers, guidance)
 
@@ -392,3 +396,14 @@ def check_pair(var: VAR, vae: VQVAE, op: str = "VARiant") -> None:
                 f"{op}: the transformer and the VQ-VAE must agree on {what}; "
                 f"got {ours} and {theirs}"
             )
+
+
+def check_values(op: str, var: VAR, vae: VQVAE) -> None:
+    """Raises: ValueError, naming the first weight on the meta device, which holds no values."""
+    for part, model in (("var", var), ("vae", vae)):
+        for name, weight in model.named_parameters(part):
+            if weight.is_meta:
+                raise ValueError(
+                    f'{op}: the weights must be on a device such as "cpu"; {name} is on "meta", '
+                    "which holds no values"
+                )

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from variant_kernels.arguments import integer, real
+from variant_kernels.arguments import instance, integer, real, sequence, shown, typed
 from variant_kernels.plans.depth_schedule import check_layers
 from variant_kernels.plans.scale_layout import ScaleLayout
 
@@ -61,20 +61,9 @@ def describe_validation_error(error: ValidationError) -> str:
         elif problem["type"] == "missing":
             message = "missing"
         elif problem["type"] != "value_error":
-            message = f"{message}; got {_shown(problem['input'])}"
+            message = f"{message}; got {shown(problem['input'], MAX_SHOWN)}"
         problems.append(f"{where}: {message}" if where else message)
     return "; ".join(problems)
-
-
-def _shown(value: object) -> str:
-    """The value for a message, shortened."""
-    if isinstance(value, int) and value.bit_length() >= 200:  # repr refuses thousands of digits
-        return f"an integer of {value.bit_length()} bits"
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # nested deeply; an integer of thousands of digits
-        return f"a value of type {type(value).__name__}"
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def parse_dataclass(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
@@ -83,8 +72,10 @@ def parse_dataclass(kind: type[Config], values: Mapping[str, Any], where: str) -
     Types are not converted, except integers to floats: 8.0, true and "8" are no integers.
 
     Raises:
+        TypeError: the values are no mapping.
         ValueError: one line that starts with ``where`` and names every bad key.
     """
+    instance(where, "values", values, Mapping)
     try:
         # As JSON, because strict validation of Python values takes no lists as tuples. Dates of
         # TOML become text, which no key takes.
@@ -124,7 +115,7 @@ class _Plain:
 
     def _require(self, holds: bool, what: str, got: object) -> None:
         if not holds:
-            raise ValueError(f"{type(self).__name__}: {what}; got {_shown(got)}")
+            raise ValueError(f"{type(self).__name__}: {what}; got {shown(got)}")
 
     def _check_integers(self, **lowest: int) -> None:
         """Check fields against their lowest values and LIMITS; numbers of numpy become ints."""
@@ -138,11 +129,13 @@ class _Plain:
             object.__setattr__(self, name, value)
 
     def _integers(self, name: str, longest: int) -> tuple[int, ...]:
-        values = tuple(getattr(self, name))
+        given = getattr(self, name)
+        op, values = type(self).__name__, sequence(given)
+        if values is None:
+            raise TypeError(f"{op}: {name} must be a list of integers; got {typed(given)}")
         self._require(
             1 <= len(values) <= longest, f"{name} must have 1 to {longest} integers", len(values)
         )
-        op = type(self).__name__
         return tuple(integer(op, f"{name}[{i}]", value, 1) for i, value in enumerate(values))
 
     def _check_patch_nums(self) -> None:
@@ -229,6 +222,7 @@ class VARConfig(_Plain):
         if self.bridge is not None:
             bridge = integer("VARConfig", "bridge", self.bridge, 0, num_scales)
             object.__setattr__(self, "bridge", bridge)
+        instance("VARConfig", "subnets", self.subnets, Mapping)
         self._require(
             len(self.subnets) <= LIMITS["subnets"],
             f"subnets must be at most {LIMITS['subnets']}",
@@ -351,4 +345,4 @@ def require_plain_numbers(section: Any) -> None:
 
 def require(holds: bool, what: str, got: object) -> None:
     if not holds:
-        raise ValueError(f"{what}; got {_shown(got)}")
+        raise ValueError(f"{what}; got {shown(got)}")

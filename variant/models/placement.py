@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from variant_kernels.arguments import shown
+from variant_kernels.arguments import shown, typed
 from variant_kernels.dispatch.request import dtype_name
 
 # Of engines: weights, K/V and matrix products.
@@ -41,14 +41,14 @@ def check_dtype(
         return None
     expected = f"{name} must be one of {', '.join(map(dtype_name, dtypes))}"
     if not isinstance(dtype, str | torch.dtype):
-        raise TypeError(f"{op}: {expected} (a torch.dtype or its name); got {shown(dtype)}")
+        raise TypeError(f"{op}: {expected} (a torch.dtype or its name); got {typed(dtype)}")
     asked = dtype if isinstance(dtype, str) else dtype_name(dtype)
     asked = asked.removeprefix("torch.")
     asked = SHORT_NAMES.get(asked, asked)
     for known in dtypes:
         if dtype_name(known) == asked:
             return known
-    raise ValueError(f"{op}: {expected}; got {asked!r}")
+    raise ValueError(f"{op}: {expected}; got {shown(asked)}")
 
 
 def check_device(
@@ -68,7 +68,7 @@ def check_device(
         return None
     if not isinstance(device, str | int | torch.device) or isinstance(device, bool):
         raise TypeError(
-            f'{op}: {name} must be a device such as "cpu" or "cuda:0"; got {shown(device)}'
+            f'{op}: {name} must be a device such as "cpu" or "cuda:0"; got {typed(device)}'
         )
     # torch.device takes a bare index for its current accelerator; without one it raises.
     asked: Any = f"cuda:{device}" if isinstance(device, int) else device
@@ -76,7 +76,7 @@ def check_device(
         found = torch.device(asked)
     except RuntimeError:
         raise ValueError(
-            f'{op}: {name} must be a device such as "cpu" or "cuda:0"; got {device!r}'
+            f'{op}: {name} must be a device such as "cpu" or "cuda:0"; got {shown(device)}'
         ) from None
     count = torch.cuda.device_count() if found.type == "cuda" else 0
     if found.type == "cuda" and (found.index or 0) >= count:

@@ -26,7 +26,8 @@ from variant_kernels import (
     block_causal_attention,
     gated_residual_adaln,
 )
-from variant_kernels.arguments import integer, sequence
+from variant_kernels.arguments import instance, integer, sequence
+from variant_kernels.ops.contract import check_tensor
 from variant_kernels.plans.depth_schedule import resolve_layers
 
 
@@ -158,7 +159,7 @@ class VAR(nn.Module):
 
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = instance("VAR", "config", config, VARConfig)
         self.layout = ScaleLayout.from_patch_nums(config.patch_nums)
         width, length = config.embed_dim, self.layout.total
         self.pos_start = nn.Parameter(torch.empty(1, self.layout.tokens[0], width))
@@ -211,6 +212,17 @@ class VAR(nn.Module):
                 model.
         """
         self._check(labels_B, x_teacher, schedule)
+        for name, given_B in (("mixed_labels_B", mixed_labels_B), ("mix_B", mix_B)):
+            if given_B is None:
+                continue
+            check_tensor("VAR.forward", name, given_B)
+            if name == "mixed_labels_B" and given_B.dtype != torch.int64:
+                raise TypeError(f"VAR.forward: {name} must be int64; got {given_B.dtype}")
+            if given_B.shape != labels_B.shape:
+                raise ValueError(
+                    f"VAR.forward: {name} must be {tuple(labels_B.shape)}, as the labels; "
+                    f"got {tuple(given_B.shape)}"
+                )
         if (mixed_labels_B is None) != (mix_B is None):
             raise ValueError("VAR.forward: mixed_labels_B and mix_B go together; got one of them")
         batch = labels_B.shape[0]
@@ -317,6 +329,11 @@ class VAR(nn.Module):
         return subnets.get(len(layers), layers)
 
     def _check(self, labels_B: Tensor, x_teacher: Tensor, schedule: DepthSchedule | None) -> None:
+        op = "VAR.forward"
+        check_tensor(op, "labels_B", labels_B)
+        check_tensor(op, "x_teacher", x_teacher)
+        if schedule is not None:
+            instance(op, "schedule", schedule, DepthSchedule, "var.schedule(depth) makes one")
         if labels_B.ndim != 1 or labels_B.dtype != torch.int64:
             raise ValueError(
                 f"VAR.forward: labels_B must be (B,) int64; got {tuple(labels_B.shape)} "
@@ -332,6 +349,13 @@ class VAR(nn.Module):
                 f"VAR.forward: x_teacher must be {expected} for {labels_B.shape[0]} labels; "
                 f"got {tuple(x_teacher.shape)}"
             )
+        own = self.pos_start.device
+        for name, tensor in (("labels_B", labels_B), ("x_teacher", x_teacher)):
+            if tensor.device != own:
+                raise ValueError(
+                    f"{op}: {name} must be on the device of the weights ({own}); "
+                    f"got {tensor.device}"
+                )
         if schedule is not None and (
             schedule.full_depth != self.config.depth
             or schedule.num_scales != self.layout.num_scales

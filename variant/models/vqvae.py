@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from variant.models.config import GROUPS, VQVAEConfig
 from variant.models.quantizer import MultiScaleQuantizer
+from variant_kernels.arguments import instance, integer
+from variant_kernels.ops.contract import check_tensor
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -195,7 +197,7 @@ class VQVAE(nn.Module):
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = instance("VQVAE", "config", config, VQVAEConfig)
         self.layout = config.layout
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
@@ -291,10 +293,15 @@ class VQVAE(nn.Module):
         in use at each scale. ``num_scales`` reconstructs from the first scales only.
         """
         self._check_images("VQVAE.forward", images_BIYX)
+        if num_scales is not None:
+            num_scales = integer(
+                "VQVAE.forward", "num_scales", num_scales, 1, self.layout.num_scales
+            )
         f_hat_BCHW, loss, usage = self.quantize(self.features(images_BIYX), num_scales)
         return self.decoder(self.post_quant_conv(f_hat_BCHW)), loss, usage
 
     def _check_images(self, op: str, images: Tensor) -> None:
+        self._check_placement(op, "images", images)
         size = self.config.image_size
         expected = (self.config.in_channels, size, size)
         if images.dim() != 4 or tuple(images.shape[1:]) != expected:
@@ -304,14 +311,29 @@ class VQVAE(nn.Module):
             )
         if not images.is_floating_point():
             raise ValueError(f"{op}: images must be floating point; got {images.dtype}")
+        own = self.quant_conv.weight.dtype
+        if images.dtype != own and not torch.is_autocast_enabled(images.device.type):
+            raise ValueError(
+                f"{op}: images must have the dtype of the weights ({own}); got {images.dtype}. "
+                "Cast them, or use torch.autocast"
+            )
         # Written so that NaN fails too.
         if images.device.type == "cpu" and images.numel() and not (images.abs().max() <= 1.001):
             raise ValueError(
                 f"{op}: images must be in [-1, 1]; "
-                f"got values from {images.min():.4g} to {images.max():.4g}"
+                f"got values from {float(images.min()):.4g} to {float(images.max()):.4g}"
+            )
+
+    def _check_placement(self, op: str, name: str, tensor: Tensor) -> None:
+        own = self.quant_conv.weight.device
+        check_tensor(op, name, tensor)
+        if tensor.device != own:
+            raise ValueError(
+                f"{op}: {name} must be on the device of the weights ({own}); got {tensor.device}"
             )
 
     def _check_tokens(self, op: str, tokens: Tensor) -> None:
+        self._check_placement(op, "tokens", tokens)
         if tokens.dim() != 2 or tokens.shape[1] != self.layout.total:
             raise ValueError(
                 f"{op}: tokens must be (B, {self.layout.total}); got {tuple(tokens.shape)}"

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from variant_kernels.arguments import instance
+from variant_kernels.arguments import instance, shown
 from variant_kernels.cuda_ops import library as cuda_library
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.support import BACKENDS, available_backends, triton_interprets
@@ -81,8 +81,10 @@ def check_name(op: str, name: str) -> None:
     """Raise unless the name is "auto" or that of a backend."""
     instance(op, "backend", name, str, 'Use "auto"')
     if name != "auto" and name not in BACKENDS:
-        known, text = ", ".join(available_backends()), " ".join(name.split())
-        raise ValueError(f'{op}: backend "{text}" is unknown; available: auto, {known}')
+        raise ValueError(
+            f'{op}: backend "{shown(name)[1:-1]}" is unknown; available: auto, '
+            f"{', '.join(available_backends())}"
+        )
 
 
 def requested_name(backend: str) -> str:

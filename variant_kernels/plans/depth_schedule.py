@@ -98,9 +98,9 @@ def resolve_layers(
         TypeError: depth is neither.
         ValueError: depth out of range, or not a valid list.
     """
+    chosen = choice(op, "selection", selection, SELECTIONS)
     if sequence(depth) is not None:
         return check_layers(full_depth, depth, op)
-    chosen = choice(op, "selection", selection, SELECTIONS)
     return _select(op, full_depth, depth, chosen, "(a number of layers), or a list of layers")
 
 

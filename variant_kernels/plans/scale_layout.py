@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from variant_kernels.arguments import integer, sequence, shown
+from variant_kernels.arguments import integer, sequence, typed
 
 # Positions and lengths are int32 in the kernels; the longest sequences of today have 10^5 tokens.
 MAX_TOKENS = 2**31 - 1
@@ -39,7 +39,7 @@ class ScaleLayout:
         if shapes is None:
             raise TypeError(
                 "ScaleLayout: shapes must be ((height, width), ...), one pair for each scale; "
-                f"got {shown(self.shapes)}"
+                f"got {typed(self.shapes)}"
             )
         if not 1 <= len(shapes) <= MAX_SCALES:
             raise ValueError(
@@ -62,7 +62,7 @@ class ScaleLayout:
         if sides is None:
             raise TypeError(
                 "ScaleLayout.from_patch_nums: patch_nums must be a list of sides, or of pairs "
-                f"(height, width); got {shown(patch_nums)}"
+                f"(height, width); got {typed(patch_nums)}"
             )
         return cls(tuple(side if sequence(side) is not None else (side, side) for side in sides))
 
@@ -110,7 +110,7 @@ def _pair(scale: int, shape: object) -> tuple[int, int]:
     if sides is None or len(sides) != 2:
         raise TypeError(
             f"ScaleLayout: shapes[{scale}] must be (height, width), both integers >= 1; "
-            f"got {shown(shape)}"
+            f"got {typed(shape)}"
         )
     height, width = (integer("ScaleLayout", f"shapes[{scale}]", side, 1) for side in sides)
     return height, width

@@ -1,0 +1,23 @@
+"""Threads, many generations, full disks and little memory."""
+
+import pytest
+
+from tests.robustness import pressure
+from tests.robustness.command import run_generator
+from tests.robustness.forked import Failed, option
+
+
+@pytest.mark.timeout(10_000)
+def test_pressure_ends_with_one_line_and_nothing_half_written():
+    run_generator("pressure", "--cases", option("PRESSURE", 40))
+
+
+def test_a_half_written_file_is_found(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(Failed, match=r"a\.png is half-written"):
+        pressure._check_whole("generate", tmp_path)
+
+
+def test_an_error_that_is_not_foreseen_is_found():
+    with pytest.raises(Failed, match="not foreseen"):
+        pressure._check_exit("generate", 1, "variant: error: OSError: no (--debug shows where)")
