@@ -22,7 +22,7 @@ CTEST := $(BIN)/ctest --output-on-failure
 # COVERAGE=1 records the branches that the Python tests take, for `make coverage`.
 PYTEST = $(BIN)/python $(if $(COVERAGE),-m coverage run) -m pytest -n $(TEST_JOBS)
 
-.PHONY: help setup dev generate check test test-python test-triton test-robustness test-cpp test-cuda test-cuda-python nightly coverage mutants cuda gpu bench bench-report docs-results lint clean
+.PHONY: help setup dev generate check test test-python test-triton test-robustness test-cpp test-cuda test-cuda-python test-isas test-tsan coverage-cpp nightly coverage mutants cuda gpu bench bench-report docs-results lint clean
 
 help:
 	@echo "make generate  generate digits at every depth into out/digits.png"
@@ -33,7 +33,10 @@ help:
 	@echo "make test-cuda the CUDA kernels' tests alone: no GPU, no nvcc"
 	@echo "make coverage  branch coverage of \`make test COVERAGE=1\`, below the bounds a failure"
 	@echo "make mutants   changes the code in one place at a time; tests must notice"
-	@echo "make nightly   make test, with the sanitizers on every CPU instruction set; make mutants"
+	@echo "make test-isas the CPU kernels' and the engine's tests with every instruction set of this machine"
+	@echo "make test-tsan Python tests of threads with the CPU kernels under ThreadSanitizer"
+	@echo "make coverage-cpp  lines of csrc/cpu that the C++ tests run; below 90 % is an error"
+	@echo "make nightly   make test with the sanitizers on every CPU instruction set, and what is listed above it"
 	@echo "make cuda      compile the CUDA kernels with nvcc for the usual GPUs; registers and spills of each"
 	@echo "make gpu       on a machine with a GPU: build, tests, benchmarks; results under out/gpu"
 	@echo "make bench     every kernel beside its peers, then the engine; results under $(RESULTS)"
@@ -83,7 +86,7 @@ check: lint
 	$(PYTEST) tests/kernels -k '(reference or cpu) and not instruction_set'
 	@$(MAKE) --no-print-directory generate
 
-test: test-cpp test-cuda test-cuda-python test-python test-robustness test-triton
+test: test-cpp coverage-cpp test-cuda test-cuda-python test-python test-robustness test-triton
 
 test-cpp: dev
 	@echo "== C++ tests of the installed kernels, and their symbols"
@@ -92,6 +95,16 @@ test-cpp: dev
 	@echo "== C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@$(call cmake,build/cpp,$(SANITIZED) -DVARIANT_SANITIZE=ON,variant_tests)
 	$(CTEST) --test-dir build/cpp --exclude-regex '^cuda_'
+
+# Without optimization, with the portable instruction set and the best one of this machine: the other
+# ones compile the same lines. A line of a template counts once. The code that joins the kernels to
+# Python (csrc/bindings.cpp) is not counted: the Python tests run it.
+coverage-cpp: dev
+	@echo "== line coverage of csrc/cpu by the C++ tests"
+	@$(call cmake,build/cpp-coverage,-DCMAKE_BUILD_TYPE=Debug -DVARIANT_CPU_ISAS=local -DVARIANT_COVERAGE=ON,variant_tests)
+	@find build/cpp-coverage -name '*.gcda' -delete
+	$(CTEST) --test-dir build/cpp-coverage --parallel $(JOBS) --exclude-regex '^symbols_'
+	$(BIN)/python -m gcovr --root . --filter csrc/cpu/ --merge-lines --txt-metric line --fail-under-line 90 build/cpp-coverage
 
 # The first of the two shares its build folder with test-cpp.
 test-cuda: dev
@@ -119,6 +132,30 @@ test-robustness: dev
 	@echo "== random bad calls, hostile files, exactness, signals, pressure"
 	$(PYTEST) tests/robustness
 
+# In `make test`, tests/kernels/test_instruction_sets.py runs the kernels' own tests with each set. Here
+# come all tests of the kernels and the engine, and those of older processors, on which oneDNN has no
+# fast bfloat16 products.
+test-isas: dev
+	@for isa in $$($(BIN)/python -c 'from variant_kernels.cpu_ops.common import build_info as info; print(*(isa for isa in info()["isas_supported"] if isa != info()["isa"]))'); do \
+	  echo "== tests of the CPU kernels and the engine with VARIANT_CPU_ISA=$$isa"; \
+	  VARIANT_CPU_ISA=$$isa $(PYTEST) tests/kernels tests/engine -k 'not cuda and not triton and not instruction_set' || exit 1; \
+	done
+	@echo "== tests of the engine as on a processor without AVX-512"
+	ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) tests/engine tests/bench tests/test_reproducibility.py
+
+# ThreadSanitizer sees the accesses of our kernels alone: torch and Python are not instrumented, and
+# what they synchronize by means of OpenMP is unknown to it (ignore_noninstrumented_modules). The
+# kernels use std::thread here instead of OpenMP (csrc/cpu/parallel.h), with the same pieces. Needs
+# g++. To see that a race is found, give all threads the same memory: in parallel.h, under
+# VARIANT_STD_THREADS, write f(piece, 0) for f(piece, thread).
+TSAN = build/python-thread
+TSAN_TESTS = $(addprefix tests/kernels/test_,$(addsuffix .py,cpu_launchers adaln block_causal_attention kv8 paged_attention qk_norm qk_norm_append_paged_kv sample_tokens)) tests/engine/test_engine.py
+test-tsan: dev
+	@echo "== Python tests of the CPU kernels under ThreadSanitizer"
+	@$(call cmake,$(TSAN),$(SANITIZED) -DVARIANT_TESTS=OFF -DVARIANT_SANITIZE=thread -DVARIANT_CUDA=0 -DVARIANT_PYTHON=ON -DVARIANT_EXT_NAME=_C.so -DVARIANT_PYTHON_INCLUDE=$(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))') -DVARIANT_PYBIND11_INCLUDE=$(shell $(BIN)/python -c 'import pybind11; print(pybind11.get_include())'),variant_python)
+	@rm -f $(TSAN)/races.*
+	VARIANT_TSAN_EXTENSION=$(abspath $(TSAN))/_C.so LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libtsan.so) TSAN_OPTIONS=ignore_noninstrumented_modules=1:exitcode=66:log_path=$(abspath $(TSAN))/races $(BIN)/python -m pytest -p tests.thread_sanitizer -p no:cacheprovider $(TSAN_TESTS) -k '(cpu or thread) and not opcheck and not instruction_set' || { cat $(TSAN)/races.*; exit 1; }
+
 # No GPU needed: the interpreter runs the kernels on the CPU (float32, float16; its bfloat16 is wrong).
 test-triton: dev
 	@echo "== Triton kernels in their interpreter"
@@ -127,7 +164,7 @@ test-triton: dev
 # The day is the seed of the random tests.
 NIGHTLY = CALLS=100000 CASES=20000 FILES=8000 SEQUENCES=2000 SIGNALS=60 PRESSURE=400 SEED=$(shell date +%Y%m%d)
 nightly:
-	$(addprefix VARIANT_ROBUSTNESS_,$(NIGHTLY)) $(MAKE) test SANITIZED_ISAS=all
+	$(addprefix VARIANT_ROBUSTNESS_,$(NIGHTLY)) $(MAKE) test test-isas test-tsan SANITIZED_ISAS=all
 	$(MAKE) mutants
 
 # After `make test COVERAGE=1`: the data of test-python, test-triton and test-cuda-python together.

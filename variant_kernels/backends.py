@@ -7,7 +7,7 @@ import torch
 from variant_kernels.arguments import choice, instance, integer, typed
 from variant_kernels.dispatch.explain import Choice, resolve
 from variant_kernels.dispatch.request import Request
-from variant_kernels.dispatch.select import check_name, use_backend
+from variant_kernels.dispatch.select import use_backend
 from variant_kernels.dispatch.support import available_backends
 from variant_kernels.ops import tables
 
@@ -35,7 +35,6 @@ def explain(
         ValueError: no such op, or a backend asked for by name cannot serve it.
         TypeError: an argument of another type; float64 without backend="reference".
     """
-    check_name("explain", backend)
     if not isinstance(device, str | torch.device):
         raise TypeError(f"explain: device must be text or a torch.device; got {typed(device)}")
     try:

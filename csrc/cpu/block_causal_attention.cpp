@@ -196,19 +196,22 @@ inline void store_cells(Pair, float* row, int j, VecF x) {
 #endif
 
 // Replaces scores in p by probabilities and dP in ds by dS, and packs both as cells. limits count
-// from the tile's first key.
-template <class Cell>
+// from the tile's first key. kHuge: the rounding error of lse may exceed the range of 2^x, so
+// exponents end at 0, because no probability exceeds 1. NaN stays NaN.
+template <class Cell, bool kHuge>
 inline void probabilities_and_grads(float* p, float* ds, float* ds_groups, int64_t keys,
                                     int vectors, const int32_t* limits, bool masked, float factor,
                                     const float* shifts, const float* deltas) {
   constexpr int kGroup = Cell::kGroup;
   for (int j = 0; j < vectors; ++j) {
-    const VecF shift = load(shifts + j * kLanes), delta = load(deltas + j * kLanes);
+    const VecF shift = load(shifts + j * kLanes), delta = load(deltas + j * kLanes), zero = {};
     VecI limit;
     __builtin_memcpy(&limit, limits + j * kLanes, sizeof limit);
     const auto grad = [&](int64_t key) {
       float *p_row = p + key * kPanel, *ds_row = ds + key * kPanel;
-      VecF probability = exp2_approx<Cell::kExpTerms>(load(p_row + j * kLanes) * factor - shift);
+      VecF exponent = load(p_row + j * kLanes) * factor - shift;
+      if (kHuge) exponent = zero < exponent ? zero : exponent;
+      VecF probability = exp2_approx<Cell::kExpTerms>(exponent);
       if (masked) probability = limit > static_cast<int32_t>(key) ? probability : VecF{};
       const VecF grad_score = probability * (load(ds_row + j * kLanes) - delta);
       store_cells(Cell{}, p_row, j, probability);
@@ -275,9 +278,12 @@ void backward_range(const BlockCausalBackwardArgs& a, const Layout& layout, int6
         limits[i] =
             i < panel.count ? layout.visible()[panel.begin + i] - static_cast<int32_t>(first) : 0;
       }
-      probabilities_and_grads<Cell>(s.p, s.ds, s.ds_groups, tile_keys, vectors, limits,
-                                    first + tile_keys > panel.least, a.softmax_scale * kLog2E,
-                                    s.shift + at * kPanel, s.delta + at * kPanel);
+      VecF shifts[kPanel / kLanes];
+      for (int j = 0; j < vectors; ++j) shifts[j] = load(s.shift + at * kPanel + j * kLanes);
+      const auto finish = is_huge(shifts, vectors) ? probabilities_and_grads<Cell, true>
+                                                   : probabilities_and_grads<Cell, false>;
+      finish(s.p, s.ds, s.ds_groups, tile_keys, vectors, limits, first + tile_keys > panel.least,
+             a.softmax_scale * kLog2E, s.shift + at * kPanel, s.delta + at * kPanel);
       if (want_dkv) {
         const int64_t depth = (panel.count + kGroup - 1) / kGroup;
         const bool fresh = p == panels.end - 1;

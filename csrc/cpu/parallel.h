@@ -4,7 +4,11 @@
 
 #include <cstdint>
 
-#ifdef _OPENMP
+#ifdef VARIANT_STD_THREADS
+#include <atomic>
+#include <thread>
+#include <vector>
+#elif defined(_OPENMP)
 #include <omp.h>
 #endif
 
@@ -15,9 +19,30 @@ namespace {
 
 // f(piece, thread) for every piece; f must not throw. Threads take `chunk` pieces at a time; use
 // more than one if a piece takes little longer than its scheduling.
+//
+// VARIANT_STD_THREADS: for ThreadSanitizer, which does not see the barriers of OpenMP's runtime.
+// The pieces are the same, and the counter orders no memory access of theirs.
 template <class F>
 inline void parallel_for(int num_threads, int64_t pieces, const F& f, int64_t chunk = 1) {
-#ifdef _OPENMP
+#ifdef VARIANT_STD_THREADS
+  const int threads = static_cast<int>(num_threads < pieces ? num_threads : pieces);
+  if (threads > 1) {
+    std::atomic<int64_t> next{0};
+    const auto take_pieces = [&](int thread) {
+      for (;;) {
+        const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
+        if (begin >= pieces) return;
+        const int64_t end = begin + chunk < pieces ? begin + chunk : pieces;
+        for (int64_t piece = begin; piece < end; ++piece) f(piece, thread);
+      }
+    };
+    std::vector<std::thread> others;
+    for (int thread = 1; thread < threads; ++thread) others.emplace_back(take_pieces, thread);
+    take_pieces(0);
+    for (std::thread& other : others) other.join();
+    return;
+  }
+#elif defined(_OPENMP)
   const int threads = static_cast<int>(num_threads < pieces ? num_threads : pieces);
   if (threads > 1) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, chunk)

@@ -76,6 +76,11 @@ void draws_match_a_sorted_double_computation(const char* isa, const KernelTable&
       if (vocab == 7) {  // ties and negative zero
         for (int64_t i = 0; i < logits.size(); ++i) logits.set(i, i % 3 ? 0.0 : -0.0);
       }
+      if (vocab == 100) {  // masked entries, and some far below the largest
+        for (int64_t i = 0; i < batch * tokens * vocab; ++i) {
+          if (i % 100 >= 30) logits.set(i, i % 2 ? -INFINITY : -1e6 - static_cast<double>(i % 7));
+        }
+      }
       std::vector<float> exponential(batch * tokens * vocab);
       std::exponential_distribution<float> draw;
       for (float& e : exponential) e = draw(engine) + 1e-6f;

@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_models import small_model
 
-from variant.bench import original_var, roofline
+from variant.bench import device, original_var, roofline
 from variant.bench.engine_bench import BenchConfig, measure
 from variant.bench.environment import ENVIRONMENT, caches, command_line, environment, machine_slug
 from variant.bench.flops import attention_flop, ceiling, linear_flop, linears, weight_bytes
@@ -23,6 +23,7 @@ from variant_kernels import DepthSchedule
 
 D16 = VAR_PRESETS["var-d16"]
 D30 = VAR_PRESETS["var-d30"]
+PLAIN_LOOPS = [f"plain loop {setting}" for setting in device.peer_settings("cpu")]
 
 
 def schedule(config, depth):
@@ -163,6 +164,17 @@ def test_environment_names_machine_versions_and_commit():
     assert machine_slug({**machine, "gpu": "NVIDIA H100"}) == "nvidia-h100"
 
 
+def test_peers_use_only_the_products_that_the_processor_has(monkeypatch):
+    for has, settings in (
+        (True, {"float32": False, "bfloat16 autocast": True}),
+        (False, {"float32": False}),
+    ):
+        monkeypatch.setattr(device, "has_products", lambda where, dtype, has=has: has)
+        assert device.peer_settings("cpu") == settings
+    monkeypatch.setattr(device, "has_products", lambda where, dtype: True)
+    assert device.peer_settings("cuda") == {"float16 autocast": True}
+
+
 def test_a_forced_instruction_set_is_part_of_the_command(monkeypatch):
     for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
@@ -198,9 +210,7 @@ def test_rows_compare_ours_with_a_loop_that_draws_the_same():
     for row in (full, shallow):
         assert row["same_tokens"] is True
         assert row["kv_allocated_bytes"] == row["kv_planned_bytes"] > 0
-        assert [peer["peer"] for peer in row["against"]] == [
-            "plain loop float32", "plain loop bfloat16 autocast",
-        ]  # fmt: skip
+        assert [peer["peer"] for peer in row["against"]] == PLAIN_LOOPS
         assert all(peer["ratio"] > 0 and not peer["full_depth"] for peer in row["against"])
         assert len(row["scale_ms"]) == 3
         assert row["ms"]["rounds"] == 2
@@ -225,7 +235,14 @@ def test_the_command_prints_the_table_and_writes_everything(tmp_path, capsys):
     printed = capsys.readouterr()
     assert (code, printed.err) == (0, "")
     for text in (
-        *("beyond", "ceiling", "equal", "plain loop bfloat16", "GFLOP/s", f"wrote {out}"),
+        *(
+            "beyond",
+            "ceiling",
+            "equal",
+            PLAIN_LOOPS[-1].removesuffix(" autocast"),
+            "GFLOP/s",
+            f"wrote {out}",
+        ),
         *("8-bit K/V beside exact K/V (bfloat16)", "switch from depth 4 to 2, bfloat16, batch 1"),
     ):
         assert text in printed.out, text
@@ -243,9 +260,7 @@ def test_the_command_prints_the_table_and_writes_everything(tmp_path, capsys):
     assert {"start", "end", "drift"} == set(result["limits"])
     # Only the dtype that was asked for: others can take minutes where they are emulated.
     assert set(result["limits"]["start"]["gemm"]) == {"bfloat16"}
-    assert [one["who"] for one in result["memory"]] == [
-        "ours bfloat16", "plain loop float32", "plain loop bfloat16 autocast",
-    ]  # fmt: skip
+    assert [one["who"] for one in result["memory"]] == ["ours bfloat16", *PLAIN_LOOPS]
     assert all(one["peak"] >= one["loaded"] > 2**26 for one in result["memory"])
 
 

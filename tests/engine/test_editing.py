@@ -44,7 +44,10 @@ def check(name, case, result, golden, keep_BL):
     drawn, given = RECORDED[f"{name}.{case}.drawn"].long(), golden.tensors["tokens_in"]
     assert torch.equal(result.tokens, torch.where(keep_BL, given, drawn))
     pixels = result.images[..., 3::8, 5::8]
-    torch.testing.assert_close(pixels, RECORDED[f"{name}.{case}.pixels"], atol=1e-4, rtol=0)
+    # A smooth image mixes codes by softmax(logits / temperature), which magnifies the rounding of
+    # the products: without AVX-512 (ONEDNN_MAX_CPU_ISA=AVX2) 1.8e-4 of [0, 1].
+    atol = 3e-4 if "smooth" in case else 1e-4
+    torch.testing.assert_close(pixels, RECORDED[f"{name}.{case}.pixels"], atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("case", CASES)

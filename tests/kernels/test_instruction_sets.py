@@ -15,7 +15,15 @@ from variant_kernels.cpu_ops.common import build_info
 
 FOLDER = Path(__file__).parent
 # Only tests of results: registration and checks do not depend on the instruction set.
-STEMS = ("adaln", "block_causal_attention", "kv8", "paged_attention", "qk_norm", "sample_tokens")
+STEMS = (
+    "adaln",
+    "block_causal_attention",
+    "kv8",
+    "paged_attention",
+    "qk_norm",
+    "qk_norm_append_paged_kv",
+    "sample_tokens",
+)
 SELECTED = "cpu and not opcheck and not instruction_set"
 
 

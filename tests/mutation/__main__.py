@@ -71,6 +71,8 @@ def main() -> int:
     reaches: dict[str, Reach] = {}
     if options.again:
         picked = not_killed(options.again)
+        if not picked:
+            parser.error(f"{options.again}: the code has none of its mutants any more")
     else:
         picked = sample(options.seed, options.count, options.modules)
     for module, mutant in picked:

@@ -7,6 +7,7 @@ import time
 import torch
 
 from variant_kernels.dispatch.request import dtype_name
+from variant_kernels.products import has_products
 
 # The original's demo uses float16 autocast on a GPU; CPUs have fast products in bfloat16.
 AUTOCAST = {"cpu": torch.bfloat16, "cuda": torch.float16}
@@ -18,8 +19,14 @@ def autocast(device: str, enabled: bool) -> torch.autocast:
 
 
 def peer_settings(device: str) -> dict[str, bool]:
-    """Name of each peer setting, and whether autocast is on. GPU peers run under autocast only."""
+    """Name of each peer setting, and whether autocast is on. GPU peers run under autocast only.
+
+    A CPU without bfloat16 products emulates them, several times slower than float32: its peers run
+    in float32 only.
+    """
     sixteen = {f"{dtype_name(AUTOCAST[device])} autocast": True}
+    if not has_products(device, AUTOCAST[device]):
+        return {"float32": False}
     return sixteen if device == "cuda" else {"float32": False, **sixteen}
 
 

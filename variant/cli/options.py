@@ -151,8 +151,8 @@ class Bench:
     depths: tuple[int, ...] = ()
     """Layers in the flexible zone; default: every depth of the model."""
     dtype: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32",)
-    """Dtype of the engine; one or more. Peers run in float32 and under bfloat16 autocast, on a
-    GPU under float16 autocast only."""
+    """Dtype of the engine; one or more. Peers run in float32 and, where the processor has bfloat16
+    products, under bfloat16 autocast; on a GPU under float16 autocast only."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Device of all models."""
     kv_dtype: KVDtypeName | None = None
