@@ -7,7 +7,7 @@ import torch
 from variant_kernels.arguments import choice, instance, integer, typed
 from variant_kernels.dispatch.explain import Choice, resolve
 from variant_kernels.dispatch.request import Request
-from variant_kernels.dispatch.select import use_backend
+from variant_kernels.dispatch.select import check_name, use_backend
 from variant_kernels.dispatch.support import available_backends
 from variant_kernels.ops import tables
 
