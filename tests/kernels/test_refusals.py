@@ -363,7 +363,7 @@ def test_wrong_arguments_of_explain_are_named(named, error, message):
 def test_explain_takes_a_device_and_a_backend_by_name():
     assert explain("qk_norm", device=torch.device("cpu")) == explain("qk_norm")
     assert explain("qk_norm", device="cuda:0") == explain("qk_norm", device="cuda")
-    with pytest.raises(ValueError, match=r'^qk_norm: backend "a b" is unknown; available: .*$'):
+    with pytest.raises(ValueError, match=r'^explain: backend "a b" is unknown; available: .*$'):
         explain("qk_norm", backend="a\nb")
     with pytest.raises(TypeError, match=r"^qk_norm: backend must be of type str; got ndarray"):
         explain("qk_norm", backend=np.ones(2))

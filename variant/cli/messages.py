@@ -43,7 +43,8 @@ def one_line(error: Exception, command: str) -> str:
 
 def in_options(text: str, command: str) -> str:
     """``select_layers: depth must ...`` as ``generate: --depth must ...``, if it has --depth."""
-    match = re.match(r"(?:[\w.]+: )?(\w+) (?=must )", text)
+    # The prefix is a function or a method; in `r.toml: seed must ...` it is a file.
+    match = re.match(r"(?:(?:[A-Z]\w*\.)?\w+: )?(\w+) (?=must )", text)
     names = (match[1], f"{match[1]}s") if match else ()
     name = next((name for name in names if name in _options(command)), None)
     if match is None or name is None:
