@@ -210,7 +210,7 @@ def verdict_of(
         return "killed", f"(process ended: {result})"
     assert isinstance(result, list)
     if len(result) == 1:
-        return "killed", f"({result[0]})"
+        return "undecided", f"({result[0]})"
     code, test = result
     if code == 0:
         return "survived", ""
