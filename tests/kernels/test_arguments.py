@@ -192,3 +192,10 @@ def test_any_object_is_refused_in_one_line_that_names_the_argument(check, value)
 def test_an_element_is_named_by_its_position():
     with pytest.raises(TypeError, match=r"^op: name\[1\] must be an integer; got 'x'"):
         integers("op", "name", [1, "x"])
+
+
+def test_integers_of_many_digits_are_shown_by_their_bits():
+    with pytest.raises(ValueError, match=r"got an integer of 200 bits"):
+        integer("op", "n", 2**199, 0, 1)
+    with pytest.raises(ValueError, match=rf"got {2**199 - 1}"[:40]):
+        integer("op", "n", 2**199 - 1, 0, 1)

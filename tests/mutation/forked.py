@@ -210,6 +210,9 @@ def verdict_of(
         return "killed", f"(process ended: {result})"
     assert isinstance(result, list)
     if len(result) == 1:
-        return "killed", f"({result[0]})"
+        return "undecided", f"({result[0]})"
     code, test = result
-    return ("survived", "") if code == 0 else ("killed", test or f"(pytest exit {code})")
+    if code == 0:
+        return "survived", ""
+    # Exit 4 without a test that failed: pytest did not find a test, whatever the mutant does.
+    return ("killed", test) if test else ("undecided", f"(pytest exit {code})")
