@@ -4,9 +4,9 @@
 // then plain vector operations, K is used as it lies in memory (never transposed), and P is read
 // back in the other order by the product with V. With c = softmax_scale * log2(e), for every tile
 // of keys:
-//   m' = max(m, c * max over keys of s);  p = 2^(c s - m')
-//   l  = l * 2^(m - m') + sum of p;  o = o * 2^(m - m') + p V;  m = m'
-// and at the end  out = o / l,  lse = log(2) * (m + log2(l)). Everything but the operands of
+//   m' = max(m, max over keys of s);  p = 2^(c s - c m')
+//   l  = l * 2^(c (m - m')) + sum of p;  o = o * 2^(c (m - m')) + p V;  m = m'
+// and at the end  out = o / l,  lse = log(2) * c m + log(l). Everything but the operands of
 // bfloat16 dot products (q, K, V and p rounded to bfloat16) is float32; l sums p before it is
 // rounded.
 #pragma once
@@ -136,12 +136,41 @@ inline VecF to_cells(Pair, VecF first, VecF second) {
 }
 #endif
 
-// Replaces scores by probabilities p = 2^(factor * s - shift), packed as cells of P; sums receives
+// The rounding error of a shift below this is at most 1/2, and multiplies every p of a query by the
+// same number, which out = o / l cancels. From 2^31 on it can exceed the range of 2^x.
+constexpr float kExactShift = 8388608.0f;
+
+// Whether a shift of `count` vectors reaches kExactShift or is NaN.
+inline bool is_huge(const VecF* shifts, int count) {
+  VecI small = as_int(splat(0.0f)) - 1;
+  for (int j = 0; j < count; ++j) {
+    small &= (shifts[j] < splat(kExactShift)) & (shifts[j] > splat(-kExactShift));
+  }
+  int32_t all = -1;
+  for (int i = 0; i < kLanes; ++i) all &= small[i];
+  return all == 0;
+}
+
+// Subtracts the peaks from the scores first, which is exact where it matters, and leaves no shifts.
+template <int kTileVectors>
+[[gnu::noinline, gnu::cold]] void subtract_peaks(float* scores, int64_t keys, const VecF* peaks,
+                                                 VecF* shifts) {
+  for (int j = 0; j < kTileVectors; ++j) {
+    for (int64_t key = 0; key < keys; ++key) {
+      float* at = scores + key * kPanel + j * kLanes;
+      store(at, load(at) - peaks[j]);
+    }
+    shifts[j] = VecF{};
+  }
+}
+
+// Replaces scores by probabilities p = 2^(factor * (s - peak)), packed as cells of P; sums receives
 // their sums per lane. Zeros complete the last group.
 template <class Cell, int kTileVectors>
-inline void exponentials(float* scores, int64_t keys, float factor, const VecF* shifts,
-                         VecF* sums) {
-  VecF shift[kTileVectors], total[kTileVectors];
+inline void exponentials(float* scores, int64_t keys, float factor, const VecF* peaks, VecF* sums) {
+  VecF shifts[kTileVectors], shift[kTileVectors], total[kTileVectors];
+  for (int j = 0; j < kTileVectors; ++j) shifts[j] = peaks[j] * factor;
+  if (is_huge(shifts, kTileVectors)) subtract_peaks<kTileVectors>(scores, keys, peaks, shifts);
   for (int j = 0; j < kTileVectors; ++j) {
     shift[j] = shifts[j];
     total[j] = VecF{};
@@ -246,16 +275,15 @@ inline void score(const QueryPanel& panel, int64_t first, int64_t keys, int64_t 
   score_tile<Cell, kTileVectors, true>(keys, cells, tile, q, limits, s.scores, tops);
 }
 
-// m' = max(m, factor * tops) replaces tops and peak. shrink = 2^(m - m') is the factor of earlier
+// m' = max(m, tops) replaces tops and peak. shrink = 2^(factor * (m - m')) is the factor of earlier
 // sums; the first tile has none.
 template <int kTileVectors>
 inline void rescale(bool is_first, float factor, VecF* tops, float* peak, float* shrink) {
   for (int j = 0; j < kTileVectors; ++j) {
-    tops[j] = tops[j] * factor;
     if (!is_first) {
       const VecF before = load(peak + j * kLanes);
       tops[j] = maximum(before, tops[j]);
-      store(shrink + j * kLanes, exp2_approx<5>(before - tops[j]));
+      store(shrink + j * kLanes, exp2_approx<5>((before - tops[j]) * factor));
     }
     store(peak + j * kLanes, tops[j]);
   }
@@ -272,8 +300,8 @@ inline void accumulate(bool is_first, VecF* totals, const float* shrink, float* 
 
 // out = o / l and lse of every query.
 template <class T, class O>
-inline void write_panels(const QueryPanel* panels, int64_t num_panels, int64_t head_dim, O out,
-                         float* lse, const ForwardScratch& s) {
+inline void write_panels(const QueryPanel* panels, int64_t num_panels, int64_t head_dim,
+                         float factor, O out, float* lse, const ForwardScratch& s) {
   for (int64_t p = 0; p < num_panels; ++p) {
     for (int64_t i = 0; i < panels[p].count; ++i) {
       const int64_t t = panels[p].begin + i, lane = p * kPanel + i;
@@ -282,7 +310,7 @@ inline void write_panels(const QueryPanel* panels, int64_t num_panels, int64_t h
       for_vectors(head_dim, [&](int64_t d, auto lanes) {
         store(target + d, load(s.out + lane * s.width_up + d) * share, lanes);
       });
-      if (lse) lse[t] = s.peak[lane] * kLn2 + static_cast<float>(__builtin_log(sum));
+      if (lse) lse[t] = s.peak[lane] * factor * kLn2 + static_cast<float>(__builtin_log(sum));
     }
   }
 }
@@ -334,7 +362,7 @@ inline void attend_panels(const QueryPanel* panels, int64_t num_panels, int64_t 
   }
 
   // Outputs
-  write_panels<T>(panels, num_panels, head_dim, out, lse, s);
+  write_panels<T>(panels, num_panels, head_dim, factor, out, lse, s);
 }
 
 // Panels of one task: as many as fit its memory, fewer if that gives less than two tasks per

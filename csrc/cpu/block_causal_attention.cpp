@@ -195,6 +195,20 @@ inline void store_cells(Pair, float* row, int j, VecF x) {
 }
 #endif
 
+// Replaces scores by exponents that end at 0, because no probability exceeds 1: the rounding error
+// of a huge lse may exceed the range of 2^x. NaN stays NaN.
+[[gnu::noinline, gnu::cold]] void clamp_exponents(float* p, int64_t keys, int vectors, float factor,
+                                                  const float* shifts) {
+  const VecF zero = {};
+  for (int64_t key = 0; key < keys; ++key) {
+    for (int j = 0; j < vectors; ++j) {
+      float* at = p + key * kPanel + j * kLanes;
+      const VecF exponent = load(at) * factor - load(shifts + j * kLanes);
+      store(at, zero < exponent ? zero : exponent);
+    }
+  }
+}
+
 // Replaces scores in p by probabilities and dP in ds by dS, and packs both as cells. limits count
 // from the tile's first key.
 template <class Cell>
@@ -208,7 +222,8 @@ inline void probabilities_and_grads(float* p, float* ds, float* ds_groups, int64
     __builtin_memcpy(&limit, limits + j * kLanes, sizeof limit);
     const auto grad = [&](int64_t key) {
       float *p_row = p + key * kPanel, *ds_row = ds + key * kPanel;
-      VecF probability = exp2_approx<Cell::kExpTerms>(load(p_row + j * kLanes) * factor - shift);
+      const VecF exponent = load(p_row + j * kLanes) * factor - shift;
+      VecF probability = exp2_approx<Cell::kExpTerms>(exponent);
       if (masked) probability = limit > static_cast<int32_t>(key) ? probability : VecF{};
       const VecF grad_score = probability * (load(ds_row + j * kLanes) - delta);
       store_cells(Cell{}, p_row, j, probability);
@@ -275,9 +290,19 @@ void backward_range(const BlockCausalBackwardArgs& a, const Layout& layout, int6
         limits[i] =
             i < panel.count ? layout.visible()[panel.begin + i] - static_cast<int32_t>(first) : 0;
       }
+      VecF shifts[kPanel / kLanes];
+      for (int j = 0; j < vectors; ++j) shifts[j] = load(s.shift + at * kPanel + j * kLanes);
+      float factor = a.softmax_scale * kLog2E;
+      const float* shift = s.shift + at * kPanel;
+      static constexpr float kNoShift[kPanel] = {};
+      if (is_huge(shifts, vectors)) {
+        clamp_exponents(s.p, tile_keys, vectors, factor, shift);
+        factor = 1.0f;
+        shift = kNoShift;
+      }
       probabilities_and_grads<Cell>(s.p, s.ds, s.ds_groups, tile_keys, vectors, limits,
-                                    first + tile_keys > panel.least, a.softmax_scale * kLog2E,
-                                    s.shift + at * kPanel, s.delta + at * kPanel);
+                                    first + tile_keys > panel.least, factor, shift,
+                                    s.delta + at * kPanel);
       if (want_dkv) {
         const int64_t depth = (panel.count + kGroup - 1) / kGroup;
         const bool fresh = p == panels.end - 1;

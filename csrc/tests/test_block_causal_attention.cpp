@@ -98,6 +98,52 @@ void run_case(const char* isa, const KernelTable& table, const Case& c, DType dt
   }
 }
 
+// Scores of 1e11: the softmax is one-hot, and the rounding error of a score exceeds the range of
+// 2^x.
+void huge_scores_choose_the_largest(const char* isa, const KernelTable& table, DType dtype,
+                                    std::mt19937& engine) {
+  const std::vector<int64_t> scale_lengths = {1, 4, 200};
+  const int64_t length = 205, width = 64, count = length * width;
+  Values q = Values::random(dtype, count, engine, 1e5),
+         k = Values::random(dtype, count, engine, 1e5);
+  Values v = Values::random(dtype, count, engine), grad = Values::random(dtype, count, engine);
+  const auto view = [&](Values& x) { return HeadView{x.data(), count, width, width}; };
+  for (const float softmax_scale : {0.125f, 1.0f, -0.125f}) {
+    std::vector<double> want, want_lse;
+    for (int64_t t = 0; t < length; ++t) {
+      const int64_t visible = t < 1 ? 1 : t < 5 ? 5 : length;
+      double peak = -INFINITY;
+      int64_t best = 0;
+      for (int64_t s = 0; s < visible; ++s) {
+        double score = 0;
+        for (int64_t d = 0; d < width; ++d) score += q[t * width + d] * k[s * width + d];
+        if (score * softmax_scale > peak) {
+          peak = score * softmax_scale;
+          best = s;
+        }
+      }
+      want_lse.push_back(peak);
+      for (int64_t d = 0; d < width; ++d) want.push_back(v[best * width + d]);
+    }
+    Values out(dtype, count), lse(DType::kFloat32, length);
+    table.block_causal_attention_forward(
+        {1, length, 1, width, view(q), view(k), view(v), scale_lengths.data(), 3, out.data(),
+         static_cast<float*>(lse.data()), softmax_scale, dtype, 2});
+    check_close(isa, "out of huge scores", out, want);
+    check_close(isa, "lse of huge scores", lse, want_lse);
+    Values dq(dtype, count), dk(dtype, count), dv(dtype, count);
+    table.block_causal_attention_backward({1, length, 1, width, view(grad), view(q), view(k),
+                                           view(v), view(out), static_cast<float*>(lse.data()),
+                                           scale_lengths.data(), 3, dq.data(), dk.data(), dv.data(),
+                                           softmax_scale, dtype, 2});
+    for (int64_t i = 0; i < count; ++i) {
+      CHECK(std::isfinite(dq[i]) && std::isfinite(dk[i]) && std::isfinite(dv[i]),
+            "%s %s: element %lld of a gradient is %g, %g, %g", isa, q.name(),
+            static_cast<long long>(i), dq[i], dk[i], dv[i]);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -112,6 +158,7 @@ int main() {
                             Case{1, 1, 32, {3, 5, 90}, -0.3f}, Case{1, 1, 16, {2, 7}, 0.0f}}) {
         run_case(isa, table, c, dtype, engine);
       }
+      huge_scores_choose_the_largest(isa, table, dtype, engine);
     }
   });
 }

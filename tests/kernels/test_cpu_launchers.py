@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -30,6 +32,7 @@ from variant_kernels.cpu_ops.qk_norm import launch_qk_norm_backward, launch_qk_n
 from variant_kernels.cpu_ops.qk_norm_append_paged_kv import launch_qk_norm_append_paged_kv
 from variant_kernels.cpu_ops.sample_tokens import launch_sample_tokens
 from variant_kernels.kv_quantization import KV8_DTYPE, dequantize_kv, quantize_kv
+from variant_kernels.ops.block_causal_attention import dense_mask
 
 SCALES = (1, 4, 9, 49, 100)  # 163 tokens: several panels, several key tiles
 
@@ -170,19 +173,19 @@ def sample(logits_2BTV: torch.Tensor, **changes) -> torch.Tensor:
     return launch_sample_tokens(logits_2BTV=logits_2BTV, **{**arguments, **changes})
 
 
+RUNS = [
+    run_adaln,
+    run_qk_norm,
+    run_qk_norm_append,
+    run_kv8,
+    run_block_causal,
+    run_paged,
+    run_sample,
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "run",
-    [
-        run_adaln,
-        run_qk_norm,
-        run_qk_norm_append,
-        run_kv8,
-        run_block_causal,
-        run_paged,
-        run_sample,
-    ],
-)
+@pytest.mark.parametrize("run", RUNS)
 def test_thread_count_changes_no_bit(run, dtype):
     before = torch.get_num_threads()
     try:
@@ -194,6 +197,22 @@ def test_thread_count_changes_no_bit(run, dtype):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_calls_from_several_python_threads_at_once_change_no_bit(run):
+    # The kernels run without Python's lock, and each thread keeps scratch memory between calls.
+    expected = run(torch.float32)
+    start = threading.Barrier(3)
+
+    def repeat(_: int) -> list[tuple[torch.Tensor, ...]]:
+        start.wait()
+        return [run(torch.float32) for _ in range(3)]
+
+    with ThreadPoolExecutor(3) as pool:
+        for results in pool.map(repeat, range(3)):
+            for got in results:
+                assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
 def large_adaln(x_BTC: torch.Tensor, y_BTC: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -343,6 +362,34 @@ def test_8_bit_pages_give_the_bits_of_the_pages_that_they_stand_for(dtype):
         arguments[f"{name}_pages_PNHD"] = dequantize_kv(codes, scales, dtype)
     expected = launch_paged_attention_forward(**arguments)
     assert torch.equal(launch_paged_attention_forward(**{**arguments, **narrow}), expected)
+
+
+@pytest.mark.parametrize("scale", [0.125, 1.0, -0.125])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_scores_beyond_2_to_the_31_choose_the_largest(dtype, scale):
+    # One rounding error of such a score exceeds the range of 2^x; the softmax is one-hot.
+    q_BLHD, k_BLHD = (random(1, sum(SCALES), 2, 64 + i).to(dtype)[..., :64] for i in (0, 8))
+    q_BLHD, k_BLHD, v_BLHD = q_BLHD * 1e5, k_BLHD * 1e5, random(1, sum(SCALES), 2, 64, dtype=dtype)
+    arguments = {"scale_lengths": SCALES, "softmax_scale": scale}
+    out_BLHD, lse_BHL = launch_block_causal_attention_forward(
+        q_BLHD=q_BLHD, k_BLHD=k_BLHD, v_BLHD=v_BLHD, **arguments
+    )
+    scores = torch.einsum("blhd,bmhd->bhlm", q_BLHD.double(), k_BLHD.double()) * scale
+    scores = scores.masked_fill(~dense_mask(SCALES), -torch.inf)
+    peak_BHL, best_BHL = scores.max(-1)
+    index = best_BHL.transpose(1, 2)[..., None].expand_as(v_BLHD)
+    assert torch.equal(out_BLHD, v_BLHD.gather(1, index))
+    torch.testing.assert_close(lse_BHL.double(), peak_BHL, rtol=1e-6, atol=0)
+    gradients = launch_block_causal_attention_backward(
+        grad_out_BLHD=v_BLHD,
+        q_BLHD=q_BLHD,
+        k_BLHD=k_BLHD,
+        v_BLHD=v_BLHD,
+        out_BLHD=out_BLHD,
+        lse_BHL=lse_BHL,
+        **arguments,
+    )
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 def test_float16_tokens_for_8_bit_pages_are_refused_by_name():
