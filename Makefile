@@ -19,9 +19,10 @@ BUILD = VARIANT_CPU_ISAS=$(if $(wildcard $(VENV)/.dev),all,local)
 cmake = mkdir -p $(1) && { $(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DVARIANT_TESTS=ON $(2) >$(1)/configure.log 2>&1 || { cat $(1)/configure.log; exit 1; }; } && $(BIN)/cmake --build $(1) --parallel $(JOBS) --target $(3)
 SANITIZED = -DCMAKE_BUILD_TYPE=RelWithDebInfo -DVARIANT_CPU_ISAS=$(SANITIZED_ISAS)
 CTEST := $(BIN)/ctest --output-on-failure
-PYTEST := $(BIN)/python -m pytest -n $(TEST_JOBS)
+# COVERAGE=1 records the branches that the Python tests take, for `make coverage`.
+PYTEST = $(BIN)/python $(if $(COVERAGE),-m coverage run) -m pytest -n $(TEST_JOBS)
 
-.PHONY: help setup dev generate check test test-python test-triton test-robustness test-cpp test-cuda test-cuda-python test-isas test-tsan coverage-cpp nightly cuda gpu bench bench-report docs-results lint clean
+.PHONY: help setup dev generate check test test-python test-triton test-robustness test-cpp test-cuda test-cuda-python test-isas test-tsan coverage-cpp nightly coverage mutants cuda gpu bench bench-report docs-results lint clean
 
 help:
 	@echo "make generate  generate digits at every depth into out/digits.png"
@@ -30,10 +31,12 @@ help:
 	@echo "make check     a few minutes: lint, op tests of the reference and CPU backends, one generation"
 	@echo "make test      C++ tests under sanitizers, CUDA kernels on the CPU, Python tests, Triton's interpreter"
 	@echo "make test-cuda the CUDA kernels' tests alone: no GPU, no nvcc"
+	@echo "make coverage  branch coverage of \`make test COVERAGE=1\`, below the bounds a failure"
+	@echo "make mutants   changes the code in one place at a time; tests must notice"
 	@echo "make test-isas the CPU kernels' and the engine's tests with every instruction set of this machine"
 	@echo "make test-tsan Python tests of threads with the CPU kernels under ThreadSanitizer"
 	@echo "make coverage-cpp  lines of csrc/cpu that the C++ tests run; below 90 % is an error"
-	@echo "make nightly   make test, with the sanitizers on every CPU instruction set of this machine, and the two above it"
+	@echo "make nightly   make test with the sanitizers on every CPU instruction set, and what is listed above it"
 	@echo "make cuda      compile the CUDA kernels with nvcc for the usual GPUs; registers and spills of each"
 	@echo "make gpu       on a machine with a GPU: build, tests, benchmarks; results under out/gpu"
 	@echo "make bench     every kernel beside its peers, then the engine; results under $(RESULTS)"
@@ -123,7 +126,8 @@ test-python: dev
 	$(PYTEST) --ignore tests/robustness
 
 # Random and seeded: a failing case prints the command that repeats it. The variables of the
-# numbers of cases are in CONTRIBUTING.md.
+# numbers of cases are in CONTRIBUTING.md. Without COVERAGE: each call runs in a process of its own.
+test-robustness: override COVERAGE =
 test-robustness: dev
 	@echo "== random bad calls, hostile files, exactness, signals, pressure"
 	$(PYTEST) tests/robustness
@@ -161,6 +165,19 @@ test-triton: dev
 NIGHTLY = CALLS=100000 CASES=20000 FILES=8000 SEQUENCES=2000 SIGNALS=60 PRESSURE=400 SEED=$(shell date +%Y%m%d)
 nightly:
 	$(addprefix VARIANT_ROBUSTNESS_,$(NIGHTLY)) $(MAKE) test test-isas test-tsan SANITIZED_ISAS=all
+	$(MAKE) mutants
+
+# After `make test COVERAGE=1`: the data of test-python, test-triton and test-cuda-python together.
+coverage: dev
+	@echo "== branch coverage"
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage json --quiet -o build/coverage/report.json
+	$(BIN)/python tests/branch_coverage.py build/coverage/report.json variant_kernels=95 variant=90
+
+MUTANTS ?= 200
+mutants: dev
+	@echo "== mutants"
+	$(BIN)/python -m tests.mutation --count $(MUTANTS)
 
 # Compiles into the installed package and stops at a register spill that spills.txt does not list.
 cuda: setup

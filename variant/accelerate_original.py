@@ -70,12 +70,15 @@ def accelerate(var: nn.Module, vae: nn.Module) -> VARiant:
     our_var = build(VAR, config, var.state_dict(), "var").eval()
     our_vae = build(VQVAE, vae_config, vae.state_dict(), "vae").eval()
     links = (
-        LiveWeights("var", var, our_var, lambda: _var_settings(var)),
-        LiveWeights("vae", vae, our_vae, lambda: _vae_settings(vae)),
+        LiveWeights(
+            "var", var, our_var, lambda: _var_settings(var), lambda: _compare_var(var, our_var)
+        ),
+        LiveWeights(
+            "vae", vae, our_vae, lambda: _vae_settings(vae), lambda: _compare_vae(vae, our_vae)
+        ),
     )
     for link in links:
         link.check()
-    _compare(var, our_var, vae, our_vae)
     return LiveVARiant(our_var, our_vae, links).eval()
 
 
@@ -91,6 +94,11 @@ def _unwrapped(name: str, model: nn.Module) -> nn.Module:
     instance("accelerate", name, model, nn.Module)
     while type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:
         model = model.get_submodule("_orig_mod")
+    if isinstance(model, VAR | VARiant):
+        raise UserError(
+            f"accelerate: {name} must be a model of the original repository; got this package's "
+            f"{type(model).__name__}, for which VARiant(var, vae).generate(labels) is fast already"
+        )
     wrapped = alterations.wrapper_alteration(model, name)
     if wrapped is not None:
         raise UserError(f"accelerate: {wrapped}")
@@ -192,22 +200,33 @@ def _vqvae_config(vae: nn.Module, config: VARConfig) -> VQVAEConfig:
 # --- the comparison -------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def _compare(var: Any, our_var: VAR, vae: Any, our_vae: VQVAE) -> None:
-    """Run both models' parts on small inputs.
+def _compare_var(var: Any, our_var: VAR) -> None:
+    """Run the parts of both transformers on small inputs.
 
     Raises:
         UserError: they compute something else; the engine would not run what makes the difference.
     """
-    like = our_var.head.weight
-    with kept_members(var), kept_members(vae), torch.autocast(like.device.type, enabled=False):
-        for module in (*var.modules(), *vae.modules()):
-            module.training = False
+    with _in_eval_mode(var):
         _compare_part("var", var, lambda: _blocks(var), lambda: _our_blocks(var, our_var))
         _compare_part("var", var, lambda: _ends(var, our_var), lambda: _ends(our_var, our_var))
+
+
+def _compare_vae(vae: Any, our_vae: VQVAE) -> None:
+    """The same of the VQ-VAEs."""
+    with _in_eval_mode(vae):
         _compare_part(
             "vae", vae, lambda: _decoded(vae, our_vae), lambda: _decoded(our_vae, our_vae)
         )
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Without gradients and autocast; the model's modules are as before afterwards."""
+    device = next(model.parameters()).device
+    with torch.no_grad(), kept_members(model), torch.autocast(device.type, enabled=False):
+        for module in model.modules():
+            module.training = False
+        yield
 
 
 def _compare_part(

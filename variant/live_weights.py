@@ -2,7 +2,8 @@
 
 Each of our modules uses the very dictionaries in which the original's module keeps its parameters
 and buffers. So whatever torch puts there (``load_state_dict(assign=True)``, ``.half()``, ``.to()``,
-a new ``.data``) is what the VARiant reads; what it cannot follow is refused at the next call.
+a new ``.data``) is what the VARiant reads; what it cannot follow is refused at the next call. Where
+hooks, a method or a part changed, both models are compared again.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class LiveWeights:
         name: "var" or "vae", for messages.
         original, ours: the two models; ``ours`` uses the original's tensors from now on.
         settings: reads what the original's object tells beside its tensors.
+        compare: runs both models' parts on small inputs; raises UserError where they differ.
     """
 
     def __init__(
@@ -37,9 +39,11 @@ class LiveWeights:
         original: nn.Module,
         ours: nn.Module,
         settings: Callable[[], Mapping[str, Any]],
+        compare: Callable[[], None],
     ) -> None:
         self.original = original
         self._ours, self._name, self._read_settings = ours, name, settings
+        self._compare, self._compared = compare, ([original], [])
         self._settings = dict(settings())
         self._modules: list[tuple[str, nn.Module]] = []
         self._children: list[tuple[str, nn.Module, str, nn.Module]] = []
@@ -93,12 +97,30 @@ class LiveWeights:
         for name, buffer in self._ours._buffers.items():
             if buffer is not None and buffer.device != device:
                 self._ours._buffers[name] = buffer.to(device)
+        if _code(self._compared[0]) != self._compared[1]:
+            self._compare()
+            modules = list(self.original.modules())
+            self._compared = modules, _code(modules)
 
     @staticmethod
     def _changed(what: str) -> UserError:
         return UserError(
             f"accelerate: {what}; undo that, or call accelerate again with the changed model"
         )
+
+
+def _code(modules: list[nn.Module]) -> list[tuple[Any, ...]]:
+    """What determines, beside tensors and settings, what each of these modules computes."""
+    return [
+        (
+            type(module).forward,
+            module.__dict__.get("forward"),
+            *module._forward_pre_hooks.values(),
+            *module._forward_hooks.values(),
+            *module._modules.values(),
+        )
+        for module in modules
+    ]
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -37,6 +38,13 @@ class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
     def __init__(self, var: VAR, vae: VQVAE) -> None:
         super().__init__(var, vae)
         self._engines: dict[torch.dtype, Engine] = {}
+
+    def forward(self, *arguments: object, **options: object) -> NoReturn:
+        """Raises: NotImplementedError; generation is no single forward pass."""
+        raise NotImplementedError(
+            "VARiant: a call has no meaning; model.generate(labels) gives images, "
+            "model.var(labels, teacher_input) logits"
+        )
 
     def engine(self, dtype: torch.dtype | str | None = None) -> Engine:
         """The engine of a dtype (itself or its name), built once; None is that of the weights."""

@@ -38,7 +38,8 @@ def integer(
         raise _wrong_type(op, name, expected, value)
     try:
         number = index(value)
-    except (TypeError, ValueError, RuntimeError):  # a tensor or an array of several values, or meta
+    # Of several values, of fractions, without values (on meta), or a class's own error.
+    except Exception:
         raise _wrong_type(op, name, expected, value) from None
     if (low is not None and number < low) or (high is not None and number > high):
         raise ValueError(f"{op}: {name} must be {expected}; got {shown(number)}")
@@ -64,7 +65,7 @@ def real(
         number = float(value)
     except OverflowError:
         raise ValueError(f"{op}: {name} must be {expected}; got {typed(value)}") from None
-    except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several values
+    except Exception:  # of several values, without values (on meta), or a class's own error
         raise _wrong_type(op, name, expected, value) from None
     inside = (low is None or number >= low) and (high is None or number <= high)
     if not math.isfinite(number) or not inside:
@@ -126,7 +127,7 @@ def sequence(values: object) -> Sequence[Any] | None:
     if getattr(values, "ndim", 0):  # of numpy and torch
         try:
             return cast("Any", values).tolist()
-        except RuntimeError:  # a tensor without values or strides: meta, sparse
+        except Exception:  # sparse, or without values (on meta)
             return None
     return values if isinstance(values, Sequence) else None
 

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from variant_kernels.arguments import instance, integer, real
+from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.kv_cache import GrowingPages, KVStep, KVStore
 from variant_kernels.masks import block_causal_layout
+from variant_kernels.ops import contract
 from variant_kernels.ops.append_paged_kv import append_paged_kv
 from variant_kernels.ops.block_causal_attention import block_causal_attention
 from variant_kernels.ops.paged_attention import paged_attention
@@ -57,7 +59,8 @@ class AttentionForward(nn.Module):
             (B, T, C).
         Raises:
             RuntimeError: x requires a gradient while caching.
-            ValueError: the batch size changed while caching.
+            ValueError: a wrong shape or device, or the batch size changed while caching.
+            TypeError: a wrong dtype, or no tensor.
         """
         qkv_BT3HD = self._project(x)
         if self.caching:
@@ -243,6 +246,39 @@ class VARiantAttention(AttentionForward):
         # The original model's constructor reads these attributes.
         self.using_flash = self.using_xform = False
         self.caching, self._pages = False, None
+
+    def forward(self, x: Tensor, attn_bias: Tensor | None) -> Tensor:
+        self._check(x, attn_bias)
+        return super().forward(x, attn_bias)
+
+    forward.__doc__ = AttentionForward.forward.__doc__
+
+    def _check(self, x: Tensor, attn_bias: Tensor | None) -> None:
+        op, weight = "VARiantAttention", self.mat_qkv.weight
+        contract.check_tensor(op, "x", x)
+        contract.check_ndim(op, "x", x, "(B, T, C)")
+        batch, tokens, _ = x.shape
+        width = self.num_heads * self.head_dim
+        contract.check_shape(op, "x", x, (batch, tokens, width), "to match embed_dim")
+        contract.check_device(op, "x", x, "the weights", weight)
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            contract.check_same(op, "x", x, "the weights", weight)
+        if attn_bias is None:
+            return
+        contract.check_tensor(op, "attn_bias", attn_bias)
+        if attn_bias.dtype != torch.bool and not attn_bias.is_floating_point():
+            raise TypeError(
+                f"{op}: attn_bias must be floating-point or bool; got {dtype_name(attn_bias.dtype)}"
+            )
+        contract.check_device(op, "attn_bias", attn_bias, "x", x)
+        earlier = self._pages.tokens if self.caching and self._pages is not None else 0
+        scores = (batch, self.num_heads, tokens, earlier + tokens)
+        shape = tuple(attn_bias.shape)
+        pairs = zip(reversed(shape), reversed(scores), strict=False)
+        if len(shape) > len(scores) or any(own not in (1, size) for own, size in pairs):
+            raise ValueError(
+                f"{op}: attn_bias must broadcast to (B, H, T, S) = {scores}; got {shape}"
+            )
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, attn_l2_norm={self.attn_l2_norm}"

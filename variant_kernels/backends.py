@@ -35,20 +35,24 @@ def explain(
         ValueError: no such op, or a backend asked for by name cannot serve it.
         TypeError: an argument of another type; float64 without backend="reference".
     """
-    check_name("explain", backend)
     if not isinstance(device, str | torch.device):
         raise TypeError(f"explain: device must be text or a torch.device; got {typed(device)}")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"explain: device must be one of torch's; got {typed(device)}") from None
     instance("explain", "dtype", dtype, torch.dtype, "Pass torch.float32, for example")
     sizes = {"head_dim": head_dim, "row_width": row_width, "page_size": page_size}
     head_dim, row_width, page_size = (
         None if n is None else integer("explain", name, n, 1) for name, n in sizes.items()
     )
     # Where two dtypes count, as those of stream and rows in adaln_modulate, both are this one.
-    request = Request(torch.device(device).type, (dtype, dtype), head_dim, row_width, page_size)
+    request = Request(kind, (dtype, dtype), head_dim, row_width, page_size)
     return str(resolve_backend(op, request, backend))
 
 
 def resolve_backend(op: str, request: Request, backend: str = "auto") -> Choice:
     """What :func:`explain` prints, as data."""
     choice("explain", "op", op, tuple(tables()))
+    check_name(op, backend)
     return resolve(op, tables()[op], request, backend)

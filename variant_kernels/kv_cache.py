@@ -92,11 +92,12 @@ class PagedKVCache:
                 raise torch.OutOfMemoryError  # torch counts elements in 64 bits
             slab_2PNHD = torch.empty(shape, dtype=dtype, device=device)
             scales_2PNH = torch.empty(scales_shape, dtype=torch.uint8, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
             # torch's CPU allocator raises a plain RuntimeError.
             if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
+                mib = size // 2**20 if size > MAX_BYTES else round(size / 2**20, 1)
                 raise MemoryError(
-                    f"{op}: the plan needs {size / 2**20:.1f} MiB for {batch} sequences, more than "
+                    f"{op}: the plan needs {mib} MiB for {batch} sequences, more than "
                     f"{device} can allocate; use a smaller batch or depth"
                 ) from error
             kind = TypeError if isinstance(error, TypeError) else ValueError

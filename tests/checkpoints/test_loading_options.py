@@ -244,6 +244,20 @@ def test_strict_false_of_a_complete_file_is_strict_true(model, folder, recwarn):
     assert not recwarn.list
 
 
+def test_strict_false_builds_nothing_larger_than_the_memory(folder):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["vae"] |= {"ch_mult": [1, 64, 64, 64], "num_res_blocks": 32, "ch": 2**12}
+    path.write_text(json.dumps(config))
+    changed(folder, remove=[key for key in load_file(folder / "model.safetensors") if "vae" in key])
+    with (
+        pytest.warns(UserWarning, match="not all weights fit this VQVAE") as caught,
+        pytest.raises(UserError, match=r"the weights of the VQVAE need [\d,]{9,} MiB, but"),
+    ):
+        VARiant.from_pretrained(folder, strict=False)
+    assert all(len(str(warning.message)) < 1000 for warning in caught)
+
+
 def test_another_shape_is_refused_also_without_strict(folder):
     changed(folder, **{"var.head.bias": torch.zeros(7)})
     with pytest.raises(UserError, match=r"size mismatch for head\.bias"):

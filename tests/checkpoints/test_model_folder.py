@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden_models import NAMES, load_golden
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from small_models import small_model
 
@@ -199,6 +200,37 @@ def test_nothing_half_written_is_left(tmp_path):
         write_half()
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_save_that_fails_keeps_the_old_pair_of_files(tmp_path, monkeypatch, name):
+    small_model().save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write = Path.write_text
+
+    def full(self, text, **options):
+        if self.name.startswith(f".{name}"):
+            raise OSError(28, "No space left on device")
+        return write(self, text, **options)
+
+    def fail(*arguments, **options):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    if name == "model.safetensors":
+        monkeypatch.setattr("variant.files.save_file", fail)
+    other = small_model()
+    torch.nn.init.ones_(other.var.head.bias)
+    with pytest.raises(UserError, match=rf"{name}: cannot be written: No space left on device"):
+        other.save_pretrained(tmp_path, {"training": {"recipe": "new"}})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_two_outputs_by_two_names_of_one_file_are_refused(tmp_path):
+    model = small_model()
+    (tmp_path / "link.pth").symlink_to("model.pth")
+    with pytest.raises(UserError, match="need two files"):
+        save_original(model.var, model.vae, tmp_path / "model.pth", tmp_path / "link.pth")
 
 
 def test_checkpoints_in_the_old_format_load(tmp_path):

@@ -5,6 +5,7 @@ import inspect
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from golden_models import load_golden
@@ -102,6 +103,8 @@ def test_the_args_of_a_trainer_checkpoint_are_used(tmp_path, as_text):
         model = VARiant.from_var_checkpoint(path, path)
     assert settings_of(model) == GIVEN
     assert model.var.config.patch_nums == golden.var_config.patch_nums
+    single = {n: np.float32(v) for n, v in GIVEN.items() if isinstance(v, float)}
+    assert settings_of(VARiant.from_var_checkpoint(path, path, **single)) == GIVEN
     for name, value in ASSUMED.items():
         with pytest.raises(UserError, match=f"args has {name} .*, but the argument has"):
             VARiant.from_var_checkpoint(path, path, **{name: value})
@@ -109,7 +112,56 @@ def test_the_args_of_a_trainer_checkpoint_are_used(tmp_path, as_text):
 
 @pytest.mark.parametrize("text", ["...", "{'norm_eps': open('x')}", "(" * 50000, "[1]", 3, None])
 def test_args_of_another_form_tell_nothing(text):
-    assert settings_of_training({"args": text}) == {}
+    assert settings_of_training({"args": text}) == []
+
+
+def saved_trainer(tmp_path, args=None, config=None):
+    golden = load_golden("plain")
+    trainer = {"var_wo_ddp": golden.var_state, "vae_local": golden.vae_state, "config": config}
+    path = tmp_path / "ar-ckpt-last.pth"
+    torch.save({"args": args, "trainer": trainer}, path)
+    return path
+
+
+def test_places_of_a_file_that_disagree_are_refused(tmp_path):
+    path = saved_trainer(tmp_path, {"norm_eps": 1e-5}, {"norm_eps": 1e-4})
+    message = "args has norm_eps 1e-05, but the checkpoint's trainer/config has 0.0001"
+    with pytest.raises(UserError, match=message):
+        VARiant.from_var_checkpoint(path, path)
+
+
+@pytest.mark.filterwarnings("ignore:.*assumed")
+def test_settings_that_are_tensors_are_numbers(tmp_path):
+    args = {"norm_eps": torch.tensor(1e-5, dtype=torch.float64), "using_znorm": torch.tensor(True)}
+    path = saved_trainer(tmp_path, args)
+    model = VARiant.from_var_checkpoint(path, path)
+    assert model.var.config.norm_eps == 1e-5
+    assert model.vae.config.using_znorm is True
+
+
+@pytest.mark.filterwarnings("ignore:.*assumed")
+def test_names_of_the_other_model_do_not_count(tmp_path):
+    path = saved_trainer(tmp_path, {"beta": [0.9, 0.95], "norm_eps": 1e-5})
+    golden = load_golden("plain")
+    torch.save(golden.vae_state, tmp_path / "vae.pth")
+    model = VARiant.from_var_checkpoint(path, tmp_path / "vae.pth")
+    assert model.var.config.norm_eps == 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.bfloat16])
+def test_the_scales_of_tokens_are_read_in_any_dtype(files, dtype):
+    golden = load_golden("no_l2norm")
+    torch.save(golden.var_state | {"lvl_1L": golden.var_state["lvl_1L"].to(dtype)}, files[0])
+    model = VARiant.from_var_checkpoint(*files, **GIVEN)
+    assert model.var.config.patch_nums == golden.var_config.patch_nums
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_no_floating_point_numbers_are_refused(files, dtype):
+    state = load_golden("no_l2norm").var_state
+    torch.save(state | {"head.bias": state["head.bias"].to(dtype)}, files[0])
+    with pytest.raises(UserError, match=r"head\.bias must be of a floating-point dtype; got "):
+        VARiant.from_var_checkpoint(*files, **GIVEN)
 
 
 def test_token_maps_can_be_given_and_must_fit(files):

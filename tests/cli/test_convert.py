@@ -14,6 +14,7 @@ from small_models import small_model
 
 from variant import VARiant
 from variant.cli.main import main
+from variant.cli.messages import one_line_warnings
 from variant.cli.options import Convert
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*assumed .*because nothing tells them:UserWarning")
@@ -185,7 +186,7 @@ def test_settings_and_the_choice_of_weights_are_options(place, capsys):
         "cond-drop-rate": "0.2",
         "drop-path-rate": "0.3",
         "quant-resi": "0.25",
-        "using-znorm": "",  # a flag
+        "using-znorm": "True",
         "beta": "2",
         "patch-nums": "1 2 3 4 5 6 8",
     }
@@ -202,7 +203,8 @@ def test_settings_and_the_choice_of_weights_are_options(place, capsys):
 def test_the_warning_names_the_options(place, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        code, _, error = run(capsys, *FILES, "--out", "new")
+        with one_line_warnings():
+            code, _, error = run(capsys, *FILES, "--out", "new")
     assert code == 0
     (line,) = [line for line in error.splitlines() if "assumed" in line]
     assert re.search("give --norm-eps, .*--beta if they are wrong", line)
@@ -221,6 +223,26 @@ def test_a_readme_of_the_user_is_kept(place, capsys):
     (place / "mine" / "README.md").write_text("my words")
     assert run(capsys, *FILES, "--out", "mine")[0] == 0
     assert (place / "mine" / "README.md").read_text() == "my words"
+
+
+def test_names_that_are_no_text_and_odd_files_in_the_folder(place, capsys):
+    for out in ("out\udcff", "pipe", "folder"):
+        (place / out).mkdir()
+    os.mkfifo(place / "pipe" / "README.md")
+    (place / "folder" / "README.md").mkdir()
+    (place / "loop.pth").symlink_to("loop.pth")
+    refused(capsys, place, "README.md is a folder", *MODEL, "--out", "folder")
+    VARiant.from_pretrained("model").save_pretrained("out\udcff")
+    assert run(capsys, *MODEL, "--out", "pipe")[0] == 0
+    for out in ("out\udcff", "pipe"):
+        assert same_weights(place / out, place / "model")
+    assert (place / "pipe" / "README.md").is_fifo(), "what is not ours is kept"
+    assert run(capsys, *MODEL, "--to-var", "loop.pth", "--to-vae", "vae2.pth")[0] == 0
+    assert (place / "loop.pth").is_file()
+
+
+def same_weights(one, other):
+    return (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
 def test_the_examples_of_the_help_can_be_run_one_after_the_other(tmp_path, monkeypatch, capsys):

@@ -229,6 +229,12 @@ def test_images_without_a_record_and_damaged_records_are_refused(model, tmp_path
         assert code == 1, text[:9]
         assert error.count("\n") == 1
         assert "--overwrite" in error
+    for batches in ([8], {"8": 0}, {"8": "2"}, {"8": True}):
+        record.write_text(json.dumps({"format": "variant-generate-1", "batches": batches}))
+        assert '"batches" must be positive integers' in run(*words, "--resume")[2]
+    record.unlink()
+    os.mkfifo(record)
+    assert "must be a regular file; it is a named pipe" in run(*words, "--resume")[2]
     record.unlink()
     assert "not recorded" in run(*words, "--resume")[2]
 
@@ -266,6 +272,10 @@ def test_an_existing_picture_is_not_overwritten(model, tmp_path, run):
         (("--count", 5000, "--out", "x.png"), "a grid holds at most 4096 images; got 25000"),
         (("--resume", "--out", "x.png"), "--resume needs a folder"),
         (("--out", "x.png", "--json", "x.png"), "--json and --out must differ"),
+        (("--out", "x.png", "--json", "y/../x.png"), "--json and --out must differ"),
+        (("--out", "x", "--json", "x/generate.json"), "must be no file that --out writes"),
+        (("--out", "x", "--json", "x/00000_class1.png"), "must be no file that --out writes"),
+        (("--out", "x", "--json", "y/../x/depth2_00000_null.png"), "no file that --out writes"),
     ],
 )
 def test_too_much_is_refused_before_the_work(words, message, model, tmp_path, run, monkeypatch):

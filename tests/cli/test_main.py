@@ -157,7 +157,7 @@ def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, run):
         ((*command, "--count", 0), r"--count must be an integer in \[1, 100000000\]; got 0"),
         ((*command, "--cfg", -1), r"generate: --cfg must be .*\[0, 10000\].*; got -1"),
         ((*command, "--bridge", 99), r"generate: --bridge must be an integer in \[0, 3\]; got 99"),
-        (("plan", "--memory", "nan"), "--memory must be positive and finite"),
+        (("plan", "--memory", "nan"), "--memory must be above 0 and at most"),
         (
             ("convert", "--model", model, "--to-var", "x.pth", "--to-vae", "x.pth"),
             "must be two files",
@@ -201,6 +201,7 @@ def test_messages_name_the_option_and_the_command():
         ("generate", "CachePlan: page_size must be 1", "CachePlan: page_size must be 1"),
         ("train", "a.toml: model.depth must be 3", "a.toml: model.depth must be 3"),
         ("train-vae", "recipe: seed must be 3", "train-vae: --seed must be 3"),
+        ("train", "a.toml: seed must be 3", "a.toml: seed must be 3"),
     ):
         assert messages.in_options(text, command) == expected
 
@@ -213,7 +214,10 @@ def test_any_error_becomes_one_printable_line():
         "abc: File name too long"
     )
     assert len(messages.one_line(UserError("x" * 10**6), "plan")) < 3000
-    assert "memory" in messages.one_line(MemoryError(), "plan")
+    for error in (MemoryError(), RuntimeError("could not create a primitive")):
+        assert messages.one_line(error, "plan") == (
+            "plan: this machine has too little memory for it"
+        )
 
 
 def test_warnings_of_libraries_are_one_line(run, monkeypatch):

@@ -50,6 +50,7 @@ NOT_RUN = {
     "pip": "changes the environment",
     "pytest": "takes minutes, or runs the test suite again",
     "python -m pytest": "runs the test suite again",
+    "python -m tests.mutation": "takes minutes",
     "python -m benchmarks.dropin": "needs a clone of the original code, takes minutes",
     "python -m variant.evaluation.digits": "needs a model trained for minutes",
     "python -m variant_kernels.triton_ops.compile_report": "takes minutes",

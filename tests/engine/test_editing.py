@@ -463,3 +463,40 @@ def test_no_more_memory_than_planned_is_used_for_the_logits(model, arguments, lo
     planned = 2 * (4 + 8) + extra_logit_bytes(sampling, log_probs)
     used = living.largest / (images * tokens * entries)
     assert planned / 4 < used <= planned
+
+
+@pytest.mark.parametrize("cfg", [1.5, 0, (0, 2, 0)])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        {"seed": 0},
+        {"seed": 0, "temperature": 0.7},
+        {"generator": 1},
+        {"generator": 1, "temperature": 2.0},
+    ],
+)
+def test_log_probs_are_of_the_rows_of_the_teacher_forced_pass(model, monkeypatch, draw, cfg):
+    # Products of other rows may differ in their last bits, on some processors.
+    monkeypatch.setattr("variant.engine.drawing.LOGITS_BYTES", 9 * 24 * 100)
+    engine, rows = Engine(model.var, model.vae), []
+    head = engine._weights().head
+
+    def recorded(h_RTC):
+        rows.append(tuple(h_RTC.shape[:2]))
+        return head(h_RTC)
+
+    monkeypatch.setattr(engine._weights(), "head", recorded)
+    draw = dict(draw)
+    if "generator" in draw:
+        draw["generator"] = torch.Generator().manual_seed(1)
+    labels = [0, 1, 2, 3, 4]
+    result = engine.generate(labels, cfg=cfg, log_probs=True, **draw)
+    drawn = rows.copy()
+    rows.clear()
+    forced = engine.forced_log_probs(labels, result.tokens, cfg=cfg)
+    assert rows == drawn
+    assert len(rows) > 3  # the head ran in parts
+    assert torch.equal(forced, result.log_probs)
+    if "generator" in draw:
+        draw["generator"].manual_seed(1)
+    assert torch.equal(engine.generate(labels, cfg=cfg, **draw).tokens, result.tokens)

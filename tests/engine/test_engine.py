@@ -231,11 +231,15 @@ def test_weights_changed_in_place_are_cast_again():
             TypeError,
             "depth must be an integer .*or a list of layers; got 2.5",
         ),
-        ({"depth": [0, 1.7, 5]}, TypeError, r"layers\[1\] must be an integer; got 1.7"),
-        ({"depth": [0, 3]}, ValueError, r"layers must start with 0 and end with 5; got \[0, 3\]"),
+        ({"depth": [0, 1.7, 5]}, TypeError, r"depth\[1\] must be an integer; got 1.7"),
+        (
+            {"depth": [0, 3]},
+            ValueError,
+            r"depth, a list of layers, must start .* end with 5; got \[0, 3\]",
+        ),
         ({"depth": 9}, ValueError, r"depth must be an integer in \[2, 6\] .*; got 9"),
         ({"depth": True}, TypeError, "depth must be an integer"),
-        ({"depth": [[0, 5]]}, TypeError, r"layers\[0\] must be an integer"),
+        ({"depth": [[0, 5]]}, TypeError, r"depth\[0\] must be an integer"),
         ({"top_k": 2.5}, TypeError, r"top_k must be an integer in .* \(0 keeps all\); got 2.5"),
         ({"top_k": True}, TypeError, "top_k must be an integer"),
         ({"top_k": -1}, ValueError, "top_k must be an integer .*; got -1"),
@@ -379,6 +383,14 @@ def test_unsupported_backends_dtypes_and_page_sizes_raise_at_construction():
         Engine(var, vae, backend="cpu", dtype=torch.float16)
     with pytest.raises(ValueError, match="page_size must be an integer >= 1; got 0"):
         Engine(var, vae, page_size=0)
+
+
+@pytest.mark.parametrize("part", ["var.blocks.1.attn.proj", "vae.decoder.conv_in"])
+def test_weights_without_values_are_named(part):
+    _golden, var, vae = golden_models("plain")
+    torch.nn.ModuleDict({"var": var, "vae": vae}).get_submodule(part).to("meta")
+    with pytest.raises(ValueError, match=rf'^Engine: .* {part}\.weight is on "meta"'):
+        Engine(var, vae)
 
 
 def test_a_used_model_can_be_pickled_and_copied():

@@ -54,3 +54,12 @@ def test_another_model_is_refused():
         variant.accelerate(nn.Linear(3, 3), vae)
     with pytest.raises(UserError, match="VQ-VAE"):
         variant.accelerate(model, nn.Linear(3, 3))
+    own = small_model()
+    for kind in (own, own.var):
+        with pytest.raises(UserError, match=r"got this package's .*VARiant\(var, vae\)\.generate"):
+            variant.accelerate(kind, vae)
+
+
+def test_a_call_of_the_model_names_what_generates():
+    with pytest.raises(NotImplementedError, match=r"VARiant: .*model\.generate\(labels\)"):
+        small_model()(LABELS)

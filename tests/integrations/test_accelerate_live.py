@@ -1,6 +1,7 @@
 """``accelerate``: what the objects tell is used, what changes later is followed or refused."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -389,3 +390,66 @@ def test_copies_pickles_and_files_have_weights_of_their_own(tmp_path):
         assert type(other) is variant.VARiant
         assert torch.equal(other.engine().forced_logits(LABELS, TOKENS), expected)
     assert torch.equal(engine.forced_logits(LABELS, TOKENS), expected)
+
+
+# --- code that changes later ---------------------------------------------------------------------
+
+
+def add_hook(model, vae):
+    model.blocks[0].attn.proj.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def add_pre_hook(model, vae):
+    model.blocks[1].ffn.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+
+
+def replace_forward(model, vae):
+    ffn = model.blocks[0].ffn
+    ffn.forward = functools.partial(lambda forward, x: 2 * forward(x), ffn.forward)
+
+
+def replace_activation(model, vae):
+    model.blocks[0].ffn.act = nn.ReLU()
+
+
+def append_block(model, vae):
+    model.blocks.append(copy.deepcopy(model.blocks[0]))
+
+
+def hook_decoder(model, vae):
+    vae.decoder.register_forward_hook(lambda module, inputs, output: output / 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (add_hook, "var does not run.*blocks\\[0\\].attn.proj has hooks"),
+        (add_pre_hook, "var does not run.*blocks\\[1\\].ffn has hooks"),
+        (replace_forward, "var does not run.*blocks\\[0\\].ffn has hooks or another forward"),
+        (replace_activation, "var does not run"),
+        (append_block, "var does not run"),
+        (hook_decoder, "vae does not run.*decoder has hooks"),
+    ],
+)
+def test_code_that_changes_after_accelerate_is_refused(change, name):
+    model, vae = pair()
+    ours = accelerate(model, vae)
+    ours.generate([1], seed=0)
+    change(model, vae)
+    for _ in range(2):
+        with pytest.raises(UserError, match=name):
+            ours.generate([1], seed=0)
+
+
+def test_hooks_that_change_nothing_and_a_patch_may_come_after_accelerate():
+    model, vae = pair()
+    ours, seen = accelerate(model, vae), []
+    model.blocks[0].ffn.register_forward_hook(lambda module, inputs, output: seen.append(1))
+    assert_equal_now(model, vae, ours)
+    seen.clear()
+    with patch(model):
+        assert_equal_now(model, vae, ours)
+    assert_equal_now(model, vae, ours)
+    compared = len(seen)
+    ours.generate([1], seed=0)
+    assert len(seen) == compared  # only a change makes the comparison run again

@@ -368,3 +368,44 @@ def test_two_processes_train_as_one(tmp_path):
     layer(x, causal()).square().mean().backward()
     for name, parameter in layer.named_parameters():
         close(saved[name], parameter.grad, 10)
+
+
+@pytest.mark.parametrize(
+    ("x", "bias", "error", "message"),
+    [
+        (None, None, TypeError, "x must be a torch.Tensor; got NoneType"),
+        (torch.zeros(30, 64), None, ValueError, r"x must have 3 dimensions \(B, T, C\)"),
+        (torch.zeros(1, 30, 32), None, ValueError, r"x must be \(1, 30, 64\) to match embed_dim"),
+        (torch.zeros(1, 30, 64).double(), None, TypeError, "x must have the dtype of the weights"),
+        (torch.zeros(1, 30, 64, device="meta"), None, ValueError, "x must be on the device of"),
+        (None, causal().numpy(), TypeError, "attn_bias must be a torch.Tensor; got ndarray"),
+        (None, causal().to_sparse(), TypeError, "attn_bias must be a dense tensor with strides"),
+        (None, torch.ones(30, 30, dtype=torch.int64), TypeError, "attn_bias must be floating-"),
+        (None, causal().to("meta"), ValueError, "attn_bias must be on the device of x"),
+        (None, causal()[..., :29], ValueError, r"attn_bias must broadcast to .* got \(1, 1, 30, 2"),
+        (None, causal().expand(3, -1, -1, -1), ValueError, "attn_bias must broadcast to"),
+        (None, causal()[None], ValueError, "attn_bias must broadcast to"),
+    ],
+)
+@torch.no_grad()
+def test_wrong_inputs_are_refused_by_name_and_leave_the_cache(x, bias, error, message):
+    _, ours = pair()
+    good = torch.randn(2, 30, 64)
+    if x is None and bias is not None:
+        x = good
+    for caching in (False, True):
+        ours.kv_caching(caching)
+        expected = ours(good, causal())
+        ours.kv_caching(caching)
+        with pytest.raises(error, match=f"^VARiantAttention: {message}") as raised:
+            ours(x, bias)
+        assert "\n" not in str(raised.value)
+        assert torch.equal(ours(good, causal()), expected)
+
+
+@pytest.mark.parametrize("caching", [False, True])
+@torch.no_grad()
+def test_it_runs_without_memory(caching):
+    ours = VARiantAttention(0, 64, 2).to("meta")
+    ours.kv_caching(caching)
+    assert ours(torch.zeros(2, 30, 64, device="meta"), None).shape == (2, 30, 64)

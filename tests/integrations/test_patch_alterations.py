@@ -847,3 +847,16 @@ def test_a_block_compiled_after_the_patch_paints_the_same(how):
     handle.unpatch()
     assert torch.equal(paint(model)[0], tokens)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("kind", ["VAR", "CoDe", "Infinity"])
+def test_reading_the_annotations_of_a_class_does_not_hinder_unpatch(kind):
+    # The interpreter adds __annotations__ to a class where it is read (by torch.jit, for instance).
+    model = seeded(kind)
+    before, expected = snapshot(model), paint(model)
+    handle = patch(model)
+    for module in model.modules():
+        assert isinstance(type(module).__annotations__, dict)
+    handle.unpatch()
+    assert_same(snapshot(model), before)
+    assert torch.equal(paint(model)[0], expected[0])

@@ -237,5 +237,5 @@ def test_ways_to_generate_that_pages_cannot_serve_are_refused():
         attention.kv_caching(False)
         with pytest.raises(ValueError, match="no rotation for the scales"):
             paint(model, [(1, 1, 1), (1, 5, 5)])
-        with pytest.raises(ValueError, match="bridge must be 0 or more"):
+        with pytest.raises(ValueError, match="bridge must be an integer >= 0"):
             patch(lookalike(), depth=2, bridge=-1)

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from lookalike_var import LookalikeCoDe, LookalikeVAR, lookalike
@@ -340,6 +341,38 @@ def test_a_depth_out_of_range_is_refused_before_anything_is_changed():
         assert select_layers(4, 2) == (0, 3)
         with pytest.raises(ValueError, match="bridge"):
             handle.set_depth(2, bridge=-1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bridge": True}, "patch: bridge must be an integer .*got True"),
+        ({"depth": 2, "bridge": 1.0}, "patch: bridge must be an integer .*got 1.0"),
+        ({"depth": 2, "bridge": "1"}, "patch: bridge must be an integer .*got '1'"),
+        ({"depth": 2.0}, "patch: depth must be an integer .*got 2.0"),
+        ({"depth": [0, "3"]}, "patch: .*must be an integer; got '3'"),
+        ({"keep_copies": "no"}, "patch: keep_copies must be True or False; got 'no'"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_by_name(options, message):
+    model = lookalike()
+    with pytest.raises(TypeError, match=message):
+        patch(model, **options)
+    assert type(model) is LookalikeVAR
+
+
+def test_depths_of_numpy_and_torch_are_kept_as_numbers():
+    model, layers = lookalike(), np.array([0, 2, 3])
+    with patch(model, depth=torch.tensor(2), bridge=np.int64(1)) as handle:
+        paint(model)
+        assert (handle.stats().depth, handle.stats().bridge) == (2, 1)
+        assert type(handle.stats().depth) is int
+        handle.set_depth(layers, torch.tensor(1))
+        layers[:] = 0  # the caller's array may change
+        paint(model)
+        assert handle.stats().depth == (0, 2, 3)
+        with pytest.raises(TypeError, match="set_depth: bridge"):
+            handle.set_depth(2, True)
 
 
 def test_patching_draws_nothing_and_keeps_training_mode():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from variant_kernels.arguments import boolean, choice, instance, integer, real
+from variant_kernels.arguments import boolean, choice, instance, integer, integers, real, sequence
 
 FIVES = (5, np.int64(5), np.uint8(5), torch.tensor(5), torch.tensor(5, dtype=torch.int16))
 NO_INTEGERS = (
@@ -88,3 +88,107 @@ def test_booleans_of_python_numpy_and_torch(value):
 def test_other_values_are_no_booleans(value):
     with pytest.raises(TypeError, match=r"^op: flag must be True or False; got"):
         boolean("op", "flag", value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[1, 2], (1, 2), range(1, 3), np.array([1, 2]), torch.tensor([1, 2]), [np.int64(1), 2]],
+    ids=repr,
+)
+def test_lists_of_integers(values):
+    assert list(sequence(values)) == [1, 2]
+    result = integers("op", "sizes", values, 1, 2)
+    assert result == (1, 2)
+    assert {type(item) for item in result} == {int}
+
+
+@pytest.mark.parametrize("values", ["12", b"12", 12, None, {1, 2}, np.array(1), torch.tensor(1)])
+def test_other_values_are_no_lists_of_integers(values):
+    assert sequence(values) is None
+    with pytest.raises(TypeError, match=r"^op: sizes must be a list of integers; got"):
+        integers("op", "sizes", values)
+
+
+def test_refusals_of_lists_name_the_item():
+    with pytest.raises(ValueError, match=r"^op: sizes\[1\] must be .* in \[1, 4\]; got 5$"):
+        integers("op", "sizes", [4, 5], 1, 4)
+    with pytest.raises(TypeError, match=r"^op: sizes\[0\] must be .* >= 1; got 'a' \(str\)"):
+        integers("op", "sizes", ["a", 5], 1)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [
+        # The form 2^n - 1 is for limits that are hard to read otherwise.
+        (0, 2**31 - 1, r"in \[0, 2\^31 - 1\]"),
+        (0, 2**31, r"in \[0, 2147483648\]"),
+        (0, 2**31 + 1, r"in \[0, 2147483649\]"),
+        (0, 2**30 - 1, r"in \[0, 1073741823\]"),
+        (0, 7, r"in \[0, 7\]"),
+        (None, 7, "<= 7"),
+        (7, None, ">= 7"),
+    ],
+)
+def test_ranges_in_refusals(low, high, text):
+    with pytest.raises(TypeError, match=rf"^op: n must be an integer {text}; got None"):
+        integer("op", "n", None, low, high)
+
+
+def test_long_values_are_cut_in_refusals():
+    for length, shown in ((58, repr("x" * 58)), (59, "'" + "x" * 56 + "...")):
+        with pytest.raises(TypeError) as caught:
+            integer("op", "n", "x" * length)
+        assert str(caught.value).endswith(f"; got {shown} (str)")
+    array = np.zeros((2, 3))
+    with pytest.raises(TypeError, match=r"got ndarray of shape \(2, 3\) float64$"):
+        integer("op", "n", array)
+
+    class Shaped:
+        """An object with a shape that has no dtype."""
+
+        shape = (2,)
+
+    with pytest.raises(TypeError, match=r"got Shaped of shape \(2,\)$"):
+        integer("op", "n", Shaped())
+
+
+class _TwoLines:
+    def __repr__(self):
+        return "first\nsecond"
+
+
+class _Broken:
+    """An object of which nothing works."""
+
+    def __index__(self):
+        raise RuntimeError("first\nsecond")
+
+    __float__ = __repr__ = __index__
+
+
+@pytest.mark.parametrize("check", [integer, real, boolean, integers])
+@pytest.mark.parametrize(
+    "value",
+    [
+        _TwoLines(),
+        _Broken(),
+        torch.tensor(1, device="meta"),
+        torch.ones(3, device="meta"),
+        torch.ones(3, dtype=torch.int64).to_sparse(),
+        torch.nn.Parameter(torch.ones(2, 2)),
+        torch.tensor(1j),
+        np.ma.masked,
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_any_object_is_refused_in_one_line_that_names_the_argument(check, value):
+    if check is real and value is np.ma.masked:
+        pytest.skip("float() of it is nan, which is out of range")
+    with pytest.raises(TypeError, match=r"^op: name(\[0\])? must be ") as raised:
+        check("op", "name", value)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_element_is_named_by_its_position():
+    with pytest.raises(TypeError, match=r"^op: name\[1\] must be an integer; got 'x'"):
+        integers("op", "name", [1, "x"])

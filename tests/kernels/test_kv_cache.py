@@ -204,3 +204,11 @@ def test_too_little_memory_is_said_in_one_line():
     plan = CachePlan(ScaleLayout.from_patch_nums((64,)), DepthSchedule.full(30, 1))
     with pytest.raises(MemoryError, match=r"PagedKVCache: the plan needs .* MiB for 100000000"):
         PagedKVCache(plan, 100_000_000, 30, 64, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["batch", "num_heads", "head_dim"])
+def test_numbers_beyond_all_memory_are_refused_in_one_line(name):
+    plan = CachePlan(ScaleLayout.from_patch_nums((1, 2)), DepthSchedule.full(2, 2))
+    sizes = {"batch": 1, "num_heads": 1, "head_dim": 16, name: 10**400}
+    with pytest.raises(MemoryError, match=r"^PagedKVCache: the plan needs \d+ MiB for"):
+        PagedKVCache(plan, **sizes, dtype=torch.float32)

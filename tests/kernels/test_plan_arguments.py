@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from variant_kernels import CachePlan, DepthSchedule, PagedKVCache, ScaleLayout, select_layers
+from variant_kernels.plans.depth_schedule import DEPTH_CHAIN
+from variant_kernels.plans.scale_layout import MAX_SCALES
 
 LAYOUT = ScaleLayout.from_patch_nums((1, 2, 3))
 SCHEDULE = DepthSchedule(4, 3, 2, 1)
@@ -87,7 +89,7 @@ def test_bytes_without_guidance_are_half_and_eight_bits_have_scales():
         (lambda: DepthSchedule(4, 3, 2, None), TypeError, r"bridge must .* in \[0, 3\]; got None"),
         (lambda: DepthSchedule(4, 3, 2, 2.0), TypeError, r"bridge must .*; got 2.0 \(float\)"),
         (lambda: DepthSchedule(4, 3, "2", 1), TypeError, r"depth must be an integer in \[2, 4\]"),
-        (lambda: DepthSchedule(4, 3, [0, 1.5, 3], 1), TypeError, r"a list of layers\[1\] must be"),
+        (lambda: DepthSchedule(4, 3, [0, 1.5, 3], 1), TypeError, r"depth\[1\] must be"),
         (lambda: DepthSchedule(4, 3, [], 1), ValueError, "must start with 0 and end with 3"),
         (lambda: DepthSchedule(4, 3, [0, 2, 1, 3], 1), ValueError, "ascending without repeats"),
         (lambda: DepthSchedule.from_depths([]), ValueError, "from_depths: depths must be a list"),
@@ -168,3 +170,59 @@ def test_copies_keep_pages_and_slab_in_one_allocation(dtype, again):
     assert int(copied._slabs[0].view(torch.uint8)[0].flatten()[0]) == 4
     copied.close(0, 0)
     copied.open(1, 0)
+
+
+def test_limits_that_are_just_allowed_and_just_not():
+    """The first and the last value of each range, and the ones beside them."""
+    assert ScaleLayout(((1, 2**31 - 1),)).total == 2**31 - 1
+    with pytest.raises(ValueError, match=r"fewer than 2\^31 tokens in all; got 2147483648"):
+        ScaleLayout(((1, 2**31 - 1), (1, 1)))
+    assert ScaleLayout(((1, 1),) * MAX_SCALES).num_scales == MAX_SCALES
+    assert LAYOUT.prefix(1).shapes == ((1, 1),)
+    assert LAYOUT.prefix(3) == LAYOUT
+    for call, name, number in ((LAYOUT.prefix, "num_scales", 0), (LAYOUT.slice, "scale", 3)):
+        with pytest.raises(ValueError, match=rf"{name} must be an integer in .*; got {number}"):
+            call(number)
+    assert PLAN.paper_bytes(1, 1, 1, k_bytes=1, v_bytes=1) == 2 * 2 * PLAN.paper_tokens
+    assert PLAN.peak_bytes(1, 1, 1, "float32") == 2 * PLAN.peak_page_tokens * 2 * 4
+    for name in ("batch", "num_heads", "head_dim", "v_bytes"):
+        numbers = {"batch": 1, "num_heads": 1, "head_dim": 1, name: 0}
+        with pytest.raises(ValueError, match=f"paper_bytes: {name} must be an integer >= 1"):
+            PLAN.paper_bytes(**numbers)
+        if name != "v_bytes":
+            with pytest.raises(ValueError, match=f"peak_bytes: {name} must be an integer >= 1"):
+                PLAN.peak_bytes(dtype="float32", **numbers)
+    assert DepthSchedule.from_depths([2] * MAX_SCALES, full_depth=2).num_scales == MAX_SCALES
+    with pytest.raises(ValueError, match=f"list of 1 to {MAX_SCALES} depths"):
+        DepthSchedule.from_depths([2] * (MAX_SCALES + 1), full_depth=2)
+    with pytest.raises(ValueError, match=f"list of 1 to {MAX_SCALES} depths"):
+        DepthSchedule.from_depths([], full_depth=2)
+    schedule = DepthSchedule.from_depths([4, 2])
+    assert schedule.active_layers(1) == (0, 3)
+    assert schedule.switched(2, 2) == schedule
+    for call, scale, most in ((schedule.active_layers, 2, 1), (schedule.active_layers, -1, 1)):
+        with pytest.raises(ValueError, match=rf"scale must be an integer in \[0, {most}\]"):
+            call(scale)
+    with pytest.raises(ValueError, match=r"scale must be an integer in \[0, 2\]; got 3"):
+        schedule.switched(3, 2)
+
+
+def test_full_depth_follows_from_the_first_entry():
+    """An integer is the full depth; of a list, the last layer's number and one more."""
+    assert DepthSchedule.from_depths([8, 4]).full_depth == 8
+    assert DepthSchedule.from_depths([[0, 3, 6], [0, 6]]).full_depth == 7
+    assert DepthSchedule.from_depths([np.array([0, 3, 6])]).full_depth == 7
+    assert DepthSchedule.from_depths([[0, 1, 2], 2]).layers == ((0, 1, 2), (0, 2))
+    assert DepthSchedule.from_depths([1, 1]).layers == ((0,), (0,))
+
+
+def test_nested_depths_between_two_of_the_chain():
+    """Each depth takes its layers from the next larger one of the chain, else from all layers."""
+    for full_depth in (30, 24, 20, 16, 9, 2, 1):
+        for depth in range(min(2, full_depth), full_depth + 1):
+            chosen = select_layers(full_depth, depth)
+            assert len(set(chosen)) == depth
+            assert (chosen[0], chosen[-1]) == (0, full_depth - 1)
+            larger = [d for d in DEPTH_CHAIN if depth < d < full_depth]
+            if larger:
+                assert set(chosen) <= set(select_layers(full_depth, min(larger)))

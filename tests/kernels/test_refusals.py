@@ -350,6 +350,7 @@ def test_shared_memory_is_what_brute_force_finds():
         ({"op": "nothing"}, ValueError, "op must be one of"),
         ({"dtype": "float32"}, TypeError, r"dtype must be of type dtype; got 'float32' \(str\)"),
         ({"device": 5}, TypeError, "device must be text or a torch.device; got 5"),
+        ({"device": "a\nb"}, ValueError, r"device must be one of torch's; got 'a\\nb' \(str\)$"),
         ({"head_dim": "64"}, TypeError, "head_dim must be an integer >= 1; got '64'"),
         ({"page_size": 0}, ValueError, "page_size must be an integer >= 1; got 0"),
     ],
@@ -362,6 +363,10 @@ def test_wrong_arguments_of_explain_are_named(named, error, message):
 def test_explain_takes_a_device_and_a_backend_by_name():
     assert explain("qk_norm", device=torch.device("cpu")) == explain("qk_norm")
     assert explain("qk_norm", device="cuda:0") == explain("qk_norm", device="cuda")
+    with pytest.raises(ValueError, match=r'^qk_norm: backend "a b" is unknown; available: .*$'):
+        explain("qk_norm", backend="a\nb")
+    with pytest.raises(TypeError, match=r"^qk_norm: backend must be of type str; got ndarray"):
+        explain("qk_norm", backend=np.ones(2))
     with pytest.raises(TypeError, match="qk_norm: backend must be of type str; got 5"):
         explain("qk_norm", backend=5)
     with pytest.raises(TypeError, match='qk_norm: float64 runs with backend="reference" only'):

@@ -192,8 +192,13 @@ def _limit(kind: int, soft: int) -> Iterator[None]:
 
 def _command(words: list[str]) -> tuple[int, str]:
     from variant.cli.main import main
+    from variant.cli.messages import one_line_warnings
 
-    with standard_error() as read, contextlib.redirect_stdout(io.StringIO()):
+    with (
+        standard_error() as read,
+        contextlib.redirect_stdout(io.StringIO()),
+        one_line_warnings(),
+    ):
         try:
             code = main(words)
         except SystemExit as stop:
@@ -202,7 +207,7 @@ def _command(words: list[str]) -> tuple[int, str]:
 
 
 def _check_exit(what: str, code: int, text: str) -> None:
-    lines = own_lines(text)
+    lines = [line for line in own_lines(text) if not line.startswith("variant: warning: ")]
     shown = " | ".join(lines)[:300]
     if code not in (0, 1) or (code == 1 and len(lines) != 1):
         raise Failed(f"{what}: exit code {code}, {len(lines)} lines: {shown}")

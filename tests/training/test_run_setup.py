@@ -24,7 +24,9 @@ from tiny_runs import (
 )
 
 from variant.data.sources import data_inputs
+from variant.engine import memory
 from variant.errors import UserError
+from variant.models.vqvae import VQVAE
 from variant.training.recipe import load_recipe
 from variant.training.run_setup import resume_hint
 from variant.training.vae_task import VAETask, train_vae
@@ -54,6 +56,29 @@ def test_fp16_without_a_gpu_is_refused(recipe, tmp_path):
     train_vae(recipe, tmp_path, console=quiet(), device=CPU)
     with pytest.raises(UserError, match='precision "fp16" needs a GPU'):
         train_var(with_precision(recipe, "fp16"), tmp_path, console=quiet(), device=CPU)
+
+
+def test_models_larger_than_the_memory_are_refused_before_they_are_built(
+    recipe, tmp_path, monkeypatch
+):
+    large = dataclasses.replace(recipe.vae, vocab_size=2**24, z_channels=2**12)
+    wide = dataclasses.replace(recipe.model, num_classes=2**24, embed_dim=2**15, num_heads=2**9)
+    for train, part, changes in (
+        (train_vae, "vae", {"vae": large}),
+        (train_var, "weights", {"model": wide}),
+    ):
+        with pytest.raises(UserError, match=r"tiny: the weights need [\d,]{7,} MiB, but"):
+            train(dataclasses.replace(recipe, **changes), tmp_path / part, device=CPU)
+    needed = 4 * sum(value.numel() for value in VQVAE(recipe.vae).parameters())
+    for free in (needed - 1, 4 * needed - 1, 4 * needed):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        if free == 4 * needed:
+            train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+            continue
+        what = "the weights" if free < needed else "weights, gradients and AdamW's two moments"
+        with pytest.raises(UserError, match=f"tiny: {what} need . MiB"):
+            train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
 def test_a_batch_larger_than_the_data_is_refused(recipe, tmp_path):

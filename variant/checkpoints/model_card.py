@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from variant.engine.planning import depths_of, plan_row
+from variant.errors import UserError
 from variant.models.config import VARConfig, VQVAEConfig
+from variant.paths import open_regular, path_kind
 
 CARD_NAME = "README.md"
 # save_model overwrites a README.md that contains this line, and leaves any other alone.
@@ -17,7 +19,13 @@ TAGS = ("image-generation", "visual-autoregressive", "depth-supernet", "pytorch_
 
 def was_generated(path: Path) -> bool:
     """Whether save_model may write this README.md: it does not exist, or was generated."""
-    return not path.exists() or MARK in path.read_text(errors="replace")
+    if path_kind(path) is None:
+        return True
+    try:
+        with open_regular(path) as file:
+            return MARK in file.read().decode("utf-8", errors="replace")
+    except (OSError, UserError):  # a folder, a named pipe, a file of somebody else
+        return False
 
 
 def model_card(

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from variant.checkpoints.config_file import CONFIG_NAME, FORMAT, configs_in, read_config
 from variant.checkpoints.model_card import CARD_NAME, model_card, was_generated
 from variant.checkpoints.sharded import WEIGHTS_NAME, find_weights, read_weights_file
+from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.files import atomic_write, save_safetensors
 from variant.models.var import VAR
@@ -32,6 +33,7 @@ from variant_kernels.dispatch.request import dtype_name
 Model = TypeVar("Model", bound=nn.Module)
 
 RESERVED = ("format", "var", "vae")  # keys of config.json that save_model writes
+MAX_LISTED = 10  # keys in a warning
 MAX_NESTING = 100  # of extra; also ends at a list that holds itself
 
 
@@ -71,11 +73,12 @@ def save_model(
         "var": var.config.to_dict(),
         "vae": vae.config.to_dict(),
     }
-    # Before any file is written: if this raises, the old files stay complete.
     text = json.dumps(config, indent=1) + "\n"
-    save_safetensors(folder / WEIGHTS_NAME, tensors)
+    # The config is written first and renamed last: until both files are complete, the folder keeps
+    # the old pair.
     with atomic_write(folder / CONFIG_NAME) as path:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
+        save_safetensors(folder / WEIGHTS_NAME, tensors)
     card_path = folder / CARD_NAME
     if was_generated(card_path):
         card = model_card(
@@ -86,7 +89,8 @@ def save_model(
             config.get("training"),
         )
         with atomic_write(card_path) as path:
-            path.write_text(card)
+            # A folder's name need not be text.
+            path.write_text(card, encoding="utf-8", errors="replace")
 
 
 def check_extra(op: str, extra: Mapping[str, Any]) -> None:
@@ -212,6 +216,9 @@ def build(
     stored = any(isinstance(value, StoredTensor) for value in state.values())
     missing = needed.keys() - state.keys()
     if missing:  # not strict, else load_state raised
+        num_bytes = sum(value.numel() * value.itemsize for value in needed.values())
+        what = f"the weights of the {type(module).__name__}"
+        check_fits(where, what, num_bytes, torch.device("cpu"))
         module = kind(config)
         module.to(dtype or next((v.dtype for v in state.values() if v.is_floating_point()), None))
     if stored or missing or dtype or device:
@@ -238,8 +245,16 @@ def load_state(
     Args:
         strict: False allows missing and unexpected keys, with a warning that names them.
     Raises:
-        UserError: naming missing and unexpected keys and shapes that differ.
+        UserError: naming missing and unexpected keys, and shapes and dtypes that differ.
     """
+    for key, weight in module.state_dict().items():
+        value = state.get(key)
+        # torch takes complex numbers here, and drops their imaginary part.
+        if value is not None and weight.is_floating_point() and not value.is_floating_point():
+            raise UserError(
+                f"{where}: does not hold the weights of this {type(module).__name__}: {key} must "
+                f"be of a floating-point dtype; got {dtype_name(value.dtype)}"
+            )
     try:
         missing, unexpected = module.load_state_dict(dict(state), strict=strict, assign=assign)
     except RuntimeError as error:
@@ -261,7 +276,7 @@ def report_keys(
         UserError: in place of the warning, if ``strict``.
     """
     lists = (("missing (initialised)", missing), ("unexpected (left out)", unexpected))
-    text = "; ".join(f"{what} keys: {', '.join(keys)}" for what, keys in lists if keys)
+    text = "; ".join(f"{what} keys: {_listed(keys)}" for what, keys in lists if keys)
     if text and strict:
         raise UserError(
             f"{where}: does not hold the weights of a {kind}: unexpected keys: "
@@ -269,3 +284,9 @@ def report_keys(
         )
     if text:
         warnings.warn(f"{where}: not all weights fit this {kind}: {text}", stacklevel=4)
+
+
+def _listed(keys: Sequence[str]) -> str:
+    """The first of the keys, and how many follow."""
+    more = f" and {len(keys) - MAX_LISTED} more" if len(keys) > MAX_LISTED else ""
+    return ", ".join(keys[:MAX_LISTED]) + more

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,6 @@ KNOWN_PATCH_NUMS = {
 # Arguments of the two constructors that shapes tell.
 VAR_SIZES = ("depth", "embed_dim", "num_classes", "shared_aln", "attn_l2_norm", "mlp_ratio")
 VAE_SIZES = ("vocab_size", "z_channels", "ch", "share_quant_resi", "quant_conv_ks")
-ARGS = "the checkpoint's args"
 PICKLE_ENDINGS = (".pth", ".pt")
 
 
@@ -50,13 +49,20 @@ class OriginalFile:
     """One model's state dict, as found in a file; its values are read later.
 
     config: the arguments of the model's constructor if the Hub form records them, else empty.
-    training: the settings in a trainer checkpoint that no tensor tells.
+    training: the settings in a trainer checkpoint that no tensor tells, by place.
     """
 
     path: Path
     state: dict[str, Tensor]
     config: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
+    training: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    def told(self, names: Collection[str]) -> list[tuple[str, dict[str, Any]]]:
+        """Those of ``names`` that the trainer checkpoint holds, by place."""
+        return [
+            (place, {n: v for n, v in values.items() if n in names})
+            for place, values in self.training
+        ]
 
 
 def read_original(
@@ -180,9 +186,9 @@ def _patch_nums(state: Mapping[str, Tensor], where: str, settings: Settings) -> 
     scales, length = state["lvl_embed.weight"].shape[0], state["pos_1LC"].shape[1]
     shown = None
     if "lvl_1L" in state:
-        # A damaged file may hold others.
-        scale_L = read_values(state["lvl_1L"]).flatten().clamp(0, scales)
-        counts = torch.bincount(scale_L, minlength=scales).tolist()
+        # Averages of all entries (EMA) hold it in the weights' dtype; a damaged file other values.
+        scale_L = read_values(state["lvl_1L"]).flatten().to(torch.float64).clamp(0, scales)
+        counts = [int((scale_L == scale).sum()) for scale in range(scales)]
         sides = tuple(math.isqrt(count) for count in counts)
         if [side * side for side in sides] == counts:
             shown = sides
@@ -325,7 +331,7 @@ def load_original(
     var_settings = Settings(
         where,
         {name: value for name, value in given.items() if name not in VAE_SETTINGS},
-        [(CONFIG_NAME, hub), (ARGS, var_file.training)],
+        [(CONFIG_NAME, hub), *var_file.told(VAR_SETTINGS)],
         op,
     )
     vae_settings = Settings(
@@ -334,7 +340,7 @@ def load_original(
         [
             (f"vae_kwargs in {CONFIG_NAME}", {**kwargs, **sides}),
             (CONFIG_NAME, vae_file.config),
-            (ARGS, {k: v for k, v in vae_file.training.items() if k in VAE_SETTINGS}),
+            *vae_file.told(VAE_SETTINGS),
         ],
         op,
     )
@@ -369,7 +375,7 @@ def save_original(
     paths = [Path(check_path(op, "path", path)) for path in (var_path, vae_path)]
     for path in paths:
         check_ending(op, path)
-    if paths[0].absolute() == paths[1].absolute():
+    if os.path.realpath(paths[0]) == os.path.realpath(paths[1]):
         raise UserError(f"{op}: the two models need two files; got {paths[0]} twice")
     for path, state in (
         (paths[0], {**var.state_dict(), **derived_buffers(var.layout)}),

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import ast
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from variant.errors import UserError
+from variant.tensor_files import read_values, replace_tensors
 from variant_kernels.arguments import boolean, integer, integers, real, typed
 
+# In a setting that is a tensor: sides of token maps, at most one for each scale.
+MAX_NUMBERS = 1024
 # `quant_resi` below this has no residual convolutions in the original code.
 NO_CONVOLUTION = 1e-6
 
@@ -135,7 +141,7 @@ class Settings:
             return default
         (first, value), *others = sources
         for place, other in others:
-            if other != value:
+            if not _same(value, other):
                 raise UserError(
                     f"{self.where}: {first} {_has(first)} {name} {value}, but {place} "
                     f"{_has(place)} {other}"
@@ -164,18 +170,31 @@ class Settings:
         )
 
 
+def _same(one: Any, other: Any) -> bool:
+    """Whether two places tell the same; a number may have been rounded to float32 by one."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return one == other
+
+
 def _has(place: str) -> str:
     return "have" if place == "the weights" else "has"
 
 
-def settings_of_training(content: Mapping[Any, Any]) -> dict[str, Any]:
+def _small_values(tensor: Tensor) -> Tensor:
+    """The values of a tensor of numbers; a large one, which is no setting, stays unread."""
+    return read_values(tensor) if tensor.numel() <= MAX_NUMBERS else tensor
+
+
+def settings_of_training(content: Mapping[Any, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The settings that a trainer checkpoint of the original holds beside its weights.
 
     The original's training script stores its command line under ``args``, as a dictionary or, in
     older versions, as the text of one, and the token maps under ``trainer/config``.
 
     Returns:
-        those that no tensor tells, by the names of the constructor's arguments.
+        (place, values) of each place that has some: those that no tensor tells, by the names of the
+        constructor's arguments.
     """
     trainer, arguments = content.get("trainer"), content.get("args")
     config = trainer.get("config") if isinstance(trainer, Mapping) else None
@@ -184,8 +203,11 @@ def settings_of_training(content: Mapping[Any, Any]) -> dict[str, Any]:
             arguments = ast.literal_eval(arguments) if len(arguments) < 2**16 else None
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             arguments = None  # text of another form: its values count as unknown
-    found: dict[str, Any] = {}
-    for values in (arguments, config):
+    found = []
+    for place, values in (("args", arguments), ("trainer/config", config)):
         if isinstance(values, Mapping):
-            found |= {name: values[name] for name in CHECKS if values.get(name) is not None}
+            told = {name: values[name] for name in CHECKS if values.get(name) is not None}
+            if told:
+                small = replace_tensors(told, _small_values)
+                found.append((f"the checkpoint's {place}", small))
     return found

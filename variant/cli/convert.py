@@ -6,6 +6,7 @@ input is never overwritten, another existing file only with ``--overwrite``.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from variant.checkpoints.config_file import CONFIG_NAME
@@ -98,7 +99,7 @@ def _check_outputs(command: Convert, inputs: list[Path]) -> None:
         if path is not None:
             check_ending(f"convert {name}", path)
             outputs[path] = name
-    if command.to_var is not None and len({path.resolve() for path in outputs}) < 2:
+    if command.to_var is not None and len({*map(os.path.realpath, outputs)}) < 2:
         raise UserError(
             f"convert: --to-var and --to-vae must be two files; got {command.to_var} twice"
         )
@@ -106,7 +107,7 @@ def _check_outputs(command: Convert, inputs: list[Path]) -> None:
         if command.out.exists() and not command.out.is_dir():
             raise UserError(f"convert: --out must be a folder; {command.out} is a file")
         for file in FOLDER_FILES:
-            if any(path.resolve() == (command.out / file).resolve() for path in outputs):
+            if os.path.realpath(command.out / file) in map(os.path.realpath, outputs):
                 raise UserError(
                     f"convert: --out writes {command.out / file} too; give another name"
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ import torch
 
 from variant.cli.dtypes import DTYPES
 from variant.cli.grid import grid
-from variant.cli.image_folder import ImageFolder, save_png
+from variant.cli.image_folder import ImageFolder, is_own_name, save_png
 from variant.cli.options import Generate
 from variant.cli.output import (
+    STANDARD_OUTPUT,
     check_file,
     check_folder,
     check_json,
@@ -100,8 +102,15 @@ def _check(command: Generate) -> Sampling:
     if total > MAX_COUNT:
         raise UserError(f"generate: at most {MAX_COUNT:,} images in one run; got {total:,}")
     check_json("generate", command.json)
-    if command.json is not None and command.json == command.out:
-        raise UserError(f"generate: --json and --out must differ; got {command.out} twice")
+    if command.json is not None and command.json != STANDARD_OUTPUT:
+        target, out = os.path.realpath(command.json), os.path.realpath(command.out)
+        if target == out:
+            raise UserError(f"generate: --json and --out must differ; got {command.out} twice")
+        folder, name = os.path.split(target)
+        if folder == out and is_own_name(name):
+            raise UserError(
+                f"generate: --json must be no file that --out writes itself; got {command.json}"
+            )
     return Sampling(
         command.cfg,
         command.top_k,

@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from variant.errors import UserError
 from variant.files import atomic_write
+from variant.paths import path_kind, read_json
 
 SETTINGS_NAME = "generate.json"
 FORMAT = "variant-generate-1"
@@ -110,18 +111,20 @@ class ImageFolder:
             UserError: the record cannot be read.
         """
         path = self.path / SETTINGS_NAME
-        try:
-            recorded = json.loads(path.read_text())
-        except FileNotFoundError:
+        if path_kind(path) is None:
             return None
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(
-                f"{path}: cannot be read: {error}; give another --out, or --overwrite"
-            ) from None
+        remedy = "give another --out, or --overwrite"
+        try:
+            recorded = read_json(path)
+        except UserError as error:
+            raise UserError(f"{error}; {remedy}") from None
         if not isinstance(recorded, dict) or recorded.get("format") != FORMAT:
-            raise UserError(
-                f'{path}: its "format" must be "{FORMAT}"; give another --out, or --overwrite'
-            )
+            raise UserError(f'{path}: its "format" must be "{FORMAT}"; {remedy}')
+        batches = recorded.get("batches", {})
+        if not isinstance(batches, dict) or not all(
+            type(size) is int and size >= 1 for size in batches.values()
+        ):
+            raise UserError(f'{path}: its "batches" must be positive integers by depth; {remedy}')
         return recorded
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
@@ -135,6 +138,11 @@ class ImageFolder:
                 return [entry.name for entry in entries]
         except FileNotFoundError:
             return []
+
+
+def is_own_name(name: str) -> bool:
+    """Whether a run writes files of this name into its folder."""
+    return name == SETTINGS_NAME or IMAGE_NAME.fullmatch(name) is not None
 
 
 def _runs(pid: int) -> bool:

@@ -13,6 +13,12 @@ from typing import Any, TextIO, get_args
 from variant.cli.options import Command
 from variant.errors import UserError
 
+# Of torch's allocator and of oneDNN, which raise a plain RuntimeError.
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "could not create a primitive",
+    "could not create a memory",
+)
 MAX_CHARACTERS = 2000
 
 
@@ -26,7 +32,9 @@ def one_line(error: Exception, command: str) -> str:
     if isinstance(error, OSError) and error.strerror:
         name = plain(str(error.filename)) if error.filename else "standard output"
         return f"{name}: {error.strerror}"
-    if isinstance(error, MemoryError) and not text:
+    if (isinstance(error, MemoryError) and not text) or (
+        isinstance(error, RuntimeError) and any(part in text for part in OUT_OF_MEMORY)
+    ):
         return f"{command}: this machine has too little memory for it"
     if isinstance(error, UserError | ValueError | MemoryError) and text:
         return in_options(text, command)
@@ -35,7 +43,8 @@ def one_line(error: Exception, command: str) -> str:
 
 def in_options(text: str, command: str) -> str:
     """``select_layers: depth must ...`` as ``generate: --depth must ...``, if it has --depth."""
-    match = re.match(r"(?:[\w.]+: )?(\w+) (?=must )", text)
+    # The prefix is a function or a method; in `r.toml: seed must ...` it is a file.
+    match = re.match(r"(?:(?:[A-Z]\w*\.)?\w+: )?(\w+) (?=must )", text)
     names = (match[1], f"{match[1]}s") if match else ()
     name = next((name for name in names if name in _options(command)), None)
     if match is None or name is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
@@ -19,6 +18,7 @@ from variant_kernels.arguments import integer
 
 MAX_BATCH = 2**31 - 1
 MAX_PAGE_SIZE = 2**16
+MAX_MEMORY = 2**40  # GiB
 # (depth, bridge) -> the plan
 PlanOf = Callable[[int, int], PlanRow]
 
@@ -27,8 +27,10 @@ def plan(command: Plan) -> None:
     """Print the cache of every depth at one bridge, then of every depth and bridge."""
     integer("plan", "--batch", command.batch, 1, MAX_BATCH)
     integer("plan", "--page-size", command.page_size, 1, MAX_PAGE_SIZE)
-    if command.memory is not None and not 0 < command.memory < math.inf:
-        raise UserError(f"plan: --memory must be positive and finite (GiB); got {command.memory}")
+    if command.memory is not None and not 0 < command.memory <= MAX_MEMORY:
+        raise UserError(
+            f"plan: --memory must be above 0 and at most 2^40 GiB; got {command.memory}"
+        )
     check_json("plan", command.json)
     var, vae = configs_of(command.model)
     bridge = command.bridge if command.bridge is not None else var.bridge

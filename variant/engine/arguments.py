@@ -29,6 +29,8 @@ def _integers(op: str, name: str, values: object) -> Tensor:
     except (TypeError, ValueError, RuntimeError, OverflowError):
         kind = type(values).__name__
         raise TypeError(f"{op}: {name} must be integers of 64 bits; got {kind}") from None
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise TypeError(f"{op}: {name} must be a dense tensor; got {shown(values)}")
     dtype = tensor.dtype
     if tensor.numel() and (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool):
         raise TypeError(f"{op}: {name} must be integers; got {dtype_name(dtype)}")
@@ -178,6 +180,8 @@ def check_mask(mask: object, layout: ScaleLayout, count: int) -> Tensor:
         raise TypeError(
             f"generate: mask must be a tensor or an array; got {type(mask).__name__}"
         ) from None
+    if given.layout is not torch.strided or given.is_nested:
+        raise TypeError(f"generate: mask must be a dense tensor; got {shown(mask)}")
     if given.is_complex():
         raise TypeError(f"generate: mask must be booleans or numbers; got {given.dtype}")
     total, shape = layout.total, tuple(given.shape)

@@ -6,7 +6,7 @@ scale, C width, V codebook entries, E codebook vector width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,11 +35,15 @@ TEMPERATURE_BYTES = 16
 
 
 def extra_logit_bytes(sampling: Sampling, log_probs: bool) -> int:
-    """Bytes per conditional logit of what a plain draw does not need."""
+    """Bytes per conditional logit of what a plain draw does not need.
+
+    With log-probabilities always those of a temperature: a teacher-forced pass, which has none,
+    then runs the head on the same rows. A product of other rows may differ in its last bits.
+    """
     return (
         SMOOTH_BYTES * sampling.more_smooth
         + LOG_PROBS_BYTES * log_probs
-        + TEMPERATURE_BYTES * (sampling.temperature != 1)
+        + TEMPERATURE_BYTES * (log_probs or sampling.temperature != 1)
     )
 
 
@@ -81,25 +85,45 @@ class Drawer:
 
     def draw(self, h_RTC: Tensor, scale: int) -> Drawn:
         """The tokens of one scale."""
-        images, tokens = len(self.image_ids_B), h_RTC.shape[1]
-        extra = extra_logit_bytes(self.sampling, self.log_probs)
-        one = tokens * len(self.codes_VE) * (2 * h_RTC.element_size() + extra)
+        images = len(self.image_ids_B)
+        part = self._images_per_part(h_RTC)
         # A generator draws for all sequences in one call, in their order.
-        part = images if self.sampling.generator is not None else max(1, LOGITS_BYTES // one)
-        if part >= images:
+        if part >= images or self.sampling.generator is not None:
             return self._draw_part(h_RTC, scale, slice(None))
-        parts = []
-        for first in range(0, images, part):
-            images_of_part = slice(first, first + part)
-            h_PTC = h_RTC[:images][images_of_part]
-            if self.sampling.guided:
-                h_PTC = torch.cat((h_PTC, h_RTC[images:][images_of_part]))
-            parts.append(self._draw_part(h_PTC, scale, images_of_part))
+        parts = [
+            self._draw_part(h_PTC, scale, slice(first, first + part))
+            for first, h_PTC in zip(
+                range(0, images, part), self._parts(h_RTC, images, part), strict=True
+            )
+        ]
         return Drawn(
             torch.cat([drawn.tokens_BT for drawn in parts]),
             _joined([drawn.codes_BTE for drawn in parts]),
             _joined([drawn.log_probs_BT for drawn in parts]),
         )
+
+    def _images_per_part(self, h_RTC: Tensor) -> int:
+        extra = extra_logit_bytes(self.sampling, self.log_probs)
+        one = h_RTC.shape[1] * len(self.codes_VE) * (2 * h_RTC.element_size() + extra)
+        return max(1, LOGITS_BYTES // one)
+
+    def _parts(self, h_RTC: Tensor, images: int, part: int) -> Iterator[Tensor]:
+        """The sequences of ``part`` images after another, conditional ones first."""
+        for first in range(0, images, part):
+            halves = [half[first : first + part] for half in h_RTC.split(images)]
+            yield torch.cat(halves) if len(halves) > 1 else halves[0]
+
+    def _all_logits(self, h_RTC: Tensor, images: int) -> Tensor:
+        """The head on sequences that a generator draws for at once.
+
+        With log-probabilities in the parts that a pass without a generator has, to have its bits.
+        """
+        part = self._images_per_part(h_RTC)
+        if self.sampling.generator is None or not self.log_probs or part >= images:
+            return self.head(h_RTC)
+        logits = [self.head(h_PTC) for h_PTC in self._parts(h_RTC, images, part)]
+        halves = [x.chunk(len(h_RTC) // images) for x in logits]
+        return torch.cat([x for half in zip(*halves, strict=True) for x in half])
 
     def _draw_part(self, h_RTC: Tensor, scale: int, images: slice) -> Drawn:
         """The tokens of some images; h_RTC holds their sequences."""
@@ -110,10 +134,11 @@ class Drawer:
         logits_2BTV, tokens_BT, codes_BTE, log_probs_BT = None, None, None, None
         if not kept or self.log_probs:
             if isinstance(guidance, Tensor) or guidance > 0:
-                logits_2BTV = self.head(h_RTC)
+                logits_2BTV = self._all_logits(h_RTC, len(ids_B))
             else:
                 # The unconditional logits would have weight 0: they are not computed.
-                logits_2BTV = self.head(h_RTC[: len(ids_B)]).repeat(2, 1, 1)
+                h_BTC = h_RTC[: len(ids_B)]
+                logits_2BTV = self._all_logits(h_BTC, len(ids_B)).repeat(2, 1, 1)
         if logits_2BTV is not None and not kept:
             tokens_BT, codes_BTE = self._sample(logits_2BTV, guidance, scale, ids_B)
         if given is not None:

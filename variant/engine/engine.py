@@ -74,7 +74,8 @@ class Engine(CastModels):
             replay it afterwards (:mod:`variant.engine.graph_replay`); False launches every kernel
             from Python. Calls with ``on_scale`` or ``generator`` are never recorded.
     Raises:
-        ValueError: the two models do not fit each other, or the backend cannot run these dtypes.
+        ValueError: the two models do not fit each other, a weight is on the meta device, or the
+            backend cannot run these dtypes.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Engine(CastModels):
         capture: bool = True,
     ) -> None:
         check_pair(var, vae, "Engine")
+        check_values("Engine", var, vae)
         super().__init__(var, vae, check_engine_dtype("Engine", dtype, var), pack)
         self.page_size = integer("Engine", "page_size", page_size, 1)
         self.kv_dtype = check_kv_dtype("Engine", kv_dtype)
@@ -394,3 +396,14 @@ def check_pair(var: VAR, vae: VQVAE, op: str = "VARiant") -> None:
                 f"{op}: the transformer and the VQ-VAE must agree on {what}; "
                 f"got {ours} and {theirs}"
             )
+
+
+def check_values(op: str, var: VAR, vae: VQVAE) -> None:
+    """Raises: ValueError, naming the first weight on the meta device, which holds no values."""
+    for part, model in (("var", var), ("vae", vae)):
+        for name, weight in model.named_parameters(part):
+            if weight.is_meta:
+                raise ValueError(
+                    f'{op}: the weights must be on a device such as "cpu"; {name} is on "meta", '
+                    "which holds no values"
+                )

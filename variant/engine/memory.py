@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from variant.engine.kernels import Launchers
+from variant.errors import UserError
 from variant.models.config import VARConfig, VQVAEConfig
 from variant_kernels import CachePlan
 from variant_kernels.arguments import integer
@@ -26,6 +27,22 @@ def free_bytes(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int((free + cached) * USABLE_SHARE)
     return int(min(_available(), _group_limit()) * USABLE_SHARE)
+
+
+def check_fits(where: str, what: str, num_bytes: int, device: torch.device) -> None:
+    """Refuses weights before they are built, where the device has no memory for them.
+
+    Args:
+        where: names the recipe or file in the message.  what: names the tensors.
+    Raises:
+        UserError: they need more than :func:`free_bytes`.
+    """
+    free = free_bytes(device)
+    if num_bytes > free:
+        raise UserError(
+            f"{where}: {what} need {num_bytes / 2**20:,.0f} MiB, but {free / 2**20:,.0f} MiB are "
+            f"free on {device}; use a smaller model or a machine with more memory"
+        )
 
 
 def _available() -> int:

@@ -64,7 +64,10 @@ def kv_dtype_name(op: str, kv_dtype: object) -> str | None:
     """
     if kv_dtype is None:
         return None
-    if (isinstance(kv_dtype, str) and kv_dtype == "fp8") or str(kv_dtype) == f"torch.{KV8_NAME}":
+    text = kv_dtype if isinstance(kv_dtype, str) else ""
+    if type(kv_dtype).__name__ == "dtype":
+        text = str(kv_dtype)
+    if text in ("fp8", f"torch.{KV8_NAME}"):
         return KV8_NAME
     raise ValueError(
         f'{op}: kv_dtype must be None (exact: the dtype of the products), "fp8" or '

@@ -229,7 +229,7 @@ class VARConfig(_Plain):
             len(self.subnets),
         )
         subnets = {
-            int(depth): check_layers(self.depth, layers, f"VARConfig: subnets[{depth}]")
+            int(depth): check_layers(self.depth, layers, "VARConfig", f"subnets[{depth}]")
             for depth, layers in sorted(self.subnets.items())
         }
         for depth, layers in subnets.items():

@@ -216,6 +216,8 @@ class VAR(nn.Module):
             if given_B is None:
                 continue
             check_tensor("VAR.forward", name, given_B)
+            if name == "mixed_labels_B" and given_B.dtype != torch.int64:
+                raise TypeError(f"VAR.forward: {name} must be int64; got {given_B.dtype}")
             if given_B.shape != labels_B.shape:
                 raise ValueError(
                     f"VAR.forward: {name} must be {tuple(labels_B.shape)}, as the labels; "

@@ -321,7 +321,7 @@ class VQVAE(nn.Module):
         if images.device.type == "cpu" and images.numel() and not (images.abs().max() <= 1.001):
             raise ValueError(
                 f"{op}: images must be in [-1, 1]; "
-                f"got values from {images.min():.4g} to {images.max():.4g}"
+                f"got values from {float(images.min()):.4g} to {float(images.max()):.4g}"
             )
 
     def _check_placement(self, op: str, name: str, tensor: Tensor) -> None:

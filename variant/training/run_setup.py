@@ -13,7 +13,9 @@ import torch
 
 from variant.checkpoints.config_file import CONFIG_NAME
 from variant.data.sources import class_digests, data_inputs, differing_classes, open_data
+from variant.engine.memory import check_fits
 from variant.errors import UserError
+from variant.models.parameter_count import var_parameters, vqvae_parameters
 from variant.paths import path_kind
 from variant.training.checkpoint_contents import check_epochs
 from variant.training.checkpointer import Checkpointer
@@ -99,7 +101,8 @@ class RunSetup:
     Raises:
         UserError: the folder holds a run or another model although resume is False, or no run
             although it is True; the checkpoint is damaged, or of another recipe or other data; the
-            folder cannot be written; data, precision and batch size do not fit together.
+            folder cannot be written; data, precision and batch size do not fit together; the
+            models do not fit into memory.
     """
 
     def __init__(
@@ -118,6 +121,7 @@ class RunSetup:
         self.checkpointer = Checkpointer(self.folder, kind)
         self.resume_command = resume_command or resume_hint(COMMANDS[kind], recipe, self.folder)
         self._check_folder(resume)
+        self._check_memory(kind)
         if optim.precision == "fp16" and self.device.type == "cpu":
             raise UserError(
                 f'{recipe.name}: precision "fp16" needs a GPU, because its loss scaling does; '
@@ -188,6 +192,15 @@ class RunSetup:
         for name, value in data_inputs(self.data).items():
             self.record_input(name, value, detail)
         self.inputs["classes"] = digests
+
+    def _check_memory(self, kind: str) -> None:
+        """Sizes in a recipe are limited, but may still be larger than this machine."""
+        name, cpu = self.recipe.name, torch.device("cpu")
+        vae = vqvae_parameters(self.recipe.vae)
+        var = var_parameters(self.recipe.var_config) if kind == "var" else 0
+        check_fits(name, "the weights", 4 * (var + vae), cpu)
+        what = "weights, gradients and AdamW's two moments"
+        check_fits(name, what, 16 * (var or vae), self.device)
 
     def _check_folder(self, resume: bool) -> None:
         folder, last = self.folder, self.checkpointer.last

@@ -81,10 +81,8 @@ def check_name(op: str, name: str) -> None:
     """Raise unless the name is "auto" or that of a backend."""
     instance(op, "backend", name, str, 'Use "auto"')
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(
-            f"{op}: backend {shown(name)} is unknown; available: auto, "
-            f"{', '.join(available_backends())}"
-        )
+        known, text = ", ".join(available_backends()), shown(" ".join(name.split()))[1:-1]
+        raise ValueError(f'{op}: backend "{text}" is unknown; available: auto, {known}')
 
 
 def requested_name(backend: str) -> str:

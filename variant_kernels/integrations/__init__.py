@@ -49,7 +49,7 @@ def patch(
             the patch would undo: a method of a block replaced, a module compiled, wrapped or used
             twice, parameters distributed or on meta. The message names the module and the
             requirement that is not met; the model is unchanged.
-        ValueError: depth or bridge out of range.
+        TypeError: an argument of another type.  ValueError: depth or bridge out of range.
     """
     return apply_patch(FAMILIES, model, depth, bridge, keep_copies)
 

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
+from variant_kernels.arguments import boolean
 from variant_kernels.integrations import alterations
 from variant_kernels.integrations.classes import (
     added_names,
@@ -202,7 +203,8 @@ class Handle:
             depth: layers in the flexible zone, as a number or a list; None is every layer.
             bridge: first scales that run every layer; None is 6 of 10, in proportion.
         Raises:
-            ValueError: depth or bridge out of range.  RuntimeError: the model is unpatched.
+            TypeError: depth or bridge of another type.  ValueError: one of them out of range.
+            RuntimeError: the model is unpatched.
         """
         self._check()
         self._runtime.set_depth(depth, bridge)
@@ -319,12 +321,13 @@ def apply_patch(
     """Find the model's family, verify the model, then swap the classes; see ``patch``."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model must be a torch.nn.Module; got {type(model).__name__}")
+    keep_copies = boolean("patch", "keep_copies", keep_copies)
     try:
         family = _family_of(families, model)
         with _naming_the_failure(family, "its structure cannot be read"):
             family.verify(model)
             runtime = family.runtime(model)
-        runtime.set_depth(depth, bridge)  # raises before anything is changed
+        runtime.set_depth(depth, bridge, "patch")  # raises before anything is changed
         runtime.set_depth(None, None)
         handle = _patched(family, model, runtime)
     except PatchError as error:

@@ -17,8 +17,12 @@ _ORIGINAL = "_variant_original"
 # torch makes its classes in these modules: one of its own for each parametrized module, and one for
 # each sharded class.
 _PARAMETRIZED, _SHARDED = "torch.nn.utils.parametrize", "torch.distributed"
-# Names that type() adds to a namespace, or the interpreter later.
-_OWN_NAMES = ("__dict__", "__weakref__", "__static_attributes__", "__firstlineno__")
+# Names that type() adds to a namespace, or the interpreter later: when annotations are read, and
+# when an object is pickled or copied.
+_OWN_NAMES = (
+    *("__dict__", "__weakref__", "__static_attributes__", "__firstlineno__", "__slotnames__"),
+    *("__annotations__", "__annotations_cache__", "__annotate__", "__annotate_func__"),
+)
 
 
 def patched_class(mixin: type, original: type) -> type:

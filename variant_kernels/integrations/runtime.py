@@ -93,18 +93,25 @@ class Runtime:
 
     # --- depth ----------------------------------------------------------------------------------
 
-    def set_depth(self, depth: int | Sequence[int] | None, bridge: int | None) -> None:
+    def set_depth(
+        self,
+        depth: int | Sequence[int] | None,
+        bridge: int | None,
+        op: str = "set_depth",
+    ) -> None:
         """Set the depth of later generations.
 
+        Args:
+            op: begins the messages.
         Raises:
-            TypeError: one that is no integer (or, depth, no list of them).
-            ValueError: depth or bridge out of range.
+            TypeError: depth or bridge of another type.  ValueError: out of range.
         """
         if depth is not None:
-            layers = resolve_layers(self.full_depth, depth, op="patch: set_depth")
-            depth = int(cast("int", depth)) if sequence(depth) is None else layers
+            layers = resolve_layers(self.full_depth, depth, op=op)
+            # As Python's own: an array or a tensor may change later.
+            depth = len(layers) if sequence(depth) is None else layers
         if bridge is not None:
-            bridge = integer("patch: set_depth", "bridge", bridge, 0, self.num_scales)
+            bridge = integer(op, "bridge", bridge, 0, self.num_scales)
         self.depth, self.bridge = depth, bridge
 
     def schedule(self, num_scales: int) -> DepthSchedule:

@@ -23,11 +23,12 @@ MAX_SOFTMAX_SCALE = float(2**20)
 
 
 def check_tensor(op: str, name: str, value: object) -> None:
-    """A tensor with strides: neither sparse nor nested."""
+    """A tensor with strides and plain values: neither sparse nor nested nor quantized."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor; got {type(value).__name__}")
-    if value.layout is not torch.strided or value.is_nested:
-        layout = "a nested tensor" if value.is_nested else value.layout
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized:
+        kinds = ((value.is_nested, "a nested tensor"), (value.is_quantized, "a quantized tensor"))
+        layout = next((kind for holds, kind in kinds if holds), value.layout)
         raise TypeError(f"{op}: {name} must be a dense tensor with strides; got {layout}")
 
 

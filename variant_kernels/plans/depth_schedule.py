@@ -64,7 +64,7 @@ def _select(
 
 
 def check_layers(
-    full_depth: int, layers: object, op: str = "DepthSchedule", name: str = "a list of layers"
+    full_depth: int, layers: object, op: str = "DepthSchedule", name: str = "depth"
 ) -> tuple[int, ...]:
     """Check an explicit list of layers: ascending, unique, with the first and the last layer.
 
@@ -75,10 +75,14 @@ def check_layers(
     checked = integers(op, name, layers)
     if not checked or checked[0] != 0 or checked[-1] != full_depth - 1:
         raise ValueError(
-            f"{op}: {name} must start with 0 and end with {full_depth - 1}; got {list(checked)}"
+            f"{op}: {name}, a list of layers, must start with 0 and end with {full_depth - 1}; "
+            f"got {list(checked)}"
         )
     if any(a >= b for a, b in itertools.pairwise(checked)):
-        raise ValueError(f"{op}: {name} must be ascending without repeats; got {list(checked)}")
+        raise ValueError(
+            f"{op}: {name}, a list of layers, must be ascending without repeats; "
+            f"got {list(checked)}"
+        )
     return checked
 
 

@@ -1,0 +1,78 @@
+"""The forms of tensors: which are copied, which overlap, which share memory."""
+
+import numpy as np
+import pytest
+import torch
+
+from variant_kernels import tensors
+
+
+def test_only_a_strided_last_dimension_is_copied():
+    x = torch.arange(24.0).view(4, 6)
+    for same in (x, x[:, :3], x[::2], x[:, :1], x[:, ::6]):
+        assert tensors.last_contiguous(same) is same
+    for strided in (x.T, x[:, ::2], x[:1, :1].expand(4, 6)):
+        copy = tensors.last_contiguous(strided)
+        assert copy.stride(-1) == 1
+        assert copy.data_ptr() != strided.data_ptr()
+        assert torch.equal(copy, strided)
+
+
+def test_addresses_and_strides_leave_the_last_dimension_out():
+    x = torch.zeros(4, 6)
+    assert tensors.address_and_strides(x[1:, 2:]) == (x.data_ptr() + 4 * 8, 6)
+
+
+def test_empty_tensors_are_contiguous_in_the_dtype_asked_for():
+    empty = tensors.empty_as(torch.zeros(2, 3).T, torch.float16)
+    assert (empty.shape, empty.stride(), empty.dtype) == ((3, 2), (2, 1), torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "overlaps"),
+    [
+        ((2, 3), (3, 1), False),
+        ((2, 3), (2, 1), True),
+        ((2, 3), (1, 3), False),
+        ((2, 3), (0, 1), True),
+        ((1, 3), (0, 1), False),
+        ((2, 1), (1, 0), False),
+        ((2, 2, 2), (2, 2, 1), True),
+        ((2, 2, 2), (4, 2, 1), False),
+        # Elements at 0, 2, 4 and 3, 5, 7: no common address, but counted as overlapping.
+        ((2, 3), (3, 2), True),
+        ((), (), False),
+    ],
+)
+def test_overlap_of_a_tensor_with_itself(size, stride, overlaps):
+    assert tensors.overlaps_itself(torch.zeros(64).as_strided(size, stride)) is overlaps
+
+
+def test_memory_shared_by_two_tensors():
+    x = torch.zeros(8, 8)
+    assert tensors.share_memory(x, x[3])
+    assert tensors.share_memory(x[3], x.view(torch.int16))
+    assert not tensors.share_memory(x[:4], x[4:])
+    assert not tensors.share_memory(x, x.clone())
+    # Interleaved: every second column of the same rows.
+    assert not tensors.share_memory(x[:, ::2], x[:, 1::2])
+    assert tensors.share_memory(x[:, ::2], x[:, 2:3])
+    assert tensors.share_memory(x[0, :1], x)
+    assert tensors.share_memory(x, x[0, :1])
+    for empty in (x[:0], x[:, :0]):
+        assert not tensors.share_memory(x, empty)
+        assert not tensors.share_memory(empty, x)
+
+
+def test_memory_counts_as_shared_where_finding_out_takes_too_long(monkeypatch):
+    def too_hard(*arrays, max_work):
+        assert max_work == 10**6
+        raise np.exceptions.TooHardError
+
+    monkeypatch.setattr(np, "shares_memory", too_hard)
+    assert tensors.share_memory(torch.zeros(2), torch.zeros(2)) is True
+
+
+def test_addresses_read_no_memory():
+    assert tensors._Addresses.of(torch.empty(2, 3, device="cpu").T).shape == (3, 2)
+    assert not tensors._Addresses.of(torch.zeros(2)).flags.writeable

@@ -1,0 +1,69 @@
+"""The modules that are mutated, and the tests that hold each of them."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def _kernels(*stems: str) -> tuple[str, ...]:
+    return tuple(f"tests/kernels/test_{stem}.py" for stem in stems)
+
+
+_PLANS = _kernels("cache_plan", "plan_arguments")
+_CHECKS = _kernels("refusals", "derivatives")
+
+
+def _engine(*stems: str) -> tuple[str, ...]:
+    return tuple(f"tests/engine/test_{stem}.py" for stem in stems)
+
+
+def _checkpoints(*stems: str) -> tuple[str, ...]:
+    return tuple(f"tests/checkpoints/test_{stem}.py" for stem in stems)
+
+
+_ENGINE = _engine("engine", "editing", "generate_batches", "kv8_engine")
+
+# module: files of tests.
+TARGETS: dict[str, tuple[str, ...]] = {
+    "variant_kernels.plans.scale_layout": _PLANS,
+    "variant_kernels.plans.depth_schedule": _PLANS,
+    "variant_kernels.plans.cache_plan": _PLANS,
+    "variant_kernels.kv_cache": _kernels("kv_cache", "plan_arguments", "kv8"),
+    "variant_kernels.arguments": _kernels("arguments"),
+    "variant_kernels.tensors": _kernels("tensors"),
+    "variant_kernels.dispatch.select": _kernels("dispatch"),
+    "variant_kernels.dispatch.support": _kernels("dispatch"),
+    "variant_kernels.dispatch.explain": _kernels("dispatch"),
+    "variant_kernels.ops.contract": _kernels("contract"),
+    "variant_kernels.ops.pages": (*_kernels("paged_attention", "kv8"), *_CHECKS),
+    "variant_kernels.ops.registry": (*_kernels("dispatch"), *_CHECKS),
+    "variant_kernels.ops.adaln": (*_kernels("adaln"), *_CHECKS),
+    "variant_kernels.ops.qk_norm": (*_kernels("qk_norm"), *_CHECKS),
+    "variant_kernels.ops.append_paged_kv": (*_kernels("paged_attention", "kv8"), *_CHECKS),
+    "variant_kernels.ops.qk_norm_append_paged_kv": (*_kernels("qk_norm_append_paged_kv"), *_CHECKS),
+    "variant_kernels.ops.block_causal_attention": (*_kernels("block_causal_attention"), *_CHECKS),
+    "variant_kernels.ops.paged_attention": (*_kernels("paged_attention", "kv8"), *_CHECKS),
+    "variant_kernels.ops.sample_tokens": (*_kernels("sample_tokens"), *_CHECKS),
+    "variant.engine.arguments": _engine("engine", "editing", "generate_batches"),
+    "variant.engine.batches": _engine("generate_batches"),
+    "variant.engine.drawing": _engine("editing"),
+    "variant.engine.engine": _ENGINE,
+    "variant.engine.generation": _engine("editing", "generate_batches"),
+    "variant.engine.kernels": _ENGINE,
+    "variant.engine.memory": _engine("memory"),
+    "variant.engine.page_tables": _ENGINE,
+    "variant.engine.planning": _engine("engine", "generate_batches"),
+    "variant.engine.runs": _ENGINE,
+    "variant.engine.step_loop": _ENGINE,
+    "variant.engine.weights": _engine("engine", "packed_layers", "slow_products"),
+    "variant.engine.packed_layers": _engine("packed_layers"),
+    "variant.checkpoints.config_file": _checkpoints("model_folder", "loading_options"),
+    "variant.checkpoints.locate": _checkpoints("model_folder", "loading_options"),
+    "variant.checkpoints.model_card": _checkpoints("model_card"),
+    "variant.checkpoints.model_folder": _checkpoints("model_folder", "loading_options"),
+    "variant.checkpoints.original_var": _checkpoints("settings", "original_var"),
+    "variant.checkpoints.settings": _checkpoints("settings"),
+    "variant.checkpoints.sharded": _checkpoints("loading_options"),
+    "variant.checkpoints.state_dict_forms": _checkpoints("state_dict_forms"),
+    "variant.files": ("tests/test_files.py", *_checkpoints("model_folder")),
+}
