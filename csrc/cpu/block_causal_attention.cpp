@@ -195,22 +195,34 @@ inline void store_cells(Pair, float* row, int j, VecF x) {
 }
 #endif
 
+// Replaces scores by exponents that end at 0, because no probability exceeds 1: the rounding error
+// of a huge lse may exceed the range of 2^x. NaN stays NaN.
+[[gnu::noinline, gnu::cold]] void clamp_exponents(float* p, int64_t keys, int vectors, float factor,
+                                                  const float* shifts) {
+  const VecF zero = {};
+  for (int64_t key = 0; key < keys; ++key) {
+    for (int j = 0; j < vectors; ++j) {
+      float* at = p + key * kPanel + j * kLanes;
+      const VecF exponent = load(at) * factor - load(shifts + j * kLanes);
+      store(at, zero < exponent ? zero : exponent);
+    }
+  }
+}
+
 // Replaces scores in p by probabilities and dP in ds by dS, and packs both as cells. limits count
-// from the tile's first key. kHuge: the rounding error of lse may exceed the range of 2^x, so
-// exponents end at 0, because no probability exceeds 1. NaN stays NaN.
-template <class Cell, bool kHuge>
+// from the tile's first key.
+template <class Cell>
 inline void probabilities_and_grads(float* p, float* ds, float* ds_groups, int64_t keys,
                                     int vectors, const int32_t* limits, bool masked, float factor,
                                     const float* shifts, const float* deltas) {
   constexpr int kGroup = Cell::kGroup;
   for (int j = 0; j < vectors; ++j) {
-    const VecF shift = load(shifts + j * kLanes), delta = load(deltas + j * kLanes), zero = {};
+    const VecF shift = load(shifts + j * kLanes), delta = load(deltas + j * kLanes);
     VecI limit;
     __builtin_memcpy(&limit, limits + j * kLanes, sizeof limit);
     const auto grad = [&](int64_t key) {
       float *p_row = p + key * kPanel, *ds_row = ds + key * kPanel;
-      VecF exponent = load(p_row + j * kLanes) * factor - shift;
-      if (kHuge) exponent = zero < exponent ? zero : exponent;
+      const VecF exponent = load(p_row + j * kLanes) * factor - shift;
       VecF probability = exp2_approx<Cell::kExpTerms>(exponent);
       if (masked) probability = limit > static_cast<int32_t>(key) ? probability : VecF{};
       const VecF grad_score = probability * (load(ds_row + j * kLanes) - delta);
@@ -280,10 +292,17 @@ void backward_range(const BlockCausalBackwardArgs& a, const Layout& layout, int6
       }
       VecF shifts[kPanel / kLanes];
       for (int j = 0; j < vectors; ++j) shifts[j] = load(s.shift + at * kPanel + j * kLanes);
-      const auto finish = is_huge(shifts, vectors) ? probabilities_and_grads<Cell, true>
-                                                   : probabilities_and_grads<Cell, false>;
-      finish(s.p, s.ds, s.ds_groups, tile_keys, vectors, limits, first + tile_keys > panel.least,
-             a.softmax_scale * kLog2E, s.shift + at * kPanel, s.delta + at * kPanel);
+      float factor = a.softmax_scale * kLog2E;
+      const float* shift = s.shift + at * kPanel;
+      static constexpr float kNoShift[kPanel] = {};
+      if (is_huge(shifts, vectors)) {
+        clamp_exponents(s.p, tile_keys, vectors, factor, shift);
+        factor = 1.0f;
+        shift = kNoShift;
+      }
+      probabilities_and_grads<Cell>(s.p, s.ds, s.ds_groups, tile_keys, vectors, limits,
+                                    first + tile_keys > panel.least, factor, shift,
+                                    s.delta + at * kPanel);
       if (want_dkv) {
         const int64_t depth = (panel.count + kGroup - 1) / kGroup;
         const bool fresh = p == panels.end - 1;
