@@ -128,6 +128,12 @@ def _as_user_error(name: str) -> Iterator[None]:
         raise UserError(f"accelerate: {name} {text}") from error.__cause__
     except (TypeError, ValueError) as error:
         raise UserError(f"accelerate: {name}: {error}") from error
+    except UserError as error:
+        # The functions that read a state dict begin with the name of a file, here of the argument.
+        text = str(error)
+        raise UserError(
+            text if text.startswith("accelerate: ") else f"accelerate: {text}"
+        ) from error
 
 
 def _var_settings(var: Any) -> dict[str, Any]:

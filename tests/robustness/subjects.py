@@ -74,6 +74,7 @@ MAKERS: dict[str, Callable[[Draw], Made]] = {}
 # Public names that are not called, and why.
 NOT_CALLED = {
     "VARiant.push_to_hub": "it talks to the network",
+    "VARiant.forward": "it only says which method to call",
     "variant.UserError": "an exception: any arguments make one",
 }
 # Parts of a model's computation, called within loops: torch's own errors for odd tensors may pass.

@@ -251,8 +251,9 @@ def sample_tokens(
         top_k = integer(op, "top_k", top_k, 0, 2**31 - 1, "(0 keeps all)")
     if not (type(top_p) is float and 0 <= top_p <= 1):
         top_p = real(op, "top_p", top_p, 0, 1, "(0 keeps all)")
-    # Logits of another rank fail the op's check.
-    is_BTV = isinstance(logits_2BTV, Tensor) and logits_2BTV.ndim == 3
+    # Logits of another rank, and nested ones, which have no shape, fail the op's check.
+    is_BTV = isinstance(logits_2BTV, Tensor) and not logits_2BTV.is_nested
+    is_BTV = is_BTV and logits_2BTV.ndim == 3
     last = 2**32 - (logits_2BTV.shape[1] if is_BTV else 0)
     if not (type(position) is int and 0 <= position <= last):
         position = integer(op, "position", position, 0, last, "(position + T is at most 2^32)")
