@@ -173,7 +173,9 @@ def _recipe(files: Files, folder: Path, rng: random.Random) -> Hostile:
     if command == "train":
         shutil.copytree(files.root / "run", folder / "run")
     words = [command, "--recipe", str(path), "--out", str(folder / "run")]
-    return Hostile(f"{command} of a recipe with {text}", words, ("recipe", "tiny", str(folder)))
+    # A long path of the recipe's data is named by its first characters.
+    names = ("recipe", "tiny", "xxx", str(folder))
+    return Hostile(f"{command} of a recipe with {text}", words, names)
 
 
 def _image(files: Files, folder: Path, rng: random.Random) -> Hostile:
@@ -241,6 +243,7 @@ def _listing(folder: Path) -> set[str]:
 def _run(hostile: Hostile) -> tuple[int, str]:
     """Exit code and standard error of the command; of a loader 1 and the UserError's text."""
     from variant.cli.main import main
+    from variant.cli.messages import one_line_warnings
     from variant.errors import UserError
 
     if hostile.loader is not None:
@@ -265,7 +268,8 @@ def _run(hostile: Hostile) -> tuple[int, str]:
     try:
         with standard_error() as read:
             try:
-                code = main(hostile.words)
+                with one_line_warnings():
+                    code = main(hostile.words)
                 if code == 130:
                     raise Failed(f"{hostile.text}: not training after {TRAINING_SECONDS} s of CPU")
             except SystemExit as stop:

@@ -69,7 +69,7 @@ class Files:
     def words(self, command: str, out: Path) -> list[str]:
         if command != "generate":
             return self._training(command, out)
-        words = ["generate", "--model", str(self.root / "model"), "--count", "40"]
+        words = ["generate", "--model", str(self.root / "model"), "--count", "40", "--overwrite"]
         return [*words, "--out", str(out)]
 
 

@@ -39,7 +39,12 @@ def parse(words: Sequence[str]) -> Command:
     if not words[0].startswith("-") and words[0] not in _command_names():
         raise UsageError(f"{shorten(words[0])}: no such command; commands: {names}")
     if any(word in ("-h", "--help") or word.startswith("--tyro-") for word in words):
-        return _cli(words)
+        try:
+            with redirect_stderr(io.StringIO()):
+                return _cli(words)
+        except SystemExit as stop:
+            if not stop.code:
+                raise  # the help was printed; wrong usage is told below, on one line
     errors = io.StringIO()
     try:
         with _columns(ERROR_COLUMNS), redirect_stderr(errors):
