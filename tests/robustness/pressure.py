@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from tests.robustness import forked, hostile_contents
@@ -98,8 +99,15 @@ def check_threads(files: Files, folder: Path, rng: random.Random) -> None:
         return engine.generate(**request, decode=False).tokens
 
     expected = [tokens(request) for request in requests]
-    threads = rng.choice((2, 4))
-    with ThreadPoolExecutor(threads) as pool:
+    threads, starting = rng.choice((2, 4)), Lock()
+
+    def start() -> None:
+        # One after the other: in a forked child torch's set-up of a thread is not safe among
+        # threads ("Invalid thread pool!").
+        with starting:
+            torch.get_num_threads()
+
+    with ThreadPoolExecutor(threads, initializer=start) as pool:
         results = list(pool.map(tokens, requests))
     for request, ours, theirs in zip(requests, results, expected, strict=True):
         if not torch.equal(ours, theirs):
