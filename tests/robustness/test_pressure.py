@@ -1,5 +1,7 @@
 """Threads, many generations, full disks and little memory."""
 
+import random
+
 import pytest
 
 from tests.robustness import pressure
@@ -10,6 +12,12 @@ from tests.robustness.forked import Failed, option
 @pytest.mark.timeout(10_000)
 def test_pressure_ends_with_one_line_and_nothing_half_written():
     run_generator("pressure", "--cases", option("PRESSURE", 40))
+
+
+def test_threads_with_one_engine_draw_what_one_thread_draws(tmp_path):
+    files = pressure.Files(tmp_path)
+    for seed in range(3):
+        pressure.check_threads(files, random.Random(seed))
 
 
 def test_a_half_written_file_is_found(tmp_path):
