@@ -1,6 +1,7 @@
 """Shared by all tests: the helpers beside them can be imported, and torch uses two threads."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,10 @@ from variant_kernels.ops.registry import forget_signatures
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 torch.set_num_threads(2)
+
+# A shell's background job ignores Ctrl-C, and so would every process that the tests start and stop.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Their tests share one costly fixture, so one process runs all tests of such a file.
 ONE_PROCESS = {"test_run.py", "test_digits.py", "test_original_var.py"}
