@@ -94,6 +94,23 @@ def test_an_exception_that_was_lost_comes_again(monkeypatch):
     assert signals.received() is None
 
 
+@pytest.mark.parametrize(("signum", "name"), [(2, "KeyboardInterrupt"), (15, "Terminated")])
+def test_a_signal_inside_an_import_raises_after_it(signum, name, tmp_path):
+    # The set-up of an extension module (Triton's) ends the process when an exception comes in it.
+    (tmp_path / "interrupted.py").write_text(
+        f"import os, time\nos.kill(os.getpid(), {signum})\ntime.sleep(0.2)\ndone = True\n"
+    )
+    script = (
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from variant.cli import signals; signals.raise_in_main_thread()\n"
+        "try: import interrupted; time.sleep(20)\n"
+        "except KeyboardInterrupt as stop: print(type(stop).__name__, interrupted.done)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{name} True\n", "")
+
+
 def test_the_entry_imports_little_before_its_handlers():
     script = (
         "import sys; before = set(sys.modules); import variant.cli.signals; "

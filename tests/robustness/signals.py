@@ -90,13 +90,12 @@ def run(
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            from variant.cli.main import main
+            sys.argv = ["variant", *words]
+            # The process that users start: its handlers of signals too.
+            from variant.cli.entry import main
 
-            code = main(words)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
+            code = main()
         finally:
-            sys.stderr.flush()
             os._exit(code)
     if number is not None:
         time.sleep(after)
