@@ -365,7 +365,7 @@ def _moved_by_rounding(
 ) -> float:
     """How far a result moves when every input changes by a unit in the last place of its dtype.
 
-    The condition of the case: no algorithm that rounds its inputs, or terms of their size, is closer.
+    The condition of the case: no algorithm that rounds terms of the size of its inputs is closer.
     """
     generator = torch.Generator().manual_seed(3)
     furthest = 0.0
