@@ -28,6 +28,7 @@ from variant.models.config import (
 )
 from variant.models.ranges import Count, CountOrZero, Positive, Share, ShareBelowOne
 from variant.paths import path_kind, read_text, shown
+from variant.training.efficiency import CompileSection, MemorySection
 from variant.training.optim import OptimSection
 from variant.training.schedule import ScheduleSection
 from variant_kernels.arguments import integer
@@ -166,6 +167,8 @@ class Recipe:
     data: DataSection
     optim: OptimSection
     schedule: ScheduleSection
+    memory: MemorySection = field(default_factory=MemorySection)
+    compile: CompileSection = field(default_factory=CompileSection)
     eval: EvalSection = field(default_factory=EvalSection)
     output: OutputSection = field(default_factory=OutputSection)
     seed: CountOrZero = 0
