@@ -296,13 +296,7 @@ class VAR(nn.Module):
         """
         self._check(labels_B, x_teacher, schedule)
         if targets_BL is not None:
-            check_tensor("VAR.forward", "targets_BL", targets_BL)
-            expected = (labels_B.shape[0], self.layout.total)
-            if targets_BL.dtype != torch.int64 or tuple(targets_BL.shape) != expected:
-                raise ValueError(
-                    f"VAR.forward: targets_BL must be {expected} int64; got "
-                    f"{tuple(targets_BL.shape)} {targets_BL.dtype}"
-                )
+            _check_targets(targets_BL, (labels_B.shape[0], self.layout.total))
         instance("VAR.forward", "execution", execution, Execution)
         for name, given_B in (("mixed_labels_B", mixed_labels_B), ("mix_B", mix_B)):
             if given_B is None:
@@ -359,16 +353,7 @@ class VAR(nn.Module):
         h_BLC = self.head_nm(stream.prefix(self.layout.total), cond_BC)
         if targets_BL is None:
             return self.head(h_BLC).float()
-        return self._loss(h_BLC, targets_BL)
-
-    def _loss(self, h_BLC: Tensor, targets_BL: Tensor) -> TokenLoss:
-        """Cross-entropy of the true tokens; h_BLC: after the norm of the head."""
-        if type(self.head) is nn.Linear:
-            return linear_cross_entropy(h_BLC, self.head.weight, self.head.bias, targets_BL)
-        # A layer in its place computes the logits in its own way.
-        logits_BVL = self.head(h_BLC).float().transpose(1, 2)
-        losses_BL = F.cross_entropy(logits_BVL, targets_BL, reduction="none")
-        return TokenLoss(losses_BL.mean(), losses_BL.detach())
+        return _token_loss(self.head, h_BLC, targets_BL)
 
     def _drops(
         self, labels_B: Tensor, dropped_B: Tensor | None, branch_scales_N2B: Tensor | None
@@ -551,6 +536,25 @@ class VAR(nn.Module):
             third = modulation.shape[0] // 3
             modulation[:third].mul_(gate_scale)
             modulation[third:].mul_(modulation_scale)
+
+
+def _check_targets(targets_BL: Tensor, shape: tuple[int, int]) -> None:
+    check_tensor("VAR.forward", "targets_BL", targets_BL)
+    if targets_BL.dtype != torch.int64 or tuple(targets_BL.shape) != shape:
+        raise ValueError(
+            f"VAR.forward: targets_BL must be {shape} int64; got {tuple(targets_BL.shape)} "
+            f"{targets_BL.dtype}"
+        )
+
+
+def _token_loss(head: nn.Module, h_BLC: Tensor, targets_BL: Tensor) -> TokenLoss:
+    """Cross-entropy of the true tokens; h_BLC: after the norm of the head."""
+    if type(head) is nn.Linear:
+        return linear_cross_entropy(h_BLC, head.weight, head.bias, targets_BL)
+    # A layer in its place computes the logits in its own way.
+    logits_BVL = head(h_BLC).float().transpose(1, 2)
+    losses_BL = F.cross_entropy(logits_BVL, targets_BL, reduction="none")
+    return TokenLoss(losses_BL.mean(), losses_BL.detach())
 
 
 def projection(ada_lin: nn.Sequential) -> nn.Linear:
