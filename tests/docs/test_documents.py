@@ -281,6 +281,7 @@ SECTIONS = {
     "`[schedule]`": ScheduleSection,
     "`[eval]`": recipes.EvalSection,
     "`[output]`": recipes.OutputSection,
+    "`[ema]`": recipes.EMASection,
 }
 
 

@@ -27,6 +27,8 @@ from variant.models.config import (
     to_plain,
 )
 from variant.paths import path_kind, read_text, shown
+from variant.training.checkpoint_schedule import OutputSection
+from variant.training.ema import EMASection
 from variant.training.optim import OptimSection
 from variant.training.schedule import ScheduleSection
 from variant_kernels.arguments import integer
@@ -130,23 +132,6 @@ class EvalSection:
 
 
 @dataclass(frozen=True)
-class OutputSection:
-    """checkpoint_every: epochs between checkpoints; the last epoch always writes one."""
-
-    checkpoint_every: int = 1
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    def __post_init__(self) -> None:
-        require_plain_numbers(self)
-        require(
-            self.checkpoint_every >= 1,
-            "checkpoint_every must be at least 1",
-            self.checkpoint_every,
-        )
-
-
-@dataclass(frozen=True)
 class Recipe:
     """All settings of a training run, its seed included."""
 
@@ -160,6 +145,7 @@ class Recipe:
     schedule: ScheduleSection
     eval: EvalSection = field(default_factory=EvalSection)
     output: OutputSection = field(default_factory=OutputSection)
+    ema: EMASection = field(default_factory=EMASection)
     seed: int = 0
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT

@@ -35,6 +35,8 @@ from variant.training.task import Report, Summary, Task
 from variant.training.trainer import Trainer
 
 FULL = "full"
+# In config.json and the model card, by whether the moving average was better.
+WEIGHTS = {False: "of the last step of that epoch", True: "their moving average (EMA)"}
 
 
 class VARTask(Task):
@@ -55,6 +57,7 @@ class VARTask(Task):
         self.vae, self.data, self.recipe = vae, data, recipe
         self.device, self.steps_per_epoch = device, steps_per_epoch
         self.depths = recipe.schedule.depths
+        self.ema_decay = recipe.ema.decay
         self._copies_CNL: Tensor | None = None
 
     def prepare(self, report: Report) -> None:
@@ -238,6 +241,7 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
         "steps": summary.steps,
         "epochs": summary.epochs,
         "best_epoch": summary.best_epoch,
+        "weights": WEIGHTS[summary.averaged],
         "train_loss": summary.train_loss,
         "held_out_loss": summary.held_out_loss,
     }
