@@ -67,10 +67,10 @@ def test_checkpoints_are_due_by_minutes():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1; got 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be >= 1; got 0"),
         ({"checkpoint_steps": -1}, "checkpoint_steps must be >= 0; got -1"),
         ({"checkpoint_minutes": -0.5}, "checkpoint_minutes must be >= 0; got -0.5"),
-        ({"keep": 0}, "keep must be at least 1; got 0"),
+        ({"keep": 0}, "keep must be >= 1; got 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(values, message):

@@ -9,7 +9,8 @@ from typing import ClassVar
 
 from pydantic import ConfigDict
 
-from variant.models.config import STRICT, require, require_plain_numbers
+from variant.models.config import STRICT, require_plain_numbers
+from variant.models.ranges import Count, CountOrZero, NotNegative
 
 
 @dataclass(frozen=True)
@@ -17,24 +18,20 @@ class OutputSection:
     """When checkpoints are written and how many are kept; the last step always writes one.
 
     checkpoint_every: epochs between checkpoints.
-    checkpoint_steps: steps between checkpoints besides; 0 writes none by steps.
-    checkpoint_minutes: minutes between checkpoints besides; 0 writes none by time.
+    checkpoint_steps: steps between further checkpoints; 0 is none.
+    checkpoint_minutes: minutes between further checkpoints; 0 is none.
     keep: number of checkpoints that are kept, the newest included.
     """
 
-    checkpoint_every: int = 1
-    checkpoint_steps: int = 0
-    checkpoint_minutes: float = 0.0
-    keep: int = 1
+    checkpoint_every: Count = 1
+    checkpoint_steps: CountOrZero = 0
+    checkpoint_minutes: NotNegative = 0.0
+    keep: Count = 1
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
         require_plain_numbers(self)
-        for name in ("checkpoint_every", "keep"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        for name in ("checkpoint_steps", "checkpoint_minutes"):
-            require(getattr(self, name) >= 0, f"{name} must be >= 0", getattr(self, name))
 
 
 class CheckpointSchedule:

@@ -11,23 +11,23 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
-from variant.models.config import STRICT, require, require_plain_numbers
+from variant.models.config import STRICT, require_plain_numbers
+from variant.models.ranges import ShareBelowOne
 
 
 @dataclass(frozen=True)
 class EMASection:
-    """The moving average of the transformer's weights.
+    """An exponential moving average (EMA) of the transformer's weights.
 
-    decay: its weight per step: average = decay * average + (1 - decay) * weights; 0 keeps none.
+    decay: after every step the average is decay * average + (1 - decay) * weights; 0 keeps none.
     """
 
-    decay: float = 0.0
+    decay: ShareBelowOne = 0.0
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
         require_plain_numbers(self)
-        require(0 <= self.decay < 1, "decay must be in [0, 1)", self.decay)
 
 
 class EMA:

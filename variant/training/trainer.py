@@ -25,6 +25,7 @@ from variant.training.checkpoint_schedule import CheckpointSchedule
 from variant.training.console import RunConsole
 from variant.training.ema import EMA
 from variant.training.interrupt import Interrupt
+from variant.training.loss_scale import LossScaler
 from variant.training.metrics import MetricsFile
 from variant.training.optim import decay_groups, learning_rate
 from variant.training.run_setup import RunSetup
@@ -58,9 +59,9 @@ class Trainer:
             betas=self.optim.betas,
             fused=True if self.device.type == "cuda" else None,
         )
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.optim.precision == "fp16")
+        self.scaler = LossScaler(self.device.type, enabled=self.optim.precision == "fp16")
         ema = EMA(task.module, task.ema_decay) if task.ema_decay else None
-        self.state = RunState(task.module, optimizer, scaler, ema=ema)
+        self.state = RunState(task.module, optimizer, self.scaler, ema=ema)
         self.checkpointer = setup.checkpointer
         self.schedule = CheckpointSchedule(self.recipe.output, self.steps_per_epoch)
         self._saved_step: int | None = None
@@ -128,7 +129,8 @@ class Trainer:
         if not state.scaler.is_enabled():  # the scaler skips such a step and lowers the scale
             self._require_finite(norm.item(), "gradient", epoch)
         state.scaler.step(state.optimizer)
-        state.scaler.update()
+        self.scaler.update()
+        self.scaler.require_progress(self.recipe.name, state.step + 1)
         if state.ema is not None:
             state.ema.update()
         state.add_loss(self.task.name_of_step(state.step), total)
