@@ -26,7 +26,8 @@ from torch import Tensor
 from variant.data.augment import rand_augment
 from variant.data.config import DataSection
 from variant.errors import UserError
-from variant.paths import open_regular
+from variant.models.class_names import is_text
+from variant.paths import open_regular, shown
 
 # Independent random streams of one (seed, epoch), one for each use.
 STREAM_ORDER, STREAM_AUGMENT, STREAM_COPY, STREAM_MIXUP = 1, 2, 3, 4
@@ -120,6 +121,9 @@ def list_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
         classes = sorted(path.name for path in _visible(folder) if path.is_dir())
         if not classes:
             raise UserError(f"{folder}: must hold one sub-folder of images per class; it has none")
+        unnameable = next((name for name in classes if not is_text(name)), None)
+        if unnameable is not None:
+            raise UserError(f"{folder}: the name of {shown(unnameable)} must be text in UTF-8")
         paths: list[Path] = []
         labels: list[int] = []
         for label, name in enumerate(classes):

@@ -20,6 +20,8 @@ FREE = (
     "description",
     "data.train",
     "data.held_out",
+    "data.train_labels",
+    "data.held_out_labels",
     "data.workers",
     "output.",
 )
