@@ -108,6 +108,10 @@ def test_the_digest_is_that_of_the_values_wherever_they_lie(section, tmp_path):
     assert [key for key in digests[0] if digests[0][key] != digests[1][key]] == ["train"]
 
 
+def packed(content):
+    return gzip.compress(content, mtime=0)  # the names of the tests must not hold the time
+
+
 GOOD = as_idx(pixels(3))
 
 
@@ -118,17 +122,20 @@ GOOD = as_idx(pixels(3))
         (b"\x89PNG" + GOOD, "is no IDX file: it must begin with two zero bytes"),
         (GOOD[:3], "is no IDX file"),
         (b"\0\0\x0d\3" + GOOD[4:], r"must hold unsigned bytes with 3 axes .*got 0x0d03"),
-        (as_idx(np.zeros(4, np.uint8)), r"must hold .* with 3 axes .magic number 0x0803.; got 0x0801"),
+        (
+            as_idx(np.zeros(4, np.uint8)),
+            r"must hold .* with 3 axes .magic number 0x0803.; got 0x0801",
+        ),
         (GOOD[:9], "ends within its header"),
         (GOOD[:-1], r"is cut off: its sizes \(3, 6, 4\) need 72 bytes"),
         (GOOD + b"\0", "is longer than its sizes"),
         (GOOD[:4] + struct.pack(">3I", 0, 6, 4), r"must not be empty; its sizes are \(0, 6, 4\)"),
         (GOOD[:4] + b"\xff" * 12 + GOOD, "is cut off: its sizes .4294967295, "),
-        (gzip.compress(GOOD[:4] + b"\xff" * 12 + GOOD), "is cut off: its sizes .4294967295, "),
-        (gzip.compress(GOOD)[:-12], "cannot be read: Compressed file ended"),
-        (gzip.compress(GOOD[:-1]), "is cut off: .* need 72 bytes of values; it has 71"),
-        (gzip.compress(GOOD)[:20] + b"damaged" + gzip.compress(GOOD)[27:], "cannot be read: "),
-        (gzip.compress(GOOD + bytes(10**6)), "is longer than its sizes"),
+        (packed(GOOD[:4] + b"\xff" * 12 + GOOD), "is cut off: its sizes .4294967295, "),
+        (packed(GOOD)[:-12], "cannot be read: Compressed file ended"),
+        (packed(GOOD[:-1]), "is cut off: .* need 72 bytes of values; it has 71"),
+        (packed(GOOD)[:20] + b"damaged" + packed(GOOD)[27:], "cannot be read: "),
+        (packed(GOOD + bytes(10**6)), "is longer than its sizes"),
         (b"\x1f\x8bnothing", "cannot be read: "),
     ],
 )
@@ -142,7 +149,7 @@ def test_damaged_files_are_refused_in_one_line(tmp_path, content, message):
 
 def test_a_file_that_unpacks_beyond_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
     path = tmp_path / "images.gz"
-    path.write_bytes(gzip.compress(as_idx(np.zeros((64, 512, 512), np.uint8))))  # 16 MiB in 16 kB
+    path.write_bytes(packed(as_idx(np.zeros((64, 512, 512), np.uint8))))  # 16 MiB in 16 kB
     assert read_idx(path, 3).shape == (64, 512, 512)
     monkeypatch.setattr("variant.engine.memory.free_bytes", lambda device: 2**20)
     monkeypatch.setattr(idx, "CHUNK", 0)  # nothing is read

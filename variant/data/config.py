@@ -9,6 +9,7 @@ from pydantic import ConfigDict
 
 from variant.models.class_names import check_class_names
 from variant.models.config import STRICT, require, require_plain_numbers
+from variant.models.ranges import Share, check_ranges
 
 MAX_WORKERS = 1024  # threads
 IDX_FILES = ("train", "train_labels", "held_out", "held_out_labels")
@@ -43,6 +44,8 @@ class DataSection:
         kind "folder" (arXiv 1909.13719).
     mixup: alpha of the Beta distribution (arXiv 1710.09412); 0 turns mixup off.
     workers: number of threads that read images, for kind "folder".
+    max_bad: share of the samples that may be unreadable. Another one takes the place of each; above
+        the share the run stops.
     """
 
     kind: Literal["digits", "folder", "idx"]
@@ -62,11 +65,13 @@ class DataSection:
     randaugment_magnitude: float = 0.0
     mixup: float = 0.0
     workers: int = 4
+    max_bad: Share = 0.001
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
         require_plain_numbers(self)
+        check_ranges(self)
         for name in ("copies", "rotate", "shift", "shear", "randaugment_ops", "mixup"):
             require(getattr(self, name) >= 0, f"{name} must be >= 0", getattr(self, name))
         require(0 <= self.hflip <= 1, "hflip must be in [0, 1]", self.hflip)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from variant.data.augment import distort
+from variant.data.bad_items import BadItem
 from variant.data.config import DataSection
 from variant.data.images import HELD_OUT_SEED, STREAM_AUGMENT, Indices, stream
 from variant.engine.memory import check_fits
@@ -172,6 +173,9 @@ class IdxData:
         index = np.asarray(indices)
         images = self._padded(self._held_out[index])
         return self._to_range(images), self.held_out_labels[torch.from_numpy(index)]
+
+    def take_bad(self) -> tuple[BadItem, ...]:
+        return ()
 
     def digest(self) -> str:
         """SHA-256 of all values."""

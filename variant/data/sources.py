@@ -39,7 +39,7 @@ def open_source(
         mixed: whether training samples are mixed, if the section says so.
     """
     data = open_data(section, image_size, channels, seed)
-    return ImageSource(data, seed, section.mixup if mixed else 0.0)
+    return ImageSource(data, seed, section.mixup if mixed else 0.0, section.max_bad)
 
 
 def data_inputs(source: Source | ImageData) -> dict[str, Any]:
