@@ -40,6 +40,7 @@ LIMITS = {
     "num_res_blocks": 32,
     "share_quant_resi": 32,
     "quant_conv_ks": 31,
+    "in_channels": 3,
     "beta": 1e6,
 }
 MAX_SHOWN = 120  # characters of a value in a message
@@ -309,7 +310,13 @@ class VQVAEConfig(_Plain):
 
     def __post_init__(self) -> None:
         self._check_integers(
-            vocab_size=1, z_channels=1, ch=1, num_res_blocks=1, share_quant_resi=0, quant_conv_ks=1
+            vocab_size=1,
+            z_channels=1,
+            ch=1,
+            num_res_blocks=1,
+            share_quant_resi=0,
+            quant_conv_ks=1,
+            in_channels=1,
         )
         self._check_reals(quant_resi=(0, 1), beta=(0, LIMITS["beta"]))
         self._check_patch_nums()
