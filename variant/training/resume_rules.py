@@ -20,7 +20,10 @@ FREE = (
     "description",
     "data.train",
     "data.held_out",
+    "data.train_labels",
+    "data.held_out_labels",
     "data.workers",
+    "data.max_bad",
     "output.",
 )
 # Keys that a task does not use, or compares by the contents of the file that they name.

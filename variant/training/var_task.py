@@ -9,6 +9,7 @@ Axes: B images of a batch, C copies, N images of the data set, L tokens, V codeb
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -196,7 +197,7 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
     vae = load_vae(recipe, weights).to(setup.device).eval()
     vae.requires_grad_(False)
     seed_everything(recipe.seed)
-    module = VAR(recipe.var_config)
+    module = VAR(dataclasses.replace(recipe.var_config, class_names=tuple(data.classes)))
     if start is not None and setup.saved is None:
         load_start(module, recipe, start)
     module = module.to(setup.device)
@@ -213,6 +214,6 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
         "train_loss": summary.train_loss,
         "held_out_loss": summary.held_out_loss,
     }
-    extra = {"classes": data.classes, "training": training}
+    extra = {"training": training}
     save_model(setup.folder, module.cpu().eval(), vae.cpu(), extra)
     return summary
