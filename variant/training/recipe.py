@@ -27,6 +27,7 @@ from variant.models.config import (
     to_plain,
 )
 from variant.paths import path_kind, read_text, shown
+from variant.training.logging_section import LoggingSection
 from variant.training.optim import OptimSection
 from variant.training.schedule import ScheduleSection
 from variant_kernels.arguments import integer
@@ -160,6 +161,7 @@ class Recipe:
     schedule: ScheduleSection
     eval: EvalSection = field(default_factory=EvalSection)
     output: OutputSection = field(default_factory=OutputSection)
+    logging: LoggingSection = field(default_factory=LoggingSection)
     seed: int = 0
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT

@@ -21,6 +21,7 @@ FREE = (
     "data.train",
     "data.held_out",
     "data.workers",
+    "logging.",
     "output.",
 )
 # Keys that a task does not use, or compares by the contents of the file that they name.

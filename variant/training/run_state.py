@@ -17,6 +17,7 @@ class RunState:
     seconds: of training, summed over all resumptions.
     loss_sums: sum and count of this epoch's training losses by name of the configuration.
     history: one entry per completed epoch, as in the metrics file.
+    log: measurements that go on, of :meth:`variant.training.step_log.StepLog.saved`.
     """
 
     module: nn.Module
@@ -26,6 +27,7 @@ class RunState:
     seconds: float = 0.0
     loss_sums: dict[str, tuple[float, int]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    log: dict[str, Any] = field(default_factory=dict)
 
     def add_loss(self, name: str, loss: float) -> None:
         """Add one step's loss to the sum of its configuration."""

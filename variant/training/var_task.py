@@ -9,7 +9,7 @@ Axes: B images of a batch, C copies, N images of the data set, L tokens, V codeb
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from variant.checkpoints.model_folder import save_model
 from variant.data.augment import mixup
@@ -53,6 +53,7 @@ class VARTask(Task):
         self.vae, self.data, self.recipe = vae, data, recipe
         self.device, self.steps_per_epoch = device, steps_per_epoch
         self.configurations = Configurations(recipe, steps_per_epoch)
+        self.scale_tokens = [side**2 for side in recipe.vae.patch_nums]
         self._copies_CNL: Tensor | None = None
 
     def prepare(self, report: Report) -> None:
@@ -67,7 +68,9 @@ class VARTask(Task):
         if self._copies_CNL is not None:
             tokens_BL, labels_B = self._copied(indices, epoch, self._copies_CNL)
         else:
-            images, labels_B = (part.to(self.device) for part in self.data.train(indices, epoch))
+            with self.waiting():
+                images, labels_B = self.data.train(indices, epoch)
+            images, labels_B = images.to(self.device), labels_B.to(self.device)
             if self.recipe.data.mixup > 0:
                 rng = stream(self.recipe.seed, step, int(indices[0]), STREAM_MIXUP)
                 images, partner_B, mix_B = mixup(images, rng, self.recipe.data.mixup)
@@ -80,7 +83,30 @@ class VARTask(Task):
             mixed_labels_B=mixed_labels_B,
             mix_B=mix_B,
         )
-        return F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
+        losses_BL = token_losses(logits_BLV, tokens_BL)
+        if self.meters is not None:
+            self.measure(f"loss_by_scale/{self.name_of_step(step)}/", self._by_scale(losses_BL))
+        return losses_BL.mean()
+
+    def _by_scale(self, losses_BL: Tensor) -> Tensor:
+        """(K,): the mean loss of each scale's tokens."""
+        parts = losses_BL.detach().mean(0).split(self.scale_tokens)
+        return torch.stack([part.mean() for part in parts])
+
+    def layer_groups(self) -> dict[str, Sequence[nn.Module]]:
+        last = len(self.scale_tokens) - 1
+        subnets = [c.schedule for c in self.configurations.evaluated() if not c.is_full]
+        groups: dict[str, list[nn.Module]] = {"shared": [], "full_only": []}
+        for layer, block in enumerate(self.var.layers()):
+            is_shared = any(schedule.last_scale(layer) == last for schedule in subnets)
+            groups["shared" if is_shared else "full_only"].append(block)
+        return {**groups} if subnets else {}
+
+    def values_of_step(self, step: int) -> dict[str, float]:
+        if len(self.configurations.evaluated()) == 1:
+            return {}
+        probability = self.recipe.schedule.probability(step / self.steps_per_epoch)
+        return {"schedule/subnet_probability": probability}
 
     def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
         if not held_out and self._copies_CNL is not None:
@@ -96,8 +122,11 @@ class VARTask(Task):
         losses = {}
         for configuration in self.configurations.evaluated():
             logits_BLV = self.var(labels_B, x_teacher, configuration.schedule)
-            loss = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
-            losses[configuration.name] = loss.item()
+            losses_BL = token_losses(logits_BLV, tokens_BL)
+            name = configuration.name
+            losses[name] = losses_BL.mean().item()
+            scales = enumerate(self._by_scale(losses_BL).tolist())
+            losses |= {f"{name}/{k}": loss for k, loss in scales}
         return losses
 
     def _tokenize(self, images: Tensor) -> Tensor:
@@ -137,6 +166,12 @@ class VARTask(Task):
         tokens_BL = copies_CNL[torch.from_numpy(copy_N)[index], index]
         labels_B = self.data.train_labels[index]
         return tokens_BL.to(self.device, torch.int64), labels_B.to(self.device)
+
+
+def token_losses(logits_BLV: Tensor, tokens_BL: Tensor) -> Tensor:
+    """(B, L): the cross-entropy of each token."""
+    losses_N = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten(), reduction="none")
+    return losses_N.view(tokens_BL.shape)
 
 
 @contextmanager
