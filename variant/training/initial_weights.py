@@ -27,7 +27,7 @@ from variant.training.recipe import Recipe
 
 # Keys of the configs that may differ from the recipe's: they do not change what the weights mean.
 FREE_KEYS = {
-    "var": ("subnets", "bridge", "cond_drop_rate", "drop_path_rate"),
+    "var": ("subnets", "bridge", "cond_drop_rate", "drop_path_rate", "class_names"),
     "vae": ("beta",),
 }
 # The key of each model in a trainer checkpoint of the original.

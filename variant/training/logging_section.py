@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from pydantic import ConfigDict
 
-from variant.models.config import STRICT, require, require_plain_numbers
+from variant.models.config import STRICT, require_plain_numbers
+from variant.models.ranges import Count
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,9 @@ class LoggingSection:
     every: steps between lines, on the console and in the file of steps.
     """
 
-    every: int = 50
+    every: Count = 50
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
         require_plain_numbers(self)
-        require(self.every >= 1, "every must be at least 1", self.every)

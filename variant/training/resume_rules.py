@@ -20,7 +20,10 @@ FREE = (
     "description",
     "data.train",
     "data.held_out",
+    "data.train_labels",
+    "data.held_out_labels",
     "data.workers",
+    "data.max_bad",
     "logging.",
     "output.",
 )

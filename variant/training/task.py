@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 
-from variant.data.images import ImageData, Indices
+from variant.data.images import Indices
+from variant.data.samples import Source
 from variant.training.meters import Meters
 from variant.training.recipe import Recipe
 
@@ -51,7 +52,7 @@ class Task(ABC):
 
     kind: str
     module: nn.Module
-    data: ImageData
+    data: Source
     recipe: Recipe
     meters: Meters | None = None
     seconds_waited: float = 0.0
