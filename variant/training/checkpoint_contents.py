@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from variant.training.run_state import has_best
+
 # The keys of a checkpoint besides "format" and "kind", and the types of their values.
 CONTENTS: dict[str, type | tuple[type, ...]] = {
     "recipe": dict,
@@ -23,8 +25,10 @@ CONTENTS: dict[str, type | tuple[type, ...]] = {
     "best_sha256": (str, type(None)),
     "random": dict,
 }
-# Of the history.
-ENTRY = {"epoch", "step", "seconds", "train", "held_out", "held_out_mean", "held_out_by_scale"}
+# Of the history. "best_not_kept" marks an epoch whose weights were the best, but not written.
+ENTRY = {"epoch", "step", "seconds", "train", "best_not_kept"}
+EVALUATIONS = ("held_out", "ema_held_out")
+ENTRY |= {name + end for name in EVALUATIONS for end in ("", "_mean", "_by_scale")}
 # Of the measurements that go on, besides "meters".
 LOG = {"steps": int, "seconds": float, "waited": float, "waited_before": float}
 MAX_STEPS = 2**53
@@ -45,8 +49,10 @@ def check_contents(saved: Mapping[str, Any]) -> None:
     for name, value in saved["inputs"].items():
         _require(_is(name, str) and _is_input(value), f"inputs: {name!r:.100}")
     _require(_is_number(saved["seconds"]) and saved["seconds"] >= 0, "seconds is out of range")
-    for name, tensor in saved["module"].items():
-        _require(_is(name, str) and _is(tensor, Tensor), f"module: {name!r:.100} is no tensor")
+    _check_tensors("module", saved["module"])
+    if saved.get("ema") is not None:  # without one: of a run that keeps no average
+        _require(_is(saved["ema"], dict), "ema is of another type")
+        _check_tensors("ema", saved["ema"])
     _check_optimizer(saved["optimizer"])
     for name, value in saved["scaler"].items():
         _require(_is(name, str) and _is_number(value), f"scaler: {name!r:.100} is no number")
@@ -56,7 +62,7 @@ def check_contents(saved: Mapping[str, Any]) -> None:
     _check_history(saved["history"], step)
     if saved.get("log", {}) != {}:
         _check_log(saved["log"])
-    evaluated = any("held_out_mean" in entry for entry in saved["history"])
+    evaluated = any(has_best(entry) for entry in saved["history"])
     _require(
         evaluated == (saved["best_sha256"] is not None),
         "best_sha256 and history do not agree on whether there are best weights",
@@ -85,6 +91,11 @@ def check_epochs(saved: Mapping[str, Any], steps_per_epoch: int) -> None:
     _require(counted == in_epoch, f"sums has {counted} steps; the epoch has {in_epoch}")
 
 
+def _check_tensors(what: str, tensors: Mapping[Any, Any]) -> None:
+    for name, tensor in tensors.items():
+        _require(_is(name, str) and _is(tensor, Tensor), f"{what}: {name!r:.100} is no tensor")
+
+
 def _check_optimizer(optimizer: Mapping[Any, Any]) -> None:
     _require(
         _is(optimizer.get("state"), dict) and _is(optimizer.get("param_groups"), list),
@@ -104,14 +115,16 @@ def _check_history(history: list[Any], step: int) -> None:
         _require(_is(entry.get("step"), int) and 0 < entry["step"] <= step, f"{where}: step")
         _require(_is_number(entry.get("seconds")), f"{where}: seconds")
         _require(_are_losses(entry.get("train")), f"{where}: train")
-        if "held_out" in entry or "held_out_mean" in entry:
-            _require(_are_losses(entry.get("held_out")), f"{where}: held_out")
-            _require(_is_number(entry.get("held_out_mean")), f"{where}: held_out_mean")
-        by_scale = entry.get("held_out_by_scale", {})
-        _require(_is(by_scale, dict), f"{where}: held_out_by_scale")
-        for losses in by_scale.values():
-            is_row = _is(losses, list) and all(map(_is_number, losses))
-            _require(is_row, f"{where}: held_out_by_scale")
+        for name in EVALUATIONS:
+            if name in entry or f"{name}_mean" in entry:
+                _require(_are_losses(entry.get(name)), f"{where}: {name}")
+                _require(_is_number(entry.get(f"{name}_mean")), f"{where}: {name}_mean")
+            by_scale = entry.get(f"{name}_by_scale", {})
+            _require(_is(by_scale, dict), f"{where}: {name}_by_scale")
+            for losses in by_scale.values():
+                is_row = _is(losses, list) and all(map(_is_number, losses))
+                _require(is_row, f"{where}: {name}_by_scale")
+        _require("held_out" in entry or "ema_held_out" not in entry, f"{where}: ema_held_out")
 
 
 def _check_log(log: Any) -> None:

@@ -104,23 +104,27 @@ class RunConsole:
             text += f", {line['data/share_waited']:.0%} of the time waiting for data"
         self._print(f"{text}  about {duration(line['time/seconds_left'])} left")
 
-    def print_unwritten(self, step: int, error: Exception) -> None:
-        """Print why a file could not be written after ``step`` steps, and that the run goes on."""
-        reason = " ".join(str(error).split())
-        self._print(f"{self.kind} step {step}: {reason}; the run goes on")
-
     def print_epoch(self, entry: Mapping[str, Any]) -> None:
         """Print the losses of a finished epoch, an entry of the run's history."""
         line = f"{self.kind} epoch {entry['epoch']}/{self.epochs}  train: "
         line += _losses(entry["train"])
         if "held_out" in entry:
             line += f"  held out: {_losses(entry['held_out'])}"
+        if "ema_held_out" in entry:
+            line += f"  of the moving average: {_losses(entry['ema_held_out'])}"
         seconds, step = entry["seconds"], entry["step"]
         remaining = seconds / step * (self.total_steps - step)
         line += f"  {seconds:.0f} s, about {remaining:.0f} s left"
         self._print(line)
         if "held_out_by_scale" in entry:
             self._print(f"  held out by scale: {_rows(entry['held_out_by_scale'])}")
+
+    def print_unwritten(self, step: int, error: Exception) -> None:
+        """Print why a file could not be written after ``step`` steps, and that the run goes on."""
+        reason = " ".join(str(error).split())
+        self._print(
+            f"{self.kind} step {step}: {reason}; the run goes on, and the files of before stay"
+        )
 
     def print_stop(self, step: int, resume_command: str) -> None:
         """Print that the run stopped after ``step`` steps, and the command that resumes it."""

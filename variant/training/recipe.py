@@ -28,6 +28,8 @@ from variant.models.config import (
 )
 from variant.models.ranges import Count, CountOrZero, Positive, Share, ShareBelowOne
 from variant.paths import path_kind, read_text, shown
+from variant.training.checkpoint_schedule import OutputSection
+from variant.training.ema import EMASection
 from variant.training.logging_section import LoggingSection
 from variant.training.optim import OptimSection
 from variant.training.schedule import ScheduleSection
@@ -136,21 +138,6 @@ class EvalSection:
 
 
 @dataclass(frozen=True)
-class OutputSection:
-    """What is written while a run trains.
-
-    checkpoint_every: epochs between checkpoints; the last epoch always writes one.
-    """
-
-    checkpoint_every: Count = 1
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    def __post_init__(self) -> None:
-        require_plain_numbers(self)
-
-
-@dataclass(frozen=True)
 class Recipe:
     """All settings of a training run, its seed included.
 
@@ -169,6 +156,7 @@ class Recipe:
     schedule: ScheduleSection
     eval: EvalSection = field(default_factory=EvalSection)
     output: OutputSection = field(default_factory=OutputSection)
+    ema: EMASection = field(default_factory=EMASection)
     logging: LoggingSection = field(default_factory=LoggingSection)
     seed: CountOrZero = 0
 

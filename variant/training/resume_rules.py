@@ -30,7 +30,7 @@ FREE = (
 # Keys that a task does not use, or compares by the contents of the file that they name.
 UNUSED = {
     "var": ("vae_training.", "model.weights"),
-    "vae": ("model.", "optim.", "schedule.", "data.copies", "data.mixup"),
+    "vae": ("model.", "optim.", "schedule.", "ema.", "data.copies", "data.mixup"),
 }
 # Keys of the number of epochs.
 EPOCHS = {

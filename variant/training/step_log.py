@@ -101,9 +101,7 @@ class StepLog:
     def close_interval(self) -> None:
         """Read the values of the steps since the last line; the clock stops until the next step."""
         values = self.meters.means()  # waits for the device, so before the clock is read
-        now = time.monotonic()
-        self._seconds += now - (now if self._started is None else self._started)
-        self._started = None
+        self._stop_clock()
         step = self.state.step
         values["optim/learning_rate"] = self.state.optimizer.param_groups[0]["lr"]
         if self.scaler.is_enabled():
@@ -116,7 +114,7 @@ class StepLog:
         values["data/share_waited"] = (self.task.seconds_waited - self._waited_before) / seconds
         values |= memory_use(self.meters.device)
         done = step - self._first_step
-        left = (now - self._opened) / max(done, 1) * (self.total_steps - step)
+        left = (time.monotonic() - self._opened) / max(done, 1) * (self.total_steps - step)
         values["time/seconds_left"] = left
         self._values = values
         self._steps, self._seconds, self._waited_before = 0, 0.0, self.task.seconds_waited
@@ -139,15 +137,24 @@ class StepLog:
             self.console.print_step(line)
 
     def saved(self) -> dict[str, Any]:
-        """The part of a checkpoint that continues the measurements; waits for the device."""
-        running = 0.0 if self._started is None else time.monotonic() - self._started
+        """The part of a checkpoint that continues the measurements.
+
+        Waits for the device, and stops the clock until the next step.
+        """
+        meters = self.meters.totals()
+        self._stop_clock()
         return {
-            "meters": self.meters.totals(),
+            "meters": meters,
             "steps": self._steps,
-            "seconds": self._seconds + running,
+            "seconds": self._seconds,
             "waited": self.task.seconds_waited,
             "waited_before": self._waited_before,
         }
+
+    def _stop_clock(self) -> None:
+        if self._started is not None:
+            self._seconds += time.monotonic() - self._started
+            self._started = None
 
     def _load(self, saved: Mapping[str, Any]) -> None:
         """Continue from a value of :meth:`saved`; {} begins anew."""
@@ -167,7 +174,9 @@ class StepLog:
 
 def held_out_values(epoch: Mapping[str, Any]) -> dict[str, float]:
     """The held-out losses of an epoch's entry by the keys of a line."""
-    values = {f"held_out/{name}": loss for name, loss in epoch.get("held_out", {}).items()}
-    for name, losses in epoch.get("held_out_by_scale", {}).items():
-        values |= {f"held_out_by_scale/{name}/{k}": loss for k, loss in enumerate(losses)}
+    values = {}
+    for kind in ("held_out", "ema_held_out"):
+        values |= {f"{kind}/{name}": loss for name, loss in epoch.get(kind, {}).items()}
+        for name, losses in epoch.get(f"{kind}_by_scale", {}).items():
+            values |= {f"{kind}_by_scale/{name}/{k}": loss for k, loss in enumerate(losses)}
     return values

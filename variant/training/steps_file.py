@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from variant.files import atomic_write
+from variant.training.metrics import append_line
 
 
 class StepsFile:
@@ -39,14 +38,7 @@ class StepsFile:
         Raises:
             OSError: the file cannot be written; it is then as before.
         """
-        size = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError:
-            with suppress(OSError):
-                os.truncate(self.path, size)
-            raise
+        append_line(self.path, line)
 
 
 def _step(line: str) -> int:

@@ -34,6 +34,9 @@ from variant.training.run_setup import RunSetup, open_run
 from variant.training.task import Report, Summary, Task
 from variant.training.trainer import Trainer
 
+# In config.json and the model card, by whether the moving average was better.
+WEIGHTS = {False: "of the last step of that epoch", True: "their moving average (EMA)"}
+
 
 class VARTask(Task):
     """The transformer as a training task; losses are named as the configurations."""
@@ -52,6 +55,7 @@ class VARTask(Task):
         self.module = self.var = module
         self.vae, self.data, self.recipe = vae, data, recipe
         self.device, self.steps_per_epoch = device, steps_per_epoch
+        self.ema_decay = recipe.ema.decay
         self.configurations = Configurations(recipe, steps_per_epoch)
         self.scale_tokens = [side**2 for side in recipe.vae.patch_nums]
         self._copies_CNL: Tensor | None = None
@@ -246,6 +250,7 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
         "steps": summary.steps,
         "epochs": summary.epochs,
         "best_epoch": summary.best_epoch,
+        "weights": WEIGHTS[summary.averaged],
         "train_loss": summary.train_loss,
         "held_out_loss": summary.held_out_loss,
     }
