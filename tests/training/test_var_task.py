@@ -150,7 +150,7 @@ def test_mixup_gives_the_network_the_label_of_the_partner_and_the_images_weight(
     cross_entropy = torch.nn.functional.cross_entropy
     indices = np.arange(2, 24, 3)
     try:
-        torch.nn.functional.cross_entropy = lambda logits, target, reduction: logits.sum(1)
+        torch.nn.functional.cross_entropy = lambda logits, target: logits.sum()
         task.loss(indices, 1, 0)
     finally:
         torch.nn.functional.cross_entropy = cross_entropy

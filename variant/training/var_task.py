@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ from variant.errors import UserError
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.training.configurations import Configurations
+from variant.training.efficiency import convert_to_fp8, execution_of
 from variant.training.initial_weights import find_start, find_vae, load_start, load_vae
 from variant.training.random_state import seed_everything
 from variant.training.recipe import Recipe, with_seed
@@ -57,6 +57,7 @@ class VARTask(Task):
         self.device, self.steps_per_epoch = device, steps_per_epoch
         self.ema_decay = recipe.ema.decay
         self.configurations = Configurations(recipe, steps_per_epoch)
+        self.execution = execution_of(recipe.memory, recipe.compile)
         self.scale_tokens = [side**2 for side in recipe.vae.patch_nums]
         self._copies_CNL: Tensor | None = None
         self._labels_N = torch.empty(0, dtype=torch.int64)
@@ -76,21 +77,24 @@ class VARTask(Task):
                 samples = self.data.samples(indices, epoch)
         samples = samples.to(self.device)
         tokens_BL = self._tokens(samples)
-        logits_BLV = self.var(
+        loss = self.var(
             samples.labels_B,
             self._teacher_input(tokens_BL),
             schedule,
             mixed_labels_B=samples.mixed_labels_B,
             mix_B=samples.mix_B,
+            targets_BL=tokens_BL,
+            execution=self.execution,
         )
-        losses_BL = token_losses(logits_BLV, tokens_BL)
         if self.meters is not None:
-            self.measure(f"loss_by_scale/{self.name_of_step(step)}/", self._by_scale(losses_BL))
-        return losses_BL.mean()
+            self.measure(
+                f"loss_by_scale/{self.name_of_step(step)}/", self._by_scale(loss.losses_BL)
+            )
+        return loss.mean
 
     def _by_scale(self, losses_BL: Tensor) -> Tensor:
         """(K,): the mean loss of each scale's tokens."""
-        parts = losses_BL.detach().mean(0).split(self.scale_tokens)
+        parts = losses_BL.mean(0).split(self.scale_tokens)
         return torch.stack([part.mean() for part in parts])
 
     def layer_groups(self) -> dict[str, Sequence[nn.Module]]:
@@ -118,12 +122,11 @@ class VARTask(Task):
         x_teacher = self._teacher_input(tokens_BL)
         losses = {}
         for configuration in self.configurations.evaluated():
-            logits_BLV = self.var(labels_B, x_teacher, configuration.schedule)
-            losses_BL = token_losses(logits_BLV, tokens_BL)
+            loss = self.var(labels_B, x_teacher, configuration.schedule, targets_BL=tokens_BL)
             name = configuration.name
-            losses[name] = losses_BL.mean().item()
-            scales = enumerate(self._by_scale(losses_BL).tolist())
-            losses |= {f"{name}/{k}": loss for k, loss in scales}
+            losses[name] = loss.mean.item()
+            scales = enumerate(self._by_scale(loss.losses_BL).tolist())
+            losses |= {f"{name}/{k}": scale_loss for k, scale_loss in scales}
         return losses
 
     def _tokens(self, samples: Samples) -> Tensor:
@@ -171,12 +174,6 @@ class VARTask(Task):
         index_B = torch.from_numpy(np.asarray(indices))
         tokens_BL = copies_CNL[torch.from_numpy(copy_B), index_B].long()
         return Samples(None, tokens_BL, self._labels_N[index_B])
-
-
-def token_losses(logits_BLV: Tensor, tokens_BL: Tensor) -> Tensor:
-    """(B, L): the cross-entropy of each token."""
-    losses_N = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten(), reduction="none")
-    return losses_N.view(tokens_BL.shape)
 
 
 def train_var(
@@ -240,6 +237,8 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
     if start is not None and setup.saved is None:
         load_start(module, recipe, start)
     module = module.to(setup.device)
+    if recipe.compile.fp8:
+        convert_to_fp8(module, recipe.name, setup.device)
     task = VARTask(module, vae, data, recipe, setup.device, setup.steps_per_epoch)
     trainer = Trainer(task, setup, recipe.schedule.phases.total, console)
     summary = trainer.run()  # leaves the best weights in the module
