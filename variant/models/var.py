@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from variant.models.config import VARConfig
+from variant.models.zones import new_zone_layers, run_layers, run_spans, uses_zone_weights
 from variant_kernels import (
     DepthSchedule,
     ScaleLayout,
@@ -101,16 +102,44 @@ class Block(nn.Module):
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / math.sqrt(width))
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        # By the depth of the subnet, as text; empty in a layer without zone weights.
+        self.zones = nn.ModuleDict()
 
-    def modulation(self, cond: Tensor) -> Tensor:
-        """(B, 6, C) from the class embedding (B, C), or from the shared modulation (B, 6, C)."""
+    def modulation(
+        self,
+        cond: Tensor,
+        *,
+        ada_lin: nn.Module | None = None,
+        ada_gss: Tensor | None = None,
+    ) -> Tensor:
+        """(B, 6, C) from the class embedding (B, C), or from the shared modulation (B, 6, C).
+
+        Args:
+            ada_lin, ada_gss: zone weights; None uses the block's own.
+        """
         if self.shared_aln:
-            modulation_B6C = self.ada_gss[0] + cond
+            modulation_B6C = (self.ada_gss if ada_gss is None else ada_gss)[0] + cond
         else:
-            modulation_B6C = self.ada_lin(cond).view(cond.shape[0], 6, -1)
+            projected = (self.ada_lin if ada_lin is None else ada_lin)(cond)
+            modulation_B6C = projected.view(cond.shape[0], 6, -1)
         return modulation_B6C.to(_compute_dtype(modulation_B6C))
 
-    def forward(self, x_BLC: Tensor, cond: Tensor, layout: ScaleLayout) -> Tensor:
+    def forward(
+        self,
+        x_BLC: Tensor | Sequence[Tensor],
+        cond: Tensor,
+        layout: ScaleLayout,
+        zones: Sequence[int | None] | None = None,
+    ) -> Any:
+        """One layer on the tokens of ``layout``; (B, L, C) to (B, L, C).
+
+        Args:
+            cond: see :meth:`modulation`.
+            zones: with zone weights: x_BLC is a list of spans, and so is the result; see
+                :func:`variant.models.zones.run_spans`.
+        """
+        if not isinstance(x_BLC, Tensor):
+            return run_spans(self, x_BLC, cond, layout, zones or ())
         gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(cond).unbind(1)
         gate1, gate2 = self._drop_branch(gate1), self._drop_branch(gate2)
         h_BLC = adaln_modulate(x_BLC, scale1, shift1, eps=self.norm_eps)
@@ -196,7 +225,8 @@ class VAR(nn.Module):
         """Logits of every token, given the true tokens of all earlier scales (teacher forcing).
 
         A layer reads and updates the tokens of the scales at which it runs; the tokens of other
-        scales keep their values.
+        scales keep their values. A scale that runs the layers of a subnet with zone weights uses
+        these (``config.zone_weights``).
 
         Args:
             labels_B: (B,) int64 classes; ``num_classes`` stands for no class. In training mode
@@ -240,15 +270,20 @@ class VAR(nn.Module):
         start = cond_BC.unsqueeze(1) + self.pos_start
         words = self.word_embed(x_teacher.to(self.word_embed.weight.dtype)).to(start.dtype)
         x_BLC = torch.cat((start, words), dim=1) + self.position_embedding()
-        block_cond = self.shared_condition(cond_BC)
+        x_BLC = self._run_layers(x_BLC, self.shared_condition(cond_BC), schedule)
+        return self.head(self.head_nm(x_BLC.float(), cond_BC)).float()
+
+    def _run_layers(self, x_BLC: Tensor, cond: Tensor, schedule: DepthSchedule | None) -> Tensor:
+        if schedule is not None and uses_zone_weights(self.config, schedule):
+            return run_layers(self.config, self.layers(), x_BLC, cond, schedule)
         for layer, block in enumerate(self.layers()):
             scales = self.layout.num_scales
             if schedule is not None:
                 scales = schedule.last_scale(layer) + 1
                 if scales == 0:
                     continue
-            x_BLC = self._run(block, x_BLC, block_cond, self.layout.prefix(scales))
-        return self.head(self.head_nm(x_BLC.float(), cond_BC)).float()
+            x_BLC = self._run(block, x_BLC, cond, self.layout.prefix(scales))
+        return x_BLC
 
     def _run(self, block: Block, x_BLC: Tensor, cond: Tensor, layout: ScaleLayout) -> Tensor:
         """One block on the tokens of ``layout``; later tokens keep their values."""
@@ -380,9 +415,11 @@ class VAR(nn.Module):
         """Initialises the weights as the original does: truncated normal, std sqrt(1 / 3C).
 
         Gates start near zero (each block near the identity), scales and shifts at half size, and
-        the output of each branch is divided by sqrt(2 * depth). Meta tensors stay as they are.
+        the output of each branch is divided by sqrt(2 * depth). Meta tensors stay as they are. Zone
+        weights start as those of the full network.
         """
         if self.pos_start.is_meta:
+            self.reset_zone_weights()
             return
         std = math.sqrt(1 / self.config.embed_dim / 3)
         for module in self.modules():
@@ -404,6 +441,35 @@ class VAR(nn.Module):
             third = modulation.shape[0] // 3
             modulation[:third].mul_(gate_scale)
             modulation[third:].mul_(modulation_scale)
+        self.reset_zone_weights()
+
+    def reset_zone_weights(self) -> None:
+        """Starts the zone weights of every subnet anew, from those of the full network.
+
+        For a model whose full network was loaded after it was built. The modules are new ones.
+        """
+        for layer, block in enumerate(self.layers()):
+            block.zones = new_zone_layers(self.config, layer, block)
+
+    def zone_parameters(self) -> list[nn.Parameter]:
+        """The zone weights of all subnets."""
+        return [weight for block in self.layers() for weight in block.zones.parameters()]
+
+    def freeze_full_network(self) -> None:
+        """Only the zone weights need a gradient from now on.
+
+        Raises:
+            ValueError: the model has no zone weights.
+        """
+        own = self.zone_parameters()
+        if not own:
+            raise ValueError(
+                'VAR.freeze_full_network: config.zone_weights must not be "shared": this model has '
+                "no zone weights to train"
+            )
+        self.requires_grad_(False)
+        for weight in own:
+            weight.requires_grad_(True)
 
 
 def projection(ada_lin: nn.Sequential) -> nn.Linear:
