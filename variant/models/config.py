@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -274,20 +274,9 @@ class VARConfig(_Plain):
             shallow = all(depth < self.depth for depth in self.subnets)
             self._require(
                 bool(self.subnets) and shallow,
-                f'zone_weights "{self.zone_weights}" need subnets of fewer than {self.depth} layers',
+                f'zone_weights "{self.zone_weights}" need subnets, each of fewer layers than depth',
                 list(self.subnets),
             )
-
-    def zone_of(self, layers: Sequence[int]) -> int | None:
-        """The subnet whose zone weights a scale with these active layers uses.
-
-        Returns:
-            The depth of the subnet; None where the scale uses the weights of the full network.
-        """
-        if self.zone_weights == "shared":
-            return None
-        active = tuple(layers)
-        return next((depth for depth, own in self.subnets.items() if own == active), None)
 
     @property
     def head_dim(self) -> int:

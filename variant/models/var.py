@@ -4,8 +4,9 @@ Source: VAR (arXiv 2404.02905); skipping layers in the flexible zone: VARiant. P
 those of the original VAR repository, so its state dicts load with ``strict=True``.
 
 Axes: B images, L tokens of all scales, C width, H heads, D width of one head, V codebook entries,
-E codebook vector width, 1 broadcast, 6 the parts of a block's modulation in the order of the
-checkpoints: the gates, the scales, the shifts, each of attention and then of the MLP.
+E codebook vector width, N layers, 2 the branches of a block (attention, MLP), 1 broadcast, 6 the
+parts of a block's modulation in the order of the checkpoints: the gates, the scales, the shifts,
+each of attention and then of the MLP.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from variant.models.config import VARConfig
-from variant.models.zones import new_zone_layers, run_layers, run_spans, uses_zone_weights
+from variant.models.zones import reset_zone_weights, run_layers, run_spans, uses_zone_weights
 from variant_kernels import (
     DepthSchedule,
     ScaleLayout,
@@ -90,11 +91,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP; the condition modulates the input of each and gates its output."""
 
-    def __init__(self, config: VARConfig, drop_path: float) -> None:
+    def __init__(self, config: VARConfig) -> None:
         super().__init__()
         width = config.embed_dim
         self.norm_eps = config.norm_eps
-        self.drop_path = drop_path
         self.attn = SelfAttention(config)
         self.ffn = MLP(width, round(width * config.mlp_ratio))
         self.shared_aln = config.shared_aln
@@ -126,33 +126,30 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x_BLC: Tensor | Sequence[Tensor],
+        x_BLC: Any,
         cond: Tensor,
         layout: ScaleLayout,
+        branch_scales_2B: Tensor | None = None,
         zones: Sequence[int | None] | None = None,
     ) -> Any:
         """One layer on the tokens of ``layout``; (B, L, C) to (B, L, C).
 
         Args:
             cond: see :meth:`modulation`.
+            branch_scales_2B: of :func:`branch_scales`, this layer's part.
             zones: with zone weights: x_BLC is a list of spans, and so is the result; see
                 :func:`variant.models.zones.run_spans`.
         """
-        if not isinstance(x_BLC, Tensor):
-            return run_spans(self, x_BLC, cond, layout, zones or ())
+        if zones is not None:
+            return run_spans(self, x_BLC, cond, layout, zones, branch_scales_2B)
         gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(cond).unbind(1)
-        gate1, gate2 = self._drop_branch(gate1), self._drop_branch(gate2)
+        if branch_scales_2B is not None:
+            scales_2B1 = branch_scales_2B.to(gate1.dtype).unsqueeze(2)
+            gate1, gate2 = gate1 * scales_2B1[0], gate2 * scales_2B1[1]
         h_BLC = adaln_modulate(x_BLC, scale1, shift1, eps=self.norm_eps)
         y_BLC = self.attn(h_BLC, layout)
         x_BLC, h_BLC = gated_residual_adaln(x_BLC, y_BLC, gate1, scale2, shift2, eps=self.norm_eps)
         return x_BLC + gate2.unsqueeze(1) * self.ffn(h_BLC)
-
-    def _drop_branch(self, gate_BC: Tensor) -> Tensor:
-        """Stochastic depth (arXiv 1603.09382): a branch is dropped per image by its gate."""
-        if not self.training or self.drop_path == 0:
-            return gate_BC
-        keep = 1 - self.drop_path
-        return gate_BC * gate_BC.new_empty(gate_BC.shape[0], 1).bernoulli_(keep).div_(keep)
 
 
 class HeadNorm(nn.Module):
@@ -179,6 +176,22 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
+def branch_scales(uniform_N2B: Tensor, drop_path_rate: float) -> Tensor:
+    """Stochastic depth (arXiv 1603.09382): a factor for each branch of each layer and image.
+
+    A branch of layer n is dropped with probability ``drop_path_rate * n / (N - 1)``.
+
+    Args:
+        uniform_N2B: random numbers in [0, 1).  drop_path_rate: of the last layer, below 1.
+    Returns:
+        (N, 2, B) of the same dtype: 0 where the branch is dropped, else 1 / (1 - its probability).
+    """
+    depth = len(uniform_N2B)
+    layer_N11 = torch.arange(depth, device=uniform_N2B.device).view(-1, 1, 1)
+    keep_N11 = 1 - layer_N11.to(uniform_N2B.dtype) * drop_path_rate / max(depth - 1, 1)
+    return (uniform_N2B < keep_N11) / keep_N11
+
+
 class VAR(nn.Module):
     """Class-conditional next-scale predictor whose layers can be skipped by schedule.
 
@@ -202,10 +215,7 @@ class VAR(nn.Module):
             if config.shared_aln
             else nn.Identity()
         )
-        self.blocks = nn.ModuleList(
-            Block(config, config.drop_path_rate * layer / max(config.depth - 1, 1))
-            for layer in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_nm = HeadNorm(config)
         self.head = nn.Linear(width, config.vocab_size)
         self.scale_index_L: Tensor
@@ -221,6 +231,8 @@ class VAR(nn.Module):
         *,
         mixed_labels_B: Tensor | None = None,
         mix_B: Tensor | None = None,
+        dropped_B: Tensor | None = None,
+        branch_scales_N2B: Tensor | None = None,
     ) -> Tensor:
         """Logits of every token, given the true tokens of all earlier scales (teacher forcing).
 
@@ -229,12 +241,16 @@ class VAR(nn.Module):
         these (``config.zone_weights``).
 
         Args:
-            labels_B: (B,) int64 classes; ``num_classes`` stands for no class. In training mode
-                each label is dropped with probability ``cond_drop_rate``.
+            labels_B: (B,) int64 classes; ``num_classes`` stands for no class.
             x_teacher: (B, L - L_0, E), the VQ-VAE's ``teacher_input`` of the true tokens.
             schedule: layers per scale; None runs every layer at every scale.
             mixed_labels_B, mix_B: mixup (arXiv 1710.09412): the condition is
                 ``mix * class(labels) + (1 - mix) * class(mixed_labels)``; mix_B is (B,) float.
+            dropped_B: (B,) bool, images whose label is dropped. None drops each with probability
+                ``cond_drop_rate`` in training mode, none in eval mode.
+            branch_scales_N2B: of :func:`branch_scales`, the factors of both branches of every
+                layer. None draws them in training mode; in eval mode no branch is dropped. What is
+                drawn here comes from torch's global generator.
         Returns:
             (B, L, V) float32.
         Raises:
@@ -253,12 +269,16 @@ class VAR(nn.Module):
                     f"VAR.forward: {name} must be {tuple(labels_B.shape)}, as the labels; "
                     f"got {tuple(given_B.shape)}"
                 )
+        self._check_devices(
+            mixed_labels_B=mixed_labels_B,
+            mix_B=mix_B,
+            dropped_B=dropped_B,
+            branch_scales_N2B=branch_scales_N2B,
+        )
         if (mixed_labels_B is None) != (mix_B is None):
             raise ValueError("VAR.forward: mixed_labels_B and mix_B go together; got one of them")
-        batch = labels_B.shape[0]
-        dropped_B = None
-        if self.training and self.config.cond_drop_rate > 0:
-            dropped_B = torch.rand(batch, device=labels_B.device) < self.config.cond_drop_rate
+        dropped_B, branch_scales_N2B = self._drops(labels_B, dropped_B, branch_scales_N2B)
+        if dropped_B is not None:
             labels_B = labels_B.masked_fill(dropped_B, self.config.num_classes)
         cond_BC = self.class_emb(labels_B)
         if mixed_labels_B is not None and mix_B is not None:
@@ -270,27 +290,70 @@ class VAR(nn.Module):
         start = cond_BC.unsqueeze(1) + self.pos_start
         words = self.word_embed(x_teacher.to(self.word_embed.weight.dtype)).to(start.dtype)
         x_BLC = torch.cat((start, words), dim=1) + self.position_embedding()
-        x_BLC = self._run_layers(x_BLC, self.shared_condition(cond_BC), schedule)
+        cond = self.shared_condition(cond_BC)
+        x_BLC = self._run_layers(x_BLC, cond, schedule, branch_scales_N2B)
         return self.head(self.head_nm(x_BLC.float(), cond_BC)).float()
 
-    def _run_layers(self, x_BLC: Tensor, cond: Tensor, schedule: DepthSchedule | None) -> Tensor:
+    def _run_layers(
+        self,
+        x_BLC: Tensor,
+        cond: Tensor,
+        schedule: DepthSchedule | None,
+        branch_scales_N2B: Tensor | None,
+    ) -> Tensor:
         if schedule is not None and uses_zone_weights(self.config, schedule):
-            return run_layers(self.config, self.layers(), x_BLC, cond, schedule)
+            return run_layers(self.config, self.layers(), x_BLC, cond, schedule, branch_scales_N2B)
         for layer, block in enumerate(self.layers()):
             scales = self.layout.num_scales
             if schedule is not None:
                 scales = schedule.last_scale(layer) + 1
                 if scales == 0:
                     continue
-            x_BLC = self._run(block, x_BLC, cond, self.layout.prefix(scales))
+            scales_2B = None if branch_scales_N2B is None else branch_scales_N2B[layer]
+            x_BLC = self._run(block, x_BLC, cond, self.layout.prefix(scales), scales_2B)
         return x_BLC
 
-    def _run(self, block: Block, x_BLC: Tensor, cond: Tensor, layout: ScaleLayout) -> Tensor:
+    def _drops(
+        self, labels_B: Tensor, dropped_B: Tensor | None, branch_scales_N2B: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Check what the caller drops, and draw what it leaves out; None drops nothing."""
+        config, batch, device = self.config, labels_B.shape[0], labels_B.device
+        if dropped_B is not None:
+            check_tensor("VAR.forward", "dropped_B", dropped_B)
+            if dropped_B.dtype != torch.bool or dropped_B.shape != labels_B.shape:
+                raise ValueError(
+                    f"VAR.forward: dropped_B must be {tuple(labels_B.shape)} bool; got "
+                    f"{tuple(dropped_B.shape)} {dropped_B.dtype}"
+                )
+        elif self.training and config.cond_drop_rate > 0:
+            dropped_B = torch.rand(batch, device=device) < config.cond_drop_rate
+        shape = (config.depth, 2, batch)
+        if branch_scales_N2B is not None:
+            check_tensor("VAR.forward", "branch_scales_N2B", branch_scales_N2B)
+            if tuple(branch_scales_N2B.shape) != shape or not branch_scales_N2B.is_floating_point():
+                raise ValueError(
+                    f"VAR.forward: branch_scales_N2B must be {shape} of a float dtype; got "
+                    f"{tuple(branch_scales_N2B.shape)} {branch_scales_N2B.dtype}"
+                )
+        elif self.training and config.drop_path_rate > 0:
+            uniform_N2B = torch.rand(shape, device=device)
+            branch_scales_N2B = branch_scales(uniform_N2B, config.drop_path_rate)
+        return dropped_B, branch_scales_N2B
+
+    def _run(
+        self,
+        block: Block,
+        x_BLC: Tensor,
+        cond: Tensor,
+        layout: ScaleLayout,
+        branch_scales_2B: Tensor | None,
+    ) -> Tensor:
         """One block on the tokens of ``layout``; later tokens keep their values."""
         if layout.total == x_BLC.shape[1]:
-            return block(x_BLC, cond, layout)
+            return block(x_BLC, cond, layout, branch_scales_2B)
         head_BLC, rest_BLC = x_BLC[:, : layout.total], x_BLC[:, layout.total :]
-        return torch.cat((block(head_BLC, cond, layout), rest_BLC), dim=1)
+        head_BLC = block(head_BLC, cond, layout, branch_scales_2B)
+        return torch.cat((head_BLC, rest_BLC), dim=1)
 
     def layers(self) -> list[Block]:
         """The blocks, typed."""
@@ -384,13 +447,7 @@ class VAR(nn.Module):
                 f"VAR.forward: x_teacher must be {expected} for {labels_B.shape[0]} labels; "
                 f"got {tuple(x_teacher.shape)}"
             )
-        own = self.pos_start.device
-        for name, tensor in (("labels_B", labels_B), ("x_teacher", x_teacher)):
-            if tensor.device != own:
-                raise ValueError(
-                    f"{op}: {name} must be on the device of the weights ({own}); "
-                    f"got {tensor.device}"
-                )
+        self._check_devices(labels_B=labels_B, x_teacher=x_teacher)
         if schedule is not None and (
             schedule.full_depth != self.config.depth
             or schedule.num_scales != self.layout.num_scales
@@ -408,6 +465,15 @@ class VAR(nn.Module):
                     f"got {low if low < 0 else high}"
                 )
 
+    def _check_devices(self, **tensors: Tensor | None) -> None:
+        own = self.pos_start.device
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.device != own:
+                raise ValueError(
+                    f"VAR.forward: {name} must be on the device of the weights ({own}); "
+                    f"got {tensor.device}"
+                )
+
     @torch.no_grad()
     def init_weights(
         self, gate_scale: float = 1e-5, modulation_scale: float = 0.5, head_scale: float = 0.02
@@ -419,7 +485,7 @@ class VAR(nn.Module):
         weights start as those of the full network.
         """
         if self.pos_start.is_meta:
-            self.reset_zone_weights()
+            reset_zone_weights(self)
             return
         std = math.sqrt(1 / self.config.embed_dim / 3)
         for module in self.modules():
@@ -441,35 +507,7 @@ class VAR(nn.Module):
             third = modulation.shape[0] // 3
             modulation[:third].mul_(gate_scale)
             modulation[third:].mul_(modulation_scale)
-        self.reset_zone_weights()
-
-    def reset_zone_weights(self) -> None:
-        """Starts the zone weights of every subnet anew, from those of the full network.
-
-        For a model whose full network was loaded after it was built. The modules are new ones.
-        """
-        for layer, block in enumerate(self.layers()):
-            block.zones = new_zone_layers(self.config, layer, block)
-
-    def zone_parameters(self) -> list[nn.Parameter]:
-        """The zone weights of all subnets."""
-        return [weight for block in self.layers() for weight in block.zones.parameters()]
-
-    def freeze_full_network(self) -> None:
-        """Only the zone weights need a gradient from now on.
-
-        Raises:
-            ValueError: the model has no zone weights.
-        """
-        own = self.zone_parameters()
-        if not own:
-            raise ValueError(
-                'VAR.freeze_full_network: config.zone_weights must not be "shared": this model has '
-                "no zone weights to train"
-            )
-        self.requires_grad_(False)
-        for weight in own:
-            weight.requires_grad_(True)
+        reset_zone_weights(self)
 
 
 def projection(ada_lin: nn.Sequential) -> nn.Linear:

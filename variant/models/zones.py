@@ -33,7 +33,7 @@ from variant_kernels import (
     qk_norm,
 )
 
-Block = Any  # variant.models.var.Block; that module imports this one
+Block = VAR = Any  # of variant.models.var, which imports this module
 
 LINEARS = ("mat_qkv", "proj", "fc1", "fc2")  # of a layer, in the order in which they run
 ATTENTION_LINEARS = LINEARS[:2]
@@ -181,23 +181,26 @@ def run_spans(
     cond: Tensor,
     layout: ScaleLayout,
     zones: Sequence[int | None],
+    branch_scales_2B: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """One layer on several spans of scales, each with its own weights.
 
-    Spans are separate tensors, so that those of a frozen network need no gradient. Their branches
-    are never dropped (stochastic depth): the full network runs as it does in generation.
+    Spans are separate tensors, so that those of a frozen network need no gradient. Stochastic depth
+    drops branches of spans with zone weights only: the others run as in generation.
 
     Args:
         spans: (B, T, C) each; together the tokens of ``layout``.
         cond: see :meth:`variant.models.var.Block.modulation`.
         zones: of each span: the depth of a subnet, or None.
+        branch_scales_2B: of :func:`variant.models.var.branch_scales`, this layer's part.
     """
     views = [LayerView(block, zone) for zone in zones]
     modulations = []
     for view in views:
         gate1, gate2, *rest = view.modulation(cond).unbind(1)
-        if view.own is not None:
-            gate1, gate2 = block._drop_branch(gate1), block._drop_branch(gate2)
+        if view.own is not None and branch_scales_2B is not None:
+            scales_2B1 = branch_scales_2B.to(gate1.dtype).unsqueeze(2)
+            gate1, gate2 = gate1 * scales_2B1[0], gate2 * scales_2B1[1]
         modulations.append((gate1, gate2, *rest))
     eps, qkv = block.norm_eps, []
     for x_BTC, view, (_, _, scale1, _, shift1, _) in zip(spans, views, modulations, strict=True):
@@ -228,6 +231,17 @@ class Span:
     zone: int | None
 
 
+def zone_of(config: VARConfig, layers: tuple[int, ...]) -> int | None:
+    """The subnet whose zone weights a scale with these active layers uses.
+
+    Returns:
+        The depth of the subnet; None where the scale uses the weights of the full network.
+    """
+    if config.zone_weights == "shared":
+        return None
+    return next((depth for depth, own in config.subnets.items() if own == layers), None)
+
+
 def spans_of(config: VARConfig, schedule: DepthSchedule) -> list[Span]:
     """The spans of a schedule, in order."""
     spans: list[Span] = []
@@ -235,13 +249,13 @@ def spans_of(config: VARConfig, schedule: DepthSchedule) -> list[Span]:
         if scale and layers == schedule.layers[scale - 1]:
             spans[-1] = Span(spans[-1].first, scale, spans[-1].zone)
         else:
-            spans.append(Span(scale, scale, config.zone_of(layers)))
+            spans.append(Span(scale, scale, zone_of(config, layers)))
     return spans
 
 
 def uses_zone_weights(config: VARConfig, schedule: DepthSchedule) -> bool:
     """Whether any scale of a schedule uses zone weights."""
-    return any(config.zone_of(layers) is not None for layers in schedule.layers)
+    return any(zone_of(config, layers) is not None for layers in schedule.layers)
 
 
 def run_layers(
@@ -250,11 +264,13 @@ def run_layers(
     x_BLC: Tensor,
     cond: Tensor,
     schedule: DepthSchedule,
+    branch_scales_N2B: Tensor | None = None,
 ) -> Tensor:
     """All layers of a schedule that uses zone weights; (B, L, C) to (B, L, C).
 
     Args:
         cond: the blocks' condition, :meth:`variant.models.var.VAR.shared_condition`.
+        branch_scales_N2B: of :func:`variant.models.var.branch_scales`; None drops no branch.
     """
     spans, layout = spans_of(config, schedule), config.layout
     sizes = [sum(layout.tokens[span.first : span.last + 1]) for span in spans]
@@ -264,16 +280,43 @@ def run_layers(
         running = sum(span.last < scales for span in spans)
         if running:
             zones = [span.zone for span in spans[:running]]
-            parts[:running] = block(parts[:running], cond, layout.prefix(scales), zones)
+            scales_2B = None if branch_scales_N2B is None else branch_scales_N2B[layer]
+            prefix = layout.prefix(scales)
+            parts[:running] = block(parts[:running], cond, prefix, scales_2B, zones)
     return torch.cat(parts, dim=1)
 
 
-def new_zone_layers(config: VARConfig, layer: int, block: Block) -> nn.ModuleDict:
-    """The zone weights of one layer, by the depth of the subnet; they start as the block's own."""
-    depths = [depth for depth, layers in config.subnets.items() if layer in layers]
-    if config.zone_weights == "shared":
-        depths = []
-    return nn.ModuleDict({str(depth): ZoneLayer(block, config) for depth in depths})
+def reset_zone_weights(var: VAR) -> None:
+    """Starts the zone weights of every subnet anew, from those of the full network.
+
+    For a model whose full network was loaded after it was built. The modules are new ones.
+    """
+    config = var.config
+    own = {} if config.zone_weights == "shared" else config.subnets
+    for layer, block in enumerate(var.layers()):
+        depths = [depth for depth, layers in own.items() if layer in layers]
+        block.zones = nn.ModuleDict({str(depth): ZoneLayer(block, config) for depth in depths})
+
+
+def zone_parameters(var: VAR) -> list[nn.Parameter]:
+    """The zone weights of all subnets."""
+    return [weight for block in var.layers() for weight in block.zones.parameters()]
+
+
+def freeze_full_network(var: VAR) -> None:
+    """From now on only the zone weights need a gradient.
+
+    Raises:
+        ValueError: the model has no zone weights.
+    """
+    own = zone_parameters(var)
+    if not own:
+        raise ValueError(
+            'freeze_full_network: var must have zone weights; its config has zone_weights "shared"'
+        )
+    var.requires_grad_(False)
+    for weight in own:
+        weight.requires_grad_(True)
 
 
 def is_zone_key(key: str) -> bool:

@@ -167,6 +167,7 @@ class Recipe:
     def __post_init__(self) -> None:
         require_plain_numbers(self)
         require(self.seed >= 0, "seed must be >= 0", self.seed)
+        self._check_scales()
         _ = self.var_config  # its constructor checks sizes, subnets and bridge
 
     @property
@@ -182,11 +183,30 @@ class Recipe:
             vae_channels=self.vae.z_channels,
             bridge=self.schedule.bridge,
         )
+        section = self.schedule
+        parts = {depth for depths in section.schedules for depth in depths if depth != config.depth}
         subnets = {
-            depth: select_layers(config.depth, depth, self.schedule.selection)
-            for depth in self.schedule.depths
+            depth: select_layers(config.depth, depth, section.selection)
+            for depth in (*section.depths, *sorted(parts))
         }
         return dataclasses.replace(config, subnets=subnets)
+
+    def _check_scales(self) -> None:
+        """Check bridges and schedules, whose numbers are of the scales and layers of the model."""
+        scales, section = len(self.vae.patch_nums), self.schedule
+        for bridge in section.bridges:
+            require(0 <= bridge <= scales, f"schedule: bridges must be in [0, {scales}]", bridge)
+        for depths in section.schedules:
+            require(
+                len(depths) == scales,
+                f"schedule: schedules must have {scales} depths each, one for every scale",
+                list(depths),
+            )
+            try:
+                section.by_scale(depths, self.model.depth)
+            except ValueError as error:
+                text = str(error).removeprefix("DepthSchedule.from_depths: ")
+                raise ValueError(f"schedule: schedules: {text}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values for JSON."""

@@ -124,8 +124,7 @@ class RunSetup:
         self._check_memory(kind)
         if optim.precision == "fp16" and self.device.type == "cpu":
             raise UserError(
-                f'{recipe.name}: precision "fp16" needs a GPU, because its loss scaling does; '
-                'use "bf16" or "fp32" on a CPU'
+                f'{recipe.name}: precision "fp16" needs a GPU; use "bf16" or "fp32" on a CPU'
             )
         self.saved = self.checkpointer.read() if resume else None
         self.changes: list[str] = []

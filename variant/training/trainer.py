@@ -21,6 +21,7 @@ from variant.data.images import epoch_order
 from variant.errors import UserError
 from variant.training.console import RunConsole
 from variant.training.interrupt import Interrupt
+from variant.training.loss_scale import LossScaler
 from variant.training.metrics import MetricsFile
 from variant.training.optim import decay_groups, learning_rate
 from variant.training.run_setup import RunSetup
@@ -54,8 +55,8 @@ class Trainer:
             betas=self.optim.betas,
             fused=True if self.device.type == "cuda" else None,
         )
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.optim.precision == "fp16")
-        self.state = RunState(task.module, optimizer, scaler)
+        self.scaler = LossScaler(self.device.type, enabled=self.optim.precision == "fp16")
+        self.state = RunState(task.module, optimizer, self.scaler)
         self.checkpointer = setup.checkpointer
         self.metrics = MetricsFile(setup.folder, task.kind)
         self.console = RunConsole(task.kind, epochs, self.total_steps, console)
@@ -119,7 +120,8 @@ class Trainer:
         if not state.scaler.is_enabled():  # the scaler skips such a step and lowers the scale
             self._require_finite(norm.item(), "gradient", epoch)
         state.scaler.step(state.optimizer)
-        state.scaler.update()
+        self.scaler.update()
+        self.scaler.require_progress(self.recipe.name, state.step + 1)
         state.add_loss(self.task.name_of_step(state.step), total)
         return total
 

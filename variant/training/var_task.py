@@ -26,19 +26,17 @@ from variant.data.images import STREAM_COPY, STREAM_MIXUP, ImageData, Indices, s
 from variant.errors import UserError
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant.training.configurations import Configurations
 from variant.training.initial_weights import find_start, find_vae, load_start, load_vae
 from variant.training.random_state import seed_everything
 from variant.training.recipe import Recipe, with_seed
 from variant.training.run_setup import RunSetup, open_run
-from variant.training.schedule import choose_depth, subnet_probability
 from variant.training.task import Report, Summary, Task
 from variant.training.trainer import Trainer
 
-FULL = "full"
-
 
 class VARTask(Task):
-    """The transformer as a training task; losses are named "full" and by the subnets' depths."""
+    """The transformer as a training task; losses are named as the configurations."""
 
     kind = "var"
 
@@ -54,29 +52,17 @@ class VARTask(Task):
         self.module = self.var = module
         self.vae, self.data, self.recipe = vae, data, recipe
         self.device, self.steps_per_epoch = device, steps_per_epoch
-        self.depths = recipe.schedule.depths
+        self.configurations = Configurations(recipe, steps_per_epoch)
         self._copies_CNL: Tensor | None = None
 
     def prepare(self, report: Report) -> None:
         self._copies_CNL = self._encode_copies(report)
 
-    def depth_of_step(self, step: int) -> int | None:
-        """The depth of the subnet that a step trains; None is the full network."""
-        section = self.recipe.schedule
-        probability = subnet_probability(
-            step / self.steps_per_epoch,
-            section.joint_probability,
-            section.phases.joint,
-            section.phases.transition,
-        )
-        return choose_depth(self.recipe.seed, step, probability, self.depths)
-
     def name_of_step(self, step: int) -> str:
-        depth = self.depth_of_step(step)
-        return FULL if depth is None else str(depth)
+        return self.configurations.of_step(step).name
 
     def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
-        schedule = self.var.schedule(self.depth_of_step(step))
+        schedule = self.configurations.of_step(step).schedule
         mixed_labels_B = mix_B = None
         if self._copies_CNL is not None:
             tokens_BL, labels_B = self._copied(indices, epoch, self._copies_CNL)
@@ -108,10 +94,10 @@ class VARTask(Task):
             labels_B = labels_B.to(self.device)
         x_teacher = self._teacher_input(tokens_BL)
         losses = {}
-        for depth in (None, *self.depths):
-            logits_BLV = self.var(labels_B, x_teacher, self.var.schedule(depth))
+        for configuration in self.configurations.evaluated():
+            logits_BLV = self.var(labels_B, x_teacher, configuration.schedule)
             loss = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
-            losses[str(depth or FULL)] = loss.item()
+            losses[configuration.name] = loss.item()
         return losses
 
     def _tokenize(self, images: Tensor) -> Tensor:
