@@ -25,6 +25,7 @@ from variant.engine.step_loop import BatchState, TokenBatch, generate_tokens
 from variant.engine.weights import EngineWeights
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant.models.zones import zone_of
 from variant_kernels import CachePlan, DepthSchedule, PagedKVCache, ScaleLayout
 from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.kv_cache import PageTables
@@ -236,7 +237,7 @@ class BatchRunner:
         """
         config = self.var.config
         layers = tuple(config.subnets.values()) if can_switch else schedule.layers
-        zones = {config.zone_of(active) for active in layers}
+        zones = {zone_of(config, active) for active in layers}
         return tuple(sorted(zone for zone in zones if zone is not None))
 
     def _tables(self, schedule: DepthSchedule, num_sequences: int) -> PageTables:

@@ -24,6 +24,7 @@ from variant.engine.kernels import Launchers
 from variant.engine.weights import EngineWeights, LayerWeights
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant.models.zones import zone_of
 from variant_kernels import DepthSchedule, KVStep, PagedKVCache
 
 
@@ -109,7 +110,7 @@ class BatchState:
         """Hidden states (R, T, C) after the active layers of a scale and the norm of the head."""
         launchers, eps = self.launchers, self.var.config.norm_eps
         active = self.schedule.active_layers(scale)
-        zone = self.var.config.zone_of(active)
+        zone = zone_of(self.var.config, active)
         layers, modulation_6RC = self._layers[zone], self._modulations[zone]
         _, _, scale1, _, shift1, _ = modulation_6RC[active[0]]
         h_RTC, _, _ = launchers.adaln(x_BTC=x_RTC, scale_BC=scale1, shift_BC=shift1, eps=eps)
