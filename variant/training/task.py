@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 
-from variant.data.images import ImageData, Indices
+from variant.data.images import Indices
+from variant.data.samples import Source
 from variant.training.recipe import Recipe
 
 SAMPLE_SEED = 0  # of the sample of training images that is evaluated at the end
@@ -46,7 +47,7 @@ class Task(ABC):
 
     kind: str
     module: nn.Module
-    data: ImageData
+    data: Source
     recipe: Recipe
 
     @abstractmethod
