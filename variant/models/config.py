@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from variant.models.class_names import check_class_names
 from variant.models.ranges import bound_text, check_ranges
 from variant_kernels.arguments import (
     boolean,
@@ -205,6 +206,7 @@ class VARConfig(_Plain):
             See :mod:`variant.models.zones`.
         lora_rank: rank of the additions of "lora", in [1, embed_dim]; 0 for the others.
         zone_adaln: with "lora": whether the layers also have an adaLN projection of their own.
+        class_names: of all classes in the order of their labels, or none.
     Raises:
         TypeError: a value that is no number where there must be one.
         ValueError: a value out of range (LIMITS), naming it.
@@ -228,6 +230,7 @@ class VARConfig(_Plain):
     zone_weights: ZoneKind = "shared"
     lora_rank: Integer = 0
     zone_adaln: bool = True
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_integers(
@@ -273,6 +276,8 @@ class VARConfig(_Plain):
             )
         self._require(not subnets or self.bridge is not None, "subnets need a bridge", self.bridge)
         object.__setattr__(self, "subnets", subnets)
+        names = check_class_names("VARConfig", self.class_names, self.num_classes)
+        object.__setattr__(self, "class_names", names)
         self._check_zone_weights()
 
     def _check_zone_weights(self) -> None:
