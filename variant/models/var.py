@@ -490,30 +490,34 @@ class VAR(nn.Module):
         the output of each branch is divided by sqrt(2 * depth). Meta tensors stay as they are. Zone
         weights start as those of the full network.
         """
-        if self.pos_start.is_meta:
-            reset_zone_weights(self)
-            return
-        std = math.sqrt(1 / self.config.embed_dim / 3)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.trunc_normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.pos_start, std=std)
-        nn.init.trunc_normal_(self.pos_1LC, std=std)
-        self.head.weight.mul_(head_scale)
-        projection(self.head_nm.ada_lin).weight.mul_(modulation_scale)
-        for block in self.layers():
-            block.attn.proj.weight.div_(math.sqrt(2 * self.config.depth))
-            block.ffn.fc2.weight.div_(math.sqrt(2 * self.config.depth))
-            if block.shared_aln:
-                modulation = block.ada_gss[0, 0]
-            else:
-                modulation = projection(block.ada_lin).weight
-            third = modulation.shape[0] // 3
-            modulation[:third].mul_(gate_scale)
-            modulation[third:].mul_(modulation_scale)
+        if not self.pos_start.is_meta:
+            _init_full_network(self, gate_scale, modulation_scale, head_scale)
         reset_zone_weights(self)
+
+
+def _init_full_network(
+    var: VAR, gate_scale: float, modulation_scale: float, head_scale: float
+) -> None:
+    std = math.sqrt(1 / var.config.embed_dim / 3)
+    for module in var.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.trunc_normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    nn.init.trunc_normal_(var.pos_start, std=std)
+    nn.init.trunc_normal_(var.pos_1LC, std=std)
+    var.head.weight.mul_(head_scale)
+    projection(var.head_nm.ada_lin).weight.mul_(modulation_scale)
+    for block in var.layers():
+        block.attn.proj.weight.div_(math.sqrt(2 * var.config.depth))
+        block.ffn.fc2.weight.div_(math.sqrt(2 * var.config.depth))
+        if block.shared_aln:
+            modulation = block.ada_gss[0, 0]
+        else:
+            modulation = projection(block.ada_lin).weight
+        third = modulation.shape[0] // 3
+        modulation[:third].mul_(gate_scale)
+        modulation[third:].mul_(modulation_scale)
 
 
 def projection(ada_lin: nn.Sequential) -> nn.Linear:
