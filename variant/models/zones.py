@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from variant.models.config import VARConfig
+from variant.models.execution import PLAIN, Execution, recompute
 from variant_kernels import (
     DepthSchedule,
     ScaleLayout,
@@ -156,7 +157,7 @@ class LayerView:
     def project(self, name: str, x: Tensor) -> Tensor:
         """One of :data:`LINEARS`, its addition applied; (..., I) to (..., O)."""
         if name == "mat_qkv":
-            y = F.linear(x, self.attn.mat_qkv.weight, self.attn.qkv_bias())
+            y = self.attn.qkv(x)
         else:
             y = getattr(self.attn if name in ATTENTION_LINEARS else self.ffn, name)(x)
         added = self.low_rank(name)
@@ -182,6 +183,7 @@ def run_spans(
     layout: ScaleLayout,
     zones: Sequence[int | None],
     branch_scales_2B: Tensor | None = None,
+    execution: Execution = PLAIN,
 ) -> tuple[Tensor, ...]:
     """One layer on several spans of scales, each with its own weights.
 
@@ -193,7 +195,24 @@ def run_spans(
         cond: see :meth:`variant.models.var.Block.modulation`.
         zones: of each span: the depth of a subnet, or None.
         branch_scales_2B: of :func:`variant.models.var.branch_scales`, this layer's part.
+        execution: its ``checkpointing``; spans are never compiled.
     """
+    args = block, tuple(spans), cond, layout, tuple(zones), branch_scales_2B
+    recomputes = torch.is_grad_enabled()
+    if execution.checkpointing == "full" and recomputes:
+        return recompute(_run_spans, *args, False)
+    return _run_spans(*args, execution.checkpointing == "attention" and recomputes)
+
+
+def _run_spans(
+    block: Block,
+    spans: Sequence[Tensor],
+    cond: Tensor,
+    layout: ScaleLayout,
+    zones: Sequence[int | None],
+    branch_scales_2B: Tensor | None,
+    recompute_attention: bool,
+) -> tuple[Tensor, ...]:
     views = [LayerView(block, zone) for zone in zones]
     modulations = []
     for view in views:
@@ -202,21 +221,30 @@ def run_spans(
             scales_2B1 = branch_scales_2B.to(gate1.dtype).unsqueeze(2)
             gate1, gate2 = gate1 * scales_2B1[0], gate2 * scales_2B1[1]
         modulations.append((gate1, gate2, *rest))
-    eps, qkv = block.norm_eps, []
-    for x_BTC, view, (_, _, scale1, _, shift1, _) in zip(spans, views, modulations, strict=True):
-        qkv.append(view.qkv(adaln_modulate(x_BTC, scale1, shift1, eps=eps)))
-    q_BLHD, k_BLHD, v_BLHD = (torch.cat(parts, dim=1) for parts in zip(*qkv, strict=True))
-    y_BLHD = block_causal_attention(
-        q_BLHD, k_BLHD, v_BLHD, layout, softmax_scale=block.attn.softmax_scale
-    )
+    normed = [
+        adaln_modulate(x_BTC, modulation[2], modulation[4], eps=block.norm_eps)
+        for x_BTC, modulation in zip(spans, modulations, strict=True)
+    ]
+    if recompute_attention:
+        attended = recompute(_attend, views, layout, *normed)
+    else:
+        attended = _attend(views, layout, *normed)
     results = []
-    attended = y_BLHD.flatten(2).split([x_BTC.shape[1] for x_BTC in spans], dim=1)
     for x_BTC, y_BTC, view, modulation in zip(spans, attended, views, modulations, strict=True):
         gate1, gate2, _, scale2, _, shift2 = modulation
-        y_BTC = view.project("proj", y_BTC)
-        x_BTC, h_BTC = gated_residual_adaln(x_BTC, y_BTC, gate1, scale2, shift2, eps=eps)
+        x_BTC, h_BTC = gated_residual_adaln(x_BTC, y_BTC, gate1, scale2, shift2, eps=block.norm_eps)
         results.append(x_BTC + gate2.unsqueeze(1) * view.mlp(h_BTC))
     return tuple(results)
+
+
+def _attend(views: Sequence[LayerView], layout: ScaleLayout, *spans: Tensor) -> tuple[Tensor, ...]:
+    """Self-attention over all spans; (B, T, C) each, before and after."""
+    qkv = [view.qkv(h_BTC) for view, h_BTC in zip(views, spans, strict=True)]
+    q_BLHD, k_BLHD, v_BLHD = (torch.cat(parts, dim=1) for parts in zip(*qkv, strict=True))
+    softmax_scale = views[0].attn.softmax_scale
+    y_BLHD = block_causal_attention(q_BLHD, k_BLHD, v_BLHD, layout, softmax_scale=softmax_scale)
+    parts = y_BLHD.flatten(2).split([h_BTC.shape[1] for h_BTC in spans], dim=1)
+    return tuple(view.project("proj", part) for view, part in zip(views, parts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -259,12 +287,12 @@ def uses_zone_weights(config: VARConfig, schedule: DepthSchedule) -> bool:
 
 
 def run_layers(
-    config: VARConfig,
-    blocks: Sequence[Block],
+    var: VAR,
     x_BLC: Tensor,
     cond: Tensor,
     schedule: DepthSchedule,
     branch_scales_N2B: Tensor | None = None,
+    execution: Execution = PLAIN,
 ) -> Tensor:
     """All layers of a schedule that uses zone weights; (B, L, C) to (B, L, C).
 
@@ -272,17 +300,21 @@ def run_layers(
         cond: the blocks' condition, :meth:`variant.models.var.VAR.shared_condition`.
         branch_scales_N2B: of :func:`variant.models.var.branch_scales`; None drops no branch.
     """
-    spans, layout = spans_of(config, schedule), config.layout
+    spans, layout = spans_of(var.config, schedule), var.layout
     sizes = [sum(layout.tokens[span.first : span.last + 1]) for span in spans]
     parts = list(x_BLC.split(sizes, dim=1))
-    for layer, block in enumerate(blocks):
+    for layer, block in enumerate(var.layers()):
         scales = schedule.last_scale(layer) + 1
         running = sum(span.last < scales for span in spans)
         if running:
-            zones = [span.zone for span in spans[:running]]
-            scales_2B = None if branch_scales_N2B is None else branch_scales_N2B[layer]
-            prefix = layout.prefix(scales)
-            parts[:running] = block(parts[:running], cond, prefix, scales_2B, zones)
+            parts[:running] = block(
+                parts[:running],
+                cond,
+                layout.prefix(scales),
+                None if branch_scales_N2B is None else branch_scales_N2B[layer],
+                execution,
+                zones=[span.zone for span in spans[:running]],
+            )
     return torch.cat(parts, dim=1)
 
 
