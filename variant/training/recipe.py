@@ -32,7 +32,9 @@ from variant.models.config import (
 from variant.models.ranges import Count, CountOrZero, Positive, Share, ShareBelowOne
 from variant.paths import path_kind, read_text, shown
 from variant.training.checkpoint_schedule import OutputSection
+from variant.training.efficiency import CompileSection, MemorySection
 from variant.training.ema import EMASection
+from variant.training.logging_section import LoggingSection
 from variant.training.optim import OptimSection
 from variant.training.overrides import override
 from variant.training.schedule import ScheduleSection
@@ -157,9 +159,12 @@ class Recipe:
     data: DataSection
     optim: OptimSection
     schedule: ScheduleSection
+    memory: MemorySection = field(default_factory=MemorySection)
+    compile: CompileSection = field(default_factory=CompileSection)
     eval: EvalSection = field(default_factory=EvalSection)
     output: OutputSection = field(default_factory=OutputSection)
     ema: EMASection = field(default_factory=EMASection)
+    logging: LoggingSection = field(default_factory=LoggingSection)
     seed: CountOrZero = 0
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT

@@ -10,13 +10,13 @@ Axes: B images of a batch, C copies, N images of the data set, L tokens, V codeb
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from variant.checkpoints.model_folder import save_model
 from variant.data.encode import encode_images
@@ -26,6 +26,7 @@ from variant.errors import UserError
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.training.configurations import Configurations
+from variant.training.efficiency import convert_to_fp8, execution_of
 from variant.training.initial_weights import find_start, find_vae, load_start, load_vae
 from variant.training.random_state import seed_everything
 from variant.training.recipe import Recipe, with_seed
@@ -56,6 +57,8 @@ class VARTask(Task):
         self.device, self.steps_per_epoch = device, steps_per_epoch
         self.ema_decay = recipe.ema.decay
         self.configurations = Configurations(recipe, steps_per_epoch)
+        self.execution = execution_of(recipe.memory, recipe.compile)
+        self.scale_tokens = [side**2 for side in recipe.vae.patch_nums]
         self._copies_CNL: Tensor | None = None
         self._labels_N = torch.empty(0, dtype=torch.int64)
 
@@ -70,17 +73,44 @@ class VARTask(Task):
         if self._copies_CNL is not None:
             samples = self._copied(indices, epoch, self._copies_CNL)
         else:
-            samples = self.data.samples(indices, epoch)
+            with self.waiting():
+                samples = self.data.samples(indices, epoch)
         samples = samples.to(self.device)
         tokens_BL = self._tokens(samples)
-        logits_BLV = self.var(
+        loss = self.var(
             samples.labels_B,
             self._teacher_input(tokens_BL),
             schedule,
             mixed_labels_B=samples.mixed_labels_B,
             mix_B=samples.mix_B,
+            targets_BL=tokens_BL,
+            execution=self.execution,
         )
-        return F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
+        if self.meters is not None:
+            self.measure(
+                f"loss_by_scale/{self.name_of_step(step)}/", self._by_scale(loss.losses_BL)
+            )
+        return loss.mean
+
+    def _by_scale(self, losses_BL: Tensor) -> Tensor:
+        """(K,): the mean loss of each scale's tokens."""
+        parts = losses_BL.mean(0).split(self.scale_tokens)
+        return torch.stack([part.mean() for part in parts])
+
+    def layer_groups(self) -> dict[str, Sequence[nn.Module]]:
+        last = len(self.scale_tokens) - 1
+        subnets = [c.schedule for c in self.configurations.evaluated() if not c.is_full]
+        groups: dict[str, list[nn.Module]] = {"shared": [], "full_only": []}
+        for layer, block in enumerate(self.var.layers()):
+            is_shared = any(schedule.last_scale(layer) == last for schedule in subnets)
+            groups["shared" if is_shared else "full_only"].append(block)
+        return {**groups} if subnets else {}
+
+    def values_of_step(self, step: int) -> dict[str, float]:
+        if len(self.configurations.evaluated()) == 1:
+            return {}
+        probability = self.recipe.schedule.probability(step / self.steps_per_epoch)
+        return {"schedule/subnet_probability": probability}
 
     def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
         if not held_out and self._copies_CNL is not None:
@@ -92,9 +122,11 @@ class VARTask(Task):
         x_teacher = self._teacher_input(tokens_BL)
         losses = {}
         for configuration in self.configurations.evaluated():
-            logits_BLV = self.var(labels_B, x_teacher, configuration.schedule)
-            loss = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
-            losses[configuration.name] = loss.item()
+            loss = self.var(labels_B, x_teacher, configuration.schedule, targets_BL=tokens_BL)
+            name = configuration.name
+            losses[name] = loss.mean.item()
+            scales = enumerate(self._by_scale(loss.losses_BL).tolist())
+            losses |= {f"{name}/{k}": scale_loss for k, scale_loss in scales}
         return losses
 
     def _tokens(self, samples: Samples) -> Tensor:
@@ -205,6 +237,8 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
     if start is not None and setup.saved is None:
         load_start(module, recipe, start)
     module = module.to(setup.device)
+    if recipe.compile.fp8:
+        convert_to_fp8(module, recipe.name, setup.device)
     task = VARTask(module, vae, data, recipe, setup.device, setup.steps_per_epoch)
     trainer = Trainer(task, setup, recipe.schedule.phases.total, console)
     summary = trainer.run()  # leaves the best weights in the module
