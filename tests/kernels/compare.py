@@ -64,8 +64,8 @@ def wide(*tensors: Tensor) -> list[Tensor]:
 
 
 # (exponent, softmax_scale): sizes of unscaled scores as powers of two. The rounding error of scores
-# exceeds the range of 2^x in float16 from 2^28 on, in float32 from 2^31 on; float16 operands give at
-# most 2^34.
+# exceeds the range of 2^x in float16 from 2^28 on, in float32 from 2^31 on. float16 scores end at
+# 2^34.
 SCORE_SIZES = ((20, 1.0), (28, -0.25), (31, 1.0), (127, -0.25))
 
 
