@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from variant.cli.options import Bench, Command, Convert, Generate, Info, Plan, Train, TrainVae
+from variant.cli.options import (
+    Bench,
+    Command,
+    Convert,
+    Generate,
+    Info,
+    Plan,
+    Tokenize,
+    Train,
+    TrainVae,
+)
 from variant.cli.output import console
 
 
@@ -36,6 +46,9 @@ def first_line(command: Command) -> str:
             name = "train" if isinstance(command, Train) else "train-vae"
             out = command.out or Path("runs") / Path(command.recipe).stem
             return f"{name}: recipe {command.recipe}, to {out}"
+        case Tokenize():
+            out = command.out or Path("runs") / Path(command.recipe).stem / "tokens"
+            return f"tokenize: recipe {command.recipe}, passes {command.passes}, to {out}"
         case Convert():
             names = [str(name) for name in (command.model, command.var, command.vae) if name]
             return f"convert: reading {' and '.join(names)}" if names else ""
