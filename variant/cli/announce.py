@@ -11,6 +11,7 @@ from variant.cli.options import (
     Generate,
     Info,
     Plan,
+    Recipe,
     Tokenize,
     Train,
     TrainVae,
@@ -54,6 +55,8 @@ def first_line(command: Command) -> str:
             return f"convert: reading {' and '.join(names)}" if names else ""
         case Info():
             return f"info: reading {command.model}"
+        case Recipe():  # a shown recipe is the whole output
+            return f"recipe: checking {command.recipe}" if command.action == "check" else ""
         case Plan():
             return ""
 

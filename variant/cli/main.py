@@ -1,5 +1,5 @@
-"""The command line ``variant``: generate, plan, train, train-vae, bench, convert, info,
-tokenize.
+"""The command line ``variant``: generate, plan, train, train-vae, recipe, bench, convert,
+info, tokenize.
 
 The module of a command is imported when it runs, so that ``--help`` starts without torch.
 """
@@ -22,6 +22,7 @@ from variant.cli.options import (
     Generate,
     Info,
     Plan,
+    Recipe,
     Tokenize,
     Train,
     TrainVae,
@@ -93,6 +94,10 @@ def function_of(command: Command) -> Callable[[Any], None]:
             from variant.cli.train import train_vae
 
             return train_vae
+        case Recipe():
+            from variant.cli.recipe import recipe
+
+            return recipe
         case Tokenize():
             from variant.cli.tokenize import tokenize
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from variant.training.recipe import load_recipe
 
 def tokenize(command: Tokenize) -> None:
     """Write the shards of this process and print how to train from them."""
-    recipe = load_recipe(command.recipe, seed=command.seed)
+    recipe = load_recipe(command.recipe, seed=command.seed, overrides=command.overrides)
     run = Path("runs") / Path(command.recipe).stem
     out = command.out or run / "tokens"
     rank, world_size = training.rank_of_environment(os.environ)
@@ -58,4 +59,7 @@ def tokenize(command: Tokenize) -> None:
     if result.missing:
         printed.print(f"{result.missing:,} shards of other processes are missing")
     else:
-        printed.print(f'next: train with kind = "tokens" and tokens = "{out}" in [data]')
+        name, tokens = shlex.quote(command.recipe), shlex.quote(str(out))
+        printed.print(
+            f"next: variant train --recipe {name} --data.kind tokens --data.tokens {tokens}"
+        )

@@ -1,8 +1,8 @@
 """Token shards: WebDataset tar files of tokens and labels, written once, read at random.
 
-Each sample of a shard is two files: ``NUMBER.json`` with the index of the image, its label and, with
+A sample of a shard is two files: ``NUMBER.json`` with the index of the image, its label and, with
 mixup, the partner's label and the weight of the label; ``NUMBER.npy`` with the tokens. All samples
-of a shard take equally many bytes, so that one is read by its place, without an index.
+take equally many bytes, so that one is read by its place, without an index.
 
 Axes: B samples, L tokens of all scales.
 """

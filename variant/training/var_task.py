@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
@@ -27,12 +26,16 @@ from variant.errors import UserError
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.training.configurations import Configurations
+from variant.training.efficiency import convert_to_fp8, execution_of
 from variant.training.initial_weights import find_start, find_vae, load_start, load_vae
 from variant.training.random_state import seed_everything
 from variant.training.recipe import Recipe, with_seed
 from variant.training.run_setup import RunSetup, open_run
 from variant.training.task import Report, Summary, Task
 from variant.training.trainer import Trainer
+
+# In config.json and the model card, by whether the moving average was better.
+WEIGHTS = {False: "of the last step of that epoch", True: "their moving average (EMA)"}
 
 
 class VARTask(Task):
@@ -52,7 +55,9 @@ class VARTask(Task):
         self.module = self.var = module
         self.vae, self.data, self.recipe = vae, data, recipe
         self.device, self.steps_per_epoch = device, steps_per_epoch
+        self.ema_decay = recipe.ema.decay
         self.configurations = Configurations(recipe, steps_per_epoch)
+        self.execution = execution_of(recipe.memory, recipe.compile)
         self._copies_CNL: Tensor | None = None
         self._labels_N = torch.empty(0, dtype=torch.int64)
 
@@ -70,14 +75,15 @@ class VARTask(Task):
             samples = self.data.samples(indices, epoch)
         samples = samples.to(self.device)
         tokens_BL = self._tokens(samples)
-        logits_BLV = self.var(
+        return self.var(
             samples.labels_B,
             self._teacher_input(tokens_BL),
             schedule,
             mixed_labels_B=samples.mixed_labels_B,
             mix_B=samples.mix_B,
-        )
-        return F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
+            targets_BL=tokens_BL,
+            execution=self.execution,
+        ).mean
 
     def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
         if not held_out and self._copies_CNL is not None:
@@ -89,9 +95,8 @@ class VARTask(Task):
         x_teacher = self._teacher_input(tokens_BL)
         losses = {}
         for configuration in self.configurations.evaluated():
-            logits_BLV = self.var(labels_B, x_teacher, configuration.schedule)
-            loss = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
-            losses[configuration.name] = loss.item()
+            loss = self.var(labels_B, x_teacher, configuration.schedule, targets_BL=tokens_BL)
+            losses[configuration.name] = loss.mean.item()
         return losses
 
     def _tokens(self, samples: Samples) -> Tensor:
@@ -205,6 +210,8 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
     if start is not None and setup.saved is None:
         load_start(module, recipe, start)
     module = module.to(setup.device)
+    if recipe.compile.fp8:
+        convert_to_fp8(module, recipe.name, setup.device)
     task = VARTask(module, vae, data, recipe, setup.device, setup.steps_per_epoch)
     trainer = Trainer(task, setup, recipe.schedule.phases.total, console)
     summary = trainer.run()  # leaves the best weights in the module
@@ -215,6 +222,7 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
         "steps": summary.steps,
         "epochs": summary.epochs,
         "best_epoch": summary.best_epoch,
+        "weights": WEIGHTS[summary.averaged],
         "train_loss": summary.train_loss,
         "held_out_loss": summary.held_out_loss,
     }
