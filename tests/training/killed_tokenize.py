@@ -2,7 +2,8 @@
 
 An event is either side of the renaming of a finished file, or the middle of the writing of one. The
 recipe comes pickled from standard input; the arguments are the folder of the tokens, and the number
-of events that each sitting has more than the one before it. After a kill, every shard must be whole. Prints the number of kills.
+of events that each sitting has more than the one before it. After a kill, every shard must be
+whole. Prints the number of kills.
 """
 
 import os

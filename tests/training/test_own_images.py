@@ -122,7 +122,7 @@ def test_a_folder_of_six_hundred_images_from_the_documentation_alone(images, cap
     )[1:]  # fmt: skip
     assert main([*train, *small]) == 0
     # A longer run continues with the same tokens.
-    more = [word if word != "--schedule.refinement" else word for word in small]
+    more = list(small)
     more[more.index("--schedule.refinement") + 1] = "1"
     assert main([*train, *more, "--resume"]) == 0
     assert main(documented("variant generate --model runs/mine --all-depths")) == 0

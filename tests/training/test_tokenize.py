@@ -236,10 +236,10 @@ def test_tokens_that_do_not_fit_the_recipe_are_refused(tiny, tokens, tmp_path):
     refuse(from_tokens(tiny, half), "not complete: train-p0001-00002.tar is missing")
     with pytest.raises(UserError, match='kind "tokens" has no images'):
         train_vae(from_tokens(tiny, tokens), tmp_path / "v", console=quiet(), device=CPU)
-    with pytest.raises(UserError, match='data.kind must be that of images; got "tokens"'):
+    with pytest.raises(UserError, match=r'data.kind must be that of images; got "tokens"'):
         write(from_tokens(tiny, tokens), tmp_path / "t")
     copies = dataclasses.replace(tiny.data, copies=2, mixup=0.0)
-    with pytest.raises(UserError, match="data.copies must be 0: --passes takes its place; got 2"):
+    with pytest.raises(UserError, match=r"data.copies must be 0: --passes takes its place; got 2"):
         write(dataclasses.replace(tiny, data=copies), tmp_path / "t")
 
 
@@ -280,7 +280,7 @@ def test_a_bad_shard_of_a_single_pass_is_replaced_by_other_images(tiny, tmp_path
     with pytest.warns(RuntimeWarning, match="Skipped"):
         found, again = (source.samples(np.arange(24), 0) for source in sources)
     assert torch.equal(found.tokens_BL, again.tokens_BL)
-    with pytest.raises(UserError, match="held_out-00000.tar.*nor could another sample be read"):
+    with pytest.raises(UserError, match=r"held_out-00000.tar.*nor could another sample be read"):
         sources[0].held_out([0])
 
 
@@ -312,7 +312,7 @@ def test_ranks_come_from_torchruns_variables():
     assert rank_of_environment({}) == (0, 1)
     assert rank_of_environment({"RANK": "2", "WORLD_SIZE": "3"}) == (2, 3)
     for bad in ({"RANK": "1"}, {"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}):
-        with pytest.raises(UserError, match="^tokenize: RANK"):
+        with pytest.raises(UserError, match=r"^tokenize: RANK"):
             rank_of_environment(bad)
 
 
@@ -336,7 +336,7 @@ def test_a_killed_process_leaves_whole_shards_alone(tiny, tokens, tmp_path, stri
 
 
 def test_a_core_reads_ten_thousand_token_images_a_second(tmp_path):
-    """Twice what is asked for, by the processor's time: a pass of shuffled batches of 680 tokens."""
+    """A pass of shuffled batches of 680 tokens, by the processor's time."""
     count, patch_nums = 8192, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
     rng = np.random.default_rng(0)
     manifest = Manifest(

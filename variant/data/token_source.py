@@ -39,9 +39,10 @@ class TokenSource:
     """Samples of a folder that ``variant tokenize`` wrote; implements
     :class:`variant.data.samples.Source`.
 
-    Epoch e reads pass ``e % passes``, whose samples are in the order of that epoch: with the seed of
-    the tokens, an epoch reads its shards from the first to the last. In place of a sample in a bad
-    shard comes the same image of another pass, or another image; (seed, epoch, index) determine it.
+    Epoch e reads pass ``e % passes``, whose samples are in the order of that epoch: with the seed
+    of the tokens, an epoch reads its shards from the first to the last. In place of a sample in a
+    bad shard comes the same image of another pass, or another image; (seed, epoch, index) determine
+    it.
 
     Args:
         section: of kind "tokens".  seed: of the order of training.

@@ -25,6 +25,7 @@ FREE = (
     "data.tokens",
     "data.workers",
     "data.max_bad",
+    "logging.",
     "output.",
 )
 # Keys that change the rounding of numbers alone.
