@@ -26,6 +26,7 @@ from variant.training.optim import OptimSection
 from variant.training.recipe import Recipe, load_recipe, recipe_names
 from variant.training.resume_rules import compare_recipes, compare_schedules, read_recipe
 from variant.training.steps_file import StepsFile
+from variant.training.tensorboard import require_tensorboard
 
 # The command that trains each kind of task.
 COMMANDS = {"var": "variant train", "vae": "variant train-vae"}
@@ -123,6 +124,8 @@ class RunSetup:
         self.resume_command = resume_command or resume_hint(COMMANDS[kind], recipe, self.folder)
         self._check_folder(resume)
         self._check_memory(kind)
+        if recipe.logging.tensorboard:
+            require_tensorboard(recipe.name)
         if optim.precision == "fp16" and self.device.type == "cpu":
             raise UserError(
                 f'{recipe.name}: precision "fp16" needs a GPU; use "bf16" or "fp32" on a CPU'

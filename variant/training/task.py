@@ -115,6 +115,10 @@ class Task(ABC):
         """What is reported of a step besides its losses; known without the device."""
         return {}
 
+    def flop_of_step(self, step: int) -> int:
+        """FLOP of the forward and backward pass for one image; 0 is not counted."""
+        return 0
+
     def measure(self, key: str, value: Tensor) -> None:
         """Add a value, or a row of them, to what the step reports: see :class:`Meters`."""
         if self.meters is not None:

@@ -24,6 +24,7 @@ from variant.data.images import STREAM_COPY, Indices, stream
 from variant.data.samples import Samples, Source
 from variant.data.token_source import TokenSource
 from variant.errors import UserError
+from variant.models.flops import training_flop
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.training.configurations import Configurations
@@ -34,6 +35,7 @@ from variant.training.recipe import Recipe, with_seed
 from variant.training.run_setup import RunSetup, open_run
 from variant.training.task import Report, Summary, Task
 from variant.training.trainer import Trainer
+from variant_kernels import DepthSchedule
 
 # In config.json and the model card, by whether the moving average was better.
 WEIGHTS = {False: "of the last step of that epoch", True: "their moving average (EMA)"}
@@ -60,6 +62,7 @@ class VARTask(Task):
         self.configurations = Configurations(recipe, steps_per_epoch)
         self.execution = execution_of(recipe.memory, recipe.compile)
         self.scale_tokens = [side**2 for side in recipe.vae.patch_nums]
+        self._flop: dict[DepthSchedule, int] = {}
         self._copies_CNL: Tensor | None = None
         self._labels_N = torch.empty(0, dtype=torch.int64)
 
@@ -106,6 +109,12 @@ class VARTask(Task):
             is_shared = any(schedule.last_scale(layer) == last for schedule in subnets)
             groups["shared" if is_shared else "full_only"].append(block)
         return {**groups} if subnets else {}
+
+    def flop_of_step(self, step: int) -> int:
+        schedule = self.configurations.of_step(step).schedule
+        if schedule not in self._flop:
+            self._flop[schedule] = training_flop(self.configurations.config, schedule)
+        return self._flop[schedule]
 
     def values_of_step(self, step: int) -> dict[str, float]:
         if len(self.configurations.evaluated()) == 1:
