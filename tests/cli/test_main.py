@@ -19,7 +19,7 @@ from variant.cli.options import Bench, Generate, Plan
 from variant.cli.words import command_line
 from variant.errors import UserError
 
-COMMANDS = ["generate", "plan", "train", "train-vae", "bench", "convert", "info"]
+COMMANDS = ["generate", "plan", "train", "train-vae", "recipe", "bench", "convert", "info"]
 
 
 def process(*words, **options):
@@ -94,7 +94,6 @@ def test_the_completion_script_is_printed():
         ("generate --cfg abc", "generate: --cfg must be a number; got abc; see variant generate"),
         ("generate --depth 1.5", "--depth must be an integer; got 1.5"),
         ("generate --depth None", "--depth must be an integer; got None"),
-        ("generate --labels 1 x", "--labels must be integers; got 1 x"),
         ("generate --dtype int8", "--dtype must be one of bfloat16, float16, float32; got int8"),
         ("bench --dtype int8", "--dtype must be one of bfloat16, float16, float32; got int8"),
         ("generate --cfg", "--cfg needs a value"),
@@ -102,7 +101,13 @@ def test_the_completion_script_is_printed():
         ("generate --top-k 3 --top_k=4", "--top-k is given twice"),
         ("plan --guidance --no-guidance", "--no-guidance is given twice"),
         ("plan extra", "plan: unrecognized options: extra"),
-        ("paint", "paint: no such command; commands: generate, plan, train, train-vae, bench"),
+        ("paint", "paint: no such command; commands: generate, plan, train, train-vae, recipe"),
+        ("recipe", "recipe: needs one of new, show, check; see variant recipe --help"),
+        ("recipe paint digits", "recipe: needs one of new, show, check; got paint; see variant"),
+        ("train --optim.clip", "train: --optim.clip needs a value"),
+        ("train --optim.clip 1 --optim.clip=2", "--optim.clip is given twice"),
+        ("train --optim.clip 1 --depht 2", "train: unrecognized options: --depht, 2"),
+        ("generate --optim.clip 1", "generate: unrecognized options: --optim.clip, 1"),
         ("--model digits", "the command comes before --model"),
         ("generate --out=", "generate: --out must not be empty"),
     ],
@@ -114,6 +119,15 @@ def test_wrong_usage_is_one_line_and_exits_with_2(words, message, run):
     assert message in error
     assert error.count("\n") == 1
     assert not set("│╭╰─") & set(error)
+
+
+@pytest.mark.parametrize("separator", ["\n", "\r", "\u2028", "\x0b", "\x1b[2J"])
+@pytest.mark.parametrize("words", [("plan", "--kv-dtype"), ("train", "--seed"), ("generate", "x")])
+def test_wrong_usage_with_line_breaks_is_one_line(words, separator, run):
+    code, printed, error = run(*words, f"a{separator}b")
+    assert (code, printed) == (2, "")
+    assert len(error.splitlines()) == 1
+    assert error.rstrip("\n").isprintable()
 
 
 def test_empty_words_are_refused(run):
@@ -152,6 +166,7 @@ def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, run):
     command = ("generate", "--model", model, "--out", out)
     for words, message in (
         ((*command, "--labels", 6), r"generate: --labels must be .*; got 6"),
+        ((*command, "--labels", 1, "x"), r"--labels must be integers, as .* no class names; got"),
         ((*command, "--depth", 9), r"generate: --depth must be an integer in \[2, 4\] .*; got 9"),
         ((*command, "--depth", 2, "--bridge", 7), r"--bridge must be an integer in .*; got 7"),
         ((*command, "--count", 0), r"--count must be an integer in \[1, 100000000\]; got 0"),
@@ -260,10 +275,10 @@ def test_the_first_line_comes_before_torch(command):
         "main.function_of = function_of\n"
         "main.main(sys.argv[1:])\n"
     )
-    words = ["--var", "a", "--vae", "b", "--out", "c"] if command == "convert" else []
+    words = {"convert": ["--var", "a", "--vae", "b", "--out", "c"], "recipe": ["check", "a"]}
     begun = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", script, command, *words],
+        [sys.executable, "-c", script, command, *words.get(command, ())],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

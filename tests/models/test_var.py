@@ -1,10 +1,13 @@
 """The transformer against outputs of the original VAR code."""
 
+import copy
+
 import pytest
 import torch
 from golden_models import NAMES, load_golden
+from small_models import small_model
 
-from variant.models.var import VAR, derived_buffers
+from variant.models.var import VAR, branch_scales, derived_buffers
 from variant_kernels import DepthSchedule, use_backend
 
 BACKENDS = ("reference", "cpu")
@@ -109,6 +112,9 @@ def test_wrong_inputs_are_named():
     tensors = golden.tensors
     with pytest.raises(ValueError, match=r"labels_B must be in \[0, 10\]; got 11"):
         var(torch.tensor([11, 0, 0]), tensors["x_teacher"])
+    mixed = {"mixed_labels_B": torch.tensor([0, -1, 0]), "mix_B": torch.ones(3)}
+    with pytest.raises(ValueError, match=r"mixed_labels_B must be in \[0, 10\]; got -1"):
+        var(tensors["label"], tensors["x_teacher"], **mixed)
     with pytest.raises(ValueError, match=r"x_teacher must be \(3, 154, 16\)"):
         var(tensors["label"], tensors["x_teacher"][:, 1:])
     with pytest.raises(ValueError, match="schedule must have 6 layers and 7 scales; got 6 and 6"):
@@ -117,3 +123,51 @@ def test_wrong_inputs_are_named():
         ValueError, match=r"VAR.schedule: depth must be an integer in \[2, 6\] .*; got 7"
     ):
         var.schedule(7)
+
+
+def test_a_dropped_branch_leaves_its_image_as_it_was_and_kept_ones_are_scaled():
+    uniform_N2B = torch.tensor([[[0.99, 0.0], [0.99, 0.0]], [[0.49, 0.51], [0.0, 0.99]]])
+    scales_N2B = branch_scales(uniform_N2B, 0.5)
+    assert scales_N2B.tolist() == [[[1, 1], [1, 1]], [[2, 0], [2, 0]]]
+    torch.manual_seed(0)
+    var = small_model(drop_path_rate=0.5).var
+    labels, x_teacher = torch.tensor([1, 2]), torch.randn(2, 13, 8)
+    everything_dropped = torch.zeros(4, 2, 2)
+    everything_dropped[:, :, 0] = 1
+    logits = var(labels, x_teacher, branch_scales_N2B=everything_dropped)
+    full = var(labels, x_teacher)
+    assert torch.equal(logits[:1], full[:1])
+    assert not torch.equal(logits[1:], full[1:])
+    without_layers = copy.deepcopy(var)
+    without_layers.blocks = torch.nn.ModuleList()
+    assert torch.equal(logits[1:], without_layers(labels, x_teacher)[1:])
+
+
+def test_given_drops_take_the_place_of_drawn_ones():
+    torch.manual_seed(0)
+    var = small_model(drop_path_rate=0.5, cond_drop_rate=0.9).var.train()
+    labels, x_teacher = torch.tensor([1, 2]), torch.randn(2, 13, 8)
+    dropped_B, scales_N2B = torch.tensor([True, False]), torch.ones(4, 2, 2)
+    state = torch.get_rng_state()
+    logits = var(labels, x_teacher, dropped_B=dropped_B, branch_scales_N2B=scales_N2B)
+    assert torch.equal(torch.get_rng_state(), state)
+    unconditional = torch.tensor([5, 2])  # num_classes stands for no class
+    assert torch.equal(logits, var.eval()(unconditional, x_teacher))
+    drawn = [var.train()(labels, x_teacher) for _ in range(2)]
+    assert not torch.equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("dropped_B", torch.zeros(3, dtype=torch.bool), r"must be \(2,\) bool; got \(3,\)"),
+        ("dropped_B", torch.zeros(2), r"must be \(2,\) bool; got \(2,\) torch.float32"),
+        ("branch_scales_N2B", torch.ones(4, 2, 2, device="meta"), "must be on the device of the"),
+        ("branch_scales_N2B", torch.ones(4, 2, 1), r"must be \(4, 2, 2\) of a float dtype; got"),
+        ("branch_scales_N2B", torch.ones(4, 2, 2, dtype=torch.int64), "of a float dtype; got"),
+    ],
+)
+def test_drops_that_do_not_fit_are_refused(name, value, message):
+    var = small_model().var
+    with pytest.raises(ValueError, match=rf"VAR.forward: {name} .*{message}"):
+        var(torch.tensor([1, 2]), torch.randn(2, 13, 8), **{name: value})

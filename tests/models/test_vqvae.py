@@ -150,7 +150,8 @@ def test_a_state_of_another_number_of_scales_loads():
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.zeros(1, 3, 8, 9), r"images must be \(B, 3, 8, 8\); got \(1, 3, 8, 9\)"),
+        (torch.zeros(0, 3, 8, 8), r"images must be .* with B >= 1; got \(0, 3, 8, 8\)"),
+        (torch.zeros(1, 3, 8, 9), r"images must be \(B, 3, 8, 8\) .*; got \(1, 3, 8, 9\)"),
         (torch.zeros(3, 8, 8), r"images must be \(B, 3, 8, 8\)"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "floating point; got torch.uint8"),
         (torch.full((1, 3, 8, 8), 2.0), r"in \[-1, 1\]; got values from 2 to 2"),
@@ -190,6 +191,11 @@ def test_wrong_tokens_are_refused(method, tokens, message):
 def test_wrong_vae_configs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **changes)
+
+
+def test_a_boolean_is_no_number_of_channels():
+    with pytest.raises(TypeError, match="VQVAEConfig: in_channels must be an integer"):
+        VQVAEConfig(vocab_size=8, z_channels=4, ch=32, in_channels=True)
 
 
 def test_configs_round_trip_through_plain_values():

@@ -4,7 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from variant.training.schedule import Phases, choose_depth, paper_phases, subnet_probability
+from variant.training.schedule import (
+    Phases,
+    ScheduleSection,
+    choose_depth,
+    paper_phases,
+    subnet_probability,
+)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +38,23 @@ def test_depths_that_the_paper_does_not_list_are_refused():
 )
 def test_probability_is_flat_then_linear_then_one(epoch, expected):
     assert subnet_probability(epoch, 0.2, 5, 15) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "expected"), [(0, 0.2), (5, 0.2), (12.5, 0.5), (20, 0.8), (34.9, 0.8)]
+)
+def test_probability_ends_at_the_final_one(epoch, expected):
+    assert subnet_probability(epoch, 0.2, 5, 15, 0.8) == pytest.approx(expected)
+    section = ScheduleSection(
+        depths=(2,), bridge=1, final_probability=0.8, joint=5, transition=15, refinement=15
+    )
+    assert section.probability(epoch) == pytest.approx(expected)
+
+
+def test_a_final_probability_may_be_lower_than_the_first():
+    assert subnet_probability(6, 0.8, 5, 2, 0.2) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match=r"p1 must be in \[0, 1\]; got -1"):
+        subnet_probability(6, 0.8, 5, 2, -1)
 
 
 def test_phases_of_no_length_are_skipped():

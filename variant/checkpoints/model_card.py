@@ -8,6 +8,7 @@ from typing import Any
 
 from variant.engine.planning import depths_of, plan_row
 from variant.errors import UserError
+from variant.models.class_names import listed
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.paths import open_regular, path_kind
 
@@ -58,6 +59,7 @@ def model_card(
         f"{var.num_classes} classes; weights in {dtype}\n"
         f"- {side}x{side} pixels; {layout.num_scales} scales with sides {sides}; "
         f"{layout.total} tokens; codebook {var.vocab_size} x {var.vae_channels}",
+        *([f"Classes: {listed(var.class_names)}."] if var.class_names else ()),
         "## Depths",
         _depths(var, dtype),
         "## How to run",
@@ -76,7 +78,7 @@ def _depths(var: VARConfig, dtype: str) -> str:
     if var.subnets:
         text = (
             f"Every layer runs at the first {var.bridge} scales, the listed ones at the others. "
-            "The same weights serve every depth."
+            f"{_whose_weights(var)}"
         )
         depths = depths_of(var)
     else:
@@ -98,6 +100,20 @@ def _depths(var: VARConfig, dtype: str) -> str:
         "kept only until its last use (`variant plan` prints them for other batches and dtypes)."
     )
     return "\n\n".join((text, "\n".join(rows), plan))
+
+
+def _whose_weights(var: VARConfig) -> str:
+    own = {
+        "adaln": "an adaLN projection of its own",
+        "lora": f"low-rank additions (LoRA, rank {var.lora_rank})",
+        "copies": "copies of its layers",
+    }
+    if var.zone_weights == "shared":
+        return "The same weights serve every depth."
+    return (
+        f"There each smaller depth uses {own[var.zone_weights]}, which the full network does not "
+        "use."
+    )
 
 
 def _how_to_run(var: VARConfig, vae: VQVAEConfig, model_id: str) -> str:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from variant.cli.options import Bench, Command, Convert, Generate, Info, Plan, Train, TrainVae
+from variant.cli.options import (
+    Bench,
+    Command,
+    Convert,
+    Generate,
+    Info,
+    Plan,
+    Recipe,
+    Tokenize,
+    Train,
+    TrainVae,
+)
 from variant.cli.output import console
 
 
@@ -36,11 +47,18 @@ def first_line(command: Command) -> str:
             name = "train" if isinstance(command, Train) else "train-vae"
             out = command.out or Path("runs") / Path(command.recipe).stem
             return f"{name}: recipe {command.recipe}, to {out}"
+        case Tokenize():
+            out = command.out or Path("runs") / Path(command.recipe).stem / "tokens"
+            return f"tokenize: recipe {command.recipe}, passes {command.passes}, to {out}"
         case Convert():
             names = [str(name) for name in (command.model, command.var, command.vae) if name]
             return f"convert: reading {' and '.join(names)}" if names else ""
         case Info():
             return f"info: reading {command.model}"
+        case Recipe():  # a shown recipe is the whole output
+            if command.action == "new" and command.out is not None:
+                return f"recipe: reading {command.data}, to {command.out}"
+            return f"recipe: checking {command.recipe}" if command.action == "check" else ""
         case Plan():
             return ""
 

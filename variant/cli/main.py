@@ -1,4 +1,5 @@
-"""The command line ``variant``: generate, plan, train, train-vae, bench, convert, info.
+"""The command line ``variant``: generate, plan, train, train-vae, recipe, bench, convert,
+info, tokenize.
 
 The module of a command is imported when it runs, so that ``--help`` starts without torch.
 """
@@ -13,7 +14,7 @@ from typing import Any
 
 from variant.cli import signals
 from variant.cli.announce import announce
-from variant.cli.messages import one_line
+from variant.cli.messages import one_line, plain
 from variant.cli.options import (
     Bench,
     Command,
@@ -21,6 +22,8 @@ from variant.cli.options import (
     Generate,
     Info,
     Plan,
+    Recipe,
+    Tokenize,
     Train,
     TrainVae,
 )
@@ -91,6 +94,14 @@ def function_of(command: Command) -> Callable[[Any], None]:
             from variant.cli.train import train_vae
 
             return train_vae
+        case Recipe():
+            from variant.cli.recipe import recipe
+
+            return recipe
+        case Tokenize():
+            from variant.cli.tokenize import tokenize
+
+            return tokenize
         case Bench():
             from variant.cli.bench import bench
 
@@ -111,7 +122,8 @@ def _stopped(stop: KeyboardInterrupt) -> int:
 
 
 def _print_error(text: str) -> None:
-    _print(f"variant: error: {text}")
+    # Wrong usage quotes the words of the command line, line breaks included.
+    _print(f"variant: error: {plain(text)}")
 
 
 def _print(line: str) -> None:

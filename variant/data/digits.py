@@ -8,6 +8,7 @@ Axes: B images, I channels, Y X pixels, N scans.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from variant.data.augment import distort
+from variant.data.bad_items import BadItem
 from variant.data.config import DataSection
 from variant.data.images import STREAM_AUGMENT, Indices, stream
 from variant.errors import UserError
@@ -130,6 +132,18 @@ class DigitsData:
     def held_out(self, indices: Indices) -> tuple[Tensor, Tensor]:
         index = torch.as_tensor(np.asarray(indices), dtype=torch.int64)
         return self._to_range(self._held_out[index]), self.held_out_labels[index]
+
+    def take_bad(self) -> tuple[BadItem, ...]:
+        return ()
+
+    def digest(self) -> str:
+        """SHA-256 of all scans and labels."""
+        scans = load_scans()
+        values = (scans.images * LEVELS).to(torch.uint8).numpy().tobytes()
+        return hashlib.sha256(values + scans.labels.numpy().tobytes()).hexdigest()
+
+    def class_digests(self) -> dict[str, str]:
+        return {}
 
     def scans(self) -> Tensor:
         """The training scans without augmentation, (N, I, Y, X) in [-1, 1]."""

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from variant.engine import memory
-from variant.engine.arguments import check_given, check_image_ids, check_labels, check_tokens
+from variant.engine.arguments import (
+    Labels,
+    check_given,
+    check_image_ids,
+    check_labels,
+    check_tokens,
+)
 from variant.engine.batches import (
     Batch,
     BatchRunner,
@@ -42,6 +48,7 @@ from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant_kernels import CachePlan
 from variant_kernels.arguments import boolean, instance, integer
+from variant_kernels.dispatch.select import check_name
 
 
 def new_recorder(device: torch.device) -> Recorder | None:
@@ -92,11 +99,13 @@ class Engine(CastModels):
     ) -> None:
         check_pair(var, vae, "Engine")
         check_values("Engine", var, vae)
+        check_name("Engine", backend)
+        pack = boolean("Engine", "pack", pack)
         super().__init__(var, vae, check_engine_dtype("Engine", dtype, var), pack)
         self.page_size = integer("Engine", "page_size", page_size, 1)
         self.kv_dtype = check_kv_dtype("Engine", kv_dtype)
         self.backend = backend
-        self.capture = capture
+        self.capture = boolean("Engine", "capture", capture)
         self._launchers(self.kv_dtype)  # raises where the backend cannot run these dtypes
 
     # --- launchers, graphs ----------------------------------------------------------------------
@@ -161,7 +170,7 @@ class Engine(CastModels):
             ValueError: an argument out of range.
         """
         kv_dtype = self._kv_dtype("forced_logits", kv_dtype)
-        labels_B = check_labels(labels_B, self.var.config.num_classes, "forced_logits")
+        labels_B = check_labels(labels_B, self.var.config, "forced_logits")
         tokens_BL = self._check_tokens("forced_logits", tokens_BL, len(labels_B))
         schedule = self.var.schedule(depth, bridge, op="forced_logits")
         state = self._runner(kv_dtype).start(labels_B, schedule=schedule, guidance=False)
@@ -211,7 +220,7 @@ class Engine(CastModels):
 
     def generate(
         self,
-        labels: int | Sequence[int] | Tensor,
+        labels: Labels,
         *,
         cfg: PerScale = 1.5,
         top_k: int = 0,
@@ -233,7 +242,7 @@ class Engine(CastModels):
 
     def generate_with(
         self,
-        labels: int | Sequence[int] | Tensor,
+        labels: Labels,
         sampling: Sampling,
         **options: Unpack[CallOptions],
     ) -> Generation:
@@ -245,7 +254,7 @@ class Engine(CastModels):
 
     def generate_batches(
         self,
-        labels: int | Sequence[int] | Tensor,
+        labels: Labels,
         *,
         cfg: PerScale = 1.5,
         top_k: int = 0,
@@ -262,7 +271,7 @@ class Engine(CastModels):
 
     def generate_batches_with(
         self,
-        labels: int | Sequence[int] | Tensor,
+        labels: Labels,
         sampling: Sampling,
         **options: Unpack[CallOptions],
     ) -> Iterator[Generation]:
@@ -271,14 +280,12 @@ class Engine(CastModels):
 
     @without_autocast
     @torch.no_grad()
-    def _run(
-        self, labels: int | Sequence[int] | Tensor, sampling: Sampling, options: CallOptions
-    ) -> Run:
+    def _run(self, labels: Labels, sampling: Sampling, options: CallOptions) -> Run:
         """The batches of a request, none of them started; raises what ``generate`` raises."""
         call = Call.of(options)
         op, config, layout = "generate", self.var.config, self.var.layout
         kv_dtype = self._kv_dtype(op, call.kv_dtype)
-        labels_B = check_labels(labels, config.num_classes)
+        labels_B = check_labels(labels, config)
         instance(op, "sampling", sampling, Sampling).check_run(layout.num_scales, self.device)
         schedule = self.var.schedule(call.depth, call.bridge, op=op)
         request = Request(
@@ -297,6 +304,7 @@ class Engine(CastModels):
             check_given(call.tokens, call.mask, layout, config.vocab_size, len(labels_B)),
         )
         runner = self._runner(kv_dtype)  # casts the weights: the copies must not count as free
+        runner.weights.zone_bytes(runner.zones(schedule, can_switch=call.on_scale is not None))
         size = memory.batch_size(
             len(labels_B),
             call.max_batch,

@@ -9,11 +9,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from variant_kernels.arguments import instance, integer, real, sequence, shown, typed
+from variant.models.class_names import check_class_names
+from variant.models.ranges import bound_text, check_ranges
+from variant_kernels.arguments import (
+    boolean,
+    choice,
+    instance,
+    integer,
+    real,
+    sequence,
+    shown,
+    typed,
+)
 from variant_kernels.plans.depth_schedule import check_layers
 from variant_kernels.plans.scale_layout import ScaleLayout
 
@@ -39,9 +50,15 @@ LIMITS = {
     "num_res_blocks": 32,
     "share_quant_resi": 32,
     "quant_conv_ks": 31,
+    "in_channels": 3,
     "beta": 1e6,
 }
 MAX_SHOWN = 120  # characters of a value in a message
+
+# What a subnet's layers use for the tokens of the flexible zone: the weights of the full network,
+# or zone weights: an adaLN projection of their own, low-rank additions (LoRA), or copies.
+ZoneKind = Literal["shared", "adaln", "lora", "copies"]
+ZONE_KINDS = ("shared", "adaln", "lora", "copies")
 
 # What JSON and TOML give for a number: no text, no boolean, no fraction for an integer.
 Integer = Annotated[int, Field(strict=True)]
@@ -52,10 +69,20 @@ Config = TypeVar("Config")
 
 def describe_validation_error(error: ValidationError) -> str:
     """All problems that pydantic found, on one line: ``model.depth: Input should be ...``."""
+    return "; ".join(problems_of(error))
+
+
+def problems_of(error: ValidationError) -> list[str]:
+    """One text for every problem that pydantic found, which begins with the dotted key."""
     problems = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
+        expected = bound_text(problem["type"], problem.get("ctx", {}))
+        if expected is not None:
+            got = shown(problem["input"], MAX_SHOWN)
+            problems.append(f"{where} must be {expected}; got {got}")
+            continue
         if problem["type"] == "unexpected_keyword_argument":
             message = "unknown key"
         elif problem["type"] == "missing":
@@ -63,7 +90,7 @@ def describe_validation_error(error: ValidationError) -> str:
         elif problem["type"] != "value_error":
             message = f"{message}; got {shown(problem['input'], MAX_SHOWN)}"
         problems.append(f"{where}: {message}" if where else message)
-    return "; ".join(problems)
+    return problems
 
 
 def parse_dataclass(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
@@ -77,15 +104,24 @@ def parse_dataclass(kind: type[Config], values: Mapping[str, Any], where: str) -
     """
     instance(where, "values", values, Mapping)
     try:
-        # As JSON, because strict validation of Python values takes no lists as tuples. Dates of
-        # TOML become text, which no key takes.
-        text = json.dumps(dict(values), default=str)
-        return TypeAdapter(kind).validate_json(text, strict=True)
+        return validate_dataclass(kind, values)
     except ValidationError as error:
         text = describe_validation_error(error).removeprefix(f"{where}: ")
         raise ValueError(f"{where}: {text}") from None
     except RecursionError:
         raise ValueError(f"{where}: is nested too deeply") from None
+
+
+def validate_dataclass(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """As :func:`parse_dataclass`, with pydantic's own errors.
+
+    Raises:
+        ValidationError: with every problem.  RecursionError: the values are nested too deeply.
+    """
+    # As JSON, because strict validation of Python values takes no lists as tuples. Dates of TOML
+    # become text, which no key takes.
+    text = json.dumps(dict(values), default=str)
+    return TypeAdapter(kind).validate_json(text, strict=True)
 
 
 def to_plain(value: Any) -> Any:
@@ -173,6 +209,13 @@ class VARConfig(_Plain):
         drop_path_rate: stochastic depth of the last layer, rising linearly from 0.
         subnets: {depth: layers} that the weights were trained with.
         bridge: number of first scales that run every layer in those subnets.
+        zone_weights: weights of each subnet's layers for the tokens of the flexible zone. "shared":
+            those of the full network. "adaln": an adaLN projection of their own. "lora": low-rank
+            additions to the linear layers. "copies": copies of the layers.
+            See :mod:`variant.models.zones`.
+        lora_rank: rank of the additions of "lora", in [1, embed_dim]; 0 for the others.
+        zone_adaln: with "lora": whether the layers also have an adaLN projection of their own.
+        class_names: of all classes in the order of their labels, or none.
     Raises:
         TypeError: a value that is no number where there must be one.
         ValueError: a value out of range (LIMITS), naming it.
@@ -193,6 +236,10 @@ class VARConfig(_Plain):
     drop_path_rate: Real = 0.0
     subnets: dict[int, tuple[Integer, ...]] = field(default_factory=dict)
     bridge: Integer | None = None
+    zone_weights: ZoneKind = "shared"
+    lora_rank: Integer = 0
+    zone_adaln: bool = True
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_integers(
@@ -238,6 +285,24 @@ class VARConfig(_Plain):
             )
         self._require(not subnets or self.bridge is not None, "subnets need a bridge", self.bridge)
         object.__setattr__(self, "subnets", subnets)
+        names = check_class_names("VARConfig", self.class_names, self.num_classes)
+        object.__setattr__(self, "class_names", names)
+        self._check_zone_weights()
+
+    def _check_zone_weights(self) -> None:
+        op = type(self).__name__
+        choice(op, "zone_weights", self.zone_weights, ZONE_KINDS)
+        rank = integer(op, "lora_rank", self.lora_rank, 0, self.embed_dim)
+        object.__setattr__(self, "lora_rank", rank)
+        object.__setattr__(self, "zone_adaln", boolean(op, "zone_adaln", self.zone_adaln))
+        check_zone_options(op, self.zone_weights, rank, self.zone_adaln)
+        if self.zone_weights != "shared":
+            shallow = all(depth < self.depth for depth in self.subnets)
+            self._require(
+                bool(self.subnets) and shallow,
+                f'zone_weights "{self.zone_weights}" need subnets, each of fewer layers than depth',
+                list(self.subnets),
+            )
 
     @property
     def head_dim(self) -> int:
@@ -255,9 +320,11 @@ class VQVAEConfig(_Plain):
     """A multi-scale VQ-VAE.
 
     Args:
-        vocab_size, z_channels: codebook entries and their width.
-        ch, ch_mult: width of the first convolution, and its multiple at each resolution; each
-            resolution after the first halves the image.
+        vocab_size: codebook entries.
+        z_channels: width of a codebook entry.
+        ch: channels of the first convolution; ch times each of ch_mult must be a multiple of 32.
+        ch_mult: channels at each resolution, in units of ch; each resolution after the first halves
+            the image.
         num_res_blocks: residual blocks per resolution (one more in the decoder).
         patch_nums: sides of the token maps; the last is the side of the feature map.
         share_quant_resi: residual convolutions shared by the scales: 1 for one, 0 for one per
@@ -287,7 +354,13 @@ class VQVAEConfig(_Plain):
 
     def __post_init__(self) -> None:
         self._check_integers(
-            vocab_size=1, z_channels=1, ch=1, num_res_blocks=1, share_quant_resi=0, quant_conv_ks=1
+            vocab_size=1,
+            z_channels=1,
+            ch=1,
+            num_res_blocks=1,
+            share_quant_resi=0,
+            quant_conv_ks=1,
+            in_channels=1,
         )
         self._check_reals(quant_resi=(0, 1), beta=(0, LIMITS["beta"]))
         self._check_patch_nums()
@@ -323,16 +396,31 @@ class VQVAEConfig(_Plain):
         return ScaleLayout.from_patch_nums(self.patch_nums)
 
 
+def check_zone_options(op: str, kind: str, lora_rank: int, adaln: bool) -> None:
+    """Raises: ValueError for a rank or a ``zone_adaln`` that the kind of zone weights has no use
+    for, and for "lora" without a rank."""
+    if (lora_rank > 0) != (kind == "lora"):
+        expected = "at least 1, such as 16" if kind == "lora" else "0"
+        raise ValueError(
+            f'{op}: lora_rank must be {expected} with zone_weights "{kind}"; got {lora_rank}'
+        )
+    if not adaln and kind != "lora":
+        raise ValueError(
+            f'{op}: zone_adaln = false needs zone_weights "lora"; got zone_weights "{kind}"'
+        )
+
+
 STRICT = ConfigDict(extra="forbid")
 MAX_INTEGER = 2**63 - 1  # of torch's integers and seeds
 
 
 def require_plain_numbers(section: Any) -> None:
-    """Check that no number of a dataclass is infinite, NaN or an integer beyond 64 bits.
+    """Check the numbers of a dataclass: their ranges, finite, no integer beyond 64 bits.
 
     Raises:
         ValueError: naming the field.
     """
+    check_ranges(section)
     for entry in dataclasses.fields(section):
         value = getattr(section, entry.name)
         for number in value if isinstance(value, tuple) else (value,):

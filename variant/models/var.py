@@ -4,8 +4,9 @@ Source: VAR (arXiv 2404.02905); skipping layers in the flexible zone: VARiant. P
 those of the original VAR repository, so its state dicts load with ``strict=True``.
 
 Axes: B images, L tokens of all scales, C width, H heads, D width of one head, V codebook entries,
-E codebook vector width, 1 broadcast, 6 the parts of a block's modulation in the order of the
-checkpoints: the gates, the scales, the shifts, each of attention and then of the MLP.
+E codebook vector width, N layers, 2 the branches of a block (attention, MLP), 1 broadcast, 6 the
+parts of a block's modulation in the order of the checkpoints: the gates, the scales, the shifts,
+each of attention and then of the MLP.
 """
 
 from __future__ import annotations
@@ -19,16 +20,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from variant.models.config import VARConfig
+from variant.models.execution import PLAIN, Checkpointing, Execution, computed_again, recompute
+from variant.models.residual import OpenSum, PrefixStream, closed, modulated
+from variant.models.token_loss import TokenLoss, linear_cross_entropy
+from variant.models.zones import reset_zone_weights, run_layers, run_spans, uses_zone_weights
 from variant_kernels import (
     DepthSchedule,
     ScaleLayout,
-    adaln_modulate,
     block_causal_attention,
     gated_residual_adaln,
 )
 from variant_kernels.arguments import instance, integer, sequence
 from variant_kernels.ops.contract import check_tensor
 from variant_kernels.plans.depth_schedule import resolve_layers
+
+
+class LinearWithoutBias(nn.Linear):
+    """A linear layer without parameters for a bias, which its caller may give."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.weight, bias)
 
 
 class SelfAttention(nn.Module):
@@ -47,7 +61,7 @@ class SelfAttention(nn.Module):
             )
         else:
             self.softmax_scale = 0.25 / math.sqrt(self.head_dim)
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.mat_qkv = LinearWithoutBias(width, 3 * width)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.zero_k_bias: Tensor
@@ -58,9 +72,17 @@ class SelfAttention(nn.Module):
         """(3C,): keys have no bias."""
         return torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
 
+    def qkv(self, x_BLC: Tensor) -> Tensor:
+        """(B, L, 3C)."""
+        if isinstance(self.mat_qkv, LinearWithoutBias):
+            return self.mat_qkv(x_BLC, self.qkv_bias())  # one rounding for product and bias
+        # A layer in its place, of 8-bit products for instance, takes no bias.
+        qkv_BL3C = self.mat_qkv(x_BLC)
+        return qkv_BL3C + self.qkv_bias().to(qkv_BL3C.dtype)
+
     def forward(self, x_BLC: Tensor, layout: ScaleLayout) -> Tensor:
         batch, length, width = x_BLC.shape
-        qkv_BL3C = F.linear(x_BLC, self.mat_qkv.weight, self.qkv_bias())
+        qkv_BL3C = self.qkv(x_BLC)
         packed = qkv_BL3C.view(batch, length, 3, self.num_heads, self.head_dim)
         q_BLHD, k_BLHD, v_BLHD = packed.unbind(2)
         out_BLHD = block_causal_attention(
@@ -82,18 +104,24 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x_BLC: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BLC), approximate="tanh"))
+    def forward(self, x_BLC: Tensor, *, keep_all: bool = False) -> Tensor:
+        """Args: keep_all: keep the GELU's result for the backward pass, which computes it else."""
+        hidden = self.fc1(x_BLC)
+        active = F.gelu(hidden, approximate="tanh")
+        if keep_all or torch.compiler.is_compiling() or not active.requires_grad:
+            return self.fc2(active)
+        kept = hidden.detach()
+        with computed_again(active, lambda: F.gelu(kept, approximate="tanh")):
+            return self.fc2(active)
 
 
 class Block(nn.Module):
     """Attention and MLP; the condition modulates the input of each and gates its output."""
 
-    def __init__(self, config: VARConfig, drop_path: float) -> None:
+    def __init__(self, config: VARConfig) -> None:
         super().__init__()
         width = config.embed_dim
         self.norm_eps = config.norm_eps
-        self.drop_path = drop_path
         self.attn = SelfAttention(config)
         self.ffn = MLP(width, round(width * config.mlp_ratio))
         self.shared_aln = config.shared_aln
@@ -101,29 +129,77 @@ class Block(nn.Module):
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / math.sqrt(width))
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        # By the depth of the subnet, as text; empty in a layer without zone weights.
+        self.zones = nn.ModuleDict()
 
-    def modulation(self, cond: Tensor) -> Tensor:
-        """(B, 6, C) from the class embedding (B, C), or from the shared modulation (B, 6, C)."""
+    def modulation(
+        self,
+        cond: Tensor,
+        *,
+        ada_lin: nn.Module | None = None,
+        ada_gss: Tensor | None = None,
+    ) -> Tensor:
+        """(B, 6, C) from the class embedding (B, C), or from the shared modulation (B, 6, C).
+
+        Args:
+            ada_lin, ada_gss: zone weights; None uses the block's own.
+        """
         if self.shared_aln:
-            modulation_B6C = self.ada_gss[0] + cond
+            modulation_B6C = (self.ada_gss if ada_gss is None else ada_gss)[0] + cond
         else:
-            modulation_B6C = self.ada_lin(cond).view(cond.shape[0], 6, -1)
+            projected = (self.ada_lin if ada_lin is None else ada_lin)(cond)
+            modulation_B6C = projected.view(cond.shape[0], 6, -1)
         return modulation_B6C.to(_compute_dtype(modulation_B6C))
 
-    def forward(self, x_BLC: Tensor, cond: Tensor, layout: ScaleLayout) -> Tensor:
-        gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(cond).unbind(1)
-        gate1, gate2 = self._drop_branch(gate1), self._drop_branch(gate2)
-        h_BLC = adaln_modulate(x_BLC, scale1, shift1, eps=self.norm_eps)
-        y_BLC = self.attn(h_BLC, layout)
-        x_BLC, h_BLC = gated_residual_adaln(x_BLC, y_BLC, gate1, scale2, shift2, eps=self.norm_eps)
-        return x_BLC + gate2.unsqueeze(1) * self.ffn(h_BLC)
+    def forward(
+        self,
+        stream: Any,
+        cond: Tensor,
+        layout: ScaleLayout,
+        branch_scales_2B: Tensor | None = None,
+        execution: Execution = PLAIN,
+        *,
+        leave_open: bool = False,
+        zones: Sequence[int | None] | None = None,
+    ) -> Any:
+        """The stream (B, L, C) after this block, an :class:`OpenSum` with ``leave_open``.
 
-    def _drop_branch(self, gate_BC: Tensor) -> Tensor:
-        """Stochastic depth (arXiv 1603.09382): a branch is dropped per image by its gate."""
-        if not self.training or self.drop_path == 0:
-            return gate_BC
-        keep = 1 - self.drop_path
-        return gate_BC * gate_BC.new_empty(gate_BC.shape[0], 1).bernoulli_(keep).div_(keep)
+        Args:
+            stream: before this block, a tensor or an OpenSum.
+            branch_scales_2B: of :func:`branch_scales`, this layer's part.
+            zones: with zone weights: ``stream`` is a list of spans, and so is the result; see
+                :func:`variant.models.zones.run_spans`.
+        """
+        if zones is not None:
+            return run_spans(self, stream, cond, layout, zones, branch_scales_2B, execution)
+        compute = execution.compiled if self.training and execution.compiled else Block.compute
+        args = self, stream, cond, layout, branch_scales_2B, execution.checkpointing, leave_open
+        if execution.checkpointing == "full" and torch.is_grad_enabled():
+            return recompute(compute, *args)
+        return compute(*args)
+
+    def compute(
+        self,
+        stream: Tensor | OpenSum,
+        cond: Tensor,
+        layout: ScaleLayout,
+        branch_scales_2B: Tensor | None,
+        checkpointing: Checkpointing,
+        leave_open: bool,
+    ) -> Tensor | OpenSum:
+        """What :meth:`forward` runs; ``torch.compile`` takes this function."""
+        gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(cond).unbind(1)
+        if branch_scales_2B is not None:
+            scales_2B1 = branch_scales_2B.to(gate1.dtype).unsqueeze(2)
+            gate1, gate2 = gate1 * scales_2B1[0], gate2 * scales_2B1[1]
+        x_BLC, h_BLC = modulated(stream, scale1, shift1, self.norm_eps)
+        if checkpointing == "attention" and torch.is_grad_enabled():
+            y_BLC = recompute(self.attn, h_BLC, layout)
+        else:
+            y_BLC = self.attn(h_BLC, layout)
+        x_BLC, h_BLC = gated_residual_adaln(x_BLC, y_BLC, gate1, scale2, shift2, eps=self.norm_eps)
+        after = OpenSum(x_BLC, self.ffn(h_BLC, keep_all=checkpointing == "full"), gate2)
+        return after if leave_open else closed(after)
 
 
 class HeadNorm(nn.Module):
@@ -139,15 +215,33 @@ class HeadNorm(nn.Module):
         modulation_B2C = self.ada_lin(cond_BC).view(cond_BC.shape[0], 2, -1)
         return modulation_B2C.to(_compute_dtype(modulation_B2C))
 
-    def forward(self, x_BLC: Tensor, cond_BC: Tensor) -> Tensor:
+    def forward(self, stream: Tensor | OpenSum, cond_BC: Tensor) -> Tensor:
         scale_BC, shift_BC = self.modulation(cond_BC).unbind(1)
-        return adaln_modulate(x_BLC, scale_BC, shift_BC, eps=self.norm_eps)
+        if isinstance(stream, Tensor):
+            stream = stream.float()
+        return modulated(stream, scale_BC, shift_BC, self.norm_eps)[1]
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which matrix products run: autocast's inside autocast, else the tensor's."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+def branch_scales(uniform_N2B: Tensor, drop_path_rate: float) -> Tensor:
+    """Stochastic depth (arXiv 1603.09382): a factor for each branch of each layer and image.
+
+    A branch of layer n is dropped with probability ``drop_path_rate * n / (N - 1)``.
+
+    Args:
+        uniform_N2B: random numbers in [0, 1).  drop_path_rate: of the last layer, below 1.
+    Returns:
+        (N, 2, B) of the same dtype: 0 where the branch is dropped, else 1 / (1 - its probability).
+    """
+    depth = len(uniform_N2B)
+    layer_N11 = torch.arange(depth, device=uniform_N2B.device).view(-1, 1, 1)
+    keep_N11 = 1 - layer_N11.to(uniform_N2B.dtype) * drop_path_rate / max(depth - 1, 1)
+    return (uniform_N2B < keep_N11) / keep_N11
 
 
 class VAR(nn.Module):
@@ -173,10 +267,7 @@ class VAR(nn.Module):
             if config.shared_aln
             else nn.Identity()
         )
-        self.blocks = nn.ModuleList(
-            Block(config, config.drop_path_rate * layer / max(config.depth - 1, 1))
-            for layer in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_nm = HeadNorm(config)
         self.head = nn.Linear(width, config.vocab_size)
         self.scale_index_L: Tensor
@@ -192,26 +283,41 @@ class VAR(nn.Module):
         *,
         mixed_labels_B: Tensor | None = None,
         mix_B: Tensor | None = None,
-    ) -> Tensor:
+        dropped_B: Tensor | None = None,
+        branch_scales_N2B: Tensor | None = None,
+        targets_BL: Tensor | None = None,
+        execution: Execution = PLAIN,
+    ) -> Tensor | TokenLoss:
         """Logits of every token, given the true tokens of all earlier scales (teacher forcing).
 
         A layer reads and updates the tokens of the scales at which it runs; the tokens of other
-        scales keep their values.
+        scales keep their values. A scale that runs the layers of a subnet with zone weights uses
+        these (``config.zone_weights``).
 
         Args:
-            labels_B: (B,) int64 classes; ``num_classes`` stands for no class. In training mode
-                each label is dropped with probability ``cond_drop_rate``.
+            labels_B: (B,) int64 classes; ``num_classes`` stands for no class.
             x_teacher: (B, L - L_0, E), the VQ-VAE's ``teacher_input`` of the true tokens.
             schedule: layers per scale; None runs every layer at every scale.
             mixed_labels_B, mix_B: mixup (arXiv 1710.09412): the condition is
                 ``mix * class(labels) + (1 - mix) * class(mixed_labels)``; mix_B is (B,) float.
+            dropped_B: (B,) bool, images whose label is dropped. None drops each with probability
+                ``cond_drop_rate`` in training mode, none in eval mode.
+            branch_scales_N2B: of :func:`branch_scales`, the factors of both branches of every
+                layer. None draws them in training mode; in eval mode no branch is dropped. What is
+                drawn here comes from torch's global generator.
+            targets_BL: (B, L) int64, the true tokens. With them the result is their cross-entropy,
+                computed in chunks: the logits of all tokens are never in memory at once.
+            execution: what is recomputed in the backward pass, and what is compiled.
         Returns:
-            (B, L, V) float32.
+            (B, L, V) float32; with targets_BL a :class:`TokenLoss`.
         Raises:
             ValueError: shapes, labels (checked on the CPU only) or the schedule do not fit the
                 model.
         """
         self._check(labels_B, x_teacher, schedule)
+        if targets_BL is not None:
+            _check_targets(targets_BL, (labels_B.shape[0], self.layout.total))
+        instance("VAR.forward", "execution", execution, Execution)
         for name, given_B in (("mixed_labels_B", mixed_labels_B), ("mix_B", mix_B)):
             if given_B is None:
                 continue
@@ -223,12 +329,19 @@ class VAR(nn.Module):
                     f"VAR.forward: {name} must be {tuple(labels_B.shape)}, as the labels; "
                     f"got {tuple(given_B.shape)}"
                 )
+        self._check_devices(
+            mixed_labels_B=mixed_labels_B,
+            mix_B=mix_B,
+            dropped_B=dropped_B,
+            branch_scales_N2B=branch_scales_N2B,
+            targets_BL=targets_BL,
+        )
         if (mixed_labels_B is None) != (mix_B is None):
             raise ValueError("VAR.forward: mixed_labels_B and mix_B go together; got one of them")
-        batch = labels_B.shape[0]
-        dropped_B = None
-        if self.training and self.config.cond_drop_rate > 0:
-            dropped_B = torch.rand(batch, device=labels_B.device) < self.config.cond_drop_rate
+        if mixed_labels_B is not None:
+            self._check_labels("mixed_labels_B", mixed_labels_B)
+        dropped_B, branch_scales_N2B = self._drops(labels_B, dropped_B, branch_scales_N2B)
+        if dropped_B is not None:
             labels_B = labels_B.masked_fill(dropped_B, self.config.num_classes)
         cond_BC = self.class_emb(labels_B)
         if mixed_labels_B is not None and mix_B is not None:
@@ -240,22 +353,39 @@ class VAR(nn.Module):
         start = cond_BC.unsqueeze(1) + self.pos_start
         words = self.word_embed(x_teacher.to(self.word_embed.weight.dtype)).to(start.dtype)
         x_BLC = torch.cat((start, words), dim=1) + self.position_embedding()
-        block_cond = self.shared_condition(cond_BC)
-        for layer, block in enumerate(self.layers()):
-            scales = self.layout.num_scales
-            if schedule is not None:
-                scales = schedule.last_scale(layer) + 1
-                if scales == 0:
-                    continue
-            x_BLC = self._run(block, x_BLC, block_cond, self.layout.prefix(scales))
-        return self.head(self.head_nm(x_BLC.float(), cond_BC)).float()
+        cond = self.shared_condition(cond_BC)
+        stream = _run_layers(self, x_BLC, cond, schedule, branch_scales_N2B, execution)
+        h_BLC = self.head_nm(stream, cond_BC)
+        if targets_BL is None:
+            return self.head(h_BLC).float()
+        return _token_loss(self.head, h_BLC, targets_BL)
 
-    def _run(self, block: Block, x_BLC: Tensor, cond: Tensor, layout: ScaleLayout) -> Tensor:
-        """One block on the tokens of ``layout``; later tokens keep their values."""
-        if layout.total == x_BLC.shape[1]:
-            return block(x_BLC, cond, layout)
-        head_BLC, rest_BLC = x_BLC[:, : layout.total], x_BLC[:, layout.total :]
-        return torch.cat((block(head_BLC, cond, layout), rest_BLC), dim=1)
+    def _drops(
+        self, labels_B: Tensor, dropped_B: Tensor | None, branch_scales_N2B: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Check what the caller drops, and draw what it leaves out; None drops nothing."""
+        config, batch, device = self.config, labels_B.shape[0], labels_B.device
+        if dropped_B is not None:
+            check_tensor("VAR.forward", "dropped_B", dropped_B)
+            if dropped_B.dtype != torch.bool or dropped_B.shape != labels_B.shape:
+                raise ValueError(
+                    f"VAR.forward: dropped_B must be {tuple(labels_B.shape)} bool; got "
+                    f"{tuple(dropped_B.shape)} {dropped_B.dtype}"
+                )
+        elif self.training and config.cond_drop_rate > 0:
+            dropped_B = torch.rand(batch, device=device) < config.cond_drop_rate
+        shape = (config.depth, 2, batch)
+        if branch_scales_N2B is not None:
+            check_tensor("VAR.forward", "branch_scales_N2B", branch_scales_N2B)
+            if tuple(branch_scales_N2B.shape) != shape or not branch_scales_N2B.is_floating_point():
+                raise ValueError(
+                    f"VAR.forward: branch_scales_N2B must be {shape} of a float dtype; got "
+                    f"{tuple(branch_scales_N2B.shape)} {branch_scales_N2B.dtype}"
+                )
+        elif self.training and config.drop_path_rate > 0:
+            uniform_N2B = torch.rand(shape, device=device)
+            branch_scales_N2B = branch_scales(uniform_N2B, config.drop_path_rate)
+        return dropped_B, branch_scales_N2B
 
     def layers(self) -> list[Block]:
         """The blocks, typed."""
@@ -349,13 +479,7 @@ class VAR(nn.Module):
                 f"VAR.forward: x_teacher must be {expected} for {labels_B.shape[0]} labels; "
                 f"got {tuple(x_teacher.shape)}"
             )
-        own = self.pos_start.device
-        for name, tensor in (("labels_B", labels_B), ("x_teacher", x_teacher)):
-            if tensor.device != own:
-                raise ValueError(
-                    f"{op}: {name} must be on the device of the weights ({own}); "
-                    f"got {tensor.device}"
-                )
+        self._check_devices(labels_B=labels_B, x_teacher=x_teacher)
         if schedule is not None and (
             schedule.full_depth != self.config.depth
             or schedule.num_scales != self.layout.num_scales
@@ -365,12 +489,25 @@ class VAR(nn.Module):
                 f"{self.layout.num_scales} scales; got {schedule.full_depth} and "
                 f"{schedule.num_scales}"
             )
+        self._check_labels("labels_B", labels_B)
+
+    def _check_labels(self, name: str, labels_B: Tensor) -> None:
+        """Values are checked on the CPU only: elsewhere that would wait for the device."""
         if labels_B.device.type == "cpu" and labels_B.numel():
             low, high = (int(x) for x in torch.aminmax(labels_B))
             if low < 0 or high > self.config.num_classes:
                 raise ValueError(
-                    f"VAR.forward: labels_B must be in [0, {self.config.num_classes}]; "
+                    f"VAR.forward: {name} must be in [0, {self.config.num_classes}]; "
                     f"got {low if low < 0 else high}"
+                )
+
+    def _check_devices(self, **tensors: Tensor | None) -> None:
+        own = self.pos_start.device
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.device != own:
+                raise ValueError(
+                    f"VAR.forward: {name} must be on the device of the weights ({own}); "
+                    f"got {tensor.device}"
                 )
 
     @torch.no_grad()
@@ -380,30 +517,86 @@ class VAR(nn.Module):
         """Initialises the weights as the original does: truncated normal, std sqrt(1 / 3C).
 
         Gates start near zero (each block near the identity), scales and shifts at half size, and
-        the output of each branch is divided by sqrt(2 * depth). Meta tensors stay as they are.
+        the output of each branch is divided by sqrt(2 * depth). Meta tensors stay as they are. Zone
+        weights start as those of the full network.
         """
-        if self.pos_start.is_meta:
-            return
-        std = math.sqrt(1 / self.config.embed_dim / 3)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.trunc_normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.pos_start, std=std)
-        nn.init.trunc_normal_(self.pos_1LC, std=std)
-        self.head.weight.mul_(head_scale)
-        projection(self.head_nm.ada_lin).weight.mul_(modulation_scale)
-        for block in self.layers():
-            block.attn.proj.weight.div_(math.sqrt(2 * self.config.depth))
-            block.ffn.fc2.weight.div_(math.sqrt(2 * self.config.depth))
-            if block.shared_aln:
-                modulation = block.ada_gss[0, 0]
-            else:
-                modulation = projection(block.ada_lin).weight
-            third = modulation.shape[0] // 3
-            modulation[:third].mul_(gate_scale)
-            modulation[third:].mul_(modulation_scale)
+        if not self.pos_start.is_meta:
+            _init_full_network(self, gate_scale, modulation_scale, head_scale)
+        reset_zone_weights(self)
+
+
+def _init_full_network(
+    var: VAR, gate_scale: float, modulation_scale: float, head_scale: float
+) -> None:
+    std = math.sqrt(1 / var.config.embed_dim / 3)
+    for module in var.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.trunc_normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    nn.init.trunc_normal_(var.pos_start, std=std)
+    nn.init.trunc_normal_(var.pos_1LC, std=std)
+    var.head.weight.mul_(head_scale)
+    projection(var.head_nm.ada_lin).weight.mul_(modulation_scale)
+    for block in var.layers():
+        block.attn.proj.weight.div_(math.sqrt(2 * var.config.depth))
+        block.ffn.fc2.weight.div_(math.sqrt(2 * var.config.depth))
+        if block.shared_aln:
+            modulation = block.ada_gss[0, 0]
+        else:
+            modulation = projection(block.ada_lin).weight
+        third = modulation.shape[0] // 3
+        modulation[:third].mul_(gate_scale)
+        modulation[third:].mul_(modulation_scale)
+
+
+def _run_layers(
+    var: VAR,
+    x_BLC: Tensor,
+    cond: Tensor,
+    schedule: DepthSchedule | None,
+    branch_scales_N2B: Tensor | None,
+    execution: Execution,
+) -> Tensor | OpenSum:
+    """The residual stream (B, L, C) of all tokens after the layers of a schedule."""
+    if schedule is not None and uses_zone_weights(var.config, schedule):
+        return run_layers(var, x_BLC, cond, schedule, branch_scales_N2B, execution)
+    stream = PrefixStream(x_BLC)
+    for layer, block in enumerate(var.layers()):
+        scales = var.layout.num_scales
+        if schedule is not None:
+            scales = schedule.last_scale(layer) + 1
+            if scales == 0:
+                continue
+        layout = var.layout.prefix(scales)
+        stream.head = block(
+            stream.prefix(layout.total),
+            cond,
+            layout,
+            None if branch_scales_N2B is None else branch_scales_N2B[layer],
+            execution,
+            leave_open=execution.leaves_sums_open,
+        )
+    return stream.prefix(var.layout.total)
+
+
+def _check_targets(targets_BL: Tensor, shape: tuple[int, int]) -> None:
+    check_tensor("VAR.forward", "targets_BL", targets_BL)
+    if targets_BL.dtype != torch.int64 or tuple(targets_BL.shape) != shape:
+        raise ValueError(
+            f"VAR.forward: targets_BL must be {shape} int64; got {tuple(targets_BL.shape)} "
+            f"{targets_BL.dtype}"
+        )
+
+
+def _token_loss(head: nn.Module, h_BLC: Tensor, targets_BL: Tensor) -> TokenLoss:
+    """Cross-entropy of the true tokens; h_BLC: after the norm of the head."""
+    if type(head) is nn.Linear:
+        return linear_cross_entropy(h_BLC, head.weight, head.bias, targets_BL)
+    # A layer in its place computes the logits in its own way.
+    logits_BVL = head(h_BLC).float().transpose(1, 2)
+    losses_BL = F.cross_entropy(logits_BVL, targets_BL, reduction="none")
+    return TokenLoss(losses_BL.mean(), losses_BL.detach())
 
 
 def projection(ada_lin: nn.Sequential) -> nn.Linear:

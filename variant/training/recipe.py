@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, ValidationError
 
 from variant.data.config import DataSection
 from variant.errors import UserError
@@ -22,12 +23,20 @@ from variant.models.config import (
     VARConfig,
     VQVAEConfig,
     parse_dataclass,
+    problems_of,
     require,
     require_plain_numbers,
     to_plain,
+    validate_dataclass,
 )
+from variant.models.ranges import Count, CountOrZero, Positive, Share, ShareBelowOne
 from variant.paths import path_kind, read_text, shown
+from variant.training.checkpoint_schedule import OutputSection
+from variant.training.efficiency import CompileSection, MemorySection
+from variant.training.ema import EMASection
+from variant.training.logging_section import LoggingSection
 from variant.training.optim import OptimSection
+from variant.training.overrides import override
 from variant.training.schedule import ScheduleSection
 from variant_kernels.arguments import integer
 from variant_kernels.plans.depth_schedule import select_layers
@@ -42,22 +51,32 @@ MAX_MESSAGE = 1000
 class ModelSection:
     """The sizes of the transformer; codebook, scales and subnets come from the other sections.
 
+    depth: layers.
+    embed_dim: width; embed_dim / num_heads must be a multiple of 8 from 16 to 256.
+    num_heads: attention heads.
+    num_classes: classes; must equal the number of classes of the data.
+    mlp_ratio: hidden width of the MLP, in units of embed_dim.
+    norm_eps: epsilon of the layer normalisations.
+    shared_aln: one class projection (adaLN) shared by all layers.
+    attn_l2_norm: L2-normalise q and k, with a learned factor per head.
+    cond_drop_rate: probability that a label is dropped, for guidance.
+    drop_path_rate: stochastic depth of the last layer; rises linearly from 0.
     weights: pretrained weights: a file (.pth or .safetensors), a model folder, the name of a
-        packaged model or a Hub id; None initialises at random.
+        packaged model or a Hub id; without, the weights are drawn at random.
     weights_entry: which of several state dicts in that file: "model", "ema" (an average of the
-        weights), or the name of one; None takes the plain model.
+        weights), or the name of one; without, the plain model.
     """
 
-    depth: int
-    embed_dim: int
-    num_heads: int
-    num_classes: int
-    mlp_ratio: float = 4.0
-    norm_eps: float = 1e-6
+    depth: Count
+    embed_dim: Count
+    num_heads: Count
+    num_classes: Count
+    mlp_ratio: Positive = 4.0
+    norm_eps: Positive = 1e-6
     shared_aln: bool = False
     attn_l2_norm: bool = True
-    cond_drop_rate: float = 0.1
-    drop_path_rate: float = 0.0
+    cond_drop_rate: Share = 0.1
+    drop_path_rate: ShareBelowOne = 0.0
     weights: str | None = None
     weights_entry: str | None = None
 
@@ -76,7 +95,9 @@ class ModelSection:
 class VAETraining:
     """Settings of `variant train-vae`, which minimises reconstruction error and quantisation loss.
 
-    epochs: passes over the data.  reconstruction: weight of the squared pixel error.
+    epochs: passes over the data.
+    optim: the section [vae_training.optim].
+    reconstruction: weight of the squared pixel error.
     revive_every: steps between the checks that move unused codes onto features of the current
         batch; 0 never moves a code.  revive_until: share of the steps after which the checks end.
     scale_dropout: share of the steps that reconstruct from the first few scales only, so that
@@ -84,28 +105,23 @@ class VAETraining:
     weights: a trained VQ-VAE that is used instead; the same forms as the transformer's weights.
     """
 
-    epochs: int = 0
+    epochs: CountOrZero = 0
     optim: OptimSection | None = None
-    reconstruction: float = 1.0
-    revive_every: int = 0
-    revive_until: float = 0.5
-    scale_dropout: float = 0.0
+    reconstruction: Positive = 1.0
+    revive_every: CountOrZero = 0
+    revive_until: Share = 0.5
+    scale_dropout: Share = 0.0
     weights: str | None = None
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
         require_plain_numbers(self)
-        require(self.epochs >= 0, "epochs must be >= 0", self.epochs)
         require(
             self.weights is not None or (self.epochs > 0 and self.optim is not None),
             "needs either weights, or epochs and an optim section",
             None,
         )
-        require(self.reconstruction > 0, "reconstruction must be positive", self.reconstruction)
-        require(self.revive_every >= 0, "revive_every must be >= 0", self.revive_every)
-        for name in ("revive_until", "scale_dropout"):
-            require(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1]", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -116,39 +132,24 @@ class EvalSection:
     limit: largest number of held-out images that are evaluated; 0 is all.
     """
 
-    every: int = 1
-    batch_size: int = 128
-    limit: int = 0
+    every: Count = 1
+    batch_size: Count = 128
+    limit: CountOrZero = 0
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
         require_plain_numbers(self)
-        require(self.every >= 1, "every must be at least 1", self.every)
-        require(self.batch_size >= 1, "batch_size must be at least 1", self.batch_size)
-        require(self.limit >= 0, "limit must be >= 0", self.limit)
-
-
-@dataclass(frozen=True)
-class OutputSection:
-    """checkpoint_every: epochs between checkpoints; the last epoch always writes one."""
-
-    checkpoint_every: int = 1
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    def __post_init__(self) -> None:
-        require_plain_numbers(self)
-        require(
-            self.checkpoint_every >= 1,
-            "checkpoint_every must be at least 1",
-            self.checkpoint_every,
-        )
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All settings of a training run, its seed included."""
+    """All settings of a training run, its seed included.
+
+    name: name of the recipe.
+    description: one sentence for the model card.
+    seed: seed of weights, order, augmentation and schedule.
+    """
 
     name: str
     description: str
@@ -158,15 +159,19 @@ class Recipe:
     data: DataSection
     optim: OptimSection
     schedule: ScheduleSection
+    memory: MemorySection = field(default_factory=MemorySection)
+    compile: CompileSection = field(default_factory=CompileSection)
     eval: EvalSection = field(default_factory=EvalSection)
     output: OutputSection = field(default_factory=OutputSection)
-    seed: int = 0
+    ema: EMASection = field(default_factory=EMASection)
+    logging: LoggingSection = field(default_factory=LoggingSection)
+    seed: CountOrZero = 0
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
         require_plain_numbers(self)
-        require(self.seed >= 0, "seed must be >= 0", self.seed)
+        self._check_scales()
         _ = self.var_config  # its constructor checks sizes, subnets and bridge
 
     @property
@@ -182,11 +187,30 @@ class Recipe:
             vae_channels=self.vae.z_channels,
             bridge=self.schedule.bridge,
         )
+        section = self.schedule
+        parts = {depth for depths in section.schedules for depth in depths if depth != config.depth}
         subnets = {
-            depth: select_layers(config.depth, depth, self.schedule.selection)
-            for depth in self.schedule.depths
+            depth: select_layers(config.depth, depth, section.selection)
+            for depth in (*section.depths, *sorted(parts))
         }
         return dataclasses.replace(config, subnets=subnets)
+
+    def _check_scales(self) -> None:
+        """Check bridges and schedules, whose numbers are of the scales and layers of the model."""
+        scales, section = len(self.vae.patch_nums), self.schedule
+        for bridge in section.bridges:
+            require(0 <= bridge <= scales, f"schedule: bridges must be in [0, {scales}]", bridge)
+        for depths in section.schedules:
+            require(
+                len(depths) == scales,
+                f"schedule: schedules must have {scales} depths each, one for every scale",
+                list(depths),
+            )
+            try:
+                section.by_scale(depths, self.model.depth)
+            except ValueError as error:
+                text = str(error).removeprefix("DepthSchedule.from_depths: ")
+                raise ValueError(f"schedule: schedules: {text}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values for JSON."""
@@ -224,14 +248,54 @@ def recipe_names() -> tuple[str, ...]:
     return tuple(sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml")))
 
 
-def load_recipe(name_or_path: str | Path, *, seed: int | None = None) -> Recipe:
+def load_recipe(
+    name_or_path: str | Path, *, seed: int | None = None, overrides: Sequence[str] = ()
+) -> Recipe:
     """A packaged recipe by name, or any recipe by the path of its TOML file.
 
     Args:
         seed: replaces the recipe's seed.
+        overrides: replace single values: ``("optim.learning_rate=2e-4",)``.
     Raises:
         UserError: no such recipe, not TOML, unknown keys or invalid values; the message is one line
             that names them.
+    """
+    values = recipe_values(name_or_path, overrides)
+    return parse_recipe(values, shown(str(name_or_path)), seed)
+
+
+def parse_recipe(values: Mapping[str, Any], where: str, seed: int | None = None) -> Recipe:
+    """A recipe from plain values.
+
+    Args:
+        where: begins the message.  seed: replaces the recipe's seed.
+    Raises:
+        UserError: unknown keys or invalid values; one line that names them.
+    """
+    try:
+        return with_seed("load_recipe", parse_dataclass(Recipe, values, where), seed)
+    except (RecursionError, ValueError) as error:
+        message = _one_line(error)
+        prefix = "" if message.startswith(where) else f"{where}: "
+        raise UserError(f"{prefix}{message}") from None
+
+
+def recipe_problems(values: Mapping[str, Any]) -> list[str]:
+    """Every problem of a recipe's plain values, one text each, beginning with its dotted key."""
+    try:
+        validate_dataclass(Recipe, values)
+    except ValidationError as error:
+        return [" ".join(problem.split()) for problem in problems_of(error)]
+    except RecursionError:
+        return ["the recipe is nested too deeply"]
+    return []
+
+
+def recipe_values(name_or_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values of a recipe's TOML, unchecked; arguments of :func:`load_recipe`.
+
+    Raises:
+        UserError: no such recipe, not TOML, or an override of an unknown key.
     """
     name = str(name_or_path)
     if name in recipe_names():
@@ -251,11 +315,9 @@ def load_recipe(name_or_path: str | Path, *, seed: int | None = None) -> Recipe:
     except ValueError as error:  # TOMLDecodeError is one
         raise UserError(f"{where}: is not valid TOML: {_one_line(error)}") from None
     try:
-        return with_seed("load_recipe", parse_dataclass(Recipe, values, where), seed)
+        return override(values, overrides, Recipe)
     except (RecursionError, ValueError) as error:
-        message = _one_line(error)
-        prefix = "" if message.startswith(where) else f"{where}: "
-        raise UserError(f"{prefix}{message}") from None
+        raise UserError(f"{where}: {_one_line(error)}") from None
 
 
 def _one_line(error: Exception) -> str:

@@ -20,19 +20,37 @@ FREE = (
     "description",
     "data.train",
     "data.held_out",
+    "data.train_labels",
+    "data.held_out_labels",
+    "data.tokens",
     "data.workers",
+    "data.max_bad",
+    "logging.",
     "output.",
 )
+# Keys that change the rounding of numbers alone.
+ROUNDING = ("memory.", "compile.blocks")
 # Keys that a task does not use, or compares by the contents of the file that they name.
 UNUSED = {
     "var": ("vae_training.", "model.weights"),
-    "vae": ("model.", "optim.", "schedule.", "data.copies", "data.mixup"),
+    "vae": (
+        "model.",
+        "optim.",
+        "schedule.",
+        "memory.",
+        "compile.",
+        "ema.",
+        "data.copies",
+        "data.mixup",
+    ),
 }
 # Keys of the number of epochs.
 EPOCHS = {
     "var": ("schedule.joint", "schedule.transition", "schedule.refinement"),
     "vae": ("vae_training.epochs",),
 }
+# Keys that may differ as long as the completed steps keep their probability of a subnet.
+LATER = {"var": ("schedule.final_probability",), "vae": ()}
 SHOWN = 5  # differing keys in a message
 
 
@@ -61,7 +79,9 @@ def compare_recipes(old: Recipe, new: Recipe, kind: str, where: str) -> list[str
     """
     refused, allowed = [], []
     for key, before, after in differences(_comparable(old), _comparable(new)):
-        is_allowed = _starts(key, FREE + UNUSED[kind]) or key in EPOCHS[kind]
+        is_allowed = (
+            _starts(key, FREE + ROUNDING + UNUSED[kind]) or key in EPOCHS[kind] + LATER[kind]
+        )
         (allowed if is_allowed else refused).append(f"{key} {before!r:.60} -> {after!r:.60}")
     if refused:
         more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
@@ -89,10 +109,12 @@ def compare_schedules(
     epoch = step / steps_per_epoch
     if kind == "var" and not new.schedule.agrees_until(old.schedule, epoch):
         was, now = old.schedule.phases, new.schedule.phases
+        before, after = old.schedule.final_probability, new.schedule.final_probability
         raise UserError(
-            f"{where}: has completed {epoch:g} epochs with schedule.joint {was.joint} and "
-            f"schedule.transition {was.transition}; got {now.joint} and {now.transition}, which "
-            "change their schedule. Only refinement may change now"
+            f"{where}: has completed {epoch:g} epochs with schedule.joint {was.joint}, "
+            f"schedule.transition {was.transition} and schedule.final_probability {before:g}; got "
+            f"{now.joint}, {now.transition} and {after:g}, which change their schedule. Only "
+            "refinement may change now"
         )
 
 

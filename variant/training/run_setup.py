@@ -12,18 +12,21 @@ from typing import Any
 import torch
 
 from variant.checkpoints.config_file import CONFIG_NAME
-from variant.data.sources import class_digests, data_inputs, differing_classes, open_data
+from variant.data.sources import data_inputs, differing_classes, open_source
+from variant.data.token_source import TokenSource
 from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.models.parameter_count import var_parameters, vqvae_parameters
-from variant.paths import path_kind
 from variant.training.checkpoint_contents import check_epochs
+from variant.training.checkpoint_files import CheckpointFiles
 from variant.training.checkpointer import Checkpointer
 from variant.training.folder_lock import clear_leftovers, locked_folder
 from variant.training.metrics import MetricsFile
 from variant.training.optim import OptimSection
 from variant.training.recipe import Recipe, load_recipe, recipe_names
 from variant.training.resume_rules import compare_recipes, compare_schedules, read_recipe
+from variant.training.steps_file import StepsFile
+from variant.training.tensorboard import require_tensorboard
 
 # The command that trains each kind of task.
 COMMANDS = {"var": "variant train", "vae": "variant train-vae"}
@@ -71,12 +74,11 @@ def open_run(
 
 
 def run_files(folder: Path) -> tuple[str, ...]:
-    """Names of all files that runs write into their folder."""
-    names = [
-        name
-        for kind in COMMANDS
-        for name in (*Checkpointer(folder, kind).files, MetricsFile(folder, kind).path.name)
-    ]
+    """Patterns of the names of all files that runs write into their folder."""
+    names: list[str] = []
+    for kind in COMMANDS:
+        names += CheckpointFiles(folder, kind).patterns
+        names += [MetricsFile(folder, kind).path.name, StepsFile(folder, kind).path.name]
     return (*names, *MODEL_FILES)
 
 
@@ -118,23 +120,27 @@ class RunSetup:
     ) -> None:
         self.recipe, self.optim, self.folder = recipe, optim, Path(folder)
         self.device = device or choose_device()
-        self.checkpointer = Checkpointer(self.folder, kind)
+        self.checkpointer = Checkpointer(self.folder, kind, recipe.output.keep)
         self.resume_command = resume_command or resume_hint(COMMANDS[kind], recipe, self.folder)
         self._check_folder(resume)
         self._check_memory(kind)
+        if recipe.logging.tensorboard:
+            require_tensorboard(recipe.name)
         if optim.precision == "fp16" and self.device.type == "cpu":
             raise UserError(
-                f'{recipe.name}: precision "fp16" needs a GPU, because its loss scaling does; '
-                'use "bf16" or "fp32" on a CPU'
+                f'{recipe.name}: precision "fp16" needs a GPU; use "bf16" or "fp32" on a CPU'
             )
         self.saved = self.checkpointer.read() if resume else None
         self.changes: list[str] = []
-        old, where = None, str(self.checkpointer.last)
+        old, where = None, str(self.checkpointer.path)
         if self.saved is not None:
             old = read_recipe(self.saved["recipe"], where)
             self.changes = compare_recipes(old, recipe, kind, where)
         vae = recipe.vae
-        self.data = open_data(recipe.data, vae.image_size, vae.in_channels, recipe.seed)
+        size, channels = vae.image_size, vae.in_channels
+        self.data = open_source(recipe.data, size, channels, recipe.seed, mixed=kind == "var")
+        if isinstance(self.data, TokenSource):
+            self.data.check(recipe.name, vae)
         if self.data.num_train < optim.batch_size:
             raise UserError(
                 f"{recipe.name}: batch_size must be at most the number of training images "
@@ -178,13 +184,13 @@ class RunSetup:
         self.inputs[name] = value
         if self.saved is not None and self.saved["inputs"].get(name) != value:
             raise UserError(
-                f"{self.checkpointer.last}: was trained with another {INPUTS[name]}; resume with "
+                f"{self.checkpointer.path}: was trained with another {INPUTS[name]}; resume with "
                 f"the same (it was {self.saved['inputs'].get(name)!s:.100}, now it is {value})"
                 f"{detail}"
             )
 
     def _record_data(self) -> None:
-        digests = class_digests(self.data)
+        digests = self.data.class_digests()
         detail = ""
         if self.saved is not None:
             changed = differing_classes(self.saved["inputs"].get("classes"), digests)
@@ -203,17 +209,17 @@ class RunSetup:
         check_fits(name, what, 16 * (var or vae), self.device)
 
     def _check_folder(self, resume: bool) -> None:
-        folder, last = self.folder, self.checkpointer.last
-        if not resume and path_kind(last) is not None:
+        folder, last = self.folder, self.checkpointer.last.name
+        if not resume and self.checkpointer.exists:
             raise UserError(
                 f"{folder}: already holds a run; continue it with --resume, or choose another "
                 "folder"
             )
-        trained_here = Checkpointer(folder, "var").last.exists()
+        trained_here = Checkpointer(folder, "var").exists
         if not resume and (folder / CONFIG_NAME).exists() and not trained_here:
             raise UserError(
                 f"{folder}: holds a model ({CONFIG_NAME}) but no training run; choose another "
                 "folder"
             )
-        if resume and path_kind(last) is None:
-            raise UserError(f"{folder}: holds no run to resume ({last.name} is missing)")
+        if resume and not self.checkpointer.exists:
+            raise UserError(f"{folder}: holds no run to resume ({last} is missing)")

@@ -7,20 +7,24 @@ Source: VARiant, section 3.3, algorithm 1 and table 7.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 from pydantic import ConfigDict
 
-from variant.models.config import STRICT, require, require_plain_numbers
-from variant_kernels.plans.depth_schedule import Selection
+from variant.models.config import LIMITS, STRICT, require, require_plain_numbers
+from variant.models.ranges import CountOrZero, Share
+from variant_kernels.plans.depth_schedule import DepthSchedule, Selection
 
 # Epochs of subnet refinement by subnet depth (table 7): shallow subnets need longer.
 REFINEMENT_EPOCHS = {16: 5, 8: 8, 4: 12, 2: 15}
 JOINT_EPOCHS = 5
 TRANSITION_EPOCHS = 15
+
+Subnet = TypeVar("Subnet")
 
 
 @dataclass(frozen=True)
@@ -60,20 +64,22 @@ def paper_phases(depths: Sequence[int]) -> Phases:
     return Phases(JOINT_EPOCHS, TRANSITION_EPOCHS, refinement)
 
 
-def subnet_probability(epoch: float, p0: float, t1: float, t2: float) -> float:
+def subnet_probability(epoch: float, p0: float, t1: float, t2: float, p1: float = 1.0) -> float:
     """Probability that a step trains a subnet.
 
-        p(e) = p0 for e < t1;  p0 + (1 - p0) * (e - t1) / t2 until t1 + t2;  1 after that
+        p(e) = p0 for e < t1;  p0 + (p1 - p0) * (e - t1) / t2 until t1 + t2;  p1 after that
 
     Args:
         epoch: fractional, 0 at the first step.
-        p0: probability of the joint phase, in [0, 1].
+        p0, p1: probability of the joint phase and that of the refinement, in [0, 1]; the paper's
+            p1 is 1.
         t1, t2: epochs of the joint phase and of the transition, >= 0.
     Raises:
         ValueError: a value out of range.
     """
-    if not 0 <= p0 <= 1:
-        raise ValueError(f"subnet_probability: p0 must be in [0, 1]; got {p0}")
+    for name, p in (("p0", p0), ("p1", p1)):
+        if not 0 <= p <= 1:
+            raise ValueError(f"subnet_probability: {name} must be in [0, 1]; got {p}")
     if not (epoch >= 0 and t1 >= 0 and t2 >= 0):
         raise ValueError(
             f"subnet_probability: epoch, t1 and t2 must be >= 0; got {epoch}, {t1}, {t2}"
@@ -81,52 +87,92 @@ def subnet_probability(epoch: float, p0: float, t1: float, t2: float) -> float:
     if epoch < t1:
         return p0
     if epoch >= t1 + t2:
-        return 1.0
-    return p0 + (1 - p0) * (epoch - t1) / t2
+        return p1
+    return p0 + (p1 - p0) * (epoch - t1) / t2
 
 
-def choose_depth(seed: int, step: int, probability: float, depths: Sequence[int]) -> int | None:
-    """Draw the depth of the subnet that an optimiser step trains; None is the full network.
+def choose_depth(
+    seed: int, step: int, probability: float, depths: Sequence[Subnet]
+) -> Subnet | None:
+    """Draw the subnet that an optimiser step trains; None is the full network.
 
     The result is a function of the arguments. The draws of different steps are independent.
 
     Args:
-        probability: of a subnet.  depths: of the subnets, drawn uniformly.
+        probability: of a subnet.  depths: the subnets (or their depths), drawn uniformly.
     """
     if not depths:
         return None
-    # Both numbers are always drawn, so that the depth does not depend on the probability.
-    u_subnet, u_depth = np.random.default_rng((seed, step)).random(2)
+    u_subnet, u_depth, _ = _draws(seed, step)
     return depths[int(u_depth * len(depths))] if u_subnet < probability else None
+
+
+def choose_bridge(seed: int, step: int, bridges: Sequence[int]) -> int:
+    """Draw the bridge of the subnet that an optimiser step trains, uniformly.
+
+    The result is a function of the arguments, independent of the subnet that the step draws.
+    """
+    return bridges[int(_draws(seed, step)[2] * len(bridges))]
+
+
+def _draws(seed: int, step: int) -> tuple[float, float, float]:
+    """Three numbers in [0, 1) of a step: for the choice of a subnet, which one, its bridge.
+
+    All are always drawn, so that no choice depends on the arguments of another.
+    """
+    u_subnet, u_depth, u_bridge = np.random.default_rng((seed, step)).random(3)
+    return u_subnet, u_depth, u_bridge
 
 
 @dataclass(frozen=True)
 class ScheduleSection:
     """The subnets and the three phases of training.
 
-    depths: of the subnets; a step that trains a subnet draws one of them.
-    bridge: number of first scales at which every layer runs.
-    selection: how the layers of a subnet are selected.
-    joint_probability: that a step of the first phase trains a subnet.
-    joint, transition, refinement: epochs of the phases; without all three, those of the paper's
-        table 7.
+    A step that trains a subnet draws one of ``depths`` and ``schedules``.
+
+    depths: depths of the subnets; [] with no schedules trains the full network only.
+    bridge: number of first scales at which every layer of a subnet of ``depths`` runs; recorded in
+        the model, and used by the evaluation.
+    selection: how the layers of a subnet are selected: "nested" (each depth within the next larger
+        of 16, 8, 4, 2) or "equidistant".
+    joint_probability: probability of a subnet step in the first phase.
+    final_probability: probability of a subnet step in the last phase, which the second phase
+        approaches linearly; the paper has 1.
+    joint: epochs of the first phase; without all three, those of the paper's table 7.
+    transition: epochs of the second phase.
+    refinement: epochs of the third phase.
+    bridges: bridges of which every subnet step of ``depths`` draws one, in place of ``bridge``; []
+        is always ``bridge``.
+    schedules: further subnets, each a list of one depth per scale, which never rises, as
+        [8, 8, 8, 4, 4, 2].
     """
 
     depths: tuple[int, ...]
     bridge: int
     selection: Selection = "nested"
-    joint_probability: float = 0.2
-    joint: int | None = None
-    transition: int | None = None
-    refinement: int | None = None
+    joint_probability: Share = 0.2
+    final_probability: Share = 1.0
+    joint: CountOrZero | None = None
+    transition: CountOrZero | None = None
+    refinement: CountOrZero | None = None
+    bridges: tuple[int, ...] = ()
+    schedules: tuple[tuple[int, ...], ...] = ()
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
         require_plain_numbers(self)
-        require(len(set(self.depths)) == len(self.depths), "depths must not repeat", self.depths)
-        p0 = self.joint_probability
-        require(0 <= p0 <= 1, "joint_probability must be in [0, 1]", p0)
+        for name in ("depths", "bridges", "schedules"):
+            values = getattr(self, name)
+            require(len(set(values)) == len(values), f"{name} must not repeat", values)
+        require(
+            len(self.schedules) <= LIMITS["subnets"],
+            f"schedules must be at most {LIMITS['subnets']}",
+            len(self.schedules),
+        )
+        for depths in self.schedules:
+            falls = all(a >= b for a, b in itertools.pairwise(depths))
+            require(falls, "schedules must have depths that never rise", list(depths))
         lengths = (self.joint, self.transition, self.refinement)
         require(
             None not in lengths or lengths == (None, None, None),
@@ -136,18 +182,52 @@ class ScheduleSection:
         require(self.phases.total >= 1, "the phases must have at least one epoch", self.phases)
 
     @property
+    def has_subnets(self) -> bool:
+        """Whether any step can train a subnet."""
+        return bool(self.depths or self.schedules)
+
+    @property
     def phases(self) -> Phases:
         """The lengths of the phases, from this section or from the paper's table 7."""
         if self.joint is None or self.transition is None or self.refinement is None:
-            return paper_phases(self.depths)
+            return paper_phases(
+                (*self.depths, *(depths[-1] for depths in self.schedules if depths))
+            )
         return Phases(self.joint, self.transition, self.refinement)
+
+    def probability(self, epoch: float) -> float:
+        """Probability that a step at that fractional epoch trains a subnet."""
+        phases = self.phases
+        return subnet_probability(
+            epoch,
+            self.joint_probability,
+            phases.joint,
+            phases.transition,
+            self.final_probability,
+        )
+
+    def by_scale(self, depths: Sequence[int], full_depth: int) -> DepthSchedule:
+        """The layers of one of ``schedules`` in a model of ``full_depth`` layers.
+
+        Raises:
+            ValueError: a depth is out of range, or a scale has layers that the previous one has
+                not.
+        """
+        return DepthSchedule.from_depths(depths, full_depth=full_depth, selection=self.selection)
 
     def agrees_until(self, other: ScheduleSection, epoch: float) -> bool:
         """Whether both give every step before ``epoch`` (fractional) the same probability.
 
-        Only the phases are compared. Without subnets the probability has no effect.
+        Only the phases and the final probability are compared. Without subnets the probability has
+        no effect.
         """
         own, others = self.phases, other.phases
-        if not self.depths or epoch <= min(own.joint, others.joint):
+        if not self.has_subnets or epoch <= min(own.joint, others.joint):
             return True
-        return (own.joint, own.transition) == (others.joint, others.transition)
+        if {self.final_probability, other.final_probability} == {self.joint_probability}:
+            return True
+        return (own.joint, own.transition, self.final_probability) == (
+            others.joint,
+            others.transition,
+            other.final_probability,
+        )

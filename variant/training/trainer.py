@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,13 +21,17 @@ from torch import nn
 
 from variant.data.images import epoch_order
 from variant.errors import UserError
+from variant.training.checkpoint_schedule import CheckpointSchedule
 from variant.training.console import RunConsole
+from variant.training.ema import EMA
 from variant.training.interrupt import Interrupt
+from variant.training.loss_scale import LossScaler
 from variant.training.metrics import MetricsFile
 from variant.training.optim import decay_groups, learning_rate
 from variant.training.run_setup import RunSetup
-from variant.training.run_state import RunState
-from variant.training.task import Summary, Task
+from variant.training.run_state import RunState, best_of
+from variant.training.step_log import StepLog
+from variant.training.task import Summary, Task, split_scales
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,11 +60,15 @@ class Trainer:
             betas=self.optim.betas,
             fused=True if self.device.type == "cuda" else None,
         )
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.optim.precision == "fp16")
-        self.state = RunState(task.module, optimizer, scaler)
+        self.scaler = LossScaler(self.device.type, enabled=self.optim.precision == "fp16")
+        ema = EMA(task.module, task.ema_decay) if task.ema_decay else None
+        self.state = RunState(task.module, optimizer, self.scaler, ema=ema)
         self.checkpointer = setup.checkpointer
+        self.schedule = CheckpointSchedule(self.recipe.output, self.steps_per_epoch)
+        self._saved_step: int | None = None
         self.metrics = MetricsFile(setup.folder, task.kind)
         self.console = RunConsole(task.kind, epochs, self.total_steps, console)
+        self.log = StepLog(task, setup, self.state, self.scaler, self.total_steps, self.console)
         self._cached_order: tuple[int, np.ndarray] | None = None
 
     def run(self) -> Summary:
@@ -80,7 +90,11 @@ class Trainer:
             self.task.data.num_train, str(self.device), state.step, self.setup.changes
         )
         self.task.prepare(self.console.print_preparation)
-        with Interrupt().listening() as interrupt, self.console.progress_bar() as move_bar:
+        with (
+            Interrupt().listening() as interrupt,
+            self.log.opened(),
+            self.console.progress_bar() as move_bar,
+        ):
             while state.step < self.total_steps:
                 started = time.monotonic()
                 loss = self._train_step()
@@ -89,6 +103,9 @@ class Trainer:
                     self._end_epoch(started)
                 else:
                     state.seconds += time.monotonic() - started
+                    self.log.write_if_due()
+                if state.step == self.total_steps or self.schedule.is_due(state.step):
+                    self._save()
                 move_bar(state.step, loss)
                 if interrupt.signum is not None:
                     self._stop(interrupt.signum)
@@ -96,6 +113,8 @@ class Trainer:
 
     def _train_step(self) -> float:
         state = self.state
+        self.log.begin_step()
+        name = self.task.name_of_step(state.step)
         epoch, position = divmod(state.step, self.steps_per_epoch)
         if position == 0:
             state.loss_sums = {}
@@ -115,12 +134,17 @@ class Trainer:
             total += loss.item()
         self._require_finite(total, "loss", epoch)
         state.scaler.unscale_(state.optimizer)
+        self.log.before_clip(name)
         norm = nn.utils.clip_grad_norm_(self.task.module.parameters(), self.optim.clip)
         if not state.scaler.is_enabled():  # the scaler skips such a step and lowers the scale
             self._require_finite(norm.item(), "gradient", epoch)
         state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.add_loss(self.task.name_of_step(state.step), total)
+        self.scaler.update()
+        self.scaler.require_progress(self.recipe.name, state.step + 1)
+        if state.ema is not None:
+            state.ema.update()
+        state.add_loss(name, total)
+        self.log.end_step(name, total, norm)
         return total
 
     def _require_finite(self, value: float, name: str, epoch: int) -> None:
@@ -145,43 +169,78 @@ class Trainer:
         )
 
     def _end_epoch(self, started: float) -> None:
-        """Evaluate, record and save.  Args: started: when the epoch's last step began."""
+        """Evaluate and record.  Args: started: when the epoch's last step began."""
         state = self.state
+        self.log.close_interval()
         epoch = state.step // self.steps_per_epoch
         is_last = state.step == self.total_steps
         entry: dict[str, Any] = {"epoch": epoch, "step": state.step, "train": state.mean_losses()}
         if epoch % self.recipe.eval.every == 0 or is_last:
             entry |= self._evaluate(epoch)
-            best = state.best_entry()
-            if best is None or entry["held_out_mean"] < best["held_out_mean"]:
-                self.checkpointer.save_best(state)
+            self._keep_if_best(entry)
         state.seconds += time.monotonic() - started
         entry["seconds"] = round(state.seconds, 1)
         state.history.append(entry)
-        self.metrics.append(entry)
+        with self._going_on():
+            self.metrics.append(entry)
+        self.log.write(entry)
         self.console.print_epoch(entry)
-        if epoch % self.recipe.output.checkpoint_every == 0 or is_last:
-            self._save()
 
     def _evaluate(self, epoch: int) -> dict[str, Any]:
+        """The losses of the weights and, where there is one, of their moving average."""
+        entry = self._evaluate_weights("held_out", epoch)
+        if self.state.ema is not None:
+            with self.state.ema.in_place_of_weights():
+                entry |= self._evaluate_weights("ema_held_out", epoch)
+        return entry
+
+    def _evaluate_weights(self, name: str, epoch: int) -> dict[str, Any]:
         self.task.module.eval()
         with torch.no_grad(), self._autocast():
-            losses = self.task.held_out_losses()
+            losses, by_scale = split_scales(self.task.held_out_losses())
         mean = sum(losses.values()) / len(losses)
         self._require_finite(mean, "held-out loss", epoch - 1)
-        return {"held_out": losses, "held_out_mean": mean}
+        entry: dict[str, Any] = {name: losses, f"{name}_mean": mean}
+        return entry | ({f"{name}_by_scale": by_scale} if by_scale else {})
+
+    def _keep_if_best(self, entry: dict[str, Any]) -> None:
+        """Write the weights, or their moving average, if none before had a lower loss."""
+        best, (loss, averaged) = self.state.best_entry(), best_of(entry)
+        if best is None or loss < best_of(best)[0]:
+            entry["best_not_kept"] = True
+            with self._going_on():
+                self.checkpointer.save_best(self.state, averaged=averaged)
+                del entry["best_not_kept"]
 
     def _save(self) -> None:
+        self.schedule.restart_clock()
+        with self._going_on():
+            self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
+        self.state.log = self.log.saved()
         self.checkpointer.save(
             self.state,
             recipe=self.recipe.to_dict(),
             inputs=self.setup.inputs,
             total_steps=self.total_steps,
         )
+        self._saved_step = self.state.step
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """A file that cannot be written does not end the run, except after its last step."""
+        try:
+            yield
+        except (OSError, UserError) as error:
+            if self.state.step == self.total_steps:
+                raise
+            self.console.print_unwritten(self.state.step, error)
 
     def _stop(self, signum: int) -> None:
         if self.state.step < self.total_steps:
-            self._save()
+            if self._saved_step != self.state.step:
+                self._write_checkpoint()
             self.console.print_stop(self.state.step, self.setup.resume_command)
             raise SystemExit(128 + signum)
 
@@ -189,16 +248,18 @@ class Trainer:
         """Load the best weights, and evaluate them on training images."""
         best = self.state.best_entry()
         assert best is not None, "the last epoch is always evaluated"
+        averaged = best_of(best)[1]
         self.checkpointer.load_best(self.state)
         self.task.module.eval()
         with torch.no_grad(), self._autocast():
-            train_loss = self.task.train_losses()
+            train_loss, _ = split_scales(self.task.train_losses())
         return Summary(
             folder=self.setup.folder,
             steps=self.state.step,
             epochs=self.epochs,
             seconds=self.state.seconds,
             train_loss=train_loss,
-            held_out_loss=best["held_out"],
+            held_out_loss=best["ema_held_out" if averaged else "held_out"],
             best_epoch=best["epoch"],
+            averaged=averaged,
         )

@@ -9,36 +9,40 @@ Axes: B images of a batch, C copies, N images of the data set, L tokens, V codeb
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from variant.checkpoints.model_folder import save_model
-from variant.data.augment import mixup
-from variant.data.images import STREAM_COPY, STREAM_MIXUP, ImageData, Indices, stream
+from variant.data.encode import encode_images
+from variant.data.images import STREAM_COPY, Indices, stream
+from variant.data.samples import Samples, Source
+from variant.data.token_source import TokenSource
 from variant.errors import UserError
+from variant.models.flops import training_flop
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant.training.configurations import Configurations
+from variant.training.efficiency import convert_to_fp8, execution_of
 from variant.training.initial_weights import find_start, find_vae, load_start, load_vae
 from variant.training.random_state import seed_everything
 from variant.training.recipe import Recipe, with_seed
 from variant.training.run_setup import RunSetup, open_run
-from variant.training.schedule import choose_depth, subnet_probability
 from variant.training.task import Report, Summary, Task
 from variant.training.trainer import Trainer
+from variant_kernels import DepthSchedule
 
-FULL = "full"
+# In config.json and the model card, by whether the moving average was better.
+WEIGHTS = {False: "of the last step of that epoch", True: "their moving average (EMA)"}
 
 
 class VARTask(Task):
-    """The transformer as a training task; losses are named "full" and by the subnets' depths."""
+    """The transformer as a training task; losses are named as the configurations."""
 
     kind = "var"
 
@@ -46,7 +50,7 @@ class VARTask(Task):
         self,
         module: VAR,
         vae: VQVAE,
-        data: ImageData,
+        data: Source,
         recipe: Recipe,
         device: torch.device,
         steps_per_epoch: int,
@@ -54,70 +58,95 @@ class VARTask(Task):
         self.module = self.var = module
         self.vae, self.data, self.recipe = vae, data, recipe
         self.device, self.steps_per_epoch = device, steps_per_epoch
-        self.depths = recipe.schedule.depths
+        self.ema_decay = recipe.ema.decay
+        self.configurations = Configurations(recipe, steps_per_epoch)
+        self.execution = execution_of(recipe.memory, recipe.compile)
+        self.scale_tokens = [side**2 for side in recipe.vae.patch_nums]
+        self._flop: dict[DepthSchedule, int] = {}
         self._copies_CNL: Tensor | None = None
+        self._labels_N = torch.empty(0, dtype=torch.int64)
 
     def prepare(self, report: Report) -> None:
         self._copies_CNL = self._encode_copies(report)
 
-    def depth_of_step(self, step: int) -> int | None:
-        """The depth of the subnet that a step trains; None is the full network."""
-        section = self.recipe.schedule
-        probability = subnet_probability(
-            step / self.steps_per_epoch,
-            section.joint_probability,
-            section.phases.joint,
-            section.phases.transition,
-        )
-        return choose_depth(self.recipe.seed, step, probability, self.depths)
-
     def name_of_step(self, step: int) -> str:
-        depth = self.depth_of_step(step)
-        return FULL if depth is None else str(depth)
+        return self.configurations.of_step(step).name
 
     def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
-        schedule = self.var.schedule(self.depth_of_step(step))
-        mixed_labels_B = mix_B = None
+        schedule = self.configurations.of_step(step).schedule
         if self._copies_CNL is not None:
-            tokens_BL, labels_B = self._copied(indices, epoch, self._copies_CNL)
+            samples = self._copied(indices, epoch, self._copies_CNL)
         else:
-            images, labels_B = (part.to(self.device) for part in self.data.train(indices, epoch))
-            if self.recipe.data.mixup > 0:
-                rng = stream(self.recipe.seed, step, int(indices[0]), STREAM_MIXUP)
-                images, partner_B, mix_B = mixup(images, rng, self.recipe.data.mixup)
-                mixed_labels_B = labels_B[partner_B]
-            tokens_BL = self._tokenize(images)
-        logits_BLV = self.var(
-            labels_B,
+            with self.waiting():
+                samples = self.data.samples(indices, epoch)
+        samples = samples.to(self.device)
+        tokens_BL = self._tokens(samples)
+        loss = self.var(
+            samples.labels_B,
             self._teacher_input(tokens_BL),
             schedule,
-            mixed_labels_B=mixed_labels_B,
-            mix_B=mix_B,
+            mixed_labels_B=samples.mixed_labels_B,
+            mix_B=samples.mix_B,
+            targets_BL=tokens_BL,
+            execution=self.execution,
         )
-        return F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
+        if self.meters is not None:
+            self.measure(
+                f"loss_by_scale/{self.name_of_step(step)}/", self._by_scale(loss.losses_BL)
+            )
+        return loss.mean
+
+    def _by_scale(self, losses_BL: Tensor) -> Tensor:
+        """(K,): the mean loss of each scale's tokens."""
+        parts = losses_BL.mean(0).split(self.scale_tokens)
+        return torch.stack([part.mean() for part in parts])
+
+    def layer_groups(self) -> dict[str, Sequence[nn.Module]]:
+        last = len(self.scale_tokens) - 1
+        subnets = [c.schedule for c in self.configurations.evaluated() if not c.is_full]
+        groups: dict[str, list[nn.Module]] = {"shared": [], "full_only": []}
+        for layer, block in enumerate(self.var.layers()):
+            is_shared = any(schedule.last_scale(layer) == last for schedule in subnets)
+            groups["shared" if is_shared else "full_only"].append(block)
+        return {**groups} if subnets else {}
+
+    def flop_of_step(self, step: int) -> int:
+        schedule = self.configurations.of_step(step).schedule
+        if schedule not in self._flop:
+            self._flop[schedule] = training_flop(self.configurations.config, schedule)
+        return self._flop[schedule]
+
+    def values_of_step(self, step: int) -> dict[str, float]:
+        if len(self.configurations.evaluated()) == 1:
+            return {}
+        probability = self.recipe.schedule.probability(step / self.steps_per_epoch)
+        return {"schedule/subnet_probability": probability}
 
     def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
         if not held_out and self._copies_CNL is not None:
-            index = torch.from_numpy(np.asarray(indices))
-            tokens_BL = self._copies_CNL[0, index].to(self.device, torch.int64)
-            labels_B = self.data.train_labels[index].to(self.device)
+            samples = self._copy(indices, np.zeros(len(indices), np.int64), self._copies_CNL)
         else:
-            data = self.data
-            images, labels_B = data.held_out(indices) if held_out else data.train(indices, 0)
-            tokens_BL = self._tokenize(images.to(self.device))
-            labels_B = labels_B.to(self.device)
+            samples = self.data.held_out(indices) if held_out else self.data.unmixed(indices)
+        samples = samples.to(self.device)
+        tokens_BL, labels_B = self._tokens(samples), samples.labels_B
         x_teacher = self._teacher_input(tokens_BL)
         losses = {}
-        for depth in (None, *self.depths):
-            logits_BLV = self.var(labels_B, x_teacher, self.var.schedule(depth))
-            loss = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
-            losses[str(depth or FULL)] = loss.item()
+        for configuration in self.configurations.evaluated():
+            loss = self.var(labels_B, x_teacher, configuration.schedule, targets_BL=tokens_BL)
+            name = configuration.name
+            losses[name] = loss.mean.item()
+            scales = enumerate(self._by_scale(loss.losses_BL).tolist())
+            losses |= {f"{name}/{k}": scale_loss for k, scale_loss in scales}
         return losses
 
+    def _tokens(self, samples: Samples) -> Tensor:
+        if samples.tokens_BL is not None:
+            return samples.tokens_BL
+        assert samples.images_BIYX is not None, "samples have images or tokens"
+        return self._tokenize(samples.images_BIYX)
+
     def _tokenize(self, images: Tensor) -> Tensor:
-        # Always in float32: tokens are targets, so the precision of training must not change them.
-        with torch.autocast(self.device.type, enabled=False), without_tf32():
-            return self.vae.encode(images)
+        return encode_images(self.vae, images)
 
     def _teacher_input(self, tokens_BL: Tensor) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
@@ -128,7 +157,7 @@ class VARTask(Task):
         section, size = self.recipe.data, self.recipe.eval.batch_size
         if section.copies == 0:
             return None
-        copies = []
+        copies, labels = [], []
         for copy in range(section.copies):
             parts = []
             for start in range(0, self.data.num_train, size):
@@ -138,33 +167,23 @@ class VARTask(Task):
                     section.copies * self.data.num_train,
                 )
                 indices = range(start, min(start + size, self.data.num_train))
-                images = self.data.train(indices, copy)[0].to(self.device)
-                parts.append(self._tokenize(images).to("cpu", torch.int32))
+                samples = self.data.samples(indices, copy).to(self.device)
+                parts.append(self._tokens(samples).to("cpu", torch.int32))
+                labels += [samples.labels_B.cpu()] if copy == 0 else []
             copies.append(torch.cat(parts))
+        self._labels_N = torch.cat(labels)
         return torch.stack(copies)
 
-    def _copied(self, indices: Indices, epoch: int, copies_CNL: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and labels of some images; every epoch draws one of the copies of each image."""
+    def _copied(self, indices: Indices, epoch: int, copies_CNL: Tensor) -> Samples:
+        """Samples of some images; every epoch draws one of the copies of each image."""
         rng = stream(self.recipe.seed, epoch, STREAM_COPY)
         copy_N = rng.integers(len(copies_CNL), size=self.data.num_train)
-        index = torch.from_numpy(np.asarray(indices))
-        tokens_BL = copies_CNL[torch.from_numpy(copy_N)[index], index]
-        labels_B = self.data.train_labels[index]
-        return tokens_BL.to(self.device, torch.int64), labels_B.to(self.device)
+        return self._copy(indices, copy_N[np.asarray(indices)], copies_CNL)
 
-
-@contextmanager
-def without_tf32() -> Iterator[None]:
-    """Turn TF32 off in CUDA's convolutions and matrix products within the block."""
-    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = False
-        yield
-    finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
+    def _copy(self, indices: Indices, copy_B: np.ndarray, copies_CNL: Tensor) -> Samples:
+        index_B = torch.from_numpy(np.asarray(indices))
+        tokens_BL = copies_CNL[torch.from_numpy(copy_B), index_B].long()
+        return Samples(None, tokens_BL, self._labels_N[index_B])
 
 
 def train_var(
@@ -217,17 +236,22 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
             f"has; got {recipe.model.num_classes}"
         )
     weights = find_vae(recipe, setup.folder)
-    setup.record_input("vae_sha256", weights.sha256())
+    vae_sha256 = weights.sha256()
+    if isinstance(data, TokenSource):
+        data.check_vae(vae_sha256)
+    setup.record_input("vae_sha256", vae_sha256)
     start = None if setup.keeps_start else find_start(recipe)
     if not setup.keeps_start:
         setup.record_input("start_sha256", start and start.sha256())
     vae = load_vae(recipe, weights).to(setup.device).eval()
     vae.requires_grad_(False)
     seed_everything(recipe.seed)
-    module = VAR(recipe.var_config)
+    module = VAR(dataclasses.replace(recipe.var_config, class_names=tuple(data.classes)))
     if start is not None and setup.saved is None:
         load_start(module, recipe, start)
     module = module.to(setup.device)
+    if recipe.compile.fp8:
+        convert_to_fp8(module, recipe.name, setup.device)
     task = VARTask(module, vae, data, recipe, setup.device, setup.steps_per_epoch)
     trainer = Trainer(task, setup, recipe.schedule.phases.total, console)
     summary = trainer.run()  # leaves the best weights in the module
@@ -238,9 +262,10 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
         "steps": summary.steps,
         "epochs": summary.epochs,
         "best_epoch": summary.best_epoch,
+        "weights": WEIGHTS[summary.averaged],
         "train_loss": summary.train_loss,
         "held_out_loss": summary.held_out_loss,
     }
-    extra = {"classes": data.classes, "training": training}
+    extra = {"training": training}
     save_model(setup.folder, module.cpu().eval(), vae.cpu(), extra)
     return summary

@@ -1,0 +1,93 @@
+"""The configurations that a recipe trains: the full network and its subnets, as depth schedules.
+
+Plain Python on integers; every process of a run finds the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from variant.models.config import VARConfig
+from variant.training.recipe import Recipe
+from variant.training.schedule import choose_bridge, choose_depth
+from variant_kernels import DepthSchedule
+
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What one step trains, and one row of an evaluation.
+
+    name: "full", the depth of a subnet as "4", or the depths by scale as "8x4-4-2": depth 8 at four
+        scales, then 4, then 2.
+    schedule: its layers at each scale.
+    """
+
+    name: str
+    schedule: DepthSchedule
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every layer runs at every scale."""
+        return self.name == FULL
+
+
+def schedule_name(depths: Sequence[int]) -> str:
+    """The name of a schedule by scale: ``[8, 8, 8, 8, 4, 2]`` is ``8x4-4-2``."""
+    runs = [(depth, len(list(group))) for depth, group in groupby(depths)]
+    return "-".join(f"{depth}x{count}" if count > 1 else f"{depth}" for depth, count in runs)
+
+
+class Configurations:
+    """The configurations of a recipe, and which of them a step trains.
+
+    Args:
+        recipe: its seed and its sections schedule, model and vae are used.
+        steps_per_epoch: optimiser steps of an epoch.
+    """
+
+    def __init__(self, recipe: Recipe, steps_per_epoch: int) -> None:
+        self.seed, self.section = recipe.seed, recipe.schedule
+        self.config, self.steps_per_epoch = recipe.var_config, steps_per_epoch
+        self.full = full_configuration(self.config)
+        self.by_scale = {
+            depths: Configuration(schedule_name(depths), self._by_scale(depths))
+            for depths in self.section.schedules
+        }
+
+    def evaluated(self) -> tuple[Configuration, ...]:
+        """The full network, every depth at the model's bridge, every schedule."""
+        depths = [self.subnet(depth, self.section.bridge) for depth in self.section.depths]
+        return (self.full, *depths, *self.by_scale.values())
+
+    def of_step(self, step: int) -> Configuration:
+        """The configuration that a step trains, a function of (seed, step)."""
+        section = self.section
+        probability = section.probability(step / self.steps_per_epoch)
+        chosen = choose_depth(self.seed, step, probability, (*section.depths, *section.schedules))
+        if chosen is None:
+            return self.full
+        if isinstance(chosen, tuple):
+            return self.by_scale[chosen]
+        bridges = section.bridges or (section.bridge,)
+        return self.subnet(chosen, choose_bridge(self.seed, step, bridges))
+
+    def subnet(self, depth: int, bridge: int) -> Configuration:
+        """The subnet of a depth with so many first scales at which every layer runs."""
+        config = self.config
+        scales = len(config.patch_nums)
+        if depth == config.depth:
+            return Configuration(str(depth), DepthSchedule.full(depth, scales))
+        layers = config.subnets[depth]
+        return Configuration(str(depth), DepthSchedule(config.depth, scales, layers, bridge))
+
+    def _by_scale(self, depths: Sequence[int]) -> DepthSchedule:
+        return self.section.by_scale(depths, self.config.depth)
+
+
+def full_configuration(config: VARConfig) -> Configuration:
+    """Every layer at every scale."""
+    return Configuration(FULL, DepthSchedule.full(config.depth, len(config.patch_nums)))
