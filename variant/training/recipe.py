@@ -173,6 +173,9 @@ class Recipe:
         require_plain_numbers(self)
         self._check_scales()
         _ = self.var_config  # its constructor checks sizes, subnets and bridge
+        classes = self.model.num_classes
+        for label in self.logging.sample_labels:
+            require(label < classes, f"logging: sample_labels must be below {classes}", label)
 
     @property
     def var_config(self) -> VARConfig:

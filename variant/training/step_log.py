@@ -13,8 +13,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from variant.errors import UserError
 from variant.training.console import RunConsole
 from variant.training.gpu_peaks import peak_rate
 from variant.training.gradient_norms import GradientNorms, whole_norm
@@ -23,6 +25,7 @@ from variant.training.memory_use import memory_use
 from variant.training.meters import Meters
 from variant.training.run_setup import RunSetup
 from variant.training.run_state import RunState
+from variant.training.sample_grid import draw_grid, pixels, sample_name, save_grid
 from variant.training.steps_file import StepsFile
 from variant.training.task import Task
 from variant.training.tensorboard import TensorBoard
@@ -55,6 +58,7 @@ class StepLog:
         self.folder = setup.folder / "tensorboard" / task.kind
         self.tensorboard: TensorBoard | None = None
         self.uses_tensorboard = setup.recipe.logging.tensorboard
+        self.samples_every = setup.recipe.logging.samples_every
         self.peak, self.no_peak = peak_rate(setup.device, setup.optim.precision)
         self.norms = GradientNorms(task.layer_groups())
         self.meters = task.meters = Meters(next(task.module.parameters()).device)
@@ -155,6 +159,22 @@ class StepLog:
                 self.tensorboard.scalars(line)
         if epoch is None:
             self.console.print_step(line)
+
+    def draw_samples(self, epoch: int, *, is_last: bool) -> None:
+        """Write a picture of samples where the recipe asks for one after this epoch."""
+        if not self.samples_every or (epoch % self.samples_every and not is_last):
+            return
+        self.task.module.eval()
+        try:
+            with torch.no_grad():
+                picture = draw_grid(self.task.samples())
+            save_grid(picture, self.file.path.parent / sample_name(self.task.kind, epoch))
+        except (MemoryError, torch.OutOfMemoryError, UserError) as error:
+            self.console.print_unwritten(self.state.step, error)
+            return
+        with self._writing():
+            if self.tensorboard is not None:
+                self.tensorboard.image("samples", pixels(picture), self.state.step)
 
     def saved(self) -> dict[str, Any]:
         """The part of a checkpoint that continues the measurements.

@@ -121,6 +121,16 @@ class Task(ABC):
         """FLOP of the forward and backward pass for one image; 0 is not counted."""
         return 0
 
+    def samples(self) -> dict[str, Tensor]:
+        """What the present weights make of fixed inputs: rows of images by caption.
+
+        Must not use the global random generators.
+
+        Returns:
+            (B, I, Y, X) in [0, 1] for each row.
+        """
+        return {}
+
     def measure(self, key: str, value: Tensor) -> None:
         """Add a value, or a row of them, to what the step reports: see :class:`Meters`."""
         if self.meters is not None:

@@ -22,16 +22,18 @@ from variant.checkpoints.model_folder import save_model
 from variant.data.encode import encode_images
 from variant.data.images import STREAM_COPY, Indices, stream
 from variant.data.samples import Samples, Source
+from variant.engine.engine import Engine
 from variant.errors import UserError
 from variant.models.flops import training_flop
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
-from variant.training.configurations import Configurations
+from variant.training.configurations import FULL, Configurations
 from variant.training.efficiency import convert_to_fp8, execution_of
 from variant.training.initial_weights import find_start, find_vae, load_start, load_vae
 from variant.training.random_state import seed_everything
 from variant.training.recipe import Recipe, with_seed
 from variant.training.run_setup import RunSetup, open_run
+from variant.training.sample_grid import CFG, COLUMNS, SEED, TOP_P
 from variant.training.task import Report, Summary, Task
 from variant.training.trainer import Trainer
 from variant_kernels import DepthSchedule
@@ -120,6 +122,19 @@ class VARTask(Task):
             return {}
         probability = self.recipe.schedule.probability(step / self.steps_per_epoch)
         return {"schedule/subnet_probability": probability}
+
+    def samples(self) -> dict[str, Tensor]:
+        """One row for each depth; the draws of all rows are the same."""
+        labels = list(self.recipe.logging.sample_labels)
+        labels = labels or list(range(min(COLUMNS, self.recipe.model.num_classes)))
+        # Neither packed weights nor graphs: both would be copies of weights that change.
+        engine = Engine(self.var, self.vae, pack=False, capture=False)
+        rows = {}
+        for depth in (None, *self.recipe.schedule.depths):
+            caption = FULL if depth is None else f"depth {depth}"
+            result = engine.generate(labels, depth=depth, seed=SEED, cfg=CFG, top_p=TOP_P)
+            rows[caption] = result.images
+        return rows
 
     def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
         if not held_out and self._copies_CNL is not None:
