@@ -178,6 +178,34 @@ class Recipe:
 
 
 @dataclass
+class Tokenize:
+    """Encode a recipe's images before training, as token shards; the same command continues.
+
+    Under torchrun, every process writes its share of the shards. --SECTION.KEY VALUE replaces any
+    value of the recipe: --data.mixup 0.2.
+
+    Example: variant tokenize --recipe digits --passes 10 --out runs/digits/tokens
+    """
+
+    recipe: str = "digits"
+    """Name of a packaged recipe, or a TOML file."""
+    passes: int = 1
+    """Passes over the training images, each augmented and mixed anew: as many as the epochs of
+    training, or fewer, which then repeat."""
+    out: Path | None = None
+    """Folder for the shards; default: runs/RECIPE/tokens."""
+    vae: Path | None = None
+    """Folder that `variant train-vae` wrote into; default: runs/RECIPE. Not used where the recipe
+    names the weights of a VQ-VAE."""
+    seed: int | None = None
+    """Overrides the recipe's seed."""
+    overrides: tuple[str, ...] = ()
+    """Values of single keys, as "optim.learning_rate=2e-4"; not an option by this name."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass
 class Bench:
     """Time the engine beside the original VAR code or a plain-torch loop, and print its distance
     to the limit of the machine.
@@ -302,4 +330,4 @@ class Info:
     """Show the traceback of an error."""
 
 
-Command = Generate | Plan | Train | TrainVae | Recipe | Bench | Convert | Info
+Command = Generate | Plan | Train | TrainVae | Recipe | Bench | Convert | Info | Tokenize

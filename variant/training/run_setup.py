@@ -13,6 +13,7 @@ import torch
 
 from variant.checkpoints.config_file import CONFIG_NAME
 from variant.data.sources import data_inputs, differing_classes, open_source
+from variant.data.token_source import TokenSource
 from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.models.parameter_count import var_parameters, vqvae_parameters
@@ -140,6 +141,8 @@ class RunSetup:
         vae = recipe.vae
         size, channels = vae.image_size, vae.in_channels
         self.data = open_source(recipe.data, size, channels, recipe.seed, mixed=kind == "var")
+        if isinstance(self.data, TokenSource):
+            self.data.check(recipe.name, vae)
         if self.data.num_train < optim.batch_size:
             raise UserError(
                 f"{recipe.name}: batch_size must be at most the number of training images "

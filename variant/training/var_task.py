@@ -22,6 +22,7 @@ from variant.checkpoints.model_folder import save_model
 from variant.data.encode import encode_images
 from variant.data.images import STREAM_COPY, Indices, stream
 from variant.data.samples import Samples, Source
+from variant.data.token_source import TokenSource
 from variant.engine.engine import Engine
 from variant.errors import UserError
 from variant.models.flops import training_flop
@@ -250,7 +251,10 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
             f"has; got {recipe.model.num_classes}"
         )
     weights = find_vae(recipe, setup.folder)
-    setup.record_input("vae_sha256", weights.sha256())
+    vae_sha256 = weights.sha256()
+    if isinstance(data, TokenSource):
+        data.check_vae(vae_sha256)
+    setup.record_input("vae_sha256", vae_sha256)
     start = None if setup.keeps_start else find_start(recipe)
     if not setup.keeps_start:
         setup.record_input("start_sha256", start and start.sha256())
