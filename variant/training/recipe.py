@@ -28,6 +28,7 @@ from variant.models.config import (
 )
 from variant.paths import path_kind, read_text, shown
 from variant.training.optim import OptimSection
+from variant.training.parallel import ParallelSection
 from variant.training.schedule import ScheduleSection
 from variant_kernels.arguments import integer
 from variant_kernels.plans.depth_schedule import select_layers
@@ -160,6 +161,7 @@ class Recipe:
     schedule: ScheduleSection
     eval: EvalSection = field(default_factory=EvalSection)
     output: OutputSection = field(default_factory=OutputSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
     seed: int = 0
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT

@@ -22,6 +22,7 @@ FREE = (
     "data.held_out",
     "data.workers",
     "output.",
+    "parallel.",
 )
 # Keys that a task does not use, or compares by the contents of the file that they name.
 UNUSED = {

@@ -8,6 +8,7 @@ number of threads). On a GPU the weights agree approximately, because sums are n
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from typing import Any
@@ -23,6 +24,7 @@ from variant.training.console import RunConsole
 from variant.training.interrupt import Interrupt
 from variant.training.metrics import MetricsFile
 from variant.training.optim import decay_groups, learning_rate
+from variant.training.parallel import chosen_mode, parallelize, whole
 from variant.training.run_setup import RunSetup
 from variant.training.run_state import RunState
 from variant.training.task import Summary, Task
@@ -47,7 +49,19 @@ class Trainer:
         self.recipe, self.optim = setup.recipe, setup.optim
         self.steps_per_epoch = setup.steps_per_epoch
         self.total_steps = epochs * self.steps_per_epoch
+        self.ranks = setup.ranks
         self.device = next(task.module.parameters()).device
+        # Before the optimiser, as FSDP2 exchanges the parameters.
+        self.parallel = parallelize(
+            task.module,
+            self.ranks,
+            chosen_mode(self.recipe.parallel, _num_parameters(task.module), self.device),
+            self.device,
+            blocks=task.blocks,
+            dtype=PRECISIONS[self.optim.precision],
+            uses_every_parameter=task.uses_every_parameter,
+        )
+        task.network = self.parallel.network
         optimizer = torch.optim.AdamW(
             decay_groups(task.module, self.optim.weight_decay),
             lr=self.optim.learning_rate,
@@ -58,6 +72,8 @@ class Trainer:
         self.state = RunState(task.module, optimizer, scaler)
         self.checkpointer = setup.checkpointer
         self.metrics = MetricsFile(setup.folder, task.kind)
+        if not self.ranks.is_first:
+            console = Console(quiet=True)
         self.console = RunConsole(task.kind, epochs, self.total_steps, console)
         self._cached_order: tuple[int, np.ndarray] | None = None
 
@@ -75,7 +91,11 @@ class Trainer:
             self.setup.saved = None  # frees the second copy of the optimiser's moments
         else:
             self.checkpointer.check_best({})
-        self.metrics.rewrite(state.history)
+        self.ranks.require_same("data and weights to start from", _as_text(self.setup.inputs))
+        self.ranks.require_same("recipe", _as_text(self.recipe.to_dict()))
+        self.ranks.require_same("completed steps", str(state.step))
+        if self.ranks.is_first:
+            self.metrics.rewrite(state.history)
         self.console.print_start(
             self.task.data.num_train, str(self.device), state.step, self.setup.changes
         )
@@ -90,8 +110,9 @@ class Trainer:
                 else:
                     state.seconds += time.monotonic() - started
                 move_bar(state.step, loss)
-                if interrupt.signum is not None:
-                    self._stop(interrupt.signum)
+                # The signal may have come to one rank only, or to each in another step.
+                if signum := self.ranks.largest(interrupt.signum or 0):
+                    self._stop(signum)
         return self._summary()
 
     def _train_step(self) -> float:
@@ -99,7 +120,11 @@ class Trainer:
         epoch, position = divmod(state.step, self.steps_per_epoch)
         if position == 0:
             state.loss_sums = {}
-        size = self.optim.batch_size
+        size, name = self.optim.batch_size, self.task.name_of_step(state.step)
+        if self.ranks.size > 1:
+            # FSDP2 does not notice when ranks run different layers.
+            text = f"{self.task.describe_step(state.step)} (step {state.step})"
+            self.ranks.require_same("configuration", text)
         indices = self._order(epoch)[position * size : (position + 1) * size]
         self.task.module.train()
         self.task.before_step(indices, epoch, state.step)
@@ -107,20 +132,25 @@ class Trainer:
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         state.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for part in np.split(indices, self.optim.accumulate):
-            with self._autocast():
-                loss = self.task.loss(part, epoch, state.step) / self.optim.accumulate
-            state.scaler.scale(loss).backward()
-            total += loss.item()
+        loss_sum = torch.zeros((), device=self.device)
+        parts = np.array_split(indices[self.ranks.share(size)], self.optim.accumulate)
+        for number, part in enumerate(parts, 1):
+            with self.parallel.part(is_last=number == len(parts)):
+                # Entered anew for every part: autocast keeps its casts of the weights until then.
+                with self._autocast():
+                    loss = self.task.loss(part, epoch, state.step) * (len(part) / size)
+                # The gradients of the ranks are averaged, those of the parts are added.
+                state.scaler.scale(loss * self.ranks.size).backward()
+                loss_sum += loss.detach()
+        (total,) = self.ranks.sums([loss_sum.item()])
         self._require_finite(total, "loss", epoch)
         state.scaler.unscale_(state.optimizer)
         norm = nn.utils.clip_grad_norm_(self.task.module.parameters(), self.optim.clip)
         if not state.scaler.is_enabled():  # the scaler skips such a step and lowers the scale
-            self._require_finite(norm.item(), "gradient", epoch)
+            self._require_finite(whole(norm).item(), "gradient", epoch)
         state.scaler.step(state.optimizer)
         state.scaler.update()
-        state.add_loss(self.task.name_of_step(state.step), total)
+        state.add_loss(name, total)
         return total
 
     def _require_finite(self, value: float, name: str, epoch: int) -> None:
@@ -158,7 +188,8 @@ class Trainer:
         state.seconds += time.monotonic() - started
         entry["seconds"] = round(state.seconds, 1)
         state.history.append(entry)
-        self.metrics.append(entry)
+        if self.ranks.is_first:
+            self.metrics.append(entry)
         self.console.print_epoch(entry)
         if epoch % self.recipe.output.checkpoint_every == 0 or is_last:
             self._save()
@@ -166,7 +197,7 @@ class Trainer:
     def _evaluate(self, epoch: int) -> dict[str, Any]:
         self.task.module.eval()
         with torch.no_grad(), self._autocast():
-            losses = self.task.held_out_losses()
+            losses = self.task.held_out_losses(self.ranks)
         mean = sum(losses.values()) / len(losses)
         self._require_finite(mean, "held-out loss", epoch - 1)
         return {"held_out": losses, "held_out_mean": mean}
@@ -189,10 +220,11 @@ class Trainer:
         """Load the best weights, and evaluate them on training images."""
         best = self.state.best_entry()
         assert best is not None, "the last epoch is always evaluated"
+        self.ranks.barrier()  # rank 0 may still be writing them
         self.checkpointer.load_best(self.state)
         self.task.module.eval()
         with torch.no_grad(), self._autocast():
-            train_loss = self.task.train_losses()
+            train_loss = self.task.train_losses(self.ranks)
         return Summary(
             folder=self.setup.folder,
             steps=self.state.step,
@@ -202,3 +234,11 @@ class Trainer:
             held_out_loss=best["held_out"],
             best_epoch=best["epoch"],
         )
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _as_text(values: dict[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True, default=str)
