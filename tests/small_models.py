@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from variant.data.images import ImageData
-from variant.data.sources import open_data
+from variant.data.samples import Source
+from variant.data.sources import open_data, open_source
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
@@ -48,3 +49,8 @@ def small_model(seed: int = 0, **options) -> VARiant:
 def open_recipe_data(recipe: Recipe) -> ImageData:
     """The data of a recipe at the image size of its VQ-VAE."""
     return open_data(recipe.data, recipe.vae.image_size, recipe.vae.in_channels, recipe.seed)
+
+
+def open_recipe_source(recipe: Recipe) -> Source:
+    """The samples of a recipe at the image size of its VQ-VAE."""
+    return open_source(recipe.data, recipe.vae.image_size, recipe.vae.in_channels, recipe.seed)

@@ -12,12 +12,12 @@ from small_models import small_model
 from variant.bench import device, original_var, roofline
 from variant.bench.engine_bench import BenchConfig, measure
 from variant.bench.environment import ENVIRONMENT, caches, command_line, environment, machine_slug
-from variant.bench.flops import attention_flop, ceiling, linear_flop, linears, weight_bytes
 from variant.bench.interleaved import SelfTimed, quartiles, ratios, time_interleaved
 from variant.bench.peak_memory import Job, peak
 from variant.bench.roofline import Peaks, drift, measure_peaks
 from variant.cli.main import main
 from variant.errors import UserError
+from variant.models.flops import attention_flop, ceiling, linear_flop, linears, weight_bytes
 from variant.models.presets import VAR_PRESETS
 from variant_kernels import DepthSchedule
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from small_models import open_recipe_data
+from small_models import open_recipe_source
 from tiny_runs import CPU, assert_same, quiet, resume, run_until, tiny_recipe, train_both
 
 from variant.checkpoints.model_folder import load_model
@@ -144,7 +144,7 @@ def test_a_resumed_run_does_not_read_its_start_again(recipe, trained, tmp_path, 
 def test_a_run_starts_from_the_packaged_digits(tmp_path):
     chosen = starting_from(load_recipe("digits"), "digits")
     module, vae = start(chosen), load_vae(chosen, find_vae(chosen, tmp_path))
-    task = VARTask(module.eval(), vae.eval(), open_recipe_data(chosen), chosen, CPU, 1)
+    task = VARTask(module.eval(), vae.eval(), open_recipe_source(chosen), chosen, CPU, 1)
     with torch.no_grad():
         losses = task.evaluate(range(40), held_out=True)
     assert losses.keys() == {"full", "2", "4"}

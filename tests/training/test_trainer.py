@@ -109,7 +109,7 @@ def test_bf16_trains(recipe, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(recipe, tmp_path, monkeypatch):
     def loss(self, indices, epoch, step):
-        return self.module(self.data.train(indices, epoch)[0])[1] * float("nan")
+        return self.module(self.data.samples(indices, epoch).images)[1] * float("nan")
 
     monkeypatch.setattr(VAETask, "loss", loss)
     with pytest.raises(UserError, match=r"the loss is not finite at step 0 .epoch 0.; try a lower"):

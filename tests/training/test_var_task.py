@@ -6,16 +6,17 @@ import json
 import numpy as np
 import pytest
 import torch
-from small_models import open_recipe_data
+from small_models import open_recipe_data, open_recipe_source
 from tiny_runs import CPU, OPTIM, quiet, run_until, train_both
 
 from variant.checkpoints.model_folder import load_model
 from variant.data.images import FolderData
+from variant.data.samples import mixing
 from variant.errors import UserError
 from variant.models.var import VAR
 from variant.training.schedule import choose_depth, subnet_probability
 from variant.training.vae_task import train_vae
-from variant.training.var_task import VARTask, train_var, without_tf32
+from variant.training.var_task import VARTask, train_var
 
 
 def test_training_the_transformer_needs_a_vqvae(recipe, tmp_path):
@@ -126,7 +127,7 @@ def task_of(recipe, copies):
             arguments.update(mixing, labels=labels_B, images=x_teacher)
             return torch.zeros(len(labels_B), 3, 8)
 
-    task = VARTask(Network(), None, open_recipe_data(chosen), chosen, CPU, 2)
+    task = VARTask(Network(), None, open_recipe_source(chosen), chosen, CPU, 2)
     task._teacher_input = lambda tokens_BL: tokens_BL
     return task, arguments
 
@@ -135,10 +136,11 @@ def test_copied_tokens_come_with_the_label_of_their_image(recipe):
     task, arguments = task_of(recipe, copies=2)
     number_N = torch.arange(24)
     task._copies_CNL = torch.stack((number_N, number_N))[:, :, None].expand(2, 24, 3)
+    task._labels_N = number_N // 12
     indices = torch.randperm(24, generator=torch.Generator().manual_seed(1)).numpy()[:7]
-    tokens_BL, labels_B = task._copied(indices, 0, task._copies_CNL)
-    assert tokens_BL[:, 0].tolist() == indices.tolist()
-    assert labels_B.tolist() == [int(index >= 12) for index in indices]
+    samples = task._copied(indices, 0, task._copies_CNL)
+    assert samples.tokens_BL[:, 0].tolist() == indices.tolist()
+    assert samples.labels_B.tolist() == [int(index >= 12) for index in indices]
     assert not arguments
 
 
@@ -146,36 +148,23 @@ def test_mixup_gives_the_network_the_label_of_the_partner_and_the_images_weight(
     task, arguments = task_of(recipe, copies=0)
     task._tokenize = lambda images: images[:, 0, 0, :3]  # keeps the mixed pixels
     cross_entropy = torch.nn.functional.cross_entropy
-    indices = torch.arange(2, 24, 3).numpy()
+    indices = np.arange(2, 24, 3)
     try:
         torch.nn.functional.cross_entropy = lambda logits, target: logits.sum()
-        task.loss(indices, 0, 0)
+        task.loss(indices, 1, 0)
     finally:
         torch.nn.functional.cross_entropy = cross_entropy
-    images, labels_B = task.data.train(indices, 0)
+    partner_N, mix_N = mixing(0, 1, 24, 0.2)
+    data = open_recipe_data(recipe)
+    images, labels_B = data.train(indices, 1)
+    others, other_labels_B = data.train(partner_N[indices], 1)
+    mix_B = torch.from_numpy(mix_N[indices])
     assert torch.equal(arguments["labels"], labels_B)
-    mix_B = arguments["mix_B"]
-    assert len(set(mix_B.tolist())) == len(indices)
-    pixels = images[:, 0, 0, :3]
-    for row, mix in enumerate(mix_B):
-        # The mixed pixels identify the partner, whose label must be mixed in too.
-        others = [mix * pixels[row] + (1 - mix) * pixels[other] for other in range(len(indices))]
-        near = [
-            other
-            for other, mixed in enumerate(others)
-            if torch.allclose(mixed, arguments["images"][row], atol=1e-5)
-        ]
-        assert near
-        assert arguments["mixed_labels_B"][row] in labels_B[near]
-
-
-def test_tokenising_turns_tf32_off_and_restores_it():
-    cudnn = torch.backends.cudnn
-    before = cudnn.allow_tf32
-    with without_tf32():
-        assert not cudnn.allow_tf32
-        assert not torch.backends.cuda.matmul.allow_tf32
-    assert cudnn.allow_tf32 == before
+    assert torch.equal(arguments["mixed_labels_B"], other_labels_B)
+    assert torch.equal(arguments["mix_B"], mix_B)
+    expected = mix_B[:, None] * images[:, 0, 0, :3] + (1 - mix_B[:, None]) * others[:, 0, 0, :3]
+    torch.testing.assert_close(arguments["images"], expected)
+    assert not torch.equal(labels_B, other_labels_B)
 
 
 def test_the_model_folder_records_every_setting(recipe, tmp_path):

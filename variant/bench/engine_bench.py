@@ -19,13 +19,13 @@ from torch import Tensor
 
 from variant.bench import device, original_var, torch_baseline
 from variant.bench.device import clock, peer_settings
-from variant.bench.flops import attention_flop, ceiling, linear_flop, weight_bytes
 from variant.bench.gemm_baseline import GemmsAlone
 from variant.bench.interleaved import Call, Samples, SelfTimed, quartiles, ratios, time_interleaved
 from variant.engine.engine import Engine
 from variant.engine.generation import Generation, Stats
 from variant.evaluation.kv_error import IMAGES as GREEDY_IMAGES
 from variant.evaluation.kv_error import greedy_change
+from variant.models.flops import attention_flop, ceiling, linear_flop, weight_bytes
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant_kernels import DepthSchedule

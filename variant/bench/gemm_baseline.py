@@ -8,9 +8,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from variant.bench.flops import Linear, linears
 from variant.engine import packed_layers
 from variant.engine.weights import MLP_TOKENS, casts_modulations, on_gpu
+from variant.models.flops import Linear, linears
 from variant.models.var import VAR, projection
 from variant_kernels import DepthSchedule
 from variant_kernels.packed_linear import can_pack

@@ -1,4 +1,4 @@
-"""Augmentation of training images: RandAugment, random distortion, mixup.
+"""Augmentation of training images: RandAugment, random distortion. Mixup is in samples.py.
 
 Every function takes its random generator, or random numbers, as an argument. The augmentation of an
 image is therefore a function of (seed, epoch, image), independent of batches and workers.
@@ -66,25 +66,6 @@ def rand_augment(
         op = RAND_AUGMENT_OPS[names[int(rng.integers(len(names)))]]
         image = op(image, magnitude / MAX_MAGNITUDE, 1 if rng.random() < 0.5 else -1)
     return image
-
-
-def mixup(
-    images_BIYX: Tensor, rng: np.random.Generator, alpha: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mix each image with another image of the batch (arXiv 1710.09412).
-
-    Args:
-        images_BIYX: float32.  alpha: of the Beta distribution of the weights.
-    Returns:
-        ``mix * images + (1 - mix) * images[partner]``, partner_B (int64) and mix_B (float32). The
-        caller must mix the labels with the same weights.
-    """
-    batch = images_BIYX.shape[0]
-    partner_B = torch.from_numpy(rng.permutation(batch)).to(images_BIYX.device)
-    mix_B = torch.from_numpy(rng.beta(alpha, alpha, batch).astype(np.float32))
-    mix_B = mix_B.to(images_BIYX.device)
-    mix_B111 = mix_B.view(-1, 1, 1, 1)
-    return mix_B111 * images_BIYX + (1 - mix_B111) * images_BIYX[partner_B], partner_B, mix_B
 
 
 def distort(

@@ -8,6 +8,7 @@ Axes: B images, I channels, Y X pixels, N scans.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -130,6 +131,15 @@ class DigitsData:
     def held_out(self, indices: Indices) -> tuple[Tensor, Tensor]:
         index = torch.as_tensor(np.asarray(indices), dtype=torch.int64)
         return self._to_range(self._held_out[index]), self.held_out_labels[index]
+
+    def digest(self) -> str:
+        """SHA-256 of all scans and labels."""
+        scans = load_scans()
+        values = (scans.images * LEVELS).to(torch.uint8).numpy().tobytes()
+        return hashlib.sha256(values + scans.labels.numpy().tobytes()).hexdigest()
+
+    def class_digests(self) -> dict[str, str]:
+        return {}
 
     def scans(self) -> Tensor:
         """The training scans without augmentation, (N, I, Y, X) in [-1, 1]."""

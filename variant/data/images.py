@@ -95,6 +95,14 @@ class ImageData(Protocol):
         """Held-out images, not augmented."""
         ...
 
+    def digest(self) -> str:
+        """SHA-256 that identifies the data, wherever it lies."""
+        ...
+
+    def class_digests(self) -> dict[str, str]:
+        """SHA-256 of the parts of the data by name, for messages; {} where there are none."""
+        ...
+
 
 def list_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
     """Files of a folder with one sub-folder per class: paths, labels, class names, all sorted.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from variant.checkpoints.config_file import CONFIG_NAME
-from variant.data.sources import class_digests, data_inputs, differing_classes, open_data
+from variant.data.sources import data_inputs, differing_classes, open_source
 from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.models.parameter_count import var_parameters, vqvae_parameters
@@ -133,8 +133,7 @@ class RunSetup:
         self._check_memory(kind)
         if optim.precision == "fp16" and self.device.type == "cpu":
             raise UserError(
-                f'{recipe.name}: precision "fp16" needs a GPU, because its loss scaling does; '
-                'use "bf16" or "fp32" on a CPU'
+                f'{recipe.name}: precision "fp16" needs a GPU; use "bf16" or "fp32" on a CPU'
             )
         parts = self.ranks.size * optim.accumulate
         if optim.batch_size < parts:
@@ -149,7 +148,8 @@ class RunSetup:
             old = read_recipe(self.saved["recipe"], where)
             self.changes = compare_recipes(old, recipe, kind, where)
         vae = recipe.vae
-        self.data = open_data(recipe.data, vae.image_size, vae.in_channels, recipe.seed)
+        size, channels = vae.image_size, vae.in_channels
+        self.data = open_source(recipe.data, size, channels, recipe.seed, mixed=kind == "var")
         if self.data.num_train < optim.batch_size:
             raise UserError(
                 f"{recipe.name}: batch_size must be at most the number of training images "
@@ -199,7 +199,7 @@ class RunSetup:
             )
 
     def _record_data(self) -> None:
-        digests = class_digests(self.data)
+        digests = self.data.class_digests()
         detail = ""
         if self.saved is not None:
             changed = differing_classes(self.saved["inputs"].get("classes"), digests)

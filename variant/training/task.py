@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from variant.data.images import ImageData, Indices
+from variant.data.images import Indices
+from variant.data.samples import Source
 from variant.training.distributed import Ranks
 from variant.training.recipe import Recipe
 
@@ -50,7 +51,7 @@ class Task(ABC):
 
     kind: str
     module: nn.Module
-    data: ImageData
+    data: Source
     recipe: Recipe
     network: Callable[..., Any]
 

@@ -22,6 +22,7 @@ from variant.data.images import epoch_order
 from variant.errors import UserError
 from variant.training.console import RunConsole
 from variant.training.interrupt import Interrupt
+from variant.training.loss_scale import LossScaler
 from variant.training.metrics import MetricsFile
 from variant.training.optim import decay_groups, learning_rate
 from variant.training.parallel import chosen_mode, parallelize, whole
@@ -68,8 +69,8 @@ class Trainer:
             betas=self.optim.betas,
             fused=True if self.device.type == "cuda" else None,
         )
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.optim.precision == "fp16")
-        self.state = RunState(task.module, optimizer, scaler)
+        self.scaler = LossScaler(self.device.type, enabled=self.optim.precision == "fp16")
+        self.state = RunState(task.module, optimizer, self.scaler)
         self.checkpointer = setup.checkpointer
         self.metrics = MetricsFile(setup.folder, task.kind)
         if not self.ranks.is_first:
@@ -149,7 +150,8 @@ class Trainer:
         if not state.scaler.is_enabled():  # the scaler skips such a step and lowers the scale
             self._require_finite(whole(norm).item(), "gradient", epoch)
         state.scaler.step(state.optimizer)
-        state.scaler.update()
+        self.scaler.update()
+        self.scaler.require_progress(self.recipe.name, state.step + 1)
         state.add_loss(name, total)
         return total
 

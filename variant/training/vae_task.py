@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from variant.data.images import ImageData, Indices, stream
+from variant.data.images import Indices, stream
+from variant.data.samples import Source
 from variant.errors import UserError
 from variant.models.vqvae import VQVAE
 from variant.training.distributed import rank_of_environment
@@ -40,7 +41,7 @@ class VAETask(Task):
     kind = "vae"
 
     def __init__(
-        self, module: VQVAE, data: ImageData, recipe: Recipe, device: torch.device, steps: int
+        self, module: VQVAE, data: Source, recipe: Recipe, device: torch.device, steps: int
     ) -> None:
         self.module = self.vae = self.network = module
         self.data, self.recipe, self.device = data, recipe, device
@@ -49,7 +50,7 @@ class VAETask(Task):
         self.last_revival = int(self.training.revive_until * steps)
 
     def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
-        images = self.data.train(indices, epoch)[0].to(self.device)
+        images = self.data.samples(indices, epoch).images.to(self.device)
         reconstructed, quantisation, _ = self.network(images, self._num_scales(step))
         pixel_error = F.mse_loss(reconstructed.float(), images)
         return self.training.reconstruction * pixel_error + quantisation
@@ -70,14 +71,15 @@ class VAETask(Task):
 
     def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
         data = self.data
-        images = (data.held_out(indices) if held_out else data.train(indices, 0))[0].to(self.device)
+        samples = data.held_out(indices) if held_out else data.unmixed(indices)
+        images = samples.images.to(self.device)
         reconstructed = self.vae.decode(self.vae.encode(images)).float() * 2 - 1
         return {"reconstruction": F.mse_loss(reconstructed, images).item()}
 
     def before_step(self, indices: Indices, epoch: int, step: int) -> None:
         every = self.training.revive_every
         if every and step <= self.last_revival and step % every == 0:
-            images = self.data.train(indices, epoch)[0].to(self.device)
+            images = self.data.samples(indices, epoch).images.to(self.device)
             rng = stream(self.recipe.seed, step, STREAM_REVIVE)
             # The first step moves every code, so that all start as features of images.
             revive_codes(self.vae, images, rng, every_code=step == 0)

@@ -9,10 +9,8 @@ Axes: B images of a batch, C copies, N images of the data set, L tokens, V codeb
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +19,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from variant.checkpoints.model_folder import save_model
-from variant.data.augment import mixup
-from variant.data.images import STREAM_COPY, STREAM_MIXUP, ImageData, Indices, stream
+from variant.data.encode import encode_images
+from variant.data.images import STREAM_COPY, Indices, stream
+from variant.data.samples import Samples, Source
 from variant.errors import UserError
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
@@ -47,7 +46,7 @@ class VARTask(Task):
         self,
         module: VAR,
         vae: VQVAE,
-        data: ImageData,
+        data: Source,
         recipe: Recipe,
         device: torch.device,
         steps_per_epoch: int,
@@ -57,6 +56,7 @@ class VARTask(Task):
         self.device, self.steps_per_epoch = device, steps_per_epoch
         self.configurations = Configurations(recipe, steps_per_epoch)
         self._copies_CNL: Tensor | None = None
+        self._labels_N = torch.empty(0, dtype=torch.int64)
 
     def prepare(self, report: Report) -> None:
         self._copies_CNL = self._encode_copies(report)
@@ -83,23 +83,19 @@ class VARTask(Task):
 
     def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
         schedule = self.configurations.of_step(step).schedule
-        mixed_labels_B = mix_B = None
         if self._copies_CNL is not None:
-            tokens_BL, labels_B = self._copied(indices, epoch, self._copies_CNL)
+            samples = self._copied(indices, epoch, self._copies_CNL)
         else:
-            images, labels_B = (part.to(self.device) for part in self.data.train(indices, epoch))
-            if self.recipe.data.mixup > 0:
-                rng = stream(self.recipe.seed, step, int(indices[0]), STREAM_MIXUP)
-                images, partner_B, mix_B = mixup(images, rng, self.recipe.data.mixup)
-                mixed_labels_B = labels_B[partner_B]
-            tokens_BL = self._tokenize(images)
+            samples = self.data.samples(indices, epoch)
+        samples = samples.to(self.device)
+        tokens_BL = self._tokens(samples)
         drops = draw_drops(self.var.config, self.recipe.seed, step, indices).to(self.device)
         logits_BLV = self.network(
-            labels_B,
+            samples.labels_B,
             self._teacher_input(tokens_BL),
             schedule,
-            mixed_labels_B=mixed_labels_B,
-            mix_B=mix_B,
+            mixed_labels_B=samples.mixed_labels_B,
+            mix_B=samples.mix_B,
             dropped_B=drops.dropped_B,
             branch_scales_N2B=drops.branch_scales_N2B,
         )
@@ -107,14 +103,11 @@ class VARTask(Task):
 
     def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
         if not held_out and self._copies_CNL is not None:
-            index = torch.from_numpy(np.asarray(indices))
-            tokens_BL = self._copies_CNL[0, index].to(self.device, torch.int64)
-            labels_B = self.data.train_labels[index].to(self.device)
+            samples = self._copy(indices, np.zeros(len(indices), np.int64), self._copies_CNL)
         else:
-            data = self.data
-            images, labels_B = data.held_out(indices) if held_out else data.train(indices, 0)
-            tokens_BL = self._tokenize(images.to(self.device))
-            labels_B = labels_B.to(self.device)
+            samples = self.data.held_out(indices) if held_out else self.data.unmixed(indices)
+        samples = samples.to(self.device)
+        tokens_BL, labels_B = self._tokens(samples), samples.labels_B
         x_teacher = self._teacher_input(tokens_BL)
         losses = {}
         for configuration in self.configurations.evaluated():
@@ -123,10 +116,14 @@ class VARTask(Task):
             losses[configuration.name] = loss.item()
         return losses
 
+    def _tokens(self, samples: Samples) -> Tensor:
+        if samples.tokens_BL is not None:
+            return samples.tokens_BL
+        assert samples.images_BIYX is not None, "samples have images or tokens"
+        return self._tokenize(samples.images_BIYX)
+
     def _tokenize(self, images: Tensor) -> Tensor:
-        # Always in float32: tokens are targets, so the precision of training must not change them.
-        with torch.autocast(self.device.type, enabled=False), without_tf32():
-            return self.vae.encode(images)
+        return encode_images(self.vae, images)
 
     def _teacher_input(self, tokens_BL: Tensor) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
@@ -137,7 +134,7 @@ class VARTask(Task):
         section, size = self.recipe.data, self.recipe.eval.batch_size
         if section.copies == 0:
             return None
-        copies = []
+        copies, labels = [], []
         for copy in range(section.copies):
             parts = []
             for start in range(0, self.data.num_train, size):
@@ -147,33 +144,23 @@ class VARTask(Task):
                     section.copies * self.data.num_train,
                 )
                 indices = range(start, min(start + size, self.data.num_train))
-                images = self.data.train(indices, copy)[0].to(self.device)
-                parts.append(self._tokenize(images).to("cpu", torch.int32))
+                samples = self.data.samples(indices, copy).to(self.device)
+                parts.append(self._tokens(samples).to("cpu", torch.int32))
+                labels += [samples.labels_B.cpu()] if copy == 0 else []
             copies.append(torch.cat(parts))
+        self._labels_N = torch.cat(labels)
         return torch.stack(copies)
 
-    def _copied(self, indices: Indices, epoch: int, copies_CNL: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and labels of some images; every epoch draws one of the copies of each image."""
+    def _copied(self, indices: Indices, epoch: int, copies_CNL: Tensor) -> Samples:
+        """Samples of some images; every epoch draws one of the copies of each image."""
         rng = stream(self.recipe.seed, epoch, STREAM_COPY)
         copy_N = rng.integers(len(copies_CNL), size=self.data.num_train)
-        index = torch.from_numpy(np.asarray(indices))
-        tokens_BL = copies_CNL[torch.from_numpy(copy_N)[index], index]
-        labels_B = self.data.train_labels[index]
-        return tokens_BL.to(self.device, torch.int64), labels_B.to(self.device)
+        return self._copy(indices, copy_N[np.asarray(indices)], copies_CNL)
 
-
-@contextmanager
-def without_tf32() -> Iterator[None]:
-    """Turn TF32 off in CUDA's convolutions and matrix products within the block."""
-    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = False
-        yield
-    finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
+    def _copy(self, indices: Indices, copy_B: np.ndarray, copies_CNL: Tensor) -> Samples:
+        index_B = torch.from_numpy(np.asarray(indices))
+        tokens_BL = copies_CNL[torch.from_numpy(copy_B), index_B].long()
+        return Samples(None, tokens_BL, self._labels_N[index_B])
 
 
 def train_var(

@@ -1,4 +1,4 @@
-"""The work of a generation from sizes and schedule alone: linear layers, FLOP, ceilings.
+"""The work of a generation or a training step from sizes and schedule alone.
 
 With guidance there are two sequences per image. FLOP counts a multiply-add as two.
 """
@@ -90,11 +90,27 @@ def ceiling(config: VARConfig, schedule: DepthSchedule) -> float:
     return linear_flop(config, full) / linear_flop(config, schedule)
 
 
-def attention_flop(config: VARConfig, schedule: DepthSchedule, batch: int = 1) -> int:
-    """FLOP of q k^T and p v over visible pairs, guidance included."""
+def attention_flop(
+    config: VARConfig, schedule: DepthSchedule, batch: int = 1, *, guidance: bool = True
+) -> int:
+    """FLOP of q k^T and p v over visible pairs."""
     layout = config.layout
     pairs = sum(
         len(schedule.active_layers(scale)) * tokens * layout.visible(scale)
         for scale, tokens in enumerate(layout.tokens)
     )
-    return 4 * config.embed_dim * pairs * 2 * batch
+    return 4 * config.embed_dim * pairs * batch * (2 if guidance else 1)
+
+
+def training_flop(config: VARConfig, schedule: DepthSchedule, batch: int = 1) -> int:
+    """FLOP of the forward and backward pass of a training step, as MFU counts them.
+
+    A product is two products of the same size in the backward pass, one for the gradient of each of
+    its factors; the teacher's input has no gradient. Attention counts visible pairs. What is
+    computed a second time in the backward pass does not count, nor do the VQ-VAE and the optimiser.
+    """
+    linear = sum(
+        x.flop * (2 if x.name == "word_embed" else 3)
+        for x in linears(config, schedule, batch, guidance=False)
+    )
+    return linear + 3 * attention_flop(config, schedule, batch, guidance=False)
