@@ -32,6 +32,7 @@ from variant.data.config import DataSection
 from variant.models.config import VQVAEConfig, to_plain
 from variant.training import recipe as recipes
 from variant.training.optim import OptimSection
+from variant.training.parallel import ParallelSection
 from variant.training.schedule import ScheduleSection
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +47,7 @@ MAX_PICTURE_BYTES = 200_000
 # looked up by its beginning. Those of `variant` are parsed; of the others the module, the make
 # target, the paths and the extras must exist.
 NOT_RUN = {
+    "torchrun": "needs several GPUs; tests/training/test_distributed.py starts two processes",
     "make": "sets up an environment of its own",
     "pip": "changes the environment",
     "pytest": "takes minutes, or runs the test suite again",
@@ -224,6 +226,9 @@ def check_exists(words):
     program, arguments = words[0], [word for word in words[1:] if not word.startswith("-")]
     if program == "variant":
         tyro.cli(Command, args=list(words[1:]))
+    elif program == "torchrun":
+        assert words[3:5] == ("-m", "variant.training"), words
+        tyro.cli(Command, args=["train", "--recipe", *words[5:]])
     elif program == "make":
         targets = [word for word in arguments if "=" not in word]
         done = subprocess.run(
@@ -281,6 +286,7 @@ SECTIONS = {
     "`[schedule]`": ScheduleSection,
     "`[eval]`": recipes.EvalSection,
     "`[output]`": recipes.OutputSection,
+    "`[parallel]`": ParallelSection,
 }
 
 

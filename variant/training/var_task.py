@@ -52,6 +52,7 @@ class VARTask(Task):
         steps_per_epoch: int,
     ) -> None:
         self.module = self.var = self.network = module
+        self.config = recipe.var_config
         self.vae, self.data, self.recipe = vae, data, recipe
         self.device, self.steps_per_epoch = device, steps_per_epoch
         self.configurations = Configurations(recipe, steps_per_epoch)
@@ -67,7 +68,7 @@ class VARTask(Task):
 
     @property
     def uses_every_parameter(self) -> bool:
-        layers = range(self.var.config.depth)
+        layers = range(self.config.depth)
         return all(
             configuration.schedule.last_scale(layer) >= 0
             for configuration in self.configurations.trained()
@@ -89,7 +90,7 @@ class VARTask(Task):
             samples = self.data.samples(indices, epoch)
         samples = samples.to(self.device)
         tokens_BL = self._tokens(samples)
-        drops = draw_drops(self.var.config, self.recipe.seed, step, indices).to(self.device)
+        drops = draw_drops(self.config, self.recipe.seed, step, indices).to(self.device)
         logits_BLV = self.network(
             samples.labels_B,
             self._teacher_input(tokens_BL),
