@@ -40,7 +40,7 @@ help:
 	@echo "make cuda      compile the CUDA kernels with nvcc for the usual GPUs; registers and spills of each"
 	@echo "make gpu       on a machine with a GPU: build, tests, benchmarks; results under out/gpu"
 	@echo "make bench     every kernel beside its peers, then the engine; results under $(RESULTS)"
-	@echo "make docs-results  docs/results.md and the README's table, from $(RESULTS)"
+	@echo "make docs-results  docs/results.md and the README's table, from $(RESULTS); docs/recipes.md"
 	@echo "make lint      ruff, clang-format and the type checker"
 	@echo "make clean     remove the files made by the targets above (not $(VENV))"
 
@@ -205,7 +205,8 @@ bench: dev
 bench-report: dev
 	$(BIN)/python -m benchmarks.report $(RESULTS)/*-$$($(BIN)/python -m variant.bench.environment).json --out out/report
 
-# docs/results.md and the README's table of gains; a test compares both with the result files.
+# docs/results.md, docs/recipes.md and the README's table of gains; a test compares them with their
+# sources.
 docs-results: dev
 	$(BIN)/python -m benchmarks.docs_results
 

@@ -1,8 +1,9 @@
-"""Write ``docs/results.md`` and the README's table of gains from the committed result files.
+"""Write ``docs/results.md`` and the README's table of gains from the committed result files, and
+``docs/recipes.md`` from the sections of recipes.
 
     make docs-results
 
-Both are text that only this module writes; a test compares them with the result files.
+All are text that only this module writes; a test compares them with their sources.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from benchmarks.results import DROPIN, ENGINE, KERNELS, KV8, LARGEST, TRAINING, 
 from variant.engine.planning import depths_of, plan_row
 from variant.files import atomic_write
 from variant.models.presets import PAPER_BRIDGE, VAR_PRESETS
+from variant.training import recipe_reference
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PLOT = "../benchmarks/results/var-d16-latency.png"  # of the results named GAINS
 DIGITS = ROOT / "docs" / "digits.json"
 PAGE = ROOT / "docs" / "results.md"
+RECIPES = ROOT / "docs" / "recipes.md"
 README = ROOT / "README.md"
 
 # The results of the README's table, and the two lines around that table.
@@ -191,12 +194,13 @@ def outputs() -> dict[Path, Callable[[], str]]:
     results = read_all(RESULTS)
     return {
         PAGE: lambda: page(results, json.loads(DIGITS.read_text())),
+        RECIPES: recipe_reference.reference,
         README: lambda: with_gains(README.read_text(), gains(results)),
     }
 
 
 def main() -> int:
-    """Write both; 0."""
+    """Write all; 0."""
     for path, text in outputs().items():
         with atomic_write(path) as temporary:
             temporary.write_text(text())

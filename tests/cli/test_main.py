@@ -116,6 +116,15 @@ def test_wrong_usage_is_one_line_and_exits_with_2(words, message, run):
     assert not set("│╭╰─") & set(error)
 
 
+@pytest.mark.parametrize("separator", ["\n", "\r", "\u2028", "\x0b", "\x1b[2J"])
+@pytest.mark.parametrize("words", [("plan", "--kv-dtype"), ("train", "--seed"), ("generate", "x")])
+def test_wrong_usage_with_line_breaks_is_one_line(words, separator, run):
+    code, printed, error = run(*words, f"a{separator}b")
+    assert (code, printed) == (2, "")
+    assert len(error.splitlines()) == 1
+    assert error.rstrip("\n").isprintable()
+
+
 def test_empty_words_are_refused(run):
     for words in (("generate", "--out", ""), ("info", "--model", ""), ("plan", "")):
         code, _, error = run(*words)

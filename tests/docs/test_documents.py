@@ -4,7 +4,6 @@ Python blocks run as they stand, each on its own, in a folder with small stand-i
 that they name. Shell commands run there too, unless NOT_RUN gives a reason.
 """
 
-import dataclasses
 import importlib.util
 import json
 import re
@@ -28,12 +27,6 @@ from benchmarks import docs_results, readme_picture
 from variant import VARiant
 from variant.cli.main import main
 from variant.cli.options import Command
-from variant.data.config import DataSection
-from variant.models.config import VQVAEConfig, to_plain
-from variant.training import recipe as recipes
-from variant.training.optim import OptimSection
-from variant.training.parallel import ParallelSection
-from variant.training.schedule import ScheduleSection
 
 ROOT = Path(__file__).parents[2]
 LOOKALIKES = ROOT / "tests" / "integrations"
@@ -273,47 +266,6 @@ def test_the_recipe_for_own_images_trains(folder):
     for name in ("config.json", "var-last.pt", "vae-best.safetensors", "var-metrics.jsonl"):
         assert name in documented
     assert {path.name for path in Path("runs/short").iterdir()} >= set(documented)
-
-
-# --- the recipe reference -----------------------------------------------------------------------
-
-SECTIONS = {
-    "`[model]`": recipes.ModelSection,
-    "`[vae]`": VQVAEConfig,
-    "`[vae_training]`": recipes.VAETraining,
-    "`[data]`": DataSection,
-    "`[optim]`": OptimSection,
-    "`[schedule]`": ScheduleSection,
-    "`[eval]`": recipes.EvalSection,
-    "`[output]`": recipes.OutputSection,
-    "`[parallel]`": ParallelSection,
-}
-
-
-def documented_keys(title):
-    """{key: default} of one table of the recipe reference."""
-    text = (ROOT / "docs" / "training.md").read_text()
-    section = text.split(f"### {title}\n")[1].split("\n### ")[0]
-    return dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", section, re.MULTILINE))
-
-
-def default_text(field):
-    if field.default is dataclasses.MISSING:
-        return "-"
-    value = to_plain(field.default)
-    return "none" if value is None else json.dumps(value)
-
-
-@pytest.mark.parametrize("title", SECTIONS)
-def test_the_recipe_reference_lists_every_key(title):
-    fields = dataclasses.fields(SECTIONS[title])
-    assert documented_keys(title) == {field.name: default_text(field) for field in fields}
-
-
-def test_the_recipe_reference_has_every_section():
-    names = {field.name for field in dataclasses.fields(recipes.Recipe)}
-    sections = {title.strip("`[]") for title in SECTIONS}
-    assert names == sections | set(documented_keys("Top level"))
 
 
 # --- the picture --------------------------------------------------------------------------------

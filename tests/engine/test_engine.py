@@ -383,6 +383,11 @@ def test_unsupported_backends_dtypes_and_page_sizes_raise_at_construction():
         Engine(var, vae, backend="cpu", dtype=torch.float16)
     with pytest.raises(ValueError, match="page_size must be an integer >= 1; got 0"):
         Engine(var, vae, page_size=0)
+    with pytest.raises(TypeError, match=r"Engine: backend must be .*; got ndarray"):
+        Engine(var, vae, backend=np.array([1, 2]))
+    for name in ("capture", "pack"):
+        with pytest.raises(TypeError, match=f"Engine: {name} must be True or False"):
+            Engine(var, vae, **{name: 2**64})
 
 
 @pytest.mark.parametrize("part", ["var.blocks.1.attn.proj", "vae.decoder.conv_in"])

@@ -192,6 +192,11 @@ def test_wrong_vae_configs_are_refused(changes, message):
         dataclasses.replace(SMALL, **changes)
 
 
+def test_a_boolean_is_no_number_of_channels():
+    with pytest.raises(TypeError, match="VQVAEConfig: in_channels must be an integer"):
+        VQVAEConfig(vocab_size=8, z_channels=4, ch=32, in_channels=True)
+
+
 def test_configs_round_trip_through_plain_values():
     golden = load_golden("plain")
     assert VQVAEConfig.from_dict(golden.vae_config.to_dict()) == golden.vae_config

@@ -127,7 +127,7 @@ def test_without_given_phases_the_last_depth_of_a_schedule_counts(recipe):
         ({"schedules": ((),)}, "schedules must have 3 depths each"),
         ({"bridges": (1, 4)}, r"schedule: bridges must be in \[0, 3\]; got 4"),
         ({"bridges": (1, 1)}, "bridges must not repeat"),
-        ({"final_probability": 1.5}, r"final_probability must be in \[0, 1\]; got 1.5"),
+        ({"final_probability": 1.5}, "final_probability must be <= 1; got 1.5"),
     ],
 )
 def test_mistakes_are_named(recipe, values, message):

@@ -6,6 +6,14 @@ import numpy as np
 import pytest
 
 from variant.errors import UserError
+from variant.models.ranges import (
+    Count,
+    CountOrZero,
+    Positive,
+    Share,
+    ShareBelowOne,
+    range_text,
+)
 from variant.training.recipe import load_recipe, recipe_names
 from variant.training.schedule import Phases
 
@@ -90,7 +98,7 @@ def test_a_recipe_gives_plain_values_and_accepts_another_seed(tmp_path):
         ("depth = 4", "depht = 4", "model.depht: unknown key"),
         ("depth = 4\n", "", "model.depth: missing"),
         ("learning_rate = 1e-3", 'learning_rate = "fast"', "optim.learning_rate: .*got 'fast'"),
-        ("learning_rate = 1e-3", "learning_rate = -1", "learning_rate must be positive; got -1"),
+        ("learning_rate = 1e-3", "learning_rate = -1", "optim.learning_rate must be > 0; got -1"),
         ('kind = "digits"', 'kind = "video"', "data.kind: .*'digits' or 'folder'.*got 'video'"),
         ('kind = "digits"', 'kind = "folder"', "train and held_out must name folders"),
         ("bridge = 1", "bridge = 4", r"bridge must be an integer in \[0, 3\]; got 4"),
@@ -104,13 +112,13 @@ def test_a_recipe_gives_plain_values_and_accepts_another_seed(tmp_path):
         ('kind = "digits"', 'kind = "digits"\nhflip = 0.5', 'hflip is not for kind "digits"; got'),
         ("depth = 4", "depth = = 4", "is not valid TOML"),
         ("learning_rate = 1e-3", "learning_rate = inf", "learning_rate must be finite; got inf"),
-        ("1e-3", "1e-3\nweight_decay = inf", "optim: weight_decay must be finite; got inf"),
-        ("1e-3", "1e-3\nweight_decay = nan", "optim: weight_decay must be finite; got nan"),
-        ("1e-3", "1e-3\nclip = 1e999", "optim: clip must be finite; got inf"),
-        ("1e-3", "1e-3\nbetas = [nan, 0.5]", "optim: betas must be finite; got nan"),
+        ("1e-3", "1e-3\nweight_decay = inf", "optim.weight_decay must be finite; got inf"),
+        ("1e-3", "1e-3\nweight_decay = nan", "optim.weight_decay must be finite; got nan"),
+        ("1e-3", "1e-3\nclip = 1e999", "optim.clip must be finite; got inf"),
+        ("1e-3", "1e-3\nbetas = [nan, 0.5]", "optim.betas.0 must be finite; got nan"),
         ("1e-3", "2020-01-01", "learning_rate: Input should be a valid number; got '2020-01-01'"),
         ("bridge = 1", "bridge = 1\njoint_probability = nan", "joint_probability must be finite"),
-        ("depth = 4", "depth = 4\nnorm_eps = inf", "model: norm_eps must be finite; got inf"),
+        ("depth = 4", "depth = 4\nnorm_eps = inf", "model.norm_eps must be finite; got inf"),
         ('kind = "digits"', 'kind = "digits"\nrotate = inf', "data: rotate must be finite"),
         ('kind = "digits"', 'kind = "digits"\nworkers = 100000', r"workers must be in \[1, 1024\]"),
         (
@@ -135,6 +143,58 @@ def test_mistakes_are_named_in_one_line(tmp_path, old, new, message):
     with pytest.raises(UserError, match=message) as caught:
         load_recipe(write(tmp_path, BASE.replace(old, new)))
     assert "\n" not in str(caught.value)
+
+
+def test_all_mistakes_of_all_sections_are_named_at_once(tmp_path):
+    text = BASE.replace("learning_rate = 1e-3", "learning_rate = -1\nwarmup = 1.0\nclipp = 2")
+    text = text.replace("bridge = 1", "bridge = 1\nfinal_probability = 2\njoint_probability = 1.5")
+    text = text.replace("depth = 4", 'depth = 0\nembed_dim = "wide"').replace("embed_dim = 32", "")
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(tmp_path, text))
+    _, _, message = str(caught.value).partition(": ")
+    for problem in (
+        "model.depth must be >= 1; got 0",
+        "model.embed_dim: Input should be a valid integer; got 'wide'",
+        "optim.learning_rate must be > 0; got -1",
+        "optim.warmup must be < 1; got 1.0",
+        "optim.clipp: unknown key",
+        "schedule.joint_probability must be <= 1; got 1.5",
+        "schedule.final_probability must be <= 1; got 2",
+    ):
+        assert problem in message
+        message = message.replace(problem, "")
+    assert not message.strip("; ")
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("optim", {"warmup": 1.0}, "warmup must be < 1; got 1.0"),
+        ("optim", {"betas": (0.5, -0.1)}, "betas must be >= 0; got -0.1"),
+        ("optim", {"clip": float("inf")}, "clip must be finite; got inf"),
+        ("optim", {"clip": float("nan")}, "clip must be finite; got nan"),
+        ("schedule", {"joint": -1, "transition": 1, "refinement": 1}, "joint must be >= 0; got -1"),
+        ("eval", {"limit": -1}, "limit must be >= 0; got -1"),
+        ("model", {"depth": 0}, "depth must be >= 1; got 0"),
+        ("model", {"cond_drop_rate": 1.5}, "cond_drop_rate must be <= 1; got 1.5"),
+        ("output", {"checkpoint_every": 0}, "checkpoint_every must be >= 1; got 0"),
+    ],
+)
+def test_sections_built_by_code_have_the_same_ranges(tmp_path, section, values, message):
+    recipe = load_recipe(write(tmp_path, BASE))
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        dataclasses.replace(getattr(recipe, section), **values)
+
+
+@pytest.mark.parametrize(
+    ("hint", "text"),
+    [
+        (Count, ">= 1"), (CountOrZero | None, ">= 0"), (Positive, "> 0"), (Share, "in [0, 1]"),
+        (tuple[ShareBelowOne, ShareBelowOne], "in [0, 1)"), (int | None, ""),
+    ],
+)  # fmt: skip
+def test_a_range_has_a_text(hint, text):
+    assert range_text(hint) == text
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 
 from variant.cli import signals
 from variant.cli.announce import announce
-from variant.cli.messages import one_line
+from variant.cli.messages import one_line, plain
 from variant.cli.options import (
     Bench,
     Command,
@@ -111,7 +111,8 @@ def _stopped(stop: KeyboardInterrupt) -> int:
 
 
 def _print_error(text: str) -> None:
-    _print(f"variant: error: {text}")
+    # Wrong usage quotes the words of the command line, line breaks included.
+    _print(f"variant: error: {plain(text)}")
 
 
 def _print(line: str) -> None:

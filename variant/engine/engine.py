@@ -42,6 +42,7 @@ from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant_kernels import CachePlan
 from variant_kernels.arguments import boolean, instance, integer
+from variant_kernels.dispatch.select import check_name
 
 
 def new_recorder(device: torch.device) -> Recorder | None:
@@ -92,11 +93,13 @@ class Engine(CastModels):
     ) -> None:
         check_pair(var, vae, "Engine")
         check_values("Engine", var, vae)
+        check_name("Engine", backend)
+        pack = boolean("Engine", "pack", pack)
         super().__init__(var, vae, check_engine_dtype("Engine", dtype, var), pack)
         self.page_size = integer("Engine", "page_size", page_size, 1)
         self.kv_dtype = check_kv_dtype("Engine", kv_dtype)
         self.backend = backend
-        self.capture = capture
+        self.capture = boolean("Engine", "capture", capture)
         self._launchers(self.kv_dtype)  # raises where the backend cannot run these dtypes
 
     # --- launchers, graphs ----------------------------------------------------------------------

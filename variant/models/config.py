@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from variant.models.ranges import bound_text, check_ranges
 from variant_kernels.arguments import instance, integer, real, sequence, shown, typed
 from variant_kernels.plans.depth_schedule import check_layers
 from variant_kernels.plans.scale_layout import ScaleLayout
@@ -39,6 +40,7 @@ LIMITS = {
     "num_res_blocks": 32,
     "share_quant_resi": 32,
     "quant_conv_ks": 31,
+    "in_channels": 3,
     "beta": 1e6,
 }
 MAX_SHOWN = 120  # characters of a value in a message
@@ -52,10 +54,20 @@ Config = TypeVar("Config")
 
 def describe_validation_error(error: ValidationError) -> str:
     """All problems that pydantic found, on one line: ``model.depth: Input should be ...``."""
+    return "; ".join(problems_of(error))
+
+
+def problems_of(error: ValidationError) -> list[str]:
+    """One text for every problem that pydantic found, which begins with the dotted key."""
     problems = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
+        expected = bound_text(problem["type"], problem.get("ctx", {}))
+        if expected is not None:
+            got = shown(problem["input"], MAX_SHOWN)
+            problems.append(f"{where} must be {expected}; got {got}")
+            continue
         if problem["type"] == "unexpected_keyword_argument":
             message = "unknown key"
         elif problem["type"] == "missing":
@@ -63,7 +75,7 @@ def describe_validation_error(error: ValidationError) -> str:
         elif problem["type"] != "value_error":
             message = f"{message}; got {shown(problem['input'], MAX_SHOWN)}"
         problems.append(f"{where}: {message}" if where else message)
-    return "; ".join(problems)
+    return problems
 
 
 def parse_dataclass(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
@@ -255,9 +267,11 @@ class VQVAEConfig(_Plain):
     """A multi-scale VQ-VAE.
 
     Args:
-        vocab_size, z_channels: codebook entries and their width.
-        ch, ch_mult: width of the first convolution, and its multiple at each resolution; each
-            resolution after the first halves the image.
+        vocab_size: codebook entries.
+        z_channels: width of a codebook entry.
+        ch: channels of the first convolution; ch times each of ch_mult must be a multiple of 32.
+        ch_mult: channels at each resolution, in units of ch; each resolution after the first halves
+            the image.
         num_res_blocks: residual blocks per resolution (one more in the decoder).
         patch_nums: sides of the token maps; the last is the side of the feature map.
         share_quant_resi: residual convolutions shared by the scales: 1 for one, 0 for one per
@@ -287,7 +301,13 @@ class VQVAEConfig(_Plain):
 
     def __post_init__(self) -> None:
         self._check_integers(
-            vocab_size=1, z_channels=1, ch=1, num_res_blocks=1, share_quant_resi=0, quant_conv_ks=1
+            vocab_size=1,
+            z_channels=1,
+            ch=1,
+            num_res_blocks=1,
+            share_quant_resi=0,
+            quant_conv_ks=1,
+            in_channels=1,
         )
         self._check_reals(quant_resi=(0, 1), beta=(0, LIMITS["beta"]))
         self._check_patch_nums()
@@ -328,11 +348,12 @@ MAX_INTEGER = 2**63 - 1  # of torch's integers and seeds
 
 
 def require_plain_numbers(section: Any) -> None:
-    """Check that no number of a dataclass is infinite, NaN or an integer beyond 64 bits.
+    """Check the numbers of a dataclass: their ranges, finite, no integer beyond 64 bits.
 
     Raises:
         ValueError: naming the field.
     """
+    check_ranges(section)
     for entry in dataclasses.fields(section):
         value = getattr(section, entry.name)
         for number in value if isinstance(value, tuple) else (value,):

@@ -10,46 +10,47 @@ from pydantic import ConfigDict
 from torch import nn
 
 from variant.models.config import STRICT, require, require_plain_numbers
+from variant.models.ranges import Count, NotNegative, Positive, Share, ShareBelowOne
 
 
 @dataclass(frozen=True)
 class OptimSection:
     """Settings of AdamW. Biases, norms, embeddings and scale_mul have no weight decay.
 
-    batch_size: images per optimiser step.
-    accumulate: number of parts that a batch is split into; their gradients are accumulated.
+    batch_size: images per optimiser step, of all processes together; at most the number of
+        training images.
+    learning_rate: highest learning rate.
+    betas: AdamW's decay rates of the first and the second moment.
+    weight_decay: AdamW's weight decay.
     clip: largest norm of the gradient of all parameters.
+    precision: of matrix products: "fp32", "bf16" (autocast), or "fp16" (autocast with loss scaling,
+        GPUs only).
+    accumulate: number of parts that a batch is split into; their gradients are accumulated.
     schedule: "constant", or "cosine" from learning_rate to final_ratio times it.
+    final_ratio: last learning rate over the highest, for "cosine".
     warmup: share of all steps in which the rate rises linearly from 0.
     """
 
-    batch_size: int
-    learning_rate: float
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.05
-    clip: float = 1.0
+    batch_size: Count
+    learning_rate: Positive
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
+    weight_decay: NotNegative = 0.05
+    clip: Positive = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    accumulate: int = 1
+    accumulate: Count = 1
     schedule: Literal["constant", "cosine"] = "constant"
-    final_ratio: float = 0.0
-    warmup: float = 0.0
+    final_ratio: Share = 0.0
+    warmup: ShareBelowOne = 0.0
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
         require_plain_numbers(self)
-        require(self.batch_size >= 1, "batch_size must be at least 1", self.batch_size)
-        require(self.learning_rate > 0, "learning_rate must be positive", self.learning_rate)
-        require(all(0 <= beta < 1 for beta in self.betas), "betas must be in [0, 1)", self.betas)
-        require(self.weight_decay >= 0, "weight_decay must be >= 0", self.weight_decay)
-        require(self.clip > 0, "clip must be positive", self.clip)
         require(
-            self.accumulate >= 1 and self.batch_size % self.accumulate == 0,
+            self.batch_size % self.accumulate == 0,
             f"accumulate must divide batch_size ({self.batch_size})",
             self.accumulate,
         )
-        require(0 <= self.final_ratio <= 1, "final_ratio must be in [0, 1]", self.final_ratio)
-        require(0 <= self.warmup < 1, "warmup must be in [0, 1)", self.warmup)
 
 
 # Parameters with two or more axes that have no weight decay: embeddings and gains.

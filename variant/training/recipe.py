@@ -26,6 +26,7 @@ from variant.models.config import (
     require_plain_numbers,
     to_plain,
 )
+from variant.models.ranges import Count, CountOrZero, Positive, Share, ShareBelowOne
 from variant.paths import path_kind, read_text, shown
 from variant.training.optim import OptimSection
 from variant.training.parallel import ParallelSection
@@ -43,22 +44,32 @@ MAX_MESSAGE = 1000
 class ModelSection:
     """The sizes of the transformer; codebook, scales and subnets come from the other sections.
 
+    depth: layers.
+    embed_dim: width; embed_dim / num_heads must be a multiple of 8 from 16 to 256.
+    num_heads: attention heads.
+    num_classes: classes; must equal the number of classes of the data.
+    mlp_ratio: hidden width of the MLP, in units of embed_dim.
+    norm_eps: epsilon of the layer normalisations.
+    shared_aln: one class projection (adaLN) shared by all layers.
+    attn_l2_norm: L2-normalise q and k, with a learned factor per head.
+    cond_drop_rate: probability that a label is dropped, for guidance.
+    drop_path_rate: stochastic depth of the last layer; rises linearly from 0.
     weights: pretrained weights: a file (.pth or .safetensors), a model folder, the name of a
-        packaged model or a Hub id; None initialises at random.
+        packaged model or a Hub id; without, the weights are drawn at random.
     weights_entry: which of several state dicts in that file: "model", "ema" (an average of the
-        weights), or the name of one; None takes the plain model.
+        weights), or the name of one; without, the plain model.
     """
 
-    depth: int
-    embed_dim: int
-    num_heads: int
-    num_classes: int
-    mlp_ratio: float = 4.0
-    norm_eps: float = 1e-6
+    depth: Count
+    embed_dim: Count
+    num_heads: Count
+    num_classes: Count
+    mlp_ratio: Positive = 4.0
+    norm_eps: Positive = 1e-6
     shared_aln: bool = False
     attn_l2_norm: bool = True
-    cond_drop_rate: float = 0.1
-    drop_path_rate: float = 0.0
+    cond_drop_rate: Share = 0.1
+    drop_path_rate: ShareBelowOne = 0.0
     weights: str | None = None
     weights_entry: str | None = None
 
@@ -77,7 +88,9 @@ class ModelSection:
 class VAETraining:
     """Settings of `variant train-vae`, which minimises reconstruction error and quantisation loss.
 
-    epochs: passes over the data.  reconstruction: weight of the squared pixel error.
+    epochs: passes over the data.
+    optim: the section [vae_training.optim].
+    reconstruction: weight of the squared pixel error.
     revive_every: steps between the checks that move unused codes onto features of the current
         batch; 0 never moves a code.  revive_until: share of the steps after which the checks end.
     scale_dropout: share of the steps that reconstruct from the first few scales only, so that
@@ -85,28 +98,23 @@ class VAETraining:
     weights: a trained VQ-VAE that is used instead; the same forms as the transformer's weights.
     """
 
-    epochs: int = 0
+    epochs: CountOrZero = 0
     optim: OptimSection | None = None
-    reconstruction: float = 1.0
-    revive_every: int = 0
-    revive_until: float = 0.5
-    scale_dropout: float = 0.0
+    reconstruction: Positive = 1.0
+    revive_every: CountOrZero = 0
+    revive_until: Share = 0.5
+    scale_dropout: Share = 0.0
     weights: str | None = None
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
         require_plain_numbers(self)
-        require(self.epochs >= 0, "epochs must be >= 0", self.epochs)
         require(
             self.weights is not None or (self.epochs > 0 and self.optim is not None),
             "needs either weights, or epochs and an optim section",
             None,
         )
-        require(self.reconstruction > 0, "reconstruction must be positive", self.reconstruction)
-        require(self.revive_every >= 0, "revive_every must be >= 0", self.revive_every)
-        for name in ("revive_until", "scale_dropout"):
-            require(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1]", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -117,39 +125,39 @@ class EvalSection:
     limit: largest number of held-out images that are evaluated; 0 is all.
     """
 
-    every: int = 1
-    batch_size: int = 128
-    limit: int = 0
+    every: Count = 1
+    batch_size: Count = 128
+    limit: CountOrZero = 0
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
         require_plain_numbers(self)
-        require(self.every >= 1, "every must be at least 1", self.every)
-        require(self.batch_size >= 1, "batch_size must be at least 1", self.batch_size)
-        require(self.limit >= 0, "limit must be >= 0", self.limit)
 
 
 @dataclass(frozen=True)
 class OutputSection:
-    """checkpoint_every: epochs between checkpoints; the last epoch always writes one."""
+    """What is written while a run trains.
 
-    checkpoint_every: int = 1
+    checkpoint_every: epochs between checkpoints; the last epoch always writes one.
+    """
+
+    checkpoint_every: Count = 1
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
         require_plain_numbers(self)
-        require(
-            self.checkpoint_every >= 1,
-            "checkpoint_every must be at least 1",
-            self.checkpoint_every,
-        )
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All settings of a training run, its seed included."""
+    """All settings of a training run, its seed included.
+
+    name: name of the recipe.
+    description: one sentence for the model card.
+    seed: seed of weights, order, augmentation and schedule.
+    """
 
     name: str
     description: str
@@ -162,13 +170,12 @@ class Recipe:
     eval: EvalSection = field(default_factory=EvalSection)
     output: OutputSection = field(default_factory=OutputSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
-    seed: int = 0
+    seed: CountOrZero = 0
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
         require_plain_numbers(self)
-        require(self.seed >= 0, "seed must be >= 0", self.seed)
         self._check_scales()
         _ = self.var_config  # its constructor checks sizes, subnets and bridge
 

@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import ConfigDict
 
 from variant.models.config import LIMITS, STRICT, require, require_plain_numbers
+from variant.models.ranges import CountOrZero, Share
 from variant_kernels.plans.depth_schedule import DepthSchedule, Selection
 
 # Epochs of subnet refinement by subnet depth (table 7): shallow subnets need longer.
@@ -149,11 +150,11 @@ class ScheduleSection:
     depths: tuple[int, ...]
     bridge: int
     selection: Selection = "nested"
-    joint_probability: float = 0.2
-    final_probability: float = 1.0
-    joint: int | None = None
-    transition: int | None = None
-    refinement: int | None = None
+    joint_probability: Share = 0.2
+    final_probability: Share = 1.0
+    joint: CountOrZero | None = None
+    transition: CountOrZero | None = None
+    refinement: CountOrZero | None = None
     bridges: tuple[int, ...] = ()
     schedules: tuple[tuple[int, ...], ...] = ()
 
@@ -172,8 +173,6 @@ class ScheduleSection:
         for depths in self.schedules:
             falls = all(a >= b for a, b in itertools.pairwise(depths))
             require(falls, "schedules must have depths that never rise", list(depths))
-        for name in ("joint_probability", "final_probability"):
-            require(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1]", getattr(self, name))
         lengths = (self.joint, self.transition, self.refinement)
         require(
             None not in lengths or lengths == (None, None, None),

@@ -87,8 +87,8 @@ def check_name(op: str, name: str) -> None:
 
 def requested_name(backend: str) -> str:
     """The argument unless it is "auto"; then use_backend's, VARIANT_BACKEND's, or "auto"."""
-    if backend != "auto":
-        return backend
+    if not isinstance(backend, str) or backend != "auto":
+        return backend  # check_name refuses what is no name
     return _override.get() or os.environ.get("VARIANT_BACKEND") or "auto"
 
 
