@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -28,12 +29,15 @@ from variant.tensor_files import (
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, and rename it to ``path`` if the block succeeds.
 
     A block that raises leaves an existing file as it was. A link stays: the file that it names is
     replaced. A device, which a rename would replace by a file, is refused.
 
+    Args:
+        durable: write the content to the disk before the rename, and the rename after it, so that
+            a power failure leaves the old file or the new one, and no empty one.
     Raises:
         UserError: the folder cannot be written, the disk is full, or ``path`` is no plain file.
     """
@@ -54,12 +58,38 @@ def atomic_write(path: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
+        if durable:
+            sync(temporary)
         os.replace(temporary, target)
+        if durable:
+            sync(target.parent)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def sync(path: Path) -> None:
+    """Write a file's content, or a folder's names, to the disk (fsync).
+
+    Raises:
+        OSError: it cannot be written; a file system that cannot sync a folder raises nothing.
+    """
+    is_folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        if is_folder:  # Windows opens no folders
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (is_folder and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def save_pickle(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
@@ -68,16 +98,20 @@ def save_pickle(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
         torch.save(dict(state), temporary)
 
 
-def save_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+def save_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], *, durable: bool = False
+) -> None:
     """Tensors, contiguous and on the CPU, with their checksums, by :func:`atomic_write`.
 
     The same tensors give the same bytes.
 
+    Args:
+        durable: as in :func:`atomic_write`.
     Raises:
         UserError: the file cannot be written.
     """
     metadata = {"format": "pt", **checksums_of(tensors)}
-    with atomic_write(Path(path)) as temporary:
+    with atomic_write(Path(path), durable=durable) as temporary:
         save_file(dict(tensors), temporary, metadata=metadata)
         _sort_metadata(temporary)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from variant.checkpoints.model_card import TAGS
+from variant.engine.arguments import Labels
 from variant.engine.engine import Engine, check_engine_dtype
 from variant.engine.generation import Generation, OnScale, PerScale
 from variant.engine.kv_dtype import KVDtype
@@ -55,7 +56,7 @@ class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
 
     def generate(
         self,
-        labels: int | Sequence[int] | Tensor,
+        labels: Labels,
         *,
         depth: int | Sequence[int] | None = None,
         bridge: int | None = None,
@@ -79,8 +80,8 @@ class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
         """Generates one image per label.
 
         Args:
-            labels: classes in [0, num_classes): a number, a list, or a (B,) integer tensor. -1 and
-                ``num_classes`` are no class.
+            labels: classes, by number in [0, num_classes) or by name (``var.config.class_names``):
+                one, a list, or a (B,) integer tensor. -1 and ``num_classes`` are no class.
             depth: number of layers in the flexible zone, or a list of layers; None runs all layers.
             bridge: number of first scales that run all layers; None is the config's bridge.
             cfg: classifier-free guidance, in [0, 10000]. Its weight rises linearly from 0 at the
@@ -149,7 +150,7 @@ class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
 
     def generate_batches(
         self,
-        labels: int | Sequence[int] | Tensor,
+        labels: Labels,
         *,
         depth: int | Sequence[int] | None = None,
         bridge: int | None = None,

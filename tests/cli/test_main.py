@@ -94,7 +94,6 @@ def test_the_completion_script_is_printed():
         ("generate --cfg abc", "generate: --cfg must be a number; got abc; see variant generate"),
         ("generate --depth 1.5", "--depth must be an integer; got 1.5"),
         ("generate --depth None", "--depth must be an integer; got None"),
-        ("generate --labels 1 x", "--labels must be integers; got 1 x"),
         ("generate --dtype int8", "--dtype must be one of bfloat16, float16, float32; got int8"),
         ("bench --dtype int8", "--dtype must be one of bfloat16, float16, float32; got int8"),
         ("generate --cfg", "--cfg needs a value"),
@@ -161,6 +160,7 @@ def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, run):
     command = ("generate", "--model", model, "--out", out)
     for words, message in (
         ((*command, "--labels", 6), r"generate: --labels must be .*; got 6"),
+        ((*command, "--labels", 1, "x"), r"--labels must be integers, as .* no class names; got"),
         ((*command, "--depth", 9), r"generate: --depth must be an integer in \[2, 4\] .*; got 9"),
         ((*command, "--depth", 2, "--bridge", 7), r"--bridge must be an integer in .*; got 7"),
         ((*command, "--count", 0), r"--count must be an integer in \[1, 100000000\]; got 0"),

@@ -1,7 +1,9 @@
 """Training images: augmentation, reproducibility, unreadable files."""
 
 import os
+import pickle
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from PIL import Image, ImageOps
 from variant.data.augment import RAND_AUGMENT_OPS, distort, rand_augment
 from variant.data.config import DataSection
 from variant.data.images import ORIENTATION, FolderData, list_images, stream, upright
-from variant.data.sources import differing_classes
+from variant.data.sources import differing_classes, open_source
 from variant.errors import UserError
 
 
@@ -67,8 +69,8 @@ def folder(tmp_path):
     return str(tmp_path)
 
 
-def open_folder(folder, **changes):
-    section = DataSection(
+def section_of(folder, **changes):
+    return DataSection(
         "folder",
         train=folder,
         held_out=folder,
@@ -77,7 +79,10 @@ def open_folder(folder, **changes):
         randaugment_magnitude=9,
         **changes,
     )
-    return FolderData(section, image_size=16, channels=3, seed=0)
+
+
+def open_folder(folder, **changes):
+    return FolderData(section_of(folder, **changes), image_size=16, channels=3, seed=0)
 
 
 def test_a_folder_image_depends_on_epoch_and_index_alone(folder):
@@ -114,8 +119,9 @@ def test_random_streams_of_one_epoch_differ():
 
 def test_unsuitable_and_unreadable_images_are_named(folder, monkeypatch):
     def refuse(message):
+        source = open_source(section_of(folder), 16, 3, seed=0)
         with pytest.raises(UserError, match=message) as caught:
-            open_folder(folder).train([0], epoch=0)
+            source.samples([0], epoch=0)
         assert "0.PNG" in str(caught.value)
 
     path = f"{folder}/a/0.PNG"
@@ -132,6 +138,79 @@ def test_unsuitable_and_unreadable_images_are_named(folder, monkeypatch):
     GRADIENT.save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     refuse("is not a readable image: Image size")
+
+
+@pytest.fixture
+def spoilt(folder):
+    """The folder, with nine images of class a of which 1.PNG is unreadable."""
+    for index in range(3, 9):
+        shade = Image.new("RGB", (24, 24), (30 * index, 0, 0))
+        shade.save(Path(folder) / "a" / f"{index}.png")
+    (Path(folder) / "a" / "1.PNG").write_bytes(b"no image")
+    return folder
+
+
+def test_another_image_of_the_class_takes_the_place_of_a_bad_one(spoilt):
+    data = open_folder(spoilt)
+    images, labels = data.train(range(12), epoch=2)
+    assert labels.tolist() == [0] * 9 + [1] * 3
+    assert [(Path(item.name).name, item.samples) for item in data.take_bad()] == [("1.PNG", 1)]
+    assert data.take_bad() == ()
+    # The same one in another batch, another process and with other threads.
+    again = pickle.loads(pickle.dumps(open_folder(spoilt, workers=1)))
+    assert torch.equal(again.train([1], epoch=2)[0], images[1:2])
+    taken = {again.train([1], epoch)[0].numpy().tobytes() for epoch in range(6)}
+    assert len(taken) > 1
+    assert len(data.held_out(range(12))[0]) == 12
+
+
+def test_bad_images_are_counted_and_named_once_up_to_their_share(spoilt):
+    source = open_source(section_of(spoilt, max_bad=0.1), 16, 3, seed=0)
+    with pytest.warns(RuntimeWarning, match=r"1.PNG: is not a readable image.* 1 of 24 samples"):
+        source.samples(range(6), epoch=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source.samples(range(6), epoch=1)
+        source.held_out(range(12))
+    assert source.bad.count == 1
+    for name in ("2.PNG", "3.png"):
+        (Path(spoilt) / "a" / name).write_bytes(b"")
+    with (
+        pytest.raises(UserError, match=r"a/3.png: .* 3 of 24 samples .* data.max_bad = 0.1 allows"),
+        pytest.warns(RuntimeWarning, match="2 of 24"),
+    ):
+        source.samples(range(12), epoch=0)
+
+
+def test_workers_of_a_loader_list_bad_images_and_their_parent_counts_them(spoilt):
+    source = open_source(section_of(spoilt, max_bad=0.5), 16, 3, seed=0)
+    expected, _ = open_folder(spoilt).train(range(6), epoch=0)  # starts threads before the fork
+    dataset = _Batches(source, [range(3), range(3, 6)])
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2)
+    parts = list(loader)
+    assert torch.equal(torch.cat([part.images for part in parts]), expected)
+    assert [Path(item.name).name for part in parts for item in part.bad] == ["1.PNG"]
+    assert source.bad.count == 0
+    with pytest.warns(RuntimeWarning, match="1 of 24"):
+        source.bad.add(parts[0].bad)
+
+
+class _Batches(torch.utils.data.Dataset):
+    def __init__(self, source, batches):
+        self.source, self.batches = source, batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, number):
+        return self.source.samples(self.batches[number], epoch=0)
+
+
+def test_a_class_without_a_readable_image_is_an_error(folder):
+    for path in (Path(folder) / "b").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"nor could another image of its class be read in its"):
+        open_folder(folder).train([4], epoch=0)
 
 
 def corners(image):
@@ -212,11 +291,10 @@ def test_an_image_that_is_no_regular_file_is_refused_before_the_run(folder, kind
 
 def test_an_image_that_would_be_enlarged_beyond_memory_is_refused(folder):
     Image.new("RGB", (1, 60000)).save(Path(folder) / "a" / "0.PNG")
-    data = FolderData(
-        DataSection("folder", train=folder, held_out=folder), image_size=256, channels=3, seed=0
-    )
+    section = DataSection("folder", train=folder, held_out=folder)
+    data = open_source(section, image_size=256, channels=3, seed=0)
     with pytest.raises(UserError, match=r"0.PNG: is too narrow: 1 x 60000 pixels would become"):
-        data.train([0], epoch=0)
+        data.samples([0], epoch=0)
 
 
 def test_the_digest_follows_paths_sizes_and_classes_but_not_the_place(folder, tmp_path):

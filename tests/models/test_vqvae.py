@@ -150,7 +150,8 @@ def test_a_state_of_another_number_of_scales_loads():
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.zeros(1, 3, 8, 9), r"images must be \(B, 3, 8, 8\); got \(1, 3, 8, 9\)"),
+        (torch.zeros(0, 3, 8, 8), r"images must be .* with B >= 1; got \(0, 3, 8, 8\)"),
+        (torch.zeros(1, 3, 8, 9), r"images must be \(B, 3, 8, 8\) .*; got \(1, 3, 8, 9\)"),
         (torch.zeros(3, 8, 8), r"images must be \(B, 3, 8, 8\)"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "floating point; got torch.uint8"),
         (torch.full((1, 3, 8, 8), 2.0), r"in \[-1, 1\]; got values from 2 to 2"),

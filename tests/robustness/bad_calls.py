@@ -218,8 +218,9 @@ def _check_error(call: Call, error: Exception) -> None:
             "TypeError that names the function"
         )
     function = call.name.split(".")
-    # Methods of VAR begin their messages with the argument op.
-    names = (*function, str(call.arguments.get("op")), *ALIASES.get(call.name, ()))
+    # Methods of VAR begin their messages with the argument op. A tensor is formatted as its value.
+    op = call.arguments.get("op")
+    names = (*function, str(op), f"{op}", *ALIASES.get(call.name, ()))
     named = isinstance(error, UserError) and call.name in FILES
     # A function may hand an argument on to another public one, which then speaks.
     other = re.match(r"([A-Za-z_]\w*)(\.\w+)*: ", text)

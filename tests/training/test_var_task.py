@@ -171,7 +171,7 @@ def test_the_model_folder_records_every_setting(recipe, tmp_path):
     train_both(recipe, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["training"]["settings"] == json.loads(json.dumps(recipe.to_dict()))
-    assert config["classes"] == ["class0", "class1"]
+    assert config["var"]["class_names"] == ["class0", "class1"]
 
 
 def test_an_evaluation_of_few_held_out_images_sees_every_class(recipe, folders):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from variant.errors import UserError
+from variant.models.class_names import check_class_names
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.paths import path_kind, read_json, shown
 
@@ -44,6 +45,16 @@ def configs_in(folder: str | os.PathLike[str]) -> tuple[VARConfig, VQVAEConfig]:
         if not isinstance(config.get(key), dict):
             raise UserError(f'{path}: must hold the sizes of a model under "{key}"; it has none')
     try:
-        return VARConfig.from_dict(config["var"]), VQVAEConfig.from_dict(config["vae"])
+        var = VARConfig.from_dict(_with_names(config["var"], config))
+        return var, VQVAEConfig.from_dict(config["vae"])
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _with_names(var: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The sizes of the transformer, with the class names where older files have them."""
+    try:
+        names = check_class_names("", config.get("classes"), var["num_classes"])
+    except (KeyError, TypeError, ValueError):  # none, or a key of the same name for something else
+        return var
+    return {"class_names": names, **var}

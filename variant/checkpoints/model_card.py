@@ -8,6 +8,7 @@ from typing import Any
 
 from variant.engine.planning import depths_of, plan_row
 from variant.errors import UserError
+from variant.models.class_names import listed
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.paths import open_regular, path_kind
 
@@ -58,6 +59,7 @@ def model_card(
         f"{var.num_classes} classes; weights in {dtype}\n"
         f"- {side}x{side} pixels; {layout.num_scales} scales with sides {sides}; "
         f"{layout.total} tokens; codebook {var.vocab_size} x {var.vae_channels}",
+        *([f"Classes: {listed(var.class_names)}."] if var.class_names else ()),
         "## Depths",
         _depths(var, dtype),
         "## How to run",

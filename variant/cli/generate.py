@@ -35,6 +35,7 @@ from variant.engine.generation import Generation, OnScale, PartialResult, Sampli
 from variant.engine.memory import batch_size, free_bytes
 from variant.engine.planning import depths_of
 from variant.errors import UserError
+from variant.models.class_names import labels_of_words
 from variant.models.placement import check_device
 from variant.supernet import VARiant
 from variant_kernels import CachePlan, __version__
@@ -62,7 +63,10 @@ def generate(command: Generate) -> None:
         raise UserError("generate: --resume needs a folder as --out; a grid is written as a whole")
     model = VARiant.from_pretrained(command.model, device=command.device)
     config = model.var.config
-    labels = list(command.labels) or list(range(min(config.num_classes, 10)))
+    # Numbers from a caller in Python.
+    words = [str(label) for label in command.labels]
+    labels = labels_of_words("generate", "--labels", words, config.class_names)
+    labels = labels or list(range(min(config.num_classes, 10)))
     for label in labels:
         note = f"(-1 or {config.num_classes}: no class)"
         integer("generate", "--labels", label, -1, config.num_classes, note)
@@ -80,7 +84,7 @@ def generate(command: Generate) -> None:
     results = work.grid() if one_file else work.folder()
     out = console(command.json)
     _report(command, engine, results, out)
-    write_json(command.json, _as_json(command, results))
+    write_json(command.json, _as_json(command, labels if words else [], results))
 
 
 def _check(command: Generate) -> Sampling:
@@ -390,6 +394,9 @@ class Work:
         text |= {"label": label, "seed": command.seed, "depth": depth, "cfg": command.cfg}
         text |= {"top_k": command.top_k, "top_p": command.top_p}
         text |= {"temperature": command.temperature, "more_smooth": command.more_smooth}
+        names = self.engine.var.config.class_names
+        if isinstance(label, int) and 0 <= label < len(names):
+            text["class"] = names[label]
         return text if index is None else {**text, "index": index}
 
 
@@ -460,13 +467,13 @@ def _table(command: Generate, results: Sequence[Result]) -> Any:
     return timings
 
 
-def _as_json(command: Generate, results: Sequence[Result]) -> dict[str, Any]:
+def _as_json(command: Generate, labels: Sequence[int], results: Sequence[Result]) -> dict[str, Any]:
     stats = next((one for result in results for one in result.stats), None)
     return {
         "format": "variant-generated-1",
         "model": command.model,
         "out": str(command.out),
-        "labels": list(command.labels),
+        "labels": list(labels),
         "count": command.count,
         "seed": command.seed,
         "sampling": {

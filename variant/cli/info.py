@@ -16,6 +16,7 @@ from variant.cli.options import Info
 from variant.cli.output import check_json, console, mebibytes, table, write_json
 from variant.engine.engine import Engine
 from variant.engine.planning import depths_of, plan_row
+from variant.models.class_names import listed
 from variant.models.config import VARConfig
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
@@ -99,6 +100,8 @@ def _print(out: Console, described: dict[str, Any], config: VARConfig) -> None:
         f"VQ-VAE {described['vae_parameters']:,} parameters, codebook {config.vocab_size} x "
         f"{config.vae_channels}"
     )
+    if config.class_names:
+        out.print(f"classes {listed(config.class_names)}", markup=False)
     if config.bridge is None:
         out.print("no subnets are recorded: the model was trained at full depth only")
     else:

@@ -19,9 +19,9 @@ class Generate:
 
     model: str = "digits"
     """Model folder, Hub id, or a model of this package."""
-    labels: tuple[int, ...] = ()
-    """Class labels; -1, or the number of classes, is the null class: unconditional. Default: every
-    class, at most ten."""
+    labels: tuple[str, ...] = ()
+    """Classes by number or name; -1, or the number of classes, is the null class: unconditional.
+    Default: every class, at most ten."""
     count: int = 1
     """Images per label."""
     depth: int | None = None

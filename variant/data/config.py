@@ -7,31 +7,54 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
+from variant.models.class_names import check_class_names
 from variant.models.config import STRICT, require, require_plain_numbers
+from variant.models.ranges import Share, check_ranges
 
 MAX_WORKERS = 1024  # threads
+IDX_FILES = ("train", "train_labels", "held_out", "held_out_labels")
+DISTORTION = ("rotate", "zoom", "shift", "shear")
+# Keys of each kind that others do not have.
+OWN_KEYS = {
+    "digits": set(DISTORTION),
+    "folder": {"train", "held_out", "hflip", "randaugment_ops"},
+    "idx": {*IDX_FILES, "dataset", "class_names", "hflip", *DISTORTION},
+}
 
 
 @dataclass(frozen=True)
 class DataSection:
     """The source of the images and the augmentation of training images.
 
-    kind: "digits" (scikit-learn's scans) or "folder" (one sub-folder of images per class).
-    train, held_out: folders, for kind "folder".
+    kind: "digits" (scikit-learn's scans), "folder" (one sub-folder of images per class) or "idx"
+        (two pairs of files in MNIST's format).
+    train, held_out: folders, for kind "folder"; files of images, plain or compressed with gzip, for
+        kind "idx".
+    train_labels, held_out_labels: files of labels, for kind "idx".
+    dataset: "fashion-mnist" takes the four files of Debian's package dataset-fashion-mnist, for
+        kind "idx".
+    class_names: names of the classes in the order of their labels, for kind "idx"; those of folders
+        are the names of the folders.
     copies: number of augmented copies of each image that are tokenized before training; 0 tokenizes
         newly augmented images in every epoch. Must be 0 with mixup.
-    rotate, zoom, shift, shear: largest random distortion, for kind "digits": degrees, share of the
-        size, share of the width, slope.
-    hflip: probability of a horizontal flip, for kind "folder".
+    rotate, zoom, shift, shear: largest random distortion, for kinds "digits" and "idx": degrees,
+        share of the size, share of the width, slope.
+    hflip: probability of a horizontal flip, for kinds "folder" and "idx".
     randaugment_ops, randaugment_magnitude: number of operations and their magnitude in [0, 30], for
         kind "folder" (arXiv 1909.13719).
     mixup: alpha of the Beta distribution (arXiv 1710.09412); 0 turns mixup off.
     workers: number of threads that read images, for kind "folder".
+    max_bad: share of the samples that may be unreadable. Another one takes the place of each; above
+        the share the run stops.
     """
 
-    kind: Literal["digits", "folder"]
+    kind: Literal["digits", "folder", "idx"]
     train: str | None = None
     held_out: str | None = None
+    train_labels: str | None = None
+    held_out_labels: str | None = None
+    dataset: Literal["fashion-mnist"] | None = None
+    class_names: tuple[str, ...] = ()
     copies: int = 0
     hflip: float = 0.0
     rotate: float = 0.0
@@ -42,11 +65,13 @@ class DataSection:
     randaugment_magnitude: float = 0.0
     mixup: float = 0.0
     workers: int = 4
+    max_bad: Share = 0.001
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def __post_init__(self) -> None:
         require_plain_numbers(self)
+        check_ranges(self)
         for name in ("copies", "rotate", "shift", "shear", "randaugment_ops", "mixup"):
             require(getattr(self, name) >= 0, f"{name} must be >= 0", getattr(self, name))
         require(0 <= self.hflip <= 1, "hflip must be in [0, 1]", self.hflip)
@@ -61,16 +86,25 @@ class DataSection:
             "copies must be 0 with mixup, which mixes the pixels of every batch",
             self.copies,
         )
-        foreign = {
-            "digits": {"hflip": 0, "randaugment_ops": 0, "train": None, "held_out": None},
-            "folder": {"rotate": 0, "zoom": 0, "shift": 0, "shear": 0},
-        }
-        for name, unset in foreign[self.kind].items():
+        for name in sorted(set().union(*OWN_KEYS.values()) - OWN_KEYS[self.kind]):
             value = getattr(self, name)
-            require(value == unset, f'{name} is not for kind "{self.kind}"', value)
+            require(not value, f'{name} is not for kind "{self.kind}"', value)
         if self.kind == "folder":
             require(
                 self.train is not None and self.held_out is not None,
                 'train and held_out must name folders for kind "folder"',
                 (self.train, self.held_out),
             )
+        if self.kind == "idx":
+            self._check_idx()
+
+    def _check_idx(self) -> None:
+        files = [getattr(self, name) for name in IDX_FILES]
+        require(
+            not any(files) if self.dataset else all(files),
+            f'kind "idx" needs either dataset, or all of {", ".join(IDX_FILES)}',
+            (self.dataset, *files),
+        )
+        names = self.class_names
+        require(not (self.dataset and names), "class_names must not be given with dataset", names)
+        check_class_names("data", names, len(names))

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from variant.data.augment import distort
+from variant.data.bad_items import BadItem
 from variant.data.config import DataSection
 from variant.data.images import STREAM_AUGMENT, Indices, stream
 from variant.errors import UserError
@@ -131,6 +132,9 @@ class DigitsData:
     def held_out(self, indices: Indices) -> tuple[Tensor, Tensor]:
         index = torch.as_tensor(np.asarray(indices), dtype=torch.int64)
         return self._to_range(self._held_out[index]), self.held_out_labels[index]
+
+    def take_bad(self) -> tuple[BadItem, ...]:
+        return ()
 
     def digest(self) -> str:
         """SHA-256 of all scans and labels."""

@@ -12,7 +12,7 @@ import hashlib
 import os
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -22,16 +22,21 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from variant.data.augment import rand_augment
+from variant.data.bad_items import BadItem
 from variant.data.config import DataSection
 from variant.errors import UserError
-from variant.paths import open_regular
+from variant.models.class_names import is_text
+from variant.paths import open_regular, shown
 
 # Independent random streams of one (seed, epoch), one for each use.
 STREAM_ORDER, STREAM_AUGMENT, STREAM_COPY, STREAM_MIXUP = 1, 2, 3, 4
+STREAM_REPLACE = 7
 
 HELD_OUT_SEED = 0  # of the order of held-out images, which is the same for every recipe
+MAX_REPLACEMENTS = 8  # images that are tried in place of one
 
 Indices = Sequence[int] | np.ndarray
 
@@ -95,6 +100,10 @@ class ImageData(Protocol):
         """Held-out images, not augmented."""
         ...
 
+    def take_bad(self) -> tuple[BadItem, ...]:
+        """Files that could not be read since the last call, in whose place others were."""
+        ...
+
     def digest(self) -> str:
         """SHA-256 that identifies the data, wherever it lies."""
         ...
@@ -120,6 +129,9 @@ def list_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
         classes = sorted(path.name for path in _visible(folder) if path.is_dir())
         if not classes:
             raise UserError(f"{folder}: must hold one sub-folder of images per class; it has none")
+        unnameable = next((name for name in classes if not is_text(name)), None)
+        if unnameable is not None:
+            raise UserError(f"{folder}: the name of {shown(unnameable)} must be text in UTF-8")
         paths: list[Path] = []
         labels: list[int] = []
         for label, name in enumerate(classes):
@@ -165,6 +177,9 @@ class FolderData:
     (ours) of the model's image size. Training images are cropped at random, flipped and
     RandAugmented; held-out images are cropped at the centre. The order of held-out images is random
     and fixed, so that the first few show all classes.
+
+    In place of an image that cannot be read comes another of its class, which (seed, epoch, index)
+    determine; :meth:`take_bad` names the image.
     """
 
     def __init__(self, section: DataSection, image_size: int, channels: int, seed: int) -> None:
@@ -186,22 +201,32 @@ class FolderData:
         order = np.random.default_rng(HELD_OUT_SEED).permutation(self.num_held_out)
         self.held_out_paths = [self.held_out_paths[index] for index in order]
         self.held_out_labels = torch.tensor(held_out_labels)[torch.from_numpy(order)]
-        self._pool = ThreadPoolExecutor(section.workers, thread_name_prefix="images")
+        self._bad: list[BadItem] = []
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bad": [], "_pool": None}
 
     def train(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:
         def read(index: int) -> Tensor:
+            image = self._image(self.paths, self.train_labels, int(index), epoch)
             rng = stream(self.seed, epoch, int(index), STREAM_AUGMENT)
-            return self._to_tensor(self._augment(self._open(self.paths[index]), rng))
+            return self._to_tensor(self._augment(image, rng))
 
-        images = torch.stack(list(self._pool.map(read, indices)))
+        images = torch.stack(self._map(read, indices))
         return images, self.train_labels[torch.as_tensor(list(indices))]
 
     def held_out(self, indices: Indices) -> tuple[Tensor, Tensor]:
         def read(index: int) -> Tensor:
-            return self._to_tensor(self._crop(self._open(self.held_out_paths[index]), 0.5, 0.5))
+            image = self._image(self.held_out_paths, self.held_out_labels, int(index), 0)
+            return self._to_tensor(self._crop(image, 0.5, 0.5))
 
-        images = torch.stack(list(self._pool.map(read, indices)))
+        images = torch.stack(self._map(read, indices))
         return images, self.held_out_labels[torch.as_tensor(list(indices))]
+
+    def take_bad(self) -> tuple[BadItem, ...]:
+        taken, self._bad = tuple(self._bad), []
+        return taken
 
     def digest(self) -> str:
         """SHA-256 of the relative paths, labels and sizes of all files; they are not read."""
@@ -229,6 +254,38 @@ class FolderData:
                     raise UserError(f"{path}: cannot be read: {error.strerror}") from None
                 hashes[name].update(os.fsencode(path.name) + f"\0{size}\0".encode())
         return {name: sha256.hexdigest() for name, sha256 in sorted(hashes.items())}
+
+    def _map(self, read: Callable[[int], Tensor], indices: Indices) -> list[Tensor]:
+        """Images by several threads; by one in a worker of a DataLoader, which has siblings."""
+        if self.section.workers == 1 or get_worker_info() is not None:
+            return [read(index) for index in indices]
+        # Threads do not survive a fork.
+        if self._pool is None or self._pool[0] != os.getpid():
+            executor = ThreadPoolExecutor(self.section.workers, thread_name_prefix="images")
+            self._pool = os.getpid(), executor
+        return list(self._pool[1].map(read, indices))
+
+    def _image(
+        self, paths: Sequence[Path], labels_N: Tensor, index: int, epoch: int
+    ) -> Image.Image:
+        """The image of a file, or another of its class if it cannot be read.
+
+        Raises:
+            UserError: none of those that were tried can be read.
+        """
+        try:
+            return self._open(paths[index])
+        except UserError as error:
+            message = str(error)
+        self._bad.append(BadItem(str(paths[index]), message))
+        same = (labels_N == labels_N[index]).nonzero().flatten().tolist()
+        rng = stream(self.seed, epoch, index, STREAM_REPLACE)
+        for other in rng.permutation(len(same))[:MAX_REPLACEMENTS]:
+            try:
+                return self._open(paths[same[other]])
+            except UserError as error:
+                self._bad.append(BadItem(str(paths[same[other]]), str(error)))
+        raise UserError(f"{message}; nor could another image of its class be read in its place")
 
     def _open(self, path: Path) -> Image.Image:
         try:

@@ -17,7 +17,9 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
+from variant.data.bad_items import BadItem, BadItems
 from variant.data.images import STREAM_MIXUP, ImageData, Indices, epoch_order, stream
 
 
@@ -28,6 +30,7 @@ class Samples:
     images_BIYX: float32 in [-1, 1], None if there are tokens.  tokens_BL: int64, or None.
     labels_B: int64.  mixed_labels_B, mix_B: labels of the mixup partners (int64) and the weight of
         ``labels_B`` (float32); both None without mixup.
+    bad: files that could not be read, in whose place others were.
     """
 
     images_BIYX: Tensor | None
@@ -35,6 +38,7 @@ class Samples:
     labels_B: Tensor
     mixed_labels_B: Tensor | None = None
     mix_B: Tensor | None = None
+    bad: tuple[BadItem, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels_B)
@@ -68,12 +72,15 @@ class Source(Protocol):
     """Where the samples of a run come from. Workers of a DataLoader get a copy of it.
 
     classes: names of the classes, in the order of their labels.
+    bad: counts the unreadable files of a run. In a worker they are only listed in the samples; the
+        process that trains adds them: ``source.bad.add(samples.bad)``.
     """
 
     num_train: int
     num_held_out: int
     num_classes: int
     classes: list[str]
+    bad: BadItems
 
     def samples(self, indices: Indices, epoch: int) -> Samples:
         """Training samples, augmented and mixed as in that epoch."""
@@ -102,17 +109,18 @@ class ImageSource:
     Args:
         seed: of order and mixup.
         alpha: of the Beta distribution of mixup's weights (arXiv 1710.09412); 0 turns it off.
+        max_bad: share of the images that may be unreadable.
     """
 
-    def __init__(self, data: ImageData, seed: int, alpha: float) -> None:
+    def __init__(self, data: ImageData, seed: int, alpha: float, max_bad: float = 0.0) -> None:
         self.data, self.seed, self.alpha = data, seed, alpha
+        self.bad = BadItems(data.num_train + data.num_held_out, max_bad)
         self.num_train, self.num_held_out = data.num_train, data.num_held_out
         self.num_classes, self.classes = data.num_classes, data.classes
 
     def samples(self, indices: Indices, epoch: int) -> Samples:
         if self.alpha == 0:
-            images, labels_B = self.data.train(indices, epoch)
-            return Samples(images, None, labels_B)
+            return self._samples(*self.data.train(indices, epoch))
         index_B = np.asarray(indices)
         partner_N, mix_N = mixing(self.seed, epoch, self.num_train, self.alpha)
         wanted = np.stack((index_B, partner_N[index_B]))
@@ -123,21 +131,30 @@ class ImageSource:
         mix_B = torch.from_numpy(mix_N[index_B])
         mix_B111 = mix_B.view(-1, 1, 1, 1)
         mixed = mix_B111 * images[own] + (1 - mix_B111) * images[other]
-        return Samples(mixed, None, labels[own], labels[other], mix_B)
+        return self._samples(mixed, labels[own], labels[other], mix_B)
 
     def held_out(self, indices: Indices) -> Samples:
-        images, labels_B = self.data.held_out(indices)
-        return Samples(images, None, labels_B)
+        return self._samples(*self.data.held_out(indices))
 
     def unmixed(self, indices: Indices) -> Samples:
-        images, labels_B = self.data.train(indices, 0)
-        return Samples(images, None, labels_B)
+        return self._samples(*self.data.train(indices, 0))
+
+    def _samples(self, images: Tensor, labels_B: Tensor, *mixing: Tensor) -> Samples:
+        samples = Samples(images, None, labels_B, *mixing, bad=self.data.take_bad())
+        return counted(samples, self.bad)
 
     def digest(self) -> str:
         return self.data.digest()
 
     def class_digests(self) -> dict[str, str]:
         return self.data.class_digests()
+
+
+def counted(samples: Samples, bad: BadItems) -> Samples:
+    """The samples, their bad files counted; in a worker of a DataLoader they stay in the list."""
+    if get_worker_info() is None:
+        bad.add(samples.bad)
+    return samples
 
 
 @lru_cache(maxsize=2)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from variant.data.config import DataSection
 from variant.data.digits import DigitsData
+from variant.data.idx import IdxData
 from variant.data.images import FolderData, ImageData
 from variant.data.samples import ImageSource, Source
+
+KINDS: dict[str, Callable[[DataSection, int, int, int], ImageData]] = {
+    "digits": DigitsData,
+    "folder": FolderData,
+    "idx": IdxData,
+}
 
 
 def open_data(section: DataSection, image_size: int, channels: int, seed: int) -> ImageData:
@@ -17,10 +25,9 @@ def open_data(section: DataSection, image_size: int, channels: int, seed: int) -
         image_size: side of the images, pixels.  channels: 1 or 3.  seed: of order and augmentation.
     Raises:
         UserError: a folder is missing or empty, or the two folders have different classes;
-            scikit-learn is not installed.
+            a file is missing or damaged; scikit-learn is not installed.
     """
-    kind = DigitsData if section.kind == "digits" else FolderData
-    return kind(section, image_size, channels, seed)
+    return KINDS[section.kind](section, image_size, channels, seed)
 
 
 def open_source(
@@ -32,7 +39,7 @@ def open_source(
         mixed: whether training samples are mixed, if the section says so.
     """
     data = open_data(section, image_size, channels, seed)
-    return ImageSource(data, seed, section.mixup if mixed else 0.0)
+    return ImageSource(data, seed, section.mixup if mixed else 0.0, section.max_bad)
 
 
 def data_inputs(source: Source | ImageData) -> dict[str, Any]:

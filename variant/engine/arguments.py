@@ -12,9 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from variant.models.class_names import numbered
+from variant.models.config import VARConfig
 from variant_kernels import ScaleLayout
 from variant_kernels.arguments import shown
 from variant_kernels.dispatch.request import dtype_name
+
+# Classes by number or by name.
+Labels = int | str | Sequence[int | str] | Tensor
 
 # The original's editing keeps the given tokens of scales of at most so many tokens.
 COARSE_TOKENS = 3
@@ -44,15 +49,15 @@ def _has_values(tensor: Tensor) -> bool:
     )
 
 
-def check_labels(
-    labels: int | Sequence[int] | Tensor, num_classes: int, op: str = "generate"
-) -> Tensor:
+def check_labels(labels: Labels, config: VARConfig, op: str = "generate") -> Tensor:
     """Labels as (B,) int64 on the CPU; no class, -1 or ``num_classes``, is ``num_classes``.
 
     Raises:
-        TypeError: fractions or other objects.  ValueError: none, or an unknown class.
+        TypeError: fractions or other objects, or names for a model without names.
+        ValueError: none, or an unknown class.
     """
-    labels_B = _integers(op, "labels", labels)
+    num_classes = config.num_classes
+    labels_B = _integers(op, "labels", numbered(op, labels, config.class_names))
     if labels_B.ndim == 0:
         labels_B = labels_B.unsqueeze(0)
     if labels_B.ndim != 1 or labels_B.numel() == 0:

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from variant.engine import memory
-from variant.engine.arguments import check_given, check_image_ids, check_labels, check_tokens
+from variant.engine.arguments import (
+    Labels,
+    check_given,
+    check_image_ids,
+    check_labels,
+    check_tokens,
+)
 from variant.engine.batches import (
     Batch,
     BatchRunner,
@@ -164,7 +170,7 @@ class Engine(CastModels):
             ValueError: an argument out of range.
         """
         kv_dtype = self._kv_dtype("forced_logits", kv_dtype)
-        labels_B = check_labels(labels_B, self.var.config.num_classes, "forced_logits")
+        labels_B = check_labels(labels_B, self.var.config, "forced_logits")
         tokens_BL = self._check_tokens("forced_logits", tokens_BL, len(labels_B))
         schedule = self.var.schedule(depth, bridge, op="forced_logits")
         state = self._runner(kv_dtype).start(labels_B, schedule=schedule, guidance=False)
@@ -214,7 +220,7 @@ class Engine(CastModels):
 
     def generate(
         self,
-        labels: int | Sequence[int] | Tensor,
+        labels: Labels,
         *,
         cfg: PerScale = 1.5,
         top_k: int = 0,
@@ -236,7 +242,7 @@ class Engine(CastModels):
 
     def generate_with(
         self,
-        labels: int | Sequence[int] | Tensor,
+        labels: Labels,
         sampling: Sampling,
         **options: Unpack[CallOptions],
     ) -> Generation:
@@ -248,7 +254,7 @@ class Engine(CastModels):
 
     def generate_batches(
         self,
-        labels: int | Sequence[int] | Tensor,
+        labels: Labels,
         *,
         cfg: PerScale = 1.5,
         top_k: int = 0,
@@ -265,7 +271,7 @@ class Engine(CastModels):
 
     def generate_batches_with(
         self,
-        labels: int | Sequence[int] | Tensor,
+        labels: Labels,
         sampling: Sampling,
         **options: Unpack[CallOptions],
     ) -> Iterator[Generation]:
@@ -274,14 +280,12 @@ class Engine(CastModels):
 
     @without_autocast
     @torch.no_grad()
-    def _run(
-        self, labels: int | Sequence[int] | Tensor, sampling: Sampling, options: CallOptions
-    ) -> Run:
+    def _run(self, labels: Labels, sampling: Sampling, options: CallOptions) -> Run:
         """The batches of a request, none of them started; raises what ``generate`` raises."""
         call = Call.of(options)
         op, config, layout = "generate", self.var.config, self.var.layout
         kv_dtype = self._kv_dtype(op, call.kv_dtype)
-        labels_B = check_labels(labels, config.num_classes)
+        labels_B = check_labels(labels, config)
         instance(op, "sampling", sampling, Sampling).check_run(layout.num_scales, self.device)
         schedule = self.var.schedule(call.depth, call.bridge, op=op)
         request = Request(

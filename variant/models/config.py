@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from variant.models.class_names import check_class_names
 from variant.models.ranges import bound_text, check_ranges
 from variant_kernels.arguments import instance, integer, real, sequence, shown, typed
 from variant_kernels.plans.depth_schedule import check_layers
@@ -185,6 +186,7 @@ class VARConfig(_Plain):
         drop_path_rate: stochastic depth of the last layer, rising linearly from 0.
         subnets: {depth: layers} that the weights were trained with.
         bridge: number of first scales that run every layer in those subnets.
+        class_names: of all classes in the order of their labels, or none.
     Raises:
         TypeError: a value that is no number where there must be one.
         ValueError: a value out of range (LIMITS), naming it.
@@ -205,6 +207,7 @@ class VARConfig(_Plain):
     drop_path_rate: Real = 0.0
     subnets: dict[int, tuple[Integer, ...]] = field(default_factory=dict)
     bridge: Integer | None = None
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_integers(
@@ -250,6 +253,8 @@ class VARConfig(_Plain):
             )
         self._require(not subnets or self.bridge is not None, "subnets need a bridge", self.bridge)
         object.__setattr__(self, "subnets", subnets)
+        names = check_class_names("VARConfig", self.class_names, self.num_classes)
+        object.__setattr__(self, "class_names", names)
 
     @property
     def head_dim(self) -> int:

@@ -252,6 +252,8 @@ class VAR(nn.Module):
         )
         if (mixed_labels_B is None) != (mix_B is None):
             raise ValueError("VAR.forward: mixed_labels_B and mix_B go together; got one of them")
+        if mixed_labels_B is not None:
+            self._check_labels("mixed_labels_B", mixed_labels_B)
         dropped_B, branch_scales_N2B = self._drops(labels_B, dropped_B, branch_scales_N2B)
         if dropped_B is not None:
             labels_B = labels_B.masked_fill(dropped_B, self.config.num_classes)
@@ -420,11 +422,15 @@ class VAR(nn.Module):
                 f"{self.layout.num_scales} scales; got {schedule.full_depth} and "
                 f"{schedule.num_scales}"
             )
+        self._check_labels("labels_B", labels_B)
+
+    def _check_labels(self, name: str, labels_B: Tensor) -> None:
+        """Values are checked on the CPU only: elsewhere that would wait for the device."""
         if labels_B.device.type == "cpu" and labels_B.numel():
             low, high = (int(x) for x in torch.aminmax(labels_B))
             if low < 0 or high > self.config.num_classes:
                 raise ValueError(
-                    f"VAR.forward: labels_B must be in [0, {self.config.num_classes}]; "
+                    f"VAR.forward: {name} must be in [0, {self.config.num_classes}]; "
                     f"got {low if low < 0 else high}"
                 )
 

@@ -304,9 +304,9 @@ class VQVAE(nn.Module):
         self._check_placement(op, "images", images)
         size = self.config.image_size
         expected = (self.config.in_channels, size, size)
-        if images.dim() != 4 or tuple(images.shape[1:]) != expected:
+        if images.dim() != 4 or tuple(images.shape[1:]) != expected or not len(images):
             raise ValueError(
-                f"{op}: images must be (B, {', '.join(map(str, expected))}); "
+                f"{op}: images must be (B, {', '.join(map(str, expected))}) with B >= 1; "
                 f"got {tuple(images.shape)}"
             )
         if not images.is_floating_point():
@@ -318,7 +318,7 @@ class VQVAE(nn.Module):
                 "Cast them, or use torch.autocast"
             )
         # Written so that NaN fails too.
-        if images.device.type == "cpu" and images.numel() and not (images.abs().max() <= 1.001):
+        if images.device.type == "cpu" and not (images.abs().max() <= 1.001):
             raise ValueError(
                 f"{op}: images must be in [-1, 1]; "
                 f"got values from {float(images.min()):.4g} to {float(images.max()):.4g}"

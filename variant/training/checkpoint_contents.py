@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from variant.training.run_state import has_best
+
 # The keys of a checkpoint besides "format" and "kind", and the types of their values.
 CONTENTS: dict[str, type | tuple[type, ...]] = {
     "recipe": dict,
@@ -23,7 +25,10 @@ CONTENTS: dict[str, type | tuple[type, ...]] = {
     "best_sha256": (str, type(None)),
     "random": dict,
 }
-ENTRY = {"epoch", "step", "seconds", "train", "held_out", "held_out_mean"}  # of the history
+# Of the history. "best_not_kept" marks an epoch whose weights were the best, but not written.
+ENTRY = {"epoch", "step", "seconds", "train", "best_not_kept"}
+EVALUATIONS = ("held_out", "ema_held_out")
+ENTRY |= {name + end for name in EVALUATIONS for end in ("", "_mean")}
 MAX_STEPS = 2**53
 
 
@@ -42,8 +47,10 @@ def check_contents(saved: Mapping[str, Any]) -> None:
     for name, value in saved["inputs"].items():
         _require(_is(name, str) and _is_input(value), f"inputs: {name!r:.100}")
     _require(_is_number(saved["seconds"]) and saved["seconds"] >= 0, "seconds is out of range")
-    for name, tensor in saved["module"].items():
-        _require(_is(name, str) and _is(tensor, Tensor), f"module: {name!r:.100} is no tensor")
+    _check_tensors("module", saved["module"])
+    if saved.get("ema") is not None:  # without one: of a run that keeps no average
+        _require(_is(saved["ema"], dict), "ema is of another type")
+        _check_tensors("ema", saved["ema"])
     _check_optimizer(saved["optimizer"])
     for name, value in saved["scaler"].items():
         _require(_is(name, str) and _is_number(value), f"scaler: {name!r:.100} is no number")
@@ -51,7 +58,7 @@ def check_contents(saved: Mapping[str, Any]) -> None:
         is_pair = _is(name, str) and _is(pair, tuple) and len(pair) == 2 and _is(pair[1], int)
         _require(is_pair and _is_number(pair[0]) and pair[1] >= 1, f"sums: {name!r:.100}")
     _check_history(saved["history"], step)
-    evaluated = any("held_out_mean" in entry for entry in saved["history"])
+    evaluated = any(has_best(entry) for entry in saved["history"])
     _require(
         evaluated == (saved["best_sha256"] is not None),
         "best_sha256 and history do not agree on whether there are best weights",
@@ -80,6 +87,11 @@ def check_epochs(saved: Mapping[str, Any], steps_per_epoch: int) -> None:
     _require(counted == in_epoch, f"sums has {counted} steps; the epoch has {in_epoch}")
 
 
+def _check_tensors(what: str, tensors: Mapping[Any, Any]) -> None:
+    for name, tensor in tensors.items():
+        _require(_is(name, str) and _is(tensor, Tensor), f"{what}: {name!r:.100} is no tensor")
+
+
 def _check_optimizer(optimizer: Mapping[Any, Any]) -> None:
     _require(
         _is(optimizer.get("state"), dict) and _is(optimizer.get("param_groups"), list),
@@ -99,9 +111,11 @@ def _check_history(history: list[Any], step: int) -> None:
         _require(_is(entry.get("step"), int) and 0 < entry["step"] <= step, f"{where}: step")
         _require(_is_number(entry.get("seconds")), f"{where}: seconds")
         _require(_are_losses(entry.get("train")), f"{where}: train")
-        if "held_out" in entry or "held_out_mean" in entry:
-            _require(_are_losses(entry.get("held_out")), f"{where}: held_out")
-            _require(_is_number(entry.get("held_out_mean")), f"{where}: held_out_mean")
+        for name in EVALUATIONS:
+            if name in entry or f"{name}_mean" in entry:
+                _require(_are_losses(entry.get(name)), f"{where}: {name}")
+                _require(_is_number(entry.get(f"{name}_mean")), f"{where}: {name}_mean")
+        _require("held_out" in entry or "ema_held_out" not in entry, f"{where}: ema_held_out")
 
 
 def _is_input(value: object) -> bool:

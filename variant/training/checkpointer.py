@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from variant.checkpoints.model_folder import load_state
 from variant.errors import UserError
 from variant.files import atomic_write, file_sha256, read_pickle, read_safetensors, save_safetensors
 from variant.training.checkpoint_contents import check_contents
+from variant.training.checkpoint_files import CheckpointFiles
 from variant.training.checksum import append_checksum, check_checksum
 from variant.training.parallel import local_part, sharded_like, whole
 from variant.training.random_state import random_state, set_random_state
@@ -25,34 +26,44 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW stores for a parameter
 
 
 class Checkpointer:
-    """Writes and reads the checkpoint and the best weights of one run.
+    """Writes and reads the checkpoints and the best weights of one run.
 
     Files are named after the task's kind: ``KIND-last.pt`` holds everything that a resumed run
     needs, ``KIND-best.safetensors`` the weights of the lowest held-out loss. A file is replaced
-    only when the new one is complete.
+    only when the new one is complete and on the disk. Older checkpoints that are kept:
+    :class:`CheckpointFiles`.
 
     The checkpoint has a checksum of itself and that of the best weights. New best weights wait in a
     file of their own until the checkpoint that records them is written, so that the two files agree
     whenever a run is killed.
 
     Args:
+        keep: number of checkpoints that are kept.
         writes: whether this process writes files. With several processes each calls the functions
             that write, because weights may be sharded, and one of them writes.
-
-    best_sha256: SHA-256 of the best weights in hexadecimal; None before the first evaluation.
+    Attributes:
+        path: the newest checkpoint, from which a run resumes.
+        best_sha256: SHA-256 of the best weights in hexadecimal; None before the first evaluation.
     """
 
-    def __init__(self, folder: Path, kind: str, *, writes: bool = True) -> None:
-        self.kind, self.writes = kind, writes
-        self.last = folder / f"{kind}-last.pt"
-        self.best = folder / f"{kind}-best.safetensors"
-        self.next_best = folder / f".{kind}-best.next.safetensors"
+    def __init__(self, folder: Path, kind: str, keep: int = 1, *, writes: bool = True) -> None:
+        self.kind, self.keep, self.writes = kind, keep, writes
+        self.files = CheckpointFiles(folder, kind)
+        self.last, self.best, self.next_best = (
+            self.files.last,
+            self.files.best,
+            self.files.next_best,
+        )
         self.best_sha256: str | None = None
 
     @property
-    def files(self) -> tuple[str, ...]:
-        """Names of the files that are written."""
-        return (self.last.name, self.best.name, self.next_best.name)
+    def path(self) -> Path:
+        return self.files.newest() or self.last
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a checkpoint."""
+        return self.files.newest() is not None
 
     def read(self) -> dict[str, Any]:
         """The checkpoint's contents; the shapes of its tensors are not checked here.
@@ -60,18 +71,30 @@ class Checkpointer:
         Raises:
             UserError: missing, damaged, or not a checkpoint of this kind.
         """
-        check_checksum(self.last)
-        saved = read_pickle(self.last)
+        path = self.path
+        try:
+            return self._read(path)
+        except UserError as error:
+            older = [other.name for other in self.files.older() if other != path]
+            if not older:
+                raise
+            raise UserError(
+                f"{error}; {older[-1]} is an older checkpoint: remove {path.name} to resume from it"
+            ) from None
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        check_checksum(path)
+        saved = read_pickle(path)
         if saved.get("format") != FORMAT or saved.get("kind") != self.kind:
             raise UserError(
-                f'{self.last}: is not a checkpoint of this program: "format" and "kind" must be '
+                f'{path}: is not a checkpoint of this program: "format" and "kind" must be '
                 f'"{FORMAT}" and "{self.kind}"; got {saved.get("format")!r:.100} and '
                 f"{saved.get('kind')!r:.100}"
             )
         try:
             check_contents(saved)
         except ValueError as error:
-            raise UserError(f"{self.last}: is damaged: {error}") from None
+            raise UserError(f"{path}: is damaged: {error}") from None
         return saved
 
     def save(
@@ -106,12 +129,17 @@ class Checkpointer:
             "best_sha256": self.best_sha256,
             "random": random_state(),
         }
+        if state.ema is not None:
+            contents["ema"] = whole(dict(state.ema.averages), keep=self.writes)
         if not self.writes:
             return
-        with atomic_write(self.last) as temporary:
+        with atomic_write(self.last, durable=True) as temporary:
             torch.save(contents, temporary)
             append_checksum(temporary)
+            if self.keep > 1:
+                self.files.archive_last()
         self._keep_next_best()
+        self.files.remove_older(self.keep - 1)
 
     def restore(self, state: RunState, saved: Mapping[str, Any]) -> None:
         """Load a checkpoint's contents into ``state`` and into the random generators.
@@ -121,8 +149,11 @@ class Checkpointer:
         Raises:
             UserError: it, or the best weights beside it, are damaged or of another model.
         """
-        _load_module(state.module, saved["module"], str(self.last))
+        path = self.path
+        _load_module(state.module, saved["module"], str(path))
         try:
+            if state.ema is not None:
+                state.ema.load(saved.get("ema") or {})
             _load_optimizer(state.optimizer, saved["optimizer"], saved["step"])
             state.scaler.load_state_dict(saved["scaler"])
             state.step, state.seconds = saved["step"], saved["seconds"]
@@ -137,7 +168,7 @@ class Checkpointer:
             TypeError,
             ValueError,
         ) as e:
-            raise UserError(f"{self.last}: is damaged: {' '.join(str(e).split())[:200]}") from None
+            raise UserError(f"{path}: is damaged: {' '.join(str(e).split())[:200]}") from None
         self.check_best(saved)
 
     def check_best(self, saved: Mapping[str, Any]) -> None:
@@ -157,21 +188,31 @@ class Checkpointer:
                     self.next_best.unlink()
         if self.best_sha256 is None:
             return
+        if not self.best.is_file() or file_sha256(self.best) != self.best_sha256:
+            self.files.restore_best(self.path)  # those of a newer checkpoint, which was removed
         if not self.best.is_file():
             raise UserError(f"{self.best}: is missing or damaged: no such file")
         if file_sha256(self.best) != self.best_sha256:
             raise UserError(
                 f"{self.best}: is missing or damaged: it is not the file whose SHA-256 "
-                f"{self.last.name} records"
+                f"{self.path.name} records"
             )
 
-    def save_best(self, state: RunState) -> None:
-        """Write the module's present weights as the best ones; :meth:`save` puts them in place."""
-        weights = whole(state.module.state_dict(), keep=self.writes)
-        if not self.writes:
-            return
-        weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-        save_safetensors(self.next_best, weights)
+    def save_best(self, state: RunState, *, averaged: bool = False) -> None:
+        """Write the present weights as the best ones; :meth:`save` puts them in place.
+
+        Args:
+            averaged: write the moving average in place of the weights.
+        Raises:
+            UserError: the file cannot be written; the best weights stay those of before.
+        """
+        assert state.ema is not None or not averaged
+        with state.ema.in_place_of_weights() if state.ema and averaged else nullcontext():
+            weights = whole(state.module.state_dict(), keep=self.writes)
+            if not self.writes:
+                return
+            weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+            save_safetensors(self.next_best, weights, durable=True)
         self.best_sha256 = file_sha256(self.next_best)
 
     def load_best(self, state: RunState) -> None:

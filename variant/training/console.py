@@ -93,10 +93,19 @@ class RunConsole:
         line += _losses(entry["train"])
         if "held_out" in entry:
             line += f"  held out: {_losses(entry['held_out'])}"
+        if "ema_held_out" in entry:
+            line += f"  of the moving average: {_losses(entry['ema_held_out'])}"
         seconds, step = entry["seconds"], entry["step"]
         remaining = seconds / step * (self.total_steps - step)
         line += f"  {seconds:.0f} s, about {remaining:.0f} s left"
         self._print(line)
+
+    def print_unwritten(self, step: int, error: Exception) -> None:
+        """Print why a file could not be written after ``step`` steps, and that the run goes on."""
+        reason = " ".join(str(error).split())
+        self._print(
+            f"{self.kind} step {step}: {reason}; the run goes on, and the files of before stay"
+        )
 
     def print_stop(self, step: int, resume_command: str) -> None:
         """Print that the run stopped after ``step`` steps, and the command that resumes it."""

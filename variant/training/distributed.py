@@ -54,13 +54,13 @@ class Ranks:
         # Added in the order of the ranks: sums inside the operation may differ between ranks.
         return np.sum([part.numpy() for part in gathered], axis=0).tolist()
 
-    def largest(self, value: int) -> int:
-        """The largest value of all ranks."""
+    def largest(self, *values: int) -> list[int]:
+        """The largest of each value over all ranks."""
         if self.size == 1:
-            return value
-        tensor = torch.tensor(value)
+            return list(values)
+        tensor = torch.tensor(values)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return int(tensor)
+        return tensor.tolist()
 
     def require_same(self, what: str, value: str) -> None:
         """Check that every rank has the same text.

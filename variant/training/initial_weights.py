@@ -27,7 +27,7 @@ from variant.training.recipe import Recipe
 
 # Keys of the configs that may differ from the recipe's: they do not change what the weights mean.
 FREE_KEYS = {
-    "var": ("subnets", "bridge", "cond_drop_rate", "drop_path_rate"),
+    "var": ("subnets", "bridge", "cond_drop_rate", "drop_path_rate", "class_names"),
     "vae": ("beta",),
 }
 # The key of each model in a trainer checkpoint of the original.
@@ -131,15 +131,16 @@ def find_vae(recipe: Recipe, folder: Path) -> Weights:
     if recipe.vae_training.weights is not None:
         return named_weights("vae", recipe.vae_training.weights)
     checkpointer = Checkpointer(folder, "vae")
-    path, last = checkpointer.best, checkpointer.last
-    if not path.exists() and not last.exists():
+    path = checkpointer.best
+    if not path.exists() and not checkpointer.exists:
         raise UserError(
             f"{folder}: holds no VQ-VAE; train one first with `variant train-vae` into the same "
             "folder, or name a file as vae_training.weights"
         )
-    if not last.exists():
+    if not checkpointer.exists:
+        last = checkpointer.last.name
         raise UserError(
-            f"{path}: training may be incomplete: {last.name}, which records it, is missing; to "
+            f"{path}: training may be incomplete: {last}, which records it, is missing; to "
             "use it as it is, name it as vae_training.weights"
         )
     saved = checkpointer.read()

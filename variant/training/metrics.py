@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -32,9 +33,19 @@ class MetricsFile:
             temporary.write_text("".join(_line(entry) for entry in entries))
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Add a finished epoch."""
-        with self.path.open("a") as file:
-            file.write(_line(entry))
+        """Add a finished epoch.
+
+        Raises:
+            OSError: the file cannot be written; it is then as before.
+        """
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a") as file:
+                file.write(_line(entry))
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.path, size)
+            raise
 
 
 def _line(entry: Mapping[str, Any]) -> str:

@@ -28,6 +28,8 @@ from variant.models.config import (
 )
 from variant.models.ranges import Count, CountOrZero, Positive, Share, ShareBelowOne
 from variant.paths import path_kind, read_text, shown
+from variant.training.checkpoint_schedule import OutputSection
+from variant.training.ema import EMASection
 from variant.training.optim import OptimSection
 from variant.training.parallel import ParallelSection
 from variant.training.schedule import ScheduleSection
@@ -136,21 +138,6 @@ class EvalSection:
 
 
 @dataclass(frozen=True)
-class OutputSection:
-    """What is written while a run trains.
-
-    checkpoint_every: epochs between checkpoints; the last epoch always writes one.
-    """
-
-    checkpoint_every: Count = 1
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    def __post_init__(self) -> None:
-        require_plain_numbers(self)
-
-
-@dataclass(frozen=True)
 class Recipe:
     """All settings of a training run, its seed included.
 
@@ -170,6 +157,7 @@ class Recipe:
     eval: EvalSection = field(default_factory=EvalSection)
     output: OutputSection = field(default_factory=OutputSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
+    ema: EMASection = field(default_factory=EMASection)
     seed: CountOrZero = 0
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT

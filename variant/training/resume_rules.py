@@ -20,14 +20,17 @@ FREE = (
     "description",
     "data.train",
     "data.held_out",
+    "data.train_labels",
+    "data.held_out_labels",
     "data.workers",
+    "data.max_bad",
     "output.",
     "parallel.",
 )
 # Keys that a task does not use, or compares by the contents of the file that they name.
 UNUSED = {
     "var": ("vae_training.", "model.weights"),
-    "vae": ("model.", "optim.", "schedule.", "data.copies", "data.mixup"),
+    "vae": ("model.", "optim.", "schedule.", "ema.", "data.copies", "data.mixup"),
 }
 # Keys of the number of epochs.
 EPOCHS = {

@@ -16,8 +16,8 @@ from variant.data.sources import data_inputs, differing_classes, open_source
 from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.models.parameter_count import var_parameters, vqvae_parameters
-from variant.paths import path_kind
 from variant.training.checkpoint_contents import check_epochs
+from variant.training.checkpoint_files import CheckpointFiles
 from variant.training.checkpointer import Checkpointer
 from variant.training.distributed import Ranks, device_of_rank
 from variant.training.folder_lock import clear_leftovers, locked_folder
@@ -77,12 +77,11 @@ def open_run(
 
 
 def run_files(folder: Path) -> tuple[str, ...]:
-    """Names of all files that runs write into their folder."""
-    names = [
-        name
-        for kind in COMMANDS
-        for name in (*Checkpointer(folder, kind).files, MetricsFile(folder, kind).path.name)
-    ]
+    """Patterns of the names of all files that runs write into their folder."""
+    names: list[str] = []
+    for kind in COMMANDS:
+        names += CheckpointFiles(folder, kind).patterns
+        names.append(MetricsFile(folder, kind).path.name)
     return (*names, *MODEL_FILES)
 
 
@@ -127,7 +126,8 @@ class RunSetup:
         self.recipe, self.optim, self.folder = recipe, optim, Path(folder)
         self.ranks = ranks or Ranks()
         self.device = device or device_of_rank()
-        self.checkpointer = Checkpointer(self.folder, kind, writes=self.ranks.is_first)
+        keep = recipe.output.keep
+        self.checkpointer = Checkpointer(self.folder, kind, keep, writes=self.ranks.is_first)
         self.resume_command = resume_command or resume_hint(COMMANDS[kind], recipe, self.folder)
         self._check_folder(resume)
         self._check_memory(kind)
@@ -143,7 +143,7 @@ class RunSetup:
             )
         self.saved = self.checkpointer.read() if resume else None
         self.changes: list[str] = []
-        old, where = None, str(self.checkpointer.last)
+        old, where = None, str(self.checkpointer.path)
         if self.saved is not None:
             old = read_recipe(self.saved["recipe"], where)
             self.changes = compare_recipes(old, recipe, kind, where)
@@ -193,7 +193,7 @@ class RunSetup:
         self.inputs[name] = value
         if self.saved is not None and self.saved["inputs"].get(name) != value:
             raise UserError(
-                f"{self.checkpointer.last}: was trained with another {INPUTS[name]}; resume with "
+                f"{self.checkpointer.path}: was trained with another {INPUTS[name]}; resume with "
                 f"the same (it was {self.saved['inputs'].get(name)!s:.100}, now it is {value})"
                 f"{detail}"
             )
@@ -223,17 +223,17 @@ class RunSetup:
         return self.ranks.size if mode == "fsdp2" else 1
 
     def _check_folder(self, resume: bool) -> None:
-        folder, last = self.folder, self.checkpointer.last
-        if not resume and path_kind(last) is not None:
+        folder, last = self.folder, self.checkpointer.last.name
+        if not resume and self.checkpointer.exists:
             raise UserError(
                 f"{folder}: already holds a run; continue it with --resume, or choose another "
                 "folder"
             )
-        trained_here = Checkpointer(folder, "var").last.exists()
+        trained_here = Checkpointer(folder, "var").exists
         if not resume and (folder / CONFIG_NAME).exists() and not trained_here:
             raise UserError(
                 f"{folder}: holds a model ({CONFIG_NAME}) but no training run; choose another "
                 "folder"
             )
-        if resume and path_kind(last) is None:
-            raise UserError(f"{folder}: holds no run to resume ({last.name} is missing)")
+        if resume and not self.checkpointer.exists:
+            raise UserError(f"{folder}: holds no run to resume ({last} is missing)")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+
+from variant.training.ema import EMA
 
 
 @dataclass
@@ -17,6 +21,7 @@ class RunState:
     seconds: of training, summed over all resumptions.
     loss_sums: sum and count of this epoch's training losses by name of the configuration.
     history: one entry per completed epoch, as in the metrics file.
+    ema: the moving average of the module's weights; None keeps none.
     """
 
     module: nn.Module
@@ -26,6 +31,7 @@ class RunState:
     seconds: float = 0.0
     loss_sums: dict[str, tuple[float, int]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    ema: EMA | None = None
 
     def add_loss(self, name: str, loss: float) -> None:
         """Add one step's loss to the sum of its configuration."""
@@ -37,6 +43,21 @@ class RunState:
         return {name: total / count for name, (total, count) in sorted(self.loss_sums.items())}
 
     def best_entry(self) -> dict[str, Any] | None:
-        """The entry of the lowest mean held-out loss, the earliest of equals; None before one."""
-        evaluated = [entry for entry in self.history if "held_out_mean" in entry]
-        return min(evaluated, key=lambda entry: entry["held_out_mean"], default=None)
+        """The entry whose weights or average have the lowest mean held-out loss.
+
+        Of equals the earliest; None before an evaluation. Weights that could not be written do not
+        count.
+        """
+        kept = [entry for entry in self.history if has_best(entry)]
+        return min(kept, key=lambda entry: best_of(entry)[0], default=None)
+
+
+def has_best(entry: Mapping[str, Any]) -> bool:
+    """Whether an epoch was evaluated, and its weights could be kept."""
+    return "held_out_mean" in entry and "best_not_kept" not in entry
+
+
+def best_of(entry: Mapping[str, Any]) -> tuple[float, bool]:
+    """The lower mean held-out loss of an evaluated epoch, and whether it is the average's."""
+    weights, average = entry["held_out_mean"], entry.get("ema_held_out_mean", math.inf)
+    return (average, True) if average < weights else (weights, False)

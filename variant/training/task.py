@@ -31,6 +31,7 @@ class Summary:
     train_loss, held_out_loss: losses of the best weights in eval mode by name of the configuration,
         on a fixed sample of training images and on equally many held-out images.
     best_epoch: the epoch of the lowest mean held-out loss, counted from 1.
+    averaged: whether the best weights are a moving average (EMA).
     """
 
     folder: Path
@@ -40,6 +41,7 @@ class Summary:
     train_loss: dict[str, float]
     held_out_loss: dict[str, float]
     best_epoch: int
+    averaged: bool = False
 
 
 class Task(ABC):
@@ -47,12 +49,14 @@ class Task(ABC):
 
     kind: "var" or "vae", the first word of the names of the run's files.
     network: what :meth:`loss` calls in place of the module, which it wraps; the trainer sets it.
+    ema_decay: of the moving average of the module's weights; 0 keeps none.
     """
 
     kind: str
     module: nn.Module
     data: Source
     recipe: Recipe
+    ema_decay: float = 0.0
     network: Callable[..., Any]
 
     @property

@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,14 +22,16 @@ from torch import nn
 
 from variant.data.images import epoch_order
 from variant.errors import UserError
+from variant.training.checkpoint_schedule import CheckpointSchedule
 from variant.training.console import RunConsole
+from variant.training.ema import EMA
 from variant.training.interrupt import Interrupt
 from variant.training.loss_scale import LossScaler
 from variant.training.metrics import MetricsFile
 from variant.training.optim import decay_groups, learning_rate
 from variant.training.parallel import chosen_mode, parallelize, whole
 from variant.training.run_setup import RunSetup
-from variant.training.run_state import RunState
+from variant.training.run_state import RunState, best_of
 from variant.training.task import Summary, Task
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,8 +74,11 @@ class Trainer:
             fused=True if self.device.type == "cuda" else None,
         )
         self.scaler = LossScaler(self.device.type, enabled=self.optim.precision == "fp16")
-        self.state = RunState(task.module, optimizer, self.scaler)
+        ema = EMA(task.module, task.ema_decay) if task.ema_decay else None
+        self.state = RunState(task.module, optimizer, self.scaler, ema=ema)
         self.checkpointer = setup.checkpointer
+        self.schedule = CheckpointSchedule(self.recipe.output, self.steps_per_epoch)
+        self._saved_step: int | None = None
         self.metrics = MetricsFile(setup.folder, task.kind)
         if not self.ranks.is_first:
             console = Console(quiet=True)
@@ -87,11 +94,12 @@ class Trainer:
             SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
         """
         state = self.state
-        if self.setup.saved is not None:
-            self.checkpointer.restore(state, self.setup.saved)
-            self.setup.saved = None  # frees the second copy of the optimiser's moments
-        else:
-            self.checkpointer.check_best({})
+        with self.ranks.one_after_another():  # the first puts the files in order
+            if self.setup.saved is not None:
+                self.checkpointer.restore(state, self.setup.saved)
+                self.setup.saved = None  # frees the second copy of the optimiser's moments
+            else:
+                self.checkpointer.check_best({})
         self.ranks.require_same("data and weights to start from", _as_text(self.setup.inputs))
         self.ranks.require_same("recipe", _as_text(self.recipe.to_dict()))
         self.ranks.require_same("completed steps", str(state.step))
@@ -110,9 +118,15 @@ class Trainer:
                     self._end_epoch(started)
                 else:
                     state.seconds += time.monotonic() - started
+                # Clocks differ; a signal comes to one rank only, or to each in another step.
+                minutes_are_over, signum = self.ranks.largest(
+                    self.schedule.minutes_are_over, interrupt.signum or 0
+                )
+                is_due = self.schedule.is_due(state.step, bool(minutes_are_over))
+                if is_due or state.step == self.total_steps:
+                    self._save()
                 move_bar(state.step, loss)
-                # The signal may have come to one rank only, or to each in another step.
-                if signum := self.ranks.largest(interrupt.signum or 0):
+                if signum:
                     self._stop(signum)
         return self._summary()
 
@@ -152,6 +166,8 @@ class Trainer:
         state.scaler.step(state.optimizer)
         self.scaler.update()
         self.scaler.require_progress(self.recipe.name, state.step + 1)
+        if state.ema is not None:
+            state.ema.update()
         state.add_loss(name, total)
         return total
 
@@ -177,44 +193,77 @@ class Trainer:
         )
 
     def _end_epoch(self, started: float) -> None:
-        """Evaluate, record and save.  Args: started: when the epoch's last step began."""
+        """Evaluate and record.  Args: started: when the epoch's last step began."""
         state = self.state
         epoch = state.step // self.steps_per_epoch
         is_last = state.step == self.total_steps
         entry: dict[str, Any] = {"epoch": epoch, "step": state.step, "train": state.mean_losses()}
         if epoch % self.recipe.eval.every == 0 or is_last:
             entry |= self._evaluate(epoch)
-            best = state.best_entry()
-            if best is None or entry["held_out_mean"] < best["held_out_mean"]:
-                self.checkpointer.save_best(state)
+            self._keep_if_best(entry)
         state.seconds += time.monotonic() - started
         entry["seconds"] = round(state.seconds, 1)
         state.history.append(entry)
         if self.ranks.is_first:
-            self.metrics.append(entry)
+            with self._going_on():
+                self.metrics.append(entry)
         self.console.print_epoch(entry)
-        if epoch % self.recipe.output.checkpoint_every == 0 or is_last:
-            self._save()
 
     def _evaluate(self, epoch: int) -> dict[str, Any]:
+        """The losses of the weights and, where there is one, of their moving average."""
+        entry = self._evaluate_weights("held_out", epoch)
+        if self.state.ema is not None:
+            with self.state.ema.in_place_of_weights():
+                entry |= self._evaluate_weights("ema_held_out", epoch)
+        return entry
+
+    def _evaluate_weights(self, name: str, epoch: int) -> dict[str, Any]:
         self.task.module.eval()
         with torch.no_grad(), self._autocast():
             losses = self.task.held_out_losses(self.ranks)
         mean = sum(losses.values()) / len(losses)
         self._require_finite(mean, "held-out loss", epoch - 1)
-        return {"held_out": losses, "held_out_mean": mean}
+        return {name: losses, f"{name}_mean": mean}
+
+    def _keep_if_best(self, entry: dict[str, Any]) -> None:
+        """Write the weights, or their moving average, if none before had a lower loss."""
+        best, (loss, averaged) = self.state.best_entry(), best_of(entry)
+        if best is None or loss < best_of(best)[0]:
+            not_kept = True
+            with self._going_on():
+                self.checkpointer.save_best(self.state, averaged=averaged)
+                not_kept = False
+            if self.ranks.largest(not_kept)[0]:  # the ranks keep the same history
+                entry["best_not_kept"] = True
 
     def _save(self) -> None:
+        self.schedule.restart_clock()
+        with self._going_on():
+            self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
         self.checkpointer.save(
             self.state,
             recipe=self.recipe.to_dict(),
             inputs=self.setup.inputs,
             total_steps=self.total_steps,
         )
+        self._saved_step = self.state.step
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """A file that cannot be written does not end the run, except after its last step."""
+        try:
+            yield
+        except (OSError, UserError) as error:
+            if self.state.step == self.total_steps:
+                raise
+            self.console.print_unwritten(self.state.step, error)
 
     def _stop(self, signum: int) -> None:
         if self.state.step < self.total_steps:
-            self._save()
+            if self._saved_step != self.state.step:
+                self._write_checkpoint()
             self.console.print_stop(self.state.step, self.setup.resume_command)
             raise SystemExit(128 + signum)
 
@@ -223,6 +272,7 @@ class Trainer:
         best = self.state.best_entry()
         assert best is not None, "the last epoch is always evaluated"
         self.ranks.barrier()  # rank 0 may still be writing them
+        averaged = best_of(best)[1]
         self.checkpointer.load_best(self.state)
         self.task.module.eval()
         with torch.no_grad(), self._autocast():
@@ -233,8 +283,9 @@ class Trainer:
             epochs=self.epochs,
             seconds=self.state.seconds,
             train_loss=train_loss,
-            held_out_loss=best["held_out"],
+            held_out_loss=best["ema_held_out" if averaged else "held_out"],
             best_epoch=best["epoch"],
+            averaged=averaged,
         )
 
 

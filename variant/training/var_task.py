@@ -9,6 +9,7 @@ Axes: B images of a batch, C copies, N images of the data set, L tokens, V codeb
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +37,9 @@ from variant.training.run_setup import RunSetup, open_run
 from variant.training.task import Report, Summary, Task
 from variant.training.trainer import Trainer
 
+# In config.json and the model card, by whether the moving average was better.
+WEIGHTS = {False: "of the last step of that epoch", True: "their moving average (EMA)"}
+
 
 class VARTask(Task):
     """The transformer as a training task; losses are named as the configurations."""
@@ -55,6 +59,7 @@ class VARTask(Task):
         self.config = recipe.var_config
         self.vae, self.data, self.recipe = vae, data, recipe
         self.device, self.steps_per_epoch = device, steps_per_epoch
+        self.ema_decay = recipe.ema.decay
         self.configurations = Configurations(recipe, steps_per_epoch)
         self._copies_CNL: Tensor | None = None
         self._labels_N = torch.empty(0, dtype=torch.int64)
@@ -226,7 +231,7 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
     vae = load_vae(recipe, weights).to(setup.device).eval()
     vae.requires_grad_(False)
     seed_everything(recipe.seed)
-    module = VAR(recipe.var_config)
+    module = VAR(dataclasses.replace(recipe.var_config, class_names=tuple(data.classes)))
     if start is not None and setup.saved is None:
         load_start(module, recipe, start)
     module = module.to(setup.device)
@@ -240,13 +245,14 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
         "steps": summary.steps,
         "epochs": summary.epochs,
         "best_epoch": summary.best_epoch,
+        "weights": WEIGHTS[summary.averaged],
         "train_loss": summary.train_loss,
         "held_out_loss": summary.held_out_loss,
     }
-    extra = {"classes": data.classes, "training": training}
+    extra = {"training": training}
     weights = whole(module.state_dict(), keep=setup.ranks.is_first)
     if setup.ranks.is_first:
-        plain = VAR(recipe.var_config).eval()
+        plain = VAR(module.config).eval()
         plain.load_state_dict(weights)
         save_model(setup.folder, plain, vae.cpu(), extra)
     return summary

@@ -1,0 +1,58 @@
+"""Images and shards that cannot be read: skipped, counted and named, up to a share of the data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from variant.errors import UserError
+
+
+@dataclass(frozen=True)
+class BadItem:
+    """One file that cannot be read.
+
+    name: of the file.  reason: the message, which names it too.  samples: that are lost with it.
+    """
+
+    name: str
+    reason: str
+    samples: int = 1
+
+
+class BadItems:
+    """The bad files of a run; each is named once, by a warning.
+
+    Workers that read the data report theirs in ``Samples.bad``; the process that trains adds them.
+
+    Args:
+        total: samples of the data.  share: of them that may be bad.
+    """
+
+    def __init__(self, total: int, share: float) -> None:
+        self.total, self.share = total, share
+        self.items: dict[str, BadItem] = {}
+
+    @property
+    def count(self) -> int:
+        """Samples that were lost so far."""
+        return sum(item.samples for item in self.items.values())
+
+    def add(self, items: Iterable[BadItem]) -> None:
+        """Raises: UserError, if more samples are lost than the share."""
+        for item in items:
+            if item.name in self.items:
+                continue
+            self.items[item.name] = item
+            if self.count > self.share * self.total:
+                raise UserError(
+                    f"{item.reason}. {self.count:,} of {self.total:,} samples cannot be read, more "
+                    f"than data.max_bad = {self.share:g} allows; mend or remove the files, or "
+                    "raise it"
+                )
+            warnings.warn(
+                f"{item.reason}. Skipped: {self.count:,} of {self.total:,} samples so far",
+                RuntimeWarning,
+                stacklevel=2,
+            )
