@@ -305,7 +305,7 @@ def test_pictures_of_the_vqvae_are_held_out_images_and_what_is_decoded(chosen, t
 
 
 def test_a_picture_that_cannot_be_made_does_not_end_the_run(chosen, tmp_path, monkeypatch):
-    def fails(self):
+    def fails(self, ranks):
         raise MemoryError("generate: 2 images need 9 GiB")
 
     monkeypatch.setattr(VAETask, "samples", fails)

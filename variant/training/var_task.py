@@ -29,8 +29,11 @@ from variant.models.flops import training_flop
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.training.configurations import FULL, Configurations
+from variant.training.distributed import Ranks, connected, device_of_rank
+from variant.training.draws import draw_drops
 from variant.training.efficiency import convert_to_fp8, execution_of
 from variant.training.initial_weights import find_start, find_vae, load_start, load_vae
+from variant.training.parallel import is_sharded, whole
 from variant.training.random_state import seed_everything
 from variant.training.recipe import Recipe, with_seed
 from variant.training.run_setup import RunSetup, open_run
@@ -57,7 +60,8 @@ class VARTask(Task):
         device: torch.device,
         steps_per_epoch: int,
     ) -> None:
-        self.module = self.var = module
+        self.module = self.var = self.network = module
+        self.config = recipe.var_config
         self.vae, self.data, self.recipe = vae, data, recipe
         self.device, self.steps_per_epoch = device, steps_per_epoch
         self.ema_decay = recipe.ema.decay
@@ -71,8 +75,25 @@ class VARTask(Task):
     def prepare(self, report: Report) -> None:
         self._copies_CNL = self._encode_copies(report)
 
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.var.layers()
+
+    @property
+    def uses_every_parameter(self) -> bool:
+        layers = range(self.config.depth)
+        return all(
+            configuration.schedule.last_scale(layer) >= 0
+            for configuration in self.configurations.trained()
+            for layer in layers
+        )
+
     def name_of_step(self, step: int) -> str:
         return self.configurations.of_step(step).name
+
+    def describe_step(self, step: int) -> str:
+        configuration = self.configurations.of_step(step)
+        return f"{configuration.name}, {configuration.schedule}"
 
     def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
         schedule = self.configurations.of_step(step).schedule
@@ -83,19 +104,21 @@ class VARTask(Task):
                 samples = self.data.samples(indices, epoch)
         samples = samples.to(self.device)
         tokens_BL = self._tokens(samples)
-        loss = self.var(
+        drops = draw_drops(self.config, self.recipe.seed, step, indices).to(self.device)
+        loss = self.network(
             samples.labels_B,
             self._teacher_input(tokens_BL),
             schedule,
             mixed_labels_B=samples.mixed_labels_B,
             mix_B=samples.mix_B,
+            dropped_B=drops.dropped_B,
+            branch_scales_N2B=drops.branch_scales_N2B,
             targets_BL=tokens_BL,
             execution=self.execution,
         )
         if self.meters is not None:
-            self.measure(
-                f"loss_by_scale/{self.name_of_step(step)}/", self._by_scale(loss.losses_BL)
-            )
+            key = f"loss_by_scale/{self.name_of_step(step)}/"
+            self.measure(key, self._by_scale(loss.losses_BL), weight=len(indices))
         return loss.mean
 
     def _by_scale(self, losses_BL: Tensor) -> Tensor:
@@ -124,18 +147,32 @@ class VARTask(Task):
         probability = self.recipe.schedule.probability(step / self.steps_per_epoch)
         return {"schedule/subnet_probability": probability}
 
-    def samples(self) -> dict[str, Tensor]:
+    def samples(self, ranks: Ranks) -> dict[str, Tensor]:
         """One row for each depth; the draws of all rows are the same."""
+        var = self._whole_model(ranks)
+        if var is None:
+            return {}
         labels = list(self.recipe.logging.sample_labels)
         labels = labels or list(range(min(COLUMNS, self.recipe.model.num_classes)))
         # Neither packed weights nor graphs: both would be copies of weights that change.
-        engine = Engine(self.var, self.vae, pack=False, capture=False)
+        engine = Engine(var, self.vae, pack=False, capture=False)
         rows = {}
         for depth in (None, *self.recipe.schedule.depths):
             caption = FULL if depth is None else f"depth {depth}"
             result = engine.generate(labels, depth=depth, seed=SEED, cfg=CFG, top_p=TOP_P)
             rows[caption] = result.images
         return rows
+
+    def _whole_model(self, ranks: Ranks) -> VAR | None:
+        """The model with whole weights on the first rank, a copy where they are sharded."""
+        if not any(map(is_sharded, self.var.parameters())):
+            return self.var if ranks.is_first else None
+        weights = whole(self.var.state_dict(), keep=ranks.is_first)
+        if not ranks.is_first:
+            return None
+        copy = VAR(self.var.config)
+        copy.load_state_dict(weights)
+        return copy.to(self.device).eval()
 
     def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
         if not held_out and self._copies_CNL is not None:
@@ -231,15 +268,20 @@ def train_var(
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
     """
     recipe = with_seed("train_var", recipe, seed)
-    with open_run(
-        VARTask.kind,
-        recipe,
-        recipe.optim,
-        out,
-        device=device,
-        resume=resume,
-        resume_command=resume_command,
-    ) as setup:
+    device = device or device_of_rank()
+    with (
+        connected(device) as ranks,
+        open_run(
+            VARTask.kind,
+            recipe,
+            recipe.optim,
+            out,
+            device=device,
+            resume=resume,
+            resume_command=resume_command,
+            ranks=ranks,
+        ) as setup,
+    ):
         return _train(setup, recipe, console)
 
 
@@ -282,5 +324,9 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
         "held_out_loss": summary.held_out_loss,
     }
     extra = {"training": training}
-    save_model(setup.folder, module.cpu().eval(), vae.cpu(), extra)
+    weights = whole(module.state_dict(), keep=setup.ranks.is_first)
+    if setup.ranks.is_first:
+        plain = VAR(module.config).eval()
+        plain.load_state_dict(weights)
+        save_model(setup.folder, plain, vae.cpu(), extra)
     return summary
