@@ -52,6 +52,8 @@ def first_line(command: Command) -> str:
         case Info():
             return f"info: reading {command.model}"
         case Recipe():  # a shown recipe is the whole output
+            if command.action == "new" and command.out is not None:
+                return f"recipe: reading {command.data}, to {command.out}"
             return f"recipe: checking {command.recipe}" if command.action == "check" else ""
         case Plan():
             return ""

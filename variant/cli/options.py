@@ -146,20 +146,31 @@ class TrainVae:
 
 @dataclass
 class Recipe:
-    """Show or check a recipe of training.
+    """Write, show or check a recipe of training.
 
     --SECTION.KEY VALUE replaces any value of the recipe: --optim.learning-rate 2e-4.
+
+    Example: variant recipe new --data images --out my.toml
 
     Example: variant recipe show digits
 
     Example: variant recipe check my.toml
     """
 
-    action: Literal["show", "check"]
-    """show: print the recipe with every key and a comment for each. check: name every mistake, and
-    print what the run will be."""
+    action: Literal["new", "show", "check"]
+    """new: write a recipe for a folder of images. show: print a recipe with every key and a comment
+    for each. check: name every mistake, and print what the run will be."""
     recipe: str = ""
-    """Name of a packaged recipe, or a TOML file."""
+    """For show and check: name of a packaged recipe, or a TOML file."""
+    data: Path | None = None
+    """For new: a folder with sub-folders train and held_out, each with one sub-folder of images per
+    class; with --split, a folder with one sub-folder per class."""
+    out: Path | None = None
+    """For new: the file to write; default: standard output."""
+    base: str | None = None
+    """For new: a recipe whose sizes are taken; default: sizes by the number of images."""
+    split: Path | None = None
+    """For new: a new folder for links to the images of --data, one in ten of a class held out."""
     overrides: tuple[str, ...] = ()
     """Values of single keys, as "optim.learning_rate=2e-4"; not an option by this name."""
     debug: bool = False

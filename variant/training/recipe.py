@@ -34,6 +34,7 @@ from variant.paths import path_kind, read_text, shown
 from variant.training.checkpoint_schedule import OutputSection
 from variant.training.efficiency import CompileSection, MemorySection
 from variant.training.ema import EMASection
+from variant.training.logging_section import LoggingSection
 from variant.training.optim import OptimSection
 from variant.training.overrides import override
 from variant.training.schedule import ScheduleSection
@@ -163,6 +164,7 @@ class Recipe:
     eval: EvalSection = field(default_factory=EvalSection)
     output: OutputSection = field(default_factory=OutputSection)
     ema: EMASection = field(default_factory=EMASection)
+    logging: LoggingSection = field(default_factory=LoggingSection)
     seed: CountOrZero = 0
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -290,7 +292,17 @@ def load_recipe(
             that names them.
     """
     values = recipe_values(name_or_path, overrides)
-    where = shown(str(name_or_path))
+    return parse_recipe(values, shown(str(name_or_path)), seed)
+
+
+def parse_recipe(values: Mapping[str, Any], where: str, seed: int | None = None) -> Recipe:
+    """A recipe from plain values.
+
+    Args:
+        where: begins the message.  seed: replaces the recipe's seed.
+    Raises:
+        UserError: unknown keys or invalid values; one line that names them.
+    """
     try:
         return with_seed("load_recipe", parse_dataclass(Recipe, values, where), seed)
     except (RecursionError, ValueError) as error:

@@ -30,7 +30,8 @@ from variant.training.metrics import MetricsFile
 from variant.training.optim import decay_groups, learning_rate
 from variant.training.run_setup import RunSetup
 from variant.training.run_state import RunState, best_of
-from variant.training.task import Summary, Task
+from variant.training.step_log import StepLog
+from variant.training.task import Summary, Task, split_scales
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -67,6 +68,7 @@ class Trainer:
         self._saved_step: int | None = None
         self.metrics = MetricsFile(setup.folder, task.kind)
         self.console = RunConsole(task.kind, epochs, self.total_steps, console)
+        self.log = StepLog(task, setup, self.state, self.scaler, self.total_steps, self.console)
         self._cached_order: tuple[int, np.ndarray] | None = None
 
     def run(self) -> Summary:
@@ -90,7 +92,11 @@ class Trainer:
         if self.task.note is not None:
             self.console.print_note(self.task.note)
         self.task.prepare(self.console.print_preparation)
-        with Interrupt().listening() as interrupt, self.console.progress_bar() as move_bar:
+        with (
+            Interrupt().listening() as interrupt,
+            self.log.opened(),
+            self.console.progress_bar() as move_bar,
+        ):
             while state.step < self.total_steps:
                 started = time.monotonic()
                 loss = self._train_step()
@@ -99,6 +105,7 @@ class Trainer:
                     self._end_epoch(started)
                 else:
                     state.seconds += time.monotonic() - started
+                    self.log.write_if_due()
                 if state.step == self.total_steps or self.schedule.is_due(state.step):
                     self._save()
                 move_bar(state.step, loss)
@@ -108,6 +115,8 @@ class Trainer:
 
     def _train_step(self) -> float:
         state = self.state
+        self.log.begin_step()
+        name = self.task.name_of_step(state.step)
         epoch, position = divmod(state.step, self.steps_per_epoch)
         if position == 0:
             state.loss_sums = {}
@@ -127,6 +136,7 @@ class Trainer:
             total += loss.item()
         self._require_finite(total, "loss", epoch)
         state.scaler.unscale_(state.optimizer)
+        self.log.before_clip(name)
         norm = nn.utils.clip_grad_norm_(self.task.module.parameters(), self.optim.clip)
         if not state.scaler.is_enabled():  # the scaler skips such a step and lowers the scale
             self._require_finite(norm.item(), "gradient", epoch)
@@ -135,7 +145,8 @@ class Trainer:
         self.scaler.require_progress(self.recipe.name, state.step + 1)
         if state.ema is not None:
             state.ema.update()
-        state.add_loss(self.task.name_of_step(state.step), total)
+        state.add_loss(name, total)
+        self.log.end_step(name, total, norm)
         return total
 
     def _require_finite(self, value: float, name: str, epoch: int) -> None:
@@ -162,6 +173,7 @@ class Trainer:
     def _end_epoch(self, started: float) -> None:
         """Evaluate and record.  Args: started: when the epoch's last step began."""
         state = self.state
+        self.log.close_interval()
         epoch = state.step // self.steps_per_epoch
         is_last = state.step == self.total_steps
         entry: dict[str, Any] = {"epoch": epoch, "step": state.step, "train": state.mean_losses()}
@@ -173,6 +185,7 @@ class Trainer:
         state.history.append(entry)
         with self._going_on():
             self.metrics.append(entry)
+        self.log.write(entry)
         self.console.print_epoch(entry)
 
     def _evaluate(self, epoch: int) -> dict[str, Any]:
@@ -186,10 +199,11 @@ class Trainer:
     def _evaluate_weights(self, name: str, epoch: int) -> dict[str, Any]:
         self.task.module.eval()
         with torch.no_grad(), self._autocast():
-            losses = self.task.held_out_losses()
+            losses, by_scale = split_scales(self.task.held_out_losses())
         mean = sum(losses.values()) / len(losses)
         self._require_finite(mean, "held-out loss", epoch - 1)
-        return {name: losses, f"{name}_mean": mean}
+        entry: dict[str, Any] = {name: losses, f"{name}_mean": mean}
+        return entry | ({f"{name}_by_scale": by_scale} if by_scale else {})
 
     def _keep_if_best(self, entry: dict[str, Any]) -> None:
         """Write the weights, or their moving average, if none before had a lower loss."""
@@ -206,6 +220,7 @@ class Trainer:
             self._write_checkpoint()
 
     def _write_checkpoint(self) -> None:
+        self.state.log = self.log.saved()
         self.checkpointer.save(
             self.state,
             recipe=self.recipe.to_dict(),
@@ -239,7 +254,7 @@ class Trainer:
         self.checkpointer.load_best(self.state)
         self.task.module.eval()
         with torch.no_grad(), self._autocast():
-            train_loss = self.task.train_losses()
+            train_loss, _ = split_scales(self.task.train_losses())
         return Summary(
             folder=self.setup.folder,
             steps=self.state.step,
