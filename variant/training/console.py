@@ -82,10 +82,6 @@ class RunConsole:
         if changes:
             self._print(f"changed since the run began: {', '.join(changes)}")
 
-    def print_note(self, note: str) -> None:
-        """Print a line about the run before its first step."""
-        self._print(f"{self.kind}: {note}")
-
     def print_preparation(self, what: str, done: int, total: int) -> None:
         """Print how far the work before the first step is, at most every minute."""
         if self._is_line_due():
