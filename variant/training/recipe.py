@@ -37,6 +37,7 @@ from variant.training.ema import EMASection
 from variant.training.logging_section import LoggingSection
 from variant.training.optim import OptimSection
 from variant.training.overrides import override
+from variant.training.parallel import ParallelSection
 from variant.training.schedule import ScheduleSection
 from variant_kernels.arguments import integer
 from variant_kernels.plans.depth_schedule import select_layers
@@ -163,6 +164,7 @@ class Recipe:
     compile: CompileSection = field(default_factory=CompileSection)
     eval: EvalSection = field(default_factory=EvalSection)
     output: OutputSection = field(default_factory=OutputSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
     ema: EMASection = field(default_factory=EMASection)
     logging: LoggingSection = field(default_factory=LoggingSection)
     seed: CountOrZero = 0
