@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -116,6 +117,17 @@ class Task(ABC):
     def values_of_step(self, step: int) -> dict[str, float]:
         """What is reported of a step besides its losses; known without the device."""
         return {}
+
+    def ended_phase(self, history: Sequence[Mapping[str, Any]]) -> str | None:
+        """The phase that the last epoch of a run's history ends early; None if none does."""
+        return None
+
+    def epochs_by(self, history: Sequence[Mapping[str, Any]]) -> int | None:
+        """Epochs of the complete run, given its history; None leaves them as they are.
+
+        Called before the first step of a new or resumed run and after every epoch.
+        """
+        return None
 
     def measure(self, key: str, value: Tensor) -> None:
         """Add a value, or a row of them, to what the step reports: see :class:`Meters`."""

@@ -28,6 +28,7 @@ from variant.training.interrupt import Interrupt
 from variant.training.loss_scale import LossScaler
 from variant.training.metrics import MetricsFile
 from variant.training.optim import decay_groups, learning_rate
+from variant.training.phase_ends import ENDED
 from variant.training.run_setup import RunSetup
 from variant.training.run_state import RunState, best_of
 from variant.training.step_log import StepLog
@@ -85,6 +86,7 @@ class Trainer:
             self.setup.saved = None  # frees the second copy of the optimiser's moments
         else:
             self.checkpointer.check_best({})
+        self._follow_phases()
         self.metrics.rewrite(state.history)
         self.console.print_start(
             self.task.data.num_train, str(self.device), state.step, self.setup.changes
@@ -181,10 +183,22 @@ class Trainer:
         state.seconds += time.monotonic() - started
         entry["seconds"] = round(state.seconds, 1)
         state.history.append(entry)
+        ended = self.task.ended_phase(state.history)
+        if ended is not None:
+            entry[ENDED] = ended
+        self._follow_phases()
         with self._going_on():
             self.metrics.append(entry)
         self.log.write(entry)
         self.console.print_epoch(entry)
+
+    def _follow_phases(self) -> None:
+        """Take the number of epochs that the task's phases add up to by now."""
+        epochs = self.task.epochs_by(self.state.history)
+        if epochs is not None:
+            self.epochs = self.console.epochs = epochs
+            self.total_steps = epochs * self.steps_per_epoch
+            self.console.total_steps = self.log.total_steps = self.total_steps
 
     def _evaluate(self, epoch: int) -> dict[str, Any]:
         """The losses of the weights and, where there is one, of their moving average."""
