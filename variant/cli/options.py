@@ -70,21 +70,31 @@ class Generate:
 class Plan:
     """Print the memory of the K/V cache at every depth and bridge; needs no GPU and no weights.
 
+    With --train: the memory of a training step on each GPU, and the fastest settings that fit.
+
     Example: variant plan --model var-d30 --batch 64 --memory 48
+
+    Example: variant plan --train --model var-d30 --gpus 8 --memory 80
     """
 
     model: str = "var-d30"
     """A preset (var-d16, -d20, -d24, -d30, -d36-512), a model folder, or "digits"."""
-    batch: int = 64
-    """Number of images; guidance doubles the number of sequences."""
+    batch: int | None = None
+    """Number of images; guidance doubles the number of sequences; default: 64. With --train: images
+    of a step on all GPUs; default: 1024."""
     dtype: DtypeName = "bfloat16"
-    """Dtype of K, V and the weights."""
+    """Dtype of K, V and the weights; with --train of the matrix products."""
     kv_dtype: KVDtypeName | None = None
     """fp8: plan for 8-bit K and V with their scales, and print the measured error."""
     bridge: int | None = None
     """Bridge of the main table; default: the model's own."""
     memory: float | None = None
-    """Device memory, GiB: print which depths and batches fit beside the weights."""
+    """Device memory, GiB: print which depths and batches fit beside the weights; with --train, in
+    how many parts a batch fits."""
+    train: bool = False
+    """Plan a training step in place of the K/V cache."""
+    gpus: int = 1
+    """Number of GPUs that train together; with --train."""
     page_size: int = 16
     """Tokens per page."""
     guidance: bool = True
@@ -171,6 +181,34 @@ class Recipe:
     """For new: a recipe whose sizes are taken; default: sizes by the number of images."""
     split: Path | None = None
     """For new: a new folder for links to the images of --data, one in ten of a class held out."""
+    overrides: tuple[str, ...] = ()
+    """Values of single keys, as "optim.learning_rate=2e-4"; not an option by this name."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass
+class Tokenize:
+    """Encode a recipe's images before training, as token shards; the same command continues.
+
+    Under torchrun, every process writes its share of the shards. --SECTION.KEY VALUE replaces any
+    value of the recipe: --data.mixup 0.2.
+
+    Example: variant tokenize --recipe digits --passes 10 --out runs/digits/tokens
+    """
+
+    recipe: str = "digits"
+    """Name of a packaged recipe, or a TOML file."""
+    passes: int = 1
+    """Passes over the training images, each augmented and mixed anew: as many as the epochs of
+    training, or fewer, which then repeat."""
+    out: Path | None = None
+    """Folder for the shards; default: runs/RECIPE/tokens."""
+    vae: Path | None = None
+    """Folder that `variant train-vae` wrote into; default: runs/RECIPE. Not used where the recipe
+    names the weights of a VQ-VAE."""
+    seed: int | None = None
+    """Overrides the recipe's seed."""
     overrides: tuple[str, ...] = ()
     """Values of single keys, as "optim.learning_rate=2e-4"; not an option by this name."""
     debug: bool = False
@@ -302,4 +340,4 @@ class Info:
     """Show the traceback of an error."""
 
 
-Command = Generate | Plan | Train | TrainVae | Recipe | Bench | Convert | Info
+Command = Generate | Plan | Train | TrainVae | Recipe | Bench | Convert | Info | Tokenize

@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from variant.data.images import Indices
+from variant.data.images import Indices, sample_order
 from variant.data.samples import Source
 from variant.training.meters import Meters
 from variant.training.recipe import Recipe
-
-SAMPLE_SEED = 0  # of the sample of training images that is evaluated at the end
 
 Report = Callable[[str, int, int], None]
 
@@ -98,7 +96,7 @@ class Task(ABC):
 
     def train_losses(self) -> dict[str, float]:
         """The same losses on a fixed sample of equally many training images."""
-        order = np.random.default_rng(SAMPLE_SEED).permutation(self.data.num_train)
+        order = sample_order(self.data.num_train)
         return self._mean_losses(order[: self.num_evaluated], held_out=False)
 
     def _mean_losses(self, indices: np.ndarray, *, held_out: bool) -> dict[str, float]:
@@ -128,6 +126,10 @@ class Task(ABC):
         Called before the first step of a new or resumed run and after every epoch.
         """
         return None
+
+    def flop_of_step(self, step: int) -> int:
+        """FLOP of the forward and backward pass for one image; 0 is not counted."""
+        return 0
 
     def measure(self, key: str, value: Tensor) -> None:
         """Add a value, or a row of them, to what the step reports: see :class:`Meters`."""
