@@ -10,8 +10,9 @@ Axes: B images of a batch, C copies, N images of the data set, L tokens, V codeb
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from variant.training.draws import draw_drops
 from variant.training.efficiency import convert_to_fp8, execution_of
 from variant.training.initial_weights import find_start, find_vae, load_start, load_vae
 from variant.training.parallel import whole
+from variant.training.phase_ends import ended_phase
 from variant.training.random_state import seed_everything
 from variant.training.recipe import Recipe, with_seed
 from variant.training.run_setup import RunSetup, open_run
@@ -164,8 +166,15 @@ class VARTask(Task):
     def values_of_step(self, step: int) -> dict[str, float]:
         if len(self.configurations.evaluated()) == 1:
             return {}
-        probability = self.recipe.schedule.probability(step / self.steps_per_epoch)
-        return {"schedule/subnet_probability": probability}
+        return {"schedule/subnet_probability": self.configurations.probability(step)}
+
+    def ended_phase(self, history: Sequence[Mapping[str, Any]]) -> str | None:
+        return ended_phase(self.recipe.schedule, history)
+
+    def epochs_by(self, history: Sequence[Mapping[str, Any]]) -> int | None:
+        self.configurations.observe(history)
+        is_auto = self.recipe.schedule.phase_ends == "auto"
+        return self.configurations.ends.refinement if is_auto else None
 
     def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
         if not held_out and self._copies_CNL is not None:
