@@ -24,9 +24,11 @@ from variant_kernels import (
 from variant_kernels.dispatch import support
 from variant_kernels.dispatch.explain import resolve
 from variant_kernels.dispatch.request import Request
-from variant_kernels.dispatch.select import Backend
+from variant_kernels.dispatch.select import Backend, requested_name
 from variant_kernels.dispatch.support import BACKENDS
+from variant_kernels.kv_quantization import KV8_DTYPE
 from variant_kernels.ops import adaln, registry, tables
+from variant_kernels.ops import append_paged_kv as append
 from variant_kernels.ops import block_causal_attention as block_causal
 
 ROOT = Path(__file__).parent.parent.parent
@@ -133,6 +135,35 @@ def test_a_changed_environment_chooses_anew(monkeypatch, checks):
         adaln_modulate(x, row, row)
     with pytest.raises(ValueError, match='backend "triton" cannot run'):
         adaln_modulate(x, row, row, backend="triton")
+
+
+def test_auto_inside_a_named_backend_follows_the_environment_again(monkeypatch):
+    monkeypatch.setenv("VARIANT_BACKEND", "reference")
+    with use_backend("cpu"):
+        assert requested_name("auto") == "cpu"
+        with use_backend("auto"):
+            assert requested_name("auto") == "reference"
+        assert requested_name("auto") == "cpu"
+
+
+def test_triton_is_available_without_a_gpu_in_its_interpreter_alone(monkeypatch):
+    monkeypatch.setattr(support, "_has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for interpreted in (True, False):
+        monkeypatch.setattr(support, "triton_interprets", lambda value=interpreted: value)
+        assert ("triton" in support.available_backends()) is interpreted
+        assert "flex" not in support.available_backends()
+
+
+def test_only_8_bit_pages_are_asked_for_as_such():
+    op = append.append_paged_kv_op
+    tokens, slots = torch.ones(1, 2, 3, 16), torch.arange(2)[None]
+    scales = torch.zeros(4, 8, 3, dtype=torch.uint8)
+    for dtype in (torch.float32, KV8_DTYPE):
+        pages = torch.zeros(4, 8, 3, 16).to(dtype)
+        extra = (scales, scales) if dtype is KV8_DTYPE else ()
+        request = op._request(tokens, tokens, pages, pages, slots, *extra)
+        assert request.kv_dtype == (KV8_DTYPE if extra else None)
 
 
 def test_what_a_choice_depends_on_is_asked_again_after_forgetting(monkeypatch):
