@@ -155,6 +155,36 @@ def test_triton_is_available_without_a_gpu_in_its_interpreter_alone(monkeypatch)
         assert "flex" not in support.available_backends()
 
 
+@pytest.mark.parametrize(
+    ("reason_of", "device", "dtype", "installed", "interpreted", "reason"),
+    [
+        ("triton", "cuda", torch.float32, False, False, "Triton is not installed"),
+        ("triton", "cuda", torch.float32, True, True, "takes CPU tensors; these are on cuda"),
+        ("triton", "cpu", torch.bfloat16, True, True, "computes bfloat16 wrongly"),
+        ("triton", "cpu", torch.float32, True, False, "the tensors are on cpu, not on a GPU"),
+        ("triton", "cuda", torch.float64, True, False, "dtype float64 is not among its dtypes"),
+        ("triton", "cuda", torch.float32, True, False, None),
+        ("triton", "cpu", torch.float16, True, True, None),
+        ("flex", "cpu", torch.float32, True, False, "has no backward pass on cpu"),
+        ("flex", "cuda", torch.float32, False, False, "Triton is not installed"),
+        ("flex", "xpu", torch.float32, True, False, None),
+    ],
+)
+def test_triton_and_flex_say_why_not(
+    monkeypatch, reason_of, device, dtype, installed, interpreted, reason
+):
+    monkeypatch.setattr(support, "_has_triton", lambda: installed)
+    monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreted)))
+    answer = getattr(support, f"{reason_of}_unsupported")(Request(device, (dtype,), 64))
+    assert answer is None if reason is None else reason in answer
+
+
+def test_the_least_of_all_visible_gpus_counts(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", [(9, 0), (7, 5), (8, 6)].__getitem__)
+    assert support._least_capability.__wrapped__() == (7, 5)
+
+
 def test_only_8_bit_pages_are_asked_for_as_such():
     op = append.append_paged_kv_op
     tokens, slots = torch.ones(1, 2, 3, 16), torch.arange(2)[None]
