@@ -26,9 +26,7 @@ from variant_kernels.dispatch.explain import resolve
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import Backend, requested_name
 from variant_kernels.dispatch.support import BACKENDS
-from variant_kernels.kv_quantization import KV8_DTYPE
 from variant_kernels.ops import adaln, registry, tables
-from variant_kernels.ops import append_paged_kv as append
 from variant_kernels.ops import block_causal_attention as block_causal
 
 ROOT = Path(__file__).parent.parent.parent
@@ -183,17 +181,6 @@ def test_the_least_of_all_visible_gpus_counts(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", [(9, 0), (7, 5), (8, 6)].__getitem__)
     assert support._least_capability.__wrapped__() == (7, 5)
-
-
-def test_only_8_bit_pages_are_asked_for_as_such():
-    op = append.append_paged_kv_op
-    tokens, slots = torch.ones(1, 2, 3, 16), torch.arange(2)[None]
-    scales = torch.zeros(4, 8, 3, dtype=torch.uint8)
-    for dtype in (torch.float32, KV8_DTYPE):
-        pages = torch.zeros(4, 8, 3, 16).to(dtype)
-        extra = (scales, scales) if dtype is KV8_DTYPE else ()
-        request = op._request(tokens, tokens, pages, pages, slots, *extra)
-        assert request.kv_dtype == (KV8_DTYPE if extra else None)
 
 
 def test_what_a_choice_depends_on_is_asked_again_after_forgetting(monkeypatch):
