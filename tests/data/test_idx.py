@@ -168,7 +168,7 @@ def test_pairs_that_do_not_fit_are_refused(section, tmp_path):
         IdxData(section, 8, 3, 0)
     (tmp_path / "held_out_labels").write_bytes(as_idx(np.zeros(4, np.uint8)))
     with pytest.raises(
-        UserError, match="must have a label for each of the 5 images in .* it has 4"
+        UserError, match=r"must have a label for each of the 5 images in .* it has 4"
     ):
         IdxData(section, 8, 3, 0)
     with pytest.raises(UserError, match="absent: no such file"):

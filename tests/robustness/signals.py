@@ -82,6 +82,7 @@ def run(
         The exit code, negative for a signal, and standard error.
     """
     errors = folder / "errors.txt"
+    errors.write_text("")  # a signal may come before the child opens it
     child = os.fork()
     if child == 0:
         code = 70
@@ -95,6 +96,8 @@ def run(
             from variant.cli.entry import main
 
             code = main()
+        except KeyboardInterrupt:  # before main's handlers: of this harness, not of the command
+            code = 128 + signal.SIGINT
         finally:
             os._exit(code)
     if number is not None:

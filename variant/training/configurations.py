@@ -63,6 +63,13 @@ class Configurations:
         depths = [self.subnet(depth, self.section.bridge) for depth in self.section.depths]
         return (self.full, *depths, *self.by_scale.values())
 
+    def trained(self) -> tuple[Configuration, ...]:
+        """Every configuration that a step may train."""
+        section = self.section
+        bridges = section.bridges or (section.bridge,)
+        depths = [self.subnet(depth, bridge) for depth in section.depths for bridge in bridges]
+        return (self.full, *depths, *self.by_scale.values())
+
     def of_step(self, step: int) -> Configuration:
         """The configuration that a step trains, a function of (seed, step)."""
         section = self.section

@@ -31,6 +31,7 @@ from variant.paths import path_kind, read_text, shown
 from variant.training.checkpoint_schedule import OutputSection
 from variant.training.ema import EMASection
 from variant.training.optim import OptimSection
+from variant.training.parallel import ParallelSection
 from variant.training.schedule import ScheduleSection
 from variant_kernels.arguments import integer
 from variant_kernels.plans.depth_schedule import select_layers
@@ -155,6 +156,7 @@ class Recipe:
     schedule: ScheduleSection
     eval: EvalSection = field(default_factory=EvalSection)
     output: OutputSection = field(default_factory=OutputSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
     ema: EMASection = field(default_factory=EMASection)
     seed: CountOrZero = 0
 

@@ -25,6 +25,7 @@ FREE = (
     "data.workers",
     "data.max_bad",
     "output.",
+    "parallel.",
 )
 # Keys that a task does not use, or compares by the contents of the file that they name.
 UNUSED = {

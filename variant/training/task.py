@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from variant.data.images import Indices
 from variant.data.samples import Source
+from variant.training.distributed import Ranks
 from variant.training.recipe import Recipe
 
 SAMPLE_SEED = 0  # of the sample of training images that is evaluated at the end
@@ -45,6 +48,7 @@ class Task(ABC):
     """A module to train, its data and its losses.
 
     kind: "var" or "vae", the first word of the names of the run's files.
+    network: what :meth:`loss` calls in place of the module, which it wraps; the trainer sets it.
     ema_decay: of the moving average of the module's weights; 0 keeps none.
     """
 
@@ -53,6 +57,17 @@ class Task(ABC):
     data: Source
     recipe: Recipe
     ema_decay: float = 0.0
+    network: Callable[..., Any]
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The module's repeated layers; FSDP2 shards each by itself."""
+        return ()
+
+    @property
+    def uses_every_parameter(self) -> bool:
+        """Whether every step has a gradient for every parameter."""
+        return True
 
     @abstractmethod
     def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
@@ -65,6 +80,10 @@ class Task(ABC):
     @abstractmethod
     def name_of_step(self, step: int) -> str:
         """The name under which the step's loss is averaged, e.g. the subnet's depth."""
+
+    def describe_step(self, step: int) -> str:
+        """All that the step draws for every image alike; the ranks compare it."""
+        return self.name_of_step(step)
 
     @abstractmethod
     def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
@@ -83,23 +102,33 @@ class Task(ABC):
         count = self.data.num_held_out
         return min(count, self.recipe.eval.limit or count)
 
-    def held_out_losses(self) -> dict[str, float]:
-        """Losses on held-out images; the best weights are those of the lowest mean."""
-        return self._mean_losses(np.arange(self.num_evaluated), held_out=True)
+    def held_out_losses(self, ranks: Ranks) -> dict[str, float]:
+        """Losses on held-out images; the best weights are those of the lowest mean.
 
-    def train_losses(self) -> dict[str, float]:
+        Every rank evaluates some of the images, and gets the losses of all.
+        """
+        return self._mean_losses(np.arange(self.num_evaluated), ranks, held_out=True)
+
+    def train_losses(self, ranks: Ranks) -> dict[str, float]:
         """The same losses on a fixed sample of equally many training images."""
         order = np.random.default_rng(SAMPLE_SEED).permutation(self.data.num_train)
-        return self._mean_losses(order[: self.num_evaluated], held_out=False)
+        return self._mean_losses(order[: self.num_evaluated], ranks, held_out=False)
 
-    def _mean_losses(self, indices: np.ndarray, *, held_out: bool) -> dict[str, float]:
+    def _mean_losses(
+        self, indices: np.ndarray, ranks: Ranks, *, held_out: bool
+    ) -> dict[str, float]:
         totals: dict[str, float] = {}
         size = self.recipe.eval.batch_size
-        for start in range(0, len(indices), size):
-            part = indices[start : start + size]
-            for name, loss in self.evaluate(part, held_out=held_out).items():
+        own, most = indices[ranks.share(len(indices))], math.ceil(len(indices) / ranks.size)
+        for start in range(0, most, size):
+            part = own[start : start + size]
+            # FSDP2 gathers weights in every forward pass, so that all ranks need the same number
+            # of them: one that has no image left takes any, which does not count.
+            losses = self.evaluate(part if len(part) else indices[:1], held_out=held_out)
+            for name, loss in losses.items():
                 totals[name] = totals.get(name, 0.0) + loss * len(part)
-        return {name: total / len(indices) for name, total in totals.items()}
+        sums = ranks.sums(list(totals.values()))
+        return {name: total / len(indices) for name, total in zip(totals, sums, strict=True)}
 
     def prepare(self, report: Report) -> None:
         """Called before the first step of a new or resumed run.

@@ -10,13 +10,14 @@ Axes: B images of a batch, C copies, N images of the data set, L tokens, V codeb
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from variant.checkpoints.model_folder import save_model
 from variant.data.encode import encode_images
@@ -26,7 +27,10 @@ from variant.errors import UserError
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.training.configurations import Configurations
+from variant.training.distributed import connected, device_of_rank
+from variant.training.draws import draw_drops
 from variant.training.initial_weights import find_start, find_vae, load_start, load_vae
+from variant.training.parallel import whole
 from variant.training.random_state import seed_everything
 from variant.training.recipe import Recipe, with_seed
 from variant.training.run_setup import RunSetup, open_run
@@ -51,7 +55,8 @@ class VARTask(Task):
         device: torch.device,
         steps_per_epoch: int,
     ) -> None:
-        self.module = self.var = module
+        self.module = self.var = self.network = module
+        self.config = recipe.var_config
         self.vae, self.data, self.recipe = vae, data, recipe
         self.device, self.steps_per_epoch = device, steps_per_epoch
         self.ema_decay = recipe.ema.decay
@@ -62,8 +67,25 @@ class VARTask(Task):
     def prepare(self, report: Report) -> None:
         self._copies_CNL = self._encode_copies(report)
 
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.var.layers()
+
+    @property
+    def uses_every_parameter(self) -> bool:
+        layers = range(self.config.depth)
+        return all(
+            configuration.schedule.last_scale(layer) >= 0
+            for configuration in self.configurations.trained()
+            for layer in layers
+        )
+
     def name_of_step(self, step: int) -> str:
         return self.configurations.of_step(step).name
+
+    def describe_step(self, step: int) -> str:
+        configuration = self.configurations.of_step(step)
+        return f"{configuration.name}, {configuration.schedule}"
 
     def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
         schedule = self.configurations.of_step(step).schedule
@@ -73,12 +95,15 @@ class VARTask(Task):
             samples = self.data.samples(indices, epoch)
         samples = samples.to(self.device)
         tokens_BL = self._tokens(samples)
-        logits_BLV = self.var(
+        drops = draw_drops(self.config, self.recipe.seed, step, indices).to(self.device)
+        logits_BLV = self.network(
             samples.labels_B,
             self._teacher_input(tokens_BL),
             schedule,
             mixed_labels_B=samples.mixed_labels_B,
             mix_B=samples.mix_B,
+            dropped_B=drops.dropped_B,
+            branch_scales_N2B=drops.branch_scales_N2B,
         )
         return F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
 
@@ -174,15 +199,20 @@ def train_var(
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
     """
     recipe = with_seed("train_var", recipe, seed)
-    with open_run(
-        VARTask.kind,
-        recipe,
-        recipe.optim,
-        out,
-        device=device,
-        resume=resume,
-        resume_command=resume_command,
-    ) as setup:
+    device = device or device_of_rank()
+    with (
+        connected(device) as ranks,
+        open_run(
+            VARTask.kind,
+            recipe,
+            recipe.optim,
+            out,
+            device=device,
+            resume=resume,
+            resume_command=resume_command,
+            ranks=ranks,
+        ) as setup,
+    ):
         return _train(setup, recipe, console)
 
 
@@ -220,5 +250,9 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
         "held_out_loss": summary.held_out_loss,
     }
     extra = {"training": training}
-    save_model(setup.folder, module.cpu().eval(), vae.cpu(), extra)
+    weights = whole(module.state_dict(), keep=setup.ranks.is_first)
+    if setup.ranks.is_first:
+        plain = VAR(module.config).eval()
+        plain.load_state_dict(weights)
+        save_model(setup.folder, plain, vae.cpu(), extra)
     return summary
