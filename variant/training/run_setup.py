@@ -126,8 +126,13 @@ class RunSetup:
         self.recipe, self.optim, self.folder = recipe, optim, Path(folder)
         self.ranks = ranks or Ranks()
         self.device = device or device_of_rank()
-        keep = recipe.output.keep
-        self.checkpointer = Checkpointer(self.folder, kind, keep, writes=self.ranks.is_first)
+        self.checkpointer = Checkpointer(
+            self.folder,
+            kind,
+            recipe.output.keep,
+            writes=self.ranks.is_first,
+            shared=self.ranks.size > 1,
+        )
         self.resume_command = resume_command or resume_hint(COMMANDS[kind], recipe, self.folder)
         self._check_folder(resume)
         self._check_memory(kind)
