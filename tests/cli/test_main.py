@@ -19,7 +19,7 @@ from variant.cli.options import Bench, Generate, Plan
 from variant.cli.words import command_line
 from variant.errors import UserError
 
-COMMANDS = ["generate", "plan", "train", "train-vae", "bench", "convert", "info"]
+COMMANDS = ["generate", "plan", "train", "train-vae", "recipe", "bench", "convert", "info"]
 
 
 def process(*words, **options):
@@ -101,7 +101,13 @@ def test_the_completion_script_is_printed():
         ("generate --top-k 3 --top_k=4", "--top-k is given twice"),
         ("plan --guidance --no-guidance", "--no-guidance is given twice"),
         ("plan extra", "plan: unrecognized options: extra"),
-        ("paint", "paint: no such command; commands: generate, plan, train, train-vae, bench"),
+        ("paint", "paint: no such command; commands: generate, plan, train, train-vae, recipe"),
+        ("recipe", "recipe: needs one of show, check; see variant recipe --help"),
+        ("recipe paint digits", "recipe: needs one of show, check; got paint; see variant"),
+        ("train --optim.clip", "train: --optim.clip needs a value"),
+        ("train --optim.clip 1 --optim.clip=2", "--optim.clip is given twice"),
+        ("train --optim.clip 1 --depht 2", "train: unrecognized options: --depht, 2"),
+        ("generate --optim.clip 1", "generate: unrecognized options: --optim.clip, 1"),
         ("--model digits", "the command comes before --model"),
         ("generate --out=", "generate: --out must not be empty"),
     ],
@@ -269,10 +275,10 @@ def test_the_first_line_comes_before_torch(command):
         "main.function_of = function_of\n"
         "main.main(sys.argv[1:])\n"
     )
-    words = ["--var", "a", "--vae", "b", "--out", "c"] if command == "convert" else []
+    words = {"convert": ["--var", "a", "--vae", "b", "--out", "c"], "recipe": ["check", "a"]}
     begun = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", script, command, *words],
+        [sys.executable, "-c", script, command, *words.get(command, ())],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

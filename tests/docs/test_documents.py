@@ -19,14 +19,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import tyro
 from PIL import Image
 from small_models import small_model
 
 from benchmarks import docs_results, readme_picture
 from variant import VARiant
 from variant.cli.main import main
-from variant.cli.options import Command
+from variant.cli.parser import parse
 
 ROOT = Path(__file__).parents[2]
 LOOKALIKES = ROOT / "tests" / "integrations"
@@ -218,10 +217,10 @@ def check_exists(words):
     """Fail unless what a command names exists; run nothing."""
     program, arguments = words[0], [word for word in words[1:] if not word.startswith("-")]
     if program == "variant":
-        tyro.cli(Command, args=list(words[1:]))
+        parse(words[1:])
     elif program == "torchrun":
         assert words[3:5] == ("-m", "variant.training"), words
-        tyro.cli(Command, args=["train", "--recipe", *words[5:]])
+        parse(("train", "--recipe", *words[5:]))
     elif program == "make":
         targets = [word for word in arguments if "=" not in word]
         done = subprocess.run(

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from variant.cli.options import Bench, Command, Convert, Generate, Info, Plan, Train, TrainVae
+from variant.cli.options import (
+    Bench,
+    Command,
+    Convert,
+    Generate,
+    Info,
+    Plan,
+    Recipe,
+    Train,
+    TrainVae,
+)
 from variant.cli.output import console
 
 
@@ -41,6 +51,8 @@ def first_line(command: Command) -> str:
             return f"convert: reading {' and '.join(names)}" if names else ""
         case Info():
             return f"info: reading {command.model}"
+        case Recipe():  # a shown recipe is the whole output
+            return f"recipe: checking {command.recipe}" if command.action == "check" else ""
         case Plan():
             return ""
 

@@ -1,4 +1,5 @@
-"""The command line ``variant``: generate, plan, train, train-vae, bench, convert, info.
+"""The command line ``variant``: generate, plan, train, train-vae, recipe, bench, convert,
+info.
 
 The module of a command is imported when it runs, so that ``--help`` starts without torch.
 """
@@ -21,6 +22,7 @@ from variant.cli.options import (
     Generate,
     Info,
     Plan,
+    Recipe,
     Train,
     TrainVae,
 )
@@ -91,6 +93,10 @@ def function_of(command: Command) -> Callable[[Any], None]:
             from variant.cli.train import train_vae
 
             return train_vae
+        case Recipe():
+            from variant.cli.recipe import recipe
+
+            return recipe
         case Bench():
             from variant.cli.bench import bench
 

@@ -99,6 +99,8 @@ class Plan:
 class Train:
     """Train a transformer or a depth supernet by a recipe; Ctrl-C saves, --resume continues.
 
+    --SECTION.KEY VALUE replaces any value of the recipe: --optim.learning-rate 2e-4.
+
     Example: variant train --recipe digits --out runs/digits
     """
 
@@ -113,6 +115,8 @@ class Train:
     """Continue from the last checkpoint in that folder."""
     seed: int | None = None
     """Overrides the recipe's seed."""
+    overrides: tuple[str, ...] = ()
+    """Values of single keys, as "optim.learning_rate=2e-4"; not an option by this name."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -120,6 +124,8 @@ class Train:
 @dataclass
 class TrainVae:
     """Train a multi-scale VQ-VAE by a recipe; Ctrl-C saves, --resume continues.
+
+    --SECTION.KEY VALUE replaces any value of the recipe: --vae-training.epochs 20.
 
     Example: variant train-vae --recipe digits --out runs/digits
     """
@@ -132,6 +138,30 @@ class TrainVae:
     """Continue from the last checkpoint in that folder."""
     seed: int | None = None
     """Overrides the recipe's seed."""
+    overrides: tuple[str, ...] = ()
+    """Values of single keys, as "optim.learning_rate=2e-4"; not an option by this name."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass
+class Recipe:
+    """Show or check a recipe of training.
+
+    --SECTION.KEY VALUE replaces any value of the recipe: --optim.learning-rate 2e-4.
+
+    Example: variant recipe show digits
+
+    Example: variant recipe check my.toml
+    """
+
+    action: Literal["show", "check"]
+    """show: print the recipe with every key and a comment for each. check: name every mistake, and
+    print what the run will be."""
+    recipe: str = ""
+    """Name of a packaged recipe, or a TOML file."""
+    overrides: tuple[str, ...] = ()
+    """Values of single keys, as "optim.learning_rate=2e-4"; not an option by this name."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -261,4 +291,4 @@ class Info:
     """Show the traceback of an error."""
 
 
-Command = Generate | Plan | Train | TrainVae | Bench | Convert | Info
+Command = Generate | Plan | Train | TrainVae | Recipe | Bench | Convert | Info

@@ -7,13 +7,14 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import fields
+from dataclasses import MISSING, fields, replace
 from typing import Annotated, get_args, get_type_hints
 
 import tyro
 
-from variant.cli.options import Command
+from variant.cli.options import Command, Recipe
 from variant.cli.words import UsageError
+from variant.training.overrides import split_overrides
 
 DESCRIPTION = """Visual autoregressive models at any depth.
 
@@ -22,6 +23,8 @@ DESCRIPTION = """Visual autoregressive models at any depth.
 Tab completion: variant --tyro-print-completion bash (or zsh, tcsh) prints a script."""
 # Wide enough that no message is wrapped.
 ERROR_COLUMNS = "100000"
+# Options that are given by their place, besides those without a default.
+POSITIONAL = {Recipe: ("recipe",)}
 KINDS = {"INT": "an integer", "FLOAT": "a number", "STR": "a text", "PATH": "a path"}
 
 
@@ -33,6 +36,7 @@ def parse(words: Sequence[str]) -> Command:
         SystemExit: 0, after help or a completion script was printed.
     """
     _annotate()
+    words, overrides = _overrides(words)
     names = ", ".join(_command_names())
     if words[0].startswith("--") and not words[0].startswith(("--help", "--tyro-")):
         raise UsageError(f"the command comes before {words[0]}; commands: {names}")
@@ -48,11 +52,23 @@ def parse(words: Sequence[str]) -> Command:
     errors = io.StringIO()
     try:
         with _columns(ERROR_COLUMNS), redirect_stderr(errors):
-            return _cli(words)
+            command = _cli(words)
     except SystemExit as stop:
         if not stop.code:
             raise
         raise UsageError(_one_line(errors.getvalue(), words)) from None
+    return replace(command, overrides=tuple(overrides)) if overrides else command
+
+
+def _overrides(words: Sequence[str]) -> tuple[Sequence[str], list[str]]:
+    """The words without values for single keys of a recipe, and those values."""
+    kind = next((kind for kind in get_args(Command) if _command_name(kind) == words[0]), None)
+    if kind is None or "overrides" not in {option.name for option in fields(kind)}:
+        return words, []
+    try:
+        return split_overrides(words)
+    except ValueError as error:
+        raise UsageError(f"{words[0]}: {error}; see variant {words[0]} --help") from None
 
 
 def _cli(words: Sequence[str]) -> Command:
@@ -76,7 +92,11 @@ def _annotate() -> None:
         defaults = {option.name: option.default for option in fields(kind)}
         hint = tyro.conf.arg(help_behavior_hint=_default_text)
         for name, annotation in get_type_hints(kind).items():
-            if defaults[name] is False:  # --debug, without --no-debug
+            if name == "overrides":  # given as --SECTION.KEY VALUE, see variant.training.overrides
+                annotation = tyro.conf.Suppress[annotation]
+            elif defaults[name] is MISSING or name in POSITIONAL.get(kind, ()):
+                annotation = tyro.conf.Positional[annotation]
+            elif defaults[name] is False:  # --debug, without --no-debug
                 annotation = tyro.conf.FlagCreatePairsOff[annotation]
             elif bool in get_args(annotation):  # --using-znorm True, not given by default
                 annotation = tyro.conf.FlagConversionOff[annotation]
@@ -136,12 +156,19 @@ def _problem(sections: Sequence[Sequence[str]], words: Sequence[str]) -> str:
     if parsing and usage:
         _, _, metavar = usage[0].partition(" ")
         return f"{parsing[1]} must be {_kind(metavar)}; got {_got(parsing[1], words)}"
+    place = re.match(r"invalid choice '(.*)' for argument '\w+'. Expected one of \((.*)\)", text)
+    if place:
+        names = ", ".join(re.findall(r"'([^']*)'", place[2]))
+        return f"needs one of {names}; got {shorten(place[1])}"
     choice = re.match(r"invalid choice .* for argument '(--[\w-]+)'. Expected one of (.*)", text)
     if choice:
         names = [name for name in re.findall(r"'([^']*)'", choice[2]) if name != "None"]
         return (
             f"{choice[1]} must be one of {', '.join(sorted(names))}; got {_got(choice[1], words)}"
         )
+    place = re.match(r"Missing from variant .*?\{([\w,-]+)\}", text)
+    if place:
+        return f"needs one of {', '.join(place[1].split(','))}"
     missing = re.match(r"Missing value for argument '(--[\w-]+)'", text)
     if missing:
         return f"{missing[1]} needs a value"
@@ -180,6 +207,8 @@ def shorten(text: str, length: int = 200) -> str:
 
 
 def _command_names() -> tuple[str, ...]:
-    return tuple(
-        re.sub(r"(?<!^)(?=[A-Z])", "-", kind.__name__).lower() for kind in get_args(Command)
-    )
+    return tuple(map(_command_name, get_args(Command)))
+
+
+def _command_name(kind: type) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "-", kind.__name__).lower()

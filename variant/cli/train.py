@@ -7,6 +7,7 @@ from pathlib import Path
 
 from variant.cli.options import Train, TrainVae
 from variant.cli.output import console, table
+from variant.training.overrides import override_words
 from variant.training.recipe import load_recipe, starting_from
 from variant.training.task import Summary
 from variant.training.vae_task import train_vae as train_vae_recipe
@@ -15,7 +16,7 @@ from variant.training.var_task import train_var
 
 def train(command: Train) -> None:
     """Train the recipe's transformer and print where the model is."""
-    recipe = load_recipe(command.recipe, seed=command.seed)
+    recipe = load_recipe(command.recipe, seed=command.seed, overrides=command.overrides)
     if command.start_from is not None:
         recipe = starting_from(recipe, command.start_from)
     out = folder_of(command)
@@ -28,7 +29,7 @@ def train(command: Train) -> None:
 
 def train_vae(command: TrainVae) -> None:
     """Train the recipe's VQ-VAE and print the next command."""
-    recipe = load_recipe(command.recipe, seed=command.seed)
+    recipe = load_recipe(command.recipe, seed=command.seed, overrides=command.overrides)
     summary = train_vae_recipe(
         recipe,
         folder_of(command),
@@ -52,6 +53,7 @@ def resume_command(name: str, command: Train | TrainVae) -> str:
         words += ["--seed", str(command.seed)]
     if isinstance(command, Train) and command.start_from is not None:
         words += ["--start-from", command.start_from]
+    words += override_words(command.overrides)
     return shlex.join([*words, "--resume"])
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-OPTION = re.compile(r"--[A-Za-z][\w-]*")
+OPTION = re.compile(r"--[A-Za-z][\w.-]*")
 
 
 class UsageError(Exception):

@@ -90,15 +90,24 @@ def parse_dataclass(kind: type[Config], values: Mapping[str, Any], where: str) -
     """
     instance(where, "values", values, Mapping)
     try:
-        # As JSON, because strict validation of Python values takes no lists as tuples. Dates of
-        # TOML become text, which no key takes.
-        text = json.dumps(dict(values), default=str)
-        return TypeAdapter(kind).validate_json(text, strict=True)
+        return validate_dataclass(kind, values)
     except ValidationError as error:
         text = describe_validation_error(error).removeprefix(f"{where}: ")
         raise ValueError(f"{where}: {text}") from None
     except RecursionError:
         raise ValueError(f"{where}: is nested too deeply") from None
+
+
+def validate_dataclass(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """As :func:`parse_dataclass`, with pydantic's own errors.
+
+    Raises:
+        ValidationError: with every problem.  RecursionError: the values are nested too deeply.
+    """
+    # As JSON, because strict validation of Python values takes no lists as tuples. Dates of TOML
+    # become text, which no key takes.
+    text = json.dumps(dict(values), default=str)
+    return TypeAdapter(kind).validate_json(text, strict=True)
 
 
 def to_plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ ranges when a section is built by Python code.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from functools import cache
@@ -58,7 +59,7 @@ def check_ranges(section: Any) -> None:
 def hints_of(kind: type) -> dict[str, Any]:
     """The types of a dataclass's fields, ranges included."""
     hints = get_type_hints(kind, include_extras=True)
-    return {name: hints[name] for name in kind.__dataclass_fields__}
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def range_text(hint: Any) -> str:

@@ -20,16 +20,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from variant.models.config import VARConfig
+from variant.models.execution import PLAIN, Checkpointing, Execution, computed_again, recompute
+from variant.models.residual import OpenSum, PrefixStream, closed, modulated
+from variant.models.token_loss import TokenLoss, linear_cross_entropy
 from variant_kernels import (
     DepthSchedule,
     ScaleLayout,
-    adaln_modulate,
     block_causal_attention,
     gated_residual_adaln,
 )
 from variant_kernels.arguments import instance, integer, sequence
 from variant_kernels.ops.contract import check_tensor
 from variant_kernels.plans.depth_schedule import resolve_layers
+
+
+class LinearWithoutBias(nn.Linear):
+    """A linear layer without parameters for a bias, which its caller may give."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.weight, bias)
 
 
 class SelfAttention(nn.Module):
@@ -48,7 +60,7 @@ class SelfAttention(nn.Module):
             )
         else:
             self.softmax_scale = 0.25 / math.sqrt(self.head_dim)
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.mat_qkv = LinearWithoutBias(width, 3 * width)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.zero_k_bias: Tensor
@@ -59,9 +71,17 @@ class SelfAttention(nn.Module):
         """(3C,): keys have no bias."""
         return torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
 
+    def _qkv(self, x_BLC: Tensor) -> Tensor:
+        """(B, L, 3C)."""
+        if isinstance(self.mat_qkv, LinearWithoutBias):
+            return self.mat_qkv(x_BLC, self.qkv_bias())  # one rounding for product and bias
+        # A layer in its place, of 8-bit products for instance, takes no bias.
+        qkv_BL3C = self.mat_qkv(x_BLC)
+        return qkv_BL3C + self.qkv_bias().to(qkv_BL3C.dtype)
+
     def forward(self, x_BLC: Tensor, layout: ScaleLayout) -> Tensor:
         batch, length, width = x_BLC.shape
-        qkv_BL3C = F.linear(x_BLC, self.mat_qkv.weight, self.qkv_bias())
+        qkv_BL3C = self._qkv(x_BLC)
         packed = qkv_BL3C.view(batch, length, 3, self.num_heads, self.head_dim)
         q_BLHD, k_BLHD, v_BLHD = packed.unbind(2)
         out_BLHD = block_causal_attention(
@@ -83,8 +103,15 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x_BLC: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BLC), approximate="tanh"))
+    def forward(self, x_BLC: Tensor, *, keep_all: bool = False) -> Tensor:
+        """Args: keep_all: keep the GELU's result for the backward pass, which computes it else."""
+        hidden = self.fc1(x_BLC)
+        active = F.gelu(hidden, approximate="tanh")
+        if keep_all or torch.compiler.is_compiling() or not active.requires_grad:
+            return self.fc2(active)
+        kept = hidden.detach()
+        with computed_again(active, lambda: F.gelu(kept, approximate="tanh")):
+            return self.fc2(active)
 
 
 class Block(nn.Module):
@@ -112,20 +139,48 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x_BLC: Tensor,
+        stream: Tensor | OpenSum,
         cond: Tensor,
         layout: ScaleLayout,
         branch_scales_2B: Tensor | None = None,
-    ) -> Tensor:
-        """Args: branch_scales_2B: of :func:`branch_scales`, this layer's part."""
+        execution: Execution = PLAIN,
+        *,
+        leave_open: bool = False,
+    ) -> Any:
+        """The stream (B, L, C) after this block, an :class:`OpenSum` with ``leave_open``.
+
+        Args:
+            stream: before this block.  branch_scales_2B: of :func:`branch_scales`, this layer's
+                part.
+        """
+        compute = execution.compiled if self.training and execution.compiled else Block.compute
+        args = self, stream, cond, layout, branch_scales_2B, execution.checkpointing, leave_open
+        if execution.checkpointing == "full" and torch.is_grad_enabled():
+            return recompute(compute, *args)
+        return compute(*args)
+
+    def compute(
+        self,
+        stream: Tensor | OpenSum,
+        cond: Tensor,
+        layout: ScaleLayout,
+        branch_scales_2B: Tensor | None,
+        checkpointing: Checkpointing,
+        leave_open: bool,
+    ) -> Tensor | OpenSum:
+        """What :meth:`forward` runs; ``torch.compile`` takes this function."""
         gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(cond).unbind(1)
         if branch_scales_2B is not None:
             scales_2B1 = branch_scales_2B.to(gate1.dtype).unsqueeze(2)
             gate1, gate2 = gate1 * scales_2B1[0], gate2 * scales_2B1[1]
-        h_BLC = adaln_modulate(x_BLC, scale1, shift1, eps=self.norm_eps)
-        y_BLC = self.attn(h_BLC, layout)
+        x_BLC, h_BLC = modulated(stream, scale1, shift1, self.norm_eps)
+        if checkpointing == "attention" and torch.is_grad_enabled():
+            y_BLC = recompute(self.attn, h_BLC, layout)
+        else:
+            y_BLC = self.attn(h_BLC, layout)
         x_BLC, h_BLC = gated_residual_adaln(x_BLC, y_BLC, gate1, scale2, shift2, eps=self.norm_eps)
-        return x_BLC + gate2.unsqueeze(1) * self.ffn(h_BLC)
+        after = OpenSum(x_BLC, self.ffn(h_BLC, keep_all=checkpointing == "full"), gate2)
+        return after if leave_open else closed(after)
 
 
 class HeadNorm(nn.Module):
@@ -141,9 +196,11 @@ class HeadNorm(nn.Module):
         modulation_B2C = self.ada_lin(cond_BC).view(cond_BC.shape[0], 2, -1)
         return modulation_B2C.to(_compute_dtype(modulation_B2C))
 
-    def forward(self, x_BLC: Tensor, cond_BC: Tensor) -> Tensor:
+    def forward(self, stream: Tensor | OpenSum, cond_BC: Tensor) -> Tensor:
         scale_BC, shift_BC = self.modulation(cond_BC).unbind(1)
-        return adaln_modulate(x_BLC, scale_BC, shift_BC, eps=self.norm_eps)
+        if isinstance(stream, Tensor):
+            stream = stream.float()
+        return modulated(stream, scale_BC, shift_BC, self.norm_eps)[1]
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -209,7 +266,9 @@ class VAR(nn.Module):
         mix_B: Tensor | None = None,
         dropped_B: Tensor | None = None,
         branch_scales_N2B: Tensor | None = None,
-    ) -> Tensor:
+        targets_BL: Tensor | None = None,
+        execution: Execution = PLAIN,
+    ) -> Tensor | TokenLoss:
         """Logits of every token, given the true tokens of all earlier scales (teacher forcing).
 
         A layer reads and updates the tokens of the scales at which it runs; the tokens of other
@@ -226,13 +285,19 @@ class VAR(nn.Module):
             branch_scales_N2B: of :func:`branch_scales`, the factors of both branches of every
                 layer. None draws them in training mode; in eval mode no branch is dropped. What is
                 drawn here comes from torch's global generator.
+            targets_BL: (B, L) int64, the true tokens. With them the result is their cross-entropy,
+                computed in chunks: the logits of all tokens are never in memory at once.
+            execution: what is recomputed in the backward pass, and what is compiled.
         Returns:
-            (B, L, V) float32.
+            (B, L, V) float32; with targets_BL a :class:`TokenLoss`.
         Raises:
             ValueError: shapes, labels (checked on the CPU only) or the schedule do not fit the
                 model.
         """
         self._check(labels_B, x_teacher, schedule)
+        if targets_BL is not None:
+            _check_targets(targets_BL, (labels_B.shape[0], self.layout.total))
+        instance("VAR.forward", "execution", execution, Execution)
         for name, given_B in (("mixed_labels_B", mixed_labels_B), ("mix_B", mix_B)):
             if given_B is None:
                 continue
@@ -249,6 +314,7 @@ class VAR(nn.Module):
             mix_B=mix_B,
             dropped_B=dropped_B,
             branch_scales_N2B=branch_scales_N2B,
+            targets_BL=targets_BL,
         )
         if (mixed_labels_B is None) != (mix_B is None):
             raise ValueError("VAR.forward: mixed_labels_B and mix_B go together; got one of them")
@@ -268,15 +334,26 @@ class VAR(nn.Module):
         words = self.word_embed(x_teacher.to(self.word_embed.weight.dtype)).to(start.dtype)
         x_BLC = torch.cat((start, words), dim=1) + self.position_embedding()
         block_cond = self.shared_condition(cond_BC)
+        stream = PrefixStream(x_BLC)
         for layer, block in enumerate(self.layers()):
             scales = self.layout.num_scales
             if schedule is not None:
                 scales = schedule.last_scale(layer) + 1
                 if scales == 0:
                     continue
-            scales_2B = None if branch_scales_N2B is None else branch_scales_N2B[layer]
-            x_BLC = self._run(block, x_BLC, block_cond, self.layout.prefix(scales), scales_2B)
-        return self.head(self.head_nm(x_BLC.float(), cond_BC)).float()
+            layout = self.layout.prefix(scales)
+            stream.head = block(
+                stream.prefix(layout.total),
+                block_cond,
+                layout,
+                None if branch_scales_N2B is None else branch_scales_N2B[layer],
+                execution,
+                leave_open=execution.leaves_sums_open,
+            )
+        h_BLC = self.head_nm(stream.prefix(self.layout.total), cond_BC)
+        if targets_BL is None:
+            return self.head(h_BLC).float()
+        return _token_loss(self.head, h_BLC, targets_BL)
 
     def _drops(
         self, labels_B: Tensor, dropped_B: Tensor | None, branch_scales_N2B: Tensor | None
@@ -304,21 +381,6 @@ class VAR(nn.Module):
             uniform_N2B = torch.rand(shape, device=device)
             branch_scales_N2B = branch_scales(uniform_N2B, config.drop_path_rate)
         return dropped_B, branch_scales_N2B
-
-    def _run(
-        self,
-        block: Block,
-        x_BLC: Tensor,
-        cond: Tensor,
-        layout: ScaleLayout,
-        branch_scales_2B: Tensor | None,
-    ) -> Tensor:
-        """One block on the tokens of ``layout``; later tokens keep their values."""
-        if layout.total == x_BLC.shape[1]:
-            return block(x_BLC, cond, layout, branch_scales_2B)
-        head_BLC, rest_BLC = x_BLC[:, : layout.total], x_BLC[:, layout.total :]
-        head_BLC = block(head_BLC, cond, layout, branch_scales_2B)
-        return torch.cat((head_BLC, rest_BLC), dim=1)
 
     def layers(self) -> list[Block]:
         """The blocks, typed."""
@@ -474,6 +536,25 @@ class VAR(nn.Module):
             third = modulation.shape[0] // 3
             modulation[:third].mul_(gate_scale)
             modulation[third:].mul_(modulation_scale)
+
+
+def _check_targets(targets_BL: Tensor, shape: tuple[int, int]) -> None:
+    check_tensor("VAR.forward", "targets_BL", targets_BL)
+    if targets_BL.dtype != torch.int64 or tuple(targets_BL.shape) != shape:
+        raise ValueError(
+            f"VAR.forward: targets_BL must be {shape} int64; got {tuple(targets_BL.shape)} "
+            f"{targets_BL.dtype}"
+        )
+
+
+def _token_loss(head: nn.Module, h_BLC: Tensor, targets_BL: Tensor) -> TokenLoss:
+    """Cross-entropy of the true tokens; h_BLC: after the norm of the head."""
+    if type(head) is nn.Linear:
+        return linear_cross_entropy(h_BLC, head.weight, head.bias, targets_BL)
+    # A layer in its place computes the logits in its own way.
+    logits_BVL = head(h_BLC).float().transpose(1, 2)
+    losses_BL = F.cross_entropy(logits_BVL, targets_BL, reduction="none")
+    return TokenLoss(losses_BL.mean(), losses_BL.detach())
 
 
 def projection(ada_lin: nn.Sequential) -> nn.Linear:

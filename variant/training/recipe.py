@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, ValidationError
 
 from variant.data.config import DataSection
 from variant.errors import UserError
@@ -22,15 +23,19 @@ from variant.models.config import (
     VARConfig,
     VQVAEConfig,
     parse_dataclass,
+    problems_of,
     require,
     require_plain_numbers,
     to_plain,
+    validate_dataclass,
 )
 from variant.models.ranges import Count, CountOrZero, Positive, Share, ShareBelowOne
 from variant.paths import path_kind, read_text, shown
 from variant.training.checkpoint_schedule import OutputSection
+from variant.training.efficiency import CompileSection, MemorySection
 from variant.training.ema import EMASection
 from variant.training.optim import OptimSection
+from variant.training.overrides import override
 from variant.training.parallel import ParallelSection
 from variant.training.schedule import ScheduleSection
 from variant_kernels.arguments import integer
@@ -154,6 +159,8 @@ class Recipe:
     data: DataSection
     optim: OptimSection
     schedule: ScheduleSection
+    memory: MemorySection = field(default_factory=MemorySection)
+    compile: CompileSection = field(default_factory=CompileSection)
     eval: EvalSection = field(default_factory=EvalSection)
     output: OutputSection = field(default_factory=OutputSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
@@ -241,14 +248,44 @@ def recipe_names() -> tuple[str, ...]:
     return tuple(sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml")))
 
 
-def load_recipe(name_or_path: str | Path, *, seed: int | None = None) -> Recipe:
+def load_recipe(
+    name_or_path: str | Path, *, seed: int | None = None, overrides: Sequence[str] = ()
+) -> Recipe:
     """A packaged recipe by name, or any recipe by the path of its TOML file.
 
     Args:
         seed: replaces the recipe's seed.
+        overrides: replace single values: ``("optim.learning_rate=2e-4",)``.
     Raises:
         UserError: no such recipe, not TOML, unknown keys or invalid values; the message is one line
             that names them.
+    """
+    values = recipe_values(name_or_path, overrides)
+    where = shown(str(name_or_path))
+    try:
+        return with_seed("load_recipe", parse_dataclass(Recipe, values, where), seed)
+    except (RecursionError, ValueError) as error:
+        message = _one_line(error)
+        prefix = "" if message.startswith(where) else f"{where}: "
+        raise UserError(f"{prefix}{message}") from None
+
+
+def recipe_problems(values: Mapping[str, Any]) -> list[str]:
+    """Every problem of a recipe's plain values, one text each, beginning with its dotted key."""
+    try:
+        validate_dataclass(Recipe, values)
+    except ValidationError as error:
+        return [" ".join(problem.split()) for problem in problems_of(error)]
+    except RecursionError:
+        return ["the recipe is nested too deeply"]
+    return []
+
+
+def recipe_values(name_or_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values of a recipe's TOML, unchecked; arguments of :func:`load_recipe`.
+
+    Raises:
+        UserError: no such recipe, not TOML, or an override of an unknown key.
     """
     name = str(name_or_path)
     if name in recipe_names():
@@ -268,11 +305,9 @@ def load_recipe(name_or_path: str | Path, *, seed: int | None = None) -> Recipe:
     except ValueError as error:  # TOMLDecodeError is one
         raise UserError(f"{where}: is not valid TOML: {_one_line(error)}") from None
     try:
-        return with_seed("load_recipe", parse_dataclass(Recipe, values, where), seed)
+        return override(values, overrides, Recipe)
     except (RecursionError, ValueError) as error:
-        message = _one_line(error)
-        prefix = "" if message.startswith(where) else f"{where}: "
-        raise UserError(f"{prefix}{message}") from None
+        raise UserError(f"{where}: {_one_line(error)}") from None
 
 
 def _one_line(error: Exception) -> str:

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from variant.models.config import to_plain
 from variant.models.ranges import hints_of, range_text
+from variant.training.overrides import section_type
 from variant.training.recipe import Recipe, load_recipe, recipe_names
 
 INTRODUCTION = """\
@@ -26,8 +27,12 @@ INTRODUCTION = """\
 `make docs-results` writes this page from the sections' dataclasses; do not edit it.
 [training.md](training.md) explains how to train.
 
-A recipe is a TOML file. Unknown keys and values out of range stop a run with one line that names
-all of them.
+A recipe is a TOML file. `variant recipe show NAME` prints one with every key and a comment for
+each; `variant recipe check FILE` names every mistake and prints what the run will be. Unknown keys
+and values out of range stop a run with one line that names all of them.
+
+Any key can be given on the command line, in `variant train`, `train-vae` and `recipe`:
+`--optim.learning-rate 2e-4`, `--schedule.depths 8 4`, `--model.weights none`.
 
 "-" means that the key is required, "none" that it is not set.
 
@@ -70,12 +75,6 @@ def sections() -> tuple[Section, ...]:
     kinds = {field.name: section_type(hints_of(Recipe)[field.name]) for field in fields}
     nested = [_section(name, kind) for name, kind in kinds.items() if kind is not None]
     return (_section("", Recipe, [name for name, kind in kinds.items() if kind is None]), *nested)
-
-
-def section_type(hint: Any) -> type | None:
-    """The dataclass of a field that is a section, also of one that may be missing; else None."""
-    parts = [hint, *(get_args(hint) if get_origin(hint) in (Union, UnionType) else ())]
-    return next((part for part in parts if dataclasses.is_dataclass(part)), None)
 
 
 def _section(title: str, kind: type, names: list[str] | None = None) -> Section:

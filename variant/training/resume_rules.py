@@ -27,10 +27,21 @@ FREE = (
     "output.",
     "parallel.",
 )
+# Keys that change the rounding of numbers alone.
+ROUNDING = ("memory.", "compile.blocks")
 # Keys that a task does not use, or compares by the contents of the file that they name.
 UNUSED = {
     "var": ("vae_training.", "model.weights"),
-    "vae": ("model.", "optim.", "schedule.", "ema.", "data.copies", "data.mixup"),
+    "vae": (
+        "model.",
+        "optim.",
+        "schedule.",
+        "memory.",
+        "compile.",
+        "ema.",
+        "data.copies",
+        "data.mixup",
+    ),
 }
 # Keys of the number of epochs.
 EPOCHS = {
@@ -67,7 +78,9 @@ def compare_recipes(old: Recipe, new: Recipe, kind: str, where: str) -> list[str
     """
     refused, allowed = [], []
     for key, before, after in differences(_comparable(old), _comparable(new)):
-        is_allowed = _starts(key, FREE + UNUSED[kind]) or key in EPOCHS[kind] + LATER[kind]
+        is_allowed = (
+            _starts(key, FREE + ROUNDING + UNUSED[kind]) or key in EPOCHS[kind] + LATER[kind]
+        )
         (allowed if is_allowed else refused).append(f"{key} {before!r:.60} -> {after!r:.60}")
     if refused:
         more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from variant.models.vqvae import VQVAE
 from variant.training.configurations import Configurations
 from variant.training.distributed import connected, device_of_rank
 from variant.training.draws import draw_drops
+from variant.training.efficiency import convert_to_fp8, execution_of
 from variant.training.initial_weights import find_start, find_vae, load_start, load_vae
 from variant.training.parallel import whole
 from variant.training.random_state import seed_everything
@@ -61,6 +61,7 @@ class VARTask(Task):
         self.device, self.steps_per_epoch = device, steps_per_epoch
         self.ema_decay = recipe.ema.decay
         self.configurations = Configurations(recipe, steps_per_epoch)
+        self.execution = execution_of(recipe.memory, recipe.compile)
         self._copies_CNL: Tensor | None = None
         self._labels_N = torch.empty(0, dtype=torch.int64)
 
@@ -96,7 +97,7 @@ class VARTask(Task):
         samples = samples.to(self.device)
         tokens_BL = self._tokens(samples)
         drops = draw_drops(self.config, self.recipe.seed, step, indices).to(self.device)
-        logits_BLV = self.network(
+        return self.network(
             samples.labels_B,
             self._teacher_input(tokens_BL),
             schedule,
@@ -104,8 +105,9 @@ class VARTask(Task):
             mix_B=samples.mix_B,
             dropped_B=drops.dropped_B,
             branch_scales_N2B=drops.branch_scales_N2B,
-        )
-        return F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
+            targets_BL=tokens_BL,
+            execution=self.execution,
+        ).mean
 
     def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
         if not held_out and self._copies_CNL is not None:
@@ -117,9 +119,8 @@ class VARTask(Task):
         x_teacher = self._teacher_input(tokens_BL)
         losses = {}
         for configuration in self.configurations.evaluated():
-            logits_BLV = self.var(labels_B, x_teacher, configuration.schedule)
-            loss = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
-            losses[configuration.name] = loss.item()
+            loss = self.var(labels_B, x_teacher, configuration.schedule, targets_BL=tokens_BL)
+            losses[configuration.name] = loss.mean.item()
         return losses
 
     def _tokens(self, samples: Samples) -> Tensor:
@@ -235,6 +236,8 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
     if start is not None and setup.saved is None:
         load_start(module, recipe, start)
     module = module.to(setup.device)
+    if recipe.compile.fp8:
+        convert_to_fp8(module, recipe.name, setup.device)
     task = VARTask(module, vae, data, recipe, setup.device, setup.steps_per_epoch)
     trainer = Trainer(task, setup, recipe.schedule.phases.total, console)
     summary = trainer.run()  # leaves the best weights in the module

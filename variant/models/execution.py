@@ -1,0 +1,66 @@
+"""How the transformer's blocks run in training: what is recomputed, what is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Checkpointing = Literal["none", "attention", "full"]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How blocks run.
+
+    checkpointing: what the backward pass computes again instead of keeping it: nothing, the inside
+        of the self-attention, or each block from its input.
+    compiled: ``torch.compile`` of ``Block.compute``; None runs it eagerly.
+    """
+
+    checkpointing: Checkpointing = "none"
+    compiled: Callable[..., Any] | None = None
+
+    @property
+    def leaves_sums_open(self) -> bool:
+        """Whether a block leaves its last sum to the norm of the next one.
+
+        A checkpoint would have to keep both addends, and a compiled block adds them in a kernel of
+        its own.
+        """
+        return self.compiled is None and self.checkpointing != "full"
+
+
+PLAIN = Execution()
+
+
+def recompute(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``; the backward pass calls it again instead of keeping what it needs.
+
+    The function must draw no random numbers: the generators' states are not restored.
+    """
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+@contextmanager
+def computed_again(result: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
+    """Within the block, autograd keeps ``compute`` in place of ``result``.
+
+    For cheap functions of a tensor that is kept in any case. Unlike :func:`recompute` it runs
+    nothing twice but ``compute``: not the casts of weights under autocast, for instance.
+    """
+    address = result.data_ptr()
+
+    def pack(tensor: Tensor) -> Tensor | torch.Size:
+        return tensor.shape if tensor.data_ptr() == address else tensor
+
+    def unpack(packed: Tensor | torch.Size) -> Tensor:
+        return packed if isinstance(packed, Tensor) else compute().view(packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield

@@ -1,0 +1,104 @@
+"""What a run of a recipe will be: sizes, images, steps and epochs. Nothing is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from variant.data.images import ImageData
+from variant.data.sources import open_data
+from variant.errors import UserError
+from variant.models.parameter_count import var_parameters, vqvae_parameters
+from variant.training.optim import OptimSection
+from variant.training.recipe import Recipe
+
+
+class RunSummary:
+    """The sizes of a recipe's models and the steps of its runs.
+
+    data: the opened images; None if they are not there.
+    missing: why not; empty if they are.
+    problems: what would stop a run that has these images.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.data: ImageData | None = None
+        self.missing = ""
+        vae = recipe.vae
+        try:
+            self.data = open_data(recipe.data, vae.image_size, vae.in_channels, recipe.seed)
+        except UserError as error:
+            self.missing = str(error)
+        self.problems = list(self._problems())
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """(name, text) of every line of the summary."""
+        recipe, config = self.recipe, self.recipe.var_config
+        size, section = recipe.vae.image_size, recipe.schedule
+        yield "recipe", f"{recipe.name}: {recipe.description}"
+        yield "images", self._images()
+        yield (
+            "VQ-VAE",
+            f"{vqvae_parameters(recipe.vae):,} parameters, {size}x{size} pixels to "
+            f"{config.layout.total} tokens of {recipe.vae.vocab_size} codes, "
+            + (f"from {recipe.vae_training.weights}" if recipe.vae_training.weights else "trained"),
+        )
+        start = f", from {recipe.model.weights}" if recipe.model.weights else ""
+        yield (
+            "transformer",
+            f"{var_parameters(config):,} parameters, {config.depth} layers of width "
+            f"{config.embed_dim}{start}",
+        )
+        for depth, layers in config.subnets.items():
+            yield f"subnet {depth}", f"layers {', '.join(map(str, layers))}"
+        if recipe.vae_training.optim is not None:
+            yield (
+                "train-vae",
+                self._steps(recipe.vae_training.epochs, recipe.vae_training.optim),
+            )
+        phases = section.phases
+        yield "train", self._steps(phases.total, recipe.optim)
+        if section.has_subnets:
+            epochs = phases.total
+            share = sum(section.probability((i + 0.5) / 100) for i in range(100 * epochs))
+            yield (
+                "schedule",
+                f"epochs {phases.joint} joint + {phases.transition} transition + "
+                f"{phases.refinement} refinement; {share / epochs:.0f} % of the steps train a "
+                "subnet",
+            )
+
+    def _images(self) -> str:
+        if self.data is None:
+            return f"not there: {self.missing}"
+        data = self.data
+        return (
+            f"{data.num_train:,} for training, {data.num_held_out:,} held out, "
+            f"{data.num_classes} classes"
+        )
+
+    def _steps(self, epochs: int, optim: OptimSection) -> str:
+        text = f"{epochs} epochs, batches of {optim.batch_size}"
+        if optim.accumulate > 1:
+            text += f" in {optim.accumulate} parts"
+        if self.data is None:
+            return f"{text}; the number of steps depends on the images"
+        per_epoch = self.data.num_train // optim.batch_size
+        return f"{text}, {epochs * per_epoch:,} steps of {optim.precision}, {per_epoch:,} an epoch"
+
+    def _problems(self) -> Iterator[str]:
+        if self.data is None:
+            return
+        classes, known = self.recipe.model.num_classes, self.data.num_classes
+        if classes != known:
+            yield f"model.num_classes must be {known}, as many as the data has; got {classes}"
+        sections = {
+            "optim": self.recipe.optim,
+            "vae_training.optim": self.recipe.vae_training.optim,
+        }
+        for name, optim in sections.items():
+            if optim is not None and optim.batch_size > self.data.num_train:
+                yield (
+                    f"{name}.batch_size must be at most the number of training images "
+                    f"({self.data.num_train}); got {optim.batch_size}"
+                )
