@@ -5,7 +5,10 @@ import re
 import subprocess
 import sys
 
+from zone_models import zone_model
+
 from variant.cli.plan import unit_of
+from variant.models.parameter_count import zone_parameters
 
 
 def test_the_contracts_table(run):
@@ -79,3 +82,20 @@ def test_does_not_import_torch():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_zone_weights_are_counted(tmp_path, run):
+    model = zone_model("lora")
+    model.save_pretrained(tmp_path)
+    code, printed, _ = run("plan", "--model", tmp_path, "--batch", 1, "--json", tmp_path / "p.json")
+    assert code == 0
+    assert "are zone weights (lora). Merged with" in printed
+    plan = json.loads((tmp_path / "p.json").read_text())
+    counts = {d: zone_parameters(model.var.config, d) for d in (2, 3)}
+    itemsize = 2  # bfloat16, the default
+    assert plan["zone_weight_bytes"] == {str(d): itemsize * n for d, n in counts.items()}
+    merged = {row["depth"]: row["merged_zone_bytes"] for row in plan["depths"]}
+    assert merged == {4: 0, 3: 3 * 12 * 32**2 * itemsize, 2: 2 * 12 * 32**2 * itemsize}
+    code, printed, _ = run("info", "--model", tmp_path)
+    assert code == 0
+    assert f"zone weights: lora of rank 3 and adaLN; parameters: depth 2: {counts[2]:,}" in printed

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from variant.training.console import RunConsole
+from variant.training.console import RunConsole, duration
 
 
 def printed(entry, kind="var"):
@@ -29,13 +29,44 @@ def test_an_epoch_without_evaluation_prints_its_training_loss_alone():
     assert printed(entry, "vae") == "vae epoch 3/4  train: loss 0.2500  6 s, about 2 s left\n"
 
 
+def test_losses_by_scale_have_a_line_of_their_own():
+    entry = {"epoch": 1, "step": 10, "train": {"full": 2.0}, "seconds": 1.0}
+    by_scale = {"2": [1.5, 2.25], "full": [1.0, 2.125]}
+    lines = printed(entry | {"held_out_by_scale": by_scale}).splitlines()
+    assert lines[1:] == ["  held out by scale: full 1.00 2.12 | depth 2 1.50 2.25"]
+
+
+def test_a_line_of_steps_shows_what_matters_most():
+    console = Console(file=io.StringIO(), width=200)
+    run = RunConsole("var", epochs=4, total_steps=40, console=console)
+    line = {"step": 10, "loss/full": 3.5, "loss/2": 3.75, "loss_by_scale/full/0": 1.0}
+    line |= {"optim/learning_rate": 2e-4, "schedule/subnet_probability": 0.25}
+    line |= {"speed/images_per_second": 1234.5, "data/share_waited": 0.005, "time/seconds_left": 89}
+    run.print_step(line)
+    run.print_step(line | {"data/share_waited": 0.256, "time/seconds_left": 100_000})
+    shown = "var step 10/40  full 3.5000 | depth 2 3.7500  rate 2.00e-04  p 0.25  1,234 images/s"
+    assert console.file.getvalue().splitlines() == [
+        f"{shown}  about 89 s left",
+        f"{shown}, 26% of the time waiting for data  about 27 h 47 min left",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (89.4, "89 s"), (91, "2 min"), (5360, "89 min"), (5400, "1 h 30 min"),
+     (129_480, "35 h 58 min"), (129_600, "1 d 12 h"), (4.1e6, "47 d 11 h")],
+)  # fmt: skip
+def test_durations_have_two_units_at_most(seconds, text):
+    assert duration(seconds) == text
+
+
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_the_bar_is_shown_on_terminals_only(is_terminal):
     console = Console(file=io.StringIO(), width=80, force_terminal=is_terminal)
     run = RunConsole("vae", epochs=1, total_steps=4, console=console)
     with run.progress_bar() as move_bar:
         move_bar(2, 0.5)
-    assert ("vae" in console.file.getvalue()) is is_terminal
+    assert ("━" in console.file.getvalue()) is is_terminal
 
 
 def test_the_first_line_tells_the_size_of_the_run():
@@ -50,7 +81,7 @@ def test_the_first_line_tells_the_size_of_the_run():
     ]
 
 
-def test_without_a_terminal_a_line_is_printed_every_minute(monkeypatch):
+def test_without_a_terminal_a_line_follows_the_first_step_and_every_minute(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("variant.training.console.time.monotonic", lambda: now[0])
     console = Console(file=io.StringIO(), width=80)
@@ -65,6 +96,6 @@ def test_without_a_terminal_a_line_is_printed_every_minute(monkeypatch):
     assert console.file.getvalue().splitlines() == [
         "vae: 0 of 4 images tokenized",
         "vae: 3 of 4 images tokenized",
-        "vae step 3/9  loss 0.3750",
-        "vae step 6/9  loss 0.7500",
+        "vae step 1/9  loss 0.1250",
+        "vae step 4/9  loss 0.5000",
     ]

@@ -100,13 +100,13 @@ def test_a_disabled_scaler_has_no_state_and_counts_nothing():
     assert scaler.skipped == 0
 
 
-def test_the_trainer_skips_counts_saves_and_stops(recipe, tmp_path):
-    setup = RunSetup("vae", recipe, OPTIM, tmp_path, device=CPU)
+def fp16_trainer(recipe, folder, overflows):
+    """A trainer of one layer, whose gradient overflows at those steps."""
+    setup = RunSetup("vae", recipe, OPTIM, folder, device=CPU)
     setup.optim = dataclasses.replace(OPTIM, precision="fp16")  # allowed on a GPU only, as it pays
     task = type("Fixed", (VAETask,), {"__init__": lambda self: None})()
     task.module = torch.nn.Sequential(torch.nn.Linear(2, 1))
     task.data, task.recipe = setup.data, recipe
-    overflows = [False, True, False] + [True] * 21
     weight = task.module[0].weight
 
     def loss(indices, epoch, step):  # finite, but its gradient is not
@@ -114,7 +114,13 @@ def test_the_trainer_skips_counts_saves_and_stops(recipe, tmp_path):
         return (weight * 1e-2).sum() + overflow
 
     task.loss, task.before_step = loss, lambda indices, epoch, step: None
-    trainer = Trainer(task, setup, 12, quiet())
+    return Trainer(task, setup, 12, quiet())
+
+
+def test_the_trainer_skips_counts_saves_and_stops(recipe, tmp_path):
+    overflows = [False, True, False] + [True] * 21
+    trainer = fp16_trainer(recipe, tmp_path, overflows)
+    weight = trainer.task.module[0].weight
     moved = []
     for _ in range(23):
         before = weight.detach().clone()

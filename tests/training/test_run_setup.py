@@ -250,6 +250,7 @@ def test_a_second_training_in_the_folder_is_refused(recipe, tmp_path, monkeypatc
         "vae-best.safetensors",
         "vae-last.pt",
         "vae-metrics.jsonl",
+        "vae-steps.jsonl",
     ]
 
 
@@ -303,6 +304,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(recipe, tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
+LOG = {"meters": {}, "steps": 1, "seconds": 1.0, "waited": 0.5, "waited_before": 0.0}
 EPOCH = {
     "epoch": 1,
     "step": 2,
@@ -330,6 +332,15 @@ EPOCH = {
         ({"history": [{**EPOCH, "more": 1}]}, r"history\[0\] is no epoch"),
         ({"history": [EPOCH, {**EPOCH, "epoch": 2}]}, "history has 2 epochs, but step 3 is in"),
         ({"history": [3]}, r"history\[0\] is no epoch"),
+        ({"history": [{**EPOCH, "held_out_by_scale": {"2": 3}}]}, "held_out_by_scale"),
+        ({"history": [{**EPOCH, "held_out_by_scale": {"2": [float("nan")]}}]}, "held_out_by_scale"),
+        ({"log": 3}, "log: its entries"),
+        ({"log": {"meters": {}}}, "log: its entries"),
+        ({"log": {**LOG, "steps": 1.0}}, "log: steps"),
+        ({"log": {**LOG, "waited": float("nan")}}, "log: waited"),
+        ({"log": {**LOG, "meters": {"loss/loss": [1.0]}}}, "log: 'loss/loss'"),
+        ({"log": {**LOG, "meters": {"loss/loss": [float("inf"), 1.0]}}}, "log: 'loss/loss'"),
+        ({"log": {**LOG, "meters": {"loss/loss": [1.0, -1.0]}}}, "log: 'loss/loss'"),
         ({"history": {}}, "history missing or of another type"),
         ({"step": -1}, "step is -1, of 4 steps"),
         ({"step": 10**12}, "step is 1000000000000, of 4 steps"),

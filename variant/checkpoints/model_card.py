@@ -78,7 +78,7 @@ def _depths(var: VARConfig, dtype: str) -> str:
     if var.subnets:
         text = (
             f"Every layer runs at the first {var.bridge} scales, the listed ones at the others. "
-            "The same weights serve every depth."
+            f"{_whose_weights(var)}"
         )
         depths = depths_of(var)
     else:
@@ -100,6 +100,20 @@ def _depths(var: VARConfig, dtype: str) -> str:
         "kept only until its last use (`variant plan` prints them for other batches and dtypes)."
     )
     return "\n\n".join((text, "\n".join(rows), plan))
+
+
+def _whose_weights(var: VARConfig) -> str:
+    own = {
+        "adaln": "an adaLN projection of its own",
+        "lora": f"low-rank additions (LoRA, rank {var.lora_rank})",
+        "copies": "copies of its layers",
+    }
+    if var.zone_weights == "shared":
+        return "The same weights serve every depth."
+    return (
+        f"There each smaller depth uses {own[var.zone_weights]}, which the full network does not "
+        "use."
+    )
 
 
 def _how_to_run(var: VARConfig, vae: VQVAEConfig, model_id: str) -> str:

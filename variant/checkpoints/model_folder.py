@@ -26,6 +26,7 @@ from variant.errors import UserError
 from variant.files import atomic_write, save_safetensors
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant.models.zones import is_zone_key, reset_zone_weights
 from variant.tensor_files import StoredTensor, read_all
 from variant_kernels.arguments import instance
 from variant_kernels.dispatch.request import dtype_name
@@ -225,6 +226,10 @@ def build(
         wanted = {key: value for key, value in state.items() if key in needed}
         values = read_all(wanted, dtype, device)
         module.load_state_dict(values, strict=not missing, assign=True)
+        if isinstance(module, VAR) and any(is_zone_key(key) for key in missing):
+            # They start as the full network, which has just been loaded.
+            reset_zone_weights(module)
+            module.load_state_dict(values, strict=False, assign=True)
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:  # usage statistics, which other checkpoints lack: start at zero
             owner, _, leaf = name.rpartition(".")

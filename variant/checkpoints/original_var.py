@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from variant.files import save_pickle, save_safetensors
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.var import VAR, derived_buffers
 from variant.models.vqvae import VQVAE
+from variant.models.zones import is_zone_key
 from variant.paths import path_kind, read_json
 from variant.tensor_files import read_all, read_values
 from variant_kernels.arguments import instance
@@ -362,6 +364,8 @@ def save_original(
 ) -> None:
     """Write both models as the original repository reads them, derived buffers included.
 
+    Zone weights are left out, with a warning: the file then has the full network, unchanged.
+
     Args:
         var_path, vae_path: names ending in .safetensors are written in that format, names ending in
             .pth or .pt by ``torch.save``.
@@ -377,8 +381,16 @@ def save_original(
         check_ending(op, path)
     if os.path.realpath(paths[0]) == os.path.realpath(paths[1]):
         raise UserError(f"{op}: the two models need two files; got {paths[0]} twice")
+    var_state = {key: value for key, value in var.state_dict().items() if not is_zone_key(key)}
+    if var.config.zone_weights != "shared":
+        warnings.warn(
+            f'{op}: left out the zone weights ("{var.config.zone_weights}") of the depths '
+            f"{', '.join(map(str, var.config.subnets))}, which the original format cannot hold; "
+            f"{paths[0]} has the full network",
+            stacklevel=2,
+        )
     for path, state in (
-        (paths[0], {**var.state_dict(), **derived_buffers(var.layout)}),
+        (paths[0], {**var_state, **derived_buffers(var.layout)}),
         (paths[1], vae.state_dict()),
     ):
         if path.suffix in PICKLE_ENDINGS:

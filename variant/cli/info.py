@@ -18,6 +18,7 @@ from variant.engine.engine import Engine
 from variant.engine.planning import depths_of, plan_row
 from variant.models.class_names import listed
 from variant.models.config import VARConfig
+from variant.models.parameter_count import zone_parameters
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant_kernels import select_layers
@@ -45,6 +46,14 @@ def info(command: Info) -> None:
         out.print(kv_error_table(command.model, errors))
         described["kv_error"] = [asdict(error) for error in errors]
     write_json(command.json, described)
+
+
+def zone_text(config: VARConfig) -> str:
+    """One line: the zone weights of a model and their number of parameters."""
+    counts = [f"depth {d}: {zone_parameters(config, d):,}" for d in config.subnets]
+    rank = f" of rank {config.lora_rank}" if config.lora_rank else ""
+    adaln = " and adaLN" if config.zone_weights == "lora" and config.zone_adaln else ""
+    return f"zone weights: {config.zone_weights}{rank}{adaln}; parameters: {', '.join(counts)}"
 
 
 def _described(model: str, var: VAR, vae: VQVAE, training: object) -> dict[str, Any]:
@@ -100,6 +109,8 @@ def _print(out: Console, described: dict[str, Any], config: VARConfig) -> None:
         f"VQ-VAE {described['vae_parameters']:,} parameters, codebook {config.vocab_size} x "
         f"{config.vae_channels}"
     )
+    if config.zone_weights != "shared":
+        out.print(zone_text(config))
     if config.class_names:
         out.print(f"classes {listed(config.class_names)}", markup=False)
     if config.bridge is None:

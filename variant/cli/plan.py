@@ -11,10 +11,18 @@ from rich.table import Table
 from variant.checkpoints.named_configs import configs_of
 from variant.cli.options import Plan
 from variant.cli.output import check_json, console, mebibytes, table, write_json
-from variant.engine.planning import PlanRow, depths_of, plan_row, weight_bytes
+from variant.engine.planning import (
+    PlanRow,
+    depths_of,
+    merged_zone_bytes,
+    plan_row,
+    weight_bytes,
+)
 from variant.errors import UserError
 from variant.models.config import VARConfig
+from variant.models.parameter_count import zone_parameters
 from variant_kernels.arguments import integer
+from variant_kernels.plans.cache_plan import item_bytes
 
 MAX_BATCH = 2**31 - 1
 MAX_PAGE_SIZE = 2**16
@@ -62,11 +70,28 @@ def plan(command: Plan) -> None:
         f"Weights: {mebibytes(weights)} in addition (transformer in {command.dtype}, VQ-VAE in "
         "float32). Activations are not included."
     )
+    if var.zone_weights != "shared":
+        out.print(_zone_weights(command, var))
     if command.kv_dtype is not None:
         from variant.cli.kv_error_table import print_kv_figures  # needs torch
 
         print_kv_figures(out, command.dtype)
     write_json(command.json, _as_json(command, var, bridge, weights, plan_of))
+
+
+def _zone_weights(command: Plan, var: VARConfig) -> str:
+    """What the weights of the subnets take."""
+    item = item_bytes(command.dtype)
+    parameters = sum(zone_parameters(var, depth) * item for depth in var.subnets)
+    text = f"Of the weights, {mebibytes(parameters)} are zone weights ({var.zone_weights})."
+    merged = ", ".join(
+        f"{mebibytes(size)} at depth {depth}"
+        for depth in var.subnets
+        if (size := merged_zone_bytes(var, depth, command.dtype))
+    )
+    if merged:
+        text += f" Merged with the full network's at their first use, they take {merged} more."
+    return text
 
 
 def _as_json(
@@ -87,6 +112,10 @@ def _as_json(
         "bridge": bridge,
         "tokens": var.layout.total,
         "weight_bytes": weights,
+        "zone_weight_bytes": {
+            str(depth): zone_parameters(var, depth) * item_bytes(command.dtype)
+            for depth in (var.subnets if var.zone_weights != "shared" else ())
+        },
         "memory_bytes": None if command.memory is None else int(command.memory * 2**30),
         "depths": [_row_as_json(row) for row in rows],
         "bridges": [
@@ -98,6 +127,7 @@ def _as_json(
 def _row_as_json(row: PlanRow) -> dict[str, int]:
     return {
         "depth": row.depth,
+        "merged_zone_bytes": row.merged_zone,
         "paper_measured_bytes": row.paper_measured,
         "paper_scheme_bytes": row.paper_same,
         "exact_bytes": row.exact,
@@ -136,7 +166,7 @@ def _by_depth(
             *([mebibytes(row.exact)] if eight_bits else []),
             mebibytes(row.ours),
             f"{row.share:.1%}",
-            *([] if free is None else _fits(row, free, command.batch)),
+            *([] if free is None else _fits(row, free - row.merged_zone, command.batch)),
         )
     return depths
 
@@ -153,7 +183,8 @@ def _by_bridge(command: Plan, var: VARConfig, plan_of: PlanOf, free: float | Non
         *map(str, bridges),
     )
     for depth, row in sizes.items():
-        fits = [free is None or size <= free for size in row]
+        merged = plan_of(depth, 0).merged_zone
+        fits = [free is None or size + merged <= free for size in row]
         cells = [f"{size / unit:,.0f}" if fit else "-" for size, fit in zip(row, fits, strict=True)]
         grid.add_row(str(depth), *cells)
     return grid

@@ -25,6 +25,7 @@ from variant.engine.step_loop import BatchState, TokenBatch, generate_tokens
 from variant.engine.weights import EngineWeights
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant.models.zones import zone_of
 from variant_kernels import CachePlan, DepthSchedule, PagedKVCache, ScaleLayout
 from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.kv_cache import PageTables
@@ -199,11 +200,13 @@ class BatchRunner:
         schedule: DepthSchedule,
         guidance: bool,
         tables: PageTables | None = None,
+        can_switch: bool = False,
     ) -> BatchState:
         """The state of a new batch; its cache is allocated here.
 
         Args:
             tables: page tables of this schedule and batch size; None takes them from the cache.
+            can_switch: whether the batch may go on at another depth.
         """
         config, labels_R = self.var.config, labels_B.to(self.device, non_blocking=True)
         if guidance:
@@ -224,7 +227,18 @@ class BatchRunner:
             weights=self.weights,
             cache=cache,
             labels_R=labels_R,
+            zones=self.zones(schedule, can_switch=can_switch),
         )
+
+    def zones(self, schedule: DepthSchedule, *, can_switch: bool) -> tuple[int, ...]:
+        """The subnets whose zone weights a batch may use.
+
+        All of them if it ``can_switch``: they must be those of the batch's start.
+        """
+        config = self.var.config
+        layers = tuple(config.subnets.values()) if can_switch else schedule.layers
+        zones = {zone_of(config, active) for active in layers}
+        return tuple(sorted(zone for zone in zones if zone is not None))
 
     def _tables(self, schedule: DepthSchedule, num_sequences: int) -> PageTables:
         return self.page_tables.get(schedule, num_sequences, self.page_size, self.device)
@@ -267,8 +281,13 @@ class BatchRunner:
     def _generate_eagerly(self, batch: Batch, request: Request, postponed: list[int]) -> TokenBatch:
         """Adds to ``postponed`` the scales after which a depth was asked for too early."""
         schedule, sampling, layout = request.schedule, request.sampling, self.var.layout
-        state = self.start(batch.labels_B, schedule=schedule, guidance=sampling.guided)
         on_scale = request.on_scale
+        state = self.start(
+            batch.labels_B,
+            schedule=schedule,
+            guidance=sampling.guided,
+            can_switch=on_scale is not None,
+        )
 
         def after_scale(k: int, tokens_BL: Tensor, f_hat_BEHW: Tensor) -> None:
             assert on_scale is not None
@@ -325,6 +344,7 @@ class BatchRunner:
         # Of the first part: no other is larger.
         sizes = (len(first.tokens_BL), config.num_heads, config.head_dim)
         item = dtype.itemsize
+        zones = self.zones(request.schedule, can_switch=request.on_scale is not None)
         return Stats(
             seconds=seconds,
             decode_seconds=sum(part.decode_seconds for part in parts),
@@ -340,4 +360,5 @@ class BatchRunner:
             kv_allocated_bytes=first.allocated_bytes,
             kv_peak_bytes=max(part.peak_bytes for part in parts),
             kv_paper_bytes=plan.paper_bytes(*sizes, k_bytes=item, v_bytes=item, guidance=guided),
+            zone_weight_bytes=self.weights.zone_bytes(zones),
         )

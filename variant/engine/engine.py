@@ -304,6 +304,7 @@ class Engine(CastModels):
             check_given(call.tokens, call.mask, layout, config.vocab_size, len(labels_B)),
         )
         runner = self._runner(kv_dtype)  # casts the weights: the copies must not count as free
+        runner.weights.zone_bytes(runner.zones(schedule, can_switch=call.on_scale is not None))
         size = memory.batch_size(
             len(labels_B),
             call.max_batch,

@@ -192,6 +192,7 @@ class Stats:
     kv_planned_bytes, kv_allocated_bytes, kv_peak_bytes: K/V cache of the largest part: by the plan,
     as allocated (8-bit K/V: with their scales), and in use at most.
     kv_paper_bytes: K/V cache of the paper's scheme for the same part, in ``dtype``.
+    zone_weight_bytes: packed, cast and merged zone weights of the subnets that could run.
     """
 
     seconds: float
@@ -208,6 +209,7 @@ class Stats:
     kv_allocated_bytes: int
     kv_peak_bytes: int
     kv_paper_bytes: int
+    zone_weight_bytes: int = 0
 
 
 @dataclass(frozen=True)

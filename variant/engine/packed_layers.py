@@ -95,6 +95,15 @@ class Linear:
         else:
             self._weight_OI = weight_OI.detach().to(dtype)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weight."""
+        return self._weight_OI.numel() * self._weight_OI.itemsize
+
+    def shares(self, weight_OI: Tensor) -> bool:
+        """Whether the weight is this tensor, not a packed, cast or merged copy of it."""
+        return not self._packed and self._weight_OI.data_ptr() == weight_OI.data_ptr()
+
     def __call__(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O), a new tensor."""
         if self._packed:

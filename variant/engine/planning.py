@@ -23,7 +23,7 @@ class PlanRow:
     paper_measured: the paper's scheme as it measured it, float32 K and 16-bit V.
     paper_same: the paper's scheme with K and V in the dtype of the products.  exact: the plan in
     that dtype, in whole pages.  ours: the plan in the dtype that K and V are kept in: the same, or
-    8 bits with their scales.
+    8 bits with their scales.  merged_zone: :func:`merged_zone_bytes`.
     """
 
     depth: int
@@ -33,6 +33,7 @@ class PlanRow:
     paper_same: int
     exact: int
     ours: int
+    merged_zone: int = 0
 
     @property
     def share(self) -> float:
@@ -107,7 +108,21 @@ def plan_row(
         ),
         exact=plan.peak_bytes(batch, heads, head_dim, dtype, guidance),
         ours=plan.peak_bytes(batch, heads, head_dim, cache_dtype, guidance),
+        merged_zone=merged_zone_bytes(config, depth, dtype),
     )
+
+
+def merged_zone_bytes(config: VARConfig, depth: int, dtype: object) -> int:
+    """Bytes of a subnet's linear layers with their low-rank additions merged, in ``dtype``.
+
+    The engine merges them at the first use of the depth. Other zone weights are parameters and
+    used as they are.
+    """
+    if config.zone_weights != "lora" or depth not in config.subnets:
+        return 0
+    hidden = round(config.embed_dim * config.mlp_ratio)
+    weights = 4 * config.embed_dim**2 + 2 * config.embed_dim * hidden
+    return depth * weights * item_bytes(dtype)
 
 
 def weight_bytes(var: VARConfig, vae: VQVAEConfig, dtype: object) -> int:

@@ -11,7 +11,7 @@ shifts; each of attention, then of the MLP).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from variant.engine.kernels import Launchers
 from variant.engine.weights import EngineWeights, LayerWeights
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant.models.zones import zone_of
 from variant_kernels import DepthSchedule, KVStep, PagedKVCache
 
 
@@ -55,6 +56,7 @@ class BatchState:
         launchers, weights: of the engine.
         cache: of ``len(labels_R)`` sequences, empty.
         labels_R: (R,) int64 on the device; ``num_classes`` stands for no class.
+        zones: the subnets whose zone weights this batch may use.
     """
 
     def __init__(
@@ -66,11 +68,24 @@ class BatchState:
         weights: EngineWeights,
         cache: PagedKVCache,
         labels_R: Tensor,
+        zones: Collection[int] = (),
     ) -> None:
         self.var, self.vae = var, vae
         self.launchers, self.weights, self.cache = launchers, weights, cache
         self.cond_RC = var.class_emb(labels_R)
-        self.modulation_6RC, self.head_modulation_2RC = weights.modulations(self.cond_RC)
+        self.head_modulation_2RC = weights.head_modulation(self.cond_RC)
+        shared = dict(enumerate(weights.modulations(self.cond_RC)))
+        self._layers: dict[int | None, Mapping[int, LayerWeights]] = {
+            None: dict(enumerate(weights.layers))
+        }
+        self._modulations: dict[int | None, Mapping[int, tuple[Tensor, ...]]] = {None: shared}
+        for depth in zones:
+            zone = weights.zone(depth)
+            self._layers[depth] = zone.layers
+            self._modulations[depth] = shared
+            if zone.modulations is not None:
+                own = zone.modulations(self.cond_RC)
+                self._modulations[depth] = dict(zip(zone.active, own, strict=True))
 
     @property
     def schedule(self) -> DepthSchedule:
@@ -95,11 +110,13 @@ class BatchState:
         """Hidden states (R, T, C) after the active layers of a scale and the norm of the head."""
         launchers, eps = self.launchers, self.var.config.norm_eps
         active = self.schedule.active_layers(scale)
-        _, _, scale1, _, shift1, _ = self.modulation_6RC[active[0]]
+        zone = zone_of(self.var.config, active)
+        layers, modulation_6RC = self._layers[zone], self._modulations[zone]
+        _, _, scale1, _, shift1, _ = modulation_6RC[active[0]]
         h_RTC, _, _ = launchers.adaln(x_BTC=x_RTC, scale_BC=scale1, shift_BC=shift1, eps=eps)
         for index, following in zip(active, (*active[1:], None), strict=True):
-            layer = self.weights.layers[index]
-            gate1, gate2, _, scale2, _, shift2 = self.modulation_6RC[index]
+            layer = layers[index]
+            gate1, gate2, _, scale2, _, shift2 = modulation_6RC[index]
             step = self.cache.open(index, scale)
             y_RTC = self._attention(layer, h_RTC, step)
             self.cache.close(index, scale)
@@ -110,7 +127,7 @@ class BatchState:
             if following is None:
                 next_scale, next_shift = self.head_modulation_2RC
             else:
-                _, _, next_scale, _, next_shift, _ = self.modulation_6RC[following]
+                _, _, next_scale, _, next_shift, _ = modulation_6RC[following]
             x_RTC, h_RTC, _, _ = launchers.gated_adaln(
                 x_BTC=x_RTC,
                 y_BTC=y_RTC,

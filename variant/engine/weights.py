@@ -6,15 +6,18 @@ modulation (gates, scales, shifts).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from variant.engine.packed_layers import CastBuffer, CastDecoder, Linear, PackedDecoder
-from variant.models.var import VAR, Block, projection
+from variant.models.var import VAR, projection
 from variant.models.vqvae import VQVAE
+from variant.models.zones import LINEARS, LayerView
 
 # Tokens per call of the MLP on a CPU, so that its hidden tensor stays in the cache (4096 tokens,
 # 1024 x 4096 x 1024, bfloat16: 167 ms in parts of 512 tokens, 181 ms at once).
@@ -22,20 +25,31 @@ MLP_TOKENS = 512
 
 
 class LayerWeights:
-    """The weights of one block; its linear layers are callables."""
+    """The weights of one layer; its linear layers are callables. Low-rank additions are merged."""
 
     def __init__(
-        self, block: Block, dtype: torch.dtype, packed: bool, cast_buffer: CastBuffer
+        self, view: LayerView, dtype: torch.dtype, packed: bool, cast_buffer: CastBuffer
     ) -> None:
-        attn, ffn = block.attn, block.ffn
+        attn = view.attn
         self.softmax_scale = attn.softmax_scale
         self.scale_mul_1H11 = attn.scale_mul_1H11.detach().float() if attn.attn_l2_norm else None
-        self.qkv = Linear(
-            attn.mat_qkv.weight, attn.qkv_bias(), dtype, packed=packed, cast_buffer=cast_buffer
+        self.qkv, self.proj, self.fc1, self.fc2 = (
+            Linear(
+                *view.linear(name),
+                dtype,
+                packed=packed,
+                gelu=name == "fc1",
+                cast_buffer=cast_buffer,
+            )
+            for name in LINEARS
         )
-        self.proj = _linear(attn.proj, dtype, packed, cast_buffer)
-        self.fc1 = _linear(ffn.fc1, dtype, packed, cast_buffer, gelu=True)
-        self.fc2 = _linear(ffn.fc2, dtype, packed, cast_buffer)
+
+        # Of weights that no module of the model holds: packed, cast or merged ones.
+        self.num_bytes = sum(
+            linear.num_bytes
+            for linear, name in zip((self.qkv, self.proj, self.fc1, self.fc2), LINEARS, strict=True)
+            if not linear.shares(view.parameter(name))
+        )
 
     def mlp(self, h_RTC: Tensor) -> Tensor:
         """(R, T, C) to (R, T, C)."""
@@ -60,16 +74,47 @@ class EngineWeights:
     def __init__(self, var: VAR, vae: VQVAE, dtype: torch.dtype, packed: bool) -> None:
         self.packed, self.dtype = packed, dtype
         cast_buffer = CastBuffer(dtype)
-        self.layers = [
-            LayerWeights(block, dtype, self.packed, cast_buffer) for block in var.layers()
-        ]
+        views = [LayerView(block, None) for block in var.layers()]
+        self.layers = [LayerWeights(view, dtype, self.packed, cast_buffer) for view in views]
         self.head = _linear(var.head, dtype, self.packed, cast_buffer)
         self.position_1LC = var.position_embedding().detach().float()
         self.pos_start = var.pos_start.detach().float()
         self.word_embed = _linear(var.word_embed, torch.float32, False, None)
-        self.modulations = Modulations(var, dtype, self.packed, cast_buffer)
-        self._vae = vae
+        self.modulations = Modulations(var, views, dtype, self.packed, cast_buffer)
+        self.head_modulation = HeadModulation(var, dtype, self.packed, cast_buffer)
+        self._var, self._vae = var, vae
         self._decoder: PackedDecoder | CastDecoder | None = None
+        self._zones: dict[int, ZoneWeights] = {}
+        self._zone_lock = Lock()
+
+    def zone(self, depth: int) -> ZoneWeights:
+        """The zone weights of a subnet: packed, cast and merged at the first use of its depth."""
+        with self._zone_lock:
+            if depth not in self._zones:
+                self._zones[depth] = self._new_zone(depth)
+            return self._zones[depth]
+
+    def zone_bytes(self, depths: Collection[int]) -> int:
+        """Bytes of the zone weights of some subnets that are not the model's own tensors."""
+        return sum(self.zone(depth).num_bytes for depth in depths)
+
+    @torch.no_grad()
+    def _new_zone(self, depth: int) -> ZoneWeights:
+        blocks, cast_buffer = self._var.layers(), CastBuffer(self.dtype)
+        views = {
+            layer: LayerView(blocks[layer], depth) for layer in self._var.config.subnets[depth]
+        }
+        options = self.dtype, self.packed, cast_buffer
+        own = {i: LayerWeights(view, *options) for i, view in views.items() if view.has_linears}
+        modulated = [view for view in views.values() if view.has_adaln]
+        modulations = Modulations(self._var, modulated, *options) if modulated else None
+        num_bytes = sum(layer.num_bytes for layer in own.values())
+        return ZoneWeights(
+            tuple(views),
+            own or {layer: self.layers[layer] for layer in views},
+            modulations,
+            num_bytes + (0 if modulations is None else modulations.num_bytes),
+        )
 
     @torch.no_grad()
     def decode(self, f_hat_BCHW: Tensor) -> Tensor:
@@ -126,45 +171,77 @@ def casts_modulations(var: VAR, dtype: torch.dtype, packed: bool) -> bool:
 
 
 def _linear(
-    linear: nn.Linear,
-    dtype: torch.dtype,
-    packed: bool,
-    cast_buffer: CastBuffer | None,
-    *,
-    gelu: bool = False,
+    linear: nn.Linear, dtype: torch.dtype, packed: bool, cast_buffer: CastBuffer | None
 ) -> Linear:
-    return Linear(
-        linear.weight, linear.bias, dtype, packed=packed, gelu=gelu, cast_buffer=cast_buffer
-    )
+    return Linear(linear.weight, linear.bias, dtype, packed=packed, cast_buffer=cast_buffer)
 
 
 class Modulations:
-    """Every layer's six modulation vectors per sequence, and the head's two.
+    """The six modulation vectors per sequence of some layers.
 
     They depend on the class alone, so they are computed once per image and not once per scale.
     In a 16-bit engine the projections are cast, and on a CPU packed, like all other weights. In the
     weights' own dtype the model's modules are used: their weights, a third of the model, are read
     once per image only and are not worth a second copy.
+
+    num_bytes: of the projections that are no modules of the model.
     """
 
-    def __init__(self, var: VAR, dtype: torch.dtype, packed: bool, cast_buffer: CastBuffer) -> None:
-        self._var, self._dtype = var, dtype
+    def __init__(
+        self,
+        var: VAR,
+        views: Sequence[LayerView],
+        dtype: torch.dtype,
+        packed: bool,
+        cast_buffer: CastBuffer,
+    ) -> None:
+        self._var, self._views, self._dtype = var, views, dtype
         self._linears: list[Linear] = []
         if casts_modulations(var, dtype, packed):
-            modules = [*(block.ada_lin for block in var.layers()), var.head_nm.ada_lin]
-            self._linears = [_linear(projection(m), dtype, packed, cast_buffer) for m in modules]
+            modules = [projection(view.ada_lin) for view in views]
+            self._linears = [_linear(module, dtype, packed, cast_buffer) for module in modules]
+        self.num_bytes = sum(linear.num_bytes for linear in self._linears)
 
-    def __call__(self, cond_RC: Tensor) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        """Each layer's six vectors and the head's two, each (R, C) in the engine's dtype."""
+    def __call__(self, cond_RC: Tensor) -> list[tuple[Tensor, ...]]:
+        """Each layer's six vectors, each (R, C) in the engine's dtype."""
         if self._linears:
             active_RC = F.silu(cond_RC).to(self._dtype)
-            modulations = [
-                linear(active_RC).view(*active_RC.shape[:1], -1, active_RC.shape[1]).unbind(1)
-                for linear in self._linears
-            ]
-            return modulations[:-1], modulations[-1]
+            return [_vectors(linear(active_RC), active_RC) for linear in self._linears]
         shared = self._var.shared_condition(cond_RC)
-        modulations = [
-            block.modulation(shared).to(self._dtype).unbind(1) for block in self._var.layers()
-        ]
-        return modulations, self._var.head_nm.modulation(cond_RC).to(self._dtype).unbind(1)
+        return [view.modulation(shared).to(self._dtype).unbind(1) for view in self._views]
+
+
+class HeadModulation:
+    """The two modulation vectors of the norm before the head; see :class:`Modulations`."""
+
+    def __init__(self, var: VAR, dtype: torch.dtype, packed: bool, cast_buffer: CastBuffer) -> None:
+        self._head_nm, self._dtype = var.head_nm, dtype
+        self._linear: Linear | None = None
+        if casts_modulations(var, dtype, packed):
+            self._linear = _linear(projection(var.head_nm.ada_lin), dtype, packed, cast_buffer)
+
+    def __call__(self, cond_RC: Tensor) -> tuple[Tensor, ...]:
+        """Two vectors, each (R, C) in the engine's dtype."""
+        if self._linear is None:
+            return self._head_nm.modulation(cond_RC).to(self._dtype).unbind(1)
+        active_RC = F.silu(cond_RC).to(self._dtype)
+        return _vectors(self._linear(active_RC), active_RC)
+
+
+def _vectors(packed: Tensor, like_RC: Tensor) -> tuple[Tensor, ...]:
+    return packed.view(like_RC.shape[0], -1, like_RC.shape[1]).unbind(1)
+
+
+@dataclass(frozen=True)
+class ZoneWeights:
+    """The weights that the engine uses for the flexible zone of one subnet.
+
+    active: the subnet's layers.  layers: the weights of each.  modulations: of these layers, in
+    this order; None where they are those of the full network.  num_bytes: of tensors that no module
+    of the model holds: packed, cast or merged weights.
+    """
+
+    active: tuple[int, ...]
+    layers: Mapping[int, LayerWeights]
+    modulations: Modulations | None
+    num_bytes: int

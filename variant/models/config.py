@@ -9,13 +9,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from variant.models.class_names import check_class_names
 from variant.models.ranges import bound_text, check_ranges
-from variant_kernels.arguments import instance, integer, real, sequence, shown, typed
+from variant_kernels.arguments import (
+    boolean,
+    choice,
+    instance,
+    integer,
+    real,
+    sequence,
+    shown,
+    typed,
+)
 from variant_kernels.plans.depth_schedule import check_layers
 from variant_kernels.plans.scale_layout import ScaleLayout
 
@@ -45,6 +54,11 @@ LIMITS = {
     "beta": 1e6,
 }
 MAX_SHOWN = 120  # characters of a value in a message
+
+# What a subnet's layers use for the tokens of the flexible zone: the weights of the full network,
+# or zone weights: an adaLN projection of their own, low-rank additions (LoRA), or copies.
+ZoneKind = Literal["shared", "adaln", "lora", "copies"]
+ZONE_KINDS = ("shared", "adaln", "lora", "copies")
 
 # What JSON and TOML give for a number: no text, no boolean, no fraction for an integer.
 Integer = Annotated[int, Field(strict=True)]
@@ -195,6 +209,12 @@ class VARConfig(_Plain):
         drop_path_rate: stochastic depth of the last layer, rising linearly from 0.
         subnets: {depth: layers} that the weights were trained with.
         bridge: number of first scales that run every layer in those subnets.
+        zone_weights: weights of each subnet's layers for the tokens of the flexible zone. "shared":
+            those of the full network. "adaln": an adaLN projection of their own. "lora": low-rank
+            additions to the linear layers. "copies": copies of the layers.
+            See :mod:`variant.models.zones`.
+        lora_rank: rank of the additions of "lora", in [1, embed_dim]; 0 for the others.
+        zone_adaln: with "lora": whether the layers also have an adaLN projection of their own.
         class_names: of all classes in the order of their labels, or none.
     Raises:
         TypeError: a value that is no number where there must be one.
@@ -216,6 +236,9 @@ class VARConfig(_Plain):
     drop_path_rate: Real = 0.0
     subnets: dict[int, tuple[Integer, ...]] = field(default_factory=dict)
     bridge: Integer | None = None
+    zone_weights: ZoneKind = "shared"
+    lora_rank: Integer = 0
+    zone_adaln: bool = True
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -264,6 +287,22 @@ class VARConfig(_Plain):
         object.__setattr__(self, "subnets", subnets)
         names = check_class_names("VARConfig", self.class_names, self.num_classes)
         object.__setattr__(self, "class_names", names)
+        self._check_zone_weights()
+
+    def _check_zone_weights(self) -> None:
+        op = type(self).__name__
+        choice(op, "zone_weights", self.zone_weights, ZONE_KINDS)
+        rank = integer(op, "lora_rank", self.lora_rank, 0, self.embed_dim)
+        object.__setattr__(self, "lora_rank", rank)
+        object.__setattr__(self, "zone_adaln", boolean(op, "zone_adaln", self.zone_adaln))
+        check_zone_options(op, self.zone_weights, rank, self.zone_adaln)
+        if self.zone_weights != "shared":
+            shallow = all(depth < self.depth for depth in self.subnets)
+            self._require(
+                bool(self.subnets) and shallow,
+                f'zone_weights "{self.zone_weights}" need subnets, each of fewer layers than depth',
+                list(self.subnets),
+            )
 
     @property
     def head_dim(self) -> int:
@@ -355,6 +394,20 @@ class VQVAEConfig(_Plain):
     def layout(self) -> ScaleLayout:
         """The position of each scale's tokens in the sequence."""
         return ScaleLayout.from_patch_nums(self.patch_nums)
+
+
+def check_zone_options(op: str, kind: str, lora_rank: int, adaln: bool) -> None:
+    """Raises: ValueError for a rank or a ``zone_adaln`` that the kind of zone weights has no use
+    for, and for "lora" without a rank."""
+    if (lora_rank > 0) != (kind == "lora"):
+        expected = "at least 1, such as 16" if kind == "lora" else "0"
+        raise ValueError(
+            f'{op}: lora_rank must be {expected} with zone_weights "{kind}"; got {lora_rank}'
+        )
+    if not adaln and kind != "lora":
+        raise ValueError(
+            f'{op}: zone_adaln = false needs zone_weights "lora"; got zone_weights "{kind}"'
+        )
 
 
 STRICT = ConfigDict(extra="forbid")

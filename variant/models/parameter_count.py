@@ -22,7 +22,24 @@ def var_parameters(config: VARConfig) -> int:
     ) + _linear(config.vae_channels, width)
     head = _linear(width, 2 * width) + _linear(width, config.vocab_size)
     shared = _linear(width, 6 * width) if config.shared_aln else 0
-    return embeddings + shared + config.depth * (attention + mlp + modulation) + head
+    zones = sum(zone_parameters(config, depth) for depth in config.subnets)
+    return embeddings + shared + config.depth * (attention + mlp + modulation) + head + zones
+
+
+def zone_parameters(config: VARConfig, depth: int) -> int:
+    """Parameters of the zone weights of one subnet."""
+    if config.zone_weights == "shared":
+        return 0
+    width, hidden = config.embed_dim, round(config.embed_dim * config.mlp_ratio)
+    linears = ((width, 3 * width), (width, width), (width, hidden), (hidden, width))
+    layer = sum((i + o) * config.lora_rank for i, o in linears)
+    if config.zone_adaln:
+        layer += 6 * width if config.shared_aln else _linear(width, 6 * width)
+    if config.zone_weights == "copies":
+        # Weights of four linear layers; biases of q, v, proj, fc1 and fc2; a scale per head.
+        layer += sum(i * o for i, o in linears) + 4 * width + hidden
+        layer += config.num_heads if config.attn_l2_norm else 0
+    return depth * layer
 
 
 def vqvae_parameters(config: VQVAEConfig) -> int:

@@ -23,6 +23,7 @@ from variant.models.config import VARConfig
 from variant.models.execution import PLAIN, Checkpointing, Execution, computed_again, recompute
 from variant.models.residual import OpenSum, PrefixStream, closed, modulated
 from variant.models.token_loss import TokenLoss, linear_cross_entropy
+from variant.models.zones import reset_zone_weights, run_layers, run_spans, uses_zone_weights
 from variant_kernels import (
     DepthSchedule,
     ScaleLayout,
@@ -71,7 +72,7 @@ class SelfAttention(nn.Module):
         """(3C,): keys have no bias."""
         return torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
 
-    def _qkv(self, x_BLC: Tensor) -> Tensor:
+    def qkv(self, x_BLC: Tensor) -> Tensor:
         """(B, L, 3C)."""
         if isinstance(self.mat_qkv, LinearWithoutBias):
             return self.mat_qkv(x_BLC, self.qkv_bias())  # one rounding for product and bias
@@ -81,7 +82,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BLC: Tensor, layout: ScaleLayout) -> Tensor:
         batch, length, width = x_BLC.shape
-        qkv_BL3C = self._qkv(x_BLC)
+        qkv_BL3C = self.qkv(x_BLC)
         packed = qkv_BL3C.view(batch, length, 3, self.num_heads, self.head_dim)
         q_BLHD, k_BLHD, v_BLHD = packed.unbind(2)
         out_BLHD = block_causal_attention(
@@ -128,31 +129,49 @@ class Block(nn.Module):
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / math.sqrt(width))
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        # By the depth of the subnet, as text; empty in a layer without zone weights.
+        self.zones = nn.ModuleDict()
 
-    def modulation(self, cond: Tensor) -> Tensor:
-        """(B, 6, C) from the class embedding (B, C), or from the shared modulation (B, 6, C)."""
+    def modulation(
+        self,
+        cond: Tensor,
+        *,
+        ada_lin: nn.Module | None = None,
+        ada_gss: Tensor | None = None,
+    ) -> Tensor:
+        """(B, 6, C) from the class embedding (B, C), or from the shared modulation (B, 6, C).
+
+        Args:
+            ada_lin, ada_gss: zone weights; None uses the block's own.
+        """
         if self.shared_aln:
-            modulation_B6C = self.ada_gss[0] + cond
+            modulation_B6C = (self.ada_gss if ada_gss is None else ada_gss)[0] + cond
         else:
-            modulation_B6C = self.ada_lin(cond).view(cond.shape[0], 6, -1)
+            projected = (self.ada_lin if ada_lin is None else ada_lin)(cond)
+            modulation_B6C = projected.view(cond.shape[0], 6, -1)
         return modulation_B6C.to(_compute_dtype(modulation_B6C))
 
     def forward(
         self,
-        stream: Tensor | OpenSum,
+        stream: Any,
         cond: Tensor,
         layout: ScaleLayout,
         branch_scales_2B: Tensor | None = None,
         execution: Execution = PLAIN,
         *,
         leave_open: bool = False,
+        zones: Sequence[int | None] | None = None,
     ) -> Any:
         """The stream (B, L, C) after this block, an :class:`OpenSum` with ``leave_open``.
 
         Args:
-            stream: before this block.  branch_scales_2B: of :func:`branch_scales`, this layer's
-                part.
+            stream: before this block, a tensor or an OpenSum.
+            branch_scales_2B: of :func:`branch_scales`, this layer's part.
+            zones: with zone weights: ``stream`` is a list of spans, and so is the result; see
+                :func:`variant.models.zones.run_spans`.
         """
+        if zones is not None:
+            return run_spans(self, stream, cond, layout, zones, branch_scales_2B, execution)
         compute = execution.compiled if self.training and execution.compiled else Block.compute
         args = self, stream, cond, layout, branch_scales_2B, execution.checkpointing, leave_open
         if execution.checkpointing == "full" and torch.is_grad_enabled():
@@ -272,7 +291,8 @@ class VAR(nn.Module):
         """Logits of every token, given the true tokens of all earlier scales (teacher forcing).
 
         A layer reads and updates the tokens of the scales at which it runs; the tokens of other
-        scales keep their values.
+        scales keep their values. A scale that runs the layers of a subnet with zone weights uses
+        these (``config.zone_weights``).
 
         Args:
             labels_B: (B,) int64 classes; ``num_classes`` stands for no class.
@@ -333,24 +353,9 @@ class VAR(nn.Module):
         start = cond_BC.unsqueeze(1) + self.pos_start
         words = self.word_embed(x_teacher.to(self.word_embed.weight.dtype)).to(start.dtype)
         x_BLC = torch.cat((start, words), dim=1) + self.position_embedding()
-        block_cond = self.shared_condition(cond_BC)
-        stream = PrefixStream(x_BLC)
-        for layer, block in enumerate(self.layers()):
-            scales = self.layout.num_scales
-            if schedule is not None:
-                scales = schedule.last_scale(layer) + 1
-                if scales == 0:
-                    continue
-            layout = self.layout.prefix(scales)
-            stream.head = block(
-                stream.prefix(layout.total),
-                block_cond,
-                layout,
-                None if branch_scales_N2B is None else branch_scales_N2B[layer],
-                execution,
-                leave_open=execution.leaves_sums_open,
-            )
-        h_BLC = self.head_nm(stream.prefix(self.layout.total), cond_BC)
+        cond = self.shared_condition(cond_BC)
+        stream = _run_layers(self, x_BLC, cond, schedule, branch_scales_N2B, execution)
+        h_BLC = self.head_nm(stream, cond_BC)
         if targets_BL is None:
             return self.head(h_BLC).float()
         return _token_loss(self.head, h_BLC, targets_BL)
@@ -512,30 +517,67 @@ class VAR(nn.Module):
         """Initialises the weights as the original does: truncated normal, std sqrt(1 / 3C).
 
         Gates start near zero (each block near the identity), scales and shifts at half size, and
-        the output of each branch is divided by sqrt(2 * depth). Meta tensors stay as they are.
+        the output of each branch is divided by sqrt(2 * depth). Meta tensors stay as they are. Zone
+        weights start as those of the full network.
         """
-        if self.pos_start.is_meta:
-            return
-        std = math.sqrt(1 / self.config.embed_dim / 3)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.trunc_normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.pos_start, std=std)
-        nn.init.trunc_normal_(self.pos_1LC, std=std)
-        self.head.weight.mul_(head_scale)
-        projection(self.head_nm.ada_lin).weight.mul_(modulation_scale)
-        for block in self.layers():
-            block.attn.proj.weight.div_(math.sqrt(2 * self.config.depth))
-            block.ffn.fc2.weight.div_(math.sqrt(2 * self.config.depth))
-            if block.shared_aln:
-                modulation = block.ada_gss[0, 0]
-            else:
-                modulation = projection(block.ada_lin).weight
-            third = modulation.shape[0] // 3
-            modulation[:third].mul_(gate_scale)
-            modulation[third:].mul_(modulation_scale)
+        if not self.pos_start.is_meta:
+            _init_full_network(self, gate_scale, modulation_scale, head_scale)
+        reset_zone_weights(self)
+
+
+def _init_full_network(
+    var: VAR, gate_scale: float, modulation_scale: float, head_scale: float
+) -> None:
+    std = math.sqrt(1 / var.config.embed_dim / 3)
+    for module in var.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.trunc_normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    nn.init.trunc_normal_(var.pos_start, std=std)
+    nn.init.trunc_normal_(var.pos_1LC, std=std)
+    var.head.weight.mul_(head_scale)
+    projection(var.head_nm.ada_lin).weight.mul_(modulation_scale)
+    for block in var.layers():
+        block.attn.proj.weight.div_(math.sqrt(2 * var.config.depth))
+        block.ffn.fc2.weight.div_(math.sqrt(2 * var.config.depth))
+        if block.shared_aln:
+            modulation = block.ada_gss[0, 0]
+        else:
+            modulation = projection(block.ada_lin).weight
+        third = modulation.shape[0] // 3
+        modulation[:third].mul_(gate_scale)
+        modulation[third:].mul_(modulation_scale)
+
+
+def _run_layers(
+    var: VAR,
+    x_BLC: Tensor,
+    cond: Tensor,
+    schedule: DepthSchedule | None,
+    branch_scales_N2B: Tensor | None,
+    execution: Execution,
+) -> Tensor | OpenSum:
+    """The residual stream (B, L, C) of all tokens after the layers of a schedule."""
+    if schedule is not None and uses_zone_weights(var.config, schedule):
+        return run_layers(var, x_BLC, cond, schedule, branch_scales_N2B, execution)
+    stream = PrefixStream(x_BLC)
+    for layer, block in enumerate(var.layers()):
+        scales = var.layout.num_scales
+        if schedule is not None:
+            scales = schedule.last_scale(layer) + 1
+            if scales == 0:
+                continue
+        layout = var.layout.prefix(scales)
+        stream.head = block(
+            stream.prefix(layout.total),
+            cond,
+            layout,
+            None if branch_scales_N2B is None else branch_scales_N2B[layer],
+            execution,
+            leave_open=execution.leaves_sums_open,
+        )
+    return stream.prefix(var.layout.total)
 
 
 def _check_targets(targets_BL: Tensor, shape: tuple[int, int]) -> None:

@@ -28,7 +28,9 @@ CONTENTS: dict[str, type | tuple[type, ...]] = {
 # Of the history. "best_not_kept" marks an epoch whose weights were the best, but not written.
 ENTRY = {"epoch", "step", "seconds", "train", "best_not_kept"}
 EVALUATIONS = ("held_out", "ema_held_out")
-ENTRY |= {name + end for name in EVALUATIONS for end in ("", "_mean")}
+ENTRY |= {name + end for name in EVALUATIONS for end in ("", "_mean", "_by_scale")}
+# Of the measurements that go on, besides "meters".
+LOG = {"steps": int, "seconds": float, "waited": float, "waited_before": float}
 MAX_STEPS = 2**53
 
 
@@ -58,6 +60,8 @@ def check_contents(saved: Mapping[str, Any]) -> None:
         is_pair = _is(name, str) and _is(pair, tuple) and len(pair) == 2 and _is(pair[1], int)
         _require(is_pair and _is_number(pair[0]) and pair[1] >= 1, f"sums: {name!r:.100}")
     _check_history(saved["history"], step)
+    if saved.get("log", {}) != {}:
+        _check_log(saved["log"])
     evaluated = any(has_best(entry) for entry in saved["history"])
     _require(
         evaluated == (saved["best_sha256"] is not None),
@@ -115,7 +119,22 @@ def _check_history(history: list[Any], step: int) -> None:
             if name in entry or f"{name}_mean" in entry:
                 _require(_are_losses(entry.get(name)), f"{where}: {name}")
                 _require(_is_number(entry.get(f"{name}_mean")), f"{where}: {name}_mean")
+            by_scale = entry.get(f"{name}_by_scale", {})
+            _require(_is(by_scale, dict), f"{where}: {name}_by_scale")
+            for losses in by_scale.values():
+                is_row = _is(losses, list) and all(map(_is_number, losses))
+                _require(is_row, f"{where}: {name}_by_scale")
         _require("held_out" in entry or "ema_held_out" not in entry, f"{where}: ema_held_out")
+
+
+def _check_log(log: Any) -> None:
+    _require(_is(log, dict) and log.keys() == {*LOG, "meters"}, "log: its entries")
+    for name, kind in LOG.items():
+        _require(_is(log[name], kind) and _is_number(log[name]) and log[name] >= 0, f"log: {name}")
+    _require(_is(log["meters"], dict), "log: meters")
+    for key, row in log["meters"].items():
+        is_row = _is(key, str) and _is(row, list) and len(row) > 1
+        _require(is_row and all(map(_is_number, row)) and row[-1] >= 0, f"log: {key!r:.100}")
 
 
 def _is_input(value: object) -> bool:

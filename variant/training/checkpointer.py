@@ -153,6 +153,7 @@ class Checkpointer:
             "scaler": state.scaler.state_dict(),
             "sums": state.loss_sums,
             "history": state.history,
+            "log": state.log,
             "best_sha256": self.best_sha256,
             "random": random_state(),
         }
@@ -249,6 +250,7 @@ class Checkpointer:
             state.step, state.seconds = saved["step"], saved["seconds"]
             state.loss_sums = {name: (pair[0], pair[1]) for name, pair in saved["sums"].items()}
             state.history = list(saved["history"])
+            state.log = dict(saved.get("log", {}))  # a run of an earlier version has none
             set_random_state(saved["random"])
         except (
             ArithmeticError,

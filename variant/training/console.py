@@ -22,7 +22,7 @@ LINE_EVERY = 60.0
 
 
 class RunConsole:
-    """Prints one run's progress: a bar on terminals, elsewhere a line every minute.
+    """Prints one run's progress: lines, and a bar on terminals.
 
     Args:
         kind: of the task, the first word of each line.
@@ -42,7 +42,7 @@ class RunConsole:
         """Show the bar within the block; yields a function that moves it.
 
         That function takes the number of completed steps and the loss of the last one. Without a
-        terminal it prints a line, at most every minute.
+        terminal it prints a line after the first step, and then where no line came for a minute.
         """
         progress = Progress(
             TextColumn("{task.description}"),
@@ -56,7 +56,7 @@ class RunConsole:
         )
         with progress:
             bar = progress.add_task(self.kind, total=self.total_steps, loss="")
-            self._last_line = time.monotonic()
+            self._last_line = -math.inf
 
             def move(step: int, loss: float) -> None:
                 progress.update(bar, completed=step, loss=f"loss {loss:.4f}")
@@ -87,6 +87,23 @@ class RunConsole:
         if self._is_line_due():
             self._print(f"{self.kind}: {done} of {total} {what}")
 
+    def print_step(self, line: Mapping[str, float]) -> None:
+        """Print the most important values of a line of the file of steps."""
+        self._last_line = time.monotonic()
+        losses = {
+            key.removeprefix("loss/"): value
+            for key, value in line.items()
+            if key.startswith("loss/")
+        }
+        text = f"{self.kind} step {line['step']:.0f}/{self.total_steps}  {_losses(losses)}"
+        text += f"  rate {line['optim/learning_rate']:.2e}"
+        if "schedule/subnet_probability" in line:
+            text += f"  p {line['schedule/subnet_probability']:.2f}"
+        text += f"  {line['speed/images_per_second']:,.0f} images/s"
+        if line["data/share_waited"] >= 0.01:
+            text += f", {line['data/share_waited']:.0%} of the time waiting for data"
+        self._print(f"{text}  about {duration(line['time/seconds_left'])} left")
+
     def print_epoch(self, entry: Mapping[str, Any]) -> None:
         """Print the losses of a finished epoch, an entry of the run's history."""
         line = f"{self.kind} epoch {entry['epoch']}/{self.epochs}  train: "
@@ -99,6 +116,8 @@ class RunConsole:
         remaining = seconds / step * (self.total_steps - step)
         line += f"  {seconds:.0f} s, about {remaining:.0f} s left"
         self._print(line)
+        if "held_out_by_scale" in entry:
+            self._print(f"  held out by scale: {_rows(entry['held_out_by_scale'])}")
 
     def print_unwritten(self, step: int, error: Exception) -> None:
         """Print why a file could not be written after ``step`` steps, and that the run goes on."""
@@ -127,7 +146,25 @@ class RunConsole:
 
 def _losses(losses: Mapping[str, float]) -> str:
     """``full 3.8842 | depth 4 3.8850 | depth 2 3.8861``; a name of digits is a subnet's depth."""
-    depths = sorted((name for name in losses if name.isdigit()), key=int, reverse=True)
-    labels = {name: name for name in losses if not name.isdigit()}
+    return _rows({name: [loss] for name, loss in losses.items()}, digits=4)
+
+
+def _rows(rows: Mapping[str, Sequence[float]], digits: int = 2) -> str:
+    """The same with several numbers for a name."""
+    depths = sorted((name for name in rows if name.isdigit()), key=int, reverse=True)
+    labels = {name: name for name in rows if not name.isdigit()}
     labels |= {depth: f"depth {depth}" for depth in depths}
-    return " | ".join(f"{label} {losses[name]:.4f}" for name, label in labels.items())
+    texts = {name: " ".join(f"{number:.{digits}f}" for number in rows[name]) for name in labels}
+    return " | ".join(f"{label} {texts[name]}" for name, label in labels.items())
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3 h 20 min``, ``2 d 4 h``."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 90:
+        return f"{minutes} min"
+    if minutes < 36 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{hours // 24} d {hours % 24} h"

@@ -38,14 +38,23 @@ class MetricsFile:
         Raises:
             OSError: the file cannot be written; it is then as before.
         """
-        size = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with self.path.open("a") as file:
-                file.write(_line(entry))
-        except OSError:
-            with suppress(OSError):
-                os.truncate(self.path, size)
-            raise
+        append_line(self.path, entry)
+
+
+def append_line(path: Path, entry: Mapping[str, Any]) -> None:
+    """Add a line to a file of JSON.
+
+    Raises:
+        OSError: the file cannot be written; it is then as before.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a") as file:
+            file.write(_line(entry))
+    except OSError:
+        with suppress(OSError):
+            os.truncate(path, size)
+        raise
 
 
 def _line(entry: Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ from variant.paths import path_kind, read_text, shown
 from variant.training.checkpoint_schedule import OutputSection
 from variant.training.efficiency import CompileSection, MemorySection
 from variant.training.ema import EMASection
+from variant.training.logging_section import LoggingSection
 from variant.training.optim import OptimSection
 from variant.training.overrides import override
 from variant.training.parallel import ParallelSection
@@ -165,6 +166,7 @@ class Recipe:
     output: OutputSection = field(default_factory=OutputSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
     ema: EMASection = field(default_factory=EMASection)
+    logging: LoggingSection = field(default_factory=LoggingSection)
     seed: CountOrZero = 0
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT

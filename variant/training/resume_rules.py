@@ -24,6 +24,7 @@ FREE = (
     "data.held_out_labels",
     "data.workers",
     "data.max_bad",
+    "logging.",
     "output.",
     "parallel.",
 )

@@ -26,6 +26,7 @@ from variant.training.optim import OptimSection
 from variant.training.parallel import chosen_mode
 from variant.training.recipe import Recipe, load_recipe, recipe_names
 from variant.training.resume_rules import compare_recipes, compare_schedules, read_recipe
+from variant.training.steps_file import StepsFile
 
 # The command that trains each kind of task.
 COMMANDS = {"var": "variant train", "vae": "variant train-vae"}
@@ -81,7 +82,7 @@ def run_files(folder: Path) -> tuple[str, ...]:
     names: list[str] = []
     for kind in COMMANDS:
         names += CheckpointFiles(folder, kind).patterns
-        names.append(MetricsFile(folder, kind).path.name)
+        names += [MetricsFile(folder, kind).path.name, StepsFile(folder, kind).path.name]
     return (*names, *MODEL_FILES)
 
 

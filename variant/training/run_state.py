@@ -22,6 +22,7 @@ class RunState:
     loss_sums: sum and count of this epoch's training losses by name of the configuration.
     history: one entry per completed epoch, as in the metrics file.
     ema: the moving average of the module's weights; None keeps none.
+    log: measurements that go on, of :meth:`variant.training.step_log.StepLog.saved`.
     """
 
     module: nn.Module
@@ -32,6 +33,7 @@ class RunState:
     loss_sums: dict[str, tuple[float, int]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     ema: EMA | None = None
+    log: dict[str, Any] = field(default_factory=dict)
 
     def add_loss(self, name: str, loss: float) -> None:
         """Add one step's loss to the sum of its configuration."""

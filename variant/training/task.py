@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from variant.data.images import Indices
 from variant.data.samples import Source
 from variant.training.distributed import Ranks
+from variant.training.meters import Meters
 from variant.training.recipe import Recipe
 
 SAMPLE_SEED = 0  # of the sample of training images that is evaluated at the end
@@ -50,6 +53,8 @@ class Task(ABC):
     kind: "var" or "vae", the first word of the names of the run's files.
     network: what :meth:`loss` calls in place of the module, which it wraps; the trainer sets it.
     ema_decay: of the moving average of the module's weights; 0 keeps none.
+    meters: collect what the steps measure; None does not.
+    seconds_waited: for training images and their tokens, over all resumptions of the run.
     """
 
     kind: str
@@ -58,6 +63,8 @@ class Task(ABC):
     recipe: Recipe
     ema_decay: float = 0.0
     network: Callable[..., Any]
+    meters: Meters | None = None
+    seconds_waited: float = 0.0
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -89,7 +96,8 @@ class Task(ABC):
     def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
         """Mean losses of some images by name, without mixup and without dropped labels.
 
-        Must not use the global random generators.
+        The name of a loss of one scale has the scale's number behind a slash: "full/0" is a part of
+        "full". Must not use the global random generators.
 
         Args:
             indices: of held-out images if ``held_out``, else of training images, which are
@@ -130,6 +138,26 @@ class Task(ABC):
         sums = ranks.sums(list(totals.values()))
         return {name: total / len(indices) for name, total in zip(totals, sums, strict=True)}
 
+    def layer_groups(self) -> dict[str, Sequence[nn.Module]]:
+        """Layers by the name of their group, whose gradient norms are reported."""
+        return {}
+
+    def values_of_step(self, step: int) -> dict[str, float]:
+        """What is reported of a step besides its losses; known without the device."""
+        return {}
+
+    def measure(self, key: str, value: Tensor) -> None:
+        """Add a value, or a row of them, to what the step reports: see :class:`Meters`."""
+        if self.meters is not None:
+            self.meters.add(key, value)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the seconds of the block, which fetches training images or their tokens."""
+        started = time.monotonic()
+        yield
+        self.seconds_waited += time.monotonic() - started
+
     def prepare(self, report: Report) -> None:
         """Called before the first step of a new or resumed run.
 
@@ -143,3 +171,13 @@ class Task(ABC):
     def before_step(self, indices: Indices, epoch: int, step: int) -> None:
         """Called before the forward pass of each step."""
         return
+
+
+def split_scales(losses: Mapping[str, float]) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """The losses of an evaluation over all scales, and those of each scale, both by name."""
+    means = {name: loss for name, loss in losses.items() if "/" not in name}
+    by_scale: dict[str, list[float]] = {}
+    for name, loss in losses.items():
+        if "/" in name:  # in the order of the scales
+            by_scale.setdefault(name.partition("/")[0], []).append(loss)
+    return means, by_scale

@@ -32,7 +32,8 @@ from variant.training.optim import decay_groups, learning_rate
 from variant.training.parallel import chosen_mode, parallelize, whole
 from variant.training.run_setup import RunSetup
 from variant.training.run_state import RunState, best_of
-from variant.training.task import Summary, Task
+from variant.training.step_log import StepLog
+from variant.training.task import Summary, Task, split_scales
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -83,6 +84,7 @@ class Trainer:
         if not self.ranks.is_first:
             console = Console(quiet=True)
         self.console = RunConsole(task.kind, epochs, self.total_steps, console)
+        self.log = StepLog(task, setup, self.state, self.scaler, self.total_steps, self.console)
         self._cached_order: tuple[int, np.ndarray] | None = None
 
     def run(self) -> Summary:
@@ -112,6 +114,7 @@ class Trainer:
         with (
             closing(self.checkpointer),
             Interrupt().listening() as interrupt,
+            self.log.opened(),
             self.console.progress_bar() as move_bar,
         ):
             while state.step < self.total_steps:
@@ -124,6 +127,7 @@ class Trainer:
                     self._end_epoch(started)
                 else:
                     state.seconds += time.monotonic() - started
+                    self.log.write_if_due()
                 # Clocks differ; a signal comes to one rank only, or to each in another step.
                 minutes_are_over, signum = self.ranks.largest(
                     self.schedule.minutes_are_over, interrupt.signum or 0
@@ -138,6 +142,8 @@ class Trainer:
 
     def _train_step(self) -> float:
         state = self.state
+        self.log.begin_step()
+        name = self.task.name_of_step(state.step)
         epoch, position = divmod(state.step, self.steps_per_epoch)
         if position == 0:
             state.loss_sums = {}
@@ -166,6 +172,7 @@ class Trainer:
         (total,) = self.ranks.sums([loss_sum.item()])
         self._require_finite(total, "loss", epoch)
         state.scaler.unscale_(state.optimizer)
+        self.log.before_clip(name)
         norm = nn.utils.clip_grad_norm_(self.task.module.parameters(), self.optim.clip)
         if not state.scaler.is_enabled():  # the scaler skips such a step and lowers the scale
             self._require_finite(whole(norm).item(), "gradient", epoch)
@@ -175,6 +182,7 @@ class Trainer:
         if state.ema is not None:
             state.ema.update()
         state.add_loss(name, total)
+        self.log.end_step(name, total, norm)
         return total
 
     def _require_finite(self, value: float, name: str, epoch: int) -> None:
@@ -201,6 +209,7 @@ class Trainer:
     def _end_epoch(self, started: float) -> None:
         """Evaluate and record.  Args: started: when the epoch's last step began."""
         state = self.state
+        self.log.close_interval()
         epoch = state.step // self.steps_per_epoch
         is_last = state.step == self.total_steps
         entry: dict[str, Any] = {"epoch": epoch, "step": state.step, "train": state.mean_losses()}
@@ -213,6 +222,7 @@ class Trainer:
         if self.ranks.is_first:
             with self._going_on():
                 self.metrics.append(entry)
+        self.log.write(entry)
         self.console.print_epoch(entry)
 
     def _evaluate(self, epoch: int) -> dict[str, Any]:
@@ -226,10 +236,11 @@ class Trainer:
     def _evaluate_weights(self, name: str, epoch: int) -> dict[str, Any]:
         self.task.module.eval()
         with torch.no_grad(), self._autocast():
-            losses = self.task.held_out_losses(self.ranks)
+            losses, by_scale = split_scales(self.task.held_out_losses(self.ranks))
         mean = sum(losses.values()) / len(losses)
         self._require_finite(mean, "held-out loss", epoch - 1)
-        return {name: losses, f"{name}_mean": mean}
+        entry: dict[str, Any] = {name: losses, f"{name}_mean": mean}
+        return entry | ({f"{name}_by_scale": by_scale} if by_scale else {})
 
     def _keep_if_best(self, entry: dict[str, Any]) -> None:
         """Write the weights, or their moving average, if none before had a lower loss."""
@@ -248,6 +259,7 @@ class Trainer:
             self._write_checkpoint(wait=self.state.step == self.total_steps)
 
     def _write_checkpoint(self, *, wait: bool) -> None:
+        self.state.log = self.log.saved()
         self.checkpointer.save(
             self.state,
             recipe=self.recipe.to_dict(),
@@ -284,7 +296,7 @@ class Trainer:
         self.checkpointer.load_best(self.state)
         self.task.module.eval()
         with torch.no_grad(), self._autocast():
-            train_loss = self.task.train_losses(self.ranks)
+            train_loss, _ = split_scales(self.task.train_losses(self.ranks))
         return Summary(
             folder=self.setup.folder,
             steps=self.state.step,

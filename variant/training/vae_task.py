@@ -50,9 +50,13 @@ class VAETask(Task):
         self.last_revival = int(self.training.revive_until * steps)
 
     def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
-        images = self.data.samples(indices, epoch).images.to(self.device)
+        with self.waiting():
+            images = self.data.samples(indices, epoch).images
+        images = images.to(self.device)
         reconstructed, quantisation, _ = self.network(images, self._num_scales(step))
         pixel_error = F.mse_loss(reconstructed.float(), images)
+        self.measure("loss/reconstruction", pixel_error)
+        self.measure("loss/quantization", quantisation)
         return self.training.reconstruction * pixel_error + quantisation
 
     def name_of_step(self, step: int) -> str:
@@ -79,7 +83,8 @@ class VAETask(Task):
     def before_step(self, indices: Indices, epoch: int, step: int) -> None:
         every = self.training.revive_every
         if every and step <= self.last_revival and step % every == 0:
-            images = self.data.samples(indices, epoch).images.to(self.device)
+            with self.waiting():
+                images = self.data.samples(indices, epoch).images.to(self.device)
             rng = stream(self.recipe.seed, step, STREAM_REVIVE)
             # The first step moves every code, so that all start as features of images.
             revive_codes(self.vae, images, rng, every_code=step == 0)

@@ -62,6 +62,7 @@ class VARTask(Task):
         self.ema_decay = recipe.ema.decay
         self.configurations = Configurations(recipe, steps_per_epoch)
         self.execution = execution_of(recipe.memory, recipe.compile)
+        self.scale_tokens = [side**2 for side in recipe.vae.patch_nums]
         self._copies_CNL: Tensor | None = None
         self._labels_N = torch.empty(0, dtype=torch.int64)
 
@@ -93,11 +94,12 @@ class VARTask(Task):
         if self._copies_CNL is not None:
             samples = self._copied(indices, epoch, self._copies_CNL)
         else:
-            samples = self.data.samples(indices, epoch)
+            with self.waiting():
+                samples = self.data.samples(indices, epoch)
         samples = samples.to(self.device)
         tokens_BL = self._tokens(samples)
         drops = draw_drops(self.config, self.recipe.seed, step, indices).to(self.device)
-        return self.network(
+        loss = self.network(
             samples.labels_B,
             self._teacher_input(tokens_BL),
             schedule,
@@ -107,7 +109,32 @@ class VARTask(Task):
             branch_scales_N2B=drops.branch_scales_N2B,
             targets_BL=tokens_BL,
             execution=self.execution,
-        ).mean
+        )
+        if self.meters is not None:
+            self.measure(
+                f"loss_by_scale/{self.name_of_step(step)}/", self._by_scale(loss.losses_BL)
+            )
+        return loss.mean
+
+    def _by_scale(self, losses_BL: Tensor) -> Tensor:
+        """(K,): the mean loss of each scale's tokens."""
+        parts = losses_BL.mean(0).split(self.scale_tokens)
+        return torch.stack([part.mean() for part in parts])
+
+    def layer_groups(self) -> dict[str, Sequence[nn.Module]]:
+        last = len(self.scale_tokens) - 1
+        subnets = [c.schedule for c in self.configurations.evaluated() if not c.is_full]
+        groups: dict[str, list[nn.Module]] = {"shared": [], "full_only": []}
+        for layer, block in enumerate(self.var.layers()):
+            is_shared = any(schedule.last_scale(layer) == last for schedule in subnets)
+            groups["shared" if is_shared else "full_only"].append(block)
+        return {**groups} if subnets else {}
+
+    def values_of_step(self, step: int) -> dict[str, float]:
+        if len(self.configurations.evaluated()) == 1:
+            return {}
+        probability = self.recipe.schedule.probability(step / self.steps_per_epoch)
+        return {"schedule/subnet_probability": probability}
 
     def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
         if not held_out and self._copies_CNL is not None:
@@ -120,7 +147,10 @@ class VARTask(Task):
         losses = {}
         for configuration in self.configurations.evaluated():
             loss = self.var(labels_B, x_teacher, configuration.schedule, targets_BL=tokens_BL)
-            losses[configuration.name] = loss.mean.item()
+            name = configuration.name
+            losses[name] = loss.mean.item()
+            scales = enumerate(self._by_scale(loss.losses_BL).tolist())
+            losses |= {f"{name}/{k}": scale_loss for k, scale_loss in scales}
         return losses
 
     def _tokens(self, samples: Samples) -> Tensor:

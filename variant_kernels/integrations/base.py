@@ -358,6 +358,12 @@ def _family_of(families: Sequence[ModelFamily], model: nn.Module) -> ModelFamily
                 f"patch: {where} is compiled by {compiled}, which keeps the unpatched forward; "
                 "patch first, compile afterwards"
             )
+        zones = module._modules.get("zones")
+        if zones is not None and len(zones._modules) > 0:
+            raise PatchError(
+                f"patch: {where} has zone weights: other weights for the tokens of some scales, "
+                "which a patch does not run; VARiant(var, vae).generate does"
+            )
     if family is None:
         structures = "; ".join(f"{f.name}: {f.structure}" for f in families)
         raise PatchError(

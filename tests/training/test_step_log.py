@@ -1,0 +1,167 @@
+"""What a run reports while it trains: the lines of its steps, and that they change nothing."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from test_loss_scale import fp16_trainer
+from tiny_runs import CPU, interrupt_after, metrics, quiet, tiny_recipe
+
+from variant.training.logging_section import LoggingSection
+from variant.training.trainer import Trainer
+from variant.training.vae_task import train_vae
+from variant.training.var_task import VARTask, train_var
+
+EVERY = 3  # of 8 steps, two an epoch
+CLOCKED = ("speed/", "data/", "memory/", "time/")  # differ from run to run
+
+
+def lines_of(folder, kind="var"):
+    return [json.loads(line) for line in (folder / f"{kind}-steps.jsonl").read_text().splitlines()]
+
+
+def without_clock(lines):
+    return [{k: v for k, v in line.items() if not k.startswith(CLOCKED)} for line in lines]
+
+
+@pytest.fixture
+def chosen(recipe):
+    return dataclasses.replace(recipe, logging=LoggingSection(every=EVERY))
+
+
+@pytest.fixture(scope="module")
+def run(folders, tmp_path_factory):
+    """The folder of a run, its lines, the losses of its steps by number, its console's output."""
+    chosen = dataclasses.replace(tiny_recipe(folders), logging=LoggingSection(every=EVERY))
+    folder = tmp_path_factory.mktemp("run")
+    train_vae(chosen, folder, console=quiet(), device=CPU)
+    losses, train_step = {}, Trainer._train_step
+
+    def watched(self):
+        losses[self.state.step] = self.task.name_of_step(self.state.step), train_step(self)
+        return losses[self.state.step][1]
+
+    console = quiet()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", watched)
+        train_var(chosen, folder, console=console, device=CPU)
+    return folder, lines_of(folder), losses, console.file.getvalue()
+
+
+@pytest.fixture
+def with_vae(run, tmp_path):
+    """A folder that holds the trained VQ-VAE only."""
+    for path in run[0].glob("vae-*"):
+        shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def test_a_line_has_what_its_steps_measured(run, chosen):
+    folder, lines, losses, printed = run
+    assert [line["step"] for line in lines] == [2, 3, 4, 6, 8]
+    assert [line["epoch"] for line in lines] == [1, 1.5, 2, 3, 4]
+    history = metrics(folder)
+    before = 0
+    for line in lines:
+        steps = [losses[step] for step in range(before, line["step"])]
+        before = line["step"]
+        for name in ("full", "2"):
+            own = [loss for key, loss in steps if key == name]
+            assert (f"loss/{name}" in line) is bool(own)
+            if not own:
+                continue
+            assert line[f"loss/{name}"] == pytest.approx(sum(own) / len(own), rel=1e-5)
+            # The scales have 1, 4 and 16 tokens.
+            parts = [line[f"loss_by_scale/{name}/{k}"] for k in range(3)]
+            mean = (parts[0] + 4 * parts[1] + 16 * parts[2]) / 21
+            assert mean == pytest.approx(line[f"loss/{name}"], rel=1e-5)
+            norms = [line[f"gradient_norm/{name}/{g}"] for g in ("all", "shared", "full_only")]
+            assert 0 < max(norms[1:]) < norms[0]
+        assert line["optim/learning_rate"] == chosen.optim.learning_rate
+        epoch = (line["step"] - 1) / 2
+        probability = chosen.schedule.probability(epoch)
+        assert line["schedule/subnet_probability"] == pytest.approx(probability)
+        assert line["speed/images_per_second"] > 0
+        assert 0 < line["data/share_waited"] < 1
+        assert line["memory/resident_bytes"] > 2**26
+        if line["step"] % 2 == 0:
+            entry = history[line["step"] // 2 - 1]
+            for name in ("full", "2"):
+                assert line[f"held_out/{name}"] == entry["held_out"][name]
+                parts = entry["held_out_by_scale"][name]
+                assert parts == [line[f"held_out_by_scale/{name}/{k}"] for k in range(3)]
+                mean = (parts[0] + 4 * parts[1] + 16 * parts[2]) / 21
+                assert mean == pytest.approx(entry["held_out"][name], rel=1e-5)
+        else:
+            assert not any(key.startswith("held_out") for key in line)
+    waited = [line["data/seconds_waited"] for line in lines]
+    assert waited == sorted(waited)
+    assert waited[-1] > 0
+    texts = printed.splitlines()
+    assert [text.split("  ")[0] for text in texts if text.startswith("var step")] == [
+        "var step 1/8",  # after the first step, wherever the first line of the file is
+        "var step 3/8",
+    ]
+    assert sum(text.startswith("  held out by scale: full ") for text in texts) == 4
+
+
+@pytest.mark.parametrize("step", [3, 4])  # the last of an epoch, and one within an interval
+def test_a_resumed_run_reports_what_an_unbroken_one_does(run, chosen, with_vae, monkeypatch, step):
+    parted = with_vae
+    interrupt_after(monkeypatch, VARTask, step)
+    with pytest.raises(SystemExit):
+        train_var(chosen, parted, console=quiet(), device=CPU)
+    waited = torch.load(parted / "var-last.pt", weights_only=True)["log"]["waited"]
+    with (parted / "var-steps.jsonl").open("a") as file:  # of steps after the checkpoint
+        file.write('{"step": 6}\n{"step": 7, "lo')
+    train_var(chosen, parted, resume=True, console=quiet(), device=CPU)
+    assert without_clock(lines_of(parted)) == without_clock(run[1])
+    assert lines_of(parted)[-1]["data/seconds_waited"] > waited > 0
+
+
+def test_no_setting_of_the_log_changes_a_weight(run, chosen, with_vae):
+    other = dataclasses.replace(chosen, logging=LoggingSection(every=1))
+    train_var(other, with_vae, console=quiet(), device=CPU)
+    assert len(lines_of(with_vae)) == 8
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (run[0], with_vae)]
+    assert weights[0] == weights[1]
+
+
+def test_the_vqvae_reports_the_parts_of_its_loss(chosen, tmp_path):
+    train_vae(chosen, tmp_path, console=quiet(), device=CPU)
+    lines = lines_of(tmp_path, "vae")
+    assert [line["step"] for line in lines] == [2, 3, 4]
+    for line in lines:
+        parts = line["loss/reconstruction"] + line["loss/quantization"]
+        assert line["loss/loss"] == pytest.approx(parts, rel=1e-5)
+        assert line["gradient_norm/loss/all"] > 0
+        assert "schedule/subnet_probability" not in line
+    assert {"held_out/reconstruction"} <= lines[-1].keys()
+
+
+def test_a_full_disk_costs_lines_and_not_the_run(chosen, tmp_path):
+    (tmp_path / "vae-steps.jsonl").symlink_to("/dev/full")
+    console = quiet()
+    assert train_vae(chosen, tmp_path, console=console, device=CPU).steps == 4
+    assert "vae step 2: [Errno 28] No space left on device" in console.file.getvalue()
+
+
+def test_a_step_that_overflowed_has_no_gradient_norm(chosen, tmp_path):
+    trainer = fp16_trainer(chosen, tmp_path, [False, True, True, True])
+    for _ in range(3):
+        trainer._train_step()
+        trainer.state.step += 1
+    trainer.log.close_interval()
+    trainer.log.write()
+    trainer._train_step()
+    trainer.state.step += 1
+    trainer.log.close_interval()
+    trainer.log.write()
+    first, second = lines_of(tmp_path, "vae")
+    assert (first["optim/loss_scale"], first["optim/skipped_steps"]) == (2**9, 2)
+    assert 0 < first["gradient_norm/loss/all"] < 1
+    assert (second["optim/loss_scale"], second["optim/skipped_steps"]) == (2**8, 3)
+    assert "gradient_norm/loss/all" not in second
+    assert "loss/loss" in second
