@@ -345,7 +345,8 @@ def _state(folder: Path) -> dict[str, Any]:
         }
         read_into(checkpointer.path, tensors)
         state |= {"module": tensors, "ema": None}
-    state.pop("seconds")
+    for name in ("seconds", "log"):  # measured
+        state.pop(name)
     for entry in state["history"]:
         entry.pop("seconds")
     return state
