@@ -50,6 +50,7 @@ NOT_RUN = {
     "python -m variant_kernels.triton_ops.compile_report": "takes minutes",
     "variant train": "takes minutes; a shortened recipe runs below",
     "variant train-vae": "takes minutes; a shortened recipe runs below",
+    "variant tokenize": "needs a trained VQ-VAE; tests/training/test_own_images.py runs it",
     "variant bench": "takes minutes",
 }
 

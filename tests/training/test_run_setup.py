@@ -304,7 +304,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(recipe, tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
-LOG = {"meters": {}, "steps": 1, "seconds": 1.0, "waited": 0.5, "waited_before": 0.0}
+LOG = {"meters": {}, "steps": 1, "seconds": 1.0, "flop": 9, "waited": 0.5, "waited_before": 0.0}
 EPOCH = {
     "epoch": 1,
     "step": 2,

@@ -1,6 +1,7 @@
 """What a run reports while it trains: the lines of its steps, and that they change nothing."""
 
 import dataclasses
+import errno
 import json
 import shutil
 
@@ -9,7 +10,12 @@ import torch
 from test_loss_scale import fp16_trainer
 from tiny_runs import CPU, interrupt_after, metrics, quiet, tiny_recipe
 
+from variant.errors import UserError
+from variant.models.flops import training_flop
+from variant.training.configurations import Configurations
+from variant.training.gpu_peaks import peak_rate
 from variant.training.logging_section import LoggingSection
+from variant.training.tensorboard import TensorBoard
 from variant.training.trainer import Trainer
 from variant.training.vae_task import train_vae
 from variant.training.var_task import VARTask, train_var
@@ -148,6 +154,21 @@ def test_a_full_disk_costs_lines_and_not_the_run(chosen, tmp_path):
     assert "vae step 2: [Errno 28] No space left on device" in console.file.getvalue()
 
 
+def test_curves_that_cannot_be_written_do_not_end_the_run(chosen, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("add_scalar", "flush", "close"):
+        monkeypatch.setattr(SummaryWriter, name, full)
+    shown = dataclasses.replace(chosen, logging=LoggingSection(tensorboard=True))
+    console = quiet()
+    assert train_vae(shown, tmp_path, console=console, device=CPU).steps == 4
+    assert console.file.getvalue().count("No space left on device; the run goes on") == 5
+
+
 def test_a_step_that_overflowed_has_no_gradient_norm(chosen, tmp_path):
     trainer = fp16_trainer(chosen, tmp_path, [False, True, True, True])
     for _ in range(3):
@@ -165,3 +186,75 @@ def test_a_step_that_overflowed_has_no_gradient_norm(chosen, tmp_path):
     assert (second["optim/loss_scale"], second["optim/skipped_steps"]) == (2**8, 3)
     assert "gradient_norm/loss/all" not in second
     assert "loss/loss" in second
+
+
+def curves(folder):
+    """{key: [(step, value)]} of event files, as TensorBoard shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {
+        key: [(event.step, event.value) for event in events.Scalars(key)]
+        for key in events.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_has_the_keys_and_values_of_the_file(run, chosen, with_vae, monkeypatch):
+    pytest.importorskip("tensorboard")
+    logging = LoggingSection(every=EVERY, tensorboard=True)
+    shown = dataclasses.replace(chosen, logging=logging)
+    interrupt_after(monkeypatch, VARTask, 4)
+    with pytest.raises(SystemExit):
+        train_var(shown, with_vae, console=quiet(), device=CPU)
+    # A process that went on to step 7 and was killed leaves points that a resumed run repeats.
+    writer = TensorBoard(with_vae / "tensorboard" / "var", 5)
+    writer.scalars({"step": 6, "loss/full": 99.0})
+    writer.close()
+    train_var(shown, with_vae, resume=True, console=quiet(), device=CPU)
+    lines = lines_of(with_vae)
+    assert without_clock(lines) == without_clock(run[1])
+    points = curves(with_vae / "tensorboard" / "var")
+    assert points.keys() == {key for line in lines for key in line} - {"step"}
+    for key, values in points.items():
+        expected = [(line["step"], line[key]) for line in lines if key in line]
+        assert values == [(step, pytest.approx(value)) for step, value in expected], key
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (run[0], with_vae)]
+    assert weights[0] == weights[1]
+
+
+def test_without_the_package_tensorboard_its_setting_is_refused_at_the_start(
+    chosen, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("variant.training.tensorboard.importlib.util.find_spec", lambda name: None)
+    shown = dataclasses.replace(chosen, logging=LoggingSection(tensorboard=True))
+    with pytest.raises(UserError, match=r'tensorboard: pip install "variant-kernels\[train\]"'):
+        train_vae(shown, tmp_path, console=quiet(), device=CPU)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mfu_is_the_work_of_the_model_over_the_peak_and_the_time(chosen, with_vae, monkeypatch):
+    monkeypatch.setattr("variant.training.step_log.peak_rate", lambda device, kind: (1e9, ""))
+    console = quiet()
+    train_var(chosen, with_vae, console=console, device=CPU)
+    config, schedules = chosen.var_config, Configurations(chosen, 2)
+    before = 0
+    for line in lines_of(with_vae):
+        steps = range(before, line["step"])
+        before = line["step"]
+        flop = sum(training_flop(config, schedules.of_step(step).schedule, 12) for step in steps)
+        seconds = len(steps) * 12 / line["speed/images_per_second"]
+        assert line["speed/mfu"] == pytest.approx(flop / seconds / 1e9)
+    assert ", MFU " in console.file.getvalue()
+
+
+def test_a_device_without_a_known_peak_has_no_mfu(run, monkeypatch):
+    assert not any("speed/mfu" in line for line in run[1])
+    assert "MFU" not in run[3]
+    gpu = torch.device("cuda")
+    names = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None}
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_rate(gpu, "bf16")[0] == peak
+        assert (name in peak_rate(gpu, "bf16")[1]) is (peak is None)
+        assert peak_rate(gpu, "fp32")[0] is None

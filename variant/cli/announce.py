@@ -12,6 +12,7 @@ from variant.cli.options import (
     Info,
     Plan,
     Recipe,
+    Tokenize,
     Train,
     TrainVae,
 )
@@ -46,12 +47,17 @@ def first_line(command: Command) -> str:
             name = "train" if isinstance(command, Train) else "train-vae"
             out = command.out or Path("runs") / Path(command.recipe).stem
             return f"{name}: recipe {command.recipe}, to {out}"
+        case Tokenize():
+            out = command.out or Path("runs") / Path(command.recipe).stem / "tokens"
+            return f"tokenize: recipe {command.recipe}, passes {command.passes}, to {out}"
         case Convert():
             names = [str(name) for name in (command.model, command.var, command.vae) if name]
             return f"convert: reading {' and '.join(names)}" if names else ""
         case Info():
             return f"info: reading {command.model}"
         case Recipe():  # a shown recipe is the whole output
+            if command.action == "new" and command.out is not None:
+                return f"recipe: reading {command.data}, to {command.out}"
             return f"recipe: checking {command.recipe}" if command.action == "check" else ""
         case Plan():
             return ""

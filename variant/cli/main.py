@@ -1,5 +1,5 @@
 """The command line ``variant``: generate, plan, train, train-vae, recipe, bench, convert,
-info.
+info, tokenize.
 
 The module of a command is imported when it runs, so that ``--help`` starts without torch.
 """
@@ -23,6 +23,7 @@ from variant.cli.options import (
     Info,
     Plan,
     Recipe,
+    Tokenize,
     Train,
     TrainVae,
 )
@@ -97,6 +98,10 @@ def function_of(command: Command) -> Callable[[Any], None]:
             from variant.cli.recipe import recipe
 
             return recipe
+        case Tokenize():
+            from variant.cli.tokenize import tokenize
+
+            return tokenize
         case Bench():
             from variant.cli.bench import bench
 

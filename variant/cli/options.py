@@ -146,20 +146,59 @@ class TrainVae:
 
 @dataclass
 class Recipe:
-    """Show or check a recipe of training.
+    """Write, show or check a recipe of training.
 
     --SECTION.KEY VALUE replaces any value of the recipe: --optim.learning-rate 2e-4.
+
+    Example: variant recipe new --data images --out my.toml
 
     Example: variant recipe show digits
 
     Example: variant recipe check my.toml
     """
 
-    action: Literal["show", "check"]
-    """show: print the recipe with every key and a comment for each. check: name every mistake, and
-    print what the run will be."""
+    action: Literal["new", "show", "check"]
+    """new: write a recipe for a folder of images. show: print a recipe with every key and a comment
+    for each. check: name every mistake, and print what the run will be."""
     recipe: str = ""
+    """For show and check: name of a packaged recipe, or a TOML file."""
+    data: Path | None = None
+    """For new: a folder with sub-folders train and held_out, each with one sub-folder of images per
+    class; with --split, a folder with one sub-folder per class."""
+    out: Path | None = None
+    """For new: the file to write; default: standard output."""
+    base: str | None = None
+    """For new: a recipe whose sizes are taken; default: sizes by the number of images."""
+    split: Path | None = None
+    """For new: a new folder for links to the images of --data, one in ten of a class held out."""
+    overrides: tuple[str, ...] = ()
+    """Values of single keys, as "optim.learning_rate=2e-4"; not an option by this name."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass
+class Tokenize:
+    """Encode a recipe's images before training, as token shards; the same command continues.
+
+    Under torchrun, every process writes its share of the shards. --SECTION.KEY VALUE replaces any
+    value of the recipe: --data.mixup 0.2.
+
+    Example: variant tokenize --recipe digits --passes 10 --out runs/digits/tokens
+    """
+
+    recipe: str = "digits"
     """Name of a packaged recipe, or a TOML file."""
+    passes: int = 1
+    """Passes over the training images, each augmented and mixed anew: as many as the epochs of
+    training, or fewer, which then repeat."""
+    out: Path | None = None
+    """Folder for the shards; default: runs/RECIPE/tokens."""
+    vae: Path | None = None
+    """Folder that `variant train-vae` wrote into; default: runs/RECIPE. Not used where the recipe
+    names the weights of a VQ-VAE."""
+    seed: int | None = None
+    """Overrides the recipe's seed."""
     overrides: tuple[str, ...] = ()
     """Values of single keys, as "optim.learning_rate=2e-4"; not an option by this name."""
     debug: bool = False
@@ -291,4 +330,4 @@ class Info:
     """Show the traceback of an error."""
 
 
-Command = Generate | Plan | Train | TrainVae | Recipe | Bench | Convert | Info
+Command = Generate | Plan | Train | TrainVae | Recipe | Bench | Convert | Info | Tokenize

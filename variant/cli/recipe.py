@@ -1,19 +1,39 @@
-"""``variant recipe``: show recipes and check them."""
+"""``variant recipe``: write, show and check recipes."""
 
 from __future__ import annotations
 
+import shlex
 import sys
+from pathlib import Path
 
 from variant.cli.options import Recipe as Options
-from variant.cli.output import console
+from variant.cli.output import check_file, console
 from variant.errors import UserError
-from variant.training.recipe import load_recipe, recipe_names, recipe_problems, recipe_values
+from variant.files import atomic_write
+from variant.training.new_recipe import Parts, find_parts, new_recipe, split
+from variant.training.overrides import override
+from variant.training.recipe import (
+    Recipe,
+    load_recipe,
+    parse_recipe,
+    recipe_names,
+    recipe_problems,
+    recipe_values,
+)
 from variant.training.recipe_reference import recipe_toml
 from variant.training.run_summary import RunSummary
 
+NEW_OPTIONS = ("data", "out", "base", "split")
+
 
 def recipe(command: Options) -> None:
-    """Print a recipe with every key, or its mistakes and what its run will be."""
+    """Write a recipe for a folder of images; print one with every key; or check one."""
+    if command.action == "new":
+        _new(command)
+        return
+    given = [f"--{name}" for name in NEW_OPTIONS if getattr(command, name) is not None]
+    if given:
+        raise UserError(f"recipe {command.action}: {given[0]} is for `variant recipe new`")
     if not command.recipe:
         raise UserError(
             f"recipe {command.action}: needs the name of a packaged recipe "
@@ -24,6 +44,61 @@ def recipe(command: Options) -> None:
         sys.stdout.write(text)
     else:
         _check(command)
+
+
+def _new(command: Options) -> None:
+    if command.data is None:
+        raise UserError("recipe new: needs --data FOLDER, the folder of images")
+    if command.recipe:
+        raise UserError(
+            f"recipe new: takes no name; got {command.recipe}. --base names a recipe whose sizes "
+            "are taken, --out the file to write"
+        )
+    if command.out is not None:
+        if command.out.exists():
+            raise UserError(f"{command.out}: exists; choose another file, or remove it")
+        check_file(command.out)
+    folder = command.data
+    if command.split is not None:
+        split(folder, command.split)
+        folder = command.split
+    parts = find_parts(folder)
+    name = command.out.stem if command.out is not None else folder.resolve().name
+    made = new_recipe(name, parts, command.base)
+    if command.overrides:
+        made = parse_recipe(override(made.to_dict(), command.overrides, Recipe), name)
+    text = _header(command, parts, made) + "\n" + recipe_toml(made, every_key=False)
+    if command.out is None:
+        sys.stdout.write(text)
+        return
+    with atomic_write(command.out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    out = console()
+    for title, line in RunSummary(made).lines():
+        out.print(f"{title:12} {line}")
+    out.print(f"wrote {command.out}; next: {_commands(command.out, made)[0]}")
+
+
+def _header(command: Options, parts: Parts, made: Recipe) -> str:
+    classes = "1 class" if len(parts.classes) == 1 else f"{len(parts.classes)} classes"
+    lines = [
+        f"Written by `variant recipe new` for {parts.num_train:,} training and "
+        f"{parts.num_held_out:,} held-out images in {classes}.",
+        f"Sizes are those of {command.base}."
+        if command.base
+        else "The sizes are a starting point for as many images; they have not been tuned.",
+        "Keys that are left out have their defaults; `variant recipe show FILE` prints all.",
+        "Train with:",
+        *(f"  {text}" for text in _commands(command.out or Path("FILE.toml"), made)),
+    ]
+    return "".join(f"# {line}\n" for line in lines)
+
+
+def _commands(path: Path, made: Recipe) -> list[str]:
+    """The commands that train the recipe of a file."""
+    words = ["--recipe", str(path), "--out", f"runs/{path.stem}"]
+    names = ("train",) if made.vae_training.weights is not None else ("train-vae", "train")
+    return [shlex.join(["variant", name, *words]) for name in names]
 
 
 def _check(command: Options) -> None:

@@ -19,6 +19,18 @@ OWN_KEYS = {
     "digits": set(DISTORTION),
     "folder": {"train", "held_out", "hflip", "randaugment_ops"},
     "idx": {*IDX_FILES, "dataset", "class_names", "hflip", *DISTORTION},
+    "tokens": {"tokens"},
+}
+# Keys that change training images, and their values that change none.
+AUGMENTATION = {
+    "hflip": 0.0,
+    "rotate": 0.0,
+    "zoom": 0.0,
+    "shift": 0.0,
+    "shear": 0.0,
+    "randaugment_ops": 0,
+    "randaugment_magnitude": 0.0,
+    "mixup": 0.0,
 }
 
 
@@ -26,8 +38,8 @@ OWN_KEYS = {
 class DataSection:
     """The source of the images and the augmentation of training images.
 
-    kind: "digits" (scikit-learn's scans), "folder" (one sub-folder of images per class) or "idx"
-        (two pairs of files in MNIST's format).
+    kind: "digits" (scikit-learn's scans), "folder" (one sub-folder of images per class), "idx" (two
+        pairs of files in MNIST's format) or "tokens" (shards that `variant tokenize` wrote).
     train, held_out: folders, for kind "folder"; files of images, plain or compressed with gzip, for
         kind "idx".
     train_labels, held_out_labels: files of labels, for kind "idx".
@@ -35,6 +47,8 @@ class DataSection:
         kind "idx".
     class_names: names of the classes in the order of their labels, for kind "idx"; those of folders
         are the names of the folders.
+    tokens: folder of token shards, for kind "tokens". The keys that change images may stay as they
+        were when the tokens were made; their files are not read.
     copies: number of augmented copies of each image that are tokenized before training; 0 tokenizes
         newly augmented images in every epoch. Must be 0 with mixup.
     rotate, zoom, shift, shear: largest random distortion, for kinds "digits" and "idx": degrees,
@@ -48,13 +62,14 @@ class DataSection:
         the share the run stops.
     """
 
-    kind: Literal["digits", "folder", "idx"]
+    kind: Literal["digits", "folder", "idx", "tokens"]
     train: str | None = None
     held_out: str | None = None
     train_labels: str | None = None
     held_out_labels: str | None = None
     dataset: Literal["fashion-mnist"] | None = None
     class_names: tuple[str, ...] = ()
+    tokens: str | None = None
     copies: int = 0
     hflip: float = 0.0
     rotate: float = 0.0
@@ -86,6 +101,10 @@ class DataSection:
             "copies must be 0 with mixup, which mixes the pixels of every batch",
             self.copies,
         )
+        if self.kind == "tokens":
+            require(self.tokens is not None, 'kind "tokens" needs tokens, a folder', None)
+            require(self.copies == 0, 'copies must be 0 for kind "tokens"', self.copies)
+            return
         for name in sorted(set().union(*OWN_KEYS.values()) - OWN_KEYS[self.kind]):
             value = getattr(self, name)
             require(not value, f'{name} is not for kind "{self.kind}"', value)

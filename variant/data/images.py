@@ -36,6 +36,7 @@ STREAM_ORDER, STREAM_AUGMENT, STREAM_COPY, STREAM_MIXUP = 1, 2, 3, 4
 STREAM_REPLACE = 7
 
 HELD_OUT_SEED = 0  # of the order of held-out images, which is the same for every recipe
+SAMPLE_SEED = 0  # of the sample of training images that is evaluated at the end
 MAX_REPLACEMENTS = 8  # images that are tried in place of one
 
 Indices = Sequence[int] | np.ndarray
@@ -78,6 +79,11 @@ def stream(seed: int, epoch: int, *which: int) -> np.random.Generator:
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     """The order in which an epoch visits its images, (count,) int64."""
     return stream(seed, epoch, STREAM_ORDER).permutation(count)
+
+
+def sample_order(count: int) -> np.ndarray:
+    """The order of training images whose first ones are evaluated at the end, (count,) int64."""
+    return np.random.default_rng(SAMPLE_SEED).permutation(count)
 
 
 class ImageData(Protocol):

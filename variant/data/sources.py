@@ -10,6 +10,8 @@ from variant.data.digits import DigitsData
 from variant.data.idx import IdxData
 from variant.data.images import FolderData, ImageData
 from variant.data.samples import ImageSource, Source
+from variant.data.token_source import TokenSource
+from variant.errors import UserError
 
 KINDS: dict[str, Callable[[DataSection, int, int, int], ImageData]] = {
     "digits": DigitsData,
@@ -27,6 +29,8 @@ def open_data(section: DataSection, image_size: int, channels: int, seed: int) -
         UserError: a folder is missing or empty, or the two folders have different classes;
             a file is missing or damaged; scikit-learn is not installed.
     """
+    if section.kind not in KINDS:
+        raise UserError(f'data: kind "{section.kind}" has no images, which this needs')
     return KINDS[section.kind](section, image_size, channels, seed)
 
 
@@ -38,6 +42,8 @@ def open_source(
     Args:
         mixed: whether training samples are mixed, if the section says so.
     """
+    if section.kind == "tokens" and mixed:
+        return TokenSource(section, seed)
     data = open_data(section, image_size, channels, seed)
     return ImageSource(data, seed, section.mixup if mixed else 0.0, section.max_bad)
 

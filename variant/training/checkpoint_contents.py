@@ -30,7 +30,7 @@ ENTRY = {"epoch", "step", "seconds", "train", "best_not_kept"}
 EVALUATIONS = ("held_out", "ema_held_out")
 ENTRY |= {name + end for name in EVALUATIONS for end in ("", "_mean", "_by_scale")}
 # Of the measurements that go on, besides "meters".
-LOG = {"steps": int, "seconds": float, "waited": float, "waited_before": float}
+LOG = {"steps": int, "seconds": float, "flop": int, "waited": float, "waited_before": float}
 MAX_STEPS = 2**53
 
 

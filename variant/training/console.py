@@ -100,9 +100,15 @@ class RunConsole:
         if "schedule/subnet_probability" in line:
             text += f"  p {line['schedule/subnet_probability']:.2f}"
         text += f"  {line['speed/images_per_second']:,.0f} images/s"
+        if "speed/mfu" in line:
+            text += f", MFU {line['speed/mfu']:.1%}"
         if line["data/share_waited"] >= 0.01:
             text += f", {line['data/share_waited']:.0%} of the time waiting for data"
         self._print(f"{text}  about {duration(line['time/seconds_left'])} left")
+
+    def print_note(self, text: str) -> None:
+        """Print a line about the run as a whole."""
+        self._print(f"{self.kind}: {text}")
 
     def print_epoch(self, entry: Mapping[str, Any]) -> None:
         """Print the losses of a finished epoch, an entry of the run's history."""

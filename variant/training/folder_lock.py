@@ -29,8 +29,11 @@ FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_N
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[bool]:
+def locked_folder(folder: Path, name: str = LOCK_NAME) -> Iterator[bool]:
     """Hold the folder's lock within the block; the folder is created where it is missing.
+
+    Args:
+        name: of the file of the lock.
 
     Afterwards the file of the lock is removed, and so are folders that were created here and that
     the block left empty.
@@ -40,7 +43,7 @@ def locked_folder(folder: Path) -> Iterator[bool]:
     Raises:
         UserError: another training holds the lock, or the folder cannot be written.
     """
-    path = folder / LOCK_NAME
+    path = folder / name
     try:
         created = _create(folder)
         descriptor, is_locked = _acquire(path)

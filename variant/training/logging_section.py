@@ -16,9 +16,11 @@ class LoggingSection:
     """What a run reports; no setting changes a weight.
 
     every: steps between lines, on the console and in the file of steps.
+    tensorboard: write the same values for TensorBoard, into the folder tensorboard of the run.
     """
 
     every: Count = 50
+    tensorboard: bool = False
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 

@@ -263,7 +263,17 @@ def load_recipe(
             that names them.
     """
     values = recipe_values(name_or_path, overrides)
-    where = shown(str(name_or_path))
+    return parse_recipe(values, shown(str(name_or_path)), seed)
+
+
+def parse_recipe(values: Mapping[str, Any], where: str, seed: int | None = None) -> Recipe:
+    """A recipe from plain values.
+
+    Args:
+        where: begins the message.  seed: replaces the recipe's seed.
+    Raises:
+        UserError: unknown keys or invalid values; one line that names them.
+    """
     try:
         return with_seed("load_recipe", parse_dataclass(Recipe, values, where), seed)
     except (RecursionError, ValueError) as error:

@@ -27,9 +27,10 @@ INTRODUCTION = """\
 `make docs-results` writes this page from the sections' dataclasses; do not edit it.
 [training.md](training.md) explains how to train.
 
-A recipe is a TOML file. `variant recipe show NAME` prints one with every key and a comment for
-each; `variant recipe check FILE` names every mistake and prints what the run will be. Unknown keys
-and values out of range stop a run with one line that names all of them.
+A recipe is a TOML file. `variant recipe new` writes one for a folder of images; `variant recipe
+show NAME` prints one with every key and a comment for each; `variant recipe check FILE` names every
+mistake and prints what the run will be. Unknown keys and values out of range stop a run with one
+line that names all of them.
 
 Any key can be given on the command line, in `variant train`, `train-vae` and `recipe`:
 `--optim.learning-rate 2e-4`, `--schedule.depths 8 4`, `--model.weights none`.
@@ -153,40 +154,51 @@ def reference() -> str:
 # --- a recipe as TOML ---------------------------------------------------------------------------
 
 
-def recipe_toml(recipe: Recipe) -> str:
-    """The recipe with every key, defaults included, and one comment line a key.
+def recipe_toml(recipe: Recipe, *, every_key: bool = True) -> str:
+    """The recipe with one comment line a key. Loading the text gives an equal recipe.
 
-    Loading the text gives an equal recipe.
+    Args:
+        every_key: False leaves out keys that have their defaults.
     """
     lines: list[str] = []
     for section in sections():
         value = getattr(recipe, section.title) if section.title else recipe
-        lines += list(_section_lines(section.title, section, value))
+        lines += list(_section_lines(section.title, section, value, every_key))
     return "\n".join(lines).strip() + "\n"
 
 
-def _section_lines(title: str, section: Section, value: Any) -> Iterator[str]:
+def _section_lines(title: str, section: Section, value: Any, every_key: bool) -> Iterator[str]:
     """A section, then the sections within it, as TOML wants them."""
-    yield ""
     if value is None:
-        yield f"# [{title}] is not set"
+        yield from ("", f"# [{title}] is not set") if every_key else ()
         return
-    if title:
-        yield f"[{title}]"
-    nested = []
+    keys = list(_key_lines(section, value, every_key))
+    if keys or every_key:
+        yield ""
+        yield from [f"[{title}]"] if title else []
+        yield from keys
     for key in section.keys:
         inner = section_type(hints_of(section.kind)[key.name])
         if inner is not None:
-            nested.append((f"{title}.{key.name}", inner, getattr(value, key.name)))
+            name = f"{title}.{key.name}"
+            yield from _section_lines(
+                name, _section(name, inner), getattr(value, key.name), every_key
+            )
+
+
+def _key_lines(section: Section, value: Any, every_key: bool) -> Iterator[str]:
+    """The keys of a section that are no sections themselves, each with its comment."""
+    for key in section.keys:
+        if section_type(hints_of(section.kind)[key.name]) is not None:
             continue
         plain = to_plain(getattr(value, key.name))
+        if plain == key.default and not every_key:
+            continue
         if plain is None:
             yield f"# {key.name} (not set; {key.values}): {key.text}"
         else:
             yield f"# {key.text} ({key.values})"
             yield f"{key.name} = {toml_value(plain)}"
-    for name, kind, inside in nested:
-        yield from _section_lines(name, _section(name, kind), inside)
 
 
 def toml_value(value: Any) -> str:

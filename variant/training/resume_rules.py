@@ -22,6 +22,7 @@ FREE = (
     "data.held_out",
     "data.train_labels",
     "data.held_out_labels",
+    "data.tokens",
     "data.workers",
     "data.max_bad",
     "logging.",

@@ -13,6 +13,7 @@ import torch
 
 from variant.checkpoints.config_file import CONFIG_NAME
 from variant.data.sources import data_inputs, differing_classes, open_source
+from variant.data.token_source import TokenSource
 from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.models.parameter_count import var_parameters, vqvae_parameters
@@ -27,6 +28,7 @@ from variant.training.parallel import chosen_mode
 from variant.training.recipe import Recipe, load_recipe, recipe_names
 from variant.training.resume_rules import compare_recipes, compare_schedules, read_recipe
 from variant.training.steps_file import StepsFile
+from variant.training.tensorboard import require_tensorboard
 
 # The command that trains each kind of task.
 COMMANDS = {"var": "variant train", "vae": "variant train-vae"}
@@ -137,6 +139,8 @@ class RunSetup:
         self.resume_command = resume_command or resume_hint(COMMANDS[kind], recipe, self.folder)
         self._check_folder(resume)
         self._check_memory(kind)
+        if recipe.logging.tensorboard:
+            require_tensorboard(recipe.name)
         if optim.precision == "fp16" and self.device.type == "cpu":
             raise UserError(
                 f'{recipe.name}: precision "fp16" needs a GPU; use "bf16" or "fp32" on a CPU'
@@ -156,6 +160,8 @@ class RunSetup:
         vae = recipe.vae
         size, channels = vae.image_size, vae.in_channels
         self.data = open_source(recipe.data, size, channels, recipe.seed, mixed=kind == "var")
+        if isinstance(self.data, TokenSource):
+            self.data.check(recipe.name, vae)
         if self.data.num_train < optim.batch_size:
             raise UserError(
                 f"{recipe.name}: batch_size must be at most the number of training images "

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from variant.training.console import RunConsole
+from variant.training.gpu_peaks import peak_rate
 from variant.training.gradient_norms import GradientNorms, whole_norm
 from variant.training.loss_scale import LossScaler
 from variant.training.memory_use import memory_use
@@ -24,6 +25,7 @@ from variant.training.run_setup import RunSetup
 from variant.training.run_state import RunState
 from variant.training.steps_file import StepsFile
 from variant.training.task import Task
+from variant.training.tensorboard import TensorBoard
 
 
 class StepLog:
@@ -51,10 +53,14 @@ class StepLog:
         self.total_steps, self.steps_per_epoch = total_steps, setup.steps_per_epoch
         self.batch_size, self.every = setup.optim.batch_size, setup.recipe.logging.every
         self.file = StepsFile(setup.folder, task.kind)
+        self.folder = setup.folder / "tensorboard" / task.kind
+        self.tensorboard: TensorBoard | None = None
+        self.uses_tensorboard = setup.recipe.logging.tensorboard
+        self.peak, self.no_peak = peak_rate(setup.device, setup.optim.precision)
         self.norms = GradientNorms(task.layer_groups())
         self.meters = task.meters = Meters(next(task.module.parameters()).device)
         # Of the present interval.
-        self._steps, self._seconds, self._waited_before = 0, 0.0, 0.0
+        self._steps, self._seconds, self._waited_before, self._flop = 0, 0.0, 0.0, 0
         self._started: float | None = None
         self._values: dict[str, float] = {}
         # Of this process, for the time that is left.
@@ -67,7 +73,16 @@ class StepLog:
         if self.ranks.is_first:
             self.file.keep_until(self.state.step)
         self._first_step, self._opened = self.state.step, time.monotonic()
-        yield
+        if self.uses_tensorboard:
+            self.tensorboard = TensorBoard(self.folder, self.state.step)
+        if self.no_peak and self.meters.device.type == "cuda" and self.task.flop_of_step(0):
+            self.console.print_note(f"no MFU is reported: {self.no_peak}")
+        try:
+            yield
+        finally:
+            with self._writing():
+                if self.tensorboard is not None:
+                    self.tensorboard.close()
 
     def begin_step(self) -> None:
         """Call before a step's data are fetched."""
@@ -92,6 +107,7 @@ class StepLog:
         self.meters.add(f"loss/{name}", loss)
         self._add_norm(f"gradient_norm/{name}/all", whole_norm(norm))
         self._steps += 1
+        self._flop += self.task.flop_of_step(self.state.step) * self.batch_size
 
     def write_if_due(self) -> None:
         """Call after a step within an epoch: writes a line every few steps."""
@@ -112,6 +128,8 @@ class StepLog:
         values |= self.task.values_of_step(step - 1)
         seconds = max(self._seconds, 1e-9)
         values["speed/images_per_second"] = self._steps * self.batch_size / seconds
+        if self._flop and self.peak is not None:
+            values["speed/mfu"] = self._flop / seconds / self.peak
         values["data/seconds_waited"] = self.task.seconds_waited
         values["data/share_waited"] = (self.task.seconds_waited - self._waited_before) / seconds
         values |= memory_use(self.meters.device)
@@ -119,7 +137,8 @@ class StepLog:
         left = (time.monotonic() - self._opened) / max(done, 1) * (self.total_steps - step)
         values["time/seconds_left"] = left
         self._values = values
-        self._steps, self._seconds, self._waited_before = 0, 0.0, self.task.seconds_waited
+        self._steps, self._seconds, self._flop = 0, 0.0, 0
+        self._waited_before = self.task.seconds_waited
 
     def write(self, epoch: Mapping[str, Any] | None = None) -> None:
         """Write the line of the closed interval.
@@ -133,10 +152,11 @@ class StepLog:
         line = {"step": step, "epoch": step / self.steps_per_epoch}
         line |= {"time/seconds": self.state.seconds} | self._values | held_out_values(epoch or {})
         line = {key: value for key, value in line.items() if math.isfinite(value)}
-        try:
+        with self._writing():
             self.file.append(line)
-        except OSError as error:
-            self.console.print_unwritten(step, error)
+        with self._writing():
+            if self.tensorboard is not None:
+                self.tensorboard.scalars(line)
         if epoch is None:
             self.console.print_step(line)
 
@@ -147,13 +167,25 @@ class StepLog:
         """
         meters = self.meters.totals(self.ranks.sums)
         self._stop_clock()
+        with self._writing():
+            if self.tensorboard is not None:
+                self.tensorboard.flush()
         return {
             "meters": meters,
             "steps": self._steps,
             "seconds": self._seconds,
+            "flop": self._flop,
             "waited": self.task.seconds_waited,
             "waited_before": self._waited_before,
         }
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A line or curve that cannot be written does not end the run."""
+        try:
+            yield
+        except OSError as error:
+            self.console.print_unwritten(self.state.step, error)
 
     def _stop_clock(self) -> None:
         if self._started is not None:
@@ -168,6 +200,7 @@ class StepLog:
                 meters = {key: [0.0] * len(values) for key, values in meters.items()}
             self.meters.load(meters)
             self._steps, self._seconds = saved["steps"], saved["seconds"]
+            self._flop = saved["flop"]
             self.task.seconds_waited = saved["waited"]
             self._waited_before = saved["waited_before"]
 

@@ -14,13 +14,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from variant.data.images import Indices
+from variant.data.images import Indices, sample_order
 from variant.data.samples import Source
 from variant.training.distributed import Ranks
 from variant.training.meters import Meters
 from variant.training.recipe import Recipe
-
-SAMPLE_SEED = 0  # of the sample of training images that is evaluated at the end
 
 Report = Callable[[str, int, int], None]
 
@@ -119,7 +117,7 @@ class Task(ABC):
 
     def train_losses(self, ranks: Ranks) -> dict[str, float]:
         """The same losses on a fixed sample of equally many training images."""
-        order = np.random.default_rng(SAMPLE_SEED).permutation(self.data.num_train)
+        order = sample_order(self.data.num_train)
         return self._mean_losses(order[: self.num_evaluated], ranks, held_out=False)
 
     def _mean_losses(
@@ -145,6 +143,10 @@ class Task(ABC):
     def values_of_step(self, step: int) -> dict[str, float]:
         """What is reported of a step besides its losses; known without the device."""
         return {}
+
+    def flop_of_step(self, step: int) -> int:
+        """FLOP of the forward and backward pass for one image; 0 is not counted."""
+        return 0
 
     def measure(self, key: str, value: Tensor) -> None:
         """Add a value, or a row of them, to what the step reports: see :class:`Meters`."""

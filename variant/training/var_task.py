@@ -22,7 +22,9 @@ from variant.checkpoints.model_folder import save_model
 from variant.data.encode import encode_images
 from variant.data.images import STREAM_COPY, Indices, stream
 from variant.data.samples import Samples, Source
+from variant.data.token_source import TokenSource
 from variant.errors import UserError
+from variant.models.flops import training_flop
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.training.configurations import Configurations
@@ -36,6 +38,7 @@ from variant.training.recipe import Recipe, with_seed
 from variant.training.run_setup import RunSetup, open_run
 from variant.training.task import Report, Summary, Task
 from variant.training.trainer import Trainer
+from variant_kernels import DepthSchedule
 
 # In config.json and the model card, by whether the moving average was better.
 WEIGHTS = {False: "of the last step of that epoch", True: "their moving average (EMA)"}
@@ -63,6 +66,7 @@ class VARTask(Task):
         self.configurations = Configurations(recipe, steps_per_epoch)
         self.execution = execution_of(recipe.memory, recipe.compile)
         self.scale_tokens = [side**2 for side in recipe.vae.patch_nums]
+        self._flop: dict[DepthSchedule, int] = {}
         self._copies_CNL: Tensor | None = None
         self._labels_N = torch.empty(0, dtype=torch.int64)
 
@@ -129,6 +133,12 @@ class VARTask(Task):
             is_shared = any(schedule.last_scale(layer) == last for schedule in subnets)
             groups["shared" if is_shared else "full_only"].append(block)
         return {**groups} if subnets else {}
+
+    def flop_of_step(self, step: int) -> int:
+        schedule = self.configurations.of_step(step).schedule
+        if schedule not in self._flop:
+            self._flop[schedule] = training_flop(self.configurations.config, schedule)
+        return self._flop[schedule]
 
     def values_of_step(self, step: int) -> dict[str, float]:
         if len(self.configurations.evaluated()) == 1:
@@ -255,7 +265,10 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
             f"has; got {recipe.model.num_classes}"
         )
     weights = find_vae(recipe, setup.folder)
-    setup.record_input("vae_sha256", weights.sha256())
+    vae_sha256 = weights.sha256()
+    if isinstance(data, TokenSource):
+        data.check_vae(vae_sha256)
+    setup.record_input("vae_sha256", vae_sha256)
     start = None if setup.keeps_start else find_start(recipe)
     if not setup.keeps_start:
         setup.record_input("start_sha256", start and start.sha256())

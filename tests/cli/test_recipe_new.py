@@ -1,0 +1,160 @@
+"""``variant recipe new``: a recipe for a folder of images."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from variant.training.new_recipe import SIZES, Parts, find_parts, new_recipe, split
+from variant.training.recipe import load_recipe
+from variant.training.recipe_reference import recipe_toml
+
+CLASSES = ["circle", "cross", "square"]
+
+
+def draw(folder, count, side=40):
+    rng = np.random.default_rng(count)
+    folder.mkdir(parents=True)
+    for index in range(count):
+        pixels = rng.integers(0, 256, (side, side + 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:02}.png")
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of three classes of 20 images each."""
+    for name in CLASSES:
+        draw(tmp_path / "images" / name, 20)
+    return tmp_path / "images"
+
+
+def parts_of(count, classes=3, side=64):
+    names = [f"class{i}" for i in range(classes)]
+    return Parts("images/train", "images/held_out", count, max(1, count // 10), names, side)
+
+
+def test_a_folder_of_classes_is_split_and_gets_a_recipe_that_is_whole(images, tmp_path, run):
+    out, parted = tmp_path / "my.toml", tmp_path / "parted"
+    code, printed, error = run(
+        "recipe", "new", "--data", images, "--split", parted, "--out", out,
+        "--optim.learning-rate", "3e-4",
+    )  # fmt: skip
+    assert code == 0, error
+    assert f"wrote {out}; next: variant train-vae --recipe {out} --out runs/my" in printed
+    recipe = load_recipe(out)
+    assert (recipe.name, recipe.model.num_classes) == ("my", 3)
+    assert recipe.optim.learning_rate == 3e-4
+    assert recipe.vae.image_size == 32
+    code, printed, _ = run("recipe", "check", out)
+    assert code == 0
+    assert "images       54 for training, 6 held out, 3 classes" in printed
+    assert out.read_text().startswith(
+        "# Written by `variant recipe new` for 54 training and 6 held-out images in 3 classes.\n"
+    )
+
+
+def test_a_folder_that_is_not_split_says_how(images, tmp_path, run):
+    code, _, error = run("recipe", "new", "--data", images, "--out", tmp_path / "my.toml")
+    assert code == 1
+    assert "has no sub-folders train and held_out; give --split NEW_FOLDER" in error
+    assert not (tmp_path / "my.toml").exists()
+
+
+def test_a_split_has_every_image_once_and_a_tenth_of_each_class_held_out(images, tmp_path):
+    split(images, tmp_path / "parted")
+    for name in CLASSES:
+        files = {
+            part: sorted((tmp_path / "parted" / part / name).iterdir())
+            for part in ("train", "held_out")
+        }
+        assert [path.name for path in files["held_out"]] == ["09.png", "19.png"]
+        names = sorted(path.name for paths in files.values() for path in paths)
+        assert names == [f"{index:02}.png" for index in range(20)]
+        for paths in files.values():
+            assert all(path.resolve() == images.resolve() / name / path.name for path in paths)
+
+
+def test_a_class_of_few_images_holds_out_one(tmp_path):
+    draw(tmp_path / "images" / "few", 3)
+    split(tmp_path / "images", tmp_path / "parted")
+    parts = find_parts(tmp_path / "parted")
+    assert (parts.num_train, parts.num_held_out) == (2, 1)
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("training", "test"), ("Train", "Held_Out")])
+def test_common_names_of_the_parts_are_found(images, tmp_path, names):
+    split(images, tmp_path / "parted")
+    for before, after in zip(("train", "held_out"), names, strict=True):
+        (tmp_path / "parted" / before).rename(tmp_path / "parted" / after)
+    parts = find_parts(tmp_path / "parted")
+    assert (parts.train.name, parts.held_out.name) == names
+    assert (parts.num_train, parts.classes, parts.side) == (54, CLASSES, 40)
+
+
+def test_problems_of_the_folder_are_one_line(images, tmp_path, run):
+    def error_of(*words):
+        code, _, error = run("recipe", "new", *words)
+        assert code == 1
+        assert error.count("\n") == 1
+        return error
+
+    assert "needs --data FOLDER" in error_of()
+    assert "no such folder of images" in error_of("--data", tmp_path / "none")
+    assert "must be a new or an empty folder" in error_of("--data", images, "--split", images)
+    single = tmp_path / "single"
+    draw(single / "one", 1)
+    assert "needs two images" in error_of("--data", single, "--split", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    split(images, tmp_path / "parted")
+    shutil.rmtree(tmp_path / "parted" / "held_out" / "cross")
+    assert "only in one of them: cross" in error_of("--data", tmp_path / "parted")
+    (tmp_path / "there.toml").touch()
+    assert "exists; choose another" in error_of("--data", images, "--out", tmp_path / "there.toml")
+    assert "takes no name" in error_of("digits", "--data", images)
+
+
+def test_options_of_new_are_not_for_the_others(run):
+    code, _, error = run("recipe", "check", "digits", "--data", "images")
+    assert code == 1
+    assert "recipe check: --data is for `variant recipe new`" in error
+
+
+@pytest.mark.parametrize("count", [1, 5, 60, 600, 6_000, 60_000, 1_300_000])
+@pytest.mark.parametrize("side", [28, 100, 400])
+def test_sizes_for_any_number_of_images_are_a_valid_recipe(count, side, tmp_path):
+    parts = parts_of(count, side=side)
+    recipe = new_recipe("mine", parts)
+    assert recipe.optim.batch_size <= count
+    assert recipe.vae_training.optim.batch_size <= count
+    steps = recipe.schedule.phases.total * (count // recipe.optim.batch_size)
+    assert steps <= 1.3 * SIZES[-1].steps
+    assert recipe.model.depth > max(recipe.schedule.depths)
+    path = tmp_path / "mine.toml"
+    path.write_text(recipe_toml(recipe, every_key=False))
+    assert load_recipe(path) == recipe
+
+
+def test_more_images_never_get_a_smaller_network():
+    recipes = [new_recipe("mine", parts_of(count)) for count in (100, 3_000, 50_000, 10**6)]
+    sizes = [(r.model.depth, r.model.embed_dim, r.optim.batch_size) for r in recipes]
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) == 4
+
+
+def test_a_base_gives_its_sizes():
+    base = load_recipe("imagenet-var-d16")
+    recipe = new_recipe("mine", parts_of(100_000, classes=1000), "imagenet-var-d16")
+    assert (recipe.model, recipe.vae, recipe.schedule) == (base.model, base.vae, base.schedule)
+    assert recipe.data.randaugment_ops == 2
+    assert recipe.data.train == "images/train"
+    assert recipe.optim == base.optim
+
+
+def test_with_other_classes_the_transformer_of_the_base_starts_at_random():
+    recipe = new_recipe("mine", parts_of(400, classes=7), "imagenet-var-d16")
+    assert recipe.model.weights is None
+    assert recipe.model.num_classes == 7
+    assert recipe.vae_training.weights == "vae_ch160v4096z32.pth"
+    assert (recipe.optim.batch_size, recipe.optim.accumulate) == (100, 1)
+    assert new_recipe("mine", parts_of(400), "digits").data.kind == "folder"

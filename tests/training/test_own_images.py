@@ -1,0 +1,136 @@
+"""A stranger's folder of images, with the commands of docs/training.md and small sizes."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from variant.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+SHAPES = ("circle", "cross", "line", "square", "triangle")
+# Overrides of examples/my_images.toml: seconds in place of hours, and five classes.
+SMALL = [
+    "--model.num-classes",
+    "5",
+    "--model.depth",
+    "3",
+    "--model.embed-dim",
+    "32",
+    "--model.num-heads",
+    "2",
+    "--vae.patch-nums",
+    "1",
+    "2",
+    "4",
+    "--vae.vocab-size",
+    "32",
+    "--vae.z-channels",
+    "8",
+    "--vae.ch-mult",
+    "1",
+    "1",
+    "--vae-training.epochs",
+    "1",
+    "--schedule.depths",
+    "2",
+    "--schedule.bridge",
+    "1",
+    "--data.mixup",
+    "0.2",
+    "--schedule.joint",
+    "1",
+    "--schedule.transition",
+    "1",
+    "--schedule.refinement",
+    "0",
+    "--eval.limit",
+    "20",
+]
+
+
+def draw(shape, rng):
+    """A shape of random size and colour on a random grey."""
+    image = Image.new("RGB", (24, 20), (int(rng.integers(100)),) * 3)
+    pen, size = ImageDraw.Draw(image), int(rng.integers(5, 9))
+    x, y = (int(v) for v in rng.integers(9, 11, 2))
+    box, colour = (
+        (x - size, y - size, x + size, y + size),
+        tuple(map(int, rng.integers(128, 256, 3))),
+    )
+    match shape:
+        case "circle":
+            pen.ellipse(box, colour)
+        case "square":
+            pen.rectangle(box, colour)
+        case "triangle":
+            pen.polygon([(x, y - size), (x - size, y + size), (x + size, y + size)], colour)
+        case "cross":
+            pen.line((x - size, y, x + size, y), colour, 3)
+            pen.line((x, y - size, x, y + size), colour, 3)
+        case "line":
+            pen.line(box, colour, 3)
+    return image
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """600 images in five classes: 500 in images/train, 100 in images/held_out; one is damaged."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 100), ("held_out", 20)):
+        for shape in SHAPES:
+            folder = Path("images", part, shape)
+            folder.mkdir(parents=True)
+            for number in range(count):
+                draw(shape, rng).save(folder / f"{number:03d}.png")
+    Path("images/train/.cache").mkdir()
+    (Path("examples")).mkdir()
+    example = (ROOT / "examples" / "my_images.toml").read_text()
+    Path("examples/my_images.toml").write_text(example)
+
+
+def documented(start):
+    """The words of the one command of docs/training.md that begins so."""
+    text = (ROOT / "docs" / "training.md").read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith(start)]
+    assert lines, start
+    return shlex.split(lines[0], comments=True)[1:]
+
+
+def test_a_folder_of_six_hundred_images_from_the_documentation_alone(images, capsys):
+    recipe = "--recipe examples/my_images.toml"
+    Path("images/train/cross/007.png").write_bytes(b"damaged")
+    small = [*SMALL, "--data.max-bad", "0.01"]
+    assert main([*documented(f"variant train-vae {recipe}"), *small]) == 0
+    words = documented(f"variant tokenize {recipe}")
+    words[words.index("--passes") + 1] = "2"
+    assert main([*words, *small]) == 0
+    assert main([*words, *small]) == 0  # nothing is left to do
+    printed = capsys.readouterr().out
+    assert re.search(r"wrote 1,200 samples in 4 shards to runs/mine/tokens", printed)
+    assert "wrote 0 samples in 0 shards to runs/mine/tokens (0 images/s); 1,200 were" in printed
+    train = next(
+        command
+        for command in map(shlex.split, re.findall(
+            r"^variant train --recipe.*--data.kind tokens.*$",
+            (ROOT / "docs" / "training.md").read_text(), re.MULTILINE))
+    )[1:]  # fmt: skip
+    assert main([*train, *small]) == 0
+    # A longer run continues with the same tokens.
+    more = list(small)
+    more[more.index("--schedule.refinement") + 1] = "1"
+    assert main([*train, *more, "--resume"]) == 0
+    assert main(documented("variant generate --model runs/mine --all-depths")) == 0
+    words = ["--labels", "circle,triangle", "--count", "3", "--out", "out/shapes"]
+    assert main(["generate", "--model", "runs/mine", *words]) == 0
+    names = sorted(path.name for path in Path("out/shapes").glob("*.png"))
+    assert [name[6:] for name in names] == ["class0.png"] * 3 + ["class4.png"] * 3
+    assert Image.open("out/mine.png").size[0] > 100
+    assert (
+        "Classes: circle, cross, line, square, triangle." in Path("runs/mine/README.md").read_text()
+    )

@@ -1,0 +1,366 @@
+"""Token shards: made from a recipe's images, and trained on with the losses of the images."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_models import open_recipe_source
+from tiny_runs import CPU, metrics, quiet, resume, run_until, tiny_recipe
+
+from tests.robustness.forked import option
+from variant.cli.main import main
+from variant.data.config import DataSection
+from variant.data.encode import encode_images
+from variant.data.images import epoch_order, sample_order
+from variant.data.shards import (
+    FORMAT,
+    MANIFEST_NAME,
+    SHARD_SIZE,
+    Manifest,
+    Rows,
+    write_shard,
+)
+from variant.data.token_source import TokenSource
+from variant.errors import UserError
+from variant.files import save_safetensors
+from variant.models.config import to_plain
+from variant.models.vqvae import VQVAE
+from variant.training.initial_weights import find_vae, load_vae
+from variant.training.tokenize import rank_of_environment, tokenize
+from variant.training.vae_task import train_vae
+from variant.training.var_task import VARTask, train_var
+
+PASSES, SHARD = 3, 10  # of 24 training images: three shards in a pass
+
+
+def random_vae(path, seed):
+    """A file with the weights of a VQ-VAE of the tiny recipe, not trained."""
+    torch.manual_seed(seed)
+    module = VQVAE(tiny_recipe(Path()).vae)
+    save_safetensors(path, module.state_dict())
+    return str(path)
+
+
+def with_vae(recipe, path):
+    """The recipe with the weights of a VQ-VAE; None trains one."""
+    training = dataclasses.replace(recipe.vae_training, weights=path)
+    return dataclasses.replace(recipe, vae_training=training)
+
+
+@pytest.fixture(scope="module")
+def tiny(folders, tmp_path_factory):
+    """The tiny recipe with the weights of a VQ-VAE."""
+    path = tmp_path_factory.mktemp("vae") / "vae.safetensors"
+    return with_vae(tiny_recipe(folders), random_vae(path, 0))
+
+
+@pytest.fixture(scope="module")
+def tokens(tiny, tmp_path_factory):
+    """A folder of tokens of the tiny recipe, which must not be changed."""
+    out = tmp_path_factory.mktemp("tokens")
+    made = write(tiny, out)
+    assert (made.samples, made.shards, made.missing) == (3 * 24 + 6 + 6, 3 * 3 + 1 + 1, 0)
+    return out
+
+
+def write(recipe, out, passes=PASSES, **options):
+    return tokenize(recipe, out, passes, vae_folder=out, device=CPU, shard_size=SHARD, **options)
+
+
+def from_tokens(recipe, tokens, **changes):
+    """The recipe, trained from shards; the keys that change images stay."""
+    section = dataclasses.replace(recipe.data, kind="tokens", tokens=str(tokens), **changes)
+    return dataclasses.replace(recipe, data=section)
+
+
+def files(folder):
+    """Name -> bytes of the shards, their SHA-256 and the manifest."""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def copied(tokens, to):
+    to.mkdir()
+    for name, content in files(tokens).items():
+        (to / name).write_bytes(content)
+    return to
+
+
+def test_samples_of_shards_are_those_of_images(tiny, tokens):
+    images, shards = open_recipe_source(tiny), TokenSource(from_tokens(tiny, tokens).data, 0)
+    vae = load_vae(tiny, find_vae(tiny, Path())).eval()
+    assert shards.classes == images.classes
+    for name, arguments in (
+        *(("samples", (np.arange(24), epoch)) for epoch in range(PASSES)),
+        ("held_out", (np.arange(6),)),
+        ("unmixed", (np.random.default_rng(0).permutation(24)[:6],)),
+    ):
+        expected, found = (getattr(source, name)(*arguments) for source in (images, shards))
+        assert torch.equal(found.tokens_BL, encode_images(vae, expected.images))
+        assert torch.equal(found.labels_B, expected.labels_B)
+        if name == "samples":
+            assert torch.equal(found.mixed_labels_B, expected.mixed_labels_B)
+            assert torch.equal(found.mix_B, expected.mix_B)
+        else:
+            assert found.mix_B is None
+    later = shards.samples([3, 7], PASSES + 1)  # the passes repeat
+    assert torch.equal(later.tokens_BL, shards.samples([3, 7], 1).tokens_BL)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_training_from_shards_has_the_losses_of_training_from_images(tiny, tokens, tmp_path, parts):
+    optim = dataclasses.replace(tiny.optim, accumulate=parts)
+    schedule = dataclasses.replace(tiny.schedule, transition=1)  # three epochs in all
+    recipe = dataclasses.replace(tiny, optim=optim, schedule=schedule)
+    summaries = {
+        name: train_var(chosen, tmp_path / name, console=quiet(), device=CPU)
+        for name, chosen in (("images", recipe), ("shards", from_tokens(recipe, tokens)))
+    }
+    assert recipe.data.mixup > 0
+    assert metrics(tmp_path / "shards") == metrics(tmp_path / "images")
+    assert summaries["shards"].train_loss == summaries["images"].train_loss
+    weights = [
+        torch.load(tmp_path / name / "var-last.pt")["module"] for name in ("images", "shards")
+    ]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    # The VQ-VAE is part of the model although no image was encoded.
+    assert main(["generate", "--model", str(tmp_path / "shards"), "--labels", "class1",
+                 "--out", str(tmp_path / "x.png")]) == 0  # fmt: skip
+
+
+def test_a_run_from_shards_resumes_also_from_another_folder(tiny, tokens, tmp_path, monkeypatch):
+    here = from_tokens(tiny, tokens)
+    moved = from_tokens(tiny, copied(tokens, tmp_path / "moved"))
+    train_var(here, tmp_path / "whole", console=quiet(), device=CPU)
+    run_until(here, tmp_path / "parted", monkeypatch, train_var, VARTask, step=3)
+    resume(moved, tmp_path / "parted", train_var)
+    assert metrics(tmp_path / "parted") == metrics(tmp_path / "whole")
+
+
+def test_shards_are_webdataset_shards(tokens):
+    from webdataset import WebDataset
+
+    shard = str(tokens / "train-p0001-00001.tar")
+    samples = list(WebDataset(shard, shardshuffle=False).decode())
+    order = epoch_order(0, 1, 24)[10:20]
+    assert [sample["json"]["index"] for sample in samples] == order.tolist()
+    for sample in samples:
+        assert sample["npy"].dtype == np.int16
+        assert sample["npy"].shape == (21,)
+        assert sample["json"].keys() == {"index", "label", "mixed_label", "mix"}
+    with tarfile.open(tokens / "held_out-00000.tar") as file:
+        assert len(file.getnames()) == 2 * 6
+
+
+def test_the_manifest_says_what_the_shards_hold(tiny, tokens):
+    manifest = json.loads((tokens / MANIFEST_NAME).read_text())
+    assert manifest["recipe"] == json.loads(json.dumps(to_plain(tiny)))
+    assert manifest["vae_sha256"] == find_vae(tiny, Path()).sha256()
+    assert (manifest["passes"], manifest["num_train"], manifest["num_held_out"]) == (3, 24, 6)
+    assert manifest["classes"] == ["class0", "class1"]
+    assert len(manifest["shards"]) == 11
+    for name, digest in manifest["shards"].items():
+        assert hashlib.sha256((tokens / name).read_bytes()).hexdigest() == digest
+        assert (tokens / f"{name}.sha256").read_text() == f"{digest}  {name}\n"
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_share_the_shards_and_the_last_writes_the_manifest(
+    tiny, tokens, tmp_path, world_size
+):
+    missing = [
+        write(tiny, tmp_path / "t", rank=rank, world_size=world_size).missing
+        for rank in reversed(range(world_size))
+    ]
+    assert missing[-1] == 0
+    assert all(count > 0 for count in missing[:-1])
+    assert files(tmp_path / "t") == files(tokens)
+
+
+def test_the_same_command_continues_and_more_passes_are_added(tiny, tokens, tmp_path):
+    recipe, out = tiny, tmp_path / "t"
+    write(recipe, out, passes=1)
+    first = files(out)
+    (out / "held_out-00000.tar").unlink()
+    (out / "train-p0000-00002.tar.sha256").unlink()
+    (out / ".train-p0000-00002.tar.123.tmp").write_bytes(b"half")
+    made = write(recipe, out, passes=1)
+    assert made.shards == 2
+    assert files(out) == first
+    assert write(recipe, out).shards == 6
+    assert files(out) == files(tokens)
+    assert write(recipe, out).shards == 0
+    with pytest.raises(UserError, match="holds 3 passes; --passes must be at least as many"):
+        write(recipe, out, passes=2)
+
+
+def test_tokens_of_other_settings_are_not_mixed(tiny, tokens, tmp_path):
+    recipe, out = tiny, copied(tokens, tmp_path / "t")
+    for chosen, message in (
+        (dataclasses.replace(recipe, seed=1), "seed was 0, now it is 1"),
+        (
+            dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, hflip=0.25)),
+            "augmentation was .*0.5.*now it is .*0.25",
+        ),
+    ):
+        with pytest.raises(UserError, match=f"holds tokens of other settings: {message}"):
+            write(chosen, out)
+    assert files(out) == files(tokens)
+
+
+def test_tokens_that_do_not_fit_the_recipe_are_refused(tiny, tokens, tmp_path):
+
+    def refuse(chosen, message):
+        with pytest.raises(UserError, match=message):
+            train_var(chosen, tmp_path / "run", console=quiet(), device=CPU)
+
+    small = dataclasses.replace(tiny, vae=dataclasses.replace(tiny.vae, patch_nums=(1, 2, 3)))
+    refuse(from_tokens(small, tokens), r"vae.patch_nums must be \(1, 2, 4\), as in .*got \(1, 2, 3")
+    refuse(from_tokens(tiny, tokens, mixup=0.5), r"made with data.mixup = 0.2; the recipe has 0.5")
+    other = with_vae(tiny, random_vae(tmp_path / "other.safetensors", 1))
+    refuse(from_tokens(other, tokens), "made by another VQ-VAE")
+    refuse(from_tokens(tiny, tmp_path), "holds no tokens: it has no manifest.json")
+    half = copied(tokens, tmp_path / "half")
+    manifest = json.loads((half / MANIFEST_NAME).read_text())
+    del manifest["shards"]["train-p0001-00002.tar"]
+    (half / MANIFEST_NAME).write_text(json.dumps(manifest))
+    refuse(from_tokens(tiny, half), "not complete: train-p0001-00002.tar is missing")
+    with pytest.raises(UserError, match='kind "tokens" has no images'):
+        train_vae(
+            from_tokens(with_vae(tiny, None), tokens), tmp_path / "v", console=quiet(), device=CPU
+        )
+    with pytest.raises(UserError, match=r'data.kind must be that of images; got "tokens"'):
+        write(from_tokens(tiny, tokens), tmp_path / "t")
+    copies = dataclasses.replace(tiny.data, copies=2, mixup=0.0)
+    with pytest.raises(UserError, match=r"data.copies must be 0: --passes takes its place; got 2"):
+        write(dataclasses.replace(tiny, data=copies), tmp_path / "t")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut off", "removed"])
+def test_a_bad_shard_is_named_and_other_passes_take_its_place(tiny, tokens, tmp_path, damage):
+    recipe, out = tiny, copied(tokens, tmp_path / "t")
+    path = out / "train-p0001-00001.tar"
+    content = bytearray(path.read_bytes())
+    content[3000] ^= 1
+    path.write_bytes(content if damage == "flipped" else content[:5000])
+    if damage == "removed":
+        path.unlink()
+    section = from_tokens(recipe, out, max_bad=0.5).data
+    source, whole = TokenSource(section, 0), TokenSource(from_tokens(recipe, tokens).data, 0)
+    with pytest.warns(RuntimeWarning, match=r"train-p0001-00001.tar.*Skipped: 10 of 84 samples"):
+        found = source.samples(np.arange(24), 1)
+    # The same images of the next pass, with their own labels.
+    lost = epoch_order(0, 1, 24)[10:20]
+    kept = np.setdiff1d(np.arange(24), lost)
+    for indices, epoch in ((lost, 2), (kept, 1)):
+        expected = whole.samples(indices, epoch)
+        assert torch.equal(found.tokens_BL[indices], expected.tokens_BL)
+        assert torch.equal(found.mixed_labels_B[indices], expected.mixed_labels_B)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one = source.samples(lost[:1], 1)
+    assert torch.equal(one.tokens_BL[0], found.tokens_BL[lost[0]])
+    with pytest.raises(UserError, match=r"10 of 84 samples cannot be read, more than data.max_bad"):
+        TokenSource(from_tokens(recipe, out).data, 0).samples(np.arange(24), 1)
+
+
+def test_a_bad_shard_of_a_single_pass_is_replaced_by_other_images(tiny, tmp_path):
+    write(tiny, tmp_path, passes=1)
+    for name in ("train-p0000-00000.tar", "held_out-00000.tar"):
+        (tmp_path / name).unlink()
+    section = from_tokens(tiny, tmp_path, max_bad=0.9).data
+    sources = [TokenSource(section, 0) for _ in range(2)]
+    with pytest.warns(RuntimeWarning, match="Skipped"):
+        found, again = (source.samples(np.arange(24), 0) for source in sources)
+    assert torch.equal(found.tokens_BL, again.tokens_BL)
+    with pytest.raises(UserError, match=r"held_out-00000.tar.*nor could another sample be read"):
+        sources[0].held_out([0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, '"format" must be "variant-tokens-1"; got'),
+        ({"passes": 0}, "passes must be >= 1; got 0"),
+        ({"shards": {"train-p0000-00000.tar": 3}}, "shards"),
+        ({"num_train": 10**9}, "its tokens are not complete"),
+        ({"num_train": 22}, "does not hold"),
+        ({"vocab_size": 2}, r"its tokens must be in \[0, 2\); a shard has others"),
+        ({"classes": ["a"]}, r"its labels must be in \[0, 1\); a shard has others"),
+        ({"patch_nums": [1, 2, 5]}, "does not hold samples of manifest.json: no tokens in its pla"),
+    ],
+)
+def test_a_wrong_manifest_is_one_line(tiny, tokens, tmp_path, change, message):
+    out = copied(tokens, tmp_path / "t")
+    manifest = json.loads((out / MANIFEST_NAME).read_text()) | change
+    (out / MANIFEST_NAME).write_text(json.dumps(manifest))
+    started = time.monotonic()
+    with pytest.raises(UserError, match=message) as caught:
+        TokenSource(from_tokens(tiny, out).data, 0).samples(range(22), 0)
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - started < 20
+
+
+def test_ranks_come_from_torchruns_variables():
+    assert rank_of_environment({}) == (0, 1)
+    assert rank_of_environment({"RANK": "2", "WORLD_SIZE": "3"}) == (2, 3)
+    for bad in ({"RANK": "1"}, {"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}):
+        with pytest.raises(UserError, match=r"^tokenize: RANK"):
+            rank_of_environment(bad)
+
+
+@pytest.mark.parametrize("stride", [option("TOKENIZE_STRIDE", 9)])
+def test_a_killed_process_leaves_whole_shards_alone(tiny, tokens, tmp_path, stride):
+    """kill -9 at later and later events; at the end every file is that of an undisturbed run."""
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, str(here / "killed_tokenize.py"), str(tmp_path / "t"), str(stride)],
+        input=pickle.dumps(tiny),
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    assert int(done.stdout) >= 3
+    left = files(tmp_path / "t")
+    left.pop(".variant-tokenize-0.lock", None)
+    assert left == files(tokens)
+
+
+def test_a_core_reads_ten_thousand_token_images_a_second(tmp_path):
+    """A pass of shuffled batches of 680 tokens, by the processor's time."""
+    count, patch_nums = 8192, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    rng = np.random.default_rng(0)
+    manifest = Manifest(
+        FORMAT, 0, 1, count, 2, 2, SHARD_SIZE, ("a", "b"), {"mixup": 0.2}, patch_nums, 4096, "", "",
+        {}, {},
+    )  # fmt: skip
+    digests = {}
+    for name, _, rows in manifest.files():
+        index_B = np.array(rows)
+        if name.startswith("train"):
+            index_B = epoch_order(0, 0, count)[index_B]
+        elif name.startswith("sample"):
+            index_B = sample_order(count)[index_B]
+        size = len(rows)
+        labels_B, mix_B = rng.integers(0, 2, size), rng.random(size).astype(np.float32)
+        written = Rows(index_B, rng.integers(0, 4096, (size, 680)), labels_B, labels_B, mix_B)
+        digests[name] = write_shard(tmp_path / name, written, manifest.dtype)
+    full = dataclasses.replace(manifest, shards=digests)
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(dataclasses.asdict(full)))
+    source = TokenSource(DataSection("tokens", tokens=str(tmp_path)), seed=3)
+    started = time.process_time()
+    for batch in np.split(epoch_order(3, 0, count), 32):
+        assert len(source.samples(batch, 0)) == 256
+    assert count / (time.process_time() - started) > 10_000

@@ -1,0 +1,65 @@
+"""``variant tokenize``: the images of a recipe as token shards."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from variant.cli.options import Tokenize
+from variant.cli.output import console
+from variant.cli.progress import Advance, progress
+from variant.training import tokenize as training
+from variant.training.recipe import load_recipe
+
+
+def tokenize(command: Tokenize) -> None:
+    """Write the shards of this process and print how to train from them."""
+    recipe = load_recipe(command.recipe, seed=command.seed, overrides=command.overrides)
+    run = Path("runs") / Path(command.recipe).stem
+    out = command.out or run / "tokens"
+    rank, world_size = training.rank_of_environment(os.environ)
+    device = None
+    if torch.cuda.is_available():
+        local = os.environ.get("LOCAL_RANK", "0")
+        device = torch.device("cuda", int(local) % torch.cuda.device_count())
+    done = 0
+    with ExitStack() as stack:
+        advance: Advance | None = None
+
+        def report(samples: int, total: int, shard: str) -> None:
+            nonlocal advance, done
+            if advance is None:
+                advance = stack.enter_context(progress("tokenize", "encoding", total))
+            done += samples
+            advance(samples, shard)
+
+        try:
+            result = training.tokenize(
+                recipe,
+                out,
+                command.passes,
+                vae_folder=command.vae or run,
+                rank=rank,
+                world_size=world_size,
+                device=device,
+                report=report,
+            )
+        except KeyboardInterrupt as stop:
+            raise type(stop)(f"{done:,} samples are in {out}; the same command continues") from None
+    printed = console()
+    rate = result.samples / result.seconds if result.seconds else 0.0
+    printed.print(
+        f"wrote {result.samples:,} samples in {result.shards:,} shards to {out} "
+        f"({rate:,.0f} images/s); {done - result.samples:,} were there"
+    )
+    if result.missing:
+        printed.print(f"{result.missing:,} shards of other processes are missing")
+    else:
+        name, tokens = shlex.quote(command.recipe), shlex.quote(str(out))
+        printed.print(
+            f"next: variant train --recipe {name} --data.kind tokens --data.tokens {tokens}"
+        )

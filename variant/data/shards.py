@@ -1,0 +1,289 @@
+"""Token shards: WebDataset tar files of tokens and labels, written once, read at random.
+
+A sample of a shard is two files: ``NUMBER.json`` with the index of the image, its label and, with
+mixup, the partner's label and the weight of the label; ``NUMBER.npy`` with the tokens. All samples
+take equally many bytes, so that one is read by its place, without an index.
+
+Axes: B samples, L tokens of all scales.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from variant.errors import UserError
+from variant.files import atomic_write
+from variant.models.config import parse_dataclass
+from variant.models.ranges import Count, CountOrZero
+from variant.paths import open_regular, path_kind, read_json, shown
+
+FORMAT = "variant-tokens-1"
+MANIFEST_NAME = "manifest.json"
+SHARD_SIZE = 2048  # samples; even, so that no pair of mixup is divided
+MAX_INT16 = 2**15
+BLOCK = tarfile.BLOCKSIZE
+SAMPLE, HELD_OUT = "sample", "held_out"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples that follow each other in shards: a pass over the training images, or another part.
+
+    name: "train-p0003", "sample" (training images of epoch 0 without mixup) or "held_out".
+    """
+
+    name: str
+    count: int
+
+    def shards(self, shard_size: int) -> Iterator[tuple[str, range]]:
+        """The file of each shard, and the rows of the part that it holds."""
+        for number, start in enumerate(range(0, self.count, shard_size)):
+            rows = range(start, min(start + shard_size, self.count))
+            yield f"{self.name}-{number:05d}.tar", rows
+
+
+def pass_name(number: int) -> str:
+    """The name of the part of a pass over the training images."""
+    return f"train-p{number:04d}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of token shards holds.
+
+    seed: of order, augmentation and mixup.  passes: over the training images; pass p has the
+        samples of epoch p.
+    num_train, num_held_out, num_sample: samples in a pass and in the other parts.
+    classes: their names.  augmentation: the keys of the recipe's section data that change images.
+    patch_nums, vocab_size: of the VQ-VAE.  vae_sha256: of its weights.  data_sha256: of the images.
+    recipe: that the tokens were made with.
+    shards: SHA-256 of each file; empty until all are there.
+    """
+
+    format: str
+    seed: CountOrZero
+    passes: Count
+    num_train: Count
+    num_held_out: Count
+    num_sample: Count
+    shard_size: Count
+    classes: tuple[str, ...]
+    augmentation: dict[str, float]
+    patch_nums: tuple[Count, ...]
+    vocab_size: Count
+    vae_sha256: str
+    data_sha256: str
+    recipe: dict[str, Any]
+    shards: dict[str, str]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one image."""
+        return sum(side * side for side in self.patch_nums)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """That of the stored tokens."""
+        return np.dtype("<i2" if self.vocab_size <= MAX_INT16 else "<i4")
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all parts."""
+        return self.passes * self.num_train + self.num_held_out + self.num_sample
+
+    def parts(self) -> Iterator[Part]:
+        """All parts, in the order in which they are written."""
+        for number in range(self.passes):
+            yield Part(pass_name(number), self.num_train)
+        yield Part(HELD_OUT, self.num_held_out)
+        yield Part(SAMPLE, self.num_sample)
+
+    def files(self) -> Iterator[tuple[str, Part, range]]:
+        """Every shard: its name, its part, its rows."""
+        for part in self.parts():
+            for name, rows in part.shards(self.shard_size):
+                yield name, part, rows
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+    """The manifest of a folder of token shards.
+
+    Raises:
+        UserError: there is none, it is damaged, or not of this format.
+    """
+    path = Path(folder) / MANIFEST_NAME
+    if path_kind(path) is None:
+        raise UserError(
+            f"{shown(folder)}: holds no tokens: it has no {MANIFEST_NAME}; `variant tokenize` "
+            "writes one"
+        )
+    values = read_json(path)
+    found = values.get("format") if isinstance(values, dict) else type(values).__name__
+    if found != FORMAT:
+        raise UserError(f'{shown(path)}: "format" must be "{FORMAT}"; got {str(found)[:100]!r}')
+    try:
+        return parse_dataclass(Manifest, values, shown(path))
+    except (RecursionError, TypeError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())[:500]) from None
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Samples in the form of a shard.
+
+    index_B, labels_B: int64.  tokens_BL: integers.  mixed_labels_B (int64), mix_B (float32): None
+        without mixup.
+    """
+
+    index_B: np.ndarray
+    tokens_BL: np.ndarray
+    labels_B: np.ndarray
+    mixed_labels_B: np.ndarray | None = None
+    mix_B: np.ndarray | None = None
+
+
+def write_shard(path: Path, rows: Rows, dtype: np.dtype) -> str:
+    """Write a shard and, beside it, its SHA-256 for ``sha256sum -c``; both whole or not at all.
+
+    The shard's name appears last. The same rows give the same bytes.
+
+    Returns:
+        SHA-256 of the file.
+    Raises:
+        UserError: webdataset is not installed, or the files cannot be written.
+    """
+    try:
+        from webdataset import TarWriter
+    except ImportError as error:
+        raise UserError(
+            'token shards need webdataset: pip install "variant-kernels[train]"'
+        ) from error
+    content = io.BytesIO()
+    with TarWriter(content, user="", group="", mtime=0) as writer:
+        for place in range(len(rows.index_B)):
+            entry: dict[str, Any] = {
+                "index": int(rows.index_B[place]),
+                "label": int(rows.labels_B[place]),
+            }
+            if rows.mixed_labels_B is not None and rows.mix_B is not None:
+                entry["mixed_label"] = int(rows.mixed_labels_B[place])
+                entry["mix"] = float(rows.mix_B[place])
+            tokens = rows.tokens_BL[place].astype(dtype)
+            sample = {"json": json.dumps(entry).encode(), "npy": _as_npy(tokens)}
+            writer.write({"__key__": f"{place:06d}", **sample})
+    data = content.getbuffer()
+    digest = hashlib.sha256(data).hexdigest()
+    with atomic_write(path) as temporary:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        with atomic_write(digest_path(path)) as written:
+            written.write_text(f"{digest}  {path.name}\n")
+    return digest
+
+
+def _as_npy(tokens_L: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    np.lib.format.write_array(content, tokens_L, version=(1, 0), allow_pickle=False)
+    return content.getvalue()
+
+
+def digest_path(shard: Path) -> Path:
+    """The file with the SHA-256 of a shard."""
+    return shard.with_name(f"{shard.name}.sha256")
+
+
+def read_digest(shard: Path) -> str | None:
+    """SHA-256 that was written beside a shard; None if it or the shard is missing or damaged."""
+    path = digest_path(shard)
+    if path_kind(shard) != "file" or path_kind(path) != "file":
+        return None
+    with open_regular(path) as file:
+        words = file.read(1000).decode("ascii", "replace").split()
+    return words[0] if words and len(words[0]) == 64 else None
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+class ShardReader:
+    """Reads samples of shards by their rows.
+
+    A shard's SHA-256 is compared with that of the manifest when its first sample is read.
+
+    Args:
+        folder: of the shards.  manifest: of that folder, complete.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        header = _as_npy(np.zeros(manifest.num_tokens, manifest.dtype))
+        self._npy_header = header[: -manifest.num_tokens * manifest.dtype.itemsize]
+        # A header and a block with the labels, a header and the blocks with the tokens.
+        self._tokens_at = 3 * BLOCK + len(self._npy_header)
+        self.stride = 3 * BLOCK + -(-len(header) // BLOCK) * BLOCK
+        self._checked: dict[str, str | None] = {}
+
+    def reason(self, name: str) -> str | None:
+        """Why a shard cannot be read; None if it can."""
+        if name not in self._checked:
+            self._checked[name] = self._reason(name)
+        return self._checked[name]
+
+    def _reason(self, name: str) -> str | None:
+        path = self.folder / name
+        try:
+            with open_regular(path) as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        except UserError as error:
+            return str(error)
+        except OSError as error:
+            return f"{shown(path)}: cannot be read: {error.strerror or error}"
+        if digest != self.manifest.shards[name]:
+            return f"{shown(path)}: is damaged: its SHA-256 is not that of {MANIFEST_NAME}"
+        return None
+
+    def read(self, name: str, places: list[int]) -> list[tuple[Mapping[str, Any], np.ndarray]]:
+        """The entries and the tokens of some samples of a shard.
+
+        Args:
+            places: of the samples, counted from 0.
+        Raises:
+            UserError: the shard does not hold samples of this manifest.
+        """
+        path = self.folder / name
+        found = []
+        try:
+            with open_regular(path) as file:
+                for place in places:
+                    sample = os.pread(file.fileno(), self.stride, place * self.stride)
+                    found.append(self._parse(sample))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(
+                f"{shown(path)}: does not hold samples of {MANIFEST_NAME}: {error}"
+            ) from None
+        return found
+
+    def _parse(self, sample: bytes) -> tuple[Mapping[str, Any], np.ndarray]:
+        start = self._tokens_at
+        if sample[start - len(self._npy_header) : start] != self._npy_header:
+            raise ValueError("no tokens in its place")
+        entry = json.loads(sample[BLOCK : 2 * BLOCK].rstrip(b"\0"))
+        if not isinstance(entry, dict):
+            raise ValueError("no labels in its place")
+        count = self.manifest.num_tokens
+        return entry, np.frombuffer(sample, self.manifest.dtype, count, start)

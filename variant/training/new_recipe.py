@@ -1,0 +1,253 @@
+"""New recipes for a folder of images: its classes, its parts, sizes by the number of images."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from variant.data.config import DataSection
+from variant.data.images import list_images
+from variant.errors import UserError
+from variant.models.config import VQVAEConfig
+from variant.training.optim import OptimSection
+from variant.training.recipe import (
+    ModelSection,
+    OutputSection,
+    Recipe,
+    VAETraining,
+    load_recipe,
+)
+from variant.training.schedule import ScheduleSection
+
+TRAIN = ("train", "training")
+HELD_OUT = ("held_out", "heldout", "held-out", "val", "valid", "validation", "test")
+HELD_OUT_ONE_IN = 10  # images that a split holds out
+SAMPLE = 64  # images whose size is read
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The two folders of a data set and what they hold."""
+
+    train: Path
+    held_out: Path
+    num_train: int
+    num_held_out: int
+    classes: list[str]
+    side: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes for up to so many training images. A starting point by experience, not tuned.
+
+    steps, vae_steps: optimiser steps that the epochs are chosen for.
+    """
+
+    images: float
+    depth: int
+    width: int
+    heads: int
+    depths: tuple[int, ...]
+    codes: int
+    channels: int
+    batch: int
+    steps: int
+    vae_steps: int
+
+
+SIZES = (
+    Size(2_000, 8, 128, 4, (4, 2), 256, 16, 32, 3_000, 2_000),
+    Size(20_000, 8, 256, 4, (4, 2), 512, 16, 64, 15_000, 8_000),
+    Size(200_000, 12, 512, 8, (8, 4), 1024, 16, 128, 60_000, 20_000),
+    Size(float("inf"), 16, 768, 12, (8, 4), 4096, 32, 256, 200_000, 60_000),
+)
+# Side of the images, channels at each resolution, sides of the token maps, first scales of the
+# bridge.
+SMALL_MAPS, LARGE_MAPS = (1, 2, 3, 4, 6, 8), (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+FORMATS = {
+    32: ((1, 2, 2), SMALL_MAPS, 4),
+    64: ((1, 2, 2, 4), SMALL_MAPS, 4),
+    128: ((1, 2, 2, 4), LARGE_MAPS, 6),
+}
+
+
+def find_parts(folder: Path) -> Parts:
+    """The folders of training and of held-out images in a folder.
+
+    Raises:
+        UserError: there are none, or their classes differ; the message says how to split.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of images")
+    names = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
+    train = next((names[name] for name in TRAIN if name in names), None)
+    held_out = next((names[name] for name in HELD_OUT if name in names), None)
+    if train is None or held_out is None:
+        missing = "sub-folders train and held_out" if train is None else "sub-folder held_out"
+        raise UserError(
+            f"{folder}: has no {missing}; give --split NEW_FOLDER, which makes both there with "
+            f"links to the images, one in {HELD_OUT_ONE_IN} held out, or move images yourself"
+        )
+    paths, _, classes = list_images(train)
+    held_out_paths, _, others = list_images(held_out)
+    if classes != others:
+        differing = ", ".join(sorted(set(classes) ^ set(others))[:5])
+        raise UserError(
+            f"{held_out}: must have the classes of {train}; only in one of them: {differing}"
+        )
+    return Parts(train, held_out, len(paths), len(held_out_paths), classes, _side(paths))
+
+
+def split(folder: Path, out: Path) -> None:
+    """Make ``out/train`` and ``out/held_out`` with links to the images of a folder of classes.
+
+    Every tenth image of a class is held out, at least one.
+
+    Args:
+        folder: one sub-folder of images per class; or a folder that has them in ``train``.
+    Raises:
+        UserError: a class has one image only; ``out`` is not empty or cannot be written.
+    """
+    inner = next((folder / name for name in TRAIN if (folder / name).is_dir()), folder)
+    paths, labels, classes = list_images(inner)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: must be a new or an empty folder for --split")
+    by_class: list[list[Path]] = [[] for _ in classes]
+    for path, label in zip(paths, labels, strict=True):
+        by_class[label].append(path)
+    for name, files in zip(classes, by_class, strict=True):
+        if len(files) < 2:
+            raise UserError(f"{inner / name}: needs two images, one of them to be held out")
+    try:
+        for name, files in zip(classes, by_class, strict=True):
+            every = min(HELD_OUT_ONE_IN, len(files))
+            for number, path in enumerate(files, 1):
+                part = HELD_OUT[0] if number % every == 0 else TRAIN[0]
+                link = out / part / name / path.name
+                link.parent.mkdir(parents=True, exist_ok=True)
+                os.symlink(path.resolve(), link)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
+
+
+def new_recipe(name: str, parts: Parts, base: str | None = None) -> Recipe:
+    """A recipe for a data set.
+
+    Args:
+        name: of the recipe.
+        base: a recipe whose sizes are taken; None chooses sizes by the number of images.
+    Raises:
+        UserError: there is no such recipe.
+    """
+    recipe = _sized(name, parts) if base is None else _based(name, parts, load_recipe(base))
+    return dataclasses.replace(recipe, description=_description(recipe, parts))
+
+
+def _sized(name: str, parts: Parts) -> Recipe:
+    count = parts.num_train
+    size = next(size for size in SIZES if count <= size.images)
+    batch = max(1, min(size.batch, count // 4))
+    # Images of 128 pixels take four times the work of 64, for which few images are too few.
+    side = 32 if parts.side <= 40 else 64 if parts.side <= 160 or count <= 20_000 else 128
+    ch_mult, patch_nums, bridge = FORMATS[side]
+    epochs = _epochs(size.steps, batch, count)
+    joint = transition = max(1, round(0.4 * epochs))
+    vae_optim = OptimSection(
+        batch, 1e-3, weight_decay=0.0, schedule="cosine", final_ratio=0.02, warmup=0.05
+    )
+    return Recipe(
+        name=name,
+        description="",
+        model=ModelSection(
+            depth=size.depth,
+            embed_dim=size.width,
+            num_heads=size.heads,
+            num_classes=len(parts.classes),
+        ),
+        vae=VQVAEConfig(
+            vocab_size=size.codes,
+            z_channels=size.channels,
+            ch=32 if count <= 20_000 else 64,
+            ch_mult=ch_mult,
+            num_res_blocks=1,
+            patch_nums=patch_nums,
+        ),
+        vae_training=VAETraining(
+            epochs=_epochs(size.vae_steps, batch, count),
+            optim=vae_optim,
+            revive_every=20,
+        ),
+        data=_data(parts),
+        optim=OptimSection(batch, 1e-3, schedule="cosine", final_ratio=0.02, warmup=0.03),
+        schedule=ScheduleSection(
+            depths=size.depths,
+            bridge=bridge,
+            joint=joint,
+            transition=transition,
+            refinement=max(0, epochs - joint - transition),
+        ),
+        output=OutputSection(),
+    )
+
+
+def _based(name: str, parts: Parts, base: Recipe) -> Recipe:
+    """The recipe of another, with the images and the classes of a data set."""
+    model = dataclasses.replace(base.model, num_classes=len(parts.classes))
+    if base.model.num_classes != len(parts.classes):  # its embedding of classes does not fit
+        model = dataclasses.replace(model, weights=None, weights_entry=None)
+    data = _data(parts)
+    if base.data.kind == "folder":
+        data = dataclasses.replace(base.data, train=str(parts.train), held_out=str(parts.held_out))
+    optim = _within(base.optim, parts.num_train)
+    training = base.vae_training
+    if training.optim is not None:
+        training = dataclasses.replace(training, optim=_within(training.optim, parts.num_train))
+    return dataclasses.replace(
+        base, name=name, model=model, data=data, optim=optim, vae_training=training
+    )
+
+
+def _data(parts: Parts) -> DataSection:
+    return DataSection(
+        kind="folder", train=str(parts.train), held_out=str(parts.held_out), hflip=0.5
+    )
+
+
+def _within(optim: OptimSection, count: int) -> OptimSection:
+    """The settings with a batch of at most a quarter of the images, in one part if it shrinks."""
+    batch = max(1, count // 4)
+    if optim.batch_size <= batch:
+        return optim
+    return dataclasses.replace(optim, batch_size=batch, accumulate=1)
+
+
+def _epochs(steps: int, batch: int, count: int) -> int:
+    """Epochs of about so many steps: at least 10, at most 400."""
+    return max(10, min(400, round(steps * batch / count)))
+
+
+def _description(recipe: Recipe, parts: Parts) -> str:
+    side, depths = recipe.vae.image_size, recipe.schedule.depths
+    subnets = f" with subnets of {' and '.join(map(str, depths))}" if depths else ""
+    classes = "1 class" if len(parts.classes) == 1 else f"{len(parts.classes)} classes"
+    return f"{classes} of {side}x{side} images; {recipe.model.depth} layers{subnets}."
+
+
+def _side(paths: list[Path]) -> int:
+    """The median of the shorter sides of some of the images, pixels."""
+    sides = []
+    for path in paths[:: max(1, len(paths) // SAMPLE)]:
+        try:
+            with Image.open(path) as image:
+                sides.append(min(image.size))
+        except (OSError, ValueError, Image.DecompressionBombError):
+            continue  # the run itself skips or names it
+    if not sides:
+        raise UserError(f"{paths[0].parent}: none of its images can be read")
+    return int(statistics.median(sides))
