@@ -118,7 +118,8 @@ class StepLog:
 
     def close_interval(self) -> None:
         """Read the values of the steps since the last line; the clock stops until the next step."""
-        values = self.meters.means(self.ranks.sums)  # waits for the device, so before the clock is read
+        # Waits for the device, so it comes before the clock is read.
+        values = self.meters.means(self.ranks.sums)
         self._stop_clock()
         step = self.state.step
         values["optim/learning_rate"] = self.state.optimizer.param_groups[0]["lr"]
