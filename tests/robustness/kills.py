@@ -82,6 +82,7 @@ class Files:
         import dataclasses
 
         from tiny_runs import tiny_recipe
+
         from variant.training.checkpoint_schedule import OutputSection
         from variant.training.ema import EMASection
         from variant.training.parallel import ParallelSection
