@@ -206,11 +206,11 @@ def test_older_checkpoints_are_copied_where_files_have_one_name(recipe, tmp_path
 
     monkeypatch.setattr(os, "link", no_links)
     train_vae(with_output(recipe, checkpoint_steps=1, keep=2), tmp_path, console=quiet())
-    assert names(tmp_path, "vae-step*") == [
+    assert names(tmp_path, "vae-step-*") == [
         "vae-step-00000003-best.safetensors",
         "vae-step-00000003.pt",
     ]
-    saved = Checkpointer(tmp_path, "vae")._read(tmp_path / "vae-step-00000003.pt")
+    saved = Checkpointer(tmp_path, "vae").read_from(tmp_path / "vae-step-00000003.pt")
     assert saved["step"] == 3
 
 

@@ -101,8 +101,8 @@ def test_a_stopped_run_of_two_equals_one_that_was_not(trained, mode):
         contents = read_contents(folder / name)
         assert contents["step"] == STEPS
         assert not list(folder.glob(".*"))
-    assert sorted(path.name for path in whole.glob("var-step*")) == ["var-step-00000006", name]
-    for checkpoint in whole.glob("var-step*"):
+    assert sorted(path.name for path in whole.glob("var-step-*")) == ["var-step-00000006", name]
+    for checkpoint in whole.glob("var-step-*"):
         best = checkpoint / "best.safetensors"
         assert file_sha256(best) == read_contents(checkpoint)["best_sha256"]
 

@@ -89,7 +89,7 @@ class Checkpointer:
         """
         path = self.path
         try:
-            return self._read(path)
+            return self.read_from(path)
         except UserError as error:
             older = [other.name for other in self.files.older() if other != path]
             if not older:
@@ -98,7 +98,8 @@ class Checkpointer:
                 f"{error}; {older[-1]} is an older checkpoint: remove {path.name} to resume from it"
             ) from None
 
-    def _read(self, path: Path) -> dict[str, Any]:
+    def read_from(self, path: Path) -> dict[str, Any]:
+        """As :meth:`read`, of a certain checkpoint."""
         if is_checkpoint_folder(path):
             if self.writes:  # one process is enough
                 check_folder(path)

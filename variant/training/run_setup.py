@@ -219,6 +219,8 @@ class RunSetup:
         for name, value in data_inputs(self.data).items():
             self.record_input(name, value, detail)
         self.inputs["classes"] = digests
+        names = enumerate(self.data.classes)
+        self.inputs["class_names"] = {str(label): name for label, name in names}
 
     def _check_memory(self, kind: str) -> None:
         """Sizes in a recipe are limited, but may still be larger than this machine."""
