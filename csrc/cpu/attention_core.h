@@ -136,9 +136,10 @@ inline VecF to_cells(Pair, VecF first, VecF second) {
 }
 #endif
 
-// The rounding error of a shift below this is at most 1/2, and multiplies every p of a query by the
-// same number, which out = o / l cancels. From 2^31 on it can exceed the range of 2^x.
-constexpr float kExactShift = 8388608.0f;
+// The rounding error of a shift below this is at most 2^-12, and multiplies every p of a tile by
+// the same number. Beyond it tiles would be weighted wrongly; from 2^31 on the error can exceed the
+// range of 2^x.
+constexpr float kExactShift = 8192.0f;
 
 // Whether a shift of `count` vectors reaches kExactShift or is NaN.
 inline bool is_huge(const VecF* shifts, int count) {

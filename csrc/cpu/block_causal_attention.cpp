@@ -196,7 +196,7 @@ inline void store_cells(Pair, float* row, int j, VecF x) {
 #endif
 
 // Replaces scores by exponents that end at 0, because no probability exceeds 1: the rounding error
-// of a huge lse may exceed the range of 2^x. NaN stays NaN.
+// of a large lse may exceed the range of 2^x. NaN stays NaN.
 [[gnu::noinline, gnu::cold]] void clamp_exponents(float* p, int64_t keys, int vectors, float factor,
                                                   const float* shifts) {
   const VecF zero = {};

@@ -4,6 +4,8 @@
 // meet it; `qk` is a tile of queries or keys, `gv` one of grad_out or values:
 //   S = own_qk other_qk^T,  P = exp(softmax_scale S - lse)
 //   dP = own_gv other_gv^T,  dS = P (dP - delta)
+// Exponents of P end at 0, because no probability exceeds 1: lse keeps 24 bits, and from 2^31 on
+// its rounding error may exceed the range of 2^x.
 //   a tile of keys:     own = k, v; other = q, grad_out;  dk = softmax_scale dS other_qk,
 //                                                         dv = P other_gv
 //   a tile of queries:  own = q, grad_out; other = k, v;  dq = softmax_scale dS other_qk
@@ -230,7 +232,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
         const int query = kForKeys ? y : x;
         float weight = 0.0f, slope = 0.0f;
         if (sees<kForKeys>(p, block, x, y)) {
-          weight = ex2(p_tile[n][i] * scale_log2 - block.lse[query] * kLog2OfE);
+          const float origin = block.lse[query] * kLog2OfE;
+          weight = ex2(at_most_zero(fmaf(p_tile[n][i], scale_log2, -origin)));
           slope = weight * (ds_tile[n][i] - block.delta[query]);
         }
         p_tile[n][i] = weight;
@@ -291,7 +294,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
       const int query = kForKeys ? y : x;
       weights[i] = slopes[i] = 0.0f;
       if (sees<kForKeys>(p, block, x, y)) {
-        weights[i] = expf(score * a.softmax_scale - block.lse[query]);
+        weights[i] = expf(at_most_zero(fmaf(score, a.softmax_scale, -block.lse[query])));
         slopes[i] = weights[i] * (product - block.delta[query]);
       }
     }

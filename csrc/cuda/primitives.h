@@ -48,6 +48,17 @@ __device__ __forceinline__ float rcp(float x) {
 #endif
 }
 
+// x, but at most 0; NaN stays NaN (fminf would drop it).
+__device__ __forceinline__ float at_most_zero(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("min.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return x > 0.0f ? 0.0f : x;
+#endif
+}
+
 // Rounds two floats to T and packs them into one register, the first in the low half; and the
 // reverse.
 template <class T>

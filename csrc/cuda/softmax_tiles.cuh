@@ -43,8 +43,9 @@ struct SoftmaxTile {
   // Wider queries do not fit the registers; they are loaded again for every tile of keys.
   static constexpr bool kKeepQueries = kHeadDim <= 128;
   static constexpr int kQueryFragments = kKeepQueries ? kHeadDim / 16 : 1;
-  // Blocks that a multiprocessor must hold at once; 0 leaves it to the compiler.
-  static constexpr int kBlocks = 0;
+  // Blocks that a multiprocessor must hold at once; 0 leaves it to the compiler, which gives tiles
+  // of 64 columns a few registers more than four blocks have.
+  static constexpr int kBlocks = kHeadDim == 64 && kWarps > 1 ? 4 : 0;
 
   static_assert(sizeof(T) == 2, "the tensor cores multiply 16-bit operands here");
   static_assert(kHeadDim % 16 == 0, "a step of Q K^T takes 16 columns");
@@ -235,12 +236,30 @@ __device__ inline void mask_scores(float (&scores)[kTiles][4], const int (&visib
   }
 }
 
+// An origin below this is rounded by at most 2^-12, which multiplies every p of a row by nearly 1:
+// less than one rounding of p to 16 bits. From 2^28 on p may exceed float16, from 2^31 on float32.
+constexpr float kExactOrigin = 8192.0f;
+
+template <int kTiles>
+__device__ inline void subtract_largest(float (&scores)[kTiles][4], const float (&largest)[2]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scores[n][i] -= largest[i / 2];
+  }
+}
+
 // Replaces scores by probabilities p = 2^(scale_log2 (s - m')) with m' = max(m, all s), multiplies
 // total and out by 2^(scale_log2 (m - m')), and adds this lane's p to total.
+//
+// scale_log2 s - scale_log2 m' is one multiply-add for each score. Only where scale_log2 m' is too
+// large to be rounded, m' is subtracted first: one addition more for each score of such a row, one
+// comparison for the others.
 template <class Tile>
 __device__ inline void online_softmax(float (&scores)[Tile::kKeys / 8][4], float scale_log2,
                                       SoftmaxState<Tile>& state) {
   constexpr int kKeyTiles = Tile::kKeys / 8, kColumns = Tile::kHeadDim / 8;
+  float shrink[2], origin[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float largest = state.largest[half];
@@ -250,23 +269,30 @@ __device__ inline void online_softmax(float (&scores)[Tile::kKeys / 8][4], float
     }
     // The four lanes of a row are neighbours.
     largest = reduce_lanes<4>(largest, Largest());
-    const float shrink = ex2((state.largest[half] - largest) * scale_log2);
-    const float origin = largest * scale_log2;
+    shrink[half] = ex2((state.largest[half] - largest) * scale_log2);
+    origin[half] = largest * scale_log2;
     state.largest[half] = largest;
+  }
+  if (fmaxf(fabsf(origin[0]), fabsf(origin[1])) >= kExactOrigin) {
+    subtract_largest(scores, state.largest);
+    origin[0] = origin[1] = 0.0f;
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
     float sum = 0.0f;
 #pragma unroll
     for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        scores[n][i] = ex2(scores[n][i] * scale_log2 - origin);
+        scores[n][i] = ex2(fmaf(scores[n][i], scale_log2, -origin[half]));
         sum += scores[n][i];
       }
     }
-    state.total[half] = state.total[half] * shrink + sum;
+    state.total[half] = state.total[half] * shrink[half] + sum;
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
-      state.out[n][2 * half] *= shrink;
-      state.out[n][2 * half + 1] *= shrink;
+      state.out[n][2 * half] *= shrink[half];
+      state.out[n][2 * half + 1] *= shrink[half];
     }
   }
 }

@@ -63,6 +63,38 @@ def wide(*tensors: Tensor) -> list[Tensor]:
     return [t.detach().double() for t in tensors]
 
 
+# (exponent, softmax_scale): sizes of unscaled scores as powers of two. The rounding error of scores
+# exceeds the range of 2^x in float16 from 2^28 on, in float32 from 2^31 on. float16 scores end at
+# 2^34.
+SCORE_SIZES = ((20, 1.0), (28, -0.25), (31, 1.0), (127, -0.25))
+
+
+def scores_of_size(
+    exponent: int, tokens: int, heads: int, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, (tokens, heads, 64), of scores near 2^exponent that have no error.
+
+    All scores of a query are 2^exponent + n * 2^max(0, exponent - 22), n in [-4, 4] by key: float32
+    holds each of them and every partial sum, in any order. The last key has the largest.
+    """
+    exponent = min(exponent, 34) if dtype == torch.float16 else exponent
+    step = max(0, exponent - 22)
+    q, k = torch.zeros(2, tokens, heads, 64)
+    half = (exponent - 4) // 2
+    q[..., :16], k[..., :16] = 2.0**half, 2.0 ** (exponent - 4 - half)
+    n = torch.randint(-4, 4, (tokens, heads), generator=generator).float()
+    n[-1] = 4
+    q[..., 16], k[..., 16] = 2.0 ** (step // 2), n * 2.0 ** (step - step // 2)
+    v = torch.randn(tokens, heads, 64, generator=generator)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def assert_softmax(ours: Tensor, exact: Tensor) -> None:
+    """Two units of the dtype, or 2^-11: what one rounding of a score below 2^13 may change."""
+    tolerance = max(2 * torch.finfo(ours.dtype).eps, 2**-11) * float(exact.abs().max())
+    torch.testing.assert_close(ours.detach().cpu().double(), exact, rtol=0, atol=tolerance)
+
+
 class Tally:
     """Collects errors of ours and of plain torch against float64, then compares them.
 

@@ -5,7 +5,19 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import DRAWS, Tally, backends_for, cases, largest_of, moved, name_of, wide
+from compare import (
+    DRAWS,
+    SCORE_SIZES,
+    Tally,
+    assert_softmax,
+    backends_for,
+    cases,
+    largest_of,
+    moved,
+    name_of,
+    scores_of_size,
+    wide,
+)
 from test_qk_norm import plain_qk_norm
 
 from variant_kernels import ScaleLayout, block_causal_attention, qk_norm
@@ -241,6 +253,24 @@ def test_large_scores_do_not_overflow(backend):
     q_moved, v_moved = moved(q, v)
     out = block_causal_attention(q_moved, q_moved, v_moved, layout, backend=backend)
     torch.testing.assert_close(out.cpu(), plain_attention(q, q, v, layout))
+
+
+@pytest.mark.parametrize(("exponent", "scale"), SCORE_SIZES)
+@pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
+def test_finite_scores_of_any_size_give_their_softmax(backend, dtype, exponent, scale):
+    generator = torch.Generator().manual_seed(exponent)
+    layout = ScaleLayout.from_patch_nums((1, (2, 3), (6, 12)))  # several tiles of keys
+    inputs = [x[None] for x in scores_of_size(exponent, layout.total, 1, dtype, generator)]
+    (weight,) = moved(torch.randn(inputs[0].shape, generator=generator).to(dtype))
+    leaves = [x.requires_grad_() for x in moved(*inputs)]
+    out = block_causal_attention(*leaves, layout, softmax_scale=scale, backend=backend)
+    exact = plain_attention(*wide(*inputs), layout, scale)
+    assert_softmax(out, exact)
+    # Probabilities are computed again from their float32 logarithm, which keeps 24 bits: large ones
+    # have few after the point, but none exceeds 1. float16 may not hold dq and dk.
+    *_, dv = gradients = torch.autograd.grad((out * weight).sum(), leaves)
+    assert not any(gradient.isnan().any() for gradient in gradients)
+    assert (dv.abs().cpu() <= 1.01 * weight.abs().sum(1, keepdim=True).cpu()).all()
 
 
 @pytest.mark.parametrize("backend", FLOAT32_BACKENDS)

@@ -4,8 +4,17 @@ from fractions import Fraction
 
 import pytest
 import torch
-from compare import DRAWS, Tally, backends_for, cases, moved, name_of
-from test_paged_attention import plain_attention, random_case
+from compare import (
+    DRAWS,
+    SCORE_SIZES,
+    Tally,
+    assert_softmax,
+    backends_for,
+    cases,
+    moved,
+    name_of,
+)
+from test_paged_attention import paged_case_of_size, plain_attention, random_case
 
 from variant_kernels import append_paged_kv, paged_attention, qk_norm, qk_norm_append_paged_kv
 from variant_kernels.kv_quantization import KV8_DTYPE, dequantize_kv, quantize_kv, scale_values
@@ -205,6 +214,21 @@ def test_attention_matches_float64_and_reads_no_poisoned_slot(backend, dtype):
         tally.add(name, ours, plain, exact)
         assert not ours[lengths == 0].any()
     tally.check()
+
+
+@pytest.mark.parametrize(("exponent", "scale"), SCORE_SIZES)
+@pytest.mark.parametrize(("backend", "dtype"), PAGED_CASES, ids=name_of)
+def test_finite_scores_of_any_size_give_their_softmax(backend, dtype, exponent, scale):
+    q, *pages, table, lengths = paged_case_of_size(
+        exponent, dtype, torch.Generator().manual_seed(exponent)
+    )
+    (k_values, k_scales, k_exact), (v_values, v_scales, v_exact) = map(in_8_bits, pages)
+    exact = plain_attention(q.double(), k_exact, v_exact, table, lengths, scale)
+    *inputs, k_scales, v_scales = moved(q, k_values, v_values, table, lengths, k_scales, v_scales)
+    ours = paged_attention(
+        *inputs, softmax_scale=scale, k_scales_PNH=k_scales, v_scales_PNH=v_scales, backend=backend
+    ).cpu()
+    assert_softmax(ours, exact)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), PAGED_CASES, ids=name_of)

@@ -3,7 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import DRAWS, Tally, backends_for, cases, moved, name_of
+from compare import (
+    DRAWS,
+    SCORE_SIZES,
+    Tally,
+    assert_softmax,
+    backends_for,
+    cases,
+    moved,
+    name_of,
+    scores_of_size,
+)
 
 from variant_kernels import append_paged_kv, paged_attention
 from variant_kernels.ops import append_paged_kv as append
@@ -108,6 +118,24 @@ def test_random_pages_strides_and_scales_match_float64(backend, dtype):
         ours = paged_attention(*moved(*inputs), softmax_scale=scale, backend=backend).cpu()
         tally.add(str(index), ours, plain, exact)
     tally.check()
+
+
+def paged_case_of_size(exponent, dtype, generator):
+    """One sequence of 150 tokens on pages of 16 slots, and its last 20 queries."""
+    q, k, v = scores_of_size(exponent, 160, 2, dtype, generator)
+    k[149] = k[159]
+    pages = (x.view(10, 16, 2, 64) for x in (k, v))
+    table = torch.arange(10, dtype=torch.int32)[None]
+    return q[None, -20:], *pages, table, torch.tensor([150], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(("exponent", "scale"), SCORE_SIZES)
+@pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
+def test_finite_scores_of_any_size_give_their_softmax(backend, dtype, exponent, scale):
+    inputs = paged_case_of_size(exponent, dtype, torch.Generator().manual_seed(exponent))
+    ours = paged_attention(*moved(*inputs), softmax_scale=scale, backend=backend).cpu()
+    exact = plain_attention(*(x.double() for x in inputs[:3]), *inputs[3:], scale)
+    assert_softmax(ours, exact)
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,7 @@ def _engine(*stems: str) -> tuple[str, ...]:
     return tuple(f"tests/engine/test_{stem}.py" for stem in stems)
 
 
-def _checkpoints(*stems: str) -> tuple[str, ...]:
-    return tuple(f"tests/checkpoints/test_{stem}.py" for stem in stems)
-
-
+_CHECKPOINTS = ("tests/checkpoints", "tests/test_files.py")
 _ENGINE = _engine("engine", "editing", "generate_batches", "kv8_engine")
 
 # module: files of tests.
@@ -36,6 +33,8 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "variant_kernels.dispatch.explain": _kernels("dispatch"),
     "variant_kernels.ops.contract": _kernels("contract"),
     "variant_kernels.ops.pages": (*_kernels("paged_attention", "kv8"), *_CHECKS),
+    "variant_kernels.ops.derivatives": _CHECKS,
+    "variant_kernels.ops.library": (*_kernels("dispatch"), *_CHECKS),
     "variant_kernels.ops.registry": (*_kernels("dispatch"), *_CHECKS),
     "variant_kernels.ops.adaln": (*_kernels("adaln"), *_CHECKS),
     "variant_kernels.ops.qk_norm": (*_kernels("qk_norm"), *_CHECKS),
@@ -46,10 +45,13 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "variant_kernels.ops.sample_tokens": (*_kernels("sample_tokens"), *_CHECKS),
     "variant.engine.arguments": _engine("engine", "editing", "generate_batches"),
     "variant.engine.batches": _engine("generate_batches"),
+    "variant.engine.cast_models": _engine("slow_products"),
     "variant.engine.drawing": _engine("editing"),
     "variant.engine.engine": _ENGINE,
     "variant.engine.generation": _engine("editing", "generate_batches"),
+    "variant.engine.images": _engine("engine", "editing", "generate_batches"),
     "variant.engine.kernels": _ENGINE,
+    "variant.engine.kv_dtype": _ENGINE,
     "variant.engine.memory": _engine("memory"),
     "variant.engine.page_tables": _ENGINE,
     "variant.engine.planning": _engine("engine", "generate_batches"),
@@ -57,13 +59,15 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "variant.engine.step_loop": _ENGINE,
     "variant.engine.weights": _engine("engine", "packed_layers", "slow_products"),
     "variant.engine.packed_layers": _engine("packed_layers"),
-    "variant.checkpoints.config_file": _checkpoints("model_folder", "loading_options"),
-    "variant.checkpoints.locate": _checkpoints("model_folder", "loading_options"),
-    "variant.checkpoints.model_card": _checkpoints("model_card"),
-    "variant.checkpoints.model_folder": _checkpoints("model_folder", "loading_options"),
-    "variant.checkpoints.original_var": _checkpoints("settings", "original_var"),
-    "variant.checkpoints.settings": _checkpoints("settings"),
-    "variant.checkpoints.sharded": _checkpoints("loading_options"),
-    "variant.checkpoints.state_dict_forms": _checkpoints("state_dict_forms"),
-    "variant.files": ("tests/test_files.py", *_checkpoints("model_folder")),
+    "variant.checkpoints.config_file": _CHECKPOINTS,
+    "variant.checkpoints.locate": _CHECKPOINTS,
+    "variant.checkpoints.model_card": _CHECKPOINTS,
+    "variant.checkpoints.model_folder": _CHECKPOINTS,
+    "variant.checkpoints.named_configs": _CHECKPOINTS,
+    "variant.checkpoints.original_var": _CHECKPOINTS,
+    "variant.checkpoints.settings": _CHECKPOINTS,
+    "variant.checkpoints.sharded": _CHECKPOINTS,
+    "variant.checkpoints.state_dict_forms": _CHECKPOINTS,
+    "variant.files": _CHECKPOINTS,
+    "variant.tensor_files": _CHECKPOINTS,
 }

@@ -15,7 +15,14 @@ from typing import ClassVar, TypeVar
 import numpy as np
 from pydantic import ConfigDict
 
-from variant.models.config import LIMITS, STRICT, require, require_plain_numbers
+from variant.models.config import (
+    LIMITS,
+    STRICT,
+    ZoneKind,
+    check_zone_options,
+    require,
+    require_plain_numbers,
+)
 from variant.models.ranges import CountOrZero, Share
 from variant_kernels.plans.depth_schedule import DepthSchedule, Selection
 
@@ -145,6 +152,10 @@ class ScheduleSection:
         is always ``bridge``.
     schedules: further subnets, each a list of one depth per scale, which never rises, as
         [8, 8, 8, 4, 4, 2].
+    zone_weights: "shared" trains one set of weights; else the full network is frozen and every
+        step trains a subnet's own weights for the flexible zone: "adaln", "lora" or "copies".
+    lora_rank: rank of the low-rank additions of "lora".
+    zone_adaln: with "lora": train an adaLN projection of the zone too.
     """
 
     depths: tuple[int, ...]
@@ -157,6 +168,9 @@ class ScheduleSection:
     refinement: CountOrZero | None = None
     bridges: tuple[int, ...] = ()
     schedules: tuple[tuple[int, ...], ...] = ()
+    zone_weights: ZoneKind = "shared"
+    lora_rank: CountOrZero = 0
+    zone_adaln: bool = True
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -180,6 +194,20 @@ class ScheduleSection:
             lengths,
         )
         require(self.phases.total >= 1, "the phases must have at least one epoch", self.phases)
+        check_zone_options(self.zone_weights, self.lora_rank, self.zone_adaln)
+        if self.has_zone_weights:
+            self._check_zone_weights()
+
+    def _check_zone_weights(self) -> None:
+        why = f'zone_weights "{self.zone_weights}" train subnets at every step'
+        require(self.has_subnets, f"{why}: depths or schedules must not be empty", self.depths)
+        require(
+            (self.joint or 0) == (self.transition or 0) == 0,
+            f"{why}: joint and transition must be 0",
+            (self.joint, self.transition),
+        )
+        final = self.final_probability
+        require(final == 1, f"{why}: final_probability must be 1", final)
 
     @property
     def has_subnets(self) -> bool:
@@ -187,12 +215,21 @@ class ScheduleSection:
         return bool(self.depths or self.schedules)
 
     @property
+    def has_zone_weights(self) -> bool:
+        """Whether the subnets have weights of their own, which alone are trained."""
+        return self.zone_weights != "shared"
+
+    @property
     def phases(self) -> Phases:
-        """The lengths of the phases, from this section or from the paper's table 7."""
+        """The lengths of the phases, from this section or from the paper's table 7.
+
+        Zone weights are trained in the third phase only, in which every step trains a subnet.
+        """
         if self.joint is None or self.transition is None or self.refinement is None:
-            return paper_phases(
+            paper = paper_phases(
                 (*self.depths, *(depths[-1] for depths in self.schedules if depths))
             )
+            return Phases(0, 0, paper.refinement) if self.has_zone_weights else paper
         return Phases(self.joint, self.transition, self.refinement)
 
     def probability(self, epoch: float) -> float:

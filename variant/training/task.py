@@ -103,6 +103,11 @@ class Task(ABC):
         """
 
     @property
+    def note(self) -> str | None:
+        """A line to print before the first step."""
+        return None
+
+    @property
     def num_evaluated(self) -> int:
         """Number of images in an evaluation."""
         count = self.data.num_held_out

@@ -110,6 +110,8 @@ class Trainer:
         self.console.print_start(
             self.task.data.num_train, str(self.device), state.step, self.setup.changes
         )
+        if self.task.note is not None:
+            self.console.print_note(self.task.note)
         self.task.prepare(self.console.print_preparation)
         with (
             closing(self.checkpointer),

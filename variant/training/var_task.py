@@ -27,6 +27,7 @@ from variant.errors import UserError
 from variant.models.flops import training_flop
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant.models.zones import freeze_full_network, zone_parameters
 from variant.training.configurations import Configurations
 from variant.training.distributed import connected, device_of_rank
 from variant.training.draws import draw_drops
@@ -69,6 +70,17 @@ class VARTask(Task):
         self._flop: dict[DepthSchedule, int] = {}
         self._copies_CNL: Tensor | None = None
         self._labels_N = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def note(self) -> str | None:
+        kind = self.recipe.schedule.zone_weights
+        if kind == "shared":
+            return None
+        own = sum(weight.numel() for weight in zone_parameters(self.var))
+        return (
+            f'zone_weights "{kind}": {own:,} parameters are trained, the full network is frozen; '
+            "every step trains a subnet"
+        )
 
     def prepare(self, report: Report) -> None:
         self._copies_CNL = self._encode_copies(report)
@@ -264,6 +276,12 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
             f"{recipe.name}: model.num_classes must be {data.num_classes}, as many as the data "
             f"has; got {recipe.model.num_classes}"
         )
+    if recipe.schedule.has_zone_weights and recipe.model.weights is None:
+        raise UserError(
+            f"{recipe.name}: model.weights must name a trained model with zone_weights "
+            f'"{recipe.schedule.zone_weights}", which train subnets of a frozen network; '
+            "--start-from MODEL does that too"
+        )
     weights = find_vae(recipe, setup.folder)
     vae_sha256 = weights.sha256()
     if isinstance(data, TokenSource):
@@ -281,6 +299,8 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
     module = module.to(setup.device)
     if recipe.compile.fp8:
         convert_to_fp8(module, recipe.name, setup.device)
+    if recipe.schedule.has_zone_weights:
+        freeze_full_network(module)
     task = VARTask(module, vae, data, recipe, setup.device, setup.steps_per_epoch)
     trainer = Trainer(task, setup, recipe.schedule.phases.total, console)
     summary = trainer.run()  # leaves the best weights in the module

@@ -36,10 +36,8 @@ from variant_kernels.triton_ops.tuning import Config
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# Lower than any score, but finite: 0 * inf would be NaN.
-LOWEST = tl.constexpr(-1.0e38)
-# The smallest factor on scores: it has the effect of zero, but zero times LOWEST would be 0 and so
-# make masked scores visible.
+# The smallest factor on scores: it has the effect of zero, but zero times the -inf of a masked
+# score would be NaN.
 SMALLEST = tl.constexpr(1.0e-30)
 
 
@@ -133,17 +131,22 @@ def attend_tiles(
     D_PADDED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Online softmax over the keys from ``first`` to ``last``; scale_log2: (Q,)."""
+    """Online softmax over the keys from ``first`` to ``last``; scale_log2: (Q,).
+
+    ``largest`` holds unscaled scores: the difference of two of them is exact near the largest. The
+    difference of scaled scores would be one instruction less for each score, but its rounding error
+    exceeds the range of 2^x for scores of 2^31 and more.
+    """
     for start in tl.range(first, last, BLOCK_K):
         k = load_tile(k_base, start, k_stride, last, BLOCK_K, D, D_PADDED, MASKED)
         v = load_tile(v_base, start, v_stride, last, BLOCK_K, D, D_PADDED, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             visible = (start + tl.arange(0, BLOCK_K))[None, :] < ends[:, None]
-            scores = tl.where(visible, scores, LOWEST)
-        new_largest = tl.maximum(largest, tl.max(scores, 1) * scale_log2)
-        probs = tl.exp2(scores * scale_log2[:, None] - new_largest[:, None])
-        shrink = tl.exp2(largest - new_largest)
+            scores = tl.where(visible, scores, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        probs = tl.exp2((scores - new_largest[:, None]) * scale_log2[:, None])
+        shrink = tl.exp2((largest - new_largest) * scale_log2)
         total = total * shrink + tl.sum(probs, 1)
         out = out * shrink[:, None]
         out = tl.dot(probs.to(v.dtype), v, out, input_precision="ieee")
@@ -223,7 +226,7 @@ def block_causal_attention_forward_kernel(
     out = out / total[:, None]
     out_base = out_ptr + (b * length * heads + h) * D
     store_tile(out_base, start, heads * D, length, out, BLOCK_Q, D, D_PADDED)
-    lse = (largest + tl.log2(total)) * LN_2
+    lse = (largest * scale_log2 + tl.log2(total)) * LN_2
     tl.store(lse_ptr + (b * heads + h) * length + positions, lse, mask=positions < length)
 
 

@@ -45,6 +45,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def probability(exponent):
+    """2^exponent, at most 1: the rounding error of a large lse may exceed the range of 2^x."""
+    return tl.exp2(tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
 def query_gradient_tiles(
     dq,
     q,
@@ -69,7 +75,7 @@ def query_gradient_tiles(
         k = load_tile(k_base, start, k_stride, last, BLOCK_K, D, D_PADDED, MASKED)
         v = load_tile(v_base, start, v_stride, last, BLOCK_K, D, D_PADDED, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        probs = tl.exp2(scores * scale_log2[:, None] - lse_log2[:, None])
+        probs = probability(scores * scale_log2[:, None] - lse_log2[:, None])
         if MASKED:
             visible = (start + tl.arange(0, BLOCK_K))[None, :] < ends[:, None]
             probs = tl.where(visible, probs, 0.0)
@@ -220,7 +226,7 @@ def key_gradient_tiles(
                 statistics + 2 * length + positions, mask=positions < length, other=0.0
             )
             scores *= factor[None, :]
-        probs = tl.exp2(scores * scale_log2 - lse_log2[None, :])
+        probs = probability(scores * scale_log2 - lse_log2[None, :])
         if MASKED:
             probs = tl.where(positions[None, :] >= firsts[:, None], probs, 0.0)
         dv = tl.dot(probs.to(grad.dtype), grad, dv, input_precision="ieee")

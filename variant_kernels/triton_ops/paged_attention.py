@@ -32,9 +32,6 @@ from variant_kernels.triton_ops.e4m3 import (
 from variant_kernels.triton_ops.paged_attention_configs import configs_for
 from variant_kernels.triton_ops.tuning import Config
 
-# Below every score, yet finite: 0 * inf would be NaN.
-LOWEST = tl.constexpr(-1.0e38)
-
 
 @triton.jit
 def attend_pages(
@@ -112,10 +109,11 @@ def attend_pages(
             k = (e4m3_decode(k) * scale_of(k_exponents)[:, None]).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
-            scores = tl.where(visible[None, :], scores, LOWEST)
-        new_largest = tl.maximum(largest, tl.max(scores, 1) * scale_log2)
-        probs = tl.exp2(scores * scale_log2 - new_largest[:, None])
-        shrink = tl.exp2(largest - new_largest)
+            scores = tl.where(visible[None, :], scores, float("-inf"))
+        # Unscaled: see attend_tiles in block_causal_attention.
+        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        probs = tl.exp2((scores - new_largest[:, None]) * scale_log2)
+        shrink = tl.exp2((largest - new_largest) * scale_log2)
         total = total * shrink + tl.sum(probs, 1)
         if KV8:
             v = (e4m3_decode(v) * scale_of(v_exponents)[:, None]).to(q.dtype)
@@ -227,7 +225,8 @@ def paged_attention_kernel(
     out_pointers = out_ptr + out_rows[:, None] * D + columns[None, :]
     tl.store(out_pointers, out.to(out_ptr.dtype.element_ty), mask=inside)
     if SPLIT:
-        tl.store(lse_ptr + out_rows, largest + tl.log2(total), mask=queries < num_queries)
+        lse = largest * scale_log2 + tl.log2(total)
+        tl.store(lse_ptr + out_rows, lse, mask=queries < num_queries)
 
 
 @triton.jit(do_not_specialize=("num_rows", "splits"))
@@ -247,13 +246,15 @@ def paged_attention_combine_kernel(
     inside = (row < num_rows)[:, None] & (columns < D)[None, :]
     out = tl.zeros((BLOCK_R, D_PADDED), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
-    largest = tl.full((BLOCK_R,), LOWEST, tl.float32)
+    largest = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     for split in range(splits):
         part_row = tl.cast(split, tl.int64) * num_rows + row
         lse = tl.load(lse_ptr + part_row, mask=row < num_rows, other=float("-inf"))
         part = tl.load(parts_ptr + part_row[:, None] * D + columns[None, :], mask=inside, other=0.0)
         new_largest = tl.maximum(largest, lse)
-        shrink, weight = tl.exp2(largest - new_largest), tl.exp2(lse - new_largest)
+        # Parts without keys have -inf, and so have the first ones; -inf - -inf would be NaN.
+        origin = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        shrink, weight = tl.exp2(largest - origin), tl.exp2(lse - origin)
         total = total * shrink + weight
         out = out * shrink[:, None] + part * weight[:, None]
         largest = new_largest
@@ -359,7 +360,7 @@ def _launch(
         entries,
         splits,
         # The kernel computes max(scale * scores) as scale * max(scores), so the sign goes into q.
-        # A scale of zero would make masked scores visible; 1e-30 has the effect of zero.
+        # A scale of zero times a masked score of -inf would be NaN; 1e-30 has the effect of zero.
         max(abs(softmax_scale), 1e-30) * log2(e),
         KV8=scales[0] is not None,
         NEGATE=softmax_scale < 0,
