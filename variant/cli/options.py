@@ -268,13 +268,12 @@ class Convert:
 
     --var and --vae, or --model, or a checkpoint are read; --out, or --to-var and --to-vae, are
     written. An input is never overwritten, and any other existing file only with --overwrite.
+    `variant convert runs/mine --weights ema --out models/mine` takes a run's newest checkpoint.
 
     Example: variant convert --var var_d16.pth --vae vae_ch160v4096z32.pth --out models/var-d16
 
     Example: variant convert --model models/var-d16 --to-var exported/var.pth --to-vae
     exported/vae.pth
-
-    Example: variant convert runs/mine --weights ema --out models/mine
     """
 
     checkpoint: Path | None = None
