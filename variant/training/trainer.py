@@ -30,6 +30,7 @@ from variant.training.loss_scale import LossScaler
 from variant.training.metrics import MetricsFile
 from variant.training.optim import decay_groups, learning_rate
 from variant.training.parallel import chosen_mode, parallelize, whole
+from variant.training.phase_ends import ENDED
 from variant.training.run_setup import RunSetup
 from variant.training.run_state import RunState, best_of
 from variant.training.step_log import StepLog
@@ -105,6 +106,7 @@ class Trainer:
         self.ranks.require_same("data and weights to start from", _as_text(self.setup.inputs))
         self.ranks.require_same("recipe", _as_text(self.recipe.to_dict()))
         self.ranks.require_same("completed steps", str(state.step))
+        self._follow_phases()
         if self.ranks.is_first:
             self.metrics.rewrite(state.history)
         self.console.print_start(
@@ -221,11 +223,23 @@ class Trainer:
         state.seconds += time.monotonic() - started
         entry["seconds"] = round(state.seconds, 1)
         state.history.append(entry)
+        ended = self.task.ended_phase(state.history)
+        if ended is not None:
+            entry[ENDED] = ended
+        self._follow_phases()
         if self.ranks.is_first:
             with self._going_on():
                 self.metrics.append(entry)
         self.log.write(entry)
         self.console.print_epoch(entry)
+
+    def _follow_phases(self) -> None:
+        """Take the number of epochs that the task's phases add up to by now."""
+        epochs = self.task.epochs_by(self.state.history)
+        if epochs is not None:
+            self.epochs = self.console.epochs = epochs
+            self.total_steps = epochs * self.steps_per_epoch
+            self.console.total_steps = self.log.total_steps = self.total_steps
 
     def _evaluate(self, epoch: int) -> dict[str, Any]:
         """The losses of the weights and, where there is one, of their moving average."""
