@@ -70,21 +70,31 @@ class Generate:
 class Plan:
     """Print the memory of the K/V cache at every depth and bridge; needs no GPU and no weights.
 
+    With --train: the memory of a training step on each GPU, and the fastest settings that fit.
+
     Example: variant plan --model var-d30 --batch 64 --memory 48
+
+    Example: variant plan --train --model var-d30 --gpus 8 --memory 80
     """
 
     model: str = "var-d30"
     """A preset (var-d16, -d20, -d24, -d30, -d36-512), a model folder, or "digits"."""
-    batch: int = 64
-    """Number of images; guidance doubles the number of sequences."""
+    batch: int | None = None
+    """Number of images; guidance doubles the number of sequences; default: 64. With --train: images
+    of a step on all GPUs; default: 1024."""
     dtype: DtypeName = "bfloat16"
-    """Dtype of K, V and the weights."""
+    """Dtype of K, V and the weights; with --train of the matrix products."""
     kv_dtype: KVDtypeName | None = None
     """fp8: plan for 8-bit K and V with their scales, and print the measured error."""
     bridge: int | None = None
     """Bridge of the main table; default: the model's own."""
     memory: float | None = None
-    """Device memory, GiB: print which depths and batches fit beside the weights."""
+    """Device memory, GiB: print which depths and batches fit beside the weights; with --train, in
+    how many parts a batch fits."""
+    train: bool = False
+    """Plan a training step in place of the K/V cache."""
+    gpus: int = 1
+    """Number of GPUs that train together; with --train."""
     page_size: int = 16
     """Tokens per page."""
     guidance: bool = True
@@ -253,10 +263,12 @@ class Bench:
 
 @dataclass
 class Convert:
-    """Convert between files of the original VAR repository and a model folder, both ways.
+    """Convert between files of the original VAR repository and a model folder, both ways; or from a
+    checkpoint of a training run to either.
 
-    --var and --vae, or --model, are read; --out, or --to-var and --to-vae, are written. An input is
-    never overwritten, and any other existing file only with --overwrite.
+    --var and --vae, or --model, or a checkpoint are read; --out, or --to-var and --to-vae, are
+    written. An input is never overwritten, and any other existing file only with --overwrite.
+    `variant convert runs/mine --weights ema --out models/mine` takes a run's newest checkpoint.
 
     Example: variant convert --var var_d16.pth --vae vae_ch160v4096z32.pth --out models/var-d16
 
@@ -264,11 +276,15 @@ class Convert:
     exported/vae.pth
     """
 
+    checkpoint: Path | None = None
+    """Input in place of --var and --vae: a checkpoint of `variant train` (var-last.pt,
+    var-step-00000040), or the run's folder for its newest one."""
     var: Path | None = None
     """Input: the transformer's .pth or .safetensors file, a trainer checkpoint, or a folder or Hub
     id of the original's Hub class."""
     vae: Path | None = None
-    """Input: the VQ-VAE's file, or the same trainer checkpoint."""
+    """Input: the VQ-VAE's file, or the same trainer checkpoint. Beside a checkpoint of a run: the
+    VQ-VAE of the training, where it has moved."""
     model: str | None = None
     """Input in place of --var and --vae: a model folder, Hub id, or a model of this package."""
     out: Path | None = None
@@ -280,8 +296,8 @@ class Convert:
     overwrite: bool = False
     """Overwrite existing outputs."""
     weights: str | None = None
-    """Which weights of a file with several: model, ema, or the name of an entry; default: the plain
-    model, with a warning."""
+    """Which weights of a file with several: model, ema (their moving average), or the name of an
+    entry; default: the plain model, with a warning."""
     dtype: DtypeName | None = None
     """Dtype of the transformer's weights; default: unchanged."""
     num_heads: int | None = None
