@@ -1,7 +1,8 @@
-"""Checkpoints of a training run, written and read by one process."""
+"""Checkpoints of a training run: one file of one process, or a folder of several."""
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
@@ -9,18 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from variant.checkpoints.model_folder import load_state
 from variant.errors import UserError
 from variant.files import atomic_write, file_sha256, read_pickle, read_safetensors, save_safetensors
 from variant.training.checkpoint_contents import check_contents
-from variant.training.checkpoint_files import CheckpointFiles
+from variant.training.checkpoint_files import BEST_NAME, CheckpointFiles
+from variant.training.checkpoint_folder import (
+    FolderWriter,
+    check_folder,
+    is_checkpoint_folder,
+    read_contents,
+    stored_tensors,
+)
 from variant.training.checksum import append_checksum, check_checksum
+from variant.training.parallel import local_part, sharded_like, whole
 from variant.training.random_state import random_state, set_random_state
 from variant.training.run_state import RunState
+from variant.training.state_tensors import EMA, MODULE, named_tensors, part_of, read_state
 
 FORMAT = "variant-train-3"
+SECONDS_TO_CLOSE = 10.0
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW stores for a parameter
 
 
@@ -29,8 +40,9 @@ class Checkpointer:
 
     Files are named after the task's kind: ``KIND-last.pt`` holds everything that a resumed run
     needs, ``KIND-best.safetensors`` the weights of the lowest held-out loss. A file is replaced
-    only when the new one is complete and on the disk. Older checkpoints that are kept:
-    :class:`CheckpointFiles`.
+    only when the new one is complete and on the disk. Older checkpoints that are kept, and the
+    folders that several processes write: :class:`CheckpointFiles`. Any number of processes resumes
+    from either form.
 
     The checkpoint has a checksum of itself and that of the best weights. New best weights wait in a
     file of their own until the checkpoint that records them is written, so that the two files agree
@@ -38,13 +50,18 @@ class Checkpointer:
 
     Args:
         keep: number of checkpoints that are kept.
+        writes: whether this process writes files. With several processes each calls the functions
+            that write, because weights may be sharded, and one of them writes.
+        shared: whether several processes write each checkpoint: a folder, in the background.
     Attributes:
         path: the newest checkpoint, from which a run resumes.
         best_sha256: SHA-256 of the best weights in hexadecimal; None before the first evaluation.
     """
 
-    def __init__(self, folder: Path, kind: str, keep: int = 1) -> None:
-        self.kind, self.keep = kind, keep
+    def __init__(
+        self, folder: Path, kind: str, keep: int = 1, *, writes: bool = True, shared: bool = False
+    ) -> None:
+        self.kind, self.keep, self.writes = kind, keep, writes
         self.files = CheckpointFiles(folder, kind)
         self.last, self.best, self.next_best = (
             self.files.last,
@@ -52,6 +69,8 @@ class Checkpointer:
             self.files.next_best,
         )
         self.best_sha256: str | None = None
+        self._writer = FolderWriter() if shared else None
+        self._error: UserError | None = None  # of a checkpoint in the background
 
     @property
     def path(self) -> Path:
@@ -70,7 +89,7 @@ class Checkpointer:
         """
         path = self.path
         try:
-            return self._read(path)
+            return self.read_from(path)
         except UserError as error:
             older = [other.name for other in self.files.older() if other != path]
             if not older:
@@ -79,9 +98,21 @@ class Checkpointer:
                 f"{error}; {older[-1]} is an older checkpoint: remove {path.name} to resume from it"
             ) from None
 
-    def _read(self, path: Path) -> dict[str, Any]:
-        check_checksum(path)
-        saved = read_pickle(path)
+    def read_from(self, path: Path) -> dict[str, Any]:
+        """As :meth:`read`, of a certain checkpoint."""
+        if is_checkpoint_folder(path):
+            if self.writes:  # one process is enough
+                check_folder(path)
+            tensors = stored_tensors(path)
+            saved = {
+                **read_contents(path),
+                "module": part_of(tensors, MODULE),
+                "optimizer": {"state": {}, "param_groups": []},  # restore reads them
+                "ema": part_of(tensors, EMA) or None,
+            }
+        else:
+            check_checksum(path)
+            saved = read_pickle(path)
         if saved.get("format") != FORMAT or saved.get("kind") != self.kind:
             raise UserError(
                 f'{path}: is not a checkpoint of this program: "format" and "kind" must be '
@@ -101,12 +132,14 @@ class Checkpointer:
         recipe: Mapping[str, Any],
         inputs: Mapping[str, Any],
         total_steps: int,
+        wait: bool = True,
     ) -> None:
         """Write the checkpoint, random generators included.
 
         Args:
             recipe: as plain values.  inputs: values that identify the training data.
             total_steps: optimiser steps of the complete run.
+            wait: False returns while several processes still write; :meth:`poll` tells how it went.
         Raises:
             UserError: the file cannot be written.
         """
@@ -118,8 +151,6 @@ class Checkpointer:
             "step": state.step,
             "total_steps": total_steps,
             "seconds": state.seconds,
-            "module": state.module.state_dict(),
-            "optimizer": state.optimizer.state_dict(),
             "scaler": state.scaler.state_dict(),
             "sums": state.loss_sums,
             "history": state.history,
@@ -127,6 +158,14 @@ class Checkpointer:
             "best_sha256": self.best_sha256,
             "random": random_state(),
         }
+        if self._writer is not None:
+            self._start(self._writer, state, copy.deepcopy(contents))
+            if wait:
+                self._error = None  # of the one before, which this one replaces
+                self._writer.wait()
+            return
+        contents["module"] = state.module.state_dict()
+        contents["optimizer"] = state.optimizer.state_dict()
         if state.ema is not None:
             contents["ema"] = dict(state.ema.averages)
         with atomic_write(self.last, durable=True) as temporary:
@@ -137,6 +176,58 @@ class Checkpointer:
         self._keep_next_best()
         self.files.remove_older(self.keep - 1)
 
+    def _start(self, writer: FolderWriter, state: RunState, contents: dict[str, Any]) -> None:
+        self._settle()
+
+        def finish() -> None:
+            if self.keep > 1:
+                self.files.archive_last()
+            with suppress(FileNotFoundError):
+                self.last.unlink()
+            self._keep_next_best()
+            self.files.remove_older(self.keep - 1)
+
+        best = self.next_best if self.next_best.exists() else self.best
+        has_link = self.keep > 1 and self.best_sha256 is not None
+        writer.start(
+            self.files.path_of(state.step),
+            named_tensors(state),
+            contents,
+            links={BEST_NAME: best} if has_link else {},
+            finish=finish,
+        )
+
+    def poll(self) -> None:
+        """Raises: UserError, once, if a checkpoint in the background could not be written."""
+        if self._writer is not None and not self._writer.is_busy:
+            self._settle()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def wait(self) -> None:
+        """Wait for the checkpoint in the background.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        self._settle()
+        self.poll()
+
+    def close(self) -> None:
+        """Before the process ends, by an error perhaps: give a checkpoint a moment to complete."""
+        if self._writer is not None:
+            with suppress(UserError):
+                self._writer.wait(SECONDS_TO_CLOSE)
+
+    def _settle(self) -> None:
+        """Wait for the checkpoint in the background, and keep its error for :meth:`poll`."""
+        if self._writer is not None:
+            try:
+                self._writer.wait()
+            except UserError as error:
+                self._error = error
+
     def restore(self, state: RunState, saved: Mapping[str, Any]) -> None:
         """Load a checkpoint's contents into ``state`` and into the random generators.
 
@@ -146,11 +237,16 @@ class Checkpointer:
             UserError: it, or the best weights beside it, are damaged or of another model.
         """
         path = self.path
-        load_state(state.module, saved["module"], str(path))
+        is_folder = is_checkpoint_folder(path)
+        if is_folder:
+            read_state(path, state)
+        else:
+            _load_module(state.module, saved["module"], str(path))
         try:
-            if state.ema is not None:
-                state.ema.load(saved.get("ema") or {})
-            _load_optimizer(state.optimizer, saved["optimizer"], saved["step"])
+            if not is_folder:
+                if state.ema is not None:
+                    state.ema.load(saved.get("ema") or {})
+                _load_optimizer(state.optimizer, saved["optimizer"], saved["step"])
             state.scaler.load_state_dict(saved["scaler"])
             state.step, state.seconds = saved["step"], saved["seconds"]
             state.loss_sums = {name: (pair[0], pair[1]) for name, pair in saved["sums"].items()}
@@ -204,17 +300,18 @@ class Checkpointer:
             UserError: the file cannot be written; the best weights stay those of before.
         """
         assert state.ema is not None or not averaged
+        self._settle()  # a checkpoint in the background puts the best weights before in place
         with state.ema.in_place_of_weights() if state.ema and averaged else nullcontext():
-            weights = {
-                key: value.detach().cpu().contiguous()
-                for key, value in state.module.state_dict().items()
-            }
+            weights = whole(state.module.state_dict(), keep=self.writes)
+            if not self.writes:
+                return
+            weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
             save_safetensors(self.next_best, weights, durable=True)
         self.best_sha256 = file_sha256(self.next_best)
 
     def load_best(self, state: RunState) -> None:
         """Load the best weights into the module."""
-        load_state(state.module, read_safetensors(self.best), str(self.best))
+        _load_module(state.module, read_safetensors(self.best), str(self.best))
 
     def _keep_next_best(self) -> None:
         try:
@@ -222,6 +319,19 @@ class Checkpointer:
                 os.replace(self.next_best, self.best)
         except OSError as error:
             raise UserError(f"{self.best}: cannot be written: {error.strerror or error}") from error
+
+
+def _load_module(module: nn.Module, weights: Mapping[str, Any], where: str) -> None:
+    own = module.state_dict()
+    parts = {
+        key: sharded_like(value, own[key]) if _has_shape(value, own.get(key)) else value
+        for key, value in weights.items()
+    }
+    load_state(module, parts, where)
+
+
+def _has_shape(value: object, tensor: Tensor | None) -> bool:
+    return isinstance(value, Tensor) and tensor is not None and value.shape == tensor.shape
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], step: int) -> None:
@@ -240,13 +350,23 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], 
         {**{key: value for key, value in group.items() if key != "params"}, "params": old["params"]}
         for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=True)
     ]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        number: {
+            name: sharded_like(value, parameters[number])
+            if _has_shape(value, parameters[number])
+            else value
+            for name, value in moments.items()
+        }
+        for number, moments in saved["state"].items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
             shape = torch.Size() if name == "step" else parameter.shape
             if value.shape != shape:
                 raise ValueError(f"optimizer: {name} is {tuple(value.shape)}")
-            if not value.is_floating_point() or not torch.isfinite(value).all():
+            if not value.is_floating_point() or not torch.isfinite(local_part(value)).all():
                 raise ValueError(f"optimizer: {name} is not finite")
         if not 0 <= moments["step"].item() <= step:
             raise ValueError(f"optimizer: step is {moments['step'].item()}, of {step}")

@@ -18,9 +18,11 @@ from variant.data.images import Indices, stream
 from variant.data.samples import Source
 from variant.errors import UserError
 from variant.models.vqvae import VQVAE
+from variant.training.distributed import Ranks, rank_of_environment
 from variant.training.random_state import seed_everything
 from variant.training.recipe import Recipe, with_seed
 from variant.training.run_setup import open_run
+from variant.training.sample_grid import COLUMNS
 from variant.training.task import Summary, Task
 from variant.training.trainer import Trainer
 
@@ -42,7 +44,7 @@ class VAETask(Task):
     def __init__(
         self, module: VQVAE, data: Source, recipe: Recipe, device: torch.device, steps: int
     ) -> None:
-        self.module = self.vae = module
+        self.module = self.vae = self.network = module
         self.data, self.recipe, self.device = data, recipe, device
         self.training = recipe.vae_training
         self.steps = steps
@@ -52,7 +54,7 @@ class VAETask(Task):
         with self.waiting():
             images = self.data.samples(indices, epoch).images
         images = images.to(self.device)
-        reconstructed, quantisation, _ = self.vae(images, self._num_scales(step))
+        reconstructed, quantisation, _ = self.network(images, self._num_scales(step))
         pixel_error = F.mse_loss(reconstructed.float(), images)
         self.measure("loss/reconstruction", pixel_error)
         self.measure("loss/quantization", quantisation)
@@ -71,6 +73,12 @@ class VAETask(Task):
         rng = stream(self.recipe.seed, step, STREAM_SCALES)
         is_cut = rng.random() < self.training.scale_dropout * (1 - step / self.steps)
         return int(rng.integers(1, scales)) if is_cut and scales > 1 else scales
+
+    def samples(self, ranks: Ranks) -> dict[str, Tensor]:
+        """The first held-out images, and what is decoded from their tokens."""
+        count = min(COLUMNS, self.data.num_held_out)
+        images = self.data.held_out(range(count)).images.to(self.device)
+        return {"original": (images + 1) / 2, "decoded": self.vae.decode(self.vae.encode(images))}
 
     def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
         data = self.data
@@ -149,6 +157,8 @@ def train_vae(
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
     """
     recipe = with_seed("train_vae", recipe, seed)
+    if rank_of_environment()[1] > 1:
+        raise UserError("train-vae trains in one process; start it without torchrun")
     optim = recipe.vae_training.optim
     if recipe.vae_training.weights is not None or optim is None:
         raise UserError(
