@@ -264,8 +264,8 @@ class ScheduleSection:
         own, others = self.phases, other.phases
         if "auto" in (self.phase_ends, other.phase_ends):
             # Completed phases may have ended before the planned epochs.
-            same = (own, self.final_probability) == (others, other.final_probability)
-            return same or epoch == 0
+            same = (own.joint, own.transition) == (others.joint, others.transition)
+            return epoch == 0 or (same and self.final_probability == other.final_probability)
         if not self.has_subnets or epoch <= min(own.joint, others.joint):
             return True
         if {self.final_probability, other.final_probability} == {self.joint_probability}:
