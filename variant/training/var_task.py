@@ -28,7 +28,7 @@ from variant.errors import UserError
 from variant.models.flops import training_flop
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
-from variant.models.zones import freeze_full_network, zone_parameters
+from variant.models.zones import freeze_full_network, zone_of, zone_parameters
 from variant.training.configurations import Configurations
 from variant.training.distributed import connected, device_of_rank
 from variant.training.draws import draw_drops
@@ -93,6 +93,13 @@ class VARTask(Task):
 
     @property
     def uses_every_parameter(self) -> bool:
+        if self.recipe.schedule.has_zone_weights:  # each depth has weights of its own
+            used = [
+                {zone_of(self.config, layers) for layers in configuration.schedule.layers}
+                for configuration in self.configurations.trained()
+                if not configuration.is_full  # no step trains it
+            ]
+            return all(zones >= self.config.subnets.keys() for zones in used)
         layers = range(self.config.depth)
         return all(
             configuration.schedule.last_scale(layer) >= 0
@@ -149,6 +156,8 @@ class VARTask(Task):
         return {**groups} if subnets else {}
 
     def flop_of_step(self, step: int) -> int:
+        if self.recipe.schedule.has_zone_weights:
+            return 0  # training_flop counts a backward pass of every layer
         schedule = self.configurations.of_step(step).schedule
         if schedule not in self._flop:
             self._flop[schedule] = training_flop(self.configurations.config, schedule)
