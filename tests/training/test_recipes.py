@@ -101,7 +101,11 @@ def test_a_recipe_gives_plain_values_and_accepts_another_seed(tmp_path):
         ("depth = 4\n", "", "model.depth: missing"),
         ("learning_rate = 1e-3", 'learning_rate = "fast"', "optim.learning_rate: .*got 'fast'"),
         ("learning_rate = 1e-3", "learning_rate = -1", "optim.learning_rate must be > 0; got -1"),
-        ('kind = "digits"', 'kind = "video"', "data.kind: .*'folder', 'idx' or 'tokens'.*got 'video'"),
+        (
+            'kind = "digits"',
+            'kind = "video"',
+            "data.kind: .*'folder', 'idx' or 'tokens'.*got 'video'",
+        ),
         ('kind = "digits"', 'kind = "folder"', "train and held_out must name folders"),
         ("bridge = 1", "bridge = 4", r"bridge must be an integer in \[0, 3\]; got 4"),
         ("depths = [2]", "depths = [5]", r"depths must be among \[2, 4, 8, 16\]"),
