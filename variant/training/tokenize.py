@@ -29,6 +29,7 @@ from variant.data.shards import (
     FORMAT,
     HELD_OUT,
     MANIFEST_NAME,
+    MAX_SHARD_SIZE,
     SAMPLE,
     SHARD_SIZE,
     Manifest,
@@ -120,7 +121,7 @@ def tokenize(
             settings, or cannot be written; another process of this rank writes there.
     """
     integer("tokenize", "passes", passes, 1, MAX_PASSES)
-    if integer("tokenize", "shard_size", shard_size, 2) % 2:
+    if integer("tokenize", "shard_size", shard_size, 2, MAX_SHARD_SIZE) % 2:
         raise ValueError(f"tokenize: shard_size must be even; got {shard_size}")
     device = device or choose_device()
     vae_config = recipe.vae
