@@ -27,6 +27,7 @@ VARIANT = (
     "evaluation",
     "bench",
     "cli",
+    "training.__main__",
 )
 # The same for `variant_kernels`. `_C` is the compiled extension.
 KERNELS = (

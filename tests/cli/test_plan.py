@@ -84,6 +84,43 @@ def test_does_not_import_torch():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_training_of_d30_on_eight_gpus(run):
+    words = ("plan", "--train", "--model", "var-d30", "--gpus", 8, "--memory", 80)
+    code, printed, _ = run(*words)
+    assert code == 0
+    assert (
+        'The fastest that fits 80 GiB: parallel.mode = "fsdp2", optim.accumulate = 4, '
+        'memory.checkpointing = "none" (32 images at once' in " ".join(printed.split())
+    )
+    code, printed, _ = run(*words, "--json", "-")
+    result = json.loads(printed)
+    assert code == 0
+    assert result["format"] == "variant-train-plan-1"
+    assert result["batch"] == 1024
+    assert len(result["rows"]) == 6
+    assert result["fastest"] in result["rows"]
+    assert result["fastest"]["total"] < 0.94 * result["memory_bytes"]
+
+
+def test_a_training_plan_without_memory_lists_parts_and_one_that_fits_nothing_says_so(run):
+    code, printed, _ = run("plan", "--train", "--model", "digits", "--batch", 16)
+    assert code == 0
+    assert "fastest" not in printed
+    assert printed.count("single") == 9  # 1, 4 and 16 parts
+    code, printed, _ = run("plan", "--train", "--model", "var-d30", "--memory", 24)
+    assert code == 0
+    assert "Nothing fits 24 GiB" in printed
+
+
+def test_gpus_must_divide_the_batch_and_need_train(run):
+    code, _, error = run("plan", "--train", "--gpus", 3)
+    assert code == 1
+    assert "plan: --batch must be a multiple of --gpus (3); got 1024" in error
+    code, _, error = run("plan", "--gpus", 2)
+    assert code == 1
+    assert "plan: --gpus needs --train" in error
+
+
 def test_zone_weights_are_counted(tmp_path, run):
     model = zone_model("lora")
     model.save_pretrained(tmp_path)

@@ -39,6 +39,7 @@ MAX_PICTURE_BYTES = 200_000
 # looked up by its beginning. Those of `variant` are parsed; of the others the module, the make
 # target, the paths and the extras must exist.
 NOT_RUN = {
+    "torchrun": "needs several GPUs; tests/training/test_distributed.py starts two processes",
     "make": "sets up an environment of its own",
     "pip": "changes the environment",
     "pytest": "takes minutes, or runs the test suite again",
@@ -218,6 +219,9 @@ def check_exists(words):
     program, arguments = words[0], [word for word in words[1:] if not word.startswith("-")]
     if program == "variant":
         parse(words[1:])
+    elif program == "torchrun":
+        assert words[3:5] == ("-m", "variant.training"), words
+        parse(("train", "--recipe", *words[5:]))
     elif program == "make":
         targets = [word for word in arguments if "=" not in word]
         done = subprocess.run(

@@ -107,9 +107,9 @@ def test_the_better_of_weights_and_average_is_shipped(recipe, tmp_path, monkeypa
     chosen = with_ema(recipe, 0.9)
     losses, calls = VARTask.held_out_losses, []
 
-    def judged(self):
+    def judged(self, ranks):
         """The average, which is evaluated second, is better or worse by one."""
-        calls.append(losses(self))
+        calls.append(losses(self, ranks))
         shift = 0 if len(calls) % 2 else (-1 if better else 1)
         return {name: loss + shift for name, loss in calls[-1].items()}
 

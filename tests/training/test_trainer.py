@@ -36,7 +36,7 @@ def test_the_two_commands_give_a_model_folder(recipe, tmp_path):
     assert summary.steps == 8
     assert set(summary.held_out_loss) == {"full", "2"}
     var, vae, config = load_model(tmp_path)
-    assert var.config == recipe.var_config
+    assert var.config == dataclasses.replace(recipe.var_config, class_names=("class0", "class1"))
     assert vae.config == recipe.vae
     assert config["training"]["recipe"] == "tiny"
     assert config["training"]["held_out_loss"] == summary.held_out_loss

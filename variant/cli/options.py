@@ -70,21 +70,31 @@ class Generate:
 class Plan:
     """Print the memory of the K/V cache at every depth and bridge; needs no GPU and no weights.
 
+    With --train: the memory of a training step on each GPU, and the fastest settings that fit.
+
     Example: variant plan --model var-d30 --batch 64 --memory 48
+
+    Example: variant plan --train --model var-d30 --gpus 8 --memory 80
     """
 
     model: str = "var-d30"
     """A preset (var-d16, -d20, -d24, -d30, -d36-512), a model folder, or "digits"."""
-    batch: int = 64
-    """Number of images; guidance doubles the number of sequences."""
+    batch: int | None = None
+    """Number of images; guidance doubles the number of sequences; default: 64. With --train: images
+    of a step on all GPUs; default: 1024."""
     dtype: DtypeName = "bfloat16"
-    """Dtype of K, V and the weights."""
+    """Dtype of K, V and the weights; with --train of the matrix products."""
     kv_dtype: KVDtypeName | None = None
     """fp8: plan for 8-bit K and V with their scales, and print the measured error."""
     bridge: int | None = None
     """Bridge of the main table; default: the model's own."""
     memory: float | None = None
-    """Device memory, GiB: print which depths and batches fit beside the weights."""
+    """Device memory, GiB: print which depths and batches fit beside the weights; with --train, in
+    how many parts a batch fits."""
+    train: bool = False
+    """Plan a training step in place of the K/V cache."""
+    gpus: int = 1
+    """Number of GPUs that train together; with --train."""
     page_size: int = 16
     """Tokens per page."""
     guidance: bool = True

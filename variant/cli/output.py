@@ -33,6 +33,8 @@ class _Console(Console):
 def console(json_file: Path | None = None, *, stderr: bool = False) -> Console:
     """Standard output; plain and 120 columns wide where it is not a terminal.
 
+    Of the processes that torchrun starts, only the first prints there.
+
     Args:
         json_file: that of ``--json``. If it is standard output, nothing else may be printed there.
         stderr: print on standard error in that case, and not nowhere.
@@ -43,7 +45,7 @@ def console(json_file: Path | None = None, *, stderr: bool = False) -> Console:
         highlight=False,
         soft_wrap=True,
         markup=False,
-        quiet=for_machines and not stderr,
+        quiet=(for_machines and not stderr) or os.environ.get("RANK", "0") != "0",
         stderr=for_machines and stderr,
     )
     if not out.is_terminal:

@@ -1,8 +1,9 @@
-"""``variant plan``: the memory table. It needs no weights and no torch."""
+"""``variant plan``: the memory of generation and of training. It needs no weights and no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -26,6 +27,7 @@ from variant_kernels.plans.cache_plan import item_bytes
 
 MAX_BATCH = 2**31 - 1
 MAX_PAGE_SIZE = 2**16
+MAX_GPUS = 2**16
 MAX_MEMORY = 2**40  # GiB
 # (depth, bridge) -> the plan
 PlanOf = Callable[[int, int], PlanRow]
@@ -33,13 +35,22 @@ PlanOf = Callable[[int, int], PlanRow]
 
 def plan(command: Plan) -> None:
     """Print the cache of every depth at one bridge, then of every depth and bridge."""
-    integer("plan", "--batch", command.batch, 1, MAX_BATCH)
+    batch = command.batch if command.batch is not None else 1024 if command.train else 64
+    command = replace(command, batch=integer("plan", "--batch", batch, 1, MAX_BATCH))
     integer("plan", "--page-size", command.page_size, 1, MAX_PAGE_SIZE)
+    integer("plan", "--gpus", command.gpus, 1, MAX_GPUS)
     if command.memory is not None and not 0 < command.memory <= MAX_MEMORY:
         raise UserError(
             f"plan: --memory must be above 0 and at most 2^40 GiB; got {command.memory}"
         )
     check_json("plan", command.json)
+    if command.train:
+        from variant.cli.train_plan import print_train_plan
+
+        print_train_plan(command, batch)
+        return
+    if command.gpus != 1:
+        raise UserError("plan: --gpus needs --train")
     var, vae = configs_of(command.model)
     bridge = command.bridge if command.bridge is not None else var.bridge
     if bridge is None:

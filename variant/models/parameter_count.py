@@ -11,19 +11,25 @@ from variant.models.config import VARConfig, VQVAEConfig
 def var_parameters(config: VARConfig) -> int:
     """Parameters of the transformer ``VAR(config)``; buffers do not count."""
     width, layout = config.embed_dim, config.layout
-    attention = _linear(width, 3 * width, bias=False) + 2 * width + _linear(width, width)
-    if config.attn_l2_norm:
-        attention += config.num_heads
-    hidden = round(width * config.mlp_ratio)
-    mlp = _linear(width, hidden) + _linear(hidden, width)
-    modulation = 6 * width if config.shared_aln else _linear(width, 6 * width)
     embeddings = (
         (layout.tokens[0] + layout.total + config.num_classes + 1 + layout.num_scales) * width
     ) + _linear(config.vae_channels, width)
     head = _linear(width, 2 * width) + _linear(width, config.vocab_size)
     shared = _linear(width, 6 * width) if config.shared_aln else 0
     zones = sum(zone_parameters(config, depth) for depth in config.subnets)
-    return embeddings + shared + config.depth * (attention + mlp + modulation) + head + zones
+    return embeddings + shared + config.depth * block_parameters(config) + head + zones
+
+
+def block_parameters(config: VARConfig) -> int:
+    """Parameters of one of its blocks."""
+    width = config.embed_dim
+    attention = _linear(width, 3 * width, bias=False) + 2 * width + _linear(width, width)
+    if config.attn_l2_norm:
+        attention += config.num_heads
+    hidden = round(width * config.mlp_ratio)
+    mlp = _linear(width, hidden) + _linear(hidden, width)
+    modulation = 6 * width if config.shared_aln else _linear(width, 6 * width)
+    return attention + mlp + modulation
 
 
 def zone_parameters(config: VARConfig, depth: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from variant.checkpoints.model_folder import load_state
 from variant.errors import UserError
@@ -17,6 +17,7 @@ from variant.files import atomic_write, file_sha256, read_pickle, read_safetenso
 from variant.training.checkpoint_contents import check_contents
 from variant.training.checkpoint_files import CheckpointFiles
 from variant.training.checksum import append_checksum, check_checksum
+from variant.training.parallel import local_part, sharded_like, whole
 from variant.training.random_state import random_state, set_random_state
 from variant.training.run_state import RunState
 
@@ -38,13 +39,15 @@ class Checkpointer:
 
     Args:
         keep: number of checkpoints that are kept.
+        writes: whether this process writes files. With several processes each calls the functions
+            that write, because weights may be sharded, and one of them writes.
     Attributes:
         path: the newest checkpoint, from which a run resumes.
         best_sha256: SHA-256 of the best weights in hexadecimal; None before the first evaluation.
     """
 
-    def __init__(self, folder: Path, kind: str, keep: int = 1) -> None:
-        self.kind, self.keep = kind, keep
+    def __init__(self, folder: Path, kind: str, keep: int = 1, *, writes: bool = True) -> None:
+        self.kind, self.keep, self.writes = kind, keep, writes
         self.files = CheckpointFiles(folder, kind)
         self.last, self.best, self.next_best = (
             self.files.last,
@@ -118,8 +121,8 @@ class Checkpointer:
             "step": state.step,
             "total_steps": total_steps,
             "seconds": state.seconds,
-            "module": state.module.state_dict(),
-            "optimizer": state.optimizer.state_dict(),
+            "module": whole(state.module.state_dict(), keep=self.writes),
+            "optimizer": whole(state.optimizer.state_dict(), keep=self.writes),
             "scaler": state.scaler.state_dict(),
             "sums": state.loss_sums,
             "history": state.history,
@@ -128,7 +131,9 @@ class Checkpointer:
             "random": random_state(),
         }
         if state.ema is not None:
-            contents["ema"] = dict(state.ema.averages)
+            contents["ema"] = whole(dict(state.ema.averages), keep=self.writes)
+        if not self.writes:
+            return
         with atomic_write(self.last, durable=True) as temporary:
             torch.save(contents, temporary)
             append_checksum(temporary)
@@ -146,7 +151,7 @@ class Checkpointer:
             UserError: it, or the best weights beside it, are damaged or of another model.
         """
         path = self.path
-        load_state(state.module, saved["module"], str(path))
+        _load_module(state.module, saved["module"], str(path))
         try:
             if state.ema is not None:
                 state.ema.load(saved.get("ema") or {})
@@ -205,16 +210,16 @@ class Checkpointer:
         """
         assert state.ema is not None or not averaged
         with state.ema.in_place_of_weights() if state.ema and averaged else nullcontext():
-            weights = {
-                key: value.detach().cpu().contiguous()
-                for key, value in state.module.state_dict().items()
-            }
+            weights = whole(state.module.state_dict(), keep=self.writes)
+            if not self.writes:
+                return
+            weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
             save_safetensors(self.next_best, weights, durable=True)
         self.best_sha256 = file_sha256(self.next_best)
 
     def load_best(self, state: RunState) -> None:
         """Load the best weights into the module."""
-        load_state(state.module, read_safetensors(self.best), str(self.best))
+        _load_module(state.module, read_safetensors(self.best), str(self.best))
 
     def _keep_next_best(self) -> None:
         try:
@@ -222,6 +227,19 @@ class Checkpointer:
                 os.replace(self.next_best, self.best)
         except OSError as error:
             raise UserError(f"{self.best}: cannot be written: {error.strerror or error}") from error
+
+
+def _load_module(module: nn.Module, weights: Mapping[str, Any], where: str) -> None:
+    own = module.state_dict()
+    parts = {
+        key: sharded_like(value, own[key]) if _has_shape(value, own.get(key)) else value
+        for key, value in weights.items()
+    }
+    load_state(module, parts, where)
+
+
+def _has_shape(value: object, tensor: Tensor | None) -> bool:
+    return isinstance(value, Tensor) and tensor is not None and value.shape == tensor.shape
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], step: int) -> None:
@@ -240,13 +258,23 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], 
         {**{key: value for key, value in group.items() if key != "params"}, "params": old["params"]}
         for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=True)
     ]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        number: {
+            name: sharded_like(value, parameters[number])
+            if _has_shape(value, parameters[number])
+            else value
+            for name, value in moments.items()
+        }
+        for number, moments in saved["state"].items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
             shape = torch.Size() if name == "step" else parameter.shape
             if value.shape != shape:
                 raise ValueError(f"optimizer: {name} is {tuple(value.shape)}")
-            if not value.is_floating_point() or not torch.isfinite(value).all():
+            if not value.is_floating_point() or not torch.isfinite(local_part(value)).all():
                 raise ValueError(f"optimizer: {name} is not finite")
         if not 0 <= moments["step"].item() <= step:
             raise ValueError(f"optimizer: step is {moments['step'].item()}, of {step}")

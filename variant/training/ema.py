@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from variant.models.config import STRICT, require_plain_numbers
 from variant.models.ranges import ShareBelowOne
+from variant.training.parallel import local_part, sharded_like
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         """Move the averages towards the present weights; to be called once a step."""
-        averages = [_local(average) for average in self.averages.values()]
-        weights = [_local(parameter) for parameter in self._parameters.values()]
+        averages = [_part(average) for average in self.averages.values()]
+        weights = [_part(parameter) for parameter in self._parameters.values()]
         lerp = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
         lerp(averages, weights, 1 - self.decay)
 
@@ -70,7 +71,7 @@ class EMA:
     def _exchange(self) -> None:
         # Values are exchanged, not tensors: FSDP2 and the optimiser hold the tensors.
         for name, parameter in self._parameters.items():
-            weight, average = _local(parameter), _local(self.averages[name])
+            weight, average = _part(parameter), _part(self.averages[name])
             kept = weight.clone()
             weight.copy_(average)
             average.copy_(kept)
@@ -93,14 +94,12 @@ class EMA:
             value = averages[name]
             if value.shape != average.shape or not value.is_floating_point():
                 raise ValueError(f"ema: {name} is {tuple(value.shape)} {value.dtype}")
-            if not torch.isfinite(_local(value)).all():
+            if not torch.isfinite(_part(value)).all():
                 raise ValueError(f"ema: {name} is not finite")
         for name, average in self.averages.items():
-            average.copy_(averages[name])
+            average.copy_(sharded_like(averages[name], average))
 
 
-def _local(value: Tensor) -> Tensor:
+def _part(value: Tensor) -> Tensor:
     """This process's part of a tensor."""
-    value = value.detach()
-    # Not by the class DTensor, whose import takes a second.
-    return value.to_local() if hasattr(value, "to_local") else value  # type: ignore[attr-defined]
+    return local_part(value.detach())

@@ -27,6 +27,7 @@ FREE = (
     "data.max_bad",
     "logging.",
     "output.",
+    "parallel.",
 )
 # Keys that change the rounding of numbers alone.
 ROUNDING = ("memory.", "compile.blocks")

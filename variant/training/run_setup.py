@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from variant.models.parameter_count import var_parameters, vqvae_parameters
 from variant.training.checkpoint_contents import check_epochs
 from variant.training.checkpoint_files import CheckpointFiles
 from variant.training.checkpointer import Checkpointer
+from variant.training.distributed import Ranks, device_of_rank
 from variant.training.folder_lock import clear_leftovers, locked_folder
 from variant.training.metrics import MetricsFile
 from variant.training.optim import OptimSection
+from variant.training.parallel import chosen_mode
 from variant.training.recipe import Recipe, load_recipe, recipe_names
 from variant.training.resume_rules import compare_recipes, compare_schedules, read_recipe
 from variant.training.steps_file import StepsFile
@@ -42,11 +44,6 @@ INPUTS = {
 MODEL_FILES = ("config.json", "model.safetensors", "README.md")
 
 
-def choose_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def resume_hint(command: str, recipe: Recipe, folder: Path) -> str:
     """The command that resumes a run of a packaged recipe; for others, the option to add."""
     packaged = load_recipe(recipe.name) if recipe.name in recipe_names() else None
@@ -59,17 +56,26 @@ def resume_hint(command: str, recipe: Recipe, folder: Path) -> str:
 
 @contextmanager
 def open_run(
-    kind: str, recipe: Recipe, optim: OptimSection, folder: Path, **options: Any
+    kind: str,
+    recipe: Recipe,
+    optim: OptimSection,
+    folder: Path,
+    *,
+    ranks: Ranks | None = None,
+    **options: Any,
 ) -> Iterator[RunSetup]:
-    """The set-up of a run, whose folder is locked within the block; arguments of RunSetup.
+    """The set-up of a run, whose folder rank 0 locks within the block; arguments of RunSetup.
 
     Raises:
         UserError: another training is writing into the folder; see also :class:`RunSetup`.
     """
-    with locked_folder(Path(folder)) as is_locked:
-        setup = RunSetup(kind, recipe, optim, folder, **options)
-        if is_locked:
-            clear_leftovers(setup.folder, run_files(setup.folder))
+    ranks = ranks or Ranks()
+    with ExitStack() as stack:
+        with ranks.one_after_another():
+            is_locked = ranks.is_first and stack.enter_context(locked_folder(Path(folder)))
+            setup = RunSetup(kind, recipe, optim, folder, ranks=ranks, **options)
+            if is_locked:
+                clear_leftovers(setup.folder, run_files(setup.folder))
         yield setup
 
 
@@ -95,6 +101,7 @@ class RunSetup:
         device: None is the GPU where there is one, else the CPU.
         resume: continue the run that the folder holds.
         resume_command: printed when the run is stopped; None derives it from the recipe.
+        ranks: the processes of the run; None is this one alone.
     Attributes:
         data: the opened data set.  inputs: values that identify the training data.
         checkpointer: of this run.  saved: the checkpoint's contents, None for a new run.
@@ -117,10 +124,13 @@ class RunSetup:
         device: torch.device | None = None,
         resume: bool = False,
         resume_command: str | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.recipe, self.optim, self.folder = recipe, optim, Path(folder)
-        self.device = device or choose_device()
-        self.checkpointer = Checkpointer(self.folder, kind, recipe.output.keep)
+        self.ranks = ranks or Ranks()
+        self.device = device or device_of_rank()
+        keep = recipe.output.keep
+        self.checkpointer = Checkpointer(self.folder, kind, keep, writes=self.ranks.is_first)
         self.resume_command = resume_command or resume_hint(COMMANDS[kind], recipe, self.folder)
         self._check_folder(resume)
         self._check_memory(kind)
@@ -129,6 +139,12 @@ class RunSetup:
         if optim.precision == "fp16" and self.device.type == "cpu":
             raise UserError(
                 f'{recipe.name}: precision "fp16" needs a GPU; use "bf16" or "fp32" on a CPU'
+            )
+        parts = self.ranks.size * optim.accumulate
+        if optim.batch_size < parts:
+            raise UserError(
+                f"{recipe.name}: batch_size must be at least the number of processes times "
+                f"accumulate ({parts}); got {optim.batch_size}"
             )
         self.saved = self.checkpointer.read() if resume else None
         self.changes: list[str] = []
@@ -206,7 +222,12 @@ class RunSetup:
         var = var_parameters(self.recipe.var_config) if kind == "var" else 0
         check_fits(name, "the weights", 4 * (var + vae), cpu)
         what = "weights, gradients and AdamW's two moments"
-        check_fits(name, what, 16 * (var or vae), self.device)
+        check_fits(name, what, 16 * (var or vae) // self._shards(var or vae), self.device)
+
+    def _shards(self, parameters: int) -> int:
+        """The number of processes that the weights are divided among."""
+        mode = chosen_mode(self.recipe.parallel, parameters, self.device)
+        return self.ranks.size if mode == "fsdp2" else 1
 
     def _check_folder(self, resume: bool) -> None:
         folder, last = self.folder, self.checkpointer.last.name

@@ -49,6 +49,7 @@ class StepLog:
         console: RunConsole,
     ) -> None:
         self.task, self.state, self.scaler, self.console = task, state, scaler, console
+        self.ranks = setup.ranks
         self.total_steps, self.steps_per_epoch = total_steps, setup.steps_per_epoch
         self.batch_size, self.every = setup.optim.batch_size, setup.recipe.logging.every
         self.file = StepsFile(setup.folder, task.kind)
@@ -69,7 +70,8 @@ class StepLog:
     def opened(self) -> Iterator[None]:
         """Continue the files at the state's step; they are open within the block."""
         self._load(self.state.log)
-        self.file.keep_until(self.state.step)
+        if self.ranks.is_first:
+            self.file.keep_until(self.state.step)
         self._first_step, self._opened = self.state.step, time.monotonic()
         if self.uses_tensorboard:
             self.tensorboard = TensorBoard(self.folder, self.state.step)
@@ -116,7 +118,8 @@ class StepLog:
 
     def close_interval(self) -> None:
         """Read the values of the steps since the last line; the clock stops until the next step."""
-        values = self.meters.means()  # waits for the device, so before the clock is read
+        # Waits for the device, so it comes before the clock is read.
+        values = self.meters.means(self.ranks.sums)
         self._stop_clock()
         step = self.state.step
         values["optim/learning_rate"] = self.state.optimizer.param_groups[0]["lr"]
@@ -144,6 +147,8 @@ class StepLog:
         Args:
             epoch: the entry of the run's history, at the end of an epoch.
         """
+        if not self.ranks.is_first:
+            return
         step = self.state.step
         line = {"step": step, "epoch": step / self.steps_per_epoch}
         line |= {"time/seconds": self.state.seconds} | self._values | held_out_values(epoch or {})
@@ -161,7 +166,7 @@ class StepLog:
 
         Waits for the device, and stops the clock until the next step.
         """
-        meters = self.meters.totals()
+        meters = self.meters.totals(self.ranks.sums)
         self._stop_clock()
         with self._writing():
             if self.tensorboard is not None:
@@ -191,7 +196,10 @@ class StepLog:
     def _load(self, saved: Mapping[str, Any]) -> None:
         """Continue from a value of :meth:`saved`; {} begins anew."""
         if saved:
-            self.meters.load(saved["meters"])
+            meters = saved["meters"]
+            if not self.ranks.is_first:  # they are the sums of all ranks, and are added once
+                meters = {key: [0.0] * len(values) for key, values in meters.items()}
+            self.meters.load(meters)
             self._steps, self._seconds = saved["steps"], saved["seconds"]
             self._flop = saved["flop"]
             self.task.seconds_waited = saved["waited"]

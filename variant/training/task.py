@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from variant.data.images import Indices, sample_order
 from variant.data.samples import Source
+from variant.training.distributed import Ranks
 from variant.training.meters import Meters
 from variant.training.recipe import Recipe
 
@@ -46,6 +49,7 @@ class Task(ABC):
     """A module to train, its data and its losses.
 
     kind: "var" or "vae", the first word of the names of the run's files.
+    network: what :meth:`loss` calls in place of the module, which it wraps; the trainer sets it.
     ema_decay: of the moving average of the module's weights; 0 keeps none.
     meters: collect what the steps measure; None does not.
     seconds_waited: for training images and their tokens, over all resumptions of the run.
@@ -56,8 +60,19 @@ class Task(ABC):
     data: Source
     recipe: Recipe
     ema_decay: float = 0.0
+    network: Callable[..., Any]
     meters: Meters | None = None
     seconds_waited: float = 0.0
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The module's repeated layers; FSDP2 shards each by itself."""
+        return ()
+
+    @property
+    def uses_every_parameter(self) -> bool:
+        """Whether every step has a gradient for every parameter."""
+        return True
 
     @abstractmethod
     def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
@@ -70,6 +85,10 @@ class Task(ABC):
     @abstractmethod
     def name_of_step(self, step: int) -> str:
         """The name under which the step's loss is averaged, e.g. the subnet's depth."""
+
+    def describe_step(self, step: int) -> str:
+        """All that the step draws for every image alike; the ranks compare it."""
+        return self.name_of_step(step)
 
     @abstractmethod
     def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
@@ -84,28 +103,43 @@ class Task(ABC):
         """
 
     @property
+    def note(self) -> str | None:
+        """A line to print before the first step."""
+        return None
+
+    @property
     def num_evaluated(self) -> int:
         """Number of images in an evaluation."""
         count = self.data.num_held_out
         return min(count, self.recipe.eval.limit or count)
 
-    def held_out_losses(self) -> dict[str, float]:
-        """Losses on held-out images; the best weights are those of the lowest mean."""
-        return self._mean_losses(np.arange(self.num_evaluated), held_out=True)
+    def held_out_losses(self, ranks: Ranks) -> dict[str, float]:
+        """Losses on held-out images; the best weights are those of the lowest mean.
 
-    def train_losses(self) -> dict[str, float]:
+        Every rank evaluates some of the images, and gets the losses of all.
+        """
+        return self._mean_losses(np.arange(self.num_evaluated), ranks, held_out=True)
+
+    def train_losses(self, ranks: Ranks) -> dict[str, float]:
         """The same losses on a fixed sample of equally many training images."""
         order = sample_order(self.data.num_train)
-        return self._mean_losses(order[: self.num_evaluated], held_out=False)
+        return self._mean_losses(order[: self.num_evaluated], ranks, held_out=False)
 
-    def _mean_losses(self, indices: np.ndarray, *, held_out: bool) -> dict[str, float]:
+    def _mean_losses(
+        self, indices: np.ndarray, ranks: Ranks, *, held_out: bool
+    ) -> dict[str, float]:
         totals: dict[str, float] = {}
         size = self.recipe.eval.batch_size
-        for start in range(0, len(indices), size):
-            part = indices[start : start + size]
-            for name, loss in self.evaluate(part, held_out=held_out).items():
+        own, most = indices[ranks.share(len(indices))], math.ceil(len(indices) / ranks.size)
+        for start in range(0, most, size):
+            part = own[start : start + size]
+            # FSDP2 gathers weights in every forward pass, so that all ranks need the same number
+            # of them: one that has no image left takes any, which does not count.
+            losses = self.evaluate(part if len(part) else indices[:1], held_out=held_out)
+            for name, loss in losses.items():
                 totals[name] = totals.get(name, 0.0) + loss * len(part)
-        return {name: total / len(indices) for name, total in totals.items()}
+        sums = ranks.sums(list(totals.values()))
+        return {name: total / len(indices) for name, total in zip(totals, sums, strict=True)}
 
     def layer_groups(self) -> dict[str, Sequence[nn.Module]]:
         """Layers by the name of their group, whose gradient norms are reported."""
@@ -114,6 +148,17 @@ class Task(ABC):
     def values_of_step(self, step: int) -> dict[str, float]:
         """What is reported of a step besides its losses; known without the device."""
         return {}
+
+    def ended_phase(self, history: Sequence[Mapping[str, Any]]) -> str | None:
+        """The phase that the last epoch of a run's history ends early; None if none does."""
+        return None
+
+    def epochs_by(self, history: Sequence[Mapping[str, Any]]) -> int | None:
+        """Epochs of the complete run, given its history; None leaves them as they are.
+
+        Called before the first step of a new or resumed run and after every epoch.
+        """
+        return None
 
     def flop_of_step(self, step: int) -> int:
         """FLOP of the forward and backward pass for one image; 0 is not counted."""

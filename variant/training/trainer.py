@@ -8,6 +8,7 @@ number of threads). On a GPU the weights agree approximately, because sums are n
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from variant.training.interrupt import Interrupt
 from variant.training.loss_scale import LossScaler
 from variant.training.metrics import MetricsFile
 from variant.training.optim import decay_groups, learning_rate
+from variant.training.parallel import chosen_mode, parallelize, whole
+from variant.training.phase_ends import ENDED
 from variant.training.run_setup import RunSetup
 from variant.training.run_state import RunState, best_of
 from variant.training.step_log import StepLog
@@ -53,7 +56,19 @@ class Trainer:
         self.recipe, self.optim = setup.recipe, setup.optim
         self.steps_per_epoch = setup.steps_per_epoch
         self.total_steps = epochs * self.steps_per_epoch
+        self.ranks = setup.ranks
         self.device = next(task.module.parameters()).device
+        # Before the optimiser, as FSDP2 exchanges the parameters.
+        self.parallel = parallelize(
+            task.module,
+            self.ranks,
+            chosen_mode(self.recipe.parallel, _num_parameters(task.module), self.device),
+            self.device,
+            blocks=task.blocks,
+            dtype=PRECISIONS[self.optim.precision],
+            uses_every_parameter=task.uses_every_parameter,
+        )
+        task.network = self.parallel.network
         optimizer = torch.optim.AdamW(
             decay_groups(task.module, self.optim.weight_decay),
             lr=self.optim.learning_rate,
@@ -67,6 +82,8 @@ class Trainer:
         self.schedule = CheckpointSchedule(self.recipe.output, self.steps_per_epoch)
         self._saved_step: int | None = None
         self.metrics = MetricsFile(setup.folder, task.kind)
+        if not self.ranks.is_first:
+            console = Console(quiet=True)
         self.console = RunConsole(task.kind, epochs, self.total_steps, console)
         self.log = StepLog(task, setup, self.state, self.scaler, self.total_steps, self.console)
         self._cached_order: tuple[int, np.ndarray] | None = None
@@ -80,15 +97,23 @@ class Trainer:
             SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
         """
         state = self.state
-        if self.setup.saved is not None:
-            self.checkpointer.restore(state, self.setup.saved)
-            self.setup.saved = None  # frees the second copy of the optimiser's moments
-        else:
-            self.checkpointer.check_best({})
-        self.metrics.rewrite(state.history)
+        with self.ranks.one_after_another():  # the first puts the files in order
+            if self.setup.saved is not None:
+                self.checkpointer.restore(state, self.setup.saved)
+                self.setup.saved = None  # frees the second copy of the optimiser's moments
+            else:
+                self.checkpointer.check_best({})
+        self.ranks.require_same("data and weights to start from", _as_text(self.setup.inputs))
+        self.ranks.require_same("recipe", _as_text(self.recipe.to_dict()))
+        self.ranks.require_same("completed steps", str(state.step))
+        self._follow_phases()
+        if self.ranks.is_first:
+            self.metrics.rewrite(state.history)
         self.console.print_start(
             self.task.data.num_train, str(self.device), state.step, self.setup.changes
         )
+        if self.task.note is not None:
+            self.console.print_note(self.task.note)
         self.task.prepare(self.console.print_preparation)
         with (
             Interrupt().listening() as interrupt,
@@ -104,11 +129,16 @@ class Trainer:
                 else:
                     state.seconds += time.monotonic() - started
                     self.log.write_if_due()
-                if state.step == self.total_steps or self.schedule.is_due(state.step):
+                # Clocks differ; a signal comes to one rank only, or to each in another step.
+                minutes_are_over, signum = self.ranks.largest(
+                    self.schedule.minutes_are_over, interrupt.signum or 0
+                )
+                is_due = self.schedule.is_due(state.step, bool(minutes_are_over))
+                if is_due or state.step == self.total_steps:
                     self._save()
                 move_bar(state.step, loss)
-                if interrupt.signum is not None:
-                    self._stop(interrupt.signum)
+                if signum:
+                    self._stop(signum)
         return self._summary()
 
     def _train_step(self) -> float:
@@ -118,7 +148,11 @@ class Trainer:
         epoch, position = divmod(state.step, self.steps_per_epoch)
         if position == 0:
             state.loss_sums = {}
-        size = self.optim.batch_size
+        size, name = self.optim.batch_size, self.task.name_of_step(state.step)
+        if self.ranks.size > 1:
+            # FSDP2 does not notice when ranks run different layers.
+            text = f"{self.task.describe_step(state.step)} (step {state.step})"
+            self.ranks.require_same("configuration", text)
         indices = self._order(epoch)[position * size : (position + 1) * size]
         self.task.module.train()
         self.task.before_step(indices, epoch, state.step)
@@ -126,18 +160,23 @@ class Trainer:
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         state.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for part in np.split(indices, self.optim.accumulate):
-            with self._autocast():
-                loss = self.task.loss(part, epoch, state.step) / self.optim.accumulate
-            state.scaler.scale(loss).backward()
-            total += loss.item()
+        loss_sum = torch.zeros((), device=self.device)
+        parts = np.array_split(indices[self.ranks.share(size)], self.optim.accumulate)
+        for number, part in enumerate(parts, 1):
+            with self.parallel.part(is_last=number == len(parts)):
+                # Entered anew for every part: autocast keeps its casts of the weights until then.
+                with self._autocast():
+                    loss = self.task.loss(part, epoch, state.step) * (len(part) / size)
+                # The gradients of the ranks are averaged, those of the parts are added.
+                state.scaler.scale(loss * self.ranks.size).backward()
+                loss_sum += loss.detach()
+        (total,) = self.ranks.sums([loss_sum.item()])
         self._require_finite(total, "loss", epoch)
         state.scaler.unscale_(state.optimizer)
         self.log.before_clip(name)
         norm = nn.utils.clip_grad_norm_(self.task.module.parameters(), self.optim.clip)
         if not state.scaler.is_enabled():  # the scaler skips such a step and lowers the scale
-            self._require_finite(norm.item(), "gradient", epoch)
+            self._require_finite(whole(norm).item(), "gradient", epoch)
         state.scaler.step(state.optimizer)
         self.scaler.update()
         self.scaler.require_progress(self.recipe.name, state.step + 1)
@@ -181,10 +220,23 @@ class Trainer:
         state.seconds += time.monotonic() - started
         entry["seconds"] = round(state.seconds, 1)
         state.history.append(entry)
-        with self._going_on():
-            self.metrics.append(entry)
+        ended = self.task.ended_phase(state.history)
+        if ended is not None:
+            entry[ENDED] = ended
+        self._follow_phases()
+        if self.ranks.is_first:
+            with self._going_on():
+                self.metrics.append(entry)
         self.log.write(entry)
         self.console.print_epoch(entry)
+
+    def _follow_phases(self) -> None:
+        """Take the number of epochs that the task's phases add up to by now."""
+        epochs = self.task.epochs_by(self.state.history)
+        if epochs is not None:
+            self.epochs = self.console.epochs = epochs
+            self.total_steps = epochs * self.steps_per_epoch
+            self.console.total_steps = self.log.total_steps = self.total_steps
 
     def _evaluate(self, epoch: int) -> dict[str, Any]:
         """The losses of the weights and, where there is one, of their moving average."""
@@ -197,7 +249,7 @@ class Trainer:
     def _evaluate_weights(self, name: str, epoch: int) -> dict[str, Any]:
         self.task.module.eval()
         with torch.no_grad(), self._autocast():
-            losses, by_scale = split_scales(self.task.held_out_losses())
+            losses, by_scale = split_scales(self.task.held_out_losses(self.ranks))
         mean = sum(losses.values()) / len(losses)
         self._require_finite(mean, "held-out loss", epoch - 1)
         entry: dict[str, Any] = {name: losses, f"{name}_mean": mean}
@@ -207,10 +259,12 @@ class Trainer:
         """Write the weights, or their moving average, if none before had a lower loss."""
         best, (loss, averaged) = self.state.best_entry(), best_of(entry)
         if best is None or loss < best_of(best)[0]:
-            entry["best_not_kept"] = True
+            not_kept = True
             with self._going_on():
                 self.checkpointer.save_best(self.state, averaged=averaged)
-                del entry["best_not_kept"]
+                not_kept = False
+            if self.ranks.largest(not_kept)[0]:  # the ranks keep the same history
+                entry["best_not_kept"] = True
 
     def _save(self) -> None:
         self.schedule.restart_clock()
@@ -248,11 +302,12 @@ class Trainer:
         """Load the best weights, and evaluate them on training images."""
         best = self.state.best_entry()
         assert best is not None, "the last epoch is always evaluated"
+        self.ranks.barrier()  # rank 0 may still be writing them
         averaged = best_of(best)[1]
         self.checkpointer.load_best(self.state)
         self.task.module.eval()
         with torch.no_grad(), self._autocast():
-            train_loss, _ = split_scales(self.task.train_losses())
+            train_loss, _ = split_scales(self.task.train_losses(self.ranks))
         return Summary(
             folder=self.setup.folder,
             steps=self.state.step,
@@ -263,3 +318,11 @@ class Trainer:
             best_epoch=best["epoch"],
             averaged=averaged,
         )
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _as_text(values: dict[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True, default=str)

@@ -18,6 +18,7 @@ from variant.data.images import Indices, stream
 from variant.data.samples import Source
 from variant.errors import UserError
 from variant.models.vqvae import VQVAE
+from variant.training.distributed import rank_of_environment
 from variant.training.random_state import seed_everything
 from variant.training.recipe import Recipe, with_seed
 from variant.training.run_setup import open_run
@@ -42,7 +43,7 @@ class VAETask(Task):
     def __init__(
         self, module: VQVAE, data: Source, recipe: Recipe, device: torch.device, steps: int
     ) -> None:
-        self.module = self.vae = module
+        self.module = self.vae = self.network = module
         self.data, self.recipe, self.device = data, recipe, device
         self.training = recipe.vae_training
         self.steps = steps
@@ -52,7 +53,7 @@ class VAETask(Task):
         with self.waiting():
             images = self.data.samples(indices, epoch).images
         images = images.to(self.device)
-        reconstructed, quantisation, _ = self.vae(images, self._num_scales(step))
+        reconstructed, quantisation, _ = self.network(images, self._num_scales(step))
         pixel_error = F.mse_loss(reconstructed.float(), images)
         self.measure("loss/reconstruction", pixel_error)
         self.measure("loss/quantization", quantisation)
@@ -149,6 +150,8 @@ def train_vae(
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
     """
     recipe = with_seed("train_vae", recipe, seed)
+    if rank_of_environment()[1] > 1:
+        raise UserError("train-vae trains in one process; start it without torchrun")
     optim = recipe.vae_training.optim
     if recipe.vae_training.weights is not None or optim is None:
         raise UserError(
