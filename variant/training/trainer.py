@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -116,11 +116,14 @@ class Trainer:
             self.console.print_note(self.task.note)
         self.task.prepare(self.console.print_preparation)
         with (
+            closing(self.checkpointer),
             Interrupt().listening() as interrupt,
             self.log.opened(),
             self.console.progress_bar() as move_bar,
         ):
             while state.step < self.total_steps:
+                with self._going_on():
+                    self.checkpointer.poll()
                 started = time.monotonic()
                 loss = self._train_step()
                 state.step += 1
@@ -269,15 +272,16 @@ class Trainer:
     def _save(self) -> None:
         self.schedule.restart_clock()
         with self._going_on():
-            self._write_checkpoint()
+            self._write_checkpoint(wait=self.state.step == self.total_steps)
 
-    def _write_checkpoint(self) -> None:
+    def _write_checkpoint(self, *, wait: bool) -> None:
         self.state.log = self.log.saved()
         self.checkpointer.save(
             self.state,
             recipe=self.recipe.to_dict(),
             inputs=self.setup.inputs,
             total_steps=self.total_steps,
+            wait=wait,
         )
         self._saved_step = self.state.step
 
@@ -294,7 +298,8 @@ class Trainer:
     def _stop(self, signum: int) -> None:
         if self.state.step < self.total_steps:
             if self._saved_step != self.state.step:
-                self._write_checkpoint()
+                self._write_checkpoint(wait=True)
+            self.checkpointer.wait()
             self.console.print_stop(self.state.step, self.setup.resume_command)
             raise SystemExit(128 + signum)
 
