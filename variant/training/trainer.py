@@ -147,7 +147,6 @@ class Trainer:
     def _train_step(self) -> float:
         state = self.state
         self.log.begin_step()
-        name = self.task.name_of_step(state.step)
         epoch, position = divmod(state.step, self.steps_per_epoch)
         if position == 0:
             state.loss_sums = {}
@@ -220,6 +219,7 @@ class Trainer:
         if epoch % self.recipe.eval.every == 0 or is_last:
             entry |= self._evaluate(epoch)
             self._keep_if_best(entry)
+        self.log.draw_samples(epoch, is_last=is_last)
         state.seconds += time.monotonic() - started
         entry["seconds"] = round(state.seconds, 1)
         state.history.append(entry)
