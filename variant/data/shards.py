@@ -166,7 +166,7 @@ def write_shard(path: Path, rows: Rows, dtype: np.dtype) -> str:
         UserError: webdataset is not installed, or the files cannot be written.
     """
     try:
-        from webdataset import TarWriter
+        from webdataset.writer import TarWriter
     except ImportError as error:
         raise UserError(
             'token shards need webdataset: pip install "variant-kernels[train]"'
