@@ -4,14 +4,18 @@ import dataclasses
 import json
 import os
 import pickle
+import re
+import signal
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 from rank_jobs import Job, run
-from tiny_runs import CPU, quiet
+from tiny_runs import CPU, assert_same, quiet
 from torch.distributed import TCPStore
 
 from variant.training.parallel import ParallelSection
@@ -20,6 +24,11 @@ from variant.training.vae_task import train_vae
 HERE = Path(__file__).parent
 MODES = ("ddp", "fsdp2")
 STEPS = 8
+# The steps in which a run is stopped, the first of an epoch and its last: "all" tries every one.
+ALL = os.environ.get("VARIANT_TRAINING_STOPS") == "all"
+STOPS = {
+    mode: range(STEPS) if ALL else steps for mode, steps in {"ddp": (2,), "fsdp2": (3,)}.items()
+}
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +134,93 @@ def test_two_processes_have_the_losses_of_one(together, name, mode, tolerance):
         == pytest.approx(one[name]["held_out"], rel=tolerance)
     )
     assert first["train"] == pytest.approx(one[name]["train"], rel=tolerance)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_gradient_is_missing_with_a_bridge_and_skipped_layers_have_none_without(together, mode):
+    two = together[1]
+    assert all(names == [] for names in two["fp32", mode][0]["missing"].values())
+    first = two["no bridge", mode][0]
+    missing = {
+        step: {name.split(".")[1] for name in names} for step, names in first["missing"].items()
+    }
+    # The subnet of 2 of the 4 layers has layers 0 and 3.
+    assert missing == {
+        step: {"1", "2"} if name == "2" else set() for step, name in first["names"].items()
+    }
+
+
+def checkpoint(folder):
+    return torch.load(folder / "var-last.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def resumed(base, together, tmp_path_factory):
+    """Folders of runs that were stopped after a step and resumed, and how their sittings ended."""
+    root = tmp_path_factory.mktemp("resumed")
+    ended = {}
+    jobs, keys = [], []
+    for mode, steps in STOPS.items():
+        recipe = in_mode(base, mode)
+        for step in steps:
+            out = root / f"{mode} {step}"
+            jobs += [Job(recipe, out, stop_at=step), Job(recipe, out, resume=True)]
+            keys += [(mode, step, "stopped"), (mode, step, "resumed")]
+    # One process stops after step 2, two go on; and the other way round.
+    one_first, two_first = root / "one first", root / "two first"
+    run(Job(base, one_first, stop_at=1), rank=1)
+    sharded = in_mode(base, "fsdp2")
+    jobs += [Job(sharded, one_first, resume=True), Job(sharded, two_first, stop_at=1)]
+    keys += [("one first", 1, "resumed"), ("two first", 1, "stopped")]
+    ended = dict(zip(keys, train_on_two(jobs, root / "jobs"), strict=True))
+    ended["two first", 1, "resumed"] = (run(Job(base, two_first, resume=True)),) * 2
+    return ended, root
+
+
+@pytest.mark.parametrize(("mode", "step"), [(mode, step) for mode in STOPS for step in STOPS[mode]])
+def test_a_run_that_is_stopped_and_resumed_has_the_same_weights(together, resumed, mode, step):
+    ended, root = resumed
+    for rank in range(2):  # the signal came to rank 1 only
+        assert ended[mode, step, "stopped"][rank]["ended"] == "exit 143"
+        assert list(ended[mode, step, "stopped"][rank]["losses"]) == [
+            str(n) for n in range(step + 1)
+        ]
+        assert ended[mode, step, "resumed"][rank]["ended"] == "finished"
+    assert "stopped after step" in ended[mode, step, "stopped"][0]["printed"]
+    assert ended[mode, step, "stopped"][1]["printed"] == ""
+    whole, parted = together[2] / f"fp32 {mode}", root / f"{mode} {step}"
+    for part in ("step", "module", "best_sha256"):
+        assert_same(checkpoint(parted)[part], checkpoint(whole)[part])
+    assert_same(checkpoint(parted)["optimizer"]["state"], checkpoint(whole)["optimizer"]["state"])
+    assert (parted / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("which", ["one first", "two first"])
+def test_a_run_goes_on_with_another_number_of_processes(together, resumed, which):
+    ended, _ = resumed
+    first, second = ended[which, 1, "resumed"]
+    assert first["ended"] == "finished"
+    assert len(losses(first)) == STEPS - 2
+    assert losses(first) == losses(second)
+    assert losses(first) == pytest.approx(losses(together[0]["fp32"])[2:], rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ranks_that_draw_different_configurations_end_with_an_error_that_names_both(
+    base, tmp_path, mode
+):
+    (ranks,) = train_on_two([Job(in_mode(base, mode), tmp_path / "run", differ_at=2)], tmp_path)
+    for result in ranks:
+        pattern = r"the same configuration; rank 0 has (\w+), .*, rank 1 has (\w+), .*step 2"
+        assert set(re.search(pattern, result["ended"]).groups()) == {"full", "2"}
+        assert len(result["losses"]) == 2
+
+
+def test_the_rank_that_is_left_names_the_lost_one_and_ends(base, tmp_path):
+    job = Job(in_mode(base, "fsdp2"), tmp_path / "run", kill_at=2)
+    started = time.monotonic()
+    (first, _), _, processes = train_on_two([job], tmp_path, check=False)
+    assert time.monotonic() - started < 60
+    assert [process.returncode for process in processes] == [0, -signal.SIGKILL]
+    assert f"rank 1 (process {processes[1].pid} on " in first[0]["ended"]
+    assert "is lost" in first[0]["ended"]
