@@ -24,7 +24,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Their tests share one costly fixture, so one process runs all tests of such a file.
-ONE_PROCESS = {"test_run.py", "test_digits.py", "test_original_var.py"}
+ONE_PROCESS = {
+    "test_run.py",
+    "test_digits.py",
+    "test_original_var.py",
+    "test_distributed.py",
+    "test_shared_checkpoints.py",
+    "test_checkpoint_folder.py",
+    "test_export.py",
+}
 
 
 @pytest.hookimpl(optionalhook=True)

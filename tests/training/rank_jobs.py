@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import pickle
+import shutil
 import signal
 import sys
 import time
@@ -31,6 +32,7 @@ class Job:
 
     stop_at: the step after which rank 1 gets SIGTERM.  kill_at: the step in which rank 1 is killed.
     differ_at: the step from which rank 1 draws another configuration.
+    copy_before: where rank 0 copies the folder before the run.
     """
 
     recipe: Recipe
@@ -39,12 +41,15 @@ class Job:
     stop_at: int | None = None
     kill_at: int | None = None
     differ_at: int | None = None
+    copy_before: Path | None = None
     options: dict = field(default_factory=dict)
 
 
 def run(job, rank=0):
     """The losses of the steps, the names of configurations, and how the job ended."""
     result = {"losses": {}, "names": {}, "missing": {}, "ended": "finished"}
+    if rank == 0 and job.copy_before is not None:
+        shutil.copytree(job.out, job.copy_before)
     train_step, of_step = Trainer._train_step, Configurations.of_step
 
     def watched(self):

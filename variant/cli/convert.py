@@ -1,5 +1,7 @@
 """``variant convert``: from the original repository's files to a model folder, and back.
 
+A checkpoint of a training run is a third input.
+
 Inputs and outputs have names of their own, and every output is checked before anything is read: an
 input is never overwritten, another existing file only with ``--overwrite``.
 """
@@ -21,6 +23,7 @@ from variant.cli.output import console
 from variant.errors import UserError
 from variant.models.placement import check_dtype
 from variant.supernet import VARiant
+from variant.training.export import find_checkpoint, models_of
 
 # What save_pretrained writes into a folder.
 FOLDER_FILES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)
@@ -35,8 +38,10 @@ def convert(command: Convert) -> None:
     """Read one form, write the other, print what was written."""
     _check_options(command)
     folder = None if command.model is None else locate(command.model)
-    _check_outputs(command, [path for path in (folder, command.var, command.vae) if path])
-    model = _read(command, folder)
+    checkpoint = command.checkpoint and find_checkpoint(command.checkpoint)
+    inputs = (folder, checkpoint, command.var, command.vae)
+    _check_outputs(command, [path for path in inputs if path])
+    model = _read(command, folder, checkpoint)
     var = model.var
     out = console()
     if command.out is not None:
@@ -57,9 +62,17 @@ def convert(command: Convert) -> None:
         )
 
 
-def _read(command: Convert, folder: Path | None) -> VARiant:
+def _read(command: Convert, folder: Path | None, checkpoint: Path | None) -> VARiant:
+    dtype = check_dtype("convert", command.dtype)
+    if checkpoint is not None:
+        var, vae, extra = models_of(
+            checkpoint, weights=command.weights, vae=command.vae, dtype=dtype
+        )
+        model = VARiant(var, vae)
+        model.extra = extra
+        return model
     if folder is not None:
-        var, vae, config = load_model(folder, check_dtype("convert", command.dtype))
+        var, vae, config = load_model(folder, dtype)
         model = VARiant(var, vae)
         model.extra = {k: v for k, v in config.items() if k not in ("format", "var", "vae")}
         return model
@@ -68,7 +81,7 @@ def _read(command: Convert, folder: Path | None) -> VARiant:
     models = load_original(
         fetched(command.var),
         fetched(command.vae),
-        dtype=check_dtype("convert", command.dtype),
+        dtype=dtype,
         weights=command.weights,
         op="convert",
         **{name: getattr(command, name) for name in CHECKS},
@@ -79,17 +92,21 @@ def _read(command: Convert, folder: Path | None) -> VARiant:
 def _check_options(command: Convert) -> None:
     """Raises: UserError, unless there is one kind of input, and an output."""
     files = (command.var, command.vae)
-    if (command.model is None) == (files == (None, None)) or (None in files and any(files)):
-        raise UserError("convert: give --var and --vae, or --model, to read")
+    if command.checkpoint is not None:
+        if command.var is not None or command.model is not None:
+            raise UserError("convert: a checkpoint is read alone, without --var and --model")
+    elif (command.model is None) == (files == (None, None)) or (None in files and any(files)):
+        raise UserError("convert: give --var and --vae, or --model, to read; or a checkpoint")
     if (command.to_var is None) != (command.to_vae is None):
         raise UserError("convert: --to-var and --to-vae go together; got one of them")
     if command.out is None and command.to_var is None:
         raise UserError("convert: give --out FOLDER, or --to-var and --to-vae, to write")
-    if command.model is not None:
-        for name in (*CHECKS, "weights"):
+    if command.model is not None or command.checkpoint is not None:
+        holder, others = ("--model", ("weights",)) if command.model else ("the checkpoint", ())
+        for name in (*CHECKS, *others):
             if getattr(command, name) is not None:
                 option = "--" + name.replace("_", "-")
-                raise UserError(f"convert: {option} is for --var and --vae; --model holds it")
+                raise UserError(f"convert: {option} is for --var and --vae; {holder} holds it")
 
 
 def _check_outputs(command: Convert, inputs: list[Path]) -> None:

@@ -263,10 +263,12 @@ class Bench:
 
 @dataclass
 class Convert:
-    """Convert between files of the original VAR repository and a model folder, both ways.
+    """Convert between files of the original VAR repository and a model folder, both ways; or from a
+    checkpoint of a training run to either.
 
-    --var and --vae, or --model, are read; --out, or --to-var and --to-vae, are written. An input is
-    never overwritten, and any other existing file only with --overwrite.
+    --var and --vae, or --model, or a checkpoint are read; --out, or --to-var and --to-vae, are
+    written. An input is never overwritten, and any other existing file only with --overwrite.
+    `variant convert runs/mine --weights ema --out models/mine` takes a run's newest checkpoint.
 
     Example: variant convert --var var_d16.pth --vae vae_ch160v4096z32.pth --out models/var-d16
 
@@ -274,11 +276,15 @@ class Convert:
     exported/vae.pth
     """
 
+    checkpoint: Path | None = None
+    """Input in place of --var and --vae: a checkpoint of `variant train` (var-last.pt,
+    var-step-00000040), or the run's folder for its newest one."""
     var: Path | None = None
     """Input: the transformer's .pth or .safetensors file, a trainer checkpoint, or a folder or Hub
     id of the original's Hub class."""
     vae: Path | None = None
-    """Input: the VQ-VAE's file, or the same trainer checkpoint."""
+    """Input: the VQ-VAE's file, or the same trainer checkpoint. Beside a checkpoint of a run: the
+    VQ-VAE of the training, where it has moved."""
     model: str | None = None
     """Input in place of --var and --vae: a model folder, Hub id, or a model of this package."""
     out: Path | None = None
@@ -290,8 +296,8 @@ class Convert:
     overwrite: bool = False
     """Overwrite existing outputs."""
     weights: str | None = None
-    """Which weights of a file with several: model, ema, or the name of an entry; default: the plain
-    model, with a warning."""
+    """Which weights of a file with several: model, ema (their moving average), or the name of an
+    entry; default: the plain model, with a warning."""
     dtype: DtypeName | None = None
     """Dtype of the transformer's weights; default: unchanged."""
     num_heads: int | None = None

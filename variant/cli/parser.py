@@ -12,7 +12,7 @@ from typing import Annotated, get_args, get_type_hints
 
 import tyro
 
-from variant.cli.options import Command, Recipe
+from variant.cli.options import Command, Convert, Recipe
 from variant.cli.words import UsageError
 from variant.training.overrides import split_overrides
 
@@ -24,7 +24,7 @@ Tab completion: variant --tyro-print-completion bash (or zsh, tcsh) prints a scr
 # Wide enough that no message is wrapped.
 ERROR_COLUMNS = "100000"
 # Options that are given by their place, besides those without a default.
-POSITIONAL = {Recipe: ("recipe",)}
+POSITIONAL = {Recipe: ("recipe",), Convert: ("checkpoint",)}
 KINDS = {"INT": "an integer", "FLOAT": "a number", "STR": "a text", "PATH": "a path"}
 
 

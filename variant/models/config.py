@@ -295,7 +295,10 @@ class VARConfig(_Plain):
         rank = integer(op, "lora_rank", self.lora_rank, 0, self.embed_dim)
         object.__setattr__(self, "lora_rank", rank)
         object.__setattr__(self, "zone_adaln", boolean(op, "zone_adaln", self.zone_adaln))
-        check_zone_options(op, self.zone_weights, rank, self.zone_adaln)
+        try:
+            check_zone_options(self.zone_weights, rank, self.zone_adaln)
+        except ValueError as error:
+            raise ValueError(f"{op}: {error}") from None
         if self.zone_weights != "shared":
             shallow = all(depth < self.depth for depth in self.subnets)
             self._require(
@@ -396,18 +399,16 @@ class VQVAEConfig(_Plain):
         return ScaleLayout.from_patch_nums(self.patch_nums)
 
 
-def check_zone_options(op: str, kind: str, lora_rank: int, adaln: bool) -> None:
+def check_zone_options(kind: str, lora_rank: int, adaln: bool) -> None:
     """Raises: ValueError for a rank or a ``zone_adaln`` that the kind of zone weights has no use
     for, and for "lora" without a rank."""
     if (lora_rank > 0) != (kind == "lora"):
-        expected = "at least 1, such as 16" if kind == "lora" else "0"
+        expected = "at least 1, such as 16," if kind == "lora" else "0"
         raise ValueError(
-            f'{op}: lora_rank must be {expected} with zone_weights "{kind}"; got {lora_rank}'
+            f'lora_rank must be {expected} with zone_weights "{kind}"; got {lora_rank}'
         )
     if not adaln and kind != "lora":
-        raise ValueError(
-            f'{op}: zone_adaln = false needs zone_weights "lora"; got zone_weights "{kind}"'
-        )
+        raise ValueError(f'zone_adaln = false needs zone_weights "lora"; got "{kind}"')
 
 
 STRICT = ConfigDict(extra="forbid")

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from variant.training.phase_ends import ENDED, PHASES
 from variant.training.run_state import has_best
 
 # The keys of a checkpoint besides "format" and "kind", and the types of their values.
@@ -26,7 +27,7 @@ CONTENTS: dict[str, type | tuple[type, ...]] = {
     "random": dict,
 }
 # Of the history. "best_not_kept" marks an epoch whose weights were the best, but not written.
-ENTRY = {"epoch", "step", "seconds", "train", "best_not_kept"}
+ENTRY = {"epoch", "step", "seconds", "train", "best_not_kept", ENDED}
 EVALUATIONS = ("held_out", "ema_held_out")
 ENTRY |= {name + end for name in EVALUATIONS for end in ("", "_mean", "_by_scale")}
 # Of the measurements that go on, besides "meters".
@@ -115,6 +116,7 @@ def _check_history(history: list[Any], step: int) -> None:
         _require(_is(entry.get("step"), int) and 0 < entry["step"] <= step, f"{where}: step")
         _require(_is_number(entry.get("seconds")), f"{where}: seconds")
         _require(_are_losses(entry.get("train")), f"{where}: train")
+        _require(entry.get(ENDED, PHASES[0]) in PHASES, f"{where}: {ENDED}")
         for name in EVALUATIONS:
             if name in entry or f"{name}_mean" in entry:
                 _require(_are_losses(entry.get(name)), f"{where}: {name}")

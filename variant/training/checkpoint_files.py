@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import os
+import math
 import re
-import shutil
 from contextlib import suppress
 from pathlib import Path
 
 from variant.errors import UserError
-from variant.files import atomic_write, sync
+from variant.files import atomic_write
 from variant.paths import path_kind
 from variant.tensor_files import stored_pickle
+from variant.training.checkpoint_folder import is_checkpoint_folder, link, remove_folder
 
 # Digits of a step in a name: names are in the order of their steps.
 DIGITS = 8
+BEST_NAME = "best.safetensors"  # in a folder
 
 
 class CheckpointFiles:
     """Where the checkpoints of one task lie in a run's folder.
 
     ``KIND-last.pt`` is the checkpoint that one process wrote last, ``KIND-step-00000040.pt`` an
-    older one of step 40 with its best weights in ``KIND-step-00000040-best.safetensors``.
+    older one of step 40 with its best weights in ``KIND-step-00000040-best.safetensors``. Several
+    processes write the folder ``KIND-step-00000040``, with its best weights in
+    ``best.safetensors``.
 
     best: the best weights.  next_best: those that the next checkpoint will record.
     """
@@ -40,23 +43,43 @@ class CheckpointFiles:
 
     def older(self) -> list[Path]:
         """The checkpoints beside ``last``, oldest first."""
-        pattern = re.compile(rf"{re.escape(self.kind)}-step-\d{{{DIGITS},}}\.pt")
+        pattern = re.compile(rf"{re.escape(self.kind)}-step-\d{{{DIGITS},}}(\.pt)?")
         with suppress(OSError, ValueError):  # ValueError: a NUL byte in the path
-            paths = [path for path in self.folder.iterdir() if pattern.fullmatch(path.name)]
-            return sorted(paths, key=_step_in_name)
+            paths = [
+                path
+                for path in self.folder.iterdir()
+                if pattern.fullmatch(path.name)
+                and (path.suffix == ".pt" or is_checkpoint_folder(path))
+            ]
+            return sorted(paths, key=step_in_name)
         return []
+
+    def path_of(self, step: int) -> Path:
+        """The folder that several processes write."""
+        return self.folder / f"{self.kind}-step-{step:0{DIGITS}d}"
 
     def newest(self) -> Path | None:
         """The checkpoint of the highest step; None where there is none."""
         older = self.older()
         if path_kind(self.last) is None:
             return older[-1] if older else None
+        if older and older[-1].suffix != ".pt" and step_in_name(older[-1]) > self._last_step():
+            return older[-1]
         return self.last
+
+    def _last_step(self) -> float:
+        """The step of ``last``; without one where it is damaged, so that its reader says so."""
+        try:
+            return int(stored_pickle(self.last)["step"])
+        except (KeyError, TypeError, ValueError, UserError):
+            return math.inf
 
     def best_of(self, checkpoint: Path) -> Path:
         """Where the best weights lie that a checkpoint records."""
         if checkpoint == self.last:
             return self.best
+        if checkpoint.suffix != ".pt":
+            return checkpoint / BEST_NAME
         return checkpoint.with_name(f"{checkpoint.stem}-best.safetensors")
 
     def archive_last(self) -> None:
@@ -69,23 +92,31 @@ class CheckpointFiles:
             step = stored_pickle(self.last)["step"]
         except (KeyError, UserError):  # none, or a damaged one, which nobody could resume from
             return
-        name = self.folder / f"{self.kind}-step-{step:0{DIGITS}d}.pt"
+        name = self.path_of(step).with_suffix(".pt")
         if self.best.exists():
-            _link(self.best, self.best_of(name))
-        _link(self.last, name)
+            link(self.best, self.best_of(name))
+        link(self.last, name)
 
     def remove_older(self, number: int) -> None:
         """Remove the oldest, so that at most ``number`` are left besides the newest.
 
-        Files that cannot be removed stay.
+        What cannot be removed stays.
         """
         newest = self.newest()
         older = [path for path in self.older() if path != newest]
+        if newest != self.last and path_kind(self.last) is not None:
+            older = sorted([*older, self.last], key=self._step_of)
         for path in older[: max(0, len(older) - number)]:
             with suppress(OSError):
+                if path.suffix != ".pt":
+                    remove_folder(path)
+                    continue
                 path.unlink()
-            with suppress(OSError):
-                self.best_of(path).unlink()
+                if path != self.last:
+                    self.best_of(path).unlink()
+
+    def _step_of(self, checkpoint: Path) -> float:
+        return self._last_step() if checkpoint == self.last else step_in_name(checkpoint)
 
     def restore_best(self, checkpoint: Path) -> None:
         """Make the best weights of an older checkpoint the present ones, if it has any.
@@ -96,29 +127,9 @@ class CheckpointFiles:
         kept = self.best_of(checkpoint)
         if kept != self.best and kept.is_file():
             with atomic_write(self.best, durable=True) as temporary:
-                _link(kept, temporary)
+                link(kept, temporary)
 
 
-def _step_in_name(path: Path) -> int:
+def step_in_name(path: Path) -> int:
+    """The step of an older checkpoint."""
     return int(re.findall(r"\d+", path.stem.rpartition("-step-")[2])[0])
-
-
-def _link(path: Path, name: Path) -> None:
-    """A second name of a file; its copy, where the file system has one name for a file.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    with suppress(FileNotFoundError):
-        name.unlink()  # of a run that was killed before its next checkpoint
-    try:
-        os.link(os.path.realpath(path), name)
-    except OSError:
-        temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
-        try:
-            shutil.copyfile(path, temporary)
-            sync(temporary)
-            os.replace(temporary, name)
-        finally:
-            with suppress(OSError):
-                temporary.unlink()

@@ -1,7 +1,8 @@
-"""Checkpoints of a training run, written and read by one process."""
+"""Checkpoints of a training run: one file of one process, or a folder of several."""
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
@@ -15,13 +16,22 @@ from variant.checkpoints.model_folder import load_state
 from variant.errors import UserError
 from variant.files import atomic_write, file_sha256, read_pickle, read_safetensors, save_safetensors
 from variant.training.checkpoint_contents import check_contents
-from variant.training.checkpoint_files import CheckpointFiles
+from variant.training.checkpoint_files import BEST_NAME, CheckpointFiles
+from variant.training.checkpoint_folder import (
+    FolderWriter,
+    check_folder,
+    is_checkpoint_folder,
+    read_contents,
+    stored_tensors,
+)
 from variant.training.checksum import append_checksum, check_checksum
 from variant.training.parallel import local_part, sharded_like, whole
 from variant.training.random_state import random_state, set_random_state
 from variant.training.run_state import RunState
+from variant.training.state_tensors import EMA, MODULE, named_tensors, part_of, read_state
 
 FORMAT = "variant-train-3"
+SECONDS_TO_CLOSE = 10.0
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW stores for a parameter
 
 
@@ -30,8 +40,9 @@ class Checkpointer:
 
     Files are named after the task's kind: ``KIND-last.pt`` holds everything that a resumed run
     needs, ``KIND-best.safetensors`` the weights of the lowest held-out loss. A file is replaced
-    only when the new one is complete and on the disk. Older checkpoints that are kept:
-    :class:`CheckpointFiles`.
+    only when the new one is complete and on the disk. Older checkpoints that are kept, and the
+    folders that several processes write: :class:`CheckpointFiles`. Any number of processes resumes
+    from either form.
 
     The checkpoint has a checksum of itself and that of the best weights. New best weights wait in a
     file of their own until the checkpoint that records them is written, so that the two files agree
@@ -41,12 +52,15 @@ class Checkpointer:
         keep: number of checkpoints that are kept.
         writes: whether this process writes files. With several processes each calls the functions
             that write, because weights may be sharded, and one of them writes.
+        shared: whether several processes write each checkpoint: a folder, in the background.
     Attributes:
         path: the newest checkpoint, from which a run resumes.
         best_sha256: SHA-256 of the best weights in hexadecimal; None before the first evaluation.
     """
 
-    def __init__(self, folder: Path, kind: str, keep: int = 1, *, writes: bool = True) -> None:
+    def __init__(
+        self, folder: Path, kind: str, keep: int = 1, *, writes: bool = True, shared: bool = False
+    ) -> None:
         self.kind, self.keep, self.writes = kind, keep, writes
         self.files = CheckpointFiles(folder, kind)
         self.last, self.best, self.next_best = (
@@ -55,6 +69,8 @@ class Checkpointer:
             self.files.next_best,
         )
         self.best_sha256: str | None = None
+        self._writer = FolderWriter() if shared else None
+        self._error: UserError | None = None  # of a checkpoint in the background
 
     @property
     def path(self) -> Path:
@@ -73,7 +89,7 @@ class Checkpointer:
         """
         path = self.path
         try:
-            return self._read(path)
+            return self.read_from(path)
         except UserError as error:
             older = [other.name for other in self.files.older() if other != path]
             if not older:
@@ -82,9 +98,21 @@ class Checkpointer:
                 f"{error}; {older[-1]} is an older checkpoint: remove {path.name} to resume from it"
             ) from None
 
-    def _read(self, path: Path) -> dict[str, Any]:
-        check_checksum(path)
-        saved = read_pickle(path)
+    def read_from(self, path: Path) -> dict[str, Any]:
+        """As :meth:`read`, of a certain checkpoint."""
+        if is_checkpoint_folder(path):
+            if self.writes:  # one process is enough
+                check_folder(path)
+            tensors = stored_tensors(path)
+            saved = {
+                **read_contents(path),
+                "module": part_of(tensors, MODULE),
+                "optimizer": {"state": {}, "param_groups": []},  # restore reads them
+                "ema": part_of(tensors, EMA) or None,
+            }
+        else:
+            check_checksum(path)
+            saved = read_pickle(path)
         if saved.get("format") != FORMAT or saved.get("kind") != self.kind:
             raise UserError(
                 f'{path}: is not a checkpoint of this program: "format" and "kind" must be '
@@ -104,12 +132,14 @@ class Checkpointer:
         recipe: Mapping[str, Any],
         inputs: Mapping[str, Any],
         total_steps: int,
+        wait: bool = True,
     ) -> None:
         """Write the checkpoint, random generators included.
 
         Args:
             recipe: as plain values.  inputs: values that identify the training data.
             total_steps: optimiser steps of the complete run.
+            wait: False returns while several processes still write; :meth:`poll` tells how it went.
         Raises:
             UserError: the file cannot be written.
         """
@@ -121,8 +151,6 @@ class Checkpointer:
             "step": state.step,
             "total_steps": total_steps,
             "seconds": state.seconds,
-            "module": whole(state.module.state_dict(), keep=self.writes),
-            "optimizer": whole(state.optimizer.state_dict(), keep=self.writes),
             "scaler": state.scaler.state_dict(),
             "sums": state.loss_sums,
             "history": state.history,
@@ -130,10 +158,16 @@ class Checkpointer:
             "best_sha256": self.best_sha256,
             "random": random_state(),
         }
-        if state.ema is not None:
-            contents["ema"] = whole(dict(state.ema.averages), keep=self.writes)
-        if not self.writes:
+        if self._writer is not None:
+            self._start(self._writer, state, copy.deepcopy(contents))
+            if wait:
+                self._error = None  # of the one before, which this one replaces
+                self._writer.wait()
             return
+        contents["module"] = state.module.state_dict()
+        contents["optimizer"] = state.optimizer.state_dict()
+        if state.ema is not None:
+            contents["ema"] = dict(state.ema.averages)
         with atomic_write(self.last, durable=True) as temporary:
             torch.save(contents, temporary)
             append_checksum(temporary)
@@ -141,6 +175,58 @@ class Checkpointer:
                 self.files.archive_last()
         self._keep_next_best()
         self.files.remove_older(self.keep - 1)
+
+    def _start(self, writer: FolderWriter, state: RunState, contents: dict[str, Any]) -> None:
+        self._settle()
+
+        def finish() -> None:
+            if self.keep > 1:
+                self.files.archive_last()
+            with suppress(FileNotFoundError):
+                self.last.unlink()
+            self._keep_next_best()
+            self.files.remove_older(self.keep - 1)
+
+        best = self.next_best if self.next_best.exists() else self.best
+        has_link = self.keep > 1 and self.best_sha256 is not None
+        writer.start(
+            self.files.path_of(state.step),
+            named_tensors(state),
+            contents,
+            links={BEST_NAME: best} if has_link else {},
+            finish=finish,
+        )
+
+    def poll(self) -> None:
+        """Raises: UserError, once, if a checkpoint in the background could not be written."""
+        if self._writer is not None and not self._writer.is_busy:
+            self._settle()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def wait(self) -> None:
+        """Wait for the checkpoint in the background.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        self._settle()
+        self.poll()
+
+    def close(self) -> None:
+        """Before the process ends, by an error perhaps: give a checkpoint a moment to complete."""
+        if self._writer is not None:
+            with suppress(UserError):
+                self._writer.wait(SECONDS_TO_CLOSE)
+
+    def _settle(self) -> None:
+        """Wait for the checkpoint in the background, and keep its error for :meth:`poll`."""
+        if self._writer is not None:
+            try:
+                self._writer.wait()
+            except UserError as error:
+                self._error = error
 
     def restore(self, state: RunState, saved: Mapping[str, Any]) -> None:
         """Load a checkpoint's contents into ``state`` and into the random generators.
@@ -151,11 +237,16 @@ class Checkpointer:
             UserError: it, or the best weights beside it, are damaged or of another model.
         """
         path = self.path
-        _load_module(state.module, saved["module"], str(path))
+        is_folder = is_checkpoint_folder(path)
+        if is_folder:
+            read_state(path, state)
+        else:
+            _load_module(state.module, saved["module"], str(path))
         try:
-            if state.ema is not None:
-                state.ema.load(saved.get("ema") or {})
-            _load_optimizer(state.optimizer, saved["optimizer"], saved["step"])
+            if not is_folder:
+                if state.ema is not None:
+                    state.ema.load(saved.get("ema") or {})
+                _load_optimizer(state.optimizer, saved["optimizer"], saved["step"])
             state.scaler.load_state_dict(saved["scaler"])
             state.step, state.seconds = saved["step"], saved["seconds"]
             state.loss_sums = {name: (pair[0], pair[1]) for name, pair in saved["sums"].items()}
@@ -209,6 +300,7 @@ class Checkpointer:
             UserError: the file cannot be written; the best weights stay those of before.
         """
         assert state.ema is not None or not averaged
+        self._settle()  # a checkpoint in the background puts the best weights before in place
         with state.ema.in_place_of_weights() if state.ema and averaged else nullcontext():
             weights = whole(state.module.state_dict(), keep=self.writes)
             if not self.writes:

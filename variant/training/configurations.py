@@ -5,11 +5,13 @@ Plain Python on integers; every process of a run finds the same ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from variant.models.config import VARConfig
+from variant.training.phase_ends import PhaseEnds
 from variant.training.recipe import Recipe
 from variant.training.schedule import choose_bridge, choose_depth
 from variant_kernels import DepthSchedule
@@ -52,6 +54,7 @@ class Configurations:
     def __init__(self, recipe: Recipe, steps_per_epoch: int) -> None:
         self.seed, self.section = recipe.seed, recipe.schedule
         self.config, self.steps_per_epoch = recipe.var_config, steps_per_epoch
+        self.ends = PhaseEnds.of(self.section)
         self.full = full_configuration(self.config)
         self.by_scale = {
             depths: Configuration(schedule_name(depths), self._by_scale(depths))
@@ -73,14 +76,23 @@ class Configurations:
     def of_step(self, step: int) -> Configuration:
         """The configuration that a step trains, a function of (seed, step)."""
         section = self.section
-        probability = section.probability(step / self.steps_per_epoch)
-        chosen = choose_depth(self.seed, step, probability, (*section.depths, *section.schedules))
+        chosen = choose_depth(
+            self.seed, step, self.probability(step), (*section.depths, *section.schedules)
+        )
         if chosen is None:
             return self.full
         if isinstance(chosen, tuple):
             return self.by_scale[chosen]
         bridges = section.bridges or (section.bridge,)
         return self.subnet(chosen, choose_bridge(self.seed, step, bridges))
+
+    def probability(self, step: int) -> float:
+        """Probability that a step trains a subnet."""
+        return self.ends.probability(self.section, step / self.steps_per_epoch)
+
+    def observe(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Take the phases that the epochs of a run's history have ended early."""
+        self.ends = PhaseEnds.of(self.section, history)
 
     def subnet(self, depth: int, bridge: int) -> Configuration:
         """The subnet of a depth with so many first scales at which every layer runs."""

@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from variant.training.phase_ends import ENDED
+
 # Seconds between lines of progress where there is no bar.
 LINE_EVERY = 60.0
 
@@ -122,6 +124,11 @@ class RunConsole:
         remaining = seconds / step * (self.total_steps - step)
         line += f"  {seconds:.0f} s, about {remaining:.0f} s left"
         self._print(line)
+        if ENDED in entry:
+            self._print(
+                f"{self.kind}: the {entry[ENDED]} phase ends with epoch {entry['epoch']}, because "
+                "the held-out loss has stopped falling"
+            )
         if "held_out_by_scale" in entry:
             self._print(f"  held out by scale: {_rows(entry['held_out_by_scale'])}")
 

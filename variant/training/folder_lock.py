@@ -7,6 +7,7 @@ run that was killed never blocks the next one.
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import stat
 import warnings
@@ -78,18 +79,23 @@ def locked_folder(folder: Path, name: str = LOCK_NAME) -> Iterator[bool]:
 
 
 def clear_leftovers(folder: Path, names: Iterable[str]) -> list[Path]:
-    """Remove temporary files of runs that were killed while they wrote a file of these names.
+    """Remove temporary files and folders of runs that were killed while they wrote these names.
 
     To be called while the folder is locked.
 
+    Args:
+        names: may be patterns.
     Returns:
-        the removed files.
+        what was removed.
     """
     removed = []
     for name in names:
         for path in folder.glob(f".{name}.*.tmp"):
             with suppress(OSError):
-                path.unlink()
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
                 removed.append(path)
     return removed
 

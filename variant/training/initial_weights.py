@@ -7,11 +7,12 @@ program, a packaged model or a repository of the Hub.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from variant.checkpoints.config_file import configs_in, read_config
 from variant.checkpoints.locate import FILE_ENDINGS, locate
@@ -20,14 +21,19 @@ from variant.checkpoints.original_var import read_original
 from variant.checkpoints.sharded import INDEX_ENDING, find_weights
 from variant.errors import UserError
 from variant.files import file_sha256
+from variant.models.config import VARConfig
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant.models.zones import is_zone_key, reset_zone_weights
 from variant.training.checkpointer import Checkpointer
 from variant.training.recipe import Recipe
 
 # Keys of the configs that may differ from the recipe's: they do not change what the weights mean.
 FREE_KEYS = {
-    "var": ("subnets", "bridge", "cond_drop_rate", "drop_path_rate", "class_names"),
+    "var": (
+        *("subnets", "bridge", "cond_drop_rate", "drop_path_rate", "class_names"),
+        *("zone_weights", "lora_rank", "zone_adaln"),  # compared by themselves
+    ),
     "vae": ("beta",),
 }
 # The key of each model in a trainer checkpoint of the original.
@@ -76,7 +82,7 @@ class Weights:
         """
         if not self.is_model_folder:
             state = read_original(self.path, PARTS[self.kind], self.entry)
-            load_state(module, state, str(self.path))
+            _load(module, state, str(self.path))
             return
         if self.entry not in (None, "model"):
             raise UserError(
@@ -85,7 +91,7 @@ class Weights:
             )
         self._compare(recipe)
         var, vae, _ = load_model(self.path)
-        load_state(module, (var if self.kind == "var" else vae).state_dict(), str(self.path))
+        _load(module, (var if self.kind == "var" else vae).state_dict(), str(self.path))
 
     def _compare(self, recipe: Recipe) -> None:
         found_var, found_vae = configs_in(self.path)
@@ -99,8 +105,38 @@ class Weights:
             for key, value in found.to_dict().items()
             if key not in FREE_KEYS[self.kind] and own_values[key] != value
         ]
+        if self.kind == "var":
+            wrong += _wrong_zone_weights(found_var, recipe.var_config)
         if wrong:
             raise UserError(f"{recipe.name}: cannot start from {self.path}: {'; '.join(wrong[:5])}")
+
+
+def _wrong_zone_weights(found: VARConfig, own: VARConfig) -> list[str]:
+    """Why the zone weights of a model do not fit a recipe; those of a recipe may be new."""
+    if found.zone_weights == "shared":
+        return []
+    keys = ("zone_weights", "lora_rank", "zone_adaln")
+    wrong = [
+        f"schedule.{key} must be {getattr(found, key)!r}, as in the model; got "
+        f"{getattr(own, key)!r}"
+        for key in keys
+        if getattr(found, key) != getattr(own, key)
+    ]
+    if found.subnets != own.subnets:
+        wrong.append(
+            f"the subnets must be those of the model's zone weights, {found.subnets}; got "
+            f"{own.subnets}"
+        )
+    return wrong
+
+
+def _load(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Load a state; zone weights that it does not hold start as those of its full network."""
+    own = {key: value for key, value in module.state_dict().items() if is_zone_key(key)}
+    is_new = bool(own) and not any(is_zone_key(key) for key in state)
+    load_state(module, {**state, **own} if is_new else state, where)
+    if is_new:
+        reset_zone_weights(module)
 
 
 def _recipe_key(kind: str, key: str) -> str:

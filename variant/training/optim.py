@@ -58,7 +58,10 @@ UNDECAYED = ("pos_start", "pos_1LC", "ada_gss", "scale_mul")
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: no decay for biases, norms, embeddings and gains."""
+    """AdamW's parameter groups: no decay for biases, norms, embeddings and gains.
+
+    Frozen parameters are in none.
+    """
     embeddings = {
         id(parameter)
         for part in module.modules()
@@ -67,6 +70,8 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     }
     decayed, not_decayed = [], []
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_decayed = not (
             parameter.ndim < 2
             or id(parameter) in embeddings

@@ -175,6 +175,8 @@ class Recipe:
         require_plain_numbers(self)
         self._check_scales()
         _ = self.var_config  # its constructor checks sizes, subnets and bridge
+        if self.schedule.has_zone_weights:
+            self._check_zone_weights()
 
     @property
     def var_config(self) -> VARConfig:
@@ -195,7 +197,13 @@ class Recipe:
             depth: select_layers(config.depth, depth, section.selection)
             for depth in (*section.depths, *sorted(parts))
         }
-        return dataclasses.replace(config, subnets=subnets)
+        return dataclasses.replace(
+            config,
+            subnets=subnets,
+            zone_weights=section.zone_weights,
+            lora_rank=section.lora_rank,
+            zone_adaln=section.zone_adaln,
+        )
 
     def _check_scales(self) -> None:
         """Check bridges and schedules, whose numbers are of the scales and layers of the model."""
@@ -213,6 +221,29 @@ class Recipe:
             except ValueError as error:
                 text = str(error).removeprefix("DepthSchedule.from_depths: ")
                 raise ValueError(f"schedule: schedules: {text}") from None
+
+    def _check_zone_weights(self) -> None:
+        """Check that every step has tokens that use zone weights."""
+        section, scales = self.schedule, len(self.vae.patch_nums)
+        bridges = (section.bridge, *section.bridges) if section.depths else section.bridges
+        require(
+            max(bridges, default=0) < scales,
+            f"schedule: bridge and bridges must be below {scales}: with all scales in the bridge "
+            "zone no token uses zone weights",
+            max(bridges, default=0),
+        )
+        for depths in section.schedules:
+            require(
+                depths[-1] < self.model.depth,
+                "schedule: schedules must end in a subnet, which has zone weights",
+                list(depths),
+            )
+        require(
+            not self.compile.blocks,
+            f'compile: blocks must be false with zone_weights "{section.zone_weights}", whose '
+            "layers run eagerly",
+            True,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values for JSON."""

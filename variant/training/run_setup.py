@@ -129,8 +129,13 @@ class RunSetup:
         self.recipe, self.optim, self.folder = recipe, optim, Path(folder)
         self.ranks = ranks or Ranks()
         self.device = device or device_of_rank()
-        keep = recipe.output.keep
-        self.checkpointer = Checkpointer(self.folder, kind, keep, writes=self.ranks.is_first)
+        self.checkpointer = Checkpointer(
+            self.folder,
+            kind,
+            recipe.output.keep,
+            writes=self.ranks.is_first,
+            shared=self.ranks.size > 1,
+        )
         self.resume_command = resume_command or resume_hint(COMMANDS[kind], recipe, self.folder)
         self._check_folder(resume)
         self._check_memory(kind)
@@ -214,6 +219,8 @@ class RunSetup:
         for name, value in data_inputs(self.data).items():
             self.record_input(name, value, detail)
         self.inputs["classes"] = digests
+        names = enumerate(self.data.classes)
+        self.inputs["class_names"] = {str(label): name for label, name in names}
 
     def _check_memory(self, kind: str) -> None:
         """Sizes in a recipe are limited, but may still be larger than this machine."""

@@ -10,12 +10,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import numpy as np
 from pydantic import ConfigDict
 
-from variant.models.config import LIMITS, STRICT, require, require_plain_numbers
+from variant.models.config import (
+    LIMITS,
+    STRICT,
+    ZoneKind,
+    check_zone_options,
+    require,
+    require_plain_numbers,
+)
 from variant.models.ranges import CountOrZero, Share
 from variant_kernels.plans.depth_schedule import DepthSchedule, Selection
 
@@ -141,10 +148,16 @@ class ScheduleSection:
     joint: epochs of the first phase; without all three, those of the paper's table 7.
     transition: epochs of the second phase.
     refinement: epochs of the third phase.
+    phase_ends: "planned", or "auto": a phase ends early when three evaluations in a row lower its
+        best held-out loss by less than 0.1 %, and its epochs are the most that it lasts.
     bridges: bridges of which every subnet step of ``depths`` draws one, in place of ``bridge``; []
         is always ``bridge``.
     schedules: further subnets, each a list of one depth per scale, which never rises, as
         [8, 8, 8, 4, 4, 2].
+    zone_weights: "shared" trains one set of weights; else the full network is frozen and every
+        step trains a subnet's own weights for the flexible zone: "adaln", "lora" or "copies".
+    lora_rank: rank of the low-rank additions of "lora".
+    zone_adaln: with "lora": train an adaLN projection of the zone too.
     """
 
     depths: tuple[int, ...]
@@ -155,8 +168,12 @@ class ScheduleSection:
     joint: CountOrZero | None = None
     transition: CountOrZero | None = None
     refinement: CountOrZero | None = None
+    phase_ends: Literal["planned", "auto"] = "planned"
     bridges: tuple[int, ...] = ()
     schedules: tuple[tuple[int, ...], ...] = ()
+    zone_weights: ZoneKind = "shared"
+    lora_rank: CountOrZero = 0
+    zone_adaln: bool = True
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -180,6 +197,20 @@ class ScheduleSection:
             lengths,
         )
         require(self.phases.total >= 1, "the phases must have at least one epoch", self.phases)
+        check_zone_options(self.zone_weights, self.lora_rank, self.zone_adaln)
+        if self.has_zone_weights:
+            self._check_zone_weights()
+
+    def _check_zone_weights(self) -> None:
+        why = f'zone_weights "{self.zone_weights}" train subnets at every step'
+        require(self.has_subnets, f"{why}: depths or schedules must not be empty", self.depths)
+        require(
+            (self.joint or 0) == (self.transition or 0) == 0,
+            f"{why}: joint and transition must be 0",
+            (self.joint, self.transition),
+        )
+        final = self.final_probability
+        require(final == 1, f"{why}: final_probability must be 1", final)
 
     @property
     def has_subnets(self) -> bool:
@@ -187,12 +218,21 @@ class ScheduleSection:
         return bool(self.depths or self.schedules)
 
     @property
+    def has_zone_weights(self) -> bool:
+        """Whether the subnets have weights of their own, which alone are trained."""
+        return self.zone_weights != "shared"
+
+    @property
     def phases(self) -> Phases:
-        """The lengths of the phases, from this section or from the paper's table 7."""
+        """The lengths of the phases, from this section or from the paper's table 7.
+
+        Zone weights are trained in the third phase only, in which every step trains a subnet.
+        """
         if self.joint is None or self.transition is None or self.refinement is None:
-            return paper_phases(
+            paper = paper_phases(
                 (*self.depths, *(depths[-1] for depths in self.schedules if depths))
             )
+            return Phases(0, 0, paper.refinement) if self.has_zone_weights else paper
         return Phases(self.joint, self.transition, self.refinement)
 
     def probability(self, epoch: float) -> float:
@@ -222,6 +262,10 @@ class ScheduleSection:
         no effect.
         """
         own, others = self.phases, other.phases
+        if "auto" in (self.phase_ends, other.phase_ends):
+            # Completed phases may have ended before the planned epochs.
+            same = (own, self.final_probability) == (others, other.final_probability)
+            return same or epoch == 0
         if not self.has_subnets or epoch <= min(own.joint, others.joint):
             return True
         if {self.final_probability, other.final_probability} == {self.joint_probability}:

@@ -106,6 +106,11 @@ class Task(ABC):
         """
 
     @property
+    def note(self) -> str | None:
+        """A line to print before the first step."""
+        return None
+
+    @property
     def num_evaluated(self) -> int:
         """Number of images in an evaluation."""
         count = self.data.num_held_out
@@ -146,6 +151,17 @@ class Task(ABC):
     def values_of_step(self, step: int) -> dict[str, float]:
         """What is reported of a step besides its losses; known without the device."""
         return {}
+
+    def ended_phase(self, history: Sequence[Mapping[str, Any]]) -> str | None:
+        """The phase that the last epoch of a run's history ends early; None if none does."""
+        return None
+
+    def epochs_by(self, history: Sequence[Mapping[str, Any]]) -> int | None:
+        """Epochs of the complete run, given its history; None leaves them as they are.
+
+        Called before the first step of a new or resumed run and after every epoch.
+        """
+        return None
 
     def flop_of_step(self, step: int) -> int:
         """FLOP of the forward and backward pass for one image; 0 is not counted."""

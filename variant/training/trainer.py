@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from variant.training.loss_scale import LossScaler
 from variant.training.metrics import MetricsFile
 from variant.training.optim import decay_groups, learning_rate
 from variant.training.parallel import chosen_mode, parallelize, whole
+from variant.training.phase_ends import ENDED
 from variant.training.run_setup import RunSetup
 from variant.training.run_state import RunState, best_of
 from variant.training.step_log import StepLog
@@ -106,19 +107,25 @@ class Trainer:
         self.ranks.require_same("data and weights to start from", _as_text(self.setup.inputs))
         self.ranks.require_same("recipe", _as_text(self.recipe.to_dict()))
         self.ranks.require_same("completed steps", str(state.step))
+        self._follow_phases()
         if self.ranks.is_first:
             self.metrics.rewrite(state.history)
         self.console.print_start(
             self.task.data.num_train, str(self.device), state.step, self.setup.changes
         )
+        if self.task.note is not None:
+            self.console.print_note(self.task.note)
         self.task.prepare(self.console.print_preparation)
         with (
+            closing(self.checkpointer),
             Interrupt().listening() as interrupt,
             self.log.opened(),
             self._reading_ahead(),
             self.console.progress_bar() as move_bar,
         ):
             while state.step < self.total_steps:
+                with self._going_on():
+                    self.checkpointer.poll()
                 started = time.monotonic()
                 loss = self._train_step()
                 state.step += 1
@@ -237,11 +244,23 @@ class Trainer:
         state.seconds += time.monotonic() - started
         entry["seconds"] = round(state.seconds, 1)
         state.history.append(entry)
+        ended = self.task.ended_phase(state.history)
+        if ended is not None:
+            entry[ENDED] = ended
+        self._follow_phases()
         if self.ranks.is_first:
             with self._going_on():
                 self.metrics.append(entry)
         self.log.write(entry)
         self.console.print_epoch(entry)
+
+    def _follow_phases(self) -> None:
+        """Take the number of epochs that the task's phases add up to by now."""
+        epochs = self.task.epochs_by(self.state.history)
+        if epochs is not None:
+            self.epochs = self.console.epochs = epochs
+            self.total_steps = epochs * self.steps_per_epoch
+            self.console.total_steps = self.log.total_steps = self.total_steps
 
     def _evaluate(self, epoch: int) -> dict[str, Any]:
         """The losses of the weights and, where there is one, of their moving average."""
@@ -274,15 +293,16 @@ class Trainer:
     def _save(self) -> None:
         self.schedule.restart_clock()
         with self._going_on():
-            self._write_checkpoint()
+            self._write_checkpoint(wait=self.state.step == self.total_steps)
 
-    def _write_checkpoint(self) -> None:
+    def _write_checkpoint(self, *, wait: bool) -> None:
         self.state.log = self.log.saved()
         self.checkpointer.save(
             self.state,
             recipe=self.recipe.to_dict(),
             inputs=self.setup.inputs,
             total_steps=self.total_steps,
+            wait=wait,
         )
         self._saved_step = self.state.step
 
@@ -299,7 +319,8 @@ class Trainer:
     def _stop(self, signum: int) -> None:
         if self.state.step < self.total_steps:
             if self._saved_step != self.state.step:
-                self._write_checkpoint()
+                self._write_checkpoint(wait=True)
+            self.checkpointer.wait()
             self.console.print_stop(self.state.step, self.setup.resume_command)
             raise SystemExit(128 + signum)
 

@@ -10,8 +10,9 @@ Axes: B images of a batch, C copies, N images of the data set, L tokens, V codeb
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +28,14 @@ from variant.errors import UserError
 from variant.models.flops import training_flop
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant.models.zones import freeze_full_network, zone_of, zone_parameters
 from variant.training.configurations import Configurations
 from variant.training.distributed import connected, device_of_rank
 from variant.training.draws import draw_drops
 from variant.training.efficiency import convert_to_fp8, execution_of
 from variant.training.initial_weights import find_start, find_vae, load_start, load_vae
 from variant.training.parallel import whole
+from variant.training.phase_ends import ended_phase
 from variant.training.random_state import seed_everything
 from variant.training.recipe import Recipe, with_seed
 from variant.training.run_setup import RunSetup, open_run
@@ -70,6 +73,17 @@ class VARTask(Task):
         self._copies_CNL: Tensor | None = None
         self._labels_N = torch.empty(0, dtype=torch.int64)
 
+    @property
+    def note(self) -> str | None:
+        kind = self.recipe.schedule.zone_weights
+        if kind == "shared":
+            return None
+        own = sum(weight.numel() for weight in zone_parameters(self.var))
+        return (
+            f'zone_weights "{kind}": {own:,} parameters are trained, the full network is frozen; '
+            "every step trains a subnet"
+        )
+
     def prepare(self, report: Report) -> None:
         self._copies_CNL = self._encode_copies(report)
 
@@ -79,6 +93,13 @@ class VARTask(Task):
 
     @property
     def uses_every_parameter(self) -> bool:
+        if self.recipe.schedule.has_zone_weights:  # each depth has weights of its own
+            used = [
+                {zone_of(self.config, layers) for layers in configuration.schedule.layers}
+                for configuration in self.configurations.trained()
+                if not configuration.is_full  # no step trains it
+            ]
+            return all(zones >= self.config.subnets.keys() for zones in used)
         layers = range(self.config.depth)
         return all(
             configuration.schedule.last_scale(layer) >= 0
@@ -134,6 +155,8 @@ class VARTask(Task):
         return {**groups} if subnets else {}
 
     def flop_of_step(self, step: int) -> int:
+        if self.recipe.schedule.has_zone_weights:
+            return 0  # training_flop counts a backward pass of every layer
         schedule = self.configurations.of_step(step).schedule
         if schedule not in self._flop:
             self._flop[schedule] = training_flop(self.configurations.config, schedule)
@@ -142,8 +165,15 @@ class VARTask(Task):
     def values_of_step(self, step: int) -> dict[str, float]:
         if len(self.configurations.evaluated()) == 1:
             return {}
-        probability = self.recipe.schedule.probability(step / self.steps_per_epoch)
-        return {"schedule/subnet_probability": probability}
+        return {"schedule/subnet_probability": self.configurations.probability(step)}
+
+    def ended_phase(self, history: Sequence[Mapping[str, Any]]) -> str | None:
+        return ended_phase(self.recipe.schedule, history)
+
+    def epochs_by(self, history: Sequence[Mapping[str, Any]]) -> int | None:
+        self.configurations.observe(history)
+        is_auto = self.recipe.schedule.phase_ends == "auto"
+        return self.configurations.ends.refinement if is_auto else None
 
     def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
         if not held_out and self._copies_CNL is not None:
@@ -263,6 +293,12 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
             f"{recipe.name}: model.num_classes must be {data.num_classes}, as many as the data "
             f"has; got {recipe.model.num_classes}"
         )
+    if recipe.schedule.has_zone_weights and recipe.model.weights is None:
+        raise UserError(
+            f"{recipe.name}: model.weights must name a trained model with zone_weights "
+            f'"{recipe.schedule.zone_weights}", which train subnets of a frozen network; '
+            "--start-from MODEL does that too"
+        )
     weights = find_vae(recipe, setup.folder)
     vae_sha256 = weights.sha256()
     if isinstance(data, TokenSource):
@@ -280,6 +316,8 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
     module = module.to(setup.device)
     if recipe.compile.fp8:
         convert_to_fp8(module, recipe.name, setup.device)
+    if recipe.schedule.has_zone_weights:
+        freeze_full_network(module)
     task = VARTask(module, vae, data, recipe, setup.device, setup.steps_per_epoch)
     trainer = Trainer(task, setup, recipe.schedule.phases.total, console)
     summary = trainer.run()  # leaves the best weights in the module

@@ -1,0 +1,49 @@
+"""Killed trainings of one and of two processes; and the differences that must be found."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.robustness import kills
+from tests.robustness.command import run_generator
+from tests.robustness.forked import Failed, option
+
+KILLS = option("KILLS", 6)
+
+
+@pytest.mark.timeout(10_000)
+@pytest.mark.parametrize("ranks", kills.KINDS)
+def test_a_killed_training_ends_as_an_undisturbed_one(ranks):
+    # A case has up to five kills; two processes need more time for each.
+    cases = max(1, KILLS // 6 if ranks == 2 else KILLS // 3)
+    run_generator("kills", "--ranks", str(ranks), "--cases", str(cases))
+
+
+SITTING = kills.Sitting([-9, 1], ["", "variant: error: rank 1: rank 0 (process 7) is lost"], 5.0)
+
+
+def test_ends_that_must_not_be_are_found():
+    kills._check_codes("two", SITTING, {0: (3, 0.0)})
+    for codes, errors, killed in (
+        ([1, 1], ["", ""], {0: 0}),  # nobody died
+        ([-9, 1], ["", "RuntimeError: connection closed"], {0: 0}),  # does not name the lost one
+        ([-9, 1], SITTING.errors, {1: 0}),  # died although it was not to be killed
+        ([0, -11], ["", ""], {1: 0}),
+    ):
+        with pytest.raises(Failed):
+            kills._check_codes("two", kills.Sitting(codes, errors, 5.0), killed)
+    with pytest.raises(Failed, match="took 200 s"):
+        kills._check_codes("two", kills.Sitting(SITTING.codes, SITTING.errors, 200.0), {0: 0})
+
+
+def test_a_checkpoint_that_is_gone_older_or_damaged_is_found(tmp_path):
+    assert kills._check_checkpoint("run", tmp_path, -1) == -1
+    with pytest.raises(Failed, match="is gone"):
+        kills._check_checkpoint("run", tmp_path, 3)
+    path = Path(tmp_path / "var-last.pt")
+    torch.save({"step": 3}, path)
+    with pytest.raises(Failed, match=r"var-last.pt: is damaged"):
+        kills._check_checkpoint("run", tmp_path, 3)
+    shutil.rmtree(tmp_path)
