@@ -18,6 +18,8 @@ from rank_jobs import Job, run
 from tiny_runs import CPU, assert_same, quiet
 from torch.distributed import TCPStore
 
+from variant.training.checkpoint_folder import read_into, stored_tensors
+from variant.training.checkpointer import Checkpointer
 from variant.training.parallel import ParallelSection
 from variant.training.vae_task import train_vae
 
@@ -150,15 +152,18 @@ def test_no_gradient_is_missing_with_a_bridge_and_skipped_layers_have_none_witho
     }
 
 
-def checkpoint(folder):
-    return torch.load(folder / "var-last.pt", weights_only=True)
+def tensors_in(folder):
+    """Every tensor of the last checkpoint of several processes, whole."""
+    path = Checkpointer(folder, "var").path
+    tensors = {name: torch.empty_like(value) for name, value in stored_tensors(path).items()}
+    read_into(path, tensors)
+    return tensors
 
 
 @pytest.fixture(scope="module")
 def resumed(base, together, tmp_path_factory):
     """Folders of runs that were stopped after a step and resumed, and how their sittings ended."""
     root = tmp_path_factory.mktemp("resumed")
-    ended = {}
     jobs, keys = [], []
     for mode, steps in STOPS.items():
         recipe = in_mode(base, mode)
@@ -166,14 +171,7 @@ def resumed(base, together, tmp_path_factory):
             out = root / f"{mode} {step}"
             jobs += [Job(recipe, out, stop_at=step), Job(recipe, out, resume=True)]
             keys += [(mode, step, "stopped"), (mode, step, "resumed")]
-    # One process stops after step 2, two go on; and the other way round.
-    one_first, two_first = root / "one first", root / "two first"
-    run(Job(base, one_first, stop_at=1), rank=1)
-    sharded = in_mode(base, "fsdp2")
-    jobs += [Job(sharded, one_first, resume=True), Job(sharded, two_first, stop_at=1)]
-    keys += [("one first", 1, "resumed"), ("two first", 1, "stopped")]
     ended = dict(zip(keys, train_on_two(jobs, root / "jobs"), strict=True))
-    ended["two first", 1, "resumed"] = (run(Job(base, two_first, resume=True)),) * 2
     return ended, root
 
 
@@ -189,20 +187,8 @@ def test_a_run_that_is_stopped_and_resumed_has_the_same_weights(together, resume
     assert "stopped after step" in ended[mode, step, "stopped"][0]["printed"]
     assert ended[mode, step, "stopped"][1]["printed"] == ""
     whole, parted = together[2] / f"fp32 {mode}", root / f"{mode} {step}"
-    for part in ("step", "module", "best_sha256"):
-        assert_same(checkpoint(parted)[part], checkpoint(whole)[part])
-    assert_same(checkpoint(parted)["optimizer"]["state"], checkpoint(whole)["optimizer"]["state"])
+    assert_same(tensors_in(parted), tensors_in(whole))
     assert (parted / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-
-
-@pytest.mark.parametrize("which", ["one first", "two first"])
-def test_a_run_goes_on_with_another_number_of_processes(together, resumed, which):
-    ended, _ = resumed
-    first, second = ended[which, 1, "resumed"]
-    assert first["ended"] == "finished"
-    assert len(losses(first)) == STEPS - 2
-    assert losses(first) == losses(second)
-    assert losses(first) == pytest.approx(losses(together[0]["fp32"])[2:], rel=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
