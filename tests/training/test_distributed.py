@@ -155,7 +155,8 @@ def test_no_gradient_is_missing_with_a_bridge_and_skipped_layers_have_none_witho
 def tensors_in(folder):
     """Every tensor of the last checkpoint of several processes, whole."""
     path = Checkpointer(folder, "var").path
-    tensors = {name: torch.empty_like(value) for name, value in stored_tensors(path).items()}
+    stored = stored_tensors(path)
+    tensors = {name: torch.empty(v.shape, dtype=v.dtype) for name, v in stored.items()}
     read_into(path, tensors)
     return tensors
 
