@@ -1,6 +1,7 @@
 """Several processes train the model that one process trains, and end together."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pickle
@@ -12,14 +13,17 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rank_jobs import Job, run
 from tiny_runs import CPU, assert_same, quiet
 from torch.distributed import TCPStore
 
 from variant.training.checkpoint_folder import read_into, stored_tensors
 from variant.training.checkpointer import Checkpointer
+from variant.training.logging_section import LoggingSection
 from variant.training.parallel import ParallelSection
 from variant.training.vae_task import train_vae
 
@@ -28,9 +32,8 @@ MODES = ("ddp", "fsdp2")
 STEPS = 8
 # The steps in which a run is stopped, the first of an epoch and its last: "all" tries every one.
 ALL = os.environ.get("VARIANT_TRAINING_STOPS") == "all"
-STOPS = {
-    mode: range(STEPS) if ALL else steps for mode, steps in {"ddp": (2,), "fsdp2": (3,)}.items()
-}
+STOPS = {"ddp": range(STEPS - 1) if ALL else (2,), "fsdp2": range(STEPS - 1) if ALL else (3,)}
+TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +55,7 @@ def base(folders, tmp_path_factory):
         schedule=replace(
             recipe.schedule, joint_probability=0.5, joint=4, transition=0, refinement=0
         ),
+        logging=LoggingSection(every=3, tensorboard=TENSORBOARD, samples_every=4),
     )
 
 
@@ -116,6 +120,28 @@ def together(base, tmp_path_factory):
     jobs = [Job(in_mode(recipes[name], mode), root / f"{name} {mode}") for name, mode in keys]
     two = dict(zip(keys, train_on_two(jobs, root / "jobs"), strict=True))
     return one, two, root
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_report_what_one_does(together, mode):
+    _, _, root = together
+    folders = root / "one fp32", root / f"fp32 {mode}"
+    one, two = (
+        [json.loads(line) for line in (folder / "var-steps.jsonl").read_text().splitlines()]
+        for folder in folders
+    )
+    assert [line["step"] for line in two] == [2, 3, 4, 6, 8]
+    clocked = ("speed/", "data/", "memory/", "time/")
+    for alone, shared in zip(one, two, strict=True):
+        assert shared.keys() == alone.keys()
+        assert any(key.endswith("/full_only") for key in shared)
+        for key, value in shared.items():
+            if not key.startswith(clocked):
+                assert value == pytest.approx(alone[key], rel=1e-4), key
+    pictures = [folder / "var-samples-0004.png" for folder in folders]
+    alone, shared = (np.asarray(Image.open(path)).astype(int) for path in pictures)
+    assert np.abs(alone - shared).max() <= 2
+    assert len(list((folders[1]).glob("tensorboard/var/events*"))) == TENSORBOARD
 
 
 @pytest.mark.parametrize("mode", MODES)

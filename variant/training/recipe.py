@@ -177,6 +177,9 @@ class Recipe:
         _ = self.var_config  # its constructor checks sizes, subnets and bridge
         if self.schedule.has_zone_weights:
             self._check_zone_weights()
+        classes = self.model.num_classes
+        for label in self.logging.sample_labels:
+            require(label < classes, f"logging: sample_labels must be below {classes}", label)
 
     @property
     def var_config(self) -> VARConfig:

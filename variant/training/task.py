@@ -167,10 +167,20 @@ class Task(ABC):
         """FLOP of the forward and backward pass for one image; 0 is not counted."""
         return 0
 
-    def measure(self, key: str, value: Tensor) -> None:
+    def samples(self, ranks: Ranks) -> dict[str, Tensor]:
+        """What the present weights make of fixed inputs: rows of images by caption.
+
+        Must not use the global random generators. Every rank calls it.
+
+        Returns:
+            (B, I, Y, X) in [0, 1] for each row; {} on ranks other than the first.
+        """
+        return {}
+
+    def measure(self, key: str, value: Tensor, weight: float = 1.0) -> None:
         """Add a value, or a row of them, to what the step reports: see :class:`Meters`."""
         if self.meters is not None:
-            self.meters.add(key, value)
+            self.meters.add(key, value, weight)
 
     def fetch(self, indices: Indices, epoch: int) -> Samples:
         """The samples of the next part of a batch."""

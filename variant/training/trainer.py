@@ -241,6 +241,7 @@ class Trainer:
         if epoch % self.recipe.eval.every == 0 or is_last:
             entry |= self._evaluate(epoch)
             self._keep_if_best(entry)
+        self.log.draw_samples(epoch, is_last=is_last)
         state.seconds += time.monotonic() - started
         entry["seconds"] = round(state.seconds, 1)
         state.history.append(entry)

@@ -24,21 +24,23 @@ from variant.data.encode import encode_images
 from variant.data.images import STREAM_COPY, Indices, stream
 from variant.data.samples import Samples, Source
 from variant.data.token_source import TokenSource
+from variant.engine.engine import Engine
 from variant.errors import UserError
 from variant.models.flops import training_flop
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.models.zones import freeze_full_network, zone_of, zone_parameters
-from variant.training.configurations import Configurations
-from variant.training.distributed import connected, device_of_rank
+from variant.training.configurations import FULL, Configurations
+from variant.training.distributed import Ranks, connected, device_of_rank
 from variant.training.draws import draw_drops
 from variant.training.efficiency import convert_to_fp8, execution_of
 from variant.training.initial_weights import find_start, find_vae, load_start, load_vae
-from variant.training.parallel import whole
+from variant.training.parallel import is_sharded, whole
 from variant.training.phase_ends import ended_phase
 from variant.training.random_state import seed_everything
 from variant.training.recipe import Recipe, with_seed
 from variant.training.run_setup import RunSetup, open_run
+from variant.training.sample_grid import CFG, COLUMNS, SEED, TOP_P
 from variant.training.task import Report, Summary, Task
 from variant.training.trainer import Trainer
 from variant_kernels import DepthSchedule
@@ -135,9 +137,8 @@ class VARTask(Task):
             execution=self.execution,
         )
         if self.meters is not None:
-            self.measure(
-                f"loss_by_scale/{self.name_of_step(step)}/", self._by_scale(loss.losses_BL)
-            )
+            key = f"loss_by_scale/{self.name_of_step(step)}/"
+            self.measure(key, self._by_scale(loss.losses_BL), weight=len(indices))
         return loss.mean
 
     def _by_scale(self, losses_BL: Tensor) -> Tensor:
@@ -174,6 +175,33 @@ class VARTask(Task):
         self.configurations.observe(history)
         is_auto = self.recipe.schedule.phase_ends == "auto"
         return self.configurations.ends.refinement if is_auto else None
+
+    def samples(self, ranks: Ranks) -> dict[str, Tensor]:
+        """One row for each depth; the draws of all rows are the same."""
+        var = self._whole_model(ranks)
+        if var is None:
+            return {}
+        labels = list(self.recipe.logging.sample_labels)
+        labels = labels or list(range(min(COLUMNS, self.recipe.model.num_classes)))
+        # Neither packed weights nor graphs: both would be copies of weights that change.
+        engine = Engine(var, self.vae, pack=False, capture=False)
+        rows = {}
+        for depth in (None, *self.recipe.schedule.depths):
+            caption = FULL if depth is None else f"depth {depth}"
+            result = engine.generate(labels, depth=depth, seed=SEED, cfg=CFG, top_p=TOP_P)
+            rows[caption] = result.images
+        return rows
+
+    def _whole_model(self, ranks: Ranks) -> VAR | None:
+        """The model with whole weights on the first rank, a copy where they are sharded."""
+        if not any(map(is_sharded, self.var.parameters())):
+            return self.var if ranks.is_first else None
+        weights = whole(self.var.state_dict(), keep=ranks.is_first)
+        if not ranks.is_first:
+            return None
+        copy = VAR(self.var.config)
+        copy.load_state_dict(weights)
+        return copy.to(self.device).eval()
 
     def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
         if not held_out and self._copies_CNL is not None:
