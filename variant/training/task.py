@@ -18,6 +18,7 @@ from variant.data.images import Indices, sample_order
 from variant.data.loader import Loader
 from variant.data.samples import Samples, Source
 from variant.training.distributed import Ranks
+from variant.training.ema import EMA
 from variant.training.meters import Meters
 from variant.training.recipe import Recipe
 
@@ -151,6 +152,15 @@ class Task(ABC):
     def values_of_step(self, step: int) -> dict[str, float]:
         """What is reported of a step besides its losses; known without the device."""
         return {}
+
+    def choose_teacher(self, ema: EMA | None) -> None:
+        """Called before the first step of a new or resumed run, when the module has the weights
+        that the run started from.
+
+        Args:
+            ema: the moving average of the weights, if the run keeps one.
+        """
+        return
 
     def ended_phase(self, history: Sequence[Mapping[str, Any]]) -> str | None:
         """The phase that the last epoch of a run's history ends early; None if none does."""

@@ -78,6 +78,7 @@ class Trainer:
         )
         self.scaler = LossScaler(self.device.type, enabled=self.optim.precision == "fp16")
         ema = EMA(task.module, task.ema_decay) if task.ema_decay else None
+        task.choose_teacher(ema)
         self.state = RunState(task.module, optimizer, self.scaler, ema=ema)
         self.checkpointer = setup.checkpointer
         self.schedule = CheckpointSchedule(self.recipe.output, self.steps_per_epoch)
