@@ -24,7 +24,7 @@ from variant_kernels import (
 from variant_kernels.dispatch import support
 from variant_kernels.dispatch.explain import resolve
 from variant_kernels.dispatch.request import Request
-from variant_kernels.dispatch.select import Backend
+from variant_kernels.dispatch.select import Backend, requested_name
 from variant_kernels.dispatch.support import BACKENDS
 from variant_kernels.ops import adaln, registry, tables
 from variant_kernels.ops import block_causal_attention as block_causal
@@ -133,6 +133,54 @@ def test_a_changed_environment_chooses_anew(monkeypatch, checks):
         adaln_modulate(x, row, row)
     with pytest.raises(ValueError, match='backend "triton" cannot run'):
         adaln_modulate(x, row, row, backend="triton")
+
+
+def test_auto_inside_a_named_backend_follows_the_environment_again(monkeypatch):
+    monkeypatch.setenv("VARIANT_BACKEND", "reference")
+    with use_backend("cpu"):
+        assert requested_name("auto") == "cpu"
+        with use_backend("auto"):
+            assert requested_name("auto") == "reference"
+        assert requested_name("auto") == "cpu"
+
+
+def test_triton_is_available_without_a_gpu_in_its_interpreter_alone(monkeypatch):
+    monkeypatch.setattr(support, "_has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for interpreted in (True, False):
+        monkeypatch.setattr(support, "triton_interprets", lambda value=interpreted: value)
+        assert ("triton" in support.available_backends()) is interpreted
+        assert "flex" not in support.available_backends()
+
+
+@pytest.mark.parametrize(
+    ("reason_of", "device", "dtype", "installed", "interpreted", "reason"),
+    [
+        ("triton", "cuda", torch.float32, False, False, "Triton is not installed"),
+        ("triton", "cuda", torch.float32, True, True, "takes CPU tensors; these are on cuda"),
+        ("triton", "cpu", torch.bfloat16, True, True, "computes bfloat16 wrongly"),
+        ("triton", "cpu", torch.float32, True, False, "the tensors are on cpu, not on a GPU"),
+        ("triton", "cuda", torch.float64, True, False, "dtype float64 is not among its dtypes"),
+        ("triton", "cuda", torch.float32, True, False, None),
+        ("triton", "cpu", torch.float16, True, True, None),
+        ("flex", "cpu", torch.float32, True, False, "has no backward pass on cpu"),
+        ("flex", "cuda", torch.float32, False, False, "Triton is not installed"),
+        ("flex", "xpu", torch.float32, True, False, None),
+    ],
+)
+def test_triton_and_flex_say_why_not(
+    monkeypatch, reason_of, device, dtype, installed, interpreted, reason
+):
+    monkeypatch.setattr(support, "_has_triton", lambda: installed)
+    monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreted)))
+    answer = getattr(support, f"{reason_of}_unsupported")(Request(device, (dtype,), 64))
+    assert answer is None if reason is None else reason in answer
+
+
+def test_the_least_of_all_visible_gpus_counts(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", [(9, 0), (7, 5), (8, 6)].__getitem__)
+    assert support._least_capability.__wrapped__() == (7, 5)
 
 
 def test_what_a_choice_depends_on_is_asked_again_after_forgetting(monkeypatch):

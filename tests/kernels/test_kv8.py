@@ -309,3 +309,14 @@ def test_scales_and_dtypes_that_do_not_fit_are_named():
         )
     with pytest.raises(ValueError, match="k_scales_PNH must not be expanded"):
         paged_attention(q, narrow, narrow, *rest, k_scales_PNH=one, v_scales_PNH=one)
+
+
+def test_only_8_bit_pages_are_asked_for_as_such():
+    op = append.append_paged_kv_op
+    tokens, slots = torch.ones(1, 2, 3, 16), torch.arange(2)[None]
+    scales = torch.zeros(4, 8, 3, dtype=torch.uint8)
+    for dtype in (torch.float32, KV8_DTYPE):
+        pages = torch.zeros(4, 8, 3, 16).to(dtype)
+        extra = (scales, scales) if dtype is KV8_DTYPE else ()
+        request = op._request(tokens, tokens, pages, pages, slots, *extra)
+        assert request.kv_dtype == (KV8_DTYPE if extra else None)

@@ -170,6 +170,11 @@ def test_bad_pages_lengths_and_slots_are_named_and_nothing_is_written(backend):
         paged_attention(q, pages, pages, table, lengths + 6, backend=backend)
     with pytest.raises(ValueError, match=r"kv_lens_B\[0\] must be in \[0, 8\]"):
         paged_attention(q, pages, pages, table, lengths - 4, backend=backend)
+    empty_first = torch.tensor([0, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"page_table_BM\[1, 1\] must be in"):
+        paged_attention(q, pages, pages, table, empty_first, backend=backend)
+    with pytest.raises(ValueError, match=r"kv_lens_B\[1\] must be in \[0, 8\]"):
+        paged_attention(q, pages, pages, table, empty_first + 4 * empty_first, backend=backend)
     # An unused entry may hold anything.
     paged_attention(q, pages, pages, table, lengths.clamp_max(4), backend=backend)
     slots = torch.tensor([[0, 1, 2], [3, 4, 16]])

@@ -1,7 +1,7 @@
 """The changes of one module: mutmut's operators on every expression inside a function.
 
-Left out: annotations, decorators, text (a message's wording) and calls without one of their
-arguments (most of them are parts of messages too).
+Left out: annotations, decorators, text (a message's wording), calls without one of their arguments
+(most of them are parts of messages too) and ``sample_inputs``, which makes the inputs of tests.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ class _Places(libcst.CSTVisitor):
         self.depth = 0
         self.found: list[tuple[libcst.CSTNode, libcst.CSTNode, int]] = []
 
-    def visit_FunctionDef(self, node: libcst.FunctionDef) -> None:
+    def visit_FunctionDef(self, node: libcst.FunctionDef) -> bool:
         self.depth += 1
+        return node.name.value != "sample_inputs"
 
     def leave_FunctionDef(self, original_node: libcst.FunctionDef) -> None:
         self.depth -= 1

@@ -19,6 +19,10 @@ def below(value: int | None, most: "int | str" = 7) -> bool:
     if value is None:
         raise ValueError(f"below: value must be an integer; got {value!r}")
     return value < most and not value == 0
+
+
+def sample_inputs():
+    return 1 + 2
 '''
 
 

@@ -2,14 +2,21 @@
 
 import dataclasses
 import errno
+import io
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from small_models import open_recipe_data
 from test_loss_scale import fp16_trainer
 from tiny_runs import CPU, interrupt_after, metrics, quiet, tiny_recipe
 
+from variant import VARiant
+from variant.engine.grid import grid
+from variant.engine.images import to_pil
 from variant.errors import UserError
 from variant.models.flops import training_flop
 from variant.training.configurations import Configurations
@@ -17,7 +24,7 @@ from variant.training.gpu_peaks import peak_rate
 from variant.training.logging_section import LoggingSection
 from variant.training.tensorboard import TensorBoard
 from variant.training.trainer import Trainer
-from variant.training.vae_task import train_vae
+from variant.training.vae_task import VAETask, train_vae
 from variant.training.var_task import VARTask, train_var
 
 EVERY = 3  # of 8 steps, two an epoch
@@ -188,12 +195,15 @@ def test_a_step_that_overflowed_has_no_gradient_norm(chosen, tmp_path):
     assert "loss/loss" in second
 
 
-def curves(folder):
-    """{key: [(step, value)]} of event files, as TensorBoard shows them."""
+def events_of(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder))
-    events.Reload()
+    return EventAccumulator(str(folder)).Reload()
+
+
+def curves(folder):
+    """{key: [(step, value)]} of event files, as TensorBoard shows them."""
+    events = events_of(folder)
     return {
         key: [(event.step, event.value) for event in events.Scalars(key)]
         for key in events.Tags()["scalars"]
@@ -258,3 +268,56 @@ def test_a_device_without_a_known_peak_has_no_mfu(run, monkeypatch):
         assert peak_rate(gpu, "bf16")[0] == peak
         assert (name in peak_rate(gpu, "bf16")[1]) is (peak is None)
         assert peak_rate(gpu, "fp32")[0] is None
+
+
+def test_pictures_of_samples_change_no_weight(run, chosen, with_vae):
+    pytest.importorskip("tensorboard")
+    logging = LoggingSection(
+        every=EVERY, tensorboard=True, samples_every=3, sample_labels=(1, 0, 1)
+    )
+    train_var(dataclasses.replace(chosen, logging=logging), with_vae, console=quiet(), device=CPU)
+    pictures = sorted(path.name for path in with_vae.glob("*.png"))
+    assert pictures == ["var-samples-0003.png", "var-samples-0004.png"]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (run[0], with_vae)]
+    assert weights[0] == weights[1]
+    assert without_clock(lines_of(with_vae)) == without_clock(run[1])
+    images = events_of(with_vae / "tensorboard" / "var").Images("samples")
+    assert [image.step for image in images] == [6, 8]
+    with Image.open(with_vae / pictures[-1]) as picture:
+        shown = np.asarray(picture)
+    with Image.open(io.BytesIO(images[-1].encoded_image_string)) as picture:
+        assert np.array_equal(np.asarray(picture), shown)
+    model = VARiant.from_pretrained(with_vae)
+    last = torch.load(with_vae / "var-last.pt", weights_only=True)  # the model may be of before
+    model.var.load_state_dict(last["module"])
+    rows = [model.generate([1, 0, 1], depth=d, seed=0, top_p=0.96).pil() for d in (None, 2)]
+    assert np.array_equal(np.asarray(grid(rows, ["full", "depth 2"])), shown)
+
+
+def test_pictures_of_the_vqvae_are_held_out_images_and_what_is_decoded(chosen, tmp_path):
+    logging = LoggingSection(samples_every=2)
+    train_vae(dataclasses.replace(chosen, logging=logging), tmp_path, console=quiet(), device=CPU)
+    with Image.open(tmp_path / "vae-samples-0002.png") as picture:
+        assert picture.size == (4 + 56 + 6 * 68, 4 + 2 * 68)
+        shown = np.asarray(picture)
+    image = (open_recipe_data(chosen).held_out([0])[0] + 1) / 2
+    assert np.array_equal(np.asarray(grid([to_pil(image)], ["original"])), shown[:72, :128])
+
+
+def test_a_picture_that_cannot_be_made_does_not_end_the_run(chosen, tmp_path, monkeypatch):
+    def fails(self, ranks):
+        raise MemoryError("generate: 2 images need 9 GiB")
+
+    monkeypatch.setattr(VAETask, "samples", fails)
+    console = quiet()
+    logged = dataclasses.replace(chosen, logging=LoggingSection(samples_every=1))
+    assert train_vae(logged, tmp_path, console=console, device=CPU).steps == 4
+    assert "vae step 2: generate: 2 images need 9 GiB; the run goes on" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"), [((2,), "sample_labels must be below 2"), ((0,) * 65, "at most 64")]
+)
+def test_labels_of_samples_are_checked(chosen, labels, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(chosen, logging=LoggingSection(sample_labels=labels))

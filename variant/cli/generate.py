@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 
 from variant.cli.dtypes import DTYPES
-from variant.cli.grid import grid
 from variant.cli.image_folder import ImageFolder, is_own_name, save_png
 from variant.cli.options import Generate
 from variant.cli.output import (
@@ -32,6 +31,7 @@ from variant.cli.progress import Advance, progress
 from variant.cli.words import command_line
 from variant.engine.engine import Engine
 from variant.engine.generation import Generation, OnScale, PartialResult, Sampling, Stats
+from variant.engine.grid import grid
 from variant.engine.memory import batch_size, free_bytes
 from variant.engine.planning import depths_of
 from variant.errors import UserError

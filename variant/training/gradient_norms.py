@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from variant.training.parallel import whole
 
 
 class GradientNorms:
@@ -33,11 +34,5 @@ class GradientNorms:
         for name, (parameters, count) in self._groups.items():
             gradients = [p.grad for p in parameters if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-            norms[name] = whole_norm(norm) / math.sqrt(count)
+            norms[name] = whole(norm) / math.sqrt(count)
         return norms
-
-
-def whole_norm(norm: Tensor) -> Tensor:
-    """A norm as an ordinary tensor; that of sharded gradients is put together over the ranks."""
-    sharded: Any = norm
-    return sharded.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -27,6 +27,7 @@ from variant.training.optim import OptimSection
 from variant.training.parallel import chosen_mode
 from variant.training.recipe import Recipe, load_recipe, recipe_names
 from variant.training.resume_rules import compare_recipes, compare_schedules, read_recipe
+from variant.training.sample_grid import sample_name
 from variant.training.steps_file import StepsFile
 from variant.training.tensorboard import require_tensorboard
 
@@ -85,6 +86,7 @@ def run_files(folder: Path) -> tuple[str, ...]:
     for kind in COMMANDS:
         names += CheckpointFiles(folder, kind).patterns
         names += [MetricsFile(folder, kind).path.name, StepsFile(folder, kind).path.name]
+        names.append(sample_name(kind, None))
     return (*names, *MODEL_FILES)
 
 

@@ -13,16 +13,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from variant.errors import UserError
 from variant.training.console import RunConsole
 from variant.training.gpu_peaks import peak_rate
-from variant.training.gradient_norms import GradientNorms, whole_norm
+from variant.training.gradient_norms import GradientNorms
 from variant.training.loss_scale import LossScaler
 from variant.training.memory_use import memory_use
 from variant.training.meters import Meters
+from variant.training.parallel import whole
 from variant.training.run_setup import RunSetup
 from variant.training.run_state import RunState
+from variant.training.sample_grid import draw_grid, pixels, sample_name, save_grid
 from variant.training.steps_file import StepsFile
 from variant.training.task import Task
 from variant.training.tensorboard import TensorBoard
@@ -55,7 +59,8 @@ class StepLog:
         self.file = StepsFile(setup.folder, task.kind)
         self.folder = setup.folder / "tensorboard" / task.kind
         self.tensorboard: TensorBoard | None = None
-        self.uses_tensorboard = setup.recipe.logging.tensorboard
+        self.uses_tensorboard = setup.recipe.logging.tensorboard and self.ranks.is_first
+        self.samples_every = setup.recipe.logging.samples_every
         self.peak, self.no_peak = peak_rate(setup.device, setup.optim.precision)
         self.norms = GradientNorms(task.layer_groups())
         self.meters = task.meters = Meters(next(task.module.parameters()).device)
@@ -73,7 +78,7 @@ class StepLog:
         if self.ranks.is_first:
             self.file.keep_until(self.state.step)
         self._first_step, self._opened = self.state.step, time.monotonic()
-        if self.uses_tensorboard:
+        if self.uses_tensorboard and self.ranks.is_first:
             self.tensorboard = TensorBoard(self.folder, self.state.step)
         if self.no_peak and self.meters.device.type == "cuda" and self.task.flop_of_step(0):
             self.console.print_note(f"no MFU is reported: {self.no_peak}")
@@ -105,7 +110,7 @@ class StepLog:
             loss: of the step.  norm: of all gradients, before they were clipped.
         """
         self.meters.add(f"loss/{name}", loss)
-        self._add_norm(f"gradient_norm/{name}/all", whole_norm(norm))
+        self._add_norm(f"gradient_norm/{name}/all", whole(norm))
         self._steps += 1
         self._flop += self.task.flop_of_step(self.state.step) * self.batch_size
 
@@ -130,10 +135,14 @@ class StepLog:
         seconds = max(self._seconds, 1e-9)
         values["speed/images_per_second"] = self._steps * self.batch_size / seconds
         if self._flop and self.peak is not None:
-            values["speed/mfu"] = self._flop / seconds / self.peak
-        values["data/seconds_waited"] = self.task.seconds_waited
-        values["data/share_waited"] = (self.task.seconds_waited - self._waited_before) / seconds
-        values |= memory_use(self.meters.device)
+            values["speed/mfu"] = self._flop / seconds / (self.peak * self.ranks.size)
+        # Of the rank that waited longest, or needed most memory.
+        waited, since = self.task.seconds_waited, self.task.seconds_waited - self._waited_before
+        memory = memory_use(self.meters.device)
+        largest = self.ranks.largest(round(waited * 1e6), round(since * 1e6), *memory.values())
+        values["data/seconds_waited"] = largest[0] / 1e6
+        values["data/share_waited"] = largest[1] / 1e6 / seconds
+        values |= dict(zip(memory, largest[2:], strict=True))
         done = step - self._first_step
         left = (time.monotonic() - self._opened) / max(done, 1) * (self.total_steps - step)
         values["time/seconds_left"] = left
@@ -160,6 +169,25 @@ class StepLog:
                 self.tensorboard.scalars(line)
         if epoch is None:
             self.console.print_step(line)
+
+    def draw_samples(self, epoch: int, *, is_last: bool) -> None:
+        """Write a picture of samples where the recipe asks for one after this epoch."""
+        if not self.samples_every or (epoch % self.samples_every and not is_last):
+            return
+        self.task.module.eval()
+        try:
+            with torch.no_grad():
+                rows = self.task.samples(self.ranks)
+            if not self.ranks.is_first:
+                return
+            picture = draw_grid(rows)
+            save_grid(picture, self.file.path.parent / sample_name(self.task.kind, epoch))
+        except (MemoryError, torch.OutOfMemoryError, UserError) as error:
+            self.console.print_unwritten(self.state.step, error)
+            return
+        with self._writing():
+            if self.tensorboard is not None:
+                self.tensorboard.image("samples", pixels(picture), self.state.step)
 
     def saved(self) -> dict[str, Any]:
         """The part of a checkpoint that continues the measurements.

@@ -18,10 +18,11 @@ from variant.data.images import Indices, stream
 from variant.data.samples import Source
 from variant.errors import UserError
 from variant.models.vqvae import VQVAE
-from variant.training.distributed import rank_of_environment
+from variant.training.distributed import Ranks, rank_of_environment
 from variant.training.random_state import seed_everything
 from variant.training.recipe import Recipe, with_seed
 from variant.training.run_setup import open_run
+from variant.training.sample_grid import COLUMNS
 from variant.training.task import Summary, Task
 from variant.training.trainer import Trainer
 
@@ -50,9 +51,7 @@ class VAETask(Task):
         self.last_revival = int(self.training.revive_until * steps)
 
     def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
-        with self.waiting():
-            images = self.data.samples(indices, epoch).images
-        images = images.to(self.device)
+        images = self.fetch(indices, epoch).to(self.device).images
         reconstructed, quantisation, _ = self.network(images, self._num_scales(step))
         pixel_error = F.mse_loss(reconstructed.float(), images)
         self.measure("loss/reconstruction", pixel_error)
@@ -72,6 +71,12 @@ class VAETask(Task):
         rng = stream(self.recipe.seed, step, STREAM_SCALES)
         is_cut = rng.random() < self.training.scale_dropout * (1 - step / self.steps)
         return int(rng.integers(1, scales)) if is_cut and scales > 1 else scales
+
+    def samples(self, ranks: Ranks) -> dict[str, Tensor]:
+        """The first held-out images, and what is decoded from their tokens."""
+        count = min(COLUMNS, self.data.num_held_out)
+        images = self.data.held_out(range(count)).images.to(self.device)
+        return {"original": (images + 1) / 2, "decoded": self.vae.decode(self.vae.encode(images))}
 
     def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
         data = self.data
