@@ -163,7 +163,7 @@ test-triton: dev
 	TRITON_INTERPRET=1 $(PYTEST) -k triton
 
 # The day is the seed of the random tests.
-NIGHTLY = CALLS=100000 CASES=20000 FILES=8000 SEQUENCES=2000 SIGNALS=60 KILLS=60 PRESSURE=400 SEED=$(shell date +%Y%m%d)
+NIGHTLY = CALLS=100000 CASES=20000 FILES=8000 SEQUENCES=2000 SIGNALS=60 KILLS=60 PRESSURE=400 TOKENIZE_STRIDE=1 SEED=$(shell date +%Y%m%d)
 nightly:
 	$(addprefix VARIANT_ROBUSTNESS_,$(NIGHTLY)) $(MAKE) test test-isas test-tsan SANITIZED_ISAS=all
 	$(MAKE) mutants

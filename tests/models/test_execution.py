@@ -216,7 +216,7 @@ def saved_bytes(dtype, execution, images=4):
         (torch.bfloat16, "none", 30, 36),
         (torch.bfloat16, "attention", 20, 26),
         (torch.bfloat16, "full", 3.5, 5),
-        (torch.float32, "none", 50, 60),
+        (torch.float32, "none", 68, 73),
         (torch.float32, "full", 3.5, 5),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -72,7 +73,9 @@ def import_everything() -> None:
     """What the commands import at first use, so that a case's seconds are its own."""
     import importlib
 
-    for name in ("generate", "plan", "info", "train", "convert", "bench", "kv_error_table"):
+    for name in (
+        "generate", "plan", "info", "train", "tokenize", "convert", "bench", "kv_error_table",
+    ):  # fmt: skip
         importlib.import_module(f"variant.cli.{name}")
     import tyro  # noqa: F401
 
@@ -446,6 +449,68 @@ def _bomb(rng: random.Random, path: Path) -> str:
             if kind == "no data.pkl":
                 file.writestr("archive/version", "3")
     return kind
+
+
+def write_idx(folder: Path) -> None:
+    """Two pairs of IDX files, ten and four images of 6x7 pixels; some are compressed."""
+    folder.mkdir()
+    for part, count in (("train", 10), ("held_out", 4)):
+        header = struct.pack(">4B3I", 0, 0, 8, 3, count, 7, 6)
+        (folder / part).write_bytes(gzip.compress(header + bytes(range(42)) * count))
+        labels = struct.pack(">4BI", 0, 0, 8, 1, count) + bytes(i % 2 for i in range(count))
+        (folder / f"{part}_labels").write_bytes(labels)
+
+
+def spoil_idx(rng: random.Random, path: Path) -> str:
+    """An IDX file with wrong sizes, of another kind, cut, or that unpacks to gigabytes."""
+    roll = rng.random()
+    if roll < 0.15:
+        return _no_file(rng, path)
+    if roll < 0.45:
+        return _bytes_spoilt(rng, path)
+    data = path.read_bytes()
+    packed = data[:2] == b"\x1f\x8b"
+    data = bytearray(gzip.decompress(data) if packed else data)
+    if roll < 0.75:
+        at = rng.randrange(4, 4 + 4 * data[3], 4)
+        size = rng.choice((0, 1, 3, 11, 2**16, 2**31, 2**32 - 1))
+        data[at : at + 4] = struct.pack(">I", size)
+        text = f"of size {size} at byte {at}"
+    elif roll < 0.85:
+        at, value = rng.choice((0, 2, 3)), rng.choice((0, 1, 2, 4, 8, 13, 255))
+        data[at] = value
+        text = f"of magic number {value} at byte {at}"
+    elif roll < 0.93:
+        data[-1] = 255
+        text = "of 255 at its end"
+    else:
+        sizes = rng.choice(((10, 7, 2**24), (10, 2**31, 2**31), (2**31, 7, 6)))
+        zeros = bytes(data[:4]) + struct.pack(">3I", *sizes) + bytes(2**26)
+        data, packed, text = bytearray(zeros), True, f"64 MiB of zeros for sizes {sizes}"
+    path.write_bytes(gzip.compress(data, 1) if packed else data)
+    return text
+
+
+def spoil_tokens(rng: random.Random, folder: Path) -> str:
+    """A folder of token shards with a damaged manifest, a damaged shard, or one that lies."""
+    manifest = folder / "manifest.json"
+    roll = rng.random()
+    if roll < 0.4:
+        return f"a manifest with {spoil_json(rng, manifest)}"
+    shard = rng.choice(sorted(folder.glob("*.tar")))
+    if roll < 0.5:
+        return f"{shard.name} that is {_no_file(rng, shard)}"
+    if roll < 0.6:
+        path = shard.with_name(f"{shard.name}.sha256")
+        return f"{path.name} with {_bytes_spoilt(rng, path)}"
+    text = _bytes_spoilt(rng, shard)
+    if roll < 0.8:
+        # The manifest agrees with the damage: what the shard holds must be looked at.
+        values = json.loads(manifest.read_text())
+        values["shards"][shard.name] = hashlib.sha256(shard.read_bytes()).hexdigest()
+        manifest.write_text(json.dumps(values))
+        text += ", as the manifest says"
+    return f"{shard.name} with {text}"
 
 
 def spoil_checkpoint(rng: random.Random, folder: Path, marker: Path) -> str:

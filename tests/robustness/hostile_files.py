@@ -40,6 +40,8 @@ KINDS = {
     "pth": 25,
     "recipe": 15,
     "image": 4,
+    "idx": 6,
+    "tokens": 10,
     "resume": 8,
     "arguments": 20,
 }
@@ -84,6 +86,11 @@ class Files:
         words = ["--recipe", str(root / "recipe.toml"), "--out", str(root / "run")]
         with contextlib.redirect_stdout(io.StringIO()):
             assert main(["train-vae", *words]) == 0
+        hostile_contents.write_idx(root / "idx")
+        words = ["--recipe", str(root / "recipe.toml"), "--vae", str(root / "run")]
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert main(["tokenize", *words, "--passes", "2", "--out", str(root / "tokens")]) == 0
+        words = ["--recipe", str(root / "recipe.toml"), "--out", str(root / "run")]
         # And one that was stopped after three of its four steps.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
             words[-1] = str(root / "stopped")
@@ -190,6 +197,31 @@ def _image(files: Files, folder: Path, rng: random.Random) -> Hostile:
     return Hostile(f"train-vae with an image that is {text}", words, ("0.png", "class1"))
 
 
+def _idx(files: Files, folder: Path, rng: random.Random) -> Hostile:
+    idx = Path(shutil.copytree(files.root / "idx", folder / "idx"))
+    name = rng.choice(sorted(path.name for path in idx.iterdir()))
+    text = hostile_contents.spoil_idx(rng, idx / name)
+    recipe = folder / "recipe.toml"
+    values = hostile_contents.recipe(files.root / "images")
+    values["data"] = {"kind": "idx", **{path.name: str(path) for path in idx.iterdir()}}
+    recipe.write_text(hostile_contents.to_toml(values))
+    words = ["train-vae", "--recipe", str(recipe), "--out", str(folder / "run")]
+    return Hostile(f"train-vae with {name} that is {text}", words, (name, "held_out", "train"))
+
+
+def _tokens(files: Files, folder: Path, rng: random.Random) -> Hostile:
+    tokens = Path(shutil.copytree(files.root / "tokens", folder / "run-tokens"))
+    shutil.copytree(files.root / "run", folder / "run")
+    text = hostile_contents.spoil_tokens(rng, tokens)
+    recipe, out = ["--recipe", str(files.root / "recipe.toml")], ["--out", str(folder / "run")]
+    if rng.random() < 0.25:
+        words = ["tokenize", *recipe, "--vae", str(folder / "run"), "--passes", "2"]
+        words += ["--out", str(tokens)]
+    else:
+        words = ["train", *recipe, *out, "--data.kind", "tokens", "--data.tokens", str(tokens)]
+    return Hostile(f"{words[0]} with {text}", words, ("run-tokens", "tiny"))
+
+
 def _resume(files: Files, folder: Path, rng: random.Random) -> Hostile:
     shutil.copytree(files.root / rng.choice(("run", "stopped")), folder / "run")
     text = hostile_contents.spoil_checkpoint(rng, folder / "run", folder / "marker")
@@ -209,6 +241,8 @@ MAKERS: dict[str, Callable[[Files, Path, random.Random], Hostile]] = {
     "pth": _pth,
     "recipe": _recipe,
     "image": _image,
+    "idx": _idx,
+    "tokens": _tokens,
     "resume": _resume,
     "arguments": _arguments,
 }

@@ -12,7 +12,7 @@ from variant.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ("circle", "cross", "line", "square", "triangle")
-# Overrides of examples/my_images.toml: seconds in place of hours, and five classes.
+# Overrides of the recipe: seconds in place of hours.
 SMALL = [
     "--model.num-classes",
     "5",
@@ -88,38 +88,32 @@ def images(tmp_path, monkeypatch):
             for number in range(count):
                 draw(shape, rng).save(folder / f"{number:03d}.png")
     Path("images/train/.cache").mkdir()
-    (Path("examples")).mkdir()
-    example = (ROOT / "examples" / "my_images.toml").read_text()
-    Path("examples/my_images.toml").write_text(example)
+    Path("images/train/cross/007.png").write_bytes(b"damaged")
 
 
 def documented(start):
-    """The words of the one command of docs/training.md that begins so."""
+    """The words of the first command of docs/training.md that begins so, on the recipe of here."""
     text = (ROOT / "docs" / "training.md").read_text()
     blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines() if line.startswith(start)]
-    assert lines, start
-    return shlex.split(lines[0], comments=True)[1:]
+    lines = [line for block in blocks for line in block.splitlines()]
+    line = next(line for line in lines if re.match(start, line))
+    return shlex.split(line.replace("examples/my_images.toml", "mine.toml"), comments=True)[1:]
 
 
 def test_a_folder_of_six_hundred_images_from_the_documentation_alone(images, capsys):
-    recipe = "--recipe examples/my_images.toml"
-    Path("images/train/cross/007.png").write_bytes(b"damaged")
     small = [*SMALL, "--data.max-bad", "0.01"]
+    recipe = "--recipe examples/my_images.toml"
+    assert main(documented("variant recipe new --data images")) == 0
+    assert main([*documented("variant recipe check examples"), *small]) == 0
     assert main([*documented(f"variant train-vae {recipe}"), *small]) == 0
     words = documented(f"variant tokenize {recipe}")
     words[words.index("--passes") + 1] = "2"
     assert main([*words, *small]) == 0
     assert main([*words, *small]) == 0  # nothing is left to do
     printed = capsys.readouterr().out
-    assert re.search(r"wrote 1,200 samples in 4 shards to runs/mine/tokens", printed)
+    assert "wrote 1,200 samples in 4 shards to runs/mine/tokens" in printed
     assert "wrote 0 samples in 0 shards to runs/mine/tokens (0 images/s); 1,200 were" in printed
-    train = next(
-        command
-        for command in map(shlex.split, re.findall(
-            r"^variant train --recipe.*--data.kind tokens.*$",
-            (ROOT / "docs" / "training.md").read_text(), re.MULTILINE))
-    )[1:]  # fmt: skip
+    train = documented(f"variant train {recipe} .*--data.kind tokens")
     assert main([*train, *small]) == 0
     # A longer run continues with the same tokens.
     more = list(small)
@@ -131,6 +125,5 @@ def test_a_folder_of_six_hundred_images_from_the_documentation_alone(images, cap
     names = sorted(path.name for path in Path("out/shapes").glob("*.png"))
     assert [name[6:] for name in names] == ["class0.png"] * 3 + ["class4.png"] * 3
     assert Image.open("out/mine.png").size[0] > 100
-    assert (
-        "Classes: circle, cross, line, square, triangle." in Path("runs/mine/README.md").read_text()
-    )
+    card = Path("runs/mine/README.md").read_text()
+    assert "Classes: circle, cross, line, square, triangle." in card

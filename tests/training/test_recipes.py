@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from variant.errors import UserError
-from variant.models.parameter_count import var_parameters
 from variant.models.ranges import (
     Count,
     CountOrZero,
@@ -15,7 +14,9 @@ from variant.models.ranges import (
     ShareBelowOne,
     range_text,
 )
+from variant.training.memory_plan import fastest, training_rows
 from variant.training.recipe import load_recipe, recipe_names
+from variant.training.resume_rules import differences
 from variant.training.schedule import Phases
 
 BASE = """
@@ -100,7 +101,11 @@ def test_a_recipe_gives_plain_values_and_accepts_another_seed(tmp_path):
         ("depth = 4\n", "", "model.depth: missing"),
         ("learning_rate = 1e-3", 'learning_rate = "fast"', "optim.learning_rate: .*got 'fast'"),
         ("learning_rate = 1e-3", "learning_rate = -1", "optim.learning_rate must be > 0; got -1"),
-        ('kind = "digits"', 'kind = "video"', "data.kind: .*'folder' or 'idx'.*got 'video'"),
+        (
+            'kind = "digits"',
+            'kind = "video"',
+            "data.kind: .*'folder', 'idx' or 'tokens'.*got 'video'",
+        ),
         ('kind = "digits"', 'kind = "folder"', "train and held_out must name folders"),
         ("bridge = 1", "bridge = 4", r"bridge must be an integer in \[0, 3\]; got 4"),
         ("depths = [2]", "depths = [5]", r"depths must be among \[2, 4, 8, 16\]"),
@@ -228,23 +233,34 @@ def test_an_unknown_recipe_lists_the_packaged_ones():
 
 
 @pytest.mark.parametrize(
-    ("name", "gpus", "part", "gibibytes"),
+    ("name", "gpus", "memory", "part", "gibibytes"),
     [
-        ("imagenet-var-d30", 8, 32, 47),
-        ("imagenet-var-d30-1x80gb", 1, 16, 23),
-        ("imagenet-var-d16", 1, 128, 53),
+        ("imagenet-var-d30", 8, 80, 32, 51),
+        ("imagenet-var-d30-8x40gb", 8, 40, 16, 32),
+        ("imagenet-var-d30-1x80gb", 1, 80, 16, 60),
+        ("imagenet-var-d16", 1, 80, 128, 51),
     ],
 )
-def test_parts_of_a_batch_fit_the_gpus_by_the_recipe_s_estimate(name, gpus, part, gibibytes):
+def test_the_parts_of_a_batch_are_the_fastest_that_fit_the_gpus(
+    name, gpus, memory, part, gibibytes
+):
     recipe = load_recipe(name)
     assert recipe.optim.batch_size / gpus / recipe.optim.accumulate == part
-    tokens = sum(side**2 for side in recipe.vae.patch_nums)
-    # 40 bytes a token, layer and channel are kept in 16 bits; a test of the models measures them.
-    kept = 40 * part * tokens * recipe.model.depth * recipe.model.embed_dim
-    assert kept / 2**30 == pytest.approx(gibibytes, abs=0.7)
-    # Weights, gradients, AdamW's moments; one copy of the weights in 16 bits; logits in chunks.
-    parameters = var_parameters(recipe.var_config)
-    assert kept + (16 * parameters + 4 * parameters) / gpus + 2 * parameters < 78e9
+    rows = training_rows(
+        recipe.var_config, recipe.vae, gpus=gpus, batch=1024, width=2, memory=memory * 2**30
+    )
+    best = fastest(rows, memory * 2**30)
+    assert best.parts == recipe.optim.accumulate
+    assert best.checkpointing == recipe.memory.checkpointing
+    assert best.mode == ("single" if gpus == 1 else recipe.parallel.mode)
+    assert round(best.total / 2**30) == gibibytes
+
+
+@pytest.mark.parametrize("name", ["imagenet-var-d30-8x40gb", "imagenet-var-d30-1x80gb"])
+def test_recipes_of_other_gpus_differ_in_their_parts_only(name):
+    paper, other = load_recipe("imagenet-var-d30").to_dict(), load_recipe(name).to_dict()
+    keys = {key for key, _, _ in differences(paper, other)}
+    assert keys <= {"name", "description", "optim.accumulate", "parallel.mode"}
 
 
 def test_fashion_mnist_has_130_tokens_of_32_pixels():

@@ -295,6 +295,11 @@ def test_a_bad_shard_of_a_single_pass_is_replaced_by_other_images(tiny, tmp_path
         ({"shards": {"train-p0000-00000.tar": 3}}, "shards"),
         ({"num_train": 10**9}, "its tokens are not complete"),
         ({"num_train": 22}, "does not hold"),
+        (
+            {"patch_nums": [1, 2, 2**64]},
+            "patch_nums must have at most 65,536 tokens in total",
+        ),
+        ({"shard_size": 10**12}, "shard_size must be <= 1,048,576; got 1000000000000"),
         ({"vocab_size": 2}, r"its tokens must be in \[0, 2\); a shard has others"),
         ({"classes": ["a"]}, r"its labels must be in \[0, 1\); a shard has others"),
         ({"patch_nums": [1, 2, 5]}, "does not hold samples of manifest.json: no tokens in its pla"),

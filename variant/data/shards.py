@@ -23,13 +23,14 @@ import numpy as np
 
 from variant.errors import UserError
 from variant.files import atomic_write
-from variant.models.config import parse_dataclass
-from variant.models.ranges import Count, CountOrZero
+from variant.models.config import LIMITS, parse_dataclass, require
+from variant.models.ranges import Count, CountOrZero, check_ranges
 from variant.paths import open_regular, path_kind, read_json, shown
 
 FORMAT = "variant-tokens-1"
 MANIFEST_NAME = "manifest.json"
 SHARD_SIZE = 2048  # samples; even, so that no pair of mixup is divided
+MAX_SHARD_SIZE = 2**20
 MAX_INT16 = 2**15
 BLOCK = tarfile.BLOCKSIZE
 SAMPLE, HELD_OUT = "sample", "held_out"
@@ -85,6 +86,22 @@ class Manifest:
     data_sha256: str
     recipe: dict[str, Any]
     shards: dict[str, str]
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        # A damaged manifest must not ask for more memory than there is.
+        tokens, codes = int(LIMITS["tokens"]), int(LIMITS["vocab_size"])
+        require(
+            self.num_tokens <= tokens,
+            f"patch_nums must have at most {tokens:,} tokens in total",
+            self.num_tokens,
+        )
+        require(self.vocab_size <= codes, f"vocab_size must be <= {codes:,}", self.vocab_size)
+        require(
+            self.shard_size <= MAX_SHARD_SIZE,
+            f"shard_size must be <= {MAX_SHARD_SIZE:,}",
+            self.shard_size,
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -166,7 +183,7 @@ def write_shard(path: Path, rows: Rows, dtype: np.dtype) -> str:
         UserError: webdataset is not installed, or the files cannot be written.
     """
     try:
-        from webdataset import TarWriter
+        from webdataset.writer import TarWriter
     except ImportError as error:
         raise UserError(
             'token shards need webdataset: pip install "variant-kernels[train]"'
@@ -254,7 +271,10 @@ class ShardReader:
         except OSError as error:
             return f"{shown(path)}: cannot be read: {error.strerror or error}"
         if digest != self.manifest.shards[name]:
-            return f"{shown(path)}: is damaged: its SHA-256 is not that of {MANIFEST_NAME}"
+            return (
+                f"{shown(path)}: is damaged: its SHA-256 is not that of {MANIFEST_NAME}; remove it "
+                "and run the same `variant tokenize` again"
+            )
         return None
 
     def read(self, name: str, places: list[int]) -> list[tuple[Mapping[str, Any], np.ndarray]]:

@@ -47,13 +47,13 @@ class _LinearCrossEntropy(Function):
             part = slice(start, start + rows)
             part_NC, target_N1 = h_NC[part], targets_N[part].unsqueeze(1)
             logits_NV = F.linear(part_NC, cast_weight_VC, cast_bias_V).to(wide)
-            log_sum_N1 = logits_NV.logsumexp(1, keepdim=True)
-            losses_N[part] = (log_sum_N1 - logits_NV.gather(1, target_N1)).squeeze(1)
+            losses_N[part] = -logits_NV.log_softmax(1).gather(1, target_N1).squeeze(1)
             if not with_gradient:
                 del logits_NV  # before the next chunk makes its own
                 continue
-            # The gradient of a token's loss: softmax(logits) - onehot(target).
-            grad_NV = logits_NV.sub_(log_sum_N1).exp_()
+            # The gradient of a token's loss: softmax(logits) - onehot(target). Not the exponential
+            # of the above: torch.exp took 3.3 ms for a chunk, softmax 1.5 (one thread of an EPYC).
+            grad_NV = logits_NV.softmax(1)
             grad_NV.scatter_add_(1, target_N1, grad_NV.new_full(target_N1.shape, -1))
             grad_bias_V += grad_NV.sum(0)
             del logits_NV

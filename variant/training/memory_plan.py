@@ -77,12 +77,14 @@ def activation_bytes(config: VARConfig, width: int, checkpointing: Checkpointing
 
     The residual stream is float32 and kept twice a block. Of ``width`` bytes are: the inputs of the
     two norms' branches and their outputs (4), queries, keys, values and the result of attention
-    (4), and the hidden layer of the MLP (``mlp_ratio``), whose GELU is computed again.
+    (4), and the hidden layer of the MLP (``mlp_ratio``). Its GELU is kept in float32 and computed
+    again in 16 bits.
     """
     if checkpointing == "full":
         return 4
     attention = 0 if checkpointing == "attention" else 4
-    return 8 + round((4 + attention + config.mlp_ratio) * width)
+    hidden = config.mlp_ratio * (2 if width == 4 else 1)
+    return 8 + round((4 + attention + hidden) * width)
 
 
 def working_bytes(config: VARConfig, width: int, checkpointing: Checkpointing) -> int:

@@ -174,6 +174,7 @@ class Recipe:
     def __post_init__(self) -> None:
         require_plain_numbers(self)
         self._check_scales()
+        self._check_teacher()
         _ = self.var_config  # its constructor checks sizes, subnets and bridge
         if self.schedule.has_zone_weights:
             self._check_zone_weights()
@@ -207,6 +208,20 @@ class Recipe:
             lora_rank=section.lora_rank,
             zone_adaln=section.zone_adaln,
         )
+
+    def _check_teacher(self) -> None:
+        """A teacher has weights, and teaches subnets."""
+        teacher = self.schedule.teacher
+        why = f'schedule: teacher "{teacher}"'
+        if teacher == "none":
+            return
+        require(self.schedule.has_subnets, f"{why} needs depths or schedules", self.schedule.depths)
+        if teacher == "frozen":
+            weights = self.model.weights
+            require(weights is not None, f"{why} needs model.weights to start from", weights)
+        else:
+            decay = self.ema.decay
+            require(decay > 0, f"{why} needs a moving average, ema.decay above 0", decay)
 
     def _check_scales(self) -> None:
         """Check bridges and schedules, whose numbers are of the scales and layers of the model."""

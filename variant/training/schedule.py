@@ -23,7 +23,7 @@ from variant.models.config import (
     require,
     require_plain_numbers,
 )
-from variant.models.ranges import CountOrZero, Share
+from variant.models.ranges import CountOrZero, Positive, Share
 from variant_kernels.plans.depth_schedule import DepthSchedule, Selection
 
 # Epochs of subnet refinement by subnet depth (table 7): shallow subnets need longer.
@@ -154,6 +154,10 @@ class ScheduleSection:
         is always ``bridge``.
     schedules: further subnets, each a list of one depth per scale, which never rises, as
         [8, 8, 8, 4, 4, 2].
+    teacher: the loss of a subnet step has the divergence from a teacher, the full network with
+        other weights: "frozen", those that model.weights names; "ema", the moving average; "none"
+        has no teacher.
+    teacher_weight: weight of that divergence, KL(teacher || subnet) in nats a token.
     zone_weights: "shared" trains one set of weights; else the full network is frozen and every
         step trains a subnet's own weights for the flexible zone: "adaln", "lora" or "copies".
     lora_rank: rank of the low-rank additions of "lora".
@@ -171,6 +175,8 @@ class ScheduleSection:
     phase_ends: Literal["planned", "auto"] = "planned"
     bridges: tuple[int, ...] = ()
     schedules: tuple[tuple[int, ...], ...] = ()
+    teacher: Literal["none", "frozen", "ema"] = "none"
+    teacher_weight: Positive = 1.0
     zone_weights: ZoneKind = "shared"
     lora_rank: CountOrZero = 0
     zone_adaln: bool = True
@@ -264,8 +270,8 @@ class ScheduleSection:
         own, others = self.phases, other.phases
         if "auto" in (self.phase_ends, other.phase_ends):
             # Completed phases may have ended before the planned epochs.
-            same = (own, self.final_probability) == (others, other.final_probability)
-            return same or epoch == 0
+            same = (own.joint, own.transition) == (others.joint, others.transition)
+            return epoch == 0 or (same and self.final_probability == other.final_probability)
         if not self.has_subnets or epoch <= min(own.joint, others.joint):
             return True
         if {self.final_probability, other.final_probability} == {self.joint_probability}:

@@ -15,8 +15,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from variant.data.images import Indices, sample_order
-from variant.data.samples import Source
+from variant.data.loader import Loader
+from variant.data.samples import Samples, Source
 from variant.training.distributed import Ranks
+from variant.training.ema import EMA
 from variant.training.meters import Meters
 from variant.training.recipe import Recipe
 
@@ -52,6 +54,7 @@ class Task(ABC):
     network: what :meth:`loss` calls in place of the module, which it wraps; the trainer sets it.
     ema_decay: of the moving average of the module's weights; 0 keeps none.
     meters: collect what the steps measure; None does not.
+    loader: reads the samples of the steps ahead; None reads them when they are needed.
     seconds_waited: for training images and their tokens, over all resumptions of the run.
     """
 
@@ -63,6 +66,7 @@ class Task(ABC):
     network: Callable[..., Any]
     meters: Meters | None = None
     seconds_waited: float = 0.0
+    loader: Loader | None = None
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -149,6 +153,15 @@ class Task(ABC):
         """What is reported of a step besides its losses; known without the device."""
         return {}
 
+    def choose_teacher(self, ema: EMA | None) -> None:
+        """Called before the first step of a new or resumed run, when the module has the weights
+        that the run started from.
+
+        Args:
+            ema: the moving average of the weights, if the run keeps one.
+        """
+        return
+
     def ended_phase(self, history: Sequence[Mapping[str, Any]]) -> str | None:
         """The phase that the last epoch of a run's history ends early; None if none does."""
         return None
@@ -178,6 +191,12 @@ class Task(ABC):
         """Add a value, or a row of them, to what the step reports: see :class:`Meters`."""
         if self.meters is not None:
             self.meters.add(key, value, weight)
+
+    def fetch(self, indices: Indices, epoch: int) -> Samples:
+        """The samples of the next part of a batch."""
+        with self.waiting():
+            source = self.data if self.loader is None else self.loader
+            return source.samples(indices, epoch)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

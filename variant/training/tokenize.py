@@ -29,6 +29,7 @@ from variant.data.shards import (
     FORMAT,
     HELD_OUT,
     MANIFEST_NAME,
+    MAX_SHARD_SIZE,
     SAMPLE,
     SHARD_SIZE,
     Manifest,
@@ -48,7 +49,6 @@ from variant.paths import path_kind, shown
 from variant.training.folder_lock import locked_folder
 from variant.training.initial_weights import find_vae, load_vae
 from variant.training.recipe import Recipe
-from variant.training.run_setup import choose_device
 from variant_kernels.arguments import integer
 
 MAX_PASSES = 10_000
@@ -120,9 +120,9 @@ def tokenize(
             settings, or cannot be written; another process of this rank writes there.
     """
     integer("tokenize", "passes", passes, 1, MAX_PASSES)
-    if integer("tokenize", "shard_size", shard_size, 2) % 2:
+    if integer("tokenize", "shard_size", shard_size, 2, MAX_SHARD_SIZE) % 2:
         raise ValueError(f"tokenize: shard_size must be even; got {shard_size}")
-    device = device or choose_device()
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae_config = recipe.vae
     if recipe.data.copies:
         raise UserError(

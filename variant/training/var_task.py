@@ -31,9 +31,11 @@ from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.models.zones import freeze_full_network, zone_of, zone_parameters
 from variant.training.configurations import FULL, Configurations
+from variant.training.distillation import Teacher, distillation_loss
 from variant.training.distributed import Ranks, connected, device_of_rank
 from variant.training.draws import draw_drops
 from variant.training.efficiency import convert_to_fp8, execution_of
+from variant.training.ema import EMA
 from variant.training.initial_weights import find_start, find_vae, load_start, load_vae
 from variant.training.parallel import is_sharded, whole
 from variant.training.phase_ends import ended_phase
@@ -72,6 +74,7 @@ class VARTask(Task):
         self.execution = execution_of(recipe.memory, recipe.compile)
         self.scale_tokens = [side**2 for side in recipe.vae.patch_nums]
         self._flop: dict[DepthSchedule, int] = {}
+        self.teacher: Teacher | None = None
         self._copies_CNL: Tensor | None = None
         self._labels_N = torch.empty(0, dtype=torch.int64)
 
@@ -85,6 +88,14 @@ class VARTask(Task):
             f'zone_weights "{kind}": {own:,} parameters are trained, the full network is frozen; '
             "every step trains a subnet"
         )
+
+    def choose_teacher(self, ema: EMA | None) -> None:
+        kind = self.recipe.schedule.teacher
+        if kind == "frozen":
+            self.teacher = Teacher(self.var, EMA(self.var, 0.0))  # never updated
+        elif kind == "ema":
+            assert ema is not None, "a recipe whose teacher is the average has one"
+            self.teacher = Teacher(self.var, ema)
 
     def prepare(self, report: Report) -> None:
         self._copies_CNL = self._encode_copies(report)
@@ -121,22 +132,34 @@ class VARTask(Task):
         if self._copies_CNL is not None:
             samples = self._copied(indices, epoch, self._copies_CNL)
         else:
-            with self.waiting():
-                samples = self.data.samples(indices, epoch)
+            samples = self.fetch(indices, epoch)
         samples = samples.to(self.device)
         tokens_BL = self._tokens(samples)
         drops = draw_drops(self.config, self.recipe.seed, step, indices).to(self.device)
-        loss = self.network(
+        x_teacher = self._teacher_input(tokens_BL)
+        condition = {
+            "mixed_labels_B": samples.mixed_labels_B,
+            "mix_B": samples.mix_B,
+            "dropped_B": drops.dropped_B,
+        }
+        teacher_BLV = None
+        if self.teacher is not None and not self.configurations.of_step(step).is_full:
+            teacher_BLV = self.teacher.logits(samples.labels_B, x_teacher, **condition)
+        result = self.network(
             samples.labels_B,
-            self._teacher_input(tokens_BL),
+            x_teacher,
             schedule,
-            mixed_labels_B=samples.mixed_labels_B,
-            mix_B=samples.mix_B,
-            dropped_B=drops.dropped_B,
+            **condition,
             branch_scales_N2B=drops.branch_scales_N2B,
-            targets_BL=tokens_BL,
+            targets_BL=tokens_BL if teacher_BLV is None else None,
             execution=self.execution,
         )
+        loss = result
+        if teacher_BLV is not None:
+            weight = self.recipe.schedule.teacher_weight
+            loss, divergence = distillation_loss(result, tokens_BL, teacher_BLV, weight)
+            key = f"teacher_divergence/{self.name_of_step(step)}"
+            self.measure(key, divergence, weight=len(indices))
         if self.meters is not None:
             key = f"loss_by_scale/{self.name_of_step(step)}/"
             self.measure(key, self._by_scale(loss.losses_BL), weight=len(indices))
@@ -333,14 +356,16 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
     if isinstance(data, TokenSource):
         data.check_vae(vae_sha256)
     setup.record_input("vae_sha256", vae_sha256)
-    start = None if setup.keeps_start else find_start(recipe)
-    if not setup.keeps_start:
+    # A frozen teacher has the weights that the run started from, also in a resumed run.
+    reads_start = not setup.keeps_start or recipe.schedule.teacher == "frozen"
+    start = find_start(recipe) if reads_start else None
+    if reads_start:
         setup.record_input("start_sha256", start and start.sha256())
     vae = load_vae(recipe, weights).to(setup.device).eval()
     vae.requires_grad_(False)
     seed_everything(recipe.seed)
     module = VAR(dataclasses.replace(recipe.var_config, class_names=tuple(data.classes)))
-    if start is not None and setup.saved is None:
+    if start is not None and (setup.saved is None or recipe.schedule.teacher == "frozen"):
         load_start(module, recipe, start)
     module = module.to(setup.device)
     if recipe.compile.fp8:
