@@ -5,18 +5,24 @@ import importlib.util
 import json
 import os
 import pickle
+import re
+import signal
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rank_jobs import Job, run
-from tiny_runs import CPU, quiet
+from tiny_runs import CPU, assert_same, quiet
 from torch.distributed import TCPStore
 
+from variant.training.checkpoint_folder import read_into, stored_tensors
+from variant.training.checkpointer import Checkpointer
 from variant.training.logging_section import LoggingSection
 from variant.training.parallel import ParallelSection
 from variant.training.vae_task import train_vae
@@ -24,6 +30,9 @@ from variant.training.vae_task import train_vae
 HERE = Path(__file__).parent
 MODES = ("ddp", "fsdp2")
 STEPS = 8
+# The steps in which a run is stopped, the first of an epoch and its last: "all" tries every one.
+ALL = os.environ.get("VARIANT_TRAINING_STOPS") == "all"
+STOPS = {"ddp": range(STEPS - 1) if ALL else (2,), "fsdp2": range(STEPS - 1) if ALL else (3,)}
 TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
 
 
@@ -153,3 +162,78 @@ def test_two_processes_have_the_losses_of_one(together, name, mode, tolerance):
         == pytest.approx(one[name]["held_out"], rel=tolerance)
     )
     assert first["train"] == pytest.approx(one[name]["train"], rel=tolerance)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_gradient_is_missing_with_a_bridge_and_skipped_layers_have_none_without(together, mode):
+    two = together[1]
+    assert all(names == [] for names in two["fp32", mode][0]["missing"].values())
+    first = two["no bridge", mode][0]
+    missing = {
+        step: {name.split(".")[1] for name in names} for step, names in first["missing"].items()
+    }
+    # The subnet of 2 of the 4 layers has layers 0 and 3.
+    assert missing == {
+        step: {"1", "2"} if name == "2" else set() for step, name in first["names"].items()
+    }
+
+
+def tensors_in(folder):
+    """Every tensor of the last checkpoint of several processes, whole."""
+    path = Checkpointer(folder, "var").path
+    stored = stored_tensors(path)
+    tensors = {name: torch.empty(v.shape, dtype=v.dtype) for name, v in stored.items()}
+    read_into(path, tensors)
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def resumed(base, together, tmp_path_factory):
+    """Folders of runs that were stopped after a step and resumed, and how their sittings ended."""
+    root = tmp_path_factory.mktemp("resumed")
+    jobs, keys = [], []
+    for mode, steps in STOPS.items():
+        recipe = in_mode(base, mode)
+        for step in steps:
+            out = root / f"{mode} {step}"
+            jobs += [Job(recipe, out, stop_at=step), Job(recipe, out, resume=True)]
+            keys += [(mode, step, "stopped"), (mode, step, "resumed")]
+    ended = dict(zip(keys, train_on_two(jobs, root / "jobs"), strict=True))
+    return ended, root
+
+
+@pytest.mark.parametrize(("mode", "step"), [(mode, step) for mode in STOPS for step in STOPS[mode]])
+def test_a_run_that_is_stopped_and_resumed_has_the_same_weights(together, resumed, mode, step):
+    ended, root = resumed
+    for rank in range(2):  # the signal came to rank 1 only
+        assert ended[mode, step, "stopped"][rank]["ended"] == "exit 143"
+        assert list(ended[mode, step, "stopped"][rank]["losses"]) == [
+            str(n) for n in range(step + 1)
+        ]
+        assert ended[mode, step, "resumed"][rank]["ended"] == "finished"
+    assert "stopped after step" in ended[mode, step, "stopped"][0]["printed"]
+    assert ended[mode, step, "stopped"][1]["printed"] == ""
+    whole, parted = together[2] / f"fp32 {mode}", root / f"{mode} {step}"
+    assert_same(tensors_in(parted), tensors_in(whole))
+    assert (parted / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ranks_that_draw_different_configurations_end_with_an_error_that_names_both(
+    base, tmp_path, mode
+):
+    (ranks,) = train_on_two([Job(in_mode(base, mode), tmp_path / "run", differ_at=2)], tmp_path)
+    for result in ranks:
+        pattern = r"the same configuration; rank 0 has (\w+), .*, rank 1 has (\w+), .*step 2"
+        assert set(re.search(pattern, result["ended"]).groups()) == {"full", "2"}
+        assert len(result["losses"]) == 2
+
+
+def test_the_rank_that_is_left_names_the_lost_one_and_ends(base, tmp_path):
+    job = Job(in_mode(base, "fsdp2"), tmp_path / "run", kill_at=2)
+    started = time.monotonic()
+    (first, _), _, processes = train_on_two([job], tmp_path, check=False)
+    assert time.monotonic() - started < 60
+    assert [process.returncode for process in processes] == [0, -signal.SIGKILL]
+    assert f"rank 1 (process {processes[1].pid} on " in first[0]["ended"]
+    assert "is lost" in first[0]["ended"]

@@ -57,7 +57,8 @@ class DataSection:
     randaugment_ops, randaugment_magnitude: number of operations and their magnitude in [0, 30], for
         kind "folder" (arXiv 1909.13719).
     mixup: alpha of the Beta distribution (arXiv 1710.09412); 0 turns mixup off.
-    workers: number of threads that read images, for kind "folder".
+    workers: number of processes that read and augment images ahead of the training, for kind
+        "folder"; with torchrun, of each rank. Evaluations read by as many threads.
     max_bad: share of the samples that may be unreadable. Another one takes the place of each; above
         the share the run stops.
     """

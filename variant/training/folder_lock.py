@@ -23,6 +23,20 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+# A copy of this process, such as a worker that reads images, would keep the lock of one that died.
+_held: set[int] = set()
+
+
+def _close_held() -> None:
+    for descriptor in _held:
+        with suppress(OSError):
+            os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_held)
+
 LOCK_NAME = ".variant-train.lock"
 # A link or a pipe of this name must neither be followed nor waited for.
 FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -50,9 +64,11 @@ def locked_folder(folder: Path, name: str = LOCK_NAME) -> Iterator[bool]:
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{shown(folder)}: cannot be written: {reason}") from None
+    _held.add(descriptor)
     try:
         yield is_locked
     finally:
+        _held.discard(descriptor)
         with suppress(OSError):
             if is_locked:  # while it is held: the next owner compares its file with the folder's
                 path.unlink()

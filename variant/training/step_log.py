@@ -78,7 +78,7 @@ class StepLog:
         if self.ranks.is_first:
             self.file.keep_until(self.state.step)
         self._first_step, self._opened = self.state.step, time.monotonic()
-        if self.uses_tensorboard:
+        if self.uses_tensorboard and self.ranks.is_first:
             self.tensorboard = TensorBoard(self.folder, self.state.step)
         if self.no_peak and self.meters.device.type == "cuda" and self.task.flop_of_step(0):
             self.console.print_note(f"no MFU is reported: {self.no_peak}")

@@ -15,7 +15,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from variant.data.images import Indices, sample_order
-from variant.data.samples import Source
+from variant.data.loader import Loader
+from variant.data.samples import Samples, Source
 from variant.training.distributed import Ranks
 from variant.training.ema import EMA
 from variant.training.meters import Meters
@@ -53,6 +54,7 @@ class Task(ABC):
     network: what :meth:`loss` calls in place of the module, which it wraps; the trainer sets it.
     ema_decay: of the moving average of the module's weights; 0 keeps none.
     meters: collect what the steps measure; None does not.
+    loader: reads the samples of the steps ahead; None reads them when they are needed.
     seconds_waited: for training images and their tokens, over all resumptions of the run.
     """
 
@@ -64,6 +66,7 @@ class Task(ABC):
     network: Callable[..., Any]
     meters: Meters | None = None
     seconds_waited: float = 0.0
+    loader: Loader | None = None
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -188,6 +191,12 @@ class Task(ABC):
         """Add a value, or a row of them, to what the step reports: see :class:`Meters`."""
         if self.meters is not None:
             self.meters.add(key, value, weight)
+
+    def fetch(self, indices: Indices, epoch: int) -> Samples:
+        """The samples of the next part of a batch."""
+        with self.waiting():
+            source = self.data if self.loader is None else self.loader
+            return source.samples(indices, epoch)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

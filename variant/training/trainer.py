@@ -21,6 +21,7 @@ from rich.console import Console
 from torch import nn
 
 from variant.data.images import epoch_order
+from variant.data.loader import Loader, Plan, num_workers
 from variant.errors import UserError
 from variant.training.checkpoint_schedule import CheckpointSchedule
 from variant.training.console import RunConsole
@@ -120,6 +121,7 @@ class Trainer:
             closing(self.checkpointer),
             Interrupt().listening() as interrupt,
             self.log.opened(),
+            self._reading_ahead(),
             self.console.progress_bar() as move_bar,
         ):
             while state.step < self.total_steps:
@@ -144,6 +146,26 @@ class Trainer:
                 if signum:
                     self._stop(signum)
         return self._summary()
+
+    @contextmanager
+    def _reading_ahead(self) -> Iterator[None]:
+        """The task fetches its samples from workers within the block."""
+        plan = Plan(
+            self.recipe.seed,
+            self.task.data.num_train,
+            self.optim.batch_size,
+            self.ranks.share(self.optim.batch_size),
+            self.optim.accumulate,
+            self.state.step,
+            self.total_steps,
+        )
+        workers = num_workers(self.recipe.data)
+        self.task.loader = Loader(self.task.data, plan, workers, pin=self.device.type == "cuda")
+        try:
+            yield
+        finally:
+            self.task.loader.close()
+            self.task.loader = None
 
     def _train_step(self) -> float:
         state = self.state

@@ -51,9 +51,7 @@ class VAETask(Task):
         self.last_revival = int(self.training.revive_until * steps)
 
     def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
-        with self.waiting():
-            images = self.data.samples(indices, epoch).images
-        images = images.to(self.device)
+        images = self.fetch(indices, epoch).to(self.device).images
         reconstructed, quantisation, _ = self.network(images, self._num_scales(step))
         pixel_error = F.mse_loss(reconstructed.float(), images)
         self.measure("loss/reconstruction", pixel_error)

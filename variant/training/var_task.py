@@ -132,8 +132,7 @@ class VARTask(Task):
         if self._copies_CNL is not None:
             samples = self._copied(indices, epoch, self._copies_CNL)
         else:
-            with self.waiting():
-                samples = self.data.samples(indices, epoch)
+            samples = self.fetch(indices, epoch)
         samples = samples.to(self.device)
         tokens_BL = self._tokens(samples)
         drops = draw_drops(self.config, self.recipe.seed, step, indices).to(self.device)

@@ -1,0 +1,95 @@
+"""Samples that workers read ahead: which ones, in what order, and what errors do."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from variant.data.config import DataSection
+from variant.data.images import epoch_order
+from variant.data.loader import Loader, Plan, num_workers
+from variant.data.sources import open_source
+from variant.errors import UserError
+from variant.training.distributed import Ranks
+
+
+def plan_of(rank=0, size=1, parts=1, first_step=0):
+    return Plan(3, 26, 8, Ranks(rank, size).share(8), parts, first_step, 7)
+
+
+@pytest.mark.parametrize(("size", "parts"), [(1, 1), (2, 2), (3, 2), (8, 1)])
+def test_the_parts_of_all_ranks_are_the_batches_of_one_process(size, parts):
+    whole = list(plan_of())
+    assert [request.epoch for request in whole] == [0, 0, 0, 1, 1, 1, 2]
+    assert np.array_equal(whole[4].indices, epoch_order(3, 1, 26)[8:16])
+    ranks = [list(plan_of(rank, size, parts)) for rank in range(size)]
+    for step, request in enumerate(whole):
+        mine = [rank[step * parts : (step + 1) * parts] for rank in ranks]
+        read = [part.indices for part in itertools.chain(*mine)]
+        assert all(len(indices) > 0 for indices in read)
+        assert np.array_equal(np.concatenate(read), request.indices)
+
+
+def test_a_resumed_plan_is_the_rest_of_the_plan():
+    assert [r.indices.tolist() for r in plan_of(1, 2, 2, 4)] == [
+        r.indices.tolist() for r in list(plan_of(1, 2, 2))[8:]
+    ]
+
+
+@pytest.fixture
+def source(tmp_path):
+    for part in ("train", "held_out"):
+        for label in range(2):
+            (tmp_path / part / f"class{label}").mkdir(parents=True)
+            for index in range(13):
+                image = Image.new("RGB", (12 + index, 10), (200 * label, 9 * index, 100))
+                image.save(tmp_path / part / f"class{label}" / f"{index}.png")
+    section = DataSection(
+        kind="folder",
+        train=str(tmp_path / "train"),
+        held_out=str(tmp_path / "held_out"),
+        randaugment_ops=2,
+        randaugment_magnitude=9,
+        mixup=0.2,
+        workers=2,
+    )
+    assert num_workers(section) == 2
+    return open_source(section, 8, 3, 3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_are_those_of_the_source_and_no_generator_is_drawn_from(source, workers):
+    source.samples(range(4), 0)  # starts threads, which a worker does not have
+    state = torch.get_rng_state()
+    loader = Loader(source, plan_of(parts=2), workers, pin=False)
+    for request in plan_of(parts=2):
+        read = loader.samples(request.indices, request.epoch)
+        expected = source.samples(request.indices, request.epoch)
+        for name in ("images_BIYX", "labels_B", "mixed_labels_B", "mix_B"):
+            assert torch.equal(getattr(read, name), getattr(expected, name))
+    loader.close()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def read_all(loader, plan):
+    for request in plan:
+        loader.samples(request.indices, request.epoch)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_one_line_of_the_training_process(source, tmp_path, workers):
+    for path in (tmp_path / "train" / "class1").iterdir():
+        path.write_bytes(b"no image")
+    loader = Loader(source, plan_of(), workers, pin=False)
+    with pytest.raises(UserError, match=r"class1.*is not a readable image") as raised:
+        read_all(loader, plan_of())
+    assert "\n" not in str(raised.value)
+    loader.close()
+
+
+def test_samples_out_of_order_are_a_programming_error(source):
+    loader = Loader(source, plan_of(), 0, pin=False)
+    with pytest.raises(AssertionError, match="next samples are"):
+        loader.samples(range(8), 0)

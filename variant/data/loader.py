@@ -1,0 +1,139 @@
+"""Training samples that are read before they are needed, by worker processes.
+
+What is read when follows from (seed, step, rank): nothing has to be saved, and a run resumes at any
+step, with any number of processes and workers.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from variant.data.config import DataSection
+from variant.data.images import Indices, epoch_order
+from variant.data.samples import Samples, Source
+from variant.errors import UserError
+
+PREFETCHED = 2  # parts that each worker reads ahead
+# A worker outlives SIGTERM by this, so that the training can finish its step and stop the worker.
+SECONDS_AFTER_SIGTERM = 60
+
+
+class Request(NamedTuple):
+    """One part of a batch.  indices: of its images.  epoch: from 0."""
+
+    indices: np.ndarray
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Plan(Sampler[Request]):
+    """The parts that one rank trains on, in order: a function of (seed, step, rank).
+
+    num_train: images of the data set.  batch_size: images of a step, over all ranks.
+    share: this rank's slice of a batch, which is computed in ``parts`` parts.
+    first_step, total_steps: the steps that are planned, the last one excluded.
+    """
+
+    seed: int
+    num_train: int
+    batch_size: int
+    share: slice
+    parts: int
+    first_step: int = 0
+    total_steps: int = 0
+
+    def __iter__(self) -> Iterator[Request]:
+        order, ordered_epoch = np.empty(0, np.int64), -1
+        for step in range(self.first_step, self.total_steps):
+            epoch, position = divmod(step, self.num_train // self.batch_size)
+            if epoch != ordered_epoch:
+                order, ordered_epoch = epoch_order(self.seed, epoch, self.num_train), epoch
+            batch = order[position * self.batch_size : (position + 1) * self.batch_size]
+            for indices in np.array_split(batch[self.share], self.parts):
+                yield Request(indices, epoch)
+
+
+class Loader:
+    """Reads the samples of a plan ahead, by a DataLoader that starts at the first request.
+
+    Args:
+        workers: processes that read; 0 reads in this one when a sample is asked for. Only Linux has
+            them: elsewhere a copy of this process cannot be made without importing everything.
+        pin: whether samples are in pinned memory, from which a GPU copies without a wait.
+    """
+
+    def __init__(self, source: Source, plan: Plan, workers: int, *, pin: bool) -> None:
+        self.source = source
+        self.workers = workers if sys.platform == "linux" else 0
+        self._loader = DataLoader(
+            _Reader(source),
+            batch_size=None,  # the plan's requests are batches
+            sampler=plan,
+            num_workers=self.workers,
+            collate_fn=_unchanged,
+            pin_memory=pin,
+            prefetch_factor=PREFETCHED if self.workers else None,
+            multiprocessing_context="fork" if self.workers else None,
+            worker_init_fn=_begin_worker,
+            generator=torch.Generator(),  # else it draws from the global one
+        )
+        self._iterator: Iterator[Any] | None = None
+
+    def samples(self, indices: Indices, epoch: int) -> Samples:
+        """The next samples of the plan, which must be these.
+
+        Raises:
+            UserError: an image cannot be read.
+        """
+        if self._iterator is None:
+            self._iterator = iter(self._loader)
+        request, samples = next(self._iterator)
+        if request.epoch != epoch or not np.array_equal(request.indices, indices):
+            raise AssertionError(f"the plan's next samples are {request}, not {indices}, {epoch}")
+        if isinstance(samples, UserError):
+            raise samples
+        if self.workers:
+            self.source.bad.add(samples.bad)  # a worker only lists them
+        return samples
+
+    def close(self) -> None:
+        """Stop the workers; what was read ahead is lost."""
+        self._iterator = None
+
+
+class _Reader(Dataset[Any]):
+    """Samples by request; an error that names a file travels as a value, without a traceback."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __getitem__(self, request: Request) -> tuple[Request, Samples | UserError]:
+        try:
+            return request, self.source.samples(request.indices, request.epoch)
+        except UserError as error:
+            return request, UserError(str(error))
+
+
+def num_workers(section: DataSection) -> int:
+    """Workers that a source needs: decoding files takes long, reading tokens a little."""
+    return {"folder": section.workers, "tokens": 1}.get(section.kind, 0)
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+def _begin_worker(worker: int) -> None:
+    # Ctrl-C reaches the whole group of processes, SIGTERM perhaps too: the training stops after its
+    # step, and stops its workers. If it was killed, they notice that within seconds.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
