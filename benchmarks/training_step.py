@@ -3,9 +3,10 @@
     python -m benchmarks.training_step --model var-d30 --batch 64 --depths 30 16 --json FILE \
         [--device cuda] [--dtype bfloat16] [--bridge 6] [--runs 10] [--var-repo PATH]
 
-A step is: forward under autocast, mean cross-entropy over all tokens, backward, clipping to norm 1,
-AdamW (fused). Both models share weights, gradients and the optimiser, so that the memory holds a
-large model once; their steps run interleaved. Without ``--var-repo`` only our depths are compared.
+A step is: forward under autocast, mean cross-entropy over all tokens (ours in chunks, as in
+training), backward, clipping to norm 1, AdamW (fused). Both models share weights, gradients and the
+optimiser, so that the memory holds a large model once; their steps run interleaved. Without
+``--var-repo`` only our depths are compared.
 """
 
 from __future__ import annotations
@@ -32,8 +33,7 @@ ORIGINAL = "original, dense mask"
 
 
 def step_of(
-    logits_of: Callable[[], Tensor],
-    tokens_BL: Tensor,
+    loss_of: Callable[[], Tensor],
     parameters: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     device: str,
@@ -43,8 +43,7 @@ def step_of(
 
     def step() -> Tensor:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            logits_BLV = logits_of()
-        loss = F.cross_entropy(logits_BLV.float().flatten(0, 1), tokens_BL.flatten())
+            loss = loss_of()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -74,7 +73,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     labels_B = torch.randint(config.num_classes, (options.batch,), generator=generator).to(device)
     with torch.no_grad():
         x_teacher = vae.teacher_input(tokens_BL)
-    arguments = (tokens_BL, parameters, optimizer, device, dtype)
+    arguments = (parameters, optimizer, device, dtype)
     calls = {}
     for depth in options.depths:
         full = depth == config.depth
@@ -83,7 +82,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         except ValueError as error:
             raise UserError(f"--depths {depth}: {error}") from error
         calls[f"depth {depth}"] = step_of(
-            lambda schedule=schedule: var(labels_B, x_teacher, schedule), *arguments
+            lambda schedule=schedule: var(labels_B, x_teacher, schedule, targets_BL=tokens_BL).mean,
+            *arguments,
         )
     peer = f"depth {config.depth}"
     if options.var_repo is not None:
@@ -93,7 +93,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for name, parameter in var.named_parameters():
             owner, _, leaf = name.rpartition(".")
             setattr(original.get_submodule(owner), leaf, parameter)
-        calls[ORIGINAL] = step_of(lambda: original(labels_B, x_teacher), *arguments)
+
+        def original_loss() -> Tensor:
+            logits_BLV = original(labels_B, x_teacher).float()
+            return F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
+
+        calls[ORIGINAL] = step_of(original_loss, *arguments)
         peer = ORIGINAL
     if peer not in calls:
         raise UserError(f"--depths: {config.depth} (full) must be among them without --var-repo")
