@@ -87,6 +87,7 @@ class Files:
         from variant.training.ema import EMASection
         from variant.training.parallel import ParallelSection
 
+        parallel: Any = "auto" if mode in (None, "single") else mode
         recipe, replace = tiny_recipe(self.root / "images"), dataclasses.replace
         optim = replace(recipe.optim, batch_size=4)
         weights = None if mode is None else str(self.vae / "vae-best.safetensors")
@@ -99,7 +100,7 @@ class Files:
             eval=replace(recipe.eval, every=3),
             ema=EMASection(0.9),
             output=OutputSection(checkpoint_every=6, checkpoint_steps=3, keep=2),
-            parallel=ParallelSection("auto" if mode in (None, "single") else mode),
+            parallel=ParallelSection(parallel),
         )
 
     def start(
@@ -195,7 +196,7 @@ def _start_store() -> tuple[int, int]:
         try:
             from datetime import timedelta
 
-            from torch.distributed import TCPStore
+            from torch._C._distributed_c10d import TCPStore
 
             store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60))
             os.write(writing, str(store.port).encode())
@@ -319,8 +320,8 @@ def _check_equal(what: str, expected: Path, out: Path) -> None:
         difference = _difference(load_file(out / name), load_file(expected / name))
         if difference:
             raise Failed(f"{what}: {name} differs from that of an undisturbed run in {difference}")
-    states = [_state(folder) for folder in (out, expected)]
-    difference = _difference(*states)
+    ours, theirs = _state(out), _state(expected)
+    difference = _difference(ours, theirs)
     if difference:
         raise Failed(f"{what}: the checkpoint differs from an undisturbed run's in {difference}")
     names = [sorted(path.name for path in folder.iterdir()) for folder in (out, expected)]

@@ -93,8 +93,8 @@ class FolderWriter:
             UserError: the checkpoint before could not be written.
         """
         # Imported here: it takes a second.
-        import torch.distributed.checkpoint as dcp
         from torch import distributed as dist
+        from torch.distributed.checkpoint.state_dict_saver import async_save
 
         self.wait()
         if self._group is None:
@@ -106,7 +106,7 @@ class FolderWriter:
             name: tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach()
             for name, tensor in tensors.items()
         }
-        future = dcp.async_save(copies, checkpoint_id=temporary, process_group=self._group)
+        future = async_save(copies, checkpoint_id=temporary, process_group=self._group)
 
         def complete(digests: dict[str, str]) -> None:
             _complete(temporary, folder, digests, contents, links)
@@ -295,7 +295,7 @@ def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         UserError: a tensor is missing or has another shape, or the files cannot be read.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     stored = stored_tensors(folder)
     for name, tensor in tensors.items():
@@ -309,7 +309,7 @@ def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of no_dist, which is meant
             # Without messages between processes: the metadata tells each what it has to read.
-            dcp.load(tensors, storage_reader=_reader(folder), no_dist=True)
+            load(tensors, storage_reader=_reader(folder), no_dist=True)
     except BaseException as error:  # CheckpointException is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | UserError):
             raise
@@ -317,7 +317,7 @@ def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _reader(folder: Path) -> Any:
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import StorageMeta
 
     class Reader(FileSystemReader):

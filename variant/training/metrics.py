@@ -51,10 +51,11 @@ def append_line(path: Path, entry: Mapping[str, Any]) -> None:
     try:
         with path.open("a") as file:
             file.write(_line(entry))
-    except OSError:
+    except OSError as error:
         with suppress(OSError):
             os.truncate(path, size)
-        raise
+        # Errors of opening a file name it, those of writing do not.
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _line(entry: Mapping[str, Any]) -> str:
