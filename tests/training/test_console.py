@@ -44,7 +44,7 @@ def test_a_line_of_steps_shows_what_matters_most():
     line |= {"speed/images_per_second": 1234.5, "data/share_waited": 0.005, "time/seconds_left": 89}
     run.print_step(line)
     run.print_step(line | {"data/share_waited": 0.256, "time/seconds_left": 100_000})
-    shown = "var step 10/40  full 3.5000 | depth 2 3.7500  rate 2.00e-04  p 0.25  1,234 images/s"
+    shown = "var step 10/40  full 3.5000 | depth 2 3.7500  lr 2.00e-04  p 0.25  1,234 images/s"
     assert console.file.getvalue().splitlines() == [
         f"{shown}  about 89 s left",
         f"{shown}, 26% of the time waiting for data  about 27 h 47 min left",

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_runs import assert_same, metrics
+from tiny_runs import assert_same, metrics, steps_of
 
 HERE = Path(__file__).parent
 # Events that a sitting has more than the one before it; 1 tries more of them and takes longer.
@@ -30,6 +30,7 @@ def test_runs_killed_again_and_again_equal_runs_that_never_were(recipe, tmp_path
     for kind in ("vae", "var"):
         assert kills[kind] >= 6 // STRIDE
         assert metrics(parted, kind) == metrics(whole, kind)
+        assert steps_of(parted, kind) == steps_of(whole, kind)
         states = [torch.load(f / f"{kind}-last.pt", weights_only=True) for f in (whole, parted)]
         for part in ("step", "module", "random", "best_sha256", "inputs"):
             assert_same(states[0][part], states[1][part])

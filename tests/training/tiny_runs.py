@@ -72,6 +72,16 @@ def metrics(folder, kind="var"):
     return entries
 
 
+def steps_of(folder, kind="var"):
+    """The lines of a file of steps, without what clocks and the machine's memory give."""
+    clocked = ("speed/", "data/", "memory/", "time/")
+    lines = (folder / f"{kind}-steps.jsonl").read_text().splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if not key.startswith(clocked)}
+        for line in lines
+    ]
+
+
 def train_both(recipe, out):
     """Train the VQ-VAE, then the transformer; returns the summary of the latter."""
     train_vae(recipe, out, console=quiet(), device=CPU)

@@ -36,7 +36,8 @@ PlanOf = Callable[[int, int], PlanRow]
 def plan(command: Plan) -> None:
     """Print the cache of every depth at one bridge, then of every depth and bridge."""
     batch = command.batch if command.batch is not None else 1024 if command.train else 64
-    command = replace(command, batch=integer("plan", "--batch", batch, 1, MAX_BATCH))
+    batch = integer("plan", "--batch", batch, 1, MAX_BATCH)
+    command = replace(command, batch=batch)
     integer("plan", "--page-size", command.page_size, 1, MAX_PAGE_SIZE)
     integer("plan", "--gpus", command.gpus, 1, MAX_GPUS)
     if command.memory is not None and not 0 < command.memory <= MAX_MEMORY:
@@ -65,7 +66,7 @@ def plan(command: Plan) -> None:
             var,
             depth,
             bridge,
-            command.batch,
+            batch,
             command.dtype,
             page_size=command.page_size,
             guidance=command.guidance,
@@ -151,6 +152,7 @@ def _by_depth(
 ) -> Table:
     """The plan of every depth at one bridge, beside the paper's scheme."""
     eight_bits = command.kv_dtype is not None
+    assert command.batch is not None, "plan() sets it"
     sequences = command.batch * (2 if command.guidance else 1)
     columns = [
         "depth",

@@ -38,10 +38,10 @@ class _LinearCrossEntropy(Function):
         cast_weight_VC, cast_bias_V = weight_VC.to(h_NC.dtype), bias_V.to(h_NC.dtype)
         losses_N = h_NC.new_empty(len(h_NC), dtype=wide)
         with_gradient = any(ctx.needs_input_grad)
-        if with_gradient:
-            grad_h_NC = torch.empty_like(h_NC)
-            grad_weight_VC = torch.zeros_like(weight_VC, dtype=wide)
-            grad_bias_V = torch.zeros_like(bias_V, dtype=wide)
+        end = None if with_gradient else 0
+        grad_h_NC = torch.empty_like(h_NC[:end])
+        grad_weight_VC = torch.zeros_like(weight_VC[:end], dtype=wide)
+        grad_bias_V = torch.zeros_like(bias_V[:end], dtype=wide)
         rows = max(1, CHUNK_LOGITS // len(weight_VC))
         for start in range(0, len(h_NC), rows):
             part = slice(start, start + rows)
@@ -72,7 +72,9 @@ class _LinearCrossEntropy(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_mean: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_mean: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, ...]:
         factor = grad_mean / len(ctx.saved_tensors[0])
         # In the wide dtype: a factor in 16 bits would be off by the same share everywhere.
         grads = (

@@ -98,7 +98,7 @@ class RunConsole:
             if key.startswith("loss/")
         }
         text = f"{self.kind} step {line['step']:.0f}/{self.total_steps}  {_losses(losses)}"
-        text += f"  rate {line['optim/learning_rate']:.2e}"
+        text += f"  lr {line['optim/learning_rate']:.2e}"
         if "schedule/subnet_probability" in line:
             text += f"  p {line['schedule/subnet_probability']:.2f}"
         text += f"  {line['speed/images_per_second']:,.0f} images/s"
@@ -122,7 +122,7 @@ class RunConsole:
             line += f"  of the moving average: {_losses(entry['ema_held_out'])}"
         seconds, step = entry["seconds"], entry["step"]
         remaining = seconds / step * (self.total_steps - step)
-        line += f"  {seconds:.0f} s, about {remaining:.0f} s left"
+        line += f"  {duration(seconds)}, about {duration(remaining)} left"
         self._print(line)
         if ENDED in entry:
             self._print(

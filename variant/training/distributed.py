@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import distributed as dist
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import rendezvous
 
 from variant.errors import UserError
 from variant.training.heartbeat import Heartbeat
@@ -181,9 +183,10 @@ def _meet(device: torch.device, rank: int, size: int) -> Heartbeat:
     """Connect to the other processes; returns a heartbeat that runs."""
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        store, _, _ = next(iter(dist.rendezvous("env://", rank, size, timeout=MEETING_TIMEOUT)))
-        store = dist.PrefixStore("variant", store)
-        heartbeat = Heartbeat(dist.PrefixStore("heartbeat", store.clone()), rank, size)
+        store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=MEETING_TIMEOUT)))
+        store = PrefixStore("variant", store)
+        own = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
+        heartbeat = Heartbeat(PrefixStore("heartbeat", own), rank, size)
         for other in range(size):
             _wait_for(store, other)
         dist.init_process_group(

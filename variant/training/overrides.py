@@ -114,7 +114,8 @@ def key_hints(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def section_type(hint: Any) -> type | None:
     """The dataclass of a field that is a section, also of one that may be missing; else None."""
-    return next((part for part in _alternatives(hint) if dataclasses.is_dataclass(part)), None)
+    parts = (part for part in _alternatives(hint) if isinstance(part, type))
+    return next((part for part in parts if dataclasses.is_dataclass(part)), None)
 
 
 def plain_value(hint: Any, text: str) -> Any:
