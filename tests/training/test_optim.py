@@ -3,10 +3,17 @@
 import dataclasses
 
 import pytest
+import torch
 from tiny_runs import OPTIM
+from torch import nn
 
 from variant.models.var import VAR
-from variant.training.optim import decay_groups, learning_rate
+from variant.training.optim import (
+    clipped_step,
+    decay_groups,
+    gradient_norm,
+    learning_rate,
+)
 
 
 def test_biases_norms_embeddings_and_gains_have_no_weight_decay(recipe):
@@ -36,3 +43,33 @@ def test_learning_rate_is_constant_or_a_cosine_after_the_warm_up():
     assert rates[:10] == sorted(rates[:10])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == pytest.approx(1e-4, rel=0.01)
+
+
+@pytest.mark.parametrize("loss_scaling", [False, True])
+@pytest.mark.parametrize("size", [1e-3, 30.0])
+def test_a_step_clips_as_clip_grad_norm_does(size, loss_scaling):
+    results = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, fused=True)
+        scaler = torch.amp.GradScaler("cpu", enabled=loss_scaling, init_scale=4.0)
+        for _ in range(3):
+            loss = (size * module(torch.ones(2, 8))).square().mean()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norm = gradient_norm(module)
+            if ours:
+                # As in a checkpoint of a run whose AdamW was not fused.
+                for group in optimizer.param_groups:
+                    group["fused"] = None
+                clipped_step(optimizer, scaler, norm, 0.5)
+            else:
+                assert norm == nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+                scaler.step(optimizer)
+            scaler.update()
+            assert not hasattr(optimizer, "grad_scale")
+            optimizer.zero_grad()
+        results.append([parameter.detach().clone() for parameter in module.parameters()])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)

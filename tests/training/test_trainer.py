@@ -220,8 +220,10 @@ def test_the_real_optimiser_decays_matrices_only_and_steps_on_clipped_gradients(
     step = trainer.state.optimizer.step
 
     def watched(*args, **rest):
+        result = step(*args, **rest)
+        # The fused AdamW clips gradients as it reads them, and writes them back.
         seen.append(torch.cat((weight.grad.flatten(), bias.grad)).norm().item())
-        return step(*args, **rest)
+        return result
 
     trainer.state.optimizer.step = watched
     trainer._train_step()

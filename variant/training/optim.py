@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import ConfigDict
-from torch import nn
+from torch import Tensor, nn
 
 from variant.models.config import STRICT, require, require_plain_numbers
 from variant.models.ranges import Count, NotNegative, Positive, Share, ShareBelowOne
@@ -82,6 +83,43 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
         {"params": decayed, "weight_decay": weight_decay},
         {"params": not_decayed, "weight_decay": 0.0},
     ]
+
+
+def gradient_norm(module: nn.Module) -> Tensor:
+    """L2 norm of all gradients of a module, a scalar on their device."""
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    return nn.utils.get_total_norm(grads)
+
+
+def clipped_step(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, norm: Tensor, clip: float
+) -> None:
+    """A step with gradients scaled so that their norm is at most ``clip``.
+
+    Without loss scaling the fused AdamW divides them as it reads them, so that no pass over all
+    gradients is needed; nothing waits for the device.
+
+    Args:
+        optimizer: a fused one.  scaler: of the loss; its gradients are unscaled already.
+        norm: of all gradients, also a sharded tensor.
+    """
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()  # type: ignore[operator]
+    for group in optimizer.param_groups:
+        group["fused"] = True  # the state of a run that began on an older version has another value
+    if scaler.is_enabled():  # its step gives the optimiser a divisor of its own
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        scaler.step(optimizer)
+        return
+    fused: Any = optimizer
+    # As torch's clip_grad_norm_: gradients below the limit stay as they are.
+    fused.grad_scale = ((norm + 1e-6) / clip).clamp_min(1)
+    fused.found_inf = torch.zeros_like(fused.grad_scale)
+    try:
+        optimizer.step()
+    finally:
+        del fused.grad_scale, fused.found_inf
 
 
 def learning_rate(optim: OptimSection, step: int, total_steps: int) -> float:

@@ -29,7 +29,7 @@ from variant.training.ema import EMA
 from variant.training.interrupt import Interrupt
 from variant.training.loss_scale import LossScaler
 from variant.training.metrics import MetricsFile
-from variant.training.optim import decay_groups, learning_rate
+from variant.training.optim import clipped_step, decay_groups, gradient_norm, learning_rate
 from variant.training.parallel import chosen_mode, parallelize, whole
 from variant.training.phase_ends import ENDED
 from variant.training.run_setup import RunSetup
@@ -74,7 +74,7 @@ class Trainer:
             decay_groups(task.module, self.optim.weight_decay),
             lr=self.optim.learning_rate,
             betas=self.optim.betas,
-            fused=True if self.device.type == "cuda" else None,
+            fused=True,
         )
         self.scaler = LossScaler(self.device.type, enabled=self.optim.precision == "fp16")
         ema = EMA(task.module, task.ema_decay) if task.ema_decay else None
@@ -199,10 +199,10 @@ class Trainer:
         self._require_finite(total, "loss", epoch)
         state.scaler.unscale_(state.optimizer)
         self.log.before_clip(name)
-        norm = nn.utils.clip_grad_norm_(self.task.module.parameters(), self.optim.clip)
+        norm = gradient_norm(self.task.module)
         if not state.scaler.is_enabled():  # the scaler skips such a step and lowers the scale
             self._require_finite(whole(norm).item(), "gradient", epoch)
-        state.scaler.step(state.optimizer)
+        clipped_step(state.optimizer, state.scaler, norm, self.optim.clip)
         self.scaler.update()
         self.scaler.require_progress(self.recipe.name, state.step + 1)
         if state.ema is not None:
