@@ -127,7 +127,7 @@ def test_sizes_for_any_number_of_images_are_a_valid_recipe(count, side, tmp_path
     recipe = new_recipe("mine", parts)
     assert recipe.optim.batch_size <= count
     assert recipe.vae_training.optim.batch_size <= count
-    steps = recipe.schedule.phases.total * (count // recipe.optim.batch_size)
+    steps = recipe.schedule.phase_lengths.total * (count // recipe.optim.batch_size)
     assert steps <= 1.3 * SIZES[-1].steps
     assert recipe.model.depth > max(recipe.schedule.depths)
     path = tmp_path / "mine.toml"

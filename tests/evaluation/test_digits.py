@@ -73,7 +73,7 @@ def test_the_shipped_model_is_the_recipes(model):
     training = json.loads((locate("digits") / "config.json").read_text())["training"]
     assert training["recipe"] == recipe.name
     assert training["seed"] == recipe.seed
-    assert training["epochs"] == recipe.schedule.phases.total
+    assert training["epochs"] == recipe.schedule.phase_lengths.total
     # Keys that are newer than the file have their defaults.
     assert parse_dataclass(Recipe, training["settings"], "settings") == recipe
     assert set(training["held_out_loss"]) == set(training["train_loss"]) == {"full", "2", "4"}

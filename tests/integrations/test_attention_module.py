@@ -357,6 +357,7 @@ def _train_on_two_ranks(rank, folder):
     # Delete it before the group: otherwise its reducer deletes the group and, while it holds the
     # interpreter's lock, waits for a gloo thread that needs the lock (torch 2.13).
     del wrapped
+    dist.barrier()  # the group of a process that is late must not end under it
     dist.destroy_process_group()
 
 

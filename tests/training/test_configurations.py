@@ -114,7 +114,7 @@ def test_the_layers_of_a_schedule_are_recorded_in_the_model(recipe):
 def test_without_given_phases_the_last_depth_of_a_schedule_counts(recipe):
     values = dict.fromkeys(PHASES)
     chosen = with_schedule(with_depth(recipe, 8), depths=(), schedules=((8, 8, 4),), **values)
-    assert chosen.schedule.phases.total == 32  # table 7, depth 4
+    assert chosen.schedule.phase_lengths.total == 32  # table 7, depth 4
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from variant.training.vae_task import train_vae
 from variant.training.var_task import VARTask, train_var
 
 SECTION = ScheduleSection(
-    depths=(2,), bridge=1, joint=9, transition=8, refinement=9, phase_ends="auto",
+    depths=(2,), bridge=1, joint=9, transition=8, refinement=9, phases="auto",
     joint_probability=0.2, final_probability=0.8,
 )  # fmt: skip
 
@@ -91,7 +91,7 @@ def test_epochs_without_an_evaluation_do_not_count():
 
 
 def test_planned_phases_never_end_early():
-    section = dataclasses.replace(SECTION, phase_ends="planned")
+    section = dataclasses.replace(SECTION, phases="planned")
     history = run(section, lambda epoch: {"full": 2.0, "2": 3.0})
     assert ended(history) == {}
     assert len(history) == 26
@@ -120,7 +120,7 @@ def test_without_early_ends_the_probability_is_the_section_s():
 
 
 def with_auto(recipe, **values):
-    values = {"phase_ends": "auto", "joint": 5, "transition": 5, "refinement": 5, **values}
+    values = {"phases": "auto", "joint": 5, "transition": 5, "refinement": 5, **values}
     return dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, **values))
 
 
@@ -171,8 +171,8 @@ def test_the_steps_after_an_early_end_are_those_of_the_next_phase(recipe):
 
 def test_the_rule_and_the_phases_of_a_run_that_has_begun_stay(recipe):
     auto = with_auto(recipe)
-    planned = with_auto(recipe, phase_ends="planned")
-    with pytest.raises(UserError, match=r"schedule.phase_ends 'planned' -> 'auto'"):
+    planned = with_auto(recipe, phases="planned")
+    with pytest.raises(UserError, match=r"schedule.phases 'planned' -> 'auto'"):
         compare_recipes(planned, auto, "var", "FILE")
     longer = with_auto(recipe, joint=6)
     compare_schedules(auto, longer, "var", 0, 100, "FILE")

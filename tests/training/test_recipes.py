@@ -63,7 +63,7 @@ def test_the_paper_recipe_has_the_values_of_tables_6_and_7():
     assert recipe.schedule.depths == (16,)
     assert recipe.schedule.bridge == 6
     assert recipe.schedule.joint_probability == 0.2
-    assert recipe.schedule.phases == Phases(5, 15, 5)
+    assert recipe.schedule.phase_lengths == Phases(5, 15, 5)
     optim = recipe.optim
     assert (optim.batch_size, optim.weight_decay, optim.clip) == (1024, 0.05, 1.0)
     assert (optim.precision, optim.schedule, optim.warmup) == ("fp16", "constant", 0.0)
@@ -76,7 +76,7 @@ def test_the_paper_recipe_has_the_values_of_tables_6_and_7():
 @pytest.mark.parametrize(("depth", "total"), [(16, 25), (8, 28), (4, 32), (2, 35)])
 def test_without_explicit_phases_those_of_table_7_are_used(tmp_path, depth, total):
     text = BASE.replace("depth = 4", "depth = 30").replace("depths = [2]", f"depths = [{depth}]")
-    assert load_recipe(write(tmp_path, text)).schedule.phases.total == total
+    assert load_recipe(write(tmp_path, text)).schedule.phase_lengths.total == total
 
 
 def test_codebook_scales_and_subnets_come_from_the_other_sections(tmp_path):

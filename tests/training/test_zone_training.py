@@ -150,7 +150,11 @@ def test_schedules_without_zone_tokens_are_refused(start, changes, message):
 def test_the_papers_phases_are_the_refinement_alone(start):
     section = zone_recipe(start, "lora").schedule
     paper = dataclasses.replace(section, joint=None, transition=None, refinement=None)
-    assert (paper.phases.joint, paper.phases.transition, paper.phases.refinement) == (0, 0, 15)
+    assert (
+        paper.phase_lengths.joint,
+        paper.phase_lengths.transition,
+        paper.phase_lengths.refinement,
+    ) == (0, 0, 15)
     assert paper.probability(0) == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -75,12 +76,17 @@ class _DDP(Parallel):
     ) -> None:
         super().__init__(module)
         self.mode = "ddp"
-        self.network = self._wrapped = nn.parallel.DistributedDataParallel(
+        wrapper = nn.parallel.DistributedDataParallel
+        # No buffer changes in training. torch 2.13 has another name for this.
+        names = inspect.signature(wrapper.__init__).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+        options: dict[str, Any] = {sync: False}
+        self.network = self._wrapped = wrapper(
             module,
             device_ids=[device] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,  # else the gradients are in memory twice
-            broadcast_buffers=False,  # no buffer changes in training
             find_unused_parameters=not uses_every_parameter,
+            **options,
         )
 
     @contextmanager

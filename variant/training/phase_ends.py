@@ -1,4 +1,4 @@
-"""Phases that end when the held-out losses stop falling (``phase_ends = "auto"``).
+"""Phases that end when the held-out losses stop falling (``phases = "auto"``).
 
 A phase ends with the third evaluation in a row whose loss is not 0.1 % below its best one. The
 joint phase is judged by the mean over all configurations, the two others by the mean over the
@@ -32,7 +32,7 @@ class PhaseEnds:
     def of(cls, section: ScheduleSection, history: Sequence[Mapping[str, Any]] = ()) -> PhaseEnds:
         """The ends after the epochs of ``history``; phases that go on end as the section says."""
         early = {entry[ENDED]: entry["epoch"] for entry in history if ENDED in entry}
-        lengths = section.phases
+        lengths = section.phase_lengths
         joint = early.get("joint", lengths.joint)
         transition = early.get("transition", joint + lengths.transition)
         return cls(joint, transition, early.get("refinement", transition + lengths.refinement))
@@ -50,7 +50,7 @@ class PhaseEnds:
             epoch,
             section.joint_probability,
             self.joint,
-            section.phases.transition,
+            section.phase_lengths.transition,
             section.final_probability,
         )
 
@@ -61,7 +61,7 @@ def ended_phase(section: ScheduleSection, history: Sequence[Mapping[str, Any]]) 
     Args:
         history: entries of completed epochs; "held_out" has the losses of an evaluated one.
     """
-    if section.phase_ends != "auto" or not history or "held_out" not in history[-1]:
+    if section.phases != "auto" or not history or "held_out" not in history[-1]:
         return None
     epoch = history[-1]["epoch"]
     ends = PhaseEnds.of(section, history)

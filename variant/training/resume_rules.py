@@ -57,7 +57,7 @@ SHOWN = 5  # differing keys in a message
 
 def num_epochs(recipe: Recipe, kind: str) -> int:
     """Epochs of a complete run of the task ``kind``, "var" or "vae"."""
-    return recipe.vae_training.epochs if kind == "vae" else recipe.schedule.phases.total
+    return recipe.vae_training.epochs if kind == "vae" else recipe.schedule.phase_lengths.total
 
 
 def read_recipe(saved: Mapping[str, Any], where: str) -> Recipe:
@@ -109,7 +109,7 @@ def compare_schedules(
         )
     epoch = step / steps_per_epoch
     if kind == "var" and not new.schedule.agrees_until(old.schedule, epoch):
-        was, now = old.schedule.phases, new.schedule.phases
+        was, now = old.schedule.phase_lengths, new.schedule.phase_lengths
         before, after = old.schedule.final_probability, new.schedule.final_probability
         raise UserError(
             f"{where}: has completed {epoch:g} epochs with schedule.joint {was.joint}, "
@@ -132,7 +132,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 def _comparable(recipe: Recipe) -> dict[str, Any]:
     """The recipe's values, with the phases written out where it takes those of the paper."""
     values = recipe.to_dict()
-    phases = recipe.schedule.phases
+    phases = recipe.schedule.phase_lengths
     values["schedule"] |= {
         "joint": phases.joint,
         "transition": phases.transition,

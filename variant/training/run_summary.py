@@ -56,7 +56,7 @@ class RunSummary:
                 "train-vae",
                 self._steps(recipe.vae_training.epochs, recipe.vae_training.optim),
             )
-        phases = section.phases
+        phases = section.phase_lengths
         yield "train", self._steps(phases.total, recipe.optim)
         if section.has_subnets:
             epochs = phases.total

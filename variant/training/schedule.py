@@ -148,7 +148,7 @@ class ScheduleSection:
     joint: epochs of the first phase; without all three, those of the paper's table 7.
     transition: epochs of the second phase.
     refinement: epochs of the third phase.
-    phase_ends: "planned", or "auto": a phase ends early when three evaluations in a row lower its
+    phases: "planned", or "auto": a phase ends early when three evaluations in a row lower its
         best held-out loss by less than 0.1 %, and its epochs are the most that it lasts.
     bridges: bridges of which every subnet step of ``depths`` draws one, in place of ``bridge``; []
         is always ``bridge``.
@@ -172,7 +172,7 @@ class ScheduleSection:
     joint: CountOrZero | None = None
     transition: CountOrZero | None = None
     refinement: CountOrZero | None = None
-    phase_ends: Literal["planned", "auto"] = "planned"
+    phases: Literal["planned", "auto"] = "planned"
     bridges: tuple[int, ...] = ()
     schedules: tuple[tuple[int, ...], ...] = ()
     teacher: Literal["none", "frozen", "ema"] = "none"
@@ -202,7 +202,11 @@ class ScheduleSection:
             "joint, transition and refinement must be given together or not at all",
             lengths,
         )
-        require(self.phases.total >= 1, "the phases must have at least one epoch", self.phases)
+        require(
+            self.phase_lengths.total >= 1,
+            "the phases must have at least one epoch",
+            self.phase_lengths,
+        )
         check_zone_options(self.zone_weights, self.lora_rank, self.zone_adaln)
         if self.has_zone_weights:
             self._check_zone_weights()
@@ -229,7 +233,7 @@ class ScheduleSection:
         return self.zone_weights != "shared"
 
     @property
-    def phases(self) -> Phases:
+    def phase_lengths(self) -> Phases:
         """The lengths of the phases, from this section or from the paper's table 7.
 
         Zone weights are trained in the third phase only, in which every step trains a subnet.
@@ -243,7 +247,7 @@ class ScheduleSection:
 
     def probability(self, epoch: float) -> float:
         """Probability that a step at that fractional epoch trains a subnet."""
-        phases = self.phases
+        phases = self.phase_lengths
         return subnet_probability(
             epoch,
             self.joint_probability,
@@ -267,8 +271,8 @@ class ScheduleSection:
         Only the phases and the final probability are compared. Without subnets the probability has
         no effect.
         """
-        own, others = self.phases, other.phases
-        if "auto" in (self.phase_ends, other.phase_ends):
+        own, others = self.phase_lengths, other.phase_lengths
+        if "auto" in (self.phases, other.phases):
             # Completed phases may have ended before the planned epochs.
             same = (own.joint, own.transition) == (others.joint, others.transition)
             return epoch == 0 or (same and self.final_probability == other.final_probability)

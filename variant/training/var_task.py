@@ -197,7 +197,7 @@ class VARTask(Task):
 
     def epochs_by(self, history: Sequence[Mapping[str, Any]]) -> int | None:
         self.configurations.observe(history)
-        is_auto = self.recipe.schedule.phase_ends == "auto"
+        is_auto = self.recipe.schedule.phases == "auto"
         return self.configurations.ends.refinement if is_auto else None
 
     def samples(self, ranks: Ranks) -> dict[str, Tensor]:
@@ -373,7 +373,7 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
     if recipe.schedule.has_zone_weights:
         freeze_full_network(module)
     task = VARTask(module, vae, data, recipe, setup.device, setup.steps_per_epoch)
-    trainer = Trainer(task, setup, recipe.schedule.phases.total, console)
+    trainer = Trainer(task, setup, recipe.schedule.phase_lengths.total, console)
     summary = trainer.run()  # leaves the best weights in the module
     training = {
         "recipe": recipe.name,
