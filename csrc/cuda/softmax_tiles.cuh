@@ -44,8 +44,12 @@ struct SoftmaxTile {
   static constexpr bool kKeepQueries = kHeadDim <= 128;
   static constexpr int kQueryFragments = kKeepQueries ? kHeadDim / 16 : 1;
   // Blocks that a multiprocessor must hold at once; 0 leaves it to the compiler, which gives tiles
-  // of 64 columns a few registers more than four blocks have.
+  // of 64 columns a few registers more than four blocks have; on sm_100a it spills for the fourth.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  static constexpr int kBlocks = 0;
+#else
   static constexpr int kBlocks = kHeadDim == 64 && kWarps > 1 ? 4 : 0;
+#endif
 
   static_assert(sizeof(T) == 2, "the tensor cores multiply 16-bit operands here");
   static_assert(kHeadDim % 16 == 0, "a step of Q K^T takes 16 columns");
