@@ -141,27 +141,33 @@ inline VecF to_cells(Pair, VecF first, VecF second) {
 // range of 2^x.
 constexpr float kExactShift = 8192.0f;
 
-// Whether a shift of `count` vectors reaches kExactShift or is NaN.
-inline bool is_huge(const VecF* shifts, int count) {
-  VecI small = as_int(splat(0.0f)) - 1;
-  for (int j = 0; j < count; ++j) {
-    small &= (shifts[j] < splat(kExactShift)) & (shifts[j] > splat(-kExactShift));
-  }
-  int32_t all = -1;
-  for (int i = 0; i < kLanes; ++i) all &= small[i];
-  return all == 0;
+// Lanes whose shift reaches kExactShift or is NaN.
+inline VecI huge_lanes(VecF shift) {
+  return ~((shift < splat(kExactShift)) & (shift > splat(-kExactShift)));
 }
 
-// Subtracts the peaks from the scores first, which is exact where it matters, and leaves no shifts.
+// Whether a shift of `count` vectors reaches kExactShift or is NaN.
+inline bool is_huge(const VecF* shifts, int count) {
+  VecI huge = {};
+  for (int j = 0; j < count; ++j) huge |= huge_lanes(shifts[j]);
+  int32_t any = 0;
+  for (int i = 0; i < kLanes; ++i) any |= huge[i];
+  return any != 0;
+}
+
+// Subtracts huge peaks from their scores first, which is exact where it matters, and leaves no
+// shifts for them. A query's result does not depend on the other queries of its tile.
 template <int kTileVectors>
 [[gnu::noinline, gnu::cold]] void subtract_peaks(float* scores, int64_t keys, const VecF* peaks,
                                                  VecF* shifts) {
   for (int j = 0; j < kTileVectors; ++j) {
+    const VecI huge = huge_lanes(shifts[j]);
+    const VecF peak = as_float(huge & as_int(peaks[j]));
     for (int64_t key = 0; key < keys; ++key) {
       float* at = scores + key * kPanel + j * kLanes;
-      store(at, load(at) - peaks[j]);
+      store(at, load(at) - peak);
     }
-    shifts[j] = VecF{};
+    shifts[j] = as_float(~huge & as_int(shifts[j]));
   }
 }
 

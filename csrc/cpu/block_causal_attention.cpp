@@ -195,16 +195,16 @@ inline void store_cells(Pair, float* row, int j, VecF x) {
 }
 #endif
 
-// Replaces scores by exponents that end at 0, because no probability exceeds 1: the rounding error
-// of a large lse may exceed the range of 2^x. NaN stays NaN.
+// Replaces scores by exponents. Where the lse is huge they end at 0, because no probability exceeds
+// 1: its rounding error may exceed the range of 2^x. NaN stays NaN.
 [[gnu::noinline, gnu::cold]] void clamp_exponents(float* p, int64_t keys, int vectors, float factor,
                                                   const float* shifts) {
   const VecF zero = {};
   for (int64_t key = 0; key < keys; ++key) {
     for (int j = 0; j < vectors; ++j) {
       float* at = p + key * kPanel + j * kLanes;
-      const VecF exponent = load(at) * factor - load(shifts + j * kLanes);
-      store(at, zero < exponent ? zero : exponent);
+      const VecF shift = load(shifts + j * kLanes), exponent = load(at) * factor - shift;
+      store(at, huge_lanes(shift) & (zero < exponent) ? zero : exponent);
     }
   }
 }

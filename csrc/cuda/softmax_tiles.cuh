@@ -278,8 +278,14 @@ __device__ inline void online_softmax(float (&scores)[Tile::kKeys / 8][4], float
     state.largest[half] = largest;
   }
   if (fmaxf(fabsf(origin[0]), fabsf(origin[1])) >= kExactOrigin) {
-    subtract_largest(scores, state.largest);
-    origin[0] = origin[1] = 0.0f;
+    // A row's result does not depend on the other row of this lane.
+    float largest[2];
+    for (int half = 0; half < 2; ++half) {
+      const bool huge = fabsf(origin[half]) >= kExactOrigin;
+      largest[half] = huge ? state.largest[half] : 0.0f;
+      if (huge) origin[half] = 0.0f;
+    }
+    subtract_largest(scores, largest);
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
