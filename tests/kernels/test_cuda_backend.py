@@ -1,11 +1,12 @@
 """Which calls the CUDA C++ kernels can serve, and the checks and choices of their launchers."""
 
+import inspect
 from dataclasses import replace
 
 import pytest
 import torch
 
-from variant_kernels.cuda_ops import block_causal_attention, common, library
+from variant_kernels.cuda_ops import adaln, block_causal_attention, common, library, qk_norm
 from variant_kernels.dispatch import select, support
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.support import MAX_ROW_WIDTH, cuda_unsupported
@@ -97,3 +98,55 @@ def test_too_many_scales_and_rows_are_refused():
         )
     with pytest.raises(ValueError, match=r"qk_norm: .* rows of q_BTHD; got 2147483648"):
         common.check_rows("qk_norm", "q_BTHD", 2**31)
+
+
+NO_ROWS = {
+    "x_BTC": (2, 0, 8),
+    "y_BTC": (2, 0, 8),
+    "x_out_BTC": (2, 0, 8),
+    "grad_y_BTC": (2, 0, 8),
+    "grad_x_out_BTC": (2, 0, 8),
+    "grad_h_BTC": (2, 0, 8),
+    "mean_BT": (2, 0),
+    "rstd_BT": (2, 0),
+    "gate_BC": (2, 8),
+    "scale_BC": (2, 8),
+    "shift_BC": (2, 8),
+    "q_BTHD": (2, 0, 2, 8),
+    "k_BTHD": (2, 0, 2, 8),
+    "grad_q_BTHD": (2, 0, 2, 8),
+    "grad_k_BTHD": (2, 0, 2, 8),
+    "scale_mul_1H11": (1, 2, 1, 1),
+    "q_BLHD": (0, 3, 2, 8),
+    "k_BLHD": (0, 3, 2, 8),
+    "v_BLHD": (0, 3, 2, 8),
+    "grad_out_BLHD": (0, 3, 2, 8),
+    "out_BLHD": (0, 3, 2, 8),
+    "lse_BHL": (0, 2, 3),
+}
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        adaln.launch_adaln_forward,
+        adaln.launch_adaln_backward,
+        adaln.launch_gated_adaln_forward,
+        adaln.launch_gated_adaln_backward,
+        qk_norm.launch_qk_norm_forward,
+        qk_norm.launch_qk_norm_backward,
+        block_causal_attention.launch_block_causal_attention_forward,
+        block_causal_attention.launch_block_causal_attention_backward,
+    ],
+    ids=lambda launcher: launcher.__name__,
+)
+def test_nothing_is_launched_for_no_rows(launcher, monkeypatch):
+    # CUDA refuses a grid without blocks.
+    monkeypatch.setattr(library, "load", lambda: pytest.fail("the library was asked"))
+    plain = {"eps": 1e-6, "scale_lengths": (1, 2), "softmax_scale": 1.0}
+    named = {}
+    for name in inspect.signature(launcher).parameters:
+        named[name] = plain[name] if name in plain else torch.ones(NO_ROWS[name])
+    for result in launcher(**named):
+        # What is summed over no rows is zero.
+        assert torch.equal(result, torch.zeros_like(result))
