@@ -115,6 +115,9 @@ def test_wrong_inputs_are_named():
     mixed = {"mixed_labels_B": torch.tensor([0, -1, 0]), "mix_B": torch.ones(3)}
     with pytest.raises(ValueError, match=r"mixed_labels_B must be in \[0, 10\]; got -1"):
         var(tensors["label"], tensors["x_teacher"], **mixed)
+    for name in ("dropped_B", "branch_scales_N2B", "mix_B", "mixed_labels_B"):
+        with pytest.raises(TypeError, match=f"VAR.forward: {name} must be a torch.Tensor; got str"):
+            var(tensors["label"], tensors["x_teacher"], **{name: "auto"})
     with pytest.raises(ValueError, match=r"x_teacher must be \(3, 154, 16\)"):
         var(tensors["label"], tensors["x_teacher"][:, 1:])
     with pytest.raises(ValueError, match="schedule must have 6 layers and 7 scales; got 6 and 6"):

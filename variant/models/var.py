@@ -371,7 +371,6 @@ class VAR(nn.Module):
         """Check what the caller drops, and draw what it leaves out; None drops nothing."""
         config, batch, device = self.config, labels_B.shape[0], labels_B.device
         if dropped_B is not None:
-            check_tensor("VAR.forward", "dropped_B", dropped_B)
             if dropped_B.dtype != torch.bool or dropped_B.shape != labels_B.shape:
                 raise ValueError(
                     f"VAR.forward: dropped_B must be {tuple(labels_B.shape)} bool; got "
@@ -381,7 +380,6 @@ class VAR(nn.Module):
             dropped_B = torch.rand(batch, device=device) < config.cond_drop_rate
         shape = (config.depth, 2, batch)
         if branch_scales_N2B is not None:
-            check_tensor("VAR.forward", "branch_scales_N2B", branch_scales_N2B)
             if tuple(branch_scales_N2B.shape) != shape or not branch_scales_N2B.is_floating_point():
                 raise ValueError(
                     f"VAR.forward: branch_scales_N2B must be {shape} of a float dtype; got "
@@ -509,7 +507,10 @@ class VAR(nn.Module):
     def _check_devices(self, **tensors: Tensor | None) -> None:
         own = self.pos_start.device
         for name, tensor in tensors.items():
-            if tensor is not None and tensor.device != own:
+            if tensor is None:
+                continue
+            check_tensor("VAR.forward", name, tensor)
+            if tensor.device != own:
                 raise ValueError(
                     f"VAR.forward: {name} must be on the device of the weights ({own}); "
                     f"got {tensor.device}"
