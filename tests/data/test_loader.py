@@ -1,6 +1,8 @@
 """Samples that workers read ahead: which ones, in what order, and what errors do."""
 
 import itertools
+import resource
+import signal
 
 import numpy as np
 import pytest
@@ -71,6 +73,28 @@ def test_samples_are_those_of_the_source_and_no_generator_is_drawn_from(source, 
             assert torch.equal(getattr(read, name), getattr(expected, name))
     loader.close()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("file_bytes", [0, 64])
+def test_workers_need_shared_memory_for_locks_alone(source, file_bytes):
+    # Shared memory is a file to the kernel. A lock has 32 bytes, the smallest tensor here more.
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, hard))
+    loader = Loader(source, plan_of(), 2, pin=False)
+    try:
+        if file_bytes:
+            read_all(loader, plan_of())
+        else:
+            with pytest.raises(
+                UserError, match=r"cannot be started: .* /dev/shm \(File too large\)"
+            ):
+                read_all(loader, plan_of())
+        loader.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
 
 
 def read_all(loader, plan):

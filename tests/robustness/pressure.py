@@ -135,7 +135,8 @@ def check_full_disk(files: Files, folder: Path, rng: random.Random) -> None:
         code, text = _command(words)
     what = f"{words[0]} --out {Path(words[-1]).name} with files of {limit} bytes at most"
     _check_exit(what, code, text)
-    if code == 1 and str(folder) not in text:
+    # Locks of processes that read images lie in shared memory.
+    if code == 1 and str(folder) not in text and "/dev/shm" not in text:
         raise Failed(f"{what}: the message does not name the file: {text[:300]}")
     left = [path.name for path in folder.rglob("*.tmp")]
     if left:

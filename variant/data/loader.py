@@ -6,6 +6,7 @@ step, with any number of processes and workers.
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import sys
 from collections.abc import Iterator
@@ -91,9 +92,11 @@ class Loader:
         """The next samples of the plan, which must be these.
 
         Raises:
-            UserError: an image cannot be read.
+            UserError: an image cannot be read, or the workers cannot be started.
         """
         if self._iterator is None:
+            if self.workers:
+                _check_locks()
             self._iterator = iter(self._loader)
         request, samples = next(self._iterator)
         if request.epoch != epoch or not np.array_equal(request.indices, indices):
@@ -120,6 +123,18 @@ class _Reader(Dataset[Any]):
             return request, self.source.samples(request.indices, request.epoch)
         except UserError as error:
             return request, UserError(str(error))
+
+
+def _check_locks() -> None:
+    """Workers need locks, which take shared memory; torch leaves half an iterator without them."""
+    try:
+        multiprocessing.get_context("fork").Lock()
+    except OSError as error:
+        reason = f" ({error.strerror})" if error.errno else ""  # 0 where only a part was written
+        raise UserError(
+            "processes that read images cannot be started: too little shared memory; free some in "
+            f"/dev/shm{reason}"
+        ) from None
 
 
 def num_workers(section: DataSection) -> int:

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,10 @@ from torch.utils.data import get_worker_info
 
 from variant.data.bad_items import BadItem, BadItems
 from variant.data.images import STREAM_MIXUP, ImageData, Indices, epoch_order, stream
+
+
+def _from_arrays(*values: Any) -> Samples:
+    return Samples(*(torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in values))
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,12 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.labels_B)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # From a DataLoader's worker they come as arrays through a pipe. Tensors would take shared
+        # memory: where it is full, a thread of the worker loses them, and the training never ends.
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return _from_arrays, tuple(v.numpy() if isinstance(v, Tensor) else v for v in values)
 
     @property
     def images(self) -> Tensor:
