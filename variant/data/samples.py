@@ -24,7 +24,8 @@ from variant.data.images import STREAM_MIXUP, ImageData, Indices, epoch_order, s
 
 
 def _from_arrays(*values: Any) -> Samples:
-    return Samples(*(torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in values))
+    tensors: list[Any] = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in values]
+    return Samples(*tensors)
 
 
 @dataclass(frozen=True)
