@@ -231,7 +231,8 @@ class FolderData:
         return images, self.held_out_labels[torch.as_tensor(list(indices))]
 
     def take_bad(self) -> tuple[BadItem, ...]:
-        taken, self._bad = tuple(self._bad), []
+        # Threads read the images: the order in which they end must not decide what is named.
+        taken, self._bad = tuple(sorted(self._bad, key=lambda item: item.name)), []
         return taken
 
     def digest(self) -> str:
