@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-from tiny_runs import CPU, quiet
+from tiny_runs import CPU, is_killed, quiet
 
 from variant.training.vae_task import VAETask, train_vae
 from variant.training.var_task import VARTask, train_var
@@ -45,20 +45,15 @@ def kill_at(task, event):
 
 def sitting(recipe, kind, folder, event=None):
     """Train in a child process; returns whether it was killed."""
-    child = os.fork()  # before any thread of OpenMP exists
-    if child == 0:
+
+    def work():
         task, train = TASKS[kind]
         if event is not None:
             kill_at(task, event)
         resume = (folder / f"{kind}-last.pt").exists()
         train(recipe, folder, resume=resume, console=quiet(), device=CPU)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return True
-    assert os.WEXITSTATUS(status) == 0
-    return False
+
+    return is_killed(work)
 
 
 def main():

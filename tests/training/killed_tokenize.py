@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from tiny_runs import CPU
+from tiny_runs import CPU, is_killed
 
 from variant.data import shards
 from variant.training.tokenize import tokenize
@@ -42,17 +42,12 @@ def kill_at(event):
 
 def sitting(recipe, out, event):
     """Tokenize in a child process; returns whether it was killed."""
-    child = os.fork()  # before any thread of OpenMP exists
-    if child == 0:
+
+    def work():
         kill_at(event)
         tokenize(recipe, out, 3, vae_folder=out, device=CPU, shard_size=10)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return True
-    assert os.WEXITSTATUS(status) == 0
-    return False
+
+    return is_killed(work)
 
 
 def main():

@@ -140,3 +140,17 @@ def assert_same(left, right):
             assert_same(*pair)
     else:
         assert left == right
+
+
+def is_killed(work):
+    """Do some work in a child process, which must end or be killed; returns whether it was."""
+    child = os.fork()  # before any thread of OpenMP exists
+    if child == 0:
+        work()
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.WEXITSTATUS(status) == 0
+    return False
