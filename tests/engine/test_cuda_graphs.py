@@ -227,9 +227,10 @@ def test_a_graph_is_captured_on_the_warm_up_stream_alone_and_uncollected(monkeyp
     seen = []
 
     class Cuda(MagicMock):
+        @contextmanager
         def graph(self, graph, *, pool, stream, capture_error_mode):
             seen.append(("capture", stream, pool, capture_error_mode))
-            return nullcontext()
+            yield
 
         def stream(self, stream):
             seen.append(("warm up", stream))
@@ -237,6 +238,8 @@ def test_a_graph_is_captured_on_the_warm_up_stream_alone_and_uncollected(monkeyp
 
     cuda = Cuda()
     monkeypatch.setattr("variant.engine.cuda_graphs.torch.cuda", cuda)
+    clear = "variant.engine.cuda_graphs.torch._C._cuda_clearCublasWorkspaces"
+    monkeypatch.setattr(clear, lambda: seen.append("clear workspaces"), raising=False)
     recorder = GraphRecorder(torch.device("cuda", 1))
 
     def function():
@@ -248,13 +251,26 @@ def test_a_graph_is_captured_on_the_warm_up_stream_alone_and_uncollected(monkeyp
     assert seen == [
         ("warm up", stream),
         ("run", True, False),
+        "clear workspaces",
         ("capture", stream, pool, "thread_local"),
         ("run", False, True),
+        "clear workspaces",
     ]
     cuda.Stream.assert_called_once_with(torch.device("cuda", 1))
     recording.first[0].record_stream.assert_called_once()
     assert gc.isenabled()
     assert not device_lock.CAPTURE_OR_TIMING.locked()
+
+
+def test_workspaces_of_a_capture_that_fails_are_cleared_too(monkeypatch):
+    cleared = []
+    monkeypatch.setattr("variant.engine.cuda_graphs.torch.cuda", MagicMock())
+    clear = "variant.engine.cuda_graphs.torch._C._cuda_clearCublasWorkspaces"
+    monkeypatch.setattr(clear, lambda: cleared.append(1), raising=False)
+    results = [(MagicMock(),)]
+    with pytest.raises(IndexError):  # the second run is the capture
+        GraphRecorder(torch.device("cuda", 1)).record(results.pop)
+    assert cleared == [1, 1]
 
 
 def test_undecoded_tokens_can_be_decoded_later():

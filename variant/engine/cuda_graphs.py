@@ -64,6 +64,25 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
+@contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """Inside, cuBLAS allocates its workspaces anew: in the pool of the graph that is captured.
+
+    It would otherwise go on with those of the warm-up run, which are in the ordinary pool, and
+    whoever clears them (as ``torch.compile`` with its own graphs does) would leave the graph with
+    freed memory. Cleared again afterwards: no other work may use memory of the pool.
+    """
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is None:  # this torch has no CUDA
+        yield
+        return
+    clear()
+    try:
+        yield
+    finally:
+        clear()
+
+
 class GraphRecorder:
     """Records CUDA graphs into one memory pool: no two run at a time, so tensors may overlap."""
 
@@ -105,7 +124,8 @@ class GraphRecorder:
                 stream=self._stream,
                 capture_error_mode="thread_local",
             )
-            with device_lock.CAPTURE_OR_TIMING, _without_collections(), recording:
+            locked = device_lock.CAPTURE_OR_TIMING
+            with locked, _without_collections(), _own_workspaces(), recording:
                 outputs = function()
         return Recording(graph.replay, outputs, first)
 
