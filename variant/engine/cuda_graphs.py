@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from variant.engine.memory import idle_pool_bytes
 from variant_kernels import device_lock
 
 Tensors = tuple[Tensor, ...]
@@ -48,6 +49,10 @@ class Recorder(Protocol):
 
     def clear(self) -> None:
         """Frees the memory that recordings share; called when no recording is left."""
+        ...
+
+    def idle_bytes(self) -> int:
+        """Bytes of the memory that recordings share which no result occupies between two calls."""
         ...
 
 
@@ -134,6 +139,9 @@ class GraphRecorder:
         gc.collect()
         torch.cuda.empty_cache()
 
+    def idle_bytes(self) -> int:
+        return idle_pool_bytes(self._device, self._pool)
+
 
 class GraphCache:
     """Recordings by key: recorded at the first use, replayed at later ones.
@@ -152,6 +160,16 @@ class GraphCache:
 
     def __len__(self) -> int:
         return len(self._recorded)
+
+    def idle_bytes(self) -> int:
+        """Bytes that a recording, and nothing else, may use besides free memory; 0 without any."""
+        return self._recorder.idle_bytes() if self._recorded else 0
+
+    def clear(self) -> None:
+        """Drop all recordings and free their memory."""
+        with self._lock, self._recorder.serialized():
+            self._recorded.clear()
+            self._recorder.clear()
 
     def run(self, key: Hashable, function: Callable[..., Tensors], *inputs: Tensor) -> Tensors:
         """``function(*inputs)`` as new tensors.
