@@ -46,7 +46,8 @@ def test_two_processes_have_the_losses_of_one(start, tmp_path):
     assert set(one["names"].values()) == {"2", "3"}
     jobs = [Job(in_mode(start, mode), tmp_path / mode) for mode in MODES]
     folder = start.model.weights
-    for mode, (first, second) in zip(MODES, train_on_two(jobs, tmp_path / "jobs"), strict=True):
+    results, _ = train_on_two(jobs, tmp_path / "jobs")
+    for mode, (first, second) in zip(MODES, results, strict=True):
         assert first["ended"] == second["ended"] == "finished", first["ended"]
         assert losses(first) == losses(second)
         assert losses(first) == pytest.approx(losses(one), rel=1e-5)
