@@ -125,6 +125,7 @@ def _engine(data: dict[str, Any]) -> list[str]:
         lines += _weights_read(rows, data["limits"]["start"]["copy"])
         lines += _eight_bit_kv(rows)
     lines += _decoder(data["decoder"])
+    lines += _images(data.get("images", []))  # older files have none
     lines += _logits(data["logits"])
     for switch in data.get("switch", []):  # older files have none
         lines += [f"Switch {switch_line(switch)}.", ""]
@@ -198,6 +199,21 @@ def _decoder(rows: list[dict[str, Any]]) -> list[str]:
             "",
         ]
     return lines
+
+
+def _images(rows: list[dict[str, Any]]) -> list[str]:
+    """Generations with the decoder, a line for each depth."""
+    cells = []
+    for row in rows:
+        peers = ", ".join(
+            f"{peer['peer']} {peer['ms']['median']:,.1f} ms ({peer['ratio']:.2f} times)"
+            + ("\\*" if peer["full_depth"] else "")
+            for peer in row["against"]
+        )
+        ms = f"{row['ms']['median']:,.1f}"
+        cells.append([row["dtype"], str(row["batch"]), str(row["depth"]), ms, peers or "-"])
+    columns = ["with the decoder", "batch", "depth", "ours, ms per image", "peers"]
+    return table(columns, cells) if cells else []
 
 
 def _logits(rows: list[dict[str, Any]]) -> list[str]:
