@@ -21,6 +21,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 # Import names of what is needed besides torch and Triton.
@@ -46,7 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from benchmarks.gpu.settings import GPU, REHEARSAL
 
     run = Run(out, work, started)
-    run.begin({"notes": notes, "settings": "rehearsal" if options.rehearsal else "gpu"})
     settings = replace(
         REHEARSAL if options.rehearsal else GPU,
         var_repo=options.var_repo and options.var_repo.resolve(),
@@ -58,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         return _refuse(f"no step {unknown[0]!r}; there are: {', '.join(names)}")
     chosen = [step for step in every if not options.step or step.name in options.step]
+    run.begin(header(settings, notes))
     _import_everything()
     if options.rehearsal:
         from benchmarks.gpu import double
@@ -69,6 +73,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ok = runner.run_steps(run, settings, chosen, options.seconds)
     print(runner.summary(run))
     return 0 if ok else 1
+
+
+def header(settings: Settings, notes: list[str]) -> dict[str, Any]:
+    """What a reader of the results needs besides them."""
+    from benchmarks.gpu.steps import FILTERS
+
+    return {
+        "notes": notes,
+        "quick": settings.quick,
+        "dtype": settings.dtype,
+        "engine": {
+            "model": settings.model,
+            "device": settings.device,
+            "weights": "random" if settings.model.startswith("var-") else "trained",
+            "bridge": settings.bridge,
+            "sampling": FILTERS,
+        },
+    }
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

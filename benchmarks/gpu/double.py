@@ -1,4 +1,4 @@
-"""A double of the GPU for the rehearsal: ``torch.cuda`` and ``nvidia-smi`` replaced, CPU tensors."""
+"""A double of the GPU for the rehearsal: ``torch.cuda`` and ``nvidia-smi`` replaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes of a run: each in a group of its own that ends with this process, or is killed whole."""
+"""Processes of a run: each is a group that is killed whole, and ends when its parent does."""
 
 from __future__ import annotations
 

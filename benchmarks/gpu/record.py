@@ -16,9 +16,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.results import RUN as FORMAT
 from variant.bench.result_file import result_text
 
-FORMAT = "variant-gpu-run-1"
 RESULTS, LOG, ARCHIVE = "results.json", "log.txt", "logs.tar.gz"
 CLOCKS = "clocks.csv"
 # nvidia-smi's names of what is sampled, in the order of the columns after the time.

@@ -112,8 +112,8 @@ REHEARSAL = Settings(
     memory_small=(1, 2),
     memory_depths=(8,),
     smoke={
-        "golden model": (*_PYTEST, "tests/kernels/test_cache_plan.py", "-k", "empty or share"),
+        "golden model": (*_PYTEST, "tests/kernels/test_tensors.py"),
         "small cases": (*_PYTEST, "tests/gpu/test_small_cases.py"),
     },
-    tests={"kernels": (*_PYTEST, "tests/kernels/test_tensors.py")},
+    tests={"kernels": (*_PYTEST, "-n", "2", "tests/kernels/test_tensors.py")},
 )

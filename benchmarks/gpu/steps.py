@@ -69,7 +69,8 @@ class Ceilings(Measurement):
             run.set(environment=environment(command))
             return
         began, dtype = time.time(), getattr(torch, self.settings.dtype)
-        peaks = measure_peaks(device, [dtype, torch.float32], quick=item == "first rates")
+        quick = self.settings.quick or item == "first rates"
+        peaks = measure_peaks(device, [dtype, torch.float32], quick=quick)
         data = run.read()
         place = "end" if item == "rates at the end" else "start"
         run.set(limits={**data.get("limits", {}), place: peaks.to_dict()})
@@ -101,7 +102,10 @@ class Tests(Measurement):
         began = time.time()
         counts = Counts(lambda data: self.session.add("tests", item, data, began))
         status = pytest.main([*arguments, "-o", "pythonpath=. tests tests/kernels"], [counts])
-        counts.finish(int(status))
+        failures = counts.finish(int(status))
+        # 5: no test was chosen, as where all are skipped.
+        if status not in (0, 5):
+            raise RuntimeError(f"pytest ended with {int(status)}; {failures} failures")
 
 
 class Sanitizer(Measurement):

@@ -41,8 +41,9 @@ class Counts:
             self._failures.append({"test": report.nodeid, "message": text})
             self.finish(None)
 
-    def finish(self, status: int | None) -> None:
-        """Report the counts so far."""
+    def finish(self, status: int | None) -> int:
+        """Report the counts so far; returns the number of failures."""
         self._reported = time.monotonic()
         failures = list(self._failures)
         self._report({**self._counts, "failures": failures, "status": status})
+        return self._counts["failed"] + self._counts["errors"]

@@ -7,6 +7,7 @@ import json
 import sysconfig
 import tarfile
 from pathlib import Path
+from typing import Any
 
 MANIFEST, ARCHIVE = "manifest.json", "artefacts.tar.xz"
 # Sources of the compiled libraries.
@@ -20,9 +21,15 @@ def unpack(artefacts: Path, triton: Path, root: Path) -> list[str]:
     """
     try:
         manifest = json.loads((artefacts / MANIFEST).read_text())
-        archive = tarfile.open(artefacts / ARCHIVE)
-    except (OSError, ValueError, tarfile.TarError) as error:
-        return [f"no artefacts: {error}"]
+        with tarfile.open(artefacts / ARCHIVE) as archive:
+            return _unpack(manifest, archive, triton, root)
+    except (OSError, ValueError, KeyError, tarfile.TarError) as error:
+        return [f"no artefacts: {type(error).__name__}: {error}"]
+
+
+def _unpack(
+    manifest: dict[str, Any], archive: tarfile.TarFile, triton: Path, root: Path
+) -> list[str]:
     notes, libraries = [], True
     for name, here in (
         ("soabi", sysconfig.get_config_var("SOABI")),
@@ -30,24 +37,50 @@ def unpack(artefacts: Path, triton: Path, root: Path) -> list[str]:
     ):
         if manifest[name] != here:
             libraries = False
-            notes.append(f"artefacts: {name} is {here}; the libraries are of {manifest[name]}")
+            notes.append(f"artefacts: {name} here: {here}; of the libraries: {manifest[name]}")
+    renamed, note = _folders(manifest)
+    notes.append(note)
     count = 0
-    with archive:
-        for member in archive:
-            top, _, rest = member.name.partition("/")
-            if top == "triton":
-                folder, member.name = triton, rest
-                count += member.name.endswith(".cubin")
-            elif top == "libraries" and libraries:
-                folder, member.name = root / "variant_kernels", rest
-            else:
-                continue
-            if member.isfile() and rest:
-                archive.extract(member, folder, filter="data")
+    for member in archive:
+        top, _, rest = member.name.partition("/")
+        if top == "triton":
+            key, _, name = rest.partition("/")
+            folder, member.name = triton, f"{renamed.get(key, key)}/{name}"
+            count += name.endswith(".cubin")
+        elif top == "libraries" and libraries:
+            folder, member.name = root / "variant_kernels", rest
+        else:
+            continue
+        if member.isfile():
+            archive.extract(member, folder, filter="data")
+    # A group lists the files of an entry by their paths where it was compiled.
+    for path in triton.glob("*/__grp__*.json"):
+        group = json.loads(path.read_text())
+        group["child_paths"] = {name: str(path.parent / name) for name in group["child_paths"]}
+        path.write_text(json.dumps(group))
     if libraries:
         notes.append("artefacts: the libraries are in place")
-    notes.append(f"artefacts: {count} Triton kernels of Triton {manifest['triton']}")
+    notes.append(f"artefacts: {count} Triton kernels")
     return notes
+
+
+def _folders(manifest: dict[str, Any]) -> tuple[dict[str, str], str]:
+    """New names of the entries, where this is another build of the same version of Triton."""
+    try:
+        import triton
+        from triton.runtime.cache import _base32, triton_key
+    except ImportError as error:
+        return {}, f"artefacts: Triton's cache: {error}"
+    if triton.__version__ != manifest["triton"]:
+        return {}, f"artefacts: Triton {manifest['triton']}; here it is {triton.__version__}"
+    key = triton_key()
+    if key == manifest["triton_key"]:
+        return {}, f"artefacts: Triton {manifest['triton']}, the same build"
+    renamed = {
+        folder: _base32(hashlib.sha256((key + tail).encode()).hexdigest())
+        for folder, tail in manifest["tails"].items()
+    }
+    return renamed, f"artefacts: another build of Triton {manifest['triton']}: entries renamed"
 
 
 def extension_is_missing(root: Path) -> bool:
