@@ -258,6 +258,9 @@ def _double_of_torch() -> Iterator[None]:
             "empty_cache": lambda: None,
         }.items():
             stack.enter_context(patch.object(torch.cuda, name, value))
+        # A generator of the GPU would look for its driver.
+        generator = torch.Generator()
+        stack.enter_context(patch.object(torch, "Generator", lambda device=None: generator))
         # Initial values do not exist here, and drawing them is not possible.
         for name in ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_"):
             stack.enter_context(patch.object(nn.init, name, unchanged))
