@@ -63,9 +63,9 @@ def test_what_does_not_compile_is_a_line_and_an_exit_code(tmp_path):
 
 IN_FLIGHT = """
 import re, sys
-from variant_kernels.triton_ops.compile_cases import COMPILE_CASES
 from variant_kernels.triton_ops.compile_report import compile_stages
-(case,) = (c for c in COMPILE_CASES if c.label == sys.argv[1] and "sm_90" in c.targets)
+from variant_kernels.triton_ops.compile_cases.paged_attention import CASES
+(case,) = (c for c in CASES if c.label == sys.argv[1] and "sm_90" in c.targets)
 text = compile_stages(case, "sm_90", "bf16").asm["ttgir"]
 for loop in re.findall(r"scf[.]for.*?scf[.]yield", text, re.DOTALL):
     print(*re.findall(r"async_wait [^\\n]*num = ([0-9]+)", loop))
