@@ -168,6 +168,8 @@ class EngineSpeed(Measurement):
             self._measure(item)
 
     def _measure(self, item: str) -> None:
+        from variant.bench.engine_bench import images
+
         comparison, config, began = self.comparison, self.config, time.time()
         first = replace(config, depths=config.depths[:2])
         # A few rounds at once tell most; all rounds replace them.
@@ -182,7 +184,7 @@ class EngineSpeed(Measurement):
         if names:
             measured["rows"] = _plain(comparison.run(_ignore))
         elif item.startswith("with the decoder"):
-            measured["images"] = comparison.images(_ignore)
+            measured["images"] = images(comparison, _ignore)
         elif item == "decoder alone":
             measured["decoder"] = [comparison.decoder(_ignore)]
         elif item == "switch of depth":

@@ -348,50 +348,6 @@ class EngineComparison:
             ],
         }
 
-    def images(self, on_sample: Callable[[str], None]) -> list[dict[str, Any]]:
-        """Whole generations with the decoder: each depth, the original at full depth."""
-        full, calls = self.var.config.depth, dict[str, Call]()
-        for depth in self.setting.depths:
-            calls[f"ours, depth {depth}"] = functools.partial(self._image, depth)
-        if self.original is not None:
-            for name, autocast in peer_settings(self.device).items():
-                calls[f"original {name}"] = functools.partial(
-                    self._original, autocast, decoder=True
-                )
-        samples = time_interleaved(
-            calls,
-            rounds=self.setting.runs,
-            min_seconds=0.02,
-            device=self.device,
-            on_sample=on_sample,
-        )
-        return [
-            {
-                "depth": depth,
-                "batch": self.setting.batch,
-                "dtype": dtype_name(self.setting.dtype),
-                "ms": asdict(self._timing(samples[f"ours, depth {depth}"])),
-                "against": [
-                    asdict(
-                        self._against(
-                            name,
-                            theirs,
-                            samples[f"ours, depth {depth}"],
-                            full_depth=depth != full,
-                        )
-                    )
-                    for name, theirs in samples.items()
-                    if name.startswith("original")
-                ],
-            }
-            for depth in self.setting.depths
-        ]
-
-    def _image(self, depth: int) -> SelfTimed:
-        """Seconds of one generation with its decoder."""
-        self.seed += 1
-        return SelfTimed(self._generate(depth, decode=True, seed=self.seed).stats.seconds)
-
     @torch.inference_mode()
     def _plain_decode(self, f_hat: Tensor, autocast: bool) -> Tensor:
         with device.autocast(self.device, autocast):
@@ -515,6 +471,44 @@ class EngineComparison:
         )
 
 
+def images(comparison: EngineComparison, on_sample: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Whole generations with the decoder: each depth, beside the original at full depth."""
+    setting, full = comparison.setting, comparison.var.config.depth
+
+    def ours(depth: int) -> SelfTimed:
+        comparison.seed += 1
+        stats = comparison._generate(depth, decode=True, seed=comparison.seed).stats
+        return SelfTimed(stats.seconds)
+
+    calls: dict[str, Call] = {
+        f"ours, depth {depth}": functools.partial(ours, depth) for depth in setting.depths
+    }
+    originals = peer_settings(comparison.device) if comparison.original is not None else {}
+    for name, autocast in originals.items():
+        calls[f"original {name}"] = functools.partial(comparison._original, autocast, decoder=True)
+    samples = time_interleaved(
+        calls, rounds=setting.runs, min_seconds=0.02, device=comparison.device, on_sample=on_sample
+    )
+    rows = []
+    for depth in setting.depths:
+        own, shallow = samples[f"ours, depth {depth}"], depth != full
+        against = [
+            asdict(comparison._against(name, samples[name], own, full_depth=shallow))
+            for name in calls
+            if name.startswith("original")
+        ]
+        rows.append(
+            {
+                "depth": depth,
+                "batch": setting.batch,
+                "dtype": dtype_name(setting.dtype),
+                "ms": asdict(comparison._timing(own)),
+                "against": against,
+            }
+        )
+    return rows
+
+
 def _difference(what: str, ours: Tensor, theirs: Tensor) -> LogitsDifference:
     apart = (ours.double() - theirs.double()).abs()
     return LogitsDifference(what, float(apart.max()), float(apart.mean()), float(theirs.std()))
@@ -546,7 +540,7 @@ def measure(
                 for difference in comparison.logits()
             ],
             "decoder": [comparison.decoder(on_sample)] if setting.decoder else [],
-            "images": comparison.images(on_sample) if setting.decoder else [],
+            "images": images(comparison, on_sample) if setting.decoder else [],
             "switch": [asdict(switch) for switch in comparison.switch()],
         }
 
