@@ -245,6 +245,12 @@ def _double_of_torch() -> Iterator[None]:
         def query(self) -> bool:
             return True
 
+    class Generator(torch.Generator):
+        """One of the GPU would look for its driver."""
+
+        def __new__(cls, device: Any = None) -> Any:
+            return super().__new__(cls)
+
     def unchanged(tensor: Any, *arguments: Any, **options: Any) -> Any:
         return tensor
 
@@ -258,9 +264,7 @@ def _double_of_torch() -> Iterator[None]:
             "empty_cache": lambda: None,
         }.items():
             stack.enter_context(patch.object(torch.cuda, name, value))
-        # A generator of the GPU would look for its driver.
-        generator = torch.Generator()
-        stack.enter_context(patch.object(torch, "Generator", lambda device=None: generator))
+        stack.enter_context(patch.object(torch, "Generator", Generator))
         # Initial values do not exist here, and drawing them is not possible.
         for name in ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_"):
             stack.enter_context(patch.object(nn.init, name, unchanged))
