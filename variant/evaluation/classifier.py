@@ -29,7 +29,7 @@ from variant.paths import open_regular, path_kind, read_json, shown
 from variant_kernels.arguments import integer
 
 FORMAT = "variant-classifier-1"
-WIDTHS = (32, 64, 128)
+WIDTHS = (16, 32, 64)
 FEATURES = 64
 # Steps, images of a step and the peak learning rate of AdamW with a one-cycle schedule.
 STEPS, BATCH, LEARNING_RATE = 1500, 128, 3e-3

@@ -1,4 +1,4 @@
-"""Networks whose features are compared: the Inception of FID, DINOv2, a classifier, or any function.
+"""Networks whose features are compared: the Inception of FID, a classifier, or any function.
 
 The name of a number comes from its network: FID for the Inception of 2015 with the published
 weights, FD with the network's name for all others.
@@ -144,7 +144,9 @@ def _function(name: str, device: torch.device) -> FeatureNetwork:
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"eval: --features {name}: {error}") from None
     if not callable(function):
-        raise UserError(f"eval: --features {name}: must name a function; it is {type(function).__name__}")
+        raise UserError(
+            f"eval: --features {name}: must name a function; it is {type(function).__name__}"
+        )
 
     def run(images_B3YX: Tensor) -> Features:
         features = function(images_B3YX)

@@ -39,7 +39,7 @@ class ImageSet:
 
     name: for messages.  labels: the class of each image, where the files' names tell.
     read: the images of some indices, (B, 3, Y, X).
-    seen: SHA-256 of the pixels of the images that were read, and how often.
+    seen: SHA-256 of the pixels of the images of the last pass, and how often each came.
     """
 
     name: str
@@ -54,6 +54,7 @@ class ImageSet:
         Raises:
             UserError: an image is of another size than the first.
         """
+        self.seen = {}
         for start in range(0, self.count, size):
             images = self.read(range(start, min(start + size, self.count)))
             for image in images:

@@ -34,7 +34,12 @@ class ConvNormReLU(nn.Module):
     """Convolution, batch norm, ReLU. Stride 1 keeps the size unless ``valid``."""
 
     def __init__(
-        self, inputs: int, outputs: int, kernel: tuple[int, int], stride: int = 1, valid: bool = False
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: tuple[int, int],
+        stride: int = 1,
+        valid: bool = False,
     ) -> None:
         super().__init__()
         padding = (0, 0) if valid or stride > 1 else (kernel[0] // 2, kernel[1] // 2)
@@ -235,7 +240,7 @@ def checked_images(op: str, images_B3YX: Tensor) -> Tensor:
 
 
 def resize_as_tensorflow(images_BIYX: Tensor, side: int) -> Tensor:
-    """Bilinear resize of TensorFlow 1: pixel i of the output lies at i times the ratio of the sizes.
+    """Bilinear resize of TensorFlow 1: output pixel i lies at i times the ratio of the sizes.
 
     No half pixel is added, and nothing is averaged where the output is smaller, so that libraries'
     own functions give other values (Parmar et al. 2022, "On aliased resizing").

@@ -70,11 +70,11 @@ class Evaluation:
     metrics: tuple[Metric, ...]
     network: str
     network_sha256: str
-    images: int
+    num_images: int
     images_sha256: str
     repeats: int
     reference: str
-    reference_images: int
+    num_reference_images: int
     reference_sha256: str | None
 
 
@@ -89,20 +89,21 @@ def extract(
     Args:
         advance: called with the number of images and the name of the set after each batch.
     """
-    parts: list[Features] = []
+    rows: list[Tensor] = []
+    spatial: list[Tensor] = []
+    logits: list[Tensor] = []
     with torch.inference_mode():
         for pixels in images.batches(batch):
             output = network.run(pixels.to(network.device))
-            parts.append(Features(*(None if x is None else x.cpu() for x in _tensors(output))))
+            rows.append(output.features_BD.cpu())
+            spatial += [] if output.spatial_BD is None else [output.spatial_BD.cpu()]
+            logits += [] if output.logits_BC is None else [output.logits_BC.cpu()]
             advance(len(pixels), images.name)
-    columns = zip(*map(_tensors, parts), strict=True)
     return Features(
-        *(None if column[0] is None else torch.cat([*column]) for column in columns)  # type: ignore[list-item]
+        torch.cat(rows),
+        torch.cat(spatial) if spatial else None,
+        torch.cat(logits) if logits else None,
     )
-
-
-def _tensors(features: Features) -> tuple[Tensor | None, ...]:
-    return features.features_BD, features.spatial_BD, features.logits_BC
 
 
 def evaluate(
@@ -124,7 +125,9 @@ def evaluate(
     """
     integer("evaluate", "batch", batch, 1)
     if images.count < LEAST:
-        raise UserError(f"eval: at least {LEAST} images are needed; {images.name} has {images.count}")
+        raise UserError(
+            f"eval: at least {LEAST} images are needed; {images.name} has {images.count}"
+        )
     _check_sizes(images, reference)
     own = extract(images, network, batch, advance)
     real = None
@@ -137,8 +140,8 @@ def evaluate(
         real = extract(reference.images, network, batch, advance)
     if images.repeats:
         warnings.warn(
-            f"eval: {images.repeats:,} of {images.count:,} images of {images.name} equal an earlier "
-            "one",
+            f"eval: {images.repeats:,} of {images.count:,} images of {images.name} equal an "
+            "earlier one",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -177,11 +180,11 @@ def evaluate(
         metrics=tuple(metrics),
         network=network.name,
         network_sha256=network.sha256,
-        images=images.count,
+        num_images=images.count,
         images_sha256=images.sha256(),
         repeats=images.repeats,
         reference=reference.name,
-        reference_images=0 if reference.images is None else reference.images.count,
+        num_reference_images=0 if reference.images is None else reference.images.count,
         reference_sha256=None if reference.images is None else reference.images.sha256(),
     )
 
