@@ -9,9 +9,10 @@ import pytest
 import torch
 from small_models import small_model
 
+from variant.engine import engine as engine_module
 from variant.engine.cuda_graphs import GraphCache, GraphRecorder, Recording
 from variant.engine.engine import Engine
-from variant_kernels import device_lock
+from variant_kernels import CachePlan, device_lock
 
 
 class Repeater:
@@ -24,6 +25,7 @@ class Repeater:
         self.recorded = 0
         self.serialized_calls = 0
         self.cleared = 0
+        self.idle = 0
 
     @contextmanager
     def serialized(self):
@@ -43,6 +45,10 @@ class Repeater:
 
     def clear(self):
         self.cleared += 1
+        self.idle = 0
+
+    def idle_bytes(self):
+        return self.idle
 
 
 @pytest.fixture
@@ -213,6 +219,51 @@ def test_recordings_are_dropped_when_a_new_one_runs_out_of_memory():
     assert (recorder.recorded, recorder.cleared) == (3, 2)
 
 
+def test_memory_of_the_graphs_is_for_graphs_until_another_batch_needs_it(recorder, monkeypatch):
+    """Three images fit beside the memory that the graphs hold, two more into that memory."""
+    model = small_model()
+    engine = Engine(model.var, model.vae)
+    plan = CachePlan(model.var.layout, model.var.schedule(None))
+    one, always = engine.image_bytes(plan), engine.decoder_bytes()
+    free = {0: 5 * one + always, 1: 3 * one + always}
+    monkeypatch.setattr("variant.engine.engine.free_bytes", lambda device: free[recorder.idle > 0])
+
+    def batches(**options):
+        return engine.generate([0] * 5, seed=0, decode=False, **options).stats.batches
+
+    assert batches() == 1
+    recorder.idle = -(-2 * one * 10 // 8)  # of which a share of 0.8 is usable
+    assert batches() == 1
+    watched = {"on_scale": lambda k, partial: None}
+    assert batches(max_batch=3, **watched) == 2  # fits as it is
+    assert recorder.cleared == 0
+    assert batches(**watched) == 1
+    assert recorder.cleared == 1
+    assert len(engine._graphs[1].graphs) == 0
+    assert batches() == 1
+    assert (recorder.recorded, recorder.cleared) == (2, 1)
+
+
+def test_a_call_without_a_graph_drops_the_recordings_that_leave_it_no_memory(recorder, monkeypatch):
+    model = small_model()
+    engine = Engine(model.var, model.vae)
+    tokens = engine.generate([1, 2], seed=0).tokens
+    expected = engine.forced_logits(torch.tensor([1, 2]), tokens)
+    logits = engine_module.teacher_forced_logits
+
+    def full(*arguments):
+        if not recorder.cleared:
+            raise torch.OutOfMemoryError
+        return logits(*arguments)
+
+    monkeypatch.setattr(engine_module, "teacher_forced_logits", full)
+    assert torch.equal(engine.forced_logits(torch.tensor([1, 2]), tokens), expected)
+    assert (recorder.cleared, len(engine._graphs[1].graphs)) == (1, 0)
+    recorder.cleared = 0
+    with pytest.raises(torch.OutOfMemoryError):  # nothing is left to drop
+        engine.forced_logits(torch.tensor([1, 2]), tokens)
+
+
 def test_running_out_of_memory_with_no_recording_to_drop_raises():
     class Full(Repeater):
         def record(self, function):
@@ -227,9 +278,10 @@ def test_a_graph_is_captured_on_the_warm_up_stream_alone_and_uncollected(monkeyp
     seen = []
 
     class Cuda(MagicMock):
+        @contextmanager
         def graph(self, graph, *, pool, stream, capture_error_mode):
             seen.append(("capture", stream, pool, capture_error_mode))
-            return nullcontext()
+            yield
 
         def stream(self, stream):
             seen.append(("warm up", stream))
@@ -237,6 +289,8 @@ def test_a_graph_is_captured_on_the_warm_up_stream_alone_and_uncollected(monkeyp
 
     cuda = Cuda()
     monkeypatch.setattr("variant.engine.cuda_graphs.torch.cuda", cuda)
+    clear = "variant.engine.cuda_graphs.torch._C._cuda_clearCublasWorkspaces"
+    monkeypatch.setattr(clear, lambda: seen.append("clear workspaces"), raising=False)
     recorder = GraphRecorder(torch.device("cuda", 1))
 
     def function():
@@ -248,13 +302,26 @@ def test_a_graph_is_captured_on_the_warm_up_stream_alone_and_uncollected(monkeyp
     assert seen == [
         ("warm up", stream),
         ("run", True, False),
+        "clear workspaces",
         ("capture", stream, pool, "thread_local"),
         ("run", False, True),
+        "clear workspaces",
     ]
     cuda.Stream.assert_called_once_with(torch.device("cuda", 1))
     recording.first[0].record_stream.assert_called_once()
     assert gc.isenabled()
     assert not device_lock.CAPTURE_OR_TIMING.locked()
+
+
+def test_workspaces_of_a_capture_that_fails_are_cleared_too(monkeypatch):
+    cleared = []
+    monkeypatch.setattr("variant.engine.cuda_graphs.torch.cuda", MagicMock())
+    clear = "variant.engine.cuda_graphs.torch._C._cuda_clearCublasWorkspaces"
+    monkeypatch.setattr(clear, lambda: cleared.append(1), raising=False)
+    results = [(MagicMock(),)]
+    with pytest.raises(IndexError):  # the second run is the capture
+        GraphRecorder(torch.device("cuda", 1)).record(results.pop)
+    assert cleared == [1, 1]
 
 
 def test_undecoded_tokens_can_be_decoded_later():

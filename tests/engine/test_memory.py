@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from variant.engine import memory
+from variant.engine.cuda_graphs import GraphRecorder
 from variant.engine.memory import (
     _group_limit,
     batch_size,
@@ -169,7 +170,38 @@ def test_free_bytes_are_a_share_of_the_smaller_limit(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (700, 9999))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 400)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
-    assert free_bytes(torch.device("cuda")) == 800
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", list)
+    assert free_bytes(torch.device("cuda", 0)) == 800
+
+
+def segment(device, pool, total, allocated):
+    return {
+        "device": device,
+        "segment_pool_id": pool,
+        "total_size": total,
+        "allocated_size": allocated,
+    }
+
+
+def test_memory_that_torch_caches_for_graphs_is_not_free(monkeypatch):
+    snapshot = [
+        segment(0, (0, 0), 150, 50),
+        segment(0, (0, 1), 100, 40),
+        segment(0, (1, 0), 50, 10),
+        segment(1, (0, 1), 1000, 0),
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: snapshot)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (700, 9999))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for device in (torch.device("cuda", 0), torch.device("cuda")):
+        assert free_bytes(device) == (700 + 200 - 60 - 40) * 0.8
+        assert memory.idle_pool_bytes(device) == 60 + 40
+        assert memory.idle_pool_bytes(device, (0, 1)) == 60
+    monkeypatch.setattr("variant.engine.cuda_graphs.torch.cuda.Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (1, 0))
+    assert GraphRecorder(torch.device("cuda", 0)).idle_bytes() == 40
 
 
 def test_available_memory_is_read_in_bytes(monkeypatch):

@@ -4,6 +4,8 @@ flash-attn and FlashInfer run on NVIDIA GPUs only. Here doubles with their signa
 reads the arguments as the library documents them and answers with plain torch.
 """
 
+import gc
+import itertools
 import sys
 import types
 
@@ -11,7 +13,13 @@ import pytest
 import torch
 from compare import Tally
 
-from variant_kernels import ScaleLayout, block_causal_attention
+from variant_kernels import (
+    CachePlan,
+    DepthSchedule,
+    PagedKVCache,
+    ScaleLayout,
+    block_causal_attention,
+)
 from variant_kernels.dispatch import support
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import Backend
@@ -68,9 +76,23 @@ class Wrapper:
 
     planned = 0
 
-    def __init__(self, workspace, layout):
+    def __init__(
+        self,
+        workspace,
+        layout,
+        *,
+        use_cuda_graph,
+        qo_indptr_buf,
+        paged_kv_indptr_buf,
+        paged_kv_indices_buf,
+        paged_kv_last_page_len_buf,
+    ):
         assert workspace.dtype == torch.uint8
         assert layout == "NHD"
+        assert use_cuda_graph
+        assert len(qo_indptr_buf) == len(paged_kv_indptr_buf)
+        assert len(paged_kv_indptr_buf) == len(paged_kv_last_page_len_buf) + 1
+        self.pages = paged_kv_indices_buf
 
     def plan(
         self,
@@ -94,7 +116,9 @@ class Wrapper:
         assert q_data_type == kv_data_type
         assert all(x.dtype == torch.int32 for x in (qo_indptr, paged_kv_indptr, paged_kv_indices))
         self.queries, self.starts = qo_indptr.tolist(), paged_kv_indptr.tolist()
-        self.pages, self.last = paged_kv_indices, paged_kv_last_page_len.tolist()
+        assert len(paged_kv_indices) <= len(self.pages)
+        self.pages[: len(paged_kv_indices)].copy_(paged_kv_indices)
+        self.last = paged_kv_last_page_len.tolist()
         self.page_size, self.scale = page_size, sm_scale
 
     def run(self, q_NHD, pages):
@@ -115,11 +139,7 @@ def flashinfer_double(monkeypatch):
     module(monkeypatch, "flashinfer", BatchPrefillWithPagedKVCacheWrapper=Wrapper)
     monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 16)
     monkeypatch.setattr(Wrapper, "planned", 0)
-    flashinfer._plans.clear()
-    flashinfer._workspaces.clear()
-    yield
-    flashinfer._plans.clear()
-    flashinfer._workspaces.clear()
+    gc.collect()  # tables of earlier tests
 
 
 def compare_with_the_definition(launch):
@@ -167,19 +187,42 @@ def test_flashinfer_plans_a_table_once_and_again_when_it_changes(flashinfer_doub
     torch.testing.assert_close(shorter, expected)
 
 
-def test_flashinfer_forgets_the_oldest_plans(flashinfer_double, monkeypatch):
-    monkeypatch.setattr(flashinfer, "MAX_PLANS", 2)
-    inputs = paged.sample_inputs(torch.float32, torch.Generator().manual_seed(0))[:4]
-    for q, k, v, table, lengths in inputs:
-        flashinfer.launch_paged_attention_forward(
-            q_BTHD=q,
-            k_pages_PNHD=k,
-            v_pages_PNHD=v,
-            page_table_BM=table,
-            kv_lens_B=lengths,
-            softmax_scale=0.1,
-        )
-    assert len(flashinfer._plans) == 2
+def test_flashinfer_plans_every_layer_of_a_deep_model_before_its_graph_is_captured(
+    flashinfer_double, monkeypatch
+):
+    """300 tables, of 30 layers at 10 scales: they share 10 plans, and no table is forgotten."""
+    layers, generator = 30, torch.Generator().manual_seed(0)
+    plan = CachePlan(ScaleLayout.from_patch_nums(range(1, 11)), DepthSchedule.full(layers, 10), 16)
+    tables = {}
+
+    def run():
+        cache = PagedKVCache(plan, 2, 1, 16, torch.float32, page_tables=tables)
+        cache.k_pages.normal_(generator=generator)
+        cache.v_pages.normal_(generator=generator)
+        for scale, layer in itertools.product(range(10), range(layers)):
+            step = cache.open(layer, scale)
+            arguments = {
+                "q_BTHD": torch.randn(2, 1, 1, 16, generator=generator),
+                "k_pages_PNHD": cache.k_pages,
+                "v_pages_PNHD": cache.v_pages,
+                "page_table_BM": step.page_table_BM,
+                "kv_lens_B": step.kv_lens_B,
+                "softmax_scale": 0.3,
+            }
+            out = flashinfer.launch_paged_attention_forward(**arguments)
+            cache.close(layer, scale)
+            torch.testing.assert_close(out, paged.reference_paged_attention(**arguments))
+
+    run()
+    assert len(tables) == 300
+    assert Wrapper.planned == len(flashinfer._plans) == 10
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    run()
+    assert Wrapper.planned == 10
+    tables.clear()  # as when the recording that kept them is dropped
+    gc.collect()
+    assert len(flashinfer._plans) == len(flashinfer._planned) == len(flashinfer._workspaces) == 0
 
 
 def test_flashinfer_does_not_plan_inside_a_capture(flashinfer_double, monkeypatch):

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from golden_models import NAMES, load_golden
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.quantizer import residual_conv_of_scale
@@ -73,6 +74,43 @@ def test_stepwise_calls_give_what_the_whole_calls_give():
             inputs.append(model.next_scale_input(f_hat, k))
     assert torch.equal(torch.cat(inputs, dim=1), model.teacher_input(tokens))
     assert torch.equal(model.decode_features(f_hat), model.decode(tokens))
+
+
+class Convolutions(TorchDispatchMode):
+    """Notes the flags of each convolution; None where torch's global settings decide."""
+
+    def __init__(self):
+        super().__init__()
+        self.flags = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "convolution" in func.name():
+            self.flags.append(args[9:] if func is torch.ops.aten._convolution.default else None)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_feature_map_is_accumulated_without_tf32_whatever_torch_allows(monkeypatch):
+    """cuDNN takes TF32 by default, and tokens drawn from the feature map would differ by device."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    vae, tokens = small(), torch.randint(0, 16, (2, 21))
+    f_hat = vae.new_features(2)
+    with torch.no_grad(), Convolutions() as seen:
+        for k in range(3):
+            vae.accumulate(f_hat, tokens[:, vae.layout.slice(k)], k)
+        vae.teacher_input(tokens)
+        vae.quantize.encode(torch.randn(2, 4, 4, 4))
+    benchmark_deterministic_enabled_tf32 = (False, True, True, False)
+    assert seen.flags == [benchmark_deterministic_enabled_tf32] * (3 + 2 + 3)
+    assert torch.backends.cudnn.allow_tf32  # of other threads
+
+
+def test_the_convolution_without_tf32_is_torchs_own():
+    conv, x = small().quantize.quant_resi[0], torch.randn(2, 4, 4, 4)
+    with_gradient = conv(x)
+    with torch.no_grad():
+        assert torch.equal(conv(x), with_gradient)
+        assert conv.half()(x.half()).dtype == torch.float16
 
 
 def test_four_convolutions_are_shared_by_ten_scales_as_in_trained_checkpoints():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from threading import Lock
+from typing import Any, TypeVar, cast
 
 import torch
 
+from variant.engine.cuda_graphs import GraphCache
 from variant.engine.graph_replay import GraphReplay
 from variant.engine.page_tables import PageTableCache
 from variant.engine.weights import EngineWeights, WeightsVersion
@@ -16,6 +19,8 @@ from variant.models.vqvae import VQVAE
 from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.packed_linear import can_pack
 from variant_kernels.products import product_dtype
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class CastModels:
@@ -67,6 +72,11 @@ class CastModels:
         """Whether the weights are packed for the CPU's matrix library."""
         return self.pack and can_pack(self.device, self.product_dtype)
 
+    @property
+    def _recordings(self) -> GraphCache | None:
+        """Those made with the weights of the last call."""
+        return None if self._graphs is None else self._graphs[1].graphs
+
     def refresh(self) -> None:
         """Casts the weights again at the next call: needed after a change through ``.data``."""
         with self._lock:
@@ -82,6 +92,27 @@ class CastModels:
                 weights = EngineWeights(self.var, self.vae, self.product_dtype, self.packed)
                 self._cast = version, weights
             return self._cast[1]
+
+
+def without_graphs_if_full(method: F) -> F:
+    """Runs a method without side effects; once more without recordings if memory ran out.
+
+    Only graphs can use the memory that they hold.
+    """
+
+    @wraps(method)
+    def run(self: CastModels, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except torch.OutOfMemoryError:
+            recordings = self._recordings
+            if not recordings:
+                raise
+        # Here the frame of the failed call is gone, and its tensors are freed.
+        recordings.clear()
+        return method(self, *args, **kwargs)
+
+    return cast("F", run)
 
 
 @cache

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from variant.engine.memory import idle_pool_bytes
 from variant_kernels import device_lock
 
 Tensors = tuple[Tensor, ...]
@@ -50,6 +51,10 @@ class Recorder(Protocol):
         """Frees the memory that recordings share; called when no recording is left."""
         ...
 
+    def idle_bytes(self) -> int:
+        """Bytes of the memory that recordings share which no result occupies between two calls."""
+        ...
+
 
 @contextmanager
 def _without_collections() -> Iterator[None]:
@@ -62,6 +67,25 @@ def _without_collections() -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
+
+
+@contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """Inside, cuBLAS allocates its workspaces anew: in the pool of the graph that is captured.
+
+    It would otherwise go on with those of the warm-up run, which are in the ordinary pool, and
+    whoever clears them (as ``torch.compile`` with its own graphs does) would leave the graph with
+    freed memory. Cleared again afterwards: no other work may use memory of the pool.
+    """
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is None:  # this torch has no CUDA
+        yield
+        return
+    clear()
+    try:
+        yield
+    finally:
+        clear()
 
 
 class GraphRecorder:
@@ -105,7 +129,8 @@ class GraphRecorder:
                 stream=self._stream,
                 capture_error_mode="thread_local",
             )
-            with device_lock.CAPTURE_OR_TIMING, _without_collections(), recording:
+            locked = device_lock.CAPTURE_OR_TIMING
+            with locked, _without_collections(), _own_workspaces(), recording:
                 outputs = function()
         return Recording(graph.replay, outputs, first)
 
@@ -113,6 +138,9 @@ class GraphRecorder:
         self._pool = torch.cuda.graph_pool_handle()
         gc.collect()
         torch.cuda.empty_cache()
+
+    def idle_bytes(self) -> int:
+        return idle_pool_bytes(self._device, self._pool)
 
 
 class GraphCache:
@@ -132,6 +160,16 @@ class GraphCache:
 
     def __len__(self) -> int:
         return len(self._recorded)
+
+    def idle_bytes(self) -> int:
+        """Bytes that a recording, and nothing else, may use besides free memory; 0 without any."""
+        return self._recorder.idle_bytes() if self._recorded else 0
+
+    def clear(self) -> None:
+        """Drop all recordings and free their memory."""
+        with self._lock, self._recorder.serialized():
+            self._recorded.clear()
+            self._recorder.clear()
 
     def run(self, key: Hashable, function: Callable[..., Tensors], *inputs: Tensor) -> Tensors:
         """``function(*inputs)`` as new tensors.

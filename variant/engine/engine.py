@@ -32,8 +32,8 @@ from variant.engine.batches import (
     synchronized_time,
     without_autocast,
 )
-from variant.engine.cast_models import CastModels
-from variant.engine.cuda_graphs import GraphRecorder, Recorder
+from variant.engine.cast_models import CastModels, without_graphs_if_full
+from variant.engine.cuda_graphs import GraphCache, GraphRecorder, Recorder
 from variant.engine.drawing import extra_logit_bytes
 from variant.engine.generation import Generation, PerScale, Sampling
 from variant.engine.graph_replay import GraphReplay
@@ -145,6 +145,7 @@ class Engine(CastModels):
 
     # --- public ---------------------------------------------------------------------------------
 
+    @without_graphs_if_full
     @without_autocast
     @torch.no_grad()
     def forced_logits(
@@ -283,48 +284,35 @@ class Engine(CastModels):
     def _run(self, labels: Labels, sampling: Sampling, options: CallOptions) -> Run:
         """The batches of a request, none of them started; raises what ``generate`` raises."""
         call = Call.of(options)
-        op, config, layout = "generate", self.var.config, self.var.layout
-        kv_dtype = self._kv_dtype(op, call.kv_dtype)
-        labels_B = check_labels(labels, config)
-        instance(op, "sampling", sampling, Sampling).check_run(layout.num_scales, self.device)
-        schedule = self.var.schedule(call.depth, call.bridge, op=op)
-        request = Request(
-            schedule=schedule,
-            sampling=sampling,
-            flexible_from=int((config.bridge or 0) if call.bridge is None else call.bridge),
-            on_scale=call.on_scale,
-            decode=boolean(op, "decode", call.decode),
-            image_dtype=check_image_dtype(op, call.image_dtype),
-            log_probs=boolean(op, "log_probs", call.log_probs),
-        )
-        request.check()
-        batch = Batch(
-            labels_B,
-            check_image_ids(call.image_ids, len(labels_B), self.device),
-            check_given(call.tokens, call.mask, layout, config.vocab_size, len(labels_B)),
-        )
+        kv_dtype = self._kv_dtype("generate", call.kv_dtype)
+        request, batch = _checked(self, labels, sampling, call)
+        schedule, count = request.schedule, len(batch.labels_B)
         runner = self._runner(kv_dtype)  # casts the weights: the copies must not count as free
         runner.weights.zone_bytes(runner.zones(schedule, can_switch=call.on_scale is not None))
+        first = runner, graphs = runner, self._graphs_for(runner)
+        captured = graphs is not None and request.can_be_captured and batch.given is None
+        per_image = self._image_bytes(
+            runner.plan(schedule),
+            runner.launchers,
+            sampling.guided,
+            extra_logit_bytes(sampling, request.log_probs),
+        )
+        needed = per_image * memory.largest_batch(count, call.max_batch) + self.decoder_bytes()
         size = memory.batch_size(
-            len(labels_B),
+            count,
             call.max_batch,
-            per_image=self._image_bytes(
-                runner.plan(schedule),
-                runner.launchers,
-                sampling.guided,
-                extra_logit_bytes(sampling, request.log_probs),
-            ),
+            per_image=per_image,
             fixed=self.decoder_bytes(),
-            available=free_bytes(self.device),
+            available=_available(self.device, self._recordings, needed, captured),
         )
 
         def renew() -> Current:
             renewed = replace(runner, weights=self._weights())
             return renewed, self._graphs_for(renewed)
 
-        first = runner, self._graphs_for(runner)
         return Run(first, renew, request, batch, size, self.dtype)
 
+    @without_graphs_if_full
     @without_autocast
     @torch.no_grad()
     def decode(self, tokens_BL: Tensor) -> Tensor:
@@ -374,6 +362,48 @@ class Engine(CastModels):
     def decoder_bytes(self) -> int:
         """Bytes that decoding needs at any batch size."""
         return memory.decoder_bytes(self.vae.config, packed=self.packed)
+
+
+def _checked(
+    models: CastModels, labels: Labels, sampling: Sampling, call: Call
+) -> tuple[Request, Batch]:
+    """A request and all its images; raises what ``generate`` raises, but MemoryError."""
+    op, config, layout = "generate", models.var.config, models.var.layout
+    labels_B = check_labels(labels, config)
+    instance(op, "sampling", sampling, Sampling).check_run(layout.num_scales, models.device)
+    request = Request(
+        schedule=models.var.schedule(call.depth, call.bridge, op=op),
+        sampling=sampling,
+        flexible_from=int((config.bridge or 0) if call.bridge is None else call.bridge),
+        on_scale=call.on_scale,
+        decode=boolean(op, "decode", call.decode),
+        image_dtype=check_image_dtype(op, call.image_dtype),
+        log_probs=boolean(op, "log_probs", call.log_probs),
+    )
+    request.check()
+    count = len(labels_B)
+    image_ids_B = check_image_ids(call.image_ids, count, models.device)
+    given = check_given(call.tokens, call.mask, layout, config.vocab_size, count)
+    return request, Batch(labels_B, image_ids_B, given)
+
+
+def _available(
+    device: torch.device, recordings: GraphCache | None, needed: int, captured: bool
+) -> int:
+    """Bytes for a batch; drops the recordings where a batch without a graph needs their memory.
+
+    Args:
+        needed: by the largest batch that was asked for.
+        captured: a graph generates the batch: it may use the memory of earlier graphs.
+    """
+    free = free_bytes(device)
+    if recordings is None or (needed <= free and not captured):
+        return free
+    idle = int(recordings.idle_bytes() * memory.USABLE_SHARE)
+    if captured or not idle:
+        return free + idle
+    recordings.clear()
+    return free_bytes(device)
 
 
 def check_engine_dtype(op: str, dtype: torch.dtype | str | None, var: VAR) -> torch.dtype:

@@ -14,19 +14,38 @@ from variant_kernels.arguments import integer
 
 # The rest stays free for the allocator's rounding, other processes and the operating system.
 USABLE_SHARE = 0.8
+# In a snapshot of torch's allocator, the pool of memory that no graph owns.
+ORDINARY_POOL = (0, 0)
 
 
 def free_bytes(device: torch.device) -> int:
     """Bytes that a large allocation may take on ``device``.
 
-    On a GPU: the bytes that the driver reports as free plus those that torch's allocator caches.
+    On a GPU: the bytes that the driver reports as free plus those that torch's allocator caches,
+    without those that it caches in the pools of CUDA graphs: only graphs can use them.
     On the CPU: MemAvailable, limited by the control groups of this process.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int((free + cached) * USABLE_SHARE)
+        return int((free + cached - idle_pool_bytes(device)) * USABLE_SHARE)
     return int(min(_available(), _group_limit()) * USABLE_SHARE)
+
+
+def idle_pool_bytes(device: torch.device, pool: tuple[int, int] | None = None) -> int:
+    """Bytes that torch caches in the pool of CUDA graphs, or in all such pools; no tensor has them.
+
+    Args:
+        device: a GPU.
+        pool: as ``torch.cuda.graph_pool_handle`` gave it; None is all pools but the ordinary one.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    idle = 0
+    for segment in torch.cuda.memory_snapshot():
+        owner = tuple(segment["segment_pool_id"])
+        if segment["device"] == index and (owner == pool if pool else owner != ORDINARY_POOL):
+            idle += segment["total_size"] - segment["allocated_size"]
+    return idle
 
 
 def check_fits(where: str, what: str, num_bytes: int, device: torch.device) -> None:
@@ -131,6 +150,16 @@ def _decoded_image_bytes(vae: VQVAEConfig) -> int:
     return vae.image_size**2 * vae.ch * 4 * 6
 
 
+def largest_batch(count: int, max_batch: int | None) -> int:
+    """Images per batch where memory sets no limit: at most ``count`` and ``max_batch``.
+
+    Raises:
+        TypeError, ValueError: max_batch is not None or a positive integer.
+    """
+    limit = count if max_batch is None else integer("generate", "max_batch", max_batch, 1)
+    return min(count, limit)
+
+
 def batch_size(
     count: int, max_batch: int | None, *, per_image: int, fixed: int, available: int
 ) -> int:
@@ -145,10 +174,8 @@ def batch_size(
         TypeError, ValueError: max_batch is not a positive integer.
         MemoryError: one image, or ``max_batch`` images where that is given, do not fit.
     """
-    if max_batch is not None:
-        max_batch = integer("generate", "max_batch", max_batch, 1)
+    limit = largest_batch(count, max_batch)
     largest = (available - fixed) // per_image
-    limit = min(count, max_batch or count)
     required = 1 if max_batch is None else limit
     if largest < required:
         raise MemoryError(

@@ -37,7 +37,34 @@ class ResidualConv(nn.Conv2d):
         self.ratio = ratio
 
     def forward(self, input: Tensor) -> Tensor:
-        return input * (1 - self.ratio) + super().forward(input) * self.ratio
+        return input * (1 - self.ratio) + self._convolution(input) * self.ratio
+
+    def _convolution(self, input: Tensor) -> Tensor:
+        """The convolution; of float32 never in TF32 where no gradient is wanted.
+
+        TF32 keeps 10 bits, and cuDNN takes it by default: the feature map, from which the next
+        scale's tokens are drawn, would be another on a GPU than on a CPU. The argument of torch's
+        operator is used, not ``torch.backends.cudnn.flags``, which sets it for all threads.
+        """
+        autocast = torch.is_autocast_enabled(input.device.type)
+        if input.dtype != torch.float32 or torch.is_grad_enabled() or autocast:
+            return super().forward(input)
+        cudnn = torch.backends.cudnn
+        return torch.ops.aten._convolution(
+            input,
+            self.weight,
+            self.bias,
+            (1, 1),  # stride
+            (1, 1),  # padding
+            (1, 1),  # dilation
+            False,  # transposed
+            (0, 0),  # output_padding
+            1,  # groups
+            cudnn.benchmark,
+            cudnn.deterministic or torch.are_deterministic_algorithms_enabled(),
+            cudnn.enabled,
+            False,  # allow_tf32
+        )
 
 
 class _SharedConv(nn.Module):

@@ -1,35 +1,57 @@
 """paged_attention by FlashInfer: its page lists are derived from our table once, then kept.
 
 FlashInfer plans a batch on the host, from lengths that it copies there: that waits for the device.
-A table is planned at its first call and identified by its memory and version, so that a step loop
-with constant tables waits once for each of them; inside a graph capture only a planned table is
-served. B batch, T queries, H heads, D head width, P pages, N slots of a page, M table entries.
+So a plan is made at the first call with a table. It depends on the lengths, not on the pages: the
+tables of all layers at one scale share it, and their lists of pages are copied in turn into the
+buffer that it reads. It lives as long as one of these tables, so a recorded CUDA graph, which keeps
+its tables, keeps its plans; inside a capture only a table that was planned before is served.
+B batch, T queries, H heads, D head width, P pages, N slots of a page, M table entries, U used
+pages of all sequences.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections import OrderedDict
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 WORKSPACE_BYTES = 128 * 2**20
-# Plans hold 8 MiB of device memory each: enough for two schedules of ten scales.
-MAX_PLANS = 24
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """A planned wrapper, and the tensors whose addresses are its key: they must not be reused."""
+    """A planned wrapper (8 MiB on the device), and the list of pages that its next run reads."""
 
     wrapper: Any
-    keeps: tuple[torch.Tensor, torch.Tensor]
+    pages_U: torch.Tensor
 
 
-_plans: OrderedDict[tuple[Any, ...], _Plan] = OrderedDict()
-_workspaces: dict[torch.device, torch.Tensor] = {}
+@dataclass(frozen=True)
+class _Planned:
+    """What one table was planned to: its plan and its own list of pages.
+
+    state: of table and lengths when they were read; kv_lens_B: held so that its address is not
+    used again.
+    """
+
+    plan: _Plan
+    pages_U: torch.Tensor
+    state: tuple[Any, ...]
+    kv_lens_B: torch.Tensor
+
+
+_lock = Lock()
+# By table, then by all else that a call is planned for.
+_planned: Any = WeakTensorKeyDictionary()
+# By all that a plan depends on.
+_plans: WeakValueDictionary[tuple[Any, ...], _Plan] = WeakValueDictionary()
+# One for each stream: runs of two streams may overlap.
+_workspaces: WeakValueDictionary[tuple[Any, ...], torch.Tensor] = WeakValueDictionary()
 
 
 def page_lists(
@@ -50,47 +72,73 @@ def page_lists(
     return starts, table_BM[held_BM].contiguous(), last_B
 
 
-def _planned(
+def _state(table_BM: torch.Tensor, kv_lens_B: torch.Tensor) -> tuple[Any, ...]:
+    """Differs after a change in place; the table itself is the key."""
+    # Inference tensors have no version counter: a table in use must not be written to.
+    versions = [0 if t.is_inference() else t._version for t in (table_BM, kv_lens_B)]
+    return *versions, kv_lens_B.data_ptr(), tuple(kv_lens_B.shape), kv_lens_B.stride()
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _planned_for(
     q_BTHD: torch.Tensor,
     page_size: int,
     page_table_BM: torch.Tensor,
     kv_lens_B: torch.Tensor,
     softmax_scale: float,
-) -> Any:
-    tensors = (page_table_BM, kv_lens_B)
-    # Inference tensors have no version counter: a table in use must not be written to.
-    versions = tuple(0 if t.is_inference() else t._version for t in tensors)
-    addresses = tuple((t.data_ptr(), tuple(t.shape), t.stride()) for t in tensors)
-    key = (q_BTHD.shape, q_BTHD.dtype, q_BTHD.device, page_size, softmax_scale, addresses, versions)
-    plan = _plans.get(key)
-    if plan is None:
+) -> _Planned:
+    place = q_BTHD.device, _stream(q_BTHD.device)
+    call = (*place, q_BTHD.shape, q_BTHD.dtype, page_size, softmax_scale)
+    state = _state(page_table_BM, kv_lens_B)
+    with _lock:
+        known = _planned.setdefault(page_table_BM, {})
+        planned = known.get(call)
+        if planned is not None and planned.state == state:
+            return planned
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 'paged_attention: backend "flashinfer" cannot plan inside a graph capture; run '
                 "the same call once before"
             )
-        plan = _Plan(_plan(q_BTHD, page_size, page_table_BM, kv_lens_B, softmax_scale), tensors)
-        _plans[key] = plan
-        while len(_plans) > MAX_PLANS:
-            _plans.popitem(last=False)
-    _plans.move_to_end(key)
-    return plan.wrapper
+        lists = page_lists(page_table_BM, kv_lens_B, page_size)
+        key = (*call, tuple(kv_lens_B.tolist()))
+        plan = _plans.get(key)
+        if plan is None:
+            plan = _plans[key] = _plan(place, q_BTHD, page_size, lists, softmax_scale)
+        known[call] = _Planned(plan, lists[1].to(q_BTHD.device), state, kv_lens_B)
+        return known[call]
 
 
-def _plan(q_BTHD, page_size, page_table_BM, kv_lens_B, softmax_scale):
+def _plan(
+    place: tuple[Any, ...],
+    q_BTHD: torch.Tensor,
+    page_size: int,
+    lists: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    softmax_scale: float,
+) -> _Plan:
     flashinfer = importlib.import_module("flashinfer")
-    device = q_BTHD.device
     batch, tokens, heads, head_dim = q_BTHD.shape
-    if device not in _workspaces:
-        _workspaces[device] = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspaces[device], "NHD")
-    starts, pages, last_B = page_lists(page_table_BM, kv_lens_B, page_size)
+    workspace = _workspaces.get(place)
+    if workspace is None:
+        workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=q_BTHD.device)
+        _workspaces[place] = workspace
     queries = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32)
+    # Buffers of its own: in this mode FlashInfer promises that a run reads them again.
+    buffers = [x.to(q_BTHD.device, copy=True) for x in (queries, *lists)]
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+        workspace,
+        "NHD",
+        use_cuda_graph=True,
+        qo_indptr_buf=buffers[0],
+        paged_kv_indptr_buf=buffers[1],
+        paged_kv_indices_buf=buffers[2],
+        paged_kv_last_page_len_buf=buffers[3],
+    )
     wrapper.plan(
-        queries.to(device),
-        starts.to(device),
-        pages.to(device),
-        last_B.to(device),
+        *buffers,
         heads,
         heads,
         head_dim,
@@ -100,7 +148,7 @@ def _plan(q_BTHD, page_size, page_table_BM, kv_lens_B, softmax_scale):
         q_data_type=q_BTHD.dtype,
         kv_data_type=q_BTHD.dtype,
     )
-    return wrapper
+    return _Plan(wrapper, buffers[2])
 
 
 def launch_paged_attention_forward(
@@ -123,8 +171,9 @@ def launch_paged_attention_forward(
     if q_BTHD.numel() == 0:
         return torch.empty_like(q_BTHD, memory_format=torch.contiguous_format)
     page_size = k_pages_PNHD.shape[1]
-    wrapper = _planned(q_BTHD, page_size, page_table_BM, kv_lens_B, softmax_scale)
-    out_NHD = wrapper.run(q_BTHD.flatten(0, 1), (k_pages_PNHD, v_pages_PNHD))
+    planned = _planned_for(q_BTHD, page_size, page_table_BM, kv_lens_B, softmax_scale)
+    planned.plan.pages_U.copy_(planned.pages_U)
+    out_NHD = planned.plan.wrapper.run(q_BTHD.flatten(0, 1), (k_pages_PNHD, v_pages_PNHD))
     out_BTHD = out_NHD.view(q_BTHD.shape)
     # A sequence without keys: FlashInfer's rows are then not defined by its documentation.
     return torch.where((kv_lens_B > 0).view(-1, 1, 1, 1), out_BTHD, 0)
