@@ -1,5 +1,5 @@
 """The command line ``variant``: generate, plan, train, train-vae, recipe, bench, convert,
-info, tokenize.
+info, tokenize, eval.
 
 The module of a command is imported when it runs, so that ``--help`` starts without torch.
 """
@@ -19,6 +19,7 @@ from variant.cli.options import (
     Bench,
     Command,
     Convert,
+    Eval,
     Generate,
     Info,
     Plan,
@@ -110,6 +111,10 @@ def function_of(command: Command) -> Callable[[Any], None]:
             from variant.cli.convert import convert
 
             return convert
+        case Eval():
+            from variant.cli.evaluate import evaluate_command
+
+            return evaluate_command
         case Info():
             from variant.cli.info import info
 

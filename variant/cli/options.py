@@ -346,4 +346,42 @@ class Info:
     """Show the traceback of an error."""
 
 
-Command = Generate | Plan | Train | TrainVae | Recipe | Bench | Convert | Info | Tokenize
+@dataclass
+class Eval:
+    """Evaluate images: FID, sFID, Inception Score, precision, recall; or compare two results.
+
+    Every number comes with its interval, its number of images and the distance of two real halves.
+
+    Example: variant eval --images out --reference VIRTUAL_imagenet256_labeled.npz --weights
+    weights-inception-2015-12-05-6726825d.pth
+
+    Example: variant eval --images out --reference digits --features classifier:digits
+
+    Example: variant eval --compare a.json b.json
+    """
+
+    images: Path | None = None
+    """A folder of images, also in sub-folders; a .tar, or a folder of them; an .npz with arr_0."""
+    reference: str | None = None
+    """Images in the same forms; an .npz with mu and sigma; or a recipe, whose held-out images are
+    taken."""
+    features: str = "inception"
+    """Network of the features. inception: that of 2015, which defines FID; --weights names its
+    file. classifier:RECIPE: one trained on the recipe's training images, now or before.
+    MODULE:FUNCTION: a function of uint8 images (B, 3, Y, X) that returns features (B, D)."""
+    weights: Path | None = None
+    """File of the network's weights; a classifier is written there; default:
+    runs/RECIPE/classifier.safetensors."""
+    device: str = "cpu"
+    """Device of the network: cpu, cuda, cuda:1."""
+    batch: int = 64
+    """Images of a batch; it changes no metric."""
+    compare: tuple[Path, ...] = ()
+    """Two files that --json wrote: print both, and every setting that differs."""
+    json: Path | None = None
+    """File for the metrics and all that they depend on; -: print them in place of the table."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+Command = Generate | Plan | Train | TrainVae | Recipe | Bench | Convert | Info | Tokenize | Eval
