@@ -31,6 +31,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from variant.engine.engine import Engine
 from variant.engine.generation import Sampling
+from variant.engine.kv_dtype import KVDtype
 from variant.errors import UserError
 from variant.files import atomic_write
 from variant.paths import path_kind, read_json, shown
@@ -165,7 +166,7 @@ def sample(
     *,
     depth: int | None = None,
     bridge: int | None = None,
-    kv_dtype: str | None = None,
+    kv_dtype: KVDtype = None,
     rank: int = 0,
     world_size: int = 1,
     report: Report = lambda images, total: None,
