@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from variant.models.config import VARConfig
 from variant.models.execution import PLAIN, Checkpointing, Execution, computed_again, recompute
+from variant.models.linear import Linear, LinearWithoutBias
 from variant.models.residual import OpenSum, PrefixStream, closed, modulated
 from variant.models.token_loss import TokenLoss, linear_cross_entropy
 from variant.models.zones import reset_zone_weights, run_layers, run_spans, uses_zone_weights
@@ -33,16 +34,6 @@ from variant_kernels import (
 from variant_kernels.arguments import instance, integer, sequence
 from variant_kernels.ops.contract import check_tensor
 from variant_kernels.plans.depth_schedule import resolve_layers
-
-
-class LinearWithoutBias(nn.Linear):
-    """A linear layer without parameters for a bias, which its caller may give."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(input, self.weight, bias)
 
 
 class SelfAttention(nn.Module):
@@ -66,7 +57,7 @@ class SelfAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.zero_k_bias: Tensor
         self.register_buffer("zero_k_bias", torch.zeros(width))
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def qkv_bias(self) -> Tensor:
         """(3C,): keys have no bias."""
@@ -101,8 +92,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x_BLC: Tensor, *, keep_all: bool = False) -> Tensor:
         """Args: keep_all: keep the GELU's result for the backward pass.
