@@ -110,6 +110,17 @@ void qk_norm_backward_binding(HeadShape shape_BTHD, HeadTuple grad_q, HeadTuple 
                          pointer<float>(dscale_mul), DType(dtype), threads});
 }
 
+void gelu_forward_binding(int64_t count, uintptr_t x, uintptr_t y, int dtype, int threads) {
+  run(&KernelTable::gelu_forward,
+      GeluForwardArgs{count, pointer<void>(x), pointer<void>(y), DType(dtype), threads});
+}
+
+void gelu_backward_binding(int64_t count, uintptr_t grad_y, uintptr_t x, uintptr_t grad_x,
+                           int dtype, int threads) {
+  run(&KernelTable::gelu_backward, GeluBackwardArgs{count, pointer<void>(grad_y), pointer<void>(x),
+                                                    pointer<void>(grad_x), DType(dtype), threads});
+}
+
 void append_paged_kv_binding(HeadShape shape_BTHD, int64_t page_size, HeadTuple k, HeadTuple v,
                              HeadTuple k_pages, HeadTuple v_pages, uintptr_t slots,
                              int element_bytes, int threads) {
@@ -310,6 +321,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("gated_adaln_backward", &gated_adaln_backward_binding);
   m.def("qk_norm_forward", &qk_norm_forward_binding);
   m.def("qk_norm_backward", &qk_norm_backward_binding);
+  m.def("gelu_forward", &gelu_forward_binding);
+  m.def("gelu_backward", &gelu_backward_binding);
   m.def("append_paged_kv", &append_paged_kv_binding);
   m.def("qk_norm_append_paged_kv", &qk_norm_append_paged_kv_binding);
   m.def("qk_norm_append_paged_kv8", &qk_norm_append_paged_kv8_binding);

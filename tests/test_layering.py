@@ -47,6 +47,7 @@ KERNELS = (
     "library_ops.installed",
     "dispatch",
     "cpu_ops",
+    "gelu",
     "cuda_ops",
     "triton_ops",
     "library_ops",

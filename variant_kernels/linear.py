@@ -22,25 +22,28 @@ from torch.nn import functional as F
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _is_for_onednn(*tensors: Tensor | None) -> bool:
-    """Whether oneDNN computes a product: plain float32 tensors on the CPU, outside of autocast.
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether a kernel may take tensors by their addresses: plain ones on the CPU, not empty.
 
-    A dispatch mode, such as torch's counter of FLOP, sees torch's own operators.
+    Not in a graph, which has torch's own operators, nor where a dispatch mode watches them, such as
+    torch's counter of FLOP.
     """
     return (
         not is_compiling()
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and not torch.is_autocast_enabled("cpu")
         and _len_torch_dispatch_stack() == 0
-        and all(map(_is_plain, tensors))
+        and all(x is None or (type(x) in _PLAIN and x.is_cpu and x.numel() > 0) for x in tensors)
     )
 
 
-def _is_plain(x: Tensor | None) -> bool:
-    if x is None:
-        return True
-    return type(x) in _PLAIN and x.dtype == torch.float32 and x.is_cpu and x.numel() > 0
+def _is_for_onednn(*tensors: Tensor | None) -> bool:
+    """Whether oneDNN computes a product: plain float32 tensors on the CPU, outside of autocast."""
+    return (
+        is_plain(*tensors)
+        and all(x is None or x.dtype == torch.float32 for x in tensors)
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@
 #include "../include/adaln.h"
 #include "../include/append_paged_kv.h"
 #include "../include/block_causal_attention.h"
+#include "../include/gelu.h"
 #include "../include/kv8.h"
 #include "../include/paged_attention.h"
 #include "../include/qk_norm.h"
@@ -25,6 +26,8 @@
   X(gated_adaln_backward, GatedAdaLNBackwardArgs)             \
   X(qk_norm_forward, QkNormForwardArgs)                       \
   X(qk_norm_backward, QkNormBackwardArgs)                     \
+  X(gelu_forward, GeluForwardArgs)                            \
+  X(gelu_backward, GeluBackwardArgs)                          \
   X(append_paged_kv, AppendPagedKvArgs)                       \
   X(qk_norm_append_paged_kv, QkNormAppendPagedKvArgs)         \
   X(qk_norm_append_paged_kv8, QkNormAppendPagedKv8Args)       \

@@ -18,6 +18,7 @@ FOLDER = Path(__file__).parent
 STEMS = (
     "adaln",
     "block_causal_attention",
+    "gelu",
     "kv8",
     "paged_attention",
     "qk_norm",

@@ -33,6 +33,7 @@ from variant_kernels import (
     gated_residual_adaln,
     qk_norm,
 )
+from variant_kernels.gelu import gelu
 
 Block = VAR = Any  # of variant.models.var, which imports this module
 
@@ -173,7 +174,7 @@ class LayerView:
 
     def mlp(self, h_BTC: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
-        return self.project("fc2", F.gelu(self.project("fc1", h_BTC), approximate="tanh"))
+        return self.project("fc2", gelu(self.project("fc1", h_BTC)))
 
 
 def run_spans(
