@@ -4,9 +4,9 @@
         [--device cuda] [--dtype bfloat16] [--bridge 6] [--runs 10] [--var-repo PATH]
 
 A step is: forward under autocast, mean cross-entropy over all tokens (ours in chunks, as in
-training), backward, clipping to norm 1, AdamW (fused). Both models share weights, gradients and the
-optimiser, so that the memory holds a large model once; their steps run interleaved. Without
-``--var-repo`` only our depths are compared.
+training), backward, clipping to norm 1 (ours inside AdamW, as in training), AdamW (fused). Both
+models share weights, gradients and the optimiser, so that the memory holds a large model once;
+their steps run interleaved. Without ``--var-repo`` only our depths are compared.
 """
 
 from __future__ import annotations
@@ -28,25 +28,30 @@ from variant.bench.interleaved import quartiles, ratios, time_interleaved
 from variant.bench.models import build, configs
 from variant.bench.result_file import write_result
 from variant.errors import UserError
+from variant.training.loss_scale import LossScaler
+from variant.training.optim import clipped_step, gradient_norm
 
 ORIGINAL = "original, dense mask"
 
 
 def step_of(
     loss_of: Callable[[], Tensor],
-    parameters: list[nn.Parameter],
+    update: Callable[[], None],
     optimizer: torch.optim.Optimizer,
     device: str,
     dtype: torch.dtype,
 ) -> Callable[[], Tensor]:
-    """A whole optimiser step around one forward pass; returns the loss before it."""
+    """A whole optimiser step around one forward pass; returns the loss before it.
+
+    Args:
+        update: clips the gradients and changes the weights.
+    """
 
     def step() -> Tensor:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             loss = loss_of()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        update()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
@@ -77,7 +82,15 @@ class TrainingSteps:
         labels_B = labels_B.to(device)
         with torch.no_grad():
             x_teacher = vae.teacher_input(tokens_BL)
-        arguments = (parameters, optimizer, device, dtype)
+        scaler = LossScaler(device, enabled=False)
+
+        def update() -> None:
+            clipped_step(optimizer, scaler, gradient_norm(var), 1.0)
+
+        def original_update() -> None:
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+
         self.calls: dict[str, Callable[[], Tensor]] = {}
         for depth in options.depths:
             full = depth == config.depth
@@ -89,7 +102,10 @@ class TrainingSteps:
                 lambda schedule=schedule: (
                     var(labels_B, x_teacher, schedule, targets_BL=tokens_BL).mean
                 ),
-                *arguments,
+                update,
+                optimizer,
+                device,
+                dtype,
             )
         self.peer = f"depth {config.depth}"
         if options.var_repo is not None:
@@ -104,7 +120,7 @@ class TrainingSteps:
                 logits_BLV = original(labels_B, x_teacher).float()
                 return F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
 
-            self.calls[ORIGINAL] = step_of(original_loss, *arguments)
+            self.calls[ORIGINAL] = step_of(original_loss, original_update, optimizer, device, dtype)
             self.peer = ORIGINAL
         if self.peer not in self.calls:
             text = f"--depths: {config.depth} (full) must be among them without --var-repo"
