@@ -142,7 +142,8 @@ def attend_tiles(
         v = load_tile(v_base, start, v_stride, last, BLOCK_K, D, D_PADDED, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
-            visible = (start + tl.arange(0, BLOCK_K))[None, :] < ends[:, None]
+            # Not (start + arange) < ends: LLVM computes that sum, and compares, in 64 bits.
+            visible = tl.arange(0, BLOCK_K)[None, :] < (ends - start)[:, None]
             scores = tl.where(visible, scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         probs = tl.exp2((scores - new_largest[:, None]) * scale_log2[:, None])

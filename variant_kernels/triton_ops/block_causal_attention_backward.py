@@ -77,7 +77,7 @@ def query_gradient_tiles(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         probs = probability(scores * scale_log2[:, None] - lse_log2[:, None])
         if MASKED:
-            visible = (start + tl.arange(0, BLOCK_K))[None, :] < ends[:, None]
+            visible = tl.arange(0, BLOCK_K)[None, :] < (ends - start)[:, None]
             probs = tl.where(visible, probs, 0.0)
         dprobs = tl.dot(grad, tl.trans(v), input_precision="ieee")
         dscores = probs * (dprobs - delta[:, None])
@@ -228,7 +228,9 @@ def key_gradient_tiles(
             scores *= factor[None, :]
         probs = probability(scores * scale_log2 - lse_log2[None, :])
         if MASKED:
-            probs = tl.where(positions[None, :] >= firsts[:, None], probs, 0.0)
+            probs = tl.where(
+                tl.arange(0, BLOCK_Q)[None, :] >= (firsts - start)[:, None], probs, 0.0
+            )
         dv = tl.dot(probs.to(grad.dtype), grad, dv, input_precision="ieee")
         dprobs = tl.dot(v, tl.trans(grad), input_precision="ieee")
         dscores = probs * (dprobs - delta[None, :])
