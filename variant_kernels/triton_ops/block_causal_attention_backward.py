@@ -227,19 +227,20 @@ def key_gradient_tiles(
         positions = start + tl.arange(0, BLOCK_Q)
         q = load_tile(q_base, start, q_stride, length, BLOCK_Q, D, D_PADDED, MASKED)
         grad = load_tile(grad_base, start, grad_stride, length, BLOCK_Q, D, D_PADDED, MASKED)
-        factor = tl.full((BLOCK_Q,), 1.0, tl.float32)
+        # One tile, not vectors: Triton 3.6 would copy a vector's elements once for each thread.
+        rows = positions[:, None] + tl.arange(0, 4 if QK_NORM else 2)[None, :] * length
         if MASKED:
-            # Queries past the end: a probability of exp2(-inf) = 0.
-            inside = positions < length
-            delta = tl.load(statistics + positions, mask=inside, other=0.0)
-            lse_log2 = tl.load(statistics + length + positions, mask=inside, other=float("inf"))
-            if QK_NORM:
-                factor = tl.load(statistics + 2 * length + positions, mask=inside, other=0.0)
+            # Zeros serve for queries past the end, because their q and grad are zeros.
+            tile = tl.load(statistics + rows, mask=(positions < length)[:, None], other=0.0)
         else:
-            delta = tl.load(statistics + positions)
-            lse_log2 = tl.load(statistics + length + positions)
-            if QK_NORM:
-                factor = tl.load(statistics + 2 * length + positions)
+            tile = tl.load(statistics + rows)
+        factor = 1.0
+        if QK_NORM:
+            even, odd = tl.split(tl.reshape(tile, (BLOCK_Q, 2, 2)))
+            delta, factor = tl.split(even)
+            lse_log2, _ = tl.split(odd)
+        else:
+            delta, lse_log2 = tl.split(tile)
         # Transposed, (K, Q), so that the next product uses the probabilities as they are.
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
         if QK_NORM:
