@@ -22,7 +22,7 @@ CTEST := $(BIN)/ctest --output-on-failure
 # COVERAGE=1 records the branches that the Python tests take, for `make coverage`.
 PYTEST = $(BIN)/python $(if $(COVERAGE),-m coverage run) -m pytest -n $(TEST_JOBS)
 
-.PHONY: help setup dev generate check test test-python test-triton test-robustness test-cpp test-cuda test-cuda-python test-isas test-tsan coverage-cpp nightly coverage mutants cuda gpu bench bench-report docs-results lint clean
+.PHONY: help setup dev generate check test test-python test-triton test-robustness test-cpp test-cuda test-cuda-python test-isas test-tsan coverage-cpp nightly coverage mutants cuda gpu gpu-artefacts bench bench-report docs-results lint clean
 
 help:
 	@echo "make generate  generate digits at every depth into out/digits.png"
@@ -38,7 +38,8 @@ help:
 	@echo "make coverage-cpp  lines of csrc/cpu that the C++ tests run; below 90 % is an error"
 	@echo "make nightly   make test with the sanitizers on every CPU instruction set, and what is listed above it"
 	@echo "make cuda      compile the CUDA kernels with nvcc for the usual GPUs; registers and spills of each"
-	@echo "make gpu       on a machine with a GPU: build, tests, benchmarks; results under out/gpu"
+	@echo "make gpu       on a machine with a GPU: every measurement in nine minutes, into out/gpu"
+	@echo "make gpu-artefacts  beforehand, without a GPU: what make gpu would compile, for build/gpu-artefacts"
 	@echo "make bench     every kernel beside its peers, then the engine; results under $(RESULTS)"
 	@echo "make docs-results  docs/results.md and the README's table, from $(RESULTS); docs/recipes.md"
 	@echo "make lint      ruff, clang-format and the type checker"
@@ -165,7 +166,7 @@ test-triton: dev
 # The day is the seed of the random tests.
 NIGHTLY = CALLS=100000 CASES=20000 FILES=8000 SEQUENCES=2000 SIGNALS=60 KILLS=60 PRESSURE=400 TOKENIZE_STRIDE=1 SEED=$(shell date +%Y%m%d)
 nightly:
-	$(addprefix VARIANT_ROBUSTNESS_,$(NIGHTLY)) VARIANT_TRAINING_STOPS=all $(MAKE) test test-isas test-tsan SANITIZED_ISAS=all
+	$(addprefix VARIANT_ROBUSTNESS_,$(NIGHTLY)) VARIANT_TRAINING_STOPS=all VARIANT_SAMPLER_KILLS=10 $(MAKE) test test-isas test-tsan SANITIZED_ISAS=all
 	$(MAKE) mutants
 
 # After `make test COVERAGE=1`: the data of test-python and test-cuda-python together. 95 % of
@@ -186,12 +187,26 @@ cuda: setup
 	@echo "== compiling the CUDA kernels with nvcc"
 	$(BUILD) VARIANT_CUDA=1 VARIANT_CUDA_SPILLS=fail $(BIN)/python setup.py build_ext --inplace
 
-# Uses the Python that has torch with CUDA, Triton and pytest (GPU_PYTHON).
-# GPU_PARTS chooses some (build, kernels, ...); VAR_REPO and HMAR_REPO are clones of
-# FoundationVision/VAR and NVlabs/HMAR.
+# On a machine with a GPU, for at most nine minutes. Uses the Python that has torch with CUDA, Triton
+# and pytest (GPU_PYTHON). GPU_STEPS chooses some steps (smoke, kernels, ...); VAR_REPO and HMAR_REPO
+# are clones of FoundationVision/VAR and NVlabs/HMAR.
 GPU_PYTHON ?= $(PYTHON)
 gpu:
-	$(GPU_PYTHON) -m benchmarks.gpu $(GPU_PARTS) $(if $(VAR_REPO),--var-repo $(VAR_REPO)) $(if $(HMAR_REPO),--hmar-repo $(HMAR_REPO))
+	$(GPU_PYTHON) -m benchmarks.gpu $(GPU_STEPS) $(if $(VAR_REPO),--var-repo $(VAR_REPO)) $(if $(HMAR_REPO),--hmar-repo $(HMAR_REPO))
+
+# Beforehand and anywhere: what `make gpu` would compile, under the Python and the versions of the GPU
+# machine. torch with CUDA takes 5 GB in build/gpu-python; torch and Triton run without a GPU there.
+ARTEFACTS_PYTHON ?= python3.12
+ARTEFACTS_PACKAGES ?= torch==2.11.0 triton==3.6.0
+ARTEFACTS_ARCHS ?= 90a
+build/gpu-python/.ready:
+	$(ARTEFACTS_PYTHON) -m venv build/gpu-python
+	build/gpu-python/bin/pip install --quiet $(ARTEFACTS_PACKAGES) 'setuptools>=77' cmake ninja pybind11 numpy pillow pydantic safetensors huggingface_hub rich pytest pytest-benchmark hypothesis
+	@touch $@
+
+gpu-artefacts: build/gpu-python/.ready
+	VARIANT_CUDA=1 VARIANT_CUDA_ARCHS="$(ARTEFACTS_ARCHS)" VARIANT_CPU_ISAS=all build/gpu-python/bin/python setup.py build_ext --inplace
+	build/gpu-python/bin/python -m benchmarks.gpu.artefacts --jobs $(JOBS)
 
 # The machine must be idle: about a quarter of an hour on two cores.
 bench: dev

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ MOST_SCORE_BYTES = 2**30
 # two-ops: qk_norm, then the op without it; in cases with qk_norm only.
 IMPLEMENTATIONS = (
     "triton", "cuda", "flex", "cpu", "op", "two-ops", "reference", "sdpa-dense-mask",
-    "flex-compiled", "hmar",
+    "flex-compiled", "flex-flash", "hmar",
 )  # fmt: skip
 CASES = [
     Case(
@@ -75,25 +76,27 @@ CASES = [
 # float16.
 CASES[:0] = [
     Case(
-        f"L{length}-batch{batch}-head_dim{head_dim}-{norm}{dtype}-{direction}",
+        f"L{length}-batch{batch}-heads{heads}-head_dim{head_dim}-{norm}{dtype}-{direction}",
         dtype,
         {
             "patch_nums": patch_nums,
             "batch": batch,
+            "heads": heads,
             "head_dim": head_dim,
             "backward": direction != "forward",
             "qk_norm": bool(norm),
         },
         devices=("cuda",),
     )
-    for length, batch, patch_nums, head_dim, dtypes, norm in (
-        (680, 64, PATCH_NUMS_256, 64, ("bfloat16", "float16"), ""),
-        (680, 64, PATCH_NUMS_256, 64, ("bfloat16",), "qk_norm-"),
-        (680, 32, PATCH_NUMS_256, 128, ("bfloat16",), ""),
-        (2240, 16, PATCH_NUMS_512, 64, ("bfloat16", "float16"), ""),
-        (2240, 16, PATCH_NUMS_512, 64, ("bfloat16",), "qk_norm-"),
-        (2240, 8, PATCH_NUMS_512, 128, ("bfloat16",), ""),
-        (9451, 2, PATCH_NUMS_1024, 64, ("float16",), ""),
+    for length, batch, patch_nums, heads, head_dim, dtypes, norm in (
+        # The heads of VAR-d30.
+        (680, 64, PATCH_NUMS_256, 30, 64, ("bfloat16", "float16"), ""),
+        (2240, 16, PATCH_NUMS_512, 30, 64, ("bfloat16", "float16"), ""),
+        (680, 64, PATCH_NUMS_256, 30, 64, ("bfloat16",), "qk_norm-"),
+        (2240, 16, PATCH_NUMS_512, 30, 64, ("bfloat16",), "qk_norm-"),
+        (680, 32, PATCH_NUMS_256, 16, 128, ("bfloat16",), ""),
+        (2240, 8, PATCH_NUMS_512, 16, 128, ("bfloat16",), ""),
+        (9451, 2, PATCH_NUMS_1024, 16, 64, ("float16",), ""),
     )
     for dtype in dtypes
     for direction in ("forward", "forward+backward")
@@ -151,6 +154,7 @@ def build(case: Case, device: str, quick: bool) -> Comparison:
         "sdpa-dense-mask": inputs.contiguous(functools.partial(_dense, bias_LL=inputs.bias_LL)),
         "two-ops": _two_ops_call(inputs),
         "flex-compiled": _flex_call(inputs, device, quick),
+        "flex-flash": _flex_call(inputs, device, quick, backend="FLASH"),
         "hmar": _hmar_call(inputs, device),
     })  # fmt: skip
     ours = (*on_backends.keys() - {"reference"}, "op", "two-ops")
@@ -177,12 +181,12 @@ def _inputs(case: Case, device: str) -> Inputs:
     layout = ScaleLayout.from_patch_nums(case.settings["patch_nums"])
     batch, backward = case.settings["batch"], case.settings["backward"]
     dtype, length = getattr(torch, case.dtype), layout.total
-    head_dim = case.settings.get("head_dim", 64)
-    packed_BL3HD = torch.randn(batch, length, 3, HEADS, head_dim, device=device).to(dtype)
-    grad_BLHD = torch.randn(batch, length, HEADS, head_dim, device=device).to(dtype)
+    heads, head_dim = case.settings.get("heads", HEADS), case.settings.get("head_dim", 64)
+    packed_BL3HD = torch.randn(batch, length, 3, heads, head_dim, device=device).to(dtype)
+    grad_BLHD = torch.randn(batch, length, heads, head_dim, device=device).to(dtype)
     bias_LL = torch.zeros(length, length, dtype=dtype, device=device)
     bias_LL = bias_LL.masked_fill(~dense_mask(layout.tokens, device), -torch.inf)
-    scale_mul_1H11 = torch.linspace(0, 3, HEADS, device=device).view(1, HEADS, 1, 1)
+    scale_mul_1H11 = torch.linspace(0, 3, heads, device=device).view(1, heads, 1, 1)
     qkv_BLHD = [x.detach().requires_grad_(backward) for x in packed_BL3HD.unbind(2)]
     return Inputs(
         layout=layout,
@@ -216,7 +220,7 @@ def _check(inputs: Inputs, ours: Sequence[str]) -> Check:
 
     def pick(name: str, results: Sequence[Tensor]) -> list[Tensor]:
         # Not the gradient of scale_mul, a sum over all sequences.
-        heads_second = name in ("sdpa-dense-mask", "flex-compiled", "hmar")
+        heads_second = name in ("sdpa-dense-mask", "flex-compiled", "flex-flash", "hmar")
         return [x[some] if heads_second else x[some].transpose(1, 2) for x in results[:4]]
 
     return near(
@@ -296,8 +300,8 @@ def _dense(q_BHLD, k_BHLD, v_BHLD, scale_mul_1H11=None, *, bias_LL):
     return F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, attn_mask=bias_LL, scale=scale)
 
 
-def _flex_call(inputs: Inputs, device: str, quick: bool) -> Call | str:
-    """Compiled FlexAttention."""
+def _flex_call(inputs: Inputs, device: str, quick: bool, backend: str = "TRITON") -> Call | str:
+    """Compiled FlexAttention, by its Triton kernels or those of flash-attn 4 ("FLASH")."""
     if inputs.scale_mul_1H11 is not None:
         return "it has no qk_norm"
     if quick:
@@ -305,6 +309,8 @@ def _flex_call(inputs: Inputs, device: str, quick: bool) -> Call | str:
     if device == "cpu" and inputs.backward:
         return "FlexAttention has no backward on a CPU"
     if device == "cuda" and (reason := missing_module("triton")) is not None:
+        return reason
+    if backend == "FLASH" and (reason := _no_flash(inputs, device)) is not None:
         return reason
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -315,7 +321,20 @@ def _flex_call(inputs: Inputs, device: str, quick: bool) -> Call | str:
         lambda b, h, q, kv: scale_L[q] >= scale_L[kv], None, None, length, length, device=device
     )
     compiled = torch.compile(flex_attention, dynamic=False)
-    return inputs.contiguous(functools.partial(compiled, block_mask=mask))
+    options = {"BACKEND": backend} if device == "cuda" else None
+    attend = functools.partial(compiled, block_mask=mask, kernel_options=options)
+    return inputs.contiguous(attend)
+
+
+def _no_flash(inputs: Inputs, device: str) -> str | None:
+    """Why FlexAttention's FLASH backend cannot run, or None."""
+    if device != "cuda" or inputs.grad_BLHD.dtype == torch.float32:
+        return "flash-attn 4 runs on a GPU in 16 bits only"
+    if (reason := missing_module("flash-attn")) is not None:
+        return reason
+    if importlib.util.find_spec("flash_attn.cute") is None:
+        return "flash-attn 4 (flash_attn.cute) is not installed"
+    return None
 
 
 def _hmar_call(inputs: Inputs, device: str) -> Call | str:

@@ -18,7 +18,17 @@ from typing import Any
 import torch
 
 from benchmarks.report import PARTS, environment_lines, table
-from benchmarks.results import DROPIN, ENGINE, KERNELS, KV8, LARGEST, TRAINING, Result, read_all
+from benchmarks.results import (
+    DROPIN,
+    ENGINE,
+    KERNELS,
+    KV8,
+    LARGEST,
+    RUN,
+    TRAINING,
+    Result,
+    read_all,
+)
 from variant.engine.planning import depths_of, plan_row
 from variant.files import atomic_write
 from variant.models.presets import PAPER_BRIDGE, VAR_PRESETS
@@ -53,6 +63,7 @@ result was measured; options have been renamed since (`--json` instead of `--ben
 
 # One section for each kind of result file, in the page's order.
 SECTIONS = {
+    RUN: "Runs on a GPU",
     ENGINE: "Whole generations",
     DROPIN: "Drop-in: `patch` and `accelerate` in the original code",
     TRAINING: "Training step",

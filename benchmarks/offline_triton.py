@@ -29,12 +29,15 @@ from unittest.mock import patch
 import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.runtime.jit import JITFunction
 
+from variant_kernels.ops import registry
+from variant_kernels.ops.library import NAMESPACE
 from variant_kernels.triton_ops import common, tuning
 from variant_kernels.triton_ops.tuning import Config
 
@@ -280,7 +283,22 @@ def gpu(machine: Machine = H200, *, every_config: bool = True) -> Iterator[Recor
             enter(patch.object(torch.cuda, name, value))
         enter(patch.object(FakeTensor, "data_ptr", _address, create=True))
         enter(FakeTensorMode(allow_non_fake_inputs=True))
+        enter(_OpsLaunch())
         yield recording
+
+
+class _OpsLaunch(TorchDispatchMode):
+    """Our ops call their launchers here too; without this only their fakes would run."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        for op in registry._ops if func.namespace == NAMESPACE else ():
+            if func is op.overload:
+                return op._run(*args)
+            if func is op.gradient:
+                return op.run_gradient(*args)
+        return func(*args, **(kwargs or {}))
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -21,6 +21,7 @@ from benchmarks.results import (
     KERNELS,
     KV8,
     LARGEST,
+    RUN,
     TRAINING,
     Result,
     kernel_timings,
@@ -78,7 +79,9 @@ def duration(seconds: float) -> str:
 
 def environment_lines(result: Result) -> list[str]:
     """The machine, the command and the measured limits of a result."""
-    machine = result.environment
+    machine = result.data.get("environment")
+    if machine is None:
+        return ["The run was stopped before it described its machine."]
     caches = ", ".join(f"{name} {size}" for name, size in machine["caches"].items())
     commit = (machine["commit"] or "unknown")[:12] + (" with changes" if machine["dirty"] else "")
     lines = [
@@ -93,7 +96,7 @@ def environment_lines(result: Result) -> list[str]:
         "",
     ]
     limits = result.data.get("limits", {})
-    by_device = {"": limits} if result.kind == ENGINE else limits
+    by_device = {"": limits} if result.kind in (ENGINE, RUN) and limits else limits
     for device, measured in by_device.items():
         start, drift = measured["start"], measured.get("drift")
         rates = ", ".join(
@@ -105,6 +108,8 @@ def environment_lines(result: Result) -> list[str]:
             + (
                 f"; at the end {min(drift.values()):.2f} to {max(drift.values()):.2f} of that."
                 if drift
+                else "."
+                if "end" in measured
                 else "; the run was stopped before its end."
             )
         )  # fmt: skip
@@ -125,6 +130,7 @@ def _engine(data: dict[str, Any]) -> list[str]:
         lines += _weights_read(rows, data["limits"]["start"]["copy"])
         lines += _eight_bit_kv(rows)
     lines += _decoder(data["decoder"])
+    lines += _images(data.get("images", []))  # older files have none
     lines += _logits(data["logits"])
     for switch in data.get("switch", []):  # older files have none
         lines += [f"Switch {switch_line(switch)}.", ""]
@@ -198,6 +204,21 @@ def _decoder(rows: list[dict[str, Any]]) -> list[str]:
             "",
         ]
     return lines
+
+
+def _images(rows: list[dict[str, Any]]) -> list[str]:
+    """Generations with the decoder, a line for each depth."""
+    cells = []
+    for row in rows:
+        peers = ", ".join(
+            f"{peer['peer']} {peer['ms']['median']:,.1f} ms ({peer['ratio']:.2f} times)"
+            + ("\\*" if peer["full_depth"] else "")
+            for peer in row["against"]
+        )
+        ms = f"{row['ms']['median']:,.1f}"
+        cells.append([row["dtype"], str(row["batch"]), str(row["depth"]), ms, peers or "-"])
+    columns = ["with the decoder", "batch", "depth", "ours, ms per image", "peers"]
+    return table(columns, cells) if cells else []
 
 
 def _logits(rows: list[dict[str, Any]]) -> list[str]:
@@ -349,6 +370,34 @@ def _largest(data: dict[str, Any]) -> list[str]:
     ]
 
 
+def _run(data: dict[str, Any]) -> list[str]:
+    """What a run on a GPU measured besides the results of other kinds."""
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for entry in data["results"]:
+        by_kind.setdefault(entry["kind"], []).append(entry)
+    state = "" if data["complete"] else " The run was stopped before its end."
+    cells = [[step["name"], f"{step['seconds']:.0f} s", step["status"]] for step in data["steps"]]
+    lines = [f"One run on a GPU.{state}", "", *table(["step", "time", "outcome"], cells)]
+    for entry in by_kind.get("tests", []):
+        counts = [f"{n} {what}" for what, n in entry["data"].items() if isinstance(n, int)]
+        lines += [f"Tests, {entry['name']}: {', '.join(counts)}.", ""]
+    for entry in by_kind.get("failure", []):
+        lines += [f"Not measured: {entry['step']}, {entry['name']}: {entry['data']['error']}", ""]
+    for entry in by_kind.get("profile", []):
+        profile = entry["data"]
+        lines += [
+            f"One generation, batch {profile['batch']}: {profile['kernels']} kernels take "
+            f"{profile['kernel_us'] / 1e3:,.1f} of {profile['seconds'] * 1e3:,.1f} ms.",
+            "",
+        ]
+        rows = [
+            [f"`{row['name'][:70]}`", str(row["count"]), f"{row['us'] / 1e3:,.2f} ms"]
+            for row in profile["by_name"][:15]
+        ]
+        lines += table(["kernel", "launches", "time"], rows)
+    return lines
+
+
 # The function that writes the part of each kind, and the kinds that have pictures.
 PARTS = {
     ENGINE: _engine,
@@ -357,6 +406,7 @@ PARTS = {
     TRAINING: _training,
     KV8: _kv8,
     LARGEST: _largest,
+    RUN: _run,
 }
 PICTURES = {ENGINE: "engine", KERNELS: "kernels"}
 

@@ -13,6 +13,8 @@ from variant.errors import UserError
 KERNELS, ENGINE = "variant-kernel-bench-2", "variant-engine-bench-2"
 DROPIN, TRAINING = "variant-dropin-2", "variant-training-step-2"
 KV8, LARGEST = "variant-kv8-error-1", "variant-largest-batch-1"
+# A run of all of them on a GPU, in one file.
+RUN = "variant-gpu-run-1"
 # The command that writes a file of each kind.
 KINDS = {
     KERNELS: "pytest benchmarks --json",
@@ -21,6 +23,7 @@ KINDS = {
     TRAINING: "python -m benchmarks.training_step --json",
     KV8: "python -m benchmarks.kv8 --json",
     LARGEST: "python -m benchmarks.largest_batch --json",
+    RUN: "python -m benchmarks.gpu",
 }
 
 
@@ -60,12 +63,56 @@ def read(path: Path) -> Result:
 
 def read_all(path: Path) -> list[Result]:
     """Read one file, or every result file of a folder: a long run may be split into several."""
-    if not path.is_dir():
-        return [read(path)]
-    results = [read(file) for file in sorted(path.glob("*.json"))]
-    if not results:
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not files:
         raise UserError(f"{path}: holds no .json file")
-    return results
+    return [part for file in files for part in parts_of(read(file))]
+
+
+def parts_of(result: Result) -> list[Result]:
+    """A run on a GPU as one result of each kind that it measured, after itself; others alone."""
+    if result.kind != RUN:
+        return [result]
+    data, by_kind = result.data, dict[str, list[Any]]()
+    for entry in data["results"]:
+        by_kind.setdefault(entry["kind"], []).append(entry["data"])
+    environment, limits = data.get("environment"), data.get("limits", {})
+    if environment is None or "start" not in limits:
+        return [result]  # it was stopped before it measured anything
+    shared = {"environment": environment, "complete": data["complete"]}
+    limits = {name: limits[name] for name in ("start", "end") if name in limits}
+    found = [result]
+
+    def add(name: str, kind: str, **fields: Any) -> None:
+        found.append(Result(f"{result.name}-{name}", kind, {"format": kind, **shared, **fields}))
+
+    engine = by_kind.get("engine", [])
+    if any(part.get("rows") for part in engine):
+        # A later measurement has more rounds than an earlier one of the same depth.
+        lists = {
+            name: _latest([row for part in engine for row in part.get(name, [])])
+            for name in ("rows", "images", "decoder", "switch", "logits")
+        }
+        add("engine", ENGINE, **data["engine"], limits=limits, memory=[], **lists)
+    if "kernel" in by_kind:
+        cases = _latest(by_kind["kernel"], ("op", "case", "device"))
+        add("kernels", KERNELS, quick=data["quick"], cases=cases,
+            limits={data["engine"]["device"]: limits})  # fmt: skip
+    for part in by_kind.get("training", [])[-1:]:
+        add("training-step", TRAINING, **{k: v for k, v in part.items() if k != "format"})
+    if largest := by_kind.get("largest", []):
+        settings = {name: data["engine"][name] for name in ("model", "bridge")}
+        rows = [part["row"] for part in largest]
+        limit = largest[0]["limit_bytes"]
+        add("largest-batch", LARGEST, **settings, dtype=data["dtype"], limit_bytes=limit, rows=rows)
+    return found
+
+
+def _latest(
+    rows: list[dict[str, Any]], key: tuple[str, ...] = ("batch", "dtype", "depth", "what")
+) -> list[dict[str, Any]]:
+    """The last row of each key, in the order in which the keys first came."""
+    return list({tuple(row.get(name) for name in key): row for row in rows}.values())
 
 
 @dataclass(frozen=True)

@@ -53,82 +53,104 @@ def step_of(
     return step
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The result: seconds of each implementation, ratios to the original or to full depth.
+class TrainingSteps:
+    """The steps of one model, ours at each depth and the original's, ready to be timed.
 
     Raises:
         UserError: a depth or a bridge that the model cannot have, or no clone at --var-repo.
     """
-    device, dtype = options.device, getattr(torch, options.dtype)
-    config, vae_config = configs(options.model)
-    var, vae = build(options.model, device)
-    var.train().requires_grad_(True)
-    parameters = list(var.parameters())
-    # A learning rate so small that all rounds have the same weights.
-    optimizer = torch.optim.AdamW(parameters, lr=1e-9, fused=True)
-    generator = torch.Generator().manual_seed(0)
-    tokens_BL = torch.randint(
-        config.vocab_size, (options.batch, var.layout.total), generator=generator
-    ).to(device)
-    labels_B = torch.randint(config.num_classes, (options.batch,), generator=generator).to(device)
-    with torch.no_grad():
-        x_teacher = vae.teacher_input(tokens_BL)
-    arguments = (parameters, optimizer, device, dtype)
-    calls = {}
-    for depth in options.depths:
-        full = depth == config.depth
-        try:
-            schedule = var.schedule(None if full else depth, options.bridge)
-        except ValueError as error:
-            raise UserError(f"--depths {depth}: {error}") from error
-        calls[f"depth {depth}"] = step_of(
-            lambda schedule=schedule: var(labels_B, x_teacher, schedule, targets_BL=tokens_BL).mean,
-            *arguments,
-        )
-    peer = f"depth {config.depth}"
-    if options.var_repo is not None:
-        from variant.bench.original_var import load
 
-        original = load(options.var_repo, config, vae_config, (var, vae), device).var.train()
-        for name, parameter in var.named_parameters():
-            owner, _, leaf = name.rpartition(".")
-            setattr(original.get_submodule(owner), leaf, parameter)
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        device, dtype = options.device, getattr(torch, options.dtype)
+        config, vae_config = configs(options.model)
+        var, vae = build(options.model, device)
+        var.train().requires_grad_(True)
+        parameters = list(var.parameters())
+        # A learning rate so small that all rounds have the same weights.
+        optimizer = torch.optim.AdamW(parameters, lr=1e-9, fused=True)
+        generator = torch.Generator().manual_seed(0)
+        tokens_BL = torch.randint(
+            config.vocab_size, (options.batch, var.layout.total), generator=generator
+        ).to(device)
+        labels_B = torch.randint(config.num_classes, (options.batch,), generator=generator)
+        labels_B = labels_B.to(device)
+        with torch.no_grad():
+            x_teacher = vae.teacher_input(tokens_BL)
+        arguments = (parameters, optimizer, device, dtype)
+        self.calls: dict[str, Callable[[], Tensor]] = {}
+        for depth in options.depths:
+            full = depth == config.depth
+            try:
+                schedule = var.schedule(None if full else depth, options.bridge)
+            except ValueError as error:
+                raise UserError(f"--depths {depth}: {error}") from error
+            self.calls[f"depth {depth}"] = step_of(
+                lambda schedule=schedule: (
+                    var(labels_B, x_teacher, schedule, targets_BL=tokens_BL).mean
+                ),
+                *arguments,
+            )
+        self.peer = f"depth {config.depth}"
+        if options.var_repo is not None:
+            from variant.bench.original_var import load
 
-        def original_loss() -> Tensor:
-            logits_BLV = original(labels_B, x_teacher).float()
-            return F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
+            original = load(options.var_repo, config, vae_config, (var, vae), device).var.train()
+            for name, parameter in var.named_parameters():
+                owner, _, leaf = name.rpartition(".")
+                setattr(original.get_submodule(owner), leaf, parameter)
 
-        calls[ORIGINAL] = step_of(original_loss, *arguments)
-        peer = ORIGINAL
-    if peer not in calls:
-        raise UserError(f"--depths: {config.depth} (full) must be among them without --var-repo")
-    losses = {name: float(call()) for name, call in calls.items()}
-    samples = time_interleaved(calls, rounds=options.runs, device=device)
-    rows = [
-        {
-            "implementation": name,
-            "loss": losses[name],
-            "rounds": len(own.seconds),
-            "median": own.median,
-            "quartiles": own.quartiles,
-            "ratio_to_peer": statistics.median(ratios(samples[peer], own)),
-            "ratio_quartiles": quartiles(ratios(samples[peer], own)),
+            def original_loss() -> Tensor:
+                logits_BLV = original(labels_B, x_teacher).float()
+                return F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
+
+            self.calls[ORIGINAL] = step_of(original_loss, *arguments)
+            self.peer = ORIGINAL
+        if self.peer not in self.calls:
+            text = f"--depths: {config.depth} (full) must be among them without --var-repo"
+            raise UserError(text)
+        self.losses: dict[str, float] = {}
+
+    def result(self, runs: int) -> dict[str, Any]:
+        """Seconds of each implementation over ``runs`` rounds, ratios to the peer."""
+        if not self.losses:
+            self.losses = {name: float(call()) for name, call in self.calls.items()}
+        options = self.options
+        samples = time_interleaved(self.calls, rounds=runs, device=options.device)
+        rows = [
+            {
+                "implementation": name,
+                "loss": self.losses[name],
+                "rounds": len(own.seconds),
+                "median": own.median,
+                "quartiles": own.quartiles,
+                "ratio_to_peer": statistics.median(ratios(samples[self.peer], own)),
+                "ratio_quartiles": quartiles(ratios(samples[self.peer], own)),
+            }
+            for name, own in samples.items()
+        ]
+        peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else None
+        return {
+            "format": TRAINING,
+            "environment": environment(),
+            "model": options.model,
+            "batch": options.batch,
+            "bridge": options.bridge,
+            "dtype": options.dtype,
+            "device": options.device,
+            "peer": self.peer,
+            "peak_device_bytes": peak,
+            "steps": rows,
         }
-        for name, own in samples.items()
-    ]
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
-    return {
-        "format": TRAINING,
-        "environment": environment(),
-        "model": options.model,
-        "batch": options.batch,
-        "bridge": options.bridge,
-        "dtype": options.dtype,
-        "device": device,
-        "peer": peer,
-        "peak_device_bytes": peak,
-        "steps": rows,
-    }
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The result of ``options.runs`` rounds.
+
+    Raises:
+        UserError: as :class:`TrainingSteps`.
+    """
+    return TrainingSteps(options).result(options.runs)
 
 
 def main(arguments: list[str] | None = None) -> int:

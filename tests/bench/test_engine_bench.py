@@ -223,7 +223,9 @@ def test_rows_compare_ours_with_a_loop_that_draws_the_same():
     (switch,) = result["switch"]
     assert (switch["depth"], switch["to"], switch["rounds"]) == (4, 2, 2)
     assert switch["generation_ms"] > 0
-    assert len(names) == 8 * 3 + 3 * 3
+    assert [(row["depth"], row["ms"]["rounds"]) for row in result["images"]] == [(4, 2), (2, 2)]
+    # Both depths with their products and peers, the decoder and its peers, both with the decoder.
+    assert len(names) == 8 * 3 + 3 * 3 + 2 * 3
 
 
 def test_the_command_prints_the_table_and_writes_everything(tmp_path, capsys):

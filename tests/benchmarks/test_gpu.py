@@ -1,98 +1,371 @@
-"""The command for a GPU machine: a part that fails or hangs does not affect the others."""
+"""The run on a GPU, rehearsed without one: nothing that it measured is ever lost."""
+
+from __future__ import annotations
 
 import json
+import os
+import random
+import re
+import signal
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
+from robustness.forked import option
 
-from benchmarks.gpu import ROOT, Part, main, missing, parts, run
+from benchmarks.docs_results import page
+from benchmarks.gpu import record, runner, steps, unpack
+from benchmarks.gpu.__main__ import PACKAGES, main
+from benchmarks.gpu.record import Run
+from benchmarks.gpu.settings import GPU, REHEARSAL
+from benchmarks.gpu.steps import Measurement, Session, Step
+from benchmarks.report import main as report
+from benchmarks.results import ENGINE, KERNELS, LARGEST, RUN, TRAINING, read_all
 
-OK = "open({path!r}, 'w').write('1'); print('done')"
+ROOT = Path(__file__).parents[2]
+COMMAND = (sys.executable, "-m", "benchmarks.gpu", "--rehearsal", "--out")
+MOST_FILES = 8
 
 
-def python(code):
-    return (sys.executable, "-c", code)
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """The folder of a whole rehearsal."""
+    out = tmp_path_factory.mktemp("gpu") / "out"
+    done = subprocess.run(
+        [*COMMAND, str(out)], cwd=ROOT, capture_output=True, text=True, timeout=250, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    return out
 
 
-def test_every_part_is_run_and_has_its_own_outcome(tmp_path, capsys):
-    chosen = [
-        Part("fails", python("print('why it failed'); raise SystemExit(3)"), 20),
-        Part("hangs", python("import time; time.sleep(60)"), 1),
-        Part("absent", ("true",), 20, needs="no-such-program"),
-        Part("good", python(OK.format(path=str(tmp_path / "good.json"))), 20),
+def results_of(out):
+    return json.loads((out / record.RESULTS).read_text())
+
+
+def test_every_step_runs_and_is_recorded_with_clocks(rehearsal):
+    data = results_of(rehearsal)
+    assert data["complete"]
+    names = [step.name for step in steps.steps(REHEARSAL) if step.only_after_failure is None]
+    assert [(s["name"], s["status"]) for s in data["steps"]] == [(name, "ok") for name in names]
+    recorded = {result["step"] for result in data["results"]}
+    assert recorded == set(names)
+    # nvidia-smi's double reports one rate.
+    clocks = [r["clocks"] for r in data["results"] if r["seconds"] > 0.5]
+    assert clocks
+    assert all(clock["clocks.sm"] == [1980, 1980, 1980] for clock in clocks)
+    assert [r["kind"] for r in data["results"] if r["kind"] == "failure"] == []
+
+
+def test_few_files_come_back_and_the_archive_holds_the_rest(rehearsal):
+    files = sorted(path.name for path in rehearsal.iterdir())
+    assert files == sorted((record.RESULTS, record.LOG, record.ARCHIVE))
+    assert len(files) <= MOST_FILES
+    with tarfile.open(rehearsal / record.ARCHIVE) as archive:
+        assert "logs/clocks.csv" in archive.getnames()
+
+
+def test_pages_are_written_from_the_results(rehearsal, tmp_path):
+    results = read_all(rehearsal / record.RESULTS)
+    assert [r.kind for r in results] == [RUN, ENGINE, KERNELS, TRAINING, LARGEST]
+    assert report([str(rehearsal / record.RESULTS), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "One generation, batch 2" in text
+    assert "L91-batch1-float32-forward" in text
+    digits = json.loads((ROOT / "docs" / "digits.json").read_text())
+    assert "## Runs on a GPU" in page(results, digits)
+
+
+def test_all_rounds_replace_the_first_and_both_speeds_are_there(rehearsal):
+    engine = next(r.data for r in read_all(rehearsal / record.RESULTS) if r.kind == ENGINE)
+    rows = {(row["batch"], row["depth"]): row["ms"]["rounds"] for row in engine["rows"]}
+    assert rows == {(batch, depth): 2 for batch in (2, 1) for depth in (8, 2)}
+    # With the decoder too.
+    assert {(row["batch"], row["depth"]) for row in engine["images"]} == set(rows)
+
+
+def test_what_was_recorded_survives_a_kill_at_any_moment(tmp_path):
+    """Every result that the log announces is in the file, whenever the run is killed."""
+    chance = random.Random(option("SEED", 0))
+    for kill in range(option("GPU_KILLS", 1)):
+        out = tmp_path / str(kill)
+        process = subprocess.Popen(
+            [*COMMAND, str(out), "ceilings", "kernels", "end"],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while not (out / record.LOG).exists() and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(chance.uniform(0, 8))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        time.sleep(0.1)  # the steps end with it
+        log = (out / record.LOG).read_text()
+        announced = re.findall(r"^recorded (\S+ \S+ .*)$", log, re.MULTILINE)
+        data = results_of(out)
+        there = [f"{r['kind']} {r['step']} {r['name']}" for r in data["results"]]
+        assert set(announced) <= set(there)
+        assert len(there) <= len(set(announced)) + 1
+        size = (out / record.LOG).stat().st_size
+        time.sleep(0.2)
+        assert (out / record.LOG).stat().st_size == size, "a step went on without the run"
+
+
+# --- steps that fail ------------------------------------------------------------------------------
+
+
+class Fails(Measurement):
+    def measure(self, item):
+        began = time.time()
+        if item == "raises":
+            raise ValueError("this one is wrong")
+        if item == "hangs":
+            time.sleep(60)
+        if item == "crashes":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if item == "breaks the GPU":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if item == "leaves a child":
+            subprocess.Popen(["sleep", "60"])
+        self.session.add("kernel", item, {"process": os.getpid()}, began)
+
+
+class NeverReady(Fails):
+    def __init__(self, session: Session) -> None:
+        raise RuntimeError("no model")
+
+
+def run_steps(tmp_path, chosen, seconds=60.0, work="work"):
+    run = Run(tmp_path / "out", tmp_path / work, time.time())
+    run.work.mkdir()
+    run.begin({})
+    ok = runner.run_steps(run, REHEARSAL, chosen, seconds)
+    data = run.read()
+    return ok, {s["name"]: s for s in data["steps"]}, data["results"]
+
+
+def named(results, kind):
+    return {r["name"]: r["data"] for r in results if r["kind"] == kind}
+
+
+def test_an_item_that_fails_costs_itself_alone(tmp_path):
+    items = ("a", "raises", "hangs", "b", "crashes", "c", "breaks the GPU", "d")
+    began = time.monotonic()
+    ok, outcomes, results = run_steps(
+        tmp_path, [Step("bad", Fails, items, 40, 1.0), Step("good", Fails, ("e",), 10, 5)]
+    )
+    assert not ok
+    assert time.monotonic() - began < 20
+    measured, failed = named(results, "kernel"), named(results, "failure")
+    assert sorted(measured) == ["a", "b", "c", "d", "e"]
+    assert failed["raises"]["error"] == "ValueError: this one is wrong"
+    assert failed["hangs"]["error"] == "took too long"
+    assert failed["crashes"]["error"] == f"ended with status {-signal.SIGKILL}"
+    # After an error of the GPU nothing more succeeds in that process.
+    assert measured["c"]["process"] != measured["d"]["process"]
+    assert outcomes["bad"]["status"] == "failed: raises, hangs, crashes, breaks the GPU"
+    assert outcomes["good"]["status"] == "ok"
+
+
+def test_the_clock_stops_a_step_and_leaves_out_the_next(tmp_path):
+    chosen = [Step("long", Fails, ("a", "hangs"), 60, 60), Step("next", Fails, ("b",), 60, 60)]
+    began = time.monotonic()
+    _, outcomes, results = run_steps(tmp_path, chosen, seconds=runner.FINISH_SECONDS + 3)
+    assert time.monotonic() - began < 3 + runner.FINISH_SECONDS
+    assert list(named(results, "kernel")) == ["a"]
+    assert outcomes["next"]["status"] == "left out: no time is left"
+    assert named(results, "failure")["hangs"]["error"] == "the step's time was over"
+
+
+def test_a_step_that_cannot_be_prepared_is_named(tmp_path):
+    _, outcomes, results = run_steps(tmp_path, [Step("never", NeverReady, ("a",), 10, 5)])
+    assert outcomes["never"]["status"].startswith("failed: preparation ended with status 1")
+    assert "(preparation)" in named(results, "failure")
+    assert "RuntimeError: no model" in (tmp_path / "out" / record.LOG).read_text()
+
+
+def test_a_step_for_failures_runs_after_failed_tests_only(tmp_path):
+    after = Step("why", Fails, ("b",), 10, 5, only_after_failure="first")
+    _, outcomes, _ = run_steps(tmp_path, [Step("first", Fails, ("a",), 10, 5), after], work="w1")
+    assert "why" not in outcomes
+    _, outcomes, _ = run_steps(tmp_path, [Step("first", Fails, ("raises",), 10, 5), after])
+    assert outcomes["why"]["status"] == "ok"
+
+
+def test_what_a_step_started_ends_with_it(tmp_path):
+    run_steps(tmp_path, [Step("parent", Fails, ("leaves a child",), 10, 5)])
+    mine = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+    assert "sleep 60" not in mine.stdout.splitlines()
+
+
+# --- records, clocks ------------------------------------------------------------------------------
+
+
+def test_clocks_are_those_of_the_time_of_a_measurement(tmp_path):
+    path = tmp_path / "clocks.csv"
+    lines = [
+        "2026/01/02 03:04:05.500, 1000, 3201, 100.5, 40, 5",
+        "2026/01/02 03:04:06.500, 1980, 3201, [N/A], 40, 5",
+        "2026/01/02 03:04:07.500, 1980, 3201, 600, 60, 7",
+        "2026/01/02 03:04:08.500, 1900, 3201, 700, 61, 9",
+        "2026/01/02 03:04:09.500, 345, 32",
     ]
-    outcomes = {outcome.name: outcome for outcome in run(chosen, tmp_path, budget=100)}
-    assert outcomes["fails"].status == "failed with exit code 3"
-    assert outcomes["hangs"].status == "timed out after 1 s"
-    assert outcomes["absent"].status == "left out: no-such-program is not installed"
-    assert outcomes["good"].status == "ok"
-    assert outcomes["good"].results == ["good.json"]
-    assert "why it failed" in capsys.readouterr().out
-    written = json.loads((tmp_path / "summary.json").read_text())
-    assert [one["status"] for one in written] == [o.status for o in outcomes.values()]
+    path.write_text("\n".join(lines))
+    start = time.mktime((2026, 1, 2, 3, 4, 7, 0, 0, -1))
+    clocks = record.clocks_between(path, start, start + 2)
+    assert clocks["clocks.sm"] == [1900, 1940, 1980]
+    assert clocks["power.draw"] == [600, 650, 700]
+    assert record.clocks_between(path, start + 100, start + 101) == {}
+    assert record.clocks_between(tmp_path / "none", start, start + 2) == {}
 
 
-def test_a_part_runs_with_its_variables_and_the_summary_lists_them(tmp_path):
-    code = "import os; assert os.environ['VARIANT_TEST_DEVICE'] == 'cuda'"
-    part = Part("set", python(code), 20, environment=(("VARIANT_TEST_DEVICE", "cuda"),))
-    (outcome,) = run([part], tmp_path, budget=100)
-    assert outcome.status == "ok"
-    assert outcome.command.startswith("VARIANT_TEST_DEVICE=cuda python -c ")
+def test_nvidia_smi_only_reads(tmp_path, monkeypatch):
+    """No option that could change a setting of the GPU."""
+    shown = tmp_path / "shown"
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f'#!/bin/sh\necho "$@" > {shown}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    runner.start_sampler(Run(tmp_path, tmp_path, 0)).wait()
+    words = shown.read_text().split()
+    assert [word.split("=")[0] for word in words] == ["--query-gpu", "--format", "--loop-ms"]
 
 
-def test_a_part_keeps_the_python_path_that_it_was_started_with(tmp_path, monkeypatch):
-    (tmp_path / "only_here.py").write_text("")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    part = Part("path", python("import only_here, benchmarks.gpu"), 20)
-    (outcome,) = run([part], tmp_path, budget=100)
-    assert outcome.status == "ok"
+# --- the plan of a real run -----------------------------------------------------------------------
 
 
-def test_kernel_benchmarks_fit_the_time_left_or_do_not_start(tmp_path):
-    (kernels,) = [part for part in parts(Path(), None) if part.name == "kernels"]
-    show = Part("kernels", (*python("import sys; print(sys.argv[1:])"), *kernels.command[3:]), 400)
-    (outcome,) = run([show], tmp_path, budget=220)
-    # 220 less the overtime, for five files.
-    assert "'--seconds', '19'" in (tmp_path / outcome.log).read_text()
-    (outcome,) = run([kernels], tmp_path, budget=100)
-    assert outcome.status == "left out: no budget is left"
+def test_the_cases_exist_and_run_on_a_gpu():
+    import importlib
+
+    for op, name in (*GPU.kernels, *GPU.compiled):
+        cases = importlib.import_module(f"benchmarks.bench_{op}").CASES
+        (case,) = (case for case in cases if case.name == name)
+        assert "cuda" in case.devices
+        assert case.settings.get("heads", 30) == 30
 
 
-def test_a_spent_budget_leaves_the_rest_out(tmp_path):
-    (outcome,) = run([Part("late", python("pass"), 20)], tmp_path, budget=1)
-    assert outcome.status == "left out: no budget is left"
+@pytest.mark.parametrize("op", ["block_causal_attention", "paged_attention", "sample_tokens"])
+def test_the_cases_of_the_targets_are_the_first(op):
+    import importlib
+
+    first = importlib.import_module(f"benchmarks.bench_{op}").CASES[0].name
+    assert (op, first) in GPU.kernels
 
 
-def test_names_are_unique_and_an_unknown_one_is_named(tmp_path, capsys):
-    names = [part.name for part in parts(tmp_path, None)]
-    assert len(set(names)) == len(names)
-    with pytest.raises(SystemExit, match="2"):
-        main(["nonsense"])
-    assert "no part 'nonsense'" in capsys.readouterr().err
+def test_engine_and_kernels_fit_the_time():
+    """What tells most is planned before the time is over; only later steps may be left out."""
+    plan = steps.steps(GPU)
+    assert [step.name for step in plan][:5] == [
+        *("ceilings", "smoke", "sanitizer", "engine-64", "engine-1")
+    ]
+    by_kernels = sum(s.seconds for s in plan[:6] if s.only_after_failure is None)
+    assert by_kernels <= 350
+    assert len({step.name for step in plan}) == len(plan)
 
 
-def test_only_cases_on_the_gpu_are_chosen():
-    """An implementation of that name takes part on the CPU too."""
-    (kernels,) = [part for part in parts(Path(), None) if part.name == "kernels"]
-    chosen = kernels.command[kernels.command.index("-k") + 1]
-    assert chosen in "test_adaln_modulate[cuda-d16-large-stream-float32-rows-float32-op]"
-    assert chosen not in "test_adaln_modulate[cpu-d16-large-stream-float32-rows-float32-cuda]"
-    files = [Path(word).name for word in kernels.command if "bench_" in word]
-    assert sorted(files) == sorted(path.name for path in (ROOT / "benchmarks").glob("bench_*.py"))
+def test_an_unknown_step_and_a_missing_package_are_named(monkeypatch, capsys, tmp_path):
+    assert main(["--rehearsal", "--out", str(tmp_path), "nonsense"]) == 2
+    assert "no step 'nonsense'" in capsys.readouterr().err
+    monkeypatch.setattr("benchmarks.gpu.__main__.PACKAGES", ("json", "no_such_package"))
+    assert main(["--rehearsal"]) == 2
+    assert "not installed: no_such_package" in capsys.readouterr().err
+    assert "tyro" not in PACKAGES
 
 
-def test_a_package_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert missing() is None
-    monkeypatch.setattr("benchmarks.gpu.PACKAGES", ("json", "no_such_package"))
-    assert missing() == "not installed: no_such_package"
-
-
-def test_every_part_can_be_imported_without_the_command_lines_library(tmp_path):
-    commands = [part.command for part in parts(tmp_path, None)]
-    modules = {c[c.index("-m") + 1] for c in commands if "-m" in c} - {"pytest"}
-    assert "benchmarks.gpu_engine" in modules
-    code = f"import sys; sys.modules['tyro'] = None; import {', '.join(sorted(modules))}"
+def test_nothing_imports_the_command_lines_library():
+    """It may be missing on a GPU machine."""
+    code = (
+        "import sys; sys.modules['tyro'] = None; from benchmarks.gpu.__main__ import "
+        "_import_everything as f; f()"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+# --- artefacts ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def artefacts(tmp_path):
+    """A manifest, two libraries and a cache of one entry, as artefacts.py writes them."""
+    folder, root = tmp_path / "artefacts", tmp_path / "root"
+    source = tmp_path / "source"
+    for path, text in (
+        ("libraries/_C.so", "library"),
+        ("triton/AAAA/kernel.cubin", "code"),
+        ("triton/AAAA/kernel.json", "{}"),
+        (
+            "triton/AAAA/__grp__kernel.json",
+            json.dumps({"child_paths": {"kernel.cubin": "/elsewhere/AAAA/kernel.cubin"}}),
+        ),
+    ):
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        (source / path).write_text(text)
+    folder.mkdir()
+    (root / "variant_kernels").mkdir(parents=True)
+    (root / "csrc").mkdir()
+    for name in ("CMakeLists.txt", "setup.py", "csrc/kernel.cpp"):
+        (root / name).write_text(name)
+    with tarfile.open(folder / unpack.ARCHIVE, "w:xz") as archive:
+        for top in ("libraries", "triton"):
+            archive.add(source / top, top)
+    return folder, root
+
+
+def write_manifest(folder, root, **fields):
+    import sysconfig
+
+    triton = pytest.importorskip("triton")
+    from triton.runtime.cache import triton_key
+
+    manifest = {
+        "soabi": sysconfig.get_config_var("SOABI"),
+        "sources": unpack.digest_of_sources(root),
+        "triton": triton.__version__,
+        "triton_key": triton_key(),
+        "tails": {"AAAA": "-tail"},
+        **fields,
+    }
+    (folder / unpack.MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_artefacts_are_put_in_place(artefacts, tmp_path):
+    folder, root = artefacts
+    write_manifest(folder, root)
+    notes = unpack.unpack(folder, tmp_path / "cache", root)
+    assert (root / "variant_kernels" / "_C.so").read_text() == "library"
+    entry = tmp_path / "cache" / "AAAA"
+    assert (entry / "kernel.cubin").read_text() == "code"
+    group = json.loads((entry / "__grp__kernel.json").read_text())
+    assert group["child_paths"] == {"kernel.cubin": str(entry / "kernel.cubin")}
+    assert "artefacts: 1 Triton kernels" in notes
+
+
+def test_another_build_of_the_same_triton_finds_the_entries(artefacts, tmp_path):
+    import hashlib
+
+    from triton.runtime.cache import _base32, triton_key
+
+    folder, root = artefacts
+    write_manifest(folder, root, triton_key="another build")
+    notes = unpack.unpack(folder, tmp_path / "cache", root)
+    key = _base32(hashlib.sha256(f"{triton_key()}-tail".encode()).hexdigest())
+    assert (tmp_path / "cache" / key / "kernel.cubin").exists()
+    assert any("another build" in note for note in notes)
+
+
+def test_libraries_of_other_sources_stay_out(artefacts, tmp_path):
+    folder, root = artefacts
+    write_manifest(folder, root)
+    (root / "csrc" / "kernel.cpp").write_text("changed")
+    notes = unpack.unpack(folder, tmp_path / "cache", root)
+    assert not (root / "variant_kernels" / "_C.so").exists()
+    assert any("sources here" in note for note in notes)
+    assert (tmp_path / "cache" / "AAAA" / "kernel.cubin").exists()
+
+
+def test_without_artefacts_the_run_goes_on(tmp_path):
+    (note,) = unpack.unpack(tmp_path / "none", tmp_path / "cache", ROOT)
+    assert note.startswith("no artefacts: FileNotFoundError")

@@ -46,12 +46,14 @@ NOT_RUN = {
     "python -m pytest": "runs the test suite again",
     "python -m tests.mutation": "takes minutes",
     "python -m benchmarks.dropin": "needs a clone of the original code, takes minutes",
+    "python -m benchmarks.gpu": "tests/benchmarks/test_gpu.py runs it",
     "python -m variant.evaluation.digits": "needs a model trained for minutes",
     "python -m variant_kernels.triton_ops.compile_report": "takes minutes",
     "variant train": "takes minutes; a shortened recipe runs below",
     "variant train-vae": "takes minutes; a shortened recipe runs below",
     "variant tokenize": "needs a trained VQ-VAE; tests/training/test_own_images.py runs it",
     "variant convert runs/mine": "needs a trained run; tests/training/test_export.py converts some",
+    "variant eval": "needs images and weights; tests/evaluation/test_report.py runs it",
     "variant bench": "takes minutes",
 }
 
@@ -221,8 +223,12 @@ def check_exists(words):
     if program == "variant":
         parse(words[1:])
     elif program == "torchrun":
-        assert words[3:5] == ("-m", "variant.training"), words
-        parse(("train", "--recipe", *words[5:]))
+        assert words[3] == "-m", words
+        if words[4] == "variant.cli":
+            parse(words[5:])
+        else:
+            assert words[4] == "variant.training", words
+            parse(("train", "--recipe", *words[5:]))
     elif program == "make":
         targets = [word for word in arguments if "=" not in word]
         done = subprocess.run(

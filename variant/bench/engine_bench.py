@@ -10,6 +10,7 @@ import functools
 import itertools
 import statistics
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class BenchConfig:
     var_repo: Path | None = None
     decoder: bool = False
     kv_dtype: str | None = None
+    # Whether the plain loop runs at every depth, or at full depth only, as the original does.
+    plain_depths: bool = True
 
     @property
     def filters(self) -> dict[str, Any]:
@@ -178,6 +181,11 @@ class EngineComparison:
             )
         )
 
+    @property
+    def one_peer(self) -> bool:
+        """Whether every row stands beside peers at full depth."""
+        return self.original is not None or not self.setting.plain_depths
+
     def schedule(self, depth: int) -> DepthSchedule:
         """Layers by scale; at full depth every layer, whatever the bridge."""
         return self.var.schedule(depth, self.setting.bridge)
@@ -196,10 +204,10 @@ class EngineComparison:
         stats = self.kv8_stats[depth] = generation.stats
         return SelfTimed(stats.seconds - stats.decode_seconds)
 
-    def _generate(self, depth: int, **options: Any) -> Generation:
+    def _generate(self, depth: int, decode: bool = False, **options: Any) -> Generation:
         return self.engine.generate(
             self.labels_B,
-            decode=False,
+            decode=decode,
             depth=depth,
             bridge=self.setting.bridge,
             max_batch=self.setting.batch,
@@ -209,9 +217,9 @@ class EngineComparison:
 
     def peers(self, depth: int) -> dict[str, Call]:
         """Calls by name. The original has no depths: it is a peer of our full depth only."""
+        if self.one_peer and depth != self.var.config.depth:
+            return {}
         if self.original is not None:
-            if depth != self.var.config.depth:
-                return {}
             return {
                 f"original {name}": functools.partial(self._original, on)
                 for name, on in peer_settings(self.device).items()
@@ -221,9 +229,9 @@ class EngineComparison:
             for name, on in peer_settings(self.device).items()
         }
 
-    def _original(self, autocast: bool) -> SelfTimed:
+    def _original(self, autocast: bool, decoder: bool = False) -> SelfTimed:
         assert self.original is not None
-        with self.original.without_decoder():
+        with nullcontext() if decoder else self.original.without_decoder():
             start = clock(self.device)
             self.original.generate(
                 self.labels_B, seed=self.seed, autocast=autocast, **self.setting.filters
@@ -410,7 +418,7 @@ class EngineComparison:
             against=[
                 self._against(
                     name, samples[name], ours,
-                    full_depth=shallow and self.original is not None,
+                    full_depth=shallow and self.one_peer,
                 )
                 for name in peers
             ],
@@ -463,6 +471,44 @@ class EngineComparison:
         )
 
 
+def images(comparison: EngineComparison, on_sample: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Whole generations with the decoder: each depth, beside the original at full depth."""
+    setting, full = comparison.setting, comparison.var.config.depth
+
+    def ours(depth: int) -> SelfTimed:
+        comparison.seed += 1
+        stats = comparison._generate(depth, decode=True, seed=comparison.seed).stats
+        return SelfTimed(stats.seconds)
+
+    calls: dict[str, Call] = {
+        f"ours, depth {depth}": functools.partial(ours, depth) for depth in setting.depths
+    }
+    originals = peer_settings(comparison.device) if comparison.original is not None else {}
+    for name, autocast in originals.items():
+        calls[f"original {name}"] = functools.partial(comparison._original, autocast, decoder=True)
+    samples = time_interleaved(
+        calls, rounds=setting.runs, min_seconds=0.02, device=comparison.device, on_sample=on_sample
+    )
+    rows = []
+    for depth in setting.depths:
+        own, shallow = samples[f"ours, depth {depth}"], depth != full
+        against = [
+            asdict(comparison._against(name, samples[name], own, full_depth=shallow))
+            for name in calls
+            if name.startswith("original")
+        ]
+        rows.append(
+            {
+                "depth": depth,
+                "batch": setting.batch,
+                "dtype": dtype_name(setting.dtype),
+                "ms": asdict(comparison._timing(own)),
+                "against": against,
+            }
+        )
+    return rows
+
+
 def _difference(what: str, ours: Tensor, theirs: Tensor) -> LogitsDifference:
     apart = (ours.double() - theirs.double()).abs()
     return LogitsDifference(what, float(apart.max()), float(apart.mean()), float(theirs.std()))
@@ -479,7 +525,7 @@ def count_samples(setting: BenchConfig, full_depth: int, device: str = "cpu") ->
 def measure(
     var: VAR, vae: VQVAE, setting: BenchConfig, on_sample: Callable[[str], None] = lambda name: None
 ) -> dict[str, Any]:
-    """Rows, logits, the decoder and the switch of depths of one setting, as plain values.
+    """Rows, logits, the decoder, images and the switch of depths of one setting, as plain values.
 
     Raises:
         UserError: the original code does not fit this model.
@@ -494,6 +540,7 @@ def measure(
                 for difference in comparison.logits()
             ],
             "decoder": [comparison.decoder(on_sample)] if setting.decoder else [],
+            "images": images(comparison, on_sample) if setting.decoder else [],
             "switch": [asdict(switch) for switch in comparison.switch()],
         }
 

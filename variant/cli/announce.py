@@ -8,10 +8,12 @@ from variant.cli.options import (
     Bench,
     Command,
     Convert,
+    Eval,
     Generate,
     Info,
     Plan,
     Recipe,
+    Sample,
     Tokenize,
     Train,
     TrainVae,
@@ -53,6 +55,16 @@ def first_line(command: Command) -> str:
         case Convert():
             names = [str(name) for name in (command.model, command.var, command.vae) if name]
             return f"convert: reading {' and '.join(names)}" if names else ""
+        case Sample():
+            depth = f"depth {command.depth or 'full'}"
+            return f"sample: {command.model}, {depth}, {command.device}, to {command.out}"
+        case Eval():
+            if command.compare:
+                return ""
+            return (
+                f"eval: {command.images} against {command.reference}, features of "
+                f"{command.features}, {command.device}"
+            )
         case Info():
             return f"info: reading {command.model}"
         case Recipe():  # a shown recipe is the whole output

@@ -104,6 +104,7 @@ def _empty_result(command: Bench, var: VAR) -> dict[str, Any]:
         "rows": [],
         "logits": [],
         "decoder": [],
+        "images": [],
         "switch": [],
         "memory": [],
     }
@@ -124,7 +125,7 @@ def _measure(
         on_sample = functools.partial(advance, 1)
         for config in configs:
             measured = measure(var, vae, config, on_sample)
-            for part in ("rows", "logits", "decoder", "switch"):
+            for part in ("rows", "logits", "decoder", "images", "switch"):
                 result[part] += measured[part]
             if command.memory:
                 result["memory"] += _memory(command, var, config, result["memory"], on_sample)
@@ -255,6 +256,16 @@ def _print(out: Console, result: dict[str, Any]) -> None:
         out.print(
             f"decoder, {decoder['dtype']}, batch {decoder['batch']}: "
             f"{decoder['ms']['median']:,.1f} ms per image ({peers})"
+        )
+    for image in result["images"]:
+        peers = "; ".join(
+            f"{peer['peer']} {peer['ms']['median']:,.1f} ms, {peer['ratio']:.2f} times"
+            for peer in image["against"]
+        )
+        out.print(
+            f"with the decoder, {image['dtype']}, batch {image['batch']}, depth "
+            f"{image['depth']}: {image['ms']['median']:,.1f} ms per image"
+            + (f" ({peers})" if peers else "")
         )
     for switch in result["switch"]:
         out.print(f"switch {switch_line(switch)}")

@@ -1,5 +1,5 @@
 """The command line ``variant``: generate, plan, train, train-vae, recipe, bench, convert,
-info, tokenize.
+info, tokenize, sample, eval.
 
 The module of a command is imported when it runs, so that ``--help`` starts without torch.
 """
@@ -19,10 +19,12 @@ from variant.cli.options import (
     Bench,
     Command,
     Convert,
+    Eval,
     Generate,
     Info,
     Plan,
     Recipe,
+    Sample,
     Tokenize,
     Train,
     TrainVae,
@@ -110,6 +112,14 @@ def function_of(command: Command) -> Callable[[Any], None]:
             from variant.cli.convert import convert
 
             return convert
+        case Sample():
+            from variant.cli.sample import sample_command
+
+            return sample_command
+        case Eval():
+            from variant.cli.evaluate import evaluate_command
+
+            return evaluate_command
         case Info():
             from variant.cli.info import info
 

@@ -117,6 +117,9 @@ class Op:
             for count in range(self._backend + 1, len(arguments) + 1)
         }
         self._inference_only = backward is None
+        # The overload of the gradient, and what runs it; None for an inference-only op.
+        self.gradient: Any = None
+        self.run_gradient: Callable[..., Any] | None = None
         if backward is not None and backward_fake is not None:
             self._register_gradient(backward, backward_fake)
         _ops.append(self)
@@ -205,6 +208,7 @@ class Op:
             return launcher(**arguments) if launch is None else launch(launcher, arguments)
 
         overload = define(schema, run, fake, ())
+        self.gradient, self.run_gradient = overload, run
         names = tuple(argument.name for argument in overload._schema.arguments)
         results = tuple(result.name for result in self.overload._schema.returns)
         known = (*self._names, *results)

@@ -1,0 +1,395 @@
+"""Compiles here what a run would compile there: libraries, and the Triton kernels that it launches.
+
+    make gpu-artefacts
+    python -m benchmarks.gpu.artefacts [--out build/gpu-artefacts] [--jobs 2] [--check]
+
+It runs under the Python, torch and Triton of the GPU machine, without a GPU
+(``benchmarks.offline_triton``), and after ``setup.py build_ext --inplace`` for that Python. The
+folder it writes, a few MB, travels with the checkout. ``--check`` runs everything again in a new
+process and counts what is not found in the cache.
+
+An entry of Triton's cache is found again where Triton's version, its ptxas, the kernel's source and
+the arguments' types and alignment are the same. Another build of the same Triton version has other
+keys: ``unpack`` renames the entries for it. A miss costs a second of compiling; the run counts
+misses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import time
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from benchmarks.gpu.settings import GPU, Settings
+from benchmarks.gpu.unpack import ARCHIVE, MANIFEST, digest_of_sources
+
+ROOT = Path(__file__).resolve().parents[2]
+# With the checkout it must be less than the 64 MiB that may travel.
+MOST_BYTES = 40 * 2**20
+LIBRARIES = ("_C" + sysconfig.get_config_var("EXT_SUFFIX"), "_cuda.so")
+# Of a kernel's files a launch needs these only; the assembly texts are ten times as large.
+KEPT = (".cubin", ".json", ".so")
+FILTERS = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
+
+Case = tuple[str, Callable[[], object]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 1 if a case failed or, with --check, was not found."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.artefacts")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-artefacts")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--check", action="store_true", help="count what the cache lacks")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    cache = options.out / "triton"
+    cache.mkdir(parents=True, exist_ok=True)
+    if options.part is not None:
+        index, count = map(int, options.part.split("/"))
+        return compile_part(cache, index, count, options.only)
+    command = [sys.executable, "-m", "benchmarks.gpu.artefacts", "--out", str(options.out)]
+    command += ["--only", options.only]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    jobs = [
+        subprocess.Popen([*command, "--part", f"{index}/{options.jobs}"], env=environment)
+        for index in range(options.jobs)
+    ]
+    failed = any(job.wait() for job in jobs)
+    reports = [
+        json.loads((options.out / f"part-{index}.json").read_text())
+        for index in range(options.jobs)
+    ]
+    compiled = sum(report["compiled"] for report in reports)
+    found = sum(report["found"] for report in reports)
+    print(f"{compiled} kernels compiled, {found} found in the cache")
+    if options.check:
+        return int(failed or compiled > 0)
+    tails = {key: tail for report in reports for key, tail in report["tails"].items()}
+    _write(options.out, cache, tails)
+    return int(failed)
+
+
+# --- what is compiled -----------------------------------------------------------------------------
+
+
+def compile_part(cache: Path, index: int, count: int, only: str) -> int:
+    """Compile every ``count``-th case; the report goes beside the cache."""
+    from benchmarks.offline_triton import gpu
+
+    failed, compiled, found = [], 0, 0
+    with _tails(cache.parent / f"tails-{index}") as tails, _launchers():
+        for number, (name, case) in enumerate(cases(GPU)):
+            if number % count != index or only not in name:
+                continue
+            began = time.monotonic()
+            with _double_of_torch(), gpu() as launched:
+                try:
+                    case()
+                except Exception:
+                    traceback.print_exc()
+                    failed.append(name)
+            compiled += len(launched.compiled)
+            found += len(launched.found)
+            print(
+                f"{name}: {len(launched.launches)} launches, {len(launched.compiled)} compiled, "
+                f"{len(launched.failures)} do not fit, {time.monotonic() - began:.0f} s",
+                flush=True,
+            )
+    report = {"compiled": compiled, "found": found, "tails": tails, "failed": failed}
+    (cache.parent / f"part-{index}.json").write_text(json.dumps(report))
+    return int(bool(failed))
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    """(name, function that launches every kernel of it) of everything that a run measures."""
+    for op, name in dict.fromkeys((*settings.kernels, *settings.compiled)):
+        yield f"{op} {name}", lambda op=op, name=name: _bench_case(op, name)
+    for batch in settings.batches:
+        yield f"engine, batch {batch}", lambda batch=batch: _engine(settings, batch)
+    yield "training step", lambda: _training(settings)
+    yield "largest batch", lambda: _engine(settings, max(settings.memory_small))
+    yield from _smoke()
+
+
+def _bench_case(op: str, name: str) -> None:
+    """Our implementations of a case of a bench file."""
+    import torch
+
+    module = importlib.import_module(f"benchmarks.bench_{op}")
+    (case,) = (case for case in module.CASES if case.name == name)
+    comparison = module.build(case, "cuda", True)
+    with torch.enable_grad() if comparison.gradient else torch.inference_mode():
+        for implementation in ("triton", "op", "two-ops", "exact"):
+            call = comparison.calls.get(implementation)
+            if call is not None:
+                call()
+
+
+def _engine(settings: Settings, batch: int) -> None:
+    import torch
+
+    from variant.bench.models import build
+    from variant.engine.engine import Engine
+
+    var, vae = build(settings.model, "cuda")
+    engine = Engine(var, vae, dtype=getattr(torch, settings.dtype), capture=False)
+    for depth in (settings.depths[0], settings.depths[-1]):
+        engine.generate(
+            torch.arange(batch, device="cuda"),
+            depth=depth,
+            bridge=settings.bridge,
+            max_batch=batch,
+            seed=0,
+            **FILTERS,
+        )
+
+
+def _training(settings: Settings) -> None:
+    from benchmarks.training_step import TrainingSteps
+
+    steps = TrainingSteps(
+        Namespace(
+            model=settings.model,
+            batch=settings.training_batch,
+            depths=list(settings.training_depths),
+            bridge=settings.bridge,
+            dtype=settings.dtype,
+            device="cuda",
+            var_repo=None,
+        )
+    )
+    for call in steps.calls.values():
+        call()
+
+
+def _smoke() -> Iterator[Case]:
+    """The launches of the smoke tests, up to where a test looks at values."""
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+    module = importlib.import_module("tests.gpu.test_small_cases")
+    for name, test in vars(module).items():
+        if name.startswith("test_"):
+            marks = [m for m in test.pytestmark if m.name == "parametrize"]
+            for values in product(*(mark.args[1] for mark in marks)):
+                arguments = {mark.args[0]: v for mark, v in zip(marks, values, strict=True)}
+                yield f"{name} {list(arguments.values())}", lambda t=test, a=arguments: _blind(t, a)
+    yield "golden model", _golden
+
+
+def _blind(test: Callable[..., None], arguments: dict[str, Any]) -> None:
+    from torch._subclasses.fake_tensor import DataDependentOutputException
+
+    # An assertion about values, after the launches.
+    with suppress(DataDependentOutputException):
+        test(**arguments)
+
+
+def _golden() -> None:
+    import torch
+
+    from benchmarks.golden_weights import golden_configs
+    from variant.engine.engine import Engine
+    from variant.models.var import VAR
+    from variant.models.vqvae import VQVAE
+
+    facts, var_config, vae_config = golden_configs("plain")
+    with torch.device("cuda"):
+        var, vae = VAR(var_config), VQVAE(vae_config)
+    for module in (var, vae):
+        module.eval().requires_grad_(False)
+    labels_B = torch.zeros(2, dtype=torch.int64, device="cuda")
+    tokens_BL = torch.zeros(2, var.layout.total, dtype=torch.int64, device="cuda")
+    for dtype in (torch.float32, torch.bfloat16):
+        engine = Engine(var, vae, dtype=dtype, backend="triton", capture=False)
+        for depth in (None, facts["subnet"]["depth"]):
+            engine.forced_logits(labels_B, tokens_BL, depth=depth)
+            engine.generate(labels_B, depth=depth, cfg=4.0, top_k=1, seed=0)
+            engine.generate(labels_B, depth=depth, seed=3)
+        engine.generate(labels_B, seed=3, top_k=40, top_p=0.9)
+
+
+# --- doubles --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _double_of_torch() -> Iterator[None]:
+    """What the engine and the bench files ask torch.cuda for, beyond what launches ask."""
+    import torch
+    from torch import nn
+
+    class Event:
+        def __init__(self, **options: Any) -> None:
+            pass
+
+        def record(self, stream: Any = None) -> None:
+            pass
+
+        synchronize = wait = record
+
+        def query(self) -> bool:
+            return True
+
+    class Generator(torch.Generator):
+        """One of the GPU would look for its driver."""
+
+        def __new__(cls, device: Any = None) -> Any:
+            return super().__new__(cls)
+
+    def unchanged(tensor: Any, *arguments: Any, **options: Any) -> Any:
+        return tensor
+
+    with ExitStack() as stack:
+        for name, value in {
+            "Event": Event,
+            "current_stream": lambda device=None: None,
+            "mem_get_info": lambda device=None: (140 * 2**30, 141 * 2**30),
+            "memory_reserved": lambda device=None: 0,
+            "memory_allocated": lambda device=None: 0,
+            "empty_cache": lambda: None,
+        }.items():
+            stack.enter_context(patch.object(torch.cuda, name, value))
+        stack.enter_context(patch.object(torch, "Generator", Generator))
+        # Initial values do not exist here, and drawing them is not possible.
+        for name in ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_"):
+            stack.enter_context(patch.object(nn.init, name, unchanged))
+        yield
+
+
+@contextmanager
+def _tails(path: Path) -> Iterator[dict[str, str]]:
+    """Keys of entries without the part that identifies Triton's build, by the entry's folder."""
+    from triton.compiler import compiler
+    from triton.runtime.cache import _base32, get_cache_key, triton_key
+
+    tails: dict[str, str] = {}
+
+    def remember(src: Any, backend: Any, options: Any, env_vars: Any) -> str:
+        key = get_cache_key(src, backend, options, env_vars=env_vars)
+        tail = key.removeprefix(triton_key())
+        tails[_base32(hashlib.sha256(key.encode()).hexdigest())] = tail
+        return key
+
+    with patch.object(compiler, "get_cache_key", remember):
+        yield tails
+
+
+@contextmanager
+def _launchers() -> Iterator[None]:
+    """Compile the C functions with which Triton launches kernels; they are cached entries too."""
+    from triton.backends.nvidia import driver
+    from triton.runtime import build
+
+    from benchmarks import offline_triton
+
+    if not hasattr(driver, "make_launcher"):  # later versions launch by one function
+        yield
+        return
+    begin = offline_triton._Launcher.__init__
+
+    def and_compile(self: Any, source: Any, metadata: Any) -> None:
+        begin(self, source, metadata)
+        constants = {
+            (source.fn.arg_names.index(at),) if isinstance(at, str) else at: value
+            for at, value in source.constants.items()
+        }
+        text = driver.make_launcher(
+            constants, dict(source.signature), getattr(metadata, "tensordesc_meta", None)
+        )
+        _cached_module(text, "__triton_launcher", build, driver)
+
+    _cached_module((Path(driver.dirname) / "driver.c").read_text(), "cuda_utils", build, driver)
+    with patch.object(offline_triton._Launcher, "__init__", and_compile):
+        yield
+
+
+def _cached_module(text: str, name: str, build: Any, driver: Any) -> None:
+    """What ``build.compile_module_from_src`` leaves in the cache; it is not loaded here."""
+    from triton.runtime.cache import get_cache_manager
+
+    file = name + sysconfig.get_config_var("EXT_SUFFIX")
+    # platform.architecture() names the format only where the program `file` is installed.
+    platform = build.platform_key()
+    bare = platform.removesuffix("ELF")
+    caches = [
+        get_cache_manager(hashlib.sha256((text + key).encode()).hexdigest())
+        for key in (bare, bare + "ELF")
+    ]
+    if all(cache.get_file(file) for cache in caches):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        # The driver's library is on the GPU machine; its name is enough for linking.
+        stub = Path(folder) / "libcuda.so.1"
+        command = ["gcc", "-shared", "-Wl,-soname,libcuda.so.1", "-x", "c", "/dev/null"]
+        subprocess.run([*command, "-o", str(stub)], check=True)
+        source = Path(folder) / f"{name}.c"
+        source.write_text(text)
+        library = build._build(
+            name,
+            str(source),
+            folder,
+            [driver.libdevice_dir, folder],
+            driver.include_dirs,
+            driver.libraries,
+            [],
+        )
+        for cache in caches:
+            cache.put(Path(library).read_bytes(), file, binary=True)
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def _write(out: Path, cache: Path, tails: dict[str, str]) -> None:
+    """The archive and its manifest.
+
+    Raises:
+        SystemExit: a library is missing, or the archive is too large.
+    """
+    import triton
+    from triton.runtime.cache import triton_key
+
+    folder = ROOT / "variant_kernels"
+    missing = [name for name in LIBRARIES if not (folder / name).exists()]
+    if missing:
+        raise SystemExit(
+            f"benchmarks.gpu.artefacts: not built: {', '.join(missing)}; run VARIANT_CUDA=1 "
+            'VARIANT_CUDA_ARCHS="90a" python setup.py build_ext --inplace with this Python'
+        )
+    with tarfile.open(out / ARCHIVE, "w:xz") as archive:
+        for name in LIBRARIES:
+            archive.add(folder / name, f"libraries/{name}")
+        for path in sorted(cache.rglob("*")):
+            if path.suffix in KEPT:
+                archive.add(path, f"triton/{path.relative_to(cache)}")
+    manifest = {
+        "soabi": sysconfig.get_config_var("SOABI"),
+        "sources": digest_of_sources(ROOT),
+        "triton": triton.__version__,
+        "triton_key": triton_key(),
+        "tails": tails,
+    }
+    (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    size = sum((out / name).stat().st_size for name in (ARCHIVE, MANIFEST))
+    print(f"{len(tails)} Triton kernels, {size / 2**20:.1f} MiB: {out}")
+    if size > MOST_BYTES:
+        raise SystemExit(f"benchmarks.gpu.artefacts: more than {MOST_BYTES / 2**20:.0f} MiB")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""``variant eval``: metrics, their record, what differs, and what bad input gets."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from seeded import images as seeded_images
+
+from variant.cli.main import main
+from variant.data.config import DataSection
+from variant.data.digits import DigitsData
+from variant.errors import UserError
+from variant.evaluation import report
+from variant.evaluation.classifier import load_classifier, save_classifier, train_classifier
+from variant.evaluation.features import FeatureNetwork, Features
+from variant.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
+from variant.evaluation.image_sets import Reference, array_images, open_images, open_reference
+from variant.evaluation.report import evaluate
+
+CPU = torch.device("cpu")
+
+
+def patches(images_B3YX):
+    """Means of 2 x 2 parts of an image: 12 features."""
+    return torch.nn.functional.adaptive_avg_pool2d(images_B3YX.float(), 2).flatten(1) / 255
+
+
+NETWORK = FeatureNetwork(
+    "patches", "FD (patches)", "", lambda images: Features(patches(images)), CPU
+)
+
+
+def array(seed, count, side=16):
+    return seeded_images(seed, count, side, side).permute(0, 2, 3, 1).numpy()
+
+
+def write_folder(folder, pixels, name="{index:05d}_class{label}.png", classes=4):
+    folder.mkdir(exist_ok=True)
+    for index, image in enumerate(pixels):
+        path = folder / name.format(index=index, label=index % classes)
+        Image.fromarray(image).save(path)
+    return folder
+
+
+def write_tar(path, pixels):
+    with tarfile.open(path, "w") as archive:
+        for index, image in enumerate(pixels):
+            content = io.BytesIO()
+            Image.fromarray(image).save(content, "PNG")
+            entry = tarfile.TarInfo(f"{index:06d}.png")
+            entry.size = len(content.getvalue())
+            archive.addfile(entry, io.BytesIO(content.getvalue()))
+    return path
+
+
+def metric(result, name):
+    return next(metric for metric in result.metrics if metric.name == name)
+
+
+def test_every_form_of_the_same_images_gives_the_same_metrics(tmp_path):
+    pixels, real = array(1, 40), array(2, 50)
+    np.savez(tmp_path / "a.npz", pixels)
+    np.savez(tmp_path / "real.npz", arr_0=real)
+    paths = [
+        tmp_path / "a.npz",
+        write_folder(tmp_path / "folder", pixels),
+        write_tar(tmp_path / "a.tar", pixels),
+    ]
+    reference = tmp_path / "real.npz"
+    results = [evaluate(open_images(path), open_reference(reference), NETWORK) for path in paths]
+    assert len({result.images_sha256 for result in results}) == 1
+    assert results[0].metrics == results[1].metrics == results[2].metrics
+    features = [patches(torch.from_numpy(x).permute(0, 3, 1, 2)) for x in (pixels, real)]
+    expected = frechet_distance(*(FeatureStatistics.of(x).gaussian() for x in features))
+    result = metric(results[0], "FD (patches)")
+    assert result.value == pytest.approx(expected, abs=1e-9)
+    assert result.low <= result.value <= result.high
+    assert (result.count, result.floor_count) == (40, 25)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_the_batch_size_changes_no_metric(batch):
+    images, reference = array_images("a", array(1, 40)), array(2, 50)
+    results = [
+        evaluate(images, Reference("r", array_images("r", reference)), NETWORK, batch=size)
+        for size in (batch, 40)
+    ]
+    for one, other in zip(results[0].metrics, results[1].metrics, strict=True):
+        assert one.value == pytest.approx(other.value, abs=1e-9)
+
+
+def test_the_statistics_of_a_reference_file_are_taken(tmp_path):
+    """FID of ADM: mu and sigma of the file, not those of its few images."""
+    generator = np.random.default_rng(0)
+    width = 12
+    root = generator.normal(size=(width, width))
+    file = {"mu": generator.normal(size=width), "sigma": root @ root.T, "arr_0": array(2, 30)}
+    np.savez(tmp_path / "reference.npz", **file)
+    network = FeatureNetwork("inception-2015", "FID", "", NETWORK.run, CPU)
+    images = array_images("a", array(1, 40))
+    result = metric(evaluate(images, open_reference(tmp_path / "reference.npz"), network), "FID")
+    own = FeatureStatistics.of(patches(images.read(range(40)))).gaussian()
+    given = Gaussian(torch.from_numpy(file["mu"]), torch.from_numpy(file["sigma"]))
+    assert result.value == pytest.approx(frechet_distance(own, given), abs=1e-9)
+    # For another network these statistics are nothing: its own are taken.
+    other = evaluate(images, open_reference(tmp_path / "reference.npz"), NETWORK)
+    assert metric(other, "FD (patches)").value != pytest.approx(result.value)
+
+
+def test_repeats_and_sorted_classes_are_warned_about(tmp_path):
+    pixels = array(1, 40)
+    pixels[5] = pixels[3]
+    images = array_images("a", pixels)
+    images.labels = sorted(index % 10 for index in range(40))
+
+    def classes(images_B3YX):
+        return Features(patches(images_B3YX), None, 5 * patches(images_B3YX)[:, :10])
+
+    network = FeatureNetwork("c", "FD (c)", "", classes, CPU)
+    np.savez(tmp_path / "r.npz", arr_0=array(2, 40))
+    reference = open_reference(tmp_path / "r.npz")
+    with pytest.warns(RuntimeWarning, match="1 of 40 images of a equal an earlier one"):
+        evaluate(images, reference, network)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "SPLIT", 8)
+        with pytest.warns(RuntimeWarning, match="sorted by class: images 0 to 7 show 2 of 10"):
+            evaluate(images, reference, network)
+
+
+def read(path, opener):
+    opened = opener(path)
+    list((opened if opener is open_images else opened.images).batches(8))
+
+
+def test_bad_sets_get_one_line(tmp_path):
+    def refusal(path, opener=open_images):
+        with pytest.raises(UserError) as caught:
+            read(path, opener)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "not found" in refusal(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    assert "holds no image" in refusal(tmp_path / "empty")
+    folder = write_folder(tmp_path / "damaged", array(1, 20))
+    for index in (3, 12, 19, 7):
+        (folder / f"{index:05d}_class{index % 4}.png").write_bytes(b"no image")
+    message = refusal(folder)
+    assert "4 of 20 images cannot be read" in message
+    assert "00003_class3.png" in message
+    mixed = write_folder(tmp_path / "mixed", array(1, 3))
+    write_folder(mixed, array(1, 1, side=8), name="zz.png")
+    assert "must have one size, 16 x 16; this one has 8 x 8" in refusal(mixed)
+    for name, value in (("floats", array(1, 4) / 255), ("gray", array(1, 4)[..., 0])):
+        np.savez(tmp_path / f"{name}.npz", value)
+        assert "arr_0 must be uint8 (N, Y, X, 3)" in refusal(tmp_path / f"{name}.npz")
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    assert "neither images (arr_0) nor statistics" in refusal(
+        tmp_path / "other.npz", open_reference
+    )
+    np.savez(tmp_path / "code.npz", np.array([{}], dtype=object))
+    assert "is no readable .npz" in refusal(tmp_path / "code.npz")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "floats.npz").read_bytes()[:200])
+    assert "is no readable .npz" in refusal(tmp_path / "cut.npz")
+    np.savez(tmp_path / "shape.npz", mu=np.zeros(3), sigma=np.zeros((2, 2)))
+    with pytest.raises(UserError, match=r"mu and sigma: .*covariance \(D, D\)"):
+        open_reference(tmp_path / "shape.npz")
+
+
+def test_references_that_do_not_fit_are_refused(tmp_path):
+    images = array_images("a", array(1, 40))
+    np.savez(tmp_path / "small.npz", arr_0=array(2, 40, side=8))
+    with pytest.raises(UserError, match=r"one size; a has 16 x 16 pixels, small.npz 8 x 8"):
+        evaluate(images, open_reference(tmp_path / "small.npz"), NETWORK)
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(5), sigma=np.eye(5))
+    with pytest.raises(UserError, match="needs the images of the reference"):
+        evaluate(images, open_reference(tmp_path / "statistics.npz"), NETWORK)
+    network = FeatureNetwork("inception-2015", "FID", "", NETWORK.run, CPU)
+    with pytest.raises(UserError, match=r"compares 12 features; .* has statistics of 5"):
+        evaluate(images, open_reference(tmp_path / "statistics.npz"), network)
+    with pytest.raises(UserError, match="at least 20 images are needed; a has 19"):
+        evaluate(array_images("a", array(1, 19)), open_reference(tmp_path / "small.npz"), NETWORK)
+
+
+def test_a_classifier_is_trained_saved_and_recognises(tmp_path):
+    data = DigitsData(DataSection("digits"), 16, 1, seed=0)
+    classifier, record = train_classifier(data, steps=60)
+    assert record.accuracy > 0.8
+    twice = [train_classifier(data, steps=3)[0] for _ in range(2)]
+    for one, other in zip(*(each.parameters() for each in twice), strict=True):
+        assert one.equal(other)
+    path = tmp_path / "classifier.safetensors"
+    save_classifier(path, classifier, record)
+    network, loaded = load_classifier(path, "digits", CPU)
+    assert loaded == record
+    assert network.distance == "FD (classifier of digits)"
+    pixels = seeded_images(1, 4, 16, 16)
+    assert network.run(pixels).features_BD.equal(classifier(pixels).features_BD)
+    path.with_suffix(".json").write_text("{}")
+    with pytest.raises(UserError, match='"format" must be'):
+        load_classifier(path, "digits", CPU)
+
+
+def test_the_command_writes_and_compares(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text(
+        "def features(images):\n    return images.float().mean((2, 3)) / 255\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    np.savez("real.npz", array(2, 60))
+    for name, seed in (("a", 1), ("b", 3)):
+        write_folder(tmp_path / name, array(seed, 40))
+        words = ["eval", "--images", name, "--reference", "real.npz", "--features", "mine:features"]
+        assert main([*words, "--json", f"{name}.json"]) == 0
+    printed = capsys.readouterr().out
+    assert "FD (mine:features)" in printed
+    assert "two real halves" in printed
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert result["format"] == "variant-eval-1"
+    assert result["num_images"] == 40
+    assert {"images_sha256", "reference_sha256", "network", "environment"} <= set(result)
+    assert main(["eval", "--compare", "a.json", "b.json", "--json", "-"]) == 0
+    compared = json.loads(capsys.readouterr().out)
+    assert set(compared["differing"]) == {"images", "images_sha256"}
+    assert main(["eval", "--compare", "a.json", "real.npz"]) == 1
+    assert "cannot be read" in capsys.readouterr().err
+    assert main(["eval", "--images", "a"]) == 1
+    assert "--reference" in capsys.readouterr().err
+    assert main(["eval", "--images", "a", "--reference", "real.npz"]) == 1
+    assert "--weights must name the file" in capsys.readouterr().err
+    assert main(["eval", "--images", "a", "--reference", "nothing"]) == 1
+    assert "or a recipe, whose held-out images are taken" in capsys.readouterr().err

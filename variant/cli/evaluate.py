@@ -1,0 +1,245 @@
+"""``variant eval``: metrics of images against a reference, and what differs between two results."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from variant.bench.environment import environment
+from variant.cli.image_folder import SETTINGS_NAME
+from variant.cli.options import Eval
+from variant.cli.output import check_json, console, table, write_json
+from variant.cli.progress import Advance, progress
+from variant.data.sources import open_data
+from variant.errors import UserError
+from variant.evaluation.classifier import (
+    STEPS,
+    is_there,
+    load_classifier,
+    save_classifier,
+    to_uint8,
+    train_classifier,
+)
+from variant.evaluation.features import FeatureNetwork, load_network
+from variant.evaluation.image_sets import ImageSet, Reference, open_images, open_reference
+from variant.evaluation.report import Evaluation, Metric, evaluate
+from variant.evaluation.sampler import SETTINGS_NAME as SAMPLED
+from variant.models.placement import check_device
+from variant.paths import path_kind, read_json, shown
+from variant.training.recipe import Recipe, load_recipe
+from variant_kernels.arguments import integer
+
+FORMAT = "variant-eval-1"
+CLASSIFIER = "classifier:"
+# Of the environment of a result; the rest of it says nothing about a metric.
+VERSIONS = ("date", "command", "commit", "dirty", "cpu", "threads", "python", "torch", "gpu")
+
+
+def evaluate_command(command: Eval) -> None:
+    """Print every metric with its interval, its floor and its number of images; write them all."""
+    check_json("eval", command.json)
+    if command.compare:
+        _compare(command)
+        return
+    if command.images is None or command.reference is None:
+        raise UserError("eval: --images and --reference are needed, or --compare A.json B.json")
+    integer("eval", "--batch", command.batch, 1)
+    check_device("eval", command.device, name="--device")
+    out = console(command.json, stderr=True)
+    images = open_images(command.images)
+    reference = _reference(command.reference)
+    network = _network(command, out)
+    total = images.count + (0 if reference.images is None else reference.images.count)
+    with ExitStack() as stack:
+        heard = stack.enter_context(warnings.catch_warnings(record=True))
+        warnings.simplefilter("always", RuntimeWarning)
+        advance = stack.enter_context(progress("eval", "features", total, command.json))
+        result = evaluate(images, reference, network, batch=command.batch, advance=advance)
+    notes = list(dict.fromkeys(str(warning.message) for warning in heard))
+    for note in notes:
+        out.print(f"warning: {note}")
+    printed = console(command.json)
+    printed.print(_table(command, result))
+    write_json(command.json, _as_json(command, result, notes))
+
+
+def _reference(name: str) -> Reference:
+    """A path, or the held-out images of a recipe.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if path_kind(name) is not None and not name.endswith(".toml"):
+        return open_reference(name)
+    try:
+        recipe = load_recipe(name)
+    except UserError as error:
+        raise UserError(
+            f"eval: --reference must name images (a folder, .tar or .npz), statistics (.npz) or a "
+            f"recipe, whose held-out images are taken; {error}"
+        ) from None
+    return Reference(f"held-out images of {name}", _held_out(recipe, name))
+
+
+def _held_out(recipe: Recipe, name: str) -> ImageSet:
+    vae = recipe.vae
+    data = open_data(recipe.data, vae.image_size, vae.in_channels, recipe.seed)
+
+    def read(indices: range) -> Any:
+        return to_uint8(data.held_out(indices)[0]).contiguous()
+
+    return ImageSet(f"held-out images of {name}", data.num_held_out, None, read)
+
+
+def _network(command: Eval, out: Console) -> FeatureNetwork:
+    if not command.features.startswith(CLASSIFIER):
+        return load_network(command.features, command.weights, command.device)
+    import torch
+
+    name = command.features.removeprefix(CLASSIFIER)
+    recipe = load_recipe(name)
+    path = command.weights or Path("runs") / Path(name).stem / "classifier.safetensors"
+    vae = recipe.vae
+    data = open_data(recipe.data, vae.image_size, vae.in_channels, recipe.seed)
+    if not is_there(path):
+        if path_kind(path) is not None:
+            raise UserError(f"{shown(path)}: has no record beside it ({path.stem}.json)")
+        with progress("eval", "training the classifier", STEPS, command.json) as advance:
+            trained = train_classifier(data, seed=recipe.seed, report=_steps(advance))
+        save_classifier(path, *trained)
+    network, record = load_classifier(path, Path(name).stem, torch.device(command.device))
+    if record.data_sha256 != data.digest():
+        raise UserError(
+            f"{shown(path)}: was trained on other data than {name} has; give another --weights"
+        )
+    out.print(
+        f"classifier {shown(path)}: {record.accuracy:.1%} of {data.num_held_out:,} held-out images"
+    )
+    return network
+
+
+def _steps(advance: Advance) -> Any:
+    def report(step: int, loss: float) -> None:
+        advance(1, f"step {step}, loss {loss:.3f}")
+
+    return report
+
+
+def _table(command: Eval, result: Evaluation) -> Any:
+    rows = table(
+        f"{result.num_images:,} images of {command.images} against {result.reference}, "
+        f"{result.network}",
+        "metric",
+        "value",
+        "95 % interval",
+        "n",
+        "two real halves",
+        "their n",
+        "n to infinity",
+    )
+    for metric in result.metrics:
+        interval = "" if metric.low is None else f"{metric.low:.4g} to {metric.high:.4g}"
+        rows.add_row(
+            metric.name,
+            f"{metric.value:.4g}",
+            interval,
+            f"{metric.count:,}",
+            "" if metric.floor is None else f"{metric.floor:.4g}",
+            "" if metric.floor_count is None else f"{metric.floor_count:,}",
+            "" if metric.infinite is None else f"{metric.infinite:.4g}",
+        )
+    return rows
+
+
+def _as_json(command: Eval, result: Evaluation, notes: list[str]) -> dict[str, Any]:
+    machine = environment()
+    return {
+        "format": FORMAT,
+        **asdict(result),
+        "images": str(command.images),
+        "reference": command.reference,
+        "batch": command.batch,
+        "device": command.device,
+        "warnings": notes,
+        "generated": _generated(command.images),
+        "environment": {key: machine.get(key) for key in VERSIONS},
+    }
+
+
+def _generated(images: Path | None) -> Any:
+    """What the images were generated from, where a folder records it; else None."""
+    if images is None:
+        return None
+    paths = (images / SAMPLED, images / SETTINGS_NAME, images.with_suffix(".json"))
+    path = next((path for path in paths if path_kind(path) == "file"), None)
+    recorded = None if path is None else read_json(path)
+    return recorded if isinstance(recorded, dict) else None
+
+
+# --- two results --------------------------------------------------------------------------------
+
+
+def _compare(command: Eval) -> None:
+    """Print the metrics of two results side by side, and every setting that differs."""
+    if len(command.compare) != 2:
+        raise UserError(f"eval: --compare needs two files; got {len(command.compare)}")
+    results = [_read_result(path) for path in command.compare]
+    metrics = [{metric.name: metric for metric in _metrics(result)} for result in results]
+    rows = table("metrics", "metric", *(path.name for path in command.compare), "difference")
+    for name in dict.fromkeys([*metrics[0], *metrics[1]]):
+        pair = [one.get(name) for one in metrics]
+        values = ["" if metric is None else f"{metric.value:.4g}" for metric in pair]
+        both = [metric.value for metric in pair if metric is not None]
+        rows.add_row(name, *values, f"{both[1] - both[0]:+.4g}" if len(both) == 2 else "")
+    settings = [dict(_flat(result)) for result in results]
+    differing = {
+        key: (settings[0].get(key), settings[1].get(key))
+        for key in dict.fromkeys([*settings[0], *settings[1]])
+        if settings[0].get(key) != settings[1].get(key)
+    }
+    out = console(command.json)
+    out.print(rows)
+    for key, (one, other) in differing.items():
+        out.print(f"{key}: {one} | {other}")
+    if not differing:
+        out.print("no setting differs")
+    compared = {
+        "format": "variant-eval-compare-1",
+        "metrics": {
+            name: [None if one.get(name) is None else one[name].value for one in metrics]
+            for name in dict.fromkeys([*metrics[0], *metrics[1]])
+        },
+        "differing": {key: list(values) for key, values in differing.items()},
+    }
+    write_json(command.json, compared)
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    result = read_json(path)
+    if not isinstance(result, dict) or result.get("format") != FORMAT:
+        raise UserError(f'{shown(path)}: its "format" must be "{FORMAT}", of `variant eval --json`')
+    return result
+
+
+def _metrics(result: dict[str, Any]) -> list[Metric]:
+    try:
+        return [Metric(**metric) for metric in result["metrics"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f'eval: --compare: "metrics" cannot be read: {error}') from None
+
+
+def _flat(value: Any, prefix: str = "") -> Any:
+    """(dotted name, value) of every setting; the metrics and the date are none."""
+    for key, inner in value.items():
+        name = f"{prefix}{key}"
+        if name in ("metrics", "environment.date", "environment.command"):
+            continue
+        if isinstance(inner, dict):
+            yield from _flat(inner, f"{name}.")
+        else:
+            yield name, inner

@@ -1,0 +1,166 @@
+"""Networks whose features are compared: the Inception of FID, a classifier, or any function.
+
+The name of a number comes from its network: FID for the Inception of 2015 with the published
+weights, FD with the network's name for all others.
+
+Axes: B images, 3 colours, Y X pixels, D features, C classes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from variant.errors import UserError
+from variant.evaluation.inception import Inception2015
+from variant.files import file_sha256, read_pickle
+from variant.paths import open_regular, shown
+from variant_kernels.arguments import choice
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_SOURCE = "release v0.2.0 of github.com/toshas/torch-fidelity"
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a network gives for B images, float32.
+
+    features_BD: of the Fréchet distance, precision and recall.
+    spatial_BD: of sFID; None where the network has none.
+    logits_BC: of the Inception Score; None where it has no classes.
+    """
+
+    features_BD: Tensor
+    spatial_BD: Tensor | None = None
+    logits_BC: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """A network for :func:`variant.evaluation.report.evaluate`.
+
+    name: of the network.  distance: of its Fréchet distance, "FID" for the Inception of 2015 alone.
+    sha256: of the weights; "" for a function whose weights are not known.
+    run: uint8 images (B, 3, Y, X) on the network's device -> features.
+    """
+
+    name: str
+    distance: str
+    sha256: str
+    run: Callable[[Tensor], Features]
+    device: torch.device
+
+
+def load_network(
+    name: str, weights: str | os.PathLike[str] | None = None, device: str = "cpu"
+) -> FeatureNetwork:
+    """The network of a name.
+
+    Args:
+        name: "inception", or "module:function" for a function of uint8 images (B, 3, Y, X) that
+            returns features (B, D).
+        weights: file of the weights, for "inception".
+    Raises:
+        UserError: the file is missing or another one, or there is no such function.
+    """
+    if ":" in name:
+        return _function(name, torch.device(device))
+    choice("load_network", "name", name, ("inception", "MODULE:FUNCTION"))
+    if weights is None:
+        raise UserError(
+            f"eval: --weights must name the file {INCEPTION_FILE} ({INCEPTION_SOURCE}); nothing is "
+            "downloaded"
+        )
+    return inception_network(weights, torch.device(device))
+
+
+def inception_network(
+    path: str | os.PathLike[str], device: torch.device, sha256: str = INCEPTION_SHA256
+) -> FeatureNetwork:
+    """The Inception of 2015 with the weights of a file.
+
+    Args:
+        sha256: that the file must have.
+    Raises:
+        UserError: the file cannot be read, or is another one.
+    """
+    with open_regular(path):
+        found = file_sha256(Path(path))
+    if found != sha256:
+        raise UserError(
+            f"{shown(path)}: its SHA-256 must be {sha256}, that of {INCEPTION_FILE} "
+            f"({INCEPTION_SOURCE}); got {found}"
+        )
+    network = Inception2015()
+    load_weights(network, read_pickle(path), path)
+    network.to(device)
+
+    def run(images_B3YX: Tensor) -> Features:
+        output = network(images_B3YX)
+        return Features(output.features_BD, output.spatial_BD, output.logits_BC)
+
+    return FeatureNetwork("inception-2015", "FID", found, run, device)
+
+
+def load_weights(network: nn.Module, state: object, path: str | os.PathLike[str]) -> None:
+    """Load a state dict, strictly.
+
+    Raises:
+        UserError: names or shapes are others than the network's.
+    """
+    own = network.state_dict()
+    given = state if isinstance(state, dict) else {}
+    # Counters of batches, which evaluation does not use, are missing in some files.
+    missing = [name for name in own if name not in given and "num_batches" not in name]
+    wrong = [
+        name
+        for name, tensor in given.items()
+        if name in own and (not isinstance(tensor, Tensor) or tensor.shape != own[name].shape)
+    ]
+    if missing or wrong:
+        raise UserError(
+            f"{shown(path)}: does not hold the weights of {type(network).__name__}: "
+            f"{', '.join((missing or wrong)[:3])} "
+            f"{'missing' if missing else 'of another shape'}"
+        )
+    network.load_state_dict({name: given[name] for name in own if name in given}, strict=False)
+
+
+def _function(name: str, device: torch.device) -> FeatureNetwork:
+    module_name, _, attribute = name.partition(":")
+    # As `python -m` does: modules of the current folder can be named.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"eval: --features {name}: {error}") from None
+    if not callable(function):
+        raise UserError(
+            f"eval: --features {name}: must name a function; it is {type(function).__name__}"
+        )
+
+    def run(images_B3YX: Tensor) -> Features:
+        features = function(images_B3YX)
+        if (
+            not isinstance(features, Tensor)
+            or features.dim() != 2
+            or len(features) != len(images_B3YX)
+            or not features.is_floating_point()
+        ):
+            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise UserError(
+                f"eval: {name} must return floating features ({len(images_B3YX)}, D) for as many "
+                f"images; got {got}"
+            )
+        return Features(features.float())
+
+    return FeatureNetwork(name, f"FD ({name})", "", run, device)

@@ -1,0 +1,269 @@
+"""Sets of images to evaluate, and reference files: folders, WebDataset shards, ADM's ``.npz``.
+
+All images of a set have one size and are uint8. Their order is that of their names.
+
+Axes: N images, B of a batch, 3 colours, Y X pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from variant.data.images import SUFFIXES, UNREADABLE
+from variant.errors import UserError
+from variant.evaluation.frechet import Gaussian
+from variant.paths import open_regular, path_kind, shown
+
+# The class in the name of an image file of `variant generate` and `variant sample`.
+LABEL = re.compile(r"_class(\d+)\.")
+NAMED = 3  # files that a message names
+
+
+@dataclass
+class ImageSet:
+    """uint8 images of one size.
+
+    name: for messages.  labels: the class of each image, where the files' names tell.
+    read: the images of some indices, (B, 3, Y, X).
+    seen: SHA-256 of the pixels of the images of the last pass, and how often each came.
+    """
+
+    name: str
+    count: int
+    labels: Sequence[int] | None
+    read: Callable[[range], Tensor]
+    seen: dict[bytes, int] = field(default_factory=dict)
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """The images in order, (B, 3, Y, X) uint8; counts repeated ones on the way.
+
+        Raises:
+            UserError: an image is of another size than the first.
+        """
+        self.seen = {}
+        for start in range(0, self.count, size):
+            images = self.read(range(start, min(start + size, self.count)))
+            for image in images:
+                digest = hashlib.sha256(image.numpy().tobytes()).digest()
+                self.seen[digest] = self.seen.get(digest, 0) + 1
+            yield images
+
+    @property
+    def repeats(self) -> int:
+        """Images read so far that equal an earlier one, pixel by pixel."""
+        return sum(count - 1 for count in self.seen.values())
+
+    def sha256(self) -> str:
+        """Of the pixels of all images, whatever their order; after they were read."""
+        counted = (digest * count for digest, count in sorted(self.seen.items()))
+        return hashlib.sha256(b"".join(counted)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What images are compared with.
+
+    images: None where a file holds statistics alone.
+    gaussian, spatial: the file's own mean and covariance of the features; None where it has none.
+    """
+
+    name: str
+    images: ImageSet | None
+    gaussian: Gaussian | None = None
+    spatial: Gaussian | None = None
+
+
+def open_images(path: str | os.PathLike[str]) -> ImageSet:
+    """The images of a folder (also in sub-folders), of a ``.tar`` or a folder of them, or ``.npz``.
+
+    Raises:
+        UserError: nothing is there, it holds no images, or some cannot be read.
+    """
+    path = Path(path)
+    kind = path_kind(path)
+    if kind is None:
+        raise UserError(f"{shown(path)}: not found; give a folder of images, a .tar or an .npz")
+    if kind == "folder":
+        shards = sorted(path.glob("*.tar"))
+        return _shards(path, shards) if shards else _folder(path)
+    if path.suffix == ".tar":
+        return _shards(path, [path])
+    if path.suffix == ".npz":
+        arrays = _read_npz(path)
+        if "arr_0" not in arrays:
+            raise UserError(f"{shown(path)}: holds no images (arr_0); it has {', '.join(arrays)}")
+        return array_images(path.name, arrays["arr_0"])
+    raise UserError(f"{shown(path)}: must be a folder, a .tar or an .npz of images")
+
+
+def open_reference(path: str | os.PathLike[str]) -> Reference:
+    """A set of images, or ADM's reference ``.npz`` with arr_0, mu, sigma, mu_s, sigma_s.
+
+    Raises:
+        UserError: as :func:`open_images`; or the file has neither images nor statistics.
+    """
+    path = Path(path)
+    if path.suffix != ".npz" or path_kind(path) != "file":
+        return Reference(path.name, open_images(path))
+    arrays = _read_npz(path)
+    images = array_images(path.name, arrays["arr_0"]) if "arr_0" in arrays else None
+    gaussians = [
+        _gaussian(path, arrays, *names) for names in (("mu", "sigma"), ("mu_s", "sigma_s"))
+    ]
+    if images is None and gaussians[0] is None:
+        raise UserError(
+            f"{shown(path)}: holds neither images (arr_0) nor statistics (mu, sigma); it has "
+            f"{', '.join(arrays) or 'nothing'}"
+        )
+    return Reference(path.name, images, *gaussians)
+
+
+def array_images(name: str, images_NYX3: np.ndarray) -> ImageSet:
+    """The images of an array, uint8 (N, Y, X, 3).
+
+    Raises:
+        UserError: it is another array.
+    """
+    if images_NYX3.dtype != np.uint8 or images_NYX3.ndim != 4 or images_NYX3.shape[3] != 3:
+        raise UserError(
+            f"{name}: arr_0 must be uint8 (N, Y, X, 3), 0 to 255; got {images_NYX3.dtype} "
+            f"{images_NYX3.shape}"
+        )
+    if not len(images_NYX3):
+        raise UserError(f"{name}: holds no images")
+
+    def read(indices: range) -> Tensor:
+        rows = images_NYX3[indices.start : indices.stop]
+        return torch.from_numpy(np.ascontiguousarray(rows.transpose(0, 3, 1, 2)))
+
+    return ImageSet(name, len(images_NYX3), None, read)
+
+
+def _gaussian(path: Path, arrays: Any, mean: str, covariance: str) -> Gaussian | None:
+    if mean not in arrays or covariance not in arrays:
+        return None
+    try:
+        values = [torch.from_numpy(np.asarray(arrays[n], np.float64)) for n in (mean, covariance)]
+        return Gaussian(*values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{shown(path)}: {mean} and {covariance}: {error}") from None
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    with open_regular(path) as file:
+        try:
+            # Objects would run code of the file.
+            with np.load(file, allow_pickle=False) as arrays:
+                names = ("arr_0", "mu", "sigma", "mu_s", "sigma_s")
+                return {name: arrays[name] for name in arrays.files if name in names}
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, MemoryError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{shown(path)}: is no readable .npz: {reason}") from None
+
+
+def _folder(folder: Path) -> ImageSet:
+    def visible(path: Path) -> bool:
+        return not any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+    try:
+        paths = sorted(
+            path
+            for path in folder.rglob("*")
+            if path.suffix.lower() in SUFFIXES and visible(path) and path.is_file()
+        )
+    except OSError as error:
+        raise UserError(f"{shown(folder)}: cannot be read: {error.strerror}") from None
+    if not paths:
+        raise UserError(f"{shown(folder)}: holds no image ({', '.join(SUFFIXES)})")
+
+    def content(index: int) -> bytes:
+        with open_regular(paths[index]) as file:
+            return file.read()
+
+    return _encoded(folder, [str(path) for path in paths], content)
+
+
+def _shards(where: Path, shards: Sequence[Path]) -> ImageSet:
+    """The images of tar files, read at their places."""
+    places: list[tuple[Path, int, int]] = []
+    names: list[str] = []
+    for shard in shards:
+        with open_regular(shard) as file:
+            try:
+                with tarfile.open(fileobj=file) as archive:
+                    members = [m for m in archive if m.isfile() and _is_image(m.name)]
+            except (tarfile.TarError, OSError, EOFError) as error:
+                raise UserError(f"{shown(shard)}: is no readable .tar: {error}") from None
+        members.sort(key=lambda member: member.name)
+        places += [(shard, member.offset_data, member.size) for member in members]
+        names += [f"{shard}: {member.name}" for member in members]
+    if not places:
+        raise UserError(f"{shown(where)}: holds no image ({', '.join(SUFFIXES)})")
+
+    def content(index: int) -> bytes:
+        shard, offset, size = places[index]
+        with open_regular(shard) as file:
+            file.seek(offset)
+            return file.read(size)
+
+    return _encoded(where, names, content)
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in SUFFIXES
+
+
+def _encoded(where: Path, names: Sequence[str], content: Callable[[int], bytes]) -> ImageSet:
+    """Images in files of a compressed format.  Raises: UserError, naming those it cannot read."""
+    size: list[tuple[int, int]] = []
+    bad: list[str] = []
+
+    def decode(index: int) -> np.ndarray | None:
+        try:
+            with Image.open(io.BytesIO(content(index))) as image:
+                pixels = np.asarray(image.convert("RGB"))
+        except UNREADABLE:
+            return None
+        if not size:
+            size.append(image.size)
+        if image.size != size[0]:
+            raise UserError(
+                f"{shown(names[index])}: all images must have one size, {size[0][0]} x "
+                f"{size[0][1]}; this one has {image.size[0]} x {image.size[1]}"
+            )
+        return pixels
+
+    def read(indices: range) -> Tensor:
+        images = [(index, decode(index)) for index in indices]
+        bad.extend(names[index] for index, pixels in images if pixels is None)
+        if bad:
+            # All bad files of the set are counted before the run ends.
+            rest = range(indices.stop, len(names))
+            bad.extend(names[index] for index in rest if decode(index) is None)
+            shown_names = ", ".join(shown(name) for name in bad[:NAMED])
+            raise UserError(
+                f"{shown(where)}: {len(bad):,} of {len(names):,} images cannot be read: "
+                f"{shown_names}{', ...' if len(bad) > NAMED else ''}; mend or remove them"
+            )
+        stack = np.stack([pixels for _, pixels in images if pixels is not None])
+        return torch.from_numpy(stack.transpose(0, 3, 1, 2).copy())
+
+    labels = [LABEL.search(name) for name in names]
+    known = [int(match[1]) for match in labels if match]
+    return ImageSet(
+        where.name or str(where), len(names), known if len(known) == len(names) else None, read
+    )

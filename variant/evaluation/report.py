@@ -1,0 +1,293 @@
+"""Metrics of a set of images, each with its number of images, an interval and a floor.
+
+Conventions of the ADM evaluator (Dhariwal, Nichol 2021, "Diffusion models beat GANs on image
+synthesis"): the reference file's own mean and covariance, sequential splits of 5,000 images for the
+Inception Score, precision and recall by 3 neighbours on the features of the Fréchet distance.
+
+Axes: B images of a batch, N images, D features.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from variant.errors import UserError
+from variant.evaluation.features import FeatureNetwork, Features
+from variant.evaluation.frechet import (
+    FeatureStatistics,
+    Gaussian,
+    frechet_distance,
+    frechet_from_blocks,
+    total,
+)
+from variant.evaluation.image_sets import ImageSet, Reference
+from variant.evaluation.scores import NEIGHBOURS, SPLIT, inception_score, precision_recall
+from variant_kernels.arguments import integer
+
+BLOCKS = 10  # of the jackknife
+LEAST = 2 * BLOCKS  # images
+FLOOR_SEED = 0  # of the halves of the reference
+# A split of the Inception Score holds nearly all classes if the images are mixed.
+LEAST_CLASSES_IN_SPLIT = 0.5
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number and what is needed to judge it.
+
+    low, high: a 95 % interval over draws of the images; None where there is none.
+    count: images that were evaluated.
+    floor: the same distance of two disjoint halves of the reference, of ``floor_count`` images
+        each; None where the reference has no images, or no distance is measured.
+    infinite: the distance extrapolated to infinitely many images.
+    """
+
+    name: str
+    value: float
+    count: int
+    low: float | None = None
+    high: float | None = None
+    floor: float | None = None
+    floor_count: int | None = None
+    infinite: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The metrics of a set of images and what they were computed from.
+
+    images_sha256, reference_sha256: of the pixels, whatever the order of the images; None where the
+        reference holds statistics alone.
+    """
+
+    metrics: tuple[Metric, ...]
+    network: str
+    network_sha256: str
+    num_images: int
+    images_sha256: str
+    repeats: int
+    reference: str
+    num_reference_images: int
+    reference_sha256: str | None
+
+
+def extract(
+    images: ImageSet,
+    network: FeatureNetwork,
+    batch: int,
+    advance: Callable[[int, str], None] = lambda count, what: None,
+) -> Features:
+    """Features of all images of a set, on the CPU.
+
+    Args:
+        advance: called with the number of images and the name of the set after each batch.
+    """
+    rows: list[Tensor] = []
+    spatial: list[Tensor] = []
+    logits: list[Tensor] = []
+    with torch.inference_mode():
+        for pixels in images.batches(batch):
+            output = network.run(pixels.to(network.device))
+            rows.append(output.features_BD.cpu())
+            spatial += [] if output.spatial_BD is None else [output.spatial_BD.cpu()]
+            logits += [] if output.logits_BC is None else [output.logits_BC.cpu()]
+            advance(len(pixels), images.name)
+    return Features(
+        torch.cat(rows),
+        torch.cat(spatial) if spatial else None,
+        torch.cat(logits) if logits else None,
+    )
+
+
+def evaluate(
+    images: ImageSet,
+    reference: Reference,
+    network: FeatureNetwork,
+    *,
+    batch: int = 64,
+    advance: Callable[[int, str], None] = lambda count, what: None,
+) -> Evaluation:
+    """Every metric that the network, the images and the reference allow.
+
+    Args:
+        batch: images of a batch; it changes no metric.
+    Warns:
+        RuntimeWarning: repeated images, images sorted by class, fewer images than features.
+    Raises:
+        UserError: too few images, or a reference of another size or other features.
+    """
+    integer("evaluate", "batch", batch, 1)
+    if images.count < LEAST:
+        raise UserError(
+            f"eval: at least {LEAST} images are needed; {images.name} has {images.count}"
+        )
+    _check_sizes(images, reference)
+    own = extract(images, network, batch, advance)
+    real = None
+    if reference.images is not None:
+        if reference.images.count < LEAST:
+            raise UserError(
+                f"eval: at least {LEAST} reference images are needed; {reference.name} has "
+                f"{reference.images.count}"
+            )
+        real = extract(reference.images, network, batch, advance)
+    if images.repeats:
+        warnings.warn(
+            f"eval: {images.repeats:,} of {images.count:,} images of {images.name} equal an "
+            "earlier one",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    # Statistics of a file are those of the Inception network.
+    given = network.distance == "FID"
+    metrics = [
+        _distance(
+            network.distance,
+            own.features_BD,
+            None if real is None else real.features_BD,
+            reference.gaussian if given else None,
+            reference.name,
+        )
+    ]
+    if own.spatial_BD is not None and (
+        reference.spatial is not None or (real is not None and real.spatial_BD is not None)
+    ):
+        metrics.append(
+            _distance(
+                f"s{network.distance}",
+                own.spatial_BD,
+                None if real is None else real.spatial_BD,
+                reference.spatial if given else None,
+                reference.name,
+            )
+        )
+    if own.logits_BC is not None:
+        metrics += _class_metrics(images, network, own.logits_BC)
+    if real is not None:
+        shares = precision_recall(generated_ND=own.features_BD, real_MD=real.features_BD)
+        metrics += [
+            _share("precision", shares.precision, shares.precision_error, images.count),
+            _share("recall", shares.recall, shares.recall_error, images.count),
+        ]
+    return Evaluation(
+        metrics=tuple(metrics),
+        network=network.name,
+        network_sha256=network.sha256,
+        num_images=images.count,
+        images_sha256=images.sha256(),
+        repeats=images.repeats,
+        reference=reference.name,
+        num_reference_images=0 if reference.images is None else reference.images.count,
+        reference_sha256=None if reference.images is None else reference.images.sha256(),
+    )
+
+
+def _check_sizes(images: ImageSet, reference: Reference) -> None:
+    """Raises: UserError, if the pixels of both sets differ in number."""
+    if reference.images is None:
+        return
+    own, other = (tuple(one.read(range(1)).shape[2:]) for one in (images, reference.images))
+    if own != other:
+        raise UserError(
+            f"eval: images and reference must have one size; {images.name} has {own[1]} x {own[0]} "
+            f"pixels, {reference.name} {other[1]} x {other[0]}"
+        )
+
+
+def _distance(
+    name: str, own_ND: Tensor, real_ND: Tensor | None, gaussian: Gaussian | None, reference: str
+) -> Metric:
+    if gaussian is None:
+        if real_ND is None:
+            raise UserError(
+                f"eval: {name} needs the images of the reference; {reference} holds statistics of "
+                "the Inception network alone"
+            )
+        gaussian = total(_blocks(real_ND)).gaussian()
+    if own_ND.shape[1] != len(gaussian.mean_D):
+        raise UserError(
+            f"eval: {name} compares {own_ND.shape[1]} features; {reference} has statistics of "
+            f"{len(gaussian.mean_D)}"
+        )
+    result = frechet_from_blocks(_blocks(own_ND), gaussian, name)
+    floor = floor_count = None
+    if real_ND is not None:
+        floor_count = min(len(own_ND), len(real_ND) // 2)
+        floor = floor_of(real_ND, floor_count)
+    return Metric(
+        name,
+        result.distance,
+        result.count,
+        result.low,
+        result.high,
+        floor,
+        floor_count,
+        result.infinite,
+    )
+
+
+def floor_of(real_ND: Tensor, count: int) -> float:
+    """The Fréchet distance of two disjoint random sets of ``count`` real images.
+
+    No distance of as many images says anything below it.
+    """
+    order = torch.randperm(len(real_ND), generator=torch.Generator().manual_seed(FLOOR_SEED))
+    halves = [FeatureStatistics.of(real_ND[part]) for part in order[: 2 * count].split(count)]
+    return frechet_distance(*(half.gaussian() for half in halves))
+
+
+def _blocks(features_ND: Tensor) -> list[FeatureStatistics]:
+    """Statistics of every tenth image, so that images sorted by class give equal blocks."""
+    return [FeatureStatistics.of(features_ND[start::BLOCKS]) for start in range(BLOCKS)]
+
+
+def _class_metrics(images: ImageSet, network: FeatureNetwork, logits_NC: Tensor) -> list[Metric]:
+    """The Inception Score, or for another network its own; with labels also the accuracy."""
+    official = network.distance == "FID"
+    score = inception_score(logits_NC)
+    name = "Inception Score" if official else f"class score ({network.name})"
+    error = score.std / max(score.splits - 1, 1) ** 0.5
+    interval = (score.mean - 1.96 * error, score.mean + 1.96 * error)
+    low, high = interval if score.splits > 1 else (None, None)
+    metrics = [Metric(name, score.mean, len(logits_NC), low, high)]
+    if images.labels is None:
+        return metrics
+    _warn_of_sorted_labels(name, images.labels)
+    if not official:  # the Inception of 2015 has classes of its own
+        right = logits_NC.argmax(1) == torch.tensor(images.labels)
+        share = float(right.double().mean())
+        error = (share * (1 - share) / len(right)) ** 0.5
+        metrics.append(_share("recognised", share, error, len(right)))
+    return metrics
+
+
+def _warn_of_sorted_labels(name: str, labels: Sequence[int]) -> None:
+    """Warns: RuntimeWarning, if a split of the score holds few of the classes."""
+    classes = len(Counter(labels))
+    starts = [*range(0, len(labels), SPLIT), len(labels)]
+    for start, end in pairwise(starts):
+        inside = len(set(labels[start:end]))
+        if inside < LEAST_CLASSES_IN_SPLIT * min(classes, end - start):
+            warnings.warn(
+                f"eval: {name}: the images are sorted by class: images {start:,} to {end - 1:,} "
+                f"show {inside:,} of {classes:,} classes, which lowers the score; mix their order",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return
+
+
+def _share(name: str, value: float, error: float, count: int) -> Metric:
+    return Metric(
+        name, value, count, max(0.0, value - 1.96 * error), min(1.0, value + 1.96 * error)
+    )
+
+
+__all__ = ["NEIGHBOURS", "Evaluation", "Metric", "evaluate", "extract", "floor_of"]
