@@ -281,10 +281,48 @@ def _double_of_torch() -> Iterator[None]:
             stack.enter_context(patch.object(torch.cuda, name, value))
         stack.enter_context(patch.object(torch, "Generator", Generator))
         stack.enter_context(patch.object(nn.Module, "to", moved))
+        # Else autocast is off where torch finds no GPU.
+        amp = "amp_definitely_not_available"
+        stack.enter_context(patch.object(torch.cuda.amp.common, amp, lambda: False))
+        stack.enter_context(patch.object(torch.cuda, "is_bf16_supported", lambda *_: True))
+        # torch's own engine would look for the driver.
+        stack.enter_context(patch.object(torch.autograd, "grad", _grad))
+        stack.enter_context(patch.object(torch.Tensor, "backward", _backward))
         # Initial values do not exist here, and drawing them is not possible.
         for name in ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_"):
             stack.enter_context(patch.object(nn.init, name, unchanged))
         yield
+
+
+def _grad(output: Any, inputs: Sequence[Any], grad: Any) -> tuple[Any, ...]:
+    """``torch.autograd.grad``, whose results have no values: every node of the graph runs once."""
+    import torch
+
+    _run_nodes(output, grad)
+    return tuple(torch.empty_like(x) for x in inputs)
+
+
+def _backward(output: Any) -> None:
+    """``Tensor.backward``."""
+    _run_nodes(output, output.new_ones(output.shape))
+
+
+def _run_nodes(output: Any, grad: Any) -> None:
+    grads: dict[Any, dict[int, Any]] = {output.grad_fn: {output.output_nr: grad}}
+    while grads:
+        # Created last, differentiated first.
+        node = max(grads, key=lambda node: node._sequence_nr())
+        given = grads.pop(node)
+        if hasattr(node, "variable"):
+            node.variable.grad = given[0]
+            continue
+        differentiate = getattr(node, "apply", node)
+        results = differentiate(*(given.get(at) for at in range(len(node._input_metadata))))
+        results = results if isinstance(results, tuple) else (results,)
+        for (following, at), result in zip(node.next_functions, results, strict=False):
+            if following is not None and result is not None:
+                sums = grads.setdefault(following, {})
+                sums[at] = sums[at] + result if at in sums else result
 
 
 @contextmanager
