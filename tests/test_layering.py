@@ -38,6 +38,7 @@ KERNELS = (
     "tensors",
     "masks",
     "packed_linear",
+    "linear",
     "products",
     "kv_quantization",
     "split_keys",

@@ -1,11 +1,11 @@
-"""Run as a program: one process of several that train together, as torchrun would start it.
+"""Run as a program: two processes that train together, as torchrun would start them.
 
 Runs jobs in order; they come pickled in the file of the first argument. Job number n meets at the
-n-th of the ports in the second one, where the test holds a store, as torchrun does. The results are
-written as JSON into the file of the third argument.
+n-th of the ports in the second one, where the test holds a store, as torchrun does. Writes into the
+folder of the third argument ``rank0.json`` and ``rank1.json``, the results of each process, and
+``processes.json``, the id and the exit code of each.
 """
 
-import contextlib
 import json
 import os
 import pickle
@@ -13,10 +13,13 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
 from tiny_runs import CPU, quiet
 
 from variant.errors import UserError
@@ -91,18 +94,39 @@ def run(job, rank=0):
     return result
 
 
-def main():
+def work(rank, jobs, ports, folder):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    with open(sys.argv[1], "rb") as file:
-        jobs = pickle.load(file)  # from the test
     results = []
-    for job, port in zip(jobs, sys.argv[2].split(","), strict=True):
+    for job, port in zip(jobs, ports, strict=True):
         os.environ["MASTER_PORT"] = port
         results.append(run(job, rank))
-        Path(sys.argv[3]).write_text(json.dumps(results))
-    with contextlib.suppress(BrokenPipeError):
-        print("done")
+        (folder / f"rank{rank}.json").write_text(json.dumps(results))
+
+
+def start(rank, *args):
+    """The id of a new process, which has all imports of this one: they take seconds."""
+    child = os.fork()  # before any thread of OpenMP exists
+    if child == 0:
+        code = 1
+        try:
+            work(rank, *args)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return child
+
+
+def main():
+    with open(sys.argv[1], "rb") as file:
+        jobs = pickle.load(file)  # from the test
+    folder = Path(sys.argv[3])
+    children = [start(rank, jobs, sys.argv[2].split(","), folder) for rank in range(2)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    (folder / "processes.json").write_text(json.dumps([children, codes]))
 
 
 if __name__ == "__main__":

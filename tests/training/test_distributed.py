@@ -9,8 +9,8 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,9 @@ from variant.training.checkpointer import Checkpointer
 from variant.training.logging_section import LoggingSection
 from variant.training.parallel import ParallelSection
 from variant.training.vae_task import train_vae
+
+# The first test waits for all jobs.
+pytestmark = pytest.mark.timeout(900)
 
 HERE = Path(__file__).parent
 MODES = ("ddp", "fsdp2")
@@ -63,41 +66,33 @@ def in_mode(recipe, mode, **changes):
     return dataclasses.replace(recipe, parallel=ParallelSection(mode), **changes)
 
 
-def train_on_two(jobs, folder, *, check=True):
-    """Run jobs in two processes.  Returns: the results of each job, one per rank."""
+def train_on_two(jobs, folder, ends=(0, 0)):
+    """Run jobs in two processes, which end with these exit codes.
+
+    Returns:
+        the results of each job, one per rank (None from a rank that was killed); their process ids.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs").write_bytes(pickle.dumps(jobs))
     # Held here, as torchrun holds its own; the system chooses free ports.
     stores = [TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60)) for _ in jobs]
     ports = ",".join(str(store.port) for store in stores)
-    processes = []
-    for rank in range(2):
-        variables = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
-        }
-        command = [sys.executable, str(HERE / "rank_jobs.py"), str(folder / "jobs"), ports]
-        processes.append(
-            subprocess.Popen(
-                [*command, str(folder / f"rank{rank}.json")],
-                env=os.environ | variables,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    outputs = [process.communicate(timeout=300) for process in processes]
-    if check:
-        assert [process.returncode for process in processes] == [0, 0], outputs
-    files = [folder / f"rank{rank}.json" for rank in range(2)]
-    ranks = [json.loads(file.read_text()) if file.exists() else [] for file in files]
-    return list(zip(*ranks, strict=True)) if check else (ranks, outputs, processes)
+    variables = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
+    }
+    command = [sys.executable, str(HERE / "rank_jobs.py"), str(folder / "jobs"), ports, str(folder)]
+    done = subprocess.run(
+        command, env=os.environ | variables, capture_output=True, text=True, check=True, timeout=900
+    )
+    processes, codes = json.loads((folder / "processes.json").read_text())
+    assert codes == list(ends), done.stderr
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return list(zip_longest(*ranks)), processes
 
 
 def losses(result):
@@ -106,7 +101,11 @@ def losses(result):
 
 @pytest.fixture(scope="module")
 def together(base, tmp_path_factory):
-    """The results of one process and of two in both modes, by job; the trained folders."""
+    """The results of one process by name, those of two by job, and the folder of all.
+
+    The jobs of two: whole runs, ("fp32", "ddp") and so on, runs that are stopped and resumed, runs
+    whose ranks draw different configurations, and one whose second rank is killed.
+    """
     root = tmp_path_factory.mktemp("together")
     bf16 = dataclasses.replace(base.optim, precision="bf16")
     no_bridge = dataclasses.replace(base.schedule, bridge=0)
@@ -116,15 +115,27 @@ def together(base, tmp_path_factory):
         "no bridge": dataclasses.replace(base, schedule=no_bridge),
     }
     one = {name: run(Job(recipe, root / f"one {name}")) for name, recipe in recipes.items()}
-    keys = [(name, mode) for name in recipes for mode in MODES]
-    jobs = [Job(in_mode(recipes[name], mode), root / f"{name} {mode}") for name, mode in keys]
-    two = dict(zip(keys, train_on_two(jobs, root / "jobs"), strict=True))
-    return one, two, root
+    jobs = {
+        (name, mode): Job(in_mode(recipe, mode), root / f"{name} {mode}")
+        for name, recipe in recipes.items()
+        for mode in MODES
+    }
+    for mode, steps in STOPS.items():
+        recipe = in_mode(base, mode)
+        for step in steps:
+            out = root / f"{mode} {step}"
+            jobs[mode, step, "stopped"] = Job(recipe, out, stop_at=step)
+            jobs[mode, step, "resumed"] = Job(recipe, out, resume=True)
+    for mode in MODES:
+        jobs["differ", mode] = Job(in_mode(base, mode), root / f"differ {mode}", differ_at=2)
+    jobs["killed"] = Job(in_mode(base, "fsdp2"), root / "killed", kill_at=2)  # the last
+    results, processes = train_on_two(list(jobs.values()), root / "jobs", (0, -signal.SIGKILL))
+    return one, dict(zip(jobs, results, strict=True)), root, processes
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_report_what_one_does(together, mode):
-    _, _, root = together
+    root = together[2]
     folders = root / "one fp32", root / f"fp32 {mode}"
     one, two = (
         [json.loads(line) for line in (folder / "var-steps.jsonl").read_text().splitlines()]
@@ -149,7 +160,7 @@ def test_two_processes_report_what_one_does(together, mode):
     ("name", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-3), ("no bridge", 1e-5)]
 )
 def test_two_processes_have_the_losses_of_one(together, name, mode, tolerance):
-    one, two, _ = together
+    one, two = together[:2]
     first, second = two[name, mode]
     assert first["ended"] == second["ended"] == one[name]["ended"] == "finished"
     assert set(one[name]["names"].values()) == {"full", "2"}
@@ -187,53 +198,33 @@ def tensors_in(folder):
     return tensors
 
 
-@pytest.fixture(scope="module")
-def resumed(base, together, tmp_path_factory):
-    """Folders of runs that were stopped after a step and resumed, and how their sittings ended."""
-    root = tmp_path_factory.mktemp("resumed")
-    jobs, keys = [], []
-    for mode, steps in STOPS.items():
-        recipe = in_mode(base, mode)
-        for step in steps:
-            out = root / f"{mode} {step}"
-            jobs += [Job(recipe, out, stop_at=step), Job(recipe, out, resume=True)]
-            keys += [(mode, step, "stopped"), (mode, step, "resumed")]
-    ended = dict(zip(keys, train_on_two(jobs, root / "jobs"), strict=True))
-    return ended, root
-
-
 @pytest.mark.parametrize(("mode", "step"), [(mode, step) for mode in STOPS for step in STOPS[mode]])
-def test_a_run_that_is_stopped_and_resumed_has_the_same_weights(together, resumed, mode, step):
-    ended, root = resumed
+def test_a_run_that_is_stopped_and_resumed_has_the_same_weights(together, mode, step):
+    _, two, root, _ = together
     for rank in range(2):  # the signal came to rank 1 only
-        assert ended[mode, step, "stopped"][rank]["ended"] == "exit 143"
-        assert list(ended[mode, step, "stopped"][rank]["losses"]) == [
-            str(n) for n in range(step + 1)
-        ]
-        assert ended[mode, step, "resumed"][rank]["ended"] == "finished"
-    assert "stopped after step" in ended[mode, step, "stopped"][0]["printed"]
-    assert ended[mode, step, "stopped"][1]["printed"] == ""
-    whole, parted = together[2] / f"fp32 {mode}", root / f"{mode} {step}"
+        stopped = two[mode, step, "stopped"][rank]
+        assert stopped["ended"] == "exit 143"
+        assert list(stopped["losses"]) == [str(n) for n in range(step + 1)]
+        assert two[mode, step, "resumed"][rank]["ended"] == "finished"
+    assert "stopped after step" in two[mode, step, "stopped"][0]["printed"]
+    assert two[mode, step, "stopped"][1]["printed"] == ""
+    whole, parted = root / f"fp32 {mode}", root / f"{mode} {step}"
     assert_same(tensors_in(parted), tensors_in(whole))
     assert (parted / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_ranks_that_draw_different_configurations_end_with_an_error_that_names_both(
-    base, tmp_path, mode
-):
-    (ranks,) = train_on_two([Job(in_mode(base, mode), tmp_path / "run", differ_at=2)], tmp_path)
-    for result in ranks:
+def test_ranks_that_draw_different_configurations_end_with_an_error_that_names_both(together, mode):
+    for result in together[1]["differ", mode]:
         pattern = r"the same configuration; rank 0 has (\w+), .*, rank 1 has (\w+), .*step 2"
         assert set(re.search(pattern, result["ended"]).groups()) == {"full", "2"}
         assert len(result["losses"]) == 2
 
 
-def test_the_rank_that_is_left_names_the_lost_one_and_ends(base, tmp_path):
-    job = Job(in_mode(base, "fsdp2"), tmp_path / "run", kill_at=2)
-    started = time.monotonic()
-    (first, _), _, processes = train_on_two([job], tmp_path, check=False)
-    assert time.monotonic() - started < 60
-    assert [process.returncode for process in processes] == [0, -signal.SIGKILL]
-    assert f"rank 1 (process {processes[1].pid} on " in first[0]["ended"]
-    assert "is lost" in first[0]["ended"]
+def test_the_rank_that_is_left_names_the_lost_one_and_ends(together):
+    _, two, _, processes = together
+    first, lost = two["killed"]
+    assert lost is None
+    assert first["seconds"] < 60
+    assert f"rank 1 (process {processes[1]} on " in first["ended"]
+    assert "is lost" in first["ended"]

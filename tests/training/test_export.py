@@ -31,7 +31,7 @@ def runs(folders, tmp_path_factory):
     )
     train_both(recipe, root / "one")
     shutil.copytree(root / "one", root / "two", ignore=shutil.ignore_patterns("var-*", "config*"))
-    results = train_on_two([Job(in_mode(recipe, "fsdp2"), root / "two")], root / "jobs")
+    results, _ = train_on_two([Job(in_mode(recipe, "fsdp2"), root / "two")], root / "jobs")
     assert results[0][0]["ended"] == "finished"
     return root
 

@@ -68,8 +68,8 @@ def trained(recipe, tmp_path_factory):
         names.append(f"{mode} from one")
         shutil.copytree(alone, root / f"{mode} from one")
         jobs.append(Job(in_mode(recipe, mode), root / f"{mode} from one", resume=True))
-    results = dict(zip(names, train_on_two(jobs, root / "jobs"), strict=True))
-    return results, root
+    results, _ = train_on_two(jobs, root / "jobs")
+    return dict(zip(names, results, strict=True)), root
 
 
 def run_alone(recipe, out, stop_at=None, **rest):

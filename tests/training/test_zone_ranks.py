@@ -1,26 +1,30 @@
-"""Several processes train the zone weights that one process trains."""
+"""Several processes train the zone weights that one process trains, with a teacher too."""
 
 import dataclasses
 
 import pytest
 import torch
 from rank_jobs import Job, run
-from test_distributed import in_mode, losses, train_on_two
+from test_distributed import in_mode, losses, tensors_in, train_on_two
 from tiny_runs import OPTIM, tiny_recipe
 
 from variant.checkpoints.model_folder import save_model
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant.models.zones import is_zone_key
 from variant.supernet import VARiant
+from variant.training.ema import EMASection
 from variant.training.optim import OptimSection
-from variant.training.recipe import Recipe, starting_from
+from variant.training.recipe import starting_from
 
+pytestmark = pytest.mark.timeout(900)
 MODES = ("ddp", "fsdp2")
+TAUGHT = ("none", "ema")  # on two processes
 
 
 @pytest.fixture(scope="module")
-def start(folders, tmp_path_factory) -> Recipe:
-    """A recipe of zone weights of two depths, over a network of random weights."""
+def recipes(folders, tmp_path_factory):
+    """By teacher, recipes of zone weights of two depths over a network of random weights."""
     recipe, replace = tiny_recipe(folders), dataclasses.replace
     schedule = replace(recipe.schedule, depths=(), joint=1, transition=0, refinement=0)
     recipe = replace(
@@ -38,21 +42,59 @@ def start(folders, tmp_path_factory) -> Recipe:
     schedule = replace(
         schedule, depths=(2, 3), joint=0, refinement=2, zone_weights="lora", lora_rank=2
     )
-    return starting_from(replace(recipe, schedule=schedule), str(folder))
+    recipe = starting_from(replace(recipe, schedule=schedule), str(folder))
+    taught = replace(schedule, teacher_weight=0.7)
+    return {
+        "none": recipe,
+        "frozen": replace(recipe, schedule=replace(taught, teacher="frozen")),
+        "ema": replace(recipe, schedule=replace(taught, teacher="ema"), ema=EMASection(0.5)),
+    }
 
 
-def test_two_processes_have_the_losses_of_one(start, tmp_path):
-    one = run(Job(start, tmp_path / "one"))
+@pytest.fixture(scope="module")
+def trained(recipes, tmp_path_factory):
+    """The results of one process by teacher, of two by teacher and mode, and their folder."""
+    root = tmp_path_factory.mktemp("zones")
+    one = {name: run(Job(recipe, root / f"one {name}")) for name, recipe in recipes.items()}
+    jobs = {
+        (name, mode): Job(in_mode(recipes[name], mode), root / f"{name} {mode}")
+        for name in TAUGHT
+        for mode in MODES
+    }
+    results, _ = train_on_two(list(jobs.values()), root / "jobs")
+    return one, dict(zip(jobs, results, strict=True)), root
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("teacher", TAUGHT)
+def test_two_processes_have_the_losses_of_one(recipes, trained, teacher, mode):
+    ones, two, root = trained
+    one, (first, second) = ones[teacher], two[teacher, mode]
     assert set(one["names"].values()) == {"2", "3"}
-    jobs = [Job(in_mode(start, mode), tmp_path / mode) for mode in MODES]
-    folder = start.model.weights
-    for mode, (first, second) in zip(MODES, train_on_two(jobs, tmp_path / "jobs"), strict=True):
-        assert first["ended"] == second["ended"] == "finished", first["ended"]
-        assert losses(first) == losses(second)
-        assert losses(first) == pytest.approx(losses(one), rel=1e-5)
-        assert first["held_out"] == pytest.approx(one["held_out"], rel=1e-5)
-        before = VARiant.from_pretrained(folder).var.state_dict()
-        after = VARiant.from_pretrained(tmp_path / mode).var.state_dict()
-        assert all(torch.equal(value, after[key]) for key, value in before.items())
-        assert any(not torch.equal(v, torch.zeros_like(v)) for k, v in after.items()
-                   if k.endswith("lora_B"))  # fmt: skip
+    assert one["ended"] == first["ended"] == second["ended"] == "finished", first["ended"]
+    assert losses(first) == losses(second)
+    assert losses(first) == pytest.approx(losses(one), rel=1e-5)
+    assert first["held_out"] == pytest.approx(one["held_out"], rel=1e-5)
+    before = VARiant.from_pretrained(recipes[teacher].model.weights).var.state_dict()
+    after = VARiant.from_pretrained(root / f"{teacher} {mode}").var.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert any(v.any() for k, v in after.items() if k.endswith("lora_B"))
+
+
+def test_both_teachers_are_the_frozen_network(trained):
+    one = trained[0]
+    assert losses(one["frozen"]) == losses(one["ema"])
+    # The first step has the same weights and a divergence more.
+    assert losses(one["ema"])[0] > losses(one["none"])[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_have_the_averages_of_one(trained, mode):
+    root = trained[2]
+    one = torch.load(root / "one ema" / "var-last.pt", weights_only=True)
+    two = tensors_in(root / f"ema {mode}")
+    assert one["ema"]
+    assert all(map(is_zone_key, one["ema"]))
+    for name, average in one["ema"].items():
+        torch.testing.assert_close(two[f"ema.{name}"], average, rtol=1e-4, atol=1e-6)
+    assert any(not torch.equal(average, one["module"][k]) for k, average in one["ema"].items())
