@@ -314,7 +314,7 @@ def _run_nodes(output: Any, grad: Any) -> None:
         node = max(grads, key=lambda node: node._sequence_nr())
         given = grads.pop(node)
         if hasattr(node, "variable"):
-            node.variable.grad = given[0]
+            node.variable.grad = given[0].to(node.variable.dtype)
             continue
         differentiate = getattr(node, "apply", node)
         results = differentiate(*(given.get(at) for at in range(len(node._input_metadata))))
