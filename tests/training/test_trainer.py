@@ -1,6 +1,7 @@
 """Training: runs are reproducible, resumed runs equal unbroken ones, bad numbers stop a run."""
 
 import dataclasses
+import json
 import signal
 
 import numpy as np
@@ -20,6 +21,7 @@ from tiny_runs import (
     train_both,
     with_precision,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from variant.checkpoints.model_folder import load_model
 from variant.data.images import epoch_order
@@ -169,6 +171,92 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(
         train_vae(recipe, tmp_path, console=quiet(), device=CPU)
     module, before = modules[-1]
     assert_same(module.state_dict(), before)
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Numbers of a step are read after the next one, as on a GPU."""
+    monkeypatch.setattr("variant.training.late_values.steps_late", lambda device: 1)
+
+
+def test_losses_that_are_read_a_step_late_are_the_same(recipe, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(recipe, logging=dataclasses.replace(recipe.logging, every=3))
+    measured = []
+    for late in (0, 1):
+        folder = tmp_path / str(late)
+        monkeypatch.setattr("variant.training.late_values.steps_late", lambda device, n=late: n)
+        train_vae(recipe, folder, console=quiet(), device=CPU)
+        lines = [
+            json.loads(text) for text in (folder / "vae-steps.jsonl").read_text().split("\n")[:-1]
+        ]
+        lines = [{k: line[k] for k in line if k.startswith(("loss", "grad"))} for line in lines]
+        measured.append((metrics(folder, "vae"), lines))
+    assert measured[0] == measured[1]
+    assert {"loss/loss", "gradient_norm/loss/all"} <= measured[0][1][0].keys()
+
+
+class _Waits(TorchDispatchMode):
+    """Notes the operators that would make the host wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_none_of_its_numbers(recipe, tmp_path, monkeypatch, late):
+    train_step, waits = Trainer._train_step, _Waits()
+
+    def watched(self):
+        with waits:
+            return train_step(self)
+
+    monkeypatch.setattr(Trainer, "_train_step", watched)
+    monkeypatch.setattr(VAETask, "before_step", lambda *step: None)  # it may count unused codes
+    train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    assert waits.seen == []
+
+
+def _bad_from(monkeypatch, bad_step, factor):
+    """From a step on the loss times ``factor``; the weights before each step, by number."""
+    loss, weights = VAETask.loss, {}
+
+    def spoiled(self, indices, epoch, step):
+        weights[step] = {k: v.clone() for k, v in self.module.state_dict().items()}
+        weights["module"] = self.module
+        return loss(self, indices, epoch, step) * (factor if step >= bad_step else 1)
+
+    monkeypatch.setattr(VAETask, "loss", spoiled)
+    return weights
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad_step", [2, 3])  # 3 is the last of an epoch
+def test_a_bad_loss_that_is_read_late_stops_the_run_before_it_is_saved(
+    recipe, tmp_path, monkeypatch, late, bad_step, factor
+):
+    recipe = dataclasses.replace(
+        recipe, output=dataclasses.replace(recipe.output, checkpoint_steps=1)
+    )
+    weights = _bad_from(monkeypatch, bad_step, factor)
+    with pytest.raises(UserError, match=f"the loss is not finite at step {bad_step} .epoch 1.;"):
+        train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    saved = torch.load(tmp_path / "vae-last.pt", weights_only=True)
+    assert saved["step"] == bad_step
+    assert_same(saved["module"], weights[bad_step])
+    for name, weight in weights["module"].named_parameters():  # nor did it reach the weights
+        assert torch.equal(weight, weights[bad_step][name])
+
+
+def test_a_signal_after_a_bad_loss_does_not_save_it(recipe, tmp_path, monkeypatch, late):
+    _bad_from(monkeypatch, 2, float("nan"))
+    interrupt_after(monkeypatch, VAETask, 2, signal.SIGTERM)
+    with pytest.raises(UserError, match="the loss is not finite at step 2"):
+        train_vae(recipe, tmp_path, console=quiet(), device=CPU)
 
 
 def test_sigterm_finishes_the_step_saves_and_exits_with_143(recipe, tmp_path, monkeypatch):
