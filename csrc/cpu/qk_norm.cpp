@@ -41,22 +41,41 @@ void forward(const QkNormForwardArgs& a) {
       : forward_rows<T, false>(a);
 }
 
-// With u = x / |x|:  dx = factor * (g - u * (g . u)) / |x|. Where the norm was clamped to eps the
-// divisor is a constant:  dx = factor * g / eps. Returns g . (x / divisor).
+// With u = x / |x|:  dx = factor / |x| * (g - u * (g . u)). Where the norm was clamped to eps the
+// divisor is a constant:  dx = factor / eps * g. Returns g . (x / divisor). Unlike the forward pass
+// this multiplies by the reciprocal in float32 too: a gradient has no length to keep.
 template <class T>
 inline float backward_row(const T* g, const T* x, T* dx, int64_t width, float factor) {
-  const float norm = norm_of(x, width);
-  const bool clamped = norm < kQkNormEps;
-  const float divisor = clamped ? kQkNormEps : norm;
-  VecF products = {};
-  for_vectors(width, [&](int64_t d, auto lanes) {
-    products += load(g + d, lanes) * (load(x + d, lanes) / divisor);
+  using Order = typename OrderOf<T>::Type;
+  if (width == 64) {
+    // The most frequent width: both rows stay in registers.
+    constexpr int kPairs = 64 / (2 * kLanes);
+    Pair unit[kPairs], grad[kPairs], squares = {}, products = {};
+    for (int i = 0; i < kPairs; ++i) {
+      unit[i] = load(x + i * 2 * kLanes, Both<Order>{});
+      squares = squares + unit[i] * unit[i];
+    }
+    const float norm = __builtin_sqrtf(total(squares)), inverse = 1.0f / divisor_of(norm);
+    for (int i = 0; i < kPairs; ++i) {
+      unit[i] = unit[i] * inverse;
+      grad[i] = load(g + i * 2 * kLanes, Both<Order>{});
+      products = products + grad[i] * unit[i];
+    }
+    const float dot = total(products), along = norm < kQkNormEps ? 0.0f : dot;
+    for (int i = 0; i < kPairs; ++i) {
+      store(dx + i * 2 * kLanes, (grad[i] - unit[i] * along) * (factor * inverse), Both<Order>{});
+    }
+    return dot;
+  }
+  const float norm = norm_of(x, width), inverse = 1.0f / divisor_of(norm);
+  Pair products = {};
+  for_pairs<Order>(width, [&](int64_t d, auto lanes) {
+    accumulate(products, load(g + d, lanes) * (load(x + d, lanes) * inverse));
   });
-  const float dot = sum_lanes(products);
-  const float along = clamped ? 0.0f : dot;
-  for_vectors(width, [&](int64_t d, auto lanes) {
-    const VecF unit = load(x + d, lanes) / divisor;
-    store(dx + d, (load(g + d, lanes) - unit * along) * factor / divisor, lanes);
+  const float dot = total(products), along = norm < kQkNormEps ? 0.0f : dot;
+  for_pairs<Order>(width, [&](int64_t d, auto lanes) {
+    const auto unit = load(x + d, lanes) * inverse;
+    store(dx + d, (load(g + d, lanes) - unit * along) * (factor * inverse), lanes);
   });
   return dot;
 }

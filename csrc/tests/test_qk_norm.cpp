@@ -74,6 +74,7 @@ int main() {
       run_case(isa, table, 1, 1, 1, 16, dtype, engine);
       run_case(isa, table, 2, 37, 3, 24, dtype, engine);
       run_case(isa, table, 1, 5, 2, 40, dtype, engine);
+      run_case(isa, table, 2, 9, 2, 64, dtype, engine);
       run_case(isa, table, 1, 3, 2, 256, dtype, engine);
     }
   });

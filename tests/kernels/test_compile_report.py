@@ -59,3 +59,26 @@ def test_what_does_not_compile_is_a_line_and_an_exit_code(tmp_path):
     assert run.returncode == 1
     assert "failed" in run.stdout
     assert "unset TRITON_INTERPRET" in run.stdout
+
+
+IN_FLIGHT = """
+import re, sys
+from variant_kernels.triton_ops.compile_report import compile_stages
+from variant_kernels.triton_ops.compile_cases.paged_attention import CASES
+(case,) = (c for c in CASES if c.label == sys.argv[1] and "sm_90" in c.targets)
+text = compile_stages(case, "sm_90", "bf16").asm["ttgir"]
+for loop in re.findall(r"scf[.]for.*?scf[.]yield", text, re.DOTALL):
+    print(*re.findall(r"async_wait [^\\n]*num = ([0-9]+)", loop))
+"""
+
+
+def test_a_tile_of_keys_is_in_flight_while_another_is_attended_to(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", IN_FLIGHT, "D 64, 128 x 64"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+    )
+    assert run.returncode == 0, run.stderr
+    # Complete tiles, then the incomplete one: K, V and the page numbers of the next.
+    assert run.stdout.split() == ["3", "3"]

@@ -12,7 +12,6 @@ from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.support import MAX_ROW_WIDTH, cuda_unsupported
 from variant_kernels.kv_quantization import KV8_DTYPE
 from variant_kernels.ops import tables
-from variant_kernels.split_keys import num_splits
 
 GPU = Request("cuda", (torch.bfloat16,), 64)
 
@@ -81,13 +80,6 @@ def test_emulation_takes_cpu_tensors_and_is_never_chosen(monkeypatch):
     name = select.choose_name("paged_attention", tables()["paged_attention"], "auto", request)
     assert name != "cuda"
     assert "cuda" in support.available_backends()
-
-
-def test_keys_are_split_only_where_blocks_are_few():
-    assert num_splits(blocks=132, processors=132, max_keys=10_000) == 1
-    assert num_splits(blocks=2, processors=132, max_keys=680) == 5
-    assert num_splits(blocks=2, processors=132, max_keys=100) == 1
-    assert num_splits(blocks=100, processors=132, max_keys=10_000) == 3
 
 
 def test_too_many_scales_and_rows_are_refused():

@@ -1,13 +1,11 @@
-"""Features of the Triton attention kernels alone: split keys, bounds checks, block sizes."""
+"""Features of the Triton attention kernels alone: bounds checks, block sizes."""
 
 import pytest
 import torch
 from compare import DEVICE, Tally, moved, wide
 from test_block_causal_attention import gradients, plain_attention
-from test_paged_attention import plain_attention as plain_paged
-from test_paged_attention import random_case
 
-from variant_kernels import ScaleLayout, block_causal_attention, paged_attention, split_keys
+from variant_kernels import ScaleLayout, block_causal_attention
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.support import triton_unsupported
 
@@ -16,32 +14,8 @@ if reason is not None:
     pytest.skip(f"{reason} (TRITON_INTERPRET=1 interprets)", allow_module_level=True)
 
 from variant_kernels.triton_ops import block_causal_attention_configs as configs  # noqa: E402
-from variant_kernels.triton_ops import common  # noqa: E402
 from variant_kernels.triton_ops import paged_attention as paged  # noqa: E402
 from variant_kernels.triton_ops.tuning import Config  # noqa: E402
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_keys_split_over_programs_match_float64(dtype, monkeypatch):
-    monkeypatch.setattr(common, "num_processors", lambda device: 10**4)
-    monkeypatch.setattr(split_keys, "MIN_KEYS_PER_SPLIT", 16)
-    tally, generator = Tally(), torch.Generator().manual_seed(6)
-    for index in range(8):
-        inputs, scale = random_case(dtype, generator)
-        exact = plain_paged(*(x.double() for x in inputs[:3]), *inputs[3:], scale)
-        plain = plain_paged(*inputs, scale)
-        ours = paged_attention(*moved(*inputs), softmax_scale=scale, backend="triton").cpu()
-        tally.add(str(index), ours, plain, exact)
-        assert not ours[inputs[4] == 0].any()
-    tally.check()
-
-
-@pytest.mark.parametrize(
-    ("programs", "processors", "max_keys", "splits"),
-    [(132, 132, 10**6, 1), (60, 132, 688, 5), (2, 132, 688, 5), (2, 132, 10**5, 132), (1, 8, 9, 1)],
-)
-def test_keys_are_split_only_to_fill_the_chip(programs, processors, max_keys, splits):
-    assert split_keys.num_splits(programs, processors, max_keys) == splits
 
 
 def test_wrong_pages_and_lengths_stay_inside_the_pool():

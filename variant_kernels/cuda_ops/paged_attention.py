@@ -18,6 +18,8 @@ _ARGS = struct.Struct("@8q12q6qfi0q")
 _KV8_ARGS = struct.Struct("@8q12q6qfi8q")
 # Queries of a block: 16 where there are no more, else 64; 16 on the path of plain products.
 FEW_QUERIES, QUERIES_OF_A_BLOCK = 16, 64
+# Keys of a tile and blocks of a processor, for heads up to 64 wide; half as many for wider ones.
+KEYS_OF_A_TILE, BLOCKS_OF_A_PROCESSOR = 64, 4
 
 
 def launch_paged_attention_forward(
@@ -53,7 +55,13 @@ def launch_paged_attention_forward(
         return out_BTHD.zero_()
     few = tokens <= FEW_QUERIES or q_BTHD.dtype == torch.float32
     blocks = batch * heads * -(-tokens // (FEW_QUERIES if few else QUERIES_OF_A_BLOCK))
-    splits = num_splits(blocks, common.num_processors(q_BTHD.device), entries * page_size)
+    halves = 1 if head_dim <= 64 else 2
+    splits = num_splits(
+        blocks=blocks,
+        resident=common.num_processors(q_BTHD.device) * BLOCKS_OF_A_PROCESSOR // halves,
+        tiles=-(-entries * page_size // (KEYS_OF_A_TILE // halves)),
+        part_bytes=4 * q_BTHD.numel(),
+    )
     partial_address = lse_address = 0
     if splits > 1:
         shape = (splits, batch, tokens, heads)

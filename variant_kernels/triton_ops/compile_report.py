@@ -16,7 +16,7 @@ from pathlib import Path
 
 import triton
 from triton import knobs
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from variant_kernels.triton_ops.compile_cases import COMPILE_CASES
 from variant_kernels.triton_ops.compile_cases.case import DTYPES, TARGETS, CompileCase
@@ -31,8 +31,8 @@ class Compiled:
     shared: int
 
 
-def compile_case(case: CompileCase, target: str, dtype: str) -> Compiled:
-    """Compile one case to machine code for a target; no GPU is needed.
+def compile_stages(case: CompileCase, target: str, dtype: str) -> CompiledKernel:
+    """Compile one case for a target; ``asm`` of the result holds every stage. No GPU is needed.
 
     Raises:
         RuntimeError: Triton is interpreting (``TRITON_INTERPRET=1``).
@@ -54,7 +54,14 @@ def compile_case(case: CompileCase, target: str, dtype: str) -> Compiled:
         "num_stages": case.num_stages,
         "enable_fp_fusion": case.fp_fusion,
     }
-    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    if case.maxnreg is not None:
+        options["maxnreg"] = case.maxnreg
+    return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def compile_case(case: CompileCase, target: str, dtype: str) -> Compiled:
+    """The resources of one case, as :func:`compile_stages` compiles it."""
+    compiled = compile_stages(case, target, dtype)
     shared = int(compiled.metadata.shared)
     if TARGETS[target].backend == "cuda":
         return Compiled(*_assembled(compiled.asm["cubin"]), shared)

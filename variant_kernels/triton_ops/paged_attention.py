@@ -29,7 +29,7 @@ from variant_kernels.triton_ops.e4m3 import (
     scale_arguments,
     scale_of,
 )
-from variant_kernels.triton_ops.paged_attention_configs import configs_for
+from variant_kernels.triton_ops.paged_attention_configs import configs_for, resident_programs
 from variant_kernels.triton_ops.tuning import Config
 
 
@@ -335,7 +335,12 @@ def _launch(
     entries = page_table_BM.shape[1]
     capacity = entries * page_size
     programs = batch * heads * -(-num_queries // config.block_q)
-    splits = num_splits(programs, common.num_processors(q_BTHD.device), capacity)
+    splits = num_splits(
+        blocks=programs,
+        resident=common.num_processors(q_BTHD.device) * resident_programs(config, head_dim),
+        tiles=-(-capacity // config.block_k),
+        part_bytes=4 * q_BTHD.numel(),
+    )
     target, lse_SBTH = out_BTHD, None
     if splits > 1:
         target, lse_SBTH = _split_buffers(q_BTHD, splits)
@@ -370,9 +375,8 @@ def _launch(
         D_PADDED=padded(head_dim),
         BLOCK_Q=config.block_q,
         BLOCK_K=config.block_k,
-        num_warps=config.num_warps,
         enable_fp_fusion=True,
-        num_stages=config.num_stages,
+        **config.options,
     )
     if lse_SBTH is not None:
         _launch_combine(target, lse_SBTH, out_BTHD)

@@ -5,6 +5,7 @@ Spills and shared memory of every entry: ``python -m variant_kernels.triton_ops.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -17,14 +18,15 @@ ConfigsByQueries = dict[int, tuple[Config, ...]]
 
 # For 16-bit queries of heads up to 128 wide. Keys are the number of queries rounded up to a power
 # of two; the last entry is used for all larger numbers. A tile of keys spans a few pages, whose
-# addresses are loaded together. Those loads use pipeline stages: with fewer than five stages, K and
-# V are not double-buffered (sm_90, Triton 3.6 and 3.9).
+# addresses are loaded together. Those loads use pipeline stages: with fewer than five, the loop
+# waits for the tile that it has just asked for (sm_90, Triton 3.6 and 3.9). With more than 128
+# registers a processor of sm_90 runs one program of eight warps instead of two.
 _CONFIGS: dict[str, ConfigsByQueries] = {
     "sm90": {
-        16: (Config(16, 64, 4, 3), Config(16, 64, 4, 5), Config(16, 128, 4, 5)),
-        32: (Config(32, 64, 4, 3), Config(32, 64, 4, 5), Config(32, 128, 4, 5)),
-        64: (Config(64, 64, 4, 3), Config(64, 64, 4, 5), Config(64, 32, 4, 5)),
-        128: (Config(128, 64, 8, 3), Config(128, 64, 8, 5), Config(64, 64, 4, 5)),
+        16: (Config(16, 64, 4, 5), Config(16, 128, 4, 5)),
+        32: (Config(32, 64, 4, 5), Config(32, 128, 4, 5)),
+        64: (Config(64, 64, 4, 5), Config(64, 32, 4, 5)),
+        128: (Config(128, 64, 8, 5, maxnreg=128), Config(64, 64, 4, 5)),
     },
     "nvidia": {
         16: (Config(16, 64, 4, 2), Config(16, 32, 2, 3), Config(16, 32, 4, 3)),
@@ -62,11 +64,16 @@ def configs_by_queries(kind: str, wide: bool, kv8: bool) -> ConfigsByQueries:
         kv8: pages are 8 bits wide.
     """
     by_queries = _CONFIGS[kind]
-    if not (wide and kv8):
+    if not wide:
         return by_queries
-    max_block_k = _MAX_BLOCK_K_WIDE_KV8.get(kind, _DEFAULT_MAX_BLOCK_K_WIDE_KV8)
+    largest = max(config.block_k for configs in by_queries.values() for config in configs)
+    if kv8:
+        largest = _MAX_BLOCK_K_WIDE_KV8.get(kind, _DEFAULT_MAX_BLOCK_K_WIDE_KV8)
+    # One program fills the shared memory of a processor, so a limit of registers gains nothing.
     return {
-        num_queries: tuple(config for config in configs if config.block_k <= max_block_k)
+        num_queries: tuple(
+            replace(config, maxnreg=None) for config in configs if config.block_k <= largest
+        )
         for num_queries, configs in by_queries.items()
     }
 
@@ -79,3 +86,11 @@ def configs_for(q_BTHD: torch.Tensor, kv8: bool) -> tuple[Config, ...]:
         return WIDE_OR_FP32
     by_queries = configs_by_queries(kind, head_dim > 64, kv8)
     return by_queries[min((n for n in by_queries if n >= num_queries), default=128)]
+
+
+def resident_programs(config: Config, head_dim: int) -> int:
+    """About how many programs of a config a processor runs at the same time.
+
+    16 warps of up to 128 registers fill it; wider heads take about twice the registers.
+    """
+    return max(1, (16 if head_dim <= 64 else 8) // config.num_warps)

@@ -31,12 +31,22 @@ WARM_UP_MS, REPEAT_MS = 10, 40
 
 @dataclass(frozen=True)
 class Config:
-    """Queries and keys of one tile, and the compiler's options."""
+    """Queries and keys of one tile, and the compiler's options.
+
+    maxnreg: the most registers a thread may have (NVIDIA only); None leaves it to the compiler.
+    """
 
     block_q: int
     block_k: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The compiler's options, as keyword arguments of a launch."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
 
 
 # Choices of this process, by (kernel, device, key).

@@ -42,6 +42,7 @@ class CompileCase:
     dtypes: tuple[str, ...] = DTYPES
     label: str = ""
     fp_fusion: bool = True
+    maxnreg: int | None = None
 
 
 def argument_types(

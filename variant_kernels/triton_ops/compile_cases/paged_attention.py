@@ -70,8 +70,7 @@ def _cases() -> Iterator[CompileCase]:
                 yield _case(
                     kv8,
                     constants,
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
+                    **config.options,
                     targets=(target,),
                     dtypes=dtypes,
                     label=f"D {head_dim}, {config.block_q} x {config.block_k}"
