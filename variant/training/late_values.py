@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+from variant.errors import UserError
 
 T = TypeVar("T")
 
@@ -48,3 +51,12 @@ class LateValues(Generic[T]):
             if event is not None:
                 event.synchronize()
             yield step, copy.tolist()
+
+
+def require_finite(value: float, what: str, recipe: str, step: int, epoch: int) -> None:
+    """Raises: UserError, for a run of that recipe, where a value of a step is not finite."""
+    if not math.isfinite(value):
+        raise UserError(
+            f"{recipe}: the {what} is not finite at step {step} (epoch {epoch}); try a lower "
+            "learning_rate or precision fp32"
+        )

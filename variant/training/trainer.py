@@ -9,7 +9,6 @@ number of threads). On a GPU the weights agree approximately, because sums are n
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -27,7 +26,7 @@ from variant.training.checkpoint_schedule import CheckpointSchedule
 from variant.training.console import RunConsole
 from variant.training.ema import EMA
 from variant.training.interrupt import Interrupt
-from variant.training.late_values import LateValues
+from variant.training.late_values import LateValues, require_finite
 from variant.training.loss_scale import LossScaler
 from variant.training.metrics import MetricsFile
 from variant.training.optim import clipped_step, decay_groups, gradient_norm, learning_rate
@@ -146,9 +145,9 @@ class Trainer:
                     self.schedule.minutes_are_over, interrupt.signum or 0
                 )
                 is_due = self.schedule.is_due(state.step, bool(minutes_are_over))
-                if is_due or signum or state.step == self.total_steps:
-                    self._read_values(everything=True)
-                if is_due or state.step == self.total_steps:
+                is_due = is_due or state.step == self.total_steps
+                self._read_values(everything=bool(is_due or signum))
+                if is_due:
                     self._save()
                 move_bar(state.step, self._last_loss)
                 if signum:
@@ -218,30 +217,20 @@ class Trainer:
         return self._last_loss
 
     def _read_values(self, *, everything: bool = False) -> None:
-        """Check and add the loss and the norm of each step that can be read without a wait.
+        """Check and add the loss and the norm of each step; on a GPU not yet those of the last one.
 
-        On a GPU those of the last step are read after the next one is queued. ``everything`` reads
-        them too: needed before anything of the run is evaluated or written.
-
-        Raises:
-            UserError: one is not finite. Such a gradient has not reached the weights.
+        ``everything`` reads these too: needed before anything of the run is evaluated or written.
+        Raises UserError if one is not finite; such a gradient has not reached the weights.
         """
         for (name, step), (loss, norm) in self._values.read(everything=everything):
             (total,) = self.ranks.sums([loss])
-            self._require_finite(total, "loss", step)
+            where = self.recipe.name, step, step // self.steps_per_epoch
+            require_finite(total, "loss", *where)
             if not self.scaler.is_enabled():  # it skips such a step and lowers the scale
-                self._require_finite(norm, "gradient", step)
+                require_finite(norm, "gradient", *where)
             self.state.add_loss(name, total)
             self.log.add_loss(name, total)
             self._last_loss = total
-
-    def _require_finite(self, value: float, name: str, step: int, epoch: int | None = None) -> None:
-        if not math.isfinite(value):
-            epoch = step // self.steps_per_epoch if epoch is None else epoch
-            raise UserError(
-                f"{self.recipe.name}: the {name} is not finite at step {step} (epoch {epoch}); try "
-                "a lower learning_rate or precision fp32"
-            )
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._cached_order is None or self._cached_order[0] != epoch:
@@ -302,7 +291,7 @@ class Trainer:
         with torch.no_grad(), self._autocast():
             losses, by_scale = split_scales(self.task.held_out_losses(self.ranks))
         mean = sum(losses.values()) / len(losses)
-        self._require_finite(mean, "held-out loss", self.state.step, epoch - 1)
+        require_finite(mean, "held-out loss", self.recipe.name, self.state.step, epoch - 1)
         entry: dict[str, Any] = {name: losses, f"{name}_mean": mean}
         return entry | ({f"{name}_by_scale": by_scale} if by_scale else {})
 
