@@ -28,6 +28,7 @@ from variant.evaluation.classifier import (
 from variant.evaluation.features import FeatureNetwork, load_network
 from variant.evaluation.image_sets import ImageSet, Reference, open_images, open_reference
 from variant.evaluation.report import Evaluation, Metric, evaluate
+from variant.evaluation.sampler import SETTINGS_NAME as SAMPLED
 from variant.models.placement import check_device
 from variant.paths import path_kind, read_json, shown
 from variant.training.recipe import Recipe, load_recipe
@@ -172,8 +173,12 @@ def _as_json(command: Eval, result: Evaluation, notes: list[str]) -> dict[str, A
 
 def _generated(images: Path | None) -> Any:
     """What the images were generated from, where a folder records it; else None."""
-    path = None if images is None else images / SETTINGS_NAME
-    return None if path is None or path_kind(path) != "file" else read_json(path)
+    if images is None:
+        return None
+    paths = (images / SAMPLED, images / SETTINGS_NAME, images.with_suffix(".json"))
+    path = next((path for path in paths if path_kind(path) == "file"), None)
+    recorded = None if path is None else read_json(path)
+    return recorded if isinstance(recorded, dict) else None
 
 
 # --- two results --------------------------------------------------------------------------------

@@ -347,6 +347,54 @@ class Info:
 
 
 @dataclass
+class Sample:
+    """Generate many images for an evaluation; the same command continues after any stop.
+
+    Image i depends on the seed and on i alone, not on the batch, the processes or restarts (in 16
+    bits the batch counts too). Under torchrun every process generates its share.
+
+    Example: variant sample --model models/var-d30 --depth 16 --num 50000 --out samples.npz
+    """
+
+    model: str = "digits"
+    """Model folder, Hub id, or a model of this package."""
+    num: int | None = None
+    """Number of images; default: 50 per class. The classes take turns."""
+    labels: tuple[str, ...] = ()
+    """Classes by number or name; -1 is the null class. Default: every class."""
+    depth: int | None = None
+    """Layers in the flexible zone; default: every layer."""
+    bridge: int | None = None
+    """First scales that run every layer; default: the model's own."""
+    cfg: float = 1.5
+    """Scale of classifier-free guidance; 0 turns it off and halves the work."""
+    top_k: int = 900
+    """Sample from the k likeliest tokens, at most those that there are; 0: from all."""
+    top_p: float = 0.96
+    """Sample from the likeliest tokens with this total probability; 0: from all."""
+    seed: int = 0
+    """Seed of the random draws."""
+    device: str = "cpu"
+    """Device of the model: cpu, cuda, cuda:1; under torchrun cuda is a GPU for each process."""
+    backend: str = "auto"
+    """Backend of the kernels; auto: the fastest."""
+    dtype: DtypeName | None = None
+    """Dtype of weights, K/V and matrix products; default: that of the weights."""
+    kv_dtype: KVDtypeName | None = None
+    """fp8 stores K and V in 8 bits with a scale per token and head; default: exact."""
+    batch: int = 50
+    """Images of a batch."""
+    out: Path = Path("samples")
+    """A folder, or an .npz file of uint8 images as the ADM evaluator reads."""
+    format: Literal["png", "webdataset"] = "png"
+    """Files in the folder: a PNG for each image, or .tar shards of 500."""
+    json: Path | None = None
+    """File for settings and counts; -: print them in place of the text."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass
 class Eval:
     """Evaluate images: FID, sFID, Inception Score, precision, recall; or compare two results.
 
@@ -414,5 +462,16 @@ class Warm:
 
 
 Command = (
-    Generate | Plan | Train | TrainVae | Recipe | Bench | Convert | Info | Tokenize | Eval | Warm
+    Generate
+    | Plan
+    | Train
+    | TrainVae
+    | Recipe
+    | Bench
+    | Convert
+    | Info
+    | Tokenize
+    | Sample
+    | Eval
+    | Warm
 )
