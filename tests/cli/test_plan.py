@@ -5,7 +5,8 @@ import re
 import subprocess
 import sys
 
-from zone_models import zone_model
+import pytest
+from zone_models import KINDS, zone_model
 
 from variant.cli.plan import unit_of
 from variant.models.parameter_count import zone_parameters
@@ -127,6 +128,16 @@ def test_gpus_must_divide_the_batch_and_need_train(run):
     code, _, error = run("plan", "--gpus", 2)
     assert code == 1
     assert "plan: --gpus needs --train" in error
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_plan_of_zone_weights_is_refused_by_name(kind, tmp_path, run):
+    zone_model(kind).save_pretrained(tmp_path)
+    code, printed, error = run("plan", "--train", "--model", tmp_path)
+    assert code == 1
+    assert not printed
+    assert f'zone weights ("{KINDS[kind]["zone_weights"]}")' in error
+    assert "plan: --train plans steps that train every weight" in error
 
 
 def test_zone_weights_are_counted(tmp_path, run):

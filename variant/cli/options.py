@@ -451,6 +451,46 @@ class Eval:
     """Show the traceback of an error."""
 
 
+@dataclass
+class Warm:
+    """Compile the GPU kernels of a model and time their block sizes, so that no request waits.
+
+    Both are kept on disk, so Ctrl-C loses only the step that runs. On a CPU there is nothing to do.
+
+    Example: variant warm --model digits --device cuda --batch 1 8
+    """
+
+    model: str = "digits"
+    """Model folder, Hub id, or a model of this package."""
+    batch: tuple[int, ...] = (1,)
+    """Images per batch; one or more sizes."""
+    depths: tuple[int, ...] = ()
+    """Layers in the flexible zone; default: every depth of the model."""
+    dtype: DtypeName | None = None
+    """Dtype of weights, K/V and matrix products; default: that of the weights."""
+    kv_dtype: KVDtypeName | None = None
+    """fp8: for K and V in 8 bits; default: exact."""
+    device: str = "cuda"
+    """Device of the model: cuda, cuda:1, cpu."""
+    backend: str = "auto"
+    """Backend of the kernels; auto: the fastest. `python -m variant_kernels` lists them."""
+    json: Path | None = None
+    """File for the steps and their seconds; -: print them in place of the lines."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
 Command = (
-    Generate | Plan | Train | TrainVae | Recipe | Bench | Convert | Info | Tokenize | Sample | Eval
+    Generate
+    | Plan
+    | Train
+    | TrainVae
+    | Recipe
+    | Bench
+    | Convert
+    | Info
+    | Tokenize
+    | Sample
+    | Eval
+    | Warm
 )
