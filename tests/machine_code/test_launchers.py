@@ -337,8 +337,8 @@ def is_size(name):
 
 # Without a split, paged attention writes its own dtype and no statistics; the loops are the same.
 # The strides of scales are bytes: whether they are divisible widens no access.
-VARIES = ("out_ptr", "lse_ptr", "k_scales_stride_p", "k_scales_stride_n", "v_scales_stride_p",
-          "v_scales_stride_n")  # fmt: skip
+VARIES = ("out_ptr", "lse_ptr", "statistics_ptr", "k_scales_stride_p", "k_scales_stride_n",
+          "v_scales_stride_p", "v_scales_stride_n")  # fmt: skip
 
 
 def differing(case, launch):
