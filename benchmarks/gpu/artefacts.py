@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subprocess.Popen([*command, "--part", f"{index}/{options.jobs}"], env=environment)
         for index in range(options.jobs)
     ]
-    failed = any(job.wait() for job in jobs)
+    statuses = [job.wait() for job in jobs]
+    failed = any(statuses)
     reports = [
         json.loads((options.out / f"part-{index}.json").read_text())
         for index in range(options.jobs)
@@ -237,7 +238,7 @@ def _golden() -> None:
     with torch.device("cuda"):
         var, vae = VAR(var_config), VQVAE(vae_config)
     for module in (var, vae):
-        module.eval().requires_grad_(False)
+        module.to("cuda").eval().requires_grad_(False)
     labels_B = torch.zeros(2, dtype=torch.int64, device="cuda")
     tokens_BL = torch.zeros(2, var.layout.total, dtype=torch.int64, device="cuda")
     for dtype in (torch.float32, torch.bfloat16):
