@@ -46,14 +46,23 @@ def evaluate_command(command: Eval) -> None:
     if command.compare:
         _compare(command)
         return
-    if command.images is None or command.reference is None:
-        raise UserError("eval: --images and --reference are needed, or --compare A.json B.json")
+    if command.reference is None or (command.images is None) == (command.model is None):
+        raise UserError(
+            "eval: --reference and one of --images and --model are needed, or --compare A.json "
+            "B.json"
+        )
     integer("eval", "--batch", command.batch, 1)
     check_device("eval", command.device, name="--device")
     out = console(command.json, stderr=True)
+    if command.model is not None:
+        from variant.cli.evaluate_depths import evaluate_depths
+
+        evaluate_depths(command, reference_of(command.reference), network_of(command, out))
+        return
+    assert command.images is not None, "checked above"
     images = open_images(command.images)
-    reference = _reference(command.reference)
-    network = _network(command, out)
+    reference = reference_of(command.reference)
+    network = network_of(command, out)
     total = images.count + (0 if reference.images is None else reference.images.count)
     with ExitStack() as stack:
         heard = stack.enter_context(warnings.catch_warnings(record=True))
@@ -68,7 +77,7 @@ def evaluate_command(command: Eval) -> None:
     write_json(command.json, _as_json(command, result, notes))
 
 
-def _reference(name: str) -> Reference:
+def reference_of(name: str) -> Reference:
     """A path, or the held-out images of a recipe.
 
     Raises:
@@ -96,7 +105,7 @@ def _held_out(recipe: Recipe, name: str) -> ImageSet:
     return ImageSet(f"held-out images of {name}", data.num_held_out, None, read)
 
 
-def _network(command: Eval, out: Console) -> FeatureNetwork:
+def network_of(command: Eval, out: Console) -> FeatureNetwork:
     if not command.features.startswith(CLASSIFIER):
         return load_network(command.features, command.weights, command.device)
     import torch

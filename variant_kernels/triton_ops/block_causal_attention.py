@@ -289,9 +289,9 @@ def choose_config(
     """The fastest config of a kernel for this layout and head width."""
     batch, _, heads, head_dim = q_BLHD.shape
     # The number of heads matters only while the grid hardly fills the GPU.
-    key = (scale_lengths, head_dim, q_BLHD.dtype, (batch * heads).bit_length())
-    if qk_norm:
-        key = (*key, "qk_norm")
+    sizes = sum(scale_lengths), tuning.power_of_two_from(batch * heads)
+    same = head_dim, q_BLHD.element_size(), "qk_norm" if qk_norm else "no qk_norm"
+    key = tuning.Key(same, sizes, (scale_lengths, q_BLHD.dtype))
     return tuning.best(kernel, configs.configs_for(table, q_BLHD), key, launch, q_BLHD.device)
 
 
