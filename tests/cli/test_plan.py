@@ -23,6 +23,8 @@ def test_the_contracts_table(run):
         ["4", "4,768", "1,860"],
         ["2", "3,664", "1,860"],
     ]
+    # The last scales decide the peak: wider bridges at depths 16 and 8 cost no memory.
+    assert "bridge 6: 8 at depth 16, 7 at depth 8, 6 at depth 4, 6 at depth 2." in printed
     code, printed, _ = run("plan", "--memory", 24)
     assert code == 0
     assert "yes" in printed
@@ -69,6 +71,12 @@ def test_json_holds_the_table_and_nothing_else_is_printed(run, tmp_path):
     assert [row["depth"] for row in plan["depths"]] == [30, 16, 8, 4, 2]
     assert plan["depths"][0]["planned_bytes"] == 12390 * 2**20
     assert len(plan["bridges"]) == 5 * 11
+    free = {row["depth"]: row["largest_free_bridge"] for row in plan["depths"]}
+    assert free == {30: 10, 16: 8, 8: 7, 4: 6, 2: 6}
+    sizes = {(row["depth"], row["bridge"]): row["planned_bytes"] for row in plan["bridges"]}
+    for depth, bridge in free.items():
+        assert sizes[depth, bridge] == sizes[depth, 6]
+        assert bridge == 10 or sizes[depth, bridge + 1] > sizes[depth, 6]
     code, tables, _ = run(*words, "--json", tmp_path / "plan.json")
     assert code == 0
     assert "12,390" in tables
