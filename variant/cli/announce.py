@@ -13,9 +13,11 @@ from variant.cli.options import (
     Info,
     Plan,
     Recipe,
+    Sample,
     Tokenize,
     Train,
     TrainVae,
+    Warm,
 )
 from variant.cli.output import console
 
@@ -54,6 +56,9 @@ def first_line(command: Command) -> str:
         case Convert():
             names = [str(name) for name in (command.model, command.var, command.vae) if name]
             return f"convert: reading {' and '.join(names)}" if names else ""
+        case Sample():
+            depth = f"depth {command.depth or 'full'}"
+            return f"sample: {command.model}, {depth}, {command.device}, to {command.out}"
         case Eval():
             if command.compare:
                 return ""
@@ -67,6 +72,12 @@ def first_line(command: Command) -> str:
             if command.action == "new" and command.out is not None:
                 return f"recipe: reading {command.data}, to {command.out}"
             return f"recipe: checking {command.recipe}" if command.action == "check" else ""
+        case Warm():
+            depths = _list(command.depths) or "every depth"
+            return (
+                f"warm: {command.model}, batch {_list(command.batch)}, {depths}, "
+                f"{command.dtype or 'dtype of the weights'}, {command.device}"
+            )
         case Plan():
             return ""
 

@@ -1,5 +1,5 @@
 """The command line ``variant``: generate, plan, train, train-vae, recipe, bench, convert,
-info, tokenize, eval.
+info, tokenize, sample, eval, warm.
 
 The module of a command is imported when it runs, so that ``--help`` starts without torch.
 """
@@ -24,9 +24,11 @@ from variant.cli.options import (
     Info,
     Plan,
     Recipe,
+    Sample,
     Tokenize,
     Train,
     TrainVae,
+    Warm,
 )
 from variant.cli.words import UsageError, check_words
 from variant_kernels import __version__
@@ -111,6 +113,10 @@ def function_of(command: Command) -> Callable[[Any], None]:
             from variant.cli.convert import convert
 
             return convert
+        case Sample():
+            from variant.cli.sample import sample_command
+
+            return sample_command
         case Eval():
             from variant.cli.evaluate import evaluate_command
 
@@ -119,6 +125,10 @@ def function_of(command: Command) -> Callable[[Any], None]:
             from variant.cli.info import info
 
             return info
+        case Warm():
+            from variant.cli.warm import warm
+
+            return warm
 
 
 def _stopped(stop: KeyboardInterrupt) -> int:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
-from torch.nn import functional as F
+
+from variant_kernels.linear import product
 
 # Logits at once: 8 MB in float32.
 CHUNK_LOGITS = 2**21
@@ -46,7 +47,7 @@ class _LinearCrossEntropy(Function):
         for start in range(0, len(h_NC), rows):
             part = slice(start, start + rows)
             part_NC, target_N1 = h_NC[part], targets_N[part].unsqueeze(1)
-            logits_NV = F.linear(part_NC, cast_weight_VC, cast_bias_V).to(wide)
+            logits_NV = product(part_NC, cast_weight_VC, cast_bias_V).to(wide)
             losses_N[part] = -logits_NV.log_softmax(1).gather(1, target_N1).squeeze(1)
             if not with_gradient:
                 del logits_NV  # before the next chunk makes its own
@@ -58,7 +59,7 @@ class _LinearCrossEntropy(Function):
             grad_bias_V += grad_NV.sum(0)
             del logits_NV
             grad_NV = grad_NV.to(h_NC.dtype)
-            grad_h_NC[part] = grad_NV @ cast_weight_VC
+            grad_h_NC[part] = product(grad_NV, cast_weight_VC.t())
             if wide == h_NC.dtype:
                 grad_weight_VC.addmm_(grad_NV.T, part_NC)
             else:
