@@ -157,13 +157,15 @@ def attend_tiles(
     difference of scaled scores would be one instruction less for each score, but its rounding error
     exceeds the range of 2^x for scores of 2^31 and more.
     """
+    # Counted down: LLVM would compare start + arange, or ends - start, in the 64 bits of addresses.
+    visible_keys = ends - first
     for start in tl.range(first, last, BLOCK_K):
         k = load_tile(k_base, start, k_stride, last, BLOCK_K, D, D_PADDED, MASKED)
         v = load_tile(v_base, start, v_stride, last, BLOCK_K, D, D_PADDED, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
-            # Not (start + arange) < ends: LLVM computes that sum, and compares, in 64 bits.
-            visible = tl.arange(0, BLOCK_K)[None, :] < (ends - start)[:, None]
+            visible = tl.arange(0, BLOCK_K)[None, :] < visible_keys[:, None]
+            visible_keys -= BLOCK_K
             scores = tl.where(visible, scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         probs = tl.exp2((scores - new_largest[:, None]) * scale_log2[:, None])

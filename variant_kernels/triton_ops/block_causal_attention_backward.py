@@ -73,13 +73,15 @@ def query_gradient_tiles(
     MASKED: tl.constexpr,
 ):
     """dq += dS K over the keys from ``first`` to ``last``."""
+    visible_keys = ends - first  # counted down, as in attend_tiles
     for start in tl.range(first, last, BLOCK_K):
         k = load_tile(k_base, start, k_stride, last, BLOCK_K, D, D_PADDED, MASKED)
         v = load_tile(v_base, start, v_stride, last, BLOCK_K, D, D_PADDED, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         probs = probability(scores * scale_log2[:, None] - lse_log2[:, None])
         if MASKED:
-            visible = tl.arange(0, BLOCK_K)[None, :] < (ends - start)[:, None]
+            visible = tl.arange(0, BLOCK_K)[None, :] < visible_keys[:, None]
+            visible_keys -= BLOCK_K
             probs = tl.where(visible, probs, 0.0)
         dprobs = tl.dot(grad, tl.trans(v), input_precision="ieee")
         dscores = probs * (dprobs - delta[:, None])
