@@ -166,7 +166,7 @@ test-triton: dev
 # The day is the seed of the random tests.
 NIGHTLY = CALLS=100000 CASES=20000 FILES=8000 SEQUENCES=2000 SIGNALS=60 KILLS=60 PRESSURE=400 TOKENIZE_STRIDE=1 SEED=$(shell date +%Y%m%d)
 nightly:
-	$(addprefix VARIANT_ROBUSTNESS_,$(NIGHTLY)) VARIANT_TRAINING_STOPS=all $(MAKE) test test-isas test-tsan SANITIZED_ISAS=all
+	$(addprefix VARIANT_ROBUSTNESS_,$(NIGHTLY)) VARIANT_TRAINING_STOPS=all VARIANT_SAMPLER_KILLS=10 $(MAKE) test test-isas test-tsan SANITIZED_ISAS=all
 	$(MAKE) mutants
 
 # After `make test COVERAGE=1`: the data of test-python and test-cuda-python together. 95 % of

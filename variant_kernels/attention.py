@@ -150,6 +150,7 @@ class AttentionForward(nn.Module):
             step.page_table_BM,
             step.kv_lens_B,
             softmax_scale=self.scale,
+            consecutive=step.consecutive,
         )
 
     def _attend_cached(self, qkv_BT3HD: Tensor, attn_bias: Tensor | None) -> Tensor:

@@ -26,12 +26,14 @@ class KVStep:
     """Where K/V of one layer at one scale are written, and which K/V its queries attend to.
 
     slots_BT: int64, for ``append_paged_kv``.  page_table_BM, kv_lens_B: int32, for
-    ``paged_attention``; the lengths include this scale's tokens.
+    ``paged_attention``; the lengths include this scale's tokens.  consecutive: the pages of each
+    sequence follow one another, also for ``paged_attention``.
     """
 
     slots_BT: Tensor
     page_table_BM: Tensor
     kv_lens_B: Tensor
+    consecutive: bool = False
 
 
 # By layer, scale and pages.
@@ -46,7 +48,8 @@ class PagedKVCache:
         step = cache.open(layer, scale)
         append_paged_kv(k, v, cache.k_pages, cache.v_pages, step.slots_BT, **cache.scales)
         out = paged_attention(
-            q, cache.k_pages, cache.v_pages, step.page_table_BM, step.kv_lens_B, **cache.scales
+            q, cache.k_pages, cache.v_pages, step.page_table_BM, step.kv_lens_B,
+            consecutive=step.consecutive, **cache.scales,
         )
         cache.close(layer, scale)
 
@@ -138,7 +141,7 @@ class PagedKVCache:
     def reset(self) -> None:
         """Free all pages and return to the plan's schedule; keep the slab."""
         self.schedule = self._full_schedule
-        self._allocator = PageAllocator(self.plan.page_size)
+        self._allocator = PageAllocator(self.plan.page_size, self.plan.placement)
         self._peak_pages = 0
         self._scale, self._layer, self._open = 0, -1, False
 
@@ -270,7 +273,10 @@ class PagedKVCache:
             lens_B = torch.full((self.batch,), layout.visible(scale), dtype=torch.int32)
             device = self.k_pages.device
             self._page_tables[key] = KVStep(
-                slots_BT.to(device), table_BM.to(device), lens_B.to(device)
+                slots_BT.to(device),
+                table_BM.to(device),
+                lens_B.to(device),
+                pages == tuple(range(pages[0], pages[0] + len(pages))),
             )
         return self._page_tables[key]
 
@@ -337,6 +343,7 @@ class GrowingPages:
             page_BT * self.page_size + position_T % self.page_size,
             table_BM.to(torch.int32),
             torch.full((self.batch,), seen, dtype=torch.int32, device=device),
+            self.batch == 1,
         )
 
     def close(self) -> None:

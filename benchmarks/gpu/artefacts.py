@@ -99,7 +99,7 @@ def compile_part(cache: Path, index: int, count: int, only: str) -> int:
             if number % count != index or only not in name:
                 continue
             began = time.monotonic()
-            with _double_of_torch(), gpu() as launched:
+            with _double_of_torch(), gpu(value=1) as launched:
                 try:
                     case()
                 except Exception:
@@ -152,7 +152,7 @@ def _engine(settings: Settings, batch: int) -> None:
     engine = Engine(var, vae, dtype=getattr(torch, settings.dtype), capture=False)
     for depth in (settings.depths[0], settings.depths[-1]):
         engine.generate(
-            torch.arange(batch, device="cuda"),
+            list(range(batch)),
             depth=depth,
             bridge=settings.bridge,
             max_batch=batch,
@@ -254,6 +254,21 @@ def _double_of_torch() -> Iterator[None]:
     def unchanged(tensor: Any, *arguments: Any, **options: Any) -> Any:
         return tensor
 
+    def moved(module: Any, *arguments: Any, **options: Any) -> Any:
+        """``Module.to``, which exchanges tensors in a way that those without values refuse."""
+        values = (*arguments, *options.values())
+        dtype = next((value for value in values if isinstance(value, torch.dtype)), None)
+        for part in module.modules():
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    kind = dtype if buffer.is_floating_point() else None
+                    part._buffers[name] = buffer.to("cuda", kind)
+            for name, parameter in part._parameters.items():
+                if parameter is not None and dtype not in (None, parameter.dtype):
+                    cast = parameter.detach().to(dtype)
+                    part._parameters[name] = nn.Parameter(cast, parameter.requires_grad)
+        return module
+
     with ExitStack() as stack:
         for name, value in {
             "Event": Event,
@@ -265,10 +280,49 @@ def _double_of_torch() -> Iterator[None]:
         }.items():
             stack.enter_context(patch.object(torch.cuda, name, value))
         stack.enter_context(patch.object(torch, "Generator", Generator))
+        stack.enter_context(patch.object(nn.Module, "to", moved))
+        # Else autocast is off where torch finds no GPU.
+        amp = "amp_definitely_not_available"
+        stack.enter_context(patch.object(torch.cuda.amp.common, amp, lambda: False))
+        stack.enter_context(patch.object(torch.cuda, "is_bf16_supported", lambda *_: True))
+        # torch's own engine would look for the driver.
+        stack.enter_context(patch.object(torch.autograd, "grad", _grad))
+        stack.enter_context(patch.object(torch.Tensor, "backward", _backward))
         # Initial values do not exist here, and drawing them is not possible.
         for name in ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_"):
             stack.enter_context(patch.object(nn.init, name, unchanged))
         yield
+
+
+def _grad(output: Any, inputs: Sequence[Any], grad: Any) -> tuple[Any, ...]:
+    """``torch.autograd.grad``, whose results have no values: every node of the graph runs once."""
+    import torch
+
+    _run_nodes(output, grad)
+    return tuple(torch.empty_like(x) for x in inputs)
+
+
+def _backward(output: Any) -> None:
+    """``Tensor.backward``."""
+    _run_nodes(output, output.new_ones(output.shape))
+
+
+def _run_nodes(output: Any, grad: Any) -> None:
+    grads: dict[Any, dict[int, Any]] = {output.grad_fn: {output.output_nr: grad}}
+    while grads:
+        # Created last, differentiated first.
+        node = max(grads, key=lambda node: node._sequence_nr())
+        given = grads.pop(node)
+        if hasattr(node, "variable"):
+            node.variable.grad = given[0].to(node.variable.dtype)
+            continue
+        differentiate = getattr(node, "apply", node)
+        results = differentiate(*(given.get(at) for at in range(len(node._input_metadata))))
+        results = results if isinstance(results, tuple) else (results,)
+        for (following, at), result in zip(node.next_functions, results, strict=False):
+            if following is not None and result is not None:
+                sums = grads.setdefault(following, {})
+                sums[at] = sums[at] + result if at in sums else result
 
 
 @contextmanager

@@ -116,6 +116,13 @@ __device__ inline OutputIndex tile_of_block(const PagedParams& p,
   return {b, h, t, split};
 }
 
+// Apart: a logarithm of the sum would lose the digits of the sum to a large score.
+__device__ inline void write_statistics(const PagedAttentionArgs& a, int64_t row, float largest,
+                                        float total) {
+  a.statistics[row] = largest;
+  a.statistics[a.splits * a.batch * a.tokens * a.heads + row] = total;
+}
+
 template <class Tile, class Params>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) paged_attention_kernel(Params p) {
   using T = typename Tile::T;
@@ -146,7 +153,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) paged_attention
   for (int half = 0; half < 2; ++half) {
     const int r = static_cast<int>(threadIdx.x) / kWarp * 16 + half * 8 + lane / 4;
     if (lane % 4 != 0 || r >= source.queries) continue;
-    a.lse[index(a, r)] = state.largest[half] * p.scale_log2 + log2f(state.total[half]);
+    write_statistics(a, index(a, r), state.largest[half], state.total[half]);
   }
 }
 
@@ -175,31 +182,36 @@ __global__ void __launch_bounds__(Tile::kThreads) paged_attention_plain_kernel(P
   for (int i = 0; i < Tile::kPerWarp; ++i) {
     const int r = static_cast<int>(threadIdx.x) / kWarp * Tile::kPerWarp + i;
     if (threadIdx.x % kWarp != 0 || r >= source.queries) continue;
-    a.lse[index(a, r)] = state.largest[i] * p.scale_log2 + log2f(state.total[i]);
+    write_statistics(a, index(a, r), state.largest[i], state.total[i]);
   }
 }
 
 constexpr int kCombineWarps = 4;
 
-// out = sum of 2^(lse - max) partial / sum of 2^(lse - max) over the parts; a warp for each row.
+// out = sum of weight * partial / sum of weight over the parts; a warp for each row.
+// weight = 2^(scale_log2 (largest score - that of all parts)) * sum of exponentials.
 template <class T>
 __global__ void __launch_bounds__(kCombineWarps* kWarp)
-    paged_attention_combine_kernel(const float* partial, const float* lse, T* out, int64_t rows,
-                                   int splits, int head_dim) {
+    paged_attention_combine_kernel(const float* partial, const float* statistics, T* out,
+                                   int64_t rows, int splits, int head_dim, float scale_log2) {
   const int lane = threadIdx.x % kWarp;
   const int64_t r = int64_t{blockIdx.x} * kCombineWarps + threadIdx.x / kWarp;
   if (r >= rows) return;
   float largest = kMinusInfinity;
-  for (int s = 0; s < splits; ++s) largest = fmaxf(largest, lse[s * rows + r]);
+  for (int s = 0; s < splits; ++s) largest = fmaxf(largest, statistics[s * rows + r]);
   // Without keys the weights of all parts are zero. fmaxf ignores NaN, but the sum does not.
   const float origin = largest == kMinusInfinity ? 0.0f : largest;
+  const auto weight = [&](int s) {
+    const float* of_part = statistics + s * rows + r;
+    return ex2((of_part[0] - origin) * scale_log2) * of_part[splits * rows];
+  };
   float total = 0.0f;
-  for (int s = 0; s < splits; ++s) total += ex2(lse[s * rows + r] - origin);
+  for (int s = 0; s < splits; ++s) total += weight(s);
   const float share = total == 0.0f ? 0.0f : 1.0f / total;
   for (int d = lane; d < head_dim; d += kWarp) {
     float sum = 0.0f;
     for (int s = 0; s < splits; ++s) {
-      sum += ex2(lse[s * rows + r] - origin) * partial[(s * rows + r) * head_dim + d];
+      sum += weight(s) * partial[(s * rows + r) * head_dim + d];
     }
     out[r * head_dim + d] = narrow<T>(sum * share);
   }
@@ -255,8 +267,8 @@ int forward(const Params& p, void* stream) {
   return launch(paged_attention_combine_kernel<T>,
                 dim3(static_cast<unsigned>(ceil_div(rows, kCombineWarps))),
                 dim3(kCombineWarps * kWarp), 0, stream, static_cast<const float*>(a.partial),
-                static_cast<const float*>(a.lse), static_cast<T*>(a.out), rows,
-                static_cast<int>(a.splits), static_cast<int>(a.head_dim));
+                static_cast<const float*>(a.statistics), static_cast<T*>(a.out), rows,
+                static_cast<int>(a.splits), static_cast<int>(a.head_dim), p.scale_log2);
 }
 
 // Derives the other parameters from p.a.

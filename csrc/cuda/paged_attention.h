@@ -10,7 +10,7 @@ struct PagedAttentionArgs {
   int64_t batch, tokens, heads, head_dim;
   int64_t num_pages, page_size, entries;  // entries of a sequence's row in the page table
   // Number of parts that the keys of a sequence are split into, each with its own block; a second
-  // kernel combines them. With 1, partial and lse are not used.
+  // kernel combines them. With 1, partial and statistics are not used.
   int64_t splits;
   HeadView q, k_pages, v_pages;
   // Values are not validated on a GPU: kernels clamp lengths to the table's capacity and page
@@ -20,7 +20,7 @@ struct PagedAttentionArgs {
   const int32_t* kv_lens;  // (B,); 0 gives zeros
   void* out;               // (B, T, H, D) contiguous, dtype
   float* partial;          // (S, B, T, H, D)
-  float* lse;              // (S, B, T, H), in base 2
+  float* statistics;       // (2, S, B, T, H): largest unscaled score; sum of exponentials
   float softmax_scale;
   DType dtype;  // of q and out; of the pages too, unless they have scales
 };

@@ -223,8 +223,12 @@ def check_exists(words):
     if program == "variant":
         parse(words[1:])
     elif program == "torchrun":
-        assert words[3:5] == ("-m", "variant.training"), words
-        parse(("train", "--recipe", *words[5:]))
+        assert words[3] == "-m", words
+        if words[4] == "variant.cli":
+            parse(words[5:])
+        else:
+            assert words[4] == "variant.training", words
+            parse(("train", "--recipe", *words[5:]))
     elif program == "make":
         targets = [word for word in arguments if "=" not in word]
         done = subprocess.run(

@@ -90,6 +90,62 @@ def test_peak_equals_brute_force_and_pages_cover_it(case, page_size):
     assert plan.peak_pages == allocator.created_pages
 
 
+def run_plan(plan):
+    """The pages of each (layer, scale) of a plan, allocated by its placement."""
+    allocator = PageAllocator(plan.page_size, plan.placement)
+    for layer, scale in plan.layer_scale_order():
+        pages = allocator.grow(layer, plan.layout.tokens[scale])
+        in_use = [page for of_layer in allocator.pages.values() for page in of_layer]
+        assert len(in_use) == len(set(in_use)) == allocator.used_pages
+        assert max(in_use) < plan.peak_pages
+        yield layer, scale, pages
+        if plan.last_scales[layer] == scale:
+            allocator.release(layer)
+    assert allocator.created_pages == plan.peak_pages
+    assert allocator.used_pages == 0
+
+
+@given(layouts_and_schedules(), st.integers(1, 20))
+@settings(max_examples=60, deadline=None)
+def test_placed_pages_are_apart_and_within_the_peak(case, page_size):
+    plan = CachePlan(*case, page_size)
+    for layer, scale, pages in run_plan(plan):
+        assert len(pages) == -(-plan.layout.visible(scale) // page_size)
+        # No lifetime is overlooked: what the placement foresees is free when it is needed.
+        wanted = plan.placement[layer][: len(pages)]
+        if None not in (page for of_layer in plan.placement.values() for page in of_layer):
+            assert pages == wanted
+
+
+SIDES = {256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
+
+
+@pytest.mark.parametrize("image", SIDES)
+@pytest.mark.parametrize("bridge", [0, 6, 7, 8, 10])
+def test_layers_of_d30_have_consecutive_pages(image, bridge):
+    layout = ScaleLayout.from_patch_nums(SIDES[image])
+    for depth in (30, 16, 8, 4, 2):
+        calls = []
+        for _, scale, pages in run_plan(CachePlan(layout, DepthSchedule(30, 10, depth, bridge))):
+            consecutive = pages == tuple(range(pages[0], pages[0] + len(pages)))
+            calls.append(consecutive)
+            # The last scale takes most of attention's time.
+            assert consecutive or scale < 9, (depth, scale)
+        # Measured: all at depths 30 and 16; at least 92 % at the others.
+        assert sum(calls) >= len(calls) * (1 if depth >= 16 else 0.92), depth
+
+
+def test_pages_come_in_order_where_the_placement_has_none():
+    allocator = PageAllocator(4, {0: (1, 0), 1: (None, 1)})
+    assert allocator.grow(0, 3) == (1,)
+    assert allocator.grow(1, 8) == (0, 2)
+    assert allocator.grow(0, 9) == (1, 3, 4)
+    allocator.release(0)
+    assert allocator.used_pages == 2
+    assert allocator.created_pages == 5
+    assert allocator.grow(2, 4) == (1,)
+
+
 def test_table_says_when_each_kv_dies():
     plan = CachePlan(ScaleLayout.from_patch_nums((1, 2, 3)), DepthSchedule(4, 3, 2, 1))
     rows = {(row.layer, row.scale): row for row in plan.table()}

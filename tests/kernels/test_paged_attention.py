@@ -120,6 +120,60 @@ def test_random_pages_strides_and_scales_match_float64(backend, dtype):
     tally.check()
 
 
+def consecutive_case(dtype, generator):
+    """Random sequences whose pages follow one another; slots outside them are NaN."""
+
+    def draw(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    batch, heads, head_dim = draw(1, 3), draw(1, 3), (16, 40, 64, 72)[draw(0, 3)]
+    page_size = (1, 5, 16, 64)[draw(0, 3)]
+    lengths = torch.randint(0, 150, (batch,), generator=generator, dtype=torch.int32)
+    entries = -(-lengths.max().item() // page_size) + draw(0, 2)
+    table = torch.full((batch, entries), -7, dtype=torch.int32)
+    shape = (2, 2 + batch * entries, page_size, heads, head_dim)
+    pages = torch.full(shape, torch.nan, dtype=dtype)
+    for row in torch.randperm(batch, generator=generator).tolist():
+        first, length = 1 + row * entries, int(lengths[row])
+        used = -(-length // page_size)
+        table[row, :used] = torch.arange(first, first + used)
+        values = torch.randn(2, length, heads, head_dim, generator=generator).to(dtype)
+        flat = pages[:, first : first + used].flatten(1, 2)
+        flat[:, :length] = values
+        pages[:, first : first + used] = flat.unflatten(1, (used, page_size))
+    q = torch.randn(batch, draw(1, 40), heads, head_dim, generator=generator).to(dtype)
+    return (q, *pages, table, lengths), (-0.3, 0.0, 0.125, 1.0)[draw(0, 3)]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
+def test_consecutive_pages_give_the_same_as_a_table(backend, dtype):
+    tally, generator = Tally(), torch.Generator().manual_seed(7)
+    for index in range(6):
+        inputs, scale = consecutive_case(dtype, generator)
+        exact = plain_attention(*(x.double() for x in inputs[:3]), *inputs[3:], scale)
+        plain = plain_attention(*inputs, scale)
+        args = moved(*inputs)
+        given = {"softmax_scale": scale, "backend": backend}
+        ours = paged_attention(*args, consecutive=True, **given)
+        assert torch.equal(ours, paged_attention(*args, **given)), index
+        tally.add(str(index), ours.cpu(), plain, exact)
+    tally.check()
+
+
+def test_a_wrong_promise_of_consecutive_pages_is_named():
+    q, pages = torch.randn(2, 3, 2, 16), torch.randn(9, 4, 2, 16)
+    table = torch.tensor([[4, 5, 0], [1, 2, 4]], dtype=torch.int32)
+    lengths = torch.tensor([8, 9], dtype=torch.int32)
+    with pytest.raises(
+        ValueError, match=r"page_table_BM\[1, 2\] must be the page after 2 .* got 4"
+    ):
+        paged_attention(q, pages, pages, table, lengths, consecutive=True)
+    paged_attention(q, pages, pages, table, lengths - 1, consecutive=True)
+    paged_attention(q, pages, pages, table[:, :0], lengths * 0, consecutive=True)
+    with pytest.raises(TypeError, match="consecutive must be True or False"):
+        paged_attention(q, pages, pages, table, lengths, consecutive=1)
+
+
 def paged_case_of_size(exponent, dtype, generator):
     """One sequence of 150 tokens on pages of 16 slots, and its last 20 queries."""
     q, k, v = scores_of_size(exponent, 160, 2, dtype, generator)

@@ -34,6 +34,13 @@ def test_wrong_pages_and_lengths_stay_inside_the_pool():
     expected = launch(page_table_BM=clamped, kv_lens_B=whole, **given)
     assert torch.equal(ours, expected)
     assert not ours[1].any()
+    # Consecutive from the clamped first page on, to the end of the pool.
+    for first, whole_table, length in ((-9, [[0, 1]], 8), (3, [[3, 0]], 4), (10**9, [[3, 0]], 4)):
+        args = moved(*(torch.tensor(x, dtype=torch.int32) for x in ([[first, 7]], [10**9])))
+        good = moved(*(torch.tensor(x, dtype=torch.int32) for x in (whole_table, [length])))
+        given["q_BTHD"] = q[:1]
+        ours = launch(page_table_BM=args[0], kv_lens_B=args[1], consecutive=True, **given)
+        assert torch.equal(ours, launch(page_table_BM=good[0], kv_lens_B=good[1], **given))
 
 
 @pytest.mark.parametrize("sides", [(4, 8), (1, 5, 6), (8,)])

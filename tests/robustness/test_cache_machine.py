@@ -21,7 +21,8 @@ def never(self, layer):
 def keep_the_last_page(self, layer):
     """Frees all pages but one, which stays in use."""
     pages = self.pages.pop(layer, [])
-    self._free += pages[:-1]
+    for page in pages[:-1]:
+        self._used ^= 1 << page
     self.tokens.pop(layer, None)
 
 

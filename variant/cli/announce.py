@@ -13,6 +13,7 @@ from variant.cli.options import (
     Info,
     Plan,
     Recipe,
+    Sample,
     Tokenize,
     Train,
     TrainVae,
@@ -55,6 +56,9 @@ def first_line(command: Command) -> str:
         case Convert():
             names = [str(name) for name in (command.model, command.var, command.vae) if name]
             return f"convert: reading {' and '.join(names)}" if names else ""
+        case Sample():
+            depth = f"depth {command.depth or 'full'}"
+            return f"sample: {command.model}, {depth}, {command.device}, to {command.out}"
         case Eval():
             if command.compare:
                 return ""

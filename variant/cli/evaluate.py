@@ -28,6 +28,7 @@ from variant.evaluation.classifier import (
 from variant.evaluation.features import FeatureNetwork, load_network
 from variant.evaluation.image_sets import ImageSet, Reference, open_images, open_reference
 from variant.evaluation.report import Evaluation, Metric, evaluate
+from variant.evaluation.sampler import SETTINGS_NAME as SAMPLED
 from variant.models.placement import check_device
 from variant.paths import path_kind, read_json, shown
 from variant.training.recipe import Recipe, load_recipe
@@ -45,14 +46,23 @@ def evaluate_command(command: Eval) -> None:
     if command.compare:
         _compare(command)
         return
-    if command.images is None or command.reference is None:
-        raise UserError("eval: --images and --reference are needed, or --compare A.json B.json")
+    if command.reference is None or (command.images is None) == (command.model is None):
+        raise UserError(
+            "eval: --reference and one of --images and --model are needed, or --compare A.json "
+            "B.json"
+        )
     integer("eval", "--batch", command.batch, 1)
     check_device("eval", command.device, name="--device")
     out = console(command.json, stderr=True)
+    if command.model is not None:
+        from variant.cli.evaluate_depths import evaluate_depths
+
+        evaluate_depths(command, reference_of(command.reference), network_of(command, out))
+        return
+    assert command.images is not None, "checked above"
     images = open_images(command.images)
-    reference = _reference(command.reference)
-    network = _network(command, out)
+    reference = reference_of(command.reference)
+    network = network_of(command, out)
     total = images.count + (0 if reference.images is None else reference.images.count)
     with ExitStack() as stack:
         heard = stack.enter_context(warnings.catch_warnings(record=True))
@@ -67,7 +77,7 @@ def evaluate_command(command: Eval) -> None:
     write_json(command.json, _as_json(command, result, notes))
 
 
-def _reference(name: str) -> Reference:
+def reference_of(name: str) -> Reference:
     """A path, or the held-out images of a recipe.
 
     Raises:
@@ -95,7 +105,7 @@ def _held_out(recipe: Recipe, name: str) -> ImageSet:
     return ImageSet(f"held-out images of {name}", data.num_held_out, None, read)
 
 
-def _network(command: Eval, out: Console) -> FeatureNetwork:
+def network_of(command: Eval, out: Console) -> FeatureNetwork:
     if not command.features.startswith(CLASSIFIER):
         return load_network(command.features, command.weights, command.device)
     import torch
@@ -172,8 +182,12 @@ def _as_json(command: Eval, result: Evaluation, notes: list[str]) -> dict[str, A
 
 def _generated(images: Path | None) -> Any:
     """What the images were generated from, where a folder records it; else None."""
-    path = None if images is None else images / SETTINGS_NAME
-    return None if path is None or path_kind(path) != "file" else read_json(path)
+    if images is None:
+        return None
+    paths = (images / SAMPLED, images / SETTINGS_NAME, images.with_suffix(".json"))
+    path = next((path for path in paths if path_kind(path) == "file"), None)
+    recorded = None if path is None else read_json(path)
+    return recorded if isinstance(recorded, dict) else None
 
 
 # --- two results --------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """The command line ``variant``: generate, plan, train, train-vae, recipe, bench, convert,
-info, tokenize, eval, warm.
+info, tokenize, sample, eval, warm.
 
 The module of a command is imported when it runs, so that ``--help`` starts without torch.
 """
@@ -24,6 +24,7 @@ from variant.cli.options import (
     Info,
     Plan,
     Recipe,
+    Sample,
     Tokenize,
     Train,
     TrainVae,
@@ -112,6 +113,10 @@ def function_of(command: Command) -> Callable[[Any], None]:
             from variant.cli.convert import convert
 
             return convert
+        case Sample():
+            from variant.cli.sample import sample_command
+
+            return sample_command
         case Eval():
             from variant.cli.evaluate import evaluate_command
 

@@ -157,6 +157,7 @@ class BatchState:
             page_table_BM=step.page_table_BM,
             kv_lens_B=step.kv_lens_B,
             softmax_scale=layer.softmax_scale,
+            consecutive=step.consecutive,
             **cache.scales,
         )
         return layer.proj(out_RTHD.view(num_sequences, tokens, width).to(h_RTC.dtype))

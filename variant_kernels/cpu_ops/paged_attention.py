@@ -20,6 +20,7 @@ def launch_paged_attention_forward(
     softmax_scale: float,
     k_scales_PNH: torch.Tensor | None = None,
     v_scales_PNH: torch.Tensor | None = None,
+    consecutive: bool = False,
 ) -> torch.Tensor:
     """softmax(softmax_scale * q k^T) v over the first kv_lens_B[b] tokens of sequence b.
 
@@ -27,6 +28,8 @@ def launch_paged_attention_forward(
     page-table entries nor slots past the length are read; those before it have been checked. With
     scales the pages hold e4m3 codes (``kv_quantization.dequantize_kv``); the result is that of the
     pages that they stand for, in q's dtype, bit by bit.
+
+    consecutive changes nothing here: pages are always found in the table.
 
     Returns:
         out_BTHD: contiguous, q's dtype.

@@ -32,6 +32,7 @@ def launch_paged_attention_forward(
     softmax_scale: float,
     k_scales_PNH: torch.Tensor | None = None,
     v_scales_PNH: torch.Tensor | None = None,
+    consecutive: bool = False,
 ) -> torch.Tensor:
     """softmax(softmax_scale * q k^T) v over the first kv_lens_B[b] tokens of sequence b.
 
@@ -39,6 +40,8 @@ def launch_paged_attention_forward(
     page-table entries nor slots past the length are read. Values are not checked on a GPU: lengths
     are clamped to what the table holds, page indices to the pool. With scales the
     pages are float8_e4m3fn, and K and V are page * scale.
+
+    consecutive changes nothing here: pages are always found in the table.
 
     Returns:
         out_BTHD: contiguous, q's dtype.
@@ -62,12 +65,13 @@ def launch_paged_attention_forward(
         tiles=-(-entries * page_size // (KEYS_OF_A_TILE // halves)),
         part_bytes=4 * q_BTHD.numel(),
     )
-    partial_address = lse_address = 0
+    partial_address = statistics_address = 0
     if splits > 1:
         shape = (splits, batch, tokens, heads)
         partial_SBTHD = q_BTHD.new_empty((*shape, head_dim), dtype=torch.float32)
-        lse_SBTH = q_BTHD.new_empty(shape, dtype=torch.float32)
-        partial_address, lse_address = partial_SBTHD.data_ptr(), lse_SBTH.data_ptr()
+        statistics_2SBTH = q_BTHD.new_empty((2, *shape), dtype=torch.float32)
+        partial_address = partial_SBTHD.data_ptr()
+        statistics_address = statistics_2SBTH.data_ptr()
     kv_lens_B = kv_lens_B.contiguous()
     common.check_rows("paged_attention", "q_BTHD", batch * tokens * heads * splits)
     if k_scales_PNH is None or v_scales_PNH is None:
@@ -88,7 +92,7 @@ def launch_paged_attention_forward(
             kv_lens_B.data_ptr(),
             out_BTHD.data_ptr(),
             partial_address,
-            lse_address,
+            statistics_address,
             softmax_scale,
             common.DTYPE_CODES[q_BTHD.dtype],
             *scales,

@@ -6,6 +6,7 @@ Axes: B sequences, T tokens of this call, H heads, D width of one head, 3 querie
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
@@ -226,7 +227,7 @@ class LayerPages(KVStore):
         if step.slots_BT.shape[1] == tokens:
             return step
         lens_B = torch.full_like(step.kv_lens_B, self.tokens)
-        return KVStep(step.slots_BT[:, :tokens], step.page_table_BM, lens_B)
+        return replace(step, slots_BT=step.slots_BT[:, :tokens], kv_lens_B=lens_B)
 
     @untraced
     def close(self) -> None:

@@ -159,8 +159,11 @@ def launch_paged_attention_forward(
     page_table_BM: torch.Tensor,
     kv_lens_B: torch.Tensor,
     softmax_scale: float,
+    consecutive: bool = False,
 ) -> torch.Tensor:
     """softmax(softmax_scale * q k^T) v over the first kv_lens_B[b] tokens of sequence b.
+
+    consecutive changes nothing here: pages are always found in the table.
 
     Returns:
         out_BTHD, q's dtype.

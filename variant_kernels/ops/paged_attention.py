@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from variant_kernels.arguments import boolean
 from variant_kernels.cpu_ops.values import fits_page_table
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import Backend, Launcher
@@ -63,6 +64,24 @@ def check_table(op: str, page_table_BM: Tensor, kv_lens_B: Tensor, pages_shape: 
     raise AssertionError(f"{op}: the page table was refused, but every entry is valid")
 
 
+def check_consecutive(op: str, page_table_BM: Tensor, kv_lens_B: Tensor, page_size: int) -> None:
+    """The pages of every sequence follow one another; for CPU tensors.
+
+    Raises:
+        ValueError: naming the first page that does not.
+    """
+    table_BM, lens_B = page_table_BM.numpy(), kv_lens_B.numpy()
+    used_BM = np.arange(table_BM.shape[1]) * page_size < lens_B[:, None]
+    wrong_BM = used_BM[:, 1:] & (np.diff(table_BM) != 1)
+    if wrong_BM.any():
+        row, entry = divmod(int(wrong_BM.argmax()), wrong_BM.shape[1])
+        pair = table_BM[row, entry : entry + 2].tolist()
+        raise ValueError(
+            f"{op}: page_table_BM[{row}, {entry + 1}] must be the page after {pair[0]} with "
+            f"consecutive=True; got {pair[1]}. Pass consecutive=False"
+        )
+
+
 def reference_paged_attention(
     *,
     q_BTHD: Tensor,
@@ -73,6 +92,7 @@ def reference_paged_attention(
     softmax_scale: float,
     k_scales_PNH: Tensor | None = None,
     v_scales_PNH: Tensor | None = None,
+    consecutive: bool = False,
 ) -> Tensor:
     batch, _, heads, head_dim = q_BTHD.shape
     page_size, entries = k_pages_PNHD.shape[1], page_table_BM.shape[1]
@@ -138,8 +158,11 @@ def _check(
 
 
 def _check_values(arguments: dict[str, Tensor]) -> None:
-    pool = arguments["k_pages_PNHD"].shape
-    check_table("paged_attention", arguments["page_table_BM"], arguments["kv_lens_B"], pool)
+    op, pool = "paged_attention", arguments["k_pages_PNHD"].shape
+    table_and_lens = arguments["page_table_BM"], arguments["kv_lens_B"]
+    check_table(op, *table_and_lens, pool)
+    if arguments.get("consecutive"):
+        check_consecutive(op, *table_and_lens, pool[1])
 
 
 def _request(q: Tensor, k_pages: Tensor, *_: Tensor | None) -> Request:
@@ -158,7 +181,7 @@ _LAUNCHER = "launch_paged_attention_forward"
 paged_attention_op = Op(
     "paged_attention(Tensor q_BTHD, Tensor k_pages_PNHD, Tensor v_pages_PNHD,"
     " Tensor page_table_BM, Tensor kv_lens_B, float? softmax_scale, str backend,"
-    " Tensor? k_scales_PNH=None, Tensor? v_scales_PNH=None) -> Tensor",
+    " Tensor? k_scales_PNH=None, Tensor? v_scales_PNH=None, bool consecutive=False) -> Tensor",
     check=_check,
     check_values=_check_values,
     request=_request,
@@ -185,6 +208,7 @@ def paged_attention(
     softmax_scale: float | None = None,
     k_scales_PNH: Tensor | None = None,
     v_scales_PNH: Tensor | None = None,
+    consecutive: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Every query of a sequence attends to all of that sequence's visible tokens.
@@ -207,14 +231,21 @@ def paged_attention(
             of 2^24 and more have no digits left for exp in float32; backends then differ.
         k_scales_PNH, v_scales_PNH: the pool's scales, (P, page_size, H) uint8 (E8M0: a byte e is
             2^(e - 127)); both or neither.
+        consecutive: True promises page_table[b, i + 1] = page_table[b, i] + 1 for the pages in
+            use, as ``KVStep.consecutive`` tells. The result is the same; Triton's kernel then reads
+            no page number per token. A wrong promise is an error on the CPU and gives a wrong
+            result on a GPU.
     Returns:
         (B, T, H, D), a new contiguous tensor of q's dtype.
     Raises:
-        ValueError: shapes or devices disagree, or (CPU) a length or page out of range.
-        TypeError: dtype not listed.  NotImplementedError: a derivative is wanted.
+        ValueError: shapes or devices disagree, or (CPU) a length or page out of range or not
+            consecutive as promised.
+        TypeError: dtype not listed, or consecutive is no bool.
+        NotImplementedError: a derivative is wanted.
     Gradient: none.
     """
     softmax_scale = contract.softmax_scale("paged_attention", softmax_scale)
+    consecutive = boolean("paged_attention", "consecutive", consecutive)
     return paged_attention_op(
         q_BTHD,
         k_pages_PNHD,
@@ -225,6 +256,7 @@ def paged_attention(
         backend,
         k_scales_PNH,
         v_scales_PNH,
+        consecutive,
     )
 
 

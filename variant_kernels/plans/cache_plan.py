@@ -8,12 +8,13 @@ that will be read, so outputs do not change. This module works on integers, with
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from variant_kernels.arguments import boolean, instance, integer, shown
 from variant_kernels.plans.depth_schedule import DepthSchedule
+from variant_kernels.plans.page_placement import PageLifetimes, place_pages
 from variant_kernels.plans.scale_layout import MAX_TOKENS, ScaleLayout
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "float8_e4m3fn": 1}
@@ -65,26 +66,34 @@ class PageAllocator:
     """Pages of one sequence: the pages of each layer, and the free ones.
 
     All sequences of a batch have the same lifetimes, so one allocator serves them all. It assigns
-    the lowest free page first: the same schedule always gets the same pages, and a slab of
-    ``peak_pages`` pages is always enough.
+    the page of the placement if that is free, else the lowest free page: the same schedule always
+    gets the same pages, and a slab of ``peak_pages`` pages is always enough.
+
+    Args:
+        placement: by layer, the page for each page of its tokens; None and what is missing have no
+            preference. See ``CachePlan.placement``.
     """
 
-    def __init__(self, page_size: int) -> None:
+    def __init__(
+        self, page_size: int, placement: Mapping[int, tuple[int | None, ...]] | None = None
+    ) -> None:
         self.page_size = page_size
         self.pages: dict[int, list[int]] = {}
         self.tokens: dict[int, int] = {}
-        self._free: list[int] = []
-        self._created = 0
+        self._placement = placement or {}
+        # Bit p is 1 while page p is in use.
+        self._used = 0
+        self._most = 0
 
     @property
     def used_pages(self) -> int:
         """Pages in use now."""
-        return self._created - len(self._free)
+        return self._used.bit_count()
 
     @property
     def created_pages(self) -> int:
         """The largest number of pages in use at once."""
-        return self._created
+        return self._most
 
     @property
     def used_tokens(self) -> int:
@@ -99,19 +108,21 @@ class PageAllocator:
         """
         pages = self.pages.setdefault(layer, [])
         total = self.tokens.get(layer, 0) + tokens
-        for _ in range(_pages(total, self.page_size) - len(pages)):
-            if self._free:
-                pages.append(heapq.heappop(self._free))
-            else:
-                pages.append(self._created)
-                self._created += 1
+        wanted = self._placement.get(layer, ())
+        for index in range(len(pages), _pages(total, self.page_size)):
+            page = wanted[index] if index < len(wanted) else None
+            if page is None or self._used >> page & 1:
+                page = (~self._used & (self._used + 1)).bit_length() - 1
+            pages.append(page)
+            self._used |= 1 << page
+        self._most = max(self._most, self.used_pages)
         self.tokens[layer] = total
         return tuple(pages)
 
     def release(self, layer: int) -> None:
         """Free all pages of ``layer``."""
         for page in self.pages.pop(layer, ()):
-            heapq.heappush(self._free, page)
+            self._used ^= 1 << page
         self.tokens.pop(layer, None)
 
 
@@ -141,8 +152,8 @@ class CachePlan:
         self.schedule = schedule
         self.page_size = page_size
         self.last_scales = tuple(schedule.last_scale(i) for i in range(schedule.full_depth))
-        # PageAllocator reuses the lowest free page first, so that the pages that it creates are the
-        # most in use at once; counting them takes no time for each page.
+        # PageAllocator reuses free pages, so that it needs as many as are in use at once; counting
+        # them takes no time for each page.
         self.peak_tokens = self.peak_pages = 0
         stored = dict.fromkeys(range(schedule.full_depth), 0)
         used_tokens = used_pages = 0
@@ -163,6 +174,23 @@ class CachePlan:
         for scale, layers in enumerate(self.schedule.layers):
             for layer in layers:
                 yield layer, scale
+
+    @cached_property
+    def placement(self) -> dict[int, tuple[int | None, ...]]:
+        """For ``PageAllocator``: consecutive pages of each layer wherever ``peak_pages`` allow.
+
+        Computed at first use: a tenth of a second at most.
+        """
+        births: dict[int, list[int]] = {}
+        stored = dict.fromkeys(range(self.schedule.full_depth), 0)
+        steps = tuple(self.layer_scale_order())
+        dies = {layer: step for step, (layer, _) in enumerate(steps)}
+        for step, (layer, scale) in enumerate(steps):
+            stored[layer] += self.layout.tokens[scale]
+            pages = births.setdefault(layer, [])
+            pages += [step] * (_pages(stored[layer], self.page_size) - len(pages))
+        lifetimes = {i: PageLifetimes(tuple(pages), dies[i]) for i, pages in births.items()}
+        return place_pages(lifetimes, self.peak_pages, len(steps))
 
     @property
     def peak_page_tokens(self) -> int:

@@ -57,6 +57,7 @@ def attend_pages(
     last,
     scale_log2,
     KV8: tl.constexpr,
+    CONSECUTIVE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     D: tl.constexpr,
@@ -65,6 +66,9 @@ def attend_pages(
 ):
     """Online softmax over the tokens from ``first`` to ``last`` of one sequence.
 
+    With CONSECUTIVE the bases are those of the sequence's first page, and token s is row s from
+    there. Otherwise the table is read for every token.
+
     With KV8 keys and values are decoded as late as possible, because decoded tiles take more
     registers. Scales are multiplied into the keys and values: probabilities times a scale may
     underflow in float16, and the columns of scores have another layout, for which the compiler
@@ -72,28 +76,39 @@ def attend_pages(
     """
     columns = tl.arange(0, D_PADDED)
     for start in tl.range(first, last, BLOCK_K):
-        tokens = start + tl.arange(0, BLOCK_K)
-        visible = tokens < last
-        if MASKED:
-            pages = tl.load(table_base + tokens // PAGE_SIZE, mask=visible, other=0)
+        rows = tl.arange(0, BLOCK_K)
+        visible = rows < last - start
+        if CONSECUTIVE:
+            # 64-bit address of the tile plus 32-bit offsets: only a scalar changes in the loop.
+            wide_start = tl.cast(start, tl.int64)
+            k_rows = k_base + wide_start * k_stride_n + rows * k_stride_n
+            v_rows = v_base + wide_start * v_stride_n + rows * v_stride_n
+            if KV8:
+                k_scales = wide_start * k_scales_stride_n + rows * k_scales_stride_n
+                v_scales = wide_start * v_scales_stride_n + rows * v_scales_stride_n
         else:
-            pages = tl.load(table_base + tokens // PAGE_SIZE)
-        # Not validated on a GPU: clamp, so that a bad entry cannot read outside the pool.
-        pages = tl.minimum(tl.maximum(pages, 0), num_pages - 1).to(tl.int64)
-        slots = tokens % PAGE_SIZE
-        k_rows = k_base + pages * k_stride_p + slots * k_stride_n
-        v_rows = v_base + pages * v_stride_p + slots * v_stride_n
+            tokens = start + rows
+            if MASKED:
+                pages = tl.load(table_base + tokens // PAGE_SIZE, mask=visible, other=0)
+            else:
+                pages = tl.load(table_base + tokens // PAGE_SIZE)
+            # Not validated on a GPU: clamp, so that a bad entry cannot read outside the pool.
+            pages = tl.minimum(tl.maximum(pages, 0), num_pages - 1).to(tl.int64)
+            slots = tokens % PAGE_SIZE
+            k_rows = k_base + pages * k_stride_p + slots * k_stride_n
+            v_rows = v_base + pages * v_stride_p + slots * v_stride_n
+            if KV8:
+                k_scales = pages * k_scales_stride_p + slots * k_scales_stride_n
+                v_scales = pages * v_scales_stride_p + slots * v_scales_stride_n
         k_pointers = k_rows[:, None] + columns[None, :]
         v_pointers = v_rows[:, None] + columns[None, :]
         if KV8:
-            k_scale_pointers = k_scales_base + pages * k_scales_stride_p + slots * k_scales_stride_n
-            v_scale_pointers = v_scales_base + pages * v_scales_stride_p + slots * v_scales_stride_n
             if MASKED:
-                k_exponents = tl.load(k_scale_pointers, mask=visible, other=0)
-                v_exponents = tl.load(v_scale_pointers, mask=visible, other=0)
+                k_exponents = tl.load(k_scales_base + k_scales, mask=visible, other=0)
+                v_exponents = tl.load(v_scales_base + v_scales, mask=visible, other=0)
             else:
-                k_exponents = tl.load(k_scale_pointers)
-                v_exponents = tl.load(v_scale_pointers)
+                k_exponents = tl.load(k_scales_base + k_scales)
+                v_exponents = tl.load(v_scales_base + v_scales)
         # Slots past the length may hold NaN, and 0 * NaN is NaN: load zeros instead.
         if MASKED:
             inside = visible[:, None] & (columns < D)[None, :]
@@ -135,7 +150,7 @@ def paged_attention_kernel(
     table_ptr,
     lens_ptr,
     out_ptr,
-    lse_ptr,
+    statistics_ptr,
     q_stride_b,
     q_stride_t,
     q_stride_h,
@@ -161,6 +176,7 @@ def paged_attention_kernel(
     splits,
     scale_log2,
     KV8: tl.constexpr,
+    CONSECUTIVE: tl.constexpr,
     NEGATE: tl.constexpr,
     SPLIT: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -171,9 +187,10 @@ def paged_attention_kernel(
 ):
     """One query tile over one part of the keys; scale_log2 > 0, q negated if NEGATE.
 
-    With KV8 pages are bytes and have scales.
-    out: (B, T, H, D); with SPLIT float32 (S, B, T, H, D), and lse (S, B, T, H) is the base-2
-    logarithm of the sum of exponentials.
+    With KV8 pages are bytes and have scales. With CONSECUTIVE the pages of a sequence follow one
+    another, so that only the first entry of its table is read.
+    out: (B, T, H, D); with SPLIT float32 (S, B, T, H, D), and statistics (2, S, B, T, H) are the
+    largest score of each query, unscaled, and its sum of exponentials.
     """
     tiles = tl.cdiv(num_queries, BLOCK_Q)
     tile = tl.program_id(0) % tiles
@@ -183,6 +200,20 @@ def paged_attention_kernel(
     b, h = (sequence % batch).to(tl.int64), head.to(tl.int64)
     kv_len = tl.load(lens_ptr + b * lens_stride)
     kv_len = tl.minimum(tl.maximum(kv_len, 0), entries * PAGE_SIZE)
+    k_base, v_base = k_ptr + h * k_stride_h, v_ptr + h * v_stride_h
+    table_base = table_ptr + b * table_stride
+    if KV8:
+        k_scales_ptr += h
+        v_scales_ptr += h
+    if CONSECUTIVE:
+        # Not validated on a GPU: stay inside the pool.
+        page = tl.minimum(tl.maximum(tl.load(table_base), 0), num_pages - 1)
+        kv_len = tl.minimum(kv_len, (num_pages - page) * PAGE_SIZE)
+        k_base += page.to(tl.int64) * k_stride_p
+        v_base += page.to(tl.int64) * v_stride_p
+        if KV8:
+            k_scales_ptr += page.to(tl.int64) * k_scales_stride_p
+            v_scales_ptr += page.to(tl.int64) * v_scales_stride_p
     # Each part is a multiple of BLOCK_K: only the last one has an incomplete tile.
     part = tl.cdiv(tl.cdiv(kv_len, splits), BLOCK_K) * BLOCK_K
     first = split * part
@@ -199,11 +230,6 @@ def paged_attention_kernel(
     out = tl.zeros((BLOCK_Q, D_PADDED), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
-    k_base, v_base = k_ptr + h * k_stride_h, v_ptr + h * v_stride_h
-    table_base = table_ptr + b * table_stride
-    if KV8:
-        k_scales_ptr += h
-        v_scales_ptr += h
     # Complete tiles first, then the incomplete tile at the end of the part, with a mask.
     for MASKED in tl.static_range(2):
         out, total, largest = attend_pages(
@@ -216,31 +242,38 @@ def paged_attention_kernel(
             num_pages=num_pages,
             first=full_end if MASKED else first, last=last if MASKED else full_end,
             scale_log2=scale_log2,
-            KV8=KV8, PAGE_SIZE=PAGE_SIZE, BLOCK_K=BLOCK_K, D=D, D_PADDED=D_PADDED, MASKED=MASKED,
+            KV8=KV8, CONSECUTIVE=CONSECUTIVE, PAGE_SIZE=PAGE_SIZE, BLOCK_K=BLOCK_K,
+            D=D, D_PADDED=D_PADDED, MASKED=MASKED,
         )  # fmt: skip
 
-    # Without keys: zeros, and lse = -inf, which has weight 0.
+    # Without keys: zeros, and a sum of 0, which is the part's weight.
     out = out / tl.where(total == 0.0, 1.0, total)[:, None]
     out_rows = ((split * batch + b) * num_queries + queries) * heads + h
     out_pointers = out_ptr + out_rows[:, None] * D + columns[None, :]
     tl.store(out_pointers, out.to(out_ptr.dtype.element_ty), mask=inside)
     if SPLIT:
-        lse = largest * scale_log2 + tl.log2(total)
-        tl.store(lse_ptr + out_rows, lse, mask=queries < num_queries)
+        # Apart: a logarithm of the sum would lose the digits of the sum to a large score.
+        parts = tl.cast(splits, tl.int64) * batch * num_queries * heads
+        tl.store(statistics_ptr + out_rows, largest, mask=queries < num_queries)
+        tl.store(statistics_ptr + parts + out_rows, total, mask=queries < num_queries)
 
 
 @triton.jit(do_not_specialize=("num_rows", "splits"))
 def paged_attention_combine_kernel(
     parts_ptr,
-    lse_ptr,
+    statistics_ptr,
     out_ptr,
     num_rows,
     splits,
+    scale_log2,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out = sum of 2^(lse - max) parts over the splits / sum of 2^(lse - max), for BLOCK_R rows."""
+    """out = sum of weight * part over the splits / sum of weight, for BLOCK_R rows.
+
+    weight = 2^(scale_log2 (largest score - that of all parts)) * sum of exponentials
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.arange(0, D_PADDED)
     inside = (row < num_rows)[:, None] & (columns < D)[None, :]
@@ -249,12 +282,15 @@ def paged_attention_combine_kernel(
     largest = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     for split in range(splits):
         part_row = tl.cast(split, tl.int64) * num_rows + row
-        lse = tl.load(lse_ptr + part_row, mask=row < num_rows, other=float("-inf"))
+        score = tl.load(statistics_ptr + part_row, mask=row < num_rows, other=float("-inf"))
+        sums_ptr = statistics_ptr + tl.cast(splits, tl.int64) * num_rows
+        part_total = tl.load(sums_ptr + part_row, mask=row < num_rows, other=0.0)
         part = tl.load(parts_ptr + part_row[:, None] * D + columns[None, :], mask=inside, other=0.0)
-        new_largest = tl.maximum(largest, lse)
+        new_largest = tl.maximum(largest, score)
         # Parts without keys have -inf, and so have the first ones; -inf - -inf would be NaN.
         origin = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        shrink, weight = tl.exp2(largest - origin), tl.exp2(lse - origin)
+        shrink = tl.exp2((largest - origin) * scale_log2)
+        weight = tl.exp2((score - origin) * scale_log2) * part_total
         total = total * shrink + weight
         out = out * shrink[:, None] + part * weight[:, None]
         largest = new_largest
@@ -276,6 +312,7 @@ def launch_paged_attention_forward(
     softmax_scale: float,
     k_scales_PNH: torch.Tensor | None = None,
     v_scales_PNH: torch.Tensor | None = None,
+    consecutive: bool = False,
 ) -> torch.Tensor:
     """softmax(softmax_scale * q k^T) v over the first kv_lens_B[b] tokens of sequence b.
 
@@ -283,6 +320,9 @@ def launch_paged_attention_forward(
     float8_e4m3fn and k and v are page * scale (``kv_quantization``). A length of 0 gives zeros.
     Page-table entries and slots past the length are not read. On a GPU values are not validated:
     lengths are clamped to the capacity of the table, page indices to the pool.
+
+    With consecutive only the first entry of each sequence is read, and its pages are read from
+    there on: without a lookup for every token.
 
     Returns:
         out_BTHD: contiguous, q's dtype.
@@ -296,11 +336,16 @@ def launch_paged_attention_forward(
         return out_BTHD.zero_()
     k_pages, v_pages = page_bytes(k_pages_PNHD, v_pages_PNHD, k_scales_PNH)
     scales = scale_arguments(k_scales_PNH, v_scales_PNH)
+    # The slots of neighbouring pages are equally far apart, unless the pool is a strided view.
+    consecutive = consecutive and all(
+        x is None or x.stride(0) == page_size * x.stride(1)
+        for x in (k_pages, v_pages, k_scales_PNH, v_scales_PNH)
+    )
 
     def launch(config: Config) -> None:
         _launch(
             config, q_BTHD, k_pages, v_pages, page_table_BM, kv_lens_B, softmax_scale, scales,
-            out_BTHD,
+            consecutive, out_BTHD,
         )  # fmt: skip
 
     with on_device_of(q_BTHD):
@@ -309,9 +354,9 @@ def launch_paged_attention_forward(
             (head_dim, q_BTHD.element_size(), k_pages_PNHD.element_size()),
             # The room of the tables hardly matters.
             (*map(tuning.power_of_two_from, (num_queries, batch * heads)), page_size),
-            (q_BTHD.dtype, k_pages_PNHD.dtype),
+            (q_BTHD.dtype, k_pages_PNHD.dtype, consecutive),
         )
-        candidates = configs_for(q_BTHD, k_scales_PNH is not None)
+        candidates = configs_for(q_BTHD, k_scales_PNH is not None, consecutive)
         launch(tuning.best(paged_attention_kernel, candidates, key, launch, q_BTHD.device))
     return out_BTHD
 
@@ -325,6 +370,7 @@ def _launch(
     kv_lens_B: torch.Tensor,
     softmax_scale: float,
     scales: tuple[torch.Tensor | int | None, ...],
+    consecutive: bool,
     out_BTHD: torch.Tensor,
 ) -> None:
     """Both kernels with one config; pages and scales as ``e4m3`` prepares them."""
@@ -339,9 +385,12 @@ def _launch(
         tiles=-(-capacity // config.block_k),
         part_bytes=4 * q_BTHD.numel(),
     )
-    target, lse_SBTH = out_BTHD, None
+    # The kernel computes max(scale * scores) as scale * max(scores), so the sign goes into q. A
+    # scale of zero times a masked score of -inf would be NaN; 1e-30 has the effect of zero.
+    scale_log2 = max(abs(softmax_scale), 1e-30) * log2(e)
+    target, statistics_2SBTH = out_BTHD, None
     if splits > 1:
-        target, lse_SBTH = _split_buffers(q_BTHD, splits)
+        target, statistics_2SBTH = _split_buffers(q_BTHD, splits)
     paged_attention_kernel[(programs * splits,)](
         q_BTHD,
         k_pages_PNHD,
@@ -349,7 +398,7 @@ def _launch(
         page_table_BM,
         kv_lens_B,
         target,
-        lse_SBTH,
+        statistics_2SBTH,
         *q_BTHD.stride()[:3],
         *k_pages_PNHD.stride()[:3],
         *v_pages_PNHD.stride()[:3],
@@ -362,10 +411,9 @@ def _launch(
         num_pages,
         entries,
         splits,
-        # The kernel computes max(scale * scores) as scale * max(scores), so the sign goes into q.
-        # A scale of zero times a masked score of -inf would be NaN; 1e-30 has the effect of zero.
-        max(abs(softmax_scale), 1e-30) * log2(e),
+        scale_log2,
         KV8=scales[0] is not None,
+        CONSECUTIVE=consecutive,
         NEGATE=softmax_scale < 0,
         SPLIT=splits > 1,
         PAGE_SIZE=page_size,
@@ -376,29 +424,33 @@ def _launch(
         enable_fp_fusion=True,
         **config.options,
     )
-    if lse_SBTH is not None:
-        _launch_combine(target, lse_SBTH, out_BTHD)
+    if statistics_2SBTH is not None:
+        _launch_combine(target, statistics_2SBTH, scale_log2, out_BTHD)
 
 
 def _split_buffers(q_BTHD: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uninitialised float32 buffers for the parts, (S, B, T, H, D), and their lse, (S, B, T, H)."""
+    """Uninitialised float32 buffers: parts (S, B, T, H, D) and their statistics (2, S, B, T, H)."""
     batch, num_queries, heads, head_dim = q_BTHD.shape
     shape = (splits, batch, num_queries, heads)
-    lse_SBTH = q_BTHD.new_empty(shape, dtype=torch.float32)
-    return q_BTHD.new_empty((*shape, head_dim), dtype=torch.float32), lse_SBTH
+    statistics_2SBTH = q_BTHD.new_empty((2, *shape), dtype=torch.float32)
+    return q_BTHD.new_empty((*shape, head_dim), dtype=torch.float32), statistics_2SBTH
 
 
 def _launch_combine(
-    parts_SBTHD: torch.Tensor, lse_SBTH: torch.Tensor, out_BTHD: torch.Tensor
+    parts_SBTHD: torch.Tensor,
+    statistics_2SBTH: torch.Tensor,
+    scale_log2: float,
+    out_BTHD: torch.Tensor,
 ) -> None:
     batch, num_queries, heads, head_dim = out_BTHD.shape
     num_rows = batch * num_queries * heads
     paged_attention_combine_kernel[(-(-num_rows // BLOCK_ROWS),)](
         parts_SBTHD,
-        lse_SBTH,
+        statistics_2SBTH,
         out_BTHD,
         num_rows,
         parts_SBTHD.shape[0],
+        scale_log2,
         D=head_dim,
         D_PADDED=padded(head_dim),
         BLOCK_R=BLOCK_ROWS,

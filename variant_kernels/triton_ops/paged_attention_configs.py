@@ -78,8 +78,25 @@ def configs_by_queries(kind: str, wide: bool, kv8: bool) -> ConfigsByQueries:
     }
 
 
-def configs_for(q_BTHD: torch.Tensor, kv8: bool) -> tuple[Config, ...]:
-    """The candidates for these queries; ``kv8``: pages are 8 bits wide."""
+def without_page_numbers(config: Config) -> Config:
+    """The config of a loop over consecutive pages: no stages for the loads of page numbers."""
+    return replace(config, num_stages=max(config.num_stages - 2, min(config.num_stages, 3)))
+
+
+def configs_for(q_BTHD: torch.Tensor, kv8: bool, consecutive: bool = False) -> tuple[Config, ...]:
+    """The candidates for these queries.
+
+    Args:
+        kv8: pages are 8 bits wide.
+        consecutive: the pages of a sequence follow one another.
+    """
+    candidates = _candidates(q_BTHD, kv8)
+    if not consecutive:
+        return candidates
+    return tuple(dict.fromkeys(without_page_numbers(config) for config in candidates))
+
+
+def _candidates(q_BTHD: torch.Tensor, kv8: bool) -> tuple[Config, ...]:
     kind = family(q_BTHD.device)
     _, num_queries, _, head_dim = q_BTHD.shape
     if kind != "interpreter" and (head_dim > 128 or q_BTHD.dtype == torch.float32):

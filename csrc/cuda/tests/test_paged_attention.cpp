@@ -68,10 +68,10 @@ void test_matches_a_plain_computation(const Case& c, std::mt19937& engine) {
     }
   }
   std::vector<T> out = nans<T>(batch * c.tokens * slot);
-  std::vector<float> partial, lse;
+  std::vector<float> partial, statistics;
   if (c.splits > 1) {
     partial = nans<float>(c.splits * batch * c.tokens * slot);
-    lse = nans<float>(c.splits * batch * c.tokens * c.heads);
+    statistics = nans<float>(2 * c.splits * batch * c.tokens * c.heads);
   }
   const cuda::PagedAttentionArgs args = {
       batch,
@@ -90,7 +90,7 @@ void test_matches_a_plain_computation(const Case& c, std::mt19937& engine) {
       c.lengths.data(),
       out.data(),
       partial.data(),
-      lse.data(),
+      statistics.data(),
       c.softmax_scale,
       dtype_of<T>()};
   CHECK(variant_cuda_paged_attention_forward(&args, sizeof args, 0, nullptr) == 0, "launch failed");

@@ -102,10 +102,10 @@ void test_matches_a_plain_computation(const Case& c, std::mt19937& engine) {
     }
   }
   std::vector<T> out = nans<T>(batch * c.tokens * slot);
-  std::vector<float> partial, lse;
+  std::vector<float> partial, statistics;
   if (c.splits > 1) {
     partial = nans<float>(c.splits * batch * c.tokens * slot);
-    lse = nans<float>(c.splits * batch * c.tokens * c.heads);
+    statistics = nans<float>(2 * c.splits * batch * c.tokens * c.heads);
   }
   const cuda::PagedAttentionArgs op = {batch,
                                        c.tokens,
@@ -123,7 +123,7 @@ void test_matches_a_plain_computation(const Case& c, std::mt19937& engine) {
                                        c.lengths.data(),
                                        out.data(),
                                        partial.data(),
-                                       lse.data(),
+                                       statistics.data(),
                                        0.3f,
                                        dtype_of<T>()};
   const int64_t scales_page = c.page_size * c.heads;

@@ -21,6 +21,7 @@ from variant_kernels.triton_ops.paged_attention import (
 from variant_kernels.triton_ops.paged_attention_configs import (
     WIDE_OR_FP32,
     configs_by_queries,
+    without_page_numbers,
 )
 
 
@@ -34,7 +35,7 @@ def _case(kv8: bool, constants: dict[str, Any], **options: Any) -> CompileCase:
         "q_ptr": "*T:16",
         **dict.fromkeys(("k_ptr", "v_ptr"), "*u8:16" if kv8 else "*T:16"),
         **dict.fromkeys(("table_ptr", "lens_ptr"), "*i32:16"),
-        **dict.fromkeys(("out_ptr", "lse_ptr"), "*fp32:16"),
+        **dict.fromkeys(("out_ptr", "statistics_ptr"), "*fp32:16"),
         "?_stride_?": "i32:16",
         **dict.fromkeys(("table_stride", "batch", "num_queries", "heads"), "i32"),
         **dict.fromkeys(("num_pages", "entries", "splits"), "i32"),
@@ -49,7 +50,8 @@ def _case(kv8: bool, constants: dict[str, Any], **options: Any) -> CompileCase:
 
 
 def _cases() -> Iterator[CompileCase]:
-    for (kind, target), kv8 in product(FAMILY_TARGETS.items(), (False, True)):
+    modes = product(FAMILY_TARGETS.items(), (False, True), (False, True))
+    for (kind, target), kv8, consecutive in modes:
         for head_dim, by_queries, dtypes in (
             (64, configs_by_queries(kind, False, kv8), ("bf16", "fp16")),
             (128, configs_by_queries(kind, True, kv8), ("bf16", "fp16")),
@@ -57,8 +59,12 @@ def _cases() -> Iterator[CompileCase]:
             (256, {128: WIDE_OR_FP32}, DTYPES),
         ):
             # Each config once, in order.
-            for config in dict.fromkeys(chain.from_iterable(by_queries.values())):
+            configs = chain.from_iterable(by_queries.values())
+            if consecutive:
+                configs = map(without_page_numbers, configs)
+            for config in dict.fromkeys(configs):
                 constants = {
+                    "CONSECUTIVE": consecutive,
                     "NEGATE": False,
                     "SPLIT": True,
                     "PAGE_SIZE": 16,
@@ -74,14 +80,16 @@ def _cases() -> Iterator[CompileCase]:
                     targets=(target,),
                     dtypes=dtypes,
                     label=f"D {head_dim}, {config.block_q} x {config.block_k}"
-                    + (", 8 bits" if kv8 else ""),
+                    + (", 8 bits" if kv8 else "")
+                    + (", consecutive pages" if consecutive else ""),
                 )
     # Without a split no statistics are written: another kernel.
     for kv8 in (False, True):
         yield _case(
             kv8,
             {
-                "lse_ptr": None,
+                "statistics_ptr": None,
+                "CONSECUTIVE": False,
                 "NEGATE": True,
                 "SPLIT": False,
                 "PAGE_SIZE": 5,
@@ -98,10 +106,11 @@ def _cases() -> Iterator[CompileCase]:
         kernel=paged_attention_combine_kernel,
         arguments={
             "parts_ptr": "*fp32:16",
-            "lse_ptr": "*fp32:16",
+            "statistics_ptr": "*fp32:16",
             "out_ptr": "*T:16",
             "num_rows": "i32",
             "splits": "i32",
+            "scale_log2": "fp32",
         },
         constants={"D": 64, "D_PADDED": 64, "BLOCK_R": BLOCK_ROWS},
         num_warps=4,

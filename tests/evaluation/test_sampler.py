@@ -1,0 +1,161 @@
+"""``variant sample``: the same images by any ranks, batches and restarts; none lost or doubled."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_models import small_model
+
+from variant.cli.main import main
+from variant.evaluation import sampler
+from variant.evaluation.image_sets import open_images
+
+NUM = 23
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    small_model().save_pretrained(folder)
+    return folder
+
+
+def run(model, out, *words, num=NUM, batch=5):
+    arguments = ["sample", "--model", model, "--num", num, "--batch", batch, "--out", out, *words]
+    return main([str(word) for word in arguments])
+
+
+def pixels(path):
+    images = open_images(path)
+    assert images.labels is None or list(images.labels) == [
+        index % 5 for index in range(images.count)
+    ]
+    return torch.cat(list(images.batches(8)))
+
+
+@pytest.fixture(scope="module")
+def expected(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("expected") / "images"
+    assert run(model, out) == 0
+    images = pixels(out)
+    assert len(images) == NUM
+    return images
+
+
+def test_the_images_are_those_of_generate(model, expected):
+    loaded = small_model()
+    labels = [index % loaded.var.config.num_classes for index in range(NUM)]
+    top_k = min(900, loaded.var.config.vocab_size)
+    result = loaded.generate(labels, cfg=1.5, top_k=top_k, top_p=0.96, seed=0)
+    assert torch.equal((result.images * 255).round().to(torch.uint8), expected)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 23])
+def test_batches_change_nothing(model, expected, tmp_path, batch):
+    assert run(model, tmp_path / "a", batch=batch) == 0
+    assert torch.equal(pixels(tmp_path / "a"), expected)
+
+
+@pytest.mark.parametrize("form", ["png", "webdataset", "npz"])
+def test_two_ranks_write_the_same(model, expected, tmp_path, monkeypatch, form, capsys):
+    monkeypatch.setattr(sampler, "PART", 10)
+    out = tmp_path / ("a.npz" if form == "npz" else "a")
+    words = [] if form == "npz" else ["--format", form]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        assert run(model, out, *words) == 0
+    assert torch.equal(pixels(out), expected)
+    record = tmp_path / "a.json" if form == "npz" else out / "sample.json"
+    recorded = json.loads(record.read_text())
+    assert (recorded["num"], recorded["seed"], recorded["cfg"]) == (NUM, 0, 1.5)
+    if form == "npz":
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.npz"]
+        assert np.load(out)["arr_0"].shape == (NUM, *expected.shape[2:], 3)
+    if form == "webdataset":
+        with tarfile.open(out / "part-00001.tar") as archive:
+            names = archive.getnames()
+        assert names[:2] == ["000010_class0.png", "000010_class0.cls"]
+    # The same command once more has nothing to do, and changes nothing.
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
+    assert run(model, out, *words) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")} == before
+
+
+def test_another_run_is_refused(model, tmp_path, capsys):
+    out = tmp_path / "a"
+    assert run(model, out) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    for words, key in ((["--seed", 1], "seed"), (["--cfg", 2], "cfg"), (["--depth", 2], "depth")):
+        assert run(model, out, *words) == 1
+        assert f"was sampled with {key}" in capsys.readouterr().err
+    assert run(model, out, num=24) == 1
+    assert "was sampled with num 23; got 24" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert run(model, tmp_path / "mine") == 1
+    assert "no folder of `variant sample`" in capsys.readouterr().err
+    assert run(model, tmp_path / "a.txt") == 1
+    assert "must be a folder or end in .npz" in capsys.readouterr().err
+    assert run(model, out, batch=0) == 1
+
+
+CHILD = """
+import sys
+from variant.cli.main import main
+from variant.evaluation import sampler
+sampler.PART = 10
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("form", ["png", "webdataset", "npz"])
+def test_kill_at_any_moment_loses_and_doubles_nothing(model, expected, tmp_path, form):
+    """The number of moments is raised by `make nightly` (VARIANT_SAMPLER_KILLS)."""
+
+    moments = int(os.environ.get("VARIANT_SAMPLER_KILLS", "1"))
+    rng = random.Random(20261129 + len(form))
+    out = tmp_path / ("a.npz" if form == "npz" else "a")
+    words = ["sample", "--model", model, "--num", NUM, "--batch", 3, "--out", out]
+    words += [] if form == "npz" else ["--format", form]
+    command = [sys.executable, "-c", CHILD, *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    progress = out.with_name("a.npz.parts") if form == "npz" else out
+    for _ in range(moments):
+        child = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        files = len(list(progress.glob("*"))) if progress.exists() else 0
+        wanted = files + rng.randint(0, 4)
+        while child.poll() is None:  # until some more files are there, then at any moment
+            if progress.exists() and len(list(progress.glob("*"))) >= wanted:
+                time.sleep(rng.random() * 0.02)
+                break
+            time.sleep(0.005)
+        child.kill()
+        child.wait()
+    assert subprocess.run(command, env=environment, check=False).returncode == 0
+    assert torch.equal(pixels(out), expected)
+    left = [path.name for path in tmp_path.rglob("*") if path.name.endswith((".tmp", ".lock"))]
+    assert left == []
+
+
+def test_a_png_says_what_it_is(model, tmp_path):
+    assert run(model, tmp_path / "a", "--seed", 3, num=2) == 0
+    with Image.open(tmp_path / "a" / "000001_class1.png") as image:
+        assert image.text["seed"] == "3"
+        assert (image.text["label"], image.text["index"]) == ("1", "1")

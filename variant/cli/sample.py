@@ -1,0 +1,155 @@
+"""``variant sample``: many images for an evaluation."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from variant.cli.dtypes import DTYPES
+from variant.cli.generate import fingerprint
+from variant.cli.options import Sample
+from variant.cli.output import (
+    check_file,
+    check_folder,
+    check_json,
+    checked_path,
+    console,
+    write_json,
+)
+from variant.cli.progress import Advance, progress
+from variant.engine.engine import Engine
+from variant.engine.generation import Sampling
+from variant.errors import UserError
+from variant.evaluation.sampler import SampleFiles, sample
+from variant.models.class_names import labels_of_words
+from variant.models.placement import check_device
+from variant.supernet import VARiant
+from variant.training.tokenize import rank_of_environment
+from variant_kernels import __version__
+from variant_kernels.arguments import choice, integer
+from variant_kernels.dispatch.support import BACKENDS
+
+MAX_NUM = 10**8
+MAX_BATCH = 4096
+# The protocol of the papers: 50 images of each class.
+PER_CLASS = 50
+
+
+def sample_command(command: Sample) -> None:
+    """Write the images of this process, and print how many are there."""
+    if command.num is not None:
+        integer("sample", "--num", command.num, 1, MAX_NUM)
+    integer("sample", "--batch", command.batch, 1, MAX_BATCH)
+    check_device("sample", command.device, name="--device")
+    choice("sample", "--backend", command.backend, ("auto", *BACKENDS))
+    check_json("sample", command.json)
+    form = _form(command)
+    rank, world_size = rank_of_environment(os.environ)
+    device = command.device
+    if device == "cuda" and world_size > 1:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        device = f"cuda:{local % torch.cuda.device_count()}"
+    model = VARiant.from_pretrained(command.model, device=device)
+    config = model.var.config
+    words = [str(label) for label in command.labels]
+    labels = labels_of_words("sample", "--labels", words, config.class_names)
+    note = f"(-1 or {config.num_classes}: no class)"
+    for label in labels:
+        integer("sample", "--labels", label, -1, config.num_classes, note)
+    labels = labels or list(range(config.num_classes))
+    num = PER_CLASS * len(labels) if command.num is None else command.num
+    engine = Engine(
+        model.var,
+        model.vae,
+        dtype=DTYPES[command.dtype] if command.dtype else None,
+        backend=command.backend,
+    )
+    sampling = Sampling(
+        command.cfg, min(command.top_k, config.vocab_size), command.top_p, command.seed
+    )
+    files = SampleFiles(command.out, form, num, labels, command.batch)
+    settings = settings_of(command, engine, files, sampling)
+    done = 0
+    with ExitStack() as stack:
+        advance: Advance | None = None
+
+        def report(images: int, total: int) -> None:
+            nonlocal advance, done
+            if advance is None:
+                advance = stack.enter_context(progress("sample", "sampling", total, command.json))
+            done += images
+            advance(images, f"{done:,} images of this process")
+
+        try:
+            missing = sample(
+                engine,
+                sampling,
+                files,
+                settings,
+                depth=command.depth,
+                bridge=command.bridge,
+                kv_dtype=command.kv_dtype,
+                rank=rank,
+                world_size=world_size,
+                report=report,
+            )
+        except KeyboardInterrupt as stop:
+            message = f"{done:,} images of this process are there; the same command continues"
+            raise type(stop)(message) from None
+    out = console(command.json)
+    per_class = num / len(labels)
+    out.print(f"{num:,} images, {per_class:g} per class, in {command.out}")
+    if missing:
+        out.print(f"{missing:,} parts of other processes are missing")
+    write_json(command.json, {**settings, "missing_parts": missing})
+
+
+def _form(command: Sample) -> Any:
+    """png, webdataset or npz; fails before the work if the result cannot be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    out = Path(command.out)
+    with checked_path(out):
+        if out.suffix == ".npz":
+            if command.format != "png":
+                raise UserError("sample: --format is for folders; --out names an .npz")
+            check_file(out)
+            return "npz"
+        if out.suffix and not out.is_dir():
+            raise UserError(f"{out}: --out must be a folder or end in .npz")
+        check_folder(out)
+        return command.format
+
+
+def settings_of(
+    command: Sample, engine: Engine, files: SampleFiles, sampling: Sampling
+) -> dict[str, Any]:
+    """All that the images depend on, as plain values."""
+    config = engine.var.config
+    schedule = engine.var.schedule(command.depth, command.bridge)
+    return {
+        "model": command.model,
+        "weights": fingerprint(engine),
+        "num": files.num,
+        "classes": list(files.classes),
+        "depth": config.depth if command.depth is None else command.depth,
+        "bridge": command.bridge if command.bridge is not None else config.bridge,
+        "schedule": [list(layers) for layers in schedule.layers],
+        "cfg": command.cfg,
+        "top_k": sampling.top_k,
+        "top_p": command.top_p,
+        "seed": command.seed,
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "kv_dtype": command.kv_dtype,
+        "device": engine.device.type,
+        "backend": command.backend,
+        "files": files.form,
+        "batch": command.batch,
+        "software": f"variant {__version__}, torch {torch.__version__}",
+    }

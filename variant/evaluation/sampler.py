@@ -1,0 +1,279 @@
+"""Many images for an evaluation: written as they are made, continued after any stop, by any ranks.
+
+The seed and the index of an image decide it: image i has class ``classes[i % len(classes)]`` and
+the random numbers of image id i. The classes take turns, so that every split of the Inception
+Score shows all of them.
+
+A unit is what appears at once: a batch of PNG files, a ``.tar`` shard, or a part of an ``.npz``.
+Unit u is the work of rank u modulo the number of ranks, and ranks need not talk to each other.
+
+Axes: B images, Y X pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from variant.engine.engine import Engine
+from variant.engine.generation import Sampling
+from variant.engine.kv_dtype import KVDtype
+from variant.errors import UserError
+from variant.files import atomic_write
+from variant.paths import path_kind, read_json, shown
+from variant.training.folder_lock import locked_folder
+from variant_kernels.arguments import integer
+
+Form = Literal["png", "webdataset", "npz"]
+FORMAT = "variant-sample-1"
+SETTINGS_NAME = "sample.json"
+PART = 500  # images of a shard and of a part
+TEMPORARY = re.compile(r"\.(?:part-)?(?P<number>\d+)(?:_\w+)?\.(?:png|tar|npy)\.\d+\.tmp")
+# Settings in which a run may be continued with another value.
+FREE = ("software", "batch")
+
+# report(images, total): so many more of the images of this process are there.
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class SampleFiles:
+    """The files of a run.
+
+    Args:
+        out: a folder, or an ``.npz`` for the form "npz".
+        num: images.  classes: their labels, in turn.
+        batch: images of a batch of the engine; batches never cross units.
+    """
+
+    out: Path
+    form: Form
+    num: int
+    classes: Sequence[int]
+    batch: int
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the units."""
+        return self.out.with_name(f"{self.out.name}.parts") if self.form == "npz" else self.out
+
+    @property
+    def record(self) -> Path:
+        """The file of the settings of the finished run; for "npz" beside it."""
+        return self.out.with_suffix(".json") if self.form == "npz" else self.out / SETTINGS_NAME
+
+    def label(self, index: int) -> int:
+        """The class of an image."""
+        return self.classes[index % len(self.classes)]
+
+    def units(self) -> Iterator[tuple[int, range]]:
+        """The number and the images of each unit."""
+        size = self.batch if self.form == "png" else PART
+        for number, start in enumerate(range(0, self.num, size)):
+            yield number, range(start, min(start + size, self.num))
+
+    def unit_file(self, number: int) -> Path:
+        """The file of a unit of the forms "webdataset" and "npz"."""
+        return self.folder / f"part-{number:05d}.{'tar' if self.form == 'webdataset' else 'npy'}"
+
+    def image_file(self, index: int) -> Path:
+        """The file of an image of the form "png"."""
+        return self.folder / f"{self._key(index)}.png"
+
+    def is_done(self, number: int, images: range) -> bool:
+        """Whether a unit is there."""
+        if self.form == "png":
+            return all(self.image_file(index).exists() for index in images)
+        return self.unit_file(number).exists()
+
+    def write(
+        self, number: int, images: range, pixels_BYX3: np.ndarray, text: Mapping[str, object]
+    ) -> None:
+        """Write a unit; each file appears whole or not at all.  Raises: UserError."""
+        if self.form == "npz":
+            with atomic_write(self.unit_file(number)) as temporary, temporary.open("wb") as file:
+                np.save(file, pixels_BYX3)
+            return
+        encoded = [
+            _png(image, {**text, "label": self.label(index), "index": index})
+            for index, image in zip(images, pixels_BYX3, strict=True)
+        ]
+        if self.form == "png":
+            for index, content in zip(images, encoded, strict=True):
+                path = self.image_file(index)
+                if not path.exists():
+                    with atomic_write(path) as temporary:
+                        temporary.write_bytes(content)
+            return
+        with (
+            atomic_write(self.unit_file(number)) as temporary,
+            tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive,
+        ):
+            for index, content in zip(images, encoded, strict=True):
+                _add(archive, f"{self._key(index)}.png", content)
+                _add(archive, f"{self._key(index)}.cls", str(self.label(index)).encode())
+
+    def assemble(self, settings: Mapping[str, Any]) -> None:
+        """Make the ``.npz`` that the ADM evaluator reads of its parts, and remove them."""
+        parts = [self.unit_file(number) for number, _ in self.units()]
+        first = np.load(parts[0], mmap_mode="r")
+        shape = (self.num, *first.shape[1:])
+        with atomic_write(self.out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+            entry = zipfile.ZipInfo("arr_0.npy")
+            with archive.open(entry, "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for part in parts:
+                    file.write(np.load(part).tobytes())
+        with atomic_write(self.record) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1) + "\n")
+        shutil.rmtree(self.folder)
+
+    def clear_temporary(self, rank: int, world_size: int) -> None:
+        """Remove what a killed process of this rank left half written."""
+        size = self.batch if self.form == "png" else 1
+        with os.scandir(self.folder) as entries:
+            names = [entry.name for entry in entries if entry.name.endswith(".tmp")]
+        for name in names:
+            match = TEMPORARY.fullmatch(name)
+            if match and int(match["number"]) // size % world_size == rank:
+                with suppress(OSError):
+                    (self.folder / name).unlink()
+
+    def _key(self, index: int) -> str:
+        return f"{index:06d}_class{self.label(index)}"
+
+
+def sample(
+    engine: Engine,
+    sampling: Sampling,
+    files: SampleFiles,
+    settings: Mapping[str, Any],
+    *,
+    depth: int | None = None,
+    bridge: int | None = None,
+    kv_dtype: KVDtype = None,
+    rank: int = 0,
+    world_size: int = 1,
+    report: Report = lambda images, total: None,
+) -> int:
+    """Generate the images of this rank that are not there yet.
+
+    Args:
+        settings: all that the images depend on, as plain values; recorded, and compared with those
+            of a run that is continued.
+        depth, bridge, kv_dtype: as in :meth:`Engine.generate`.
+    Returns:
+        the number of units that other ranks have still to write.
+    Raises:
+        UserError: the folder holds another run, or another process of this rank writes there.
+    """
+    integer("sample", "rank", rank, 0)
+    integer("sample", "world_size", world_size, rank + 1)
+    settings = {"format": FORMAT, **settings}
+    if files.form == "npz" and path_kind(files.out) is not None:
+        _check_same(files.record, settings)
+        report(files.num, files.num)
+        return 0
+    with locked_folder(files.folder, f".variant-sample-{rank}.lock"):
+        _start(files, settings)
+        files.clear_temporary(rank, world_size)
+        own = [unit for unit in files.units() if unit[0] % world_size == rank]
+        total = sum(len(images) for _, images in own)
+        for number, images in own:
+            if not files.is_done(number, images):
+                batches = engine.generate_batches_with(
+                    [files.label(index) for index in images],
+                    sampling,
+                    image_ids=list(images),
+                    depth=depth,
+                    bridge=bridge,
+                    kv_dtype=kv_dtype,
+                    max_batch=files.batch,
+                    image_dtype="uint8",
+                )
+                pixels = [part.images.permute(0, 2, 3, 1).cpu().numpy() for part in batches]
+                files.write(number, images, np.concatenate(pixels), _text(settings))
+            report(len(images), total)
+        missing = sum(not files.is_done(*unit) for unit in files.units())
+    if files.form == "npz" and not missing:
+        _assemble_once(files, settings)
+    return missing
+
+
+def _start(files: SampleFiles, settings: Mapping[str, Any]) -> None:
+    """Record the settings, or compare them with those that are recorded."""
+    path = files.folder / SETTINGS_NAME
+    if path_kind(path) is not None:
+        _check_same(path, settings)
+        return
+    foreign = [name for name in os.listdir(files.folder) if not name.startswith(".")]
+    if foreign:
+        raise UserError(
+            f"{shown(files.folder)}: holds {foreign[0]} and no {SETTINGS_NAME}: it is no folder of "
+            "`variant sample`; give another --out"
+        )
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def _check_same(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raises: UserError, if other settings are recorded."""
+    recorded = read_json(path)
+    if not isinstance(recorded, dict) or recorded.get("format") != FORMAT:
+        raise UserError(f'{shown(path)}: its "format" must be "{FORMAT}"; give another --out')
+    free = FREE if settings.get("dtype") == "float32" else FREE[:1]
+    for key, value in json.loads(json.dumps(settings)).items():
+        if recorded.get(key) != value and key not in free:
+            raise UserError(
+                f"{shown(path.parent)}: was sampled with {key} {recorded.get(key)}; got {value}. "
+                "Give the same settings, or another --out"
+            )
+
+
+def _assemble_once(files: SampleFiles, settings: Mapping[str, Any]) -> None:
+    """By one of the ranks that see the last part at the same time."""
+    is_own = False
+    try:
+        with locked_folder(files.out.parent, f".{files.out.name}.lock"):
+            is_own = True
+            if path_kind(files.out) is None:
+                files.assemble(settings)
+    except UserError:
+        if is_own:
+            raise
+        # Another rank holds the lock and assembles.
+
+
+def _text(settings: Mapping[str, Any]) -> dict[str, object]:
+    names = ("software", "model", "seed", "depth", "cfg", "top_k", "top_p")
+    return {name: settings[name] for name in names if name in settings}
+
+
+def _png(pixels_YX3: np.ndarray, text: Mapping[str, object]) -> bytes:
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_text(key, str(value).encode("utf-8", "backslashreplace").decode())
+    content = io.BytesIO()
+    Image.fromarray(pixels_YX3).save(content, "PNG", pnginfo=info)
+    return content.getvalue()
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    archive.addfile(entry, io.BytesIO(content))
