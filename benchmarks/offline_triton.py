@@ -219,12 +219,15 @@ class _Driver:
 
 
 @contextmanager
-def gpu(machine: Machine = H200, *, every_config: bool = True) -> Iterator[Recording]:
+def gpu(
+    machine: Machine = H200, *, every_config: bool = True, value: int | None = None
+) -> Iterator[Recording]:
     """A context in which Triton kernels are launched on a ``machine`` that is not present.
 
     Args:
         every_config: where a launcher times several block sizes, launch each of them, then the
             first one that fits; else only the first one.
+        value: what Python reads from a tensor (``item()``), which has no values; None raises.
     Raises:
         RuntimeError: Triton is interpreting (``TRITON_INTERPRET=1``).
     """
@@ -279,16 +282,23 @@ def gpu(machine: Machine = H200, *, every_config: bool = True) -> Iterator[Recor
         enter(patch.object(triton.runtime.driver, "_active", _Driver(machine)))
         enter(patch.object(JITFunction, "run", record))
         enter(patch.object(tuning, "best", best))
-        for name, value in _torch_cuda(machine).items():
-            enter(patch.object(torch.cuda, name, value))
-        enter(patch.object(FakeTensor, "data_ptr", _address, create=True))
+        for name, replacement in _torch_cuda(machine).items():
+            enter(patch.object(torch.cuda, name, replacement))
+        enter(patch.object(FakeTensor, "data_ptr", _addresses()))
         enter(FakeTensorMode(allow_non_fake_inputs=True))
-        enter(_OpsLaunch())
+        enter(_OpsLaunch(value))
         yield recording
+
+
+_CONVOLUTIONS = (torch.ops.aten._convolution.default, torch.ops.aten.convolution.default)
 
 
 class _OpsLaunch(TorchDispatchMode):
     """Our ops call their launchers here too; without this only their fakes would run."""
+
+    def __init__(self, value: int | None) -> None:
+        super().__init__()
+        self._value = value
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -298,12 +308,30 @@ class _OpsLaunch(TorchDispatchMode):
                 return op._run(*args)
             if func is op.gradient:
                 return op.run_gradient(*args)
+        if self._value is not None and func is torch.ops.aten._local_scalar_dense.default:
+            kind = float if args[0].is_floating_point() else int
+            return bool(self._value) if args[0].dtype is torch.bool else kind(self._value)
+        if func in _CONVOLUTIONS and args[0].device.type == "cuda":
+            # The choice of a library would look for the driver; the shape is that on a CPU.
+            out = func(*(x.to("cpu") if isinstance(x, torch.Tensor) else x for x in args))
+            dense = torch.empty_like(out, device=args[0].device)
+            last = args[0].is_contiguous(memory_format=torch.channels_last)
+            return dense.to(memory_format=torch.channels_last) if last else dense
         return func(*args, **(kwargs or {}))
 
 
-def _address(tensor: torch.Tensor) -> int:
-    """An address with the alignment of the real one: allocations start at multiples of 512."""
-    return 2**40 + tensor.storage_offset() * tensor.element_size()
+def _addresses() -> Callable[[torch.Tensor], int]:
+    """``Tensor.data_ptr`` of tensors without memory: one range for each storage.
+
+    The alignment is that of the real address: allocations start at multiples of 512.
+    """
+    ranges: dict[int, int] = {}
+
+    def data_ptr(tensor: torch.Tensor) -> int:
+        number = ranges.setdefault(tensor.untyped_storage()._cdata, 1 + len(ranges) % 2**20)
+        return number * 2**40 + tensor.storage_offset() * tensor.element_size()
+
+    return data_ptr
 
 
 def _torch_cuda(machine: Machine) -> dict[str, Any]:

@@ -35,6 +35,7 @@ KERNELS = (
     "arguments",
     "plans",
     "device_lock",
+    "tuning_switch",
     "tensors",
     "masks",
     "packed_linear",

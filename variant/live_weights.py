@@ -185,6 +185,9 @@ class LiveEngine(Engine):
             self._held = weights, tensors
         return weights
 
+    def _presumed(self) -> None:
+        """Nothing is presumed: the original may have changed in a way that cannot be followed."""
+
     def refresh(self) -> None:
         super().refresh()
         self._held = (None, [])

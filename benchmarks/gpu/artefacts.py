@@ -27,7 +27,6 @@ import sysconfig
 import tarfile
 import tempfile
 import time
-import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from benchmarks.gpu import processes
 from benchmarks.gpu.settings import GPU, Settings
 from benchmarks.gpu.unpack import ARCHIVE, MANIFEST, digest_of_sources
 
@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # With the checkout it must be less than the 64 MiB that may travel.
 MOST_BYTES = 40 * 2**20
 LIBRARIES = ("_C" + sysconfig.get_config_var("EXT_SUFFIX"), "_cuda.so")
+CASE_SECONDS = 900
 # Of a kernel's files a launch needs these only; the assembly texts are ten times as large.
 KEPT = (".cubin", ".json", ".so")
 FILTERS = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
@@ -71,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subprocess.Popen([*command, "--part", f"{index}/{options.jobs}"], env=environment)
         for index in range(options.jobs)
     ]
-    failed = any(job.wait() for job in jobs)
+    statuses = [job.wait() for job in jobs]
+    failed = any(statuses)
     reports = [
         json.loads((options.out / f"part-{index}.json").read_text())
         for index in range(options.jobs)
@@ -90,31 +92,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compile_part(cache: Path, index: int, count: int, only: str) -> int:
-    """Compile every ``count``-th case; the report goes beside the cache."""
+    """Compile every ``count``-th case, each in a process of its own; the report goes beside the
+    cache, what the processes print into ``log.txt``."""
+    import torch  # once for all processes
+
+    assert not torch.cuda.is_initialized()
+    total: dict[str, Any] = {"compiled": 0, "found": 0, "tails": {}, "failed": []}
+    for number, (name, case) in enumerate(cases(GPU)):
+        if number % count != index or only not in name:
+            continue
+        began = time.monotonic()
+        report = cache.parent / f"case-{number}.json"
+        report.unlink(missing_ok=True)
+        child = processes.fork(
+            lambda case=case, report=report: _compile_case(case, report), cache.parent / "log.txt"
+        )
+        status = processes.wait(child, began + CASE_SECONDS)
+        done = json.loads(report.read_text()) if report.exists() else {"launches": 0}
+        for field in ("compiled", "found"):
+            total[field] += done.get(field, 0)
+        total["tails"] |= done.get("tails", {})
+        if status != 0:
+            total["failed"].append(name)
+        print(
+            f"{name}: {done['launches']} launches, {done.get('compiled', 0)} compiled, "
+            f"{done.get('unfit', 0)} do not fit, {time.monotonic() - began:.0f} s"
+            + ("" if status == 0 else f"; FAILED with {status}, see log.txt"),
+            flush=True,
+        )
+        report.unlink(missing_ok=True)
+    (cache.parent / f"part-{index}.json").write_text(json.dumps(total))
+    return int(bool(total["failed"]))
+
+
+def _compile_case(case: Callable[[], object], report: Path) -> None:
+    """In the process of a case; what was compiled before an error counts."""
     from benchmarks.offline_triton import gpu
 
-    failed, compiled, found = [], 0, 0
-    with _tails(cache.parent / f"tails-{index}") as tails, _launchers():
-        for number, (name, case) in enumerate(cases(GPU)):
-            if number % count != index or only not in name:
-                continue
-            began = time.monotonic()
-            with _double_of_torch(), gpu() as launched:
-                try:
-                    case()
-                except Exception:
-                    traceback.print_exc()
-                    failed.append(name)
-            compiled += len(launched.compiled)
-            found += len(launched.found)
-            print(
-                f"{name}: {len(launched.launches)} launches, {len(launched.compiled)} compiled, "
-                f"{len(launched.failures)} do not fit, {time.monotonic() - began:.0f} s",
-                flush=True,
-            )
-    report = {"compiled": compiled, "found": found, "tails": tails, "failed": failed}
-    (cache.parent / f"part-{index}.json").write_text(json.dumps(report))
-    return int(bool(failed))
+    with _tails() as tails, _launchers(), _double_of_torch(), gpu(value=1) as launched:
+        try:
+            case()
+        finally:
+            facts = {
+                "launches": len(launched.launches),
+                "compiled": len(launched.compiled),
+                "found": len(launched.found),
+                "unfit": len(launched.failures),
+                "tails": tails,
+            }
+            report.write_text(json.dumps(facts))
 
 
 def cases(settings: Settings) -> Iterator[Case]:
@@ -152,7 +178,7 @@ def _engine(settings: Settings, batch: int) -> None:
     engine = Engine(var, vae, dtype=getattr(torch, settings.dtype), capture=False)
     for depth in (settings.depths[0], settings.depths[-1]):
         engine.generate(
-            torch.arange(batch, device="cuda"),
+            list(range(batch)),
             depth=depth,
             bridge=settings.bridge,
             max_batch=batch,
@@ -212,7 +238,7 @@ def _golden() -> None:
     with torch.device("cuda"):
         var, vae = VAR(var_config), VQVAE(vae_config)
     for module in (var, vae):
-        module.eval().requires_grad_(False)
+        module.to("cuda").eval().requires_grad_(False)
     labels_B = torch.zeros(2, dtype=torch.int64, device="cuda")
     tokens_BL = torch.zeros(2, var.layout.total, dtype=torch.int64, device="cuda")
     for dtype in (torch.float32, torch.bfloat16):
@@ -254,6 +280,21 @@ def _double_of_torch() -> Iterator[None]:
     def unchanged(tensor: Any, *arguments: Any, **options: Any) -> Any:
         return tensor
 
+    def moved(module: Any, *arguments: Any, **options: Any) -> Any:
+        """``Module.to``, which exchanges tensors in a way that those without values refuse."""
+        values = (*arguments, *options.values())
+        dtype = next((value for value in values if isinstance(value, torch.dtype)), None)
+        for part in module.modules():
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    kind = dtype if buffer.is_floating_point() else None
+                    part._buffers[name] = buffer.to("cuda", kind)
+            for name, parameter in part._parameters.items():
+                if parameter is not None and dtype not in (None, parameter.dtype):
+                    cast = parameter.detach().to(dtype)
+                    part._parameters[name] = nn.Parameter(cast, parameter.requires_grad)
+        return module
+
     with ExitStack() as stack:
         for name, value in {
             "Event": Event,
@@ -265,14 +306,58 @@ def _double_of_torch() -> Iterator[None]:
         }.items():
             stack.enter_context(patch.object(torch.cuda, name, value))
         stack.enter_context(patch.object(torch, "Generator", Generator))
+        stack.enter_context(patch.object(nn.Module, "to", moved))
+        # Else autocast is off where torch finds no GPU.
+        amp = "amp_definitely_not_available"
+        stack.enter_context(patch.object(torch.cuda.amp.common, amp, lambda: False))
+        stack.enter_context(patch.object(torch.cuda, "is_bf16_supported", lambda *_: True))
+        # torch's own engine would look for the driver.
+        stack.enter_context(patch.object(torch.autograd, "grad", _grad))
+        stack.enter_context(patch.object(torch.Tensor, "backward", _backward))
         # Initial values do not exist here, and drawing them is not possible.
         for name in ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_"):
             stack.enter_context(patch.object(nn.init, name, unchanged))
         yield
 
 
+def _grad(output: Any, inputs: Sequence[Any], grad: Any) -> tuple[Any, ...]:
+    """``torch.autograd.grad``, whose results have no values: every node of the graph runs once."""
+    import torch
+
+    _run_nodes(output, grad)
+    return tuple(torch.empty_like(x) for x in inputs)
+
+
+def _backward(output: Any) -> None:
+    """``Tensor.backward``."""
+    _run_nodes(output, output.new_ones(output.shape))
+
+
+def _run_nodes(output: Any, grad: Any) -> None:
+    grads: dict[Any, dict[int, Any]] = {output.grad_fn: {output.output_nr: grad}}
+    while grads:
+        # Created last, differentiated first.
+        node = max(grads, key=lambda node: node._sequence_nr())
+        given = grads.pop(node)
+        if hasattr(node, "variable"):
+            node.variable.grad = given[0]
+            continue
+        differentiate = getattr(node, "apply", node)
+        results = differentiate(*(given.get(at) for at in range(len(node._input_metadata))))
+        results = results if isinstance(results, tuple) else (results,)
+        for (following, at), result in zip(node.next_functions, results, strict=False):
+            if following is not None and result is not None:
+                # As torch does: broadcast axes are summed, the dtype is that of the forward pass.
+                like = getattr(following, "variable", None)
+                if like is None:
+                    like = following._input_metadata[at]
+                result = result.sum_to_size(tuple(like.shape)).to(like.dtype)
+                sums = grads.setdefault(following, {})
+                sums[at] = sums[at] + result if at in sums else result
+
+
 @contextmanager
-def _tails(path: Path) -> Iterator[dict[str, str]]:
+def _tails() -> Iterator[dict[str, str]]:
     """Keys of entries without the part that identifies Triton's build, by the entry's folder."""
     from triton.compiler import compiler
     from triton.runtime.cache import _base32, get_cache_key, triton_key

@@ -369,3 +369,39 @@ def test_libraries_of_other_sources_stay_out(artefacts, tmp_path):
 def test_without_artefacts_the_run_goes_on(tmp_path):
     (note,) = unpack.unpack(tmp_path / "none", tmp_path / "cache", ROOT)
     assert note.startswith("no artefacts: FileNotFoundError")
+
+
+def test_artefacts_are_compiled_without_a_gpu_and_found_again(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    import torch
+
+    from benchmarks.gpu import artefacts
+    from variant_kernels.triton_ops.qk_norm import launch_unit_keys
+
+    def case():
+        launch_unit_keys(k_BTHD=torch.empty(2, 5, 30, 64, device="cuda", dtype=torch.bfloat16))
+
+    cache = tmp_path / "triton"
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    monkeypatch.setattr(artefacts, "cases", lambda settings: [("keys", case)])
+    reports = []
+    for _ in range(2):
+        assert artefacts.compile_part(cache, 0, 1, "") == 0
+        reports.append(json.loads((tmp_path / "part-0.json").read_text()))
+    first, second = reports
+    assert (first["compiled"], second["compiled"], second["found"]) == (1, 0, 1)
+    (key,) = first["tails"]
+    assert (cache / key / "qk_norm_forward_kernel.cubin").exists()
+
+
+def test_a_case_that_does_not_compile_makes_the_command_fail(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from benchmarks.gpu import artefacts
+
+    def case():
+        raise ValueError("no such case")
+
+    monkeypatch.setattr(artefacts, "cases", lambda settings: [("wrong", case)])
+    assert artefacts.compile_part(tmp_path / "triton", 0, 1, "") == 1
+    assert "ValueError: no such case" in (tmp_path / "log.txt").read_text()
+    assert json.loads((tmp_path / "part-0.json").read_text())["failed"] == ["wrong"]

@@ -5,7 +5,8 @@ import re
 import subprocess
 import sys
 
-from zone_models import zone_model
+import pytest
+from zone_models import KINDS, zone_model
 
 from variant.cli.plan import unit_of
 from variant.models.parameter_count import zone_parameters
@@ -22,6 +23,8 @@ def test_the_contracts_table(run):
         ["4", "4,768", "1,860"],
         ["2", "3,664", "1,860"],
     ]
+    # The last scales decide the peak: wider bridges at depths 16 and 8 cost no memory.
+    assert "bridge 6: 8 at depth 16, 7 at depth 8, 6 at depth 4, 6 at depth 2." in printed
     code, printed, _ = run("plan", "--memory", 24)
     assert code == 0
     assert "yes" in printed
@@ -68,6 +71,12 @@ def test_json_holds_the_table_and_nothing_else_is_printed(run, tmp_path):
     assert [row["depth"] for row in plan["depths"]] == [30, 16, 8, 4, 2]
     assert plan["depths"][0]["planned_bytes"] == 12390 * 2**20
     assert len(plan["bridges"]) == 5 * 11
+    free = {row["depth"]: row["largest_free_bridge"] for row in plan["depths"]}
+    assert free == {30: 10, 16: 8, 8: 7, 4: 6, 2: 6}
+    sizes = {(row["depth"], row["bridge"]): row["planned_bytes"] for row in plan["bridges"]}
+    for depth, bridge in free.items():
+        assert sizes[depth, bridge] == sizes[depth, 6]
+        assert bridge == 10 or sizes[depth, bridge + 1] > sizes[depth, 6]
     code, tables, _ = run(*words, "--json", tmp_path / "plan.json")
     assert code == 0
     assert "12,390" in tables
@@ -119,6 +128,16 @@ def test_gpus_must_divide_the_batch_and_need_train(run):
     code, _, error = run("plan", "--gpus", 2)
     assert code == 1
     assert "plan: --gpus needs --train" in error
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_plan_of_zone_weights_is_refused_by_name(kind, tmp_path, run):
+    zone_model(kind).save_pretrained(tmp_path)
+    code, printed, error = run("plan", "--train", "--model", tmp_path)
+    assert code == 1
+    assert not printed
+    assert f'zone weights ("{KINDS[kind]["zone_weights"]}")' in error
+    assert "plan: --train plans steps that train every weight" in error
 
 
 def test_zone_weights_are_counted(tmp_path, run):

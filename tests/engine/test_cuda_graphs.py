@@ -9,9 +9,12 @@ import pytest
 import torch
 from small_models import small_model
 
+from variant.engine import cast_models
 from variant.engine import engine as engine_module
 from variant.engine.cuda_graphs import GraphCache, GraphRecorder, Recording
 from variant.engine.engine import Engine
+from variant.engine.graph_replay import GraphReplay
+from variant.engine.weights import WeightsVersion
 from variant_kernels import CachePlan, device_lock
 
 
@@ -131,6 +134,126 @@ def test_new_weights_are_recorded_anew(recorder):
     changed = engine.generate([1, 2], seed=0)
     assert recorder.recorded == 4
     assert same(changed, Engine(model.var, model.vae, capture=False).generate([1, 2], seed=0))
+
+
+@pytest.fixture
+def order(recorder, monkeypatch):
+    """What happens in a call: "replay" of a graph, "look" at the weights, "memory" looked up."""
+    seen, look = [], WeightsVersion.__call__
+    run = GraphCache.run
+
+    def noted_run(self, key, *arguments):
+        seen.append("replay" if key in self else "record")
+        return run(self, key, *arguments)
+
+    def noted_look(self, var, vae):
+        seen.append("look")
+        return look(self, var, vae)
+
+    def free_bytes(device):
+        seen.append("memory")
+        return 2**40
+
+    monkeypatch.setattr(GraphCache, "run", noted_run)
+    monkeypatch.setattr(WeightsVersion, "__call__", noted_look)
+    monkeypatch.setattr("variant.engine.engine.free_bytes", free_bytes)
+    return seen
+
+
+def test_a_recorded_batch_is_queued_before_the_weights_are_looked_at(order):
+    model = small_model()
+    engine = Engine(model.var, model.vae)
+    first = engine.generate([1, 2], seed=0)
+    assert order == ["look", "memory", "record", "record"]
+    del order[:]
+    assert same(engine.generate([1, 2], seed=0), first)
+    assert order == ["replay", "replay", "look"]
+    del order[:]
+    engine.generate([1, 2], seed=0, decode=False)
+    assert order == ["replay", "look"]
+    del order[:]
+    engine.generate([1, 2, 3], seed=0, max_batch=2)  # the rest of one image is not recorded
+    assert order == ["look", "memory", *["replay"] * 2, "look", *["record"] * 2]
+    del order[:]
+    engine.generate([1, 2, 3], seed=0, max_batch=2)
+    assert order == ["replay", "replay", "look"] * 2
+
+
+def _replaced(model):
+    weight = model.var.head.weight
+    model.var.head.weight = torch.nn.Parameter(weight.detach().flip(0).clone())
+
+
+def _in_place(model):
+    with torch.no_grad():
+        model.var.head.weight.copy_(model.var.head.weight.flip(0).clone())
+
+
+def _decoder(model):
+    with torch.no_grad():
+        model.vae.decoder.conv_out.weight.mul_(-1)
+
+
+@pytest.mark.parametrize("change", [_replaced, _in_place, _decoder])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_result_of_weights_that_changed_is_discarded(order, change, dtype):
+    model = small_model()
+    engine = Engine(model.var, model.vae, dtype=dtype)
+    before = engine.generate([1, 2], seed=0)
+    change(model)
+    after = engine.generate([1, 2], seed=0)
+    eager = Engine(model.var, model.vae, dtype=dtype, capture=False)
+    assert same(after, eager.generate([1, 2], seed=0))
+    assert not same(after, before)
+    assert same(engine.generate([1, 2], seed=0), after)
+
+
+def test_weights_that_change_while_a_batch_is_generated_count(order, monkeypatch):
+    model = small_model()
+    engine = Engine(model.var, model.vae)
+    engine.generate([1, 2], seed=0)
+    decode, changes = GraphReplay.decode, [_in_place]
+
+    def decode_and_change(self, *arguments):
+        images = decode(self, *arguments)
+        if changes:
+            changes.pop()(model)
+        return images
+
+    monkeypatch.setattr(GraphReplay, "decode", decode_and_change)
+    result = engine.generate([1, 2], seed=0)
+    assert same(result, Engine(model.var, model.vae, capture=False).generate([1, 2], seed=0))
+
+
+def test_a_graph_keeps_the_memory_that_it_reads_until_the_next_call(recorder):
+    """A parameter that was replaced is read once more, before its replacement is noticed."""
+    model = small_model()
+    engine = Engine(model.var, model.vae)
+    engine.generate([1, 2], seed=0)
+    kept = {t.data_ptr() for t in engine._graphs[1]._weights}
+    tensors = [*model.var.parameters(), *model.var.buffers(), *model.vae.parameters()]
+    assert kept >= {t.data_ptr() for t in tensors}
+
+
+def test_old_weights_are_freed_before_new_ones_are_cast(recorder, monkeypatch):
+    model = small_model()
+    engine = Engine(model.var, model.vae, dtype=torch.bfloat16)
+    engine.generate([1, 2], seed=0)
+    old, alive = weakref.ref(engine._cast[1]), []
+    cast = cast_models.EngineWeights
+
+    def noted(*arguments):
+        alive.append(old() is not None)
+        return cast(*arguments)
+
+    monkeypatch.setattr(cast_models, "EngineWeights", noted)
+    _in_place(model)
+    gc.disable()
+    try:
+        engine.generate([1, 2], seed=0)
+    finally:
+        gc.enable()
+    assert alive == [False]
 
 
 def test_graphs_of_old_weights_are_released_without_the_garbage_collector(recorder):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from seeded import images as seeded_images
+from small_models import small_model
 
 from variant.cli.main import main
 from variant.data.config import DataSection
@@ -197,7 +198,7 @@ def test_a_classifier_is_trained_saved_and_recognises(tmp_path):
     save_classifier(path, classifier, record)
     network, loaded = load_classifier(path, "digits", CPU)
     assert loaded == record
-    assert network.distance == "FD (classifier of digits)"
+    assert network.distance == "digits-FD"
     pixels = seeded_images(1, 4, 16, 16)
     assert network.run(pixels).features_BD.equal(classifier(pixels).features_BD)
     path.with_suffix(".json").write_text("{}")
@@ -233,3 +234,35 @@ def test_the_command_writes_and_compares(tmp_path, monkeypatch, capsys):
     assert "--weights must name the file" in capsys.readouterr().err
     assert main(["eval", "--images", "a", "--reference", "nothing"]) == 1
     assert "or a recipe, whose held-out images are taken" in capsys.readouterr().err
+
+
+def test_a_table_by_depth_bridge_and_lever(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gray.py").write_text(
+        "def features(images):\n    return images.float().mean((2, 3)) / 255\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    small_model().save_pretrained("model")
+    np.savez("real.npz", array(2, 60, side=6))
+    words = ["eval", "--model", "model", "--reference", "real.npz", "--features", "gray:features"]
+    words += ["--num", "20", "--depths", "4", "2", "--bridges", "1", "2"]
+    words += ["--kv-dtypes", "exact", "fp8"]
+    assert main([*words, "--plot", "front.png", "--json", "front.json"]) == 0
+    printed = capsys.readouterr().out
+    assert "two real halves of 20" in printed
+    result = json.loads((tmp_path / "front.json").read_text())
+    rows = [(row["depth"], row["bridge"], row["kv_dtype"]) for row in result["settings"]]
+    assert rows == [(*one, kv) for kv in ("exact", "fp8") for one in ((4, 1), (2, 1), (2, 2))]
+    assert all(row["seconds_per_image"] > 0 for row in result["settings"])
+    sizes = {row[:]: entry["kv_bytes"] for row, entry in zip(rows, result["settings"], strict=True)}
+    assert sizes[2, 1, "exact"] <= sizes[2, 2, "exact"] <= sizes[4, 1, "exact"]
+    assert all(sizes[row] < sizes[*row[:2], "exact"] for row in rows if row[2] == "fp8")
+    with Image.open("front.png") as picture:
+        assert picture.size[0] > 1000
+    # One setting is that of its own images.
+    assert main(
+        ["eval", "--images", "runs/eval/depth2-bridge1-exact", "--reference", "real.npz",
+         "--features", "gray:features", "--json", "one.json"]
+    ) == 0  # fmt: skip
+    one = json.loads((tmp_path / "one.json").read_text())
+    assert one["metrics"] == result["settings"][1]["metrics"]
+    assert one["generated"]["depth"] == 2

@@ -2,6 +2,7 @@
 
 import ast
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,8 +13,13 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from variant_kernels import device_lock
-from variant_kernels.triton_ops import tuning
-from variant_kernels.triton_ops.tuning import Config
+from variant_kernels.triton_ops import (
+    block_causal_attention_configs,
+    paged_attention_configs,
+    tuning,
+)
+from variant_kernels.triton_ops.tuning import Config, Key
+from variant_kernels.tuning_switch import timing_allowed
 
 CONFIGS = (Config(16, 16, 1, 1), Config(32, 16, 1, 1), Config(64, 16, 1, 1))
 CPU = torch.device("cpu")
@@ -43,12 +49,17 @@ def timed(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "triton_interprets", lambda: False)
     monkeypatch.setenv("VARIANT_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("VARIANT_AUTOTUNE", raising=False)
+    monkeypatch.setenv("VARIANT_TUNE", "1")
+    monkeypatch.setattr(tuning, "family", lambda device: "here")
     tuning.clear_choices()
     yield ran
     tuning.clear_choices()
 
 
-def choose(ran, key=("shape",)):
+SHAPE = Key(("shape",))
+
+
+def choose(ran, key=SHAPE):
     return tuning.best(KERNEL, CONFIGS, key, ran.append, CPU)
 
 
@@ -64,7 +75,7 @@ def test_another_process_reads_the_winner_and_another_shape_is_timed(timed):
     tuning.clear_choices()
     assert choose(timed) == CONFIGS[1]
     assert len(timed) == 3
-    choose(timed, key=("another shape",))
+    choose(timed, key=Key(("another shape",)))
     assert len(timed) == 6
 
 
@@ -98,11 +109,11 @@ def test_nothing_is_timed_or_settled_while_a_graph_is_captured(timed, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(tuning, "_device_name", lambda device: "some GPU")
     device = torch.device("cuda", 0)
-    assert tuning.best(KERNEL, CONFIGS, (), timed.append, device) is CONFIGS[0]
+    assert tuning.best(KERNEL, CONFIGS, Key(()), timed.append, device) is CONFIGS[0]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert tuning.best(KERNEL, CONFIGS, (), timed.append, device) is CONFIGS[1]
+    assert tuning.best(KERNEL, CONFIGS, Key(()), timed.append, device) is CONFIGS[1]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert tuning.best(KERNEL, CONFIGS, (), timed.append, device) is CONFIGS[1]
+    assert tuning.best(KERNEL, CONFIGS, Key(()), timed.append, device) is CONFIGS[1]
 
 
 def test_a_folder_that_cannot_be_written_is_said_and_the_winner_still_serves(
@@ -116,7 +127,7 @@ def test_a_folder_that_cannot_be_written_is_said_and_the_winner_still_serves(
 
 def test_a_device_too_small_for_every_config_is_named(timed):
     with pytest.raises(RuntimeError, match="some_kernel: none of its 2 block sizes fits") as raised:
-        tuning.best(KERNEL, (CONFIGS[0], CONFIGS[0]), (), timed.append, CPU)
+        tuning.best(KERNEL, (CONFIGS[0], CONFIGS[0]), Key(()), timed.append, CPU)
     assert isinstance(raised.value.__cause__, OutOfResources)
 
 
@@ -154,3 +165,102 @@ def test_a_config_that_does_not_compile_costs_no_other(timed, monkeypatch):
     monkeypatch.setattr(tuning.triton.testing, "do_bench", stopwatch)
     assert choose(timed) is CONFIGS[0]
     assert len(timed) == 3
+
+
+SHAPES = [
+    Key(("64",), (queries, heads), ("float16",)) for queries in (16, 256) for heads in (8, 64)
+]
+
+
+@pytest.fixture
+def shipped(timed, monkeypatch, tmp_path):
+    """Choices of the package for one kernel: two shapes, and one that is no candidate."""
+    entries = [
+        {
+            "kernel": "some_kernel",
+            "family": "here",
+            "same": ["64"],
+            "sizes": sizes,
+            "config": config,
+        }
+        for sizes, config in (
+            ([16, 64], vars(CONFIGS[2])),
+            ([256, 64], vars(CONFIGS[1])),
+            ([256, 8], vars(Config(99, 16, 1, 1))),
+        )
+    ]
+    path = tmp_path / "shipped.json"
+    path.write_text(json.dumps({"entries": entries}))
+    monkeypatch.setattr(tuning, "SHIPPED", path)
+    tuning._shipped.cache_clear()
+    yield
+    tuning._shipped.cache_clear()
+
+
+def test_a_request_times_nothing_and_takes_the_nearest_choice(timed, shipped, monkeypatch):
+    monkeypatch.delenv("VARIANT_TUNE")
+    expected = [CONFIGS[2], CONFIGS[2], CONFIGS[1], CONFIGS[1]]
+    assert [choose(timed, key) for key in SHAPES] == expected
+    assert choose(timed, Key(("128",), (16, 8))) is CONFIGS[0]  # nothing near is known
+    assert timed == []
+    with timing_allowed():
+        assert choose(timed, SHAPES[0]) is CONFIGS[1]
+        assert len(timed) == 3
+    assert choose(timed, SHAPES[0]) is CONFIGS[1]
+    # The measured choice of another shape is as near as the package's, and comes first.
+    assert choose(timed, Key(("64",), (16, 8), ("bfloat16",))) == CONFIGS[1]
+    tuning.clear_choices()  # as in another process
+    assert [choose(timed, key) for key in SHAPES] == [
+        CONFIGS[1],
+        CONFIGS[2],
+        CONFIGS[1],
+        CONFIGS[1],
+    ]
+    assert len(timed) == 3
+
+
+def test_timing_is_allowed_in_every_thread_until_the_last_block_ends(timed, monkeypatch):
+    monkeypatch.delenv("VARIANT_TUNE")
+    with timing_allowed(), ThreadPoolExecutor(1) as pool:
+        with timing_allowed():
+            pass
+        assert pool.submit(choose, timed).result() is CONFIGS[1]
+    assert choose(timed, SHAPES[0]) is CONFIGS[0]
+    monkeypatch.setenv("VARIANT_AUTOTUNE", "0")
+    with timing_allowed():
+        assert choose(timed, SHAPES[1]) is CONFIGS[0]
+
+
+def test_a_damaged_record_of_another_shape_is_passed_over(timed, monkeypatch):
+    choose(timed, SHAPES[3])
+    monkeypatch.delenv("VARIANT_TUNE")
+    tuning.clear_choices()
+    assert choose(timed, SHAPES[2]) == CONFIGS[1]
+    for path in tuning.cache_dir().iterdir():
+        path.write_text("{}")
+    tuning.clear_choices()
+    assert choose(timed, SHAPES[2]) is CONFIGS[0]
+
+
+def test_every_shipped_choice_is_a_candidate_and_says_where_it_is_from():
+    entries = json.loads(tuning.SHIPPED.read_text())["entries"]
+    blocks = block_causal_attention_configs
+    tables = {"forward": blocks.FORWARD, "dq": blocks.DQ, "dkv": blocks.DKV}
+    shapes = [
+        (entry["kernel"], entry["family"], entry["same"], entry["sizes"]) for entry in entries
+    ]
+    assert all(shapes.count(shape) == 1 for shape in shapes)
+    for entry in entries:
+        config, head_dim = Config(**entry["config"]), int(entry["same"][0])
+        assert entry["source"] == "predicted" or entry["source"].startswith("measured on ")
+        if entry["kernel"] == "paged_attention_kernel":
+            kv8 = entry["same"][2] == "1"
+            by_queries = paged_attention_configs.configs_by_queries(
+                entry["family"], head_dim > 64, kv8
+            )
+            queries = entry["sizes"][0]
+            candidates = by_queries[min((n for n in by_queries if n >= queries), default=128)]
+        else:
+            table = tables[entry["kernel"].split("_")[3]][entry["family"]]
+            candidates = table[min(width for width in table if width >= head_dim)]
+        assert config in candidates, entry

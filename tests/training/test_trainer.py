@@ -1,7 +1,10 @@
 """Training: runs are reproducible, resumed runs equal unbroken ones, bad numbers stop a run."""
 
 import dataclasses
+import json
 import signal
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +27,7 @@ from tiny_runs import (
 from variant.checkpoints.model_folder import load_model
 from variant.data.images import epoch_order
 from variant.errors import UserError
+from variant.training.late_values import LateValues
 from variant.training.run_setup import RunSetup
 from variant.training.trainer import Trainer
 from variant.training.vae_task import VAETask, train_vae
@@ -169,6 +173,92 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(
         train_vae(recipe, tmp_path, console=quiet(), device=CPU)
     module, before = modules[-1]
     assert_same(module.state_dict(), before)
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Numbers of a step are read after the next one, as on a GPU."""
+    monkeypatch.setattr("variant.training.late_values.steps_late", lambda device: 1)
+
+
+def test_losses_that_are_read_a_step_late_are_the_same(recipe, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(recipe, logging=dataclasses.replace(recipe.logging, every=3))
+    measured = []
+    for late in (0, 1):
+        folder = tmp_path / str(late)
+        monkeypatch.setattr("variant.training.late_values.steps_late", lambda device, n=late: n)
+        train_vae(recipe, folder, console=quiet(), device=CPU)
+        lines = [
+            json.loads(text) for text in (folder / "vae-steps.jsonl").read_text().split("\n")[:-1]
+        ]
+        lines = [{k: line[k] for k in line if k.startswith(("loss", "grad"))} for line in lines]
+        measured.append((metrics(folder, "vae"), lines))
+    assert measured[0] == measured[1]
+    assert {"loss/loss", "gradient_norm/loss/all"} <= measured[0][1][0].keys()
+
+
+def test_a_step_waits_for_none_of_its_numbers(recipe, tmp_path, monkeypatch, late):
+    item, callers, events = torch.Tensor.item, [], []
+
+    def noted(tensor):
+        callers.append(Path(sys._getframe(1).f_code.co_filename).name)
+        return item(tensor)
+
+    add, read = LateValues.add, LateValues.read
+
+    def noted_add(self, step, values):
+        events.append(("queued", step[1]))
+        add(self, step, values)
+
+    def noted_read(self, *, everything=False):
+        for step, numbers in read(self, everything=everything):
+            events.append(("read", step[1]))
+            yield step, numbers
+
+    monkeypatch.setattr(torch.Tensor, "item", noted)
+    monkeypatch.setattr(LateValues, "read", noted_read)
+    monkeypatch.setattr(LateValues, "add", noted_add)
+    train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    assert "trainer.py" not in callers
+    assert events[:4] == [("queued", 0), ("queued", 1), ("read", 0), ("read", 1)]  # an epoch ends
+
+
+def _bad_from(monkeypatch, bad_step, factor):
+    """From a step on the loss times ``factor``; the weights before each step, by number."""
+    loss, weights = VAETask.loss, {}
+
+    def spoiled(self, indices, epoch, step):
+        weights[step] = {k: v.clone() for k, v in self.module.state_dict().items()}
+        weights["module"] = self.module
+        return loss(self, indices, epoch, step) * (factor if step >= bad_step else 1)
+
+    monkeypatch.setattr(VAETask, "loss", spoiled)
+    return weights
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad_step", [2, 3])  # 3 is the last of an epoch
+def test_a_bad_loss_that_is_read_late_stops_the_run_before_it_is_saved(
+    recipe, tmp_path, monkeypatch, late, bad_step, factor
+):
+    recipe = dataclasses.replace(
+        recipe, output=dataclasses.replace(recipe.output, checkpoint_steps=1)
+    )
+    weights = _bad_from(monkeypatch, bad_step, factor)
+    with pytest.raises(UserError, match=f"the loss is not finite at step {bad_step} .epoch 1.;"):
+        train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    saved = torch.load(tmp_path / "vae-last.pt", weights_only=True)
+    assert saved["step"] == bad_step
+    assert_same(saved["module"], weights[bad_step])
+    for name, weight in weights["module"].named_parameters():  # nor did it reach the weights
+        assert torch.equal(weight, weights[bad_step][name])
+
+
+def test_a_signal_after_a_bad_loss_does_not_save_it(recipe, tmp_path, monkeypatch, late):
+    _bad_from(monkeypatch, 2, float("nan"))
+    interrupt_after(monkeypatch, VAETask, 2, signal.SIGTERM)
+    with pytest.raises(UserError, match="the loss is not finite at step 2"):
+        train_vae(recipe, tmp_path, console=quiet(), device=CPU)
 
 
 def test_sigterm_finishes_the_step_saves_and_exits_with_143(recipe, tmp_path, monkeypatch):

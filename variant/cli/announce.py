@@ -17,6 +17,7 @@ from variant.cli.options import (
     Tokenize,
     Train,
     TrainVae,
+    Warm,
 )
 from variant.cli.output import console
 
@@ -71,6 +72,12 @@ def first_line(command: Command) -> str:
             if command.action == "new" and command.out is not None:
                 return f"recipe: reading {command.data}, to {command.out}"
             return f"recipe: checking {command.recipe}" if command.action == "check" else ""
+        case Warm():
+            depths = _list(command.depths) or "every depth"
+            return (
+                f"warm: {command.model}, batch {_list(command.batch)}, {depths}, "
+                f"{command.dtype or 'dtype of the weights'}, {command.device}"
+            )
         case Plan():
             return ""
 

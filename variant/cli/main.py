@@ -1,5 +1,5 @@
 """The command line ``variant``: generate, plan, train, train-vae, recipe, bench, convert,
-info, tokenize, sample, eval.
+info, tokenize, sample, eval, warm.
 
 The module of a command is imported when it runs, so that ``--help`` starts without torch.
 """
@@ -28,6 +28,7 @@ from variant.cli.options import (
     Tokenize,
     Train,
     TrainVae,
+    Warm,
 )
 from variant.cli.words import UsageError, check_words
 from variant_kernels import __version__
@@ -124,6 +125,10 @@ def function_of(command: Command) -> Callable[[Any], None]:
             from variant.cli.info import info
 
             return info
+        case Warm():
+            from variant.cli.warm import warm
+
+            return warm
 
 
 def _stopped(stop: KeyboardInterrupt) -> int:

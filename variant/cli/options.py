@@ -405,6 +405,10 @@ class Eval:
 
     Example: variant eval --images out --reference digits --features classifier:digits
 
+    Example: variant eval --model digits --reference digits --features classifier:digits
+
+    Example: variant eval --reconstruct digits --reference digits --features classifier:digits
+
     Example: variant eval --compare a.json b.json
     """
 
@@ -420,8 +424,31 @@ class Eval:
     weights: Path | None = None
     """File of the network's weights; a classifier is written there; default:
     runs/RECIPE/classifier.safetensors."""
+    paired: bool = False
+    """Image i belongs to image i of the reference, in the order of their names: PSNR, SSIM and the
+    share of equal images too."""
+    reconstruct: str | None = None
+    """In place of --images: the reference's images, encoded and decoded by the VQ-VAE of this
+    model: rFID (named by the network), PSNR, SSIM."""
+    model: str | None = None
+    """In place of --images: generate images with this model at several settings, and evaluate each;
+    a model folder, Hub id, or a model of this package."""
+    num: int | None = None
+    """With --model: images of each setting; default: 50 per class."""
+    depths: tuple[int, ...] = ()
+    """With --model: layers in the flexible zone; default: every depth of the model."""
+    bridges: tuple[int, ...] = ()
+    """With --model: first scales that run every layer; default: the model's own."""
+    kv_dtypes: tuple[Literal["exact", "fp8"], ...] = ("exact",)
+    """With --model: exact K and V, 8-bit ones, or both."""
+    seed: int = 0
+    """With --model: seed of the images, the same at every setting."""
+    out: Path = Path("runs/eval")
+    """With --model: folder of the images; the same command continues."""
+    plot: Path | None = None
+    """With --model: a picture of quality against memory and against time; needs matplotlib."""
     device: str = "cpu"
-    """Device of the network: cpu, cuda, cuda:1."""
+    """Device of the network and the model: cpu, cuda, cuda:1."""
     batch: int = 64
     """Images of a batch; it changes no metric."""
     compare: tuple[Path, ...] = ()
@@ -432,6 +459,46 @@ class Eval:
     """Show the traceback of an error."""
 
 
+@dataclass
+class Warm:
+    """Compile the GPU kernels of a model and time their block sizes, so that no request waits.
+
+    Both are kept on disk, so Ctrl-C loses only the step that runs. On a CPU there is nothing to do.
+
+    Example: variant warm --model digits --device cuda --batch 1 8
+    """
+
+    model: str = "digits"
+    """Model folder, Hub id, or a model of this package."""
+    batch: tuple[int, ...] = (1,)
+    """Images per batch; one or more sizes."""
+    depths: tuple[int, ...] = ()
+    """Layers in the flexible zone; default: every depth of the model."""
+    dtype: DtypeName | None = None
+    """Dtype of weights, K/V and matrix products; default: that of the weights."""
+    kv_dtype: KVDtypeName | None = None
+    """fp8: for K and V in 8 bits; default: exact."""
+    device: str = "cuda"
+    """Device of the model: cuda, cuda:1, cpu."""
+    backend: str = "auto"
+    """Backend of the kernels; auto: the fastest. `python -m variant_kernels` lists them."""
+    json: Path | None = None
+    """File for the steps and their seconds; -: print them in place of the lines."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
 Command = (
-    Generate | Plan | Train | TrainVae | Recipe | Bench | Convert | Info | Tokenize | Sample | Eval
+    Generate
+    | Plan
+    | Train
+    | TrainVae
+    | Recipe
+    | Bench
+    | Convert
+    | Info
+    | Tokenize
+    | Sample
+    | Eval
+    | Warm
 )

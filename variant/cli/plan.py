@@ -78,6 +78,8 @@ def plan(command: Plan) -> None:
     out = console(command.json)
     out.print(_by_depth(command, var, bridge, plan_of, free))
     out.print(_by_bridge(command, var, plan_of, free))
+    if any(depth < var.depth for depth in depths_of(var)):
+        out.print(_free_bridges(var, bridge, plan_of))
     out.print(
         f"Weights: {mebibytes(weights)} in addition (transformer in {command.dtype}, VQ-VAE in "
         "float32). Activations are not included."
@@ -89,6 +91,23 @@ def plan(command: Plan) -> None:
 
         print_kv_figures(out, command.dtype)
     write_json(command.json, _as_json(command, var, bridge, weights, plan_of))
+
+
+def largest_free_bridge(var: VARConfig, depth: int, bridge: int, plan_of: PlanOf) -> int:
+    """The largest bridge whose cache takes no more memory than that of ``bridge``."""
+    most = plan_of(depth, bridge).ours
+    bridges = range(bridge, len(var.patch_nums) + 1)
+    return max(other for other in bridges if plan_of(depth, other).ours <= most)
+
+
+def _free_bridges(var: VARConfig, bridge: int, plan_of: PlanOf) -> str:
+    """One line: how far the bridge may grow at each depth without more memory, though more work."""
+    largest = ", ".join(
+        f"{largest_free_bridge(var, depth, bridge, plan_of)} at depth {depth}"
+        for depth in depths_of(var)
+        if depth < var.depth
+    )
+    return f"Largest bridge at no more K/V memory than bridge {bridge}: {largest}."
 
 
 def _zone_weights(command: Plan, var: VARConfig) -> str:
@@ -112,6 +131,7 @@ def _as_json(
     """Both tables as plain values, in bytes."""
     bridges = range(len(var.patch_nums) + 1)
     rows = [plan_of(depth, bridge) for depth in depths_of(var)]
+    free = {depth: largest_free_bridge(var, depth, bridge, plan_of) for depth in depths_of(var)}
     grid = [plan_of(depth, bridge) for depth in depths_of(var) for bridge in bridges]
     return {
         "format": "variant-plan-1",
@@ -129,7 +149,7 @@ def _as_json(
             for depth in (var.subnets if var.zone_weights != "shared" else ())
         },
         "memory_bytes": None if command.memory is None else int(command.memory * 2**30),
-        "depths": [_row_as_json(row) for row in rows],
+        "depths": [{**_row_as_json(row), "largest_free_bridge": free[row.depth]} for row in rows],
         "bridges": [
             {"depth": row.depth, "bridge": row.bridge, "planned_bytes": row.ours} for row in grid
         ],

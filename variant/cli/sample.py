@@ -72,7 +72,7 @@ def sample_command(command: Sample) -> None:
         command.cfg, min(command.top_k, config.vocab_size), command.top_p, command.seed
     )
     files = SampleFiles(command.out, form, num, labels, command.batch)
-    settings = _settings(command, engine, files, sampling)
+    settings = settings_of(command, engine, files, sampling)
     done = 0
     with ExitStack() as stack:
         advance: Advance | None = None
@@ -127,7 +127,7 @@ def _form(command: Sample) -> Any:
         return command.format
 
 
-def _settings(
+def settings_of(
     command: Sample, engine: Engine, files: SampleFiles, sampling: Sampling
 ) -> dict[str, Any]:
     """All that the images depend on, as plain values."""

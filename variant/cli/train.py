@@ -12,6 +12,7 @@ from variant.training.recipe import load_recipe, starting_from
 from variant.training.task import Summary
 from variant.training.vae_task import train_vae as train_vae_recipe
 from variant.training.var_task import train_var
+from variant_kernels.tuning_switch import timing_allowed
 
 
 def train(command: Train) -> None:
@@ -20,9 +21,10 @@ def train(command: Train) -> None:
     if command.start_from is not None:
         recipe = starting_from(recipe, command.start_from)
     out = folder_of(command)
-    summary = train_var(
-        recipe, out, resume=command.resume, resume_command=resume_command("train", command)
-    )
+    with timing_allowed():  # a run has many steps of each shape
+        summary = train_var(
+            recipe, out, resume=command.resume, resume_command=resume_command("train", command)
+        )
     _report(summary)
     console().print(f"wrote {out}: variant generate --model {shlex.quote(str(out))}")
 

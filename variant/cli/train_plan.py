@@ -23,11 +23,17 @@ def print_train_plan(command: Plan, batch: int) -> None:
     """Print a row for every mode and checkpointing.  Args: batch: images of a step.
 
     Raises:
-        UserError: a batch that the GPUs do not divide.
+        UserError: a batch that the GPUs do not divide; a model with zone weights.
     """
     if batch % command.gpus:
         raise UserError(f"plan: --batch must be a multiple of --gpus ({command.gpus}); got {batch}")
     var, vae = configs_of(command.model)
+    if var.zone_weights != "shared":
+        raise UserError(
+            f"plan: --train plans steps that train every weight; {command.model} has zone weights "
+            f'("{var.zone_weights}"), which train alone, over a frozen full network. Name a model '
+            "without zone weights"
+        )
     memory = None if command.memory is None else command.memory * GIB
     rows = training_rows(
         var, vae, gpus=command.gpus, batch=batch, width=item_bytes(command.dtype), memory=memory

@@ -7,16 +7,17 @@ scales, E codebook vector width, H W the feature map (of images: pixels).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial, wraps
+from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from variant.engine.arguments import GivenTokens
-from variant.engine.generation import OnScale, PartialResult, Sampling, Stats
+from variant.engine.generation import OnScale, PartialResult, Sampling
 from variant.engine.graph_replay import GraphReplay
 from variant.engine.images import to_uint8
 from variant.engine.kernels import Launchers
@@ -27,7 +28,6 @@ from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.models.zones import zone_of
 from variant_kernels import CachePlan, DepthSchedule, PagedKVCache, ScaleLayout
-from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.kv_cache import PageTables
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -50,14 +50,32 @@ def cache_plan(layout: ScaleLayout, schedule: DepthSchedule, page_size: int) -> 
     return CachePlan(layout, schedule, page_size)
 
 
-def synchronized_time(device: torch.device) -> float:
-    """Seconds of a monotonic clock, after the work queued on a GPU has finished."""
-    if device.type == "cuda":
-        # An event: synchronising the whole device is an error while another thread captures.
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(device))
-        done.synchronize()
-    return time.perf_counter()
+class Stopwatch:
+    """Times between marks in the work of a device; only the last mark is waited for.
+
+    A wait at every mark would leave a GPU idle until the host has queued more work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._times: list[float] = []
+        self._events: list[torch.cuda.Event] = []
+
+    def mark(self) -> None:
+        """Marks the end of the work that is queued now."""
+        if self._device.type == "cuda":
+            # An event: synchronising the whole device is an error while another thread captures.
+            self._events.append(torch.cuda.Event(enable_timing=True))
+            self._events[-1].record(torch.cuda.current_stream(self._device))
+        else:
+            self._times.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Seconds from each mark to the next one; waits for the last."""
+        if self._events:
+            self._events[-1].synchronize()
+            return [a.elapsed_time(b) / 1000 for a, b in pairwise(self._events)]
+        return [b - a for a, b in pairwise(self._times)]
 
 
 def switch_depth(state: BatchState, k: int, begin: int, depth: int | Sequence[int]) -> bool:
@@ -80,6 +98,11 @@ def switch_depth(state: BatchState, k: int, begin: int, depth: int | Sequence[in
         )
     state.switch(begin, layers)
     return True
+
+
+def can_be_captured(request: Request, batch: Batch) -> bool:
+    """Whether a CUDA graph can generate the batch."""
+    return request.can_be_captured and batch.given is None
 
 
 def decode_rgb(weights: EngineWeights, f_hat_BEHW: Tensor) -> Tensor:
@@ -150,7 +173,8 @@ class Part:
     depths: layers run at each scale.  postponed: scales after which ``on_scale`` asked for a depth
     that began later.  allocated_bytes, peak_bytes: of the K/V cache.
     captured: whether a CUDA graph generated it.  seconds: of the batch; decode_seconds: of the
-    VQ-VAE decoder, part of it.
+    VQ-VAE decoder, part of it.  product_dtype, packed: of the weights.  zone_weight_bytes: of the
+    subnets that could run.
     """
 
     images: Tensor
@@ -164,6 +188,9 @@ class Part:
     captured: bool
     seconds: float
     decode_seconds: float
+    product_dtype: torch.dtype
+    packed: bool
+    zone_weight_bytes: int
 
 
 @dataclass(frozen=True)
@@ -243,27 +270,44 @@ class BatchRunner:
     def _tables(self, schedule: DepthSchedule, num_sequences: int) -> PageTables:
         return self.page_tables.get(schedule, num_sequences, self.page_size, self.device)
 
-    def generate(self, batch: Batch, request: Request, graphs: GraphReplay | None) -> Part:
+    def generate(
+        self,
+        batch: Batch,
+        request: Request,
+        graphs: GraphReplay | None,
+        unchanged: Callable[[], bool] | None = None,
+    ) -> Part | None:
         """One batch of a request.
 
         Args:
             graphs: recorded with these weights; None launches every kernel from Python. No field
                 of this object: a graph keeps the object that recorded it.
+            unchanged: whether these weights are still those of the model; asked when all work is
+                queued, while a GPU runs it.
+        Returns:
+            The result; None where the weights are not ``unchanged``.
         """
-        started = synchronized_time(self.device)
-        captured = graphs is not None and request.can_be_captured and batch.given is None
+        watch = Stopwatch(self.device)
+        watch.mark()
+        captured = graphs is not None and can_be_captured(request, batch)
         postponed: list[int] = []
         if graphs is not None and captured:
             drawn = self._replay(graphs, batch, request)
         else:
             drawn = self._generate_eagerly(batch, request, postponed)
-        decoding = synchronized_time(self.device)
+        watch.mark()
         if request.decode:
             images = self.decode(drawn.f_hat_BEHW, graphs)
             images = to_uint8(images) if request.image_dtype == torch.uint8 else images
         else:
             size = self.vae.config.image_size
             images = torch.empty(0, 3, size, size, dtype=request.image_dtype, device=self.device)
+        watch.mark()
+        is_current = unchanged is None or unchanged()
+        generate_seconds, decode_seconds = watch.seconds()
+        if not is_current:
+            return None
+        zones = self.zones(request.schedule, can_switch=request.on_scale is not None)
         return Part(
             images,
             drawn.tokens_BL,
@@ -274,8 +318,11 @@ class BatchRunner:
             drawn.allocated_bytes,
             drawn.peak_bytes,
             captured=captured,
-            seconds=(finished := synchronized_time(self.device)) - started,
-            decode_seconds=finished - decoding,
+            seconds=generate_seconds + decode_seconds,
+            decode_seconds=decode_seconds,
+            product_dtype=self.weights.dtype,
+            packed=self.weights.packed,
+            zone_weight_bytes=self.weights.zone_bytes(zones),
         )
 
     def _generate_eagerly(self, batch: Batch, request: Request, postponed: list[int]) -> TokenBatch:
@@ -313,15 +360,24 @@ class BatchRunner:
         # The graph reads these tables: it must keep them when the cache drops them.
         tables = self._tables(schedule, len(labels_B) * (2 if sampling.guided else 1))
         start = partial(self.start, schedule=schedule, guidance=sampling.guided, tables=tables)
-        names, pages_dtype = tuple(self.launchers.names.values()), self.launchers.pages_dtype
         return graphs.generate_tokens(
-            start,
-            labels_B,
-            image_ids_B,
-            sampling,
-            schedule,
-            configuration=(self.page_size, names, pages_dtype),
+            start, labels_B, image_ids_B, sampling, schedule, self._configuration
         )
+
+    @property
+    def _configuration(self) -> Hashable:
+        """What a recording depends on, besides weights, batch, sampling and schedule."""
+        names = tuple(self.launchers.names.values())
+        return self.page_size, names, self.launchers.pages_dtype
+
+    def is_recorded(self, batch: Batch, request: Request, graphs: GraphReplay) -> bool:
+        """Whether graphs generate and decode the batch: then it needs no memory but its result."""
+        if not can_be_captured(request, batch):
+            return False
+        size = len(batch.labels_B)
+        key = size, request.sampling, request.schedule, self._configuration
+        shape = size, self.vae.config.z_channels, *self.var.layout.shapes[-1]
+        return graphs.has(*key) and (not request.decode or graphs.has_decoder(shape))
 
     @without_autocast
     @torch.no_grad()
@@ -329,36 +385,3 @@ class BatchRunner:
         """:func:`decode_rgb` of these weights, by a graph where there is one."""
         decode = partial(decode_rgb, self.weights)
         return decode(f_hat_BEHW) if graphs is None else graphs.decode(decode, f_hat_BEHW)
-
-    def stats(
-        self, parts: Sequence[Part], request: Request, dtype: torch.dtype, seconds: float
-    ) -> Stats:
-        """Measurements of a request from those of its parts.
-
-        Args:
-            dtype: of the engine.
-            seconds: of the whole request.
-        """
-        first, plan, config = parts[0], self.plan(request.schedule), self.var.config
-        pages_dtype, guided = self.launchers.pages_dtype, request.sampling.guided
-        # Of the first part: no other is larger.
-        sizes = (len(first.tokens_BL), config.num_heads, config.head_dim)
-        item = dtype.itemsize
-        zones = self.zones(request.schedule, can_switch=request.on_scale is not None)
-        return Stats(
-            seconds=seconds,
-            decode_seconds=sum(part.decode_seconds for part in parts),
-            batches=len(parts),
-            depths=parts[-1].depths,
-            postponed=parts[-1].postponed,
-            dtype=dtype_name(dtype),
-            product_dtype=dtype_name(self.weights.dtype),
-            kv_dtype=dtype_name(pages_dtype),
-            packed=self.weights.packed,
-            captured=first.captured,
-            kv_planned_bytes=plan.peak_bytes(*sizes, pages_dtype, guided),
-            kv_allocated_bytes=first.allocated_bytes,
-            kv_peak_bytes=max(part.peak_bytes for part in parts),
-            kv_paper_bytes=plan.paper_bytes(*sizes, k_bytes=item, v_bytes=item, guidance=guided),
-            zone_weight_bytes=self.weights.zone_bytes(zones),
-        )

@@ -9,6 +9,7 @@ from threading import Lock
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from variant.engine.cuda_graphs import GraphCache
 from variant.engine.graph_replay import GraphReplay
@@ -92,6 +93,29 @@ class CastModels:
                 weights = EngineWeights(self.var, self.vae, self.product_dtype, self.packed)
                 self._cast = version, weights
             return self._cast[1]
+
+    def _presumed(self) -> tuple[EngineWeights, GraphReplay] | None:
+        """Weights of the last call and their graphs, whether or not the model changed since.
+
+        None where there are none, or where the model was moved to another device.
+        """
+        with self._lock:
+            if self._cast is None or self._graphs is None or self._graphs[0] is not self._cast[1]:
+                return None
+            weights, graphs = self._graphs
+        return (weights, graphs) if weights.pos_start.device == self.device else None
+
+    def _unchanged(self, weights: EngineWeights) -> bool:
+        """Whether the model's weights are still those that ``weights`` were made from."""
+        version = self._weights_version(self.var, self.vae)
+        with self._lock:
+            return self._cast is not None and self._cast == (version, weights)
+
+    def _tensors(self) -> list[Tensor]:
+        """All tensors of both models, which keep their memory also if the models drop them."""
+        models = (self.var, self.vae)
+        tensors = [t for model in models for t in (*model.parameters(), *model.buffers())]
+        return [tensor.detach() for tensor in tensors]
 
 
 def without_graphs_if_full(method: F) -> F:

@@ -161,6 +161,9 @@ class GraphCache:
     def __len__(self) -> int:
         return len(self._recorded)
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._recorded
+
     def idle_bytes(self) -> int:
         """Bytes that a recording, and nothing else, may use besides free memory; 0 without any."""
         return self._recorder.idle_bytes() if self._recorded else 0

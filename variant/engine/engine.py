@@ -9,6 +9,7 @@ map (of images: pixels).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Unpack, cast
@@ -28,8 +29,9 @@ from variant.engine.batches import (
     Batch,
     BatchRunner,
     Request,
+    cache_plan,
+    can_be_captured,
     decode_rgb,
-    synchronized_time,
     without_autocast,
 )
 from variant.engine.cast_models import CastModels, without_graphs_if_full
@@ -40,9 +42,10 @@ from variant.engine.graph_replay import GraphReplay
 from variant.engine.images import check_image_dtype
 from variant.engine.kernels import Launchers
 from variant.engine.kv_dtype import KVDtype, check_kv_dtype
-from variant.engine.memory import free_bytes
-from variant.engine.runs import Call, CallOptions, Current, Run
+from variant.engine.memory import free_bytes, largest_batch
+from variant.engine.runs import Call, CallOptions, Current, Run, Source
 from variant.engine.step_loop import teacher_forced_logits
+from variant.engine.weights import EngineWeights
 from variant.models.placement import check_dtype
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
@@ -133,15 +136,28 @@ class Engine(CastModels):
         with self._lock:
             if self._graphs is None or self._graphs[0] is not runner.weights:
                 recorder = new_recorder(self.device)
-                self._graphs = None if recorder is None else (runner.weights, GraphReplay(recorder))
+                self._graphs = None
+                if recorder is not None:
+                    self._graphs = runner.weights, GraphReplay(recorder, self._tensors())
             return None if self._graphs is None else self._graphs[1]
 
-    def _runner(self, kv_dtype: torch.dtype | None) -> BatchRunner:
-        """Runs the batches of one call, with the weights and launchers of now."""
-        launchers, weights = self._launchers(kv_dtype), self._weights()
-        return BatchRunner(
-            self.var, self.vae, self.page_size, weights, launchers, self._page_tables
-        )
+    def _source(self, kv_dtype: torch.dtype | None) -> Source:
+        """The runners of one call: one choice of launchers, the weights of each batch's start."""
+        launchers = self._launchers(kv_dtype)
+
+        def runner_of(weights: EngineWeights) -> BatchRunner:
+            tables = self._page_tables
+            return BatchRunner(self.var, self.vae, self.page_size, weights, launchers, tables)
+
+        def checked() -> Current:
+            runner = runner_of(self._weights())
+            return runner, self._graphs_for(runner)
+
+        def presumed() -> tuple[BatchRunner, GraphReplay] | None:
+            last = self._presumed() if self.capture and launchers.can_be_captured else None
+            return None if last is None else (runner_of(last[0]), last[1])
+
+        return Source(launchers, checked, presumed, self._unchanged)
 
     # --- public ---------------------------------------------------------------------------------
 
@@ -174,7 +190,9 @@ class Engine(CastModels):
         labels_B = check_labels(labels_B, self.var.config, "forced_logits")
         tokens_BL = self._check_tokens("forced_logits", tokens_BL, len(labels_B))
         schedule = self.var.schedule(depth, bridge, op="forced_logits")
-        state = self._runner(kv_dtype).start(labels_B, schedule=schedule, guidance=False)
+        state = (
+            self._source(kv_dtype).checked()[0].start(labels_B, schedule=schedule, guidance=False)
+        )
         return teacher_forced_logits(state, tokens_BL.to(self.device))
 
     def forced_log_probs(
@@ -248,10 +266,10 @@ class Engine(CastModels):
         **options: Unpack[CallOptions],
     ) -> Generation:
         """:meth:`generate` with guidance, filters, seed and generator in one object."""
-        started = synchronized_time(self.device)
+        started = time.perf_counter()
         run = self._run(labels, sampling, options)
-        parts = list(run.parts())
-        return run.generation(parts, synchronized_time(self.device) - started)
+        parts = list(run.parts())  # each is finished
+        return run.generation(parts, time.perf_counter() - started)
 
     def generate_batches(
         self,
@@ -286,31 +304,26 @@ class Engine(CastModels):
         call = Call.of(options)
         kv_dtype = self._kv_dtype("generate", call.kv_dtype)
         request, batch = _checked(self, labels, sampling, call)
-        schedule, count = request.schedule, len(batch.labels_B)
-        runner = self._runner(kv_dtype)  # casts the weights: the copies must not count as free
-        runner.weights.zone_bytes(runner.zones(schedule, can_switch=call.on_scale is not None))
-        first = runner, graphs = runner, self._graphs_for(runner)
-        captured = graphs is not None and request.can_be_captured and batch.given is None
-        per_image = self._image_bytes(
-            runner.plan(schedule),
-            runner.launchers,
-            sampling.guided,
-            extra_logit_bytes(sampling, request.log_probs),
-        )
-        needed = per_image * memory.largest_batch(count, call.max_batch) + self.decoder_bytes()
-        size = memory.batch_size(
-            count,
-            call.max_batch,
-            per_image=per_image,
-            fixed=self.decoder_bytes(),
-            available=_available(self.device, self._recordings, needed, captured),
-        )
+        source, size = self._source(kv_dtype), largest_batch(len(batch.labels_B), call.max_batch)
+        plan = cache_plan(self.var.layout, request.schedule, self.page_size)
+        run = Run(source, [], self, plan, request, batch, size)
+        if run.is_recorded():  # it fits
+            return run
+        first = source.checked()  # casts the weights: the copies must not count as free
+        return replace(run, first=[first], size=self._fitting(run, first, call.max_batch))
 
-        def renew() -> Current:
-            renewed = replace(runner, weights=self._weights())
-            return renewed, self._graphs_for(renewed)
-
-        return Run(first, renew, request, batch, size, self.dtype)
+    def _fitting(self, run: Run, first: Current, max_batch: int | None) -> int:
+        """Images per batch that fit into memory."""
+        (runner, graphs), request, count = first, run.request, len(run.whole.labels_B)
+        can_switch, sampling = request.on_scale is not None, request.sampling
+        runner.weights.zone_bytes(runner.zones(request.schedule, can_switch=can_switch))
+        logit_bytes = extra_logit_bytes(sampling, request.log_probs)
+        per_image = self._image_bytes(run.plan, runner.launchers, sampling.guided, logit_bytes)
+        fixed = self.decoder_bytes()
+        needed = per_image * run.size + fixed
+        captured = graphs is not None and can_be_captured(request, run.whole)
+        free = _available(self.device, self._recordings, needed, captured)
+        return memory.batch_size(count, max_batch, per_image=per_image, fixed=fixed, available=free)
 
     @without_graphs_if_full
     @without_autocast

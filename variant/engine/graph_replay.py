@@ -5,7 +5,7 @@ Axes: B images, L tokens of all scales, E codebook vector width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import cast
 
 import torch
@@ -24,10 +24,13 @@ class GraphReplay:
 
     Args:
         recorder: records the graphs; a :class:`variant.engine.cuda_graphs.GraphRecorder` on a GPU.
+        weights: all tensors that graphs may read. They are kept, so that a graph can be replayed
+            before it is known whether the model has others by now.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, weights: Sequence[Tensor] = ()) -> None:
         self.graphs = GraphCache(recorder)
+        self._weights = weights
         # Bytes of the K/V cache of each recorded generation: allocated, and in use at most.
         self._kv_bytes: dict[Hashable, tuple[int, int]] = {}
 
@@ -48,7 +51,7 @@ class GraphReplay:
             labels_B: (B,) int64.  image_ids_B: (B,) int64 on the device.
             sampling: that a graph can draw (:attr:`Sampling.can_be_captured`).
         """
-        key = (schedule.layers, configuration, len(labels_B), sampling.recorded)
+        key = _key(len(labels_B), sampling, schedule, configuration)
         # The graph keeps its body. A reference from there to self would be a cycle, and the graphs
         # of old weights would stay in memory until the garbage collector runs.
         kv_bytes = self._kv_bytes
@@ -72,7 +75,23 @@ class GraphReplay:
         )
         return TokenBatch(tokens_BL, f_hat_BEHW, schedule, *kv_bytes[key])
 
+    def has(
+        self, batch: int, sampling: Sampling, schedule: DepthSchedule, configuration: Hashable
+    ) -> bool:
+        """Whether :meth:`generate_tokens` replays a recording for these."""
+        return ("generate_tokens", _key(batch, sampling, schedule, configuration)) in self.graphs
+
+    def has_decoder(self, shape_BEHW: tuple[int, ...]) -> bool:
+        """Whether :meth:`decode` replays a recording for a feature map of this shape."""
+        return ("decode", shape_BEHW) in self.graphs
+
     def decode(self, decode: Callable[[Tensor], Tensor], f_hat_BEHW: Tensor) -> Tensor:
         """``decode(f_hat_BEHW)`` by a graph, a new tensor."""
         key = ("decode", tuple(f_hat_BEHW.shape))
         return self.graphs.run(key, lambda f_hat_BEHW: (decode(f_hat_BEHW),), f_hat_BEHW)[0]
+
+
+def _key(
+    batch: int, sampling: Sampling, schedule: DepthSchedule, configuration: Hashable
+) -> Hashable:
+    return schedule.layers, configuration, batch, sampling.recorded

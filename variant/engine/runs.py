@@ -7,15 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from functools import partial
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
 
 from variant.engine.batches import Batch, BatchRunner, Part, Request
-from variant.engine.generation import Generation, OnScale
+from variant.engine.cast_models import CastModels
+from variant.engine.generation import Generation, OnScale, Stats
 from variant.engine.graph_replay import GraphReplay
+from variant.engine.kernels import Launchers
 from variant.engine.kv_dtype import KVDtype
+from variant.engine.weights import EngineWeights
+from variant_kernels import CachePlan
+from variant_kernels.dispatch.request import dtype_name
 
 
 class CallOptions(TypedDict, total=False):
@@ -63,31 +69,79 @@ Current = tuple[BatchRunner, "GraphReplay | None"]
 
 
 @dataclass(frozen=True)
+class Source:
+    """Gives the runner of each batch, and the graphs recorded with its weights.
+
+    launchers: of all batches.
+    checked: with the weights of now, cast again if they changed: it looks at every tensor.
+    presumed: with those of the last call, which may have changed; None without graphs.
+    unchanged: whether weights that ``presumed`` gave are still those of now.
+    """
+
+    launchers: Launchers
+    checked: Callable[[], Current]
+    presumed: Callable[[], tuple[BatchRunner, GraphReplay] | None]
+    unchanged: Callable[[EngineWeights], bool]
+
+
+@dataclass(frozen=True)
 class Run:
     """A checked request, split into batches.
 
+    A batch whose graphs are recorded is queued before the weights are looked at, so that a GPU does
+    not wait for that; where they changed, its result is discarded and it is generated again.
+
     Args:
-        first: the runner of the first batch, and its graphs.
-        renew: gives those of a later batch, with the weights of then.
+        source: of the runners.
+        first: the runner of the first batch, if it is there already; parts() takes it.
+        models: of the engine.
+        plan: of the K/V cache.
         request: what all batches share.
         whole: labels, image ids and given tokens of all batches.
         size: images per batch.
-        dtype: of the engine.
     """
 
-    first: Current
-    renew: Callable[[], Current]
+    source: Source
+    first: list[Current]
+    models: CastModels
+    plan: CachePlan
     request: Request
     whole: Batch
     size: int
-    dtype: torch.dtype
+
+    def is_recorded(self) -> bool:
+        """Whether graphs of every batch are recorded."""
+        presumed = self.source.presumed()
+        if presumed is None:
+            return False
+        runner, graphs = presumed
+        rest = len(self.whole.labels_B) % self.size or self.size
+        lasts = (next(self.whole.split(size)) for size in {self.size, rest})
+        return all(runner.is_recorded(batch, self.request, graphs) for batch in lasts)
 
     def parts(self) -> Iterator[Part]:
         """Each batch as soon as it is generated."""
-        for number, batch in enumerate(self.whole.split(self.size)):
-            runner, graphs = self.first if number == 0 else self.renew()
+        for batch in self.whole.split(self.size):
             # No variable keeps the part: it would stay in memory while the next one is generated.
-            yield _generate(runner, batch, self.request, graphs)
+            yield self._part(batch)
+
+    def _part(self, batch: Batch) -> Part:
+        # Both modes end before the part is handed out: the caller's code runs in its own.
+        with torch.no_grad(), torch.autocast(self.models.device.type, enabled=False):
+            part = None if self.first else self._presumed_part(batch)
+            if part is None:  # no variable of this frame holds the weights while they are cast
+                runner, graphs = self.first.pop() if self.first else self.source.checked()
+                part = cast("Part", runner.generate(batch, self.request, graphs))
+            return part
+
+    def _presumed_part(self, batch: Batch) -> Part | None:
+        """The batch by recorded graphs; None without them, or where the weights changed."""
+        presumed = self.source.presumed()
+        if presumed is None or not presumed[0].is_recorded(batch, self.request, presumed[1]):
+            return None
+        runner, graphs = presumed
+        unchanged = partial(self.source.unchanged, runner.weights)
+        return runner.generate(batch, self.request, graphs, unchanged)
 
     def batches(self) -> Iterator[Generation]:
         """The result of each batch as soon as it is generated."""
@@ -98,24 +152,42 @@ class Run:
 
     def generation(self, parts: Sequence[Part], seconds: float) -> Generation:
         """The result of some parts, which took ``seconds`` together."""
-        runner, _ = self.first
+        device = self.models.device
         log_probs = [part.log_probs_BL for part in parts if part.log_probs_BL is not None]
         return Generation(
             _joined([part.images for part in parts]),
             _joined([part.tokens_BL for part in parts]),
-            runner.stats(parts, self.request, self.dtype, seconds),
-            _joined([part.batch.labels_B for part in parts]).to(runner.device),
-            _joined([part.batch.image_ids_B for part in parts]),
+            self._stats(parts, seconds),
+            _joined([part.batch.labels_B for part in parts]).to(device),
+            _joined([part.batch.image_ids_B for part in parts]).to(device),
             _joined(log_probs) if log_probs else None,
         )
 
-
-def _generate(
-    runner: BatchRunner, batch: Batch, request: Request, graphs: GraphReplay | None
-) -> Part:
-    # Both modes end before the part is handed out: the caller's code runs in its own.
-    with torch.no_grad(), torch.autocast(runner.device.type, enabled=False):
-        return runner.generate(batch, request, graphs)
+    def _stats(self, parts: Sequence[Part], seconds: float) -> Stats:
+        """Measurements of a request from those of its parts."""
+        first, last, plan, config = parts[0], parts[-1], self.plan, self.models.var.config
+        dtype, guided = self.models.dtype, self.request.sampling.guided
+        pages_dtype = self.source.launchers.pages_dtype
+        # Of the first part: no other is larger.
+        sizes = (len(first.tokens_BL), config.num_heads, config.head_dim)
+        item = dtype.itemsize
+        return Stats(
+            seconds=seconds,
+            decode_seconds=sum(part.decode_seconds for part in parts),
+            batches=len(parts),
+            depths=last.depths,
+            postponed=last.postponed,
+            dtype=dtype_name(dtype),
+            product_dtype=dtype_name(last.product_dtype),
+            kv_dtype=dtype_name(pages_dtype),
+            packed=last.packed,
+            captured=first.captured,
+            kv_planned_bytes=plan.peak_bytes(*sizes, pages_dtype, guided),
+            kv_allocated_bytes=first.allocated_bytes,
+            kv_peak_bytes=max(part.peak_bytes for part in parts),
+            kv_paper_bytes=plan.paper_bytes(*sizes, k_bytes=item, v_bytes=item, guidance=guided),
+            zone_weight_bytes=last.zone_weight_bytes,
+        )
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -146,7 +146,7 @@ def load_classifier(
     """A classifier that :func:`save_classifier` wrote.
 
     Args:
-        name: of the data, for the name of the distance: "FD (classifier of NAME)".
+        name: of the data, for the name of the distance: "NAME-FD".
     Raises:
         UserError: a file is missing or damaged.
     """
@@ -165,7 +165,7 @@ def load_classifier(
     load_weights(classifier, state, path)
     classifier.to(device).eval().requires_grad_(False)
     network = FeatureNetwork(
-        f"classifier of {name}", f"FD (classifier of {name})", file_sha256(path), classifier, device
+        f"classifier of {name}", f"{name}-FD", file_sha256(path), classifier, device
     )
     return network, record
 

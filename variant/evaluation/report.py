@@ -112,12 +112,14 @@ def evaluate(
     network: FeatureNetwork,
     *,
     batch: int = 64,
+    real: Features | None = None,
     advance: Callable[[int, str], None] = lambda count, what: None,
 ) -> Evaluation:
     """Every metric that the network, the images and the reference allow.
 
     Args:
         batch: images of a batch; it changes no metric.
+        real: features of the reference's images, if they were extracted before.
     Warns:
         RuntimeWarning: repeated images, images sorted by class, fewer images than features.
     Raises:
@@ -130,13 +132,12 @@ def evaluate(
         )
     _check_sizes(images, reference)
     own = extract(images, network, batch, advance)
-    real = None
-    if reference.images is not None:
-        if reference.images.count < LEAST:
-            raise UserError(
-                f"eval: at least {LEAST} reference images are needed; {reference.name} has "
-                f"{reference.images.count}"
-            )
+    if reference.images is not None and reference.images.count < LEAST:
+        raise UserError(
+            f"eval: at least {LEAST} reference images are needed; {reference.name} has "
+            f"{reference.images.count}"
+        )
+    if real is None and reference.images is not None:
         real = extract(reference.images, network, batch, advance)
     if images.repeats:
         warnings.warn(

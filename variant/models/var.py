@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from variant.models.config import VARConfig
 from variant.models.execution import PLAIN, Checkpointing, Execution, computed_again, recompute
+from variant.models.forward_checks import check_forward
 from variant.models.linear import Linear, LinearWithoutBias
 from variant.models.residual import OpenSum, PrefixStream, closed, modulated
 from variant.models.token_loss import TokenLoss, linear_cross_entropy
@@ -32,7 +33,6 @@ from variant_kernels import (
     gated_residual_adaln,
 )
 from variant_kernels.arguments import instance, integer, sequence
-from variant_kernels.ops.contract import check_tensor
 from variant_kernels.plans.depth_schedule import resolve_layers
 
 
@@ -310,32 +310,19 @@ class VAR(nn.Module):
             ValueError: shapes, labels (checked on the CPU only) or the schedule do not fit the
                 model.
         """
-        self._check(labels_B, x_teacher, schedule)
-        if targets_BL is not None:
-            _check_targets(targets_BL, (labels_B.shape[0], self.layout.total))
-        instance("VAR.forward", "execution", execution, Execution)
-        for name, given_B in (("mixed_labels_B", mixed_labels_B), ("mix_B", mix_B)):
-            if given_B is None:
-                continue
-            check_tensor("VAR.forward", name, given_B)
-            if name == "mixed_labels_B" and given_B.dtype != torch.int64:
-                raise TypeError(f"VAR.forward: {name} must be int64; got {given_B.dtype}")
-            if given_B.shape != labels_B.shape:
-                raise ValueError(
-                    f"VAR.forward: {name} must be {tuple(labels_B.shape)}, as the labels; "
-                    f"got {tuple(given_B.shape)}"
-                )
-        self._check_devices(
+        check_forward(
+            self.config,
+            self.pos_start.device,
+            labels_B=labels_B,
+            x_teacher=x_teacher,
+            schedule=schedule,
+            targets_BL=targets_BL,
+            execution=execution,
             mixed_labels_B=mixed_labels_B,
             mix_B=mix_B,
             dropped_B=dropped_B,
             branch_scales_N2B=branch_scales_N2B,
-            targets_BL=targets_BL,
         )
-        if (mixed_labels_B is None) != (mix_B is None):
-            raise ValueError("VAR.forward: mixed_labels_B and mix_B go together; got one of them")
-        if mixed_labels_B is not None:
-            self._check_labels("mixed_labels_B", mixed_labels_B)
         dropped_B, branch_scales_N2B = self._drops(labels_B, dropped_B, branch_scales_N2B)
         if dropped_B is not None:
             labels_B = labels_B.masked_fill(dropped_B, self.config.num_classes)
@@ -359,25 +346,12 @@ class VAR(nn.Module):
     def _drops(
         self, labels_B: Tensor, dropped_B: Tensor | None, branch_scales_N2B: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Check what the caller drops, and draw what it leaves out; None drops nothing."""
+        """Draw what the caller leaves out; None drops nothing."""
         config, batch, device = self.config, labels_B.shape[0], labels_B.device
-        if dropped_B is not None:
-            if dropped_B.dtype != torch.bool or dropped_B.shape != labels_B.shape:
-                raise ValueError(
-                    f"VAR.forward: dropped_B must be {tuple(labels_B.shape)} bool; got "
-                    f"{tuple(dropped_B.shape)} {dropped_B.dtype}"
-                )
-        elif self.training and config.cond_drop_rate > 0:
+        if dropped_B is None and self.training and config.cond_drop_rate > 0:
             dropped_B = torch.rand(batch, device=device) < config.cond_drop_rate
-        shape = (config.depth, 2, batch)
-        if branch_scales_N2B is not None:
-            if tuple(branch_scales_N2B.shape) != shape or not branch_scales_N2B.is_floating_point():
-                raise ValueError(
-                    f"VAR.forward: branch_scales_N2B must be {shape} of a float dtype; got "
-                    f"{tuple(branch_scales_N2B.shape)} {branch_scales_N2B.dtype}"
-                )
-        elif self.training and config.drop_path_rate > 0:
-            uniform_N2B = torch.rand(shape, device=device)
+        if branch_scales_N2B is None and self.training and config.drop_path_rate > 0:
+            uniform_N2B = torch.rand(config.depth, 2, batch, device=device)
             branch_scales_N2B = branch_scales(uniform_N2B, config.drop_path_rate)
         return dropped_B, branch_scales_N2B
 
@@ -452,61 +426,6 @@ class VAR(nn.Module):
             )
         return subnets.get(len(layers), layers)
 
-    def _check(self, labels_B: Tensor, x_teacher: Tensor, schedule: DepthSchedule | None) -> None:
-        op = "VAR.forward"
-        check_tensor(op, "labels_B", labels_B)
-        check_tensor(op, "x_teacher", x_teacher)
-        if schedule is not None:
-            instance(op, "schedule", schedule, DepthSchedule, "var.schedule(depth) makes one")
-        if labels_B.ndim != 1 or labels_B.dtype != torch.int64:
-            raise ValueError(
-                f"VAR.forward: labels_B must be (B,) int64; got {tuple(labels_B.shape)} "
-                f"{labels_B.dtype}"
-            )
-        expected = (
-            labels_B.shape[0],
-            self.layout.total - self.layout.tokens[0],
-            self.config.vae_channels,
-        )
-        if tuple(x_teacher.shape) != expected:
-            raise ValueError(
-                f"VAR.forward: x_teacher must be {expected} for {labels_B.shape[0]} labels; "
-                f"got {tuple(x_teacher.shape)}"
-            )
-        self._check_devices(labels_B=labels_B, x_teacher=x_teacher)
-        if schedule is not None and (
-            schedule.full_depth != self.config.depth
-            or schedule.num_scales != self.layout.num_scales
-        ):
-            raise ValueError(
-                f"VAR.forward: schedule must have {self.config.depth} layers and "
-                f"{self.layout.num_scales} scales; got {schedule.full_depth} and "
-                f"{schedule.num_scales}"
-            )
-        self._check_labels("labels_B", labels_B)
-
-    def _check_labels(self, name: str, labels_B: Tensor) -> None:
-        """Values are checked on the CPU only: elsewhere that would wait for the device."""
-        if labels_B.device.type == "cpu" and labels_B.numel():
-            low, high = (int(x) for x in torch.aminmax(labels_B))
-            if low < 0 or high > self.config.num_classes:
-                raise ValueError(
-                    f"VAR.forward: {name} must be in [0, {self.config.num_classes}]; "
-                    f"got {low if low < 0 else high}"
-                )
-
-    def _check_devices(self, **tensors: Tensor | None) -> None:
-        own = self.pos_start.device
-        for name, tensor in tensors.items():
-            if tensor is None:
-                continue
-            check_tensor("VAR.forward", name, tensor)
-            if tensor.device != own:
-                raise ValueError(
-                    f"VAR.forward: {name} must be on the device of the weights ({own}); "
-                    f"got {tensor.device}"
-                )
-
     @torch.no_grad()
     def init_weights(
         self, gate_scale: float = 1e-5, modulation_scale: float = 0.5, head_scale: float = 0.02
@@ -575,15 +494,6 @@ def _run_layers(
             leave_open=execution.leaves_sums_open,
         )
     return stream.prefix(var.layout.total)
-
-
-def _check_targets(targets_BL: Tensor, shape: tuple[int, int]) -> None:
-    check_tensor("VAR.forward", "targets_BL", targets_BL)
-    if targets_BL.dtype != torch.int64 or tuple(targets_BL.shape) != shape:
-        raise ValueError(
-            f"VAR.forward: targets_BL must be {shape} int64; got {tuple(targets_BL.shape)} "
-            f"{targets_BL.dtype}"
-        )
 
 
 def _token_loss(head: nn.Module, h_BLC: Tensor, targets_BL: Tensor) -> TokenLoss:

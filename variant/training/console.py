@@ -40,11 +40,12 @@ class RunConsole:
         self._last_line = -math.inf
 
     @contextmanager
-    def progress_bar(self) -> Iterator[Callable[[int, float], None]]:
+    def progress_bar(self) -> Iterator[Callable[[int, float | None], None]]:
         """Show the bar within the block; yields a function that moves it.
 
-        That function takes the number of completed steps and the loss of the last one. Without a
-        terminal it prints a line after the first step, and then where no line came for a minute.
+        That function takes the number of completed steps and the loss of the last one that was
+        read, or None. Without a terminal it prints a line when it gets the first loss, and then
+        where no line came for a minute.
         """
         progress = Progress(
             TextColumn("{task.description}"),
@@ -60,10 +61,11 @@ class RunConsole:
             bar = progress.add_task(self.kind, total=self.total_steps, loss="")
             self._last_line = -math.inf
 
-            def move(step: int, loss: float) -> None:
-                progress.update(bar, completed=step, loss=f"loss {loss:.4f}")
-                if not self.console.is_terminal and self._is_line_due():
-                    self._print(f"{self.kind} step {step}/{self.total_steps}  loss {loss:.4f}")
+            def move(step: int, loss: float | None) -> None:
+                text = "" if loss is None else f"loss {loss:.4f}"
+                progress.update(bar, completed=step, loss=text)
+                if text and not self.console.is_terminal and self._is_line_due():
+                    self._print(f"{self.kind} step {step}/{self.total_steps}  {text}")
 
             yield move
 

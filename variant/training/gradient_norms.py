@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from variant.training.parallel import whole
+from variant.training.parallel import unsharded
 
 
 class GradientNorms:
@@ -34,5 +34,5 @@ class GradientNorms:
         for name, (parameters, count) in self._groups.items():
             gradients = [p.grad for p in parameters if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-            norms[name] = whole(norm) / math.sqrt(count)
+            norms[name] = unsharded(norm) / math.sqrt(count)
         return norms

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from variant.models.config import STRICT, require, require_plain_numbers
 from variant.models.ranges import Count, NotNegative, Positive, Share, ShareBelowOne
+from variant.training.parallel import unsharded
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,13 @@ def clipped_step(
     """A step with gradients scaled so that their norm is at most ``clip``.
 
     Without loss scaling the fused AdamW divides them as it reads them, so that no pass over all
-    gradients is needed; nothing waits for the device.
+    gradients is needed; nothing waits for the device. A norm that is not finite skips the step.
 
     Args:
         optimizer: a fused one.  scaler: of the loss; its gradients are unscaled already.
         norm: of all gradients, also a sharded tensor.
     """
-    if hasattr(norm, "full_tensor"):
-        norm = norm.full_tensor()  # type: ignore[operator]
+    norm = unsharded(norm)
     for group in optimizer.param_groups:
         group["fused"] = True  # the state of a run that began on an older version has another value
     if scaler.is_enabled():  # its step gives the optimiser a divisor of its own
@@ -115,7 +115,7 @@ def clipped_step(
     fused: Any = optimizer
     # As torch's clip_grad_norm_: gradients below the limit stay as they are.
     fused.grad_scale = ((norm + 1e-6) / clip).clamp_min(1)
-    fused.found_inf = torch.zeros_like(fused.grad_scale)
+    fused.found_inf = norm.isfinite().logical_not().to(fused.grad_scale.dtype)
     try:
         optimizer.step()
     finally:

@@ -187,6 +187,14 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def unsharded(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor on its device, which is not waited for; others as they are.
+
+    Every rank must call this.
+    """
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
+
+
 def is_sharded(tensor: Tensor) -> bool:
     # Not by the class DTensor, whose import takes a second.
     return hasattr(tensor, "full_tensor")

@@ -23,7 +23,7 @@ from variant.training.gradient_norms import GradientNorms
 from variant.training.loss_scale import LossScaler
 from variant.training.memory_use import memory_use
 from variant.training.meters import Meters
-from variant.training.parallel import whole
+from variant.training.parallel import unsharded
 from variant.training.run_setup import RunSetup
 from variant.training.run_state import RunState
 from variant.training.sample_grid import draw_grid, pixels, sample_name, save_grid
@@ -35,9 +35,10 @@ from variant.training.tensorboard import TensorBoard
 class StepLog:
     """Collects the values of the steps, and writes a line of them from time to time.
 
-    The trainer calls :meth:`begin_step`, :meth:`before_clip` and :meth:`end_step` in each step, and
-    :meth:`write_if_due` or, at the end of an epoch, :meth:`close_interval` and :meth:`write` after
-    it. An interval is what one line reports: the steps since the last line.
+    The trainer calls :meth:`begin_step`, :meth:`before_clip` and :meth:`end_step` in each step,
+    :meth:`add_loss` when its loss is known, and :meth:`write_if_due` or, at the end of an epoch,
+    :meth:`close_interval` and :meth:`write` after it. An interval is what one line reports: the
+    steps since the last line.
 
     Args:
         state, scaler: of the run.  total_steps: optimiser steps of the complete run.
@@ -103,20 +104,27 @@ class StepLog:
         for group, norm in self.norms.measure().items():
             self._add_norm(f"gradient_norm/{name}/{group}", norm)
 
-    def end_step(self, name: str, loss: float | Tensor, norm: Tensor) -> None:
+    def end_step(self, name: str, norm: Tensor) -> None:
         """Call after the optimiser's step.
 
         Args:
-            loss: of the step.  norm: of all gradients, before they were clipped.
+            norm: of all gradients, before they were clipped.
         """
-        self.meters.add(f"loss/{name}", loss)
-        self._add_norm(f"gradient_norm/{name}/all", whole(norm))
+        self._add_norm(f"gradient_norm/{name}/all", unsharded(norm))
         self._steps += 1
         self._flop += self.task.flop_of_step(self.state.step) * self.batch_size
 
+    def add_loss(self, name: str, loss: float) -> None:
+        """Call when the loss of a step is known, before the line that reports the step."""
+        self.meters.add(f"loss/{name}", loss)
+
+    def is_due(self) -> bool:
+        """Whether :meth:`write_if_due` writes a line now."""
+        return self.state.step % self.every == 0
+
     def write_if_due(self) -> None:
         """Call after a step within an epoch: writes a line every few steps."""
-        if self.state.step % self.every == 0:
+        if self.is_due():
             self.close_interval()
             self._started = time.monotonic()
             self.write()

@@ -9,7 +9,6 @@ number of threads). On a GPU the weights agree approximately, because sums are n
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -27,10 +26,11 @@ from variant.training.checkpoint_schedule import CheckpointSchedule
 from variant.training.console import RunConsole
 from variant.training.ema import EMA
 from variant.training.interrupt import Interrupt
+from variant.training.late_values import LateValues, require_finite
 from variant.training.loss_scale import LossScaler
 from variant.training.metrics import MetricsFile
 from variant.training.optim import clipped_step, decay_groups, gradient_norm, learning_rate
-from variant.training.parallel import chosen_mode, parallelize, whole
+from variant.training.parallel import chosen_mode, parallelize, unsharded
 from variant.training.phase_ends import ENDED
 from variant.training.run_setup import RunSetup
 from variant.training.run_state import RunState, best_of
@@ -89,6 +89,9 @@ class Trainer:
         self.console = RunConsole(task.kind, epochs, self.total_steps, console)
         self.log = StepLog(task, setup, self.state, self.scaler, self.total_steps, self.console)
         self._cached_order: tuple[int, np.ndarray] | None = None
+        # Of each step that has not been read: its loss and the norm of its gradients.
+        self._values: LateValues[tuple[str, int]] = LateValues(self.device)
+        self._last_loss: float | None = None
 
     def run(self) -> Summary:
         """Train to the end, or until a signal; then the module has the best weights.
@@ -128,11 +131,13 @@ class Trainer:
                 with self._going_on():
                     self.checkpointer.poll()
                 started = time.monotonic()
-                loss = self._train_step()
+                self._train_step()
                 state.step += 1
                 if state.step % self.steps_per_epoch == 0:
+                    self._read_values(everything=True)
                     self._end_epoch(started)
                 else:
+                    self._read_values(everything=self.log.is_due())
                     state.seconds += time.monotonic() - started
                     self.log.write_if_due()
                 # Clocks differ; a signal comes to one rank only, or to each in another step.
@@ -140,9 +145,11 @@ class Trainer:
                     self.schedule.minutes_are_over, interrupt.signum or 0
                 )
                 is_due = self.schedule.is_due(state.step, bool(minutes_are_over))
-                if is_due or state.step == self.total_steps:
+                is_due = is_due or state.step == self.total_steps
+                self._read_values(everything=bool(is_due or signum))
+                if is_due:
                     self._save()
-                move_bar(state.step, loss)
+                move_bar(state.step, self._last_loss)
                 if signum:
                     self._stop(signum)
         return self._summary()
@@ -167,7 +174,8 @@ class Trainer:
             self.task.loader.close()
             self.task.loader = None
 
-    def _train_step(self) -> float:
+    def _train_step(self) -> float | None:
+        """One step; returns the last loss that was read: on a CPU that of this step."""
         state = self.state
         self.log.begin_step()
         epoch, position = divmod(state.step, self.steps_per_epoch)
@@ -195,28 +203,34 @@ class Trainer:
                 # The gradients of the ranks are averaged, those of the parts are added.
                 state.scaler.scale(loss * self.ranks.size).backward()
                 loss_sum += loss.detach()
-        (total,) = self.ranks.sums([loss_sum.item()])
-        self._require_finite(total, "loss", epoch)
         state.scaler.unscale_(state.optimizer)
         self.log.before_clip(name)
         norm = gradient_norm(self.task.module)
-        if not state.scaler.is_enabled():  # the scaler skips such a step and lowers the scale
-            self._require_finite(whole(norm).item(), "gradient", epoch)
+        self._values.add((name, state.step), (loss_sum, unsharded(norm)))
+        self._read_values()
         clipped_step(state.optimizer, state.scaler, norm, self.optim.clip)
         self.scaler.update()
         self.scaler.require_progress(self.recipe.name, state.step + 1)
         if state.ema is not None:
             state.ema.update()
-        state.add_loss(name, total)
-        self.log.end_step(name, total, norm)
-        return total
+        self.log.end_step(name, norm)
+        return self._last_loss
 
-    def _require_finite(self, value: float, name: str, epoch: int) -> None:
-        if not math.isfinite(value):
-            raise UserError(
-                f"{self.recipe.name}: the {name} is not finite at step {self.state.step} (epoch "
-                f"{epoch}); try a lower learning_rate or precision fp32"
-            )
+    def _read_values(self, *, everything: bool = False) -> None:
+        """Check and add the loss and the norm of each step; on a GPU not yet those of the last one.
+
+        ``everything`` reads these too: needed before anything of the run is evaluated or written.
+        Raises UserError if one is not finite; such a gradient has not reached the weights.
+        """
+        for (name, step), (loss, norm) in self._values.read(everything=everything):
+            (total,) = self.ranks.sums([loss])
+            where = self.recipe.name, step, step // self.steps_per_epoch
+            require_finite(total, "loss", *where)
+            if not self.scaler.is_enabled():  # it skips such a step and lowers the scale
+                require_finite(norm, "gradient", *where)
+            self.state.add_loss(name, total)
+            self.log.add_loss(name, total)
+            self._last_loss = total
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._cached_order is None or self._cached_order[0] != epoch:
@@ -277,7 +291,7 @@ class Trainer:
         with torch.no_grad(), self._autocast():
             losses, by_scale = split_scales(self.task.held_out_losses(self.ranks))
         mean = sum(losses.values()) / len(losses)
-        self._require_finite(mean, "held-out loss", epoch - 1)
+        require_finite(mean, "held-out loss", self.recipe.name, self.state.step, epoch - 1)
         entry: dict[str, Any] = {name: losses, f"{name}_mean": mean}
         return entry | ({f"{name}_by_scale": by_scale} if by_scale else {})
 

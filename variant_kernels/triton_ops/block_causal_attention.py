@@ -4,9 +4,10 @@ The backward pass is in ``block_causal_attention_backward``. B batch, L tokens o
 heads, D width; inside the kernels Q queries and K keys of one tile.
 
 A query attends to a prefix of the keys. Key tiles that are visible to all queries of a tile come
-first, without a mask; then the tiles at the boundary, with a mask; the others are skipped. The
-layout is a compile-time constant, so there is no table to load and nothing to prepare before a
-graph is captured.
+first, without a mask; then the tiles at the boundary, with a mask; the others are skipped. Query
+tiles start at ends of scales where this leaves fewer pairs of tiles (``plans.attention_tiles``).
+The layout and its tiles are compile-time constants, so there is no table to load and nothing to
+prepare before a graph is captured.
 
 With qk_norm the norms of a query tile and the head's scale are multiplied into the factor on its
 scores: the products use the tile as it was loaded, because a normalised copy would occupy registers
@@ -27,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
+from variant_kernels.plans.attention_tiles import Cuts, cut_queries
 from variant_kernels.triton_ops import block_causal_attention_configs as configs
 from variant_kernels.triton_ops import tuning
 from variant_kernels.triton_ops.common import on_device_of, padded
@@ -57,6 +59,24 @@ def first_viewer(position, ENDS: tl.constexpr, NUM_SCALES: tl.constexpr):
     for scale in tl.static_range(1, NUM_SCALES):
         first = tl.where(position >= ENDS[scale - 1], ENDS[scale - 1], first)
     return first
+
+
+@triton.jit
+def tile_rows(
+    tile,
+    BLOCK: tl.constexpr,
+    RUN_ENDS: tl.constexpr,
+    RUN_TILES: tl.constexpr,
+    NUM_RUNS: tl.constexpr,
+):
+    """The first row of a tile and the end of its rows, from ``plans.attention_tiles.Cuts``."""
+    start = tile * BLOCK
+    end = tl.zeros_like(tile) + RUN_ENDS[0]
+    for run in tl.static_range(1, NUM_RUNS):
+        inside = tile >= RUN_TILES[run - 1]
+        start = tl.where(inside, RUN_ENDS[run - 1] + (tile - RUN_TILES[run - 1]) * BLOCK, start)
+        end = tl.where(inside, RUN_ENDS[run], end)
+    return start, tl.minimum(start + BLOCK, end)
 
 
 @triton.jit
@@ -137,12 +157,15 @@ def attend_tiles(
     difference of scaled scores would be one instruction less for each score, but its rounding error
     exceeds the range of 2^x for scores of 2^31 and more.
     """
+    # Counted down: LLVM would compare start + arange, or ends - start, in the 64 bits of addresses.
+    visible_keys = ends - first
     for start in tl.range(first, last, BLOCK_K):
         k = load_tile(k_base, start, k_stride, last, BLOCK_K, D, D_PADDED, MASKED)
         v = load_tile(v_base, start, v_stride, last, BLOCK_K, D, D_PADDED, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
-            visible = (start + tl.arange(0, BLOCK_K))[None, :] < ends[:, None]
+            visible = tl.arange(0, BLOCK_K)[None, :] < visible_keys[:, None]
+            visible_keys -= BLOCK_K
             scores = tl.where(visible, scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         probs = tl.exp2((scores - new_largest[:, None]) * scale_log2[:, None])
@@ -176,6 +199,9 @@ def block_causal_attention_forward_kernel(
     scale_log2,
     ENDS: tl.constexpr,
     NUM_SCALES: tl.constexpr,
+    RUN_ENDS: tl.constexpr,
+    RUN_TILES: tl.constexpr,
+    NUM_RUNS: tl.constexpr,
     NEGATE: tl.constexpr,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
@@ -187,27 +213,26 @@ def block_causal_attention_forward_kernel(
     scale_ptr: (H,) logarithms of qk_norm's scales, or None; keys are normalised already.
     Late tiles have most keys and start first, so that no long tile remains at the end.
     """
-    tiles = tl.cdiv(length, BLOCK_Q)
-    head = tl.program_id(0) // tiles
-    start = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_Q
+    TILES: tl.constexpr = RUN_TILES[NUM_RUNS - 1]
+    head = tl.program_id(0) // TILES
+    tile = TILES - 1 - tl.program_id(0) % TILES
+    start, end = tile_rows(tile, BLOCK_Q, RUN_ENDS, RUN_TILES, NUM_RUNS)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    positions = start + tl.arange(0, BLOCK_Q)
-    ends = visible_end(positions, ENDS, NUM_SCALES)
     full_end = visible_end(start, ENDS, NUM_SCALES) // BLOCK_K * BLOCK_K
-    last = visible_end(tl.minimum(start + BLOCK_Q, length) - 1, ENDS, NUM_SCALES)
+    last = visible_end(end - 1, ENDS, NUM_SCALES)
 
     q_base = q_ptr + b * q_stride_b + h * q_stride_h
     k_base = k_ptr + b * k_stride_b + h * k_stride_h
     v_base = v_ptr + b * v_stride_b + h * v_stride_h
     scale_log2 = tl.full((BLOCK_Q,), scale_log2, tl.float32)
     if scale_ptr is not None:
-        q = load_tile(q_base, start, q_stride_l, length, BLOCK_Q, D, D_PADDED, True)
+        q = load_tile(q_base, start, q_stride_l, end, BLOCK_Q, D, D_PADDED, True)
         factor, _ = query_factors(q, scale_ptr, h)
         scale_log2 = tl.maximum(scale_log2 * factor, SMALLEST, propagate_nan=tl.PropagateNan.ALL)
         # Keep the compiler from merging this load with the next: a float32 tile that is also used
         # for a sum would stay in registers throughout the loop and spill.
         tl.debug_barrier()
-    q = load_tile(q_base, start, q_stride_l, length, BLOCK_Q, D, D_PADDED, True)
+    q = load_tile(q_base, start, q_stride_l, end, BLOCK_Q, D, D_PADDED, True)
     if NEGATE:
         q = -q
     out = tl.zeros((BLOCK_Q, D_PADDED), tl.float32)
@@ -215,9 +240,12 @@ def block_causal_attention_forward_kernel(
     # Every query attends to key 0, which comes first: after it, `largest` is finite.
     largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     out, total, largest = attend_tiles(
-        out, total, largest, q, ends, k_base, v_base, k_stride_l, v_stride_l,
+        out, total, largest, q, 0, k_base, v_base, k_stride_l, v_stride_l,
         0, full_end, scale_log2, BLOCK_K, D, D_PADDED, False,
     )  # fmt: skip
+    # After the first loop, throughout which they would occupy registers.
+    positions = start + tl.arange(0, BLOCK_Q)
+    ends = visible_end(positions, ENDS, NUM_SCALES)
     out, total, largest = attend_tiles(
         out, total, largest, q, ends, k_base, v_base, k_stride_l, v_stride_l,
         full_end, last, scale_log2, BLOCK_K, D, D_PADDED, True,
@@ -225,21 +253,24 @@ def block_causal_attention_forward_kernel(
 
     out = out / total[:, None]
     out_base = out_ptr + (b * length * heads + h) * D
-    store_tile(out_base, start, heads * D, length, out, BLOCK_Q, D, D_PADDED)
+    store_tile(out_base, start, heads * D, end, out, BLOCK_Q, D, D_PADDED)
     lse = (largest * scale_log2 + tl.log2(total)) * LN_2
-    tl.store(lse_ptr + (b * heads + h) * length + positions, lse, mask=positions < length)
+    tl.store(lse_ptr + (b * heads + h) * length + positions, lse, mask=positions < end)
 
 
 # --- launchers ----------------------------------------------------------------------------------
 
 
 def constants(
-    scale_lengths: tuple[int, ...], head_dim: int, config: Config
+    scale_lengths: tuple[int, ...], head_dim: int, config: Config, cuts: Cuts
 ) -> dict[str, int | tuple[int, ...]]:
     """The compile-time constants that all kernels share."""
     return {
         "ENDS": tuple(accumulate(scale_lengths)),
         "NUM_SCALES": len(scale_lengths),
+        "RUN_ENDS": cuts.run_ends,
+        "RUN_TILES": cuts.run_tiles,
+        "NUM_RUNS": len(cuts.run_ends),
         "D": head_dim,
         "D_PADDED": padded(head_dim),
         "BLOCK_Q": config.block_q,
@@ -258,9 +289,9 @@ def choose_config(
     """The fastest config of a kernel for this layout and head width."""
     batch, _, heads, head_dim = q_BLHD.shape
     # The number of heads matters only while the grid hardly fills the GPU.
-    key = (scale_lengths, head_dim, q_BLHD.dtype, (batch * heads).bit_length())
-    if qk_norm:
-        key = (*key, "qk_norm")
+    sizes = sum(scale_lengths), tuning.power_of_two_from(batch * heads)
+    same = head_dim, q_BLHD.element_size(), "qk_norm" if qk_norm else "no qk_norm"
+    key = tuning.Key(same, sizes, (scale_lengths, q_BLHD.dtype))
     return tuning.best(kernel, configs.configs_for(table, q_BLHD), key, launch, q_BLHD.device)
 
 
@@ -291,7 +322,8 @@ def launch_block_causal_attention_forward(
         k_BLHD = launch_unit_keys(k_BTHD=k_BLHD)
 
     def launch(config: Config) -> None:
-        block_causal_attention_forward_kernel[(batch * heads * -(-length // config.block_q),)](
+        cuts = cut_queries(scale_lengths, config.block_q, config.block_k)
+        block_causal_attention_forward_kernel[(batch * heads * cuts.num_tiles,)](
             q_BLHD,
             k_BLHD,
             v_BLHD,
@@ -306,10 +338,9 @@ def launch_block_causal_attention_forward(
             # The kernel computes max(scale * scores) as scale * max(scores): the sign goes into q.
             max(abs(softmax_scale) * log2(e), SMALLEST.value),
             NEGATE=softmax_scale < 0,
-            **constants(scale_lengths, head_dim, config),
-            num_warps=config.num_warps,
+            **constants(scale_lengths, head_dim, config, cuts),
             enable_fp_fusion=True,
-            num_stages=config.num_stages,
+            **config.options,
         )
 
     with on_device_of(q_BLHD):

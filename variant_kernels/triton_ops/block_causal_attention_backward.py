@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from variant_kernels.plans.attention_tiles import cut_keys, cut_queries
 from variant_kernels.tensors import last_contiguous
 from variant_kernels.triton_ops import block_causal_attention_configs as configs
 from variant_kernels.triton_ops.block_causal_attention import (
@@ -34,6 +35,7 @@ from variant_kernels.triton_ops.block_causal_attention import (
     load_tile,
     query_factors,
     store_tile,
+    tile_rows,
     visible_end,
 )
 from variant_kernels.triton_ops.common import on_device_of
@@ -71,13 +73,15 @@ def query_gradient_tiles(
     MASKED: tl.constexpr,
 ):
     """dq += dS K over the keys from ``first`` to ``last``."""
+    visible_keys = ends - first  # counted down, as in attend_tiles
     for start in tl.range(first, last, BLOCK_K):
         k = load_tile(k_base, start, k_stride, last, BLOCK_K, D, D_PADDED, MASKED)
         v = load_tile(v_base, start, v_stride, last, BLOCK_K, D, D_PADDED, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         probs = probability(scores * scale_log2[:, None] - lse_log2[:, None])
         if MASKED:
-            visible = (start + tl.arange(0, BLOCK_K))[None, :] < ends[:, None]
+            visible = tl.arange(0, BLOCK_K)[None, :] < visible_keys[:, None]
+            visible_keys -= BLOCK_K
             probs = tl.where(visible, probs, 0.0)
         dprobs = tl.dot(grad, tl.trans(v), input_precision="ieee")
         dscores = probs * (dprobs - delta[:, None])
@@ -118,6 +122,9 @@ def block_causal_attention_dq_kernel(
     scale_log2,
     ENDS: tl.constexpr,
     NUM_SCALES: tl.constexpr,
+    RUN_ENDS: tl.constexpr,
+    RUN_TILES: tl.constexpr,
+    NUM_RUNS: tl.constexpr,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -130,48 +137,50 @@ def block_causal_attention_dq_kernel(
     is 4: the rest of each query's factor, and the query's term in the gradient of scale_mul. near_q
     (B, L, H, D): the queries times powers of two.
     """
-    tiles = tl.cdiv(length, BLOCK_Q)
-    head = tl.program_id(0) // tiles
-    start = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_Q
+    TILES: tl.constexpr = RUN_TILES[NUM_RUNS - 1]
+    head = tl.program_id(0) // TILES
+    tile = TILES - 1 - tl.program_id(0) % TILES
+    start, end = tile_rows(tile, BLOCK_Q, RUN_ENDS, RUN_TILES, NUM_RUNS)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     positions = start + tl.arange(0, BLOCK_Q)
-    ends = visible_end(positions, ENDS, NUM_SCALES)
     full_end = visible_end(start, ENDS, NUM_SCALES) // BLOCK_K * BLOCK_K
-    last = visible_end(tl.minimum(start + BLOCK_Q, length) - 1, ENDS, NUM_SCALES)
+    last = visible_end(end - 1, ENDS, NUM_SCALES)
 
     grad_base = grad_ptr + b * grad_stride_b + h * grad_stride_h
     out_base = out_ptr + b * out_stride_b + h * out_stride_h
-    grad = load_tile(grad_base, start, grad_stride_l, length, BLOCK_Q, D, D_PADDED, True)
-    out = load_tile(out_base, start, out_stride_l, length, BLOCK_Q, D, D_PADDED, True)
+    grad = load_tile(grad_base, start, grad_stride_l, end, BLOCK_Q, D, D_PADDED, True)
+    out = load_tile(out_base, start, out_stride_l, end, BLOCK_Q, D, D_PADDED, True)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     # Rows past the end: a probability of exp2(-inf) = 0.
     lse = tl.load(
-        lse_ptr + (b * heads + h) * length + positions, mask=positions < length, other=float("inf")
+        lse_ptr + (b * heads + h) * length + positions, mask=positions < end, other=float("inf")
     )
     lse_log2 = lse * LOG2_E
     rows_of_statistics = 2 if scale_ptr is None else 4
     statistics = statistics_ptr + (b * heads + h) * rows_of_statistics * length + positions
-    tl.store(statistics, delta, mask=positions < length)
-    tl.store(statistics + length, lse_log2, mask=positions < length)
+    tl.store(statistics, delta, mask=positions < end)
+    tl.store(statistics + length, lse_log2, mask=positions < end)
 
     q_base = q_ptr + b * q_stride_b + h * q_stride_h
     k_base = k_ptr + b * k_stride_b + h * k_stride_h
     v_base = v_ptr + b * v_stride_b + h * v_stride_h
     offset = (b * length * heads + h) * D
-    q = load_tile(q_base, start, q_stride_l, length, BLOCK_Q, D, D_PADDED, True)
+    q = load_tile(q_base, start, q_stride_l, end, BLOCK_Q, D, D_PADDED, True)
     scale_log2, scale = tl.full((BLOCK_Q,), scale_log2, tl.float32), 1.0
     if scale_ptr is not None:
         factor, scale = query_factors(q, scale_ptr, h)
         scale_log2 *= factor
         power = power_of_two(tl.maximum(factor, SMALLEST))
         near_q = q.to(tl.float32) * power[:, None]
-        store_tile(near_q_ptr + offset, start, heads * D, length, near_q, BLOCK_Q, D, D_PADDED)
-        tl.store(statistics + 2 * length, tl.div_rn(factor, power), mask=positions < length)
+        store_tile(near_q_ptr + offset, start, heads * D, end, near_q, BLOCK_Q, D, D_PADDED)
+        tl.store(statistics + 2 * length, tl.div_rn(factor, power), mask=positions < end)
     dq = tl.zeros((BLOCK_Q, D_PADDED), tl.float32)
     dq = query_gradient_tiles(
-        dq, q, grad, lse_log2, delta, ends, k_base, v_base, k_stride_l, v_stride_l,
+        dq, q, grad, lse_log2, delta, 0, k_base, v_base, k_stride_l, v_stride_l,
         0, full_end, scale_log2, BLOCK_K, D, D_PADDED, False,
     )  # fmt: skip
+    # After the first loop, throughout which they would occupy registers.
+    ends = visible_end(positions, ENDS, NUM_SCALES)
     dq = query_gradient_tiles(
         dq, q, grad, lse_log2, delta, ends, k_base, v_base, k_stride_l, v_stride_l,
         full_end, last, scale_log2, BLOCK_K, D, D_PADDED, True,
@@ -179,11 +188,11 @@ def block_causal_attention_dq_kernel(
     dq *= softmax_scale
     if scale_ptr is not None:
         # Load q again: otherwise it would occupy registers throughout the loop.
-        q = load_tile(q_base, start, q_stride_l, length, BLOCK_Q, D, D_PADDED, True).to(tl.float32)
+        q = load_tile(q_base, start, q_stride_l, end, BLOCK_Q, D, D_PADDED, True).to(tl.float32)
         dq, along = unit_gradient(dq, q)
         dq *= scale
-        tl.store(statistics + 3 * length, along, mask=positions < length)
-    store_tile(dq_ptr + offset, start, heads * D, length, dq, BLOCK_Q, D, D_PADDED)
+        tl.store(statistics + 3 * length, along, mask=positions < end)
+    store_tile(dq_ptr + offset, start, heads * D, end, dq, BLOCK_Q, D, D_PADDED)
 
 
 @triton.jit
@@ -200,6 +209,7 @@ def key_gradient_tiles(
     q_stride,
     first,
     last,
+    rest,
     length,
     scale_log2,
     BLOCK_Q: tl.constexpr,
@@ -208,27 +218,40 @@ def key_gradient_tiles(
     MASKED: tl.constexpr,
     QK_NORM: tl.constexpr,
 ):
-    """dv += P^T grad and dk += dS^T q over the queries from ``first`` to ``last``."""
+    """dv += P^T grad and dk += dS^T q over the queries from ``first`` to ``last``.
+
+    Without MASKED no query is past ``length``. With it, ``rest`` is the last tile's start: earlier
+    tiles follow ``first``.
+    """
     for start in tl.range(first, last, BLOCK_Q):
+        if MASKED:
+            start = tl.where(start + BLOCK_Q < last, start, rest)
         positions = start + tl.arange(0, BLOCK_Q)
-        q = load_tile(q_base, start, q_stride, length, BLOCK_Q, D, D_PADDED, True)
-        grad = load_tile(grad_base, start, grad_stride, length, BLOCK_Q, D, D_PADDED, True)
-        # Queries past the end: a probability of exp2(-inf) = 0.
-        delta = tl.load(statistics + positions, mask=positions < length, other=0.0)
-        lse_log2 = tl.load(
-            statistics + length + positions, mask=positions < length, other=float("inf")
-        )
+        q = load_tile(q_base, start, q_stride, length, BLOCK_Q, D, D_PADDED, MASKED)
+        grad = load_tile(grad_base, start, grad_stride, length, BLOCK_Q, D, D_PADDED, MASKED)
+        # One tile, not vectors: Triton 3.6 would copy a vector's elements once for each thread.
+        rows = positions[:, None] + tl.arange(0, 4 if QK_NORM else 2)[None, :] * length
+        if MASKED:
+            # Zeros serve for queries past the end, because their q and grad are zeros.
+            tile = tl.load(statistics + rows, mask=(positions < length)[:, None], other=0.0)
+        else:
+            tile = tl.load(statistics + rows)
+        factor = 1.0
+        if QK_NORM:
+            even, odd = tl.split(tl.reshape(tile, (BLOCK_Q, 2, 2)))
+            delta, factor = tl.split(even)
+            lse_log2, _ = tl.split(odd)
+        else:
+            delta, lse_log2 = tl.split(tile)
         # Transposed, (K, Q), so that the next product uses the probabilities as they are.
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-        factor = tl.full((BLOCK_Q,), 1.0, tl.float32)
         if QK_NORM:
-            factor = tl.load(
-                statistics + 2 * length + positions, mask=positions < length, other=0.0
-            )
             scores *= factor[None, :]
         probs = probability(scores * scale_log2 - lse_log2[None, :])
         if MASKED:
-            probs = tl.where(positions[None, :] >= firsts[:, None], probs, 0.0)
+            probs = tl.where(
+                tl.arange(0, BLOCK_Q)[None, :] >= (firsts - start)[:, None], probs, 0.0
+            )
         dv = tl.dot(probs.to(grad.dtype), grad, dv, input_precision="ieee")
         dprobs = tl.dot(v, tl.trans(grad), input_precision="ieee")
         dscores = probs * (dprobs - delta[None, :])
@@ -269,6 +292,9 @@ def block_causal_attention_dkv_kernel(
     scale_log2,
     ENDS: tl.constexpr,
     NUM_SCALES: tl.constexpr,
+    RUN_ENDS: tl.constexpr,
+    RUN_TILES: tl.constexpr,
+    NUM_RUNS: tl.constexpr,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -279,15 +305,18 @@ def block_causal_attention_dkv_kernel(
     Early tiles have most queries and start first. With qk_norm (raw_k_ptr is not None) q is near_q
     of the dQ kernel, k are unit vectors, and dK is the gradient of raw_k.
     """
-    tiles = tl.cdiv(length, BLOCK_K)
-    head = tl.program_id(0) // tiles
-    start = tl.program_id(0) % tiles * BLOCK_K
+    TILES: tl.constexpr = RUN_TILES[NUM_RUNS - 1]
+    head = tl.program_id(0) // TILES
+    start, end = tile_rows(tl.program_id(0) % TILES, BLOCK_K, RUN_ENDS, RUN_TILES, NUM_RUNS)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    firsts = first_viewer(start + tl.arange(0, BLOCK_K), ENDS, NUM_SCALES)
-    first = first_viewer(start, ENDS, NUM_SCALES) // BLOCK_Q * BLOCK_Q
+    first = first_viewer(start, ENDS, NUM_SCALES)
     # From here on every query attends to every key of the tile.
-    full_start = first_viewer(tl.minimum(start + BLOCK_K, length) - 1, ENDS, NUM_SCALES)
-    full_start = tl.cdiv(full_start, BLOCK_Q) * BLOCK_Q
+    full_start = first_viewer(end - 1, ENDS, NUM_SCALES)
+    full_start = first + tl.cdiv(full_start - first, BLOCK_Q) * BLOCK_Q
+    # The last tile of queries has some past the end, and so may the masked ones.
+    full_end = full_start + tl.maximum(length - full_start, 0) // BLOCK_Q * BLOCK_Q
+    masked_end = full_start + tl.where(full_end < length, BLOCK_Q, 0)
+    rest = tl.where(full_end < length, full_end, full_start - BLOCK_Q)
 
     grad_base = grad_ptr + b * grad_stride_b + h * grad_stride_h
     q_base = q_ptr + b * q_stride_b + h * q_stride_h
@@ -295,26 +324,29 @@ def block_causal_attention_dkv_kernel(
     v_base = v_ptr + b * v_stride_b + h * v_stride_h
     rows_of_statistics = 2 if raw_k_ptr is None else 4
     statistics = statistics_ptr + (b * heads + h) * rows_of_statistics * length
-    k = load_tile(k_base, start, k_stride_l, length, BLOCK_K, D, D_PADDED, True)
-    v = load_tile(v_base, start, v_stride_l, length, BLOCK_K, D, D_PADDED, True)
+    k = load_tile(k_base, start, k_stride_l, end, BLOCK_K, D, D_PADDED, True)
+    v = load_tile(v_base, start, v_stride_l, end, BLOCK_K, D, D_PADDED, True)
     dk = tl.zeros((BLOCK_K, D_PADDED), tl.float32)
     dv = tl.zeros((BLOCK_K, D_PADDED), tl.float32)
     dk, dv = key_gradient_tiles(
-        dk, dv, k, v, firsts, grad_base, q_base, statistics, grad_stride_l, q_stride_l,
-        full_start, length, length, scale_log2, BLOCK_Q, D, D_PADDED, False, raw_k_ptr is not None,
+        dk, dv, k, v, 0, grad_base, q_base, statistics, grad_stride_l, q_stride_l,
+        full_start, full_end, 0, length, scale_log2,
+        BLOCK_Q, D, D_PADDED, False, raw_k_ptr is not None,
     )  # fmt: skip
+    firsts = first_viewer(start + tl.arange(0, BLOCK_K), ENDS, NUM_SCALES)
     dk, dv = key_gradient_tiles(
         dk, dv, k, v, firsts, grad_base, q_base, statistics, grad_stride_l, q_stride_l,
-        first, full_start, length, scale_log2, BLOCK_Q, D, D_PADDED, True, raw_k_ptr is not None,
+        first, masked_end, rest, length, scale_log2,
+        BLOCK_Q, D, D_PADDED, True, raw_k_ptr is not None,
     )  # fmt: skip
     offset = (b * length * heads + h) * D
     dk *= softmax_scale
     if raw_k_ptr is not None:
         raw_base = raw_k_ptr + b * raw_k_stride_b + h * raw_k_stride_h
-        raw_k = load_tile(raw_base, start, raw_k_stride_l, length, BLOCK_K, D, D_PADDED, True)
+        raw_k = load_tile(raw_base, start, raw_k_stride_l, end, BLOCK_K, D, D_PADDED, True)
         dk, _ = unit_gradient(dk, raw_k.to(tl.float32))
-    store_tile(dk_ptr + offset, start, heads * D, length, dk, BLOCK_K, D, D_PADDED)
-    store_tile(dv_ptr + offset, start, heads * D, length, dv, BLOCK_K, D, D_PADDED)
+    store_tile(dk_ptr + offset, start, heads * D, end, dk, BLOCK_K, D, D_PADDED)
+    store_tile(dv_ptr + offset, start, heads * D, end, dv, BLOCK_K, D, D_PADDED)
 
 
 # --- launcher -----------------------------------------------------------------------------------
@@ -413,7 +445,8 @@ def _launch(
     scales = (softmax_scale, softmax_scale * log2(e))
 
     def launch_dq(config: Config) -> None:
-        block_causal_attention_dq_kernel[(batch * heads * -(-length // config.block_q),)](
+        cuts = cut_queries(scale_lengths, config.block_q, config.block_k)
+        block_causal_attention_dq_kernel[(batch * heads * cuts.num_tiles,)](
             grad_out_BLHD,
             q_BLHD,
             attended_k_BLHD,
@@ -428,14 +461,14 @@ def _launch(
             length,
             heads,
             *scales,
-            **constants(scale_lengths, head_dim, config),
-            num_warps=config.num_warps,
+            **constants(scale_lengths, head_dim, config, cuts),
             enable_fp_fusion=True,
-            num_stages=config.num_stages,
+            **config.options,
         )
 
     def launch_dkv(config: Config) -> None:
-        block_causal_attention_dkv_kernel[(batch * heads * -(-length // config.block_k),)](
+        cuts = cut_keys(scale_lengths, config.block_q, config.block_k)
+        block_causal_attention_dkv_kernel[(batch * heads * cuts.num_tiles,)](
             grad_out_BLHD,
             attended_q_BLHD,
             attended_k_BLHD,
@@ -448,10 +481,9 @@ def _launch(
             length,
             heads,
             *scales,
-            **constants(scale_lengths, head_dim, config),
-            num_warps=config.num_warps,
+            **constants(scale_lengths, head_dim, config, cuts),
             enable_fp_fusion=True,
-            num_stages=config.num_stages,
+            **config.options,
         )
 
     with on_device_of(q_BLHD):

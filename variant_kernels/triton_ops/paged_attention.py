@@ -370,15 +370,11 @@ def launch_paged_attention_forward(
 
     with on_device_of(q_BTHD):
         batch, num_queries, heads, head_dim = q_BTHD.shape
-        key = (
-            # Rounded up to a power of two, so that similar shapes share one choice.
-            *((n - 1).bit_length() for n in (num_queries, entries * page_size, batch * heads)),
-            head_dim,
-            page_size,
-            q_BTHD.dtype,
-            k_pages_PNHD.dtype,
-            consecutive,
-            scale_mul_1H11 is not None,
+        key = tuning.Key(
+            (head_dim, q_BTHD.element_size(), k_pages_PNHD.element_size()),
+            # The room of the tables hardly matters.
+            (*map(tuning.power_of_two_from, (num_queries, batch * heads)), page_size),
+            (q_BTHD.dtype, k_pages_PNHD.dtype, consecutive, scale_mul_1H11 is not None),
         )
         candidates = configs_for(q_BTHD, k_scales_PNH is not None, consecutive)
         launch(tuning.best(paged_attention_kernel, candidates, key, launch, q_BTHD.device))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from variant_kernels.plans.attention_tiles import cut_keys, cut_queries
 from variant_kernels.triton_ops import block_causal_attention as forward
 from variant_kernels.triton_ops import block_causal_attention_configs as configs
 from variant_kernels.triton_ops.block_causal_attention_backward import (
@@ -35,10 +36,15 @@ def _case(
     kernel: Any,
     config: Config,
     qk_norm: bool,
-    constants: dict[str, Any],
+    scale_lengths: tuple[int, ...],
+    head_dim: int,
     label: str,
+    ones: dict[str, int] | None = None,
     **options: Any,
 ) -> CompileCase:
+    cut = cut_keys if kernel is block_causal_attention_dkv_kernel else cut_queries
+    cuts = cut(scale_lengths, config.block_q, config.block_k)
+    constants = {**forward.constants(scale_lengths, head_dim, config, cuts), **(ones or {})}
     if "NEGATE" in kernel.arg_names:
         constants = {**constants, "NEGATE": False}
     if not qk_norm:
@@ -50,8 +56,7 @@ def _case(
         kernel=kernel,
         arguments=argument_types(kernel, constants, _TYPES),
         constants=constants,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
         label=label + (", qk_norm" if qk_norm else ""),
         **options,
     )
@@ -69,7 +74,8 @@ def _cases(kernel: Any, table: configs.Table) -> Iterator[CompileCase]:
                         kernel,
                         config,
                         qk_norm,
-                        forward.constants(_LENGTHS, head_dim, config),
+                        _LENGTHS,
+                        head_dim,
                         f"D {head_dim}, {config.block_q} x {config.block_k}",
                         targets=(target,),
                         dtypes=dtypes,
@@ -77,8 +83,8 @@ def _cases(kernel: Any, table: configs.Table) -> Iterator[CompileCase]:
     # An integer argument of 1 is a constant to the compiler.
     config = table["nvidia"][64][0]
     for qk_norm in (False, True):
-        constants = {**forward.constants((1,), 24, config), "length": 1, "heads": 1}
-        yield _case(kernel, config, qk_norm, constants, "one token, one head, D 24")
+        ones = {"length": 1, "heads": 1}
+        yield _case(kernel, config, qk_norm, (1,), 24, "one token, one head, D 24", ones)
 
 
 CASES = (
