@@ -22,7 +22,7 @@ CTEST := $(BIN)/ctest --output-on-failure
 # COVERAGE=1 records the branches that the Python tests take, for `make coverage`.
 PYTEST = $(BIN)/python $(if $(COVERAGE),-m coverage run) -m pytest -n $(TEST_JOBS)
 
-.PHONY: help setup dev generate check test test-python test-triton test-robustness test-cpp test-cuda test-cuda-python test-isas test-tsan coverage-cpp nightly coverage mutants cuda gpu gpu-artefacts bench bench-report docs-results lint clean
+.PHONY: help setup dev generate check test test-python test-triton test-robustness test-cpp test-cuda test-cuda-python test-isas test-tsan coverage-cpp nightly coverage mutants cuda sass gpu gpu-artefacts bench bench-report docs-results lint clean
 
 help:
 	@echo "make generate  generate digits at every depth into out/digits.png"
@@ -38,6 +38,7 @@ help:
 	@echo "make coverage-cpp  lines of csrc/cpu that the C++ tests run; below 90 % is an error"
 	@echo "make nightly   make test with the sanitizers on every CPU instruction set, and what is listed above it"
 	@echo "make cuda      compile the CUDA kernels with nvcc for the usual GPUs; registers and spills of each"
+	@echo "make sass      compile the Triton kernels for sm_90; compare their machine code with tests/machine_code"
 	@echo "make gpu       on a machine with a GPU: every measurement in nine minutes, into out/gpu"
 	@echo "make gpu-artefacts  beforehand, without a GPU: what make gpu would compile, for build/gpu-artefacts"
 	@echo "make bench     every kernel beside its peers, then the engine; results under $(RESULTS)"
@@ -164,9 +165,9 @@ test-triton: dev
 	TRITON_INTERPRET=1 $(PYTEST) -k triton
 
 # The day is the seed of the random tests.
-NIGHTLY = CALLS=100000 CASES=20000 FILES=8000 SEQUENCES=2000 SIGNALS=60 KILLS=60 PRESSURE=400 TOKENIZE_STRIDE=1 SEED=$(shell date +%Y%m%d)
+NIGHTLY = CALLS=100000 CASES=20000 FILES=8000 SEQUENCES=2000 SIGNALS=60 KILLS=60 GPU_KILLS=20 PRESSURE=400 TOKENIZE_STRIDE=1 SEED=$(shell date +%Y%m%d)
 nightly:
-	$(addprefix VARIANT_ROBUSTNESS_,$(NIGHTLY)) VARIANT_TRAINING_STOPS=all VARIANT_SAMPLER_KILLS=10 $(MAKE) test test-isas test-tsan SANITIZED_ISAS=all
+	$(addprefix VARIANT_ROBUSTNESS_,$(NIGHTLY)) VARIANT_TRAINING_STOPS=all VARIANT_SAMPLER_KILLS=10 $(MAKE) test test-isas test-tsan sass SANITIZED_ISAS=all
 	$(MAKE) mutants
 
 # After `make test COVERAGE=1`: the data of test-python and test-cuda-python together. 95 % of
@@ -186,6 +187,18 @@ mutants: dev
 cuda: setup
 	@echo "== compiling the CUDA kernels with nvcc"
 	$(BUILD) VARIANT_CUDA=1 VARIANT_CUDA_SPILLS=fail $(BIN)/python setup.py build_ext --inplace
+
+# No GPU needed. SASS: how the names of the wanted cases begin. WRITE=1 writes the tables anew. Twice:
+# with the installed Triton, and with that of the torch release that runs on GPUs today (2.11).
+OTHER_TRITON = 3.6.0
+build/triton-%/.ready:
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==$*
+	@touch $@
+
+sass: dev build/triton-$(OTHER_TRITON)/.ready
+	@echo "== machine code of the Triton kernels"
+	$(BIN)/python -m tests.machine_code $(if $(SASS),'$(SASS)') $(if $(WRITE),--write)
+	PYTHONPATH=build/triton-$(OTHER_TRITON) $(BIN)/python -m tests.machine_code $(if $(SASS),'$(SASS)') $(if $(WRITE),--write)
 
 # On a machine with a GPU, for at most nine minutes. Uses the Python that has torch with CUDA, Triton
 # and pytest (GPU_PYTHON). GPU_STEPS chooses some steps (smoke, kernels, ...); VAR_REPO and HMAR_REPO

@@ -284,7 +284,7 @@ def gpu(
         enter(patch.object(tuning, "best", best))
         for name, replacement in _torch_cuda(machine).items():
             enter(patch.object(torch.cuda, name, replacement))
-        enter(patch.object(FakeTensor, "data_ptr", _address, create=True))
+        enter(patch.object(FakeTensor, "data_ptr", _addresses()))
         enter(FakeTensorMode(allow_non_fake_inputs=True))
         enter(_OpsLaunch(value))
         yield recording
@@ -320,9 +320,18 @@ class _OpsLaunch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _address(tensor: torch.Tensor) -> int:
-    """An address with the alignment of the real one: allocations start at multiples of 512."""
-    return 2**40 + tensor.storage_offset() * tensor.element_size()
+def _addresses() -> Callable[[torch.Tensor], int]:
+    """``Tensor.data_ptr`` of tensors without memory: one range for each storage.
+
+    The alignment is that of the real address: allocations start at multiples of 512.
+    """
+    ranges: dict[int, int] = {}
+
+    def data_ptr(tensor: torch.Tensor) -> int:
+        number = ranges.setdefault(tensor.untyped_storage()._cdata, 1 + len(ranges) % 2**20)
+        return number * 2**40 + tensor.storage_offset() * tensor.element_size()
+
+    return data_ptr
 
 
 def _torch_cuda(machine: Machine) -> dict[str, Any]:

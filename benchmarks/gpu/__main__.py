@@ -128,7 +128,7 @@ def prepare(options: argparse.Namespace, work: Path) -> list[str]:
         "VARIANT_CACHE_DIR": str(work / "variant"),
         "PYTHONUNBUFFERED": "1",
     }
-    notes = [] if options.rehearsal else unpack(options.artefacts, work / "triton", ROOT)
+    notes = unpack(options.artefacts, work / "triton", ROOT)
     if extension_is_missing(ROOT):
         began = time.monotonic()
         environment = {**os.environ, "VARIANT_CUDA": "0", "VARIANT_CPU_ISAS": "local"}

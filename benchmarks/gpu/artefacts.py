@@ -27,7 +27,6 @@ import sysconfig
 import tarfile
 import tempfile
 import time
-import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from benchmarks.gpu import processes
 from benchmarks.gpu.settings import GPU, Settings
 from benchmarks.gpu.unpack import ARCHIVE, MANIFEST, digest_of_sources
 
@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # With the checkout it must be less than the 64 MiB that may travel.
 MOST_BYTES = 40 * 2**20
 LIBRARIES = ("_C" + sysconfig.get_config_var("EXT_SUFFIX"), "_cuda.so")
+CASE_SECONDS = 900
 # Of a kernel's files a launch needs these only; the assembly texts are ten times as large.
 KEPT = (".cubin", ".json", ".so")
 FILTERS = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
@@ -71,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subprocess.Popen([*command, "--part", f"{index}/{options.jobs}"], env=environment)
         for index in range(options.jobs)
     ]
-    failed = any(job.wait() for job in jobs)
+    statuses = [job.wait() for job in jobs]
+    failed = any(statuses)
     reports = [
         json.loads((options.out / f"part-{index}.json").read_text())
         for index in range(options.jobs)
@@ -90,31 +92,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compile_part(cache: Path, index: int, count: int, only: str) -> int:
-    """Compile every ``count``-th case; the report goes beside the cache."""
+    """Compile every ``count``-th case, each in a process of its own; the report goes beside the
+    cache, what the processes print into ``log.txt``."""
+    import torch  # once for all processes
+
+    assert not torch.cuda.is_initialized()
+    total: dict[str, Any] = {"compiled": 0, "found": 0, "tails": {}, "failed": []}
+    for number, (name, case) in enumerate(cases(GPU)):
+        if number % count != index or only not in name:
+            continue
+        began = time.monotonic()
+        report = cache.parent / f"case-{number}.json"
+        report.unlink(missing_ok=True)
+        child = processes.fork(
+            lambda case=case, report=report: _compile_case(case, report), cache.parent / "log.txt"
+        )
+        status = processes.wait(child, began + CASE_SECONDS)
+        done = json.loads(report.read_text()) if report.exists() else {"launches": 0}
+        for field in ("compiled", "found"):
+            total[field] += done.get(field, 0)
+        total["tails"] |= done.get("tails", {})
+        if status != 0:
+            total["failed"].append(name)
+        print(
+            f"{name}: {done['launches']} launches, {done.get('compiled', 0)} compiled, "
+            f"{done.get('unfit', 0)} do not fit, {time.monotonic() - began:.0f} s"
+            + ("" if status == 0 else f"; FAILED with {status}, see log.txt"),
+            flush=True,
+        )
+        report.unlink(missing_ok=True)
+    (cache.parent / f"part-{index}.json").write_text(json.dumps(total))
+    return int(bool(total["failed"]))
+
+
+def _compile_case(case: Callable[[], object], report: Path) -> None:
+    """In the process of a case; what was compiled before an error counts."""
     from benchmarks.offline_triton import gpu
 
-    failed, compiled, found = [], 0, 0
-    with _tails(cache.parent / f"tails-{index}") as tails, _launchers():
-        for number, (name, case) in enumerate(cases(GPU)):
-            if number % count != index or only not in name:
-                continue
-            began = time.monotonic()
-            with _double_of_torch(), gpu(value=1) as launched:
-                try:
-                    case()
-                except Exception:
-                    traceback.print_exc()
-                    failed.append(name)
-            compiled += len(launched.compiled)
-            found += len(launched.found)
-            print(
-                f"{name}: {len(launched.launches)} launches, {len(launched.compiled)} compiled, "
-                f"{len(launched.failures)} do not fit, {time.monotonic() - began:.0f} s",
-                flush=True,
-            )
-    report = {"compiled": compiled, "found": found, "tails": tails, "failed": failed}
-    (cache.parent / f"part-{index}.json").write_text(json.dumps(report))
-    return int(bool(failed))
+    with _tails() as tails, _launchers(), _double_of_torch(), gpu(value=1) as launched:
+        try:
+            case()
+        finally:
+            facts = {
+                "launches": len(launched.launches),
+                "compiled": len(launched.compiled),
+                "found": len(launched.found),
+                "unfit": len(launched.failures),
+                "tails": tails,
+            }
+            report.write_text(json.dumps(facts))
 
 
 def cases(settings: Settings) -> Iterator[Case]:
@@ -212,7 +238,7 @@ def _golden() -> None:
     with torch.device("cuda"):
         var, vae = VAR(var_config), VQVAE(vae_config)
     for module in (var, vae):
-        module.eval().requires_grad_(False)
+        module.to("cuda").eval().requires_grad_(False)
     labels_B = torch.zeros(2, dtype=torch.int64, device="cuda")
     tokens_BL = torch.zeros(2, var.layout.total, dtype=torch.int64, device="cuda")
     for dtype in (torch.float32, torch.bfloat16):
@@ -314,19 +340,30 @@ def _run_nodes(output: Any, grad: Any) -> None:
         node = max(grads, key=lambda node: node._sequence_nr())
         given = grads.pop(node)
         if hasattr(node, "variable"):
-            node.variable.grad = given[0].to(node.variable.dtype)
+            node.variable.grad = given[0]
             continue
         differentiate = getattr(node, "apply", node)
         results = differentiate(*(given.get(at) for at in range(len(node._input_metadata))))
         results = results if isinstance(results, tuple) else (results,)
-        for (following, at), result in zip(node.next_functions, results, strict=False):
+        edges = node.next_functions
+        if hasattr(node, "needs_input_grad"):
+            # A function in Python returns a gradient for every argument, tensor or not.
+            pairs = zip(results, node.needs_input_grad, strict=True)
+            results = [result for result, needed in pairs if needed]
+            edges = [edge for edge in edges if edge[0] is not None]
+        for (following, at), result in zip(edges, results, strict=False):
             if following is not None and result is not None:
+                # As torch does: broadcast axes are summed, the dtype is that of the forward pass.
+                like = getattr(following, "variable", None)
+                if like is None:
+                    like = following._input_metadata[at]
+                result = result.sum_to_size(tuple(like.shape)).to(like.dtype)
                 sums = grads.setdefault(following, {})
                 sums[at] = sums[at] + result if at in sums else result
 
 
 @contextmanager
-def _tails(path: Path) -> Iterator[dict[str, str]]:
+def _tails() -> Iterator[dict[str, str]]:
     """Keys of entries without the part that identifies Triton's build, by the entry's folder."""
     from triton.compiler import compiler
     from triton.runtime.cache import _base32, get_cache_key, triton_key

@@ -394,7 +394,7 @@ def test_artefacts_are_compiled_without_a_gpu_and_found_again(tmp_path, monkeypa
     assert (cache / key / "qk_norm_forward_kernel.cubin").exists()
 
 
-def test_a_case_that_does_not_compile_makes_the_command_fail(tmp_path, monkeypatch, capfd):
+def test_a_case_that_does_not_compile_makes_the_command_fail(tmp_path, monkeypatch):
     pytest.importorskip("triton")
     from benchmarks.gpu import artefacts
 
@@ -403,4 +403,5 @@ def test_a_case_that_does_not_compile_makes_the_command_fail(tmp_path, monkeypat
 
     monkeypatch.setattr(artefacts, "cases", lambda settings: [("wrong", case)])
     assert artefacts.compile_part(tmp_path / "triton", 0, 1, "") == 1
-    assert "ValueError: no such case" in capfd.readouterr().err
+    assert "ValueError: no such case" in (tmp_path / "log.txt").read_text()
+    assert json.loads((tmp_path / "part-0.json").read_text())["failed"] == ["wrong"]

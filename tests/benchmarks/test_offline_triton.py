@@ -87,3 +87,12 @@ def test_nothing_of_the_gpu_is_left():
     assert torch.cuda.get_device_capability is capability
     assert family.cache_info().currsize == 0
     assert type(torch.empty(1)) is torch.Tensor
+
+
+def test_addresses_tell_views_and_other_tensors_apart():
+    with gpu():
+        a = torch.empty(4, 3, 8, device="cuda", dtype=torch.bfloat16)
+        b = torch.empty(4, device="cuda")
+        assert a.unbind(1)[1].data_ptr() - a.data_ptr() == 8 * 2
+        assert a.data_ptr() % 512 == b.data_ptr() % 512 == 0
+        assert abs(a.data_ptr() - b.data_ptr()) >= 2**39

@@ -269,6 +269,46 @@ def test_flex_refuses_the_cpu_by_name():
         block_causal_attention(q, k, v, layout, backend="flex")
 
 
+@pytest.mark.parametrize(
+    ("installed", "capability", "dtype", "gradient", "expected"),
+    [
+        (True, (9, 0), torch.bfloat16, False, "FLASH"),
+        (True, (9, 0), torch.bfloat16, True, "AUTO"),
+        (True, (9, 0), torch.float32, False, "AUTO"),
+        (True, (8, 0), torch.bfloat16, False, "AUTO"),
+        (False, (9, 0), torch.bfloat16, False, "AUTO"),
+    ],
+)
+def test_flex_asks_for_flash_attn_4_where_it_can_run(
+    monkeypatch, installed, capability, dtype, gradient, expected
+):
+    asked = []
+
+    class Query:
+        device, requires_grad = torch.device("cuda", 0), gradient
+
+        def transpose(self, *axes):
+            return self
+
+    Query.dtype = dtype
+
+    def attention(*qkv, kernel_options, **rest):
+        asked.append(kernel_options["BACKEND"])
+        raise KeyError("asked")
+
+    monkeypatch.setattr(flex, "_has_flash_4", lambda: installed)
+    monkeypatch.setattr(flex, "attention", lambda: attention)
+    monkeypatch.setattr(flex, "block_mask", lambda *arguments: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with pytest.raises(KeyError, match="asked"):
+        flex.attend(Query(), Query(), Query(), (1, 4), 1.0)
+    assert asked == [expected]
+
+
+def test_flash_attn_4_may_be_absent():
+    assert not flex._has_flash_4.__wrapped__()
+
+
 def test_flex_attention_and_its_gradients_are_the_definitions(monkeypatch):
     """FlexAttention uncompiled, without its check that refuses gradients on the CPU."""
     from torch.nn.attention import flex_attention

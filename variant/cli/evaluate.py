@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
 from variant.bench.environment import environment
 from variant.cli.image_folder import SETTINGS_NAME
@@ -27,10 +28,12 @@ from variant.evaluation.classifier import (
 )
 from variant.evaluation.features import FeatureNetwork, load_network
 from variant.evaluation.image_sets import ImageSet, Reference, open_images, open_reference
+from variant.evaluation.paired import Paired, compare_pairs
 from variant.evaluation.report import Evaluation, Metric, evaluate
 from variant.evaluation.sampler import SETTINGS_NAME as SAMPLED
 from variant.models.placement import check_device
 from variant.paths import path_kind, read_json, shown
+from variant.supernet import VARiant
 from variant.training.recipe import Recipe, load_recipe
 from variant_kernels.arguments import integer
 
@@ -46,10 +49,11 @@ def evaluate_command(command: Eval) -> None:
     if command.compare:
         _compare(command)
         return
-    if command.reference is None or (command.images is None) == (command.model is None):
+    sources = (command.images, command.model, command.reconstruct)
+    if command.reference is None or sum(source is not None for source in sources) != 1:
         raise UserError(
-            "eval: --reference and one of --images and --model are needed, or --compare A.json "
-            "B.json"
+            "eval: --reference and one of --images, --model and --reconstruct are needed, or "
+            "--compare A.json B.json"
         )
     integer("eval", "--batch", command.batch, 1)
     check_device("eval", command.device, name="--device")
@@ -59,9 +63,15 @@ def evaluate_command(command: Eval) -> None:
 
         evaluate_depths(command, reference_of(command.reference), network_of(command, out))
         return
-    assert command.images is not None, "checked above"
-    images = open_images(command.images)
     reference = reference_of(command.reference)
+    if command.reconstruct is not None:
+        images = _reconstructions(command.reconstruct, reference, command.device)
+    else:
+        assert command.images is not None, "checked above"
+        images = open_images(command.images)
+    is_paired = command.paired or command.reconstruct is not None
+    if is_paired and reference.images is None:
+        raise UserError(f"eval: --paired needs a reference with images; {reference.name} has none")
     network = network_of(command, out)
     total = images.count + (0 if reference.images is None else reference.images.count)
     with ExitStack() as stack:
@@ -69,12 +79,58 @@ def evaluate_command(command: Eval) -> None:
         warnings.simplefilter("always", RuntimeWarning)
         advance = stack.enter_context(progress("eval", "features", total, command.json))
         result = evaluate(images, reference, network, batch=command.batch, advance=advance)
+        if is_paired and reference.images is not None:
+            pairs = compare_pairs(images, reference.images, command.batch)
+            result = _with_pairs(result, pairs, command.reconstruct is not None)
     notes = list(dict.fromkeys(str(warning.message) for warning in heard))
     for note in notes:
         out.print(f"warning: {note}")
     printed = console(command.json)
     printed.print(_table(command, result))
     write_json(command.json, _as_json(command, result, notes))
+
+
+def _reconstructions(name: str, reference: Reference, device: str) -> ImageSet:
+    """The reference's images, encoded and decoded by a model's VQ-VAE.
+
+    Raises:
+        UserError: no images, or of another size than the model's.
+    """
+    source = reference.images
+    if source is None:
+        raise UserError(
+            f"eval: --reconstruct needs a reference with images; {reference.name} has none"
+        )
+    vae = VARiant.from_pretrained(name, device=device).vae
+    config = vae.config
+    size = tuple(source.read(range(1)).shape[2:])
+    if size != (config.image_size, config.image_size):
+        raise UserError(
+            f"eval: {name} has images of {config.image_size} x {config.image_size} pixels; "
+            f"{reference.name} has {size[1]} x {size[0]}"
+        )
+
+    def read(indices: range) -> Tensor:
+        pixels = source.read(indices)[:, : config.in_channels].to(device)
+        decoded = vae.decode(vae.encode(pixels.float() / 127.5 - 1))
+        return to_uint8(2 * decoded.float().cpu() - 1).contiguous()
+
+    return ImageSet(f"reconstructions by {name}", source.count, source.labels, read)
+
+
+def _with_pairs(result: Evaluation, pairs: Paired, reconstructed: bool) -> Evaluation:
+    """With PSNR, SSIM and the share of equal images; distances of reconstructions get an r."""
+    count = result.num_images
+    metrics = [
+        replace(metric, name=f"r{metric.name}") if reconstructed and place == 0 else metric
+        for place, metric in enumerate(result.metrics)
+    ]
+    metrics += [
+        Metric("PSNR", pairs.psnr, count),
+        Metric("SSIM", pairs.ssim, count),
+        Metric("equal images", pairs.equal, count),
+    ]
+    return replace(result, metrics=tuple(metrics))
 
 
 def reference_of(name: str) -> Reference:
@@ -141,8 +197,8 @@ def _steps(advance: Advance) -> Any:
 
 def _table(command: Eval, result: Evaluation) -> Any:
     rows = table(
-        f"{result.num_images:,} images of {command.images} against {result.reference}, "
-        f"{result.network}",
+        f"{result.num_images:,} images of {command.images or command.reconstruct} against "
+        f"{result.reference}, {result.network}",
         "metric",
         "value",
         "95 % interval",
@@ -170,7 +226,8 @@ def _as_json(command: Eval, result: Evaluation, notes: list[str]) -> dict[str, A
     return {
         "format": FORMAT,
         **asdict(result),
-        "images": str(command.images),
+        "images": None if command.images is None else str(command.images),
+        "reconstructed_by": command.reconstruct,
         "reference": command.reference,
         "batch": command.batch,
         "device": command.device,

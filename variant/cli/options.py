@@ -407,6 +407,8 @@ class Eval:
 
     Example: variant eval --model digits --reference digits --features classifier:digits
 
+    Example: variant eval --reconstruct digits --reference digits --features classifier:digits
+
     Example: variant eval --compare a.json b.json
     """
 
@@ -422,6 +424,12 @@ class Eval:
     weights: Path | None = None
     """File of the network's weights; a classifier is written there; default:
     runs/RECIPE/classifier.safetensors."""
+    paired: bool = False
+    """Image i belongs to image i of the reference, in the order of their names: PSNR, SSIM and the
+    share of equal images too."""
+    reconstruct: str | None = None
+    """In place of --images: the reference's images, encoded and decoded by the VQ-VAE of this
+    model: rFID (named by the network), PSNR, SSIM."""
     model: str | None = None
     """In place of --images: generate images with this model at several settings, and evaluate each;
     a model folder, Hub id, or a model of this package."""

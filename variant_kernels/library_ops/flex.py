@@ -5,6 +5,7 @@ B batch, L tokens, H heads, D width of one head.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -35,6 +36,31 @@ def attention() -> Callable[..., Any]:
     return torch.compile(flex.flex_attention, dynamic=False, fullgraph=True)
 
 
+def kernels_for(q_BLHD: torch.Tensor) -> str:
+    """The kernels that FlexAttention is asked for: "FLASH" (flash-attn 4) where they can run.
+
+    That is on Hopper and later, in 16 bits, without a gradient, with ``flash_attn.cute`` installed;
+    "AUTO", torch's own choice among its Triton kernels, elsewhere. Torch raises where it cannot run
+    what it is asked for, so nothing else runs silently.
+    """
+    usable = (
+        q_BLHD.device.type == "cuda"
+        and q_BLHD.dtype in (torch.float16, torch.bfloat16)
+        and not (torch.is_grad_enabled() and q_BLHD.requires_grad)
+        and _has_flash_4()
+        and torch.cuda.get_device_capability(q_BLHD.device)[0] in (9, 10)
+    )
+    return "FLASH" if usable else "AUTO"
+
+
+@cache
+def _has_flash_4() -> bool:
+    try:
+        return importlib.util.find_spec("flash_attn.cute") is not None
+    except ImportError:  # no flash_attn
+        return False
+
+
 def attend(
     q_BLHD: torch.Tensor,
     k_BLHD: torch.Tensor,
@@ -44,6 +70,7 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out_BLHD in q's dtype, lse_BHL float32: natural logarithm of the sum of exp(scores)).
 
+    By the kernels of :func:`kernels_for`.
     Differentiable by torch's autograd, so a training step calls this and not an op around it.
     """
     out_BHLD, aux = attention()(
@@ -51,6 +78,7 @@ def attend(
         block_mask=block_mask(scale_lengths, q_BLHD.device),
         scale=softmax_scale,
         return_aux=flex.AuxRequest(lse=True),
+        kernel_options={"BACKEND": kernels_for(q_BLHD)},
     )
     return out_BHLD.transpose(1, 2).contiguous(), aux.lse.float().contiguous()
 

@@ -61,7 +61,7 @@ def _cases() -> Iterator[CompileCase]:
         arguments={
             "sums_ptr": "*fp32:16",
             "scale_ptr": "*fp32:16",
-            "dscale_ptr": "*T:16",
+            "dscale_ptr": "*fp32:16",
             "parts": "i32",
         },
         constants={"scale_stride": 1, "H": 30, "BLOCK_N": BLOCK_PARTS, "BLOCK_H": BLOCK_SUMS},

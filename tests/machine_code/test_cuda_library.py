@@ -1,0 +1,93 @@
+"""Machine code of the CUDA C++ kernels for sm_90, where nvcc has compiled them (``make cuda``).
+
+Registers and spills are in the table that ``make cuda`` prints; csrc/cuda/spills.txt lists the
+accepted spills.
+"""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton's package has the disassembler")
+
+from triton import knobs
+
+from tests.machine_code import sass
+from variant_kernels.cuda_ops import library
+
+TARGET = "sm_90a"
+# Kernels with a stack, without or besides spills: the reason.
+STACKS = {"adaln_sum_tiles_kernel": "addresses of three results, chosen by a number at run time"}
+# The least share of 16-byte loads among all loads of global memory, by a part of the kernel's name.
+# The others: logarithms of sums and page tables, 4 bytes; sums and statistics.
+WIDE_SHARES = {
+    "adaln_forward_kernel<__nv_bfloat16, __nv_bfloat16, 0>": 1.0,
+    "gated_adaln_forward_kernel<float, __nv_bfloat16, 0>": 1.0,
+    "adaln_backward_kernel<float, __nv_bfloat16, 0>": 0.66,
+    "block_causal_attention_kernel<SoftmaxTile<__nv_bfloat16, 64, 64, 4>": 1.0,
+    "block_causal_backward_kernel<BackwardTile<__nv_bfloat16, 64, 32>": 0.5,
+    "append_paged_kv_kernel<uint4>": 0.66,
+}
+
+
+def cuobjdump(*options):
+    command = [knobs.nvidia.cuobjdump.path, *options, library.PATH]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def readable(names):
+    text = subprocess.run(
+        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout
+    plain = re.sub(r"variant::(?:cuda::)?|\(anonymous namespace\)::", "", text)
+    return dict(zip(names, plain.splitlines(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """(architecture, mangled name) -> (readable name, registers, stack bytes)."""
+    if library.is_emulated() or not library.is_built():
+        pytest.skip("the CUDA kernels are not built: make cuda builds them with nvcc")
+    if not shutil.which("c++filt"):
+        pytest.skip("c++filt is not installed")
+    found, arch, name = {}, "", ""
+    for line in cuobjdump("--dump-resource-usage").splitlines():
+        if match := re.match(r"arch = (\S+)", line):
+            arch = match.group(1)
+        elif match := re.match(r"\s*Function (\S+?):", line):
+            name = match.group(1)
+        elif match := re.search(r"REG:(\d+) STACK:(\d+)", line):
+            found[arch, name] = int(match.group(1)), int(match.group(2))
+    assert found
+    names = readable(list({name for _, name in found}))
+    return {key: (names[key[1]], *usage) for key, usage in found.items()}
+
+
+def test_no_kernel_has_a_stack(kernels):
+    listed = library.PATH.parents[1] / "csrc" / "cuda" / "spills.txt"
+    spills = listed.read_text() if listed.exists() else ""
+    excused = [line for line in spills.splitlines() if line and not line.startswith("#")]
+    wrong = [
+        f"{name} on {arch}: {stack} bytes"
+        for (arch, _), (name, _, stack) in kernels.items()
+        if stack
+        and not any(part in name for part in STACKS)
+        and not any(line.partition(":")[0].split(None, 1)[-1] in name for line in excused)
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("part", WIDE_SHARES)
+def test_loads_are_16_bytes_wide(kernels, part):
+    if not any(arch == TARGET for arch, _ in kernels):
+        pytest.skip(f"the CUDA kernels were not compiled for {TARGET}")
+    names = [key[1] for key, (name, *_) in kernels.items() if key[0] == TARGET and part in name]
+    assert names, f"no kernel is called {part}"
+    for name in names:
+        (instructions,) = sass.parse(cuobjdump("-sass", "-arch", TARGET, "-fun", name)).values()
+        widths = sass.global_accesses(instructions)
+        loads = sum(count for access, count in widths.items() if access.startswith("load"))
+        share = widths.get("load 128", 0) / loads
+        assert share >= WIDE_SHARES[part], (part, widths)

@@ -1,0 +1,90 @@
+"""PSNR and SSIM of images that belong together one by one.
+
+Axes: B images, 3 colours, Y X pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from variant.errors import UserError
+from variant.evaluation.image_sets import ImageSet
+
+PEAK = 255.0
+# Window and constants of Wang et al. 2004, "Image quality assessment", section III.
+WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
+
+
+@dataclass(frozen=True)
+class Paired:
+    """psnr: dB, of the mean squared error over all pixels; infinite if all images are equal.
+
+    ssim: mean over images.  equal: share of images that are equal in every pixel.
+    """
+
+    psnr: float
+    ssim: float
+    equal: float
+
+
+def compare_pairs(images: ImageSet, reference: ImageSet, batch: int = 64) -> Paired:
+    """Image i of one set beside image i of the other.
+
+    Raises:
+        UserError: the sets have different numbers of images.
+    """
+    if images.count != reference.count:
+        raise UserError(
+            f"eval: --paired needs as many images as the reference has; {images.name} has "
+            f"{images.count:,}, {reference.name} {reference.count:,}"
+        )
+    error, ssim, equal = 0.0, 0.0, 0
+    for start in range(0, images.count, batch):
+        rows = range(start, min(start + batch, images.count))
+        one, other = images.read(rows), reference.read(rows)
+        error += float(squared_errors(one, other).sum())
+        ssim += float(structural_similarity(one, other).sum())
+        equal += int((one == other).flatten(1).all(1).sum())
+    return Paired(psnr(error / images.count), ssim / images.count, equal / images.count)
+
+
+def psnr(mean_squared_error: float) -> float:
+    """Peak signal-to-noise ratio in dB for uint8 images; infinite for no error."""
+    if mean_squared_error == 0:
+        return float("inf")
+    return float(10 * torch.tensor(PEAK**2 / mean_squared_error, dtype=torch.float64).log10())
+
+
+def squared_errors(first_B3YX: Tensor, second_B3YX: Tensor) -> Tensor:
+    """Mean squared error of each image, (B,) float64."""
+    return (first_B3YX.double() - second_B3YX.double()).square().flatten(1).mean(1)
+
+
+def structural_similarity(first_B3YX: Tensor, second_B3YX: Tensor) -> Tensor:
+    """SSIM of each image, (B,) float64: mean over colours and places of the window (Wang 2004).
+
+    The window is a Gaussian of 11 x 11 pixels, smaller for images that are smaller than it.
+    """
+    side = min(*first_B3YX.shape[2:], WINDOW)
+    side -= 1 - side % 2
+    place = torch.arange(side, dtype=torch.float64) - side // 2
+    line = torch.exp(-(place**2) / (2 * SIGMA**2))
+    line /= line.sum()
+    colours = first_B3YX.shape[1]
+
+    def mean(x: Tensor) -> Tensor:
+        x = F.conv2d(x, line.view(1, 1, -1, 1).expand(colours, 1, -1, 1), groups=colours)
+        return F.conv2d(x, line.view(1, 1, 1, -1).expand(colours, 1, 1, -1), groups=colours)
+
+    x, y = first_B3YX.double(), second_B3YX.double()
+    mean_x, mean_y = mean(x), mean(y)
+    variance_x, variance_y = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2
+    covariance = mean(x * y) - mean_x * mean_y
+    c1, c2 = (K1 * PEAK) ** 2, (K2 * PEAK) ** 2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
+    return (luminance * structure).flatten(1).mean(1)
