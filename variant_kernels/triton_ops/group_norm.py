@@ -70,10 +70,10 @@ def group_norm_combine_kernel(
     count = tl.minimum(pixels - part * pixels_per_part, pixels_per_part).to(tl.float32)
     count = tl.where(held, count[:, None], 0.0)
     total = tl.sum(tl.sum(count, 1), 0)
-    group_mean = tl.sum(tl.sum(mean * count, 1), 0) / total
+    group_mean = tl.div_rn(tl.sum(tl.sum(mean * count, 1), 0), total)
     distance = mean - group_mean
     square = tl.where(held, square + count * distance * distance, 0.0)
-    variance = tl.sum(tl.sum(square, 1), 0) / total
+    variance = tl.div_rn(tl.sum(tl.sum(square, 1), 0), total)
     tl.store(group_mean_ptr + b * G + group, group_mean)
     tl.store(group_rstd_ptr + b * G + group, reciprocal_root(variance + eps))
 
