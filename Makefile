@@ -108,14 +108,16 @@ coverage-cpp: dev
 	$(CTEST) --test-dir build/cpp-coverage --parallel $(JOBS) --exclude-regex '^symbols_'
 	$(BIN)/python -m gcovr --root . --filter csrc/cpu/ --merge-lines --txt-metric line --fail-under-line 90 build/cpp-coverage
 
+# Orders of threads: 0 forwards, 1 backwards, 2 and 3 random.
+EMULATED_ORDERS ?= 02
 # The first of the two shares its build folder with test-cpp.
 test-cuda: dev
 	@echo "== CUDA kernels on the CPU under AddressSanitizer, in several orders of threads"
 	@$(call cmake,build/cpp,$(SANITIZED) -DVARIANT_SANITIZE=ON,variant_cuda_tests)
-	$(CTEST) --test-dir build/cpp --parallel $(JOBS) --tests-regex '^cuda_'
+	$(CTEST) --test-dir build/cpp --parallel $(JOBS) --tests-regex '^cuda_.*seed[$(EMULATED_ORDERS)]$$'
 	@echo "== CUDA kernels on the CPU under ThreadSanitizer, in several orders of threads"
 	@$(call cmake,build/cpp-thread,$(SANITIZED) -DVARIANT_SANITIZE=thread,variant_cuda_tests)
-	$(CTEST) --test-dir build/cpp-thread --parallel $(JOBS) --tests-regex '^cuda_'
+	$(CTEST) --test-dir build/cpp-thread --parallel $(JOBS) --tests-regex '^cuda_.*seed[$(EMULATED_ORDERS)]$$'
 
 # The Python launchers on the same kernels, compiled for the CPU: the contract's tests, no GPU.
 test-cuda-python: dev
@@ -164,10 +166,16 @@ test-triton: dev
 	@echo "== Triton kernels in their interpreter"
 	TRITON_INTERPRET=1 $(PYTEST) -k triton
 
+# What CI tries a part of.
+nightly: export EMULATED_ORDERS = 0123
+nightly: export VARIANT_ROBUSTNESS_KILLED_STRIDE = 1
+nightly: export VARIANT_ROBUSTNESS_TRITON_DTYPES = 1
+
 # The day is the seed of the random tests.
 NIGHTLY = CALLS=100000 CASES=20000 FILES=8000 SEQUENCES=2000 SIGNALS=60 KILLS=60 GPU_KILLS=20 PRESSURE=400 TOKENIZE_STRIDE=1 SEED=$(shell date +%Y%m%d)
 nightly:
 	$(addprefix VARIANT_ROBUSTNESS_,$(NIGHTLY)) VARIANT_TRAINING_STOPS=all VARIANT_SAMPLER_KILLS=10 $(MAKE) test test-isas test-tsan sass SANITIZED_ISAS=all
+	$(if $(shell command -v $${CUDACXX:-nvcc}),$(MAKE) cuda)
 	$(MAKE) mutants
 
 # After `make test COVERAGE=1`: the data of test-python and test-cuda-python together. 95 % of

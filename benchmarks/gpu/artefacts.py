@@ -345,7 +345,13 @@ def _run_nodes(output: Any, grad: Any) -> None:
         differentiate = getattr(node, "apply", node)
         results = differentiate(*(given.get(at) for at in range(len(node._input_metadata))))
         results = results if isinstance(results, tuple) else (results,)
-        for (following, at), result in zip(node.next_functions, results, strict=False):
+        edges = node.next_functions
+        if hasattr(node, "needs_input_grad"):
+            # A function in Python returns a gradient for every argument, tensor or not.
+            pairs = zip(results, node.needs_input_grad, strict=True)
+            results = [result for result, needed in pairs if needed]
+            edges = [edge for edge in edges if edge[0] is not None]
+        for (following, at), result in zip(edges, results, strict=False):
             if following is not None and result is not None:
                 # As torch does: broadcast axes are summed, the dtype is that of the forward pass.
                 like = getattr(following, "variable", None)

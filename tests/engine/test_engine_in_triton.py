@@ -56,10 +56,26 @@ def test_a_seed_draws_what_the_cpu_kernels_draw(small):
     assert torch.equal(ours.tokens, expected.tokens)
 
 
-def test_l2_normalised_logits_equal_the_original():
+def watched(engine, monkeypatch):
+    """The arguments of every call of attention, collected as the engine runs."""
+    launchers, told = engine._launchers(None), []
+    attention = launchers.attention
+    launchers.attention = lambda **given: told.append(given) or attention(**given)
+    monkeypatch.setattr(engine, "_launchers", lambda kv_dtype: launchers)
+    return told
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu"])
+def test_l2_normalised_logits_equal_the_original(backend, monkeypatch):
     golden, var, vae = golden_models("plain")
-    engine = Engine(var, vae, backend="triton", page_size=5)
+    engine = Engine(var, vae, backend=backend, page_size=5)
+    told = watched(engine, monkeypatch)
     logits = engine.forced_logits(
         golden.tensors["label"], golden.tensors["tokens_in"], depth=golden.json["subnet"]["depth"]
     )
     torch.testing.assert_close(logits, golden.tensors["logits_subnet"], atol=1e-4, rtol=0)
+    # Triton's attention normalises the queries of the projection, which the append leaves alone.
+    fused = backend == "triton"
+    assert told
+    assert all(("scale_mul_1H11" in given) == fused for given in told)
+    assert all(given["q_BTHD"].is_contiguous() != fused for given in told)

@@ -8,6 +8,7 @@ from small_models import small_model
 from torch import nn
 from torch.nn import functional as F
 
+from variant.engine import packed_layers
 from variant.engine.engine import Engine
 from variant.engine.packed_layers import (
     CastBuffer,
@@ -153,3 +154,32 @@ def test_a_cast_decoder_is_as_near_as_the_model_in_that_dtype():
     assert (ours.double() - exact).abs().max() <= allowed
     after = model.vae.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)  # a copy was cast
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decoder_whose_norms_keep_channels_last_is_the_same(monkeypatch, dtype):
+    """On a GPU the norms are kernels of ours; here their definition."""
+    model, generator = small_model(), torch.Generator().manual_seed(0)
+    f_hat = torch.randn(2, 8, 3, 3, generator=generator)
+    plain = CastDecoder(model.vae, dtype)
+    monkeypatch.setattr(packed_layers, "keeps_channels_last", lambda device, dtype: True)
+    ours = CastDecoder(model.vae, dtype)
+    norms = [m for m in ours.layers.modules() if isinstance(m, packed_layers.ChannelsLastNorm)]
+    assert len(norms) == sum(isinstance(m, nn.GroupNorm) for m in plain.layers.modules())
+    assert not any(isinstance(m, nn.GroupNorm) for m in ours.layers.modules())
+    assert sum(norm.silu for norm in norms) == 2 * sum(
+        isinstance(m, packed_layers.ResidualBlock) for m in plain.layers.modules()
+    )
+    layouts = []
+    for norm in norms:
+        norm.register_forward_hook(
+            lambda module, x, y: layouts.append(y.is_contiguous(memory_format=torch.channels_last))
+        )
+    exact = model.vae.double().decode_features(f_hat.double())
+    errors = [(decoder(f_hat).double() - exact).abs().max() for decoder in (ours, plain)]
+    assert errors[0] <= 2 * errors[1] + 1e-6
+    assert layouts == [True] * len(norms)
+
+
+def test_the_decoder_of_a_cpu_keeps_torchs_norms():
+    assert not packed_layers.keeps_channels_last(torch.device("cpu"), torch.bfloat16)

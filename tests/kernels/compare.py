@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 import torch
 
+from tests.robustness.forked import option
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import Backend
-from variant_kernels.dispatch.support import BACKENDS
+from variant_kernels.dispatch.support import BACKENDS, triton_interprets
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Tensor = torch.Tensor
@@ -40,7 +41,21 @@ def cases(
     impls: dict[str, Backend], kv_dtype: torch.dtype | None = None
 ) -> list[tuple[str, torch.dtype]]:
     """(backend, dtype) for parametrize."""
-    return [(name, dtype) for dtype in DTYPES for name in backends_for(impls, dtype, kv_dtype)]
+    return [
+        (name, dtype)
+        for dtype in DTYPES
+        for name in backends_for(impls, dtype, kv_dtype)
+        if not (name == "triton" and left_to_nightly(dtype))
+    ]
+
+
+def left_to_nightly(dtype: torch.dtype) -> bool:
+    """Whether ``make nightly`` alone runs the tests of a dtype in Triton's interpreter.
+
+    It takes most of their time for 16-bit types, which random cases of every op have in each run
+    (tests/robustness/test_differential.py).
+    """
+    return triton_interprets() and dtype != torch.float32 and not option("TRITON_DTYPES", 0)
 
 
 def moved(*tensors: Tensor) -> list[Tensor]:

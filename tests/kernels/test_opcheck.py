@@ -8,6 +8,7 @@ from variant_kernels.ops import (
     adaln,
     append_paged_kv,
     block_causal_attention,
+    group_norm,
     paged_attention,
     qk_norm,
     qk_norm_append_paged_kv,
@@ -33,6 +34,7 @@ def calls():
     packed = moved(*qk_norm_append_paged_kv.sample_inputs(torch.float32, generator())[3])
     appended = moved(*append_paged_kv.sample_inputs(torch.float32, generator())[1])
     pages = moved(*paged_attention.sample_inputs(torch.float32, generator())[1])
+    *feature_map, groups = group_norm.sample_inputs(torch.float32, generator())[1]
     (logits,) = moved(sample_tokens.sample_inputs(torch.float32, generator())[1][0])
     forwards = {
         "adaln_modulate": (x, scale, shift, 1e-6),
@@ -43,6 +45,7 @@ def calls():
         "paged_attention": (*pages, 0.25),
         "append_paged_kv": tuple(appended),
         "qk_norm_append_paged_kv": tuple(packed),
+        "group_norm_silu": (*moved(*feature_map), groups, 1e-6, True),
         "sample_tokens": (logits, 1.5, 5, 0.9, 3, None, 2, None),
     }
     mean, rstd = overload("adaln_modulate")(*forwards["adaln_modulate"], "reference")[1:]
@@ -78,7 +81,7 @@ def defined():
 
 def test_every_op_has_a_case():
     assert sorted(calls()) == defined()
-    assert len(defined()) == 14
+    assert len(defined()) == 15
 
 
 @pytest.mark.parametrize("backend", ["reference", NATIVE])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compare import DEVICE, DTYPES, Tally, moved, name_of, wide
+from compare import DEVICE, DTYPES, Tally, left_to_nightly, moved, name_of, wide
 from test_adaln import compare as compare_adaln
 from test_adaln import plain_gated
 from test_qk_norm import gradients, plain_qk_norm
@@ -22,7 +22,11 @@ from variant_kernels.triton_ops import common, rows  # noqa: E402
 from variant_kernels.triton_ops import qk_norm_append_paged_kv as fused  # noqa: E402
 from variant_kernels.triton_ops.sample_tokens import launch_sample_tokens  # noqa: E402
 
-SERVED = [d for d in DTYPES if triton_unsupported(Request(DEVICE, (d,), 64)) is None]
+SERVED = [
+    dtype
+    for dtype in DTYPES
+    if triton_unsupported(Request(DEVICE, (dtype,), 64)) is None and not left_to_nightly(dtype)
+]
 
 
 def test_rows_too_long_for_a_program_are_refused_by_length():

@@ -13,7 +13,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,15 +107,8 @@ def start(rank, *args):
     """The id of a new process, which has all imports of this one: they take seconds."""
     child = os.fork()  # before any thread of OpenMP exists
     if child == 0:
-        code = 1
-        try:
-            work(rank, *args)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
+        work(rank, *args)
+        sys.exit()  # as a process that was started alone: coverage.py saves its record then
     return child
 
 

@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from variant.models.vqvae import VQVAE, ResidualBlock, Upsample, unit_range
+from variant_kernels.dispatch.request import Request
+from variant_kernels.dispatch.select import choose_name
+from variant_kernels.ops.group_norm import group_norm_silu, group_norm_silu_op
 from variant_kernels.packed_linear import pack, packed_linear
 
 
@@ -229,6 +232,57 @@ class PackedDecoder:
         return torch.cat(images)
 
 
+class ChannelsLastNorm(nn.Module):
+    """A group norm, and SiLU where ``silu``, of a feature map whose channels stay last.
+
+    torch's CUDA kernel makes its input and its result contiguous in the other order: two copies of
+    the feature map beside each norm.
+    """
+
+    def __init__(self, norm: nn.GroupNorm, *, silu: bool) -> None:
+        super().__init__()
+        self.weight, self.bias = norm.weight, norm.bias
+        self.num_groups, self.eps, self.silu = norm.num_groups, norm.eps, silu
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x_BHWC = x_BCHW.permute(0, 2, 3, 1).contiguous()
+        y_BHWC = group_norm_silu(
+            x_BHWC, self.weight, self.bias, self.num_groups, eps=self.eps, silu=self.silu
+        )
+        return y_BHWC.permute(0, 3, 1, 2)
+
+
+class ChannelsLastBlock(nn.Module):
+    """:class:`variant.models.vqvae.ResidualBlock` with :class:`ChannelsLastNorm`."""
+
+    def __init__(self, block: ResidualBlock) -> None:
+        super().__init__()
+        self.norm1 = ChannelsLastNorm(block.norm1, silu=True)
+        self.norm2 = ChannelsLastNorm(block.norm2, silu=True)
+        self.conv1, self.conv2, self.nin_shortcut = block.conv1, block.conv2, block.nin_shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.nin_shortcut(x) + self.conv2(self.norm2(self.conv1(self.norm1(x))))
+
+
+def keeps_channels_last(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a kernel of ours serves the norms; without one, torch's own norm is used."""
+    request = Request(device.type, (dtype,))
+    name = choose_name("group_norm_silu", group_norm_silu_op.backends, "auto", request)
+    return name == "triton"
+
+
+def with_channels_last_norms(module: nn.Module) -> nn.Module:
+    """``module`` with every group norm below it replaced, in place."""
+    if isinstance(module, ResidualBlock):
+        return ChannelsLastBlock(module)
+    if isinstance(module, nn.GroupNorm):
+        return ChannelsLastNorm(module, silu=False)
+    for name, child in module.named_children():
+        setattr(module, name, with_channels_last_norms(child))
+    return module
+
+
 class CastDecoder:
     """A copy of the VQ-VAE's decoder in ``dtype``, channels last, for convolutions on a GPU."""
 
@@ -239,6 +293,8 @@ class CastDecoder:
         for weight in self.layers.parameters():
             if weight.ndim == 4:
                 weight.data = weight.to(memory_format=torch.channels_last)
+        if keeps_channels_last(vae.post_quant_conv.weight.device, dtype):
+            self.layers = with_channels_last_norms(self.layers)
 
     @torch.no_grad()
     def __call__(self, f_hat_BCHW: Tensor) -> Tensor:

@@ -142,6 +142,7 @@ class BatchState:
         launchers, cache = self.launchers, self.cache
         num_sequences, tokens, width = h_RTC.shape
         qkv_RT3C = layer.qkv(h_RTC).to(launchers.attention_dtype)
+        of_append, of_attention = launchers.query_norm(layer.scale_mul_1H11)
         q_RTHD = launchers.norm_append(
             qkv_BT3HD=qkv_RT3C.view(num_sequences, tokens, 3, self.var.config.num_heads, -1),
             scale_mul_1H11=layer.scale_mul_1H11,
@@ -149,6 +150,7 @@ class BatchState:
             v_pages_PNHD=cache.v_pages,
             slots_BT=step.slots_BT,
             **cache.scales,
+            **of_append,
         )
         out_RTHD = launchers.attention(
             q_BTHD=q_RTHD,
@@ -159,6 +161,7 @@ class BatchState:
             softmax_scale=layer.softmax_scale,
             consecutive=step.consecutive,
             **cache.scales,
+            **of_attention,
         )
         return layer.proj(out_RTHD.view(num_sequences, tokens, width).to(h_RTC.dtype))
 

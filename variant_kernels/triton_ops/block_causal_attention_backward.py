@@ -236,7 +236,7 @@ def key_gradient_tiles(
             tile = tl.load(statistics + rows, mask=(positions < length)[:, None], other=0.0)
         else:
             tile = tl.load(statistics + rows)
-        factor = 1.0
+        factor = tl.full((BLOCK_Q,), 1.0, tl.float32)
         if QK_NORM:
             even, odd = tl.split(tl.reshape(tile, (BLOCK_Q, 2, 2)))
             delta, factor = tl.split(even)

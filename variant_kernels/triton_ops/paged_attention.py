@@ -22,6 +22,7 @@ import triton.language as tl
 
 from variant_kernels.split_keys import num_splits
 from variant_kernels.triton_ops import common, tuning
+from variant_kernels.triton_ops.block_causal_attention import SMALLEST, query_factors
 from variant_kernels.triton_ops.common import on_device_of, padded
 from variant_kernels.triton_ops.e4m3 import (
     e4m3_decode,
@@ -64,7 +65,7 @@ def attend_pages(
     D_PADDED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Online softmax over the tokens from ``first`` to ``last`` of one sequence.
+    """Online softmax over the tokens from ``first`` to ``last`` of one sequence; scale_log2: (Q,).
 
     With CONSECUTIVE the bases are those of the sequence's first page, and token s is row s from
     there. Otherwise the table is read for every token.
@@ -127,7 +128,7 @@ def attend_pages(
             scores = tl.where(visible[None, :], scores, float("-inf"))
         # Unscaled: see attend_tiles in block_causal_attention.
         new_largest = tl.maximum(largest, tl.max(scores, 1))
-        probs = tl.exp2((scores - new_largest[:, None]) * scale_log2)
+        probs = tl.exp2((scores - new_largest[:, None]) * scale_log2[:, None])
         shrink = tl.exp2((largest - new_largest) * scale_log2)
         total = total * shrink + tl.sum(probs, 1)
         if KV8:
@@ -151,6 +152,7 @@ def paged_attention_kernel(
     lens_ptr,
     out_ptr,
     statistics_ptr,
+    scale_ptr,
     q_stride_b,
     q_stride_t,
     q_stride_h,
@@ -189,8 +191,9 @@ def paged_attention_kernel(
 
     With KV8 pages are bytes and have scales. With CONSECUTIVE the pages of a sequence follow one
     another, so that only the first entry of its table is read.
+    scale_ptr: (H,) logarithms of qk_norm's scales, or None; keys are normalised already.
     out: (B, T, H, D); with SPLIT float32 (S, B, T, H, D), and statistics (2, S, B, T, H) are the
-    largest score of each query, unscaled, and its sum of exponentials.
+    largest score of each query, unscaled without scale_ptr, and its sum of exponentials.
     """
     tiles = tl.cdiv(num_queries, BLOCK_Q)
     tile = tl.program_id(0) % tiles
@@ -224,7 +227,14 @@ def paged_attention_kernel(
     columns = tl.arange(0, D_PADDED)
     inside = (queries < num_queries)[:, None] & (columns < D)[None, :]
     q_rows = q_ptr + b * q_stride_b + h * q_stride_h + queries.to(tl.int64) * q_stride_t
-    q = tl.load(q_rows[:, None] + columns[None, :], mask=inside, other=0.0)
+    q_pointers = q_rows[:, None] + columns[None, :]
+    scale_log2 = tl.full((BLOCK_Q,), scale_log2, tl.float32)
+    if scale_ptr is not None:
+        factor, _ = query_factors(tl.load(q_pointers, mask=inside, other=0.0), scale_ptr, h)
+        scale_log2 = tl.maximum(scale_log2 * factor, SMALLEST, propagate_nan=tl.PropagateNan.ALL)
+        # Keep the compiler from merging this load with the next, as in block_causal_attention.
+        tl.debug_barrier()
+    q = tl.load(q_pointers, mask=inside, other=0.0)
     if NEGATE:
         q = -q
     out = tl.zeros((BLOCK_Q, D_PADDED), tl.float32)
@@ -252,7 +262,10 @@ def paged_attention_kernel(
     out_pointers = out_ptr + out_rows[:, None] * D + columns[None, :]
     tl.store(out_pointers, out.to(out_ptr.dtype.element_ty), mask=inside)
     if SPLIT:
-        # Apart: a logarithm of the sum would lose the digits of the sum to a large score.
+        # Apart: a logarithm of the sum would lose the digits of the sum to a large score. Scores of
+        # normalised queries and keys are at most 100.
+        if scale_ptr is not None:
+            largest = largest * scale_log2
         parts = tl.cast(splits, tl.int64) * batch * num_queries * heads
         tl.store(statistics_ptr + out_rows, largest, mask=queries < num_queries)
         tl.store(statistics_ptr + parts + out_rows, total, mask=queries < num_queries)
@@ -313,6 +326,7 @@ def launch_paged_attention_forward(
     k_scales_PNH: torch.Tensor | None = None,
     v_scales_PNH: torch.Tensor | None = None,
     consecutive: bool = False,
+    scale_mul_1H11: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(softmax_scale * q k^T) v over the first kv_lens_B[b] tokens of sequence b.
 
@@ -320,6 +334,9 @@ def launch_paged_attention_forward(
     float8_e4m3fn and k and v are page * scale (``kv_quantization``). A length of 0 gives zeros.
     Page-table entries and slots past the length are not read. On a GPU values are not validated:
     lengths are clamped to the capacity of the table, page indices to the pool.
+
+    With scale_mul_1H11, (1, H, 1, 1), queries are first normalised as by qk_norm; keys must be. The
+    norm is a factor on a query's scores, so that q is read once and no copy of it is written.
 
     With consecutive only the first entry of each sequence is read, and its pages are read from
     there on: without a lookup for every token.
@@ -342,10 +359,13 @@ def launch_paged_attention_forward(
         for x in (k_pages, v_pages, k_scales_PNH, v_scales_PNH)
     )
 
+    if scale_mul_1H11 is not None:
+        scale_mul_1H11 = scale_mul_1H11.contiguous()
+
     def launch(config: Config) -> None:
         _launch(
             config, q_BTHD, k_pages, v_pages, page_table_BM, kv_lens_B, softmax_scale, scales,
-            consecutive, out_BTHD,
+            consecutive, scale_mul_1H11, out_BTHD,
         )  # fmt: skip
 
     with on_device_of(q_BTHD):
@@ -354,7 +374,7 @@ def launch_paged_attention_forward(
             (head_dim, q_BTHD.element_size(), k_pages_PNHD.element_size()),
             # The room of the tables hardly matters.
             (*map(tuning.power_of_two_from, (num_queries, batch * heads)), page_size),
-            (q_BTHD.dtype, k_pages_PNHD.dtype, consecutive),
+            (q_BTHD.dtype, k_pages_PNHD.dtype, consecutive, scale_mul_1H11 is not None),
         )
         candidates = configs_for(q_BTHD, k_scales_PNH is not None, consecutive)
         launch(tuning.best(paged_attention_kernel, candidates, key, launch, q_BTHD.device))
@@ -371,6 +391,7 @@ def _launch(
     softmax_scale: float,
     scales: tuple[torch.Tensor | int | None, ...],
     consecutive: bool,
+    scale_mul_1H11: torch.Tensor | None,
     out_BTHD: torch.Tensor,
 ) -> None:
     """Both kernels with one config; pages and scales as ``e4m3`` prepares them."""
@@ -387,7 +408,7 @@ def _launch(
     )
     # The kernel computes max(scale * scores) as scale * max(scores), so the sign goes into q. A
     # scale of zero times a masked score of -inf would be NaN; 1e-30 has the effect of zero.
-    scale_log2 = max(abs(softmax_scale), 1e-30) * log2(e)
+    scale_log2 = max(abs(softmax_scale) * log2(e), SMALLEST.value)
     target, statistics_2SBTH = out_BTHD, None
     if splits > 1:
         target, statistics_2SBTH = _split_buffers(q_BTHD, splits)
@@ -399,6 +420,7 @@ def _launch(
         kv_lens_B,
         target,
         statistics_2SBTH,
+        scale_mul_1H11,
         *q_BTHD.stride()[:3],
         *k_pages_PNHD.stride()[:3],
         *v_pages_PNHD.stride()[:3],
@@ -425,7 +447,8 @@ def _launch(
         **config.options,
     )
     if statistics_2SBTH is not None:
-        _launch_combine(target, statistics_2SBTH, scale_log2, out_BTHD)
+        factor = scale_log2 if scale_mul_1H11 is None else 1.0  # else the statistics are scaled
+        _launch_combine(target, statistics_2SBTH, factor, out_BTHD)
 
 
 def _split_buffers(q_BTHD: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -66,6 +66,8 @@ def qk_norm_append_paged_kv_kernel(
 ):
     """One token's heads: with NORM normalise q (into q_out) and k; write k and v to their slot.
 
+    Without q_out only k is normalised.
+
     With KV8 k and v are rounded to 8 bits, k after rounding to the tokens' dtype.
     """
     tiles: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
@@ -86,12 +88,13 @@ def qk_norm_append_paged_kv_kernel(
     k = tl.load(q_pointers + qkv_stride_3, mask=written, other=0.0)
     v = tl.load(q_pointers + tl.cast(qkv_stride_3, tl.int64) * 2, mask=written)
     if NORM:
-        q = tl.load(q_pointers, mask=inside, other=0.0).to(tl.float32)
-        log_scale = tl.load(scale_ptr + h * scale_stride, mask=h < H, other=0.0)
-        scale = head_scale(log_scale.to(tl.float32))
-        unit_q, _, _ = unit(q)
-        out = (unit_q * scale[:, None]).to(q_out_ptr.dtype.element_ty)
-        tl.store(q_out_ptr + (token * H + h)[:, None] * D + d, out, mask=inside)
+        if q_out_ptr is not None:
+            q = tl.load(q_pointers, mask=inside, other=0.0).to(tl.float32)
+            log_scale = tl.load(scale_ptr + h * scale_stride, mask=h < H, other=0.0)
+            scale = head_scale(log_scale.to(tl.float32))
+            unit_q, _, _ = unit(q)
+            out = (unit_q * scale[:, None]).to(q_out_ptr.dtype.element_ty)
+            tl.store(q_out_ptr + (token * H + h)[:, None] * D + d, out, mask=inside)
         unit_k, _, _ = unit(k.to(tl.float32))
         k = unit_k.to(qkv_ptr.dtype.element_ty)
     if KV8:
@@ -114,6 +117,7 @@ def launch_qk_norm_append_paged_kv(
     slots_BT: torch.Tensor,
     k_scales_PNH: torch.Tensor | None = None,
     v_scales_PNH: torch.Tensor | None = None,
+    norm_queries: bool = True,
 ) -> torch.Tensor:
     """Normalise queries and keys, write keys and values into their slots; -1 skips the token.
 
@@ -121,12 +125,16 @@ def launch_qk_norm_append_paged_kv(
     are skipped. If two tokens have the same slot, the result is undefined. With scales, pages are
     float8_e4m3fn and k and v are quantised (``kv_quantization``).
 
+    Args:
+        norm_queries: False leaves the queries to an attention that normalises them itself.
     Returns:
-        q_BTHD: new and contiguous; without scale_mul_1H11 the view qkv_BT3HD[:, :, 0].
+        q_BTHD: new and contiguous; without scale_mul_1H11 or norm_queries the view
+        qkv_BT3HD[:, :, 0].
     """
     batch, tokens, _, heads, head_dim = qkv_BT3HD.shape
     norm = scale_mul_1H11 is not None
-    if norm:
+    write_queries = norm and norm_queries
+    if write_queries:
         q_BTHD = qkv_BT3HD.new_empty((batch, tokens, heads, head_dim))
     else:
         q_BTHD = qkv_BT3HD.select(2, 0)
@@ -138,7 +146,7 @@ def launch_qk_norm_append_paged_kv(
         qk_norm_append_paged_kv_kernel[(batch * tokens * -(-heads // block_h),)](
             qkv_BT3HD,
             scale_mul_1H11,
-            q_BTHD if norm else None,
+            q_BTHD if write_queries else None,
             *page_bytes(k_pages_PNHD, v_pages_PNHD, k_scales_PNH),
             slots_BT,
             *qkv_BT3HD.stride()[:4],

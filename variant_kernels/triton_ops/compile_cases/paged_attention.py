@@ -25,8 +25,10 @@ from variant_kernels.triton_ops.paged_attention_configs import (
 )
 
 
-def _case(kv8: bool, constants: dict[str, Any], **options: Any) -> CompileCase:
+def _case(kv8: bool, constants: dict[str, Any], norm: bool = False, **options: Any) -> CompileCase:
     constants = {"lens_stride": 1, "KV8": kv8, **constants}
+    if not norm:
+        constants["scale_ptr"] = None
     if not kv8:
         constants.update(NO_SCALES)
     types = {
@@ -35,7 +37,7 @@ def _case(kv8: bool, constants: dict[str, Any], **options: Any) -> CompileCase:
         "q_ptr": "*T:16",
         **dict.fromkeys(("k_ptr", "v_ptr"), "*u8:16" if kv8 else "*T:16"),
         **dict.fromkeys(("table_ptr", "lens_ptr"), "*i32:16"),
-        **dict.fromkeys(("out_ptr", "statistics_ptr"), "*fp32:16"),
+        **dict.fromkeys(("out_ptr", "statistics_ptr", "scale_ptr"), "*fp32:16"),
         "?_stride_?": "i32:16",
         **dict.fromkeys(("table_stride", "batch", "num_queries", "heads"), "i32"),
         **dict.fromkeys(("num_pages", "entries", "splits"), "i32"),
@@ -73,15 +75,17 @@ def _cases() -> Iterator[CompileCase]:
                     "BLOCK_Q": config.block_q,
                     "BLOCK_K": config.block_k,
                 }
+                # Consecutive pages with the norm of the queries: as the engine calls it.
                 yield _case(
                     kv8,
                     constants,
+                    norm=consecutive,
                     **config.options,
                     targets=(target,),
                     dtypes=dtypes,
                     label=f"D {head_dim}, {config.block_q} x {config.block_k}"
                     + (", 8 bits" if kv8 else "")
-                    + (", consecutive pages" if consecutive else ""),
+                    + (", consecutive pages, query norm" if consecutive else ""),
                 )
     # Without a split no statistics are written: another kernel.
     for kv8 in (False, True):

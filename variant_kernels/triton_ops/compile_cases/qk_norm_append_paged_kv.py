@@ -17,15 +17,16 @@ from variant_kernels.triton_ops.rows import HEADS_PER_THREAD, heads_per_block
 
 
 def _cases() -> Iterator[CompileCase]:
-    shapes = ((16, 64, True), (30, 64, True), (30, 64, False), (3, 24, True))
+    shapes = ((16, 64, "qk"), (30, 64, "qk"), (30, 64, "k"), (30, 64, ""), (3, 24, "qk"))
     for (heads, head_dim, norm), kv8 in product(shapes, (False, True)):
+        without = ("scale_ptr", "q_out_ptr") if not norm else ("q_out_ptr",) if norm == "k" else ()
         block_h, d_padded = heads_per_block(heads, head_dim), padded(head_dim)
         constants = {
             **({} if kv8 else NO_SCALES),
-            **({} if norm else dict.fromkeys(("scale_ptr", "q_out_ptr"))),
+            **dict.fromkeys(without),
             "scale_stride": 1,
             "slots_stride_t": 1,
-            "NORM": norm,
+            "NORM": norm != "",
             "KV8": kv8,
             "PAGE_SIZE": 16,
             "H": heads,
@@ -53,7 +54,7 @@ def _cases() -> Iterator[CompileCase]:
                 num_stages=1,
                 targets=targets,
                 label=f"H {heads}, D {head_dim}"
-                + ("" if norm else " no norm")
+                + {"qk": "", "k": " norm of k", "": " no norm"}[norm]
                 + (", 8 bits" if kv8 else ""),
             )
 
