@@ -186,6 +186,17 @@ def qk_norm(name, layout):
     launcher("qk_norm", name)(**tensors)
 
 
+def group_norm(layout):
+    launcher("group_norm", "launch_group_norm_silu")(
+        x_BYXC=layout.plain(BATCH, 16, 16, 160),
+        weight_C=layout.tensor(160),
+        bias_C=layout.tensor(160),
+        num_groups=32,
+        eps=1e-6,
+        silu=True,
+    )
+
+
 def sample(layout, in_graph=False):
     launcher("sample_tokens", "launch_sample_tokens")(
         logits_2BTV=layout.tensor(2 * BATCH, TOKENS, 4096),
@@ -224,6 +235,7 @@ CALLS = {
         name: lambda layout, name=name: qk_norm(name, layout)
         for name in ("launch_qk_norm_forward", "launch_qk_norm_backward", "launch_unit_keys")
     },
+    "launch_group_norm_silu": group_norm,
     "launch_sample_tokens": sample,
     "launch_sample_tokens, for a graph": lambda x: sample(x, in_graph=True),
 }
@@ -263,8 +275,8 @@ def test_strides_belong_to_their_tensors_in_order(call, aligned):
             expected = tensor.stride()[: len(by_axis)]
             assert tuple(by_axis.values()) == expected, (launch.name, owner, list(by_axis))
             checked += 1
-    # The strides of logits have names of their own.
-    assert checked or "sample" in call
+    # The strides of logits have names of their own; feature maps are contiguous.
+    assert checked or "sample" in call or "group_norm" in call
 
 
 def address(tensor):

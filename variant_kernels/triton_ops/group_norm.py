@@ -29,8 +29,9 @@ def group_norm_sums_kernel(
     C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Mean, and sum of squared distances to it, of each channel in one part of the pixels."""
-    program = tl.program_id(0)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    columns: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    program, column = tl.program_id(0) // columns, tl.program_id(0) % columns
+    channel = column * BLOCK_C + tl.arange(0, BLOCK_C)
     b, part = (program // parts).to(tl.int64), program % parts
     start = part * pixels_per_part
     end = tl.minimum(start + pixels_per_part, pixels)
@@ -60,7 +61,7 @@ def group_norm_combine_kernel(
     C: tl.constexpr, G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_GC: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1 / standard deviation of one group of one image, from those of its channels."""
-    b, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b, group = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
     width: tl.constexpr = C // G
     part, column = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_GC)
     held = (part < parts)[:, None] & (column < width)[None]
@@ -85,8 +86,9 @@ def group_norm_apply_kernel(
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One tile of pixels and channels."""
-    program = tl.program_id(0)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    columns: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    program, column = tl.program_id(0) // columns, tl.program_id(0) % columns
+    channel = column * BLOCK_C + tl.arange(0, BLOCK_C)
     b, pixel = (program // tiles).to(tl.int64), program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     held = channel < C
     inside = (pixel < pixels)[:, None] & held[None]
@@ -131,18 +133,19 @@ def launch_group_norm_silu(
         tiles = -(-pixels // BLOCK_N)
         tiles_per_part = -(-tiles // max(1, min(wanted, tiles, MAX_PARTS)))
         parts, pixels_per_part = -(-tiles // tiles_per_part), tiles_per_part * BLOCK_N
-        sums_2BPC = x_BYXC.new_empty(2, batch, parts, channels, dtype=torch.float32)
-        group_2BG = x_BYXC.new_empty(2, batch, num_groups, dtype=torch.float32)
-        group_norm_sums_kernel[batch * parts, columns](
+        float32 = {"dtype": torch.float32, "device": x_BYXC.device}
+        sums_2BPC = torch.empty(2, batch, parts, channels, **float32)
+        group_2BG = torch.empty(2, batch, num_groups, **float32)
+        group_norm_sums_kernel[(batch * parts * columns,)](
             x_BYXC, *sums_2BPC.unbind(0), pixels, pixels_per_part, parts,
             C=channels, BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
         )  # fmt: skip
-        group_norm_combine_kernel[batch, num_groups](
+        group_norm_combine_kernel[(batch * num_groups,)](
             *sums_2BPC.unbind(0), *group_2BG.unbind(0), pixels, pixels_per_part, parts, eps,
             C=channels, G=num_groups, BLOCK_P=padded(parts),
             BLOCK_GC=padded(channels // num_groups), num_warps=NUM_WARPS,
         )  # fmt: skip
-        group_norm_apply_kernel[batch * tiles, columns](
+        group_norm_apply_kernel[(batch * tiles * columns,)](
             x_BYXC, weight_C, bias_C, *group_2BG.unbind(0), y_BYXC, pixels, tiles,
             C=channels, G=num_groups, SILU=silu, BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C,
             num_warps=NUM_WARPS,
