@@ -17,7 +17,7 @@ IMPLEMENTATIONS = ("triton", "cpu", "op", "reference", "eager")
 # Side of the feature map, its channels, images: the last and the first level of the decoder.
 SIZES = {"256x160-1": (256, 160, 1), "256x160-8": (256, 160, 8), "16x640-8": (16, 640, 8)}
 CASES = [
-    Case(name, dtype, {"size": size}, quick=name.startswith("16x"))
+    Case(f"{name}-{dtype}", dtype, {"size": size}, quick=name.startswith("16x"))
     for name, size in SIZES.items()
     for dtype in ("bfloat16", "float32")
 ]

@@ -25,6 +25,7 @@ OPS = {
     "adaln_modulate",
     "block_causal_attention",
     "gated_residual_adaln",
+    "group_norm_silu",
     "paged_attention",
     "qk_norm_append_paged_kv",
     "sample_tokens",
@@ -186,3 +187,13 @@ def test_each_bench_file_starts_cases_for_its_own_seconds():
     unlimited = Session(quick=True)
     assert not unlimited.out_of_time("bench_a.py")
     assert not unlimited.out_of_time("bench_a.py")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks").glob("bench_*.py")), ids=lambda p: p.stem
+)
+def test_cases_of_one_device_have_different_names(path):
+    """A second case of the same name would not be timed."""
+    module = importlib.import_module(f"benchmarks.{path.stem}")
+    names = [(device, case.name) for case in module.CASES for device in case.devices]
+    assert len(set(names)) == len(names)

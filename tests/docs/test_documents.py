@@ -53,7 +53,7 @@ NOT_RUN = {
     "variant train-vae": "takes minutes; a shortened recipe runs below",
     "variant tokenize": "needs a trained VQ-VAE; tests/training/test_own_images.py runs it",
     "variant convert runs/mine": "needs a trained run; tests/training/test_export.py converts some",
-    "variant eval": "needs images and weights; tests/evaluation/test_report.py runs it",
+    "variant eval": "needs images and weights; tests/evaluation/test_evaluate.py runs it",
     "variant bench": "takes minutes",
 }
 
