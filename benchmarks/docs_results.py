@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import predict
 from benchmarks.report import PARTS, environment_lines, table
 from benchmarks.results import (
     DROPIN,
@@ -75,7 +76,7 @@ SECTIONS = {
 
 def page(results: list[Result], digits: Mapping[str, Any]) -> str:
     """The text of ``docs/results.md``."""
-    lines = [INTRODUCTION, *_plan(), *_digits(digits)]
+    lines = [INTRODUCTION, *_plan(), *_predictions(results), *_digits(digits)]
     for kind, title in SECTIONS.items():
         of_kind = [result for result in results if result.kind == kind]
         if of_kind:
@@ -114,6 +115,25 @@ def _plan() -> list[str]:
         "`variant plan --model var-d30 --batch 64`",
         "",
         *table(columns, cells),
+    ]
+
+
+def _predictions(results: list[Result]) -> list[str]:
+    """Targets on a GPU beside what the model predicts and what a run measured."""
+    constants, run = predict.constants(), predict.run_of(results)
+    found = predict.cases(constants, None if run is None else run.data)
+    return [
+        "## Targets on a GPU",
+        "",
+        "For one H200, VAR-d30 at 256x256, bfloat16. **The predicted values are no measurements**: "
+        "a model computes them from the machine code that the compiler makes for this GPU, the "
+        "number of tiles, and rooflines "
+        "([predict.py](../benchmarks/predict.py)). Source of its constants: "
+        f"{constants.source}. It may be off by 15 % and more. TFLOP/s count visible pairs.",
+        "",
+        "`python -m benchmarks.predict`",
+        "",
+        *table(["what", "target", "predicted", "measured"], [case.cells() for case in found]),
     ]
 
 
