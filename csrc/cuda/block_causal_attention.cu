@@ -1,10 +1,11 @@
 // Block-causal attention with the tiles of softmax_tiles.cuh: keys are contiguous, and a query sees
-// the keys up to the end of its own scale.
+// the keys up to the end of its own scale. Tiles of queries are cut at the ends of scales.
 #include "block_causal_attention.h"
 
 #include "launch.h"
 #include "softmax_plain.cuh"
 #include "softmax_tiles.cuh"
+#include "tile_order.h"
 
 namespace variant::cuda {
 namespace {
@@ -12,86 +13,81 @@ namespace {
 struct BlockCausalParams {
   BlockCausalForwardArgs a;
   ScaleEnds ends;
+  TileOrder order;
+  int64_t cache_bytes;  // of the device's L2
   float scale_log2;
   bool negate;
 };
 
-template <class T>
-struct ContiguousSource {
-  const BlockCausalParams& p;
-  const T *q, *k, *v;
-  int first_query, queries, last;
+// The queries of one tile and all keys that they see.
+template <class T, class Step>
+struct ContiguousSource : RowPairs<T, Step> {
+  HeadRows<T, Step> q;
+  int queries, last;
 
-  __device__ const T* query(int r) const {
-    return r < queries ? q + r * p.a.q.token_stride : nullptr;
-  }
-  // Rows past the tile see the same keys as its last query.
-  __device__ int visible(int r) const {
-    return r < queries ? p.ends.visible(first_query + r) : last;
-  }
-  __device__ void locate(int s, const T** k_row, const T** v_row) const {
-    *k_row = k + s * p.a.k.token_stride;
-    *v_row = v + s * p.a.v.token_stride;
-  }
+  __device__ const T* query(int r) const { return r < queries ? q.row(r) : nullptr; }
 };
 
-// The tile of one block: queries from t on.
+// The tile of one block.
 struct QueryTile {
   int64_t b, h;
-  int t;
+  ScaleTile tokens;
+
+  // The index of row r in (B, L, H) and in (B, H, L).
+  __device__ int64_t row(const BlockCausalForwardArgs& a, int r) const {
+    return (b * a.length + tokens.begin + r) * a.heads + h;
+  }
+  __device__ int64_t lse(const BlockCausalForwardArgs& a, int r) const {
+    return (b * a.heads + h) * a.length + tokens.begin + r;
+  }
 };
 
-// The last tiles see the most keys. They get the first blocks, so that all blocks finish together.
 template <int kQueries>
-__device__ inline QueryTile tile_of_block(const BlockCausalForwardArgs& a) {
-  const unsigned heads = static_cast<unsigned>(a.heads);
-  const unsigned sequences = static_cast<unsigned>(a.batch) * heads;
-  const unsigned tiles = static_cast<unsigned>(ceil_div(a.length, kQueries));
-  const unsigned sequence = blockIdx.x % sequences, number = tiles - 1 - blockIdx.x / sequences;
-  return {sequence / heads, sequence % heads, static_cast<int>(number) * kQueries};
+__device__ inline QueryTile tile_of_block(const BlockCausalParams& p, unsigned block) {
+  const TilePlace place = p.order.place(block);
+  const unsigned heads = static_cast<unsigned>(p.a.heads);
+  return {place.head / heads, place.head % heads,
+          p.ends.tile<kQueries>(static_cast<int>(place.tile))};
 }
 
-template <class T, int kQueries>
-__device__ inline ContiguousSource<T> source_of(const BlockCausalParams& p, QueryTile tile) {
-  const BlockCausalForwardArgs& a = p.a;
-  const int left = static_cast<int>(a.length) - tile.t;
-  const int queries = left < kQueries ? left : kQueries;
-  return {p,
-          row<T>(a.q, tile.b, tile.t, tile.h),
-          row<T>(a.k, tile.b, 0, tile.h),
-          row<T>(a.v, tile.b, 0, tile.h),
-          tile.t,
-          queries,
-          p.ends.visible(tile.t + queries - 1)};
+template <class T, class Step>
+__device__ inline ContiguousSource<T, Step> source_of(const BlockCausalParams& p,
+                                                      const QueryTile& tile) {
+  HeadRows<T, Step> q = rows_of_head<T, Step>(p.a.q, tile.b, tile.h);
+  q.data = q.row(tile.tokens.begin);
+  return {
+      {rows_of_head<T, Step>(p.a.k, tile.b, tile.h), rows_of_head<T, Step>(p.a.v, tile.b, tile.h)},
+      q,
+      tile.tokens.rows,
+      tile.tokens.scale_end};
 }
 
 constexpr float kLog2 = 0.6931471805599453f;
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     block_causal_attention_kernel(const __grid_constant__ BlockCausalParams p) {
   using T = typename Tile::T;
   const BlockCausalForwardArgs& a = p.a;
-  const QueryTile tile = tile_of_block<Tile::kQueries>(a);
-  const auto source = source_of<T, Tile::kQueries>(p, tile);
+  const auto source = source_of<T, uint32_t>(p, tile_of_block<Tile::kQueries>(p, blockIdx.x));
   const int head_dim = static_cast<int>(a.head_dim);
   SoftmaxState<Tile> state;
   attend_tile<Tile>(dynamic_shared<T>(), source, 0, source.last, head_dim, p.scale_log2, p.negate,
                     state);
+  // Computed again, because during the loop its numbers would take registers.
+  const QueryTile tile = tile_of_block<Tile::kQueries>(p, unknown(blockIdx.x));
   T* out = static_cast<T*>(a.out);
-  write_tile<Tile>(state, source.queries, head_dim,
+  write_tile<Tile>(state, tile.tokens.rows, head_dim,
                    [&](int r, int column, float first, float second) {
-                     const int64_t index = (tile.b * a.length + tile.t + r) * a.heads + tile.h;
-                     T* to = out + index * a.head_dim + column;
+                     T* to = out + tile.row(a, r) * a.head_dim + column;
                      *reinterpret_cast<uint32_t*>(to) = pack2<T>(first, second);
                    });
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int r = static_cast<int>(threadIdx.x) / kWarp * 16 + half * 8 + lane / 4;
-    if (lane % 4 != 0 || r >= source.queries) continue;
-    a.lse[(tile.b * a.heads + tile.h) * a.length + tile.t + r] =
-        (state.largest[half] * p.scale_log2 + log2f(state.total[half])) * kLog2;
+    if (lane % 4 != 0 || r >= tile.tokens.rows) continue;
+    a.lse[tile.lse(a, r)] = (state.largest[half] * p.scale_log2 + log2f(state.total[half])) * kLog2;
   }
 }
 
@@ -100,29 +96,30 @@ __global__ void __launch_bounds__(Tile::kThreads)
     block_causal_attention_plain_kernel(const __grid_constant__ BlockCausalParams p) {
   using T = typename Tile::T;
   const BlockCausalForwardArgs& a = p.a;
-  const QueryTile tile = tile_of_block<Tile::kQueries>(a);
-  const auto source = source_of<T, Tile::kQueries>(p, tile);
+  const QueryTile tile = tile_of_block<Tile::kQueries>(p, blockIdx.x);
+  const auto source = source_of<T, int64_t>(p, tile);
   const int head_dim = static_cast<int>(a.head_dim);
   PlainState<Tile> state;
   attend_plain<Tile>(dynamic_shared<float>(), source, 0, source.last, head_dim, p.scale_log2,
                      p.negate, state);
   write_plain<Tile>(state, source.queries, head_dim, [&](int r, int column, float value) {
-    const int64_t index = (tile.b * a.length + tile.t + r) * a.heads + tile.h;
-    static_cast<T*>(a.out)[index * a.head_dim + column] = narrow<T>(value);
+    static_cast<T*>(a.out)[tile.row(a, r) * a.head_dim + column] = narrow<T>(value);
   });
 #pragma unroll
   for (int i = 0; i < Tile::kPerWarp; ++i) {
     const int r = static_cast<int>(threadIdx.x) / kWarp * Tile::kPerWarp + i;
     if (threadIdx.x % kWarp != 0 || r >= source.queries) continue;
-    a.lse[(tile.b * a.heads + tile.h) * a.length + tile.t + r] =
-        (state.largest[i] * p.scale_log2 + log2f(state.total[i])) * kLog2;
+    a.lse[tile.lse(a, r)] = (state.largest[i] * p.scale_log2 + log2f(state.total[i])) * kLog2;
   }
 }
 
 template <class Tile, class Kernel>
-int launch_tiles(Kernel kernel, const BlockCausalParams& p, void* stream) {
-  const int64_t blocks = ceil_div(p.a.length, Tile::kQueries) * p.a.heads * p.a.batch;
-  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(Tile::kThreads),
+int launch_tiles(Kernel kernel, BlockCausalParams p, void* stream) {
+  const int64_t heads = p.a.batch * p.a.heads;
+  const int64_t bytes_of_head = 2 * p.a.length * p.a.head_dim * bytes_of(p.a.dtype);
+  p.order = {static_cast<unsigned>(heads), static_cast<unsigned>(p.ends.tiles(Tile::kQueries)),
+             heads_that_fit(heads, bytes_of_head, p.cache_bytes), true};
+  return launch(kernel, dim3(p.order.heads * p.order.tiles), dim3(Tile::kThreads),
                 Tile::kSharedBytes, stream, p);
 }
 
@@ -143,8 +140,8 @@ int attend(const BlockCausalParams& p, void* stream) {
   const BlockCausalForwardArgs& a = p.a;
   const int64_t d = a.head_dim;
   if constexpr (sizeof(T) == 2) {
-    if (is_aligned(a.q, 2) && is_aligned(a.k, 2) && is_aligned(a.v, 2)) {
-      return d <= 32    ? launch_width<T, 32, 64>(p, stream)
+    if (fits_tiles(a.q) && fits_tiles(a.k) && fits_tiles(a.v)) {
+      return d <= 32    ? launch_width<T, 32, 32>(p, stream)
              : d <= 64  ? launch_width<T, 64, 64>(p, stream)
              : d <= 96  ? launch_width<T, 96, 32>(p, stream)
              : d <= 128 ? launch_width<T, 128, 32>(p, stream)
@@ -156,9 +153,10 @@ int attend(const BlockCausalParams& p, void* stream) {
                     : launch_plain<T, 8>(p, stream);
 }
 
-int forward(const BlockCausalForwardArgs& a, void* stream) {
+int forward(const BlockCausalForwardArgs& a, int device, void* stream) {
   BlockCausalParams p = {};
   p.a = a;
+  p.cache_bytes = l2_bytes(device);
   if (!p.ends.set(a.scale_lengths, a.num_scales, a.length)) return kInvalidValue;
   p.negate = a.softmax_scale < 0.0f;
   // A scale of zero would turn masked scores of -inf into NaN; 1e-30 gives the results of zero
@@ -183,5 +181,5 @@ VARIANT_CUDA_API int variant_cuda_block_causal_attention_forward(
     const variant::BlockCausalForwardArgs* args, int64_t args_bytes, int device, void* stream) {
   if (args_bytes != sizeof(*args)) return variant::cuda::kInvalidValue;
   const variant::DeviceGuard guard(device);
-  return variant::cuda::forward(*args, stream);
+  return variant::cuda::forward(*args, device, stream);
 }

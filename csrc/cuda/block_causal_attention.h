@@ -9,6 +9,11 @@ namespace variant::cuda {
 // The most scales that fit a kernel's arguments.
 constexpr int64_t kMostScales = 256;
 
+// Tokens [begin, begin + rows), all of them in the scale [scale_begin, scale_end).
+struct ScaleTile {
+  int begin, rows, scale_begin, scale_end;
+};
+
 // Ends of the scales, in tokens; the last end is the length.
 struct ScaleEnds {
   int count;
@@ -25,17 +30,30 @@ struct ScaleEnds {
     }
     return sum == length;
   }
-  // Number of tokens that token t sees.
-  __host__ __device__ int visible(int t) const {
-    int scale = 0;
-    while (end[scale] <= t) ++scale;
-    return end[scale];
+
+  // Tiles of at most `rows` tokens, cut at the ends of scales: all tokens of a tile see the same
+  // tokens, and the same tokens see them, so that no product needs a mask by row and column.
+  int tiles(int rows) const {
+    int sum = 0, begin = 0;
+    for (int scale = 0; scale < count; ++scale) {
+      sum += (end[scale] - begin + rows - 1) / rows;
+      begin = end[scale];
+    }
+    return sum;
   }
-  // The first token that sees token t.
-  __host__ __device__ int begin(int t) const {
-    int scale = 0;
-    while (end[scale] <= t) ++scale;
-    return scale == 0 ? 0 : end[scale - 1];
+  // Tile `number` of them, in the order of tokens.
+  template <int kRows>
+  __host__ __device__ ScaleTile tile(int number) const {
+    int scale_begin = 0;
+    for (int scale = 0;; ++scale) {
+      const int scale_end = end[scale], tiles = (scale_end - scale_begin + kRows - 1) / kRows;
+      if (number < tiles) {
+        const int begin = scale_begin + number * kRows, left = scale_end - begin;
+        return {begin, left < kRows ? left : kRows, scale_begin, scale_end};
+      }
+      number -= tiles;
+      scale_begin = scale_end;
+    }
   }
 };
 

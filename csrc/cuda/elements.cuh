@@ -84,6 +84,36 @@ __host__ __device__ inline const T* row(const HeadView& x, int64_t b, int64_t t,
          h * x.head_stride;
 }
 
+// Step: the type of a distance between rows in bytes, uint32_t where it fits or int64_t.
+template <class Step, class T>
+__host__ __device__ inline Step step_of(int64_t stride) {
+  return static_cast<Step>(stride * static_cast<int64_t>(sizeof(T)));
+}
+// The address `rows` >= 0 steps after `from`.
+template <class T, class Step>
+__device__ inline const T* advance(const T* from, int rows, Step step_bytes) {
+  const uint64_t offset = uint64_t{static_cast<uint32_t>(rows)} * static_cast<uint64_t>(step_bytes);
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(from) + offset);
+}
+
+// The rows of one head by token.
+template <class T, class Step>
+struct HeadRows {
+  const T* data;
+  Step step;
+
+  __device__ const T* row(int t) const { return advance(data, t, step); }
+};
+template <class T, class Step>
+__device__ inline HeadRows<T, Step> rows_of_head(const HeadView& x, int64_t b, int64_t h) {
+  return {row<T>(x, b, 0, h), step_of<Step, T>(x.token_stride)};
+}
+
+// Whether a stride of elements is less than 4 GiB.
+inline bool is_short(int64_t element_bytes, int64_t stride) {
+  return stride >= 0 && stride <= int64_t{UINT32_MAX} / element_bytes;
+}
+
 // Whether every row of a view can be read 16 bytes at a time.
 inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 inline bool steps_aligned(int64_t element_bytes, int64_t stride) {

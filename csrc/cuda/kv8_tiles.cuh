@@ -16,58 +16,58 @@ struct Kv8Row {
   const uint8_t* scale;
 };
 
+// Columns of a chunk: what a thread copies of a key, and of its value, at a time.
+constexpr int kKv8Columns = 16;
+
+// Codes of keys, codes of values, and two words of scales for each chunk.
+template <class Tile>
+constexpr int kScratchBytes = Tile::kKeys * (Tile::kHeadDim / kKv8Columns) * (2 * kKv8Columns + 8);
+
 // One stage of keys and values in 16 bits, and scratch for the codes and scales of the next. A
 // thread copies 16 columns of a key and of its value, kTurns times, and widens what it copied
 // itself, so no barrier is needed in between and its scratch can be reused at once.
-template <class Tile>
+template <class Tile, class Source>
 class Kv8StageLoader {
  public:
   using T = typename Tile::T;
-  static constexpr int kColumns = 16, kChunks = Tile::kHeadDim / kColumns;
+  static constexpr int kColumns = kKv8Columns, kChunks = Tile::kHeadDim / kColumns;
   static constexpr int kCount = Tile::kKeys * kChunks;
   static constexpr int kTurns = (kCount + Tile::kThreads - 1) / Tile::kThreads;
-  // Codes of keys, codes of values, and two words of scales for each chunk.
-  static constexpr int kScratchBytes = kCount * (2 * kColumns + 8);
   static_assert(Tile::kHeadDim % kColumns == 0, "a row is a whole number of chunks");
   static_assert(kTurns * 4 <= 32, "scale_offsets_ holds four bits for each turn");
 
-  // Issues the copies of the first tile; the caller commits them. stage: kStage elements, then
-  // kScratchBytes bytes.
-  template <class Source>
-  __device__ void start(T* stage, const Source& source, int first, int last, int head_dim) {
-    fetch(scratch_of(stage), source, first, last, head_dim);
-  }
+  // stage: kStage elements, then kScratchBytes<Tile> bytes.
+  __device__ Kv8StageLoader(T* stage, const Source& source, int last, int head_dim)
+      : source_(source), last_(last), head_dim_(head_dim), stage_(stage) {}
+
+  // Issues the copies of the first tile; the caller commits them.
+  __device__ void start(int first) { fetch<false>(first); }
 
   // Waits for this thread's copies of the tile at `begin`, widens them, issues the copies of the
-  // tile after it if there are more, and returns the stage: keys, then values. A barrier must
-  // follow.
-  template <class Source>
-  __device__ const T* load_stage(T* stage, const Source& source, int begin, bool more, int last,
-                                 int head_dim) {
+  // tile after it if there is one, and returns the stage: keys, then values. A barrier must follow.
+  // kWhole: there is a tile after it, and none of its tokens are past `last`.
+  template <bool kWhole>
+  __device__ const T* load_stage(int begin) {
     cp_async_wait<0>();
-    widen(stage, scratch_of(stage));
-    if (more) {
-      fetch(scratch_of(stage), source, begin + Tile::kKeys, last, head_dim);
+    widen();
+    if (kWhole || begin + Tile::kKeys < last_) {
+      fetch<kWhole>(begin + Tile::kKeys);
       cp_async_commit();
     }
-    return stage;
+    return stage_;
   }
 
  private:
-  __device__ static uint8_t* scratch_of(T* stage) {
-    return reinterpret_cast<uint8_t*>(stage + Tile::kStage);
-  }
+  __device__ uint8_t* scratch() const { return reinterpret_cast<uint8_t*>(stage_ + Tile::kStage); }
   __device__ static int chunk(int turn) {
     return turn * Tile::kThreads + static_cast<int>(threadIdx.x);
   }
   __device__ static bool has(int turn) {
     return kCount % Tile::kThreads == 0 || chunk(turn) < kCount;
   }
-  __device__ static uint8_t* codes_of(uint8_t* scratch, int chunk) {
-    return scratch + chunk * kColumns;
-  }
-  __device__ static uint2* scales_of(uint8_t* scratch, int chunk) {
-    return reinterpret_cast<uint2*>(scratch + 2 * kCount * kColumns) + chunk;
+  __device__ uint8_t* codes_of(int chunk) const { return scratch() + chunk * kColumns; }
+  __device__ uint2* scales_of(int chunk) const {
+    return reinterpret_cast<uint2*>(scratch() + 2 * kCount * kColumns) + chunk;
   }
 
   // 16 codes of a row, fewer at its end.
@@ -82,22 +82,22 @@ class Kv8StageLoader {
 
   // Issues the copies of tokens first..first + kKeys. Tokens from `last` on are not read: they get
   // a scale of 0. Two turns at a time: all at once would not fit the registers.
-  template <class Source>
-  __device__ void fetch(uint8_t* scratch, const Source& source, int first, int last, int head_dim) {
+  template <bool kWhole>
+  __device__ void fetch(int first) {
     scale_offsets_ = 0;
 #pragma unroll 2
     for (int turn = 0; turn < kTurns; ++turn) {
       if (!has(turn)) continue;
       const int i = chunk(turn), r = i / kChunks, column = i % kChunks * kColumns;
-      uint2* scales = scales_of(scratch, i);
-      if (first + r >= last || column >= head_dim) {
+      uint2* scales = scales_of(i);
+      if ((!kWhole && first + r >= last_) || column >= head_dim_) {
         *scales = make_uint2(0, 0);
         continue;
       }
       Kv8Row k, v;
-      source.locate(first + r, &k, &v);
-      copy(codes_of(scratch, i), k.codes + column, head_dim - column, source.wide);
-      copy(codes_of(scratch, kCount + i), v.codes + column, head_dim - column, source.wide);
+      source_.locate(first + r, &k, &v);
+      copy(codes_of(i), k.codes + column, head_dim_ - column, source_.wide);
+      copy(codes_of(kCount + i), v.codes + column, head_dim_ - column, source_.wide);
       const uint32_t k_offset = copy_scale(&scales->x, k.scale);
       const uint32_t v_offset = copy_scale(&scales->y, v.scale);
       scale_offsets_ |= (k_offset | v_offset << 2) << turn * 4;
@@ -112,17 +112,17 @@ class Kv8StageLoader {
     out[1] = make_uint4(x[4], x[5], x[6], x[7]);
   }
 
-  // Writes the stage in the layout of copy_keys. The copies must have arrived.
-  __device__ void widen(T* stage, uint8_t* scratch) const {
+  // Writes the stage in the layout of StageLoader. The copies must have arrived.
+  __device__ void widen() const {
 #pragma unroll 2
     for (int turn = 0; turn < kTurns; ++turn) {
       if (!has(turn)) continue;
       const int i = chunk(turn);
-      const uint2 scales = *scales_of(scratch, i);
+      const uint2 scales = *scales_of(i);
       const uint32_t offsets = scale_offsets_ >> turn * 4;
-      T* to = stage + i / kChunks * Tile::kRow + i % kChunks * kColumns;
-      widen_chunk(to, codes_of(scratch, i), scale_in_word(scales.x, offsets & 3u));
-      widen_chunk(to + Tile::kKeys * Tile::kRow, codes_of(scratch, kCount + i),
+      T* to = stage_ + i / kChunks * Tile::kRow + i % kChunks * kColumns;
+      widen_chunk(to, codes_of(i), scale_in_word(scales.x, offsets & 3u));
+      widen_chunk(to + Tile::kKeys * Tile::kRow, codes_of(kCount + i),
                   scale_in_word(scales.y, offsets >> 2 & 3u));
     }
   }
@@ -130,18 +130,21 @@ class Kv8StageLoader {
   // For each turn the offsets of the scales in their words: two bits for the key's, two for the
   // value's.
   uint32_t scale_offsets_;
+  Source source_;
+  int last_, head_dim_;
+  T* stage_;
 };
 
 template <class T, int kHeadDim, int kKeys, int kWarps>
 struct Kv8SoftmaxTile : SoftmaxTile<T, kHeadDim, kKeys, kWarps> {
   using Base = SoftmaxTile<T, kHeadDim, kKeys, kWarps>;
-  template <class Tile>
-  using Loader = Kv8StageLoader<Tile>;
-  // By default the compiler fits three blocks of the widest tile into an sm_80 multiprocessor, and
-  // spills registers for it.
-  static constexpr int kBlocks = kHeadDim == 128 && kWarps > 1 ? 1 : 0;
+  template <class Tile, class Source>
+  using Loader = Kv8StageLoader<Tile, Source>;
+  // Of 128 columns the compiler would fit three blocks into an sm_80 multiprocessor, and spill
+  // registers for it; of 96 it would give a few registers more than four blocks have.
+  static constexpr int kBlocks = kWarps == 1 ? 0 : kHeadDim == 128 ? 1 : kHeadDim == 96 ? 4 : 0;
   static constexpr int kSharedBytes =
-      (Base::kQueries * Base::kRow + Base::kStage) * 2 + Kv8StageLoader<Base>::kScratchBytes;
+      (Base::kQueries * Base::kRow + Base::kStage) * 2 + kScratchBytes<Base>;
 };
 
 // Row of the plain products: codes, and their scale as a number. codes null: no row.

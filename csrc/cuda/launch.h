@@ -64,6 +64,12 @@ inline int multiprocessors(int device) {
   return count;
 }
 
+inline int l2_bytes(int device) {
+  int bytes = 0;
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device);
+  return bytes;
+}
+
 #else
 
 // Source location of a launch: the conversion from dim3 takes place there.
@@ -92,8 +98,10 @@ class DeviceGuard {
   ~DeviceGuard() {}
 };
 
-// A small number, so that small tests reach the paths that share work between blocks.
+// Small numbers, so that small tests reach the paths that share work between blocks and those of
+// several groups of heads.
 inline int multiprocessors(int) { return 4; }
+inline int l2_bytes(int) { return 12 * 1024; }
 
 #endif
 

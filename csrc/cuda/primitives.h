@@ -25,6 +25,25 @@ __device__ __forceinline__ T* dynamic_shared() {
 #endif
 }
 
+// The same number, of which the compiler knows nothing: it computes anew what follows from it.
+__device__ __forceinline__ unsigned unknown(unsigned x) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+// The same address in global memory, which the compiler then keeps in a register instead of adding
+// up its parts again at every use.
+template <class T>
+__device__ __forceinline__ const T* held(const T* global) {
+#ifdef __CUDACC__
+  asm("" : "+l"(global));
+  __builtin_assume(__isGlobal(global));
+#endif
+  return global;
+}
+
 // 2 to the power of x; on a GPU within 2 units in the last place, subnormal results are 0.
 __device__ __forceinline__ float ex2(float x) {
 #ifdef __CUDACC__

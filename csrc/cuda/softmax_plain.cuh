@@ -83,12 +83,10 @@ __device__ inline void attend_plain(float* shared, const Source& source, int fir
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   float* q_tile = shared;
   float* kv_tile = shared + Tile::kQueries * Tile::kRow;
-  int visible[Tile::kPerWarp];
 #pragma unroll
   for (int i = 0; i < Tile::kPerWarp; ++i) {
     state.total[i] = 0.0f;
     state.largest[i] = kMinusInfinity;
-    visible[i] = source.visible(warp * Tile::kPerWarp + i);
 #pragma unroll
     for (int c = 0; c < Tile::kColumns; ++c) state.out[i][c] = 0.0f;
   }
@@ -116,7 +114,7 @@ __device__ inline void attend_plain(float* shared, const Source& source, int fir
 #pragma unroll
     for (int i = 0; i < Tile::kPerWarp; ++i) {
       if (negate) scores[i] = -scores[i];
-      if (begin + lane >= visible[i]) scores[i] = kMinusInfinity;
+      if (begin + lane >= last) scores[i] = kMinusInfinity;
       const float largest = fmaxf(state.largest[i], reduce_lanes<kWarp>(scores[i], Largest()));
       const float shrink = ex2((state.largest[i] - largest) * scale_log2);
       scores[i] = ex2((scores[i] - largest) * scale_log2);

@@ -2,24 +2,18 @@
 //
 // A warp owns 16 queries; all warps of a block share the tiles of keys and values, which cp.async
 // copies in two stages. The softmax is the online softmax (Milakov and Gimelshein, arXiv
-// 1805.02867; FlashAttention, arXiv 2205.14135), in float32 and base 2. The caller's `Source`
-// locates keys and tells which keys a query sees.
+// 1805.02867; FlashAttention, arXiv 2205.14135), in float32 and base 2. All queries of a block see
+// the same keys, which the caller's `Source` locates: only the last tile of keys needs a mask.
 #pragma once
 
 #include "elements.cuh"
 #include "primitives.h"
 #include "reduce.cuh"
+#include "tile_copy.cuh"
 
 namespace variant::cuda {
 
-template <class Tile>
-class StageLoader;
-
 constexpr float kMinusInfinity = -__builtin_huge_valf();
-
-// Elements after each row in shared memory: the eight rows that ldmatrix reads at a time start in
-// different banks for every width here.
-constexpr int kRowPadding = 8;
 
 // kHeadDim: the padded width; columns beyond head_dim are zeros.
 template <class T_, int kHeadDim_, int kKeys_, int kWarps_>
@@ -27,8 +21,8 @@ struct SoftmaxTile {
   // Types
   using T = T_;
   // Fills the shared memory with keys and values. Kv8SoftmaxTile replaces it (kv8_tiles.cuh).
-  template <class Tile>
-  using Loader = StageLoader<Tile>;
+  template <class Tile, class Source>
+  using Loader = StageLoader<Tile, Source>;
 
   // Sizes
   static constexpr int kHeadDim = kHeadDim_, kKeys = kKeys_, kWarps = kWarps_;
@@ -43,13 +37,17 @@ struct SoftmaxTile {
   // Wider queries do not fit the registers; they are loaded again for every tile of keys.
   static constexpr bool kKeepQueries = kHeadDim <= 128;
   static constexpr int kQueryFragments = kKeepQueries ? kHeadDim / 16 : 1;
-  // Blocks that a multiprocessor must hold at once; 0 leaves it to the compiler, which gives tiles
-  // of 64 columns a few registers more than four blocks have; on sm_100a it spills for the fourth.
+  // Blocks that a multiprocessor must hold at once; 0 leaves it to the compiler, which gives some
+  // tiles a few registers more than that. On sm_100a it spills for the fourth block of 64 columns.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  static constexpr int kBlocks = 0;
+  static constexpr int kBlocksOf64 = 3;
 #else
-  static constexpr int kBlocks = kHeadDim == 64 && kWarps > 1 ? 4 : 0;
+  static constexpr int kBlocksOf64 = 4;
 #endif
+  static constexpr int kBlocks = kWarps == 1 || kHeadDim > 96 ? 0
+                                 : kHeadDim <= 32             ? 6
+                                 : kHeadDim <= 64             ? kBlocksOf64
+                                                              : 4;
 
   static_assert(sizeof(T) == 2, "the tensor cores multiply 16-bit operands here");
   static_assert(kHeadDim % 16 == 0, "a step of Q K^T takes 16 columns");
@@ -65,46 +63,6 @@ struct SoftmaxState {
   float total[2], largest[2];  // largest: of the unscaled scores
 };
 
-// Copies `rows` rows of a tile, 16 bytes per thread and iteration. Writes zeros beyond head_dim and
-// where find(row) is null.
-template <class Tile, class Find>
-__device__ inline void copy_rows(typename Tile::T* tile, int rows, int head_dim, const Find& find) {
-  constexpr int kChunks = Tile::kHeadDim / kEight;
-  for (int i = threadIdx.x; i < rows * kChunks; i += Tile::kThreads) {
-    const int r = i / kChunks, column = i % kChunks * kEight;
-    const typename Tile::T* from = find(r);
-    typename Tile::T* to = tile + r * Tile::kRow + column;
-    if (from != nullptr && column < head_dim) {
-      cp_async_16(to, from + column);
-    } else {
-      *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
-    }
-  }
-}
-
-// Copies keys and values of tokens first..first + kKeys. Writes zeros from `last` on, because free
-// slots may hold NaN, and a probability of zero times NaN is NaN.
-template <class Tile, class Source>
-__device__ inline void copy_keys(typename Tile::T* stage, const Source& source, int first, int last,
-                                 int head_dim) {
-  using T = typename Tile::T;
-  constexpr int kChunks = Tile::kHeadDim / kEight;
-  for (int i = threadIdx.x; i < Tile::kKeys * kChunks; i += Tile::kThreads) {
-    const int r = i / kChunks, column = i % kChunks * kEight;
-    T* k_to = stage + r * Tile::kRow + column;
-    T* v_to = k_to + Tile::kKeys * Tile::kRow;
-    if (first + r < last && column < head_dim) {
-      const T *k, *v;
-      source.locate(first + r, &k, &v);
-      cp_async_16(k_to, k + column);
-      cp_async_16(v_to, v + column);
-    } else {
-      *reinterpret_cast<uint4*>(k_to) = make_uint4(0, 0, 0, 0);
-      *reinterpret_cast<uint4*>(v_to) = make_uint4(0, 0, 0, 0);
-    }
-  }
-}
-
 // Fragment of 16 queries x 16 columns: the A operand.
 template <class Tile>
 __device__ inline void load_queries(uint32_t (&a)[4], const typename Tile::T* q_tile, int step,
@@ -115,39 +73,6 @@ __device__ inline void load_queries(uint32_t (&a)[4], const typename Tile::T* q_
 #pragma unroll
   for (int i = 0; i < 4; ++i) a[i] ^= sign;
 }
-
-// Keys and values in two stages: cp.async fills one while the warps multiply the other.
-template <class Tile>
-class StageLoader {
- public:
-  using T = typename Tile::T;
-
-  // Issues the copies of the first tile into stages, 2 * kStage elements; the caller commits them.
-  template <class Source>
-  __device__ void start(T* stages, const Source& source, int first, int last, int head_dim) {
-    copy_keys<Tile>(stages, source, first, last, head_dim);
-  }
-
-  // Issues the copies of the tile after `begin` if there are more, waits for this thread's copies
-  // of the tile at `begin`, and returns its stage: keys, then values. A barrier must follow.
-  template <class Source>
-  __device__ const T* load_stage(T* stages, const Source& source, int begin, bool more, int last,
-                                 int head_dim) {
-    const T* stage = stages + index_ * Tile::kStage;
-    index_ ^= 1;
-    if (more) {
-      copy_keys<Tile>(stages + index_ * Tile::kStage, source, begin + Tile::kKeys, last, head_dim);
-      cp_async_commit();
-      cp_async_wait<1>();
-    } else {
-      cp_async_wait<0>();
-    }
-    return stage;
-  }
-
- private:
-  int index_ = 0;  // of the stage that is multiplied next
-};
 
 // sums += A B^T over 16 columns: A is a fragment of 16 rows, B a tile with 8 rows for each entry of
 // sums.
@@ -226,16 +151,16 @@ __device__ inline void score_keys(float (&scores)[Tile::kKeys / 8][4],
   }
 }
 
-// Sets the scores of keys from visible[half] on to -inf; the tile's first key is `begin`.
+// Sets the scores of all but the tile's first `keys` keys to -inf.
 template <int kTiles>
-__device__ inline void mask_scores(float (&scores)[kTiles][4], const int (&visible)[2], int begin,
-                                   int lane) {
+__device__ inline void mask_scores(float (&scores)[kTiles][4], int keys) {
+  // The lane is unknown, so that nothing of this is computed, and kept, before the loop.
+  const int left = keys - static_cast<int>(unknown(threadIdx.x) % 4 * 2);
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int key = begin + n * 8 + lane % 4 * 2 + i % 2;
-      if (key >= visible[i / 2]) scores[n][i] = kMinusInfinity;
+      if (n * 8 + i % 2 >= left) scores[n][i] = kMinusInfinity;
     }
   }
 }
@@ -307,63 +232,65 @@ __device__ inline void online_softmax(float (&scores)[Tile::kKeys / 8][4], float
   }
 }
 
-// The parts above take the lane, the stages and `more` as arguments: computed again in each part,
-// they cost registers.
+// One tile of keys. kWhole: the tile after it is whole too; only the last two tiles of a block,
+// which may be cut, take the checks.
+template <class Tile, bool kWhole, class Loader>
+__device__ inline void attend_keys(Loader& loader, uint32_t (&q)[Tile::kQueryFragments][4],
+                                   const typename Tile::T* q_tile, int begin, int last,
+                                   float scale_log2, uint32_t sign, int lane,
+                                   SoftmaxState<Tile>& state) {
+  const typename Tile::T* k_tile = loader.template load_stage<kWhole>(begin);
+  const typename Tile::T* v_tile = k_tile + Tile::kKeys * Tile::kRow;
+  __syncthreads();
+  float scores[Tile::kKeys / 8][4];
+  score_keys<Tile>(scores, q, q_tile, k_tile, sign, lane);
+  if (!kWhole && begin + Tile::kKeys > last) mask_scores(scores, last - begin);
+  online_softmax<Tile>(scores, scale_log2, state);
+  accumulate<Tile>(state.out, scores, v_tile, lane);
+  // The next iteration copies into this stage.
+  if (kWhole || begin + Tile::kKeys < last) __syncthreads();
+}
+
+// The parts above take the lane as an argument: computed again in each part, it costs registers.
 //
-// scale_log2 > 0 multiplies the scores; negate: the queries are negated first. Every query of the
-// block sees at least the key `first`. Call with all threads.
+// scale_log2 > 0 multiplies the scores; negate: the queries are negated first. Every query sees
+// the keys first..last. Call with all threads.
 template <class Tile, class Source>
 __device__ inline void attend_tile(typename Tile::T* shared, const Source& source, int first,
                                    int last, int head_dim, float scale_log2, bool negate,
                                    SoftmaxState<Tile>& state) {
-  // Types
-  using T = typename Tile::T;
-  using Loader = typename Tile::template Loader<Tile>;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-
-  // Shared memory
-  T* q_tile = shared;
-  T* stages = shared + Tile::kQueries * Tile::kRow;
-  Loader loader;
-
-  // Registers
+  const int lane = threadIdx.x % kWarp;
   clear_state(state);
   if (first >= last) return;
-  const uint32_t sign = negate ? 0x80008000u : 0u;
-  int visible[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    visible[half] = source.visible(warp * 16 + half * 8 + lane / 4);
-  }
-  const int all_see = visible[0] < visible[1] ? visible[0] : visible[1];
-  uint32_t q[Tile::kQueryFragments][4];
 
   // First copies
+  typename Tile::T* q_tile = shared;
+  typename Tile::template Loader<Tile, Source> loader(shared + Tile::kQueries * Tile::kRow, source,
+                                                      last, head_dim);
   copy_rows<Tile>(q_tile, Tile::kQueries, head_dim, [&](int r) { return source.query(r); });
-  loader.start(stages, source, first, last, head_dim);
+  cp_async_commit();
+  loader.start(first);
   cp_async_commit();
 
-  // Tiles of keys
-  for (int begin = first; begin < last; begin += Tile::kKeys) {
-    const bool more = begin + Tile::kKeys < last;
-    const T* k_tile = loader.load_stage(stages, source, begin, more, last, head_dim);
-    const T* v_tile = k_tile + Tile::kKeys * Tile::kRow;
+  // Queries
+  const uint32_t sign = negate ? 0x80008000u : 0u;
+  uint32_t q[Tile::kQueryFragments][4];
+  if constexpr (Tile::kKeepQueries) {
+    cp_async_wait<1>();
     __syncthreads();
-    if constexpr (Tile::kKeepQueries) {
-      if (begin == first) {
 #pragma unroll
-        for (int step = 0; step < Tile::kQueryFragments; ++step) {
-          load_queries<Tile>(q[step], q_tile, step, sign);
-        }
-      }
+    for (int step = 0; step < Tile::kQueryFragments; ++step) {
+      load_queries<Tile>(q[step], q_tile, step, sign);
     }
-    float scores[Tile::kKeys / 8][4];
-    score_keys<Tile>(scores, q, q_tile, k_tile, sign, lane);
-    if (begin + Tile::kKeys > all_see) mask_scores(scores, visible, begin, lane);
-    online_softmax<Tile>(scores, scale_log2, state);
-    accumulate<Tile>(state.out, scores, v_tile, lane);
-    // The next iteration copies into this stage.
-    if (more) __syncthreads();
+  }
+
+  // Tiles of keys
+  int begin = first;
+  for (; begin + 2 * Tile::kKeys <= last; begin += Tile::kKeys) {
+    attend_keys<Tile, true>(loader, q, q_tile, begin, last, scale_log2, sign, lane, state);
+  }
+  for (; begin < last; begin += Tile::kKeys) {
+    attend_keys<Tile, false>(loader, q, q_tile, begin, last, scale_log2, sign, lane, state);
   }
 
   // Row sums

@@ -2,6 +2,8 @@
 // stray accesses, and filled with NaN before kernels write them.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <random>
 #include <vector>
 
@@ -70,6 +72,28 @@ struct Shifted {
   const T* data() const { return memory.data() + shift; }
   double operator[](int64_t i) const { return widen(memory[shift + i]); }
 };
+
+// A tensor of zeros of which only the touched pages take memory, for rows that lie 4 GiB apart.
+template <class T>
+class SparseTensor {
+ public:
+  explicit SparseTensor(int64_t count) : bytes_(count * sizeof(T)) {
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, flags, -1, 0);
+    CHECK(data_ != MAP_FAILED, "mmap of %zu bytes", bytes_);
+  }
+  ~SparseTensor() { munmap(data_, bytes_); }
+  SparseTensor(const SparseTensor&) = delete;
+  SparseTensor& operator=(const SparseTensor&) = delete;
+  T* data() { return static_cast<T*>(data_); }
+
+ private:
+  size_t bytes_;
+  void* data_;
+};
+
+// Elements of 16 bits between rows that a step of 32 bits cannot reach: it would reach 8 elements.
+constexpr int64_t kFarStride = (int64_t{1} << 31) + 8;
 
 // Largest difference relative to the largest expected value (at least `least`).
 template <class T>

@@ -129,6 +129,47 @@ void test_wrong_pages_and_lengths_stay_inside_the_pool(std::mt19937& engine) {
   for (BF16 x : out) CHECK(std::isfinite(widen(x)), "a clamped page gave %g", double{widen(x)});
 }
 
+void test_pages_may_lie_4_gib_apart(std::mt19937& engine) {
+  const int64_t width = 8, pages = 2;
+  const std::vector<BF16> q = random_tensor<BF16>(width, engine);
+  const std::vector<BF16> near = random_tensor<BF16>(2 * pages * width, engine);
+  SparseTensor<BF16> far(kFarStride + 2 * width);
+  for (int64_t page = 0; page < pages; ++page) {
+    std::copy_n(&near[page * 2 * width], 2 * width, far.data() + page * kFarStride);
+  }
+  const std::vector<int32_t> table = {1, 0}, lengths = {2};
+  std::vector<BF16> out[2];
+  for (const bool apart : {false, true}) {
+    out[apart] = nans<BF16>(width);
+    const BF16* pool = apart ? far.data() : near.data();
+    const int64_t stride = apart ? kFarStride : 2 * width;
+    const cuda::PagedAttentionArgs args = {1,
+                                           1,
+                                           1,
+                                           width,
+                                           pages,
+                                           1,
+                                           pages,
+                                           1,
+                                           HeadView{q.data(), width, width, width},
+                                           HeadView{pool, stride, width, width},
+                                           HeadView{pool + width, stride, width, width},
+                                           table.data(),
+                                           pages,
+                                           lengths.data(),
+                                           out[apart].data(),
+                                           nullptr,
+                                           nullptr,
+                                           0.2f,
+                                           DType::kBFloat16};
+    CHECK(variant_cuda_paged_attention_forward(&args, sizeof args, 0, nullptr) == 0,
+          "launch failed");
+  }
+  std::vector<double> want;
+  for (BF16 x : out[0]) want.push_back(widen(x));
+  compare("far pages", out[1], want);
+}
+
 void test_arguments_of_another_size_are_refused() {
   const cuda::PagedAttentionArgs args = {};
   CHECK(variant_cuda_paged_attention_forward(&args, sizeof args - 8, 0, nullptr) != 0,
@@ -143,10 +184,10 @@ int main() {
            Case{1, 1, 16, 4, {1}},
            Case{5, 2, 24, 7, {0, 13, 97}},
            Case{21, 1, 64, 16, {140, 33}},
-           Case{3, 1, 256, 1, {5}},
+           Case{3, 1, 256, 1, {37}},
            Case{17, 1, 40, 16, {66}, 1, 0, -0.4f},
            Case{2, 1, 80, 3, {70}},
-           Case{2, 1, 128, 5, {40}, 2},
+           Case{2, 1, 128, 5, {140}, 2},
            Case{2, 1, 48, 16, {0, 150}, 3},
            Case{3, 1, 16, 4, {7}, 1, 0, 0.0f},
            Case{4, 1, 24, 4, {37}, 1, 1},
@@ -157,5 +198,6 @@ int main() {
     test_matches_a_plain_computation<float>(c, engine);
   }
   test_wrong_pages_and_lengths_stay_inside_the_pool(engine);
+  test_pages_may_lie_4_gib_apart(engine);
   test_arguments_of_another_size_are_refused();
 }
