@@ -18,6 +18,7 @@ from tests.machine_code import sass
 from variant_kernels.cuda_ops import library
 
 TARGET = "sm_90a"
+QUALIFIERS = r"variant::|cuda::|\(anonymous namespace\)::"
 # Kernels with a stack, without or besides spills: the reason.
 STACKS = {"adaln_sum_tiles_kernel": "addresses of three results, chosen by a number at run time"}
 # The least share of 16-byte loads among all loads of global memory, by a part of the kernel's name.
@@ -27,7 +28,8 @@ WIDE_SHARES = {
     "gated_adaln_forward_kernel<float, __nv_bfloat16, 0>": 1.0,
     "adaln_backward_kernel<float, __nv_bfloat16, 0>": 0.66,
     "block_causal_attention_kernel<SoftmaxTile<__nv_bfloat16, 64, 64, 4>": 1.0,
-    "block_causal_backward_kernel<BackwardTile<__nv_bfloat16, 64, 32>": 0.5,
+    "block_causal_backward_kernel<BackwardTile<__nv_bfloat16, 64, 32, true>": 0.85,
+    "block_causal_backward_kernel<BackwardTile<__nv_bfloat16, 64, 16, false>": 0.9,
     "append_paged_kv_kernel<uint4>": 0.66,
 }
 
@@ -41,7 +43,7 @@ def readable(names):
     text = subprocess.run(
         ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
     ).stdout
-    plain = re.sub(r"variant::(?:cuda::)?|\(anonymous namespace\)::", "", text)
+    plain = re.sub(QUALIFIERS, "", text)
     return dict(zip(names, plain.splitlines(), strict=True))
 
 
@@ -68,13 +70,16 @@ def kernels():
 def test_no_kernel_has_a_stack(kernels):
     listed = library.PATH.parents[1] / "csrc" / "cuda" / "spills.txt"
     spills = listed.read_text() if listed.exists() else ""
-    excused = [line for line in spills.splitlines() if line and not line.startswith("#")]
+    # "sm_90a part_of_the_kernel's_name: the reason"
+    lines = [line for line in spills.splitlines() if line and not line.startswith("#")]
+    parts = [line.partition(": ")[0].split(None, 1) for line in lines]
+    excused = {(arch, re.sub(QUALIFIERS, "", part)) for arch, part in parts}
     wrong = [
         f"{name} on {arch}: {stack} bytes"
         for (arch, _), (name, _, stack) in kernels.items()
         if stack
         and not any(part in name for part in STACKS)
-        and not any(line.partition(":")[0].split(None, 1)[-1] in name for line in excused)
+        and not any(arch == on and part in name for on, part in excused)
     ]
     assert not wrong
 
