@@ -7,11 +7,13 @@ the one that started them ends, however that happens.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.study.tasks import Task
@@ -71,7 +73,7 @@ def run_tasks(
                 time.sleep(POLL)
     finally:
         for process in running.values():
-            process.kill()
+            _kill_group(process.pid)
             process.wait()
 
 
@@ -120,16 +122,27 @@ def _start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
     with log.open("ab") as file:
         # The pipe ends with this process, and then the other one ends: see `end_with_parent`.
         return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=file,
+            stderr=file,
+            env=environment,
+            start_new_session=True,
         )
 
 
+def _kill_group(leader: int) -> None:
+    """Kill a process and those that it started, which read samples for it."""
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
 def end_with_parent() -> None:
-    """End this process as soon as the one that started it has ended."""
+    """End this process, and those that it started, as soon as the one that started it has ended."""
 
     def wait() -> None:
         while os.read(sys.stdin.fileno(), 1):  # not sys.stdin, whose lock outlives the thread
             pass
-        os._exit(1)
+        _kill_group(os.getpid())
 
     threading.Thread(target=wait, daemon=True).start()
