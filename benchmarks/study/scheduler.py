@@ -105,7 +105,8 @@ class _Pace:
         gone = sum(
             min(now - started, self.tasks[name].seconds) for name, started in self._started.items()
         )
-        ratio = self._taken / self._predicted if self._predicted > self.total / 100 else 1.0
+        # Of tasks that were not resumed near their end, which take less than is predicted.
+        ratio = max(1.0, self._taken / self._predicted) if self._predicted else 1.0
         hours = max(0.0, self.left - gone) * ratio / 3600
         return (
             f"{len(done)} of {len(self.tasks)} tasks; {self.total / 3600:.1f} core hours planned, "

@@ -23,7 +23,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.study.metrics import distances, halves, loss_row
-from benchmarks.study.schedules import depth_and_bridge, layer_tokens, layers_of, token_losses
+from benchmarks.study.schedules import (
+    Layers,
+    depth_and_bridge,
+    falling_schedule,
+    layer_tokens,
+    layers_of,
+    masked_tokens,
+    token_losses,
+)
 from benchmarks.study.settings import BASE, Run, Study, identity
 from benchmarks.study.work import Work, choose_epochs
 from variant.bench.environment import environment
@@ -377,7 +385,7 @@ def measure_losses(study: Study, out: Path, run: Run) -> None:
         x_teacher = vae.teacher_input(tokens_BL)
         for name, own in layers.items():
             if engine is not None:
-                depth, own_bridge = depth_and_bridge(name, bridge)
+                depth, own_bridge = depth_and_bridge(own)
                 losses_BL = -engine.forced_log_probs(
                     labels_B, tokens_BL, depth=depth, bridge=own_bridge, max_batch=batch,
                     kv_dtype="fp8",
@@ -428,15 +436,14 @@ def measure_generated(study: Study, out: Path, run: Run, schedule: str) -> None:
     real = np.load(out / "real.npz")
     count = len(real["labels"])
     label_N = torch.arange(count) % classes
-    depth, own_bridge = depth_and_bridge(schedule, bridge)
     started = time.process_time()
     features, right = [], 0
-    batches = Engine(var, vae).generate_batches(
-        shown_labels(study, run, label_N), cfg=values["cfg"], top_p=values["top_p"], seed=run.seed,
-        depth=depth, bridge=own_bridge, max_batch=values["batch"], image_dtype="uint8",
-        kv_dtype="fp8" if run.kv_dtype else None,
-    )  # fmt: skip
-    for labels_B, pixels in _with_labels(label_N, batches):
+    layers = layers_of(var.config, schedule, bridge)
+    if falling_schedule(var.config, layers) is None:
+        batches = _growing_batches(study, run, var, vae, label_N, layers)
+    else:
+        batches = _engine_batches(study, run, var, vae, label_N, layers)
+    for labels_B, pixels in zip(label_N.split(values["batch"]), batches, strict=True):
         features.append(networks["features"](pixels).features_BD)
         right += int((networks["independent"](pixels).logits_BC.argmax(1) == labels_B).sum())
     feature_ND = torch.cat(features)
@@ -454,12 +461,49 @@ def measure_generated(study: Study, out: Path, run: Run, schedule: str) -> None:
     )
 
 
-def _with_labels(label_N: Tensor, batches: Iterator[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    start = 0
+def _engine_batches(
+    study: Study,
+    run: Run,
+    var: VAR,
+    vae: VQVAE,
+    label_N: Tensor,
+    layers: Layers,
+) -> Iterator[Tensor]:
+    """Images (B, 3, Y, X) uint8, a batch at a time."""
+    values, (depth, bridge) = study.values, depth_and_bridge(layers)
+    batches = Engine(var, vae).generate_batches(
+        shown_labels(study, run, label_N),
+        cfg=values["cfg"],
+        top_p=values["top_p"],
+        seed=run.seed,
+        depth=depth,
+        bridge=bridge,
+        max_batch=values["batch"],
+        image_dtype="uint8",
+        kv_dtype="fp8" if run.kv_dtype else None,
+    )
     for batch in batches:
-        end = start + len(batch.images)
-        yield label_N[start:end], batch.images
-        start = end
+        yield batch.images
+
+
+def _growing_batches(
+    study: Study, run: Run, var: VAR, vae: VQVAE, label_N: Tensor, layers: Layers
+) -> Iterator[Tensor]:
+    """The same of a schedule that the engine does not have."""
+    values, image_ids_N = study.values, torch.arange(len(label_N))
+    shown = shown_labels(study, run, label_N).split(values["batch"])
+    for labels_B, image_ids_B in zip(shown, image_ids_N.split(values["batch"]), strict=True):
+        tokens_BL = masked_tokens(
+            var,
+            vae,
+            labels_B,
+            layers,
+            cfg=values["cfg"],
+            top_p=values["top_p"],
+            seed=run.seed,
+            image_ids_B=image_ids_B,
+        )
+        yield to_uint8(vae.decode(tokens_BL) * 2 - 1)
 
 
 def measure(study: Study, out: Path, run: Run, report: Callable[[str], None]) -> None:

@@ -17,14 +17,22 @@ from benchmarks.study import stages
 from benchmarks.study.__main__ import main
 from benchmarks.study.collect import collect
 from benchmarks.study.metrics import distances, flagged, halves
-from benchmarks.study.schedules import layer_tokens, layers_of, token_losses
+from benchmarks.study.schedules import (
+    falling_schedule,
+    layer_tokens,
+    layers_of,
+    masked_losses,
+    masked_tokens,
+    token_losses,
+)
 from benchmarks.study.settings import SMOKE, load_study, merged
 from benchmarks.study.work import Work, choose_epochs, phase_epochs
+from variant.engine.engine import Engine
 from variant.errors import UserError
-from variant.models.config import VARConfig
+from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.var import VAR
+from variant.models.vqvae import VQVAE
 from variant.models.zones import reset_zone_weights
-from variant_kernels import DepthSchedule
 
 ROOT = Path(__file__).parents[2]
 PROFILE = """
@@ -32,7 +40,7 @@ PROFILE = """
 seeds = [0, 1]
 parts = ["base", "control", "ratios", "zones", "extras", "kv8"]
 images = 30
-generated = 10
+generated = 20
 batch = 10
 work = 6
 epoch = 2
@@ -65,6 +73,9 @@ patch_nums = [1, 2, 4]
 [recipe.schedule]
 bridge = 1
 
+[recipe.vae_training]
+epochs = 8
+
 [recipe.vae_training.optim]
 batch_size = 10
 
@@ -96,7 +107,7 @@ def profile(tmp_path_factory):
     rng = np.random.default_rng(0)
     for name, count in (("train", 100), ("held-out", 40)):
         labels = np.arange(count) % 2
-        images = rng.integers(0, 60, (count, 8, 8))
+        images = np.broadcast_to(rng.integers(0, 60, (count, 1, 1)), (count, 8, 8)).copy()
         for label, image in zip(labels, images, strict=True):
             image[:, 4 * label : 4 * label + 4] += 150
         write_idx(folder / name, images)
@@ -123,6 +134,9 @@ def done(profile, tmp_path_factory):
     torch.set_num_threads(threads)
 
 
+CHANGING = ("seconds", "date", "commit")
+
+
 def results_of(folder):
     """The bytes of weights and arrays, and all figures but times, of every file of a run."""
     found = {}
@@ -131,7 +145,7 @@ def results_of(folder):
             found[path.name] = path.read_bytes()
         elif path.suffix == ".json":
             values = json.loads(path.read_text())
-            found[path.name] = {k: v for k, v in values.items() if k not in ("seconds", "date")}
+            found[path.name] = {k: v for k, v in values.items() if k not in CHANGING}
     return found
 
 
@@ -221,7 +235,7 @@ def test_rows_hold_what_the_page_needs(done, tmp_path):
         assert row["steps"] > 6  # steps of the subnet cost less
         assert row["layer_tokens"] == {"full": 8 * 21, "d2": 8 + 2 * 20}
         assert len(row["losses"]["d2"]["by_scale"]) == 3
-        assert row["generated"]["d2"]["n"] == 10
+        assert row["generated"]["d2"]["n"] == 20
         assert set(row["gradient_norms"]) == {"shared", "full_only"}
         assert row["curve"][-1][0] == row["steps"]
         assert set(row["curve"][0][1]) == {"full", "d2"}
@@ -315,15 +329,29 @@ def model():
 
 
 @pytest.mark.parametrize("name", ["full", "d2", "d4@b2"])
-def test_the_masked_forward_pass_is_that_of_the_model(model, name, monkeypatch):
+def test_the_masked_forward_pass_is_that_of_the_model(model, name):
     labels, x_teacher = torch.tensor([0, 2]), torch.randn(2, 13, 4)
     targets = torch.randint(0, 8, (2, 14))
     layers = layers_of(CONFIG, name, 1)
     expected = token_losses(model, labels, x_teacher, targets, layers)
-    monkeypatch.setattr(VAR, "forward", None)
-    monkeypatch.setattr(DepthSchedule, "layers", ())  # no schedule of the package fits
-    masked = token_losses(model, labels, x_teacher, targets, layers)
+    assert falling_schedule(CONFIG, layers) is not None
+    masked = masked_losses(model, labels, x_teacher, targets, layers)
     assert torch.allclose(masked, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["full", "d2"])
+def test_tokens_without_a_cache_are_those_of_the_engine(model, name):
+    torch.manual_seed(1)
+    vae = VQVAE(VQVAEConfig(8, 4, ch=32, ch_mult=(1, 1), num_res_blocks=1, patch_nums=(1, 2, 3)))
+    labels = torch.tensor([0, 1, 2, 0])
+    expected = Engine(model, vae.eval()).generate(
+        labels, depth=None if name == "full" else 2, cfg=1.5, top_p=0.9, seed=3, decode=False
+    )
+    tokens = masked_tokens(
+        model, vae, labels, layers_of(CONFIG, name, 1), cfg=1.5, top_p=0.9, seed=3,
+        image_ids_B=torch.arange(4),
+    )  # fmt: skip
+    assert torch.equal(tokens, expected.tokens)
 
 
 def test_a_layer_of_some_scales_sees_their_tokens_only(model):
@@ -344,12 +372,12 @@ def test_runs_of_equal_work_have_different_numbers_of_steps():
     for name in ("p0", "p0.5", "p1", "progressive", "teacher-frozen"):
         run = study.find(name, 0)
         values = {**run.recipe, "model": {"weights": "of the base"}, "seed": 0}
-        recipe, work = choose_epochs(values, study.recipe_of, run.phases, 10, 300)
-        assert work == pytest.approx(300, abs=5)
+        recipe, work = choose_epochs(values, study.recipe_of, run.phases, 10, 100)
+        assert work == pytest.approx(100, abs=5)
         steps[name] = 10 * recipe.schedule.phase_lengths.total
         counted = [Work(recipe, 10).of_step(step) for step in range(steps[name])]
         assert sum(counted) == pytest.approx(work)
-    assert steps["p0"] == 300 < steps["p0.5"] < steps["progressive"] < steps["p1"]
+    assert steps["p0"] == 100 < steps["p0.5"] < steps["progressive"] < steps["p1"]
     assert steps["teacher-frozen"] < steps["progressive"]
 
 
