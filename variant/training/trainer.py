@@ -213,7 +213,6 @@ class Trainer:
         self.scaler.require_progress(self.recipe.name, state.step + 1)
         if state.ema is not None:
             state.ema.update()
-        self.task.after_step(state.step)
         self.log.end_step(name, norm)
         return self._last_loss
 
