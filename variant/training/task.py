@@ -240,6 +240,10 @@ class Task(ABC):
         """The mean of the losses of an evaluation, by which the best weights are chosen."""
         return sum(losses.values()) / len(losses)
 
+    def after_step(self, step: int) -> None:
+        """Called after the optimiser's step."""
+        return
+
 
 def split_scales(losses: Mapping[str, float]) -> tuple[dict[str, float], dict[str, list[float]]]:
     """The losses of an evaluation over all scales, and those of each scale, both by name."""

@@ -21,6 +21,7 @@ from variant.files import file_sha256
 from variant.models.vqvae import VQVAE
 from variant.training.adversary import Adversary
 from variant.training.classifier import is_there, read_classifier, save_classifier, train_classifier
+from variant.training.code_use import CodeUse, HeldOutUse
 from variant.training.codebook import CodebookTraining
 from variant.training.distributed import Ranks, connected, device_of_rank, rank_of_environment
 from variant.training.image_loss import ImageLoss
@@ -80,6 +81,8 @@ class VAETask(Task):
         self.image_loss = ImageLoss(
             self.training, perceptual, self.discriminator, last_layer, self.measure
         )
+        self.code_use = CodeUse(module.quantize, self.ranks, self.measure)
+        self._held_out_use: HeldOutUse | None = None
 
     def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
         images = self.fetch(indices, epoch).to(self.device).images
@@ -136,8 +139,23 @@ class VAETask(Task):
         data = self.data
         samples = data.held_out(indices) if held_out else data.unmixed(indices)
         images = samples.images.to(self.device)
-        reconstructed = self.vae.decode(self.vae.encode(images)).float() * 2 - 1
+        tokens = self.vae.encode(images)
+        if held_out and self._held_out_use is not None:
+            layout = self.vae.layout
+            scales = [tokens[:, layout.slice(k)] for k in range(layout.num_scales)]
+            self._held_out_use.add(indices, scales)
+        reconstructed = self.vae.decode(tokens).float() * 2 - 1
         return self.image_loss.held_out(reconstructed, images)
+
+    def held_out_losses(self, ranks: Ranks) -> dict[str, float]:
+        """With the use of the codes at each scale beside the losses."""
+        self._held_out_use = self.codebook.held_out_use(ranks.share(self.num_evaluated))
+        losses = super().held_out_losses(ranks)
+        use, self._held_out_use = self._held_out_use, None
+        return losses | use.values(ranks)
+
+    def after_step(self, step: int) -> None:
+        self.code_use.end_step()
 
     def before_step(self, indices: Indices, epoch: int, step: int) -> None:
         if self.codebook.revives_at(step):
