@@ -56,6 +56,10 @@ def test_stopping_after_any_step_changes_nothing(recipe, tmp_path, monkeypatch):
         run_until(recipe, parted, monkeypatch, step=step, resume=step > 0)
     (parted / "vae-classifier.json").unlink()  # a resumed run trains it again
     resume(recipe, parted)
+    assert recipe.vae_training.loss_text == (
+        "squared pixel error, perceptual (features of a classifier trained on the same labels), "
+        "adversarial (PatchGAN)"
+    )
     whole = last(tmp_path / "whole")
     for part in ("module", "optimizer", "ema", "adversary", "sums", "inputs", "best_sha256"):
         assert_same(whole[part], last(parted)[part])

@@ -30,6 +30,7 @@ from variant.paths import open_regular, path_kind, read_json, shown
 from variant_kernels.arguments import integer
 
 FORMAT = "variant-classifier-1"
+RUN_NAME = "vae-classifier.safetensors"  # in the folder of a run whose perceptual loss it is
 WIDTHS = (16, 32, 64)
 FEATURES = 64
 # Steps, images of a step and the peak learning rate of AdamW with a one-cycle schedule.

@@ -40,7 +40,12 @@ from variant.training.optim import OptimSection
 from variant.training.overrides import override
 from variant.training.parallel import ParallelSection
 from variant.training.schedule import ScheduleSection
-from variant.training.vae_sections import AdversarySection, PerceptualSection
+from variant.training.vae_sections import (
+    CLASSIFIER,
+    LPIPS,
+    AdversarySection,
+    PerceptualSection,
+)
 from variant_kernels.arguments import integer
 from variant_kernels.plans.depth_schedule import select_layers
 
@@ -150,6 +155,21 @@ class VAETraining:
             require(start is not None, 'trainable "decoder" needs start_weights', start)
             every = self.revive_every
             require(every == 0, 'trainable "decoder" needs revive_every 0: codes stay', every)
+
+    @property
+    def loss_text(self) -> str:
+        """The losses besides that of the quantiser, for people."""
+        texts = ["squared pixel error" if self.pixel_loss == "l2" else "absolute pixel error"]
+        network = self.perceptual.network
+        if self.perceptual.weight:
+            names = {
+                CLASSIFIER: "perceptual (features of a classifier trained on the same labels)",
+                LPIPS: "perceptual (LPIPS with VGG16)",
+            }
+            texts.append(names.get(network, f"perceptual (features of {network})"))
+        if self.adversary.weight:
+            texts.append("adversarial (PatchGAN)")
+        return ", ".join(texts)
 
 
 @dataclass(frozen=True)

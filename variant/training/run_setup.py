@@ -20,6 +20,7 @@ from variant.models.parameter_count import var_parameters, vqvae_parameters
 from variant.training.checkpoint_contents import check_epochs
 from variant.training.checkpoint_files import CheckpointFiles
 from variant.training.checkpointer import Checkpointer
+from variant.training.classifier import RUN_NAME
 from variant.training.distributed import Ranks, device_of_rank
 from variant.training.folder_lock import clear_leftovers, locked_folder
 from variant.training.metrics import MetricsFile
@@ -93,7 +94,8 @@ def run_files(folder: Path) -> tuple[str, ...]:
         names += CheckpointFiles(folder, kind).patterns
         names += [MetricsFile(folder, kind).path.name, StepsFile(folder, kind).path.name]
         names.append(sample_name(kind, None))
-    return (*names, *MODEL_FILES)
+    classifier = RUN_NAME, Path(RUN_NAME).with_suffix(".json").name
+    return (*names, *classifier, *MODEL_FILES)
 
 
 class RunSetup:

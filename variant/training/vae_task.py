@@ -20,7 +20,13 @@ from variant.errors import UserError
 from variant.files import file_sha256
 from variant.models.vqvae import VQVAE
 from variant.training.adversary import Adversary
-from variant.training.classifier import is_there, read_classifier, save_classifier, train_classifier
+from variant.training.classifier import (
+    RUN_NAME,
+    is_there,
+    read_classifier,
+    save_classifier,
+    train_classifier,
+)
 from variant.training.code_use import CodeUse, HeldOutUse
 from variant.training.codebook import CodebookTraining
 from variant.training.distributed import Ranks, connected, device_of_rank, rank_of_environment
@@ -36,8 +42,6 @@ from variant.training.sample_grid import COLUMNS
 from variant.training.task import Summary, Task
 from variant.training.trainer import Trainer
 from variant.training.vae_sections import CLASSIFIER
-
-CLASSIFIER_NAME = "vae-classifier.safetensors"
 
 
 class VAETask(Task):
@@ -259,7 +263,7 @@ def _classifier(setup: RunSetup, console: Console | None) -> PerceptualLoss:
     recipe, source = setup.recipe, setup.data
     assert isinstance(source, ImageSource), "a VQ-VAE is trained on images"
     steps = recipe.vae_training.perceptual.steps
-    path = setup.folder / CLASSIFIER_NAME
+    path = setup.folder / RUN_NAME
     wanted = source.digest(), recipe.seed, steps
     record = None
     if is_there(path):
