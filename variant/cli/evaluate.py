@@ -294,8 +294,10 @@ def _read_result(path: Path) -> dict[str, Any]:
 
 def _metrics(result: dict[str, Any]) -> list[Metric]:
     try:
-        return [Metric(**metric) for metric in result["metrics"]]
-    except (KeyError, TypeError) as error:
+        metrics = [Metric(**metric) for metric in result["metrics"]]
+        # An infinite PSNR is the text "Infinity" in JSON.
+        return [replace(metric, value=float(metric.value)) for metric in metrics]
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'eval: --compare: "metrics" cannot be read: {error}') from None
 
 

@@ -427,9 +427,10 @@ class Eval:
     """Images in the same forms; an .npz with mu and sigma; or a recipe, whose held-out images are
     taken."""
     features: str = "inception"
-    """Network of the features. inception: that of 2015, which defines FID; --weights names its
-    file. classifier:RECIPE: one trained on the recipe's training images, now or before.
-    MODULE:FUNCTION: a function of uint8 images (B, 3, Y, X) that returns features (B, D)."""
+    """Network of the features. inception: that of 2015, which defines FID; dinov2: ViT-L/14, of
+    FD-DINOv2; --weights names their file. classifier:RECIPE: one trained on the recipe's training
+    images, now or before. MODULE:FUNCTION: a function of uint8 images (B, 3, Y, X) that returns
+    features (B, D)."""
     weights: Path | None = None
     """File of the network's weights; a classifier is written there; default:
     runs/RECIPE/classifier.safetensors."""
