@@ -28,7 +28,7 @@ from benchmarks.study.report_claims import (
     usable_metrics,
 )
 from benchmarks.study.report_data import METRICS, Metric, Part, Study, read_study
-from benchmarks.study.report_verdicts import ERRORS, MIN_SEEDS, Evidence, Verdict
+from benchmarks.study.report_verdicts import ERRORS, Evidence, Verdict
 from variant.files import atomic_write
 
 ROOT = Path(__file__).parents[2]
@@ -171,7 +171,7 @@ def _control_line(study: Study, usable: frozenset[Metric]) -> str:
     if not study.runs(CONTROL, "control"):
         return "The control (labels permuted) has not run: no metric decides a verdict yet."
     evidence = [one for by in control_claims(study).values() for one in by.values()]
-    if max(one.seeds for one in evidence) < MIN_SEEDS:
+    if max(one.seeds for one in evidence) == 1:
         return (
             "The control (labels permuted) has run with one seed: no metric decides a verdict "
             "until it has run with two."

@@ -242,6 +242,14 @@ def test_a_control_that_is_better_alone_or_equal_flags_nothing(tmp_path, broken)
     assert one_seed == (len(broken) == 1)
 
 
+def test_a_metric_must_flag_the_control_at_every_schedule(tmp_path):
+    good = [run("base", seed, loss={FULL: 1.0 + seed / 10, "d2": 1.0}) for seed in (0, 1)]
+    same = [run(CONTROL, seed, loss={FULL: 2.0, "d2": 1.0}) for seed in (0, 1)]
+    assert usable_metrics(study_of(tmp_path, base=good, control=same)) == set()
+    worse = [run(CONTROL, seed, loss={FULL: 2.0, "d2": 1.5 + seed / 10}) for seed in (0, 1)]
+    assert usable_metrics(study_of(tmp_path, base=good, control=worse)) == {LOSS}
+
+
 def test_without_the_control_no_metric_is_usable(tmp_path):
     study = study_of(tmp_path, ratios=seeds("p0.2", [1.0, 1.1]) + seeds("p0.5", [2.0, 2.2]))
     assert usable_metrics(study) == set()
