@@ -15,6 +15,7 @@ from torch import Tensor
 
 from variant.data.images import stream
 from variant.models.vqvae import VQVAE
+from variant.training.code_use import HeldOutUse
 from variant.training.distributed import Ranks
 from variant.training.recipe import Recipe
 
@@ -36,6 +37,11 @@ class CodebookTraining:
         self.training = recipe.vae_training
         self.ranks = ranks or Ranks()
         self.last_revival = int(self.training.revive_until * steps)
+
+    def held_out_use(self, own: slice) -> HeldOutUse:
+        """A count of the codes of held-out images.  Args: own: those of this process."""
+        shape = (self.vae.layout.num_scales, self.vae.config.vocab_size)
+        return HeldOutUse(own, shape, self.vae.quantize.embedding.weight.device)
 
     def num_scales(self, step: int) -> int:
         """Number of first scales that the step's images are reconstructed from.

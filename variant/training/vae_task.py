@@ -17,6 +17,7 @@ from variant.data.images import Indices
 from variant.data.samples import Source
 from variant.errors import UserError
 from variant.models.vqvae import VQVAE
+from variant.training.code_use import CodeUse, HeldOutUse
 from variant.training.codebook import CodebookTraining
 from variant.training.distributed import Ranks, rank_of_environment
 from variant.training.random_state import seed_everything
@@ -52,6 +53,8 @@ class VAETask(Task):
         self.training = recipe.vae_training
         self.ranks = ranks or Ranks()
         self.codebook = CodebookTraining(module, recipe, steps, self.ranks)
+        self.code_use = CodeUse(module.quantize, self.ranks, self.measure)
+        self._held_out_use: HeldOutUse | None = None
 
     def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
         images = self.fetch(indices, epoch).to(self.device).images
@@ -65,17 +68,36 @@ class VAETask(Task):
         return "loss"
 
     def samples(self, ranks: Ranks) -> dict[str, Tensor]:
-        """The first held-out images, and what is decoded from their tokens."""
+        """The first held-out images, and what is decoded from the first k scales of their tokens
+        for every k."""
         count = min(COLUMNS, self.data.num_held_out)
         images = self.data.held_out(range(count)).images.to(self.device)
-        return {"original": (images + 1) / 2, "decoded": self.vae.decode(self.vae.encode(images))}
+        rows = {"original": (images + 1) / 2}
+        sides = self.vae.layout.shapes
+        decoded = self.vae.decode_by_scale(self.vae.encode(images))
+        return rows | {f"to {h}x{w}": row for (h, w), row in zip(sides, decoded, strict=True)}
 
     def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
         data = self.data
         samples = data.held_out(indices) if held_out else data.unmixed(indices)
         images = samples.images.to(self.device)
-        reconstructed = self.vae.decode(self.vae.encode(images)).float() * 2 - 1
+        tokens = self.vae.encode(images)
+        if held_out and self._held_out_use is not None:
+            layout = self.vae.layout
+            scales = [tokens[:, layout.slice(k)] for k in range(layout.num_scales)]
+            self._held_out_use.add(indices, scales)
+        reconstructed = self.vae.decode(tokens).float() * 2 - 1
         return {"reconstruction": F.mse_loss(reconstructed, images).item()}
+
+    def held_out_losses(self, ranks: Ranks) -> dict[str, float]:
+        """With the use of the codes at each scale beside the losses."""
+        self._held_out_use = self.codebook.held_out_use(ranks.share(self.num_evaluated))
+        losses = super().held_out_losses(ranks)
+        use, self._held_out_use = self._held_out_use, None
+        return losses | use.values(ranks)
+
+    def after_step(self, step: int) -> None:
+        self.code_use.end_step()
 
     def before_step(self, indices: Indices, epoch: int, step: int) -> None:
         if self.codebook.revives_at(step):
