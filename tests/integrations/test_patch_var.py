@@ -131,6 +131,21 @@ def test_skipped_layers_are_the_identity(depth, bridge):
     assert (close - logits).abs().max() < 1e-4 * logits.abs().max()
 
 
+def test_a_schedule_gives_the_layers_of_every_scale():
+    model = lookalike()
+    schedule = DepthSchedule.from_depths([4, [0, 1, 3], [0, 1, 3], [0, 3]])
+    tokens, logits = hand_made(model, schedule)
+    with patch(model, depth=schedule) as handle:
+        ours, close = paint(model)
+        assert handle.stats().depths == (4, 3, 3, 2)
+        with pytest.raises(ValueError, match="set_depth: bridge must be None with a schedule"):
+            handle.set_depth(schedule, 1)
+        with pytest.raises(ValueError, match="set_depth: depth must be a schedule of 4 layers"):
+            handle.set_depth(DepthSchedule.full(5, 4))
+    assert torch.equal(ours, tokens)
+    assert (close - logits).abs().max() < 1e-4 * logits.abs().max()
+
+
 def test_stats_tell_the_plan_and_what_was_allocated():
     model = lookalike()
     layout = ScaleLayout.from_patch_nums(model.patch_nums)

@@ -219,6 +219,10 @@ class Task(ABC):
         """Called before the forward pass of each step."""
         return
 
+    def after_step(self, step: int) -> None:
+        """Called after the optimiser's step."""
+        return
+
 
 def split_scales(losses: Mapping[str, float]) -> tuple[dict[str, float], dict[str, list[float]]]:
     """The losses of an evaluation over all scales, and those of each scale, both by name."""

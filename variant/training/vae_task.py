@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from variant.data.images import Indices, stream
+from variant.data.images import Indices
 from variant.data.samples import Source
 from variant.errors import UserError
 from variant.models.vqvae import VQVAE
+from variant.training.code_use import CodeUse, HeldOutUse
+from variant.training.codebook import CodebookTraining
 from variant.training.distributed import Ranks, rank_of_environment
 from variant.training.random_state import seed_everything
 from variant.training.recipe import Recipe, with_seed
@@ -26,10 +27,6 @@ from variant.training.sample_grid import COLUMNS
 from variant.training.task import Summary, Task
 from variant.training.trainer import Trainer
 
-STREAM_REVIVE, STREAM_SCALES = 5, 6
-# A code is unused if a batch uses it less than this share of the average code.
-UNUSED = 0.03
-
 
 class VAETask(Task):
     """The VQ-VAE as a training task.
@@ -37,22 +34,31 @@ class VAETask(Task):
     The loss of a step is named "loss", that of an evaluation "reconstruction".
 
     steps: optimiser steps of the complete run.
+    ranks: the processes of the run; None is this one alone.
     """
 
     kind = "vae"
 
     def __init__(
-        self, module: VQVAE, data: Source, recipe: Recipe, device: torch.device, steps: int
+        self,
+        module: VQVAE,
+        data: Source,
+        recipe: Recipe,
+        device: torch.device,
+        steps: int,
+        ranks: Ranks | None = None,
     ) -> None:
         self.module = self.vae = self.network = module
         self.data, self.recipe, self.device = data, recipe, device
         self.training = recipe.vae_training
-        self.steps = steps
-        self.last_revival = int(self.training.revive_until * steps)
+        self.ranks = ranks or Ranks()
+        self.codebook = CodebookTraining(module, recipe, steps, self.ranks)
+        self.code_use = CodeUse(module.quantize, self.ranks, self.measure)
+        self._held_out_use: HeldOutUse | None = None
 
     def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
         images = self.fetch(indices, epoch).to(self.device).images
-        reconstructed, quantisation, _ = self.network(images, self._num_scales(step))
+        reconstructed, quantisation, _ = self.network(images, self.codebook.num_scales(step))
         pixel_error = F.mse_loss(reconstructed.float(), images)
         self.measure("loss/reconstruction", pixel_error)
         self.measure("loss/quantization", quantisation)
@@ -61,73 +67,44 @@ class VAETask(Task):
     def name_of_step(self, step: int) -> str:
         return "loss"
 
-    def _num_scales(self, step: int) -> int:
-        """Number of first scales that the step's images are reconstructed from.
-
-        All of them, except in a share of the steps that draws their number uniformly. The share
-        falls linearly to 0 at the end of training.
-        """
-        scales = self.vae.layout.num_scales
-        rng = stream(self.recipe.seed, step, STREAM_SCALES)
-        is_cut = rng.random() < self.training.scale_dropout * (1 - step / self.steps)
-        return int(rng.integers(1, scales)) if is_cut and scales > 1 else scales
-
     def samples(self, ranks: Ranks) -> dict[str, Tensor]:
-        """The first held-out images, and what is decoded from their tokens."""
+        """The first held-out images, and what is decoded from the first k scales of their tokens
+        for every k."""
         count = min(COLUMNS, self.data.num_held_out)
         images = self.data.held_out(range(count)).images.to(self.device)
-        return {"original": (images + 1) / 2, "decoded": self.vae.decode(self.vae.encode(images))}
+        rows = {"original": (images + 1) / 2}
+        sides = self.vae.layout.shapes
+        decoded = self.vae.decode_by_scale(self.vae.encode(images))
+        return rows | {f"to {h}x{w}": row for (h, w), row in zip(sides, decoded, strict=True)}
 
     def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
         data = self.data
         samples = data.held_out(indices) if held_out else data.unmixed(indices)
         images = samples.images.to(self.device)
-        reconstructed = self.vae.decode(self.vae.encode(images)).float() * 2 - 1
+        tokens = self.vae.encode(images)
+        if held_out and self._held_out_use is not None:
+            layout = self.vae.layout
+            scales = [tokens[:, layout.slice(k)] for k in range(layout.num_scales)]
+            self._held_out_use.add(indices, scales)
+        reconstructed = self.vae.decode(tokens).float() * 2 - 1
         return {"reconstruction": F.mse_loss(reconstructed, images).item()}
 
+    def held_out_losses(self, ranks: Ranks) -> dict[str, float]:
+        """With the use of the codes at each scale beside the losses."""
+        self._held_out_use = self.codebook.held_out_use(ranks.share(self.num_evaluated))
+        losses = super().held_out_losses(ranks)
+        use, self._held_out_use = self._held_out_use, None
+        return losses | use.values(ranks)
+
+    def after_step(self, step: int) -> None:
+        self.code_use.end_step()
+
     def before_step(self, indices: Indices, epoch: int, step: int) -> None:
-        every = self.training.revive_every
-        if every and step <= self.last_revival and step % every == 0:
+        if self.codebook.revives_at(step):
+            own = indices[self.ranks.share(len(indices))]
             with self.waiting():
-                images = self.data.samples(indices, epoch).images.to(self.device)
-            rng = stream(self.recipe.seed, step, STREAM_REVIVE)
-            # The first step moves every code, so that all start as features of images.
-            revive_codes(self.vae, images, rng, every_code=step == 0)
-
-
-@torch.no_grad()
-def revive_codes(
-    module: VQVAE, images_BIYX: Tensor, rng: np.random.Generator, *, every_code: bool = False
-) -> int:
-    """Move codes that this batch does not use onto features of the batch.
-
-    The features are the residuals that each scale quantises. A moved code equals one of them, so it
-    is the nearest code of at least one position.
-
-    Args:
-        images_BIYX: in [-1, 1].
-        rng: chooses the features.
-        every_code: move the used codes too.
-    Returns:
-        the number of moved codes.
-    """
-    quantizer = module.quantize
-    residual = module.features(images_BIYX).float()
-    features_of_scales, tokens_of_scales = [], []
-    for k in range(quantizer.layout.num_scales):
-        features = quantizer.residual_vectors(residual, k)
-        tokens = quantizer.nearest(features)
-        residual = residual - quantizer.contribution(tokens.view(len(images_BIYX), -1), k)
-        features_of_scales.append(features)
-        tokens_of_scales.append(tokens)
-    features = torch.cat(features_of_scales)
-    vocab_size = quantizer.config.vocab_size
-    uses = torch.cat(tokens_of_scales).bincount(minlength=vocab_size)
-    unused = (uses < UNUSED * len(features) / vocab_size) | every_code
-    num_unused = int(unused.sum())
-    chosen = rng.choice(len(features), num_unused, replace=len(features) < vocab_size)
-    quantizer.embedding.weight[unused] = features[torch.from_numpy(chosen).to(features.device)]
-    return num_unused
+                images = self.data.samples(own, epoch).images.to(self.device)
+            self.codebook.revive(images, step)
 
 
 def train_vae(
@@ -174,5 +151,6 @@ def train_vae(
         seed_everything(recipe.seed)
         module = VQVAE(recipe.vae).to(setup.device)
         epochs = recipe.vae_training.epochs
-        task = VAETask(module, setup.data, recipe, setup.device, epochs * setup.steps_per_epoch)
+        steps = epochs * setup.steps_per_epoch
+        task = VAETask(module, setup.data, recipe, setup.device, steps, setup.ranks)
         return Trainer(task, setup, epochs, console).run()
