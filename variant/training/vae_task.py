@@ -134,10 +134,14 @@ class VAETask(Task):
         return "loss"
 
     def samples(self, ranks: Ranks) -> dict[str, Tensor]:
-        """The first held-out images, and what is decoded from their tokens."""
+        """The first held-out images, and what is decoded from the first k scales of their tokens
+        for every k."""
         count = min(COLUMNS, self.data.num_held_out)
         images = self.data.held_out(range(count)).images.to(self.device)
-        return {"original": (images + 1) / 2, "decoded": self.vae.decode(self.vae.encode(images))}
+        rows = {"original": (images + 1) / 2}
+        sides = self.vae.layout.shapes
+        decoded = self.vae.decode_by_scale(self.vae.encode(images))
+        return rows | {f"to {h}x{w}": row for (h, w), row in zip(sides, decoded, strict=True)}
 
     def evaluate(self, indices: Indices, *, held_out: bool) -> dict[str, float]:
         data = self.data
