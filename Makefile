@@ -22,7 +22,7 @@ CTEST := $(BIN)/ctest --output-on-failure
 # COVERAGE=1 records the branches that the Python tests take, for `make coverage`.
 PYTEST = $(BIN)/python $(if $(COVERAGE),-m coverage run) -m pytest -n $(TEST_JOBS)
 
-.PHONY: help setup dev generate check test test-python test-triton test-robustness test-cpp test-cuda test-cuda-python test-isas test-tsan coverage-cpp nightly coverage mutants cuda sass gpu gpu-artefacts bench bench-report docs-results lint clean
+.PHONY: help setup dev generate check test test-python test-triton test-robustness test-cpp test-cuda test-cuda-python test-isas test-tsan coverage-cpp nightly coverage mutants cuda sass gpu gpu-artefacts bench bench-report docs-results study study-report lint clean
 
 help:
 	@echo "make generate  generate digits at every depth into out/digits.png"
@@ -43,6 +43,8 @@ help:
 	@echo "make gpu-artefacts  beforehand, without a GPU: what make gpu would compile, for build/gpu-artefacts"
 	@echo "make bench     every kernel beside its peers, then the engine; results under $(RESULTS)"
 	@echo "make docs-results  docs/results.md and the README's table, from $(RESULTS); docs/recipes.md"
+	@echo "make study     every run of the study, up to 6 hours on two idle cores; goes on where it stopped"
+	@echo "make study-report  docs/study.md and its plots, from benchmarks/study/results"
 	@echo "make lint      ruff, clang-format and the type checker"
 	@echo "make clean     remove the files made by the targets above (not $(VENV))"
 
@@ -245,6 +247,15 @@ bench-report: dev
 # sources.
 docs-results: dev
 	$(BIN)/python -m benchmarks.docs_results
+
+# Into build/study; the result files are committed.
+study: dev
+	$(BIN)/python -m benchmarks.study run --out build/study --jobs $(JOBS)
+	$(BIN)/python -m benchmarks.study collect --out build/study
+
+# A test compares the page with the files, and the digests that its plots carry.
+study-report: dev
+	$(BIN)/python -m benchmarks.study.report
 
 lint: dev
 	@echo "== ruff"

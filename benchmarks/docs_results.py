@@ -127,8 +127,8 @@ def _predictions(results: list[Result]) -> list[str]:
         "",
         "For one H200, VAR-d30 at 256x256, bfloat16. **The predicted values are no measurements**: "
         "a model computes them from the machine code that the compiler makes for this GPU, the "
-        "number of tiles, and rooflines "
-        "([predict.py](../benchmarks/predict.py)). Source of its constants: "
+        "number of tiles, rooflines, and counts of what the peers read and write "
+        "([prediction](../benchmarks/prediction)). Source of its constants: "
         f"{constants.source}. It may be off by 15 % and more. TFLOP/s count visible pairs.",
         "",
         "`python -m benchmarks.predict`",

@@ -16,6 +16,7 @@ VARIANT = (
     "models",
     "tensor_files",
     "files",
+    "schedule_files",
     "engine",
     "data",
     "checkpoints",

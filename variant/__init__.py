@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from variant.models.config import VARConfig, VQVAEConfig
     from variant.models.var import VAR
     from variant.models.vqvae import VQVAE
+    from variant.schedule_files import load_schedule
     from variant.supernet import VARiant
 
 # Imported at first use: `variant --help` must not wait for torch.
@@ -33,6 +34,7 @@ _MODULES = {
     # Not accelerate.py: a module of that name would hide the function.
     "accelerate": "accelerate_original",
     "VQVAEConfig": "models.config",
+    "load_schedule": "schedule_files",
 }
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "VARiant",
     "VQVAEConfig",
     "accelerate",
+    "load_schedule",
 ]
 
 

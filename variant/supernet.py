@@ -16,6 +16,7 @@ from variant.engine.kv_dtype import KVDtype
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.pretrained import PretrainedPair
+from variant_kernels import DepthSchedule
 
 
 class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
@@ -58,7 +59,7 @@ class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
         self,
         labels: Labels,
         *,
-        depth: int | Sequence[int] | None = None,
+        depth: int | Sequence[int] | DepthSchedule | None = None,
         bridge: int | None = None,
         cfg: PerScale = 1.5,
         top_k: int = 0,
@@ -83,6 +84,8 @@ class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
             labels: classes, by number in [0, num_classes) or by name (``var.config.class_names``):
                 one, a list, or a (B,) integer tensor. -1 and ``num_classes`` are no class.
             depth: number of layers in the flexible zone, or a list of layers; None runs all layers.
+                A :class:`DepthSchedule`, e.g. of :func:`variant.load_schedule`, has the layers of
+                every scale.
             bridge: number of first scales that run all layers; None is the config's bridge.
             cfg: classifier-free guidance, in [0, 10000]. Its weight rises linearly from 0 at the
                 first scale to ``cfg`` at the last; 0 turns guidance off and halves the work. A
@@ -152,7 +155,7 @@ class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
         self,
         labels: Labels,
         *,
-        depth: int | Sequence[int] | None = None,
+        depth: int | Sequence[int] | DepthSchedule | None = None,
         bridge: int | None = None,
         cfg: PerScale = 1.5,
         top_k: int = 0,

@@ -13,10 +13,10 @@ import torch
 from benchmarks.study.settings import Study, identity
 from variant.data.encode import encode_images
 from variant.engine.engine import Engine
-from variant.evaluation.classifier import Classifier
 from variant.files import atomic_write
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant.training.classifier import Classifier
 
 ROUNDS = 3
 

@@ -40,11 +40,12 @@ from variant.data.images import ImageData
 from variant.data.sources import open_data
 from variant.data.token_source import TokenSource
 from variant.engine.engine import Engine
-from variant.evaluation.classifier import Classifier, held_out_accuracy, to_uint8, train_classifier
 from variant.files import atomic_write, file_sha256
+from variant.models.pixels import to_uint8
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.training.checkpointer import Checkpointer
+from variant.training.classifier import Classifier, held_out_accuracy, train_classifier
 from variant.training.initial_weights import find_vae, load_vae
 from variant.training.recipe import Recipe
 from variant.training.tokenize import tokenize

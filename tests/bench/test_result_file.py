@@ -44,6 +44,14 @@ def test_a_text_that_was_read_is_written_again_unchanged():
     assert result_text(json.loads(result_text(RESULT))) == result_text(RESULT)
 
 
+def test_what_is_not_finite_is_text_that_float_reads():
+    given = {"a": float("inf"), "b": [{"c": float("-inf"), "d": float("nan")}]}
+    text = result_text(given)
+    read = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert read == {"a": "Infinity", "b": [{"c": "-Infinity", "d": "NaN"}]}
+    assert float(read["a"]) == given["a"]
+
+
 def test_a_file_is_replaced_as_a_whole(tmp_path):
     path = tmp_path / "new" / "result.json"
     write_result(path, RESULT)

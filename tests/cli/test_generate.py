@@ -14,6 +14,7 @@ from small_models import small_model
 
 from variant.cli import generate as module
 from variant.cli.main import main
+from variant.schedule_files import load_schedule, save_schedule
 
 
 def pictures(folder):
@@ -321,3 +322,34 @@ def test_main_can_be_called_with_a_path_that_is_no_text(model, tmp_path):
     out = tmp_path / os.fsdecode(b"o\xff")
     assert main(["generate", "--model", model, "--labels", "1", "--out", str(out)]) == 0
     assert len(pictures(out)) == 1
+
+
+def test_a_schedule_by_name_and_by_file_gives_the_same_images(model, tmp_path, run):
+    schedule = load_schedule("4-3-2", small_model().var.config)
+    save_schedule(tmp_path / "schedule.json", schedule)
+    options = ("--model", model, "--labels", 1, 3, "--top-p", 0, "--json", tmp_path / "r.json")
+    for name, source in (("a", "4-3-2"), ("b", tmp_path / "schedule.json")):
+        code, printed, error = run(
+            "generate", *options, "--schedule", source, "--out", tmp_path / name
+        )
+        assert code == 0, error
+        assert "4-3-2 │" in printed
+    assert pictures(tmp_path / "a") == pictures(tmp_path / "b")
+    assert json.loads((tmp_path / "r.json").read_text())["depths"][0]["depth"] == "4-3-2"
+    images = small_model().generate([1, 3], depth=schedule, seed=0).images
+    picture = np.array(Image.open(tmp_path / "a" / "00001_class3.png"))
+    assert (picture == (images[1] * 255).round().permute(1, 2, 0).numpy()).all()
+    again = ("generate", *options, "--out", tmp_path / "a", "--resume")
+    code, _, error = run(*again, "--schedule", "4-2x2")
+    assert code == 1
+    assert "was generated with" in error
+    assert run(*again, "--schedule", "4-3-2")[0] == 0
+
+
+@pytest.mark.parametrize("option", [("--depth", 2), ("--bridge", 1), ("--all-depths",)])
+def test_a_schedule_excludes_other_depths(model, tmp_path, run, option):
+    words = ("generate", "--model", model, "--schedule", "4-3-2", "--out", tmp_path / "out")
+    code, _, error = run(*words, *option)
+    assert code == 1
+    assert "exclude each other" in error
+    assert not (tmp_path / "out").exists()

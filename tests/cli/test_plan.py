@@ -155,3 +155,18 @@ def test_zone_weights_are_counted(tmp_path, run):
     code, printed, _ = run("info", "--model", tmp_path)
     assert code == 0
     assert f"zone weights: lora of rank 3 and adaLN; parameters: depth 2: {counts[2]:,}" in printed
+
+
+def test_the_plan_of_a_schedule(run, tmp_path):
+    words = ("plan", "--model", "var-d30", "--batch", 64, "--json", tmp_path / "plan.json")
+    code, printed, _ = run(*words, "--schedule", "30x6-16x4")
+    assert code == 0
+    assert "Schedule 30x6-16x4: 6,720 MiB of K/V, 59.0% of the paper's scheme, 54.2%" in printed
+    values = json.loads((tmp_path / "plan.json").read_text())
+    row = next(row for row in values["depths"] if row["depth"] == 16)
+    assert values["schedule"]["planned_bytes"] == row["planned_bytes"]
+    assert len(values["schedule"]["layers"]) == 10
+    code, _, error = run(*words, "--schedule", "30x6-16x3")
+    assert code == 1
+    assert "30x6-16x3: must have one depth for each of the 10 scales" in error
+    assert run(*words, "--schedule", "30x10", "--train")[0] == 1

@@ -3,6 +3,8 @@
 The expected values of other programs are made from them, in other environments.
 """
 
+import hashlib
+
 import numpy as np
 import torch
 
@@ -28,18 +30,26 @@ def fill(network, seed=1):
         values = noise(seed * 10_000 + place, *tensor.shape)
         if name.endswith("running_var"):
             values = 0.5 + values
+        elif name.endswith(("_embed", "_token")):  # of a transformer: added to its input
+            values = values - 0.5
         elif tensor.dim() > 1:
             fan_in = tensor[0].numel()
             # The classes of a random network differ little: the last layer's weights are larger.
             scale = 20.0 if name.startswith("fc.") else 1.0
             values = (2 * values - 1) * scale * (6 / fan_in) ** 0.5
-        elif name.endswith("weight"):  # of a norm
+        elif name.endswith(("weight", "gamma")):  # of a norm or of a layer scale
             values = 0.75 + 0.5 * values
         else:
             values = 0.2 * (values - 0.5)
         state[name] = torch.from_numpy(values).to(tensor.dtype)
     network.load_state_dict(state)
     return network
+
+
+def layout_sha256(network):
+    """Of the names and shapes of a network's weights."""
+    rows = sorted(f"{name} {tuple(tensor.shape)}" for name, tensor in network.state_dict().items())
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
 def images(seed, count, height, width):

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from variant.evaluation.features import FeatureNetwork, Features
 from variant.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
 from variant.evaluation.image_sets import Reference, array_images, open_images, open_reference
 from variant.evaluation.report import evaluate
+from variant_kernels import DepthSchedule
 
 CPU = torch.device("cpu")
 
@@ -258,6 +260,19 @@ def test_a_table_by_depth_bridge_and_lever(tmp_path, monkeypatch, capsys):
     assert all(sizes[row] < sizes[*row[:2], "exact"] for row in rows if row[2] == "fp8")
     with Image.open("front.png") as picture:
         assert picture.size[0] > 1000
+    # Schedules alone: that of depth 2 and bridge 1 has its images; other layers have a folder.
+    Path("schedule.json").write_text(
+        json.dumps(DepthSchedule.from_depths([[0, 1, 2, 3], [0, 1, 3], [0, 3]]).to_dict())
+    )
+    words = [*words[:9], "--schedules", "4-2x2", "schedule.json"]
+    assert main([*words, "--plot", "other.png", "--json", "schedules.json"]) == 0
+    by_scale = json.loads((tmp_path / "schedules.json").read_text())["settings"]
+    assert [(row["source"], row["depth"], row["bridge"]) for row in by_scale] == [
+        ("4-2x2", 2, 1), ("schedule.json", 2, 1)
+    ]  # fmt: skip
+    assert by_scale[0]["metrics"] == result["settings"][1]["metrics"]
+    assert by_scale[0]["kv_bytes"] == sizes[2, 1, "exact"]
+    assert by_scale[1]["layers"] == [[0, 1, 2, 3], [0, 1, 3], [0, 3]]
     # One setting is that of its own images.
     assert main(
         ["eval", "--images", "runs/eval/depth2-bridge1-exact", "--reference", "real.npz",

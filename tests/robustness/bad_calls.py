@@ -62,7 +62,12 @@ ALIASES = {
     "VARiant.generate_batches": ("generate",),
 }
 # Functions on files: their UserError names the file.
-FILES = ("VARiant.from_pretrained", "VARiant.from_var_checkpoint", "VARiant.save_pretrained")
+FILES = (
+    "VARiant.from_pretrained",
+    "VARiant.from_var_checkpoint",
+    "VARiant.save_pretrained",
+    "load_schedule",
+)
 
 
 @dataclass

@@ -401,6 +401,21 @@ def _from_depths(d: Draw) -> Made:
     )
 
 
+@maker("DepthSchedule.from_dict")
+def _from_dict(d: Draw) -> Made:
+    return vk.DepthSchedule.from_dict, {"values": _schedule(d, d.int(1, 4)).to_dict()}
+
+
+@maker("DepthSchedule.to_dict")
+def _to_dict(d: Draw) -> Made:
+    return _schedule(d, d.int(1, 4)).to_dict, {}
+
+
+@maker("load_schedule")
+def _load_schedule(d: Draw) -> Made:
+    return variant.load_schedule, {"source": "4-3-2"} | d.some(config=small().var.config)
+
+
 @maker("DepthSchedule.full")
 def _full(d: Draw) -> Made:
     return vk.DepthSchedule.full, {"full_depth": d.int(1, 9), "num_scales": d.int(1, 5)}
@@ -532,7 +547,8 @@ def _patch(d: Draw) -> Made:
     from lookalike_var import LookalikeVAR
 
     arguments = {"model": LookalikeVAR(depth=3, width=32)}
-    return vk.patch, arguments | d.some(depth=2, bridge=1, keep_copies=True)
+    depth = d.rng.choice((2, vk.DepthSchedule.from_depths([3, 3, 2, 2])))
+    return vk.patch, arguments | d.some(depth=depth, bridge=1, keep_copies=True)
 
 
 @maker("accelerate")
@@ -671,7 +687,8 @@ def _shared_condition(d: Draw) -> Made:
 
 @maker("VAR.schedule")
 def _var_schedule(d: Draw) -> Made:
-    return small().var.schedule, d.some(depth=2, bridge=1)
+    depth = d.rng.choice((2, vk.DepthSchedule.from_depths([4, 3, 2])))
+    return small().var.schedule, d.some(depth=depth, bridge=1)
 
 
 @maker("VAR.layers_of")

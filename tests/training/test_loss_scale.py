@@ -104,7 +104,8 @@ def fp16_trainer(recipe, folder, overflows):
     """A trainer of one layer, whose gradient overflows at those steps."""
     setup = RunSetup("vae", recipe, OPTIM, folder, device=CPU)
     setup.optim = dataclasses.replace(OPTIM, precision="fp16")  # allowed on a GPU only, as it pays
-    task = type("Fixed", (VAETask,), {"__init__": lambda self: None})()
+    nothing = {"__init__": lambda self: None, "after_step": lambda self, step: None}
+    task = type("Fixed", (VAETask,), nothing)()
     task.module = torch.nn.Sequential(torch.nn.Linear(2, 1))
     task.data, task.recipe = setup.data, recipe
     weight = task.module[0].weight

@@ -32,6 +32,14 @@ def test_a_value_of_weight_0_does_not_count_and_a_key_of_no_weight_is_left_out()
     assert meters.means() == {"a": 3.0}
 
 
+def test_a_histogram_is_read_as_share_used_and_perplexity():
+    meters = Meters(CPU)
+    meters.add("codes#2", torch.tensor([3, 0, 1, 0]))
+    meters.add("codes#2", torch.tensor([1, 0, 3, 0]))
+    meters.add("codes#3", torch.tensor([0, 0, 0, 0]))  # nothing was counted
+    assert meters.means() == pytest.approx({"codes_used/2": 0.5, "codes_perplexity/2": 2.0})
+
+
 def test_totals_continue_bit_by_bit():
     values = torch.rand(7, generator=torch.Generator().manual_seed(0)).tolist()
     whole, first = Meters(CPU), Meters(CPU)

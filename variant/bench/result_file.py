@@ -6,6 +6,7 @@ Torch is imported only to write a file: ``variant plan --json -`` must not wait 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,11 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def result_text(result: Mapping[str, Any]) -> str:
-    """The text of a result file: floats are rounded to ``SIGNIFICANT_DIGITS``."""
+    """The text of a result file: floats are rounded to ``SIGNIFICANT_DIGITS``.
+
+    JSON has no number for what is not finite: it becomes the text "Infinity", "-Infinity" or "NaN",
+    which ``float`` reads.
+    """
     fields = []
     for name, value in result.items():
         if isinstance(value, list) and value:
@@ -41,6 +46,8 @@ def result_text(result: Mapping[str, Any]) -> str:
 
 
 def _rounded(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)
     if isinstance(value, float):
         return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
     if isinstance(value, Mapping):

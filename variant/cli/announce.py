@@ -36,7 +36,7 @@ def first_line(command: Command) -> str:
     """What the command is about to do; empty for a command that needs no such line."""
     match command:
         case Generate():
-            depth = "every depth" if command.all_depths else f"depth {command.depth or 'full'}"
+            depth = "every depth" if command.all_depths else _layers(command)
             return (
                 f"generate: {command.model}, {depth}, {command.dtype or 'dtype of the weights'}, "
                 f"{command.device}, to {command.out}"
@@ -57,8 +57,9 @@ def first_line(command: Command) -> str:
             names = [str(name) for name in (command.model, command.var, command.vae) if name]
             return f"convert: reading {' and '.join(names)}" if names else ""
         case Sample():
-            depth = f"depth {command.depth or 'full'}"
-            return f"sample: {command.model}, {depth}, {command.device}, to {command.out}"
+            return (
+                f"sample: {command.model}, {_layers(command)}, {command.device}, to {command.out}"
+            )
         case Eval():
             if command.compare:
                 return ""
@@ -80,6 +81,12 @@ def first_line(command: Command) -> str:
             )
         case Plan():
             return ""
+
+
+def _layers(command: Generate | Sample) -> str:
+    if command.schedule is not None:
+        return f"schedule {command.schedule}"
+    return f"depth {command.depth or 'full'}"
 
 
 def _list(values: tuple[object, ...]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from variant.cli.progress import progress
 from variant.cli.sample import PER_CLASS, settings_of
 from variant.engine.engine import Engine
 from variant.engine.generation import Sampling
-from variant.engine.planning import depths_of, plan_row
+from variant.engine.planning import depths_of, plan_row, schedule_row
 from variant.errors import UserError
 from variant.evaluation.features import FeatureNetwork
 from variant.evaluation.image_sets import Reference, open_images
 from variant.evaluation.report import Evaluation, evaluate, extract
 from variant.evaluation.sampler import SampleFiles, sample
+from variant.schedule_files import load_schedule
 from variant.supernet import VARiant
+from variant_kernels import DepthSchedule
 from variant_kernels.arguments import integer
 
 FORMAT = "variant-eval-depths-1"
@@ -35,12 +38,50 @@ class Setting:
     """One row of the table.
 
     kv_bytes: planned K/V of one image with guidance.
+    schedule, source: the layers of every scale, and the words that named them; depth and bridge
+        are then those of its plan.
     """
 
     depth: int
     bridge: int
     kv_dtype: str
     kv_bytes: int
+    schedule: DepthSchedule | None = None
+    source: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the folder of its images: other layers have another name."""
+        if self.schedule is None:
+            return f"depth{self.depth}-bridge{self.bridge}-{self.kv_dtype}"
+        digest = hashlib.sha256(repr(self.schedule.layers).encode()).hexdigest()[:8]
+        return f"schedule{self.schedule.name}-{digest}-{self.kv_dtype}"
+
+    @property
+    def cells(self) -> tuple[str, str]:
+        """Depth and bridge for a table."""
+        if self.schedule is None:
+            return str(self.depth), str(self.bridge)
+        return self.schedule.name, "-"
+
+    @property
+    def line(self) -> str:
+        """The line of the plot to which it belongs."""
+        where = "schedules" if self.schedule is not None else f"bridge {self.bridge}"
+        return f"{where}, {self.kv_dtype} K/V"
+
+    def call(self) -> dict[str, Any]:
+        """Its arguments of :meth:`Engine.generate`."""
+        kv_dtype = None if self.kv_dtype == "exact" else "fp8"
+        if self.schedule is not None:
+            return {"depth": self.schedule, "bridge": None, "kv_dtype": kv_dtype}
+        return {"depth": self.depth, "bridge": self.bridge, "kv_dtype": kv_dtype}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        schedule = values.pop("schedule")
+        return values if schedule is None else {**values, **schedule.to_dict()}
 
 
 def evaluate_depths(command: Eval, reference: Reference, network: FeatureNetwork) -> None:
@@ -78,7 +119,7 @@ def evaluate_depths(command: Eval, reference: Reference, network: FeatureNetwork
             "num": num,
             "seed": command.seed,
             "settings": [
-                {**asdict(setting), "seconds_per_image": seconds, **asdict(result)}
+                {**setting.to_dict(), "seconds_per_image": seconds, **asdict(result)}
                 for setting, seconds, result in rows
             ],
             "environment": machine,
@@ -89,13 +130,17 @@ def evaluate_depths(command: Eval, reference: Reference, network: FeatureNetwork
 def _settings(command: Eval, engine: Engine) -> list[Setting]:
     """All combinations; the full depth is the same at every bridge and comes once a K/V dtype."""
     config = engine.var.config
-    if not command.bridges and config.bridge is None:
+    schedules = [
+        (source, load_schedule(source, config)) for source in dict.fromkeys(command.schedules)
+    ]
+    alone = bool(schedules) and not command.depths
+    if not command.bridges and config.bridge is None and not alone:
         raise UserError(f"eval: {command.model} was trained at one depth; --bridges is needed")
     bridges = command.bridges or (config.bridge or 0,)
     rows = []
     for kv_dtype, depth, bridge in itertools.product(
         dict.fromkeys(command.kv_dtypes),
-        dict.fromkeys(command.depths or depths_of(config)),
+        () if alone else dict.fromkeys(command.depths or depths_of(config)),
         dict.fromkeys(bridges),
     ):
         if depth == config.depth and bridge != bridges[0]:
@@ -104,6 +149,12 @@ def _settings(command: Eval, engine: Engine) -> list[Setting]:
         cached = None if kv_dtype == "exact" else kv_dtype
         plan = plan_row(config, depth, bridge, 1, engine.dtype, kv_dtype=cached)
         rows.append(Setting(depth, bridge, kv_dtype, plan.ours))
+    for kv_dtype, (source, schedule) in itertools.product(
+        dict.fromkeys(command.kv_dtypes), schedules
+    ):
+        cached = None if kv_dtype == "exact" else kv_dtype
+        plan = schedule_row(config, schedule, 1, engine.dtype, kv_dtype=cached)
+        rows.append(Setting(plan.depth, plan.bridge, kv_dtype, plan.ours, schedule, source))
     return rows
 
 
@@ -117,18 +168,18 @@ def _one(
     network: FeatureNetwork,
     real: Any,
 ) -> Evaluation:
-    name = f"depth{setting.depth}-bridge{setting.bridge}-{setting.kv_dtype}"
-    kv_dtype = None if setting.kv_dtype == "exact" else "fp8"
+    name, call = setting.name, setting.call()
     files = SampleFiles(
         Path(command.out) / name, "png", num, range(engine.var.config.num_classes), command.batch
     )
     recorded = Sample(
         model=str(command.model),
-        depth=setting.depth,
-        bridge=setting.bridge,
+        depth=None if setting.schedule is not None else setting.depth,
+        bridge=None if setting.schedule is not None else setting.bridge,
+        schedule=setting.source,
         seed=command.seed,
         device=command.device,
-        kv_dtype=kv_dtype,
+        kv_dtype=call["kv_dtype"],
         batch=command.batch,
     )
     with progress("eval", name, num, command.json) as advance:
@@ -137,9 +188,7 @@ def _one(
             sampling,
             files,
             settings_of(recorded, engine, files, sampling),
-            depth=setting.depth,
-            bridge=setting.bridge,
-            kv_dtype=kv_dtype,
+            **call,
             report=lambda images, total: advance(images, name),
         )
     with warnings.catch_warnings(record=True) as heard:
@@ -155,12 +204,9 @@ def _one(
 def _seconds(engine: Engine, sampling: Sampling, setting: Setting, batch: int) -> float:
     """Seconds per image of a batch, decoder included: the median of a few."""
     labels = [index % engine.var.config.num_classes for index in range(batch)]
-    kv_dtype = None if setting.kv_dtype == "exact" else "fp8"
     times = []
     for _ in range(TIMED):
-        parts = engine.generate_batches_with(
-            labels, sampling, depth=setting.depth, bridge=setting.bridge, kv_dtype=kv_dtype
-        )
+        parts = engine.generate_batches_with(labels, sampling, **setting.call())
         times.append(sum(part.stats.seconds for part in parts) / batch)
     return sorted(times)[TIMED // 2]
 
@@ -186,8 +232,7 @@ def _table(command: Eval, rows: list[tuple[Setting, float, Evaluation]]) -> Any:
             half = None if metric.low is None or metric.high is None else metric.high - metric.value
             cells.append(f"{metric.value:.4g}" + ("" if half is None else f" ± {half:.2g}"))
         result.add_row(
-            str(setting.depth),
-            str(setting.bridge),
+            *setting.cells,
             setting.kv_dtype,
             *cells,
             f"{1000 * seconds:.2f}",
@@ -213,16 +258,14 @@ def _plot(path: Path, rows: list[tuple[Setting, float, Evaluation]]) -> None:
     plt = _pyplot()
     name = rows[0][2].metrics[0].name
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
-    groups = sorted({(row[0].bridge, row[0].kv_dtype) for row in rows})
-    for bridge, kv_dtype in groups:
-        own = [row for row in rows if (row[0].bridge, row[0].kv_dtype) == (bridge, kv_dtype)]
+    for label in sorted({row[0].line for row in rows}):
+        own = [row for row in rows if row[0].line == label]
         values = [row[2].metrics[0].value for row in own]
-        label = f"bridge {bridge}, {kv_dtype} K/V"
         axes[0].plot([row[0].kv_bytes / 2**10 for row in own], values, "o-", label=label)
         axes[1].plot([1000 * row[1] for row in own], values, "o-", label=label)
         for row, value in zip(own, values, strict=True):
-            axes[0].annotate(str(row[0].depth), (row[0].kv_bytes / 2**10, value))
-            axes[1].annotate(str(row[0].depth), (1000 * row[1], value))
+            axes[0].annotate(row[0].cells[0], (row[0].kv_bytes / 2**10, value))
+            axes[1].annotate(row[0].cells[0], (1000 * row[1], value))
     axes[0].set(xlabel="K/V of one image, KiB", ylabel=name)
     axes[1].set(xlabel="ms per image")
     axes[0].legend(fontsize="small")

@@ -15,7 +15,7 @@ import torch
 
 from variant.cli.dtypes import DTYPES
 from variant.cli.image_folder import ImageFolder, is_own_name, save_png
-from variant.cli.options import Generate
+from variant.cli.options import Generate, Sample
 from variant.cli.output import (
     STANDARD_OUTPUT,
     check_file,
@@ -37,8 +37,9 @@ from variant.engine.planning import depths_of
 from variant.errors import UserError
 from variant.models.class_names import labels_of_words
 from variant.models.placement import check_device
+from variant.schedule_files import load_schedule
 from variant.supernet import VARiant
-from variant_kernels import CachePlan, __version__
+from variant_kernels import CachePlan, DepthSchedule, __version__
 from variant_kernels.arguments import choice, integer
 from variant_kernels.dispatch.support import BACKENDS
 
@@ -71,6 +72,7 @@ def generate(command: Generate) -> None:
         note = f"(-1 or {config.num_classes}: no class)"
         integer("generate", "--labels", label, -1, config.num_classes, note)
     depths = list(depths_of(config)) if command.all_depths else [command.depth]
+    schedule = None if command.schedule is None else load_schedule(command.schedule, config)
     if command.all_depths and config.bridge is None and command.bridge is None:
         raise UserError(f"generate: {command.model} was trained at one depth; --bridge is needed")
     folder = ImageFolder(command.out, labels, command.count, config.num_classes, depths)
@@ -80,7 +82,7 @@ def generate(command: Generate) -> None:
         dtype=DTYPES[command.dtype] if command.dtype else None,
         backend=command.backend,
     )
-    work = Work(command, engine, sampling, folder)
+    work = Work(command, engine, sampling, folder, schedule)
     results = work.grid() if one_file else work.folder()
     out = console(command.json)
     _report(command, engine, results, out)
@@ -100,6 +102,9 @@ def _check(command: Generate) -> Sampling:
         integer("generate", "--max-batch", command.max_batch, 1)
     if command.all_depths and command.depth is not None:
         raise UserError("generate: --all-depths and --depth exclude each other")
+    check_schedule_alone("generate", command)
+    if command.all_depths and command.schedule is not None:
+        raise UserError("generate: --all-depths and --schedule exclude each other")
     if command.resume and command.overwrite:
         raise UserError("generate: --resume and --overwrite exclude each other")
     total = max(len(command.labels), 1) * command.count
@@ -123,6 +128,13 @@ def _check(command: Generate) -> Sampling:
         temperature=command.temperature,
         more_smooth=command.more_smooth,
     )
+
+
+def check_schedule_alone(op: str, command: Generate | Sample) -> None:
+    """Raises: UserError, if --depth or --bridge are given beside --schedule."""
+    for name in ("depth", "bridge"):
+        if command.schedule is not None and getattr(command, name) is not None:
+            raise UserError(f"{op}: --schedule and --{name} exclude each other")
 
 
 def check_target(out: Path) -> bool:
@@ -150,11 +162,12 @@ def check_target(out: Path) -> bool:
 class Result:
     """What one depth took.
 
+    depth: layers in the flexible zone, or the name of a schedule.
     total: images of the whole run.  generated: images of the batches of this run.  written: those
     of them that were not there before.  stats: of every batch of this run.
     """
 
-    depth: int
+    depth: int | str
     total: int
     generated: int
     written: int
@@ -177,6 +190,7 @@ class Work:
     engine: Engine
     sampling: Sampling
     target: ImageFolder
+    schedule: DepthSchedule | None
 
     # --- one picture ----------------------------------------------------------------------------
 
@@ -229,7 +243,7 @@ class Work:
                         batches[key] = self._batch(depth)
                         target.write_settings({**settings, "batches": batches})
                     for part in self._batches(depth, batches[key], done, advance):
-                        self._write(part, result, done)
+                        self._write(part, depth, result, done)
         except KeyboardInterrupt as stop:
             written = len(target.existing())
             again = command_line("generate", command, resume=True, overwrite=False)
@@ -286,13 +300,13 @@ class Work:
                 f"{mebibytes(free)} are free in {nearest}; give a smaller --count"
             )
 
-    def _write(self, part: Generation, result: Result, done: set[str]) -> None:
+    def _write(self, part: Generation, depth: int | None, result: Result, done: set[str]) -> None:
         result.generated += len(part.images)
         result.stats.append(part.stats)
         for index, label, image in zip(
             part.image_ids.tolist(), part.labels.tolist(), part.pil(), strict=True
         ):
-            path = self.target.file(result.depth, index)
+            path = self.target.file(depth, index)
             if path.name not in done:
                 save_png(path, image, self._text(label, result.depth, index))
                 result.written += 1
@@ -315,7 +329,7 @@ class Work:
         next(self._generate(depth, [0], None, lambda steps, what: None))
         if command.max_batch is not None:
             return min(total, command.max_batch)
-        schedule = engine.var.schedule(depth, command.bridge)
+        schedule = engine.var.schedule(self.schedule or depth, command.bridge)
         plan = CachePlan(engine.var.layout, schedule, engine.page_size)
         return batch_size(
             min(total, MAX_BATCH),
@@ -334,7 +348,7 @@ class Work:
             [self.target.label(index) for index in indices],
             self.sampling,
             image_ids=list(indices),
-            depth=depth,
+            depth=self.schedule or depth,
             bridge=self.command.bridge,
             max_batch=max_batch,
             on_scale=on_scale,
@@ -342,7 +356,7 @@ class Work:
             image_dtype="uint8",
         ):
             if on_scale is None:
-                advance(len(part.images), _doing(depth))
+                advance(len(part.images), self._doing(depth))
             yield part
 
     def _on_scale(self, advance: Advance) -> OnScale | None:
@@ -356,7 +370,14 @@ class Work:
 
         return on_scale
 
-    def _depth(self, depth: int | None) -> int:
+    def _doing(self, depth: int | None) -> str:
+        if self.schedule is not None:
+            return f"schedule {self.schedule.name}"
+        return "full depth" if depth is None else f"depth {depth}"
+
+    def _depth(self, depth: int | None) -> int | str:
+        if self.schedule is not None:
+            return self.schedule.name
         return self.engine.var.config.depth if depth is None else depth
 
     def _result(self, depth: int | None, parts: Sequence[Generation]) -> Result:
@@ -373,6 +394,7 @@ class Work:
             "count": command.count,
             "depths": [self._depth(depth) for depth in self.target.depths],
             "bridge": command.bridge,
+            "schedule": _plain_layers(self.schedule),
             "cfg": command.cfg,
             "top_k": command.top_k,
             "top_p": command.top_p,
@@ -411,15 +433,15 @@ def fingerprint(engine: Engine) -> str:
     return digest.hexdigest()
 
 
+def _plain_layers(schedule: DepthSchedule | None) -> list[list[int]] | None:
+    return None if schedule is None else [list(layers) for layers in schedule.layers]
+
+
 def _batched(values: Iterable[T], size: int) -> Iterator[list[T]]:
     """Lists of ``size`` values; the last may be shorter."""
     iterator = iter(values)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
-
-
-def _doing(depth: int | None) -> str:
-    return "full depth" if depth is None else f"depth {depth}"
 
 
 def _words(values: Sequence[object]) -> str:

@@ -28,6 +28,9 @@ class Generate:
     """Layers in the flexible zone; default: every layer."""
     bridge: int | None = None
     """First scales that run every layer; default: the model's own."""
+    schedule: str | None = None
+    """In place of --depth: the layers of every scale, as a file that `variant search` wrote, or the
+    depths by scale: 8x4-4-2."""
     all_depths: bool = False
     """Generate the same labels and seed at every depth of the model, side by side."""
     cfg: float = 1.5
@@ -88,6 +91,9 @@ class Plan:
     """fp8: plan for 8-bit K and V with their scales, and print the measured error."""
     bridge: int | None = None
     """Bridge of the main table; default: the model's own."""
+    schedule: str | None = None
+    """Print the plan of this schedule too: a file that `variant search` wrote, or the depths by
+    scale: 8x4-4-2."""
     memory: float | None = None
     """Device memory, GiB: print which depths and batches fit beside the weights; with --train, in
     how many parts a batch fits."""
@@ -366,6 +372,9 @@ class Sample:
     """Layers in the flexible zone; default: every layer."""
     bridge: int | None = None
     """First scales that run every layer; default: the model's own."""
+    schedule: str | None = None
+    """In place of --depth: the layers of every scale, as a file that `variant search` wrote, or the
+    depths by scale: 8x4-4-2."""
     cfg: float = 1.5
     """Scale of classifier-free guidance; 0 turns it off and halves the work."""
     top_k: int = 900
@@ -418,9 +427,10 @@ class Eval:
     """Images in the same forms; an .npz with mu and sigma; or a recipe, whose held-out images are
     taken."""
     features: str = "inception"
-    """Network of the features. inception: that of 2015, which defines FID; --weights names its
-    file. classifier:RECIPE: one trained on the recipe's training images, now or before.
-    MODULE:FUNCTION: a function of uint8 images (B, 3, Y, X) that returns features (B, D)."""
+    """Network of the features. inception: that of 2015, which defines FID; dinov2: ViT-L/14, of
+    FD-DINOv2; --weights names their file. classifier:RECIPE: one trained on the recipe's training
+    images, now or before. MODULE:FUNCTION: a function of uint8 images (B, 3, Y, X) that returns
+    features (B, D)."""
     weights: Path | None = None
     """File of the network's weights; a classifier is written there; default:
     runs/RECIPE/classifier.safetensors."""
@@ -429,7 +439,9 @@ class Eval:
     share of equal images too."""
     reconstruct: str | None = None
     """In place of --images: the reference's images, encoded and decoded by the VQ-VAE of this
-    model: rFID (named by the network), PSNR, SSIM."""
+    model, or of this folder of train-vae: rFID (named by the network), PSNR, SSIM."""
+    scales: bool = False
+    """With --reconstruct: PSNR of what is decoded from the first k scales too, for every k."""
     model: str | None = None
     """In place of --images: generate images with this model at several settings, and evaluate each;
     a model folder, Hub id, or a model of this package."""
@@ -439,6 +451,10 @@ class Eval:
     """With --model: layers in the flexible zone; default: every depth of the model."""
     bridges: tuple[int, ...] = ()
     """With --model: first scales that run every layer; default: the model's own."""
+    schedules: tuple[str, ...] = ()
+    """With --model: more settings, each with the layers of every scale: a file that `variant
+    search` wrote, or the depths by scale, as 8x4-4-2. With --schedules and without --depths, these
+    alone."""
     kv_dtypes: tuple[Literal["exact", "fp8"], ...] = ("exact",)
     """With --model: exact K and V, 8-bit ones, or both."""
     seed: int = 0

@@ -17,11 +17,13 @@ from variant.engine.planning import (
     depths_of,
     merged_zone_bytes,
     plan_row,
+    schedule_row,
     weight_bytes,
 )
 from variant.errors import UserError
 from variant.models.config import VARConfig
 from variant.models.parameter_count import zone_parameters
+from variant.schedule_files import load_schedule
 from variant_kernels.arguments import integer
 from variant_kernels.plans.cache_plan import item_bytes
 
@@ -46,6 +48,8 @@ def plan(command: Plan) -> None:
         )
     check_json("plan", command.json)
     if command.train:
+        if command.schedule is not None:
+            raise UserError("plan: --train and --schedule exclude each other")
         from variant.cli.train_plan import print_train_plan
 
         print_train_plan(command, batch)
@@ -54,6 +58,7 @@ def plan(command: Plan) -> None:
         raise UserError("plan: --gpus needs --train")
     var, vae = configs_of(command.model)
     bridge = command.bridge if command.bridge is not None else var.bridge
+    schedule = None if command.schedule is None else load_schedule(command.schedule, var)
     if bridge is None:
         raise UserError(
             f"plan: the config of {command.model} has no bridge; give --bridge "
@@ -73,6 +78,17 @@ def plan(command: Plan) -> None:
             kv_dtype=command.kv_dtype,
         )
 
+    planned = None
+    if schedule is not None:
+        planned = schedule_row(
+            var,
+            schedule,
+            batch,
+            command.dtype,
+            page_size=command.page_size,
+            guidance=command.guidance,
+            kv_dtype=command.kv_dtype,
+        )
     weights = weight_bytes(var, vae, command.dtype)
     free = None if command.memory is None else command.memory * 2**30 - weights
     out = console(command.json)
@@ -80,6 +96,12 @@ def plan(command: Plan) -> None:
     out.print(_by_bridge(command, var, plan_of, free))
     if any(depth < var.depth for depth in depths_of(var)):
         out.print(_free_bridges(var, bridge, plan_of))
+    if schedule is not None and planned is not None:
+        out.print(
+            f"Schedule {schedule.name}: {mebibytes(planned.ours)} of K/V, "
+            f"{planned.share:.1%} of the paper's scheme, "
+            f"{planned.ours / plan_of(var.depth, bridge).ours:.1%} of the full network's plan."
+        )
     out.print(
         f"Weights: {mebibytes(weights)} in addition (transformer in {command.dtype}, VQ-VAE in "
         "float32). Activations are not included."
@@ -90,7 +112,10 @@ def plan(command: Plan) -> None:
         from variant.cli.kv_error_table import print_kv_figures  # needs torch
 
         print_kv_figures(out, command.dtype)
-    write_json(command.json, _as_json(command, var, bridge, weights, plan_of))
+    values = _as_json(command, var, bridge, weights, plan_of)
+    if schedule is not None and planned is not None:
+        values["schedule"] = {**schedule.to_dict(), **_row_as_json(planned)}
+    write_json(command.json, values)
 
 
 def largest_free_bridge(var: VARConfig, depth: int, bridge: int, plan_of: PlanOf) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from variant.cli.dtypes import DTYPES
-from variant.cli.generate import fingerprint
+from variant.cli.generate import check_schedule_alone, fingerprint
 from variant.cli.options import Sample
 from variant.cli.output import (
     check_file,
@@ -26,10 +26,12 @@ from variant.engine.generation import Sampling
 from variant.errors import UserError
 from variant.evaluation.sampler import SampleFiles, sample
 from variant.models.class_names import labels_of_words
+from variant.models.config import VARConfig
 from variant.models.placement import check_device
+from variant.schedule_files import load_schedule
 from variant.supernet import VARiant
 from variant.training.tokenize import rank_of_environment
-from variant_kernels import __version__
+from variant_kernels import DepthSchedule, __version__
 from variant_kernels.arguments import choice, integer
 from variant_kernels.dispatch.support import BACKENDS
 
@@ -47,6 +49,7 @@ def sample_command(command: Sample) -> None:
     check_device("sample", command.device, name="--device")
     choice("sample", "--backend", command.backend, ("auto", *BACKENDS))
     check_json("sample", command.json)
+    check_schedule_alone("sample", command)
     form = _form(command)
     rank, world_size = rank_of_environment(os.environ)
     device = command.device
@@ -90,7 +93,7 @@ def sample_command(command: Sample) -> None:
                 sampling,
                 files,
                 settings,
-                depth=command.depth,
+                depth=depth_of(command, config),
                 bridge=command.bridge,
                 kv_dtype=command.kv_dtype,
                 rank=rank,
@@ -127,19 +130,27 @@ def _form(command: Sample) -> Any:
         return command.format
 
 
+def depth_of(command: Sample, config: VARConfig) -> int | DepthSchedule | None:
+    """What --schedule or --depth ask for.  Raises: UserError, for an unsuitable schedule."""
+    return command.depth if command.schedule is None else load_schedule(command.schedule, config)
+
+
 def settings_of(
     command: Sample, engine: Engine, files: SampleFiles, sampling: Sampling
 ) -> dict[str, Any]:
     """All that the images depend on, as plain values."""
     config = engine.var.config
-    schedule = engine.var.schedule(command.depth, command.bridge)
+    schedule = engine.var.schedule(depth_of(command, config), command.bridge)
+    by_scale = command.schedule is not None
+    depth = config.depth if command.depth is None else command.depth
+    bridge = config.bridge if command.bridge is None else command.bridge
     return {
         "model": command.model,
         "weights": fingerprint(engine),
         "num": files.num,
         "classes": list(files.classes),
-        "depth": config.depth if command.depth is None else command.depth,
-        "bridge": command.bridge if command.bridge is not None else config.bridge,
+        "depth": schedule.name if by_scale else depth,
+        "bridge": None if by_scale else bridge,
         "schedule": [list(layers) for layers in schedule.layers],
         "cfg": command.cfg,
         "top_k": sampling.top_k,

@@ -46,10 +46,11 @@ from variant.engine.memory import free_bytes, largest_batch
 from variant.engine.runs import Call, CallOptions, Current, Run, Source
 from variant.engine.step_loop import teacher_forced_logits
 from variant.engine.weights import EngineWeights
+from variant.models.config import VARConfig
 from variant.models.placement import check_dtype
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
-from variant_kernels import CachePlan
+from variant_kernels import CachePlan, DepthSchedule
 from variant_kernels.arguments import boolean, instance, integer
 from variant_kernels.dispatch.select import check_name
 
@@ -169,7 +170,7 @@ class Engine(CastModels):
         labels_B: Tensor,
         tokens_BL: Tensor,
         *,
-        depth: int | Sequence[int] | None = None,
+        depth: int | Sequence[int] | DepthSchedule | None = None,
         bridge: int | None = None,
         kv_dtype: KVDtype = None,
     ) -> Tensor:
@@ -200,7 +201,7 @@ class Engine(CastModels):
         labels_B: Tensor,
         tokens_BL: Tensor,
         *,
-        depth: int | Sequence[int] | None = None,
+        depth: int | Sequence[int] | DepthSchedule | None = None,
         bridge: int | None = None,
         cfg: PerScale = 0.0,
         max_batch: int | None = None,
@@ -387,7 +388,7 @@ def _checked(
     request = Request(
         schedule=models.var.schedule(call.depth, call.bridge, op=op),
         sampling=sampling,
-        flexible_from=int((config.bridge or 0) if call.bridge is None else call.bridge),
+        flexible_from=_flexible_from(call, config),
         on_scale=call.on_scale,
         decode=boolean(op, "decode", call.decode),
         image_dtype=check_image_dtype(op, call.image_dtype),
@@ -398,6 +399,13 @@ def _checked(
     image_ids_B = check_image_ids(call.image_ids, count, models.device)
     given = check_given(call.tokens, call.mask, layout, config.vocab_size, count)
     return request, Batch(labels_B, image_ids_B, given)
+
+
+def _flexible_from(call: Call, config: VARConfig) -> int:
+    """The first scale at which ``on_scale`` can change the depth."""
+    if isinstance(call.depth, DepthSchedule):  # it has no bridge
+        return 0
+    return int((config.bridge or 0) if call.bridge is None else call.bridge)
 
 
 def _available(

@@ -5,7 +5,7 @@ Needs no weights and no torch: a dtype may be a torch dtype or its name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.parameter_count import var_parameters, vqvae_parameters
@@ -95,12 +95,43 @@ def plan_row(
     Raises:
         ValueError: an unknown kv_dtype.  TypeError: an unknown dtype.
     """
-    cache_dtype = kv_dtype_name("plan_row", kv_dtype) or dtype
-    plan = CachePlan(config.layout, schedule_of(config, depth, bridge), page_size)
+    row = schedule_row(
+        config,
+        schedule_of(config, depth, bridge),
+        batch,
+        dtype,
+        page_size=page_size,
+        guidance=guidance,
+        kv_dtype=kv_dtype,
+        op="plan_row",
+    )
+    return replace(
+        row, depth=depth, bridge=bridge, merged_zone=merged_zone_bytes(config, depth, dtype)
+    )
+
+
+def schedule_row(
+    config: VARConfig,
+    schedule: DepthSchedule,
+    batch: int,
+    dtype: object,
+    *,
+    page_size: int = 16,
+    guidance: bool = True,
+    kv_dtype: object = None,
+    op: str = "schedule_row",
+) -> PlanRow:
+    """The plan of any schedule; arguments and errors of :func:`plan_row`.
+
+    Its depth is that of the last scale, its bridge the number of first scales with every layer.
+    """
+    cache_dtype = kv_dtype_name(op, kv_dtype) or dtype
+    plan = CachePlan(config.layout, schedule, page_size)
     heads, head_dim, width = config.num_heads, config.head_dim, item_bytes(dtype)
+    zones = [depth for depth, layers in config.subnets.items() if layers in schedule.layers]
     return PlanRow(
-        depth=depth,
-        bridge=bridge,
+        depth=schedule.depths[-1],
+        bridge=schedule.depths.count(config.depth),
         tokens=plan.peak_page_tokens,
         paper_measured=plan.paper_bytes(batch, heads, head_dim, guidance=guidance),
         paper_same=plan.paper_bytes(
@@ -108,7 +139,7 @@ def plan_row(
         ),
         exact=plan.peak_bytes(batch, heads, head_dim, dtype, guidance),
         ours=plan.peak_bytes(batch, heads, head_dim, cache_dtype, guidance),
-        merged_zone=merged_zone_bytes(config, depth, dtype),
+        merged_zone=sum(merged_zone_bytes(config, depth, dtype) for depth in zones),
     )
 
 

@@ -20,14 +20,14 @@ from variant.engine.graph_replay import GraphReplay
 from variant.engine.kernels import Launchers
 from variant.engine.kv_dtype import KVDtype
 from variant.engine.weights import EngineWeights
-from variant_kernels import CachePlan
+from variant_kernels import CachePlan, DepthSchedule
 from variant_kernels.dispatch.request import dtype_name
 
 
 class CallOptions(TypedDict, total=False):
     """The arguments of ``generate`` that do not concern how a token is drawn; see :class:`Call`."""
 
-    depth: int | Sequence[int] | None
+    depth: int | Sequence[int] | DepthSchedule | None
     bridge: int | None
     image_ids: Sequence[int] | Tensor | None
     tokens: Tensor | None
@@ -44,7 +44,7 @@ class CallOptions(TypedDict, total=False):
 class Call:
     """:class:`CallOptions` with their defaults, as they came."""
 
-    depth: int | Sequence[int] | None = None
+    depth: int | Sequence[int] | DepthSchedule | None = None
     bridge: int | None = None
     image_ids: Sequence[int] | Tensor | None = None
     tokens: Tensor | None = None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from variant.errors import UserError
+from variant.evaluation.dinov2 import STANDARD, DINOv2, size_of
 from variant.evaluation.inception import Inception2015
 from variant.files import file_sha256, read_pickle
 from variant.paths import open_regular, shown
@@ -27,6 +28,8 @@ from variant_kernels.arguments import choice
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_SOURCE = "release v0.2.0 of github.com/toshas/torch-fidelity"
+DINOV2_FILE = "dinov2_vitl14_pretrain.pth"
+DINOV2_SOURCE = "the backbone without registers of github.com/facebookresearch/dinov2"
 
 
 @dataclass(frozen=True)
@@ -65,21 +68,24 @@ def load_network(
     """The network of a name.
 
     Args:
-        name: "inception", or "module:function" for a function of uint8 images (B, 3, Y, X) that
-            returns features (B, D).
-        weights: file of the weights, for "inception".
+        name: "inception", "dinov2", or "module:function" for a function of uint8 images
+            (B, 3, Y, X) that returns features (B, D).
+        weights: file of the weights, for "inception" and "dinov2".
     Raises:
         UserError: the file is missing or another one, or there is no such function.
     """
     if ":" in name:
         return _function(name, torch.device(device))
-    choice("load_network", "name", name, ("inception", "MODULE:FUNCTION"))
+    choice("load_network", "name", name, ("inception", "dinov2", "MODULE:FUNCTION"))
+    is_inception = name == "inception"
     if weights is None:
-        raise UserError(
-            f"eval: --weights must name the file {INCEPTION_FILE} ({INCEPTION_SOURCE}); nothing is "
-            "downloaded"
+        file, source = (
+            (INCEPTION_FILE, INCEPTION_SOURCE) if is_inception else (DINOV2_FILE, DINOV2_SOURCE)
         )
-    return inception_network(weights, torch.device(device))
+        raise UserError(
+            f"eval: --weights must name the file {file} ({source}); nothing is downloaded"
+        )
+    return (inception_network if is_inception else dinov2_network)(weights, torch.device(device))
 
 
 def inception_network(
@@ -108,6 +114,34 @@ def inception_network(
         return Features(output.features_BD, output.spatial_BD, output.logits_BC)
 
     return FeatureNetwork("inception-2015", "FID", found, run, device)
+
+
+def dinov2_network(path: str | os.PathLike[str], device: torch.device) -> FeatureNetwork:
+    """The DINOv2 network with the weights of a published file.
+
+    Its distance is "FD-DINOv2" for ViT-L/14; other sizes are named behind it. No hash of the files
+    is published, so none is required: that of the given file is part of the result.
+
+    Raises:
+        UserError: the file cannot be read, or holds no DINOv2 network without registers.
+    """
+    state = read_pickle(path)
+    try:
+        size = size_of(state)
+    except ValueError as error:
+        raise UserError(
+            f"{shown(path)}: {error}; --weights takes {DINOV2_FILE} ({DINOV2_SOURCE})"
+        ) from None
+    with torch.device("meta"):
+        network = DINOv2(size)
+    network.to_empty(device="cpu")
+    load_weights(network, state, path)
+    network.to(device)
+    distance = "FD-DINOv2" if size.name == STANDARD else f"FD-DINOv2 ({size.name})"
+    sha256 = file_sha256(Path(path))
+    return FeatureNetwork(
+        f"dinov2 {size.name}", distance, sha256, lambda images: Features(network(images)), device
+    )
 
 
 def load_weights(network: nn.Module, state: object, path: str | os.PathLike[str]) -> None:

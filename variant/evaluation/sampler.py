@@ -36,6 +36,7 @@ from variant.errors import UserError
 from variant.files import atomic_write
 from variant.paths import path_kind, read_json, shown
 from variant.training.folder_lock import locked_folder
+from variant_kernels import DepthSchedule
 from variant_kernels.arguments import integer
 
 Form = Literal["png", "webdataset", "npz"]
@@ -164,7 +165,7 @@ def sample(
     files: SampleFiles,
     settings: Mapping[str, Any],
     *,
-    depth: int | None = None,
+    depth: int | DepthSchedule | None = None,
     bridge: int | None = None,
     kv_dtype: KVDtype = None,
     rank: int = 0,

@@ -6,6 +6,7 @@ C codebook width, H W feature map, R vectors (tokens of all images of a batch).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,9 @@ class MultiScaleQuantizer(nn.Module):
             self.quant_resi = _SharedConv(convs[0])
         else:
             self.quant_resi = _PartlySharedConvs(convs)
+        # Takes the tokens (B, N) of scale k in training, in place of the running mean below; set by
+        # what trains in several parts or processes.
+        self.on_tokens: Callable[[Tensor, int], None] | None = None
         # Running mean of the hits of each code per training step.
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(num_scales, config.vocab_size))
         self.embedding = nn.Embedding(config.vocab_size, config.z_channels)
@@ -197,7 +201,7 @@ class MultiScaleQuantizer(nn.Module):
         for k in range(num_scales):
             tokens_BN = self.tokens_of_residual(target_BCHW - f_hat_BCHW.detach(), k)
             if self.training:
-                self._record_hits(tokens_BN, k)
+                (self.on_tokens or self._record_hits)(tokens_BN, k)
             f_hat_BCHW = f_hat_BCHW + self.contribution(tokens_BN, k)
             loss = loss + self.config.beta * F.mse_loss(f_BCHW, f_hat_BCHW.detach())
             loss = loss + F.mse_loss(f_hat_BCHW, target_BCHW)
@@ -214,7 +218,11 @@ class MultiScaleQuantizer(nn.Module):
         return F.interpolate(small, size=self.layout.shapes[last], mode="bicubic")
 
     def _record_hits(self, tokens_BN: Tensor, k: int) -> None:
-        hits_V = tokens_BN.flatten().bincount(minlength=self.config.vocab_size).float()
+        self.update_mean_hits(tokens_BN.flatten().bincount(minlength=self.config.vocab_size), k)
+
+    def update_mean_hits(self, hits_V: Tensor, k: int) -> None:
+        """Add the hits of each code in one training step to the running mean of scale k."""
+        hits_V = hits_V.float()
         mean_V = self.get_buffer("ema_vocab_hit_SV")[k]
         # All zero before the first step, whose hits then are the mean.
         mean_V.copy_(torch.where(mean_V.any(), mean_V.lerp(hits_V, 0.01), hits_V))

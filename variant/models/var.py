@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from variant.models.config import VARConfig
+from variant.models.depths import layers_of
 from variant.models.execution import PLAIN, Checkpointing, Execution, computed_again, recompute
 from variant.models.forward_checks import check_forward
 from variant.models.linear import Linear, LinearWithoutBias
@@ -32,9 +33,9 @@ from variant_kernels import (
     block_causal_attention,
     gated_residual_adaln,
 )
-from variant_kernels.arguments import instance, integer, sequence
+from variant_kernels.arguments import instance, integer
 from variant_kernels.gelu import gelu
-from variant_kernels.plans.depth_schedule import resolve_layers
+from variant_kernels.plans.depth_schedule import check_schedule
 
 
 class SelfAttention(nn.Module):
@@ -372,7 +373,7 @@ class VAR(nn.Module):
 
     def schedule(
         self,
-        depth: int | Sequence[int] | None = None,
+        depth: int | Sequence[int] | DepthSchedule | None = None,
         bridge: int | None = None,
         *,
         op: str = "VAR.schedule",
@@ -381,6 +382,7 @@ class VAR(nn.Module):
 
         Args:
             depth: number of layers in the flexible zone, or a list of layers; None is every layer.
+                A schedule of this model is returned as it is.
             bridge: number of first scales that run every layer; None is the config's bridge.
             op: the function that the messages name.
         Raises:
@@ -388,6 +390,8 @@ class VAR(nn.Module):
             ValueError: depth or bridge out of range.
         """
         full, scales = self.config.depth, self.layout.num_scales
+        if isinstance(depth, DepthSchedule):
+            return check_schedule(op, depth, bridge, full, scales)
         if bridge is None:
             bridge = self.config.bridge
         else:
@@ -415,17 +419,7 @@ class VAR(nn.Module):
             ValueError: an invalid list; a number that is out of range, or that a config with
                 subnets does not record.
         """
-        full, subnets = self.config.depth, self.config.subnets
-        layers = resolve_layers(full, depth, op=op)
-        if sequence(depth) is not None or len(layers) == full:
-            return layers
-        if subnets and len(layers) not in subnets:
-            raise ValueError(
-                f"{op}: depth must be one that the model was trained at "
-                f"({', '.join(map(str, subnets))} or {full}); got {len(layers)}. A list of layers, "
-                f"such as {list(layers)}, runs untrained"
-            )
-        return subnets.get(len(layers), layers)
+        return layers_of(self.config, depth, op)
 
     @torch.no_grad()
     def init_weights(

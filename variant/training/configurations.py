@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 from variant.models.config import VARConfig
@@ -15,6 +14,7 @@ from variant.training.phase_ends import PhaseEnds
 from variant.training.recipe import Recipe
 from variant.training.schedule import choose_bridge, choose_depth
 from variant_kernels import DepthSchedule
+from variant_kernels.plans.depth_schedule import schedule_name
 
 FULL = "full"
 
@@ -35,12 +35,6 @@ class Configuration:
     def is_full(self) -> bool:
         """Whether every layer runs at every scale."""
         return self.name == FULL
-
-
-def schedule_name(depths: Sequence[int]) -> str:
-    """The name of a schedule by scale: ``[8, 8, 8, 8, 4, 2]`` is ``8x4-4-2``."""
-    runs = [(depth, len(list(group))) for depth, group in groupby(depths)]
-    return "-".join(f"{depth}x{count}" if count > 1 else f"{depth}" for depth, count in runs)
 
 
 class Configurations:

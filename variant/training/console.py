@@ -100,6 +100,7 @@ class RunConsole:
             if key.startswith("loss/")
         }
         text = f"{self.kind} step {line['step']:.0f}/{self.total_steps}  {_losses(losses)}"
+        text += _use_of_codes(line)
         text += f"  lr {line['optim/learning_rate']:.2e}"
         if "schedule/subnet_probability" in line:
             text += f"  p {line['schedule/subnet_probability']:.2f}"
@@ -171,6 +172,14 @@ def _rows(rows: Mapping[str, Sequence[float]], digits: int = 2) -> str:
     labels |= {depth: f"depth {depth}" for depth in depths}
     texts = {name: " ".join(f"{number:.{digits}f}" for number in rows[name]) for name in labels}
     return " | ".join(f"{label} {texts[name]}" for name, label in labels.items())
+
+
+def _use_of_codes(line: Mapping[str, float]) -> str:
+    """``  codes used 25 78 100 %``, scale by scale; empty where no codes are counted."""
+    start = "codes_used/"
+    scales = sorted(int(key.removeprefix(start)) for key in line if key.startswith(start))
+    shares = [f"{100 * line[f'{start}{k}']:.0f}" for k in scales]
+    return f"  codes used {' '.join(shares)} %" if shares else ""
 
 
 def duration(seconds: float) -> str:

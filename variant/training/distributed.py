@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.rendezvous import rendezvous
@@ -55,6 +56,14 @@ class Ranks:
         dist.all_gather(gathered, own)
         # Added in the order of the ranks: sums inside the operation may differ between ranks.
         return np.sum([part.numpy() for part in gathered], axis=0).tolist()
+
+    def added(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, on its device and bit-equal on every rank."""
+        if self.size == 1:
+            return values
+        gathered = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(gathered, values.contiguous())
+        return torch.stack(gathered).sum(dim=0, dtype=values.dtype)  # in the order of the ranks
 
     def largest(self, *values: int) -> list[int]:
         """The largest of each value over all ranks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -11,11 +12,31 @@ from torch import Tensor
 Sums = Callable[[Sequence[float]], list[float]]
 
 
+def histogram_values(key: str, counts: Sequence[float]) -> dict[str, float]:
+    """How evenly counts are spread, e.g. of the codes of a codebook; {} where nothing is counted.
+
+    Of the key ``codes#3``: ``codes_used/3``, the share of the counts that are not 0, and
+    ``codes_perplexity/3``, exp(entropy): the number of codes that, evenly used, are as hard to
+    predict.
+    """
+    total = math.fsum(counts)
+    if total == 0:
+        return {}
+    what, _, which = key.partition("#")
+    shares = [count / total for count in counts if count]
+    entropy = -math.fsum(share * math.log(share) for share in shares)
+    return {
+        f"{what}_used/{which}": len(shares) / len(counts),
+        f"{what}_perplexity/{which}": math.exp(entropy),
+    }
+
+
 class Meters:
     """Weighted sums of values by key, without a wait for the device until they are read.
 
     A key that ends with "/" is a row of values, which are numbered in the result:
-    ``add("loss/", tensor of 2)`` is read as ``loss/0`` and ``loss/1``.
+    ``add("loss/", tensor of 2)`` is read as ``loss/0`` and ``loss/1``. A key with "#" is a
+    histogram, read as :func:`histogram_values`.
 
     Args:
         device: of the values.
@@ -59,7 +80,9 @@ class Meters:
         """The means by key since the last reading, then forget them; waits for the device."""
         means = {}
         for key, (*row, weight) in self.totals(sums).items():
-            if weight > 0:
+            if "#" in key:
+                means |= histogram_values(key, row)
+            elif weight > 0:
                 names = [key] if not key.endswith("/") else [f"{key}{k}" for k in range(len(row))]
                 means |= {name: value / weight for name, value in zip(names, row, strict=True)}
         self._sums, self._weights = {}, {}

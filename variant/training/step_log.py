@@ -110,6 +110,7 @@ class StepLog:
         Args:
             norm: of all gradients, before they were clipped.
         """
+        self.task.after_step(self.state.step)
         self._add_norm(f"gradient_norm/{name}/all", unsharded(norm))
         self._steps += 1
         self._flop += self.task.flop_of_step(self.state.step) * self.batch_size

@@ -12,6 +12,7 @@ from variant_kernels.integrations.hart import HARTFamily
 from variant_kernels.integrations.infinity import InfinityFamily
 from variant_kernels.integrations.switti import SwittiFamily
 from variant_kernels.integrations.var import VARFamily
+from variant_kernels.plans.depth_schedule import DepthSchedule
 
 # In order of precedence: the first family that recognises a model is used.
 FAMILIES: tuple[ModelFamily, ...] = (
@@ -26,7 +27,7 @@ FAMILIES: tuple[ModelFamily, ...] = (
 def patch(
     model: nn.Module,
     *,
-    depth: int | Sequence[int] | None = None,
+    depth: int | Sequence[int] | DepthSchedule | None = None,
     bridge: int | None = None,
     keep_copies: bool = False,
 ) -> Handle:
@@ -37,7 +38,8 @@ def patch(
 
     Args:
         model: the transformer itself (inside DDP: ``model.module``).
-        depth: layers in the flexible zone, as a number or a list; None is every layer.
+        depth: layers in the flexible zone, as a number or a list, or a :class:`DepthSchedule`
+            (``variant.load_schedule`` reads one); None is every layer.
         bridge: first scales that run every layer; None is 6 of 10, in proportion.
         keep_copies: under autocast weights are cast once per generation and the copies are freed at
             its end. True keeps them, which is faster but takes that memory; a weight that is then

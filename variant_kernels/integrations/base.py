@@ -28,6 +28,7 @@ from variant_kernels.integrations.classes import (
     patched_class,
 )
 from variant_kernels.integrations.runtime import Runtime, Stats
+from variant_kernels.plans.depth_schedule import DepthSchedule
 
 # The one entry that a patch adds to an object's __dict__.
 STATE = "_variant_patch"
@@ -195,12 +196,15 @@ class Handle:
         return bool(self._objects)
 
     def set_depth(
-        self, depth: int | Sequence[int] | None = None, bridge: int | None = None
+        self,
+        depth: int | Sequence[int] | DepthSchedule | None = None,
+        bridge: int | None = None,
     ) -> None:
         """Set the layers that later generations run.
 
         Args:
-            depth: layers in the flexible zone, as a number or a list; None is every layer.
+            depth: layers in the flexible zone, as a number or a list, or a
+                :class:`DepthSchedule`; None is every layer.
             bridge: first scales that run every layer; None is 6 of 10, in proportion.
         Raises:
             TypeError: depth or bridge of another type.  ValueError: one of them out of range.
@@ -314,7 +318,7 @@ def _restore(target: Any) -> None:
 def apply_patch(
     families: Sequence[ModelFamily],
     model: nn.Module,
-    depth: int | Sequence[int] | None,
+    depth: int | Sequence[int] | DepthSchedule | None,
     bridge: int | None,
     keep_copies: bool = False,
 ) -> Handle:
@@ -352,6 +356,11 @@ def _family_of(families: Sequence[ModelFamily], model: nn.Module) -> ModelFamily
         where = names[id(module)] or "the model"
         if isinstance(module, Patched):
             raise PatchError(f"patch: {where} is patched already; call unpatch() on its handle")
+        if vars(module).get("caching") is True:
+            raise PatchError(
+                f"patch: {where} holds the keys and values of a generation, which is running or "
+                "was interrupted; patch after it, or call kv_caching(False) on every such layer"
+            )
         compiled = alterations.compilation(module)
         if compiled is not None:
             raise PatchError(

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from variant_kernels.arguments import integer, sequence
 from variant_kernels.packed_linear import can_pack, pack, packed_linear
-from variant_kernels.plans.depth_schedule import DepthSchedule, resolve_layers
+from variant_kernels.plans.depth_schedule import DepthSchedule, check_schedule, resolve_layers
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
@@ -53,7 +53,7 @@ class Stats:
     seconds: float
     kv_planned_bytes: int
     kv_allocated_bytes: int
-    depth: int | tuple[int, ...] | None
+    depth: int | tuple[int, ...] | DepthSchedule | None
     bridge: int | None
     depths: tuple[int, ...]
 
@@ -82,20 +82,21 @@ class Runtime:
 
     def __init__(self, full_depth: int, num_scales: int | None) -> None:
         self.full_depth, self.num_scales = full_depth, num_scales
-        self.depth: int | tuple[int, ...] | None = None
+        self.depth: int | tuple[int, ...] | DepthSchedule | None = None
         self.bridge: int | None = None
         self.last: Stats | None = None
         self.generating = False
         self.keep_copies = False
         self._copies: dict[int, _CastWeight] = {}
         self._started = 0.0
-        self._running: tuple[int | tuple[int, ...] | None, int | None] = (None, None)
+        self._running: tuple[int | tuple[int, ...] | DepthSchedule | None, int | None]
+        self._running = (None, None)
 
     # --- depth ----------------------------------------------------------------------------------
 
     def set_depth(
         self,
-        depth: int | Sequence[int] | None,
+        depth: int | Sequence[int] | DepthSchedule | None,
         bridge: int | None,
         op: str = "set_depth",
     ) -> None:
@@ -106,7 +107,9 @@ class Runtime:
         Raises:
             TypeError: depth or bridge of another type.  ValueError: out of range.
         """
-        if depth is not None:
+        if isinstance(depth, DepthSchedule):
+            check_schedule(op, depth, bridge, self.full_depth, self.num_scales)
+        elif depth is not None:
             layers = resolve_layers(self.full_depth, depth, op=op)
             # As Python's own: an array or a tensor may change later.
             depth = len(layers) if sequence(depth) is None else layers
@@ -119,6 +122,9 @@ class Runtime:
         depth, bridge = self._running if self.generating else (self.depth, self.bridge)
         if depth is None:
             return DepthSchedule.full(self.full_depth, num_scales)
+        if isinstance(depth, DepthSchedule):
+            check_schedule("patch", depth, None, self.full_depth, num_scales)
+            return depth
         bridge = default_bridge(num_scales) if bridge is None else bridge
         return DepthSchedule(self.full_depth, num_scales, depth, min(bridge, num_scales))
 

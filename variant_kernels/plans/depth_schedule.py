@@ -8,14 +8,15 @@ equation 2). This module works on integers, without tensors.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from variant_kernels.arguments import choice, integer, integers, sequence, shown
+from variant_kernels.arguments import choice, instance, integer, integers, sequence, shown, typed
 from variant_kernels.plans.scale_layout import MAX_SCALES
 
 Selection = Literal["nested", "equidistant"]
 SELECTIONS = ("nested", "equidistant")
+SCHEDULE_FORMAT = "variant-schedule-1"
 # The deepest VAR models have 40 layers; a schedule and a plan list every layer of every scale.
 MAX_LAYERS = 1024
 
@@ -102,6 +103,12 @@ def resolve_layers(
     if sequence(depth) is not None:
         return check_layers(full_depth, depth, op)
     return _select(op, full_depth, depth, chosen, "(a number of layers), or a list of layers")
+
+
+def schedule_name(depths: Sequence[int]) -> str:
+    """The name of a schedule by scale: ``[8, 8, 8, 8, 4, 2]`` is ``8x4-4-2``."""
+    runs = [(depth, len(list(group))) for depth, group in itertools.groupby(depths)]
+    return "-".join(f"{depth}x{count}" if count > 1 else f"{depth}" for depth, count in runs)
 
 
 class DepthSchedule:
@@ -206,6 +213,50 @@ class DepthSchedule:
         """Every layer at every scale."""
         return cls(full_depth, num_scales, full_depth, num_scales)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DepthSchedule:
+        """The schedule of :meth:`to_dict`'s plain values.
+
+        A key "about" may hold anything: it is not read.
+
+        Raises:
+            TypeError: no mapping, or a number or list of another type.
+            ValueError: another format, missing or unknown keys, layers out of order or out of
+                range, or a scale's layers are not a subset of the previous scale's.
+        """
+        op = "DepthSchedule.from_dict"
+        instance(op, "values", values, Mapping, "DepthSchedule.to_dict makes them")
+        if values.get("format") != SCHEDULE_FORMAT:
+            raise ValueError(
+                f'{op}: "format" must be "{SCHEDULE_FORMAT}"; got {shown(values.get("format"))}'
+            )
+        known = {"format", "full_depth", "layers"}
+        missing, unknown = known - values.keys(), values.keys() - known - {"about"}
+        if missing or unknown:
+            what = "missing" if missing else "unknown"
+            keys = sorted(map(str, missing or unknown))
+            raise ValueError(f"{op}: {what} key {shown(keys[0])}")
+        full_depth = integer(op, "full_depth", values["full_depth"], 1, MAX_LAYERS)
+        scales = sequence(values["layers"])
+        if scales is None or not 1 <= len(scales) <= MAX_SCALES:
+            raise (TypeError if scales is None else ValueError)(
+                f"{op}: layers must be a list of 1 to {MAX_SCALES} lists of layers, one for each "
+                f"scale; got {typed(values['layers'])}"
+            )
+        layers = [
+            check_layers(full_depth, active, op, f"layers[{scale}]")
+            for scale, active in enumerate(scales)
+        ]
+        return cls._from_layers(op, full_depth, layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; :meth:`from_dict` is the inverse."""
+        return {
+            "format": SCHEDULE_FORMAT,
+            "full_depth": self.full_depth,
+            "layers": [list(active) for active in self.layers],
+        }
+
     def switched(
         self, scale: int, depth: int | Sequence[int], selection: Selection = "nested"
     ) -> DepthSchedule:
@@ -230,6 +281,11 @@ class DepthSchedule:
     def depths(self) -> tuple[int, ...]:
         """Number of active layers at each scale."""
         return tuple(len(layers) for layers in self.layers)
+
+    @property
+    def name(self) -> str:
+        """The depths by scale: ``8x4-4-2`` is depth 8 at four scales, then 4, then 2."""
+        return schedule_name(self.depths)
 
     def active_layers(self, scale: int) -> tuple[int, ...]:
         """Layers that run at ``scale``, ascending.
@@ -269,3 +325,34 @@ class DepthSchedule:
 
     def __repr__(self) -> str:
         return f"DepthSchedule(full_depth={self.full_depth}, depths={list(self.depths)})"
+
+
+def check_schedule(
+    op: str,
+    schedule: DepthSchedule,
+    bridge: object,
+    full_depth: int,
+    num_scales: int | None,
+    name: str = "depth",
+) -> DepthSchedule:
+    """A schedule that a caller gives as the depth, which must fit the model.
+
+    Args:
+        op, name: of the function and its argument, for the messages.
+        bridge: the caller's; must be None.
+        num_scales: of the model; None takes any.
+    Raises:
+        ValueError: a bridge is given, or the schedule is of another model.
+    """
+    if bridge is not None:
+        raise ValueError(
+            f"{op}: bridge must be None with a schedule, which lists the layers of every scale; "
+            f"got {shown(bridge)}"
+        )
+    scales = schedule.num_scales if num_scales is None else num_scales
+    if schedule.full_depth != full_depth or schedule.num_scales != scales:
+        raise ValueError(
+            f"{op}: {name} must be a schedule of {full_depth} layers and {scales} scales; got one "
+            f"of {schedule.full_depth} and {schedule.num_scales}"
+        )
+    return schedule

@@ -1,0 +1,298 @@
+"""Write ``docs/study.md`` and its plots from the study's result files.
+
+    python -m benchmarks.study.report
+
+A verdict follows from the numbers by the rule in ``report_verdicts.py``; nothing on the page is
+written by hand but the words around the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from benchmarks.report import table
+from benchmarks.study import report_plots, report_tables
+from benchmarks.study.report_claims import (
+    CLAIMS,
+    CONTROL,
+    CONTROL_REFERENCE,
+    Claim,
+    control_claims,
+    judged,
+    usable_metrics,
+)
+from benchmarks.study.report_data import METRICS, Metric, Part, Study, read_study
+from benchmarks.study.report_verdicts import ERRORS, Evidence, Verdict
+from variant.files import atomic_write
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results"
+PAGE = ROOT / "docs" / "study.md"
+
+# What the study cannot say, whatever its results are.
+LIMITS = """\
+- **Scale.** The model is a miniature: fewer layers, a narrower width, fewer tokens and fewer steps
+  than VAR-d30. An effect that needs a large model or long training does not show here, and an
+  effect that shows here may vanish there.
+- **ImageNet.** The images are Fashion-MNIST: ten classes, grey, 32x32 pixels.
+- **Classifier features.** fashion-FD, precision and recall use the features of a small classifier
+  that was trained on the training images, joined with the class. Their numbers compare runs of this
+  page with each other and nothing else: they are no FID and stand beside no published number.
+  Accuracy is that of another classifier.
+- **Held-out loss** is measured with the real tokens of all earlier scales as input. It does not see
+  errors that add up over the scales of a generation.
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the study on the page. tables: ours.  papers: names of the paper's tables."""
+
+    title: str
+    tables: tuple[Callable[[Study, Part], list[str]], ...]
+    papers: tuple[str, ...] = ()
+    pictures: tuple[str, ...] = ()
+    text: str = ""
+
+
+LOSSES = report_tables.losses, report_tables.differences
+SECTIONS: Mapping[str, Section] = {
+    "base": Section(
+        "The model that all runs start from", (*LOSSES, report_tables.generated),
+        text="Trained at full depth only.",
+    ),
+    "zones": Section(
+        "Where a subnet runs (Table 1)",
+        (*LOSSES, report_tables.losses_per_layer_token, report_tables.losses_by_scale,
+         report_tables.generated), ("table1",),
+        text="The model of full depth, without training: the subnet runs at the early, the middle "
+        "or the late scales, and all other scales run every layer.",
+    ),
+    "training-free": Section(
+        "Training-free and joint training (Table 4)",
+        (*LOSSES, report_tables.generated), ("table4",),
+    ),
+    "bridges": Section(
+        "Bridges (Tables 5 and 8)",
+        (*LOSSES, report_tables.losses_by_scale, report_tables.generated,
+         report_tables.gradient_norms), ("table5", "table8"),
+        text="The bridge is the number of first scales that always run every layer.",
+    ),
+    "ratios": Section(
+        "How often the subnet is trained (Figures 2a, 2b, 2c)",
+        (*LOSSES, report_tables.generated, report_tables.gradient_norms),
+        ("figure2a", "figure2b", "figure2c"), tuple(name for name, *_ in report_plots.PLOTS),
+        text="p is the probability of a step at the subnet's depth. All runs start from the same "
+        "model of their seed and do equal work.",
+    ),
+    "extras": Section(
+        "Variants of the training", (*LOSSES, report_tables.generated)
+    ),
+    "augmentation": Section(
+        "Augmentation and mixup", (*LOSSES, report_tables.generated)
+    ),
+    "kv8": Section("8-bit K/V", (*LOSSES, report_tables.generated)),
+    "control": Section(
+        "Control: labels permuted", (*LOSSES, report_tables.generated),
+        text="A run that was broken on purpose. A metric that does not find it worse at every "
+        "depth decides no verdict on this page.",
+    ),
+}  # fmt: skip
+
+
+def page(study: Study) -> str:
+    """The text of ``docs/study.md``."""
+    usable = usable_metrics(study)
+    found = judged(CLAIMS, study, usable)
+    lines = ["# The study in miniature", "", *_first_lines(found)]
+    lines += ["## What this page cannot say", "", LIMITS, *_method(study, usable)]
+    lines += report_tables.setting(study)
+    for name, section in SECTIONS.items():
+        lines += _section(name, section, study, found)
+    lines += _paper_against_itself()
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _first_lines(found: Sequence[tuple[Claim, Evidence]]) -> list[str]:
+    """What the miniature contradicts of the paper, and the counts of all verdicts."""
+    ours = [(claim, evidence) for claim, evidence in found if claim.paper]
+    against = [pair for pair in ours if pair[1].verdict is Verdict.DOES_NOT_HOLD]
+    if against:
+        lines = ["**Where the miniature contradicts the paper:**", ""]
+        for claim, evidence in against:
+            numbers = _numbers(claim, evidence)
+            detail = f"{claim.measure}: {numbers}" if numbers else claim.measure
+            lines.append(f'- "{claim.text}" ({claim.paper}) does not hold ({detail}).')
+    elif any(pair[1].verdict is Verdict.HOLDS for pair in ours):
+        lines = ["**The miniature contradicts no claim of the paper so far.**"]
+    else:
+        lines = ["**No run has decided any claim of the paper so far.**"]
+    count = {v: sum(evidence.verdict is v for _, evidence in ours) for v in Verdict}
+    counts = ", ".join(f"{count[verdict]} {verdict.value}" for verdict in Verdict)
+    return [*lines, "", f"Of {len(ours)} rows about claims of the paper: {counts}.", ""]
+
+
+def _method(study: Study, usable: frozenset[Metric]) -> list[str]:
+    chances = " and ".join(f"{chance(n):.0%} with {n} seeds" for n in (3, 2))
+    return [
+        "## How to read it",
+        "",
+        "`make study-report` writes this page and its plots from the files in "
+        "[benchmarks/study/results](../benchmarks/study); do not edit it. The paper's numbers are "
+        "in [paper_tables.json](../benchmarks/study/paper_tables.json), its claims in "
+        "[report_claims.py](../benchmarks/study/report_claims.py).",
+        "",
+        f'A verdict is "{Verdict.HOLDS.value}" or "{Verdict.DOES_NOT_HOLD.value}" if the mean '
+        f"difference, paired by seed, is at least {ERRORS:g} standard errors over seeds, and "
+        f'"{Verdict.NOT_RESOLVED.value}" if it is less or there is one seed. This test is weak: '
+        f"where there is no difference at all, it finds one in {chances}. Numbers after ± are one "
+        "standard error over seeds. Differences are oriented so that a negative one supports the "
+        "claim.",
+        "",
+        _control_line(study, usable),
+        "",
+    ]
+
+
+def chance(seeds: int) -> float:
+    """P(abs(mean) >= 2 standard errors) of 2 or 3 normal numbers of mean zero (Student's t)."""
+    if seeds == 2:
+        return 1 - 2 / math.pi * math.atan(ERRORS)
+    if seeds == 3:
+        return 1 - ERRORS / math.sqrt(2 + ERRORS**2)
+    raise ValueError(f"chance: seeds must be 2 or 3; got {seeds}")
+
+
+def _control_line(study: Study, usable: frozenset[Metric]) -> str:
+    if not study.runs(CONTROL, "control"):
+        return "The control (labels permuted) has not run: no metric decides a verdict yet."
+    evidence = [one for by in control_claims(study).values() for one in by.values()]
+    if max(one.seeds for one in evidence) == 1:
+        return (
+            "The control (labels permuted) has run with one seed: no metric decides a verdict "
+            "until it has run with two."
+        )
+    yes = ", ".join(metric.name for metric in METRICS if metric in usable) or "none"
+    no = ", ".join(metric.name for metric in METRICS if metric not in usable) or "none"
+    return f"Metrics that flag the control (labels permuted): {yes}. Metrics that do not: {no}."
+
+
+def _section(
+    name: str, section: Section, study: Study, found: Sequence[tuple[Claim, Evidence]]
+) -> list[str]:
+    lines = [f"## {section.title}", ""]
+    if section.text:
+        lines += [section.text, ""]
+    part = study.parts.get(name)
+    if part is None or not part.runs:
+        lines += ["Not run yet.", ""]
+    else:
+        for make in section.tables:
+            lines += make(study, part)
+    shown = report_plots.pictures(study)
+    for picture in section.pictures:
+        if picture in shown:
+            lines += [f"![{shown[picture]}]({picture})", ""]
+    for table_name in section.papers:
+        lines += report_tables.paper(table_name)
+    if name == "control":
+        lines += _control_table(study)
+    lines += _verdicts([pair for pair in found if pair[0].part == name])
+    if part is not None:
+        lines += report_tables.commands(part)
+    return lines
+
+
+def _control_table(study: Study) -> list[str]:
+    rows = []
+    for metric, by_schedule in control_claims(study).items():
+        for schedule, evidence in by_schedule.items():
+            answer = {Verdict.HOLDS: "yes", Verdict.NOT_RUN: Verdict.NOT_RUN.value}
+            numbers = _difference(metric, evidence) or "-"
+            rows.append([metric.name, schedule, numbers, answer.get(evidence.verdict, "no")])
+    reference = f"difference of `{CONTROL_REFERENCE}` from it"
+    return table(["metric", "schedule", f"{reference} (negative: better)", "flagged"], rows)
+
+
+def _verdicts(found: Sequence[tuple[Claim, Evidence]]) -> list[str]:
+    """One row for each claim, one column for each metric that judges it."""
+    measures = list(dict.fromkeys(claim.measure for claim, _ in found))
+    rows: dict[tuple[str, str], list[str]] = {}
+    for claim, evidence in found:
+        row = rows.setdefault((claim.text, claim.paper or "our question"), ["-"] * len(measures))
+        details = [text for text in (_numbers(claim, evidence), evidence.reason) if text]
+        row[measures.index(claim.measure)] = f"**{evidence.verdict.value}**" + (
+            f" ({'; '.join(details)})" if details else ""
+        )
+    if not rows:
+        return []
+    columns = ["claim", "where", *(f"by {measure}" for measure in measures)]
+    return table(columns, [[*key, *cells] for key, cells in rows.items()])
+
+
+def _numbers(claim: Claim, evidence: Evidence) -> str:
+    """The difference with its error; of several differences, how many of each verdict."""
+    if not evidence.parts:
+        metric = next((m for m in report_tables.ALL_METRICS if m.name == claim.measure), None)
+        return _difference(metric, evidence) if metric else ""
+    if evidence.verdict is Verdict.NOT_RUN:
+        return ""
+    leaves = _leaves(evidence)
+    counts = {v: sum(leaf.verdict is v for leaf in leaves) for v in Verdict}
+    return f"of {len(leaves)} differences " + ", ".join(
+        f"{count} {verdict.value}" for verdict, count in counts.items() if count
+    )
+
+
+def _leaves(evidence: Evidence) -> list[Evidence]:
+    if not evidence.parts:
+        return [evidence]
+    return [leaf for part in evidence.parts for leaf in _leaves(part)]
+
+
+def _difference(metric: Metric, evidence: Evidence) -> str:
+    if evidence.mean is None:
+        return ""
+    error = "" if evidence.error is None else f" ± {metric.text(evidence.error)}"
+    return f"{metric.text(evidence.mean, signed=True)}{error}"
+
+
+def _paper_against_itself() -> list[str]:
+    lines = ["## Where the paper disagrees with itself", ""]
+    rows = report_tables.PAPER["disagreements"]
+    return [*lines, *(f"- {row['text']} ({row['source']})" for row in rows)]
+
+
+@dataclass
+class Options:
+    """Write docs/study.md and its plots from the study's result files.
+
+    Example: python -m benchmarks.study.report
+    """
+
+    results: Path = RESULTS
+    """Folder of the result files."""
+    out: Path = PAGE
+    """The page; its plots are written beside it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page; 0."""
+    options = tyro.cli(Options, args=argv)
+    study = read_study(options.results)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    report_plots.draw_all(study, options.out.parent)
+    with atomic_write(options.out) as temporary:
+        temporary.write_text(page(study))
+    print(f"wrote {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

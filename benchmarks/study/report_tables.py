@@ -1,0 +1,221 @@
+"""Markdown tables of the study's page: our runs, and the paper's tables beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import table
+from benchmarks.study.report_data import (
+    ACCURACY,
+    FASHION_FD,
+    FULL,
+    LOSS,
+    LOSS_PER_TOKEN,
+    METRICS,
+    Metric,
+    Part,
+    Study,
+    mean_and_error,
+)
+
+ALL_METRICS = (*METRICS, LOSS_PER_TOKEN)
+PAPER = json.loads((Path(__file__).parent / "paper_tables.json").read_text())
+
+
+def estimate(metric: Metric, values: Iterable[float]) -> str:
+    """Mean ± standard error over seeds; of one seed the value alone."""
+    values = list(values)
+    if not values:
+        return "-"
+    mean, error = mean_and_error(values)
+    return metric.text(mean) + ("" if error is None else f" ± {metric.text(error)}")
+
+
+def schedules_of(part: Part) -> list[str]:
+    """Every schedule of the part's runs, in the order in which they first come."""
+    return list(dict.fromkeys(name for run in part.runs for name in run.schedules))
+
+
+def losses(study: Study, part: Part) -> list[str]:
+    """Held-out loss of every run at every schedule, with work and time of the training."""
+    schedules = schedules_of(part)
+    rows = []
+    for name in part.names:
+        runs = study.runs(name, part.name)
+        rows.append([
+            f"`{name}`",
+            str(len(runs)),
+            _common(runs.values(), "work", ".2f"),
+            _common(runs.values(), "seconds", ",.0f"),
+            *(estimate(LOSS, study.values(LOSS, name, s, part.name).values()) for s in schedules),
+        ])  # fmt: skip
+    return table(["run", "seeds", "work", "seconds", *schedules], rows)
+
+
+def _common(runs: Iterable[Any], key: str, form: str) -> str:
+    """The mean of a number that every run carries; "-" if none does."""
+    values = [run.data[key] for run in runs if run.data.get(key) is not None]
+    return format(mean_and_error(values)[0], form) if values else "-"
+
+
+def differences(study: Study, part: Part) -> list[str]:
+    """Paired differences of losses: standard error over seeds, and over the images of a seed."""
+    rows = []
+    for pair in part.data.get("pairs") or ():
+        mean, error = mean_and_error(pair["by_seed"])
+        images = [value for value in pair.get("se_by_seed") or () if value is not None]
+        rows.append([
+            f"`{pair['run']}`", f"`{pair['against']}`", pair["schedule"], str(len(pair["by_seed"])),
+            f"{mean:+.4f}" + ("" if error is None else f" ± {error:.4f}"),
+            f"{max(images):.4f}" if images else "-",
+        ])  # fmt: skip
+    columns = ["run", "against", "schedule", "seeds", "difference of loss",
+               "error over images, largest"]  # fmt: skip
+    return table(columns, rows) if rows else []
+
+
+def losses_by_scale(study: Study, part: Part) -> list[str]:
+    """Held-out loss of every scale: mean over seeds, of the differences from the full depth."""
+    rows, scales = [], 0
+    for name in part.names:
+        runs = study.runs(name, part.name)
+        for schedule in schedules_of(part):
+            by_seed = [
+                (run.data["losses"][schedule]["by_scale"], run.data["losses"][FULL]["by_scale"])
+                for run in runs.values()
+                if schedule != FULL and {schedule, FULL} <= set(run.schedules)
+                and "by_scale" in run.data["losses"][schedule]
+            ]  # fmt: skip
+            if by_seed:
+                scales = max(scales, len(by_seed[0][0]))
+                means = [
+                    mean_and_error(here[scale] - full[scale] for here, full in by_seed)[0]
+                    for scale in range(len(by_seed[0][0]))
+                ]
+                rows.append([f"`{name}`", schedule, *(f"{mean:+.3f}" for mean in means)])
+    return table(["run", "schedule", *(f"scale {n}" for n in range(scales))], rows) if rows else []
+
+
+def losses_per_layer_token(study: Study, part: Part) -> list[str]:
+    """What a skipped layer of a token costs: loss above the full depth, over what is saved."""
+    rows = []
+    for name in part.names:
+        for schedule in schedules_of(part):
+            costs = study.values(LOSS_PER_TOKEN, name, schedule, part.name)
+            if costs:
+                runs = study.runs(name, part.name)
+                here = [runs[s].value(LOSS, schedule) - runs[s].value(LOSS, FULL) for s in costs]
+                tokens = next(iter(runs.values())).data["layer_tokens"]
+                rows.append([
+                    f"`{name}`", schedule, f"{tokens[FULL] - tokens[schedule]:,}",
+                    estimate(LOSS, here), estimate(LOSS_PER_TOKEN, costs.values()),
+                ])  # fmt: skip
+    if not rows:
+        return []
+    columns = ["run", "schedule", "layer-tokens saved", "loss above full", "per layer-token saved"]
+    return table(columns, rows)
+
+
+def generated(study: Study, part: Part) -> list[str]:
+    """Metrics of generated images, the floor of the distance beside it."""
+    rows = []
+    for name in part.names:
+        runs = study.runs(name, part.name)
+        for schedule in dict.fromkeys(s for run in runs.values() for s in _generated(run)):
+            cells = [
+                _generated(run)[schedule] for run in runs.values() if schedule in _generated(run)
+            ]
+            floors = [cell["floor"] for cell in cells if cell.get("floor") is not None]
+            values = [
+                estimate(metric, study.values(metric, name, schedule, part.name).values())
+                for metric in METRICS[1:]
+            ]
+            counts = sorted({cell["n"] for cell in cells if "n" in cell})
+            rows.append([
+                f"`{name}`", schedule, str(len(cells)), ", ".join(f"{n:,}" for n in counts),
+                values[0], estimate(FASHION_FD, floors), *values[1:],
+            ])  # fmt: skip
+    if not rows:
+        return []
+    columns = ["run", "schedule", "seeds", "images", "fashion-FD", "floor",
+               *(metric.name for metric in METRICS[2:])]  # fmt: skip
+    return table(columns, rows)
+
+
+def _generated(run: Any) -> Mapping[str, Any]:
+    return run.data.get("generated") or {}
+
+
+def gradient_norms(study: Study, part: Part) -> list[str]:
+    """Gradient norms of the layers that the subnet has and of those that it skips."""
+    rows = []
+    for name in part.names:
+        norms = [
+            run.data["gradient_norms"]
+            for run in study.runs(name, part.name).values()
+            if run.data.get("gradient_norms")
+        ]
+        if norms:
+            cells = [
+                estimate(LOSS, [norm[key] for norm in norms]) for key in ("shared", "full_only")
+            ]
+            rows.append([f"`{name}`", *cells])
+    return table(["run", "shared layers", "full-only layers"], rows) if rows else []
+
+
+def paper(name: str) -> list[str]:
+    """A table of the paper with its source."""
+    found = PAPER["tables"][name]
+    lead = f"The paper's {found['source']}: {found['caption']}."
+    return [lead, "", *table(found["columns"], found["rows"])]
+
+
+def setting(study: Study) -> list[str]:
+    """The data, the model and the judges of generated images, from the first file that has them."""
+    data = next((part.data["data"] for part in study.parts.values() if part.data.get("data")), {})
+    floor, judges = data.get("floor") or {}, data.get("classifier_accuracy") or {}
+    sampling = data.get("sampling") or {}
+    facts = {
+        "data": data.get("dataset") or data.get("kind"),
+        "held-out images": data.get("held_out"),
+        "layers and width of the transformer": _list([data.get("depth"), data.get("width")]),
+        "sides of the scales": _list(data.get("patch_nums") or []),
+        "generated images of a schedule": data.get("generated"),
+        "sampling": _list([f"{key} {value}" for key, value in sampling.items()]),
+        "floor (two halves of the real images)": _list(
+            [metric.name + " " + metric.text(floor[metric.key]) for metric in METRICS[1:]
+             if floor.get(metric.key) is not None]),
+        "held-out accuracy of the two classifiers": _list(
+            [f"{name} {ACCURACY.text(value)}" for name, value in judges.items() if value]),
+    }  # fmt: skip
+    rows = [
+        [name, f"{value:,}" if isinstance(value, int) else value]
+        for name, value in facts.items()
+        if value
+    ]
+    return table(["setting", "value"], rows) if rows else []
+
+
+def _list(values: Iterable[Any]) -> str:
+    return ", ".join(str(value) for value in values if value is not None)
+
+
+def commands(part: Part) -> list[str]:
+    """Where the part's numbers were measured, and by which command."""
+    data = part.data
+    versions = ", ".join(f"{name} {value}" for name, value in (data.get("versions") or {}).items())
+    seeds = sorted({run.seed for run in part.runs})
+    commits = sorted({str(run.data["commit"])[:12] for run in part.runs if run.data.get("commit")})
+    parts = [
+        "seed" + "s" * (len(seeds) > 1) + " " + ", ".join(map(str, seeds)),
+        str(data.get("machine") or ""),
+        versions,
+        "commit " + ", ".join(commits) if commits else "",
+    ]
+    lines = [". ".join(text for text in parts if text) + "."] if any(parts) else []
+    if data.get("command"):
+        lines += ["", f"`{data['command']}`"]
+    return [*lines, ""] if lines else []

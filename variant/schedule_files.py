@@ -1,0 +1,100 @@
+"""Schedules as files, and by the name of their depths by scale.
+
+A file holds a model's layers at every scale as JSON: ``{"format": "variant-schedule-1",
+"full_depth": 8, "layers": [[0, 1, ..., 7], ..., [0, 7]]}``; a key "about" may say where it comes
+from. ``variant search`` writes one. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from variant.errors import UserError
+from variant.models.config import VARConfig
+from variant.models.depths import layers_of
+from variant.paths import path_kind, read_json, shown
+from variant_kernels.arguments import instance
+from variant_kernels.plans.depth_schedule import MAX_SCALES, DepthSchedule, check_schedule
+
+# 8x4-4-2: depth 8 at four scales, then 4, then 2.
+PART = r"(\d{1,4})(?:x(\d{1,4}))?"
+NAME = re.compile(rf"{PART}(?:-{PART})*", re.ASCII)
+
+
+def load_schedule(source: str | os.PathLike[str], config: VARConfig | None = None) -> DepthSchedule:
+    """The schedule in a file, or of the depths that a name lists by scale.
+
+    ::
+
+        schedule = variant.load_schedule("schedule.json")
+        model.generate([3, 1, 4], depth=schedule)
+
+    Args:
+        source: path of a file; with ``config`` also a name such as "8x4-4-2", unless there is a
+            file of that name: depth 8 at four scales, then 4, then 2, with the layers that the
+            config records for these depths, or evenly chosen ones.
+        config: of the model that the schedule must fit; None takes a schedule of any model.
+    Raises:
+        TypeError: an argument of another type.
+        UserError: no such file, or not one of a schedule, or it does not fit the model; a name with
+            depths that the model does not have or that rise. One line that names the file.
+    """
+    if not isinstance(source, str | os.PathLike):
+        instance("load_schedule", "source", source, str, "It names a file")
+    if config is not None:
+        instance("load_schedule", "config", config, VARConfig)
+    text = os.fspath(source)
+    if not isinstance(text, str):
+        instance("load_schedule", "source", text, str, "It names a file")
+    try:
+        if config is not None and NAME.fullmatch(text) and path_kind(text) is None:
+            return _by_name(text, config)
+        schedule = DepthSchedule.from_dict(read_json(text))
+        if config is not None:
+            check_schedule("", schedule, None, config.depth, len(config.patch_nums), "it")
+        return schedule
+    except (TypeError, ValueError) as error:
+        message = re.sub(r"^(?:DepthSchedule\.\w+|VAR\w*\.\w+)?: ", "", str(error))
+        raise UserError(f"{shown(text)}: {message}") from None
+
+
+def save_schedule(
+    path: str | os.PathLike[str], schedule: DepthSchedule, about: Mapping[str, Any] | None = None
+) -> None:
+    """Write a schedule's file, whole or not at all.
+
+    Args:
+        about: plain values that say where the schedule comes from.
+    Raises:
+        UserError: it cannot be written.
+    """
+    from variant.files import atomic_write  # needs torch
+
+    values = schedule.to_dict()
+    if about is not None:
+        values["about"] = dict(about)
+    with atomic_write(Path(path)) as temporary:
+        temporary.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def _by_name(name: str, config: VARConfig) -> DepthSchedule:
+    """The schedule of a name.  Raises: ValueError, if the model has none such."""
+    scales = len(config.patch_nums)
+    depths: list[int] = []
+    for part in name.split("-"):
+        depth, _, count = part.partition("x")
+        depths += [int(depth)] * min(int(count or 1), MAX_SCALES + 1)
+        if len(depths) > MAX_SCALES:
+            break
+    if len(depths) != scales:
+        raise ValueError(
+            f"must have one depth for each of the {scales} scales of the model; it has "
+            f"{len(depths)}, and there is no file of this name"
+        )
+    layers = [layers_of(config, depth, "") for depth in depths]
+    return DepthSchedule.from_depths(layers, full_depth=config.depth)

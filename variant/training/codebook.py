@@ -1,0 +1,134 @@
+"""The codebook while the VQ-VAE trains: scales that are left out, and codes that nothing uses.
+
+Everything that is drawn follows from the seed, the step and the batch over all processes, so that
+several processes train the codebook that one process trains.
+
+Axes: B images, I channels, Y X pixels, V codebook entries, C codebook width, R vectors of a
+process's part of the batch, M moved codes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from variant.data.images import stream
+from variant.models.vqvae import VQVAE
+from variant.training.code_use import HeldOutUse
+from variant.training.distributed import Ranks
+from variant.training.recipe import Recipe
+
+STREAM_REVIVE, STREAM_SCALES = 5, 6
+# A code is unused if a batch uses it less than this share of the average code.
+UNUSED = 0.03
+
+
+class CodebookTraining:
+    """What a run of the VQ-VAE does for its codebook besides the gradient.
+
+    Args:
+        steps: optimiser steps of the complete run.
+        ranks: the processes of the run; None is this one alone.
+    """
+
+    def __init__(self, vae: VQVAE, recipe: Recipe, steps: int, ranks: Ranks | None = None) -> None:
+        self.vae, self.seed, self.steps = vae, recipe.seed, steps
+        self.training = recipe.vae_training
+        self.ranks = ranks or Ranks()
+        self.last_revival = int(self.training.revive_until * steps)
+
+    def held_out_use(self, own: slice) -> HeldOutUse:
+        """A count of the codes of held-out images.  Args: own: those of this process."""
+        shape = (self.vae.layout.num_scales, self.vae.config.vocab_size)
+        return HeldOutUse(own, shape, self.vae.quantize.embedding.weight.device)
+
+    def num_scales(self, step: int) -> int:
+        """Number of first scales that the step's images are reconstructed from.
+
+        All of them, except in a share of the steps that draws their number uniformly. The share
+        falls linearly to 0 at the end of training.
+        """
+        scales = self.vae.layout.num_scales
+        rng = stream(self.seed, step, STREAM_SCALES)
+        is_cut = rng.random() < self.training.scale_dropout * (1 - step / self.steps)
+        return int(rng.integers(1, scales)) if is_cut and scales > 1 else scales
+
+    def revives_at(self, step: int) -> bool:
+        """Whether unused codes are moved before this step."""
+        every = self.training.revive_every
+        return every > 0 and step <= self.last_revival and step % every == 0
+
+    def revive(self, images_BIYX: Tensor, step: int) -> None:
+        """Move unused codes; the first step moves every code of a new codebook, so that all
+        start as features.
+
+        Args:
+            images_BIYX: this process's part of the step's batch (:meth:`Ranks.share`).
+        """
+        rng = stream(self.seed, step, STREAM_REVIVE)
+        is_new = step == 0 and self.training.start_weights is None
+        revive_codes(self.vae, images_BIYX, rng, ranks=self.ranks, every_code=is_new)
+
+
+@torch.no_grad()
+def revive_codes(
+    module: VQVAE,
+    images_BIYX: Tensor,
+    rng: np.random.Generator,
+    *,
+    ranks: Ranks | None = None,
+    every_code: bool = False,
+) -> int:
+    """Move codes that this batch does not use onto features of the batch.
+
+    The features are the residuals that each scale quantises. A moved code equals one of them, so it
+    is the nearest code of at least one position.
+
+    Args:
+        images_BIYX: in [-1, 1]; with several processes, this one's part of the batch.
+        rng: chooses the features; in the same state on every process.
+        ranks: the processes of the run; None is this one alone.
+        every_code: move the used codes too.
+    Returns:
+        the number of moved codes.
+    """
+    quantizer, ranks = module.quantize, ranks or Ranks()
+    features_RC, tokens_R, rows_R, count = _features(module, images_BIYX, ranks)
+    vocab_size = quantizer.config.vocab_size
+    uses_V = ranks.added(tokens_R.bincount(minlength=vocab_size))
+    unused_V = (uses_V < UNUSED * count / vocab_size) | every_code
+    num_unused = int(unused_V.sum())
+    chosen_M = rng.choice(count, num_unused, replace=count < vocab_size)
+    # Each feature is on one process; the others add zeros.
+    place_M = np.searchsorted(rows_R, chosen_M).clip(max=len(rows_R) - 1)
+    is_own_M1 = torch.from_numpy(rows_R[place_M] == chosen_M).to(features_RC.device)[:, None]
+    moved_MC = features_RC[torch.from_numpy(place_M).to(features_RC.device)]
+    quantizer.embedding.weight[unused_V] = ranks.added(moved_MC.where(is_own_M1, 0.0))
+    return num_unused
+
+
+def _features(
+    module: VQVAE, images_BIYX: Tensor, ranks: Ranks
+) -> tuple[Tensor, Tensor, np.ndarray, int]:
+    """The residuals that the scales quantise, scale by scale.
+
+    Returns:
+        of this process: the residuals (R, C), their tokens (R,) and their ascending numbers (R,)
+        among those of all processes; the count of the latter.
+    """
+    quantizer, layout, own = module.quantize, module.layout, len(images_BIYX)
+    batches = ranks.sums([float(own) if rank == ranks.rank else 0.0 for rank in range(ranks.size)])
+    first, batch = int(sum(batches[: ranks.rank])), int(sum(batches))
+    residual_BCHW = module.features(images_BIYX).float()
+    features, tokens, rows = [], [], []
+    for k in range(layout.num_scales):
+        of_scale_RC = quantizer.residual_vectors(residual_BCHW, k)
+        tokens_R = quantizer.nearest(of_scale_RC)
+        residual_BCHW = residual_BCHW - quantizer.contribution(tokens_R.view(own, -1), k)
+        features.append(of_scale_RC)
+        tokens.append(tokens_R)
+        where = layout.slice(k)
+        size = where.stop - where.start
+        rows.append(batch * where.start + first * size + np.arange(own * size))
+    return torch.cat(features), torch.cat(tokens), np.concatenate(rows), batch * layout.total
