@@ -50,6 +50,7 @@ NOT_RUN = {
     "python -m benchmarks.dropin": "needs a clone of the original code, takes minutes",
     "python -m benchmarks.gpu": "tests/benchmarks/test_gpu.py runs it",
     "python -m benchmarks.predict --fit": "needs a run on a GPU; test_predict.py runs it",
+    "python -m benchmarks.shipped_choices": "rewrites a file of the package",
     "python -m variant.evaluation.digits": "needs a model trained for minutes",
     "python -m variant_kernels.triton_ops.compile_report": "takes minutes",
     "variant train": "takes minutes; a shortened recipe runs below",

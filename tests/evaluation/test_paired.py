@@ -82,11 +82,15 @@ def test_the_command_reconstructs_and_pairs(tmp_path, monkeypatch, capsys):
     pixels = images(1, 24, 16, 16).permute(0, 2, 3, 1).numpy()
     np.savez("real.npz", pixels)
     words = ["eval", "--reference", "real.npz", "--features", "colour:features", "--json", "-"]
-    assert main([*words, "--reconstruct", "digits"]) == 0
+    assert main([*words, "--reconstruct", "digits", "--scales"]) == 0
     values = {m["name"]: m["value"] for m in json.loads(capsys.readouterr().out)["metrics"]}
     assert "rFD (colour:features)" in values
     assert 0 < values["PSNR"] < 60
     assert 0 < values["SSIM"] < 1
+    by_scale = [value for name, value in values.items() if name.startswith("PSNR, scales to ")]
+    assert len(by_scale) == 6
+    assert by_scale[-1] == pytest.approx(values["PSNR"])
+    assert len(set(by_scale)) == 6
     np.savez("same.npz", pixels)
     assert main([*words, "--images", "same.npz", "--paired"]) == 0
     text = capsys.readouterr().out
@@ -100,6 +104,8 @@ def test_the_command_reconstructs_and_pairs(tmp_path, monkeypatch, capsys):
     assert main([*words, "--images", "few.npz", "--paired"]) == 1
     assert "--paired needs as many images" in capsys.readouterr().err
     assert main([*words, "--images", "few.npz", "--reconstruct", "digits"]) == 1
+    assert main([*words, "--images", "few.npz", "--scales"]) == 1
+    assert "--scales is for --reconstruct" in capsys.readouterr().err
     np.savez("statistics.npz", mu=np.zeros(3), sigma=np.eye(3))
     words[2] = "statistics.npz"
     assert main([*words, "--reconstruct", "digits"]) == 1

@@ -294,11 +294,11 @@ def test_pictures_of_samples_change_no_weight(run, chosen, with_vae):
     assert np.array_equal(np.asarray(grid(rows, ["full", "depth 2"])), shown)
 
 
-def test_pictures_of_the_vqvae_are_held_out_images_and_what_is_decoded(chosen, tmp_path):
+def test_pictures_of_the_vqvae_are_held_out_images_and_what_each_scale_adds(chosen, tmp_path):
     logging = LoggingSection(samples_every=2)
     train_vae(dataclasses.replace(chosen, logging=logging), tmp_path, console=quiet(), device=CPU)
     with Image.open(tmp_path / "vae-samples-0002.png") as picture:
-        assert picture.size == (4 + 56 + 6 * 68, 4 + 2 * 68)
+        assert picture.size == (4 + 56 + 6 * 68, 4 + 4 * 68)  # original, to 1x1, to 2x2, to 4x4
         shown = np.asarray(picture)
     image = (open_recipe_data(chosen).held_out([0])[0] + 1) / 2
     assert np.array_equal(np.asarray(grid([to_pil(image)], ["original"])), shown[:72, :128])

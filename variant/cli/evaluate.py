@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor
 
 from variant.bench.environment import environment
 from variant.cli.image_folder import SETTINGS_NAME
@@ -29,11 +29,12 @@ from variant.evaluation.classifier import (
 from variant.evaluation.features import FeatureNetwork, load_network
 from variant.evaluation.image_sets import ImageSet, Reference, open_images, open_reference
 from variant.evaluation.paired import Paired, compare_pairs
+from variant.evaluation.reconstruct import load_vqvae, psnr_by_scales, reconstructions
 from variant.evaluation.report import Evaluation, Metric, evaluate
 from variant.evaluation.sampler import SETTINGS_NAME as SAMPLED
 from variant.models.placement import check_device
+from variant.models.vqvae import VQVAE
 from variant.paths import path_kind, read_json, shown
-from variant.supernet import VARiant
 from variant.training.recipe import Recipe, load_recipe
 from variant_kernels.arguments import integer
 
@@ -55,6 +56,8 @@ def evaluate_command(command: Eval) -> None:
             "eval: --reference and one of --images, --model and --reconstruct are needed, or "
             "--compare A.json B.json"
         )
+    if command.scales and command.reconstruct is None:
+        raise UserError("eval: --scales is for --reconstruct MODEL")
     integer("eval", "--batch", command.batch, 1)
     check_device("eval", command.device, name="--device")
     out = console(command.json, stderr=True)
@@ -64,8 +67,10 @@ def evaluate_command(command: Eval) -> None:
         evaluate_depths(command, reference_of(command.reference), network_of(command, out))
         return
     reference = reference_of(command.reference)
+    vae = None
     if command.reconstruct is not None:
-        images = _reconstructions(command.reconstruct, reference, command.device)
+        vae = load_vqvae(command.reconstruct, command.device)
+        images = _reconstructions(command.reconstruct, vae, reference)
     else:
         assert command.images is not None, "checked above"
         images = open_images(command.images)
@@ -82,6 +87,9 @@ def evaluate_command(command: Eval) -> None:
         if is_paired and reference.images is not None:
             pairs = compare_pairs(images, reference.images, command.batch)
             result = _with_pairs(result, pairs, command.reconstruct is not None)
+            if vae is not None and command.scales:
+                by_scales = psnr_by_scales(vae, reference.images, command.batch)
+                result = _with_scales(result, by_scales)
     notes = list(dict.fromkeys(str(warning.message) for warning in heard))
     for note in notes:
         out.print(f"warning: {note}")
@@ -90,32 +98,21 @@ def evaluate_command(command: Eval) -> None:
     write_json(command.json, _as_json(command, result, notes))
 
 
-def _reconstructions(name: str, reference: Reference, device: str) -> ImageSet:
-    """The reference's images, encoded and decoded by a model's VQ-VAE.
-
-    Raises:
-        UserError: no images, or of another size than the model's.
-    """
-    source = reference.images
-    if source is None:
+def _reconstructions(name: str, vae: VQVAE, reference: Reference) -> ImageSet:
+    """Raises: UserError, if the reference has no images, or images of another size."""
+    if reference.images is None:
         raise UserError(
             f"eval: --reconstruct needs a reference with images; {reference.name} has none"
         )
-    vae = VARiant.from_pretrained(name, device=device).vae
-    config = vae.config
-    size = tuple(source.read(range(1)).shape[2:])
-    if size != (config.image_size, config.image_size):
-        raise UserError(
-            f"eval: {name} has images of {config.image_size} x {config.image_size} pixels; "
-            f"{reference.name} has {size[1]} x {size[0]}"
-        )
+    return reconstructions(name, vae, reference.images)
 
-    def read(indices: range) -> Tensor:
-        pixels = source.read(indices)[:, : config.in_channels].to(device)
-        decoded = vae.decode(vae.encode(pixels.float() / 127.5 - 1))
-        return to_uint8(2 * decoded.float().cpu() - 1).contiguous()
 
-    return ImageSet(f"reconstructions by {name}", source.count, source.labels, read)
+def _with_scales(result: Evaluation, by_scales: Mapping[str, float]) -> Evaluation:
+    metrics = [
+        Metric(f"PSNR, scales to {name}", value, result.num_images)
+        for name, value in by_scales.items()
+    ]
+    return replace(result, metrics=(*result.metrics, *metrics))
 
 
 def _with_pairs(result: Evaluation, pairs: Paired, reconstructed: bool) -> Evaluation:

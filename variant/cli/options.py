@@ -439,7 +439,9 @@ class Eval:
     share of equal images too."""
     reconstruct: str | None = None
     """In place of --images: the reference's images, encoded and decoded by the VQ-VAE of this
-    model: rFID (named by the network), PSNR, SSIM."""
+    model, or of this folder of train-vae: rFID (named by the network), PSNR, SSIM."""
+    scales: bool = False
+    """With --reconstruct: PSNR of what is decoded from the first k scales too, for every k."""
     model: str | None = None
     """In place of --images: generate images with this model at several settings, and evaluate each;
     a model folder, Hub id, or a model of this package."""

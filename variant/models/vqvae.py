@@ -7,6 +7,7 @@ H W is the feature map, Y X the image.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -250,6 +251,15 @@ class VQVAE(nn.Module):
         for k in range(self.layout.num_scales):
             self.accumulate(f_hat_BCHW, tokens_BL[:, self.layout.slice(k)], k)
         return self.decode_features(f_hat_BCHW)
+
+    @torch.no_grad()
+    def decode_by_scale(self, tokens_BL: Tensor) -> Iterator[Tensor]:
+        """:meth:`decode` from the first k scales of the tokens, for every k from 1."""
+        self._check_tokens("VQVAE.decode_by_scale", tokens_BL)
+        f_hat_BCHW = self.new_features(tokens_BL.shape[0])
+        for k in range(self.layout.num_scales):
+            self.accumulate(f_hat_BCHW, tokens_BL[:, self.layout.slice(k)], k)
+            yield self.decode_features(f_hat_BCHW)
 
     def new_features(self, batch: int) -> Tensor:
         """Zeros (B, C, H, W) float32 to accumulate on, on the device of the codebook."""
