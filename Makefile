@@ -176,7 +176,7 @@ nightly: export VARIANT_ROBUSTNESS_TRITON_DTYPES = 1
 # The day is the seed of the random tests.
 NIGHTLY = CALLS=100000 CASES=20000 FILES=8000 SEQUENCES=2000 SIGNALS=60 KILLS=60 GPU_KILLS=20 PRESSURE=400 TOKENIZE_STRIDE=1 SEED=$(shell date +%Y%m%d)
 nightly:
-	$(addprefix VARIANT_ROBUSTNESS_,$(NIGHTLY)) VARIANT_TRAINING_STOPS=all VARIANT_SAMPLER_KILLS=10 $(MAKE) test test-isas test-tsan sass SANITIZED_ISAS=all
+	$(addprefix VARIANT_ROBUSTNESS_,$(NIGHTLY)) VARIANT_TRAINING_STOPS=all VARIANT_SAMPLER_KILLS=10 VARIANT_SEARCH_IMAGES=90 $(MAKE) test test-isas test-tsan sass SANITIZED_ISAS=all
 	$(if $(shell command -v $${CUDACXX:-nvcc}),$(MAKE) cuda)
 	$(MAKE) mutants
 
