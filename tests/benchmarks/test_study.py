@@ -409,7 +409,7 @@ def test_settings_are_read_and_checked():
     }
     names = [(run.name, run.seed) for run in study.runs()]
     assert len(names) == len(set(names))
-    assert names.index(("p0", 0)) < names.index(("base", 1))
+    assert names.index(("base", 2)) < names.index(("p0", 0)) < names.index(("bridge0", 0))
     only = load_study(only=("kv8",))
     assert {run.name for run in only.runs()} == {"base", "several", "kv8"}
     with pytest.raises(UserError, match="there is no nonsense"):
