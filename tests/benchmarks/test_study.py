@@ -290,6 +290,7 @@ def test_a_control_that_a_metric_misses_is_an_error(done, tmp_path):
         shutil.copy(wrong / "runs/base/seed0" / name, wrong / "runs/labels-permuted/seed0" / name)
     with pytest.raises(UserError, match="must be flagged"):
         collect(study, wrong, tmp_path / "results")
+    assert len(list((tmp_path / "results").iterdir())) == 6  # the other parts are not lost
 
 
 def test_metrics_of_images_see_wrong_classes():
