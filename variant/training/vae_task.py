@@ -17,7 +17,7 @@ from variant.data.images import Indices
 from variant.data.samples import Source
 from variant.errors import UserError
 from variant.models.vqvae import VQVAE
-from variant.training.code_use import CodeUse, HeldOutUse
+from variant.training.code_use import HeldOutUse
 from variant.training.codebook import CodebookTraining
 from variant.training.distributed import Ranks, rank_of_environment
 from variant.training.random_state import seed_everything
@@ -52,8 +52,7 @@ class VAETask(Task):
         self.data, self.recipe, self.device = data, recipe, device
         self.training = recipe.vae_training
         self.ranks = ranks or Ranks()
-        self.codebook = CodebookTraining(module, recipe, steps, self.ranks)
-        self.code_use = CodeUse(module.quantize, self.ranks, self.measure)
+        self.codebook = CodebookTraining(module, recipe, steps, self.measure, self.ranks)
         self._held_out_use: HeldOutUse | None = None
 
     def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
@@ -62,7 +61,8 @@ class VAETask(Task):
         pixel_error = F.mse_loss(reconstructed.float(), images)
         self.measure("loss/reconstruction", pixel_error)
         self.measure("loss/quantization", quantisation)
-        return self.training.reconstruction * pixel_error + quantisation
+        pixels = self.training.reconstruction * pixel_error
+        return pixels + quantisation + self.codebook.loss()
 
     def name_of_step(self, step: int) -> str:
         return "loss"
@@ -97,7 +97,7 @@ class VAETask(Task):
         return losses | use.values(ranks)
 
     def after_step(self, step: int) -> None:
-        self.code_use.end_step()
+        self.codebook.end_step()
 
     def before_step(self, indices: Indices, epoch: int, step: int) -> None:
         if self.codebook.revives_at(step):
