@@ -73,10 +73,11 @@ def generation(c: Constants, batch: int, depth: int) -> Generation:
         visible, sequences = config.layout.visible(scale), 2 * batch
         heads = sequences * config.num_heads
         attention += layers * paged_seconds(c, tokens, visible, config.head_dim, heads)
-        # A float32 stream is read and written, y read and h written. The append reads and writes
+        # After attention the float32 stream and y are read and h is written; after the MLP the
+        # stream and both branches are read, the stream and h written. The append reads and writes
         # K and V only: attention normalises the queries.
         elements = sequences * tokens * config.embed_dim
-        rows += layers * (2 * row_seconds(c, 12 * elements) + row_seconds(c, 8 * elements))
+        rows += layers * sum(row_seconds(c, moved * elements) for moved in (8, 14, 8))
         rows += sampling_seconds(c, batch * tokens)
     rest = c.host_seconds + c.scale_seconds * config.layout.num_scales
     decoder = c.decoder_seconds + batch * c.decoder_image_seconds

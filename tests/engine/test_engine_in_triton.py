@@ -79,3 +79,19 @@ def test_l2_normalised_logits_equal_the_original(backend, monkeypatch):
     assert told
     assert all(("scale_mul_1H11" in given) == fused for given in told)
     assert all(given["q_BTHD"].is_contiguous() != fused for given in told)
+
+
+def test_the_stream_is_written_once_a_layer(small, monkeypatch):
+    """The sum after attention is left to the launch after the MLP."""
+    golden, engine = small
+    launchers, told = engine._launchers(None), []
+    gated = launchers.gated_adaln
+    launchers.gated_adaln = lambda **given: told.append(given) or gated(**given)
+    monkeypatch.setattr(engine, "_launchers", lambda kv_dtype: launchers)
+    engine.forced_logits(golden.tensors["label"], golden.tensors["tokens_in"])
+    assert told
+    assert all(given["store_sum"] is False for given in told[::2])
+    for first, second in zip(told[::2], told[1::2], strict=True):
+        assert "store_sum" not in second
+        assert second["x_BTC"] is first["x_BTC"]
+        assert second["earlier"][0] is first["y_BTC"]

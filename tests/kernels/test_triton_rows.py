@@ -17,6 +17,7 @@ reason = triton_unsupported(Request(DEVICE, (torch.float32,), 64))
 if reason is not None:
     pytest.skip(f"{reason} (TRITON_INTERPRET=1 interprets)", allow_module_level=True)
 
+from variant_kernels.triton_ops import adaln as adaln_launchers  # noqa: E402
 from variant_kernels.triton_ops import append_paged_kv as append  # noqa: E402
 from variant_kernels.triton_ops import common, rows  # noqa: E402
 from variant_kernels.triton_ops import qk_norm_append_paged_kv as fused  # noqa: E402
@@ -198,3 +199,31 @@ def test_the_last_place_of_a_sequence_and_the_longest_row_are_drawn():
     options = {"guidance": 1.5, "top_k": 1000, "top_p": 0.9, "seed": 5, "position": 2**32 - 2}
     ours = sample_tokens(*moved(logits), backend="triton", **options).cpu()
     assert torch.equal(ours, sample_tokens(logits, backend="reference", **options))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 40), (1, 1, 33), (3, 5, 129)])
+@pytest.mark.parametrize("dtype", SERVED, ids=name_of)
+def test_a_sum_that_was_left_out_is_added_by_the_next_launch_bit_for_bit(dtype, shape):
+    """The two launches of a layer, with and without the sum between them in memory."""
+    batch, _, width = shape
+    generator = torch.Generator().manual_seed(9)
+    x = torch.randn(shape, generator=generator).to(DEVICE, dtype)
+    # Strided, as views of larger tensors are.
+    pair = torch.randn(batch, shape[1], 2, width, generator=generator).to(DEVICE, dtype)
+    first, second = pair.unbind(2)
+    gates, scales, shifts = torch.randn(3, 2, batch, width, generator=generator).to(DEVICE, dtype)
+
+    def call(x, y, index, **more):
+        return adaln_launchers.launch_gated_adaln_forward(
+            x_BTC=x, y_BTC=y, gate_BC=gates[index], scale_BC=scales[index],
+            shift_BC=shifts[index], eps=1e-6, **more,
+        )  # fmt: skip
+
+    after_first, h_first, *_ = call(x, first, 0)
+    expected = call(after_first, second, 1)
+    kept, h, *_ = call(x, first, 0, store_sum=False)
+    assert kept is x
+    assert torch.equal(h, h_first)
+    got = call(x, second, 1, earlier=(first, gates[0]))
+    assert all(map(torch.equal, got, expected))
+    assert not torch.equal(call(x, second, 1)[0], expected[0])

@@ -81,6 +81,20 @@ class Launchers:
             return {}, {}
         return {"norm_queries": False}, {"scale_mul_1H11": scale_mul_1H11}
 
+    def left_sum(self, y_RTC: Tensor, gate_RC: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the two ``gated_adaln`` of a layer are told, apart from their tensors, of a sum.
+
+        Triton's first one need not write the stream after attention: the second adds the branch
+        again as it adds that of the MLP, with the same rounding. At 64 images of VAR-d30 10 GB
+        less for each generation.
+
+        Args:
+            y_RTC, gate_RC: of the first one.
+        """
+        if self.names["gated_residual_adaln"] != "triton":
+            return {}, {}
+        return {"store_sum": False}, {"earlier": (y_RTC, gate_RC)}
+
     @property
     def gathers_pages(self) -> bool:
         """Whether attention gathers all visible K and V into new tensors first."""

@@ -120,8 +120,15 @@ class BatchState:
             step = self.cache.open(index, scale)
             y_RTC = self._attention(layer, h_RTC, step)
             self.cache.close(index, scale)
+            of_first, of_second = launchers.left_sum(y_RTC, gate1)
             x_RTC, h_RTC, _, _ = launchers.gated_adaln(
-                x_BTC=x_RTC, y_BTC=y_RTC, gate_BC=gate1, scale_BC=scale2, shift_BC=shift2, eps=eps
+                x_BTC=x_RTC,
+                y_BTC=y_RTC,
+                gate_BC=gate1,
+                scale_BC=scale2,
+                shift_BC=shift2,
+                eps=eps,
+                **of_first,
             )
             y_RTC = layer.mlp(h_RTC)
             if following is None:
@@ -135,6 +142,7 @@ class BatchState:
                 scale_BC=next_scale,
                 shift_BC=next_shift,
                 eps=eps,
+                **of_second,
             )
         return h_RTC
 

@@ -31,6 +31,8 @@ def adaln_forward_kernel(
     x_ptr,
     y_ptr,
     gate_ptr,
+    earlier_y_ptr,
+    earlier_gate_ptr,
     scale_ptr,
     shift_ptr,
     x_out_ptr,
@@ -42,16 +44,25 @@ def adaln_forward_kernel(
     y_stride_b,
     y_stride_t,
     gate_stride,
+    earlier_y_stride_b,
+    earlier_y_stride_t,
+    earlier_gate_stride,
     scale_stride,
     shift_stride,
     tokens,
     eps,
     GATED: tl.constexpr,
+    EARLIER: tl.constexpr,
+    STORED: tl.constexpr,
     C: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """h = (x - mean) * rstd * (1 + scale) + shift; with GATED x is x_out = x + gate * y, stored."""
+    """h = (x - mean) * rstd * (1 + scale) + shift; with GATED x is x_out = x + gate * y.
+
+    x_out is written with STORED. With EARLIER x is first the sum that an earlier launch left out,
+    x + earlier_gate * earlier_y.
+    """
     tiles = tl.cdiv(tokens, BLOCK_T)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     t = tl.program_id(0) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -60,14 +71,21 @@ def adaln_forward_kernel(
     token = b * tokens + t
     x_rows = x_ptr + b * x_stride_b + t.to(tl.int64) * x_stride_t
     x = tl.load(x_rows[:, None] + c, mask=inside, other=0.0).to(tl.float32)
+    if EARLIER:
+        y_rows = earlier_y_ptr + b * earlier_y_stride_b + t.to(tl.int64) * earlier_y_stride_t
+        y = tl.load(y_rows[:, None] + c, mask=inside, other=0.0).to(tl.float32)
+        gates = earlier_gate_ptr + b * earlier_gate_stride
+        gate = tl.load(gates + c, mask=c < C, other=0.0).to(tl.float32)
+        x = (x + gate * y).to(x_ptr.dtype.element_ty).to(tl.float32)
     if GATED:
         y_rows = y_ptr + b * y_stride_b + t.to(tl.int64) * y_stride_t
         y = tl.load(y_rows[:, None] + c, mask=inside, other=0.0).to(tl.float32)
         gate = tl.load(gate_ptr + b * gate_stride + c, mask=c < C, other=0.0).to(tl.float32)
-        stored = (x + gate * y).to(x_out_ptr.dtype.element_ty)
-        tl.store(x_out_ptr + token[:, None] * C + c, stored, mask=inside)
+        rounded = (x + gate * y).to(x_ptr.dtype.element_ty)
+        if STORED:
+            tl.store(x_out_ptr + token[:, None] * C + c, rounded, mask=inside)
         # Statistics of the rounded values, which the next branch reads.
-        x = stored.to(tl.float32)
+        x = rounded.to(tl.float32)
     scale = tl.load(scale_ptr + b * scale_stride + c, mask=c < C, other=0.0).to(tl.float32)
     shift = tl.load(shift_ptr + b * shift_stride + c, mask=c < C, other=0.0).to(tl.float32)
     # Two passes over registers: E[x^2] - mean^2 would cancel for a large mean.
@@ -226,15 +244,23 @@ def launch_gated_adaln_forward(
     scale_BC: torch.Tensor,
     shift_BC: torch.Tensor,
     eps: float,
+    store_sum: bool = True,
+    earlier: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """x_out = x + gate * y, rounded to x's dtype; h = adaLN(x_out) from the rounded values.
 
+    Args:
+        store_sum: False does not write x_out; the x_BTC that came is returned in its place.
+        earlier: y_BTC and gate_BC of a call with the same x_BTC that did not: their sum, rounded
+            likewise, takes the place of x_BTC. Both together move 22 bytes for each entry of a
+            float32 x and a 16-bit y; two calls that write their sums move 24.
     Returns:
         x_out_BTC (x's dtype), h_BTC (y's dtype), mean_BT and rstd_BT (float32), all contiguous.
     """
-    x_out_BTC, h_BTC, mean_BT, rstd_BT = _forward(x_BTC, y_BTC, gate_BC, scale_BC, shift_BC, eps)
-    assert x_out_BTC is not None
-    return x_out_BTC, h_BTC, mean_BT, rstd_BT
+    x_out_BTC, h_BTC, mean_BT, rstd_BT = _forward(
+        x_BTC, y_BTC, gate_BC, scale_BC, shift_BC, eps, store_sum=store_sum, earlier=earlier
+    )
+    return x_BTC if x_out_BTC is None else x_out_BTC, h_BTC, mean_BT, rstd_BT
 
 
 def _empty_as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -253,10 +279,15 @@ def _forward(
     scale_BC: torch.Tensor,
     shift_BC: torch.Tensor,
     eps: float,
+    *,
+    store_sum: bool = True,
+    earlier: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, tokens, width = x_BTC.shape
     h_BTC = _empty_as(x_BTC, scale_BC.dtype)
-    x_out_BTC = None if y_BTC is None else _empty_as(x_BTC, x_BTC.dtype)
+    stored = y_BTC is not None and store_sum
+    x_out_BTC = _empty_as(x_BTC, x_BTC.dtype) if stored else None
+    earlier_y_BTC, earlier_gate_BC = (None, None) if earlier is None else earlier
     mean_BT = x_BTC.new_empty((batch, tokens), dtype=torch.float32)
     rstd_BT = x_BTC.new_empty((batch, tokens), dtype=torch.float32)
     if x_BTC.numel() == 0:
@@ -268,6 +299,8 @@ def _forward(
             x_BTC,
             y_BTC,
             gate_BC,
+            earlier_y_BTC,
+            earlier_gate_BC,
             scale_BC,
             shift_BC,
             x_out_BTC,
@@ -277,11 +310,15 @@ def _forward(
             *_row_strides(x_BTC),
             *_row_strides(y_BTC),
             0 if gate_BC is None else gate_BC.stride(0),
+            *_row_strides(earlier_y_BTC),
+            0 if earlier_gate_BC is None else earlier_gate_BC.stride(0),
             scale_BC.stride(0),
             shift_BC.stride(0),
             tokens,
             eps,
             GATED=y_BTC is not None,
+            EARLIER=earlier is not None,
+            STORED=stored,
             C=width,
             BLOCK_T=block_t,
             BLOCK_C=block_c,

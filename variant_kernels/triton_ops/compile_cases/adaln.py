@@ -22,10 +22,19 @@ from variant_kernels.triton_ops.compile_cases.case import (
 
 # Arguments of the gated kernels that are None (pointers) or 0 (strides) without a gate.
 _GATED_ONLY = ("grad_x_out", "y_", "gate_", "x_out", "grad_y", "grad_gate")
+# Of sums: what a launch that has none of the kind lacks.
+_EARLIER_ONLY, _STORED_ONLY = ("earlier_",), ("x_out",)
 
 
 def _case(
-    kernel: Any, width: int, gated: bool, stream: str = "*T:16", strides: str = "i32:16"
+    kernel: Any,
+    width: int,
+    gated: bool,
+    stream: str = "*T:16",
+    strides: str = "i32:16",
+    *,
+    earlier: bool = False,
+    stored: bool = True,
 ) -> Iterator[CompileCase]:
     """stream: type of x and its gradient, which may be float32 beside 16-bit h."""
     block_c = padded(width)
@@ -36,10 +45,16 @@ def _case(
         constants["BLOCK_T"] = 1
     if kernel is adaln_backward_kernel:
         constants["STAGES"] = STAGES
-    if not gated:
-        for name in kernel.arg_names:
-            if name.startswith(_GATED_ONLY):
-                constants[name] = None if name.endswith("_ptr") else 0
+    if kernel is adaln_forward_kernel:
+        constants |= {"EARLIER": earlier, "STORED": gated and stored}
+    absent = (
+        *(() if gated else _GATED_ONLY),
+        *(() if earlier else _EARLIER_ONLY),
+        *(() if stored else _STORED_ONLY),
+    )
+    for name in kernel.arg_names:
+        if name.startswith(absent):
+            constants[name] = None if name.endswith("_ptr") else 0
     types = {
         **dict.fromkeys(("mean_ptr", "rstd_ptr", "sums_ptr"), "*fp32:16"),
         **dict.fromkeys(("x_ptr", "x_out_ptr", "grad_x_ptr", "grad_x_out_ptr"), stream),
@@ -56,7 +71,8 @@ def _case(
             num_warps=4 if kernel is adaln_sums_kernel else num_warps,
             num_stages=1,
             targets=targets,
-            label=f"C {width}{' gated' * gated}{' fp32 stream' * ('fp32' in stream)}",
+            label=f"C {width}{' gated' * gated}{' fp32 stream' * ('fp32' in stream)}"
+            f"{', not stored' * (not stored)}{', with an earlier sum' * earlier}",
         )
 
 
@@ -67,6 +83,9 @@ def _cases() -> Iterator[CompileCase]:
                 for kernel in (adaln_forward_kernel, adaln_backward_kernel):
                     yield from _case(kernel, width, gated, stream)
             yield from _case(adaln_sums_kernel, width, gated)
+        # A layer of the engine: the sum after attention is left to the launch after the MLP.
+        for parts in ({"stored": False}, {"earlier": True}):
+            yield from _case(adaln_forward_kernel, width, True, "*fp32:16", **parts)
     # Rows whose addresses are not aligned.
     for kernel in (adaln_forward_kernel, adaln_backward_kernel, adaln_sums_kernel):
         yield from _case(kernel, 1030, True, strides="i32")
