@@ -20,7 +20,7 @@ from variant_kernels.ops import contract
 from variant_kernels.ops.append_paged_kv import append_paged_kv
 from variant_kernels.ops.block_causal_attention import block_causal_attention
 from variant_kernels.ops.paged_attention import paged_attention
-from variant_kernels.ops.qk_norm import qk_norm
+from variant_kernels.ops.qk_norm import MAX_LOG_SCALE, qk_norm
 from variant_kernels.ops.qk_norm_append_paged_kv import qk_norm_append_paged_kv
 
 
@@ -40,7 +40,13 @@ class AttentionForward(nn.Module):
     proj: nn.Linear
     proj_drop: nn.Module
     scale_mul_1H11: nn.Parameter
+    max_scale_mul: float
     _pages: GrowingPages | None
+
+    @property
+    def _prefix(self) -> str:
+        """Begins messages about an attribute."""
+        return "VARiantAttention: "
 
     def kv_caching(self, enable: bool) -> None:
         """Start caching with an empty cache, or stop caching and free the cache."""
@@ -80,7 +86,18 @@ class AttentionForward(nn.Module):
         return qkv_BTC.view(*qkv_BTC.shape[:2], 3, self.num_heads, self.head_dim)
 
     def _scale_mul(self) -> Tensor | None:
-        return self.scale_mul_1H11 if self.attn_l2_norm else None
+        if not self.attn_l2_norm:
+            return None
+        self._check_bound()
+        return self.scale_mul_1H11
+
+    def _check_bound(self) -> None:
+        """Raises: ValueError if max_scale_mul was changed: the kernels know log 100 alone."""
+        if not is_scale_bound(self.max_scale_mul):
+            raise ValueError(
+                f"{self._prefix}max_scale_mul must be log 100, the bound of the kernels; got "
+                f"{self.max_scale_mul}"
+            )
 
     def _normed(self, qkv_BT3HD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q_BTHD, k_BTHD, v_BTHD = qkv_BT3HD.unbind(2)
@@ -234,7 +251,7 @@ class VARiantAttention(AttentionForward):
         if attn_l2_norm:
             self.scale = 1
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4.0)))
-            self.max_scale_mul = math.log(100)
+            self.max_scale_mul = MAX_LOG_SCALE
         else:
             self.scale = 0.25 / math.sqrt(self.head_dim)
         self.mat_qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=False)
@@ -283,6 +300,13 @@ class VARiantAttention(AttentionForward):
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, attn_l2_norm={self.attn_l2_norm}"
+
+
+def is_scale_bound(value: object) -> bool:
+    """Whether this is log 100, the kernels' bound of ``scale_mul``."""
+    return value == MAX_LOG_SCALE or (
+        isinstance(value, float) and math.isclose(value, MAX_LOG_SCALE, rel_tol=1e-5)
+    )
 
 
 def can_attend(head_dim: int) -> bool:

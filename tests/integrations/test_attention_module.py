@@ -410,3 +410,11 @@ def test_it_runs_without_memory(caching):
     ours = VARiantAttention(0, 64, 2).to("meta")
     ours.kv_caching(caching)
     assert ours(torch.zeros(2, 30, 64, device="meta"), None).shape == (2, 30, 64)
+
+
+def test_another_bound_of_the_scale_is_refused():
+    ours = VARiantAttention(0, 64, 2, attn_l2_norm=True)
+    ours(torch.zeros(1, 3, 64), None)
+    ours.max_scale_mul = 3.0
+    with pytest.raises(ValueError, match=r"VARiantAttention: max_scale_mul must .* got 3.0"):
+        ours(torch.zeros(1, 3, 64), None)

@@ -400,3 +400,33 @@ def test_patching_draws_nothing_and_keeps_training_mode():
     with patch(model):
         assert torch.equal(torch.rand(1), expected)
         assert [m.training for m in model.modules()] == modes
+
+
+def test_a_generation_that_runs_is_not_patched():
+    """The keys and values of its earlier scales would be lost."""
+    model = lookalike()
+    expected, _ = paint(model)
+    refused = []
+
+    def patch_inside(module, args, kwargs):
+        with pytest.raises(PatchError, match=r"attn holds the keys and values of a generation"):
+            patch(model)
+        refused.append(True)
+
+    hook = model.blocks[1].register_forward_pre_hook(patch_inside, with_kwargs=True)
+    assert torch.equal(paint(model)[0], expected)
+    assert refused
+    hook.remove()
+    with patch(model):
+        assert torch.equal(paint(model)[0], expected)
+
+
+def test_a_bound_that_changes_after_the_patch_is_refused():
+    model = lookalike()
+    with patch(model):
+        tokens, _ = paint(model)
+        model.blocks[2].attn.max_scale_mul = 3.0
+        with pytest.raises(ValueError, match=r"patch: blocks\[2\].attn.max_scale_mul .* got 3.0"):
+            paint(model)
+        model.blocks[2].attn.max_scale_mul = np.float64(np.log(100))
+        assert torch.equal(paint(model)[0], tokens)

@@ -145,7 +145,7 @@ def _prepare() -> None:
 
 
 def reach_of(
-    modules: Sequence[str], tests: Sequence[str], seconds: float = 1200
+    modules: Sequence[str], tests: Sequence[str], seconds: float = 3600
 ) -> dict[str, Reach]:
     """Runs the tests once, nothing changed, and says what they reach of each module.
 

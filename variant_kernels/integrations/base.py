@@ -356,6 +356,11 @@ def _family_of(families: Sequence[ModelFamily], model: nn.Module) -> ModelFamily
         where = names[id(module)] or "the model"
         if isinstance(module, Patched):
             raise PatchError(f"patch: {where} is patched already; call unpatch() on its handle")
+        if vars(module).get("caching") is True:
+            raise PatchError(
+                f"patch: {where} holds the keys and values of a generation, which is running or "
+                "was interrupted; patch after it, or call kv_caching(False) on every such layer"
+            )
         compiled = alterations.compilation(module)
         if compiled is not None:
             raise PatchError(

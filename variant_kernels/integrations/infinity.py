@@ -12,13 +12,12 @@ queries, keys and values, 2 cosines and sines, L tokens of all scales.
 from __future__ import annotations
 
 import ast
-import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from variant_kernels.attention import can_attend
+from variant_kernels.attention import can_attend, is_scale_bound
 from variant_kernels.integrations.alterations import readable
 from variant_kernels.integrations.base import ClassSwap, ModelFamily, Patched, require
 from variant_kernels.integrations.rope import rotate_pairs
@@ -105,7 +104,8 @@ class InfinityAttention(PatchedAttention):
 
     def _scale_mul(self) -> Tensor | None:
         # (1, 1, H, 1) or (1, H, 1, 1), depending on the attention kernel of the model.
-        return self.scale_mul_1H11.view(1, -1, 1, 1) if self.cos_attn else None
+        scale_mul = super()._scale_mul()
+        return None if scale_mul is None else scale_mul.view(1, -1, 1, 1)
 
     def _rotated(self, qkv_BT3HD: Tensor, cos_sin_2TF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v in the projection's dtype; norm and rotation in float32, rounded once."""
@@ -280,8 +280,7 @@ class InfinityFamily(ModelFamily):
             self._require(scale_mul is not None, f"{name} must have scale_mul_1H11", "none")
             shapes["scale_mul_1H11"] = scale_mul, [(1, 1, heads, 1), (1, heads, 1, 1)]
             bound = getattr(attn, "max_scale_mul", None)
-            close = isinstance(bound, float) and math.isclose(bound, math.log(100), rel_tol=1e-5)
-            self._require(close, f"{name}.max_scale_mul must be log 100", bound)
+            self._require(is_scale_bound(bound), f"{name}.max_scale_mul must be log 100", bound)
         for part, (tensor, allowed) in shapes.items():
             shape, expected = tuple(tensor.shape), " or ".join(map(str, allowed))
             self._require(shape in allowed, f"{name}.{part} must have shape {expected}", shape)

@@ -11,13 +11,12 @@ head, 3 queries, keys and values, N modulation vectors of an adaptive layer norm
 from __future__ import annotations
 
 import inspect
-import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from variant_kernels.attention import AttentionForward, can_attend
+from variant_kernels.attention import AttentionForward, can_attend, is_scale_bound
 from variant_kernels.integrations.alterations import (
     all_plain,
     is_altered,
@@ -40,6 +39,10 @@ class PatchedAttention(Patched, AttentionForward):
     """``SelfAttention`` on this package's kernels; while caching, all layers share one cache."""
 
     patch_layer: int
+
+    @property
+    def _prefix(self) -> str:
+        return f"patch: {self.patch_state.name}."
 
     def kv_caching(self, enable: bool) -> None:
         self.patch_state.runtime.caching(self.patch_layer, enable)
@@ -261,8 +264,7 @@ class VARFamily(ModelFamily):
             self._require(scale_mul is not None, f"{name} must have scale_mul_1H11", "none")
             shapes["scale_mul_1H11"] = scale_mul, (1, heads, 1, 1)
             bound = getattr(attn, "max_scale_mul", None)
-            close = isinstance(bound, float) and math.isclose(bound, math.log(100), rel_tol=1e-5)
-            self._require(close, f"{name}.max_scale_mul must be log 100", bound)
+            self._require(is_scale_bound(bound), f"{name}.max_scale_mul must be log 100", bound)
         for part, (tensor, expected) in shapes.items():
             shape = tuple(tensor.shape)
             self._require(shape == expected, f"{name}.{part} must have shape {expected}", shape)
