@@ -129,8 +129,10 @@ def _first_lines(found: Sequence[tuple[Claim, Evidence]]) -> list[str]:
             numbers = _numbers(claim, evidence)
             detail = f"{claim.measure}: {numbers}" if numbers else claim.measure
             lines.append(f'- "{claim.text}" ({claim.paper}) does not hold ({detail}).')
-    else:
+    elif any(pair[1].verdict is Verdict.HOLDS for pair in ours):
         lines = ["**The miniature contradicts no claim of the paper so far.**"]
+    else:
+        lines = ["**No run has decided any claim of the paper so far.**"]
     count = {v: sum(evidence.verdict is v for _, evidence in ours) for v in Verdict}
     counts = ", ".join(f"{count[verdict]} {verdict.value}" for verdict in Verdict)
     return [*lines, "", f"Of {len(ours)} rows about claims of the paper: {counts}.", ""]
