@@ -27,6 +27,7 @@ from benchmarks.results import (
     LARGEST,
     RUN,
     TRAINING,
+    VAE_LOSSES,
     Result,
     read_all,
 )
@@ -69,6 +70,7 @@ SECTIONS = {
     DROPIN: "Drop-in: `patch` and `accelerate` in the original code",
     TRAINING: "Training step",
     LARGEST: "Largest batch",
+    VAE_LOSSES: "Losses of the VQ-VAE",
     KV8: "Error of 8-bit K/V",
     KERNELS: "Kernels",
 }
