@@ -2,9 +2,9 @@
 
     python -m benchmarks.vae_losses RECIPE --classifier FILE --json FILE NAME=FOLDER ...
 
-Each folder is of a finished `variant train-vae`. The classifier, as `variant eval --features
-classifier:RECIPE` trains one, gives the features of the Fréchet distance; it must be another network
-than that of the perceptual loss. Nothing is timed: the machine need not be idle.
+Each folder is of a finished `variant train-vae`. The classifier, as `variant eval` trains one for
+`--features classifier:RECIPE`, gives the features of the Fréchet distance; it must be another
+network than that of the perceptual loss. Nothing is timed: the machine need not be idle.
 """
 
 from __future__ import annotations
