@@ -42,8 +42,9 @@ LIMITS = """\
   effect that shows here may vanish there.
 - **ImageNet.** The images are Fashion-MNIST: ten classes, grey, 32x32 pixels.
 - **Classifier features.** fashion-FD, precision and recall use the features of a small classifier
-  that was trained on the training images. Its numbers compare runs of this page with each other and
-  nothing else: they are no FID and stand beside no published number.
+  that was trained on the training images, joined with the class. Their numbers compare runs of this
+  page with each other and nothing else: they are no FID and stand beside no published number.
+  Accuracy is that of another classifier.
 - **Held-out loss** is measured with the real tokens of all earlier scales as input. It does not see
   errors that add up over the scales of a generation.
 """
@@ -111,6 +112,7 @@ def page(study: Study) -> str:
     found = judged(CLAIMS, study, usable)
     lines = ["# The study in miniature", "", *_first_lines(found)]
     lines += ["## What this page cannot say", "", LIMITS, *_method(study, usable)]
+    lines += report_tables.setting(study)
     for name, section in SECTIONS.items():
         lines += _section(name, section, study, found)
     lines += _paper_against_itself()
@@ -127,8 +129,10 @@ def _first_lines(found: Sequence[tuple[Claim, Evidence]]) -> list[str]:
             numbers = _numbers(claim, evidence)
             detail = f"{claim.measure}: {numbers}" if numbers else claim.measure
             lines.append(f'- "{claim.text}" ({claim.paper}) does not hold ({detail}).')
-    else:
+    elif any(pair[1].verdict is Verdict.HOLDS for pair in ours):
         lines = ["**The miniature contradicts no claim of the paper so far.**"]
+    else:
+        lines = ["**No run has decided any claim of the paper so far.**"]
     count = {v: sum(evidence.verdict is v for _, evidence in ours) for v in Verdict}
     counts = ", ".join(f"{count[verdict]} {verdict.value}" for verdict in Verdict)
     return [*lines, "", f"Of {len(ours)} rows about claims of the paper: {counts}.", ""]
@@ -168,6 +172,12 @@ def chance(seeds: int) -> float:
 def _control_line(study: Study, usable: frozenset[Metric]) -> str:
     if not study.runs(CONTROL, "control"):
         return "The control (labels permuted) has not run: no metric decides a verdict yet."
+    evidence = [one for by in control_claims(study).values() for one in by.values()]
+    if max(one.seeds for one in evidence) == 1:
+        return (
+            "The control (labels permuted) has run with one seed: no metric decides a verdict "
+            "until it has run with two."
+        )
     yes = ", ".join(metric.name for metric in METRICS if metric in usable) or "none"
     no = ", ".join(metric.name for metric in METRICS if metric not in usable) or "none"
     return f"Metrics that flag the control (labels permuted): {yes}. Metrics that do not: {no}."

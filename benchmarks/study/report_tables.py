@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.report import table
 from benchmarks.study.report_data import (
+    ACCURACY,
     FASHION_FD,
     FULL,
     LOSS,
@@ -172,12 +173,44 @@ def paper(name: str) -> list[str]:
     return [lead, "", *table(found["columns"], found["rows"])]
 
 
+def setting(study: Study) -> list[str]:
+    """The data, the model and the judges of generated images, from the first file that has them."""
+    data = next((part.data["data"] for part in study.parts.values() if part.data.get("data")), {})
+    floor, judges = data.get("floor") or {}, data.get("classifier_accuracy") or {}
+    sampling = data.get("sampling") or {}
+    facts = {
+        "data": data.get("dataset") or data.get("kind"),
+        "held-out images": data.get("held_out"),
+        "layers and width of the transformer": _list([data.get("depth"), data.get("width")]),
+        "sides of the scales": _list(data.get("patch_nums") or []),
+        "generated images of a schedule": data.get("generated"),
+        "sampling": _list([f"{key} {value}" for key, value in sampling.items()]),
+        "floor (two halves of the real images)": _list(
+            [metric.name + " " + metric.text(floor[metric.key]) for metric in METRICS[1:]
+             if floor.get(metric.key) is not None]),
+        "held-out accuracy of the two classifiers": _list(
+            [f"{name} {ACCURACY.text(value)}" for name, value in judges.items() if value]),
+    }  # fmt: skip
+    rows = [
+        [name, f"{value:,}" if isinstance(value, int) else value]
+        for name, value in facts.items()
+        if value
+    ]
+    return table(["setting", "value"], rows) if rows else []
+
+
+def _list(values: Iterable[Any]) -> str:
+    return ", ".join(str(value) for value in values if value is not None)
+
+
 def commands(part: Part) -> list[str]:
     """Where the part's numbers were measured, and by which command."""
     data = part.data
     versions = ", ".join(f"{name} {value}" for name, value in (data.get("versions") or {}).items())
+    seeds = sorted({run.seed for run in part.runs})
     commits = sorted({str(run.data["commit"])[:12] for run in part.runs if run.data.get("commit")})
     parts = [
+        "seed" + "s" * (len(seeds) > 1) + " " + ", ".join(map(str, seeds)),
         str(data.get("machine") or ""),
         versions,
         "commit " + ", ".join(commits) if commits else "",

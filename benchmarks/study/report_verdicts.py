@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from benchmarks.study.report_data import FULL, LOSS, LOSS_PER_TOKEN, Metric, Study, mean_and_error
 
-ERRORS, MIN_SEEDS = 2.0, 2
+ERRORS = 2.0
 
 
 class Verdict(enum.Enum):
@@ -114,7 +114,7 @@ def decide(sums: Sequence[float]) -> Evidence:
     if not sums:
         return Evidence(Verdict.NOT_RUN)
     mean, error = mean_and_error(sums)
-    if error is None or len(sums) < MIN_SEEDS:
+    if error is None:
         return Evidence(Verdict.NOT_RESOLVED, mean, None, len(sums), "one seed")
     if mean == 0 or abs(mean) < ERRORS * error:
         verdict = Verdict.NOT_RESOLVED

@@ -238,6 +238,16 @@ def test_metrics_that_flag_the_control_are_usable(tmp_path):
 def test_a_control_that_is_better_alone_or_equal_flags_nothing(tmp_path, broken):
     study = control(tmp_path, broken, [0.1] * len(broken))
     assert usable_metrics(study) == set()
+    one_seed = "has run with one seed: no metric decides" in report.page(study)
+    assert one_seed == (len(broken) == 1)
+
+
+def test_a_metric_must_flag_the_control_at_every_schedule(tmp_path):
+    good = [run("base", seed, loss={FULL: 1.0 + seed / 10, "d2": 1.0}) for seed in (0, 1)]
+    same = [run(CONTROL, seed, loss={FULL: 2.0, "d2": 1.0}) for seed in (0, 1)]
+    assert usable_metrics(study_of(tmp_path, base=good, control=same)) == set()
+    worse = [run(CONTROL, seed, loss={FULL: 2.0, "d2": 1.5 + seed / 10}) for seed in (0, 1)]
+    assert usable_metrics(study_of(tmp_path, base=good, control=worse)) == {LOSS}
 
 
 def test_without_the_control_no_metric_is_usable(tmp_path):
@@ -247,6 +257,19 @@ def test_without_the_control_no_metric_is_usable(tmp_path):
 
 
 # --- reading ------------------------------------------------------------------------------------
+
+
+def test_the_setting_is_that_of_the_files(tmp_path):
+    data = {"dataset": "fashion-mnist", "held_out": 10000, "depth": 8, "width": 64,
+            "patch_nums": [1, 2, 3], "floor": {"fashion_fd": 0.0123, "precision": 0.9},
+            "sampling": {"cfg": 1.5}, "classifier_accuracy": {"features": 0.915, "other": None},
+            }  # fmt: skip
+    text = report.page(read_study(write(tmp_path / "results", "base", [], data=data)))
+    for row in ("| data | fashion-mnist |", "| held-out images | 10,000 |", "| 8, 64 |",
+                "| fashion-FD 0.0123, precision 90.0 % |", "| features 91.5 % |", "| cfg 1.5 |",
+                "| 1, 2, 3 |"):  # fmt: skip
+        assert row in text
+    assert "| setting | value |" not in report.page(Study())
 
 
 def test_files_that_are_no_results_are_refused(tmp_path):
@@ -317,7 +340,7 @@ def test_without_contradictions_the_first_lines_say_so(tmp_path):
     first = report.page(study).split("## ")[0]
     assert '"No fixed ratio beats' not in first
     assert "not run yet" in report.page(Study()).split("## ")[0]
-    assert "**The miniature contradicts no claim of the paper so far.**" in report.page(Study())
+    assert "**No run has decided any claim of the paper so far.**" in report.page(Study())
 
 
 def test_no_verdict_is_invented_where_nothing_ran(tmp_path):
