@@ -122,13 +122,21 @@ def page(study: Study) -> str:
 def _first_lines(found: Sequence[tuple[Claim, Evidence]]) -> list[str]:
     """What the miniature contradicts of the paper, and the counts of all verdicts."""
     ours = [(claim, evidence) for claim, evidence in found if claim.paper]
-    against = [pair for pair in ours if pair[1].verdict is Verdict.DOES_NOT_HOLD]
+    by_claim: dict[tuple[str, str], list[tuple[Claim, Evidence]]] = {}
+    for claim, evidence in ours:
+        by_claim.setdefault((claim.text, claim.paper or ""), []).append((claim, evidence))
+    against = {
+        key: rows
+        for key, rows in by_claim.items()
+        if any(evidence.verdict is Verdict.DOES_NOT_HOLD for _, evidence in rows)
+    }
     if against:
         lines = ["**Where the miniature contradicts the paper:**", ""]
-        for claim, evidence in against:
-            numbers = _numbers(claim, evidence)
-            detail = f"{claim.measure}: {numbers}" if numbers else claim.measure
-            lines.append(f'- "{claim.text}" ({claim.paper}) does not hold ({detail}).')
+        for (text, where), rows in against.items():
+            verdicts = "; ".join(
+                f"by {claim.measure} {_verdict(claim, evidence)}" for claim, evidence in rows
+            )
+            lines.append(f'- "{text}" ({where}): {verdicts}.')
     else:
         lines = ["**The miniature contradicts no claim of the paper so far.**"]
     count = {v: sum(evidence.verdict is v for _, evidence in ours) for v in Verdict}
@@ -224,14 +232,16 @@ def _verdicts(found: Sequence[tuple[Claim, Evidence]]) -> list[str]:
     rows: dict[tuple[str, str], list[str]] = {}
     for claim, evidence in found:
         row = rows.setdefault((claim.text, claim.paper or "our question"), ["-"] * len(measures))
-        details = [text for text in (_numbers(claim, evidence), evidence.reason) if text]
-        row[measures.index(claim.measure)] = f"**{evidence.verdict.value}**" + (
-            f" ({'; '.join(details)})" if details else ""
-        )
+        row[measures.index(claim.measure)] = _verdict(claim, evidence)
     if not rows:
         return []
     columns = ["claim", "where", *(f"by {measure}" for measure in measures)]
     return table(columns, [[*key, *cells] for key, cells in rows.items()])
+
+
+def _verdict(claim: Claim, evidence: Evidence) -> str:
+    details = [text for text in (_numbers(claim, evidence), evidence.reason) if text]
+    return f"**{evidence.verdict.value}**" + (f" ({'; '.join(details)})" if details else "")
 
 
 def _numbers(claim: Claim, evidence: Evidence) -> str:
