@@ -137,8 +137,10 @@ def _first_lines(found: Sequence[tuple[Claim, Evidence]]) -> list[str]:
                 f"by {claim.measure} {_verdict(claim, evidence)}" for claim, evidence in rows
             )
             lines.append(f'- "{text}" ({where}): {verdicts}.')
-    else:
+    elif any(pair[1].verdict is Verdict.HOLDS for pair in ours):
         lines = ["**The miniature contradicts no claim of the paper so far.**"]
+    else:
+        lines = ["**No run has decided any claim of the paper so far.**"]
     count = {v: sum(evidence.verdict is v for _, evidence in ours) for v in Verdict}
     counts = ", ".join(f"{count[verdict]} {verdict.value}" for verdict in Verdict)
     return [*lines, "", f"Of {len(ours)} rows about claims of the paper: {counts}.", ""]

@@ -345,7 +345,7 @@ def test_without_contradictions_the_first_lines_say_so(tmp_path):
     first = report.page(study).split("## ")[0]
     assert '"No fixed ratio beats' not in first
     assert "not run yet" in report.page(Study()).split("## ")[0]
-    assert "**The miniature contradicts no claim of the paper so far.**" in report.page(Study())
+    assert "**No run has decided any claim of the paper so far.**" in report.page(Study())
 
 
 def test_no_verdict_is_invented_where_nothing_ran(tmp_path):

@@ -25,13 +25,17 @@ from variant.errors import UserError
 from variant.training.configurations import Configurations
 from variant.training.recipe import Recipe
 from variant.training.trainer import Trainer
+from variant.training.vae_task import train_vae
 from variant.training.var_task import train_var
+
+TRAIN = {"var": train_var, "vae": train_vae}
 
 
 @dataclass
 class Job:
-    """One call of train_var.
+    """One call of train_var, or of train_vae.
 
+    train: "var" or "vae".
     stop_at: the step after which rank 1 gets SIGTERM.  kill_at: the step in which rank 1 is killed.
     differ_at: the step from which rank 1 draws another configuration.
     copy_before: where rank 0 copies the folder before the run.
@@ -44,6 +48,7 @@ class Job:
     kill_at: int | None = None
     differ_at: int | None = None
     copy_before: Path | None = None
+    train: str = "var"
     options: dict = field(default_factory=dict)
 
 
@@ -77,7 +82,7 @@ def run(job, rank=0):
     started = time.monotonic()
     try:
         console = quiet()
-        summary = train_var(
+        summary = TRAIN[job.train](
             job.recipe, job.out, resume=job.resume, console=console, device=CPU, **job.options
         )
         result["held_out"] = summary.held_out_loss

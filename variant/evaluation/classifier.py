@@ -1,143 +1,39 @@
-"""A small classifier of a recipe's images, whose features compare images of that data.
+"""The classifier of :mod:`variant.training.classifier` as a feature network.
 
-Trained on the training images alone, so that neither held-out nor generated images have been seen.
-The same recipe, seed and number of threads give the same weights; their SHA-256 is part of every
-result.
-
-Axes: B images, 3 colours, Y X pixels.
+Its SHA-256 is part of every result.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from variant.data.images import ImageData, epoch_order
-from variant.errors import UserError
-from variant.evaluation.features import FeatureNetwork, Features, load_weights
-from variant.evaluation.inception import checked_images
-from variant.files import atomic_write, file_sha256
-from variant.paths import open_regular, path_kind, read_json, shown
-from variant_kernels.arguments import integer
+from variant.evaluation.features import FeatureNetwork, Features
+from variant.files import file_sha256
+from variant.models.pixels import to_uint8
+from variant.training.classifier import (
+    STEPS,
+    Classifier,
+    ClassifierRecord,
+    is_there,
+    read_classifier,
+    save_classifier,
+    train_classifier,
+)
 
-FORMAT = "variant-classifier-1"
-WIDTHS = (16, 32, 64)
-FEATURES = 64
-# Steps, images of a step and the peak learning rate of AdamW with a one-cycle schedule.
-STEPS, BATCH, LEARNING_RATE = 1500, 128, 3e-3
-
-
-class Classifier(nn.Module):
-    """Three stages of convolution, each halving the sides; 64 features; classes."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        stages: list[nn.Module] = []
-        inputs = 3
-        for width in WIDTHS:
-            stages += [
-                nn.Conv2d(inputs, width, 3, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU(),
-                nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU(),
-            ]
-            inputs = width
-        self.stages = nn.Sequential(*stages)
-        self.features = nn.Linear(inputs, FEATURES)
-        self.head = nn.Linear(FEATURES, num_classes)
-
-    def forward(self, images_B3YX: Tensor) -> Features:
-        """Features and logits of uint8 images."""
-        x = checked_images("Classifier", images_B3YX).float() / 127.5 - 1
-        features = F.relu(self.features(self.stages(x).mean((2, 3))))
-        return Features(features, None, self.head(features))
-
-
-@dataclass(frozen=True)
-class ClassifierRecord:
-    """What a classifier was trained on, and how well it classifies held-out images.
-
-    accuracy: share of the held-out images.
-    """
-
-    format: str
-    classes: tuple[str, ...]
-    data_sha256: str
-    seed: int
-    steps: int
-    accuracy: float
-
-
-def to_uint8(images_BIYX: Tensor) -> Tensor:
-    """Images in [-1, 1] of one or three channels as uint8 (B, 3, Y, X), rounded."""
-    pixels = ((images_BIYX.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
-
-
-def train_classifier(
-    data: ImageData,
-    *,
-    seed: int = 0,
-    steps: int = STEPS,
-    report: Callable[[int, float], None] = lambda step, loss: None,
-) -> tuple[Classifier, ClassifierRecord]:
-    """Train a classifier on the training images, augmented as the recipe says.
-
-    Args:
-        report: called after each step with its number and loss.
-    """
-    integer("train_classifier", "steps", steps, 1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        classifier = Classifier(data.num_classes).train()
-    optimizer = torch.optim.AdamW(classifier.parameters(), LEARNING_RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps + 1)
-    batch = min(BATCH, data.num_train)
-    a_pass = data.num_train // batch
-    for step in range(steps):
-        epoch, place = divmod(step, a_pass)
-        order = epoch_order(seed, epoch, data.num_train)
-        images, labels = data.train(order[place * batch : (place + 1) * batch], epoch)
-        logits = classifier(to_uint8(images)).logits_BC
-        loss = F.cross_entropy(logits, labels, label_smoothing=0.05)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        report(step + 1, float(loss.detach()))
-    classifier.eval().requires_grad_(False)
-    record = ClassifierRecord(
-        FORMAT, tuple(data.classes), data.digest(), seed, steps, held_out_accuracy(classifier, data)
-    )
-    return classifier, record
-
-
-def held_out_accuracy(classifier: Classifier, data: ImageData, batch: int = 500) -> float:
-    """Share of the held-out images that are classified as their label."""
-    right = 0
-    for start in range(0, data.num_held_out, batch):
-        images, labels = data.held_out(range(start, min(start + batch, data.num_held_out)))
-        logits = classifier(to_uint8(images)).logits_BC
-        right += int((logits.argmax(1) == labels).sum())
-    return right / data.num_held_out
-
-
-def save_classifier(path: Path, classifier: Classifier, record: ClassifierRecord) -> None:
-    """Write the weights, and the record beside them as ``.json``.  Raises: UserError."""
-    with atomic_write(path) as temporary:
-        save_file(classifier.state_dict(), temporary)
-    with atomic_write(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(record.__dict__, indent=1) + "\n")
+__all__ = [
+    "STEPS",
+    "Classifier",
+    "ClassifierRecord",
+    "is_there",
+    "load_classifier",
+    "save_classifier",
+    "to_uint8",
+    "train_classifier",
+]
 
 
 def load_classifier(
@@ -150,26 +46,14 @@ def load_classifier(
     Raises:
         UserError: a file is missing or damaged.
     """
-    path = Path(path)
-    with open_regular(path):
-        pass
-    fields = read_json(path.with_suffix(".json"))
-    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise UserError(f'{path.with_suffix(".json")}: its "format" must be "{FORMAT}"')
-    try:
-        record = ClassifierRecord(**{**fields, "classes": tuple(fields["classes"])})
-        classifier = Classifier(len(record.classes))
-        state = load_file(path)
-    except (TypeError, KeyError, ValueError, OSError) as error:
-        raise UserError(f"{shown(path)}: is no classifier of this program: {error}") from None
-    load_weights(classifier, state, path)
-    classifier.to(device).eval().requires_grad_(False)
+    classifier, record = read_classifier(path)
+    classifier.to(device)
+
+    def run(images_B3YX: Tensor) -> Features:
+        features_BD, logits_BC = classifier(images_B3YX)
+        return Features(features_BD, None, logits_BC)
+
     network = FeatureNetwork(
-        f"classifier of {name}", f"{name}-FD", file_sha256(path), classifier, device
+        f"classifier of {name}", f"{name}-FD", file_sha256(Path(path)), run, device
     )
     return network, record
-
-
-def is_there(path: Path) -> bool:
-    """Whether a classifier was written there, weights and record."""
-    return path_kind(path) == "file" and path_kind(path.with_suffix(".json")) == "file"

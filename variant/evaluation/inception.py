@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from variant.models.pixels import checked_images
+
 SIDE = 299
 FEATURES, CLASSES = 2048, 1008
 # Channels of the spatial features of sFID, and their number at 17 x 17 places.
@@ -221,22 +223,6 @@ class Inception2015(nn.Module):
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))
         features = x.mean((2, 3))
         return InceptionOutput(features, spatial, features @ self.fc.weight.T)
-
-
-def checked_images(op: str, images_B3YX: Tensor) -> Tensor:
-    """The images, if they are uint8 of three colours.
-
-    Raises:
-        TypeError, ValueError: they are not.
-    """
-    if images_B3YX.dtype != torch.uint8:
-        raise TypeError(
-            f"{op}: images must be uint8, 0 to 255; got {images_B3YX.dtype}. A float image in "
-            "[0, 1] becomes (255 * image).round().to(torch.uint8)"
-        )
-    if images_B3YX.dim() != 4 or images_B3YX.shape[1] != 3:
-        raise ValueError(f"{op}: images must be (B, 3, Y, X); got {tuple(images_B3YX.shape)}")
-    return images_B3YX
 
 
 def resize_as_tensorflow(images_BIYX: Tensor, side: int) -> Tensor:

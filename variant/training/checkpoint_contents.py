@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from variant.training.phase_ends import ENDED, PHASES
-from variant.training.run_state import has_best
+from variant.training.run_state import ADVERSARIAL, has_best
 
 # The keys of a checkpoint besides "format" and "kind", and the types of their values.
 CONTENTS: dict[str, type | tuple[type, ...]] = {
@@ -27,7 +27,7 @@ CONTENTS: dict[str, type | tuple[type, ...]] = {
     "random": dict,
 }
 # Of the history. "best_not_kept" marks an epoch whose weights were the best, but not written.
-ENTRY = {"epoch", "step", "seconds", "train", "best_not_kept", ENDED}
+ENTRY = {"epoch", "step", "seconds", "train", "best_not_kept", ENDED, ADVERSARIAL}
 EVALUATIONS = ("held_out", "ema_held_out")
 ENTRY |= {name + end for name in EVALUATIONS for end in ("", "_mean", "_by_scale")}
 # Of the measurements that go on, besides "meters".
@@ -55,6 +55,13 @@ def check_contents(saved: Mapping[str, Any]) -> None:
         _require(_is(saved["ema"], dict), "ema is of another type")
         _check_tensors("ema", saved["ema"])
     _check_optimizer(saved["optimizer"])
+    if saved.get("adversary") is not None:  # without one: of a run that trains no discriminator
+        adversary = saved["adversary"]
+        _require(_is(adversary, dict), "adversary is of another type")
+        _require(adversary.keys() == {"module", "optimizer"}, "adversary: its entries")
+        _require(all(_is(part, dict) for part in adversary.values()), "adversary: its entries")
+        _check_tensors("adversary", adversary["module"])
+        _check_optimizer(adversary["optimizer"])
     for name, value in saved["scaler"].items():
         _require(_is(name, str) and _is_number(value), f"scaler: {name!r:.100} is no number")
     for name, pair in saved["sums"].items():

@@ -168,6 +168,11 @@ class Checkpointer:
         contents["optimizer"] = state.optimizer.state_dict()
         if state.ema is not None:
             contents["ema"] = dict(state.ema.averages)
+        if state.adversary is not None:
+            contents["adversary"] = {
+                "module": state.adversary.module.state_dict(),
+                "optimizer": state.adversary.optimizer.state_dict(),
+            }
         with atomic_write(self.last, durable=True) as temporary:
             torch.save(contents, temporary)
             append_checksum(temporary)
@@ -247,6 +252,10 @@ class Checkpointer:
                 if state.ema is not None:
                     state.ema.load(saved.get("ema") or {})
                 _load_optimizer(state.optimizer, saved["optimizer"], saved["step"])
+                if state.adversary is not None:
+                    second, own = saved.get("adversary") or {}, state.adversary
+                    _load_module(own.module, second["module"], f"{path}: adversary")
+                    _load_optimizer(own.optimizer, second["optimizer"], saved["step"])
             state.scaler.load_state_dict(saved["scaler"])
             state.step, state.seconds = saved["step"], saved["seconds"]
             state.loss_sums = {name: (pair[0], pair[1]) for name, pair in saved["sums"].items()}

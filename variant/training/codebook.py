@@ -60,13 +60,15 @@ class CodebookTraining:
         return every > 0 and step <= self.last_revival and step % every == 0
 
     def revive(self, images_BIYX: Tensor, step: int) -> None:
-        """Move unused codes; the first step moves every code, so that all start as features.
+        """Move unused codes; the first step moves every code of a new codebook, so that all
+        start as features.
 
         Args:
             images_BIYX: this process's part of the step's batch (:meth:`Ranks.share`).
         """
         rng = stream(self.seed, step, STREAM_REVIVE)
-        revive_codes(self.vae, images_BIYX, rng, ranks=self.ranks, every_code=step == 0)
+        is_new = step == 0 and self.training.start_weights is None
+        revive_codes(self.vae, images_BIYX, rng, ranks=self.ranks, every_code=is_new)
 
 
 @torch.no_grad()

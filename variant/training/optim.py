@@ -55,6 +55,18 @@ class OptimSection:
         )
 
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Around the forward passes of a precision; "fp32" turns autocast off."""
+    dtype = PRECISIONS[precision]
+    is_full = dtype is torch.float32
+    return torch.autocast(
+        device.type, dtype=torch.bfloat16 if is_full else dtype, enabled=not is_full
+    )
+
+
 # Parameters with two or more axes that have no weight decay: embeddings and gains.
 UNDECAYED = ("pos_start", "pos_1LC", "ada_gss", "scale_mul")
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, ValidationError
 
@@ -29,6 +29,7 @@ from variant.models.config import (
     to_plain,
     validate_dataclass,
 )
+from variant.models.discriminator import LEAST_SIDE
 from variant.models.ranges import Count, CountOrZero, Positive, Share, ShareBelowOne
 from variant.paths import path_kind, read_text, shown
 from variant.training.checkpoint_schedule import OutputSection
@@ -39,6 +40,12 @@ from variant.training.optim import OptimSection
 from variant.training.overrides import override
 from variant.training.parallel import ParallelSection
 from variant.training.schedule import ScheduleSection
+from variant.training.vae_sections import (
+    CLASSIFIER,
+    LPIPS,
+    AdversarySection,
+    PerceptualSection,
+)
 from variant_kernels.arguments import integer
 from variant_kernels.plans.depth_schedule import select_layers
 
@@ -94,11 +101,19 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class VAETraining:
-    """Settings of `variant train-vae`, which minimises reconstruction error and quantisation loss.
+    """Settings of `variant train-vae`, which minimises reconstruction error and quantisation loss,
+    and, if their sections say so, a perceptual and an adversarial loss.
 
     epochs: passes over the data.
     optim: the section [vae_training.optim].
-    reconstruction: weight of the squared pixel error.
+    reconstruction: weight of the pixel error.
+    pixel_loss: the pixel error: "l2" (squared) or "l1" (absolute).
+    perceptual: the section [vae_training.perceptual].
+    adversary: the section [vae_training.adversary].
+    ema_decay: of a moving average of the weights, as in [ema]; 0 keeps none.
+    start_weights: a trained VQ-VAE to start from, in the forms of weights; trained further.
+    trainable: "all", or "decoder": the decoder alone, so that every token stays as it was; needs
+        start_weights.
     revive_every: steps between the checks that move unused codes onto features of the current
         batch; 0 never moves a code.  revive_until: share of the steps after which the checks end.
     scale_dropout: share of the steps that reconstruct from the first few scales only, so that
@@ -113,6 +128,12 @@ class VAETraining:
     revive_until: Share = 0.5
     scale_dropout: Share = 0.0
     weights: str | None = None
+    pixel_loss: Literal["l2", "l1"] = "l2"
+    perceptual: PerceptualSection = field(default_factory=PerceptualSection)
+    adversary: AdversarySection = field(default_factory=AdversarySection)
+    ema_decay: ShareBelowOne = 0.0
+    start_weights: str | None = None
+    trainable: Literal["all", "decoder"] = "all"
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -123,6 +144,32 @@ class VAETraining:
             "needs either weights, or epochs and an optim section",
             None,
         )
+        require(
+            self.weights is None or self.start_weights is None,
+            "start_weights names a VQ-VAE to train further; weights, which is used as it is, must "
+            "not be set too",
+            self.weights,
+        )
+        if self.trainable == "decoder":
+            start = self.start_weights
+            require(start is not None, 'trainable "decoder" needs start_weights', start)
+            every = self.revive_every
+            require(every == 0, 'trainable "decoder" needs revive_every 0: codes stay', every)
+
+    @property
+    def loss_text(self) -> str:
+        """The losses besides that of the quantiser, for people."""
+        texts = ["squared pixel error" if self.pixel_loss == "l2" else "absolute pixel error"]
+        network = self.perceptual.network
+        if self.perceptual.weight:
+            names = {
+                CLASSIFIER: "perceptual (features of a classifier trained on the same labels)",
+                LPIPS: "perceptual (LPIPS with VGG16)",
+            }
+            texts.append(names.get(network, f"perceptual (features of {network})"))
+        if self.adversary.weight:
+            texts.append("adversarial (PatchGAN)")
+        return ", ".join(texts)
 
 
 @dataclass(frozen=True)
@@ -175,6 +222,7 @@ class Recipe:
         require_plain_numbers(self)
         self._check_scales()
         self._check_teacher()
+        self._check_adversary()
         _ = self.var_config  # its constructor checks sizes, subnets and bridge
         if self.schedule.has_zone_weights:
             self._check_zone_weights()
@@ -222,6 +270,16 @@ class Recipe:
         else:
             decay = self.ema.decay
             require(decay > 0, f"{why} needs a moving average, ema.decay above 0", decay)
+
+    def _check_adversary(self) -> None:
+        """The discriminator needs a place to judge in the smallest map of its features."""
+        section, side = self.vae_training.adversary, self.vae.image_size
+        most = (side // LEAST_SIDE).bit_length() - 1
+        require(
+            section.weight == 0 or section.layers <= most,
+            f"vae_training: adversary: layers must be at most {most} for {side} pixels",
+            section.layers,
+        )
 
     def _check_scales(self) -> None:
         """Check bridges and schedules, whose numbers are of the scales and layers of the model."""
@@ -289,7 +347,9 @@ def starting_from(recipe: Recipe, model: str) -> Recipe:
     return dataclasses.replace(
         recipe,
         model=dataclasses.replace(recipe.model, weights=model),
-        vae_training=dataclasses.replace(recipe.vae_training, weights=model),
+        vae_training=dataclasses.replace(
+            recipe.vae_training, weights=model, start_weights=None, trainable="all"
+        ),
     )
 
 

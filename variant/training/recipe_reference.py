@@ -78,6 +78,15 @@ def sections() -> tuple[Section, ...]:
     return (_section("", Recipe, [name for name, kind in kinds.items() if kind is None]), *nested)
 
 
+def nested_sections(section: Section) -> Iterator[Section]:
+    """The sections within a section, but for those that are sections of a recipe too."""
+    own = {each.kind for each in sections()}
+    for key in section.keys if section.title else ():
+        inner = section_type(hints_of(section.kind)[key.name])
+        if inner is not None and inner not in own:
+            yield _section(f"{section.title}.{key.name}", inner)
+
+
 def _section(title: str, kind: type, names: list[str] | None = None) -> Section:
     intro, texts = documented(kind)
     keys = []
@@ -133,6 +142,8 @@ def default_text(key: Key) -> str:
     """The default as it stands in the reference."""
     if key.default is dataclasses.MISSING:
         return "-"
+    if isinstance(key.default, dict):  # a section, whose own keys have their defaults
+        return "its own"
     return "none" if key.default is None else json.dumps(key.default)
 
 
@@ -141,7 +152,8 @@ def reference() -> str:
     lines = [INTRODUCTION.rstrip()]
     for name in recipe_names():
         lines.append(f"| `{name}` | {load_recipe(name).description} |")
-    for section in sections():
+    every = (part for section in sections() for part in (section, *nested_sections(section)))
+    for section in every:
         title = f"`[{section.title}]`" if section.title else "Top level"
         lines += ["", f"## {title}", "", f"{section.text}.", ""]
         lines += ["| key | default | values | meaning |", "|---|---|---|---|"]

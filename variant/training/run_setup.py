@@ -20,6 +20,7 @@ from variant.models.parameter_count import var_parameters, vqvae_parameters
 from variant.training.checkpoint_contents import check_epochs
 from variant.training.checkpoint_files import CheckpointFiles
 from variant.training.checkpointer import Checkpointer
+from variant.training.classifier import RUN_NAME
 from variant.training.distributed import Ranks, device_of_rank
 from variant.training.folder_lock import clear_leftovers, locked_folder
 from variant.training.metrics import MetricsFile
@@ -40,6 +41,7 @@ INPUTS = {
     "data_sha256": "image files or labels",
     "vae_sha256": "VQ-VAE weights",
     "start_sha256": "weights to start from",
+    "perceptual_sha256": "network of the perceptual loss",
 }
 # Files of the finished model, which a run writes too.
 MODEL_FILES = ("config.json", "model.safetensors", "README.md")
@@ -53,6 +55,11 @@ def resume_hint(command: str, recipe: Recipe, folder: Path) -> str:
     seed = "" if packaged.seed == recipe.seed else f" --seed {recipe.seed}"
     out = shlex.quote(str(folder))
     return f"{command} --recipe {recipe.name} --out {out}{seed} --resume"
+
+
+def start_weights(recipe: Recipe, kind: str) -> str | None:
+    """The weights that a recipe's task starts from; None are random ones."""
+    return recipe.model.weights if kind == "var" else recipe.vae_training.start_weights
 
 
 @contextmanager
@@ -87,7 +94,8 @@ def run_files(folder: Path) -> tuple[str, ...]:
         names += CheckpointFiles(folder, kind).patterns
         names += [MetricsFile(folder, kind).path.name, StepsFile(folder, kind).path.name]
         names.append(sample_name(kind, None))
-    return (*names, *MODEL_FILES)
+    classifier = RUN_NAME, Path(RUN_NAME).with_suffix(".json").name
+    return (*names, *classifier, *MODEL_FILES)
 
 
 class RunSetup:
@@ -178,7 +186,7 @@ class RunSetup:
                 check_epochs(self.saved, self.steps_per_epoch)
             except ValueError as error:
                 raise UserError(f"{where}: is damaged: {error}") from None
-            self.keeps_start = old.model.weights == recipe.model.weights
+            self.keeps_start = start_weights(old, kind) == start_weights(recipe, kind)
             if self.keeps_start and "start_sha256" in self.saved["inputs"]:
                 self.inputs["start_sha256"] = self.saved["inputs"]["start_sha256"]
             compare_schedules(old, recipe, kind, self.saved["step"], self.steps_per_epoch, where)

@@ -5,12 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from variant.training.ema import EMA
+
+ADVERSARIAL = "adversarial"  # marks epochs that ended with an adversary
+
+
+class Second(Protocol):
+    """A second module that a run trains, with an optimiser of its own: a discriminator."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
 
 
 @dataclass
@@ -23,6 +32,7 @@ class RunState:
     history: one entry per completed epoch, as in the metrics file.
     ema: the moving average of the module's weights; None keeps none.
     log: measurements that go on, of :meth:`variant.training.step_log.StepLog.saved`.
+    adversary: the discriminator and its optimiser; None trains none.
     """
 
     module: nn.Module
@@ -34,6 +44,7 @@ class RunState:
     history: list[dict[str, Any]] = field(default_factory=list)
     ema: EMA | None = None
     log: dict[str, Any] = field(default_factory=dict)
+    adversary: Second | None = None
 
     def add_loss(self, name: str, loss: float) -> None:
         """Add one step's loss to the sum of its configuration."""
@@ -48,15 +59,23 @@ class RunState:
         """The entry whose weights or average have the lowest mean held-out loss.
 
         Of equals the earliest; None before an evaluation. Weights that could not be written do not
-        count.
+        count. Once an adversary trains, the last entry is the best: it raises the held-out loss.
         """
-        kept = [entry for entry in self.history if has_best(entry)]
-        return min(kept, key=lambda entry: best_of(entry)[0], default=None)
+        best = None
+        for entry in self.history:
+            if has_best(entry) and is_better(entry, best):
+                best = entry
+        return best
 
 
 def has_best(entry: Mapping[str, Any]) -> bool:
     """Whether an epoch was evaluated, and its weights could be kept."""
     return "held_out_mean" in entry and "best_not_kept" not in entry
+
+
+def is_better(entry: Mapping[str, Any], best: Mapping[str, Any] | None) -> bool:
+    """Whether an evaluated epoch takes the place of the best one before it."""
+    return best is None or ADVERSARIAL in entry or best_of(entry)[0] < best_of(best)[0]
 
 
 def best_of(entry: Mapping[str, Any]) -> tuple[float, bool]:

@@ -1,7 +1,7 @@
 """The tensors of a run's state by name, as a checkpoint folder holds them.
 
 ``module.NAME`` is a weight or buffer, ``ema.NAME`` the moving average of a parameter,
-``optimizer.MOMENT.NAME`` a moment of AdamW.
+``optimizer.MOMENT.NAME`` a moment of AdamW. The names of a second module begin with ``adversary.``.
 """
 
 from __future__ import annotations
@@ -17,16 +17,25 @@ from variant.errors import UserError
 from variant.training.checkpoint_folder import read_into, stored_tensors
 from variant.training.run_state import RunState
 
-MODULE, EMA, OPTIMIZER = "module.", "ema.", "optimizer."
+MODULE, EMA, OPTIMIZER, ADVERSARY = "module.", "ema.", "optimizer.", "adversary."
 
 
 def named_tensors(state: RunState) -> dict[str, Tensor]:
     """Every tensor of the state, not copied."""
-    tensors = {MODULE + name: value for name, value in state.module.state_dict().items()}
+    tensors = _trained(state.module, state.optimizer)
     if state.ema is not None:
         tensors |= {EMA + name: value for name, value in state.ema.averages.items()}
-    for name, parameter in state.module.named_parameters():
-        for moment, value in state.optimizer.state.get(parameter, {}).items():
+    if state.adversary is not None:
+        second = _trained(state.adversary.module, state.adversary.optimizer)
+        tensors |= {ADVERSARY + name: value for name, value in second.items()}
+    return tensors
+
+
+def _trained(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """A module's weights, buffers and moments."""
+    tensors = {MODULE + name: value for name, value in module.state_dict().items()}
+    for name, parameter in module.named_parameters():
+        for moment, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{OPTIMIZER}{moment}.{name}"] = value
     return tensors
 
@@ -48,6 +57,9 @@ def read_state(folder: Path, state: RunState) -> None:
     """
     stored = stored_tensors(folder)
     _make_moments(state.module, state.optimizer, stored)
+    if state.adversary is not None:
+        second = part_of(stored, ADVERSARY)
+        _make_moments(state.adversary.module, state.adversary.optimizer, second)
     tensors = named_tensors(state)
     unknown = sorted(stored.keys() - tensors.keys())
     if unknown and not (state.ema is None and all(name.startswith(EMA) for name in unknown)):

@@ -21,6 +21,7 @@ from variant.training.distributed import Ranks
 from variant.training.ema import EMA
 from variant.training.meters import Meters
 from variant.training.recipe import Recipe
+from variant.training.run_state import Second
 
 Report = Callable[[str, int, int], None]
 
@@ -52,6 +53,7 @@ class Task(ABC):
 
     kind: "var" or "vae", the first word of the names of the run's files.
     network: what :meth:`loss` calls in place of the module, which it wraps; the trainer sets it.
+    adversary: a discriminator that the task trains too; None is none.
     ema_decay: of the moving average of the module's weights; 0 keeps none.
     meters: collect what the steps measure; None does not.
     loader: reads the samples of the steps ahead; None reads them when they are needed.
@@ -62,6 +64,7 @@ class Task(ABC):
     module: nn.Module
     data: Source
     recipe: Recipe
+    adversary: Second | None = None
     ema_decay: float = 0.0
     network: Callable[..., Any]
     meters: Meters | None = None
@@ -218,6 +221,24 @@ class Task(ABC):
     def before_step(self, indices: Indices, epoch: int, step: int) -> None:
         """Called before the forward pass of each step."""
         return
+
+    def after_backward(self, step: int, rate: float, norm: Tensor) -> Tensor:
+        """Called when a step's gradients are complete, before the optimiser uses them.
+
+        Args:
+            rate: learning rate of the step.  norm: of all gradients.
+        Returns:
+            the norm, or one that is not finite, which skips the step and stops the run.
+        """
+        return norm
+
+    def is_adversarial(self, step: int) -> bool:
+        """Whether a discriminator has trained when this many steps are completed."""
+        return False
+
+    def mean_loss(self, losses: Mapping[str, float]) -> float:
+        """The mean of the losses of an evaluation, by which the best weights are chosen."""
+        return sum(losses.values()) / len(losses)
 
     def after_step(self, step: int) -> None:
         """Called after the optimiser's step."""

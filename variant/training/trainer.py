@@ -29,15 +29,20 @@ from variant.training.interrupt import Interrupt
 from variant.training.late_values import LateValues, require_finite
 from variant.training.loss_scale import LossScaler
 from variant.training.metrics import MetricsFile
-from variant.training.optim import clipped_step, decay_groups, gradient_norm, learning_rate
+from variant.training.optim import (
+    PRECISIONS,
+    autocast,
+    clipped_step,
+    decay_groups,
+    gradient_norm,
+    learning_rate,
+)
 from variant.training.parallel import chosen_mode, parallelize, unsharded
 from variant.training.phase_ends import ENDED
 from variant.training.run_setup import RunSetup
-from variant.training.run_state import RunState, best_of
+from variant.training.run_state import ADVERSARIAL, RunState, best_of, is_better
 from variant.training.step_log import StepLog
 from variant.training.task import Summary, Task, split_scales
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
@@ -79,7 +84,9 @@ class Trainer:
         self.scaler = LossScaler(self.device.type, enabled=self.optim.precision == "fp16")
         ema = EMA(task.module, task.ema_decay) if task.ema_decay else None
         task.choose_teacher(ema)
-        self.state = RunState(task.module, optimizer, self.scaler, ema=ema)
+        self.state = RunState(
+            task.module, optimizer, self.scaler, ema=ema, adversary=task.adversary
+        )
         self.checkpointer = setup.checkpointer
         self.schedule = CheckpointSchedule(self.recipe.output, self.steps_per_epoch)
         self._saved_step: int | None = None
@@ -205,7 +212,7 @@ class Trainer:
                 loss_sum += loss.detach()
         state.scaler.unscale_(state.optimizer)
         self.log.before_clip(name)
-        norm = gradient_norm(self.task.module)
+        norm = self.task.after_backward(state.step, rate, gradient_norm(self.task.module))
         self._values.add((name, state.step), (loss_sum, unsharded(norm)))
         self._read_values()
         clipped_step(state.optimizer, state.scaler, norm, self.optim.clip)
@@ -239,12 +246,7 @@ class Trainer:
         return self._cached_order[1]
 
     def _autocast(self) -> torch.autocast:
-        dtype = PRECISIONS[self.optim.precision]
-        return torch.autocast(
-            self.device.type,
-            dtype=torch.bfloat16 if dtype is torch.float32 else dtype,
-            enabled=dtype is not torch.float32,
-        )
+        return autocast(self.device, self.optim.precision)
 
     def _end_epoch(self, started: float) -> None:
         """Evaluate and record.  Args: started: when the epoch's last step began."""
@@ -254,6 +256,8 @@ class Trainer:
         is_last = state.step == self.total_steps
         entry: dict[str, Any] = {"epoch": epoch, "step": state.step, "train": state.mean_losses()}
         if epoch % self.recipe.eval.every == 0 or is_last:
+            if self.task.is_adversarial(state.step):
+                entry[ADVERSARIAL] = True
             entry |= self._evaluate(epoch)
             self._keep_if_best(entry)
         self.log.draw_samples(epoch, is_last=is_last)
@@ -290,18 +294,17 @@ class Trainer:
         self.task.module.eval()
         with torch.no_grad(), self._autocast():
             losses, by_scale = split_scales(self.task.held_out_losses(self.ranks))
-        mean = sum(losses.values()) / len(losses)
+        mean = self.task.mean_loss(losses)
         require_finite(mean, "held-out loss", self.recipe.name, self.state.step, epoch - 1)
         entry: dict[str, Any] = {name: losses, f"{name}_mean": mean}
         return entry | ({f"{name}_by_scale": by_scale} if by_scale else {})
 
     def _keep_if_best(self, entry: dict[str, Any]) -> None:
         """Write the weights, or their moving average, if none before had a lower loss."""
-        best, (loss, averaged) = self.state.best_entry(), best_of(entry)
-        if best is None or loss < best_of(best)[0]:
+        if is_better(entry, self.state.best_entry()):
             not_kept = True
             with self._going_on():
-                self.checkpointer.save_best(self.state, averaged=averaged)
+                self.checkpointer.save_best(self.state, averaged=best_of(entry)[1])
                 not_kept = False
             if self.ranks.largest(not_kept)[0]:  # the ranks keep the same history
                 entry["best_not_kept"] = True

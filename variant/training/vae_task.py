@@ -1,43 +1,62 @@
-"""Training of the multi-scale VQ-VAE: squared pixel error plus the quantiser's loss.
+"""Training of the multi-scale VQ-VAE.
 
-This recipe is ours and smaller than the original's: it has no discriminator and no perceptual loss,
-so it suits small images. Unused codes are moved onto features of the current batch.
+Its loss is the pixel error plus the quantiser's loss and, where the recipe says so, a perceptual
+and an adversarial loss. Unused codes are moved onto features of the current batch.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
 from variant.data.images import Indices
-from variant.data.samples import Source
+from variant.data.samples import ImageSource, Source
 from variant.errors import UserError
+from variant.files import file_sha256
 from variant.models.vqvae import VQVAE
+from variant.training.adversary import Adversary
+from variant.training.classifier import (
+    RUN_NAME,
+    is_there,
+    read_classifier,
+    save_classifier,
+    train_classifier,
+)
 from variant.training.code_use import CodeUse, HeldOutUse
 from variant.training.codebook import CodebookTraining
-from variant.training.distributed import Ranks, rank_of_environment
+from variant.training.distributed import Ranks, connected, device_of_rank, rank_of_environment
+from variant.training.image_loss import ImageLoss
+from variant.training.initial_weights import named_weights
+from variant.training.optim import OptimSection
+from variant.training.parallel import ParallelSection
+from variant.training.perceptual import PerceptualLoss, classifier_loss, given_loss
 from variant.training.random_state import seed_everything
 from variant.training.recipe import Recipe, with_seed
-from variant.training.run_setup import open_run
+from variant.training.run_setup import RunSetup, open_run
 from variant.training.sample_grid import COLUMNS
 from variant.training.task import Summary, Task
 from variant.training.trainer import Trainer
+from variant.training.vae_sections import CLASSIFIER
 
 
 class VAETask(Task):
     """The VQ-VAE as a training task.
 
-    The loss of a step is named "loss", that of an evaluation "reconstruction".
+    The loss of a step is named "loss"; those of an evaluation are "reconstruction" and, if there is
+    a perceptual loss, "perceptual".
 
     steps: optimiser steps of the complete run.
     ranks: the processes of the run; None is this one alone.
+    perceptual: None has no such loss.
     """
 
     kind = "vae"
+    discriminator: Adversary | None = None
 
     def __init__(
         self,
@@ -47,22 +66,69 @@ class VAETask(Task):
         device: torch.device,
         steps: int,
         ranks: Ranks | None = None,
+        perceptual: PerceptualLoss | None = None,
     ) -> None:
         self.module = self.vae = self.network = module
         self.data, self.recipe, self.device = data, recipe, device
         self.training = recipe.vae_training
         self.ranks = ranks or Ranks()
         self.codebook = CodebookTraining(module, recipe, steps, self.ranks)
+        self.ema_decay = self.training.ema_decay
+        self.perceptual = perceptual
+        section, optim = self.training.adversary, self.training.optim
+        if section.weight and optim is not None:
+            channels = recipe.vae.in_channels
+            self.adversary = self.discriminator = Adversary(
+                section, channels, optim, recipe.seed, self.ranks, device
+            )
+        last_layer = module.decoder.conv_out.weight
+        self.image_loss = ImageLoss(
+            self.training, perceptual, self.discriminator, last_layer, self.measure
+        )
         self.code_use = CodeUse(module.quantize, self.ranks, self.measure)
         self._held_out_use: HeldOutUse | None = None
 
     def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
         images = self.fetch(indices, epoch).to(self.device).images
         reconstructed, quantisation, _ = self.network(images, self.codebook.num_scales(step))
-        pixel_error = F.mse_loss(reconstructed.float(), images)
-        self.measure("loss/reconstruction", pixel_error)
         self.measure("loss/quantization", quantisation)
-        return self.training.reconstruction * pixel_error + quantisation
+        share = len(images) / self.batch_size
+        return self.image_loss(reconstructed.float(), images, step, share) + quantisation
+
+    @property
+    def batch_size(self) -> int:
+        """Images of a step, over all processes."""
+        assert self.training.optim is not None, "a VQ-VAE that is trained has an optimiser"
+        return self.training.optim.batch_size
+
+    @property
+    def uses_every_parameter(self) -> bool:
+        # Scales that are left out leave out their residual convolutions.
+        return False
+
+    @property
+    def note(self) -> str | None:
+        if self.perceptual is None:
+            return None
+        return f"perceptual loss: {self.perceptual.what}"
+
+    def after_backward(self, step: int, rate: float, norm: Tensor) -> Tensor:
+        if self.discriminator is None or not self.discriminator.starts_by(step):
+            return norm
+        of_discriminator = self.discriminator.step(rate)
+        self.measure("gradient_norm/discriminator", of_discriminator)
+        return norm.where(of_discriminator.isfinite(), of_discriminator)
+
+    def is_adversarial(self, step: int) -> bool:
+        return self.discriminator is not None and step > self.discriminator.section.start_step
+
+    def mean_loss(self, losses: Mapping[str, float]) -> float:
+        if "perceptual" not in losses:
+            return super().mean_loss(losses)
+        # Weighted as in the training loss.
+        pixels, distance = self.training.reconstruction, self.training.perceptual.weight
+        total = pixels * losses["reconstruction"] + distance * losses["perceptual"]
+        return total / (pixels + distance)
 
     def name_of_step(self, step: int) -> str:
         return "loss"
@@ -87,7 +153,7 @@ class VAETask(Task):
             scales = [tokens[:, layout.slice(k)] for k in range(layout.num_scales)]
             self._held_out_use.add(indices, scales)
         reconstructed = self.vae.decode(tokens).float() * 2 - 1
-        return {"reconstruction": F.mse_loss(reconstructed, images).item()}
+        return self.image_loss.held_out(reconstructed, images)
 
     def held_out_losses(self, ranks: Ranks) -> dict[str, float]:
         """With the use of the codes at each scale beside the losses."""
@@ -132,25 +198,86 @@ def train_vae(
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
     """
     recipe = with_seed("train_vae", recipe, seed)
+    training, device = recipe.vae_training, device or device_of_rank()
+    optim = training.optim
+    if training.weights is not None or optim is None:
+        raise UserError(f"{recipe.name}: trains no VQ-VAE; it uses {training.weights} instead")
     if rank_of_environment()[1] > 1:
-        raise UserError("train-vae trains in one process; start it without torchrun")
-    optim = recipe.vae_training.optim
-    if recipe.vae_training.weights is not None or optim is None:
+        # FSDP2 gathers weights where a whole module is called; here parts are. They are small.
+        recipe = dataclasses.replace(recipe, parallel=ParallelSection("ddp"))
+    with (
+        connected(device) as ranks,
+        open_run(
+            VAETask.kind,
+            recipe,
+            optim,
+            out,
+            device=device,
+            resume=resume,
+            resume_command=resume_command,
+            ranks=ranks,
+        ) as setup,
+    ):
+        return _train(setup, optim, console)
+
+
+def _train(setup: RunSetup, optim: OptimSection, console: Console | None) -> Summary:
+    recipe, training = setup.recipe, setup.recipe.vae_training
+    epochs, steps = training.epochs, training.epochs * setup.steps_per_epoch
+    section = training.adversary
+    if section.weight and section.start_step >= steps:
         raise UserError(
-            f"{recipe.name}: trains no VQ-VAE; it uses {recipe.vae_training.weights} instead"
+            f"{recipe.name}: vae_training.adversary.start_step must be below the {steps} steps of "
+            f"the run; got {section.start_step}"
         )
-    with open_run(
-        VAETask.kind,
-        recipe,
-        optim,
-        out,
-        device=device,
-        resume=resume,
-        resume_command=resume_command,
-    ) as setup:
-        seed_everything(recipe.seed)
-        module = VQVAE(recipe.vae).to(setup.device)
-        epochs = recipe.vae_training.epochs
-        steps = epochs * setup.steps_per_epoch
-        task = VAETask(module, setup.data, recipe, setup.device, steps, setup.ranks)
-        return Trainer(task, setup, epochs, console).run()
+    start = None
+    if training.start_weights is not None and not setup.keeps_start:
+        start = named_weights("vae", training.start_weights)
+        setup.record_input("start_sha256", start.sha256())
+    perceptual = _perceptual(setup, console)
+    seed_everything(recipe.seed)
+    module = VQVAE(recipe.vae)
+    if start is not None and setup.saved is None:
+        start.load_into(module, recipe)
+    module = module.to(setup.device)
+    if training.trainable == "decoder":
+        module.requires_grad_(False)
+        module.decoder.requires_grad_(True)
+        module.post_quant_conv.requires_grad_(True)
+    task = VAETask(module, setup.data, recipe, setup.device, steps, setup.ranks, perceptual)
+    return Trainer(task, setup, epochs, console).run()
+
+
+def _perceptual(setup: RunSetup, console: Console | None) -> PerceptualLoss | None:
+    """The recipe's perceptual loss; its classifier is trained first, by one process for all."""
+    section = setup.recipe.vae_training.perceptual
+    if not section.weight:
+        return None
+    if section.network != CLASSIFIER:
+        loss = given_loss(section, setup.recipe.name, setup.device)
+    else:
+        with setup.ranks.one_after_another():
+            loss = _classifier(setup, console)
+    setup.record_input("perceptual_sha256", loss.sha256)
+    return loss
+
+
+def _classifier(setup: RunSetup, console: Console | None) -> PerceptualLoss:
+    """The classifier in the run's folder, trained if there is none of these images."""
+    recipe, source = setup.recipe, setup.data
+    assert isinstance(source, ImageSource), "a VQ-VAE is trained on images"
+    steps = recipe.vae_training.perceptual.steps
+    path = setup.folder / RUN_NAME
+    wanted = source.digest(), recipe.seed, steps
+    record = None
+    if is_there(path):
+        classifier, record = read_classifier(path)
+        if (record.data_sha256, record.seed, record.steps) != wanted:
+            record = None
+    if record is None:
+        out = console or Console()
+        out.print(f"vae: training the classifier of the perceptual loss, {steps} steps")
+        trained = train_classifier(source.data, seed=recipe.seed, steps=steps, device=setup.device)
+        save_classifier(path, *trained)
+        classifier, record = read_classifier(path)
+    return classifier_loss(classifier, record.accuracy, file_sha256(path), setup.device)

@@ -386,6 +386,8 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
         "train_loss": summary.train_loss,
         "held_out_loss": summary.held_out_loss,
     }
+    if recipe.vae_training.weights is None:
+        training["vqvae_loss"] = recipe.vae_training.loss_text
     extra = {"training": training}
     weights = whole(module.state_dict(), keep=setup.ranks.is_first)
     if setup.ranks.is_first:
