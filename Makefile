@@ -22,7 +22,7 @@ CTEST := $(BIN)/ctest --output-on-failure
 # COVERAGE=1 records the branches that the Python tests take, for `make coverage`.
 PYTEST = $(BIN)/python $(if $(COVERAGE),-m coverage run) -m pytest -n $(TEST_JOBS)
 
-.PHONY: help setup dev generate check test test-python test-triton test-robustness test-cpp test-cuda test-cuda-python test-isas test-tsan coverage-cpp nightly coverage mutants cuda sass gpu gpu-artefacts bench bench-report docs-results study-report lint clean
+.PHONY: help setup dev generate check test test-python test-triton test-robustness test-cpp test-cuda test-cuda-python test-isas test-tsan coverage-cpp nightly coverage mutants cuda sass gpu gpu-artefacts bench bench-report docs-results study study-report lint clean
 
 help:
 	@echo "make generate  generate digits at every depth into out/digits.png"
@@ -43,6 +43,7 @@ help:
 	@echo "make gpu-artefacts  beforehand, without a GPU: what make gpu would compile, for build/gpu-artefacts"
 	@echo "make bench     every kernel beside its peers, then the engine; results under $(RESULTS)"
 	@echo "make docs-results  docs/results.md and the README's table, from $(RESULTS); docs/recipes.md"
+	@echo "make study     every run of the study, up to 6 hours on two idle cores; goes on where it stopped"
 	@echo "make study-report  docs/study.md and its plots, from benchmarks/study/results"
 	@echo "make lint      ruff, clang-format and the type checker"
 	@echo "make clean     remove the files made by the targets above (not $(VENV))"
@@ -175,7 +176,7 @@ nightly: export VARIANT_ROBUSTNESS_TRITON_DTYPES = 1
 # The day is the seed of the random tests.
 NIGHTLY = CALLS=100000 CASES=20000 FILES=8000 SEQUENCES=2000 SIGNALS=60 KILLS=60 GPU_KILLS=20 PRESSURE=400 TOKENIZE_STRIDE=1 SEED=$(shell date +%Y%m%d)
 nightly:
-	$(addprefix VARIANT_ROBUSTNESS_,$(NIGHTLY)) VARIANT_TRAINING_STOPS=all VARIANT_SAMPLER_KILLS=10 $(MAKE) test test-isas test-tsan sass SANITIZED_ISAS=all
+	$(addprefix VARIANT_ROBUSTNESS_,$(NIGHTLY)) VARIANT_TRAINING_STOPS=all VARIANT_SAMPLER_KILLS=10 VARIANT_SEARCH_IMAGES=90 $(MAKE) test test-isas test-tsan sass SANITIZED_ISAS=all
 	$(if $(shell command -v $${CUDACXX:-nvcc}),$(MAKE) cuda)
 	$(MAKE) mutants
 
@@ -246,6 +247,11 @@ bench-report: dev
 # sources.
 docs-results: dev
 	$(BIN)/python -m benchmarks.docs_results
+
+# Into build/study; the result files are committed.
+study: dev
+	$(BIN)/python -m benchmarks.study run --out build/study --jobs $(JOBS)
+	$(BIN)/python -m benchmarks.study collect --out build/study
 
 # A test compares the page with the files, and the digests that its plots carry.
 study-report: dev

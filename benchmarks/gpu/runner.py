@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -101,6 +102,21 @@ def run_step(run: Run, settings: Settings, step: Step, ends: float) -> str:
     return f"failed: {', '.join(failed)}" if failed else "ok"
 
 
+def _add_tuning(session: Session, since: float, recorded: set[str]) -> None:
+    """Record what was timed to choose block sizes: each config's milliseconds.
+
+    ``python -m benchmarks.shipped_choices`` makes them the package's choices.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return
+    from variant_kernels.triton_ops.tuning import cache_dir
+
+    for path in sorted(cache_dir().glob("*.json")):
+        if path.stat().st_mtime >= since and path.stem not in recorded:
+            recorded.add(path.stem)
+            session.add("tuning", path.stem, json.loads(path.read_text()), since)
+
+
 def _measure(
     run: Run, settings: Settings, step: Step, items: Sequence[str], progress: Path
 ) -> None:
@@ -112,7 +128,7 @@ def _measure(
         with progress.open("a") as file:
             file.write(json.dumps({"item": item, "state": state, "at": time.time()}) + "\n")
 
-    session = Session(run, settings, step.name)
+    session, recorded = Session(run, settings, step.name), set[str]()
     measurement = step.work(session)
     print(f"-- {step.name}: prepared in {time.time() - began:.1f} s", flush=True)
     for item in items:
@@ -131,6 +147,7 @@ def _measure(
                 raise SystemExit(FATAL_STATUS) from error
             del error
         note(item, state)
+        _add_tuning(session, began, recorded)
         if compiled["found"] or compiled["compiled"]:
             run.add("triton", step.name, "cache", compiled, began)
 

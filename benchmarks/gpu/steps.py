@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import json
 import os
 import shutil
 import subprocess
@@ -246,7 +245,6 @@ class Kernels(Measurement):
         record["missing"] = comparison.missing
         record["wrong"] = {peer: str(error)[:300] for peer, error in wrong.items()}
         self.session.add("kernel", f"{op} {name}", record, began)
-        _add_tuning(self.session, began)
         comparison.calls = {}
         del comparison
         _release(device)
@@ -396,15 +394,6 @@ def _drop_failing(comparison: Any) -> None:
         except Exception as error:  # any peer, any compiler
             comparison.missing[name] = f"failed: {type(error).__name__}: {str(error)[:300]}"
             del comparison.calls[name]
-
-
-def _add_tuning(session: Session, since: float) -> None:
-    """Record what was timed to choose block sizes: each config's milliseconds."""
-    from variant_kernels.triton_ops.tuning import cache_dir
-
-    for path in sorted(cache_dir().glob("*.json")):
-        if path.stat().st_mtime >= since:
-            session.add("tuning", path.stem, json.loads(path.read_text()), since)
 
 
 def _release(device: str) -> None:

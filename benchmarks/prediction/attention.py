@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.prediction.constants import Constants
-from variant_kernels.plans.attention_tiles import Cuts, cut_keys, cut_queries
+from variant_kernels.plans.attention_tiles import cut_keys, cut_queries
 
 # Of the Triton release in torch 2.11, which runs on GPUs.
 MACHINE_CODE = (
@@ -34,7 +34,8 @@ PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4, "paged": 2}
 
 _KEY = re.compile(
     r"(?:block_causal_)?(?P<attention>attention_(?:forward|dq|dkv)|paged_attention)/"
-    r"D (?P<width>\d+), (?P<q>\d+) x (?P<k>\d+)(?P<more>.*), (?P<warps>\d+) warps"
+    r"D (?P<width>\d+), (?P<q>\d+) x (?P<k>\d+)(?P<more>.*), (?P<warps>\d+) warps, "
+    r"(?P<stages>\d+) stages"
 )
 
 
@@ -59,6 +60,7 @@ class Kernel:
     ahead: bool
     wgmma: bool
     variant: str = ""
+    num_stages: int = 0
 
     def tile_cycles(self, c: Constants, *, masked: bool) -> float:
         """Cycles of one processor for one pair of tiles."""
@@ -120,14 +122,17 @@ def kernels(path: Path = MACHINE_CODE) -> tuple[Kernel, ...]:
                 ahead=0 not in figures["waits"],
                 wgmma=all(loop.get("HGMMA") for loop in figures["loops"]),
                 variant=match["more"].removeprefix(", "),
+                num_stages=int(match["stages"]),
             )
         )
     return tuple(found)
 
 
-def _pairs(cuts: Cuts) -> list[tuple[int, int]]:
-    # A tile of keys has a bounds check at its last tile of queries: masked, too.
-    return [(tile.pairs, tile.masked) for tile in cuts.tiles]
+def tiles_of(kernel: Kernel, lengths: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(pairs, masked) of each program of a head: as a launcher of block-causal attention cuts."""
+    cut = cut_keys if kernel.kind == "dkv" else cut_queries
+    tiles = cut(lengths, kernel.block_q, kernel.block_k).tiles
+    return [(tile.pairs, tile.masked) for tile in tiles]
 
 
 def chosen(kind: str, width: int, variant: str = "") -> list[Kernel]:
@@ -146,9 +151,8 @@ def block_causal_seconds(
     qk_norm: bool = False,
 ) -> float:
     """Seconds of the fastest block sizes. kind: forward, dq or dkv.  heads: of all images."""
-    cut = cut_keys if kind == "dkv" else cut_queries
     return min(
-        kernel.seconds(c, _pairs(cut(lengths, kernel.block_q, kernel.block_k)), heads)
+        kernel.seconds(c, tiles_of(kernel, lengths), heads)
         for kernel in chosen(kind, width, "qk_norm" if qk_norm else "")
     )
 

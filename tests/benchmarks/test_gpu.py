@@ -195,6 +195,26 @@ def test_a_step_for_failures_runs_after_failed_tests_only(tmp_path):
     assert outcomes["why"]["status"] == "ok"
 
 
+class Tunes(Fails):
+    def measure(self, item):
+        from variant_kernels.triton_ops.tuning import cache_dir
+
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        (cache_dir() / f"{item}.json").write_text(json.dumps({"milliseconds": [1.0]}))
+        super().measure("raises" if item == "timed before it failed" else item)
+
+
+def test_what_any_step_times_to_choose_block_sizes_is_recorded(tmp_path, monkeypatch):
+    """Once, in the step that timed it; a generation times shapes that no kernel case has."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setenv("VARIANT_CACHE_DIR", str(tmp_path / "cache"))
+    chosen = [Step("one", Tunes, ("a", "timed before it failed", "b"), 10, 5),
+              Step("two", Fails, ("c",), 10, 5)]  # fmt: skip
+    _, _, results = run_steps(tmp_path, chosen)
+    found = [(r["step"], r["name"]) for r in results if r["kind"] == "tuning"]
+    assert found == [("one", "a"), ("one", "timed before it failed"), ("one", "b")]
+
+
 def test_what_a_step_started_ends_with_it(tmp_path):
     run_steps(tmp_path, [Step("parent", Fails, ("leaves a child",), 10, 5)])
     mine = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)

@@ -26,6 +26,8 @@ from benchmarks import docs_results, readme_picture
 from variant import VARiant
 from variant.cli.main import main
 from variant.cli.parser import parse
+from variant.schedule_files import save_schedule
+from variant_kernels import DepthSchedule
 
 ROOT = Path(__file__).parents[2]
 LOOKALIKES = ROOT / "tests" / "integrations"
@@ -48,6 +50,7 @@ NOT_RUN = {
     "python -m benchmarks.dropin": "needs a clone of the original code, takes minutes",
     "python -m benchmarks.gpu": "tests/benchmarks/test_gpu.py runs it",
     "python -m benchmarks.predict --fit": "needs a run on a GPU; test_predict.py runs it",
+    "python -m benchmarks.shipped_choices": "rewrites a file of the package",
     "python -m variant.evaluation.digits": "needs a model trained for minutes",
     "python -m variant_kernels.triton_ops.compile_report": "takes minutes",
     "variant train": "takes minutes; a shortened recipe runs below",
@@ -114,6 +117,7 @@ def stand_ins(tmp_path_factory):
         warnings.simplefilter("ignore")  # of assumed settings
         VARiant.from_var_checkpoint(*files).save_pretrained(folder / "models" / "converted")
     small_model().save_pretrained(folder / "runs" / "mine")
+    save_schedule(folder / "out/search/schedule.json", DepthSchedule.from_depths([8] * 4 + [4, 2]))
     rng = np.random.default_rng(0)
     for part, count in (("train", 16), ("held_out", 2)):
         for name in ("cat", "dog"):

@@ -12,12 +12,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
+from benchmarks.shipped_choices import table_of
 from variant_kernels import device_lock
-from variant_kernels.triton_ops import (
-    block_causal_attention_configs,
-    paged_attention_configs,
-    tuning,
-)
+from variant_kernels.triton_ops import tuning
 from variant_kernels.triton_ops.tuning import Config, Key
 from variant_kernels.tuning_switch import timing_allowed
 
@@ -244,23 +241,10 @@ def test_a_damaged_record_of_another_shape_is_passed_over(timed, monkeypatch):
 
 def test_every_shipped_choice_is_a_candidate_and_says_where_it_is_from():
     entries = json.loads(tuning.SHIPPED.read_text())["entries"]
-    blocks = block_causal_attention_configs
-    tables = {"forward": blocks.FORWARD, "dq": blocks.DQ, "dkv": blocks.DKV}
     shapes = [
         (entry["kernel"], entry["family"], entry["same"], entry["sizes"]) for entry in entries
     ]
     assert all(shapes.count(shape) == 1 for shape in shapes)
     for entry in entries:
-        config, head_dim = Config(**entry["config"]), int(entry["same"][0])
-        assert entry["source"] == "predicted" or entry["source"].startswith("measured on ")
-        if entry["kernel"] == "paged_attention_kernel":
-            kv8 = entry["same"][2] == "1"
-            by_queries = paged_attention_configs.configs_by_queries(
-                entry["family"], head_dim > 64, kv8
-            )
-            queries = entry["sizes"][0]
-            candidates = by_queries[min((n for n in by_queries if n >= queries), default=128)]
-        else:
-            table = tables[entry["kernel"].split("_")[3]][entry["family"]]
-            candidates = table[min(width for width in table if width >= head_dim)]
-        assert config in candidates, entry
+        candidates = table_of(entry["kernel"], entry["same"], entry["sizes"])
+        assert Config(**entry["config"]) in candidates, entry

@@ -9,7 +9,8 @@ After a change of a kernel::
     make sass SASS=paged_attention/            # what differs, of cases that begin so
     make sass SASS=paged_attention/ WRITE=1    # accept it: write the tables anew
 
-Commit the tables with the change, and what ``make docs-results`` then predicts from them. Without
+Commit the tables with the change, and what ``python -m benchmarks.shipped_choices`` and
+``make docs-results`` then predict from them. Without
 SASS all cases are compiled, some minutes on two cores.
 Both commands run with the Triton that is installed and with torch 2.11's, which make installs into
 ``build``. In an environment that make did not create, the same for one version::

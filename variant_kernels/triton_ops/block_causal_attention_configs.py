@@ -25,7 +25,7 @@ FORWARD: Table = {
             Config(64, 64, 4, 3),
             Config(128, 128, 8, 3),
         ),
-        128: (Config(128, 64, 8, 3), Config(128, 128, 8, 2), Config(64, 64, 4, 3)),
+        128: (Config(128, 64, 8, 3), Config(128, 128, 8, 3), Config(64, 64, 4, 3)),
         256: (Config(64, 32, 4, 2), Config(128, 64, 8, 2)),
     },
     "nvidia": {
@@ -46,10 +46,10 @@ DQ: Table = {
     "sm90": {
         64: (
             Config(64, 64, 4, 3),
-            Config(128, 128, 8, 2),
+            Config(128, 128, 8, 3),
             Config(128, 64, 8, 3, maxnreg=128),
         ),
-        128: (Config(128, 64, 8, 2), Config(128, 32, 8, 3), Config(64, 32, 4, 3)),
+        128: (Config(128, 64, 8, 3), Config(128, 32, 8, 3), Config(64, 32, 4, 3)),
         256: (Config(64, 32, 8, 2), Config(64, 32, 4, 2)),
     },
     "nvidia": {
@@ -67,7 +67,7 @@ DQ: Table = {
 }
 DKV: Table = {
     "sm90": {
-        64: (Config(64, 64, 4, 3), Config(64, 128, 8, 3), Config(64, 128, 8, 2)),
+        64: (Config(64, 64, 4, 3), Config(64, 128, 8, 3)),
         128: (Config(32, 128, 8, 3), Config(32, 64, 4, 3)),
         256: (Config(32, 64, 8, 2), Config(32, 32, 4, 2)),
     },

@@ -30,7 +30,11 @@ from variant_kernels.triton_ops.e4m3 import (
     scale_arguments,
     scale_of,
 )
-from variant_kernels.triton_ops.paged_attention_configs import configs_for, resident_programs
+from variant_kernels.triton_ops.paged_attention_configs import (
+    configs_for,
+    pages_kind,
+    resident_programs,
+)
 from variant_kernels.triton_ops.tuning import Config
 
 
@@ -371,10 +375,10 @@ def launch_paged_attention_forward(
     with on_device_of(q_BTHD):
         batch, num_queries, heads, head_dim = q_BTHD.shape
         key = tuning.Key(
-            (head_dim, q_BTHD.element_size(), k_pages_PNHD.element_size()),
+            (head_dim, q_BTHD.element_size(), k_pages_PNHD.element_size(), pages_kind(consecutive)),
             # The room of the tables hardly matters.
             (*map(tuning.power_of_two_from, (num_queries, batch * heads)), page_size),
-            (q_BTHD.dtype, k_pages_PNHD.dtype, consecutive, scale_mul_1H11 is not None),
+            (q_BTHD.dtype, k_pages_PNHD.dtype, scale_mul_1H11 is not None),
         )
         candidates = configs_for(q_BTHD, k_scales_PNH is not None, consecutive)
         launch(tuning.best(paged_attention_kernel, candidates, key, launch, q_BTHD.device))

@@ -78,6 +78,15 @@ def configs_by_queries(kind: str, wide: bool, kv8: bool) -> ConfigsByQueries:
     }
 
 
+# The loop over consecutive pages has other candidates than the one that looks every token up.
+CONSECUTIVE, SCATTERED = "consecutive pages", "scattered pages"
+
+
+def pages_kind(consecutive: bool) -> str:
+    """Which of the two loops; shapes share a choice within one of them only."""
+    return CONSECUTIVE if consecutive else SCATTERED
+
+
 def without_page_numbers(config: Config) -> Config:
     """The config of a loop over consecutive pages: no stages for the loads of page numbers."""
     return replace(config, num_stages=max(config.num_stages - 2, min(config.num_stages, 3)))

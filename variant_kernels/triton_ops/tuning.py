@@ -236,7 +236,9 @@ def _read_or_time(
     if stored is not None:
         return stored
     fastest, times = _time(kernel.__name__, configs, launch)
-    record |= {"milliseconds": times, "winner": asdict(fastest)}
+    # What benchmarks.shipped_choices needs besides.
+    record |= {"milliseconds": times, "winner": asdict(fastest),
+               "family": family(device), "torch": torch.__version__}  # fmt: skip
     _write(path, json.dumps(record, indent=1))
     return fastest
 

@@ -84,8 +84,8 @@ def _cases() -> Iterator[CompileCase]:
                     yield from _case(kernel, width, gated, stream)
             yield from _case(adaln_sums_kernel, width, gated)
         # A layer of the engine: the sum after attention is left to the launch after the MLP.
-        for parts in ({"stored": False}, {"earlier": True}):
-            yield from _case(adaln_forward_kernel, width, True, "*fp32:16", **parts)
+        yield from _case(adaln_forward_kernel, width, True, "*fp32:16", stored=False)
+        yield from _case(adaln_forward_kernel, width, True, "*fp32:16", earlier=True)
     # Rows whose addresses are not aligned.
     for kernel in (adaln_forward_kernel, adaln_backward_kernel, adaln_sums_kernel):
         yield from _case(kernel, 1030, True, strides="i32")
