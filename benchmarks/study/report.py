@@ -1,6 +1,6 @@
 """Write ``docs/study.md`` and its plots from the study's result files.
 
-    python -m benchmarks.study.report
+    python -m benchmarks.study report
 
 A verdict follows from the numbers by the rule in ``report_verdicts.py``; nothing on the page is
 written by hand but the words around the numbers.
@@ -29,6 +29,7 @@ from benchmarks.study.report_claims import (
 )
 from benchmarks.study.report_data import METRICS, Metric, Part, Study, read_study
 from benchmarks.study.report_verdicts import ERRORS, Evidence, Verdict
+from variant.errors import UserError
 from variant.files import atomic_write
 
 ROOT = Path(__file__).parents[2]
@@ -283,7 +284,7 @@ def _paper_against_itself() -> list[str]:
 class Options:
     """Write docs/study.md and its plots from the study's result files.
 
-    Example: python -m benchmarks.study.report
+    Example: python -m benchmarks.study report
     """
 
     results: Path = RESULTS
@@ -293,9 +294,13 @@ class Options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the page; 0."""
+    """Write the page; 0, or 1 if a result file cannot be used."""
     options = tyro.cli(Options, args=argv)
-    study = read_study(options.results)
+    try:
+        study = read_study(options.results)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     options.out.parent.mkdir(parents=True, exist_ok=True)
     report_plots.draw_all(study, options.out.parent)
     with atomic_write(options.out) as temporary:

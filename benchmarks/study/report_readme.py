@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from benchmarks.study.settings import load_study
 
 from benchmarks.report import table
 from benchmarks.study.report_data import FASHION_FD, FULL, LOSS, Run, Study, mean_and_error
 from benchmarks.study.report_tables import estimate
+from benchmarks.study.settings import load_study
 from variant.engine.planning import plan_row
 from variant.models.config import VARConfig
 

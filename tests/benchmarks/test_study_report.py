@@ -6,11 +6,11 @@ import re
 import statistics
 
 import pytest
-from benchmarks.study.settings import load_study
 from PIL import Image
 
 from benchmarks import docs_results
 from benchmarks.study import report, report_plots
+from benchmarks.study.__main__ import main as study_main
 from benchmarks.study.report_claims import CLAIMS, CONTROL, FIXED, control_claims, usable_metrics
 from benchmarks.study.report_data import (
     FASHION_FD,
@@ -39,6 +39,7 @@ from benchmarks.study.report_verdicts import (
     judge,
     points,
 )
+from benchmarks.study.settings import load_study
 from variant.errors import UserError
 from variant.models.config import VARConfig
 
@@ -414,10 +415,14 @@ def test_the_pictures_know_what_they_show(tmp_path):
 def test_the_command_writes_page_and_pictures(tmp_path, capsys):
     whole_study(tmp_path)
     out = tmp_path / "docs" / "study.md"
-    assert report.main(["--results", str(tmp_path / "results"), "--out", str(out)]) == 0
+    words = ["--results", str(tmp_path / "results"), "--out", str(out)]
+    assert study_main(["report", *words]) == 0
     assert out.read_text() == report.page(read_study(tmp_path / "results"))
     assert (out.parent / "study-plane.png").exists()
     assert str(out) in capsys.readouterr().out
+    (tmp_path / "results" / "base.json").write_text("{")
+    assert report.main(words) == 1
+    assert "base.json: cannot be read as JSON" in capsys.readouterr().err
 
 
 def test_the_committed_page_and_pictures_are_what_the_result_files_give():
