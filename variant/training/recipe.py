@@ -30,7 +30,7 @@ from variant.models.config import (
     validate_dataclass,
 )
 from variant.models.discriminator import LEAST_SIDE
-from variant.models.ranges import Count, CountOrZero, Positive, Share, ShareBelowOne
+from variant.models.ranges import Count, CountOrZero, NotNegative, Positive, Share, ShareBelowOne
 from variant.paths import path_kind, read_text, shown
 from variant.schedule_files import layers_by_scale
 from variant.training.checkpoint_schedule import OutputSection
@@ -119,6 +119,11 @@ class VAETraining:
         batch; 0 never moves a code.  revive_until: share of the steps after which the checks end.
     scale_dropout: share of the steps that reconstruct from the first few scales only, so that
         coarse scales learn to hold as much of the image as they can; falls linearly to 0.
+    kmeans: iterations of k-means over the features of the first batch, by which the codes start;
+        0 starts them as single features (with revive_every) or at random.
+    entropy: weight of the entropy term: sure choices of codes, and all codes alike.
+    entropy_temperature: of its softmax over distances, in units of the mean squared distance of two
+        codes.
     weights: a trained VQ-VAE that is used instead; the same forms as the transformer's weights.
     """
 
@@ -128,6 +133,9 @@ class VAETraining:
     revive_every: CountOrZero = 0
     revive_until: Share = 0.5
     scale_dropout: Share = 0.0
+    kmeans: CountOrZero = 0
+    entropy: NotNegative = 0.0
+    entropy_temperature: Positive = 0.01
     weights: str | None = None
     pixel_loss: Literal["l2", "l1"] = "l2"
     perceptual: PerceptualSection = field(default_factory=PerceptualSection)
@@ -156,6 +164,13 @@ class VAETraining:
             require(start is not None, 'trainable "decoder" needs start_weights', start)
             every = self.revive_every
             require(every == 0, 'trainable "decoder" needs revive_every 0: codes stay', every)
+            entropy = self.entropy
+            require(entropy == 0, 'trainable "decoder" needs entropy 0: codes stay', entropy)
+        require(
+            self.kmeans == 0 or self.start_weights is None,
+            "kmeans starts new codes; it must be 0 with start_weights",
+            self.kmeans,
+        )
 
     @property
     def loss_text(self) -> str:
