@@ -147,6 +147,7 @@ def _linear_share(depth: int) -> Quantity:
         "at least 90 %",
         "%",
         lambda times: 100 * speed_up(times) / linear_ceiling(depth),
+        1,
     )
 
 
