@@ -27,6 +27,7 @@ VARIANT = (
     "accelerate_original",
     "evaluation",
     "bench",
+    "search",
     "cli",
     "training.__main__",
 )

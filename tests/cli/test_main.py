@@ -19,7 +19,18 @@ from variant.cli.options import Bench, Generate, Plan
 from variant.cli.words import command_line
 from variant.errors import UserError
 
-COMMANDS = ["generate", "plan", "train", "train-vae", "recipe", "bench", "convert", "info", "warm"]
+COMMANDS = [
+    "generate",
+    "plan",
+    "train",
+    "train-vae",
+    "recipe",
+    "bench",
+    "convert",
+    "info",
+    "warm",
+    "search",
+]
 
 
 def process(*words, **options):

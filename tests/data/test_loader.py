@@ -1,5 +1,6 @@
 """Samples that workers read ahead: which ones, in what order, and what errors do."""
 
+import dataclasses
 import itertools
 import resource
 import signal
@@ -115,3 +116,10 @@ def test_samples_out_of_order_are_a_programming_error(source):
     loader = Loader(source, plan_of(), 0, pin=False)
     with pytest.raises(AssertionError, match="next samples are"):
         loader.samples(range(8), 0)
+
+
+def test_an_epoch_of_fewer_steps_visits_the_first_images_of_its_order():
+    whole, short = list(plan_of()), list(dataclasses.replace(plan_of(), steps_per_epoch=2))
+    assert [request.epoch for request in short] == [0, 0, 1, 1, 2, 2, 3]
+    for step, of_whole in ((0, 0), (1, 1), (2, 3), (3, 4), (4, 6)):
+        assert np.array_equal(short[step].indices, whole[of_whole].indices)

@@ -26,6 +26,8 @@ from benchmarks import docs_results, readme_picture
 from variant import VARiant
 from variant.cli.main import main
 from variant.cli.parser import parse
+from variant.schedule_files import save_schedule
+from variant_kernels import DepthSchedule
 
 ROOT = Path(__file__).parents[2]
 LOOKALIKES = ROOT / "tests" / "integrations"
@@ -115,6 +117,7 @@ def stand_ins(tmp_path_factory):
         warnings.simplefilter("ignore")  # of assumed settings
         VARiant.from_var_checkpoint(*files).save_pretrained(folder / "models" / "converted")
     small_model().save_pretrained(folder / "runs" / "mine")
+    save_schedule(folder / "out/search/schedule.json", DepthSchedule.from_depths([8] * 4 + [4, 2]))
     rng = np.random.default_rng(0)
     for part, count in (("train", 16), ("held_out", 2)):
         for name in ("cat", "dog"):

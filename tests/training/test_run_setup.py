@@ -94,6 +94,18 @@ def test_a_batch_larger_than_the_data_is_refused(recipe, tmp_path):
         )
 
 
+def test_an_epoch_may_have_fewer_steps_than_a_pass_and_no_more(recipe, tmp_path):
+    def with_steps(steps):
+        optim = dataclasses.replace(OPTIM, steps_per_epoch=steps)
+        return dataclasses.replace(
+            recipe, vae_training=dataclasses.replace(recipe.vae_training, optim=optim)
+        )
+
+    with pytest.raises(UserError, match=r"steps_per_epoch must be at most 2, .* images; got 3"):
+        train_vae(with_steps(3), tmp_path, console=quiet(), device=CPU)
+    assert train_vae(with_steps(1), tmp_path, console=quiet(), device=CPU).steps == 2
+
+
 def test_missing_and_broken_image_folders_are_one_line(recipe, tmp_path):
     def run(**changes):
         section = dataclasses.replace(recipe.data, **changes)

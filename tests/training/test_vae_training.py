@@ -193,6 +193,11 @@ def test_keys_that_contradict_each_other_are_refused(recipe, tmp_path):
     for keys, message in (
         ({"trainable": "decoder"}, "needs start_weights"),
         ({"trainable": "decoder", "start_weights": "x", "revive_every": 2}, "codes stay"),
+        (
+            {"trainable": "decoder", "start_weights": "x", "revive_every": 0, "entropy": 0.1},
+            "codes stay",
+        ),
+        ({"start_weights": "x", "kmeans": 3}, "kmeans starts new codes"),
         ({"start_weights": "x", "weights": "y"}, "must not be set too"),
         ({"adversary": AdversarySection(weight=1.0, layers=3)}, "layers must be at most 1"),
     ):

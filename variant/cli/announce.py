@@ -14,6 +14,7 @@ from variant.cli.options import (
     Plan,
     Recipe,
     Sample,
+    Search,
     Tokenize,
     Train,
     TrainVae,
@@ -67,6 +68,9 @@ def first_line(command: Command) -> str:
                 f"eval: {command.images} against {command.reference}, features of "
                 f"{command.features}, {command.device}"
             )
+        case Search():
+            budget = ", ".join(command.budget)
+            return f"search: {command.model}, {budget}, {command.device}, to {command.out}"
         case Info():
             return f"info: reading {command.model}"
         case Recipe():  # a shown recipe is the whole output

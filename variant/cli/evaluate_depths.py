@@ -13,6 +13,7 @@ from variant.bench.environment import environment
 from variant.cli.options import Eval, Sample
 from variant.cli.output import check_file, console, table, write_json
 from variant.cli.progress import progress
+from variant.cli.pyplot import pyplot
 from variant.cli.sample import PER_CLASS, settings_of
 from variant.engine.engine import Engine
 from variant.engine.generation import Sampling
@@ -89,7 +90,7 @@ def evaluate_depths(command: Eval, reference: Reference, network: FeatureNetwork
     assert command.model is not None, "the caller checks it"
     if command.plot is not None:
         check_file(command.plot)
-        _pyplot()
+        pyplot("eval")
     model = VARiant.from_pretrained(command.model, device=command.device)
     config, engine = model.var.config, Engine(model.var, model.vae)
     num = PER_CLASS * config.num_classes if command.num is None else command.num
@@ -241,21 +242,9 @@ def _table(command: Eval, rows: list[tuple[Setting, float, Evaluation]]) -> Any:
     return result
 
 
-def _pyplot() -> Any:
-    """matplotlib without a display.  Raises: UserError, if it is not installed."""
-    try:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError("eval: --plot needs matplotlib; pip install matplotlib") from None
-    return plt
-
-
 def _plot(path: Path, rows: list[tuple[Setting, float, Evaluation]]) -> None:
     """The Fréchet distance against K/V memory and against time, one line for each bridge."""
-    plt = _pyplot()
+    plt = pyplot("eval")
     name = rows[0][2].metrics[0].name
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
     for label in sorted({row[0].line for row in rows}):

@@ -422,10 +422,10 @@ class Work:
         return text if index is None else {**text, "index": index}
 
 
-def fingerprint(engine: Engine) -> str:
+def fingerprint(models: Engine | VARiant) -> str:
     """SHA-256 over the names and values of all weights."""
     digest = hashlib.sha256()
-    for module in (engine.var, engine.vae):
+    for module in (models.var, models.vae):
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(name.encode())
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

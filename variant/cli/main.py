@@ -1,5 +1,5 @@
 """The command line ``variant``: generate, plan, train, train-vae, recipe, bench, convert,
-info, tokenize, sample, eval, warm.
+info, tokenize, sample, eval, search, warm.
 
 The module of a command is imported when it runs, so that ``--help`` starts without torch.
 """
@@ -25,6 +25,7 @@ from variant.cli.options import (
     Plan,
     Recipe,
     Sample,
+    Search,
     Tokenize,
     Train,
     TrainVae,
@@ -121,6 +122,10 @@ def function_of(command: Command) -> Callable[[Any], None]:
             from variant.cli.evaluate import evaluate_command
 
             return evaluate_command
+        case Search():
+            from variant.cli.search import search_command
+
+            return search_command
         case Info():
             from variant.cli.info import info
 

@@ -476,6 +476,55 @@ class Eval:
 
 
 @dataclass
+class Search:
+    """Search the layers of every scale under a budget, without training.
+
+    Layers are chosen by block influence and held-out loss; schedules by held-out loss, exactly
+    where they are few. The schedule is a file for generate, sample, eval, plan and train.
+
+    Example: variant search --model digits --budget kv=0.5
+
+    Example: variant search --model models/var-d30 --data images/held_out --budget work=0.6
+    """
+
+    model: str = "digits"
+    """Model folder, Hub id, a model of this package; or a file of the original's transformer, with
+    --vae."""
+    vae: str | None = None
+    """The VQ-VAE's file, beside a file as --model."""
+    data: str | None = None
+    """Images whose loss counts: a recipe, whose held-out images are taken; a folder with one
+    sub-folder of images per class; a folder of token shards. Default for the model digits:
+    digits."""
+    images: int = 256
+    """Number of held-out images at most; half of them choose, half compare."""
+    budget: tuple[str, ...] = ("kv=0.5",)
+    """Shares of the full network's costs, all to be kept: kv=0.5 (peak K/V bytes), work=0.5 (FLOP
+    of layers and head), latency=0.6 (times measured on this machine)."""
+    depths: tuple[int, ...] = ()
+    """Numbers of layers that a scale may run; default: every one up to 8 layers, else those of the
+    model and some between."""
+    exact: int = 3000
+    """Search exactly up to so many schedules, by beam above."""
+    beam: int = 24
+    """Prefixes that a beam keeps of each scale, for each cost."""
+    batch: int = 1
+    """Images at once in the measurement of times, for a budget of latency."""
+    device: str = "cpu"
+    """Device of the model: cpu, cuda, cuda:1."""
+    out: Path = Path("runs/search")
+    """Folder for the schedule, the record, the losses and the table of times."""
+    resume: bool = False
+    """Use the losses and times that an earlier search left in that folder."""
+    plot: Path | None = None
+    """A picture of loss against each cost; needs matplotlib."""
+    json: Path | None = None
+    """File for all that was found; -: print it in place of the tables."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass
 class Warm:
     """Compile the GPU kernels of a model and time their block sizes, so that no request waits.
 
@@ -516,5 +565,6 @@ Command = (
     | Tokenize
     | Sample
     | Eval
+    | Search
     | Warm
 )

@@ -41,6 +41,7 @@ class Plan(Sampler[Request]):
     num_train: images of the data set.  batch_size: images of a step, over all ranks.
     share: this rank's slice of a batch, which is computed in ``parts`` parts.
     first_step, total_steps: the steps that are planned, the last one excluded.
+    steps_per_epoch: 0 is a pass over the images.
     """
 
     seed: int
@@ -50,11 +51,13 @@ class Plan(Sampler[Request]):
     parts: int
     first_step: int = 0
     total_steps: int = 0
+    steps_per_epoch: int = 0
 
     def __iter__(self) -> Iterator[Request]:
         order, ordered_epoch = np.empty(0, np.int64), -1
+        per_epoch = self.steps_per_epoch or self.num_train // self.batch_size
         for step in range(self.first_step, self.total_steps):
-            epoch, position = divmod(step, self.num_train // self.batch_size)
+            epoch, position = divmod(step, per_epoch)
             if epoch != ordered_epoch:
                 order, ordered_epoch = epoch_order(self.seed, epoch, self.num_train), epoch
             batch = order[position * self.batch_size : (position + 1) * self.batch_size]

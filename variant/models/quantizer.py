@@ -113,9 +113,10 @@ class MultiScaleQuantizer(nn.Module):
             self.quant_resi = _SharedConv(convs[0])
         else:
             self.quant_resi = _PartlySharedConvs(convs)
-        # Takes the tokens (B, N) of scale k in training, in place of the running mean below; set by
-        # what trains in several parts or processes.
-        self.on_tokens: Callable[[Tensor, int], None] | None = None
+        # Takes the residual (B, C, H, W), with its gradient to the features, the tokens (B, N) and
+        # the scale in training, in place of the running mean below; set by what trains in several
+        # parts or processes.
+        self.on_scale: Callable[[Tensor, Tensor, int], None] | None = None
         # Running mean of the hits of each code per training step.
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(num_scales, config.vocab_size))
         self.embedding = nn.Embedding(config.vocab_size, config.z_channels)
@@ -199,9 +200,12 @@ class MultiScaleQuantizer(nn.Module):
         loss = target_BCHW.new_zeros(())
         num_scales = self.layout.num_scales if num_scales is None else num_scales
         for k in range(num_scales):
-            tokens_BN = self.tokens_of_residual(target_BCHW - f_hat_BCHW.detach(), k)
-            if self.training:
-                (self.on_tokens or self._record_hits)(tokens_BN, k)
+            rest_BCHW = f_BCHW - f_hat_BCHW.detach()
+            tokens_BN = self.tokens_of_residual(rest_BCHW.detach(), k)
+            if self.training and self.on_scale is not None:
+                self.on_scale(rest_BCHW, tokens_BN, k)
+            elif self.training:
+                self._record_hits(tokens_BN, k)
             f_hat_BCHW = f_hat_BCHW + self.contribution(tokens_BN, k)
             loss = loss + self.config.beta * F.mse_loss(f_BCHW, f_hat_BCHW.detach())
             loss = loss + F.mse_loss(f_hat_BCHW, target_BCHW)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -45,13 +45,17 @@ class Classified(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """Three stages of convolution, each halving the sides; 64 features; classes."""
+    """Stages of convolution, each halving the sides; 64 features; classes.
 
-    def __init__(self, num_classes: int) -> None:
+    Args:
+        widths: channels of each stage.
+    """
+
+    def __init__(self, num_classes: int, widths: Sequence[int] = WIDTHS) -> None:
         super().__init__()
         stages: list[nn.Module] = []
         inputs = 3
-        for width in WIDTHS:
+        for width in widths:
             stages += [
                 nn.Conv2d(inputs, width, 3, padding=1, bias=False),
                 nn.BatchNorm2d(width),
@@ -92,19 +96,21 @@ def train_classifier(
     *,
     seed: int = 0,
     steps: int = STEPS,
+    widths: Sequence[int] = WIDTHS,
     device: torch.device | None = None,
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> tuple[Classifier, ClassifierRecord]:
     """Train a classifier on the training images, augmented as the recipe says.
 
     Args:
+        widths: channels of its stages; :func:`read_classifier` reads classifiers of the default.
         device: of the training and of the classifier; None is the CPU.
         report: called after each step with its number and loss.
     """
     integer("train_classifier", "steps", steps, 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifier = Classifier(data.num_classes).to(device).train()
+        classifier = Classifier(data.num_classes, widths).to(device).train()
     optimizer = torch.optim.AdamW(classifier.parameters(), LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps + 1)
     batch = min(BATCH, data.num_train)

@@ -36,9 +36,9 @@ class CodeUse:
         mean_KV = quantizer.get_buffer("ema_vocab_hit_SV")
         self._hits_KV = torch.zeros_like(mean_KV, dtype=torch.int64)
         self._num_scales = 0
-        quantizer.on_tokens = self._add
 
-    def _add(self, tokens_BN: Tensor, k: int) -> None:
+    def add(self, tokens_BN: Tensor, k: int) -> None:
+        """Count the tokens of scale k of a part of the batch."""
         add_hits(self._hits_KV[k], tokens_BN)
         self._num_scales = max(self._num_scales, k + 1)
 

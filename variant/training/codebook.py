@@ -9,19 +9,25 @@ process's part of the batch, M moved codes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from variant.data.images import stream
 from variant.models.vqvae import VQVAE
-from variant.training.code_use import HeldOutUse
+from variant.training.code_entropy import EntropyLoss
+from variant.training.code_use import CodeUse, HeldOutUse
 from variant.training.distributed import Ranks
 from variant.training.recipe import Recipe
 
 STREAM_REVIVE, STREAM_SCALES = 5, 6
 # A code is unused if a batch uses it less than this share of the average code.
 UNUSED = 0.03
+# Vectors whose distances from all codes are in memory at once: 256 MiB at 4,096 codes.
+KMEANS_ROWS = 2**14
 
 
 class CodebookTraining:
@@ -29,14 +35,45 @@ class CodebookTraining:
 
     Args:
         steps: optimiser steps of the complete run.
+        measure: gets what is reported of each step, by key.
         ranks: the processes of the run; None is this one alone.
     """
 
-    def __init__(self, vae: VQVAE, recipe: Recipe, steps: int, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        vae: VQVAE,
+        recipe: Recipe,
+        steps: int,
+        measure: Callable[[str, Tensor], None],
+        ranks: Ranks | None = None,
+    ) -> None:
         self.vae, self.seed, self.steps = vae, recipe.seed, steps
         self.training = recipe.vae_training
         self.ranks = ranks or Ranks()
         self.last_revival = int(self.training.revive_until * steps)
+        self.measure = measure
+        self.use = CodeUse(vae.quantize, self.ranks, measure)
+        training = self.training
+        self.entropy = EntropyLoss(
+            vae.quantize, training.entropy, training.entropy_temperature, self.ranks
+        )
+        vae.quantize.on_scale = self._on_scale
+
+    def _on_scale(self, rest_BCHW: Tensor, tokens_BN: Tensor, k: int) -> None:
+        self.use.add(tokens_BN, k)
+        self.entropy.add(rest_BCHW, k)
+
+    def loss(self) -> Tensor | float:
+        """What the codebook adds to the loss of the forward pass before it: the entropy term."""
+        term = self.entropy.take()
+        if term is None:
+            return 0.0
+        self.measure("loss/entropy", term)
+        return self.training.entropy * term
+
+    def end_step(self) -> None:
+        """Call after the last part of a step's batch."""
+        self.use.end_step()
 
     def held_out_use(self, own: slice) -> HeldOutUse:
         """A count of the codes of held-out images.  Args: own: those of this process."""
@@ -55,8 +92,10 @@ class CodebookTraining:
         return int(rng.integers(1, scales)) if is_cut and scales > 1 else scales
 
     def revives_at(self, step: int) -> bool:
-        """Whether unused codes are moved before this step."""
+        """Whether codes are moved before this step."""
         every = self.training.revive_every
+        if step == 0 and self.training.kmeans > 0:
+            return True
         return every > 0 and step <= self.last_revival and step % every == 0
 
     def revive(self, images_BIYX: Tensor, step: int) -> None:
@@ -68,7 +107,8 @@ class CodebookTraining:
         """
         rng = stream(self.seed, step, STREAM_REVIVE)
         is_new = step == 0 and self.training.start_weights is None
-        revive_codes(self.vae, images_BIYX, rng, ranks=self.ranks, every_code=is_new)
+        kmeans = self.training.kmeans if is_new else 0
+        revive_codes(self.vae, images_BIYX, rng, ranks=self.ranks, every_code=is_new, kmeans=kmeans)
 
 
 @torch.no_grad()
@@ -79,6 +119,7 @@ def revive_codes(
     *,
     ranks: Ranks | None = None,
     every_code: bool = False,
+    kmeans: int = 0,
 ) -> int:
     """Move codes that this batch does not use onto features of the batch.
 
@@ -90,6 +131,7 @@ def revive_codes(
         rng: chooses the features; in the same state on every process.
         ranks: the processes of the run; None is this one alone.
         every_code: move the used codes too.
+        kmeans: iterations of :func:`kmeans_means` over all features, from the moved codes.
     Returns:
         the number of moved codes.
     """
@@ -104,8 +146,47 @@ def revive_codes(
     place_M = np.searchsorted(rows_R, chosen_M).clip(max=len(rows_R) - 1)
     is_own_M1 = torch.from_numpy(rows_R[place_M] == chosen_M).to(features_RC.device)[:, None]
     moved_MC = features_RC[torch.from_numpy(place_M).to(features_RC.device)]
-    quantizer.embedding.weight[unused_V] = ranks.added(moved_MC.where(is_own_M1, 0.0))
+    moved_MC = ranks.added(moved_MC.where(is_own_M1, 0.0))
+    if kmeans:
+        is_normalised = quantizer.config.using_znorm
+        moved_MC = kmeans_means(features_RC, moved_MC, kmeans, ranks, is_normalised=is_normalised)
+    quantizer.embedding.weight[unused_V] = moved_MC
     return num_unused
+
+
+def kmeans_means(
+    vectors_RC: Tensor,
+    means_MC: Tensor,
+    iterations: int,
+    ranks: Ranks | None = None,
+    *,
+    is_normalised: bool = False,
+) -> Tensor:
+    """The means of clusters by Lloyd's algorithm, (M, C); one without vectors stays where it is.
+
+    Args:
+        vectors_RC: of this process; clusters are those of the vectors of all.
+        means_MC: to start from, the same on every process.
+        is_normalised: cluster the directions of the vectors.
+    """
+    ranks = ranks or Ranks()
+    if is_normalised:
+        vectors_RC, means_MC = F.normalize(vectors_RC, dim=1), F.normalize(means_MC, dim=1)
+    for _ in range(iterations):
+        # In float64, so that the order of the sum does not show. The last column counts.
+        sums_MC = means_MC.new_zeros(len(means_MC), means_MC.shape[1] + 1, dtype=torch.float64)
+        for part_RC in vectors_RC.split(KMEANS_ROWS):
+            distance_RM = means_MC.square().sum(dim=1) - 2 * part_RC @ means_MC.T
+            ones_R1 = part_RC.new_ones(len(part_RC), 1)
+            counted = torch.cat((part_RC, ones_R1), dim=1).double()
+            sums_MC.index_add_(0, distance_RM.argmin(dim=1), counted)
+        sums_MC = ranks.added(sums_MC)
+        counts_M1 = sums_MC[:, -1:]
+        new_MC = (sums_MC[:, :-1] / counts_M1.clamp(min=1)).to(means_MC.dtype)
+        if is_normalised:
+            new_MC = F.normalize(new_MC, dim=1)
+        means_MC = new_MC.where(counts_M1 > 0, means_MC)
+    return means_MC
 
 
 def _features(

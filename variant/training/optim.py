@@ -11,7 +11,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from variant.models.config import STRICT, require, require_plain_numbers
-from variant.models.ranges import Count, NotNegative, Positive, Share, ShareBelowOne
+from variant.models.ranges import Count, CountOrZero, NotNegative, Positive, Share, ShareBelowOne
 from variant.training.parallel import unsharded
 
 
@@ -31,6 +31,8 @@ class OptimSection:
     schedule: "constant", or "cosine" from learning_rate to final_ratio times it.
     final_ratio: last learning rate over the highest, for "cosine".
     warmup: share of all steps in which the rate rises linearly from 0.
+    steps_per_epoch: optimiser steps of an epoch, which visit the first images of its order; at most
+        those of a pass over the data, which 0 is.
     """
 
     batch_size: Count
@@ -43,6 +45,7 @@ class OptimSection:
     schedule: Literal["constant", "cosine"] = "constant"
     final_ratio: Share = 0.0
     warmup: ShareBelowOne = 0.0
+    steps_per_epoch: CountOrZero = 0
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 

@@ -30,8 +30,9 @@ from variant.models.config import (
     validate_dataclass,
 )
 from variant.models.discriminator import LEAST_SIDE
-from variant.models.ranges import Count, CountOrZero, Positive, Share, ShareBelowOne
+from variant.models.ranges import Count, CountOrZero, NotNegative, Positive, Share, ShareBelowOne
 from variant.paths import path_kind, read_text, shown
+from variant.schedule_files import layers_by_scale
 from variant.training.checkpoint_schedule import OutputSection
 from variant.training.efficiency import CompileSection, MemorySection
 from variant.training.ema import EMASection
@@ -39,7 +40,7 @@ from variant.training.logging_section import LoggingSection
 from variant.training.optim import OptimSection
 from variant.training.overrides import override
 from variant.training.parallel import ParallelSection
-from variant.training.schedule import ScheduleSection
+from variant.training.schedule import ScheduleSection, num_layers
 from variant.training.vae_sections import (
     CLASSIFIER,
     LPIPS,
@@ -118,6 +119,11 @@ class VAETraining:
         batch; 0 never moves a code.  revive_until: share of the steps after which the checks end.
     scale_dropout: share of the steps that reconstruct from the first few scales only, so that
         coarse scales learn to hold as much of the image as they can; falls linearly to 0.
+    kmeans: iterations of k-means over the features of the first batch, by which the codes start;
+        0 starts them as single features (with revive_every) or at random.
+    entropy: weight of the entropy term: sure choices of codes, and all codes alike.
+    entropy_temperature: of its softmax over distances, in units of the mean squared distance of two
+        codes.
     weights: a trained VQ-VAE that is used instead; the same forms as the transformer's weights.
     """
 
@@ -127,6 +133,9 @@ class VAETraining:
     revive_every: CountOrZero = 0
     revive_until: Share = 0.5
     scale_dropout: Share = 0.0
+    kmeans: CountOrZero = 0
+    entropy: NotNegative = 0.0
+    entropy_temperature: Positive = 0.01
     weights: str | None = None
     pixel_loss: Literal["l2", "l1"] = "l2"
     perceptual: PerceptualSection = field(default_factory=PerceptualSection)
@@ -155,6 +164,13 @@ class VAETraining:
             require(start is not None, 'trainable "decoder" needs start_weights', start)
             every = self.revive_every
             require(every == 0, 'trainable "decoder" needs revive_every 0: codes stay', every)
+            entropy = self.entropy
+            require(entropy == 0, 'trainable "decoder" needs entropy 0: codes stay', entropy)
+        require(
+            self.kmeans == 0 or self.start_weights is None,
+            "kmeans starts new codes; it must be 0 with start_weights",
+            self.kmeans,
+        )
 
     @property
     def loss_text(self) -> str:
@@ -244,7 +260,12 @@ class Recipe:
             bridge=self.schedule.bridge,
         )
         section = self.schedule
-        parts = {depth for depths in section.schedules for depth in depths if depth != config.depth}
+        parts = {
+            depth
+            for depths in section.schedules
+            for depth in depths
+            if isinstance(depth, int) and depth != config.depth
+        }
         subnets = {
             depth: select_layers(config.depth, depth, section.selection)
             for depth in (*section.depths, *sorted(parts))
@@ -310,7 +331,13 @@ class Recipe:
         )
         for depths in section.schedules:
             require(
-                depths[-1] < self.model.depth,
+                all(isinstance(depth, int) for depth in depths),
+                "schedule: schedules must be depths with zone weights, which belong to a depth's "
+                "own layers",
+                list(depths),
+            )
+            require(
+                num_layers(depths[-1]) < self.model.depth,
                 "schedule: schedules must end in a subnet, which has zone weights",
                 list(depths),
             )
@@ -426,9 +453,27 @@ def recipe_values(name_or_path: str | Path, overrides: Sequence[str] = ()) -> di
     except ValueError as error:  # TOMLDecodeError is one
         raise UserError(f"{where}: is not valid TOML: {_one_line(error)}") from None
     try:
-        return override(values, overrides, Recipe)
+        return _with_schedules(override(values, overrides, Recipe))
     except (RecursionError, ValueError) as error:
         raise UserError(f"{where}: {_one_line(error)}") from None
+
+
+def _with_schedules(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with the layers of schedules that are given by a file or by a name.
+
+    The recipe of a run holds them, so that a file that changes does not change a resumed run.
+
+    Raises:
+        UserError: a file that is none of a schedule.
+    """
+    section = values.get("schedule")
+    if not isinstance(section, dict):
+        return values
+    given = section.get("schedules")
+    if not isinstance(given, list) or not any(isinstance(one, str) for one in given):
+        return values
+    schedules = [layers_by_scale(one) if isinstance(one, str) else one for one in given]
+    return {**values, "schedule": {**section, "schedules": schedules}}
 
 
 def _one_line(error: Exception) -> str:

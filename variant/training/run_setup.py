@@ -177,6 +177,12 @@ class RunSetup:
                 f"{recipe.name}: batch_size must be at most the number of training images "
                 f"({self.data.num_train}); got {optim.batch_size}"
             )
+        a_pass = self.data.num_train // optim.batch_size
+        if optim.steps_per_epoch > a_pass:
+            raise UserError(
+                f"{recipe.name}: steps_per_epoch must be at most {a_pass}, those of a pass over "
+                f"the {self.data.num_train} training images; got {optim.steps_per_epoch}"
+            )
         self.inputs: dict[str, Any] = {}
         self._record_data()
         # The weights that a run started from are not read again, and may be gone when it resumes.
@@ -202,7 +208,7 @@ class RunSetup:
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps of one epoch; the images of an incomplete last batch are left out."""
-        return self.data.num_train // self.optim.batch_size
+        return self.optim.steps_per_epoch or self.data.num_train // self.optim.batch_size
 
     def record_input(self, name: str, value: Any, detail: str = "") -> None:
         """Record one of :data:`INPUTS`.

@@ -83,7 +83,7 @@ class RunSummary:
             text += f" in {optim.accumulate} parts"
         if self.data is None:
             return f"{text}; the number of steps depends on the images"
-        per_epoch = self.data.num_train // optim.batch_size
+        per_epoch = optim.steps_per_epoch or self.data.num_train // optim.batch_size
         return f"{text}, {epochs * per_epoch:,} steps of {optim.precision}, {per_epoch:,} an epoch"
 
     def _problems(self) -> Iterator[str]:

@@ -172,6 +172,7 @@ class Trainer:
             self.optim.accumulate,
             self.state.step,
             self.total_steps,
+            self.steps_per_epoch,
         )
         workers = num_workers(self.recipe.data)
         self.task.loader = Loader(self.task.data, plan, workers, pin=self.device.type == "cuda")

@@ -27,7 +27,7 @@ from variant.training.classifier import (
     save_classifier,
     train_classifier,
 )
-from variant.training.code_use import CodeUse, HeldOutUse
+from variant.training.code_use import HeldOutUse
 from variant.training.codebook import CodebookTraining
 from variant.training.distributed import Ranks, connected, device_of_rank, rank_of_environment
 from variant.training.image_loss import ImageLoss
@@ -72,7 +72,7 @@ class VAETask(Task):
         self.data, self.recipe, self.device = data, recipe, device
         self.training = recipe.vae_training
         self.ranks = ranks or Ranks()
-        self.codebook = CodebookTraining(module, recipe, steps, self.ranks)
+        self.codebook = CodebookTraining(module, recipe, steps, self.measure, self.ranks)
         self.ema_decay = self.training.ema_decay
         self.perceptual = perceptual
         section, optim = self.training.adversary, self.training.optim
@@ -85,7 +85,6 @@ class VAETask(Task):
         self.image_loss = ImageLoss(
             self.training, perceptual, self.discriminator, last_layer, self.measure
         )
-        self.code_use = CodeUse(module.quantize, self.ranks, self.measure)
         self._held_out_use: HeldOutUse | None = None
 
     def loss(self, indices: Indices, epoch: int, step: int) -> Tensor:
@@ -93,7 +92,8 @@ class VAETask(Task):
         reconstructed, quantisation, _ = self.network(images, self.codebook.num_scales(step))
         self.measure("loss/quantization", quantisation)
         share = len(images) / self.batch_size
-        return self.image_loss(reconstructed.float(), images, step, share) + quantisation
+        loss = self.image_loss(reconstructed.float(), images, step, share)
+        return loss + quantisation + self.codebook.loss()
 
     @property
     def batch_size(self) -> int:
@@ -163,7 +163,7 @@ class VAETask(Task):
         return losses | use.values(ranks)
 
     def after_step(self, step: int) -> None:
-        self.code_use.end_step()
+        self.codebook.end_step()
 
     def before_step(self, indices: Indices, epoch: int, step: int) -> None:
         if self.codebook.revives_at(step):
@@ -269,15 +269,12 @@ def _classifier(setup: RunSetup, console: Console | None) -> PerceptualLoss:
     steps = recipe.vae_training.perceptual.steps
     path = setup.folder / RUN_NAME
     wanted = source.digest(), recipe.seed, steps
-    record = None
-    if is_there(path):
-        classifier, record = read_classifier(path)
-        if (record.data_sha256, record.seed, record.steps) != wanted:
-            record = None
-    if record is None:
+    found = read_classifier(path) if is_there(path) else None
+    if found is None or (found[1].data_sha256, found[1].seed, found[1].steps) != wanted:
         out = console or Console()
         out.print(f"vae: training the classifier of the perceptual loss, {steps} steps")
         trained = train_classifier(source.data, seed=recipe.seed, steps=steps, device=setup.device)
         save_classifier(path, *trained)
-        classifier, record = read_classifier(path)
+        found = read_classifier(path)
+    classifier, record = found
     return classifier_loss(classifier, record.accuracy, file_sha256(path), setup.device)

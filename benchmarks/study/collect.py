@@ -1,0 +1,213 @@
+"""The compact result files: every run that is complete, and paired differences.
+
+    {"part", "title", "command", "machine", "versions", "data", "runs": [...], "pairs": [...]}
+
+A pair is the mean over images of the difference of the losses of two runs of the same seed, with
+its standard error over images, and over the seeds the mean and its standard error. A negative
+difference is better than ``against``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.study import stages
+from benchmarks.study.metrics import flagged, image_losses, standard_error
+from benchmarks.study.settings import BASE, Part, Run, Study
+from variant.errors import UserError
+from variant.files import atomic_write
+
+RESULTS = Path(__file__).parent / "results"
+FORMAT = "variant-study-1"
+COMMAND = "python -m benchmarks.study run --out FOLDER"
+DIGITS = 6  # of the numbers in the files
+
+
+def collect(study: Study, out: Path, results: Path) -> list[Path]:
+    """Write the result file of every part that has a complete run.
+
+    Raises:
+        UserError: no run is complete; or, when all files are written, a metric does not flag the
+            run that is broken.
+    """
+    written, missed = [], list[str]()
+    floor = _read(out / "real.json")
+    for part in study.parts:
+        rows = [row for run in part.runs if (row := _row(study, out, run, floor)) is not None]
+        if not rows:
+            continue
+        result = {
+            "format": FORMAT,
+            "part": part.name,
+            "title": part.title,
+            "command": COMMAND,
+            **_about(study, out, rows, floor),
+            "runs": rows,
+            "pairs": list(_pairs(study, out, part)),
+        }
+        if part.name == "control":
+            result["flagged"] = _control(study, out, part, rows, floor)
+            missed = [
+                f"{name}, seed {seed}"
+                for seed, found in result["flagged"].items()
+                for name, is_flagged in found.items()
+                if not is_flagged
+            ]
+        path = results / f"{part.name}.json"
+        with atomic_write(path) as temporary:
+            text = json.dumps(_rounded(result), indent=1, allow_nan=False)
+            temporary.write_text(f"{text}\n")
+        written.append(path)
+    if not written:
+        raise UserError(f"study: {out} holds no complete run")
+    if missed:
+        raise UserError(
+            f"study: permuted labels must be flagged by every metric; not by {'; '.join(missed)}"
+        )
+    return written
+
+
+def _about(
+    study: Study, out: Path, rows: Sequence[dict[str, Any]], floor: dict[str, Any] | None
+) -> dict[str, Any]:
+    first = rows[0]["made"]
+    vae = _read(out / "vae" / "vae.json") or {}
+    values = study.values
+    networks = {name: _read(out / "classifiers" / f"{name}.json") for name in stages.CLASSIFIERS}
+    return {
+        "machine": f"{first['cpu']} ({first['isa']}), one thread per run",
+        "versions": {"python": first["python"], "torch": first["torch"]},
+        "data": {
+            **{key: study.recipe["data"].get(key) for key in ("kind", "dataset")},
+            "held_out": values["images"],
+            "generated": values["generated"],
+            "patch_nums": study.recipe["vae"]["patch_nums"],
+            "sampling": {"cfg": values["cfg"], "top_p": values["top_p"]},
+            "floor": None if floor is None else floor["floor"],
+            "vae_reconstruction": vae.get("reconstruction"),
+            "classifier_accuracy": {
+                n: found and found["accuracy"] for n, found in networks.items()
+            },
+            "depth": study.recipe["model"]["depth"],
+            "width": study.recipe["model"]["embed_dim"],
+        },
+    }
+
+
+def _row(study: Study, out: Path, run: Run, floor: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A run's row; None as long as its losses are missing."""
+    source = run if run.same_as is None else study.find(run.same_as, run.seed)
+    folder = stages.run_folder(out, source)
+    losses, trained = _read(folder / "losses.json"), _read(folder / "train.json")
+    if losses is None or (source.trains and trained is None):
+        return None
+    generated: dict[str, Any] = {}
+    for name in run.generate:
+        found = _read(stages.generated_file(out, source, name))
+        if found is not None and floor is not None:
+            own = floor["floor"]
+            generated[name] = {
+                **found["row"],
+                "floor": own["fashion_fd"],
+                "seconds": found["seconds"],
+            }
+    trained = trained or {}
+    return {
+        "name": run.name,
+        "seed": run.seed,
+        "commit": (trained or losses)["commit"],
+        "settings": run.overrides(),
+        "steps": trained.get("steps", 0),
+        "work": trained.get("work", 0.0),
+        "seconds": trained.get("seconds", 0.0),
+        "phases": trained.get("phases"),
+        "losses": {name: losses["losses"][name] for name in run.schedules},
+        "layer_tokens": {name: losses["layer_tokens"][name] for name in run.schedules},
+        "generated": generated or None,
+        "gradient_norms": trained.get("gradient_norms"),
+        "curve": trained.get("curve"),
+        "made": {key: losses[key] for key in ("date", "cpu", "isa", "python", "torch")},
+    }
+
+
+def _pairs(study: Study, out: Path, part: Part) -> Any:
+    """Every paired difference of which at least one seed is complete."""
+    seeds = study.values["seeds"]
+    for name, other in part.pairs:
+        own = {run.seed: run for run in part.runs if run.name == name}
+        against = {run.seed: run for run in part.runs if run.name == other}
+        if not against:
+            against = {seed: study.find(other, seed) for seed in seeds}
+        if not own:
+            continue
+        common = [s for s in next(iter(own.values())).schedules if s in against[seeds[0]].schedules]
+        for schedule in common:
+            found = [_difference(study, out, own[s], against[s], schedule) for s in seeds]
+            known = [pair for pair in found if pair is not None]
+            if known:
+                means = np.array([mean for mean, _ in known])
+                yield {
+                    "run": name,
+                    "against": other,
+                    "schedule": schedule,
+                    "by_seed": means.tolist(),
+                    "se_by_seed": [error for _, error in known],
+                    "mean": float(means.mean()),
+                    "se": standard_error(means) if len(means) > 1 else None,
+                }
+
+
+def _difference(
+    study: Study, out: Path, run: Run, against: Run, schedule: str
+) -> tuple[float, float] | None:
+    """The mean over images of a run's loss minus another's, and its standard error."""
+    losses = []
+    for one in (run, against):
+        source = one if one.same_as is None else study.find(one.same_as, one.seed)
+        folder = stages.run_folder(out, source)
+        record = _read(folder / "losses.json")
+        if record is None or not (folder / "losses.npz").is_file():
+            return None
+        with np.load(folder / "losses.npz") as arrays:
+            if schedule not in arrays:
+                return None
+            losses.append(image_losses(arrays[schedule], record["tokens"]))
+    difference_N = losses[0] - losses[1]
+    return float(difference_N.mean()), standard_error(difference_N)
+
+
+def _control(
+    study: Study, out: Path, part: Part, rows: Sequence[dict[str, Any]], floor: Any
+) -> dict[str, dict[str, bool]]:
+    """By seed and metric, whether the broken run is flagged."""
+    result = {}
+    for run, row in zip(part.runs, rows, strict=False):
+        right = _row(study, out, study.find(BASE, run.seed), floor)
+        if right is None or (row["generated"] and not right["generated"]):
+            continue
+        result[str(row["seed"])] = flagged(row, right)
+    return result
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except OSError:
+        return None
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers with six significant digits, to keep the files small."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    return value

@@ -1,0 +1,424 @@
+"""The study's machinery: what is killed ends as if it had not been, results are what they say."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.study import stages
+from benchmarks.study.__main__ import main
+from benchmarks.study.collect import collect
+from benchmarks.study.metrics import distances, flagged, halves
+from benchmarks.study.schedules import (
+    falling_schedule,
+    layer_tokens,
+    layers_of,
+    masked_losses,
+    masked_tokens,
+    token_losses,
+)
+from benchmarks.study.settings import SMOKE, load_study, merged
+from benchmarks.study.work import Work, choose_epochs, phase_epochs
+from variant.engine.engine import Engine
+from variant.errors import UserError
+from variant.models.config import VARConfig, VQVAEConfig
+from variant.models.var import VAR
+from variant.models.vqvae import VQVAE
+from variant.models.zones import reset_zone_weights
+from variant.training.folder_lock import locked_folder
+
+ROOT = Path(__file__).parents[2]
+PROFILE = """
+[study]
+seeds = [0, 1]
+parts = ["base", "control", "ratios", "zones", "extras", "kv8"]
+images = 30
+generated = 20
+batch = 10
+work = 6
+epoch = 2
+curve = 10
+points = 2
+classifier_steps = 40
+independent_widths = [8]
+checkpoint_minutes = 1.0
+
+[study.base]
+work = 50
+epoch = 10
+
+[study.runs]
+ratios = ["p0.5", "progressive"]
+extras = ["several"]
+
+[recipe.model]
+embed_dim = 32
+num_heads = 2
+num_classes = 2
+
+[recipe.vae]
+vocab_size = 8
+z_channels = 4
+ch = 32
+ch_mult = [1, 1]
+patch_nums = [1, 2, 4]
+
+[recipe.schedule]
+bridge = 1
+
+[recipe.vae_training]
+epochs = 5
+
+[recipe.vae_training.optim]
+batch_size = 10
+
+[recipe.optim]
+batch_size = 10
+
+[recipe.eval]
+batch_size = 10
+limit = 10
+
+[recipe.data]
+kind = "idx"
+train = "FOLDER/train"
+train_labels = "FOLDER/train-labels"
+held_out = "FOLDER/held-out"
+held_out_labels = "FOLDER/held-out-labels"
+"""
+
+
+def write_idx(path, values):
+    header = bytes([0, 0, 8, values.ndim]) + b"".join(n.to_bytes(4, "big") for n in values.shape)
+    path.write_bytes(header + values.astype(np.uint8).tobytes())
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory):
+    """A study of two classes of 8 x 8 pixels, bright at the left or at the right."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 100), ("held-out", 40)):
+        labels = np.arange(count) % 2
+        images = np.broadcast_to(rng.integers(0, 60, (count, 1, 1)), (count, 8, 8)).copy()
+        for label, image in zip(labels, images, strict=True):
+            image[:, 4 * label : 4 * label + 4] += 150
+        write_idx(folder / name, images)
+        write_idx(folder / f"{name}-labels", labels)
+    path = folder / "profile.toml"
+    path.write_text(PROFILE.replace("FOLDER", str(folder)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(profile, tmp_path_factory):
+    """The study and the folder of its complete runs."""
+    study, out = load_study(profile), tmp_path_factory.mktemp("study")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    stages.make_vae(study, out)
+    stages.make_tokens(study, out, "plain")
+    for name in stages.CLASSIFIERS:
+        stages.make_classifier(study, out, name)
+    stages.make_real(study, out)
+    for run in study.runs():
+        stages.measure(study, out, run, lambda what: None)
+    yield study, out
+    torch.set_num_threads(threads)
+
+
+CHANGING = ("seconds", "date", "commit")
+
+
+def results_of(folder):
+    """The bytes of weights and arrays, and all figures but times, of every file of a run."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".npz", ".safetensors"):
+            found[path.name] = path.read_bytes()
+        elif path.suffix == ".json":
+            values = json.loads(path.read_text())
+            found[path.name] = {k: v for k, v in values.items() if k not in CHANGING}
+    return found
+
+
+def copy_without(out, target, *runs):
+    shutil.copytree(out, target)
+    for run in runs:
+        shutil.rmtree(target / "runs" / run)
+    return target
+
+
+def test_a_rerun_gives_the_same_numbers_bit_for_bit(done, tmp_path):
+    study, out = done
+    again = copy_without(out, tmp_path / "again", "progressive/seed1")
+    stages.measure(study, again, study.find("progressive", 1), lambda what: None)
+    folder = Path("runs") / "progressive" / "seed1"
+    first, second = results_of(out / folder), results_of(again / folder)
+    assert {"weights.safetensors", "losses.npz", "losses.json", "train.json"} <= first.keys()
+    assert first == second
+
+
+def test_a_study_that_is_killed_ends_as_one_that_is_not(done, profile, tmp_path):
+    study, out = done
+    folder = Path("runs") / "progressive" / "seed0"
+    again = copy_without(out, tmp_path / "again", "progressive/seed0")
+    often = tmp_path / "often.toml"
+    often.write_text(profile.read_text().replace("= 1.0", "= 1e-6"))  # minutes of checkpoints
+    words = [sys.executable, "-m", "benchmarks.study", "run", "--out", str(again), "--jobs", "1"]
+    words += ["--profile", str(often), "--only", "progressive"]
+    process = subprocess.Popen(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    checkpoint = again / folder / "train" / "var-last.pt"
+    wait_for(checkpoint.exists, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with waiting_for_lock(checkpoint.parent):  # the process of the run ends too
+        assert checkpoint.exists()
+        assert not (again / folder / "train.json").exists()
+    stages.measure(study, again, study.find("progressive", 0), lambda what: None)
+    assert results_of(out / folder) == results_of(again / folder)
+
+
+@contextmanager
+def waiting_for_lock(folder):
+    end = time.monotonic() + 20
+    while True:
+        try:
+            with locked_folder(folder):
+                break
+        except UserError:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    yield
+
+
+def wait_for(condition, process):
+    end = time.monotonic() + 100
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# --- results -------------------------------------------------------------------------------------
+
+
+def test_pairs_are_mean_differences_over_images_and_then_over_seeds(done, tmp_path):
+    study, out = done
+    collect(study, out, tmp_path)
+    result = json.loads((tmp_path / "ratios.json").read_text())
+    means, errors = [], []
+    for seed in (0, 1):
+        both = []
+        for name in ("p0.5", "progressive"):
+            arrays = np.load(out / "runs" / name / f"seed{seed}" / "losses.npz")
+            both.append((arrays["d2"].astype(np.float64) * [1, 4, 16]).sum(1) / 21)
+        difference = both[0] - both[1]
+        means.append(difference.mean())
+        errors.append(difference.std(ddof=1) / len(difference) ** 0.5)
+    (pair,) = [pair for pair in result["pairs"] if pair["schedule"] == "d2"]
+    assert (pair["run"], pair["against"]) == ("p0.5", "progressive")
+    assert pair["by_seed"] == pytest.approx(means, rel=1e-5)
+    assert pair["se_by_seed"] == pytest.approx(errors, rel=1e-5)
+    assert pair["mean"] == pytest.approx(sum(means) / 2, rel=1e-5)
+    assert pair["se"] == pytest.approx(abs(means[0] - means[1]) / 2, rel=1e-5)
+
+
+def test_rows_hold_what_the_page_needs(done, tmp_path):
+    study, out = done
+    names = {path.stem for path in collect(study, out, tmp_path)}
+    assert names == {"base", "control", "ratios", "zones", "kv8", "extras"}
+    ratios = json.loads((tmp_path / "ratios.json").read_text())
+    assert ratios["part"] == "ratios"
+    assert ratios["machine"]
+    assert ratios["versions"]["torch"]
+    assert [(row["name"], row["seed"]) for row in ratios["runs"]][:2] == [
+        ("p0.5", 0),
+        ("progressive", 0),
+    ]
+    for row in ratios["runs"]:
+        assert row["work"] == pytest.approx(6, abs=1.5)
+        assert row["steps"] > 6  # steps of the subnet cost less
+        assert row["layer_tokens"] == {"full": 8 * 21, "d2": 8 + 2 * 20}
+        assert len(row["losses"]["d2"]["by_scale"]) == 3
+        assert row["generated"]["d2"]["n"] == 20
+        assert set(row["gradient_norms"]) == {"shared", "full_only"}
+        assert row["curve"][-1][0] == row["steps"]
+        assert set(row["curve"][0][1]) == {"full", "d2"}
+    kv8 = json.loads((tmp_path / "kv8.json").read_text())
+    exact, fp8 = kv8["runs"][:2]
+    assert exact["losses"]["full"]["mean"] == pytest.approx(fp8["losses"]["full"]["mean"], abs=0.2)
+    assert exact["losses"]["full"]["mean"] != fp8["losses"]["full"]["mean"]
+
+
+def test_what_is_not_done_is_absent(done, tmp_path):
+    study, out = done
+    part = copy_without(out, tmp_path / "part", "p0.5", "several", "kv8")
+    names = {path.stem for path in collect(study, part, tmp_path / "results")}
+    assert names == {"base", "control", "ratios", "zones"}
+    ratios = json.loads((tmp_path / "results" / "ratios.json").read_text())
+    assert [row["name"] for row in ratios["runs"]] == ["progressive"] * 2
+    assert ratios["pairs"] == []
+    with pytest.raises(UserError, match="no complete run"):
+        collect(study, tmp_path / "nothing", tmp_path / "results")
+
+
+def test_the_control_is_flagged_by_every_metric(done, tmp_path):
+    study, out = done
+    collect(study, out, tmp_path)
+    result = json.loads((tmp_path / "control.json").read_text())["flagged"]
+    metrics = {"loss", "fashion_fd", "precision", "recall", "accuracy"}
+    assert set(result) == {"0", "1"}
+    for seed in result.values():
+        assert {name.split()[0] for name in seed} == metrics
+        assert all(seed.values())
+
+
+def test_a_control_that_a_metric_misses_is_an_error(done, tmp_path):
+    study, out = done
+    wrong = copy_without(out, tmp_path / "wrong")
+    for name in ("losses.json", "generated-full.json"):  # as good as the right run
+        shutil.copy(wrong / "runs/base/seed0" / name, wrong / "runs/labels-permuted/seed0" / name)
+    with pytest.raises(UserError, match="must be flagged"):
+        collect(study, wrong, tmp_path / "results")
+    assert len(list((tmp_path / "results").iterdir())) == 6  # the other parts are not lost
+
+
+def test_metrics_of_images_see_wrong_classes():
+    generator = torch.Generator().manual_seed(0)
+    label_N = torch.arange(400) % 4
+    sets = [torch.randn(400, 5, generator=generator) + 3 * label_N[:, None] for _ in range(2)]
+    right = distances(sets[0], label_N, sets[1], label_N, 4)
+    wrong = distances(sets[0], (label_N + 1) % 4, sets[1], label_N, 4)
+    assert wrong["fashion_fd_without_classes"] == right["fashion_fd_without_classes"]
+    assert wrong["fashion_fd"] > 20 * right["fashion_fd"]
+    assert right["precision"] > 0.8 > 0.1 > wrong["precision"]
+    row = {"losses": {}, "generated": {"full": {**right, "accuracy": 0.9, "floor": 0.1}}}
+    broken = {"losses": {}, "generated": {"full": {**wrong, "accuracy": 0.1, "floor": 0.1}}}
+    assert all(flagged(broken, row).values())
+    assert not any(flagged(row, row).values())
+
+
+def test_halves_are_disjoint_and_alike():
+    labels = np.arange(200) % 10
+    first, second = halves(labels, 50)
+    assert len(first) == len(second) == 50
+    assert not set(first) & set(second)
+    assert (np.bincount(labels[first]) == 5).all()
+    assert (np.bincount(labels[second]) == 5).all()
+
+
+# --- schedules, work, settings -------------------------------------------------------------------
+
+CONFIG = VARConfig(
+    depth=8, embed_dim=32, num_heads=2, num_classes=3, patch_nums=(1, 2, 3), vocab_size=8,
+    vae_channels=4, subnets={4: (0, 2, 5, 7), 2: (0, 7)}, bridge=1,
+)  # fmt: skip
+
+
+def test_names_of_schedules():
+    full = tuple(range(8))
+    assert layers_of(CONFIG, "full", 1) == (full,) * 3
+    assert layers_of(CONFIG, "d2", 1) == (full, (0, 7), (0, 7))
+    assert layers_of(CONFIG, "d4@b2", 1) == (full, full, (0, 2, 5, 7))
+    assert layers_of(CONFIG, "d2@middle", 1) == (full, (0, 7), full)
+    assert layer_tokens(CONFIG, layers_of(CONFIG, "d2@middle", 1)) == 8 + 2 * 4 + 8 * 9
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    var = VAR(CONFIG)
+    for weight in var.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    reset_zone_weights(var)
+    return var.eval()
+
+
+@pytest.mark.parametrize("name", ["full", "d2", "d4@b2"])
+def test_the_masked_forward_pass_is_that_of_the_model(model, name):
+    labels, x_teacher = torch.tensor([0, 2]), torch.randn(2, 13, 4)
+    targets = torch.randint(0, 8, (2, 14))
+    layers = layers_of(CONFIG, name, 1)
+    expected = token_losses(model, labels, x_teacher, targets, layers)
+    assert falling_schedule(CONFIG, layers) is not None
+    masked = masked_losses(model, labels, x_teacher, targets, layers)
+    assert torch.allclose(masked, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["full", "d2"])
+def test_tokens_without_a_cache_are_those_of_the_engine(model, name):
+    torch.manual_seed(1)
+    vae = VQVAE(VQVAEConfig(8, 4, ch=32, ch_mult=(1, 1), num_res_blocks=1, patch_nums=(1, 2, 3)))
+    labels = torch.tensor([0, 1, 2, 0])
+    expected = Engine(model, vae.eval()).generate(
+        labels, depth=None if name == "full" else 2, cfg=1.5, top_p=0.9, seed=3, decode=False
+    )
+    tokens = masked_tokens(
+        model, vae, labels, layers_of(CONFIG, name, 1), cfg=1.5, top_p=0.9, seed=3,
+        image_ids_B=torch.arange(4),
+    )  # fmt: skip
+    assert torch.equal(tokens, expected.tokens)
+
+
+def test_a_layer_of_some_scales_sees_their_tokens_only(model):
+    labels, x_teacher = torch.tensor([1]), torch.randn(1, 13, 4)
+    targets = torch.randint(0, 8, (1, 14))
+    early = token_losses(model, labels, x_teacher, targets, layers_of(CONFIG, "d2@early", 1))
+    full = token_losses(model, labels, x_teacher, targets, layers_of(CONFIG, "full", 1))
+    assert not torch.allclose(early[:, 0], full[:, 0])
+    assert not torch.allclose(early[:, 5:], full[:, 5:])  # keys of the first scale are missing
+    late = token_losses(model, labels, x_teacher, targets, layers_of(CONFIG, "d2@late", 1))
+    assert torch.allclose(late[:, :5], full[:, :5], atol=1e-5)
+    assert not torch.allclose(late[:, 5:], full[:, 5:])
+
+
+def test_runs_of_equal_work_have_different_numbers_of_steps():
+    study = load_study()
+    steps = {}
+    for name in ("p0", "p0.5", "progressive", "teacher-frozen"):
+        run = study.find(name, 0)
+        values = {**run.recipe, "model": {"weights": "of the base"}, "seed": 0}
+        recipe, work = choose_epochs(values, study.recipe_of, run.phases, 10, 60)
+        assert work == pytest.approx(60, abs=5)
+        steps[name] = 10 * recipe.schedule.phase_lengths.total
+        counted = [Work(recipe, 10).of_step(step) for step in range(steps[name])]
+        assert sum(counted) == pytest.approx(work)
+    assert steps["p0"] == 60 < steps["p0.5"] < steps["progressive"]
+    assert steps["teacher-frozen"] < steps["progressive"]
+
+
+def test_phases_are_whole_epochs_in_proportion():
+    assert phase_epochs((5, 15, 15), 70) == {"joint": 10, "transition": 30, "refinement": 30}
+    assert sum(phase_epochs((5, 15, 12), 17).values()) == 17
+    assert phase_epochs((1, 0, 0), 9) == {"joint": 9, "transition": 0, "refinement": 0}
+
+
+def test_settings_are_read_and_checked():
+    study = load_study()
+    assert {"zones", "training-free", "bridges", "ratios", "extras", "augmentation", "kv8"} < {
+        part.name for part in study.parts
+    }
+    names = [(run.name, run.seed) for run in study.runs()]
+    assert len(names) == len(set(names))
+    assert names.index(("base", 2)) < names.index(("p0", 0)) < names.index(("bridge0", 0))
+    only = load_study(only=("kv8",))
+    assert {run.name for run in only.runs()} == {"base", "several", "kv8"}
+    with pytest.raises(UserError, match="there is no nonsense"):
+        load_study(only=("nonsense",))
+    assert load_study(SMOKE).recipe["data"] == {"kind": "digits"}
+    assert merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
+
+
+def test_an_unknown_name_is_one_line(tmp_path, capsys):
+    assert main(["run", "--out", str(tmp_path), "--only", "p7"]) == 1
+    assert capsys.readouterr().err.startswith("error: study: there is no p7")

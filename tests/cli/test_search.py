@@ -1,0 +1,248 @@
+"""``variant search``: from images to a schedule that other commands take."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_models import small_model
+
+from variant import VARiant, load_schedule
+from variant.cli import search as module
+from variant.cli.main import main
+from variant.data.sources import open_data
+from variant.errors import UserError
+from variant.search.data import held_out
+from variant.search.space import Space
+from variant.training.recipe import load_recipe
+from variant_kernels import CachePlan, DepthSchedule
+from variant_kernels.plans.depth_schedule import select_layers
+
+# Images of the digits' test; `make nightly` takes all.
+IMAGES = int(os.environ.get("VARIANT_SEARCH_IMAGES", "10"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two images of each class of the small model."""
+    folder = tmp_path_factory.mktemp("search") / "images"
+    rng = np.random.default_rng(0)
+    for label in range(5):
+        (folder / f"class{label}").mkdir(parents=True)
+        for index in range(2):
+            pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"class{label}" / f"{index}.png")
+    return str(folder)
+
+
+@pytest.fixture
+def few(words):
+    """Two depths: few schedules."""
+    return (*words, "--depths", 2)
+
+
+@pytest.fixture
+def words(model, images, tmp_path):
+    return ("search", "--model", model, "--data", images, "--out", tmp_path / "out")
+
+
+def record_of(tmp_path):
+    return json.loads((tmp_path / "out" / "search.json").read_text())
+
+
+def test_the_schedule_is_within_the_budget_and_usable(words, model, tmp_path, run):
+    code, printed, error = run(*words, "--budget", "kv=0.8", "work=0.9")
+    assert code == 0, error
+    record, out = record_of(tmp_path), tmp_path / "out"
+    assert record["exact"]
+    assert (record["images"], record["images_compared"]) == (5, 5)
+    best = record["best"]
+    assert best["costs"]["kv"] <= 0.8
+    assert best["costs"]["work"] <= 0.9
+    within = [
+        one for name in ("kv", "work") for one in record["front"][name]
+        if one["costs"]["kv"] <= 0.8 and one["costs"]["work"] <= 0.9
+    ]  # fmt: skip
+    assert all(best["loss"] <= one["loss"] for one in within)
+    schedule = load_schedule(out / "schedule.json", small_model().var.config)
+    assert [list(layers) for layers in schedule.layers] == best["layers"]
+    layout = small_model().var.layout
+    pages = [CachePlan(layout, s).peak_pages for s in (schedule, DepthSchedule.full(4, 3))]
+    assert best["costs"]["kv"] == pages[0] / pages[1]
+    assert f"Within kv=0.8, work=0.9: {schedule.name}" in printed
+    assert "searched schedules" in printed
+    file = out / "schedule.json"
+    for command in (
+        ("generate", "--model", model, "--labels", 1, "--out", tmp_path / "a.png"),
+        ("sample", "--model", model, "--num", 2, "--out", tmp_path / "samples"),
+        ("plan", "--model", model),
+    ):
+        code, _, error = run(*command, "--schedule", file)
+        assert code == 0, error
+
+
+def test_a_resumed_search_computes_nothing_and_finds_the_same(few, tmp_path, run, monkeypatch):
+    assert run(*few)[0] == 0
+    first = record_of(tmp_path)
+    code, _, error = run(*few)
+    assert code == 1
+    assert "holds an earlier search; give --resume" in error
+    monkeypatch.setattr(module.ForcedLosses, "__call__", lambda *_: pytest.fail("computed again"))
+    assert run(*few, "--resume")[0] == 0
+    again = record_of(tmp_path)
+    for changing in ("seconds", "environment"):
+        first.pop(changing), again.pop(changing)
+    assert again == first
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
+def test_a_stopped_search_keeps_its_losses(few, tmp_path, run, monkeypatch, stop):
+    assert run(*few)[0] == 0
+    undisturbed = record_of(tmp_path)["front"]
+    for file in (tmp_path / "out").iterdir():
+        file.unlink()
+    compute, left = module.ForcedLosses.__call__, [9]
+
+    def stopping(self, prefix):
+        left[0] -= 1
+        if not left[0]:
+            raise stop
+        return compute(self, prefix)
+
+    monkeypatch.setattr(module.ForcedLosses, "__call__", stopping)
+    code, _, error = run(*few)
+    assert code == (130 if stop is KeyboardInterrupt else 1)
+    if stop is KeyboardInterrupt:
+        assert "8 losses are in" in error
+        assert error.rstrip().endswith("--resume")
+    left[0] = 10**9
+    assert run(*few, "--resume")[0] == 0
+    assert record_of(tmp_path)["front"] == undisturbed
+    assert left[0] > 10**9 - 10**4
+
+
+def test_times_are_measured_once(words, tmp_path, run, monkeypatch):
+    budget = ("--budget", "latency=1", "--depths", 2)
+    code, printed, error = run(*words, *budget)
+    assert code == 0, error
+    assert "times of" not in printed
+    record = record_of(tmp_path)
+    assert set(record["best"]["costs"]) == {"kv", "work", "latency"}
+    table = json.loads((tmp_path / "out" / "latency.json").read_text())
+    assert table["seconds"] == record["seconds_per_scale"]
+    assert table["cpu"]
+    monkeypatch.setattr(module, "measure_seconds", lambda *_, **__: pytest.fail("measured again"))
+    code, printed, _ = run(*words, *budget, "--resume")
+    assert code == 0
+    assert "search: times of" in printed
+    # Another batch: other times.
+    monkeypatch.setattr(module, "measure_seconds", lambda *_, **__: {2: [1.0] * 3, 4: [2.0] * 3})
+    code, printed, error = run(*words, *budget, "--resume", "--batch", 2)
+    assert code == 1, "depth 3 of the grid is missing"
+    monkeypatch.setattr(
+        module, "measure_seconds", lambda *_, **__: {n: [float(n)] * 3 for n in (2, 3, 4)}
+    )
+    code, printed, error = run(*words, *budget, "--resume", "--batch", 2)
+    assert code == 0, error
+    assert "measuring again" in printed
+    costs = [one["costs"]["latency"] for one in record_of(tmp_path)["front"]["latency"]]
+    assert min(costs) == 0.5
+
+
+def test_a_beam_is_used_above_the_limit_and_json_is_alone(words, run):
+    code, printed, _ = run(*words, "--exact", 1, "--beam", 2, "--budget", "kv=0.9", "--json", "-")
+    assert code == 0
+    record = json.loads(printed)
+    assert not record["exact"]
+    assert record["best"]["costs"]["kv"] <= 0.9
+
+
+def test_the_plot_shows_each_cost(few, tmp_path, run):
+    pytest.importorskip("matplotlib")
+    assert run(*few, "--plot", tmp_path / "front.png")[0] == 0
+    with Image.open(tmp_path / "front.png") as picture:
+        assert picture.size[0] > 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--budget", "kv"), "--budget must be kv=SHARE, work=SHARE, latency=SHARE"),
+        (("--budget", "kv=0"), "in (0, 1]; got kv=0"),
+        (("--budget", "gold=0.5"), "got gold=0.5"),
+        (("--budget", "kv=nan"), "got kv=nan"),
+        (("--budget", "kv=0.5", "kv=0.4"), "--budget kv is given twice"),
+        (
+            ("--budget", "kv=0.01"),
+            "no schedule is within kv=0.01; the least that was found is kv 0",
+        ),
+        (("--images", 1), "--images must be an integer in [2"),
+        (("--depths", 5), "--depths must be an integer in [2, 4]; got 5"),
+        (("--beam", 0), "--beam must be an integer >= 1"),
+        (("--data", "nothing"), "--data must name a folder of images"),
+        (("--data", "digits"), "digits need images whose side is a multiple of 8"),
+        (("--vae", "vae.pth"), "--vae goes with a file of the transformer's weights"),
+        (("--device", "mars"), "--device"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(words, run, options, message):
+    code, _, error = run(*words, *options) if options[0] != "--data" else run(
+        *words[:3], *options, *words[5:]
+    )  # fmt: skip
+    assert code == 1
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_what_a_model_and_its_data_need(model, images, tmp_path, run):
+    assert "--data must name the images" in run("search", "--model", model)[2]
+    weights = tmp_path / "var.pth"
+    torch.save({}, weights)
+    error = run("search", "--model", weights, "--data", "digits", "--out", tmp_path / "o")[2]
+    assert "--vae must name the VQ-VAE's file beside" in error
+    fewer = tmp_path / "fewer"
+    shutil.copytree(images, fewer)
+    shutil.rmtree(fewer / "class4")
+    error = run("search", "--model", model, "--data", fewer, "--out", tmp_path / "o")[2]
+    assert "fewer: must have the 5 classes of the model; it has 4" in error
+
+
+def test_held_out_images_are_those_of_the_recipe():
+    model = VARiant.from_pretrained("digits")
+    images = held_out(model, "digits", 7)
+    recipe = load_recipe("digits")
+    pixels, labels = open_data(recipe.data, 16, 3, recipe.seed).held_out(range(7))
+    assert torch.equal(images.labels_N, labels)
+    assert torch.equal(images.tokens_NL, model.vae.encode(pixels))
+    first, second = images.halves()
+    assert (len(first.labels_N), len(second.labels_N)) == (4, 3)
+    with pytest.raises(UserError, match="must have two held-out images"):
+        held_out(model, "digits", 1)
+
+
+def test_on_digits_it_is_no_worse_than_all_28_schedules_at_any_budget(tmp_path):
+    out = tmp_path / "out"
+    options = ["--images", str(2 * IMAGES), "--depths", "8", "4", "2"]
+    if IMAGES > 20:
+        options = options[:2]
+    assert main(["search", "--model", "digits", "--out", str(out), *options]) == 0
+    record = json.loads((out / "search.json").read_text())
+    assert record["exact"]
+    model = VARiant.from_pretrained("digits")
+    half = held_out(model, "digits", 2 * IMAGES).halves()[0]
+    assert record["images"] == len(half.labels_N)
+    sets = [select_layers(8, depth) for depth in (4, 2)]
+    schedules = list(Space(8, 6, sets).schedules())
+    assert len(schedules) == 28
+    x_teacher = model.vae.teacher_input(half.tokens_NL)
+    full = CachePlan(model.var.layout, DepthSchedule.full(8, 6)).peak_pages
+    for schedule in schedules:
+        by_scale = DepthSchedule.from_depths(schedule, full_depth=8)
+        with torch.no_grad():
+            loss = model.var(half.labels_N, x_teacher, by_scale, targets_BL=half.tokens_NL).mean
+        kv = CachePlan(model.var.layout, by_scale).peak_pages / full
+        best = min(one["loss"] for one in record["front"]["kv"] if one["costs"]["kv"] <= kv + 1e-9)
+        assert best <= loss.item() + 1e-5

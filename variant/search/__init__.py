@@ -1,0 +1,1 @@
+"""Schedules by search: which layers run at each scale, without training."""

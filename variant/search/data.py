@@ -1,0 +1,101 @@
+"""Held-out images as tokens, for the losses of a search.
+
+Axes: N images, L tokens of all scales.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from variant.data.config import DataSection
+from variant.data.encode import encode_images
+from variant.data.samples import Source
+from variant.data.shards import MANIFEST_NAME
+from variant.data.sources import open_source
+from variant.data.token_source import TokenSource
+from variant.errors import UserError
+from variant.paths import path_kind, shown
+from variant.supernet import VARiant
+from variant.training.recipe import load_recipe
+
+PART = 64  # images that are read at once
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """labels_N, tokens_NL: int64 on the CPU.  name: of the data, for printing."""
+
+    labels_N: Tensor
+    tokens_NL: Tensor
+    name: str
+
+    def halves(self) -> tuple[HeldOut, HeldOut]:
+        """Every second image from the first on, and every second from the second on."""
+        first, second = (
+            HeldOut(self.labels_N[start::2], self.tokens_NL[start::2], self.name)
+            for start in (0, 1)
+        )
+        return first, second
+
+
+def held_out(model: VARiant, data: str, count: int) -> HeldOut:
+    """The first held-out images of a data set, encoded by the model's VQ-VAE.
+
+    Args:
+        data: a recipe's name or TOML file, whose held-out images are taken; a folder with one
+            sub-folder of images per class; or a folder of token shards.
+        count: images; fewer where there are fewer.
+    Raises:
+        UserError: no such data, of other classes or sizes than the model's, or fewer than two
+            images.
+    """
+    source = _open(model, data)
+    config = model.var.config
+    if source.num_classes != config.num_classes:
+        raise UserError(
+            f"{shown(data)}: must have the {config.num_classes} classes of the model; it has "
+            f"{source.num_classes}"
+        )
+    count = min(count, source.num_held_out)
+    if count < 2:
+        raise UserError(
+            f"{shown(data)}: must have two held-out images or more; it has {source.num_held_out}"
+        )
+    labels, tokens = [], []
+    for start in range(0, count, PART):
+        samples = source.held_out(range(start, min(start + PART, count)))
+        labels.append(samples.labels_B)
+        if samples.tokens_BL is None:
+            images = samples.images.to(model.var.pos_start.device)
+            tokens.append(encode_images(model.vae, images).cpu())
+        else:
+            tokens.append(samples.tokens_BL)
+    return HeldOut(torch.cat(labels), torch.cat(tokens), f"{count:,} held-out images of {data}")
+
+
+def _open(model: VARiant, data: str) -> Source:
+    vae, seed = model.vae.config, 0
+    if path_kind(data) == "folder":
+        if path_kind(os.path.join(data, MANIFEST_NAME)) is not None:
+            section = DataSection(kind="tokens", tokens=data)
+        else:
+            section = DataSection(kind="folder", train=data, held_out=data)
+    else:
+        try:
+            recipe = load_recipe(data)
+        except UserError as error:
+            raise UserError(
+                "search: --data must name a folder of images, a folder of token shards, or a "
+                f"recipe, whose held-out images are taken; {error}"
+            ) from None
+        section, seed = recipe.data, recipe.seed
+    source = open_source(
+        section, vae.image_size, vae.in_channels, seed, mixed=section.kind == "tokens"
+    )
+    if isinstance(source, TokenSource):
+        source.check(shown(data), vae)
+    return source
