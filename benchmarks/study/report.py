@@ -73,9 +73,9 @@ SECTIONS: Mapping[str, Section] = {
         (*LOSSES, report_tables.losses_per_layer_token, report_tables.losses_by_scale,
          report_tables.generated), ("table1",),
         text="The model of full depth, without training: the subnet runs at the early, the middle "
-        "or the late scales, and all other scales run every layer. The mean loss over tokens weighs "
-        "the late scales most, because they hold most tokens; the loss per layer-token saved and "
-        "the fashion-FD do not.",
+        "or the late scales, and all other scales run every layer. The mean loss over tokens "
+        "weighs the late scales most, because they hold most tokens; the loss per layer-token "
+        "saved and the fashion-FD do not.",
     ),
     "training-free": Section(
         "Training-free and joint training (Table 4)",
