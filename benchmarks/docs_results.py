@@ -27,6 +27,7 @@ from benchmarks.results import (
     LARGEST,
     RUN,
     TRAINING,
+    VAE_LOSSES,
     Result,
     read_all,
 )
@@ -72,6 +73,7 @@ SECTIONS = {
     DROPIN: "Drop-in: `patch` and `accelerate` in the original code",
     TRAINING: "Training step",
     LARGEST: "Largest batch",
+    VAE_LOSSES: "Losses of the VQ-VAE",
     KV8: "Error of 8-bit K/V",
     KERNELS: "Kernels",
 }
@@ -137,6 +139,10 @@ def _predictions(results: list[Result]) -> list[str]:
         "`python -m benchmarks.predict`",
         "",
         *table(["what", "target", "predicted", "measured"], [case.cells() for case in found]),
+        "Predicted to miss their target, and what limits them:",
+        "",
+        *(f"- {line}" for line in predict.misses(constants)),
+        "",
     ]
 
 
