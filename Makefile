@@ -44,7 +44,7 @@ help:
 	@echo "make bench     every kernel beside its peers, then the engine; results under $(RESULTS)"
 	@echo "make docs-results  docs/results.md and the README's table, from $(RESULTS); docs/recipes.md"
 	@echo "make study     every run of the study, up to 6 hours on two idle cores; goes on where it stopped"
-	@echo "make study-report  docs/study.md and its plots, from benchmarks/study/results"
+	@echo "make study-report  docs/study.md, its plots and README's table, from benchmarks/study/results"
 	@echo "make lint      ruff, clang-format and the type checker"
 	@echo "make clean     remove the files made by the targets above (not $(VENV))"
 
@@ -258,7 +258,8 @@ study: dev
 
 # A test compares the page with the files, and the digests that its plots carry.
 study-report: dev
-	$(BIN)/python -m benchmarks.study.report
+	$(BIN)/python -m benchmarks.study report
+	$(BIN)/python -m benchmarks.docs_results
 
 lint: dev
 	@echo "== ruff"

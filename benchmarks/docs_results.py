@@ -1,4 +1,4 @@
-"""Write ``docs/results.md`` and the README's table of gains from the committed result files, and
+"""Write ``docs/results.md`` and the README's tables from the committed result files, and
 ``docs/recipes.md`` from the sections of recipes.
 
     make docs-results
@@ -27,9 +27,13 @@ from benchmarks.results import (
     LARGEST,
     RUN,
     TRAINING,
+    VAE_LOSSES,
     Result,
     read_all,
 )
+from benchmarks.study.report import RESULTS as STUDY
+from benchmarks.study.report_data import read_study
+from benchmarks.study.report_readme import quality_of_settings, with_quality
 from variant.engine.planning import depths_of, plan_row
 from variant.files import atomic_write
 from variant.models.presets import PAPER_BRIDGE, VAR_PRESETS
@@ -69,6 +73,7 @@ SECTIONS = {
     DROPIN: "Drop-in: `patch` and `accelerate` in the original code",
     TRAINING: "Training step",
     LARGEST: "Largest batch",
+    VAE_LOSSES: "Losses of the VQ-VAE",
     KV8: "Error of 8-bit K/V",
     KERNELS: "Kernels",
 }
@@ -134,6 +139,10 @@ def _predictions(results: list[Result]) -> list[str]:
         "`python -m benchmarks.predict`",
         "",
         *table(["what", "target", "predicted", "measured"], [case.cells() for case in found]),
+        "Predicted to miss their target, and what limits them:",
+        "",
+        *(f"- {line}" for line in predict.misses(constants)),
+        "",
     ]
 
 
@@ -226,7 +235,10 @@ def outputs() -> dict[Path, Callable[[], str]]:
     return {
         PAGE: lambda: page(results, json.loads(DIGITS.read_text())),
         RECIPES: recipe_reference.reference,
-        README: lambda: with_gains(README.read_text(), gains(results)),
+        README: lambda: with_quality(
+            with_gains(README.read_text(), gains(results)),
+            quality_of_settings(read_study(STUDY)),
+        ),
     }
 
 

@@ -23,6 +23,7 @@ from benchmarks.results import (
     LARGEST,
     RUN,
     TRAINING,
+    VAE_LOSSES,
     Result,
     kernel_timings,
     read_all,
@@ -356,6 +357,32 @@ def _kv8(data: dict[str, Any]) -> list[str]:
     ]
 
 
+def _vae_losses(data: dict[str, Any]) -> list[str]:
+    def row(run: dict[str, Any], by_scale: str, digits: str) -> str:
+        return " ".join(f"{value:{digits}}" for value in run[by_scale])
+
+    cells = [
+        [run["name"], run["losses"], f"{run['fd']:.3f}", f"{run['psnr']:.2f} dB",
+         f"{run['ssim']:.4f}", row(run, "psnr_by_scale", ".2f"),
+         row(run, "codes_used_by_scale", ".0%")]
+        for run in data["rows"]
+    ]  # fmt: skip
+    columns = ["run", "losses besides the quantizer's", "rFD", "PSNR", "SSIM",
+               "PSNR from the first scales", "codes used by scale"]  # fmt: skip
+    one = data["rows"][0]
+    starts = {run["adversary_from"] for run in data["rows"]} - {None}
+    start = f", the adversary from step {min(starts)}" if starts else ""
+    return [
+        f"VQ-VAEs of `{data['recipe']}` that differ in their losses: {one['steps']:,} steps of "
+        f"{one['batch']} images from {one['train_images']:,} training images, one seed{start}. "
+        f"Reconstructions of {data['images']:,} held-out images; rFD is the Fréchet distance of "
+        f"features of a classifier ({data['classifier']['accuracy']:.1%} right) that took no part "
+        f"in the training; two halves of the real images have {data['floor']:.3f}.",
+        "",
+        *table(columns, cells),
+    ]
+
+
 def _largest(data: dict[str, Any]) -> list[str]:
     cells = [
         [row["who"], str(row["depth"]), f"{row['image_bytes'] / 2**20:,.1f} MiB",
@@ -406,6 +433,7 @@ PARTS = {
     TRAINING: _training,
     KV8: _kv8,
     LARGEST: _largest,
+    VAE_LOSSES: _vae_losses,
     RUN: _run,
 }
 PICTURES = {ENGINE: "engine", KERNELS: "kernels"}

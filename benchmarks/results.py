@@ -13,6 +13,7 @@ from variant.errors import UserError
 KERNELS, ENGINE = "variant-kernel-bench-2", "variant-engine-bench-2"
 DROPIN, TRAINING = "variant-dropin-2", "variant-training-step-2"
 KV8, LARGEST = "variant-kv8-error-1", "variant-largest-batch-1"
+VAE_LOSSES = "variant-vae-losses-1"
 # A run of all of them on a GPU, in one file.
 RUN = "variant-gpu-run-1"
 # The command that writes a file of each kind.
@@ -23,6 +24,7 @@ KINDS = {
     TRAINING: "python -m benchmarks.training_step --json",
     KV8: "python -m benchmarks.kv8 --json",
     LARGEST: "python -m benchmarks.largest_batch --json",
+    VAE_LOSSES: "python -m benchmarks.vae_losses --json",
     RUN: "python -m benchmarks.gpu",
 }
 

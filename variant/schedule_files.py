@@ -82,15 +82,31 @@ def save_schedule(
         temporary.write_text(json.dumps(values, indent=1) + "\n")
 
 
-def _by_name(name: str, config: VARConfig) -> DepthSchedule:
-    """The schedule of a name.  Raises: ValueError, if the model has none such."""
-    scales = len(config.patch_nums)
+def layers_by_scale(source: str) -> list[int] | list[list[int]]:
+    """What a recipe's ``schedules`` hold in place of a file or a name.
+
+    Returns:
+        The depth of each scale of a name such as "8x4-4-2", or the layers of each scale of a file.
+    Raises:
+        UserError: as :func:`load_schedule`.
+    """
+    if NAME.fullmatch(source) and path_kind(source) is None:
+        return _depths(source)
+    return [list(layers) for layers in load_schedule(source).layers]
+
+
+def _depths(name: str) -> list[int]:
+    """The depth of each scale; at most one more than there may be scales."""
     depths: list[int] = []
     for part in name.split("-"):
         depth, _, count = part.partition("x")
-        depths += [int(depth)] * min(int(count or 1), MAX_SCALES + 1)
-        if len(depths) > MAX_SCALES:
-            break
+        depths += [int(depth)] * min(int(count or 1), MAX_SCALES + 1 - len(depths))
+    return depths
+
+
+def _by_name(name: str, config: VARConfig) -> DepthSchedule:
+    """The schedule of a name.  Raises: ValueError, if the model has none such."""
+    scales, depths = len(config.patch_nums), _depths(name)
     if len(depths) != scales:
         raise ValueError(
             f"must have one depth for each of the {scales} scales of the model; it has "

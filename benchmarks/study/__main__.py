@@ -1,4 +1,4 @@
-"""``python -m benchmarks.study run``, ``collect`` and ``check``."""
+"""``python -m benchmarks.study run``, ``collect`` and ``report``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ LOCK = ".study.lock"
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["report"]:
+        from benchmarks.study import report  # draws plots, which no run needs
+
+        return report.main(words[1:])
+    options = _parser().parse_args(words)
     torch.set_num_threads(1)
     try:
         profile = SMOKE if options.smoke else options.profile

@@ -1,6 +1,6 @@
 """Write ``docs/study.md`` and its plots from the study's result files.
 
-    python -m benchmarks.study.report
+    python -m benchmarks.study report
 
 A verdict follows from the numbers by the rule in ``report_verdicts.py``; nothing on the page is
 written by hand but the words around the numbers.
@@ -29,6 +29,7 @@ from benchmarks.study.report_claims import (
 )
 from benchmarks.study.report_data import METRICS, Metric, Part, Study, read_study
 from benchmarks.study.report_verdicts import ERRORS, Evidence, Verdict
+from variant.errors import UserError
 from variant.files import atomic_write
 
 ROOT = Path(__file__).parents[2]
@@ -122,13 +123,21 @@ def page(study: Study) -> str:
 def _first_lines(found: Sequence[tuple[Claim, Evidence]]) -> list[str]:
     """What the miniature contradicts of the paper, and the counts of all verdicts."""
     ours = [(claim, evidence) for claim, evidence in found if claim.paper]
-    against = [pair for pair in ours if pair[1].verdict is Verdict.DOES_NOT_HOLD]
+    by_claim: dict[tuple[str, str], list[tuple[Claim, Evidence]]] = {}
+    for claim, evidence in ours:
+        by_claim.setdefault((claim.text, claim.paper or ""), []).append((claim, evidence))
+    against = {
+        key: rows
+        for key, rows in by_claim.items()
+        if any(evidence.verdict is Verdict.DOES_NOT_HOLD for _, evidence in rows)
+    }
     if against:
         lines = ["**Where the miniature contradicts the paper:**", ""]
-        for claim, evidence in against:
-            numbers = _numbers(claim, evidence)
-            detail = f"{claim.measure}: {numbers}" if numbers else claim.measure
-            lines.append(f'- "{claim.text}" ({claim.paper}) does not hold ({detail}).')
+        for (text, where), rows in against.items():
+            verdicts = "; ".join(
+                f"by {claim.measure} {_verdict(claim, evidence)}" for claim, evidence in rows
+            )
+            lines.append(f'- "{text}" ({where}): {verdicts}.')
     elif any(pair[1].verdict is Verdict.HOLDS for pair in ours):
         lines = ["**The miniature contradicts no claim of the paper so far.**"]
     else:
@@ -226,14 +235,16 @@ def _verdicts(found: Sequence[tuple[Claim, Evidence]]) -> list[str]:
     rows: dict[tuple[str, str], list[str]] = {}
     for claim, evidence in found:
         row = rows.setdefault((claim.text, claim.paper or "our question"), ["-"] * len(measures))
-        details = [text for text in (_numbers(claim, evidence), evidence.reason) if text]
-        row[measures.index(claim.measure)] = f"**{evidence.verdict.value}**" + (
-            f" ({'; '.join(details)})" if details else ""
-        )
+        row[measures.index(claim.measure)] = _verdict(claim, evidence)
     if not rows:
         return []
     columns = ["claim", "where", *(f"by {measure}" for measure in measures)]
     return table(columns, [[*key, *cells] for key, cells in rows.items()])
+
+
+def _verdict(claim: Claim, evidence: Evidence) -> str:
+    details = [text for text in (_numbers(claim, evidence), evidence.reason) if text]
+    return f"**{evidence.verdict.value}**" + (f" ({'; '.join(details)})" if details else "")
 
 
 def _numbers(claim: Claim, evidence: Evidence) -> str:
@@ -273,7 +284,7 @@ def _paper_against_itself() -> list[str]:
 class Options:
     """Write docs/study.md and its plots from the study's result files.
 
-    Example: python -m benchmarks.study.report
+    Example: python -m benchmarks.study report
     """
 
     results: Path = RESULTS
@@ -283,9 +294,13 @@ class Options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the page; 0."""
+    """Write the page; 0, or 1 if a result file cannot be used."""
     options = tyro.cli(Options, args=argv)
-    study = read_study(options.results)
+    try:
+        study = read_study(options.results)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     options.out.parent.mkdir(parents=True, exist_ok=True)
     report_plots.draw_all(study, options.out.parent)
     with atomic_write(options.out) as temporary:

@@ -98,7 +98,7 @@ def _zones() -> list[Claim]:
         for cheap, dear in (("late", "early"), ("late", "middle"), ("middle", "early"))
     ]  # fmt: skip
     token = "A layer that an early token skips costs more than one that a late token skips"
-    return rows + [
+    return with_distance(*rows) + [
         Claim("zones", f"{token} ({depth})", by(costs(depth, "late", "early"), LOSS_PER_TOKEN),
               "section 3.2.1" if depth == D4 else None, LOSS_PER_TOKEN.name)
         for depth in (D4, D2)

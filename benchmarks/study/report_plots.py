@@ -33,23 +33,31 @@ def plane_data(study: Study) -> Data:
 
 
 def curves_data(study: Study) -> Data:
-    """Losses during training, by run and schedule: (step, mean over the seeds) of shared steps."""
+    """Losses during training, by run and schedule: share of the steps, and mean over seeds.
+
+    Runs of equal work have different numbers of steps, and so may seeds: points are joined by their
+    rank. A run whose seeds have different numbers of points is left out.
+    """
     part = study.parts.get("ratios")
     curves: Data = {}
     for name in part.names if part else ():
-        runs = list(study.runs(name, "ratios").values())
+        runs = study.runs(name, "ratios").values()
         for schedule in (FULL, D2):
             by_seed = [_curve(run, schedule) for run in runs]
-            steps = sorted(set.intersection(*map(set, by_seed))) if by_seed else []
-            points = [[s, mean_and_error(curve[s] for curve in by_seed)[0]] for s in steps]
-            if points:
-                curves.setdefault(name, {})[schedule] = points
+            if len({len(curve) for curve in by_seed}) == 1 and by_seed[0]:
+                curves.setdefault(name, {})[schedule] = [
+                    [mean_and_error(column)[0] for column in zip(*points, strict=True)]
+                    for points in zip(*by_seed, strict=True)
+                ]
     return curves
 
 
-def _curve(run: Run, schedule: str) -> dict[int, float]:
-    points = ((step, losses.get(schedule)) for step, losses in run.data.get("curve") or ())
-    return {step: loss for step, loss in points if loss is not None}
+def _curve(run: Run, schedule: str) -> list[tuple[float, float]]:
+    """(Share of the steps, loss) of the points that have the schedule."""
+    points = run.data.get("curve") or ()
+    last = run.data.get("steps") or max((step for step, _ in points), default=1)
+    losses = ((step / last, losses.get(schedule)) for step, losses in points)
+    return [(share, loss) for share, loss in losses if loss is not None]
 
 
 def early_late_data(study: Study) -> Data:
@@ -98,7 +106,7 @@ def curves(data: Data) -> Figure:
                 steps, losses = zip(*by_schedule[schedule], strict=True)
                 axis.plot(steps, losses, color=COLOURS[index % len(COLOURS)], lw=1.3, label=name,
                           ls="-" if index < len(COLOURS) else "--")  # fmt: skip
-        axis.set(xlabel="step", ylabel="held-out loss")
+        axis.set(xlabel="share of the steps", ylabel="held-out loss")
         axis.set_title("full network" if schedule == FULL else "depth 2")
     axes[0].legend(fontsize=7)
     return figure

@@ -74,6 +74,9 @@ def test_stepwise_calls_give_what_the_whole_calls_give():
             inputs.append(model.next_scale_input(f_hat, k))
     assert torch.equal(torch.cat(inputs, dim=1), model.teacher_input(tokens))
     assert torch.equal(model.decode_features(f_hat), model.decode(tokens))
+    by_scale = list(model.decode_by_scale(tokens))
+    assert len(by_scale) == model.layout.num_scales
+    assert torch.equal(by_scale[-1], model.decode(tokens))
 
 
 class Convolutions(TorchDispatchMode):
@@ -210,7 +213,7 @@ def test_wrong_images_are_refused(images, message):
         (torch.zeros(1, 21), "int64 or int32; got torch.float32"),
     ],
 )
-@pytest.mark.parametrize("method", ["decode", "teacher_input"])
+@pytest.mark.parametrize("method", ["decode", "decode_by_scale", "teacher_input"])
 def test_wrong_tokens_are_refused(method, tokens, message):
     with pytest.raises(ValueError, match=message):
         getattr(small(), method)(tokens)

@@ -1,6 +1,7 @@
 """The configurations of a recipe: names, bridges, schedules by scale, and what a step trains."""
 
 import dataclasses
+import re
 from collections import Counter
 
 import pytest
@@ -9,11 +10,14 @@ from tiny_runs import CPU, metrics, quiet, resume, run_until, tiny_recipe
 
 from variant.errors import UserError
 from variant.models.var import VAR
+from variant.schedule_files import save_schedule
 from variant.training.configurations import Configurations, schedule_name
+from variant.training.recipe import load_recipe
 from variant.training.resume_rules import compare_recipes, compare_schedules
 from variant.training.schedule import choose_bridge, choose_depth
 from variant.training.vae_task import train_vae
 from variant.training.var_task import VARTask, train_var
+from variant_kernels import DepthSchedule
 
 PHASES = {"joint": 1, "transition": 2, "refinement": 1}
 
@@ -193,3 +197,60 @@ def test_a_recipe_of_all_kinds_of_subnets_trains_and_resumes(folders, tmp_path, 
     for name, weight in states[0]["module"].items():
         assert torch.equal(weight, states[1]["module"][name])
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parted")
+
+
+LAYERS = ((0, 1, 2, 3), (0, 1, 3), (0, 3))
+
+
+def test_layers_by_scale_have_a_name_of_their_own(recipe):
+    others = (*LAYERS[:1], (0, 2, 3), (0, 3))
+    schedules = ((4, 3, 2), LAYERS, others)
+    chosen = with_schedule(with_depth(recipe, 4), depths=(2,), schedules=schedules)
+    configurations = Configurations(chosen, 2)
+    names = [part.name for part in configurations.evaluated()]
+    assert names[:3] == ["full", "2", "4-3-2"]
+    assert len(set(names)) == 5
+    assert all(re.fullmatch(r"4-3-2-layers[0-9a-f]{6}", name) for name in names[3:])
+    assert configurations.by_scale[LAYERS].schedule.layers == LAYERS
+    assert chosen.var_config.subnets.keys() == {2, 3}  # those of the depths alone
+
+
+@pytest.mark.parametrize(
+    ("schedules", "message"),
+    [
+        (((4, (0, 3), (0, 1, 3)),), "depths that never rise"),
+        (((4, (0, 1, 3), (0, 2, 3)),), r"schedules: the layers of scale 2 must be a subset"),
+        (((4, (0, 1, 3), (0, 2)),), "must start with 0 and end with 3"),
+    ],
+)
+def test_bad_layers_by_scale_are_refused(recipe, schedules, message):
+    with pytest.raises(ValueError, match=message):
+        with_schedule(with_depth(recipe, 4), schedules=schedules)
+
+
+def test_the_file_or_the_name_of_a_schedule_stands_for_its_layers(tmp_path):
+    file = tmp_path / "schedule.json"
+    layers = ((*range(8),),) * 4 + ((0, 1, 2, 5, 7), (0, 7))
+    save_schedule(file, DepthSchedule.from_depths(layers))
+    given = [f'schedule.schedules=["{file}", "8x4-4-2"]']
+    recipe = load_recipe("digits", overrides=given)
+    assert recipe.schedule.schedules == (layers, (8, 8, 8, 8, 4, 2))
+    assert load_recipe("digits", overrides=[f"schedule.schedules={file}"]).schedule.schedules == (
+        layers,
+    )
+    file.unlink()
+    with pytest.raises(UserError, match=r"schedule\.json: no such file"):
+        load_recipe("digits", overrides=given)
+    save_schedule(file, DepthSchedule.full(7, 6))
+    with pytest.raises(UserError, match="must start with 0 and end with 7"):
+        load_recipe("digits", overrides=given)
+
+
+def test_a_run_trains_a_schedule_of_layers_and_resumes(folders, tmp_path, monkeypatch):
+    layers = ((0, 1, 2), (0, 2), (0, 2))
+    recipe = with_schedule(tiny_recipe(folders), depths=(), schedules=(layers,))
+    train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    run_until(recipe, tmp_path, monkeypatch, train_var, VARTask)
+    summary = resume(recipe, tmp_path, train_var)
+    name = Configurations(recipe, 2).by_scale[layers].name
+    assert set(summary.held_out_loss) == {"full", name}

@@ -1,5 +1,7 @@
 """A stranger's folder of images, with the commands of docs/training.md and small sizes."""
 
+import functools
+import json
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from variant.cli import evaluate
 from variant.cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -92,20 +95,32 @@ def images(tmp_path, monkeypatch):
 
 
 def documented(start):
-    """The words of the first command of docs/training.md that begins so, on the recipe of here."""
-    text = (ROOT / "docs" / "training.md").read_text()
-    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    """The words of the first documented command that begins so, on the recipe of here."""
+    texts = [(ROOT / "docs" / f"{name}.md").read_text() for name in ("training", "vqvae")]
+    blocks = re.findall(r"^```bash\n(.*?)^```$", "\n".join(texts), re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
     line = next(line for line in lines if re.match(start, line))
     return shlex.split(line.replace("examples/my_images.toml", "mine.toml"), comments=True)[1:]
 
 
-def test_a_folder_of_six_hundred_images_from_the_documentation_alone(images, capsys):
+def test_a_folder_of_six_hundred_images_from_the_documentation_alone(images, capsys, monkeypatch):
     small = [*SMALL, "--data.max-bad", "0.01"]
     recipe = "--recipe examples/my_images.toml"
     assert main(documented("variant recipe new --data images")) == 0
     assert main([*documented("variant recipe check examples"), *small]) == 0
+    # `variant eval` reads the sizes from the recipe, so they are written into it.
+    assert main(["recipe", "show", "mine.toml", *small]) == 0
+    printed = capsys.readouterr().out
+    Path("mine.toml").write_text(printed[printed.rindex("name = ") :])
     assert main([*documented(f"variant train-vae {recipe}"), *small]) == 0
+    # Its classifier trains for a few steps.
+    short = functools.partial(evaluate.train_classifier, steps=5)
+    monkeypatch.setattr(evaluate, "train_classifier", lambda *args, **rest: short(*args, **rest))
+    assert main([*documented("variant eval --reconstruct runs/mine"), "--json", "kept.json"]) == 0
+    kept = {m["name"]: m["value"] for m in json.loads(Path("kept.json").read_text())["metrics"]}
+    assert kept["PSNR, scales to 4x4"] == pytest.approx(kept["PSNR"])
+    assert kept["PSNR"] > 5
+    assert "rmine-FD" in kept
     words = documented(f"variant tokenize {recipe}")
     words[words.index("--passes") + 1] = "2"
     assert main([*words, *small]) == 0
@@ -120,6 +135,12 @@ def test_a_folder_of_six_hundred_images_from_the_documentation_alone(images, cap
     more[more.index("--schedule.refinement") + 1] = "1"
     assert main([*train, *more, "--resume"]) == 0
     assert main(documented("variant generate --model runs/mine --all-depths")) == 0
+    words = documented("variant sample --model runs/mine")
+    words[words.index("--num") + 1] = "70"
+    assert main(words) == 0
+    assert main([*documented("variant eval --images out/mine"), "--json", "made.json"]) == 0
+    made = {m["name"]: m for m in json.loads(Path("made.json").read_text())["metrics"]}
+    assert made["mine-FD"]["count"] == 70
     words = ["--labels", "circle,triangle", "--count", "3", "--out", "out/shapes"]
     assert main(["generate", "--model", "runs/mine", *words]) == 0
     names = sorted(path.name for path in Path("out/shapes").glob("*.png"))

@@ -480,7 +480,7 @@ class Search:
     """Search the layers of every scale under a budget, without training.
 
     Layers are chosen by block influence and held-out loss; schedules by held-out loss, exactly
-    where they are few. The schedule is a file for generate, sample, eval and plan.
+    where they are few. The schedule is a file for generate, sample, eval, plan and train.
 
     Example: variant search --model digits --budget kv=0.5
 

@@ -198,9 +198,16 @@ class _Clock:
 
     advance: Advance
     started: float
+    total: int = 0
     done: int = 0
+    before: int = 0
+
+    def next(self) -> None:
+        """The next search counts from here on."""
+        self.before = self.done
 
     def report(self, done: int, expected: int, what: str) -> None:
+        done, expected = self.before + done, max(self.total, self.before + expected)
         if done <= self.done:
             return
         left = (time.monotonic() - self.started) / done * max(expected - done, 0)
@@ -301,9 +308,11 @@ class Job:
             f"{prefixes:,} prefixes{estimate}"
         )
         seeds = list(self.grid().values())
-        with self._progress("schedules", prefixes if exact else None) as report:
-            result = self._search(space, seeds, report, exact)
-            with_even = self._search(even, [], report, even.count()[0] <= self.command.exact)
+        of_even, prefixes_of_even = even.count()
+        with self._progress("schedules", prefixes + prefixes_of_even if exact else 0) as clock:
+            result = self._search(space, seeds, clock.report, exact)
+            clock.next()
+            with_even = self._search(even, [], clock.report, of_even <= self.command.exact)
         self.save()
         # Evenly chosen layers are among those that a search may take.
         found = {one.schedule: one for one in [*with_even.found, *result.found]}
@@ -323,10 +332,10 @@ class Job:
         )
 
     @contextmanager
-    def _progress(self, doing: str, total: int | None) -> Iterator[Any]:
-        """Yields a report for ``variant.search.tree``."""
-        with progress("search", doing, total or 0, self.command.json) as advance:
-            yield _Clock(advance, time.monotonic()).report
+    def _progress(self, doing: str, total: int) -> Iterator[_Clock]:
+        """Progress within the block; total: losses of prefixes, 0 if that is not known."""
+        with progress("search", doing, total, self.command.json) as advance:
+            yield _Clock(advance, time.monotonic(), total)
 
     def costs(self, space: Space) -> list[Cost]:
         """Those of the schedules of a space."""
@@ -344,12 +353,12 @@ class Job:
         bridge = self.config.bridge
         bridge = scales // 2 if bridge is None else min(bridge, scales - 1)
         tried = max(depth - self.depths[-1], 0) * 3
-        with self._progress("layers", tried) as report:
+        with self._progress("layers", tried) as clock:
             done = 0
 
             def loss(layers: Layers) -> float:
                 nonlocal done
-                report(done, tried, f"layers of depth {len(layers)}")
+                clock.report(done, tried, f"layers of depth {len(layers)}")
                 done += 1
                 schedule = subnet_schedule(layers, depth, scales, bridge)
                 return float(self.losses.of_schedule(schedule).mean())

@@ -252,10 +252,17 @@ class VQVAE(nn.Module):
             self.accumulate(f_hat_BCHW, tokens_BL[:, self.layout.slice(k)], k)
         return self.decode_features(f_hat_BCHW)
 
-    @torch.no_grad()
     def decode_by_scale(self, tokens_BL: Tensor) -> Iterator[Tensor]:
-        """:meth:`decode` from the first k scales of the tokens, for every k from 1."""
+        """:meth:`decode` from the first k scales of the tokens, for every k from 1.
+
+        Raises:
+            ValueError: as :meth:`decode`.
+        """
         self._check_tokens("VQVAE.decode_by_scale", tokens_BL)
+        return self._decoded_by_scale(tokens_BL)
+
+    @torch.no_grad()
+    def _decoded_by_scale(self, tokens_BL: Tensor) -> Iterator[Tensor]:
         f_hat_BCHW = self.new_features(tokens_BL.shape[0])
         for k in range(self.layout.num_scales):
             self.accumulate(f_hat_BCHW, tokens_BL[:, self.layout.slice(k)], k)

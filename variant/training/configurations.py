@@ -5,6 +5,7 @@ Plain Python on integers; every process of a run finds the same ones.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from variant.models.config import VARConfig
 from variant.training.phase_ends import PhaseEnds
 from variant.training.recipe import Recipe
-from variant.training.schedule import choose_bridge, choose_depth
+from variant.training.schedule import choose_bridge, choose_depth, num_layers
 from variant_kernels import DepthSchedule
 from variant_kernels.plans.depth_schedule import schedule_name
 
@@ -37,6 +38,15 @@ class Configuration:
         return self.name == FULL
 
 
+def name_of(depths: Sequence[int | Sequence[int]]) -> str:
+    """The name of one of ``schedules``; of lists of layers it ends in a digest of them."""
+    name = schedule_name([num_layers(depth) for depth in depths])
+    if all(isinstance(depth, int) for depth in depths):
+        return name
+    layers = [depth if isinstance(depth, int) else list(depth) for depth in depths]
+    return f"{name}-layers{hashlib.sha256(repr(layers).encode()).hexdigest()[:6]}"
+
+
 class Configurations:
     """The configurations of a recipe, and which of them a step trains.
 
@@ -51,7 +61,7 @@ class Configurations:
         self.ends = PhaseEnds.of(self.section)
         self.full = full_configuration(self.config)
         self.by_scale = {
-            depths: Configuration(schedule_name(depths), self._by_scale(depths))
+            depths: Configuration(name_of(depths), self._by_scale(depths))
             for depths in self.section.schedules
         }
 
@@ -97,7 +107,7 @@ class Configurations:
         layers = config.subnets[depth]
         return Configuration(str(depth), DepthSchedule(config.depth, scales, layers, bridge))
 
-    def _by_scale(self, depths: Sequence[int]) -> DepthSchedule:
+    def _by_scale(self, depths: Sequence[int | Sequence[int]]) -> DepthSchedule:
         return self.section.by_scale(depths, self.config.depth)
 
 

@@ -184,17 +184,16 @@ def function_loss(name: str, recipe: str) -> PerceptualLoss:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        function: Any = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{where}: {error}") from None
     if not callable(function):
         raise UserError(f"{where}: must name a function; it is {type(function).__name__}")
 
     def features(images_B3YX: Tensor) -> Sequence[Tensor]:
-        output = function(images_B3YX)
-        layers = [output] if isinstance(output, Tensor) else output
-        is_right = isinstance(layers, list | tuple) and len(layers) > 0
-        if not is_right or not all(_is_features(layer, len(images_B3YX)) for layer in layers):
+        output: Any = function(images_B3YX)
+        layers: list[Any] = list(output) if isinstance(output, list | tuple) else [output]
+        if not layers or not all(_is_features(layer, len(images_B3YX)) for layer in layers):
             got = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in layers]
             raise UserError(
                 f"{where}: must return floating features ({len(images_B3YX)}, C, ...) of as many "

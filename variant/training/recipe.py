@@ -32,6 +32,7 @@ from variant.models.config import (
 from variant.models.discriminator import LEAST_SIDE
 from variant.models.ranges import Count, CountOrZero, NotNegative, Positive, Share, ShareBelowOne
 from variant.paths import path_kind, read_text, shown
+from variant.schedule_files import layers_by_scale
 from variant.training.checkpoint_schedule import OutputSection
 from variant.training.efficiency import CompileSection, MemorySection
 from variant.training.ema import EMASection
@@ -39,7 +40,7 @@ from variant.training.logging_section import LoggingSection
 from variant.training.optim import OptimSection
 from variant.training.overrides import override
 from variant.training.parallel import ParallelSection
-from variant.training.schedule import ScheduleSection
+from variant.training.schedule import ScheduleSection, num_layers
 from variant.training.vae_sections import (
     CLASSIFIER,
     LPIPS,
@@ -259,7 +260,12 @@ class Recipe:
             bridge=self.schedule.bridge,
         )
         section = self.schedule
-        parts = {depth for depths in section.schedules for depth in depths if depth != config.depth}
+        parts = {
+            depth
+            for depths in section.schedules
+            for depth in depths
+            if isinstance(depth, int) and depth != config.depth
+        }
         subnets = {
             depth: select_layers(config.depth, depth, section.selection)
             for depth in (*section.depths, *sorted(parts))
@@ -325,7 +331,13 @@ class Recipe:
         )
         for depths in section.schedules:
             require(
-                depths[-1] < self.model.depth,
+                all(isinstance(depth, int) for depth in depths),
+                "schedule: schedules must be depths with zone weights, which belong to a depth's "
+                "own layers",
+                list(depths),
+            )
+            require(
+                num_layers(depths[-1]) < self.model.depth,
                 "schedule: schedules must end in a subnet, which has zone weights",
                 list(depths),
             )
@@ -441,9 +453,27 @@ def recipe_values(name_or_path: str | Path, overrides: Sequence[str] = ()) -> di
     except ValueError as error:  # TOMLDecodeError is one
         raise UserError(f"{where}: is not valid TOML: {_one_line(error)}") from None
     try:
-        return override(values, overrides, Recipe)
+        return _with_schedules(override(values, overrides, Recipe))
     except (RecursionError, ValueError) as error:
         raise UserError(f"{where}: {_one_line(error)}") from None
+
+
+def _with_schedules(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with the layers of schedules that are given by a file or by a name.
+
+    The recipe of a run holds them, so that a file that changes does not change a resumed run.
+
+    Raises:
+        UserError: a file that is none of a schedule.
+    """
+    section = values.get("schedule")
+    if not isinstance(section, dict):
+        return values
+    given = section.get("schedules")
+    if not isinstance(given, list) or not any(isinstance(one, str) for one in given):
+        return values
+    schedules = [layers_by_scale(one) if isinstance(one, str) else one for one in given]
+    return {**values, "schedule": {**section, "schedules": schedules}}
 
 
 def _one_line(error: Exception) -> str:

@@ -131,11 +131,14 @@ def type_text(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(f'"{value}"' for value in parts)
     if origin is tuple:
-        words = type_text(parts[0])
-        return f"list of {words.replace('list', 'lists', 1) if 'list' in words else words + 's'}"
+        return f"list of {' or '.join(map(_plural, type_text(parts[0]).split(' or ')))}"
     if dataclasses.is_dataclass(hint):
         return "section"
     return WORDS.get(hint, str(hint))
+
+
+def _plural(words: str) -> str:
+    return re.sub(r"\blist\b", "lists", words, count=1) if "list" in words else f"{words}s"
 
 
 def default_text(key: Key) -> str:

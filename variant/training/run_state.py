@@ -18,8 +18,11 @@ ADVERSARIAL = "adversarial"  # marks epochs that ended with an adversary
 class Second(Protocol):
     """A second module that a run trains, with an optimiser of its own: a discriminator."""
 
-    module: nn.Module
-    optimizer: torch.optim.Optimizer
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
 
 
 @dataclass

@@ -131,6 +131,11 @@ def _draws(seed: int, step: int) -> tuple[float, float, float]:
     return u_subnet, u_depth, u_bridge
 
 
+def num_layers(depth: int | Sequence[int]) -> int:
+    """Of a depth, or of a list of layers."""
+    return depth if isinstance(depth, int) else len(depth)
+
+
 @dataclass(frozen=True)
 class ScheduleSection:
     """The subnets and the three phases of training.
@@ -153,7 +158,8 @@ class ScheduleSection:
     bridges: bridges of which every subnet step of ``depths`` draws one, in place of ``bridge``; []
         is always ``bridge``.
     schedules: further subnets, each a list of one depth per scale, which never rises, as
-        [8, 8, 8, 4, 4, 2].
+        [8, 8, 8, 4, 4, 2], or of a list of layers per scale; or the file of a schedule, or such
+        depths as "8x3-4x2-2".
     teacher: the loss of a subnet step has the divergence from a teacher, the full network with
         other weights: "frozen", those that model.weights names; "ema", the moving average; "none"
         has no teacher.
@@ -174,7 +180,7 @@ class ScheduleSection:
     refinement: CountOrZero | None = None
     phases: Literal["planned", "auto"] = "planned"
     bridges: tuple[int, ...] = ()
-    schedules: tuple[tuple[int, ...], ...] = ()
+    schedules: tuple[tuple[int | tuple[int, ...], ...], ...] = ()
     teacher: Literal["none", "frozen", "ema"] = "none"
     teacher_weight: Positive = 1.0
     zone_weights: ZoneKind = "shared"
@@ -194,7 +200,8 @@ class ScheduleSection:
             len(self.schedules),
         )
         for depths in self.schedules:
-            falls = all(a >= b for a, b in itertools.pairwise(depths))
+            sizes = map(num_layers, depths)
+            falls = all(a >= b for a, b in itertools.pairwise(sizes))
             require(falls, "schedules must have depths that never rise", list(depths))
         lengths = (self.joint, self.transition, self.refinement)
         require(
@@ -240,7 +247,7 @@ class ScheduleSection:
         """
         if self.joint is None or self.transition is None or self.refinement is None:
             paper = paper_phases(
-                (*self.depths, *(depths[-1] for depths in self.schedules if depths))
+                (*self.depths, *(num_layers(depths[-1]) for depths in self.schedules if depths))
             )
             return Phases(0, 0, paper.refinement) if self.has_zone_weights else paper
         return Phases(self.joint, self.transition, self.refinement)
@@ -256,7 +263,7 @@ class ScheduleSection:
             self.final_probability,
         )
 
-    def by_scale(self, depths: Sequence[int], full_depth: int) -> DepthSchedule:
+    def by_scale(self, depths: Sequence[int | Sequence[int]], full_depth: int) -> DepthSchedule:
         """The layers of one of ``schedules`` in a model of ``full_depth`` layers.
 
         Raises:

@@ -269,15 +269,12 @@ def _classifier(setup: RunSetup, console: Console | None) -> PerceptualLoss:
     steps = recipe.vae_training.perceptual.steps
     path = setup.folder / RUN_NAME
     wanted = source.digest(), recipe.seed, steps
-    record = None
-    if is_there(path):
-        classifier, record = read_classifier(path)
-        if (record.data_sha256, record.seed, record.steps) != wanted:
-            record = None
-    if record is None:
+    found = read_classifier(path) if is_there(path) else None
+    if found is None or (found[1].data_sha256, found[1].seed, found[1].steps) != wanted:
         out = console or Console()
         out.print(f"vae: training the classifier of the perceptual loss, {steps} steps")
         trained = train_classifier(source.data, seed=recipe.seed, steps=steps, device=setup.device)
         save_classifier(path, *trained)
-        classifier, record = read_classifier(path)
+        found = read_classifier(path)
+    classifier, record = found
     return classifier_loss(classifier, record.accuracy, file_sha256(path), setup.device)
