@@ -33,9 +33,10 @@ def collect(study: Study, out: Path, results: Path) -> list[Path]:
     """Write the result file of every part that has a complete run.
 
     Raises:
-        UserError: no run is complete, or a metric does not flag the run that is broken.
+        UserError: no run is complete; or, when all files are written, a metric does not flag the
+            run that is broken.
     """
-    written = []
+    written, missed = [], list[str]()
     floor = _read(out / "real.json")
     for part in study.parts:
         rows = [row for run in part.runs if (row := _row(study, out, run, floor)) is not None]
@@ -52,6 +53,12 @@ def collect(study: Study, out: Path, results: Path) -> list[Path]:
         }
         if part.name == "control":
             result["flagged"] = _control(study, out, part, rows, floor)
+            missed = [
+                f"{name}, seed {seed}"
+                for seed, found in result["flagged"].items()
+                for name, is_flagged in found.items()
+                if not is_flagged
+            ]
         path = results / f"{part.name}.json"
         with atomic_write(path) as temporary:
             text = json.dumps(_rounded(result), indent=1, allow_nan=False)
@@ -59,6 +66,10 @@ def collect(study: Study, out: Path, results: Path) -> list[Path]:
         written.append(path)
     if not written:
         raise UserError(f"study: {out} holds no complete run")
+    if missed:
+        raise UserError(
+            f"study: permuted labels must be flagged by every metric; not by {'; '.join(missed)}"
+        )
     return written
 
 
@@ -174,19 +185,13 @@ def _difference(
 def _control(
     study: Study, out: Path, part: Part, rows: Sequence[dict[str, Any]], floor: Any
 ) -> dict[str, dict[str, bool]]:
-    """By seed and metric, whether the broken run is flagged.  Raises: UserError, if not."""
+    """By seed and metric, whether the broken run is flagged."""
     result = {}
     for run, row in zip(part.runs, rows, strict=False):
         right = _row(study, out, study.find(BASE, run.seed), floor)
         if right is None or (row["generated"] and not right["generated"]):
             continue
-        result[str(row["seed"])] = found = flagged(row, right)
-        missed = [name for name, is_flagged in found.items() if not is_flagged]
-        if missed:
-            raise UserError(
-                f"study: {row['name']}, seed {row['seed']}: permuted labels must be flagged by "
-                f"every metric; not by {', '.join(missed)}"
-            )
+        result[str(row["seed"])] = flagged(row, right)
     return result
 
 

@@ -20,7 +20,7 @@ from benchmarks.study.tasks import Task
 from variant.errors import UserError
 
 POLL = 0.2
-EVERY = 30.0  # seconds between lines of progress
+EVERY = 60.0  # seconds between lines of progress
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -38,6 +38,7 @@ def run_tasks(
         UserError: a task failed; the others that run are ended.
     """
     done, running = set[str](), dict[str, subprocess.Popen[bytes]]()
+    asked = set[str]()  # whether it is complete: that takes as long as to read its inputs
     pace = _Pace(tasks, jobs)
     (out / "logs").mkdir(parents=True, exist_ok=True)
     say(pace.line(done))
@@ -48,10 +49,12 @@ def run_tasks(
                 ready = task.name not in done and task.name not in running
                 if not ready or not done.issuperset(task.needs):
                     continue
-                if task.is_done():
+                if task.name not in asked and task.is_done():
                     done.add(task.name)
                     pace.skip(task)
-                elif len(running) < jobs:
+                    continue
+                asked.add(task.name)
+                if len(running) < jobs:
                     running[task.name] = _start(command(task), _log(out, task))
                     pace.start(task)
                     say(f"{task.name}: started ({pace.line(done)})")

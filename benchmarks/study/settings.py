@@ -95,12 +95,8 @@ class Study:
     parts: tuple[Part, ...]
 
     def runs(self) -> list[Run]:
-        """Every run that has something to do, in the order of their value: seed by seed."""
-        chosen: list[Run] = []
-        for seed in self.values["seeds"]:
-            for part in self.parts:
-                chosen += [run for run in part.runs if run.seed == seed and run.same_as is None]
-        return chosen
+        """Every run that has something to do, in the order of their value: part by part."""
+        return [run for part in self.parts for run in part.runs if run.same_as is None]
 
     def find(self, name: str, seed: int) -> Run:
         """The run of a name that has results of its own."""
@@ -163,7 +159,9 @@ def _part(name: str, values: Mapping[str, Any]) -> Part:
     runs = tuple(_run(name, table, entry, values, s) for s in values["seeds"] for entry in entries)
     names = [entry["name"] for entry in entries]
     against = table.get("against")
-    pairs = [(run, against) for run in names if against in names and run != against]
+    pairs: list[tuple[str, str]] = []
+    if against is not None and against in names:
+        pairs += [(run, str(against)) for run in names if run != against]
     pairs += [(run, other) for run, other in table.get("pairs", []) if run in names]
     return Part(name, table["title"], runs, tuple(pairs))
 

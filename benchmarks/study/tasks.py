@@ -41,23 +41,18 @@ def tasks_of(study: Study, out: Path, speed: Speed) -> list[Task]:
     runs = study.runs()
     tasks = [_vae(study, out, speed)]
     used = {run.tokens for run in runs if run.trains} | {"plain"}
-    last = [_tokens(study, out, name, speed) for name in sorted(used - {"plain"})]
-    tasks.append(_tokens(study, out, "plain", speed))
-    classifiers = [_classifier(study, out, name, speed) for name in stages.CLASSIFIERS]
-    bases = [run for run in runs if run.name == BASE]
-    others = [_run(study, out, run, speed) for run in runs if run.name != BASE]
-    first, *more = [
-        task
-        for run in bases
-        for task in (_train(study, out, run, speed), _run(study, out, run, speed))
-    ]
-    tasks += [first, *classifiers, _real(study, out), *more]
-    return _ordered([*tasks, *last], others, study)
+    tasks += [_tokens(study, out, name, speed) for name in sorted(used)]
+    tasks += [_classifier(study, out, name, speed) for name in stages.CLASSIFIERS]
+    tasks.append(_real(study, out))
+    for run in runs:
+        tasks += [_train(study, out, run, speed)] if run.name == BASE else []
+        tasks.append(_run(study, out, run, speed))
+    return _ordered(tasks, [_train_name(run) if run.name == BASE else _name(run) for run in runs])
 
 
-def _ordered(shared: list[Task], runs: list[Task], study: Study) -> list[Task]:
-    """Shared tasks just before the first run that needs them; runs seed by seed."""
-    by_name = {task.name: task for task in (*shared, *runs)}
+def _ordered(tasks: list[Task], wanted: list[str]) -> list[Task]:
+    """The wanted tasks in their order, each behind what it needs, and then the others."""
+    by_name = {task.name: task for task in tasks}
     ordered: dict[str, Task] = {}
 
     def add(task: Task) -> None:
@@ -65,13 +60,17 @@ def _ordered(shared: list[Task], runs: list[Task], study: Study) -> list[Task]:
             add(by_name[name])
         ordered.setdefault(task.name, task)
 
-    for seed in study.values["seeds"]:
-        for task in (*shared, *runs):
-            if task.name.endswith(f"/seed{seed}"):
-                add(task)
-    for task in shared:
-        add(task)
+    for name in (*wanted, *by_name):
+        add(by_name[name])
     return list(ordered.values())
+
+
+def _name(run: Run) -> str:
+    return f"{run.name}/seed{run.seed}"
+
+
+def _train_name(run: Run) -> str:
+    return f"{BASE}-weights/seed{run.seed}"
 
 
 def _vae(study: Study, out: Path, speed: Speed) -> Task:
@@ -121,7 +120,7 @@ def _train(study: Study, out: Path, run: Run, speed: Speed) -> Task:
     """The weights of a base, which other tasks wait for."""
     path = stages.run_folder(out, run) / "train.json"
     return Task(
-        f"{BASE}-weights/seed{run.seed}",
+        _train_name(run),
         ("tokens/plain",),
         lambda report: stages.train(study, out, run),
         lambda: stages.is_done(path, stages.training_identity(study, out, run)),
@@ -130,7 +129,7 @@ def _train(study: Study, out: Path, run: Run, speed: Speed) -> Task:
 
 
 def _run(study: Study, out: Path, run: Run, speed: Speed) -> Task:
-    needs = [f"{BASE}-weights/seed{run.seed}", "real"]
+    needs = [_train_name(run), "real"]
     if run.trains and run.tokens != "plain":
         needs.append(f"tokens/{run.tokens}")
     if run.model not in (None, BASE):
@@ -139,7 +138,7 @@ def _run(study: Study, out: Path, run: Run, speed: Speed) -> Task:
     seconds += speed.evaluated_image * study.values["images"] * len(run.schedules) * 0.7
     seconds += speed.generated_image * study.values["generated"] * len(run.generate) * 0.8
     return Task(
-        f"{run.name}/seed{run.seed}",
+        _name(run),
         tuple(needs),
         lambda report: stages.measure(study, out, run, report),
         lambda: stages.is_measured(study, out, run),

@@ -290,6 +290,7 @@ def test_a_control_that_a_metric_misses_is_an_error(done, tmp_path):
         shutil.copy(wrong / "runs/base/seed0" / name, wrong / "runs/labels-permuted/seed0" / name)
     with pytest.raises(UserError, match="must be flagged"):
         collect(study, wrong, tmp_path / "results")
+    assert len(list((tmp_path / "results").iterdir())) == 6  # the other parts are not lost
 
 
 def test_metrics_of_images_see_wrong_classes():
@@ -409,7 +410,7 @@ def test_settings_are_read_and_checked():
     }
     names = [(run.name, run.seed) for run in study.runs()]
     assert len(names) == len(set(names))
-    assert names.index(("p0", 0)) < names.index(("base", 1))
+    assert names.index(("base", 2)) < names.index(("p0", 0)) < names.index(("bridge0", 0))
     only = load_study(only=("kv8",))
     assert {run.name for run in only.runs()} == {"base", "several", "kv8"}
     with pytest.raises(UserError, match="there is no nonsense"):
