@@ -139,6 +139,10 @@ def _predictions(results: list[Result]) -> list[str]:
         "`python -m benchmarks.predict`",
         "",
         *table(["what", "target", "predicted", "measured"], [case.cells() for case in found]),
+        "Predicted to miss their target, and what limits them:",
+        "",
+        *(f"- {line}" for line in predict.misses(constants)),
+        "",
     ]
 
 

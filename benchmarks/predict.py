@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from typing import Any
 
 from benchmarks.prediction.constants import CONSTANTS, Constants, constants
 from benchmarks.prediction.fit import fit
-from benchmarks.prediction.generation import linear_ceiling
+from benchmarks.prediction.generation import generation, linear_ceiling, sampling_of_all_scales
 from benchmarks.prediction.times import (
     DEPTHS,
     DIRECTIONS,
@@ -65,6 +66,16 @@ class Quantity:
             return self.value(times)
         except KeyError:
             return None
+
+    def missed_by(self, value: float) -> bool:
+        """Whether a value is on the wrong side of a target that is a number."""
+        match = re.match(r"at (most|least) ([\d.]+)", self.target)
+        if match is None:
+            return self.target == "faster" and value <= 1
+        bound = float(match[2])
+        # To the digits that are shown.
+        shown = round(value, self.digits)
+        return shown > bound if match[1] == "most" else shown < bound
 
 
 @dataclass(frozen=True)
@@ -136,6 +147,7 @@ def _linear_share(depth: int) -> Quantity:
         "at least 90 %",
         "%",
         lambda times: 100 * speed_up(times) / linear_ceiling(depth),
+        1,
     )
 
 
@@ -241,6 +253,51 @@ def cases(c: Constants, run: Mapping[str, Any] | None = None) -> list[Case]:
     """The targets with their predictions and, from a run on a GPU, what was measured."""
     own, times = predicted(c), {} if run is None else measured(run)
     return [Case(one, one.value(own), one.of(times)) for one in quantities()]
+
+
+def limits(c: Constants) -> dict[str, str]:
+    """What limits the quantities that are predicted to miss their target, by the model's parts."""
+    one, many = generation(c, 1, FULL), generation(c, 64, FULL)
+    ms = {name: 1e3 * seconds for name, seconds in asdict(one).items()}
+    batch_1 = (
+        f"{ms['gemms']:.1f} ms are products with weights, which would have to take "
+        f"{13 - sum(ms[name] for name in ('attention', 'rows', 'rest')):.1f}: those of the first "
+        f"seven scales read all weights for few rows, those of the last three have 200 to 512 "
+        f"rows, which fill the processors badly. Attention takes {ms['attention']:.1f}, kernels "
+        f"bound by memory {ms['rows']:.1f} (a launch is at least "
+        f"{1e6 * c.row_seconds:.1f} us), the rest {ms['rest']:.1f}. Fewer launches do not suffice; "
+        f"products of few rows would need kernels of their own"
+    )
+    return {
+        "batch 1, full depth": batch_1,
+        "batch 1, full depth, with the decoder": (
+            f"as without it; the decoder takes {ms['decoder']:.1f} ms"
+        ),
+        "batch 64, full depth, as fast as the original": (
+            f"{1e3 * many.gemms:.0f} of our {1e3 * many.tokens:.0f} ms are products, the same on "
+            "both sides"
+        ),
+        "batch 64, depth 2, of the linear-work ratio": (
+            f"sampling and what a scale does besides its layers, "
+            f"{1e3 * (many.rest + sampling_of_all_scales(c, 64)):.1f} ms, do not shrink with the "
+            "depth"
+        ),
+        "sampling, last scale, batch 64, as fast as torch's calls": (
+            "our kernel is bound by its instructions (top-k and top-p by bisection in registers, "
+            "weights in float64), not by memory; the time of torch's sort and topk is estimated"
+        ),
+    }
+
+
+def misses(c: Constants) -> list[str]:
+    """One line for each target that is predicted to be missed: by how much, and why."""
+    why = limits(c)
+    return [
+        f"{case.name}: {case.cells()[2]}, target {case.quantity.target}. "
+        f"{why.get(case.name, 'Its limit is not known')}."
+        for case in cases(c)
+        if case.quantity.missed_by(case.predicted)
+    ]
 
 
 def text(found: Sequence[Case]) -> str:

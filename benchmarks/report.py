@@ -361,15 +361,18 @@ def _vae_losses(data: dict[str, Any]) -> list[str]:
     def row(run: dict[str, Any], by_scale: str, digits: str) -> str:
         return " ".join(f"{value:{digits}}" for value in run[by_scale])
 
+    one = data["rows"][0]
     cells = [
-        [run["name"], run["losses"], f"{run['fd']:.3f}", f"{run['psnr']:.2f} dB",
+        [run["name"], run["losses"], f"{run['fd']:.3f}",
+         f"{run['fd'] - one['fd']:+.3f} (s.e. {run['fd_change_error']:.3f})"
+         if run["fd_change_error"] else "",
+         f"{run['psnr']:.2f} dB",
          f"{run['ssim']:.4f}", row(run, "psnr_by_scale", ".2f"),
          row(run, "codes_used_by_scale", ".0%")]
         for run in data["rows"]
     ]  # fmt: skip
-    columns = ["run", "losses besides the quantizer's", "rFD", "PSNR", "SSIM",
+    columns = ["run", "losses besides the quantizer's", "rFD", "change of rFD", "PSNR", "SSIM",
                "PSNR from the first scales", "codes used by scale"]  # fmt: skip
-    one = data["rows"][0]
     starts = {run["adversary_from"] for run in data["rows"]} - {None}
     start = f", the adversary from step {min(starts)}" if starts else ""
     return [
@@ -377,7 +380,8 @@ def _vae_losses(data: dict[str, Any]) -> list[str]:
         f"{one['batch']} images from {one['train_images']:,} training images, one seed{start}. "
         f"Reconstructions of {data['images']:,} held-out images; rFD is the Fréchet distance of "
         f"features of a classifier ({data['classifier']['accuracy']:.1%} right) that took no part "
-        f"in the training; two halves of the real images have {data['floor']:.3f}.",
+        f"in the training; two halves of the real images have {data['floor']:.3f}. The standard "
+        "error of a change is that of the images (a jackknife), not of the seed.",
         "",
         *table(columns, cells),
     ]

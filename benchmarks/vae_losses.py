@@ -4,7 +4,8 @@
 
 Each folder is of a finished `variant train-vae`. The classifier, as `variant eval` trains one for
 `--features classifier:RECIPE`, gives the features of the Fréchet distance; it must be another
-network than that of the perceptual loss. Nothing is timed: the machine need not be idle.
+network than that of the perceptual loss. Changes are against the first run. Nothing is timed:
+the machine need not be idle.
 """
 
 from __future__ import annotations
@@ -33,15 +34,38 @@ from variant.training.checkpointer import Checkpointer
 from variant.training.resume_rules import read_recipe
 
 BATCH = 100
+BLOCKS = 20  # of the jackknife
 
 
 def gaussian(rows: list[Tensor]) -> Gaussian:
     return FeatureStatistics.of(torch.cat(rows)).gaussian()
 
 
+def standard_error(real_ND: Tensor, first_ND: Tensor, second_ND: Tensor) -> float:
+    """Of the difference between two runs' distances, by a jackknife over blocks of images.
+
+    The runs reconstruct the same images, so that a block is left out on all three sides.
+    """
+    numbers = torch.arange(len(real_ND)) % BLOCKS
+    differences = []
+    for block in range(BLOCKS):
+        real, first, second = (
+            gaussian([rows_ND[numbers != block]]) for rows_ND in (real_ND, first_ND, second_ND)
+        )
+        differences.append(frechet_distance(real, first) - frechet_distance(real, second))
+    values = torch.tensor(differences, dtype=torch.float64)
+    return float(((BLOCKS - 1) / BLOCKS * (values - values.mean()).square().sum()).sqrt())
+
+
 @torch.inference_mode()
-def quality(vae: VQVAE, images: ImageSet, network: Any, real: Gaussian) -> dict[str, Any]:
-    """Of the reconstructions of all images: rFD, PSNR in dB, SSIM, PSNR and codes by scale."""
+def quality(
+    vae: VQVAE, images: ImageSet, network: Any, real: Gaussian
+) -> tuple[dict[str, Any], Tensor]:
+    """Of the reconstructions of all images: rFD, PSNR in dB, SSIM, PSNR and codes by scale.
+
+    Returns:
+        these by name, and the features (N, D) of the reconstructions.
+    """
     layout, config = vae.layout, vae.config
     errors = torch.zeros(layout.num_scales, dtype=torch.float64)
     hits = torch.zeros(layout.num_scales, config.vocab_size, dtype=torch.int64)
@@ -55,13 +79,14 @@ def quality(vae: VQVAE, images: ImageSet, network: Any, real: Gaussian) -> dict[
             hits[k] += tokens[:, layout.slice(k)].flatten().bincount(minlength=config.vocab_size)
         ssim += float(structural_similarity(pixels, last).sum())
         features.append(network.run(last).features_BD)
-    return {
+    row = {
         "fd": frechet_distance(real, gaussian(features)),
         "psnr": psnr(float(errors[-1]) / images.count),
         "ssim": ssim / images.count,
         "psnr_by_scale": [psnr(float(error) / images.count) for error in errors],
         "codes_used_by_scale": (hits > 0).double().mean(1).tolist(),
     }
+    return row, torch.cat(features)
 
 
 def training(folder: Path) -> dict[str, Any]:
@@ -98,20 +123,19 @@ def measure(
             for i in range(0, images.count, BATCH)
         ]
     half = len(rows) // 2
-    real = gaussian(rows)
+    real, found = gaussian(rows), list[dict[str, Any]]()
+    first_ND = None
+    for name, folder in runs.items():
+        row, features_ND = quality(load_vqvae(str(folder), "cpu"), images, network, real)
+        first_ND = features_ND if first_ND is None else first_ND
+        error = standard_error(torch.cat(rows), features_ND, first_ND) if found else None
+        found.append({"name": name, **training(folder), **row, "fd_change_error": error})
     return {
         "recipe": recipe,
         "images": images.count,
         "classifier": {"sha256": network.sha256, "seed": record.seed, "accuracy": record.accuracy},
         "floor": frechet_distance(gaussian(rows[:half]), gaussian(rows[half:])),
-        "rows": [
-            {
-                "name": name,
-                **training(folder),
-                **quality(load_vqvae(str(folder), "cpu"), images, network, real),
-            }
-            for name, folder in runs.items()
-        ],
+        "rows": found,
     }
 
 

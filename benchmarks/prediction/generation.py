@@ -78,10 +78,15 @@ def generation(c: Constants, batch: int, depth: int) -> Generation:
         # K and V only: attention normalises the queries.
         elements = sequences * tokens * config.embed_dim
         rows += layers * sum(row_seconds(c, moved * elements) for moved in (8, 14, 8))
-        rows += sampling_seconds(c, batch * tokens)
+    rows += sampling_of_all_scales(c, batch)
     rest = c.host_seconds + c.scale_seconds * config.layout.num_scales
     decoder = c.decoder_seconds + batch * c.decoder_image_seconds
     return Generation(gemms, attention, rows, rest, decoder)
+
+
+def sampling_of_all_scales(c: Constants, batch: int) -> float:
+    """Seconds of sampling in a generation."""
+    return sum(sampling_seconds(c, batch * n) for n in VAR_PRESETS[MODEL].layout.tokens)
 
 
 @cache

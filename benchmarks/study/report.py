@@ -73,7 +73,9 @@ SECTIONS: Mapping[str, Section] = {
         (*LOSSES, report_tables.losses_per_layer_token, report_tables.losses_by_scale,
          report_tables.generated), ("table1",),
         text="The model of full depth, without training: the subnet runs at the early, the middle "
-        "or the late scales, and all other scales run every layer.",
+        "or the late scales, and all other scales run every layer. The mean loss over tokens "
+        "weighs the late scales most, because they hold most tokens; the loss per layer-token "
+        "saved and the fashion-FD do not.",
     ),
     "training-free": Section(
         "Training-free and joint training (Table 4)",
@@ -148,7 +150,7 @@ def _first_lines(found: Sequence[tuple[Claim, Evidence]]) -> list[str]:
 
 
 def _method(study: Study, usable: frozenset[Metric]) -> list[str]:
-    chances = " and ".join(f"{chance(n):.0%} with {n} seeds" for n in (3, 2))
+    chances = " and ".join(f"{100 * chance(n):.0f} % of such cases with {n} seeds" for n in (3, 2))
     return [
         "## How to read it",
         "",
@@ -160,7 +162,7 @@ def _method(study: Study, usable: frozenset[Metric]) -> list[str]:
         f'A verdict is "{Verdict.HOLDS.value}" or "{Verdict.DOES_NOT_HOLD.value}" if the mean '
         f"difference, paired by seed, is at least {ERRORS:g} standard errors over seeds, and "
         f'"{Verdict.NOT_RESOLVED.value}" if it is less or there is one seed. This test is weak: '
-        f"where there is no difference at all, it finds one in {chances}. Numbers after ± are one "
+        f"where there is no difference, it finds one in {chances}. Numbers after ± are one "
         "standard error over seeds. Differences are oriented so that a negative one supports the "
         "claim.",
         "",

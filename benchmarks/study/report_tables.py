@@ -136,7 +136,7 @@ def generated(study: Study, part: Part) -> list[str]:
             counts = sorted({cell["n"] for cell in cells if "n" in cell})
             rows.append([
                 f"`{name}`", schedule, str(len(cells)), ", ".join(f"{n:,}" for n in counts),
-                values[0], estimate(FASHION_FD, floors), *values[1:],
+                values[0], estimate(FASHION_FD, set(floors)), *values[1:],
             ])  # fmt: skip
     if not rows:
         return []

@@ -165,6 +165,25 @@ def test_every_case_says_that_it_is_not_yet_measured():
     assert text.splitlines()[0].split() == ["what", "target", "predicted", "measured"]
 
 
+def test_a_predicted_miss_has_a_limit_and_what_is_met_has_none():
+    found = {c.name: c for c in predict.cases(COMMITTED)}
+    missed = {name for name, c in found.items() if c.quantity.missed_by(c.predicted)}
+    assert missed == predict.limits(COMMITTED).keys()
+    assert len(predict.misses(COMMITTED)) == len(missed)
+
+
+@pytest.mark.parametrize(("target", "met", "missed"), [
+    ("at most 13 ms", 13.0, 13.1), ("at most 1.25 times", 1.25, 1.26),
+    ("at least 90 %", 90.0, 89.0), ("faster", 1.01, 1.0),
+])  # fmt: skip
+def test_a_target_is_met_or_missed(target, met, missed):
+    digits = 2 if "times" in target or target == "faster" else 1
+    quantity = predict.Quantity("", target, "", lambda times: 0.0, digits)
+    assert not quantity.missed_by(met)
+    assert quantity.missed_by(missed)
+    assert not predict.Quantity("", "", "", lambda times: 0.0).missed_by(1e9)
+
+
 # --- a SYNTHETIC run ------------------------------------------------------------------------------
 
 

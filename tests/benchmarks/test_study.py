@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.study import stages
+from benchmarks.study import report, report_plots, stages
 from benchmarks.study.__main__ import main
 from benchmarks.study.collect import collect
 from benchmarks.study.metrics import distances, flagged, halves
+from benchmarks.study.report_data import read_study
 from benchmarks.study.schedules import (
     falling_schedule,
     layer_tokens,
@@ -258,6 +259,23 @@ def test_rows_hold_what_the_page_needs(done, tmp_path):
     exact, fp8 = kv8["runs"][:2]
     assert exact["losses"]["full"]["mean"] == pytest.approx(fp8["losses"]["full"]["mean"], abs=0.2)
     assert exact["losses"]["full"]["mean"] != fp8["losses"]["full"]["mean"]
+
+
+def test_the_page_shows_what_was_collected(done, tmp_path):
+    study, out = done
+    collect(study, out, tmp_path)
+    found = read_study(tmp_path)
+    report_plots.draw_all(found, tmp_path)
+    page = report.page(found)
+    rows = json.loads((tmp_path / "ratios.json").read_text())["runs"]
+    for schedule in ("full", "d2"):
+        means = [row["losses"][schedule]["mean"] for row in rows if row["name"] == "progressive"]
+        assert f"| {sum(means) / 2:.4f} ± {abs(means[0] - means[1]) / 2:.4f} |" in page
+    for name in ("study-plane.png", "study-curves.png"):
+        assert f"({name})" in page
+        assert report_plots.is_current(found, tmp_path / name)
+    assert "Metrics that flag the control (labels permuted): " in page
+    assert "`zones`" in page
 
 
 def test_what_is_not_done_is_absent(done, tmp_path):

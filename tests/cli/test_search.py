@@ -210,6 +210,23 @@ def test_what_a_model_and_its_data_need(model, images, tmp_path, run):
     assert "fewer: must have the 5 classes of the model; it has 4" in error
 
 
+def test_files_of_the_original_code_are_searched(model, images, tmp_path, run):
+    files = "--to-var", tmp_path / "var.pth", "--to-vae", tmp_path / "vae.pth"
+    assert run("convert", "--model", model, *files)[0] == 0
+    code, _, error = run(
+        "search", "--model", files[1], "--vae", files[3], "--data", images, "--depths", 3, 2,
+        "--budget", "work=0.7", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0, error
+    # It was trained at one depth: layers by influence, evenly chosen ones, and their grid.
+    record = record_of(tmp_path)
+    assert record["best"]["costs"]["work"] <= 0.7
+    assert {row["with"] for row in record["comparison"]} == {
+        "equidistant layers", "depth and bridge"
+    }  # fmt: skip
+    assert [len(layers) for layers in record["sets"]] == [4, 3, 2]
+
+
 def test_held_out_images_are_those_of_the_recipe():
     model = VARiant.from_pretrained("digits")
     images = held_out(model, "digits", 7)

@@ -136,6 +136,18 @@ def test_new_weights_are_recorded_anew(recorder):
     assert same(changed, Engine(model.var, model.vae, capture=False).generate([1, 2], seed=0))
 
 
+def test_a_call_that_is_not_recorded_looks_at_the_weights_first(recorder):
+    """Its callback would run a second time after a batch of old weights was discarded."""
+    model = small_model()
+    engine = Engine(model.var, model.vae)
+    engine.generate([1, 2], seed=0)
+    with torch.no_grad():
+        model.var.head.bias.add_(1)
+    scales = []
+    engine.generate([1, 2], seed=0, on_scale=lambda k, partial: scales.append(k))
+    assert scales == list(range(model.var.layout.num_scales))
+
+
 @pytest.fixture
 def order(recorder, monkeypatch):
     """What happens in a call: "replay" of a graph, "look" at the weights, "memory" looked up."""

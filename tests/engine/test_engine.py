@@ -167,6 +167,7 @@ def test_a_postponed_depth_is_in_the_stats():
 
     early = stats(4, after_1=3)
     assert (early.depths, early.postponed) == ((6, 6, 6, 6, 3, 3, 3), (1,))
+    assert stats(4, after_4=3).depths == (6, 6, 6, 6, 6, 3, 3)  # not the scale that has run
     assert stats(4, after_0=3, after_1=3, after_2=3).postponed == (0,)
     for on_time in (stats(4, after_3=3), stats(2, after_1=3), stats(4, after_1=6)):
         assert on_time.postponed == ()

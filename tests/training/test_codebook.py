@@ -23,15 +23,15 @@ from variant.training.vae_task import train_vae
 class ThreadRanks(Ranks):
     """Ranks that are threads of this process."""
 
-    def __init__(self, rank, size, values, barrier):
+    def __init__(self, rank, size, values, gate):
         super().__init__(rank, size)
-        self.values, self.barrier = values, barrier
+        self.values, self.gate = values, gate
 
     def added(self, values):
         self.values[self.rank] = values
-        self.barrier.wait()
+        self.gate.wait()
         total = sum(self.values[1:], self.values[0])
-        self.barrier.wait()
+        self.gate.wait()
         return total
 
     def sums(self, values):
@@ -40,9 +40,9 @@ class ThreadRanks(Ranks):
 
 def on_ranks(size, work):
     """The results of ``work(ranks)`` of each of some ranks at once."""
-    values, barrier = [None] * size, Barrier(size, timeout=30)
+    values, gate = [None] * size, Barrier(size, timeout=30)
     with ThreadPoolExecutor(size) as pool:
-        ranks = [ThreadRanks(rank, size, values, barrier) for rank in range(size)]
+        ranks = [ThreadRanks(rank, size, values, gate) for rank in range(size)]
         return list(pool.map(work, ranks))
 
 

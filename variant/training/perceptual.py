@@ -106,7 +106,7 @@ class _Linears(nn.Module):
 def tapped(layers: nn.Sequential, taps: Sequence[int], x: Tensor) -> list[Tensor]:
     """The outputs of some of the layers, by their index."""
     maps = []
-    for index, layer in enumerate(layers[: taps[-1] + 1]):
+    for index, layer in enumerate(list(layers)[: taps[-1] + 1]):
         x = layer(x)
         if index in taps:
             maps.append(x)

@@ -138,7 +138,7 @@ def type_text(hint: Any) -> str:
 
 
 def _plural(words: str) -> str:
-    return words.replace("list", "lists", 1) if "list" in words else f"{words}s"
+    return re.sub(r"\blist\b", "lists", words, count=1) if "list" in words else f"{words}s"
 
 
 def default_text(key: Key) -> str:

