@@ -1,7 +1,6 @@
 """Losses of prefixes against the model's own forward pass; what is saved of them; times; pairs."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from small_models import small_model
 from zone_models import KINDS, VARIATIONS, zone_model
 
 from variant.errors import UserError
-from variant.search.compare import compare, paired
+from variant.search.compare import Row, compare, paired
 from variant.search.latency import measure_seconds, read_seconds
 from variant.search.losses import ForcedLosses, loss_of
 from variant.search.saved import SavedLosses, losses_file
@@ -176,7 +175,19 @@ def test_pairs_of_schedules_at_equal_cost():
         (0.9, "grid", "the same schedule"),
         (0.9, "one", "the same schedule"),
     ]
-    worse = SimpleNamespace(**{**vars(rows[0]), "difference": -1.0})
-    assert type(rows[0]).verdict.fget(worse) == "searched is worse"
-    vague = SimpleNamespace(**{**vars(rows[0]), "difference": 0.01})
-    assert type(rows[0]).verdict.fget(vague) == "not resolved"
+
+
+@pytest.mark.parametrize(
+    ("difference", "error", "verdict"),
+    [
+        (-1.0, 0.4, "searched is worse"),
+        (1.0, 0.0, "searched is better"),
+        (0.01, 0.1, "not resolved"),
+        (0.2, 0.1, "not resolved"),  # exactly two standard errors
+        (-1.0, math.nan, "not resolved"),  # one image
+        (0.0, 0.0, "not resolved"),  # every image loses the same
+    ],
+)
+def test_a_verdict_needs_more_than_two_standard_errors(difference, error, verdict):
+    searched, other = (Found(schedule, 1.0, {}) for schedule in (((0, 3),), ((0, 1, 3),)))
+    assert Row("kv", 0.5, "grid", searched, other, difference, error).verdict == verdict

@@ -15,7 +15,7 @@ import numpy as np
 from variant.search.space import Prefix
 from variant.search.tree import Found, best_within
 
-# A difference of less than two standard errors is not resolved.
+# Only a difference of more than two standard errors is resolved.
 RESOLVED = 2.0
 SAME = "the same schedule"
 
@@ -26,7 +26,7 @@ class Row:
 
     cost, share: the budget.  name: of the other kind of schedules.  searched, other: the best of
     each by the search's images.  difference: mean loss of the other minus that of the searched, on
-    the images of the comparison, in nats per token; error: its standard error.
+    the images of the comparison, in nats per token; error: its standard error, NaN for one image.
     """
 
     cost: str
@@ -42,7 +42,8 @@ class Row:
         """What the difference says."""
         if self.searched.schedule == self.other.schedule:
             return SAME
-        if abs(self.difference) < RESOLVED * self.error:
+        # An unknown error (NaN) resolves nothing, as a difference of 0 does not.
+        if not abs(self.difference) > RESOLVED * self.error:
             return "not resolved"
         return "searched is better" if self.difference > 0 else "searched is worse"
 
