@@ -160,6 +160,29 @@ def test_a_beam_is_used_above_the_limit_and_json_is_alone(words, run):
     assert record["best"]["costs"]["kv"] <= 0.9
 
 
+def test_after_a_beam_both_sides_are_compared_within_all_budgets(words, run, monkeypatch):
+    rows, compare = [], module.compare
+    monkeypatch.setattr(module, "compare", lambda *a: rows.extend(compare(*a)) or rows)
+    # By beam are both kinds of layers, or the searched alone (there are 10 of the others).
+    for exact in ("1", "10"):
+        rows.clear()
+        budgets = {"kv": 0.9, "work": 0.7}
+        given = [f"{name}={share}" for name, share in budgets.items()]
+        code, _, error = run(
+            *words[:-1], words[-1] / exact, "--exact", exact, "--beam", 2, "--budget", *given
+        )
+        assert code == 0, error
+        assert {row.cost for row in rows} == {"kv", "work"}
+        for row in rows:
+            limits = {**budgets, row.cost: row.share}
+            for side in (row.searched, row.other):
+                assert all(side.costs[name] <= most + 1e-9 for name, most in limits.items())
+    rows.clear()
+    out = words[-1] / "one"
+    assert run(*words[:-1], out, "--exact", 1, "--beam", 2, "--budget", "work=0.7")[0] == 0
+    assert {row.cost for row in rows} == {"work"}
+
+
 def test_the_plot_shows_each_cost(few, tmp_path, run):
     pytest.importorskip("matplotlib")
     assert run(*few, "--plot", tmp_path / "front.png")[0] == 0

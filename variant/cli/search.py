@@ -316,7 +316,9 @@ class Job:
         self.save()
         # Evenly chosen layers are among those that a search may take.
         found = {one.schedule: one for one in [*with_even.found, *result.found]}
-        return Result(list(found.values()), result.exact, result.schedules, result.budgets)
+        # Where one of the two left out what is above the budgets, all are compared within them.
+        budgets = {**with_even.budgets, **result.budgets}
+        return Result(list(found.values()), result.exact, result.schedules, budgets)
 
     def _search(self, space: Space, seeds: Sequence[Prefix], report: Any, exact: bool) -> Result:
         # A front is of use beyond the budget where nothing has to be left out for it.
@@ -389,14 +391,16 @@ class Job:
             ],
             "depth and bridge": [one for one in result.found if one.schedule in of_grid],
         }
-        kinds = list(result.found[0].costs)
+        # A beam looks within the budgets only, which the seeds of the grid exceed: then nothing
+        # above them is compared, nor at a cost for which the beam had no budget.
+        kinds = list(result.budgets or result.found[0].costs)
         levels = [
             (kind, share)
             for kind in kinds
             for share in sorted({*LEVELS, self.budgets.get(kind, LEVELS[0])})
-            if not result.budgets or share <= result.budgets.get(kind, 1)
+            if share <= result.budgets.get(kind, 1)
         ]
-        rows = compare(result.found, others, levels, self.compared.of_schedule)
+        rows = compare(result.found, others, levels, self.compared.of_schedule, result.budgets)
         self.compared.save()
         return rows
 

@@ -53,6 +53,7 @@ def compare(
     others: Mapping[str, Sequence[Found]],
     budgets: Sequence[tuple[str, float]],
     losses: Callable[[Prefix], np.ndarray],
+    within: Mapping[str, float] | None = None,
 ) -> list[Row]:
     """One row for each budget and kind of schedules that has one within it.
 
@@ -60,12 +61,14 @@ def compare(
         searched: what the search found.  others: name -> schedules of another kind.
         budgets: (name of a cost, share of the full network's).
         losses: of a schedule, (N,) on the images of the comparison.
+        within: the name of a cost -> its largest share, which holds for both sides in every row.
     """
     rows = []
     for cost, share in budgets:
-        best = best_within(searched, {cost: share})
+        limits = {**(within or {}), cost: share}
+        best = best_within(searched, limits)
         for name, found in others.items():
-            other = best_within(found, {cost: share})
+            other = best_within(found, limits)
             if best is not None and other is not None:
                 difference, error = paired(losses(other.schedule), losses(best.schedule))
                 rows.append(Row(cost, share, name, best, other, difference, error))
