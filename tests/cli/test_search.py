@@ -98,6 +98,29 @@ def test_a_resumed_search_computes_nothing_and_finds_the_same(few, tmp_path, run
     assert again == first
 
 
+@pytest.mark.parametrize("mode", [(), ("--exact", 1)], ids=["exact", "beam"])
+def test_images_that_do_not_fit_into_memory_are_taken_in_parts(
+    few, tmp_path, run, monkeypatch, mode
+):
+    assert run(*few, *mode)[0] == 0
+    whole = record_of(tmp_path)
+    defaults = module.ForcedLosses.__init__.__kwdefaults__
+    monkeypatch.setitem(defaults, "cache_bytes", 0)  # one image at a time
+    parts = set()
+    compute = module.ForcedLosses._losses
+    monkeypatch.setattr(
+        module.ForcedLosses,
+        "_losses",
+        lambda self, number, prefix: (parts.add(number), compute(self, number, prefix))[1],
+    )
+    assert run(*few[:-3], tmp_path / "parts", *few[-2:], *mode)[0] == 0
+    assert parts == set(range(5))
+    record = json.loads((tmp_path / "parts" / "search.json").read_text())
+    for one, other in zip(whole["front"]["kv"], record["front"]["kv"], strict=True):
+        assert one["layers"] == other["layers"]
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
 def test_a_stopped_search_keeps_its_losses(few, tmp_path, run, monkeypatch, stop):
     assert run(*few)[0] == 0

@@ -245,13 +245,16 @@ class Job:
 
     def _saved(self, images: HeldOut) -> SavedLosses:
         model = self.model
+        losses = ForcedLosses(model.var, model.vae, images.labels_N, images.tokens_NL)
         return SavedLosses(
-            ForcedLosses(model.var, model.vae, images.labels_N, images.tokens_NL),
+            losses,
             losses_file(self.folder, self.weights, images.labels_N, images.tokens_NL),
             count=len(images.labels_N),
             num_scales=self.num_scales,
             full_depth=self.config.depth,
             read=self.command.resume,
+            # Without memory for all images at once: each part of them by itself.
+            parts=() if losses.is_whole else losses.parts,
         )
 
     @property
@@ -262,7 +265,7 @@ class Job:
     @property
     def num_known(self) -> int:
         """Losses of prefixes, of both halves of the images."""
-        return len(self.losses.known) + len(self.compared.known)
+        return self.losses.num_known + self.compared.num_known
 
     def save(self) -> None:
         """Write the losses."""
@@ -331,6 +334,7 @@ class Job:
             exact=self.command.exact,
             beam=self.command.beam,
             report=report,
+            ahead=self.losses.fill if len(self.losses.parts) > 1 else None,
         )
 
     @contextmanager
