@@ -221,10 +221,6 @@ def test_the_plot_shows_each_cost(few, tmp_path, run):
         (("--budget", "gold=0.5"), "got gold=0.5"),
         (("--budget", "kv=nan"), "got kv=nan"),
         (("--budget", "kv=0.5", "kv=0.4"), "--budget kv is given twice"),
-        (
-            ("--budget", "kv=0.01"),
-            "no schedule is within kv=0.01; the least that was found is kv 0",
-        ),
         (("--images", 1), "--images must be an integer in [2"),
         (("--depths", 5), "--depths must be an integer in [2, 4]; got 5"),
         (("--beam", 0), "--beam must be an integer >= 1"),
@@ -241,6 +237,32 @@ def test_bad_options_are_refused_in_one_line(words, run, options, message):
     assert code == 1
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (["kv=0.01"], "no schedule is within kv=0.01; the least possible is kv 0.5"),
+        (
+            ["kv=1", "work=0.2"],
+            "no schedule is within kv=1, work=0.2; the least possible is kv 0.5",
+        ),
+        (["latency=0.4"], "within latency=0.4; the least possible is latency 0.5"),
+    ],
+)
+def test_an_unreachable_budget_is_refused_before_any_loss(words, run, monkeypatch, budget, message):
+    times = {n: [float(n)] * 3 for n in (2, 3, 4)}
+    monkeypatch.setattr(module, "measure_seconds", lambda *_, **__: times)
+    monkeypatch.setattr(module.ForcedLosses, "__call__", lambda *_: pytest.fail("computed"))
+    code, _, error = run(*words, "--budget", *budget)
+    assert code == 1
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_the_smallest_budget_that_is_reachable_is_met(few, tmp_path, run):
+    assert run(*few, "--budget", "kv=0.5")[0] == 0
+    assert record_of(tmp_path)["best"]["costs"]["kv"] == 0.5
 
 
 def test_what_a_model_and_its_data_need(model, images, tmp_path, run):

@@ -50,7 +50,7 @@ from variant.search.space import (
     grid,
     nested_sets,
 )
-from variant.search.tree import Found, Result, search
+from variant.search.tree import ROUNDING, Found, Result, search
 from variant.supernet import VARiant
 from variant_kernels import DepthSchedule
 from variant_kernels.arguments import integer
@@ -91,7 +91,8 @@ def search_command(command: Search) -> None:
         out.print(line)
     best = result.best(budgets)
     if best is None:
-        raise UserError(_no_schedule(result, budgets))
+        least = {name: min(one.costs[name] for one in result.found) for name in budgets}
+        raise UserError(_no_schedule(least, budgets, "the least that was found is"))
     text = ", ".join(f"{name} {best.costs[name]:.3f}" for name in best.costs)
     out.print(
         f"Within {_budgets_text(budgets)}: {schedule_name(best.depths)}, loss {best.loss:.4f} "
@@ -279,13 +280,18 @@ class Job:
     # --- the search -----------------------------------------------------------------------------
 
     def run(self, say: Callable[[str], None]) -> Result:
-        """Choose the layers, measure times where a budget needs them, and search.
+        """Measure times where a budget needs them, choose the layers, and search.
 
         Args:
             say: prints a line.
+        Raises:
+            UserError: no schedule can be within a budget.
         """
         every = tuple(range(self.config.depth))
         full = (every,) * self.num_scales
+        if "latency" in self.budgets:
+            self.seconds = self._seconds(say)
+        self._check_reachable()
         before, started = self.losses.computed, time.monotonic()
         self.full_loss = float(self.losses.of_schedule(full).mean())
         of_full = time.monotonic() - started if self.losses.computed > before else None
@@ -296,8 +302,6 @@ class Job:
         self.sets = self._layers(say)
         space = Space(self.config.depth, self.num_scales, [*self.sets, *self.recorded])
         even = Space(self.config.depth, self.num_scales, self._equidistant())
-        if "latency" in self.budgets:
-            self.seconds = self._seconds(say)
         count, prefixes = space.count()
         exact = count <= self.command.exact
         estimate = ""
@@ -322,6 +326,19 @@ class Job:
         # Where one of the two left out what is above the budgets, all are compared within them.
         budgets = {**with_even.budgets, **result.budgets}
         return Result(list(found.values()), result.exact, result.schedules, budgets)
+
+    def _check_reachable(self) -> None:
+        """Raises: UserError, if the least cost of any schedule is above a budget."""
+        depth, scales = self.config.depth, self.num_scales
+        known = [*self.recorded, *(layers for layers, _ in self.grid())]
+        layers = equidistant_sets(depth, [min(*self.depths, *map(len, known))])[0]
+        costs = self.costs(Space(depth, scales, [layers]))
+        least = {cost.name: cost.of((layers,) * scales) for cost in costs}
+        if self.seconds is not None:  # a measured time need not rise with the depth
+            by_scale = zip(*self.seconds.values(), strict=True)
+            least["latency"] = sum(map(min, by_scale)) / sum(self.seconds[depth])
+        if any(least[name] > most + ROUNDING for name, most in self.budgets.items()):
+            raise UserError(_no_schedule(least, self.budgets, "the least possible is"))
 
     def _search(self, space: Space, seeds: Sequence[Prefix], report: Any, exact: bool) -> Result:
         # A front is of use beyond the budget where nothing has to be left out for it.
@@ -511,13 +528,11 @@ def _budgets_text(budgets: dict[str, float]) -> str:
     return ", ".join(f"{name}={share:g}" for name, share in budgets.items())
 
 
-def _no_schedule(result: Result, budgets: dict[str, float]) -> str:
-    least = ", ".join(
-        f"{name} {min(one.costs[name] for one in result.found):.3f}" for name in budgets
-    )
+def _no_schedule(least: dict[str, float], budgets: dict[str, float], what: str) -> str:
+    text = ", ".join(f"{name} {least[name]:.3f}" for name in budgets)
     return (
-        f"search: no schedule is within {_budgets_text(budgets)}; the least that was found is "
-        f"{least}. Give a larger --budget, or smaller --depths"
+        f"search: no schedule is within {_budgets_text(budgets)}; {what} {text}. Give a larger "
+        "--budget, or smaller --depths"
     )
 
 
