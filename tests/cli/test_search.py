@@ -18,7 +18,7 @@ from variant.errors import UserError
 from variant.search.data import held_out
 from variant.search.space import Space
 from variant.training.recipe import load_recipe
-from variant_kernels import CachePlan, DepthSchedule
+from variant_kernels import CachePlan, DepthSchedule, use_backend
 from variant_kernels.plans.depth_schedule import select_layers
 
 # Images of the digits' test; `make nightly` takes all.
@@ -161,7 +161,14 @@ def test_times_are_measured_once(words, tmp_path, run, monkeypatch):
     code, printed, _ = run(*words, *budget, "--resume")
     assert code == 0
     assert "search: times of" in printed
-    # Another batch: other times.
+    # Another instruction set, other kernels, another batch: other times.
+    machine = module.environment()
+    monkeypatch.setattr(module, "environment", lambda: {**machine, "isa": "other"})
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        run(*words, *budget, "--resume")
+    monkeypatch.setattr(module, "environment", lambda: machine)
+    with use_backend("reference"), pytest.raises(pytest.fail.Exception, match="measured again"):
+        run(*words, *budget, "--resume")
     monkeypatch.setattr(module, "measure_seconds", lambda *_, **__: {2: [1.0] * 3, 4: [2.0] * 3})
     code, printed, error = run(*words, *budget, "--resume", "--batch", 2)
     assert code == 1, "depth 3 of the grid is missing"

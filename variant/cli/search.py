@@ -38,7 +38,7 @@ from variant.search.compare import SAME, Row, compare
 from variant.search.costs import KINDS, Cost, KVCost, latency_cost, work_cost
 from variant.search.data import HeldOut, held_out
 from variant.search.latency import FORMAT as LATENCY_FORMAT
-from variant.search.latency import measure_seconds, read_seconds
+from variant.search.latency import kernels_of, measure_seconds, read_seconds
 from variant.search.losses import ForcedLosses, subnet_schedule
 from variant.search.saved import SavedLosses, losses_file
 from variant.search.space import (
@@ -431,8 +431,11 @@ class Job:
         """The table of times: that of the folder, or measured now and written there."""
         command, path = self.command, self.folder / LATENCY
         machine = environment()
+        engine = Engine(self.model.var, self.model.vae)
         settings = {
             "cpu": machine["cpu"],
+            "isa": machine["isa"],
+            "kernels": kernels_of(engine),
             "gpu": machine["gpu"],
             "threads": machine["threads"],
             "torch": machine["torch"],
@@ -448,7 +451,6 @@ class Job:
                 say(f"search: times of {path}, measured on {settings['gpu'] or settings['cpu']}")
                 return seconds
             say(f"search: {path} is of another machine or other settings; measuring again")
-        engine = Engine(self.model.var, self.model.vae)
         total = (REPEATS + 1) * len(sets)
         with progress("search", "times", total, command.json) as advance:
             seconds = measure_seconds(
