@@ -121,6 +121,26 @@ def test_images_that_do_not_fit_into_memory_are_taken_in_parts(
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
 
 
+def test_a_stopped_comparison_keeps_its_losses_too(few, run, monkeypatch):
+    compare, made = module.compare, []
+
+    def stopping(*arguments):
+        made.extend(compare(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "compare", stopping)
+    code, _, error = run(*few)
+    assert code == 130
+    assert "losses are in" in error
+    assert error.rstrip().endswith("--resume")
+    known, calls = module.ForcedLosses.__call__, []
+    monkeypatch.setattr(module, "compare", compare)
+    monkeypatch.setattr(module.ForcedLosses, "__call__", lambda *a: (calls.append(a), known(*a))[1])
+    assert run(*few, "--resume")[0] == 0
+    assert made
+    assert not calls
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
 def test_a_stopped_search_keeps_its_losses(few, tmp_path, run, monkeypatch, stop):
     assert run(*few)[0] == 0

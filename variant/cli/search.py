@@ -74,6 +74,8 @@ def search_command(command: Search) -> None:
     job = Job(command, _model(command), budgets)
     try:
         result = job.run(out.print)
+        out.print(_front_table(job, result))
+        rows = job.compare(result)
     except KeyboardInterrupt as stop:
         job.save()
         again = command_line("search", command, resume=True)
@@ -83,8 +85,6 @@ def search_command(command: Search) -> None:
     except BaseException:
         job.save()
         raise
-    out.print(_front_table(job, result))
-    rows = job.compare(result)
     if any(row.verdict != SAME for row in rows):
         out.print(_comparison_table(job, rows))
     for line in _verdicts(rows):
