@@ -287,6 +287,16 @@ def test_an_unreachable_budget_is_refused_before_any_loss(words, run, monkeypatc
     assert error.count("\n") == 1
 
 
+def test_schedules_of_other_layers_are_counted_apart(few, tmp_path, run):
+    code, printed, error = run(*few)
+    assert code == 0, error
+    record = record_of(tmp_path)
+    # Depths 4 and 2 make four schedules; the grid has depth 3 from scale 0, 1 or 2 on besides.
+    assert (record["evaluated"], record["schedules"]) == (4, 4)
+    assert record["evaluated_besides"] == 3
+    assert "4 of 4 schedules evaluated, and 3 of other layers" in " ".join(printed.split())
+
+
 def test_the_smallest_budget_that_is_reachable_is_met(few, tmp_path, run):
     assert run(*few, "--budget", "kv=0.5")[0] == 0
     assert record_of(tmp_path)["best"]["costs"]["kv"] == 0.5

@@ -425,6 +425,12 @@ class Job:
         self.compared.save()
         return rows
 
+    def evaluated(self, result: Result) -> tuple[int, int]:
+        """Schedules of the searched sets of layers whose loss is known, and other schedules."""
+        sets = {*self.sets, *self.recorded, tuple(range(self.config.depth))}
+        inside = sum(sets.issuperset(one.schedule) for one in result.found)
+        return inside, len(result.found) - inside
+
     # --- times ----------------------------------------------------------------------------------
 
     def _seconds(self, say: Callable[[str], None]) -> dict[int, list[float]]:
@@ -499,7 +505,8 @@ class Job:
             "full_loss": self.full_loss,
             "exact": result.exact,
             "schedules": result.schedules,
-            "evaluated": len(result.found),
+            "evaluated": self.evaluated(result)[0],
+            "evaluated_besides": self.evaluated(result)[1],
             "best": self.as_dict(best),
             "front": {
                 name: [self.as_dict(one) for one in result.front(name)] for name in best.costs
@@ -541,9 +548,11 @@ def _no_schedule(least: dict[str, float], budgets: dict[str, float], what: str) 
 def _front_table(job: Job, result: Result) -> Any:
     """The front of each cost that has a budget."""
     names = list(result.found[0].costs)
+    inside, besides = job.evaluated(result)
     rows = table(
-        f"{job.command.model}: {len(result.found):,} of {result.schedules:,} schedules evaluated; "
-        f"those that no other beats in loss and {' or '.join(job.budgets)}",
+        f"{job.command.model}: {inside:,} of {result.schedules:,} schedules evaluated, and "
+        f"{besides:,} of other layers; those that no other beats in loss and "
+        f"{' or '.join(job.budgets)}",
         "depths by scale",
         *names,
         "loss",
