@@ -327,7 +327,7 @@ def test_files_of_the_original_code_are_searched(model, images, tmp_path, run):
     record = record_of(tmp_path)
     assert record["best"]["costs"]["work"] <= 0.7
     assert {row["with"] for row in record["comparison"]} == {
-        "equidistant layers", "depth and bridge"
+        "equidistant or trained layers", "depth and bridge"
     }  # fmt: skip
     assert [len(layers) for layers in record["sets"]] == [4, 3, 2]
 

@@ -403,11 +403,11 @@ class Job:
         return grid(self.config.depth, self.num_scales, sets)
 
     def compare(self, result: Result) -> list[Row]:
-        """Searched schedules beside evenly chosen layers and the grid, on the other images."""
+        """Searched schedules beside equidistant or trained layers and the grid, on other images."""
         even, of_grid = set(self._equidistant()), set(self.grid().values())
         every = tuple(range(self.config.depth))
         others = {
-            "equidistant layers": [
+            "equidistant or trained layers": [
                 one for one in result.found if set(one.schedule) <= {*even, every}
             ],
             "depth and bridge": [one for one in result.found if one.schedule in of_grid],
