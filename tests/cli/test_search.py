@@ -177,6 +177,7 @@ def test_times_are_measured_once(words, tmp_path, run, monkeypatch):
     table = json.loads((tmp_path / "out" / "latency.json").read_text())
     assert table["seconds"] == record["seconds_per_scale"]
     assert table["cpu"]
+    assert table["cuda_graphs"] is False
     monkeypatch.setattr(module, "measure_seconds", lambda *_, **__: pytest.fail("measured again"))
     code, printed, _ = run(*words, *budget, "--resume")
     assert code == 0

@@ -34,7 +34,7 @@ def measure_seconds(
     repeats: int = 5,
     report: Callable[[], None] = lambda: None,
 ) -> dict[int, list[float]]:
-    """depth -> seconds of each scale, medians; without the decoder.
+    """depth -> seconds of each scale, medians; without the decoder, and without CUDA graphs.
 
     Args:
         sets: one list of layers for each depth.
