@@ -105,6 +105,24 @@ def test_bad_files_are_refused_in_one_line(small, tmp_path, change, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [list(range(200_000))],  # not the last layer
+        [[0, *[1] * 200_000, 3]],  # repeats
+    ],
+)
+def test_a_message_does_not_list_thousands_of_layers(small, tmp_path, layers):
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps({**GOOD, "layers": layers}))
+    with pytest.raises(UserError) as caught:
+        load_schedule(path, small.var.config)
+    assert len(str(caught.value)) < 400
+    with pytest.raises(ValueError, match="are new") as new:
+        DepthSchedule.from_depths([[0, 1023], list(range(1024))], full_depth=1024)
+    assert len(str(new.value)) < 400
+
+
 def test_what_is_no_file_of_a_schedule_is_refused(tmp_path, small):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "text").write_text("{")
