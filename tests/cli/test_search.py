@@ -121,6 +121,19 @@ def test_images_that_do_not_fit_into_memory_are_taken_in_parts(
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
 
 
+def test_losses_of_another_configuration_are_not_read(few, model, tmp_path, run):
+    assert run(*few)[0] == 0
+    first = record_of(tmp_path)
+    other = tmp_path / "model"
+    shutil.copytree(model, other)
+    config = json.loads((other / "config.json").read_text())
+    config["var"]["norm_eps"] = 0.1
+    (other / "config.json").write_text(json.dumps(config))
+    code, _, error = run(*few[:2], other, *few[3:], "--resume")
+    assert code == 0, error
+    assert record_of(tmp_path)["full_loss"] != first["full_loss"]
+
+
 def test_a_stopped_comparison_keeps_its_losses_too(few, run, monkeypatch):
     compare, made = module.compare, []
 

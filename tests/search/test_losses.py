@@ -177,7 +177,7 @@ def test_influence_is_one_minus_the_cosine_around_a_layer():
     assert all(influence[layer] > 1e-14 for layer in (0, 1, 3))
 
 
-def test_losses_are_read_again_and_not_computed_again(tmp_path):
+def test_losses_are_read_again_and_not_computed_again(tmp_path, monkeypatch):
     calls = []
 
     def losses(prefix):
@@ -185,7 +185,8 @@ def test_losses_are_read_again_and_not_computed_again(tmp_path):
         return np.array([len(prefix), len(prefix[-1]) / 3, 0.1])
 
     sizes = {"count": 3, "num_scales": 3, "full_depth": 4}
-    path = losses_file(tmp_path, "w", LABELS, LABELS)
+    model = tmp_path, "w", {"norm_eps": 1e-6}, "cpu"
+    path = losses_file(*model, LABELS, LABELS)
     saved = SavedLosses(losses, path, **sizes, read=True)
     schedules = list(SPACE.schedules())
     values = {schedule: saved.of_schedule(schedule) for schedule in schedules}
@@ -195,8 +196,17 @@ def test_losses_are_read_again_and_not_computed_again(tmp_path):
     assert all((again.of_schedule(s) == value).all() for s, value in values.items())
     assert again.computed == 0
     assert not SavedLosses(losses, path, **sizes, read=False).known
-    others = [losses_file(tmp_path, *x) for x in (("v", LABELS, LABELS), ("w", LABELS, LABELS + 1))]
-    assert len({path, *others}) == 3
+    assert path == losses_file(*model, LABELS.clone(), LABELS.clone())
+    others = {
+        losses_file(*model, LABELS + 1, LABELS),
+        losses_file(*model, LABELS, LABELS + 1),
+        losses_file(tmp_path, "v", {"norm_eps": 1e-6}, "cpu", LABELS, LABELS),
+        losses_file(tmp_path, "w", {"norm_eps": 1e-5}, "cpu", LABELS, LABELS),
+        losses_file(tmp_path, "w", {"norm_eps": 1e-6}, "cuda", LABELS, LABELS),
+    }
+    monkeypatch.setattr("variant.search.saved.FORMAT", 99)
+    others.add(losses_file(*model, LABELS, LABELS))
+    assert len({path, *others}) == 7
 
 
 def test_a_damaged_or_foreign_file_of_losses_is_refused(tmp_path):

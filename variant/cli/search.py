@@ -249,7 +249,14 @@ class Job:
         losses = ForcedLosses(model.var, model.vae, images.labels_N, images.tokens_NL)
         return SavedLosses(
             losses,
-            losses_file(self.folder, self.weights, images.labels_N, images.tokens_NL),
+            losses_file(
+                self.folder,
+                self.weights,
+                {"var": model.var.config.to_dict(), "vae": model.vae.config.to_dict()},
+                model.var.pos_start.device.type,
+                images.labels_N,
+                images.tokens_NL,
+            ),
             count=len(images.labels_N),
             num_scales=self.num_scales,
             full_depth=self.config.depth,

@@ -6,9 +6,11 @@ Axes: P prefixes, K scales, D layers of the model, N images.
 from __future__ import annotations
 
 import hashlib
+import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,16 +25,28 @@ from variant.search.space import Prefix
 Part = tuple[slice, Callable[[Prefix], np.ndarray]]
 # Between two writes: a killed search loses the losses of so many seconds.
 SAVE_SECONDS = 10.0
+# Of the file and of how the losses are computed: files of another number are not read.
+FORMAT = 2
 DIGITS = 16  # of the SHA-256 in a file's name
 
 
-def losses_file(folder: Path, weights: str, labels_N: Tensor, tokens_NL: Tensor) -> Path:
-    """The file of the losses of these weights on these images; others have another file.
+def losses_file(
+    folder: Path,
+    weights: str,
+    config: Mapping[str, Any],
+    device: str,
+    labels_N: Tensor,
+    tokens_NL: Tensor,
+) -> Path:
+    """The file of the losses of a model on these images; others have another file.
 
     Args:
-        weights: a digest of them.  labels_N, tokens_NL: of the images.
+        weights: a digest of them.  config: plain values of the models' configs, of which losses
+            depend on more than the weights, e.g. ``norm_eps``.
+        device: its type; losses differ by rounding.  labels_N, tokens_NL: of the images.
     """
-    digest = hashlib.sha256(weights.encode())
+    plain = json.dumps([FORMAT, weights, config, device], sort_keys=True)
+    digest = hashlib.sha256(plain.encode())
     for tensor in (labels_N, tokens_NL):
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return folder / f"losses-{digest.hexdigest()[:DIGITS]}.safetensors"
