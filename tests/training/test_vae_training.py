@@ -87,6 +87,19 @@ def test_stopping_after_any_step_changes_nothing(recipe, tmp_path, monkeypatch):
     assert entries[-1]["held_out_mean"] == pytest.approx(mean)
 
 
+def test_the_average_has_the_codes_that_were_moved(recipe, tmp_path):
+    training = dataclasses.replace(
+        recipe.vae_training, kmeans=2, revive_every=3, revive_until=1.0, epochs=2, ema_decay=0.9999
+    )
+    recipe = dataclasses.replace(recipe, vae_training=training)  # moves codes at steps 0 and 3
+    train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    state = last(tmp_path)
+    codes = [state[part]["quantize.embedding.weight"] for part in ("module", "ema")]
+    # A learning rate of 1e-3 moves each by less than 0.02; k-means moved them further.
+    torch.testing.assert_close(*codes, rtol=0, atol=0.02)
+    assert not torch.equal(*codes)
+
+
 def test_a_checkpoint_without_its_discriminator_is_refused(recipe, tmp_path, monkeypatch):
     from tiny_runs import rewrite
 

@@ -23,6 +23,7 @@ from variant.training.code_use import CodeUse, HeldOutUse
 from variant.training.distributed import Ranks
 from variant.training.recipe import Recipe
 
+CODES = "quantize.embedding.weight"  # the codebook's name among the parameters of a VQ-VAE
 STREAM_REVIVE, STREAM_SCALES = 5, 6
 # A code is unused if a batch uses it less than this share of the average code.
 UNUSED = 0.03
@@ -98,17 +99,21 @@ class CodebookTraining:
             return True
         return every > 0 and step <= self.last_revival and step % every == 0
 
-    def revive(self, images_BIYX: Tensor, step: int) -> None:
+    def revive(self, images_BIYX: Tensor, step: int) -> Tensor:
         """Move unused codes; the first step moves every code of a new codebook, so that all
         start as features.
 
         Args:
             images_BIYX: this process's part of the step's batch (:meth:`Ranks.share`).
+        Returns:
+            as :func:`revive_codes`.
         """
         rng = stream(self.seed, step, STREAM_REVIVE)
         is_new = step == 0 and self.training.start_weights is None
         kmeans = self.training.kmeans if is_new else 0
-        revive_codes(self.vae, images_BIYX, rng, ranks=self.ranks, every_code=is_new, kmeans=kmeans)
+        return revive_codes(
+            self.vae, images_BIYX, rng, ranks=self.ranks, every_code=is_new, kmeans=kmeans
+        )
 
 
 @torch.no_grad()
@@ -120,7 +125,7 @@ def revive_codes(
     ranks: Ranks | None = None,
     every_code: bool = False,
     kmeans: int = 0,
-) -> int:
+) -> Tensor:
     """Move codes that this batch does not use onto features of the batch.
 
     The features are the residuals that each scale quantises. A moved code equals one of them, so it
@@ -133,7 +138,7 @@ def revive_codes(
         every_code: move the used codes too.
         kmeans: iterations of :func:`kmeans_means` over all features, from the moved codes.
     Returns:
-        the number of moved codes.
+        bool (V,): the moved codes, the same on every process.
     """
     quantizer, ranks = module.quantize, ranks or Ranks()
     features_RC, tokens_R, rows_R, count = _features(module, images_BIYX, ranks)
@@ -151,7 +156,7 @@ def revive_codes(
         is_normalised = quantizer.config.using_znorm
         moved_MC = kmeans_means(features_RC, moved_MC, kmeans, ranks, is_normalised=is_normalised)
     quantizer.embedding.weight[unused_V] = moved_MC
-    return num_unused
+    return unused_V
 
 
 def kmeans_means(

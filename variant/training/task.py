@@ -218,9 +218,14 @@ class Task(ABC):
         """
         return
 
-    def before_step(self, indices: Indices, epoch: int, step: int) -> None:
-        """Called before the forward pass of each step."""
-        return
+    def before_step(self, indices: Indices, epoch: int, step: int) -> Mapping[str, Tensor] | None:
+        """Called before the forward pass of each step.
+
+        Returns:
+            bool (rows,) by the name of a parameter: the rows that were replaced, which the moving
+            average takes as they are; None replaced none.
+        """
+        return None
 
     def after_backward(self, step: int, rate: float, norm: Tensor) -> Tensor:
         """Called when a step's gradients are complete, before the optimiser uses them.

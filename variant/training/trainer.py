@@ -196,7 +196,9 @@ class Trainer:
             self.ranks.require_same("configuration", text)
         indices = self._order(epoch)[position * size : (position + 1) * size]
         self.task.module.train()
-        self.task.before_step(indices, epoch, state.step)
+        replaced = self.task.before_step(indices, epoch, state.step)
+        if replaced and state.ema is not None:
+            state.ema.take_rows(replaced)
         rate = learning_rate(self.optim, state.step, self.total_steps)
         for group in state.optimizer.param_groups:
             group["lr"] = rate

@@ -28,7 +28,7 @@ from variant.training.classifier import (
     train_classifier,
 )
 from variant.training.code_use import HeldOutUse
-from variant.training.codebook import CodebookTraining
+from variant.training.codebook import CODES, CodebookTraining
 from variant.training.distributed import Ranks, connected, device_of_rank, rank_of_environment
 from variant.training.image_loss import ImageLoss
 from variant.training.initial_weights import named_weights
@@ -165,12 +165,13 @@ class VAETask(Task):
     def after_step(self, step: int) -> None:
         self.codebook.end_step()
 
-    def before_step(self, indices: Indices, epoch: int, step: int) -> None:
-        if self.codebook.revives_at(step):
-            own = indices[self.ranks.share(len(indices))]
-            with self.waiting():
-                images = self.data.samples(own, epoch).images.to(self.device)
-            self.codebook.revive(images, step)
+    def before_step(self, indices: Indices, epoch: int, step: int) -> Mapping[str, Tensor] | None:
+        if not self.codebook.revives_at(step):
+            return None
+        own = indices[self.ranks.share(len(indices))]
+        with self.waiting():
+            images = self.data.samples(own, epoch).images.to(self.device)
+        return {CODES: self.codebook.revive(images, step)}
 
 
 def train_vae(
