@@ -220,6 +220,13 @@ def test_all_codes_alike_and_sure_choices_have_the_lowest_entropy_term():
     assert torch.isfinite(entropy_term(codes, torch.zeros(4, 4), 0.01))  # codes that are all one
 
 
+def test_codes_far_from_the_origin_have_the_entropy_of_codes_near_it():
+    vectors, codes = codes_and_vectors()
+    expected = entropy_term(vectors, codes, 0.3)
+    far = entropy_term((vectors + 1000).float(), (codes + 1000).float(), 0.3)
+    torch.testing.assert_close(far.double(), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_a_run_with_an_entropy_term_reports_it_and_trains_by_it(recipe, tmp_path):
     def trained(out, entropy):
         training = dataclasses.replace(recipe.vae_training, entropy=entropy, kmeans=2)
