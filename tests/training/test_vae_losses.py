@@ -178,6 +178,23 @@ def test_parts_of_a_batch_add_up_to_the_discriminators_gradient(regularizer):
     assert logits[0] > logits[1]  # it has learnt
 
 
+def test_a_step_that_is_skipped_leaves_the_averages_of_lecam():
+    section = AdversarySection(
+        weight=1.0, width=4, layers=1, regularizer="lecam", regularizer_weight=0.1
+    )
+    adversary = Adversary(section, 1, OPTIM, 3, Ranks(), CPU)
+    real, fake = (images(seed, 2, 1, 8, 8).float() for seed in (1, 2))
+    states = []
+    for factor in (1.0, float("nan"), 1.0):
+        adversary.accumulate(real, adversary.logits(fake * factor), 1.0)
+        adversary.step(1e-3)
+        states.append({key: x.clone() for key, x in adversary.module.state_dict().items()})
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name], value), name
+    assert all(torch.isfinite(value).all() for value in states[2].values())
+    assert [int(state["steps"]) for state in states] == [1, 1, 2]
+
+
 def test_a_perceptual_loss_of_equal_images_is_zero():
     loss = PerceptualLoss(Smooth().float(), "smooth")
     x = images(3, 2, 1, 8, 8).float()

@@ -141,7 +141,7 @@ class Adversary:
     def step(self, rate: float) -> Tensor:
         """The discriminator's step with the accumulated gradients; returns their norm.
 
-        A norm that is not finite skips the step.
+        A norm that is not finite skips the step; LeCAM's averages then stay as they are.
 
         Args:
             rate: learning rate of the VQ-VAE in this step.
@@ -159,7 +159,9 @@ class Adversary:
         self.optimizer.zero_grad(set_to_none=True)
         means = self.ranks.added(self._sums)
         averages, steps = self.module.get_buffer("averages"), self.module.get_buffer("steps")
-        averages.copy_(torch.where(steps > 0, averages.lerp(means, 1 - LECAM_DECAY), means))
-        steps += 1
+        new = torch.where(steps > 0, averages.lerp(means, 1 - LECAM_DECAY), means)
+        is_finite = norm.isfinite() & means.isfinite().all()
+        averages.copy_(torch.where(is_finite, new, averages))
+        steps += is_finite
         self._sums.zero_()
         return norm

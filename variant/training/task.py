@@ -227,15 +227,16 @@ class Task(ABC):
         """
         return None
 
-    def after_backward(self, step: int, rate: float, norm: Tensor) -> Tensor:
+    def after_backward(self, step: int, rate: float) -> Tensor | None:
         """Called when a step's gradients are complete, before the optimiser uses them.
 
         Args:
-            rate: learning rate of the step.  norm: of all gradients.
+            rate: learning rate of the step.
         Returns:
-            the norm, or one that is not finite, which skips the step and stops the run.
+            the norm of the gradients of the second module, the adversary; one that is not finite
+            skips the step and stops the run. None without one.
         """
-        return norm
+        return None
 
     def is_adversarial(self, step: int) -> bool:
         """Whether a discriminator has trained when this many steps are completed."""

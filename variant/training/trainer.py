@@ -215,8 +215,13 @@ class Trainer:
                 loss_sum += loss.detach()
         state.scaler.unscale_(state.optimizer)
         self.log.before_clip(name)
-        norm = self.task.after_backward(state.step, rate, gradient_norm(self.task.module))
-        self._values.add((name, state.step), (loss_sum, unsharded(norm)))
+        norm = gradient_norm(self.task.module)
+        second = self.task.after_backward(state.step, rate)
+        values = [loss_sum, unsharded(norm)]
+        if second is not None:
+            values.append(second)
+            norm = norm.where(second.isfinite(), second)
+        self._values.add((name, state.step), values)
         self._read_values()
         clipped_step(state.optimizer, state.scaler, norm, self.optim.clip)
         self.scaler.update()
@@ -232,12 +237,15 @@ class Trainer:
         ``everything`` reads these too: needed before anything of the run is evaluated or written.
         Raises UserError if one is not finite; such a gradient has not reached the weights.
         """
-        for (name, step), (loss, norm) in self._values.read(everything=everything):
+        for (name, step), (loss, norm, *second) in self._values.read(everything=everything):
             (total,) = self.ranks.sums([loss])
             where = self.recipe.name, step, step // self.steps_per_epoch
             require_finite(total, "loss", *where)
             if not self.scaler.is_enabled():  # it skips such a step and lowers the scale
                 require_finite(norm, "gradient", *where)
+            # The discriminator's gradient is float32 in every precision: no scale is too high.
+            for value in second:
+                require_finite(value, "gradient of the discriminator", *where)
             self.state.add_loss(name, total)
             self.log.add_loss(name, total)
             self._last_loss = total

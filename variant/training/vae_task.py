@@ -112,12 +112,12 @@ class VAETask(Task):
             return None
         return f"perceptual loss: {self.perceptual.what}"
 
-    def after_backward(self, step: int, rate: float, norm: Tensor) -> Tensor:
+    def after_backward(self, step: int, rate: float) -> Tensor | None:
         if self.discriminator is None or not self.discriminator.starts_by(step):
-            return norm
-        of_discriminator = self.discriminator.step(rate)
-        self.measure("gradient_norm/discriminator", of_discriminator)
-        return norm.where(of_discriminator.isfinite(), of_discriminator)
+            return None
+        norm = self.discriminator.step(rate)
+        self.measure("gradient_norm/discriminator", norm)
+        return norm
 
     def is_adversarial(self, step: int) -> bool:
         return self.discriminator is not None and step > self.discriminator.section.start_step
