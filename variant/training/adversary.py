@@ -80,9 +80,14 @@ class Adversary:
         """Whether the discriminator takes part in a step."""
         return step >= self.section.start_step
 
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the loss of the VQ-VAE is scaled."""
+        return self.optim.precision == "fp16"
+
     def precision(self) -> Any:
         """Around forward passes: float32 in a run of fp16, whose loss scaling is not for them."""
-        return self.full_precision() if self.optim.precision == "fp16" else nullcontext()
+        return self.full_precision() if self.is_scaled else nullcontext()
 
     def full_precision(self) -> torch.autocast:
         """Without autocast; also around backward passes."""
@@ -100,7 +105,7 @@ class Adversary:
         Args:
             reconstructed_BIYX: with a graph back to the last layer.
             gradients: of the reconstruction's losses and of the generator's loss with respect to
-                ``reconstructed_BIYX``.
+                ``reconstructed_BIYX``; both may have the same factor.
             last_layer: the weight of the decoder's last convolution.
         """
         if not self.section.adaptive:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from variant.data.images import Indices, sample_order
@@ -55,6 +56,7 @@ class Task(ABC):
     network: what :meth:`loss` calls in place of the module, which it wraps; the trainer sets it.
     adversary: a discriminator that the task trains too; None is none.
     ema_decay: of the moving average of the module's weights; 0 keeps none.
+    scaler: of the loss of fp16; the trainer sets it. None scales nothing.
     meters: collect what the steps measure; None does not.
     loader: reads the samples of the steps ahead; None reads them when they are needed.
     seconds_waited: for training images and their tokens, over all resumptions of the run.
@@ -65,6 +67,7 @@ class Task(ABC):
     data: Source
     recipe: Recipe
     adversary: Second | None = None
+    scaler: torch.amp.GradScaler | None = None
     ema_decay: float = 0.0
     network: Callable[..., Any]
     meters: Meters | None = None

@@ -82,6 +82,7 @@ class Trainer:
             fused=True,
         )
         self.scaler = LossScaler(self.device.type, enabled=self.optim.precision == "fp16")
+        task.scaler = self.scaler
         ema = EMA(task.module, task.ema_decay) if task.ema_decay else None
         task.choose_teacher(ema)
         self.state = RunState(

@@ -92,7 +92,8 @@ class VAETask(Task):
         reconstructed, quantisation, _ = self.network(images, self.codebook.num_scales(step))
         self.measure("loss/quantization", quantisation)
         share = len(images) / self.batch_size
-        loss = self.image_loss(reconstructed.float(), images, step, share)
+        scale = None if self.scaler is None else self.scaler.scale(images.new_ones(()))
+        loss = self.image_loss(reconstructed.float(), images, step, share, scale)
         return loss + quantisation + self.codebook.loss()
 
     @property
