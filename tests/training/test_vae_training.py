@@ -223,6 +223,9 @@ def test_keys_that_contradict_each_other_are_refused(recipe, tmp_path):
             PerceptualSection(weight=1.0, **keys)
     with pytest.raises(ValueError, match="regularizer_weight must be above 0"):
         AdversarySection(regularizer="r1")
+    lpips = PerceptualSection(1.0, "lpips", vgg_weights="x", lpips_weights="y")
+    with pytest.raises(ValueError, match='network "lpips" needs at least 16 pixels; got 8'):
+        with_losses(recipe, perceptual=lpips)
     late = with_losses(recipe, adversary=AdversarySection(weight=1.0, layers=1, start_step=4))
     with pytest.raises(UserError, match="start_step must be below the 4 steps"):
         train_vae(late, tmp_path, console=quiet(), device=CPU)

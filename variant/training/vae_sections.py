@@ -11,6 +11,7 @@ from variant.models.config import STRICT, require, require_plain_numbers
 from variant.models.ranges import Count, CountOrZero, NotNegative, Positive, ShareBelowOne
 
 CLASSIFIER, LPIPS = "classifier", "lpips"
+LPIPS_LEAST_SIDE = 16  # pixels: VGG16 halves them four times before its last features
 
 
 @dataclass(frozen=True)
