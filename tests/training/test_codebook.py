@@ -118,7 +118,7 @@ def test_the_use_of_codes_is_that_of_the_batch_whatever_parts_and_processes(modu
 def test_a_held_out_image_counts_once():
     tokens = torch.tensor([[0], [1], [1], [3], [2]])
 
-    def use(ranks, batch=2):
+    def use(ranks, batch=2, tokens=tokens):
         own = ranks.share(len(tokens))
         counted = HeldOutUse(own, (1, 4), torch.device("cpu"))
         for start in range(0, 4, batch):  # one part more than some process has images for
@@ -127,6 +127,9 @@ def test_a_held_out_image_counts_once():
             counted.add(part, [tokens[part]])
         return counted.values(ranks)
 
+    # The first of two processes has none of one image.
+    one = on_ranks(2, lambda ranks: use(ranks, tokens=tokens[:1]))
+    assert one[0] == {"codes_used/0": 1 / 4, "codes_perplexity/0": 1}
     expected = 0.4**-0.4 * 0.2**-0.6
     assert on_ranks(2, use)[1] == on_ranks(3, use)[0]
     assert on_ranks(2, use)[1] == pytest.approx({"codes_used/0": 1, "codes_perplexity/0": expected})
