@@ -64,6 +64,25 @@ def test_revived_codes_are_used_afterwards(module, images):
     assert module.encode(images).unique().numel() > 3
 
 
+def test_revival_encodes_as_few_images_at_once_as_a_step(recipe, module, images, monkeypatch):
+    encoded, features = [], VQVAE.features
+    watched = lambda self, x: encoded.append(len(x)) or features(self, x)  # noqa: E731
+    monkeypatch.setattr(VQVAE, "features", watched)
+
+    def codes(accumulate):
+        own, training = copy.deepcopy(module), recipe.vae_training
+        optim = dataclasses.replace(training.optim, accumulate=accumulate)
+        training = dataclasses.replace(training, optim=optim)
+        changed = dataclasses.replace(recipe, vae_training=training)
+        CodebookTraining(own, changed, 4, print).revive(images, 0)
+        return own.quantize.embedding.weight.detach()
+
+    torch.testing.assert_close(codes(3), codes(1), rtol=1e-5, atol=1e-6)
+    assert encoded == [3, 3, 2, 8]
+    codes(12)
+    assert encoded[4:] == [1] * 8  # fewer images than parts
+
+
 @pytest.mark.parametrize(("every_code", "kmeans"), [(False, 0), (True, 0), (True, 3)])
 @pytest.mark.parametrize("size", [2, 3])
 def test_several_processes_move_the_codes_that_one_moves(module, images, size, every_code, kmeans):

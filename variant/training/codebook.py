@@ -112,7 +112,13 @@ class CodebookTraining:
         is_new = step == 0 and self.training.start_weights is None
         kmeans = self.training.kmeans if is_new else 0
         return revive_codes(
-            self.vae, images_BIYX, rng, ranks=self.ranks, every_code=is_new, kmeans=kmeans
+            self.vae,
+            images_BIYX,
+            rng,
+            ranks=self.ranks,
+            every_code=is_new,
+            kmeans=kmeans,
+            parts=1 if self.training.optim is None else self.training.optim.accumulate,
         )
 
 
@@ -125,6 +131,7 @@ def revive_codes(
     ranks: Ranks | None = None,
     every_code: bool = False,
     kmeans: int = 0,
+    parts: int = 1,
 ) -> Tensor:
     """Move codes that this batch does not use onto features of the batch.
 
@@ -137,11 +144,12 @@ def revive_codes(
         ranks: the processes of the run; None is this one alone.
         every_code: move the used codes too.
         kmeans: iterations of :func:`kmeans_means` over all features, from the moved codes.
+        parts: number of parts of the images, one of which at a time is in the encoder's memory.
     Returns:
         bool (V,): the moved codes, the same on every process.
     """
     quantizer, ranks = module.quantize, ranks or Ranks()
-    features_RC, tokens_R, rows_R, count = _features(module, images_BIYX, ranks)
+    features_RC, tokens_R, rows_R, count = _features(module, images_BIYX, ranks, parts)
     vocab_size = quantizer.config.vocab_size
     uses_V = ranks.added(tokens_R.bincount(minlength=vocab_size))
     unused_V = (uses_V < UNUSED * count / vocab_size) | every_code
@@ -195,7 +203,7 @@ def kmeans_means(
 
 
 def _features(
-    module: VQVAE, images_BIYX: Tensor, ranks: Ranks
+    module: VQVAE, images_BIYX: Tensor, ranks: Ranks, parts: int
 ) -> tuple[Tensor, Tensor, np.ndarray, int]:
     """The residuals that the scales quantise, scale by scale.
 
@@ -206,7 +214,9 @@ def _features(
     quantizer, layout, own = module.quantize, module.layout, len(images_BIYX)
     batches = ranks.sums([float(own) if rank == ranks.rank else 0.0 for rank in range(ranks.size)])
     first, batch = int(sum(batches[: ranks.rank])), int(sum(batches))
-    residual_BCHW = module.features(images_BIYX).float()
+    # As few images at once as a step encodes; none of the parts is empty.
+    of_parts = images_BIYX.tensor_split(min(parts, own))
+    residual_BCHW = torch.cat([module.features(part).float() for part in of_parts])
     features, tokens, rows = [], [], []
     for k in range(layout.num_scales):
         of_scale_RC = quantizer.residual_vectors(residual_BCHW, k)
