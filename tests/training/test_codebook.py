@@ -146,9 +146,9 @@ def test_a_held_out_image_counts_once():
             counted.add(part, [tokens[part]])
         return counted.values(ranks)
 
-    # The first of two processes has none of one image.
-    one = on_ranks(2, lambda ranks: use(ranks, tokens=tokens[:1]))
-    assert one[0] == {"codes_used/0": 1 / 4, "codes_perplexity/0": 1}
+    # The first of three processes has none of two images.
+    two = on_ranks(3, lambda ranks: use(ranks, tokens=tokens[:2]))
+    assert two[0] == pytest.approx({"codes_used/0": 2 / 4, "codes_perplexity/0": 2})
     expected = 0.4**-0.4 * 0.2**-0.6
     assert on_ranks(2, use)[1] == on_ranks(3, use)[0]
     assert on_ranks(2, use)[1] == pytest.approx({"codes_used/0": 1, "codes_perplexity/0": expected})
