@@ -87,5 +87,6 @@ def best_of(entry: Mapping[str, Any]) -> tuple[float, bool]:
     is one.
     """
     weights, average = entry["held_out_mean"], entry.get("ema_held_out_mean")
-    is_averaged = average is not None and (ADVERSARIAL in entry or average < weights)
-    return (average, True) if is_averaged else (weights, False)
+    if average is not None and (ADVERSARIAL in entry or average < weights):
+        return average, True
+    return weights, False

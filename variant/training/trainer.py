@@ -165,16 +165,7 @@ class Trainer:
     @contextmanager
     def _reading_ahead(self) -> Iterator[None]:
         """The task fetches its samples from workers within the block."""
-        plan = Plan(
-            self.recipe.seed,
-            self.task.data.num_train,
-            self.optim.batch_size,
-            self.ranks.share(self.optim.batch_size),
-            self.optim.accumulate,
-            self.state.step,
-            self.total_steps,
-            self.steps_per_epoch,
-        )
+        plan = _plan(self.setup, self.task.data.num_train, self.state.step, self.total_steps)
         workers = num_workers(self.recipe.data)
         self.task.loader = Loader(self.task.data, plan, workers, pin=self.device.type == "cuda")
         try:
@@ -244,8 +235,7 @@ class Trainer:
             require_finite(total, "loss", *where)
             if not self.scaler.is_enabled():  # it skips such a step and lowers the scale
                 require_finite(norm, "gradient", *where)
-            # The discriminator's gradient is float32 in every precision: no scale is too high.
-            for value in second:
+            for value in second:  # float32 in every precision, so that no scale is too high
                 require_finite(value, "gradient of the discriminator", *where)
             self.state.add_loss(name, total)
             self.log.add_loss(name, total)
@@ -375,6 +365,16 @@ class Trainer:
             best_epoch=best["epoch"],
             averaged=averaged,
         )
+
+
+def _plan(setup: RunSetup, num_train: int, first_step: int, total_steps: int) -> Plan:
+    """The samples that this process needs from one step on, before another one."""
+    size = setup.optim.batch_size
+    share, parts = setup.ranks.share(size), setup.optim.accumulate
+    per_epoch = setup.steps_per_epoch
+    return Plan(
+        setup.recipe.seed, num_train, size, share, parts, first_step, total_steps, per_epoch
+    )
 
 
 def _num_parameters(module: nn.Module) -> int:
