@@ -192,7 +192,15 @@ def _ratios() -> list[Claim]:
         f"{PROGRESSIVE}-end0.8": "an end at p = 0.8",
         f"{PROGRESSIVE}-rate0": "a learning rate that falls to 0",
     }
-    return rows + _against(PROGRESSIVE, "the progressive schedule", endings, "ratios")
+    falling = {
+        f"{name}-rate0": f"a fixed p = {name[1:]} with the same rate" for name in ("p0.5", "p0.8")
+    }
+    return [
+        *rows,
+        *_against(PROGRESSIVE, "the progressive schedule", endings, "ratios"),
+        *_against(f"{PROGRESSIVE}-rate0", "the progressive schedule with a rate that falls to 0",
+                  falling, "ratios"),
+    ]  # fmt: skip
 
 
 EXTRAS = {

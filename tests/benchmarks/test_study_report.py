@@ -457,6 +457,23 @@ def test_every_claim_is_about_runs_of_the_settings():
     assert {part.name for part in parts} == set(PARTS)
 
 
+def optimiser(run):
+    return run.recipe.get("optim", {}), run.tokens, run.work
+
+
+def test_what_is_compared_across_ratios_has_the_same_optimiser():
+    """Or the ratio and the learning rate would change together."""
+    study = load_study()
+    allowed = {"progressive", "progressive-rate0"}  # here the rate itself is the question
+    for claim in (claim for claim in CLAIMS if claim.part == "ratios"):
+        names = {point.run for point in points(claim.statement)}
+        kinds = {json.dumps(optimiser(study.find(name, 0)), sort_keys=True) for name in names}
+        assert len(kinds) == 1 or names == allowed, claim.text
+    compared = {frozenset(p.run for p in points(c.statement)) for c in CLAIMS}
+    for name in ("p0.5-rate0", "p0.8-rate0"):
+        assert frozenset((name, "progressive-rate0")) in compared
+
+
 def supernet(name, seed, loss, depths=(4, 2), **others):
     losses = {FULL: loss, "d4": loss + 0.1, "d2": loss + 0.3}
     cells = {s: {"n": 100, "fashion_fd": 0.2 + v, "floor": 0.05, "seconds": 10 * v}
