@@ -80,6 +80,9 @@ SECTIONS: Mapping[str, Section] = {
     "training-free": Section(
         "Training-free and joint training (Table 4)",
         (*LOSSES, report_tables.generated), ("table4",),
+        text="Joint training of the full network and a subnet also trains the full network "
+        "further. Whether the subnet harms it is therefore judged against the run `p0`, which "
+        "starts from the same weights and does equal work at full depth only.",
     ),
     "bridges": Section(
         "Bridges (Tables 5 and 8)",

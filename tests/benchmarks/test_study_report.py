@@ -457,6 +457,24 @@ def test_every_claim_is_about_runs_of_the_settings():
     assert {part.name for part in parts} == set(PARTS)
 
 
+def test_what_training_costs_the_full_network_is_judged_at_equal_work():
+    """The base has trained less, so that a harm and what further training gains would add up."""
+    study = load_study()
+    ours = [c for c in CLAIMS if c.part == "training-free" and c.paper]
+    paper = [claim for claim in ours if "full network" in claim.text]
+    assert paper
+    for claim in paper:
+        works = [study.find(name, 0).work for name in names_of(claim, study)]
+        assert len(set(works)) == 1, claim.text
+        assert all(study.find(name, 0).trains for name in names_of(claim, study)), claim.text
+
+
+def names_of(claim, study):
+    """The runs of a claim, each by the name that has its results."""
+    same = {run.name: run.same_as for part in study.parts for run in part.runs if run.same_as}
+    return [same.get(point.run, point.run) for point in points(claim.statement)]
+
+
 def optimiser(run):
     return run.recipe.get("optim", {}), run.tokens, run.work
 
