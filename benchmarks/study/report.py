@@ -98,7 +98,12 @@ SECTIONS: Mapping[str, Section] = {
         "model of their seed and do equal work.",
     ),
     "extras": Section(
-        "Variants of the training", (*LOSSES, report_tables.generated)
+        "Variants of the training", (*LOSSES, report_tables.generated),
+        text="With weights of the subnet's own (`copies`, `lora*`, `adaln`) all else is frozen, "
+        "and what is frozen counts for the passes that it has: layers of the bridge for a forward "
+        "pass, frozen layers of the subnet and the head for no gradients of weights. So these runs "
+        "have more steps. Their learning rates were set once and not tuned: a better one may "
+        "change their verdicts.",
     ),
     "augmentation": Section(
         "Augmentation and mixup", (*LOSSES, report_tables.generated)

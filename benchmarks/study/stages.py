@@ -14,6 +14,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,9 @@ VAE, CLASSIFIERS = "vae", ("features", "independent")
 # Larger than any number of epochs or steps.
 NEVER = 10**9
 PHASES = {"joint": 1, "transition": 0, "refinement": 0}
+# Of the curve of a training. Identities leave these values out, so that those of a study with them
+# are what they were before identities covered the curve.
+CURVE = {"curve": 500, "points": 8}
 # Keys of the recipe that change no number of a training from tokens.
 UNUSED = ("name", "description", "vae_training", "data", "eval", "seed")
 
@@ -222,15 +226,36 @@ def token_source(study: Study, out: Path, name: str, seed: int) -> TokenSource:
 
 
 def training_identity(study: Study, out: Path, run: Run) -> str:
-    """What the weights of a run depend on."""
+    """What the weights of a run and its curve depend on."""
     shared = {key: value for key, value in study.recipe.items() if key not in UNUSED}
-    return identity(
+    curve = {key: study.values[key] for key in CURVE}
+    inputs: list[Any] = [
         shared,
         run.recipe,
         [run.seed, list(run.phases), run.work, run.epoch],
         tokens_identity(study, out, run.tokens),
-        None if run.name == BASE else file_sha256(weights_file(study, out, BASE, run.seed)),
-    )
+    ]
+    if run.name == BASE:  # every step is worth one, so that its work is its number of steps
+        inputs.append(None)
+    else:
+        inputs.append(file_sha256(weights_file(study, out, BASE, run.seed)))
+        inputs.append(training_length(study, run))
+    return identity(*inputs, *([curve] if curve != CURVE else []))
+
+
+def training_length(study: Study, run: Run) -> dict[str, int]:
+    """Epochs of the phases: they follow from how the work of a step is counted."""
+    wanted = (study.recipe, run.recipe, run.phases, run.epoch, run.work)
+    return dict(_training_length(json.dumps((*wanted, run.seed), sort_keys=True)))
+
+
+@cache
+def _training_length(text: str) -> dict[str, int]:
+    recipe, changes, phases, epoch, work, seed = json.loads(text)
+    study = Study({}, recipe, ())
+    values = {**changes, "seed": seed}
+    found, _ = choose_epochs(values, study.recipe_of, phases, epoch, work)
+    return dataclasses.asdict(found.schedule.phase_lengths)
 
 
 def weights_file(study: Study, out: Path, name: str, seed: int) -> Path:

@@ -1,5 +1,6 @@
 """The study's machinery: what is killed ends as if it had not been, results are what they say."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.study import report, report_plots, stages
+from benchmarks.study import report, report_plots, stages, work
 from benchmarks.study.__main__ import main
 from benchmarks.study.collect import collect
 from benchmarks.study.metrics import distances, flagged, halves
@@ -28,14 +29,16 @@ from benchmarks.study.schedules import (
     token_losses,
 )
 from benchmarks.study.settings import SMOKE, load_study, merged
-from benchmarks.study.work import Work, choose_epochs, phase_epochs
+from benchmarks.study.work import Work, choose_epochs, phase_epochs, step_flop
 from variant.engine.engine import Engine
 from variant.errors import UserError
 from variant.models.config import VARConfig, VQVAEConfig
+from variant.models.flops import training_flop
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.models.zones import reset_zone_weights
 from variant.training.folder_lock import locked_folder
+from variant_kernels import DepthSchedule
 
 ROOT = Path(__file__).parents[2]
 PROFILE = """
@@ -406,13 +409,48 @@ def test_runs_of_equal_work_have_different_numbers_of_steps():
     for name in ("p0", "p0.5", "progressive", "teacher-frozen"):
         run = study.find(name, 0)
         values = {**run.recipe, "model": {"weights": "of the base"}, "seed": 0}
-        recipe, work = choose_epochs(values, study.recipe_of, run.phases, 10, 60)
-        assert work == pytest.approx(60, abs=5)
+        recipe, total = choose_epochs(values, study.recipe_of, run.phases, 10, 60)
+        assert total == pytest.approx(60, abs=5)
         steps[name] = 10 * recipe.schedule.phase_lengths.total
         counted = [Work(recipe, 10).of_step(step) for step in range(steps[name])]
-        assert sum(counted) == pytest.approx(work)
+        assert sum(counted) == pytest.approx(total)
     assert steps["p0"] == 60 < steps["p0.5"] < steps["progressive"]
     assert steps["teacher-frozen"] < steps["progressive"]
+
+
+@pytest.mark.parametrize("kind", ["copies", "lora", "adaln"])
+def test_frozen_layers_count_for_the_passes_that_they_have(kind):
+    rank = 3 * (kind == "lora")
+    config = dataclasses.replace(
+        CONFIG, subnets={2: (0, 7)}, zone_weights=kind, lora_rank=rank, zone_adaln=kind != "lora"
+    )
+    # Tokens 1, 4, 9; width 32: a layer has 12 * 32^2 weights; the head has 32 * 8.
+    layer, head, word = 2 * 12 * 32**2, 2 * 32 * 8, 2 * 4 * 32
+    bridge = 8 * layer * 1
+    flexible = 2 * layer * 13 * (3 if kind == "copies" else 2)
+    attention = 4 * 32 * (8 * 1 * 1 + 3 * 2 * (4 * 5 + 9 * 14))
+    low_rank = 3 * 2 * 2 * 13 * rank * (32 + 96 + 32 + 32 + 2 * (32 + 128))
+    once = 2 * 32 * 192 * (8 + 3 * 2 * (kind != "lora")) + 2 * 32 * 64  # adaLN, norm of the head
+    expected = bridge + flexible + attention + low_rank + once + 2 * head * 14 + word * 13
+    assert step_flop(config, DepthSchedule(8, 3, (0, 7), 1)) == pytest.approx(expected)
+    shared = dataclasses.replace(CONFIG, subnets={2: (0, 7)})
+    schedule = DepthSchedule(8, 3, (0, 7), 1)
+    assert step_flop(shared, schedule) == training_flop(shared, schedule) > expected
+
+
+def test_the_identity_of_a_training_sees_its_number_of_steps(done, monkeypatch):
+    study, out = done
+    run, base = study.find("progressive", 0), study.find("base", 0)
+    before = [stages.training_identity(study, out, one) for one in (run, base)]
+    monkeypatch.setattr(work, "FORWARD", 0.9)  # of equal work are now fewer steps with a teacher
+    stages._training_length.cache_clear()
+    assert [stages.training_identity(study, out, one) for one in (run, base)] == before
+    monkeypatch.setattr(work, "training_flop", lambda config, schedule: 1.0)
+    stages._training_length.cache_clear()
+    after = [stages.training_identity(study, out, one) for one in (run, base)]
+    assert after[0] != before[0]
+    assert after[1] == before[1]
+    stages._training_length.cache_clear()
 
 
 def test_phases_are_whole_epochs_in_proportion():
