@@ -8,7 +8,6 @@ written by hand but the words around the numbers.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,14 @@ from benchmarks.study.report_claims import (
     usable_metrics,
 )
 from benchmarks.study.report_data import METRICS, Metric, Part, Study, read_study
-from benchmarks.study.report_verdicts import ERRORS, Evidence, Verdict
+from benchmarks.study.report_verdicts import (
+    CHANCE,
+    ERRORS,
+    Evidence,
+    Verdict,
+    chance_within,
+    needed_errors,
+)
 from variant.errors import UserError
 from variant.files import atomic_write
 
@@ -158,7 +164,10 @@ def _first_lines(found: Sequence[tuple[Claim, Evidence]]) -> list[str]:
 
 
 def _method(study: Study, usable: frozenset[Metric]) -> list[str]:
-    chances = " and ".join(f"{100 * chance(n):.0f} % of such cases with {n} seeds" for n in (3, 2))
+    chances = " and ".join(
+        f"{100 * (1 - chance_within(ERRORS, n)):.0f} % of such cases with {n} seeds" for n in (3, 2)
+    )
+    needed = ", ".join(f"{needed_errors(3, n):.1f} of {n}" for n in (2, 4, 8))
     return [
         "## How to read it",
         "",
@@ -174,18 +183,16 @@ def _method(study: Study, usable: frozenset[Metric]) -> list[str]:
         "standard error over seeds. Differences are oriented so that a negative one supports the "
         "claim.",
         "",
+        'A claim about several differences ("each", "no", "some", "both") needs more where one of '
+        'them decides alone, such as a single step against "each further scale": besides the '
+        f"{ERRORS:g} standard errors, the quantile of Student's t with n - 1 degrees of freedom "
+        f"for n seeds, at {100 * CHANCE:.0f} % over the number of differences that can decide "
+        f"(Bonferroni). With 3 seeds that is {needed} differences, in standard errors. The verdict "
+        f"that needs every difference asks {ERRORS:g} standard errors of each.",
+        "",
         _control_line(study, usable),
         "",
     ]
-
-
-def chance(seeds: int) -> float:
-    """P(abs(mean) >= 2 standard errors) of 2 or 3 normal numbers of mean zero (Student's t)."""
-    if seeds == 2:
-        return 1 - 2 / math.pi * math.atan(ERRORS)
-    if seeds == 3:
-        return 1 - ERRORS / math.sqrt(2 + ERRORS**2)
-    raise ValueError(f"chance: seeds must be 2 or 3; got {seeds}")
 
 
 def _control_line(study: Study, usable: frozenset[Metric]) -> str:

@@ -34,9 +34,11 @@ from benchmarks.study.report_verdicts import (
     Some,
     Verdict,
     better,
+    chance_within,
     combine,
     decide,
     judge,
+    needed_errors,
     points,
 )
 from benchmarks.study.settings import load_study
@@ -142,6 +144,49 @@ def test_what_decides_alone_decides(verdicts, every, some):
         parts = [Evidence(verdict) for verdict in order]
         assert combine(parts, all_must_hold=True).verdict is every
         assert combine(parts, all_must_hold=False).verdict is some
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 4, 5, 8])
+def test_chances_are_those_of_students_t(seeds):
+    stats = pytest.importorskip("scipy.stats")
+    for errors in (0.3, 2.0, 9.0):
+        expected = 1 - 2 * stats.t.sf(errors, seeds - 1)
+        assert chance_within(errors, seeds) == pytest.approx(expected, rel=1e-12)
+    for count in (2, 4, 8):
+        expected = max(2.0, stats.t.isf(0.05 / count / 2, seeds - 1))
+        assert needed_errors(seeds, count) == pytest.approx(expected, rel=1e-9)
+    assert needed_errors(seeds, 1) == 2.0
+
+
+# Five standard errors of three seeds: sqrt(3) x 5 above zero, deviations -1, 0, 1.
+FIVE = [5 / math.sqrt(3) + deviation for deviation in (-1, 0, 1)]
+RARE = [20 / math.sqrt(3) + deviation for deviation in (-1, 0, 1)]
+
+
+def test_one_of_several_differences_decides_only_if_it_is_rare(tmp_path):
+    """Of two differences with three seeds, one needs 6.2 standard errors to decide alone."""
+    runs = seeds("base", [0.0] * 3) + seeds("five", FIVE) + seeds("rare", RARE)
+    study = study_of(tmp_path, ratios=runs)
+    base, five, rare = Point("base"), Point("five"), Point("rare")
+    fails, fails_rarely = better(five, base), better(rare, base)
+    holds, holds_rarely = better(base, five), better(base, rare)
+
+    def verdict(statement):
+        return judge(statement, study, METRICS).verdict
+
+    assert verdict(All((fails, holds))) is OPEN
+    assert verdict(All((fails_rarely, holds))) is FAILS
+    assert verdict(Some((holds, fails))) is OPEN
+    assert verdict(Some((holds_rarely, fails))) is HOLDS
+    # The verdict that every part must support, and a single difference, need two.
+    assert verdict(All((holds, holds))) is HOLDS
+    assert verdict(Some((fails, fails))) is FAILS
+    assert verdict(All((holds,))) is HOLDS
+    assert verdict(fails) is FAILS
+    # Both of a pair must fail, for one of two pairs: two can decide.
+    pair = Some((fails, fails))
+    assert verdict(All((pair, holds_rarely))) is OPEN
+    assert verdict(All((pair,))) is FAILS
 
 
 def test_differences_are_paired_by_seed(tmp_path):
