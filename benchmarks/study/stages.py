@@ -42,6 +42,7 @@ from variant.data.sources import open_data
 from variant.data.token_source import TokenSource
 from variant.engine.engine import Engine
 from variant.files import atomic_write, file_sha256
+from variant.models.config import VARConfig
 from variant.models.pixels import to_uint8
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
@@ -57,8 +58,9 @@ VAE, CLASSIFIERS = "vae", ("features", "independent")
 # Larger than any number of epochs or steps.
 NEVER = 10**9
 PHASES = {"joint": 1, "transition": 0, "refinement": 0}
-# Of the curve of a training. Identities leave these values out, so that those of a study with them
-# are what they were before identities covered the curve.
+# Of the VQ-VAE: data and seed; of the curve of a training. Identities leave these values out, so
+# that those of a study with them are what they were before identities covered them.
+IMAGES = {"data": {"kind": "idx", "dataset": "fashion-mnist"}, "seed": 0}
 CURVE = {"curve": 500, "points": 8}
 # Keys of the recipe that change no number of a training from tokens.
 UNUSED = ("name", "description", "vae_training", "data", "eval", "seed")
@@ -82,16 +84,30 @@ def run_folder(out: Path, run: Run) -> Path:
 
 def is_done(path: Path, wanted: str) -> bool:
     """Whether a stage has written its file, with this identity."""
+    return done_values(path, lambda: wanted) is not None
+
+
+def done_values(path: Path, wanted: Callable[[], str]) -> dict[str, Any] | None:
+    """The file of a stage; None if there is none, or one of another identity."""
     try:
-        return json.loads(path.read_text()).get("identity") == wanted
+        values = json.loads(path.read_text())
     except (OSError, ValueError):
-        return False
+        return None
+    return values if values.get("identity") == wanted() else None
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a file of a stage, whole or not at all."""
     with atomic_write(path, durable=True) as temporary:
         temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
+
+
+def begin(folder: Path, wanted: str) -> None:
+    """Keep what a stage that was killed has left in its folder; remove that of other settings."""
+    begun = folder / "identity.json"
+    if folder.exists() and not is_done(begun, wanted):
+        shutil.rmtree(folder)
+    write_json(begun, {"identity": wanted})
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -109,16 +125,26 @@ def provenance() -> dict[str, Any]:
 # --- what all runs share -------------------------------------------------------------------------
 
 
+def vae_identity(study: Study) -> str:
+    """What the VQ-VAE depends on."""
+    recipe = study.recipe
+    images = {key: recipe[key] for key in IMAGES}
+    others = [images] if images != IMAGES else []
+    return identity(recipe["vae"], recipe["vae_training"], *others)
+
+
 def make_vae(study: Study, out: Path) -> None:
     """Train the VQ-VAE."""
-    recipe = vae_recipe(study)
-    folder = out / VAE
+    wanted, recipe, folder = vae_identity(study), vae_recipe(study), out / VAE
+    if is_done(folder / "vae.json", wanted):
+        return
+    begin(folder, wanted)
     started = time.process_time()
     summary = train_vae(recipe, folder, resume=Checkpointer(folder, "vae").exists)
     write_json(
         folder / "vae.json",
         {
-            "identity": identity(study.recipe["vae"], study.recipe["vae_training"]),
+            "identity": wanted,
             "sha256": file_sha256(vae_file(out)),
             "steps": summary.steps,
             "seconds": summary.seconds,
@@ -131,12 +157,15 @@ def make_vae(study: Study, out: Path) -> None:
 
 def make_tokens(study: Study, out: Path, name: str) -> None:
     """Encode the images of one kind of augmentation, one pass."""
-    folder = out / "tokens" / name
+    wanted, folder = tokens_identity(study, out, name), out / "tokens" / name
+    if is_done(folder / "done.json", wanted):
+        return
+    begin(folder, wanted)
     data = study.values["tokens"][name]
     training = {"weights": str(vae_file(out))}
     recipe = study.recipe_of({"schedule": PHASES, "vae_training": training, "data": data})
     tokenize(recipe, folder, 1, vae_folder=out / VAE, device=torch.device("cpu"))
-    write_json(folder / "done.json", {"identity": tokens_identity(study, out, name)})
+    write_json(folder / "done.json", {"identity": wanted})
 
 
 def tokens_identity(study: Study, out: Path, name: str) -> str:
@@ -293,10 +322,7 @@ def train(study: Study, out: Path, run: Run) -> None:
     if is_done(folder / "train.json", wanted):
         return
     training = folder / "train"
-    begun = training / "identity.json"
-    if training.exists() and not is_done(begun, wanted):
-        shutil.rmtree(training)  # of other settings
-    write_json(begun, {"identity": wanted})
+    begin(training, wanted)
     recipe, work = training_recipe(study, out, run)
     checkpointer = Checkpointer(training, "var")
     train_var(recipe, training, resume=checkpointer.exists, device=torch.device("cpu"))
@@ -351,15 +377,27 @@ def _gradient_norms(path: Path, recipe: Recipe, steps: int) -> dict[str, float] 
     return {group: total / count for group, total in sums.items()} if count else None
 
 
+def trained_run(study: Study, run: Run) -> Run:
+    """The run whose weights a run measures."""
+    return run if run.trains else study.find(str(run.model), run.seed)
+
+
 def measured_identity(study: Study, out: Path, run: Run) -> str:
     """The identity of the weights that a run measures."""
-    source = run if run.trains else study.find(str(run.model), run.seed)
+    source = trained_run(study, run)
     return file_sha256(weights_file(study, out, source.name, run.seed))
 
 
-def load_models(study: Study, out: Path, run: Run) -> tuple[VAR, VQVAE, int]:
-    """The transformer that a run measures, the VQ-VAE, and the run's bridge."""
-    source = run if run.trains else study.find(str(run.model), run.seed)
+def measured_layers(study: Study, out: Path, run: Run) -> dict[str, Layers]:
+    """The layers of each scale of the schedules that a run measures, by their names."""
+    recipe, config = measured_recipe(study, out, run)
+    names = dict.fromkeys((*run.schedules, *run.generate))
+    return {name: layers_of(config, name, recipe.schedule.bridge) for name in names}
+
+
+def measured_recipe(study: Study, out: Path, run: Run) -> tuple[Recipe, VARConfig]:
+    """A recipe that has the model which a run measures, and the model's sizes."""
+    source = trained_run(study, run)
     schedule = {**source.recipe.get("schedule", {}), **PHASES}
     if schedule.get("zone_weights", "shared") != "shared":
         schedule |= {"joint": 0, "refinement": 1}
@@ -371,10 +409,17 @@ def load_models(study: Study, out: Path, run: Run) -> tuple[VAR, VQVAE, int]:
     if config.zone_weights == "shared":  # depths that it did not train can be measured too
         others = study.recipe_of({"schedule": {**PHASES, "depths": [4, 2]}}).var_config.subnets
         config = dataclasses.replace(config, subnets={**others, **config.subnets})
+    return recipe, config
+
+
+def load_models(study: Study, out: Path, run: Run) -> tuple[VAR, VQVAE]:
+    """The transformer that a run measures, and the VQ-VAE."""
+    source = trained_run(study, run)
+    recipe, config = measured_recipe(study, out, run)
     var = VAR(config)
     var.load_state_dict(load_file(weights_file(study, out, source.name, run.seed)))
     vae = load_vae(recipe, find_vae(recipe, out / VAE)).eval().requires_grad_(False)
-    return var.eval().requires_grad_(False), vae, recipe.schedule.bridge
+    return var.eval().requires_grad_(False), vae
 
 
 def shown_labels(study: Study, run: Run, labels_B: Tensor) -> Tensor:
@@ -386,9 +431,9 @@ def losses_identity(study: Study, out: Path, run: Run) -> str:
     """What the losses of a run depend on."""
     sources = [measured_identity(study, out, run), tokens_identity(study, out, "plain")]
     values = study.values
-    return identity(
-        sources, values["images"], values["batch"], run.permuted, run.kv_dtype, list(run.schedules)
-    )
+    found = measured_layers(study, out, run)
+    layers = {name: found[name] for name in run.schedules}
+    return identity(sources, values["images"], values["batch"], run.permuted, run.kv_dtype, layers)
 
 
 def measure_losses(study: Study, out: Path, run: Run) -> None:
@@ -397,10 +442,11 @@ def measure_losses(study: Study, out: Path, run: Run) -> None:
     wanted, folder = losses_identity(study, out, run), run_folder(out, run)
     if is_done(folder / "losses.json", wanted):
         return
-    var, vae, bridge = load_models(study, out, run)
+    var, vae = load_models(study, out, run)
     source = token_source(study, out, "plain", run.seed)
     count = min(count, source.num_held_out)
-    layers = {name: layers_of(var.config, name, bridge) for name in run.schedules}
+    measured = measured_layers(study, out, run)
+    layers = {name: measured[name] for name in run.schedules}
     engine = Engine(var, vae) if run.kv_dtype else None
     found: dict[str, list[np.ndarray]] = {name: [] for name in run.schedules}
     started = time.process_time()
@@ -444,8 +490,9 @@ def generated_identity(study: Study, out: Path, run: Run, schedule: str) -> str:
     """What the generated images of a schedule depend on."""
     settings = {key: study.values[key] for key in ("generated", "batch", "cfg", "top_p")}
     weights = [measured_identity(study, out, run), file_sha256(vae_file(out))]
+    layers = measured_layers(study, out, run)[schedule]
     return identity(
-        weights, real_identity(study, out), settings, run.permuted, run.kv_dtype, schedule
+        weights, real_identity(study, out), settings, run.permuted, run.kv_dtype, layers, run.seed
     )
 
 
@@ -456,7 +503,7 @@ def measure_generated(study: Study, out: Path, run: Run, schedule: str) -> None:
     path = generated_file(out, run, schedule)
     if is_done(path, wanted):
         return
-    var, vae, bridge = load_models(study, out, run)
+    var, vae = load_models(study, out, run)
     networks = {name: load_network(study, out, name) for name in CLASSIFIERS}
     classes = var.config.num_classes
     real = np.load(out / "real.npz")
@@ -464,7 +511,7 @@ def measure_generated(study: Study, out: Path, run: Run, schedule: str) -> None:
     label_N = torch.arange(count) % classes
     started = time.process_time()
     features, right = [], 0
-    layers = layers_of(var.config, schedule, bridge)
+    layers = measured_layers(study, out, run)[schedule]
     if falling_schedule(var.config, layers) is None:
         batches = _growing_batches(study, run, var, vae, label_N, layers)
     else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.study import stages
-from benchmarks.study.settings import BASE, Run, Study, identity
+from benchmarks.study.settings import BASE, Run, Study
 from benchmarks.study.speed import Speed
 
 Report = Callable[[str], None]
@@ -74,12 +74,11 @@ def _train_name(run: Run) -> str:
 
 
 def _vae(study: Study, out: Path, speed: Speed) -> Task:
-    wanted = identity(study.recipe["vae"], study.recipe["vae_training"])
     return Task(
         "vae",
         (),
         lambda report: stages.make_vae(study, out),
-        lambda: stages.is_done(out / "vae" / "vae.json", wanted),
+        lambda: stages.is_done(out / "vae" / "vae.json", stages.vae_identity(study)),
         speed.vae_image * speed.images * study.recipe["vae_training"]["epochs"],
     )
 

@@ -28,7 +28,7 @@ from benchmarks.study.schedules import (
     masked_tokens,
     token_losses,
 )
-from benchmarks.study.settings import SMOKE, load_study, merged
+from benchmarks.study.settings import SMOKE, identity, load_study, merged
 from benchmarks.study.work import Work, choose_epochs, phase_epochs, step_flop
 from variant.engine.engine import Engine
 from variant.errors import UserError
@@ -153,6 +153,10 @@ def results_of(folder):
             values = json.loads(path.read_text())
             found[path.name] = {k: v for k, v in values.items() if k not in CHANGING}
     return found
+
+
+def identity_in(path):
+    return json.loads(path.read_text())["identity"]
 
 
 def copy_without(out, target, *runs):
@@ -293,6 +297,68 @@ def test_what_is_not_done_is_absent(done, tmp_path):
         collect(study, tmp_path / "nothing", tmp_path / "results")
 
 
+def row_names(results, part):
+    path = results / f"{part}.json"
+    rows = json.loads(path.read_text())["runs"] if path.exists() else []
+    return [(row["name"], row["seed"]) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("study", "work", 7),
+        ("study", "curve", 9),
+        ("recipe.schedule", "bridge", 2),
+        ("recipe.optim", "batch_size", 9),
+    ],
+)
+def test_numbers_of_old_settings_are_in_no_row(done, profile, tmp_path, section, key, value):
+    """Of changed settings nothing has run; the base follows from other keys, or does not."""
+    study, out = done
+    collect(study, out, tmp_path)
+    before = row_names(tmp_path, "ratios")
+    text = profile.read_text()
+    head, tail = text.split(f"[{section}]\n")
+    old = next(line for line in tail.splitlines() if line.startswith(f"{key} = "))
+    changed = tmp_path / "changed.toml"
+    changed.write_text(f"{head}[{section}]\n{tail.replace(old, f'{key} = {value}', 1)}")
+    assert changed.read_text() != text
+    other = load_study(changed)
+    if key == "work":  # of the fine-tuning runs only: their old results go, those of the base stay
+        collect(other, out, tmp_path)
+        assert row_names(tmp_path, "base") == [("base", 0), ("base", 1)]
+        assert row_names(tmp_path, "ratios") == row_names(tmp_path, "extras") == []
+        assert not (tmp_path / "ratios.json").exists()
+    else:
+        with pytest.raises(UserError, match="no complete run of these settings"):
+            collect(other, out, tmp_path)
+        assert row_names(tmp_path, "ratios") == before  # nothing was written or removed
+
+
+def test_identities_cover_what_is_measured(done):
+    """Layers of schedules, seeds of random numbers, data and seed of the VQ-VAE."""
+    study, out = done
+    base, run = study.find("base", 0), study.find("progressive", 0)
+    recipe = merged(study.recipe, {"schedule": {"bridge": 2}})
+    wider = dataclasses.replace(study, recipe=recipe)
+    for wanted in (stages.losses_identity, lambda *args: stages.generated_identity(*args, "d2")):
+        assert wanted(study, out, base) != wanted(wider, out, base)
+        assert wanted(study, out, run) != wanted(study, out, study.find("progressive", 1))
+    full = [stages.generated_identity(one, out, base, "full") for one in (study, wider)]
+    assert full[0] == full[1]  # no bridge in it
+    for changes in ({"seed": 1}, {"data": {"dataset": None}}):
+        other = dataclasses.replace(study, recipe=merged(study.recipe, changes))
+        assert stages.vae_identity(other) != stages.vae_identity(study)
+
+
+def test_identities_of_the_settings_stay():
+    """Results made before these identities covered more are results of the same settings."""
+    study = load_study()
+    recipe = study.recipe
+    assert stages.vae_identity(study) == identity(recipe["vae"], recipe["vae_training"])
+    assert {key: study.values[key] for key in stages.CURVE} == stages.CURVE
+
+
 def test_the_control_is_flagged_by_every_metric(done, tmp_path):
     study, out = done
     collect(study, out, tmp_path)
@@ -308,7 +374,9 @@ def test_a_control_that_a_metric_misses_is_an_error(done, tmp_path):
     study, out = done
     wrong = copy_without(out, tmp_path / "wrong")
     for name in ("losses.json", "generated-full.json"):  # as good as the right run
-        shutil.copy(wrong / "runs/base/seed0" / name, wrong / "runs/labels-permuted/seed0" / name)
+        broken = wrong / "runs/labels-permuted/seed0" / name
+        values = json.loads((wrong / "runs/base/seed0" / name).read_text())
+        broken.write_text(json.dumps(values | {"identity": identity_in(broken)}))
     with pytest.raises(UserError, match="must be flagged"):
         collect(study, wrong, tmp_path / "results")
     assert len(list((tmp_path / "results").iterdir())) == 6  # the other parts are not lost
