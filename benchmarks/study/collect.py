@@ -55,7 +55,7 @@ def collect(study: Study, out: Path, results: Path) -> list[Path]:
             "pairs": list(_pairs(finished, part)),
         }
         if part.name == "control":
-            result["flagged"] = _control(finished, part, rows)
+            result["flagged"] = _control(finished, rows)
             missed = [
                 f"{name}, seed {seed}"
                 for seed, found in result["flagged"].items()
@@ -185,13 +185,11 @@ def _difference(
     return float(difference_N.mean()), standard_error(difference_N)
 
 
-def _control(
-    finished: Finished, part: Part, rows: Sequence[dict[str, Any]]
-) -> dict[str, dict[str, bool]]:
+def _control(finished: Finished, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, bool]]:
     """By seed and metric, whether the broken run is flagged."""
     result = {}
-    for run, row in zip(part.runs, rows, strict=False):
-        right = _row(finished, finished.study.find(BASE, run.seed))
+    for row in rows:
+        right = _row(finished, finished.study.find(BASE, row["seed"]))
         if right is None or (row["generated"] and not right["generated"]):
             continue
         result[str(row["seed"])] = flagged(row, right)

@@ -382,6 +382,16 @@ def test_a_control_that_a_metric_misses_is_an_error(done, tmp_path):
     assert len(list((tmp_path / "results").iterdir())) == 6  # the other parts are not lost
 
 
+def test_a_control_is_compared_with_the_base_of_its_seed(done, tmp_path):
+    """Also if another seed of the control is missing."""
+    study, out = done
+    part = copy_without(out, tmp_path / "part", "labels-permuted/seed0", "base/seed0")
+    collect(study, part, tmp_path / "results")
+    result = json.loads((tmp_path / "results" / "control.json").read_text())
+    assert list(result["flagged"]) == ["1"]
+    assert [row["seed"] for row in result["runs"]] == [1]
+
+
 def test_metrics_of_images_see_wrong_classes():
     generator = torch.Generator().manual_seed(0)
     label_N = torch.arange(400) % 4
