@@ -95,6 +95,7 @@ def _about(finished: Finished, rows: Sequence[dict[str, Any]]) -> dict[str, Any]
             "patch_nums": study.recipe["vae"]["patch_nums"],
             "sampling": {"cfg": values["cfg"], "top_p": values["top_p"]},
             "floor": real.get("floor"),
+            "reconstruction_floor": real.get("reconstruction_floor"),
             "vae_reconstruction": vae.get("reconstruction"),
             "classifier_accuracy": {
                 n: found and found["accuracy"] for n, found in networks.items()

@@ -190,6 +190,10 @@ def _method(study: Study, usable: frozenset[Metric]) -> list[str]:
         f"(Bonferroni). With 3 seeds that is {needed} differences, in standard errors. The verdict "
         f"that needs every difference asks {ERRORS:g} standard errors of each.",
         "",
+        "The floor of a distance is that of one half of the real held-out images against the "
+        "other. The reconstruction floor is that of images that the VQ-VAE encoded and decoded: "
+        "the best that a transformer can reach with this VQ-VAE.",
+        "",
         _control_line(study, usable),
         "",
     ]

@@ -37,6 +37,7 @@ from benchmarks.study.settings import BASE, Run, Study, identity
 from benchmarks.study.work import Work, choose_epochs
 from variant.bench.environment import environment
 from variant.data.config import DataSection
+from variant.data.encode import encode_images
 from variant.data.images import ImageData
 from variant.data.sources import open_data
 from variant.data.token_source import TokenSource
@@ -174,6 +175,13 @@ def tokens_identity(study: Study, out: Path, name: str) -> str:
     return identity(data, study.recipe["seed"], file_sha256(vae_file(out)))
 
 
+def saved_vae(study: Study, out: Path) -> VQVAE:
+    """The trained VQ-VAE."""
+    training = {"weights": str(vae_file(out))}
+    recipe = study.recipe_of({"schedule": PHASES, "vae_training": training})
+    return load_vae(recipe, find_vae(recipe, out / VAE)).eval().requires_grad_(False)
+
+
 def images_of(study: Study) -> ImageData:
     """The images, without augmentation."""
     recipe = study.recipe_of({"schedule": PHASES})
@@ -214,11 +222,18 @@ def load_network(study: Study, out: Path, name: str) -> Classifier:
 def real_identity(study: Study, out: Path) -> str:
     """What the figures of real images depend on."""
     networks = [file_sha256(out / "classifiers" / f"{name}.safetensors") for name in CLASSIFIERS]
-    return identity(networks, study.values["generated"], study.recipe["data"])
+    vae = file_sha256(vae_file(out))
+    return identity(networks, study.values["generated"], study.recipe["data"], vae)
 
 
 def make_real(study: Study, out: Path) -> None:
-    """Features of two halves of the held-out images, and what one half scores beside the other."""
+    """Features of two halves of the held-out images, and what one half scores beside the other.
+
+    Also what the second half scores after the VQ-VAE has encoded and decoded it: no transformer
+    generates images that are better than those of the right tokens.
+    """
+    if is_done(out / "real.json", real_identity(study, out)):
+        return
     data = images_of(study)
     networks = {name: load_network(study, out, name) for name in CLASSIFIERS}
     labels, features, right = [], [], 0
@@ -234,6 +249,14 @@ def make_real(study: Study, out: Path) -> None:
     parts = [(feature_ND[part], label_N[part]) for part in map(torch.from_numpy, (first, second))]
     classes = study.recipe["model"]["num_classes"]
     floor = distances(*parts[1], *parts[0], classes)
+    features, decoded_right = [], 0
+    vae = saved_vae(study, out)
+    for places in np.split(second, range(batch, len(second), batch)):
+        images, own = data.held_out(places.tolist())
+        pixels = to_uint8(vae.decode(encode_images(vae, images)) * 2 - 1)
+        features.append(networks["features"](pixels).features_BD)
+        decoded_right += int((networks["independent"](pixels).logits_BC.argmax(1) == own).sum())
+    decoded = distances(torch.cat(features), parts[1][1], *parts[0], classes)
     arrays = {"features": parts[0][0].numpy(), "labels": parts[0][1].numpy()}
     write_arrays(out / "real.npz", arrays)
     write_json(
@@ -241,6 +264,7 @@ def make_real(study: Study, out: Path) -> None:
         {
             "identity": real_identity(study, out),
             "floor": {**floor, "accuracy": right / data.num_held_out},
+            "reconstruction_floor": {**decoded, "accuracy": decoded_right / len(second)},
             **provenance(),
         },
     )

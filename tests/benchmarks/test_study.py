@@ -34,6 +34,7 @@ from variant.engine.engine import Engine
 from variant.errors import UserError
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.flops import training_flop
+from variant.models.pixels import to_uint8
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.models.zones import reset_zone_weights
@@ -283,6 +284,25 @@ def test_the_page_shows_what_was_collected(done, tmp_path):
         assert report_plots.is_current(found, tmp_path / name)
     assert "Metrics that flag the control (labels permuted): " in page
     assert "`zones`" in page
+
+
+def test_the_reconstruction_floor_is_that_of_decoded_images(done, tmp_path):
+    study, out = done
+    collect(study, out, tmp_path)
+    data = json.loads((tmp_path / "base.json").read_text())["data"]
+    images = stages.images_of(study)
+    everything, label_N = images.held_out(range(images.num_held_out))
+    first, second = halves(label_N.numpy(), study.values["generated"])
+    vae = stages.saved_vae(study, out)
+    own = vae.decode(vae.encode(everything[second])) * 2 - 1
+    network = stages.load_network(study, out, "features")
+    found = [network(to_uint8(x)).features_BD for x in (own, everything[second], everything[first])]
+    labels = [label_N[part] for part in (second, second, first)]
+    for key, place in (("reconstruction_floor", 0), ("floor", 1)):
+        expected = distances(found[place], labels[place], found[2], labels[2], 2)
+        assert data[key]["n"] == 20
+        assert data[key]["fashion_fd"] == pytest.approx(expected["fashion_fd"], rel=1e-3)
+    assert data["floor"]["fashion_fd"] != data["reconstruction_floor"]["fashion_fd"]
 
 
 def test_what_is_not_done_is_absent(done, tmp_path):

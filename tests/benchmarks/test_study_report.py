@@ -312,10 +312,12 @@ def test_without_the_control_no_metric_is_usable(tmp_path):
 def test_the_setting_is_that_of_the_files(tmp_path):
     data = {"dataset": "fashion-mnist", "held_out": 10000, "depth": 8, "width": 64,
             "patch_nums": [1, 2, 3], "floor": {"fashion_fd": 0.0123, "precision": 0.9},
+            "reconstruction_floor": {"fashion_fd": 0.0456},
             "sampling": {"cfg": 1.5}, "classifier_accuracy": {"features": 0.915, "other": None},
             }  # fmt: skip
     text = report.page(read_study(write(tmp_path / "results", "base", [], data=data)))
-    for row in ("| data | fashion-mnist |", "| held-out images | 10,000 |", "| 8, 64 |",
+    for row in ("against the other) | fashion-FD 0.0456 |",
+                "| data | fashion-mnist |", "| held-out images | 10,000 |", "| 8, 64 |",
                 "| fashion-FD 0.0123, precision 90.0 % |", "| features 91.5 % |", "| cfg 1.5 |",
                 "| 1, 2, 3 |"):  # fmt: skip
         assert row in text
