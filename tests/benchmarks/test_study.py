@@ -463,7 +463,7 @@ def model():
     return var.eval()
 
 
-@pytest.mark.parametrize("name", ["full", "d2", "d4@b2"])
+@pytest.mark.parametrize("name", ["full", "d2", "d4@b2", "d2@b0", "d2@all"])
 def test_the_masked_forward_pass_is_that_of_the_model(model, name):
     labels, x_teacher = torch.tensor([0, 2]), torch.randn(2, 13, 4)
     targets = torch.randint(0, 8, (2, 14))
@@ -474,14 +474,15 @@ def test_the_masked_forward_pass_is_that_of_the_model(model, name):
     assert torch.allclose(masked, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["full", "d2"])
+@pytest.mark.parametrize("name", ["full", "d2", "d2@b0"])
 def test_tokens_without_a_cache_are_those_of_the_engine(model, name):
     torch.manual_seed(1)
     vae = VQVAE(VQVAEConfig(8, 4, ch=32, ch_mult=(1, 1), num_res_blocks=1, patch_nums=(1, 2, 3)))
     labels = torch.tensor([0, 1, 2, 0])
     expected = Engine(model, vae.eval()).generate(
-        labels, depth=None if name == "full" else 2, cfg=1.5, top_p=0.9, seed=3, decode=False
-    )
+        labels, depth=None if name == "full" else 2, bridge=0 if name == "d2@b0" else None,
+        cfg=1.5, top_p=0.9, seed=3, decode=False,
+    )  # fmt: skip
     tokens = masked_tokens(
         model, vae, labels, layers_of(CONFIG, name, 1), cfg=1.5, top_p=0.9, seed=3,
         image_ids_B=torch.arange(4),
