@@ -94,14 +94,16 @@ SECTIONS: Mapping[str, Section] = {
         "Bridges (Tables 5 and 8)",
         (*LOSSES, report_tables.losses_by_scale, report_tables.generated,
          report_tables.gradient_norms), ("table5", "table8"),
-        text="The bridge is the number of first scales that always run every layer.",
+        text="The bridge is the number of first scales that always run every layer. A step with a "
+        "wider bridge costs more, so that at equal work such a run has fewer steps.",
     ),
     "ratios": Section(
         "How often the subnet is trained (Figures 2a, 2b, 2c)",
         (*LOSSES, report_tables.generated, report_tables.gradient_norms),
         ("figure2a", "figure2b", "figure2c"), tuple(name for name, *_ in report_plots.PLOTS),
         text="p is the probability of a step at the subnet's depth. All runs start from the same "
-        "model of their seed and do equal work.",
+        "model of their seed and do equal work. Where the learning rate falls to 0 (`*-rate0`), "
+        "the schedules are compared at the same rate.",
     ),
     "extras": Section(
         "Variants of the training", (*LOSSES, report_tables.generated),
@@ -112,7 +114,10 @@ SECTIONS: Mapping[str, Section] = {
         "change their verdicts.",
     ),
     "augmentation": Section(
-        "Augmentation and mixup", (*LOSSES, report_tables.generated)
+        "Augmentation and mixup", (*LOSSES, report_tables.generated),
+        text="Only the fine-tuning sees augmented images, for less than one pass; the base that it "
+        "starts from was trained on plain ones. What augmentation does over many passes, against "
+        "overfitting, this part cannot show.",
     ),
     "kv8": Section("8-bit K/V", (*LOSSES, report_tables.generated)),
     "control": Section(
@@ -190,6 +195,11 @@ def _method(study: Study, usable: frozenset[Metric]) -> list[str]:
         f"(Bonferroni). With 3 seeds that is {needed} differences, in standard errors. The verdict "
         f"that needs every difference asks {ERRORS:g} standard errors of each.",
         "",
+        "Equal work is equal FLOP of the forward and backward passes, not equal steps or time: "
+        f"{_steps(study)}. The seeds differ in the weights and the order of training and in the "
+        "random numbers of generation; they share the VQ-VAE, the tokens and the classifiers, so "
+        "that an error over seeds does not hold what another VQ-VAE would change.",
+        "",
         "The floor of a distance is that of one half of the real held-out images against the "
         "other. The reconstruction floor is that of images that the VQ-VAE encoded and decoded: "
         "the best that a transformer can reach with this VQ-VAE.",
@@ -197,6 +207,22 @@ def _method(study: Study, usable: frozenset[Metric]) -> list[str]:
         _control_line(study, usable),
         "",
     ]
+
+
+def _steps(study: Study) -> str:
+    """The steps of some runs of equal work, as far as they were made."""
+    names = {"p0": "the full network alone", "progressive": "the progressive schedule",
+             "p1": "p = 1"}  # fmt: skip
+    found = {
+        text: sorted(run.data["steps"] for run in study.runs(name, "ratios").values())
+        for name, text in names.items()
+    }
+    made = [
+        f"{text} has {' to '.join(f'{n:,}' for n in dict.fromkeys((steps[0], steps[-1])))} steps"
+        for text, steps in found.items()
+        if steps
+    ]
+    return ", ".join(made) or "a step of a subnet costs less, so that its run has more steps"
 
 
 def _control_line(study: Study, usable: frozenset[Metric]) -> str:

@@ -324,6 +324,14 @@ def test_the_setting_is_that_of_the_files(tmp_path):
     assert "| setting | value |" not in report.page(Study())
 
 
+def test_the_page_says_what_equal_work_is(tmp_path):
+    runs = [run("p0", seed, loss=1.0, steps=600) for seed in (0, 1)]
+    runs += [run("progressive", seed, loss=1.0, steps=1140 + 10 * seed) for seed in (0, 1)]
+    text = report.page(study_of(tmp_path, ratios=runs))
+    assert "has 600 steps, the progressive schedule has 1,140 to 1,150 steps. The seeds" in text
+    assert "its run has more steps. The seeds" in report.page(Study())
+
+
 def test_files_that_are_no_results_are_refused(tmp_path):
     folder = write(tmp_path / "results", "ratios", seeds("p0", [1.0]) * 2)
     with pytest.raises(UserError, match='"p0" of seed 0 is listed twice'):
