@@ -13,7 +13,7 @@ from zone_models import zone_model
 import variant
 from variant.engine.planning import plan_row, schedule_row
 from variant.errors import UserError
-from variant.schedule_files import load_schedule, save_schedule
+from variant.schedule_files import layers_by_scale, load_schedule, save_schedule
 from variant_kernels import DepthSchedule
 
 # Layers that no depth of the small model has: 4, 3 (0, 1, 3) and 2 layers.
@@ -57,7 +57,9 @@ def test_a_name_takes_the_layers_that_the_model_records(small, tmp_path, monkeyp
         ("3-4-2", "must be a subset"),
         ("4-3-1", "must be an integer in [2, 4]"),
         ("5x3", "must be an integer in [2, 4]"),
-        ("4x0-3x2", "it has 2"),
+        ("4x0-3x3", "4x0 must be a depth at one scale or more"),
+        ("4x3-3x0", "3x0 must be a depth at one scale or more"),
+        ("4x00-4x3", "4x00 must be a depth at one scale or more"),
         ("nothing.json", "no such file"),
     ],
 )
@@ -65,6 +67,13 @@ def test_bad_names_are_refused_in_one_line(small, name, message):
     with pytest.raises(UserError, match=rf"^{name}: .*{re.escape(message)}") as caught:
         load_schedule(name, small.var.config)
     assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_refuses_a_depth_at_no_scale(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert layers_by_scale("4x2-3") == [4, 4, 3]
+    with pytest.raises(UserError, match=r"^4x3-3x0: 3x0 must be a depth at one scale or more"):
+        layers_by_scale("4x3-3x0")
 
 
 @pytest.mark.parametrize(
@@ -94,6 +103,24 @@ def test_bad_files_are_refused_in_one_line(small, tmp_path, change, message):
     with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: .*{message}") as caught:
         load_schedule(path, small.var.config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [list(range(200_000))],  # not the last layer
+        [[0, *[1] * 200_000, 3]],  # repeats
+    ],
+)
+def test_a_message_does_not_list_thousands_of_layers(small, tmp_path, layers):
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps({**GOOD, "layers": layers}))
+    with pytest.raises(UserError) as caught:
+        load_schedule(path, small.var.config)
+    assert len(str(caught.value)) < 400
+    with pytest.raises(ValueError, match="are new") as new:
+        DepthSchedule.from_depths([[0, 1023], list(range(1024))], full_depth=1024)
+    assert len(str(new.value)) < 400
 
 
 def test_what_is_no_file_of_a_schedule_is_refused(tmp_path, small):

@@ -91,16 +91,26 @@ def layers_by_scale(source: str) -> list[int] | list[list[int]]:
         UserError: as :func:`load_schedule`.
     """
     if NAME.fullmatch(source) and path_kind(source) is None:
-        return _depths(source)
+        try:
+            return _depths(source)
+        except ValueError as error:
+            raise UserError(f"{shown(source)}: {error}") from None
     return [list(layers) for layers in load_schedule(source).layers]
 
 
 def _depths(name: str) -> list[int]:
-    """The depth of each scale; at most one more than there may be scales."""
+    """The depth of each scale; at most one more than there may be scales.
+
+    Raises:
+        ValueError: a depth of no scales.
+    """
     depths: list[int] = []
     for part in name.split("-"):
         depth, _, count = part.partition("x")
-        depths += [int(depth)] * min(int(count or 1), MAX_SCALES + 1 - len(depths))
+        scales = int(count or 1)
+        if not scales:
+            raise ValueError(f"{part} must be a depth at one scale or more, as {depth}x1")
+        depths += [int(depth)] * min(scales, MAX_SCALES + 1 - len(depths))
     return depths
 
 

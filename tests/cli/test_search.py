@@ -18,7 +18,7 @@ from variant.errors import UserError
 from variant.search.data import held_out
 from variant.search.space import Space
 from variant.training.recipe import load_recipe
-from variant_kernels import CachePlan, DepthSchedule
+from variant_kernels import CachePlan, DepthSchedule, use_backend
 from variant_kernels.plans.depth_schedule import select_layers
 
 # Images of the digits' test; `make nightly` takes all.
@@ -98,6 +98,62 @@ def test_a_resumed_search_computes_nothing_and_finds_the_same(few, tmp_path, run
     assert again == first
 
 
+@pytest.mark.parametrize("mode", [(), ("--exact", 1)], ids=["exact", "beam"])
+def test_images_that_do_not_fit_into_memory_are_taken_in_parts(
+    few, tmp_path, run, monkeypatch, mode
+):
+    assert run(*few, *mode)[0] == 0
+    whole = record_of(tmp_path)
+    defaults = module.ForcedLosses.__init__.__kwdefaults__
+    monkeypatch.setitem(defaults, "cache_bytes", 0)  # one image at a time
+    parts = set()
+    compute = module.ForcedLosses._losses
+    monkeypatch.setattr(
+        module.ForcedLosses,
+        "_losses",
+        lambda self, number, prefix: (parts.add(number), compute(self, number, prefix))[1],
+    )
+    assert run(*few[:-3], tmp_path / "parts", *few[-2:], *mode)[0] == 0
+    assert parts == set(range(5))
+    record = json.loads((tmp_path / "parts" / "search.json").read_text())
+    for one, other in zip(whole["front"]["kv"], record["front"]["kv"], strict=True):
+        assert one["layers"] == other["layers"]
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+def test_losses_of_another_configuration_are_not_read(few, model, tmp_path, run):
+    assert run(*few)[0] == 0
+    first = record_of(tmp_path)
+    other = tmp_path / "model"
+    shutil.copytree(model, other)
+    config = json.loads((other / "config.json").read_text())
+    config["var"]["norm_eps"] = 0.1
+    (other / "config.json").write_text(json.dumps(config))
+    code, _, error = run(*few[:2], other, *few[3:], "--resume")
+    assert code == 0, error
+    assert record_of(tmp_path)["full_loss"] != first["full_loss"]
+
+
+def test_a_stopped_comparison_keeps_its_losses_too(few, run, monkeypatch):
+    compare, made = module.compare, []
+
+    def stopping(*arguments):
+        made.extend(compare(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "compare", stopping)
+    code, _, error = run(*few)
+    assert code == 130
+    assert "losses are in" in error
+    assert error.rstrip().endswith("--resume")
+    known, calls = module.ForcedLosses.__call__, []
+    monkeypatch.setattr(module, "compare", compare)
+    monkeypatch.setattr(module.ForcedLosses, "__call__", lambda *a: (calls.append(a), known(*a))[1])
+    assert run(*few, "--resume")[0] == 0
+    assert made
+    assert not calls
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
 def test_a_stopped_search_keeps_its_losses(few, tmp_path, run, monkeypatch, stop):
     assert run(*few)[0] == 0
@@ -134,11 +190,19 @@ def test_times_are_measured_once(words, tmp_path, run, monkeypatch):
     table = json.loads((tmp_path / "out" / "latency.json").read_text())
     assert table["seconds"] == record["seconds_per_scale"]
     assert table["cpu"]
+    assert table["cuda_graphs"] is False
     monkeypatch.setattr(module, "measure_seconds", lambda *_, **__: pytest.fail("measured again"))
     code, printed, _ = run(*words, *budget, "--resume")
     assert code == 0
     assert "search: times of" in printed
-    # Another batch: other times.
+    # Another instruction set, other kernels, another batch: other times.
+    machine = module.environment()
+    monkeypatch.setattr(module, "environment", lambda: {**machine, "isa": "other"})
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        run(*words, *budget, "--resume")
+    monkeypatch.setattr(module, "environment", lambda: machine)
+    with use_backend("reference"), pytest.raises(pytest.fail.Exception, match="measured again"):
+        run(*words, *budget, "--resume")
     monkeypatch.setattr(module, "measure_seconds", lambda *_, **__: {2: [1.0] * 3, 4: [2.0] * 3})
     code, printed, error = run(*words, *budget, "--resume", "--batch", 2)
     assert code == 1, "depth 3 of the grid is missing"
@@ -160,6 +224,29 @@ def test_a_beam_is_used_above_the_limit_and_json_is_alone(words, run):
     assert record["best"]["costs"]["kv"] <= 0.9
 
 
+def test_after_a_beam_both_sides_are_compared_within_all_budgets(words, run, monkeypatch):
+    rows, compare = [], module.compare
+    monkeypatch.setattr(module, "compare", lambda *a: rows.extend(compare(*a)) or rows)
+    # By beam are both kinds of layers, or the searched alone (there are 10 of the others).
+    for exact in ("1", "10"):
+        rows.clear()
+        budgets = {"kv": 0.9, "work": 0.7}
+        given = [f"{name}={share}" for name, share in budgets.items()]
+        code, _, error = run(
+            *words[:-1], words[-1] / exact, "--exact", exact, "--beam", 2, "--budget", *given
+        )
+        assert code == 0, error
+        assert {row.cost for row in rows} == {"kv", "work"}
+        for row in rows:
+            limits = {**budgets, row.cost: row.share}
+            for side in (row.searched, row.other):
+                assert all(side.costs[name] <= most + 1e-9 for name, most in limits.items())
+    rows.clear()
+    out = words[-1] / "one"
+    assert run(*words[:-1], out, "--exact", 1, "--beam", 2, "--budget", "work=0.7")[0] == 0
+    assert {row.cost for row in rows} == {"work"}
+
+
 def test_the_plot_shows_each_cost(few, tmp_path, run):
     pytest.importorskip("matplotlib")
     assert run(*few, "--plot", tmp_path / "front.png")[0] == 0
@@ -175,10 +262,6 @@ def test_the_plot_shows_each_cost(few, tmp_path, run):
         (("--budget", "gold=0.5"), "got gold=0.5"),
         (("--budget", "kv=nan"), "got kv=nan"),
         (("--budget", "kv=0.5", "kv=0.4"), "--budget kv is given twice"),
-        (
-            ("--budget", "kv=0.01"),
-            "no schedule is within kv=0.01; the least that was found is kv 0",
-        ),
         (("--images", 1), "--images must be an integer in [2"),
         (("--depths", 5), "--depths must be an integer in [2, 4]; got 5"),
         (("--beam", 0), "--beam must be an integer >= 1"),
@@ -195,6 +278,42 @@ def test_bad_options_are_refused_in_one_line(words, run, options, message):
     assert code == 1
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (["kv=0.01"], "no schedule is within kv=0.01; the least possible is kv 0.5"),
+        (
+            ["kv=1", "work=0.2"],
+            "no schedule is within kv=1, work=0.2; the least possible is kv 0.5",
+        ),
+        (["latency=0.4"], "within latency=0.4; the least possible is latency 0.5"),
+    ],
+)
+def test_an_unreachable_budget_is_refused_before_any_loss(words, run, monkeypatch, budget, message):
+    times = {n: [float(n)] * 3 for n in (2, 3, 4)}
+    monkeypatch.setattr(module, "measure_seconds", lambda *_, **__: times)
+    monkeypatch.setattr(module.ForcedLosses, "__call__", lambda *_: pytest.fail("computed"))
+    code, _, error = run(*words, "--budget", *budget)
+    assert code == 1
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_schedules_of_other_layers_are_counted_apart(few, tmp_path, run):
+    code, printed, error = run(*few)
+    assert code == 0, error
+    record = record_of(tmp_path)
+    # Depths 4 and 2 make four schedules; the grid has depth 3 from scale 0, 1 or 2 on besides.
+    assert (record["evaluated"], record["schedules"]) == (4, 4)
+    assert record["evaluated_besides"] == 3
+    assert "4 of 4 schedules evaluated, and 3 of other layers" in " ".join(printed.split())
+
+
+def test_the_smallest_budget_that_is_reachable_is_met(few, tmp_path, run):
+    assert run(*few, "--budget", "kv=0.5")[0] == 0
+    assert record_of(tmp_path)["best"]["costs"]["kv"] == 0.5
 
 
 def test_what_a_model_and_its_data_need(model, images, tmp_path, run):
@@ -222,7 +341,7 @@ def test_files_of_the_original_code_are_searched(model, images, tmp_path, run):
     record = record_of(tmp_path)
     assert record["best"]["costs"]["work"] <= 0.7
     assert {row["with"] for row in record["comparison"]} == {
-        "equidistant layers", "depth and bridge"
+        "equidistant or trained layers", "depth and bridge"
     }  # fmt: skip
     assert [len(layers) for layers in record["sets"]] == [4, 3, 2]
 

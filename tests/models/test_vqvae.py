@@ -264,3 +264,33 @@ def test_wrong_plain_values_are_refused_in_one_line(changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         VARConfig.from_dict(plain)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("using_znorm", [False, True])
+def test_autocast_does_not_reach_the_quantizer(using_znorm):
+    """Codes that bfloat16 cannot tell apart; training, encoding and decoding agree."""
+    torch.manual_seed(0)
+    config = VQVAEConfig(
+        vocab_size=64,
+        z_channels=4,
+        ch=32,
+        ch_mult=(1, 1),
+        num_res_blocks=1,
+        patch_nums=(1, 2, 4),
+        using_znorm=using_znorm,
+    )
+    quantizer = VQVAE(config).quantize
+    torch.nn.init.normal_(quantizer.embedding.weight, 5.0, 0.01)
+    features = 5 + 0.01 * torch.randn(8, 4, 4, 4)
+
+    def results():
+        found = features.clone().requires_grad_()
+        f_hat, loss, usage = quantizer(f_BCHW=found)
+        loss.backward()
+        tokens = quantizer.encode(features)
+        return f_hat, loss, usage, tokens, quantizer.contribution(tokens[:, :1], 0), found.grad
+
+    expected = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        for value, wanted in zip(results(), expected, strict=True):
+            assert torch.equal(value, wanted)

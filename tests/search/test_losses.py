@@ -1,7 +1,6 @@
 """Losses of prefixes against the model's own forward pass; what is saved of them; times; pairs."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,12 +9,13 @@ from small_models import small_model
 from zone_models import KINDS, VARIATIONS, zone_model
 
 from variant.errors import UserError
-from variant.search.compare import compare, paired
+from variant.search.compare import Row, compare, paired
+from variant.search.costs import work_cost
 from variant.search.latency import measure_seconds, read_seconds
 from variant.search.losses import ForcedLosses, loss_of
 from variant.search.saved import SavedLosses, losses_file
 from variant.search.space import Space
-from variant.search.tree import Found
+from variant.search.tree import Found, search
 from variant_kernels import DepthSchedule
 
 SETS = [(0, 1, 3), (0, 2, 3), (0, 3)]
@@ -57,17 +57,112 @@ def test_the_sum_over_prefixes_is_the_loss_of_the_forward_pass(make, cache_bytes
         assert loss_of(losses, schedule) == pytest.approx(expected, abs=2e-5)
 
 
-def test_each_prefix_runs_once_where_there_is_memory():
+def counted(losses):
+    """The prefixes of all scales that run, by part, and the bytes of K and V after each."""
+    ran, held, scale = [], [], losses._scale
+
+    def run(number, prefix, earlier, *rest):
+        x_BTC, own = scale(number, prefix, earlier, *rest)
+        ran.append((number, prefix))
+        tensors = [
+            tensor for one in [*losses._kept.values(), *earlier, own] for kv in one.values()
+            for tensor in kv
+        ]  # fmt: skip
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+        last = sum(t.untyped_storage().nbytes() for kv in own.values() for t in kv)
+        is_last = len(prefix) == 3  # its K and V are read by its own attention alone
+        held.append(sum(x.nbytes() for x in storages.values()) - (last if is_last else 0))
+        return x_BTC, own
+
+    losses._scale = run
+    return ran, held
+
+
+def test_each_scale_of_each_prefix_runs_once_where_there_is_memory():
     model = small_model()
     losses = ForcedLosses(model.var, model.vae, *images_of(model))
-    ran = []
-    run = losses._run
-    losses._run = lambda number, prefix, *rest: (ran.append(prefix), run(number, prefix, *rest))[1]
+    assert losses.is_whole
+    ran, _ = counted(losses)
     for schedule in SPACE.schedules():
         for end in range(1, 4):
-            if schedule[:end] not in ran:
+            if (0, schedule[:end]) not in ran:
                 losses(schedule[:end])
     assert len(ran) == len(set(ran)) == SPACE.count()[1]
+
+
+def kv_bytes(model, images):
+    """Of K and V of all layers and of the scales that a later one reads."""
+    config = model.var.config
+    return images * 2 * config.depth * sum(model.var.layout.tokens[:-1]) * config.embed_dim * 4
+
+
+def test_each_scale_of_each_prefix_runs_once_for_each_part_within_the_limit(tmp_path):
+    model = small_model()
+    limit = kv_bytes(model, 2) + 100
+    losses = ForcedLosses(model.var, model.vae, *images_of(model), cache_bytes=limit)
+    assert not losses.is_whole
+    assert [images for images, _ in losses.parts] == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    ran, held = counted(losses)
+    saved = SavedLosses(
+        losses, None, count=5, num_scales=3, full_depth=4, read=False, parts=losses.parts
+    )
+    searched = search(
+        SPACE, [work_cost(SPACE, model.var.config)], saved,
+        seeds=list(SPACE.schedules())[-3:], ahead=saved.fill,
+    )  # fmt: skip
+    # The seeds come first.
+    assert len(ran) <= 3 * (SPACE.count()[1] + 9)
+    assert max(held) <= limit
+    whole = ForcedLosses(model.var, model.vae, *images_of(model))
+    for one in searched.found:
+        assert one.loss == pytest.approx(loss_of(whole, one.schedule).mean(), abs=2e-5)
+    assert {len(images) for images in saved.known.values()} == {5}
+    ran.clear()
+    every = [s[:end] for s in SPACE.schedules() for end in range(1, 4)]
+    saved.known.clear()
+    saved.fill(every)
+    assert len(ran) == len(set(ran)) == 3 * SPACE.count()[1]
+
+
+def test_a_scale_that_was_dropped_runs_once_more_and_not_recursively():
+    model = small_model()
+    losses = ForcedLosses(model.var, model.vae, *images_of(model), cache_bytes=0)
+    ran, _ = counted(losses)
+    losses(((0, 1, 2, 3), (0, 1, 3), (0, 3)))
+    assert len(ran) == 5 * 3
+    losses(((0, 2, 3), (0, 2, 3), (0, 3)))
+    assert len(ran) == 2 * 5 * 3
+
+
+def test_a_search_by_part_that_is_stopped_keeps_the_losses_of_some_images(tmp_path):
+    model = small_model()
+    sizes = {"count": 5, "num_scales": 3, "full_depth": 4}
+    losses = ForcedLosses(model.var, model.vae, *images_of(model), cache_bytes=kv_bytes(model, 2))
+    left, path = [7], tmp_path / "a"
+
+    def stopping(function):
+        def run(prefix):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return function(prefix)
+
+        return run
+
+    parts = [(images, stopping(function)) for images, function in losses.parts]
+    saved = SavedLosses(losses, path, **sizes, read=True, parts=parts)
+    prefixes = [((0, 1, 2, 3),), ((0, 1, 3),), ((0, 2, 3),), ((0, 3),)]
+    with pytest.raises(KeyboardInterrupt):
+        saved.fill(prefixes)
+    saved.save()
+    assert saved.num_known == (4 * 2 + 3 * 2) // 5
+    left[0] = 12 - 7
+    again = SavedLosses(losses, path, **sizes, read=True, parts=parts)
+    assert again.num_known == saved.num_known
+    again.fill(prefixes)
+    assert left[0] == 0
+    for prefix in prefixes:
+        assert (again(prefix) == losses(prefix)).all()
 
 
 def test_influence_is_one_minus_the_cosine_around_a_layer():
@@ -82,7 +177,7 @@ def test_influence_is_one_minus_the_cosine_around_a_layer():
     assert all(influence[layer] > 1e-14 for layer in (0, 1, 3))
 
 
-def test_losses_are_read_again_and_not_computed_again(tmp_path):
+def test_losses_are_read_again_and_not_computed_again(tmp_path, monkeypatch):
     calls = []
 
     def losses(prefix):
@@ -90,7 +185,8 @@ def test_losses_are_read_again_and_not_computed_again(tmp_path):
         return np.array([len(prefix), len(prefix[-1]) / 3, 0.1])
 
     sizes = {"count": 3, "num_scales": 3, "full_depth": 4}
-    path = losses_file(tmp_path, "w", LABELS, LABELS)
+    model = tmp_path, "w", {"norm_eps": 1e-6}, "cpu"
+    path = losses_file(*model, LABELS, LABELS)
     saved = SavedLosses(losses, path, **sizes, read=True)
     schedules = list(SPACE.schedules())
     values = {schedule: saved.of_schedule(schedule) for schedule in schedules}
@@ -100,8 +196,17 @@ def test_losses_are_read_again_and_not_computed_again(tmp_path):
     assert all((again.of_schedule(s) == value).all() for s, value in values.items())
     assert again.computed == 0
     assert not SavedLosses(losses, path, **sizes, read=False).known
-    others = [losses_file(tmp_path, *x) for x in (("v", LABELS, LABELS), ("w", LABELS, LABELS + 1))]
-    assert len({path, *others}) == 3
+    assert path == losses_file(*model, LABELS.clone(), LABELS.clone())
+    others = {
+        losses_file(*model, LABELS + 1, LABELS),
+        losses_file(*model, LABELS, LABELS + 1),
+        losses_file(tmp_path, "v", {"norm_eps": 1e-6}, "cpu", LABELS, LABELS),
+        losses_file(tmp_path, "w", {"norm_eps": 1e-5}, "cpu", LABELS, LABELS),
+        losses_file(tmp_path, "w", {"norm_eps": 1e-6}, "cuda", LABELS, LABELS),
+    }
+    monkeypatch.setattr("variant.search.saved.FORMAT", 99)
+    others.add(losses_file(*model, LABELS, LABELS))
+    assert len({path, *others}) == 7
 
 
 def test_a_damaged_or_foreign_file_of_losses_is_refused(tmp_path):
@@ -176,7 +281,19 @@ def test_pairs_of_schedules_at_equal_cost():
         (0.9, "grid", "the same schedule"),
         (0.9, "one", "the same schedule"),
     ]
-    worse = SimpleNamespace(**{**vars(rows[0]), "difference": -1.0})
-    assert type(rows[0]).verdict.fget(worse) == "searched is worse"
-    vague = SimpleNamespace(**{**vars(rows[0]), "difference": 0.01})
-    assert type(rows[0]).verdict.fget(vague) == "not resolved"
+
+
+@pytest.mark.parametrize(
+    ("difference", "error", "verdict"),
+    [
+        (-1.0, 0.4, "searched is worse"),
+        (1.0, 0.0, "searched is better"),
+        (0.01, 0.1, "not resolved"),
+        (0.2, 0.1, "not resolved"),  # exactly two standard errors
+        (-1.0, math.nan, "not resolved"),  # one image
+        (0.0, 0.0, "not resolved"),  # every image loses the same
+    ],
+)
+def test_a_verdict_needs_more_than_two_standard_errors(difference, error, verdict):
+    searched, other = (Found(schedule, 1.0, {}) for schedule in (((0, 3),), ((0, 1, 3),)))
+    assert Row("kv", 0.5, "grid", searched, other, difference, error).verdict == verdict

@@ -60,8 +60,27 @@ def images():
 def test_revived_codes_are_used_afterwards(module, images):
     torch.nn.init.constant_(module.quantize.embedding.weight[1:], 100.0)
     assert module.encode(images).unique().numel() == 1
-    assert revive_codes(module, images, np.random.default_rng(0)) == 7
+    assert revive_codes(module, images, np.random.default_rng(0)).sum() == 7
     assert module.encode(images).unique().numel() > 3
+
+
+def test_revival_encodes_as_few_images_at_once_as_a_step(recipe, module, images, monkeypatch):
+    encoded, features = [], VQVAE.features
+    watched = lambda self, x: encoded.append(len(x)) or features(self, x)  # noqa: E731
+    monkeypatch.setattr(VQVAE, "features", watched)
+
+    def codes(accumulate):
+        own, training = copy.deepcopy(module), recipe.vae_training
+        optim = dataclasses.replace(training.optim, accumulate=accumulate)
+        training = dataclasses.replace(training, optim=optim)
+        changed = dataclasses.replace(recipe, vae_training=training)
+        CodebookTraining(own, changed, 4, print).revive(images, 0)
+        return own.quantize.embedding.weight.detach()
+
+    torch.testing.assert_close(codes(3), codes(1), rtol=1e-5, atol=1e-6)
+    assert encoded == [3, 3, 2, 8]
+    codes(12)
+    assert encoded[4:] == [1] * 8  # fewer images than parts
 
 
 @pytest.mark.parametrize(("every_code", "kmeans"), [(False, 0), (True, 0), (True, 3)])
@@ -74,13 +93,13 @@ def test_several_processes_move_the_codes_that_one_moves(module, images, size, e
         rng = np.random.default_rng(4)
         part = images[ranks.share(len(images))]
         moves = {"every_code": every_code, "kmeans": kmeans}
-        count = revive_codes(own, part, rng, ranks=ranks, **moves)
-        return count, own.quantize.embedding.weight.detach()
+        is_moved = revive_codes(own, part, rng, ranks=ranks, **moves)
+        return is_moved.tolist(), own.quantize.embedding.weight.detach()
 
-    count, expected = revived(Ranks())
-    assert count == 8 if every_code else 5 <= count < 8
+    is_moved, expected = revived(Ranks())
+    assert sum(is_moved) == 8 if every_code else 5 <= sum(is_moved) < 8
     results = on_ranks(size, revived)
-    assert [result[0] for result in results] == [count] * size
+    assert [result[0] for result in results] == [is_moved] * size
     assert torch.equal(results[0][1], results[-1][1])
     torch.testing.assert_close(results[0][1], expected, rtol=1e-5, atol=1e-5)
 
@@ -118,7 +137,7 @@ def test_the_use_of_codes_is_that_of_the_batch_whatever_parts_and_processes(modu
 def test_a_held_out_image_counts_once():
     tokens = torch.tensor([[0], [1], [1], [3], [2]])
 
-    def use(ranks, batch=2):
+    def use(ranks, batch=2, tokens=tokens):
         own = ranks.share(len(tokens))
         counted = HeldOutUse(own, (1, 4), torch.device("cpu"))
         for start in range(0, 4, batch):  # one part more than some process has images for
@@ -127,6 +146,9 @@ def test_a_held_out_image_counts_once():
             counted.add(part, [tokens[part]])
         return counted.values(ranks)
 
+    # The first of three processes has none of two images.
+    two = on_ranks(3, lambda ranks: use(ranks, tokens=tokens[:2]))
+    assert two[0] == pytest.approx({"codes_used/0": 2 / 4, "codes_perplexity/0": 2})
     expected = 0.4**-0.4 * 0.2**-0.6
     assert on_ranks(2, use)[1] == on_ranks(3, use)[0]
     assert on_ranks(2, use)[1] == pytest.approx({"codes_used/0": 1, "codes_perplexity/0": expected})
@@ -218,6 +240,13 @@ def test_all_codes_alike_and_sure_choices_have_the_lowest_entropy_term():
     unsure = entropy_term(torch.zeros(3, 4), codes, 0.01)
     assert unsure.item() == pytest.approx(0, abs=1e-4)
     assert torch.isfinite(entropy_term(codes, torch.zeros(4, 4), 0.01))  # codes that are all one
+
+
+def test_codes_far_from_the_origin_have_the_entropy_of_codes_near_it():
+    vectors, codes = codes_and_vectors()
+    expected = entropy_term(vectors, codes, 0.3)
+    far = entropy_term((vectors + 1000).float(), (codes + 1000).float(), 0.3)
+    torch.testing.assert_close(far.double(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_run_with_an_entropy_term_reports_it_and_trains_by_it(recipe, tmp_path):

@@ -8,6 +8,7 @@ from tiny_runs import CPU, OPTIM, quiet
 
 from variant.errors import UserError
 from variant.training.loss_scale import CAP, START, LossScaler
+from variant.training.optim import clipped_step
 from variant.training.run_setup import RunSetup
 from variant.training.trainer import Trainer
 from variant.training.vae_task import VAETask
@@ -116,6 +117,32 @@ def fp16_trainer(recipe, folder, overflows):
 
     task.loss, task.before_step = loss, lambda indices, epoch, step: None
     return Trainer(task, setup, 12, quiet())
+
+
+def test_a_norm_that_is_not_finite_skips_a_step_with_finite_gradients():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer, scaler = torch.optim.AdamW([weight], fused=True), LossScaler("cpu")
+    for norm, skipped in ((1.0, 0), (float("nan"), 1), (float("inf"), 2)):
+        before = weight.detach().clone()
+        optimizer.zero_grad()
+        scaler.scale(weight.sum()).backward()
+        scaler.unscale_(optimizer)
+        clipped_step(optimizer, scaler, torch.tensor(norm), 1.0)
+        scaler.update()
+        assert torch.equal(weight.detach(), before) == (skipped > 0)
+        assert scaler.skipped == skipped
+
+
+def test_a_gradient_of_the_discriminator_that_is_not_finite_stops_fp16_too(recipe, tmp_path):
+    trainer = fp16_trainer(recipe, tmp_path, [False] * 2)
+    norms = iter((torch.tensor(1.0), torch.tensor(float("nan"))))
+    trainer.task.after_backward = lambda *args: next(norms)
+    trainer._train_step()
+    trainer.state.step += 1
+    before = trainer.task.module[0].weight.detach().clone()
+    with pytest.raises(UserError, match="gradient of the discriminator is not finite at step 1"):
+        trainer._train_step()
+    assert torch.equal(trainer.task.module[0].weight.detach(), before)
 
 
 def test_the_trainer_skips_counts_saves_and_stops(recipe, tmp_path):

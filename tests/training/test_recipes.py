@@ -263,6 +263,11 @@ def test_recipes_of_other_gpus_differ_in_their_parts_only(name):
     assert keys <= {"name", "description", "optim.accumulate", "parallel.mode"}
 
 
+def test_the_adversary_of_imagenet_vqvae_has_llamagens_fixed_weight():
+    adversary = load_recipe("imagenet-vqvae").vae_training.adversary
+    assert (adversary.weight, adversary.adaptive) == (0.5, False)
+
+
 def test_fashion_mnist_has_130_tokens_of_32_pixels():
     recipe = load_recipe("fashion-mnist")
     assert recipe.vae.image_size == 32

@@ -2,10 +2,11 @@
 
 import json
 
+import pytest
 import torch
 
 from variant.training.metrics import MetricsFile
-from variant.training.run_state import RunState
+from variant.training.run_state import RunState, best_of
 
 
 def state_with(history=()):
@@ -53,3 +54,11 @@ def test_a_new_run_has_no_metrics_file_before_its_first_epoch_ends(tmp_path):
     assert not metrics.path.exists()
     metrics.append({"epoch": 1})
     assert metrics.path.read_text() == '{"epoch": 1}\n'
+
+
+@pytest.mark.parametrize("average", [0.5, 2.0])
+def test_an_adversarial_epoch_keeps_its_average_whatever_its_held_out_loss(average):
+    entry = {"held_out_mean": 1.0, "ema_held_out_mean": average}
+    assert best_of(entry) == (min(1.0, average), average < 1.0)
+    assert best_of(entry | {"adversarial": True}) == (average, True)
+    assert best_of({"held_out_mean": 1.0, "adversarial": True}) == (1.0, False)

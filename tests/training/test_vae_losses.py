@@ -1,5 +1,7 @@
 """The losses of the VQ-VAE: each against its definition and against numerical gradients."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,8 +10,10 @@ from torch import nn
 from variant.models.discriminator import PatchDiscriminator
 from variant.training.adversary import Adversary
 from variant.training.distributed import Ranks
+from variant.training.image_loss import ImageLoss
 from variant.training.optim import OptimSection
 from variant.training.perceptual import PerceptualLoss
+from variant.training.recipe import VAETraining
 from variant.training.vae_losses import (
     MOST_ADAPTIVE,
     adaptive_weight,
@@ -21,7 +25,7 @@ from variant.training.vae_losses import (
     r1_penalty,
     with_gradient,
 )
-from variant.training.vae_sections import AdversarySection
+from variant.training.vae_sections import AdversarySection, PerceptualSection
 
 CPU = torch.device("cpu")
 OPTIM = OptimSection(batch_size=4, learning_rate=1e-3)
@@ -131,12 +135,46 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer():
         assert torch.allclose(one, other, rtol=1e-12, atol=0)
 
 
+def trained_in(precision, scale):
+    """Adaptive weight, loss and the decoder's gradient, where the losses are small."""
+    optim = dataclasses.replace(OPTIM, precision=precision)
+    training = VAETraining(
+        epochs=1, optim=optim, reconstruction=1e-6, perceptual=PerceptualSection(weight=1e-6)
+    )
+    section, measured = AdversarySection(weight=1.0, width=4, layers=1), {}
+    adversary = Adversary(section, 1, optim, 0, Ranks(), CPU)
+    perceptual, conv = PerceptualLoss(Smooth().float(), "smooth"), nn.Conv2d(2, 1, 3, padding=1)
+    nn.init.constant_(conv.weight, 0.1)
+    nn.init.zeros_(conv.bias)
+    loss = ImageLoss(training, perceptual, adversary, conv.weight, measured.__setitem__)
+    x, real = images(1, 2, 2, 16, 16).float(), images(2, 2, 1, 16, 16).float()
+    with torch.autocast("cpu", torch.float16, enabled=precision == "fp16"):
+        value = loss(conv(x).float(), real, 0, 1.0, torch.tensor(scale))
+    (value * scale).backward()
+    return measured["adversary/weight"], value.detach(), conv.weight.grad / scale
+
+
+def test_small_gradients_of_fp16_are_those_of_fp32():
+    expected = trained_in("fp32", 1.0)
+    assert expected[0] > 0
+    for value, wanted in zip(trained_in("fp16", 2.0**15), expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=0.02, atol=0)
+
+
+def test_a_scale_that_overflows_gives_a_gradient_that_is_not_finite_and_a_finite_loss():
+    _, value, gradient = trained_in("fp16", 2.0**40)
+    assert torch.isfinite(value)
+    assert not torch.isfinite(gradient).all()
+
+
 def test_the_adaptive_weight_is_clamped_and_finite():
     one, zero = torch.ones(3), torch.zeros(3)
     assert adaptive_weight(one, zero).item() == MOST_ADAPTIVE == 1e4
     assert adaptive_weight(one, one * 1e-6).item() == 1e4
     assert adaptive_weight(zero, zero).item() == 0
     assert adaptive_weight(one, 2 * one).item() == 0.5
+    for gradients in ((one, one / 0), (one / 0, one)):
+        assert adaptive_weight(*gradients).isnan()
 
 
 def test_zero_features_have_a_finite_gradient():
@@ -176,6 +214,23 @@ def test_parts_of_a_batch_add_up_to_the_discriminators_gradient(regularizer):
     start = Adversary(section, 1, OPTIM, 3, Ranks(), CPU)
     logits = [each.logits(real).mean() - each.logits(fake).mean() for each in (one, start)]
     assert logits[0] > logits[1]  # it has learnt
+
+
+def test_a_step_that_is_skipped_leaves_the_averages_of_lecam():
+    section = AdversarySection(
+        weight=1.0, width=4, layers=1, regularizer="lecam", regularizer_weight=0.1
+    )
+    adversary = Adversary(section, 1, OPTIM, 3, Ranks(), CPU)
+    real, fake = (images(seed, 2, 1, 8, 8).float() for seed in (1, 2))
+    states = []
+    for factor in (1.0, float("nan"), 1.0):
+        adversary.accumulate(real, adversary.logits(fake * factor), 1.0)
+        adversary.step(1e-3)
+        states.append({key: x.clone() for key, x in adversary.module.state_dict().items()})
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name], value), name
+    assert all(torch.isfinite(value).all() for value in states[2].values())
+    assert [int(state["steps"]) for state in states] == [1, 1, 2]
 
 
 def test_a_perceptual_loss_of_equal_images_is_zero():

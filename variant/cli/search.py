@@ -38,7 +38,7 @@ from variant.search.compare import SAME, Row, compare
 from variant.search.costs import KINDS, Cost, KVCost, latency_cost, work_cost
 from variant.search.data import HeldOut, held_out
 from variant.search.latency import FORMAT as LATENCY_FORMAT
-from variant.search.latency import measure_seconds, read_seconds
+from variant.search.latency import kernels_of, measure_seconds, read_seconds
 from variant.search.losses import ForcedLosses, subnet_schedule
 from variant.search.saved import SavedLosses, losses_file
 from variant.search.space import (
@@ -50,7 +50,7 @@ from variant.search.space import (
     grid,
     nested_sets,
 )
-from variant.search.tree import Found, Result, search
+from variant.search.tree import ROUNDING, Found, Result, search
 from variant.supernet import VARiant
 from variant_kernels import DepthSchedule
 from variant_kernels.arguments import integer
@@ -74,6 +74,8 @@ def search_command(command: Search) -> None:
     job = Job(command, _model(command), budgets)
     try:
         result = job.run(out.print)
+        out.print(_front_table(job, result))
+        rows = job.compare(result)
     except KeyboardInterrupt as stop:
         job.save()
         again = command_line("search", command, resume=True)
@@ -83,15 +85,14 @@ def search_command(command: Search) -> None:
     except BaseException:
         job.save()
         raise
-    out.print(_front_table(job, result))
-    rows = job.compare(result)
     if any(row.verdict != SAME for row in rows):
         out.print(_comparison_table(job, rows))
     for line in _verdicts(rows):
         out.print(line)
     best = result.best(budgets)
     if best is None:
-        raise UserError(_no_schedule(result, budgets))
+        least = {name: min(one.costs[name] for one in result.found) for name in budgets}
+        raise UserError(_no_schedule(least, budgets, "the least that was found is"))
     text = ", ".join(f"{name} {best.costs[name]:.3f}" for name in best.costs)
     out.print(
         f"Within {_budgets_text(budgets)}: {schedule_name(best.depths)}, loss {best.loss:.4f} "
@@ -245,13 +246,23 @@ class Job:
 
     def _saved(self, images: HeldOut) -> SavedLosses:
         model = self.model
+        losses = ForcedLosses(model.var, model.vae, images.labels_N, images.tokens_NL)
         return SavedLosses(
-            ForcedLosses(model.var, model.vae, images.labels_N, images.tokens_NL),
-            losses_file(self.folder, self.weights, images.labels_N, images.tokens_NL),
+            losses,
+            losses_file(
+                self.folder,
+                self.weights,
+                {"var": model.var.config.to_dict(), "vae": model.vae.config.to_dict()},
+                model.var.pos_start.device.type,
+                images.labels_N,
+                images.tokens_NL,
+            ),
             count=len(images.labels_N),
             num_scales=self.num_scales,
             full_depth=self.config.depth,
             read=self.command.resume,
+            # Without memory for all images at once: each part of them by itself.
+            parts=() if losses.is_whole else losses.parts,
         )
 
     @property
@@ -262,7 +273,7 @@ class Job:
     @property
     def num_known(self) -> int:
         """Losses of prefixes, of both halves of the images."""
-        return len(self.losses.known) + len(self.compared.known)
+        return self.losses.num_known + self.compared.num_known
 
     def save(self) -> None:
         """Write the losses."""
@@ -276,13 +287,18 @@ class Job:
     # --- the search -----------------------------------------------------------------------------
 
     def run(self, say: Callable[[str], None]) -> Result:
-        """Choose the layers, measure times where a budget needs them, and search.
+        """Measure times where a budget needs them, choose the layers, and search.
 
         Args:
             say: prints a line.
+        Raises:
+            UserError: no schedule can be within a budget.
         """
         every = tuple(range(self.config.depth))
         full = (every,) * self.num_scales
+        if "latency" in self.budgets:
+            self.seconds = self._seconds(say)
+        self._check_reachable()
         before, started = self.losses.computed, time.monotonic()
         self.full_loss = float(self.losses.of_schedule(full).mean())
         of_full = time.monotonic() - started if self.losses.computed > before else None
@@ -293,8 +309,6 @@ class Job:
         self.sets = self._layers(say)
         space = Space(self.config.depth, self.num_scales, [*self.sets, *self.recorded])
         even = Space(self.config.depth, self.num_scales, self._equidistant())
-        if "latency" in self.budgets:
-            self.seconds = self._seconds(say)
         count, prefixes = space.count()
         exact = count <= self.command.exact
         estimate = ""
@@ -316,7 +330,22 @@ class Job:
         self.save()
         # Evenly chosen layers are among those that a search may take.
         found = {one.schedule: one for one in [*with_even.found, *result.found]}
-        return Result(list(found.values()), result.exact, result.schedules, result.budgets)
+        # Where one of the two left out what is above the budgets, all are compared within them.
+        budgets = {**with_even.budgets, **result.budgets}
+        return Result(list(found.values()), result.exact, result.schedules, budgets)
+
+    def _check_reachable(self) -> None:
+        """Raises: UserError, if the least cost of any schedule is above a budget."""
+        depth, scales = self.config.depth, self.num_scales
+        known = [*self.recorded, *(layers for layers, _ in self.grid())]
+        layers = equidistant_sets(depth, [min(*self.depths, *map(len, known))])[0]
+        costs = self.costs(Space(depth, scales, [layers]))
+        least = {cost.name: cost.of((layers,) * scales) for cost in costs}
+        if self.seconds is not None:  # a measured time need not rise with the depth
+            by_scale = zip(*self.seconds.values(), strict=True)
+            least["latency"] = sum(map(min, by_scale)) / sum(self.seconds[depth])
+        if any(least[name] > most + ROUNDING for name, most in self.budgets.items()):
+            raise UserError(_no_schedule(least, self.budgets, "the least possible is"))
 
     def _search(self, space: Space, seeds: Sequence[Prefix], report: Any, exact: bool) -> Result:
         # A front is of use beyond the budget where nothing has to be left out for it.
@@ -329,6 +358,7 @@ class Job:
             exact=self.command.exact,
             beam=self.command.beam,
             report=report,
+            ahead=self.losses.fill if len(self.losses.parts) > 1 else None,
         )
 
     @contextmanager
@@ -380,25 +410,33 @@ class Job:
         return grid(self.config.depth, self.num_scales, sets)
 
     def compare(self, result: Result) -> list[Row]:
-        """Searched schedules beside evenly chosen layers and the grid, on the other images."""
+        """Searched schedules beside equidistant or trained layers and the grid, on other images."""
         even, of_grid = set(self._equidistant()), set(self.grid().values())
         every = tuple(range(self.config.depth))
         others = {
-            "equidistant layers": [
+            "equidistant or trained layers": [
                 one for one in result.found if set(one.schedule) <= {*even, every}
             ],
             "depth and bridge": [one for one in result.found if one.schedule in of_grid],
         }
-        kinds = list(result.found[0].costs)
+        # A beam looks within the budgets only, which the seeds of the grid exceed: then nothing
+        # above them is compared, nor at a cost for which the beam had no budget.
+        kinds = list(result.budgets or result.found[0].costs)
         levels = [
             (kind, share)
             for kind in kinds
             for share in sorted({*LEVELS, self.budgets.get(kind, LEVELS[0])})
-            if not result.budgets or share <= result.budgets.get(kind, 1)
+            if share <= result.budgets.get(kind, 1)
         ]
-        rows = compare(result.found, others, levels, self.compared.of_schedule)
+        rows = compare(result.found, others, levels, self.compared.of_schedule, result.budgets)
         self.compared.save()
         return rows
+
+    def evaluated(self, result: Result) -> tuple[int, int]:
+        """Schedules of the searched sets of layers whose loss is known, and other schedules."""
+        sets = {*self.sets, *self.recorded, tuple(range(self.config.depth))}
+        inside = sum(sets.issuperset(one.schedule) for one in result.found)
+        return inside, len(result.found) - inside
 
     # --- times ----------------------------------------------------------------------------------
 
@@ -406,8 +444,11 @@ class Job:
         """The table of times: that of the folder, or measured now and written there."""
         command, path = self.command, self.folder / LATENCY
         machine = environment()
+        engine = Engine(self.model.var, self.model.vae)
         settings = {
             "cpu": machine["cpu"],
+            "isa": machine["isa"],
+            "kernels": kernels_of(engine),
             "gpu": machine["gpu"],
             "threads": machine["threads"],
             "torch": machine["torch"],
@@ -423,7 +464,6 @@ class Job:
                 say(f"search: times of {path}, measured on {settings['gpu'] or settings['cpu']}")
                 return seconds
             say(f"search: {path} is of another machine or other settings; measuring again")
-        engine = Engine(self.model.var, self.model.vae)
         total = (REPEATS + 1) * len(sets)
         with progress("search", "times", total, command.json) as advance:
             seconds = measure_seconds(
@@ -435,6 +475,8 @@ class Job:
             )
         with atomic_write(path) as temporary:
             values = {"format": LATENCY_FORMAT, **settings, "repeats": REPEATS}
+            # The callback by which the scales are timed keeps an engine from recording graphs.
+            values["cuda_graphs"] = False
             temporary.write_text(json.dumps({**values, "seconds": seconds}, indent=1) + "\n")
         return seconds
 
@@ -472,7 +514,8 @@ class Job:
             "full_loss": self.full_loss,
             "exact": result.exact,
             "schedules": result.schedules,
-            "evaluated": len(result.found),
+            "evaluated": self.evaluated(result)[0],
+            "evaluated_besides": self.evaluated(result)[1],
             "best": self.as_dict(best),
             "front": {
                 name: [self.as_dict(one) for one in result.front(name)] for name in best.costs
@@ -503,22 +546,22 @@ def _budgets_text(budgets: dict[str, float]) -> str:
     return ", ".join(f"{name}={share:g}" for name, share in budgets.items())
 
 
-def _no_schedule(result: Result, budgets: dict[str, float]) -> str:
-    least = ", ".join(
-        f"{name} {min(one.costs[name] for one in result.found):.3f}" for name in budgets
-    )
+def _no_schedule(least: dict[str, float], budgets: dict[str, float], what: str) -> str:
+    text = ", ".join(f"{name} {least[name]:.3f}" for name in budgets)
     return (
-        f"search: no schedule is within {_budgets_text(budgets)}; the least that was found is "
-        f"{least}. Give a larger --budget, or smaller --depths"
+        f"search: no schedule is within {_budgets_text(budgets)}; {what} {text}. Give a larger "
+        "--budget, or smaller --depths"
     )
 
 
 def _front_table(job: Job, result: Result) -> Any:
     """The front of each cost that has a budget."""
     names = list(result.found[0].costs)
+    inside, besides = job.evaluated(result)
     rows = table(
-        f"{job.command.model}: {len(result.found):,} of {result.schedules:,} schedules evaluated; "
-        f"those that no other beats in loss and {' or '.join(job.budgets)}",
+        f"{job.command.model}: {inside:,} of {result.schedules:,} schedules evaluated, and "
+        f"{besides:,} of other layers; those that no other beats in loss and "
+        f"{' or '.join(job.budgets)}",
         "depths by scale",
         *names,
         "loss",

@@ -7,7 +7,8 @@ C codebook width, H W feature map, R vectors (tokens of all images of a batch).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -15,6 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from variant.models.config import VQVAEConfig
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _without_autocast(method: Method) -> Method:
+    """Runs a method of the quantiser in the dtypes of its tensors, also inside autocast.
+
+    As in the original: in 16 bits, near codes could not be told apart, and training, encoding and
+    decoding would round the feature map in different ways.
+    """
+
+    @wraps(method)
+    def inner(self: Any, *args: Any, **rest: Any) -> Any:
+        with torch.autocast(self.embedding.weight.device.type, enabled=False):
+            return method(self, *args, **rest)
+
+    return cast(Method, inner)
 
 
 def residual_conv_of_scale(num_scales: int, num_convs: int) -> tuple[int, ...]:
@@ -133,9 +151,10 @@ class MultiScaleQuantizer(nn.Module):
         if key in state_dict and state_dict[key].shape != own.shape:
             state_dict[key] = own
 
+    @_without_autocast
     def nearest(self, vectors_RC: Tensor) -> Tensor:
         """Index of the code nearest to each vector, (R,) int64."""
-        codes_VC = self.embedding.weight.detach()
+        codes_VC = self.embedding.weight.detach().to(vectors_RC.dtype)
         if self.config.using_znorm:
             unit_VC = F.normalize(codes_VC, dim=-1)
             return (F.normalize(vectors_RC, dim=-1) @ unit_VC.T).argmax(dim=1)
@@ -157,6 +176,7 @@ class MultiScaleQuantizer(nn.Module):
         """The term of scale k's tokens in the feature map, (B, C, H, W) in the weights' dtype."""
         return self.contribution_of_codes(self.embedding(tokens_BN), k)
 
+    @_without_autocast
     def contribution_of_codes(self, h_BNC: Tensor, k: int) -> Tensor:
         """:meth:`contribution` of scale k's codes, or of mixtures of codes, (B, N, C)."""
         last = self.layout.num_scales - 1
@@ -181,6 +201,7 @@ class MultiScaleQuantizer(nn.Module):
             tokens.append(tokens_BN)
         return torch.cat(tokens, dim=1)
 
+    @_without_autocast
     def forward(
         self, f_BCHW: Tensor, num_scales: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:

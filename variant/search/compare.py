@@ -15,7 +15,7 @@ import numpy as np
 from variant.search.space import Prefix
 from variant.search.tree import Found, best_within
 
-# A difference of less than two standard errors is not resolved.
+# Only a difference of more than two standard errors is resolved.
 RESOLVED = 2.0
 SAME = "the same schedule"
 
@@ -26,7 +26,7 @@ class Row:
 
     cost, share: the budget.  name: of the other kind of schedules.  searched, other: the best of
     each by the search's images.  difference: mean loss of the other minus that of the searched, on
-    the images of the comparison, in nats per token; error: its standard error.
+    the images of the comparison, in nats per token; error: its standard error, NaN for one image.
     """
 
     cost: str
@@ -42,7 +42,8 @@ class Row:
         """What the difference says."""
         if self.searched.schedule == self.other.schedule:
             return SAME
-        if abs(self.difference) < RESOLVED * self.error:
+        # An unknown error (NaN) resolves nothing, as a difference of 0 does not.
+        if not abs(self.difference) > RESOLVED * self.error:
             return "not resolved"
         return "searched is better" if self.difference > 0 else "searched is worse"
 
@@ -52,6 +53,7 @@ def compare(
     others: Mapping[str, Sequence[Found]],
     budgets: Sequence[tuple[str, float]],
     losses: Callable[[Prefix], np.ndarray],
+    within: Mapping[str, float] | None = None,
 ) -> list[Row]:
     """One row for each budget and kind of schedules that has one within it.
 
@@ -59,12 +61,14 @@ def compare(
         searched: what the search found.  others: name -> schedules of another kind.
         budgets: (name of a cost, share of the full network's).
         losses: of a schedule, (N,) on the images of the comparison.
+        within: the name of a cost -> its largest share, which holds for both sides in every row.
     """
     rows = []
     for cost, share in budgets:
-        best = best_within(searched, {cost: share})
+        limits = {**(within or {}), cost: share}
+        best = best_within(searched, limits)
         for name, found in others.items():
-            other = best_within(found, {cost: share})
+            other = best_within(found, limits)
             if best is not None and other is not None:
                 difference, error = paired(losses(other.schedule), losses(best.schedule))
                 rows.append(Row(cost, share, name, best, other, difference, error))

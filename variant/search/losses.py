@@ -1,7 +1,8 @@
 """Held-out losses of schedules by teacher forcing, scale by scale, and the influence of each layer.
 
 The K/V of a scale depend on the layers of its own and of earlier scales only, as its loss does. So
-the K/V of prefixes are kept while they are needed, and each scale of each prefix runs once.
+the K/V of prefixes are kept while they are needed. The images are taken in parts, so small that K
+and V of all scales fit into the limit: prefixes in the order of a search by depth run once each.
 
 Axes: N images, B images of a part, L tokens of all scales, T tokens of one scale, S tokens up to
 there, C width, H heads, D width of one head, E codebook vector width, V codebook entries, 6 the
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ from variant.search.space import Layers, Prefix
 from variant_kernels import adaln_modulate, gated_residual_adaln
 from variant_kernels.arguments import instance, integer
 
-# Images at once: enough rows for the matrix products of the first scales.
+# Images at once, at most: enough rows for the matrix products of the first scales.
 PART = 64
 # Of the K/V of prefixes; those that were not used for longest are computed again.
 CACHE_BYTES = 2 * 2**30
@@ -57,8 +59,12 @@ class ForcedLosses:
     Args:
         var, vae: the models.
         labels_N, tokens_NL: of the images, int64.
-        part: images at once.
-        cache_bytes: of K and V of prefixes that are kept.
+        part: images at once; fewer where K and V of all scales of so many exceed ``cache_bytes``.
+        cache_bytes: of K and V; but those of one schedule and one image are always kept.
+    Attributes:
+        parts: the images of each part, and a function of a prefix that gives their losses.
+        is_whole: whether K and V of one schedule and all images fit into ``cache_bytes``. If not,
+            prefixes should be computed part by part.
     Raises:
         TypeError: an argument of another type.  ValueError: no images, or a number below 1.
     """
@@ -80,6 +86,12 @@ class ForcedLosses:
         if not len(labels_N):
             raise ValueError(f"{op}: labels_N must have one or more images; got none")
         device = var.pos_start.device
+        weight = var.word_embed.weight
+        tokens = sum(var.layout.tokens[:-1])  # nothing reads K and V of the last scale
+        per_image = 2 * var.config.depth * tokens * var.config.embed_dim * weight.element_size()
+        fitting = len(labels_N) if not per_image else self.cache_bytes // per_image
+        self.is_whole = fitting >= len(labels_N)
+        part = max(1, min(part, fitting))
         self._parts = [
             self._part(instance(op, "vae", vae, VQVAE), labels_B, tokens_BL)
             for labels_B, tokens_BL in zip(
@@ -88,6 +100,11 @@ class ForcedLosses:
         ]
         with torch.no_grad():
             self._position_1LC = var.position_embedding()
+        starts = range(0, len(labels_N), part)
+        self.parts = [
+            (slice(start, min(start + part, len(labels_N))), partial(self._losses, number))
+            for number, start in enumerate(starts)
+        ]
         self._kept: OrderedDict[tuple[int, Prefix], _Scale] = OrderedDict()
         self._kept_bytes = 0
 
@@ -103,8 +120,7 @@ class ForcedLosses:
 
         The sum over the scales of a schedule is its mean loss per token.
         """
-        losses = [self._losses(number, prefix) for number in range(len(self._parts))]
-        return np.concatenate(losses)
+        return np.concatenate([losses(prefix) for _, losses in self.parts])
 
     @torch.no_grad()
     def influence(self) -> list[float]:
@@ -127,6 +143,7 @@ class ForcedLosses:
         tokens = layout.total * sum(len(part.labels_B) for part in self._parts)
         return (sums / tokens).tolist()
 
+    @torch.no_grad()
     def _losses(self, number: int, prefix: Prefix) -> np.ndarray:
         """(B,) of one part."""
         part, layout = self._parts[number], self.var.layout
@@ -137,23 +154,37 @@ class ForcedLosses:
         loss = linear_cross_entropy(h_BTC, head.weight, head.bias, tokens_BT.contiguous())
         return (loss.losses_BL.double().sum(1) / layout.total).cpu().numpy()
 
-    def _keys(self, number: int, prefix: Prefix) -> _Scale:
-        """K and V of the last scale of a prefix."""
-        key = number, prefix
-        if key not in self._kept:
-            self._run(number, prefix)
-        self._kept.move_to_end(key)
-        return self._kept[key]
-
     def _run(self, number: int, prefix: Prefix, streams: list[Tensor] | None = None) -> Tensor:
-        """The stream (B, T, C) after the layers of a prefix's last scale; keeps its K and V.
+        """The stream (B, T, C) after the layers of a prefix's last scale.
 
         Args:
             streams: takes the stream before each layer and after the last.
         """
+        keys = [(number, prefix[:end]) for end in range(1, len(prefix))]
+        for key in reversed(
+            keys
+        ):  # what this needs is dropped last, the earliest scale last of all
+            if key in self._kept:
+                self._kept.move_to_end(key)
+        earlier: list[_Scale] = []
+        for key in keys:
+            kept = self._kept.get(key)
+            earlier.append(self._scale(*key, earlier)[1] if kept is None else kept)
+        return self._scale(number, prefix, earlier, streams)[0]
+
+    def _scale(
+        self,
+        number: int,
+        prefix: Prefix,
+        earlier: Sequence[_Scale],
+        streams: list[Tensor] | None = None,
+    ) -> tuple[Tensor, _Scale]:
+        """The stream (B, T, C) after a prefix's last scale, and its K and V, which are kept.
+
+        Args:
+            earlier: K and V of each scale before.
+        """
         scale, layers = len(prefix) - 1, prefix[-1]
-        # The earliest first: a missing one computes those before it, which would be missing too.
-        earlier = [self._keys(number, prefix[:end]) for end in range(1, scale + 1)]
         part = self._parts[number]
         x_BTC = self._stream(part, scale)
         own: _Scale = {}
@@ -166,7 +197,8 @@ class ForcedLosses:
             eps = self.var.config.norm_eps
             h_BTC = adaln_modulate(x_BTC, scale1, shift1, eps=eps)
             q_BHTD, k_BHTD, v_BHTD = (x_BTHD.transpose(1, 2) for x_BTHD in view.qkv(h_BTC))
-            own[layer] = k_BHTD, v_BHTD
+            # Views would keep q alive as well.
+            own[layer] = _alone(k_BHTD), _alone(v_BHTD)
             pairs = [*(keys[layer] for keys in earlier), own[layer]]
             k_BHSD, v_BHSD = (torch.cat(tensors, 2) for tensors in zip(*pairs, strict=True))
             out_BHTD = F.scaled_dot_product_attention(
@@ -179,7 +211,7 @@ class ForcedLosses:
             streams.append(x_BTC)
         if scale + 1 < self.var.layout.num_scales:
             self._keep((number, prefix), own)
-        return x_BTC
+        return x_BTC, own
 
     def _stream(self, part: _Part, scale: int) -> Tensor:
         """The stream (B, T, C) at the start of a scale."""
@@ -202,19 +234,25 @@ class ForcedLosses:
         return part.modulations[key]
 
     def _keep(self, key: tuple[int, Prefix], own: _Scale) -> None:
-        if key in self._kept:
-            return
         self._kept[key] = own
         self._kept_bytes += _bytes(own)
-        # The K/V of the prefix that runs next are needed in any case: those just made stay.
+        # K and V just made are needed in any case.
         while self._kept_bytes > self.cache_bytes and len(self._kept) > 1:
             oldest, dropped = next(iter(self._kept.items()))
             del self._kept[oldest]
             self._kept_bytes -= _bytes(dropped)
 
 
+def _alone(x: Tensor) -> Tensor:
+    """The tensor, contiguous, in memory that it fills."""
+    x = x.contiguous()
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
+
+
 def _bytes(scale: _Scale) -> int:
-    return sum(tensor.nbytes for pair in scale.values() for tensor in pair)
+    """Of the memory that is alive with them."""
+    storages = [tensor.untyped_storage() for pair in scale.values() for tensor in pair]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def loss_of(losses: ForcedLosses, schedule: Prefix) -> np.ndarray:

@@ -11,7 +11,7 @@ scales is taken to be at least that of the full network, which is an estimate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -26,6 +26,9 @@ from variant_kernels.arguments import instance, integer, real, typed
 Loss = Callable[[Prefix], float | Sequence[float] | np.ndarray]
 # report(done, expected, what): of the losses of prefixes.
 Report = Callable[[int, int, str], None]
+# ahead(prefixes, report): may compute losses that are asked for next, in an order of its own, and
+# calls report with the share of them that is done.
+Ahead = Callable[[Sequence[Prefix], Callable[[float], None]], None]
 
 # Shares are sums of floats: a schedule exactly at a budget is within it.
 ROUNDING = 1e-9
@@ -102,6 +105,7 @@ def search(
     exact: int = EXACT,
     beam: int = BEAM,
     report: Report = lambda done, expected, what: None,
+    ahead: Ahead | None = None,
 ) -> Result:
     """The schedules of a space with low loss at low costs.
 
@@ -113,6 +117,8 @@ def search(
         exact: the largest number of schedules that are searched exactly; more are searched by beam.
         beam: prefixes that the beam keeps of each scale for each cost.
         report: called before each loss.
+        ahead: called before the losses of many prefixes are asked for. A search by depth names all
+            that the budgets leave, so that it computes what the bounds on the loss would cut.
     Raises:
         TypeError: an argument of another type.
         ValueError: a budget without a cost of its name or not in (0, 1], or a loss below 0.
@@ -128,10 +134,14 @@ def search(
         if name not in names:
             raise ValueError(f"{op}: budgets must be of {', '.join(names)}; got {name!r}")
         checked[name] = real(op, f"budgets[{name!r}]", most, 0, 1)
-    tree = _Tree(space, costs, loss, checked, report)
+    tree = _Tree(space, costs, loss, checked, report, ahead)
     count, prefixes = space.count()
     is_exact = count <= exact
     tree.expected = prefixes if is_exact else _beam_losses(space, beam * len(costs))
+    seeds = list(seeds)
+    tree.announce([seed[:end] for seed in seeds for end in range(1, len(seed) + 1)])
+    if is_exact and ahead is not None:
+        tree.announce(list(tree.prefixes(())))
     for seed in seeds:
         tree.add(seed)
     if is_exact:
@@ -156,8 +166,10 @@ class _Tree:
         loss: Loss,
         budgets: Mapping[str, float],
         report: Report,
+        ahead: Ahead | None,
     ) -> None:
         self.space, self.costs, self.budgets, self.report = space, costs, budgets, report
+        self.ahead = ahead
         self.found: dict[Prefix, Found] = {}
         self.expected = 0
         self._loss = loss
@@ -175,6 +187,24 @@ class _Tree:
                 raise ValueError(f"search: loss must be numbers >= 0; got {typed(value.tolist())}")
             self._losses[prefix] = float(value.mean())
         return self._losses[prefix]
+
+    def announce(self, prefixes: Sequence[Prefix]) -> None:
+        """Have losses computed that are asked for next."""
+        new = [prefix for prefix in dict.fromkeys(prefixes) if prefix not in self._losses]
+        if self.ahead is not None and new:
+            done = len(self._losses)
+            self.ahead(
+                new,
+                lambda share: self.report(done + int(share * len(new)), self.expected, "by part"),
+            )
+
+    def prefixes(self, prefix: Prefix) -> Iterator[Prefix]:
+        """Every prefix of the space that begins with this one and is not above a budget."""
+        for layers in self.space.children(prefix) if len(prefix) < self.space.num_scales else ():
+            following = (*prefix, layers)
+            if not self.is_cut(following, 0.0):
+                yield following
+                yield from self.prefixes(following)
 
     def add(self, schedule: Prefix) -> None:
         """Evaluate a whole schedule."""
@@ -231,12 +261,14 @@ class _Tree:
         estimate = list(accumulate(reversed(by_scale), initial=0.0))[::-1]
         beam: list[tuple[Prefix, float]] = [((), 0.0)]
         for scale in range(self.space.num_scales):
-            nodes = []
-            for prefix, loss in beam:  # those of one parent one after the other
-                for layers in self.space.children(prefix):
-                    following = (*prefix, layers)
-                    if not self.is_cut(following, loss):
-                        nodes.append((following, loss + self.loss(following)))
+            nodes = [
+                ((*prefix, layers), loss)
+                for prefix, loss in beam  # those of one parent one after the other
+                for layers in self.space.children(prefix)
+                if not self.is_cut((*prefix, layers), loss)
+            ]
+            self.announce([prefix for prefix, _ in nodes])
+            nodes = [(prefix, loss + self.loss(prefix)) for prefix, loss in nodes]
             nodes = [
                 node for node in nodes if not self.is_cut(node[0], node[1] + estimate[scale + 1])
             ]

@@ -80,9 +80,14 @@ class Adversary:
         """Whether the discriminator takes part in a step."""
         return step >= self.section.start_step
 
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the loss of the VQ-VAE is scaled."""
+        return self.optim.precision == "fp16"
+
     def precision(self) -> Any:
         """Around forward passes: float32 in a run of fp16, whose loss scaling is not for them."""
-        return self.full_precision() if self.optim.precision == "fp16" else nullcontext()
+        return self.full_precision() if self.is_scaled else nullcontext()
 
     def full_precision(self) -> torch.autocast:
         """Without autocast; also around backward passes."""
@@ -100,7 +105,7 @@ class Adversary:
         Args:
             reconstructed_BIYX: with a graph back to the last layer.
             gradients: of the reconstruction's losses and of the generator's loss with respect to
-                ``reconstructed_BIYX``.
+                ``reconstructed_BIYX``; both may have the same factor.
             last_layer: the weight of the decoder's last convolution.
         """
         if not self.section.adaptive:
@@ -141,7 +146,7 @@ class Adversary:
     def step(self, rate: float) -> Tensor:
         """The discriminator's step with the accumulated gradients; returns their norm.
 
-        A norm that is not finite skips the step.
+        A norm that is not finite skips the step; LeCAM's averages then stay as they are.
 
         Args:
             rate: learning rate of the VQ-VAE in this step.
@@ -159,7 +164,9 @@ class Adversary:
         self.optimizer.zero_grad(set_to_none=True)
         means = self.ranks.added(self._sums)
         averages, steps = self.module.get_buffer("averages"), self.module.get_buffer("steps")
-        averages.copy_(torch.where(steps > 0, averages.lerp(means, 1 - LECAM_DECAY), means))
-        steps += 1
+        new = torch.where(steps > 0, averages.lerp(means, 1 - LECAM_DECAY), means)
+        is_finite = norm.isfinite() & means.isfinite().all()
+        averages.copy_(torch.where(is_finite, new, averages))
+        steps += is_finite
         self._sums.zero_()
         return norm

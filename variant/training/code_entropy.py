@@ -32,8 +32,11 @@ def entropy_term(
         temperature: of the softmax, in units of the mean squared distance of two codes.
     """
     ranks = ranks or Ranks()
-    with torch.no_grad():  # of two codes that are drawn independently: twice the variance
+    with torch.no_grad():  # the spread: twice the variance, as of two codes drawn independently
         spread = (2 * codes_VC.var(dim=0, correction=0).sum()).clamp(min=LEAST_SPREAD)
+        center_C = codes_VC.mean(dim=0)
+    # Distances do not depend on the origin; far from it their terms would cancel.
+    vectors_RC, codes_VC = vectors_RC - center_C, codes_VC - center_C
     squares_R1 = vectors_RC.square().sum(dim=1, keepdim=True)
     distance_RV = squares_R1 - 2 * vectors_RC @ codes_VC.T + codes_VC.square().sum(dim=1)
     log_RV = F.log_softmax(-distance_RV / (temperature * spread), dim=1)

@@ -62,7 +62,7 @@ class HeldOutUse:
     """
 
     def __init__(self, own: slice, shape: tuple[int, int], device: torch.device) -> None:
-        self._next = own.start
+        self._next, self._stop = own.start, own.stop
         self._hits_KV = torch.zeros(shape, dtype=torch.int64, device=device)
 
     def add(self, indices: Indices, tokens_of_scales: list[Tensor]) -> None:
@@ -71,7 +71,8 @@ class HeldOutUse:
         Args:
             tokens_of_scales: (B, N) of each scale.
         """
-        if int(indices[0]) != self._next:  # a process that has no image left evaluates any one
+        # A process that has no image, or none left, evaluates any one.
+        if self._next >= self._stop or int(indices[0]) != self._next:
             return
         self._next += len(indices)
         for hits_V, tokens_BN in zip(self._hits_KV, tokens_of_scales, strict=True):

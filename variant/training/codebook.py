@@ -23,6 +23,7 @@ from variant.training.code_use import CodeUse, HeldOutUse
 from variant.training.distributed import Ranks
 from variant.training.recipe import Recipe
 
+CODES = "quantize.embedding.weight"  # the codebook's name among the parameters of a VQ-VAE
 STREAM_REVIVE, STREAM_SCALES = 5, 6
 # A code is unused if a batch uses it less than this share of the average code.
 UNUSED = 0.03
@@ -98,17 +99,27 @@ class CodebookTraining:
             return True
         return every > 0 and step <= self.last_revival and step % every == 0
 
-    def revive(self, images_BIYX: Tensor, step: int) -> None:
+    def revive(self, images_BIYX: Tensor, step: int) -> Tensor:
         """Move unused codes; the first step moves every code of a new codebook, so that all
         start as features.
 
         Args:
             images_BIYX: this process's part of the step's batch (:meth:`Ranks.share`).
+        Returns:
+            as :func:`revive_codes`.
         """
         rng = stream(self.seed, step, STREAM_REVIVE)
         is_new = step == 0 and self.training.start_weights is None
         kmeans = self.training.kmeans if is_new else 0
-        revive_codes(self.vae, images_BIYX, rng, ranks=self.ranks, every_code=is_new, kmeans=kmeans)
+        return revive_codes(
+            self.vae,
+            images_BIYX,
+            rng,
+            ranks=self.ranks,
+            every_code=is_new,
+            kmeans=kmeans,
+            parts=1 if self.training.optim is None else self.training.optim.accumulate,
+        )
 
 
 @torch.no_grad()
@@ -120,7 +131,8 @@ def revive_codes(
     ranks: Ranks | None = None,
     every_code: bool = False,
     kmeans: int = 0,
-) -> int:
+    parts: int = 1,
+) -> Tensor:
     """Move codes that this batch does not use onto features of the batch.
 
     The features are the residuals that each scale quantises. A moved code equals one of them, so it
@@ -132,11 +144,12 @@ def revive_codes(
         ranks: the processes of the run; None is this one alone.
         every_code: move the used codes too.
         kmeans: iterations of :func:`kmeans_means` over all features, from the moved codes.
+        parts: number of parts of the images, one of which at a time is in the encoder's memory.
     Returns:
-        the number of moved codes.
+        bool (V,): the moved codes, the same on every process.
     """
     quantizer, ranks = module.quantize, ranks or Ranks()
-    features_RC, tokens_R, rows_R, count = _features(module, images_BIYX, ranks)
+    features_RC, tokens_R, rows_R, count = _features(module, images_BIYX, ranks, parts)
     vocab_size = quantizer.config.vocab_size
     uses_V = ranks.added(tokens_R.bincount(minlength=vocab_size))
     unused_V = (uses_V < UNUSED * count / vocab_size) | every_code
@@ -151,7 +164,7 @@ def revive_codes(
         is_normalised = quantizer.config.using_znorm
         moved_MC = kmeans_means(features_RC, moved_MC, kmeans, ranks, is_normalised=is_normalised)
     quantizer.embedding.weight[unused_V] = moved_MC
-    return num_unused
+    return unused_V
 
 
 def kmeans_means(
@@ -190,7 +203,7 @@ def kmeans_means(
 
 
 def _features(
-    module: VQVAE, images_BIYX: Tensor, ranks: Ranks
+    module: VQVAE, images_BIYX: Tensor, ranks: Ranks, parts: int
 ) -> tuple[Tensor, Tensor, np.ndarray, int]:
     """The residuals that the scales quantise, scale by scale.
 
@@ -201,7 +214,9 @@ def _features(
     quantizer, layout, own = module.quantize, module.layout, len(images_BIYX)
     batches = ranks.sums([float(own) if rank == ranks.rank else 0.0 for rank in range(ranks.size)])
     first, batch = int(sum(batches[: ranks.rank])), int(sum(batches))
-    residual_BCHW = module.features(images_BIYX).float()
+    # As few images at once as a step encodes; none of the parts is empty.
+    of_parts = images_BIYX.tensor_split(min(parts, own))
+    residual_BCHW = torch.cat([module.features(part).float() for part in of_parts])
     features, tokens, rows = [], [], []
     for k in range(layout.num_scales):
         of_scale_RC = quantizer.residual_vectors(residual_BCHW, k)

@@ -58,6 +58,17 @@ class EMA:
         lerp = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
         lerp(averages, weights, 1 - self.decay)
 
+    @torch.no_grad()
+    def take_rows(self, rows: Mapping[str, Tensor]) -> None:
+        """Set rows of the averages to those of the weights, which have just been replaced.
+
+        Args:
+            rows: bool (rows,) by the name of a parameter that is not sharded.
+        """
+        for name, rows_N in rows.items():
+            if name in self.averages:  # no frozen parameter
+                self.averages[name][rows_N] = self._parameters[name].detach()[rows_N]
+
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
         """The module has the averages as its weights within the block."""

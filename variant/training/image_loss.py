@@ -39,7 +39,12 @@ class ImageLoss:
         self.perceptual, self.adversary = perceptual, adversary
 
     def __call__(
-        self, reconstructed_BIYX: Tensor, images_BIYX: Tensor, step: int, share: float
+        self,
+        reconstructed_BIYX: Tensor,
+        images_BIYX: Tensor,
+        step: int,
+        share: float,
+        scale: Tensor | None = None,
     ) -> Tensor:
         """The loss, a scalar with a gradient; also the discriminator's gradient, accumulated.
 
@@ -47,6 +52,7 @@ class ImageLoss:
             reconstructed_BIYX: float32, with a graph back to ``last_layer``.
             images_BIYX: in [-1, 1].
             share: of these images in the batch of all processes.
+            scale: of the loss in fp16, in which small gradients are zero; a scalar. None is 1.
         """
         adversary = self.adversary
         if adversary is None or not adversary.starts_by(step):
@@ -59,15 +65,20 @@ class ImageLoss:
             logits_fake = adversary.logits(leaf_BIYX)
         generator = generator_loss(logits_fake)
         with adversary.full_precision():
-            (wanted,) = torch.autograd.grad(reconstruction, leaf_BIYX)
+            scale = torch.ones_like(generator) if scale is None else scale
+            # They do not pass through the scaled loss, so that they need its scale by themselves.
+            (scaled,) = torch.autograd.grad(reconstruction * scale, leaf_BIYX)
             (disputed,) = torch.autograd.grad(generator, leaf_BIYX, retain_graph=True)
-            weight = adversary.weigh(reconstructed_BIYX, (wanted, disputed), self.last_layer)
+            wanted, both = scaled / scale, (scaled, disputed * scale)
+            weight = adversary.weigh(reconstructed_BIYX, both, self.last_layer)
         with adversary.precision():
             discriminator = adversary.accumulate(images_BIYX, logits_fake, share)
         self.measure("loss/generator", generator)
         self.measure("loss/discriminator", discriminator)
         self.measure("adversary/weight", weight)
-        value = (reconstruction + weight * generator).detach()
+        # An overflow at this scale: the gradient is not finite, which skips the step.
+        counted = weight.where(weight.isfinite(), 0) if adversary.is_scaled else weight
+        value = (reconstruction + counted * generator).detach()
         return with_gradient(reconstructed_BIYX, value, wanted + weight * disputed)
 
     def held_out(self, reconstructed_BIYX: Tensor, images_BIYX: Tensor) -> dict[str, float]:

@@ -123,6 +123,9 @@ def clipped_step(
     for group in optimizer.param_groups:
         group["fused"] = True  # the state of a run that began on an older version has another value
     if scaler.is_enabled():  # its step gives the optimiser a divisor of its own
+        # It has looked for gradients that are not finite; their norm may be so all the same.
+        for found in scaler._found_inf_per_device(optimizer).values():
+            found.masked_fill_(norm.to(found.device).isfinite().logical_not(), 1.0)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         scaler.step(optimizer)

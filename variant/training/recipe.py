@@ -44,6 +44,7 @@ from variant.training.schedule import ScheduleSection, num_layers
 from variant.training.vae_sections import (
     CLASSIFIER,
     LPIPS,
+    LPIPS_LEAST_SIDE,
     AdversarySection,
     PerceptualSection,
 )
@@ -238,7 +239,7 @@ class Recipe:
         require_plain_numbers(self)
         self._check_scales()
         self._check_teacher()
-        self._check_adversary()
+        self._check_losses()
         _ = self.var_config  # its constructor checks sizes, subnets and bridge
         if self.schedule.has_zone_weights:
             self._check_zone_weights()
@@ -292,9 +293,15 @@ class Recipe:
             decay = self.ema.decay
             require(decay > 0, f"{why} needs a moving average, ema.decay above 0", decay)
 
-    def _check_adversary(self) -> None:
-        """The discriminator needs a place to judge in the smallest map of its features."""
+    def _check_losses(self) -> None:
+        """The networks of the VQ-VAE's losses need a place in their smallest feature maps."""
         section, side = self.vae_training.adversary, self.vae.image_size
+        perceptual = self.vae_training.perceptual
+        require(
+            perceptual.weight == 0 or perceptual.network != LPIPS or side >= LPIPS_LEAST_SIDE,
+            f'vae_training: perceptual: network "{LPIPS}" needs at least {LPIPS_LEAST_SIDE} pixels',
+            side,
+        )
         most = (side // LEAST_SIDE).bit_length() - 1
         require(
             section.weight == 0 or section.layers <= most,

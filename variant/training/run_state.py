@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -82,6 +81,12 @@ def is_better(entry: Mapping[str, Any], best: Mapping[str, Any] | None) -> bool:
 
 
 def best_of(entry: Mapping[str, Any]) -> tuple[float, bool]:
-    """The lower mean held-out loss of an evaluated epoch, and whether it is the average's."""
-    weights, average = entry["held_out_mean"], entry.get("ema_held_out_mean", math.inf)
-    return (average, True) if average < weights else (weights, False)
+    """The mean held-out loss of what an evaluated epoch keeps, and whether this is the average.
+
+    The lower of both; once an adversary trains, which raises that loss, always the average if there
+    is one.
+    """
+    weights, average = entry["held_out_mean"], entry.get("ema_held_out_mean")
+    if average is not None and (ADVERSARIAL in entry or average < weights):
+        return average, True
+    return weights, False

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from variant.data.images import Indices, sample_order
@@ -55,6 +56,7 @@ class Task(ABC):
     network: what :meth:`loss` calls in place of the module, which it wraps; the trainer sets it.
     adversary: a discriminator that the task trains too; None is none.
     ema_decay: of the moving average of the module's weights; 0 keeps none.
+    scaler: of the loss of fp16; the trainer sets it. None scales nothing.
     meters: collect what the steps measure; None does not.
     loader: reads the samples of the steps ahead; None reads them when they are needed.
     seconds_waited: for training images and their tokens, over all resumptions of the run.
@@ -65,6 +67,7 @@ class Task(ABC):
     data: Source
     recipe: Recipe
     adversary: Second | None = None
+    scaler: torch.amp.GradScaler | None = None
     ema_decay: float = 0.0
     network: Callable[..., Any]
     meters: Meters | None = None
@@ -218,19 +221,25 @@ class Task(ABC):
         """
         return
 
-    def before_step(self, indices: Indices, epoch: int, step: int) -> None:
-        """Called before the forward pass of each step."""
-        return
+    def before_step(self, indices: Indices, epoch: int, step: int) -> Mapping[str, Tensor] | None:
+        """Called before the forward pass of each step.
 
-    def after_backward(self, step: int, rate: float, norm: Tensor) -> Tensor:
+        Returns:
+            bool (rows,) by the name of a parameter: the rows that were replaced, which the moving
+            average takes as they are; None replaced none.
+        """
+        return None
+
+    def after_backward(self, step: int, rate: float) -> Tensor | None:
         """Called when a step's gradients are complete, before the optimiser uses them.
 
         Args:
-            rate: learning rate of the step.  norm: of all gradients.
+            rate: learning rate of the step.
         Returns:
-            the norm, or one that is not finite, which skips the step and stops the run.
+            the norm of the gradients of the second module, the adversary; one that is not finite
+            skips the step and stops the run. None without one.
         """
-        return norm
+        return None
 
     def is_adversarial(self, step: int) -> bool:
         """Whether a discriminator has trained when this many steps are completed."""

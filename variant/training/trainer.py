@@ -82,6 +82,7 @@ class Trainer:
             fused=True,
         )
         self.scaler = LossScaler(self.device.type, enabled=self.optim.precision == "fp16")
+        task.scaler = self.scaler
         ema = EMA(task.module, task.ema_decay) if task.ema_decay else None
         task.choose_teacher(ema)
         self.state = RunState(
@@ -164,16 +165,7 @@ class Trainer:
     @contextmanager
     def _reading_ahead(self) -> Iterator[None]:
         """The task fetches its samples from workers within the block."""
-        plan = Plan(
-            self.recipe.seed,
-            self.task.data.num_train,
-            self.optim.batch_size,
-            self.ranks.share(self.optim.batch_size),
-            self.optim.accumulate,
-            self.state.step,
-            self.total_steps,
-            self.steps_per_epoch,
-        )
+        plan = _plan(self.setup, self.task.data.num_train, self.state.step, self.total_steps)
         workers = num_workers(self.recipe.data)
         self.task.loader = Loader(self.task.data, plan, workers, pin=self.device.type == "cuda")
         try:
@@ -196,7 +188,9 @@ class Trainer:
             self.ranks.require_same("configuration", text)
         indices = self._order(epoch)[position * size : (position + 1) * size]
         self.task.module.train()
-        self.task.before_step(indices, epoch, state.step)
+        replaced = self.task.before_step(indices, epoch, state.step)
+        if replaced and state.ema is not None:
+            state.ema.take_rows(replaced)
         rate = learning_rate(self.optim, state.step, self.total_steps)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
@@ -213,8 +207,13 @@ class Trainer:
                 loss_sum += loss.detach()
         state.scaler.unscale_(state.optimizer)
         self.log.before_clip(name)
-        norm = self.task.after_backward(state.step, rate, gradient_norm(self.task.module))
-        self._values.add((name, state.step), (loss_sum, unsharded(norm)))
+        norm = gradient_norm(self.task.module)
+        second = self.task.after_backward(state.step, rate)
+        values = [loss_sum, unsharded(norm)]
+        if second is not None:
+            values.append(second)
+            norm = norm.where(second.isfinite(), second)
+        self._values.add((name, state.step), values)
         self._read_values()
         clipped_step(state.optimizer, state.scaler, norm, self.optim.clip)
         self.scaler.update()
@@ -230,12 +229,14 @@ class Trainer:
         ``everything`` reads these too: needed before anything of the run is evaluated or written.
         Raises UserError if one is not finite; such a gradient has not reached the weights.
         """
-        for (name, step), (loss, norm) in self._values.read(everything=everything):
+        for (name, step), (loss, norm, *second) in self._values.read(everything=everything):
             (total,) = self.ranks.sums([loss])
             where = self.recipe.name, step, step // self.steps_per_epoch
             require_finite(total, "loss", *where)
             if not self.scaler.is_enabled():  # it skips such a step and lowers the scale
                 require_finite(norm, "gradient", *where)
+            for value in second:  # float32 in every precision, so that no scale is too high
+                require_finite(value, "gradient of the discriminator", *where)
             self.state.add_loss(name, total)
             self.log.add_loss(name, total)
             self._last_loss = total
@@ -364,6 +365,16 @@ class Trainer:
             best_epoch=best["epoch"],
             averaged=averaged,
         )
+
+
+def _plan(setup: RunSetup, num_train: int, first_step: int, total_steps: int) -> Plan:
+    """The samples that this process needs from one step on, before another one."""
+    size = setup.optim.batch_size
+    share, parts = setup.ranks.share(size), setup.optim.accumulate
+    per_epoch = setup.steps_per_epoch
+    return Plan(
+        setup.recipe.seed, num_train, size, share, parts, first_step, total_steps, per_epoch
+    )
 
 
 def _num_parameters(module: nn.Module) -> int:

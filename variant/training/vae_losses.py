@@ -5,6 +5,7 @@ Axes: B images, I channels, Y X pixels, C features, P Q patches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,14 +90,15 @@ def adaptive_weight(reconstruction: Tensor, generator: Tensor) -> Tensor:
     """The norm of one gradient over that of another, at most 10,000; a scalar.
 
     Esser et al. 2021, "Taming transformers for high-resolution image synthesis", equation 7,
-    without its constant in the denominator. Two zero gradients give 0.
+    without its constant in the denominator. Two zero gradients give 0, one that is not finite NaN.
 
     Args:
         reconstruction, generator: gradients of the losses of these names at the decoder's last
             layer.
     """
     above, below = reconstruction.norm(), generator.norm()
-    return (above / below.clamp_min(torch.finfo(below.dtype).tiny)).clamp_max(MOST_ADAPTIVE)
+    ratio = (above / below.clamp_min(torch.finfo(below.dtype).tiny)).clamp_max(MOST_ADAPTIVE)
+    return ratio.where(above.isfinite() & below.isfinite(), math.nan)
 
 
 class _WithGradient(torch.autograd.Function):

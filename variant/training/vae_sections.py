@@ -11,6 +11,7 @@ from variant.models.config import STRICT, require, require_plain_numbers
 from variant.models.ranges import Count, CountOrZero, NotNegative, Positive, ShareBelowOne
 
 CLASSIFIER, LPIPS = "classifier", "lpips"
+LPIPS_LEAST_SIDE = 16  # pixels: VGG16 halves them four times before its last features
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ class PerceptualSection:
 class AdversarySection:
     """Adversarial loss of the VQ-VAE: a discriminator of patches (PatchGAN) with hinge loss.
 
-    weight: of the generator's loss; 0 trains no discriminator. After start_step the weights of the
-        last evaluated epoch are kept, because an adversary raises the pixel error.
+    weight: of the generator's loss; 0 trains no discriminator. After start_step the last
+        evaluated epoch is kept, because an adversary raises the pixel error: the moving average if
+        there is one, else the weights.
     start_step: optimizer steps of the VQ-VAE before the discriminator starts.
     adaptive: multiply the weight by the norm of the gradient of the reconstruction's losses over
         that of the generator's loss, both at the decoder's last layer, at most 10,000.

@@ -28,7 +28,7 @@ from variant.training.classifier import (
     train_classifier,
 )
 from variant.training.code_use import HeldOutUse
-from variant.training.codebook import CodebookTraining
+from variant.training.codebook import CODES, CodebookTraining
 from variant.training.distributed import Ranks, connected, device_of_rank, rank_of_environment
 from variant.training.image_loss import ImageLoss
 from variant.training.initial_weights import named_weights
@@ -92,7 +92,8 @@ class VAETask(Task):
         reconstructed, quantisation, _ = self.network(images, self.codebook.num_scales(step))
         self.measure("loss/quantization", quantisation)
         share = len(images) / self.batch_size
-        loss = self.image_loss(reconstructed.float(), images, step, share)
+        scale = None if self.scaler is None else self.scaler.scale(images.new_ones(()))
+        loss = self.image_loss(reconstructed.float(), images, step, share, scale)
         return loss + quantisation + self.codebook.loss()
 
     @property
@@ -112,12 +113,12 @@ class VAETask(Task):
             return None
         return f"perceptual loss: {self.perceptual.what}"
 
-    def after_backward(self, step: int, rate: float, norm: Tensor) -> Tensor:
+    def after_backward(self, step: int, rate: float) -> Tensor | None:
         if self.discriminator is None or not self.discriminator.starts_by(step):
-            return norm
-        of_discriminator = self.discriminator.step(rate)
-        self.measure("gradient_norm/discriminator", of_discriminator)
-        return norm.where(of_discriminator.isfinite(), of_discriminator)
+            return None
+        norm = self.discriminator.step(rate)
+        self.measure("gradient_norm/discriminator", norm)
+        return norm
 
     def is_adversarial(self, step: int) -> bool:
         return self.discriminator is not None and step > self.discriminator.section.start_step
@@ -165,12 +166,13 @@ class VAETask(Task):
     def after_step(self, step: int) -> None:
         self.codebook.end_step()
 
-    def before_step(self, indices: Indices, epoch: int, step: int) -> None:
-        if self.codebook.revives_at(step):
-            own = indices[self.ranks.share(len(indices))]
-            with self.waiting():
-                images = self.data.samples(own, epoch).images.to(self.device)
-            self.codebook.revive(images, step)
+    def before_step(self, indices: Indices, epoch: int, step: int) -> Mapping[str, Tensor] | None:
+        if not self.codebook.revives_at(step):
+            return None
+        own = indices[self.ranks.share(len(indices))]
+        with self.waiting():
+            images = self.data.samples(own, epoch).images.to(self.device)
+        return {CODES: self.codebook.revive(images, step)}
 
 
 def train_vae(

@@ -77,12 +77,12 @@ def check_layers(
     if not checked or checked[0] != 0 or checked[-1] != full_depth - 1:
         raise ValueError(
             f"{op}: {name}, a list of layers, must start with 0 and end with {full_depth - 1}; "
-            f"got {list(checked)}"
+            f"got {shown(list(checked))}"
         )
     if any(a >= b for a, b in itertools.pairwise(checked)):
         raise ValueError(
             f"{op}: {name}, a list of layers, must be ascending without repeats; "
-            f"got {list(checked)}"
+            f"got {shown(list(checked))}"
         )
     return checked
 
@@ -166,8 +166,8 @@ class DepthSchedule:
             if extra:
                 raise ValueError(
                     f"{op}: the layers of scale {scale} must be a subset of those of scale "
-                    f"{scale - 1}, whose K/V they read; layers {extra} are new. The depth can only "
-                    "fall within an image"
+                    f"{scale - 1}, whose K/V they read; layers {shown(extra)} are new. The depth "
+                    "can only fall within an image"
                 )
         schedule = cls.__new__(cls)
         schedule._set(full_depth, tuple(layers))
