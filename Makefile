@@ -251,10 +251,12 @@ bench-report: dev
 docs-results: dev
 	$(BIN)/python -m benchmarks.docs_results
 
-# Into build/study; the result files are committed.
+# Into build/study; the result files, the page and its plots are committed.
 study: dev
 	$(BIN)/python -m benchmarks.study run --out build/study --jobs $(JOBS)
 	$(BIN)/python -m benchmarks.study collect --out build/study
+	$(BIN)/python -m benchmarks.study report
+	$(BIN)/python -m benchmarks.docs_results
 
 # A test compares the page with the files, and the digests that its plots carry.
 study-report: dev

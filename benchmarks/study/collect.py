@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study import stages
+from benchmarks.study.finished import Finished
 from benchmarks.study.metrics import flagged, image_losses, standard_error
 from benchmarks.study.settings import BASE, Part, Run, Study
 from variant.errors import UserError
@@ -30,16 +31,18 @@ DIGITS = 6  # of the numbers in the files
 
 
 def collect(study: Study, out: Path, results: Path) -> list[Path]:
-    """Write the result file of every part that has a complete run.
+    """Write the result file of every part that has a run that is complete under these settings.
+
+    The file of a part that has none is removed: its numbers are of other settings.
 
     Raises:
         UserError: no run is complete; or, when all files are written, a metric does not flag the
             run that is broken.
     """
     written, missed = [], list[str]()
-    floor = _read(out / "real.json")
+    finished = Finished(study, out)
     for part in study.parts:
-        rows = [row for run in part.runs if (row := _row(study, out, run, floor)) is not None]
+        rows = [row for run in part.runs if (row := _row(finished, run)) is not None]
         if not rows:
             continue
         result = {
@@ -47,12 +50,12 @@ def collect(study: Study, out: Path, results: Path) -> list[Path]:
             "part": part.name,
             "title": part.title,
             "command": COMMAND,
-            **_about(study, out, rows, floor),
+            **_about(finished, rows),
             "runs": rows,
-            "pairs": list(_pairs(study, out, part)),
+            "pairs": list(_pairs(finished, part)),
         }
         if part.name == "control":
-            result["flagged"] = _control(study, out, part, rows, floor)
+            result["flagged"] = _control(finished, rows)
             missed = [
                 f"{name}, seed {seed}"
                 for seed, found in result["flagged"].items()
@@ -64,8 +67,13 @@ def collect(study: Study, out: Path, results: Path) -> list[Path]:
             text = json.dumps(_rounded(result), indent=1, allow_nan=False)
             temporary.write_text(f"{text}\n")
         written.append(path)
-    if not written:
-        raise UserError(f"study: {out} holds no complete run")
+    if written:
+        for part in study.parts:
+            path = results / f"{part.name}.json"
+            if path not in written:
+                path.unlink(missing_ok=True)
+    else:
+        raise UserError(f"study: {out} holds no complete run of these settings")
     if missed:
         raise UserError(
             f"study: permuted labels must be flagged by every metric; not by {'; '.join(missed)}"
@@ -73,13 +81,10 @@ def collect(study: Study, out: Path, results: Path) -> list[Path]:
     return written
 
 
-def _about(
-    study: Study, out: Path, rows: Sequence[dict[str, Any]], floor: dict[str, Any] | None
-) -> dict[str, Any]:
-    first = rows[0]["made"]
-    vae = _read(out / "vae" / "vae.json") or {}
-    values = study.values
-    networks = {name: _read(out / "classifiers" / f"{name}.json") for name in stages.CLASSIFIERS}
+def _about(finished: Finished, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    study, first = finished.study, rows[0]["made"]
+    vae, real, values = finished.vae() or {}, finished.real() or {}, study.values
+    networks = {name: finished.classifier(name) for name in stages.CLASSIFIERS}
     return {
         "machine": f"{first['cpu']} ({first['isa']}), one thread per run",
         "versions": {"python": first["python"], "torch": first["torch"]},
@@ -89,7 +94,8 @@ def _about(
             "generated": values["generated"],
             "patch_nums": study.recipe["vae"]["patch_nums"],
             "sampling": {"cfg": values["cfg"], "top_p": values["top_p"]},
-            "floor": None if floor is None else floor["floor"],
+            "floor": real.get("floor"),
+            "reconstruction_floor": real.get("reconstruction_floor"),
             "vae_reconstruction": vae.get("reconstruction"),
             "classifier_accuracy": {
                 n: found and found["accuracy"] for n, found in networks.items()
@@ -100,23 +106,21 @@ def _about(
     }
 
 
-def _row(study: Study, out: Path, run: Run, floor: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A run's row; None as long as its losses are missing."""
-    source = run if run.same_as is None else study.find(run.same_as, run.seed)
-    folder = stages.run_folder(out, source)
-    losses, trained = _read(folder / "losses.json"), _read(folder / "train.json")
-    if losses is None or (source.trains and trained is None):
+def _row(finished: Finished, run: Run) -> dict[str, Any] | None:
+    """A run's row; None as long as its losses are missing, or those of other settings."""
+    source, real, losses = finished.own(run), finished.real(), finished.losses(run)
+    if losses is None:
         return None
     generated: dict[str, Any] = {}
     for name in run.generate:
-        found = _read(stages.generated_file(out, source, name))
-        if found is not None and floor is not None:
-            own = floor["floor"]
+        found = finished.generated(run, name)
+        if found is not None and real is not None:
             generated[name] = {
                 **found["row"],
-                "floor": own["fashion_fd"],
+                "floor": real["floor"]["fashion_fd"],
                 "seconds": found["seconds"],
             }
+    trained = finished.trained(run) if source.trains else None
     trained = trained or {}
     return {
         "name": run.name,
@@ -136,8 +140,9 @@ def _row(study: Study, out: Path, run: Run, floor: dict[str, Any] | None) -> dic
     }
 
 
-def _pairs(study: Study, out: Path, part: Part) -> Any:
+def _pairs(finished: Finished, part: Part) -> Any:
     """Every paired difference of which at least one seed is complete."""
+    study = finished.study
     seeds = study.values["seeds"]
     for name, other in part.pairs:
         own = {run.seed: run for run in part.runs if run.name == name}
@@ -148,7 +153,7 @@ def _pairs(study: Study, out: Path, part: Part) -> Any:
             continue
         common = [s for s in next(iter(own.values())).schedules if s in against[seeds[0]].schedules]
         for schedule in common:
-            found = [_difference(study, out, own[s], against[s], schedule) for s in seeds]
+            found = [_difference(finished, own[s], against[s], schedule) for s in seeds]
             known = [pair for pair in found if pair is not None]
             if known:
                 means = np.array([mean for mean, _ in known])
@@ -164,14 +169,13 @@ def _pairs(study: Study, out: Path, part: Part) -> Any:
 
 
 def _difference(
-    study: Study, out: Path, run: Run, against: Run, schedule: str
+    finished: Finished, run: Run, against: Run, schedule: str
 ) -> tuple[float, float] | None:
     """The mean over images of a run's loss minus another's, and its standard error."""
     losses = []
     for one in (run, against):
-        source = one if one.same_as is None else study.find(one.same_as, one.seed)
-        folder = stages.run_folder(out, source)
-        record = _read(folder / "losses.json")
+        folder = stages.run_folder(finished.out, finished.own(one))
+        record = finished.losses(one)
         if record is None or not (folder / "losses.npz").is_file():
             return None
         with np.load(folder / "losses.npz") as arrays:
@@ -182,24 +186,15 @@ def _difference(
     return float(difference_N.mean()), standard_error(difference_N)
 
 
-def _control(
-    study: Study, out: Path, part: Part, rows: Sequence[dict[str, Any]], floor: Any
-) -> dict[str, dict[str, bool]]:
+def _control(finished: Finished, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, bool]]:
     """By seed and metric, whether the broken run is flagged."""
     result = {}
-    for run, row in zip(part.runs, rows, strict=False):
-        right = _row(study, out, study.find(BASE, run.seed), floor)
+    for row in rows:
+        right = _row(finished, finished.study.find(BASE, row["seed"]))
         if right is None or (row["generated"] and not right["generated"]):
             continue
         result[str(row["seed"])] = flagged(row, right)
     return result
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text())
-    except OSError:
-        return None
 
 
 def _rounded(value: Any) -> Any:

@@ -8,7 +8,6 @@ written by hand but the words around the numbers.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,14 @@ from benchmarks.study.report_claims import (
     usable_metrics,
 )
 from benchmarks.study.report_data import METRICS, Metric, Part, Study, read_study
-from benchmarks.study.report_verdicts import ERRORS, Evidence, Verdict
+from benchmarks.study.report_verdicts import (
+    CHANCE,
+    ERRORS,
+    Evidence,
+    Verdict,
+    chance_within,
+    needed_errors,
+)
 from variant.errors import UserError
 from variant.files import atomic_write
 
@@ -80,25 +86,38 @@ SECTIONS: Mapping[str, Section] = {
     "training-free": Section(
         "Training-free and joint training (Table 4)",
         (*LOSSES, report_tables.generated), ("table4",),
+        text="Joint training of the full network and a subnet also trains the full network "
+        "further. Whether the subnet harms it is therefore judged against the run `p0`, which "
+        "starts from the same weights and does equal work at full depth only.",
     ),
     "bridges": Section(
         "Bridges (Tables 5 and 8)",
         (*LOSSES, report_tables.losses_by_scale, report_tables.generated,
          report_tables.gradient_norms), ("table5", "table8"),
-        text="The bridge is the number of first scales that always run every layer.",
+        text="The bridge is the number of first scales that always run every layer. A step with a "
+        "wider bridge costs more, so that at equal work such a run has fewer steps.",
     ),
     "ratios": Section(
         "How often the subnet is trained (Figures 2a, 2b, 2c)",
         (*LOSSES, report_tables.generated, report_tables.gradient_norms),
         ("figure2a", "figure2b", "figure2c"), tuple(name for name, *_ in report_plots.PLOTS),
         text="p is the probability of a step at the subnet's depth. All runs start from the same "
-        "model of their seed and do equal work.",
+        "model of their seed and do equal work. Where the learning rate falls to 0 (`*-rate0`), "
+        "the schedules are compared at the same rate.",
     ),
     "extras": Section(
-        "Variants of the training", (*LOSSES, report_tables.generated)
+        "Variants of the training", (*LOSSES, report_tables.generated),
+        text="With weights of the subnet's own (`copies`, `lora*`, `adaln`) all else is frozen, "
+        "and what is frozen counts for the passes that it has: layers of the bridge for a forward "
+        "pass, frozen layers of the subnet and the head for no gradients of weights. So these runs "
+        "have more steps. Their learning rates were set once and not tuned: a better one may "
+        "change their verdicts.",
     ),
     "augmentation": Section(
-        "Augmentation and mixup", (*LOSSES, report_tables.generated)
+        "Augmentation and mixup", (*LOSSES, report_tables.generated),
+        text="Only the fine-tuning sees augmented images, for less than one pass; the base that it "
+        "starts from was trained on plain ones. What augmentation does over many passes, against "
+        "overfitting, this part cannot show.",
     ),
     "kv8": Section("8-bit K/V", (*LOSSES, report_tables.generated)),
     "control": Section(
@@ -150,7 +169,10 @@ def _first_lines(found: Sequence[tuple[Claim, Evidence]]) -> list[str]:
 
 
 def _method(study: Study, usable: frozenset[Metric]) -> list[str]:
-    chances = " and ".join(f"{100 * chance(n):.0f} % of such cases with {n} seeds" for n in (3, 2))
+    chances = " and ".join(
+        f"{100 * (1 - chance_within(ERRORS, n)):.0f} % of such cases with {n} seeds" for n in (3, 2)
+    )
+    needed = ", ".join(f"{needed_errors(3, n):.1f} of {n}" for n in (2, 4, 8))
     return [
         "## How to read it",
         "",
@@ -166,18 +188,41 @@ def _method(study: Study, usable: frozenset[Metric]) -> list[str]:
         "standard error over seeds. Differences are oriented so that a negative one supports the "
         "claim.",
         "",
+        'A claim about several differences ("each", "no", "some", "both") needs more where one of '
+        'them decides alone, such as a single step against "each further scale": besides the '
+        f"{ERRORS:g} standard errors, the quantile of Student's t with n - 1 degrees of freedom "
+        f"for n seeds, at {100 * CHANCE:.0f} % over the number of differences that can decide "
+        f"(Bonferroni). With 3 seeds that is {needed} differences, in standard errors. The verdict "
+        f"that needs every difference asks {ERRORS:g} standard errors of each.",
+        "",
+        "Equal work is equal FLOP of the forward and backward passes, not equal steps or time: "
+        f"{_steps(study)}. The seeds differ in the weights and the order of training and in the "
+        "random numbers of generation; they share the VQ-VAE, the tokens and the classifiers, so "
+        "that an error over seeds does not hold what another VQ-VAE would change.",
+        "",
+        "The floor of a distance is that of one half of the real held-out images against the "
+        "other. The reconstruction floor is that of images that the VQ-VAE encoded and decoded: "
+        "the best that a transformer can reach with this VQ-VAE.",
+        "",
         _control_line(study, usable),
         "",
     ]
 
 
-def chance(seeds: int) -> float:
-    """P(abs(mean) >= 2 standard errors) of 2 or 3 normal numbers of mean zero (Student's t)."""
-    if seeds == 2:
-        return 1 - 2 / math.pi * math.atan(ERRORS)
-    if seeds == 3:
-        return 1 - ERRORS / math.sqrt(2 + ERRORS**2)
-    raise ValueError(f"chance: seeds must be 2 or 3; got {seeds}")
+def _steps(study: Study) -> str:
+    """The steps of some runs of equal work, as far as they were made."""
+    names = {"p0": "the full network alone", "progressive": "the progressive schedule",
+             "p1": "p = 1"}  # fmt: skip
+    found = {
+        text: sorted(run.data["steps"] for run in study.runs(name, "ratios").values())
+        for name, text in names.items()
+    }
+    made = [
+        f"{text} has {' to '.join(f'{n:,}' for n in dict.fromkeys((steps[0], steps[-1])))} steps"
+        for text, steps in found.items()
+        if steps
+    ]
+    return ", ".join(made) or "a step of a subnet costs less, so that its run has more steps"
 
 
 def _control_line(study: Study, usable: frozenset[Metric]) -> str:

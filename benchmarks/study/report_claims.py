@@ -112,10 +112,11 @@ def _training_free() -> list[Claim]:
         rows += with_distance(
             Claim("training-free", f"Joint training makes {depth} better",
                   better(at(joint, depth), at("training-free", depth)), "Table 4"),
+            # Against equal work at full depth: the base has trained less than either.
             Claim("training-free", f"Joint training with {depth} makes the full network worse",
-                  better(at("training-free"), at(joint)), "Table 4, section 3.3.1"),
-            Claim("training-free", f"It makes it worse than equal work at full depth ({depth})",
-                  better(at("p0"), at(joint))),
+                  better(at("p0"), at(joint)), "Table 4, section 3.3.1"),
+            Claim("training-free", f"The full network is worse than the untouched base ({depth})",
+                  better(at("training-free"), at(joint))),
         )  # fmt: skip
     return rows + with_distance(
         Claim("training-free", "The shallower subnet costs the full network more",
@@ -192,7 +193,15 @@ def _ratios() -> list[Claim]:
         f"{PROGRESSIVE}-end0.8": "an end at p = 0.8",
         f"{PROGRESSIVE}-rate0": "a learning rate that falls to 0",
     }
-    return rows + _against(PROGRESSIVE, "the progressive schedule", endings, "ratios")
+    falling = {
+        f"{name}-rate0": f"a fixed p = {name[1:]} with the same rate" for name in ("p0.5", "p0.8")
+    }
+    return [
+        *rows,
+        *_against(PROGRESSIVE, "the progressive schedule", endings, "ratios"),
+        *_against(f"{PROGRESSIVE}-rate0", "the progressive schedule with a rate that falls to 0",
+                  falling, "ratios"),
+    ]  # fmt: skip
 
 
 EXTRAS = {

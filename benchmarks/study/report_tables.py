@@ -176,7 +176,7 @@ def paper(name: str) -> list[str]:
 def setting(study: Study) -> list[str]:
     """The data, the model and the judges of generated images, from the first file that has them."""
     data = next((part.data["data"] for part in study.parts.values() if part.data.get("data")), {})
-    floor, judges = data.get("floor") or {}, data.get("classifier_accuracy") or {}
+    judges = data.get("classifier_accuracy") or {}
     sampling = data.get("sampling") or {}
     facts = {
         "data": data.get("dataset") or data.get("kind"),
@@ -185,9 +185,9 @@ def setting(study: Study) -> list[str]:
         "sides of the scales": _list(data.get("patch_nums") or []),
         "generated images of a schedule": data.get("generated"),
         "sampling": _list([f"{key} {value}" for key, value in sampling.items()]),
-        "floor (two halves of the real images)": _list(
-            [metric.name + " " + metric.text(floor[metric.key]) for metric in METRICS[1:]
-             if floor.get(metric.key) is not None]),
+        "floor (two halves of the real images)": _scores(data.get("floor") or {}),
+        "reconstruction floor (a half encoded and decoded, against the other)": _scores(
+            data.get("reconstruction_floor") or {}),
         "held-out accuracy of the two classifiers": _list(
             [f"{name} {ACCURACY.text(value)}" for name, value in judges.items() if value]),
     }  # fmt: skip
@@ -197,6 +197,14 @@ def setting(study: Study) -> list[str]:
         if value
     ]
     return table(["setting", "value"], rows) if rows else []
+
+
+def _scores(row: Mapping[str, Any]) -> str:
+    return _list(
+        metric.name + " " + metric.text(row[metric.key])
+        for metric in METRICS[1:]
+        if row.get(metric.key) is not None
+    )
 
 
 def _list(values: Iterable[Any]) -> str:

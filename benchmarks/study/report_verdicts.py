@@ -1,8 +1,10 @@
 """Verdicts on claims: holds, does not hold, not resolved, not run yet.
 
 A claim is a statement about differences of measured numbers, paired by seed. A difference counts
-when it is at least two standard errors over seeds. A metric is used only if it flags the control,
-a run that was broken on purpose.
+when it is at least two standard errors over seeds. Where one of several differences decides alone,
+each has one more chance to do so by accident: it must also reach the quantile of Student's t with
+Bonferroni's correction. A metric is used only if it flags the control, a run that was broken on
+purpose.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from dataclasses import dataclass
 from benchmarks.study.report_data import FULL, LOSS, LOSS_PER_TOKEN, Metric, Study, mean_and_error
 
 ERRORS = 2.0
+# Chance that one of several differences decides a claim by accident, where there is none.
+CHANCE = 0.05
 
 
 class Verdict(enum.Enum):
@@ -101,11 +105,45 @@ class Evidence:
     parts: tuple[Evidence, ...] = ()
 
 
-def decide(sums: Sequence[float]) -> Evidence:
+def chance_within(errors: float, seeds: int) -> float:
+    """P(abs(mean) < errors x standard error) of so many normal numbers of mean zero.
+
+    Student's t with n - 1 degrees of freedom, in closed form (Abramowitz and Stegun, 26.7.3-4).
+    """
+    freedom = seeds - 1
+    if freedom < 1:
+        raise ValueError(f"chance_within: seeds must be at least 2; got {seeds}")
+    angle = math.atan(errors / math.sqrt(freedom))
+    term = math.sin(angle) * (math.cos(angle) if freedom % 2 else 1.0)
+    total = 0.0
+    for power in range(2 + freedom % 2, freedom + 1, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * (power - 1) / power
+    return (angle + total) * 2 / math.pi if freedom % 2 else total
+
+
+def needed_errors(seeds: int, chances: int) -> float:
+    """Standard errors that a difference needs, if ``chances`` differences can decide alone."""
+    if chances == 1:
+        return ERRORS
+    low, high = ERRORS, ERRORS
+    while 1 - chance_within(high, seeds) > CHANCE / chances:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        is_rare = 1 - chance_within(middle, seeds) <= CHANCE / chances
+        low, high = (low, middle) if is_rare else (middle, high)
+    return high
+
+
+def decide(sums: Sequence[float], to_hold: int = 1, to_fail: int = 1) -> Evidence:
     """The verdict on "below zero" from one number per seed.
 
     Holds and does not hold need a mean of at least two standard errors and at least two seeds.
 
+    Args:
+        to_hold, to_fail: how many differences, this one among them, can decide alone that the
+            claim holds, or that it does not.
     Raises:
         ValueError: a number is NaN or infinite.
     """
@@ -116,7 +154,8 @@ def decide(sums: Sequence[float]) -> Evidence:
     mean, error = mean_and_error(sums)
     if error is None:
         return Evidence(Verdict.NOT_RESOLVED, mean, None, len(sums), "one seed")
-    if mean == 0 or abs(mean) < ERRORS * error:
+    needed = needed_errors(len(sums), to_hold if mean < 0 else to_fail)
+    if mean == 0 or abs(mean) < needed * error:
         verdict = Verdict.NOT_RESOLVED
     else:
         verdict = Verdict.HOLDS if mean < 0 else Verdict.DOES_NOT_HOLD
@@ -151,17 +190,31 @@ def sums_by_seed(statement: Below, study: Study) -> dict[int, float]:
     return {seed: math.fsum(column[seed] for column in columns) for seed in sorted(shared)}
 
 
-def judge(statement: Statement, study: Study, usable: Collection[Metric]) -> Evidence:
+def judge(
+    statement: Statement,
+    study: Study,
+    usable: Collection[Metric],
+    to_hold: int = 1,
+    to_fail: int = 1,
+) -> Evidence:
     """The verdict on a statement.
+
+    One part that fails decides ``All``, one that holds decides ``Some``; the other verdict needs
+    every part, which no single accident gives.
 
     Args:
         usable: the metrics that flag the control (``usable_metrics``). A number of another metric
             is shown and never decides.
+        to_hold, to_fail: as in :func:`decide`, of the statements around this one.
     """
     if not isinstance(statement, Below):
-        parts = [judge(part, study, usable) for part in statement.parts]
-        return combine(parts, all_must_hold=isinstance(statement, All))
-    evidence = decide(list(sums_by_seed(statement, study).values()))
+        count, is_all = len(statement.parts), isinstance(statement, All)
+        hold, fail = (1, count) if is_all else (count, 1)
+        parts = [
+            judge(part, study, usable, to_hold * hold, to_fail * fail) for part in statement.parts
+        ]
+        return combine(parts, all_must_hold=is_all)
+    evidence = decide(list(sums_by_seed(statement, study).values()), to_hold, to_fail)
     checked = LOSS if statement.metric is LOSS_PER_TOKEN else statement.metric
     if evidence.verdict is Verdict.NOT_RUN or checked in usable:
         return evidence

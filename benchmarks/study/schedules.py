@@ -60,7 +60,7 @@ def layers_of(config: VARConfig, name: str, bridge: int) -> Layers:
 
 def depth_and_bridge(layers: Layers) -> tuple[list[int], int]:
     """A schedule that never grows, as the arguments of ``generate``."""
-    return list(layers[-1]), sum(own == layers[0] for own in layers)
+    return list(layers[-1]), sum(own != layers[-1] for own in layers)
 
 
 def layer_tokens(config: VARConfig, layers: Layers) -> int:

@@ -14,6 +14,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,13 @@ from benchmarks.study.settings import BASE, Run, Study, identity
 from benchmarks.study.work import Work, choose_epochs
 from variant.bench.environment import environment
 from variant.data.config import DataSection
+from variant.data.encode import encode_images
 from variant.data.images import ImageData
 from variant.data.sources import open_data
 from variant.data.token_source import TokenSource
 from variant.engine.engine import Engine
 from variant.files import atomic_write, file_sha256
+from variant.models.config import VARConfig
 from variant.models.pixels import to_uint8
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
@@ -56,6 +59,10 @@ VAE, CLASSIFIERS = "vae", ("features", "independent")
 # Larger than any number of epochs or steps.
 NEVER = 10**9
 PHASES = {"joint": 1, "transition": 0, "refinement": 0}
+# Of the VQ-VAE: data and seed; of the curve of a training. Identities leave these values out, so
+# that those of a study with them are what they were before identities covered them.
+IMAGES = {"data": {"kind": "idx", "dataset": "fashion-mnist"}, "seed": 0}
+CURVE = {"curve": 500, "points": 8}
 # Keys of the recipe that change no number of a training from tokens.
 UNUSED = ("name", "description", "vae_training", "data", "eval", "seed")
 
@@ -78,16 +85,30 @@ def run_folder(out: Path, run: Run) -> Path:
 
 def is_done(path: Path, wanted: str) -> bool:
     """Whether a stage has written its file, with this identity."""
+    return done_values(path, lambda: wanted) is not None
+
+
+def done_values(path: Path, wanted: Callable[[], str]) -> dict[str, Any] | None:
+    """The file of a stage; None if there is none, or one of another identity."""
     try:
-        return json.loads(path.read_text()).get("identity") == wanted
+        values = json.loads(path.read_text())
     except (OSError, ValueError):
-        return False
+        return None
+    return values if values.get("identity") == wanted() else None
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a file of a stage, whole or not at all."""
     with atomic_write(path, durable=True) as temporary:
         temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
+
+
+def begin(folder: Path, wanted: str) -> None:
+    """Keep what a stage that was killed has left in its folder; remove that of other settings."""
+    begun = folder / "identity.json"
+    if folder.exists() and not is_done(begun, wanted):
+        shutil.rmtree(folder)
+    write_json(begun, {"identity": wanted})
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -105,16 +126,26 @@ def provenance() -> dict[str, Any]:
 # --- what all runs share -------------------------------------------------------------------------
 
 
+def vae_identity(study: Study) -> str:
+    """What the VQ-VAE depends on."""
+    recipe = study.recipe
+    images = {key: recipe[key] for key in IMAGES}
+    others = [images] if images != IMAGES else []
+    return identity(recipe["vae"], recipe["vae_training"], *others)
+
+
 def make_vae(study: Study, out: Path) -> None:
     """Train the VQ-VAE."""
-    recipe = vae_recipe(study)
-    folder = out / VAE
+    wanted, recipe, folder = vae_identity(study), vae_recipe(study), out / VAE
+    if is_done(folder / "vae.json", wanted):
+        return
+    begin(folder, wanted)
     started = time.process_time()
     summary = train_vae(recipe, folder, resume=Checkpointer(folder, "vae").exists)
     write_json(
         folder / "vae.json",
         {
-            "identity": identity(study.recipe["vae"], study.recipe["vae_training"]),
+            "identity": wanted,
             "sha256": file_sha256(vae_file(out)),
             "steps": summary.steps,
             "seconds": summary.seconds,
@@ -127,18 +158,28 @@ def make_vae(study: Study, out: Path) -> None:
 
 def make_tokens(study: Study, out: Path, name: str) -> None:
     """Encode the images of one kind of augmentation, one pass."""
-    folder = out / "tokens" / name
+    wanted, folder = tokens_identity(study, out, name), out / "tokens" / name
+    if is_done(folder / "done.json", wanted):
+        return
+    begin(folder, wanted)
     data = study.values["tokens"][name]
     training = {"weights": str(vae_file(out))}
     recipe = study.recipe_of({"schedule": PHASES, "vae_training": training, "data": data})
     tokenize(recipe, folder, 1, vae_folder=out / VAE, device=torch.device("cpu"))
-    write_json(folder / "done.json", {"identity": tokens_identity(study, out, name)})
+    write_json(folder / "done.json", {"identity": wanted})
 
 
 def tokens_identity(study: Study, out: Path, name: str) -> str:
     """What the tokens of a name depend on."""
     data = {**study.recipe["data"], **study.values["tokens"][name]}
     return identity(data, study.recipe["seed"], file_sha256(vae_file(out)))
+
+
+def saved_vae(study: Study, out: Path) -> VQVAE:
+    """The trained VQ-VAE."""
+    training = {"weights": str(vae_file(out))}
+    recipe = study.recipe_of({"schedule": PHASES, "vae_training": training})
+    return load_vae(recipe, find_vae(recipe, out / VAE)).eval().requires_grad_(False)
 
 
 def images_of(study: Study) -> ImageData:
@@ -181,11 +222,18 @@ def load_network(study: Study, out: Path, name: str) -> Classifier:
 def real_identity(study: Study, out: Path) -> str:
     """What the figures of real images depend on."""
     networks = [file_sha256(out / "classifiers" / f"{name}.safetensors") for name in CLASSIFIERS]
-    return identity(networks, study.values["generated"], study.recipe["data"])
+    vae = file_sha256(vae_file(out))
+    return identity(networks, study.values["generated"], study.recipe["data"], vae)
 
 
 def make_real(study: Study, out: Path) -> None:
-    """Features of two halves of the held-out images, and what one half scores beside the other."""
+    """Features of two halves of the held-out images, and what one half scores beside the other.
+
+    Also what the second half scores after the VQ-VAE has encoded and decoded it: no transformer
+    generates images that are better than those of the right tokens.
+    """
+    if is_done(out / "real.json", real_identity(study, out)):
+        return
     data = images_of(study)
     networks = {name: load_network(study, out, name) for name in CLASSIFIERS}
     labels, features, right = [], [], 0
@@ -201,6 +249,14 @@ def make_real(study: Study, out: Path) -> None:
     parts = [(feature_ND[part], label_N[part]) for part in map(torch.from_numpy, (first, second))]
     classes = study.recipe["model"]["num_classes"]
     floor = distances(*parts[1], *parts[0], classes)
+    features, decoded_right = [], 0
+    vae = saved_vae(study, out)
+    for places in np.split(second, range(batch, len(second), batch)):
+        images, own = data.held_out(places.tolist())
+        pixels = to_uint8(vae.decode(encode_images(vae, images)) * 2 - 1)
+        features.append(networks["features"](pixels).features_BD)
+        decoded_right += int((networks["independent"](pixels).logits_BC.argmax(1) == own).sum())
+    decoded = distances(torch.cat(features), parts[1][1], *parts[0], classes)
     arrays = {"features": parts[0][0].numpy(), "labels": parts[0][1].numpy()}
     write_arrays(out / "real.npz", arrays)
     write_json(
@@ -208,6 +264,7 @@ def make_real(study: Study, out: Path) -> None:
         {
             "identity": real_identity(study, out),
             "floor": {**floor, "accuracy": right / data.num_held_out},
+            "reconstruction_floor": {**decoded, "accuracy": decoded_right / len(second)},
             **provenance(),
         },
     )
@@ -222,15 +279,36 @@ def token_source(study: Study, out: Path, name: str, seed: int) -> TokenSource:
 
 
 def training_identity(study: Study, out: Path, run: Run) -> str:
-    """What the weights of a run depend on."""
+    """What the weights of a run and its curve depend on."""
     shared = {key: value for key, value in study.recipe.items() if key not in UNUSED}
-    return identity(
+    curve = {key: study.values[key] for key in CURVE}
+    inputs: list[Any] = [
         shared,
         run.recipe,
         [run.seed, list(run.phases), run.work, run.epoch],
         tokens_identity(study, out, run.tokens),
-        None if run.name == BASE else file_sha256(weights_file(study, out, BASE, run.seed)),
-    )
+    ]
+    if run.name == BASE:  # every step is worth one, so that its work is its number of steps
+        inputs.append(None)
+    else:
+        inputs.append(file_sha256(weights_file(study, out, BASE, run.seed)))
+        inputs.append(training_length(study, run))
+    return identity(*inputs, *([curve] if curve != CURVE else []))
+
+
+def training_length(study: Study, run: Run) -> dict[str, int]:
+    """Epochs of the phases: they follow from how the work of a step is counted."""
+    wanted = (study.recipe, run.recipe, run.phases, run.epoch, run.work)
+    return dict(_training_length(json.dumps((*wanted, run.seed), sort_keys=True)))
+
+
+@cache
+def _training_length(text: str) -> dict[str, int]:
+    recipe, changes, phases, epoch, work, seed = json.loads(text)
+    study = Study({}, recipe, ())
+    values = {**changes, "seed": seed}
+    found, _ = choose_epochs(values, study.recipe_of, phases, epoch, work)
+    return dataclasses.asdict(found.schedule.phase_lengths)
 
 
 def weights_file(study: Study, out: Path, name: str, seed: int) -> Path:
@@ -268,10 +346,7 @@ def train(study: Study, out: Path, run: Run) -> None:
     if is_done(folder / "train.json", wanted):
         return
     training = folder / "train"
-    begun = training / "identity.json"
-    if training.exists() and not is_done(begun, wanted):
-        shutil.rmtree(training)  # of other settings
-    write_json(begun, {"identity": wanted})
+    begin(training, wanted)
     recipe, work = training_recipe(study, out, run)
     checkpointer = Checkpointer(training, "var")
     train_var(recipe, training, resume=checkpointer.exists, device=torch.device("cpu"))
@@ -326,15 +401,27 @@ def _gradient_norms(path: Path, recipe: Recipe, steps: int) -> dict[str, float] 
     return {group: total / count for group, total in sums.items()} if count else None
 
 
+def trained_run(study: Study, run: Run) -> Run:
+    """The run whose weights a run measures."""
+    return run if run.trains else study.find(str(run.model), run.seed)
+
+
 def measured_identity(study: Study, out: Path, run: Run) -> str:
     """The identity of the weights that a run measures."""
-    source = run if run.trains else study.find(str(run.model), run.seed)
+    source = trained_run(study, run)
     return file_sha256(weights_file(study, out, source.name, run.seed))
 
 
-def load_models(study: Study, out: Path, run: Run) -> tuple[VAR, VQVAE, int]:
-    """The transformer that a run measures, the VQ-VAE, and the run's bridge."""
-    source = run if run.trains else study.find(str(run.model), run.seed)
+def measured_layers(study: Study, out: Path, run: Run) -> dict[str, Layers]:
+    """The layers of each scale of the schedules that a run measures, by their names."""
+    recipe, config = measured_recipe(study, out, run)
+    names = dict.fromkeys((*run.schedules, *run.generate))
+    return {name: layers_of(config, name, recipe.schedule.bridge) for name in names}
+
+
+def measured_recipe(study: Study, out: Path, run: Run) -> tuple[Recipe, VARConfig]:
+    """A recipe that has the model which a run measures, and the model's sizes."""
+    source = trained_run(study, run)
     schedule = {**source.recipe.get("schedule", {}), **PHASES}
     if schedule.get("zone_weights", "shared") != "shared":
         schedule |= {"joint": 0, "refinement": 1}
@@ -346,10 +433,17 @@ def load_models(study: Study, out: Path, run: Run) -> tuple[VAR, VQVAE, int]:
     if config.zone_weights == "shared":  # depths that it did not train can be measured too
         others = study.recipe_of({"schedule": {**PHASES, "depths": [4, 2]}}).var_config.subnets
         config = dataclasses.replace(config, subnets={**others, **config.subnets})
+    return recipe, config
+
+
+def load_models(study: Study, out: Path, run: Run) -> tuple[VAR, VQVAE]:
+    """The transformer that a run measures, and the VQ-VAE."""
+    source = trained_run(study, run)
+    recipe, config = measured_recipe(study, out, run)
     var = VAR(config)
     var.load_state_dict(load_file(weights_file(study, out, source.name, run.seed)))
     vae = load_vae(recipe, find_vae(recipe, out / VAE)).eval().requires_grad_(False)
-    return var.eval().requires_grad_(False), vae, recipe.schedule.bridge
+    return var.eval().requires_grad_(False), vae
 
 
 def shown_labels(study: Study, run: Run, labels_B: Tensor) -> Tensor:
@@ -361,9 +455,9 @@ def losses_identity(study: Study, out: Path, run: Run) -> str:
     """What the losses of a run depend on."""
     sources = [measured_identity(study, out, run), tokens_identity(study, out, "plain")]
     values = study.values
-    return identity(
-        sources, values["images"], values["batch"], run.permuted, run.kv_dtype, list(run.schedules)
-    )
+    found = measured_layers(study, out, run)
+    layers = {name: found[name] for name in run.schedules}
+    return identity(sources, values["images"], values["batch"], run.permuted, run.kv_dtype, layers)
 
 
 def measure_losses(study: Study, out: Path, run: Run) -> None:
@@ -372,10 +466,11 @@ def measure_losses(study: Study, out: Path, run: Run) -> None:
     wanted, folder = losses_identity(study, out, run), run_folder(out, run)
     if is_done(folder / "losses.json", wanted):
         return
-    var, vae, bridge = load_models(study, out, run)
+    var, vae = load_models(study, out, run)
     source = token_source(study, out, "plain", run.seed)
     count = min(count, source.num_held_out)
-    layers = {name: layers_of(var.config, name, bridge) for name in run.schedules}
+    measured = measured_layers(study, out, run)
+    layers = {name: measured[name] for name in run.schedules}
     engine = Engine(var, vae) if run.kv_dtype else None
     found: dict[str, list[np.ndarray]] = {name: [] for name in run.schedules}
     started = time.process_time()
@@ -419,8 +514,9 @@ def generated_identity(study: Study, out: Path, run: Run, schedule: str) -> str:
     """What the generated images of a schedule depend on."""
     settings = {key: study.values[key] for key in ("generated", "batch", "cfg", "top_p")}
     weights = [measured_identity(study, out, run), file_sha256(vae_file(out))]
+    layers = measured_layers(study, out, run)[schedule]
     return identity(
-        weights, real_identity(study, out), settings, run.permuted, run.kv_dtype, schedule
+        weights, real_identity(study, out), settings, run.permuted, run.kv_dtype, layers, run.seed
     )
 
 
@@ -431,7 +527,7 @@ def measure_generated(study: Study, out: Path, run: Run, schedule: str) -> None:
     path = generated_file(out, run, schedule)
     if is_done(path, wanted):
         return
-    var, vae, bridge = load_models(study, out, run)
+    var, vae = load_models(study, out, run)
     networks = {name: load_network(study, out, name) for name in CLASSIFIERS}
     classes = var.config.num_classes
     real = np.load(out / "real.npz")
@@ -439,7 +535,7 @@ def measure_generated(study: Study, out: Path, run: Run, schedule: str) -> None:
     label_N = torch.arange(count) % classes
     started = time.process_time()
     features, right = [], 0
-    layers = layers_of(var.config, schedule, bridge)
+    layers = measured_layers(study, out, run)[schedule]
     if falling_schedule(var.config, layers) is None:
         batches = _growing_batches(study, run, var, vae, label_N, layers)
     else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.study import stages
-from benchmarks.study.settings import BASE, Run, Study, identity
+from benchmarks.study.settings import BASE, Run, Study
 from benchmarks.study.speed import Speed
 
 Report = Callable[[str], None]
@@ -43,7 +43,7 @@ def tasks_of(study: Study, out: Path, speed: Speed) -> list[Task]:
     used = {run.tokens for run in runs if run.trains} | {"plain"}
     tasks += [_tokens(study, out, name, speed) for name in sorted(used)]
     tasks += [_classifier(study, out, name, speed) for name in stages.CLASSIFIERS]
-    tasks.append(_real(study, out))
+    tasks.append(_real(study, out, speed))
     for run in runs:
         tasks += [_train(study, out, run, speed)] if run.name == BASE else []
         tasks.append(_run(study, out, run, speed))
@@ -74,12 +74,11 @@ def _train_name(run: Run) -> str:
 
 
 def _vae(study: Study, out: Path, speed: Speed) -> Task:
-    wanted = identity(study.recipe["vae"], study.recipe["vae_training"])
     return Task(
         "vae",
         (),
         lambda report: stages.make_vae(study, out),
-        lambda: stages.is_done(out / "vae" / "vae.json", wanted),
+        lambda: stages.is_done(out / "vae" / "vae.json", stages.vae_identity(study)),
         speed.vae_image * speed.images * study.recipe["vae_training"]["epochs"],
     )
 
@@ -106,13 +105,13 @@ def _classifier(study: Study, out: Path, name: str, speed: Speed) -> Task:
     )
 
 
-def _real(study: Study, out: Path) -> Task:
+def _real(study: Study, out: Path, speed: Speed) -> Task:
     return Task(
         "real",
-        tuple(f"classifier/{name}" for name in stages.CLASSIFIERS),
+        ("vae", *(f"classifier/{name}" for name in stages.CLASSIFIERS)),
         lambda report: stages.make_real(study, out),
         lambda: stages.is_done(out / "real.json", stages.real_identity(study, out)),
-        30.0,
+        30.0 + 2 * speed.encoded_image * study.values["generated"],
     )
 
 

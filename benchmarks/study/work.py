@@ -2,7 +2,8 @@
 
 A step of a subnet costs less than one of the full network, so that runs of equal work have
 different numbers of steps. Work is counted in FLOP of the layers over the tokens that they see,
-attention and head included; the teacher's forward pass counts.
+attention and head included; the teacher's forward pass counts, and what is frozen counts for the
+passes that it has.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from variant.models.flops import training_flop
+from variant.models.config import VARConfig
+from variant.models.flops import linears, training_flop
 from variant.training.configurations import Configurations
 from variant.training.recipe import Recipe
 from variant_kernels import DepthSchedule
 
-# A forward pass over that of a training step.
-FORWARD = 1 / 3
+BLOCK_LINEARS = ("mat_qkv", "proj", "fc1", "fc2")
+# The parts of a training step's work, each a third: the forward pass, and in the backward pass the
+# gradients of the inputs and those of the weights.
+FORWARD, FROZEN = 1 / 3, 2 / 3
 
 
 def phase_epochs(phases: Sequence[int], epochs: int) -> dict[str, int]:
@@ -29,11 +33,7 @@ def phase_epochs(phases: Sequence[int], epochs: int) -> dict[str, int]:
 
 
 class Work:
-    """The work of the steps of a recipe, in steps of the full network.
-
-    Subnets with weights of their own count as if every layer that they run had a backward pass,
-    although the frozen ones have a shorter one.
-    """
+    """The work of the steps of a recipe, in steps of the full network."""
 
     def __init__(self, recipe: Recipe, steps_per_epoch: int) -> None:
         self.recipe, self.steps_per_epoch = recipe, steps_per_epoch
@@ -47,14 +47,45 @@ class Work:
         configuration = self.configurations.of_step(step)
         schedule = configuration.schedule
         if schedule not in self._known:
-            flop = training_flop(self.configurations.config, schedule)
-            self._known[schedule] = flop / self._full
+            self._known[schedule] = step_flop(self.configurations.config, schedule) / self._full
         has_teacher = self.recipe.schedule.teacher != "none" and not configuration.is_full
         return self._known[schedule] + FORWARD * has_teacher
 
     def of_steps(self, steps: int) -> float:
         """The work of the first so many steps."""
         return math.fsum(self.of_step(step) for step in range(steps))
+
+
+def step_flop(config: VARConfig, schedule: DepthSchedule) -> float:
+    """FLOP of a training step of one image.
+
+    Where subnets have weights of their own, everything else is frozen: the layers of the bridge
+    have a forward pass only, the head and the frozen layers of the flexible zone (LoRA, adaLN) have
+    no gradients of weights. Attention has no weights.
+    """
+    if config.zone_weights == "shared":
+        return training_flop(config, schedule)
+    zones = {layers for layers in config.subnets.values() if len(layers) < config.depth}
+    is_flexible = [schedule.active_layers(k) in zones for k in range(schedule.num_scales)]
+    flop, scale = 0.0, 0
+    for x in linears(config, schedule, 1, guidance=False):
+        if x.name == "head":  # the last one of its scale
+            flop += 3 * x.flop * FROZEN
+            scale += 1
+        elif x.name in BLOCK_LINEARS and is_flexible[scale]:
+            trained = 1.0 if config.zone_weights == "copies" else FROZEN
+            flop += 3 * x.flop * trained
+            flop += 3 * 2 * x.rows * config.lora_rank * (x.inputs + x.outputs)
+        elif x.name == "ada_lin":  # the bridge's, and that of the flexible zone
+            own = config.zone_adaln and any(x.layer in layers for layers in zones)
+            flop += x.flop + 3 * x.flop * own
+        else:
+            flop += x.flop
+    tokens, layout = config.layout.tokens, config.layout
+    for k, flexible in enumerate(is_flexible):
+        pairs = len(schedule.active_layers(k)) * tokens[k] * layout.visible(k)
+        flop += 4 * config.embed_dim * pairs * (3 if flexible else 1)
+    return flop
 
 
 def choose_epochs(

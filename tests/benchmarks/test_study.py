@@ -1,5 +1,6 @@
 """The study's machinery: what is killed ends as if it had not been, results are what they say."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.study import report, report_plots, stages
+from benchmarks.study import report, report_plots, stages, work
 from benchmarks.study.__main__ import main
 from benchmarks.study.collect import collect
 from benchmarks.study.metrics import distances, flagged, halves
@@ -27,15 +28,18 @@ from benchmarks.study.schedules import (
     masked_tokens,
     token_losses,
 )
-from benchmarks.study.settings import SMOKE, load_study, merged
-from benchmarks.study.work import Work, choose_epochs, phase_epochs
+from benchmarks.study.settings import SMOKE, identity, load_study, merged
+from benchmarks.study.work import Work, choose_epochs, phase_epochs, step_flop
 from variant.engine.engine import Engine
 from variant.errors import UserError
 from variant.models.config import VARConfig, VQVAEConfig
+from variant.models.flops import training_flop
+from variant.models.pixels import to_uint8
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.models.zones import reset_zone_weights
 from variant.training.folder_lock import locked_folder
+from variant_kernels import DepthSchedule
 
 ROOT = Path(__file__).parents[2]
 PROFILE = """
@@ -150,6 +154,10 @@ def results_of(folder):
             values = json.loads(path.read_text())
             found[path.name] = {k: v for k, v in values.items() if k not in CHANGING}
     return found
+
+
+def identity_in(path):
+    return json.loads(path.read_text())["identity"]
 
 
 def copy_without(out, target, *runs):
@@ -278,6 +286,25 @@ def test_the_page_shows_what_was_collected(done, tmp_path):
     assert "`zones`" in page
 
 
+def test_the_reconstruction_floor_is_that_of_decoded_images(done, tmp_path):
+    study, out = done
+    collect(study, out, tmp_path)
+    data = json.loads((tmp_path / "base.json").read_text())["data"]
+    images = stages.images_of(study)
+    everything, label_N = images.held_out(range(images.num_held_out))
+    first, second = halves(label_N.numpy(), study.values["generated"])
+    vae = stages.saved_vae(study, out)
+    own = vae.decode(vae.encode(everything[second])) * 2 - 1
+    network = stages.load_network(study, out, "features")
+    found = [network(to_uint8(x)).features_BD for x in (own, everything[second], everything[first])]
+    labels = [label_N[part] for part in (second, second, first)]
+    for key, place in (("reconstruction_floor", 0), ("floor", 1)):
+        expected = distances(found[place], labels[place], found[2], labels[2], 2)
+        assert data[key]["n"] == 20
+        assert data[key]["fashion_fd"] == pytest.approx(expected["fashion_fd"], rel=1e-3)
+    assert data["floor"]["fashion_fd"] != data["reconstruction_floor"]["fashion_fd"]
+
+
 def test_what_is_not_done_is_absent(done, tmp_path):
     study, out = done
     part = copy_without(out, tmp_path / "part", "p0.5", "several", "kv8")
@@ -288,6 +315,68 @@ def test_what_is_not_done_is_absent(done, tmp_path):
     assert ratios["pairs"] == []
     with pytest.raises(UserError, match="no complete run"):
         collect(study, tmp_path / "nothing", tmp_path / "results")
+
+
+def row_names(results, part):
+    path = results / f"{part}.json"
+    rows = json.loads(path.read_text())["runs"] if path.exists() else []
+    return [(row["name"], row["seed"]) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("study", "work", 7),
+        ("study", "curve", 9),
+        ("recipe.schedule", "bridge", 2),
+        ("recipe.optim", "batch_size", 9),
+    ],
+)
+def test_numbers_of_old_settings_are_in_no_row(done, profile, tmp_path, section, key, value):
+    """Of changed settings nothing has run; the base follows from other keys, or does not."""
+    study, out = done
+    collect(study, out, tmp_path)
+    before = row_names(tmp_path, "ratios")
+    text = profile.read_text()
+    head, tail = text.split(f"[{section}]\n")
+    old = next(line for line in tail.splitlines() if line.startswith(f"{key} = "))
+    changed = tmp_path / "changed.toml"
+    changed.write_text(f"{head}[{section}]\n{tail.replace(old, f'{key} = {value}', 1)}")
+    assert changed.read_text() != text
+    other = load_study(changed)
+    if key == "work":  # of the fine-tuning runs only: their old results go, those of the base stay
+        collect(other, out, tmp_path)
+        assert row_names(tmp_path, "base") == [("base", 0), ("base", 1)]
+        assert row_names(tmp_path, "ratios") == row_names(tmp_path, "extras") == []
+        assert not (tmp_path / "ratios.json").exists()
+    else:
+        with pytest.raises(UserError, match="no complete run of these settings"):
+            collect(other, out, tmp_path)
+        assert row_names(tmp_path, "ratios") == before  # nothing was written or removed
+
+
+def test_identities_cover_what_is_measured(done):
+    """Layers of schedules, seeds of random numbers, data and seed of the VQ-VAE."""
+    study, out = done
+    base, run = study.find("base", 0), study.find("progressive", 0)
+    recipe = merged(study.recipe, {"schedule": {"bridge": 2}})
+    wider = dataclasses.replace(study, recipe=recipe)
+    for wanted in (stages.losses_identity, lambda *args: stages.generated_identity(*args, "d2")):
+        assert wanted(study, out, base) != wanted(wider, out, base)
+        assert wanted(study, out, run) != wanted(study, out, study.find("progressive", 1))
+    full = [stages.generated_identity(one, out, base, "full") for one in (study, wider)]
+    assert full[0] == full[1]  # no bridge in it
+    for changes in ({"seed": 1}, {"data": {"dataset": None}}):
+        other = dataclasses.replace(study, recipe=merged(study.recipe, changes))
+        assert stages.vae_identity(other) != stages.vae_identity(study)
+
+
+def test_identities_of_the_settings_stay():
+    """Results made before these identities covered more are results of the same settings."""
+    study = load_study()
+    recipe = study.recipe
+    assert stages.vae_identity(study) == identity(recipe["vae"], recipe["vae_training"])
+    assert {key: study.values[key] for key in stages.CURVE} == stages.CURVE
 
 
 def test_the_control_is_flagged_by_every_metric(done, tmp_path):
@@ -305,10 +394,22 @@ def test_a_control_that_a_metric_misses_is_an_error(done, tmp_path):
     study, out = done
     wrong = copy_without(out, tmp_path / "wrong")
     for name in ("losses.json", "generated-full.json"):  # as good as the right run
-        shutil.copy(wrong / "runs/base/seed0" / name, wrong / "runs/labels-permuted/seed0" / name)
+        broken = wrong / "runs/labels-permuted/seed0" / name
+        values = json.loads((wrong / "runs/base/seed0" / name).read_text())
+        broken.write_text(json.dumps(values | {"identity": identity_in(broken)}))
     with pytest.raises(UserError, match="must be flagged"):
         collect(study, wrong, tmp_path / "results")
     assert len(list((tmp_path / "results").iterdir())) == 6  # the other parts are not lost
+
+
+def test_a_control_is_compared_with_the_base_of_its_seed(done, tmp_path):
+    """Also if another seed of the control is missing."""
+    study, out = done
+    part = copy_without(out, tmp_path / "part", "labels-permuted/seed0", "base/seed0")
+    collect(study, part, tmp_path / "results")
+    result = json.loads((tmp_path / "results" / "control.json").read_text())
+    assert list(result["flagged"]) == ["1"]
+    assert [row["seed"] for row in result["runs"]] == [1]
 
 
 def test_metrics_of_images_see_wrong_classes():
@@ -362,7 +463,7 @@ def model():
     return var.eval()
 
 
-@pytest.mark.parametrize("name", ["full", "d2", "d4@b2"])
+@pytest.mark.parametrize("name", ["full", "d2", "d4@b2", "d2@b0", "d2@all"])
 def test_the_masked_forward_pass_is_that_of_the_model(model, name):
     labels, x_teacher = torch.tensor([0, 2]), torch.randn(2, 13, 4)
     targets = torch.randint(0, 8, (2, 14))
@@ -373,14 +474,15 @@ def test_the_masked_forward_pass_is_that_of_the_model(model, name):
     assert torch.allclose(masked, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["full", "d2"])
+@pytest.mark.parametrize("name", ["full", "d2", "d2@b0"])
 def test_tokens_without_a_cache_are_those_of_the_engine(model, name):
     torch.manual_seed(1)
     vae = VQVAE(VQVAEConfig(8, 4, ch=32, ch_mult=(1, 1), num_res_blocks=1, patch_nums=(1, 2, 3)))
     labels = torch.tensor([0, 1, 2, 0])
     expected = Engine(model, vae.eval()).generate(
-        labels, depth=None if name == "full" else 2, cfg=1.5, top_p=0.9, seed=3, decode=False
-    )
+        labels, depth=None if name == "full" else 2, bridge=0 if name == "d2@b0" else None,
+        cfg=1.5, top_p=0.9, seed=3, decode=False,
+    )  # fmt: skip
     tokens = masked_tokens(
         model, vae, labels, layers_of(CONFIG, name, 1), cfg=1.5, top_p=0.9, seed=3,
         image_ids_B=torch.arange(4),
@@ -406,13 +508,48 @@ def test_runs_of_equal_work_have_different_numbers_of_steps():
     for name in ("p0", "p0.5", "progressive", "teacher-frozen"):
         run = study.find(name, 0)
         values = {**run.recipe, "model": {"weights": "of the base"}, "seed": 0}
-        recipe, work = choose_epochs(values, study.recipe_of, run.phases, 10, 60)
-        assert work == pytest.approx(60, abs=5)
+        recipe, total = choose_epochs(values, study.recipe_of, run.phases, 10, 60)
+        assert total == pytest.approx(60, abs=5)
         steps[name] = 10 * recipe.schedule.phase_lengths.total
         counted = [Work(recipe, 10).of_step(step) for step in range(steps[name])]
-        assert sum(counted) == pytest.approx(work)
+        assert sum(counted) == pytest.approx(total)
     assert steps["p0"] == 60 < steps["p0.5"] < steps["progressive"]
     assert steps["teacher-frozen"] < steps["progressive"]
+
+
+@pytest.mark.parametrize("kind", ["copies", "lora", "adaln"])
+def test_frozen_layers_count_for_the_passes_that_they_have(kind):
+    rank = 3 * (kind == "lora")
+    config = dataclasses.replace(
+        CONFIG, subnets={2: (0, 7)}, zone_weights=kind, lora_rank=rank, zone_adaln=kind != "lora"
+    )
+    # Tokens 1, 4, 9; width 32: a layer has 12 * 32^2 weights; the head has 32 * 8.
+    layer, head, word = 2 * 12 * 32**2, 2 * 32 * 8, 2 * 4 * 32
+    bridge = 8 * layer * 1
+    flexible = 2 * layer * 13 * (3 if kind == "copies" else 2)
+    attention = 4 * 32 * (8 * 1 * 1 + 3 * 2 * (4 * 5 + 9 * 14))
+    low_rank = 3 * 2 * 2 * 13 * rank * (32 + 96 + 32 + 32 + 2 * (32 + 128))
+    once = 2 * 32 * 192 * (8 + 3 * 2 * (kind != "lora")) + 2 * 32 * 64  # adaLN, norm of the head
+    expected = bridge + flexible + attention + low_rank + once + 2 * head * 14 + word * 13
+    assert step_flop(config, DepthSchedule(8, 3, (0, 7), 1)) == pytest.approx(expected)
+    shared = dataclasses.replace(CONFIG, subnets={2: (0, 7)})
+    schedule = DepthSchedule(8, 3, (0, 7), 1)
+    assert step_flop(shared, schedule) == training_flop(shared, schedule) > expected
+
+
+def test_the_identity_of_a_training_sees_its_number_of_steps(done, monkeypatch):
+    study, out = done
+    run, base = study.find("progressive", 0), study.find("base", 0)
+    before = [stages.training_identity(study, out, one) for one in (run, base)]
+    monkeypatch.setattr(work, "FORWARD", 0.9)  # of equal work are now fewer steps with a teacher
+    stages._training_length.cache_clear()
+    assert [stages.training_identity(study, out, one) for one in (run, base)] == before
+    monkeypatch.setattr(work, "training_flop", lambda config, schedule: 1.0)
+    stages._training_length.cache_clear()
+    after = [stages.training_identity(study, out, one) for one in (run, base)]
+    assert after[0] != before[0]
+    assert after[1] == before[1]
+    stages._training_length.cache_clear()
 
 
 def test_phases_are_whole_epochs_in_proportion():

@@ -34,9 +34,11 @@ from benchmarks.study.report_verdicts import (
     Some,
     Verdict,
     better,
+    chance_within,
     combine,
     decide,
     judge,
+    needed_errors,
     points,
 )
 from benchmarks.study.settings import load_study
@@ -142,6 +144,49 @@ def test_what_decides_alone_decides(verdicts, every, some):
         parts = [Evidence(verdict) for verdict in order]
         assert combine(parts, all_must_hold=True).verdict is every
         assert combine(parts, all_must_hold=False).verdict is some
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 4, 5, 8])
+def test_chances_are_those_of_students_t(seeds):
+    stats = pytest.importorskip("scipy.stats")
+    for errors in (0.3, 2.0, 9.0):
+        expected = 1 - 2 * stats.t.sf(errors, seeds - 1)
+        assert chance_within(errors, seeds) == pytest.approx(expected, rel=1e-12)
+    for count in (2, 4, 8):
+        expected = max(2.0, stats.t.isf(0.05 / count / 2, seeds - 1))
+        assert needed_errors(seeds, count) == pytest.approx(expected, rel=1e-9)
+    assert needed_errors(seeds, 1) == 2.0
+
+
+# Five standard errors of three seeds: sqrt(3) x 5 above zero, deviations -1, 0, 1.
+FIVE = [5 / math.sqrt(3) + deviation for deviation in (-1, 0, 1)]
+RARE = [20 / math.sqrt(3) + deviation for deviation in (-1, 0, 1)]
+
+
+def test_one_of_several_differences_decides_only_if_it_is_rare(tmp_path):
+    """Of two differences with three seeds, one needs 6.2 standard errors to decide alone."""
+    runs = seeds("base", [0.0] * 3) + seeds("five", FIVE) + seeds("rare", RARE)
+    study = study_of(tmp_path, ratios=runs)
+    base, five, rare = Point("base"), Point("five"), Point("rare")
+    fails, fails_rarely = better(five, base), better(rare, base)
+    holds, holds_rarely = better(base, five), better(base, rare)
+
+    def verdict(statement):
+        return judge(statement, study, METRICS).verdict
+
+    assert verdict(All((fails, holds))) is OPEN
+    assert verdict(All((fails_rarely, holds))) is FAILS
+    assert verdict(Some((holds, fails))) is OPEN
+    assert verdict(Some((holds_rarely, fails))) is HOLDS
+    # The verdict that every part must support, and a single difference, need two.
+    assert verdict(All((holds, holds))) is HOLDS
+    assert verdict(Some((fails, fails))) is FAILS
+    assert verdict(All((holds,))) is HOLDS
+    assert verdict(fails) is FAILS
+    # Both of a pair must fail, for one of two pairs: two can decide.
+    pair = Some((fails, fails))
+    assert verdict(All((pair, holds_rarely))) is OPEN
+    assert verdict(All((pair,))) is FAILS
 
 
 def test_differences_are_paired_by_seed(tmp_path):
@@ -267,14 +312,24 @@ def test_without_the_control_no_metric_is_usable(tmp_path):
 def test_the_setting_is_that_of_the_files(tmp_path):
     data = {"dataset": "fashion-mnist", "held_out": 10000, "depth": 8, "width": 64,
             "patch_nums": [1, 2, 3], "floor": {"fashion_fd": 0.0123, "precision": 0.9},
+            "reconstruction_floor": {"fashion_fd": 0.0456},
             "sampling": {"cfg": 1.5}, "classifier_accuracy": {"features": 0.915, "other": None},
             }  # fmt: skip
     text = report.page(read_study(write(tmp_path / "results", "base", [], data=data)))
-    for row in ("| data | fashion-mnist |", "| held-out images | 10,000 |", "| 8, 64 |",
+    for row in ("against the other) | fashion-FD 0.0456 |",
+                "| data | fashion-mnist |", "| held-out images | 10,000 |", "| 8, 64 |",
                 "| fashion-FD 0.0123, precision 90.0 % |", "| features 91.5 % |", "| cfg 1.5 |",
                 "| 1, 2, 3 |"):  # fmt: skip
         assert row in text
     assert "| setting | value |" not in report.page(Study())
+
+
+def test_the_page_says_what_equal_work_is(tmp_path):
+    runs = [run("p0", seed, loss=1.0, steps=600) for seed in (0, 1)]
+    runs += [run("progressive", seed, loss=1.0, steps=1140 + 10 * seed) for seed in (0, 1)]
+    text = report.page(study_of(tmp_path, ratios=runs))
+    assert "has 600 steps, the progressive schedule has 1,140 to 1,150 steps. The seeds" in text
+    assert "its run has more steps. The seeds" in report.page(Study())
 
 
 def test_files_that_are_no_results_are_refused(tmp_path):
@@ -455,6 +510,41 @@ def test_every_claim_is_about_runs_of_the_settings():
                 assert any(point.schedule in own.generate for own in runs), point
             assert point.at is None or any(own.trains for own in runs), point
     assert {part.name for part in parts} == set(PARTS)
+
+
+def test_what_training_costs_the_full_network_is_judged_at_equal_work():
+    """The base has trained less, so that a harm and what further training gains would add up."""
+    study = load_study()
+    ours = [c for c in CLAIMS if c.part == "training-free" and c.paper]
+    paper = [claim for claim in ours if "full network" in claim.text]
+    assert paper
+    for claim in paper:
+        works = [study.find(name, 0).work for name in names_of(claim, study)]
+        assert len(set(works)) == 1, claim.text
+        assert all(study.find(name, 0).trains for name in names_of(claim, study)), claim.text
+
+
+def names_of(claim, study):
+    """The runs of a claim, each by the name that has its results."""
+    same = {run.name: run.same_as for part in study.parts for run in part.runs if run.same_as}
+    return [same.get(point.run, point.run) for point in points(claim.statement)]
+
+
+def optimiser(run):
+    return run.recipe.get("optim", {}), run.tokens, run.work
+
+
+def test_what_is_compared_across_ratios_has_the_same_optimiser():
+    """Or the ratio and the learning rate would change together."""
+    study = load_study()
+    allowed = {"progressive", "progressive-rate0"}  # here the rate itself is the question
+    for claim in (claim for claim in CLAIMS if claim.part == "ratios"):
+        names = {point.run for point in points(claim.statement)}
+        kinds = {json.dumps(optimiser(study.find(name, 0)), sort_keys=True) for name in names}
+        assert len(kinds) == 1 or names == allowed, claim.text
+    compared = {frozenset(p.run for p in points(c.statement)) for c in CLAIMS}
+    for name in ("p0.5-rate0", "p0.8-rate0"):
+        assert frozenset((name, "progressive-rate0")) in compared
 
 
 def supernet(name, seed, loss, depths=(4, 2), **others):
