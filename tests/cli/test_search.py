@@ -154,6 +154,18 @@ def test_a_stopped_comparison_keeps_its_losses_too(few, run, monkeypatch):
     assert not calls
 
 
+def test_the_comparison_runs_without_the_kv_of_the_search(few, run, monkeypatch):
+    compare, held = module.Job.compare, []
+
+    def watched(job, result):
+        held.append(job.losses.losses._kept_bytes)
+        return compare(job, result)
+
+    monkeypatch.setattr(module.Job, "compare", watched)
+    assert run(*few)[0] == 0
+    assert held == [0]
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
 def test_a_stopped_search_keeps_its_losses(few, tmp_path, run, monkeypatch, stop):
     assert run(*few)[0] == 0

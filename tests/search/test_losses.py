@@ -88,6 +88,13 @@ def test_each_scale_of_each_prefix_runs_once_where_there_is_memory():
             if (0, schedule[:end]) not in ran:
                 losses(schedule[:end])
     assert len(ran) == len(set(ran)) == SPACE.count()[1]
+    before = losses(schedule[:2])
+    losses.forget()
+    assert not losses._kept
+    assert (losses(schedule[:2]) == before).all()
+    assert losses._kept_bytes == sum(
+        x.nbytes for one in losses._kept.values() for kv in one.values() for x in kv
+    )
 
 
 def kv_bytes(model, images):

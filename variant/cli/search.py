@@ -266,6 +266,13 @@ class Job:
         )
 
     @property
+    def forced(self) -> ForcedLosses:
+        """What computes the losses of the images that choose."""
+        losses = self.losses.losses
+        assert isinstance(losses, ForcedLosses), "made by __init__"
+        return losses
+
+    @property
     def num_scales(self) -> int:
         """K."""
         return self.model.var.layout.num_scales
@@ -328,6 +335,7 @@ class Job:
             clock.next()
             with_even = self._search(even, [], clock.report, of_even <= self.command.exact)
         self.save()
+        self.forced.forget()  # the comparison's images have K and V of their own
         # Evenly chosen layers are among those that a search may take.
         found = {one.schedule: one for one in [*with_even.found, *result.found]}
         # Where one of the two left out what is above the budgets, all are compared within them.
@@ -377,9 +385,7 @@ class Job:
     def _layers(self, say: Callable[[str], None]) -> list[Layers]:
         """A set of layers for each depth: by influence, then by the loss after the bridge."""
         depth, scales = self.config.depth, self.num_scales
-        losses = self.losses.losses
-        assert isinstance(losses, ForcedLosses), "made above"
-        self.influence = losses.influence()
+        self.influence = self.forced.influence()
         bridge = self.config.bridge
         bridge = scales // 2 if bridge is None else min(bridge, scales - 1)
         tried = max(depth - self.depths[-1], 0) * 3

@@ -122,6 +122,11 @@ class ForcedLosses:
         """
         return np.concatenate([losses(prefix) for _, losses in self.parts])
 
+    def forget(self) -> None:
+        """Free K and V of all prefixes."""
+        self._kept.clear()
+        self._kept_bytes = 0
+
     @torch.no_grad()
     def influence(self) -> list[float]:
         """Of each layer of the full network: 1 - the cosine between the stream before and after it.
