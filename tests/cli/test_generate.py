@@ -33,6 +33,9 @@ def test_writes_a_grid_of_every_depth_and_prints_the_table(model, tmp_path, run)
     assert sheet.size == (56 + 3 * step + 4, 3 * step + 4)
     assert sheet.text["label"] == "0 3 4"
     assert sheet.text["depth"] == "4 3 2"
+    config = small_model().var.config
+    schedules = [load_schedule(name, config).layers for name in ("4x3", "4-3-3", "4-2-2")]
+    assert json.loads(sheet.text["schedule"]) == [[list(s) for s in one] for one in schedules]
     rows = re.findall(
         r"│\s+(\d)\s+│\s+([\d.]+)\s+│\s+[\d.]+\s+│\s+(\d+) KiB │\s+(\d+) KiB", printed
     )
@@ -69,6 +72,7 @@ def test_a_png_says_what_it_was_generated_from(model, tmp_path, run):
     assert text == {
         "model": model, "label": "3", "index": "0", "seed": "7", "depth": "2", "cfg": "2.0",
         "top_k": "9", "top_p": "0.5", "temperature": "1.0", "more_smooth": "False",
+        "schedule": "[[0, 1, 2, 3], [0, 3], [0, 3]]",
     }  # fmt: skip
 
 
@@ -335,7 +339,13 @@ def test_a_schedule_by_name_and_by_file_gives_the_same_images(model, tmp_path, r
         assert code == 0, error
         assert "4-3-2 │" in printed
     assert pictures(tmp_path / "a") == pictures(tmp_path / "b")
-    assert json.loads((tmp_path / "r.json").read_text())["depths"][0]["depth"] == "4-3-2"
+    record = json.loads((tmp_path / "r.json").read_text())["depths"][0]
+    assert record["depth"] == "4-3-2"
+    # A name does not say which layers.
+    layers = [[0, 1, 2, 3], [0, 2, 3], [0, 3]]
+    assert record["schedule"] == layers
+    for image in (tmp_path / "a" / "00001_class3.png", tmp_path / "b" / "00000_class1.png"):
+        assert json.loads(Image.open(image).text["schedule"]) == layers
     images = small_model().generate([1, 3], depth=schedule, seed=0).images
     picture = np.array(Image.open(tmp_path / "a" / "00001_class3.png"))
     assert (picture == (images[1] * 255).round().permute(1, 2, 0).numpy()).all()

@@ -159,3 +159,7 @@ def test_a_png_says_what_it_is(model, tmp_path):
     with Image.open(tmp_path / "a" / "000001_class1.png") as image:
         assert image.text["seed"] == "3"
         assert (image.text["label"], image.text["index"]) == ("1", "1")
+    assert run(model, tmp_path / "b", "--schedule", "4-3-2", num=2) == 0
+    with Image.open(tmp_path / "b" / "000001_class1.png") as image:
+        assert image.text["depth"] == "4-3-2"
+        assert json.loads(image.text["schedule"]) == [[0, 1, 2, 3], [0, 2, 3], [0, 3]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -163,11 +164,13 @@ class Result:
     """What one depth took.
 
     depth: layers in the flexible zone, or the name of a schedule.
+    layers: of each scale.
     total: images of the whole run.  generated: images of the batches of this run.  written: those
     of them that were not there before.  stats: of every batch of this run.
     """
 
     depth: int | str
+    layers: list[list[int]]
     total: int
     generated: int
     written: int
@@ -218,7 +221,11 @@ class Work:
             width = command.count if command.count > 1 else 10
             sheet = grid(list(_batched(pictures[0], width)))
         depths = [result.depth for result in results]
-        save_png(command.out, sheet, self._text(_words(target.labels), _words(depths)))
+        layers = [result.layers for result in results]
+        text = self._text(
+            _words(target.labels), _words(depths), layers[0] if len(layers) == 1 else layers
+        )
+        save_png(command.out, sheet, text)
         return results
 
     # --- a folder -------------------------------------------------------------------------------
@@ -236,7 +243,7 @@ class Work:
             with progress("generate", "generating", total, command.json) as advance:
                 advance(len(done), "images that are there")
                 for depth in target.depths:
-                    result = Result(self._depth(depth), len(target), 0, 0, [])
+                    result = Result(self._depth(depth), self._layers(depth), len(target), 0, 0, [])
                     results.append(result)
                     key = str(result.depth)
                     if key not in batches:
@@ -308,7 +315,8 @@ class Work:
         ):
             path = self.target.file(depth, index)
             if path.name not in done:
-                save_png(path, image, self._text(label, result.depth, index))
+                text = self._text(label, result.depth, result.layers, index)
+                save_png(path, image, text)
                 result.written += 1
 
     # --- both -----------------------------------------------------------------------------------
@@ -380,9 +388,15 @@ class Work:
             return self.schedule.name
         return self.engine.var.config.depth if depth is None else depth
 
+    def _layers(self, depth: int | None) -> list[list[int]]:
+        """Of each scale."""
+        schedule = self.engine.var.schedule(self.schedule or depth, self.command.bridge)
+        return [list(layers) for layers in schedule.layers]
+
     def _result(self, depth: int | None, parts: Sequence[Generation]) -> Result:
         made = sum(len(part.images) for part in parts)
-        return Result(self._depth(depth), made, made, made, [part.stats for part in parts])
+        stats = [part.stats for part in parts]
+        return Result(self._depth(depth), self._layers(depth), made, made, made, stats)
 
     def _settings(self) -> dict[str, Any]:
         """All that the images depend on, as plain values."""
@@ -409,11 +423,18 @@ class Work:
             "software": f"variant {__version__}, torch {torch.__version__}",
         }
 
-    def _text(self, label: object, depth: object, index: int | None = None) -> dict[str, object]:
-        """Text chunks of a PNG."""
+    def _text(
+        self, label: object, depth: object, layers: object, index: int | None = None
+    ) -> dict[str, object]:
+        """Text chunks of a PNG.
+
+        Args:
+            layers: of each scale; one such list for each depth of a grid of several.
+        """
         command = self.command
         text: dict[str, object] = {"Software": f"variant {__version__}", "model": command.model}
         text |= {"label": label, "seed": command.seed, "depth": depth, "cfg": command.cfg}
+        text["schedule"] = json.dumps(layers)
         text |= {"top_k": command.top_k, "top_p": command.top_p}
         text |= {"temperature": command.temperature, "more_smooth": command.more_smooth}
         names = self.engine.var.config.class_names
@@ -512,6 +533,7 @@ def _as_json(command: Generate, labels: Sequence[int], results: Sequence[Result]
         "depths": [
             {
                 "depth": result.depth,
+                "schedule": result.layers,
                 "images": result.total,
                 "generated": result.generated,
                 "batches": len(result.stats),

@@ -261,8 +261,11 @@ def _assemble_once(files: SampleFiles, settings: Mapping[str, Any]) -> None:
 
 
 def _text(settings: Mapping[str, Any]) -> dict[str, object]:
-    names = ("software", "model", "seed", "depth", "cfg", "top_k", "top_p")
-    return {name: settings[name] for name in names if name in settings}
+    names = ("software", "model", "seed", "depth", "schedule", "cfg", "top_k", "top_p")
+    text = {name: settings[name] for name in names if name in settings}
+    if "schedule" in text:
+        text["schedule"] = json.dumps(text["schedule"])
+    return text
 
 
 def _png(pixels_YX3: np.ndarray, text: Mapping[str, object]) -> bytes:
