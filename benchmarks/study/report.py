@@ -202,7 +202,7 @@ def _method(study: Study, usable: frozenset[Metric]) -> list[str]:
         "",
         "The floor of a distance is that of one half of the real held-out images against the "
         "other. The reconstruction floor is that of images that the VQ-VAE encoded and decoded: "
-        "the best that a transformer can reach with this VQ-VAE.",
+        "what a transformer that gave the right tokens would score.",
         "",
         _control_line(study, usable),
         "",

@@ -55,8 +55,9 @@ def run_tasks(
                     continue
                 asked.add(task.name)
                 if len(running) < jobs:
-                    running[task.name] = _start(command(task), _log(out, task))
-                    pace.start(task)
+                    log = _log(out, task)
+                    pace.start(task, was_begun=log.exists())
+                    running[task.name] = _start(command(task), log)
                     say(f"{task.name}: started ({pace.line(done)})")
             for name, process in list(running.items()):
                 code = process.poll()
@@ -88,10 +89,14 @@ class _Pace:
         self.left = sum(task.seconds for task in tasks)
         self.total = self.left
         self._started: dict[str, float] = {}
+        self._resumed = set[str]()
         self._predicted, self._taken = 0.0, 0.0
 
-    def start(self, task: Task) -> None:
+    def start(self, task: Task, *, was_begun: bool) -> None:
+        """The process of a task has started; ``was_begun``: an earlier one did part of it."""
         self._started[task.name] = time.monotonic()
+        if was_begun:
+            self._resumed.add(task.name)
 
     def skip(self, task: Task) -> None:
         self.left -= task.seconds
@@ -99,8 +104,10 @@ class _Pace:
     def end(self, name: str) -> None:
         task = self.tasks[name]
         self.left -= task.seconds
-        self._predicted += task.seconds
-        self._taken += time.monotonic() - self._started.pop(name)
+        taken = time.monotonic() - self._started.pop(name)
+        if name not in self._resumed:  # what is left of a task says nothing about the machine
+            self._predicted += task.seconds
+            self._taken += taken
 
     def line(self, done: set[str]) -> str:
         """One line of progress."""
@@ -108,7 +115,7 @@ class _Pace:
         gone = sum(
             min(now - started, self.tasks[name].seconds) for name, started in self._started.items()
         )
-        # Of tasks that were not resumed near their end, which take less than is predicted.
+        # The machine is slower than it was when its speed was measured if others use it too.
         ratio = max(1.0, self._taken / self._predicted) if self._predicted else 1.0
         hours = max(0.0, self.left - gone) * ratio / 3600
         return (

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.study import report, report_plots, stages, work
+from benchmarks.study import report, report_plots, scheduler, stages, work
 from benchmarks.study.__main__ import main
 from benchmarks.study.collect import collect
 from benchmarks.study.metrics import distances, flagged, halves
@@ -29,6 +30,7 @@ from benchmarks.study.schedules import (
     token_losses,
 )
 from benchmarks.study.settings import SMOKE, identity, load_study, merged
+from benchmarks.study.tasks import Task
 from benchmarks.study.work import Work, choose_epochs, phase_epochs, step_flop
 from variant.engine.engine import Engine
 from variant.errors import UserError
@@ -361,7 +363,8 @@ def test_identities_cover_what_is_measured(done):
     base, run = study.find("base", 0), study.find("progressive", 0)
     recipe = merged(study.recipe, {"schedule": {"bridge": 2}})
     wider = dataclasses.replace(study, recipe=recipe)
-    for wanted in (stages.losses_identity, lambda *args: stages.generated_identity(*args, "d2")):
+    generated = partial(stages.generated_identity, schedule="d2")
+    for wanted in (stages.losses_identity, generated):
         assert wanted(study, out, base) != wanted(wider, out, base)
         assert wanted(study, out, run) != wanted(study, out, study.find("progressive", 1))
     full = [stages.generated_identity(one, out, base, "full") for one in (study, wider)]
@@ -556,6 +559,34 @@ def test_phases_are_whole_epochs_in_proportion():
     assert phase_epochs((5, 15, 15), 70) == {"joint": 10, "transition": 30, "refinement": 30}
     assert sum(phase_epochs((5, 15, 12), 17).values()) == 17
     assert phase_epochs((1, 0, 0), 9) == {"joint": 9, "transition": 0, "refinement": 0}
+
+
+def test_the_time_left_does_not_take_the_rest_of_a_resumed_task_for_its_whole(
+    tmp_path, monkeypatch
+):
+    """A task of an hour that was resumed in its last minute, and one that takes twice its time."""
+    clock, lines = [0.0], []
+    taken = {"resumed": 60.0, "slow": 7200.0, "last": 3600.0}
+
+    class Process:
+        pid = 0
+
+        def __init__(self, words):
+            clock[0] += taken[words[0]]
+
+        def poll(self):
+            return 0
+
+    tasks = [Task(name, (), lambda report: None, lambda: False, 3595.0) for name in taken]
+    monkeypatch.setattr(scheduler, "_start", lambda words, log: Process(words))
+    monkeypatch.setattr(scheduler.time, "monotonic", lambda: clock[0])
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "resumed.txt").write_text("began before")
+    scheduler.run_tasks(tasks, lambda task: [task.name], tmp_path, 1, lines.append)
+    done = [line for line in lines if "done (" in line]
+    assert "resumed: done (1 of 3 tasks; 3.0 core hours planned, 2.0 left, about 120" in done[0]
+    assert "slow: done (2 of 3 tasks; 3.0 core hours planned, 2.0 left, about 120" in done[1]
+    assert "0.0 left, about 0 minutes" in done[2]
 
 
 def test_settings_are_read_and_checked():
