@@ -449,19 +449,8 @@ class Job:
     def _seconds(self, say: Callable[[str], None]) -> dict[int, list[float]]:
         """The table of times: that of the folder, or measured now and written there."""
         command, path = self.command, self.folder / LATENCY
-        machine = environment()
         engine = Engine(self.model.var, self.model.vae)
-        settings = {
-            "cpu": machine["cpu"],
-            "isa": machine["isa"],
-            "kernels": kernels_of(engine),
-            "gpu": machine["gpu"],
-            "threads": machine["threads"],
-            "torch": machine["torch"],
-            "device": command.device,
-            "batch": command.batch,
-            "weights": self.weights,
-        }
+        settings = _times_settings(command, engine, self.weights)
         of_grid = {len(layers) for layers, _ in self.grid()}
         sets = {len(s): s for s in equidistant_sets(self.config.depth, {*of_grid, *self.depths})}
         if command.resume and path_kind(path) is not None:
@@ -543,6 +532,18 @@ class Job:
             "seconds": round(seconds, 2),
             "environment": environment(),
         }
+
+
+def _times_settings(command: Search, engine: Engine, weights: str) -> dict[str, Any]:
+    """All that measured times depend on, as plain values."""
+    machine = environment()
+    return {
+        **{key: machine[key] for key in ("cpu", "isa", "gpu", "threads", "torch")},
+        "kernels": kernels_of(engine),
+        "device": command.device,
+        "batch": command.batch,
+        "weights": weights,
+    }
 
 
 # --- printing -----------------------------------------------------------------------------------
