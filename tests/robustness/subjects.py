@@ -711,7 +711,7 @@ for _name in ("features", "encode"):
         torch.no_grad()(getattr(small().vae, name)),
         {"images_BIYX": _images(d)},
     )
-for _name in ("teacher_input", "decode"):
+for _name in ("teacher_input", "decode", "decode_by_scale"):
     MAKERS[f"VQVAE.{_name}"] = lambda d, name=_name: (
         getattr(small().vae, name),
         {"tokens_BL": _tokens(d, 2)},
