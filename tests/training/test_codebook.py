@@ -66,7 +66,11 @@ def test_revived_codes_are_used_afterwards(module, images):
 
 def test_revival_encodes_as_few_images_at_once_as_a_step(recipe, module, images, monkeypatch):
     encoded, features = [], VQVAE.features
-    watched = lambda self, x: encoded.append(len(x)) or features(self, x)  # noqa: E731
+
+    def watched(self, images_BIYX):
+        encoded.append(len(images_BIYX))
+        return features(self, images_BIYX)
+
     monkeypatch.setattr(VQVAE, "features", watched)
 
     def codes(accumulate):
