@@ -29,6 +29,7 @@ _ENGINE = _engine(
     "zone_weights",
     "slow_products",
     "packed_layers",
+    "page_tables",
 )
 _PLANNING = ("tests/cli/test_plan.py", "tests/test_schedule_files.py")
 
