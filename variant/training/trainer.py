@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import nn
 
 from variant.data.images import epoch_order
-from variant.data.loader import Loader, Plan, num_workers
+from variant.data.loader import Loader, Plan, naming_lost_workers, num_workers
 from variant.errors import UserError
 from variant.training.checkpoint_schedule import CheckpointSchedule
 from variant.training.console import RunConsole
@@ -169,7 +169,8 @@ class Trainer:
         workers = num_workers(self.recipe.data)
         self.task.loader = Loader(self.task.data, plan, workers, pin=self.device.type == "cuda")
         try:
-            yield
+            with naming_lost_workers():
+                yield
         finally:
             self.task.loader.close()
             self.task.loader = None
