@@ -140,6 +140,8 @@ class SampleFiles:
                 np.lib.format.write_array_header_1_0(file, header)
                 for part in parts:
                     file.write(np.load(part).tobytes())
+            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
+                np.save(file, np.array([self.label(index) for index in range(self.num)]))
         with atomic_write(self.record) as temporary:
             temporary.write_text(json.dumps(settings, indent=1) + "\n")
         shutil.rmtree(self.folder)
