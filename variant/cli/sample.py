@@ -28,6 +28,7 @@ from variant.evaluation.sampler import SampleFiles, sample
 from variant.models.class_names import labels_of_words
 from variant.models.config import VARConfig
 from variant.models.placement import check_device
+from variant.paths import shown
 from variant.schedule_files import load_schedule
 from variant.supernet import VARiant
 from variant.training.tokenize import rank_of_environment
@@ -75,6 +76,13 @@ def sample_command(command: Sample) -> None:
         command.cfg, min(command.top_k, config.vocab_size), command.top_p, command.seed
     )
     files = SampleFiles(command.out, form, num, labels, command.batch)
+    if command.json is not None and os.path.realpath(command.json) == os.path.realpath(
+        files.record
+    ):
+        raise UserError(
+            f"sample: --json must not be {shown(files.record)}, where the run records what its "
+            "images depend on; give another name"
+        )
     settings = settings_of(command, engine, files, sampling)
     done = 0
     with ExitStack() as stack:
