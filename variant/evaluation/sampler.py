@@ -45,6 +45,7 @@ FORMAT = "variant-sample-1"
 SETTINGS_NAME = "sample.json"
 PART = 500  # images of a shard and of a part
 TEMPORARY = re.compile(r"\.(?:part-)?(?P<number>\d+)(?:_class-?\d+)?\.(?:png|tar|npy)\.\d+\.tmp")
+OWN = re.compile(r"\d{6,}_class-?\d+\.png|part-\d{5,}\.tar")
 # Settings in which a run may be continued with another value.
 FREE = ("software", "batch")
 
@@ -76,7 +77,7 @@ class SampleFiles:
     @property
     def record(self) -> Path:
         """The file of the settings of the finished run; for "npz" beside it."""
-        return self.out.with_suffix(".json") if self.form == "npz" else self.out / SETTINGS_NAME
+        return record_of_npz(self.out) if self.form == "npz" else self.out / SETTINGS_NAME
 
     def label(self, index: int) -> int:
         """The class of an image."""
@@ -170,6 +171,16 @@ class SampleFiles:
 
     def _key(self, index: int) -> str:
         return f"{index:06d}_class{self.label(index)}"
+
+
+def record_of_npz(out: Path) -> Path:
+    """The file of the settings beside an ``.npz``."""
+    return out.with_suffix(".json")
+
+
+def is_own_name(name: str) -> bool:
+    """Whether a run writes files of this name into its folder."""
+    return name == SETTINGS_NAME or OWN.fullmatch(name) is not None
 
 
 def sample(
