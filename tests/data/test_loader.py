@@ -19,7 +19,7 @@ from PIL import Image
 from variant.data import images
 from variant.data.config import DataSection
 from variant.data.images import epoch_order
-from variant.data.loader import Loader, Plan, naming_lost_workers, num_workers, refuse_in_worker
+from variant.data.loader import Loader, Plan, num_workers, reading_ahead, refuse_in_worker
 from variant.data.sources import open_source
 from variant.errors import UserError
 from variant.training.distributed import Ranks
@@ -127,23 +127,22 @@ def test_workers_do_not_inherit_a_lock_that_another_thread_holds(source):
 
 @pytest.mark.timeout(60)
 def test_a_killed_worker_is_one_line(source):
-    loader = Loader(source, plan_of(), 1, pin=False)
-
-    def read_and_kill():
+    def read_and_kill(loader):
         for number, request in enumerate(plan_of()):
             loader.samples(request.indices, request.epoch)
             if number == 0:
                 os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
     expected = r"reads images (is killed|exited).*data\.workers"
-    with pytest.raises(UserError, match=expected) as raised, naming_lost_workers():
-        read_and_kill()
+    opened = reading_ahead(source, plan_of(), 1, pin=False)
+    with pytest.raises(UserError, match=expected) as raised, opened as loader:
+        read_and_kill(loader)
     assert "\n" not in str(raised.value)
-    loader.close()
 
 
-def test_other_errors_are_not_those_of_workers():
-    with pytest.raises(RuntimeError, match="out of memory"), naming_lost_workers():
+def test_other_errors_are_not_those_of_workers(source):
+    opened = reading_ahead(source, plan_of(), 0, pin=False)
+    with pytest.raises(RuntimeError, match="out of memory"), opened:
         raise RuntimeError("out of memory")
 
 

@@ -140,15 +140,16 @@ class Loader:
 
 
 @contextmanager
-def naming_lost_workers() -> Iterator[None]:
-    """Within the block, the end of a worker is one line.
+def reading_ahead(source: Source, plan: Plan, workers: int, *, pin: bool) -> Iterator[Loader]:
+    """A :class:`Loader` within the block, in which the end of a worker is one line.
 
     Raises:
         UserError: a worker ended by itself. torch raises RuntimeError then, from a handler of
             signals: anywhere in the block.
     """
+    loader = Loader(source, plan, workers, pin=pin)
     try:
-        yield
+        yield loader
     except RuntimeError as error:
         found = LOST_WORKER.search(str(error))
         if found is None:
@@ -157,6 +158,8 @@ def naming_lost_workers() -> Iterator[None]:
             f"a process that reads images {found[1]}; if memory was short, set data.workers lower. "
             'A script must start a training under `if __name__ == "__main__":`'
         ) from None
+    finally:
+        loader.close()
 
 
 def refuse_in_worker() -> None:

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import nn
 
 from variant.data.images import epoch_order
-from variant.data.loader import Loader, Plan, naming_lost_workers, num_workers
+from variant.data.loader import Plan, num_workers, reading_ahead
 from variant.errors import UserError
 from variant.training.checkpoint_schedule import CheckpointSchedule
 from variant.training.console import RunConsole
@@ -167,12 +167,11 @@ class Trainer:
         """The task fetches its samples from workers within the block."""
         plan = _plan(self.setup, self.task.data.num_train, self.state.step, self.total_steps)
         workers = num_workers(self.recipe.data)
-        self.task.loader = Loader(self.task.data, plan, workers, pin=self.device.type == "cuda")
+        pin = self.device.type == "cuda"
         try:
-            with naming_lost_workers():
+            with reading_ahead(self.task.data, plan, workers, pin=pin) as self.task.loader:
                 yield
         finally:
-            self.task.loader.close()
             self.task.loader = None
 
     def _train_step(self) -> float | None:
