@@ -83,7 +83,7 @@ def test_samples_are_those_of_the_source_and_no_generator_is_drawn_from(source, 
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("file_bytes", [0, 64])
 def test_workers_need_shared_memory_for_locks_alone(source, file_bytes):
     # Shared memory is a file to the kernel. A lock has 32 bytes, the smallest tensor here more.
@@ -115,7 +115,7 @@ def test_a_full_disk_is_one_line_that_names_the_folder(source):
         signal.signal(signal.SIGXFSZ, before)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_workers_do_not_inherit_a_lock_that_another_thread_holds(source):
     # A lock of the interpreter, which a fork can inherit just so, cannot be held from Python.
     loader = Loader(source, plan_of(), 1, pin=False)
@@ -125,7 +125,7 @@ def test_workers_do_not_inherit_a_lock_that_another_thread_holds(source):
     loader.close()
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_a_killed_worker_is_one_line(source):
     def read_and_kill(loader):
         for number, request in enumerate(plan_of()):
@@ -146,7 +146,7 @@ def test_other_errors_are_not_those_of_workers(source):
         raise RuntimeError("out of memory")
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_workers_end_with_a_training_that_is_killed_while_they_start(source, tmp_path):
     section = dataclasses.asdict(source.data.section)
     (tmp_path / "script.py").write_text(
