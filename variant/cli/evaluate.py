@@ -14,8 +14,9 @@ from rich.console import Console
 from variant.bench.environment import environment
 from variant.cli.image_folder import SETTINGS_NAME
 from variant.cli.options import Eval
-from variant.cli.output import check_json, console, table, write_json
+from variant.cli.output import check_apart, check_json, console, table, write_json
 from variant.cli.progress import Advance, progress
+from variant.cli.pyplot import check_plot
 from variant.data.sources import open_data
 from variant.errors import UserError
 from variant.evaluation.classifier import (
@@ -46,7 +47,9 @@ VERSIONS = ("date", "command", "commit", "dirty", "cpu", "threads", "python", "t
 
 def evaluate_command(command: Eval) -> None:
     """Print every metric with its interval, its floor and its number of images; write them all."""
+    check_apart("eval", _files(command))
     check_json("eval", command.json)
+    check_plot("eval", command.plot)
     if command.compare:
         _compare(command)
         return
@@ -96,6 +99,24 @@ def evaluate_command(command: Eval) -> None:
     printed = console(command.json)
     printed.print(_table(command, result))
     write_json(command.json, _as_json(command, result, notes))
+
+
+def _files(command: Eval) -> dict[str, Path | None]:
+    """The files that an evaluation reads or writes, by their options."""
+    files = {f"--compare {path}": path for path in dict.fromkeys(command.compare)}
+    weights = _classifier_file(command)
+    if weights is not None:
+        record = weights.with_suffix(".json")
+        files |= {"the classifier's weights": weights, "the classifier's record": record}
+    return {**files, "--plot": command.plot, "--json": command.json}
+
+
+def _classifier_file(command: Eval) -> Path | None:
+    """The weights of the classifier of ``--features``, which are read or written."""
+    if not command.features.startswith(CLASSIFIER):
+        return None
+    name = command.features.removeprefix(CLASSIFIER)
+    return command.weights or Path("runs") / Path(name).stem / "classifier.safetensors"
 
 
 def _reconstructions(name: str, vae: VQVAE, reference: Reference) -> ImageSet:
@@ -165,7 +186,8 @@ def network_of(command: Eval, out: Console) -> FeatureNetwork:
 
     name = command.features.removeprefix(CLASSIFIER)
     recipe = load_recipe(name)
-    path = command.weights or Path("runs") / Path(name).stem / "classifier.safetensors"
+    path = _classifier_file(command)
+    assert path is not None, "it has a classifier"
     vae = recipe.vae
     data = open_data(recipe.data, vae.image_size, vae.in_channels, recipe.seed)
     if not is_there(path):

@@ -11,9 +11,9 @@ from typing import Any
 
 from variant.bench.environment import environment
 from variant.cli.options import Eval, Sample
-from variant.cli.output import check_file, console, table, write_json
+from variant.cli.output import console, table, write_json
 from variant.cli.progress import progress
-from variant.cli.pyplot import pyplot
+from variant.cli.pyplot import pyplot, save_plot
 from variant.cli.sample import PER_CLASS, settings_of
 from variant.engine.engine import Engine
 from variant.engine.generation import Sampling
@@ -88,9 +88,6 @@ class Setting:
 def evaluate_depths(command: Eval, reference: Reference, network: FeatureNetwork) -> None:
     """Generate the images of every setting, evaluate them, print the table and write the record."""
     assert command.model is not None, "the caller checks it"
-    if command.plot is not None:
-        check_file(command.plot)
-        pyplot("eval")
     model = VARiant.from_pretrained(command.model, device=command.device)
     config, engine = model.var.config, Engine(model.var, model.vae)
     num = PER_CLASS * config.num_classes if command.num is None else command.num
@@ -258,5 +255,4 @@ def _plot(path: Path, rows: list[tuple[Setting, float, Evaluation]]) -> None:
     axes[0].set(xlabel="K/V of one image, KiB", ylabel=name)
     axes[1].set(xlabel="ms per image")
     axes[0].legend(fontsize="small")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_plot(plt, figure, path)

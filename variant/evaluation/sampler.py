@@ -44,6 +44,7 @@ FORMAT = "variant-sample-1"
 SETTINGS_NAME = "sample.json"
 PART = 500  # images of a shard and of a part
 TEMPORARY = re.compile(r"\.(?:part-)?(?P<number>\d+)(?:_\w+)?\.(?:png|tar|npy)\.\d+\.tmp")
+OWN = re.compile(r"\d{6,}_class-?\d+\.png|part-\d{5,}\.tar")
 # Settings in which a run may be continued with another value.
 FREE = ("software", "batch")
 
@@ -75,7 +76,7 @@ class SampleFiles:
     @property
     def record(self) -> Path:
         """The file of the settings of the finished run; for "npz" beside it."""
-        return self.out.with_suffix(".json") if self.form == "npz" else self.out / SETTINGS_NAME
+        return record_of_npz(self.out) if self.form == "npz" else self.out / SETTINGS_NAME
 
     def label(self, index: int) -> int:
         """The class of an image."""
@@ -159,6 +160,16 @@ class SampleFiles:
         return f"{index:06d}_class{self.label(index)}"
 
 
+def record_of_npz(out: Path) -> Path:
+    """The file of the settings beside an ``.npz``."""
+    return out.with_suffix(".json")
+
+
+def is_own_name(name: str) -> bool:
+    """Whether a run writes files of this name into its folder."""
+    return name == SETTINGS_NAME or OWN.fullmatch(name) is not None
+
+
 def sample(
     engine: Engine,
     sampling: Sampling,
@@ -186,10 +197,14 @@ def sample(
     integer("sample", "rank", rank, 0)
     integer("sample", "world_size", world_size, rank + 1)
     settings = {"format": FORMAT, **settings}
-    if files.form == "npz" and path_kind(files.out) is not None:
-        _check_same(files.record, settings)
-        report(files.num, files.num)
-        return 0
+    if files.form == "npz":
+        is_made = path_kind(files.out) is not None
+        # Without the .npz: a file of someone else, which the record of this run would replace.
+        if is_made or path_kind(files.record) is not None:
+            _check_same(files.record, settings)
+        if is_made:
+            report(files.num, files.num)
+            return 0
     with locked_folder(files.folder, f".variant-sample-{rank}.lock"):
         _start(files, settings)
         files.clear_temporary(rank, world_size)
