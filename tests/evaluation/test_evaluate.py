@@ -19,9 +19,10 @@ from variant.errors import UserError
 from variant.evaluation import report
 from variant.evaluation.classifier import load_classifier, save_classifier, train_classifier
 from variant.evaluation.features import FeatureNetwork, Features
-from variant.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
+from variant.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance, total
 from variant.evaluation.image_sets import Reference, array_images, open_images, open_reference
 from variant.evaluation.report import evaluate
+from variant.evaluation.scores import PrecisionRecall
 from variant_kernels import DepthSchedule
 
 CPU = torch.device("cpu")
@@ -66,7 +67,7 @@ def metric(result, name):
 
 def test_every_form_of_the_same_images_gives_the_same_metrics(tmp_path):
     pixels, real = array(1, 40), array(2, 50)
-    np.savez(tmp_path / "a.npz", pixels)
+    np.savez(tmp_path / "a.npz", pixels, np.arange(40) % 4)
     np.savez(tmp_path / "real.npz", arr_0=real)
     paths = [
         tmp_path / "a.npz",
@@ -76,7 +77,11 @@ def test_every_form_of_the_same_images_gives_the_same_metrics(tmp_path):
     reference = tmp_path / "real.npz"
     results = [evaluate(open_images(path), open_reference(reference), NETWORK) for path in paths]
     assert len({result.images_sha256 for result in results}) == 1
-    assert results[0].metrics == results[1].metrics == results[2].metrics
+    assert results[0].metrics == results[1].metrics
+    # A .tar without labels has other blocks, and therefore another interval.
+    values = [[(each.name, each.value) for each in result.metrics] for result in results]
+    for one, other in zip(values[0], values[2], strict=True):
+        assert other == (one[0], pytest.approx(one[1], abs=1e-12))
     features = [patches(torch.from_numpy(x).permute(0, 3, 1, 2)) for x in (pixels, real)]
     expected = frechet_distance(*(FeatureStatistics.of(x).gaussian() for x in features))
     result = metric(results[0], "FD (patches)")
@@ -94,6 +99,56 @@ def test_the_batch_size_changes_no_metric(batch):
     ]
     for one, other in zip(results[0].metrics, results[1].metrics, strict=True):
         assert one.value == pytest.approx(other.value, abs=1e-9)
+
+
+@pytest.mark.parametrize("order", ["in turn", "sorted", "mixed"])
+def test_the_interval_is_that_of_classes_of_equal_share_whatever_their_order(order, monkeypatch):
+    """Ten far classes, in turn as `variant sample` writes them: every tenth image is one class."""
+    generator = torch.Generator().manual_seed(0)
+    centres = 3 * torch.randn(10, 6, generator=generator)
+    classes = torch.arange(500) % 10
+
+    def draw():
+        return centres[classes] + torch.randn(500, 6, generator=generator)
+
+    monkeypatch.setattr(report, "precision_recall", lambda **sets: PrecisionRecall(0, 0, 0, 0))
+    real = torch.cat([draw() for _ in range(4)])
+    labels = {
+        "in turn": classes,
+        "sorted": classes.sort().values,
+        "mixed": classes[torch.randperm(500, generator=generator)],
+    }[order]
+    # The features travel in the pixels' place; a batch is the whole set.
+    results = []
+    for _ in range(30):
+        own = draw()[classes.argsort(stable=True)][labels.argsort(stable=True).argsort()]
+        given = iter((own, real))
+        network = FeatureNetwork(
+            "f", "FD", "", lambda images, given=given: Features(next(given)), CPU
+        )
+        images = array_images("a", array(1, 500, side=1), labels.numpy())
+        reference = Reference("r", array_images("r", array(2, 2000, side=1)))
+        results.append(metric(evaluate(images, reference, network, batch=2000), "FD"))
+    half = np.mean([result.high - result.value for result in results])
+    spread = 1.96 * np.std([result.value for result in results])
+    assert 0.6 * spread < half < 1.7 * spread
+    limits = [result.infinite for result in results]
+    assert abs(np.mean(limits)) < 0.5 * np.mean([result.value for result in results])
+
+
+@pytest.mark.parametrize("count", [20, 23, 29, 500])
+def test_blocks_without_labels_are_disjoint_and_of_one_size(count):
+    place = torch.arange(float(count))[:, None]
+    blocks = report.blocks_of(place)
+    assert {block.count for block in blocks} <= {count // 10, -(-count // 10)}
+    whole = total(blocks)
+    assert whole.count == count
+    assert whole.scatter_DD.item() == pytest.approx(((place - place.mean()) ** 2).sum().item())
+    # Images sorted by class give equal blocks, classes in turn mixed ones.
+    ordered = [block.mean_D.item() for block in report.blocks_of(place)]
+    assert max(ordered) - min(ordered) < 10
+    in_turn = [block.scatter_DD.item() for block in report.blocks_of(place % 10)]
+    assert count < 100 or min(in_turn) > 0
 
 
 def test_the_statistics_of_a_reference_file_are_taken(tmp_path):

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from variant.bench.environment import environment
+from variant.cli.image_folder import FORMAT as GENERATE_FORMAT
 from variant.cli.image_folder import SETTINGS_NAME
 from variant.cli.options import Eval
 from variant.cli.output import check_apart, check_json, console, table, write_json
@@ -32,6 +33,7 @@ from variant.evaluation.image_sets import ImageSet, Reference, open_images, open
 from variant.evaluation.paired import Paired, compare_pairs
 from variant.evaluation.reconstruct import load_vqvae, psnr_by_scales, reconstructions
 from variant.evaluation.report import Evaluation, Metric, evaluate
+from variant.evaluation.sampler import FORMAT as SAMPLE_FORMAT
 from variant.evaluation.sampler import SETTINGS_NAME as SAMPLED
 from variant.models.placement import check_device
 from variant.models.vqvae import VQVAE
@@ -40,6 +42,7 @@ from variant.training.recipe import Recipe, load_recipe
 from variant_kernels.arguments import integer
 
 FORMAT = "variant-eval-1"
+RECORDS = (SAMPLE_FORMAT, GENERATE_FORMAT)
 CLASSIFIER = "classifier:"
 # Of the environment of a result; the rest of it says nothing about a metric.
 VERSIONS = ("date", "command", "commit", "dirty", "cpu", "threads", "python", "torch", "gpu")
@@ -77,6 +80,7 @@ def evaluate_command(command: Eval) -> None:
     else:
         assert command.images is not None, "checked above"
         images = open_images(command.images)
+    generated = _generated(command.images)
     is_paired = command.paired or command.reconstruct is not None
     if is_paired and reference.images is None:
         raise UserError(f"eval: --paired needs a reference with images; {reference.name} has none")
@@ -85,6 +89,7 @@ def evaluate_command(command: Eval) -> None:
     with ExitStack() as stack:
         heard = stack.enter_context(warnings.catch_warnings(record=True))
         warnings.simplefilter("always", RuntimeWarning)
+        _check_number(images, generated)
         advance = stack.enter_context(progress("eval", "features", total, command.json))
         result = evaluate(images, reference, network, batch=command.batch, advance=advance)
         if is_paired and reference.images is not None:
@@ -98,7 +103,7 @@ def evaluate_command(command: Eval) -> None:
         out.print(f"warning: {note}")
     printed = console(command.json)
     printed.print(_table(command, result))
-    write_json(command.json, _as_json(command, result, notes))
+    write_json(command.json, _as_json(command, result, notes, generated))
 
 
 def _files(command: Eval) -> dict[str, Path | None]:
@@ -240,7 +245,9 @@ def _table(command: Eval, result: Evaluation) -> Any:
     return rows
 
 
-def _as_json(command: Eval, result: Evaluation, notes: list[str]) -> dict[str, Any]:
+def _as_json(
+    command: Eval, result: Evaluation, notes: list[str], generated: Mapping[str, Any] | None
+) -> dict[str, Any]:
     machine = environment()
     return {
         "format": FORMAT,
@@ -251,19 +258,37 @@ def _as_json(command: Eval, result: Evaluation, notes: list[str]) -> dict[str, A
         "batch": command.batch,
         "device": command.device,
         "warnings": notes,
-        "generated": _generated(command.images),
+        "generated": generated,
         "environment": {key: machine.get(key) for key in VERSIONS},
     }
 
 
-def _generated(images: Path | None) -> Any:
-    """What the images were generated from, where a folder records it; else None."""
+def _generated(images: Path | None) -> dict[str, Any] | None:
+    """What the images were generated from, where a record beside them tells it; else None."""
     if images is None:
         return None
     paths = (images / SAMPLED, images / SETTINGS_NAME, images.with_suffix(".json"))
-    path = next((path for path in paths if path_kind(path) == "file"), None)
-    recorded = None if path is None else read_json(path)
-    return recorded if isinstance(recorded, dict) else None
+    return next(filter(None, map(_record, paths)), None)
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    """The record that `variant sample` or `variant generate` wrote there; None for another file."""
+    recorded = read_json(path) if path_kind(path) == "file" else None
+    is_record = isinstance(recorded, dict) and recorded.get("format") in RECORDS
+    return recorded if is_record else None
+
+
+def _check_number(images: ImageSet, generated: Mapping[str, Any] | None) -> None:
+    """Warns: RuntimeWarning, if there are not the images of `variant sample` and no others."""
+    recorded = {} if generated is None else generated
+    num = recorded.get("num")
+    if recorded.get("format") == SAMPLE_FORMAT and num != images.count:
+        warnings.warn(
+            f"eval: {images.name} holds {images.count:,} images; its record of `variant sample` "
+            f"says {num:,}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 # --- two results --------------------------------------------------------------------------------

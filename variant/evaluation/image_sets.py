@@ -106,7 +106,7 @@ def open_images(path: str | os.PathLike[str]) -> ImageSet:
         arrays = _read_npz(path)
         if "arr_0" not in arrays:
             raise UserError(f"{shown(path)}: holds no images (arr_0); it has {', '.join(arrays)}")
-        return array_images(path.name, arrays["arr_0"])
+        return array_images(path.name, arrays["arr_0"], arrays.get("arr_1"))
     raise UserError(f"{shown(path)}: must be a folder, a .tar or an .npz of images")
 
 
@@ -120,7 +120,9 @@ def open_reference(path: str | os.PathLike[str]) -> Reference:
     if path.suffix != ".npz" or path_kind(path) != "file":
         return Reference(path.name, open_images(path))
     arrays = _read_npz(path)
-    images = array_images(path.name, arrays["arr_0"]) if "arr_0" in arrays else None
+    images = None
+    if "arr_0" in arrays:
+        images = array_images(path.name, arrays["arr_0"], arrays.get("arr_1"))
     gaussians = [
         _gaussian(path, arrays, *names) for names in (("mu", "sigma"), ("mu_s", "sigma_s"))
     ]
@@ -132,9 +134,13 @@ def open_reference(path: str | os.PathLike[str]) -> Reference:
     return Reference(path.name, images, *gaussians)
 
 
-def array_images(name: str, images_NYX3: np.ndarray) -> ImageSet:
+def array_images(
+    name: str, images_NYX3: np.ndarray, labels_N: np.ndarray | None = None
+) -> ImageSet:
     """The images of an array, uint8 (N, Y, X, 3).
 
+    Args:
+        labels_N: integers, as ADM's samples have them in arr_1; anything else is no label.
     Raises:
         UserError: it is another array.
     """
@@ -150,7 +156,14 @@ def array_images(name: str, images_NYX3: np.ndarray) -> ImageSet:
         rows = images_NYX3[indices.start : indices.stop]
         return torch.from_numpy(np.ascontiguousarray(rows.transpose(0, 3, 1, 2)))
 
-    return ImageSet(name, len(images_NYX3), None, read)
+    labels = None
+    if (
+        labels_N is not None
+        and labels_N.shape == (len(images_NYX3),)
+        and labels_N.dtype.kind in "iu"
+    ):
+        labels = labels_N.tolist()
+    return ImageSet(name, len(images_NYX3), labels, read)
 
 
 def _gaussian(path: Path, arrays: Any, mean: str, covariance: str) -> Gaussian | None:
@@ -168,7 +181,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         try:
             # Objects would run code of the file.
             with np.load(file, allow_pickle=False) as arrays:
-                names = ("arr_0", "mu", "sigma", "mu_s", "sigma_s")
+                names = ("arr_0", "arr_1", "mu", "sigma", "mu_s", "sigma_s")
                 return {name: arrays[name] for name in arrays.files if name in names}
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, MemoryError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -33,7 +33,7 @@ from variant_kernels.arguments import integer
 
 BLOCKS = 10  # of the jackknife
 LEAST = 2 * BLOCKS  # images
-FLOOR_SEED = 0  # of the halves of the reference
+FLOOR_SEED = BLOCK_SEED = 0  # of the halves of the reference, and of blocks without labels
 # A split of the Inception Score holds nearly all classes if the images are mixed.
 LEAST_CLASSES_IN_SPLIT = 0.5
 
@@ -152,6 +152,7 @@ def evaluate(
         _distance(
             network.distance,
             own.features_BD,
+            images.labels,
             None if real is None else real.features_BD,
             reference.gaussian if given else None,
             reference.name,
@@ -164,6 +165,7 @@ def evaluate(
             _distance(
                 f"s{network.distance}",
                 own.spatial_BD,
+                images.labels,
                 None if real is None else real.spatial_BD,
                 reference.spatial if given else None,
                 reference.name,
@@ -203,7 +205,12 @@ def _check_sizes(images: ImageSet, reference: Reference) -> None:
 
 
 def _distance(
-    name: str, own_ND: Tensor, real_ND: Tensor | None, gaussian: Gaussian | None, reference: str
+    name: str,
+    own_ND: Tensor,
+    labels: Sequence[int] | None,
+    real_ND: Tensor | None,
+    gaussian: Gaussian | None,
+    reference: str,
 ) -> Metric:
     if gaussian is None:
         if real_ND is None:
@@ -211,13 +218,13 @@ def _distance(
                 f"eval: {name} needs the images of the reference; {reference} holds statistics of "
                 "the Inception network alone"
             )
-        gaussian = total(_blocks(real_ND)).gaussian()
+        gaussian = total(blocks_of(real_ND)).gaussian()
     if own_ND.shape[1] != len(gaussian.mean_D):
         raise UserError(
             f"eval: {name} compares {own_ND.shape[1]} features; {reference} has statistics of "
             f"{len(gaussian.mean_D)}"
         )
-    result = frechet_from_blocks(_blocks(own_ND), gaussian, name)
+    result = frechet_from_blocks(blocks_of(own_ND, labels), gaussian, name)
     floor = floor_count = None
     if real_ND is not None:
         floor_count = min(len(own_ND), len(real_ND) // 2)
@@ -244,9 +251,24 @@ def floor_of(real_ND: Tensor, count: int) -> float:
     return frechet_distance(*(half.gaussian() for half in halves))
 
 
-def _blocks(features_ND: Tensor) -> list[FeatureStatistics]:
-    """Statistics of every tenth image, so that images sorted by class give equal blocks."""
-    return [FeatureStatistics.of(features_ND[start::BLOCKS]) for start in range(BLOCKS)]
+def blocks_of(features_ND: Tensor, labels: Sequence[int] | None = None) -> list[FeatureStatistics]:
+    """Statistics of ten disjoint blocks of images, each a sample like the whole.
+
+    Args:
+        labels: the class of each image: every block has the same share of each class, whatever the
+            order. None: of every ten images in order each goes into another block, drawn at
+            random, so that images sorted by class give equal blocks, and so do classes in turn,
+            which every tenth image would tear apart.
+    """
+    count = len(features_ND)
+    if labels is None:
+        generator = torch.Generator().manual_seed(BLOCK_SEED)
+        draws = torch.rand(-(-count // BLOCKS), BLOCKS, generator=generator)
+        order = (draws.argsort(1) + BLOCKS * torch.arange(len(draws))[:, None]).flatten()
+        order = order[order < count]
+    else:
+        order = torch.tensor(labels).argsort(stable=True)
+    return [FeatureStatistics.of(features_ND[order[start::BLOCKS]]) for start in range(BLOCKS)]
 
 
 def _class_metrics(images: ImageSet, network: FeatureNetwork, logits_NC: Tensor) -> list[Metric]:

@@ -84,6 +84,8 @@ def open_run(
             setup = RunSetup(kind, recipe, optim, folder, ranks=ranks, **options)
             if is_locked:
                 clear_leftovers(setup.folder, run_files(setup.folder))
+                if setup.saved is not None:
+                    setup.checkpointer.files.remove_lone_best()
         yield setup
 
 
