@@ -107,7 +107,7 @@ class Trainer:
         Raises:
             UserError: the checkpoint or the best weights of a resumed run are damaged or of another
                 model; a loss or gradient is not finite; a file cannot be written.
-            SystemExit: with everything saved; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
+            SystemExit: 130 (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP), with everything saved.
         """
         state = self.state
         with self.ranks.one_after_another():  # the first puts the files in order

@@ -318,7 +318,7 @@ def train_var(
             do not fit; data and model have different numbers of classes; another training is
             writing into ``out``; see also :class:`variant.training.run_setup.RunSetup` and
             :meth:`variant.training.trainer.Trainer.run`.
-        SystemExit: with everything saved; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
+        SystemExit: 130 (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP), with everything saved.
     """
     recipe = with_seed("train_var", recipe, seed)
     device = device or device_of_rank()
