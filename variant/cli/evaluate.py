@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from variant.bench.environment import environment
+from variant.cli.generate import weights_sha256
 from variant.cli.image_folder import FORMAT as GENERATE_FORMAT
 from variant.cli.image_folder import SETTINGS_NAME
 from variant.cli.options import Eval
@@ -30,7 +31,7 @@ from variant.evaluation.classifier import (
 )
 from variant.evaluation.features import FeatureNetwork, load_network
 from variant.evaluation.image_sets import ImageSet, Reference, open_images, open_reference
-from variant.evaluation.paired import Paired, compare_pairs
+from variant.evaluation.paired import Paired, check_pairs, compare_pairs
 from variant.evaluation.reconstruct import load_vqvae, psnr_by_scales, reconstructions
 from variant.evaluation.report import Evaluation, Metric, evaluate
 from variant.evaluation.sampler import FORMAT as SAMPLE_FORMAT
@@ -44,6 +45,7 @@ from variant_kernels.arguments import integer
 FORMAT = "variant-eval-1"
 RECORDS = (SAMPLE_FORMAT, GENERATE_FORMAT)
 CLASSIFIER = "classifier:"
+OF_MODEL = ("num", "depths", "bridges", "schedules", "kv_dtypes", "seed", "out", "plot")
 # Of the environment of a result; the rest of it says nothing about a metric.
 VERSIONS = ("date", "command", "commit", "dirty", "cpu", "threads", "python", "torch", "gpu")
 
@@ -64,6 +66,10 @@ def evaluate_command(command: Eval) -> None:
         )
     if command.scales and command.reconstruct is None:
         raise UserError("eval: --scales is for --reconstruct MODEL")
+    if command.paired and command.model is not None:
+        raise UserError("eval: --paired is for --images")
+    if command.model is None:
+        _check_alone(command)
     integer("eval", "--batch", command.batch, 1)
     check_device("eval", command.device, name="--device")
     out = console(command.json, stderr=True)
@@ -84,6 +90,8 @@ def evaluate_command(command: Eval) -> None:
     is_paired = command.paired or command.reconstruct is not None
     if is_paired and reference.images is None:
         raise UserError(f"eval: --paired needs a reference with images; {reference.name} has none")
+    if command.paired and reference.images is not None:
+        check_pairs(images, reference.images)
     network = network_of(command, out)
     total = images.count + (0 if reference.images is None else reference.images.count)
     with ExitStack() as stack:
@@ -103,7 +111,15 @@ def evaluate_command(command: Eval) -> None:
         out.print(f"warning: {note}")
     printed = console(command.json)
     printed.print(_table(command, result))
-    write_json(command.json, _as_json(command, result, notes, generated))
+    write_json(command.json, _as_json(command, result, notes, generated, vae))
+
+
+def _check_alone(command: Eval) -> None:
+    """Raises: UserError, for an option that would have no effect without --model."""
+    defaults = Eval()
+    for name in OF_MODEL:
+        if getattr(command, name) != getattr(defaults, name):
+            raise UserError(f"eval: --{name.replace('_', '-')} is for --model MODEL")
 
 
 def _files(command: Eval) -> dict[str, Path | None]:
@@ -246,7 +262,11 @@ def _table(command: Eval, result: Evaluation) -> Any:
 
 
 def _as_json(
-    command: Eval, result: Evaluation, notes: list[str], generated: Mapping[str, Any] | None
+    command: Eval,
+    result: Evaluation,
+    notes: list[str],
+    generated: Mapping[str, Any] | None,
+    vae: VQVAE | None,
 ) -> dict[str, Any]:
     machine = environment()
     return {
@@ -254,6 +274,7 @@ def _as_json(
         **asdict(result),
         "images": None if command.images is None else str(command.images),
         "reconstructed_by": command.reconstruct,
+        "reconstructed_by_sha256": None if vae is None else weights_sha256(vae),
         "reference": command.reference,
         "batch": command.batch,
         "device": command.device,
@@ -305,7 +326,9 @@ def _compare(command: Eval) -> None:
         pair = [one.get(name) for one in metrics]
         values = ["" if metric is None else f"{metric.value:.4g}" for metric in pair]
         both = [metric.value for metric in pair if metric is not None]
-        rows.add_row(name, *values, f"{both[1] - both[0]:+.4g}" if len(both) == 2 else "")
+        # Two infinite PSNR are equal.
+        difference = 0.0 if both[0] == both[-1] else both[-1] - both[0]
+        rows.add_row(name, *values, f"{difference:+.4g}" if len(both) == 2 else "")
     settings = [dict(_flat(result)) for result in results]
     differing = {
         key: (settings[0].get(key), settings[1].get(key))
