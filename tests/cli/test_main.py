@@ -15,7 +15,7 @@ import variant
 from variant.cli import announce, messages
 from variant.cli import main as module
 from variant.cli.main import main
-from variant.cli.options import Bench, Generate, Plan
+from variant.cli.options import Bench, Eval, Generate, Plan
 from variant.cli.words import command_line
 from variant.errors import UserError
 
@@ -305,6 +305,11 @@ def test_the_first_line_says_what_is_about_to_happen():
     assert announce.first_line(Bench(dtype=("float32", "bfloat16"))) == (
         "bench: digits, batch 1, 8, float32, bfloat16, cpu, 5 rounds"
     )
+    for source in ("images", "model", "reconstruct"):
+        assert announce.first_line(Eval(**{source: "a"}, reference="b")) == (
+            "eval: a against b, features of inception, cpu"
+        )
+    assert announce.first_line(Eval()) == announce.first_line(Eval(model="a")) == ""
 
 
 def test_a_terminal_of_ascii_only(model, tmp_path):

@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from unittest.mock import MagicMock
 
 import pytest
@@ -297,6 +297,18 @@ def test_callbacks_generators_and_plain_torch_are_not_recorded(recorder):
     assert scales == [0, 1, 2]
 
 
+def test_recordings_rest_while_capture_is_off(recorder):
+    model = small_model()
+    engine = Engine(model.var, model.vae)
+    expected = engine.generate([1, 2], seed=0)
+    for capture in (False, True):
+        engine.capture = capture
+        again = engine.generate([1, 2], seed=0)
+        assert again.stats.captured == capture
+        assert same(again, expected)
+    assert recorder.recorded == 2
+
+
 def test_page_tables_that_a_graph_reads_outlive_the_table_cache(recorder, monkeypatch):
     monkeypatch.setattr("variant.engine.page_tables.MAX_PAGE_TABLES", 1)
     model = small_model()
@@ -406,6 +418,33 @@ def test_running_out_of_memory_with_no_recording_to_drop_raises():
 
     with pytest.raises(torch.OutOfMemoryError):
         GraphCache(Full()).run("key", lambda x: (x,), torch.zeros(1))
+
+
+def test_work_waits_for_that_of_the_block_before_on_whichever_stream(monkeypatch):
+    """With a double of torch.cuda."""
+    cuda = MagicMock()
+    streams, events = [MagicMock(), MagicMock(), MagicMock()], [MagicMock() for _ in range(3)]
+    cuda.current_stream.side_effect, cuda.Event.side_effect = streams, events
+    monkeypatch.setattr("variant.engine.cuda_graphs.torch.cuda", cuda)
+    recorder = GraphRecorder(torch.device("cuda", 1))
+    with recorder.serialized():
+        events[0].record.assert_not_called()
+    streams[0].wait_event.assert_not_called()
+    events[0].record.assert_called_once_with(streams[0])
+    with suppress(MemoryError), recorder.serialized():
+        streams[1].wait_event.assert_called_once_with(events[0])
+        raise MemoryError
+    events[1].record.assert_called_once_with(streams[1])  # what was queued before the error
+    with recorder.serialized():
+        streams[2].wait_event.assert_called_once_with(events[1])
+
+
+def test_without_recordings_no_memory_is_idle():
+    repeater = Repeater()
+    graphs, repeater.idle = GraphCache(repeater), 7
+    assert graphs.idle_bytes() == 0
+    graphs.run("key", lambda x: (x,), torch.zeros(1))
+    assert graphs.idle_bytes() == 7
 
 
 def test_a_graph_is_captured_on_the_warm_up_stream_alone_and_uncollected(monkeypatch):

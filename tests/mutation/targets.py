@@ -29,7 +29,9 @@ _ENGINE = _engine(
     "zone_weights",
     "slow_products",
     "packed_layers",
+    "page_tables",
 )
+_PLANNING = ("tests/cli/test_plan.py", "tests/test_schedule_files.py")
 
 # module: files of tests.
 TARGETS: dict[str, tuple[str, ...]] = {
@@ -62,14 +64,14 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "variant.engine.engine": _ENGINE,
     "variant.engine.generation": _ENGINE,
     "variant.engine.graph_replay": _ENGINE,
-    "variant.engine.grid": _ENGINE,
+    "variant.engine.grid": _engine("grid"),
     "variant.engine.images": _ENGINE,
     "variant.engine.kernels": _ENGINE,
     "variant.engine.kv_dtype": _ENGINE,
     "variant.engine.memory": _engine("memory"),
     "variant.engine.packed_layers": _ENGINE,
     "variant.engine.page_tables": _ENGINE,
-    "variant.engine.planning": _ENGINE,
+    "variant.engine.planning": (*_engine("zone_weights", "kv8_engine"), *_PLANNING),
     "variant.engine.runs": _ENGINE,
     "variant.engine.step_loop": _ENGINE,
     "variant.engine.weights": _ENGINE,

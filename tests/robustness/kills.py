@@ -244,11 +244,11 @@ def _in_main() -> bool:
 
 
 def check(files: Files, seed: int, case: int) -> int:
-    """One run; returns the number of its kills."""
+    """One run; returns how often a process died: a resumed run may end before its moment comes."""
     rng = forked.rng_of(seed, case)
     mode = rng.choice(KINDS[files.ranks])
     out = Path(tempfile.mkdtemp(prefix=f"kills{case}-", dir=files.root))
-    told, newest = [], -1
+    told, deaths, newest = [], 0, -1
     try:
         while True:
             kills = _draw_kills(rng, files, mode) if len(told) < MOST_KILLS else {}
@@ -256,12 +256,12 @@ def check(files: Files, seed: int, case: int) -> int:
             if kills:
                 told.append(", ".join(f"rank {r} at {e} + {s:.3f}" for r, (e, s) in kills.items()))
             what = f"{mode}, killed {'; '.join(told)}"
-            _check_codes(what, done, kills)
+            deaths += bool(_check_codes(what, done, kills))
             newest = _check_checkpoint(what, out, newest)
             if done.codes == [0] * files.ranks:
                 break
         _check_equal(what, files.whole[mode], out)
-        return len(told)
+        return deaths
     finally:
         shutil.rmtree(out, ignore_errors=True)
 
@@ -278,7 +278,8 @@ def _draw_kills(rng: random.Random, files: Files, mode: str) -> dict[int, tuple[
     return kills
 
 
-def _check_codes(what: str, done: Sitting, kills: dict[int, Any]) -> None:
+def _check_codes(what: str, done: Sitting, kills: dict[int, Any]) -> set[int]:
+    """The ranks that died."""
     died = {rank for rank, code in enumerate(done.codes) if code in (-9, -signal.SIGALRM)}
     if not died <= kills.keys():
         raise Failed(f"{what}: exit codes {done.codes}")
@@ -292,6 +293,7 @@ def _check_codes(what: str, done: Sitting, kills: dict[int, Any]) -> None:
             raise Failed(f"{what}: rank {rank} does not name the lost one: {text[-300:]}")
     if died and done.seconds > SURVIVE + 60:  # the run itself takes a while too
         raise Failed(f"{what}: it took {done.seconds:.0f} s to end")
+    return died
 
 
 def _check_checkpoint(what: str, out: Path, before: int) -> int:

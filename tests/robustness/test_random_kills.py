@@ -1,6 +1,7 @@
 """Killed trainings of one and of two processes; and the differences that must be found."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,32 @@ def test_ends_that_must_not_be_are_found():
             kills._check_codes("two", kills.Sitting(codes, errors, 5.0), killed)
     with pytest.raises(Failed, match="took 200 s"):
         kills._check_codes("two", kills.Sitting(SITTING.codes, SITTING.errors, 200.0), {0: 0})
+
+
+class Played:
+    """Runs of two processes that end with these codes, one after another."""
+
+    ranks = 2
+    events = whole = dict.fromkeys(kills.KINDS[2], 9)
+
+    def __init__(self, root, codes):
+        self.root, self.codes = root, iter(codes)
+
+    def start(self, mode, out, planned):
+        codes = next(self.codes)
+        died = [rank for rank, code in enumerate(codes) if code < 0]
+        if died:  # one or both, whatever was drawn
+            planned |= dict.fromkeys(died, (1, 0.0))
+        line = f"rank {min(died, default=0)} (process 7) is lost"
+        return kills.Sitting(codes, [line, line], 5.0)
+
+
+def test_only_kills_that_happened_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(kills, "_check_equal", lambda *_: None)
+    alarm = -signal.SIGALRM
+    runs = [[-9, 1], [alarm, alarm], [1, -9], [0, 0]]
+    assert kills.check(Played(tmp_path, runs), 0, 0) == 3  # the moment of the last never came
+    assert kills.check(Played(tmp_path, [[0, 0]]), 0, 0) == 0
 
 
 def test_a_checkpoint_that_is_gone_older_or_damaged_is_found(tmp_path):

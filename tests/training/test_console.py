@@ -1,6 +1,8 @@
 """The output of a training run."""
 
+import errno
 import io
+import os
 
 import pytest
 from rich.console import Console
@@ -99,3 +101,48 @@ def test_without_a_terminal_a_line_follows_the_first_step_and_every_minute(monke
         "vae step 1/9  loss 0.1250",
         "vae step 4/9  loss 0.5000",
     ]
+
+
+class FillingDisk(io.StringIO):
+    """A stream that cannot be written while it ``is_full``.  terminal: what ``isatty`` says."""
+
+    def __init__(self, *, terminal):
+        super().__init__()
+        self.terminal, self.is_full = terminal, False
+
+    def isatty(self):
+        return self.terminal
+
+    def write(self, text):
+        if self.is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(text)
+
+    def flush(self):
+        self.write("")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_cannot_be_printed_is_lost_and_ends_no_run(terminal):
+    stream = FillingDisk(terminal=terminal)
+    run = RunConsole("var", epochs=1, total_steps=4, console=Console(file=stream, width=200))
+    with run.progress_bar() as move:
+        run.print_note("first")
+        stream.is_full = True
+        run.print_unwritten(2, OSError(errno.ENOSPC, "disk full"))
+        move(2, 1.0)
+        stream.is_full = False
+        run.print_note("last")
+    shown = stream.getvalue()
+    assert "first" in shown
+    assert "disk full" not in shown
+    assert "last" in shown
+
+
+def test_a_pipe_without_a_reader_ends_no_run():
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = os.fdopen(writer, "w")
+    RunConsole("var", epochs=1, total_steps=4, console=Console(file=stream)).print_note("lost")
+    with pytest.raises(BrokenPipeError):  # what was to be printed is still in the buffer
+        stream.close()

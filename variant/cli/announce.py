@@ -62,11 +62,12 @@ def first_line(command: Command) -> str:
                 f"sample: {command.model}, {_layers(command)}, {command.device}, to {command.out}"
             )
         case Eval():
-            if command.compare:
+            source = command.images or command.model or command.reconstruct
+            if command.compare or source is None or command.reference is None:
                 return ""
             return (
-                f"eval: {command.images} against {command.reference}, features of "
-                f"{command.features}, {command.device}"
+                f"eval: {source} against {command.reference}, features of {command.features}, "
+                f"{command.device}"
             )
         case Search():
             budget = ", ".join(command.budget)

@@ -19,7 +19,7 @@ from variant.checkpoints.original_var import check_ending, load_original, save_o
 from variant.checkpoints.settings import CHECKS
 from variant.checkpoints.sharded import WEIGHTS_NAME, WEIGHTS_NAMES
 from variant.cli.options import Convert
-from variant.cli.output import console
+from variant.cli.output import check_file, check_folder, checked_path, console
 from variant.errors import UserError
 from variant.models.placement import check_dtype
 from variant.supernet import VARiant
@@ -116,6 +116,9 @@ def _check_outputs(command: Convert, inputs: list[Path]) -> None:
         if path is not None:
             check_ending(f"convert {name}", path)
             outputs[path] = name
+            with checked_path(path):
+                if not path.is_dir():  # refused below, in other words
+                    check_file(path)
     if command.to_var is not None and len({*map(os.path.realpath, outputs)}) < 2:
         raise UserError(
             f"convert: --to-var and --to-vae must be two files; got {command.to_var} twice"
@@ -123,6 +126,8 @@ def _check_outputs(command: Convert, inputs: list[Path]) -> None:
     if command.out is not None:
         if command.out.exists() and not command.out.is_dir():
             raise UserError(f"convert: --out must be a folder; {command.out} is a file")
+        with checked_path(command.out):
+            check_folder(command.out)
         for file in FOLDER_FILES:
             if os.path.realpath(command.out / file) in map(os.path.realpath, outputs):
                 raise UserError(

@@ -11,9 +11,9 @@ from typing import Any
 
 from variant.bench.environment import environment
 from variant.cli.options import Eval, Sample
-from variant.cli.output import check_file, console, table, write_json
+from variant.cli.output import console, table, write_json
 from variant.cli.progress import progress
-from variant.cli.pyplot import pyplot
+from variant.cli.pyplot import pyplot, save_plot
 from variant.cli.sample import PER_CLASS, settings_of
 from variant.engine.engine import Engine
 from variant.engine.generation import Sampling
@@ -21,7 +21,7 @@ from variant.engine.planning import depths_of, plan_row, schedule_row
 from variant.errors import UserError
 from variant.evaluation.features import FeatureNetwork
 from variant.evaluation.image_sets import Reference, open_images
-from variant.evaluation.report import Evaluation, evaluate, extract
+from variant.evaluation.report import LEAST, Evaluation, check_reference, evaluate, extract
 from variant.evaluation.sampler import SampleFiles, sample
 from variant.schedule_files import load_schedule
 from variant.supernet import VARiant
@@ -88,13 +88,12 @@ class Setting:
 def evaluate_depths(command: Eval, reference: Reference, network: FeatureNetwork) -> None:
     """Generate the images of every setting, evaluate them, print the table and write the record."""
     assert command.model is not None, "the caller checks it"
-    if command.plot is not None:
-        check_file(command.plot)
-        pyplot("eval")
     model = VARiant.from_pretrained(command.model, device=command.device)
     config, engine = model.var.config, Engine(model.var, model.vae)
     num = PER_CLASS * config.num_classes if command.num is None else command.num
-    integer("eval", "--num", num, 1)
+    integer("eval", "--num", num, LEAST)
+    side = model.vae.config.image_size
+    check_reference(reference, network, command.model, num, (side, side))
     sampling = Sampling(1.5, min(TOP_K, config.vocab_size), 0.96, command.seed)
     settings = _settings(command, engine)
     real = None
@@ -102,8 +101,10 @@ def evaluate_depths(command: Eval, reference: Reference, network: FeatureNetwork
         with progress("eval", "reference", reference.images.count, command.json) as advance:
             real = extract(reference.images, network, command.batch, advance)
     rows: list[tuple[Setting, float, Evaluation]] = []
+    records = []
     for setting in settings:
-        result = _one(command, engine, sampling, setting, num, reference, network, real)
+        result, record = _one(command, engine, sampling, setting, num, reference, network, real)
+        records.append(record)
         rows.append((setting, _seconds(engine, sampling, setting, min(num, command.batch)), result))
     out = console(command.json)
     out.print(_table(command, rows))
@@ -119,9 +120,11 @@ def evaluate_depths(command: Eval, reference: Reference, network: FeatureNetwork
             "reference": command.reference,
             "num": num,
             "seed": command.seed,
+            "batch": command.batch,
+            "device": command.device,
             "settings": [
-                {**setting.to_dict(), "seconds_per_image": seconds, **asdict(result)}
-                for setting, seconds, result in rows
+                {**setting.to_dict(), "seconds_per_image": seconds, **asdict(result), **record}
+                for (setting, seconds, result), record in zip(rows, records, strict=True)
             ],
             "environment": machine,
         },
@@ -168,7 +171,8 @@ def _one(
     reference: Reference,
     network: FeatureNetwork,
     real: Any,
-) -> Evaluation:
+) -> tuple[Evaluation, dict[str, Any]]:
+    """The metrics of a setting; what its images were generated from, and warnings, for JSON."""
     name, call = setting.name, setting.call()
     files = SampleFiles(
         Path(command.out) / name, "png", num, range(engine.var.config.num_classes), command.batch
@@ -183,12 +187,13 @@ def _one(
         kv_dtype=call["kv_dtype"],
         batch=command.batch,
     )
+    generated = settings_of(recorded, engine, files, sampling)
     with progress("eval", name, num, command.json) as advance:
         sample(
             engine,
             sampling,
             files,
-            settings_of(recorded, engine, files, sampling),
+            generated,
             **call,
             report=lambda images, total: advance(images, name),
         )
@@ -197,9 +202,10 @@ def _one(
         images = open_images(files.out)
         result = evaluate(images, reference, network, batch=command.batch, real=real)
     out = console(command.json, stderr=True)
-    for warning in heard:
-        out.print(f"warning: {name}: {warning.message}")
-    return result
+    notes = list(dict.fromkeys(str(warning.message) for warning in heard))
+    for note in notes:
+        out.print(f"warning: {name}: {note}")
+    return result, {"generated": generated, "warnings": notes}
 
 
 def _seconds(engine: Engine, sampling: Sampling, setting: Setting, batch: int) -> float:
@@ -258,5 +264,4 @@ def _plot(path: Path, rows: list[tuple[Setting, float, Evaluation]]) -> None:
     axes[0].set(xlabel="K/V of one image, KiB", ylabel=name)
     axes[1].set(xlabel="ms per image")
     axes[0].legend(fontsize="small")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_plot(plt, figure, path)

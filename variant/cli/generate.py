@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from variant.cli.dtypes import DTYPES
 from variant.cli.image_folder import ImageFolder, is_own_name, save_png
 from variant.cli.options import Generate, Sample
 from variant.cli.output import (
-    STANDARD_OUTPUT,
+    check_apart,
     check_file,
     check_folder,
     check_json,
@@ -111,16 +110,8 @@ def _check(command: Generate) -> Sampling:
     total = max(len(command.labels), 1) * command.count
     if total > MAX_COUNT:
         raise UserError(f"generate: at most {MAX_COUNT:,} images in one run; got {total:,}")
+    check_apart("generate", {"--json": command.json}, command.out, is_own_name)
     check_json("generate", command.json)
-    if command.json is not None and command.json != STANDARD_OUTPUT:
-        target, out = os.path.realpath(command.json), os.path.realpath(command.out)
-        if target == out:
-            raise UserError(f"generate: --json and --out must differ; got {command.out} twice")
-        folder, name = os.path.split(target)
-        if folder == out and is_own_name(name):
-            raise UserError(
-                f"generate: --json must be no file that --out writes itself; got {command.json}"
-            )
     return Sampling(
         command.cfg,
         command.top_k,
@@ -445,8 +436,13 @@ class Work:
 
 def fingerprint(models: Engine | VARiant) -> str:
     """SHA-256 over the names and values of all weights."""
+    return weights_sha256(models.var, models.vae)
+
+
+def weights_sha256(*modules: torch.nn.Module) -> str:
+    """SHA-256 over the names and values of the weights of modules."""
     digest = hashlib.sha256()
-    for module in (models.var, models.vae):
+    for module in modules:
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(name.encode())
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ from variant.errors import UserError
 # Room in a file's name for what a temporary file adds to it; the usual limit is 255 bytes.
 NAME_BYTES, TEMPORARY_BYTES = 255, 16
 STANDARD_OUTPUT = Path("-")
+# How a file of --json begins. Any other file may be a model's config.json, and is not replaced.
+RESULT = re.compile(
+    rb'\s*\{\s*"format": "variant-(?:plan|train-plan|info|generated|sampled|eval|eval-depths|'
+    rb'eval-compare|search|engine-bench|warm)-\d+"'
+)
+RESULT_BYTES = 200
 
 
 class _Console(Console):
@@ -40,11 +47,12 @@ def console(json_file: Path | None = None, *, stderr: bool = False) -> Console:
         stderr: print on standard error in that case, and not nowhere.
     """
     for_machines = json_file == STANDARD_OUTPUT
-    # No markup: file names may hold brackets.
+    # No markup and no emoji: file names may hold brackets, or a word between colons.
     out = _Console(
         highlight=False,
         soft_wrap=True,
         markup=False,
+        emoji=False,
         quiet=(for_machines and not stderr) or os.environ.get("RANK", "0") != "0",
         stderr=for_machines and stderr,
     )
@@ -118,10 +126,10 @@ def checked_path(path: Path) -> Iterator[None]:
 
 
 def check_json(op: str, path: Path | None) -> None:
-    """Fails before the work if the file of ``--json`` cannot be written.
+    """Fails before the work if the file of ``--json`` cannot be written, or must not.
 
     Raises:
-        UserError: it cannot.
+        UserError: it cannot, or it exists and holds anything but an earlier result.
     """
     if path is None or path == STANDARD_OUTPUT:
         return
@@ -129,6 +137,42 @@ def check_json(op: str, path: Path | None) -> None:
         if not path.name:
             raise UserError(f"{op}: --json must name a file, or - for standard output; got {path}")
         check_file(path)
+        if path.exists():
+            with path.open("rb") as file:
+                start = file.read(RESULT_BYTES)
+            if start and not RESULT.match(start):
+                raise UserError(
+                    f"{op}: --json must name a new file or one that --json wrote; {path} holds "
+                    "something else"
+                )
+
+
+def check_apart(
+    op: str,
+    files: Mapping[str, Path | None],
+    out: Path | None = None,
+    is_own: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Fails before the work if one file is to be written twice.
+
+    Args:
+        files: option -> its file; None and standard output are left out.
+        out: folder of ``--out``.
+        is_own: whether the command writes files of this name into that folder.
+    Raises:
+        UserError: two options name one file, or one names a file that ``--out`` writes.
+    """
+    seen = {} if out is None else {os.path.realpath(out): "--out"}
+    for option, path in files.items():
+        if path is None or path == STANDARD_OUTPUT:
+            continue
+        target = os.path.realpath(path)
+        if target in seen:
+            raise UserError(f"{op}: {option} and {seen[target]} must differ; got {path} twice")
+        seen[target] = option
+        folder, name = os.path.split(target)
+        if out is not None and folder == os.path.realpath(out) and is_own(name):
+            raise UserError(f"{op}: {option} must be no file that --out writes itself; got {path}")
 
 
 def write_json(path: Path | None, value: Mapping[str, Any]) -> None:

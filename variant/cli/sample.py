@@ -13,6 +13,7 @@ from variant.cli.dtypes import DTYPES
 from variant.cli.generate import check_schedule_alone, fingerprint
 from variant.cli.options import Sample
 from variant.cli.output import (
+    check_apart,
     check_file,
     check_folder,
     check_json,
@@ -24,7 +25,7 @@ from variant.cli.progress import Advance, progress
 from variant.engine.engine import Engine
 from variant.engine.generation import Sampling
 from variant.errors import UserError
-from variant.evaluation.sampler import SampleFiles, sample
+from variant.evaluation.sampler import SampleFiles, is_own_name, record_of_npz, sample
 from variant.models.class_names import labels_of_words
 from variant.models.config import VARConfig
 from variant.models.placement import check_device
@@ -35,6 +36,7 @@ from variant_kernels import DepthSchedule, __version__
 from variant_kernels.arguments import choice, integer
 from variant_kernels.dispatch.support import BACKENDS
 
+FORMAT = "variant-sampled-1"
 MAX_NUM = 10**8
 MAX_BATCH = 4096
 # The protocol of the papers: 50 images of each class.
@@ -48,9 +50,15 @@ def sample_command(command: Sample) -> None:
     integer("sample", "--batch", command.batch, 1, MAX_BATCH)
     check_device("sample", command.device, name="--device")
     choice("sample", "--backend", command.backend, ("auto", *BACKENDS))
-    check_json("sample", command.json)
     check_schedule_alone("sample", command)
     form = _form(command)
+    files = {"--json": command.json}
+    if form == "npz":
+        files = {"--out": command.out, "the .json beside --out": record_of_npz(command.out)} | files
+        check_apart("sample", files)
+    else:
+        check_apart("sample", files, command.out, is_own_name)
+    check_json("sample", command.json)
     rank, world_size = rank_of_environment(os.environ)
     device = command.device
     if device == "cuda" and world_size > 1:
@@ -108,7 +116,7 @@ def sample_command(command: Sample) -> None:
     out.print(f"{num:,} images, {per_class:g} per class, in {command.out}")
     if missing:
         out.print(f"{missing:,} parts of other processes are missing")
-    write_json(command.json, {**settings, "missing_parts": missing})
+    write_json(command.json, {"format": FORMAT, **settings, "missing_parts": missing})
 
 
 def _form(command: Sample) -> Any:

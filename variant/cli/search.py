@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ from variant.bench.environment import environment
 from variant.cli.generate import fingerprint
 from variant.cli.options import Search
 from variant.cli.output import (
-    STANDARD_OUTPUT,
-    check_file,
+    check_apart,
     check_folder,
     check_json,
     checked_path,
@@ -25,7 +25,7 @@ from variant.cli.output import (
     write_json,
 )
 from variant.cli.progress import Advance, progress
-from variant.cli.pyplot import pyplot
+from variant.cli.pyplot import check_plot, pyplot, save_plot
 from variant.cli.words import command_line
 from variant.engine.engine import Engine
 from variant.engine.planning import depths_of, schedule_row
@@ -58,6 +58,7 @@ from variant_kernels.plans.depth_schedule import schedule_name
 
 FORMAT = "variant-search-1"
 RECORD, SCHEDULE, LATENCY = "search.json", "schedule.json", "latency.json"
+LOSSES = "losses-*.safetensors"
 DIGITS = "digits"  # the model, and its data
 WEIGHTS = (".pth", ".pt", ".safetensors")
 # Budgets at which searched schedules are compared with others, besides those asked for.
@@ -129,28 +130,27 @@ def _check(command: Search) -> dict[str, float]:
     for depth in command.depths:
         integer("search", "--depths", depth, 1)
     check_device("search", command.device, name="--device")
+    check_apart(
+        "search", {"--json": command.json, "--plot": command.plot}, command.out, _is_own_name
+    )
     check_json("search", command.json)
-    if command.plot is not None:
-        with checked_path(command.plot):
-            check_file(command.plot)
-        pyplot("search")
+    check_plot("search", command.plot)
     with checked_path(command.out):
         if command.out.exists() and not command.out.is_dir():
             raise UserError(f"{command.out}: --out must be a folder")
         check_folder(command.out)
-        found = sorted(command.out.glob("losses-*.safetensors")) if command.out.is_dir() else []
+        found = sorted(command.out.glob(LOSSES)) if command.out.is_dir() else []
         if not command.resume and (found or (command.out / RECORD).exists()):
             raise UserError(
                 f"{command.out}: holds an earlier search; give --resume to use its losses, or "
                 "another --out"
             )
-    if command.json is not None and command.json != STANDARD_OUTPUT:
-        own = {(command.out / name).absolute() for name in (RECORD, SCHEDULE, LATENCY)}
-        if command.json.absolute() in own:
-            raise UserError(
-                f"search: --json must be no file that --out writes itself; got {command.json}"
-            )
     return budgets
+
+
+def _is_own_name(name: str) -> bool:
+    """Whether a search writes files of this name into its folder."""
+    return name in (RECORD, SCHEDULE, LATENCY) or fnmatch(name, LOSSES)
 
 
 def parse_budgets(words: Sequence[str]) -> dict[str, float]:
@@ -641,5 +641,4 @@ def _plot(path: Path, job: Job, result: Result, budgets: dict[str, float]) -> No
         axis.set(xlabel=f"{name}, share of the full network")
     axes[0].set(ylabel="held-out loss per token")
     axes[0].legend(fontsize="small")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_plot(plt, figure, path)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -23,8 +23,38 @@ from variant.training.phase_ends import ENDED
 LINE_EVERY = 60.0
 
 
+class _LossyOutput:
+    """A text stream that loses what it cannot write, and raises nothing.
+
+    Standard output may be a file on the disk that a checkpoint has filled, a pipe whose reader is
+    gone, or a terminal that was closed: a run that trains for days goes on without them.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def lossy(console: Console) -> Console:
+    """The same console, whose prints raise no OSError from now on."""
+    if not isinstance(console.file, _LossyOutput):
+        console.file = cast("IO[str]", _LossyOutput(console.file))
+    return console
+
+
 class RunConsole:
-    """Prints one run's progress: lines, and a bar on terminals.
+    """Prints one run's progress: lines, and a bar on terminals. What cannot be printed is lost.
 
     Args:
         kind: of the task, the first word of each line.
@@ -36,7 +66,7 @@ class RunConsole:
         self, kind: str, epochs: int, total_steps: int, console: Console | None = None
     ) -> None:
         self.kind, self.epochs, self.total_steps = kind, epochs, total_steps
-        self.console = console or Console()
+        self.console = lossy(console or Console())
         self._last_line = -math.inf
 
     @contextmanager
@@ -63,7 +93,8 @@ class RunConsole:
 
             def move(step: int, loss: float | None) -> None:
                 text = "" if loss is None else f"loss {loss:.4f}"
-                progress.update(bar, completed=step, loss=text)
+                # phases = "auto" may have shortened the run.
+                progress.update(bar, completed=step, total=self.total_steps, loss=text)
                 if text and not self.console.is_terminal and self._is_line_due():
                     self._print(f"{self.kind} step {step}/{self.total_steps}  {text}")
 

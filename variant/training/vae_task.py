@@ -29,6 +29,7 @@ from variant.training.classifier import (
 )
 from variant.training.code_use import HeldOutUse
 from variant.training.codebook import CODES, CodebookTraining
+from variant.training.console import lossy
 from variant.training.distributed import Ranks, connected, device_of_rank, rank_of_environment
 from variant.training.image_loss import ImageLoss
 from variant.training.initial_weights import named_weights
@@ -197,7 +198,7 @@ def train_vae(
         UserError: the recipe uses a trained VQ-VAE; another training is writing into ``out``; see
             also :class:`variant.training.run_setup.RunSetup` and
             :meth:`variant.training.trainer.Trainer.run`.
-        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
+        SystemExit: 130 (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP), with everything saved.
     """
     recipe = with_seed("train_vae", recipe, seed)
     training, device = recipe.vae_training, device or device_of_rank()
@@ -273,7 +274,7 @@ def _classifier(setup: RunSetup, console: Console | None) -> PerceptualLoss:
     wanted = source.digest(), recipe.seed, steps
     found = read_classifier(path) if is_there(path) else None
     if found is None or (found[1].data_sha256, found[1].seed, found[1].steps) != wanted:
-        out = console or Console()
+        out = lossy(console or Console())
         out.print(f"vae: training the classifier of the perceptual loss, {steps} steps")
         trained = train_classifier(source.data, seed=recipe.seed, steps=steps, device=setup.device)
         save_classifier(path, *trained)
