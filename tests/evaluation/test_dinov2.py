@@ -70,6 +70,7 @@ def test_other_files_are_refused_by_name(tmp_path, weights):
     state = torch.load(weights)
     cases = [
         ({"a": torch.zeros(1)}, r"none of DINOv2's networks .*: 0 blocks of width None"),
+        ({1: torch.zeros(1)}, "0 blocks of width None"),
         (DINOv2(Size("other", 1, 64)).state_dict(), r"none of .*: 1 blocks of width 64"),
         (state | {"register_tokens": torch.zeros(1, 4, 384)}, "it has register tokens"),
         ({k: v for k, v in state.items() if k != "norm.bias"}, r"norm\.bias missing"),

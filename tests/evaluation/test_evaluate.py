@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ from variant.errors import UserError
 from variant.evaluation import report
 from variant.evaluation.classifier import load_classifier, save_classifier, train_classifier
 from variant.evaluation.features import FeatureNetwork, Features
-from variant.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
+from variant.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance, total
 from variant.evaluation.image_sets import Reference, array_images, open_images, open_reference
 from variant.evaluation.report import evaluate
+from variant.evaluation.scores import PrecisionRecall
 from variant_kernels import DepthSchedule
 
 CPU = torch.device("cpu")
@@ -66,7 +68,7 @@ def metric(result, name):
 
 def test_every_form_of_the_same_images_gives_the_same_metrics(tmp_path):
     pixels, real = array(1, 40), array(2, 50)
-    np.savez(tmp_path / "a.npz", pixels)
+    np.savez(tmp_path / "a.npz", pixels, np.arange(40) % 4)
     np.savez(tmp_path / "real.npz", arr_0=real)
     paths = [
         tmp_path / "a.npz",
@@ -76,7 +78,11 @@ def test_every_form_of_the_same_images_gives_the_same_metrics(tmp_path):
     reference = tmp_path / "real.npz"
     results = [evaluate(open_images(path), open_reference(reference), NETWORK) for path in paths]
     assert len({result.images_sha256 for result in results}) == 1
-    assert results[0].metrics == results[1].metrics == results[2].metrics
+    assert results[0].metrics == results[1].metrics
+    # A .tar without labels has other blocks, and therefore another interval.
+    values = [[(each.name, each.value) for each in result.metrics] for result in results]
+    for one, other in zip(values[0], values[2], strict=True):
+        assert other == (one[0], pytest.approx(one[1], abs=1e-12))
     features = [patches(torch.from_numpy(x).permute(0, 3, 1, 2)) for x in (pixels, real)]
     expected = frechet_distance(*(FeatureStatistics.of(x).gaussian() for x in features))
     result = metric(results[0], "FD (patches)")
@@ -94,6 +100,56 @@ def test_the_batch_size_changes_no_metric(batch):
     ]
     for one, other in zip(results[0].metrics, results[1].metrics, strict=True):
         assert one.value == pytest.approx(other.value, abs=1e-9)
+
+
+@pytest.mark.parametrize("order", ["in turn", "sorted", "mixed"])
+def test_the_interval_is_that_of_classes_of_equal_share_whatever_their_order(order, monkeypatch):
+    """Ten far classes, in turn as `variant sample` writes them: every tenth image is one class."""
+    generator = torch.Generator().manual_seed(0)
+    centres = 3 * torch.randn(10, 6, generator=generator)
+    classes = torch.arange(500) % 10
+
+    def draw():
+        return centres[classes] + torch.randn(500, 6, generator=generator)
+
+    monkeypatch.setattr(report, "precision_recall", lambda **sets: PrecisionRecall(0, 0, 0, 0))
+    real = torch.cat([draw() for _ in range(4)])
+    labels = {
+        "in turn": classes,
+        "sorted": classes.sort().values,
+        "mixed": classes[torch.randperm(500, generator=generator)],
+    }[order]
+    # The features travel in the pixels' place; a batch is the whole set.
+    results = []
+    for _ in range(30):
+        own = draw()[classes.argsort(stable=True)][labels.argsort(stable=True).argsort()]
+        given = iter((own, real))
+        network = FeatureNetwork(
+            "f", "FD", "", lambda images, given=given: Features(next(given)), CPU
+        )
+        images = array_images("a", array(1, 500, side=1), labels.numpy())
+        reference = Reference("r", array_images("r", array(2, 2000, side=1)))
+        results.append(metric(evaluate(images, reference, network, batch=2000), "FD"))
+    half = np.mean([result.high - result.value for result in results])
+    spread = 1.96 * np.std([result.value for result in results])
+    assert 0.6 * spread < half < 1.7 * spread
+    limits = [result.infinite for result in results]
+    assert abs(np.mean(limits)) < 0.5 * np.mean([result.value for result in results])
+
+
+@pytest.mark.parametrize("count", [20, 23, 29, 500])
+def test_blocks_without_labels_are_disjoint_and_of_one_size(count):
+    place = torch.arange(float(count))[:, None]
+    blocks = report.blocks_of(place)
+    assert {block.count for block in blocks} <= {count // 10, -(-count // 10)}
+    whole = total(blocks)
+    assert whole.count == count
+    assert whole.scatter_DD.item() == pytest.approx(((place - place.mean()) ** 2).sum().item())
+    # Images sorted by class give equal blocks, classes in turn mixed ones.
+    ordered = [block.mean_D.item() for block in report.blocks_of(place)]
+    assert max(ordered) - min(ordered) < 10
+    in_turn = [block.scatter_DD.item() for block in report.blocks_of(place % 10)]
+    assert count < 100 or min(in_turn) > 0
 
 
 def test_the_statistics_of_a_reference_file_are_taken(tmp_path):
@@ -114,6 +170,24 @@ def test_the_statistics_of_a_reference_file_are_taken(tmp_path):
     assert metric(other, "FD (patches)").value != pytest.approx(result.value)
 
 
+def test_the_record_tells_the_statistics_of_one_file_from_those_of_another(tmp_path):
+    network = FeatureNetwork("inception-2015", "FID", "", NETWORK.run, CPU)
+    images, hashes = array_images("a", array(1, 40)), []
+    for factor in (1.0, 2.0, 1.0):
+        statistics = {"mu": np.zeros(12), "sigma": factor * np.eye(12), "arr_0": array(2, 30)}
+        np.savez(tmp_path / "r.npz", **statistics)
+        reference = open_reference(tmp_path / "r.npz")
+        hashes.append(evaluate(images, reference, network).statistics_sha256)
+    assert hashes[0] == hashes[2] != hashes[1]
+    # Those of another network are not taken.
+    assert evaluate(images, reference, NETWORK).statistics_sha256 is None
+
+
+def test_labels_are_those_of_the_files_and_not_of_their_folder(tmp_path):
+    folder = write_folder(tmp_path / "depth_class3.v2", array(1, 8))
+    assert open_images(folder).labels == [0, 1, 2, 3] * 2
+
+
 def test_repeats_and_sorted_classes_are_warned_about(tmp_path):
     pixels = array(1, 40)
     pixels[5] = pixels[3]
@@ -128,10 +202,41 @@ def test_repeats_and_sorted_classes_are_warned_about(tmp_path):
     reference = open_reference(tmp_path / "r.npz")
     with pytest.warns(RuntimeWarning, match="1 of 40 images of a equal an earlier one"):
         evaluate(images, reference, network)
+    np.savez(tmp_path / "twice.npz", arr_0=np.concatenate([pixels[:5]] * 5))
+    with pytest.warns(RuntimeWarning, match="20 of 25 images of twice.npz equal an earlier one"):
+        evaluate(images, open_reference(tmp_path / "twice.npz"), network)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "SPLIT", 8)
         with pytest.warns(RuntimeWarning, match="sorted by class: images 0 to 7 show 2 of 10"):
             evaluate(images, reference, network)
+        patch.setattr(report, "SPLIT", 20)
+        images.labels = [0] * 20 + [1] * 20
+        with pytest.warns(RuntimeWarning, match="sorted by class: images 0 to 19 show 1 of 2"):
+            evaluate(images, reference, network)
+
+
+def warnings_of(images, reference, network=NETWORK):
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        evaluate(images, Reference("r", reference), network)
+    return [str(warning.message) for warning in heard]
+
+
+def test_a_wrong_uint8_rule_and_few_reference_images_are_warned_about():
+    images, reference = array_images("a", array(1, 40)), array_images("real", array(2, 40))
+    assert warnings_of(images, reference) == []
+    floats = (array(1, 40) / 255).astype(np.uint8) + (array(1, 40) > 127)
+    message = "eval: no pixel of {} is above 1 of 255; images in [0, 1] must be multiplied by 255"
+    (heard,) = warnings_of(array_images("floats", floats), reference)
+    assert heard.startswith(message.format("floats"))
+    (heard,) = warnings_of(images, array_images("floats", floats))
+    assert heard.startswith(message.format("floats"))
+    (heard,) = warnings_of(
+        array_images("many", array(1, 60, side=4)),
+        array_images("few", array(2, 40, side=4)),
+        FeatureNetwork("n", "FD", "", lambda x: Features(x.float().flatten(1)[:, :45]), CPU),
+    )
+    assert heard.startswith("FD: the reference r has 40 images for 45 features: its covariance is")
 
 
 def read(path, opener):
@@ -161,6 +266,11 @@ def test_bad_sets_get_one_line(tmp_path):
     for name, value in (("floats", array(1, 4) / 255), ("gray", array(1, 4)[..., 0])):
         np.savez(tmp_path / f"{name}.npz", value)
         assert "arr_0 must be uint8 (N, Y, X, 3)" in refusal(tmp_path / f"{name}.npz")
+    (tmp_path / "wide").mkdir()
+    Image.fromarray(array(1, 1)[0, ..., 0].astype(np.uint16) * 257).save(tmp_path / "wide/a.png")
+    assert "a.png: must have 8 bits per channel; its pixels are of mode I;16" in refusal(
+        tmp_path / "wide"
+    )
     np.savez(tmp_path / "other.npz", weights=np.zeros(3))
     assert "neither images (arr_0) nor statistics" in refusal(
         tmp_path / "other.npz", open_reference
@@ -185,6 +295,10 @@ def test_references_that_do_not_fit_are_refused(tmp_path):
     network = FeatureNetwork("inception-2015", "FID", "", NETWORK.run, CPU)
     with pytest.raises(UserError, match=r"compares 12 features; .* has statistics of 5"):
         evaluate(images, open_reference(tmp_path / "statistics.npz"), network)
+    np.savez(tmp_path / "spatial.npz", mu_s=np.zeros(12), sigma_s=np.eye(12), arr_0=array(2, 3))
+    unused = FeatureNetwork("n", "FID", "", lambda images: pytest.fail("features of refused"), CPU)
+    with pytest.raises(UserError, match=r"at least 20 reference images .* spatial.npz has 3"):
+        evaluate(images, open_reference(tmp_path / "spatial.npz"), unused)
     with pytest.raises(UserError, match="at least 20 images are needed; a has 19"):
         evaluate(array_images("a", array(1, 19)), open_reference(tmp_path / "small.npz"), NETWORK)
 
@@ -234,6 +348,13 @@ def test_the_command_writes_and_compares(tmp_path, monkeypatch, capsys):
     assert "--reference" in capsys.readouterr().err
     assert main(["eval", "--images", "a", "--reference", "real.npz"]) == 1
     assert "--weights must name the file" in capsys.readouterr().err
+    Path("widths.py").write_text("def features(x):\n    return x.float()[:, 0, 0, : len(x)]\n")
+    words = ["eval", "--images", "a", "--reference", "real.npz", "--batch", "16", "--features"]
+    assert main([*words, "widths:features"]) == 1
+    assert "must return as many features for every batch; got 8 and 16" in capsys.readouterr().err
+    for option, value in (("--num", "20"), ("--plot", "p.png"), ("--kv-dtypes", "fp8")):
+        assert main([*words, "mine:features", option, value]) == 1
+        assert f"{option} is for --model" in capsys.readouterr().err
     assert main(["eval", "--images", "a", "--reference", "nothing"]) == 1
     assert "or a recipe, whose held-out images are taken" in capsys.readouterr().err
 
@@ -281,3 +402,18 @@ def test_a_table_by_depth_bridge_and_lever(tmp_path, monkeypatch, capsys):
     one = json.loads((tmp_path / "one.json").read_text())
     assert one["metrics"] == result["settings"][1]["metrics"]
     assert one["generated"]["depth"] == 2
+    # The record of a setting is that of its images, and names all that they depend on.
+    recorded = {key: value for key, value in one["generated"].items() if key != "format"}
+    assert result["settings"][1]["generated"] == recorded
+    assert {"weights", "classes", "cfg", "top_k", "top_p", "dtype", "backend"} <= recorded.keys()
+    assert result["settings"][1]["warnings"] == one["warnings"]
+    np.savez("large.npz", array(2, 60, side=8))
+    words = ["eval", "--model", "model", "--features", "gray:features", "--out", "none"]
+    for rest, message in (
+        (["--reference", "large.npz"], "model has 6 x 6 pixels, large.npz 8 x 8"),
+        (["--reference", "real.npz", "--num", "19"], "--num must be an integer >= 20; got 19"),
+        (["--reference", "real.npz", "--paired"], "--paired is for --images"),
+    ):
+        assert main([*words, "--bridges", "1", *rest]) == 1
+        assert message in capsys.readouterr().err
+    assert not Path("none").exists()

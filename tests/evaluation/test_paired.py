@@ -9,6 +9,7 @@ import pytest
 import torch
 from seeded import images, noise
 
+from variant.cli.generate import weights_sha256
 from variant.cli.main import main
 from variant.errors import UserError
 from variant.evaluation.image_sets import array_images
@@ -18,6 +19,10 @@ from variant.evaluation.paired import (
     squared_errors,
     structural_similarity,
 )
+from variant.evaluation.reconstruct import reconstructions
+from variant.models.config import VQVAEConfig
+from variant.models.vqvae import VQVAE
+from variant.supernet import VARiant
 
 
 def as_set(name, pixels):
@@ -74,6 +79,24 @@ def test_sets_of_other_sizes_are_refused():
         compare_pairs(as_set("a", images(1, 3, 8, 8)), as_set("b", images(1, 4, 8, 8)))
 
 
+def test_coloured_images_are_no_gray_ones():
+    """A VQ-VAE of gray images would see their red alone."""
+    config = VQVAEConfig(
+        vocab_size=8,
+        z_channels=4,
+        ch=32,
+        ch_mult=(1, 1),
+        num_res_blocks=1,
+        patch_nums=(1, 2),
+        in_channels=1,
+    )
+    vae, pixels = VQVAE(config).eval(), images(1, 3, 4, 4)
+    gray = as_set("gray", pixels[:, :1].expand(-1, 3, -1, -1))
+    assert reconstructions("mine", vae, gray).read(range(3)).shape == (3, 3, 4, 4)
+    with pytest.raises(UserError, match="mine has gray images; coloured holds coloured ones"):
+        reconstructions("mine", vae, as_set("coloured", pixels)).read(range(3))
+
+
 def test_the_command_reconstructs_and_pairs(tmp_path, monkeypatch, capsys):
     (tmp_path / "colour.py").write_text(
         "def features(images):\n    return images.float().mean((2, 3)) / 255\n"
@@ -83,7 +106,10 @@ def test_the_command_reconstructs_and_pairs(tmp_path, monkeypatch, capsys):
     np.savez("real.npz", pixels)
     words = ["eval", "--reference", "real.npz", "--features", "colour:features", "--json", "-"]
     assert main([*words, "--reconstruct", "digits", "--scales"]) == 0
-    values = {m["name"]: m["value"] for m in json.loads(capsys.readouterr().out)["metrics"]}
+    result = json.loads(capsys.readouterr().out)
+    vae = VARiant.from_pretrained("digits").vae
+    assert result["reconstructed_by_sha256"] == weights_sha256(vae)
+    values = {m["name"]: m["value"] for m in result["metrics"]}
     assert "rFD (colour:features)" in values
     assert 0 < values["PSNR"] < 60
     assert 0 < values["SSIM"] < 1
@@ -99,7 +125,9 @@ def test_the_command_reconstructs_and_pairs(tmp_path, monkeypatch, capsys):
     assert (values["PSNR"], values["equal images"]) == ("Infinity", 1.0)
     Path("same.json").write_text(text)
     assert main(["eval", "--compare", "same.json", "same.json"]) == 0
-    assert "PSNR" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "PSNR" in printed
+    assert "nan" not in printed
     np.savez("few.npz", pixels[:21])
     assert main([*words, "--images", "few.npz", "--paired"]) == 1
     assert "--paired needs as many images" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +38,7 @@ def run(model, out, *words, num=NUM, batch=5):
 
 def pixels(path):
     images = open_images(path)
-    assert images.labels is None or list(images.labels) == [
-        index % 5 for index in range(images.count)
-    ]
+    assert list(images.labels) == [index % 5 for index in range(images.count)]
     return torch.cat(list(images.batches(8)))
 
 
@@ -152,6 +151,133 @@ def test_kill_at_any_moment_loses_and_doubles_nothing(model, expected, tmp_path,
     assert torch.equal(pixels(out), expected)
     left = [path.name for path in tmp_path.rglob("*") if path.name.endswith((".tmp", ".lock"))]
     assert left == []
+
+
+class Killed(BaseException):
+    """In the place of kill -9."""
+
+
+@pytest.mark.parametrize("moment", range(3))
+def test_a_kill_while_the_npz_is_assembled_loses_nothing(
+    model, expected, tmp_path, monkeypatch, moment
+):
+    """After the first file, after the second one, and while the parts are removed."""
+    out, written, atomic_write = tmp_path / "a.npz", [], sampler.atomic_write
+
+    @contextmanager
+    def killed(path):
+        with atomic_write(path) as temporary:
+            yield temporary
+        if path.parent == tmp_path:
+            written.append(path)
+            if len(written) == moment + 1:
+                raise Killed
+
+    def rmtree(*args, **rest):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler, "atomic_write", killed)
+        patch.setattr(sampler.shutil, "rmtree", rmtree)
+        with pytest.raises(Killed):
+            run(model, out)
+    (tmp_path / ".a.npz.123.tmp").write_bytes(b"of a process that was killed while it wrote")
+    assert run(model, out) == 0
+    assert torch.equal(pixels(out), expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.npz"]
+
+
+def test_a_rank_that_writes_first_is_no_foreign_file(model, expected, tmp_path, monkeypatch):
+    """The other rank writes its images while this one looks whether the folder is new."""
+    out, looked = tmp_path / "a", []
+
+    def look(function):
+        def inner(*args):
+            found = function(*args)
+            if not looked and str(args[0]).startswith(str(out)):
+                looked.append(args)
+                monkeypatch.setenv("RANK", "1")
+                assert run(model, out) == 0
+                monkeypatch.setenv("RANK", "0")
+            return found
+
+        return inner
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(sampler, "path_kind", look(sampler.path_kind))
+    monkeypatch.setattr(sampler.os, "listdir", look(os.listdir))
+    assert run(model, out) == 0
+    assert looked
+    assert torch.equal(pixels(out), expected)
+
+
+def test_no_part_is_missing_where_another_rank_has_assembled_them(
+    model, expected, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sampler, "PART", 10)
+    out, write = tmp_path / "a.npz", sampler.SampleFiles.write
+
+    def followed(self, *args):
+        write(self, *args)
+        monkeypatch.setattr(sampler.SampleFiles, "write", write)
+        monkeypatch.setenv("RANK", "0")
+        assert run(model, out) == 0
+        monkeypatch.setenv("RANK", "1")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert run(model, out) == 0
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sampler.SampleFiles, "write", followed)
+    assert run(model, out, "--json", tmp_path / "result") == 0
+    assert json.loads((tmp_path / "result").read_text())["missing_parts"] == 0
+    assert torch.equal(pixels(out), expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.npz", "result"]
+
+
+def test_records_are_not_replaced(model, tmp_path, capsys):
+    out, record = tmp_path / "a.npz", tmp_path / "a.json"
+
+    def refusal(*words):
+        assert main([str(word) for word in words]) == 1
+        return capsys.readouterr().err
+
+    record.write_text('{"mine": 1}')
+    sample = ["sample", "--model", model, "--num", 25, "--out"]
+    assert 'its "format" must be' in refusal(*sample, out)
+    assert record.read_text() == '{"mine": 1}'
+    record.unlink()
+    for path, own in ((out, record), (tmp_path / "b", tmp_path / "b" / "sample.json")):
+        message = refusal(*sample, path, "--json", own)
+        assert "must differ" in message or "--out writes itself" in message
+        assert not path.exists()
+        assert not own.exists()
+    assert main([str(word) for word in [*sample, out]]) == 0
+    before = record.read_bytes()
+    evaluate = ["eval", "--images", out, "--reference", out, "--features", "math:sqrt", "--json"]
+    assert "holds something else" in refusal(*evaluate, record)
+    assert record.read_bytes() == before
+    record.unlink()
+    assert "no a.json beside it" in refusal(*sample, out)
+
+
+def test_a_folder_with_other_images_than_its_record_says_is_warned_about(
+    model, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "shades.py").write_text(
+        "def features(images):\n    return images.float().mean((2, 3)) / 255\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert run(model, Path("a")) == 0
+    evaluate = ["eval", "--images", "a", "--reference", "a", "--features", "shades:features"]
+    assert main([*evaluate, "--json", "a.json"]) == 0
+    assert json.loads(Path("a.json").read_text())["warnings"] == []
+    Path("a/000007_class2.png").unlink()
+    assert main([*evaluate, "--json", "a.json"]) == 0
+    assert json.loads(Path("a.json").read_text())["warnings"] == [
+        "eval: a holds 22 images; its record of `variant sample` says 23"
+    ]
 
 
 def test_a_png_says_what_it_is(model, tmp_path):

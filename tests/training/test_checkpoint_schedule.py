@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ from tiny_runs import (
 )
 
 from variant.errors import UserError
+from variant.training import checkpoint_files, folder_lock
 from variant.training import checkpointer as checkpointer_module
-from variant.training import folder_lock
 from variant.training.checkpoint_schedule import CheckpointSchedule, OutputSection
 from variant.training.checkpointer import Checkpointer
 from variant.training.trainer import Trainer
@@ -212,6 +213,46 @@ def test_older_checkpoints_are_copied_where_files_have_one_name(recipe, tmp_path
     ]
     saved = Checkpointer(tmp_path, "vae").read_from(tmp_path / "vae-step-00000003.pt")
     assert saved["step"] == 3
+
+
+def lone_best(folder):
+    """The best weights of older checkpoints that are not there."""
+    found = [name.removesuffix("-best.safetensors") for name in names(folder, "vae-step-*-best*")]
+    return [name for name in found if not (folder / f"{name}.pt").exists()]
+
+
+@pytest.mark.parametrize(("function", "suffix"), [("unlink", "-best.safetensors"), ("link", ".pt")])
+def test_best_weights_whose_checkpoint_a_killed_run_removed_do_not_stay(
+    recipe, tmp_path, monkeypatch, function, suffix
+):
+    """Killed before it removes the second file of a checkpoint, or before it gives it its name."""
+    chosen = with_output(recipe, checkpoint_steps=1, keep=2)
+    owner = {"unlink": Path, "link": checkpoint_files}[function]
+    original = getattr(owner, function)
+
+    def killed(*paths, **rest):
+        if paths[-1].name.endswith(suffix) and lone_best(tmp_path):
+            raise Killed
+        return original(*paths, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, killed)
+        with pytest.raises(Killed):
+            train_vae(chosen, tmp_path, console=quiet(), device=CPU)
+    assert lone_best(tmp_path) == ["vae-step-00000002"]
+    mine = tmp_path / "vae-step-mine-best.safetensors"
+    mine.write_bytes(b"")
+    resume(dataclasses.replace(chosen, output=OutputSection(keep=1)), tmp_path, train_vae)
+    assert mine.exists()
+    mine.unlink()
+    assert lone_best(tmp_path) == []
+
+
+def test_a_new_run_removes_no_weights(recipe, tmp_path):
+    weights = tmp_path / "vae-step-00000002-best.safetensors"
+    weights.write_bytes(b"perhaps those to start from")
+    train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    assert weights.exists()
 
 
 def test_leftovers_of_older_checkpoints_are_removed(tmp_path):

@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 
 from variant.bench.environment import environment
+from variant.cli.generate import weights_sha256
+from variant.cli.image_folder import FORMAT as GENERATE_FORMAT
 from variant.cli.image_folder import SETTINGS_NAME
 from variant.cli.options import Eval
 from variant.cli.output import check_apart, check_json, console, table, write_json
@@ -30,9 +32,10 @@ from variant.evaluation.classifier import (
 )
 from variant.evaluation.features import FeatureNetwork, load_network
 from variant.evaluation.image_sets import ImageSet, Reference, open_images, open_reference
-from variant.evaluation.paired import Paired, compare_pairs
+from variant.evaluation.paired import Paired, check_pairs, compare_pairs
 from variant.evaluation.reconstruct import load_vqvae, psnr_by_scales, reconstructions
 from variant.evaluation.report import Evaluation, Metric, evaluate
+from variant.evaluation.sampler import FORMAT as SAMPLE_FORMAT
 from variant.evaluation.sampler import SETTINGS_NAME as SAMPLED
 from variant.models.placement import check_device
 from variant.models.vqvae import VQVAE
@@ -41,6 +44,7 @@ from variant.training.recipe import Recipe, load_recipe
 from variant_kernels.arguments import choice, integer
 
 FORMAT = "variant-eval-1"
+RECORDS = (SAMPLE_FORMAT, GENERATE_FORMAT)
 CLASSIFIER = "classifier:"
 FEATURES = ("inception", "dinov2", "classifier:RECIPE", "MODULE:FUNCTION")
 # Options of the images that --model generates.
@@ -84,14 +88,18 @@ def evaluate_command(command: Eval) -> None:
     else:
         assert command.images is not None, "checked above"
         images = open_images(command.images)
+    generated = _generated(command.images)
     is_paired = command.paired or command.reconstruct is not None
     if is_paired and reference.images is None:
         raise UserError(f"eval: --paired needs a reference with images; {reference.name} has none")
+    if command.paired and reference.images is not None:
+        check_pairs(images, reference.images)
     network = network_of(command, out)
     total = images.count + (0 if reference.images is None else reference.images.count)
     with ExitStack() as stack:
         heard = stack.enter_context(warnings.catch_warnings(record=True))
         warnings.simplefilter("always", RuntimeWarning)
+        _check_number(images, generated)
         advance = stack.enter_context(progress("eval", "features", total, command.json))
         result = evaluate(images, reference, network, batch=command.batch, advance=advance)
         if is_paired and reference.images is not None:
@@ -105,7 +113,7 @@ def evaluate_command(command: Eval) -> None:
         out.print(f"warning: {note}")
     printed = console(command.json)
     printed.print(_table(command, result))
-    write_json(command.json, _as_json(command, result, notes))
+    write_json(command.json, _as_json(command, result, notes, generated, vae))
 
 
 def _check_options(command: Eval) -> None:
@@ -114,9 +122,9 @@ def _check_options(command: Eval) -> None:
         names = {option.name for option in fields(command)} - {"compare", "json", "debug"}
         refuse_given("eval", command, tuple(names), "excluded by --compare")
     if command.model is None:
-        refuse_given("eval", command, OF_MODEL, "for --model")
+        refuse_given("eval", command, OF_MODEL, "for --model MODEL")
     else:
-        refuse_given("eval", command, ("paired",), "excluded by --model")
+        refuse_given("eval", command, ("paired",), "for --images")
     if ":" in command.features and not command.features.startswith(CLASSIFIER):
         refuse_given("eval", command, ("weights",), f"not for --features {command.features}")
 
@@ -262,30 +270,55 @@ def _table(command: Eval, result: Evaluation) -> Any:
     return rows
 
 
-def _as_json(command: Eval, result: Evaluation, notes: list[str]) -> dict[str, Any]:
+def _as_json(
+    command: Eval,
+    result: Evaluation,
+    notes: list[str],
+    generated: Mapping[str, Any] | None,
+    vae: VQVAE | None,
+) -> dict[str, Any]:
     machine = environment()
     return {
         "format": FORMAT,
         **asdict(result),
         "images": None if command.images is None else str(command.images),
         "reconstructed_by": command.reconstruct,
+        "reconstructed_by_sha256": None if vae is None else weights_sha256(vae),
         "reference": command.reference,
         "batch": command.batch,
         "device": command.device,
         "warnings": notes,
-        "generated": _generated(command.images),
+        "generated": generated,
         "environment": {key: machine.get(key) for key in VERSIONS},
     }
 
 
-def _generated(images: Path | None) -> Any:
-    """What the images were generated from, where a folder records it; else None."""
+def _generated(images: Path | None) -> dict[str, Any] | None:
+    """What the images were generated from, where a record beside them tells it; else None."""
     if images is None:
         return None
     paths = (images / SAMPLED, images / SETTINGS_NAME, images.with_suffix(".json"))
-    path = next((path for path in paths if path_kind(path) == "file"), None)
-    recorded = None if path is None else read_json(path)
-    return recorded if isinstance(recorded, dict) else None
+    return next(filter(None, map(_record, paths)), None)
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    """The record that `variant sample` or `variant generate` wrote there; None for another file."""
+    recorded = read_json(path) if path_kind(path) == "file" else None
+    is_record = isinstance(recorded, dict) and recorded.get("format") in RECORDS
+    return recorded if is_record else None
+
+
+def _check_number(images: ImageSet, generated: Mapping[str, Any] | None) -> None:
+    """Warns: RuntimeWarning, if there are not the images of `variant sample` and no others."""
+    recorded = {} if generated is None else generated
+    num = recorded.get("num")
+    if recorded.get("format") == SAMPLE_FORMAT and num != images.count:
+        warnings.warn(
+            f"eval: {images.name} holds {images.count:,} images; its record of `variant sample` "
+            f"says {num:,}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 # --- two results --------------------------------------------------------------------------------
@@ -302,7 +335,9 @@ def _compare(command: Eval) -> None:
         pair = [one.get(name) for one in metrics]
         values = ["" if metric is None else f"{metric.value:.4g}" for metric in pair]
         both = [metric.value for metric in pair if metric is not None]
-        rows.add_row(name, *values, f"{both[1] - both[0]:+.4g}" if len(both) == 2 else "")
+        # Two infinite PSNR are equal.
+        difference = 0.0 if both[0] == both[-1] else both[-1] - both[0]
+        rows.add_row(name, *values, f"{difference:+.4g}" if len(both) == 2 else "")
     settings = [dict(_flat(result)) for result in results]
     differing = {
         key: (settings[0].get(key), settings[1].get(key))

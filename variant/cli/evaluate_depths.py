@@ -22,7 +22,7 @@ from variant.engine.planning import depths_of, plan_row, schedule_row
 from variant.errors import UserError
 from variant.evaluation.features import FeatureNetwork
 from variant.evaluation.image_sets import Reference, open_images
-from variant.evaluation.report import Evaluation, evaluate, extract
+from variant.evaluation.report import LEAST, Evaluation, check_reference, evaluate, extract
 from variant.evaluation.sampler import SampleFiles, sample
 from variant.supernet import VARiant
 from variant_kernels import DepthSchedule
@@ -96,7 +96,9 @@ def evaluate_depths(command: Eval, reference: Reference, network: FeatureNetwork
     model = VARiant.from_pretrained(command.model, device=command.device)
     config, engine = model.var.config, Engine(model.var, model.vae)
     num = PER_CLASS * config.num_classes if command.num is None else command.num
-    integer("eval", "--num", num, 1)
+    integer("eval", "--num", num, LEAST)
+    side = model.vae.config.image_size
+    check_reference(reference, network, command.model, num, (side, side))
     sampling = Sampling(1.5, min(TOP_K, config.vocab_size), 0.96, command.seed)
     settings = _settings(command, engine)
     real = None
@@ -104,8 +106,10 @@ def evaluate_depths(command: Eval, reference: Reference, network: FeatureNetwork
         with progress("eval", "reference", reference.images.count, command.json) as advance:
             real = extract(reference.images, network, command.batch, advance)
     rows: list[tuple[Setting, float, Evaluation]] = []
+    records = []
     for setting in settings:
-        result = _one(command, engine, sampling, setting, num, reference, network, real)
+        result, record = _one(command, engine, sampling, setting, num, reference, network, real)
+        records.append(record)
         rows.append((setting, _seconds(engine, sampling, setting, min(num, command.batch)), result))
     printed = console(command.json)
     printed.print(_table(command, rows))
@@ -121,9 +125,11 @@ def evaluate_depths(command: Eval, reference: Reference, network: FeatureNetwork
             "reference": command.reference,
             "num": num,
             "seed": command.seed,
+            "batch": command.batch,
+            "device": command.device,
             "settings": [
-                {**setting.to_dict(), "seconds_per_image": seconds, **asdict(result)}
-                for setting, seconds, result in rows
+                {**setting.to_dict(), "seconds_per_image": seconds, **asdict(result), **record}
+                for (setting, seconds, result), record in zip(rows, records, strict=True)
             ],
             "environment": machine,
         },
@@ -171,7 +177,8 @@ def _one(
     reference: Reference,
     network: FeatureNetwork,
     real: Any,
-) -> Evaluation:
+) -> tuple[Evaluation, dict[str, Any]]:
+    """The metrics of a setting; what its images were generated from, and warnings, for JSON."""
     name, call = setting.name, setting.call()
     files = SampleFiles(
         Path(command.out) / name, "png", num, range(engine.var.config.num_classes), command.batch
@@ -186,12 +193,13 @@ def _one(
         kv_dtype=call["kv_dtype"],
         batch=command.batch,
     )
+    generated = settings_of(recorded, engine, files, sampling)
     with progress("eval", name, num, command.json) as advance:
         sample(
             engine,
             sampling,
             files,
-            settings_of(recorded, engine, files, sampling),
+            generated,
             **call,
             report=lambda images, total: advance(images, name),
         )
@@ -200,9 +208,10 @@ def _one(
         images = open_images(files.out)
         result = evaluate(images, reference, network, batch=command.batch, real=real)
     out = console(command.json, stderr=True)
-    for warning in heard:
-        out.print(f"warning: {name}: {warning.message}")
-    return result
+    notes = list(dict.fromkeys(str(warning.message) for warning in heard))
+    for note in notes:
+        out.print(f"warning: {name}: {note}")
+    return result, {"generated": generated, "warnings": notes}
 
 
 def _seconds(engine: Engine, sampling: Sampling, setting: Setting, batch: int) -> float:

@@ -439,8 +439,13 @@ class Work:
 
 def fingerprint(models: Engine | VARiant) -> str:
     """SHA-256 over the names and values of all weights."""
+    return weights_sha256(models.var, models.vae)
+
+
+def weights_sha256(*modules: torch.nn.Module) -> str:
+    """SHA-256 over the names and values of the weights of modules."""
     digest = hashlib.sha256()
-    for module in (models.var, models.vae):
+    for module in modules:
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(name.encode())
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -168,7 +168,8 @@ def size_of(state: Mapping[str, object]) -> Size:
     """
     positions = state.get("pos_embed")
     width = positions.shape[-1] if isinstance(positions, Tensor) and positions.dim() else None
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    names = [name for name in state if isinstance(name, str) and name.startswith("blocks.")]
+    depth = len({name.split(".")[1] for name in names})
     if "register_tokens" in state:
         raise ValueError("it has register tokens; FD-DINOv2 is that of the networks without")
     for size in SIZES:

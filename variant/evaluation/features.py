@@ -182,6 +182,8 @@ def _function(name: str, device: torch.device) -> FeatureNetwork:
             f"eval: --features {name}: must name a function; it is {type(function).__name__}"
         )
 
+    widths: set[int] = set()
+
     def run(images_B3YX: Tensor) -> Features:
         try:
             features = function(images_B3YX)
@@ -197,6 +199,12 @@ def _function(name: str, device: torch.device) -> FeatureNetwork:
             raise UserError(
                 f"eval: {name} must return floating features ({len(images_B3YX)}, D) for as many "
                 f"images; got {got}"
+            )
+        widths.add(features.shape[1])
+        if len(widths) > 1:
+            raise UserError(
+                f"eval: {name} must return as many features for every batch; got "
+                f"{' and '.join(map(str, sorted(widths)))}"
             )
         return Features(features.float())
 

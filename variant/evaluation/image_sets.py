@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from variant.data.images import SUFFIXES, UNREADABLE
+from variant.data.images import SUFFIXES, UNREADABLE, WIDE_MODES
 from variant.errors import UserError
 from variant.evaluation.frechet import Gaussian
 from variant.paths import open_regular, path_kind, shown
@@ -40,6 +40,7 @@ class ImageSet:
     name: for messages.  labels: the class of each image, where the files' names tell.
     read: the images of some indices, (B, 3, Y, X).
     seen: SHA-256 of the pixels of the images of the last pass, and how often each came.
+    largest: value of a pixel of the last pass.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ImageSet:
     labels: Sequence[int] | None
     read: Callable[[range], Tensor]
     seen: dict[bytes, int] = field(default_factory=dict)
+    largest: int = 0
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """The images in order, (B, 3, Y, X) uint8; counts repeated ones on the way.
@@ -54,12 +56,13 @@ class ImageSet:
         Raises:
             UserError: an image is of another size than the first.
         """
-        self.seen = {}
+        self.seen, self.largest = {}, 0
         for start in range(0, self.count, size):
             images = self.read(range(start, min(start + size, self.count)))
             for image in images:
                 digest = hashlib.sha256(image.numpy().tobytes()).digest()
                 self.seen[digest] = self.seen.get(digest, 0) + 1
+            self.largest = max(self.largest, int(images.max()))
             yield images
 
     @property
@@ -86,6 +89,13 @@ class Reference:
     gaussian: Gaussian | None = None
     spatial: Gaussian | None = None
 
+    def statistics_sha256(self) -> str | None:
+        """Of the file's own statistics, as float64; None where it has none."""
+        given = [each for each in (self.gaussian, self.spatial) if each is not None]
+        values = [part for each in given for part in (each.mean_D, each.covariance_DD)]
+        content = b"".join(value.contiguous().numpy().tobytes() for value in values)
+        return hashlib.sha256(content).hexdigest() if given else None
+
 
 def open_images(path: str | os.PathLike[str]) -> ImageSet:
     """The images of a folder (also in sub-folders), of a ``.tar`` or a folder of them, or ``.npz``.
@@ -106,7 +116,7 @@ def open_images(path: str | os.PathLike[str]) -> ImageSet:
         arrays = _read_npz(path)
         if "arr_0" not in arrays:
             raise UserError(f"{shown(path)}: holds no images (arr_0); it has {', '.join(arrays)}")
-        return array_images(path.name, arrays["arr_0"])
+        return array_images(path.name, arrays["arr_0"], arrays.get("arr_1"))
     raise UserError(f"{shown(path)}: must be a folder, a .tar or an .npz of images")
 
 
@@ -120,7 +130,9 @@ def open_reference(path: str | os.PathLike[str]) -> Reference:
     if path.suffix != ".npz" or path_kind(path) != "file":
         return Reference(path.name, open_images(path))
     arrays = _read_npz(path)
-    images = array_images(path.name, arrays["arr_0"]) if "arr_0" in arrays else None
+    images = None
+    if "arr_0" in arrays:
+        images = array_images(path.name, arrays["arr_0"], arrays.get("arr_1"))
     gaussians = [
         _gaussian(path, arrays, *names) for names in (("mu", "sigma"), ("mu_s", "sigma_s"))
     ]
@@ -132,9 +144,13 @@ def open_reference(path: str | os.PathLike[str]) -> Reference:
     return Reference(path.name, images, *gaussians)
 
 
-def array_images(name: str, images_NYX3: np.ndarray) -> ImageSet:
+def array_images(
+    name: str, images_NYX3: np.ndarray, labels_N: np.ndarray | None = None
+) -> ImageSet:
     """The images of an array, uint8 (N, Y, X, 3).
 
+    Args:
+        labels_N: integers, as ADM's samples have them in arr_1; anything else is no label.
     Raises:
         UserError: it is another array.
     """
@@ -150,7 +166,14 @@ def array_images(name: str, images_NYX3: np.ndarray) -> ImageSet:
         rows = images_NYX3[indices.start : indices.stop]
         return torch.from_numpy(np.ascontiguousarray(rows.transpose(0, 3, 1, 2)))
 
-    return ImageSet(name, len(images_NYX3), None, read)
+    labels = None
+    if (
+        labels_N is not None
+        and labels_N.shape == (len(images_NYX3),)
+        and labels_N.dtype.kind in "iu"
+    ):
+        labels = labels_N.tolist()
+    return ImageSet(name, len(images_NYX3), labels, read)
 
 
 def _gaussian(path: Path, arrays: Any, mean: str, covariance: str) -> Gaussian | None:
@@ -168,7 +191,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         try:
             # Objects would run code of the file.
             with np.load(file, allow_pickle=False) as arrays:
-                names = ("arr_0", "mu", "sigma", "mu_s", "sigma_s")
+                names = ("arr_0", "arr_1", "mu", "sigma", "mu_s", "sigma_s")
                 return {name: arrays[name] for name in arrays.files if name in names}
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, MemoryError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -235,9 +258,15 @@ def _encoded(where: Path, names: Sequence[str], content: Callable[[int], bytes])
     def decode(index: int) -> np.ndarray | None:
         try:
             with Image.open(io.BytesIO(content(index))) as image:
+                is_wide = image.mode in WIDE_MODES
                 pixels = np.asarray(image.convert("RGB"))
         except UNREADABLE:
             return None
+        if is_wide:  # convert("RGB") clips their values to 8 bits
+            raise UserError(
+                f"{shown(names[index])}: must have 8 bits per channel; its pixels are of mode "
+                f"{image.mode}. Convert it first"
+            )
         if not size:
             size.append(image.size)
         if image.size != size[0]:
@@ -262,7 +291,7 @@ def _encoded(where: Path, names: Sequence[str], content: Callable[[int], bytes])
         stack = np.stack([pixels for _, pixels in images if pixels is not None])
         return torch.from_numpy(stack.transpose(0, 3, 1, 2).copy())
 
-    labels = [LABEL.search(name) for name in names]
+    labels = [LABEL.search(Path(name).name) for name in names]
     known = [int(match[1]) for match in labels if match]
     return ImageSet(
         where.name or str(where), len(names), known if len(known) == len(names) else None, read

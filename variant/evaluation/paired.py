@@ -37,11 +37,7 @@ def compare_pairs(images: ImageSet, reference: ImageSet, batch: int = 64) -> Pai
     Raises:
         UserError: the sets have different numbers of images.
     """
-    if images.count != reference.count:
-        raise UserError(
-            f"eval: --paired needs as many images as the reference has; {images.name} has "
-            f"{images.count:,}, {reference.name} {reference.count:,}"
-        )
+    check_pairs(images, reference)
     error, ssim, equal = 0.0, 0.0, 0
     for start in range(0, images.count, batch):
         rows = range(start, min(start + batch, images.count))
@@ -50,6 +46,15 @@ def compare_pairs(images: ImageSet, reference: ImageSet, batch: int = 64) -> Pai
         ssim += float(structural_similarity(one, other).sum())
         equal += int((one == other).flatten(1).all(1).sum())
     return Paired(psnr(error / images.count), ssim / images.count, equal / images.count)
+
+
+def check_pairs(images: ImageSet, reference: ImageSet) -> None:
+    """Raises: UserError, if the sets have different numbers of images."""
+    if images.count != reference.count:
+        raise UserError(
+            f"eval: --paired needs as many images as the reference has; {images.name} has "
+            f"{images.count:,}, {reference.name} {reference.count:,}"
+        )
 
 
 def psnr(mean_squared_error: float) -> float:

@@ -42,7 +42,7 @@ def reconstructions(name: str, vae: VQVAE, source: ImageSet) -> ImageSet:
     """Images, encoded and decoded by the VQ-VAE of this name.
 
     Raises:
-        UserError: they are of another size than the model's.
+        UserError: they are of another size than the model's, or coloured where it has gray ones.
     """
     config = vae.config
     size = tuple(source.read(range(1)).shape[2:])
@@ -53,7 +53,10 @@ def reconstructions(name: str, vae: VQVAE, source: ImageSet) -> ImageSet:
         )
 
     def read(indices: range) -> Tensor:
-        return _as_pixels(vae.decode(_encode(vae, source.read(indices))))
+        originals = source.read(indices)
+        if config.in_channels == 1 and not (originals == originals[:, :1]).all():
+            raise UserError(f"eval: {name} has gray images; {source.name} holds coloured ones")
+        return _as_pixels(vae.decode(_encode(vae, originals)))
 
     return ImageSet(f"reconstructions by {name}", source.count, source.labels, read)
 

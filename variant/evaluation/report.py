@@ -33,7 +33,8 @@ from variant_kernels.arguments import integer
 
 BLOCKS = 10  # of the jackknife
 LEAST = 2 * BLOCKS  # images
-FLOOR_SEED = 0  # of the halves of the reference
+GIVEN = "FID"  # the distance whose network the statistics of a reference file are of
+FLOOR_SEED = BLOCK_SEED = 0  # of the halves of the reference, and of blocks without labels
 # A split of the Inception Score holds nearly all classes if the images are mixed.
 LEAST_CLASSES_IN_SPLIT = 0.5
 
@@ -65,6 +66,7 @@ class Evaluation:
 
     images_sha256, reference_sha256: of the pixels, whatever the order of the images; None where the
         reference holds statistics alone.
+    statistics_sha256: of the mean and covariance of a reference file, where they were taken.
     """
 
     metrics: tuple[Metric, ...]
@@ -76,6 +78,7 @@ class Evaluation:
     reference: str
     num_reference_images: int
     reference_sha256: str | None
+    statistics_sha256: str | None = None
 
 
 def extract(
@@ -126,32 +129,20 @@ def evaluate(
         UserError: too few images, or a reference of another size or other features.
     """
     integer("evaluate", "batch", batch, 1)
-    if images.count < LEAST:
-        raise UserError(
-            f"eval: at least {LEAST} images are needed; {images.name} has {images.count}"
-        )
-    _check_sizes(images, reference)
+    height, width = images.read(range(1)).shape[2:]
+    check_reference(reference, network, images.name, images.count, (height, width))
     own = extract(images, network, batch, advance)
-    if reference.images is not None and reference.images.count < LEAST:
-        raise UserError(
-            f"eval: at least {LEAST} reference images are needed; {reference.name} has "
-            f"{reference.images.count}"
-        )
     if real is None and reference.images is not None:
         real = extract(reference.images, network, batch, advance)
-    if images.repeats:
-        warnings.warn(
-            f"eval: {images.repeats:,} of {images.count:,} images of {images.name} equal an "
-            "earlier one",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    # Statistics of a file are those of the Inception network.
-    given = network.distance == "FID"
+    for each in (images, reference.images):
+        if each is not None:
+            _warn_of_pixels(each)
+    given = network.distance == GIVEN
     metrics = [
         _distance(
             network.distance,
             own.features_BD,
+            images.labels,
             None if real is None else real.features_BD,
             reference.gaussian if given else None,
             reference.name,
@@ -164,6 +155,7 @@ def evaluate(
             _distance(
                 f"s{network.distance}",
                 own.spatial_BD,
+                images.labels,
                 None if real is None else real.spatial_BD,
                 reference.spatial if given else None,
                 reference.name,
@@ -187,37 +179,85 @@ def evaluate(
         reference=reference.name,
         num_reference_images=0 if reference.images is None else reference.images.count,
         reference_sha256=None if reference.images is None else reference.images.sha256(),
+        statistics_sha256=reference.statistics_sha256() if given else None,
     )
 
 
-def _check_sizes(images: ImageSet, reference: Reference) -> None:
-    """Raises: UserError, if the pixels of both sets differ in number."""
+def check_reference(
+    reference: Reference, network: FeatureNetwork, name: str, count: int, size: tuple[int, int]
+) -> None:
+    """What can be known before features are extracted, or images generated.
+
+    Args:
+        name, count, size: of the images; their height and width.
+    Raises:
+        UserError: too few images, or a reference of another size or without what is needed.
+    """
+    if count < LEAST:
+        raise UserError(f"eval: at least {LEAST} images are needed; {name} has {count}")
     if reference.images is None:
+        if network.distance != GIVEN or reference.gaussian is None:
+            raise UserError(
+                f"eval: {network.distance} needs the images of the reference; {reference.name} "
+                "holds statistics of the Inception network alone"
+            )
         return
-    own, other = (tuple(one.read(range(1)).shape[2:]) for one in (images, reference.images))
-    if own != other:
+    if reference.images.count < LEAST:
         raise UserError(
-            f"eval: images and reference must have one size; {images.name} has {own[1]} x {own[0]} "
+            f"eval: at least {LEAST} reference images are needed; {reference.name} has "
+            f"{reference.images.count}"
+        )
+    other = tuple(reference.images.read(range(1)).shape[2:])
+    if size != other:
+        raise UserError(
+            f"eval: images and reference must have one size; {name} has {size[1]} x {size[0]} "
             f"pixels, {reference.name} {other[1]} x {other[0]}"
         )
 
 
+def _warn_of_pixels(images: ImageSet) -> None:
+    """Warns: RuntimeWarning, of repeated images, and of pixels that are 0 and 1 alone."""
+    if images.repeats:
+        warnings.warn(
+            f"eval: {images.repeats:,} of {images.count:,} images of {images.name} equal an "
+            "earlier one",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    if images.largest <= 1:
+        warnings.warn(
+            f"eval: no pixel of {images.name} is above {images.largest} of 255; images in [0, 1] "
+            "must be multiplied by 255 and rounded before they become uint8",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 def _distance(
-    name: str, own_ND: Tensor, real_ND: Tensor | None, gaussian: Gaussian | None, reference: str
+    name: str,
+    own_ND: Tensor,
+    labels: Sequence[int] | None,
+    real_ND: Tensor | None,
+    gaussian: Gaussian | None,
+    reference: str,
 ) -> Metric:
     if gaussian is None:
-        if real_ND is None:
-            raise UserError(
-                f"eval: {name} needs the images of the reference; {reference} holds statistics of "
-                "the Inception network alone"
+        assert real_ND is not None, "checked before"
+        if len(real_ND) <= real_ND.shape[1]:
+            warnings.warn(
+                f"{name}: the reference {reference} has {len(real_ND):,} images for "
+                f"{real_ND.shape[1]:,} features: its covariance is singular and the distance too "
+                "large; give more images",
+                RuntimeWarning,
+                stacklevel=3,
             )
-        gaussian = total(_blocks(real_ND)).gaussian()
+        gaussian = total(blocks_of(real_ND)).gaussian()
     if own_ND.shape[1] != len(gaussian.mean_D):
         raise UserError(
             f"eval: {name} compares {own_ND.shape[1]} features; {reference} has statistics of "
             f"{len(gaussian.mean_D)}"
         )
-    result = frechet_from_blocks(_blocks(own_ND), gaussian, name)
+    result = frechet_from_blocks(blocks_of(own_ND, labels), gaussian, name)
     floor = floor_count = None
     if real_ND is not None:
         floor_count = min(len(own_ND), len(real_ND) // 2)
@@ -244,9 +284,24 @@ def floor_of(real_ND: Tensor, count: int) -> float:
     return frechet_distance(*(half.gaussian() for half in halves))
 
 
-def _blocks(features_ND: Tensor) -> list[FeatureStatistics]:
-    """Statistics of every tenth image, so that images sorted by class give equal blocks."""
-    return [FeatureStatistics.of(features_ND[start::BLOCKS]) for start in range(BLOCKS)]
+def blocks_of(features_ND: Tensor, labels: Sequence[int] | None = None) -> list[FeatureStatistics]:
+    """Statistics of ten disjoint blocks of images, each a sample like the whole.
+
+    Args:
+        labels: the class of each image: every block has the same share of each class, whatever the
+            order. None: of every ten images in order each goes into another block, drawn at
+            random, so that images sorted by class give equal blocks, and so do classes in turn,
+            which every tenth image would tear apart.
+    """
+    count = len(features_ND)
+    if labels is None:
+        generator = torch.Generator().manual_seed(BLOCK_SEED)
+        draws = torch.rand(-(-count // BLOCKS), BLOCKS, generator=generator)
+        order = (draws.argsort(1) + BLOCKS * torch.arange(len(draws))[:, None]).flatten()
+        order = order[order < count]
+    else:
+        order = torch.tensor(labels).argsort(stable=True)
+    return [FeatureStatistics.of(features_ND[order[start::BLOCKS]]) for start in range(BLOCKS)]
 
 
 def _class_metrics(images: ImageSet, network: FeatureNetwork, logits_NC: Tensor) -> list[Metric]:
@@ -274,8 +329,9 @@ def _warn_of_sorted_labels(name: str, labels: Sequence[int]) -> None:
     classes = len(Counter(labels))
     starts = [*range(0, len(labels), SPLIT), len(labels)]
     for start, end in pairwise(starts):
-        inside = len(set(labels[start:end]))
-        if inside < LEAST_CLASSES_IN_SPLIT * min(classes, end - start):
+        inside, size = len(set(labels[start:end])), end - start
+        is_one_of_two = inside == 1 < classes and size >= LEAST  # half, and as few as can be
+        if inside < LEAST_CLASSES_IN_SPLIT * min(classes, size) or is_one_of_two:
             warnings.warn(
                 f"eval: {name}: the images are sorted by class: images {start:,} to {end - 1:,} "
                 f"show {inside:,} of {classes:,} classes, which lowers the score; mix their order",

@@ -12,6 +12,7 @@ Axes: B images, Y X pixels.
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 import os
@@ -35,7 +36,7 @@ from variant.engine.kv_dtype import KVDtype
 from variant.errors import UserError
 from variant.files import atomic_write
 from variant.paths import path_kind, read_json, shown
-from variant.training.folder_lock import locked_folder
+from variant.training.folder_lock import clear_leftovers, locked_folder
 from variant_kernels import DepthSchedule
 from variant_kernels.arguments import integer
 
@@ -43,7 +44,7 @@ Form = Literal["png", "webdataset", "npz"]
 FORMAT = "variant-sample-1"
 SETTINGS_NAME = "sample.json"
 PART = 500  # images of a shard and of a part
-TEMPORARY = re.compile(r"\.(?:part-)?(?P<number>\d+)(?:_\w+)?\.(?:png|tar|npy)\.\d+\.tmp")
+TEMPORARY = re.compile(r"\.(?:part-)?(?P<number>\d+)(?:_class-?\d+)?\.(?:png|tar|npy)\.\d+\.tmp")
 OWN = re.compile(r"\d{6,}_class-?\d+\.png|part-\d{5,}\.tar")
 # Settings in which a run may be continued with another value.
 FREE = ("software", "batch")
@@ -130,7 +131,12 @@ class SampleFiles:
                 _add(archive, f"{self._key(index)}.cls", str(self.label(index)).encode())
 
     def assemble(self, settings: Mapping[str, Any]) -> None:
-        """Make the ``.npz`` that the ADM evaluator reads of its parts, and remove them."""
+        """Make the ``.npz`` that the ADM evaluator reads of its parts.
+
+        Its record is written before it: whatever kills the process, an ``.npz`` has a record.
+        """
+        with atomic_write(self.record) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1) + "\n")
         parts = [self.unit_file(number) for number, _ in self.units()]
         first = np.load(parts[0], mmap_mode="r")
         shape = (self.num, *first.shape[1:])
@@ -141,9 +147,16 @@ class SampleFiles:
                 np.lib.format.write_array_header_1_0(file, header)
                 for part in parts:
                     file.write(np.load(part).tobytes())
-        with atomic_write(self.record) as temporary:
-            temporary.write_text(json.dumps(settings, indent=1) + "\n")
-        shutil.rmtree(self.folder)
+            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
+                np.save(file, np.array([self.label(index) for index in range(self.num)]))
+
+    def clear_parts(self) -> None:
+        """Remove the parts of a finished ``.npz``, and what killed processes left beside it.
+
+        Another process may still be leaving the folder.
+        """
+        shutil.rmtree(self.folder, ignore_errors=True)
+        clear_leftovers(self.out.parent, map(glob.escape, (self.out.name, self.record.name)))
 
     def clear_temporary(self, rank: int, world_size: int) -> None:
         """Remove what a killed process of this rank left half written."""
@@ -198,14 +211,14 @@ def sample(
     integer("sample", "world_size", world_size, rank + 1)
     settings = {"format": FORMAT, **settings}
     if files.form == "npz":
-        is_made = path_kind(files.out) is not None
-        # Without the .npz: a file of someone else, which the record of this run would replace.
-        if is_made or path_kind(files.record) is not None:
-            _check_same(files.record, settings)
-        if is_made:
+        _check_record(files, settings)
+        if path_kind(files.out) is not None:
+            _finish_once(files, settings)
             report(files.num, files.num)
             return 0
     with locked_folder(files.folder, f".variant-sample-{rank}.lock"):
+        if files.form == "npz" and path_kind(files.out) is not None:  # just now, by another rank
+            return 0
         _start(files, settings)
         files.clear_temporary(rank, world_size)
         own = [unit for unit in files.units() if unit[0] % world_size == rank]
@@ -226,18 +239,22 @@ def sample(
                 files.write(number, images, np.concatenate(pixels), _text(settings))
             report(len(images), total)
         missing = sum(not files.is_done(*unit) for unit in files.units())
-    if files.form == "npz" and not missing:
-        _assemble_once(files, settings)
+    if files.form == "npz":
+        if path_kind(files.out) is not None:  # by another rank, which may have removed the parts
+            return 0
+        if not missing:
+            _finish_once(files, settings)
     return missing
 
 
 def _start(files: SampleFiles, settings: Mapping[str, Any]) -> None:
     """Record the settings, or compare them with those that are recorded."""
     path = files.folder / SETTINGS_NAME
+    # Listed before the record is looked for: what another rank writes now comes after the record.
+    foreign = [name for name in os.listdir(files.folder) if not name.startswith(".")]
     if path_kind(path) is not None:
         _check_same(path, settings)
         return
-    foreign = [name for name in os.listdir(files.folder) if not name.startswith(".")]
     if foreign:
         raise UserError(
             f"{shown(files.folder)}: holds {foreign[0]} and no {SETTINGS_NAME}: it is no folder of "
@@ -247,8 +264,8 @@ def _start(files: SampleFiles, settings: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(settings, indent=1) + "\n")
 
 
-def _check_same(path: Path, settings: Mapping[str, Any]) -> None:
-    """Raises: UserError, if other settings are recorded."""
+def _check_same(path: Path, settings: Mapping[str, Any], what: Path | None = None) -> None:
+    """Raises: UserError, if other settings are recorded.  Args: what: None is the path's folder."""
     recorded = read_json(path)
     if not isinstance(recorded, dict) or recorded.get("format") != FORMAT:
         raise UserError(f'{shown(path)}: its "format" must be "{FORMAT}"; give another --out')
@@ -256,12 +273,23 @@ def _check_same(path: Path, settings: Mapping[str, Any]) -> None:
     for key, value in json.loads(json.dumps(settings)).items():
         if recorded.get(key) != value and key not in free:
             raise UserError(
-                f"{shown(path.parent)}: was sampled with {key} {recorded.get(key)}; got {value}. "
-                "Give the same settings, or another --out"
+                f"{shown(what or path.parent)}: was sampled with {key} {recorded.get(key)}; got "
+                f"{value}. Give the same settings, or another --out"
             )
 
 
-def _assemble_once(files: SampleFiles, settings: Mapping[str, Any]) -> None:
+def _check_record(files: SampleFiles, settings: Mapping[str, Any]) -> None:
+    """Raises: UserError, if an ``.npz`` is of another run, or its record would replace a file."""
+    if path_kind(files.record) is not None:
+        _check_same(files.record, settings, files.record)
+    elif path_kind(files.out) is not None:
+        raise UserError(
+            f"{shown(files.out)}: there is no {files.record.name} beside it, so that it is not "
+            "known to be of `variant sample`; give another --out"
+        )
+
+
+def _finish_once(files: SampleFiles, settings: Mapping[str, Any]) -> None:
     """By one of the ranks that see the last part at the same time."""
     is_own = False
     try:
@@ -269,6 +297,7 @@ def _assemble_once(files: SampleFiles, settings: Mapping[str, Any]) -> None:
             is_own = True
             if path_kind(files.out) is None:
                 files.assemble(settings)
+            files.clear_parts()
     except UserError:
         if is_own:
             raise

@@ -16,6 +16,7 @@ from variant.training.checkpoint_folder import is_checkpoint_folder, link, remov
 # Digits of a step in a name: names are in the order of their steps.
 DIGITS = 8
 BEST_NAME = "best.safetensors"  # in a folder
+BEST_SUFFIX = "-best.safetensors"  # beside a file, after its name
 
 
 class CheckpointFiles:
@@ -43,16 +44,20 @@ class CheckpointFiles:
 
     def older(self) -> list[Path]:
         """The checkpoints beside ``last``, oldest first."""
-        pattern = re.compile(rf"{re.escape(self.kind)}-step-\d{{{DIGITS},}}(\.pt)?")
         with suppress(OSError, ValueError):  # ValueError: a NUL byte in the path
             paths = [
                 path
                 for path in self.folder.iterdir()
-                if pattern.fullmatch(path.name)
+                if self._is_older(path.name)
                 and (path.suffix == ".pt" or is_checkpoint_folder(path))
             ]
             return sorted(paths, key=step_in_name)
         return []
+
+    def _is_older(self, name: str) -> bool:
+        """Whether a checkpoint beside ``last`` has such a name."""
+        pattern = rf"{re.escape(self.kind)}-step-\d{{{DIGITS},}}(\.pt)?"
+        return re.fullmatch(pattern, name) is not None
 
     def path_of(self, step: int) -> Path:
         """The folder that several processes write."""
@@ -80,7 +85,7 @@ class CheckpointFiles:
             return self.best
         if checkpoint.suffix != ".pt":
             return checkpoint / BEST_NAME
-        return checkpoint.with_name(f"{checkpoint.stem}-best.safetensors")
+        return checkpoint.with_name(f"{checkpoint.stem}{BEST_SUFFIX}")
 
     def archive_last(self) -> None:
         """Give ``last``, if there is one, the name of an older checkpoint too, with its best.
@@ -114,6 +119,18 @@ class CheckpointFiles:
                 path.unlink()
                 if path != self.last:
                     self.best_of(path).unlink()
+
+    def remove_lone_best(self) -> None:
+        """Remove the best weights of older checkpoints that are gone, when a run is resumed.
+
+        A run that was killed between the two files of a checkpoint, as it kept or removed it,
+        leaves them. What cannot be removed stays.
+        """
+        for path in self.folder.glob(f"{self.kind}-step-*{BEST_SUFFIX}"):
+            checkpoint = path.with_name(f"{path.name.removesuffix(BEST_SUFFIX)}.pt")
+            if self._is_older(checkpoint.name) and path_kind(checkpoint) is None:
+                with suppress(OSError):
+                    path.unlink()
 
     def _step_of(self, checkpoint: Path) -> float:
         return self._last_step() if checkpoint == self.last else step_in_name(checkpoint)
