@@ -65,6 +65,13 @@ def test_a_check_compares_recipe_and_images(run):
         "(1618); got 1619",
     ]
     assert "3 problems" in error
+    words = "--optim.batch-size 100 --optim.steps-per-epoch 17"
+    code, printed, _ = run("recipe", "check", "digits", *words.split())
+    assert code == 1
+    assert (
+        "problem: optim.steps_per_epoch must be at most 16, those of a pass over the 1618 training "
+        "images; got 17" in printed
+    )
 
 
 def test_a_recipe_must_be_named(run):

@@ -14,6 +14,17 @@ def test_a_stopped_run_prints_the_command_that_resumes_it():
     )
 
 
+def test_the_command_that_resumes_several_processes_starts_as_many(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    rest = "-m variant.cli train --recipe digits --out runs/digits --resume"
+    assert resume_command("train", Train(recipe="digits")) == (
+        f"torchrun --nproc-per-node 8 {rest}"
+    )
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # two machines
+    assert resume_command("train", Train(recipe="digits")) == f"torchrun ... {rest}"
+
+
 def test_the_resume_command_keeps_the_start():
     command = Train(recipe="digits", start_from="my model")
     assert resume_command("train", command) == (

@@ -40,7 +40,8 @@ def start(recipe):
 
 
 def test_a_run_starts_from_both_models_of_a_folder(recipe, trained, tmp_path):
-    chosen = starting_from(recipe, str(trained))
+    entry = with_model(recipe, weights="var.pth", weights_entry="ema")  # of a file, not of a model
+    chosen = starting_from(entry, str(trained))
     var, vae, _ = load_model(trained)
     assert_same(dict(start(chosen).state_dict()), dict(var.state_dict()))
     found = load_vae(chosen, find_vae(chosen, tmp_path))

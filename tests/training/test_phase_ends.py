@@ -9,6 +9,7 @@ from tiny_runs import CPU, metrics, quiet, resume, run_until, tiny_recipe
 
 from variant.errors import UserError
 from variant.training.configurations import Configurations
+from variant.training.logging_section import LoggingSection
 from variant.training.phase_ends import ENDED, PhaseEnds, ended_phase
 from variant.training.resume_rules import compare_recipes, compare_schedules
 from variant.training.schedule import ScheduleSection, choose_depth
@@ -125,7 +126,8 @@ def with_auto(recipe, **values):
 
 
 def test_a_run_ends_its_phases_and_a_resumed_one_equals_it(folders, tmp_path, monkeypatch):
-    recipe = with_auto(tiny_recipe(folders))
+    logging = LoggingSection(samples_every=8)
+    recipe = dataclasses.replace(with_auto(tiny_recipe(folders)), logging=logging)
     original = VARTask.held_out_losses
 
     def flat(self, *arguments):
@@ -144,6 +146,9 @@ def test_a_run_ends_its_phases_and_a_resumed_one_equals_it(folders, tmp_path, mo
     assert {e[ENDED]: e["epoch"] for e in entries if ENDED in e} == {
         "joint": 4, "transition": 8, "refinement": 12,
     }  # fmt: skip
+
+    pictures = sorted(path.name for path in (tmp_path / "whole").glob("var-*.png"))
+    assert pictures == ["var-samples-0008.png", "var-samples-0012.png"]  # 12 is the last epoch
 
     # Stopped within the transition, after the joint phase has ended early.
     train_vae(recipe, tmp_path / "parted", console=quiet(), device=CPU)

@@ -5,6 +5,8 @@ import errno
 import io
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,8 +22,11 @@ from variant.engine.images import to_pil
 from variant.errors import UserError
 from variant.models.flops import training_flop
 from variant.training.configurations import Configurations
+from variant.training.distributed import Ranks
 from variant.training.gpu_peaks import peak_rate
 from variant.training.logging_section import LoggingSection
+from variant.training.loss_scale import LossScaler
+from variant.training.step_log import StepLog
 from variant.training.tensorboard import TensorBoard
 from variant.training.trainer import Trainer
 from variant.training.vae_task import VAETask, train_vae
@@ -140,6 +145,31 @@ def test_no_setting_of_the_log_changes_a_weight(run, chosen, with_vae):
     assert len(lines_of(with_vae)) == 8
     weights = [(folder / "model.safetensors").read_bytes() for folder in (run[0], with_vae)]
     assert weights[0] == weights[1]
+
+
+def _interval(recipe, size, saved, losses):
+    """What is saved of an interval in which ``size`` processes go on from ``saved``."""
+    setup = SimpleNamespace(recipe=recipe, optim=recipe.optim, device=CPU, folder=Path())
+    task = SimpleNamespace(
+        kind="var", module=torch.nn.Linear(1, 1), layer_groups=dict, seconds_waited=0.0
+    )
+    totals = []
+    for rank in range(size):
+        setup.ranks, setup.steps_per_epoch = Ranks(rank, size), 2
+        log = StepLog(task, setup, None, LossScaler("cpu", enabled=False), 8, None)
+        log._load(saved)
+        for loss in losses:
+            log.add_loss("full", loss)
+        totals.append(log.meters.totals()["loss/full"])
+    rest = {"steps": 0, "seconds": 0.0, "flop": 0, "waited": 0.0, "waited_before": 0.0}
+    return {"meters": {"loss/full": torch.tensor(totals).sum(0).tolist()}, **rest}
+
+
+@pytest.mark.parametrize("sizes", [(1, 4), (4, 1), (2, 2)])
+def test_a_step_weighs_the_same_after_a_change_of_the_number_of_processes(chosen, sizes):
+    saved = _interval(chosen, sizes[0], {}, [1.0, 2.0, 3.0])
+    total, weight = _interval(chosen, sizes[1], saved, [8.0])["meters"]["loss/full"]
+    assert total / weight == (1 + 2 + 3 + 8) / 4
 
 
 def test_the_vqvae_reports_the_parts_of_its_loss(chosen, tmp_path):

@@ -37,6 +37,7 @@ from variant.files import save_safetensors
 from variant.models.config import to_plain
 from variant.models.vqvae import VQVAE
 from variant.training.initial_weights import find_vae, load_vae
+from variant.training.run_summary import RunSummary
 from variant.training.tokenize import rank_of_environment, tokenize
 from variant.training.vae_task import train_vae
 from variant.training.var_task import VARTask, train_var
@@ -244,6 +245,17 @@ def test_tokens_that_do_not_fit_the_recipe_are_refused(tiny, tokens, tmp_path):
     copies = dataclasses.replace(tiny.data, copies=2, mixup=0.0)
     with pytest.raises(UserError, match=r"data.copies must be 0: --passes takes its place; got 2"):
         write(dataclasses.replace(tiny, data=copies), tmp_path / "t")
+
+
+def test_a_summary_of_a_recipe_counts_tokens_as_it_counts_images(tiny, tokens):
+    chosen = from_tokens(tiny, tokens)
+    steps = dict(RunSummary(chosen).lines())["train"]
+    assert steps == dict(RunSummary(tiny).lines())["train"]
+    assert "steps of fp32" in steps
+    assert RunSummary(chosen).problems == []
+    vae = dataclasses.replace(tiny.vae, vocab_size=4)
+    other = dataclasses.replace(chosen, vae=vae)
+    assert RunSummary(other).problems == [f"tiny: vae.vocab_size must be 8, as in {tokens}; got 4"]
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut off", "removed"])

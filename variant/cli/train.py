@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -49,14 +50,25 @@ def folder_of(command: Train | TrainVae) -> Path:
 
 
 def resume_command(name: str, command: Train | TrainVae) -> str:
-    """The shell command that resumes this run."""
-    words = ["variant", name, "--recipe", command.recipe, "--out", str(folder_of(command))]
+    """The shell command that resumes this run, with as many processes."""
+    words = [name, "--recipe", command.recipe, "--out", str(folder_of(command))]
     if command.seed is not None:
         words += ["--seed", str(command.seed)]
     if isinstance(command, Train) and command.start_from is not None:
         words += ["--start-from", command.start_from]
     words += override_words(command.overrides)
-    return shlex.join([*words, "--resume"])
+    return f"{_program()} {shlex.join([*words, '--resume'])}"
+
+
+def _program() -> str:
+    """What starts this program, on as many processes as torchrun's variables say."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        return "variant"
+    # Of several machines each has its own options: their number, where they meet.
+    on_one_machine = os.environ.get("LOCAL_WORLD_SIZE", size) == size
+    options = f"--nproc-per-node {shlex.quote(size)}" if on_one_machine else "..."
+    return f"torchrun {options} -m variant.cli"
 
 
 def _report(summary: Summary) -> None:

@@ -17,7 +17,7 @@ DISTORTION = ("rotate", "zoom", "shift", "shear")
 # Keys of each kind that others do not have.
 OWN_KEYS = {
     "digits": set(DISTORTION),
-    "folder": {"train", "held_out", "hflip", "randaugment_ops"},
+    "folder": {"train", "held_out", "hflip", "randaugment_ops", "randaugment_magnitude"},
     "idx": {*IDX_FILES, "dataset", "class_names", "hflip", *DISTORTION},
     "tokens": {"tokens"},
 }

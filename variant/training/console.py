@@ -93,7 +93,8 @@ class RunConsole:
 
             def move(step: int, loss: float | None) -> None:
                 text = "" if loss is None else f"loss {loss:.4f}"
-                progress.update(bar, completed=step, loss=text)
+                # phases = "auto" may have shortened the run.
+                progress.update(bar, completed=step, total=self.total_steps, loss=text)
                 if text and not self.console.is_terminal and self._is_line_due():
                     self._print(f"{self.kind} step {step}/{self.total_steps}  {text}")
 

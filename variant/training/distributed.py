@@ -21,6 +21,7 @@ from torch import distributed as dist
 from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.rendezvous import rendezvous
 
+from variant.data.loader import refuse_in_worker
 from variant.errors import UserError
 from variant.training.heartbeat import Heartbeat
 
@@ -163,8 +164,10 @@ def connected(device: torch.device) -> Iterator[Ranks]:
     process prints a line and exits with code 1, within 60 seconds.
 
     Raises:
-        UserError: a process does not come within 5 minutes; a process is lost.
+        UserError: a process does not come within 5 minutes; a process is lost; this is a worker
+            that reads images for another training.
     """
+    refuse_in_worker()
     rank, size = rank_of_environment()
     if size == 1:
         yield Ranks()

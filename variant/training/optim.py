@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -56,6 +57,21 @@ class OptimSection:
             f"accumulate must divide batch_size ({self.batch_size})",
             self.accumulate,
         )
+
+    def problems(self, num_train: int) -> Iterator[str]:
+        """What stops a run with so many training images; each text begins with its key."""
+        if self.batch_size > num_train:
+            yield (
+                f"batch_size must be at most the number of training images ({num_train}); got "
+                f"{self.batch_size}"
+            )
+            return
+        a_pass = num_train // self.batch_size
+        if self.steps_per_epoch > a_pass:
+            yield (
+                f"steps_per_epoch must be at most {a_pass}, those of a pass over the {num_train} "
+                f"training images; got {self.steps_per_epoch}"
+            )
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -380,7 +380,7 @@ def starting_from(recipe: Recipe, model: str) -> Recipe:
     """
     return dataclasses.replace(
         recipe,
-        model=dataclasses.replace(recipe.model, weights=model),
+        model=dataclasses.replace(recipe.model, weights=model, weights_entry=None),
         vae_training=dataclasses.replace(
             recipe.vae_training, weights=model, start_weights=None, trainable="all"
         ),

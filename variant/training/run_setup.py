@@ -174,17 +174,8 @@ class RunSetup:
         self.data = open_source(recipe.data, size, channels, recipe.seed, mixed=kind == "var")
         if isinstance(self.data, TokenSource):
             self.data.check(recipe.name, vae)
-        if self.data.num_train < optim.batch_size:
-            raise UserError(
-                f"{recipe.name}: batch_size must be at most the number of training images "
-                f"({self.data.num_train}); got {optim.batch_size}"
-            )
-        a_pass = self.data.num_train // optim.batch_size
-        if optim.steps_per_epoch > a_pass:
-            raise UserError(
-                f"{recipe.name}: steps_per_epoch must be at most {a_pass}, those of a pass over "
-                f"the {self.data.num_train} training images; got {optim.steps_per_epoch}"
-            )
+        for problem in optim.problems(self.data.num_train):
+            raise UserError(f"{recipe.name}: {problem}")
         self.inputs: dict[str, Any] = {}
         self._record_data()
         # The weights that a run started from are not read again, and may be gone when it resumes.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from variant.data.images import ImageData
-from variant.data.sources import open_data
+from variant.data.samples import Source
+from variant.data.sources import open_source
+from variant.data.token_source import TokenSource
 from variant.errors import UserError
 from variant.models.parameter_count import var_parameters, vqvae_parameters
 from variant.training.optim import OptimSection
@@ -15,18 +16,18 @@ from variant.training.recipe import Recipe
 class RunSummary:
     """The sizes of a recipe's models and the steps of its runs.
 
-    data: the opened images; None if they are not there.
+    data: the opened images or tokens; None if they are not there.
     missing: why not; empty if they are.
     problems: what would stop a run that has these images.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.data: ImageData | None = None
+        self.data: Source | None = None
         self.missing = ""
         vae = recipe.vae
         try:
-            self.data = open_data(recipe.data, vae.image_size, vae.in_channels, recipe.seed)
+            self.data = open_source(recipe.data, vae.image_size, vae.in_channels, recipe.seed)
         except UserError as error:
             self.missing = str(error)
         self.problems = list(self._problems())
@@ -89,6 +90,11 @@ class RunSummary:
     def _problems(self) -> Iterator[str]:
         if self.data is None:
             return
+        if isinstance(self.data, TokenSource):
+            try:
+                self.data.check(self.recipe.name, self.recipe.vae)
+            except UserError as error:
+                yield str(error)
         classes, known = self.recipe.model.num_classes, self.data.num_classes
         if classes != known:
             yield f"model.num_classes must be {known}, as many as the data has; got {classes}"
@@ -97,8 +103,5 @@ class RunSummary:
             "vae_training.optim": self.recipe.vae_training.optim,
         }
         for name, optim in sections.items():
-            if optim is not None and optim.batch_size > self.data.num_train:
-                yield (
-                    f"{name}.batch_size must be at most the number of training images "
-                    f"({self.data.num_train}); got {optim.batch_size}"
-                )
+            if optim is not None:
+                yield from (f"{name}.{text}" for text in optim.problems(self.data.num_train))

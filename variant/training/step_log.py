@@ -117,7 +117,7 @@ class StepLog:
 
     def add_loss(self, name: str, loss: float) -> None:
         """Call when the loss of a step is known, before the line that reports the step."""
-        self.meters.add(f"loss/{name}", loss)
+        self._add_of_all_ranks(f"loss/{name}", loss)
 
     def is_due(self) -> bool:
         """Whether :meth:`write_if_due` writes a line now."""
@@ -245,9 +245,18 @@ class StepLog:
     def _add_norm(self, key: str, norm: Tensor) -> None:
         if self.scaler.is_enabled():  # a norm that overflowed does not count
             is_finite = norm.isfinite()
-            self.meters.add(key, norm.where(is_finite, 0), is_finite.float())
+            self._add_of_all_ranks(key, norm.where(is_finite, 0), is_finite.float())
         else:
-            self.meters.add(key, norm)
+            self._add_of_all_ranks(key, norm)
+
+    def _add_of_all_ranks(
+        self, key: str, value: Tensor | float, weight: Tensor | float = 1.0
+    ) -> None:
+        """Add a value that every rank has and adds: of all together it has this weight.
+
+        So a step weighs the same in an interval that goes on with another number of processes.
+        """
+        self.meters.add(key, value, weight / self.ranks.size)
 
 
 def held_out_values(epoch: Mapping[str, Any]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import nn
 
 from variant.data.images import epoch_order
-from variant.data.loader import Loader, Plan, num_workers
+from variant.data.loader import Plan, num_workers, reading_ahead
 from variant.errors import UserError
 from variant.training.checkpoint_schedule import CheckpointSchedule
 from variant.training.console import RunConsole
@@ -107,7 +107,7 @@ class Trainer:
         Raises:
             UserError: the checkpoint or the best weights of a resumed run are damaged or of another
                 model; a loss or gradient is not finite; a file cannot be written.
-            SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
+            SystemExit: 130 (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP), with everything saved.
         """
         state = self.state
         with self.ranks.one_after_another():  # the first puts the files in order
@@ -167,11 +167,11 @@ class Trainer:
         """The task fetches its samples from workers within the block."""
         plan = _plan(self.setup, self.task.data.num_train, self.state.step, self.total_steps)
         workers = num_workers(self.recipe.data)
-        self.task.loader = Loader(self.task.data, plan, workers, pin=self.device.type == "cuda")
+        pin = self.device.type == "cuda"
         try:
-            yield
+            with reading_ahead(self.task.data, plan, workers, pin=pin) as self.task.loader:
+                yield
         finally:
-            self.task.loader.close()
             self.task.loader = None
 
     def _train_step(self) -> float | None:
@@ -262,14 +262,14 @@ class Trainer:
                 entry[ADVERSARIAL] = True
             entry |= self._evaluate(epoch)
             self._keep_if_best(entry)
-        self.log.draw_samples(epoch, is_last=is_last)
-        state.seconds += time.monotonic() - started
-        entry["seconds"] = round(state.seconds, 1)
         state.history.append(entry)
         ended = self.task.ended_phase(state.history)
         if ended is not None:
             entry[ENDED] = ended
-        self._follow_phases()
+        self._follow_phases()  # after which this may be the last epoch
+        self.log.draw_samples(epoch, is_last=state.step == self.total_steps)
+        state.seconds += time.monotonic() - started
+        entry["seconds"] = round(state.seconds, 1)
         if self.ranks.is_first:
             with self._going_on():
                 self.metrics.append(entry)

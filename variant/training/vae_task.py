@@ -198,7 +198,7 @@ def train_vae(
         UserError: the recipe uses a trained VQ-VAE; another training is writing into ``out``; see
             also :class:`variant.training.run_setup.RunSetup` and
             :meth:`variant.training.trainer.Trainer.run`.
-        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
+        SystemExit: 130 (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP), with everything saved.
     """
     recipe = with_seed("train_vae", recipe, seed)
     training, device = recipe.vae_training, device or device_of_rank()

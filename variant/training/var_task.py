@@ -318,7 +318,7 @@ def train_var(
             do not fit; data and model have different numbers of classes; another training is
             writing into ``out``; see also :class:`variant.training.run_setup.RunSetup` and
             :meth:`variant.training.trainer.Trainer.run`.
-        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
+        SystemExit: 130 (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP), with everything saved.
     """
     recipe = with_seed("train_var", recipe, seed)
     device = device or device_of_rank()
