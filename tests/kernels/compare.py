@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
 from tests.robustness.forked import option
+from variant_kernels.cuda_ops.library import is_emulated
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import Backend
 from variant_kernels.dispatch.support import BACKENDS, triton_interprets
@@ -21,6 +23,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Tensor = torch.Tensor
 
 DRAWS = 4
+# Numbers of a large case: among so many the largest error varies little.
+LARGE = 20_000
 # Kernels are compared here; inputs are drawn and errors measured on the CPU.
 DEVICE = os.environ.get("VARIANT_TEST_DEVICE", "cpu")
 
@@ -56,6 +60,23 @@ def left_to_nightly(dtype: torch.dtype) -> bool:
     (tests/robustness/test_differential.py).
     """
     return triton_interprets() and dtype != torch.float32 and not option("TRITON_DTYPES", 0)
+
+
+def draws(
+    sample_inputs: Callable[[torch.dtype, torch.Generator], list[Any]],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> Iterator[tuple[int, Any]]:
+    """The number of each case and its inputs, DRAWS times.
+
+    Interpreted and emulated kernels take most of their time for the large cases: these are drawn
+    once, in ``make nightly`` as often as the others.
+    """
+    once = (triton_interprets() or is_emulated()) and not option("LARGE_DRAWS", 0)
+    for draw in range(DRAWS):
+        for case, inputs in enumerate(sample_inputs(dtype, generator)):
+            if draw == 0 or not once or inputs[0].numel() < LARGE:
+                yield case, inputs
 
 
 def moved(*tensors: Tensor) -> list[Tensor]:

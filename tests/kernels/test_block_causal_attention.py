@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import (
-    DRAWS,
     SCORE_SIZES,
     Tally,
     assert_softmax,
     backends_for,
     cases,
+    draws,
     largest_of,
     moved,
     name_of,
@@ -42,37 +42,35 @@ def gradients(function, inputs, weight):
 @pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
 def test_matches_float64(backend, dtype):
     tally, generator = Tally(), torch.Generator().manual_seed(1)
-    for _ in range(DRAWS):
-        for q, k, v, layout in op.sample_inputs(dtype, generator):
-            for scale in (None, 1.0):
-                exact = plain_attention(*wide(q, k, v), layout, scale)
-                plain = plain_attention(q, k, v, layout, scale)
-                ours = block_causal_attention(
-                    *moved(q, k, v), layout, softmax_scale=scale, backend=backend
-                )
-                assert ours.is_contiguous()
-                tally.add(f"{tuple(q.shape)} scale {scale}", ours.cpu(), plain, exact)
+    for _, (q, k, v, layout) in draws(op.sample_inputs, dtype, generator):
+        for scale in (None, 1.0):
+            exact = plain_attention(*wide(q, k, v), layout, scale)
+            plain = plain_attention(q, k, v, layout, scale)
+            ours = block_causal_attention(
+                *moved(q, k, v), layout, softmax_scale=scale, backend=backend
+            )
+            assert ours.is_contiguous()
+            tally.add(f"{tuple(q.shape)} scale {scale}", ours.cpu(), plain, exact)
     tally.check()
 
 
 @pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
 def test_gradients_match_float64(backend, dtype):
     tally, generator = Tally(), torch.Generator().manual_seed(2)
-    for _ in range(DRAWS):
-        for *inputs, layout in op.sample_inputs(dtype, generator):
-            weight = torch.randn(inputs[0].shape, generator=generator).to(dtype)
+    for _, (*inputs, layout) in draws(op.sample_inputs, dtype, generator):
+        weight = torch.randn(inputs[0].shape, generator=generator).to(dtype)
 
-            def plain_op(*leaves, layout=layout):
-                return plain_attention(*leaves, layout)
+        def plain_op(*leaves, layout=layout):
+            return plain_attention(*leaves, layout)
 
-            def our_op(*leaves, layout=layout):
-                return block_causal_attention(*leaves, layout, backend=backend)
+        def our_op(*leaves, layout=layout):
+            return block_causal_attention(*leaves, layout, backend=backend)
 
-            exact = gradients(plain_op, wide(*inputs), weight.double())
-            plain = gradients(plain_op, inputs, weight)
-            ours = gradients(our_op, moved(*inputs), *moved(weight))
-            for name, a, b, c in zip(("dq", "dk", "dv"), ours, plain, exact, strict=True):
-                tally.add(f"{tuple(a.shape)} {name}", a.cpu(), b, c, 3, largest_of(exact))
+        exact = gradients(plain_op, wide(*inputs), weight.double())
+        plain = gradients(plain_op, inputs, weight)
+        ours = gradients(our_op, moved(*inputs), *moved(weight))
+        for name, a, b, c in zip(("dq", "dk", "dv"), ours, plain, exact, strict=True):
+            tally.add(f"{tuple(a.shape)} {name}", a.cpu(), b, c, 3, largest_of(exact))
     tally.check()
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import DRAWS, Tally, cases, moved, name_of
+from compare import Tally, cases, draws, moved, name_of
 
 from variant_kernels.ops.group_norm import group_norm_silu, group_norm_silu_op, sample_inputs
 
@@ -20,13 +20,12 @@ def plain(x_BYXC, weight, bias, groups, silu):
 @pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
 def test_matches_float64(backend, dtype, silu):
     tally, generator = Tally(), torch.Generator().manual_seed(5)
-    for _ in range(DRAWS):
-        for case, (x, weight, bias, groups) in enumerate(sample_inputs(dtype, generator)):
-            ours = group_norm_silu(*moved(x, weight, bias), groups, silu=silu, backend=backend)
-            exact = plain(x.double(), weight.double(), bias.double(), groups, silu)
-            assert ours.is_contiguous()
-            assert ours.dtype == dtype
-            tally.add(f"case {case}", ours.cpu(), plain(x, weight, bias, groups, silu), exact)
+    for case, (x, weight, bias, groups) in draws(sample_inputs, dtype, generator):
+        ours = group_norm_silu(*moved(x, weight, bias), groups, silu=silu, backend=backend)
+        exact = plain(x.double(), weight.double(), bias.double(), groups, silu)
+        assert ours.is_contiguous()
+        assert ours.dtype == dtype
+        tally.add(f"case {case}", ours.cpu(), plain(x, weight, bias, groups, silu), exact)
     tally.check()
 
 
