@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import reduction
@@ -53,7 +53,7 @@ class Plan(Sampler[Request]):
     """The parts that one rank trains on, in order: a function of (seed, step, rank).
 
     num_train: images of the data set.  batch_size: images of a step, over all ranks.
-    share: this rank's slice of a batch, which is computed in ``parts`` parts.
+    own_parts: a batch -> this rank's images of each of the parts in which it is computed.
     first_step, total_steps: the steps that are planned, the last one excluded.
     steps_per_epoch: 0 is a pass over the images.
     """
@@ -61,8 +61,7 @@ class Plan(Sampler[Request]):
     seed: int
     num_train: int
     batch_size: int
-    share: slice
-    parts: int
+    own_parts: Callable[[np.ndarray], list[np.ndarray]]
     first_step: int = 0
     total_steps: int = 0
     steps_per_epoch: int = 0
@@ -75,7 +74,7 @@ class Plan(Sampler[Request]):
             if epoch != ordered_epoch:
                 order, ordered_epoch = epoch_order(self.seed, epoch, self.num_train), epoch
             batch = order[position * self.batch_size : (position + 1) * self.batch_size]
-            for indices in np.array_split(batch[self.share], self.parts):
+            for indices in self.own_parts(batch):
                 yield Request(indices, epoch)
 
 
