@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from variant_kernels.arguments import instance, integer, typed
+from variant_kernels.arguments import instance, integer, shown, typed
 from variant_kernels.kv_quantization import KV8_DTYPE
 from variant_kernels.plans.cache_plan import CachePlan, PageAllocator
 from variant_kernels.plans.depth_schedule import DepthSchedule
@@ -232,7 +232,7 @@ class PagedKVCache:
             if not set(new.layers[k]) <= set(old.layers[k]):
                 raise ValueError(
                     f"{op}: layers of scale {k} must be among the {len(old.layers[k])} planned; "
-                    f"got {sorted(set(new.layers[k]) - set(old.layers[k]))} besides"
+                    f"got {shown(sorted(set(new.layers[k]) - set(old.layers[k])))} besides"
                 )
         self.schedule = new
         for layer in list(self._allocator.pages):

@@ -363,3 +363,13 @@ def test_a_schedule_excludes_other_depths(model, tmp_path, run, option):
     assert code == 1
     assert "exclude each other" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_folders_may_have_a_dot_in_their_names(model, tmp_path, run):
+    words = ("generate", "--model", model, "--labels", 1, "--out")
+    for name in ("top-p-0.9", "v1.0"):
+        assert run(*words, tmp_path / name)[0] == 0
+        assert len(pictures(tmp_path / name)) == 1
+    code, _, error = run(*words, tmp_path / "x.gif")
+    assert code == 1
+    assert "--out must be a folder or end in .png; got .gif" in error

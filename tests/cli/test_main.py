@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from variant.cli import announce, messages
 from variant.cli import main as module
 from variant.cli.main import main
 from variant.cli.options import Bench, Eval, Generate, Plan
+from variant.cli.parser import parse
 from variant.cli.words import command_line
 from variant.errors import UserError
 
@@ -121,6 +123,15 @@ def test_the_completion_script_is_printed():
         ("generate --optim.clip 1", "generate: unrecognized options: --optim.clip, 1"),
         ("--model digits", "the command comes before --model"),
         ("generate --out=", "generate: --out must not be empty"),
+        ("generate --labels", "generate: --labels needs a value"),
+        ("warm --batch --device cpu", "warm: --batch needs a value"),
+        ("convert --patch-nums --out x", "convert: --patch-nums needs a value"),
+        ("convert --patch-nums 1,2", "convert: --patch-nums must be integers; got 1,2"),
+        ("generate --more-smooth=true", "generate: --more-smooth takes no value; got true"),
+        ("generate --resume no --depth 2", "generate: --resume takes no value; got no"),
+        ("plan --no-guidance=True", "plan: --no-guidance takes no value; got True"),
+        ("recipe show digits --seed 5", "recipe: unrecognized options: --seed, 5; see variant"),
+        ("-v", "the command comes before -v; commands: generate, plan"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exits_with_2(words, message, run):
@@ -139,6 +150,69 @@ def test_wrong_usage_with_line_breaks_is_one_line(words, separator, run):
     assert (code, printed) == (2, "")
     assert len(error.splitlines()) == 1
     assert error.rstrip("\n").isprintable()
+
+
+def test_the_home_folder_is_put_in_place_of_a_tilde(tmp_path, run, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))  # bash leaves the tilde in --json=~/a.json
+    assert run("plan", "--model", "digits", "--json=~/a.json")[0] == 0
+    assert (tmp_path / "a.json").is_file()
+    assert not any((tmp_path / "here").iterdir())
+    assert f"{tmp_path}/nothing: no such model" in run("info", "--model", "~/nothing")[2]
+    assert parse(["eval", "--compare", "~/a", "~b", "--features", "~"]) == Eval(
+        compare=(tmp_path / "a", Path("~b")), features="~"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("info --images 5", "info: --images is for --kv-dtype fp8"),
+        ("info --dtype float16", "info: --dtype is for --kv-dtype fp8"),
+        ("plan --train --bridge 2", "plan: --bridge is excluded by --train"),
+        ("plan --train --kv-dtype fp8", "plan: --kv-dtype is excluded by --train"),
+        ("plan --train --no-guidance", "plan: --no-guidance is excluded by --train"),
+        ("eval --images a --reference b --num 5", "eval: --num is for --model MODEL"),
+        ("eval --images a --reference b --kv-dtypes fp8", "eval: --kv-dtypes is for --model MODEL"),
+        ("eval --model digits --reference b --paired", "eval: --paired is for --images"),
+        ("eval --compare a b --reference c", "eval: --reference is excluded by --compare"),
+        ("eval --images a --reference b --features m:f --weights w",
+         "eval: --weights is not for --features m:f"),
+    ],
+)  # fmt: skip
+def test_options_without_effect_are_refused(words, message, run):
+    code, _, error = run(*words.split())
+    assert (code, error) == (1, f"variant: error: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("generate --schedule 9x6", "generate: --schedule 9x6: depth must be an integer in [2, 8]"),
+        ("sample --schedule 8x2", "sample: --schedule 8x2: must have one depth for each of the 6"),
+        ("plan --model digits --schedule x", "plan: --schedule x: no such file; give a file"),
+        ("eval --model digits --reference digits --features builtins:len --schedules 9x6",
+         "eval: --schedules 9x6: depth must be an integer in [2, 8]"),
+        ("eval --images . --reference digits --features no",
+         "eval: --features must be one of 'inception', 'dinov2', 'classifier:RECIPE'"),
+        ("eval --reconstruct digits --reference digits --features classifier:",
+         "eval: --features classifier:RECIPE needs a recipe"),
+        ("eval --reconstruct digits --reference digits --features os:listdir",
+         "eval: --features os:listdir: TypeError: "),
+        ("generate --labels cat", "generate: --labels must be numbers, as this model has no class"),
+        ("sample --labels 1 cat", "sample: --labels must be numbers, as this model has no class"),
+        ("search --batch 5000", "search: --batch must be an integer in [1, 4096]; got 5000"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_command_and_its_option(words, message, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = run(*words.split())
+    assert code == 1
+    assert error.startswith(f"variant: error: {message}"), error
+    assert error.count("\n") == 1
+    assert "--debug shows where" not in error
+    assert not any(tmp_path.iterdir())
 
 
 def test_empty_words_are_refused(run):
@@ -177,7 +251,7 @@ def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, run):
     command = ("generate", "--model", model, "--out", out)
     for words, message in (
         ((*command, "--labels", 6), r"generate: --labels must be .*; got 6"),
-        ((*command, "--labels", 1, "x"), r"--labels must be integers, as .* no class names; got"),
+        ((*command, "--labels", 1, "x"), r"--labels must be numbers, as .* no class names; got"),
         ((*command, "--depth", 9), r"generate: --depth must be an integer in \[2, 4\] .*; got 9"),
         ((*command, "--depth", 2, "--bridge", 7), r"--bridge must be an integer in .*; got 7"),
         ((*command, "--count", 0), r"--count must be an integer in \[1, 100000000\]; got 0"),

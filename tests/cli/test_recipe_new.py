@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from variant.errors import UserError
 from variant.training.new_recipe import SIZES, Parts, find_parts, new_recipe, split
 from variant.training.recipe import load_recipe
 from variant.training.recipe_reference import recipe_toml
@@ -158,3 +159,50 @@ def test_with_other_classes_the_transformer_of_the_base_starts_at_random():
     assert recipe.vae_training.weights == "vae_ch160v4096z32.pth"
     assert (recipe.optim.batch_size, recipe.optim.accumulate) == (100, 1)
     assert new_recipe("mine", parts_of(400), "digits").data.kind == "folder"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--base", "nothing"), "nothing: no such recipe"),
+        (("--optim.nothing", 1), "--optim.nothing: no such key of a recipe"),
+        (("--optim.batch-size", 0), "optim.batch_size must be >= 1; got 0"),
+    ],
+)
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_refused_recipe_leaves_no_links(words, message, exists, images, tmp_path, run):
+    if exists:
+        (tmp_path / "parted").mkdir()
+    options = ("--data", images, "--split", tmp_path / "parted", "--out", tmp_path / "my.toml")
+    code, _, error = run("recipe", "new", *options, *words)
+    assert code == 1
+    assert message in error
+    assert not any((tmp_path / "parted").rglob("*"))
+    assert not (tmp_path / "my.toml").exists()
+
+
+def test_links_are_not_made_within_the_classes(images, tmp_path, run):
+    before = sorted(images.iterdir())
+    for out in (images, images / "parted", images / "circle" / "x", images / ".." / "images" / "y"):
+        code, _, error = run("recipe", "new", "--data", images, "--split", out)
+        assert code == 1
+        assert "must" in error
+    assert sorted(images.iterdir()) == before
+    train = tmp_path / "all" / "train"
+    train.parent.mkdir()
+    images.rename(train)
+    assert run("recipe", "new", "--data", train.parent, "--split", train.parent / "p")[0] == 0
+
+
+def test_a_split_that_fails_half_way_leaves_nothing(images, tmp_path, monkeypatch):
+    made = []
+
+    def link(source, target):
+        if len(made) == 30:
+            raise OSError(28, "No space left on device")
+        made.append(target)
+
+    monkeypatch.setattr("variant.training.new_recipe.os.symlink", link)
+    with pytest.raises(UserError, match="parted: cannot be written: No space left"):
+        split(images, tmp_path / "parted")
+    assert not any((tmp_path / "parted").iterdir())

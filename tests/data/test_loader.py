@@ -1,25 +1,33 @@
 """Samples that workers read ahead: which ones, in what order, and what errors do."""
 
 import dataclasses
-import itertools
+import functools
+import multiprocessing
+import os
 import resource
 import signal
+import subprocess
+import sys
+import textwrap
+import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from variant.data import images
 from variant.data.config import DataSection
 from variant.data.images import epoch_order
-from variant.data.loader import Loader, Plan, num_workers
+from variant.data.loader import Loader, Plan, num_workers, reading_ahead, refuse_in_worker
 from variant.data.sources import open_source
 from variant.errors import UserError
 from variant.training.distributed import Ranks
 
 
 def plan_of(rank=0, size=1, parts=1, first_step=0):
-    return Plan(3, 26, 8, Ranks(rank, size).share(8), parts, first_step, 7)
+    own_parts = functools.partial(Ranks(rank, size).parts, count=parts)
+    return Plan(3, 26, 8, own_parts, first_step, 7)
 
 
 @pytest.mark.parametrize(("size", "parts"), [(1, 1), (2, 2), (3, 2), (8, 1)])
@@ -30,9 +38,12 @@ def test_the_parts_of_all_ranks_are_the_batches_of_one_process(size, parts):
     ranks = [list(plan_of(rank, size, parts)) for rank in range(size)]
     for step, request in enumerate(whole):
         mine = [rank[step * parts : (step + 1) * parts] for rank in ranks]
-        read = [part.indices for part in itertools.chain(*mine)]
-        assert all(len(indices) > 0 for indices in read)
-        assert np.array_equal(np.concatenate(read), request.indices)
+        # A part is the same images for any number of ranks.
+        wanted = np.split(request.indices, parts)
+        for part, indices in zip(zip(*mine, strict=True), wanted, strict=True):
+            read = [request.indices for request in part]
+            assert all(len(own) > 0 for own in read)
+            assert np.array_equal(np.concatenate(read), indices)
 
 
 def test_a_resumed_plan_is_the_rest_of_the_plan():
@@ -76,14 +87,14 @@ def test_samples_are_those_of_the_source_and_no_generator_is_drawn_from(source, 
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("file_bytes", [0, 64])
 def test_workers_need_shared_memory_for_locks_alone(source, file_bytes):
     # Shared memory is a file to the kernel. A lock has 32 bytes, the smallest tensor here more.
+    loader = Loader(source, plan_of(), 1, pin=False)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, hard))
-    loader = Loader(source, plan_of(), 2, pin=False)
     try:
         if file_bytes:
             read_all(loader, plan_of())
@@ -94,6 +105,90 @@ def test_workers_need_shared_memory_for_locks_alone(source, file_bytes):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_full_disk_is_one_line_that_names_the_folder(source):
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        with pytest.raises(UserError, match=r"the list of what workers read cannot be written: F"):
+            Loader(source, plan_of(), 1, pin=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.timeout(240)
+def test_workers_do_not_inherit_a_lock_that_another_thread_holds(source):
+    # A lock of the interpreter, which a fork can inherit just so, cannot be held from Python.
+    loader = Loader(source, plan_of(), 1, pin=False)
+    request = next(iter(plan_of()))
+    with images._FILTERS:  # reading an image takes it
+        assert len(loader.samples(request.indices, request.epoch)) == 8
+    loader.close()
+
+
+@pytest.mark.timeout(240)
+def test_a_killed_worker_is_one_line(source):
+    def read_and_kill(loader):
+        for number, request in enumerate(plan_of()):
+            loader.samples(request.indices, request.epoch)
+            if number == 0:
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    expected = r"reads images (is killed|exited).*data\.workers"
+    opened = reading_ahead(source, plan_of(), 1, pin=False)
+    with pytest.raises(UserError, match=expected) as raised, opened as loader:
+        read_and_kill(loader)
+    assert "\n" not in str(raised.value)
+
+
+def test_other_errors_are_not_those_of_workers(source):
+    opened = reading_ahead(source, plan_of(), 0, pin=False)
+    with pytest.raises(RuntimeError, match="out of memory"), opened:
+        raise RuntimeError("out of memory")
+
+
+@pytest.mark.timeout(240)
+def test_workers_end_with_a_training_that_is_killed_while_they_start(source, tmp_path):
+    section = dataclasses.asdict(source.data.section)
+    (tmp_path / "script.py").write_text(
+        textwrap.dedent(f"""
+        import multiprocessing, os, signal
+        from variant.data.config import DataSection
+        from variant.data.loader import Loader, Plan
+        from variant.data.sources import open_source
+
+        if __name__ == "__main__":
+            source = open_source(DataSection(**{section!r}), 8, 3, 3)
+            loader = Loader(source, Plan(3, 26, 8, lambda batch: [batch], 0, 7), 1, pin=False)
+            loader._iterator = loader._start()
+            print(multiprocessing.active_children()[0].pid, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        """)
+    )
+    run = subprocess.run(
+        [sys.executable, tmp_path / "script.py"], stdout=subprocess.PIPE, text=True
+    )
+    worker = int(run.stdout)
+    while is_running(worker):  # as long as the test may
+        time.sleep(0.1)
+
+
+def is_running(process):
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_script_that_trains_when_workers_import_it_is_refused(monkeypatch):
+    refuse_in_worker()
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(UserError, match='put the call under `if __name__ == "__main__":`'):
+        refuse_in_worker()
 
 
 def read_all(loader, plan):

@@ -187,6 +187,12 @@ def test_steps_out_of_order_are_refused():
         cache.switch(DepthSchedule(4, 4, 2, 1))
 
 
+def test_a_long_list_of_layers_is_shortened():
+    with pytest.raises(ValueError, match=r"must be among the 2 planned; got \[1, 2, .*\.\.\.") as e:
+        make(DepthSchedule(200, 4, 2, 1)).switch(DepthSchedule(200, 4, 200, 1))
+    assert len(str(e.value)) < 200
+
+
 def test_switches_that_do_not_fit_are_refused():
     cache = make(DepthSchedule(6, 4, 3, 1))
     for layer in range(6):

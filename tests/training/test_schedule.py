@@ -96,3 +96,10 @@ def test_probabilities_0_and_1_and_no_depths():
     assert all(choose_depth(0, step, 1.0, (2,)) == 2 for step in range(200))
     assert all(choose_depth(0, step, 0.0, (2,)) is None for step in range(200))
     assert choose_depth(0, 0, 1.0, ()) is None
+
+
+def test_a_long_list_of_depths_is_shortened():
+    with pytest.raises(ValueError, match=r"got \[3, 3, .{,60}\.\.\.\. Give the three phases"):
+        paper_phases([3] * 1000)
+    with pytest.raises(TypeError, match="depths must be a list of integers; got 5"):
+        paper_phases(5)

@@ -46,7 +46,7 @@ def tiny_recipe(folders):
             randaugment_ops=2,
             randaugment_magnitude=9,
             mixup=0.2,
-            workers=2,
+            workers=1,  # each imports torch
         ),
         optim=OPTIM,
         schedule=ScheduleSection(depths=(2,), bridge=1, joint=1, transition=2, refinement=1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from variant.cli.options import Eval
 from variant.cli.output import check_apart, check_json, console, table, write_json
 from variant.cli.progress import Advance, progress
 from variant.cli.pyplot import check_plot
+from variant.cli.words import refuse_given
 from variant.data.sources import open_data
 from variant.errors import UserError
 from variant.evaluation.classifier import (
@@ -33,18 +34,20 @@ from variant.evaluation.features import FeatureNetwork, load_network
 from variant.evaluation.image_sets import ImageSet, Reference, open_images, open_reference
 from variant.evaluation.paired import Paired, check_pairs, compare_pairs
 from variant.evaluation.reconstruct import load_vqvae, psnr_by_scales, reconstructions
-from variant.evaluation.report import Evaluation, Metric, evaluate
+from variant.evaluation.report import Evaluation, Metric, evaluate, share
 from variant.evaluation.sampler import FORMAT as SAMPLE_FORMAT
 from variant.evaluation.sampler import SETTINGS_NAME as SAMPLED
 from variant.models.placement import check_device
 from variant.models.vqvae import VQVAE
 from variant.paths import path_kind, read_json, shown
 from variant.training.recipe import Recipe, load_recipe
-from variant_kernels.arguments import integer
+from variant_kernels.arguments import choice, integer
 
 FORMAT = "variant-eval-1"
 RECORDS = (SAMPLE_FORMAT, GENERATE_FORMAT)
 CLASSIFIER = "classifier:"
+FEATURES = ("inception", "dinov2", "classifier:RECIPE", "MODULE:FUNCTION")
+# Options of the images that --model generates.
 OF_MODEL = ("num", "depths", "bridges", "schedules", "kv_dtypes", "seed", "out", "plot")
 # Of the environment of a result; the rest of it says nothing about a metric.
 VERSIONS = ("date", "command", "commit", "dirty", "cpu", "threads", "python", "torch", "gpu")
@@ -52,6 +55,7 @@ VERSIONS = ("date", "command", "commit", "dirty", "cpu", "threads", "python", "t
 
 def evaluate_command(command: Eval) -> None:
     """Print every metric with its interval, its floor and its number of images; write them all."""
+    _check_options(command)
     check_apart("eval", _files(command))
     check_json("eval", command.json)
     check_plot("eval", command.plot)
@@ -66,10 +70,8 @@ def evaluate_command(command: Eval) -> None:
         )
     if command.scales and command.reconstruct is None:
         raise UserError("eval: --scales is for --reconstruct MODEL")
-    if command.paired and command.model is not None:
-        raise UserError("eval: --paired is for --images")
-    if command.model is None:
-        _check_alone(command)
+    if ":" not in command.features:
+        choice("eval", "--features", command.features, FEATURES)
     integer("eval", "--batch", command.batch, 1)
     check_device("eval", command.device, name="--device")
     out = console(command.json, stderr=True)
@@ -114,12 +116,17 @@ def evaluate_command(command: Eval) -> None:
     write_json(command.json, _as_json(command, result, notes, generated, vae))
 
 
-def _check_alone(command: Eval) -> None:
-    """Raises: UserError, for an option that would have no effect without --model."""
-    defaults = Eval()
-    for name in OF_MODEL:
-        if getattr(command, name) != getattr(defaults, name):
-            raise UserError(f"eval: --{name.replace('_', '-')} is for --model MODEL")
+def _check_options(command: Eval) -> None:
+    """Raises: UserError, for an option that would have no effect beside the others."""
+    if command.compare:
+        names = {option.name for option in fields(command)} - {"compare", "json", "debug"}
+        refuse_given("eval", command, tuple(names), "excluded by --compare")
+    if command.model is None:
+        refuse_given("eval", command, OF_MODEL, "for --model MODEL")
+    else:
+        refuse_given("eval", command, ("paired",), "for --images")
+    if ":" in command.features and not command.features.startswith(CLASSIFIER):
+        refuse_given("eval", command, ("weights",), f"not for --features {command.features}")
 
 
 def _files(command: Eval) -> dict[str, Path | None]:
@@ -165,9 +172,9 @@ def _with_pairs(result: Evaluation, pairs: Paired, reconstructed: bool) -> Evalu
         for place, metric in enumerate(result.metrics)
     ]
     metrics += [
-        Metric("PSNR", pairs.psnr, count),
-        Metric("SSIM", pairs.ssim, count),
-        Metric("equal images", pairs.equal, count),
+        Metric("PSNR", pairs.psnr, count, *(pairs.psnr_interval or ())),
+        Metric("SSIM", pairs.ssim, count, *pairs.ssim_interval),
+        share("equal images", pairs.equal, (pairs.equal * (1 - pairs.equal) / count) ** 0.5, count),
     ]
     return replace(result, metrics=tuple(metrics))
 
@@ -206,6 +213,8 @@ def network_of(command: Eval, out: Console) -> FeatureNetwork:
     import torch
 
     name = command.features.removeprefix(CLASSIFIER)
+    if not name:
+        raise UserError("eval: --features classifier:RECIPE needs a recipe, as classifier:digits")
     recipe = load_recipe(name)
     path = _classifier_file(command)
     assert path is not None, "it has a classifier"

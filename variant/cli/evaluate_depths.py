@@ -11,10 +11,11 @@ from typing import Any
 
 from variant.bench.environment import environment
 from variant.cli.options import Eval, Sample
-from variant.cli.output import console, table, write_json
+from variant.cli.output import check_folder, checked_path, console, table, write_json
 from variant.cli.progress import progress
 from variant.cli.pyplot import pyplot, save_plot
 from variant.cli.sample import PER_CLASS, settings_of
+from variant.cli.schedule import schedule_of
 from variant.engine.engine import Engine
 from variant.engine.generation import Sampling
 from variant.engine.planning import depths_of, plan_row, schedule_row
@@ -23,7 +24,6 @@ from variant.evaluation.features import FeatureNetwork
 from variant.evaluation.image_sets import Reference, open_images
 from variant.evaluation.report import LEAST, Evaluation, check_reference, evaluate, extract
 from variant.evaluation.sampler import SampleFiles, sample
-from variant.schedule_files import load_schedule
 from variant.supernet import VARiant
 from variant_kernels import DepthSchedule
 from variant_kernels.arguments import integer
@@ -88,6 +88,11 @@ class Setting:
 def evaluate_depths(command: Eval, reference: Reference, network: FeatureNetwork) -> None:
     """Generate the images of every setting, evaluate them, print the table and write the record."""
     assert command.model is not None, "the caller checks it"
+    out = Path(command.out)
+    with checked_path(out):
+        if out.exists() and not out.is_dir():
+            raise UserError(f"{out}: --out must be a folder")
+        check_folder(out)
     model = VARiant.from_pretrained(command.model, device=command.device)
     config, engine = model.var.config, Engine(model.var, model.vae)
     num = PER_CLASS * config.num_classes if command.num is None else command.num
@@ -106,11 +111,11 @@ def evaluate_depths(command: Eval, reference: Reference, network: FeatureNetwork
         result, record = _one(command, engine, sampling, setting, num, reference, network, real)
         records.append(record)
         rows.append((setting, _seconds(engine, sampling, setting, min(num, command.batch)), result))
-    out = console(command.json)
-    out.print(_table(command, rows))
+    printed = console(command.json)
+    printed.print(_table(command, rows))
     if command.plot is not None:
         _plot(command.plot, rows)
-        out.print(f"wrote {command.plot}")
+        printed.print(f"wrote {command.plot}")
     machine = environment()
     write_json(
         command.json,
@@ -135,7 +140,8 @@ def _settings(command: Eval, engine: Engine) -> list[Setting]:
     """All combinations; the full depth is the same at every bridge and comes once a K/V dtype."""
     config = engine.var.config
     schedules = [
-        (source, load_schedule(source, config)) for source in dict.fromkeys(command.schedules)
+        (source, schedule_of("eval", "--schedules", source, config))
+        for source in dict.fromkeys(command.schedules)
     ]
     alone = bool(schedules) and not command.depths
     if not command.bridges and config.bridge is None and not alone:

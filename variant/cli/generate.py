@@ -23,11 +23,13 @@ from variant.cli.output import (
     check_json,
     checked_path,
     console,
+    has_ending,
     mebibytes,
     table,
     write_json,
 )
 from variant.cli.progress import Advance, progress
+from variant.cli.schedule import schedule_of
 from variant.cli.words import command_line
 from variant.engine.engine import Engine
 from variant.engine.generation import Generation, OnScale, PartialResult, Sampling, Stats
@@ -37,7 +39,6 @@ from variant.engine.planning import depths_of
 from variant.errors import UserError
 from variant.models.class_names import labels_of_words
 from variant.models.placement import check_device
-from variant.schedule_files import load_schedule
 from variant.supernet import VARiant
 from variant_kernels import CachePlan, DepthSchedule, __version__
 from variant_kernels.arguments import choice, integer
@@ -72,7 +73,9 @@ def generate(command: Generate) -> None:
         note = f"(-1 or {config.num_classes}: no class)"
         integer("generate", "--labels", label, -1, config.num_classes, note)
     depths = list(depths_of(config)) if command.all_depths else [command.depth]
-    schedule = None if command.schedule is None else load_schedule(command.schedule, config)
+    schedule = None
+    if command.schedule is not None:
+        schedule = schedule_of("generate", "--schedule", command.schedule, config)
     if command.all_depths and config.bridge is None and command.bridge is None:
         raise UserError(f"generate: {command.model} was trained at one depth; --bridge is needed")
     folder = ImageFolder(command.out, labels, command.count, config.num_classes, depths)
@@ -141,8 +144,8 @@ def check_target(out: Path) -> bool:
         one_file = out.suffix.lower() == ".png"
         if one_file and out.is_dir():
             raise UserError(f"{out}: is a folder; --out must name a folder without .png, or a file")
-        if out.suffix and not one_file and not out.is_dir():
-            raise UserError(f"{out}: --out must be a folder or end in .png")
+        if not one_file and not out.is_dir() and has_ending(out):
+            raise UserError(f"{out}: --out must be a folder or end in .png; got {out.suffix}")
         if one_file:
             check_file(out)
         else:

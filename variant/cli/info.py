@@ -14,6 +14,7 @@ from variant.cli.dtypes import DTYPES
 from variant.cli.kv_error_table import kv_error_table, measure_with_progress
 from variant.cli.options import Info
 from variant.cli.output import check_json, console, mebibytes, table, write_json
+from variant.cli.words import refuse_given
 from variant.engine.engine import Engine
 from variant.engine.planning import depths_of, plan_row
 from variant.models.class_names import listed
@@ -32,6 +33,8 @@ MAX_IMAGES = 1024
 def info(command: Info) -> None:
     """Print sizes, subnets with their layers and cache, and the record of the training."""
     integer("info", "--images", command.images, 1, MAX_IMAGES)
+    if command.kv_dtype is None:
+        refuse_given("info", command, ("dtype", "images"), "for --kv-dtype fp8")
     check_json("info", command.json)
     folder = locate(command.model)
     var, vae, _ = load_model(folder)

@@ -97,6 +97,11 @@ def _is_system(path: str) -> bool:
     return path.startswith(("/dev/", "/proc/", "/sys/")) and not path.startswith("/dev/shm/")
 
 
+def has_ending(path: Path) -> bool:
+    """Whether a name ends like that of a file, as x.gif; run-0.5 and v1.0 are names of folders."""
+    return re.fullmatch(r"\.[A-Za-z]\w{0,15}", path.suffix) is not None
+
+
 def check_folder(path: Path, target: Path | None = None) -> None:
     """Fails before the work if a file cannot be written to this folder, which may not exist yet.
 

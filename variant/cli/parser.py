@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import MISSING, fields, replace
-from typing import Annotated, get_args, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -38,8 +39,8 @@ def parse(words: Sequence[str]) -> Command:
     _annotate()
     words, overrides = _overrides(words)
     names = ", ".join(_command_names())
-    if words[0].startswith("--") and not words[0].startswith(("--help", "--tyro-")):
-        raise UsageError(f"the command comes before {words[0]}; commands: {names}")
+    if words[0].startswith("-") and not words[0].startswith(("-h", "--help", "--tyro-")):
+        raise UsageError(f"the command comes before {shorten(words[0])}; commands: {names}")
     if not words[0].startswith("-") and words[0] not in _command_names():
         raise UsageError(f"{shorten(words[0])}: no such command; commands: {names}")
     if any(word in ("-h", "--help") or word.startswith("--tyro-") for word in words):
@@ -49,6 +50,7 @@ def parse(words: Sequence[str]) -> Command:
         except SystemExit as stop:
             if not stop.code:
                 raise  # the help was printed; wrong usage is told below, on one line
+    _check_values(words)
     errors = io.StringIO()
     try:
         with _columns(ERROR_COLUMNS), redirect_stderr(errors):
@@ -57,12 +59,53 @@ def parse(words: Sequence[str]) -> Command:
         if not stop.code:
             raise
         raise UsageError(_one_line(errors.getvalue(), words)) from None
+    command = _expanded(command)
     return replace(command, overrides=tuple(overrides)) if overrides else command
+
+
+def _check_values(words: Sequence[str]) -> None:
+    """Options with a list of values have one, and switches have none.
+
+    Raises:
+        UsageError: one of them is otherwise.
+    """
+    kind = _kind_of(words[0])
+    if kind is None:
+        return
+    hints, defaults = get_type_hints(kind), {option.name: option.default for option in fields(kind)}
+    takes_places = kind in POSITIONAL or MISSING in defaults.values()
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        option, equals, value = word.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        hint = hints.get(name.removeprefix("no_") if name not in hints else name)
+        if not option.startswith("--") or hint is None:
+            continue
+        has_value = bool(equals) or not (following.startswith("--") or takes_places)
+        is_list = any(get_origin(part) is tuple for part in (hint, *get_args(hint)))
+        if is_list and not equals and following.startswith("--"):
+            raise UsageError(f"{words[0]}: {option} needs a value; see variant {words[0]} --help")
+        if hint is bool and has_value:
+            got = shorten(value if equals else following)
+            raise UsageError(f"{words[0]}: {option} takes no value; got {got}")
+
+
+def _expanded(command: Command) -> Command:
+    """With the home folder in place of ~/: shells leave it in ``--out=~/images``."""
+
+    def expanded(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(expanded, value))
+        if isinstance(value, str | Path) and str(value).startswith("~/"):
+            return type(value)(os.path.expanduser(value))
+        return value
+
+    names = [option.name for option in fields(command)]
+    return replace(command, **{name: expanded(getattr(command, name)) for name in names})
 
 
 def _overrides(words: Sequence[str]) -> tuple[Sequence[str], list[str]]:
     """The words without values for single keys of a recipe, and those values."""
-    kind = next((kind for kind in get_args(Command) if _command_name(kind) == words[0]), None)
+    kind = _kind_of(words[0])
     if kind is None or "overrides" not in {option.name for option in fields(kind)}:
         return words, []
     try:
@@ -141,7 +184,7 @@ def _one_line(box: str, words: Sequence[str]) -> str:
         for section in sections[1:]
         if section[0].startswith("Perhaps you meant")
         for line in section
-        if (match := re.match(r"--[\w-]+", line))
+        if (match := re.match(r"--[\w-]+", line)) and match[0] not in words
     ]
     if proposals:
         message += f"; perhaps you meant {' or '.join(dict.fromkeys(proposals))}"
@@ -151,6 +194,9 @@ def _one_line(box: str, words: Sequence[str]) -> str:
 def _problem(sections: Sequence[Sequence[str]], words: Sequence[str]) -> str:
     """What is wrong, in the words of other errors where the option and its type are known."""
     text = " ".join(part for part in sections[0] if part)
+    if text.startswith("Unrecognized or misplaced"):
+        given = re.findall(r"(\S.*?) \(applied to variant [\w-]+\)", text.partition(": ")[2])
+        return f"unrecognized options: {', '.join(map(shorten, given))}"
     parsing = re.match(r"Error parsing (--[\w-]+)", text)
     usage = [line for section in sections[1:] for line in section if line.startswith("--")]
     if parsing and usage:
@@ -176,7 +222,7 @@ def _problem(sections: Sequence[Sequence[str]], words: Sequence[str]) -> str:
 
 
 def _kind(metavar: str) -> str:
-    several = re.match(r"\[(\w+) \[", metavar)
+    several = re.match(r"\{?\[(\w+) \[", metavar)
     if several:
         kind = KINDS.get(several[1], several[1])
         return f"{kind.split()[-1]}s"
@@ -204,6 +250,11 @@ def _got(option: str, words: Sequence[str]) -> str:
 def shorten(text: str, length: int = 200) -> str:
     """The text, its middle left out if it is long."""
     return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 2 :]}"
+
+
+def _kind_of(word: str) -> type | None:
+    """The options of a command."""
+    return next((kind for kind in get_args(Command) if _command_name(kind) == word), None)
 
 
 def _command_names() -> tuple[str, ...]:

@@ -12,6 +12,8 @@ from rich.table import Table
 from variant.checkpoints.named_configs import configs_of
 from variant.cli.options import Plan
 from variant.cli.output import check_json, console, mebibytes, table, write_json
+from variant.cli.schedule import schedule_of
+from variant.cli.words import refuse_given
 from variant.engine.planning import (
     PlanRow,
     depths_of,
@@ -23,7 +25,6 @@ from variant.engine.planning import (
 from variant.errors import UserError
 from variant.models.config import VARConfig
 from variant.models.parameter_count import zone_parameters
-from variant.schedule_files import load_schedule
 from variant_kernels.arguments import integer
 from variant_kernels.plans.cache_plan import item_bytes
 
@@ -31,6 +32,8 @@ MAX_BATCH = 2**31 - 1
 MAX_PAGE_SIZE = 2**16
 MAX_GPUS = 2**16
 MAX_MEMORY = 2**40  # GiB
+# Of the K/V cache; a training step has none.
+CACHE_OPTIONS = ("kv_dtype", "bridge", "schedule", "page_size", "guidance")
 # (depth, bridge) -> the plan
 PlanOf = Callable[[int, int], PlanRow]
 
@@ -48,8 +51,7 @@ def plan(command: Plan) -> None:
         )
     check_json("plan", command.json)
     if command.train:
-        if command.schedule is not None:
-            raise UserError("plan: --train and --schedule exclude each other")
+        refuse_given("plan", command, CACHE_OPTIONS, "excluded by --train")
         from variant.cli.train_plan import print_train_plan
 
         print_train_plan(command, batch)
@@ -58,7 +60,9 @@ def plan(command: Plan) -> None:
         raise UserError("plan: --gpus needs --train")
     var, vae = configs_of(command.model)
     bridge = command.bridge if command.bridge is not None else var.bridge
-    schedule = None if command.schedule is None else load_schedule(command.schedule, var)
+    schedule = None
+    if command.schedule is not None:
+        schedule = schedule_of("plan", "--schedule", command.schedule, var)
     if bridge is None:
         raise UserError(
             f"plan: the config of {command.model} has no bridge; give --bridge "

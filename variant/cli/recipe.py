@@ -10,7 +10,7 @@ from variant.cli.options import Recipe as Options
 from variant.cli.output import check_file, console
 from variant.errors import UserError
 from variant.files import atomic_write
-from variant.training.new_recipe import Parts, find_parts, new_recipe, split
+from variant.training.new_recipe import Parts, find_parts, new_recipe, remove_split, split
 from variant.training.overrides import override
 from variant.training.recipe import (
     Recipe,
@@ -58,15 +58,22 @@ def _new(command: Options) -> None:
         if command.out.exists():
             raise UserError(f"{command.out}: exists; choose another file, or remove it")
         check_file(command.out)
+    if command.base is not None:
+        load_recipe(command.base)  # refused before links are made
     folder = command.data
     if command.split is not None:
         split(folder, command.split)
         folder = command.split
-    parts = find_parts(folder)
-    name = command.out.stem if command.out is not None else folder.resolve().name
-    made = new_recipe(name, parts, command.base)
-    if command.overrides:
-        made = parse_recipe(override(made.to_dict(), command.overrides, Recipe), name)
+    try:
+        parts = find_parts(folder)
+        name = command.out.stem if command.out is not None else folder.resolve().name
+        made = new_recipe(name, parts, command.base)
+        if command.overrides:
+            made = parse_recipe(override(made.to_dict(), command.overrides, Recipe), name)
+    except BaseException:
+        if command.split is not None:
+            remove_split(command.split)
+        raise
     text = _header(command, parts, made) + "\n" + recipe_toml(made, every_key=False)
     if command.out is None:
         sys.stdout.write(text)

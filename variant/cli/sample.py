@@ -19,9 +19,11 @@ from variant.cli.output import (
     check_json,
     checked_path,
     console,
+    has_ending,
     write_json,
 )
 from variant.cli.progress import Advance, progress
+from variant.cli.schedule import schedule_of
 from variant.engine.engine import Engine
 from variant.engine.generation import Sampling
 from variant.errors import UserError
@@ -29,7 +31,6 @@ from variant.evaluation.sampler import SampleFiles, is_own_name, record_of_npz, 
 from variant.models.class_names import labels_of_words
 from variant.models.config import VARConfig
 from variant.models.placement import check_device
-from variant.schedule_files import load_schedule
 from variant.supernet import VARiant
 from variant.training.tokenize import rank_of_environment
 from variant_kernels import DepthSchedule, __version__
@@ -132,15 +133,17 @@ def _form(command: Sample) -> Any:
                 raise UserError("sample: --format is for folders; --out names an .npz")
             check_file(out)
             return "npz"
-        if out.suffix and not out.is_dir():
-            raise UserError(f"{out}: --out must be a folder or end in .npz")
+        if not out.is_dir() and has_ending(out):
+            raise UserError(f"{out}: --out must be a folder or end in .npz; got {out.suffix}")
         check_folder(out)
         return command.format
 
 
 def depth_of(command: Sample, config: VARConfig) -> int | DepthSchedule | None:
     """What --schedule or --depth ask for.  Raises: UserError, for an unsuitable schedule."""
-    return command.depth if command.schedule is None else load_schedule(command.schedule, config)
+    if command.schedule is None:
+        return command.depth
+    return schedule_of("sample", "--schedule", command.schedule, config)
 
 
 def settings_of(

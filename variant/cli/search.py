@@ -65,6 +65,7 @@ WEIGHTS = (".pth", ".pt", ".safetensors")
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 REPEATS = 5
 MAX_IMAGES = 10**6
+MAX_BATCH = 2**12
 
 
 def search_command(command: Search) -> None:
@@ -124,7 +125,7 @@ def _check(command: Search) -> dict[str, float]:
     if command.data is None and command.model != DIGITS:
         raise UserError("search: --data must name the images whose loss counts")
     integer("search", "--images", command.images, 2, MAX_IMAGES)
-    integer("search", "--batch", command.batch, 1)
+    integer("search", "--batch", command.batch, 1, MAX_BATCH)
     integer("search", "--exact", command.exact, 0)
     integer("search", "--beam", command.beam, 1)
     for depth in command.depths:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from variant.errors import UserError
+
 OPTION = re.compile(r"--[A-Za-z][\w.-]*")
 
 
@@ -41,6 +43,23 @@ def check_words(words: Sequence[str]) -> list[str]:
                 "default"
             )
     return list(words)
+
+
+def refuse_given(op: str, command: Any, names: Sequence[str], reason: str) -> None:
+    """Refuses options that would have no effect.
+
+    Args:
+        command: an options object.
+        names: of its fields.
+        reason: ends the message, as in "info: --images is for --kv-dtype".
+    Raises:
+        UserError: one of them is not at its default.
+    """
+    for option in fields(command):
+        value = getattr(command, option.name)
+        if option.name in names and value != option.default:
+            prefix = "--no-" if value is False else "--"
+            raise UserError(f"{op}: {prefix}{option.name.replace('_', '-')} is {reason}")
 
 
 def command_line(name: str, command: Any, **changes: Any) -> str:

@@ -176,6 +176,20 @@ def upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
+class _Paths(Sequence[Path]):
+    """Paths kept as text: a worker would take half a minute to unpickle a million of them."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._names = paths._names if isinstance(paths, _Paths) else [os.fspath(p) for p in paths]
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: Any) -> Any:
+        names = self._names[index]
+        return Path(names) if isinstance(names, str) else [Path(name) for name in names]
+
+
 class FolderData:
     """Images from two folders with one sub-folder per class; implements :class:`ImageData`.
 
@@ -211,7 +225,8 @@ class FolderData:
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bad": [], "_pool": None}
+        paths = {"paths": _Paths(self.paths), "held_out_paths": _Paths(self.held_out_paths)}
+        return {**self.__dict__, **paths, "_bad": [], "_pool": None}
 
     def train(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:
         def read(index: int) -> Tensor:

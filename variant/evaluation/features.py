@@ -185,7 +185,10 @@ def _function(name: str, device: torch.device) -> FeatureNetwork:
     widths: set[int] = set()
 
     def run(images_B3YX: Tensor) -> Features:
-        features = function(images_B3YX)
+        try:
+            features = function(images_B3YX)
+        except Exception as error:
+            raise UserError(f"eval: --features {name}: {type(error).__name__}: {error}") from error
         if (
             not isinstance(features, Tensor)
             or features.dim() != 2

@@ -73,13 +73,18 @@ def labels_of_words(op: str, name: str, words: Sequence[str], names: Sequence[st
     A number is a label, also where a class has it as its name.
 
     Raises:
-        TypeError, ValueError: as :func:`label_of`.
+        ValueError: a word is no number, and no class has it as its name.
     """
     parts = [
         part
         for word in words
         for part in ([word] if word in names else filter(None, map(str.strip, word.split(","))))
     ]
+    other = next((part for part in parts if not _is_number(part)), None)
+    if other is not None and not names:
+        raise ValueError(
+            f"{op}: {name} must be numbers, as this model has no class names; got {shown(other)}"
+        )
     return [int(part) if _is_number(part) else label_of(op, name, part, names) for part in parts]
 
 

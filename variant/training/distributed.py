@@ -21,6 +21,7 @@ from torch import distributed as dist
 from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.rendezvous import rendezvous
 
+from variant.data.loader import refuse_in_worker
 from variant.errors import UserError
 from variant.training.heartbeat import Heartbeat
 
@@ -46,6 +47,14 @@ class Ranks:
     def share(self, count: int) -> slice:
         """This rank's part of ``count`` things, which are divided evenly and in order."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def parts(self, batch: np.ndarray, count: int) -> list[np.ndarray]:
+        """This rank's images of each of ``count`` parts of a batch.
+
+        A part is the same images for any number of ranks. Losses that are no means over images,
+        such as the adaptive weight or the entropy term, are therefore the same, too.
+        """
+        return [part[self.share(len(part))] for part in np.array_split(batch, count)]
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """The sum of each value over all ranks, bit-equal on every rank."""
@@ -163,8 +172,10 @@ def connected(device: torch.device) -> Iterator[Ranks]:
     process prints a line and exits with code 1, within 60 seconds.
 
     Raises:
-        UserError: a process does not come within 5 minutes; a process is lost.
+        UserError: a process does not come within 5 minutes; a process is lost; this is a worker
+            that reads images for another training.
     """
+    refuse_in_worker()
     rank, size = rank_of_environment()
     if size == 1:
         yield Ranks()

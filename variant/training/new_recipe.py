@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,8 @@ def find_parts(folder: Path) -> Parts:
         UserError: there are none, or their classes differ; the message says how to split.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of images")
+        what = "is no folder" if folder.exists() else "no such folder of images"
+        raise UserError(f"{folder}: {what}")
     names = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
     train = next((names[name] for name in TRAIN if name in names), None)
     held_out = next((names[name] for name in HELD_OUT if name in names), None)
@@ -112,12 +114,15 @@ def split(folder: Path, out: Path) -> None:
     Args:
         folder: one sub-folder of images per class; or a folder that has them in ``train``.
     Raises:
-        UserError: a class has one image only; ``out`` is not empty or cannot be written.
+        UserError: a class has one image only; ``out`` is not empty, lies within the folder of
+            classes or cannot be written. Nothing is left in ``out``.
     """
     inner = next((folder / name for name in TRAIN if (folder / name).is_dir()), folder)
     paths, labels, classes = list_images(inner)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: must be a new or an empty folder for --split")
+    if out.resolve().is_relative_to(inner.resolve()):
+        raise UserError(f"{out}: must not lie within {inner}, where it would be one more class")
     by_class: list[list[Path]] = [[] for _ in classes]
     for path, label in zip(paths, labels, strict=True):
         by_class[label].append(path)
@@ -132,8 +137,17 @@ def split(folder: Path, out: Path) -> None:
                 link = out / part / name / path.name
                 link.parent.mkdir(parents=True, exist_ok=True)
                 os.symlink(path.resolve(), link)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
+    except BaseException as error:
+        remove_split(out)
+        if isinstance(error, OSError):
+            raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
+        raise
+
+
+def remove_split(out: Path) -> None:
+    """Delete the links that :func:`split` made; the folder stays, empty."""
+    for part in (TRAIN[0], HELD_OUT[0]):
+        shutil.rmtree(out / part, ignore_errors=True)
 
 
 def new_recipe(name: str, parts: Parts, base: str | None = None) -> Recipe:

@@ -24,6 +24,7 @@ from variant.models.config import (
     require_plain_numbers,
 )
 from variant.models.ranges import CountOrZero, Positive, Share
+from variant_kernels.arguments import integers, shown
 from variant_kernels.plans.depth_schedule import DepthSchedule, Selection
 
 # Epochs of subnet refinement by subnet depth (table 7): shallow subnets need longer.
@@ -59,13 +60,15 @@ def paper_phases(depths: Sequence[int]) -> Phases:
     Args:
         depths: of the subnets.
     Raises:
+        TypeError: no list of integers.
         ValueError: no depth, or one that is not in the table.
     """
+    depths = integers("paper_phases", "depths", depths)
     unknown = [depth for depth in depths if depth not in REFINEMENT_EPOCHS]
     if unknown or not depths:
         raise ValueError(
             f"paper_phases: depths must be among {sorted(REFINEMENT_EPOCHS)}, those of the paper; "
-            f"got {list(depths)}. Give the three phases explicitly for others"
+            f"got {shown(list(depths))}. Give the three phases explicitly for others"
         )
     refinement = max(REFINEMENT_EPOCHS[depth] for depth in depths)
     return Phases(JOINT_EPOCHS, TRANSITION_EPOCHS, refinement)
