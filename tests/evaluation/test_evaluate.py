@@ -23,7 +23,7 @@ from variant.evaluation.features import FeatureNetwork, Features
 from variant.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance, total
 from variant.evaluation.image_sets import Reference, array_images, open_images, open_reference
 from variant.evaluation.report import evaluate
-from variant.evaluation.scores import PrecisionRecall
+from variant.evaluation.scores import PrecisionRecall, precision_recall
 from variant_kernels import DepthSchedule
 
 CPU = torch.device("cpu")
@@ -135,6 +135,34 @@ def test_the_interval_is_that_of_classes_of_equal_share_whatever_their_order(ord
     assert 0.6 * spread < half < 1.7 * spread
     limits = [result.infinite for result in results]
     assert abs(np.mean(limits)) < 0.5 * np.mean([result.value for result in results])
+
+
+def test_every_value_has_its_interval_and_what_is_compared_a_floor():
+    """The Inception Score of one split, by 40 draws; precision and recall of real halves."""
+    generator = torch.Generator().manual_seed(0)
+    scores, halves = [], []
+    pixels = torch.from_numpy(array(2, 90)).permute(0, 3, 1, 2)
+    real = patches(pixels)
+    for _ in range(40):
+
+        def run(images_B3YX):
+            logits = 2 * torch.randn(len(images_B3YX), 5, generator=generator)
+            return Features(patches(images_B3YX), None, logits)
+
+        network = FeatureNetwork("c", "FD (c)", "", run, CPU)
+        images, reference = (array_images("a", array(seed, 90)) for seed in (1, 2))
+        result = evaluate(images, Reference("r", reference), network, batch=90)
+        score = metric(result, "class score (c)")
+        scores.append(score.value)
+        halves.append(score.high - score.value)
+    assert 0.6 < np.mean(halves) / (1.96 * np.std(scores)) < 1.7
+    order = torch.randperm(90, generator=torch.Generator().manual_seed(0))
+    expected = precision_recall(generated_ND=real[order[:45]], real_MD=real[order[45:]])
+    for name in ("precision", "recall"):
+        found = metric(result, name)
+        assert (found.floor, found.floor_count) == (getattr(expected, name), 45)
+    for each in result.metrics:
+        assert each.low <= each.value <= each.high
 
 
 @pytest.mark.parametrize("count", [20, 23, 29, 500])
