@@ -44,6 +44,7 @@ NOT_RECORDED = {
     "test_killed_runs.py",
     "test_own_images.py",
     "test_reproducibility.py",
+    "test_shared_checkpoints.py",
     "test_torchrun.py",
     "test_zone_ranks.py",
 }

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from robustness.forked import option
+from unrecorded import unrecorded
 
 from benchmarks.docs_results import page
 from benchmarks.gpu import record, runner, steps, unpack
@@ -35,7 +36,13 @@ def rehearsal(tmp_path_factory):
     """The folder of a whole rehearsal."""
     out = tmp_path_factory.mktemp("gpu") / "out"
     done = subprocess.run(
-        [*COMMAND, str(out)], cwd=ROOT, capture_output=True, text=True, timeout=250, check=False
+        [*COMMAND, str(out)],
+        cwd=ROOT,
+        env=unrecorded(),
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     return out

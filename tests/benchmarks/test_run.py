@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from unrecorded import unrecorded
 
 from benchmarks.conftest import Session
 from benchmarks.harness import QUICK_ROUNDS, Comparison, Replay, near, record, run
@@ -38,7 +38,7 @@ def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     ours, own = folder / "quick.json", folder / "own.json"
     # Inside a worker of pytest-xdist, pytest-benchmark would time nothing.
-    outside = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    outside = {k: v for k, v in unrecorded().items() if not k.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "benchmarks", "--quick", "-p", "no:cacheprovider",
          "-p", "no:randomly", "--json", ours, f"--benchmark-json={own}"],

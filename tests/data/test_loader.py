@@ -1,7 +1,7 @@
 """Samples that workers read ahead: which ones, in what order, and what errors do."""
 
 import dataclasses
-import itertools
+import functools
 import multiprocessing
 import os
 import resource
@@ -19,14 +19,22 @@ from PIL import Image
 from variant.data import images
 from variant.data.config import DataSection
 from variant.data.images import epoch_order
-from variant.data.loader import Loader, Plan, num_workers, reading_ahead, refuse_in_worker
+from variant.data.loader import (
+    WORKER_SIGNALS,
+    Loader,
+    Plan,
+    num_workers,
+    reading_ahead,
+    refuse_in_worker,
+)
 from variant.data.sources import open_source
 from variant.errors import UserError
 from variant.training.distributed import Ranks
 
 
 def plan_of(rank=0, size=1, parts=1, first_step=0):
-    return Plan(3, 26, 8, Ranks(rank, size).share(8), parts, first_step, 7)
+    own_parts = functools.partial(Ranks(rank, size).parts, count=parts)
+    return Plan(3, 26, 8, own_parts, first_step, 7)
 
 
 @pytest.mark.parametrize(("size", "parts"), [(1, 1), (2, 2), (3, 2), (8, 1)])
@@ -37,9 +45,12 @@ def test_the_parts_of_all_ranks_are_the_batches_of_one_process(size, parts):
     ranks = [list(plan_of(rank, size, parts)) for rank in range(size)]
     for step, request in enumerate(whole):
         mine = [rank[step * parts : (step + 1) * parts] for rank in ranks]
-        read = [part.indices for part in itertools.chain(*mine)]
-        assert all(len(indices) > 0 for indices in read)
-        assert np.array_equal(np.concatenate(read), request.indices)
+        # A part is the same images for any number of ranks.
+        wanted = np.split(request.indices, parts)
+        for part, indices in zip(zip(*mine, strict=True), wanted, strict=True):
+            read = [request.indices for request in part]
+            assert all(len(own) > 0 for own in read)
+            assert np.array_equal(np.concatenate(read), indices)
 
 
 def test_a_resumed_plan_is_the_rest_of_the_plan():
@@ -140,6 +151,14 @@ def test_a_killed_worker_is_one_line(source):
     assert "\n" not in str(raised.value)
 
 
+def test_workers_outlive_the_signals_that_stop_a_training(source):
+    with reading_ahead(source, plan_of(), 1, pin=False) as loader:
+        for request in plan_of():
+            loader.samples(request.indices, request.epoch)
+            for number in WORKER_SIGNALS:
+                os.kill(multiprocessing.active_children()[0].pid, number)
+
+
 def test_other_errors_are_not_those_of_workers(source):
     opened = reading_ahead(source, plan_of(), 0, pin=False)
     with pytest.raises(RuntimeError, match="out of memory"), opened:
@@ -158,7 +177,7 @@ def test_workers_end_with_a_training_that_is_killed_while_they_start(source, tmp
 
         if __name__ == "__main__":
             source = open_source(DataSection(**{section!r}), 8, 3, 3)
-            loader = Loader(source, Plan(3, 26, 8, slice(0, 8), 1, 0, 7), 1, pin=False)
+            loader = Loader(source, Plan(3, 26, 8, lambda batch: [batch], 0, 7), 1, pin=False)
             loader._iterator = loader._start()
             print(multiprocessing.active_children()[0].pid, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)

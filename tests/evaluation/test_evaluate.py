@@ -23,7 +23,7 @@ from variant.evaluation.features import FeatureNetwork, Features
 from variant.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance, total
 from variant.evaluation.image_sets import Reference, array_images, open_images, open_reference
 from variant.evaluation.report import evaluate
-from variant.evaluation.scores import PrecisionRecall
+from variant.evaluation.scores import PrecisionRecall, precision_recall
 from variant_kernels import DepthSchedule
 
 CPU = torch.device("cpu")
@@ -93,11 +93,18 @@ def test_every_form_of_the_same_images_gives_the_same_metrics(tmp_path):
 
 @pytest.mark.parametrize("batch", [1, 7, 64])
 def test_the_batch_size_changes_no_metric(batch):
+    def run(images_B3YX):
+        features = patches(images_B3YX)
+        return Features(features, features[:, :7] ** 2, 3 * features)
+
+    network = FeatureNetwork("inception-2015", "FID", "", run, CPU)
     images, reference = array_images("a", array(1, 40)), array(2, 50)
     results = [
-        evaluate(images, Reference("r", array_images("r", reference)), NETWORK, batch=size)
+        evaluate(images, Reference("r", array_images("r", reference)), network, batch=size)
         for size in (batch, 40)
     ]
+    names = [each.name for each in results[0].metrics]
+    assert names == ["FID", "sFID", "Inception Score", "precision", "recall"]
     for one, other in zip(results[0].metrics, results[1].metrics, strict=True):
         assert one.value == pytest.approx(other.value, abs=1e-9)
 
@@ -135,6 +142,34 @@ def test_the_interval_is_that_of_classes_of_equal_share_whatever_their_order(ord
     assert 0.6 * spread < half < 1.7 * spread
     limits = [result.infinite for result in results]
     assert abs(np.mean(limits)) < 0.5 * np.mean([result.value for result in results])
+
+
+def test_every_value_has_its_interval_and_what_is_compared_a_floor():
+    """The Inception Score of one split, by 40 draws; precision and recall of real halves."""
+    generator = torch.Generator().manual_seed(0)
+    scores, halves = [], []
+    pixels = torch.from_numpy(array(2, 90)).permute(0, 3, 1, 2)
+    real = patches(pixels)
+    for _ in range(40):
+
+        def run(images_B3YX):
+            logits = 2 * torch.randn(len(images_B3YX), 5, generator=generator)
+            return Features(patches(images_B3YX), None, logits)
+
+        network = FeatureNetwork("c", "FD (c)", "", run, CPU)
+        images, reference = (array_images("a", array(seed, 90)) for seed in (1, 2))
+        result = evaluate(images, Reference("r", reference), network, batch=90)
+        score = metric(result, "class score (c)")
+        scores.append(score.value)
+        halves.append(score.high - score.value)
+    assert 0.6 < np.mean(halves) / (1.96 * np.std(scores)) < 1.7
+    order = torch.randperm(90, generator=torch.Generator().manual_seed(0))
+    expected = precision_recall(generated_ND=real[order[:45]], real_MD=real[order[45:]])
+    for name in ("precision", "recall"):
+        found = metric(result, name)
+        assert (found.floor, found.floor_count) == (getattr(expected, name), 45)
+    for each in result.metrics:
+        assert each.low <= each.value <= each.high
 
 
 @pytest.mark.parametrize("count", [20, 23, 29, 500])
@@ -266,6 +301,8 @@ def test_bad_sets_get_one_line(tmp_path):
     for name, value in (("floats", array(1, 4) / 255), ("gray", array(1, 4)[..., 0])):
         np.savez(tmp_path / f"{name}.npz", value)
         assert "arr_0 must be uint8 (N, Y, X, 3)" in refusal(tmp_path / f"{name}.npz")
+    write_tar(write_folder(tmp_path / "both", array(1, 2)) / "a.tar", array(1, 2))
+    assert "holds shards (a.tar) and images (00000_class0.png)" in refusal(tmp_path / "both")
     (tmp_path / "wide").mkdir()
     Image.fromarray(array(1, 1)[0, ..., 0].astype(np.uint16) * 257).save(tmp_path / "wide/a.png")
     assert "a.png: must have 8 bits per channel; its pixels are of mode I;16" in refusal(

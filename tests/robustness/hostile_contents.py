@@ -77,6 +77,7 @@ def import_everything() -> None:
         "generate", "plan", "info", "train", "tokenize", "convert", "bench", "kv_error_table",
     ):  # fmt: skip
         importlib.import_module(f"variant.cli.{name}")
+    import torch._dynamo  # noqa: F401  an optimizer imports it at first use
     import tyro  # noqa: F401
 
 

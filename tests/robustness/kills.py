@@ -390,6 +390,7 @@ def main() -> int:
 
 def _import_everything() -> None:
     """Forked children need not import again; nothing here starts a thread."""
+    import torch._dynamo  # an optimizer imports it at first use
     import torch.distributed.checkpoint
     import torch.distributed.fsdp  # noqa: F401
 

@@ -13,6 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
+import torch._dynamo  # noqa: F401  an optimizer imports it at first use
 from tiny_runs import CPU, is_killed, quiet
 
 from variant.training.vae_task import VAETask, train_vae

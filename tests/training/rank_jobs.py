@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch._dynamo  # an optimizer imports it at first use
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
 from tiny_runs import CPU, quiet

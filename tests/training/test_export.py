@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from rank_jobs import Job
+from safetensors.torch import load_file, save_file
 from test_distributed import in_mode, train_on_two
 from tiny_runs import assert_same, tiny_recipe, train_both
 
@@ -107,7 +108,8 @@ def test_what_cannot_be_converted_is_one_line(runs, tmp_path, capsys):
     shutil.copytree(runs / "one", run)
     shutil.copytree(runs / "two" / STEP, tmp_path / "moved")
     other = tmp_path / "other.safetensors"
-    shutil.copy(run / "var-best.safetensors", other)
+    weights = load_file(run / "vae-best.safetensors")
+    save_file({key: value + 1 for key, value in weights.items()}, other)
     (tmp_path / "empty").mkdir()
     last, out = run / "var-last.pt", tmp_path / "out"
     for words, message in (
@@ -117,6 +119,7 @@ def test_what_cannot_be_converted_is_one_line(runs, tmp_path, capsys):
         ((last, "--weights", "best"), 'the weights must be "model" or "ema"; got \'best\''),
         ((last, "--model", "digits"), "a checkpoint is read alone"),
         ((last, "--num-heads", "2"), "--num-heads is for --var and --vae; the checkpoint holds it"),
+        ((last, "--vae", run / "var-best.safetensors"), "does not hold"),
         ((last, "--vae", other), "was trained with another VQ-VAE than"),
         ((tmp_path / "moved",), "holds no VQ-VAE; train one first"),
     ):

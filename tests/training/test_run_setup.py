@@ -1,6 +1,7 @@
 """Set-up of runs: refused folders and settings, and the conditions of resuming."""
 
 import dataclasses
+import hashlib
 import os
 import random
 import shutil
@@ -167,6 +168,11 @@ def test_resuming_with_another_vqvae_is_refused(recipe, tmp_path, monkeypatch):
         recipe, vae_training=dataclasses.replace(recipe.vae_training, weights=str(path))
     )
     run_until(named, tmp_path, monkeypatch, train_var, VARTask)
+    last = tmp_path / "var-last.pt"
+    saved = torch.load(last, weights_only=True)["inputs"]
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()  # an earlier version recorded the file
+    rewrite(last, inputs={**saved, "vae_sha256": sha256})
+    run_until(named, tmp_path, monkeypatch, train_var, VARTask, step=4, resume=True)
     save_file({key: value + 1 for key, value in load_file(path).items()}, path)
     with pytest.raises(UserError, match="was trained with another VQ-VAE weights") as caught:
         resume(named, tmp_path, train_var)

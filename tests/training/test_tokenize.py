@@ -36,7 +36,7 @@ from variant.errors import UserError
 from variant.files import save_safetensors
 from variant.models.config import to_plain
 from variant.models.vqvae import VQVAE
-from variant.training.initial_weights import find_vae, load_vae
+from variant.training.initial_weights import find_vae, load_vae, tokenizer_sha256
 from variant.training.run_summary import RunSummary
 from variant.training.tokenize import rank_of_environment, tokenize
 from variant.training.vae_task import train_vae
@@ -166,7 +166,8 @@ def test_shards_are_webdataset_shards(tokens):
 def test_the_manifest_says_what_the_shards_hold(tiny, tokens):
     manifest = json.loads((tokens / MANIFEST_NAME).read_text())
     assert manifest["recipe"] == json.loads(json.dumps(to_plain(tiny)))
-    assert manifest["vae_sha256"] == find_vae(tiny, Path()).sha256()
+    vae = load_vae(tiny, find_vae(tiny, Path()))
+    assert manifest["vae_sha256"] == tokenizer_sha256(vae)
     assert (manifest["passes"], manifest["num_train"], manifest["num_held_out"]) == (3, 24, 6)
     assert manifest["classes"] == ["class0", "class1"]
     assert len(manifest["shards"]) == 11
@@ -245,6 +246,36 @@ def test_tokens_that_do_not_fit_the_recipe_are_refused(tiny, tokens, tmp_path):
     copies = dataclasses.replace(tiny.data, copies=2, mixup=0.0)
     with pytest.raises(UserError, match=r"data.copies must be 0: --passes takes its place; got 2"):
         write(dataclasses.replace(tiny, data=copies), tmp_path / "t")
+
+
+def changed(manifest, **values):
+    """Write other values into a manifest."""
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **values}))
+
+
+def test_a_vqvae_is_known_by_its_weights_before_the_decoder(tiny, tokens, tmp_path):
+    weights = find_vae(tiny, Path())
+    state = {key: value.clone() for key, value in load_vae(tiny, weights).state_dict().items()}
+    for key in state:
+        if key.startswith(("decoder.", "post_quant_conv.")) or "ema_vocab_hit" in key:
+            state[key] += 1
+    decoder, encoder = tmp_path / "decoder.safetensors", tmp_path / "encoder.safetensors"
+    save_safetensors(decoder, state)
+    state["quant_conv.bias"] += 1
+    save_safetensors(encoder, state)
+    own = copied(tokens, tmp_path / "tokens")
+    train_var(from_tokens(with_vae(tiny, str(decoder)), own), tmp_path / "run", console=quiet(),
+              device=CPU)  # fmt: skip
+    assert write(with_vae(tiny, str(decoder)), own).samples == 0
+    chosen = from_tokens(with_vae(tiny, str(encoder)), own)
+    with pytest.raises(UserError, match="its tokens were made by another VQ-VAE"):
+        train_var(chosen, tmp_path / "other", console=quiet(), device=CPU)
+    with pytest.raises(UserError, match="vae_sha256 was"):
+        write(with_vae(tiny, str(encoder)), own)
+    # As an earlier version wrote it.
+    changed(own / MANIFEST_NAME, vae_sha256=weights.sha256())
+    assert write(tiny, own).samples == 0
+    assert json.loads((own / MANIFEST_NAME).read_text())["vae_sha256"] == weights.sha256()
 
 
 def test_a_summary_of_a_recipe_counts_tokens_as_it_counts_images(tiny, tokens):

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from tiny_runs import (
     quiet,
     resume,
     run_until,
+    tiny_recipe,
     train_both,
     with_precision,
 )
@@ -34,43 +37,53 @@ from variant.training.vae_task import VAETask, train_vae
 from variant.training.var_task import VARTask, train_var
 
 
-def test_the_two_commands_give_a_model_folder(recipe, tmp_path):
-    summary = train_both(recipe, tmp_path)
+@pytest.fixture(scope="module")
+def whole(folders, tmp_path_factory):
+    """Both trainings of the tiny recipe: their folder, which must not be changed, and summaries."""
+    out = tmp_path_factory.mktemp("whole")
+    vae, var = (
+        train(tiny_recipe(folders), out, console=quiet(), device=CPU)
+        for train in (train_vae, train_var)
+    )
+    return SimpleNamespace(folder=out, vae=vae, var=var)
+
+
+def test_the_two_commands_give_a_model_folder(recipe, whole):
+    summary = whole.var
     assert summary.epochs == 4
     assert summary.steps == 8
     assert set(summary.held_out_loss) == {"full", "2"}
-    var, vae, config = load_model(tmp_path)
+    var, vae, config = load_model(whole.folder)
     assert var.config == dataclasses.replace(recipe.var_config, class_names=("class0", "class1"))
     assert vae.config == recipe.vae
     assert config["training"]["recipe"] == "tiny"
     assert config["training"]["held_out_loss"] == summary.held_out_loss
-    best = load_file(tmp_path / "var-best.safetensors")
+    best = load_file(whole.folder / "var-best.safetensors")
     assert all(torch.equal(value, best[key]) for key, value in var.state_dict().items())
-    entries = metrics(tmp_path)
+    entries = metrics(whole.folder)
     means = [entry["held_out_mean"] for entry in entries]
     assert summary.best_epoch == means.index(min(means)) + 1
 
 
-def test_the_same_seed_gives_the_same_losses_and_weights_twice(recipe, tmp_path):
-    train_both(recipe, tmp_path / "a")
+def test_the_same_seed_gives_the_same_losses_and_weights_twice(recipe, whole, tmp_path):
     train_both(recipe, tmp_path / "b")
     train_both(dataclasses.replace(recipe, seed=1), tmp_path / "c")
     for kind in ("vae", "var"):
-        assert metrics(tmp_path / "a", kind) == metrics(tmp_path / "b", kind)
-        assert metrics(tmp_path / "a", kind) != metrics(tmp_path / "c", kind)
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in "ab"]
+        assert metrics(whole.folder, kind) == metrics(tmp_path / "b", kind)
+        assert metrics(whole.folder, kind) != metrics(tmp_path / "c", kind)
+    weights = [load_file(f / "model.safetensors") for f in (whole.folder, tmp_path / "b")]
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
 @pytest.mark.parametrize(("kind", "task"), [("vae", VAETask), ("var", VARTask)])
 @pytest.mark.parametrize("step", [1, 2])  # the end of an epoch, and the middle of one
 def test_stopping_and_resuming_equals_never_stopping(
-    recipe, tmp_path, monkeypatch, kind, task, step
+    recipe, whole, tmp_path, monkeypatch, kind, task, step
 ):
-    train_both(recipe, tmp_path / "whole")
     parted = tmp_path / "parted"
     if kind == "var":
-        train_vae(recipe, parted, console=quiet(), device=CPU)
+        others = shutil.ignore_patterns("var-*", "config*", "model*", "README*")
+        shutil.copytree(whole.folder, parted, ignore=others)
     train = train_vae if kind == "vae" else train_var
     with monkeypatch.context() as patch:
         interrupt_after(patch, task, step)
@@ -82,15 +95,15 @@ def test_stopping_and_resuming_equals_never_stopping(
     assert "Resume with: the same command and --resume" in console.file.getvalue()
     torch.manual_seed(99)  # other draws of the process must not change the run
     train(recipe, parted, resume=True, console=quiet(), device=CPU)
-    assert metrics(parted, kind) == metrics(tmp_path / "whole", kind)
+    assert metrics(parted, kind) == metrics(whole.folder, kind)
     states = [
         torch.load(folder / f"{kind}-last.pt", weights_only=True)
-        for folder in (tmp_path / "whole", parted)
+        for folder in (whole.folder, parted)
     ]
     for part in ("module", "random"):
         assert_same(states[0][part], states[1][part])
     assert_same(states[0]["optimizer"]["state"], states[1]["optimizer"]["state"])
-    bests = [load_file(f / f"{kind}-best.safetensors") for f in (tmp_path / "whole", parted)]
+    bests = [load_file(f / f"{kind}-best.safetensors") for f in (whole.folder, parted)]
     assert_same(*bests)
 
 
@@ -127,13 +140,12 @@ def test_epochs_visit_every_image_once_in_an_order_of_their_own():
     assert epoch_order(0, 1, 50).tolist() == orders[1]
 
 
-def test_the_summary_has_both_losses_of_every_configuration(recipe, tmp_path):
-    vae_summary = train_vae(recipe, tmp_path, console=quiet(), device=CPU)
-    assert vae_summary.train_loss.keys() == {"reconstruction"}
-    assert vae_summary.held_out_loss.keys() == {"reconstruction"}
-    summary = train_var(recipe, tmp_path, console=quiet(), device=CPU)
+def test_the_summary_has_both_losses_of_every_configuration(recipe, whole):
+    assert whole.vae.train_loss.keys() == {"reconstruction"}
+    assert whole.vae.held_out_loss.keys() == {"reconstruction"}
+    summary = whole.var
     assert summary.train_loss.keys() == summary.held_out_loss.keys() == {"full", "2"}
-    var, vae, _ = load_model(tmp_path)
+    var, vae, _ = load_model(whole.folder)
     data = open_recipe_data(recipe)
     # Six images, as many as are held out; the same in every run, and of both classes.
     sample = np.random.default_rng(0).permutation(24)[:6]

@@ -287,8 +287,11 @@ def test_a_wrong_file_of_lpips_is_named(tmp_path):
 
 @pytest.mark.timeout(300)
 def test_two_processes_train_what_one_does(recipe, tmp_path):
-    """The discriminator, the adaptive weight, LeCAM's averages, EMA, codes and their revival."""
-    recipe = with_losses(recipe)
+    """The discriminator, the adaptive weight, LeCAM's averages, EMA, codes and their revival.
+
+    In two parts, over which the adaptive weight is no sum.
+    """
+    recipe = with_losses(recipe, optim=dataclasses.replace(OPTIM, accumulate=2))
     one = run(Job(recipe, tmp_path / "one", train="vae"))
     two = Job(recipe, tmp_path / "two", train="vae")
     results, _ = train_on_two([two], tmp_path / "jobs")

@@ -34,7 +34,7 @@ from variant.evaluation.features import FeatureNetwork, load_network
 from variant.evaluation.image_sets import ImageSet, Reference, open_images, open_reference
 from variant.evaluation.paired import Paired, check_pairs, compare_pairs
 from variant.evaluation.reconstruct import load_vqvae, psnr_by_scales, reconstructions
-from variant.evaluation.report import Evaluation, Metric, evaluate
+from variant.evaluation.report import Evaluation, Metric, evaluate, share
 from variant.evaluation.sampler import FORMAT as SAMPLE_FORMAT
 from variant.evaluation.sampler import SETTINGS_NAME as SAMPLED
 from variant.models.placement import check_device
@@ -172,9 +172,9 @@ def _with_pairs(result: Evaluation, pairs: Paired, reconstructed: bool) -> Evalu
         for place, metric in enumerate(result.metrics)
     ]
     metrics += [
-        Metric("PSNR", pairs.psnr, count),
-        Metric("SSIM", pairs.ssim, count),
-        Metric("equal images", pairs.equal, count),
+        Metric("PSNR", pairs.psnr, count, *(pairs.psnr_interval or ())),
+        Metric("SSIM", pairs.ssim, count, *pairs.ssim_interval),
+        share("equal images", pairs.equal, (pairs.equal * (1 - pairs.equal) / count) ** 0.5, count),
     ]
     return replace(result, metrics=tuple(metrics))
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import reduction
@@ -34,7 +34,10 @@ PREFETCHED = 2  # parts that each worker reads ahead
 # A copy of this process by fork may hang at once: another thread, of gloo, TensorBoard or autograd,
 # may hold a lock of the interpreter, which nobody releases in the copy.
 START_METHOD = "spawn"
-WORKER_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Windows has no SIGHUP, and no workers here.
+WORKER_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 # A worker outlives SIGTERM by this, so that the training can finish its step and stop the worker.
 SECONDS_AFTER_SIGTERM = 60
 # "DataLoader worker (pid 12) is killed by signal: Killed. ", "... (pid(s) 12) exited unexpectedly"
@@ -53,7 +56,7 @@ class Plan(Sampler[Request]):
     """The parts that one rank trains on, in order: a function of (seed, step, rank).
 
     num_train: images of the data set.  batch_size: images of a step, over all ranks.
-    share: this rank's slice of a batch, which is computed in ``parts`` parts.
+    own_parts: a batch -> this rank's images of each of the parts in which it is computed.
     first_step, total_steps: the steps that are planned, the last one excluded.
     steps_per_epoch: 0 is a pass over the images.
     """
@@ -61,8 +64,7 @@ class Plan(Sampler[Request]):
     seed: int
     num_train: int
     batch_size: int
-    share: slice
-    parts: int
+    own_parts: Callable[[np.ndarray], list[np.ndarray]]
     first_step: int = 0
     total_steps: int = 0
     steps_per_epoch: int = 0
@@ -75,7 +77,7 @@ class Plan(Sampler[Request]):
             if epoch != ordered_epoch:
                 order, ordered_epoch = epoch_order(self.seed, epoch, self.num_train), epoch
             batch = order[position * self.batch_size : (position + 1) * self.batch_size]
-            for indices in np.array_split(batch[self.share], self.parts):
+            for indices in self.own_parts(batch):
                 yield Request(indices, epoch)
 
 
@@ -240,9 +242,10 @@ def _unchanged(value: Any) -> Any:
 
 
 def _begin_worker(worker: int) -> None:
-    # Ctrl-C reaches the whole group of processes, SIGTERM perhaps too: the training stops after its
-    # step, and stops its workers.
+    # Ctrl-C and the SIGHUP of a closed terminal reach the whole group of processes, SIGTERM perhaps
+    # too: the training stops after its step, and stops its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, WORKER_SIGNALS)

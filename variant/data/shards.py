@@ -66,7 +66,8 @@ class Manifest:
         samples of epoch p.
     num_train, num_held_out, num_sample: samples in a pass and in the other parts.
     classes: their names.  augmentation: the keys of the recipe's section data that change images.
-    patch_nums, vocab_size: of the VQ-VAE.  vae_sha256: of its weights.  data_sha256: of the images.
+    patch_nums, vocab_size: of the VQ-VAE.  vae_sha256: of its weights before the decoder.
+    data_sha256: of the images.
     recipe: that the tokens were made with.
     shards: SHA-256 of each file; empty until all are there.
     """

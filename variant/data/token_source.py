@@ -71,14 +71,13 @@ class TokenSource:
                     f"{name}: vae.{key} must be {theirs}, as in {shown(self.folder)}; got {own}"
                 )
 
-    def check_vae(self, sha256: str) -> None:
-        """Raises: UserError, if the tokens are of another VQ-VAE than that of this SHA-256."""
-        if sha256 != self.manifest.vae_sha256:
-            raise UserError(
-                f"{shown(self.folder)}: its tokens were made by another VQ-VAE (SHA-256 "
-                f"{self.manifest.vae_sha256[:12]}..., the recipe's has {sha256[:12]}...); run "
-                "`variant tokenize` with this one into another folder"
-            )
+    def refuse_vae(self, sha256: str) -> None:
+        """Raises: UserError: the tokens are of another VQ-VAE than that of this SHA-256."""
+        raise UserError(
+            f"{shown(self.folder)}: its tokens were made by another VQ-VAE (SHA-256 "
+            f"{self.manifest.vae_sha256[:12]}..., the recipe's has {sha256[:12]}...); run "
+            "`variant tokenize` with this one into another folder"
+        )
 
     def samples(self, indices: Indices, epoch: int) -> Samples:
         manifest, index_B = self.manifest, np.asarray(indices)

@@ -24,11 +24,14 @@ class Paired:
     """psnr: dB, of the mean squared error over all pixels; infinite if all images are equal.
 
     ssim: mean over images.  equal: share of images that are equal in every pixel.
+    psnr_interval, ssim_interval: of 95 %, over draws of the images; None where psnr is infinite.
     """
 
     psnr: float
     ssim: float
     equal: float
+    psnr_interval: tuple[float, float] | None
+    ssim_interval: tuple[float, float]
 
 
 def compare_pairs(images: ImageSet, reference: ImageSet, batch: int = 64) -> Paired:
@@ -38,14 +41,27 @@ def compare_pairs(images: ImageSet, reference: ImageSet, batch: int = 64) -> Pai
         UserError: the sets have different numbers of images.
     """
     check_pairs(images, reference)
-    error, ssim, equal = 0.0, 0.0, 0
+    errors: list[Tensor] = []
+    ssims: list[Tensor] = []
+    equal = 0
     for start in range(0, images.count, batch):
         rows = range(start, min(start + batch, images.count))
         one, other = images.read(rows), reference.read(rows)
-        error += float(squared_errors(one, other).sum())
-        ssim += float(structural_similarity(one, other).sum())
+        errors.append(squared_errors(one, other))
+        ssims.append(structural_similarity(one, other))
         equal += int((one == other).flatten(1).all(1).sum())
-    return Paired(psnr(error / images.count), ssim / images.count, equal / images.count)
+    error, least, most = _mean(torch.cat(errors))
+    ssim, lowest, highest = _mean(torch.cat(ssims))
+    # A large error is a small PSNR.
+    interval = None if error == 0 else (psnr(most), psnr(max(least, 0.0)))
+    return Paired(psnr(error), ssim, equal / images.count, interval, (lowest, min(1.0, highest)))
+
+
+def _mean(values_N: Tensor) -> tuple[float, float, float]:
+    """The mean over images, and the ends of its 95 % interval."""
+    mean = float(values_N.mean())
+    error = float(values_N.std(correction=1 if len(values_N) > 1 else 0)) / len(values_N) ** 0.5
+    return mean, mean - 1.96 * error, mean + 1.96 * error
 
 
 def check_pairs(images: ImageSet, reference: ImageSet) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -25,6 +25,7 @@ from variant.evaluation.frechet import (
     Gaussian,
     frechet_distance,
     frechet_from_blocks,
+    jackknife_error,
     total,
 )
 from variant.evaluation.image_sets import ImageSet, Reference
@@ -45,8 +46,9 @@ class Metric:
 
     low, high: a 95 % interval over draws of the images; None where there is none.
     count: images that were evaluated.
-    floor: the same distance of two disjoint halves of the reference, of ``floor_count`` images
-        each; None where the reference has no images, or no distance is measured.
+    floor: the same of two disjoint halves of the reference, of ``floor_count`` images each: no
+        distance below it and no precision or recall above it says anything; None where the
+        reference has no images, or images are not compared with it.
     infinite: the distance extrapolated to infinitely many images.
     """
 
@@ -165,9 +167,19 @@ def evaluate(
         metrics += _class_metrics(images, network, own.logits_BC)
     if real is not None:
         shares = precision_recall(generated_ND=own.features_BD, real_MD=real.features_BD)
+        one, other = _halves(real.features_BD, images.count)
+        most = precision_recall(generated_ND=one, real_MD=other)
         metrics += [
-            _share("precision", shares.precision, shares.precision_error, images.count),
-            _share("recall", shares.recall, shares.recall_error, images.count),
+            replace(
+                share("precision", shares.precision, shares.precision_error, images.count),
+                floor=most.precision,
+                floor_count=len(one),
+            ),
+            replace(
+                share("recall", shares.recall, shares.recall_error, images.count),
+                floor=most.recall,
+                floor_count=len(one),
+            ),
         ]
     return Evaluation(
         metrics=tuple(metrics),
@@ -279,13 +291,25 @@ def floor_of(real_ND: Tensor, count: int) -> float:
 
     No distance of as many images says anything below it.
     """
-    order = torch.randperm(len(real_ND), generator=torch.Generator().manual_seed(FLOOR_SEED))
-    halves = [FeatureStatistics.of(real_ND[part]) for part in order[: 2 * count].split(count)]
+    halves = map(FeatureStatistics.of, _halves(real_ND, count))
     return frechet_distance(*(half.gaussian() for half in halves))
 
 
+def _halves(real_ND: Tensor, count: int) -> list[Tensor]:
+    """Two disjoint random sets of ``count`` real images, or of half of all if there are fewer."""
+    count = min(count, len(real_ND) // 2)
+    order = torch.randperm(len(real_ND), generator=torch.Generator().manual_seed(FLOOR_SEED))
+    return [real_ND[part] for part in order[: 2 * count].split(count)]
+
+
 def blocks_of(features_ND: Tensor, labels: Sequence[int] | None = None) -> list[FeatureStatistics]:
-    """Statistics of ten disjoint blocks of images, each a sample like the whole.
+    """Statistics of the blocks of :func:`indices_of_blocks`."""
+    blocks = indices_of_blocks(len(features_ND), labels)
+    return [FeatureStatistics.of(features_ND[block]) for block in blocks]
+
+
+def indices_of_blocks(count: int, labels: Sequence[int] | None = None) -> list[Tensor]:
+    """Ten disjoint blocks of images, each a sample like the whole.
 
     Args:
         labels: the class of each image: every block has the same share of each class, whatever the
@@ -293,7 +317,6 @@ def blocks_of(features_ND: Tensor, labels: Sequence[int] | None = None) -> list[
             random, so that images sorted by class give equal blocks, and so do classes in turn,
             which every tenth image would tear apart.
     """
-    count = len(features_ND)
     if labels is None:
         generator = torch.Generator().manual_seed(BLOCK_SEED)
         draws = torch.rand(-(-count // BLOCKS), BLOCKS, generator=generator)
@@ -301,7 +324,7 @@ def blocks_of(features_ND: Tensor, labels: Sequence[int] | None = None) -> list[
         order = order[order < count]
     else:
         order = torch.tensor(labels).argsort(stable=True)
-    return [FeatureStatistics.of(features_ND[order[start::BLOCKS]]) for start in range(BLOCKS)]
+    return [order[start::BLOCKS] for start in range(BLOCKS)]
 
 
 def _class_metrics(images: ImageSet, network: FeatureNetwork, logits_NC: Tensor) -> list[Metric]:
@@ -309,18 +332,23 @@ def _class_metrics(images: ImageSet, network: FeatureNetwork, logits_NC: Tensor)
     official = network.distance == "FID"
     score = inception_score(logits_NC)
     name = "Inception Score" if official else f"class score ({network.name})"
-    error = score.std / max(score.splits - 1, 1) ** 0.5
-    interval = (score.mean - 1.96 * error, score.mean + 1.96 * error)
-    low, high = interval if score.splits > 1 else (None, None)
+    if score.splits > 1:
+        error = score.std / (score.splits - 1) ** 0.5
+    else:
+        kept = torch.ones(BLOCKS, len(logits_NC), dtype=torch.bool)
+        for place, block in enumerate(indices_of_blocks(len(logits_NC), images.labels)):
+            kept[place, block] = False
+        error = jackknife_error([inception_score(logits_NC[rows]).mean for rows in kept])
+    low, high = max(1.0, score.mean - 1.96 * error), score.mean + 1.96 * error
     metrics = [Metric(name, score.mean, len(logits_NC), low, high)]
     if images.labels is None:
         return metrics
     _warn_of_sorted_labels(name, images.labels)
     if not official:  # the Inception of 2015 has classes of its own
         right = logits_NC.argmax(1) == torch.tensor(images.labels)
-        share = float(right.double().mean())
-        error = (share * (1 - share) / len(right)) ** 0.5
-        metrics.append(_share("recognised", share, error, len(right)))
+        value = float(right.double().mean())
+        error = (value * (1 - value) / len(right)) ** 0.5
+        metrics.append(share("recognised", value, error, len(right)))
     return metrics
 
 
@@ -341,10 +369,11 @@ def _warn_of_sorted_labels(name: str, labels: Sequence[int]) -> None:
             return
 
 
-def _share(name: str, value: float, error: float, count: int) -> Metric:
+def share(name: str, value: float, error: float, count: int) -> Metric:
+    """A share of the images, its interval from its standard error."""
     return Metric(
         name, value, count, max(0.0, value - 1.96 * error), min(1.0, value + 1.96 * error)
     )
 
 
-__all__ = ["NEIGHBOURS", "Evaluation", "Metric", "evaluate", "extract", "floor_of"]
+__all__ = ["NEIGHBOURS", "Evaluation", "Metric", "evaluate", "extract", "floor_of", "share"]

@@ -48,6 +48,14 @@ class Ranks:
         """This rank's part of ``count`` things, which are divided evenly and in order."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
+    def parts(self, batch: np.ndarray, count: int) -> list[np.ndarray]:
+        """This rank's images of each of ``count`` parts of a batch.
+
+        A part is the same images for any number of ranks. Losses that are no means over images,
+        such as the adaptive weight or the entropy term, are therefore the same, too.
+        """
+        return [part[self.share(len(part))] for part in np.array_split(batch, count)]
+
     def sums(self, values: Sequence[float]) -> list[float]:
         """The sum of each value over all ranks, bit-equal on every rank."""
         if self.size == 1:

@@ -18,7 +18,7 @@ from variant.models.vqvae import VQVAE
 from variant.paths import path_kind, shown
 from variant.training.checkpoint_folder import is_checkpoint_folder, read_into
 from variant.training.checkpointer import Checkpointer
-from variant.training.initial_weights import find_vae, load_vae, named_weights
+from variant.training.initial_weights import find_vae, is_tokenizer, load_vae, named_weights
 from variant.training.recipe import Recipe
 from variant.training.resume_rules import read_recipe
 from variant.training.state_tensors import EMA, MODULE
@@ -72,7 +72,8 @@ def models_of(
         source = named_weights("vae", str(vae))
     else:
         source = find_vae(recipe, checkpoint.parent)
-    if source.sha256() != saved["inputs"].get("vae_sha256"):
+    own = load_vae(recipe, source)
+    if not is_tokenizer(saved["inputs"].get("vae_sha256"), own, source):
         raise UserError(
             f"{checkpoint}: was trained with another VQ-VAE than {source.path}; give the file of "
             "the training's as --vae"
@@ -83,7 +84,7 @@ def models_of(
     var = build(VAR, config, state, str(checkpoint), dtype=dtype)
     return (
         var.eval(),
-        load_vae(recipe, source).eval(),
+        own.eval(),
         {"training": _facts(saved, recipe, averaged)},
     )
 

@@ -213,6 +213,31 @@ def _is_model_folder(folder: Path) -> bool:
     return True
 
 
+# Modules of a VQ-VAE that images pass after their tokens are known.
+AFTER_TOKENS = ("decoder.", "post_quant_conv.")
+
+
+def tokenizer_sha256(vae: VQVAE) -> str:
+    """SHA-256 of the weights that decide which tokens an image has, and what a transformer reads.
+
+    It is the same for every file that holds them, and for every decoder.
+    """
+    sha256 = hashlib.sha256()
+    for name, weight in sorted(vae.named_parameters()):
+        if not name.startswith(AFTER_TOKENS):
+            sha256.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
+            sha256.update(weight.detach().cpu().contiguous().numpy().tobytes())
+    return sha256.hexdigest()
+
+
+def is_tokenizer(recorded: object, vae: VQVAE, weights: Weights) -> bool:
+    """Whether a VQ-VAE, loaded from ``weights``, has a recorded :func:`tokenizer_sha256`.
+
+    Earlier versions recorded the SHA-256 of the file.
+    """
+    return recorded == tokenizer_sha256(vae) or recorded == weights.sha256()
+
+
 def load_vae(recipe: Recipe, weights: Weights) -> VQVAE:
     """The recipe's VQ-VAE with trained weights.
 

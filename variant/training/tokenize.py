@@ -47,7 +47,7 @@ from variant.models.parameter_count import vqvae_parameters
 from variant.models.vqvae import VQVAE
 from variant.paths import path_kind, shown
 from variant.training.folder_lock import locked_folder
-from variant.training.initial_weights import find_vae, load_vae
+from variant.training.initial_weights import find_vae, is_tokenizer, load_vae, tokenizer_sha256
 from variant.training.recipe import Recipe
 from variant_kernels.arguments import integer
 
@@ -135,13 +135,14 @@ def tokenize(
         raise UserError(f'{recipe.name}: data.kind must be that of images; got "tokens"')
     source = open_source(recipe.data, size, channels, recipe.seed)
     weights = find_vae(recipe, vae_folder)
-    wanted = _manifest(recipe, source, passes, weights.sha256(), shard_size)
+    vae = load_vae(recipe, weights)
+    wanted = _manifest(recipe, source, passes, tokenizer_sha256(vae), shard_size)
     with locked_folder(out, f".variant-tokenize-{rank}.lock") as is_locked:
-        _check_folder(out, wanted)
+        wanted = _check_folder(out, wanted, lambda found: is_tokenizer(found, vae, weights))
         mine = list(wanted.files())[rank::world_size]
         if is_locked:
             _clear_leftovers(out, {name for name, _, _ in mine}, rank)
-        vae = load_vae(recipe, weights).to(device).eval().requires_grad_(False)
+        vae = vae.to(device).eval().requires_grad_(False)
         writer = _Writer(source, vae, device, wanted, recipe.eval.batch_size)
         total = sum(len(rows) for _, _, rows in mine)
         started, samples, shards = time.monotonic(), 0, 0
@@ -177,16 +178,22 @@ def _manifest(
     )
 
 
-def _check_folder(out: Path, wanted: Manifest) -> None:
+def _check_folder(out: Path, wanted: Manifest, is_of_vae: Callable[[str], bool]) -> Manifest:
     """Compare the tokens that the folder holds, if any, with those to write.
 
+    Args:
+        is_of_vae: whether a manifest's SHA-256 is that of the VQ-VAE in use.
+    Returns:
+        ``wanted``, with the SHA-256 that the folder's manifest has.
     Raises:
         UserError: they were made with other settings, or are more passes.
     """
     if path_kind(out / MANIFEST_NAME) is None:
         _write_manifest(out, wanted, 0)
-        return
+        return wanted
     found = read_manifest(out)
+    if is_of_vae(found.vae_sha256):
+        wanted = dataclasses.replace(wanted, vae_sha256=found.vae_sha256)
     for field in dataclasses.fields(Manifest):
         before, now = getattr(found, field.name), getattr(wanted, field.name)
         if field.name not in ("passes", "recipe", "shards") and before != now:
@@ -199,6 +206,7 @@ def _check_folder(out: Path, wanted: Manifest) -> None:
             f"{shown(out)}: holds {found.passes} passes; --passes must be at least as many, or "
             f"choose another folder; got {wanted.passes}"
         )
+    return wanted
 
 
 def _finish(out: Path, wanted: Manifest, rank: int) -> int:

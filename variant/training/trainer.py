@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -196,7 +197,7 @@ class Trainer:
             group["lr"] = rate
         state.optimizer.zero_grad(set_to_none=True)
         loss_sum = torch.zeros((), device=self.device)
-        parts = np.array_split(indices[self.ranks.share(size)], self.optim.accumulate)
+        parts = self.ranks.parts(indices, self.optim.accumulate)
         for number, part in enumerate(parts, 1):
             with self.parallel.part(is_last=number == len(parts)):
                 # Entered anew for every part: autocast keeps its casts of the weights until then.
@@ -369,12 +370,9 @@ class Trainer:
 
 def _plan(setup: RunSetup, num_train: int, first_step: int, total_steps: int) -> Plan:
     """The samples that this process needs from one step on, before another one."""
-    size = setup.optim.batch_size
-    share, parts = setup.ranks.share(size), setup.optim.accumulate
-    per_epoch = setup.steps_per_epoch
-    return Plan(
-        setup.recipe.seed, num_train, size, share, parts, first_step, total_steps, per_epoch
-    )
+    size, per_epoch = setup.optim.batch_size, setup.steps_per_epoch
+    parts = partial(setup.ranks.parts, count=setup.optim.accumulate)
+    return Plan(setup.recipe.seed, num_train, size, parts, first_step, total_steps, per_epoch)
 
 
 def _num_parameters(module: nn.Module) -> int:

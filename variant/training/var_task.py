@@ -36,7 +36,14 @@ from variant.training.distributed import Ranks, connected, device_of_rank
 from variant.training.draws import draw_drops
 from variant.training.efficiency import convert_to_fp8, execution_of
 from variant.training.ema import EMA
-from variant.training.initial_weights import find_start, find_vae, load_start, load_vae
+from variant.training.initial_weights import (
+    find_start,
+    find_vae,
+    is_tokenizer,
+    load_start,
+    load_vae,
+    tokenizer_sha256,
+)
 from variant.training.parallel import is_sharded, whole
 from variant.training.phase_ends import ended_phase
 from variant.training.random_state import seed_everything
@@ -352,17 +359,20 @@ def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
             "--start-from MODEL does that too"
         )
     weights = find_vae(recipe, setup.folder)
-    vae_sha256 = weights.sha256()
-    if isinstance(data, TokenSource):
-        data.check_vae(vae_sha256)
-    setup.record_input("vae_sha256", vae_sha256)
+    vae = load_vae(recipe, weights)
+    vae_sha256 = tokenizer_sha256(vae)
+    if isinstance(data, TokenSource) and not is_tokenizer(data.manifest.vae_sha256, vae, weights):
+        data.refuse_vae(vae_sha256)
+    recorded = None if setup.saved is None else setup.saved["inputs"].get("vae_sha256")
+    # An earlier version has recorded the file, which the run then goes on to record.
+    kept = recorded is not None and is_tokenizer(recorded, vae, weights)
+    setup.record_input("vae_sha256", recorded if kept else vae_sha256)
     # A frozen teacher has the weights that the run started from, also in a resumed run.
     reads_start = not setup.keeps_start or recipe.schedule.teacher == "frozen"
     start = find_start(recipe) if reads_start else None
     if reads_start:
         setup.record_input("start_sha256", start and start.sha256())
-    vae = load_vae(recipe, weights).to(setup.device).eval()
-    vae.requires_grad_(False)
+    vae = vae.to(setup.device).eval().requires_grad_(False)
     seed_everything(recipe.seed)
     module = VAR(dataclasses.replace(recipe.var_config, class_names=tuple(data.classes)))
     if start is not None and (setup.saved is None or recipe.schedule.teacher == "frozen"):
