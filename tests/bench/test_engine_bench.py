@@ -225,7 +225,8 @@ def test_rows_compare_ours_with_a_loop_that_draws_the_same():
     assert switch["generation_ms"] > 0
     assert [(row["depth"], row["ms"]["rounds"]) for row in result["images"]] == [(4, 2), (2, 2)]
     # Both depths with their products and peers, the decoder and its peers, both with the decoder.
-    assert len(names) == 8 * 3 + 3 * 3 + 2 * 3
+    peers = len(PLAIN_LOOPS)
+    assert len(names) == 3 * (2 * (2 + peers) + 1 + peers + 2)
 
 
 def test_the_command_prints_the_table_and_writes_everything(tmp_path, capsys):

@@ -80,8 +80,11 @@ def test_the_command_prints_one_line_or_says_why_not(monkeypatch, capsys):
 
 
 def test_peers_and_clocks_by_device(monkeypatch):
+    monkeypatch.setattr(device, "has_products", lambda device, dtype: True)
     assert device.peer_settings("cpu") == {"float32": False, "bfloat16 autocast": True}
     assert device.peer_settings("cuda") == {"float16 autocast": True}
+    monkeypatch.setattr(device, "has_products", lambda device, dtype: False)
+    assert device.peer_settings("cpu") == {"float32": False}
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
     before = device.clock("cpu")

@@ -19,7 +19,14 @@ from PIL import Image
 from variant.data import images
 from variant.data.config import DataSection
 from variant.data.images import epoch_order
-from variant.data.loader import Loader, Plan, num_workers, reading_ahead, refuse_in_worker
+from variant.data.loader import (
+    WORKER_SIGNALS,
+    Loader,
+    Plan,
+    num_workers,
+    reading_ahead,
+    refuse_in_worker,
+)
 from variant.data.sources import open_source
 from variant.errors import UserError
 from variant.training.distributed import Ranks
@@ -142,6 +149,14 @@ def test_a_killed_worker_is_one_line(source):
     with pytest.raises(UserError, match=expected) as raised, opened as loader:
         read_and_kill(loader)
     assert "\n" not in str(raised.value)
+
+
+def test_workers_outlive_the_signals_that_stop_a_training(source):
+    with reading_ahead(source, plan_of(), 1, pin=False) as loader:
+        for request in plan_of():
+            loader.samples(request.indices, request.epoch)
+            for number in WORKER_SIGNALS:
+                os.kill(multiprocessing.active_children()[0].pid, number)
 
 
 def test_other_errors_are_not_those_of_workers(source):

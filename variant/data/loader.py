@@ -34,7 +34,10 @@ PREFETCHED = 2  # parts that each worker reads ahead
 # A copy of this process by fork may hang at once: another thread, of gloo, TensorBoard or autograd,
 # may hold a lock of the interpreter, which nobody releases in the copy.
 START_METHOD = "spawn"
-WORKER_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Windows has no SIGHUP, and no workers here.
+WORKER_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 # A worker outlives SIGTERM by this, so that the training can finish its step and stop the worker.
 SECONDS_AFTER_SIGTERM = 60
 # "DataLoader worker (pid 12) is killed by signal: Killed. ", "... (pid(s) 12) exited unexpectedly"
@@ -239,9 +242,10 @@ def _unchanged(value: Any) -> Any:
 
 
 def _begin_worker(worker: int) -> None:
-    # Ctrl-C reaches the whole group of processes, SIGTERM perhaps too: the training stops after its
-    # step, and stops its workers.
+    # Ctrl-C and the SIGHUP of a closed terminal reach the whole group of processes, SIGTERM perhaps
+    # too: the training stops after its step, and stops its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, WORKER_SIGNALS)
