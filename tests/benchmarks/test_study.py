@@ -555,6 +555,14 @@ def test_the_identity_of_a_training_sees_its_number_of_steps(done, monkeypatch):
     stages._training_length.cache_clear()
 
 
+def test_every_run_of_the_study_has_a_length():
+    study = load_study(None, ())
+    trained = [run for run in study.runs() if run.trains and run.seed == 0 and run.name != "base"]
+    assert {"teacher-frozen", "copies", "lora4", "adaln"} <= {run.name for run in trained}
+    for run in trained:
+        assert min(stages.training_length(study, run).values()) >= 0
+
+
 def test_phases_are_whole_epochs_in_proportion():
     assert phase_epochs((5, 15, 15), 70) == {"joint": 10, "transition": 30, "refinement": 30}
     assert sum(phase_epochs((5, 15, 12), 17).values()) == 17
