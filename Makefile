@@ -22,7 +22,7 @@ CTEST := $(BIN)/ctest --output-on-failure
 # COVERAGE=1 records the branches that the Python tests take, for `make coverage`.
 PYTEST = $(BIN)/python $(if $(COVERAGE),-m coverage run) -m pytest -n $(TEST_JOBS)
 
-.PHONY: help setup dev generate check test test-python test-triton test-robustness test-cpp test-cuda test-cuda-python test-isas test-tsan coverage-cpp nightly coverage mutants cuda sass gpu gpu-artefacts bench bench-report docs-results study study-report lint clean
+.PHONY: help setup dev generate check test test-python test-triton test-robustness sanitized-programs test-cpp test-cuda test-cuda-python test-isas test-tsan coverage-cpp nightly coverage mutants cuda sass gpu gpu-artefacts bench bench-report docs-results study study-report lint clean
 
 help:
 	@echo "make generate  generate digits at every depth into out/digits.png"
@@ -91,6 +91,11 @@ check: lint
 	@$(MAKE) --no-print-directory generate
 
 test: test-cpp coverage-cpp test-cuda test-cuda-python test-python test-robustness test-triton
+
+# Compiles what test-cpp and test-cuda run under sanitizers; needs neither torch nor the package.
+sanitized-programs: $(VENV)/.build-requires
+	@$(call cmake,build/cpp,$(SANITIZED) -DVARIANT_SANITIZE=ON,variant_tests variant_cuda_tests)
+	@$(call cmake,build/cpp-thread,$(SANITIZED) -DVARIANT_SANITIZE=thread,variant_cuda_tests)
 
 test-cpp: dev
 	@echo "== C++ tests of the installed kernels, and their symbols"

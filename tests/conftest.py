@@ -34,6 +34,11 @@ ONE_PROCESS = {
     "test_shared_checkpoints.py",
     "test_checkpoint_folder.py",
     "test_export.py",
+    "test_gpu.py",
+    "test_predict.py",
+    "test_study.py",
+    "test_trainer.py",
+    "test_zone_ranks.py",
 }
 
 # Without a record of their branches, also of the processes that they start: other tests take those

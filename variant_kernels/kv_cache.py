@@ -267,10 +267,12 @@ class PagedKVCache:
             positions = range(layout.offsets[scale], layout.visible(scale))
             slots_T = [pages[p // size] * size + p % size for p in positions]
             # Sequence b owns the pages from b * peak_pages on; all have the same lifetimes.
-            first_B1 = torch.arange(self.batch).unsqueeze(1) * self.plan.peak_pages
-            slots_BT = torch.tensor(slots_T).unsqueeze(0) + first_B1 * size
-            table_BM = (torch.tensor(pages).unsqueeze(0) + first_B1).to(torch.int32)
-            lens_B = torch.full((self.batch,), layout.visible(scale), dtype=torch.int32)
+            first_B1 = torch.arange(self.batch, device="cpu").unsqueeze(1) * self.plan.peak_pages
+            slots_BT = torch.tensor(slots_T, device="cpu").unsqueeze(0) + first_B1 * size
+            table_BM = (torch.tensor(pages, device="cpu").unsqueeze(0) + first_B1).to(torch.int32)
+            lens_B = torch.full(
+                (self.batch,), layout.visible(scale), dtype=torch.int32, device="cpu"
+            )
             device = self.k_pages.device
             self._page_tables[key] = KVStep(
                 slots_BT.to(device),

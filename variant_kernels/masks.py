@@ -59,7 +59,8 @@ def layout_of(bias: Tensor) -> ScaleLayout | None:
         return None
     shapes = tuple((1, end - start) for start, end in pairwise([0, *ends]))
     own_end_L = torch.repeat_interleave(
-        torch.tensor(ends), torch.tensor([width for _, width in shapes])
+        torch.tensor(ends, device="cpu"),
+        torch.tensor([width for _, width in shapes], device="cpu"),
     ).to(bias.device)
     expected_LL = torch.arange(bias.shape[0], device=bias.device) < own_end_L.unsqueeze(1)
     if bias.dtype == torch.bool:

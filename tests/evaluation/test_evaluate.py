@@ -93,11 +93,18 @@ def test_every_form_of_the_same_images_gives_the_same_metrics(tmp_path):
 
 @pytest.mark.parametrize("batch", [1, 7, 64])
 def test_the_batch_size_changes_no_metric(batch):
+    def run(images_B3YX):
+        features = patches(images_B3YX)
+        return Features(features, features[:, :7] ** 2, 3 * features)
+
+    network = FeatureNetwork("inception-2015", "FID", "", run, CPU)
     images, reference = array_images("a", array(1, 40)), array(2, 50)
     results = [
-        evaluate(images, Reference("r", array_images("r", reference)), NETWORK, batch=size)
+        evaluate(images, Reference("r", array_images("r", reference)), network, batch=size)
         for size in (batch, 40)
     ]
+    names = [each.name for each in results[0].metrics]
+    assert names == ["FID", "sFID", "Inception Score", "precision", "recall"]
     for one, other in zip(results[0].metrics, results[1].metrics, strict=True):
         assert one.value == pytest.approx(other.value, abs=1e-9)
 
@@ -294,6 +301,8 @@ def test_bad_sets_get_one_line(tmp_path):
     for name, value in (("floats", array(1, 4) / 255), ("gray", array(1, 4)[..., 0])):
         np.savez(tmp_path / f"{name}.npz", value)
         assert "arr_0 must be uint8 (N, Y, X, 3)" in refusal(tmp_path / f"{name}.npz")
+    write_tar(write_folder(tmp_path / "both", array(1, 2)) / "a.tar", array(1, 2))
+    assert "holds shards (a.tar) and images (00000_class0.png)" in refusal(tmp_path / "both")
     (tmp_path / "wide").mkdir()
     Image.fromarray(array(1, 1)[0, ..., 0].astype(np.uint16) * 257).save(tmp_path / "wide/a.png")
     assert "a.png: must have 8 bits per channel; its pixels are of mode I;16" in refusal(

@@ -80,6 +80,7 @@ def test_two_ranks_write_the_same(model, expected, tmp_path, monkeypatch, form, 
     record = tmp_path / "a.json" if form == "npz" else out / "sample.json"
     recorded = json.loads(record.read_text())
     assert (recorded["num"], recorded["seed"], recorded["cfg"]) == (NUM, 0, 1.5)
+    assert {"commit", "dirty", "weights", "classes", "dtype", "schedule"} <= recorded.keys()
     if form == "npz":
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.npz"]
         assert np.load(out)["arr_0"].shape == (NUM, *expected.shape[2:], 3)

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -218,6 +219,37 @@ def test_a_generation_that_was_broken_off_does_not_spoil_the_next():
         with pytest.raises(ZeroDivisionError):
             paint(model)
         hook.remove()
+        assert torch.equal(paint(model)[0], tokens)
+
+
+@pytest.mark.parametrize("other_finishes", [True, False])
+def test_a_second_thread_is_an_error_and_no_other_image(other_finishes):
+    model = lookalike()
+    tokens, _ = paint(model)
+    painted, begun, refused = [], threading.Event(), threading.Event()
+    main = threading.get_ident()
+
+    def hook(module, args):
+        if threading.get_ident() == main and not begun.is_set():
+            other.start()
+            begun.wait(60)
+            if other_finishes:
+                other.join(60)
+        elif threading.get_ident() != main:
+            begun.set()
+            if not other_finishes:
+                refused.wait(60)
+
+    with patch(model):
+        other = threading.Thread(target=lambda: painted.append(paint(model)[0]))
+        handle = model.blocks[2].register_forward_pre_hook(hook)
+        with pytest.raises(RuntimeError, match="another thread has begun a generation"):
+            paint(model)
+        refused.set()
+        other.join(60)
+        handle.remove()
+        assert len(painted) == 1
+        assert torch.equal(painted[0], tokens)
         assert torch.equal(paint(model)[0], tokens)
 
 

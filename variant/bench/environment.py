@@ -32,7 +32,7 @@ def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command_line(sys.argv if command is None else command),
-        **_commit(),
+        **commit_of_package(),
         "cpu": cpu_name(),
         "isa": _C.build_info()["isa"],
         "cores": os.cpu_count(),
@@ -131,7 +131,7 @@ def _run(*words: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _commit() -> dict[str, Any]:
+def commit_of_package() -> dict[str, Any]:
     """commit: None outside a clone.  dirty: whether tracked files differ from it."""
     changed = _run("git", "status", "--porcelain", "--untracked-files=no")
     return {

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from variant.bench.environment import commit_of_package
 from variant.cli.dtypes import DTYPES
 from variant.cli.generate import check_schedule_alone, fingerprint
 from variant.cli.options import Sample
@@ -174,4 +175,5 @@ def settings_of(
         "files": files.form,
         "batch": command.batch,
         "software": f"variant {__version__}, torch {torch.__version__}",
+        **commit_of_package(),
     }

@@ -223,7 +223,7 @@ class Engine(CastModels):
         Raises:
             TypeError, ValueError, MemoryError: as ``generate``.
         """
-        mask_L = torch.ones(self.var.layout.total, dtype=torch.bool)
+        mask_L = torch.ones(self.var.layout.total, dtype=torch.bool, device="cpu")
         result = self.generate_with(
             labels_B,
             Sampling(cfg, seed=0),

@@ -81,7 +81,7 @@ class Sampling:
         if self.generator is not None:
             instance(op, "generator", self.generator, torch.Generator)
         elif seed is None:
-            seed = int(torch.randint(2**63 - 1, ()))
+            seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         else:
             seed = integer(op, "seed", seed, 0, 2**63 - 1)
         checked = {

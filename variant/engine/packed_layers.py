@@ -57,7 +57,7 @@ class CastBuffer:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._buffer = torch.empty(0, dtype=dtype)
+        self._buffer = torch.empty(0, dtype=dtype, device="cpu")
 
     def __call__(self, weight: Tensor) -> Tensor:
         """``weight`` in the dtype: itself, or the buffer, which the next call overwrites."""
@@ -196,7 +196,7 @@ class MergedUpsample(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
         super().__init__()
-        taps = torch.tensor(self.TAPS)
+        taps = torch.tensor(self.TAPS, dtype=torch.float32, device=conv.weight.device)
         # Summed in float32, rounded once.
         merged = torch.einsum("up,vq,oipq->iouv", taps, taps, conv.weight.detach().float())
         self.weight = merged.to(dtype).to(memory_format=torch.channels_last)

@@ -101,7 +101,8 @@ def open_images(path: str | os.PathLike[str]) -> ImageSet:
     """The images of a folder (also in sub-folders), of a ``.tar`` or a folder of them, or ``.npz``.
 
     Raises:
-        UserError: nothing is there, it holds no images, or some cannot be read.
+        UserError: nothing is there, it holds no images or two kinds of them, or some cannot be
+            read.
     """
     path = Path(path)
     kind = path_kind(path)
@@ -109,7 +110,16 @@ def open_images(path: str | os.PathLike[str]) -> ImageSet:
         raise UserError(f"{shown(path)}: not found; give a folder of images, a .tar or an .npz")
     if kind == "folder":
         shards = sorted(path.glob("*.tar"))
-        return _shards(path, shards) if shards else _folder(path)
+        if not shards:
+            return _folder(path)
+        names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+        image = next(filter(_is_image, names), None)
+        if image is not None:
+            raise UserError(
+                f"{shown(path)}: holds shards ({shards[0].name}) and images ({image}); give a "
+                "folder of one of them"
+            )
+        return _shards(path, shards)
     if path.suffix == ".tar":
         return _shards(path, [path])
     if path.suffix == ".npz":

@@ -47,7 +47,8 @@ PART = 500  # images of a shard and of a part
 TEMPORARY = re.compile(r"\.(?:part-)?(?P<number>\d+)(?:_class-?\d+)?\.(?:png|tar|npy)\.\d+\.tmp")
 OWN = re.compile(r"\d{6,}_class-?\d+\.png|part-\d{5,}\.tar")
 # Settings in which a run may be continued with another value.
-FREE = ("software", "batch")
+FREE = ("software", "commit", "dirty")
+FREE_IN_FLOAT32 = (*FREE, "batch")
 
 # report(images, total): so many more of the images of this process are there.
 Report = Callable[[int, int], None]
@@ -269,7 +270,7 @@ def _check_same(path: Path, settings: Mapping[str, Any], what: Path | None = Non
     recorded = read_json(path)
     if not isinstance(recorded, dict) or recorded.get("format") != FORMAT:
         raise UserError(f'{shown(path)}: its "format" must be "{FORMAT}"; give another --out')
-    free = FREE if settings.get("dtype") == "float32" else FREE[:1]
+    free = FREE_IN_FLOAT32 if settings.get("dtype") == "float32" else FREE
     for key, value in json.loads(json.dumps(settings)).items():
         if recorded.get(key) != value and key not in free:
             raise UserError(

@@ -529,7 +529,9 @@ def derived_buffers(layout: ScaleLayout) -> dict[str, Tensor]:
     """
     scale_L = _scale_index(layout)
     hidden_LL = scale_L.unsqueeze(1) < scale_L.unsqueeze(0)
-    bias_LL = torch.zeros(hidden_LL.shape).masked_fill(hidden_LL, -torch.inf)
+    bias_LL = torch.zeros(
+        hidden_LL.shape, dtype=torch.float32, device=hidden_LL.device
+    ).masked_fill(hidden_LL, -torch.inf)
     return {
         "lvl_1L": scale_L.unsqueeze(0),
         "attn_bias_for_masking": bias_LL.view(1, 1, *bias_LL.shape),

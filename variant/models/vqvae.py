@@ -276,6 +276,7 @@ class VQVAE(nn.Module):
             self.config.z_channels,
             height,
             width,
+            dtype=torch.float32,  # whatever torch.set_default_dtype says
             device=self.quantize.embedding.weight.device,
         )
 

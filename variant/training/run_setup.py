@@ -38,7 +38,7 @@ COMMANDS = {"var": "variant train", "vae": "variant train-vae"}
 INPUTS = {
     "num_train": "number of training images",
     "num_held_out": "number of held-out images",
-    "data_sha256": "image files or labels",
+    "data_sha256": "image files or labels, or tokens of them",
     "vae_sha256": "VQ-VAE weights",
     "start_sha256": "weights to start from",
     "perceptual_sha256": "network of the perceptual loss",

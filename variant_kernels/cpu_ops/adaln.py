@@ -23,8 +23,8 @@ def launch_adaln_forward(
     """
     y_BTC = empty_as(x_BTC, scale_BC.dtype)
     batch, tokens, _ = x_BTC.shape
-    mean_BT = torch.empty((batch, tokens), dtype=torch.float32)
-    rstd_BT = torch.empty((batch, tokens), dtype=torch.float32)
+    mean_BT = torch.empty((batch, tokens), dtype=torch.float32, device="cpu")
+    rstd_BT = torch.empty((batch, tokens), dtype=torch.float32, device="cpu")
     KERNELS.adaln_forward(
         tuple(x_BTC.shape),
         address_and_strides(x_BTC),
@@ -94,8 +94,8 @@ def launch_gated_adaln_forward(
     x_out_BTC = empty_as(x_BTC, x_BTC.dtype)
     h_BTC = empty_as(x_BTC, y_BTC.dtype)
     batch, tokens, _ = x_BTC.shape
-    mean_BT = torch.empty((batch, tokens), dtype=torch.float32)
-    rstd_BT = torch.empty((batch, tokens), dtype=torch.float32)
+    mean_BT = torch.empty((batch, tokens), dtype=torch.float32, device="cpu")
+    rstd_BT = torch.empty((batch, tokens), dtype=torch.float32, device="cpu")
     KERNELS.gated_adaln_forward(
         tuple(x_BTC.shape),
         address_and_strides(x_BTC),

@@ -26,7 +26,7 @@ def launch_block_causal_attention_forward(
     """
     batch, length, heads, _ = q_BLHD.shape
     out_BLHD = empty_as(q_BLHD, q_BLHD.dtype)
-    lse_BHL = torch.empty((batch, heads, length), dtype=torch.float32)
+    lse_BHL = torch.empty((batch, heads, length), dtype=torch.float32, device="cpu")
     KERNELS.block_causal_attention_forward(
         tuple(q_BLHD.shape),
         address_and_strides(q_BLHD),

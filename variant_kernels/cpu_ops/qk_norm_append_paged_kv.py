@@ -43,7 +43,7 @@ def launch_qk_norm_append_paged_kv(
         q_BTHD = qkv_BT3HD.select(2, 0)
     else:
         scale_mul_H = scale_mul_1H11.reshape(-1).float().contiguous()
-        q_BTHD = torch.empty((batch, tokens, heads, head_dim), dtype=qkv_BT3HD.dtype)
+        q_BTHD = torch.empty((batch, tokens, heads, head_dim), dtype=qkv_BT3HD.dtype, device="cpu")
     tokens_and_pages = (
         (batch, tokens, heads, head_dim),
         k_pages_PNHD.shape[1],

@@ -35,7 +35,7 @@ def launch_sample_tokens(
     logits_2BTV = last_contiguous(logits_2BTV)
     images, tokens, entries = logits_2BTV.shape
     image_ids_B = image_ids_B.contiguous()
-    tokens_BT = torch.empty((images // 2, tokens), dtype=torch.int64)
+    tokens_BT = torch.empty((images // 2, tokens), dtype=torch.int64, device="cpu")
     status, row = KERNELS.sample_tokens(
         (images // 2, tokens, entries),
         address_and_strides(logits_2BTV),

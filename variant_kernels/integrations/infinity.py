@@ -156,9 +156,11 @@ class InfinityBlock(Patched, nn.Module):
     sa: Any
 
     def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        if self.sa.caching:
+        runtime: InfinityRuntime = self.patch_state.runtime
+        if not self.sa.caching:
+            runtime.check_thread(False)
+        else:
             call_args = dict(zip(BLOCK_ARGUMENTS[1:], arguments, strict=False)) | options
-            runtime: InfinityRuntime = self.patch_state.runtime
             if self.patch_layer == 0:
                 runtime.use(call_args["scale_schedule"])
             if runtime.tokens_for(self.patch_layer, x.shape[1]) == 0:

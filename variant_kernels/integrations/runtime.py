@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,6 +90,9 @@ class Runtime:
         self.keep_copies = False
         self._copies: dict[int, _CastWeight] = {}
         self._started = 0.0
+        self._thread = 0
+        # Whose unfinished generation another thread has taken the place of.
+        self._displaced: set[int] = set()
         self._running: tuple[int | tuple[int, ...] | DepthSchedule | None, int | None]
         self._running = (None, None)
 
@@ -133,8 +137,31 @@ class Runtime:
     def begin(self) -> None:
         """Start a generation; drop the state of an unfinished one."""
         self._drop_copies()
+        own = threading.get_ident()
+        if self.generating and self._thread != own:
+            self._displaced.add(self._thread)
+        self._displaced.discard(own)
         self.generating, self._running = True, (self.depth, self.bridge)
-        self._started = time.perf_counter()
+        self._started, self._thread = time.perf_counter(), own
+
+    def check_thread(self, caching: bool) -> None:
+        """Refuses to mix K and V of two threads, or to go on without those of this thread.
+
+        Args:
+            caching: whether the layer that is called reads K and V of earlier scales.
+        Raises:
+            RuntimeError: another thread has begun a generation within that of this thread.
+        """
+        if not caching and not self._displaced:
+            return
+        own = threading.get_ident()
+        if own in self._displaced or (caching and self._thread != own):
+            self._displaced.discard(own)
+            raise RuntimeError(
+                "patch: another thread has begun a generation of this model meanwhile; one patched "
+                "model generates in one thread at a time. Use a lock, or patch a copy.deepcopy of "
+                "the model for each thread"
+            )
 
     def finish(self, planned_bytes: int, allocated_bytes: int, depths: Sequence[int]) -> None:
         """End a generation: record its statistics and free its weight copies."""

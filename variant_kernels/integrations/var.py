@@ -78,9 +78,10 @@ class PatchedBlock(Patched, nn.Module):
     ada_lin: nn.Module
 
     def forward(self, x: Tensor, cond_BD: Tensor, attn_bias: Tensor | None) -> Tensor:
-        if not self.attn.caching:
-            return self._original(x, cond_BD, attn_bias)
         runtime: VARRuntime = self.patch_state.runtime
+        if not self.attn.caching:
+            runtime.check_thread(False)
+            return self._original(x, cond_BD, attn_bias)
         tokens = x.shape[1]
         active = runtime.tokens_for(self.patch_layer, tokens)
         if active == 0:

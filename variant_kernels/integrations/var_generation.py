@@ -119,8 +119,10 @@ class VARRuntime(Runtime):
         """The number of tokens, from the first on, that the layer processes; it skips the rest.
 
         Raises:
-            RuntimeError: the tokens are not those of one scale (the first call: of several).
+            RuntimeError: the tokens are not those of one scale (the first call: of several), or
+                another thread generates.
         """
+        self.check_thread(True)
         if layer == 0:
             self._advance(tokens)
         last = self.schedule(self.layout.num_scales).last_scale(layer)
