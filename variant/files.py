@@ -63,6 +63,8 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
         os.replace(temporary, target)
         if durable:
             sync(target.parent)
+    except FileExistsError as error:  # of mkdir: a file has the name of the folder
+        raise UserError(f"{path}: cannot be written: {path.parent} is no folder") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:

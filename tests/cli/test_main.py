@@ -2,11 +2,13 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,10 +18,22 @@ import variant
 from variant.cli import announce, messages
 from variant.cli import main as module
 from variant.cli.main import main
-from variant.cli.options import Bench, Eval, Generate, Plan
+from variant.cli.options import (
+    Bench,
+    Command,
+    Eval,
+    Generate,
+    Plan,
+    Tokenize,
+    Train,
+    TrainVae,
+)
 from variant.cli.parser import parse
+from variant.cli.tokenize import train_command
 from variant.cli.words import command_line
 from variant.errors import UserError
+from variant.files import atomic_write
+from variant.training.recipe import load_recipe
 
 COMMANDS = [
     "generate",
@@ -150,6 +164,60 @@ def test_wrong_usage_with_line_breaks_is_one_line(words, separator, run):
     assert (code, printed) == (2, "")
     assert len(error.splitlines()) == 1
     assert error.rstrip("\n").isprintable()
+
+
+def examples():
+    text = "\n".join(kind.__doc__ for kind in get_args(Command))
+    # An example ends at an empty line; a long one goes on in the next line.
+    return [
+        " ".join(found.split()) for found in re.findall(r"Example: (variant .+?)\n *\n", text, re.S)
+    ]
+
+
+@pytest.mark.parametrize("line", examples())
+def test_the_examples_of_the_help_are_commands(line, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    command = parse(shlex.split(line)[1:])
+    if isinstance(command, Train | TrainVae | Tokenize):
+        recipe = load_recipe(command.recipe, overrides=command.overrides)
+        assert not (isinstance(command, Tokenize) and recipe.data.copies)
+
+
+def test_the_command_after_tokenize_trains_the_same_recipe():
+    command = Tokenize(
+        recipe="digits", vae=Path("my run"), seed=3, overrides=("data.copies=0", "data.mixup=0.2")
+    )
+    line = train_command(command, Path("t"))
+    train = parse(shlex.split(line)[1:])
+    assert (train.out, train.seed) == (Path("my run"), 3)
+    recipe = load_recipe(train.recipe, overrides=train.overrides)
+    assert (recipe.data.kind, recipe.data.tokens, recipe.data.mixup) == ("tokens", "t", 0.2)
+
+
+@pytest.mark.parametrize("word", ["--version", "--help", "plan"])
+def test_a_reader_that_has_gone_is_one_line(word):
+    read, write = os.pipe()
+    os.close(read)
+    # Unbuffered, as in many containers: the first write fails, and not the last flush.
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    done = process(word, capture_output=False, stdout=write, stderr=subprocess.PIPE,
+                   env=environment)  # fmt: skip
+    os.close(write)
+    assert done.returncode == 1
+    assert done.stderr == "variant: error: standard output: Broken pipe\n"
+
+
+def test_a_file_in_place_of_a_folder_is_said(tmp_path, model, run):
+    file = tmp_path / "file"
+    file.touch()
+    for path in (file, file / "x"):
+        for command in ("train", "train-vae"):
+            code, _, error = run(command, "--recipe", "digits", "--out", path)
+            assert code == 1
+            assert f"{path}: cannot be written: is no folder" in error
+    message = r"file/x\.json: cannot be written: .*file is no folder"
+    with pytest.raises(UserError, match=message), atomic_write(file / "x.json"):
+        pass
 
 
 def test_the_home_folder_is_put_in_place_of_a_tilde(tmp_path, run, monkeypatch):

@@ -48,11 +48,11 @@ def main(
         usage, one line too; 130 after Ctrl-C, 143 after SIGTERM.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words in (["--version"], ["-V"]):
-        print(f"variant {__version__}")
-        return 0
     debug = "--debug" in words
     try:
+        if words in (["--version"], ["-V"]):
+            print(f"variant {__version__}")
+            return 0
         words = check_words(words)
         # Imported here: on machines without tyro, benchmarks.gpu_engine calls the commands'
         # functions.
@@ -74,7 +74,7 @@ def main(
         # Unexpected errors are printed as one line too; --debug shows the traceback.
         if debug:
             traceback.print_exc()
-        _print_error(one_line(error, words[0]))
+        _print_error(one_line(error, words[0] if words else ""))
         return 1
     return 0
 

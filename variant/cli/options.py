@@ -200,7 +200,7 @@ class Tokenize:
     Under torchrun, every process writes its share of the shards. --SECTION.KEY VALUE replaces any
     value of the recipe: --data.mixup 0.2.
 
-    Example: variant tokenize --recipe digits --passes 10 --out runs/digits/tokens
+    Example: variant tokenize --recipe digits --data.copies 0 --passes 24 --out runs/digits/tokens
     """
 
     recipe: str = "digits"

@@ -13,6 +13,7 @@ from variant.cli.options import Tokenize
 from variant.cli.output import console
 from variant.cli.progress import Advance, progress
 from variant.training import tokenize as training
+from variant.training.overrides import override_words
 from variant.training.recipe import load_recipe
 
 
@@ -59,7 +60,13 @@ def tokenize(command: Tokenize) -> None:
     if result.missing:
         printed.print(f"{result.missing:,} shards of other processes are missing")
     else:
-        name, tokens = shlex.quote(command.recipe), shlex.quote(str(out))
-        printed.print(
-            f"next: variant train --recipe {name} --data.kind tokens --data.tokens {tokens}"
-        )
+        printed.print(f"next: {train_command(command, out)}")
+
+
+def train_command(command: Tokenize, tokens: Path) -> str:
+    """The shell command that trains from the shards, with the same values of the recipe."""
+    words = ["variant", "train", "--recipe", command.recipe]
+    words += [] if command.vae is None else ["--out", str(command.vae)]
+    words += [] if command.seed is None else ["--seed", str(command.seed)]
+    words += override_words(command.overrides)
+    return shlex.join([*words, "--data.kind", "tokens", "--data.tokens", str(tokens)])

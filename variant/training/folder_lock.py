@@ -62,7 +62,8 @@ def locked_folder(folder: Path, name: str = LOCK_NAME) -> Iterator[bool]:
         created = _create(folder)
         descriptor, is_locked = _acquire(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
-        reason = getattr(error, "strerror", None) or error
+        is_file = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "is no folder" if is_file else getattr(error, "strerror", None) or error
         raise UserError(f"{shown(folder)}: cannot be written: {reason}") from None
     _held.add(descriptor)
     try:

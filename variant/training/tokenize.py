@@ -127,7 +127,7 @@ def tokenize(
     if recipe.data.copies:
         raise UserError(
             f"{recipe.name}: data.copies must be 0: --passes takes its place; got "
-            f"{recipe.data.copies}"
+            f"{recipe.data.copies}. Give --data.copies 0 --passes {recipe.data.copies}"
         )
     check_fits(recipe.name, "the weights", 4 * vqvae_parameters(vae_config), torch.device("cpu"))
     size, channels = vae_config.image_size, vae_config.in_channels
