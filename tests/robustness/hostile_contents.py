@@ -111,7 +111,7 @@ def recipe(images: Path) -> dict[str, Any]:
             "randaugment_ops": 1,
             "randaugment_magnitude": 9.0,
             "mixup": 0.2,
-            "workers": 2,
+            "workers": 1,
         },
         "optim": dict(optim),
         "schedule": {"depths": [2], "bridge": 1, "joint": 1, "transition": 1, "refinement": 1},

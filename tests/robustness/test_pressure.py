@@ -1,6 +1,7 @@
 """Threads, many generations, full disks and little memory."""
 
 import random
+import tempfile
 
 import pytest
 
@@ -29,3 +30,13 @@ def test_a_half_written_file_is_found(tmp_path):
 def test_an_error_that_is_not_foreseen_is_found():
     with pytest.raises(Failed, match="not foreseen"):
         pressure._check_exit("generate", 1, "variant: error: OSError: no (--debug shows where)")
+
+
+def test_a_message_without_a_place_is_found(tmp_path):
+    root = tempfile.gettempdir()
+    for named in (f"{tmp_path}/a.pt: File too large", "/dev/shm: is full"):
+        assert pressure.names_place(f"variant: error: {named}", tmp_path)
+    unnamed = f"{root}: the list of what workers read cannot be written: File too large"
+    assert pressure.names_place(f"variant: error: {unnamed}", tmp_path)
+    for text in ("File too large", f"{root}: File too large", f"{root}/other: File too large"):
+        assert not pressure.names_place(f"variant: error: {text}", tmp_path)

@@ -116,6 +116,7 @@ def together(base, tmp_path_factory):
         "no bridge": dataclasses.replace(base, schedule=no_bridge),
     }
     one = {name: run(Job(recipe, root / f"one {name}")) for name, recipe in recipes.items()}
+    recipes["fp32"] = dataclasses.replace(base, data=dataclasses.replace(base.data, workers=1))
     jobs = {
         (name, mode): Job(in_mode(recipe, mode), root / f"{name} {mode}")
         for name, recipe in recipes.items()

@@ -55,7 +55,7 @@ def test_moved_data_and_other_outputs_are_allowed_and_printed(
     assert metrics(parted, "vae") == metrics(tmp_path / "whole", "vae")
     printed = console.file.getvalue()
     assert "vae: training on 24 images with cpu, from step 3 of 4 steps, 2 epochs\n" in printed
-    for text in ("name 'tiny' -> 'other'", "data.workers 1 -> 2", "output.checkpoint_every 1 -> 9"):
+    for text in ("name 'tiny' -> 'other'", "data.workers 0 -> 2", "output.checkpoint_every 1 -> 9"):
         assert text in printed
 
 

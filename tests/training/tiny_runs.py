@@ -23,8 +23,13 @@ OPTIM = OptimSection(batch_size=12, learning_rate=1e-3)
 CPU = torch.device("cpu")
 
 
-def tiny_recipe(folders):
-    """A recipe for the images in the folders ``train`` and ``held_out`` of ``folders``."""
+def tiny_recipe(folders, workers=0):
+    """A recipe for the images in the folders ``train`` and ``held_out`` of ``folders``.
+
+    Each worker imports torch, which takes longer than the training. Runs with workers are compared
+    with those without in test_trainer.py and test_distributed.py; tests/robustness/kills.py kills
+    them.
+    """
     return Recipe(
         name="tiny",
         description="two classes of flat colours",
@@ -46,7 +51,7 @@ def tiny_recipe(folders):
             randaugment_ops=2,
             randaugment_magnitude=9,
             mixup=0.2,
-            workers=1,  # each imports torch
+            workers=workers,
         ),
         optim=OPTIM,
         schedule=ScheduleSection(depths=(2,), bridge=1, joint=1, transition=2, refinement=1),

@@ -167,13 +167,14 @@ def _with_scales(result: Evaluation, by_scales: Mapping[str, float]) -> Evaluati
 def _with_pairs(result: Evaluation, pairs: Paired, reconstructed: bool) -> Evaluation:
     """With PSNR, SSIM and the share of equal images; distances of reconstructions get an r."""
     count = result.num_images
+    low, high = pairs.psnr_interval or (None, None)
     metrics = [
         replace(metric, name=f"r{metric.name}") if reconstructed and place == 0 else metric
         for place, metric in enumerate(result.metrics)
     ]
     metrics += [
-        Metric("PSNR", pairs.psnr, count, *(pairs.psnr_interval or ())),
-        Metric("SSIM", pairs.ssim, count, *pairs.ssim_interval),
+        Metric("PSNR", pairs.psnr, count, low, high),
+        Metric("SSIM", pairs.ssim, count, pairs.ssim_interval[0], pairs.ssim_interval[1]),
         share("equal images", pairs.equal, (pairs.equal * (1 - pairs.equal) / count) ** 0.5, count),
     ]
     return replace(result, metrics=tuple(metrics))

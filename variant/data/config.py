@@ -58,7 +58,8 @@ class DataSection:
         kind "folder" (arXiv 1909.13719).
     mixup: alpha of the Beta distribution (arXiv 1710.09412); 0 turns mixup off.
     workers: number of processes that read and augment images ahead of the training, for kind
-        "folder"; with torchrun, of each rank. Evaluations read by as many threads.
+        "folder"; with torchrun, of each rank. Evaluations read by as many threads. 0: the training
+        reads its images itself.
     max_bad: share of the samples that may be unreadable. Another one takes the place of each; above
         the share the run stops.
     """
@@ -95,7 +96,7 @@ class DataSection:
         magnitude = self.randaugment_magnitude
         require(0 <= magnitude <= 30, "randaugment_magnitude must be in [0, 30]", magnitude)
         require(
-            1 <= self.workers <= MAX_WORKERS, f"workers must be in [1, {MAX_WORKERS}]", self.workers
+            0 <= self.workers <= MAX_WORKERS, f"workers must be in [0, {MAX_WORKERS}]", self.workers
         )
         require(
             not (self.copies and self.mixup),

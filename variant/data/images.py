@@ -279,7 +279,7 @@ class FolderData:
 
     def _map(self, read: Callable[[int], Tensor], indices: Indices) -> list[Tensor]:
         """Images by several threads; by one in a worker of a DataLoader, which has siblings."""
-        if self.section.workers == 1 or get_worker_info() is not None:
+        if self.section.workers <= 1 or get_worker_info() is not None:
             return [read(index) for index in indices]
         # Threads do not survive a fork.
         if self._pool is None or self._pool[0] != os.getpid():
