@@ -1,5 +1,6 @@
 """Samples that workers read ahead: which ones, in what order, and what errors do."""
 
+import atexit
 import dataclasses
 import functools
 import multiprocessing
@@ -183,12 +184,35 @@ def test_workers_end_with_a_training_that_is_killed_while_they_start(source, tmp
             os.kill(os.getpid(), signal.SIGKILL)
         """)
     )
-    run = subprocess.run(
-        [sys.executable, tmp_path / "script.py"], stdout=subprocess.PIPE, text=True
-    )
+    run = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True)
     worker = int(run.stdout)
+    assert run.stderr == ""
     while is_running(worker):  # as long as the test may
         time.sleep(0.1)
+
+
+@pytest.mark.timeout(240)
+def test_the_interpreter_of_a_worker_is_not_torn_down(source, tmp_path):
+    # That stops its threads where they are; inside torch it aborts the process, now and then.
+    loader = Loader(Leaving(source, tmp_path / "left"), plan_of(), 1, pin=False)
+    request = next(iter(plan_of()))
+    loader.samples(request.indices, request.epoch)
+    (worker,) = multiprocessing.active_children()
+    loader.close()
+    worker.join()
+    assert worker.exitcode == 0
+    assert not (tmp_path / "left").exists()
+
+
+class Leaving:
+    """A source that leaves a file when the interpreter that reads it is torn down."""
+
+    def __init__(self, source, path):
+        self.source, self.path, self.bad = source, path, source.bad
+
+    def samples(self, indices, epoch):
+        atexit.register(self.path.touch)
+        return self.source.samples(indices, epoch)
 
 
 def is_running(process):

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import reduction
+from multiprocessing import reduction, resource_tracker, util
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -222,6 +222,7 @@ def _inherited_reader(shared: Any) -> _Reader:
 
 def _check_locks() -> None:
     """Workers need locks, which take shared memory; torch leaves half an iterator without them."""
+    _start_tracker()
     try:
         multiprocessing.get_context(START_METHOD).Lock()
     except OSError as error:
@@ -230,6 +231,20 @@ def _check_locks() -> None:
             "processes that read images cannot be started: too little shared memory; free some in "
             f"/dev/shm{reason}"
         ) from None
+
+
+def _start_tracker() -> None:
+    """Start the process of multiprocessing that removes the locks of a training that was killed.
+
+    It would print a warning then, below the last line of the training; a process takes the filters
+    of warnings from the options of the one that starts it.
+    """
+    silent = "ignore:resource_tracker:UserWarning"
+    sys.warnoptions.append(silent)
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions.remove(silent)
 
 
 def num_workers(section: DataSection) -> int:
@@ -252,6 +267,9 @@ def _begin_worker(worker: int) -> None:
     # torch's worker looks for another parent than at its start: a training that was killed while
     # this process imported its modules had been replaced before.
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # The last of multiprocessing's own steps at the end of a process. The interpreter's would come
+    # next, and abort the process where they stop the thread that hands over samples inside torch.
+    util.Finalize(None, os._exit, args=(0,), exitpriority=-100)
 
 
 def _end_with_parent() -> None:
