@@ -2,6 +2,7 @@
 
 import atexit
 import dataclasses
+import errno
 import functools
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 
@@ -125,6 +127,16 @@ def test_a_full_disk_is_one_line_that_names_the_folder(source):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
+
+
+def test_no_temporary_folder_is_one_line(source, monkeypatch):
+    def none():
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    expected = "the temporary folder: the list .* cannot be written: No usable temporary"
+    with pytest.raises(UserError, match=expected):
+        Loader(source, plan_of(), 1, pin=False)
 
 
 @pytest.mark.timeout(240)

@@ -196,14 +196,16 @@ class _SharedReader(_Reader):
 
     def __init__(self, source: Source) -> None:
         super().__init__(source)
+        folder = "the temporary folder"
         try:
+            folder = tempfile.gettempdir()  # raises where there is none
             self._file = tempfile.TemporaryFile()  # noqa: SIM115  the workers' descriptors are its
             # The usual pickler: that of processes would put tensors into shared memory.
             pickle.dump(source, self._file, pickle.HIGHEST_PROTOCOL)
             self._file.flush()
         except OSError as error:
             raise UserError(
-                f"{tempfile.gettempdir()}: the list of what workers read cannot be written: "
+                f"{folder}: the list of what workers read cannot be written: "
                 f"{error.strerror or error}"
             ) from None
 
