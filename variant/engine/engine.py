@@ -53,6 +53,7 @@ from variant.models.vqvae import VQVAE
 from variant_kernels import CachePlan, DepthSchedule
 from variant_kernels.arguments import boolean, instance, integer
 from variant_kernels.dispatch.select import check_name
+from variant_kernels.untraced import untraced
 
 
 def new_recorder(device: torch.device) -> Recorder | None:
@@ -66,7 +67,8 @@ class Engine(CastModels):
     Weights are cast once to ``dtype`` (shared where they have it already); the residual stream is
     float32 also in 16-bit engines. A caller's autocast has no effect. Weights that changed
     in place (by an optimiser, by ``load_state_dict``) are cast again at the next call; after a
-    change through ``.data`` call :meth:`refresh`.
+    change through ``.data`` call :meth:`refresh`. ``torch.compile`` does not trace its calls: the
+    kernels are compiled already.
 
     Args:
         var, vae: the models; same codebook and layout.
@@ -162,6 +164,7 @@ class Engine(CastModels):
 
     # --- public ---------------------------------------------------------------------------------
 
+    @untraced
     @without_graphs_if_full
     @without_autocast
     @torch.no_grad()
@@ -196,6 +199,7 @@ class Engine(CastModels):
         )
         return teacher_forced_logits(state, tokens_BL.to(self.device))
 
+    @untraced
     def forced_log_probs(
         self,
         labels_B: Tensor,
@@ -238,6 +242,7 @@ class Engine(CastModels):
         )
         return cast("Tensor", result.log_probs)
 
+    @untraced
     def generate(
         self,
         labels: Labels,
@@ -260,6 +265,7 @@ class Engine(CastModels):
         sampling = Sampling(cfg, top_k, top_p, seed, generator, temperature, more_smooth)
         return self.generate_with(labels, sampling, **options)
 
+    @untraced
     def generate_with(
         self,
         labels: Labels,
@@ -272,6 +278,7 @@ class Engine(CastModels):
         parts = list(run.parts())  # each is finished
         return run.generation(parts, time.perf_counter() - started)
 
+    @untraced
     def generate_batches(
         self,
         labels: Labels,
@@ -289,6 +296,7 @@ class Engine(CastModels):
         sampling = Sampling(cfg, top_k, top_p, seed, generator, temperature, more_smooth)
         return self.generate_batches_with(labels, sampling, **options)
 
+    @untraced
     def generate_batches_with(
         self,
         labels: Labels,
@@ -298,6 +306,7 @@ class Engine(CastModels):
         """:meth:`generate_batches` with guidance, filters, seed and generator in one object."""
         return self._run(labels, sampling, options).batches()
 
+    @untraced
     @without_autocast
     @torch.no_grad()
     def _run(self, labels: Labels, sampling: Sampling, options: CallOptions) -> Run:
@@ -326,6 +335,7 @@ class Engine(CastModels):
         free = _available(self.device, self._recordings, needed, captured)
         return memory.batch_size(count, max_batch, per_image=per_image, fixed=fixed, available=free)
 
+    @untraced
     @without_graphs_if_full
     @without_autocast
     @torch.no_grad()
