@@ -1,4 +1,4 @@
-"""``torch.compile`` around a generation: nothing of the engine is traced, and the result is equal."""
+"""``torch.compile`` around a generation: nothing of the engine is traced, the result is equal."""
 
 import pytest
 import torch
