@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from variant.checkpoints.config_file import CONFIG_NAME
+from variant.checkpoints.sharded import WEIGHTS_NAME
 from variant.data.sources import data_inputs, differing_classes, open_source
 from variant.data.token_source import TokenSource
 from variant.engine.memory import check_fits
@@ -253,10 +254,10 @@ class RunSetup:
                 "folder"
             )
         trained_here = Checkpointer(folder, "var").exists
-        if not resume and (folder / CONFIG_NAME).exists() and not trained_here:
+        models = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if (folder / name).exists()]
+        if not resume and models and not trained_here:
             raise UserError(
-                f"{folder}: holds a model ({CONFIG_NAME}) but no training run; choose another "
-                "folder"
+                f"{folder}: holds a model ({models[0]}) but no training run; choose another folder"
             )
         if resume and not self.checkpointer.exists:
             raise UserError(f"{folder}: holds no run to resume ({last} is missing)")
