@@ -164,7 +164,6 @@ class Engine(CastModels):
 
     # --- public ---------------------------------------------------------------------------------
 
-    @untraced
     @without_graphs_if_full
     @without_autocast
     @torch.no_grad()
@@ -199,7 +198,6 @@ class Engine(CastModels):
         )
         return teacher_forced_logits(state, tokens_BL.to(self.device))
 
-    @untraced
     def forced_log_probs(
         self,
         labels_B: Tensor,
@@ -242,7 +240,6 @@ class Engine(CastModels):
         )
         return cast("Tensor", result.log_probs)
 
-    @untraced
     def generate(
         self,
         labels: Labels,
@@ -278,7 +275,6 @@ class Engine(CastModels):
         parts = list(run.parts())  # each is finished
         return run.generation(parts, time.perf_counter() - started)
 
-    @untraced
     def generate_batches(
         self,
         labels: Labels,
@@ -296,7 +292,6 @@ class Engine(CastModels):
         sampling = Sampling(cfg, top_k, top_p, seed, generator, temperature, more_smooth)
         return self.generate_batches_with(labels, sampling, **options)
 
-    @untraced
     def generate_batches_with(
         self,
         labels: Labels,
@@ -306,7 +301,6 @@ class Engine(CastModels):
         """:meth:`generate_batches` with guidance, filters, seed and generator in one object."""
         return self._run(labels, sampling, options).batches()
 
-    @untraced
     @without_autocast
     @torch.no_grad()
     def _run(self, labels: Labels, sampling: Sampling, options: CallOptions) -> Run:
@@ -335,7 +329,6 @@ class Engine(CastModels):
         free = _available(self.device, self._recordings, needed, captured)
         return memory.batch_size(count, max_batch, per_image=per_image, fixed=fixed, available=free)
 
-    @untraced
     @without_graphs_if_full
     @without_autocast
     @torch.no_grad()
