@@ -154,15 +154,17 @@ class RunSetup:
         self._check_memory(kind)
         if recipe.logging.tensorboard:
             require_tensorboard(recipe.name)
+        section = "optim" if kind == "var" else "vae_training.optim"
         if optim.precision == "fp16" and self.device.type == "cpu":
             raise UserError(
-                f'{recipe.name}: precision "fp16" needs a GPU; use "bf16" or "fp32" on a CPU'
+                f'{recipe.name}: {section}.precision "fp16" needs a GPU; use "bf16" or "fp32" on '
+                "a CPU"
             )
         parts = self.ranks.size * optim.accumulate
         if optim.batch_size < parts:
             raise UserError(
-                f"{recipe.name}: batch_size must be at least the number of processes times "
-                f"accumulate ({parts}); got {optim.batch_size}"
+                f"{recipe.name}: {section}.batch_size must be at least the number of processes "
+                f"times accumulate ({parts}); got {optim.batch_size}"
             )
         self.saved = self.checkpointer.read() if resume else None
         self.changes: list[str] = []
@@ -176,7 +178,7 @@ class RunSetup:
         if isinstance(self.data, TokenSource):
             self.data.check(recipe.name, vae)
         for problem in optim.problems(self.data.num_train):
-            raise UserError(f"{recipe.name}: {problem}")
+            raise UserError(f"{recipe.name}: {section}.{problem}")
         self.inputs: dict[str, Any] = {}
         self._record_data()
         # The weights that a run started from are not read again, and may be gone when it resumes.
