@@ -99,8 +99,8 @@ def train_on_two(jobs, folder, ends=(0, 0)):
 
 
 def spoilt(recipe, folder):
-    """The recipe on a copy of its images. One file of each rank in the first step is unreadable, and
-    one of the 30 may be.
+    """The recipe on a copy of its images: of the 30 one may be unreadable, and each rank reads one
+    such file in its first step.
     """
     shutil.copytree(Path(recipe.data.train).parent, folder)
     section = dataclasses.replace(
@@ -127,8 +127,8 @@ def together(base, tmp_path_factory):
     """The results of one process by name, those of two by job, and the folder of all.
 
     The jobs of two: whole runs, ("fp32", "ddp") and so on, runs that are stopped and resumed, runs
-    whose ranks draw different configurations, one on images of which each rank finds one that cannot
-    be read, and one whose second rank is killed.
+    whose ranks draw different configurations, one on images of which each rank finds one that it
+    cannot read, and one whose second rank is killed.
     """
     root = tmp_path_factory.mktemp("together")
     bf16 = dataclasses.replace(base.optim, precision="bf16")
