@@ -190,8 +190,9 @@ def test_files_that_several_processes_find_are_counted_once():
     first, second = BadItems(10, 0.2), BadItems(10, 0.2)
     with pytest.warns(RuntimeWarning, match="a is bad. Skipped: 1 of 10"):
         first.add([BadItem("a", "a is bad")])
-    with pytest.warns(RuntimeWarning, match="Skipped: 2 of 10"):
-        second.add([BadItem("a", "a is bad"), BadItem("b", "b is bad")])
+    for count, name in enumerate("ab", 1):
+        with pytest.warns(RuntimeWarning, match=f"{name} is bad. Skipped: {count} of 10"):
+            second.add([BadItem(name, f"{name} is bad")])
     found = first.take_unshared() + second.take_unshared()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # named where they were found
