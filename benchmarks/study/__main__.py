@@ -13,7 +13,7 @@ from benchmarks.study.collect import RESULTS, collect
 from benchmarks.study.scheduler import end_with_parent, run_tasks
 from benchmarks.study.settings import SMOKE, Study, load_study
 from benchmarks.study.speed import measured_speed
-from benchmarks.study.stages import images_of
+from benchmarks.study.stages.shared import images_of
 from benchmarks.study.tasks import Task, tasks_of
 from variant.errors import UserError
 from variant.training.folder_lock import locked_folder

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study import stages
 from benchmarks.study.finished import Finished
 from benchmarks.study.metrics import flagged, image_losses, standard_error
 from benchmarks.study.settings import BASE, Part, Run, Study
+from benchmarks.study.stages import files, shared
 from variant.errors import UserError
 from variant.files import atomic_write
 
@@ -84,7 +84,7 @@ def collect(study: Study, out: Path, results: Path) -> list[Path]:
 def _about(finished: Finished, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     study, first = finished.study, rows[0]["made"]
     vae, real, values = finished.vae() or {}, finished.real() or {}, study.values
-    networks = {name: finished.classifier(name) for name in stages.CLASSIFIERS}
+    networks = {name: finished.classifier(name) for name in shared.CLASSIFIERS}
     return {
         "machine": f"{first['cpu']} ({first['isa']}), one thread per run",
         "versions": {"python": first["python"], "torch": first["torch"]},
@@ -174,7 +174,7 @@ def _difference(
     """The mean over images of a run's loss minus another's, and its standard error."""
     losses = []
     for one in (run, against):
-        folder = stages.run_folder(finished.out, finished.own(one))
+        folder = files.run_folder(finished.out, finished.own(one))
         record = finished.losses(one)
         if record is None or not (folder / "losses.npz").is_file():
             return None

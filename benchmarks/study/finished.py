@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import stages
 from benchmarks.study.settings import BASE, Run, Study
+from benchmarks.study.stages import files, measuring, shared, training
 
 Values = dict[str, Any]
 
@@ -27,8 +27,8 @@ class Finished:
         """The VQ-VAE."""
         return self._once(
             ("vae",),
-            self.out / stages.VAE / "vae.json",
-            lambda: stages.vae_identity(self.study),
+            self.out / files.VAE / "vae.json",
+            lambda: shared.vae_identity(self.study),
             lambda: True,
         )
 
@@ -37,7 +37,7 @@ class Finished:
         return self._once(
             ("tokens", name),
             self.out / "tokens" / name / "done.json",
-            lambda: stages.tokens_identity(self.study, self.out, name),
+            lambda: shared.tokens_identity(self.study, self.out, name),
             self.vae,
         )
 
@@ -46,7 +46,7 @@ class Finished:
         return self._once(
             ("classifier", name),
             self.out / "classifiers" / f"{name}.json",
-            lambda: stages.classifier_identity(self.study, name),
+            lambda: shared.classifier_identity(self.study, name),
             lambda: True,
         )
 
@@ -55,18 +55,18 @@ class Finished:
         return self._once(
             ("real",),
             self.out / "real.json",
-            lambda: stages.real_identity(self.study, self.out),
-            lambda: self.vae() and all(map(self.classifier, stages.CLASSIFIERS)),
+            lambda: shared.real_identity(self.study, self.out),
+            lambda: self.vae() and all(map(self.classifier, shared.CLASSIFIERS)),
         )
 
     def trained(self, run: Run) -> Values | None:
         """The training of a run, or of the run whose model it measures."""
-        source = stages.trained_run(self.study, self.own(run))
+        source = measuring.trained_run(self.study, self.own(run))
         base = self.study.find(BASE, source.seed)
         return self._once(
             ("trained", source.name, source.seed),
-            stages.run_folder(self.out, source) / "train.json",
-            lambda: stages.training_identity(self.study, self.out, source),
+            files.run_folder(self.out, source) / "train.json",
+            lambda: training.training_identity(self.study, self.out, source),
             lambda: self.tokens(source.tokens) and (source.name == BASE or self.trained(base)),
         )
 
@@ -75,8 +75,8 @@ class Finished:
         own = self.own(run)
         return self._once(
             ("losses", own.name, own.seed),
-            stages.run_folder(self.out, own) / "losses.json",
-            lambda: stages.losses_identity(self.study, self.out, own),
+            files.run_folder(self.out, own) / "losses.json",
+            lambda: measuring.losses_identity(self.study, self.out, own),
             lambda: self.trained(own) and self.tokens("plain"),
         )
 
@@ -85,8 +85,8 @@ class Finished:
         own = self.own(run)
         return self._once(
             ("generated", own.name, own.seed, schedule),
-            stages.generated_file(self.out, own, schedule),
-            lambda: stages.generated_identity(self.study, self.out, own, schedule),
+            measuring.generated_file(self.out, own, schedule),
+            lambda: measuring.generated_identity(self.study, self.out, own, schedule),
             lambda: self.trained(own) and self.real(),
         )
 
@@ -103,6 +103,6 @@ class Finished:
     ) -> Values | None:
         """Read a file whose inputs are complete; ``wanted`` may read them."""
         if key not in self._known:
-            found = stages.done_values(path, wanted) if inputs_count() else None
+            found = files.done_values(path, wanted) if inputs_count() else None
             self._known[key] = found
         return self._known[key]

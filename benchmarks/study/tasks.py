@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.study import stages
 from benchmarks.study.settings import BASE, Run, Study
 from benchmarks.study.speed import Speed
+from benchmarks.study.stages import files, measuring, shared, training
 
 Report = Callable[[str], None]
 START = 5.0  # seconds until a process has imported everything
@@ -42,7 +42,7 @@ def tasks_of(study: Study, out: Path, speed: Speed) -> list[Task]:
     tasks = [_vae(study, out, speed)]
     used = {run.tokens for run in runs if run.trains} | {"plain"}
     tasks += [_tokens(study, out, name, speed) for name in sorted(used)]
-    tasks += [_classifier(study, out, name, speed) for name in stages.CLASSIFIERS]
+    tasks += [_classifier(study, out, name, speed) for name in shared.CLASSIFIERS]
     tasks.append(_real(study, out, speed))
     for run in runs:
         tasks += [_train(study, out, run, speed)] if run.name == BASE else []
@@ -77,8 +77,8 @@ def _vae(study: Study, out: Path, speed: Speed) -> Task:
     return Task(
         "vae",
         (),
-        lambda report: stages.make_vae(study, out),
-        lambda: stages.is_done(out / "vae" / "vae.json", stages.vae_identity(study)),
+        lambda report: shared.make_vae(study, out),
+        lambda: files.is_done(out / "vae" / "vae.json", shared.vae_identity(study)),
         speed.vae_image * speed.images * study.recipe["vae_training"]["epochs"],
     )
 
@@ -88,8 +88,8 @@ def _tokens(study: Study, out: Path, name: str, speed: Speed) -> Task:
     return Task(
         f"tokens/{name}",
         ("vae",),
-        lambda report: stages.make_tokens(study, out, name),
-        lambda: stages.is_done(done, stages.tokens_identity(study, out, name)),
+        lambda report: shared.make_tokens(study, out, name),
+        lambda: files.is_done(done, shared.tokens_identity(study, out, name)),
         speed.encoded_image * 1.3 * speed.images,
     )
 
@@ -99,8 +99,8 @@ def _classifier(study: Study, out: Path, name: str, speed: Speed) -> Task:
     return Task(
         f"classifier/{name}",
         (),
-        lambda report: stages.make_classifier(study, out, name),
-        lambda: stages.is_done(path, stages.classifier_identity(study, name)),
+        lambda report: shared.make_classifier(study, out, name),
+        lambda: files.is_done(path, shared.classifier_identity(study, name)),
         speed.classifier_step * study.values["classifier_steps"],
     )
 
@@ -108,21 +108,21 @@ def _classifier(study: Study, out: Path, name: str, speed: Speed) -> Task:
 def _real(study: Study, out: Path, speed: Speed) -> Task:
     return Task(
         "real",
-        ("vae", *(f"classifier/{name}" for name in stages.CLASSIFIERS)),
-        lambda report: stages.make_real(study, out),
-        lambda: stages.is_done(out / "real.json", stages.real_identity(study, out)),
+        ("vae", *(f"classifier/{name}" for name in shared.CLASSIFIERS)),
+        lambda report: shared.make_real(study, out),
+        lambda: files.is_done(out / "real.json", shared.real_identity(study, out)),
         30.0 + 2 * speed.encoded_image * study.values["generated"],
     )
 
 
 def _train(study: Study, out: Path, run: Run, speed: Speed) -> Task:
     """The weights of a base, which other tasks wait for."""
-    path = stages.run_folder(out, run) / "train.json"
+    path = files.run_folder(out, run) / "train.json"
     return Task(
         _train_name(run),
         ("tokens/plain",),
-        lambda report: stages.train(study, out, run),
-        lambda: stages.is_done(path, stages.training_identity(study, out, run)),
+        lambda report: training.train(study, out, run),
+        lambda: files.is_done(path, training.training_identity(study, out, run)),
         speed.step * run.work,
     )
 
@@ -139,7 +139,7 @@ def _run(study: Study, out: Path, run: Run, speed: Speed) -> Task:
     return Task(
         _name(run),
         tuple(needs),
-        lambda report: stages.measure(study, out, run, report),
-        lambda: stages.is_measured(study, out, run),
+        lambda report: measuring.measure(study, out, run, report),
+        lambda: measuring.is_measured(study, out, run),
         seconds,
     )

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.study import report, report_plots, scheduler, stages, work
+from benchmarks.study import report, report_plots, scheduler, work
 from benchmarks.study.__main__ import main
 from benchmarks.study.collect import collect
 from benchmarks.study.metrics import distances, flagged, halves
@@ -30,6 +30,7 @@ from benchmarks.study.schedules import (
     token_losses,
 )
 from benchmarks.study.settings import SMOKE, identity, load_study, merged
+from benchmarks.study.stages import measuring, shared, training
 from benchmarks.study.tasks import Task
 from benchmarks.study.work import Work, choose_epochs, phase_epochs, step_flop
 from variant.engine.engine import Engine
@@ -132,13 +133,13 @@ def done(profile, tmp_path_factory):
     study, out = load_study(profile), tmp_path_factory.mktemp("study")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    stages.make_vae(study, out)
-    stages.make_tokens(study, out, "plain")
-    for name in stages.CLASSIFIERS:
-        stages.make_classifier(study, out, name)
-    stages.make_real(study, out)
+    shared.make_vae(study, out)
+    shared.make_tokens(study, out, "plain")
+    for name in shared.CLASSIFIERS:
+        shared.make_classifier(study, out, name)
+    shared.make_real(study, out)
     for run in study.runs():
-        stages.measure(study, out, run, lambda what: None)
+        measuring.measure(study, out, run, lambda what: None)
     yield study, out
     torch.set_num_threads(threads)
 
@@ -172,7 +173,7 @@ def copy_without(out, target, *runs):
 def test_a_rerun_gives_the_same_numbers_bit_for_bit(done, tmp_path):
     study, out = done
     again = copy_without(out, tmp_path / "again", "progressive/seed1")
-    stages.measure(study, again, study.find("progressive", 1), lambda what: None)
+    measuring.measure(study, again, study.find("progressive", 1), lambda what: None)
     folder = Path("runs") / "progressive" / "seed1"
     first, second = results_of(out / folder), results_of(again / folder)
     assert {"weights.safetensors", "losses.npz", "losses.json", "train.json"} <= first.keys()
@@ -195,7 +196,7 @@ def test_a_study_that_is_killed_ends_as_one_that_is_not(done, profile, tmp_path)
     with waiting_for_lock(checkpoint.parent):  # the process of the run ends too
         assert checkpoint.exists()
         assert not (again / folder / "train.json").exists()
-    stages.measure(study, again, study.find("progressive", 0), lambda what: None)
+    measuring.measure(study, again, study.find("progressive", 0), lambda what: None)
     assert results_of(out / folder) == results_of(again / folder)
 
 
@@ -292,12 +293,12 @@ def test_the_reconstruction_floor_is_that_of_decoded_images(done, tmp_path):
     study, out = done
     collect(study, out, tmp_path)
     data = json.loads((tmp_path / "base.json").read_text())["data"]
-    images = stages.images_of(study)
+    images = shared.images_of(study)
     everything, label_N = images.held_out(range(images.num_held_out))
     first, second = halves(label_N.numpy(), study.values["generated"])
-    vae = stages.saved_vae(study, out)
+    vae = shared.saved_vae(study, out)
     own = vae.decode(vae.encode(everything[second])) * 2 - 1
-    network = stages.load_network(study, out, "features")
+    network = shared.load_network(study, out, "features")
     found = [network(to_uint8(x)).features_BD for x in (own, everything[second], everything[first])]
     labels = [label_N[part] for part in (second, second, first)]
     for key, place in (("reconstruction_floor", 0), ("floor", 1)):
@@ -363,23 +364,23 @@ def test_identities_cover_what_is_measured(done):
     base, run = study.find("base", 0), study.find("progressive", 0)
     recipe = merged(study.recipe, {"schedule": {"bridge": 2}})
     wider = dataclasses.replace(study, recipe=recipe)
-    generated = partial(stages.generated_identity, schedule="d2")
-    for wanted in (stages.losses_identity, generated):
+    generated = partial(measuring.generated_identity, schedule="d2")
+    for wanted in (measuring.losses_identity, generated):
         assert wanted(study, out, base) != wanted(wider, out, base)
         assert wanted(study, out, run) != wanted(study, out, study.find("progressive", 1))
-    full = [stages.generated_identity(one, out, base, "full") for one in (study, wider)]
+    full = [measuring.generated_identity(one, out, base, "full") for one in (study, wider)]
     assert full[0] == full[1]  # no bridge in it
     for changes in ({"seed": 1}, {"data": {"dataset": None}}):
         other = dataclasses.replace(study, recipe=merged(study.recipe, changes))
-        assert stages.vae_identity(other) != stages.vae_identity(study)
+        assert shared.vae_identity(other) != shared.vae_identity(study)
 
 
 def test_identities_of_the_settings_stay():
     """Results made before these identities covered more are results of the same settings."""
     study = load_study()
     recipe = study.recipe
-    assert stages.vae_identity(study) == identity(recipe["vae"], recipe["vae_training"])
-    assert {key: study.values[key] for key in stages.CURVE} == stages.CURVE
+    assert shared.vae_identity(study) == identity(recipe["vae"], recipe["vae_training"])
+    assert {key: study.values[key] for key in training.CURVE} == training.CURVE
 
 
 def test_the_control_is_flagged_by_every_metric(done, tmp_path):
@@ -543,16 +544,16 @@ def test_frozen_layers_count_for_the_passes_that_they_have(kind):
 def test_the_identity_of_a_training_sees_its_number_of_steps(done, monkeypatch):
     study, out = done
     run, base = study.find("progressive", 0), study.find("base", 0)
-    before = [stages.training_identity(study, out, one) for one in (run, base)]
+    before = [training.training_identity(study, out, one) for one in (run, base)]
     monkeypatch.setattr(work, "FORWARD", 0.9)  # of equal work are now fewer steps with a teacher
-    stages._training_length.cache_clear()
-    assert [stages.training_identity(study, out, one) for one in (run, base)] == before
+    training._training_length.cache_clear()
+    assert [training.training_identity(study, out, one) for one in (run, base)] == before
     monkeypatch.setattr(work, "training_flop", lambda config, schedule: 1.0)
-    stages._training_length.cache_clear()
-    after = [stages.training_identity(study, out, one) for one in (run, base)]
+    training._training_length.cache_clear()
+    after = [training.training_identity(study, out, one) for one in (run, base)]
     assert after[0] != before[0]
     assert after[1] == before[1]
-    stages._training_length.cache_clear()
+    training._training_length.cache_clear()
 
 
 def test_every_run_of_the_study_has_a_length():
@@ -560,7 +561,7 @@ def test_every_run_of_the_study_has_a_length():
     trained = [run for run in study.runs() if run.trains and run.seed == 0 and run.name != "base"]
     assert {"teacher-frozen", "copies", "lora4", "adaln"} <= {run.name for run in trained}
     for run in trained:
-        assert min(stages.training_length(study, run).values()) >= 0
+        assert min(training.training_length(study, run).values()) >= 0
 
 
 def test_phases_are_whole_epochs_in_proportion():
