@@ -29,6 +29,7 @@ from variant.evaluation.frechet import FeatureStatistics, Gaussian, frechet_dist
 from variant.evaluation.image_sets import ImageSet
 from variant.evaluation.paired import psnr, squared_errors, structural_similarity
 from variant.evaluation.reconstruct import load_vqvae
+from variant.models.config import to_plain
 from variant.models.vqvae import VQVAE
 from variant.training.checkpointer import Checkpointer
 from variant.training.resume_rules import read_recipe
@@ -90,17 +91,25 @@ def quality(
 
 
 def training(folder: Path) -> dict[str, Any]:
-    """How the VQ-VAE of a folder was trained."""
+    """How the VQ-VAE of a folder was trained.
+
+    sha256: of its weights.  start_sha256: of those that it started from; None were random.
+    settings: the section [vae_training] of its recipe without the path of the latter.
+    """
     checkpointer = Checkpointer(folder, "vae")
     saved = checkpointer.read()
     section = read_recipe(saved["recipe"], str(folder)).vae_training
     assert section.optim is not None, "it was trained"
+    settings = {key: value for key, value in to_plain(section).items() if key != "start_weights"}
     return {
         "losses": section.loss_text,
         "train_images": saved["inputs"]["num_train"],
         "batch": section.optim.batch_size,
         "steps": saved["step"],
         "adversary_from": section.adversary.start_step if section.adversary.weight else None,
+        "sha256": saved["best_sha256"],
+        "start_sha256": saved["inputs"].get("start_sha256"),
+        "settings": settings,
     }
 
 

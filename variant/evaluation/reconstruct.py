@@ -10,16 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from variant.checkpoints.config_file import CONFIG_NAME
 from variant.errors import UserError
 from variant.evaluation.classifier import to_uint8
 from variant.evaluation.image_sets import ImageSet
 from variant.evaluation.paired import psnr, squared_errors
 from variant.models.vqvae import VQVAE
-from variant.paths import path_kind
 from variant.supernet import VARiant
 from variant.training.checkpointer import Checkpointer
-from variant.training.initial_weights import find_vae, load_vae
+from variant.training.initial_weights import find_vae, is_vae_run, load_vae
 from variant.training.resume_rules import read_recipe
 
 
@@ -30,10 +28,9 @@ def load_vqvae(name: str, device: str) -> VQVAE:
         UserError: there is none; its training has not finished.
     """
     folder = Path(name)
-    is_folder = path_kind(folder) == "folder"
-    run = Checkpointer(folder, "vae")
-    if not is_folder or (folder / CONFIG_NAME).is_file() or not run.exists:
+    if not is_vae_run(folder):
         return VARiant.from_pretrained(name, device=device).vae
+    run = Checkpointer(folder, "vae")
     recipe = read_recipe(run.read()["recipe"], str(run.path))
     return load_vae(recipe, find_vae(recipe, folder)).to(device).eval()
 
