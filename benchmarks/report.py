@@ -363,7 +363,7 @@ def _vae_losses(data: dict[str, Any]) -> list[str]:
 
     one = data["rows"][0]
     cells = [
-        [run["name"], run["losses"], f"{run['fd']:.3f}",
+        [run["name"], run["losses"], run.get("sha256", "")[:12], f"{run['fd']:.3f}",
          f"{run['fd'] - one['fd']:+.3f} (s.e. {run['fd_change_error']:.3f})"
          if run["fd_change_error"] else "",
          f"{run['psnr']:.2f} dB",
@@ -371,12 +371,15 @@ def _vae_losses(data: dict[str, Any]) -> list[str]:
          row(run, "codes_used_by_scale", ".0%")]
         for run in data["rows"]
     ]  # fmt: skip
-    columns = ["run", "losses besides the quantizer's", "rFD", "change of rFD", "PSNR", "SSIM",
-               "PSNR from the first scales", "codes used by scale"]  # fmt: skip
+    columns = ["run", "losses besides the quantizer's", "weights (SHA-256)", "rFD", "change of rFD",
+               "PSNR", "SSIM", "PSNR from the first scales", "codes used by scale"]  # fmt: skip
     starts = {run["adversary_from"] for run in data["rows"]} - {None}
     start = f", the adversary from step {min(starts)}" if starts else ""
+    origins = {run.get("start_sha256") for run in data["rows"]}
+    start += "".join(f", from the weights {name[:12]}" for name in sorted(origins - {None}))
     return [
-        f"VQ-VAEs of `{data['recipe']}` that differ in their losses: {one['steps']:,} steps of "
+        f"VQ-VAEs of the recipe `{data['recipe']}` of that commit that differ in their losses (the "
+        f"file has the settings of each): {one['steps']:,} steps of "
         f"{one['batch']} images from {one['train_images']:,} training images, one seed{start}. "
         f"Reconstructions of {data['images']:,} held-out images; rFD is the Fréchet distance of "
         f"features of a classifier ({data['classifier']['accuracy']:.1%} right) that took no part "

@@ -29,6 +29,8 @@ from variant.evaluation.frechet import FeatureStatistics, Gaussian, frechet_dist
 from variant.evaluation.image_sets import ImageSet
 from variant.evaluation.paired import psnr, squared_errors, structural_similarity
 from variant.evaluation.reconstruct import load_vqvae
+from variant.evaluation.report import floor_of
+from variant.models.config import to_plain
 from variant.models.vqvae import VQVAE
 from variant.training.checkpointer import Checkpointer
 from variant.training.resume_rules import read_recipe
@@ -90,17 +92,25 @@ def quality(
 
 
 def training(folder: Path) -> dict[str, Any]:
-    """How the VQ-VAE of a folder was trained."""
+    """How the VQ-VAE of a folder was trained.
+
+    sha256: of its weights.  start_sha256: of those that it started from; None were random.
+    settings: the section [vae_training] of its recipe without the path of the latter.
+    """
     checkpointer = Checkpointer(folder, "vae")
     saved = checkpointer.read()
     section = read_recipe(saved["recipe"], str(folder)).vae_training
     assert section.optim is not None, "it was trained"
+    settings = {key: value for key, value in to_plain(section).items() if key != "start_weights"}
     return {
         "losses": section.loss_text,
         "train_images": saved["inputs"]["num_train"],
         "batch": section.optim.batch_size,
         "steps": saved["step"],
         "adversary_from": section.adversary.start_step if section.adversary.weight else None,
+        "sha256": saved["best_sha256"],
+        "start_sha256": saved["inputs"].get("start_sha256"),
+        "settings": settings,
     }
 
 
@@ -115,14 +125,15 @@ def measure(
     images = reference_of(recipe).images
     if images is None:
         raise UserError(f"{recipe}: must be a recipe with held-out images")
-    images = dataclasses.replace(images, count=min(count or images.count, images.count))
+    assert images.labels is not None, "those of a recipe have labels"
+    count = min(count or images.count, images.count)
+    images = dataclasses.replace(images, count=count, labels=images.labels[:count])
     network, record = load_classifier(classifier, recipe, torch.device("cpu"))
     with torch.inference_mode():
         rows = [
             network.run(images.read(range(i, min(i + BATCH, images.count)))).features_BD
             for i in range(0, images.count, BATCH)
         ]
-    half = len(rows) // 2
     real, found = gaussian(rows), list[dict[str, Any]]()
     first_ND = None
     for name, folder in runs.items():
@@ -134,7 +145,7 @@ def measure(
         "recipe": recipe,
         "images": images.count,
         "classifier": {"sha256": network.sha256, "seed": record.seed, "accuracy": record.accuracy},
-        "floor": frechet_distance(gaussian(rows[:half]), gaussian(rows[half:])),
+        "floor": floor_of(torch.cat(rows), count // 2, images.labels),
         "rows": found,
     }
 

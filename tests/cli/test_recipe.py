@@ -41,16 +41,19 @@ def test_a_check_without_the_images_says_so(run):
 def test_a_check_names_every_problem_on_a_line_of_its_own(run):
     code, printed, error = run(
         "recipe", "check", "digits", "--optim.learning-rate", "fast", "--optim.clip=-1",
-        "--schedule.final-probability", "2",
+        "--schedule.final-probability", "2", "--optim.lerning-rate", "1", "--zzzz.qqqq", "1",
     )  # fmt: skip
     assert code == 1
     assert printed.splitlines() == [
         "recipe: checking digits",
+        "problem: --optim.lerning-rate: no such key of a recipe; perhaps you meant "
+        "--optim.learning-rate",
+        "problem: --zzzz.qqqq: no such key of a recipe",
         "problem: optim.learning_rate: Input should be a valid number; got 'fast'",
         "problem: optim.clip must be > 0; got -1",
         "problem: schedule.final_probability must be <= 1; got 2",
     ]
-    assert error == "variant: error: digits: has 3 problems, listed above\n"
+    assert error == "variant: error: digits: has 5 problems, listed above\n"
 
 
 def test_a_check_compares_recipe_and_images(run):

@@ -11,7 +11,7 @@ from PIL import Image
 from small_models import small_model
 
 from variant import VARiant, load_schedule
-from variant.cli import search as module
+from variant.cli import search_job as module
 from variant.cli.main import main
 from variant.data.sources import open_data
 from variant.errors import UserError

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from variant.data.augment import RAND_AUGMENT_OPS, distort, rand_augment
+from variant.data.bad_items import BadItem, BadItems
 from variant.data.config import DataSection
 from variant.data.images import ORIENTATION, FolderData, list_images, stream, upright
 from variant.data.sources import differing_classes, open_source
@@ -166,7 +167,9 @@ def test_another_image_of_the_class_takes_the_place_of_a_bad_one(spoilt):
 
 def test_bad_images_are_counted_and_named_once_up_to_their_share(spoilt):
     source = open_source(section_of(spoilt, max_bad=0.1), 16, 3, seed=0)
-    with pytest.warns(RuntimeWarning, match=r"1.PNG: is not a readable image.* 1 of 24 samples"):
+    with pytest.warns(
+        RuntimeWarning, match=r"1.PNG: .* its format is not known. .* 1 of 24 samples"
+    ):
         source.samples(range(6), epoch=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -180,6 +183,26 @@ def test_bad_images_are_counted_and_named_once_up_to_their_share(spoilt):
         pytest.warns(RuntimeWarning, match="2 of 24"),
     ):
         source.samples(range(12), epoch=0)
+
+
+def test_files_that_several_processes_find_are_counted_once():
+    """Two processes of a run over ten samples, of which two may be bad."""
+    first, second = BadItems(10, 0.2), BadItems(10, 0.2)
+    with pytest.warns(RuntimeWarning, match="a is bad. Skipped: 1 of 10"):
+        first.add([BadItem("a", "a is bad")])
+    for count, name in enumerate("ab", 1):
+        with pytest.warns(RuntimeWarning, match=f"{name} is bad. Skipped: {count} of 10"):
+            second.add([BadItem(name, f"{name} is bad")])
+    found = first.take_unshared() + second.take_unshared()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # named where they were found
+        for one in (first, second):
+            one.add_found(found)
+            assert (one.count, one.take_unshared()) == (2, [])
+    with pytest.raises(UserError, match=r"c is bad. 3 of 10 samples .* data.max_bad = 0.2 allows"):
+        first.add([BadItem("c", "c is bad")])
+    with pytest.raises(UserError, match=r"c is bad. 3 of 10 samples"):
+        second.add_found(first.take_unshared())
 
 
 def test_workers_of_a_loader_list_bad_images_and_their_parent_counts_them(spoilt):

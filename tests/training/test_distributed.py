@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from rank_jobs import Job, run
 from tiny_runs import CPU, assert_same, quiet
 from torch.distributed import TCPStore
 
+from variant.data.images import epoch_order, list_images
 from variant.training.checkpoint_folder import read_into, stored_tensors
 from variant.training.checkpointer import Checkpointer
 from variant.training.logging_section import LoggingSection
@@ -96,6 +98,26 @@ def train_on_two(jobs, folder, ends=(0, 0)):
     return list(zip_longest(*ranks)), processes
 
 
+def spoilt(recipe, folder):
+    """The recipe on a copy of its images: of the 30 one may be unreadable, and each rank reads one
+    such file in its first step.
+    """
+    shutil.copytree(Path(recipe.data.train).parent, folder)
+    section = dataclasses.replace(
+        recipe.data,
+        train=str(folder / "train"),
+        held_out=str(folder / "held_out"),
+        max_bad=1 / 30,
+    )
+    paths, labels, _ = list_images(section.train)
+    order = epoch_order(recipe.seed, 0, len(paths))
+    first = order[0]  # of rank 0; its partner of mixup is the second. 4 and 5 are so of rank 1.
+    other = next(index for index in order[4:6] if labels[index] != labels[first])
+    for index in (first, other):
+        paths[index].write_bytes(b"no image")
+    return dataclasses.replace(recipe, data=section)
+
+
 def losses(result):
     return list(result["losses"].values())
 
@@ -105,7 +127,8 @@ def together(base, tmp_path_factory):
     """The results of one process by name, those of two by job, and the folder of all.
 
     The jobs of two: whole runs, ("fp32", "ddp") and so on, runs that are stopped and resumed, runs
-    whose ranks draw different configurations, and one whose second rank is killed.
+    whose ranks draw different configurations, one on images of which each rank finds one that it
+    cannot read, and one whose second rank is killed.
     """
     root = tmp_path_factory.mktemp("together")
     bf16 = dataclasses.replace(base.optim, precision="bf16")
@@ -130,6 +153,7 @@ def together(base, tmp_path_factory):
             jobs[mode, step, "resumed"] = Job(recipe, out, resume=True)
     for mode in MODES:
         jobs["differ", mode] = Job(in_mode(base, mode), root / f"differ {mode}", differ_at=2)
+    jobs["spoilt"] = Job(spoilt(base, root / "images"), root / "spoilt")
     jobs["killed"] = Job(in_mode(base, "fsdp2"), root / "killed", kill_at=2)  # the last
     results, processes = train_on_two(list(jobs.values()), root / "jobs", (0, -signal.SIGKILL))
     return one, dict(zip(jobs, results, strict=True)), root, processes
@@ -221,6 +245,13 @@ def test_ranks_that_draw_different_configurations_end_with_an_error_that_names_b
         pattern = r"the same configuration; rank 0 has (\w+), .*, rank 1 has (\w+), .*step 2"
         assert set(re.search(pattern, result["ended"]).groups()) == {"full", "2"}
         assert len(result["losses"]) == 2
+
+
+def test_unreadable_images_of_all_ranks_are_counted_together(together):
+    limit = "2 of 30 samples cannot be read, more than data.max_bad = 0.0333333 allows"
+    for result in together[1]["spoilt"]:
+        assert limit in result["ended"]
+        assert len(result["losses"]) == 1  # each rank alone has found no more than it may
 
 
 def test_the_rank_that_is_left_names_the_lost_one_and_ends(together):

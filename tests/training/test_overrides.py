@@ -90,6 +90,9 @@ def test_an_unknown_key_suggests_the_nearest(key, nearest):
 def test_a_key_like_no_other_has_no_suggestion():
     with pytest.raises(UserError, match=r"--zzzz.qqqq: no such key of a recipe; docs"):
         load_recipe("digits", overrides=["zzzz.qqqq=1"])
+    pattern = r"--aaaa.qq: no such key of a recipe; --zzzz.qqqq: no such key of a recipe; docs"
+    with pytest.raises(UserError, match=pattern):
+        load_recipe("digits", overrides=["aaaa.qq=1", "seed=1", "zzzz.qqqq=1"])
     with pytest.raises(UserError, match=r"--optim: no such key of a recipe"):  # a section
         load_recipe("digits", overrides=["optim=1"])
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -22,7 +23,7 @@ from tests.robustness.forked import option
 from variant.cli.main import main
 from variant.data.config import DataSection
 from variant.data.encode import encode_images
-from variant.data.images import epoch_order, sample_order
+from variant.data.images import epoch_order, list_images, sample_order
 from variant.data.shards import (
     FORMAT,
     MANIFEST_NAME,
@@ -328,6 +329,52 @@ def test_a_bad_shard_of_a_single_pass_is_replaced_by_other_images(tiny, tmp_path
     assert torch.equal(found.tokens_BL, again.tokens_BL)
     with pytest.raises(UserError, match=r"held_out-00000.tar.*nor could another sample be read"):
         sources[0].held_out([0])
+
+
+def test_unreadable_images_of_all_processes_and_sittings_are_counted_together(
+    tiny, folders, tmp_path
+):
+    """Two unreadable images of 30; the second process finds the second one."""
+    shutil.copytree(folders, tmp_path / "images")
+    section = dataclasses.replace(
+        tiny.data,
+        train=str(tmp_path / "images" / "train"),
+        held_out=str(tmp_path / "images" / "held_out"),
+        mixup=0.0,
+        max_bad=1 / 30,
+    )
+    recipe, out = dataclasses.replace(tiny, data=section), tmp_path / "t"
+    paths, labels, _ = list_images(section.train)
+    order = epoch_order(recipe.seed, 0, 24)  # two shards of 10 images, one of 4
+    second = next(index for index in order[10:20] if labels[index] != labels[order[0]])
+    for index in (order[0], second):
+        paths[index].write_bytes(b"no image")
+    name = "train-p0000-00000.tar"
+    with pytest.warns(RuntimeWarning, match="1 of 30 samples so far"):
+        write(recipe, out, passes=1, rank=0, world_size=3)  # the first shard, one of the others
+    (item,) = json.loads((out / f"{name}.bad.json").read_text())
+    assert item["name"] == str(paths[order[0]])
+    assert [path.name for path in out.glob("*.bad.json")] == [f"{name}.bad.json"]
+    limit = r"2 of 30 samples cannot be read, more than data.max_bad = 0.0333333 allows"
+    with pytest.raises(UserError, match=limit):
+        write(recipe, out, passes=1, rank=1, world_size=3)
+    assert not (out / "train-p0000-00001.tar").exists()
+    # With a larger share the same command completes them. The lists stay for another sitting.
+    more = dataclasses.replace(recipe, data=dataclasses.replace(section, max_bad=2 / 30))
+    with pytest.warns(RuntimeWarning, match="2 of 30 samples so far"):
+        assert write(more, out, passes=1).missing == 0
+    with pytest.raises(UserError, match=limit):
+        write(recipe, out, passes=1)
+    # A shard that is written again from images that can be read has no list.
+    (out / name).unlink()
+    for index in (order[0], second):
+        shutil.copyfile(paths[order[1]], paths[index])
+    (out / MANIFEST_NAME).unlink()  # the images have other sizes now
+    write(recipe, out, passes=1)
+    assert len(list(out.glob("*.bad.json"))) == 1
+    (out / "train-p0000-00001.tar.bad.json").write_text('[{"name": 3}]')
+    with pytest.raises(UserError, match=r"00001.tar.bad.json: is damaged: .*; remove it$"):
+        write(recipe, out, passes=1)
 
 
 @pytest.mark.parametrize(

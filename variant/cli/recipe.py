@@ -11,7 +11,7 @@ from variant.cli.output import check_file, console
 from variant.errors import UserError
 from variant.files import atomic_write
 from variant.training.new_recipe import Parts, find_parts, new_recipe, remove_split, split
-from variant.training.overrides import override
+from variant.training.overrides import known_overrides, override
 from variant.training.recipe import (
     Recipe,
     load_recipe,
@@ -110,7 +110,8 @@ def _commands(path: Path, made: Recipe) -> list[str]:
 
 def _check(command: Options) -> None:
     out = console()
-    problems = recipe_problems(recipe_values(command.recipe, command.overrides))
+    known, problems = known_overrides(command.overrides, Recipe)
+    problems += recipe_problems(recipe_values(command.recipe, known))
     if not problems:
         summary = RunSummary(load_recipe(command.recipe, overrides=command.overrides))
         for name, text in summary.lines():

@@ -97,6 +97,7 @@ class ImageData(Protocol):
     num_classes: int
     classes: list[str]
     train_labels: Tensor
+    held_out_labels: Tensor
 
     def train(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:
         """Training images, augmented as in that epoch."""
@@ -315,6 +316,8 @@ class FolderData:
                 if image.mode not in WIDE_MODES:
                     return self._resize(upright(image).convert("RGB"), path)
                 mode = image.mode
+        except Image.UnidentifiedImageError:  # its message names the path again
+            raise UserError(f"{path}: is not a readable image: its format is not known") from None
         except UNREADABLE as error:
             raise UserError(
                 f"{path}: is not a readable image: {error or type(error).__name__}"

@@ -9,6 +9,7 @@ Axes: B samples, L tokens of all scales.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from variant.data.bad_items import BadItem
 from variant.errors import UserError
 from variant.files import atomic_write
 from variant.models.config import LIMITS, parse_dataclass, require
@@ -32,6 +34,7 @@ MANIFEST_NAME = "manifest.json"
 SHARD_SIZE = 2048  # samples; even, so that no pair of mixup is divided
 MAX_SHARD_SIZE = 2**20
 MAX_INT16 = 2**15
+BAD_SUFFIX = ".bad.json"  # after the name of a shard: its files that could not be read
 BLOCK = tarfile.BLOCKSIZE
 SAMPLE, HELD_OUT = "sample", "held_out"
 
@@ -164,6 +167,7 @@ class Rows:
 
     index_B, labels_B: int64.  tokens_BL: integers.  mixed_labels_B (int64), mix_B (float32): None
         without mixup.
+    bad: files that could not be read, in whose place others were.
     """
 
     index_B: np.ndarray
@@ -171,10 +175,13 @@ class Rows:
     labels_B: np.ndarray
     mixed_labels_B: np.ndarray | None = None
     mix_B: np.ndarray | None = None
+    bad: tuple[BadItem, ...] = ()
 
 
 def write_shard(path: Path, rows: Rows, dtype: np.dtype) -> str:
     """Write a shard and, beside it, its SHA-256 for ``sha256sum -c``; both whole or not at all.
+
+    Files that could not be read are listed in a third one; without any there is none.
 
     The shard's name appears last. The same rows give the same bytes.
 
@@ -211,6 +218,7 @@ def write_shard(path: Path, rows: Rows, dtype: np.dtype) -> str:
             os.fsync(file.fileno())
         with atomic_write(digest_path(path)) as written:
             written.write_text(f"{digest}  {path.name}\n")
+        _write_bad_items(path, rows.bad)
     return digest
 
 
@@ -223,6 +231,36 @@ def _as_npy(tokens_L: np.ndarray) -> bytes:
 def digest_path(shard: Path) -> Path:
     """The file with the SHA-256 of a shard."""
     return shard.with_name(f"{shard.name}.sha256")
+
+
+def _write_bad_items(shard: Path, items: tuple[BadItem, ...]) -> None:
+    path = shard.with_name(shard.name + BAD_SUFFIX)
+    if not items:
+        path.unlink(missing_ok=True)  # of a shard that was removed
+        return
+    with atomic_write(path) as temporary:
+        content = [dataclasses.asdict(item) for item in items]
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_bad_items(folder: Path, known: set[Path]) -> list[BadItem]:
+    """The files that could not be read for the shards of a folder, whichever process wrote them.
+
+    Args:
+        known: lists that were read before, to which those that are read now are added.
+    Raises:
+        UserError: a list is damaged.
+    """
+    items: list[BadItem] = []
+    for path in sorted(set(folder.glob(f"*.tar{BAD_SUFFIX}")) - known):
+        if path_kind(path.with_name(path.name.removesuffix(BAD_SUFFIX))) != "file":
+            continue  # the shard is not written yet
+        known.add(path)
+        try:
+            items += [parse_dataclass(BadItem, values, shown(path)) for values in read_json(path)]
+        except (RecursionError, TypeError, ValueError) as error:
+            raise UserError(f"{shown(path)}: is damaged: {error!s:.200}; remove it") from None
+    return items
 
 
 def read_digest(shard: Path) -> str | None:

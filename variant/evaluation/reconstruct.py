@@ -10,16 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from variant.checkpoints.config_file import CONFIG_NAME
 from variant.errors import UserError
 from variant.evaluation.classifier import to_uint8
 from variant.evaluation.image_sets import ImageSet
-from variant.evaluation.paired import psnr, squared_errors
+from variant.evaluation.paired import psnr_with_interval, squared_errors
 from variant.models.vqvae import VQVAE
-from variant.paths import path_kind
 from variant.supernet import VARiant
 from variant.training.checkpointer import Checkpointer
-from variant.training.initial_weights import find_vae, load_vae
+from variant.training.initial_weights import find_vae, is_vae_run, load_vae
 from variant.training.resume_rules import read_recipe
 
 
@@ -30,10 +28,9 @@ def load_vqvae(name: str, device: str) -> VQVAE:
         UserError: there is none; its training has not finished.
     """
     folder = Path(name)
-    is_folder = path_kind(folder) == "folder"
-    run = Checkpointer(folder, "vae")
-    if not is_folder or (folder / CONFIG_NAME).is_file() or not run.exists:
+    if not is_vae_run(folder):
         return VARiant.from_pretrained(name, device=device).vae
+    run = Checkpointer(folder, "vae")
     recipe = read_recipe(run.read()["recipe"], str(run.path))
     return load_vae(recipe, find_vae(recipe, folder)).to(device).eval()
 
@@ -61,15 +58,21 @@ def reconstructions(name: str, vae: VQVAE, source: ImageSet) -> ImageSet:
     return ImageSet(f"reconstructions by {name}", source.count, source.labels, read)
 
 
-def psnr_by_scales(vae: VQVAE, source: ImageSet, batch: int = 64) -> dict[str, float]:
-    """PSNR of images decoded from their first scales, in dB, by the side of the last one."""
-    errors = [0.0] * vae.layout.num_scales
+def psnr_by_scales(
+    vae: VQVAE, source: ImageSet, batch: int = 64
+) -> dict[str, tuple[float, tuple[float, float] | None]]:
+    """PSNR of images decoded from their first scales, in dB, by the side of the last one.
+
+    Each with its interval, as :func:`variant.evaluation.paired.psnr_with_interval` gives them.
+    """
+    errors: list[list[Tensor]] = [[] for _ in vae.layout.shapes]
     for start in range(0, source.count, batch):
         images = source.read(range(start, min(start + batch, source.count)))
         for k, decoded in enumerate(vae.decode_by_scale(_encode(vae, images))):
-            errors[k] += float(squared_errors(images, _as_pixels(decoded)).sum())
+            errors[k].append(squared_errors(images, _as_pixels(decoded)))
     names = [f"{height}x{width}" for height, width in vae.layout.shapes]
-    return {name: psnr(error / source.count) for name, error in zip(names, errors, strict=True)}
+    values = (psnr_with_interval(torch.cat(parts)) for parts in errors)
+    return dict(zip(names, values, strict=True))
 
 
 def _encode(vae: VQVAE, images_B3YX: Tensor) -> Tensor:

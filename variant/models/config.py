@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
@@ -150,7 +150,13 @@ def validate_dataclass(kind: type[Config], values: Mapping[str, Any]) -> Config:
     # As JSON, because strict validation of Python values takes no lists as tuples. Dates of TOML
     # become text, which no key takes.
     text = json.dumps(dict(values), default=str)
-    return TypeAdapter(kind).validate_json(text, strict=True)
+    return _adapter(kind).validate_json(text, strict=True)
+
+
+@cache
+def _adapter(kind: type[Config]) -> TypeAdapter[Config]:
+    """Of a dataclass: building it takes longer than a validation."""
+    return TypeAdapter(kind)
 
 
 def to_plain(value: Any) -> Any:

@@ -59,6 +59,7 @@ class Configurations:
         self.seed, self.section = recipe.seed, recipe.schedule
         self.config, self.steps_per_epoch = recipe.var_config, steps_per_epoch
         self.ends = PhaseEnds.of(self.section)
+        self._subnets: dict[tuple[int, int], Configuration] = {}
         self.full = full_configuration(self.config)
         self.by_scale = {
             depths: Configuration(name_of(depths), self._by_scale(depths))
@@ -100,12 +101,14 @@ class Configurations:
 
     def subnet(self, depth: int, bridge: int) -> Configuration:
         """The subnet of a depth with so many first scales at which every layer runs."""
-        config = self.config
-        scales = len(config.patch_nums)
-        if depth == config.depth:
-            return Configuration(str(depth), DepthSchedule.full(depth, scales))
-        layers = config.subnets[depth]
-        return Configuration(str(depth), DepthSchedule(config.depth, scales, layers, bridge))
+        if (depth, bridge) not in self._subnets:  # most steps ask for one of a few
+            config, scales = self.config, len(self.config.patch_nums)
+            if depth == config.depth:
+                schedule = DepthSchedule.full(depth, scales)
+            else:
+                schedule = DepthSchedule(config.depth, scales, config.subnets[depth], bridge)
+            self._subnets[depth, bridge] = Configuration(str(depth), schedule)
+        return self._subnets[depth, bridge]
 
     def _by_scale(self, depths: Sequence[int | Sequence[int]]) -> DepthSchedule:
         return self.section.by_scale(depths, self.config.depth)

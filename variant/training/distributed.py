@@ -82,6 +82,14 @@ class Ranks:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
 
+    def gathered(self, value: Any) -> list[Any]:
+        """The value of every rank, in the order of the ranks; it must be one that pickle takes."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     def require_same(self, what: str, value: str) -> None:
         """Check that every rank has the same text.
 
@@ -96,8 +104,7 @@ class Ranks:
         dist.all_reduce(limits, dist.ReduceOp.MAX)
         if limits[0] == -limits[1]:
             return
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        values = self.gathered(value)
         other = next(rank for rank in range(self.size) if values[rank] != values[0])
         raise UserError(
             f"all processes must have the same {what}; rank 0 has {values[0]:.300}, rank {other} "

@@ -14,19 +14,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from variant.checkpoints.config_file import configs_in, read_config
+from variant.checkpoints.config_file import CONFIG_NAME, configs_in, read_config
 from variant.checkpoints.locate import FILE_ENDINGS, locate
 from variant.checkpoints.model_folder import load_model, load_state
 from variant.checkpoints.original_var import read_original
 from variant.checkpoints.sharded import INDEX_ENDING, find_weights
 from variant.errors import UserError
 from variant.files import file_sha256
-from variant.models.config import VARConfig
+from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.models.zones import is_zone_key, reset_zone_weights
+from variant.paths import path_kind
 from variant.training.checkpointer import Checkpointer
 from variant.training.recipe import Recipe, recipe_key
+from variant.training.resume_rules import read_recipe
 
 # Keys of the configs that may differ from the recipe's: they do not change what the weights mean.
 FREE_KEYS = {
@@ -49,12 +51,14 @@ class Weights:
         path: the file, or the folder.
         is_model_folder: whether the path is a model folder, which tells the sizes of its model.
         entry: which of several state dicts in a file; see :class:`variant.training.recipe.Recipe`.
+        config: of the run that has trained the weights; None where a file alone is known.
     """
 
     kind: str
     path: Path
     is_model_folder: bool = False
     entry: str | None = None
+    config: VQVAEConfig | None = None
 
     def sha256(self) -> str:
         """SHA-256 of the file, or of the folder's weights.
@@ -79,6 +83,8 @@ class Weights:
                 key that differs.
         """
         if not self.is_model_folder:
+            if self.config is not None:
+                self._refuse(recipe, self._differing(recipe, self.config))
             state = read_original(self.path, PARTS[self.kind], self.entry)
             _load(module, state, str(self.path))
             return
@@ -93,18 +99,23 @@ class Weights:
 
     def _compare(self, recipe: Recipe) -> None:
         found_var, found_vae = configs_in(self.path)
-        found, own = (
-            (found_var, recipe.var_config) if self.kind == "var" else (found_vae, recipe.vae)
-        )
+        wrong = self._differing(recipe, found_var if self.kind == "var" else found_vae)
+        if self.kind == "var":
+            wrong += _wrong_zone_weights(found_var, recipe.var_config)
+        self._refuse(recipe, wrong)
+
+    def _differing(self, recipe: Recipe, found: VARConfig | VQVAEConfig) -> list[str]:
+        """Why a model of this configuration does not fit the recipe."""
+        own = recipe.var_config if self.kind == "var" else recipe.vae
         own_values: dict[str, Any] = own.to_dict()
-        wrong = [
+        return [
             f"{recipe_key(self.kind, key)} must be {value!r}, as in the model; got "
             f"{own_values[key]!r}"
             for key, value in found.to_dict().items()
             if key not in FREE_KEYS[self.kind] and own_values[key] != value
         ]
-        if self.kind == "var":
-            wrong += _wrong_zone_weights(found_var, recipe.var_config)
+
+    def _refuse(self, recipe: Recipe, wrong: list[str]) -> None:
         if wrong:
             raise UserError(f"{recipe.name}: cannot start from {self.path}: {'; '.join(wrong[:5])}")
 
@@ -158,6 +169,11 @@ def find_vae(recipe: Recipe, folder: Path) -> Weights:
     """
     if recipe.vae_training.weights is not None:
         return named_weights("vae", recipe.vae_training.weights)
+    return _of_run(folder)
+
+
+def _of_run(folder: Path) -> Weights:
+    """The VQ-VAE that `variant train-vae` has trained in a folder; UserError as `find_vae`."""
     checkpointer = Checkpointer(folder, "vae")
     path = checkpointer.best
     if not path.exists() and not checkpointer.exists:
@@ -178,22 +194,33 @@ def find_vae(recipe: Recipe, folder: Path) -> Weights:
             "train-vae --resume`, or name a file as vae_training.weights"
         )
     checkpointer.check_best(saved)
-    return Weights("vae", path)
+    return Weights("vae", path, config=read_recipe(saved["recipe"], str(checkpointer.path)).vae)
 
 
 def named_weights(kind: str, name: str, entry: str | None = None) -> Weights:
-    """The file or the model folder of a name; a model of the Hub is downloaded.
+    """The file, the model folder or the run's folder of a name; a model of the Hub is downloaded.
+
+    The VQ-VAE of a folder is that of its model, or the one that `variant train-vae` has trained
+    there.
 
     Args:
         kind: "var" or "vae".  entry: which of several state dicts in a file.
     Raises:
-        UserError: there is none.
+        UserError: there is none, or its training has not finished.
     """
     path = Path(name)
     if path.is_file() or path.suffix in FILE_ENDINGS:
         return Weights(kind, path, entry=entry)  # a missing file is reported by its reader
+    if kind == "vae" and is_vae_run(path):
+        return _of_run(path)
     folder = locate(name)
     return Weights(kind, folder, is_model_folder=_is_model_folder(folder), entry=entry)
+
+
+def is_vae_run(folder: Path) -> bool:
+    """Whether a VQ-VAE is trained in a folder that holds no finished model."""
+    is_folder = path_kind(folder) == "folder"
+    return is_folder and not (folder / CONFIG_NAME).is_file() and Checkpointer(folder, "vae").exists
 
 
 def _is_model_folder(folder: Path) -> bool:

@@ -73,20 +73,15 @@ def override(values: Mapping[str, Any], overrides: Sequence[str], kind: type) ->
         overrides: ``key=value`` with dotted keys; "none" removes a key that need not be set.
         kind: the dataclass of the recipe.
     Raises:
-        ValueError: there is no such key; the message names the nearest.
+        ValueError: there are no such keys; the message names each and its nearest.
     """
+    _, problems = known_overrides(overrides, kind)
+    if problems:
+        raise ValueError(f"{'; '.join(problems)}; docs/recipes.md lists all")
     known = dict(key_hints(kind))
     result = _copy(values)
     for text in overrides:
         key, _, value = text.partition("=")
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1, 0.4)
-            nearest = f"; perhaps you meant {option_name(near[0])}" if near else ""
-            shown = option_name(key)
-            shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
-            raise ValueError(
-                f"{shown}: no such key of a recipe{nearest}; docs/recipes.md lists all"
-            )
         *sections, last = key.split(".")
         inside = result
         for section in sections:
@@ -99,6 +94,23 @@ def override(values: Mapping[str, Any], overrides: Sequence[str], kind: type) ->
         else:
             inside[last] = plain
     return result
+
+
+def known_overrides(overrides: Sequence[str], kind: type) -> tuple[list[str], list[str]]:
+    """The overrides of keys that a dataclass has, and a text for each of the others."""
+    keys = dict(key_hints(kind))
+    known, problems = [], []
+    for text in overrides:
+        key = text.partition("=")[0]
+        if key in keys:
+            known.append(text)
+            continue
+        near = difflib.get_close_matches(key, keys, 1, 0.4)
+        nearest = f"; perhaps you meant {option_name(near[0])}" if near else ""
+        shown = option_name(key)
+        shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
+        problems.append(f"{shown}: no such key of a recipe{nearest}")
+    return known, problems
 
 
 def key_hints(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

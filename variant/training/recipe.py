@@ -140,7 +140,8 @@ class VAETraining:
     perceptual: the section [vae_training.perceptual].
     adversary: the section [vae_training.adversary].
     ema_decay: of a moving average of the weights, as in [ema]; 0 keeps none.
-    start_weights: a trained VQ-VAE to start from, in the forms of weights; trained further.
+    start_weights: a trained VQ-VAE to start from, in the forms of weights; trained further, as a
+        second stage.
     trainable: "all", or "decoder": the decoder alone, so that every token stays as it was; needs
         start_weights.
     revive_every: steps between the checks that move unused codes onto features of the current
@@ -152,7 +153,8 @@ class VAETraining:
     entropy: weight of the entropy term: sure choices of codes, and all codes alike.
     entropy_temperature: of its softmax over distances, in units of the mean squared distance of two
         codes.
-    weights: a trained VQ-VAE that is used instead; the same forms as the transformer's weights.
+    weights: a trained VQ-VAE that is used instead: the folder of a finished `variant train-vae`, or
+        the same forms as the transformer's weights.
     """
 
     epochs: CountOrZero = 0

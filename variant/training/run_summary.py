@@ -35,14 +35,15 @@ class RunSummary:
     def lines(self) -> Iterator[tuple[str, str]]:
         """(name, text) of every line of the summary."""
         recipe, config = self.recipe, self.recipe.var_config
-        size, section = recipe.vae.image_size, recipe.schedule
+        size, section, training = recipe.vae.image_size, recipe.schedule, recipe.vae_training
+        origin = f"from {training.weights}" if training.weights else "trained"
+        origin += f" further from {training.start_weights}" if training.start_weights else ""
         yield "recipe", f"{recipe.name}: {recipe.description}"
         yield "images", self._images()
         yield (
             "VQ-VAE",
             f"{vqvae_parameters(recipe.vae):,} parameters, {size}x{size} pixels to "
-            f"{config.layout.total} tokens of {recipe.vae.vocab_size} codes, "
-            + (f"from {recipe.vae_training.weights}" if recipe.vae_training.weights else "trained"),
+            f"{config.layout.total} tokens of {recipe.vae.vocab_size} codes, {origin}",
         )
         start = f", from {recipe.model.weights}" if recipe.model.weights else ""
         yield (
@@ -84,8 +85,11 @@ class RunSummary:
             text += f" in {optim.accumulate} parts"
         if self.data is None:
             return f"{text}; the number of steps depends on the images"
-        per_epoch = optim.steps_per_epoch or self.data.num_train // optim.batch_size
+        per_epoch = self._per_epoch(optim, self.data)
         return f"{text}, {epochs * per_epoch:,} steps of {optim.precision}, {per_epoch:,} an epoch"
+
+    def _per_epoch(self, optim: OptimSection, data: Source) -> int:
+        return optim.steps_per_epoch or data.num_train // optim.batch_size
 
     def _problems(self) -> Iterator[str]:
         if self.data is None:
@@ -105,3 +109,8 @@ class RunSummary:
         for name, optim in sections.items():
             if optim is not None:
                 yield from (f"{name}.{text}" for text in optim.problems(self.data.num_train))
+        training = self.recipe.vae_training
+        if training.optim is not None:
+            steps = training.epochs * self._per_epoch(training.optim, self.data)
+            problems = training.adversary.problems(steps)
+            yield from (f"vae_training.adversary.{text}" for text in problems)

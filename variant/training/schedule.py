@@ -122,6 +122,8 @@ def choose_bridge(seed: int, step: int, bridges: Sequence[int]) -> int:
 
     The result is a function of the arguments, independent of the subnet that the step draws.
     """
+    if len(bridges) == 1:
+        return bridges[0]
     return bridges[int(_draws(seed, step)[2] * len(bridges))]
 
 

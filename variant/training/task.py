@@ -204,6 +204,17 @@ class Task(ABC):
             source = self.data if self.loader is None else self.loader
             return source.samples(indices, epoch)
 
+    def share_bad_items(self, ranks: Ranks) -> None:
+        """Count the unreadable files that any rank has found since the last call.
+
+        Every rank calls this, and has the same count then: ``data.max_bad`` is a share of the run.
+
+        Raises:
+            UserError: they are more than this share; on every rank.
+        """
+        bad = self.data.bad
+        bad.add_found([item for items in ranks.gathered(bad.take_unshared()) for item in items])
+
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Count the seconds of the block, which fetches training images or their tokens."""

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from variant.data.bad_items import BadItem, BadItems
 from variant.data.config import AUGMENTATION
 from variant.data.encode import encode_images
 from variant.data.images import epoch_order, sample_order
@@ -35,6 +36,7 @@ from variant.data.shards import (
     Manifest,
     Part,
     Rows,
+    read_bad_items,
     read_digest,
     read_manifest,
     write_shard,
@@ -53,8 +55,8 @@ from variant_kernels.arguments import integer
 
 MAX_PASSES = 10_000
 SHARD_NAME = r"(?:train-p\d+|sample|held_out)-\d+\.tar"
-OWN_NAME = re.compile(rf"{SHARD_NAME}(?:\.sha256)?")
-TEMPORARY = re.compile(rf"\.(?P<name>{SHARD_NAME})(?:\.sha256)?\.\d+\.tmp")
+OWN_NAME = re.compile(rf"{SHARD_NAME}(?:\.sha256|\.bad\.json)?")
+TEMPORARY = re.compile(rf"\.(?P<name>{SHARD_NAME})(?:\.sha256|\.bad\.json)?\.\d+\.tmp")
 
 # report(samples, total, shard): so many more of this process's samples are done.
 Report = Callable[[int, int, str], None]
@@ -116,8 +118,9 @@ def tokenize(
             its name.
     Raises:
         TypeError, ValueError: passes or shard_size.
-        UserError: no VQ-VAE, no images, or too many bad ones; the folder holds tokens of other
-            settings, or cannot be written; another process of this rank writes there.
+        UserError: no VQ-VAE, no images, or too many bad ones in all shards together; the folder
+            holds tokens of other settings, or cannot be written; another process of this rank
+            writes there.
     """
     integer("tokenize", "passes", passes, 1, MAX_PASSES)
     if integer("tokenize", "shard_size", shard_size, 2, MAX_SHARD_SIZE) % 2:
@@ -146,12 +149,16 @@ def tokenize(
         writer = _Writer(source, vae, device, wanted, recipe.eval.batch_size)
         total = sum(len(rows) for _, _, rows in mine)
         started, samples, shards = time.monotonic(), 0, 0
+        known: set[Path] = set()
+        source.bad.add_found(read_bad_items(out, known))
         for name, part, rows in mine:
             if read_digest(out / name) is None:
                 write_shard(out / name, writer.rows(part, rows), wanted.dtype)
                 samples, shards = samples + len(rows), shards + 1
+                # Those of other processes too: the limit is a share of all images.
+                source.bad.add_found(read_bad_items(out, known))
             report(len(rows), total, name)
-        missing = _finish(out, wanted, rank)
+        missing = _finish(out, wanted, rank, source.bad)
     return Tokenized(samples, shards, missing, time.monotonic() - started)
 
 
@@ -215,14 +222,18 @@ def _check_folder(out: Path, wanted: Manifest, is_of_vae: Callable[[str], bool])
     return wanted
 
 
-def _finish(out: Path, wanted: Manifest, rank: int) -> int:
+def _finish(out: Path, wanted: Manifest, rank: int, bad: BadItems) -> int:
     """Write the complete manifest if every shard is there; returns how many are not.
 
     The process that ends last finds all of them.
+
+    Raises:
+        UserError: for all shards together, too many images could not be read.
     """
     digests = {name: read_digest(out / name) for name, _, _ in wanted.files()}
     missing = sum(digest is None for digest in digests.values())
     if not missing:
+        bad.add_found(read_bad_items(out, set()))
         shards = {name: digest for name, digest in digests.items() if digest is not None}
         _write_manifest(out, dataclasses.replace(wanted, shards=shards), rank)
         _clear_leftovers(out, digests.keys(), rank)
@@ -272,9 +283,11 @@ class _Writer:
         size = max(2, self.batch_size - self.batch_size % 2)
         parts = [index_B[start : start + size] for start in range(0, len(index_B), size)]
         tokens, labels, mixed, mix = [], [], [], []
+        bad: dict[BadItem, None] = {}
         for samples in self._ahead(parts, read):
             tokens.append(encode_images(self.vae, samples.images.to(self.device)).cpu().numpy())
             labels.append(samples.labels_B.numpy())
+            bad |= dict.fromkeys(samples.bad)
             if samples.mixed_labels_B is not None and samples.mix_B is not None:
                 mixed.append(samples.mixed_labels_B.numpy())
                 mix.append(samples.mix_B.numpy())
@@ -284,6 +297,7 @@ class _Writer:
             np.concatenate(labels),
             np.concatenate(mixed) if mixed else None,
             np.concatenate(mix) if mix else None,
+            tuple(bad),
         )
 
     def _order(self, part: Part) -> tuple[np.ndarray, Callable[[np.ndarray], Samples]]:

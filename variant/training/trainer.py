@@ -12,10 +12,9 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import nn
@@ -97,7 +96,6 @@ class Trainer:
             console = Console(quiet=True)
         self.console = RunConsole(task.kind, epochs, self.total_steps, console)
         self.log = StepLog(task, setup, self.state, self.scaler, self.total_steps, self.console)
-        self._cached_order: tuple[int, np.ndarray] | None = None
         # Of each step that has not been read: its loss and the norm of its gradients.
         self._values: LateValues[tuple[str, int]] = LateValues(self.device)
         self._last_loss: float | None = None
@@ -149,10 +147,15 @@ class Trainer:
                     self._read_values(everything=self.log.is_due())
                     state.seconds += time.monotonic() - started
                     self.log.write_if_due()
-                # Clocks differ; a signal comes to one rank only, or to each in another step.
-                minutes_are_over, signum = self.ranks.largest(
-                    self.schedule.minutes_are_over, interrupt.signum or 0
+                # Clocks differ; a signal comes to one rank only, or to each in another step; a file
+                # that cannot be read is found by one rank.
+                minutes_are_over, signum, found_bad = self.ranks.largest(
+                    self.schedule.minutes_are_over,
+                    interrupt.signum or 0,
+                    len(self.task.data.bad.unshared),
                 )
+                if found_bad:
+                    self.task.share_bad_items(self.ranks)
                 is_due = self.schedule.is_due(state.step, bool(minutes_are_over))
                 is_due = is_due or state.step == self.total_steps
                 self._read_values(everything=bool(is_due or signum))
@@ -187,7 +190,8 @@ class Trainer:
             # FSDP2 does not notice when ranks run different layers.
             text = f"{self.task.describe_step(state.step)} (step {state.step})"
             self.ranks.require_same("configuration", text)
-        indices = self._order(epoch)[position * size : (position + 1) * size]
+        order = _order(self.recipe.seed, epoch, self.task.data.num_train)
+        indices = order[position * size : (position + 1) * size]
         self.task.module.train()
         replaced = self.task.before_step(indices, epoch, state.step)
         if replaced and state.ema is not None:
@@ -241,12 +245,6 @@ class Trainer:
             self.state.add_loss(name, total)
             self.log.add_loss(name, total)
             self._last_loss = total
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._cached_order is None or self._cached_order[0] != epoch:
-            order = epoch_order(self.recipe.seed, epoch, self.task.data.num_train)
-            self._cached_order = (epoch, order)
-        return self._cached_order[1]
 
     def _autocast(self) -> torch.autocast:
         return autocast(self.device, self.optim.precision)
@@ -356,6 +354,7 @@ class Trainer:
         self.task.module.eval()
         with torch.no_grad(), self._autocast():
             train_loss, _ = split_scales(self.task.train_losses(self.ranks))
+        self.task.share_bad_items(self.ranks)
         return Summary(
             folder=self.setup.folder,
             steps=self.state.step,
@@ -366,6 +365,10 @@ class Trainer:
             best_epoch=best["epoch"],
             averaged=averaged,
         )
+
+
+# The same in every step of an epoch.
+_order = lru_cache(maxsize=1)(epoch_order)
 
 
 def _plan(setup: RunSetup, num_train: int, first_step: int, total_steps: int) -> Plan:

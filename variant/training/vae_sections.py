@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -100,3 +101,10 @@ class AdversarySection:
         for name, most in (("width", 1024), ("layers", 8)):
             value = getattr(self, name)
             require(value <= most, f"{name} must be at most {most}", value)
+
+    def problems(self, steps: int) -> Iterator[str]:
+        """What stops a run of so many optimizer steps; each text begins with its key."""
+        if self.weight and self.start_step >= steps:
+            yield (
+                f"start_step must be below the {steps:,} steps of the run; got {self.start_step:,}"
+            )

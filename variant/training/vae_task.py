@@ -19,6 +19,7 @@ from variant.data.samples import ImageSource, Source
 from variant.errors import UserError
 from variant.files import file_sha256
 from variant.models.vqvae import VQVAE
+from variant.paths import path_kind
 from variant.training.adversary import Adversary
 from variant.training.classifier import (
     RUN_NAME,
@@ -32,7 +33,7 @@ from variant.training.codebook import CODES, CodebookTraining
 from variant.training.console import lossy
 from variant.training.distributed import Ranks, connected, device_of_rank, rank_of_environment
 from variant.training.image_loss import ImageLoss
-from variant.training.initial_weights import named_weights
+from variant.training.initial_weights import Weights, named_weights
 from variant.training.optim import OptimSection
 from variant.training.parallel import ParallelSection
 from variant.training.perceptual import PerceptualLoss, classifier_loss, given_loss
@@ -227,21 +228,17 @@ def train_vae(
 def _train(setup: RunSetup, optim: OptimSection, console: Console | None) -> Summary:
     recipe, training = setup.recipe, setup.recipe.vae_training
     epochs, steps = training.epochs, training.epochs * setup.steps_per_epoch
-    section = training.adversary
-    if section.weight and section.start_step >= steps:
-        raise UserError(
-            f"{recipe.name}: vae_training.adversary.start_step must be below the {steps} steps of "
-            f"the run; got {section.start_step}"
-        )
+    for problem in training.adversary.problems(steps):
+        raise UserError(f"{recipe.name}: vae_training.adversary.{problem}")
     start = None
     if training.start_weights is not None and not setup.keeps_start:
-        start = named_weights("vae", training.start_weights)
+        start = _start(recipe.name, training.start_weights)
         setup.record_input("start_sha256", start.sha256())
-    perceptual = _perceptual(setup, console)
     seed_everything(recipe.seed)
     module = VQVAE(recipe.vae)
     if start is not None and setup.saved is None:
         start.load_into(module, recipe)
+    perceptual = _perceptual(setup, console)  # after weights that do not fit were refused
     module = module.to(setup.device)
     if training.trainable == "decoder":
         module.requires_grad_(False)
@@ -249,6 +246,19 @@ def _train(setup: RunSetup, optim: OptimSection, console: Console | None) -> Sum
         module.post_quant_conv.requires_grad_(True)
     task = VAETask(module, setup.data, recipe, setup.device, steps, setup.ranks, perceptual)
     return Trainer(task, setup, epochs, console).run()
+
+
+def _start(recipe: str, name: str) -> Weights:
+    """The trained VQ-VAE that a run starts from.  Raises: UserError, saying what makes one."""
+    try:
+        return named_weights("vae", name)
+    except UserError as error:
+        if path_kind(name) is not None:
+            raise
+        raise UserError(
+            f"{recipe}: vae_training.start_weights: {error}; `variant train-vae` with another "
+            "recipe trains one into a folder"
+        ) from None
 
 
 def _perceptual(setup: RunSetup, console: Console | None) -> PerceptualLoss | None:
