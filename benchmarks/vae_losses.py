@@ -29,6 +29,7 @@ from variant.evaluation.frechet import FeatureStatistics, Gaussian, frechet_dist
 from variant.evaluation.image_sets import ImageSet
 from variant.evaluation.paired import psnr, squared_errors, structural_similarity
 from variant.evaluation.reconstruct import load_vqvae
+from variant.evaluation.report import floor_of
 from variant.models.config import to_plain
 from variant.models.vqvae import VQVAE
 from variant.training.checkpointer import Checkpointer
@@ -124,14 +125,15 @@ def measure(
     images = reference_of(recipe).images
     if images is None:
         raise UserError(f"{recipe}: must be a recipe with held-out images")
-    images = dataclasses.replace(images, count=min(count or images.count, images.count))
+    assert images.labels is not None, "those of a recipe have labels"
+    count = min(count or images.count, images.count)
+    images = dataclasses.replace(images, count=count, labels=images.labels[:count])
     network, record = load_classifier(classifier, recipe, torch.device("cpu"))
     with torch.inference_mode():
         rows = [
             network.run(images.read(range(i, min(i + BATCH, images.count)))).features_BD
             for i in range(0, images.count, BATCH)
         ]
-    half = len(rows) // 2
     real, found = gaussian(rows), list[dict[str, Any]]()
     first_ND = None
     for name, folder in runs.items():
@@ -143,7 +145,7 @@ def measure(
         "recipe": recipe,
         "images": images.count,
         "classifier": {"sha256": network.sha256, "seed": record.seed, "accuracy": record.accuracy},
-        "floor": frechet_distance(gaussian(rows[:half]), gaussian(rows[half:])),
+        "floor": floor_of(torch.cat(rows), count // 2, images.labels),
         "rows": found,
     }
 

@@ -13,6 +13,7 @@ from PIL import Image
 from seeded import images as seeded_images
 from small_models import small_model
 
+from variant.cli.evaluate import reference_of
 from variant.cli.main import main
 from variant.data.config import DataSection
 from variant.data.digits import DigitsData
@@ -170,6 +171,64 @@ def test_every_value_has_its_interval_and_what_is_compared_a_floor():
         assert (found.floor, found.floor_count) == (getattr(expected, name), 45)
     for each in result.metrics:
         assert each.low <= each.value <= each.high
+
+
+@pytest.mark.parametrize("count", [50, 36, 500])
+def test_real_halves_have_the_same_share_of_each_class(count):
+    """So do generated images, whose classes take turns."""
+    labels = [0] * 30 + [1] * 44 + [2] * 26
+    rng = np.random.default_rng(0)
+    order = rng.permutation(100)
+    labels = [labels[index] for index in order]
+    # Features that tell the class and the image.
+    real = torch.stack((torch.tensor(labels).double(), torch.arange(100.0).double()), 1)
+    one, other = report._halves(real, count, labels)
+    wanted = min(count, 50)
+    assert len(one) == len(other) == wanted
+    assert not set(one[:, 1].tolist()) & set(other[:, 1].tolist())
+    for label, share in enumerate((0.3, 0.44, 0.26)):
+        for half in (one, other):
+            assert abs(int((half[:, 0] == label).sum()) - share * wanted) <= 1
+    # The shares of random halves are no part of the floor, nor of its bound.
+    noise = torch.from_numpy(rng.normal(size=100))
+    far = torch.stack((100 * torch.tensor(labels).double(), noise), 1)
+    assert report.floor_of(far, 50, labels) < 1 < 10 < report.floor_of(far, 50)
+
+
+def test_the_labels_of_the_reference_reach_its_halves():
+    labels = [index // 20 for index in range(40)]
+    pixels = array(2, 40) // 2 + np.array(labels, np.uint8)[:, None, None, None] * 120
+    with_labels = Reference("r", array_images("r", pixels, np.array(labels)))
+    result = evaluate(array_images("a", array(1, 40)), with_labels, NETWORK)
+    real = patches(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    distance, precision = metric(result, "FD (patches)"), metric(result, "precision")
+    assert distance.floor == pytest.approx(report.floor_of(real, 20, labels))
+    one, other = report._halves(real, 40, labels)
+    assert precision.floor == precision_recall(generated_ND=one, real_MD=other).precision
+    held_out = reference_of("digits")
+    labels = DigitsData(DataSection("digits"), 16, 3, 0).held_out_labels
+    assert held_out.images.labels == labels.tolist()
+
+
+def test_labels_of_another_order_are_warned_about():
+    """Classes by brightness; a classifier that gives each class the number of another."""
+    labels = np.arange(40) % 4
+    pixels = (60 * labels[:, None, None, None] + array(1, 40) // 8).astype(np.uint8)
+    images, reference = array_images("a", pixels, labels), array_images("real", array(2, 40))
+
+    def network(numbers):
+        def run(images_B3YX):
+            found = (images_B3YX.float().mean((1, 2, 3)) / 60 - 0.25).round().long().clamp(0, 3)
+            logits = torch.nn.functional.one_hot(torch.tensor(numbers)[found], 4).float()
+            return Features(patches(images_B3YX), None, logits)
+
+        return FeatureNetwork("c", "FD (c)", "", run, CPU)
+
+    assert warnings_of(images, reference, network([0, 1, 2, 3])) == []
+    assert warnings_of(images, reference, network([2, 2, 2, 2])) == []  # all alike
+    (heard,) = warnings_of(images, reference, network([0, 2, 3, 1]))
+    assert heard.startswith("eval: recognised: most images of a class are recognised as another")
+    assert "those of 1 as 2, 2 as 3, 3 as 1: the labels" in heard
 
 
 @pytest.mark.parametrize("count", [20, 23, 29, 500])

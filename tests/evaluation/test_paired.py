@@ -9,9 +9,11 @@ import pytest
 import torch
 from seeded import images, noise
 
+from variant.cli import evaluate
 from variant.cli.generate import weights_sha256
 from variant.cli.main import main
 from variant.errors import UserError
+from variant.evaluation.features import FeatureNetwork, Features
 from variant.evaluation.image_sets import array_images
 from variant.evaluation.paired import (
     compare_pairs,
@@ -113,6 +115,22 @@ def test_coloured_images_are_no_gray_ones():
         reconstructions("mine", vae, as_set("coloured", pixels)).read(range(3))
 
 
+def test_every_distance_of_reconstructions_has_an_r(tmp_path, monkeypatch, capsys):
+    """FID and sFID; the others keep their names."""
+
+    def run(pixels):
+        means = pixels.float().mean((2, 3))
+        return Features(means, means[:, :2], means)
+
+    network = FeatureNetwork("inception-2015", "FID", "", run, torch.device("cpu"))
+    monkeypatch.setattr(evaluate, "network_of", lambda command, out: network)
+    np.savez(tmp_path / "real.npz", images(1, 24, 16, 16).permute(0, 2, 3, 1).numpy())
+    words = ["eval", "--reference", str(tmp_path / "real.npz"), "--json", "-"]
+    assert main([*words, "--reconstruct", "digits"]) == 0
+    names = [m["name"] for m in json.loads(capsys.readouterr().out)["metrics"]]
+    assert names[:5] == ["rFID", "rsFID", "Inception Score", "precision", "recall"]
+
+
 def test_the_command_reconstructs_and_pairs(tmp_path, monkeypatch, capsys):
     (tmp_path / "colour.py").write_text(
         "def features(images):\n    return images.float().mean((2, 3)) / 255\n"
@@ -129,6 +147,11 @@ def test_the_command_reconstructs_and_pairs(tmp_path, monkeypatch, capsys):
     assert "rFD (colour:features)" in values
     assert 0 < values["PSNR"] < 60
     assert 0 < values["SSIM"] < 1
+    metrics = {m["name"]: m for m in result["metrics"]}
+    for name, found in metrics.items():  # each has an interval
+        assert found["low"] <= found["value"] <= found["high"], name
+    last, whole = metrics["PSNR, scales to 8x8"], metrics["PSNR"]
+    assert [last[end] for end in ("low", "high")] == pytest.approx([whole["low"], whole["high"]])
     by_scale = [value for name, value in values.items() if name.startswith("PSNR, scales to ")]
     assert len(by_scale) == 6
     assert by_scale[-1] == pytest.approx(values["PSNR"])

@@ -19,6 +19,7 @@ from PIL import Image
 from small_models import small_model
 
 from variant.cli.main import main
+from variant.engine.engine import Engine, kernels_of
 from variant.evaluation import sampler
 from variant.evaluation.image_sets import open_images
 
@@ -114,6 +115,36 @@ def test_another_run_is_refused(model, tmp_path, capsys):
     assert run(model, tmp_path / "a.txt") == 1
     assert "must be a folder or end in .npz" in capsys.readouterr().err
     assert run(model, out, batch=0) == 1
+
+
+def test_the_record_names_the_kernels_that_auto_has_chosen(model, tmp_path, monkeypatch, capsys):
+    out, record = tmp_path / "a", tmp_path / "a" / "sample.json"
+    monkeypatch.delenv("VARIANT_BACKEND", raising=False)
+    assert run(model, out) == 0
+    recorded = json.loads(record.read_text())
+    assert recorded["backend"] == "auto"
+    loaded = small_model()
+    assert recorded["kernels"] == kernels_of(Engine(loaded.var, loaded.vae))
+    assert {"paged_attention", "sample_tokens"} <= recorded["kernels"].keys()
+    assert "auto" not in recorded["kernels"].values()
+    # A variable of the environment chooses others: their images may differ.
+    (out / "000000_class0.png").unlink()
+    others = {name for name in recorded["kernels"].values() if name != "reference"}
+    monkeypatch.setenv("VARIANT_BACKEND", "reference")
+    assert run(model, out) == (1 if others else 0)
+    assert ("was sampled with kernels {" in capsys.readouterr().err) == bool(others)
+    # A record of an earlier version, which did not name them, is continued.
+    del recorded["kernels"]
+    record.write_text(json.dumps(recorded))
+    assert run(model, out) == 0
+    generated = tmp_path / "generated"
+    words = ["generate", "--model", str(model), "--labels", "1", "--out", str(generated)]
+    assert main(words) == 0
+    record = generated / "generate.json"
+    recorded = json.loads(record.read_text())
+    assert set(recorded.pop("kernels").values()) == {"reference"}
+    record.write_text(json.dumps(recorded))
+    assert main([*words, "--resume"]) == 0
 
 
 CHILD = """

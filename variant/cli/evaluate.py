@@ -34,7 +34,7 @@ from variant.evaluation.features import FeatureNetwork, load_network
 from variant.evaluation.image_sets import ImageSet, Reference, open_images, open_reference
 from variant.evaluation.paired import Paired, check_pairs, compare_pairs
 from variant.evaluation.reconstruct import load_vqvae, psnr_by_scales, reconstructions
-from variant.evaluation.report import Evaluation, Metric, evaluate, share
+from variant.evaluation.report import Evaluation, Metric, evaluate, is_distance, share
 from variant.evaluation.sampler import FORMAT as SAMPLE_FORMAT
 from variant.evaluation.sampler import SETTINGS_NAME as SAMPLED
 from variant.models.placement import check_device
@@ -156,10 +156,12 @@ def _reconstructions(name: str, vae: VQVAE, reference: Reference) -> ImageSet:
     return reconstructions(name, vae, reference.images)
 
 
-def _with_scales(result: Evaluation, by_scales: Mapping[str, float]) -> Evaluation:
+def _with_scales(
+    result: Evaluation, by_scales: Mapping[str, tuple[float, tuple[float, float] | None]]
+) -> Evaluation:
     metrics = [
-        Metric(f"PSNR, scales to {name}", value, result.num_images)
-        for name, value in by_scales.items()
+        Metric(f"PSNR, scales to {name}", value, result.num_images, *(interval or (None, None)))
+        for name, (value, interval) in by_scales.items()
     ]
     return replace(result, metrics=(*result.metrics, *metrics))
 
@@ -169,8 +171,8 @@ def _with_pairs(result: Evaluation, pairs: Paired, reconstructed: bool) -> Evalu
     count = result.num_images
     low, high = pairs.psnr_interval or (None, None)
     metrics = [
-        replace(metric, name=f"r{metric.name}") if reconstructed and place == 0 else metric
-        for place, metric in enumerate(result.metrics)
+        replace(metric, name=f"r{metric.name}") if reconstructed and is_distance(metric) else metric
+        for metric in result.metrics
     ]
     metrics += [
         Metric("PSNR", pairs.psnr, count, low, high),
@@ -205,7 +207,8 @@ def _held_out(recipe: Recipe, name: str) -> ImageSet:
     def read(indices: range) -> Any:
         return to_uint8(data.held_out(indices)[0]).contiguous()
 
-    return ImageSet(f"held-out images of {name}", data.num_held_out, None, read)
+    labels = data.held_out_labels.tolist()
+    return ImageSet(f"held-out images of {name}", data.num_held_out, labels, read)
 
 
 def network_of(command: Eval, out: Console) -> FeatureNetwork:

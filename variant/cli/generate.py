@@ -31,12 +31,13 @@ from variant.cli.output import (
 from variant.cli.progress import Advance, progress
 from variant.cli.schedule import schedule_of
 from variant.cli.words import command_line
-from variant.engine.engine import Engine
+from variant.engine.engine import Engine, kernels_of
 from variant.engine.generation import Generation, OnScale, PartialResult, Sampling, Stats
 from variant.engine.grid import grid
 from variant.engine.memory import batch_size, free_bytes
 from variant.engine.planning import depths_of
 from variant.errors import UserError
+from variant.evaluation.sampler import KERNELS, is_same
 from variant.models.class_names import labels_of_words
 from variant.models.placement import check_device
 from variant.supernet import VARiant
@@ -275,7 +276,7 @@ class Work:
             )
         target.clear_temporary()
         for key, value in settings.items() if recorded is not None else ():
-            if recorded is not None and recorded.get(key) != value and key != "software":
+            if recorded is not None and key != "software" and not is_same(recorded, key, value):
                 raise UserError(
                     f"{command.out}: was generated with {key} {recorded.get(key)}; got {value}. "
                     "Give the same settings, or another --out"
@@ -413,6 +414,7 @@ class Work:
             "kv_dtype": command.kv_dtype,
             "device": engine.device.type,
             "backend": command.backend,
+            KERNELS: kernels_of(engine, command.kv_dtype),
             "max_batch": command.max_batch,
             "software": f"variant {__version__}, torch {torch.__version__}",
         }

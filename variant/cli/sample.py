@@ -25,10 +25,10 @@ from variant.cli.output import (
 )
 from variant.cli.progress import Advance, progress
 from variant.cli.schedule import schedule_of
-from variant.engine.engine import Engine
+from variant.engine.engine import Engine, kernels_of
 from variant.engine.generation import Sampling
 from variant.errors import UserError
-from variant.evaluation.sampler import SampleFiles, is_own_name, record_of_npz, sample
+from variant.evaluation.sampler import KERNELS, SampleFiles, is_own_name, record_of_npz, sample
 from variant.models.class_names import labels_of_words
 from variant.models.config import VARConfig
 from variant.models.placement import check_device
@@ -172,6 +172,7 @@ def settings_of(
         "kv_dtype": command.kv_dtype,
         "device": engine.device.type,
         "backend": command.backend,
+        KERNELS: kernels_of(engine, command.kv_dtype),
         "files": files.form,
         "batch": command.batch,
         "software": f"variant {__version__}, torch {torch.__version__}",

@@ -14,7 +14,7 @@ from variant.bench.environment import environment
 from variant.cli.generate import fingerprint
 from variant.cli.options import Search
 from variant.cli.progress import Advance, progress
-from variant.engine.engine import Engine
+from variant.engine.engine import Engine, kernels_of
 from variant.engine.planning import depths_of, schedule_row
 from variant.errors import UserError
 from variant.files import atomic_write
@@ -23,7 +23,7 @@ from variant.search.compare import Row, compare
 from variant.search.costs import Cost, KVCost, latency_cost, work_cost
 from variant.search.data import HeldOut, held_out
 from variant.search.latency import FORMAT as LATENCY_FORMAT
-from variant.search.latency import kernels_of, measure_seconds, read_seconds
+from variant.search.latency import measure_seconds, read_seconds
 from variant.search.losses import ForcedLosses, subnet_schedule
 from variant.search.saved import SavedLosses, losses_file
 from variant.search.space import (

@@ -97,6 +97,7 @@ class ImageData(Protocol):
     num_classes: int
     classes: list[str]
     train_labels: Tensor
+    held_out_labels: Tensor
 
     def train(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:
         """Training images, augmented as in that epoch."""

@@ -378,6 +378,15 @@ class Engine(CastModels):
         return memory.decoder_bytes(self.vae.config, packed=self.packed)
 
 
+def kernels_of(engine: Engine, kv_dtype: KVDtype = None) -> dict[str, str]:
+    """The backend of each op that a call takes now, where "auto" and VARIANT_BACKEND have chosen.
+
+    Args:
+        kv_dtype: of the call; None is the engine's own.
+    """
+    return dict(engine._launchers(engine._kv_dtype("kernels_of", kv_dtype)).names)
+
+
 def _checked(
     models: CastModels, labels: Labels, sampling: Sampling, call: Call
 ) -> tuple[Request, Batch]:

@@ -50,11 +50,19 @@ def compare_pairs(images: ImageSet, reference: ImageSet, batch: int = 64) -> Pai
         errors.append(squared_errors(one, other))
         ssims.append(structural_similarity(one, other))
         equal += int((one == other).flatten(1).all(1).sum())
-    error, least, most = _mean(torch.cat(errors))
+    value, interval = psnr_with_interval(torch.cat(errors))
     ssim, lowest, highest = _mean(torch.cat(ssims))
+    return Paired(value, ssim, equal / images.count, interval, (lowest, min(1.0, highest)))
+
+
+def psnr_with_interval(errors_N: Tensor) -> tuple[float, tuple[float, float] | None]:
+    """PSNR of images with these squared errors, and its 95 % interval over draws of the images.
+
+    The interval is None where the PSNR is infinite.
+    """
+    error, least, most = _mean(errors_N)
     # A large error is a small PSNR.
-    interval = None if error == 0 else (psnr(most), psnr(max(least, 0.0)))
-    return Paired(psnr(error), ssim, equal / images.count, interval, (lowest, min(1.0, highest)))
+    return psnr(error), None if error == 0 else (psnr(most), psnr(max(least, 0.0)))
 
 
 def _mean(values_N: Tensor) -> tuple[float, float, float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from variant.errors import UserError
 from variant.evaluation.classifier import to_uint8
 from variant.evaluation.image_sets import ImageSet
-from variant.evaluation.paired import psnr, squared_errors
+from variant.evaluation.paired import psnr_with_interval, squared_errors
 from variant.models.vqvae import VQVAE
 from variant.supernet import VARiant
 from variant.training.checkpointer import Checkpointer
@@ -58,15 +58,21 @@ def reconstructions(name: str, vae: VQVAE, source: ImageSet) -> ImageSet:
     return ImageSet(f"reconstructions by {name}", source.count, source.labels, read)
 
 
-def psnr_by_scales(vae: VQVAE, source: ImageSet, batch: int = 64) -> dict[str, float]:
-    """PSNR of images decoded from their first scales, in dB, by the side of the last one."""
-    errors = [0.0] * vae.layout.num_scales
+def psnr_by_scales(
+    vae: VQVAE, source: ImageSet, batch: int = 64
+) -> dict[str, tuple[float, tuple[float, float] | None]]:
+    """PSNR of images decoded from their first scales, in dB, by the side of the last one.
+
+    Each with its interval, as :func:`variant.evaluation.paired.psnr_with_interval` gives them.
+    """
+    errors: list[list[Tensor]] = [[] for _ in vae.layout.shapes]
     for start in range(0, source.count, batch):
         images = source.read(range(start, min(start + batch, source.count)))
         for k, decoded in enumerate(vae.decode_by_scale(_encode(vae, images))):
-            errors[k] += float(squared_errors(images, _as_pixels(decoded)).sum())
+            errors[k].append(squared_errors(images, _as_pixels(decoded)))
     names = [f"{height}x{width}" for height, width in vae.layout.shapes]
-    return {name: psnr(error / source.count) for name, error in zip(names, errors, strict=True)}
+    values = (psnr_with_interval(torch.cat(parts)) for parts in errors)
+    return dict(zip(names, values, strict=True))
 
 
 def _encode(vae: VQVAE, images_B3YX: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ SETTINGS_NAME = "sample.json"
 PART = 500  # images of a shard and of a part
 TEMPORARY = re.compile(r"\.(?:part-)?(?P<number>\d+)(?:_class-?\d+)?\.(?:png|tar|npy)\.\d+\.tmp")
 OWN = re.compile(r"\d{6,}_class-?\d+\.png|part-\d{5,}\.tar")
+KERNELS = "kernels"  # the backend of each op; records of earlier versions do not have it
 # Settings in which a run may be continued with another value.
 FREE = ("software", "commit", "dirty")
 FREE_IN_FLOAT32 = (*FREE, "batch")
@@ -272,11 +273,16 @@ def _check_same(path: Path, settings: Mapping[str, Any], what: Path | None = Non
         raise UserError(f'{shown(path)}: its "format" must be "{FORMAT}"; give another --out')
     free = FREE_IN_FLOAT32 if settings.get("dtype") == "float32" else FREE
     for key, value in json.loads(json.dumps(settings)).items():
-        if recorded.get(key) != value and key not in free:
+        if key not in free and not is_same(recorded, key, value):
             raise UserError(
                 f"{shown(what or path.parent)}: was sampled with {key} {recorded.get(key)}; got "
                 f"{value}. Give the same settings, or another --out"
             )
+
+
+def is_same(recorded: Mapping[str, Any], key: str, value: object) -> bool:
+    """Whether a record of a run has this value of a setting."""
+    return recorded.get(key) == value or (key == KERNELS and key not in recorded)
 
 
 def _check_record(files: SampleFiles, settings: Mapping[str, Any]) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from variant.engine.engine import Engine
-from variant.engine.kernels import Launchers
 from variant.errors import UserError
 from variant.paths import read_json, shown
 from variant.search.space import Layers
@@ -60,20 +59,6 @@ def measure_seconds(
         depth: [statistics.median(column) for column in zip(*rounds, strict=True)]
         for depth, rounds in times.items()
     }
-
-
-def kernels_of(engine: Engine) -> dict[str, str]:
-    """op -> the backend that serves it, with VARIANT_BACKEND and ``use_backend`` as they are."""
-    launchers = Launchers(
-        engine.backend,
-        engine.device.type,
-        engine.dtype,
-        engine.product_dtype,
-        engine.var,
-        engine.page_size,
-        engine.kv_dtype,
-    )
-    return dict(launchers.names)
 
 
 def _marks(engine: Engine, schedule: DepthSchedule, batch: int) -> list[float]:
