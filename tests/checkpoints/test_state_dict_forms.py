@@ -135,6 +135,30 @@ EMA_FORMS = {
 }
 
 
+def parameters_of(state):
+    """The tensors that ``parameters()`` of the model gives, in its order."""
+    buffers = ("zero_k_bias", "lvl_1L", "attn_bias_for_masking")
+    return [value for key, value in state.items() if not key.endswith(buffers)]
+
+
+EMA_FORMS |= {
+    "torch_ema": lambda s, e: {
+        "model": s,
+        "ema": {
+            "decay": 0.99,
+            "num_updates": 3,
+            "shadow_params": parameters_of(e),
+            "collected_params": parameters_of(s),
+        },
+    },
+    "list of parameters": lambda s, e: {
+        "state_dict": s,
+        "ema": tuple(torch.nn.Parameter(value) for value in parameters_of(e)),
+    },
+    "numbered": lambda s, e: {"model": s, "model_ema": dict(enumerate(parameters_of(e)))},
+}
+
+
 @pytest.mark.parametrize("form", EMA_FORMS)
 def test_a_file_with_both_gives_either(tmp_path, form):
     state = golden().var_state
@@ -164,6 +188,34 @@ def test_several_averages_are_chosen_by_name(tmp_path):
         loaded(tmp_path, content, weights="ema")
     with pytest.raises(UserError, match=r'has no weights "ema/0\.9"; it has "model", "ema/0\.99"'):
         loaded(tmp_path, content, weights="ema/0.9")
+
+
+def test_the_order_of_a_list_is_that_of_parameters():
+    model = VAR(golden().var_config)
+    named = dict(model.named_parameters())
+    shadow = [torch.full_like(value, i) for i, value in enumerate(named.values())]
+    content = {"model": model.state_dict(), "ema": {"shadow_params": shadow}}
+    found = find_state_dict(content, "var_wo_ddp", "x.pth", "ema")
+    assert all(torch.equal(found[name], shadow[i]) for i, name in enumerate(named))
+
+
+def test_an_average_without_names_that_does_not_fit_is_refused_by_name(tmp_path):
+    state = golden().var_state
+    shadow = parameters_of(ema_of(state))
+    swapped = [shadow[-1], *shadow[1:-1], shadow[0]]
+    names = '"ema/shadow_params" is a list of tensors without names'
+    for wrong, reason in (
+        (shadow[:-1], rf"it has {len(shadow) - 1} tensors for {len(shadow)} parameters of"),
+        (swapped, r"its tensor 0 is \(.*\), and \w.* is \(.*\) of \"model\""),
+    ):
+        content = {"model": state, "ema": {"shadow_params": wrong, "collected_params": None}}
+        for weights in ("ema", "ema/shadow_params"):
+            with pytest.raises(UserError, match=rf"{names} \({reason}.*save model.state_dict"):
+                loaded(tmp_path, content, weights=weights)
+        assert equal(loaded(tmp_path, content), state)
+    for content in ({"shadow_params": shadow}, {"ema": {"shadow_params": shadow}}):
+        with pytest.raises(UserError, match=r'shadow_params" is a list .*no state dict of the mod'):
+            loaded(tmp_path, content)
 
 
 def test_weights_that_are_not_there_are_refused(tmp_path):

@@ -8,7 +8,6 @@ trainers: a state dict is wherever the keys of the model are, behind one common 
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from variant.checkpoints.unnamed_averages import is_average, unnamed_averages, with_names
 from variant.errors import UserError
 from variant_kernels.arguments import typed
 
@@ -36,8 +36,6 @@ MODEL, EMA = "model", "ema"
 # Parts of a key that wrappers of a module or a submodule add: DistributedDataParallel and
 # AveragedModel, torch.compile, FSDP, activation checkpointing.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# Words in the name of an average of the weights.
-AVERAGES = {"ema", "swa", "averaged", "average", "avg", "shadow"}
 # Averages over parameters alone lack these; they are no parameters.
 BUFFERS = ("zero_k_bias", "ema_vocab_hit_SV", "lvl_1L", "attn_bias_for_masking")
 MAX_NESTING = 5
@@ -83,8 +81,16 @@ def find_state_dict(
         )
     found = list(_search(content, KEYS_OF_PART[part], where))
     complete = [state for state in found if state.complete]
+    named, unnamed = _unnamed(content, complete)
     if not complete:
+        if unnamed:
+            raise _without_names(where, *next(iter(unnamed.items())))
         return _incomplete(content, found, part, where)
+    complete += named
+    if weights in unnamed and part == "var_wo_ddp":
+        raise _without_names(where, weights, unnamed[weights])
+    if weights == EMA and unnamed and not any(state.averaged for state in complete):
+        raise _without_names(where, *next(iter(unnamed.items())))
     if part == "vae_local" and weights is not None:
         known = {state.name for state in complete}
         known |= {EMA if state.averaged else MODEL for state in complete}
@@ -94,6 +100,34 @@ def find_state_dict(
     if chosen.averaged:
         _add_buffers(state, [other.state for other in complete if not other.averaged])
     return state
+
+
+def _unnamed(
+    content: Mapping[Any, Any], complete: Sequence[StateDict]
+) -> tuple[list[StateDict], dict[str, str]]:
+    """The averages without names that have those of a state dict; why the others have none."""
+    plain = [state for state in complete if not state.averaged]
+    named, others = [], {}
+    for name, tensors in unnamed_averages(content):
+        others[name] = "the file has no state dict of the model"
+        for state in plain:
+            parameters = {k: v for k, v in state.state.items() if not k.endswith(BUFFERS)}
+            try:
+                average = with_names(tensors, parameters)
+            except ValueError as error:
+                others[name] = f"{error} of {state.describe()}"
+                continue
+            named.append(StateDict(name, average, True, True))
+            del others[name]
+            break
+    return named, others
+
+
+def _without_names(where: str, name: str, reason: str) -> UserError:
+    return UserError(
+        f'{where}: "{name}" is a list of tensors without names ({reason}). Copy it into the model '
+        "by the library that made it, and save model.state_dict()"
+    )
 
 
 def _choose(found: Sequence[StateDict], weights: str | None, where: str) -> StateDict:
@@ -114,13 +148,13 @@ def _choose(found: Sequence[StateDict], weights: str | None, where: str) -> Stat
     if len(wanted) > 1:
         raise UserError(
             f"{where}: has several state dicts of this model: {places}; give the name of one as "
-            "weights (convert: --weights)"
+            "weights (convert: --weights; a recipe: model.weights_entry)"
         )
     if weights is None and len(found) > 1:
         others = ", ".join(state.describe() for state in found if state is not wanted[0])
         warnings.warn(
             f"{where}: took {wanted[0].describe()}; the file also has {others}. Give weights "
-            '(convert: --weights) to choose: "ema" or "model"',
+            '(convert: --weights; a recipe: model.weights_entry) to choose: "ema" or "model"',
             stacklevel=6,
         )
     return wanted[0]
@@ -184,7 +218,7 @@ def _search(
             )
         counted = state.pop("n_averaged", None) is not None  # by torch's AveragedModel
         names = (*path, *filter(None, prefix.split(".")))
-        averaged = counted or any(word in AVERAGES for name in names for word in _words(name))
+        averaged = counted or is_average(names)
         yield StateDict("/".join(names), state, prefix in complete, averaged)
     if len(path) < MAX_NESTING:
         for key, value in content.items():
@@ -205,12 +239,6 @@ def _prefixes(keys: Iterable[str], marks: Sequence[str]) -> set[str]:
 def _complete_prefixes(keys: Mapping[str, Tensor], marks: Sequence[str]) -> list[str]:
     """The prefixes behind which all of these marks stand."""
     return [p for p in sorted(_prefixes(keys, marks)) if all(p + mark in keys for mark in marks)]
-
-
-def _words(name: str) -> list[str]:
-    """The words of a name: ``model_ema``, ``EMAModel`` and ``model-ema`` all have "ema"."""
-    apart = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
-    return [word.lower() for word in re.split(r"[^A-Za-z]+", apart)]
 
 
 def _without_wrappers(content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], set[str]]:
