@@ -463,6 +463,41 @@ def test_replaced_layers_modules_and_weights_are_cast_again():
         assert torch.equal(after, Engine(engine.var, model.vae).forced_logits(label, tokens))
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda var: var.blocks.pop(1), ValueError, "blocks must have 4 layers, .* got 3"),
+        (
+            lambda var: var.blocks.append(copy.deepcopy(var.blocks[0])),
+            ValueError,
+            "must have 4 layers, .* got 5",
+        ),
+        (
+            lambda var: var.blocks.__setitem__(1, torch.nn.Identity()),
+            TypeError,
+            r"blocks\[1\] must be of type Block; got Identity",
+        ),
+        (lambda var: delattr(var.blocks[2], "attn"), TypeError, r"blocks\[2\].attn must be of"),
+        (
+            lambda var: setattr(var.blocks[2], "ffn", torch.nn.Identity()),
+            TypeError,
+            r"blocks\[2\].ffn must be of type MLP; got Identity",
+        ),
+    ],
+)
+@pytest.mark.parametrize("used", [False, True])
+def test_layers_that_were_removed_or_replaced_are_named(change, error, message, used, tmp_path):
+    model = small_model()
+    if used:
+        model.generate([1], seed=0)
+    change(model.var)
+    with pytest.raises(error, match=message):
+        model.generate([1], seed=0)
+    with pytest.raises(error, match=message):
+        model.save_pretrained(tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
 @pytest.mark.parametrize("options", [{}, {"pack": False}, {"dtype": torch.bfloat16}])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_around_a_call_changes_nothing(backend, options):

@@ -24,7 +24,7 @@ from variant.checkpoints.sharded import WEIGHTS_NAME, find_weights, read_weights
 from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.files import atomic_write, save_safetensors
-from variant.models.var import VAR
+from variant.models.var import VAR, check_blocks
 from variant.models.vqvae import VQVAE
 from variant.models.zones import is_zone_key, reset_zone_weights
 from variant.tensor_files import StoredTensor, read_all
@@ -58,11 +58,14 @@ def save_model(
         model_id: name of the model in the card; None is the folder's name.
     Raises:
         UserError: the folder cannot be written.
-        TypeError: ``extra`` holds a value that JSON cannot represent.
-        ValueError: ``extra`` has a key that save_model writes itself.
+        TypeError: ``extra`` holds a value that JSON cannot represent, or a layer of ``var`` was
+            replaced.
+        ValueError: layers of ``var`` were removed or added; or ``extra`` has a key that
+            save_model writes itself.
     """
     folder = Path(folder)
     check_extra("save_pretrained", extra or {})
+    check_blocks("save_pretrained", var)
     tensors = {
         f"{part}.{key}": value.detach().cpu().contiguous()
         for part, module in (("var", var), ("vae", vae))

@@ -15,7 +15,7 @@ from variant.engine.cuda_graphs import GraphCache
 from variant.engine.graph_replay import GraphReplay
 from variant.engine.page_tables import PageTableCache
 from variant.engine.weights import EngineWeights, WeightsVersion
-from variant.models.var import VAR
+from variant.models.var import VAR, check_blocks
 from variant.models.vqvae import VQVAE
 from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.packed_linear import can_pack
@@ -90,6 +90,7 @@ class CastModels:
             if self._cast is None or self._cast[0] != version:
                 # Free the old copies, and the graphs that read them, before new ones are allocated.
                 self._cast = self._graphs = None
+                check_blocks("Engine", self.var)
                 weights = EngineWeights(self.var, self.vae, self.product_dtype, self.packed)
                 self._cast = version, weights
             return self._cast[1]

@@ -220,6 +220,25 @@ class HeadNorm(nn.Module):
         return modulated(stream, scale_BC, shift_BC, self.norm_eps)[1]
 
 
+def check_blocks(op: str, var: VAR) -> None:
+    """Check that the model's layers are those of its config: none removed, added or replaced.
+
+    Raises:
+        TypeError: a layer, its attention or its MLP is missing or of another class.
+        ValueError: another number of layers.
+    """
+    depth = var.config.depth
+    if len(var.blocks) != depth:
+        raise ValueError(
+            f"{op}: var.blocks must have {depth} layers, as var.config says; got "
+            f"{len(var.blocks)}. A depth leaves layers out, and removes none"
+        )
+    for index, block in enumerate(var.blocks):
+        block = instance(op, f"var.blocks[{index}]", block, Block)
+        for name, kind in (("attn", SelfAttention), ("ffn", MLP)):
+            instance(op, f"var.blocks[{index}].{name}", getattr(block, name, None), kind)
+
+
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which matrix products run: autocast's inside autocast, else the tensor's."""
     device = tensor.device.type
