@@ -120,7 +120,7 @@ def test_the_interval_is_that_of_classes_of_equal_share_whatever_their_order(ord
     def draw():
         return centres[classes] + torch.randn(500, 6, generator=generator)
 
-    monkeypatch.setattr(report, "precision_recall", lambda **sets: PrecisionRecall(0, 0, 0, 0))
+    monkeypatch.setattr(report, "precision_recall", lambda **sets: PrecisionRecall(0, 0))
     real = torch.cat([draw() for _ in range(4)])
     labels = {
         "in turn": classes,
@@ -208,6 +208,36 @@ def test_the_labels_of_the_reference_reach_its_halves():
     held_out = reference_of("digits")
     labels = DigitsData(DataSection("digits"), 16, 3, 0).held_out_labels
     assert held_out.images.labels == labels.tolist()
+
+
+def test_the_interval_of_a_share_has_a_length_where_all_images_agree():
+    """The score interval: the shares p with |share - p| at most 1.96 (p (1 - p) / n)^0.5."""
+    for hits, n in ((0, 20), (1, 20), (50, 100), (100, 100)):
+        value = hits / n
+        found = report.share("x", value, n)
+        assert (found.value, found.count) == (value, n)
+        assert found.high - found.low > 1 / n
+        for end in (found.low, found.high):
+            if 0 < end < 1:
+                assert abs(value - end) == pytest.approx(1.96 * (end * (1 - end) / n) ** 0.5)
+    assert report.share("x", 1.0, 100).low == pytest.approx(0.963, abs=1e-3)
+    wide = report.share("recall", 0.5, 100, 20)
+    assert (wide.count, wide.low) == (100, report.share("x", 0.5, 20).low)
+
+
+def test_pairs_are_left_out_together():
+    """Classes by labels, whose blocks the reference has too."""
+    labels = np.arange(60) % 4
+    pixels = array(1, 60)
+    images, reference = (array_images(name, pixels, labels) for name in "ab")
+    same = evaluate(images, Reference("r", reference), NETWORK, paired=True).metrics[0]
+    assert same.low == 0
+    assert same.value == pytest.approx(0, abs=1e-9)
+    assert [same.high, same.infinite] == pytest.approx([0, 0], abs=1e-9)
+    assert evaluate(images, Reference("r", reference), NETWORK).metrics[0].high > 1e-6
+    few = Reference("r", array_images("few", array(1, 50)))
+    with pytest.raises(UserError, match="needs as many images"):
+        evaluate(images, few, NETWORK, paired=True)
 
 
 def test_labels_of_another_order_are_warned_about():

@@ -101,7 +101,9 @@ def evaluate_command(command: Eval) -> None:
         warnings.simplefilter("always", RuntimeWarning)
         _check_number(images, generated)
         advance = stack.enter_context(progress("eval", "features", total, command.json))
-        result = evaluate(images, reference, network, batch=command.batch, advance=advance)
+        result = evaluate(
+            images, reference, network, batch=command.batch, paired=is_paired, advance=advance
+        )
         if is_paired and reference.images is not None:
             pairs = compare_pairs(images, reference.images, command.batch)
             result = _with_pairs(result, pairs, command.reconstruct is not None)
@@ -177,7 +179,7 @@ def _with_pairs(result: Evaluation, pairs: Paired, reconstructed: bool) -> Evalu
     metrics += [
         Metric("PSNR", pairs.psnr, count, low, high),
         Metric("SSIM", pairs.ssim, count, pairs.ssim_interval[0], pairs.ssim_interval[1]),
-        share("equal images", pairs.equal, (pairs.equal * (1 - pairs.equal) / count) ** 0.5, count),
+        share("equal images", pairs.equal, count),
     ]
     return replace(result, metrics=tuple(metrics))
 
