@@ -123,7 +123,15 @@ def main():
         jobs = pickle.load(file)  # from the test
     folder = Path(sys.argv[3])
     children = [start(rank, jobs, sys.argv[2].split(","), folder) for rank in range(2)]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    codes = {}
+    while len(codes) < len(children):
+        child, status = os.wait()
+        codes[child] = os.waitstatus_to_exitcode(status)
+        if codes[child]:  # torchrun does so, too, when a process is lost
+            time.sleep(1)
+            for other in set(children) - codes.keys():
+                os.kill(other, signal.SIGTERM)
+    codes = [codes[child] for child in children]
     (folder / "processes.json").write_text(json.dumps([children, codes]))
 
 

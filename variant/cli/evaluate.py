@@ -76,8 +76,9 @@ def evaluate_command(command: Eval) -> None:
     check_device("eval", command.device, name="--device")
     out = console(command.json, stderr=True)
     if command.model is not None:
-        from variant.cli.evaluate_depths import evaluate_depths
+        from variant.cli.evaluate_depths import check_out, evaluate_depths
 
+        check_out(command.out)
         evaluate_depths(command, reference_of(command.reference), network_of(command, out))
         return
     reference = reference_of(command.reference)

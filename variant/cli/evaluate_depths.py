@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,7 +12,14 @@ from typing import Any
 
 from variant.bench.environment import environment
 from variant.cli.options import Eval, Sample
-from variant.cli.output import check_folder, checked_path, console, table, write_json
+from variant.cli.output import (
+    check_folder,
+    check_own_folder,
+    checked_path,
+    console,
+    table,
+    write_json,
+)
 from variant.cli.progress import progress
 from variant.cli.pyplot import pyplot, save_plot
 from variant.cli.sample import PER_CLASS, settings_of
@@ -30,6 +38,7 @@ from variant_kernels.arguments import integer
 
 FORMAT = "variant-eval-depths-1"
 TOP_K = 900
+OWN_NAME = re.compile(r"(?:depth\d+-bridge\d+|schedule.+)-(?:exact|fp8)")  # of a setting's folder
 # Timed generations of one batch; the median counts.
 TIMED = 3
 
@@ -85,14 +94,22 @@ class Setting:
         return values if schedule is None else {**values, **schedule.to_dict()}
 
 
-def evaluate_depths(command: Eval, reference: Reference, network: FeatureNetwork) -> None:
-    """Generate the images of every setting, evaluate them, print the table and write the record."""
-    assert command.model is not None, "the caller checks it"
-    out = Path(command.out)
+def check_out(out: Path) -> None:
+    """Fails before the work if the images cannot be written there, or must not.
+
+    Raises:
+        UserError: it is no folder, cannot be written, or is of something else.
+    """
     with checked_path(out):
         if out.exists() and not out.is_dir():
             raise UserError(f"{out}: --out must be a folder")
         check_folder(out)
+        check_own_folder("eval", out, lambda name: OWN_NAME.fullmatch(name) is not None)
+
+
+def evaluate_depths(command: Eval, reference: Reference, network: FeatureNetwork) -> None:
+    """Generate the images of every setting, evaluate them, print the table and write the record."""
+    assert command.model is not None, "the caller checks it"
     model = VARiant.from_pretrained(command.model, device=command.device)
     config, engine = model.var.config, Engine(model.var, model.vae)
     num = PER_CLASS * config.num_classes if command.num is None else command.num

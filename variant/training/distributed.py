@@ -24,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 from variant.data.loader import refuse_in_worker
 from variant.errors import UserError
 from variant.training.heartbeat import Heartbeat
+from variant.training.interrupt import Interrupt
 
 # Lost processes are noticed by their heartbeat, so a long pause, e.g. for a file, is no error.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
@@ -244,8 +245,14 @@ def _leave(heartbeat: Heartbeat, error: BaseException) -> None:
     Raises:
         UserError: the error is that another process is lost.
     """
+    errors = [error]
+    if isinstance(error, KeyboardInterrupt) and error.__context__ is not None:
+        # torchrun sends SIGTERM as soon as a process is lost: it came while the error was handled.
+        errors.append(error.__context__)
     # Errors of torch.distributed are RuntimeErrors; a UserError is this process's own.
-    reason = heartbeat.reason() if isinstance(error, RuntimeError) else None
+    failed = isinstance(errors[-1], RuntimeError)
+    with Interrupt().listening():  # nor does SIGTERM end the search
+        reason = heartbeat.reason() if failed else None
     own = "" if isinstance(error, SystemExit) else " ".join(f"{error}".split())[:500]
     if own == "" and not isinstance(error, SystemExit):
         own = type(error).__name__
@@ -254,7 +261,8 @@ def _leave(heartbeat: Heartbeat, error: BaseException) -> None:
     # The frames of the traceback hold the model; DistributedDataParallel must be deleted before the
     # group: else its reducer deletes the group and, while it holds the interpreter's lock, waits
     # for a thread that needs the lock (torch 2.13).
-    traceback.clear_frames(error.__traceback__)
+    for one in errors:
+        traceback.clear_frames(one.__traceback__)
     gc.collect()
     with suppress(RuntimeError):
         dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -109,6 +110,9 @@ class _FSDP2(Parallel):
 
         super().__init__(module)
         self.mode = "fsdp2"
+        # torch warns in every block, as linear layers return views: a hook would be lost if one of
+        # them were changed in place. Nothing changes the output of a block.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(device.type, (size,))
         policy = MixedPrecisionPolicy()
         if dtype != torch.float32:

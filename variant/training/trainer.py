@@ -128,8 +128,8 @@ class Trainer:
             self.console.print_note(self.task.note)
         self.task.prepare(self.console.print_preparation)
         with (
-            closing(self.checkpointer),
             Interrupt().listening() as interrupt,
+            closing(self.checkpointer),
             self.log.opened(),
             self._reading_ahead(),
             self.console.progress_bar() as move_bar,
