@@ -13,6 +13,7 @@ from PIL import Image
 from seeded import images as seeded_images
 from small_models import small_model
 
+from variant.cli import evaluate as evaluate_module
 from variant.cli.evaluate import reference_of
 from variant.cli.main import main
 from variant.data.config import DataSection
@@ -427,6 +428,32 @@ def test_references_that_do_not_fit_are_refused(tmp_path):
         evaluate(images, open_reference(tmp_path / "spatial.npz"), unused)
     with pytest.raises(UserError, match="at least 20 images are needed; a has 19"):
         evaluate(array_images("a", array(1, 19)), open_reference(tmp_path / "small.npz"), NETWORK)
+
+
+def test_nothing_is_trained_for_images_that_do_not_fit(tmp_path, monkeypatch, capsys):
+    def refused(*args, **rest):
+        raise AssertionError("a classifier was trained")
+
+    monkeypatch.setattr(evaluate_module, "train_classifier", refused)
+    monkeypatch.chdir(tmp_path)
+    for side in (16, 8):
+        write_folder(tmp_path / f"side{side}", array(1, 24, side))
+    write_folder(tmp_path / "few", array(1, 5))
+    words = ["eval", "--reference", "digits", "--features"]
+    for features, source, message in (
+        ("classifier:digits", ["--images", "few"], "at least 20 images are needed; few has 5"),
+        ("classifier:digits", ["--images", "side8"], "side8 has 8 x 8 pixels"),
+        ("classifier:my.toml", ["--images", "side16"], "my.toml: no such"),
+        ("classifier:imagenet-vqvae", ["--images", "side16"], "256 x 256 pixels; those that are"),
+        ("classifier:imagenet-vqvae", ["--model", "digits"], "256 x 256 pixels; those that are"),
+        ("classifier:digits", ["--model", "digits", "--depths", "9"], "--depths must be"),
+        ("classifier:digits", ["--model", "digits", "--num", "5"], "--num must be"),
+        ("classifier:digits", ["--model", "nothing"], "nothing: no such model"),
+    ):
+        assert main([*words, features, *source]) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
 
 
 def test_a_classifier_is_trained_saved_and_recognises(tmp_path):

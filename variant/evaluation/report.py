@@ -223,14 +223,19 @@ def check_reference(
     Raises:
         UserError: too few images, or a reference of another size or without what is needed.
     """
+    check_sets(reference, name, count, size)
+    if reference.images is None and (network.distance != GIVEN or reference.gaussian is None):
+        raise UserError(
+            f"eval: {network.distance} needs the images of the reference; {reference.name} "
+            "holds statistics of the Inception network alone"
+        )
+
+
+def check_sets(reference: Reference, name: str, count: int, size: tuple[int, int]) -> None:
+    """What :func:`check_reference` knows without a network, which may have to be trained first."""
     if count < LEAST:
         raise UserError(f"eval: at least {LEAST} images are needed; {name} has {count}")
     if reference.images is None:
-        if network.distance != GIVEN or reference.gaussian is None:
-            raise UserError(
-                f"eval: {network.distance} needs the images of the reference; {reference.name} "
-                "holds statistics of the Inception network alone"
-            )
         return
     if reference.images.count < LEAST:
         raise UserError(
