@@ -26,6 +26,7 @@ from variant.evaluation.frechet import FeatureStatistics, Gaussian, frechet_dist
 from variant.evaluation.image_sets import Reference, array_images, open_images, open_reference
 from variant.evaluation.report import evaluate
 from variant.evaluation.scores import PrecisionRecall, precision_recall
+from variant.files import file_sha256
 from variant_kernels import DepthSchedule
 
 CPU = torch.device("cpu")
@@ -492,6 +493,7 @@ def test_the_command_writes_and_compares(tmp_path, monkeypatch, capsys):
     assert result["format"] == "variant-eval-1"
     assert result["num_images"] == 40
     assert {"images_sha256", "reference_sha256", "network", "environment"} <= set(result)
+    assert result["network_sha256"] == file_sha256(tmp_path / "mine.py")
     assert main(["eval", "--compare", "a.json", "b.json", "--json", "-"]) == 0
     compared = json.loads(capsys.readouterr().out)
     assert set(compared["differing"]) == {"images", "images_sha256"}
