@@ -39,6 +39,7 @@ KERNELS = (
     "device_lock",
     "tuning_switch",
     "tensors",
+    "untraced",
     "masks",
     "packed_linear",
     "linear",

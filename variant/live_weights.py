@@ -21,6 +21,7 @@ from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.supernet import VARiant
 from variant_kernels.integrations.alterations import is_dtensor, readable
+from variant_kernels.untraced import untraced
 
 
 class LiveWeights:
@@ -144,6 +145,7 @@ class LiveVARiant(VARiant):
         super().__init__(var, vae)
         self._links = links
 
+    @untraced
     def engine(self, dtype: torch.dtype | str | None = None) -> Engine:
         for link in self._links:
             link.check()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Callable
 from typing import Any, BinaryIO, Literal
 
 from variant.errors import UserError
@@ -50,6 +51,18 @@ def path_kind(path: str | os.PathLike[str]) -> Literal["file", "folder", "other"
     if stat.S_ISREG(mode):
         return "file"
     return "folder" if stat.S_ISDIR(mode) else "other"
+
+
+def foreign_name(folder: str | os.PathLike[str], is_own: Callable[[str], bool]) -> str | None:
+    """A name in a folder of another kind: where it holds something, but no name that is own.
+
+    Hidden names do not count. None where there is no such folder, or it cannot be listed.
+    """
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError:
+        return None
+    return None if not names or any(map(is_own, names)) else names[0]
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:

@@ -17,6 +17,7 @@ from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.pretrained import PretrainedPair
 from variant_kernels import DepthSchedule
+from variant_kernels.untraced import untraced
 
 
 class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
@@ -48,6 +49,7 @@ class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
             "model.var(labels, teacher_input) logits"
         )
 
+    @untraced
     def engine(self, dtype: torch.dtype | str | None = None) -> Engine:
         """The engine of a dtype (itself or its name), built once; None is that of the weights."""
         dtype = check_engine_dtype("VARiant", dtype, self.var)
@@ -55,6 +57,7 @@ class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
             self._engines[dtype] = Engine(self.var, self.vae, dtype=dtype)
         return self._engines[dtype]
 
+    @untraced
     def generate(
         self,
         labels: Labels,
@@ -151,6 +154,7 @@ class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
             image_dtype=image_dtype,
         )
 
+    @untraced
     def generate_batches(
         self,
         labels: Labels,

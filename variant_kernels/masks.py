@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from variant_kernels.plans.scale_layout import ScaleLayout
+from variant_kernels.untraced import untraced
 
 # A model has one mask, or one for each stage of progressive training.
 MAX_CACHED_LAYOUTS = 8
@@ -91,9 +91,8 @@ def block_causal_layout(bias: Tensor) -> ScaleLayout | None:
     return _cached_layout(bias)
 
 
-# The result depends on values, so torch.compile must not trace it. torch.compiler.disable would
-# import torch._dynamo (2 s of CPU) with this module.
-@_disable_dynamo
+# The result depends on values.
+@untraced
 def _cached_layout(bias: Tensor) -> ScaleLayout | None:
     owner = bias if bias._base is None else bias._base
     key = bias.data_ptr(), bias.shape, bias.stride(), bias.dtype, bias.device

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from variant.cli import bench, evaluate, evaluate_depths, search
+from variant.cli import bench, evaluate, evaluate_depths, search_job
+from variant.cli.generate import check_target
 from variant.cli.options import Eval, Search
 from variant.cli.output import RESULT, check_json, console
 from variant.cli.pyplot import pyplot
@@ -76,7 +77,7 @@ def test_json_replaces_its_own_results_and_empty_files(words, model, tmp_path, r
 
 
 def test_formats_of_slow_commands_are_those_of_results():
-    for name in (bench.FORMAT, evaluate.FORMAT, evaluate_depths.FORMAT, search.FORMAT):
+    for name in (bench.FORMAT, evaluate.FORMAT, evaluate_depths.FORMAT, search_job.FORMAT):
         assert RESULT.match(f'{{\n "format": "{name}",'.encode())
     for name in ("variant-1", "variant-schedule-1", "variant-generate-1", "variant-sample-1"):
         assert not RESULT.match(f'{{\n "format": "{name}",'.encode())
@@ -110,6 +111,44 @@ def test_one_file_is_not_written_twice(words, message, model, tmp_path, run, mon
     assert message in error, error
     assert error.count("\n") == 1
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "--model", "{model}", "--labels", 1),
+        ("search", "--model", "{model}", "--data", "digits"),
+        ("eval", "--model", "{model}", "--reference", "digits"),
+        ("tokenize", "--data.copies", 0, "--vae-training.weights", "digits"),
+        ("train", "--recipe", "digits"),
+        ("train-vae", "--recipe", "digits"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_out_is_no_folder_of_something_else(words, model, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("folder/model.safetensors").write_text("weights of a user")
+    words = [str(word).format(model=model) for word in words]
+    before = contents(tmp_path)
+    code, _, error = run(*words, "--out", "folder")
+    assert code == 1
+    assert "folder" in error
+    assert "model.safetensors" in error
+    assert error.count("\n") == 1
+    assert contents(tmp_path) == before
+
+
+def test_images_go_beside_results_and_hidden_files_and_images(tmp_path):
+    for name, text in ((".x", ""), ("r.json", '{\n "format": "variant-generated-1"'), ("b", None)):
+        folder = tmp_path / (name + "_")
+        folder.mkdir()
+        if text is None:
+            (folder / "00000_class1.png").touch()
+            (folder / "notes.txt").touch()
+        else:
+            (folder / name).write_text(text)
+        assert not check_target(folder)
 
 
 def test_a_comparison_does_not_replace_what_it_compares(tmp_path, run, monkeypatch):

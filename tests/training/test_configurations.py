@@ -126,10 +126,10 @@ def test_without_given_phases_the_last_depth_of_a_schedule_counts(recipe):
     [
         ({"schedules": ((3, 2),)}, r"schedules must have 3 depths each, .* got \[3, 2\]"),
         ({"schedules": ((2, 3, 3),)}, r"depths that never rise; got \[2, 3, 3\]"),
-        ({"schedules": ((9, 2, 2),)}, r"schedule: schedules: depth must be an integer in \[2, 3\]"),
+        ({"schedules": ((9, 2, 2),)}, r"schedule.schedules: depth must be an integer in \[2, 3\]"),
         ({"schedules": ((3, 3, 2), (3, 3, 2))}, "schedules must not repeat"),
         ({"schedules": ((),)}, "schedules must have 3 depths each"),
-        ({"bridges": (1, 4)}, r"schedule: bridges must be in \[0, 3\]; got 4"),
+        ({"bridges": (1, 4)}, r"schedule.bridges must be in \[0, 3\]; got 4"),
         ({"bridges": (1, 1)}, "bridges must not repeat"),
         ({"final_probability": 1.5}, "final_probability must be <= 1; got 1.5"),
     ],

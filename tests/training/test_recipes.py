@@ -58,7 +58,7 @@ def test_packaged_recipes_load_under_their_own_name(name):
 
 
 def test_the_paper_recipe_has_the_values_of_tables_6_and_7():
-    recipe = load_recipe("imagenet-var-d30")
+    recipe = load_recipe("imagenet-var-d30-paper")
     assert recipe.model.depth == 30
     assert recipe.schedule.depths == (16,)
     assert recipe.schedule.bridge == 6
@@ -107,15 +107,19 @@ def test_a_recipe_gives_plain_values_and_accepts_another_seed(tmp_path):
             "data.kind: .*'folder', 'idx' or 'tokens'.*got 'video'",
         ),
         ('kind = "digits"', 'kind = "folder"', "train and held_out must name folders"),
-        ("bridge = 1", "bridge = 4", r"bridge must be an integer in \[0, 3\]; got 4"),
+        ("bridge = 1", "bridge = 4", r": schedule.bridge must be an integer in \[0, 3\]; got 4"),
         ("depths = [2]", "depths = [5]", r"depths must be among \[2, 4, 8, 16\]"),
         ("depths = [2]", "depths = [2, 2]", "depths must not repeat"),
         ("bridge = 1", "bridge = 1\njoint = 3", "must be given together or not at all"),
-        ("ch = 32", "ch = 20", "must be a multiple of 32"),
-        ('weights = "vae.safetensors"', "epochs = 3", "needs either weights, or epochs and"),
+        ("ch = 32", "ch = 20", ": vae.ch times each of ch_mult must be a multiple of 32"),
+        ('weights = "vae.safetensors"', "epochs = 3", ": vae_training.weights, or epochs and"),
         ("batch_size = 8", "batch_size = 8\naccumulate = 3", "accumulate must divide batch_size"),
         ('kind = "digits"', 'kind = "digits"\ncopies = 2\nmixup = 0.2', "copies must be 0 with"),
         ('kind = "digits"', 'kind = "digits"\nhflip = 0.5', 'hflip is not for kind "digits"; got'),
+        ("depth = 4", "depth = 1000", r": model.depth must be an integer in \[1, 256\]; got 1000"),
+        ("num_heads = 2", "num_heads = 3", r": model.embed_dim / model.num_heads must be a mult"),
+        ("depth = 4", "depth = 4\nmlp_ratio = 0.3", r": model.mlp_ratio times model.embed_dim"),
+        ("ch = 32", "ch = 32\nquant_resi = 7", r": vae.quant_resi must be a finite number"),
         ("depth = 4", "depth = = 4", "is not valid TOML"),
         ("learning_rate = 1e-3", "learning_rate = inf", "learning_rate must be finite; got inf"),
         ("1e-3", "1e-3\nweight_decay = inf", "optim.weight_decay must be finite; got inf"),
@@ -125,7 +129,7 @@ def test_a_recipe_gives_plain_values_and_accepts_another_seed(tmp_path):
         ("1e-3", "2020-01-01", "learning_rate: Input should be a valid number; got '2020-01-01'"),
         ("bridge = 1", "bridge = 1\njoint_probability = nan", "joint_probability must be finite"),
         ("depth = 4", "depth = 4\nnorm_eps = inf", "model.norm_eps must be finite; got inf"),
-        ('kind = "digits"', 'kind = "digits"\nrotate = inf', "data: rotate must be finite"),
+        ('kind = "digits"', 'kind = "digits"\nrotate = inf', "data.rotate must be finite"),
         ('kind = "digits"', 'kind = "digits"\nworkers = 100000', r"workers must be in \[0, 1024\]"),
         (
             'name = "tiny"',
@@ -258,9 +262,16 @@ def test_the_parts_of_a_batch_are_the_fastest_that_fit_the_gpus(
 
 @pytest.mark.parametrize("name", ["imagenet-var-d30-8x40gb", "imagenet-var-d30-1x80gb"])
 def test_recipes_of_other_gpus_differ_in_their_parts_only(name):
-    paper, other = load_recipe("imagenet-var-d30").to_dict(), load_recipe(name).to_dict()
-    keys = {key for key, _, _ in differences(paper, other)}
+    ours, other = load_recipe("imagenet-var-d30").to_dict(), load_recipe(name).to_dict()
+    keys = {key for key, _, _ in differences(ours, other)}
     assert keys <= {"name", "description", "optim.accumulate", "parallel.mode"}
+
+
+def test_imagenet_var_d30_differs_from_the_paper_in_its_schedule_only():
+    paper, ours = (load_recipe(f"imagenet-var-d30{end}").to_dict() for end in ("-paper", ""))
+    keys = {key for key, _, _ in differences(paper, ours)}
+    phases = {"schedule.joint", "schedule.transition", "schedule.refinement"}
+    assert keys == {"name", "description", "schedule.joint_probability"} | phases
 
 
 def test_the_adversary_of_imagenet_vqvae_has_llamagens_fixed_weight():

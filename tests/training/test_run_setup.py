@@ -55,7 +55,7 @@ def test_an_output_that_cannot_be_written_is_one_line(recipe, tmp_path):
 
 def test_fp16_without_a_gpu_is_refused(recipe, tmp_path):
     train_vae(recipe, tmp_path, console=quiet(), device=CPU)
-    with pytest.raises(UserError, match='precision "fp16" needs a GPU'):
+    with pytest.raises(UserError, match=r'optim.precision "fp16" needs a GPU'):
         train_var(with_precision(recipe, "fp16"), tmp_path, console=quiet(), device=CPU)
 
 
@@ -84,7 +84,7 @@ def test_models_larger_than_the_memory_are_refused_before_they_are_built(
 
 def test_a_batch_larger_than_the_data_is_refused(recipe, tmp_path):
     optim = dataclasses.replace(OPTIM, batch_size=64)
-    with pytest.raises(UserError, match=r"batch_size must be at most .* \(24\); got 64"):
+    with pytest.raises(UserError, match=r"optim.batch_size must be at most .* \(24\); got 64"):
         train_vae(
             dataclasses.replace(
                 recipe, vae_training=dataclasses.replace(recipe.vae_training, optim=optim)
@@ -102,7 +102,9 @@ def test_an_epoch_may_have_fewer_steps_than_a_pass_and_no_more(recipe, tmp_path)
             recipe, vae_training=dataclasses.replace(recipe.vae_training, optim=optim)
         )
 
-    with pytest.raises(UserError, match=r"steps_per_epoch must be at most 2, .* images; got 3"):
+    with pytest.raises(
+        UserError, match=r"optim.steps_per_epoch must be at most 2, .* images; got 3"
+    ):
         train_vae(with_steps(3), tmp_path, console=quiet(), device=CPU)
     assert train_vae(with_steps(1), tmp_path, console=quiet(), device=CPU).steps == 2
 

@@ -136,8 +136,8 @@ def test_a_recipe_without_a_trained_model_is_refused(start, tmp_path):
         ({"depths": ()}, "depths or schedules must not be empty"),
         ({"lora_rank": 0}, "lora_rank must be at least 1, such as 16"),
         ({"zone_weights": "copies"}, 'lora_rank must be 0 with zone_weights "copies"; got 4'),
-        ({"bridge": 3}, "bridge and bridges must be below 3"),
-        ({"bridges": (1, 3)}, "bridge and bridges must be below 3"),
+        ({"bridge": 3}, "bridge and schedule.bridges must be below 3"),
+        ({"bridges": (1, 3)}, "bridge and schedule.bridges must be below 3"),
         ({"schedules": ((3, 3, 3),)}, "schedules must end in a subnet"),
     ],
 )
@@ -161,5 +161,5 @@ def test_the_papers_phases_are_the_refinement_alone(start):
 def test_compiled_blocks_are_refused(start):
     recipe = zone_recipe(start, "lora")
     section = dataclasses.replace(recipe.compile, blocks=True)
-    with pytest.raises(ValueError, match="compile: blocks must be false with zone_weights"):
+    with pytest.raises(ValueError, match=r"compile\.blocks must be false with zone_weights"):
         dataclasses.replace(recipe, compile=section)

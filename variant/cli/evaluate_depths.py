@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from variant.bench.environment import environment
 from variant.cli.options import Eval, Sample
-from variant.cli.output import check_folder, checked_path, console, table, write_json
+from variant.cli.output import (
+    check_folder,
+    check_own_folder,
+    checked_path,
+    console,
+    table,
+    write_json,
+)
 from variant.cli.progress import progress
 from variant.cli.pyplot import pyplot, save_plot
 from variant.cli.sample import PER_CLASS, settings_of
@@ -22,7 +31,14 @@ from variant.engine.planning import depths_of, plan_row, schedule_row
 from variant.errors import UserError
 from variant.evaluation.features import FeatureNetwork
 from variant.evaluation.image_sets import Reference, open_images
-from variant.evaluation.report import LEAST, Evaluation, check_reference, evaluate, extract
+from variant.evaluation.report import (
+    LEAST,
+    Evaluation,
+    check_reference,
+    check_sets,
+    evaluate,
+    extract,
+)
 from variant.evaluation.sampler import SampleFiles, sample
 from variant.supernet import VARiant
 from variant_kernels import DepthSchedule
@@ -30,6 +46,7 @@ from variant_kernels.arguments import integer
 
 FORMAT = "variant-eval-depths-1"
 TOP_K = 900
+OWN_NAME = re.compile(r"(?:depth\d+-bridge\d+|schedule.+)-(?:exact|fp8)")  # of a setting's folder
 # Timed generations of one batch; the median counts.
 TIMED = 3
 
@@ -85,22 +102,40 @@ class Setting:
         return values if schedule is None else {**values, **schedule.to_dict()}
 
 
-def evaluate_depths(command: Eval, reference: Reference, network: FeatureNetwork) -> None:
-    """Generate the images of every setting, evaluate them, print the table and write the record."""
-    assert command.model is not None, "the caller checks it"
-    out = Path(command.out)
+def check_out(out: Path) -> None:
+    """Fails before the work if the images cannot be written there, or must not.
+
+    Raises:
+        UserError: it is no folder, cannot be written, or is of something else.
+    """
     with checked_path(out):
         if out.exists() and not out.is_dir():
             raise UserError(f"{out}: --out must be a folder")
         check_folder(out)
+        check_own_folder("eval", out, lambda name: OWN_NAME.fullmatch(name) is not None)
+
+
+def evaluate_depths(
+    command: Eval,
+    reference: Reference,
+    network_of: Callable[[tuple[int, int]], FeatureNetwork],
+) -> None:
+    """Generate the images of every setting, evaluate them, print the table and write the record.
+
+    Args:
+        network_of: the network for images of a height and width; it may be trained first.
+    """
+    assert command.model is not None, "the caller checks it"
     model = VARiant.from_pretrained(command.model, device=command.device)
     config, engine = model.var.config, Engine(model.var, model.vae)
     num = PER_CLASS * config.num_classes if command.num is None else command.num
     integer("eval", "--num", num, LEAST)
     side = model.vae.config.image_size
-    check_reference(reference, network, command.model, num, (side, side))
+    check_sets(reference, command.model, num, (side, side))
     sampling = Sampling(1.5, min(TOP_K, config.vocab_size), 0.96, command.seed)
     settings = _settings(command, engine)
+    network = network_of((side, side))
+    check_reference(reference, network, command.model, num, (side, side))
     real = None
     if reference.images is not None:
         with progress("eval", "reference", reference.images.count, command.json) as advance:

@@ -21,6 +21,7 @@ from variant.cli.output import (
     check_file,
     check_folder,
     check_json,
+    check_own_folder,
     checked_path,
     console,
     has_ending,
@@ -151,6 +152,7 @@ def check_target(out: Path) -> bool:
             check_file(out)
         else:
             check_folder(out)
+            check_own_folder("generate", out, is_own_name)
         return one_file
 
 

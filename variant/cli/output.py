@@ -17,6 +17,7 @@ from rich.text import Text
 
 from variant.bench.result_file import result_text, write_result
 from variant.errors import UserError
+from variant.paths import foreign_name, path_kind, shown
 
 # Room in a file's name for what a temporary file adds to it; the usual limit is 255 bytes.
 NAME_BYTES, TEMPORARY_BYTES = 255, 16
@@ -118,6 +119,31 @@ def check_folder(path: Path, target: Path | None = None) -> None:
         raise UserError(f"{target or path}: cannot be written: {nearest}: {reason}")
 
 
+def check_own_folder(op: str, folder: Path, is_own: Callable[[str], bool]) -> None:
+    """Fails before the work if files of a command would be mixed with files of another kind.
+
+    Args:
+        folder: of ``--out``, which may not exist yet.
+        is_own: whether the command writes files of this name into its folder.
+    Raises:
+        UserError: the folder holds files, but none of this command and not only results of --json.
+    """
+    other = foreign_name(folder, lambda name: is_own(name) or _is_result(folder / name))
+    if other is not None:
+        raise UserError(
+            f"{op}: --out must be a new folder or one of an earlier `variant {op}`; {folder} holds "
+            f"{shown(other)}"
+        )
+
+
+def _is_result(path: Path) -> bool:
+    """Whether ``--json`` wrote a file."""
+    if path_kind(path) != "file":
+        return False
+    with path.open("rb") as file:
+        return RESULT.match(file.read(RESULT_BYTES)) is not None
+
+
 @contextmanager
 def checked_path(path: Path) -> Iterator[None]:
     """Turns what the system says about a path within the block into a UserError."""
@@ -142,14 +168,11 @@ def check_json(op: str, path: Path | None) -> None:
         if not path.name:
             raise UserError(f"{op}: --json must name a file, or - for standard output; got {path}")
         check_file(path)
-        if path.exists():
-            with path.open("rb") as file:
-                start = file.read(RESULT_BYTES)
-            if start and not RESULT.match(start):
-                raise UserError(
-                    f"{op}: --json must name a new file or one that --json wrote; {path} holds "
-                    "something else"
-                )
+        if path.exists() and path.stat().st_size and not _is_result(path):
+            raise UserError(
+                f"{op}: --json must name a new file or one that --json wrote; {path} holds "
+                "something else"
+            )
 
 
 def check_apart(

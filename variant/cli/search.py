@@ -14,6 +14,7 @@ from variant.cli.output import (
     check_apart,
     check_folder,
     check_json,
+    check_own_folder,
     checked_path,
     console,
     table,
@@ -120,6 +121,7 @@ def _check(command: Search) -> dict[str, float]:
         if command.out.exists() and not command.out.is_dir():
             raise UserError(f"{command.out}: --out must be a folder")
         check_folder(command.out)
+        check_own_folder("search", command.out, _is_own_name)
         found = sorted(command.out.glob(LOSSES)) if command.out.is_dir() else []
         if not command.resume and (found or (command.out / RECORD).exists()):
             raise UserError(

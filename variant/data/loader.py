@@ -206,7 +206,7 @@ class _SharedReader(_Reader):
         except OSError as error:
             raise UserError(
                 f"{folder}: the list of what workers read cannot be written: "
-                f"{error.strerror or error}"
+                f"{error.strerror or error}. TMPDIR can name another folder"
             ) from None
 
     def __reduce__(self) -> tuple[Any, ...]:

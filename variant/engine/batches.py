@@ -29,13 +29,18 @@ from variant.models.vqvae import VQVAE
 from variant.models.zones import zone_of
 from variant_kernels import CachePlan, DepthSchedule, PagedKVCache, ScaleLayout
 from variant_kernels.kv_cache import PageTables
+from variant_kernels.untraced import untraced
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def without_autocast(method: F) -> F:
-    """Runs a method of an object with a ``device`` in its own dtypes, also inside autocast."""
+    """Runs a method of an object with a ``device`` in its own dtypes, also inside autocast.
 
+    ``torch.compile`` does not trace it: see :func:`untraced`.
+    """
+
+    @untraced
     @wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(self.device.type, enabled=False):

@@ -53,6 +53,7 @@ from variant.models.vqvae import VQVAE
 from variant_kernels import CachePlan, DepthSchedule
 from variant_kernels.arguments import boolean, instance, integer
 from variant_kernels.dispatch.select import check_name
+from variant_kernels.untraced import untraced
 
 
 def new_recorder(device: torch.device) -> Recorder | None:
@@ -66,7 +67,8 @@ class Engine(CastModels):
     Weights are cast once to ``dtype`` (shared where they have it already); the residual stream is
     float32 also in 16-bit engines. A caller's autocast has no effect. Weights that changed
     in place (by an optimiser, by ``load_state_dict``) are cast again at the next call; after a
-    change through ``.data`` call :meth:`refresh`.
+    change through ``.data`` call :meth:`refresh`. ``torch.compile`` does not trace its calls: the
+    kernels are compiled already.
 
     Args:
         var, vae: the models; same codebook and layout.
@@ -260,6 +262,7 @@ class Engine(CastModels):
         sampling = Sampling(cfg, top_k, top_p, seed, generator, temperature, more_smooth)
         return self.generate_with(labels, sampling, **options)
 
+    @untraced
     def generate_with(
         self,
         labels: Labels,

@@ -22,6 +22,7 @@ from variant.engine.kv_dtype import KVDtype
 from variant.engine.weights import EngineWeights
 from variant_kernels import CachePlan, DepthSchedule
 from variant_kernels.dispatch.request import dtype_name
+from variant_kernels.untraced import untraced
 
 
 class CallOptions(TypedDict, total=False):
@@ -125,6 +126,7 @@ class Run:
             # No variable keeps the part: it would stay in memory while the next one is generated.
             yield self._part(batch)
 
+    @untraced
     def _part(self, batch: Batch) -> Part:
         # Both modes end before the part is handed out: the caller's code runs in its own.
         with torch.no_grad(), torch.autocast(self.models.device.type, enabled=False):
@@ -147,6 +149,7 @@ class Run:
         """The result of each batch as soon as it is generated."""
         yield from map(self._of_one_part, self.parts())
 
+    @untraced
     def _of_one_part(self, part: Part) -> Generation:
         return self.generation([part], part.seconds)
 

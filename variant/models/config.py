@@ -6,15 +6,17 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from variant.models.class_names import check_class_names
-from variant.models.ranges import bound_text, check_ranges
+from variant.models.ranges import bound_text, check_ranges, hints_of
 from variant_kernels.arguments import (
     boolean,
     choice,
@@ -67,13 +69,12 @@ Real = Annotated[float, Field(strict=True)]
 Config = TypeVar("Config")
 
 
-def describe_validation_error(error: ValidationError) -> str:
-    """All problems that pydantic found, on one line: ``model.depth: Input should be ...``."""
-    return "; ".join(problems_of(error))
+def problems_of(error: ValidationError, kind: type) -> list[str]:
+    """One text for every problem that pydantic found, which begins with the dotted key.
 
-
-def problems_of(error: ValidationError) -> list[str]:
-    """One text for every problem that pydantic found, which begins with the dotted key."""
+    Args:
+        kind: the dataclass that was to be built.
+    """
     problems = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
@@ -83,14 +84,42 @@ def problems_of(error: ValidationError) -> list[str]:
             got = shown(problem["input"], MAX_SHOWN)
             problems.append(f"{where} must be {expected}; got {got}")
             continue
+        if problem["type"] == "value_error":
+            problems.append(_with_key(message, where, kind, problem["loc"]))
+            continue
         if problem["type"] == "unexpected_keyword_argument":
             message = "unknown key"
         elif problem["type"] == "missing":
             message = "missing"
-        elif problem["type"] != "value_error":
+        else:
             message = f"{message}; got {shown(problem['input'], MAX_SHOWN)}"
         problems.append(f"{where}: {message}" if where else message)
     return problems
+
+
+def _with_key(message: str, where: str, kind: Any, loc: Sequence[str | int]) -> str:
+    """The message of a section's own check, with its key's full name: ``data.copies must ...``.
+
+    Args:
+        where: the dotted name of the section; empty for ``kind`` itself.
+    """
+    if not where:
+        return message
+    sections = [kind]
+    for part in loc:
+        types = [t for section in sections for t in _types(hints_of(section).get(str(part)))]
+        sections = [t for t in types if dataclasses.is_dataclass(t)]
+    names = [section.__name__ for section in sections if isinstance(section, type)]
+    for prefix in (*names, where):
+        message = message.removeprefix(f"{prefix}: ")
+    first = re.match(r"\w*", message)
+    is_key = first and any(first[0] in hints_of(section) for section in sections)
+    return f"{where}.{message}" if is_key else f"{where}: {message}"
+
+
+def _types(hint: Any) -> list[Any]:
+    """The types in a union, or the one type."""
+    return list(get_args(hint)) if get_origin(hint) in (Union, UnionType) else [hint]
 
 
 def parse_dataclass(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
@@ -106,7 +135,7 @@ def parse_dataclass(kind: type[Config], values: Mapping[str, Any], where: str) -
     try:
         return validate_dataclass(kind, values)
     except ValidationError as error:
-        text = describe_validation_error(error).removeprefix(f"{where}: ")
+        text = "; ".join(problems_of(error, kind)).removeprefix(f"{where}: ")
         raise ValueError(f"{where}: {text}") from None
     except RecursionError:
         raise ValueError(f"{where}: is nested too deeply") from None

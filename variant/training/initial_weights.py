@@ -27,7 +27,7 @@ from variant.models.vqvae import VQVAE
 from variant.models.zones import is_zone_key, reset_zone_weights
 from variant.paths import path_kind
 from variant.training.checkpointer import Checkpointer
-from variant.training.recipe import Recipe
+from variant.training.recipe import Recipe, recipe_key
 from variant.training.resume_rules import read_recipe
 
 # Keys of the configs that may differ from the recipe's: they do not change what the weights mean.
@@ -40,8 +40,6 @@ FREE_KEYS = {
 }
 # The key of each model in a trainer checkpoint of the original.
 PARTS = {"var": "var_wo_ddp", "vae": "vae_local"}
-# Where the recipe has a size that does not stand in the section of the model itself.
-RECIPE_KEYS = {"vae_channels": "vae.z_channels", "patch_nums": "vae.patch_nums"}
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,8 @@ class Weights:
             return
         if self.entry not in (None, "model"):
             raise UserError(
-                f'{recipe.name}: weights_entry must be "model" for {self.path}, a model folder, '
-                f"which has one set of weights; got {self.entry!r}"
+                f'{recipe.name}: model.weights_entry must be "model" for {self.path}, a model '
+                f"folder, which has one set of weights; got {self.entry!r}"
             )
         self._compare(recipe)
         var, vae, _ = load_model(self.path)
@@ -111,7 +109,7 @@ class Weights:
         own = recipe.var_config if self.kind == "var" else recipe.vae
         own_values: dict[str, Any] = own.to_dict()
         return [
-            f"{_recipe_key(self.kind, key)} must be {value!r}, as in the model; got "
+            f"{recipe_key(self.kind, key)} must be {value!r}, as in the model; got "
             f"{own_values[key]!r}"
             for key, value in found.to_dict().items()
             if key not in FREE_KEYS[self.kind] and own_values[key] != value
@@ -148,12 +146,6 @@ def _load(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     load_state(module, {**state, **own} if is_new else state, where)
     if is_new:
         reset_zone_weights(module)
-
-
-def _recipe_key(kind: str, key: str) -> str:
-    if kind == "vae" or key == "vocab_size":
-        return f"vae.{key}"
-    return RECIPE_KEYS.get(key, f"model.{key}")
 
 
 def find_start(recipe: Recipe) -> Weights | None:

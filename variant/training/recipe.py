@@ -6,6 +6,7 @@ A packaged recipe is loaded by its name (``digits``), any other by the path of i
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,15 @@ from variant.models.config import (
     validate_dataclass,
 )
 from variant.models.discriminator import LEAST_SIDE
-from variant.models.ranges import Count, CountOrZero, NotNegative, Positive, Share, ShareBelowOne
+from variant.models.ranges import (
+    Count,
+    CountOrZero,
+    NotNegative,
+    Positive,
+    Share,
+    ShareBelowOne,
+    hints_of,
+)
 from variant.paths import path_kind, read_text, shown
 from variant.schedule_files import layers_by_scale
 from variant.training.checkpoint_schedule import OutputSection
@@ -55,6 +64,24 @@ from variant_kernels.plans.depth_schedule import select_layers
 MAX_LENGTH = 2**18
 MAX_DOTS = 100  # in one line
 MAX_MESSAGE = 1000
+# Where the recipe has the settings of a VARConfig that do not stand in the section of the model.
+RECIPE_KEYS = {
+    "patch_nums": "vae.patch_nums",
+    "vocab_size": "vae.vocab_size",
+    "vae_channels": "vae.z_channels",
+    "subnets": "schedule.depths",
+    "bridge": "schedule.bridge",
+    "zone_weights": "schedule.zone_weights",
+    "lora_rank": "schedule.lora_rank",
+    "zone_adaln": "schedule.zone_adaln",
+    "class_names": "data.class_names",
+}
+VAR_KEYS = re.compile(rf"\b(?:{'|'.join(hints_of(VARConfig))})\b")
+
+
+def recipe_key(kind: str, name: str) -> str:
+    """The key of a recipe for a setting of a VARConfig ("var") or a VQVAEConfig ("vae")."""
+    return RECIPE_KEYS.get(name, f"model.{name}") if kind == "var" else f"vae.{name}"
 
 
 @dataclass(frozen=True)
@@ -153,8 +180,8 @@ class VAETraining:
         require_plain_numbers(self)
         require(
             self.weights is not None or (self.epochs > 0 and self.optim is not None),
-            "needs either weights, or epochs and an optim section",
-            None,
+            "weights, or epochs and the section optim, must be given",
+            f"weights {self.weights}, epochs {self.epochs}",
         )
         require(
             self.weights is None or self.start_weights is None,
@@ -242,12 +269,12 @@ class Recipe:
         self._check_scales()
         self._check_teacher()
         self._check_losses()
-        _ = self.var_config  # its constructor checks sizes, subnets and bridge
+        self._check_var_config()
         if self.schedule.has_zone_weights:
             self._check_zone_weights()
         classes = self.model.num_classes
         for label in self.logging.sample_labels:
-            require(label < classes, f"logging: sample_labels must be below {classes}", label)
+            require(label < classes, f"logging.sample_labels must be below {classes}", label)
 
     @property
     def var_config(self) -> VARConfig:
@@ -281,10 +308,24 @@ class Recipe:
             zone_adaln=section.zone_adaln,
         )
 
+    def _check_var_config(self) -> None:
+        """Sizes, subnets and bridge fit together; the messages name the recipe's keys."""
+        try:
+            _ = self.var_config
+        except ValueError as error:
+            prefix, _, text = str(error).partition(": ")
+            if prefix == "VARConfig":
+                text = VAR_KEYS.sub(lambda match: recipe_key("var", match[0]), text)
+            elif prefix == "select_layers":
+                text = text.replace("depth", "schedule.depths", 1)
+            else:
+                raise
+            raise ValueError(text) from None
+
     def _check_teacher(self) -> None:
         """A teacher has weights, and teaches subnets."""
         teacher = self.schedule.teacher
-        why = f'schedule: teacher "{teacher}"'
+        why = f'schedule.teacher "{teacher}"'
         if teacher == "none":
             return
         require(self.schedule.has_subnets, f"{why} needs depths or schedules", self.schedule.depths)
@@ -301,13 +342,13 @@ class Recipe:
         perceptual = self.vae_training.perceptual
         require(
             perceptual.weight == 0 or perceptual.network != LPIPS or side >= LPIPS_LEAST_SIDE,
-            f'vae_training: perceptual: network "{LPIPS}" needs at least {LPIPS_LEAST_SIDE} pixels',
+            f'vae_training.perceptual.network "{LPIPS}" needs at least {LPIPS_LEAST_SIDE} pixels',
             side,
         )
         most = (side // LEAST_SIDE).bit_length() - 1
         require(
             section.weight == 0 or section.layers <= most,
-            f"vae_training: adversary: layers must be at most {most} for {side} pixels",
+            f"vae_training.adversary.layers must be at most {most} for {side} pixels",
             section.layers,
         )
 
@@ -315,18 +356,18 @@ class Recipe:
         """Check bridges and schedules, whose numbers are of the scales and layers of the model."""
         scales, section = len(self.vae.patch_nums), self.schedule
         for bridge in section.bridges:
-            require(0 <= bridge <= scales, f"schedule: bridges must be in [0, {scales}]", bridge)
+            require(0 <= bridge <= scales, f"schedule.bridges must be in [0, {scales}]", bridge)
         for depths in section.schedules:
             require(
                 len(depths) == scales,
-                f"schedule: schedules must have {scales} depths each, one for every scale",
+                f"schedule.schedules must have {scales} depths each, one for every scale",
                 list(depths),
             )
             try:
                 section.by_scale(depths, self.model.depth)
             except ValueError as error:
                 text = str(error).removeprefix("DepthSchedule.from_depths: ")
-                raise ValueError(f"schedule: schedules: {text}") from None
+                raise ValueError(f"schedule.schedules: {text}") from None
 
     def _check_zone_weights(self) -> None:
         """Check that every step has tokens that use zone weights."""
@@ -334,25 +375,25 @@ class Recipe:
         bridges = (section.bridge, *section.bridges) if section.depths else section.bridges
         require(
             max(bridges, default=0) < scales,
-            f"schedule: bridge and bridges must be below {scales}: with all scales in the bridge "
-            "zone no token uses zone weights",
+            f"schedule.bridge and schedule.bridges must be below {scales}: with all scales in the "
+            "bridge zone no token uses zone weights",
             max(bridges, default=0),
         )
         for depths in section.schedules:
             require(
                 all(isinstance(depth, int) for depth in depths),
-                "schedule: schedules must be depths with zone weights, which belong to a depth's "
+                "schedule.schedules must be depths with zone weights, which belong to a depth's "
                 "own layers",
                 list(depths),
             )
             require(
                 num_layers(depths[-1]) < self.model.depth,
-                "schedule: schedules must end in a subnet, which has zone weights",
+                "schedule.schedules must end in a subnet, which has zone weights",
                 list(depths),
             )
         require(
             not self.compile.blocks,
-            f'compile: blocks must be false with zone_weights "{section.zone_weights}", whose '
+            f'compile.blocks must be false with zone_weights "{section.zone_weights}", whose '
             "layers run eagerly",
             True,
         )
@@ -432,7 +473,7 @@ def recipe_problems(values: Mapping[str, Any]) -> list[str]:
     try:
         validate_dataclass(Recipe, values)
     except ValidationError as error:
-        return [" ".join(problem.split()) for problem in problems_of(error)]
+        return [" ".join(problem.split()) for problem in problems_of(error, Recipe)]
     except RecursionError:
         return ["the recipe is nested too deeply"]
     return []

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from variant.checkpoints.config_file import CONFIG_NAME
+from variant.checkpoints.sharded import WEIGHTS_NAME
 from variant.data.sources import data_inputs, differing_classes, open_source
 from variant.data.token_source import TokenSource
 from variant.engine.memory import check_fits
@@ -153,15 +154,17 @@ class RunSetup:
         self._check_memory(kind)
         if recipe.logging.tensorboard:
             require_tensorboard(recipe.name)
+        section = "optim" if kind == "var" else "vae_training.optim"
         if optim.precision == "fp16" and self.device.type == "cpu":
             raise UserError(
-                f'{recipe.name}: precision "fp16" needs a GPU; use "bf16" or "fp32" on a CPU'
+                f'{recipe.name}: {section}.precision "fp16" needs a GPU; use "bf16" or "fp32" on '
+                "a CPU"
             )
         parts = self.ranks.size * optim.accumulate
         if optim.batch_size < parts:
             raise UserError(
-                f"{recipe.name}: batch_size must be at least the number of processes times "
-                f"accumulate ({parts}); got {optim.batch_size}"
+                f"{recipe.name}: {section}.batch_size must be at least the number of processes "
+                f"times accumulate ({parts}); got {optim.batch_size}"
             )
         self.saved = self.checkpointer.read() if resume else None
         self.changes: list[str] = []
@@ -175,7 +178,7 @@ class RunSetup:
         if isinstance(self.data, TokenSource):
             self.data.check(recipe.name, vae)
         for problem in optim.problems(self.data.num_train):
-            raise UserError(f"{recipe.name}: {problem}")
+            raise UserError(f"{recipe.name}: {section}.{problem}")
         self.inputs: dict[str, Any] = {}
         self._record_data()
         # The weights that a run started from are not read again, and may be gone when it resumes.
@@ -253,10 +256,10 @@ class RunSetup:
                 "folder"
             )
         trained_here = Checkpointer(folder, "var").exists
-        if not resume and (folder / CONFIG_NAME).exists() and not trained_here:
+        models = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if (folder / name).exists()]
+        if not resume and models and not trained_here:
             raise UserError(
-                f"{folder}: holds a model ({CONFIG_NAME}) but no training run; choose another "
-                "folder"
+                f"{folder}: holds a model ({models[0]}) but no training run; choose another folder"
             )
         if resume and not self.checkpointer.exists:
             raise UserError(f"{folder}: holds no run to resume ({last} is missing)")

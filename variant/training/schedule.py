@@ -216,8 +216,8 @@ class ScheduleSection:
         )
         require(
             self.phase_lengths.total >= 1,
-            "the phases must have at least one epoch",
-            self.phase_lengths,
+            "joint, transition and refinement must have at least one epoch together",
+            self.phase_lengths.total,
         )
         check_zone_options(self.zone_weights, self.lora_rank, self.zone_adaln)
         if self.has_zone_weights:

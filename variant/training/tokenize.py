@@ -47,16 +47,16 @@ from variant.errors import UserError
 from variant.files import atomic_write
 from variant.models.parameter_count import vqvae_parameters
 from variant.models.vqvae import VQVAE
-from variant.paths import path_kind, shown
+from variant.paths import foreign_name, path_kind, shown
 from variant.training.folder_lock import locked_folder
 from variant.training.initial_weights import find_vae, is_tokenizer, load_vae, tokenizer_sha256
 from variant.training.recipe import Recipe
 from variant_kernels.arguments import integer
 
 MAX_PASSES = 10_000
-TEMPORARY = re.compile(
-    r"\.(?P<name>(?:train-p\d+|sample|held_out)-\d+\.tar)(?:\.sha256|\.bad\.json)?\.\d+\.tmp"
-)
+SHARD_NAME = r"(?:train-p\d+|sample|held_out)-\d+\.tar"
+OWN_NAME = re.compile(rf"{SHARD_NAME}(?:\.sha256|\.bad\.json)?")
+TEMPORARY = re.compile(rf"\.(?P<name>{SHARD_NAME})(?:\.sha256|\.bad\.json)?\.\d+\.tmp")
 
 # report(samples, total, shard): so many more of this process's samples are done.
 Report = Callable[[int, int, str], None]
@@ -196,6 +196,12 @@ def _check_folder(out: Path, wanted: Manifest, is_of_vae: Callable[[str], bool])
         UserError: they were made with other settings, or are more passes.
     """
     if path_kind(out / MANIFEST_NAME) is None:
+        other = foreign_name(out, lambda name: OWN_NAME.fullmatch(name) is not None)
+        if other is not None:
+            raise UserError(
+                f"{shown(out)}: holds {shown(other)} and no {MANIFEST_NAME}: it is no folder of "
+                "`variant tokenize`; give another --out"
+            )
         _write_manifest(out, wanted, 0)
         return wanted
     found = read_manifest(out)

@@ -5,39 +5,18 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
 from variant_kernels.arguments import integer, sequence
 from variant_kernels.packed_linear import can_pack, pack, packed_linear
 from variant_kernels.plans.depth_schedule import DepthSchedule, check_schedule, resolve_layers
-
-Call = TypeVar("Call", bound=Callable[..., Any])
-
-
-def untraced(function: Call) -> Call:
-    """``torch.compile`` calls the function and does not trace it.
-
-    The state of a generation changes with each call, so each call would be compiled anew (two tiny
-    layers, without code generation, two generations: 37 and 7.4 s traced, 17 and 0.06 s like this,
-    7 and 0.03 s for the original code). Without torch.compile, torch._dynamo is not imported.
-    """
-    skipped = _disable_dynamo(function)
-
-    @wraps(function)
-    def call(*arguments: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return skipped(*arguments, **options)
-        return function(*arguments, **options)
-
-    return cast("Call", call)
+from variant_kernels.untraced import untraced
 
 
 @dataclass(frozen=True)

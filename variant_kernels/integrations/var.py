@@ -25,12 +25,13 @@ from variant_kernels.integrations.alterations import (
 )
 from variant_kernels.integrations.base import ClassSwap, ModelFamily, Patched, require
 from variant_kernels.integrations.cast_once import CastOnceLinear, autocast_dtype, without_autocast
-from variant_kernels.integrations.runtime import Runtime, can_cast_once, untraced
+from variant_kernels.integrations.runtime import Runtime, can_cast_once
 from variant_kernels.integrations.var_generation import LayerPages, Layers, VARRuntime
 from variant_kernels.kv_cache import KVStore
 from variant_kernels.masks import layout_of
 from variant_kernels.ops.adaln import adaln_modulate, gated_residual_adaln
 from variant_kernels.plans.scale_layout import ScaleLayout
+from variant_kernels.untraced import untraced
 
 Modulation = tuple[Tensor, ...]
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from variant_kernels.integrations.cast_once import autocast_dtype
-from variant_kernels.integrations.runtime import Runtime, untraced
+from variant_kernels.integrations.runtime import Runtime
 from variant_kernels.kv_cache import KVStep, KVStore, PagedKVCache, PageTables
 from variant_kernels.plans.cache_plan import CachePlan
 from variant_kernels.plans.depth_schedule import DepthSchedule
 from variant_kernels.plans.scale_layout import ScaleLayout
+from variant_kernels.untraced import untraced
 
 
 class Layers:
