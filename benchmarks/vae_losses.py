@@ -75,6 +75,7 @@ def quality(
     for start in range(0, images.count, BATCH):
         pixels = images.read(range(start, min(start + BATCH, images.count)))
         tokens = vae.encode(pixels[:, : config.in_channels].float() / 127.5 - 1)
+        last = pixels
         for k, decoded in enumerate(vae.decode_by_scale(tokens)):
             last = to_uint8(2 * decoded - 1).contiguous()
             errors[k] += squared_errors(pixels, last).sum()

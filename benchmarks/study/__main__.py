@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.study.collect import RESULTS, collect
+from benchmarks.study.export import export
 from benchmarks.study.scheduler import end_with_parent, run_tasks
 from benchmarks.study.settings import SMOKE, Study, load_study
 from benchmarks.study.speed import measured_speed
@@ -37,6 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "collect":
             for path in collect(study, options.out, options.results):
                 print(f"wrote {path}", flush=True)
+        elif options.command == "export":
+            if options.run is None or options.to is None:
+                raise UserError("study: export needs --run and --to")
+            export(study, options.out, options.run, options.seed, options.to)
+            print(f"wrote {options.to}", flush=True)
         elif options.command == "task":
             end_with_parent()
             _task(study, options)
@@ -83,7 +89,7 @@ def _tasks(study: Study, options: argparse.Namespace) -> list[Task]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
-    parser.add_argument("command", choices=("run", "collect", "task"))
+    parser.add_argument("command", choices=("run", "collect", "export", "task"))
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=2, help="processes at once, of one thread each")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="parts and runs")
@@ -92,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--profile", type=Path, help="a TOML file of another, smaller study")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--run", help="the run to export")
+    parser.add_argument("--seed", type=int, default=0, help="its seed")
+    parser.add_argument("--to", type=Path, help="the model folder that is written")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     return parser
 

@@ -41,6 +41,7 @@ from variant.models.pixels import to_uint8
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.models.zones import reset_zone_weights
+from variant.supernet import VARiant
 from variant.training.folder_lock import locked_folder
 from variant_kernels import DepthSchedule
 
@@ -404,6 +405,30 @@ def test_a_control_that_a_metric_misses_is_an_error(done, tmp_path):
     with pytest.raises(UserError, match="must be flagged"):
         collect(study, wrong, tmp_path / "results")
     assert len(list((tmp_path / "results").iterdir())) == 6  # the other parts are not lost
+
+
+def test_an_exported_run_generates_what_was_measured(done, profile, tmp_path, capsys):
+    study, out = done
+    to = tmp_path / "model"
+    words = ["export", "--out", str(out), "--profile", str(profile), "--to", str(to)]
+    assert main([*words, "--run", "several", "--seed", "1"]) == 0
+    model = VARiant.from_pretrained(to)
+    assert model.var.config.class_names == ("0", "1")
+    assert {2, 4} <= set(model.var.config.subnets)
+    assert model.var.config.bridge == 1
+    engine = Engine(*measuring.load_models(study, out, study.find("several", 1)))
+    for depth in (None, 4, 2):
+        own, wanted = (e.generate([0, 1], depth=depth, seed=3) for e in (model, engine))
+        assert torch.equal(own.tokens, wanted.tokens)
+        assert torch.equal(own.images, wanted.images)
+    losses = json.loads((out / "runs" / "several" / "seed1" / "losses.json").read_text())["losses"]
+    found = model.extra["training"]["held_out_loss"]
+    assert found == {name: row["mean"] for name, row in losses.items()}
+    assert main([*words, "--run", "labels-permuted"]) == 1  # it trains nothing
+    assert main(words) == 1
+    errors = capsys.readouterr().err
+    assert "labels-permuted of seed 0 is not complete" in errors
+    assert "export needs --run and --to" in errors
 
 
 def test_a_control_is_compared_with_the_base_of_its_seed(done, tmp_path):

@@ -13,6 +13,7 @@ from PIL import Image
 from seeded import images as seeded_images
 from small_models import small_model
 
+from variant.cli import evaluate as evaluate_module
 from variant.cli.evaluate import reference_of
 from variant.cli.main import main
 from variant.data.config import DataSection
@@ -25,6 +26,7 @@ from variant.evaluation.frechet import FeatureStatistics, Gaussian, frechet_dist
 from variant.evaluation.image_sets import Reference, array_images, open_images, open_reference
 from variant.evaluation.report import evaluate
 from variant.evaluation.scores import PrecisionRecall, precision_recall
+from variant.files import file_sha256
 from variant_kernels import DepthSchedule
 
 CPU = torch.device("cpu")
@@ -120,7 +122,7 @@ def test_the_interval_is_that_of_classes_of_equal_share_whatever_their_order(ord
     def draw():
         return centres[classes] + torch.randn(500, 6, generator=generator)
 
-    monkeypatch.setattr(report, "precision_recall", lambda **sets: PrecisionRecall(0, 0, 0, 0))
+    monkeypatch.setattr(report, "precision_recall", lambda **sets: PrecisionRecall(0, 0))
     real = torch.cat([draw() for _ in range(4)])
     labels = {
         "in turn": classes,
@@ -208,6 +210,36 @@ def test_the_labels_of_the_reference_reach_its_halves():
     held_out = reference_of("digits")
     labels = DigitsData(DataSection("digits"), 16, 3, 0).held_out_labels
     assert held_out.images.labels == labels.tolist()
+
+
+def test_the_interval_of_a_share_has_a_length_where_all_images_agree():
+    """The score interval: the shares p with |share - p| at most 1.96 (p (1 - p) / n)^0.5."""
+    for hits, n in ((0, 20), (1, 20), (50, 100), (100, 100)):
+        value = hits / n
+        found = report.share("x", value, n)
+        assert (found.value, found.count) == (value, n)
+        assert found.high - found.low > 1 / n
+        for end in (found.low, found.high):
+            if 0 < end < 1:
+                assert abs(value - end) == pytest.approx(1.96 * (end * (1 - end) / n) ** 0.5)
+    assert report.share("x", 1.0, 100).low == pytest.approx(0.963, abs=1e-3)
+    wide = report.share("recall", 0.5, 100, 20)
+    assert (wide.count, wide.low) == (100, report.share("x", 0.5, 20).low)
+
+
+def test_pairs_are_left_out_together():
+    """Classes by labels, whose blocks the reference has too."""
+    labels = np.arange(60) % 4
+    pixels = array(1, 60)
+    images, reference = (array_images(name, pixels, labels) for name in "ab")
+    same = evaluate(images, Reference("r", reference), NETWORK, paired=True).metrics[0]
+    assert same.low == 0
+    assert same.value == pytest.approx(0, abs=1e-9)
+    assert [same.high, same.infinite] == pytest.approx([0, 0], abs=1e-9)
+    assert evaluate(images, Reference("r", reference), NETWORK).metrics[0].high > 1e-6
+    few = Reference("r", array_images("few", array(1, 50)))
+    with pytest.raises(UserError, match="needs as many images"):
+        evaluate(images, few, NETWORK, paired=True)
 
 
 def test_labels_of_another_order_are_warned_about():
@@ -399,6 +431,32 @@ def test_references_that_do_not_fit_are_refused(tmp_path):
         evaluate(array_images("a", array(1, 19)), open_reference(tmp_path / "small.npz"), NETWORK)
 
 
+def test_nothing_is_trained_for_images_that_do_not_fit(tmp_path, monkeypatch, capsys):
+    def refused(*args, **rest):
+        raise AssertionError("a classifier was trained")
+
+    monkeypatch.setattr(evaluate_module, "train_classifier", refused)
+    monkeypatch.chdir(tmp_path)
+    for side in (16, 8):
+        write_folder(tmp_path / f"side{side}", array(1, 24, side))
+    write_folder(tmp_path / "few", array(1, 5))
+    words = ["eval", "--reference", "digits", "--features"]
+    for features, source, message in (
+        ("classifier:digits", ["--images", "few"], "at least 20 images are needed; few has 5"),
+        ("classifier:digits", ["--images", "side8"], "side8 has 8 x 8 pixels"),
+        ("classifier:my.toml", ["--images", "side16"], "my.toml: no such"),
+        ("classifier:imagenet-vqvae", ["--images", "side16"], "256 x 256 pixels; those that are"),
+        ("classifier:imagenet-vqvae", ["--model", "digits"], "256 x 256 pixels; those that are"),
+        ("classifier:digits", ["--model", "digits", "--depths", "9"], "--depths must be"),
+        ("classifier:digits", ["--model", "digits", "--num", "5"], "--num must be"),
+        ("classifier:digits", ["--model", "nothing"], "nothing: no such model"),
+    ):
+        assert main([*words, features, *source]) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
 def test_a_classifier_is_trained_saved_and_recognises(tmp_path):
     data = DigitsData(DataSection("digits"), 16, 1, seed=0)
     classifier, record = train_classifier(data, steps=60)
@@ -435,6 +493,7 @@ def test_the_command_writes_and_compares(tmp_path, monkeypatch, capsys):
     assert result["format"] == "variant-eval-1"
     assert result["num_images"] == 40
     assert {"images_sha256", "reference_sha256", "network", "environment"} <= set(result)
+    assert result["network_sha256"] == file_sha256(tmp_path / "mine.py")
     assert main(["eval", "--compare", "a.json", "b.json", "--json", "-"]) == 0
     compared = json.loads(capsys.readouterr().out)
     assert set(compared["differing"]) == {"images", "images_sha256"}

@@ -93,6 +93,32 @@ def test_the_interval_covers_and_the_bias_goes_to_its_limit():
     assert abs(np.mean(limits)) < 0.25 * np.mean(values)
 
 
+def test_the_interval_of_pairs_is_that_of_other_draws_of_pairs():
+    """Reconstructions of widely spread images: which images are drawn matters little."""
+    generator = torch.Generator().manual_seed(0)
+    values, errors, limits, loose = [], [], [], []
+    for _ in range(100):
+        real = 5 * torch.randn(200, 4, generator=generator)
+        made = real + 0.3 * torch.randn(200, 4, generator=generator) + 0.2
+        blocks, originals = (
+            [FeatureStatistics.of(part[start::10]) for start in range(10)] for part in (made, real)
+        )
+        result = frechet_from_blocks(blocks, originals)
+        values.append(result.distance)
+        errors.append((result.high - result.distance) / 1.96)
+        limits.append(result.infinite)
+        against_all = frechet_from_blocks(blocks, total(originals).gaussian())
+        assert against_all.distance == pytest.approx(result.distance, abs=1e-9)
+        loose.append((against_all.high - result.distance) / 1.96)
+    spread = float(np.std(values))
+    assert 0.6 * spread < np.mean(errors) < 1.7 * spread
+    assert np.mean(loose) > 2 * spread
+    # Means are 0.2 apart, and deviations (25 + 0.09)^0.5 - 5.
+    assert np.mean(limits) == pytest.approx(4 * (0.2**2 + (25.09**0.5 - 5) ** 2), rel=0.1)
+    with pytest.raises(ValueError, match="reference blocks"):
+        frechet_from_blocks(blocks, originals[:9])
+
+
 def test_the_jackknife_of_a_mean_is_its_standard_error():
     values = torch.from_numpy(noise(50, 20))
     left_out = [(values.sum() - value).item() / 19 for value in values]

@@ -123,7 +123,7 @@ def test_every_distance_of_reconstructions_has_an_r(tmp_path, monkeypatch, capsy
         return Features(means, means[:, :2], means)
 
     network = FeatureNetwork("inception-2015", "FID", "", run, torch.device("cpu"))
-    monkeypatch.setattr(evaluate, "network_of", lambda command, out: network)
+    monkeypatch.setattr(evaluate, "network_of", lambda command, out, size: network)
     np.savez(tmp_path / "real.npz", images(1, 24, 16, 16).permute(0, 2, 3, 1).numpy())
     words = ["eval", "--reference", str(tmp_path / "real.npz"), "--json", "-"]
     assert main([*words, "--reconstruct", "digits"]) == 0

@@ -19,6 +19,7 @@ from PIL import Image
 from small_models import small_model
 
 from variant.cli.main import main
+from variant.cli.options import Sample
 from variant.engine.engine import Engine, kernels_of
 from variant.evaluation import sampler
 from variant.evaluation.image_sets import open_images
@@ -95,6 +96,19 @@ def test_two_ranks_write_the_same(model, expected, tmp_path, monkeypatch, form, 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
     assert run(model, out, *words) == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")} == before
+
+
+def test_the_protocol_of_the_papers_is_the_default(model, tmp_path):
+    assert (
+        main(["sample", "--model", str(model), "--labels", "3", "--out", str(tmp_path / "a")]) == 0
+    )
+    recorded = json.loads((tmp_path / "a" / "sample.json").read_text())
+    assert (recorded["num"], recorded["classes"], recorded["seed"]) == (50, [3], 0)
+    assert (recorded["cfg"], recorded["top_p"]) == (1.5, 0.96)
+    # As many codes as the model has; of more it would be 900.
+    assert recorded["top_k"] == min(900, small_model().var.config.vocab_size)
+    assert Sample(model="x").top_k == 900
+    assert len(list((tmp_path / "a").glob("*_class3.png"))) == 50
 
 
 def test_another_run_is_refused(model, tmp_path, capsys):

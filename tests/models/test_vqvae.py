@@ -181,6 +181,45 @@ def test_quantisation_loss_moves_the_codes_and_the_encoder():
     assert (usage > 0).all()
 
 
+def test_the_quantisation_loss_has_the_gradient_of_its_two_sides():
+    """Numerically: both sides of each scale are the squared distance of f and f_hat.
+
+    beta times its gradient is that of the features (commitment), once its gradient that of the
+    codes and convolutions. Float64 but for the features, whose steps float32 holds exactly.
+    """
+    torch.manual_seed(4)
+    quantizer = small().quantize.double().eval()
+    beta, step = quantizer.config.beta, 2.0**-9
+    with torch.no_grad():
+        quantizer.embedding.weight.normal_()
+    f = (torch.randn(2, 4, 4, 4) * 64).round() / 64
+    f.requires_grad_()
+    weights = [quantizer.embedding.weight, *quantizer.quant_resi.parameters()]
+    gradients = torch.autograd.grad(quantizer(f)[1], [f, *weights], allow_unused=True)
+    tokens = quantizer.encode(f.detach())
+
+    @torch.no_grad()
+    def numerical(tensor, place):
+        values = []
+        for sign in (1, -1):
+            tensor.view(-1)[place] += sign * step
+            assert quantizer.encode(f.detach()).equal(tokens), "a code has changed"
+            values.append(quantizer(f)[1].item())
+            tensor.view(-1)[place] -= sign * step
+        return (values[0] - values[1]) / (2 * step)
+
+    for tensor, gradient, side in zip(
+        (f.data, *weights), gradients, [beta] + [1] * len(weights), strict=True
+    ):
+        if gradient is None:  # of a convolution that serves no scale
+            continue
+        places = range(0, tensor.numel(), max(1, tensor.numel() // 16))
+        wanted = [numerical(tensor, place) * side / (1 + beta) for place in places]
+        found = [gradient.flatten()[place].item() for place in places]
+        assert found == pytest.approx(wanted, abs=1e-6)
+        assert max(map(abs, found)) > 1e-3
+
+
 def test_a_state_of_another_number_of_scales_loads():
     state = small().state_dict()
     model = small(patch_nums=(1, 2, 3, 4))

@@ -58,7 +58,7 @@ def test_packaged_recipes_load_under_their_own_name(name):
 
 
 def test_the_paper_recipe_has_the_values_of_tables_6_and_7():
-    recipe = load_recipe("imagenet-var-d30")
+    recipe = load_recipe("imagenet-var-d30-paper")
     assert recipe.model.depth == 30
     assert recipe.schedule.depths == (16,)
     assert recipe.schedule.bridge == 6
@@ -262,9 +262,16 @@ def test_the_parts_of_a_batch_are_the_fastest_that_fit_the_gpus(
 
 @pytest.mark.parametrize("name", ["imagenet-var-d30-8x40gb", "imagenet-var-d30-1x80gb"])
 def test_recipes_of_other_gpus_differ_in_their_parts_only(name):
-    paper, other = load_recipe("imagenet-var-d30").to_dict(), load_recipe(name).to_dict()
-    keys = {key for key, _, _ in differences(paper, other)}
+    ours, other = load_recipe("imagenet-var-d30").to_dict(), load_recipe(name).to_dict()
+    keys = {key for key, _, _ in differences(ours, other)}
     assert keys <= {"name", "description", "optim.accumulate", "parallel.mode"}
+
+
+def test_imagenet_var_d30_differs_from_the_paper_in_its_schedule_only():
+    paper, ours = (load_recipe(f"imagenet-var-d30{end}").to_dict() for end in ("-paper", ""))
+    keys = {key for key, _, _ in differences(paper, ours)}
+    phases = {"schedule.joint", "schedule.transition", "schedule.refinement"}
+    assert keys == {"name", "description", "schedule.joint_probability"} | phases
 
 
 def test_the_adversary_of_imagenet_vqvae_has_llamagens_fixed_weight():

@@ -237,7 +237,7 @@ def test_tokens_that_do_not_fit_the_recipe_are_refused(tiny, tokens, tmp_path):
     manifest = json.loads((half / MANIFEST_NAME).read_text())
     del manifest["shards"]["train-p0001-00002.tar"]
     (half / MANIFEST_NAME).write_text(json.dumps(manifest))
-    refuse(from_tokens(tiny, half), "not complete: train-p0001-00002.tar is missing")
+    refuse(from_tokens(tiny, half), "not complete: manifest.json has no train-p0001-00002.tar yet")
     with pytest.raises(UserError, match='kind "tokens" has no images'):
         train_vae(
             from_tokens(with_vae(tiny, None), tokens), tmp_path / "v", console=quiet(), device=CPU

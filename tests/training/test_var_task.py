@@ -86,11 +86,11 @@ def test_training_losses_of_copies_are_those_of_the_first_copy(recipe, tmp_path)
     assert copied.train_loss["full"] == pytest.approx(loss.item(), rel=1e-4)
 
 
-def test_bf16_computes_products_in_bf16_and_the_teacher_input_in_float32(
+def test_bf16_computes_products_of_the_present_weights_and_the_teacher_input_in_float32(
     recipe, tmp_path, monkeypatch
 ):
     train_vae(recipe, tmp_path, console=quiet(), device=CPU)
-    observed = {}
+    observed, fresh = {}, []
     forward = VAR.forward
 
     def spy(self, labels, x_teacher, schedule=None, **rest):
@@ -98,6 +98,10 @@ def test_bf16_computes_products_in_bf16_and_the_teacher_input_in_float32(
         observed["dtype"] = torch.get_autocast_dtype("cpu")
         observed["product"] = torch.nn.functional.linear(x_teacher, x_teacher[0]).dtype
         observed["teacher"] = x_teacher.dtype
+        # autocast keeps its cast of a weight: one from an earlier step would be another value.
+        weight = self.word_embed.weight
+        used = torch.nn.functional.linear(torch.eye(weight.shape[1]), weight).T
+        fresh.append(torch.equal(used, weight.bfloat16()))
         return forward(self, labels, x_teacher, schedule, **rest)
 
     monkeypatch.setattr(VAR, "forward", spy)
@@ -109,6 +113,8 @@ def test_bf16_computes_products_in_bf16_and_the_teacher_input_in_float32(
         "product": torch.bfloat16,
         "teacher": torch.float32,
     }
+    assert len(fresh) > 8
+    assert all(fresh)
 
 
 def task_of(recipe, copies):

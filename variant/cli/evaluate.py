@@ -34,7 +34,14 @@ from variant.evaluation.features import FeatureNetwork, load_network
 from variant.evaluation.image_sets import ImageSet, Reference, open_images, open_reference
 from variant.evaluation.paired import Paired, check_pairs, compare_pairs
 from variant.evaluation.reconstruct import load_vqvae, psnr_by_scales, reconstructions
-from variant.evaluation.report import Evaluation, Metric, evaluate, is_distance, share
+from variant.evaluation.report import (
+    Evaluation,
+    Metric,
+    check_sets,
+    evaluate,
+    is_distance,
+    share,
+)
 from variant.evaluation.sampler import FORMAT as SAMPLE_FORMAT
 from variant.evaluation.sampler import SETTINGS_NAME as SAMPLED
 from variant.models.placement import check_device
@@ -79,7 +86,11 @@ def evaluate_command(command: Eval) -> None:
         from variant.cli.evaluate_depths import check_out, evaluate_depths
 
         check_out(command.out)
-        evaluate_depths(command, reference_of(command.reference), network_of(command, out))
+        evaluate_depths(
+            command,
+            reference_of(command.reference),
+            lambda size: network_of(command, out, size),
+        )
         return
     reference = reference_of(command.reference)
     vae = None
@@ -95,14 +106,18 @@ def evaluate_command(command: Eval) -> None:
         raise UserError(f"eval: --paired needs a reference with images; {reference.name} has none")
     if command.paired and reference.images is not None:
         check_pairs(images, reference.images)
-    network = network_of(command, out)
+    height, width = images.read(range(1)).shape[2:]
+    check_sets(reference, images.name, images.count, (height, width))
+    network = network_of(command, out, (height, width))
     total = images.count + (0 if reference.images is None else reference.images.count)
     with ExitStack() as stack:
         heard = stack.enter_context(warnings.catch_warnings(record=True))
         warnings.simplefilter("always", RuntimeWarning)
         _check_number(images, generated)
         advance = stack.enter_context(progress("eval", "features", total, command.json))
-        result = evaluate(images, reference, network, batch=command.batch, advance=advance)
+        result = evaluate(
+            images, reference, network, batch=command.batch, paired=is_paired, advance=advance
+        )
         if is_paired and reference.images is not None:
             pairs = compare_pairs(images, reference.images, command.batch)
             result = _with_pairs(result, pairs, command.reconstruct is not None)
@@ -178,7 +193,7 @@ def _with_pairs(result: Evaluation, pairs: Paired, reconstructed: bool) -> Evalu
     metrics += [
         Metric("PSNR", pairs.psnr, count, low, high),
         Metric("SSIM", pairs.ssim, count, pairs.ssim_interval[0], pairs.ssim_interval[1]),
-        share("equal images", pairs.equal, (pairs.equal * (1 - pairs.equal) / count) ** 0.5, count),
+        share("equal images", pairs.equal, count),
     ]
     return replace(result, metrics=tuple(metrics))
 
@@ -212,7 +227,14 @@ def _held_out(recipe: Recipe, name: str) -> ImageSet:
     return ImageSet(f"held-out images of {name}", data.num_held_out, labels, read)
 
 
-def network_of(command: Eval, out: Console) -> FeatureNetwork:
+def network_of(command: Eval, out: Console, size: tuple[int, int]) -> FeatureNetwork:
+    """The network of ``--features``; a classifier that is not there is trained.
+
+    Args:
+        size: height and width of the images.
+    Raises:
+        UserError: there is none, its weights are others', or it is for images of another size.
+    """
     if not command.features.startswith(CLASSIFIER):
         return load_network(command.features, command.weights, command.device)
     import torch
@@ -224,6 +246,11 @@ def network_of(command: Eval, out: Console) -> FeatureNetwork:
     path = _classifier_file(command)
     assert path is not None, "it has a classifier"
     vae = recipe.vae
+    if size != (vae.image_size, vae.image_size):
+        raise UserError(
+            f"eval: --features {command.features}: {name} has images of {vae.image_size} x "
+            f"{vae.image_size} pixels; those that are evaluated have {size[1]} x {size[0]}"
+        )
     data = open_data(recipe.data, vae.image_size, vae.in_channels, recipe.seed)
     if not is_there(path):
         if path_kind(path) is not None:

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,14 @@ from variant.engine.planning import depths_of, plan_row, schedule_row
 from variant.errors import UserError
 from variant.evaluation.features import FeatureNetwork
 from variant.evaluation.image_sets import Reference, open_images
-from variant.evaluation.report import LEAST, Evaluation, check_reference, evaluate, extract
+from variant.evaluation.report import (
+    LEAST,
+    Evaluation,
+    check_reference,
+    check_sets,
+    evaluate,
+    extract,
+)
 from variant.evaluation.sampler import SampleFiles, sample
 from variant.supernet import VARiant
 from variant_kernels import DepthSchedule
@@ -107,17 +115,27 @@ def check_out(out: Path) -> None:
         check_own_folder("eval", out, lambda name: OWN_NAME.fullmatch(name) is not None)
 
 
-def evaluate_depths(command: Eval, reference: Reference, network: FeatureNetwork) -> None:
-    """Generate the images of every setting, evaluate them, print the table and write the record."""
+def evaluate_depths(
+    command: Eval,
+    reference: Reference,
+    network_of: Callable[[tuple[int, int]], FeatureNetwork],
+) -> None:
+    """Generate the images of every setting, evaluate them, print the table and write the record.
+
+    Args:
+        network_of: the network for images of a height and width; it may be trained first.
+    """
     assert command.model is not None, "the caller checks it"
     model = VARiant.from_pretrained(command.model, device=command.device)
     config, engine = model.var.config, Engine(model.var, model.vae)
     num = PER_CLASS * config.num_classes if command.num is None else command.num
     integer("eval", "--num", num, LEAST)
     side = model.vae.config.image_size
-    check_reference(reference, network, command.model, num, (side, side))
+    check_sets(reference, command.model, num, (side, side))
     sampling = Sampling(1.5, min(TOP_K, config.vocab_size), 0.96, command.seed)
     settings = _settings(command, engine)
+    network = network_of((side, side))
+    check_reference(reference, network, command.model, num, (side, side))
     real = None
     if reference.images is not None:
         with progress("eval", "reference", reference.images.count, command.json) as advance:

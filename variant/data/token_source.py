@@ -208,8 +208,8 @@ def _check_complete(folder: Path, manifest: Manifest) -> None:
     missing = next((name for name, _, _ in manifest.files() if name not in manifest.shards), None)
     if missing is not None:
         raise UserError(
-            f"{shown(folder)}: its tokens are not complete: {missing} is missing; run the same "
-            "`variant tokenize` again, it continues"
+            f"{shown(folder)}: its tokens are not complete: {MANIFEST_NAME} has no {missing} yet; "
+            "run the same `variant tokenize` again, it continues"
         )
 
 

@@ -51,7 +51,7 @@ class FeatureNetwork:
     """A network for :func:`variant.evaluation.report.evaluate`.
 
     name: of the network.  distance: of its Fréchet distance, "FID" for the Inception of 2015 alone.
-    sha256: of the weights; "" for a function whose weights are not known.
+    sha256: of the weights; for a function of the file of its module, "" where it has none.
     run: uint8 images (B, 3, Y, X) on the network's device -> features.
     """
 
@@ -174,7 +174,8 @@ def _function(name: str, device: torch.device) -> FeatureNetwork:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(module_name), attribute)
+        module = importlib.import_module(module_name)
+        function = getattr(module, attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"eval: --features {name}: {error}") from None
     if not callable(function):
@@ -208,4 +209,6 @@ def _function(name: str, device: torch.device) -> FeatureNetwork:
             )
         return Features(features.float())
 
-    return FeatureNetwork(name, f"FD ({name})", "", run, device)
+    file = getattr(module, "__file__", None)
+    sha256 = "" if file is None else file_sha256(Path(file))
+    return FeatureNetwork(name, f"FD ({name})", sha256, run, device)

@@ -172,21 +172,35 @@ class FrechetResult:
 
 
 def frechet_from_blocks(
-    blocks: Sequence[FeatureStatistics], reference: Gaussian, name: str = "the Fréchet distance"
+    blocks: Sequence[FeatureStatistics],
+    reference: Gaussian | Sequence[FeatureStatistics],
+    name: str = "the Fréchet distance",
 ) -> FrechetResult:
     """The distance of all blocks together from a reference, with an interval.
 
     Args:
         blocks: disjoint parts of the images, in order and of about the same size; at least 4.
+        reference: the same for all parts; or its blocks, where each holds what the images of a
+            block were made of, as reconstructions are of originals. A part of the images is then
+            compared with the same part of the reference.
         name: of the distance, for the warning.
     Warns:
         RuntimeWarning: there are no more images than features: the covariance is singular.
     Raises:
-        ValueError: too few blocks, or their features are others than the reference's.
+        ValueError: too few blocks, another number of them in the reference, or their features are
+            others than the reference's.
     """
     integer("frechet_from_blocks", "the number of blocks", len(blocks), 4)
+    if not isinstance(reference, Gaussian):
+        integer(
+            "frechet_from_blocks",
+            "the number of reference blocks",
+            len(reference),
+            len(blocks),
+            len(blocks),
+        )
     whole = total(blocks)
-    width = len(reference.mean_D)
+    width = len(blocks[0].mean_D)
     if whole.count <= width:
         warnings.warn(
             f"{name}: {whole.count:,} images for {width:,} features: the covariance is singular "
@@ -194,13 +208,19 @@ def frechet_from_blocks(
             RuntimeWarning,
             stacklevel=2,
         )
-    without = [total([*blocks[:i], *blocks[i + 1 :]]) for i in range(len(blocks))]
+    every = range(len(blocks))
+    without = [[*every[:i], *every[i + 1 :]] for i in every]
     # The first half of the blocks, one more, ...: their distances fall as 1/N.
-    parts = [total(blocks[:end]) for end in range(len(blocks) // 2, len(blocks))]
-    gaussians = [part.gaussian() for part in (whole, *without, *parts)]
-    distance, *others = _distances(reference, gaussians)
+    parts = [[*every[:end]] for end in range(len(blocks) // 2, len(blocks))]
+    chosen = [[*every], *without, *parts]
+    gaussians = [total(blocks[i] for i in part).gaussian() for part in chosen]
+    if isinstance(reference, Gaussian):
+        distance, *others = _distances(reference, gaussians)
+    else:
+        others_side = [total(reference[i] for i in part).gaussian() for part in chosen]
+        distance, *others = map(frechet_distance, others_side, gaussians)
     left_out, values = others[: len(without)], [*others[len(without) :], distance]
-    counts = [part.count for part in parts] + [whole.count]
+    counts = [sum(blocks[i].count for i in part) for part in parts] + [whole.count]
     inverse = torch.tensor(counts, dtype=torch.float64).reciprocal()
     line = torch.stack((torch.ones_like(inverse), inverse), dim=1)
     intercept = torch.linalg.lstsq(line, torch.tensor(values, dtype=torch.float64)[:, None])

@@ -29,6 +29,7 @@ from variant.evaluation.frechet import (
     total,
 )
 from variant.evaluation.image_sets import ImageSet, Reference
+from variant.evaluation.paired import check_pairs
 from variant.evaluation.scores import NEIGHBOURS, SPLIT, inception_score, precision_recall
 from variant_kernels.arguments import integer
 
@@ -125,11 +126,14 @@ def evaluate(
     *,
     batch: int = 64,
     real: Features | None = None,
+    paired: bool = False,
     advance: Callable[[int, str], None] = lambda count, what: None,
 ) -> Evaluation:
     """Every metric that the network, the images and the reference allow.
 
     Args:
+        paired: whether image i belongs to image i of the reference, as a reconstruction does: a
+            distance from these images then has the interval of other draws of such pairs.
         batch: images of a batch; it changes no metric.
         real: features of the reference's images, if they were extracted before.
     Warns:
@@ -138,6 +142,8 @@ def evaluate(
         UserError: too few images, or a reference of another size or other features.
     """
     integer("evaluate", "batch", batch, 1)
+    if paired and reference.images is not None:
+        check_pairs(images, reference.images)
     height, width = images.read(range(1)).shape[2:]
     check_reference(reference, network, images.name, images.count, (height, width))
     own = extract(images, network, batch, advance)
@@ -157,6 +163,7 @@ def evaluate(
             real_labels,
             reference.gaussian if given else None,
             reference.name,
+            paired,
         )
     ]
     if own.spatial_BD is not None and (
@@ -171,6 +178,7 @@ def evaluate(
                 real_labels,
                 reference.spatial if given else None,
                 reference.name,
+                paired,
             )
         )
     if own.logits_BC is not None:
@@ -181,12 +189,12 @@ def evaluate(
         most = precision_recall(generated_ND=one, real_MD=other)
         metrics += [
             replace(
-                share("precision", shares.precision, shares.precision_error, images.count),
+                share("precision", shares.precision, images.count),
                 floor=most.precision,
                 floor_count=len(one),
             ),
             replace(
-                share("recall", shares.recall, shares.recall_error, images.count),
+                share("recall", shares.recall, images.count, len(real.features_BD)),
                 floor=most.recall,
                 floor_count=len(one),
             ),
@@ -215,14 +223,19 @@ def check_reference(
     Raises:
         UserError: too few images, or a reference of another size or without what is needed.
     """
+    check_sets(reference, name, count, size)
+    if reference.images is None and (network.distance != GIVEN or reference.gaussian is None):
+        raise UserError(
+            f"eval: {network.distance} needs the images of the reference; {reference.name} "
+            "holds statistics of the Inception network alone"
+        )
+
+
+def check_sets(reference: Reference, name: str, count: int, size: tuple[int, int]) -> None:
+    """What :func:`check_reference` knows without a network, which may have to be trained first."""
     if count < LEAST:
         raise UserError(f"eval: at least {LEAST} images are needed; {name} has {count}")
     if reference.images is None:
-        if network.distance != GIVEN or reference.gaussian is None:
-            raise UserError(
-                f"eval: {network.distance} needs the images of the reference; {reference.name} "
-                "holds statistics of the Inception network alone"
-            )
         return
     if reference.images.count < LEAST:
         raise UserError(
@@ -263,7 +276,9 @@ def _distance(
     real_labels: Sequence[int] | None,
     gaussian: Gaussian | None,
     reference: str,
+    paired: bool,
 ) -> Metric:
+    side: Gaussian | list[FeatureStatistics] | None = gaussian
     if gaussian is None:
         assert real_ND is not None, "checked before"
         if len(real_ND) <= real_ND.shape[1]:
@@ -274,13 +289,16 @@ def _distance(
                 RuntimeWarning,
                 stacklevel=3,
             )
-        gaussian = total(blocks_of(real_ND)).gaussian()
+        own_blocks = blocks_of(real_ND, labels if paired else None)
+        gaussian = total(own_blocks).gaussian()
+        side = own_blocks if paired else gaussian
     if own_ND.shape[1] != len(gaussian.mean_D):
         raise UserError(
             f"eval: {name} compares {own_ND.shape[1]} features; {reference} has statistics of "
             f"{len(gaussian.mean_D)}"
         )
-    result = frechet_from_blocks(blocks_of(own_ND, labels), gaussian, name)
+    assert side is not None, "set above where it was None"
+    result = frechet_from_blocks(blocks_of(own_ND, labels), side, name)
     floor = floor_count = None
     if real_ND is not None:
         floor_count = min(len(own_ND), len(real_ND) // 2)
@@ -370,8 +388,7 @@ def _class_metrics(images: ImageSet, network: FeatureNetwork, logits_NC: Tensor)
         _warn_of_other_labels(labels_N, found_N)
         right = found_N == labels_N
         value = float(right.double().mean())
-        error = (value * (1 - value) / len(right)) ** 0.5
-        metrics.append(share("recognised", value, error, len(right)))
+        metrics.append(share("recognised", value, len(right)))
     return metrics
 
 
@@ -413,11 +430,21 @@ def _warn_of_other_labels(labels_N: Tensor, found_N: Tensor) -> None:
         )
 
 
-def share(name: str, value: float, error: float, count: int) -> Metric:
-    """A share of the images, its interval from its standard error."""
-    return Metric(
-        name, value, count, max(0.0, value - 1.96 * error), min(1.0, value + 1.96 * error)
-    )
+def share(name: str, value: float, count: int, trials: int | None = None) -> Metric:
+    """A share of the images, with the interval of Wilson 1927 (its score interval).
+
+    Its ends are within 0 and 1, and it has a length also where all images agree: 100 of 100 may be
+    0.963 of others.
+
+    Args:
+        trials: images that the share is of; None is ``count``, those that were evaluated.
+    """
+    n = count if trials is None else trials
+    spread = 1.96 * (value * (1 - value) / n + 1.96**2 / (4 * n**2)) ** 0.5
+    centre, scale = value + 1.96**2 / (2 * n), 1 + 1.96**2 / n
+    low, high = (centre - spread) / scale, (centre + spread) / scale
+    # The value lies between them, up to rounding.
+    return Metric(name, value, count, max(0.0, min(low, value)), min(1.0, max(high, value)))
 
 
 __all__ = [

@@ -59,7 +59,7 @@ def inception_score(logits_NC: Tensor, split: int = SPLIT) -> InceptionScore:
 
 @dataclass(frozen=True)
 class PrecisionRecall:
-    """Shares of images, and their standard errors over images.
+    """Shares of images.
 
     precision: generated images inside the balls of real ones.
     recall: real images inside the balls of generated ones.
@@ -67,8 +67,6 @@ class PrecisionRecall:
 
     precision: float
     recall: float
-    precision_error: float
-    recall_error: float
 
 
 def precision_recall(
@@ -99,9 +97,7 @@ def precision_recall(
     generated, real = generated_ND.double() - centre, real_MD.double() - centre
     precision = _share_inside(generated, real, neighbours)
     recall = _share_inside(real, generated, neighbours)
-    return PrecisionRecall(
-        precision, recall, _error(precision, len(generated)), _error(recall, len(real))
-    )
+    return PrecisionRecall(precision, recall)
 
 
 def _share_inside(points_ND: Tensor, centres_MD: Tensor, neighbours: int) -> float:
@@ -127,10 +123,6 @@ def _squared_distances(rows_BD: Tensor, others_MD: Tensor) -> Tensor:
 
 def _largest_norm(points_ND: Tensor) -> float:
     return float(points_ND.square().sum(1).max())
-
-
-def _error(share: float, count: int) -> float:
-    return (share * (1 - share) / count) ** 0.5
 
 
 def _check(op: str, name: str, values: Tensor, at_least: int) -> None:

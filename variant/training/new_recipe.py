@@ -171,7 +171,7 @@ def _sized(name: str, parts: Parts) -> Recipe:
     side = 32 if parts.side <= 40 else 64 if parts.side <= 160 or count <= 20_000 else 128
     ch_mult, patch_nums, bridge = FORMATS[side]
     epochs = _epochs(size.steps, batch, count)
-    joint = transition = max(1, round(0.4 * epochs))
+    full_only = max(1, round(0.8 * epochs))  # then a subnet in 4 of 5 steps: docs/study.md
     vae_optim = OptimSection(
         batch, 1e-3, weight_decay=0.0, schedule="cosine", final_ratio=0.02, warmup=0.05
     )
@@ -202,9 +202,11 @@ def _sized(name: str, parts: Parts) -> Recipe:
         schedule=ScheduleSection(
             depths=size.depths,
             bridge=bridge,
-            joint=joint,
-            transition=transition,
-            refinement=max(0, epochs - joint - transition),
+            joint_probability=0.0,
+            joint=full_only,
+            transition=0,
+            refinement=max(1, epochs - full_only),
+            final_probability=0.8,
         ),
         output=OutputSection(),
     )

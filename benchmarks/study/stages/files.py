@@ -51,9 +51,13 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
 
 
-def begin(folder: Path, wanted: str) -> None:
-    """Keep what a stage that was killed has left in its folder; remove that of other settings."""
-    begun = folder / "identity.json"
+def begin(folder: Path, wanted: str, mark: Path | None = None) -> None:
+    """Keep what a stage that was killed has left in its folder; remove that of other settings.
+
+    Args:
+        mark: the file that tells whose the folder is; None is ``identity.json`` in the folder.
+    """
+    begun = folder / "identity.json" if mark is None else mark
     if folder.exists() and not is_done(begun, wanted):
         shutil.rmtree(folder)
     write_json(begun, {"identity": wanted})

@@ -85,7 +85,8 @@ def make_tokens(study: Study, out: Path, name: str) -> None:
     wanted, folder = tokens_identity(study, out, name), out / "tokens" / name
     if is_done(folder / "done.json", wanted):
         return
-    begin(folder, wanted)
+    # Beside the folder: `variant tokenize` takes no folder that holds other files than its own.
+    begin(folder, wanted, folder.with_name(f"{name}.json"))
     data = study.values["tokens"][name]
     training = {"weights": str(vae_file(out))}
     recipe = study.recipe_of({"schedule": PHASES, "vae_training": training, "data": data})
