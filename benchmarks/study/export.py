@@ -44,6 +44,6 @@ def export(study: Study, out: Path, name: str, seed: int, folder: Path) -> None:
         "seed": run.seed,
         "settings": run.overrides(),
         "steps": trained["steps"],
-        "held_out_loss": {key: row["mean"] for key, row in losses.items()},
+        "held_out_loss": {key.removeprefix("d"): row["mean"] for key, row in losses.items()},
     }
     save_model(folder, named, vae, extra={"training": training})

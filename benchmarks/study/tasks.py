@@ -47,7 +47,7 @@ def tasks_of(study: Study, out: Path, speed: Speed) -> list[Task]:
     for run in runs:
         tasks += [_train(study, out, run, speed)] if run.name == BASE else []
         tasks.append(_run(study, out, run, speed))
-    return _ordered(tasks, [_train_name(run) if run.name == BASE else _name(run) for run in runs])
+    return _ordered(tasks, [_name(run) for run in runs])
 
 
 def _ordered(tasks: list[Task], wanted: list[str]) -> list[Task]:

@@ -30,8 +30,9 @@ from benchmarks.study.schedules import (
     token_losses,
 )
 from benchmarks.study.settings import SMOKE, identity, load_study, merged
+from benchmarks.study.speed import Speed
 from benchmarks.study.stages import measuring, shared, training
-from benchmarks.study.tasks import Task
+from benchmarks.study.tasks import Task, tasks_of
 from benchmarks.study.work import Work, choose_epochs, phase_epochs, step_flop
 from variant.engine.engine import Engine
 from variant.errors import UserError
@@ -423,7 +424,7 @@ def test_an_exported_run_generates_what_was_measured(done, profile, tmp_path, ca
         assert torch.equal(own.images, wanted.images)
     losses = json.loads((out / "runs" / "several" / "seed1" / "losses.json").read_text())["losses"]
     found = model.extra["training"]["held_out_loss"]
-    assert found == {name: row["mean"] for name, row in losses.items()}
+    assert found == {name.removeprefix("d"): row["mean"] for name, row in losses.items()}
     assert main([*words, "--run", "labels-permuted"]) == 1  # it trains nothing
     assert main(words) == 1
     errors = capsys.readouterr().err
@@ -587,6 +588,15 @@ def test_every_run_of_the_study_has_a_length():
     assert {"teacher-frozen", "copies", "lora4", "adaln"} <= {run.name for run in trained}
     for run in trained:
         assert min(training.training_length(study, run).values()) >= 0
+
+
+def test_what_every_verdict_needs_comes_first(tmp_path):
+    """No metric decides a verdict before it has told the control from the model it is made of."""
+    speed = Speed(**{each.name: 1.0 for each in dataclasses.fields(Speed)})
+    names = [task.name for task in tasks_of(load_study(None, ()), tmp_path, speed)]
+    for seed in range(3):
+        for name in ("base", "labels-permuted"):
+            assert names.index(f"{name}/seed{seed}") < names.index("p0/seed0")
 
 
 def test_phases_are_whole_epochs_in_proportion():
