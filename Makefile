@@ -25,7 +25,7 @@ PYTEST = $(BIN)/python $(if $(COVERAGE),-m coverage run) -m pytest -n $(TEST_JOB
 .PHONY: help setup dev generate check test test-python test-triton test-robustness sanitized-programs test-cpp test-cuda test-cuda-python test-isas test-tsan coverage-cpp nightly coverage mutants cuda sass gpu gpu-artefacts bench bench-report docs-results study study-report lint clean
 
 help:
-	@echo "make generate  generate digits at every depth into out/digits.png"
+	@echo "make generate  generate digits and clothes at every depth into out"
 	@echo "make setup     create $(VENV) with the package (editable)"
 	@echo "make dev       add the development tools, and compile for every CPU instruction set"
 	@echo "make check     a few minutes: lint, op tests of the reference and CPU backends, one generation"
@@ -82,8 +82,9 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.ready
 	@touch $@
 
 generate: setup
-	@echo "== generating digits at every depth with the shipped supernet"
+	@echo "== generating digits and clothes at every depth with the shipped supernets"
 	$(BIN)/variant generate --model digits --all-depths --count 1 --seed 0 --overwrite --out out/digits.png
+	$(BIN)/variant generate --model fashion-mnist --labels t-shirt trouser pullover dress coat sandal shirt sneaker bag 'ankle boot' --all-depths --seed 0 --overwrite --out out/fashion-mnist.png
 
 check: lint
 	@echo "== op tests of the reference and CPU backends"

@@ -59,10 +59,11 @@ class PretrainedPair(nn.Module, PyTorchModelHubMixin):
         force_download: bool = False,
         local_files_only: bool = False,
     ) -> Self:
-        """A model folder, a repository of the Hugging Face Hub, or "digits" from this package.
+        """A model folder, a repository of the Hugging Face Hub, or a model of this package.
 
         Args:
-            name: an existing path is preferred to a Hub id of the same spelling.
+            name: "digits" and "fashion-mnist" are in this package. An existing path is preferred
+                to one of these and to a Hub id of the same spelling.
             dtype: of the transformer's weights, itself or its name; None or "auto" keeps that of
                 the file.
             device: of both models; None is the CPU.

@@ -25,7 +25,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if path_kind(path) is None:
         raise UserError(
             f"{shown(folder)}: is not a model folder: it has no {CONFIG_NAME}. Expected a folder "
-            f'written by save_pretrained or `variant train`, or the name "digits"'
+            f'written by save_pretrained or `variant train`, or "digits" or "fashion-mnist"'
         )
     config = read_json(path)
     if not isinstance(config, dict) or config.get("format") != FORMAT:

@@ -31,6 +31,11 @@ def is_hub_id(name: str | os.PathLike[str]) -> bool:
     return named and not text.endswith(FILE_ENDINGS)
 
 
+def packaged_models() -> list[str]:
+    """Names of the models in this package."""
+    return sorted(f.name for f in ASSETS.iterdir() if (f / "config.json").is_file())
+
+
 def check_path(op: str, name: str, value: object) -> str | os.PathLike[str]:
     """The value, a path or the name of a model.  Raises: TypeError, if it is neither."""
     if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
@@ -52,9 +57,7 @@ def locate(name: str | os.PathLike[str], subfolder: str | None = None, **hub_opt
     path = Path(name)
     if path_kind(path / inner / "config.json") is not None:
         return path / inner  # the reader of the folder looks at the files
-    packaged = sorted(
-        folder.name for folder in ASSETS.iterdir() if (folder / "config.json").is_file()
-    )
+    packaged = packaged_models()
     if str(name) in packaged:
         return ASSETS / str(name) / inner
     text = os.fspath(name)

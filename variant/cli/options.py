@@ -81,7 +81,8 @@ class Plan:
     """
 
     model: str = "var-d30"
-    """A preset (var-d16, -d20, -d24, -d30, -d36-512), a model folder, or "digits"."""
+    """A preset (var-d16, -d20, -d24, -d30, -d36-512), a model folder, "digits", or
+    "fashion-mnist"."""
     batch: int | None = None
     """Number of images; guidance doubles the number of sequences; default: 64. With --train: images
     of a step on all GPUs; default: 1024."""
@@ -230,7 +231,7 @@ class Bench:
     """
 
     model: str = "digits"
-    """Model folder, "digits", or a preset (var-d16, ...) with random weights."""
+    """Model folder, "digits", "fashion-mnist", or a preset (var-d16, ...) with random weights."""
     batch: tuple[int, ...] = (1, 8)
     """Images per batch; one or more sizes."""
     depths: tuple[int, ...] = ()
@@ -494,8 +495,8 @@ class Search:
     """The VQ-VAE's file, beside a file as --model."""
     data: str | None = None
     """Images whose loss counts: a recipe, whose held-out images are taken; a folder with one
-    sub-folder of images per class; a folder of token shards. Default for the model digits:
-    digits."""
+    sub-folder of images per class; a folder of token shards. Default for the models digits
+    and fashion-mnist: their own data."""
     images: int = 256
     """Number of held-out images at most; half of them choose, half compare."""
     budget: tuple[str, ...] = ("kv=0.5",)

@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from variant.checkpoints.locate import packaged_models
 from variant.cli.options import Search
 from variant.cli.output import (
     check_apart,
@@ -22,7 +23,6 @@ from variant.cli.output import (
 )
 from variant.cli.pyplot import check_plot, pyplot, save_plot
 from variant.cli.search_job import (
-    DIGITS,
     LATENCY,
     RECORD,
     SCHEDULE,
@@ -103,7 +103,7 @@ def _check(command: Search) -> dict[str, float]:
         UserError, ValueError: an option that cannot be used.
     """
     budgets = parse_budgets(command.budget)
-    if command.data is None and command.model != DIGITS:
+    if command.data is None and command.model not in packaged_models():
         raise UserError("search: --data must name the images whose loss counts")
     integer("search", "--images", command.images, 2, MAX_IMAGES)
     integer("search", "--batch", command.batch, 1, MAX_BATCH)

@@ -43,7 +43,6 @@ from variant_kernels.plans.depth_schedule import schedule_name
 
 FORMAT = "variant-search-1"
 RECORD, SCHEDULE, LATENCY = "search.json", "schedule.json", "latency.json"
-DIGITS = "digits"  # the model, and its data
 # Budgets at which searched schedules are compared with others, besides those asked for.
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 REPEATS = 5
@@ -90,7 +89,7 @@ class Job:
             integer("search", "--depths", depth, low, self.config.depth)
         self.depths = tuple(sorted({self.config.depth, *depths}, reverse=True))
         self.weights = fingerprint(model)
-        self.data = command.data or DIGITS
+        self.data = command.data or command.model  # a model of the package has its data's name
         self.images = held_out(model, self.data, command.images)
         chosen, compared = self.images.halves()
         self.losses, self.compared = self._saved(chosen), self._saved(compared)

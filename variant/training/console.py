@@ -112,7 +112,7 @@ class RunConsole:
         where = f"from step {step} of" if step else "for"
         self._print(
             f"{self.kind}: training on {num_train} images with {device}, {where} "
-            f"{self.total_steps} steps, {self.epochs} epochs"
+            f"{self.total_steps} steps, {self.epochs} epoch{'s' * (self.epochs != 1)}"
         )
         if changes:
             self._print(f"changed since the run began: {', '.join(changes)}")

@@ -80,7 +80,7 @@ class RunSummary:
         )
 
     def _steps(self, epochs: int, optim: OptimSection) -> str:
-        text = f"{epochs} epochs, batches of {optim.batch_size}"
+        text = f"{epochs} epoch{'s' * (epochs != 1)}, batches of {optim.batch_size}"
         if optim.accumulate > 1:
             text += f" in {optim.accumulate} parts"
         if self.data is None:
