@@ -151,7 +151,7 @@ def test_fashion_mnist_in_minutes(tmp_path, monkeypatch):
     section = load_recipe(FIRST)
     data = open_data(section.data, section.vae.image_size, section.vae.in_channels, section.seed)
     # Of another seed than that of the perceptual loss, and longer trained.
-    save_classifier("classifier.safetensors", *train_classifier(data, seed=1))
+    save_classifier(Path("classifier.safetensors"), *train_classifier(data, seed=1))
     runs = {"without": Path("runs/without"), "with": Path("runs", SECOND)}
     result = measure(SECOND, Path("classifier.safetensors"), runs)
     assert result["images"] == 10_000
