@@ -139,7 +139,9 @@ def folder(stand_ins, tmp_path, monkeypatch):
     monkeypatch.chdir(here)
     monkeypatch.setattr(sys, "path", [str(LOOKALIKES), *sys.path])
     yield here
+    # A finder of a relative path keeps the folder that was the working folder then.
     sys.modules.pop("models", None)
+    sys.path_importer_cache.pop("VAR", None)
 
 
 # --- size, links, generated parts ---------------------------------------------------------------
