@@ -19,10 +19,17 @@ def model():
     return VARiant.from_pretrained("fashion-mnist")
 
 
-def test_it_is_the_run_of_the_study_that_its_config_names(model):
+@pytest.fixture(scope="module")
+def run(model):
+    """The row of the study's results that the model's config names."""
     training = model.extra["training"]
     runs = json.loads((RESULTS / "extras.json").read_text())["runs"]
-    (run,) = (r for r in runs if (r["name"], r["seed"]) == (training["run"], training["seed"]))
+    (row,) = (r for r in runs if (r["name"], r["seed"]) == (training["run"], training["seed"]))
+    return row
+
+
+def test_it_is_the_run_of_the_study_that_its_config_names(model, run):
+    training = model.extra["training"]
     assert training["settings"] == run["settings"]
     assert training["steps"] == run["steps"]
     losses = {name.removeprefix("d"): row["mean"] for name, row in run["losses"].items()}
@@ -30,11 +37,9 @@ def test_it_is_the_run_of_the_study_that_its_config_names(model):
 
 
 @pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="needs the package dataset-fashion-mnist")
-def test_its_losses_are_those_of_the_study(model):
+def test_its_losses_are_those_of_the_study(model, run):
     """On the first 200 of 10,000 held-out images, of which the study gives the standard error."""
     images = held_out(model, "fashion-mnist", 200)
-    runs = json.loads((RESULTS / "extras.json").read_text())["runs"]
-    (run,) = (r for r in runs if (r["name"], r["seed"]) == ("several-p0.8", 0))
     for depth, name in ((None, "full"), (4, "d4"), (2, "d2")):
         loss = -model.engine().forced_log_probs(images.labels_N, images.tokens_NL, depth=depth)
         row = run["losses"][name]
