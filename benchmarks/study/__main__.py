@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         study = load_study(profile, tuple(options.only or ()))
         options.out.mkdir(parents=True, exist_ok=True)
         if options.command == "collect":
-            for path in collect(study, options.out, options.results):
+            for path in collect(study, options.out, options.results, keep=options.keep):
                 print(f"wrote {path}", flush=True)
         elif options.command == "export":
             if options.run is None or options.to is None:
@@ -98,6 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--profile", type=Path, help="a TOML file of another, smaller study")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="with collect: keep the results of the same settings that --out lacks",
+    )
     parser.add_argument("--run", help="the run to export")
     parser.add_argument("--seed", type=int, default=0, help="its seed")
     parser.add_argument("--to", type=Path, help="the model folder that is written")

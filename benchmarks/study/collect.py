@@ -4,7 +4,7 @@
 
 A pair is the mean over images of the difference of the losses of two runs of the same seed, with
 its standard error over images, and over the seeds the mean and its standard error. A negative
-difference is better than ``against``.
+difference is better than ``against``. ``settings`` is an identity of what all runs share.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study.finished import Finished
+from benchmarks.study.kept import Kept, settings_identity
 from benchmarks.study.metrics import flagged, image_losses, standard_error
 from benchmarks.study.settings import BASE, Part, Run, Study
 from benchmarks.study.stages import files, shared
@@ -30,19 +31,29 @@ COMMAND = "python -m benchmarks.study run --out FOLDER"
 DIGITS = 6  # of the numbers in the files
 
 
-def collect(study: Study, out: Path, results: Path) -> list[Path]:
+def collect(study: Study, out: Path, results: Path, *, keep: bool = False) -> list[Path]:
     """Write the result file of every part that has a run that is complete under these settings.
 
     The file of a part that has none is removed: its numbers are of other settings.
 
+    Args:
+        out: folder of the runs.
+        results: folder of the result files.
+        keep: take what the folder lacks from the present result files, if it is of the same
+            settings, VQ-VAE, classifiers and base run: see :class:`benchmarks.study.kept.Kept`.
     Raises:
         UserError: no run is complete; or, when all files are written, a metric does not flag the
             run that is broken.
     """
     written, missed = [], list[str]()
     finished = Finished(study, out)
+    kept = _kept(finished, results) if keep else None
     for part in study.parts:
-        rows = [row for run in part.runs if (row := _row(finished, run)) is not None]
+        own = [_row(finished, run) for run in part.runs]
+        if kept is not None:
+            found = [kept.row(part.name, run) for run in part.runs]
+            own = [_fuller(*both) for both in zip(own, found, strict=True)]
+        rows = [row for row in own if row is not None]
         if not rows:
             continue
         result = {
@@ -50,12 +61,13 @@ def collect(study: Study, out: Path, results: Path) -> list[Path]:
             "part": part.name,
             "title": part.title,
             "command": COMMAND,
+            "settings": settings_identity(study),
             **_about(finished, rows),
             "runs": rows,
-            "pairs": list(_pairs(finished, part)),
+            "pairs": list(_pairs(finished, part, kept)),
         }
         if part.name == "control":
-            result["flagged"] = _control(finished, rows)
+            result["flagged"] = _control(finished, rows, kept)
             missed = [
                 f"{name}, seed {seed}"
                 for seed, found in result["flagged"].items()
@@ -81,28 +93,45 @@ def collect(study: Study, out: Path, results: Path) -> list[Path]:
     return written
 
 
+def _kept(finished: Finished, results: Path) -> Kept:
+    def base_row(seed: int) -> dict[str, Any] | None:
+        return _row(finished, finished.study.find(BASE, seed))
+
+    return Kept(finished.study, results, _data(finished), base_row, _rounded)
+
+
+def _fuller(own: dict[str, Any] | None, kept: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The row of the folder, unless the kept one has images of more schedules."""
+    if own is None or kept is None:
+        return own or kept
+    return own if len(own["generated"] or ()) >= len(kept["generated"] or ()) else kept
+
+
 def _about(finished: Finished, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    study, first = finished.study, rows[0]["made"]
-    vae, real, values = finished.vae() or {}, finished.real() or {}, study.values
-    networks = {name: finished.classifier(name) for name in shared.CLASSIFIERS}
+    first = rows[0]["made"]
     return {
         "machine": f"{first['cpu']} ({first['isa']}), one thread per run",
         "versions": {"python": first["python"], "torch": first["torch"]},
-        "data": {
-            **{key: study.recipe["data"].get(key) for key in ("kind", "dataset")},
-            "held_out": values["images"],
-            "generated": values["generated"],
-            "patch_nums": study.recipe["vae"]["patch_nums"],
-            "sampling": {"cfg": values["cfg"], "top_p": values["top_p"]},
-            "floor": real.get("floor"),
-            "reconstruction_floor": real.get("reconstruction_floor"),
-            "vae_reconstruction": vae.get("reconstruction"),
-            "classifier_accuracy": {
-                n: found and found["accuracy"] for n, found in networks.items()
-            },
-            "depth": study.recipe["model"]["depth"],
-            "width": study.recipe["model"]["embed_dim"],
-        },
+        "data": _data(finished),
+    }
+
+
+def _data(finished: Finished) -> dict[str, Any]:
+    study = finished.study
+    vae, real, values = finished.vae() or {}, finished.real() or {}, study.values
+    networks = {name: finished.classifier(name) for name in shared.CLASSIFIERS}
+    return {
+        **{key: study.recipe["data"].get(key) for key in ("kind", "dataset")},
+        "held_out": values["images"],
+        "generated": values["generated"],
+        "patch_nums": study.recipe["vae"]["patch_nums"],
+        "sampling": {"cfg": values["cfg"], "top_p": values["top_p"]},
+        "floor": real.get("floor"),
+        "reconstruction_floor": real.get("reconstruction_floor"),
+        "vae_reconstruction": vae.get("reconstruction"),
+        "classifier_accuracy": {n: found and found["accuracy"] for n, found in networks.items()},
+        "depth": study.recipe["model"]["depth"],
+        "width": study.recipe["model"]["embed_dim"],
     }
 
 
@@ -140,7 +169,7 @@ def _row(finished: Finished, run: Run) -> dict[str, Any] | None:
     }
 
 
-def _pairs(finished: Finished, part: Part) -> Any:
+def _pairs(finished: Finished, part: Part, kept: Kept | None) -> Any:
     """Every paired difference of which at least one seed is complete."""
     study = finished.study
     seeds = study.values["seeds"]
@@ -153,16 +182,23 @@ def _pairs(finished: Finished, part: Part) -> Any:
             continue
         common = [s for s in next(iter(own.values())).schedules if s in against[seeds[0]].schedules]
         for schedule in common:
-            found = [_difference(finished, own[s], against[s], schedule) for s in seeds]
-            known = [pair for pair in found if pair is not None]
+            known = dict[int, tuple[float, float | None]]()
+            for seed in seeds:
+                found = _difference(finished, own[seed], against[seed], schedule)
+                if found is None and kept is not None:
+                    found = kept.pair(part.name, own[seed], against[seed], schedule)
+                if found is not None:
+                    known[seed] = found
             if known:
-                means = np.array([mean for mean, _ in known])
+                # Rounded first: what is kept from a file is.
+                means = np.array([_rounded(mean) for mean, _ in known.values()])
                 yield {
                     "run": name,
                     "against": other,
                     "schedule": schedule,
+                    "seeds": list(known),
                     "by_seed": means.tolist(),
-                    "se_by_seed": [error for _, error in known],
+                    "se_by_seed": [error for _, error in known.values()],
                     "mean": float(means.mean()),
                     "se": standard_error(means) if len(means) > 1 else None,
                 }
@@ -186,11 +222,16 @@ def _difference(
     return float(difference_N.mean()), standard_error(difference_N)
 
 
-def _control(finished: Finished, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, bool]]:
+def _control(
+    finished: Finished, rows: Sequence[dict[str, Any]], kept: Kept | None
+) -> dict[str, dict[str, bool]]:
     """By seed and metric, whether the broken run is flagged."""
     result = {}
     for row in rows:
-        right = _row(finished, finished.study.find(BASE, row["seed"]))
+        base = finished.study.find(BASE, row["seed"])
+        right = _row(finished, base)
+        if kept is not None:
+            right = _fuller(right, kept.row(BASE, base))
         if right is None or (row["generated"] and not right["generated"]):
             continue
         result[str(row["seed"])] = flagged(row, right)

@@ -322,6 +322,56 @@ def test_what_is_not_done_is_absent(done, tmp_path):
         collect(study, tmp_path / "nothing", tmp_path / "results")
 
 
+def read_results(results):
+    return {path.stem: json.loads(path.read_text()) for path in results.iterdir()}
+
+
+def test_a_new_folder_goes_on_from_the_result_files(done, tmp_path):
+    """What the folder lacks is kept, whole seeds too, and what it has anew is not."""
+    study, out = done
+    results = tmp_path / "results"
+    results.mkdir()
+    collect(study, out, results)
+    everything = read_results(results)
+    some = copy_without(out, tmp_path / "some", "p0.5", "several", "kv8")
+    collect(study, some, results, keep=True)
+    assert read_results(results) == everything
+    other_seed = copy_without(out, tmp_path / "other", "p0.5", "several", "kv8")
+    for folder in (other_seed / "runs").iterdir():
+        shutil.rmtree(folder / "seed0")
+    collect(study, other_seed, results, keep=True)
+    assert read_results(results) == everything
+    collect(study, other_seed, results)
+    assert row_names(results, "ratios") == [("progressive", 1)]
+
+
+@pytest.mark.parametrize("kind", ["settings", "data", "base", "run"])
+def test_other_numbers_are_not_kept(done, tmp_path, kind):
+    """Those of other settings, of another VQ-VAE, of another base model, of another run."""
+    study, out = done
+    results = tmp_path / "results"
+    results.mkdir()
+    collect(study, out, results)
+    some = copy_without(out, tmp_path / "some", "p0.5")
+    path = results / ("base.json" if kind == "base" else "ratios.json")
+    values = json.loads(path.read_text())
+    if kind == "settings":
+        values["settings"] = "0" * 64
+    elif kind == "data":
+        values["data"]["floor"]["fashion_fd"] += 1e-3
+    elif kind == "base":
+        values["runs"][1]["losses"]["full"]["mean"] += 1e-5
+    else:
+        values["runs"][0]["settings"]["work"] = 7
+    path.write_text(json.dumps(values))
+    collect(study, some, results, keep=True)
+    seeds = {"settings": [], "data": [], "base": [0], "run": [1]}[kind]
+    kept = [("p0.5", seed) for seed in seeds]
+    assert [row for row in row_names(results, "ratios") if row[0] == "p0.5"] == kept
+    pairs = json.loads((results / "ratios.json").read_text())["pairs"]
+    assert [pair["seeds"] for pair in pairs] == [seeds] * (2 if seeds else 0)
+
+
 def row_names(results, part):
     path = results / f"{part}.json"
     rows = json.loads(path.read_text())["runs"] if path.exists() else []
