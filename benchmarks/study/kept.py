@@ -88,9 +88,9 @@ class Kept:
         return None
 
     def _is_same_base(self, kept: Values | None, own: Values | None) -> bool:
-        if kept is None or own is None:
-            return kept is not None
-        return kept["losses"] == self._rounded(own)["losses"]
+        if own is None:
+            return True
+        return kept is not None and kept["losses"] == self._rounded(own)["losses"]
 
 
 def _read(path: Path) -> Values:
