@@ -1,5 +1,6 @@
 """``variant recipe new``: a recipe for a folder of images."""
 
+import gzip
 import shutil
 
 import numpy as np
@@ -113,6 +114,51 @@ def test_problems_of_the_folder_are_one_line(images, tmp_path, run):
     (tmp_path / "there.toml").touch()
     assert "exists; choose another" in error_of("--data", images, "--out", tmp_path / "there.toml")
     assert "takes no name" in error_of("digits", "--data", images)
+
+
+def write_idx(folder, side=28, ending=""):
+    """Four files of MNIST's names: 40 and 20 images of two classes."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 40), ("t10k", 20)):
+        images = rng.integers(0, 256, (count, side, side), dtype=np.uint8)
+        labels = (np.arange(count) % 2).astype(np.uint8)
+        for kind, values in (("images-idx3", images), ("labels-idx1", labels)):
+            header = bytes([0, 0, 8, values.ndim])
+            header += b"".join(size.to_bytes(4, "big") for size in values.shape)
+            data = header + values.tobytes()
+            path = folder / f"{part}-{kind}-ubyte{ending}"
+            path.write_bytes(gzip.compress(data) if ending else data)
+    return folder
+
+
+@pytest.mark.parametrize(("side", "size", "ending"), [(28, 32, ".gz"), (33, 64, "")])
+def test_a_folder_of_idx_files_gets_a_recipe_that_is_whole(tmp_path, run, side, size, ending):
+    data, out = write_idx(tmp_path / "mnist", side, ending), tmp_path / "my.toml"
+    code, printed, error = run("recipe", "new", "--data", data, "--out", out)
+    assert code == 0, error
+    assert "images       40 for training, 20 held out, 2 classes" in printed
+    recipe = load_recipe(out)
+    assert (recipe.data.kind, recipe.data.hflip) == ("idx", 0.0)
+    assert recipe.data.train == str(data / f"train-images-idx3-ubyte{ending}")
+    assert recipe.data.held_out_labels == str(data / f"t10k-labels-idx1-ubyte{ending}")
+    assert (recipe.vae.image_size, recipe.vae.in_channels) == (size, 1)
+    assert run("recipe", "check", out)[0] == 0
+
+
+def test_problems_of_idx_files_are_one_line(tmp_path, run):
+    def error_of(*words):
+        code, _, error = run("recipe", "new", *words)
+        assert code == 1
+        assert error.count("\n") == 1
+        return error
+
+    data = write_idx(tmp_path / "mnist")
+    assert "leave out --split" in error_of("--data", data, "--split", tmp_path / "parted")
+    (data / "t10k-labels-idx1-ubyte").unlink()
+    assert "but not t10k-labels-idx1-ubyte or t10k-labels-idx1-ubyte.gz" in error_of("--data", data)
+    large = write_idx(tmp_path / "large", 129)
+    assert "at most as large as the model's, 128 x 128" in error_of("--data", large)
 
 
 def test_options_of_new_are_not_for_the_others(run):

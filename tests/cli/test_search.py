@@ -371,6 +371,26 @@ def test_held_out_images_are_those_of_the_recipe():
         held_out(model, "digits", 1)
 
 
+@pytest.mark.parametrize("which", ["folder", "t10k-images-idx3-ubyte", "train-images-idx3-ubyte"])
+def test_held_out_images_are_those_of_idx_files(tmp_path, which):
+    """Of a folder those of MNIST's names for the held-out part, of a file its own."""
+    values = {}
+    for seed, part in enumerate(("train", "t10k")):
+        rng = np.random.default_rng(seed)
+        images, labels = rng.integers(0, 256, (10, 16, 16)), np.arange(10)
+        values[part] = images
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = bytes([0, 0, 8, array.ndim])
+            header += b"".join(size.to_bytes(4, "big") for size in array.shape)
+            (tmp_path / f"{part}-{kind}-ubyte").write_bytes(header + bytes(array.ravel().tolist()))
+    model = VARiant.from_pretrained("digits")
+    found = held_out(model, str(tmp_path / which if which != "folder" else tmp_path), 10)
+    assert sorted(found.labels_N.tolist()) == list(range(10))
+    images = torch.from_numpy(values["train" if which.startswith("train") else "t10k"])
+    pixels = (images.float() / 127.5 - 1).unsqueeze(1).expand(-1, 3, -1, -1)
+    assert torch.equal(found.tokens_NL, model.vae.encode(pixels[found.labels_N]))
+
+
 def test_on_digits_it_is_no_worse_than_all_28_schedules_at_any_budget(tmp_path):
     out = tmp_path / "out"
     options = ["--images", str(2 * IMAGES), "--depths", "8", "4", "2"]

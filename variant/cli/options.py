@@ -175,13 +175,14 @@ class Recipe:
     """
 
     action: Literal["new", "show", "check"]
-    """new: write a recipe for a folder of images. show: print a recipe with every key and a comment
-    for each. check: name every mistake, and print what the run will be."""
+    """new: write a recipe for a folder of images or IDX files. show: print a recipe with every key
+    and a comment for each. check: name every mistake, and print what the run will be."""
     recipe: str = ""
     """For show and check: name of a packaged recipe, or a TOML file."""
     data: Path | None = None
     """For new: a folder with sub-folders train and held_out, each with one sub-folder of images per
-    class; with --split, a folder with one sub-folder per class."""
+    class; with --split, a folder with one sub-folder per class; or a folder with the four IDX files
+    of MNIST's names."""
     out: Path | None = None
     """For new: the file to write; default: standard output."""
     base: str | None = None
@@ -495,8 +496,8 @@ class Search:
     """The VQ-VAE's file, beside a file as --model."""
     data: str | None = None
     """Images whose loss counts: a recipe, whose held-out images are taken; a folder with one
-    sub-folder of images per class; a folder of token shards. Default for the models digits
-    and fashion-mnist: their own data."""
+    sub-folder of images per class; a folder of token shards; a folder or a file of IDX images, as
+    MNIST has. Default for the models digits and fashion-mnist: their own data."""
     images: int = 256
     """Number of held-out images at most; half of them choose, half compare."""
     budget: tuple[str, ...] = ("kv=0.5",)

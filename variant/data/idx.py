@@ -34,7 +34,7 @@ from variant.models.class_names import check_class_names
 from variant.paths import open_regular, path_kind, shown
 
 UNSIGNED_BYTE = 0x08
-GZIP = b"\x1f\x8b"
+GZIP, GZIP_ENDING = b"\x1f\x8b", ".gz"
 # deflate's best: a compressed file cannot hold more than this many times its own size.
 MAX_RATIO = 1032
 CHUNK = 2**24  # bytes that are read at once
@@ -135,11 +135,62 @@ def paths_of(section: DataSection) -> dict[str, str]:
     return paths
 
 
+def labels_beside(images: Path) -> Path | None:
+    """The file of labels that goes with a file of images, as MNIST names them; None if none does.
+
+    ``train-images-idx3-ubyte.gz`` has ``train-labels-idx1-ubyte.gz``, with or without ".gz".
+    """
+    name = images.name.removesuffix(GZIP_ENDING)
+    if "images" not in name or "idx3" not in name:
+        return None
+    return _either(images.parent, name.replace("images", "labels").replace("idx3", "idx1"))
+
+
+def files_in(folder: Path) -> dict[str, str]:
+    """The files of MNIST's names in a folder by their keys in a data section; {} if none is there.
+
+    Raises:
+        UserError: some are there and others are not.
+    """
+    wanted = {key: name.removesuffix(GZIP_ENDING) for key, name in FASHION_MNIST_FILES.items()}
+    found = {key: _either(folder, name) for key, name in wanted.items()}
+    missing = [wanted[key] for key, path in found.items() if path is None]
+    if missing and len(missing) < len(found):
+        raise UserError(
+            f"{shown(folder)}: has files of MNIST's names, but not {missing[0]} or "
+            f"{missing[0]}{GZIP_ENDING}"
+        )
+    return {key: str(path) for key, path in found.items() if path is not None}
+
+
+def section_of(folder: Path) -> DataSection | None:
+    """The data section of a folder that holds the four files of MNIST's names; None of another.
+
+    Raises:
+        UserError: the folder holds some of the files.
+    """
+    files = files_in(folder)
+    if not files:
+        return None
+    if folder.resolve() == FASHION_MNIST.resolve():
+        return DataSection("idx", dataset="fashion-mnist")
+    return DataSection("idx", **files)
+
+
+def _either(folder: Path, name: str) -> Path | None:
+    for path in (folder / name, folder / f"{name}{GZIP_ENDING}"):
+        if path.is_file():
+            return path
+    return None
+
+
 class IdxData:
     """Images of two pairs of IDX files; implements :class:`variant.data.images.ImageData`.
 
     Images are padded with zeros to the model's image size; both sides get as much. Training images
     are flipped and distorted as the section says. The order of held-out images is random and fixed.
+
+    pixels: rows and columns of the training images before they are padded.
     """
 
     def __init__(self, section: DataSection, image_size: int, channels: int, seed: int) -> None:
@@ -151,6 +202,7 @@ class IdxData:
         order = np.random.default_rng(HELD_OUT_SEED).permutation(len(images))
         self._held_out, self.held_out_labels = images[order], labels[torch.from_numpy(order)]
         self.num_train, self.num_held_out = len(self._train), len(self._held_out)
+        self.pixels: tuple[int, int] = self._train.shape[1:]
         self.classes = self._names(paths)
         self.num_classes = len(self.classes)
 

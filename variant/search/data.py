@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from variant.data.config import DataSection
 from variant.data.encode import encode_images
+from variant.data.idx import labels_beside, section_of
 from variant.data.samples import Source
 from variant.data.shards import MANIFEST_NAME
 from variant.data.sources import open_source
@@ -47,7 +49,8 @@ def held_out(model: VARiant, data: str, count: int) -> HeldOut:
 
     Args:
         data: a recipe's name or TOML file, whose held-out images are taken; a folder with one
-            sub-folder of images per class; or a folder of token shards.
+            sub-folder of images per class; a folder of token shards; a folder of IDX files with
+            MNIST's names, or one file of images with the file of its labels beside it.
         count: images; fewer where there are fewer.
     Raises:
         UserError: no such data, of other classes or sizes than the model's, or fewer than two
@@ -83,14 +86,17 @@ def _open(model: VARiant, data: str) -> Source:
         if path_kind(os.path.join(data, MANIFEST_NAME)) is not None:
             section = DataSection(kind="tokens", tokens=data)
         else:
-            section = DataSection(kind="folder", train=data, held_out=data)
+            section = section_of(Path(data))
+            section = section or DataSection(kind="folder", train=data, held_out=data)
+    elif path_kind(data) == "file" and (labels := labels_beside(Path(data))) is not None:
+        section = DataSection("idx", data, data, str(labels), str(labels))
     else:
         try:
             recipe = load_recipe(data)
         except UserError as error:
             raise UserError(
-                "search: --data must name a folder of images, a folder of token shards, or a "
-                f"recipe, whose held-out images are taken; {error}"
+                "search: --data must name a folder of images, a folder of token shards, a folder "
+                f"or a file of IDX images, or a recipe, whose held-out images are taken; {error}"
             ) from None
         section, seed = recipe.data, recipe.seed
     source = open_source(

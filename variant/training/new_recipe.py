@@ -1,4 +1,4 @@
-"""New recipes for a folder of images: its classes, its parts, sizes by the number of images."""
+"""New recipes for images in a folder or in IDX files: classes, parts, sizes by their number."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from variant.data.config import DataSection
+from variant.data.idx import IdxData, files_in, paths_of, section_of
 from variant.data.images import list_images
 from variant.errors import UserError
 from variant.models.config import VQVAEConfig
@@ -29,11 +30,18 @@ TRAIN = ("train", "training")
 HELD_OUT = ("held_out", "heldout", "held-out", "val", "valid", "validation", "test")
 HELD_OUT_ONE_IN = 10  # images that a split holds out
 SAMPLE = 64  # images whose size is read
+LARGEST_IDX = 128  # pixels; the largest of FORMATS
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The two folders of a data set and what they hold."""
+    """The two parts of a data set and what they hold.
+
+    train, held_out: folders, or the files of images in a folder of IDX files.
+    classes: their names.  side: pixels; the median of the shorter sides, or the longer side of
+        IDX images, which are padded.
+    idx: the data section of IDX files; None for folders.
+    """
 
     train: Path
     held_out: Path
@@ -41,6 +49,7 @@ class Parts:
     num_held_out: int
     classes: list[str]
     side: int
+    idx: DataSection | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ FORMATS = {
 
 
 def find_parts(folder: Path) -> Parts:
-    """The folders of training and of held-out images in a folder.
+    """The folders of training and of held-out images in a folder, or its IDX files.
 
     Raises:
         UserError: there are none, or their classes differ; the message says how to split.
@@ -87,6 +96,8 @@ def find_parts(folder: Path) -> Parts:
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "no such folder of images"
         raise UserError(f"{folder}: {what}")
+    if (section := section_of(folder)) is not None:
+        return _idx_parts(section)
     names = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
     train = next((names[name] for name in TRAIN if name in names), None)
     held_out = next((names[name] for name in HELD_OUT if name in names), None)
@@ -106,6 +117,13 @@ def find_parts(folder: Path) -> Parts:
     return Parts(train, held_out, len(paths), len(held_out_paths), classes, _side(paths))
 
 
+def _idx_parts(section: DataSection) -> Parts:
+    data = IdxData(section, LARGEST_IDX, 1, 0)
+    train, held_out = (Path(paths_of(section)[name]) for name in ("train", "held_out"))
+    classes, side = list(data.classes), max(data.pixels)
+    return Parts(train, held_out, data.num_train, data.num_held_out, classes, side, section)
+
+
 def split(folder: Path, out: Path) -> None:
     """Make ``out/train`` and ``out/held_out`` with links to the images of a folder of classes.
 
@@ -117,6 +135,8 @@ def split(folder: Path, out: Path) -> None:
         UserError: a class has one image only; ``out`` is not empty, lies within the folder of
             classes or cannot be written. Nothing is left in ``out``.
     """
+    if folder.is_dir() and files_in(folder):
+        raise UserError(f"{folder}: its IDX files have their parts already; leave out --split")
     inner = next((folder / name for name in TRAIN if (folder / name).is_dir()), folder)
     paths, labels, classes = list_images(inner)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -169,6 +189,8 @@ def _sized(name: str, parts: Parts) -> Recipe:
     batch = max(1, min(size.batch, count // 4))
     # Images of 128 pixels take four times the work of 64, for which few images are too few.
     side = 32 if parts.side <= 40 else 64 if parts.side <= 160 or count <= 20_000 else 128
+    if parts.idx is not None:  # padded, not resized
+        side = next(side for side in FORMATS if parts.side <= side)
     ch_mult, patch_nums, bridge = FORMATS[side]
     epochs = _epochs(size.steps, batch, count)
     full_only = max(1, round(0.8 * epochs))  # then a subnet in 4 of 5 steps: docs/study.md
@@ -185,6 +207,7 @@ def _sized(name: str, parts: Parts) -> Recipe:
             num_classes=len(parts.classes),
         ),
         vae=VQVAEConfig(
+            in_channels=3 if parts.idx is None else 1,
             vocab_size=size.codes,
             z_channels=size.channels,
             ch=32 if count <= 20_000 else 64,
@@ -218,7 +241,7 @@ def _based(name: str, parts: Parts, base: Recipe) -> Recipe:
     if base.model.num_classes != len(parts.classes):  # its embedding of classes does not fit
         model = dataclasses.replace(model, weights=None, weights_entry=None)
     data = _data(parts)
-    if base.data.kind == "folder":
+    if parts.idx is None and base.data.kind == "folder":
         data = dataclasses.replace(base.data, train=str(parts.train), held_out=str(parts.held_out))
     optim = _within(base.optim, parts.num_train)
     training = base.vae_training
@@ -230,6 +253,8 @@ def _based(name: str, parts: Parts, base: Recipe) -> Recipe:
 
 
 def _data(parts: Parts) -> DataSection:
+    if parts.idx is not None:
+        return parts.idx
     return DataSection(
         kind="folder", train=str(parts.train), held_out=str(parts.held_out), hflip=0.5
     )
