@@ -99,6 +99,7 @@ batch_size = 10
 limit = 10
 
 [recipe.data]
+workers = 0
 kind = "idx"
 train = "FOLDER/train"
 train_labels = "FOLDER/train-labels"

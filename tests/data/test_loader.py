@@ -79,8 +79,16 @@ def source(tmp_path):
         mixup=0.2,
         workers=2,
     )
-    assert num_workers(section) == 2
     return open_source(section, 8, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "workers", "expected"),
+    [("folder", 2, 2), ("folder", 0, 0), ("tokens", 4, 1), ("tokens", 0, 0), ("digits", 4, 0)],
+)
+def test_a_source_has_the_workers_that_its_kind_needs(kind, workers, expected):
+    files = {"folder": {"train": "a", "held_out": "b"}, "tokens": {"tokens": "t"}}.get(kind, {})
+    assert num_workers(DataSection(kind, workers=workers, **files)) == expected
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -58,8 +58,8 @@ class DataSection:
         kind "folder" (arXiv 1909.13719).
     mixup: alpha of the Beta distribution (arXiv 1710.09412); 0 turns mixup off.
     workers: number of processes that read and augment images ahead of the training, for kind
-        "folder"; with torchrun, of each rank. Evaluations read by as many threads. 0: the training
-        reads its images itself.
+        "folder"; with torchrun, of each rank. Evaluations read by as many threads. For kind
+        "tokens" at most one process reads. 0: the training reads its images or tokens itself.
     max_bad: share of the samples that may be unreadable. Another one takes the place of each; above
         the share the run stops.
     """

@@ -251,7 +251,7 @@ def _start_tracker() -> None:
 
 def num_workers(section: DataSection) -> int:
     """Workers that a source needs: decoding files takes long, reading tokens a little."""
-    return {"folder": section.workers, "tokens": 1}.get(section.kind, 0)
+    return {"folder": section.workers, "tokens": min(section.workers, 1)}.get(section.kind, 0)
 
 
 def _unchanged(value: Any) -> Any:
