@@ -137,6 +137,8 @@ def _data(finished: Finished) -> dict[str, Any]:
 
 def _row(finished: Finished, run: Run) -> dict[str, Any] | None:
     """A run's row; None as long as its losses are missing, or those of other settings."""
+    if run.search:
+        return _search_row(finished, run)
     source, real, losses = finished.own(run), finished.real(), finished.losses(run)
     if losses is None:
         return None
@@ -165,8 +167,28 @@ def _row(finished: Finished, run: Run) -> dict[str, Any] | None:
         "generated": generated or None,
         "gradient_norms": trained.get("gradient_norms"),
         "curve": trained.get("curve"),
-        "made": {key: losses[key] for key in ("date", "cpu", "isa", "python", "torch")},
+        "made": _made(losses),
     }
+
+
+def _search_row(finished: Finished, run: Run) -> dict[str, Any] | None:
+    found = finished.search(run)
+    if found is None:
+        return None
+    names = ("losses", "schedules", "exact", "searched", "images", "images_compared", "seconds")
+    return {
+        "name": run.name,
+        "seed": run.seed,
+        "commit": found["commit"],
+        "settings": run.overrides(),
+        **{name: found[name] for name in names},
+        "generated": None,
+        "made": _made(found),
+    }
+
+
+def _made(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: values[key] for key in ("date", "cpu", "isa", "python", "torch")}
 
 
 def _pairs(finished: Finished, part: Part, kept: Kept | None) -> Any:

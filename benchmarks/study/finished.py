@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.settings import BASE, Run, Study
-from benchmarks.study.stages import files, measuring, shared, training
+from benchmarks.study.stages import files, measuring, searching, shared, training
 
 Values = dict[str, Any]
 
@@ -88,6 +88,15 @@ class Finished:
             measuring.generated_file(self.out, own, schedule),
             lambda: measuring.generated_identity(self.study, self.out, own, schedule),
             lambda: self.trained(own) and self.real(),
+        )
+
+    def search(self, run: Run) -> Values | None:
+        """What a search on the model of a run has found."""
+        return self._once(
+            ("search", run.name, run.seed),
+            searching.search_file(self.out, run),
+            lambda: searching.search_identity(self.study, self.out, run),
+            lambda: self.trained(run) and self.vae(),
         )
 
     def own(self, run: Run) -> Run:

@@ -120,6 +120,15 @@ SECTIONS: Mapping[str, Section] = {
         "overfitting, this part cannot show.",
     ),
     "kv8": Section("8-bit K/V", (*LOSSES, report_tables.generated)),
+    "search": Section(
+        "Searched layers and depths", (report_tables.searched,),
+        text="`variant search` on the full network that never trained a subnet, and on the "
+        "supernet of several depths. A budget is a share of the full network's peak K/V bytes or "
+        "of the work of its layers and head. Beside the searched schedule stand the best depth and "
+        "bridge, and the best schedule of evenly chosen or trained layers with any depth at each "
+        "scale. Half of the images choose all three, the other half is measured. Depths are those "
+        "of the first seed.",
+    ),
     "control": Section(
         "Control: labels permuted", (*LOSSES, report_tables.generated),
         text="A run that was broken on purpose. A metric that does not find it worse at every "

@@ -271,8 +271,35 @@ def _kv8() -> list[Claim]:
     ))  # fmt: skip
 
 
+# Budgets that every kind of schedule reaches.
+SEARCH_BUDGETS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def _search() -> list[Claim]:
+    models = {"search-untrained": "the untrained", "search-supernet": "the trained"}
+    others = {"grid": "the best of depth and bridge", "even": "evenly chosen or trained layers"}
+    costs = {"kv": "K/V bytes", "work": "work"}
+    rows = []
+    for name, model in models.items():
+        for cost, what in costs.items():
+            for kind, other in others.items():
+                parts = tuple(
+                    better(
+                        at(name, f"searched {cost}={share:g}"), at(name, f"{kind} {cost}={share:g}")
+                    )
+                    for share in SEARCH_BUDGETS
+                )
+                text = f"at equal {what} the search beats {other}"
+                rows += [
+                    Claim("search", f"On {model} subnets, {text} at some budget", Some(parts)),
+                    Claim("search", f"On {model} subnets, {text} at every budget", All(parts)),
+                ]
+    return rows
+
+
 CLAIMS = (
     *_zones(), *_training_free(), *_bridges(), *_ratios(), *_extras(), *_augmentation(), *_kv8(),
+    *_search(),
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ FULL = "full"
 # The parts of the study, in the page's order.
 PARTS = (
     "base", "zones", "training-free", "bridges", "ratios", "extras", "augmentation", "kv8",
-    "control",
+    "search", "control",
 )  # fmt: skip
 
 

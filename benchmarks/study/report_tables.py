@@ -21,6 +21,8 @@ from benchmarks.study.report_data import (
     mean_and_error,
 )
 
+# Kinds of schedules in the part "search", by their names in its file.
+SEARCH_KINDS = {"searched": "searched", "grid": "depth and bridge", "even": "even or trained"}
 ALL_METRICS = (*METRICS, LOSS_PER_TOKEN)
 PAPER = json.loads((Path(__file__).parent / "paper_tables.json").read_text())
 
@@ -75,6 +77,27 @@ def differences(study: Study, part: Part) -> list[str]:
     columns = ["run", "against", "schedule", "seeds", "difference of loss",
                "error over images, largest"]  # fmt: skip
     return table(columns, rows) if rows else []
+
+
+def searched(study: Study, part: Part) -> list[str]:
+    """The best schedule of each kind within each budget: its loss, and its depths by scale."""
+    rows = []
+    for name in part.names:
+        runs = study.runs(name, part.name)
+        first = next(iter(runs.values())).data["schedules"]
+        budgets = dict.fromkeys(key.split(" ", 1)[1] for key in schedules_of(part))
+        for budget in budgets:
+            found = {
+                kind: study.values(LOSS, name, f"{kind} {budget}", part.name)
+                for kind in SEARCH_KINDS
+            }
+            rows.append([
+                f"`{name}`", budget,
+                *(estimate(LOSS, values.values()) for values in found.values()),
+                *(first.get(f"{kind} {budget}", "-") for kind in SEARCH_KINDS),
+            ])  # fmt: skip
+    columns = ["run", "budget", *(f"loss, {kind}" for kind in SEARCH_KINDS.values())]
+    return table([*columns, *(f"depths, {kind}" for kind in SEARCH_KINDS.values())], rows)
 
 
 def losses_by_scale(study: Study, part: Part) -> list[str]:

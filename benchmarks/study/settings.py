@@ -39,6 +39,7 @@ class Run:
     schedules, generate: schedules of the losses, and those that generate images.
     permuted: the classes are permuted, so that the run is wrong.
     kv_dtype: of keys and values.
+    search: images of ``variant search`` on the run's model; 0 searches nothing.
     """
 
     part: str
@@ -55,6 +56,7 @@ class Run:
     same_as: str | None = None
     permuted: bool = False
     kv_dtype: str | None = None
+    search: int = 0
 
     @property
     def trains(self) -> bool:
@@ -66,6 +68,8 @@ class Run:
         for name in ("model", "same_as", "kv_dtype"):
             if getattr(self, name) is not None:
                 values[name] = getattr(self, name)
+        if self.search:
+            values["search"] = self.search
         if self.permuted:
             values["permuted"] = True
         if self.tokens != "plain":

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from benchmarks.study.settings import BASE, Run, Study
 from benchmarks.study.speed import Speed
-from benchmarks.study.stages import files, measuring, shared, training
+from benchmarks.study.stages import files, measuring, searching, shared, training
 
 Report = Callable[[str], None]
 START = 5.0  # seconds until a process has imported everything
+SEARCHED = 300.0  # forward passes of the full network that a search takes for each image
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def tasks_of(study: Study, out: Path, speed: Speed) -> list[Task]:
     tasks.append(_real(study, out, speed))
     for run in runs:
         tasks += [_train(study, out, run, speed)] if run.name == BASE else []
-        tasks.append(_run(study, out, run, speed))
+        tasks.append((_search if run.search else _run)(study, out, run, speed))
     return _ordered(tasks, [_name(run) for run in runs])
 
 
@@ -124,6 +125,18 @@ def _train(study: Study, out: Path, run: Run, speed: Speed) -> Task:
         lambda report: training.train(study, out, run),
         lambda: files.is_done(path, training.training_identity(study, out, run)),
         speed.step * run.work,
+    )
+
+
+def _search(study: Study, out: Path, run: Run, speed: Speed) -> Task:
+    trained = _train_name(run) if run.model == BASE else f"{run.model}/seed{run.seed}"
+    wanted = searching.search_identity
+    return Task(
+        _name(run),
+        ("vae", trained),
+        lambda report: searching.measure_search(study, out, run, report),
+        lambda: files.is_done(searching.search_file(out, run), wanted(study, out, run)),
+        speed.evaluated_image * run.search * SEARCHED,
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.study import report, report_plots, scheduler, work
+from benchmarks.study import report, report_plots, report_tables, scheduler, work
 from benchmarks.study.__main__ import main
 from benchmarks.study.collect import collect
 from benchmarks.study.metrics import distances, flagged, halves
@@ -31,7 +31,7 @@ from benchmarks.study.schedules import (
 )
 from benchmarks.study.settings import SMOKE, identity, load_study, merged
 from benchmarks.study.speed import Speed
-from benchmarks.study.stages import measuring, shared, training
+from benchmarks.study.stages import measuring, searching, shared, training
 from benchmarks.study.tasks import Task, tasks_of
 from benchmarks.study.work import Work, choose_epochs, phase_epochs, step_flop
 from variant.engine.engine import Engine
@@ -50,7 +50,7 @@ ROOT = Path(__file__).parents[2]
 PROFILE = """
 [study]
 seeds = [0, 1]
-parts = ["base", "control", "ratios", "zones", "extras", "kv8"]
+parts = ["base", "control", "ratios", "zones", "extras", "kv8", "search"]
 images = 30
 generated = 20
 batch = 10
@@ -69,6 +69,7 @@ epoch = 10
 [study.runs]
 ratios = ["p0.5", "progressive"]
 extras = ["several"]
+search = ["search-untrained"]
 
 [recipe.model]
 embed_dim = 32
@@ -142,7 +143,8 @@ def done(profile, tmp_path_factory):
         shared.make_classifier(study, out, name)
     shared.make_real(study, out)
     for run in study.runs():
-        measuring.measure(study, out, run, lambda what: None)
+        measure = searching.measure_search if run.search else measuring.measure
+        measure(study, out, run, lambda what: None)
     yield study, out
     torch.set_num_threads(threads)
 
@@ -251,7 +253,7 @@ def test_pairs_are_mean_differences_over_images_and_then_over_seeds(done, tmp_pa
 def test_rows_hold_what_the_page_needs(done, tmp_path):
     study, out = done
     names = {path.stem for path in collect(study, out, tmp_path)}
-    assert names == {"base", "control", "ratios", "zones", "kv8", "extras"}
+    assert names == {"base", "control", "ratios", "zones", "kv8", "extras", "search"}
     ratios = json.loads((tmp_path / "ratios.json").read_text())
     assert ratios["part"] == "ratios"
     assert ratios["machine"]
@@ -273,6 +275,30 @@ def test_rows_hold_what_the_page_needs(done, tmp_path):
     exact, fp8 = kv8["runs"][:2]
     assert exact["losses"]["full"]["mean"] == pytest.approx(fp8["losses"]["full"]["mean"], abs=0.2)
     assert exact["losses"]["full"]["mean"] != fp8["losses"]["full"]["mean"]
+
+
+def test_a_search_is_measured_on_images_that_did_not_choose(done, tmp_path):
+    study, out = done
+    collect(study, out, tmp_path)
+    row = json.loads((tmp_path / "search.json").read_text())["runs"][0]
+    assert (row["name"], row["seed"], row["exact"]) == ("search-untrained", 0, True)
+    assert (row["images"], row["images_compared"]) == (20, 20)
+    run = study.find("search-untrained", 0)
+    var, vae = measuring.load_models(study, out, run)
+    images, label_N = shared.images_of(study).held_out(range(1, 40, 2))
+    tokens_NL = vae.encode(images)
+    x_teacher = vae.teacher_input(tokens_NL)
+    loss_NL = token_losses(var, label_N, x_teacher, tokens_NL, (tuple(range(8)),) * 3)
+    for kind, cost in (("grid", "kv"), ("grid", "work"), ("even", "work")):
+        key = searching.schedule_key(kind, cost, 1.0)
+        assert row["schedules"][key] == "8x3"  # every layer at the three scales
+        assert row["losses"][key]["mean"] == pytest.approx(loss_NL.mean().item(), rel=1e-5)
+    kinds = {key.split(" ")[0] for key in row["losses"]}
+    assert kinds == set(report_tables.SEARCH_KINDS)
+    found = read_study(tmp_path)
+    page = report.page(found)
+    assert "## Searched layers and depths" in page
+    assert "| `search-untrained` | work=1 |" in page
 
 
 def test_the_page_shows_what_was_collected(done, tmp_path):
@@ -315,7 +341,7 @@ def test_what_is_not_done_is_absent(done, tmp_path):
     study, out = done
     part = copy_without(out, tmp_path / "part", "p0.5", "several", "kv8")
     names = {path.stem for path in collect(study, part, tmp_path / "results")}
-    assert names == {"base", "control", "ratios", "zones"}
+    assert names == {"base", "control", "ratios", "zones", "search"}
     ratios = json.loads((tmp_path / "results" / "ratios.json").read_text())
     assert [row["name"] for row in ratios["runs"]] == ["progressive"] * 2
     assert ratios["pairs"] == []
