@@ -174,7 +174,8 @@ def section_of(folder: Path) -> DataSection | None:
         return None
     if folder.resolve() == FASHION_MNIST.resolve():
         return DataSection("idx", dataset="fashion-mnist")
-    return DataSection("idx", **files)
+    train, held_out = files["train"], files["held_out"]
+    return DataSection("idx", train, held_out, files["train_labels"], files["held_out_labels"])
 
 
 def _either(folder: Path, name: str) -> Path | None:
