@@ -84,8 +84,9 @@ def searched(study: Study, part: Part) -> list[str]:
     rows = []
     for name in part.names:
         runs = study.runs(name, part.name)
-        first = next(iter(runs.values())).data["schedules"]
-        budgets = dict.fromkeys(key.split(" ", 1)[1] for key in schedules_of(part))
+        first = next(iter(runs.values())).data.get("schedules") or {}
+        keys = dict.fromkeys(key for run in runs.values() for key in run.schedules)
+        budgets = dict.fromkeys(key.partition(" ")[2] for key in keys)
         for budget in budgets:
             found = {
                 kind: study.values(LOSS, name, f"{kind} {budget}", part.name)

@@ -417,8 +417,12 @@ def test_no_verdict_is_invented_where_nothing_ran(tmp_path):
 def test_a_part_that_is_alone_or_empty_makes_a_page(tmp_path, part):
     study = study_of(tmp_path, **{part: []})
     assert report.page(study).count("Not run yet.") == len(PARTS)
-    study = study_of(tmp_path, **{part: [run("p0", 0, loss={FULL: 2.5, "d2": 2.9})]})
-    assert "| `p0` | 1 | 600.00 | 60 | 2.5000 | 2.9000 |" in report.page(study)
+    names = ("searched kv=0.5", "grid kv=0.5") if part == "search" else (FULL, "d2")
+    study = study_of(tmp_path, **{part: [run("p0", 0, loss=dict(zip(names, (2.5, 2.9))))]})
+    row = "| `p0` | 1 | 600.00 | 60 | 2.5000 | 2.9000 |"
+    if part == "search":
+        row = "| `p0` | kv=0.5 | 2.5000 | 2.9000 | - | - | - | - |"
+    assert row in report.page(study)
 
 
 def test_every_claim_is_a_row_and_has_a_section():
@@ -505,6 +509,9 @@ def test_every_claim_is_about_runs_of_the_settings():
                 if own.name == point.run and point.part in (None, part.name)
             ]
             assert len({own.seed for own in runs}) >= 2, point
+            if all(own.search for own in runs):
+                assert re.fullmatch(r"(searched|grid|even) (kv|work)=0\.[4-9]", point.schedule)
+                continue
             assert all(point.schedule in own.schedules for own in runs), point
             if point.metric is FASHION_FD:
                 assert any(point.schedule in own.generate for own in runs), point
