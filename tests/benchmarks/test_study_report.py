@@ -418,7 +418,9 @@ def test_a_part_that_is_alone_or_empty_makes_a_page(tmp_path, part):
     study = study_of(tmp_path, **{part: []})
     assert report.page(study).count("Not run yet.") == len(PARTS)
     names = ("searched kv=0.5", "grid kv=0.5") if part == "search" else (FULL, "d2")
-    study = study_of(tmp_path, **{part: [run("p0", 0, loss=dict(zip(names, (2.5, 2.9))))]})
+    study = study_of(
+        tmp_path, **{part: [run("p0", 0, loss=dict(zip(names, (2.5, 2.9), strict=True)))]}
+    )
     row = "| `p0` | 1 | 600.00 | 60 | 2.5000 | 2.9000 |"
     if part == "search":
         row = "| `p0` | kv=0.5 | 2.5000 | 2.9000 | - | - | - | - |"
