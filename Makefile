@@ -179,6 +179,7 @@ test-triton: dev
 # What CI tries a part of.
 nightly: export EMULATED_ORDERS = 0123
 nightly: export RACE_ORDERS = 0123
+nightly: export VARIANT_NIGHTLY = 1
 nightly: export VARIANT_ROBUSTNESS_KILLED_STRIDE = 1
 nightly: export VARIANT_ROBUSTNESS_TRITON_DTYPES = 1
 nightly: export VARIANT_ROBUSTNESS_LARGE_DRAWS = 1

@@ -55,6 +55,13 @@ NOT_RECORDED = {
 }
 
 
+def pytest_collection_modifyitems(items):
+    if not os.environ.get("VARIANT_NIGHTLY"):
+        for item in items:
+            if item.get_closest_marker("nightly") is not None:
+                item.add_marker(pytest.mark.skip(reason="takes long; VARIANT_NIGHTLY=1 runs it"))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
     with not_recorded() if item.path.name in NOT_RECORDED else contextlib.nullcontext():

@@ -659,6 +659,7 @@ def test_the_identity_of_a_training_sees_its_number_of_steps(done, monkeypatch):
     training._training_length.cache_clear()
 
 
+@pytest.mark.nightly
 def test_every_run_of_the_study_has_a_length():
     study = load_study(None, ())
     trained = [run for run in study.runs() if run.trains and run.seed == 0 and run.name != "base"]
