@@ -99,7 +99,7 @@ def test_words_of_the_command_line_are_names_or_numbers(words, labels):
 @pytest.mark.parametrize("words", [[","], [" , ,"], [" "], [",", ","]])
 def test_words_without_a_class_do_not_mean_every_class(words):
     for names in (NAMES, ()):
-        with pytest.raises(ValueError, match="^generate: --labels must name a class; got '"):
+        with pytest.raises(ValueError, match=r"^generate: --labels must name a class; got '"):
             labels_of_words("generate", "--labels", words, names)
 
 

@@ -270,10 +270,12 @@ class RunSetup:
                 "train into another folder"
             )
         if before.get(FILE_TIMES, stamps.times) != stamps.times and self.ranks.is_first:
+            known = before.get(FILE_CONTENTS)
+            same = len(stamps.contents.keys() & known) if isinstance(known, dict) else 0
             warnings.warn(
                 f"{self.checkpointer.path}: the image files were written or copied since: their "
-                f"modification times differ. {len(stamps.contents)} of them were compared and have "
-                "the same contents; make sure that the others have, too",
+                f"modification times differ. {same} of them were compared and have the same "
+                "contents; make sure that the others have, too",
                 RuntimeWarning,
                 stacklevel=2,
             )
