@@ -170,3 +170,11 @@ def test_the_plan_of_a_schedule_is_that_of_its_depth_and_bridge(small):
         assert schedule_row(config, schedule, 8, "float32") == plan_row(
             config, depth, 1, 8, "float32"
         )
+
+
+def test_what_json_cannot_hold_is_named_and_leaves_no_file(tmp_path):
+    schedule = DepthSchedule(4, 3, 2, 1)
+    for about in ({"x": object()}, {"x": {(1, 2): 3}}):
+        with pytest.raises(TypeError, match=r"^save_schedule: about must hold"):
+            save_schedule(tmp_path / "a.json", schedule, about)
+    assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from variant.errors import UserError
-from variant.paths import open_regular
+from variant.paths import open_regular, shown
 from variant.tensor_files import (
     checksums_of,
     read_all,
@@ -39,9 +39,13 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
         durable: write the content to the disk before the rename, and the rename after it, so that
             a power failure leaves the old file or the new one, and no empty one.
     Raises:
-        UserError: the folder cannot be written, the disk is full, or ``path`` is no plain file.
+        UserError: the folder cannot be written, the disk is full, ``path`` is no plain file, or no
+            path of this system.
     """
-    target = Path(os.path.realpath(path))
+    try:
+        target = Path(os.path.realpath(path))
+    except ValueError as error:  # a NUL byte, or what the system's encoding does not have
+        raise UserError(f"{shown(path)}: cannot be written: {error}") from None
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -107,15 +107,26 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """The value in a JSON file.
 
     Raises:
-        UserError: as :func:`read_text`; no JSON, or nested too deeply.
+        UserError: as :func:`read_text`; no JSON, nested too deeply, or an object has a key twice:
+            readers differ in which of the two values they take.
     """
     text = read_text(path)
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
     except RecursionError:
         raise UserError(f"{shown(path)}: cannot be read as JSON: it is nested too deeply") from None
     except ValueError as error:
         raise UserError(f"{shown(path)}: cannot be read as JSON: {error}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values.  Raises: ValueError, if a key comes twice."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in result if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {shown(twice)} twice")
+    return result
 
 
 def _open_at_once(path: str, flags: int) -> int:

@@ -71,6 +71,7 @@ def save_schedule(
     Args:
         about: plain values that say where the schedule comes from.
     Raises:
+        TypeError: ``about`` holds what JSON cannot represent.
         UserError: it cannot be written.
     """
     from variant.files import atomic_write  # needs torch
@@ -78,8 +79,15 @@ def save_schedule(
     values = schedule.to_dict()
     if about is not None:
         values["about"] = dict(about)
+    try:
+        text = json.dumps(values, indent=1) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(
+            "save_schedule: about must hold text, numbers, booleans, None, lists and dictionaries "
+            f"alone; {error}"
+        ) from None
     with atomic_write(Path(path)) as temporary:
-        temporary.write_text(json.dumps(values, indent=1) + "\n")
+        temporary.write_text(text)
 
 
 def layers_by_scale(source: str) -> list[int] | list[list[int]]:

@@ -36,6 +36,9 @@ from variant.paths import open_regular, shown
 MAX_HEADER_BYTES = 2**25
 # Tensors may share values in a file, but each gets memory of its own.
 MAX_EXPANSION = 4
+# Of the header of a .safetensors file: published models have fewer than 10,000 tensors, and torch
+# has no operations on more axes.
+MAX_TENSORS, MAX_AXES = 2**15, 64
 CHUNK_BYTES = 2**19  # of reads and of sum64: another value makes other sums
 # Key of the metadata of a .safetensors file; as JSON, for each tensor its sum64 in hexadecimal.
 CHECKSUMS = "sum64"
@@ -285,7 +288,11 @@ def stored_safetensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
         header = json.loads(text, object_pairs_hook=_unique)
         if not isinstance(header, dict):
             raise ValueError("the header must be an object")
+        if len(header) > MAX_TENSORS:
+            raise ValueError(f"it lists {len(header):,} tensors; at most {MAX_TENSORS:,}")
         metadata = header.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict):
+            raise ValueError("its __metadata__ must be an object")
         entries = [_entry(name, values) for name, values in header.items()]
         checksums = json.loads(metadata.get(CHECKSUMS, "{}"))
         regions = _regions(entries, start, source.size, checksums)
@@ -321,6 +328,9 @@ def _entry(name: str, values: Any) -> _Entry:
         raise ValueError(f"{name!r} has the unknown dtype {values['dtype']!r}")
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
         raise ValueError(f"{name!r}: shape and data_offsets must be lists of integers >= 0")
+    # Also of an empty tensor: torch multiplies the sides to strides before it looks for a 0.
+    if len(shape) > MAX_AXES or math.prod(side or 1 for side in shape) >= 2**63:
+        raise ValueError(f"{name!r} has more than {MAX_AXES} axes or 2^63 values")
     dtype, (begin, end) = DTYPES[values["dtype"]], offsets
     if math.prod(shape) * dtype.itemsize != end - begin:
         raise ValueError(f"{name!r} of shape {shape} has {end - begin} bytes")

@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from small_models import small_model
 from variant import UserError, VARiant
 from variant.checkpoints.config_file import configs_in
 from variant.checkpoints.model_folder import build
+from variant.checkpoints.sharded import read_weights_file
 from variant.data.config import DataSection
 from variant.data.images import FolderData
 from variant.files import file_sha256, read_pickle, read_safetensors, save_pickle, save_safetensors
@@ -482,6 +484,58 @@ def test_hostile_headers_are_refused(tmp_path, content):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     refused(read_safetensors, path, match=r"x\.safetensors: is (missing or )?damaged: ")
+
+
+@pytest.mark.parametrize(
+    ("shape", "text"),
+    [
+        ([0, 2**61, 2**61], "axes or 2^63 values"),  # torch multiplies sides to strides
+        ([1] * 65, "more than 64 axes"),
+        ([2**61] * 20_000, "more than 64 axes"),
+    ],
+)
+def test_shapes_without_end_are_refused_at_once(tmp_path, shape, text):
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 0 if 0 in shape else 4]}
+    header = json.dumps({"a": entry}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(0 if 0 in shape else 4))
+    started = time.process_time()
+    message = refused(read_safetensors, path, match=r"a\.safetensors: is missing or damaged: 'a' ")
+    assert text in message
+    assert time.process_time() - started < 0.5
+
+
+def test_a_header_of_more_tensors_than_any_model_has_is_refused(tmp_path):
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"t{index}": entry for index in range(2**15 + 1)}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    refused(stored_safetensors, path, match=r"it lists 32,769 tensors; at most 32,768")
+
+
+@pytest.mark.parametrize(
+    ("shard", "text"),
+    [
+        ("x" * 5000, "file name too long"),
+        ("x\0", "embedded null"),
+        ("x\n", r"the shard x\\n\.safetensors is missing"),
+        ("\ud800", r"\\ud800"),
+        ("pipe", "is a named pipe"),
+        ("loop", "too many levels of symbolic links"),
+    ],
+)
+def test_shards_that_are_no_files_are_named(tmp_path, shard, text):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": f"{shard}.safetensors"}}))
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
+    refused(read_weights_file, index, match=text).encode()
+
+
+def test_an_index_that_names_a_key_twice_is_refused(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "b.safetensors", "a": "c.safetensors"}}')
+    refused(read_weights_file, index, match=r"index\.json: .* the key a twice")
 
 
 def test_our_reader_agrees_with_the_safetensors_package(tmp_path):

@@ -1,7 +1,9 @@
 """``variant recipe new``: a recipe for a folder of images."""
 
 import gzip
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -252,3 +254,29 @@ def test_a_split_that_fails_half_way_leaves_nothing(images, tmp_path, monkeypatc
     with pytest.raises(UserError, match="parted: cannot be written: No space left"):
         split(images, tmp_path / "parted")
     assert not any((tmp_path / "parted").iterdir())
+
+
+def test_a_path_that_cannot_be_written_into_a_recipe_is_refused(images, tmp_path):
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    split(images, odd)
+    with pytest.raises(UserError, match=r"/\\udcff: the path must be text in UTF-8"):
+        find_parts(odd)
+    (tmp_path / "plain").symlink_to(odd)
+    assert recipe_toml(new_recipe("a", find_parts(tmp_path / "plain")))
+
+
+def test_a_recipe_of_thousands_of_unknown_keys_lists_the_first(images, tmp_path, run):
+    path = tmp_path / "my.toml"
+    path.write_text("\n".join(f"k{index} = 1" for index in range(5000)))
+    code, printed, error = run("recipe", "check", path)
+    assert code == 1
+    assert printed.count("problem: ") == 100
+    assert "problems, listed above as far as the first 100" in error
+
+
+def test_a_schedule_of_a_recipe_that_is_no_file_is_named_with_its_key(images, tmp_path, run):
+    path = tmp_path / "my.toml"
+    path.write_text('[schedule]\nschedules = ["nowhere.json"]\n')
+    code, _, error = run("recipe", "check", path)
+    assert code == 1
+    assert error.endswith(f"{path}: schedule.schedules: nowhere.json: no such file\n")

@@ -21,6 +21,7 @@ from small_models import small_model
 from variant.cli.main import main
 from variant.cli.options import Sample
 from variant.engine.engine import Engine, kernels_of
+from variant.errors import UserError
 from variant.evaluation import sampler
 from variant.evaluation.image_sets import open_images
 
@@ -292,6 +293,60 @@ def test_no_part_is_missing_where_another_rank_has_assembled_them(
     assert json.loads((tmp_path / "result").read_text())["missing_parts"] == 0
     assert torch.equal(pixels(out), expected)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.npz", "result"]
+
+
+@pytest.mark.parametrize("kind", ["cut", "objects", "floats", "fewer", "smaller", "pipe", "text"])
+def test_a_part_without_its_pixels_is_named_and_not_assembled(model, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(sampler, "PART", 10)
+    finish = sampler._finish_once
+    monkeypatch.setattr(sampler, "_finish_once", lambda *rest: None)
+    out = tmp_path / "a.npz"
+    assert run(model, out) == 0
+    monkeypatch.setattr(sampler, "_finish_once", finish)
+    part = tmp_path / "a.npz.parts" / "part-00001.npy"
+    whole, pixels_BYX3 = part.read_bytes(), np.load(part)
+    odd = {
+        "objects": np.array([{}], object),
+        "floats": pixels_BYX3.astype(np.float32),
+        "fewer": pixels_BYX3[1:],
+        "smaller": pixels_BYX3[:, 1:],
+    }
+    if kind in odd:
+        np.save(part, odd[kind], allow_pickle=True)
+    elif kind == "pipe":
+        part.unlink()
+        os.mkfifo(part)
+    else:
+        part.write_bytes(whole[:500] if kind == "cut" else b"text")
+    files = sampler.SampleFiles(out, "npz", NUM, range(5), 5)
+    with pytest.raises(UserError, match=r"part-00001\.npy: (does not hold|must be)"):
+        files.assemble({})
+    assert not out.exists()
+    if kind == "pipe":
+        part.unlink()
+    part.write_bytes(whole)
+    files.assemble({})
+    assert open_images(out).count == NUM
+
+
+def test_an_image_that_is_empty_is_made_again(model, expected, tmp_path):
+    """As a power failure leaves files that were renamed before their content was on the disk."""
+    out = tmp_path / "images"
+    assert run(model, out) == 0
+    first = min(out.glob("*.png"))
+    first.write_bytes(b"")
+    assert run(model, out) == 0
+    assert torch.equal(pixels(out), expected)
+
+
+def test_an_image_that_is_a_folder_is_refused_by_name(model, tmp_path, capsys):
+    out = tmp_path / "images"
+    assert run(model, out) == 0
+    first = min(out.glob("*.png"))
+    first.unlink()
+    first.mkdir()
+    assert run(model, out) == 1
+    assert f"{first}: cannot be written: is no plain file" in capsys.readouterr().err
 
 
 def test_records_are_not_replaced(model, tmp_path, capsys):

@@ -135,6 +135,15 @@ def test_a_changed_environment_chooses_anew(monkeypatch, checks):
         adaln_modulate(x, row, row, backend="triton")
 
 
+def test_an_unknown_backend_of_the_environment_is_named_as_such(monkeypatch, checks):
+    monkeypatch.setenv("VARIANT_BACKEND", "cpus")
+    with pytest.raises(ValueError, match=r'^the environment variable VARIANT_BACKEND: .*"cpus"'):
+        adaln_modulate(X, ROW, ROW)
+    adaln_modulate(X, ROW, ROW, backend="reference")
+    with use_backend("reference"):
+        adaln_modulate(X, ROW, ROW)
+
+
 def test_auto_inside_a_named_backend_follows_the_environment_again(monkeypatch):
     monkeypatch.setenv("VARIANT_BACKEND", "reference")
     with use_backend("cpu"):

@@ -96,6 +96,13 @@ def test_words_of_the_command_line_are_names_or_numbers(words, labels):
     assert labels_of_words("generate", "--labels", words, NAMES) == labels
 
 
+@pytest.mark.parametrize("words", [[","], [" , ,"], [" "], [",", ","]])
+def test_words_without_a_class_do_not_mean_every_class(words):
+    for names in (NAMES, ()):
+        with pytest.raises(ValueError, match=r"^generate: --labels must name a class; got '"):
+            labels_of_words("generate", "--labels", words, names)
+
+
 def test_a_long_list_of_names_is_cut():
     assert listed([str(i) for i in range(1000)]).endswith("8, 9 and 990 more")
     assert "\n" not in listed(["a\nb"])

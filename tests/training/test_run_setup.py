@@ -29,7 +29,7 @@ from variant.engine import memory
 from variant.errors import UserError
 from variant.models.vqvae import VQVAE
 from variant.training.recipe import load_recipe
-from variant.training.run_setup import resume_hint
+from variant.training.run_setup import FILE_CONTENTS, FILE_TIMES, resume_hint
 from variant.training.vae_task import VAETask, train_vae
 from variant.training.var_task import VARTask, train_var
 
@@ -179,6 +179,60 @@ def test_resuming_with_another_vqvae_is_refused(recipe, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="was trained with another VQ-VAE weights") as caught:
         resume(named, tmp_path, train_var)
     assert "\n" not in str(caught.value)
+
+
+def replace_images(folder, recipe, names):
+    """A copy of the images with some of them replaced by others of their sizes in bytes."""
+    shutil.copytree(Path(recipe.data.train).parent, folder)
+    for name in names:
+        path = folder / name
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1  # in the checksum of the last chunk, which readers of images pass over
+        path.write_bytes(data)
+    places = {part: str(folder / part) for part in ("train", "held_out")}
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **places))
+
+
+def test_resuming_with_replaced_images_of_their_sizes_is_refused(recipe, tmp_path, monkeypatch):
+    run_until(recipe, tmp_path / "run", monkeypatch)
+    name = "train/class1/3.png"
+    moved = replace_images(tmp_path / "moved", recipe, [name])
+    assert data_inputs(open_recipe_data(moved)) == data_inputs(open_recipe_data(recipe))
+    with pytest.raises(UserError, match=rf"other images: the contents of {name} were replaced"):
+        resume(moved, tmp_path / "run")
+    many = [f"held_out/class{label}/{index}.png" for label in (0, 1) for index in range(3)]
+    more = replace_images(tmp_path / "more", recipe, [name, *many])
+    with pytest.raises(UserError, match=r"vae-last.pt: .* of .*, .* and 2 more were replaced"):
+        resume(more, tmp_path / "run")
+
+
+def test_other_times_of_the_same_images_are_a_warning(recipe, tmp_path, monkeypatch, recwarn):
+    run_until(recipe, tmp_path / "run", monkeypatch)
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    same = replace_images(tmp_path / "same", recipe, [])  # copied with its times
+    touched = replace_images(tmp_path / "touched", recipe, [])
+    os.utime(tmp_path / "touched" / "train" / "class0" / "5.png", (1e9, 1e9))
+    recwarn.clear()
+    assert resume(same, tmp_path / "run").steps == 4
+    assert not [each for each in recwarn if "modification times" in str(each.message)]
+    with pytest.warns(RuntimeWarning, match=r"30 of them were compared and have the same contents"):
+        assert resume(touched, tmp_path / "again").steps == 4
+
+
+def test_a_checkpoint_without_stamps_of_files_is_resumed(recipe, tmp_path, monkeypatch, recwarn):
+    """Of an earlier version; what is written next has them."""
+    run_until(recipe, tmp_path / "run", monkeypatch)
+    last = tmp_path / "run" / "vae-last.pt"
+    inputs = torch.load(last, weights_only=True)["inputs"]
+    stamps = {name: inputs.pop(name) for name in (FILE_CONTENTS, FILE_TIMES)}
+    rewrite(last, inputs=inputs)
+    moved = replace_images(tmp_path / "moved", recipe, ["train/class1/3.png"])
+    recwarn.clear()
+    assert resume(moved, tmp_path / "run").steps == 4
+    assert not [each for each in recwarn if "modification times" in str(each.message)]
+    written = torch.load(last, weights_only=True)["inputs"]
+    assert written[FILE_CONTENTS].keys() == stamps[FILE_CONTENTS].keys()
+    assert written[FILE_CONTENTS] != stamps[FILE_CONTENTS]
 
 
 def test_resuming_with_other_data_is_refused(recipe, tmp_path, monkeypatch, folders):

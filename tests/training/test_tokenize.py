@@ -39,7 +39,7 @@ from variant.models.config import to_plain
 from variant.models.vqvae import VQVAE
 from variant.training.initial_weights import find_vae, load_vae, tokenizer_sha256
 from variant.training.run_summary import RunSummary
-from variant.training.tokenize import rank_of_environment, tokenize
+from variant.training.tokenize import gpu_of_environment, rank_of_environment, tokenize
 from variant.training.vae_task import train_vae
 from variant.training.var_task import VARTask, train_var
 
@@ -392,6 +392,8 @@ def test_unreadable_images_of_all_processes_and_sittings_are_counted_together(
             {"patch_nums": [1, 2, 2**64]},
             "patch_nums must have at most 65,536 tokens in total",
         ),
+        ({"patch_nums": [1] * 10**6}, "patch_nums must have 1 to 32 integers; got 1000000"),
+        ({"patch_nums": []}, "patch_nums must have 1 to 32 integers; got 0"),
         ({"shard_size": 10**12}, "shard_size must be <= 1,048,576; got 1000000000000"),
         ({"vocab_size": 2}, r"its tokens must be in \[0, 2\); a shard has others"),
         ({"classes": ["a"]}, r"its labels must be in \[0, 1\); a shard has others"),
@@ -409,12 +411,71 @@ def test_a_wrong_manifest_is_one_line(tiny, tokens, tmp_path, change, message):
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"label": 1,', b'"label":"",'),
+        (b'"label": 1,', b'"label":[],'),
+        (b'"label": 1,', b'"label":{},'),
+        (b'"mixed_label": 1,', b'"mixed_label":[],'),
+        (b'"mix": 0.', b'"mix":-1.'),
+        (b'"mix": 0.', b'"mix": 7.'),
+    ],
+)
+def test_labels_that_are_no_numbers_are_one_line(tiny, tokens, tmp_path, old, new):
+    """Also where every label is an empty text, of which torch makes an empty tensor."""
+    out = copied(tokens, tmp_path / "t")
+    manifest = json.loads((out / MANIFEST_NAME).read_text())
+    for name in manifest["shards"]:
+        data = (out / name).read_bytes().replace(old, new.ljust(len(old)))
+        (out / name).write_bytes(data)
+        manifest["shards"][name] = hashlib.sha256(data).hexdigest()
+    (out / MANIFEST_NAME).write_text(json.dumps(manifest))
+    source = TokenSource(from_tokens(tiny, out).data, 0)
+    with pytest.raises(UserError, match=r"/t: a shard holds no labels: |/t: its labels must be "):
+        [source.samples([index], 0) for index in range(22)]
+
+
+def test_a_huge_file_in_the_place_of_a_shard_is_not_read(tiny, tokens, tmp_path):
+    out = copied(tokens, tmp_path / "t")
+    with (out / "held_out-00000.tar").open("r+b") as file:
+        file.truncate(100 * 2**30)  # takes no space on the disk
+    source = TokenSource(from_tokens(tiny, out).data, 0)
+    with pytest.raises(UserError, match=r"held_out-00000\.tar: is damaged: it is larger than its"):
+        source.held_out(range(3))
+
+
+@pytest.mark.parametrize("samples", [0, -5])
+def test_a_list_of_bad_files_that_takes_samples_away_is_refused(tiny, tokens, tmp_path, samples):
+    out = copied(tokens, tmp_path / "t")
+    item = {"name": "a", "reason": "a is bad", "samples": samples}
+    (out / "held_out-00000.tar.bad.json").write_text(json.dumps([item]))
+    with pytest.raises(UserError, match=r"bad\.json: is damaged: samples must be >= 1; remove it"):
+        write(tiny, out)
+
+
 def test_ranks_come_from_torchruns_variables():
     assert rank_of_environment({}) == (0, 1)
     assert rank_of_environment({"RANK": "2", "WORLD_SIZE": "3"}) == (2, 3)
-    for bad in ({"RANK": "1"}, {"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}):
-        with pytest.raises(UserError, match=r"^tokenize: RANK"):
+    long = "9" * 5000  # int() refuses so many digits, and names nothing
+    for bad in (
+        {"RANK": "1"},
+        {"RANK": "x", "WORLD_SIZE": "2"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"RANK": "-1", "WORLD_SIZE": "2"},
+        {"RANK": long, "WORLD_SIZE": long},
+    ):
+        with pytest.raises(UserError, match=r"^the variables? RANK ") as caught:
             rank_of_environment(bad)
+        assert len(str(caught.value)) < 300
+
+
+def test_the_gpu_comes_from_torchruns_variable():
+    assert gpu_of_environment({}, 2) == 0
+    assert gpu_of_environment({"LOCAL_RANK": "3"}, 2) == 1
+    for bad in ("x", "", "-1", "1.0", "9" * 5000):
+        with pytest.raises(UserError, match=r"^the variable LOCAL_RANK must be an integer"):
+            gpu_of_environment({"LOCAL_RANK": bad}, 2)
 
 
 @pytest.mark.parametrize("stride", [option("TOKENIZE_STRIDE", 9)])

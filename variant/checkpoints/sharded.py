@@ -6,14 +6,13 @@ the same folder that holds it.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from variant.errors import UserError
-from variant.paths import read_text
+from variant.paths import path_kind, read_json, shown
 from variant.tensor_files import stored_pickle, stored_safetensors
 
 WEIGHTS_NAME = "model.safetensors"
@@ -48,18 +47,24 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in dict.fromkeys(shard_of.values()):
         path = index.parent / name
-        if not path.is_file():
-            raise UserError(f"{index}: the shard {name} is missing; it should lie beside it")
+        if path_kind(path) is None:
+            raise UserError(
+                f"{shown(index)}: the shard {shown(name)} is missing; it should lie beside it"
+            )
         shard = stored_safetensors(path)
         for key in shard:
             if shard_of.get(key) != name:
-                other = f"has it in {shard_of[key]}" if key in shard_of else "lacks it"
-                raise UserError(f"{index}: {name} holds {key!r}, but the index {other}")
+                other = f"has it in {shown(shard_of[key])}" if key in shard_of else "lacks it"
+                raise UserError(
+                    f"{shown(index)}: {shown(name)} holds {shown(key)}, but the index {other}"
+                )
         tensors |= shard
     missing = sorted(shard_of.keys() - tensors.keys())
     if missing:
         name = shard_of[missing[0]]
-        raise UserError(f"{index}: {name} lacks {missing[0]!r}, which it has by the index")
+        raise UserError(
+            f"{shown(index)}: {shown(name)} lacks {shown(missing[0])}, which it has by the index"
+        )
     return tensors
 
 
@@ -69,28 +74,16 @@ def _weight_map(index: Path) -> dict[str, str]:
     Raises:
         UserError: no readable index, a key twice, or a shard that is no file name of this folder.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in result:
-                raise UserError(f"{index}: has {key!r} twice")
-            result[key] = value
-        return result
-
-    try:
-        content = json.loads(read_text(index), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{index}: cannot be read as JSON: {error}") from error
+    content = read_json(index)
     shard_of = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shard_of, dict) or not shard_of:
-        raise UserError(f'{index}: must map keys to files under "weight_map"; it does not')
+        raise UserError(f'{shown(index)}: must map keys to files under "weight_map"; it does not')
     for name in shard_of.values():
         # A path could lead out of the folder, to files that the user did not mean to load.
         plain = isinstance(name, str) and name == Path(name).name and "\\" not in name
         if not plain or not name.endswith(".safetensors"):
             raise UserError(
-                f"{index}: a shard must be the name of a .safetensors file in the same folder; "
-                f"got {name!r}"
+                f"{shown(index)}: a shard must be the name of a .safetensors file in the same "
+                f"folder; got {name!r:.200}"
             )
     return shard_of

@@ -54,6 +54,8 @@ FORMAT = "variant-eval-1"
 RECORDS = (SAMPLE_FORMAT, GENERATE_FORMAT)
 CLASSIFIER = "classifier:"
 FEATURES = ("inception", "dinov2", "classifier:RECIPE", "MODULE:FUNCTION")
+# Of a result that --compare reads, which may be any file.
+MAX_METRICS, MAX_NESTING, SHOWN = 100, 50, 200
 # Options of the images that --model generates.
 OF_MODEL = ("num", "depths", "bridges", "schedules", "kv_dtypes", "seed", "out", "plot")
 # Of the environment of a result; the rest of it says nothing about a metric.
@@ -345,9 +347,10 @@ def _check_number(images: ImageSet, generated: Mapping[str, Any] | None) -> None
     recorded = {} if generated is None else generated
     num = recorded.get("num")
     if recorded.get("format") == SAMPLE_FORMAT and num != images.count:
+        says = f"{num:,}" if type(num) is int else repr(num)[:SHOWN]
         warnings.warn(
             f"eval: {images.name} holds {images.count:,} images; its record of `variant sample` "
-            f"says {num:,}",
+            f"says {says}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -361,7 +364,10 @@ def _compare(command: Eval) -> None:
     if len(command.compare) != 2:
         raise UserError(f"eval: --compare needs two files; got {len(command.compare)}")
     results = [_read_result(path) for path in command.compare]
-    metrics = [{metric.name: metric for metric in _metrics(result)} for result in results]
+    metrics = [
+        {metric.name: metric for metric in _metrics(path, result)}
+        for path, result in zip(command.compare, results, strict=True)
+    ]
     rows = table("metrics", "metric", *(path.name for path in command.compare), "difference")
     for name in dict.fromkeys([*metrics[0], *metrics[1]]):
         pair = [one.get(name) for one in metrics]
@@ -379,7 +385,7 @@ def _compare(command: Eval) -> None:
     out = console(command.json)
     out.print(rows)
     for key, (one, other) in differing.items():
-        out.print(f"{key}: {one} | {other}")
+        out.print(f"{key:.{SHOWN}}: {one!s:.{SHOWN}} | {other!s:.{SHOWN}}")
     if not differing:
         out.print("no setting differs")
     compared = {
@@ -397,16 +403,53 @@ def _read_result(path: Path) -> dict[str, Any]:
     result = read_json(path)
     if not isinstance(result, dict) or result.get("format") != FORMAT:
         raise UserError(f'{shown(path)}: its "format" must be "{FORMAT}", of `variant eval --json`')
+    if _depth(result) > MAX_NESTING:
+        raise UserError(f"{shown(path)}: must be nested at most {MAX_NESTING} deep")
     return result
 
 
-def _metrics(result: dict[str, Any]) -> list[Metric]:
+def _depth(value: Any) -> int:
+    """Levels of lists and dictionaries, counted up to one more than are allowed."""
+    level, depth = [value], 0
+    while level and depth <= MAX_NESTING:
+        inner = [list(one.values()) if isinstance(one, dict) else one for one in level]
+        level = [item for one in inner if isinstance(one, list) for item in one]
+        depth += any(isinstance(one, list) for one in inner)
+    return depth
+
+
+def _metrics(path: Path, result: dict[str, Any]) -> list[Metric]:
+    """The metrics of a result.  Raises: UserError, for what `variant eval` does not write."""
+    values = result.get("metrics")
+    if values is None and "settings" in result:
+        raise UserError(
+            f"{shown(path)}: holds the settings of --model; --compare takes results of --images or "
+            "--reconstruct"
+        )
+    if not isinstance(values, list) or len(values) > MAX_METRICS:
+        raise UserError(f'{shown(path)}: its "metrics" must be a list of at most {MAX_METRICS}')
     try:
-        metrics = [Metric(**metric) for metric in result["metrics"]]
-        # An infinite PSNR is the text "Infinity" in JSON.
-        return [replace(metric, value=float(metric.value)) for metric in metrics]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f'eval: --compare: "metrics" cannot be read: {error}') from None
+        metrics = [_metric(each) for each in values]
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
+        raise UserError(
+            f'{shown(path)}: its "metrics" cannot be read: {error!s:.{SHOWN}}'
+        ) from None
+    names = [metric.name for metric in metrics]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f'{shown(path)}: its "metrics" must differ; {shown(twice)} comes twice')
+    return metrics
+
+
+def _metric(values: Any) -> Metric:
+    """Raises: KeyError, OverflowError, TypeError or ValueError for what is no metric."""
+    if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+        raise TypeError(f"each must be an object with a name; got {values!r:.80}")
+    value = values["value"]
+    # An infinite PSNR is the text "Infinity" in JSON.
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise TypeError(f"the value of {values['name']!r:.80} must be a number; got {value!r:.80}")
+    return Metric(**{**values, "value": float(value)})
 
 
 def _flat(value: Any, prefix: str = "") -> Any:

@@ -23,6 +23,7 @@ from variant.training.recipe import (
 from variant.training.recipe_reference import recipe_toml
 from variant.training.run_summary import RunSummary
 
+MAX_PROBLEMS = 100  # that are listed
 NEW_OPTIONS = ("data", "out", "base", "split")
 
 
@@ -117,8 +118,9 @@ def _check(command: Options) -> None:
         for name, text in summary.lines():
             out.print(f"{name:12} {text}")
         problems = summary.problems
-    for problem in problems:
+    for problem in problems[:MAX_PROBLEMS]:
         out.print(f"problem: {problem}")
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError(f"{command.recipe}: has {count}, listed above")
+        more = "" if len(problems) <= MAX_PROBLEMS else f" as far as the first {MAX_PROBLEMS}"
+        raise UserError(f"{command.recipe}: has {count}, listed above{more}")

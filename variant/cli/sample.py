@@ -33,7 +33,7 @@ from variant.models.class_names import labels_of_words
 from variant.models.config import VARConfig
 from variant.models.placement import check_device
 from variant.supernet import VARiant
-from variant.training.tokenize import rank_of_environment
+from variant.training.tokenize import gpu_of_environment, rank_of_environment
 from variant_kernels import DepthSchedule, __version__
 from variant_kernels.arguments import choice, integer
 from variant_kernels.dispatch.support import BACKENDS
@@ -64,8 +64,7 @@ def sample_command(command: Sample) -> None:
     rank, world_size = rank_of_environment(os.environ)
     device = command.device
     if device == "cuda" and world_size > 1:
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        device = f"cuda:{local % torch.cuda.device_count()}"
+        device = f"cuda:{gpu_of_environment(os.environ, torch.cuda.device_count())}"
     model = VARiant.from_pretrained(command.model, device=device)
     config = model.var.config
     words = [str(label) for label in command.labels]

@@ -25,8 +25,8 @@ def tokenize(command: Tokenize) -> None:
     rank, world_size = training.rank_of_environment(os.environ)
     device = None
     if torch.cuda.is_available():
-        local = os.environ.get("LOCAL_RANK", "0")
-        device = torch.device("cuda", int(local) % torch.cuda.device_count())
+        gpu = training.gpu_of_environment(os.environ, torch.cuda.device_count())
+        device = torch.device("cuda", gpu)
     done = 0
     with ExitStack() as stack:
         advance: Advance | None = None

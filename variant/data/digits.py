@@ -21,6 +21,7 @@ from torch import Tensor
 from variant.data.augment import distort
 from variant.data.bad_items import BadItem
 from variant.data.config import DataSection
+from variant.data.file_stamps import FileStamps
 from variant.data.images import STREAM_AUGMENT, Indices, stream
 from variant.errors import UserError
 
@@ -144,6 +145,9 @@ class DigitsData:
 
     def class_digests(self) -> dict[str, str]:
         return {}
+
+    def file_stamps(self) -> FileStamps:
+        return FileStamps()  # the digest covers the contents
 
     def scans(self) -> Tensor:
         """The training scans without augmentation, (N, I, Y, X) in [-1, 1]."""

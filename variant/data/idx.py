@@ -27,6 +27,7 @@ from torch import Tensor
 from variant.data.augment import distort
 from variant.data.bad_items import BadItem
 from variant.data.config import DataSection
+from variant.data.file_stamps import FileStamps
 from variant.data.images import HELD_OUT_SEED, STREAM_AUGMENT, Indices, stream
 from variant.engine.memory import check_fits
 from variant.errors import UserError
@@ -245,6 +246,9 @@ class IdxData:
             hashes[part].update(np.ascontiguousarray(images).data)
             hashes[part].update(labels.numpy().tobytes())
         return {part: sha256.hexdigest() for part, sha256 in hashes.items()}
+
+    def file_stamps(self) -> FileStamps:
+        return FileStamps()  # the digest covers the contents
 
     def _pair(self, images: str, labels: str) -> tuple[np.ndarray, Tensor]:
         images_NYX, labels_N = read_idx(images, 3), read_idx(labels, 1)

@@ -27,6 +27,7 @@ from torch.utils.data import get_worker_info
 from variant.data.augment import rand_augment
 from variant.data.bad_items import BadItem
 from variant.data.config import DataSection
+from variant.data.file_stamps import FileStamps, file_stamps
 from variant.errors import UserError
 from variant.models.class_names import is_text
 from variant.paths import open_regular, shown
@@ -119,6 +120,10 @@ class ImageData(Protocol):
         """SHA-256 of the parts of the data by name, for messages; {} where there are none."""
         ...
 
+    def file_stamps(self) -> FileStamps:
+        """What tells that files were replaced, where the digest does not read them."""
+        ...
+
 
 def list_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
     """Files of a folder with one sub-folder per class: paths, labels, class names, all sorted.
@@ -155,7 +160,7 @@ def list_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
     return paths, labels, classes
 
 
-def _opened(file: BinaryIO) -> Image.Image:
+def open_image(file: BinaryIO) -> Image.Image:
     """``Image.open``, which reads the header, without its warning of many pixels."""
     # The filters of warnings are those of the process, and images are read by several threads.
     with _FILTERS, warnings.catch_warnings():
@@ -278,6 +283,10 @@ class FolderData:
                 hashes[name].update(os.fsencode(path.name) + f"\0{size}\0".encode())
         return {name: sha256.hexdigest() for name, sha256 in sorted(hashes.items())}
 
+    def file_stamps(self) -> FileStamps:
+        """The stamps of both parts.  Raises: UserError, if a file is gone."""
+        return file_stamps({"train": self.paths, "held_out": self.held_out_paths})
+
     def _map(self, read: Callable[[int], Tensor], indices: Indices) -> list[Tensor]:
         """Images by several threads; by one in a worker of a DataLoader, which has siblings."""
         if self.section.workers <= 1 or get_worker_info() is not None:
@@ -312,7 +321,7 @@ class FolderData:
 
     def _open(self, path: Path) -> Image.Image:
         try:
-            with open_regular(path) as file, _opened(file) as image:
+            with open_regular(path) as file, open_image(file) as image:
                 if image.mode not in WIDE_MODES:
                     return self._resize(upright(image).convert("RGB"), path)
                 mode = image.mode

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from variant.data.bad_items import BadItem, BadItems
+from variant.data.file_stamps import FileStamps
 from variant.data.images import STREAM_MIXUP, ImageData, Indices, epoch_order, stream
 
 
@@ -113,6 +114,10 @@ class Source(Protocol):
         """SHA-256 of the parts of the data by name, for messages; {} where there are none."""
         ...
 
+    def file_stamps(self) -> FileStamps:
+        """What tells that files were replaced, where the digest does not read them."""
+        ...
+
 
 class ImageSource:
     """Samples of image data, with mixup; implements :class:`Source`.
@@ -159,6 +164,9 @@ class ImageSource:
 
     def class_digests(self) -> dict[str, str]:
         return self.data.class_digests()
+
+    def file_stamps(self) -> FileStamps:
+        return self.data.file_stamps()
 
 
 def counted(samples: Samples, bad: BadItems) -> Samples:

@@ -36,6 +36,8 @@ MAX_SHARD_SIZE = 2**20
 MAX_INT16 = 2**15
 BAD_SUFFIX = ".bad.json"  # after the name of a shard: its files that could not be read
 BLOCK = tarfile.BLOCKSIZE
+MAX_END = 2 * tarfile.RECORDSIZE  # bytes after the samples of a shard
+REMEDY = "remove it and run the same `variant tokenize` again"
 SAMPLE, HELD_OUT = "sample", "held_out"
 
 
@@ -92,8 +94,14 @@ class Manifest:
     shards: dict[str, str]
 
     def __post_init__(self) -> None:
+        # A damaged manifest must not ask for more time and memory than there is.
+        scales = int(LIMITS["scales"])
+        require(
+            1 <= len(self.patch_nums) <= scales,
+            f"patch_nums must have 1 to {scales} integers",
+            len(self.patch_nums),
+        )
         check_ranges(self)
-        # A damaged manifest must not ask for more memory than there is.
         tokens, codes = int(LIMITS["tokens"]), int(LIMITS["vocab_size"])
         require(
             self.num_tokens <= tokens,
@@ -257,9 +265,12 @@ def read_bad_items(folder: Path, known: set[Path]) -> list[BadItem]:
             continue  # the shard is not written yet
         known.add(path)
         try:
-            items += [parse_dataclass(BadItem, values, shown(path)) for values in read_json(path)]
+            found = [parse_dataclass(BadItem, values, shown(path)) for values in read_json(path)]
+            if any(item.samples < 1 for item in found):
+                raise ValueError("samples must be >= 1")
         except (RecursionError, TypeError, ValueError) as error:
             raise UserError(f"{shown(path)}: is damaged: {error!s:.200}; remove it") from None
+        items += found
     return items
 
 
@@ -283,6 +294,8 @@ class ShardReader:
 
     Args:
         folder: of the shards.  manifest: of that folder, complete.
+    Attributes:
+        rows_of: samples of each shard, by its name.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -292,6 +305,7 @@ class ShardReader:
         # A header and a block with the labels, a header and the blocks with the tokens.
         self._tokens_at = 3 * BLOCK + len(self._npy_header)
         self.stride = 3 * BLOCK + -(-len(header) // BLOCK) * BLOCK
+        self.rows_of = {name: len(rows) for name, _, rows in manifest.files()}
         self._checked: dict[str, str | None] = {}
 
     def reason(self, name: str) -> str | None:
@@ -304,6 +318,9 @@ class ShardReader:
         path = self.folder / name
         try:
             with open_regular(path) as file:
+                # Compared first: a file of any size may have the name of a shard.
+                if os.fstat(file.fileno()).st_size > self.rows_of[name] * self.stride + MAX_END:
+                    return f"{shown(path)}: is damaged: it is larger than its samples; {REMEDY}"
                 digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
         except UserError as error:
             return str(error)
@@ -311,8 +328,7 @@ class ShardReader:
             return f"{shown(path)}: cannot be read: {error.strerror or error}"
         if digest != self.manifest.shards[name]:
             return (
-                f"{shown(path)}: is damaged: its SHA-256 is not that of {MANIFEST_NAME}; remove it "
-                "and run the same `variant tokenize` again"
+                f"{shown(path)}: is damaged: its SHA-256 is not that of {MANIFEST_NAME}; {REMEDY}"
             )
         return None
 

@@ -51,8 +51,9 @@ def open_source(
 def data_inputs(source: Source | ImageData) -> dict[str, Any]:
     """Numbers that identify the data of a run: of images in both parts, and a digest.
 
-    The digest of folders covers relative paths, labels and sizes of the files, not their contents
-    and not the place of the folders; that of digits covers the scans.
+    The digest of folders covers relative paths, labels and sizes of the files, not the place of the
+    folders, and their contents only by :mod:`variant.data.file_stamps`; that of digits covers the
+    scans.
     """
     return {
         "num_train": source.num_train,

@@ -17,6 +17,7 @@ import torch
 
 from variant.data.bad_items import BadItem, BadItems
 from variant.data.config import AUGMENTATION, DataSection
+from variant.data.file_stamps import FileStamps
 from variant.data.images import STREAM_REPLACE, Indices, epoch_order, sample_order, stream
 from variant.data.samples import Samples, counted
 from variant.data.shards import (
@@ -116,6 +117,9 @@ class TokenSource:
     def class_digests(self) -> dict[str, str]:
         return {}
 
+    def file_stamps(self) -> FileStamps:
+        return FileStamps()  # the digest covers the contents
+
     def _among(
         self, part: str, count: int, image_N: np.ndarray | None = None
     ) -> Callable[[int, int], tuple[str, int, int]]:
@@ -167,7 +171,7 @@ class TokenSource:
 
     def _rows_of(self, name: str) -> int:
         """Samples of a shard."""
-        return next(len(rows) for file, _, rows in self.manifest.files() if file == name)
+        return self.reader.rows_of[name]
 
     def _joined(self, entries: list[Any], bad: tuple[BadItem, ...]) -> Samples:
         tokens_BL = np.stack([tokens for _, tokens in entries]).astype(np.int64)
@@ -179,6 +183,11 @@ class TokenSource:
                 values = [entry["mixed_label"] for entry, _ in entries]
                 mixed = torch.tensor(values, dtype=torch.int64)
                 mix = torch.tensor([entry["mix"] for entry, _ in entries], dtype=torch.float32)
+                if not bool(((mix >= 0) & (mix <= 1)).all()):
+                    raise ValueError("mix must be in [0, 1]")
+            # An empty text or list in place of a number gives an empty tensor.
+            if any(x is not None and x.shape != (len(entries),) for x in (labels, mixed, mix)):
+                raise ValueError("each must be a number")
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{shown(self.folder)}: a shard holds no labels: {error!s:.100}"

@@ -9,28 +9,51 @@ from __future__ import annotations
 
 import hashlib
 import io
+import lzma
 import os
 import re
+import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from variant.data.images import SUFFIXES, UNREADABLE, WIDE_MODES
+from variant.data.images import SUFFIXES, UNREADABLE, WIDE_MODES, open_image
+from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.evaluation.frechet import Gaussian
 from variant.paths import open_regular, path_kind, shown
 
 # The class in the name of an image file of `variant generate` and `variant sample`.
-LABEL = re.compile(r"_class(\d+)\.")
+LABEL = re.compile(r"_class(\d{1,18})\.", re.ASCII)
+MAX_LABEL = 2**63 - 1  # as a tensor of labels holds
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")  # first bytes of gzip, bzip2 and xz
 NAMED = 3  # files that a message names
+MAX_FILE_BYTES = 2**30  # of one image; the pixels of the largest that PIL opens are 0.7 GiB
+# Relative; in float32 the sums of a covariance and its transpose may differ by rounding.
+ASYMMETRY = 1e-4
+# Of zipfile and numpy for what is no archive of arrays, in any way that bytes can be wrong.
+NO_ARRAYS = (
+    OSError,
+    ValueError,
+    TypeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,  # an unknown compression
+    RuntimeError,  # an encrypted archive
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
 
 
 @dataclass
@@ -160,7 +183,7 @@ def array_images(
     """The images of an array, uint8 (N, Y, X, 3).
 
     Args:
-        labels_N: integers, as ADM's samples have them in arr_1; anything else is no label.
+        labels_N: integers from 0, as ADM's samples have them in arr_1; anything else is no label.
     Raises:
         UserError: it is another array.
     """
@@ -169,8 +192,8 @@ def array_images(
             f"{name}: arr_0 must be uint8 (N, Y, X, 3), 0 to 255; got {images_NYX3.dtype} "
             f"{images_NYX3.shape}"
         )
-    if not len(images_NYX3):
-        raise UserError(f"{name}: holds no images")
+    if not images_NYX3.size:
+        raise UserError(f"{name}: holds no images: arr_0 has the shape {images_NYX3.shape}")
 
     def read(indices: range) -> Tensor:
         rows = images_NYX3[indices.start : indices.stop]
@@ -181,6 +204,7 @@ def array_images(
         labels_N is not None
         and labels_N.shape == (len(images_NYX3),)
         and labels_N.dtype.kind in "iu"
+        and 0 <= int(labels_N.min()) <= int(labels_N.max()) <= MAX_LABEL
     ):
         labels = labels_N.tolist()
     return ImageSet(name, len(images_NYX3), labels, read)
@@ -189,23 +213,54 @@ def array_images(
 def _gaussian(path: Path, arrays: Any, mean: str, covariance: str) -> Gaussian | None:
     if mean not in arrays or covariance not in arrays:
         return None
+    where = f"{shown(path)}: {mean} and {covariance}"
+    for name in (mean, covariance):
+        if arrays[name].dtype.kind not in "fiu":
+            raise UserError(f"{where}: must be real numbers; {name} is {arrays[name].dtype}")
     try:
         values = [torch.from_numpy(np.asarray(arrays[n], np.float64)) for n in (mean, covariance)]
-        return Gaussian(*values)
+        gaussian = Gaussian(*values)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{shown(path)}: {mean} and {covariance}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
+    own_DD = gaussian.covariance_DD
+    # The distance of any other matrix would be a number without a meaning.
+    most = float(own_DD.abs().max()) if own_DD.numel() else 0.0
+    if not own_DD.numel() or float((own_DD - own_DD.T).abs().max()) > ASYMMETRY * most:
+        raise UserError(f"{where}: {covariance} must be symmetric, with a row for each feature")
+    if float(own_DD.diagonal().min()) < 0:
+        raise UserError(f"{where}: {covariance} must have variances >= 0 on its diagonal")
+    return gaussian
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file that have a meaning here.
+
+    Raises:
+        UserError: no archive of arrays, or larger than the free memory.
+    """
+    names = ("arr_0", "arr_1", "mu", "sigma", "mu_s", "sigma_s")
     with open_regular(path) as file:
         try:
-            # Objects would run code of the file.
-            with np.load(file, allow_pickle=False) as arrays:
-                names = ("arr_0", "arr_1", "mu", "sigma", "mu_s", "sigma_s")
-                return {name: arrays[name] for name in arrays.files if name in names}
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, MemoryError) as error:
+            with zipfile.ZipFile(file) as archive:
+                members = [member for member in archive.infolist() if _key_of(member) in names]
+                # Compressed, a file of a megabyte may hold gigabytes.
+                num_bytes = sum(member.file_size for member in members)
+                check_fits(shown(path), "its arrays", num_bytes, torch.device("cpu"))
+                return {_key_of(member): _read_npy(archive, member) for member in members}
+        except NO_ARRAYS as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{shown(path)}: is no readable .npz: {reason}") from None
+
+
+def _key_of(member: zipfile.ZipInfo) -> str:
+    """The name of an array by that of its file in the archive."""
+    return member.filename.removesuffix(".npy")
+
+
+def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(member) as file:
+        # Objects would run code of the file.
+        return np.lib.format.read_array(cast("Any", file), allow_pickle=False)
 
 
 def _folder(folder: Path) -> ImageSet:
@@ -216,7 +271,7 @@ def _folder(folder: Path) -> ImageSet:
         paths = sorted(
             path
             for path in folder.rglob("*")
-            if path.suffix.lower() in SUFFIXES and visible(path) and path.is_file()
+            if path.suffix.lower() in SUFFIXES and visible(path) and not path.is_dir()
         )
     except OSError as error:
         raise UserError(f"{shown(folder)}: cannot be read: {error.strerror}") from None
@@ -225,9 +280,16 @@ def _folder(folder: Path) -> ImageSet:
 
     def content(index: int) -> bytes:
         with open_regular(paths[index]) as file:
-            return file.read()
+            return _image_bytes(file, os.fstat(file.fileno()).st_size)
 
     return _encoded(folder, [str(path) for path in paths], content)
+
+
+def _image_bytes(file: BinaryIO, size: int) -> bytes:
+    """The next bytes of a file.  Raises: ValueError, for more than an image can have."""
+    if not 0 <= size <= MAX_FILE_BYTES:
+        raise ValueError(f"an image must have at most {MAX_FILE_BYTES:,} bytes; got {size:,}")
+    return file.read(size)
 
 
 def _shards(where: Path, shards: Sequence[Path]) -> ImageSet:
@@ -235,13 +297,7 @@ def _shards(where: Path, shards: Sequence[Path]) -> ImageSet:
     places: list[tuple[Path, int, int]] = []
     names: list[str] = []
     for shard in shards:
-        with open_regular(shard) as file:
-            try:
-                with tarfile.open(fileobj=file) as archive:
-                    members = [m for m in archive if m.isfile() and _is_image(m.name)]
-            except (tarfile.TarError, OSError, EOFError) as error:
-                raise UserError(f"{shown(shard)}: is no readable .tar: {error}") from None
-        members.sort(key=lambda member: member.name)
+        members = _members(shard)
         places += [(shard, member.offset_data, member.size) for member in members]
         names += [f"{shard}: {member.name}" for member in members]
     if not places:
@@ -251,9 +307,37 @@ def _shards(where: Path, shards: Sequence[Path]) -> ImageSet:
         shard, offset, size = places[index]
         with open_regular(shard) as file:
             file.seek(offset)
-            return file.read(size)
+            return _image_bytes(file, size)
 
     return _encoded(where, names, content)
+
+
+def _members(shard: Path) -> list[tarfile.TarInfo]:
+    """The images in a tar file, by their names.
+
+    Raises:
+        UserError: it is none, compressed, or holds sparse files, whose bytes are not in one place.
+    """
+    with open_regular(shard) as file:
+        is_compressed = file.read(6).startswith(COMPRESSED)
+        file.seek(0)
+        if is_compressed:
+            raise UserError(
+                f"{shown(shard)}: must be a plain .tar, whose images are read at their places; it "
+                "is compressed. Decompress it first"
+            )
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                members = [m for m in archive if m.isfile() and _is_image(m.name)]
+        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{shown(shard)}: is no readable .tar: {reason}") from None
+    sparse = next((member for member in members if member.issparse()), None)
+    if sparse is not None:
+        raise UserError(
+            f"{shown(shard)}: holds {shown(sparse.name)} as a sparse file; pack it without --sparse"
+        )
+    return sorted(members, key=lambda member: member.name)
 
 
 def _is_image(name: str) -> bool:
@@ -267,7 +351,7 @@ def _encoded(where: Path, names: Sequence[str], content: Callable[[int], bytes])
 
     def decode(index: int) -> np.ndarray | None:
         try:
-            with Image.open(io.BytesIO(content(index))) as image:
+            with open_image(io.BytesIO(content(index))) as image:
                 is_wide = image.mode in WIDE_MODES
                 pixels = np.asarray(image.convert("RGB"))
         except UNREADABLE:

@@ -18,13 +18,14 @@ import json
 import os
 import re
 import shutil
+import stat
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from PIL import Image
@@ -35,7 +36,7 @@ from variant.engine.generation import Sampling
 from variant.engine.kv_dtype import KVDtype
 from variant.errors import UserError
 from variant.files import atomic_write
-from variant.paths import path_kind, read_json, shown
+from variant.paths import open_regular, path_kind, read_json, shown
 from variant.training.folder_lock import clear_leftovers, locked_folder
 from variant_kernels import DepthSchedule
 from variant_kernels.arguments import integer
@@ -102,8 +103,8 @@ class SampleFiles:
     def is_done(self, number: int, images: range) -> bool:
         """Whether a unit is there."""
         if self.form == "png":
-            return all(self.image_file(index).exists() for index in images)
-        return self.unit_file(number).exists()
+            return all(_is_written(self.image_file(index)) for index in images)
+        return _is_written(self.unit_file(number))
 
     def write(
         self, number: int, images: range, pixels_BYX3: np.ndarray, text: Mapping[str, object]
@@ -120,7 +121,7 @@ class SampleFiles:
         if self.form == "png":
             for index, content in zip(images, encoded, strict=True):
                 path = self.image_file(index)
-                if not path.exists():
+                if not _is_written(path):
                     with atomic_write(path) as temporary:
                         temporary.write_bytes(content)
             return
@@ -139,18 +140,42 @@ class SampleFiles:
         """
         with atomic_write(self.record) as temporary:
             temporary.write_text(json.dumps(settings, indent=1) + "\n")
-        parts = [self.unit_file(number) for number, _ in self.units()]
-        first = np.load(parts[0], mmap_mode="r")
-        shape = (self.num, *first.shape[1:])
+        shape = (self.num, *self._part(0, range(min(PART, self.num))).shape[1:])
         with atomic_write(self.out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             entry = zipfile.ZipInfo("arr_0.npy")
             with archive.open(entry, "w", force_zip64=True) as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
-                for part in parts:
-                    file.write(np.load(part).tobytes())
+                for number, images in self.units():
+                    file.write(self._part(number, images, shape[1:]).tobytes())
             with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
                 np.save(file, np.array([self.label(index) for index in range(self.num)]))
+
+    def _part(self, number: int, images: range, sides: tuple[int, ...] | None = None) -> np.ndarray:
+        """The images of a part of an ``.npz``, uint8 (B, Y, X, 3).
+
+        Args:
+            sides: (Y, X, 3) of the first part; None for that one.
+        Raises:
+            UserError: it does not hold them, as after the end of a disk or a power failure.
+        """
+        path = self.unit_file(number)
+        with open_regular(path) as file:
+            try:
+                pixels = np.lib.format.read_array(cast("Any", file), allow_pickle=False)
+                if (
+                    pixels.dtype != np.uint8
+                    or pixels.ndim != 4
+                    or len(pixels) != len(images)
+                    or (sides is not None and pixels.shape[1:] != sides)
+                ):
+                    raise ValueError(f"{pixels.dtype} {pixels.shape}")
+            except (EOFError, OSError, TypeError, ValueError, MemoryError) as error:
+                raise UserError(
+                    f"{shown(path)}: does not hold the pixels of images {images.start} to "
+                    f"{images.stop - 1}: {error!s:.200}; remove it and run the same command again"
+                ) from None
+        return pixels
 
     def clear_parts(self) -> None:
         """Remove the parts of a finished ``.npz``, and what killed processes left beside it.
@@ -173,6 +198,18 @@ class SampleFiles:
 
     def _key(self, index: int) -> str:
         return f"{index:06d}_class{self.label(index)}"
+
+
+def _is_written(path: Path) -> bool:
+    """Whether a file is there; an empty one, as a power failure leaves them, is not.
+
+    Something else of the name counts as missing, so that writing the file refuses it by name.
+    """
+    try:
+        status = os.stat(path)  # once: another rank may just be removing the parts
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size > 0
 
 
 def record_of_npz(out: Path) -> Path:

@@ -73,13 +73,16 @@ def labels_of_words(op: str, name: str, words: Sequence[str], names: Sequence[st
     A number is a label, also where a class has it as its name.
 
     Raises:
-        ValueError: a word is no number, and no class has it as its name.
+        ValueError: a word is no number, and no class has it as its name; or words of commas and
+            spaces alone, which would mean every class.
     """
     parts = [
         part
         for word in words
         for part in ([word] if word in names else filter(None, map(str.strip, word.split(","))))
     ]
+    if words and not parts:
+        raise ValueError(f"{op}: {name} must name a class; got {shown(' '.join(words))}")
     other = next((part for part in parts if not _is_number(part)), None)
     if other is not None and not names:
         raise ValueError(

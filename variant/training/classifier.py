@@ -14,18 +14,22 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from pydantic import ConfigDict
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from variant.checkpoints.model_folder import load_state
 from variant.data.images import ImageData, epoch_order
 from variant.errors import UserError
-from variant.files import atomic_write
+from variant.files import atomic_write, read_safetensors
+from variant.models.class_names import check_class_names
+from variant.models.config import STRICT, parse_dataclass, require_plain_numbers
 from variant.models.pixels import checked_images, to_uint8
+from variant.models.ranges import Count, CountOrZero, Share
 from variant.paths import open_regular, path_kind, read_json, shown
 from variant_kernels.arguments import integer
 
@@ -86,9 +90,14 @@ class ClassifierRecord:
     format: str
     classes: tuple[str, ...]
     data_sha256: str
-    seed: int
-    steps: int
-    accuracy: float
+    seed: CountOrZero
+    steps: Count
+    accuracy: Share
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    def __post_init__(self) -> None:
+        require_plain_numbers(self)
 
 
 def train_classifier(
@@ -158,18 +167,26 @@ def read_classifier(path: str | os.PathLike[str]) -> tuple[Classifier, Classifie
     Raises:
         UserError: a file is missing or damaged.
     """
-    path = Path(path)
+    path, record_path = Path(path), Path(path).with_suffix(".json")
     with open_regular(path):
         pass
-    fields = read_json(path.with_suffix(".json"))
+    fields = read_json(record_path)
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise UserError(f'{path.with_suffix(".json")}: its "format" must be "{FORMAT}"')
+        raise UserError(f'{shown(record_path)}: its "format" must be "{FORMAT}"')
     try:
-        record = ClassifierRecord(**{**fields, "classes": tuple(fields["classes"])})
-        classifier = Classifier(len(record.classes))
-        state = load_file(path)
-    except (TypeError, KeyError, ValueError, OSError) as error:
-        raise UserError(f"{shown(path)}: is no classifier of this program: {error}") from None
+        record = parse_dataclass(ClassifierRecord, fields, shown(record_path))
+        check_class_names("classifier", record.classes, len(record.classes))
+    except (RecursionError, TypeError, ValueError) as error:
+        message = " ".join(str(error).split())[:500]
+        raise UserError(f"{shown(record_path)}: is no record of a classifier: {message}") from None
+    state = read_safetensors(path)
+    # Before a model of as many classes is built.
+    if "head.bias" not in state or state["head.bias"].shape != (len(record.classes),):
+        raise UserError(
+            f"{shown(path)}: is no classifier of the {len(record.classes):,} classes in "
+            f"{record_path.name}"
+        )
+    classifier = Classifier(len(record.classes))
     load_state(classifier, state, str(path))
     return classifier.eval().requires_grad_(False), record
 

@@ -157,19 +157,33 @@ def device_of_rank() -> torch.device:
     """The GPU of this process where there are GPUs, else the CPU.
 
     Raises:
-        UserError: there are fewer GPUs than processes on this machine.
+        UserError: there are fewer GPUs than processes on this machine, or LOCAL_RANK is no number.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if rank_of_environment()[1] == 1:
         return torch.device("cuda")
-    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    local, count = _local_rank(), torch.cuda.device_count()
     if local >= count:
         raise UserError(
             f"process {local} of this machine has no GPU: there are {count}; start at most as many "
             f"processes (--nproc-per-node {count})"
         )
     return torch.device("cuda", local)
+
+
+def _local_rank() -> int:
+    """The number of this process on its machine.  Raises: UserError, for no such number."""
+    word = os.environ.get("LOCAL_RANK", "0")
+    try:
+        local = int(word)
+        if local < 0:
+            raise ValueError
+    except ValueError:
+        raise UserError(
+            f"the variable LOCAL_RANK must be a number >= 0, as torchrun sets it; got {word!r:.50}"
+        ) from None
+    return local
 
 
 @contextmanager

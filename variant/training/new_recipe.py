@@ -9,13 +9,13 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from variant.data.config import DataSection
 from variant.data.idx import IdxData, files_in, paths_of, section_of
-from variant.data.images import list_images
+from variant.data.images import UNREADABLE, list_images, open_image
 from variant.errors import UserError
+from variant.models.class_names import is_text
 from variant.models.config import VQVAEConfig
+from variant.paths import open_regular, shown
 from variant.training.optim import OptimSection
 from variant.training.recipe import (
     ModelSection,
@@ -91,11 +91,17 @@ def find_parts(folder: Path) -> Parts:
     """The folders of training and of held-out images in a folder, or its IDX files.
 
     Raises:
-        UserError: there are none, or their classes differ; the message says how to split.
+        UserError: there are none, or their classes differ; the message says how to split. Or the
+            path cannot be written into a recipe.
     """
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "no such folder of images"
         raise UserError(f"{folder}: {what}")
+    if not is_text(str(folder)):
+        raise UserError(
+            f"{shown(folder)}: the path must be text in UTF-8 to be written into a recipe; rename "
+            "the folder, or give a link to it"
+        )
     if (section := section_of(folder)) is not None:
         return _idx_parts(section)
     names = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
@@ -285,9 +291,9 @@ def _side(paths: list[Path]) -> int:
     sides = []
     for path in paths[:: max(1, len(paths) // SAMPLE)]:
         try:
-            with Image.open(path) as image:
+            with open_regular(path) as file, open_image(file) as image:
                 sides.append(min(image.size))
-        except (OSError, ValueError, Image.DecompressionBombError):
+        except (UserError, *UNREADABLE):
             continue  # the run itself skips or names it
     if not sides:
         raise UserError(f"{paths[0].parent}: none of its images can be read")

@@ -503,12 +503,12 @@ def recipe_values(name_or_path: str | Path, overrides: Sequence[str] = ()) -> di
     except ValueError as error:  # TOMLDecodeError is one
         raise UserError(f"{where}: is not valid TOML: {_one_line(error)}") from None
     try:
-        return _with_schedules(override(values, overrides, Recipe))
+        return _with_schedules(override(values, overrides, Recipe), where)
     except (RecursionError, ValueError) as error:
         raise UserError(f"{where}: {_one_line(error)}") from None
 
 
-def _with_schedules(values: dict[str, Any]) -> dict[str, Any]:
+def _with_schedules(values: dict[str, Any], where: str) -> dict[str, Any]:
     """The values with the layers of schedules that are given by a file or by a name.
 
     The recipe of a run holds them, so that a file that changes does not change a resumed run.
@@ -522,7 +522,10 @@ def _with_schedules(values: dict[str, Any]) -> dict[str, Any]:
     given = section.get("schedules")
     if not isinstance(given, list) or not any(isinstance(one, str) for one in given):
         return values
-    schedules = [layers_by_scale(one) if isinstance(one, str) else one for one in given]
+    try:
+        schedules = [layers_by_scale(one) if isinstance(one, str) else one for one in given]
+    except UserError as error:
+        raise UserError(f"{where}: schedule.schedules: {error}") from None
     return {**values, "schedule": {**section, "schedules": schedules}}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,11 +14,13 @@ import torch
 
 from variant.checkpoints.config_file import CONFIG_NAME
 from variant.checkpoints.sharded import WEIGHTS_NAME
+from variant.data.file_stamps import replaced
 from variant.data.sources import data_inputs, differing_classes, open_source
 from variant.data.token_source import TokenSource
 from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.models.parameter_count import var_parameters, vqvae_parameters
+from variant.paths import shown
 from variant.training.checkpoint_contents import check_epochs
 from variant.training.checkpoint_files import CheckpointFiles
 from variant.training.checkpointer import Checkpointer
@@ -44,6 +47,9 @@ INPUTS = {
     "start_sha256": "weights to start from",
     "perceptual_sha256": "network of the perceptual loss",
 }
+# Entries of the inputs that may differ between the machines of a run.
+FILE_CONTENTS, FILE_TIMES = "file_contents", "file_times"
+SHOWN = 5  # names in a message
 # Files of the finished model, which a run writes too.
 MODEL_FILES = ("config.json", "model.safetensors", "README.md")
 
@@ -202,6 +208,12 @@ class RunSetup:
             ) from None
 
     @property
+    def common_inputs(self) -> dict[str, Any]:
+        """The inputs that all processes of a run must have: not those of the machine's files."""
+        own = (FILE_CONTENTS, FILE_TIMES)
+        return {name: value for name, value in self.inputs.items() if name not in own}
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps of one epoch; the images of an incomplete last batch are left out."""
         return self.optim.steps_per_epoch or self.data.num_train // self.optim.batch_size
@@ -230,9 +242,43 @@ class RunSetup:
             detail = f". Changed: {', '.join(changed[:5])}" if changed else ""
         for name, value in data_inputs(self.data).items():
             self.record_input(name, value, detail)
+        self._record_files()
         self.inputs["classes"] = digests
         names = enumerate(self.data.classes)
         self.inputs["class_names"] = {str(label): name for label, name in names}
+
+    def _record_files(self) -> None:
+        """Record what the digest of the data does not cover, and compare it.
+
+        Files of other contents are refused. Other modification times alone, which a copied folder
+        has too, are a warning. Earlier versions recorded neither.
+
+        Raises:
+            UserError: naming files whose contents were replaced.
+        """
+        stamps = self.data.file_stamps()
+        if stamps.times is None:
+            return
+        self.inputs |= {FILE_CONTENTS: stamps.contents, FILE_TIMES: stamps.times}
+        before = {} if self.saved is None else self.saved["inputs"]
+        names = replaced(before.get(FILE_CONTENTS), stamps)
+        if names:
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            raise UserError(
+                f"{self.checkpointer.path}: was trained with other images: the contents of "
+                f"{', '.join(map(shown, names[:SHOWN]))}{more} were replaced; restore them, or "
+                "train into another folder"
+            )
+        if before.get(FILE_TIMES, stamps.times) != stamps.times and self.ranks.is_first:
+            known = before.get(FILE_CONTENTS)
+            same = len(stamps.contents.keys() & known) if isinstance(known, dict) else 0
+            warnings.warn(
+                f"{self.checkpointer.path}: the image files were written or copied since: their "
+                f"modification times differ. {same} of them were compared and have the same "
+                "contents; make sure that the others have, too",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _check_memory(self, kind: str) -> None:
         """Sizes in a recipe are limited, but may still be larger than this machine."""

@@ -54,6 +54,7 @@ from variant.training.recipe import Recipe
 from variant_kernels.arguments import integer
 
 MAX_PASSES = 10_000
+MAX_DIGITS = 10  # of a variable of the environment
 SHARD_NAME = r"(?:train-p\d+|sample|held_out)-\d+\.tar"
 OWN_NAME = re.compile(rf"{SHARD_NAME}(?:\.sha256|\.bad\.json)?")
 TEMPORARY = re.compile(rf"\.(?P<name>{SHARD_NAME})(?:\.sha256|\.bad\.json)?\.\d+\.tmp")
@@ -85,12 +86,35 @@ def rank_of_environment(environment: Mapping[str, str]) -> tuple[int, int]:
     words = [environment.get(name) for name in ("RANK", "WORLD_SIZE")]
     if words == [None, None]:
         return 0, 1
-    if not all(word is not None and word.isascii() and word.isdecimal() for word in words):
-        raise UserError(f"tokenize: RANK and WORLD_SIZE must both be integers; got {words}")
+    if not all(map(_is_number, words)):
+        raise UserError(
+            f"the variables RANK and WORLD_SIZE must both be integers, as torchrun sets them; got "
+            f"{words[0]!r:.50} and {words[1]!r:.50}"
+        )
     rank, size = (int(str(word)) for word in words)
     if rank >= size:
-        raise UserError(f"tokenize: RANK must be below WORLD_SIZE ({size}); got {rank}")
+        raise UserError(f"the variable RANK must be below WORLD_SIZE ({size}); got {rank}")
     return rank, size
+
+
+def gpu_of_environment(environment: Mapping[str, str], count: int) -> int:
+    """The GPU of this process by torchrun's variable LOCAL_RANK: they take turns; 0 without it.
+
+    Args:
+        count: GPUs of this machine.
+    Raises:
+        UserError: no such number.
+    """
+    word = environment.get("LOCAL_RANK", "0")
+    if not _is_number(word):
+        raise UserError(
+            f"the variable LOCAL_RANK must be an integer, as torchrun sets it; got {word!r:.50}"
+        )
+    return int(word) % count
+
+
+def _is_number(word: str | None) -> bool:
+    return word is not None and word.isascii() and word.isdecimal() and len(word) < MAX_DIGITS
 
 
 def tokenize(

@@ -115,7 +115,8 @@ class Trainer:
                 self.setup.saved = None  # frees the second copy of the optimiser's moments
             else:
                 self.checkpointer.check_best({})
-        self.ranks.require_same("data and weights to start from", _as_text(self.setup.inputs))
+        common = _as_text(self.setup.common_inputs)
+        self.ranks.require_same("data and weights to start from", common)
         self.ranks.require_same("recipe", _as_text(self.recipe.to_dict()))
         self.ranks.require_same("completed steps", str(state.step))
         self._follow_phases()

@@ -86,10 +86,20 @@ def check_name(op: str, name: str) -> None:
 
 
 def requested_name(backend: str) -> str:
-    """The argument unless it is "auto"; then use_backend's, VARIANT_BACKEND's, or "auto"."""
+    """The argument unless it is "auto"; then use_backend's, VARIANT_BACKEND's, or "auto".
+
+    Raises:
+        ValueError: VARIANT_BACKEND names no backend.
+    """
     if not isinstance(backend, str) or backend != "auto":
         return backend  # check_name refuses what is no name
-    return _override.get() or os.environ.get("VARIANT_BACKEND") or "auto"
+    name = _override.get()
+    if name is not None:
+        return name
+    name = os.environ.get("VARIANT_BACKEND") or "auto"
+    if name != "auto":
+        check_name("the environment variable VARIANT_BACKEND", name)
+    return name
 
 
 def choose_name(

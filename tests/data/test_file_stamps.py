@@ -1,0 +1,68 @@
+"""Stamps of image files: what tells that they were replaced by others of their sizes."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from variant.data.file_stamps import SAMPLED, SAMPLED_BYTES, FileStamps, file_stamps, replaced
+from variant.errors import UserError
+
+
+def files(folder, count):
+    (folder / "a").mkdir(parents=True)
+    paths = [folder / "a" / f"{index:04d}.png" for index in range(count)]
+    for index, path in enumerate(paths):
+        path.write_bytes(b"%06d" % index)
+    return paths
+
+
+def test_a_bounded_number_of_files_is_read_from_the_first_to_the_last(tmp_path):
+    paths = files(tmp_path, 10 * SAMPLED)
+    contents = file_stamps({"train": paths, "held_out": paths[:3]}).contents
+    names = sorted(contents)
+    assert len(names) == SAMPLED + 3
+    assert names[:3] == [f"held_out/a/{index:04d}.png" for index in range(3)]
+    assert names[3] == "train/a/0000.png"
+    assert names[-1] == f"train/a/{10 * SAMPLED - 1:04d}.png"
+
+
+def test_replaced_files_are_named_and_others_are_not_compared(tmp_path):
+    paths = files(tmp_path, 5)
+    before = file_stamps({"train": paths})
+    assert replaced(before.contents, file_stamps({"train": paths})) == []
+    paths[2].write_bytes(b"000009")
+    now = file_stamps({"train": paths})
+    assert replaced(before.contents, now) == ["train/a/0002.png"]
+    assert replaced({}, now) == replaced(None, now) == replaced(3, now) == []
+    assert replaced(before.contents, FileStamps()) == []
+
+
+def test_every_time_counts_and_no_place(tmp_path):
+    paths = files(tmp_path / "x", 10 * SAMPLED)
+    before = file_stamps({"train": paths})
+    os.rename(tmp_path / "x", tmp_path / "y")
+    moved = [tmp_path / "y" / "a" / path.name for path in paths]
+    assert file_stamps({"train": moved}) == before
+    os.utime(moved[1], ns=(0, -5))  # not among those that are read
+    now = file_stamps({"train": moved})
+    assert now.contents == before.contents
+    assert now.times != before.times
+
+
+def test_huge_and_unreadable_files_and_odd_names_do_no_harm(tmp_path):
+    paths = files(tmp_path, 3)
+    with paths[0].open("r+b") as file:
+        file.truncate(20 * 2**30)  # takes no space on the disk
+    paths[1].unlink()
+    os.mkfifo(paths[1])
+    odd = Path(os.fsdecode(os.fsencode(tmp_path / "a") + b"/\xff\n.png"))
+    paths[2].rename(odd)
+    stamps = file_stamps({"train": [paths[0], paths[1], odd]})
+    assert list(stamps.contents) == ["train/a/0000.png", "train/a/\\xff\n.png"]
+    with paths[0].open("r+b") as file:
+        file.seek(SAMPLED_BYTES)
+        file.write(b"x")
+    assert file_stamps({"train": [paths[0], paths[1], odd]}).contents == stamps.contents
+    with pytest.raises(UserError, match=r"0002\.png: cannot be read"):
+        file_stamps({"train": paths})
