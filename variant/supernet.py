@@ -10,7 +10,7 @@ from torch import Tensor
 
 from variant.checkpoints.model_card import TAGS
 from variant.engine.arguments import Labels
-from variant.engine.engine import Engine, check_engine_dtype
+from variant.engine.engine import Engine, check_engine_dtype, check_pair
 from variant.engine.generation import Generation, OnScale, PerScale
 from variant.engine.kv_dtype import KVDtype
 from variant.models.var import VAR
@@ -52,10 +52,13 @@ class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
     @untraced
     def engine(self, dtype: torch.dtype | str | None = None) -> Engine:
         """The engine of a dtype (itself or its name), built once; None is that of the weights."""
+        var, vae = self._modules.get("var"), self._modules.get("vae")
+        check_pair(var, vae)  # another one may have taken a model's place
         dtype = check_engine_dtype("VARiant", dtype, self.var)
-        if dtype not in self._engines:
-            self._engines[dtype] = Engine(self.var, self.vae, dtype=dtype)
-        return self._engines[dtype]
+        engine = self._engines.get(dtype)
+        if engine is None or engine.var is not var or engine.vae is not vae:
+            engine = self._engines[dtype] = Engine(self.var, self.vae, dtype=dtype)
+        return engine
 
     @untraced
     def generate(

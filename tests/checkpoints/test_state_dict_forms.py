@@ -47,6 +47,7 @@ def equal(found, state):
     return len(found) > 50 and all(torch.equal(value, state[key]) for key, value in found.items())
 
 
+HITS = "quantize.ema_vocab_hit_SV"  # a buffer
 OPTIMISER = {
     "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(4)}},
     "param_groups": [{"lr": 1e-4, "params": [0, 1]}],
@@ -159,6 +160,46 @@ EMA_FORMS |= {
 }
 
 
+def lit_ema(average, lead=""):
+    """What the state dict of latent-diffusion's ``LitEma`` holds: names without dots, counters."""
+    buffers = ("zero_k_bias", "lvl_1L", "attn_bias_for_masking", "ema_vocab_hit_SV")
+    named = {
+        (lead + key).replace(".", ""): value
+        for key, value in average.items()
+        if not key.endswith(buffers)
+    }
+    return named | {
+        "decay": torch.tensor(0.9999),
+        "num_updates": torch.tensor(7, dtype=torch.int),
+    }
+
+
+EMA_FORMS |= {
+    "LitEma": lambda s, e: {
+        "state_dict": prefixed("model.", s) | prefixed("model_ema.", lit_ema(e))
+    },
+    "LitEma of a wrapper": lambda s, e: {
+        "state_dict": prefixed("model.diffusion_model.", s)
+        | prefixed("model_ema.", lit_ema(e, "diffusion_model."))
+        | {"betas": torch.ones(4)}
+    },
+    "LitEma of the whole module": lambda s, e: {
+        "state_dict": s | prefixed("model_ema.", lit_ema(e)),
+        "global_step": 3,
+    },
+    "LitEma of two models": lambda s, e: {
+        "state_dict": prefixed("var.", s)
+        | prefixed("vae.", golden().vae_state)
+        | prefixed("model_ema.", lit_ema(e, "var.") | lit_ema(golden().vae_state, "vae."))
+    },
+    "LitEma of a student": lambda s, e: {
+        "state_dict": prefixed("student.", s)
+        | prefixed("model_ema.", lit_ema(s, "teacher.") | lit_ema(e, "student."))
+    },
+    "LitEma by itself": lambda s, e: {"model": s, "average": lit_ema(e)},
+}
+
+
 @pytest.mark.parametrize("form", EMA_FORMS)
 def test_a_file_with_both_gives_either(tmp_path, form):
     state = golden().var_state
@@ -216,6 +257,34 @@ def test_an_average_without_names_that_does_not_fit_is_refused_by_name(tmp_path)
     for content in ({"shadow_params": shadow}, {"ema": {"shadow_params": shadow}}):
         with pytest.raises(UserError, match=r'shadow_params" is a list .*no state dict of the mod'):
             loaded(tmp_path, content)
+
+
+def test_an_average_with_dotless_names_that_does_not_fit_is_refused_by_name(tmp_path):
+    state = golden().var_state
+    named = lit_ema(ema_of(state))
+    what = '"model_ema" has the names of weights without their dots'
+    wrong = named | {"headbias": torch.ones(3)}
+    content = {"state_dict": prefixed("model.", state) | prefixed("model_ema.", wrong)}
+    shapes = rf"its headbias is \(3,\), and head\.bias is \({len(state['head.bias'])},\) of "
+    for weights in ("ema", "state_dict/model_ema"):
+        with pytest.raises(UserError, match=rf"dots \({shapes}\"state_dict/model\".*save model"):
+            loaded(tmp_path, content, weights=weights)
+    assert equal(loaded(tmp_path, content), state)
+    with pytest.raises(UserError, match=rf"{what} \(the file has no state dict of the model\)"):
+        loaded(tmp_path, prefixed("model_ema.", named))
+
+
+def test_weights_without_a_gradient_have_no_average_and_are_those_of_the_model(tmp_path):
+    state = golden().var_state
+    average = ema_of(state)
+    named = {k: v for k, v in lit_ema(average).items() if not k.startswith("class_emb")}
+    content = {"state_dict": prefixed("model.", state) | prefixed("model_ema.", named)}
+    message = r'"state_dict/model_ema" has no average of 1 weights, such as class_emb\.weight'
+    with pytest.warns(UserWarning, match=message):
+        found = loaded(tmp_path, content, weights="ema")
+    key = "class_emb.weight"
+    assert equal(found, average | {key: state[key]})
+    assert not torch.equal(found[key], average[key])
 
 
 def test_weights_that_are_not_there_are_refused(tmp_path):
@@ -285,6 +354,9 @@ def test_the_choice_reaches_the_vqvae_where_its_file_has_one(tmp_path):
     torch.save(vae, paths[1])
     models = load_original(*paths, weights="ema")
     assert equal(models[1].state_dict(), vae)
+    torch.save(vae | prefixed("model_ema.", lit_ema(ema_of(vae))), paths[1])
+    models = load_original(*paths, weights="ema")
+    assert equal(models[1].state_dict(), {**ema_of(vae), HITS: vae[HITS]})
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors", "w.ckpt"])

@@ -142,8 +142,15 @@ def test_a_dropped_branch_leaves_its_image_as_it_was_and_kept_ones_are_scaled():
     assert torch.equal(logits[:1], full[:1])
     assert not torch.equal(logits[1:], full[1:])
     without_layers = copy.deepcopy(var)
-    without_layers.blocks = torch.nn.ModuleList()
+    without_layers.blocks = torch.nn.ModuleList(Same() for _ in range(4))
     assert torch.equal(logits[1:], without_layers(labels, x_teacher)[1:])
+
+
+class Same(torch.nn.Module):
+    """A layer that leaves the stream as it is."""
+
+    def forward(self, stream, *_, **__):
+        return stream
 
 
 def test_given_drops_take_the_place_of_drawn_ones():

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from variant.checkpoints.config_file import CONFIG_NAME, FORMAT, configs_in, read_config
 from variant.checkpoints.model_card import CARD_NAME, model_card, was_generated
@@ -24,7 +23,8 @@ from variant.checkpoints.sharded import WEIGHTS_NAME, find_weights, read_weights
 from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.files import atomic_write, save_safetensors
-from variant.models.var import VAR, check_blocks
+from variant.models.parts import SkipInit, check_saved
+from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.models.zones import is_zone_key, reset_zone_weights
 from variant.tensor_files import StoredTensor, read_all
@@ -58,14 +58,15 @@ def save_model(
         model_id: name of the model in the card; None is the folder's name.
     Raises:
         UserError: the folder cannot be written.
-        TypeError: ``extra`` holds a value that JSON cannot represent, or a layer of ``var`` was
-            replaced.
-        ValueError: layers of ``var`` were removed or added; or ``extra`` has a key that
-            save_model writes itself.
+        TypeError: ``extra`` holds a value that JSON cannot represent, or a part of a model was
+            removed or replaced.
+        ValueError: layers of ``var`` were removed or added, a part has other tensors than the
+            config asks for, or ``extra`` has a key that save_model writes itself.
     """
     folder = Path(folder)
     check_extra("save_pretrained", extra or {})
-    check_blocks("save_pretrained", var)
+    check_saved("save_pretrained", "var", instance("save_pretrained", "var", var, VAR))
+    check_saved("save_pretrained", "vae", instance("save_pretrained", "vae", vae, VQVAE))
     tensors = {
         f"{part}.{key}": value.detach().cpu().contiguous()
         for part, module in (("var", var), ("vae", vae))
@@ -175,21 +176,6 @@ def load_model(
     return var.eval(), vae.eval(), config
 
 
-class _SkipInit(TorchFunctionMode):
-    """Skips the functions of ``torch.nn.init``.
-
-    Meta tensors have no values to initialise, and drawing them imports torch._dynamo: 1.2 s of CPU.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
-
-
 def build(
     kind: Callable[[Any], Model],
     config: Any,
@@ -213,7 +199,7 @@ def build(
     Raises:
         UserError: the state's keys or shapes are not exactly those of this model.
     """
-    with torch.device("meta"), _SkipInit():
+    with torch.device("meta"), SkipInit():
         module = kind(config)
     needed = module.state_dict()
     load_state(module, state, where, assign=True, strict=strict)

@@ -28,6 +28,7 @@ from variant.checkpoints.state_dict_forms import VAR_KEYS, find_state_dict
 from variant.errors import UserError
 from variant.files import save_pickle, save_safetensors
 from variant.models.config import VARConfig, VQVAEConfig
+from variant.models.parts import check_saved
 from variant.models.var import VAR, derived_buffers
 from variant.models.vqvae import VQVAE
 from variant.models.zones import is_zone_key
@@ -370,12 +371,13 @@ def save_original(
         var_path, vae_path: names ending in .safetensors are written in that format, names ending in
             .pth or .pt by ``torch.save``.
     Raises:
-        TypeError: var or vae is of another class.
+        TypeError: var or vae is of another class, or a part of it was removed or replaced.
+        ValueError: layers were removed or added, or a part has other tensors than the config says.
         UserError: another ending, one path for both, or a file that cannot be written.
     """
     op = "save_original"
-    instance(op, "var", var, VAR)
-    instance(op, "vae", vae, VQVAE)
+    check_saved(op, "var", instance(op, "var", var, VAR))
+    check_saved(op, "vae", instance(op, "vae", vae, VQVAE))
     paths = [Path(check_path(op, "path", path)) for path in (var_path, vae_path)]
     for path in paths:
         check_ending(op, path)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from variant.checkpoints.dotless_averages import dotless_averages, with_dots, without_groups
 from variant.checkpoints.unnamed_averages import is_average, unnamed_averages, with_names
 from variant.errors import UserError
 from variant_kernels.arguments import typed
@@ -47,12 +48,14 @@ class StateDict:
 
     name: its place: the keys of the dictionaries around it and the prefix, joined by "/".
     complete: whether every key that marks the model is there.
+    plain: names of weights that have no average and are those of the plain model.
     """
 
     name: str
     state: dict[str, Tensor]
     complete: bool
     averaged: bool
+    plain: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """The name, or words for a file that is a state dict itself."""
@@ -97,6 +100,12 @@ def find_state_dict(
         weights = weights if weights in known else None
     chosen = _choose(complete, weights, where)
     state = dict(chosen.state)
+    if chosen.plain:
+        warnings.warn(
+            f"{where}: {chosen.describe()} has no average of {len(chosen.plain)} weights, such as "
+            f"{chosen.plain[0]}, which are those of the plain model: they had no gradient",
+            stacklevel=5,
+        )
     if chosen.averaged:
         _add_buffers(state, [other.state for other in complete if not other.averaged])
     return state
@@ -105,28 +114,49 @@ def find_state_dict(
 def _unnamed(
     content: Mapping[Any, Any], complete: Sequence[StateDict]
 ) -> tuple[list[StateDict], dict[str, str]]:
-    """The averages without names that have those of a state dict; why the others have none."""
+    """The averages that have the names of a state dict's weights; what the others are, and why."""
     plain = [state for state in complete if not state.averaged]
     named, others = [], {}
     for name, tensors in unnamed_averages(content):
-        others[name] = "the file has no state dict of the model"
+        what = "is a list of tensors without names"
+        others[name] = f"{what} (the file has no state dict of the model)"
         for state in plain:
-            parameters = {k: v for k, v in state.state.items() if not k.endswith(BUFFERS)}
             try:
-                average = with_names(tensors, parameters)
+                average = with_names(tensors, _parameters(state))
             except ValueError as error:
-                others[name] = f"{error} of {state.describe()}"
+                others[name] = f"{what} ({error} of {state.describe()})"
                 continue
             named.append(StateDict(name, average, True, True))
             del others[name]
             break
+    for name, tensors in dotless_averages(content):
+        what = "has the names of weights without their dots"
+        if not plain:
+            others[name] = f"{what} (the file has no state dict of the model)"
+        for state in plain:
+            parameters = _parameters(state)
+            try:
+                average = with_dots(tensors, parameters, state.name)
+            except ValueError as error:
+                others[name] = f"{what} ({error} of {state.describe()})"
+                continue
+            if average:
+                rest = tuple(key for key in parameters if key not in average)
+                own = {key: parameters[key] for key in rest}
+                named.append(StateDict(name, average | own, True, True, rest))
+                others.pop(name, None)
+                break
     return named, others
+
+
+def _parameters(state: StateDict) -> dict[str, Tensor]:
+    return {key: value for key, value in state.state.items() if not key.endswith(BUFFERS)}
 
 
 def _without_names(where: str, name: str, reason: str) -> UserError:
     return UserError(
-        f'{where}: "{name}" is a list of tensors without names ({reason}). Copy it into the model '
-        "by the library that made it, and save model.state_dict()"
+        f'{where}: "{name}" {reason}. Copy it into the model by the library that made it, and save '
+        "model.state_dict()"
     )
 
 
@@ -200,6 +230,7 @@ def _search(
         return
     seen.add(id(content))
     tensors, repeated = _without_wrappers(content)
+    tensors = without_groups(tensors)
     # The ends of other keys can be equal to a mark, so a prefix counts only with all of them.
     complete = _complete_prefixes(tensors, marks)
     others = [p for keys in KEYS_OF_PART.values() for p in _complete_prefixes(tensors, keys)]

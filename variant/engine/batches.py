@@ -24,8 +24,9 @@ from variant.engine.kernels import Launchers
 from variant.engine.page_tables import PageTableCache
 from variant.engine.step_loop import BatchState, TokenBatch, generate_tokens
 from variant.engine.weights import EngineWeights
+from variant.models.parts import explains
 from variant.models.var import VAR
-from variant.models.vqvae import VQVAE
+from variant.models.vqvae import ENCODER, VQVAE
 from variant.models.zones import zone_of
 from variant_kernels import CachePlan, DepthSchedule, PagedKVCache, ScaleLayout
 from variant_kernels.kv_cache import PageTables
@@ -275,6 +276,7 @@ class BatchRunner:
     def _tables(self, schedule: DepthSchedule, num_sequences: int) -> PageTables:
         return self.page_tables.get(schedule, num_sequences, self.page_size, self.device)
 
+    @explains("Engine", *ENCODER)
     def generate(
         self,
         batch: Batch,
@@ -385,6 +387,7 @@ class BatchRunner:
         return graphs.has(*key) and (not request.decode or graphs.has_decoder(shape))
 
     @without_autocast
+    @explains("Engine", *ENCODER)
     @torch.no_grad()
     def decode(self, f_hat_BEHW: Tensor, graphs: GraphReplay | None = None) -> Tensor:
         """:func:`decode_rgb` of these weights, by a graph where there is one."""

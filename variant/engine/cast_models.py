@@ -14,9 +14,10 @@ from torch import Tensor
 from variant.engine.cuda_graphs import GraphCache
 from variant.engine.graph_replay import GraphReplay
 from variant.engine.page_tables import PageTableCache
-from variant.engine.weights import EngineWeights, WeightsVersion
-from variant.models.var import VAR, check_blocks
-from variant.models.vqvae import VQVAE
+from variant.engine.weights import EngineWeights, Version, WeightsVersion, check_engine_parts
+from variant.models.parts import explained, head_weight
+from variant.models.var import VAR
+from variant.models.vqvae import ENCODER, VQVAE
 from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.packed_linear import can_pack
 from variant_kernels.products import product_dtype
@@ -45,7 +46,7 @@ class CastModels:
         """Empties what is rebuilt on use and not pickled: cast weights, graphs, page tables."""
         self._lock = Lock()
         self._weights_version = WeightsVersion()
-        self._cast: tuple[tuple[tuple[int, int], ...], EngineWeights] | None = None
+        self._cast: tuple[Version, EngineWeights] | None = None
         self._graphs: tuple[EngineWeights, GraphReplay] | None = None
         self._page_tables = PageTableCache()
 
@@ -61,7 +62,7 @@ class CastModels:
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return self.var.head.weight.device
+        return head_weight("Engine", self.var).device
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -83,6 +84,10 @@ class CastModels:
         with self._lock:
             self._cast = self._graphs = None
 
+    def _check_parts(self) -> None:
+        with explained("Engine", self, ENCODER), torch.autocast(self.device.type, enabled=False):
+            check_engine_parts(self.var, self.product_dtype, self.packed)
+
     def _weights(self) -> EngineWeights:
         """The weights in the engine's dtype, cast again if any changed since the last call."""
         version = self._weights_version(self.var, self.vae)
@@ -90,8 +95,9 @@ class CastModels:
             if self._cast is None or self._cast[0] != version:
                 # Free the old copies, and the graphs that read them, before new ones are allocated.
                 self._cast = self._graphs = None
-                check_blocks("Engine", self.var)
-                weights = EngineWeights(self.var, self.vae, self.product_dtype, self.packed)
+                self._check_parts()
+                with explained("Engine", self, ENCODER):
+                    weights = EngineWeights(self.var, self.vae, self.product_dtype, self.packed)
                 self._cast = version, weights
             return self._cast[1]
 

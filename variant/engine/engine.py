@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Unpack, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from variant.engine import memory
 from variant.engine.arguments import (
@@ -47,9 +47,10 @@ from variant.engine.runs import Call, CallOptions, Current, Run, Source
 from variant.engine.step_loop import teacher_forced_logits
 from variant.engine.weights import EngineWeights
 from variant.models.config import VARConfig
+from variant.models.parts import explains, head_weight
 from variant.models.placement import check_dtype
 from variant.models.var import VAR
-from variant.models.vqvae import VQVAE
+from variant.models.vqvae import ENCODER, VQVAE
 from variant_kernels import CachePlan, DepthSchedule
 from variant_kernels.arguments import boolean, instance, integer
 from variant_kernels.dispatch.select import check_name
@@ -87,8 +88,10 @@ class Engine(CastModels):
             replay it afterwards (:mod:`variant.engine.graph_replay`); False launches every kernel
             from Python. Calls with ``on_scale`` or ``generator`` are never recorded.
     Raises:
-        ValueError: the two models do not fit each other, a weight is on the meta device, or the
-            backend cannot run these dtypes.
+        TypeError: a model is of another class, or a part whose weights are read was removed or
+            replaced; later calls look at the parts again.
+        ValueError: the two models do not fit each other, a part has other tensors than the config
+            asks for, a weight is on the meta device, or the backend cannot run these dtypes.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class Engine(CastModels):
         check_name("Engine", backend)
         pack = boolean("Engine", "pack", pack)
         super().__init__(var, vae, check_engine_dtype("Engine", dtype, var), pack)
+        self._check_parts()
         self.page_size = integer("Engine", "page_size", page_size, 1)
         self.kv_dtype = check_kv_dtype("Engine", kv_dtype)
         self.backend = backend
@@ -166,6 +170,7 @@ class Engine(CastModels):
 
     @without_graphs_if_full
     @without_autocast
+    @explains("Engine", *ENCODER)
     @torch.no_grad()
     def forced_logits(
         self,
@@ -331,6 +336,7 @@ class Engine(CastModels):
 
     @without_graphs_if_full
     @without_autocast
+    @explains("Engine", *ENCODER)
     @torch.no_grad()
     def decode(self, tokens_BL: Tensor) -> Tensor:
         """Images of given tokens by the engine's decoder, in its dtype.
@@ -445,18 +451,17 @@ def check_engine_dtype(op: str, dtype: torch.dtype | str | None, var: VAR) -> to
     Raises:
         TypeError, ValueError: see :func:`variant.models.placement.check_dtype`.
     """
-    weights = var.head.weight.dtype
+    weights = head_weight(op, var).dtype
     # The dtype of the weights is checked too: an engine runs in three dtypes only.
     return cast("torch.dtype", check_dtype(op, check_dtype(op, dtype) or weights))
 
 
-def check_pair(var: VAR, vae: VQVAE, op: str = "VARiant") -> None:
+def check_pair(var: nn.Module | None, vae: nn.Module | None, op: str = "VARiant") -> None:
     """Raises: TypeError unless they are a VAR and a VQVAE; ValueError unless the two have one
     codebook and layout."""
     remedy = "variant.accelerate takes model objects of the original code"
-    instance(op, "var", var, VAR, remedy)
-    instance(op, "vae", vae, VQVAE, remedy)
-    a, b = var.config, vae.config
+    a = instance(op, "var", var, VAR, remedy).config
+    b = instance(op, "vae", vae, VQVAE, remedy).config
     for what, ours, theirs in (
         ("patch_nums", a.patch_nums, b.patch_nums),
         ("vocab_size", a.vocab_size, b.vocab_size),

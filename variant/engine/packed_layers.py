@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from copy import deepcopy
 from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from variant.models.parts import is_plain
 from variant.models.vqvae import VQVAE, ResidualBlock, Upsample, unit_range
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import choose_name
@@ -274,10 +276,10 @@ def keeps_channels_last(device: torch.device, dtype: torch.dtype) -> bool:
 
 def with_channels_last_norms(module: nn.Module) -> nn.Module:
     """``module`` with every group norm below it replaced, in place."""
-    if isinstance(module, ResidualBlock):
-        return ChannelsLastBlock(module)
-    if isinstance(module, nn.GroupNorm):
-        return ChannelsLastNorm(module, silu=False)
+    if _is_own_block(module):
+        return ChannelsLastBlock(cast("ResidualBlock", module))
+    if is_plain(module, nn.GroupNorm):
+        return ChannelsLastNorm(cast("nn.GroupNorm", module), silu=False)
     for name, child in module.named_children():
         setattr(module, name, with_channels_last_norms(child))
     return module
@@ -304,16 +306,53 @@ class CastDecoder:
 
 
 def _pack(module: nn.Module, cast_buffer: CastBuffer) -> nn.Module:
-    """``module`` with every layer below it in the buffer's dtype, convolutions packed."""
-    if isinstance(module, Upsample):
-        return MergedUpsample(module.conv, cast_buffer.dtype)
-    if isinstance(module, ResidualBlock):
-        return PackedResidualBlock(module, cast_buffer)
-    if isinstance(module, nn.Conv2d):
-        pointwise = module.kernel_size == module.stride == (1, 1)
-        return (
-            PackedPointwise(module, cast_buffer) if pointwise else PackedConv2d(module, cast_buffer)
-        )
+    """``module`` with every layer below it in the buffer's dtype, convolutions packed.
+
+    A layer of another kind in the place of one of ours keeps its own forward.
+    """
+    if is_plain(module, Upsample) and _is_own_conv(module._modules.get("conv"), kernel=3):
+        return MergedUpsample(cast("nn.Conv2d", module.conv), cast_buffer.dtype)
+    if _is_own_block(module):
+        return PackedResidualBlock(cast("ResidualBlock", module), cast_buffer)
+    if _is_own_conv(module):
+        conv = cast("nn.Conv2d", module)
+        pointwise = conv.kernel_size == conv.stride == (1, 1)
+        pointwise = pointwise and conv.padding == (0, 0) and conv.groups == 1
+        return PackedPointwise(conv, cast_buffer) if pointwise else PackedConv2d(conv, cast_buffer)
     for name, child in module.named_children():
         setattr(module, name, _pack(child, cast_buffer))
     return module.to(cast_buffer.dtype)
+
+
+def _is_own_block(module: nn.Module) -> bool:
+    """Whether it is a residual block whose parts are those that it was built with."""
+    if not is_plain(module, ResidualBlock):
+        return False
+    parts = module._modules
+    shortcut = parts.get("nin_shortcut")
+    return (
+        all(_is_kept(parts.get(name), nn.GroupNorm) for name in ("norm1", "norm2"))
+        and all(_is_own_conv(parts.get(name)) for name in ("conv1", "conv2"))
+        and (_is_kept(shortcut, nn.Identity) or _is_own_conv(shortcut))
+    )
+
+
+def _is_kept(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    return module is not None and is_plain(module, kind)
+
+
+def _is_own_conv(module: nn.Module | None, kernel: int | None = None) -> bool:
+    """Whether it is a convolution of torch's with zeros as padding.
+
+    Args:
+        kernel: also of this size, which keeps the feature map's.
+    """
+    if not _is_kept(module, nn.Conv2d):
+        return False
+    conv = cast("nn.Conv2d", module)
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return False
+    if kernel is None:
+        return True
+    kept = conv.stride == conv.dilation == (1, 1) and conv.padding == (kernel // 2, kernel // 2)
+    return kept and conv.kernel_size == (kernel, kernel) and conv.groups == 1

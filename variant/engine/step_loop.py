@@ -73,6 +73,11 @@ class BatchState:
         self.var, self.vae = var, vae
         self.launchers, self.weights, self.cache = launchers, weights, cache
         self.cond_RC = var.class_emb(labels_R)
+        shape = len(labels_R), var.config.embed_dim
+        if self.cond_RC.shape != shape:  # another module in its place; kernels rely on the width
+            raise ValueError(
+                f"Engine: var.class_emb must return {shape}; got {tuple(self.cond_RC.shape)}"
+            )
         self.head_modulation_2RC = weights.head_modulation(self.cond_RC)
         shared = dict(enumerate(weights.modulations(self.cond_RC)))
         self._layers: dict[int | None, Mapping[int, LayerWeights]] = {

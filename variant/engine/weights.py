@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from variant.engine.hooks import check_hooks
 from variant.engine.packed_layers import CastBuffer, CastDecoder, Linear, PackedDecoder
+from variant.models.parts import check_parts
 from variant.models.var import VAR, projection
 from variant.models.vqvae import VQVAE
 from variant.models.zones import LINEARS, LayerView
@@ -22,6 +26,8 @@ from variant.models.zones import LINEARS, LayerView
 # Tokens per call of the MLP on a CPU, so that its hidden tensor stays in the cache (4096 tokens,
 # 1024 x 4096 x 1024, bfloat16: 167 ms in parts of 512 tokens, 181 ms at once).
 MLP_TOKENS = 512
+# Parts of the transformer that the engine calls.
+CALLED = ("class_emb", "lvl_embed", "shared_ada_lin")
 
 
 class LayerWeights:
@@ -78,6 +84,11 @@ class EngineWeights:
         self.layers = [LayerWeights(view, dtype, self.packed, cast_buffer) for view in views]
         self.head = _linear(var.head, dtype, self.packed, cast_buffer)
         self.position_1LC = var.position_embedding().detach().float()
+        if self.position_1LC.shape != var.pos_1LC.shape:  # kernels rely on it
+            raise ValueError(
+                f"Engine: var.pos_1LC plus var.lvl_embed must be {tuple(var.pos_1LC.shape)}; got "
+                f"{tuple(self.position_1LC.shape)}"
+            )
         self.pos_start = var.pos_start.detach().float()
         self.word_embed = _linear(var.word_embed, torch.float32, False, None)
         self.modulations = Modulations(var, views, dtype, self.packed, cast_buffer)
@@ -129,31 +140,66 @@ class EngineWeights:
         return self._decoder(f_hat_BCHW)
 
 
-class WeightsVersion:
-    """Addresses and version counters of two models' weights; differs after any in-place change.
+Version = tuple[Any, ...]
 
-    Walking over the modules of VAR-d30 takes 0.7 ms, during which a GPU would be idle. While every
-    module has the same children as at the last walk, its result is used again.
+
+class WeightsVersion:
+    """What an engine made its weights from; differs after any change but one through ``.data``.
+
+    The modules, their classes, forwards and hooks, and of every tensor its address and version
+    counter. Walking over the modules of VAR-d30 takes 0.7 ms, during which a GPU would be idle.
+    While every module has the same children as at the last walk, its result is used again.
     """
 
     def __init__(self) -> None:
-        self._modules: list[nn.Module] = []
+        self._modules: tuple[nn.Module, ...] = ()
         self._children: list[nn.Module | None] = []
         self._holders: Sequence[Mapping[str, Tensor | None]] = []
+        self._hooks: Sequence[Mapping[int, Any]] = []
+        self._members: Sequence[Mapping[str, Any]] = []
 
-    def __call__(self, var: VAR, vae: VQVAE) -> tuple[tuple[int, int], ...]:
-        """(address, version) of both models' parameters and the transformer's buffers."""
+    def __call__(self, var: VAR, vae: VQVAE) -> Version:
+        """The modules, classes, hooks and forwards; then of both models' parameters and the
+        transformer's buffers (identity, address, version)."""
         if self._children != [var, vae, *_children(self._modules)]:
-            self._modules = [*var.modules(), *vae.modules()]
+            self._modules = (*var.modules(), *vae.modules())
             self._children = [var, vae, *_children(self._modules)]
             parameters = [module._parameters for module in self._modules]
             self._holders = [*parameters, *(module._buffers for module in var.modules())]
+            self._members = [vars(module) for module in self._modules]
+            hooks = ("_forward_pre_hooks", "_forward_hooks")
+            self._hooks = [members[name] for members in self._members for name in hooks]
         tensors = (t for holder in self._holders for t in holder.values() if t is not None)
-        return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        return (
+            self._modules,
+            tuple(map(type, self._modules)),
+            tuple(chain.from_iterable(self._hooks)),
+            tuple(members["forward"] for members in self._members if "forward" in members),
+            # The identity, as another parameter may be a view of the same memory.
+            tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors),
+        )
 
 
-def _children(modules: list[nn.Module]) -> list[nn.Module | None]:
+def _children(modules: Sequence[nn.Module]) -> list[nn.Module | None]:
     return [child for module in modules for child in module._modules.values()]
+
+
+def check_engine_parts(var: VAR, dtype: torch.dtype, packed: bool) -> None:
+    """Check the parts of the transformer whose weights the engine reads without calling them.
+
+    Parts that it calls may be of any class: embeddings, and projections that it does not cast.
+
+    Raises:
+        TypeError, ValueError: a part is missing, of another class, or of another shape, or has a
+            hook that changes what it takes or returns.
+    """
+    names = CALLED if casts_modulations(var, dtype, packed) else (*CALLED, "ada_lin")
+
+    def is_called(path: str) -> bool:
+        return not set(names).isdisjoint(path.split("."))
+
+    check_parts("Engine", {"var": var}, is_called)
+    check_hooks(var, is_called)
 
 
 def on_gpu(weight: Tensor) -> bool:

@@ -24,6 +24,7 @@ from variant.models.depths import layers_of
 from variant.models.execution import PLAIN, Checkpointing, Execution, computed_again, recompute
 from variant.models.forward_checks import check_forward
 from variant.models.linear import Linear, LinearWithoutBias
+from variant.models.parts import explains, raise_changes
 from variant.models.residual import OpenSum, PrefixStream, closed, modulated
 from variant.models.token_loss import TokenLoss, linear_cross_entropy
 from variant.models.zones import reset_zone_weights, run_layers, run_spans, uses_zone_weights
@@ -146,7 +147,7 @@ class Block(nn.Module):
             modulation_B6C = (self.ada_gss if ada_gss is None else ada_gss)[0] + cond
         else:
             projected = (self.ada_lin if ada_lin is None else ada_lin)(cond)
-            modulation_B6C = projected.view(cond.shape[0], 6, -1)
+            modulation_B6C = projected.view(cond.shape[0], 6, cond.shape[1])
         return modulation_B6C.to(_compute_dtype(modulation_B6C))
 
     def forward(
@@ -210,7 +211,7 @@ class HeadNorm(nn.Module):
 
     def modulation(self, cond_BC: Tensor) -> Tensor:
         """(B, 2, C): scale and shift."""
-        modulation_B2C = self.ada_lin(cond_BC).view(cond_BC.shape[0], 2, -1)
+        modulation_B2C = self.ada_lin(cond_BC).view(cond_BC.shape[0], 2, cond_BC.shape[1])
         return modulation_B2C.to(_compute_dtype(modulation_B2C))
 
     def forward(self, stream: Tensor | OpenSum, cond_BC: Tensor) -> Tensor:
@@ -218,25 +219,6 @@ class HeadNorm(nn.Module):
         if isinstance(stream, Tensor):
             stream = stream.float()
         return modulated(stream, scale_BC, shift_BC, self.norm_eps)[1]
-
-
-def check_blocks(op: str, var: VAR) -> None:
-    """Check that the model's layers are those of its config: none removed, added or replaced.
-
-    Raises:
-        TypeError: a layer, its attention or its MLP is missing or of another class.
-        ValueError: another number of layers.
-    """
-    depth = var.config.depth
-    if len(var.blocks) != depth:
-        raise ValueError(
-            f"{op}: var.blocks must have {depth} layers, as var.config says; got "
-            f"{len(var.blocks)}. A depth leaves layers out, and removes none"
-        )
-    for index, block in enumerate(var.blocks):
-        block = instance(op, f"var.blocks[{index}]", block, Block)
-        for name, kind in (("attn", SelfAttention), ("ffn", MLP)):
-            instance(op, f"var.blocks[{index}].{name}", getattr(block, name, None), kind)
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -292,6 +274,7 @@ class VAR(nn.Module):
         self.register_load_state_dict_pre_hook(_drop_derived_buffers)
         self.init_weights()
 
+    @explains("VAR.forward")
     def forward(
         self,
         labels_B: Tensor,
@@ -329,8 +312,11 @@ class VAR(nn.Module):
             (B, L, V) float32; with targets_BL a :class:`TokenLoss`.
         Raises:
             ValueError: shapes, labels (checked on the CPU only) or the schedule do not fit the
-                model.
+                model; or layers were removed or added.
+            TypeError, ValueError: another part is not what the config asks for, and the call fails.
         """
+        if len(self.blocks) != self.config.depth:  # the others would run
+            raise_changes("VAR.forward", self)
         check_forward(
             self.config,
             self.pos_start.device,
@@ -388,7 +374,7 @@ class VAR(nn.Module):
         """The blocks' condition: class embedding (B, C), or shared modulation (B, 6, C)."""
         if not self.config.shared_aln:
             return cond_BC
-        return self.shared_ada_lin(cond_BC).view(cond_BC.shape[0], 6, -1)
+        return self.shared_ada_lin(cond_BC).view(cond_BC.shape[0], 6, cond_BC.shape[1])
 
     def schedule(
         self,

@@ -15,9 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from variant.models.config import GROUPS, VQVAEConfig
+from variant.models.parts import explained, explains
 from variant.models.quantizer import MultiScaleQuantizer
 from variant_kernels.arguments import instance, integer
 from variant_kernels.ops.contract import check_tensor
+
+# The halves of a VQ-VAE: a function that uses one may be called where the other was removed.
+ENCODER, DECODER = ("encoder", "quant_conv"), ("decoder", "post_quant_conv")
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -208,10 +212,12 @@ class VQVAE(nn.Module):
         self.quant_conv = nn.Conv2d(width, width, kernel, padding=kernel // 2)
         self.post_quant_conv = nn.Conv2d(width, width, kernel, padding=kernel // 2)
 
+    @explains("VQVAE.features", *DECODER)
     def features(self, images_BIYX: Tensor) -> Tensor:
         """Features (B, C, H, W) before quantisation, of images (B, I, Y, X) in [-1, 1]."""
         return self.quant_conv(self.encoder(images_BIYX))
 
+    @explains("VQVAE.encode", *DECODER)
     @torch.no_grad()
     def encode(self, images_BIYX: Tensor) -> Tensor:
         """Tokens (B, L) int64 of images (B, I, Y, X) in [-1, 1].
@@ -222,6 +228,7 @@ class VQVAE(nn.Module):
         self._check_images("VQVAE.encode", images_BIYX)
         return self.quantize.encode(self.features(images_BIYX).float())
 
+    @explains("VQVAE.teacher_input", *ENCODER)
     @torch.no_grad()
     def teacher_input(self, tokens_BL: Tensor) -> Tensor:
         """The transformer's input at every scale but the first, (B, L - N_0, C) float32.
@@ -239,6 +246,7 @@ class VQVAE(nn.Module):
             inputs.append(self.next_scale_input(f_hat_BCHW, k))
         return torch.cat(inputs, dim=1)
 
+    @explains("VQVAE.decode", *ENCODER)
     @torch.no_grad()
     def decode(self, tokens_BL: Tensor) -> Tensor:
         """Images (B, I, Y, X) float in [0, 1] of tokens (B, L), int64 or int32.
@@ -258,15 +266,20 @@ class VQVAE(nn.Module):
         Raises:
             ValueError: as :meth:`decode`.
         """
-        self._check_tokens("VQVAE.decode_by_scale", tokens_BL)
+        with explained("VQVAE.decode_by_scale", self, ENCODER):
+            self._check_tokens("VQVAE.decode_by_scale", tokens_BL)
         return self._decoded_by_scale(tokens_BL)
 
     @torch.no_grad()
     def _decoded_by_scale(self, tokens_BL: Tensor) -> Iterator[Tensor]:
-        f_hat_BCHW = self.new_features(tokens_BL.shape[0])
+        f_hat_BCHW = None
         for k in range(self.layout.num_scales):
-            self.accumulate(f_hat_BCHW, tokens_BL[:, self.layout.slice(k)], k)
-            yield self.decode_features(f_hat_BCHW)
+            with explained("VQVAE.decode_by_scale", self, ENCODER):
+                if f_hat_BCHW is None:
+                    f_hat_BCHW = self.new_features(tokens_BL.shape[0])
+                self.accumulate(f_hat_BCHW, tokens_BL[:, self.layout.slice(k)], k)
+                images = self.decode_features(f_hat_BCHW)
+            yield images
 
     def new_features(self, batch: int) -> Tensor:
         """Zeros (B, C, H, W) float32 to accumulate on, on the device of the codebook."""
@@ -296,12 +309,14 @@ class VQVAE(nn.Module):
         """The transformer's input at scale k+1 from the feature map, (B, N, C) float32."""
         return self.quantize.next_input(f_hat_BCHW, k)
 
+    @explains("VQVAE.decode_features", *ENCODER)
     @torch.no_grad()
     def decode_features(self, f_hat_BCHW: Tensor) -> Tensor:
         """Images (B, I, Y, X) in [0, 1], in the weights' dtype."""
         f_hat_BCHW = f_hat_BCHW.to(self.post_quant_conv.weight.dtype)
         return unit_range(self.decoder(self.post_quant_conv(f_hat_BCHW)))
 
+    @explains("VQVAE.forward")
     def forward(
         self, images_BIYX: Tensor, num_scales: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -319,7 +334,7 @@ class VQVAE(nn.Module):
         return self.decoder(self.post_quant_conv(f_hat_BCHW)), loss, usage
 
     def _check_images(self, op: str, images: Tensor) -> None:
-        self._check_placement(op, "images", images)
+        self._check_placement(op, "images", images, self.quant_conv.weight.device)
         size = self.config.image_size
         expected = (self.config.in_channels, size, size)
         if images.dim() != 4 or tuple(images.shape[1:]) != expected or not len(images):
@@ -342,8 +357,7 @@ class VQVAE(nn.Module):
                 f"got values from {float(images.min()):.4g} to {float(images.max()):.4g}"
             )
 
-    def _check_placement(self, op: str, name: str, tensor: Tensor) -> None:
-        own = self.quant_conv.weight.device
+    def _check_placement(self, op: str, name: str, tensor: Tensor, own: torch.device) -> None:
         check_tensor(op, name, tensor)
         if tensor.device != own:
             raise ValueError(
@@ -351,7 +365,7 @@ class VQVAE(nn.Module):
             )
 
     def _check_tokens(self, op: str, tokens: Tensor) -> None:
-        self._check_placement(op, "tokens", tokens)
+        self._check_placement(op, "tokens", tokens, self.quantize.embedding.weight.device)
         if tokens.dim() != 2 or tokens.shape[1] != self.layout.total:
             raise ValueError(
                 f"{op}: tokens must be (B, {self.layout.total}); got {tuple(tokens.shape)}"

@@ -1,0 +1,341 @@
+"""Parts of a model that a user changed before or after an engine's first use."""
+
+import copy
+
+import pytest
+import torch
+from changed_parts import Wrapper, halved, owner_of, removed, replaced, wrapped
+from small_models import small_model
+from torch import nn
+from torch.nn.utils import parametrizations, prune, weight_norm
+
+from variant.engine import packed_layers
+from variant.engine.engine import Engine
+
+BF16 = {"dtype": torch.bfloat16}
+LABELS = [1, 2]
+TOKENS = torch.randint(24, (1, 14), generator=torch.Generator().manual_seed(0))
+# Modules whose weights every engine reads; then those of an engine that casts the projections.
+READ = (
+    "head",
+    "head_nm",
+    "word_embed",
+    "blocks.1",
+    "blocks.1.attn",
+    "blocks.1.attn.mat_qkv",
+    "blocks.1.attn.proj",
+    "blocks.1.ffn",
+    "blocks.1.ffn.fc1",
+    "blocks.1.ffn.fc2",
+)
+CAST = ("head_nm.ada_lin", "head_nm.ada_lin.1", "blocks.1.ada_lin", "blocks.1.ada_lin.1")
+CALLED = ("class_emb", "lvl_embed")
+
+
+def gated_model():
+    """With gates that are far from zero, so that each layer counts."""
+    model = small_model()
+    with torch.no_grad():
+        for block in model.var.blocks:
+            block.ada_lin[1].bias[:64] = 0.5
+    return model
+
+
+def readable(path):
+    return "var." + path.replace(".1", "[1]").replace("[1].", r"[1]\.").replace("[1]", r"\[1\]")
+
+
+def used(model, options):
+    model.generate(LABELS, seed=0, **options)
+    return model
+
+
+def images(model, **options):
+    return model.generate(LABELS, seed=0, **options).images
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+@pytest.mark.parametrize("options", [{}, BF16], ids=["own", "bf16"])
+def test_a_wrapper_around_a_part_that_is_read_is_refused_by_name(is_used, options):
+    for path in (*READ, *(CAST if options else ())):
+        model = small_model()
+        if is_used:
+            used(model, options)
+        wrapped(path)(model.var)
+        where = readable(path)
+        with pytest.raises(TypeError, match=rf"^\w+: {where} must be of type \w+; got Wrapper"):
+            images(model, **options)
+        with pytest.raises(TypeError, match=rf"^\w+: {where} must be of type"):
+            Engine(model.var, model.vae, **options)
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+@pytest.mark.parametrize("options", [{}, BF16], ids=["own", "bf16"])
+def test_a_wrapper_around_a_part_that_is_called_counts(is_used, options):
+    for path in (*CALLED, *(() if options else CAST)):
+        model = gated_model()
+        changed = copy.deepcopy(model)
+        before = images(model, **options)
+        with torch.no_grad():  # the same by weights
+            owner, name = owner_of(changed.var, path)
+            for weight in getattr(owner, name).parameters():
+                weight.mul_(2)
+        expected = images(changed, **options)
+        if is_used:
+            used(model, options)
+        wrapped(path, 2.0)(model.var)
+        result = images(model, **options)
+        assert torch.allclose(result, expected, atol=1e-5), path
+        assert not torch.equal(result, before), path
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (removed("head"), TypeError, r"var\.head must be of type Linear; it was removed"),
+        (removed("pos_start"), TypeError, r"var\.pos_start must be a tensor of shape \(1, 1, 32"),
+        (removed("class_emb"), TypeError, r"var\.class_emb must be of type Embedding; it was rem"),
+        (removed("blocks.1.attn.proj"), TypeError, r"var\.blocks\[1\]\.attn\.proj must be of typ"),
+        (removed("blocks.1.ada_lin"), TypeError, r"var\.blocks\[1\]\.ada_lin must be of type Seq"),
+        (
+            replaced("blocks.1.attn.proj.bias", lambda old: None),
+            TypeError,
+            r"var\.blocks\[1\]\.attn\.proj\.bias must be a tensor of shape \(32,\); it was removed",
+        ),
+        (
+            replaced("blocks.1.attn.mat_qkv", lambda old: nn.Linear(32, 96)),
+            ValueError,
+            r"var\.blocks\[1\]\.attn\.mat_qkv\.bias must be None; got Parameter of shape \(96,\)",
+        ),
+        (
+            replaced("head", lambda old: nn.Linear(32, 7)),
+            ValueError,
+            r"var\.head\.weight must have shape \(24, 32\); got \(7, 32\)",
+        ),
+        (
+            replaced("class_emb"),
+            ValueError,
+            r"var\.class_emb must return \(4, 32\); got \(4,\)",
+        ),
+        (
+            replaced("head_nm.ada_lin"),
+            TypeError,
+            r"var\.head_nm\.ada_lin must be of type Sequential; got Identity\. The call failed",
+        ),
+        (halved("blocks.1"), ValueError, r"the weights of var must be of one dtype; got 12 of flo"),
+        (
+            lambda var: var.blocks[1].to("meta") and None,
+            ValueError,
+            r"the weights .*(got 12 of meta \(var\.blocks\[1\]\)|var\.blocks\.1\.attn.* on .meta)",
+        ),
+        (
+            lambda var: setattr(var.head, "forward", lambda h: 2 * h),
+            TypeError,
+            r"var\.head must be of type Linear; its forward was replaced on the instance",
+        ),
+        (
+            lambda var: setattr(var.head, "__class__", Doubled),
+            TypeError,
+            r"var\.head must be of type Linear; got Doubled",
+        ),
+    ],
+)
+def test_a_changed_part_of_the_transformer_is_named(is_used, change, error, message):
+    model = used(small_model(), {}) if is_used else small_model()
+    change(model.var)
+    with pytest.raises(error, match=rf"^(Engine|VARiant): {message}") as caught:
+        images(model)
+    assert "\n" not in str(caught.value)
+
+
+class Doubled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("options", [{}, BF16], ids=["own", "bf16"])
+@pytest.mark.parametrize("is_used", [False, True])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (removed("quantize"), TypeError, r"vae\.quantize must be of type MultiScaleQuantizer; it"),
+        (removed("quantize.quant_resi"), TypeError, r"vae\.quantize\.quant_resi must be of type"),
+        (halved("quantize.embedding"), ValueError, r"the weights of vae must be of one dtype; got"),
+        (removed("decoder.conv_out"), TypeError, r"vae\.decoder\.conv_out must be of type Conv2d"),
+        (removed("post_quant_conv"), TypeError, r"vae\.post_quant_conv must be of type Conv2d; it"),
+        (replaced("decoder"), TypeError, r"vae\.decoder must be of type Decoder; got Identity\."),
+    ],
+)
+def test_a_changed_part_of_the_vqvae_is_named(options, is_used, change, error, message):
+    model = used(small_model(), options) if is_used else small_model()
+    change(model.vae)
+    with pytest.raises(error, match=rf"^Engine: {message}"):
+        images(model, **options)
+
+
+def test_images_need_no_encoder():
+    model = small_model()
+    expected = images(model)
+    for path in ("encoder", "quant_conv"):
+        removed(path)(model.vae)
+    assert torch.equal(images(model), expected)
+    removed("quantize.embedding")(model.vae)
+    with pytest.raises(TypeError, match=r"^Engine: vae\.quantize\.embedding must be of type"):
+        images(model)
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+@pytest.mark.parametrize("options", [{"pack": False}, {}, BF16], ids=["own", "packed", "bf16"])
+def test_another_part_of_the_decoder_runs(options, is_used):
+    """In the place of a part that the packed decoder replaces by one of its own too."""
+    for path in (
+        "decoder.conv_in",
+        "decoder.mid.block_1",
+        "decoder.mid.block_1.conv1",
+        "decoder.mid.block_1.norm2",
+        "decoder.mid.attn_1",
+        "decoder.mid.attn_1.proj_out",
+        "decoder.up.1.upsample",
+        "decoder.up.1.upsample.conv",
+    ):
+        for make in (Half, lambda old: nn.Identity(), subclassed, with_hook):
+            model = small_model()
+            engine = Engine(model.var, model.vae, **options)
+            plain = model.vae.decode(TOKENS)
+            if is_used:
+                engine.decode(TOKENS)
+            replaced(path, make)(model.vae)
+            try:
+                expected = model.vae.decode(TOKENS)
+            except TypeError:  # a part without which the decoder does not run
+                continue
+            effect = float((expected - plain).abs().max()) if expected.shape == plain.shape else 9
+            assert effect > 0, (path, make)
+            found = engine.decode(TOKENS)
+            bound = 0.03 if options == BF16 else 0.2 * effect
+            assert float((found - expected).abs().max()) < bound, (path, make)
+
+
+class Half(Wrapper):
+    def __init__(self, inner):
+        super().__init__(inner, 0.5)
+
+
+def subclassed(old):
+    """A subclass of the part's class with another forward."""
+    kind = type(old)
+
+    class Own(kind):
+        def forward(self, x):
+            return 0.5 * kind.forward(self, x)
+
+    old.__class__ = Own
+    return old
+
+
+def with_hook(old):
+    old.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+    return old
+
+
+def test_convolutions_with_other_settings_run_in_the_packed_decoder():
+    for conv in (
+        nn.Conv2d(32, 32, 3, padding="same"),
+        nn.Conv2d(32, 32, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(32, 32, 5, padding=2),
+        nn.Conv2d(32, 32, 1, groups=4),
+    ):
+        model = small_model()
+        model.vae.decoder.up[1].upsample.conv = conv
+        model.vae.decoder.mid.block_1.conv1 = copy.deepcopy(conv)
+        packed = packed_layers.PackedDecoder(model.vae, torch.float32)
+        features = torch.randn(2, 8, 3, 3)
+        assert torch.allclose(packed(features), model.vae.decode_features(features), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, BF16], ids=["own", "bf16"])
+def test_hooks_that_only_look_on_are_no_obstacle_and_others_are_refused(options):
+    model = small_model()
+    expected = images(model, **options)
+    calls = []
+    for path in ("blocks.1", "blocks.2.attn.proj", "head", "blocks.1.ada_lin.1"):
+        part = model.var.get_submodule(path)
+        part.register_forward_hook(lambda *_, path=path: calls.append(path))
+    assert torch.equal(images(model, **options), expected)
+    assert {"blocks.1", "head"} <= set(calls)
+    for path in ("blocks.1", "blocks.2.attn.proj", "head", "head_nm", "word_embed"):
+        part = model.var.get_submodule(path)
+        handle = part.register_forward_hook(lambda module, inputs, output: 2 * output)
+        with pytest.raises(ValueError, match=r"^Engine: forward hooks must not change .*var\.blo"):
+            images(model, **options)
+        handle.remove()
+    assert torch.equal(images(model, **options), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("options", [{}, BF16], ids=["own", "bf16"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda part: weight_norm(part),
+        lambda part: parametrizations.weight_norm(part),
+        lambda part: prune.l1_unstructured(part, "weight", 0.5),
+    ],
+)
+def test_weights_that_are_computed_follow_those_they_are_made_of(make, options):
+    model = used(gated_model(), options)
+    part = model.var.blocks[1].attn.proj
+    make(part)
+    images(model, **options)
+    with torch.no_grad():
+        next(weight for name, weight in part.named_parameters() if "bias" not in name).mul_(-3)
+    found = images(model, **options)
+    plain = gated_model()
+    with torch.no_grad():
+        model.var(torch.tensor([1]), torch.zeros(1, 13, 8))  # computes the weight
+        plain.var.blocks[1].attn.proj.weight.copy_(part.weight)
+    assert torch.allclose(found, images(plain, **options), atol=1e-6)
+
+
+def test_a_parameter_that_views_the_memory_of_the_old_one_is_seen():
+    model = used(gated_model(), {})
+    weight = model.var.blocks[1].attn.proj.weight
+    model.var.blocks[1].attn.proj.weight = nn.Parameter(weight.detach().t())
+    found = images(model)
+    assert torch.equal(found, images(copy.deepcopy(model)))
+    assert not torch.equal(found, images(gated_model()))
+
+
+def test_a_layer_in_anothers_place_may_be_of_torchs_class():
+    model = small_model()
+    expected = images(model)
+    proj = model.var.blocks[1].attn.proj
+    plain = nn.Linear(32, 32)
+    plain.load_state_dict(proj.state_dict())
+    model.var.blocks[1].attn.proj = plain
+    assert torch.equal(images(model), expected)
+    plain.forward = torch.compile(plain.forward, backend="eager")
+    assert torch.equal(images(model), expected)
+
+
+def test_a_compiled_part_is_refused_with_the_remedy():
+    model = used(small_model(), {})
+    model.var.blocks[1] = torch.compile(model.var.blocks[1], backend="eager")
+    with pytest.raises(TypeError, match=r"blocks\[1\] must be of type Block; it is compiled by"):
+        images(model)
+
+
+@pytest.mark.parametrize("name", ["var", "vae"])
+def test_another_model_in_a_supernet_is_taken_or_refused(name):
+    model, other = used(small_model(), {}), small_model(seed=1)
+    setattr(model, name, getattr(other, name))
+    expected = images(copy.deepcopy(model))
+    assert torch.equal(images(model), expected)
+    assert not torch.equal(expected, images(small_model()))
+    setattr(model, name, nn.Identity())
+    with pytest.raises(TypeError, match=rf"^VARiant: {name} must be of type \w+; got Identity"):
+        images(model)
+    delattr(model, name)
+    with pytest.raises(TypeError, match=rf"^VARiant: {name} must be of type \w+; got None"):
+        images(model)

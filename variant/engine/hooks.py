@@ -1,0 +1,90 @@
+"""Forward hooks on parts of a transformer whose weights the engine reads without calling them.
+
+Hooks that only look on, or that make a weight anew (torch's older weight norm, pruning), are no
+obstacle. One that changes what a part takes or returns would be ignored.
+
+Axes: R sequences, T tokens of the first scales, C width, E codebook vector width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from variant.models.parts import expected_model
+from variant.models.var import VAR
+
+NUM_SCALES = 2  # of the small run
+
+
+@torch.no_grad()
+def check_hooks(var: VAR, is_called: Callable[[str], bool]) -> None:
+    """Compare the parts with the same parts without hooks, if there are any; hooks are called.
+
+    Args:
+        is_called: of a path, whether the engine calls that module, and so its hooks.
+    Raises:
+        ValueError: the outputs differ.
+    """
+    hooked = [path for path, part in var.named_modules() if path and _has_hooks(part)]
+    hooked = [path for path in hooked if not is_called(path)]
+    if not hooked:
+        return
+    own = _outputs(var, var)  # first, as a hook may make the weights that follow are read
+    plain = _outputs(_without_hooks(var, is_called), var)
+    if not all(map(torch.equal, own, plain)):
+        names = ", ".join(f"var.{path}" for path in hooked[:3])
+        more = f" and {len(hooked) - 3} more" if len(hooked) > 3 else ""
+        raise ValueError(
+            f"Engine: forward hooks must not change what a part takes or returns, as the engine "
+            f"reads weights and does not call the parts; there are hooks on {names}{more}. Remove "
+            "them first"
+        )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def _without_hooks(var: VAR, is_called: Callable[[str], bool]) -> VAR:
+    """A model that shares the tensors of ``var``, and the parts that the engine calls."""
+    twin = expected_model(var)
+    called: list[str] = []
+    for path, part in list(twin.named_modules()):
+        if path.startswith(tuple(f"{above}." for above in called)):
+            continue
+        source = var.get_submodule(path)
+        if path and is_called(path):
+            called.append(path)
+            twin.set_submodule(path, source)
+            continue
+        tensors = {name: getattr(source, name) for name in part._parameters}
+        # Weights that a hook or a parametrization computes are no parameters.
+        part._parameters = cast("dict[str, Any]", tensors)
+        part._buffers = {name: getattr(source, name) for name in part._buffers}
+    return cast("VAR", twin)
+
+
+def _outputs(model: VAR, var: VAR) -> list[Tensor]:
+    """Outputs of the layers, and of what is before and after them, for small inputs.
+
+    Args:
+        var: gives the condition, and the inputs their dtype and device.
+    """
+    head, config = var.head.weight, var.config
+    layout = var.layout.prefix(min(NUM_SCALES, var.layout.num_scales))
+    generator = torch.Generator().manual_seed(0)
+    x_RTC, words_RTE = (
+        torch.randn(2, layout.total, width, generator=generator).to(head)
+        for width in (config.embed_dim, config.vae_channels)
+    )
+    cond_RC = var.class_emb(torch.tensor([0, config.num_classes], device=head.device))
+    shared = var.shared_condition(cond_RC)
+    outputs = [model.word_embed(words_RTE.to(model.word_embed.weight.dtype))]
+    for block in model.layers():
+        x_RTC = block(x_RTC, shared, layout)
+    outputs.append(model.head_nm(x_RTC, cond_RC))
+    return [*outputs, model.head(outputs[-1])]
