@@ -41,6 +41,7 @@ class CastModels:
         self._reset()
         if self.product_dtype != dtype:
             _warn_of_products(dtype)
+        self._check_parts()
 
     def _reset(self) -> None:
         """Empties what is rebuilt on use and not pickled: cast weights, graphs, page tables."""

@@ -88,8 +88,7 @@ class Engine(CastModels):
             replay it afterwards (:mod:`variant.engine.graph_replay`); False launches every kernel
             from Python. Calls with ``on_scale`` or ``generator`` are never recorded.
     Raises:
-        TypeError: a model is of another class, or a part whose weights are read was removed or
-            replaced; later calls look at the parts again.
+        TypeError: a model is of another class, or a part that is read was removed or replaced.
         ValueError: the two models do not fit each other, a part has other tensors than the config
             asks for, a weight is on the meta device, or the backend cannot run these dtypes.
     """
@@ -109,13 +108,11 @@ class Engine(CastModels):
         check_pair(var, vae, "Engine")
         check_values("Engine", var, vae)
         check_name("Engine", backend)
-        pack = boolean("Engine", "pack", pack)
-        super().__init__(var, vae, check_engine_dtype("Engine", dtype, var), pack)
-        self._check_parts()
+        dtype = check_engine_dtype("Engine", dtype, var)
+        super().__init__(var, vae, dtype, boolean("Engine", "pack", pack))
         self.page_size = integer("Engine", "page_size", page_size, 1)
         self.kv_dtype = check_kv_dtype("Engine", kv_dtype)
-        self.backend = backend
-        self.capture = boolean("Engine", "capture", capture)
+        self.backend, self.capture = backend, boolean("Engine", "capture", capture)
         self._launchers(self.kv_dtype)  # raises where the backend cannot run these dtypes
 
     # --- launchers, graphs ----------------------------------------------------------------------

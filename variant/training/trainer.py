@@ -115,9 +115,8 @@ class Trainer:
                 self.setup.saved = None  # frees the second copy of the optimiser's moments
             else:
                 self.checkpointer.check_best({})
-        common = _as_text(self.setup.common_inputs)
-        self.ranks.require_same("data and weights to start from", common)
-        self.ranks.require_same("recipe", _as_text(self.recipe.to_dict()))
+        self.ranks.require_same("data and weights to start from", _json(self.setup.common_inputs))
+        self.ranks.require_same("recipe", _json(self.recipe.to_dict()))
         self.ranks.require_same("completed steps", str(state.step))
         self._follow_phases()
         if self.ranks.is_first:
@@ -383,5 +382,5 @@ def _num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _as_text(values: dict[str, Any]) -> str:
+def _json(values: dict[str, Any]) -> str:
     return json.dumps(values, sort_keys=True, default=str)
