@@ -105,18 +105,18 @@ def test_shards_that_do_not_fit_their_index_are_refused(folder):
             VARiant.from_pretrained(folder)
 
     write_index(folder, {**weight_map, "var.extra": names[0]})
-    fails("lacks 'var.extra', which it has by the index")
+    fails("lacks var.extra, which it has by the index")
     write_index(folder, {k: v for k, v in weight_map.items() if k != "var.head.bias"})
-    fails("holds 'var.head.bias', but the index lacks it")
+    fails("holds var.head.bias, but the index lacks it")
     other = next(name for name in names if name != weight_map["var.head.bias"])
     write_index(folder, {**weight_map, "var.head.bias": other})
-    fails(f"holds 'var.head.bias', but the index has it in {other}")
+    fails(f"holds var.head.bias, but the index has it in {other}")
     index = folder / "model.safetensors.index.json"
     for text, message in (
         ("{", "cannot be read as JSON"),
         ("[]", 'must map keys to files under "weight_map"'),
         ('{"weight_map": {}}', 'must map keys to files under "weight_map"'),
-        ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "has 'a' twice"),
+        ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "has the key a twice"),
     ):
         index.write_text(text)
         fails(message)

@@ -93,12 +93,10 @@ def requested_name(backend: str) -> str:
     """
     if not isinstance(backend, str) or backend != "auto":
         return backend  # check_name refuses what is no name
-    name = _override.get()
-    if name is not None:
+    if (name := _override.get()) is not None:
         return name
     name = os.environ.get("VARIANT_BACKEND") or "auto"
-    if name != "auto":
-        check_name("the environment variable VARIANT_BACKEND", name)
+    check_name("the environment variable VARIANT_BACKEND", name)
     return name
 
 
