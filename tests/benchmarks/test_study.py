@@ -482,7 +482,8 @@ def test_a_control_that_a_metric_misses_is_an_error(done, tmp_path):
         broken.write_text(json.dumps(values | {"identity": identity_in(broken)}))
     with pytest.raises(UserError, match="must be flagged"):
         collect(study, wrong, tmp_path / "results")
-    assert len(list((tmp_path / "results").iterdir())) == len(study.parts)  # the other parts are not lost
+    written = list((tmp_path / "results").iterdir())
+    assert len(written) == len(study.parts)  # the other parts are not lost
 
 
 def test_an_exported_run_generates_what_was_measured(done, profile, tmp_path, capsys):
