@@ -261,7 +261,7 @@ def test_every_exception_is_needed():
         assert any(f"{text} ".startswith(f"{start} ") for text in texts), start
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # tests/training/test_own_images.py trains in CI
 def test_the_recipe_for_own_images_trains(folder):
     text = (folder / "examples" / "my_images.toml").read_text()
     for key in ("epochs", "joint", "transition"):

@@ -31,6 +31,7 @@ def torchrun(*words):
     )
 
 
+@pytest.mark.nightly  # test_distributed.py trains with two processes in CI
 def test_torchrun_trains_a_model_and_resumes_it_in_the_other_mode(folders, tmp_path):
     recipe, out = tmp_path / "tiny.toml", tmp_path / "run"
     tiny = tiny_recipe(folders)
