@@ -59,6 +59,7 @@ def test_tokens_and_images_equal_the_original(name, backend, case):
     check(name, case, result, golden, keep_BL)
 
 
+@pytest.mark.nightly  # test_engine_in_triton.py compares tokens with the original in CI
 @pytest.mark.skipif(not triton_interprets(), reason="needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("case", ["null", "edit_smooth"])
 def test_tokens_and_images_equal_the_original_in_triton(case):
