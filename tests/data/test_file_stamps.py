@@ -4,8 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from variant.data.config import DataSection
 from variant.data.file_stamps import SAMPLED, SAMPLED_BYTES, FileStamps, file_stamps, replaced
+from variant.data.sources import open_data
 from variant.errors import UserError
 
 
@@ -66,3 +69,21 @@ def test_huge_and_unreadable_files_and_odd_names_do_no_harm(tmp_path):
     assert file_stamps({"train": [paths[0], paths[1], odd]}).contents == stamps.contents
     with pytest.raises(UserError, match=r"0002\.png: cannot be read"):
         file_stamps({"train": paths})
+
+
+def test_a_folder_asks_for_each_file_once(tmp_path, monkeypatch):
+    for part in ("train", "held_out"):
+        for label in range(2):
+            (tmp_path / part / f"class{label}").mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / part / f"class{label}" / "0.png")
+    folders = {"train": str(tmp_path / "train"), "held_out": str(tmp_path / "held_out")}
+    data = open_data(DataSection("folder", **folders), 8, 3, 0)
+    asked, stat = [], Path.stat
+    monkeypatch.setattr(
+        Path, "stat", lambda path, **how: (asked.append(path), stat(path, **how))[1]
+    )
+    data.digest()
+    data.class_digests()
+    data.file_stamps()
+    images = [path for path in asked if path.suffix == ".png"]
+    assert len(images) == len(set(images)) == 4

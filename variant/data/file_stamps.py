@@ -35,20 +35,38 @@ class FileStamps:
     times: str | None = None
 
 
-def file_stamps(parts: Mapping[str, Sequence[Path]]) -> FileStamps:
+def file_stats(paths: Sequence[Path]) -> np.ndarray:
+    """Bytes and modification times in nanoseconds of files, (N, 2) int64.
+
+    Raises:
+        UserError: a file is gone.
+    """
+    found = np.empty((len(paths), 2), np.int64)
+    for index, path in enumerate(paths):
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        found[index] = stat.st_size, stat.st_mtime_ns
+    return found
+
+
+def file_stamps(
+    parts: Mapping[str, Sequence[Path]], times_of: Mapping[str, np.ndarray] | None = None
+) -> FileStamps:
     """The stamps of the files of each part, by its name, in an order that is always the same.
 
+    Args:
+        times_of: modification times of each part's files in nanoseconds, (N,) int64; None reads
+            them.
     Raises:
         UserError: a file is gone.
     """
     contents: dict[str, str] = {}
     times = hashlib.sha256()
     for part, paths in parts.items():
-        for path in paths:
-            try:
-                times.update(path.stat().st_mtime_ns.to_bytes(16, "little", signed=True))
-            except OSError as error:
-                raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        own = file_stats(paths)[:, 1] if times_of is None else times_of[part]
+        times.update(own.astype("<i8").tobytes())
         for index in np.unique(np.linspace(0, len(paths) - 1, SAMPLED).round().astype(int)):
             path = paths[int(index)]
             # A name need not be text; a checkpoint holds text alone.

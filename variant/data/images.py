@@ -14,6 +14,7 @@ import struct
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO, Protocol
@@ -27,7 +28,7 @@ from torch.utils.data import get_worker_info
 from variant.data.augment import rand_augment
 from variant.data.bad_items import BadItem
 from variant.data.config import DataSection
-from variant.data.file_stamps import FileStamps, file_stamps
+from variant.data.file_stamps import FileStamps, file_stamps, file_stats
 from variant.errors import UserError
 from variant.models.class_names import is_text
 from variant.paths import open_regular, shown
@@ -272,20 +273,23 @@ class FolderData:
             ("train", self.paths, self.train_labels),
             ("held_out", self.held_out_paths, self.held_out_labels),
         ):
-            for path, label in zip(paths, labels.tolist(), strict=True):
+            sizes = self._stats[part][:, 0].tolist()
+            for path, label, size in zip(paths, labels.tolist(), sizes, strict=True):
                 name = f"{part}/{self.classes[label]}"
                 if name not in hashes:
                     hashes[name] = hashlib.sha256(os.fsencode(f"{name}\0{label}\0"))
-                try:
-                    size = path.stat().st_size
-                except OSError as error:
-                    raise UserError(f"{path}: cannot be read: {error.strerror}") from None
                 hashes[name].update(os.fsencode(path.name) + f"\0{size}\0".encode())
         return {name: sha256.hexdigest() for name, sha256 in sorted(hashes.items())}
 
     def file_stamps(self) -> FileStamps:
         """The stamps of both parts.  Raises: UserError, if a file is gone."""
-        return file_stamps({"train": self.paths, "held_out": self.held_out_paths})
+        paths = {"train": self.paths, "held_out": self.held_out_paths}
+        return file_stamps(paths, {part: stats[:, 1] for part, stats in self._stats.items()})
+
+    @cached_property
+    def _stats(self) -> dict[str, np.ndarray]:
+        """Of each part :func:`file_stats`: the digests and the stamps share one pass."""
+        return {"train": file_stats(self.paths), "held_out": file_stats(self.held_out_paths)}
 
     def _map(self, read: Callable[[int], Tensor], indices: Indices) -> list[Tensor]:
         """Images by several threads; by one in a worker of a DataLoader, which has siblings."""

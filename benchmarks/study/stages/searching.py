@@ -26,7 +26,7 @@ from variant.supernet import VARiant
 from variant.training.recipe_reference import recipe_toml
 from variant_kernels.plans.depth_schedule import schedule_name
 
-# Shares of the full network's cost at which schedules are compared, in variant.cli.search_job too.
+# Nothing is left out: the comparison has budgets of its own below these.
 BUDGETS = {"kv": 1.0, "work": 1.0}
 OTHERS = {"depth and bridge": "grid", "equidistant or trained layers": "even"}
 
