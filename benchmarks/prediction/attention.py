@@ -95,7 +95,10 @@ def rounds(cycles: Sequence[float], copies: int, resident: int) -> float:
     sharing = min(resident, -(-total // PROCESSORS))
     slots = min(total, PROCESSORS * sharing)
     followed = min(copies, -(-FOLLOWED_ROUNDS * slots // len(cycles)))
-    ends = [(copies - followed) * sum(cycles) * sharing / slots] * slots
+    start = (copies - followed) * sum(cycles) * sharing / slots
+    if len(set(cycles)) == 1:
+        return start + -(-followed * len(cycles) // slots) * cycles[0] * sharing
+    ends = [start] * slots
     for _ in range(followed):
         for one in cycles:
             heapq.heapreplace(ends, ends[0] + one * sharing)

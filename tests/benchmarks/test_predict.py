@@ -49,6 +49,12 @@ def test_programs_run_in_rounds():
     assert attention.rounds([30.0, *[10.0] * 262], 1, 1) == 30
     # Many rounds are not followed one by one; nothing is lost on the way.
     assert attention.rounds([10.0], 132 * 1000, 1) == pytest.approx(10_000)
+    # Equal programs need no queue.
+    for programs, copies, resident in ((3, 50, 1), (7, 100, 2), (5, 4000, 3)):
+        cycles = [10.0] * programs
+        nearly = [10.0 + 1e-9, *cycles[1:]]
+        expected = attention.rounds(nearly, copies, resident)
+        assert attention.rounds(cycles, copies, resident) == pytest.approx(expected)
 
 
 def test_waiting_for_what_was_just_asked_for_costs_time():
