@@ -23,7 +23,8 @@ from variant.supernet import VARiant
 from variant.training.recipe import Recipe, load_recipe
 
 COUNT = 1000
-DEPTHS = (8, pytest.param(4, marks=pytest.mark.nightly), 2)
+# In CI the depth that is hardest to keep.
+DEPTHS = (*(pytest.param(depth, marks=pytest.mark.nightly) for depth in (8, 4)), 2)
 # The promised quality. The seed is fixed: these tests give the same figures in every run.
 RECOGNISED = {8: 0.97, 4: 0.95, 2: 0.95}
 SPREAD = 0.85
