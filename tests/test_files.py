@@ -1,12 +1,13 @@
-"""Atomic writes."""
+"""Atomic writes, and texts and JSON that are read."""
 
 import os
+import time
 
 import pytest
 
 from variant.errors import UserError
 from variant.files import atomic_write
-from variant.paths import read_json
+from variant.paths import read_json, read_text
 
 
 def test_a_link_stays_and_its_target_is_replaced(tmp_path):
@@ -46,5 +47,23 @@ def test_a_key_that_comes_twice_is_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(UserError, match=r"a\.json: .*an object has the key a twice"):
         read_json(path)
-    path.write_text('{"a": {"a": [{"a": 1}, {"a": 2}]}, "b": {}}')
+    path.write_text('{"a": {"a": [{"a": 1}, {"a": 2}]}, "b": {}}', "utf-8-sig")
     assert read_json(path) == {"a": {"a": [{"a": 1}, {"a": 2}]}, "b": {}}
+
+
+def test_a_key_that_comes_twice_among_many_is_found_at_once(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("{" + ", ".join(f'"{index}": 1' for index in [*range(10**5), 99_999]) + "}")
+    started = time.process_time()
+    with pytest.raises(UserError, match="the key 99999 twice"):
+        read_json(path)
+    assert time.process_time() - started < 5  # where each key is sought among all: 10 minutes
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b"\xef\xbb\xbf{}")
+    assert read_text(path) == "{}"
+    path.write_bytes("{}".encode("utf-16"))
+    with pytest.raises(UserError, match=r"a\.json: cannot be read as text in UTF-8"):
+        read_text(path)

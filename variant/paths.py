@@ -85,7 +85,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """A text file in UTF-8 of at most 16 MiB.
+    """A text file in UTF-8 of at most 16 MiB, without the byte order mark that it may begin with.
 
     Raises:
         UserError: as :func:`open_regular`; too large, or not UTF-8.
@@ -98,7 +98,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     if len(content) > MAX_TEXT_BYTES:
         raise UserError(f"{shown(path)}: must have at most {MAX_TEXT_BYTES:,} bytes; it is larger")
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{shown(path)}: cannot be read as text in UTF-8: {error}") from None
 
@@ -112,20 +112,24 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """
     text = read_text(path)
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except RecursionError:
         raise UserError(f"{shown(path)}: cannot be read as JSON: it is nested too deeply") from None
     except ValueError as error:
         raise UserError(f"{shown(path)}: cannot be read as JSON: {error}") from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these keys and values.  Raises: ValueError, if a key comes twice."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in result if keys.count(key) > 1)
-        raise ValueError(f"an object has the key {shown(twice)} twice")
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values, an ``object_pairs_hook`` of ``json.loads``.
+
+    Raises:
+        ValueError: a key comes twice.
+    """
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"an object has the key {shown(key)} twice")
+        result[key] = value
     return result
 
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from variant.errors import UserError
-from variant.paths import open_regular, shown
+from variant.paths import open_regular, shown, unique_keys
 
 # Limits of what describes the tensors; published models have less than 1 MiB.
 MAX_HEADER_BYTES = 2**25
@@ -285,12 +285,12 @@ def stored_safetensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
         raise damaged(f"a header of {length:,} bytes in a file of {source.size:,} bytes")
     text = bytes(source.read_bytes(Region("the header", 8, length)).numpy())
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        header = json.loads(text, object_pairs_hook=unique_keys)
         if not isinstance(header, dict):
             raise ValueError("the header must be an object")
+        metadata = header.pop("__metadata__", None) or {}
         if len(header) > MAX_TENSORS:
             raise ValueError(f"it lists {len(header):,} tensors; at most {MAX_TENSORS:,}")
-        metadata = header.pop("__metadata__", None) or {}
         if not isinstance(metadata, dict):
             raise ValueError("its __metadata__ must be an object")
         entries = [_entry(name, values) for name, values in header.items()]
@@ -359,13 +359,6 @@ def _regions(
     if start + position != size:
         raise ValueError(f"it has {size:,} bytes; its header describes {start + position:,}")
     return regions
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("the header has one name twice")
-    return result
 
 
 def checksums_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -96,6 +96,12 @@ def member(name, content):
     return write
 
 
+def npy(header):
+    """An array of five 8 x 8 images by any header."""
+    head = header.encode().ljust(100) + b"\n"
+    return member("arr_0.npy", b"\x93NUMPY\1\0" + struct.pack("<H", len(head)) + head + bytes(960))
+
+
 def arrays(**values):
     return lambda path: np.savez(path, **values)
 
@@ -111,6 +117,14 @@ def arrays(**values):
         (damaged(zipfile.ZIP_BZIP2), "is no readable .npz"),
         (member("arr_0.npy", b"hello"), "magic"),
         (member("arr_0", b"hello"), "magic"),
+        (npy("{'descr': ("), "is no readable .npz: .*EOF"),
+        (npy("a\n  b\n c"), "is no readable .npz: unindent"),
+        (
+            npy("{'descr': '|u1', 'fortran_order': False, 'shape': (10000000000000000000000000,)}"),
+            "is no readable .npz: Python int too large",
+        ),
+        (arrays(images=PIXELS, mu=np.zeros(2)), r"\(mu, sigma\); it has images, mu$"),
+        (arrays(), r"\(mu, sigma\); it has nothing$"),
         (arrays(arr_0=np.array([{}], object)), "Object arrays cannot be loaded"),
         (arrays(arr_0=np.zeros((4, 0, 8, 3), np.uint8)), r"holds no images: .*\(4, 0, 8, 3\)"),
         (arrays(mu=np.full(2, 1j), sigma=np.eye(2)), "must be real numbers; mu is complex128"),
@@ -125,6 +139,45 @@ def test_what_is_no_archive_of_arrays_is_one_line(tmp_path, write, text):
     path = tmp_path / "r.npz"
     write(path)
     refused(path, text)
+
+
+def test_images_without_their_name_are_named(tmp_path):
+    np.savez(tmp_path / "r.npz", images=PIXELS)
+    with pytest.raises(UserError, match=r"holds no images \(arr_0\); it has images$"):
+        open_images(tmp_path / "r.npz")
+
+
+def by_python_2(path):
+    npy("{'descr': '|u1', 'fortran_order': False, 'shape': (5L, 8L, 8L, 3L), }")(path)
+
+
+def zip64(path):
+    with (
+        zipfile.ZipFile(path, "w") as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as f,
+    ):
+        np.save(f, np.zeros((5, 8, 8, 3), np.uint8))
+
+
+@pytest.mark.filterwarnings("ignore:Reading `.npy`")
+@pytest.mark.parametrize(
+    "write",
+    [
+        arrays(
+            arr_0=np.asfortranarray(np.zeros((5, 8, 8, 3), np.uint8)),
+            arr_1=np.arange(5, dtype=">i8"),
+        ),
+        npy("{'descr': '|u1', 'fortran_order': True, 'shape': (5, 8, 8, 3), }"),
+        by_python_2,
+        zip64,
+    ],
+)
+def test_archives_of_other_writers_are_read(tmp_path, write):
+    path = tmp_path / "a b\u00fc.npz"
+    write(path)
+    (tmp_path / "link.npz").symlink_to(path)
+    assert sum(map(len, read_all(tmp_path / "link.npz"))) == 5
+    assert open_images(path).labels in (None, [0, 1, 2, 3, 4])
 
 
 def test_an_archive_is_compared_with_the_memory_before_it_is_read(tmp_path, monkeypatch):
@@ -189,6 +242,28 @@ def test_hostile_headers_of_a_tar_are_one_line(tmp_path, headers):
     refused(write_tar(tmp_path / "s.tar", ["a.png"], **headers))
 
 
+def test_a_tar_whose_first_name_begins_as_a_compressed_file_is_read(tmp_path):
+    path = write_tar(tmp_path / "s.tar", ["BZhang/a_class1.png"])
+    assert open_images(path).labels == [1]
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_a_long_name_of_gigabytes_is_not_read(tmp_path, kind):
+    path = tmp_path / "s.tar"
+    entry = tarfile.TarInfo("a.png")
+    entry.type, entry.size = kind, 7 * 2**30
+    path.write_bytes(entry.tobuf(tarfile.GNU_FORMAT))
+    refused(path, r"is no readable \.tar: a header of 7,516,192,768 bytes; at most 1,048,576")
+
+
+def test_long_names_without_end_are_one_line(tmp_path):
+    entry = tarfile.TarInfo("a.png")
+    entry.type, entry.size = tarfile.GNUTYPE_LONGNAME, 1
+    path = tmp_path / "s.tar"
+    path.write_bytes((entry.tobuf(tarfile.GNU_FORMAT) + b"a".ljust(512, b"\0")) * 2000)
+    refused(path, r"is no readable \.tar: .*recursion")
+
+
 def test_links_and_devices_of_a_tar_are_passed_over(tmp_path):
     path = write_tar(tmp_path / "s.tar", ["../../z_class1.png"])
     with tarfile.open(path, "a") as archive:
@@ -248,6 +323,34 @@ def test_a_folder_named_as_an_image_is_a_folder(tmp_path):
     folder = image_folder(tmp_path / "images")
     image_folder(folder / "b.png")
     assert open_images(folder).count == 2
+
+
+def test_linked_folders_are_visited_once(tmp_path):
+    image_folder(tmp_path / "class one")
+    folder = image_folder(tmp_path / "images")
+    (folder / "one").symlink_to(tmp_path / "class one")
+    (folder / "again").symlink_to(tmp_path / "class one")
+    (folder / "self").symlink_to(folder)
+    (tmp_path / "class one" / "back").symlink_to(folder)
+    image_folder(folder / ".hidden")
+    (folder / "._a.png").write_bytes(b"of another system")
+    (tmp_path / "link").symlink_to(folder)
+    assert open_images(folder).count == open_images(tmp_path / "link").count == 2
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    folder = image_folder(tmp_path / "images")
+    image_folder(folder / "b")
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.path.basename(path) == "b":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # by mode 0 too, but not for the superuser
+    with pytest.raises(UserError, match=r"images: cannot be read: Permission denied"):
+        open_images(folder)
 
 
 def test_many_declared_pixels_are_refused_without_a_warning(tmp_path, recwarn):

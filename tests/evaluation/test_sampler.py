@@ -329,6 +329,23 @@ def test_a_part_without_its_pixels_is_named_and_not_assembled(model, tmp_path, m
     assert open_images(out).count == NUM
 
 
+def test_the_whole_is_on_the_disk_before_its_parts_are_removed(model, tmp_path, monkeypatch):
+    """A power failure may leave an empty file where a rename was not preceded by fsync."""
+    synced = []
+    fsync = os.fsync
+
+    def record(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        synced.append((os.path.basename(path), len(list(tmp_path.glob("a.npz.parts/*.npy")))))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    assert run(model, tmp_path / "a.npz") == 0
+    assert not (tmp_path / "a.npz.parts").exists()
+    assert (f".a.npz.{os.getpid()}.tmp", 1) in synced
+    assert (f".a.json.{os.getpid()}.tmp", 1) in synced
+
+
 def test_an_image_that_is_empty_is_made_again(model, expected, tmp_path):
     """As a power failure leaves files that were renamed before their content was on the disk."""
     out = tmp_path / "images"

@@ -420,6 +420,8 @@ def test_a_wrong_manifest_is_one_line(tiny, tokens, tmp_path, change, message):
         (b'"mixed_label": 1,', b'"mixed_label":[],'),
         (b'"mix": 0.', b'"mix":-1.'),
         (b'"mix": 0.', b'"mix": 7.'),
+        (b' "label": 1,', b'"label":1.5,'),
+        (b'"label": 1,', b'"lab": 1,'),
     ],
 )
 def test_labels_that_are_no_numbers_are_one_line(tiny, tokens, tmp_path, old, new):
@@ -432,7 +434,7 @@ def test_labels_that_are_no_numbers_are_one_line(tiny, tokens, tmp_path, old, ne
         manifest["shards"][name] = hashlib.sha256(data).hexdigest()
     (out / MANIFEST_NAME).write_text(json.dumps(manifest))
     source = TokenSource(from_tokens(tiny, out).data, 0)
-    with pytest.raises(UserError, match=r"/t: a shard holds no labels: |/t: its labels must be "):
+    with pytest.raises(UserError, match=r"/t: its (labels|mix) must be in \[0, .*; a shard "):
         [source.samples([index], 0) for index in range(22)]
 
 
@@ -450,7 +452,9 @@ def test_a_list_of_bad_files_that_takes_samples_away_is_refused(tiny, tokens, tm
     out = copied(tokens, tmp_path / "t")
     item = {"name": "a", "reason": "a is bad", "samples": samples}
     (out / "held_out-00000.tar.bad.json").write_text(json.dumps([item]))
-    with pytest.raises(UserError, match=r"bad\.json: is damaged: samples must be >= 1; remove it"):
+    with pytest.raises(
+        UserError, match=r"bad\.json: is damaged: .*samples must be >= 1; .*remove it"
+    ):
         write(tiny, out)
 
 
@@ -473,6 +477,7 @@ def test_ranks_come_from_torchruns_variables():
 def test_the_gpu_comes_from_torchruns_variable():
     assert gpu_of_environment({}, 2) == 0
     assert gpu_of_environment({"LOCAL_RANK": "3"}, 2) == 1
+    assert gpu_of_environment({"LOCAL_RANK": "3"}, 0) == 0
     for bad in ("x", "", "-1", "1.0", "9" * 5000):
         with pytest.raises(UserError, match=r"^the variable LOCAL_RANK must be an integer"):
             gpu_of_environment({"LOCAL_RANK": bad}, 2)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from variant.errors import UserError
+from variant.models.ranges import Count
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class BadItem:
 
     name: str
     reason: str
-    samples: int = 1
+    samples: Count = 1
 
 
 class BadItems:

@@ -265,12 +265,9 @@ def read_bad_items(folder: Path, known: set[Path]) -> list[BadItem]:
             continue  # the shard is not written yet
         known.add(path)
         try:
-            found = [parse_dataclass(BadItem, values, shown(path)) for values in read_json(path)]
-            if any(item.samples < 1 for item in found):
-                raise ValueError("samples must be >= 1")
+            items += [parse_dataclass(BadItem, values, "an item") for values in read_json(path)]
         except (RecursionError, TypeError, ValueError) as error:
             raise UserError(f"{shown(path)}: is damaged: {error!s:.200}; remove it") from None
-        items += found
     return items
 
 

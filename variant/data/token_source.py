@@ -151,7 +151,7 @@ class TokenSource:
             at, image, name = place, index, f"{part}-{place // size:05d}.tar"
             attempt = 0
             while (reason := self.reader.reason(name)) is not None:
-                bad[name] = BadItem(name, reason, self._rows_of(name))
+                bad[name] = BadItem(name, reason, self.reader.rows_of[name])
                 if attempt == MAX_REPLACEMENTS:
                     raise UserError(f"{reason}; nor could another sample be read in its place")
                 other, at, image = replacement(index, attempt)
@@ -169,38 +169,33 @@ class TokenSource:
                 entries[row] = entry, tokens_L
         return counted(self._joined(entries, tuple(bad.values())), self.bad)
 
-    def _rows_of(self, name: str) -> int:
-        """Samples of a shard."""
-        return self.reader.rows_of[name]
-
     def _joined(self, entries: list[Any], bad: tuple[BadItem, ...]) -> Samples:
         tokens_BL = np.stack([tokens for _, tokens in entries]).astype(np.int64)
-        self._check_range("tokens", tokens_BL, self.manifest.vocab_size)
+        codes = self.manifest.vocab_size
+        if tokens_BL.min() < 0 or tokens_BL.max() >= codes:
+            raise self._others("tokens", f"[0, {codes})")
+        labels = self._labels([entry.get("label") for entry, _ in entries])
         mixed = mix = None
-        try:
-            labels = torch.tensor([entry["label"] for entry, _ in entries], dtype=torch.int64)
-            if "mix" in entries[0][0]:
-                values = [entry["mixed_label"] for entry, _ in entries]
-                mixed = torch.tensor(values, dtype=torch.int64)
-                mix = torch.tensor([entry["mix"] for entry, _ in entries], dtype=torch.float32)
-                if not bool(((mix >= 0) & (mix <= 1)).all()):
-                    raise ValueError("mix must be in [0, 1]")
-            # An empty text or list in place of a number gives an empty tensor.
-            if any(x is not None and x.shape != (len(entries),) for x in (labels, mixed, mix)):
-                raise ValueError("each must be a number")
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"{shown(self.folder)}: a shard holds no labels: {error!s:.100}"
-            ) from None
-        for values in (labels, labels if mixed is None else mixed):
-            self._check_range("labels", values.numpy(), self.num_classes)
+        if any("mix" in entry for entry, _ in entries):
+            mixed = self._labels([entry.get("mixed_label") for entry, _ in entries])
+            values = [entry.get("mix") for entry, _ in entries]
+            # Compared before torch sees them: it raises for some numbers and texts, and no shape
+            # tells of others.
+            if not all(type(value) in (int, float) and 0 <= value <= 1 for value in values):
+                raise self._others("mix", "[0, 1]")
+            mix = torch.tensor(values, dtype=torch.float32)
         return Samples(None, torch.from_numpy(tokens_BL), labels, mixed, mix, bad)
 
-    def _check_range(self, what: str, values: np.ndarray, end: int) -> None:
-        if values.min() < 0 or values.max() >= end:
-            raise UserError(
-                f"{shown(self.folder)}: its {what} must be in [0, {end}); a shard has others"
-            )
+    def _labels(self, values: list[Any]) -> torch.Tensor:
+        """Labels (B,) int64.  Raises: UserError, for what is no label, e.g. 1.5 or None."""
+        if not all(type(value) is int and 0 <= value < self.num_classes for value in values):
+            raise self._others("labels", f"[0, {self.num_classes})")
+        return torch.tensor(values, dtype=torch.int64)
+
+    def _others(self, what: str, interval: str) -> UserError:
+        return UserError(
+            f"{shown(self.folder)}: its {what} must be in {interval}; a shard has others"
+        )
 
 
 @lru_cache(maxsize=3)

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import io
-import lzma
 import os
 import re
-import struct
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -34,26 +31,13 @@ from variant.paths import open_regular, path_kind, shown
 # The class in the name of an image file of `variant generate` and `variant sample`.
 LABEL = re.compile(r"_class(\d{1,18})\.", re.ASCII)
 MAX_LABEL = 2**63 - 1  # as a tensor of labels holds
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")  # first bytes of gzip, bzip2 and xz
+# First bytes of gzip, bzip2, xz and zstd.
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
+MAX_HEADER_BYTES = 2**20  # of a name or another header in a tar file
 NAMED = 3  # files that a message names
 MAX_FILE_BYTES = 2**30  # of one image; the pixels of the largest that PIL opens are 0.7 GiB
 # Relative; in float32 the sums of a covariance and its transpose may differ by rounding.
 ASYMMETRY = 1e-4
-# Of zipfile and numpy for what is no archive of arrays, in any way that bytes can be wrong.
-NO_ARRAYS = (
-    OSError,
-    ValueError,
-    TypeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    NotImplementedError,  # an unknown compression
-    RuntimeError,  # an encrypted archive
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-)
 
 
 @dataclass
@@ -146,9 +130,9 @@ def open_images(path: str | os.PathLike[str]) -> ImageSet:
     if path.suffix == ".tar":
         return _shards(path, [path])
     if path.suffix == ".npz":
-        arrays = _read_npz(path)
+        arrays, names = _read_npz(path)
         if "arr_0" not in arrays:
-            raise UserError(f"{shown(path)}: holds no images (arr_0); it has {', '.join(arrays)}")
+            raise UserError(f"{shown(path)}: holds no images (arr_0); it has {names}")
         return array_images(path.name, arrays["arr_0"], arrays.get("arr_1"))
     raise UserError(f"{shown(path)}: must be a folder, a .tar or an .npz of images")
 
@@ -162,17 +146,15 @@ def open_reference(path: str | os.PathLike[str]) -> Reference:
     path = Path(path)
     if path.suffix != ".npz" or path_kind(path) != "file":
         return Reference(path.name, open_images(path))
-    arrays = _read_npz(path)
+    arrays, names = _read_npz(path)
     images = None
     if "arr_0" in arrays:
         images = array_images(path.name, arrays["arr_0"], arrays.get("arr_1"))
-    gaussians = [
-        _gaussian(path, arrays, *names) for names in (("mu", "sigma"), ("mu_s", "sigma_s"))
-    ]
+    gaussians = [_gaussian(path, arrays, *pair) for pair in (("mu", "sigma"), ("mu_s", "sigma_s"))]
     if images is None and gaussians[0] is None:
         raise UserError(
             f"{shown(path)}: holds neither images (arr_0) nor statistics (mu, sigma); it has "
-            f"{', '.join(arrays) or 'nothing'}"
+            f"{names}"
         )
     return Reference(path.name, images, *gaussians)
 
@@ -232,8 +214,8 @@ def _gaussian(path: Path, arrays: Any, mean: str, covariance: str) -> Gaussian |
     return gaussian
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file that have a meaning here.
+def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], str]:
+    """The arrays of a file that have a meaning here, and the names of all for a message.
 
     Raises:
         UserError: no archive of arrays, or larger than the free memory.
@@ -246,10 +228,15 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
                 # Compressed, a file of a megabyte may hold gigabytes.
                 num_bytes = sum(member.file_size for member in members)
                 check_fits(shown(path), "its arrays", num_bytes, torch.device("cpu"))
-                return {_key_of(member): _read_npy(archive, member) for member in members}
-        except NO_ARRAYS as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{shown(path)}: is no readable .npz: {reason}") from None
+                arrays = {}
+                for member in members:
+                    with archive.open(member) as content:
+                        arrays[_key_of(member)] = read_npy(content)
+                return arrays, shown(", ".join(map(_key_of, archive.infolist()))) or "nothing"
+        except UserError:
+            raise
+        except Exception as error:  # the bytes decide what zipfile raises: a dozen types
+            raise UserError(f"{shown(path)}: is no readable .npz: {_reason(error)}") from None
 
 
 def _key_of(member: zipfile.ZipInfo) -> str:
@@ -257,22 +244,26 @@ def _key_of(member: zipfile.ZipInfo) -> str:
     return member.filename.removesuffix(".npy")
 
 
-def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    with archive.open(member) as file:
-        # Objects would run code of the file.
+def read_npy(file: IO[bytes]) -> np.ndarray:
+    """The array of an open ``.npy``, without running code from it.
+
+    Raises:
+        ValueError: it is none, or larger than the memory; one line.
+    """
+    try:
         return np.lib.format.read_array(cast("Any", file), allow_pickle=False)
+    except Exception as error:  # the bytes decide what numpy raises, e.g. a TokenError
+        raise ValueError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, or its kind."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _folder(folder: Path) -> ImageSet:
-    def visible(path: Path) -> bool:
-        return not any(part.startswith(".") for part in path.relative_to(folder).parts)
-
     try:
-        paths = sorted(
-            path
-            for path in folder.rglob("*")
-            if path.suffix.lower() in SUFFIXES and visible(path) and not path.is_dir()
-        )
+        paths = sorted(_images_below(folder))
     except OSError as error:
         raise UserError(f"{shown(folder)}: cannot be read: {error.strerror}") from None
     if not paths:
@@ -283,6 +274,31 @@ def _folder(folder: Path) -> ImageSet:
             return _image_bytes(file, os.fstat(file.fileno()).st_size)
 
     return _encoded(folder, [str(path) for path in paths], content)
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    """The images of a folder and of its sub-folders, without hidden ones; links are followed.
+
+    A folder that several links name, or a link in itself, is visited once.
+
+    Raises:
+        OSError: a folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    visited: set[str] = set()
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(root)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            if _is_image(name) and not name.startswith("."):
+                yield Path(root, name)
 
 
 def _image_bytes(file: BinaryIO, size: int) -> bytes:
@@ -319,25 +335,32 @@ def _members(shard: Path) -> list[tarfile.TarInfo]:
         UserError: it is none, compressed, or holds sparse files, whose bytes are not in one place.
     """
     with open_regular(shard) as file:
-        is_compressed = file.read(6).startswith(COMPRESSED)
-        file.seek(0)
-        if is_compressed:
-            raise UserError(
-                f"{shown(shard)}: must be a plain .tar, whose images are read at their places; it "
-                "is compressed. Decompress it first"
-            )
         try:
-            with tarfile.open(fileobj=file, mode="r:") as archive:
+            with tarfile.open(fileobj=_Headers(file.fileno(), closefd=False), mode="r:") as archive:
                 members = [m for m in archive if m.isfile() and _is_image(m.name)]
-        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{shown(shard)}: is no readable .tar: {reason}") from None
+        except Exception as error:  # the bytes decide what tarfile raises, e.g. a RecursionError
+            # Looked for last: a plain .tar begins with the name of its first file.
+            if os.pread(file.fileno(), 6, 0).startswith(COMPRESSED):
+                raise UserError(
+                    f"{shown(shard)}: must be a plain .tar, whose images are read at their places; "
+                    "it is compressed. Decompress it first"
+                ) from None
+            raise UserError(f"{shown(shard)}: is no readable .tar: {_reason(error)}") from None
     sparse = next((member for member in members if member.issparse()), None)
     if sparse is not None:
         raise UserError(
             f"{shown(shard)}: holds {shown(sparse.name)} as a sparse file; pack it without --sparse"
         )
     return sorted(members, key=lambda member: member.name)
+
+
+class _Headers(io.FileIO):
+    """A tar file of which headers alone are read: a long name may claim gigabytes."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size:,} bytes; at most {MAX_HEADER_BYTES:,}")
+        return super().read(size)
 
 
 def _is_image(name: str) -> bool:

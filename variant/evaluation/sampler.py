@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -35,6 +35,7 @@ from variant.engine.engine import Engine
 from variant.engine.generation import Sampling
 from variant.engine.kv_dtype import KVDtype
 from variant.errors import UserError
+from variant.evaluation.image_sets import read_npy
 from variant.files import atomic_write
 from variant.paths import open_regular, path_kind, read_json, shown
 from variant.training.folder_lock import clear_leftovers, locked_folder
@@ -138,10 +139,13 @@ class SampleFiles:
 
         Its record is written before it: whatever kills the process, an ``.npz`` has a record.
         """
-        with atomic_write(self.record) as temporary:
+        with atomic_write(self.record, durable=True) as temporary:
             temporary.write_text(json.dumps(settings, indent=1) + "\n")
         shape = (self.num, *self._part(0, range(min(PART, self.num))).shape[1:])
-        with atomic_write(self.out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with (
+            atomic_write(self.out, durable=True) as temporary,  # the parts are removed after it
+            zipfile.ZipFile(temporary, "w") as archive,
+        ):
             entry = zipfile.ZipInfo("arr_0.npy")
             with archive.open(entry, "w", force_zip64=True) as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -162,7 +166,7 @@ class SampleFiles:
         path = self.unit_file(number)
         with open_regular(path) as file:
             try:
-                pixels = np.lib.format.read_array(cast("Any", file), allow_pickle=False)
+                pixels = read_npy(file)
                 if (
                     pixels.dtype != np.uint8
                     or pixels.ndim != 4
@@ -170,7 +174,7 @@ class SampleFiles:
                     or (sides is not None and pixels.shape[1:] != sides)
                 ):
                     raise ValueError(f"{pixels.dtype} {pixels.shape}")
-            except (EOFError, OSError, TypeError, ValueError, MemoryError) as error:
+            except ValueError as error:
                 raise UserError(
                     f"{shown(path)}: does not hold the pixels of images {images.start} to "
                     f"{images.stop - 1}: {error!s:.200}; remove it and run the same command again"

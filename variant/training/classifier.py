@@ -174,7 +174,7 @@ def read_classifier(path: str | os.PathLike[str]) -> tuple[Classifier, Classifie
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise UserError(f'{shown(record_path)}: its "format" must be "{FORMAT}"')
     try:
-        record = parse_dataclass(ClassifierRecord, fields, shown(record_path))
+        record = parse_dataclass(ClassifierRecord, fields, "classifier")
         check_class_names("classifier", record.classes, len(record.classes))
     except (RecursionError, TypeError, ValueError) as error:
         message = " ".join(str(error).split())[:500]

@@ -9,7 +9,7 @@ import gc
 import hashlib
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -163,7 +163,7 @@ def device_of_rank() -> torch.device:
         return torch.device("cpu")
     if rank_of_environment()[1] == 1:
         return torch.device("cuda")
-    local, count = _local_rank(), torch.cuda.device_count()
+    local, count = local_rank(os.environ), torch.cuda.device_count()
     if local >= count:
         raise UserError(
             f"process {local} of this machine has no GPU: there are {count}; start at most as many "
@@ -172,16 +172,21 @@ def device_of_rank() -> torch.device:
     return torch.device("cuda", local)
 
 
-def _local_rank() -> int:
-    """The number of this process on its machine.  Raises: UserError, for no such number."""
-    word = os.environ.get("LOCAL_RANK", "0")
+def local_rank(environment: Mapping[str, str]) -> int:
+    """The number of this process on its machine, by torchrun's variable LOCAL_RANK; 0 without it.
+
+    Raises:
+        UserError: no such number.
+    """
+    word = environment.get("LOCAL_RANK", "0")
     try:
         local = int(word)
         if local < 0:
             raise ValueError
     except ValueError:
         raise UserError(
-            f"the variable LOCAL_RANK must be a number >= 0, as torchrun sets it; got {word!r:.50}"
+            f"the variable LOCAL_RANK must be an integer >= 0, as torchrun sets it; got "
+            f"{word!r:.50}"
         ) from None
     return local
 

@@ -48,6 +48,7 @@ from variant.files import atomic_write
 from variant.models.parameter_count import vqvae_parameters
 from variant.models.vqvae import VQVAE
 from variant.paths import foreign_name, path_kind, shown
+from variant.training.distributed import local_rank
 from variant.training.folder_lock import locked_folder
 from variant.training.initial_weights import find_vae, is_tokenizer, load_vae, tokenizer_sha256
 from variant.training.recipe import Recipe
@@ -86,7 +87,9 @@ def rank_of_environment(environment: Mapping[str, str]) -> tuple[int, int]:
     words = [environment.get(name) for name in ("RANK", "WORLD_SIZE")]
     if words == [None, None]:
         return 0, 1
-    if not all(map(_is_number, words)):
+    if not all(
+        word and word.isascii() and word.isdecimal() and len(word) < MAX_DIGITS for word in words
+    ):
         raise UserError(
             f"the variables RANK and WORLD_SIZE must both be integers, as torchrun sets them; got "
             f"{words[0]!r:.50} and {words[1]!r:.50}"
@@ -101,20 +104,11 @@ def gpu_of_environment(environment: Mapping[str, str], count: int) -> int:
     """The GPU of this process by torchrun's variable LOCAL_RANK: they take turns; 0 without it.
 
     Args:
-        count: GPUs of this machine.
+        count: GPUs of this machine; 0 gives GPU 0, which the check of devices refuses.
     Raises:
-        UserError: no such number.
+        UserError: LOCAL_RANK is no number.
     """
-    word = environment.get("LOCAL_RANK", "0")
-    if not _is_number(word):
-        raise UserError(
-            f"the variable LOCAL_RANK must be an integer, as torchrun sets it; got {word!r:.50}"
-        )
-    return int(word) % count
-
-
-def _is_number(word: str | None) -> bool:
-    return word is not None and word.isascii() and word.isdecimal() and len(word) < MAX_DIGITS
+    return local_rank(environment) % max(1, count)
 
 
 def tokenize(
