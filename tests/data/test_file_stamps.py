@@ -1,15 +1,26 @@
 """Stamps of image files: what tells that they were replaced by others of their sizes."""
 
 import os
+import pickle
+import warnings
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from variant.data import file_stamps as module
 from variant.data.config import DataSection
-from variant.data.file_stamps import SAMPLED, SAMPLED_BYTES, FileStamps, file_stamps, replaced
+from variant.data.file_stamps import SAMPLED, SAMPLED_BYTES, FileStamps, compare_stamps, file_stats
 from variant.data.sources import open_data
 from variant.errors import UserError
+
+
+def file_stamps(parts):
+    return module.file_stamps(parts, {part: file_stats(paths) for part, paths in parts.items()})
+
+
+def compare(before, now, warns=True):
+    compare_stamps("run", "was trained with", before, now, "do that", warns=warns)
 
 
 def files(folder, count):
@@ -33,12 +44,21 @@ def test_a_bounded_number_of_files_is_read_from_the_first_to_the_last(tmp_path):
 def test_replaced_files_are_named_and_others_are_not_compared(tmp_path):
     paths = files(tmp_path, 5)
     before = file_stamps({"train": paths})
-    assert replaced(before.contents, file_stamps({"train": paths})) == []
+    with warnings.catch_warnings(action="error"):
+        compare(before, file_stamps({"train": paths}))
+    times = paths[2].stat().st_mtime_ns
     paths[2].write_bytes(b"000009")
+    os.utime(paths[2], ns=(times, times))
     now = file_stamps({"train": paths})
-    assert replaced(before.contents, now) == ["train/a/0002.png"]
-    assert replaced({}, now) == replaced(None, now) == replaced(3, now) == []
-    assert replaced(before.contents, FileStamps()) == []
+    assert now.times == before.times
+    message = (
+        r"^run: was trained with other images: the contents of train/a/0002\.png were replaced"
+    )
+    with pytest.raises(UserError, match=message + "; restore them, or do that$"):
+        compare(before, now)
+    with warnings.catch_warnings(action="error"):
+        compare(FileStamps(), now)
+        compare(before, FileStamps({}, before.times))
 
 
 def test_every_time_counts_and_no_place(tmp_path):
@@ -51,6 +71,21 @@ def test_every_time_counts_and_no_place(tmp_path):
     now = file_stamps({"train": moved})
     assert now.contents == before.contents
     assert now.times != before.times
+    with pytest.warns(RuntimeWarning, match=rf"^run: .* {SAMPLED} of them were compared"):
+        compare(before, now)
+    with warnings.catch_warnings(action="error"):
+        compare(before, now, warns=False)
+
+
+@pytest.mark.parametrize("time", [2**63 + 5, -(2**60)])
+def test_a_time_that_is_no_positive_int64_counts(tmp_path, time):
+    paths = files(tmp_path, 2)
+    before = file_stamps({"train": paths})
+    try:
+        os.utime(paths[0], ns=(0, time))
+    except OSError:
+        pytest.skip("the file system has no such times")
+    assert file_stamps({"train": paths}).times != before.times
 
 
 def test_huge_and_unreadable_files_and_odd_names_do_no_harm(tmp_path):
@@ -87,3 +122,4 @@ def test_a_folder_asks_for_each_file_once(tmp_path, monkeypatch):
     data.file_stamps()
     images = [path for path in asked if path.suffix == ".png"]
     assert len(images) == len(set(images)) == 4
+    assert "_stats" not in vars(pickle.loads(pickle.dumps(data)))  # workers need none

@@ -9,8 +9,9 @@ from small_models import small_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from variant.engine import packed_layers
+from variant.engine import cast_models, packed_layers
 from variant.engine.engine import Engine
+from variant.models.var import Block
 
 BF16 = {"dtype": torch.bfloat16}
 LABELS = [1, 2]
@@ -139,6 +140,11 @@ def test_a_wrapper_around_a_part_that_is_called_counts(is_used, options):
             TypeError,
             r"var\.head must be of type Linear; got Doubled",
         ),
+        (
+            lambda var: setattr(var.blocks[1], "__class__", Skipped),
+            TypeError,
+            r"var\.blocks\[1\] must be of type Block; got Skipped",
+        ),
     ],
 )
 def test_a_changed_part_of_the_transformer_is_named(is_used, change, error, message):
@@ -152,6 +158,11 @@ def test_a_changed_part_of_the_transformer_is_named(is_used, change, error, mess
 class Doubled(nn.Linear):
     def forward(self, input):
         return 2 * super().forward(input)
+
+
+class Skipped(Block):
+    def compute(self, stream, *_):
+        return stream
 
 
 @pytest.mark.parametrize("options", [{}, BF16], ids=["own", "bf16"])
@@ -239,8 +250,14 @@ def with_hook(old):
     return old
 
 
+class Standardised(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+
 def test_convolutions_with_other_settings_run_in_the_packed_decoder():
     for conv in (
+        Standardised(32, 32, 3, padding=1),
         nn.Conv2d(32, 32, 3, padding="same"),
         nn.Conv2d(32, 32, 3, padding=1, padding_mode="reflect"),
         nn.Conv2d(32, 32, 5, padding=2),
@@ -273,16 +290,16 @@ def test_hooks_that_only_look_on_are_no_obstacle_and_others_are_refused(options)
     assert torch.equal(images(model, **options), expected)
 
 
+COMPUTED = [
+    lambda part: weight_norm(part),
+    lambda part: parametrizations.weight_norm(part),
+    lambda part: prune.l1_unstructured(part, "weight", 0.5),
+]
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 @pytest.mark.parametrize("options", [{}, BF16], ids=["own", "bf16"])
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda part: weight_norm(part),
-        lambda part: parametrizations.weight_norm(part),
-        lambda part: prune.l1_unstructured(part, "weight", 0.5),
-    ],
-)
+@pytest.mark.parametrize("make", COMPUTED)
 def test_weights_that_are_computed_follow_those_they_are_made_of(make, options):
     model = used(gated_model(), options)
     part = model.var.blocks[1].attn.proj
@@ -296,6 +313,135 @@ def test_weights_that_are_computed_follow_those_they_are_made_of(make, options):
         model.var(torch.tensor([1]), torch.zeros(1, 13, 8))  # computes the weight
         plain.var.blocks[1].attn.proj.weight.copy_(part.weight)
     assert torch.allclose(found, images(plain, **options), atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("kind", [packed_layers.PackedDecoder, packed_layers.CastDecoder])
+@pytest.mark.parametrize("make", COMPUTED)
+def test_weights_of_the_decoder_may_be_computed(make, kind):
+    vae, features = small_model().vae, torch.randn(2, 8, 3, 3)
+    convs = [vae.decoder.conv_in, vae.decoder.mid.block_1.conv1, vae.decoder.up[1].upsample.conv]
+    for conv in convs:
+        make(conv)
+        with torch.no_grad():
+            next(weight for name, weight in conv.named_parameters() if "bias" not in name).mul_(-3)
+    kept = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    # Before the first run: the weights that a hook will compute again need a gradient so far.
+    bounds = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+    found = {dtype: kind(vae, dtype)(features) for dtype in bounds}
+    expected = vae.decode_features(features)
+    for dtype, bound in bounds.items():
+        assert float((found[dtype] - expected).abs().max()) < bound
+    assert all(torch.equal(kept[name], tensor) for name, tensor in vae.state_dict().items())
+
+
+def test_a_buffer_and_a_forward_of_the_decoder_that_change_are_seen():
+    model = small_model()
+    engine, decoder = Engine(model.var, model.vae), model.vae.decoder
+    decoder.conv_in = Scaled(decoder.conv_in)
+    norms = decoder.mid.block_1.norm1, decoder.mid.block_2.norm1
+    norms[0].forward = torch.zeros_like
+
+    def moved():
+        del norms[0].forward
+        norms[1].forward = torch.zeros_like
+
+    for change in (lambda: decoder.conv_in.scale.mul_(-3), moved):
+        before = engine.decode(TOKENS)
+        change()
+        expected = model.vae.decode(TOKENS)
+        assert not torch.allclose(expected, before, atol=0.05)
+        assert torch.allclose(engine.decode(TOKENS), expected, atol=1e-3)
+
+
+class Scaled(Wrapper):
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.register_buffer("scale", torch.tensor(0.5))
+
+    def forward(self, x):
+        return self.inner(x) * self.scale
+
+
+def test_hooks_on_zone_weights_are_compared_too():
+    for options in ({"zone_weights": "copies"}, {"zone_weights": "lora", "lora_rank": 2}):
+        model = small_model(**options)
+        zone = model.var.blocks[3].zones["2"]
+        part = zone.lora["proj"] if len(zone.lora) else zone.attn.proj
+        if len(zone.lora):
+            nn.init.normal_(part.lora_B)
+        calls = []
+        part.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        expected = model.generate(LABELS, seed=0, depth=2).images
+        assert calls
+        handle = part.register_forward_hook(lambda module, inputs, output: 3 * output)
+        with pytest.raises(ValueError, match=r"^Engine: forward hooks must not .*zones\.2\."):
+            model.generate(LABELS, seed=0, depth=2)
+        handle.remove()
+        assert torch.equal(model.generate(LABELS, seed=0, depth=2).images, expected)
+
+
+def test_hooks_that_only_look_on_are_no_obstacle_to_weights_that_diverged():
+    model = small_model()
+    with torch.no_grad():
+        model.var.blocks[1].ffn.fc1.weight[0, 0] = float("nan")
+    model.var.head.register_forward_hook(lambda *_: None)
+    Engine(model.var, model.vae)
+    model.var.head.register_forward_hook(lambda module, inputs, output: (output,))
+    with pytest.raises(ValueError, match=r"^Engine: forward hooks must not change .* var\.head"):
+        Engine(model.var, model.vae)
+
+
+def test_parts_are_compared_again_only_where_more_than_values_changed(monkeypatch):
+    checked, check = [], cast_models.check_engine_parts
+    monkeypatch.setattr(
+        cast_models, "check_engine_parts", lambda *args: (checked.append(1), check(*args))
+    )
+    model = used(small_model(), {})
+    assert len(checked) == 1
+    with torch.no_grad():
+        model.var.head.weight.mul_(2)
+    images(model)
+    assert len(checked) == 1
+    model.var.head.register_forward_hook(lambda *_: None)
+    images(model)
+    assert len(checked) == 2
+    with torch.no_grad():
+        model.var.head.weight.mul_(2)
+    images(model)
+    assert len(checked) == 3
+    model.var.head.weight.data = torch.zeros(7, 32)
+    with pytest.raises(ValueError, match=r"^Engine: var\.head\.weight must have shape \(24, 32\)"):
+        images(model)
+
+
+class Stop(RuntimeError):
+    pass
+
+
+def test_errors_of_the_callers_own_are_raised_as_they_are():
+    """Also in a model with other parts that run."""
+    model = small_model()
+    wrapped("class_emb", 1.0)(model.var)
+    wrapped("decoder.conv_in", 1.0)(model.vae)
+    engine = Engine(model.var, model.vae)
+    with pytest.raises(ValueError, match=r"^forced_logits: labels must be in \[0, 5\)"):
+        engine.forced_logits(torch.tensor([77]), TOKENS)
+    with pytest.raises(ValueError, match=r"^decode: tokens_BL must be \(B, 14\); got"):
+        engine.decode(TOKENS[:, 1:])
+
+    def on_scale(k, partial):
+        if k == 1:
+            partial.images()
+            raise Stop("mine")
+
+    with pytest.raises(Stop, match=r"^mine$"):
+        engine.generate(LABELS, seed=0, on_scale=on_scale)
+    with pytest.raises(ValueError, match=r"^generate: on_scale after scale 0: depth must"):
+        engine.generate(LABELS, seed=0, on_scale=lambda k, partial: 99)
+    del model.vae.decoder.conv_in  # no error of the caller's
+    with pytest.raises(TypeError, match=r"^Engine: vae\.decoder\.conv_in must be of type Conv2d"):
+        engine.generate(LABELS, seed=0, on_scale=on_scale)
 
 
 def test_a_parameter_that_views_the_memory_of_the_old_one_is_seen():
@@ -339,3 +485,13 @@ def test_another_model_in_a_supernet_is_taken_or_refused(name):
     delattr(model, name)
     with pytest.raises(TypeError, match=rf"^VARiant: {name} must be of type \w+; got None"):
         images(model)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("var", "VAR"), ("vae", "VQVAE")])
+def test_another_model_in_an_engine_is_refused(name, kind):
+    model = small_model()
+    engine = Engine(model.var, model.vae)
+    for other, came in ((nn.Identity(), "Identity"), (None, "None")):
+        setattr(engine, name, other)
+        with pytest.raises(TypeError, match=rf"^Engine: {name} must be of type {kind}; got {came}"):
+            engine.generate(LABELS, seed=0)

@@ -299,6 +299,14 @@ def test_a_failing_probe_is_wrapped(family):
     assert_refused(model, "its structure cannot be read: AttributeError: .*weight")
 
 
+@pytest.mark.parametrize("part", ["head_nm.ada_lin", "blocks.1.ada_lin", "blocks.1.ada_lin.1"])
+def test_a_projection_of_the_condition_without_weights_is_refused_by_name(part):
+    model = seeded("VAR")
+    model.set_submodule(part, nn.Identity())
+    name = part.removesuffix(".1").replace(".1", r"\[1\]").replace(".ada", r"\.ada")
+    assert_refused(model, rf"but {name} must be a projection with weights; found (Ident|Sequ)")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_with_modules_of_another_kind_is_refused(family):
     model = seeded(family)

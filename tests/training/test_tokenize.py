@@ -30,6 +30,7 @@ from variant.data.shards import (
     SHARD_SIZE,
     Manifest,
     Rows,
+    read_manifest,
     write_shard,
 )
 from variant.data.token_source import TokenSource
@@ -208,6 +209,34 @@ def test_the_same_command_continues_and_more_passes_are_added(tiny, tokens, tmp_
     assert write(recipe, out).shards == 0
     with pytest.raises(UserError, match="holds 3 passes; --passes must be at least as many"):
         write(recipe, out, passes=2)
+
+
+def test_tokens_of_replaced_images_of_their_sizes_are_not_mixed(tiny, tmp_path):
+    out, parts = tmp_path / "t", ("train", "held_out")
+    shutil.copytree(Path(tiny.data.train).parent, tmp_path / "images")
+    places = {part: str(tmp_path / "images" / part) for part in parts}
+    recipe = dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, **places))
+    write(recipe, out, passes=1)
+    path = tmp_path / "images" / "train" / "class1" / "3.png"
+    os.utime(path, (1e9, 1e9))
+    with warnings.catch_warnings(action="error"):  # on another machine: its own files
+        write(recipe, copied(out, tmp_path / "other"), passes=1, rank=1, world_size=2)
+    with pytest.warns(RuntimeWarning, match=r"t: .* their modification times differ\. 30 of them"):
+        write(recipe, out, passes=1)
+    with warnings.catch_warnings(action="error"):
+        write(recipe, out, passes=1)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # in the checksum of the last chunk, which readers of images pass over
+    path.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"t: holds tokens of other images: .* train/class1/3\.png "
+    ):
+        write(recipe, out, passes=3)
+    earlier = json.loads((out / MANIFEST_NAME).read_text())
+    del earlier["stamps"]  # of an earlier version
+    (out / MANIFEST_NAME).write_text(json.dumps(earlier))
+    assert write(recipe, out, passes=3).missing == 0
+    assert read_manifest(out).stamps.contents["train/class1/3.png"]
 
 
 def test_tokens_of_other_settings_are_not_mixed(tiny, tokens, tmp_path):

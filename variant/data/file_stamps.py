@@ -1,13 +1,15 @@
 """What tells that image files were replaced by others of their names and sizes.
 
-The digest of a folder identifies it without reading its images, which may take hours. A run that is
-resumed compares these stamps besides: the contents of some files, and the times of all.
+The digest of a folder identifies it without reading its images, which may take hours. What goes on
+with the images of an earlier run compares these stamps besides: the contents of some files, and the
+times of all.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from variant.errors import UserError
-from variant.paths import open_regular
+from variant.paths import open_regular, shown
 
 SAMPLED = 64  # files of a part whose contents are compared
 SAMPLED_BYTES = 2**20  # of a file
+SHOWN = 5  # names in a message
 
 
 @dataclass(frozen=True)
@@ -47,26 +50,21 @@ def file_stats(paths: Sequence[Path]) -> np.ndarray:
             stat = path.stat()
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-        found[index] = stat.st_size, stat.st_mtime_ns
+        # Some file systems have times after 2262, which are no int64: their low bits do as well.
+        found[index] = stat.st_size, stat.st_mtime_ns % 2**63
     return found
 
 
-def file_stamps(
-    parts: Mapping[str, Sequence[Path]], times_of: Mapping[str, np.ndarray] | None = None
-) -> FileStamps:
+def file_stamps(parts: Mapping[str, Sequence[Path]], stats: Mapping[str, np.ndarray]) -> FileStamps:
     """The stamps of the files of each part, by its name, in an order that is always the same.
 
     Args:
-        times_of: modification times of each part's files in nanoseconds, (N,) int64; None reads
-            them.
-    Raises:
-        UserError: a file is gone.
+        stats: :func:`file_stats` of each part.
     """
     contents: dict[str, str] = {}
     times = hashlib.sha256()
     for part, paths in parts.items():
-        own = file_stats(paths)[:, 1] if times_of is None else times_of[part]
-        times.update(own.astype("<i8").tobytes())
+        times.update(stats[part][:, 1].astype("<i8").tobytes())
         for index in np.unique(np.linspace(0, len(paths) - 1, SAMPLED).round().astype(int)):
             path = paths[int(index)]
             # A name need not be text; a checkpoint holds text alone.
@@ -77,14 +75,38 @@ def file_stamps(
     return FileStamps(contents, times.hexdigest())
 
 
-def replaced(old: object, new: FileStamps) -> list[str]:
-    """Names of files whose contents differ from those that were recorded; others are not compared.
+def compare_stamps(
+    where: str, made: str, before: FileStamps, now: FileStamps, remedy: str, *, warns: bool
+) -> None:
+    """Compare the images of an earlier run with those of now.
+
+    Other modification times alone, which a copied folder has too, are a warning.
 
     Args:
-        old: ``FileStamps.contents`` of a checkpoint; anything else compares nothing.
+        where: names in messages what was made of the images.
+        made: what it is or holds, before the words "other images".
+        before: as they were recorded; what it lacks is not compared.
+        remedy: what else to do than to restore them.
+        warns: whether to warn of other times.
+    Raises:
+        UserError: naming files whose contents were replaced.
     """
-    before = old if isinstance(old, dict) else {}
-    return [name for name, digest in new.contents.items() if before.get(name, digest) != digest]
+    both = [name for name in now.contents if name in before.contents]
+    names = [name for name in both if before.contents[name] != now.contents[name]]
+    if names:
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        raise UserError(
+            f"{where}: {made} other images: the contents of "
+            f"{', '.join(map(shown, names[:SHOWN]))}{more} were replaced; restore them, or {remedy}"
+        )
+    if warns and before.times not in (None, now.times):
+        warnings.warn(
+            f"{where}: the image files were written or copied since: their modification times "
+            f"differ. {len(both)} of them were compared and have the same contents; make sure that "
+            "the others have, too",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _digest(path: Path) -> str | None:

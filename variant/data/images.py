@@ -233,7 +233,8 @@ class FolderData:
 
     def __getstate__(self) -> dict[str, Any]:
         paths = {"paths": _Paths(self.paths), "held_out_paths": _Paths(self.held_out_paths)}
-        return {**self.__dict__, **paths, "_bad": [], "_pool": None}
+        members = {name: value for name, value in self.__dict__.items() if name != "_stats"}
+        return {**members, **paths, "_bad": [], "_pool": None}
 
     def train(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:
         def read(index: int) -> Tensor:
@@ -283,8 +284,7 @@ class FolderData:
 
     def file_stamps(self) -> FileStamps:
         """The stamps of both parts.  Raises: UserError, if a file is gone."""
-        paths = {"train": self.paths, "held_out": self.held_out_paths}
-        return file_stamps(paths, {part: stats[:, 1] for part, stats in self._stats.items()})
+        return file_stamps({"train": self.paths, "held_out": self.held_out_paths}, self._stats)
 
     @cached_property
     def _stats(self) -> dict[str, np.ndarray]:

@@ -16,13 +16,14 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from variant.data.bad_items import BadItem
+from variant.data.file_stamps import FileStamps
 from variant.errors import UserError
 from variant.files import atomic_write
 from variant.models.config import LIMITS, parse_dataclass, require
@@ -75,6 +76,8 @@ class Manifest:
     data_sha256: of the images.
     recipe: that the tokens were made with.
     shards: SHA-256 of each file; empty until all are there.
+    stamps: of the image files, where data_sha256 does not cover their contents; earlier versions
+        recorded none.
     """
 
     format: str
@@ -92,6 +95,7 @@ class Manifest:
     data_sha256: str
     recipe: dict[str, Any]
     shards: dict[str, str]
+    stamps: FileStamps = field(default_factory=FileStamps)
 
     def __post_init__(self) -> None:
         # A damaged manifest must not ask for more time and memory than there is.

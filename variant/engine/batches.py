@@ -24,7 +24,7 @@ from variant.engine.kernels import Launchers
 from variant.engine.page_tables import PageTableCache
 from variant.engine.step_loop import BatchState, TokenBatch, generate_tokens
 from variant.engine.weights import EngineWeights
-from variant.models.parts import explains
+from variant.models.parts import explains, unexplained
 from variant.models.var import VAR
 from variant.models.vqvae import ENCODER, VQVAE
 from variant.models.zones import zone_of
@@ -346,11 +346,12 @@ class BatchRunner:
         def after_scale(k: int, tokens_BL: Tensor, f_hat_BEHW: Tensor) -> None:
             assert on_scale is not None
             tokens, features = tokens_BL[:, : layout.visible(k)].clone(), f_hat_BEHW.clone()
-            depth = on_scale(k, PartialResult(k, tokens, partial(self.decode, features)))
-            if depth is not None and k + 1 < layout.num_scales:
-                begin = max(k + 1, request.flexible_from)
-                if switch_depth(state, k, begin, depth) and begin > k + 1:
-                    postponed.append(k)
+            with unexplained():
+                depth = on_scale(k, PartialResult(k, tokens, partial(self.decode, features)))
+                if depth is not None and k + 1 < layout.num_scales:
+                    begin = max(k + 1, request.flexible_from)
+                    if switch_depth(state, k, begin, depth) and begin > k + 1:
+                        postponed.append(k)
 
         return generate_tokens(
             state,

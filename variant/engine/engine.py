@@ -47,7 +47,7 @@ from variant.engine.runs import Call, CallOptions, Current, Run, Source
 from variant.engine.step_loop import teacher_forced_logits
 from variant.engine.weights import EngineWeights
 from variant.models.config import VARConfig
-from variant.models.parts import explains, head_weight
+from variant.models.parts import explained, head_weight
 from variant.models.placement import check_dtype
 from variant.models.var import VAR
 from variant.models.vqvae import ENCODER, VQVAE
@@ -167,7 +167,6 @@ class Engine(CastModels):
 
     @without_graphs_if_full
     @without_autocast
-    @explains("Engine", *ENCODER)
     @torch.no_grad()
     def forced_logits(
         self,
@@ -195,10 +194,10 @@ class Engine(CastModels):
         labels_B = check_labels(labels_B, self.var.config, "forced_logits")
         tokens_BL = self._check_tokens("forced_logits", tokens_BL, len(labels_B))
         schedule = self.var.schedule(depth, bridge, op="forced_logits")
-        state = (
-            self._source(kv_dtype).checked()[0].start(labels_B, schedule=schedule, guidance=False)
-        )
-        return teacher_forced_logits(state, tokens_BL.to(self.device))
+        with explained("Engine", self, ENCODER):
+            runner, _ = self._source(kv_dtype).checked()
+            state = runner.start(labels_B, schedule=schedule, guidance=False)
+            return teacher_forced_logits(state, tokens_BL.to(self.device))
 
     def forced_log_probs(
         self,
@@ -333,7 +332,6 @@ class Engine(CastModels):
 
     @without_graphs_if_full
     @without_autocast
-    @explains("Engine", *ENCODER)
     @torch.no_grad()
     def decode(self, tokens_BL: Tensor) -> Tensor:
         """Images of given tokens by the engine's decoder, in its dtype.
@@ -349,10 +347,11 @@ class Engine(CastModels):
         tokens_BL = self._check_tokens("decode", tokens_BL, None).to(self.device)
         if not len(tokens_BL):
             return torch.empty(0, 3, size, size, device=self.device)
-        f_hat_BEHW = self.vae.new_features(len(tokens_BL))
-        for k in range(layout.num_scales):
-            self.vae.accumulate(f_hat_BEHW, tokens_BL[:, layout.slice(k)], k)
-        return decode_rgb(self._weights(), f_hat_BEHW)
+        with explained("Engine", self, ENCODER):
+            f_hat_BEHW = self.vae.new_features(len(tokens_BL))
+            for k in range(layout.num_scales):
+                self.vae.accumulate(f_hat_BEHW, tokens_BL[:, layout.slice(k)], k)
+            return decode_rgb(self._weights(), f_hat_BEHW)
 
     def _check_tokens(self, op: str, tokens_BL: Tensor, count: int | None) -> Tensor:
         vocab = self.var.config.vocab_size

@@ -209,6 +209,18 @@ class MergedUpsample(nn.Module):
         return F.conv_transpose2d(x_BCHW, self.weight, self.bias, stride=2, padding=1)
 
 
+def _copied_decoder(vae: VQVAE) -> nn.Module:
+    """Copies of the decoder's modules, in which some are replaced; they share its tensors.
+
+    So each weight is cast, and packed, directly from the model.
+    """
+    layers = nn.Sequential(vae.post_quant_conv, vae.decoder)
+    # Among the members are weights that a hook computes of others (pruning, older weight norm).
+    members = (value for module in layers.modules() for value in vars(module).values())
+    tensors = (*layers.parameters(), *(value for value in members if isinstance(value, Tensor)))
+    return deepcopy(layers, {id(tensor): tensor.detach() for tensor in tensors})
+
+
 class PackedDecoder:
     """The VQ-VAE's decoder with packed convolutions, channels last, in ``dtype``.
 
@@ -218,11 +230,7 @@ class PackedDecoder:
 
     def __init__(self, vae: VQVAE, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        layers = nn.Sequential(vae.post_quant_conv, vae.decoder)
-        # Convolutions are replaced in a copy of the modules, which keep their own forward. The
-        # memo shares the weights: each is cast and packed directly from the model.
-        memo = {id(p): p.detach() for p in layers.parameters()}
-        self.layers = _pack(deepcopy(layers, memo), CastBuffer(dtype)).requires_grad_(False).eval()
+        self.layers = _pack(_copied_decoder(vae), CastBuffer(dtype)).requires_grad_(False).eval()
 
     @torch.no_grad()
     def __call__(self, f_hat_BCHW: Tensor) -> Tensor:
@@ -290,8 +298,7 @@ class CastDecoder:
 
     def __init__(self, vae: VQVAE, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        layers = deepcopy(nn.Sequential(vae.post_quant_conv, vae.decoder)).requires_grad_(False)
-        self.layers = layers.to(dtype).eval()
+        self.layers = _copied_decoder(vae).to(dtype).requires_grad_(False).eval()
         for weight in self.layers.parameters():
             if weight.ndim == 4:
                 weight.data = weight.to(memory_format=torch.channels_last)

@@ -6,11 +6,11 @@ modulation (gates, scales, shifts).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -140,14 +140,25 @@ class EngineWeights:
         return self._decoder(f_hat_BCHW)
 
 
-Version = tuple[Any, ...]
+class Version(NamedTuple):
+    """What an engine made its weights from.
+
+    modules, classes, forwards: of both models; forwards are those set on a module itself.
+    hooks: ids of all forward hooks and forward pre-hooks.
+    tensors: of every parameter and buffer its identity, address and version counter.
+    """
+
+    modules: tuple[nn.Module, ...]
+    classes: tuple[type[nn.Module], ...]
+    forwards: tuple[Any, ...]
+    hooks: tuple[int, ...]
+    tensors: tuple[tuple[int, int, int], ...]
 
 
 class WeightsVersion:
-    """What an engine made its weights from; differs after any change but one through ``.data``.
+    """Reads a :class:`Version`, which differs after any change but one through ``.data``.
 
-    The modules, their classes, forwards and hooks, and of every tensor its address and version
-    counter. Walking over the modules of VAR-d30 takes 0.7 ms, during which a GPU would be idle.
+    Walking over the modules of VAR-d30 takes 0.7 ms, during which a GPU would be idle.
     While every module has the same children as at the last walk, its result is used again.
     """
 
@@ -159,25 +170,35 @@ class WeightsVersion:
         self._members: Sequence[Mapping[str, Any]] = []
 
     def __call__(self, var: VAR, vae: VQVAE) -> Version:
-        """The modules, classes, hooks and forwards; then of both models' parameters and the
-        transformer's buffers (identity, address, version)."""
+        """The version of now."""
         if self._children != [var, vae, *_children(self._modules)]:
             self._modules = (*var.modules(), *vae.modules())
-            self._children = [var, vae, *_children(self._modules)]
-            parameters = [module._parameters for module in self._modules]
-            self._holders = [*parameters, *(module._buffers for module in var.modules())]
+            holders = [(module._parameters, module._buffers) for module in self._modules]
+            self._holders = list(chain.from_iterable(holders))
             self._members = [vars(module) for module in self._modules]
             hooks = ("_forward_pre_hooks", "_forward_hooks")
             self._hooks = [members[name] for members in self._members for name in hooks]
-        tensors = (t for holder in self._holders for t in holder.values() if t is not None)
-        return (
+            # Last: another thread takes the rest as it is where this is of now.
+            self._children = [var, vae, *_children(self._modules)]
+        return Version(
             self._modules,
             tuple(map(type, self._modules)),
+            tuple([members.get("forward") for members in self._members]),
             tuple(chain.from_iterable(self._hooks)),
-            tuple(members["forward"] for members in self._members if "forward" in members),
             # The identity, as another parameter may be a view of the same memory.
-            tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors),
+            tuple(
+                (id(t), t.data_ptr(), 0 if t.is_inference() else t._version)
+                for t in self._tensors()
+            ),
         )
+
+    def structure(self, version: Version) -> tuple[Any, ...]:
+        """The last version without the values of tensors: what decides whether the parts fit."""
+        kinds = tuple((id(t), t.shape, t.dtype, t.device) for t in self._tensors())
+        return (*version[:-1], kinds)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        return (t for holder in self._holders for t in holder.values() if t is not None)
 
 
 def _children(modules: Sequence[nn.Module]) -> list[nn.Module | None]:

@@ -30,6 +30,8 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 FAILURES = (AttributeError, TypeError, ValueError, RuntimeError, KeyError, IndexError)
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 NAMES = {"VAR": "var", "VQVAE": "vae"}  # of a model in messages, by its class
+# Methods that decide what a call computes: torch's convolutions and our blocks have a second one.
+COMPUTING = ("forward", "_conv_forward", "compute")
 MAX_TOLD = 3  # changes in a message
 
 
@@ -111,7 +113,7 @@ def explains(op: str, *unused: str) -> Callable[[Method], Method]:
     """A method of a model, or of an object with ``var`` and ``vae``, names parts by which it fails.
 
     Args:
-        op: names the method.
+        op: names the method; errors whose text begins with it are those of its arguments.
         unused: parts that it does not use; of the VQ-VAE where there are two models.
     """
 
@@ -143,7 +145,7 @@ def explained(op: str, owner: Any, unused: Collection[str] = ()) -> Iterator[Non
         told, cause = getattr(error, "part_changes", None), error
         if told is not None:  # by a method that this one called
             cause = error.__cause__ or error
-        elif str(error).startswith((f"{op}: ", "generate: ")):
+        elif str(error).startswith(f"{op}: "):
             raise
         else:
             told = changes_of(owner, unused)
@@ -153,6 +155,17 @@ def explained(op: str, owner: Any, unused: Collection[str] = ()) -> Iterator[Non
         named = told[0].error(f"{op}: {_told(told)}. The call failed with {what}")
         named.part_changes = told  # type: ignore[attr-defined]  # an outer method names itself
         raise named from cause
+
+
+@contextmanager
+def unexplained() -> Iterator[None]:
+    """Within the block, a caller's own code runs: no changed part is named for an error of it."""
+    try:
+        yield
+    except FAILURES as error:
+        if not hasattr(error, "part_changes"):
+            error.part_changes = []  # type: ignore[attr-defined]
+        raise
 
 
 def changes_of(owner: Any, unused: Collection[str] = ()) -> list[Change]:
@@ -167,12 +180,12 @@ def changes_of(owner: Any, unused: Collection[str] = ()) -> list[Change]:
         models = {"var": owner.var, "vae": owner.vae}
     else:
         models = {NAMES[kind.__name__]: owner}
-    return sorted(_changes(models, unused), key=lambda change: change.rank)
+    return _sorted_changes(models, unused)
 
 
-def raise_changes(op: str, model: nn.Module) -> None:
-    """Raises: TypeError or ValueError, if a part of the model is not what its config asks for."""
-    changes = changes_of(model)
+def raise_changes(op: str, var: Any) -> None:
+    """Raises: TypeError or ValueError, if a part of a VAR is not what its config asks for."""
+    changes = _sorted_changes({"var": var}, ())
     if changes:
         raise changes[0].error(f"{op}: {_told(changes)}")
 
@@ -204,8 +217,8 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether a call of the module does what one of these classes does: no hooks, no other code."""
     own = module.__dict__
     return (
-        any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
-        and "forward" not in own
+        any(isinstance(module, kind) and _computes_as(module, kind) for kind in kinds)
+        and own.keys().isdisjoint(COMPUTING)
         and not own["_forward_hooks"]
         and not own["_forward_pre_hooks"]
         and "parametrizations" not in own["_modules"]
@@ -227,10 +240,16 @@ def _own_class(model: Any) -> Any:
     return next((kind for kind in ours if kind.__name__ in NAMES), None)
 
 
+def _sorted_changes(models: Mapping[str, nn.Module], unused: Collection[str]) -> list[Change]:
+    return sorted(_changes(models, unused), key=lambda change: change.rank)
+
+
 def _changes(models: Mapping[str, nn.Module], unused: Collection[str]) -> Iterator[Change]:
     for name, model in models.items():
-        if not isinstance(model, nn.Module):
-            yield Change("", MISSING, TypeError, f"{name} must be a model; got {typed(model)}")
+        if not isinstance(model, nn.Module) or _own_class(model) is None:
+            kind = next(kind for kind, known in NAMES.items() if known == name)
+            came = type(model).__name__ if isinstance(model, nn.Module) else typed(model)
+            yield Change("", MISSING, TypeError, f"{name} must be of type {kind}; got {came}")
             continue
         expected = expected_model(model)
         for part in unused:
@@ -301,9 +320,14 @@ def _runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
         in_8_bits = type(module).__module__.startswith("torchao.float8")
         known = in_8_bits or type(module).forward in forwards
     else:
-        base, known = kind, type(module).forward is kind.forward
+        base, known = kind, _computes_as(module, kind)
     own = module.__dict__.get("forward")
     return isinstance(module, base) and known and (own is None or _is_compiled(own, type(module)))
+
+
+def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the module's class has the code of a class of which it may be a subclass."""
+    return all(getattr(type(module), n, None) is getattr(kind, n, None) for n in COMPUTING)
 
 
 def _is_compiled(function: Any, kind: type[nn.Module]) -> bool:

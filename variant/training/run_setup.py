@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,13 +13,12 @@ import torch
 
 from variant.checkpoints.config_file import CONFIG_NAME
 from variant.checkpoints.sharded import WEIGHTS_NAME
-from variant.data.file_stamps import replaced
+from variant.data.file_stamps import FileStamps, compare_stamps
 from variant.data.sources import data_inputs, differing_classes, open_source
 from variant.data.token_source import TokenSource
 from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.models.parameter_count import var_parameters, vqvae_parameters
-from variant.paths import shown
 from variant.training.checkpoint_contents import check_epochs
 from variant.training.checkpoint_files import CheckpointFiles
 from variant.training.checkpointer import Checkpointer
@@ -49,7 +47,6 @@ INPUTS = {
 }
 # Entries of the inputs that may differ between the machines of a run.
 FILE_CONTENTS, FILE_TIMES = "file_contents", "file_times"
-SHOWN = 5  # names in a message
 # Files of the finished model, which a run writes too.
 MODEL_FILES = ("config.json", "model.safetensors", "README.md")
 
@@ -250,8 +247,7 @@ class RunSetup:
     def _record_files(self) -> None:
         """Record what the digest of the data does not cover, and compare it.
 
-        Files of other contents are refused. Other modification times alone, which a copied folder
-        has too, are a warning. Earlier versions recorded neither.
+        Earlier versions recorded nothing of it.
 
         Raises:
             UserError: naming files whose contents were replaced.
@@ -261,24 +257,15 @@ class RunSetup:
             return
         self.inputs |= {FILE_CONTENTS: stamps.contents, FILE_TIMES: stamps.times}
         before = {} if self.saved is None else self.saved["inputs"]
-        names = replaced(before.get(FILE_CONTENTS), stamps)
-        if names:
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            raise UserError(
-                f"{self.checkpointer.path}: was trained with other images: the contents of "
-                f"{', '.join(map(shown, names[:SHOWN]))}{more} were replaced; restore them, or "
-                "train into another folder"
-            )
-        if before.get(FILE_TIMES, stamps.times) != stamps.times and self.ranks.is_first:
-            known = before.get(FILE_CONTENTS)
-            same = len(stamps.contents.keys() & known) if isinstance(known, dict) else 0
-            warnings.warn(
-                f"{self.checkpointer.path}: the image files were written or copied since: their "
-                f"modification times differ. {same} of them were compared and have the same "
-                "contents; make sure that the others have, too",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        contents = before.get(FILE_CONTENTS)
+        compare_stamps(
+            str(self.checkpointer.path),
+            "was trained with",
+            FileStamps(contents if isinstance(contents, dict) else {}, before.get(FILE_TIMES)),
+            stamps,
+            "train into another folder",
+            warns=self.ranks.is_first,
+        )
 
     def _check_memory(self, kind: str) -> None:
         """Sizes in a recipe are limited, but may still be larger than this machine."""

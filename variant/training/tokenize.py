@@ -24,6 +24,7 @@ import torch
 from variant.data.bad_items import BadItem, BadItems
 from variant.data.config import AUGMENTATION
 from variant.data.encode import encode_images
+from variant.data.file_stamps import compare_stamps
 from variant.data.images import epoch_order, sample_order
 from variant.data.samples import Samples, Source
 from variant.data.shards import (
@@ -159,7 +160,7 @@ def tokenize(
     vae = load_vae(recipe, weights)
     wanted = _manifest(recipe, source, passes, tokenizer_sha256(vae), shard_size)
     with locked_folder(out, f".variant-tokenize-{rank}.lock") as is_locked:
-        wanted = _check_folder(out, wanted, lambda found: is_tokenizer(found, vae, weights))
+        wanted = _check_folder(out, wanted, lambda found: is_tokenizer(found, vae, weights), rank)
         mine = list(wanted.files())[rank::world_size]
         if is_locked:
             _clear_leftovers(out, {name for name, _, _ in mine}, rank)
@@ -200,10 +201,13 @@ def _manifest(
         data_sha256=source.digest(),
         recipe=recipe.to_dict(),
         shards={},
+        stamps=source.file_stamps(),
     )
 
 
-def _check_folder(out: Path, wanted: Manifest, is_of_vae: Callable[[str], bool]) -> Manifest:
+def _check_folder(
+    out: Path, wanted: Manifest, is_of_vae: Callable[[str], bool], rank: int
+) -> Manifest:
     """Compare the tokens that the folder holds, if any, with those to write.
 
     Args:
@@ -211,7 +215,7 @@ def _check_folder(out: Path, wanted: Manifest, is_of_vae: Callable[[str], bool])
     Returns:
         ``wanted``, with the SHA-256 that the folder's manifest has.
     Raises:
-        UserError: they were made with other settings, or are more passes.
+        UserError: they were made with other settings or of other images, or are more passes.
     """
     if path_kind(out / MANIFEST_NAME) is None:
         other = foreign_name(out, lambda name: OWN_NAME.fullmatch(name) is not None)
@@ -227,7 +231,7 @@ def _check_folder(out: Path, wanted: Manifest, is_of_vae: Callable[[str], bool])
         wanted = dataclasses.replace(wanted, vae_sha256=found.vae_sha256)
     for field in dataclasses.fields(Manifest):
         before, now = getattr(found, field.name), getattr(wanted, field.name)
-        if field.name not in ("passes", "recipe", "shards") and before != now:
+        if field.name not in ("passes", "recipe", "shards", "stamps") and before != now:
             raise UserError(
                 f"{shown(out)}: holds tokens of other settings: {field.name} was {before!s:.100}, "
                 f"now it is {now!s:.100}; choose another folder"
@@ -237,6 +241,15 @@ def _check_folder(out: Path, wanted: Manifest, is_of_vae: Callable[[str], bool])
             f"{shown(out)}: holds {found.passes} passes; --passes must be at least as many, or "
             f"choose another folder; got {wanted.passes}"
         )
+    # Processes may be on several machines, each with a copy of the images.
+    compare_stamps(
+        shown(out),
+        "holds tokens of",
+        found.stamps,
+        wanted.stamps,
+        "choose another folder",
+        warns=rank == 0,
+    )
     return wanted
 
 

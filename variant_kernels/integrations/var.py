@@ -215,6 +215,7 @@ class VARFamily(ModelFamily):
             "head_nm must have ada_lin and a LayerNorm ln_wo_grad without weights",
             norm,
         )
+        self._require_projection(norm.ada_lin, "head_nm.ada_lin")
 
     def _require(self, condition: bool, requirement: str, actual: Any) -> None:
         require(self.name, condition, requirement, actual)
@@ -243,6 +244,16 @@ class VARFamily(ModelFamily):
         fused = getattr(block, "fused_add_norm_fn", None)
         self._require(fused is None, f"{name}.fused_add_norm_fn must be None", fused)
         self._require_attention(block.attn, f"{name}.attn", width)
+        if not block.shared_aln:
+            self._require_projection(getattr(block, "ada_lin", None), f"{name}.ada_lin")
+
+    def _require_projection(self, module: Any, name: str) -> None:
+        """A module of torch's without weights projects nothing: it is in the place of another."""
+        is_one = isinstance(module, nn.Module) and (
+            not all_plain(module) or any(True for _ in module.parameters())
+        )
+        found = "none" if module is None else type(module).__name__
+        self._require(is_one, f"{name} must be a projection with weights", found)
 
     def _require_attention(self, attn: Any, name: str, width: int) -> None:
         missing = [part for part in ATTENTION_PARTS if not hasattr(attn, part)]
