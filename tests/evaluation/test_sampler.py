@@ -224,8 +224,8 @@ def test_a_kill_while_the_npz_is_assembled_loses_nothing(
     out, written, atomic_write = tmp_path / "a.npz", [], sampler.atomic_write
 
     @contextmanager
-    def killed(path):
-        with atomic_write(path) as temporary:
+    def killed(path, **options):
+        with atomic_write(path, **options) as temporary:
             yield temporary
         if path.parent == tmp_path:
             written.append(path)
