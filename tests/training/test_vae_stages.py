@@ -86,7 +86,7 @@ def test_two_short_commands_train_both_stages(small, capsys):
 def test_the_recipes_are_the_runs_that_were_measured():
     """docs/training.md quotes the results of these runs."""
     rows = {}
-    for name in ("2-threads", "decoder-seed-0-epyc-1-thread"):
+    for name in ("2-threads", "r1-seed-0-epyc-1-thread"):
         path = next(RESULTS.glob(f"vae-losses-fashion-mnist-*{name}.json"))
         rows |= {row["name"]: row for row in json.loads(path.read_text())["rows"]}
     for recipe, row in ((FIRST, rows["perceptual"]), (SECOND, rows["with"])):
