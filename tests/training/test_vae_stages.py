@@ -29,6 +29,8 @@ FIRST, SECOND = "fashion-mnist-vqvae", "fashion-mnist-adversarial"
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 # Minutes of two cores that the runs of Fashion-MNIST may take; 0 leaves them out.
 MINUTES = int(os.environ.get("VARIANT_VAE_MINUTES", "0"))
+JUDGES = (1, 2, 3)  # seeds of classifiers
+IMAGES = 5000  # held-out ones that a judge sees
 
 
 def as_idx(values):
@@ -149,15 +151,22 @@ def test_fashion_mnist_in_minutes(tmp_path, monkeypatch):
     assert main(["train-vae", *words]) == 0
     section = load_recipe(FIRST)
     data = open_data(section.data, section.vae.image_size, section.vae.in_channels, section.seed)
-    # Of another seed than that of the perceptual loss, and longer trained.
-    save_classifier(Path("classifier.safetensors"), *train_classifier(data, seed=1))
+    # A distance depends on whose features it is in, so that the mean of several judges decides.
+    # Their seeds are others than that of the perceptual loss, and they are trained for longer.
     runs = {"without": Path("runs/without"), "with": Path("runs", SECOND)}
-    result = measure(SECOND, Path("classifier.safetensors"), runs)
-    assert result["images"] == 10_000
-    without, adversarial = result["rows"]
-    for row in result["rows"]:
-        assert min(row["codes_used_by_scale"][-3:]) >= 0.9
-        assert row["psnr_by_scale"] == sorted(set(row["psnr_by_scale"]))
-    assert adversarial["psnr"] > without["psnr"] - 1
+    changes, errors = [], []
+    for seed in JUDGES:
+        judge = Path(f"judge-{seed}.safetensors")
+        save_classifier(judge, *train_classifier(data, seed=seed))
+        result = measure(SECOND, judge, runs, IMAGES)
+        without, adversarial = result["rows"]
+        changes.append(adversarial["fd"] - without["fd"])
+        errors.append(adversarial["fd_change_error"])
+        print(f"judge {seed}: {without['fd']:.4f} to {adversarial['fd']:.4f}, {errors[-1]:.4f}")
+        for row in result["rows"]:
+            assert min(row["codes_used_by_scale"][-3:]) >= 0.9
+            assert row["psnr_by_scale"] == sorted(set(row["psnr_by_scale"]))
+        assert adversarial["psnr"] > without["psnr"] - 1
     assert seconds <= 60 * 2 * MINUTES
-    assert adversarial["fd"] + 2 * adversarial["fd_change_error"] < without["fd"]
+    # The judges see the same images: the error of their mean is at most the mean of their errors.
+    assert np.mean(changes) + 2 * np.mean(errors) < 0
