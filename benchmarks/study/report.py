@@ -207,7 +207,8 @@ def _method(study: Study, usable: frozenset[Metric]) -> list[str]:
         "Equal work is equal FLOP of the forward and backward passes, not equal steps or time: "
         f"{_steps(study)}. The seeds differ in the weights and the order of training and in the "
         "random numbers of generation; they share the VQ-VAE, the tokens and the classifiers, so "
-        "that an error over seeds does not hold what another VQ-VAE would change.",
+        "that an error over seeds does not hold what another VQ-VAE would change. Seconds of a "
+        "training are wall time of a machine that did other work as well: they compare nothing.",
         "",
         "The floor of a distance is that of one half of the real held-out images against the "
         "other. The reconstruction floor is that of images that the VQ-VAE encoded and decoded: "
