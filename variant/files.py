@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -118,8 +119,30 @@ def save_safetensors(
     """
     metadata = {"format": "pt", **checksums_of(tensors)}
     with atomic_write(Path(path), durable=durable) as temporary:
-        save_file(dict(tensors), temporary, metadata=metadata)
+        write_safetensors(temporary, tensors, metadata)
         _sort_metadata(temporary)
+
+
+def write_safetensors(
+    temporary: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors, contiguous and on the CPU, to the path that :func:`atomic_write` yields.
+
+    ``save_file`` of safetensors 0.8 writes ``.tmp`` and six random letters beside its target first.
+    A process that is killed then would leave a file that nobody can tell from another program's, so
+    it gets a folder whose name :func:`variant.training.folder_lock.clear_leftovers` knows.
+
+    Raises:
+        OSError, SafetensorError: the file cannot be written.
+    """
+    folder = temporary.with_suffix(".parts.tmp")
+    shutil.rmtree(folder, ignore_errors=True)  # of a killed process that had the same number
+    folder.mkdir()
+    try:
+        save_file(dict(tensors), folder / "tensors", metadata=metadata)
+        os.replace(folder / "tensors", temporary)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sort_metadata(path: Path) -> None:

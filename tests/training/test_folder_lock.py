@@ -169,3 +169,28 @@ def test_leftovers_of_the_run_s_files_are_removed_and_no_others(tmp_path):
     removed = clear_leftovers(tmp_path, ("vae-last.pt", "config.json"))
     assert {path.name for path in removed} == set(left)
     assert {path.name for path in tmp_path.iterdir()} == set(kept)
+
+
+# The system kills a process that writes past its limit; Python ignores that signal by itself.
+KILLED_WRITE = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from variant.files import save_pickle, save_safetensors
+save = save_pickle if sys.argv[2] == "pickle" else save_safetensors
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+save(Path(sys.argv[1]), {"weights": torch.ones(100_000)})
+"""
+
+
+@pytest.mark.parametrize("kind", ["pickle", "safetensors"])
+def test_what_a_killed_write_leaves_is_removed(tmp_path, kind):
+    file = tmp_path / "file"
+    file.write_bytes(b"before")
+    command = [sys.executable, "-c", KILLED_WRITE, str(file), kind]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGXFSZ
+    assert len(list(tmp_path.iterdir())) > 1, "killed before the write began"
+    clear_leftovers(tmp_path, ["file"])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert file.read_bytes() == b"before"

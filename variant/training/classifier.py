@@ -19,13 +19,12 @@ from typing import ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from pydantic import ConfigDict
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from variant.checkpoints.model_folder import load_state
 from variant.data.images import ImageData, epoch_order
 from variant.errors import UserError
-from variant.files import atomic_write, read_safetensors
+from variant.files import atomic_write, read_safetensors, write_safetensors
 from variant.models.class_names import check_class_names
 from variant.models.config import STRICT, parse_dataclass, require_plain_numbers
 from variant.models.pixels import checked_images, to_uint8
@@ -156,7 +155,7 @@ def held_out_accuracy(classifier: Classifier, data: ImageData, batch: int = 500)
 def save_classifier(path: Path, classifier: Classifier, record: ClassifierRecord) -> None:
     """Write the weights, and the record beside them as ``.json``.  Raises: UserError."""
     with atomic_write(path) as temporary:
-        save_file(classifier.state_dict(), temporary)
+        write_safetensors(temporary, classifier.state_dict())
     with atomic_write(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(record.__dict__, indent=1) + "\n")
 

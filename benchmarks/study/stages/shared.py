@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from benchmarks.study.metrics import distances, halves
 from benchmarks.study.settings import Study, identity
@@ -27,7 +27,7 @@ from benchmarks.study.stages.files import (
 from variant.data.encode import encode_images
 from variant.data.images import ImageData
 from variant.data.sources import open_data
-from variant.files import atomic_write, file_sha256
+from variant.files import atomic_write, file_sha256, write_safetensors
 from variant.models.pixels import to_uint8
 from variant.models.vqvae import VQVAE
 from variant.training.checkpointer import Checkpointer
@@ -130,7 +130,7 @@ def make_classifier(study: Study, out: Path, name: str) -> None:
     classifier, _ = train_classifier(data, **options)
     path = out / "classifiers" / f"{name}.safetensors"
     with atomic_write(path) as temporary:
-        save_file(classifier.state_dict(), temporary)
+        write_safetensors(temporary, classifier.state_dict())
     accuracy = held_out_accuracy(classifier, data)
     found = {"identity": classifier_identity(study, name), "accuracy": accuracy, **provenance()}
     write_json(path.with_suffix(".json"), {**found, "sha256": file_sha256(path)})

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from benchmarks.study.settings import BASE, Run, Study, identity
 from benchmarks.study.stages.files import (
@@ -25,7 +24,7 @@ from benchmarks.study.stages.shared import tokens_identity
 from benchmarks.study.work import Work, choose_epochs
 from variant.data.config import DataSection
 from variant.data.token_source import TokenSource
-from variant.files import atomic_write, file_sha256
+from variant.files import atomic_write, file_sha256, write_safetensors
 from variant.training.checkpointer import Checkpointer
 from variant.training.recipe import Recipe
 from variant.training.var_task import train_var
@@ -118,7 +117,8 @@ def train(study: Study, out: Path, run: Run) -> None:
     train_var(recipe, training, resume=checkpointer.exists, device=torch.device("cpu"))
     saved = checkpointer.read()
     with atomic_write(folder / "weights.safetensors", durable=True) as temporary:
-        save_file({name: value.contiguous() for name, value in saved["module"].items()}, temporary)
+        module = {name: value.contiguous() for name, value in saved["module"].items()}
+        write_safetensors(temporary, module)
     write_json(
         folder / "train.json",
         {
