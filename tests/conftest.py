@@ -42,28 +42,49 @@ ONE_PROCESS = {
 }
 
 # Without a record of their branches, also of the processes that they start: other tests take those
-# branches too, and a training takes twice as long with a record (coverage 7.17, Python 3.11).
+# branches too (all but 0.9 % of them), and a training takes twice as long with a record, small
+# models 1.15 to 1.4 times (coverage 7.17, Python 3.11).
 NOT_RECORDED = {
+    "test_adaln.py",
+    "test_benchmarks_report.py",
+    "test_block_causal_attention.py",
+    "test_changed_parts.py",
     "test_checkpoint_schedule.py",
+    "test_convert.py",
     "test_digits.py",
     "test_distillation.py",
     "test_documents.py",
     "test_ema.py",
+    "test_examples.py",
     "test_export.py",
+    "test_generate_batches.py",
     "test_gpu.py",
+    "test_gradcheck.py",
     "test_instruction_sets.py",
     "test_killed_runs.py",
+    "test_kv8_engine.py",
+    "test_loader.py",
+    "test_memory_plan.py",
+    "test_model_folder.py",
+    "test_original_var.py",
     "test_own_images.py",
     "test_phase_ends.py",
+    "test_predict.py",
+    "test_recorded_path.py",
     "test_reproducibility.py",
     "test_resume_rules.py",
     "test_run.py",
+    "test_sampler.py",
+    "test_samples.py",
     "test_shared_checkpoints.py",
     "test_study.py",
+    "test_study_report.py",
     "test_torchrun.py",
     "test_trainer.py",
+    "test_untraced.py",
     "test_zone_ranks.py",
     "test_zone_training.py",
+    "test_zone_weights.py",
 }
 
 
