@@ -572,3 +572,54 @@ def test_a_table_by_depth_bridge_and_lever(tmp_path, monkeypatch, capsys):
         assert main([*words, "--bridges", "1", *rest]) == 1
         assert message in capsys.readouterr().err
     assert not Path("none").exists()
+
+
+def test_a_function_of_features_that_fails_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "failing.py").write_text(
+        "import torch\n"
+        "def mean(x):\n    return x.float().mean((2, 3))\n"
+        "def raises(x):\n    raise RuntimeError('one\\ntwo')\n"
+        "def leaves(x):\n    raise SystemExit(3)\n"
+        "def empty(x):\n    return mean(x)[:, :0]\n"
+        "def integers(x):\n    return mean(x).long()\n"
+        "def sparse(x):\n    return mean(x).to_sparse()\n"
+        "def absent(x):\n    return mean(x).to('meta')\n"
+        "def large(x):\n    return mean(x).double() * 1e200\n"
+        "def some(x):\n    return torch.where(x[:, :1, 0, 0] == 7, torch.nan, mean(x))\n"
+        "def same(x):\n    return torch.ones(len(x), 3)\n"
+    )
+    for name, text in (
+        ("leaving", "import sys\nsys.exit(4)\n"),
+        ("wrong", "def features(:\n"),
+        ("broken", "raise KeyError('x')\n"),
+    ):
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    images = array(1, 40)
+    images[:, 0, 0, 0] = 0
+    images[17, 0, 0, 0] = 7
+    np.savez("images.npz", arr_0=images)
+    words = ["eval", "--images", "images.npz", "--reference", "images.npz", "--batch", "16"]
+    for features, message in (
+        ("failing:raises", "eval: --features failing:raises: RuntimeError: one two"),
+        ("failing:leaves", "eval: --features failing:leaves: SystemExit: 3"),
+        ("failing:empty", "with D of 1 or more; got (16, 0) (float32, strided, on cpu)"),
+        ("failing:integers", "must return floating features (16, D) for as many images"),
+        ("failing:integers", "got (16, 3) (int64, strided, on cpu)"),
+        ("failing:sparse", "got (16, 3) (float32, sparse_coo, on cpu)"),
+        ("failing:absent", "got (16, 3) (float32, strided, on meta)"),
+        ("failing:large", "eval: failing:large: the features of image 0 of images.npz are not"),
+        ("failing:some", "eval: failing:some: the features of image 17 of images.npz are not"),
+        ("leaving:features", "eval: --features leaving:features: SystemExit: 4"),
+        ("wrong:features", "eval: --features wrong:features: SyntaxError: "),
+        ("broken:features", "eval: --features broken:features: KeyError: 'x'"),
+        (".failing:mean", "eval: --features .failing:mean: TypeError: "),
+    ):
+        assert main([*words, "--features", features]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("variant: error: ")
+        assert message in error
+        assert error.count("\n") == 1
+    assert main([*words, "--features", "failing:same", "--json", "same.json"]) == 0
+    warnings = json.loads(Path("same.json").read_text())["warnings"]
+    assert [warning for warning in warnings if "all 40 images of images.npz" in warning]

@@ -128,7 +128,7 @@ def _largest_norm(points_ND: Tensor) -> float:
 def _check(op: str, name: str, values: Tensor, at_least: int) -> None:
     if values.dim() != 2 or len(values) < at_least or not values.shape[1]:
         raise ValueError(
-            f"{op}: {name} must be a matrix with at least {at_least} rows; got "
+            f"{op}: {name} must be a matrix with at least {at_least} rows and one column; got "
             f"{tuple(values.shape)}"
         )
     if not values.isfinite().all():
