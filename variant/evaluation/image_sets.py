@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from variant.data.images import SUFFIXES, UNREADABLE, WIDE_MODES, open_image
+from variant.data.images import SUFFIXES, UNREADABLE, open_image, upright, wide_mode
 from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.evaluation.frechet import Gaussian
@@ -375,21 +375,23 @@ def _encoded(where: Path, names: Sequence[str], content: Callable[[int], bytes])
     def decode(index: int) -> np.ndarray | None:
         try:
             with open_image(io.BytesIO(content(index))) as image:
-                is_wide = image.mode in WIDE_MODES
-                pixels = np.asarray(image.convert("RGB"))
+                mode = wide_mode(image)
+                # As the training sees them.
+                pixels = np.asarray(upright(image).convert("RGB"))
         except UNREADABLE:
             return None
-        if is_wide:  # convert("RGB") clips their values to 8 bits
+        if mode is not None:  # convert("RGB") clips their values to 8 bits
             raise UserError(
                 f"{shown(names[index])}: must have 8 bits per channel; its pixels are of mode "
-                f"{image.mode}. Convert it first"
+                f"{mode}. Convert it first"
             )
+        height, width = pixels.shape[:2]
         if not size:
-            size.append(image.size)
-        if image.size != size[0]:
+            size.append((width, height))
+        if (width, height) != size[0]:
             raise UserError(
                 f"{shown(names[index])}: all images must have one size, {size[0][0]} x "
-                f"{size[0][1]}; this one has {image.size[0]} x {image.size[1]}"
+                f"{size[0][1]}; this one has {width} x {height}"
             )
         return pixels
 

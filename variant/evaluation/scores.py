@@ -16,8 +16,8 @@ from variant_kernels.arguments import integer
 SPLIT, NEIGHBOURS = 5000, 3
 # Rows of a block of distances.
 BLOCK = 1024
-# Distances are compared up to rounding, in units of the squared norms of both images: equal features
-# are equal whatever the sizes of the blocks.
+# Distances are compared up to rounding, in units of the squared norms of both images: equal
+# features are equal whatever the sizes of the blocks.
 TOLERANCE = 1e-12
 
 
