@@ -410,6 +410,30 @@ def test_a_folder_with_other_images_than_its_record_says_is_warned_about(
     ]
 
 
+def test_the_record_of_an_npz_is_of_no_folder_beside_it(model, tmp_path, monkeypatch):
+    (tmp_path / "tones.py").write_text(
+        "def features(images):\n    return images.float().mean((2, 3)) / 255\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert run(model, Path("v1.npz"), "--seed", 3) == 0
+    for folder in ("v1", "v1.5", "inside"):
+        assert run(model, Path(folder)) == 0
+        Path(folder, "sample.json").unlink()  # images of another program
+    evaluate = ["eval", "--reference", "v1.npz", "--features", "tones:features"]
+
+    def generated(*words):
+        assert main([*evaluate, "--json", "result.json", "--images", *words]) == 0
+        return json.loads(Path("result.json").read_text())["generated"]
+
+    assert generated("v1.npz")["seed"] == 3
+    assert generated("v1") is None
+    assert generated("v1.5") is None
+    monkeypatch.chdir(tmp_path / "inside")
+    (tmp_path / "inside" / "tones.py").write_text((tmp_path / "tones.py").read_text())
+    evaluate[2] = "."
+    assert generated(".") is None
+
+
 def test_a_png_says_what_it_is(model, tmp_path):
     assert run(model, tmp_path / "a", "--seed", 3, num=2) == 0
     with Image.open(tmp_path / "a" / "000001_class1.png") as image:

@@ -44,6 +44,7 @@ from variant.evaluation.report import (
 )
 from variant.evaluation.sampler import FORMAT as SAMPLE_FORMAT
 from variant.evaluation.sampler import SETTINGS_NAME as SAMPLED
+from variant.evaluation.sampler import record_of_npz
 from variant.models.placement import check_device
 from variant.models.vqvae import VQVAE
 from variant.paths import path_kind, read_json, shown
@@ -331,8 +332,9 @@ def _generated(images: Path | None) -> dict[str, Any] | None:
     """What the images were generated from, where a record beside them tells it; else None."""
     if images is None:
         return None
-    paths = (images / SAMPLED, images / SETTINGS_NAME, images.with_suffix(".json"))
-    return next(filter(None, map(_record, paths)), None)
+    if images.suffix == ".npz":  # that beside a folder of images is of an .npz of its name
+        return _record(record_of_npz(images))
+    return _record(images / SAMPLED) or _record(images / SETTINGS_NAME)
 
 
 def _record(path: Path) -> dict[str, Any] | None:

@@ -145,7 +145,7 @@ def open_reference(path: str | os.PathLike[str]) -> Reference:
     """
     path = Path(path)
     if path.suffix != ".npz" or path_kind(path) != "file":
-        return Reference(path.name, open_images(path))
+        return Reference(path.name or str(path), open_images(path))
     arrays, names = _read_npz(path)
     images = None
     if "arr_0" in arrays:
