@@ -1,8 +1,10 @@
 """``variant sample``: the same images by any ranks, batches and restarts; none lost or doubled."""
 
+import errno
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -346,14 +348,30 @@ def test_the_whole_is_on_the_disk_before_its_parts_are_removed(model, tmp_path, 
     assert (f".a.json.{os.getpid()}.tmp", 1) in synced
 
 
-def test_an_image_that_is_empty_is_made_again(model, expected, tmp_path):
+@pytest.mark.parametrize(("form", "kept"), [("png", 0), ("png", 5), ("png", 200), ("tar", 9000)])
+def test_a_file_that_is_cut_off_is_made_again(model, expected, tmp_path, form, kept):
     """As a power failure leaves files that were renamed before their content was on the disk."""
-    out = tmp_path / "images"
-    assert run(model, out) == 0
-    first = min(out.glob("*.png"))
-    first.write_bytes(b"")
-    assert run(model, out) == 0
+    out, words = tmp_path / "images", ("--format", "webdataset") if form == "tar" else ()
+    assert run(model, out, *words) == 0
+    first = min(out.glob(f"*.{form}"))
+    content = first.read_bytes()
+    assert len(content) > kept
+    first.write_bytes(content[:kept])
+    assert run(model, out, *words) == 0
+    assert first.read_bytes() == content
     assert torch.equal(pixels(out), expected)
+
+
+def test_a_part_that_does_not_fit_on_the_disk_says_why(model, tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        assert run(model, tmp_path / "a.npz") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert f"part-00000.npy: cannot be written: {os.strerror(errno.EFBIG)}" in error
+    assert run(model, tmp_path / "a.npz") == 0
 
 
 def test_an_image_that_is_a_folder_is_refused_by_name(model, tmp_path, capsys):
