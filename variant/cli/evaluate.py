@@ -402,7 +402,14 @@ def _compare(command: Eval) -> None:
 
 
 def _read_result(path: Path) -> dict[str, Any]:
+    from variant.cli.evaluate_depths import FORMAT as OF_MODEL_FORMAT
+
     result = read_json(path)
+    if isinstance(result, dict) and result.get("format") == OF_MODEL_FORMAT:
+        raise UserError(
+            f"{shown(path)}: holds the settings of --model; --compare takes results of --images or "
+            "--reconstruct"
+        )
     if not isinstance(result, dict) or result.get("format") != FORMAT:
         raise UserError(f'{shown(path)}: its "format" must be "{FORMAT}", of `variant eval --json`')
     if _depth(result) > MAX_NESTING:
@@ -423,11 +430,6 @@ def _depth(value: Any) -> int:
 def _metrics(path: Path, result: dict[str, Any]) -> list[Metric]:
     """The metrics of a result.  Raises: UserError, for what `variant eval` does not write."""
     values = result.get("metrics")
-    if values is None and "settings" in result:
-        raise UserError(
-            f"{shown(path)}: holds the settings of --model; --compare takes results of --images or "
-            "--reconstruct"
-        )
     if not isinstance(values, list) or len(values) > MAX_METRICS:
         raise UserError(f'{shown(path)}: its "metrics" must be a list of at most {MAX_METRICS}')
     try:
