@@ -257,7 +257,10 @@ def network_of(command: Eval, out: Console, size: tuple[int, int]) -> FeatureNet
     data = open_data(recipe.data, vae.image_size, vae.in_channels, recipe.seed)
     if not is_there(path):
         if path_kind(path) is not None:
-            raise UserError(f"{shown(path)}: has no record beside it ({path.stem}.json)")
+            raise UserError(
+                f"{shown(path)}: has no record beside it ({path.stem}.json); give another "
+                "--weights, or remove it"
+            )
         with progress("eval", "training the classifier", STEPS, command.json) as advance:
             trained = train_classifier(data, seed=recipe.seed, report=_steps(advance))
         save_classifier(path, *trained)
@@ -265,6 +268,11 @@ def network_of(command: Eval, out: Console, size: tuple[int, int]) -> FeatureNet
     if record.data_sha256 != data.digest():
         raise UserError(
             f"{shown(path)}: was trained on other data than {name} has; give another --weights"
+        )
+    if record.image_size not in (None, vae.image_size):  # the digest of a folder is of its files
+        raise UserError(
+            f"{shown(path)}: was trained on images of {record.image_size} x {record.image_size} "
+            f"pixels, {name} has {vae.image_size} x {vae.image_size}; give another --weights"
         )
     out.print(
         f"classifier {shown(path)}: {record.accuracy:.1%} of {data.num_held_out:,} held-out images"

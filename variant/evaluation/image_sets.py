@@ -12,6 +12,7 @@ import io
 import os
 import re
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ class ImageSet:
 
     name: for messages.  labels: the class of each image, where the files' names tell.
     read: the images of some indices, (B, 3, Y, X).
+    names: of the files, in order; None where the images are no files.
     seen: SHA-256 of the pixels of the images of the last pass, and how often each came.
     largest: value of a pixel of the last pass.
     """
@@ -54,6 +56,7 @@ class ImageSet:
     count: int
     labels: Sequence[int] | None
     read: Callable[[range], Tensor]
+    names: Sequence[str] | None = None
     seen: dict[bytes, int] = field(default_factory=dict)
     largest: int = 0
 
@@ -182,10 +185,19 @@ def array_images(
         return torch.from_numpy(np.ascontiguousarray(rows.transpose(0, 3, 1, 2)))
 
     labels = None
+    is_of_labels = labels_N is None or (
+        labels_N.shape == (len(images_NYX3),) and labels_N.dtype.kind in "iu"
+    )
+    if not is_of_labels:
+        warnings.warn(
+            f"{name}: arr_1 holds no integer for each of the {len(images_NYX3):,} images but "
+            f"{labels_N.dtype} {labels_N.shape}; the images count as without labels",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     if (
-        labels_N is not None
-        and labels_N.shape == (len(images_NYX3),)
-        and labels_N.dtype.kind in "iu"
+        is_of_labels
+        and labels_N is not None
         and 0 <= int(labels_N.min()) <= int(labels_N.max()) <= MAX_LABEL
     ):
         labels = labels_N.tolist()
@@ -412,6 +424,5 @@ def _encoded(where: Path, names: Sequence[str], content: Callable[[int], bytes])
 
     labels = [LABEL.search(Path(name).name) for name in names]
     known = [int(match[1]) for match in labels if match]
-    return ImageSet(
-        where.name or str(where), len(names), known if len(known) == len(names) else None, read
-    )
+    given = known if len(known) == len(names) else None
+    return ImageSet(where.name or str(where), len(names), given, read, names)

@@ -29,7 +29,7 @@ from variant.evaluation.frechet import (
     total,
 )
 from variant.evaluation.image_sets import ImageSet, Reference
-from variant.evaluation.paired import check_pairs
+from variant.evaluation.paired import check_pairs, warn_of_order
 from variant.evaluation.scores import NEIGHBOURS, SPLIT, inception_score, precision_recall
 from variant_kernels.arguments import integer
 
@@ -155,6 +155,7 @@ def evaluate(
     integer("evaluate", "batch", batch, 1)
     if paired and reference.images is not None:
         check_pairs(images, reference.images)
+        warn_of_order(images, reference.images)
     height, width = images.read(range(1)).shape[2:]
     check_reference(reference, network, images.name, images.count, (height, width))
     own = extract(images, network, batch, advance)
