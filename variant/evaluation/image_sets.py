@@ -184,24 +184,27 @@ def array_images(
         rows = images_NYX3[indices.start : indices.stop]
         return torch.from_numpy(np.ascontiguousarray(rows.transpose(0, 3, 1, 2)))
 
-    labels = None
-    is_of_labels = labels_N is None or (
-        labels_N.shape == (len(images_NYX3),) and labels_N.dtype.kind in "iu"
-    )
-    if not is_of_labels:
+    return ImageSet(name, len(images_NYX3), _labels(name, labels_N, len(images_NYX3)), read)
+
+
+def _labels(name: str, labels_N: np.ndarray | None, count: int) -> list[int] | None:
+    """The labels of an array; None where it holds others.
+
+    Warns:
+        RuntimeWarning: it does not hold an integer for each image.
+    """
+    if labels_N is None:
+        return None
+    if labels_N.shape != (count,) or labels_N.dtype.kind not in "iu":
         warnings.warn(
-            f"{name}: arr_1 holds no integer for each of the {len(images_NYX3):,} images but "
+            f"{name}: arr_1 holds no integer for each of the {count:,} images but "
             f"{labels_N.dtype} {labels_N.shape}; the images count as without labels",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    if (
-        is_of_labels
-        and labels_N is not None
-        and 0 <= int(labels_N.min()) <= int(labels_N.max()) <= MAX_LABEL
-    ):
-        labels = labels_N.tolist()
-    return ImageSet(name, len(images_NYX3), labels, read)
+        return None
+    # -1 is an image of no class.
+    return labels_N.tolist() if labels_N.min() >= 0 and labels_N.max() <= MAX_LABEL else None
 
 
 def _gaussian(path: Path, arrays: Any, mean: str, covariance: str) -> Gaussian | None:
