@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 VARIANT = (
     "errors",
     "paths",
+    "named_functions",
     "models",
     "tensor_files",
     "files",

@@ -1,8 +1,11 @@
 """``variant search``: from images to a schedule that other commands take."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -339,6 +342,28 @@ def test_what_a_model_and_its_data_need(model, images, tmp_path, run):
     shutil.rmtree(fewer / "class4")
     error = run("search", "--model", model, "--data", fewer, "--out", tmp_path / "o")[2]
     assert "fewer: must have the 5 classes of the model; it has 4" in error
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        ((), None),
+        (("class0", "class1", "class2", "class3", "class4"), None),
+        (("0", "1", "2", "3", "4"), None),
+        (("class0", "class2", "class1", "class3", "class4"), "class 1 .* is class1, .* class2"),
+        (("cat", "dog", "eel", "fox", "gnu"), "class 0 of .* is class0, that of the model cat"),
+    ],
+)
+def test_classes_of_other_names_are_warned_about(model, images, monkeypatch, names, text):
+    loaded = VARiant.from_pretrained(model)
+    config = dataclasses.replace(loaded.var.config, class_names=names)
+    monkeypatch.setattr(loaded.var, "config", config)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        held_out(loaded, images, 2)
+    messages = [str(each.message) for each in heard if each.category is RuntimeWarning]
+    assert len(messages) == (text is not None)
+    assert text is None or re.search(text, messages[0])
 
 
 def test_files_of_the_original_code_are_searched(model, images, tmp_path, run):

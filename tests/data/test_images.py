@@ -3,7 +3,9 @@
 import os
 import pickle
 import shutil
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from variant.data.config import DataSection
 from variant.data.images import ORIENTATION, FolderData, list_images, stream, upright
 from variant.data.sources import differing_classes, open_source
 from variant.errors import UserError
+from variant.evaluation.image_sets import open_images
 
 
 def gradient() -> Image.Image:
@@ -287,6 +290,50 @@ def test_a_damaged_exif_orientation_is_ignored(tmp_path):
         path.write_bytes(content[:start] + damage + content[start + len(damage) :])
         with Image.open(path) as image:
             assert upright(image).size == GRADIENT.size
+
+
+def png_of_16_bits(color_type, channels):
+    """A PNG of 2 x 2 pixels with 16 bits per channel, which Pillow cannot write."""
+
+    def chunk(name, content):
+        checksum = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", 2, 2, 16, color_type, 0, 0, 0)
+    rows = 2 * (b"\0" + 2 * channels * b"\x7f\xff")
+    parts = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("color_type", "channels", "mode"),
+    [(0, 1, "I;16"), (2, 3, "RGB;16B"), (4, 2, "LA;16B"), (6, 4, "RGBA;16B")],
+)
+def test_16_bits_per_channel_are_refused(folder, tmp_path, color_type, channels, mode):
+    content = png_of_16_bits(color_type, channels)
+    for path in (Path(folder) / "a").iterdir():
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=f"must have 8 bits per channel; .* mode {mode}"):
+        open_folder(folder).held_out(range(6))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "0.png").write_bytes(content)
+    with pytest.raises(UserError, match=f"must have 8 bits per channel; .* mode {mode}"):
+        open_images(tmp_path / "set").read(range(1))
+
+
+def test_an_evaluation_sees_images_upright_as_the_training_does(tmp_path):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    for folder, orientation in (("turned", 6), ("upright", 1)):
+        (tmp_path / folder).mkdir()
+        exif[ORIENTATION] = orientation
+        image = Image.fromarray(np.arange(72, dtype=np.uint8).reshape(4, 6, 3))
+        if orientation == 1:
+            image = image.transpose(Image.Transpose.ROTATE_270)
+        image.save(tmp_path / folder / "0.png", exif=exif)
+    turned, plain = (open_images(tmp_path / name).read(range(1)) for name in ("turned", "upright"))
+    assert turned.shape == (1, 3, 6, 4)
+    assert turned.equal(plain)
 
 
 def test_hidden_folders_and_files_are_passed_over(folder):

@@ -14,6 +14,7 @@ from seeded import images as seeded_images
 from small_models import small_model
 
 from variant.cli import evaluate as evaluate_module
+from variant.cli import evaluate_depths
 from variant.cli.evaluate import reference_of
 from variant.cli.main import main
 from variant.data.config import DataSection
@@ -24,7 +25,7 @@ from variant.evaluation.classifier import load_classifier, save_classifier, trai
 from variant.evaluation.features import FeatureNetwork, Features
 from variant.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance, total
 from variant.evaluation.image_sets import Reference, array_images, open_images, open_reference
-from variant.evaluation.report import evaluate
+from variant.evaluation.report import Metric, evaluate
 from variant.evaluation.scores import PrecisionRecall, precision_recall
 from variant.files import file_sha256
 from variant_kernels import DepthSchedule
@@ -512,6 +513,12 @@ def test_the_command_writes_and_compares(tmp_path, monkeypatch, capsys):
         assert f"{option} is for --model" in capsys.readouterr().err
     assert main(["eval", "--images", "a", "--reference", "nothing"]) == 1
     assert "or a recipe, whose held-out images are taken" in capsys.readouterr().err
+
+
+def test_a_cell_of_the_table_has_the_longer_side_of_its_interval():
+    assert evaluate_depths._with_interval(Metric("recall", 0.99, 100, 0.94, 0.998)) == "0.99 ± 0.05"
+    assert evaluate_depths._with_interval(Metric("FD", 0.25, 100, 0.0, 0.75)) == "0.25 ± 0.5"
+    assert evaluate_depths._with_interval(Metric("PSNR", float("inf"), 100)) == "inf"
 
 
 def test_a_table_by_depth_bridge_and_lever(tmp_path, monkeypatch, capsys):

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from variant.cli import evaluate_depths
 from variant.cli.evaluate import MAX_METRICS, _check_number
 from variant.cli.main import main
 from variant.engine import memory
@@ -398,7 +399,7 @@ def compared(tmp_path, capsys, other):
             {**GOOD, "metrics": [{**ONE, "name": str(i)} for i in range(MAX_METRICS + 1)]},
             "a list of at most 100",
         ),
-        ({"format": "variant-eval-1", "settings": []}, "holds the settings of --model"),
+        ({"format": evaluate_depths.FORMAT, "settings": []}, "holds the settings of --model"),
         (json.dumps(GOOD)[:-1] + ', "b": ' + "[" * 900 + "]" * 900 + "}", "nested at most 50"),
         (json.dumps(GOOD)[:-1] + ', "a": 2}', "the key a twice"),
     ],

@@ -1,8 +1,10 @@
 """``variant sample``: the same images by any ranks, batches and restarts; none lost or doubled."""
 
+import errno
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -346,14 +348,30 @@ def test_the_whole_is_on_the_disk_before_its_parts_are_removed(model, tmp_path, 
     assert (f".a.json.{os.getpid()}.tmp", 1) in synced
 
 
-def test_an_image_that_is_empty_is_made_again(model, expected, tmp_path):
+@pytest.mark.parametrize(("form", "kept"), [("png", 0), ("png", 5), ("png", 200), ("tar", 9000)])
+def test_a_file_that_is_cut_off_is_made_again(model, expected, tmp_path, form, kept):
     """As a power failure leaves files that were renamed before their content was on the disk."""
-    out = tmp_path / "images"
-    assert run(model, out) == 0
-    first = min(out.glob("*.png"))
-    first.write_bytes(b"")
-    assert run(model, out) == 0
+    out, words = tmp_path / "images", ("--format", "webdataset") if form == "tar" else ()
+    assert run(model, out, *words) == 0
+    first = min(out.glob(f"*.{form}"))
+    content = first.read_bytes()
+    assert len(content) > kept
+    first.write_bytes(content[:kept])
+    assert run(model, out, *words) == 0
+    assert first.read_bytes() == content
     assert torch.equal(pixels(out), expected)
+
+
+def test_a_part_that_does_not_fit_on_the_disk_says_why(model, tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        assert run(model, tmp_path / "a.npz") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert f"part-00000.npy: cannot be written: {os.strerror(errno.EFBIG)}" in error
+    assert run(model, tmp_path / "a.npz") == 0
 
 
 def test_an_image_that_is_a_folder_is_refused_by_name(model, tmp_path, capsys):
@@ -408,6 +426,30 @@ def test_a_folder_with_other_images_than_its_record_says_is_warned_about(
     assert json.loads(Path("a.json").read_text())["warnings"] == [
         "eval: a holds 22 images; its record of `variant sample` says 23"
     ]
+
+
+def test_the_record_of_an_npz_is_of_no_folder_beside_it(model, tmp_path, monkeypatch):
+    (tmp_path / "tones.py").write_text(
+        "def features(images):\n    return images.float().mean((2, 3)) / 255\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert run(model, Path("v1.npz"), "--seed", 3) == 0
+    for folder in ("v1", "v1.5", "inside"):
+        assert run(model, Path(folder)) == 0
+        Path(folder, "sample.json").unlink()  # images of another program
+    evaluate = ["eval", "--reference", "v1.npz", "--features", "tones:features"]
+
+    def generated(*words):
+        assert main([*evaluate, "--json", "result.json", "--images", *words]) == 0
+        return json.loads(Path("result.json").read_text())["generated"]
+
+    assert generated("v1.npz")["seed"] == 3
+    assert generated("v1") is None
+    assert generated("v1.5") is None
+    monkeypatch.chdir(tmp_path / "inside")
+    (tmp_path / "inside" / "tones.py").write_text((tmp_path / "tones.py").read_text())
+    evaluate[2] = "."
+    assert generated(".") is None
 
 
 def test_a_png_says_what_it_is(model, tmp_path):

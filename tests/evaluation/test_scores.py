@@ -85,6 +85,17 @@ def test_equal_images_are_inside_far_from_the_origin():
     assert precision_recall(generated_ND=repeated, real_MD=repeated).recall == 1.0
 
 
+def test_one_far_image_does_not_widen_the_balls_of_the_others():
+    generated, real = 1e-4 * noise(1, 60, 3) * 1.2, 1e-4 * noise(2, 50, 3)
+    generated[7] = 1e6
+    shares = precision_recall(
+        generated_ND=torch.from_numpy(generated), real_MD=torch.from_numpy(real)
+    )
+    assert shares.precision == pytest.approx(by_loops(generated, real, 3))
+    assert shares.recall == pytest.approx(by_loops(real, generated, 3))
+    assert shares.precision < 0.9
+
+
 def test_bad_features_are_refused():
     good = torch.zeros(5, 3)
     with pytest.raises(ValueError, match="same number of features; got 3 and 2"):

@@ -194,6 +194,15 @@ def test_layers_are_left_out_by_influence_and_by_loss():
     [
         ({"budgets": {"gold": 0.5}}, ValueError, "budgets must be of work; got 'gold'"),
         ({"budgets": {"work": 1.5}}, ValueError, "budgets.'work'. must be a finite number in"),
+        ({"budgets": {"work": 0}}, ValueError, "budgets.'work'. must be above 0; got 0"),
+        ({"seeds": [((0, 3),)]}, ValueError, r"seeds.0. must have layers for each of the 3 scales"),
+        ({"seeds": [((0, 2),) * 3]}, ValueError, r"seeds.0., a list of layers, must start with 0"),
+        (
+            {"seeds": [((0, 3), (0, 1, 3), (0, 3))]},
+            ValueError,
+            r"seeds.0.: .* must be among those of the scale before; got .0, 1, 3. after .0, 3.",
+        ),
+        ({"loss": lambda prefix: "x"}, TypeError, "loss must be numbers >= 0; got 'x'"),
         ({"beam": 0}, ValueError, "beam must be an integer >= 1; got 0"),
         ({"exact": 2.5}, TypeError, "exact must be an integer"),
         ({"costs": []}, ValueError, "costs must be at least one"),
@@ -212,3 +221,26 @@ def test_bad_arguments_are_refused(arguments, error, message):
     }
     with pytest.raises(error, match=message):
         search(**{**good, **arguments})
+    with pytest.raises(ValueError, match="costs must have different names; got work, work"):
+        search(**{**good, "costs": [*good["costs"], *good["costs"]]})
+
+
+def test_costs_that_are_none_are_refused():
+    space = Space(4, 2, [(0, 3)])
+    good = {2: [1.0, 1.0], 4: [1.0, 1.0]}
+    assert latency_cost(space, good).of(((0, 3), (0, 3))) == 1.0
+    for seconds, message in (
+        ({4: [1.0, 1.0]}, r"by_depth\[0\] must have the cost of depth 2"),
+        ({**good, 2: [1.0]}, r"seconds\[2\] must have 2 numbers"),
+        ({**good, 2: [1.0, float("nan")]}, r"by_depth\[1\]\[2\] must be a finite number"),
+        ({**good, 2: [-1.0, 1.0]}, r"by_depth\[0\]\[2\] must be a finite number >= 0"),
+        ({2: [0.0, 0.0], 4: [0.0, 0.0]}, "latency of the full network must be above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            latency_cost(space, seconds)
+    with pytest.raises(ValueError, match="by_depth must have the costs of 2 scales; got 1"):
+        AdditiveCost("work", space, [{2: 1.0, 4: 1.0}])
+    with pytest.raises(ValueError, match="influence must have 4 numbers, one for each layer"):
+        nested_sets(4, (2,), [0.1] * 3, lambda layers: 0.0)
+    with pytest.raises(ValueError, match="tries must be an integer >= 1; got 0"):
+        nested_sets(4, (2,), [0.1] * 4, lambda layers: 0.0, tries=0)

@@ -16,7 +16,7 @@ from variant.models.config import VQVAEConfig
 from variant.models.vqvae import VQVAE
 from variant.training.checkpoint_schedule import OutputSection
 from variant.training.logging_section import LoggingSection
-from variant.training.perceptual import VGG16Features, lpips_loss
+from variant.training.perceptual import VGG16Features, function_loss, lpips_loss
 from variant.training.recipe import VAETraining
 from variant.training.vae_sections import AdversarySection, PerceptualSection
 from variant.training.vae_task import train_vae
@@ -137,22 +137,50 @@ def test_a_given_function_is_the_perceptual_network(recipe, tmp_path, monkeypatc
         "def maps(images):\n    return [images, avg_pool2d(images, 2)]\n"
         "def flat(images):\n    return images.detach()\n"
         "def scalar(images):\n    return images.mean()\n"
+        "def none(images):\n    return images[:, :0]\n"
+        "def failing(images):\n    raise RuntimeError('first line\\nsecond line')\n"
+        "def leaving(images):\n    raise SystemExit(3)\n"
+        "def infinite(images):\n    return images / 0\n"
+        "def wider(images):\n    return images.repeat(1, 1 + images.requires_grad, 1, 1)\n"
     )
+    (tmp_path / "leaving.py").write_text("raise SystemExit(4)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def with_function(name):
-        section = PerceptualSection(weight=1.0, network=f"my_features:{name}")
-        return with_losses(recipe, perceptual=section)
+        module, _, function = name.rpartition(".")
+        network = f"{module or 'my_features'}:{function}"
+        return with_losses(recipe, perceptual=PerceptualSection(weight=1.0, network=network))
 
     assert train_vae(with_function("maps"), tmp_path / "a", console=quiet(), device=CPU).steps == 4
     for name, message in (
         ("flat", "no gradient"),
         ("scalar", "must return floating features"),
+        ("none", "must return floating features"),
         ("missing", "has no attribute 'missing'"),
+        ("failing", "RuntimeError: first line second line"),
+        ("leaving", "SystemExit: 3"),
+        ("infinite", "its features are not finite"),
+        ("leaving.maps", "SystemExit: 4"),
     ):
-        with pytest.raises(UserError, match=rf"tiny: .*my_features:{name}: .*{message}"):
+        named = name.replace(".", ":") if "." in name else f"my_features:{name}"
+        with pytest.raises(UserError, match=rf"tiny: .*{named}: .*{message}"):
             train_vae(with_function(name), tmp_path / name, console=quiet(), device=CPU)
+    with pytest.raises(UserError, match=r"features of my_features:wider must have the same shapes"):
+        train_vae(with_function("wider"), tmp_path / "wider", console=quiet(), device=CPU)
+
+
+def test_a_function_that_changes_its_images_changes_no_other_loss(monkeypatch, tmp_path):
+    (tmp_path / "zeroing.py").write_text("def maps(x):\n    return x.mul_(0) + 1\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    loss = function_loss("zeroing:maps", "tiny")
+    images = torch.rand(2, 3, 8, 8)
+    reconstructed = (images / 2).requires_grad_()
+    before = images.clone(), reconstructed.detach().clone()
+    loss(reconstructed, images).backward()
+    assert images.equal(before[0])
+    assert reconstructed.detach().equal(before[1])
 
 
 # --- fine-tuning the decoder --------------------------------------------------------------------

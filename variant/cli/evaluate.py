@@ -44,6 +44,7 @@ from variant.evaluation.report import (
 )
 from variant.evaluation.sampler import FORMAT as SAMPLE_FORMAT
 from variant.evaluation.sampler import SETTINGS_NAME as SAMPLED
+from variant.evaluation.sampler import record_of_npz
 from variant.models.placement import check_device
 from variant.models.vqvae import VQVAE
 from variant.paths import path_kind, read_json, shown
@@ -256,7 +257,10 @@ def network_of(command: Eval, out: Console, size: tuple[int, int]) -> FeatureNet
     data = open_data(recipe.data, vae.image_size, vae.in_channels, recipe.seed)
     if not is_there(path):
         if path_kind(path) is not None:
-            raise UserError(f"{shown(path)}: has no record beside it ({path.stem}.json)")
+            raise UserError(
+                f"{shown(path)}: has no record beside it ({path.stem}.json); give another "
+                "--weights, or remove it"
+            )
         with progress("eval", "training the classifier", STEPS, command.json) as advance:
             trained = train_classifier(data, seed=recipe.seed, report=_steps(advance))
         save_classifier(path, *trained)
@@ -264,6 +268,11 @@ def network_of(command: Eval, out: Console, size: tuple[int, int]) -> FeatureNet
     if record.data_sha256 != data.digest():
         raise UserError(
             f"{shown(path)}: was trained on other data than {name} has; give another --weights"
+        )
+    if record.image_size not in (None, vae.image_size):  # the digest of a folder is of its files
+        raise UserError(
+            f"{shown(path)}: was trained on images of {record.image_size} x {record.image_size} "
+            f"pixels, {name} has {vae.image_size} x {vae.image_size}; give another --weights"
         )
     out.print(
         f"classifier {shown(path)}: {record.accuracy:.1%} of {data.num_held_out:,} held-out images"
@@ -331,8 +340,9 @@ def _generated(images: Path | None) -> dict[str, Any] | None:
     """What the images were generated from, where a record beside them tells it; else None."""
     if images is None:
         return None
-    paths = (images / SAMPLED, images / SETTINGS_NAME, images.with_suffix(".json"))
-    return next(filter(None, map(_record, paths)), None)
+    if images.suffix == ".npz":  # that beside a folder of images is of an .npz of its name
+        return _record(record_of_npz(images))
+    return _record(images / SAMPLED) or _record(images / SETTINGS_NAME)
 
 
 def _record(path: Path) -> dict[str, Any] | None:
@@ -400,7 +410,14 @@ def _compare(command: Eval) -> None:
 
 
 def _read_result(path: Path) -> dict[str, Any]:
+    from variant.cli.evaluate_depths import FORMAT as OF_MODEL_FORMAT
+
     result = read_json(path)
+    if isinstance(result, dict) and result.get("format") == OF_MODEL_FORMAT:
+        raise UserError(
+            f"{shown(path)}: holds the settings of --model; --compare takes results of --images or "
+            "--reconstruct"
+        )
     if not isinstance(result, dict) or result.get("format") != FORMAT:
         raise UserError(f'{shown(path)}: its "format" must be "{FORMAT}", of `variant eval --json`')
     if _depth(result) > MAX_NESTING:
@@ -421,11 +438,6 @@ def _depth(value: Any) -> int:
 def _metrics(path: Path, result: dict[str, Any]) -> list[Metric]:
     """The metrics of a result.  Raises: UserError, for what `variant eval` does not write."""
     values = result.get("metrics")
-    if values is None and "settings" in result:
-        raise UserError(
-            f"{shown(path)}: holds the settings of --model; --compare takes results of --images or "
-            "--reconstruct"
-        )
     if not isinstance(values, list) or len(values) > MAX_METRICS:
         raise UserError(f'{shown(path)}: its "metrics" must be a list of at most {MAX_METRICS}')
     try:

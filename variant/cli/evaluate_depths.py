@@ -34,6 +34,7 @@ from variant.evaluation.image_sets import Reference, open_images
 from variant.evaluation.report import (
     LEAST,
     Evaluation,
+    Metric,
     check_reference,
     check_sets,
     evaluate,
@@ -277,8 +278,7 @@ def _table(command: Eval, rows: list[tuple[Setting, float, Evaluation]]) -> Any:
     for setting, seconds, evaluation in rows:
         cells = []
         for metric in evaluation.metrics:
-            half = None if metric.low is None or metric.high is None else metric.high - metric.value
-            cells.append(f"{metric.value:.4g}" + ("" if half is None else f" ± {half:.2g}"))
+            cells.append(_with_interval(metric))
         result.add_row(
             *setting.cells,
             setting.kv_dtype,
@@ -287,6 +287,14 @@ def _table(command: Eval, rows: list[tuple[Setting, float, Evaluation]]) -> Any:
             f"{setting.kv_bytes:,}",
         )
     return result
+
+
+def _with_interval(metric: Metric) -> str:
+    """The value and the longer side of its interval: that of a share near 1 reaches down alone."""
+    value = f"{metric.value:.4g}"
+    if metric.low is None or metric.high is None:
+        return value
+    return f"{value} ± {max(metric.value - metric.low, metric.high - metric.value):.2g}"
 
 
 def _plot(path: Path, rows: list[tuple[Setting, float, Evaluation]]) -> None:

@@ -169,6 +169,18 @@ def open_image(file: BinaryIO) -> Image.Image:
         return Image.open(file)
 
 
+def wide_mode(image: Image.Image) -> str | None:
+    """The mode of an image of more than 8 bits per channel; None of others.
+
+    Of an image that was opened and not yet read: Pillow has no mode for 16 bits of several
+    channels, and cuts them to 8 when it reads them.
+    """
+    if image.mode in WIDE_MODES:
+        return image.mode
+    raw = (tile[3] for tile in getattr(image, "tile", ()))
+    return next((mode for mode in raw if isinstance(mode, str) and mode.endswith(";16B")), None)
+
+
 def _visible(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
@@ -326,9 +338,9 @@ class FolderData:
     def _open(self, path: Path) -> Image.Image:
         try:
             with open_regular(path) as file, open_image(file) as image:
-                if image.mode not in WIDE_MODES:
+                mode = wide_mode(image)
+                if mode is None:
                     return self._resize(upright(image).convert("RGB"), path)
-                mode = image.mode
         except Image.UnidentifiedImageError:  # its message names the path again
             raise UserError(f"{path}: is not a readable image: its format is not known") from None
         except UNREADABLE as error:

@@ -8,9 +8,7 @@ Axes: B images, 3 colours, Y X pixels, D features, C classes.
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from variant.errors import UserError
 from variant.evaluation.dinov2 import STANDARD, DINOv2, size_of
 from variant.evaluation.inception import Inception2015
 from variant.files import file_sha256, read_pickle
+from variant.named_functions import called, named_function
 from variant.paths import open_regular, shown
 from variant_kernels.arguments import choice
 
@@ -169,37 +168,20 @@ def load_weights(network: nn.Module, state: object, path: str | os.PathLike[str]
 
 
 def _function(name: str, device: torch.device) -> FeatureNetwork:
-    module_name, _, attribute = name.partition(":")
-    # As `python -m` does: modules of the current folder can be named.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-        function = getattr(module, attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"eval: --features {name}: {error}") from None
-    if not callable(function):
-        raise UserError(
-            f"eval: --features {name}: must name a function; it is {type(function).__name__}"
-        )
-
+    where = f"eval: --features {name}"
+    module, function = named_function(where, name)
     widths: set[int] = set()
 
     def run(images_B3YX: Tensor) -> Features:
-        try:
-            features = function(images_B3YX)
-        except Exception as error:
-            raise UserError(f"eval: --features {name}: {type(error).__name__}: {error}") from error
-        if (
-            not isinstance(features, Tensor)
-            or features.dim() != 2
-            or len(features) != len(images_B3YX)
-            or not features.is_floating_point()
-        ):
-            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        features = called(where, function, images_B3YX)
+        if not _is_features(features, len(images_B3YX)):
+            got: object = type(features).__name__
+            if isinstance(features, Tensor):
+                kind = f"{features.dtype}, {features.layout}, on {features.device.type}"
+                got = f"{tuple(features.shape)} ({kind.replace('torch.', '')})"
             raise UserError(
                 f"eval: {name} must return floating features ({len(images_B3YX)}, D) for as many "
-                f"images; got {got}"
+                f"images, with D of 1 or more; got {got}"
             )
         widths.add(features.shape[1])
         if len(widths) > 1:
@@ -212,3 +194,16 @@ def _function(name: str, device: torch.device) -> FeatureNetwork:
     file = getattr(module, "__file__", None)
     sha256 = "" if file is None else file_sha256(Path(file))
     return FeatureNetwork(name, f"FD ({name})", sha256, run, device)
+
+
+def _is_features(value: object, count: int) -> bool:
+    """Whether a function returned a matrix with a row of features for each image."""
+    return (
+        isinstance(value, Tensor)
+        and value.dim() == 2
+        and len(value) == count
+        and value.shape[1] > 0
+        and value.is_floating_point()
+        and value.layout == torch.strided
+        and not value.is_meta
+    )

@@ -12,6 +12,7 @@ import io
 import os
 import re
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from variant.data.images import SUFFIXES, UNREADABLE, WIDE_MODES, open_image
+from variant.data.images import SUFFIXES, UNREADABLE, open_image, upright, wide_mode
 from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.evaluation.frechet import Gaussian
@@ -46,6 +47,7 @@ class ImageSet:
 
     name: for messages.  labels: the class of each image, where the files' names tell.
     read: the images of some indices, (B, 3, Y, X).
+    names: of the files, in order; None where the images are no files.
     seen: SHA-256 of the pixels of the images of the last pass, and how often each came.
     largest: value of a pixel of the last pass.
     """
@@ -54,6 +56,7 @@ class ImageSet:
     count: int
     labels: Sequence[int] | None
     read: Callable[[range], Tensor]
+    names: Sequence[str] | None = None
     seen: dict[bytes, int] = field(default_factory=dict)
     largest: int = 0
 
@@ -145,7 +148,7 @@ def open_reference(path: str | os.PathLike[str]) -> Reference:
     """
     path = Path(path)
     if path.suffix != ".npz" or path_kind(path) != "file":
-        return Reference(path.name, open_images(path))
+        return Reference(path.name or str(path), open_images(path))
     arrays, names = _read_npz(path)
     images = None
     if "arr_0" in arrays:
@@ -181,15 +184,27 @@ def array_images(
         rows = images_NYX3[indices.start : indices.stop]
         return torch.from_numpy(np.ascontiguousarray(rows.transpose(0, 3, 1, 2)))
 
-    labels = None
-    if (
-        labels_N is not None
-        and labels_N.shape == (len(images_NYX3),)
-        and labels_N.dtype.kind in "iu"
-        and 0 <= int(labels_N.min()) <= int(labels_N.max()) <= MAX_LABEL
-    ):
-        labels = labels_N.tolist()
-    return ImageSet(name, len(images_NYX3), labels, read)
+    return ImageSet(name, len(images_NYX3), _labels(name, labels_N, len(images_NYX3)), read)
+
+
+def _labels(name: str, labels_N: np.ndarray | None, count: int) -> list[int] | None:
+    """The labels of an array; None where it holds others.
+
+    Warns:
+        RuntimeWarning: it does not hold an integer for each image.
+    """
+    if labels_N is None:
+        return None
+    if labels_N.shape != (count,) or labels_N.dtype.kind not in "iu":
+        warnings.warn(
+            f"{name}: arr_1 holds no integer for each of the {count:,} images but "
+            f"{labels_N.dtype} {labels_N.shape}; the images count as without labels",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+    # -1 is an image of no class.
+    return labels_N.tolist() if labels_N.min() >= 0 and labels_N.max() <= MAX_LABEL else None
 
 
 def _gaussian(path: Path, arrays: Any, mean: str, covariance: str) -> Gaussian | None:
@@ -375,21 +390,23 @@ def _encoded(where: Path, names: Sequence[str], content: Callable[[int], bytes])
     def decode(index: int) -> np.ndarray | None:
         try:
             with open_image(io.BytesIO(content(index))) as image:
-                is_wide = image.mode in WIDE_MODES
-                pixels = np.asarray(image.convert("RGB"))
+                mode = wide_mode(image)
+                # As the training sees them.
+                pixels = np.asarray(upright(image).convert("RGB"))
         except UNREADABLE:
             return None
-        if is_wide:  # convert("RGB") clips their values to 8 bits
+        if mode is not None:  # convert("RGB") clips their values to 8 bits
             raise UserError(
                 f"{shown(names[index])}: must have 8 bits per channel; its pixels are of mode "
-                f"{image.mode}. Convert it first"
+                f"{mode}. Convert it first"
             )
+        height, width = pixels.shape[:2]
         if not size:
-            size.append(image.size)
-        if image.size != size[0]:
+            size.append((width, height))
+        if (width, height) != size[0]:
             raise UserError(
                 f"{shown(names[index])}: all images must have one size, {size[0][0]} x "
-                f"{size[0][1]}; this one has {image.size[0]} x {image.size[1]}"
+                f"{size[0][1]}; this one has {width} x {height}"
             )
         return pixels
 
@@ -410,6 +427,5 @@ def _encoded(where: Path, names: Sequence[str], content: Callable[[int], bytes])
 
     labels = [LABEL.search(Path(name).name) for name in names]
     known = [int(match[1]) for match in labels if match]
-    return ImageSet(
-        where.name or str(where), len(names), known if len(known) == len(names) else None, read
-    )
+    given = known if len(known) == len(names) else None
+    return ImageSet(where.name or str(where), len(names), given, read, names)

@@ -5,7 +5,10 @@ Axes: B images, 3 colours, Y X pixels.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +82,31 @@ def check_pairs(images: ImageSet, reference: ImageSet) -> None:
             f"eval: --paired needs as many images as the reference has; {images.name} has "
             f"{images.count:,}, {reference.name} {reference.count:,}"
         )
+
+
+def warn_of_order(images: ImageSet, reference: ImageSet) -> None:
+    """Warns: RuntimeWarning, if numbers in names do not sort as numbers: 0, 1, 10, 2.
+
+    Then image i of the set is hardly image i of a reference whose files have other names.
+    """
+    names, others = (_stems(each.names) for each in (images, reference))
+    if names == others:
+        return
+    for each, stems in ((images, names), (reference, others)):
+        numbers = [int(stem) for stem in stems if stem.isascii() and stem.isdigit()]
+        place = next((i for i in range(1, len(numbers)) if numbers[i] < numbers[i - 1]), None)
+        if len(numbers) == len(stems) and place is not None:
+            warnings.warn(
+                f"eval: {each.name}: in the order of the names image {stems[place - 1]} is before "
+                f"{stems[place]}; pairs are those of this order. Pad the numbers with zeros",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+def _stems(names: Sequence[str] | None) -> list[str]:
+    """The names of files without their endings; of the images of tar files, too."""
+    return [] if names is None else [PurePosixPath(name).stem for name in names]
 
 
 def psnr(mean_squared_error: float) -> float:

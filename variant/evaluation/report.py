@@ -29,7 +29,7 @@ from variant.evaluation.frechet import (
     total,
 )
 from variant.evaluation.image_sets import ImageSet, Reference
-from variant.evaluation.paired import check_pairs
+from variant.evaluation.paired import check_pairs, warn_of_order
 from variant.evaluation.scores import NEIGHBOURS, SPLIT, inception_score, precision_recall
 from variant_kernels.arguments import integer
 
@@ -101,13 +101,24 @@ def extract(
 
     Args:
         advance: called with the number of images and the name of the set after each batch.
+    Raises:
+        UserError: features that are not finite; the first image that has them is named.
     """
     rows: list[Tensor] = []
     spatial: list[Tensor] = []
     logits: list[Tensor] = []
+    start = 0
     with torch.inference_mode():
         for pixels in images.batches(batch):
             output = network.run(pixels.to(network.device))
+            for part in (output.features_BD, output.spatial_BD, output.logits_BC):
+                if part is not None and not part.isfinite().all():
+                    bad = int((~part.isfinite()).flatten(1).any(1).int().argmax())
+                    raise UserError(
+                        f"eval: {network.name}: the features of image {start + bad} of "
+                        f"{images.name} are not finite in {str(part.dtype).removeprefix('torch.')}"
+                    )
+            start += len(pixels)
             rows.append(output.features_BD.cpu())
             spatial += [] if output.spatial_BD is None else [output.spatial_BD.cpu()]
             logits += [] if output.logits_BC is None else [output.logits_BC.cpu()]
@@ -144,14 +155,17 @@ def evaluate(
     integer("evaluate", "batch", batch, 1)
     if paired and reference.images is not None:
         check_pairs(images, reference.images)
+        warn_of_order(images, reference.images)
     height, width = images.read(range(1)).shape[2:]
     check_reference(reference, network, images.name, images.count, (height, width))
     own = extract(images, network, batch, advance)
     if real is None and reference.images is not None:
         real = extract(reference.images, network, batch, advance)
-    for each in (images, reference.images):
+    for each, features in ((images, own), (reference.images, real)):
         if each is not None:
             _warn_of_pixels(each)
+        if each is not None and features is not None:
+            _warn_of_equal_features(each, network, features)
     given = network.distance == GIVEN
     real_labels = None if reference.images is None else reference.images.labels
     metrics = [
@@ -263,6 +277,18 @@ def _warn_of_pixels(images: ImageSet) -> None:
         warnings.warn(
             f"eval: no pixel of {images.name} is above {images.largest} of 255; images in [0, 1] "
             "must be multiplied by 255 and rounded before they become uint8",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_equal_features(images: ImageSet, network: FeatureNetwork, features: Features) -> None:
+    """Warns: RuntimeWarning, if images that differ all have the same features."""
+    rows_ND = features.features_BD
+    if images.repeats < images.count - 1 and bool((rows_ND == rows_ND[0]).all()):
+        warnings.warn(
+            f"eval: {network.name} gives all {images.count:,} images of {images.name} the same "
+            "features; no number of them says anything",
             RuntimeWarning,
             stacklevel=3,
         )

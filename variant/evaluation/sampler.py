@@ -48,6 +48,7 @@ SETTINGS_NAME = "sample.json"
 PART = 500  # images of a shard and of a part
 TEMPORARY = re.compile(r"\.(?:part-)?(?P<number>\d+)(?:_class-?\d+)?\.(?:png|tar|npy)\.\d+\.tmp")
 OWN = re.compile(r"\d{6,}_class-?\d+\.png|part-\d{5,}\.tar")
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 KERNELS = "kernels"  # the backend of each op; records of earlier versions do not have it
 # Settings in which a run may be continued with another value.
 FREE = ("software", "commit", "dirty")
@@ -113,7 +114,9 @@ class SampleFiles:
         """Write a unit; each file appears whole or not at all.  Raises: UserError."""
         if self.form == "npz":
             with atomic_write(self.unit_file(number)) as temporary, temporary.open("wb") as file:
-                np.save(file, pixels_BYX3)
+                # Not np.save: of a full disk it says "problem writing element 4096 to file".
+                np.lib.format.write_array_header_1_0(file, _header(pixels_BYX3.shape))
+                file.write(pixels_BYX3.tobytes())
             return
         encoded = [
             _png(image, {**text, "label": self.label(index), "index": index})
@@ -148,8 +151,7 @@ class SampleFiles:
         ):
             entry = zipfile.ZipInfo("arr_0.npy")
             with archive.open(entry, "w", force_zip64=True) as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
+                np.lib.format.write_array_header_1_0(file, _header(shape))
                 for number, images in self.units():
                     file.write(self._part(number, images, shape[1:]).tobytes())
             with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
@@ -204,16 +206,29 @@ class SampleFiles:
         return f"{index:06d}_class{self.label(index)}"
 
 
+def _header(shape: tuple[int, ...]) -> dict[str, Any]:
+    """That of a ``.npy`` file of pixels."""
+    return {"descr": "|u1", "fortran_order": False, "shape": shape}
+
+
 def _is_written(path: Path) -> bool:
-    """Whether a file is there; an empty one, as a power failure leaves them, is not.
+    """Whether a whole file is there; one that a power failure or a copy has cut off is not.
 
     Something else of the name counts as missing, so that writing the file refuses it by name.
     """
     try:
         status = os.stat(path)  # once: another rank may just be removing the parts
+        if not stat.S_ISREG(status.st_mode) or not status.st_size:
+            return False
+        if path.suffix == ".tar":
+            return status.st_size % tarfile.RECORDSIZE == 0
+        if path.suffix != ".png":  # parts of an .npz are checked when they are joined
+            return True
+        with path.open("rb") as file:
+            file.seek(-min(status.st_size, len(PNG_END)), os.SEEK_END)
+            return file.read() == PNG_END
     except OSError:
         return False
-    return stat.S_ISREG(status.st_mode) and status.st_size > 0
 
 
 def record_of_npz(out: Path) -> Path:

@@ -16,8 +16,8 @@ from variant_kernels.arguments import integer
 SPLIT, NEIGHBOURS = 5000, 3
 # Rows of a block of distances.
 BLOCK = 1024
-# Distances are compared up to rounding, in units of the squared norms: equal features are equal
-# whatever the sizes of the blocks.
+# Distances are compared up to rounding, in units of the squared norms of both images: equal
+# features are equal whatever the sizes of the blocks.
 TOLERANCE = 1e-12
 
 
@@ -102,33 +102,35 @@ def precision_recall(
 
 def _share_inside(points_ND: Tensor, centres_MD: Tensor, neighbours: int) -> float:
     """Share of points that lie in the ball of any centre."""
+    squares_M = centres_MD.square().sum(1)
     radii_M = torch.cat(
         [
-            _squared_distances(rows, centres_MD).kthvalue(neighbours + 1, dim=1).values
+            _squared_distances(rows, centres_MD, squares_M)[0]
+            .kthvalue(neighbours + 1, dim=1)
+            .values
             for rows in centres_MD.split(BLOCK)
         ]
     )
-    tolerance = TOLERANCE * max(_largest_norm(points_ND), _largest_norm(centres_MD))
-    inside = [
-        (_squared_distances(rows, centres_MD) <= radii_M + tolerance).any(1)
-        for rows in points_ND.split(BLOCK)
-    ]
+    inside = []
+    for rows in points_ND.split(BLOCK):
+        distances_BM, squares_BM = _squared_distances(rows, centres_MD, squares_M)
+        # Of each pair its own rounding: one far image must not widen the balls of the others.
+        inside.append((distances_BM.sub_(squares_BM, alpha=TOLERANCE) <= radii_M).any(1))
     return float(torch.cat(inside).double().mean())
 
 
-def _squared_distances(rows_BD: Tensor, others_MD: Tensor) -> Tensor:
-    squares = rows_BD.square().sum(1)[:, None] + others_MD.square().sum(1)
-    return torch.addmm(squares, rows_BD, others_MD.T, alpha=-2)
-
-
-def _largest_norm(points_ND: Tensor) -> float:
-    return float(points_ND.square().sum(1).max())
+def _squared_distances(
+    rows_BD: Tensor, others_MD: Tensor, squares_M: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Squared distances (B, M), and the sums of both squared norms, whose rounding they have."""
+    squares_BM = rows_BD.square().sum(1)[:, None] + squares_M
+    return torch.addmm(squares_BM, rows_BD, others_MD.T, alpha=-2), squares_BM
 
 
 def _check(op: str, name: str, values: Tensor, at_least: int) -> None:
     if values.dim() != 2 or len(values) < at_least or not values.shape[1]:
         raise ValueError(
-            f"{op}: {name} must be a matrix with at least {at_least} rows; got "
+            f"{op}: {name} must be a matrix with at least {at_least} rows and one column; got "
             f"{tuple(values.shape)}"
         )
     if not values.isfinite().all():

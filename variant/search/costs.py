@@ -12,6 +12,7 @@ from typing import Protocol
 
 from variant.models.config import VARConfig
 from variant.search.space import Layers, Prefix, Space
+from variant_kernels.arguments import real
 from variant_kernels.plans.cache_plan import CachePlan
 from variant_kernels.plans.depth_schedule import DepthSchedule
 
@@ -65,11 +66,30 @@ class AdditiveCost:
 
     Args:
         by_depth: for each scale, the cost of each depth, >= 0.
+    Raises:
+        TypeError, ValueError: a depth of the space has no such cost at a scale, or the full network
+            costs nothing.
     """
 
     def __init__(self, name: str, space: Space, by_depth: Sequence[Mapping[int, float]]) -> None:
         self.name, self.space, self.by_depth = name, space, by_depth
+        if len(by_depth) != space.num_scales:
+            raise ValueError(
+                f"AdditiveCost: by_depth must have the costs of {space.num_scales} scales; got "
+                f"{len(by_depth)}"
+            )
+        for scale, costs in enumerate(by_depth):
+            for depth in sorted({len(layers) for layers in space.sets}):
+                if depth not in costs:
+                    raise ValueError(
+                        f"AdditiveCost: by_depth[{scale}] must have the cost of depth {depth}, "
+                        f"which the space has; got {sorted(costs)}"
+                    )
+            for depth, cost in costs.items():
+                real("AdditiveCost", f"by_depth[{scale}][{depth}]", cost, 0)
         self._full = sum(costs[space.full_depth] for costs in by_depth)
+        if not self._full:
+            raise ValueError(f"AdditiveCost: {name} of the full network must be above 0; got 0")
 
     def of(self, schedule: Prefix) -> float:
         return self._sum(schedule) / self._full
@@ -118,7 +138,15 @@ def latency_cost(space: Space, seconds: Mapping[int, Sequence[float]]) -> Additi
 
     Args:
         seconds: depth -> seconds of each scale; every depth of the space.
+    Raises:
+        TypeError, ValueError: as :class:`AdditiveCost`.
     """
+    for depth, times in seconds.items():
+        if len(times) != space.num_scales:
+            raise ValueError(
+                f"latency_cost: seconds[{depth}] must have {space.num_scales} numbers, one for "
+                f"each scale; got {len(times)}"
+            )
     costs = [
         {depth: float(times[scale]) for depth, times in seconds.items()}
         for scale in range(space.num_scales)

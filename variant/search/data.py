@@ -6,6 +6,8 @@ Axes: N images, L tokens of all scales.
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +54,8 @@ def held_out(model: VARiant, data: str, count: int) -> HeldOut:
             sub-folder of images per class; a folder of token shards; a folder of IDX files with
             MNIST's names, or one file of images with the file of its labels beside it.
         count: images; fewer where there are fewer.
+    Warns:
+        RuntimeWarning: its classes have other names than the model's, or another order.
     Raises:
         UserError: no such data, of other classes or sizes than the model's, or fewer than two
             images.
@@ -63,6 +67,7 @@ def held_out(model: VARiant, data: str, count: int) -> HeldOut:
             f"{shown(data)}: must have the {config.num_classes} classes of the model; it has "
             f"{source.num_classes}"
         )
+    _warn_of_names(data, source.classes, config.class_names)
     count = min(count, source.num_held_out)
     if count < 2:
         raise UserError(
@@ -78,6 +83,25 @@ def held_out(model: VARiant, data: str, count: int) -> HeldOut:
         else:
             tokens.append(samples.tokens_BL)
     return HeldOut(torch.cat(labels), torch.cat(tokens), f"{count:,} held-out images of {data}")
+
+
+def _warn_of_names(data: str, classes: Sequence[str], expected: Sequence[str]) -> None:
+    """Warns: RuntimeWarning, if labels may mean other classes than the model was trained with.
+
+    Numbers are the names of classes that have none.
+    """
+    numbers = [str(label) for label in range(len(classes))]
+    if not expected or numbers in ([*classes], [*expected]) or [*classes] == [*expected]:
+        return
+    label = next(
+        n for n, pair in enumerate(zip(classes, expected, strict=True)) if len({*pair}) > 1
+    )
+    warnings.warn(
+        f"search: class {label} of {shown(data)} is {shown(classes[label])}, that of the model "
+        f"{shown(expected[label])}: the losses are right only if both are the same class",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _open(model: VARiant, data: str) -> Source:

@@ -153,7 +153,15 @@ def nested_sets(
         influence: of each layer: 1 - the cosine between the stream before and after it.
         loss: of a set of layers.
         tries: layers that are tried for each one that is left out; 1 follows influence alone.
+    Raises:
+        TypeError, ValueError: no number of influence for each layer, or an argument out of range.
     """
+    if len(influence) != integer("nested_sets", "full_depth", full_depth, 1):
+        raise ValueError(
+            f"nested_sets: influence must have {full_depth} numbers, one for each layer; got "
+            f"{len(influence)}"
+        )
+    tries = integer("nested_sets", "tries", tries, 1)
     wanted = set(integers("nested_sets", "depths", list(depths), min(2, full_depth), full_depth))
     layers: Layers = tuple(range(full_depth))
     found = [layers] if full_depth in wanted else []

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 
 from variant.search.costs import Cost
 from variant.search.space import Prefix, Space
 from variant_kernels.arguments import instance, integer, real, typed
+from variant_kernels.plans.depth_schedule import check_layers
 
 # loss(prefix) -> the part of the loss that the tokens of the prefix's last scale have: a number, or
 # one for each image, >= 0. The loss of a schedule is the sum over its prefixes.
@@ -121,7 +122,8 @@ def search(
             that the budgets leave, so that it computes what the bounds on the loss would cut.
     Raises:
         TypeError: an argument of another type.
-        ValueError: a budget without a cost of its name or not in (0, 1], or a loss below 0.
+        ValueError: a budget without a cost of its name or not in (0, 1], two costs of one name, a
+            seed that is no schedule of the space's model, or a loss below 0.
     """
     op = "search"
     instance(op, "space", space, Space)
@@ -129,16 +131,20 @@ def search(
     names = [cost.name for cost in costs]
     if not names:
         raise ValueError(f"{op}: costs must be at least one; got none")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{op}: costs must have different names; got {', '.join(names)}")
     checked: dict[str, float] = {}
     for name, most in (budgets or {}).items():
         if name not in names:
             raise ValueError(f"{op}: budgets must be of {', '.join(names)}; got {name!r}")
         checked[name] = real(op, f"budgets[{name!r}]", most, 0, 1)
+        if not checked[name]:
+            raise ValueError(f"{op}: budgets[{name!r}] must be above 0; got 0")
     tree = _Tree(space, costs, loss, checked, report, ahead)
     count, prefixes = space.count()
     is_exact = count <= exact
     tree.expected = prefixes if is_exact else _beam_losses(space, beam * len(costs))
-    seeds = list(seeds)
+    seeds = [_checked_seed(space, number, seed) for number, seed in enumerate(seeds)]
     tree.announce([seed[:end] for seed in seeds for end in range(1, len(seed) + 1)])
     if is_exact and ahead is not None:
         tree.announce(list(tree.prefixes(())))
@@ -149,6 +155,24 @@ def search(
     else:
         tree.by_beam(beam)
     return Result(list(tree.found.values()), is_exact, count, checked)
+
+
+def _checked_seed(space: Space, number: int, seed: Prefix) -> Prefix:
+    """Raises: TypeError, ValueError, for what is no schedule of the space's model."""
+    name = f"seeds[{number}]"
+    if len(seed) != space.num_scales:
+        raise ValueError(
+            f"search: {name} must have layers for each of the {space.num_scales} scales; got "
+            f"{len(seed)}"
+        )
+    checked = tuple(check_layers(space.full_depth, layers, "search", name) for layers in seed)
+    for before, layers in pairwise(checked):
+        if not set(layers) <= set(before):
+            raise ValueError(
+                f"search: {name}: the layers of each scale must be among those of the scale "
+                f"before; got {list(layers)} after {list(before)}"
+            )
+    return checked
 
 
 def _beam_losses(space: Space, width: int) -> int:
@@ -182,7 +206,11 @@ class _Tree:
         if prefix not in self._losses:
             depths = "-".join(str(len(layers)) for layers in prefix)
             self.report(len(self._losses), self.expected, depths)
-            value = np.asarray(self._loss(prefix), dtype=np.float64)
+            loss = self._loss(prefix)
+            try:
+                value = np.asarray(loss, dtype=np.float64)
+            except (TypeError, ValueError):
+                raise TypeError(f"search: loss must be numbers >= 0; got {typed(loss)}") from None
             if not value.size or not (np.isfinite(value).all() and value.min() >= 0):
                 raise ValueError(f"search: loss must be numbers >= 0; got {typed(value.tolist())}")
             self._losses[prefix] = float(value.mean())

@@ -84,6 +84,7 @@ class ClassifierRecord:
     """What a classifier was trained on, and how well it classifies held-out images.
 
     accuracy: share of the held-out images.
+    image_size: pixels of a side of the images; None in records of earlier versions.
     """
 
     format: str
@@ -92,6 +93,7 @@ class ClassifierRecord:
     seed: CountOrZero
     steps: Count
     accuracy: Share
+    image_size: Count | None = None
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -114,8 +116,12 @@ def train_classifier(
         widths: channels of its stages; :func:`read_classifier` reads classifiers of the default.
         device: of the training and of the classifier; None is the CPU.
         report: called after each step with its number and loss.
+    Raises:
+        UserError: there is one training image alone, of which nothing can be normalised.
     """
     integer("train_classifier", "steps", steps, 1)
+    if data.num_train < 2:
+        raise UserError("a classifier needs two training images or more; the data have 1")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         classifier = Classifier(data.num_classes, widths).to(device).train()
@@ -136,7 +142,13 @@ def train_classifier(
         report(step + 1, float(loss.detach()))
     classifier.eval().requires_grad_(False)
     record = ClassifierRecord(
-        FORMAT, tuple(data.classes), data.digest(), seed, steps, held_out_accuracy(classifier, data)
+        FORMAT,
+        tuple(data.classes),
+        data.digest(),
+        seed,
+        steps,
+        held_out_accuracy(classifier, data),
+        data.held_out(range(1))[0].shape[-1],
     )
     return classifier, record
 

@@ -7,9 +7,6 @@ Axes: B images, I channels, 3 colours, Y X pixels, C features.
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from variant.checkpoints.model_folder import load_state
 from variant.errors import UserError
 from variant.files import file_sha256, read_pickle, read_safetensors
 from variant.models.pixels import three_channels
+from variant.named_functions import called, named_function
 from variant.paths import open_regular
 from variant.training.classifier import Classifier
 from variant.training.vae_losses import feature_distance
@@ -59,6 +57,12 @@ class PerceptualLoss:
         with torch.no_grad():
             wanted = [layer.float() for layer in self.features(three_channels(images_BIYX))]
         found = [layer.float() for layer in self.features(three_channels(reconstructed_BIYX))]
+        shapes, others = ([tuple(x.shape) for x in layers] for layers in (found, wanted))
+        if shapes != others:  # they would be broadcast
+            raise UserError(
+                f"perceptual loss: {self.what} must have the same shapes for reconstructions as "
+                f"for images; got {shapes} and {others}"
+            )
         return feature_distance(found, wanted, self.weights)
 
 
@@ -179,19 +183,12 @@ def function_loss(name: str, recipe: str) -> PerceptualLoss:
         UserError: there is no such function.
     """
     where = f"{recipe}: vae_training.perceptual.network {name}"
-    module, _, attribute = name.partition(":")
-    # As `python -m` does: modules of the current folder can be named.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        function: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{where}: {error}") from None
-    if not callable(function):
-        raise UserError(f"{where}: must name a function; it is {type(function).__name__}")
+    _, function = named_function(where, name)
+    checked: list[bool] = []
 
     def features(images_B3YX: Tensor) -> Sequence[Tensor]:
-        output: Any = function(images_B3YX)
+        # A copy: other losses read the images too, and a function may change what it is given.
+        output = called(where, function, images_B3YX.clone())
         layers: list[Any] = list(output) if isinstance(output, list | tuple) else [output]
         if not layers or not all(_is_features(layer, len(images_B3YX)) for layer in layers):
             got = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in layers]
@@ -201,6 +198,10 @@ def function_loss(name: str, recipe: str) -> PerceptualLoss:
             )
         if images_B3YX.requires_grad and not any(layer.requires_grad for layer in layers):
             raise UserError(f"{where}: its features have no gradient to the images")
+        if not checked:  # once: on a GPU it waits for the device
+            if not all(layer.isfinite().all() for layer in layers):
+                raise UserError(f"{where}: its features are not finite")
+            checked.append(True)
         return layers
 
     return PerceptualLoss(features, f"features of {name}")
@@ -209,7 +210,7 @@ def function_loss(name: str, recipe: str) -> PerceptualLoss:
 def _is_features(value: object, count: int) -> bool:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return False
-    return value.dim() >= 2 and len(value) == count
+    return value.dim() >= 2 and len(value) == count and value.numel() > 0
 
 
 def given_loss(section: PerceptualSection, recipe: str, device: torch.device) -> PerceptualLoss:

@@ -281,9 +281,14 @@ def _classifier(setup: RunSetup, console: Console | None) -> PerceptualLoss:
     assert isinstance(source, ImageSource), "a VQ-VAE is trained on images"
     steps = recipe.vae_training.perceptual.steps
     path = setup.folder / RUN_NAME
-    wanted = source.digest(), recipe.seed, steps
+    wanted = source.digest(), recipe.seed, steps, recipe.vae.image_size
     found = read_classifier(path) if is_there(path) else None
-    if found is None or (found[1].data_sha256, found[1].seed, found[1].steps) != wanted:
+    if found is None or wanted != (
+        found[1].data_sha256,
+        found[1].seed,
+        found[1].steps,
+        found[1].image_size or recipe.vae.image_size,  # earlier versions did not record it
+    ):
         out = lossy(console or Console())
         out.print(f"vae: training the classifier of the perceptual loss, {steps} steps")
         trained = train_classifier(source.data, seed=recipe.seed, steps=steps, device=setup.device)
