@@ -174,9 +174,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("form", ["png", "webdataset", "npz"])
-def test_kill_at_any_moment_loses_and_doubles_nothing(
-    model, expected, tmp_path, monkeypatch, form
-):
+def test_kill_at_any_moment_loses_and_doubles_nothing(model, expected, tmp_path, monkeypatch, form):
     """The number of moments is raised by `make nightly` (VARIANT_SAMPLER_KILLS)."""
 
     moments = int(os.environ.get("VARIANT_SAMPLER_KILLS", "1"))
