@@ -115,5 +115,5 @@ REHEARSAL = Settings(
         "golden model": (*_PYTEST, "tests/kernels/test_tensors.py"),
         "small cases": (*_PYTEST, "tests/gpu/test_small_cases.py"),
     },
-    tests={"kernels": (*_PYTEST, "-n", "2", "tests/kernels/test_tensors.py")},
+    tests={"kernels": (*_PYTEST, "-n", "1", "tests/kernels/test_tensors.py")},
 )

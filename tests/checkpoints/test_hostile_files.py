@@ -95,20 +95,24 @@ def save_over(path, model):
     torch.save(model.var.state_dict(), path)
 
 
-CHANGES = (truncate, write_zeros, copy_over, save_over)
+# In this order every change finds something to change.
+CHANGES = (write_zeros, copy_over, save_over, truncate)
 FORMS = ("pth", "safetensors", "hub", "folder")
 
 
-def outlives(form, change, folder):
-    """Whether a model generates the same tokens after its files were changed."""
+def outlives(form, folder):
+    """For each change, whether a model generates the same tokens after its files were changed."""
     model, files = load_form(form, folder)
     before = [value.clone() for value in model.state_dict().values()]
     tokens = model.generate([1, 2], seed=3).tokens
-    for path in files:
-        change(path, model)
-    assert torch.equal(model.generate([1, 2], seed=3).tokens, tokens)
-    after = model.state_dict().values()
-    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    for change in CHANGES:
+        for path in files:
+            content = path.read_bytes()
+            change(path, model)
+            assert path.read_bytes() != content
+        assert torch.equal(model.generate([1, 2], seed=3).tokens, tokens)
+        after = model.state_dict().values()
+        yield change, all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def run_script(script, *arguments):
@@ -131,10 +135,10 @@ import sys
 from pathlib import Path
 import test_hostile_files as t
 for form in t.FORMS:
-    for change in t.CHANGES:
-        folder = Path(sys.argv[1]) / form / change.__name__
-        folder.mkdir(parents=True)
-        print(form, change.__name__, t.outlives(form, change, folder), flush=True)
+    folder = Path(sys.argv[1]) / form
+    folder.mkdir()
+    for change, same in t.outlives(form, folder):
+        print(form, change.__name__, same, flush=True)
 """
     done = run_script(script, tmp_path)
     expected = [f"{form} {change.__name__} True" for form in FORMS for change in CHANGES]
@@ -211,7 +215,14 @@ def files_of_75_mb(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("form", ["pth float32", "pth bfloat16", "folder float32"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param("pth float32", marks=pytest.mark.nightly),  # the other two have its parts
+        "pth bfloat16",
+        "folder float32",
+    ],
+)
 def test_peak_memory_of_loading_is_bounded(files_of_75_mb, form):
     folder, (kind, dtype) = files_of_75_mb, form.split()
     names = ["."] if kind == "folder" else ["var.pth", "vae.pth"]

@@ -66,7 +66,11 @@ def test_a_signal_during_the_imports_is_one_line(nth, signum, words, tmp_path, m
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    # That both have the handler is told during the imports too.
+    "signum",
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)],
+)
 def test_a_signal_during_the_work_is_one_line_and_keeps_what_is_written(signum, model, tmp_path):
     words = ("generate", "--model", model, "--labels", 1, "--count", 9, "--max-batch", 3)
     done = child(5, signum, "os.rename", *words, "--out", tmp_path / "o")

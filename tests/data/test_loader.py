@@ -148,16 +148,6 @@ def test_no_temporary_folder_is_one_line(source, monkeypatch):
 
 
 @pytest.mark.timeout(240)
-def test_workers_do_not_inherit_a_lock_that_another_thread_holds(source):
-    # A lock of the interpreter, which a fork can inherit just so, cannot be held from Python.
-    loader = Loader(source, plan_of(), 1, pin=False)
-    request = next(iter(plan_of()))
-    with images._FILTERS:  # reading an image takes it
-        assert len(loader.samples(request.indices, request.epoch)) == 8
-    loader.close()
-
-
-@pytest.mark.timeout(240)
 def test_a_killed_worker_is_one_line(source):
     def read_and_kill(loader):
         for number, request in enumerate(plan_of()):
@@ -170,14 +160,6 @@ def test_a_killed_worker_is_one_line(source):
     with pytest.raises(UserError, match=expected) as raised, opened as loader:
         read_and_kill(loader)
     assert "\n" not in str(raised.value)
-
-
-def test_workers_outlive_the_signals_that_stop_a_training(source):
-    with reading_ahead(source, plan_of(), 1, pin=False) as loader:
-        for request in plan_of():
-            loader.samples(request.indices, request.epoch)
-            for number in WORKER_SIGNALS:
-                os.kill(multiprocessing.active_children()[0].pid, number)
 
 
 def test_other_errors_are_not_those_of_workers(source):
@@ -212,12 +194,21 @@ def test_workers_end_with_a_training_that_is_killed_while_they_start(source, tmp
 
 
 @pytest.mark.timeout(240)
-def test_the_interpreter_of_a_worker_is_not_torn_down(source, tmp_path):
-    # That stops its threads where they are; inside torch it aborts the process, now and then.
+def test_a_worker_inherits_no_lock_outlives_signals_and_is_not_torn_down(source, tmp_path):
+    """One worker for all three: a new one imports torch."""
     loader = Loader(Leaving(source, tmp_path / "left"), plan_of(), 1, pin=False)
-    request = next(iter(plan_of()))
-    loader.samples(request.indices, request.epoch)
+    first, *others = plan_of()
+    # A lock of the interpreter, which a fork can inherit just so, cannot be held from Python.
+    with images._FILTERS:  # reading an image takes it
+        assert len(loader.samples(first.indices, first.epoch)) == 8
     (worker,) = multiprocessing.active_children()
+    # The signals that stop a training.
+    for request in others:
+        for number in WORKER_SIGNALS:
+            os.kill(worker.pid, number)
+        loader.samples(request.indices, request.epoch)
+    # To tear down its interpreter would stop its threads where they are; inside torch that aborts
+    # the process, now and then.
     loader.close()
     worker.join()
     assert worker.exitcode == 0

@@ -196,8 +196,18 @@ def test_images_need_no_encoder():
         images(model)
 
 
-@pytest.mark.parametrize("is_used", [False, True])
-@pytest.mark.parametrize("options", [{"pack": False}, {}, BF16], ids=["own", "packed", "bf16"])
+@pytest.mark.parametrize(
+    ("options", "is_used"),
+    [
+        pytest.param({"pack": False}, False, id="own-new"),
+        pytest.param({"pack": False}, True, id="own-used", marks=pytest.mark.nightly),
+        pytest.param({}, False, id="packed-new"),
+        pytest.param({}, True, id="packed-used"),
+        # A used engine of another dtype also had a copy of the part to forget.
+        pytest.param(BF16, False, id="bf16-new", marks=pytest.mark.nightly),
+        pytest.param(BF16, True, id="bf16-used"),
+    ],
+)
 def test_another_part_of_the_decoder_runs(options, is_used):
     """In the place of a part that the packed decoder replaces by one of its own too."""
     for path in (

@@ -153,21 +153,23 @@ class CachePlan:
         self.page_size = page_size
         self.last_scales = tuple(schedule.last_scale(i) for i in range(schedule.full_depth))
         # PageAllocator reuses free pages, so that it needs as many as are in use at once; counting
-        # them takes no time for each page.
+        # them takes no time for each page. Both numbers only grow between two releases.
         self.peak_tokens = self.peak_pages = 0
-        stored = dict.fromkeys(range(schedule.full_depth), 0)
+        tokens, pages = [0] * schedule.full_depth, [0] * schedule.full_depth
         used_tokens = used_pages = 0
-        for layer, scale in self.layer_scale_order():
-            before = stored[layer]
-            after = before + layout.tokens[scale]
-            used_tokens += after - before
-            used_pages += _pages(after, page_size) - _pages(before, page_size)
-            self.peak_tokens = max(self.peak_tokens, used_tokens)
-            self.peak_pages = max(self.peak_pages, used_pages)
-            if self.last_scales[layer] == scale:
-                used_tokens -= after
-                used_pages -= _pages(after, page_size)
-            stored[layer] = after
+        for scale, layers in enumerate(schedule.layers):
+            added = layout.tokens[scale]
+            for layer in layers:
+                tokens[layer] += added
+                used_tokens += added
+                used_pages -= pages[layer]
+                pages[layer] = -(-tokens[layer] // page_size)  # as in _pages
+                used_pages += pages[layer]
+                if self.last_scales[layer] == scale:
+                    self.peak_tokens = max(self.peak_tokens, used_tokens)
+                    self.peak_pages = max(self.peak_pages, used_pages)
+                    used_tokens -= tokens[layer]
+                    used_pages -= pages[layer]
 
     def layer_scale_order(self) -> Iterator[tuple[int, int]]:
         """Every (layer, scale) that runs, in execution order."""

@@ -51,9 +51,11 @@ inline float half_value(uint16_t bits) {
   if (exponent == 31) {
     magnitude = mantissa ? NAN : INFINITY;
   } else if (exponent == 0) {
-    magnitude = std::ldexp(static_cast<float>(mantissa), -24);
+    magnitude = static_cast<float>(mantissa) * 0x1p-24f;
   } else {
-    magnitude = std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
+    // The same mantissa in 23 bits; the bias of the exponent is 127 instead of 15.
+    magnitude = bits_as<float>(static_cast<uint32_t>(exponent + 112) << 23 |
+                               static_cast<uint32_t>(mantissa) << 13);
   }
   return bits & 0x8000 ? -magnitude : magnitude;
 }

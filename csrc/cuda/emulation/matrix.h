@@ -25,15 +25,14 @@ void load_matrices(uint32_t (&fragment)[kCount], const void* row, Site site) {
   static_assert(kCount == 1 || kCount == 2 || kCount == 4);
   RowAddresses addresses{row, {}};
   const char* operation = kTranspose ? "ldmatrix.trans" : "ldmatrix";
-  Scheduler::get().meet(operation, site, kFullWarp, &addresses,
-                        [](void* const* payloads, uint32_t) {
-                          for (unsigned i = 0; i < kWarp; ++i) {
-                            for (unsigned j = 0; j < kWarp; ++j) {
-                              static_cast<RowAddresses*>(payloads[i])->all[j] =
-                                  static_cast<RowAddresses*>(payloads[j])->mine;
-                            }
-                          }
-                        });
+  Scheduler::get().meet(
+      operation, site, kFullWarp, &addresses, [](void* const* payloads, uint32_t) {
+        const void* all[kWarp];
+        for (unsigned i = 0; i < kWarp; ++i) all[i] = static_cast<RowAddresses*>(payloads[i])->mine;
+        for (unsigned i = 0; i < kWarp; ++i) {
+          std::memcpy(static_cast<RowAddresses*>(payloads[i])->all, all, sizeof(all));
+        }
+      });
   const unsigned lane = Scheduler::get().self().index % kWarp, g = lane / 4, t = lane % 4;
   for (int i = 0; i < kCount; ++i) {
     uint16_t pair[2];

@@ -14,6 +14,7 @@
 #include "fault.h"
 #include "fiber.h"
 #include "language.h"
+#include "ready_threads.h"
 
 namespace variant::emulation {
 
@@ -48,13 +49,16 @@ struct Thread {
   std::deque<std::vector<AsyncCopy>> groups;
 };
 
+// What the lanes of one warp do, a bit for each lane.
+struct Warp {
+  uint32_t meeting = 0, returned = 0;
+};
+
 // The body of every thread of the grid. (std::function would add four frames to each report.)
 struct Body {
   void (*call)(const void* arguments);
   const void* arguments;
 };
-
-enum class Order { kForward, kBackward, kRandom };
 
 class Scheduler {
  public:
@@ -82,6 +86,7 @@ class Scheduler {
     blockDim = block;
     count_ = block.x * block.y * block.z;
     while (threads_.size() < count_) threads_.push_back(std::make_unique<Thread>(&thread_body));
+    ready_.set_order(order_);
     const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
     std::vector<uint64_t> order(blocks);
     for (uint64_t i = 0; i < blocks; ++i)
@@ -162,27 +167,36 @@ class Scheduler {
     const unsigned first = me.index / kWarp * kWarp, lane = me.index % kWarp;
     if (!(mask >> lane & 1))
       fault(at(me) + ": the mask lacks the calling lane " + std::to_string(lane));
-    bool all_here = true;
-    for (unsigned i = 0; i < kWarp; ++i) {
-      if (!(mask >> i & 1) || i == lane) continue;
-      if (first + i >= count_) {
-        fault(at(me) + ": the mask names lane " + std::to_string(i) + ", which the block lacks");
-      }
-      const Thread& other = *threads_[first + i];
-      if (other.state == State::kReturned) {
-        fault(at(me) + ": the mask names lane " + std::to_string(i) + ", which has returned");
-      }
-      if (other.state != State::kMeeting || other.mask != mask) {
-        all_here = false;
-      } else if (other.complete != complete || std::strcmp(other.operation, operation) != 0) {
+    Warp& warp = warps_[me.index / kWarp];
+    const unsigned lanes = count_ - first < kWarp ? count_ - first : kWarp;
+    if (const uint32_t absent = mask & ~(0xffffffffu >> (kWarp - lanes))) {
+      fault(at(me) + ": the mask names lane " + std::to_string(lowest_bit(absent)) +
+            ", which the block lacks");
+    }
+    if (const uint32_t gone = mask & warp.returned) {
+      fault(at(me) + ": the mask names lane " + std::to_string(lowest_bit(gone)) +
+            ", which has returned");
+    }
+    // Lanes that wait with this mask agreed when they came: to compare with one of them is enough.
+    const uint32_t others = mask & ~(1u << lane);
+    for (uint32_t left = warp.meeting & others; left; left &= left - 1) {
+      const Thread& other = *threads_[first + lowest_bit(left)];
+      if (other.mask != mask) continue;
+      if (other.complete != complete || !same_text(other.operation, operation)) {
         fault("lanes disagree: at " + at(me) + " while thread " + text_of(other.position) +
               " is at " + at(other));
       }
+      break;
     }
+    bool all_here = (warp.meeting & others) == others;
+    for (uint32_t left = others; all_here && left; left &= left - 1)
+      all_here = threads_[first + lowest_bit(left)]->mask == mask;
     if (!all_here) {
+      warp.meeting |= 1u << lane;
       leave(State::kMeeting);
       return;
     }
+    warp.meeting &= ~others;
     void* payloads[kWarp] = {};
     for (unsigned i = 0; i < kWarp; ++i) {
       if (mask >> i & 1) payloads[i] = threads_[first + i]->payload;
@@ -235,13 +249,16 @@ class Scheduler {
   }
 
   static bool same_operation(const Thread& a, const Thread& b) {
-    return std::strcmp(a.operation, b.operation) == 0 && a.site.line == b.site.line &&
-           std::strcmp(a.site.file, b.site.file) == 0;
+    return same_text(a.operation, b.operation) && a.site.line == b.site.line &&
+           same_text(a.site.file, b.site.file);
   }
+
+  // Nearly always both are the same literal.
+  static bool same_text(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
 
   static void check_shape(dim3 grid, dim3 block, size_t shared_bytes) {
     const uint64_t threads = uint64_t{block.x} * block.y * block.z;
-    if (threads == 0 || threads > 1024 || block.z > 64) {
+    if (threads == 0 || threads > kMaxThreads || block.z > 64) {
       fault("a block has 1 to 1024 threads, at most 64 in z; got " +
             text_of({block.x, block.y, block.z}));
     }
@@ -263,6 +280,7 @@ class Scheduler {
     shared_bytes_ = shared_bytes;
     waiting_ = returned_ = 0;
     ready_.clear();
+    for (Warp& warp : warps_) warp = {};
     for (unsigned i = 0; i < count_; ++i) {
       Thread& thread = *threads_[i];
       thread.index = i;
@@ -273,7 +291,7 @@ class Scheduler {
     release_memory(&block_start_);
     while (returned_ < count_) {
       if (ready_.empty()) report_deadlock();
-      current_ = take_next();
+      current_ = threads_[ready_.take([this](uint64_t limit) { return below(limit); })].get();
       threadIdx = current_->position;
       position.in_thread = true;
       main_.switch_to(current_->fiber);
@@ -285,32 +303,16 @@ class Scheduler {
     shared_ = nullptr;
   }
 
-  Thread* take_next() {
-    size_t pick = 0;
-    if (order_ == Order::kRandom) {
-      pick = below(ready_.size());
-    } else {
-      for (size_t i = 1; i < ready_.size(); ++i) {
-        const bool lower = ready_[i]->index < ready_[pick]->index;
-        if (lower == (order_ == Order::kForward)) pick = i;
-      }
-    }
-    Thread* thread = ready_[pick];
-    ready_[pick] = ready_.back();
-    ready_.pop_back();
-    return thread;
-  }
-
   void wake(Thread& thread) {
     thread.state = State::kReady;
-    if (&thread != current_) ready_.push_back(&thread);
+    if (&thread != current_) ready_.add(thread.index);
   }
 
   // Back to the loop in run_block; returns when it resumes this thread.
   void leave(State state) {
     Thread& me = self();
     me.state = state;
-    if (state == State::kReady) ready_.push_back(&me);
+    if (state == State::kReady) ready_.add(me.index);
     me.fiber.switch_to(main_);
   }
 
@@ -340,6 +342,7 @@ class Scheduler {
       }
     }
     ++returned_;
+    warps_[me.index / kWarp].returned |= 1u << me.index % kWarp;
   }
 
   [[noreturn]] void report_deadlock() {
@@ -358,7 +361,8 @@ class Scheduler {
 
   Fiber main_;
   std::vector<std::unique_ptr<Thread>> threads_;
-  std::vector<Thread*> ready_;
+  ReadyThreads ready_;
+  Warp warps_[kMaxThreads / kWarp];
   Thread* current_ = nullptr;
   Thread* last_waiting_ = nullptr;
   const Body* body_ = nullptr;
