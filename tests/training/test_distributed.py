@@ -91,7 +91,8 @@ def train_on_two(jobs, folder, ends=(0, 0)):
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
     }
-    command = [sys.executable, str(HERE / "rank_jobs.py"), str(folder / "jobs"), ports, str(folder)]
+    program = str(HERE / "rank_program.py")
+    command = [sys.executable, program, str(folder / "jobs"), ports, str(folder)]
     done = subprocess.run(
         command, env=os.environ | variables, capture_output=True, text=True, check=True, timeout=900
     )
@@ -142,11 +143,13 @@ def together(base, tmp_path_factory):
         "no bridge": dataclasses.replace(base, schedule=no_bridge),
     }
     one = {name: run(Job(recipe, root / f"one {name}")) for name, recipe in recipes.items()}
-    recipes["fp32"] = dataclasses.replace(base, data=dataclasses.replace(base.data, workers=1))
     jobs = {
         (name, mode): Job(in_mode(recipes[name], mode), root / f"{name} {mode}")
         for name, mode in WHOLE
     }
+    with_worker = dataclasses.replace(base, data=dataclasses.replace(base.data, workers=1))
+    for mode in MODES if ALL else ("fsdp2",):
+        jobs["fp32", mode].recipe = in_mode(with_worker, mode)
     for mode, steps in STOPS.items():
         recipe = in_mode(base, mode)
         for step in steps:
