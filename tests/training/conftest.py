@@ -30,9 +30,12 @@ def two_threads(threads):
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """Folders of training and held-out images: 12 and 3 small ones in each of two classes."""
+    """Folders of training and held-out images: 12 and 3 small ones in each of two classes.
+
+    A test that changes them must change them back.
+    """
     root = tmp_path_factory.mktemp("images")
     for part in ("train", "held_out"):
         for label in range(2):

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from rank_jobs import Job, run
-from tiny_runs import CPU, assert_same, quiet
+from tiny_runs import assert_same, trained_vae
 from torch.distributed import TCPStore
 
 from variant.data.images import epoch_order, list_images
@@ -27,7 +27,6 @@ from variant.training.checkpoint_folder import read_into, stored_tensors
 from variant.training.checkpointer import Checkpointer
 from variant.training.logging_section import LoggingSection
 from variant.training.parallel import ParallelSection
-from variant.training.vae_task import train_vae
 
 # The first test waits for all jobs.
 pytestmark = pytest.mark.timeout(900)
@@ -54,7 +53,7 @@ def base(folders, tmp_path_factory):
 
     recipe = tiny_recipe(folders)
     out = tmp_path_factory.mktemp("vae")
-    train_vae(recipe, out, console=quiet(), device=CPU)
+    trained_vae(recipe, out)
     replace = dataclasses.replace
     return replace(
         recipe,

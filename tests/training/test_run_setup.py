@@ -21,6 +21,7 @@ from tiny_runs import (
     run_until,
     tiny_recipe,
     train_both,
+    trained_vae,
     with_precision,
 )
 
@@ -35,7 +36,7 @@ from variant.training.var_task import VARTask, train_var
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(recipe, tmp_path):
-    train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    trained_vae(recipe, tmp_path)
     with pytest.raises(UserError, match="already holds a run; continue it with --resume"):
         train_vae(recipe, tmp_path, console=quiet(), device=CPU)
 
@@ -54,7 +55,7 @@ def test_an_output_that_cannot_be_written_is_one_line(recipe, tmp_path):
 
 
 def test_fp16_without_a_gpu_is_refused(recipe, tmp_path):
-    train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    trained_vae(recipe, tmp_path)
     with pytest.raises(UserError, match=r'optim.precision "fp16" needs a GPU'):
         train_var(with_precision(recipe, "fp16"), tmp_path, console=quiet(), device=CPU)
 
@@ -154,7 +155,7 @@ def test_runs_are_refused_before_weights_are_read_and_copies_encoded(recipe, tmp
 def test_resuming_needs_a_run_of_the_same_recipe(recipe, tmp_path):
     with pytest.raises(UserError, match="holds no run to resume"):
         train_vae(recipe, tmp_path, resume=True, console=quiet(), device=CPU)
-    train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    trained_vae(recipe, tmp_path)
     with pytest.raises(UserError, match=r"written with other settings: seed 0 -> 3; resume with"):
         train_vae(recipe, tmp_path, resume=True, seed=3, console=quiet(), device=CPU)
     whole = (tmp_path / "vae-last.pt").read_bytes()
@@ -164,7 +165,7 @@ def test_resuming_needs_a_run_of_the_same_recipe(recipe, tmp_path):
 
 
 def test_resuming_with_another_vqvae_is_refused(recipe, tmp_path, monkeypatch):
-    train_vae(recipe, tmp_path / "vae", console=quiet(), device=CPU)
+    trained_vae(recipe, tmp_path / "vae")
     path = tmp_path / "vae" / "vae-best.safetensors"
     named = dataclasses.replace(
         recipe, vae_training=dataclasses.replace(recipe.vae_training, weights=str(path))
@@ -348,7 +349,7 @@ def test_a_refused_run_leaves_nothing(recipe, tmp_path, monkeypatch):
 def test_damaged_best_weights_are_found_at_resume_and_by_the_next_training(
     recipe, tmp_path, monkeypatch
 ):
-    train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    trained_vae(recipe, tmp_path)
     best = tmp_path / "vae-best.safetensors"
     whole = best.read_bytes()
     draw = random.Random(0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rank_jobs import Job, run
 from test_distributed import ALL, MODES, in_mode, losses, train_on_two
-from tiny_runs import CPU, assert_same, interrupt_after, metrics, quiet, tiny_recipe
+from tiny_runs import CPU, assert_same, interrupt_after, metrics, quiet, tiny_recipe, trained_vae
 
 from variant.errors import UserError
 from variant.files import file_sha256
@@ -18,12 +18,11 @@ from variant.training.checkpoint_folder import stored_tensors as stored
 from variant.training.checkpoint_schedule import OutputSection
 from variant.training.checkpointer import Checkpointer
 from variant.training.ema import EMASection
-from variant.training.vae_task import train_vae
 from variant.training.var_task import VARTask, train_var
 
 STEPS, STOP = 6, 0  # 5 steps follow, and no evaluation comes before
-# Modes whose runs are resumed in every way. Unless all are asked for, a run of DDP is resumed in the
-# other ways only: test_distributed.py stops and resumes it in DDP.
+# Modes whose runs are resumed in every way. Unless all are asked for, a run of DDP is resumed by
+# FSDP2 and by one process only: test_distributed.py stops and resumes it in DDP.
 FULL = MODES if ALL else ("fsdp2",)
 
 
@@ -32,7 +31,7 @@ def recipe(folders, tmp_path_factory):
     """A recipe of 6 steps with an average, checkpoints after every second one and two kept."""
     recipe, replace = tiny_recipe(folders), dataclasses.replace
     out = tmp_path_factory.mktemp("vae")
-    train_vae(recipe, out, console=quiet(), device=CPU)
+    trained_vae(recipe, out)
     return replace(
         recipe,
         vae_training=replace(recipe.vae_training, weights=str(out / "vae-best.safetensors")),
