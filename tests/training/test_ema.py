@@ -136,6 +136,7 @@ def test_the_better_of_weights_and_average_is_shipped(recipe, tmp_path, monkeypa
         assert not all(torch.equal(value, shipped[key]) for key, value in other.items())
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_stopping_after_any_step_keeps_the_average_bit_for_bit(recipe, tmp_path, monkeypatch):
     chosen = dataclasses.replace(
         with_ema(recipe, 0.9), output=OutputSection(checkpoint_every=9, checkpoint_steps=2)
