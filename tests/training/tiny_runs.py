@@ -139,9 +139,12 @@ def resume(recipe, out, train=train_vae):
     return train(recipe, out, resume=True, console=quiet(), device=CPU)
 
 
-def rewrite(path, **changes):
-    """Change or remove (None) entries of a checkpoint."""
-    state = torch.load(path, weights_only=True)
+def rewrite(path, state=None, **changes):
+    """Change or remove (None) entries of a checkpoint.
+
+    state: what it holds, where it has been read; it is not changed.
+    """
+    state = dict(torch.load(path, weights_only=True) if state is None else state)
     for name, value in changes.items():
         if value is None:
             del state[name]
