@@ -4,15 +4,14 @@ import copy
 import inspect
 import os
 import pickle
-from datetime import timedelta
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lookalike_var import LookalikeVAR, SelfAttention, lookalike
-from torch import distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import variant_kernels.masks as masks
 from variant_kernels import ScaleLayout, VARiantAttention
@@ -337,36 +336,24 @@ def test_it_replaces_the_class_in_a_model():
     close(replaced(labels, words), logits, 10)
 
 
-def _train_on_two_ranks(rank, folder):
-    torch.set_num_threads(1)
-    # The processes meet through a file and the loopback: another process could take a port.
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo",
-        f"file://{folder}/meeting",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
-    _, layer = pair()
-    wrapped = DistributedDataParallel(layer)
-    x = torch.randn(2, LAYOUT.total, 64, generator=torch.Generator().manual_seed(1))
-    wrapped(x[rank : rank + 1], causal()).square().mean().backward()
-    if rank == 0:
-        torch.save({n: p.grad for n, p in layer.named_parameters()}, folder / "grads.pt")
-    # Delete it before the group: otherwise its reducer deletes the group and, while it holds the
-    # interpreter's lock, waits for a gloo thread that needs the lock (torch 2.13).
-    del wrapped
-    dist.barrier()  # the group of a process that is late must not end under it
-    dist.destroy_process_group()
+def training_input():
+    return torch.randn(2, LAYOUT.total, 64, generator=torch.Generator().manual_seed(1))
 
 
 def test_two_processes_train_as_one(tmp_path):
-    mp.spawn(_train_on_two_ranks, (tmp_path,), nprocs=2)
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, str(here / "attention_ranks.py"), str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
     saved = torch.load(tmp_path / "grads.pt", weights_only=True)
     _, layer = pair()
-    x = torch.randn(2, LAYOUT.total, 64, generator=torch.Generator().manual_seed(1))
-    layer(x, causal()).square().mean().backward()
+    layer(training_input(), causal()).square().mean().backward()
     for name, parameter in layer.named_parameters():
         close(saved[name], parameter.grad, 10)
 

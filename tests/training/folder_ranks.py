@@ -1,15 +1,19 @@
-"""Run as a program by torchrun: two processes write a checkpoint folder of sharded tensors.
+"""Run as a program: two processes write a checkpoint folder of sharded tensors.
 
-Argument: a folder. Files with the name of a tensor hold what was saved, whole. The checkpoint is
-``step-1``; ``step-2`` fails on rank 1, whose disk is full; ``step-3`` succeeds again.
+Arguments: a folder, and one in which the processes meet. Files with the name of a tensor hold what
+was saved, whole. The checkpoint is ``step-1``; ``step-2`` fails on rank 1, whose disk is full;
+``step-3`` succeeds again.
 """
 
 import errno
 import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo  # torch.distributed imports it at first use
+import torch.distributed.checkpoint
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -18,10 +22,9 @@ from variant.errors import UserError
 from variant.training.checkpoint_folder import FolderWriter, read_into
 
 
-def main():
-    folder = Path(sys.argv[1])
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+def write(rank, folder, meeting):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", f"file://{meeting}/file", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     torch.manual_seed(0)
     whole = {"odd": torch.randn(5, 3), "few": torch.randn(1, 4), "plain": torch.randn(7)}
@@ -75,6 +78,29 @@ def main():
             tensor = tensor.redistribute(mesh, [Replicate()]).to_local()
         assert torch.equal(tensor, whole[name]), name
     dist.destroy_process_group()
+
+
+def start_rank(rank, *args):
+    """The id of a new process, which has all imports of this one: they take seconds."""
+    child = os.fork()  # before any thread of OpenMP exists
+    if child == 0:
+        write(rank, *args)
+        sys.exit()  # as a process that was started alone: coverage.py saves its record then
+    return child
+
+
+def main():
+    folder, meeting = map(Path, sys.argv[1:])
+    children = {start_rank(rank, folder, meeting) for rank in range(2)}
+    failed = False
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if status and not failed:  # the other one would wait for it
+            failed = True
+            for other in children:
+                os.kill(other, signal.SIGTERM)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

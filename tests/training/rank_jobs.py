@@ -1,9 +1,9 @@
-"""Run as a program: two processes that train together, as torchrun would start them.
+"""Two processes that train together, as torchrun would start them; rank_program.py is the program.
 
-Runs jobs in order; they come pickled in the file of the first argument. Job number n meets at the
-n-th of the ports in the second one, where the test holds a store, as torchrun does. Writes into the
-folder of the third argument ``rank0.json`` and ``rank1.json``, the results of each process, and
-``processes.json``, the id and the exit code of each.
+It runs jobs in order; they come pickled in the file of the first argument. Job number n meets at
+the n-th of the ports in the second one, where the test holds a store, as torchrun does. It writes
+into the folder of the third argument ``rank0.json`` and ``rank1.json``, the results of each
+process, and ``processes.json``, the id and the exit code of each.
 """
 
 import json
@@ -133,7 +133,3 @@ def main():
                 os.kill(other, signal.SIGTERM)
     codes = [codes[child] for child in children]
     (folder / "processes.json").write_text(json.dumps([children, codes]))
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny_runs import CPU, metrics, quiet, resume, run_until, tiny_recipe
+from tiny_runs import CPU, metrics, quiet, resume, run_until, tiny_recipe, trained_vae
 
 from variant.errors import UserError
 from variant.models.var import VAR
@@ -15,7 +15,6 @@ from variant.training.configurations import Configurations, schedule_name
 from variant.training.recipe import load_recipe
 from variant.training.resume_rules import compare_recipes, compare_schedules
 from variant.training.schedule import choose_bridge, choose_depth
-from variant.training.vae_task import train_vae
 from variant.training.var_task import VARTask, train_var
 from variant_kernels import DepthSchedule
 
@@ -174,7 +173,7 @@ def test_a_recipe_of_all_kinds_of_subnets_trains_and_resumes(folders, tmp_path, 
         tiny_recipe(folders),
         schedules=((3, 3, 2), (3, 2, 2)), bridges=(0, 1, 2), final_probability=0.8,
     )  # fmt: skip
-    train_vae(recipe, tmp_path / "whole", console=quiet(), device=CPU)
+    trained_vae(recipe, tmp_path / "whole")
     trained = []
     forward = VAR.forward
 
@@ -190,7 +189,7 @@ def test_a_recipe_of_all_kinds_of_subnets_trains_and_resumes(folders, tmp_path, 
     assert trained == [configurations.of_step(step).schedule for step in range(8)]
     assert set(summary.held_out_loss) == {"full", "2", "3x2-2", "3-2x2"}
 
-    train_vae(recipe, tmp_path / "parted", console=quiet(), device=CPU)
+    trained_vae(recipe, tmp_path / "parted")
     run_until(recipe, tmp_path / "parted", monkeypatch, train_var, VARTask)
     resume(recipe, tmp_path / "parted", train_var)
     states = [torch.load(tmp_path / part / "var-last.pt") for part in ("whole", "parted")]
@@ -249,7 +248,7 @@ def test_the_file_or_the_name_of_a_schedule_stands_for_its_layers(tmp_path):
 def test_a_run_trains_a_schedule_of_layers_and_resumes(folders, tmp_path, monkeypatch):
     layers = ((0, 1, 2), (0, 2), (0, 2))
     recipe = with_schedule(tiny_recipe(folders), depths=(), schedules=(layers,))
-    train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    trained_vae(recipe, tmp_path)
     run_until(recipe, tmp_path, monkeypatch, train_var, VARTask)
     summary = resume(recipe, tmp_path, train_var)
     name = Configurations(recipe, 2).by_scale[layers].name

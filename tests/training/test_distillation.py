@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tiny_runs import CPU, assert_same, quiet, resume, run_until, tiny_recipe
+from tiny_runs import CPU, assert_same, quiet, resume, run_until, tiny_recipe, trained_vae
 
 from variant.errors import UserError
 from variant.files import save_safetensors
@@ -15,7 +15,6 @@ from variant.training.distillation import Teacher, distillation_loss
 from variant.training.ema import EMA, EMASection
 from variant.training.resume_rules import compare_recipes
 from variant.training.trainer import Trainer
-from variant.training.vae_task import train_vae
 from variant.training.var_task import VARTask, train_var
 
 
@@ -95,7 +94,7 @@ def test_under_autocast_the_subnet_keeps_its_own_weights(recipe):
 def started(folders, out, kind):
     """A recipe with a teacher, and a trained VQ-VAE in ``out``."""
     recipe = tiny_recipe(folders)
-    train_vae(recipe, out, console=quiet(), device=CPU)
+    trained_vae(recipe, out)
     if kind == "ema":
         return with_teacher(recipe, "ema", ema=EMASection(decay=0.5))
     torch.manual_seed(7)

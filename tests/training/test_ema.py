@@ -7,14 +7,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import CPU, OPTIM, assert_same, metrics, quiet, resume, run_until, train_both
+from tiny_runs import OPTIM, assert_same, metrics, resume, run_until, train_both, trained_vae
 
 from variant.checkpoints.model_folder import load_model
 from variant.errors import UserError
 from variant.training.checkpoint_schedule import OutputSection
 from variant.training.ema import EMA, EMASection
 from variant.training.recipe import load_recipe
-from variant.training.vae_task import train_vae
 from variant.training.var_task import VARTask, train_var
 
 
@@ -137,13 +136,14 @@ def test_the_better_of_weights_and_average_is_shipped(recipe, tmp_path, monkeypa
         assert not all(torch.equal(value, shipped[key]) for key, value in other.items())
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_stopping_after_any_step_keeps_the_average_bit_for_bit(recipe, tmp_path, monkeypatch):
     chosen = dataclasses.replace(
         with_ema(recipe, 0.9), output=OutputSection(checkpoint_every=9, checkpoint_steps=2)
     )
     train_both(chosen, tmp_path / "whole")
     parted = tmp_path / "parted"
-    train_vae(chosen, parted, console=quiet(), device=CPU)
+    trained_vae(chosen, parted)
     for step in range(7):
         run_until(chosen, parted, monkeypatch, train_var, VARTask, step, resume=step > 0)
         assert torch.load(parted / "var-last.pt", weights_only=True)["step"] == step + 1
@@ -158,7 +158,7 @@ def test_stopping_after_any_step_keeps_the_average_bit_for_bit(recipe, tmp_path,
 
 
 def test_another_decay_is_refused_at_resume_but_not_by_the_vqvae(recipe, tmp_path, monkeypatch):
-    train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    trained_vae(recipe, tmp_path)
     assert resume(with_ema(recipe, 0.5), tmp_path).steps == 4
     run_until(recipe, tmp_path, monkeypatch, train_var, VARTask)
     with pytest.raises(UserError, match=r"other settings: ema.decay 0.0 -> 0.5"):

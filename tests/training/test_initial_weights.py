@@ -5,7 +5,16 @@ import dataclasses
 import pytest
 import torch
 from small_models import open_recipe_source
-from tiny_runs import CPU, assert_same, quiet, resume, run_until, tiny_recipe, train_both
+from tiny_runs import (
+    CPU,
+    assert_same,
+    quiet,
+    resume,
+    run_until,
+    tiny_recipe,
+    train_both,
+    trained_vae,
+)
 
 from variant.checkpoints.model_folder import load_model
 from variant.checkpoints.original_var import save_original
@@ -15,7 +24,6 @@ from variant.training.initial_weights import find_start, find_vae, load_start, l
 from variant.training.recipe import load_recipe, starting_from
 from variant.training.schedule import ScheduleSection
 from variant.training.task import split_scales
-from variant.training.vae_task import train_vae
 from variant.training.var_task import VARTask, train_var
 
 
@@ -127,7 +135,7 @@ def test_a_resumed_run_does_not_read_its_start_again(recipe, trained, tmp_path, 
     var, vae, _ = load_model(trained)
     files = (tmp_path / "var.pth", tmp_path / "vae.pth")
     save_original(var, vae, *files)
-    train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    trained_vae(recipe, tmp_path)
     chosen = with_model(recipe, weights=str(files[0]))
     run_until(chosen, tmp_path, monkeypatch, train_var, VARTask)
     moved = files[0].rename(tmp_path / "moved.pth")

@@ -52,6 +52,9 @@ SMALL = [
     "0",
     "--eval.limit",
     "20",
+    # Each of the four imports torch, which takes longer than its work.
+    "--data.workers",
+    "1",
 ]
 
 

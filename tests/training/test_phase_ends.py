@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from tiny_runs import CPU, metrics, quiet, resume, run_until, tiny_recipe
+from tiny_runs import CPU, metrics, quiet, resume, run_until, tiny_recipe, trained_vae
 
 from variant.errors import UserError
 from variant.training.configurations import Configurations
@@ -13,7 +13,6 @@ from variant.training.logging_section import LoggingSection
 from variant.training.phase_ends import ENDED, PhaseEnds, ended_phase
 from variant.training.resume_rules import compare_recipes, compare_schedules
 from variant.training.schedule import ScheduleSection, choose_depth
-from variant.training.vae_task import train_vae
 from variant.training.var_task import VARTask, train_var
 
 SECTION = ScheduleSection(
@@ -135,7 +134,7 @@ def test_a_run_ends_its_phases_and_a_resumed_one_equals_it(folders, tmp_path, mo
         return {name: 2.0 if "/" not in name else loss for name, loss in losses.items()}
 
     monkeypatch.setattr(VARTask, "held_out_losses", flat)
-    train_vae(recipe, tmp_path / "whole", console=quiet(), device=CPU)
+    trained_vae(recipe, tmp_path / "whole")
     console = quiet()
     summary = train_var(recipe, tmp_path / "whole", console=console, device=CPU)
     assert (summary.epochs, summary.steps) == (12, 24)
@@ -151,7 +150,7 @@ def test_a_run_ends_its_phases_and_a_resumed_one_equals_it(folders, tmp_path, mo
     assert pictures == ["var-samples-0008.png", "var-samples-0012.png"]  # 12 is the last epoch
 
     # Stopped within the transition, after the joint phase has ended early.
-    train_vae(recipe, tmp_path / "parted", console=quiet(), device=CPU)
+    trained_vae(recipe, tmp_path / "parted")
     run_until(recipe, tmp_path / "parted", monkeypatch, train_var, VARTask, step=10)
     assert resume(recipe, tmp_path / "parted", train_var).epochs == 12
     states = [

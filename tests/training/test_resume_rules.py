@@ -5,7 +5,17 @@ import shutil
 
 import pytest
 import torch
-from tiny_runs import CPU, OPTIM, assert_same, metrics, quiet, resume, run_until, tiny_recipe
+from tiny_runs import (
+    CPU,
+    OPTIM,
+    assert_same,
+    metrics,
+    quiet,
+    resume,
+    run_until,
+    tiny_recipe,
+    trained_vae,
+)
 
 from variant.errors import UserError
 from variant.training.optim import learning_rate
@@ -47,7 +57,7 @@ def test_moved_data_and_other_outputs_are_allowed_and_printed(
         "data",
         train=str(moved / "train"),
         held_out=str(moved / "held_out"),
-        workers=2,
+        workers=1,
     )
     console = quiet()
     train_vae(chosen, parted, resume=True, console=console, device=CPU)
@@ -55,7 +65,7 @@ def test_moved_data_and_other_outputs_are_allowed_and_printed(
     assert metrics(parted, "vae") == metrics(tmp_path / "whole", "vae")
     printed = console.file.getvalue()
     assert "vae: training on 24 images with cpu, from step 3 of 4 steps, 2 epochs\n" in printed
-    for text in ("name 'tiny' -> 'other'", "data.workers 0 -> 2", "output.checkpoint_every 1 -> 9"):
+    for text in ("name 'tiny' -> 'other'", "data.workers 0 -> 1", "output.checkpoint_every 1 -> 9"):
         assert text in printed
 
 
@@ -128,7 +138,7 @@ def test_more_epochs_equal_a_run_that_had_them_from_the_start(recipe, tmp_path):
 
 
 def test_more_refinement_equals_a_run_that_had_it_from_the_start(recipe, tmp_path):
-    train_vae(recipe, tmp_path / "whole", console=quiet(), device=CPU)
+    trained_vae(recipe, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "parted")
     longer = changed(recipe, "schedule", refinement=2)
     train_var(longer, tmp_path / "whole", console=quiet(), device=CPU)
@@ -224,7 +234,7 @@ def test_a_file_of_another_size_is_named_by_its_class(recipe, tmp_path, monkeypa
 def test_the_vqvae_s_settings_may_change_while_the_transformer_resumes(
     recipe, tmp_path, monkeypatch
 ):
-    train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    trained_vae(recipe, tmp_path)
     run_until(recipe, tmp_path, monkeypatch, train_var, VARTask)
     assert resume(changed(recipe, "vae_training", epochs=7), tmp_path, train_var).steps == 8
 

@@ -1,5 +1,6 @@
 """Set-up of runs: refused folders and settings, and the conditions of resuming."""
 
+import copy
 import dataclasses
 import hashlib
 import os
@@ -21,6 +22,7 @@ from tiny_runs import (
     run_until,
     tiny_recipe,
     train_both,
+    trained_vae,
     with_precision,
 )
 
@@ -33,9 +35,12 @@ from variant.training.run_setup import FILE_CONTENTS, FILE_TIMES, resume_hint
 from variant.training.vae_task import VAETask, train_vae
 from variant.training.var_task import VARTask, train_var
 
+# Damaged bits that are drawn.
+DRAWS = 12 if os.environ.get("VARIANT_NIGHTLY") else 4
+
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(recipe, tmp_path):
-    train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    trained_vae(recipe, tmp_path)
     with pytest.raises(UserError, match="already holds a run; continue it with --resume"):
         train_vae(recipe, tmp_path, console=quiet(), device=CPU)
 
@@ -54,7 +59,7 @@ def test_an_output_that_cannot_be_written_is_one_line(recipe, tmp_path):
 
 
 def test_fp16_without_a_gpu_is_refused(recipe, tmp_path):
-    train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    trained_vae(recipe, tmp_path)
     with pytest.raises(UserError, match=r'optim.precision "fp16" needs a GPU'):
         train_var(with_precision(recipe, "fp16"), tmp_path, console=quiet(), device=CPU)
 
@@ -154,7 +159,7 @@ def test_runs_are_refused_before_weights_are_read_and_copies_encoded(recipe, tmp
 def test_resuming_needs_a_run_of_the_same_recipe(recipe, tmp_path):
     with pytest.raises(UserError, match="holds no run to resume"):
         train_vae(recipe, tmp_path, resume=True, console=quiet(), device=CPU)
-    train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    trained_vae(recipe, tmp_path)
     with pytest.raises(UserError, match=r"written with other settings: seed 0 -> 3; resume with"):
         train_vae(recipe, tmp_path, resume=True, seed=3, console=quiet(), device=CPU)
     whole = (tmp_path / "vae-last.pt").read_bytes()
@@ -164,7 +169,7 @@ def test_resuming_needs_a_run_of_the_same_recipe(recipe, tmp_path):
 
 
 def test_resuming_with_another_vqvae_is_refused(recipe, tmp_path, monkeypatch):
-    train_vae(recipe, tmp_path / "vae", console=quiet(), device=CPU)
+    trained_vae(recipe, tmp_path / "vae")
     path = tmp_path / "vae" / "vae-best.safetensors"
     named = dataclasses.replace(
         recipe, vae_training=dataclasses.replace(recipe.vae_training, weights=str(path))
@@ -348,11 +353,11 @@ def test_a_refused_run_leaves_nothing(recipe, tmp_path, monkeypatch):
 def test_damaged_best_weights_are_found_at_resume_and_by_the_next_training(
     recipe, tmp_path, monkeypatch
 ):
-    train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    trained_vae(recipe, tmp_path)
     best = tmp_path / "vae-best.safetensors"
     whole = best.read_bytes()
     draw = random.Random(0)
-    for _ in range(12):
+    for _ in range(DRAWS):
         damaged = bytearray(whole)
         damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
         best.write_bytes(damaged)
@@ -369,7 +374,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(recipe, tmp_path, monkeypatch):
     last = tmp_path / "vae-last.pt"
     whole = last.read_bytes()
     draw = random.Random(1)
-    for _ in range(24):
+    for _ in range(2 * DRAWS):
         damaged = bytearray(whole)
         damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
         last.write_bytes(damaged)
@@ -445,9 +450,11 @@ EPOCH = {
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_wrong_entries_of_a_checkpoint_are_one_line(stopped, recipe, tmp_path, changes, message):
+def test_wrong_entries_of_a_checkpoint_are_one_line(
+    stopped, contents, recipe, tmp_path, changes, message
+):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
-    rewrite(tmp_path / "vae-last.pt", **changes)
+    rewrite(tmp_path / "vae-last.pt", contents, **changes)
     with pytest.raises(UserError, match=message) as caught:
         resume(recipe, tmp_path)
     assert str(caught.value).startswith(str(tmp_path / "vae-last.pt"))
@@ -466,11 +473,13 @@ def test_wrong_entries_of_a_checkpoint_are_one_line(stopped, recipe, tmp_path, c
         (lambda moments: moments.update(more=torch.zeros(1)), "must have tensors .*more Tensor"),
     ],
 )
-def test_wrong_moments_in_a_checkpoint_are_one_line(stopped, recipe, tmp_path, change, message):
+def test_wrong_moments_in_a_checkpoint_are_one_line(
+    stopped, contents, recipe, tmp_path, change, message
+):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
-    optimizer = torch.load(tmp_path / "vae-last.pt", weights_only=True)["optimizer"]
+    optimizer = copy.deepcopy(contents["optimizer"])
     change(optimizer["state"][0])
-    rewrite(tmp_path / "vae-last.pt", optimizer=optimizer)
+    rewrite(tmp_path / "vae-last.pt", contents, optimizer=optimizer)
     with pytest.raises(UserError, match=f"vae-last.pt: is damaged: optimizer: {message}"):
         resume(recipe, tmp_path)
 
@@ -496,3 +505,9 @@ def stopped(folders, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         run_until(tiny_recipe(folders), folder, patch)
     return folder
+
+
+@pytest.fixture(scope="module")
+def contents(stopped):
+    """What the checkpoint in that folder holds, which must not be changed."""
+    return torch.load(stopped / "vae-last.pt", weights_only=True)

@@ -6,11 +6,10 @@ import sys
 
 import pytest
 import torch
-from tiny_runs import CPU, quiet, tiny_recipe
+from tiny_runs import tiny_recipe, trained_vae
 
 from variant import VARiant
 from variant.training.recipe_reference import recipe_toml
-from variant.training.vae_task import train_vae
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="needs torch.distributed"
@@ -36,7 +35,7 @@ def test_torchrun_trains_a_model_and_resumes_it_in_the_other_mode(folders, tmp_p
     recipe, out = tmp_path / "tiny.toml", tmp_path / "run"
     tiny = tiny_recipe(folders)
     recipe.write_text(recipe_toml(tiny))
-    train_vae(tiny, out, console=quiet(), device=CPU)
+    trained_vae(tiny, out)
 
     done = torchrun(recipe, "--out", out, "--parallel.mode", "ddp", "--schedule.refinement", 0)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from small_models import open_recipe_data, open_recipe_source
-from tiny_runs import CPU, OPTIM, quiet, run_until, train_both
+from tiny_runs import CPU, OPTIM, quiet, run_until, train_both, trained_vae
 
 from variant.checkpoints.model_folder import load_model
 from variant.data.images import FolderData
@@ -15,7 +15,6 @@ from variant.data.samples import mixing
 from variant.errors import UserError
 from variant.models.var import VAR
 from variant.training.schedule import choose_depth, subnet_probability
-from variant.training.vae_task import train_vae
 from variant.training.var_task import VARTask, train_var
 
 
@@ -43,14 +42,14 @@ def test_a_half_trained_vqvae_is_refused_unless_it_is_named(recipe, tmp_path, mo
 
 
 def test_classes_of_model_and_data_must_agree(recipe, tmp_path):
-    train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    trained_vae(recipe, tmp_path)
     other = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, num_classes=5))
     with pytest.raises(UserError, match="num_classes must be 2, as many as the data has; got 5"):
         train_var(other, tmp_path, console=quiet(), device=CPU)
 
 
 def test_each_step_trains_the_scheduled_configuration(recipe, tmp_path, monkeypatch):
-    train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    trained_vae(recipe, tmp_path)
     depths = []
     forward = VAR.forward
 
@@ -89,7 +88,7 @@ def test_training_losses_of_copies_are_those_of_the_first_copy(recipe, tmp_path)
 def test_bf16_computes_products_of_the_present_weights_and_the_teacher_input_in_float32(
     recipe, tmp_path, monkeypatch
 ):
-    train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    trained_vae(recipe, tmp_path)
     observed, fresh = {}, []
     forward = VAR.forward
 

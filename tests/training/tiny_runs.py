@@ -1,10 +1,13 @@
 """Helpers of the training tests: start, stop and resume small runs."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,9 +90,25 @@ def steps_of(folder, kind="var"):
     ]
 
 
+def trained_vae(recipe, out):
+    """Write the files of the training of the recipe's VQ-VAE into the folder ``out``.
+
+    The first recipe with these settings trains it beside its folder of images, others get copies:
+    for tests of what comes after it.
+    """
+    own = {"model", "optim", "schedule", "ema"}  # of the transformer
+    settings = {key: value for key, value in recipe.to_dict().items() if key not in own}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    kept = Path(recipe.data.train).parents[1] / f"vae-{digest[:16]}"
+    if not kept.exists():
+        train_vae(recipe, kept.with_suffix(".part"), console=quiet(), device=CPU)
+        kept.with_suffix(".part").rename(kept)
+    shutil.copytree(kept, out, dirs_exist_ok=True)
+
+
 def train_both(recipe, out):
-    """Train the VQ-VAE, then the transformer; returns the summary of the latter."""
-    train_vae(recipe, out, console=quiet(), device=CPU)
+    """Train the transformer on :func:`trained_vae`; returns its summary."""
+    trained_vae(recipe, out)
     return train_var(recipe, out, console=quiet(), device=CPU)
 
 
@@ -120,9 +139,12 @@ def resume(recipe, out, train=train_vae):
     return train(recipe, out, resume=True, console=quiet(), device=CPU)
 
 
-def rewrite(path, **changes):
-    """Change or remove (None) entries of a checkpoint."""
-    state = torch.load(path, weights_only=True)
+def rewrite(path, state=None, **changes):
+    """Change or remove (None) entries of a checkpoint.
+
+    state: what it holds, where it has been read; it is not changed.
+    """
+    state = dict(torch.load(path, weights_only=True) if state is None else state)
     for name, value in changes.items():
         if value is None:
             del state[name]
