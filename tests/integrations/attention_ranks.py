@@ -15,6 +15,8 @@ from test_attention_module import causal, pair, training_input
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.forked_ranks import run_ranks
+
 
 def train(rank, folder):
     torch.set_num_threads(1)
@@ -40,18 +42,8 @@ def train(rank, folder):
     dist.destroy_process_group()
 
 
-def start(rank, folder):
-    child = os.fork()  # before any thread of OpenMP exists
-    if child == 0:
-        train(rank, folder)
-        sys.exit()  # as a process that was started alone: coverage.py saves its record then
-    return child
-
-
 def main():
-    children = [start(rank, Path(sys.argv[1])) for rank in range(2)]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    sys.exit(any(codes))
+    sys.exit(any(code for _, code in run_ranks(train, Path(sys.argv[1]))))
 
 
 if __name__ == "__main__":

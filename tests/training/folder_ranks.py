@@ -7,7 +7,6 @@ was saved, whole. The checkpoint is ``step-1``; ``step-2`` fails on rank 1, whos
 
 import errno
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from tests.forked_ranks import run_ranks
 from variant.errors import UserError
 from variant.training.checkpoint_folder import FolderWriter, read_into
 
@@ -80,27 +80,9 @@ def write(rank, folder, meeting):
     dist.destroy_process_group()
 
 
-def start_rank(rank, *args):
-    """The id of a new process, which has all imports of this one: they take seconds."""
-    child = os.fork()  # before any thread of OpenMP exists
-    if child == 0:
-        write(rank, *args)
-        sys.exit()  # as a process that was started alone: coverage.py saves its record then
-    return child
-
-
 def main():
     folder, meeting = map(Path, sys.argv[1:])
-    children = {start_rank(rank, folder, meeting) for rank in range(2)}
-    failed = False
-    while children:
-        child, status = os.wait()
-        children.remove(child)
-        if status and not failed:  # the other one would wait for it
-            failed = True
-            for other in children:
-                os.kill(other, signal.SIGTERM)
-    sys.exit(failed)
+    sys.exit(any(code for _, code in run_ranks(write, folder, meeting)))
 
 
 if __name__ == "__main__":

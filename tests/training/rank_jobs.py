@@ -22,6 +22,7 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp
 from tiny_runs import CPU, quiet
 
+from tests.forked_ranks import run_ranks
 from variant.errors import UserError
 from variant.training.configurations import Configurations
 from variant.training.recipe import Recipe
@@ -109,27 +110,10 @@ def work(rank, jobs, ports, folder):
         (folder / f"rank{rank}.json").write_text(json.dumps(results))
 
 
-def start(rank, *args):
-    """The id of a new process, which has all imports of this one: they take seconds."""
-    child = os.fork()  # before any thread of OpenMP exists
-    if child == 0:
-        work(rank, *args)
-        sys.exit()  # as a process that was started alone: coverage.py saves its record then
-    return child
-
-
 def main():
     with open(sys.argv[1], "rb") as file:
         jobs = pickle.load(file)  # from the test
     folder = Path(sys.argv[3])
-    children = [start(rank, jobs, sys.argv[2].split(","), folder) for rank in range(2)]
-    codes = {}
-    while len(codes) < len(children):
-        child, status = os.wait()
-        codes[child] = os.waitstatus_to_exitcode(status)
-        if codes[child]:  # torchrun does so, too, when a process is lost
-            time.sleep(1)
-            for other in set(children) - codes.keys():
-                os.kill(other, signal.SIGTERM)
-    codes = [codes[child] for child in children]
-    (folder / "processes.json").write_text(json.dumps([children, codes]))
+    # torchrun, too, ends the others when a process is lost.
+    ended = run_ranks(work, jobs, sys.argv[2].split(","), folder, grace=1)
+    (folder / "processes.json").write_text(json.dumps([*zip(*ended, strict=True)]))
