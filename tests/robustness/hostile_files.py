@@ -288,6 +288,8 @@ def _listing(folder: Path) -> set[str]:
 
 def _run(hostile: Hostile) -> tuple[int, str]:
     """Exit code and standard error of the command; of a loader 1 and the UserError's text."""
+    import torch
+
     from variant.cli.main import main
     from variant.cli.messages import one_line_warnings
     from variant.errors import UserError
@@ -306,9 +308,16 @@ def _run(hostile: Hostile) -> tuple[int, str]:
                 raise Failed(
                     f"loader: {hostile.text}: {kind}: {text}; expected UserError"
                 ) from None
+    interrupted = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.raise_signal(signal.SIGINT)
+
     training = hostile.words[:1] in (["train"], ["train-vae"])
     if training:
-        signal.signal(signal.SIGVTALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGVTALRM, interrupt)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.setitimer(signal.ITIMER_VIRTUAL, TRAINING_SECONDS)
     try:
@@ -322,6 +331,10 @@ def _run(hostile: Hostile) -> tuple[int, str]:
             return code, read()
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        if interrupted:
+            # torch.no_grad() leaves gradients off if the signal comes while it is entered or left;
+            # the command would end its process, here other cases follow.
+            torch.set_grad_enabled(True)
 
 
 @contextlib.contextmanager
