@@ -42,13 +42,12 @@ ONE_PROCESS = {
 }
 
 # Without a record of their branches, also of the processes that they start: other tests take those
-# branches too (all but 0.9 % of them), and a training takes twice as long with a record, small
+# branches too (all but 0.6 % of them), and a training takes twice as long with a record, small
 # models 1.15 to 1.4 times (coverage 7.17, Python 3.11).
 NOT_RECORDED = {
     "test_adaln.py",
     "test_benchmarks_report.py",
     "test_block_causal_attention.py",
-    "test_changed_parts.py",
     "test_checkpoint_schedule.py",
     "test_convert.py",
     "test_digits.py",
@@ -74,7 +73,6 @@ NOT_RECORDED = {
     "test_reproducibility.py",
     "test_resume_rules.py",
     "test_run.py",
-    "test_sampler.py",
     "test_samples.py",
     "test_shared_checkpoints.py",
     "test_study.py",
