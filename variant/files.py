@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from variant.errors import UserError
-from variant.paths import open_regular, shown
+from variant.paths import shown
 from variant.tensor_files import (
     checksums_of,
     read_all,
@@ -176,12 +175,3 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[Any, Any]:
         UserError: missing, damaged, not a dictionary, or a pickle that would run code.
     """
     return replace_tensors(stored_pickle(path), read_values)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal.  Raises: UserError, if it cannot be read."""
-    with open_regular(path) as file:
-        try:
-            return hashlib.file_digest(cast("Any", file), "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from variant.errors import UserError
+from variant.paths import file_sha256
 
 MAX_REASON = 500  # characters; torch's longest messages fill pages
 
@@ -42,6 +43,12 @@ def named_function(where: str, name: str) -> tuple[ModuleType, Callable[..., Any
     if not callable(function):
         raise UserError(f"{where}: must name a function; it is {type(function).__name__}")
     return module, function
+
+
+def module_sha256(module: ModuleType) -> str:
+    """SHA-256 of the file of a module, in hexadecimal; "" where it has none."""
+    file = getattr(module, "__file__", None)
+    return "" if file is None else file_sha256(file)
 
 
 def called(where: str, function: Callable[..., Any], *arguments: object) -> Any:

@@ -6,6 +6,7 @@ the one place that opens a file for reading.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -82,6 +83,15 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
         file.close()
         raise
     return file
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, in hexadecimal.  Raises: UserError, if it cannot be read."""
+    with open_regular(path) as file:
+        try:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{shown(path)}: cannot be read: {_reason(error)}") from None
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

@@ -29,10 +29,10 @@ from variant.checkpoints.model_folder import build
 from variant.checkpoints.sharded import read_weights_file
 from variant.data.config import DataSection
 from variant.data.images import FolderData
-from variant.files import file_sha256, read_pickle, read_safetensors, save_pickle, save_safetensors
+from variant.files import read_pickle, read_safetensors, save_pickle, save_safetensors
 from variant.models.config import LIMITS, VARConfig, VQVAEConfig
 from variant.models.vqvae import VQVAE
-from variant.paths import open_regular, read_json
+from variant.paths import file_sha256, open_regular, read_json
 from variant.tensor_files import stored_pickle, stored_safetensors
 from variant.training.checkpointer import Checkpointer
 from variant.training.recipe import load_recipe

@@ -15,7 +15,7 @@ from seeded import fill, images, layout_sha256, noise
 from variant.errors import UserError
 from variant.evaluation.dinov2 import SIZES, DINOv2, Size, SwiGLU, size_of
 from variant.evaluation.features import load_network
-from variant.files import file_sha256
+from variant.paths import file_sha256
 
 VALUES = json.loads(Path(__file__).with_name("dinov2_values.json").read_text())
 SMALL = SIZES[0]

@@ -27,7 +27,7 @@ from variant.evaluation.frechet import FeatureStatistics, Gaussian, frechet_dist
 from variant.evaluation.image_sets import Reference, array_images, open_images, open_reference
 from variant.evaluation.report import Metric, evaluate
 from variant.evaluation.scores import PrecisionRecall, precision_recall
-from variant.files import file_sha256
+from variant.paths import file_sha256
 from variant_kernels import DepthSchedule
 
 CPU = torch.device("cpu")

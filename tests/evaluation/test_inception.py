@@ -17,7 +17,7 @@ from variant.evaluation.features import INCEPTION_SHA256, inception_network, loa
 from variant.evaluation.frechet import FeatureStatistics, frechet_distance
 from variant.evaluation.inception import Inception2015, resize_as_tensorflow
 from variant.evaluation.scores import inception_score, precision_recall
-from variant.files import file_sha256
+from variant.paths import file_sha256
 
 VALUES = json.loads(Path(__file__).with_name("torch_fidelity_values.json").read_text())
 

@@ -1,7 +1,9 @@
 """Block sizes are timed once, stored across processes, and not timed during a capture."""
 
 import ast
+import errno
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -120,6 +122,23 @@ def test_a_folder_that_cannot_be_written_is_said_and_the_winner_still_serves(
     monkeypatch.setenv("VARIANT_CACHE_DIR", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="cannot store tuning results in .*VARIANT_CACHE_DIR"):
         assert choose(timed) is CONFIGS[1]
+
+
+def test_files_of_killed_and_failed_writes_do_not_stay(timed, monkeypatch, tmp_path):
+    choose(timed)
+    (folder,) = {path.parent for path in tmp_path.rglob("*.json")}
+    left, recent = folder / f"left{tuning.TEMPORARY}", folder / f"recent{tuning.TEMPORARY}"
+    left.write_text("{")
+    recent.write_text("{")
+    os.utime(left, (0, 0))
+
+    def full(*names):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tuning.os, "replace", full)
+    with pytest.warns(UserWarning, match="cannot store tuning results"):
+        choose(timed, Key(("another shape",)))
+    assert list(folder.glob(f"*{tuning.TEMPORARY}")) == [recent]  # another process may write it
 
 
 def test_a_device_too_small_for_every_config_is_named(timed):

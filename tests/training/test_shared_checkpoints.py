@@ -12,7 +12,7 @@ from test_distributed import ALL, MODES, in_mode, losses, train_on_two
 from tiny_runs import CPU, assert_same, interrupt_after, metrics, quiet, tiny_recipe, trained_vae
 
 from variant.errors import UserError
-from variant.files import file_sha256
+from variant.paths import file_sha256
 from variant.training.checkpoint_folder import check_folder, read_contents, read_into
 from variant.training.checkpoint_folder import stored_tensors as stored
 from variant.training.checkpoint_schedule import OutputSection

@@ -18,8 +18,8 @@ from variant.data.idx import FASHION_MNIST
 from variant.data.sources import open_data
 from variant.errors import UserError
 from variant.evaluation.classifier import save_classifier, train_classifier
-from variant.files import file_sha256
 from variant.models.config import to_plain
+from variant.paths import file_sha256
 from variant.training.export import models_of
 from variant.training.recipe import load_recipe
 from variant.training.vae_task import train_vae

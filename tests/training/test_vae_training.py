@@ -1,6 +1,7 @@
 """Runs that train the VQ-VAE with a perceptual loss and a discriminator."""
 
 import dataclasses
+import hashlib
 import json
 import socket
 
@@ -168,6 +169,22 @@ def test_a_given_function_is_the_perceptual_network(recipe, tmp_path, monkeypatc
             train_vae(with_function(name), tmp_path / name, console=quiet(), device=CPU)
     with pytest.raises(UserError, match=r"features of my_features:wider must have the same shapes"):
         train_vae(with_function("wider"), tmp_path / "wider", console=quiet(), device=CPU)
+
+
+def test_a_run_is_resumed_with_the_module_of_its_features_alone(recipe, tmp_path, monkeypatch):
+    module = tmp_path / "resumed_features.py"
+    module.write_text("def maps(images):\n    return images\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    section = PerceptualSection(weight=1.0, network="resumed_features:maps")
+    recipe, out = with_losses(recipe, perceptual=section), tmp_path / "run"
+    train_vae(recipe, out, console=quiet(), device=CPU)
+    inputs = torch.load(out / "vae-last.pt", weights_only=False)["inputs"]
+    assert inputs["perceptual_sha256"] == hashlib.sha256(module.read_bytes()).hexdigest()
+    train_vae(recipe, out, resume=True, console=quiet(), device=CPU)
+    module.write_text("def maps(images):\n    return images * 2\n")
+    with pytest.raises(UserError, match="trained with another network of the perceptual loss"):
+        train_vae(recipe, out, resume=True, console=quiet(), device=CPU)
 
 
 def test_a_function_that_changes_its_images_changes_no_other_loss(monkeypatch, tmp_path):

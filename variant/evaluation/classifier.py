@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from variant.evaluation.features import FeatureNetwork, Features
-from variant.files import file_sha256
 from variant.models.pixels import to_uint8
+from variant.paths import file_sha256
 from variant.training.classifier import (
     STEPS,
     Classifier,

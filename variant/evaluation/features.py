@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from variant.errors import UserError
 from variant.evaluation.dinov2 import STANDARD, DINOv2, size_of
 from variant.evaluation.inception import Inception2015
-from variant.files import file_sha256, read_pickle
-from variant.named_functions import called, named_function
-from variant.paths import open_regular, shown
+from variant.files import read_pickle
+from variant.named_functions import called, module_sha256, named_function
+from variant.paths import file_sha256, open_regular, shown
 from variant_kernels.arguments import choice
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -191,9 +191,7 @@ def _function(name: str, device: torch.device) -> FeatureNetwork:
             )
         return Features(features.float())
 
-    file = getattr(module, "__file__", None)
-    sha256 = "" if file is None else file_sha256(Path(file))
-    return FeatureNetwork(name, f"FD ({name})", sha256, run, device)
+    return FeatureNetwork(name, f"FD ({name})", module_sha256(module), run, device)
 
 
 def _is_features(value: object, count: int) -> bool:

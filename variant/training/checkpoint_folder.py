@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from variant.errors import UserError
-from variant.files import file_sha256, read_pickle, sync
-from variant.paths import open_regular, path_kind, read_text
+from variant.files import read_pickle, sync
+from variant.paths import file_sha256, open_regular, path_kind, read_text
 
 CONTENTS_NAME = "contents.pt"
 MANIFEST_NAME = "manifest.json"

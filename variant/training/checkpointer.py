@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from variant.checkpoints.model_folder import load_state
 from variant.errors import UserError
-from variant.files import atomic_write, file_sha256, read_pickle, read_safetensors, save_safetensors
+from variant.files import atomic_write, read_pickle, read_safetensors, save_safetensors
+from variant.paths import file_sha256
 from variant.training.checkpoint_contents import check_contents
 from variant.training.checkpoint_files import BEST_NAME, CheckpointFiles
 from variant.training.checkpoint_folder import (

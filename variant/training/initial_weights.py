@@ -20,12 +20,11 @@ from variant.checkpoints.model_folder import load_model, load_state
 from variant.checkpoints.original_var import read_original
 from variant.checkpoints.sharded import INDEX_ENDING, find_weights
 from variant.errors import UserError
-from variant.files import file_sha256
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.models.zones import is_zone_key, reset_zone_weights
-from variant.paths import path_kind
+from variant.paths import file_sha256, path_kind
 from variant.training.checkpointer import Checkpointer
 from variant.training.recipe import Recipe, recipe_key
 from variant.training.resume_rules import read_recipe

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from variant.checkpoints.model_folder import load_state
 from variant.errors import UserError
-from variant.files import file_sha256, read_pickle, read_safetensors
+from variant.files import read_pickle, read_safetensors
 from variant.models.pixels import three_channels
-from variant.named_functions import called, named_function
-from variant.paths import open_regular
+from variant.named_functions import called, module_sha256, named_function
+from variant.paths import file_sha256, open_regular
 from variant.training.classifier import Classifier
 from variant.training.vae_losses import feature_distance
 from variant.training.vae_sections import PerceptualSection
@@ -40,7 +40,7 @@ class PerceptualLoss:
         features: of the network.
         weights: of the channels of each layer; None weighs all alike.
         what: the network, for people.
-        sha256: of its weights; "" where they are not known.
+        sha256: of its weights or of the file of its module; "" where there is none.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ def function_loss(name: str, recipe: str) -> PerceptualLoss:
         UserError: there is no such function.
     """
     where = f"{recipe}: vae_training.perceptual.network {name}"
-    _, function = named_function(where, name)
+    module, function = named_function(where, name)
     checked: list[bool] = []
 
     def features(images_B3YX: Tensor) -> Sequence[Tensor]:
@@ -204,7 +204,7 @@ def function_loss(name: str, recipe: str) -> PerceptualLoss:
             checked.append(True)
         return layers
 
-    return PerceptualLoss(features, f"features of {name}")
+    return PerceptualLoss(features, f"features of {name}", module_sha256(module))
 
 
 def _is_features(value: object, count: int) -> bool:

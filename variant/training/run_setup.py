@@ -180,6 +180,12 @@ class RunSetup:
         self.data = open_source(recipe.data, size, channels, recipe.seed, mixed=kind == "var")
         if isinstance(self.data, TokenSource):
             self.data.check(recipe.name, vae)
+        classes, known = recipe.model.num_classes, self.data.num_classes
+        if classes != known:  # of a VQ-VAE too: the recipe trains a VAR model on its tokens
+            raise UserError(
+                f"{recipe.name}: model.num_classes must be {known}, as many as the data has; got "
+                f"{classes}"
+            )
         for problem in optim.problems(self.data.num_train):
             raise UserError(f"{recipe.name}: {section}.{problem}")
         self.inputs: dict[str, Any] = {}

@@ -17,9 +17,8 @@ from torch import Tensor
 from variant.data.images import Indices
 from variant.data.samples import ImageSource, Source
 from variant.errors import UserError
-from variant.files import file_sha256
 from variant.models.vqvae import VQVAE
-from variant.paths import path_kind
+from variant.paths import file_sha256, path_kind
 from variant.training.adversary import Adversary
 from variant.training.classifier import (
     RUN_NAME,
@@ -271,7 +270,9 @@ def _perceptual(setup: RunSetup, console: Console | None) -> PerceptualLoss | No
     else:
         with setup.ranks.one_after_another():
             loss = _classifier(setup, console)
-    setup.record_input("perceptual_sha256", loss.sha256)
+    recorded = None if setup.saved is None else setup.saved["inputs"].get("perceptual_sha256")
+    # Earlier versions recorded "" for every function.
+    setup.record_input("perceptual_sha256", "" if recorded == "" else loss.sha256)
     return loss
 
 

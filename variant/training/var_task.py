@@ -347,11 +347,6 @@ def train_var(
 
 def _train(setup: RunSetup, recipe: Recipe, console: Console | None) -> Summary:
     data = setup.data
-    if data.num_classes != recipe.model.num_classes:
-        raise UserError(
-            f"{recipe.name}: model.num_classes must be {data.num_classes}, as many as the data "
-            f"has; got {recipe.model.num_classes}"
-        )
     if recipe.schedule.has_zone_weights and recipe.model.weights is None:
         raise UserError(
             f"{recipe.name}: model.weights must name a trained model with zone_weights "

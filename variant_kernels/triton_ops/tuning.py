@@ -17,8 +17,10 @@ import json
 import math
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from operator import itemgetter
@@ -35,6 +37,8 @@ from variant_kernels.dispatch.support import triton_interprets
 from variant_kernels.triton_ops.common import family
 
 WARM_UP_MS, REPEAT_MS = 10, 40
+# A choice is written within milliseconds: an older file of this name is not being written.
+TEMPORARY, LEFTOVER_SECONDS = ".tmp", 3600
 SHIPPED = Path(__file__).parent / "shipped_configs.json"
 
 
@@ -277,14 +281,28 @@ def _read_config(path: Path, configs: Sequence[Config]) -> Config | None:
     return config if config in configs else None
 
 
+def _clear_leftovers(folder: Path) -> None:
+    """Remove the files of processes that were killed while they wrote."""
+    oldest = time.time() - LEFTOVER_SECONDS
+    for path in folder.glob(f"*{TEMPORARY}"):
+        with suppress(FileNotFoundError):  # another process removes it too
+            if path.stat().st_mtime < oldest:
+                path.unlink()
+
+
 def _write(path: Path, text: str) -> None:
     """Replace the file atomically: other processes may be reading and writing it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(temporary, path)
+        _clear_leftovers(path.parent)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=TEMPORARY)
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(text)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
     except OSError as error:
         warnings.warn(
             f"variant_kernels: cannot store tuning results in {path.parent} ({error}); every "

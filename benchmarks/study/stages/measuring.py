@@ -44,11 +44,11 @@ from benchmarks.study.stages.shared import (
 )
 from benchmarks.study.stages.training import token_source, train, training_identity, weights_file
 from variant.engine.engine import Engine
-from variant.files import file_sha256
 from variant.models.config import VARConfig
 from variant.models.pixels import to_uint8
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant.paths import file_sha256
 from variant.training.initial_weights import find_vae, load_vae
 from variant.training.recipe import Recipe
 

@@ -20,7 +20,8 @@ from benchmarks.study.stages.measuring import load_models, measured_identity
 from benchmarks.study.stages.shared import PHASES
 from variant.cli.options import Search
 from variant.cli.search_job import Job
-from variant.files import atomic_write, file_sha256
+from variant.files import atomic_write
+from variant.paths import file_sha256
 from variant.search.compare import Row
 from variant.supernet import VARiant
 from variant.training.recipe_reference import recipe_toml

@@ -27,9 +27,10 @@ from benchmarks.study.stages.files import (
 from variant.data.encode import encode_images
 from variant.data.images import ImageData
 from variant.data.sources import open_data
-from variant.files import atomic_write, file_sha256, write_safetensors
+from variant.files import atomic_write, write_safetensors
 from variant.models.pixels import to_uint8
 from variant.models.vqvae import VQVAE
+from variant.paths import file_sha256
 from variant.training.checkpointer import Checkpointer
 from variant.training.classifier import Classifier, held_out_accuracy, train_classifier
 from variant.training.initial_weights import find_vae, load_vae

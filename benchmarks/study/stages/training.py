@@ -24,7 +24,8 @@ from benchmarks.study.stages.shared import tokens_identity
 from benchmarks.study.work import Work, choose_epochs
 from variant.data.config import DataSection
 from variant.data.token_source import TokenSource
-from variant.files import atomic_write, file_sha256, write_safetensors
+from variant.files import atomic_write, write_safetensors
+from variant.paths import file_sha256
 from variant.training.checkpointer import Checkpointer
 from variant.training.recipe import Recipe
 from variant.training.var_task import train_var
