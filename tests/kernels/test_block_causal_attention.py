@@ -271,6 +271,25 @@ def test_finite_scores_of_any_size_give_their_softmax(backend, dtype, exponent, 
     assert (dv.abs().cpu() <= 1.01 * weight.abs().sum(1, keepdim=True).cpu()).all()
 
 
+@pytest.mark.parametrize("exponent", [10, 13, 17, 20])
+@pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
+def test_gradients_lose_the_digits_of_a_large_logarithm(backend, dtype, exponent):
+    generator = torch.Generator().manual_seed(exponent)
+    layout = ScaleLayout.from_patch_nums((1, (2, 3), (6, 12)))
+    inputs = [x[None] for x in scores_of_size(exponent, layout.total, 1, dtype, generator)]
+    weight = torch.randn(inputs[0].shape, generator=generator).to(dtype).abs()
+    (moved_weight,) = moved(weight)
+    leaves = [x.requires_grad_() for x in moved(*inputs)]
+    out = block_causal_attention(*leaves, layout, softmax_scale=1.0, backend=backend)
+    (dv,) = torch.autograd.grad((out * moved_weight).sum(), leaves[2:])
+    v = wide(inputs[2])[0].requires_grad_()
+    exact_out = plain_attention(*wide(*inputs[:2]), v, layout, 1.0)
+    (exact,) = torch.autograd.grad((exact_out * weight.double()).sum(), (v,))
+    # All terms of a sum are positive: it is off by no more than the worst of them.
+    tolerance = 2.0 ** (exponent - 23) + 4 * max(torch.finfo(dtype).eps, 2**-20)
+    torch.testing.assert_close(dv.cpu().double(), exact, rtol=tolerance, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 def test_backward_is_deterministic(backend):
     generator = torch.Generator().manual_seed(5)

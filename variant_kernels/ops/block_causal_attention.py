@@ -270,7 +270,9 @@ def block_causal_attention(
     Raises:
         ValueError: shapes, devices or layout disagree.  TypeError: dtype not listed.
         NotImplementedError: a second or a forward-mode derivative is wanted.
-    Gradient: q, k, v; and scale_mul, none above log 100.
+    Gradient: q, k, v; and scale_mul, none above log 100. It comes from probabilities that are
+        computed again from a float32 logarithm of their sum: where scores are near S, each is off
+        by a relative S * 2^-23 at most, 0.1 % at 2^13.
     """
     normalise = () if scale_mul_1H11 is None else (scale_mul_1H11,)
     # FlexAttention runs outside the ops, so the backend is resolved here.
