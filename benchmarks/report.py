@@ -330,16 +330,30 @@ def _training(data: dict[str, Any]) -> list[str]:
             row["implementation"],
             duration(row["median"]),
             f"{row['ratio_to_peer']:.2f}",
+            *_of_linear_work(row),
             f"{row['loss']:.3f}",
         ]
         for row in data["steps"]
     ]  # fmt: skip
+    columns = [
+        *("implementation", "time", f"{data['peer']} / this"),
+        *("full depth / this", "by linear work", "share"),
+        "loss",
+    ]
     return [
         f"One optimiser step of {data['model']}, batch {data['batch']}, {data['dtype']} on "
         f"{data['device']}, bridge {data['bridge']}.",
         "",
-        *table(["implementation", "time", f"{data['peer']} / this", "loss"], cells),
+        *table(columns, cells),
     ]
+
+
+def _of_linear_work(row: dict[str, Any]) -> tuple[str, str, str]:
+    """A depth's speed-up over full depth, that of its products with weights, and their ratio."""
+    if row.get("ceiling", 1) == 1:
+        return "", "", ""
+    speed_up, ceiling = row["speed_up"], row["ceiling"]
+    return f"{speed_up:.2f}", f"{ceiling:.2f}", f"{speed_up / ceiling:.0%}"
 
 
 def _kv8(data: dict[str, Any]) -> list[str]:

@@ -6,7 +6,8 @@
 A step is: forward under autocast, mean cross-entropy over all tokens (ours in chunks, as in
 training), backward, clipping to norm 1 (ours inside AdamW, as in training), AdamW (fused). Both
 models share weights, gradients and the optimiser, so that the memory holds a large model once;
-their steps run interleaved. Without ``--var-repo`` only our depths are compared.
+their steps run interleaved. Without ``--var-repo`` only our depths are compared. Each depth stands
+beside the ratio that it would have to full depth if products with weights took all the time.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from variant.bench.environment import environment
 from variant.bench.interleaved import quartiles, ratios, time_interleaved
 from variant.bench.models import build, configs
 from variant.bench.result_file import write_result
+from variant.cli.progress import Advance, progress
 from variant.errors import UserError
+from variant.models.flops import ceiling
 from variant.training.loss_scale import LossScaler
 from variant.training.optim import clipped_step, gradient_norm
 
@@ -92,12 +95,15 @@ class TrainingSteps:
             optimizer.step()
 
         self.calls: dict[str, Callable[[], Tensor]] = {}
+        self.full = f"depth {config.depth}"
+        self.ceilings: dict[str, float] = {}
         for depth in options.depths:
             full = depth == config.depth
             try:
                 schedule = var.schedule(None if full else depth, options.bridge)
             except ValueError as error:
                 raise UserError(f"--depths {depth}: {error}") from error
+            self.ceilings[f"depth {depth}"] = ceiling(config, schedule)
             self.calls[f"depth {depth}"] = step_of(
                 lambda schedule=schedule: (
                     var(labels_B, x_teacher, schedule, targets_BL=tokens_BL).mean
@@ -107,7 +113,7 @@ class TrainingSteps:
                 device,
                 dtype,
             )
-        self.peer = f"depth {config.depth}"
+        self.peer = self.full
         if options.var_repo is not None:
             from variant.bench.original_var import load
 
@@ -127,12 +133,29 @@ class TrainingSteps:
             raise UserError(text)
         self.losses: dict[str, float] = {}
 
-    def result(self, runs: int) -> dict[str, Any]:
-        """Seconds of each implementation over ``runs`` rounds, ratios to the peer."""
-        if not self.losses:
-            self.losses = {name: float(call()) for name, call in self.calls.items()}
+    def _recorded(self, name: str) -> Callable[[], Tensor]:
+        def step() -> Tensor:
+            loss = self.calls[name]()
+            if name not in self.losses:  # of the first step, which is not timed
+                self.losses[name] = float(loss)
+            return loss
+
+        return step
+
+    def result(self, runs: int, advance: Advance = lambda steps, what: None) -> dict[str, Any]:
+        """Seconds of each implementation over ``runs`` rounds, ratios to the peer.
+
+        Args:
+            advance: called after every step or group of short ones, ``runs`` + 1 times for each
+                implementation.
+        """
         options = self.options
-        samples = time_interleaved(self.calls, rounds=runs, device=options.device)
+        samples = time_interleaved(
+            {name: self._recorded(name) for name in self.calls},
+            rounds=runs,
+            device=options.device,
+            on_sample=lambda name: advance(1, name),
+        )
         rows = [
             {
                 "implementation": name,
@@ -145,6 +168,11 @@ class TrainingSteps:
             }
             for name, own in samples.items()
         ]
+        for row in rows:
+            name = row["implementation"]
+            if name in self.ceilings and self.full in samples:
+                speed_up = statistics.median(ratios(samples[self.full], samples[name]))
+                row |= {"speed_up": speed_up, "ceiling": self.ceilings[name]}
         peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else None
         return {
             "format": TRAINING,
@@ -166,7 +194,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: as :class:`TrainingSteps`.
     """
-    return TrainingSteps(options).result(options.runs)
+    print(f"building {options.model} with random weights", file=sys.stderr, flush=True)
+    steps = TrainingSteps(options)
+    names = ", ".join(steps.calls)
+    print(f"{options.runs} rounds after a first one: {names}", file=sys.stderr, flush=True)
+    total = (options.runs + 1) * len(steps.calls)
+    with progress("training step", "measuring", total, options.json) as advance:
+        return steps.result(options.runs, advance)
+
+
+def _share(row: dict[str, Any]) -> str:
+    if row.get("ceiling", 1) == 1:
+        return ""
+    share = row["speed_up"] / row["ceiling"]
+    return f"   {row['speed_up']:.2f} x full depth, {share:.0%} of {row['ceiling']:.2f} by products"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -191,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     for row in result["steps"]:
         print(
             f"{row['implementation']:24} {row['median'] * 1e3:10.1f} ms   "
-            f"{row['ratio_to_peer']:5.2f} x {result['peer']}   loss {row['loss']:.4f}"
+            f"{row['ratio_to_peer']:5.2f} x {result['peer']}   loss {row['loss']:.4f}{_share(row)}"
         )
     return 0
 

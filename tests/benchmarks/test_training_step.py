@@ -18,12 +18,18 @@ def test_every_depth_takes_a_step_and_is_compared_with_full_depth(tmp_path, caps
     assert subnet["loss"] != full["loss"] > 0
     assert subnet["quartiles"][0] <= subnet["median"] <= subnet["quartiles"][1]
     assert subnet["rounds"] == 2
-    assert "depth 2" in capsys.readouterr().out
+    assert full["speed_up"] == full["ceiling"] == 1
+    assert subnet["ceiling"] > 1
+    printed = capsys.readouterr()
+    share = subnet["speed_up"] / subnet["ceiling"]
+    assert f"{share:.0%} of {subnet['ceiling']:.2f} by products" in printed.out.splitlines()[1]
+    assert printed.err.startswith("building digits")
     assert [path.name for path in tmp_path.iterdir()] == ["steps.json"]
 
 
 def test_a_depth_that_the_model_lacks_is_one_line(tmp_path, capsys):
     file = tmp_path / "steps.json"
     assert main([*SMALL, "--depths", "9", "--bridge", "4", "--json", str(file)]) == 1
-    assert capsys.readouterr().err.startswith("benchmarks.training_step: --depths 9: ")
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("benchmarks.training_step: --depths 9: ")
     assert not file.exists()
