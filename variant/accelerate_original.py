@@ -32,6 +32,14 @@ from variant_kernels.integrations.var import VARFamily
 # Of every group normalisation in the VQ-VAE.
 GROUP_NORM_EPS = 1e-6
 FAMILY = VARFamily()
+# Methods of the original that generation or encoding calls, and the engine does not. (The original
+# decorates none of them.)
+UNCALLED = ("get_logits", "fhat_to_img", "img_to_idxBl")
+UNCALLED_OF_QUANTIZE = (
+    "embed_to_fhat",
+    "f_to_idxBl_or_fhat",
+    "get_next_autoregressive_input",
+)
 
 
 def accelerate(var: nn.Module, vae: nn.Module) -> VARiant:
@@ -71,10 +79,20 @@ def accelerate(var: nn.Module, vae: nn.Module) -> VARiant:
     our_vae = build(VQVAE, vae_config, vae.state_dict(), "vae").eval()
     links = (
         LiveWeights(
-            "var", var, our_var, lambda: _var_settings(var), lambda: _compare_var(var, our_var)
+            "var",
+            var,
+            our_var,
+            lambda: _var_settings(var),
+            lambda: _compare_var(var, our_var),
+            UNCALLED,
         ),
         LiveWeights(
-            "vae", vae, our_vae, lambda: _vae_settings(vae), lambda: _compare_vae(vae, our_vae)
+            "vae",
+            vae,
+            our_vae,
+            lambda: _vae_settings(vae),
+            lambda: _compare_vae(vae, our_vae),
+            (*UNCALLED, *UNCALLED_OF_QUANTIZE),
         ),
     )
     for link in links:
@@ -212,6 +230,7 @@ def _compare_var(var: Any, our_var: VAR) -> None:
     Raises:
         UserError: they compute something else; the engine would not run what makes the difference.
     """
+    _check_methods("var", var)
     with _in_eval_mode(var):
         _compare_part("var", var, lambda: _blocks(var), lambda: _our_blocks(var, our_var))
         _compare_part("var", var, lambda: _ends(var, our_var), lambda: _ends(our_var, our_var))
@@ -219,10 +238,26 @@ def _compare_var(var: Any, our_var: VAR) -> None:
 
 def _compare_vae(vae: Any, our_vae: VQVAE) -> None:
     """The same of the VQ-VAEs."""
+    _check_methods("vae", vae)
     with _in_eval_mode(vae):
         _compare_part(
             "vae", vae, lambda: _decoded(vae, our_vae), lambda: _decoded(our_vae, our_vae)
         )
+
+
+def _check_methods(name: str, model: nn.Module) -> None:
+    """Raises: UserError, if a method that the engine does not call was replaced or overridden."""
+    quantize = model._modules.get("quantize")
+    for module, where, methods in (
+        (model, name, UNCALLED),
+        (quantize, f"{name}.quantize", UNCALLED_OF_QUANTIZE),
+    ):
+        for method in methods:
+            if hasattr(module, method):
+                assert module is not None, "None has no such method"
+                altered = alterations.method_alteration(module, method, where)
+                if altered is not None:
+                    raise UserError(f"accelerate: {altered}; the engine does not call it")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ hooks, a method or a part changed, both models are compared again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class LiveWeights:
         original, ours: the two models; ``ours`` uses the original's tensors from now on.
         settings: reads what the original's object tells beside its tensors.
         compare: runs both models' parts on small inputs; raises UserError where they differ.
+        methods: names of methods of the original's parts that ``compare`` looks at as they are.
     """
 
     def __init__(
@@ -41,8 +42,9 @@ class LiveWeights:
         ours: nn.Module,
         settings: Callable[[], Mapping[str, Any]],
         compare: Callable[[], None],
+        methods: Sequence[str] = (),
     ) -> None:
-        self.original = original
+        self.original, self._methods = original, methods
         self._ours, self._name, self._read_settings = ours, name, settings
         self._compare, self._compared = compare, ([original], [])
         self._settings = dict(settings())
@@ -98,10 +100,10 @@ class LiveWeights:
         for name, buffer in self._ours._buffers.items():
             if buffer is not None and buffer.device != device:
                 self._ours._buffers[name] = buffer.to(device)
-        if _code(self._compared[0]) != self._compared[1]:
+        if _code(self._compared[0], self._methods) != self._compared[1]:
             self._compare()
             modules = list(self.original.modules())
-            self._compared = modules, _code(modules)
+            self._compared = modules, _code(modules, self._methods)
 
     @staticmethod
     def _changed(what: str) -> UserError:
@@ -110,7 +112,7 @@ class LiveWeights:
         )
 
 
-def _code(modules: list[nn.Module]) -> list[tuple[Any, ...]]:
+def _code(modules: list[nn.Module], methods: Sequence[str]) -> list[tuple[Any, ...]]:
     """What determines, beside tensors and settings, what each of these modules computes."""
     return [
         (
@@ -119,6 +121,8 @@ def _code(modules: list[nn.Module]) -> list[tuple[Any, ...]]:
             *module._forward_pre_hooks.values(),
             *module._forward_hooks.values(),
             *module._modules.values(),
+            *[module.__dict__.get(name) for name in methods],
+            *[getattr(type(module), name, None) for name in methods],
         )
         for module in modules
     ]

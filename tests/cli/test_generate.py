@@ -15,6 +15,7 @@ from small_models import small_model
 from variant.cli import generate as module
 from variant.cli.main import main
 from variant.schedule_files import load_schedule, save_schedule
+from variant.training.folder_lock import locked_folder
 
 
 def pictures(folder):
@@ -222,6 +223,21 @@ def test_a_folder_of_another_run_is_refused_and_kept(model, tmp_path, run):
     # --overwrite leaves nothing of the earlier run.
     assert run(*words[:4], 3, *words[6:], "--overwrite")[0] == 0
     assert list(pictures(tmp_path / "o")) == ["00000_class3.png"]
+
+
+def test_two_runs_in_one_folder_are_refused(model, tmp_path, run):
+    words = ("generate", "--model", model, "--labels", 1, "--out", tmp_path / "o")
+    with locked_folder(tmp_path / "o", module.LOCK_NAME):
+        for more in ((), ("--resume",), ("--overwrite",)):
+            code, _, error = run(*words, *more)
+            assert code == 1
+            assert re.search(r"o: another generation is writing into this folder \(proc", error)
+            assert error.count("\n") == 1
+    assert run(*words)[0] == 0
+    assert {path.name for path in (tmp_path / "o").iterdir()} == {
+        "00000_class1.png",
+        "generate.json",
+    }
 
 
 def test_images_without_a_record_and_damaged_records_are_refused(model, tmp_path, run):

@@ -209,6 +209,21 @@ def test_a_plot_is_written_whole_or_not_at_all(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["p.PNG"]
 
 
+@pytest.mark.parametrize("ending", [".png", ".pdf", ".svg"])
+def test_a_plot_replaces_no_other_file(tmp_path, ending):
+    pytest.importorskip("matplotlib")
+    from variant.cli.pyplot import check_plot, save_plot
+
+    plt, path = pyplot("eval"), tmp_path / f"p{ending}"
+    plt.figure().savefig(path)  # of another program
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=f"eval: --plot must name a new file .*p{ending} holds"):
+        check_plot("eval", path)
+    assert path.read_bytes() == before
+    save_plot(plt, plt.figure(), path)
+    check_plot("eval", path)  # its own
+
+
 def test_convert_writes_nothing_if_one_output_cannot_be_written(model, tmp_path, run, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()

@@ -16,10 +16,12 @@ from small_models import small_model
 from variant import VARiant, load_schedule
 from variant.cli import search_job as module
 from variant.cli.main import main
+from variant.cli.search import LOCK_NAME
 from variant.data.sources import open_data
 from variant.errors import UserError
 from variant.search.data import held_out
 from variant.search.space import Space
+from variant.training.folder_lock import locked_folder
 from variant.training.recipe import load_recipe
 from variant_kernels import CachePlan, DepthSchedule, use_backend
 from variant_kernels.plans.depth_schedule import select_layers
@@ -229,6 +231,14 @@ def test_times_are_measured_once(words, tmp_path, run, monkeypatch):
     assert "measuring again" in printed
     costs = [one["costs"]["latency"] for one in record_of(tmp_path)["front"]["latency"]]
     assert min(costs) == 0.5
+
+
+def test_two_searches_in_one_folder_are_refused(words, run):
+    with locked_folder(words[-1], LOCK_NAME):
+        code, _, error = run(*words, "--budget", "kv=0.9")
+    assert code == 1
+    assert "another search is writing into this folder (process" in error
+    assert error.count("\n") == 1
 
 
 def test_a_beam_is_used_above_the_limit_and_json_is_alone(words, run):

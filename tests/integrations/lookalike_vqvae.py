@@ -74,6 +74,11 @@ class Quantizer(nn.Module):
             h = F.interpolate(h, size=(self.v_patch_nums[-1],) * 2, mode="bicubic")
         return self.quant_resi[k / last](h)
 
+    def get_next_autoregressive_input(self, k, num_scales, f_hat, h_BCHW):
+        f_hat = f_hat + self.quant_resi[k / (num_scales - 1)](h_BCHW)
+        side = self.v_patch_nums[min(k + 1, num_scales - 1)]
+        return f_hat, F.interpolate(f_hat, size=(side, side), mode="area")
+
 
 class LookalikeVQVAE(nn.Module):
     def __init__(
@@ -103,7 +108,10 @@ class LookalikeVQVAE(nn.Module):
         sides = self.quantize.v_patch_nums
         parts = tokens_BL.split([side * side for side in sides], dim=1)
         f_hat = sum(self.quantize.contribution(part, k) for k, part in enumerate(parts))
-        return self.decoder(self.post_quant_conv(f_hat)).clamp(-1, 1) / 2 + 0.5
+        return self.fhat_to_img(f_hat) / 2 + 0.5
+
+    def fhat_to_img(self, f_hat):
+        return self.decoder(self.post_quant_conv(f_hat)).clamp(-1, 1)
 
     @torch.no_grad()
     def encode(self, images):

@@ -164,6 +164,29 @@ def spoil_compiled(model, vae):
     model.blocks[1].ffn = torch.compile(model.blocks[1].ffn, backend="eager")
 
 
+def spoil_logits(model, vae):
+    old = model.get_logits
+    model.get_logits = lambda x, cond: old(x, cond) / 2
+
+
+def spoil_subclass(model, vae):
+    class Cooler(type(model)):
+        def get_logits(self, x, cond_BD):
+            return super().get_logits(x, cond_BD) / 2
+
+    model.__class__ = Cooler
+
+
+def spoil_pixels(model, vae):
+    vae.fhat_to_img = lambda f_hat: -old(f_hat)
+    old = type(vae).fhat_to_img.__get__(vae)
+
+
+def spoil_next_input(model, vae):
+    quantize, old = vae.quantize, vae.quantize.get_next_autoregressive_input
+    quantize.get_next_autoregressive_input = lambda *args: old(*args)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -181,6 +204,10 @@ def spoil_compiled(model, vae):
         (spoil_meta_vae, r"vae: decoder.conv_in.weight is on the meta device"),
         (spoil_weight, r"blocks\[1\].attn.proj has parametrizations; remove_parametrizations"),
         (spoil_compiled, r"blocks\[1\].ffn is compiled by torch.compile"),
+        (spoil_logits, r"var\.get_logits was replaced on the instance"),
+        (spoil_subclass, r"var\.get_logits is that of Cooler, which overrides that of Lookalike"),
+        (spoil_pixels, r"vae\.fhat_to_img was replaced on the instance"),
+        (spoil_next_input, r"vae\.quantize\.get_next_autoregressive_input was replaced"),
     ],
 )
 def test_what_the_engine_would_ignore_is_refused_by_name(spoil, message):
@@ -429,6 +456,10 @@ def hook_decoder(model, vae):
         (replace_activation, "var does not run"),
         (append_block, "var does not run"),
         (hook_decoder, "vae does not run.*decoder has hooks"),
+        (spoil_logits, r"var\.get_logits was replaced on the instance"),
+        (spoil_subclass, r"var\.get_logits is that of Cooler"),
+        (spoil_pixels, r"vae\.fhat_to_img was replaced on the instance"),
+        (spoil_next_input, r"vae\.quantize\.get_next_autoregressive_input was replaced"),
     ],
 )
 def test_code_that_changes_after_accelerate_is_refused(change, name):

@@ -100,3 +100,27 @@ def test_needs_less_than_2_mb_an_image():
     with LiveBytes() as live:
         at_once(h[:1], weight, bias, targets[:1]).mean().backward()
     assert live.peak > 11e6  # the measure sees the logits
+
+
+def test_transforms_of_torch_func_and_forward_mode_work():
+    *inputs, targets = case(torch.float64, torch.float64, tokens=(2, 5))
+
+    def ours(*tensors):
+        return linear_cross_entropy(*tensors, targets).mean
+
+    def theirs(*tensors):
+        return at_once(*tensors, targets).mean()
+
+    plain = [x.detach() for x in inputs]
+    wanted = torch.autograd.grad(ours(*inputs), inputs)
+    for transform in (torch.func.grad, torch.func.jacrev):
+        grads = transform(ours, (0, 1, 2))(*plain)
+        for grad, expected in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(grad, expected)
+    ones = tuple(map(torch.ones_like, plain))
+    tangent = torch.func.jvp(ours, tuple(plain), ones)[1]
+    torch.testing.assert_close(tangent, torch.func.jvp(theirs, tuple(plain), ones)[1])
+    assert tangent.abs() > 1e-3
+    several = torch.stack([plain[0], 2 * plain[0]])
+    mapped = torch.func.vmap(ours, (0, None, None))(several, *plain[1:])
+    torch.testing.assert_close(mapped, torch.stack([ours(h, *plain[1:]) for h in several]))

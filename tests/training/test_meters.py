@@ -1,6 +1,8 @@
 """Means of measured values; norms of groups of layers; the file of steps."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -106,3 +108,17 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path):
     file.path.symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
         file.append({"step": 1})
+
+
+def test_a_named_pipe_of_the_files_name_is_not_waited_for(tmp_path):
+    file = StepsFile(tmp_path, "var")
+    os.mkfifo(file.path)
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waited for a reader"))
+    signal.alarm(10)
+    try:
+        file.keep_until(0)
+        with pytest.raises(OSError, match=r"var-steps\.jsonl"):
+            file.append({"step": 1})
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

@@ -42,12 +42,14 @@ from variant.evaluation.sampler import KERNELS, is_same
 from variant.models.class_names import labels_of_words
 from variant.models.placement import check_device
 from variant.supernet import VARiant
+from variant.training.folder_lock import locked_folder
 from variant_kernels import CachePlan, DepthSchedule, __version__
 from variant_kernels.arguments import choice, integer
 from variant_kernels.dispatch.support import BACKENDS
 
 T = TypeVar("T")
 
+LOCK_NAME = ".variant-generate.lock"
 MAX_COUNT = 10**8
 # Larger batches are not faster, and an interrupted run loses one of them.
 MAX_BATCH = 256
@@ -228,7 +230,15 @@ class Work:
     # --- a folder -------------------------------------------------------------------------------
 
     def folder(self) -> list[Result]:
-        """Generate and write batch by batch; Ctrl-C keeps what is written."""
+        """Generate and write batch by batch; Ctrl-C keeps what is written.
+
+        Raises:
+            UserError: the folder holds another run, or another process generates into it.
+        """
+        with locked_folder(self.command.out, LOCK_NAME, work="generation"):
+            return self._folder()
+
+    def _folder(self) -> list[Result]:
         command, target = self.command, self.target
         settings = self._settings()
         recorded = self._start(settings)

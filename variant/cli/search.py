@@ -40,10 +40,12 @@ from variant.search.compare import SAME, Row
 from variant.search.costs import KINDS
 from variant.search.tree import Result
 from variant.supernet import VARiant
+from variant.training.folder_lock import locked_folder
 from variant_kernels.arguments import integer
 from variant_kernels.plans.depth_schedule import schedule_name
 
 LOSSES = "losses-*.safetensors"
+LOCK_NAME = ".variant-search.lock"
 WEIGHTS = (".pth", ".pt", ".safetensors")
 MAX_IMAGES = 10**6
 MAX_BATCH = 2**12
@@ -52,6 +54,11 @@ MAX_BATCH = 2**12
 def search_command(command: Search) -> None:
     """Search, print the front and the comparison, and write the schedule and the record."""
     budgets = _check(command)
+    with locked_folder(command.out, LOCK_NAME, work="search"):
+        _search(command, budgets)
+
+
+def _search(command: Search, budgets: dict[str, float]) -> None:
     out = console(command.json)
     started = time.monotonic()
     job = Job(command, _model(command), budgets)

@@ -274,7 +274,7 @@ def sample(
             _finish_once(files, settings)
             report(files.num, files.num)
             return 0
-    with locked_folder(files.folder, f".variant-sample-{rank}.lock"):
+    with locked_folder(files.folder, f".variant-sample-{rank}.lock", work="sampling"):
         if files.form == "npz" and path_kind(files.out) is not None:  # just now, by another rank
             return 0
         _start(files, settings)
@@ -356,7 +356,7 @@ def _finish_once(files: SampleFiles, settings: Mapping[str, Any]) -> None:
     """By one of the ranks that see the last part at the same time."""
     is_own = False
     try:
-        with locked_folder(files.out.parent, f".{files.out.name}.lock"):
+        with locked_folder(files.out.parent, f".{files.out.name}.lock", work="sampling"):
             is_own = True
             if path_kind(files.out) is None:
                 files.assemble(settings)

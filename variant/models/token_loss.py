@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.autograd import forward_ad
 from torch.autograd.function import Function, once_differentiable
+from torch.nn import functional as F
 
 from variant_kernels.linear import product
 
@@ -99,10 +102,22 @@ def linear_cross_entropy(
         h_BLC: hidden states; the products are computed in their dtype.
         weight_VC, bias_V: of the linear head, of any float dtype.
         targets_BL: int64 in [0, V).
-    Gradient of the mean: h_BLC, weight_VC, bias_V; no second derivative.
+    Gradient of the mean: h_BLC, weight_VC, bias_V; no second derivative. Under torch.func's
+    transforms and in forward mode all logits are kept, and every derivative is torch's.
     """
     with torch.autocast(h_BLC.device.type, enabled=False):
+        if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return _from_all_logits(h_BLC, weight_VC, bias_V, targets_BL)
         mean, losses_N = _LinearCrossEntropy.apply(
             h_BLC.flatten(0, 1), weight_VC, bias_V, targets_BL.flatten()
         )
     return TokenLoss(mean, losses_N.view(targets_BL.shape))
+
+
+def _from_all_logits(
+    h_BLC: Tensor, weight_VC: Tensor, bias_V: Tensor, targets_BL: Tensor
+) -> TokenLoss:
+    logits_BLV = F.linear(h_BLC, weight_VC.to(h_BLC.dtype), bias_V.to(h_BLC.dtype))
+    logits_BLV = logits_BLV.to(torch.promote_types(h_BLC.dtype, torch.float32))
+    losses_BL = F.cross_entropy(logits_BLV.transpose(1, 2), targets_BL, reduction="none")
+    return TokenLoss(losses_BL.mean(), losses_BL.detach())

@@ -1,4 +1,4 @@
-"""One training at a time in a folder: a lock, and the removal of what killed runs left behind.
+"""One run at a time in a folder: a lock, and the removal of what killed runs left behind.
 
 The lock is ``flock`` on a file in the folder. The kernel releases it however the process ends, so a
 run that was killed never blocks the next one.
@@ -43,11 +43,12 @@ FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_N
 
 
 @contextmanager
-def locked_folder(folder: Path, name: str = LOCK_NAME) -> Iterator[bool]:
+def locked_folder(folder: Path, name: str = LOCK_NAME, *, work: str = "training") -> Iterator[bool]:
     """Hold the folder's lock within the block; the folder is created where it is missing.
 
     Args:
         name: of the file of the lock.
+        work: what another owner of the lock does, for the messages.
 
     Afterwards the file of the lock is removed, and so are folders that were created here and that
     the block left empty.
@@ -55,12 +56,12 @@ def locked_folder(folder: Path, name: str = LOCK_NAME) -> Iterator[bool]:
     Yields:
         whether the folder is locked; False, after a warning, where its file system has no locks.
     Raises:
-        UserError: another training holds the lock, or the folder cannot be written.
+        UserError: another process holds the lock, or the folder cannot be written.
     """
     path = folder / name
     try:
         created = _create(folder)
-        descriptor, is_locked = _acquire(path)
+        descriptor, is_locked = _acquire(path, work)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
         is_file = isinstance(error, FileExistsError | NotADirectoryError)
         reason = "is no folder" if is_file else getattr(error, "strerror", None) or error
@@ -112,7 +113,7 @@ def _create(folder: Path) -> list[Path]:
     return new
 
 
-def _acquire(path: Path) -> tuple[int, bool]:
+def _acquire(path: Path, work: str) -> tuple[int, bool]:
     """The descriptor of the locked file, and whether it is locked.
 
     Raises:
@@ -124,7 +125,7 @@ def _acquire(path: Path) -> tuple[int, bool]:
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise UserError(f"{path}: must be a regular file, that of the lock; remove it")
-            if not _lock(descriptor, path.parent):
+            if not _lock(descriptor, path.parent, work):
                 return descriptor, False
             # Whoever held the lock removed the file at its end, perhaps after it was opened here.
             with suppress(OSError):
@@ -138,7 +139,7 @@ def _acquire(path: Path) -> tuple[int, bool]:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, folder: Path) -> bool:
+def _lock(descriptor: int, folder: Path, work: str) -> bool:
     """Take the lock without waiting; False, with a warning, where there is none."""
     reason: object = "this system has no flock"
     if fcntl is not None:
@@ -147,13 +148,13 @@ def _lock(descriptor: int, folder: Path) -> bool:
             return True
         except BlockingIOError:
             raise UserError(
-                f"{folder}: another training is writing into this folder{_holder(descriptor)}; "
+                f"{folder}: another {work} is writing into this folder{_holder(descriptor)}; "
                 "wait for its end, or choose another folder"
             ) from None
         except OSError as error:
             reason = error.strerror or error
     warnings.warn(
-        f"{folder}: cannot be locked ({reason}); make sure that no other training writes there",
+        f"{folder}: cannot be locked ({reason}); make sure that no other {work} writes there",
         RuntimeWarning,
         stacklevel=2,
     )

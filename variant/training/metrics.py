@@ -49,13 +49,18 @@ def append_line(path: Path, entry: Mapping[str, Any]) -> None:
     """
     size = path.stat().st_size if path.exists() else 0
     try:
-        with path.open("a") as file:
+        with open(path, "a", opener=_open_at_once) as file:
             file.write(_line(entry))
     except OSError as error:
         with suppress(OSError):
             os.truncate(path, size)
         # Errors of opening a file name it, those of writing do not.
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Without waiting for a reader, should a named pipe have the file's name."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
 def _line(entry: Mapping[str, Any]) -> str:

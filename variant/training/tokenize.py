@@ -159,7 +159,7 @@ def tokenize(
     weights = find_vae(recipe, vae_folder)
     vae = load_vae(recipe, weights)
     wanted = _manifest(recipe, source, passes, tokenizer_sha256(vae), shard_size)
-    with locked_folder(out, f".variant-tokenize-{rank}.lock") as is_locked:
+    with locked_folder(out, f".variant-tokenize-{rank}.lock", work="tokenization") as is_locked:
         wanted = _check_folder(out, wanted, lambda found: is_tokenizer(found, vae, weights), rank)
         mine = list(wanted.files())[rank::world_size]
         if is_locked:
