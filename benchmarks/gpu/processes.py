@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+# A process that was killed inside the driver of a GPU that hangs may never end; then it is left.
+KILL_SECONDS = 5.0
 
 
 def end_with_parent() -> None:
@@ -57,7 +59,10 @@ def fork(work: Callable[[], None], log: Path) -> int:
 
 def wait(child: int, until: float, expired: Callable[[], bool] = lambda: False) -> int | None:
     """The exit status of a child (negative: its signal); None if it was killed, as a group, at
-    ``until`` (seconds of ``time.monotonic``) or when ``expired`` said so."""
+    ``until`` (seconds of ``time.monotonic``) or when ``expired`` said so.
+
+    It returns within ``KILL_SECONDS`` of the kill, even if the child does not end.
+    """
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -70,6 +75,12 @@ def wait(child: int, until: float, expired: Callable[[], bool] = lambda: False) 
             for kill in (os.killpg, os.kill):
                 with suppress(ProcessLookupError, PermissionError):
                     kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+            _wait_for_end(child)
             return None
+        time.sleep(0.02)
+
+
+def _wait_for_end(child: int) -> None:
+    ends = time.monotonic() + KILL_SECONDS
+    while not os.waitpid(child, os.WNOHANG)[0] and time.monotonic() < ends:
         time.sleep(0.02)

@@ -18,7 +18,7 @@ from robustness.forked import option
 from unrecorded import unrecorded
 
 from benchmarks.docs_results import page
-from benchmarks.gpu import record, runner, steps, unpack
+from benchmarks.gpu import processes, record, runner, steps, unpack
 from benchmarks.gpu.__main__ import PACKAGES, main
 from benchmarks.gpu.record import Run
 from benchmarks.gpu.settings import GPU, REHEARSAL
@@ -238,6 +238,20 @@ def test_what_a_step_started_ends_with_it(tmp_path):
     assert "sleep 60" not in mine.stdout.splitlines()
 
 
+def test_a_step_that_no_signal_ends_costs_its_seconds_alone(tmp_path, monkeypatch):
+    """As one that waits inside the driver of a GPU that hangs."""
+    monkeypatch.setattr(processes, "KILL_SECONDS", 0.5)
+    child = processes.fork(lambda: time.sleep(8), tmp_path / "log.txt")
+    began = time.monotonic()
+    with monkeypatch.context() as patched:
+        for kill in ("kill", "killpg"):
+            patched.setattr(os, kill, lambda child, signal_: None)
+        assert processes.wait(child, began + 0.5) is None
+    assert time.monotonic() - began < 4
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
 # --- records, clocks ------------------------------------------------------------------------------
 
 
@@ -295,8 +309,9 @@ def test_the_cases_of_the_targets_are_the_first(op):
 def test_engine_and_kernels_fit_the_time():
     """What tells most is planned before the time is over; only later steps may be left out."""
     plan = steps.steps(GPU)
-    assert [step.name for step in plan][:5] == [
-        *("ceilings", "smoke", "sanitizer", "engine-64", "engine-1")
+    assert [step.name for step in plan] == [
+        *("ceilings", "smoke", "sanitizer", "engine-64", "engine-1", "kernels", "peers"),
+        *("training-step", "largest-batch", "profile", "end", "tests"),
     ]
     by_kernels = sum(s.seconds for s in plan[:6] if s.only_after_failure is None)
     assert by_kernels <= 350

@@ -111,6 +111,15 @@ def _loads_ahead(key: str, elements: int, figures: Mapping[str, Any]) -> Iterato
             yield f"async_wait {number} in a loop leaves 0 groups in flight; expected 1 or more"
 
 
+def _fits(key: str, elements: int, figures: Mapping[str, Any]) -> Iterator[str]:
+    """A processor holds a program: its registers and its shared memory suffice."""
+    if figures["programs"] < 1:
+        yield (
+            f"{figures['registers']} registers and {figures['shared']} bytes of shared memory fit "
+            "no processor; the launch would fail"
+        )
+
+
 def _wide_loads(key: str, elements: int, figures: Mapping[str, Any]) -> Iterator[str]:
     """Attention copies keys and values 16 bytes at a time."""
     if key.startswith(ATTENTION) and not figures["global"].get("load 128"):
@@ -118,6 +127,7 @@ def _wide_loads(key: str, elements: int, figures: Mapping[str, Any]) -> Iterator
 
 
 RULES = {
+    "fits": _fits,
     "tensor-cores": _tensor_cores,
     "registers-only": _registers_only,
     "no-stack": _no_stack,

@@ -141,6 +141,7 @@ def test_few_instructions_and_registers_more_are_no_difference():
 @pytest.mark.parametrize(
     ("rule", "figures_"),
     [
+        ("fits", changed(shared=232_449, programs=0)),
         ("tensor-cores", changed(loops=[{"instructions": 300, "HMMA": 32}])),
         ("tensor-cores", changed(loops=[])),
         ("registers-only", changed(loops=[{"instructions": 300, "HGMMA": 8, "LDL": 1}])),
