@@ -11,7 +11,7 @@ import json
 import os
 import stat
 from collections.abc import Callable
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 from variant.errors import UserError
 
@@ -89,7 +89,7 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file, in hexadecimal.  Raises: UserError, if it cannot be read."""
     with open_regular(path) as file:
         try:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.file_digest(cast("Any", file), "sha256").hexdigest()
         except OSError as error:
             raise UserError(f"{shown(path)}: cannot be read: {_reason(error)}") from None
 
