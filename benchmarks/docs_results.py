@@ -58,13 +58,15 @@ INTRODUCTION = """\
 
 `make docs-results` writes this page from the files in
 [benchmarks/results](../benchmarks/results) and from [digits.json](digits.json); do not edit it.
-[benchmarks.md](benchmarks.md) explains how the results are measured and how to read them. There is
-no GPU result yet.
+[benchmarks.md](benchmarks.md) explains how the results are measured and how to read them.{no_gpu}
 
 Compare ratios, not absolute times of different runs. A command stands as it was typed when the
 result was measured; options have been renamed since (`--json` instead of `--benchmark-json`).
 `PATH` stands for a local folder.
 """
+
+NO_GPU = """ There is
+no GPU result yet."""
 
 # One section for each kind of result file, in the page's order.
 SECTIONS = {
@@ -81,7 +83,9 @@ SECTIONS = {
 
 def page(results: list[Result], digits: Mapping[str, Any]) -> str:
     """The text of ``docs/results.md``."""
-    lines = [INTRODUCTION, *_plan(), *_predictions(results), *_digits(digits)]
+    has_gpu = any(result.kind == RUN for result in results)
+    introduction = INTRODUCTION.format(no_gpu="" if has_gpu else NO_GPU)
+    lines = [introduction, *_plan(), *_predictions(results), *_digits(digits)]
     for kind, title in SECTIONS.items():
         of_kind = [result for result in results if result.kind == kind]
         if of_kind:

@@ -27,6 +27,7 @@ from benchmarks.prediction.times import (
     DEPTHS,
     DIRECTIONS,
     FLASH,
+    FLASHINFER,
     FLEX,
     FULL,
     PAGED_FLOP,
@@ -44,7 +45,7 @@ from variant.errors import UserError
 from variant.files import atomic_write
 
 ROOT = Path(__file__).parents[1]
-NOT_MEASURED = "not yet measured"
+NOT_MEASURED, NOT_MODELLED = "not yet measured", "not modelled"
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,14 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table. measured: the value of a run; None where there is none."""
+    """One line of the table.
+
+    predicted: None where the model has no part for it.  measured: the value of a run; None where
+    there is none.
+    """
 
     quantity: Quantity
-    predicted: float
+    predicted: float | None
     measured: float | None = None
 
     @property
@@ -93,12 +98,13 @@ class Case:
 
     def cells(self) -> list[str]:
         """Name, target, predicted, measured."""
-        values = [self._text(self.predicted), self._text(self.measured)]
-        return [self.name, self.quantity.target, *values]
+        predicted = self._text(self.predicted, NOT_MODELLED)
+        measured = self._text(self.measured, NOT_MEASURED)
+        return [self.name, self.quantity.target, predicted, measured]
 
-    def _text(self, value: float | None) -> str:
+    def _text(self, value: float | None, absent: str) -> str:
         if value is None:
-            return NOT_MEASURED
+            return absent
         return f"{value:,.{self.quantity.digits}f} {self.quantity.unit}"
 
 
@@ -137,7 +143,18 @@ def _generations() -> list[Quantity]:
             Quantity(f"batch 64, {name}", "", "ms", _ms(f"generation 64 {depth}")),
             Quantity(f"batch 64, {name}, with the decoder", "", "ms", _ms(f"images 64 {depth}")),
         ]
-    return found + [_linear_share(depth) for depth in DEPTHS if depth != FULL]
+    return [
+        *found,
+        *(_linear_share(depth) for depth in DEPTHS if depth != FULL),
+        Quantity("batch 64, a change of depth", "at most 1 ms", "ms", _ms("switch 64"), 2),
+        Quantity(
+            "batch 64, K/V bytes, over those of the plan",
+            "at most 1 times",
+            "times",
+            _ratio("kv allocated 64", "kv planned 64"),
+            3,
+        ),
+    ]
 
 
 def _linear_share(depth: int) -> Quantity:
@@ -205,6 +222,13 @@ def _kernels() -> list[Quantity]:
             _ratio(f"paged {TORCH}", f"paged {TRITON}"),
             2,
         ),
+        Quantity(
+            f"{paged}, as fast as FlashInfer",
+            "faster",
+            "times",
+            _ratio(f"paged {FLASHINFER}", f"paged {TRITON}"),
+            2,
+        ),
         Quantity(sampling, "", "ms", _ms(f"sampling {TRITON}"), 2),
         Quantity(
             f"{sampling}, as fast as torch's calls",
@@ -252,7 +276,7 @@ def quantities() -> list[Quantity]:
 def cases(c: Constants, run: Mapping[str, Any] | None = None) -> list[Case]:
     """The targets with their predictions and, from a run on a GPU, what was measured."""
     own, times = predicted(c), {} if run is None else measured(run)
-    return [Case(one, one.value(own), one.of(times)) for one in quantities()]
+    return [Case(one, one.of(own), one.of(times)) for one in quantities()]
 
 
 def limits(c: Constants) -> dict[str, str]:
@@ -263,7 +287,7 @@ def limits(c: Constants) -> dict[str, str]:
         f"{ms['gemms']:.1f} ms are products with weights, which would have to take "
         f"{13 - sum(ms[name] for name in ('attention', 'rows', 'rest')):.1f}: those of the first "
         f"seven scales read all weights for few rows, those of the last three have 200 to 512 "
-        f"rows, which fill the processors badly. Attention takes {ms['attention']:.1f}, kernels "
+        f"rows, which leave processors idle. Attention takes {ms['attention']:.1f}, kernels "
         f"bound by memory {ms['rows']:.1f} (a launch is at least "
         f"{1e6 * c.row_seconds:.1f} us), the rest {ms['rest']:.1f}. Fewer launches do not suffice; "
         f"products of few rows would need kernels of their own"
@@ -271,19 +295,19 @@ def limits(c: Constants) -> dict[str, str]:
     return {
         "batch 1, full depth": batch_1,
         "batch 1, full depth, with the decoder": (
-            f"as without it; the decoder takes {ms['decoder']:.1f} ms"
+            f"The limits are those without it; the decoder takes {ms['decoder']:.1f} ms"
         ),
         "batch 64, full depth, as fast as the original": (
             f"{1e3 * many.gemms:.0f} of our {1e3 * many.tokens:.0f} ms are products, the same on "
             "both sides"
         ),
         "batch 64, depth 2, of the linear-work ratio": (
-            f"sampling and what a scale does besides its layers, "
+            f"Sampling and what a scale does besides its layers, "
             f"{1e3 * (many.rest + sampling_of_all_scales(c, 64)):.1f} ms, do not shrink with the "
             "depth"
         ),
         "sampling, last scale, batch 64, as fast as torch's calls": (
-            "our kernel is bound by its instructions (top-k and top-p by bisection in registers, "
+            "Our kernel is bound by its instructions (top-k and top-p by bisection in registers, "
             "weights in float64), not by memory; the time of torch's sort and topk is estimated"
         ),
     }
@@ -296,7 +320,7 @@ def misses(c: Constants) -> list[str]:
         f"{case.name}: {case.cells()[2]}, target {case.quantity.target}. "
         f"{why.get(case.name, 'Its limit is not known')}."
         for case in cases(c)
-        if case.quantity.missed_by(case.predicted)
+        if case.predicted is not None and case.quantity.missed_by(case.predicted)
     ]
 
 

@@ -119,10 +119,15 @@ def environment_lines(result: Result) -> list[str]:
 
 def _engine(data: dict[str, Any]) -> list[str]:
     sampling = data["sampling"]
+    rounds = {row["ms"]["rounds"] for row in data["rows"]}
+    runs = "one run of each, without a spread"
+    if max(rounds) > 1:
+        counts = " to ".join(str(count) for count in sorted({min(rounds), max(rounds)}))
+        runs = f"medians of {counts} interleaved runs"
     lines = [
         f"Whole generations of {data['model']} ({data['weights']} weights, bridge "
         f"{data['bridge']}, cfg {sampling['cfg']}, top_k {sampling['top_k']}, top_p "
-        f"{sampling['top_p']}) without the VQ-VAE decoder; medians of interleaved runs. "
+        f"{sampling['top_p']}) without the VQ-VAE decoder; {runs}. "
         "An asterisk: the original has one depth and runs every layer.",
         "",
     ]
@@ -152,7 +157,7 @@ def _depths(rows: list[dict[str, Any]]) -> list[str]:
         cells.append([
             str(row["depth"]),
             f"{row['ms']['median']:,.1f}",
-            f"{low:,.1f} to {high:,.1f}",
+            f"{low:,.1f} to {high:,.1f}" if row["ms"]["rounds"] > 1 else "-",
             *(
                 f"{peer['ms']['median']:,.1f} ({peer['ratio']:.2f})"
                 + ("\\*" if peer["full_depth"] else "")
@@ -223,15 +228,13 @@ def _images(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _logits(rows: list[dict[str, Any]]) -> list[str]:
-    lines = []
-    for row in rows:
-        lines += [
-            f"Logits of the last scale, {row['what']}: largest difference "
-            f"{row['largest']:.3g}, mean {row['mean']:.3g}; their spread is "
-            f"{row['spread']:.3g}.",
-            "",
-        ]
-    return lines
+    # A comparison that does not involve our dtype is there once for each of our dtypes.
+    texts = dict.fromkeys(
+        f"Logits of the last scale, {row['what']}: largest difference {row['largest']:.3g}, "
+        f"mean {row['mean']:.3g}; their spread is {row['spread']:.3g}."
+        for row in rows
+    )
+    return [line for text in texts for line in (text, "")]
 
 
 def _peak_memory(rows: list[dict[str, Any]]) -> list[str]:

@@ -2,7 +2,8 @@
 
 Names: ``generation 64 30`` (batch, depth; without the decoder), ``images 64 30`` (with it),
 ``gemms 64 30`` (its products alone), ``original 64``; ``attention 680 forward triton`` (length,
-direction, implementation), ``paged triton``, ``sampling triton``; ``training 30``.
+direction, implementation), ``paged triton``, ``sampling triton``; ``training 30``. Measured alone:
+``switch 64`` (a change of depth), and bytes, ``kv allocated 64`` and ``kv planned 64``.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ ATTENTION = {"2240": (PATCH_NUMS_512, 16), "680": (PATCH_NUMS_256, 64)}
 DIRECTIONS = ("forward", "forward+backward")
 # Names of peers in the benchmarks' results.
 TRITON, FLEX, FLASH, TORCH = "triton", "flex-compiled", "flex-flash", "sdpa"
+FLASHINFER = "flashinfer-planned"
 TORCH_CALLS, ORIGINAL_TRAINING = "torch-calls", "original, dense mask"
 ORIGINAL = "original bfloat16 autocast"
 PAGED_CASE = "layout256-scale9-rows128-heads30-bfloat16"
@@ -109,12 +111,17 @@ def measured(run: Mapping[str, Any]) -> Times:
             # Of one image, in ms.
             found[f"generation {batch} {depth}"] = batch * row["ms"]["median"] / 1e3
             found[f"gemms {batch} {depth}"] = batch * row["gemms_ms"]["median"] / 1e3
+            if depth == FULL:
+                for bytes_ in ("allocated", "planned"):
+                    found[f"kv {bytes_} {batch}"] = row[f"kv_{bytes_}_bytes"]
             for peer in row.get("against", []):
                 if peer["peer"] == ORIGINAL and depth == FULL:
                     found[f"original {batch}"] = batch * peer["ms"]["median"] / 1e3
         for image in part.get("images", []):
             name = f"images {image['batch']} {image['depth']}"
             found[name] = image["batch"] * image["ms"]["median"] / 1e3
+        for switch in part.get("switch", []):
+            found[f"switch {switch['batch']}"] = switch["ms"] / 1e3
     for kernel in _results(run, "kernel"):
         stem = _kernel_name(kernel["case"])
         for peer, timing in kernel["implementations"].items() if stem else ():

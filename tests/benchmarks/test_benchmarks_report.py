@@ -84,6 +84,21 @@ def engine():
     }
 
 
+def test_a_page_says_how_many_runs_there_were_and_nothing_twice(engine):
+    page = "\n".join(report.PARTS[ENGINE](engine))
+    assert "medians of 2 interleaved runs." in page
+    once = copy.deepcopy(engine)
+    difference = {"what": "theirs against ours", "largest": 0.02, "mean": 0.003, "spread": 1.2}
+    once["logits"] = [difference, difference]
+    for row in once["rows"]:
+        row["ms"]["rounds"] = 1
+        row["ms"]["quartiles"] = [12.25, 12.25]
+    page = "\n".join(report.PARTS[ENGINE](once))
+    assert "; one run of each, without a spread." in page
+    assert "12.2 to 12.2" not in page
+    assert page.count("theirs against ours") == 1
+
+
 def write(path, data):
     path.write_text(json.dumps(data))
     return str(path)

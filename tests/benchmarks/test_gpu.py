@@ -82,7 +82,10 @@ def test_pages_are_written_from_the_results(rehearsal, tmp_path):
     assert "One generation, batch 2" in text
     assert "L91-batch1-float32-forward" in text
     digits = json.loads((ROOT / "docs" / "digits.json").read_text())
-    assert "## Runs on a GPU" in page(results, digits)
+    with_a_run = page(results, digits)
+    assert "## Runs on a GPU" in with_a_run
+    assert "no GPU result yet" not in with_a_run
+    assert "no GPU result yet" in page([r for r in results if r.kind != RUN], digits)
 
 
 def test_all_rounds_replace_the_first_and_both_speeds_are_there(rehearsal):

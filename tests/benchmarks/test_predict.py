@@ -162,20 +162,38 @@ def test_a_generation_takes_no_less_than_its_roofline():
     assert one.images > one.tokens
 
 
+# Targets that the model has no part for, and what the synthetic run has of them.
+MEASURED_ALONE = {
+    "batch 64, a change of depth": 0.25,
+    "batch 64, K/V bytes, over those of the plan": 1.125,
+    "paged attention, last scale, batch 64, as fast as FlashInfer": 1.5,
+}
+
+
 def test_every_case_says_that_it_is_not_yet_measured():
     found = predict.cases(COMMITTED)
     assert len({case.name for case in found}) == len(found)
     assert all(case.cells()[3] == "not yet measured" for case in found)
-    assert all(math.isfinite(case.predicted) and case.predicted > 0 for case in found)
+    modelled = [case for case in found if case.name not in MEASURED_ALONE]
+    assert all(math.isfinite(case.predicted) and case.predicted > 0 for case in modelled)
+    others = [case for case in found if case.name in MEASURED_ALONE]
+    assert [case.cells()[2] for case in others] == ["not modelled"] * len(MEASURED_ALONE)
     text = predict.text(found)
     assert text.splitlines()[0].split() == ["what", "target", "predicted", "measured"]
 
 
 def test_a_predicted_miss_has_a_limit_and_what_is_met_has_none():
     found = {c.name: c for c in predict.cases(COMMITTED)}
-    missed = {name for name, c in found.items() if c.quantity.missed_by(c.predicted)}
+    missed = {
+        name for name, c in found.items()
+        if c.predicted is not None and c.quantity.missed_by(c.predicted)
+    }  # fmt: skip
     assert missed == predict.limits(COMMITTED).keys()
-    assert len(predict.misses(COMMITTED)) == len(missed)
+    lines = predict.misses(COMMITTED)
+    assert len(lines) == len(missed)
+    for line in lines:
+        sentences = line.split(". ")
+        assert all(one[0].isupper() or one[0].isdigit() for one in sentences[1:]), line
 
 
 @pytest.mark.parametrize(("target", "met", "missed"), [
@@ -209,6 +227,8 @@ def synthetic_run(c):
             for name, seconds in own.items()
             if name.startswith(stem)
         }
+        if stem == "paged ":
+            timings[times.FLASHINFER] = {"median": 1.5 * timings["triton"]["median"]}
         # The step without compiled peers comes first; the step with them times ours again.
         results += [{"kind": "kernel", "data": {"case": case, "implementations": some}}
                     for some in ({"triton": timings["triton"]}, timings)]  # fmt: skip
@@ -221,6 +241,7 @@ def synthetic_run(c):
                 "batch": batch, "depth": depth,
                 "ms": {"median": 1e3 * own[f"generation {of}"] / batch},
                 "gemms_ms": {"median": 1e3 * own[f"gemms {of}"] / batch},
+                "kv_allocated_bytes": 9 * depth * batch, "kv_planned_bytes": 8 * depth * batch,
                 "against": [original],
             })  # fmt: skip
             image = {"median": 1e3 * own[f"images {of}"] / batch}
@@ -231,6 +252,7 @@ def synthetic_run(c):
     results += [
         {"kind": "engine", "data": {"rows": rows}},
         {"kind": "engine", "data": {"images": images}},
+        {"kind": "engine", "data": {"switch": [{"batch": 64, "ms": 0.25}]}},
         {"kind": "training", "data": {"batch": 16, "steps": steps}},
         {"kind": "tests", "data": {"passed": 1}},
     ]
@@ -267,7 +289,8 @@ def fitted(run):
 
 def test_measurements_stand_beside_predictions(run):
     for mine, theirs in zip(predict.cases(COMMITTED, run), predict.cases(OTHER), strict=True):
-        assert mine.measured == pytest.approx(theirs.predicted, rel=1e-6), mine.name
+        expected = MEASURED_ALONE.get(mine.name, theirs.predicted)
+        assert mine.measured == pytest.approx(expected, rel=1e-6), mine.name
         assert mine.cells()[3] != "not yet measured"
 
 
@@ -282,6 +305,8 @@ def test_a_fit_finds_the_constants_of_the_run(fitted):
 
 def test_a_fitted_model_predicts_the_run(run, fitted):
     for case in predict.cases(fitted, run):
+        if case.name in MEASURED_ALONE:
+            continue
         assert case.predicted == pytest.approx(case.measured, rel=0.05), case.name
 
 
@@ -294,7 +319,8 @@ def test_an_empty_run_leaves_the_constants_as_they_are():
 def test_a_run_that_ended_early_fits_what_it_has(run):
     """Only the first steps of a run: no training step, no peers, batch 64 alone."""
     kept = [r for r in run["results"] if r["kind"] == "kernel"][:2]
-    rows = {"rows": [{"batch": 64, "depth": 30, "ms": {"median": 7}, "gemms_ms": {"median": 5}}]}
+    rows = {"rows": [{"batch": 64, "depth": 30, "ms": {"median": 7}, "gemms_ms": {"median": 5},
+                      "kv_allocated_bytes": 2, "kv_planned_bytes": 2}]}  # fmt: skip
     part = {**run, "results": [*kept, {"kind": "engine", "data": rows}]}
     fitted = fit(COMMITTED, part, "fitted to a SYNTHETIC part of a run")
     assert fitted.original_training_share == COMMITTED.original_training_share
