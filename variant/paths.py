@@ -74,7 +74,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """
     try:
         _check_regular(path, os.stat(path).st_mode)
-        file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115
+        file = open(path, "rb", opener=open_at_once)  # noqa: SIM115
     except (OSError, ValueError) as error:
         raise UserError(f"{shown(path)}: {_reason(error)}") from None
     try:
@@ -143,9 +143,9 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    """Without waiting, should a named pipe have taken the file's place since it was looked at."""
-    return os.open(path, flags | os.O_NONBLOCK)
+def open_at_once(path: str, flags: int) -> int:
+    """An opener that does not wait, should a named pipe have the file's name."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
 def _check_regular(path: str | os.PathLike[str], mode: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from variant.files import atomic_write
+from variant.paths import open_at_once
 
 
 class MetricsFile:
@@ -49,18 +50,13 @@ def append_line(path: Path, entry: Mapping[str, Any]) -> None:
     """
     size = path.stat().st_size if path.exists() else 0
     try:
-        with open(path, "a", opener=_open_at_once) as file:
+        with open(path, "a", opener=open_at_once) as file:
             file.write(_line(entry))
     except OSError as error:
         with suppress(OSError):
             os.truncate(path, size)
         # Errors of opening a file name it, those of writing do not.
         raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Without waiting for a reader, should a named pipe have the file's name."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
 def _line(entry: Mapping[str, Any]) -> str:
