@@ -150,8 +150,12 @@ class TrainingSteps:
                 implementation.
         """
         options = self.options
+        calls = {name: self._recorded(name) for name in self.calls}
+        if options.device == "cuda" and not self.losses:
+            for call in calls.values():  # compiles kernels, which would make a short step look long
+                call()
         samples = time_interleaved(
-            {name: self._recorded(name) for name in self.calls},
+            calls,
             rounds=runs,
             device=options.device,
             on_sample=lambda name: advance(1, name),
