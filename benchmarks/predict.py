@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.prediction.constants import CONSTANTS, Constants, constants
 from benchmarks.prediction.fit import fit
-from benchmarks.prediction.generation import generation, linear_ceiling, sampling_of_all_scales
+from benchmarks.prediction.generation import generation, linear_ceiling
 from benchmarks.prediction.times import (
     DEPTHS,
     DIRECTIONS,
@@ -300,15 +300,6 @@ def limits(c: Constants) -> dict[str, str]:
         "batch 64, full depth, as fast as the original": (
             f"{1e3 * many.gemms:.0f} of our {1e3 * many.tokens:.0f} ms are products, the same on "
             "both sides"
-        ),
-        "batch 64, depth 2, of the linear-work ratio": (
-            f"Sampling and what a scale does besides its layers, "
-            f"{1e3 * (many.rest + sampling_of_all_scales(c, 64)):.1f} ms, do not shrink with the "
-            "depth"
-        ),
-        "sampling, last scale, batch 64, as fast as torch's calls": (
-            "Our kernel is bound by its instructions (top-k and top-p by bisection in registers, "
-            "weights in float64), not by memory; the time of torch's sort and topk is estimated"
         ),
     }
 

@@ -258,6 +258,30 @@ def test_rows_that_nothing_can_be_drawn_from_are_named(backend, poison):
         sample_tokens(logits, guidance=1.0, seed=0, backend=backend)
 
 
+@pytest.mark.skipif(not triton_interprets(), reason="a GPU kernel without the check of values")
+@pytest.mark.parametrize("drawn", [False, True], ids=["seed", "generator"])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.0), (5, 0.0), (0, 0.9), (5, 0.9)])
+def test_the_triton_kernel_gives_token_0_where_nothing_can_be_drawn(top_k, top_p, drawn):
+    from variant_kernels.triton_ops.sample_tokens import launch_sample_tokens
+
+    logits = torch.randn(2, 5, 33, generator=torch.Generator().manual_seed(0))
+    logits[0, 0, 3], logits[0, 1, 4] = torch.nan, torch.inf
+    logits[0, 2], logits[0, 3] = -torch.inf, torch.nan
+    logits[0, 4, 0] = -torch.inf
+    tokens = launch_sample_tokens(
+        logits_2BTV=logits,
+        guidance=0.0,
+        top_k=top_k,
+        top_p=top_p,
+        seed=1,
+        image_ids_B=torch.arange(1),
+        position=0,
+        exponential_RV=torch.ones(5, 33) if drawn else None,
+    )
+    assert tokens[0, :4].tolist() == [0, 0, 0, 0]
+    assert tokens[0, 4] > 0
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_passes(backend):
     for logits, filters in op.sample_inputs(torch.float32, torch.Generator().manual_seed(7))[:4]:
