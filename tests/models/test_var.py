@@ -181,3 +181,15 @@ def test_drops_that_do_not_fit_are_refused(name, value, message):
     var = small_model().var
     with pytest.raises(ValueError, match=rf"VAR.forward: {name} .*{message}"):
         var(torch.tensor([1, 2]), torch.randn(2, 13, 8), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["gate_scale", "modulation_scale", "head_scale"])
+@pytest.mark.parametrize("value", [torch.ones(2), "0.5", float("nan")], ids=str)
+def test_scales_of_initial_weights_are_numbers(name, value):
+    var = small_model().var
+    before = copy.deepcopy(var.state_dict())
+    with pytest.raises((TypeError, ValueError), match=f"^VAR.init_weights: {name} must be a"):
+        var.init_weights(**{name: value})
+    assert all(torch.equal(before[key], now) for key, now in var.state_dict().items())
+    # torch 2.13 ends the process where a weight is multiplied by a sparse scalar in place.
+    var.init_weights(**{name: torch.tensor(0.5).to_sparse()})

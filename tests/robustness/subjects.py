@@ -82,7 +82,6 @@ PARTS = {
     "Sampling.check_run",
     "Sampling.guidance",
     "Sampling.temperature_at",
-    "VAR.init_weights",
     "VAR.shared_condition",
     "VARiantAttention.forward",
     "VQVAE.accumulate",

@@ -34,7 +34,7 @@ from variant_kernels import (
     block_causal_attention,
     gated_residual_adaln,
 )
-from variant_kernels.arguments import instance, integer
+from variant_kernels.arguments import instance, integer, real
 from variant_kernels.gelu import gelu
 from variant_kernels.plans.depth_schedule import check_schedule
 
@@ -435,7 +435,14 @@ class VAR(nn.Module):
         Gates start near zero (each block near the identity), scales and shifts at half size, and
         the output of each branch is divided by sqrt(2 * depth). Meta tensors stay as they are. Zone
         weights start as those of the full network.
+
+        Raises:
+            ValueError or TypeError: a scale that is no finite number.
         """
+        op = "VAR.init_weights"
+        gate_scale = real(op, "gate_scale", gate_scale)
+        modulation_scale = real(op, "modulation_scale", modulation_scale)
+        head_scale = real(op, "head_scale", head_scale)
         if not self.pos_start.is_meta:
             _init_full_network(self, gate_scale, modulation_scale, head_scale)
         reset_zone_weights(self)
