@@ -61,7 +61,7 @@ def measure(out: Path, epochs: int, choices: tuple[dict[str, str], ...] = CHOICE
     rows = []
     for number, keys in enumerate(choices):
         folder = out / str(number)
-        words = ["train-vae", "--recipe", RECIPE, "--out", str(folder), "--device", "cpu"]
+        words = ["train-vae", "--recipe", RECIPE, "--out", str(folder)]
         words += ["--vae-training.epochs", str(epochs)]
         for key, value in keys.items():
             words += [f"--vae-training.{key}", value]
