@@ -1,6 +1,6 @@
 """How much of its codebook a VQ-VAE uses after short trainings that differ in a few keys.
 
-    python -m benchmarks.code_use --out out/codes --json docs/codes.json
+    python -m benchmarks.code_use --out out/codes
 
 Trains the recipe `digits` for a few epochs with each choice of keys, and reads what its last
 evaluation counted over the held-out images. Nothing is timed: the machine need not be idle.
@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from benchmarks.report import table
 from variant.bench.environment import environment
 from variant.bench.result_file import write_result
 from variant.cli.main import main as variant
@@ -38,18 +40,20 @@ CHOICES: tuple[dict[str, str], ...] = (
 class Options:
     """How much of its codebook a VQ-VAE uses after short trainings that differ in a few keys.
 
-    Example: python -m benchmarks.code_use --out out/codes --json docs/codes.json
+    Example: python -m benchmarks.code_use --out out/codes --json codes.json
     """
 
     out: Path
     """Folder of the trainings; it must not hold earlier ones."""
-    json: Path
+    json: Path | None = None
     """File for the results."""
     epochs: int = 10
     """Of each training."""
 
 
-def measure(out: Path, epochs: int, choices: tuple[dict[str, str], ...] = CHOICES) -> list[Any]:
+def measure(
+    out: Path, epochs: int, choices: Sequence[dict[str, str]] = CHOICES
+) -> list[dict[str, Any]]:
     """Train with each choice of keys, and read the last evaluation of each.
 
     Returns:
@@ -79,6 +83,21 @@ def measure(out: Path, epochs: int, choices: tuple[dict[str, str], ...] = CHOICE
     return rows
 
 
+def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The rows as a table."""
+    cells = [
+        [
+            ", ".join(f"`{key} {value}`" for key, value in row["options"].items())
+            or "none: the recipe's own",
+            " ".join(f"{100 * share:.0f}" for share in row["codes_used"]),
+            " ".join(f"{number:.1f}" for number in row["codes_perplexity"]),
+            f"{row['error']:.4f}",
+        ]
+        for row in rows
+    ]
+    return table(["keys", "% of the codes by scale", "perplexity by scale", "squared error"], cells)
+
+
 def main(words: list[str] | None = None) -> int:
     """The command; 0, or 1 with an error of one line."""
     options = tyro.cli(Options, args=words, prog="python -m benchmarks.code_use")
@@ -87,9 +106,11 @@ def main(words: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    result = {"format": FORMAT, "recipe": RECIPE, "epochs": options.epochs}
-    write_result(options.json, {**result, "environment": environment(), "rows": rows})
-    print(f"wrote {options.json}")
+    print("\n".join(lines(rows)))
+    if options.json is not None:
+        result = {"format": FORMAT, "recipe": RECIPE, "epochs": options.epochs}
+        write_result(options.json, {**result, "environment": environment(), "rows": rows})
+        print(f"wrote {options.json}")
     return 0
 
 
