@@ -210,8 +210,10 @@ def test_smooth_images_do_not_depend_on_the_batch(backend):
     alone = engine.generate(1, image_ids=[3], **arguments)
     assert torch.equal(whole.tokens, split.tokens)
     assert torch.equal(whole.tokens[3:4], alone.tokens)
-    torch.testing.assert_close(whole.images, split.images, atol=1e-4, rtol=0)
-    torch.testing.assert_close(whole.images[3:4], alone.images, atol=1e-4, rtol=0)
+    # Products of another batch are rounded otherwise, by about 1e-6 of a logit; the mixtures of the
+    # last scale multiply logits by 148. Other noise changes images by more than 0.1.
+    torch.testing.assert_close(whole.images, split.images, atol=1e-3, rtol=0)
+    torch.testing.assert_close(whole.images[3:4], alone.images, atol=1e-3, rtol=0)
     assert (whole.images[1] - whole.images[3]).abs().max() > 0.1
     other = engine.generate(labels, **{**arguments, "seed": 12})
     assert (whole.images - other.images).abs().max() > 0.1
