@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from benchmarks.report import table
-from benchmarks.results import Result
+from benchmarks.report import duration, table
+from benchmarks.results import TRAINING, Result
 from benchmarks.study.report_claims import SEARCH_BUDGETS, at
 from benchmarks.study.report_data import METRICS, Study
 from benchmarks.study.report_verdicts import Evidence, Verdict, better, judge, sums_by_seed
@@ -145,6 +145,28 @@ def _range(values: Iterable[float]) -> str:
 
 def _text(lead: str, lines: list[str]) -> str:
     return "\n".join([lead, "", *lines]).strip()
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def training_steps(results: Iterable[Result]) -> str:
+    """A step of each committed result on a CPU, beside that of the original code."""
+    lines = []
+    for result in results:
+        if result.kind != TRAINING or result.environment["gpu"]:
+            continue
+        data, machine = result.data, result.environment
+        by_name = {row["implementation"]: row for row in data["steps"]}
+        peer = by_name[data["peer"]]
+        ours = next(row for row in data["steps"] if row is not peer)  # the full depth comes first
+        lines.append(
+            f"A {data['dtype']} step of {data['model']} with {data['batch']} images takes "
+            f"{duration(ours['median'])}, that of the original code with its dense mask and the "
+            f"same weights {duration(peer['median'])}: {ours['ratio_to_peer']:.2f} times as long "
+            f"({machine['threads']} threads of an {machine['cpu']}, {machine['isa']})."
+        )
+    return " ".join(lines)
 
 
 # --- the plan of training memory ---------------------------------------------------------------

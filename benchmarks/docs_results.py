@@ -283,7 +283,10 @@ def blocks() -> dict[Path, dict[str, Callable[[], str]]]:
             "search-digits": lambda: docs_blocks.search_of_digits(found),
             "search-study": lambda: docs_blocks.search_of_study(study),
         },
-        TRAINING_GUIDE: {"adversaries": lambda: docs_blocks.adversaries(results)},
+        TRAINING_GUIDE: {
+            "adversaries": lambda: docs_blocks.adversaries(results),
+            "training-step": lambda: docs_blocks.training_steps(results),
+        },
         MEMORY_PLAN: {"train-plan": docs_blocks.train_plan},
     }
 

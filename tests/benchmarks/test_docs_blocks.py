@@ -9,7 +9,7 @@ from study_results import seeds, study_of
 from benchmarks import docs_blocks, docs_results
 from benchmarks.docs_blocks import with_block
 from benchmarks.report import with_decoder
-from benchmarks.results import read_all
+from benchmarks.results import TRAINING, Result, read_all
 from benchmarks.study import report
 from benchmarks.study.report_claims import CLAIMS, CONTROL, D2, ZONE_WEIGHTS, judged, usable_metrics
 from benchmarks.study.report_data import FULL, LOSS, read_study
@@ -96,6 +96,26 @@ def test_the_searches_of_the_study_are_counted_by_their_verdicts(tmp_path):
     first = "| full network, no subnet trained (2 seeds) | K/V bytes"
     assert f"{first} | depth and bridge | 1 of 1 | 0 of 1 | 0 of 1 | 0.550 |" in rows
     assert f"{first} | evenly chosen or trained layers | 0 of 1 | 0 of 1 | 1 of 1 | - |" in rows
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def test_steps_on_a_cpu_are_named_beside_the_original():
+    machine = {"gpu": None, "threads": 2, "cpu": "A CPU", "isa": "avx2"}
+    steps = [
+        {"implementation": "depth 16", "median": 2.0, "ratio_to_peer": 1.75},
+        {"implementation": "depth 8", "median": 1.0, "ratio_to_peer": 3.5},
+        {"implementation": "original", "median": 3.5, "ratio_to_peer": 1.0},
+    ]
+    data = {"environment": machine, "model": "d16", "batch": 8, "dtype": "float32",
+            "peer": "original", "steps": steps}  # fmt: skip
+    on_gpu = {**data, "environment": {**machine, "gpu": "A GPU"}, "model": "d30"}
+    results = [Result("a", TRAINING, data), Result("b", TRAINING, on_gpu)]
+    text = docs_blocks.training_steps(results)
+    assert text.startswith("A float32 step of d16 with 8 images takes 2.00 s, that of the original")
+    assert "same weights 3.50 s: 1.75 times as long (2 threads of an A CPU, avx2)." in text
+    assert "d30" not in text
 
 
 # --- what the guides say --------------------------------------------------------------------------
