@@ -42,7 +42,7 @@ help:
 	@echo "make gpu       on a machine with a GPU: every measurement in nine minutes, into out/gpu"
 	@echo "make gpu-artefacts  beforehand, without a GPU: what make gpu would compile, for build/gpu-artefacts"
 	@echo "make bench     every kernel beside its peers, then the engine; results under $(RESULTS)"
-	@echo "make docs-results  docs/results.md and the README's table, from $(RESULTS); docs/recipes.md"
+	@echo "make docs-results  docs/results.md and the numbers of README and guides; docs/recipes.md"
 	@echo "make study     every run of the study, up to 6 hours on two idle cores; goes on where it stopped"
 	@echo "make study-report  docs/study.md, its plots and README's table, from benchmarks/study/results"
 	@echo "make lint      ruff, clang-format and the type checker"
@@ -255,8 +255,8 @@ bench: dev
 bench-report: dev
 	$(BIN)/python -m benchmarks.report $(RESULTS)/*-$$($(BIN)/python -m variant.bench.environment).json --out out/report
 
-# docs/results.md, docs/recipes.md and the README's table of gains; a test compares them with their
-# sources.
+# docs/results.md, docs/recipes.md and what stands between marks in the README and the guides; a test
+# compares them with their sources.
 docs-results: dev
 	$(BIN)/python -m benchmarks.docs_results
 

@@ -1,5 +1,5 @@
-"""Write ``docs/results.md`` and the README's tables from the committed result files, and
-``docs/recipes.md`` from the sections of recipes.
+"""Write ``docs/results.md`` and the parts with numbers of other documents from the committed result
+files, and ``docs/recipes.md`` from the sections of recipes.
 
     make docs-results
 
@@ -11,14 +11,16 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import predict
-from benchmarks.report import PARTS, environment_lines, table
+from benchmarks import docs_blocks, predict
+from benchmarks.docs_blocks import with_block
+from benchmarks.report import PARTS, environment_lines, table, with_decoder
 from benchmarks.results import (
     DROPIN,
     ENGINE,
@@ -33,7 +35,7 @@ from benchmarks.results import (
 )
 from benchmarks.study.report import RESULTS as STUDY
 from benchmarks.study.report_data import read_study
-from benchmarks.study.report_readme import quality_of_settings, with_quality
+from benchmarks.study.report_readme import quality_of_settings
 from variant.engine.planning import depths_of, plan_row
 from variant.files import atomic_write
 from variant.models.presets import PAPER_BRIDGE, VAR_PRESETS
@@ -46,12 +48,15 @@ DIGITS = ROOT / "docs" / "digits.json"
 PAGE = ROOT / "docs" / "results.md"
 RECIPES = ROOT / "docs" / "recipes.md"
 README = ROOT / "README.md"
+SEARCH, TRAINING_GUIDE = ROOT / "docs" / "search.md", ROOT / "docs" / "training.md"
+MEMORY_PLAN = ROOT / "docs" / "memory-plan.md"
+# The record of docs_blocks.COMMAND, written as result files are.
+FOUND = ROOT / "docs" / "search.json"
 
-# The results of the README's table, and the two lines around that table.
+# The results of the README's table.
 GAINS = "engine-var-d16-batch-1-epyc-2-threads"
 GAINS_PATCH = "dropin-var-d16-bfloat16-epyc-2-threads"
 GAINS_DTYPE, GAINS_PEER = "bfloat16", "original bfloat16 autocast"
-BEGIN, END = "<!-- gains:begin (make docs-results) -->", "<!-- gains:end -->"
 
 INTRODUCTION = """\
 # Results
@@ -138,7 +143,7 @@ def _predictions(results: list[Result]) -> list[str]:
         "a model computes them from the machine code that the compiler makes for this GPU, the "
         "number of tiles, rooflines, and counts of what the peers read and write "
         "([prediction](../benchmarks/prediction)). Source of its constants: "
-        f"{constants.source}. It may be off by 15 % and more. TFLOP/s count visible pairs.",
+        f"{constants.source}. No run has tested it yet. TFLOP/s count visible pairs.",
         "",
         "`python -m benchmarks.predict`",
         "",
@@ -199,51 +204,107 @@ def _digits(data: Mapping[str, Any]) -> list[str]:
 def gains(results: list[Result]) -> str:
     """The README's table: six rows of the results at batch 1 in bfloat16."""
     by_name = {result.name: result.data for result in results}
-    rows = [row for row in by_name[GAINS]["rows"] if row["dtype"] == GAINS_DTYPE]
-    all_kept = rows[0]["kv_paper_bytes"]
+    data = by_name[GAINS]
+    rows = [row for row in data["rows"] if row["dtype"] == GAINS_DTYPE]
+    images = {row["depth"]: row for row in with_decoder(data) if row["dtype"] == GAINS_DTYPE}
+    decoder = next(row for row in data["decoder"] if row["dtype"] == GAINS_DTYPE)
+    theirs, all_kept = _peer(decoder)["ms"]["median"], rows[0]["kv_paper_bytes"]
     patch = by_name[GAINS_PATCH]["results"][0]["implementations"]["patch"]
+    patched, patch_ratio = 1000 * patch["median"], patch["ratio_to_original"]
     patch_mib = float(re.findall(r"([0-9.]+) allocated", patch["note"])[0])
+    original = [_peer(row)["ms"]["median"] for row in (rows[0], images[rows[0]["depth"]])]
     cells = [
-        ["original code", f"{_peer(rows[0])['ms']['median']:,.0f} ms", "1.00", "-", "-"],
-        _gain("`patch`, depth 16", 1000 * patch["median"], patch["ratio_to_original"],
+        _gain("original code", original, [1.0, 1.0]),
+        # `patch` leaves the decoder as it is; its ratio is of another run.
+        _gain("`patch`, depth 16", [patched, patched + theirs],
+              [patch_ratio, (patch_ratio * patched + theirs) / (patched + theirs)],
               patch_mib * 2**20, all_kept),
     ]  # fmt: skip
     for row in rows:
+        both = row, images[row["depth"]]
         cells.append(
-            _gain(f"`VARiant`, depth {row['depth']}", row["ms"]["median"], _peer(row)["ratio"],
-                  row["kv_allocated_bytes"], all_kept)
+            _gain(f"`VARiant`, depth {row['depth']}", [one["ms"]["median"] for one in both],
+                  [_peer(one)["ratio"] for one in both], row["kv_allocated_bytes"], all_kept)
         )  # fmt: skip
-    columns = ["bfloat16", "time per image", "times as fast", "K/V cache",
-               f"of {all_kept / 2**20:.1f} MiB (all K/V kept)"]  # fmt: skip
-    return "\n".join(table(columns, cells)).strip()
+    columns = ["bfloat16", "without decoder", "times as fast", "with decoder", "times as fast",
+               "K/V cache", f"of {all_kept / 2**20:.1f} MiB (all K/V kept)"]  # fmt: skip
+    after = "" if data.get("images") else (
+        f"The decoder was timed by itself ({decoder['ms']['median']:,.0f} ms, original "
+        f"{theirs:,.0f} ms) and is added."
+    )  # fmt: skip
+    return "\n".join([*table(columns, cells), after]).strip()
 
 
-def _gain(name: str, ms: float, ratio: float, kv_bytes: float, all_kept: int) -> list[str]:
-    share = round(100 * kv_bytes / all_kept)
-    return [name, f"{ms:,.0f} ms", f"{ratio:.2f}", f"{kv_bytes / 2**20:.1f} MiB", f"{share} %"]
+def _gain(
+    name: str,
+    times: Sequence[float],
+    ratios: Sequence[float],
+    kv_bytes: float | None = None,
+    all_kept: int = 1,
+) -> list[str]:
+    """A row. times, ratios: milliseconds and speed without and with the decoder."""
+    speeds = [
+        text
+        for ms, ratio in zip(times, ratios, strict=True)
+        for text in (f"{ms:,.0f} ms", f"{ratio:.2f}")
+    ]
+    if kv_bytes is None:
+        return [name, *speeds, "-", "-"]
+    share = f"{round(100 * kv_bytes / all_kept)} %"
+    return [name, *speeds, f"{kv_bytes / 2**20:.1f} MiB", share]
 
 
 def _peer(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return next(peer for peer in row["against"] if peer["peer"] == GAINS_PEER)
 
 
-def with_gains(readme: str, text: str) -> str:
-    """The README with ``text`` between its two marks."""
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+def picture(data: Mapping[str, Any]) -> str:
+    """The times of the README's picture, with the decoder too."""
+    machine, timing = data["environment"], data["timing"]
+    times = [f"{row['image_ms']['median']:.2f}" for row in data["rows"]]
+    return (
+        f"Time is {timing['clock']} of one {machine['cpu']} thread, in batches of "
+        f"{timing['batch']}, without the image decoder; with it, {', '.join(times[:-1])} and "
+        f"{times[-1]} ms ([details](docs/results.md#digits))."
+    )
+
+
+def blocks() -> dict[Path, dict[str, Callable[[], str]]]:
+    """The parts with numbers of hand-written documents, by the names of their marks."""
+    results, study = read_all(RESULTS), read_study(STUDY)
+    digits, found = (json.loads(path.read_text()) for path in (DIGITS, FOUND))
+    return {
+        README: {
+            "picture": lambda: picture(digits),
+            "gains": lambda: gains(results),
+            "quality": lambda: quality_of_settings(study),
+        },
+        SEARCH: {
+            "search-digits": lambda: docs_blocks.search_of_digits(found),
+            "search-study": lambda: docs_blocks.search_of_study(study),
+        },
+        TRAINING_GUIDE: {
+            "adversaries": lambda: docs_blocks.adversaries(results),
+            "training-step": lambda: docs_blocks.training_steps(results),
+        },
+        MEMORY_PLAN: {"train-plan": docs_blocks.train_plan},
+    }
 
 
 def outputs() -> dict[Path, Callable[[], str]]:
     """The generated files, and the function that returns the text of each."""
-    results = read_all(RESULTS)
     return {
-        PAGE: lambda: page(results, json.loads(DIGITS.read_text())),
+        PAGE: lambda: page(read_all(RESULTS), json.loads(DIGITS.read_text())),
         RECIPES: recipe_reference.reference,
-        README: lambda: with_quality(
-            with_gains(README.read_text(), gains(results)),
-            quality_of_settings(read_study(STUDY)),
-        ),
+        **{path: partial(_with_blocks, path, parts) for path, parts in blocks().items()},
     }
+
+
+def _with_blocks(path: Path, parts: Mapping[str, Callable[[], str]]) -> str:
+    text = path.read_text()
+    for name, body in parts.items():
+        text = with_block(text, name, body())
+    return text
 
 
 def main() -> int:

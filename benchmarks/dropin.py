@@ -183,7 +183,7 @@ def _status(name: str) -> int:
 
 
 def ceiling(case: DropinCase, depth: int) -> float:
-    """Linear work at full depth over that at ``depth``: the largest possible speed-up."""
+    """Linear work at full depth over that at ``depth``: the speed-up if nothing else took time."""
     scales = len(case.scales)
     depths = DepthSchedule(case.layers, scales, depth, default_bridge(scales)).depths
     work = sum(n * layers for n, layers in zip(case.scales, depths, strict=True))
@@ -261,8 +261,8 @@ def table(result: Mapping[str, Any]) -> list[str]:
     if "depth" in result:
         gained, limit = result["depth"]["gained"], result["depth"]["ceiling"]
         lines.append(
-            f"  depth {result['depth']['depth']} over full depth: {gained:.2f} of {limit:.2f} by "
-            f"linear work ({gained / limit:.0%})"
+            f"  depth {result['depth']['depth']}: {gained:.2f} times as fast as full depth, "
+            f"{limit:.2f} times fewer FLOP of linear layers ({gained / limit:.0%})"
         )
     return lines
 

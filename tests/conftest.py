@@ -77,6 +77,7 @@ NOT_RECORDED = {
     "test_shared_checkpoints.py",
     "test_study.py",
     "test_study_report.py",
+    "test_study_verdicts.py",
     "test_torchrun.py",
     "test_trainer.py",
     "test_untraced.py",

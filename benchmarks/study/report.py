@@ -9,8 +9,8 @@ written by hand but the words around the numbers.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -22,18 +22,32 @@ from benchmarks.study.report_claims import (
     CONTROL,
     CONTROL_REFERENCE,
     Claim,
+    by,
     control_claims,
     judged,
     usable_metrics,
 )
-from benchmarks.study.report_data import METRICS, Metric, Part, Study, read_study
+from benchmarks.study.report_data import (
+    FASHION_FD,
+    FULL,
+    LOSS,
+    METRICS,
+    Metric,
+    Part,
+    Study,
+    read_study,
+)
 from benchmarks.study.report_verdicts import (
     CHANCE,
     ERRORS,
     Evidence,
+    Point,
     Verdict,
+    better,
     chance_within,
+    judge,
     needed_errors,
+    sums_by_seed,
 )
 from variant.errors import UserError
 from variant.files import atomic_write
@@ -59,13 +73,56 @@ LIMITS = """\
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the study on the page. tables: ours.  papers: names of the paper's tables."""
+    """A part of the study on the page.
+
+    tables: ours.  papers: names of the paper's tables.  text: what stands above the tables.
+    numbers: a sentence with numbers of the files, below the text; "" while there are none.
+    """
 
     title: str
     tables: tuple[Callable[[Study, Part], list[str]], ...]
     papers: tuple[str, ...] = ()
     pictures: tuple[str, ...] = ()
     text: str = ""
+    numbers: Callable[[Study], str] = lambda study: ""
+
+
+def _alone(study: Study) -> str:
+    """What becomes of the full network if it is trained on alone."""
+    start, alone = Point("base"), Point("p0")
+    usable = usable_metrics(study)
+    by_loss = judge(better(start, alone), study, usable)
+    if by_loss.error is None:
+        return ""
+    shared = sums_by_seed(better(start, alone), study)
+    losses = [
+        report_tables.estimate(LOSS, [study.values(LOSS, name, FULL)[seed] for seed in shared])
+        for name in (alone.run, start.run)
+    ]
+    by_distance = judge(by(better(start, alone), FASHION_FD), study, usable)
+    what = {
+        Verdict.HOLDS: "is worse than its start",
+        Verdict.DOES_NOT_HOLD: "is better than its start",
+    }
+    texts = [
+        f"by {metric.name} the full network "
+        + what.get(evidence.verdict, "differs from its start by less than is resolved")
+        + f" ({_difference(metric, _negated(evidence))})"
+        for metric, evidence in ((LOSS, by_loss), (FASHION_FD, by_distance))
+        if evidence.mean is not None
+    ]
+    return (
+        f"The row `p0` (p = 0) is the run of fine-tuning the full network alone, from `base`: "
+        f"{'; '.join(texts)}. Its held-out loss is {losses[0]}, that of `base` {losses[1]}. All "
+        "runs of this page that train the full network further, `p0` too, begin at a learning rate "
+        "above that at which `base` ended ([settings](../benchmarks/study/settings)). So a loss "
+        "above that of `base` does not by itself show that a subnet has done harm; one above that "
+        "of `p0`, at the same rates, does."
+    )
+
+
+def _negated(evidence: Evidence) -> Evidence:
+    return replace(evidence, mean=None if evidence.mean is None else 0 - evidence.mean)
 
 
 LOSSES = report_tables.losses, report_tables.differences
@@ -80,22 +137,26 @@ SECTIONS: Mapping[str, Section] = {
          report_tables.generated), ("table1",),
         text="The model of full depth, without training: the subnet runs at the early, the middle "
         "or the late scales, and all other scales run every layer. The mean loss over tokens "
-        "weighs the late scales most, because they hold most tokens; the loss per layer-token "
-        "saved and the fashion-FD do not.",
+        "weighs the late scales most, because they hold most tokens (*Losses*). What a saved "
+        "layer-token costs (*Losses per layer-token*) and the fashion-FD (*Generated images*) do "
+        "not weigh scales by their tokens.",
     ),
     "training-free": Section(
         "Training-free and joint training (Table 4)",
         (*LOSSES, report_tables.generated), ("table4",),
         text="Joint training of the full network and a subnet also trains the full network "
         "further. Whether the subnet harms it is therefore judged against the run `p0`, which "
-        "starts from the same weights and does equal work at full depth only.",
+        "starts from the same weights and does equal work at full depth only. `joint-d2` is the "
+        "run `progressive`.",
     ),
     "bridges": Section(
         "Bridges (Tables 5 and 8)",
         (*LOSSES, report_tables.losses_by_scale, report_tables.generated,
          report_tables.gradient_norms), ("table5", "table8"),
-        text="The bridge is the number of first scales that always run every layer. A step with a "
-        "wider bridge costs more, so that at equal work such a run has fewer steps.",
+        text="The bridge is the number of first scales that always run every layer: run `bridge4` "
+        "has 4 of them in training, and at its schedule `d2`. A step with a wider bridge costs "
+        "more, so that at equal work such a run has fewer steps. `bridge3` is the run "
+        "`progressive`.",
     ),
     "ratios": Section(
         "How often the subnet is trained (Figures 2a, 2b, 2c)",
@@ -104,14 +165,17 @@ SECTIONS: Mapping[str, Section] = {
         text="p is the probability of a step at the subnet's depth. All runs start from the same "
         "model of their seed and do equal work. Where the learning rate falls to 0 (`*-rate0`), "
         "the schedules are compared at the same rate.",
+        numbers=_alone,
     ),
     "extras": Section(
         "Variants of the training", (*LOSSES, report_tables.generated),
-        text="With weights of the subnet's own (`copies`, `lora*`, `adaln`) all else is frozen, "
-        "and what is frozen counts for the passes that it has: layers of the bridge for a forward "
-        "pass, frozen layers of the subnet and the head for no gradients of weights. So these runs "
-        "have more steps. Their learning rates were set once and not tuned: a better one may "
-        "change their verdicts.",
+        text="With weights of the subnet's own (`copies`, `lora*`, `adaln`) all else is frozen: "
+        "their full network is `base`, unchanged. What is frozen counts for the passes that it "
+        "has: layers of the bridge for a forward pass, frozen layers of the subnet and the head "
+        "for no gradients of weights. So these runs have more steps. Their learning rates were set "
+        "once and not tuned: a better one may change their verdicts. `teacher-frozen` and "
+        "`teacher-ema` train the full network; frozen, or a moving average, is the teacher that "
+        "the subnet learns from.",
     ),
     "augmentation": Section(
         "Augmentation and mixup", (*LOSSES, report_tables.generated),
@@ -119,7 +183,10 @@ SECTIONS: Mapping[str, Section] = {
         "starts from was trained on plain ones. What augmentation does over many passes, against "
         "overfitting, this part cannot show.",
     ),
-    "kv8": Section("8-bit K/V", (*LOSSES, report_tables.generated)),
+    "kv8": Section(
+        "8-bit K/V", (*LOSSES, report_tables.generated),
+        text="`exact` is the run `several`, `kv8` the same weights with K and V in 8 bits.",
+    ),
     "search": Section(
         "Searched layers and depths", (report_tables.searched,),
         text="`variant search` on the full network that never trained a subnet, and on the "
@@ -127,7 +194,7 @@ SECTIONS: Mapping[str, Section] = {
         "of the work of its layers and head. Beside the searched schedule stand the best depth and "
         "bridge, and the best schedule of evenly chosen or trained layers with any depth at each "
         "scale. Half of the images choose all three, the other half is measured. Depths are those "
-        "of the first seed.",
+        "of the first seed; 8x4-5-2 is depth 8 at four scales, then 5, then 2.",
     ),
     "control": Section(
         "Control: labels permuted", (*LOSSES, report_tables.generated),
@@ -164,17 +231,43 @@ def _first_lines(found: Sequence[tuple[Claim, Evidence]]) -> list[str]:
     if against:
         lines = ["**Where the miniature contradicts the paper:**", ""]
         for (text, where), rows in against.items():
-            verdicts = "; ".join(
-                f"by {claim.measure} {_verdict(claim, evidence)}" for claim, evidence in rows
+            verdicts = " ".join(
+                f"By {claim.measure} {_verdict(claim, evidence)}" for claim, evidence in rows
             )
-            lines.append(f'- "{text}" ({where}): {verdicts}.')
+            lines.append(f'- "{text}" ({where}). {verdicts}')
     elif any(pair[1].verdict is Verdict.HOLDS for pair in ours):
         lines = ["**The miniature contradicts no claim of the paper so far.**"]
     else:
         lines = ["**No run has decided any claim of the paper so far.**"]
     count = {v: sum(evidence.verdict is v for _, evidence in ours) for v in Verdict}
-    counts = ", ".join(f"{count[verdict]} {verdict.value}" for verdict in Verdict)
-    return [*lines, "", f"Of {len(ours)} rows about claims of the paper: {counts}.", ""]
+    counts = _listed(
+        f"{'none' if count[v] == 0 else count[v]} {PLURAL[v] if count[v] != 1 else SINGULAR[v]}"
+        for v in Verdict
+        if count[v] or v is not Verdict.NOT_RUN
+    )
+    what = f"{len(by_claim)} claims of the paper are judged here, most by two metrics"
+    return [*lines, "", f"{what}. Of these {len(ours)} verdicts, {counts}.", ""]
+
+
+# A verdict on one claim, and on several, as a verb.
+SINGULAR = {
+    Verdict.HOLDS: "holds",
+    Verdict.DOES_NOT_HOLD: "does not hold",
+    Verdict.NOT_RESOLVED: "is not resolved",
+    Verdict.NOT_RUN: "has not run yet",
+}
+PLURAL = {
+    Verdict.HOLDS: "hold",
+    Verdict.DOES_NOT_HOLD: "do not hold",
+    Verdict.NOT_RESOLVED: "are not resolved",
+    Verdict.NOT_RUN: "have not run yet",
+}
+
+
+def _listed(parts: Iterable[str]) -> str:
+    """a, b and c."""
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _method(study: Study, usable: frozenset[Metric]) -> list[str]:
@@ -190,12 +283,20 @@ def _method(study: Study, usable: frozenset[Metric]) -> list[str]:
         "in [paper_tables.json](../benchmarks/study/paper_tables.json), its claims in "
         "[report_claims.py](../benchmarks/study/report_claims.py).",
         "",
-        f'A verdict is "{Verdict.HOLDS.value}" or "{Verdict.DOES_NOT_HOLD.value}" if the mean '
+        "Schedules: `full` runs every layer at every scale; `d4` and `d2` run 4 and 2 layers at "
+        "the scales after the bridge, whose width is 3 scales unless the run says otherwise; "
+        "`d2@b5` has a bridge of 5. `d4@early`, `d4@middle` and `d4@late` run 4 layers at a third "
+        "of the scales and all layers at the others; `d4@all` has no bridge.",
+        "",
+        *report_tables.explained(),
+        "Numbers are means over seeds; those after ± are one standard error over seeds. Where the "
+        "full network of a run was frozen, its rows say so.",
+        "",
+        f'A claim "{Verdict.HOLDS.value}" or "{Verdict.DOES_NOT_HOLD.value}" if the mean '
         f"difference, paired by seed, is at least {ERRORS:g} standard errors over seeds, and "
-        f'"{Verdict.NOT_RESOLVED.value}" if it is less or there is one seed. This test is weak: '
-        f"where there is no difference, it finds one in {chances}. Numbers after ± are one "
-        "standard error over seeds. Differences are oriented so that a negative one supports the "
-        "claim.",
+        f'is "{Verdict.NOT_RESOLVED.value}" if it is less or there is one seed. This test is weak: '
+        f"where there is no difference, it finds one in {chances}. A verdict is followed by the "
+        "difference that decides it, oriented so that a negative one supports the claim.",
         "",
         'A claim about several differences ("each", "no", "some", "both") needs more where one of '
         'them decides alone, such as a single step against "each further scale": besides the '
@@ -253,8 +354,8 @@ def _section(
     name: str, section: Section, study: Study, found: Sequence[tuple[Claim, Evidence]]
 ) -> list[str]:
     lines = [f"## {section.title}", ""]
-    if section.text:
-        lines += [section.text, ""]
+    for text in (section.text, section.numbers(study)):
+        lines += [text, ""] if text else []
     part = study.parts.get(name)
     if part is None or not part.runs:
         lines += ["Not run yet.", ""]
@@ -283,7 +384,8 @@ def _control_table(study: Study) -> list[str]:
             numbers = _difference(metric, evidence) or "-"
             rows.append([metric.name, schedule, numbers, answer.get(evidence.verdict, "no")])
     reference = f"difference of `{CONTROL_REFERENCE}` from it"
-    return table(["metric", "schedule", f"{reference} (negative: better)", "flagged"], rows)
+    columns = ["metric", "schedule", f"{reference} (negative: better)", "flagged"]
+    return report_tables.named(report_tables.CONTROLLED, table(columns, rows))
 
 
 def _verdicts(found: Sequence[tuple[Claim, Evidence]]) -> list[str]:
@@ -292,16 +394,20 @@ def _verdicts(found: Sequence[tuple[Claim, Evidence]]) -> list[str]:
     rows: dict[tuple[str, str], list[str]] = {}
     for claim, evidence in found:
         row = rows.setdefault((claim.text, claim.paper or "our question"), ["-"] * len(measures))
-        row[measures.index(claim.measure)] = _verdict(claim, evidence)
+        sentence = _verdict(claim, evidence)
+        row[measures.index(claim.measure)] = sentence[0].upper() + sentence[1:]
     if not rows:
         return []
     columns = ["claim", "where", *(f"by {measure}" for measure in measures)]
-    return table(columns, [[*key, *cells] for key, cells in rows.items()])
+    cells = [[*key, *cells] for key, cells in rows.items()]
+    return report_tables.named(report_tables.VERDICTS, table(columns, cells))
 
 
 def _verdict(claim: Claim, evidence: Evidence) -> str:
+    """A sentence, whose "it" is the claim."""
     details = [text for text in (_numbers(claim, evidence), evidence.reason) if text]
-    return f"**{evidence.verdict.value}**" + (f" ({'; '.join(details)})" if details else "")
+    sentence = f"it **{SINGULAR[evidence.verdict]}**"
+    return sentence + (f": {'; '.join(details)}." if details else ".")
 
 
 def _numbers(claim: Claim, evidence: Evidence) -> str:
@@ -312,10 +418,17 @@ def _numbers(claim: Claim, evidence: Evidence) -> str:
     if evidence.verdict is Verdict.NOT_RUN:
         return ""
     leaves = _leaves(evidence)
-    counts = {v: sum(leaf.verdict is v for leaf in leaves) for v in Verdict}
-    return f"of {len(leaves)} differences " + ", ".join(
-        f"{count} {verdict.value}" for verdict, count in counts.items() if count
+    verbs = {
+        Verdict.HOLDS: ("supports it", "support it"),
+        Verdict.DOES_NOT_HOLD: ("speaks against it", "speak against it"),
+        Verdict.NOT_RESOLVED: ("is not resolved", "are not resolved"),
+        Verdict.NOT_RUN: ("has not run", "have not run"),
+    }
+    counts = {v: sum(leaf.verdict is v for leaf in leaves) for v in verbs}
+    texts = _listed(
+        f"{count} {verbs[verdict][count > 1]}" for verdict, count in counts.items() if count
     )
+    return f"of {len(leaves)} differences, {texts}"
 
 
 def _leaves(evidence: Evidence) -> list[Evidence]:

@@ -115,9 +115,15 @@ def _training_free() -> list[Claim]:
             # Against equal work at full depth: the base has trained less than either.
             Claim("training-free", f"Joint training with {depth} makes the full network worse",
                   better(at("p0"), at(joint)), "Table 4, section 3.3.1"),
-            Claim("training-free", f"The full network is worse than the untouched base ({depth})",
-                  better(at("training-free"), at(joint))),
+            Claim("training-free",
+                  f"Joint training with {depth} leaves the full network worse than its start, "
+                  "`base`", better(at("training-free"), at(joint))),
         )  # fmt: skip
+    rows += with_distance(
+        Claim("training-free",
+              "Trained on alone (`p0`), the full network becomes worse than its start, `base`",
+              better(at("training-free"), at("p0"))),
+    )  # fmt: skip
     return rows + with_distance(
         Claim("training-free", "The shallower subnet costs the full network more",
               better(at(f"joint-{D4}"), at(f"joint-{D2}")), "Table 4"),
@@ -178,8 +184,8 @@ def _ratios() -> list[Claim]:
               beats, "Figure 2a, section 3.3.2"),
     )  # fmt: skip
     rows += [
-        Claim("ratios", "In the second half, the full network gains less at p = 1 than at p = 0.2",
-              stagnates, "Figure 2b"),
+        Claim("ratios", "In the second half of the steps, the full network's loss falls less, or "
+              "rises more, at p = 1 than at p = 0.2", stagnates, "Figure 2b"),
         Claim("ratios", "p = 0.2 leaves the subnet worse than the progressive schedule",
               better(star[1], fixed[0][1]), "Figure 2b"),
         Claim("ratios", "p = 0.8 instead of 0.2 costs the full network more early than late",
@@ -194,38 +200,46 @@ def _ratios() -> list[Claim]:
         f"{PROGRESSIVE}-rate0": "a learning rate that falls to 0",
     }
     falling = {
-        f"{name}-rate0": f"a fixed p = {name[1:]} with the same rate" for name in ("p0.5", "p0.8")
+        f"{name}-rate0": f"a fixed p = {name[1:]} and a learning rate that falls to 0"
+        for name in ("p0.5", "p0.8")
     }
     return [
         *rows,
         *_against(PROGRESSIVE, "the progressive schedule", endings, "ratios"),
-        *_against(f"{PROGRESSIVE}-rate0", "the progressive schedule with a rate that falls to 0",
+        *_against(f"{PROGRESSIVE}-rate0", "the progressive schedule and that rate",
                   falling, "ratios"),
     ]  # fmt: skip
 
 
 EXTRAS = {
-    "several": "training with depths 4 and 2 at once",
+    "several": "depths 4 and 2 trained at once",
     "bridges-sampled": "a bridge sampled at every step",
     "teacher-frozen": "distillation from the frozen start",
     "teacher-ema": "distillation from the moving average",
-    "copies": "own copies of the subnet's layers, all else frozen,",
-    "lora8-adaln": "own adaLN and low-rank changes (8) of the subnet's layers, all else frozen,",
-    "lora4": "low-rank changes (4) of the subnet's layers, all else frozen,",
-    "lora16": "low-rank changes (16) of the subnet's layers, all else frozen,",
-    "adaln": "own adaLN of the subnet's layers, all else frozen,",
+}
+# Subnets with weights of their own; the full network is frozen.
+ZONE_WEIGHTS = {
+    "copies": "its own copies of its layers",
+    "lora8-adaln": "its own adaLN and low-rank changes (8)",
+    "lora4": "its own low-rank changes (4)",
+    "lora16": "its own low-rank changes (16)",
+    "adaln": "its own adaLN",
 }
 
 
 def _extras() -> list[Claim]:
     rows = _against(PROGRESSIVE, "the progressive schedule", EXTRAS, "extras")
     wider = f"{D2}@b5"
-    several = {"several-p0.8": "a fixed p = 0.8 with depths 4 and 2"}
+    several = {"several-p0.8": "a fixed p = 0.8 and depths 4 and 2"}
     return [
         *rows,
+        *(Claim("extras", f"The full network, frozen in `{name}`, is better than with the "
+                "progressive schedule", better(at(name), at(PROGRESSIVE)))
+          for name in ZONE_WEIGHTS),
+        *_against(PROGRESSIVE, "the progressive schedule", ZONE_WEIGHTS, "extras", (D2,)),
         Claim("extras", "At a bridge of 5, sampled bridges in training beat a fixed one",
               better(at("bridges-sampled", wider), at("bridge5", D2))),
-        *_against("several", "the progressive schedule with both", several, "extras",
+        *_against("several", "the progressive schedule and both depths", several, "extras",
                   (FULL, D4, D2)),
     ]  # fmt: skip
 
@@ -240,7 +254,7 @@ def _against(
     """Is each of the others better than the reference?"""
     whom = {FULL: "the full network", D4: "d4", D2: "d2"}
     return [
-        Claim(part, f"{what[0].upper()}{what[1:]} makes {whom[schedule]} better than {name}",
+        Claim(part, f"With {what}, {whom[schedule]} is better than with {name}",
               better(at(other, schedule), at(reference, schedule)))
         for other, what in others.items()
         for schedule in schedules

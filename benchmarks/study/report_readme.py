@@ -13,8 +13,6 @@ from benchmarks.study.settings import load_study
 from variant.engine.planning import plan_row
 from variant.models.config import VARConfig
 
-# The two lines of the README around the table.
-BEGIN, END = "<!-- quality:begin (make docs-results) -->", "<!-- quality:end -->"
 DEPTHS = {FULL: None, "d4": 4, "d2": 2}
 
 
@@ -89,11 +87,3 @@ def quality_of_settings(study: Study) -> str:
     depths: Mapping[str, object] = {"schedule": {"depths": [4, 2]}}
     recipe = load_study().recipe_of(depths)
     return quality(study, recipe.var_config, recipe.schedule.bridge)
-
-
-def with_quality(readme: str, text: str) -> str:
-    """The README with ``text`` between its two marks; without marks, as it is."""
-    if BEGIN not in readme:
-        return readme
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"

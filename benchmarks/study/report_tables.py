@@ -17,6 +17,7 @@ from benchmarks.study.report_data import (
     METRICS,
     Metric,
     Part,
+    Run,
     Study,
     mean_and_error,
 )
@@ -25,6 +26,61 @@ from benchmarks.study.report_data import (
 SEARCH_KINDS = {"searched": "searched", "grid": "depth and bridge", "even": "even or trained"}
 ALL_METRICS = (*METRICS, LOSS_PER_TOKEN)
 PAPER = json.loads((Path(__file__).parent / "paper_tables.json").read_text())
+# The names of our tables, as the page's text uses them, and what a table of that name holds.
+LOSSES = "Losses"
+DIFFERENCES = "Differences of losses"
+BY_SCALE = "Losses by scale"
+PER_TOKEN = "Losses per layer-token"
+GENERATED = "Generated images"
+GRADIENTS = "Gradient norms"
+SEARCHED = "Searched schedules"
+CONTROLLED = "Metrics against the control"
+VERDICTS = "Verdicts"
+TABLES: Mapping[str, str] = {
+    LOSSES: "held-out loss of each run at each schedule, in nats per token. `work`: of its "
+    "training, in optimizer steps of the full network. `seconds`: of its training.",
+    DIFFERENCES: "loss of a run minus that of the run in the column `against`, paired by seed. The "
+    "last column is the standard error over the held-out images of one seed, the largest of the "
+    "seeds.",
+    BY_SCALE: "loss of the tokens of one scale minus that of the same run at full depth, mean over "
+    "seeds.",
+    PER_TOKEN: "loss above that of full depth, and the same over the layer-tokens that the "
+    "schedule saves: the tokens of an image times the layers that each of them runs through.",
+    GENERATED: "metrics of generated images.",
+    GRADIENTS: "norm of the gradient of one layer in the steps that train the subnet: of the "
+    "layers that the subnet shares, and of those that only the full network has (root mean square "
+    "over the layers, mean over the steps).",
+    SEARCHED: "losses of the best schedule of each kind within a budget, and its depths by scale.",
+    CONTROLLED: "which metrics find the broken run worse.",
+    VERDICTS: "what the numbers say about each claim.",
+}
+
+
+def named(name: str, lines: list[str]) -> list[str]:
+    """A table with its name above it; nothing if there is no table.
+
+    Raises:
+        ValueError: the page does not explain tables of that name.
+    """
+    if name not in TABLES:
+        raise ValueError(f"named: name must be one of {', '.join(TABLES)}; got {name!r}")
+    return [f"**{name}**", "", *lines] if lines else []
+
+
+def explained() -> list[str]:
+    """A table of the names of the page's tables."""
+    return table(["table", "what it holds"], [[f"*{name}*", text] for name, text in TABLES.items()])
+
+
+def is_frozen(run: Run) -> bool:
+    """Whether training left the full network as it was: subnets trained weights of their own."""
+    schedule = (run.data.get("settings") or {}).get("schedule") or {}
+    return schedule.get("zone_weights", "shared") != "shared"
+
+
+def label(name: str, runs: Iterable[Run]) -> str:
+    """The name of a run in a table, which says so where its full network was frozen."""
+    return f"`{name}`" + (" (full network frozen)" if any(map(is_frozen, runs)) else "")
 
 
 def estimate(metric: Metric, values: Iterable[float]) -> str:
@@ -48,13 +104,13 @@ def losses(study: Study, part: Part) -> list[str]:
     for name in part.names:
         runs = study.runs(name, part.name)
         rows.append([
-            f"`{name}`",
+            label(name, runs.values()),
             str(len(runs)),
             _common(runs.values(), "work", ".2f"),
             _common(runs.values(), "seconds", ",.0f"),
             *(estimate(LOSS, study.values(LOSS, name, s, part.name).values()) for s in schedules),
         ])  # fmt: skip
-    return table(["run", "seeds", "work", "seconds", *schedules], rows)
+    return named(LOSSES, table(["run", "seeds", "work", "seconds", *schedules], rows))
 
 
 def _common(runs: Iterable[Any], key: str, form: str) -> str:
@@ -69,14 +125,18 @@ def differences(study: Study, part: Part) -> list[str]:
     for pair in part.data.get("pairs") or ():
         mean, error = mean_and_error(pair["by_seed"])
         images = [value for value in pair.get("se_by_seed") or () if value is not None]
+        run, against = (
+            label(pair[which], study.runs(pair[which], part.name).values())
+            for which in ("run", "against")
+        )
         rows.append([
-            f"`{pair['run']}`", f"`{pair['against']}`", pair["schedule"], str(len(pair["by_seed"])),
+            run, against, pair["schedule"], str(len(pair["by_seed"])),
             f"{mean:+.4f}" + ("" if error is None else f" ± {error:.4f}"),
             f"{max(images):.4f}" if images else "-",
         ])  # fmt: skip
     columns = ["run", "against", "schedule", "seeds", "difference of loss",
                "error over images, largest"]  # fmt: skip
-    return table(columns, rows) if rows else []
+    return named(DIFFERENCES, table(columns, rows)) if rows else []
 
 
 def searched(study: Study, part: Part) -> list[str]:
@@ -98,7 +158,8 @@ def searched(study: Study, part: Part) -> list[str]:
                 *(first.get(f"{kind} {budget}", "-") for kind in SEARCH_KINDS),
             ])  # fmt: skip
     columns = ["run", "budget", *(f"loss, {kind}" for kind in SEARCH_KINDS.values())]
-    return table([*columns, *(f"depths, {kind}" for kind in SEARCH_KINDS.values())], rows)
+    columns += [f"depths, {kind}" for kind in SEARCH_KINDS.values()]
+    return named(SEARCHED, table(columns, rows))
 
 
 def losses_by_scale(study: Study, part: Part) -> list[str]:
@@ -120,7 +181,8 @@ def losses_by_scale(study: Study, part: Part) -> list[str]:
                     for scale in range(len(by_seed[0][0]))
                 ]
                 rows.append([f"`{name}`", schedule, *(f"{mean:+.3f}" for mean in means)])
-    return table(["run", "schedule", *(f"scale {n}" for n in range(scales))], rows) if rows else []
+    columns = ["run", "schedule", *(f"scale {n}" for n in range(scales))]
+    return named(BY_SCALE, table(columns, rows)) if rows else []
 
 
 def losses_per_layer_token(study: Study, part: Part) -> list[str]:
@@ -140,7 +202,7 @@ def losses_per_layer_token(study: Study, part: Part) -> list[str]:
     if not rows:
         return []
     columns = ["run", "schedule", "layer-tokens saved", "loss above full", "per layer-token saved"]
-    return table(columns, rows)
+    return named(PER_TOKEN, table(columns, rows))
 
 
 def generated(study: Study, part: Part) -> list[str]:
@@ -159,14 +221,15 @@ def generated(study: Study, part: Part) -> list[str]:
             ]
             counts = sorted({cell["n"] for cell in cells if "n" in cell})
             rows.append([
-                f"`{name}`", schedule, str(len(cells)), ", ".join(f"{n:,}" for n in counts),
-                values[0], estimate(FASHION_FD, set(floors)), *values[1:],
+                label(name, runs.values()), schedule, str(len(cells)),
+                ", ".join(f"{n:,}" for n in counts), values[0], estimate(FASHION_FD, set(floors)),
+                *values[1:],
             ])  # fmt: skip
     if not rows:
         return []
     columns = ["run", "schedule", "seeds", "images", "fashion-FD", "floor",
                *(metric.name for metric in METRICS[2:])]  # fmt: skip
-    return table(columns, rows)
+    return named(GENERATED, table(columns, rows))
 
 
 def _generated(run: Any) -> Mapping[str, Any]:
@@ -187,7 +250,8 @@ def gradient_norms(study: Study, part: Part) -> list[str]:
                 estimate(LOSS, [norm[key] for norm in norms]) for key in ("shared", "full_only")
             ]
             rows.append([f"`{name}`", *cells])
-    return table(["run", "shared layers", "full-only layers"], rows) if rows else []
+    columns = ["run", "shared layers", "full-only layers"]
+    return named(GRADIENTS, table(columns, rows)) if rows else []
 
 
 def paper(name: str) -> list[str]:

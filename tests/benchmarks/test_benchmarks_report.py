@@ -313,7 +313,8 @@ def test_drop_in_and_training_files_are_shown_and_compared(tmp_path, capsys):
     assert report.main([str(steps), dropin, "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
     assert "One optimiser step of digits" in text
-    assert "depth 2 over full depth 1.50 of 2.00" in text
+    assert "`patch` at depth 2 is 1.50 times as fast as at full depth; its products with" in text
+    assert "weights are 2.00 times fewer FLOP." in text
     (kv8,) = RESULTS.glob("kv8-error-*.json")
     assert report.main([str(kv8), "--out", str(tmp_path / "kv8")]) == 0
     page = (tmp_path / "kv8" / "report.md").read_text()

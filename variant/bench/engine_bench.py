@@ -101,11 +101,12 @@ class KV8:
 class Row:
     """One depth at one batch and dtype.
 
-    kv_*: bytes.  speed_up: over our own full depth; ceiling: its limit by linear work, the head
-    included.  gemms_ms: the same matrix products alone; beyond_gemms: the share of the time that
-    is not spent in them.  weight_bytes: of the weights, read once by each product.  scale_ms:
-    milliseconds of each scale for the whole batch.  same_tokens: whether the plain loop drew the
-    same tokens (float32 only; None without a plain loop).  kv8: with 8-bit K/V, if requested.
+    kv_*: bytes.  speed_up: over our own full depth; ceiling: what it were if linear work, the
+    head included, took all the time.  gemms_ms: the same matrix products alone; beyond_gemms: the
+    share of the time that is not spent in them.  weight_bytes: of the weights, read once by each
+    product.  scale_ms: milliseconds of each scale for the whole batch.  same_tokens: whether the
+    plain loop drew the same tokens (float32 only; None without a plain loop).  kv8: with 8-bit
+    K/V, if requested.
     """
 
     depth: int

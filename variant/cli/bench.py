@@ -370,7 +370,7 @@ def _limits(rows: list[dict[str, Any]], bandwidth: float) -> Table:
         "Distance to the limit",
         "depth",
         "speed-up over\nown full depth",
-        "ceiling by\nlinear work",
+        "by linear\nwork alone",
         "of it",
         "same GEMMs\nalone, ms",
         "time beyond\nGEMMs",
