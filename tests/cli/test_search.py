@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -241,6 +242,28 @@ def test_two_searches_in_one_folder_are_refused(words, run):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["schedule.json", "search.json", "losses-1.safetensors"])
+def test_what_an_earlier_search_wrote_is_not_replaced_unasked(few, run, name):
+    out = few[few.index("--out") + 1]
+    out.mkdir()
+    (out / name).write_text("precious")
+    code, _, error = run(*few)
+    assert code == 1
+    assert "holds an earlier search; give --resume" in error
+    assert (out / name).read_text() == "precious"
+
+
+def test_what_a_killed_search_left_half_written_is_removed(few, run):
+    out = few[few.index("--out") + 1]
+    (out / ".losses-1.safetensors.12.parts.tmp").mkdir(parents=True)
+    for name in (".losses-1.safetensors.12.tmp", ".search.json.12.tmp"):
+        (out / name).write_text("")
+    assert run(*few)[0] == 0
+    assert {path.name.split("-")[0] for path in out.iterdir()} == {
+        "losses", "schedule.json", "search.json"
+    }  # fmt: skip
+
+
 def test_a_beam_is_used_above_the_limit_and_json_is_alone(words, run):
     code, printed, _ = run(*words, "--exact", 1, "--beam", 2, "--budget", "kv=0.9", "--json", "-")
     assert code == 0
@@ -339,6 +362,21 @@ def test_schedules_of_other_layers_are_counted_apart(few, tmp_path, run):
 def test_the_smallest_budget_that_is_reachable_is_met(few, tmp_path, run):
     assert run(*few, "--budget", "kv=0.5")[0] == 0
     assert record_of(tmp_path)["best"]["costs"]["kv"] == 0.5
+
+
+def test_every_printed_cost_can_be_given_as_a_budget(few, tmp_path, run):
+    code, _, error = run(*few, "--budget", "work=0.1")
+    assert code == 1
+    least = re.findall(r"the least possible is work ([\d.]+)\.", error)[0]
+    code, printed, error = run(*few, "--budget", f"work={least}")
+    assert code == 0, error
+    costs = [one["costs"]["work"] for one in record_of(tmp_path)["front"]["work"]]
+    shown = [f"{math.ceil(cost * 1000 - 1e-6) / 1000:.3f}" for cost in costs]
+    assert any(float(f"{cost:.3f}") < cost for cost in costs), "no cost is rounded up"
+    assert min(shown) == least
+    for cost, text in zip(costs, shown, strict=True):
+        assert cost <= float(text) + 1e-9 < cost + 1e-3 + 1e-9
+        assert f" {text} " in printed
 
 
 def test_what_a_model_and_its_data_need(model, images, tmp_path, run):

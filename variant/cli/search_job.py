@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -255,10 +256,9 @@ class Job:
                 return float(self.losses.of_schedule(schedule).mean())
 
             sets = nested_sets(depth, self.depths, self.influence, loss)
-        say(
-            "search: layers by influence and loss: "
-            + "; ".join(f"{len(s)}: {' '.join(map(str, s))}" for s in sets[1:])
-        )
+        texts = [f"{len(layers)}: {' '.join(map(str, layers))}" for layers in sets[1:]]
+        if texts:  # a model of two layers has no smaller set
+            say("search: layers by influence and loss: " + "; ".join(texts))
         return sets
 
     def _equidistant(self) -> list[Layers]:
@@ -406,9 +406,14 @@ def budgets_text(budgets: dict[str, float]) -> str:
     return ", ".join(f"{name}={share:g}" for name, share in budgets.items())
 
 
+def share_text(share: float) -> str:
+    """A cost with three digits, rounded up: as a budget, the number is met by what costs that."""
+    return f"{math.ceil((share - ROUNDING) * 1000) / 1000:.3f}"
+
+
 def no_schedule_text(least: dict[str, float], budgets: dict[str, float], what: str) -> str:
     """Says that no schedule is within the budgets, and which costs are the least."""
-    text = ", ".join(f"{name} {least[name]:.3f}" for name in budgets)
+    text = ", ".join(f"{name} {share_text(least[name])}" for name in budgets)
     return (
         f"search: no schedule is within {budgets_text(budgets)}; {what} {text}. Give a larger "
         "--budget, or smaller --depths"
