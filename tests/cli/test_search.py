@@ -234,6 +234,33 @@ def test_times_are_measured_once(words, tmp_path, run, monkeypatch):
     assert min(costs) == 0.5
 
 
+def test_the_time_of_the_found_schedule_is_measured_beside_the_table(
+    few, tmp_path, run, monkeypatch
+):
+    """The table is a sum over scales; a schedule of several depths may take longer than that."""
+
+    def marks(engine, schedule, batch):
+        changes = len(set(schedule.depths)) - 1
+        return [depth / 4 + changes / 30 for depth in schedule.depths]
+
+    monkeypatch.setattr("variant.search.latency._marks", marks)
+    code, printed, error = run(*few, "--budget", "latency=0.7")
+    assert code == 0, error
+    record = record_of(tmp_path)
+    depths = [len(layers) for layers in record["best"]["layers"]]
+    assert len(set(depths)) == 2, "no schedule of two depths: nothing differs from the table"
+    own, full = sum(depths) / 4 + 3 / 30, 3.0
+    assert record["best"]["costs"]["latency"] == pytest.approx(sum(depths) / 4 / full)
+    measured = record["latency_measured"]
+    assert measured == pytest.approx({"seconds": own, "full_seconds": full, "share": own / full})
+    text = f"{own / full:.3f} of the full network's time ({1000 * own:,.1f} of 3,000.0 ms)"
+    assert text in " ".join(printed.split())
+    shutil.rmtree(tmp_path / "out")
+    code, printed, error = run(*few)
+    assert record_of(tmp_path)["latency_measured"] is None
+    assert "Measured" not in printed
+
+
 def test_two_searches_in_one_folder_are_refused(words, run):
     with locked_folder(words[-1], LOCK_NAME):
         code, _, error = run(*words, "--budget", "kv=0.9")

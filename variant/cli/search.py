@@ -92,7 +92,14 @@ def _search(command: Search, budgets: dict[str, float]) -> None:
         f"Within {budgets_text(budgets)}: {schedule_name(best.depths)}, loss {best.loss:.4f} "
         f"({best.loss - job.full_loss:+.4f} to the full network), {text}"
     )
-    record = job.record(result, rows, best, time.monotonic() - started)
+    latency = job.measured_latency(best)
+    if latency is not None:
+        out.print(
+            f"Measured, it takes {latency['share']:.3f} of the full network's time "
+            f"({1000 * latency['seconds']:,.1f} of {1000 * latency['full_seconds']:,.1f} ms); by "
+            f"the table {best.costs['latency']:.3f}."
+        )
+    record = job.record(result, rows, best, latency, time.monotonic() - started)
     save_schedule(
         job.folder / SCHEDULE,
         job.schedule_of(best),

@@ -24,7 +24,7 @@ from variant.search.compare import Row, compare
 from variant.search.costs import Cost, KVCost, latency_cost, work_cost
 from variant.search.data import HeldOut, held_out
 from variant.search.latency import FORMAT as LATENCY_FORMAT
-from variant.search.latency import measure_seconds, read_seconds
+from variant.search.latency import measure_beside_full, measure_seconds, read_seconds
 from variant.search.losses import ForcedLosses, subnet_schedule
 from variant.search.saved import SavedLosses, losses_file
 from variant.search.space import (
@@ -330,6 +330,22 @@ class Job:
             temporary.write_text(json.dumps({**values, "seconds": seconds}, indent=1) + "\n")
         return seconds
 
+    def measured_latency(self, best: Found) -> dict[str, float] | None:
+        """The time of the schedule itself, beside which the table's sum can be judged.
+
+        Returns:
+            its seconds, the full network's, and their ratio; None without a budget of latency.
+        """
+        if self.seconds is None:
+            return None
+        own, full = measure_beside_full(
+            Engine(self.model.var, self.model.vae),
+            self.schedule_of(best),
+            batch=self.command.batch,
+            repeats=REPEATS,
+        )
+        return {"seconds": own, "full_seconds": full, "share": own / full}
+
     # --- the record -----------------------------------------------------------------------------
 
     def as_dict(self, found: Found) -> dict[str, Any]:
@@ -346,9 +362,18 @@ class Job:
         }
 
     def record(
-        self, result: Result, rows: Sequence[Row], best: Found, seconds: float
+        self,
+        result: Result,
+        rows: Sequence[Row],
+        best: Found,
+        latency: dict[str, float] | None,
+        seconds: float,
     ) -> dict[str, Any]:
-        """Everything that the search found, as plain values."""
+        """Everything that the search found, as plain values.
+
+        Args:
+            latency: of ``best``, see :meth:`measured_latency`.  seconds: of the search.
+        """
         command = self.command
         return {
             "format": FORMAT,
@@ -384,6 +409,7 @@ class Job:
                 for row in rows
             ],
             "seconds_per_scale": self.seconds,
+            "latency_measured": latency,
             "seconds": round(seconds, 2),
             "environment": environment(),
         }
