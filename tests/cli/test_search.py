@@ -377,6 +377,13 @@ def test_an_unreachable_budget_is_refused_before_any_loss(words, run, monkeypatc
     assert error.count("\n") == 1
 
 
+def test_times_are_not_measured_for_a_budget_of_bytes_that_nothing_meets(words, run, monkeypatch):
+    monkeypatch.setattr(module, "measure_seconds", lambda *_, **__: pytest.fail("measured"))
+    code, _, error = run(*words, "--budget", "latency=1", "kv=0.01")
+    assert code == 1
+    assert "within latency=1, kv=0.01; the least possible is kv 0.500." in error
+
+
 def test_schedules_of_other_layers_are_counted_apart(few, tmp_path, run):
     code, printed, error = run(*few)
     assert code == 0, error

@@ -159,9 +159,10 @@ class Job:
         """
         every = tuple(range(self.config.depth))
         full = (every,) * self.num_scales
+        self._check_reachable()
         if "latency" in self.budgets:
             self.seconds = self._seconds(say)
-        self._check_reachable()
+            self._check_reachable()
         before, started = self.losses.computed, time.monotonic()
         self.full_loss = float(self.losses.of_schedule(full).mean())
         of_full = time.monotonic() - started if self.losses.computed > before else None
@@ -199,7 +200,10 @@ class Job:
         return Result(list(found.values()), result.exact, result.schedules, budgets)
 
     def _check_reachable(self) -> None:
-        """Raises: UserError, if the least cost of any schedule is above a budget."""
+        """Raises: UserError, if the least cost of any schedule is above a budget.
+
+        That of latency is known once times are measured.
+        """
         depth, scales = self.config.depth, self.num_scales
         known = [*self.recorded, *(layers for layers, _ in self.grid())]
         layers = equidistant_sets(depth, [min(*self.depths, *map(len, known))])[0]
@@ -208,7 +212,7 @@ class Job:
         if self.seconds is not None:  # a measured time need not rise with the depth
             by_scale = zip(*self.seconds.values(), strict=True)
             least["latency"] = sum(map(min, by_scale)) / sum(self.seconds[depth])
-        if any(least[name] > most + ROUNDING for name, most in self.budgets.items()):
+        if any(least.get(name, 0) > most + ROUNDING for name, most in self.budgets.items()):
             raise UserError(no_schedule_text(least, self.budgets, "the least possible is"))
 
     def _search(self, space: Space, seeds: Sequence[Prefix], report: Any, exact: bool) -> Result:
@@ -439,7 +443,7 @@ def share_text(share: float) -> str:
 
 def no_schedule_text(least: dict[str, float], budgets: dict[str, float], what: str) -> str:
     """Says that no schedule is within the budgets, and which costs are the least."""
-    text = ", ".join(f"{name} {share_text(least[name])}" for name in budgets)
+    text = ", ".join(f"{name} {share_text(least[name])}" for name in budgets if name in least)
     return (
         f"search: no schedule is within {budgets_text(budgets)}; {what} {text}. Give a larger "
         "--budget, or smaller --depths"
