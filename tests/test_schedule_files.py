@@ -14,6 +14,7 @@ import variant
 from variant.engine.planning import plan_row, schedule_row
 from variant.errors import UserError
 from variant.schedule_files import layers_by_scale, load_schedule, save_schedule
+from variant.training.recipe import load_recipe
 from variant_kernels import DepthSchedule
 
 # Layers that no depth of the small model has: 4, 3 (0, 1, 3) and 2 layers.
@@ -74,6 +75,20 @@ def test_a_recipe_refuses_a_depth_at_no_scale(tmp_path, monkeypatch):
     assert layers_by_scale("4x2-3") == [4, 4, 3]
     with pytest.raises(UserError, match=r"^4x3-3x0: 3x0 must be a depth at one scale or more"):
         layers_by_scale("4x3-3x0")
+
+
+def test_a_recipe_names_the_file_of_a_schedule_of_another_model(tmp_path):
+    for full_depth, scales in ((7, 6), (8, 5)):
+        path = tmp_path / f"{full_depth}.json"
+        save_schedule(path, DepthSchedule.full(full_depth, scales))
+        message = f"{re.escape(str(path))}: it must be a schedule of 8 layers and 6 scales; got one"
+        message += f" of {full_depth} and {scales}$"
+        with pytest.raises(UserError, match=rf"^digits: schedule\.schedules: {message}") as caught:
+            load_recipe("digits", overrides=(f'schedule.schedules=["{path}"]',))
+        assert "\n" not in str(caught.value)
+    save_schedule(path, DepthSchedule.from_depths([8] * 5 + [[0, 7]]))
+    recipe = load_recipe("digits", overrides=(f'schedule.schedules=["{path}"]',))
+    assert recipe.schedule.schedules[0][-1] == (0, 7)
 
 
 @pytest.mark.parametrize(

@@ -54,16 +54,23 @@ def path_kind(path: str | os.PathLike[str]) -> Literal["file", "folder", "other"
     return "folder" if stat.S_ISDIR(mode) else "other"
 
 
-def foreign_name(folder: str | os.PathLike[str], is_own: Callable[[str], bool]) -> str | None:
+def foreign_name(
+    folder: str | os.PathLike[str],
+    is_own: Callable[[str], bool],
+    counts: Callable[[str], bool] = lambda name: True,
+) -> str | None:
     """A name in a folder of another kind: where it holds something, but no name that is own.
 
     Hidden names do not count. None where there is no such folder, or it cannot be listed.
+
+    Args:
+        counts: whether a name that is not own makes a folder one of another kind.
     """
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError:
         return None
-    return None if not names or any(map(is_own, names)) else names[0]
+    return None if any(map(is_own, names)) else next(filter(counts, names), None)
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:

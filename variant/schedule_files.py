@@ -90,9 +90,13 @@ def save_schedule(
         temporary.write_text(text)
 
 
-def layers_by_scale(source: str) -> list[int] | list[list[int]]:
+def layers_by_scale(
+    source: str, sizes: tuple[int, int] | None = None
+) -> list[int] | list[list[int]]:
     """What a recipe's ``schedules`` hold in place of a file or a name.
 
+    Args:
+        sizes: layers and scales of the model that a file's schedule must fit; None takes any.
     Returns:
         The depth of each scale of a name such as "8x4-4-2", or the layers of each scale of a file.
     Raises:
@@ -103,7 +107,13 @@ def layers_by_scale(source: str) -> list[int] | list[list[int]]:
             return _depths(source)
         except ValueError as error:
             raise UserError(f"{shown(source)}: {error}") from None
-    return [list(layers) for layers in load_schedule(source).layers]
+    schedule = load_schedule(source)
+    if sizes is not None:
+        try:
+            check_schedule("", schedule, None, *sizes, "it")
+        except ValueError as error:
+            raise UserError(f"{shown(source)}{error}") from None
+    return [list(layers) for layers in schedule.layers]
 
 
 def _depths(name: str) -> list[int]:

@@ -52,6 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    except KeyboardInterrupt:
+        print("study: stopped; the same command continues", file=sys.stderr, flush=True)
+        return 130
     return 0
 
 

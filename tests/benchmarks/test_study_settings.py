@@ -225,3 +225,12 @@ def test_settings_are_read_and_checked():
 def test_an_unknown_name_is_one_line(tmp_path, capsys):
     assert main(["run", "--out", str(tmp_path), "--only", "p7"]) == 1
     assert capsys.readouterr().err.startswith("error: study: there is no p7")
+
+
+def test_a_study_that_is_stopped_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("benchmarks.study.__main__._run", stopped)
+    assert main(["run", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "study: stopped; the same command continues\n"

@@ -129,6 +129,7 @@ def test_out_is_no_folder_of_something_else(words, model, tmp_path, run, monkeyp
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
     Path("folder/model.safetensors").write_text("weights of a user")
+    Path("folder/z.json").write_text('{\n "format": "variant-generated-1"')  # of --json
     words = [str(word).format(model=model) for word in words]
     before = contents(tmp_path)
     code, _, error = run(*words, "--out", "folder")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from variant.cli.main import main
 from variant.cli.search import LOCK_NAME
 from variant.data.sources import open_data
 from variant.errors import UserError
+from variant.models.flops import linear_flop
 from variant.search.data import held_out
 from variant.search.space import Space
 from variant.training.folder_lock import locked_folder
@@ -233,12 +235,61 @@ def test_times_are_measured_once(words, tmp_path, run, monkeypatch):
     assert min(costs) == 0.5
 
 
+def test_the_time_of_the_found_schedule_is_measured_beside_the_table(
+    few, tmp_path, run, monkeypatch
+):
+    """The table is a sum over scales; a schedule of several depths may take longer than that."""
+
+    def marks(engine, schedule, batch):
+        changes = len(set(schedule.depths)) - 1
+        return [depth / 4 + changes / 30 for depth in schedule.depths]
+
+    monkeypatch.setattr("variant.search.latency._marks", marks)
+    code, printed, error = run(*few, "--budget", "latency=0.7")
+    assert code == 0, error
+    record = record_of(tmp_path)
+    depths = [len(layers) for layers in record["best"]["layers"]]
+    assert len(set(depths)) == 2, "no schedule of two depths: nothing differs from the table"
+    own, full = sum(depths) / 4 + 3 / 30, 3.0
+    assert record["best"]["costs"]["latency"] == pytest.approx(sum(depths) / 4 / full)
+    measured = record["latency_measured"]
+    assert measured == pytest.approx({"seconds": own, "full_seconds": full, "share": own / full})
+    text = f"{own / full:.3f} of the full network's time ({1000 * own:,.1f} of 3,000.0 ms)"
+    assert text in " ".join(printed.split())
+    shutil.rmtree(tmp_path / "out")
+    code, printed, error = run(*few)
+    assert record_of(tmp_path)["latency_measured"] is None
+    assert "Measured" not in printed
+
+
 def test_two_searches_in_one_folder_are_refused(words, run):
     with locked_folder(words[-1], LOCK_NAME):
         code, _, error = run(*words, "--budget", "kv=0.9")
     assert code == 1
     assert "another search is writing into this folder (process" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["schedule.json", "search.json", "losses-1.safetensors"])
+def test_what_an_earlier_search_wrote_is_not_replaced_unasked(few, run, name):
+    out = few[few.index("--out") + 1]
+    out.mkdir()
+    (out / name).write_text("precious")
+    code, _, error = run(*few)
+    assert code == 1
+    assert "holds an earlier search; give --resume" in error
+    assert (out / name).read_text() == "precious"
+
+
+def test_what_a_killed_search_left_half_written_is_removed(few, run):
+    out = few[few.index("--out") + 1]
+    (out / ".losses-1.safetensors.12.parts.tmp").mkdir(parents=True)
+    for name in (".losses-1.safetensors.12.tmp", ".search.json.12.tmp"):
+        (out / name).write_text("")
+    assert run(*few)[0] == 0
+    assert {path.name.split("-")[0] for path in out.iterdir()} == {
+        "losses", "schedule.json", "search.json"
+    }  # fmt: skip
 
 
 def test_a_beam_is_used_above_the_limit_and_json_is_alone(words, run):
@@ -326,6 +377,13 @@ def test_an_unreachable_budget_is_refused_before_any_loss(words, run, monkeypatc
     assert error.count("\n") == 1
 
 
+def test_times_are_not_measured_for_a_budget_of_bytes_that_nothing_meets(words, run, monkeypatch):
+    monkeypatch.setattr(module, "measure_seconds", lambda *_, **__: pytest.fail("measured"))
+    code, _, error = run(*words, "--budget", "latency=1", "kv=0.01")
+    assert code == 1
+    assert "within latency=1, kv=0.01; the least possible is kv 0.500." in error
+
+
 def test_schedules_of_other_layers_are_counted_apart(few, tmp_path, run):
     code, printed, error = run(*few)
     assert code == 0, error
@@ -339,6 +397,21 @@ def test_schedules_of_other_layers_are_counted_apart(few, tmp_path, run):
 def test_the_smallest_budget_that_is_reachable_is_met(few, tmp_path, run):
     assert run(*few, "--budget", "kv=0.5")[0] == 0
     assert record_of(tmp_path)["best"]["costs"]["kv"] == 0.5
+
+
+def test_every_printed_cost_can_be_given_as_a_budget(few, tmp_path, run):
+    code, _, error = run(*few, "--budget", "work=0.1")
+    assert code == 1
+    least = re.findall(r"the least possible is work ([\d.]+)\.", error)[0]
+    code, printed, error = run(*few, "--budget", f"work={least}")
+    assert code == 0, error
+    costs = [one["costs"]["work"] for one in record_of(tmp_path)["front"]["work"]]
+    shown = [f"{math.ceil(cost * 1000 - 1e-6) / 1000:.3f}" for cost in costs]
+    assert any(float(f"{cost:.3f}") < cost for cost in costs), "no cost is rounded up"
+    assert min(shown) == least
+    for cost, text in zip(costs, shown, strict=True):
+        assert cost <= float(text) + 1e-9 < cost + 1e-3 + 1e-9
+        assert f" {text} " in printed
 
 
 def test_what_a_model_and_its_data_need(model, images, tmp_path, run):
@@ -441,11 +514,18 @@ def test_on_digits_it_is_no_worse_than_all_28_schedules_at_any_budget(tmp_path):
     schedules = list(Space(8, 6, sets).schedules())
     assert len(schedules) == 28
     x_teacher = model.vae.teacher_input(half.tokens_NL)
-    full = CachePlan(model.var.layout, DepthSchedule.full(8, 6)).peak_pages
+
+    def cost(name, schedule):
+        if name == "kv":
+            return CachePlan(model.var.layout, schedule).peak_pages
+        return linear_flop(model.var.config, schedule)
+
+    full = {name: cost(name, DepthSchedule.full(8, 6)) for name in ("kv", "work")}
     for schedule in schedules:
         by_scale = DepthSchedule.from_depths(schedule, full_depth=8)
         with torch.no_grad():
             loss = model.var(half.labels_N, x_teacher, by_scale, targets_BL=half.tokens_NL).mean
-        kv = CachePlan(model.var.layout, by_scale).peak_pages / full
-        best = min(one["loss"] for one in record["front"]["kv"] if one["costs"]["kv"] <= kv + 1e-9)
-        assert best <= loss.item() + 1e-5
+        for name, of_full in full.items():
+            most = cost(name, by_scale) / of_full + 1e-9
+            within = [one for one in record["front"][name] if one["costs"][name] <= most]
+            assert min(one["loss"] for one in within) <= loss.item() + 1e-5

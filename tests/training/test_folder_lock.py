@@ -161,6 +161,36 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, name):
         pytest.fail("locked")
 
 
+@pytest.mark.parametrize("call", ["ftruncate", "pwrite"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, call):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(folder_lock.os, call, full)
+    monkeypatch.setattr(folder_lock, "TRIES", 3)
+    with (
+        pytest.raises(UserError, match="run: cannot be written: No space left") as caught,
+        locked_folder(tmp_path / "new" / "run"),
+    ):
+        pytest.fail("locked")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    with locked_folder(tmp_path / "new" / "run") as is_locked:
+        assert is_locked
+
+
+def test_a_file_that_is_another_one_each_time_is_given_up(tmp_path, monkeypatch):
+    """Some file systems number their files anew at every look."""
+    monkeypatch.setattr(folder_lock.os.path, "samestat", lambda *_: False)
+    monkeypatch.setattr(folder_lock, "TRIES", 3)
+    with (
+        pytest.raises(UserError, match="is another one each time; choose a folder"),
+        locked_folder(tmp_path),
+    ):
+        pytest.fail("locked")
+
+
 def test_leftovers_of_the_run_s_files_are_removed_and_no_others(tmp_path):
     left = [".vae-last.pt.123.tmp", ".vae-last.pt.4.5.tmp", ".config.json.123.tmp"]
     kept = ["vae-last.pt", ".other.pt.123.tmp", ".vae-last.pt.tmp~", "x.vae-last.pt.1.tmp"]

@@ -128,7 +128,7 @@ def check_own_folder(op: str, folder: Path, is_own: Callable[[str], bool]) -> No
     Raises:
         UserError: the folder holds files, but none of this command and not only results of --json.
     """
-    other = foreign_name(folder, lambda name: is_own(name) or _is_result(folder / name))
+    other = foreign_name(folder, is_own, lambda name: not _is_result(folder / name))
     if other is not None:
         raise UserError(
             f"{op}: --out must be a new folder or one of an earlier `variant {op}`; {folder} holds "

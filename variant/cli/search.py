@@ -29,6 +29,7 @@ from variant.cli.search_job import (
     Job,
     budgets_text,
     no_schedule_text,
+    share_text,
 )
 from variant.cli.words import command_line
 from variant.errors import UserError
@@ -40,11 +41,12 @@ from variant.search.compare import SAME, Row
 from variant.search.costs import KINDS
 from variant.search.tree import Result
 from variant.supernet import VARiant
-from variant.training.folder_lock import locked_folder
+from variant.training.folder_lock import clear_leftovers, locked_folder
 from variant_kernels.arguments import integer
 from variant_kernels.plans.depth_schedule import schedule_name
 
 LOSSES = "losses-*.safetensors"
+OWN_NAMES = (RECORD, SCHEDULE, LATENCY, LOSSES)
 LOCK_NAME = ".variant-search.lock"
 WEIGHTS = (".pth", ".pt", ".safetensors")
 MAX_IMAGES = 10**6
@@ -54,7 +56,9 @@ MAX_BATCH = 2**12
 def search_command(command: Search) -> None:
     """Search, print the front and the comparison, and write the schedule and the record."""
     budgets = _check(command)
-    with locked_folder(command.out, LOCK_NAME, work="search"):
+    with locked_folder(command.out, LOCK_NAME, work="search") as is_locked:
+        if is_locked:
+            clear_leftovers(command.out, OWN_NAMES)
         _search(command, budgets)
 
 
@@ -83,12 +87,19 @@ def _search(command: Search, budgets: dict[str, float]) -> None:
     if best is None:
         least = {name: min(one.costs[name] for one in result.found) for name in budgets}
         raise UserError(no_schedule_text(least, budgets, "the least that was found is"))
-    text = ", ".join(f"{name} {best.costs[name]:.3f}" for name in best.costs)
+    text = ", ".join(f"{name} {share_text(best.costs[name])}" for name in best.costs)
     out.print(
         f"Within {budgets_text(budgets)}: {schedule_name(best.depths)}, loss {best.loss:.4f} "
         f"({best.loss - job.full_loss:+.4f} to the full network), {text}"
     )
-    record = job.record(result, rows, best, time.monotonic() - started)
+    latency = job.measured_latency(best)
+    if latency is not None:
+        out.print(
+            f"Measured, it takes {latency['share']:.3f} of the full network's time "
+            f"({1000 * latency['seconds']:,.1f} of {1000 * latency['full_seconds']:,.1f} ms); by "
+            f"the table {best.costs['latency']:.3f}."
+        )
+    record = job.record(result, rows, best, latency, time.monotonic() - started)
     save_schedule(
         job.folder / SCHEDULE,
         job.schedule_of(best),
@@ -129,8 +140,9 @@ def _check(command: Search) -> dict[str, float]:
             raise UserError(f"{command.out}: --out must be a folder")
         check_folder(command.out)
         check_own_folder("search", command.out, _is_own_name)
-        found = sorted(command.out.glob(LOSSES)) if command.out.is_dir() else []
-        if not command.resume and (found or (command.out / RECORD).exists()):
+        found = list(command.out.glob(LOSSES)) if command.out.is_dir() else []
+        found += [name for name in (RECORD, SCHEDULE) if (command.out / name).exists()]
+        if not command.resume and found:
             raise UserError(
                 f"{command.out}: holds an earlier search; give --resume to use its losses, or "
                 "another --out"
@@ -140,7 +152,7 @@ def _check(command: Search) -> dict[str, float]:
 
 def _is_own_name(name: str) -> bool:
     """Whether a search writes files of this name into its folder."""
-    return name in (RECORD, SCHEDULE, LATENCY) or fnmatch(name, LOSSES)
+    return any(fnmatch(name, own) for own in OWN_NAMES)
 
 
 def parse_budgets(words: Sequence[str]) -> dict[str, float]:
@@ -201,7 +213,7 @@ def _front_table(job: Job, result: Result) -> Any:
     for one in sorted(front.values(), key=lambda one: (one.costs[first], one.loss)):
         rows.add_row(
             schedule_name(one.depths),
-            *(f"{one.costs[name]:.3f}" for name in names),
+            *(share_text(one.costs[name]) for name in names),
             f"{one.loss:.4f}",
             f"{one.loss - job.full_loss:+.4f}",
         )

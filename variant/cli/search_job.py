@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from variant.search.compare import Row, compare
 from variant.search.costs import Cost, KVCost, latency_cost, work_cost
 from variant.search.data import HeldOut, held_out
 from variant.search.latency import FORMAT as LATENCY_FORMAT
-from variant.search.latency import measure_seconds, read_seconds
+from variant.search.latency import measure_beside_full, measure_seconds, read_seconds
 from variant.search.losses import ForcedLosses, subnet_schedule
 from variant.search.saved import SavedLosses, losses_file
 from variant.search.space import (
@@ -158,9 +159,10 @@ class Job:
         """
         every = tuple(range(self.config.depth))
         full = (every,) * self.num_scales
+        self._check_reachable()
         if "latency" in self.budgets:
             self.seconds = self._seconds(say)
-        self._check_reachable()
+            self._check_reachable()
         before, started = self.losses.computed, time.monotonic()
         self.full_loss = float(self.losses.of_schedule(full).mean())
         of_full = time.monotonic() - started if self.losses.computed > before else None
@@ -198,7 +200,10 @@ class Job:
         return Result(list(found.values()), result.exact, result.schedules, budgets)
 
     def _check_reachable(self) -> None:
-        """Raises: UserError, if the least cost of any schedule is above a budget."""
+        """Raises: UserError, if the least cost of any schedule is above a budget.
+
+        That of latency is known once times are measured.
+        """
         depth, scales = self.config.depth, self.num_scales
         known = [*self.recorded, *(layers for layers, _ in self.grid())]
         layers = equidistant_sets(depth, [min(*self.depths, *map(len, known))])[0]
@@ -207,7 +212,7 @@ class Job:
         if self.seconds is not None:  # a measured time need not rise with the depth
             by_scale = zip(*self.seconds.values(), strict=True)
             least["latency"] = sum(map(min, by_scale)) / sum(self.seconds[depth])
-        if any(least[name] > most + ROUNDING for name, most in self.budgets.items()):
+        if any(least.get(name, 0) > most + ROUNDING for name, most in self.budgets.items()):
             raise UserError(no_schedule_text(least, self.budgets, "the least possible is"))
 
     def _search(self, space: Space, seeds: Sequence[Prefix], report: Any, exact: bool) -> Result:
@@ -255,10 +260,9 @@ class Job:
                 return float(self.losses.of_schedule(schedule).mean())
 
             sets = nested_sets(depth, self.depths, self.influence, loss)
-        say(
-            "search: layers by influence and loss: "
-            + "; ".join(f"{len(s)}: {' '.join(map(str, s))}" for s in sets[1:])
-        )
+        texts = [f"{len(layers)}: {' '.join(map(str, layers))}" for layers in sets[1:]]
+        if texts:  # a model of two layers has no smaller set
+            say("search: layers by influence and loss: " + "; ".join(texts))
         return sets
 
     def _equidistant(self) -> list[Layers]:
@@ -330,6 +334,22 @@ class Job:
             temporary.write_text(json.dumps({**values, "seconds": seconds}, indent=1) + "\n")
         return seconds
 
+    def measured_latency(self, best: Found) -> dict[str, float] | None:
+        """The time of the schedule itself, beside which the table's sum can be judged.
+
+        Returns:
+            its seconds, the full network's, and their ratio; None without a budget of latency.
+        """
+        if self.seconds is None:
+            return None
+        own, full = measure_beside_full(
+            Engine(self.model.var, self.model.vae),
+            self.schedule_of(best),
+            batch=self.command.batch,
+            repeats=REPEATS,
+        )
+        return {"seconds": own, "full_seconds": full, "share": own / full}
+
     # --- the record -----------------------------------------------------------------------------
 
     def as_dict(self, found: Found) -> dict[str, Any]:
@@ -346,9 +366,18 @@ class Job:
         }
 
     def record(
-        self, result: Result, rows: Sequence[Row], best: Found, seconds: float
+        self,
+        result: Result,
+        rows: Sequence[Row],
+        best: Found,
+        latency: dict[str, float] | None,
+        seconds: float,
     ) -> dict[str, Any]:
-        """Everything that the search found, as plain values."""
+        """Everything that the search found, as plain values.
+
+        Args:
+            latency: of ``best``, see :meth:`measured_latency`.  seconds: of the search.
+        """
         command = self.command
         return {
             "format": FORMAT,
@@ -384,6 +413,7 @@ class Job:
                 for row in rows
             ],
             "seconds_per_scale": self.seconds,
+            "latency_measured": latency,
             "seconds": round(seconds, 2),
             "environment": environment(),
         }
@@ -406,9 +436,14 @@ def budgets_text(budgets: dict[str, float]) -> str:
     return ", ".join(f"{name}={share:g}" for name, share in budgets.items())
 
 
+def share_text(share: float) -> str:
+    """A cost with three digits, rounded up: as a budget, the number is met by what costs that."""
+    return f"{math.ceil((share - ROUNDING) * 1000) / 1000:.3f}"
+
+
 def no_schedule_text(least: dict[str, float], budgets: dict[str, float], what: str) -> str:
     """Says that no schedule is within the budgets, and which costs are the least."""
-    text = ", ".join(f"{name} {least[name]:.3f}" for name in budgets)
+    text = ", ".join(f"{name} {share_text(least[name])}" for name in budgets if name in least)
     return (
         f"search: no schedule is within {budgets_text(budgets)}; {what} {text}. Give a larger "
         "--budget, or smaller --depths"

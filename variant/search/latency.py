@@ -61,6 +61,23 @@ def measure_seconds(
     }
 
 
+def measure_beside_full(
+    engine: Engine, schedule: DepthSchedule, *, batch: int = 1, repeats: int = 5
+) -> tuple[float, float]:
+    """Seconds of a schedule and of the full network, taken in turn as :func:`measure_seconds` does.
+
+    Returns:
+        medians of ``repeats`` generations, each summed over the scales.
+    """
+    full = DepthSchedule.full(engine.var.config.depth, engine.var.layout.num_scales)
+    pairs = [
+        (sum(_marks(engine, schedule, batch)), sum(_marks(engine, full, batch)))
+        for _ in range(repeats + 1)
+    ]
+    own, of_full = zip(*pairs[1:], strict=True)  # the first round loads kernels and casts weights
+    return statistics.median(own), statistics.median(of_full)
+
+
 def _marks(engine: Engine, schedule: DepthSchedule, batch: int) -> list[float]:
     """Seconds of each scale of one generation."""
     ends: list[float] = []

@@ -38,6 +38,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_held)
 
 LOCK_NAME = ".variant-train.lock"
+TRIES = 10_000  # to lock a file that others remove meanwhile
 # A link or a pipe of this name must neither be followed nor waited for.
 FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
@@ -58,11 +59,12 @@ def locked_folder(folder: Path, name: str = LOCK_NAME, *, work: str = "training"
     Raises:
         UserError: another process holds the lock, or the folder cannot be written.
     """
-    path = folder / name
+    path, created = folder / name, list[Path]()
     try:
-        created = _create(folder)
+        created += _create(folder)
         descriptor, is_locked = _acquire(path, work)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+        _remove_empty(created)
         is_file = isinstance(error, FileExistsError | NotADirectoryError)
         reason = "is no folder" if is_file else getattr(error, "strerror", None) or error
         raise UserError(f"{shown(folder)}: cannot be written: {reason}") from None
@@ -75,9 +77,7 @@ def locked_folder(folder: Path, name: str = LOCK_NAME, *, work: str = "training"
             if is_locked:  # while it is held: the next owner compares its file with the folder's
                 path.unlink()
         os.close(descriptor)
-        for empty in created:
-            with suppress(OSError):
-                empty.rmdir()
+        _remove_empty(created)
 
 
 def clear_leftovers(folder: Path, names: Iterable[str]) -> list[Path]:
@@ -113,30 +113,60 @@ def _create(folder: Path) -> list[Path]:
     return new
 
 
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders as far as they are empty."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
 def _acquire(path: Path, work: str) -> tuple[int, bool]:
     """The descriptor of the locked file, and whether it is locked.
 
     Raises:
         UserError: another process holds the lock, or the file is no regular one.
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened or written: the disk is full.
     """
-    while True:
+    for _ in range(TRIES):
         descriptor = os.open(path, FLAGS, 0o666)
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise UserError(f"{path}: must be a regular file, that of the lock; remove it")
             if not _lock(descriptor, path.parent, work):
                 return descriptor, False
-            # Whoever held the lock removed the file at its end, perhaps after it was opened here.
-            with suppress(OSError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                    os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
-                    return descriptor, True
+            if _is_at(path, descriptor):
+                _write_holder(path, descriptor)
+                return descriptor, True
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
+    raise UserError(
+        f"{path}: the file of the lock is another one each time; choose a folder of another file "
+        "system"
+    )
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the locked file is still in the folder.
+
+    Whoever held the lock removed the file at its end, perhaps after it was opened here.
+    """
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _write_holder(path: Path, descriptor: int) -> None:
+    """Write who holds the lock; without room for that there is none for what the run writes."""
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
+    except OSError:
+        with suppress(OSError):
+            path.unlink()
+        raise
 
 
 def _lock(descriptor: int, folder: Path, work: str) -> bool:

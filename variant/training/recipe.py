@@ -522,11 +522,26 @@ def _with_schedules(values: dict[str, Any], where: str) -> dict[str, Any]:
     given = section.get("schedules")
     if not isinstance(given, list) or not any(isinstance(one, str) for one in given):
         return values
+    sizes = _sizes(values)
     try:
-        schedules = [layers_by_scale(one) if isinstance(one, str) else one for one in given]
+        schedules = [layers_by_scale(one, sizes) if isinstance(one, str) else one for one in given]
     except UserError as error:
         raise UserError(f"{where}: schedule.schedules: {error}") from None
     return {**values, "schedule": {**section, "schedules": schedules}}
+
+
+def _sizes(values: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Layers and scales of the model of a recipe's plain values, which are unchecked.
+
+    Returns:
+        None where they are no such values, which the check of the recipe names.
+    """
+    model, vae = values.get("model"), values.get("vae", {})
+    depth = model.get("depth") if isinstance(model, dict) else None
+    sides = vae.get("patch_nums", VQVAEConfig.patch_nums) if isinstance(vae, dict) else None
+    if type(depth) is not int or not isinstance(sides, list | tuple):
+        return None
+    return depth, len(sides)
 
 
 def _one_line(error: Exception) -> str:
