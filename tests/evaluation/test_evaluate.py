@@ -264,6 +264,32 @@ def test_labels_of_another_order_are_warned_about():
     assert "those of 1 as 2, 2 as 3, 3 as 1: the labels" in heard
 
 
+def test_other_classes_than_the_references_are_warned_about():
+    pixels, real = array(1, 40), array(2, 40)
+    labels = np.arange(40)
+    pairs = [
+        (array_images("a", pixels, labels % 4), array_images("real", real, labels % 8)),
+        (array_images("a", pixels, labels % 8), array_images("real", real, labels % 4)),
+    ]
+    ends = "has none of (4, 5, 6, 7): distances compare other mixtures of classes"
+    assert warnings_of(*pairs[0], NETWORK) == [f"eval: real has images of 4 classes that a {ends}"]
+    assert warnings_of(*pairs[1], NETWORK) == [f"eval: a has images of 4 classes that real {ends}"]
+    one, other = array_images("a", pixels, labels % 4), array_images("real", real, labels % 4 + 4)
+    assert len(warnings_of(one, other, NETWORK)) == 2
+    assert warnings_of(one, array_images("real", real), NETWORK) == []
+
+
+def test_a_classifier_of_fewer_classes_is_refused_before_it_runs():
+    def run(images_B3YX):
+        raise AssertionError("features of refused images")
+
+    network = FeatureNetwork("classifier of c", "c-FD", "", run, CPU, num_classes=3)
+    images = array_images("a", array(1, 40), np.arange(40) % 4)
+    text = "eval: the classifier of c has 3 classes, and a has images of class 3; give"
+    with pytest.raises(UserError, match=text):
+        evaluate(images, Reference("real", array_images("real", array(2, 40))), network)
+
+
 @pytest.mark.parametrize("count", [20, 23, 29, 500])
 def test_blocks_without_labels_are_disjoint_and_of_one_size(count):
     place = torch.arange(float(count))[:, None]
@@ -469,7 +495,7 @@ def test_a_classifier_is_trained_saved_and_recognises(tmp_path):
     save_classifier(path, classifier, record)
     network, loaded = load_classifier(path, "digits", CPU)
     assert loaded == record
-    assert network.distance == "digits-FD"
+    assert (network.distance, network.num_classes) == ("digits-FD", 10)
     pixels = seeded_images(1, 4, 16, 16)
     assert network.run(pixels).features_BD.equal(classifier(pixels).features_BD)
     path.with_suffix(".json").write_text("{}")

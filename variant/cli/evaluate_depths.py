@@ -136,7 +136,8 @@ def evaluate_depths(
     sampling = Sampling(1.5, min(TOP_K, config.vocab_size), 0.96, command.seed)
     settings = _settings(command, engine)
     network = network_of((side, side))
-    check_reference(reference, network, command.model, num, (side, side))
+    labels = range(config.num_classes)
+    check_reference(reference, network, command.model, num, (side, side), labels)
     real = None
     if reference.images is not None:
         with progress("eval", "reference", reference.images.count, command.json) as advance:
