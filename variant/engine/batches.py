@@ -124,9 +124,10 @@ def decode_rgb(weights: EngineWeights, f_hat_BEHW: Tensor) -> Tensor:
         lost_B = images_BIYX.isnan().flatten(1).any(1)
         if lost_B.any():
             raise ValueError(
-                f"Engine: the VQ-VAE's decoder must give numbers; got NaN in {int(lost_B.sum())} of "
-                f"{len(lost_B)} images (engine of {dtype_name(weights.dtype)}). Check the weights "
-                "of vae, and use float32 if they overflow in 16 bits"
+                "Engine: the VQ-VAE's decoder must give numbers; got NaN in "
+                f"{int(lost_B.sum())} of {len(lost_B)} images (engine of "
+                f"{dtype_name(weights.dtype)}). Check the weights of vae, and use float32 if they "
+                "overflow in 16 bits"
             )
     return images_BIYX.expand(-1, 3, -1, -1).contiguous()
 
