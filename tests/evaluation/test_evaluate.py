@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.table import Table
 from seeded import images as seeded_images
 from small_models import small_model
 
@@ -17,6 +18,7 @@ from variant.cli import evaluate as evaluate_module
 from variant.cli import evaluate_depths
 from variant.cli.evaluate import reference_of
 from variant.cli.main import main
+from variant.cli.output import _Console
 from variant.data.config import DataSection
 from variant.data.digits import DigitsData
 from variant.errors import UserError
@@ -539,6 +541,34 @@ def test_the_command_writes_and_compares(tmp_path, monkeypatch, capsys):
         assert f"{option} is for --model" in capsys.readouterr().err
     assert main(["eval", "--images", "a", "--reference", "nothing"]) == 1
     assert "or a recipe, whose held-out images are taken" in capsys.readouterr().err
+
+
+def test_results_are_written_where_the_table_cannot_be_printed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "closed_output.py").write_text(
+        "def features(images):\n    return images.float().mean((2, 3)) / 255\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    np.savez("real.npz", array(2, 60, side=6))
+    small_model().save_pretrained("model")
+    plain = _Console.print
+
+    def fail(self, *objects, **options):
+        if any(isinstance(item, Table) for item in objects):
+            self.on_broken_pipe()
+        plain(self, *objects, **options)
+
+    monkeypatch.setattr(_Console, "print", fail)
+    words = ["--reference", "real.npz", "--features", "closed_output:features"]
+    write_folder(tmp_path / "images", array(1, 40, side=6))
+    model = ["eval", "--model", "model", "--depths", "2", "--num", "20", "--out", "out"]
+    for name, command in (
+        ("images", ["eval", "--images", "images", *words]),
+        ("model", [*model, *words]),
+        ("one", ["generate", "--model", "model", "--out", "one.png"]),
+    ):
+        assert main([*command, "--json", f"{name}.json"]) == 1
+        assert "standard output: Broken pipe" in capsys.readouterr().err
+        assert json.loads(Path(f"{name}.json").read_text())["format"].startswith("variant-")
 
 
 def test_a_cell_of_the_table_has_the_longer_side_of_its_interval():

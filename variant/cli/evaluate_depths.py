@@ -148,12 +148,8 @@ def evaluate_depths(
         result, record = _one(command, engine, sampling, setting, num, reference, network, real)
         records.append(record)
         rows.append((setting, _seconds(engine, sampling, setting, min(num, command.batch)), result))
-    printed = console(command.json)
-    printed.print(_table(command, rows))
-    if command.plot is not None:
-        _plot(command.plot, rows)
-        printed.print(f"wrote {command.plot}")
     machine = environment()
+    # First: the standard output may be closed by now.
     write_json(
         command.json,
         {
@@ -171,6 +167,12 @@ def evaluate_depths(
             "environment": machine,
         },
     )
+    if command.plot is not None:
+        _plot(command.plot, rows)
+    printed = console(command.json)
+    printed.print(_table(command, rows))
+    if command.plot is not None:
+        printed.print(f"wrote {command.plot}")
 
 
 def _settings(command: Eval, engine: Engine) -> list[Setting]:
