@@ -15,6 +15,8 @@ from variant.checkpoints.original_var import infer_var_config, infer_vqvae_confi
 from variant.errors import UserError
 from variant.live_weights import LiveVARiant, LiveWeights
 from variant.models.config import VARConfig, VQVAEConfig
+from variant.models.parts import overridden_methods
+from variant.models.quantizer import MultiScaleQuantizer
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.supernet import VARiant
@@ -84,7 +86,6 @@ def accelerate(var: nn.Module, vae: nn.Module) -> VARiant:
             our_var,
             lambda: _var_settings(var),
             lambda: _compare_var(var, our_var),
-            UNCALLED,
         ),
         LiveWeights(
             "vae",
@@ -92,7 +93,6 @@ def accelerate(var: nn.Module, vae: nn.Module) -> VARiant:
             our_vae,
             lambda: _vae_settings(vae),
             lambda: _compare_vae(vae, our_vae),
-            (*UNCALLED, *UNCALLED_OF_QUANTIZE),
         ),
     )
     for link in links:
@@ -246,15 +246,46 @@ def _compare_vae(vae: Any, our_vae: VQVAE) -> None:
 
 
 def _check_methods(name: str, model: nn.Module) -> None:
-    """Raises: UserError, if a method that the engine does not call was replaced or overridden."""
-    quantize = model._modules.get("quantize")
+    """Check that the methods which the engine does not call are those of the models' classes.
+
+    ``forward`` may be another one: the parts' are compared by calling them, and those of the models
+    and of the quantiser serve training.
+
+    Raises:
+        UserError: a method was replaced or overridden.
+    """
+    names = alterations.readable_names(model)
+    for module in model.modules():
+        where = f"{name}.{names[id(module)]}".removesuffix(".")
+        for method in alterations.methods_on_instance(module):
+            if method != "forward":
+                raise UserError(
+                    f"accelerate: {where}.{method} was replaced on the instance; the engine does "
+                    f"not call it. Restore it first (del {where}.{method})"
+                )
+    quantize: Any = model._modules.get("quantize")
+    if isinstance(model, VQVAE):
+        overridden = [
+            (where, module, base, method)
+            for where, module, base in (
+                (name, model, VQVAE),
+                (f"{name}.quantize", quantize, MultiScaleQuantizer),
+            )
+            for method in overridden_methods(module, base)
+            if method != "forward"
+        ]
+        for where, module, base, method in overridden:
+            raise UserError(
+                f"accelerate: {where}.{method} is that of {type(module).__name__}, which overrides "
+                f"that of {base.__name__}; the engine does not call it"
+            )
+        return
     for module, where, methods in (
         (model, name, UNCALLED),
         (quantize, f"{name}.quantize", UNCALLED_OF_QUANTIZE),
     ):
         for method in methods:
             if hasattr(module, method):
-                assert module is not None, "None has no such method"
                 altered = alterations.method_alteration(module, method, where)
                 if altered is not None:
                     raise UserError(f"accelerate: {altered}; the engine does not call it")

@@ -8,7 +8,7 @@ hooks, a method or a part changed, both models are compared again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from variant.errors import UserError
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.supernet import VARiant
-from variant_kernels.integrations.alterations import is_dtensor, readable
+from variant_kernels.integrations.alterations import is_dtensor, methods_of, readable
 from variant_kernels.untraced import untraced
 
 
@@ -32,7 +32,6 @@ class LiveWeights:
         original, ours: the two models; ``ours`` uses the original's tensors from now on.
         settings: reads what the original's object tells beside its tensors.
         compare: runs both models' parts on small inputs; raises UserError where they differ.
-        methods: names of methods of the original's parts that ``compare`` looks at as they are.
     """
 
     def __init__(
@@ -42,9 +41,8 @@ class LiveWeights:
         ours: nn.Module,
         settings: Callable[[], Mapping[str, Any]],
         compare: Callable[[], None],
-        methods: Sequence[str] = (),
     ) -> None:
-        self.original, self._methods = original, methods
+        self.original = original
         self._ours, self._name, self._read_settings = ours, name, settings
         self._compare, self._compared = compare, ([original], [])
         self._settings = dict(settings())
@@ -100,10 +98,10 @@ class LiveWeights:
         for name, buffer in self._ours._buffers.items():
             if buffer is not None and buffer.device != device:
                 self._ours._buffers[name] = buffer.to(device)
-        if _code(self._compared[0], self._methods) != self._compared[1]:
+        if _code(self._compared[0]) != self._compared[1]:
             self._compare()
             modules = list(self.original.modules())
-            self._compared = modules, _code(modules, self._methods)
+            self._compared = modules, _code(modules)
 
     @staticmethod
     def _changed(what: str) -> UserError:
@@ -112,17 +110,19 @@ class LiveWeights:
         )
 
 
-def _code(modules: list[nn.Module], methods: Sequence[str]) -> list[tuple[Any, ...]]:
+def _code(modules: list[nn.Module]) -> list[tuple[Any, ...]]:
     """What determines, beside tensors and settings, what each of these modules computes."""
+    of_classes = {
+        kind: {name: getattr(kind, name, None) for name in methods_of(kind)}
+        for kind in {type(module) for module in modules}
+    }
     return [
         (
-            type(module).forward,
-            module.__dict__.get("forward"),
+            of_classes[type(module)],
+            {n: module.__dict__[n] for n in module.__dict__.keys() & methods_of(type(module))},
             *module._forward_pre_hooks.values(),
             *module._forward_hooks.values(),
             *module._modules.values(),
-            *[module.__dict__.get(name) for name in methods],
-            *[getattr(type(module), name, None) for name in methods],
         )
         for module in modules
     ]

@@ -332,6 +332,8 @@ def test_a_file_without_a_state_dict_lists_its_keys(tmp_path):
     for content in ({}, {3: torch.ones(1)}, {"epoch": 3, 4: 5}, {"model": {"a": 1}}):
         with pytest.raises(UserError, match="must hold a state dict of tensors"):
             loaded(tmp_path, content)
+    with pytest.raises(UserError, match=r"got keys \['a', 'b', 'c', 'd', 'e'\]$"):
+        loaded(tmp_path, dict.fromkeys("gfedcba", 1))
     incomplete = dict(golden().var_state)
     del incomplete["pos_1LC"]
     for content in (incomplete, {"model": prefixed("module.", incomplete)}):

@@ -62,7 +62,8 @@ def test_a_check_compares_recipe_and_images(run):
     assert code == 1
     problems = [line for line in printed.splitlines() if line.startswith("problem: ")]
     assert problems == [
-        "problem: model.num_classes must be 10, as many as the data has; got 5",
+        "problem: model.num_classes must be 10, as many as the data has (digits of data.kind "
+        '"digits"); got 5',
         "problem: optim.batch_size must be at most the number of training images (1618); got 2048",
         "problem: vae_training.optim.batch_size must be at most the number of training images "
         "(1618); got 1619",

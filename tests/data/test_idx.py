@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from variant.data import idx
 from variant.data.config import DataSection
 from variant.data.idx import FASHION_MNIST, FASHION_MNIST_CLASSES, IdxData, read_idx
-from variant.data.sources import open_data, open_source
+from variant.data.sources import classes_problem, open_data, open_source
 from variant.errors import UserError
 
 needs_fashion = pytest.mark.skipif(
@@ -87,10 +88,25 @@ def test_flips_happen_with_their_probability(section):
 
 
 def test_classes_are_named_by_the_recipe_or_by_their_labels(section):
-    assert open_data(section, 8, 1, seed=0).classes == ["0", "1", "2"]
+    data = open_data(section, 8, 1, seed=0)
+    assert data.classes == ["0", "1", "2"]
+    assert data.classes_from == f"labels up to 2 in {section.train_labels}"
     named = dataclasses.replace(section, class_names=("shoe", "bag", "coat", "none"))
     data = open_data(named, 8, 1, seed=0)
     assert (data.classes, data.num_classes) == (["shoe", "bag", "coat", "none"], 4)
+    assert data.classes_from == "names in data.class_names"
+
+
+def test_a_flipped_label_is_named_with_its_file(section):
+    labels = np.arange(12, dtype=np.uint8) % 3
+    labels[7] |= 128
+    Path(section.train_labels).write_bytes(as_idx(labels))
+    source = open_source(section, 8, 1, seed=0)
+    assert classes_problem(3, source) == (
+        "model.num_classes must be 130, as many as the data has (labels up to 129 in "
+        f"{section.train_labels}); got 3"
+    )
+    assert classes_problem(130, source) is None
 
 
 def test_the_digest_is_that_of_the_values_wherever_they_lie(section, tmp_path):

@@ -16,7 +16,7 @@ class Numbers:
     """Image data whose image i is filled with i, and whose label is i too."""
 
     num_held_out = num_classes = 3
-    classes = ("a", "b", "c")
+    classes, classes_from = ("a", "b", "c"), "letters"
 
     def __init__(self, num_train):
         self.num_train, self.read = num_train, []

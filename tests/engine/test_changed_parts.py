@@ -505,3 +505,50 @@ def test_another_model_in_an_engine_is_refused(name, kind):
         setattr(engine, name, other)
         with pytest.raises(TypeError, match=rf"^Engine: {name} must be of type {kind}; got {came}"):
             engine.generate(LABELS, seed=0)
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+def test_a_method_that_is_passed_by_is_refused_by_name(is_used):
+    model = small_model()
+    if is_used:
+        used(model, {})
+    attn = model.var.blocks[1].attn
+    method = next(n for n, v in vars(type(attn)).items() if callable(v) and n[:2] != "__")
+    setattr(attn, method, getattr(attn, method))
+    with pytest.raises(TypeError, match=rf"attn must be of .*its {method} was replaced on"):
+        images(model)
+    delattr(attn, method)
+    images(model)
+    model.vae.decode = model.vae.decode
+    with pytest.raises(TypeError, match=r"Engine: vae\.decode must be that of VQVAE, .* replaced"):
+        images(model)
+    del model.vae.decode
+    images(model)
+
+
+@pytest.mark.parametrize("options", [{}, BF16], ids=["own", "bf16"])
+@pytest.mark.parametrize("is_used", [False, True])
+def test_methods_of_the_vqvae_that_an_engine_calls_count(options, is_used):
+    model = small_model()
+    expected = images(model, **options)
+    if not is_used:
+        model = small_model()
+    plain = model.vae.decode_features
+    model.vae.decode_features = lambda f_hat_BCHW: plain(f_hat_BCHW) / 2
+    torch.testing.assert_close(images(model, **options), expected / 2, rtol=0.02, atol=0.004)
+    torch.testing.assert_close(
+        model.engine(**options).decode(TOKENS), model.vae.decode(TOKENS), rtol=1e-4, atol=1e-4
+    )
+
+    class Darker(type(model.vae)):
+        def decode_features(self, f_hat_BCHW):
+            return super().decode_features(f_hat_BCHW) / 4
+
+    del model.vae.decode_features
+    model.vae.__class__ = Darker
+    torch.testing.assert_close(images(model, **options), expected / 4, rtol=0.02, atol=0.004)
+    model.vae.__class__ = Darker.__mro__[1]
+    contribution = model.vae.quantize.contribution
+    model.vae.quantize.contribution = lambda tokens_BN, k: 0 * contribution(tokens_BN, k)
+    gray = model.vae.decode_features(model.vae.new_features(2))
+    torch.testing.assert_close(images(model, **options), gray, rtol=0.02, atol=0.02)

@@ -178,3 +178,21 @@ def test_pixels_are_rounded_to_the_nearest_and_clamped():
     assert (gray.size, gray.mode, gray.getpixel((2, 1))) == ((3, 2), "RGB", (51, 51, 51))
     with pytest.raises(ValueError, match=r"images must be \(B, 3 or 1, Y, X\); got \(2, 4, 4, 4\)"):
         to_pil(torch.zeros(2, 4, 4, 4))
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"image_dtype": "uint8"}])
+def test_pixels_that_are_no_numbers_are_refused_and_not_painted_black(options):
+    model = small_model()
+    expected = model.generate(LABELS, seed=0, **options).images
+    dtype = options.get("dtype", "float32")
+    with torch.no_grad():
+        model.vae.decoder.conv_out.bias[1] = torch.nan
+    text = f"decoder must give numbers; got NaN in {len(LABELS)} of {len(LABELS)} .*of {dtype}\\)"
+    with pytest.raises(ValueError, match=f"^Engine: the VQ-VAE's {text}"):
+        model.generate(LABELS, seed=0, **options)
+    assert len(model.engine().generate(LABELS, seed=0, decode=False).tokens) == len(LABELS)
+    with torch.no_grad():
+        model.vae.decoder.conv_out.bias[1] = torch.inf  # clamped: as bright as can be
+    bright = model.generate(LABELS, seed=0, **options).images
+    assert bright[:, 1].eq(bright.max()).all()
+    assert bright[:, 0].equal(expected[:, 0])

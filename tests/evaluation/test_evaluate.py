@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.table import Table
 from seeded import images as seeded_images
 from small_models import small_model
 
@@ -17,6 +18,7 @@ from variant.cli import evaluate as evaluate_module
 from variant.cli import evaluate_depths
 from variant.cli.evaluate import reference_of
 from variant.cli.main import main
+from variant.cli.output import _Console
 from variant.data.config import DataSection
 from variant.data.digits import DigitsData
 from variant.errors import UserError
@@ -264,6 +266,32 @@ def test_labels_of_another_order_are_warned_about():
     assert "those of 1 as 2, 2 as 3, 3 as 1: the labels" in heard
 
 
+def test_other_classes_than_the_references_are_warned_about():
+    pixels, real = array(1, 40), array(2, 40)
+    labels = np.arange(40)
+    pairs = [
+        (array_images("a", pixels, labels % 4), array_images("real", real, labels % 8)),
+        (array_images("a", pixels, labels % 8), array_images("real", real, labels % 4)),
+    ]
+    ends = "has none of (4, 5, 6, 7): distances compare other mixtures of classes"
+    assert warnings_of(*pairs[0], NETWORK) == [f"eval: real has images of 4 classes that a {ends}"]
+    assert warnings_of(*pairs[1], NETWORK) == [f"eval: a has images of 4 classes that real {ends}"]
+    one, other = array_images("a", pixels, labels % 4), array_images("real", real, labels % 4 + 4)
+    assert len(warnings_of(one, other, NETWORK)) == 2
+    assert warnings_of(one, array_images("real", real), NETWORK) == []
+
+
+def test_a_classifier_of_fewer_classes_is_refused_before_it_runs():
+    def run(images_B3YX):
+        raise AssertionError("features of refused images")
+
+    network = FeatureNetwork("classifier of c", "c-FD", "", run, CPU, num_classes=3)
+    images = array_images("a", array(1, 40), np.arange(40) % 4)
+    text = "eval: the classifier of c has 3 classes, and a has images of class 3; give"
+    with pytest.raises(UserError, match=text):
+        evaluate(images, Reference("real", array_images("real", array(2, 40))), network)
+
+
 @pytest.mark.parametrize("count", [20, 23, 29, 500])
 def test_blocks_without_labels_are_disjoint_and_of_one_size(count):
     place = torch.arange(float(count))[:, None]
@@ -469,7 +497,7 @@ def test_a_classifier_is_trained_saved_and_recognises(tmp_path):
     save_classifier(path, classifier, record)
     network, loaded = load_classifier(path, "digits", CPU)
     assert loaded == record
-    assert network.distance == "digits-FD"
+    assert (network.distance, network.num_classes) == ("digits-FD", 10)
     pixels = seeded_images(1, 4, 16, 16)
     assert network.run(pixels).features_BD.equal(classifier(pixels).features_BD)
     path.with_suffix(".json").write_text("{}")
@@ -513,6 +541,34 @@ def test_the_command_writes_and_compares(tmp_path, monkeypatch, capsys):
         assert f"{option} is for --model" in capsys.readouterr().err
     assert main(["eval", "--images", "a", "--reference", "nothing"]) == 1
     assert "or a recipe, whose held-out images are taken" in capsys.readouterr().err
+
+
+def test_results_are_written_where_the_table_cannot_be_printed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "closed_output.py").write_text(
+        "def features(images):\n    return images.float().mean((2, 3)) / 255\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    np.savez("real.npz", array(2, 60, side=6))
+    small_model().save_pretrained("model")
+    plain = _Console.print
+
+    def fail(self, *objects, **options):
+        if any(isinstance(item, Table) for item in objects):
+            self.on_broken_pipe()
+        plain(self, *objects, **options)
+
+    monkeypatch.setattr(_Console, "print", fail)
+    words = ["--reference", "real.npz", "--features", "closed_output:features"]
+    write_folder(tmp_path / "images", array(1, 40, side=6))
+    model = ["eval", "--model", "model", "--depths", "2", "--num", "20", "--out", "out"]
+    for name, command in (
+        ("images", ["eval", "--images", "images", *words]),
+        ("model", [*model, *words]),
+        ("one", ["generate", "--model", "model", "--out", "one.png"]),
+    ):
+        assert main([*command, "--json", f"{name}.json"]) == 1
+        assert "standard output: Broken pipe" in capsys.readouterr().err
+        assert json.loads(Path(f"{name}.json").read_text())["format"].startswith("variant-")
 
 
 def test_a_cell_of_the_table_has_the_longer_side_of_its_interval():

@@ -14,6 +14,8 @@ from torch.nn.utils import parametrizations
 import variant
 from variant import accelerate
 from variant.errors import UserError
+from variant.models.quantizer import MultiScaleQuantizer
+from variant.models.vqvae import VQVAE
 from variant_kernels import patch
 
 LABELS = torch.tensor([1, 3])
@@ -222,6 +224,95 @@ def test_what_the_engine_would_ignore_is_refused_by_name(spoil, message):
         assert kind is old_kind
         assert list(members) == list(old)
         assert all(members[name] is value for name, value in old.items())
+
+
+def own_pair():
+    """An original transformer beside a VQ-VAE of ours."""
+    model, vae = pair()
+    ours = VQVAE(accelerate(model, vae).vae.config)
+    ours.load_state_dict(vae.state_dict(), strict=False)
+    return model, ours
+
+
+def replace(path, name):
+    """Replaces a method on an instance by one that does the same."""
+
+    def change(model, vae):
+        module = {"var": model, "vae": vae}[path.split(".")[0]]
+        for part in path.split(".")[1:]:
+            module = getattr(module, part)
+        setattr(module, name, functools.partial(getattr(module, name)))
+
+    return change
+
+
+class Darker(VQVAE):
+    def decode_features(self, f_hat_BCHW):
+        return super().decode_features(f_hat_BCHW) / 2
+
+
+class Nearer(MultiScaleQuantizer):
+    def nearest(self, vectors_RC):
+        return super().nearest(vectors_RC) * 0
+
+
+def swap_vae(model, vae):
+    vae.__class__ = Darker
+
+
+def swap_quantizer(model, vae):
+    vae.quantize.__class__ = Nearer
+
+
+OWN_METHODS = [
+    (replace("vae", "decode"), r"vae\.decode was replaced on the instance.*del vae\.decode\)"),
+    (replace("vae", "accumulate"), r"vae\.accumulate was replaced"),
+    (replace("vae.quantize", "contribution"), r"vae\.quantize\.contribution was replaced"),
+    (replace("vae.quantize", "_through_scale"), r"vae\.quantize\._through_scale was replaced"),
+    (swap_vae, r"vae\.decode_features is that of Darker, which overrides that of VQVAE"),
+    (swap_quantizer, r"vae\.quantize\.nearest is that of Nearer, which overrides"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), OWN_METHODS)
+@pytest.mark.parametrize("before", [True, False])
+def test_methods_of_our_own_vqvae_that_would_be_passed_by_are_refused(change, message, before):
+    model, vae = own_pair()
+    ours = None if before else accelerate(model, vae)
+    change(model, vae)
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"^accelerate: {message}"):
+            (ours or accelerate(model, vae)).generate([1], seed=0)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("var", "autoregressive_infer_cfg"),
+        ("vae", "decode"),
+        ("vae.quantize", "contribution"),
+    ],
+)
+@pytest.mark.parametrize("before", [True, False])
+def test_any_method_replaced_on_an_original_is_refused(path, name, before):
+    model, vae = pair()
+    ours = None if before else accelerate(model, vae)
+    replace(path, name)(model, vae)
+    with pytest.raises(UserError, match=f"{path}.{name} was replaced on the instance"):
+        (ours or accelerate(model, vae)).generate([1], seed=0)
+
+
+def test_what_training_calls_may_be_replaced_or_overridden():
+    model, vae = own_pair()
+    expected = accelerate(model, vae).generate([1], seed=0).tokens
+
+    class Trained(VQVAE):
+        def forward(self, images_BIYX, num_scales=None):
+            raise AssertionError("a generation trains")
+
+    vae.__class__ = Trained
+    model.forward = vae.quantize.forward = lambda *args: pytest.fail("a generation trains")
+    assert accelerate(model, vae).generate([1], seed=0).tokens.equal(expected)
 
 
 def test_hooks_that_only_look_on_are_no_obstacle():

@@ -1,6 +1,7 @@
 """Class names: in the config, in files, and as labels of a generation."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -88,12 +89,28 @@ def test_unknown_names_list_the_known_ones(model):
         (["3", "circle", "-1"], [3, 0, -1]),
         (["a, b"], [2]),
         (["square,circle , 4"], [1, 0, 4]),
-        (["7"], [7]),  # a number is a label, also where it is a name
         ([], []),
     ],
 )
 def test_words_of_the_command_line_are_names_or_numbers(words, labels):
     assert labels_of_words("generate", "--labels", words, NAMES) == labels
+
+
+def test_a_number_is_a_label_and_a_class_of_that_name_is_warned_about():
+    names = ("0", "1", "10", "11", "2", "3")  # folders in the order of their names
+    with pytest.warns(RuntimeWarning) as heard:
+        labels = labels_of_words("generate", "--labels", ["2,1", "2", "3", "10"], names)
+    assert labels == [2, 1, 2, 3, 10]
+    assert [str(warning.message) for warning in heard] == [
+        "generate: --labels 2 is class number 2 (named '10'); the class that is named 2 has "
+        "number 4",
+        "generate: --labels 3 is class number 3 (named '11'); the class that is named 3 has "
+        "number 5",
+        "generate: --labels 10 is class number 10; the class that is named 10 has number 2",
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert labels_of_words("generate", "--labels", ["1", "0", "5"], names) == [1, 0, 5]
 
 
 @pytest.mark.parametrize("words", [[","], [" , ,"], [" "], [",", ","]])

@@ -79,9 +79,12 @@ def main() -> int:
         if module not in reaches:
             files = TARGETS[module]
             alike = {other for other, _ in picked if TARGETS[other] == files}
+            # These tests run once, for the lines that each of them reaches.
+            names = ", ".join(sorted(alike))
+            print(f"{names}: running the tests of {len(files)} files", flush=True)
             reaches |= reach_of(sorted(alike), files)
             seconds = reaches[module].seconds
-            print(f"{module}: {len(seconds)} tests, {sum(seconds.values()):.0f} s")
+            print(f"{module}: {len(seconds)} tests, {sum(seconds.values()):.0f} s", flush=True)
         tests = reaches[module].tests_of(mutant.line)
         start = time.monotonic()
         verdict, by = verdict_of(module, mutant, tests, options.seconds)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 
 import torch
 from hypothesis import HealthCheck, Phase, assume, seed, settings
@@ -25,6 +26,7 @@ from hypothesis.stateful import (
 )
 
 from tests.robustness import forked
+from tests.robustness.progress import Progress
 from variant_kernels import CachePlan, DepthSchedule, PagedKVCache, ScaleLayout
 
 MODULE = "tests.robustness.cache_machine"
@@ -249,12 +251,24 @@ def _peak_pages(layout: ScaleLayout, schedule: DepthSchedule, page_size: int) ->
     return most
 
 
-def run(number: int, examples: int, shorten: bool = True) -> None:
+def run(
+    number: int,
+    examples: int,
+    shorten: bool = True,
+    done: Callable[[], object] = lambda: None,
+) -> None:
     """Run the machine with hypothesis's seed ``number``; raises where it fails.
 
     Args:
         shorten: a sequence that fails, before it is reported.
+        done: called after each sequence.
     """
+
+    class Machine(CacheMachine):
+        def teardown(self) -> None:
+            super().teardown()
+            done()
+
     chosen = settings(
         phases=(Phase.generate, *((Phase.shrink,) if shorten else ())),
         max_examples=examples,
@@ -263,7 +277,7 @@ def run(number: int, examples: int, shorten: bool = True) -> None:
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    run_state_machine_as_test(seed(number)(CacheMachine), settings=chosen)
+    run_state_machine_as_test(seed(number)(Machine), settings=chosen)
 
 
 def main() -> int:
@@ -272,9 +286,11 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=forked.option("SEQUENCES", 100))
     arguments = parser.parse_args()
     sys.path.insert(0, os.getcwd())
+    progress = Progress(MODULE, arguments.cases)
     forked.single_thread()
+    progress.prepared()
     try:
-        run(arguments.seed, arguments.cases)
+        run(arguments.seed, arguments.cases, done=progress.case)
     except Exception as error:
         print(f"python -m {MODULE} --seed {arguments.seed} --cases {arguments.cases}: {error!r}")
         raise

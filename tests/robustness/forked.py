@@ -21,9 +21,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from tests.robustness.progress import Progress
+
 MIB, GIB = 2**20, 2**30
 # Cases of one child. A new one costs 10 to 20 ms; what a case leaves behind ends with its child.
 CASES_PER_CHILD = 250
+TICK = 1.0  # seconds between two calls of ``waiting``
 
 
 @dataclass(frozen=True)
@@ -58,27 +61,33 @@ def run_cases(
     limits: Limits = Limits(),
     describe: Callable[[int], str] | None = None,
     quiet: bool = True,
+    waiting: Callable[[int], object] = lambda case: None,
 ) -> Iterator[Result]:
     """The result of each case; ``run`` raises where a case fails, and returns plain values.
 
     Args:
         describe: the text of a case that ended its process and so could not give its own.
         quiet: discard what the cases print.
+        waiting: called with the number of a case about every second while it runs.
     """
-    waiting = list(cases)
-    while waiting:
-        batch = waiting[:CASES_PER_CHILD]
+    left = list(cases)
+    while left:
+        batch = left[:CASES_PER_CHILD]
         done = 0
-        for case, text, value in _run_in_child(run, batch, limits, quiet):
+        for case, text, value in _run_in_child(run, batch, limits, quiet, waiting):
             done += 1
             if isinstance(text, Ended):
                 text = f"{describe(case)}: {text}" if describe else str(text)
             yield case, text, value
-        waiting = waiting[done:]
+        left = left[done:]
 
 
 def _run_in_child(
-    run: Callable[[int], object], cases: list[int], limits: Limits, quiet: bool
+    run: Callable[[int], object],
+    cases: list[int],
+    limits: Limits,
+    quiet: bool,
+    waiting: Callable[[int], object],
 ) -> Iterator[Result]:
     """Runs cases until the first that ends the child."""
     reading, writing = os.pipe()
@@ -92,7 +101,11 @@ def _run_in_child(
         buffer = b""
         deadline = time.monotonic() + limits.wall_seconds
         while finished < len(cases):
-            ready, _, _ = select.select([pipe], [], [], max(0, deadline - time.monotonic()))
+            rest = deadline - time.monotonic()
+            ready, _, _ = select.select([pipe], [], [], max(0, min(TICK, rest)))
+            if not ready and rest > TICK:
+                waiting(cases[finished])
+                continue
             if not ready:
                 os.kill(child, signal.SIGKILL)
                 status = f"no answer after {limits.wall_seconds:g} s"
@@ -184,6 +197,8 @@ def main(
 ) -> int:
     """The command of a generator: run cases, print one line for each failure that repeats it.
 
+    Its progress goes to standard error.
+
     Args:
         run: called with a seed and a case.
         prepare: gets the arguments; returns the words that repeat its own options.
@@ -201,10 +216,12 @@ def main(
     if extra:
         extra(parser)
     arguments = parser.parse_args()
+    one = arguments.case is not None
+    progress = Progress(module, 1 if one else arguments.cases)
     single_thread()
     words = prepare(arguments) if prepare else ""
     command = f"python -m {module}{words} --seed {arguments.seed}"
-    one = arguments.case is not None
+    progress.prepared()
     first = arguments.case if one else arguments.first
     cases = range(first, first + (1 if one else arguments.cases))
     failures, started = 0, time.monotonic()
@@ -212,9 +229,15 @@ def main(
     text_of = (lambda case: describe(seed, case)) if describe else None
     values = []
     for case, text, value in run_cases(
-        lambda case: run(seed, case), cases, limits, text_of, quiet=not one
+        lambda case: run(seed, case),
+        cases,
+        limits,
+        text_of,
+        quiet=not one,
+        waiting=progress.waiting,
     ):
         values.append(value)
+        progress.case(text is not None)
         if text is not None:
             failures += 1
             if failures <= 20 or arguments.all_failures:

@@ -2,10 +2,12 @@
 
 import os
 import signal
+import time
 
 import pytest
 
-from tests.robustness.forked import MIB, Failed, Limits, run_cases
+from tests.robustness.forked import MIB, Failed, Limits, main, run_cases
+from tests.robustness.progress import Progress
 
 LIMITS = Limits(cpu_seconds=0.3, wall_seconds=5, memory=200 * MIB)
 
@@ -66,3 +68,53 @@ def test_a_bad_case_is_named_and_the_others_run(wrong, text):
 def test_a_crashed_case_is_described():
     (result,) = run_cases(crashes, [7], LIMITS, describe=lambda case: f"call {case}")
     assert result[1] == "call 7: crash: killed by SIGSEGV"
+
+
+def test_the_case_that_runs_is_told_about(monkeypatch):
+    monkeypatch.setattr("tests.robustness.forked.TICK", 0.02)
+    told = []
+
+    def run(case):
+        if case == 3:
+            time.sleep(0.2)
+
+    assert len(list(run_cases(run, [2, 3, 4], LIMITS, waiting=told.append))) == 3
+    assert told.count(3) >= 2
+
+
+def test_progress_is_told_at_once_and_then_every_ten_seconds(capsys):
+    now = [0.0]
+    progress = Progress("generator", 100, clock=lambda: now[0])
+    now[0] = 3
+    progress.prepared()
+    for second in range(4, 34):
+        now[0] = second
+        progress.case(failed=second == 20)
+        progress.waiting(second)
+    assert capsys.readouterr().err.splitlines() == [
+        "generator: preparing 100 cases",
+        "generator: prepared after 3 s",
+        "generator: 1 of 100 cases, 0 failures, 1 s, about 99 s left",
+        "generator: 11 of 100 cases, 0 failures, 11 s, about 89 s left",
+        "generator: 21 of 100 cases, 1 failures, 21 s, about 79 s left",
+    ]
+    now[0] = 44.5
+    progress.waiting(34)
+    expected = "generator: 30 of 100 cases, 1 failures, 42 s; case 34 runs\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_generator_tells_its_progress_before_its_first_case_ends(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["generator", "--seed", "1", "--cases", "2"])
+    seen = []
+
+    def prepare(arguments):
+        seen.append(capsys.readouterr().err)
+        return ""
+
+    monkeypatch.setattr("tests.robustness.forked.single_thread", lambda: None)
+    assert main("generator", lambda seed, case: None, 5, LIMITS, prepare=prepare) == 0
+    assert seen == ["generator: preparing 2 cases\n"]
+    output = capsys.readouterr()
+    assert "generator: 1 of 2 cases, 0 failures" in output.err
+    assert output.out.startswith("generator: 2 cases, 0 failures, ")

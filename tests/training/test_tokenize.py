@@ -253,6 +253,19 @@ def test_tokens_of_other_settings_are_not_mixed(tiny, tokens, tmp_path):
     assert files(out) == files(tokens)
 
 
+def test_classes_of_the_recipe_are_those_of_images_and_tokens(tiny, tokens, tmp_path):
+    model = dataclasses.replace(tiny.model, num_classes=3)
+    other = dataclasses.replace(tiny, model=model)
+    text = "tiny: model.num_classes must be 2, as many as the data has "
+    with pytest.raises(UserError) as caught:
+        write(other, tmp_path / "tokens")
+    assert str(caught.value) == f"{text}(sub-folders of {tiny.data.train}); got 3"
+    assert not (tmp_path / "tokens").exists()
+    with pytest.raises(UserError) as caught:
+        train_var(from_tokens(other, tokens), tmp_path / "run", console=quiet(), device=CPU)
+    assert str(caught.value) == f"{text}(classes in {tokens / MANIFEST_NAME}); got 3"
+
+
 def test_tokens_that_do_not_fit_the_recipe_are_refused(tiny, tokens, tmp_path):
 
     def refuse(chosen, message):

@@ -135,6 +135,34 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer():
         assert torch.allclose(one, other, rtol=1e-12, atol=0)
 
 
+def test_a_known_gradient_serves_every_transform_and_no_second_derivative():
+    x = torch.randn(3, dtype=torch.float64)
+
+    def cubes(x):
+        known = x.detach()
+        return with_gradient(x, (known**3).sum(), 3 * known**2)
+
+    wanted = 3 * x**2
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(transform(cubes)(x), wanted)
+    value, tangent = torch.func.jvp(cubes, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(value, (x**3).sum())
+    torch.testing.assert_close(tangent, wanted.sum())
+    rows = torch.stack([x, 2 * x])
+    mapped = torch.vmap(torch.func.grad(cubes))(rows)
+    torch.testing.assert_close(mapped, 3 * rows**2)
+    message = "^with_gradient: has no second derivative"
+    leaf = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(cubes(leaf), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match=message):
+        first.sum().backward()
+    for second in (torch.func.hessian(cubes), torch.func.jacfwd(torch.func.grad(cubes))):
+        with pytest.raises(NotImplementedError, match=message):
+            second(x)
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.grad(lambda x: torch.func.grad(cubes)(x).sum())(x)
+
+
 def trained_in(precision, scale):
     """Adaptive weight, loss and the decoder's gradient, where the losses are small."""
     optim = dataclasses.replace(OPTIM, precision=precision)

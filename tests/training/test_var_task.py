@@ -15,6 +15,7 @@ from variant.data.samples import mixing
 from variant.errors import UserError
 from variant.models.var import VAR
 from variant.training.schedule import choose_depth, subnet_probability
+from variant.training.vae_task import train_vae
 from variant.training.var_task import VARTask, train_var
 
 
@@ -44,8 +45,16 @@ def test_a_half_trained_vqvae_is_refused_unless_it_is_named(recipe, tmp_path, mo
 def test_classes_of_model_and_data_must_agree(recipe, tmp_path):
     trained_vae(recipe, tmp_path)
     other = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, num_classes=5))
-    with pytest.raises(UserError, match="num_classes must be 2, as many as the data has; got 5"):
+    text = "tiny: model.num_classes must be 2, as many as the data has "
+    text += f"(sub-folders of {recipe.data.train}); got 5"
+    with pytest.raises(UserError) as caught:
         train_var(other, tmp_path, console=quiet(), device=CPU)
+    assert str(caught.value) == text
+    # The VQ-VAE does not see classes, but what it is trained for does.
+    with pytest.raises(UserError) as caught:
+        train_vae(other, tmp_path / "vae", console=quiet(), device=CPU)
+    assert str(caught.value) == text
+    assert not (tmp_path / "vae").exists()
 
 
 def test_each_step_trains_the_scheduled_configuration(recipe, tmp_path, monkeypatch):

@@ -130,9 +130,9 @@ def evaluate_command(command: Eval) -> None:
     notes = list(dict.fromkeys(str(warning.message) for warning in heard))
     for note in notes:
         out.print(f"warning: {note}")
-    printed = console(command.json)
-    printed.print(_table(command, result))
+    # First: the standard output may be closed by now.
     write_json(command.json, _as_json(command, result, notes, generated, vae))
+    console(command.json).print(_table(command, result))
 
 
 def _check_options(command: Eval) -> None:

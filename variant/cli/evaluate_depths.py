@@ -136,7 +136,8 @@ def evaluate_depths(
     sampling = Sampling(1.5, min(TOP_K, config.vocab_size), 0.96, command.seed)
     settings = _settings(command, engine)
     network = network_of((side, side))
-    check_reference(reference, network, command.model, num, (side, side))
+    labels = range(config.num_classes)
+    check_reference(reference, network, command.model, num, (side, side), labels)
     real = None
     if reference.images is not None:
         with progress("eval", "reference", reference.images.count, command.json) as advance:
@@ -147,12 +148,8 @@ def evaluate_depths(
         result, record = _one(command, engine, sampling, setting, num, reference, network, real)
         records.append(record)
         rows.append((setting, _seconds(engine, sampling, setting, min(num, command.batch)), result))
-    printed = console(command.json)
-    printed.print(_table(command, rows))
-    if command.plot is not None:
-        _plot(command.plot, rows)
-        printed.print(f"wrote {command.plot}")
     machine = environment()
+    # First: the standard output may be closed by now.
     write_json(
         command.json,
         {
@@ -170,6 +167,12 @@ def evaluate_depths(
             "environment": machine,
         },
     )
+    if command.plot is not None:
+        _plot(command.plot, rows)
+    printed = console(command.json)
+    printed.print(_table(command, rows))
+    if command.plot is not None:
+        printed.print(f"wrote {command.plot}")
 
 
 def _settings(command: Eval, engine: Engine) -> list[Setting]:

@@ -91,9 +91,9 @@ def generate(command: Generate) -> None:
     )
     work = Work(command, engine, sampling, folder, schedule)
     results = work.grid() if one_file else work.folder()
-    out = console(command.json)
-    _report(command, engine, results, out)
+    # First: the standard output may be closed by now.
     write_json(command.json, _as_json(command, labels if words else [], results))
+    _report(command, engine, results, console(command.json))
 
 
 def _check(command: Generate) -> Sampling:

@@ -109,6 +109,7 @@ class DigitsData:
         self.num_train, self.num_held_out = len(scans.train_labels), len(scans.held_out_labels)
         self.num_classes = NUM_CLASSES
         self.classes = [str(digit) for digit in range(NUM_CLASSES)]
+        self.classes_from = 'digits of data.kind "digits"'
         self.train_labels, self.held_out_labels = scans.train_labels, scans.held_out_labels
         self.image_size = image_size
         self._fine = enlarge(scans.train_images, SIDE * FINE)

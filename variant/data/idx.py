@@ -205,7 +205,7 @@ class IdxData:
         self._held_out, self.held_out_labels = images[order], labels[torch.from_numpy(order)]
         self.num_train, self.num_held_out = len(self._train), len(self._held_out)
         self.pixels: tuple[int, int] = self._train.shape[1:]
-        self.classes = self._names(paths)
+        self.classes, self.classes_from = self._names(paths)
         self.num_classes = len(self.classes)
 
     def train(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:
@@ -265,9 +265,11 @@ class IdxData:
             )
         return images_NYX, torch.from_numpy(labels_N.astype(np.int64))
 
-    def _names(self, paths: dict[str, str]) -> list[str]:
-        """The names of the classes: given, of the data set, or the labels themselves."""
-        names = FASHION_MNIST_CLASSES if self.section.dataset else self.section.class_names
+    def _names(self, paths: dict[str, str]) -> tuple[list[str], str]:
+        """The names of the classes: given, of the data set, or the labels themselves; and which."""
+        names, origin = self.section.class_names, "names in data.class_names"
+        if self.section.dataset:
+            names, origin = FASHION_MNIST_CLASSES, f'classes of dataset "{self.section.dataset}"'
         labels = {"train_labels": self.train_labels, "held_out_labels": self.held_out_labels}
         highest = {key: int(values.max()) for key, values in labels.items()}
         count = len(names) or highest["train_labels"] + 1
@@ -278,8 +280,10 @@ class IdxData:
                     f"{shown(paths[key])}: its labels must be below {count}, by {what}; the "
                     f"highest is {high}"
                 )
-        names = names or tuple(str(label) for label in range(count))
-        return list(check_class_names("data", names, count))
+        if not names:
+            names = tuple(str(label) for label in range(count))
+            origin = f"labels up to {count - 1} in {shown(paths['train_labels'])}"
+        return list(check_class_names("data", names, count)), origin
 
     def _padded(self, images_NYX: np.ndarray) -> Tensor:
         """Images (B, 1, Y, X) in [0, 1] of the model's size."""

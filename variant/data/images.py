@@ -92,12 +92,14 @@ class ImageData(Protocol):
     """Images in [-1, 1], float32 (B, I, Y, X), with labels (B,) int64.
 
     classes: names of the classes, in the order of their labels.
+    classes_from: what their number comes from, for messages: a folder, a file, or a recipe's key.
     """
 
     num_train: int
     num_held_out: int
     num_classes: int
     classes: list[str]
+    classes_from: str
     train_labels: Tensor
     held_out_labels: Tensor
 
@@ -236,6 +238,7 @@ class FolderData:
             )
         self.num_train, self.num_held_out = len(self.paths), len(self.held_out_paths)
         self.classes, self.num_classes = classes, len(classes)
+        self.classes_from = f"sub-folders of {shown(section.train)}"
         self.train_labels = torch.tensor(labels)
         order = np.random.default_rng(HELD_OUT_SEED).permutation(self.num_held_out)
         self.held_out_paths = [self.held_out_paths[index] for index in order]

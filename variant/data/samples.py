@@ -84,6 +84,7 @@ class Source(Protocol):
     """Where the samples of a run come from. Workers of a DataLoader get a copy of it.
 
     classes: names of the classes, in the order of their labels.
+    classes_from: what their number comes from, for messages: a folder, a file, or a recipe's key.
     bad: counts the unreadable files of a run. In a worker they are only listed in the samples; the
         process that trains adds them: ``source.bad.add(samples.bad)``.
     """
@@ -92,6 +93,7 @@ class Source(Protocol):
     num_held_out: int
     num_classes: int
     classes: list[str]
+    classes_from: str
     bad: BadItems
 
     def samples(self, indices: Indices, epoch: int) -> Samples:
@@ -133,6 +135,7 @@ class ImageSource:
         self.bad = BadItems(data.num_train + data.num_held_out, max_bad)
         self.num_train, self.num_held_out = data.num_train, data.num_held_out
         self.num_classes, self.classes = data.num_classes, data.classes
+        self.classes_from = data.classes_from
 
     def samples(self, indices: Indices, epoch: int) -> Samples:
         if self.alpha == 0:

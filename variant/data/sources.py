@@ -48,6 +48,16 @@ def open_source(
     return ImageSource(data, seed, section.mixup if mixed else 0.0, section.max_bad)
 
 
+def classes_problem(num_classes: int, source: Source | ImageData) -> str | None:
+    """Why a recipe's data are not those of its model, of so many classes; None if they are."""
+    if num_classes == source.num_classes:
+        return None
+    return (
+        f"model.num_classes must be {source.num_classes}, as many as the data has "
+        f"({source.classes_from}); got {num_classes}"
+    )
+
+
 def data_inputs(source: Source | ImageData) -> dict[str, Any]:
     """Numbers that identify the data of a run: of images in both parts, and a digest.
 

@@ -60,6 +60,7 @@ class TokenSource:
         _check_augmentation(self.folder, manifest, section)
         self.num_train, self.num_held_out = manifest.num_train, manifest.num_held_out
         self.classes, self.num_classes = list(manifest.classes), len(manifest.classes)
+        self.classes_from = f"classes in {shown(self.folder / MANIFEST_NAME)}"
         self.bad = BadItems(manifest.num_samples, section.max_bad)
         self.reader = ShardReader(self.folder, manifest)
 

@@ -29,6 +29,7 @@ from variant.models.var import VAR
 from variant.models.vqvae import ENCODER, VQVAE
 from variant.models.zones import zone_of
 from variant_kernels import CachePlan, DepthSchedule, PagedKVCache, ScaleLayout
+from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.kv_cache import PageTables
 from variant_kernels.untraced import untraced
 
@@ -112,8 +113,23 @@ def can_be_captured(request: Request, batch: Batch) -> bool:
 
 
 def decode_rgb(weights: EngineWeights, f_hat_BEHW: Tensor) -> Tensor:
-    """(B, 3, H, W) float32 in [0, 1]; a single channel is repeated."""
-    return weights.decode(f_hat_BEHW).expand(-1, 3, -1, -1).contiguous()
+    """(B, 3, H, W) float32 in [0, 1]; a single channel is repeated.
+
+    Raises:
+        ValueError: the decoder gives NaN, which would become black; on a CPU alone, as a GPU would
+            have to synchronise.
+    """
+    images_BIYX = weights.decode(f_hat_BEHW)
+    if images_BIYX.device.type == "cpu":
+        lost_B = images_BIYX.isnan().flatten(1).any(1)
+        if lost_B.any():
+            raise ValueError(
+                "Engine: the VQ-VAE's decoder must give numbers; got NaN in "
+                f"{int(lost_B.sum())} of {len(lost_B)} images (engine of "
+                f"{dtype_name(weights.dtype)}). Check the weights of vae, and use float32 if they "
+                "overflow in 16 bits"
+            )
+    return images_BIYX.expand(-1, 3, -1, -1).contiguous()
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class CastModels:
 
     def _check_parts(self) -> None:
         with explained("Engine", self, ENCODER), torch.autocast(self.device.type, enabled=False):
-            check_engine_parts(self.var, self.product_dtype, self.packed)
+            check_engine_parts(self.var, self.vae, self.product_dtype, self.packed)
 
     def _check_changed_parts(self, version: Version) -> None:
         """:meth:`_check_parts`, for VAR-d30 0.35 s on a CPU core, unless only values changed.

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from variant.engine.hooks import check_hooks
 from variant.engine.packed_layers import CastBuffer, CastDecoder, Linear, PackedDecoder
-from variant.models.parts import check_parts
+from variant.models.parts import check_parts, has_method_of
 from variant.models.var import VAR, projection
 from variant.models.vqvae import VQVAE
 from variant.models.zones import LINEARS, LayerView
@@ -132,7 +132,8 @@ class EngineWeights:
         """Images (B, I, Y, X) float32 in [0, 1]."""
         own = self._vae.post_quant_conv.weight
         cast = on_gpu(own) and self.dtype not in (own.dtype, torch.float32)
-        if not self.packed and not cast:
+        is_plain = has_method_of(self._vae, VQVAE, "decode_features")
+        if not is_plain or (not self.packed and not cast):
             return self._vae.decode_features(f_hat_BCHW).float()
         if self._decoder is None:  # built at the first use: not every caller decodes
             kind = PackedDecoder if self.packed else CastDecoder
@@ -144,6 +145,7 @@ class Version(NamedTuple):
     """What an engine made its weights from.
 
     modules, classes, forwards: of both models; forwards are those set on a module itself.
+    members: numbers of the attributes of each module, among which other methods may be.
     hooks: ids of all forward hooks and forward pre-hooks.
     tensors: of every parameter and buffer its identity, address and version counter.
     """
@@ -151,6 +153,7 @@ class Version(NamedTuple):
     modules: tuple[nn.Module, ...]
     classes: tuple[type[nn.Module], ...]
     forwards: tuple[Any, ...]
+    members: tuple[int, ...]
     hooks: tuple[int, ...]
     tensors: tuple[tuple[int, int, int], ...]
 
@@ -184,6 +187,7 @@ class WeightsVersion:
             self._modules,
             tuple(map(type, self._modules)),
             tuple([members.get("forward") for members in self._members]),
+            tuple(map(len, self._members)),
             tuple(chain.from_iterable(self._hooks)),
             # The identity, as another parameter may be a view of the same memory.
             tuple(
@@ -205,15 +209,21 @@ def _children(modules: Sequence[nn.Module]) -> list[nn.Module | None]:
     return [child for module in modules for child in module._modules.values()]
 
 
-def check_engine_parts(var: VAR, dtype: torch.dtype, packed: bool) -> None:
+def check_engine_parts(var: VAR, vae: VQVAE, dtype: torch.dtype, packed: bool) -> None:
     """Check the parts of the transformer whose weights the engine reads without calling them.
 
     Parts that it calls may be of any class: embeddings, and projections that it does not cast.
 
     Raises:
         TypeError, ValueError: a part is missing, of another class, or of another shape, or has a
-            hook that changes what it takes or returns.
+            hook that changes what it takes or returns; a method of the models that the engine does
+            not call was replaced.
     """
+    if not has_method_of(vae, VQVAE, "decode"):
+        raise TypeError(
+            "Engine: vae.decode must be that of VQVAE, as the engine does not call it; it was "
+            "replaced or overridden. Replace decode_features instead, which the engine calls"
+        )
     names = CALLED if casts_modulations(var, dtype, packed) else (*CALLED, "ada_lin")
 
     def is_called(path: str) -> bool:

@@ -54,6 +54,11 @@ def load_classifier(
         return Features(features_BD, None, logits_BC)
 
     network = FeatureNetwork(
-        f"classifier of {name}", f"{name}-FD", file_sha256(Path(path)), run, device
+        f"classifier of {name}",
+        f"{name}-FD",
+        file_sha256(Path(path)),
+        run,
+        device,
+        num_classes=len(record.classes),
     )
     return network, record

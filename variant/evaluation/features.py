@@ -52,6 +52,7 @@ class FeatureNetwork:
     name: of the network.  distance: of its Fréchet distance, "FID" for the Inception of 2015 alone.
     sha256: of the weights; for a function of the file of its module, "" where it has none.
     run: uint8 images (B, 3, Y, X) on the network's device -> features.
+    num_classes: that it tells apart, if they are those of the labels; None where they are not.
     """
 
     name: str
@@ -59,6 +60,7 @@ class FeatureNetwork:
     sha256: str
     run: Callable[[Tensor], Features]
     device: torch.device
+    num_classes: int | None = None
 
 
 def load_network(

@@ -37,6 +37,7 @@ BLOCKS = 10  # of the jackknife
 LEAST = 2 * BLOCKS  # images
 GIVEN = "FID"  # the distance whose network the statistics of a reference file are of
 FLOOR_SEED = BLOCK_SEED = 0  # of the halves of the reference, and of blocks without labels
+NAMED_CLASSES = 5  # of a warning
 LEAST_OF_CLASS = 5  # images whose classes are compared with their label
 # A split of the Inception Score holds nearly all classes if the images are mixed.
 LEAST_CLASSES_IN_SPLIT = 0.5
@@ -148,7 +149,8 @@ def evaluate(
         batch: images of a batch; it changes no metric.
         real: features of the reference's images, if they were extracted before.
     Warns:
-        RuntimeWarning: repeated images, images sorted by class, fewer images than features.
+        RuntimeWarning: repeated images, images sorted by class, other classes than the reference's,
+            fewer images than features.
     Raises:
         UserError: too few images, or a reference of another size or other features.
     """
@@ -157,7 +159,9 @@ def evaluate(
         check_pairs(images, reference.images)
         warn_of_order(images, reference.images)
     height, width = images.read(range(1)).shape[2:]
-    check_reference(reference, network, images.name, images.count, (height, width))
+    check_reference(reference, network, images.name, images.count, (height, width), images.labels)
+    if reference.images is not None:
+        _warn_of_other_classes(images, reference.images)
     own = extract(images, network, batch, advance)
     if real is None and reference.images is not None:
         real = extract(reference.images, network, batch, advance)
@@ -228,16 +232,29 @@ def evaluate(
 
 
 def check_reference(
-    reference: Reference, network: FeatureNetwork, name: str, count: int, size: tuple[int, int]
+    reference: Reference,
+    network: FeatureNetwork,
+    name: str,
+    count: int,
+    size: tuple[int, int],
+    labels: Sequence[int] | None,
 ) -> None:
     """What can be known before features are extracted, or images generated.
 
     Args:
         name, count, size: of the images; their height and width.
+        labels: of the images, or those that occur among them; None where they are not known.
     Raises:
-        UserError: too few images, or a reference of another size or without what is needed.
+        UserError: too few images, a reference of another size or without what is needed, or labels
+            that the network's classes do not have.
     """
     check_sets(reference, name, count, size)
+    highest, known = -1 if labels is None else max(labels), network.num_classes
+    if known is not None and highest >= known:
+        raise UserError(
+            f"eval: the {network.name} has {known} classes, and {name} has images of class "
+            f"{highest}; give the classifier of a recipe with these classes"
+        )
     if reference.images is None and (network.distance != GIVEN or reference.gaussian is None):
         raise UserError(
             f"eval: {network.distance} needs the images of the reference; {reference.name} "
@@ -262,6 +279,23 @@ def check_sets(reference: Reference, name: str, count: int, size: tuple[int, int
             f"eval: images and reference must have one size; {name} has {size[1]} x {size[0]} "
             f"pixels, {reference.name} {other[1]} x {other[0]}"
         )
+
+
+def _warn_of_other_classes(images: ImageSet, reference: ImageSet) -> None:
+    """Warns: RuntimeWarning, if one of the two has images of a class that the other has none of."""
+    if images.labels is None or reference.labels is None:
+        return
+    for one, other in ((images, reference), (reference, images)):
+        only = sorted({*(one.labels or ())} - {*(other.labels or ())})
+        if only:
+            more = ", ..." if len(only) > NAMED_CLASSES else ""
+            warnings.warn(
+                f"eval: {one.name} has images of {len(only):,} classes that {other.name} has none "
+                f"of ({', '.join(map(str, only[:NAMED_CLASSES]))}{more}): distances compare other "
+                "mixtures of classes",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
 
 def _warn_of_pixels(images: ImageSet) -> None:

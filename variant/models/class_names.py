@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from variant_kernels.arguments import sequence, shown, typed
@@ -70,8 +71,11 @@ def label_of(op: str, name: str, word: str, names: Sequence[str]) -> int:
 def labels_of_words(op: str, name: str, words: Sequence[str], names: Sequence[str]) -> list[int]:
     """Labels of the words of a command line: names of classes, numbers, or several with commas.
 
-    A number is a label, also where a class has it as its name.
+    A number is a label, also where a class has it as its name. Folders 0 to 11 are the classes "0",
+    "1", "10", "11", "2" and so on, so that number 2 is "10".
 
+    Warns:
+        RuntimeWarning: a number is the name of a class that has another number.
     Raises:
         ValueError: a word is no number, and no class has it as its name; or words of commas and
             spaces alone, which would mean every class.
@@ -88,6 +92,16 @@ def labels_of_words(op: str, name: str, words: Sequence[str], names: Sequence[st
         raise ValueError(
             f"{op}: {name} must be numbers, as this model has no class names; got {shown(other)}"
         )
+    for part in dict.fromkeys(filter(_is_number, parts)):
+        if part in names and names.index(part) != int(part):
+            label = int(part)
+            own = f" (named {shown(names[label])})" if 0 <= label < len(names) else ""
+            warnings.warn(
+                f"{op}: {name} {part} is class number {part}{own}; the class that is named {part} "
+                f"has number {names.index(part)}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
     return [int(part) if _is_number(part) else label_of(op, name, part, names) for part in parts]
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from inspect import isroutine
 from itertools import takewhile
 from typing import Any, TypeVar, cast
 
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from variant_kernels.arguments import shown, typed
 from variant_kernels.dispatch.request import dtype_name
+from variant_kernels.integrations.alterations import methods_on_instance
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -321,8 +323,7 @@ def _runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
         known = in_8_bits or type(module).forward in forwards
     else:
         base, known = kind, _computes_as(module, kind)
-    own = module.__dict__.get("forward")
-    return isinstance(module, base) and known and (own is None or _is_compiled(own, type(module)))
+    return isinstance(module, base) and known and not methods_on_instance(module)
 
 
 def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -330,18 +331,27 @@ def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
     return all(getattr(type(module), n, None) is getattr(kind, n, None) for n in COMPUTING)
 
 
-def _is_compiled(function: Any, kind: type[nn.Module]) -> bool:
-    """Whether ``torch.compile`` made it of the forward of a class."""
-    original = getattr(function, "_torchdynamo_orig_callable", None)
-    original = getattr(original, "__wrapped__", original)  # a bound method, in a function of torch
-    return getattr(original, "__func__", original) is kind.forward
+def overridden_methods(module: nn.Module, base: type[nn.Module]) -> list[str]:
+    """The methods of ``base`` that a subclass overrides, without ``__init__`` and the like."""
+    kind = type(module)
+    names = sorted(name for name, value in vars(base).items() if isroutine(value))
+    names = [name for name in names if not name.startswith("__")]
+    return [name for name in names if getattr(kind, name, None) is not getattr(base, name)]
+
+
+def has_method_of(module: nn.Module, base: type[nn.Module], name: str) -> bool:
+    """Whether a call of this method runs the code of ``base``."""
+    return getattr(type(module), name) is getattr(base, name) and (
+        name not in methods_on_instance(module)
+    )
 
 
 def _came(module: nn.Module, kind: str) -> str:
     if type(module).__name__ == "OptimizedModule":
         return "it is compiled by torch.compile; put its _orig_mod there"
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance; delete that attribute"
+    methods = methods_on_instance(module)
+    if methods:
+        return f"its {methods[0]} was replaced on the instance; delete that attribute"
     if type(module).__name__ == kind:  # of the same name, elsewhere
         return f"got one of {type(module).__module__}"
     return f"got {type(module).__name__}"

@@ -65,7 +65,7 @@ def held_out(model: VARiant, data: str, count: int) -> HeldOut:
     if source.num_classes != config.num_classes:
         raise UserError(
             f"{shown(data)}: must have the {config.num_classes} classes of the model; it has "
-            f"{source.num_classes}"
+            f"{source.num_classes} ({source.classes_from})"
         )
     _warn_of_names(data, source.classes, config.class_names)
     count = min(count, source.num_held_out)

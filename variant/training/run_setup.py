@@ -14,7 +14,7 @@ import torch
 from variant.checkpoints.config_file import CONFIG_NAME
 from variant.checkpoints.sharded import WEIGHTS_NAME
 from variant.data.file_stamps import FileStamps, compare_stamps
-from variant.data.sources import data_inputs, differing_classes, open_source
+from variant.data.sources import classes_problem, data_inputs, differing_classes, open_source
 from variant.data.token_source import TokenSource
 from variant.engine.memory import check_fits
 from variant.errors import UserError
@@ -180,12 +180,10 @@ class RunSetup:
         self.data = open_source(recipe.data, size, channels, recipe.seed, mixed=kind == "var")
         if isinstance(self.data, TokenSource):
             self.data.check(recipe.name, vae)
-        classes, known = recipe.model.num_classes, self.data.num_classes
-        if kind == "var" and classes != known:  # a VQ-VAE does not see them
-            raise UserError(
-                f"{recipe.name}: model.num_classes must be {known}, as many as the data has; got "
-                f"{classes}"
-            )
+        # Of a VQ-VAE too: the recipe goes on to train a transformer on its tokens.
+        problem = classes_problem(recipe.model.num_classes, self.data)
+        if problem is not None:
+            raise UserError(f"{recipe.name}: {problem}")
         for problem in optim.problems(self.data.num_train):
             raise UserError(f"{recipe.name}: {section}.{problem}")
         self.inputs: dict[str, Any] = {}

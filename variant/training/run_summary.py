@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from variant.data.samples import Source
-from variant.data.sources import open_source
+from variant.data.sources import classes_problem, open_source
 from variant.data.token_source import TokenSource
 from variant.errors import UserError
 from variant.models.parameter_count import var_parameters, vqvae_parameters
@@ -99,9 +99,9 @@ class RunSummary:
                 self.data.check(self.recipe.name, self.recipe.vae)
             except UserError as error:
                 yield str(error)
-        classes, known = self.recipe.model.num_classes, self.data.num_classes
-        if classes != known:
-            yield f"model.num_classes must be {known}, as many as the data has; got {classes}"
+        problem = classes_problem(self.recipe.model.num_classes, self.data)
+        if problem is not None:
+            yield problem
         sections = {
             "optim": self.recipe.optim,
             "vae_training.optim": self.recipe.vae_training.optim,

@@ -42,7 +42,7 @@ from variant.data.shards import (
     read_manifest,
     write_shard,
 )
-from variant.data.sources import open_source
+from variant.data.sources import classes_problem, open_source
 from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.files import atomic_write
@@ -156,6 +156,9 @@ def tokenize(
     if recipe.data.kind == "tokens":
         raise UserError(f'{recipe.name}: data.kind must be that of images; got "tokens"')
     source = open_source(recipe.data, size, channels, recipe.seed)
+    problem = classes_problem(recipe.model.num_classes, source)
+    if problem is not None:
+        raise UserError(f"{recipe.name}: {problem}")
     weights = find_vae(recipe, vae_folder)
     vae = load_vae(recipe, weights)
     wanted = _manifest(recipe, source, passes, tokenizer_sha256(vae), shard_size)

@@ -102,21 +102,57 @@ def adaptive_weight(reconstruction: Tensor, generator: Tensor) -> Tensor:
 
 
 class _WithGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
+    def forward(x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, _, gradient = inputs
+        ctx.save_for_backward(x, gradient)
+        ctx.save_for_forward(x, gradient)
+
+    @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (gradient,) = ctx.saved_tensors
-        return grads[0] * gradient, None, None
+        x, gradient = ctx.saved_tensors
+        return _GivenGradient.apply(grads[0], x, gradient), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        _, gradient = ctx.saved_tensors
+        return (tangents[0] * gradient).sum()
+
+
+class _GivenGradient(torch.autograd.Function):
+    """The gradient where it was computed: how it changes with ``x`` is not known."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
+        return grad * gradient
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError("with_gradient: has no second derivative")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError("with_gradient: has no second derivative")
 
 
 def with_gradient(x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
     """A scalar loss of ``x`` whose value and gradient are known.
 
     Args:
-        value: a scalar.  gradient: of the value with respect to ``x``, of its shape.
+        value: a scalar.  gradient: of the value with respect to ``x``, of its shape; both are
+            constants.
+    Gradient: x, also in forward mode and under torch.func's transforms; no second derivative.
     """
     return _WithGradient.apply(x, value, gradient)  # pyright: ignore[reportReturnType]

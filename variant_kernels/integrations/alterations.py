@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from inspect import isroutine
 from types import FunctionType
 from typing import Any
 
@@ -62,6 +64,31 @@ def is_altered(module: nn.Module) -> bool:
     """Whether a call does anything else than the ``forward`` of the module's class."""
     own = module.__dict__
     return "forward" in own or own.get("_compiled_call_impl") is not None or has_hooks(module)
+
+
+@lru_cache(maxsize=1024)
+def methods_of(kind: type[nn.Module]) -> frozenset[str]:
+    """``forward``, and the names of all methods that are not torch's."""
+    known = (k for k in kind.__mro__ if not k.__module__.startswith(("torch.", "builtins")))
+    found = {name for k in known for name, value in vars(k).items() if isroutine(value)}
+    return frozenset({"forward", *found})
+
+
+def methods_on_instance(module: nn.Module) -> list[str]:
+    """The methods of :func:`methods_of` that were replaced on the module itself, sorted.
+
+    What ``torch.compile`` made of the class's own is none.
+    """
+    kind, own = type(module), module.__dict__
+    names = sorted(own.keys() & methods_of(kind))
+    return [name for name in names if not _is_compiled(own[name], getattr(kind, name))]
+
+
+def _is_compiled(function: Any, method: Any) -> bool:
+    """Whether ``torch.compile`` made it of the method of a class."""
+    original = getattr(function, "_torchdynamo_orig_callable", None)
+    original = getattr(original, "__wrapped__", original)  # a bound method, in a function of torch
+    return getattr(original, "__func__", original) is method
 
 
 def is_plain(module: nn.Module) -> bool:
