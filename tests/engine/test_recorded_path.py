@@ -242,6 +242,26 @@ def test_triton_launchers_on_a_gpu_do_not_wait(recorder, h200, mode):
     assert {"paged_attention_kernel", "sample_tokens_kernel"} <= set(launched)
 
 
+def test_what_is_compiled_for_a_gpu_run_has_the_kernels_of_graphs(h200):
+    """A graph gets seed and guidance as tensors: Triton compiles these kernels apart."""
+    from triton.runtime.jit import JITFunction
+
+    from benchmarks.gpu import artefacts
+
+    sampled = set()
+
+    def run(kernel, logits, guidance=None, seed=None, *args, grid, warmup, **options):
+        if kernel.fn.__name__ == "sample_tokens_kernel":
+            sampled.add((guidance is not None, seed is not None))
+
+    model = small_model()
+    on_gpu, double = h200(model.var, model.vae), artefacts._double_of_torch()
+    with on_gpu, double, patch.object(JITFunction, "run", run):
+        for engine in artefacts._engines(model.var, model.vae, backend="triton"):
+            engine.generate([1], seed=0, decode=False)
+    assert sampled == {(False, False), (True, True), (False, True)}
+
+
 # --- the watch itself ---------------------------------------------------------------------------
 
 PLANTED = {
