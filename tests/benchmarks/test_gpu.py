@@ -13,6 +13,7 @@ import sys
 import tarfile
 import time
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,42 @@ def test_what_was_recorded_survives_a_kill_at_any_moment(tmp_path):
         size = (out / record.LOG).stat().st_size
         time.sleep(0.2)
         assert (out / record.LOG).stat().st_size == size, "a step went on without the run"
+
+
+class ManyResults(Measurement):
+    def measure(self, item):
+        began = time.time()
+        for number in range(40):
+            self.session.add("kernel", f"{item} {number}", {"numbers": [0.5] * 200}, began)
+
+
+def test_what_was_recorded_survives_twenty_kills(tmp_path):
+    """As above, at twenty moments of a run that does nothing but record."""
+    with suppress(ImportError):  # as a run does, once for all its steps
+        importlib.import_module("variant_kernels.triton_ops.tuning")
+    chance = random.Random(option("SEED", 0))
+    chosen = [Step(name, ManyResults, ("a", "b", "c"), 60, 60) for name in ("one", "two", "three")]
+    seen = set()
+    for kill in range(20):
+        run = Run(tmp_path / f"out{kill}", tmp_path / f"work{kill}", time.time())
+        run.work.mkdir()
+        run.begin({})
+        started = processes.fork(
+            lambda run=run: runner.run_steps(run, REHEARSAL, chosen, 60.0), tmp_path / "log.txt"
+        )
+        time.sleep(chance.uniform(0.02, 0.25))
+        os.kill(started, signal.SIGKILL)
+        os.waitpid(started, 0)
+        size = -1
+        while (run.out / record.LOG).exists() and size != (run.out / record.LOG).stat().st_size:
+            size = (run.out / record.LOG).stat().st_size
+            time.sleep(0.02)
+        announced = announced_in(run.out)
+        there = [f"{r['kind']} {r['step']} {r['name']}" for r in results_of(run.out)["results"]]
+        assert set(announced) <= set(there)
+        assert len(there) <= len(set(announced)) + 1
+        seen.add(len(there))
+    assert len(seen) > 5, "the kills fell into the same few moments"
 
 
 # --- steps that fail ------------------------------------------------------------------------------
