@@ -14,6 +14,7 @@ import tarfile
 import time
 from argparse import Namespace
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -198,11 +199,11 @@ class NeverReady(Fails):
         raise RuntimeError("no model")
 
 
-def run_steps(tmp_path, chosen, seconds=60.0, work="work"):
+def run_steps(tmp_path, chosen, seconds=60.0, work="work", settings=REHEARSAL):
     run = Run(tmp_path / "out", tmp_path / work, time.time())
     run.work.mkdir()
     run.begin({})
-    ok = runner.run_steps(run, REHEARSAL, chosen, seconds)
+    ok = runner.run_steps(run, settings, chosen, seconds)
     data = run.read()
     return ok, {s["name"]: s for s in data["steps"]}, data["results"]
 
@@ -253,6 +254,23 @@ def test_a_step_for_failures_runs_after_failed_tests_only(tmp_path):
     assert "why" not in outcomes
     _, outcomes, _ = run_steps(tmp_path, [Step("first", Fails, ("raises",), 10, 5), after])
     assert outcomes["why"]["status"] == "ok"
+
+
+def test_a_file_that_cannot_be_collected_costs_its_own_tests_alone(tmp_path):
+    for name, text in (
+        ("test_a.py", "import no_such_package\n"),
+        ("test_b.py", "def test_one():\n    pass\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    plugins = ("-p", "no:hypothesispytest", "-p", "no:xdist", "-p", "no:benchmark")  # unused, slow
+    arguments = (*GPU.tests["engine"][:-1], *plugins, f"--rootdir={tmp_path}", str(tmp_path))
+    settings = replace(REHEARSAL, tests={"some": arguments})
+    step = Step("tests", steps.Tests, ("some",), 30, 30)
+    _, outcomes, results = run_steps(tmp_path, [step], settings=settings)
+    (counted,) = named(results, "tests").values()
+    assert (counted["passed"], counted["errors"], counted["status"]) == (1, 1, 1)
+    assert "no_such_package" in counted["failures"][0]["message"]
+    assert outcomes["tests"]["status"] == "failed: some"
 
 
 class Tunes(Fails):
