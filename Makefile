@@ -236,7 +236,7 @@ ARTEFACTS_PACKAGES ?= torch==2.11.0 triton==3.6.0
 ARTEFACTS_ARCHS ?= 90a
 build/gpu-python/.ready:
 	$(ARTEFACTS_PYTHON) -m venv build/gpu-python
-	build/gpu-python/bin/pip install --quiet $(ARTEFACTS_PACKAGES) 'setuptools>=77' cmake ninja pybind11 numpy pillow pydantic safetensors huggingface_hub rich pytest pytest-benchmark hypothesis
+	build/gpu-python/bin/pip install --quiet $(ARTEFACTS_PACKAGES) 'setuptools>=77' cmake ninja pybind11 numpy pillow pydantic safetensors huggingface_hub rich pytest pytest-benchmark pytest-timeout hypothesis scipy
 	@touch $@
 
 gpu-artefacts: build/gpu-python/.ready

@@ -12,6 +12,7 @@ the last result at any moment, ``log.txt`` and, at the end, ``logs.tar.gz``.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -39,12 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 if every step succeeded, 1 if not, 2 where nothing can run."""
     started = time.time()
     options = _options(arguments)
-    absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if absent:
-        return _refuse(f"not installed: {', '.join(absent)}")
     out = options.out.resolve()
     work = Path(tempfile.mkdtemp(prefix="variant-gpu-"))
     notes = prepare(options, work)
+    # Now: some of them come with the artefacts.
+    absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if absent:
+        return _refuse(f"not installed: {', '.join(absent)}")
+    notes += usable_extension()
     from benchmarks.gpu import runner, steps
     from benchmarks.gpu.record import Run
     from benchmarks.gpu.settings import GPU, REHEARSAL
@@ -113,46 +116,72 @@ def _refuse(reason: str) -> int:
 
 
 def prepare(options: argparse.Namespace, work: Path) -> list[str]:
-    """Set the environment of all steps and unpack what was compiled; returns what was done.
+    """Set the environment of all steps and unpack what was compiled; returns what was done."""
+    from benchmarks.gpu.unpack import unpack
 
-    Before anything imports torch: the extension must be in place.
-    """
-    from benchmarks.gpu.unpack import extension_is_missing, unpack
-
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    packages = work / "packages"
+    notes = unpack(options.artefacts, work / "triton", ROOT, packages)
+    places = [str(ROOT)]
+    if packages.exists():
+        sys.path.insert(1, str(packages))
+        places.append(str(packages))
     os.environ |= {
-        "PYTHONPATH": path,
+        "PYTHONPATH": os.pathsep.join([*places, *filter(None, [os.environ.get("PYTHONPATH")])]),
         # The first process must not touch the driver: CUDA does not survive a fork.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         "TRITON_CACHE_DIR": str(work / "triton"),
         "VARIANT_CACHE_DIR": str(work / "variant"),
         "PYTHONUNBUFFERED": "1",
     }
-    notes = unpack(options.artefacts, work / "triton", ROOT)
-    if extension_is_missing(ROOT):
-        began = time.monotonic()
-        environment = {**os.environ, "VARIANT_CUDA": "0", "VARIANT_CPU_ISAS": "local"}
-        try:
-            built = subprocess.run(
-                [sys.executable, "setup.py", "build_ext", "--inplace"],
-                cwd=ROOT,
-                env=environment,
-                timeout=BUILD_SECONDS,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            result = "built" if built.returncode == 0 else f"failed: {built.stderr[-300:]}"
-        except subprocess.TimeoutExpired:
-            result = f"took more than {BUILD_SECONDS} s"
-        notes.append(f"build without artefacts: {result}, {time.monotonic() - began:.0f} s")
     return notes
+
+
+def usable_extension() -> list[str]:
+    """Build the extension where there is none that this machine loads; returns what was done.
+
+    One that was compiled elsewhere may need a later C library than the one here.
+    """
+    from benchmarks.gpu.unpack import extension_path
+
+    path, notes = extension_path(ROOT), []
+    if path.exists():
+        error = load_error()
+        if error is None:
+            return []
+        notes = [f"artefacts: the extension does not load here: {error}"]
+        path.unlink()
+    began = time.monotonic()
+    environment = {**os.environ, "VARIANT_CUDA": "0", "VARIANT_CPU_ISAS": "local"}
+    try:
+        built = subprocess.run(
+            [sys.executable, "setup.py", "build_ext", "--inplace"],
+            cwd=ROOT,
+            env=environment,
+            timeout=BUILD_SECONDS,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        result = "built" if built.returncode == 0 else f"failed: {built.stderr[-300:]}"
+    except subprocess.TimeoutExpired:
+        result = f"took more than {BUILD_SECONDS} s"
+    return [*notes, f"build without artefacts: {result}, {time.monotonic() - began:.0f} s"]
+
+
+def load_error() -> str | None:
+    """Why this process cannot load the extension; None if it can."""
+    import torch  # noqa: F401  # brings the OpenMP runtime that the extension uses too
+
+    importlib.invalidate_caches()
+    try:
+        importlib.import_module("variant_kernels._C")
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 def _import_everything() -> None:
     """What steps import, once for all of them: a fork has it."""
-    import importlib
-
     import torch
 
     for name in (

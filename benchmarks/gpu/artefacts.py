@@ -29,7 +29,8 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from importlib import metadata
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,12 @@ ROOT = Path(__file__).resolve().parents[2]
 # With the checkout it must be less than the 64 MiB that may travel.
 MOST_BYTES = 40 * 2**20
 LIBRARIES = ("_C" + sysconfig.get_config_var("EXT_SUFFIX"), "_cuda.so")
+# Packages that a machine with torch may lack, by import name, with what each of them needs besides.
+PACKAGES = {
+    "pydantic": ("pydantic", "pydantic-core", "annotated-types", "typing-inspection"),
+    "pytest_timeout": ("pytest-timeout",),
+    "hypothesis": ("hypothesis", "sortedcontainers"),
+}
 CASE_SECONDS = 900
 # Of a kernel's files a launch needs these only; the assembly texts are ten times as large.
 KEPT = (".cubin", ".json", ".so")
@@ -52,7 +59,13 @@ Case = tuple[str, Callable[[], object]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 1 if a case failed or, with --check, was not found."""
+    """The command; 1 if a case failed or, with --check, was not found.
+
+    Raises:
+        SystemExit: this torch has no CUDA, or what travels is incomplete or too large.
+    """
+    import torch
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.artefacts")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-artefacts")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
@@ -60,6 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if torch.version.cuda is None:
+        raise SystemExit(
+            f"benchmarks.gpu.artefacts: torch {torch.__version__} was built without CUDA, and does "
+            "not know tensors of a GPU; install one with CUDA (ARTEFACTS_PACKAGES), which needs no "
+            "GPU"
+        )
     cache = options.out / "triton"
     cache.mkdir(parents=True, exist_ok=True)
     if options.part is not None:
@@ -172,19 +191,27 @@ def _engine(settings: Settings, batch: int) -> None:
     import torch
 
     from variant.bench.models import build
-    from variant.engine.engine import Engine
 
     var, vae = build(settings.model, "cuda")
-    engine = Engine(var, vae, dtype=getattr(torch, settings.dtype), capture=False)
-    for depth in (settings.depths[0], settings.depths[-1]):
-        engine.generate(
-            list(range(batch)),
-            depth=depth,
-            bridge=settings.bridge,
-            max_batch=batch,
-            seed=0,
-            **FILTERS,
-        )
+    for engine in _engines(var, vae, dtype=getattr(torch, settings.dtype)):
+        for depth in (settings.depths[0], settings.depths[-1]):
+            engine.generate(
+                list(range(batch)),
+                depth=depth,
+                bridge=settings.bridge,
+                max_batch=batch,
+                seed=0,
+                **FILTERS,
+            )
+
+
+def _engines(var: Any, vae: Any, **options: Any) -> Iterator[Any]:
+    """An engine with graphs and one without: kernels of a graph get their numbers as tensors, so
+    that Triton compiles them apart."""
+    from variant.engine.engine import Engine
+
+    yield Engine(var, vae, **options)
+    yield Engine(var, vae, **options, capture=False)
 
 
 def _training(settings: Settings) -> None:
@@ -230,7 +257,6 @@ def _golden() -> None:
     import torch
 
     from benchmarks.golden_weights import golden_configs
-    from variant.engine.engine import Engine
     from variant.models.var import VAR
     from variant.models.vqvae import VQVAE
 
@@ -241,13 +267,18 @@ def _golden() -> None:
         module.to("cuda").eval().requires_grad_(False)
     labels_B = torch.zeros(2, dtype=torch.int64, device="cuda")
     tokens_BL = torch.zeros(2, var.layout.total, dtype=torch.int64, device="cuda")
+    depths = (None, facts["subnet"]["depth"])
+    with torch.autocast("cuda", torch.bfloat16):
+        x_teacher = vae.teacher_input(tokens_BL)
+        for depth in depths:
+            var(labels_B, x_teacher, var.schedule(depth))
     for dtype in (torch.float32, torch.bfloat16):
-        engine = Engine(var, vae, dtype=dtype, backend="triton", capture=False)
-        for depth in (None, facts["subnet"]["depth"]):
-            engine.forced_logits(labels_B, tokens_BL, depth=depth)
-            engine.generate(labels_B, depth=depth, cfg=4.0, top_k=1, seed=0)
-            engine.generate(labels_B, depth=depth, seed=3)
-        engine.generate(labels_B, seed=3, top_k=40, top_p=0.9)
+        for engine in _engines(var, vae, dtype=dtype, backend="triton"):
+            for depth in depths:
+                engine.forced_logits(labels_B, tokens_BL, depth=depth)
+                engine.generate(labels_B, depth=depth, cfg=4.0, top_k=1, seed=0)
+                engine.generate(labels_B, depth=depth, seed=3)
+            engine.generate(labels_B, seed=3, top_k=40, top_p=0.9)
 
 
 # --- doubles --------------------------------------------------------------------------------------
@@ -258,6 +289,9 @@ def _double_of_torch() -> Iterator[None]:
     """What the engine and the bench files ask torch.cuda for, beyond what launches ask."""
     import torch
     from torch import nn
+
+    from variant.engine import engine
+    from variant.engine.cuda_graphs import Recording
 
     class Event:
         def __init__(self, **options: Any) -> None:
@@ -273,6 +307,22 @@ def _double_of_torch() -> Iterator[None]:
 
         def elapsed_time(self, end: Any) -> float:
             return 1.0
+
+    class Recorder:
+        """Of graphs: launches what would be recorded."""
+
+        def serialized(self) -> AbstractContextManager[None]:
+            return nullcontext()
+
+        def record(self, function: Any) -> Any:
+            outputs = function()
+            return Recording(lambda: None, outputs, outputs)
+
+        def clear(self) -> None:
+            pass
+
+        def idle_bytes(self) -> int:
+            return 0
 
     class Generator(torch.Generator):
         """One of the GPU would look for its driver."""
@@ -309,6 +359,7 @@ def _double_of_torch() -> Iterator[None]:
         }.items():
             stack.enter_context(patch.object(torch.cuda, name, value))
         stack.enter_context(patch.object(torch, "Generator", Generator))
+        stack.enter_context(patch.object(engine, "new_recorder", lambda device: Recorder()))
         stack.enter_context(patch.object(nn.Module, "to", moved))
         # Else autocast is off where torch finds no GPU.
         amp = "amp_definitely_not_available"
@@ -458,6 +509,8 @@ def _write(out: Path, cache: Path, tails: dict[str, str]) -> None:
     import triton
     from triton.runtime.cache import triton_key
 
+    from variant.bench.environment import commit_of_package
+
     folder = ROOT / "variant_kernels"
     missing = [name for name in LIBRARIES if not (folder / name).exists()]
     if missing:
@@ -465,15 +518,22 @@ def _write(out: Path, cache: Path, tails: dict[str, str]) -> None:
             f"benchmarks.gpu.artefacts: not built: {', '.join(missing)}; run VARIANT_CUDA=1 "
             'VARIANT_CUDA_ARCHS="90a" python setup.py build_ext --inplace with this Python'
         )
+    packages = {name: _files_of(name, needed) for name, needed in PACKAGES.items()}
     with tarfile.open(out / ARCHIVE, "w:xz") as archive:
         for name in LIBRARIES:
             archive.add(folder / name, f"libraries/{name}")
+        for package, files in packages.items():
+            for name, path in files:
+                archive.add(path, f"packages/{package}/{name}")
         for path in sorted(cache.rglob("*")):
             if path.suffix in KEPT:
                 archive.add(path, f"triton/{path.relative_to(cache)}")
     manifest = {
         "soabi": sysconfig.get_config_var("SOABI"),
         "sources": digest_of_sources(ROOT),
+        "packages": list(PACKAGES),
+        # A copy of the checkout without its repository cannot say it.
+        **commit_of_package(),
         "triton": triton.__version__,
         "triton_key": triton_key(),
         "tails": tails,
@@ -483,6 +543,30 @@ def _write(out: Path, cache: Path, tails: dict[str, str]) -> None:
     print(f"{len(tails)} Triton kernels, {size / 2**20:.1f} MiB: {out}")
     if size > MOST_BYTES:
         raise SystemExit(f"benchmarks.gpu.artefacts: more than {MOST_BYTES / 2**20:.0f} MiB")
+
+
+def _files_of(package: str, distributions: Sequence[str]) -> list[tuple[str, Path]]:
+    """(path below a folder of packages, file) of everything that these distributions installed.
+
+    Raises:
+        SystemExit: one is not installed.
+    """
+    found = []
+    for name in distributions:
+        try:
+            files = metadata.files(name) or []
+        except metadata.PackageNotFoundError as error:
+            raise SystemExit(
+                f"benchmarks.gpu.artefacts: {package} travels with {name}, which is not installed "
+                f"here; {sys.executable} -m pip install {name}"
+            ) from error
+        # Not scripts, which are outside the folder, nor what Python compiled.
+        found += [
+            (str(file), Path(str(file.locate())))
+            for file in files
+            if ".." not in file.parts and file.suffix != ".pyc"
+        ]
+    return found
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import sysconfig
 import tarfile
@@ -14,23 +15,29 @@ MANIFEST, ARCHIVE = "manifest.json", "artefacts.tar.xz"
 SOURCES = ("csrc", "CMakeLists.txt", "setup.py")
 
 
-def unpack(artefacts: Path, triton: Path, root: Path) -> list[str]:
-    """Unpack the libraries into ``root`` and the Triton cache into ``triton``; returns notes.
+def unpack(artefacts: Path, triton: Path, root: Path, packages: Path) -> list[str]:
+    """Unpack the libraries into ``root``, the Triton cache into ``triton``, and the Python packages
+    that are not installed here into ``packages``; returns notes.
 
-    Libraries of other sources or of another Python are left out, and the notes say so.
+    Libraries of other sources or of another Python are left out, packages of another Python too,
+    and the notes say so.
     """
     try:
         manifest = json.loads((artefacts / MANIFEST).read_text())
         with tarfile.open(artefacts / ARCHIVE) as archive:
-            return _unpack(manifest, archive, triton, root)
+            return _unpack(manifest, archive, triton, root, packages)
     except (OSError, ValueError, KeyError, tarfile.TarError) as error:
         return [f"no artefacts: {type(error).__name__}: {error}"]
 
 
 def _unpack(
-    manifest: dict[str, Any], archive: tarfile.TarFile, triton: Path, root: Path
+    manifest: dict[str, Any], archive: tarfile.TarFile, triton: Path, root: Path, packages: Path
 ) -> list[str]:
-    notes, libraries = [], True
+    changed = " with changes" if manifest["dirty"] else ""
+    notes, libraries = [f"artefacts: of commit {manifest['commit']}{changed}"], True
+    absent = {name for name in manifest["packages"] if importlib.util.find_spec(name) is None}
+    if manifest["soabi"] != sysconfig.get_config_var("SOABI"):
+        absent = set()
     for name, here in (
         ("soabi", sysconfig.get_config_var("SOABI")),
         ("sources", digest_of_sources(root)),
@@ -49,6 +56,8 @@ def _unpack(
             count += name.endswith(".cubin")
         elif top == "libraries" and libraries:
             folder, member.name = root / "variant_kernels", rest
+        elif top == "packages" and rest.partition("/")[0] in absent:
+            folder, member.name = packages, rest.partition("/")[2]
         else:
             continue
         if member.isfile():
@@ -60,6 +69,8 @@ def _unpack(
         path.write_text(json.dumps(group))
     if libraries:
         notes.append("artefacts: the libraries are in place")
+    if absent:
+        notes.append(f"artefacts: packages not installed here: {', '.join(sorted(absent))}")
     notes.append(f"artefacts: {count} Triton kernels")
     return notes
 
@@ -83,10 +94,9 @@ def _folders(manifest: dict[str, Any]) -> tuple[dict[str, str], str]:
     return renamed, f"artefacts: another build of Triton {manifest['triton']}: entries renamed"
 
 
-def extension_is_missing(root: Path) -> bool:
-    """Whether this Python has no compiled extension in the checkout."""
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    return not (root / "variant_kernels" / f"_C{suffix}").exists()
+def extension_path(root: Path) -> Path:
+    """Where this Python looks for the compiled extension of the checkout."""
+    return root / "variant_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def digest_of_sources(root: Path) -> str:
@@ -95,6 +105,7 @@ def digest_of_sources(root: Path) -> str:
     for top in SOURCES:
         path = root / top
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file() and "tests" not in file.relative_to(root).parts:
+            # What Python leaves beside a script is no source, and does not travel.
+            if file.is_file() and not {"tests", "__pycache__"} & {*file.relative_to(root).parts}:
                 digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

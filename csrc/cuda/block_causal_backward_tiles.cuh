@@ -31,6 +31,7 @@ struct BackwardTile {
   // would take registers.
   static constexpr bool kFindsAgain = !kForKeys || kHeadDim == 96;
   static_assert(2 * kRows <= kThreads && kKeys <= kRows, "a thread copies one float of a tile");
+  static_assert(spreads_over_banks(2 * kRow), "ldmatrix reads eight rows at a time");
   static_assert(kOwn % kEight == 0 && kStage % kEight == 0, "tiles lie at multiples of 16 bytes");
 };
 

@@ -31,6 +31,12 @@ __device__ inline BF16 narrow<BF16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// Whether 16 bytes of each of eight neighbouring rows in shared memory are in different banks, so
+// that one access reads them all. The banks repeat every 128 bytes.
+constexpr bool spreads_over_banks(int row_bytes) {
+  return row_bytes % 16 == 0 && row_bytes / 16 % 2 == 1;
+}
+
 constexpr int kEight = 8;
 constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
 

@@ -19,9 +19,8 @@ struct PlainTile {
   static constexpr int kColumns = kColumns_, kWidth = kColumns * kWarp;
   static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kPerWarp = 4;
   static constexpr int kQueries = kWarps * kPerWarp, kKeys = kWarp;
-  // Four floats of padding: eight lanes that read 16 bytes each, from different rows, touch all
-  // banks.
   static constexpr int kRow = kWidth + 4;
+  static_assert(spreads_over_banks(4 * kRow), "lanes read 16 bytes of different rows");
   // Keys and values use the same memory, one after the other.
   static constexpr int kSharedBytes = (kQueries + kKeys) * kRow * 4;
   // Whether the loop over rows must not be unrolled.

@@ -52,7 +52,7 @@ struct SoftmaxTile {
   static_assert(sizeof(T) == 2, "the tensor cores multiply 16-bit operands here");
   static_assert(kHeadDim % 16 == 0, "a step of Q K^T takes 16 columns");
   static_assert(kKeys % 16 == 0, "a step of P V takes 16 keys");
-  static_assert(kRow % kEight == 0, "cp.async and ldmatrix need rows at multiples of 16 bytes");
+  static_assert(spreads_over_banks(2 * kRow), "ldmatrix reads eight rows at a time");
 };
 
 // One thread's part of the results: rows lane / 4 and lane / 4 + 8 of its warp's 16 queries,

@@ -6,8 +6,7 @@
 
 namespace variant::cuda {
 
-// Elements after each row in shared memory: the eight rows that ldmatrix reads at a time start in
-// different banks for every width here.
+// Elements after each row in shared memory, for spreads_over_banks.
 constexpr int kRowPadding = 8;
 
 // Whether copies can take the rows of a view of 16-bit elements.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -11,6 +12,9 @@ import subprocess
 import sys
 import tarfile
 import time
+from argparse import Namespace
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,7 @@ from robustness.forked import option
 from unrecorded import unrecorded
 
 from benchmarks.docs_results import page
+from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import processes, record, runner, steps, unpack
 from benchmarks.gpu.__main__ import PACKAGES, main
 from benchmarks.gpu.record import Run
@@ -134,6 +139,42 @@ def test_what_was_recorded_survives_a_kill_at_any_moment(tmp_path):
         assert (out / record.LOG).stat().st_size == size, "a step went on without the run"
 
 
+class ManyResults(Measurement):
+    def measure(self, item):
+        began = time.time()
+        for number in range(40):
+            self.session.add("kernel", f"{item} {number}", {"numbers": [0.5] * 200}, began)
+
+
+def test_what_was_recorded_survives_twenty_kills(tmp_path):
+    """As above, at twenty moments of a run that does nothing but record."""
+    with suppress(ImportError):  # as a run does, once for all its steps
+        importlib.import_module("variant_kernels.triton_ops.tuning")
+    chance = random.Random(option("SEED", 0))
+    chosen = [Step(name, ManyResults, ("a", "b", "c"), 60, 60) for name in ("one", "two", "three")]
+    seen = set()
+    for kill in range(20):
+        run = Run(tmp_path / f"out{kill}", tmp_path / f"work{kill}", time.time())
+        run.work.mkdir()
+        run.begin({})
+        started = processes.fork(
+            lambda run=run: runner.run_steps(run, REHEARSAL, chosen, 60.0), tmp_path / "log.txt"
+        )
+        time.sleep(chance.uniform(0.02, 0.25))
+        os.kill(started, signal.SIGKILL)
+        os.waitpid(started, 0)
+        size = -1
+        while (run.out / record.LOG).exists() and size != (run.out / record.LOG).stat().st_size:
+            size = (run.out / record.LOG).stat().st_size
+            time.sleep(0.02)
+        announced = announced_in(run.out)
+        there = [f"{r['kind']} {r['step']} {r['name']}" for r in results_of(run.out)["results"]]
+        assert set(announced) <= set(there)
+        assert len(there) <= len(set(announced)) + 1
+        seen.add(len(there))
+    assert len(seen) > 5, "the kills fell into the same few moments"
+
+
 # --- steps that fail ------------------------------------------------------------------------------
 
 
@@ -158,11 +199,11 @@ class NeverReady(Fails):
         raise RuntimeError("no model")
 
 
-def run_steps(tmp_path, chosen, seconds=60.0, work="work"):
+def run_steps(tmp_path, chosen, seconds=60.0, work="work", settings=REHEARSAL):
     run = Run(tmp_path / "out", tmp_path / work, time.time())
     run.work.mkdir()
     run.begin({})
-    ok = runner.run_steps(run, REHEARSAL, chosen, seconds)
+    ok = runner.run_steps(run, settings, chosen, seconds)
     data = run.read()
     return ok, {s["name"]: s for s in data["steps"]}, data["results"]
 
@@ -213,6 +254,23 @@ def test_a_step_for_failures_runs_after_failed_tests_only(tmp_path):
     assert "why" not in outcomes
     _, outcomes, _ = run_steps(tmp_path, [Step("first", Fails, ("raises",), 10, 5), after])
     assert outcomes["why"]["status"] == "ok"
+
+
+def test_a_file_that_cannot_be_collected_costs_its_own_tests_alone(tmp_path):
+    for name, text in (
+        ("test_a.py", "import no_such_package\n"),
+        ("test_b.py", "def test_one():\n    pass\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    plugins = ("-p", "no:hypothesispytest", "-p", "no:xdist", "-p", "no:benchmark")  # unused, slow
+    arguments = (*GPU.tests["engine"][:-1], *plugins, f"--rootdir={tmp_path}", str(tmp_path))
+    settings = replace(REHEARSAL, tests={"some": arguments})
+    step = Step("tests", steps.Tests, ("some",), 30, 30)
+    _, outcomes, results = run_steps(tmp_path, [step], settings=settings)
+    (counted,) = named(results, "tests").values()
+    assert (counted["passed"], counted["errors"], counted["status"]) == (1, 1, 1)
+    assert "no_such_package" in counted["failures"][0]["message"]
+    assert outcomes["tests"]["status"] == "failed: some"
 
 
 class Tunes(Fails):
@@ -292,8 +350,6 @@ def test_nvidia_smi_only_reads(tmp_path, monkeypatch):
 
 
 def test_the_cases_exist_and_run_on_a_gpu():
-    import importlib
-
     for op, name in (*GPU.kernels, *GPU.compiled):
         cases = importlib.import_module(f"benchmarks.bench_{op}").CASES
         (case,) = (case for case in cases if case.name == name)
@@ -303,8 +359,6 @@ def test_the_cases_exist_and_run_on_a_gpu():
 
 @pytest.mark.parametrize("op", ["block_causal_attention", "paged_attention", "sample_tokens"])
 def test_the_cases_of_the_targets_are_the_first(op):
-    import importlib
-
     first = importlib.import_module(f"benchmarks.bench_{op}").CASES[0].name
     assert (op, first) in GPU.kernels
 
@@ -355,6 +409,9 @@ def artefacts(tmp_path):
             "triton/AAAA/__grp__kernel.json",
             json.dumps({"child_paths": {"kernel.cubin": "/elsewhere/AAAA/kernel.cubin"}}),
         ),
+        ("packages/not_here/not_here/__init__.py", "from needed import VALUE"),
+        ("packages/not_here/needed.py", "VALUE = 7"),
+        ("packages/json/json.py", "raise ImportError"),
     ):
         (source / path).parent.mkdir(parents=True, exist_ok=True)
         (source / path).write_text(text)
@@ -364,7 +421,7 @@ def artefacts(tmp_path):
     for name in ("CMakeLists.txt", "setup.py", "csrc/kernel.cpp"):
         (root / name).write_text(name)
     with tarfile.open(folder / unpack.ARCHIVE, "w:xz") as archive:
-        for top in ("libraries", "triton"):
+        for top in ("libraries", "triton", "packages"):
             archive.add(source / top, top)
     return folder, root
 
@@ -378,6 +435,9 @@ def write_manifest(folder, root, **fields):
     manifest = {
         "soabi": sysconfig.get_config_var("SOABI"),
         "sources": unpack.digest_of_sources(root),
+        "packages": ["not_here", "json"],
+        "commit": "abc",
+        "dirty": True,
         "triton": triton.__version__,
         "triton_key": triton_key(),
         "tails": {"AAAA": "-tail"},
@@ -389,13 +449,14 @@ def write_manifest(folder, root, **fields):
 def test_artefacts_are_put_in_place(artefacts, tmp_path):
     folder, root = artefacts
     write_manifest(folder, root)
-    notes = unpack.unpack(folder, tmp_path / "cache", root)
+    notes = unpack.unpack(folder, tmp_path / "cache", root, tmp_path / "packages")
     assert (root / "variant_kernels" / "_C.so").read_text() == "library"
     entry = tmp_path / "cache" / "AAAA"
     assert (entry / "kernel.cubin").read_text() == "code"
     group = json.loads((entry / "__grp__kernel.json").read_text())
     assert group["child_paths"] == {"kernel.cubin": str(entry / "kernel.cubin")}
     assert "artefacts: 1 Triton kernels" in notes
+    assert "artefacts: of commit abc with changes" in notes
 
 
 def test_another_build_of_the_same_triton_finds_the_entries(artefacts, tmp_path):
@@ -405,24 +466,105 @@ def test_another_build_of_the_same_triton_finds_the_entries(artefacts, tmp_path)
 
     folder, root = artefacts
     write_manifest(folder, root, triton_key="another build")
-    notes = unpack.unpack(folder, tmp_path / "cache", root)
+    notes = unpack.unpack(folder, tmp_path / "cache", root, tmp_path / "packages")
     key = _base32(hashlib.sha256(f"{triton_key()}-tail".encode()).hexdigest())
     assert (tmp_path / "cache" / key / "kernel.cubin").exists()
     assert any("another build" in note for note in notes)
 
 
+def test_packages_that_are_not_installed_travel(artefacts, tmp_path):
+    """And those that are installed stay as they are."""
+    folder, root = artefacts
+    write_manifest(folder, root)
+    notes = unpack.unpack(folder, tmp_path / "cache", root, tmp_path / "packages")
+    assert "artefacts: packages not installed here: not_here" in notes
+    assert sorted(path.name for path in (tmp_path / "packages").iterdir()) == [
+        "needed.py",
+        "not_here",
+    ]
+    write_manifest(folder, root, soabi="another Python")
+    unpack.unpack(folder, tmp_path / "cache", root, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_steps_import_the_packages_that_travelled(artefacts, tmp_path, monkeypatch):
+    folder, root = artefacts
+    write_manifest(folder, root)
+    monkeypatch.setattr(command, "ROOT", root)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in ("PYTHONPATH", "TRITON_CACHE_DIR", "VARIANT_CACHE_DIR", "PYTHONUNBUFFERED",
+                 "PYTORCH_NVML_BASED_CUDA_CHECK"):  # fmt: skip
+        monkeypatch.setenv(name, "")  # set back afterwards
+    command.prepare(Namespace(artefacts=folder), tmp_path / "work")
+    monkeypatch.delitem(sys.modules, "not_here", raising=False)
+    assert importlib.import_module("not_here").VALUE == 7
+    child = [sys.executable, "-S", "-c", "import not_here, json; print(not_here.VALUE)"]
+    done = subprocess.run(child, capture_output=True, text=True, check=True)
+    assert done.stdout == "7\n"
+
+
+def test_what_travels_is_what_a_run_needs():
+    """Every package is either common where torch is, or travels; the environment has them all."""
+    from benchmarks.gpu.artefacts import PACKAGES as TRAVELLING
+    from benchmarks.gpu.artefacts import _files_of
+
+    assert set(TRAVELLING) <= set(PACKAGES)
+    installed = (ROOT / "Makefile").read_text().partition("build/gpu-python/bin/pip install")[2]
+    words = installed.splitlines()[0].split()
+    distributions = {"PIL": "pillow", "pytest_timeout": "pytest-timeout"}
+    assert {distributions.get(name, name) for name in PACKAGES} <= set(words)
+    names = {name for name, _ in _files_of("pydantic", TRAVELLING["pydantic"])}
+    assert "pydantic/__init__.py" in names
+    assert any(name.startswith("pydantic_core/") and name.endswith(".so") for name in names)
+    with pytest.raises(SystemExit, match="x travels with no-such-thing, which is not installed"):
+        _files_of("x", ("no-such-thing",))
+
+
+def test_an_extension_that_does_not_load_is_built_anew(tmp_path, monkeypatch):
+    """As one that was compiled beside a later C library than the GPU machine's."""
+    path = unpack.extension_path(tmp_path)
+    path.parent.mkdir()
+    path.write_text("not a library")
+    calls = []
+
+    def build(command, **options):
+        calls.append((command[1:], options["env"]["VARIANT_CUDA"]))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(command.subprocess, "run", build)
+    monkeypatch.delitem(sys.modules, "variant_kernels._C")
+    monkeypatch.setattr("variant_kernels.__path__", [str(path.parent)])
+    first, second = command.usable_extension()
+    assert first.startswith("artefacts: the extension does not load here: ")
+    assert second.startswith("build without artefacts: built")
+    assert calls == [(["setup.py", "build_ext", "--inplace"], "0")]
+    assert not path.exists()
+
+
+def test_an_extension_that_loads_is_kept(monkeypatch):
+    monkeypatch.setattr(command.subprocess, "run", None)
+    assert command.usable_extension() == []
+
+
 def test_libraries_of_other_sources_stay_out(artefacts, tmp_path):
     folder, root = artefacts
     write_manifest(folder, root)
+    # No source: what Python leaves beside a script, on one of the two machines.
+    (root / "csrc" / "__pycache__").mkdir()
+    (root / "csrc" / "__pycache__" / "script.pyc").write_text("compiled")
+    notes = unpack.unpack(folder, tmp_path / "cache", root, tmp_path / "packages")
+    assert "artefacts: the libraries are in place" in notes
+    (root / "variant_kernels" / "_C.so").unlink()
     (root / "csrc" / "kernel.cpp").write_text("changed")
-    notes = unpack.unpack(folder, tmp_path / "cache", root)
+    notes = unpack.unpack(folder, tmp_path / "cache", root, tmp_path / "packages")
     assert not (root / "variant_kernels" / "_C.so").exists()
     assert any("sources here" in note for note in notes)
     assert (tmp_path / "cache" / "AAAA" / "kernel.cubin").exists()
 
 
 def test_without_artefacts_the_run_goes_on(tmp_path):
-    (note,) = unpack.unpack(tmp_path / "none", tmp_path / "cache", ROOT)
+    (note,) = unpack.unpack(tmp_path / "none", tmp_path / "cache", ROOT, tmp_path / "packages")
     assert note.startswith("no artefacts: FileNotFoundError")
 
 
@@ -447,6 +589,16 @@ def test_artefacts_are_compiled_without_a_gpu_and_found_again(tmp_path, monkeypa
     assert (first["compiled"], second["compiled"], second["found"]) == (1, 0, 1)
     (key,) = first["tails"]
     assert (cache / key / "qk_norm_forward_kernel.cubin").exists()
+
+
+def test_artefacts_need_a_torch_with_cuda(tmp_path, monkeypatch):
+    import torch
+
+    from benchmarks.gpu import artefacts
+
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(SystemExit, match=r"torch .* was built without CUDA"):
+        artefacts.main(["--out", str(tmp_path)])
 
 
 def test_a_case_that_does_not_compile_makes_the_command_fail(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The time of a search in docs/search.md is that of the committed file; its tables are generated."""
+"""The time of a search in docs/search.md is that of the committed file."""
 
 import json
 from pathlib import Path

@@ -242,6 +242,50 @@ def test_triton_launchers_on_a_gpu_do_not_wait(recorder, h200, mode):
     assert {"paged_attention_kernel", "sample_tokens_kernel"} <= set(launched)
 
 
+@pytest.mark.parametrize("mode", ["plain", "8-bit K and V, a subnet"])
+def test_cuda_launchers_on_a_gpu_do_not_wait(recorder, h200, mode, monkeypatch):
+    launched = set()
+
+    def launch(op, name, *arguments):
+        launched.add(name)
+
+    monkeypatch.setattr("variant_kernels.cuda_ops.library.is_built", lambda: True)
+    # Not kept for other tests, as the functions themselves would.
+    monkeypatch.setattr("variant_kernels.dispatch.support._least_capability", lambda: (9, 0))
+    monkeypatch.setattr("variant_kernels.cuda_ops.common.num_processors", lambda device: 132)
+    monkeypatch.setattr("variant_kernels.cuda_ops.common.launch", launch)
+    construction, call = MODES[mode]
+    model = small_model()
+    with h200(model.var, model.vae) as of_triton:
+        engine = Engine(model.var, model.vae, backend="cuda", **construction)
+        result = engine.generate([1, 2], seed=0, **call)
+    assert result.stats.captured
+    assert recorder.recorded == 2
+    assert "sample_tokens" in launched
+    assert {name.startswith("paged_attention") for name in launched} == {True, False}
+    assert "sample_tokens_kernel" not in of_triton
+
+
+def test_what_is_compiled_for_a_gpu_run_has_the_kernels_of_graphs(h200):
+    """A graph gets seed and guidance as tensors: Triton compiles these kernels apart."""
+    from triton.runtime.jit import JITFunction
+
+    from benchmarks.gpu import artefacts
+
+    sampled = set()
+
+    def run(kernel, logits, guidance=None, seed=None, *args, grid, warmup, **options):
+        if kernel.fn.__name__ == "sample_tokens_kernel":
+            sampled.add((guidance is not None, seed is not None))
+
+    model = small_model()
+    on_gpu, double = h200(model.var, model.vae), artefacts._double_of_torch()
+    with on_gpu, double, patch.object(JITFunction, "run", run):
+        for engine in artefacts._engines(model.var, model.vae, backend="triton"):
+            engine.generate([1], seed=0, decode=False)
+    assert sampled == {(False, False), (True, True), (False, True)}
+
+
 # --- the watch itself ---------------------------------------------------------------------------
 
 PLANTED = {

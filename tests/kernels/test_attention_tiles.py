@@ -93,17 +93,18 @@ def tile_of(cut, lengths, blocks, start, end):
     return PAIR * max(masked, -(-int(some.sum()) // blocks[0])) + MASK * masked + PROGRAM
 
 
-# Pairs of tiles of evenly cut sequences: 50, 85, 429 and 806.
+# Pairs of tiles of evenly cut sequences: 50, 85, 429 and 806. masked: pairs of the loop with a mask.
 @pytest.mark.parametrize(
-    ("lengths", "blocks", "pairs", "runs"),
+    ("lengths", "blocks", "pairs", "masked", "runs"),
     [
-        (VAR_256, (128, 64), 41, (55, 424, 680)),
-        (VAR_256, (64, 64), 77, (55, 424, 680)),
-        (VAR_512, (128, 64), 413, (1216, 2240)),
-        (VAR_512, (64, 64), 806, (2240,)),
+        (VAR_256, (128, 64), 41, 11, (55, 424, 680)),
+        (VAR_256, (64, 64), 77, 16, (55, 424, 680)),
+        (VAR_512, (128, 64), 413, 12, (1216, 2240)),
+        (VAR_512, (64, 64), 806, 14, (2240,)),
     ],
 )
-def test_query_tiles_of_the_published_layouts(lengths, blocks, pairs, runs):
+def test_query_tiles_of_the_published_layouts(lengths, blocks, pairs, masked, runs):
     cuts = cut_queries(lengths, *blocks)
     assert sum(tile.pairs for tile in cuts.tiles) == pairs
+    assert sum(tile.masked for tile in cuts.tiles) == masked
     assert cuts.run_ends == runs
