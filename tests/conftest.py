@@ -87,7 +87,22 @@ NOT_RECORDED = {
 }
 
 
+# So many are given to processes one by one; before, a process has one more at hand.
+LAST_TESTS = 100
+
+# Tests of tests/robustness that have a timeout of their own run a generator. They begin first, in
+# this order of files, so that no process waits for a long one at the end.
+LONGEST = ("test_random_kills.py", "test_random_files.py", "test_random_signals.py")
+
+
+def order(item):
+    if item.path.parent.name != "robustness" or item.get_closest_marker("timeout") is None:
+        return len(LONGEST) + 1
+    return LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=order)
     if not os.environ.get("VARIANT_NIGHTLY"):
         for item in items:
             if item.get_closest_marker("nightly") is not None:
@@ -128,6 +143,18 @@ def pytest_xdist_make_scheduler(config, log):
         def _split_scope(self, nodeid):
             file, _, _ = nodeid.partition("::")
             return file if Path(file).name in ONE_PROCESS else nodeid
+
+        def _reschedule(self, node):
+            """Of the last tests one waits behind the one that runs, not two as before.
+
+            They would wait for a long one while another process idles. A process begins a test
+            when it knows the next one.
+            """
+            last = len(self.workqueue) <= LAST_TESTS
+            if node.shutting_down or not (last and self.workqueue):
+                super()._reschedule(node)
+            elif self._pending_of(self.assigned_work[node]) < 2:
+                self._assign_work_unit(node)
 
     return Scheduling(config, log)
 

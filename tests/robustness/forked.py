@@ -185,6 +185,13 @@ def option(name: str, default: int) -> int:
     return int(os.environ.get(f"VARIANT_ROBUSTNESS_{name}", default))
 
 
+def cases_of(arguments: argparse.Namespace) -> range:
+    """The numbers of the cases that a command was asked for."""
+    if arguments.case is not None:
+        return range(arguments.case, arguments.case + 1)
+    return range(arguments.first, arguments.first + arguments.cases)
+
+
 def main(
     module: str,
     run: Callable[[int, int], object],
@@ -222,8 +229,7 @@ def main(
     words = prepare(arguments) if prepare else ""
     command = f"python -m {module}{words} --seed {arguments.seed}"
     progress.prepared()
-    first = arguments.case if one else arguments.first
-    cases = range(first, first + (1 if one else arguments.cases))
+    cases = cases_of(arguments)
     failures, started = 0, time.monotonic()
     seed = arguments.seed
     text_of = (lambda case: describe(seed, case)) if describe else None

@@ -81,7 +81,7 @@ def import_everything() -> None:
     import tyro  # noqa: F401
 
 
-def recipe(images: Path) -> dict[str, Any]:
+def recipe(images: Path, workers: int = 0) -> dict[str, Any]:
     """A training of two short epochs on a folder of images."""
     optim = {"batch_size": 8, "learning_rate": 1e-3}
     return {
@@ -111,7 +111,7 @@ def recipe(images: Path) -> dict[str, Any]:
             "randaugment_ops": 1,
             "randaugment_magnitude": 9.0,
             "mixup": 0.2,
-            "workers": 1,
+            "workers": workers,
         },
         "optim": dict(optim),
         "schedule": {"depths": [2], "bridge": 1, "joint": 1, "transition": 1, "refinement": 1},

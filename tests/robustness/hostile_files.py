@@ -33,6 +33,9 @@ MODULE = "tests.robustness.hostile_files"
 LIMITS = forked.Limits(cpu_seconds=15, wall_seconds=60, memory=GIB)
 # Seconds of CPU after which a training that has begun is stopped.
 TRAINING_SECONDS = 1.5
+# One of so many cases has a process that reads images: it imports torch, which takes longer than
+# the rest of a case.
+CASES_PER_WORKER = 4
 # How often each kind is drawn.
 KINDS = {
     "config": 30,
@@ -82,7 +85,7 @@ class Files:
                     shade = (200 * label, 20 * index, 100)
                     Image.new("RGB", (12, 10), shade).save(folder / f"{index}.png")
         self.recipe = hostile_contents.recipe(root / "images")
-        (root / "recipe.toml").write_text(hostile_contents.to_toml(self.recipe))
+        self.set_workers(0)
         words = ["--recipe", str(root / "recipe.toml"), "--out", str(root / "run")]
         with contextlib.redirect_stdout(io.StringIO()):
             assert main(["train-vae", *words]) == 0
@@ -96,6 +99,11 @@ class Files:
             words[-1] = str(root / "stopped")
             _stop_at(2, lambda: main(["train-vae", *words]))
         assert (root / "stopped" / "vae-last.pt").exists()
+
+    def set_workers(self, number: int) -> None:
+        """Write the recipe with that number of processes that read images."""
+        self.recipe["data"]["workers"] = number
+        (self.root / "recipe.toml").write_text(hostile_contents.to_toml(self.recipe))
 
 
 def _stop_at(step: int, train: Callable[[], object]) -> None:
@@ -116,8 +124,10 @@ def _stop_at(step: int, train: Callable[[], object]) -> None:
         VAETask.loss = original
 
 
-def build(files: Files, folder: Path, rng: random.Random) -> Hostile:
+def build(files: Files, folder: Path, seed: int, case: int) -> Hostile:
     """The files of one case, in its own folder."""
+    rng = forked.rng_of(seed, case)
+    files.set_workers(int(case % CASES_PER_WORKER == 0))
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
     return MAKERS[kind](files, folder, rng)
 
@@ -192,7 +202,8 @@ def _image(files: Files, folder: Path, rng: random.Random) -> Hostile:
     path = images / part / "class1" / "0.png"
     text = hostile_contents.spoil_image(rng, path)
     recipe = folder / "recipe.toml"
-    recipe.write_text(hostile_contents.to_toml(hostile_contents.recipe(images)))
+    workers = files.recipe["data"]["workers"]
+    recipe.write_text(hostile_contents.to_toml(hostile_contents.recipe(images, workers)))
     words = ["train-vae", "--recipe", str(recipe), "--out", str(folder / "run")]
     return Hostile(f"train-vae with an image that is {text}", words, ("0.png", "class1"))
 
@@ -203,7 +214,8 @@ def _idx(files: Files, folder: Path, rng: random.Random) -> Hostile:
     text = hostile_contents.spoil_idx(rng, idx / name)
     recipe = folder / "recipe.toml"
     values = hostile_contents.recipe(files.root / "images")
-    values["data"] = {"kind": "idx", **{path.name: str(path) for path in idx.iterdir()}}
+    values["data"] = {"kind": "idx", "workers": files.recipe["data"]["workers"]}
+    values["data"] |= {path.name: str(path) for path in idx.iterdir()}
     recipe.write_text(hostile_contents.to_toml(values))
     words = ["train-vae", "--recipe", str(recipe), "--out", str(folder / "run")]
     return Hostile(f"train-vae with {name} that is {text}", words, (name, "held_out", "train"))
@@ -252,10 +264,9 @@ MAKERS: dict[str, Callable[[Files, Path, random.Random], Hostile]] = {
 
 
 def check(files: Files, seed: int, case: int) -> None:
-    rng = forked.rng_of(seed, case)
     folder = Path(tempfile.mkdtemp(prefix=f"case{case}-", dir=files.root))
     try:
-        hostile = build(files, folder, rng)
+        hostile = build(files, folder, seed, case)
         before = _listing(folder)
         epochs = _epochs(folder)
         code, errors = _run(hostile)
@@ -424,7 +435,7 @@ def main() -> int:
 def _describe(files: Files, seed: int, case: int) -> str:
     folder = Path(tempfile.mkdtemp(dir=files.root))
     try:
-        return build(files, folder, forked.rng_of(seed, case)).text
+        return build(files, folder, seed, case).text
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

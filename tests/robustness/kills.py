@@ -50,9 +50,9 @@ class Sitting:
 
 
 class Files:
-    """The recipe, and an undisturbed run for each mode with the number of its events."""
+    """The recipe, and an undisturbed run for each of ``modes`` with the number of its events."""
 
-    def __init__(self, root: Path, ranks: int) -> None:
+    def __init__(self, root: Path, ranks: int, modes: set[str]) -> None:
         self.root, self.ranks = root, ranks
         self._make_images()
         self.events: dict[str, int] = {}
@@ -60,7 +60,7 @@ class Files:
         self.vae = root / "vae"
         done = self.start(None, self.vae, train_vae=True)
         assert done.codes == [0], done.errors
-        for mode in KINDS[ranks]:
+        for mode in sorted(modes):
             self.whole[mode] = root / mode
             done = self.start(mode, self.whole[mode])
             assert done.codes == [0] * ranks, done.errors
@@ -243,10 +243,15 @@ def _in_main() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
+def drawn(seed: int, case: int, ranks: int) -> tuple[str, random.Random]:
+    """The mode of a case, and what its kills are drawn from."""
+    rng = forked.rng_of(seed, case)
+    return rng.choice(KINDS[ranks]), rng
+
+
 def check(files: Files, seed: int, case: int) -> int:
     """One run; returns how often a process died: a resumed run may end before its moment comes."""
-    rng = forked.rng_of(seed, case)
-    mode = rng.choice(KINDS[files.ranks])
+    mode, rng = drawn(seed, case, files.ranks)
     out = Path(tempfile.mkdtemp(prefix=f"kills{case}-", dir=files.root))
     told, deaths, newest = [], 0, -1
     try:
@@ -365,8 +370,10 @@ def main() -> int:
     def prepare(arguments: argparse.Namespace) -> str:
         folder = tempfile.TemporaryDirectory(prefix="kills-")
         folders.append(folder)
-        made.append(Files(Path(folder.name), arguments.ranks))
-        return f" --ranks {arguments.ranks}"
+        ranks, cases = arguments.ranks, forked.cases_of(arguments)
+        modes = {drawn(arguments.seed, case, ranks)[0] for case in cases}
+        made.append(Files(Path(folder.name), ranks, modes))
+        return f" --ranks {ranks}"
 
     def extra(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--ranks", type=int, choices=(1, 2), default=1)

@@ -45,7 +45,7 @@ class Files:
                 for index in range(8 if part == "train" else 2):
                     shade = (200 * label, 20 * index, 100)
                     Image.new("RGB", (12, 10), shade).save(folder / f"{index}.png")
-        recipe = hostile_contents.recipe(root / "images")
+        recipe = hostile_contents.recipe(root / "images", workers=1)
         recipe["vae_training"]["epochs"] = 8
         recipe["schedule"] |= {"joint": 5, "transition": 5, "refinement": 5}
         self.recipe = root / "recipe.toml"
