@@ -93,7 +93,7 @@ def tile_of(cut, lengths, blocks, start, end):
     return PAIR * max(masked, -(-int(some.sum()) // blocks[0])) + MASK * masked + PROGRAM
 
 
-# Pairs of tiles of evenly cut sequences: 50, 85, 429 and 806. masked: pairs of the loop with a mask.
+# Pairs of tiles of evenly cut sequences: 50, 85, 429 and 806. masked: of the loop with a mask.
 @pytest.mark.parametrize(
     ("lengths", "blocks", "pairs", "masked", "runs"),
     [
