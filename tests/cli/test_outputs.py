@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from variant.cli import bench, evaluate, evaluate_depths, search_job
+from variant.cli import bench, evaluate, evaluate_depths, search_record
 from variant.cli.generate import check_target
 from variant.cli.options import Eval, Search
 from variant.cli.output import RESULT, check_json, console
@@ -77,7 +77,7 @@ def test_json_replaces_its_own_results_and_empty_files(words, model, tmp_path, r
 
 
 def test_formats_of_slow_commands_are_those_of_results():
-    for name in (bench.FORMAT, evaluate.FORMAT, evaluate_depths.FORMAT, search_job.FORMAT):
+    for name in (bench.FORMAT, evaluate.FORMAT, evaluate_depths.FORMAT, search_record.FORMAT):
         assert RESULT.match(f'{{\n "format": "{name}",'.encode())
     for name in ("variant-1", "variant-schedule-1", "variant-generate-1", "variant-sample-1"):
         assert not RESULT.match(f'{{\n "format": "{name}",'.encode())

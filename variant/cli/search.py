@@ -31,6 +31,7 @@ from variant.cli.search_job import (
     no_schedule_text,
     share_text,
 )
+from variant.cli.search_record import record
 from variant.cli.words import command_line
 from variant.errors import UserError
 from variant.files import atomic_write
@@ -99,19 +100,19 @@ def _search(command: Search, budgets: dict[str, float]) -> None:
             f"({1000 * latency['seconds']:,.1f} of {1000 * latency['full_seconds']:,.1f} ms); by "
             f"the table {best.costs['latency']:.3f}."
         )
-    record = job.record(result, rows, best, latency, time.monotonic() - started)
+    values = record(job, result, rows, best, latency, time.monotonic() - started)
     save_schedule(
         job.folder / SCHEDULE,
         job.schedule_of(best),
         {"model": command.model, "data": job.data, "budget": budgets, "costs": {**best.costs}},
     )
     with atomic_write(job.folder / RECORD) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        temporary.write_text(json.dumps(values, indent=1) + "\n")
     out.print(f"wrote {job.folder / SCHEDULE}, {job.folder / RECORD}")
     if command.plot is not None:
         _plot(command.plot, job, result, budgets)
         out.print(f"wrote {command.plot}")
-    write_json(command.json, record)
+    write_json(command.json, values)
 
 
 def _check(command: Search) -> dict[str, float]:

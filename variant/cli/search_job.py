@@ -16,7 +16,7 @@ from variant.cli.generate import fingerprint
 from variant.cli.options import Search
 from variant.cli.progress import Advance, progress
 from variant.engine.engine import Engine, kernels_of
-from variant.engine.planning import depths_of, schedule_row
+from variant.engine.planning import depths_of
 from variant.errors import UserError
 from variant.files import atomic_write
 from variant.paths import path_kind
@@ -40,9 +40,7 @@ from variant.search.tree import ROUNDING, Found, Result, search
 from variant.supernet import VARiant
 from variant_kernels import DepthSchedule
 from variant_kernels.arguments import integer
-from variant_kernels.plans.depth_schedule import schedule_name
 
-FORMAT = "variant-search-1"
 RECORD, SCHEDULE, LATENCY = "search.json", "schedule.json", "latency.json"
 # Budgets at which searched schedules are compared with others, besides those asked for.
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -349,74 +347,6 @@ class Job:
             repeats=REPEATS,
         )
         return {"seconds": own, "full_seconds": full, "share": own / full}
-
-    # --- the record -----------------------------------------------------------------------------
-
-    def as_dict(self, found: Found) -> dict[str, Any]:
-        """A schedule with its loss and costs, as plain values."""
-        schedule = self.schedule_of(found)
-        row = schedule_row(self.config, schedule, 1, self.model.var.head.weight.dtype)
-        return {
-            "name": schedule.name,
-            "loss": found.loss,
-            "difference_to_full": found.loss - self.full_loss,
-            "costs": dict(found.costs),
-            "kv_bytes": row.ours,
-            "layers": [list(layers) for layers in found.schedule],
-        }
-
-    def record(
-        self,
-        result: Result,
-        rows: Sequence[Row],
-        best: Found,
-        latency: dict[str, float] | None,
-        seconds: float,
-    ) -> dict[str, Any]:
-        """Everything that the search found, as plain values.
-
-        Args:
-            latency: of ``best``, see :meth:`measured_latency`.  seconds: of the search.
-        """
-        command = self.command
-        return {
-            "format": FORMAT,
-            "model": command.model,
-            "data": self.data,
-            "images": self.losses.count,
-            "images_compared": self.compared.count,
-            "weights": self.weights,
-            "budget": self.budgets,
-            "depths": list(self.depths),
-            "sets": [list(layers) for layers in self.sets],
-            "influence": self.influence,
-            "full_loss": self.full_loss,
-            "exact": result.exact,
-            "schedules": result.schedules,
-            "evaluated": self.evaluated(result)[0],
-            "evaluated_besides": self.evaluated(result)[1],
-            "best": self.as_dict(best),
-            "front": {
-                name: [self.as_dict(one) for one in result.front(name)] for name in best.costs
-            },
-            "comparison": [
-                {
-                    "cost": row.cost,
-                    "share": row.share,
-                    "with": row.name,
-                    "searched": schedule_name(row.searched.depths),
-                    "other": schedule_name(row.other.depths),
-                    "difference": row.difference,
-                    "standard_error": None if row.error != row.error else row.error,
-                    "verdict": row.verdict,
-                }
-                for row in rows
-            ],
-            "seconds_per_scale": self.seconds,
-            "latency_measured": latency,
-            "seconds": round(seconds, 2),
-            "environment": environment(),
-        }
 
 
 def _times_settings(command: Search, engine: Engine, weights: str) -> dict[str, Any]:
