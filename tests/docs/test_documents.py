@@ -206,7 +206,7 @@ def test_commands_run(words, folder, monkeypatch):
     if reason_not_run(words):
         check_exists(words)
     elif words[0] == "variant":
-        if words[1] == "convert" and "--out" in words:  # it refuses an existing folder
+        if words[1] in ("convert", "search") and "--out" in words:  # they refuse earlier results
             shutil.rmtree(words[words.index("--out") + 1])
         assert main(list(words[1:])) == 0
     else:
