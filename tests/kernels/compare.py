@@ -24,7 +24,7 @@ Tensor = torch.Tensor
 
 DRAWS = 4
 # Numbers of a large case: among so many the largest error varies little.
-LARGE = 20_000
+LARGE_EMULATED, LARGE_INTERPRETED = 20_000, 2_000
 # Kernels are compared here; inputs are drawn and errors measured on the CPU.
 DEVICE = os.environ.get("VARIANT_TEST_DEVICE", "cpu")
 
@@ -72,11 +72,17 @@ def draws(
     Interpreted and emulated kernels take most of their time for the large cases: these are drawn
     once, in ``make nightly`` as often as the others.
     """
+    large = LARGE_INTERPRETED if triton_interprets() else LARGE_EMULATED
     once = (triton_interprets() or is_emulated()) and not option("LARGE_DRAWS", 0)
     for draw in range(DRAWS):
         for case, inputs in enumerate(sample_inputs(dtype, generator)):
-            if draw == 0 or not once or inputs[0].numel() < LARGE:
+            if draw == 0 or not once or inputs[0].numel() < large:
                 yield case, inputs
+
+
+def random_cases(number: int) -> range:
+    """Of that many random cases: half of them in Triton's interpreter, all in ``make nightly``."""
+    return range(number // 2 if triton_interprets() and not option("LARGE_DRAWS", 0) else number)
 
 
 def moved(*tensors: Tensor) -> list[Tensor]:

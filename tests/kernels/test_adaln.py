@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import DRAWS, Tally, backends_for, cases, moved, name_of, wide
+from compare import Tally, backends_for, cases, draws, moved, name_of, wide
 
 from variant_kernels import adaln_modulate, explain, gated_residual_adaln, use_backend
 from variant_kernels.dispatch.select import Backend
@@ -57,9 +57,8 @@ def test_gated_residual_adaln_matches_float64(backend, dtype):
     def op(*leaves):
         return gated_residual_adaln(*leaves, backend=backend)
 
-    for _ in range(DRAWS):
-        for case, inputs in enumerate(adaln.sample_inputs(dtype, generator)):
-            compare(tally, case, op, plain_gated, inputs, generator)
+    for case, inputs in draws(adaln.sample_inputs, dtype, generator):
+        compare(tally, case, op, plain_gated, inputs, generator)
     tally.check()
 
 
@@ -70,9 +69,8 @@ def test_adaln_modulate_matches_float64(backend, dtype):
     def op(*leaves):
         return adaln_modulate(*leaves, backend=backend)
 
-    for _ in range(DRAWS):
-        for case, (x, _, _, scale, shift) in enumerate(adaln.sample_inputs(dtype, generator)):
-            compare(tally, case, op, plain_adaln, (x, scale, shift), generator)
+    for case, (x, _, _, scale, shift) in draws(adaln.sample_inputs, dtype, generator):
+        compare(tally, case, op, plain_adaln, (x, scale, shift), generator)
     tally.check()
 
 

@@ -15,12 +15,14 @@ from compare import (
     largest_of,
     moved,
     name_of,
+    random_cases,
     scores_of_size,
     wide,
 )
 from test_qk_norm import plain_qk_norm
 
 from variant_kernels import ScaleLayout, block_causal_attention, qk_norm
+from variant_kernels.dispatch.support import triton_interprets
 from variant_kernels.ops import block_causal_attention as op
 
 CASES = cases(op.block_causal_attention_op.backends)
@@ -123,7 +125,7 @@ def add_case(tally, plain_op, our_op, inputs, weight, names, sizes=()):
 @pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
 def test_random_layouts_strides_and_scales_match_float64(backend, dtype):
     tally, generator = Tally(), torch.Generator().manual_seed(8)
-    for _ in range(8):
+    for _ in random_cases(8):
         (*inputs, weight), layout, scale = random_case(dtype, generator)
 
         def plain_op(*leaves, layout=layout, scale=scale):
@@ -153,7 +155,7 @@ def terms_of_dscale(q, k, v, scale_mul, layout, scale, weight):
 @pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
 def test_random_cases_with_qk_norm_inside_match_float64(backend, dtype):
     tally, generator = Tally(), torch.Generator().manual_seed(11)
-    for index in range(6):
+    for index in random_cases(6):
         (q, k, v, weight), layout, scale = random_case(dtype, generator)
         # Some queries and keys are short: only their direction may have an effect. Gradients of
         # short vectors are large, so gradients are compared for unit lengths.
@@ -293,7 +295,9 @@ def test_gradients_lose_the_digits_of_a_large_logarithm(backend, dtype, exponent
 @pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 def test_backward_is_deterministic(backend):
     generator = torch.Generator().manual_seed(5)
-    *inputs, layout = op.sample_inputs(torch.float32, generator)[-1]
+    # Interpreted programs run one after another: a small case of several tiles shows as much.
+    case = 3 if triton_interprets() else -1
+    *inputs, layout = op.sample_inputs(torch.float32, generator)[case]
     inputs = moved(*inputs)
     (weight,) = moved(torch.randn(inputs[0].shape, generator=generator))
     first, second = (

@@ -5,14 +5,15 @@ from fractions import Fraction
 import pytest
 import torch
 from compare import (
-    DRAWS,
     SCORE_SIZES,
     Tally,
     assert_softmax,
     backends_for,
     cases,
+    draws,
     moved,
     name_of,
+    random_cases,
 )
 from test_paged_attention import paged_case_of_size, plain_attention, random_case
 
@@ -192,10 +193,9 @@ def test_attention_matches_float64_and_reads_no_poisoned_slot(backend, dtype):
     tally, generator = Tally(), torch.Generator().manual_seed(5)
     problems = [
         (f"{tuple(inputs[0].shape)}", inputs, None)
-        for _ in range(DRAWS)
-        for inputs in paged.sample_inputs(dtype, generator)
+        for _, inputs in draws(paged.sample_inputs, dtype, generator)
     ]
-    problems += [(f"{i}", *random_case(dtype, generator)) for i in range(12)]
+    problems += [(f"{i}", *random_case(dtype, generator)) for i in random_cases(12)]
     for name, (q, k_pages, v_pages, table, lengths), scale in problems:
         k_values, k_scales, k_exact = in_8_bits(k_pages)
         v_values, v_scales, v_exact = in_8_bits(v_pages)

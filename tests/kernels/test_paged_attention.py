@@ -4,14 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import (
-    DRAWS,
     SCORE_SIZES,
     Tally,
     assert_softmax,
     backends_for,
     cases,
+    draws,
     moved,
     name_of,
+    random_cases,
     scores_of_size,
 )
 
@@ -39,14 +40,13 @@ def plain_attention(q, k_pages, v_pages, table, lengths, scale=None):
 @pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
 def test_matches_float64_and_reads_no_poisoned_slot(backend, dtype):
     tally, generator = Tally(), torch.Generator().manual_seed(1)
-    for _ in range(DRAWS):
-        for q, k_pages, v_pages, table, lengths in paged.sample_inputs(dtype, generator):
-            exact = plain_attention(q.double(), k_pages.double(), v_pages.double(), table, lengths)
-            plain = plain_attention(q, k_pages, v_pages, table, lengths)
-            inputs = moved(q, k_pages, v_pages, table, lengths)
-            ours = paged_attention(*inputs, backend=backend).cpu()
-            tally.add(f"{tuple(q.shape)}", ours, plain, exact)
-            assert not ours[lengths == 0].any()
+    for _, (q, k_pages, v_pages, table, lengths) in draws(paged.sample_inputs, dtype, generator):
+        exact = plain_attention(q.double(), k_pages.double(), v_pages.double(), table, lengths)
+        plain = plain_attention(q, k_pages, v_pages, table, lengths)
+        inputs = moved(q, k_pages, v_pages, table, lengths)
+        ours = paged_attention(*inputs, backend=backend).cpu()
+        tally.add(f"{tuple(q.shape)}", ours, plain, exact)
+        assert not ours[lengths == 0].any()
     tally.check()
 
 
@@ -111,7 +111,7 @@ def random_case(dtype, generator):
 @pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
 def test_random_pages_strides_and_scales_match_float64(backend, dtype):
     tally, generator = Tally(), torch.Generator().manual_seed(5)
-    for index in range(12):
+    for index in random_cases(12):
         inputs, scale = random_case(dtype, generator)
         exact = plain_attention(*(x.double() for x in inputs[:3]), *inputs[3:], scale)
         plain = plain_attention(*inputs, scale)
@@ -148,7 +148,7 @@ def consecutive_case(dtype, generator):
 @pytest.mark.parametrize(("backend", "dtype"), CASES, ids=name_of)
 def test_consecutive_pages_give_the_same_as_a_table(backend, dtype):
     tally, generator = Tally(), torch.Generator().manual_seed(7)
-    for index in range(6):
+    for index in random_cases(6):
         inputs, scale = consecutive_case(dtype, generator)
         exact = plain_attention(*(x.double() for x in inputs[:3]), *inputs[3:], scale)
         plain = plain_attention(*inputs, scale)

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from compare import DEVICE, Tally, moved
+from compare import DEVICE, Tally, moved, random_cases
 from hypothesis import given
 from hypothesis import strategies as st
 from test_paged_attention import plain_attention, random_case
@@ -71,7 +71,7 @@ def test_keys_split_over_blocks_match_float64(backend, dtype, monkeypatch):
     launcher = importlib.import_module(f"variant_kernels.{backend}_ops.paged_attention")
     monkeypatch.setattr(launcher, "num_splits", lambda *, tiles, **_: min(tiles, 5))
     tally, generator = Tally(), torch.Generator().manual_seed(6)
-    for index in range(8):
+    for index in random_cases(8):
         inputs, scale = random_case(dtype, generator)
         exact = plain_attention(*(x.double() for x in inputs[:3]), *inputs[3:], scale)
         plain = plain_attention(*inputs, scale)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compare import DEVICE, DTYPES, Tally, moved, name_of, wide
+from compare import DEVICE, DTYPES, Tally, moved, name_of, random_cases, wide
 from test_block_causal_attention import gradients, plain_attention
 from test_paged_attention import plain_attention as plain_paged
 from test_paged_attention import random_case
@@ -55,7 +55,7 @@ def test_wrong_pages_and_lengths_stay_inside_the_pool():
 def test_queries_are_normalised_as_they_are_loaded(dtype, splits, monkeypatch):
     monkeypatch.setattr(paged, "num_splits", lambda *, tiles, **_: min(tiles, splits))
     tally, generator = Tally(), torch.Generator().manual_seed(8)
-    for _ in range(6):
+    for _ in random_cases(6):
         (q, k_pages, *rest), scale = random_case(dtype, generator)
         # Of any length, one of zero; keys are normalised when they are stored.
         q = q * torch.logspace(-2, 2, q.shape[1])[:, None, None].to(dtype)
