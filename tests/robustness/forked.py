@@ -26,12 +26,16 @@ from tests.robustness.progress import Progress
 MIB, GIB = 2**20, 2**30
 # Cases of one child. A new one costs 10 to 20 ms; what a case leaves behind ends with its child.
 CASES_PER_CHILD = 250
+BUSY = 0.01  # share of the wall clock for which a case that does not hang computes
 TICK = 1.0  # seconds between two calls of ``waiting``
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one case. Seconds of CPU, so that a busy machine makes no case fail; bytes of memory."""
+    """Of one case. Seconds of CPU, so that a busy machine makes no case fail; bytes of memory.
+
+    wall_seconds: without an answer, of which the case computes for less than a hundredth: it hangs.
+    """
 
     cpu_seconds: float = 20
     wall_seconds: float = 240
@@ -99,12 +103,17 @@ def _run_in_child(
     status, finished = None, 0
     with os.fdopen(reading, "rb") as pipe:
         buffer = b""
-        deadline = time.monotonic() + limits.wall_seconds
+        deadline, used = time.monotonic() + limits.wall_seconds, 0.0
         while finished < len(cases):
             rest = deadline - time.monotonic()
             ready, _, _ = select.select([pipe], [], [], max(0, min(TICK, rest)))
             if not ready and rest > TICK:
                 waiting(cases[finished])
+                continue
+            before, used = used, _cpu_seconds(child) if not ready else used
+            if not ready and used - before > BUSY * limits.wall_seconds:
+                # On a busy machine; the seconds of CPU will end it.
+                deadline = time.monotonic() + limits.wall_seconds
                 continue
             if not ready:
                 os.kill(child, signal.SIGKILL)
@@ -113,7 +122,7 @@ def _run_in_child(
             data = os.read(pipe.fileno(), 1 << 16)
             if not data:
                 break
-            deadline = time.monotonic() + limits.wall_seconds
+            deadline, used = time.monotonic() + limits.wall_seconds, _cpu_seconds(child)
             *lines, buffer = (buffer + data).split(b"\n")
             for line in lines:
                 case, text, value = json.loads(line)
@@ -122,6 +131,16 @@ def _run_in_child(
     _, code = os.waitpid(child, 0)
     if finished < len(cases):
         yield cases[finished], Ended(status or _reason(code, limits)), None
+
+
+def _cpu_seconds(process: int) -> float:
+    """Seconds for which a process has computed; 0 if it has ended."""
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _reason(code: int, limits: Limits) -> str:

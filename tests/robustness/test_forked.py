@@ -65,6 +65,17 @@ def test_a_bad_case_is_named_and_the_others_run(wrong, text):
     assert text in results[2][1]
 
 
+def test_a_case_that_computes_for_long_does_not_hang():
+    def computes(case):
+        until = time.process_time() + (0.7 if case == 1 else 0)
+        while time.process_time() < until:
+            pass
+        return case
+
+    limits = Limits(cpu_seconds=5, wall_seconds=0.2)
+    assert list(run_cases(computes, range(3), limits)) == [(n, None, n) for n in range(3)]
+
+
 def test_a_crashed_case_is_described():
     (result,) = run_cases(crashes, [7], LIMITS, describe=lambda case: f"call {case}")
     assert result[1] == "call 7: crash: killed by SIGSEGV"

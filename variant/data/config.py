@@ -33,6 +33,8 @@ AUGMENTATION = {
     "mixup": 0.0,
 }
 
+MAX_OPS = 100  # of RandAugment on an image
+
 
 @dataclass(frozen=True)
 class DataSection:
@@ -93,6 +95,9 @@ class DataSection:
             require(getattr(self, name) >= 0, f"{name} must be >= 0", getattr(self, name))
         require(0 <= self.hflip <= 1, "hflip must be in [0, 1]", self.hflip)
         require(0 <= self.zoom < 1, "zoom must be in [0, 1)", self.zoom)
+        # Each is a pass over the image, and the papers use 2: a slip would run for days.
+        limit = f"randaugment_ops must be at most {MAX_OPS}"
+        require(self.randaugment_ops <= MAX_OPS, limit, self.randaugment_ops)
         magnitude = self.randaugment_magnitude
         require(0 <= magnitude <= 30, "randaugment_magnitude must be in [0, 30]", magnitude)
         require(
