@@ -6,6 +6,7 @@ import pickle
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -183,8 +184,17 @@ def test_a_layout_that_does_not_fit_the_model_is_named(tmp_path):
     described = json.loads((tmp_path / "config.json").read_text())
     described["vae"]["patch_nums"] = [1, 2, 4]
     (tmp_path / "config.json").write_text(json.dumps(described))
-    with pytest.raises(ValueError, match="agree on patch_nums"):
+    with pytest.raises(UserError, match=r"config.json: the transformer .* agree on patch_nums"):
         VARiant.from_pretrained(tmp_path)
+
+
+def test_original_files_of_two_codebooks_are_named(tmp_path):
+    model = small_model()
+    config = replace(model.vae.config, vocab_size=model.vae.config.vocab_size + 8)
+    paths = tmp_path / "var.pth", tmp_path / "vae.pth"
+    save_original(model.var, VQVAE(config), *paths)
+    with pytest.raises(UserError, match=r"var.pth, .*vae.pth: the .* agree on vocab_size; got"):
+        VARiant.from_var_checkpoint(*paths)
 
 
 def test_nothing_half_written_is_left(tmp_path):

@@ -261,7 +261,8 @@ def run(
 
     Args:
         shorten: a sequence that fails, before it is reported.
-        done: called after each sequence.
+        done: called after each sequence. Hypothesis also runs some that it does not count, because
+            they drew too much.
     """
 
     class Machine(CacheMachine):

@@ -8,7 +8,7 @@ from typing import Any
 
 from variant.errors import UserError
 from variant.models.class_names import check_class_names
-from variant.models.config import VARConfig, VQVAEConfig
+from variant.models.config import VARConfig, VQVAEConfig, check_pair_of_configs
 from variant.paths import path_kind, read_json, shown
 
 CONFIG_NAME = "config.json"
@@ -38,7 +38,8 @@ def configs_in(folder: str | os.PathLike[str]) -> tuple[VARConfig, VQVAEConfig]:
     """The configurations of both models of a folder; weights are not read.
 
     Raises:
-        UserError: config.json is missing, of another format, or holds an invalid value.
+        UserError: config.json is missing, of another format, or holds an invalid value, or the two
+            models are no pair.
     """
     path, config = Path(folder) / CONFIG_NAME, read_config(folder)
     for key in ("var", "vae"):
@@ -46,9 +47,11 @@ def configs_in(folder: str | os.PathLike[str]) -> tuple[VARConfig, VQVAEConfig]:
             raise UserError(f'{path}: must hold the sizes of a model under "{key}"; it has none')
     try:
         var = VARConfig.from_dict(_with_names(config["var"], config))
-        return var, VQVAEConfig.from_dict(config["vae"])
+        vae = VQVAEConfig.from_dict(config["vae"])
+        check_pair_of_configs(var, vae)
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
+    return var, vae
 
 
 def _with_names(var: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from variant.checkpoints.sharded import WEIGHTS_NAMES, find_weights, read_weight
 from variant.checkpoints.state_dict_forms import VAR_KEYS, find_state_dict
 from variant.errors import UserError
 from variant.files import save_pickle, save_safetensors
-from variant.models.config import VARConfig, VQVAEConfig
+from variant.models.config import VARConfig, VQVAEConfig, check_pair_of_configs
 from variant.models.parts import check_saved
 from variant.models.var import VAR, derived_buffers
 from variant.models.vqvae import VQVAE
@@ -354,6 +354,10 @@ def load_original(
     )
     for values in (kwargs, vae_file.config):
         _check_sizes(vae_config, values, VAE_SIZES, where)
+    try:
+        check_pair_of_configs(var_config, vae_config)
+    except ValueError as error:
+        raise UserError(f"{where}, {vae_where}: {error}") from None
     var_settings.warn(vae_settings, stacklevel=3)
     var = build(VAR, var_config, var_file.state, where, device, dtype)
     vae = build(VQVAE, vae_config, vae_file.state, vae_where, device)

@@ -46,7 +46,7 @@ from variant.engine.memory import free_bytes, largest_batch
 from variant.engine.runs import Call, CallOptions, Current, Run, Source
 from variant.engine.step_loop import teacher_forced_logits
 from variant.engine.weights import EngineWeights
-from variant.models.config import VARConfig
+from variant.models.config import VARConfig, check_pair_of_configs
 from variant.models.parts import explained, head_weight
 from variant.models.placement import check_dtype
 from variant.models.var import VAR
@@ -458,16 +458,10 @@ def check_pair(var: nn.Module | None, vae: nn.Module | None, op: str = "VARiant"
     remedy = "variant.accelerate takes model objects of the original code"
     a = instance(op, "var", var, VAR, remedy).config
     b = instance(op, "vae", vae, VQVAE, remedy).config
-    for what, ours, theirs in (
-        ("patch_nums", a.patch_nums, b.patch_nums),
-        ("vocab_size", a.vocab_size, b.vocab_size),
-        ("vae_channels / z_channels", a.vae_channels, b.z_channels),
-    ):
-        if ours != theirs:
-            raise ValueError(
-                f"{op}: the transformer and the VQ-VAE must agree on {what}; "
-                f"got {ours} and {theirs}"
-            )
+    try:
+        check_pair_of_configs(a, b)
+    except ValueError as error:
+        raise ValueError(f"{op}: {error}") from None
 
 
 def check_values(op: str, var: VAR, vae: VQVAE) -> None:

@@ -446,6 +446,20 @@ def check_zone_options(kind: str, lora_rank: int, adaln: bool) -> None:
         raise ValueError(f'zone_adaln = false needs zone_weights "lora"; got "{kind}"')
 
 
+def check_pair_of_configs(var: VARConfig, vae: VQVAEConfig) -> None:
+    """Raises: ValueError unless a transformer and a VQ-VAE have one codebook and one layout."""
+    for what, ours, theirs in (
+        ("patch_nums", var.patch_nums, vae.patch_nums),
+        ("vocab_size", var.vocab_size, vae.vocab_size),
+        ("vae_channels / z_channels", var.vae_channels, vae.z_channels),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"the transformer and the VQ-VAE must agree on {what}; "
+                f"got {shown(ours)} and {shown(theirs)}"
+            )
+
+
 STRICT = ConfigDict(extra="forbid")
 MAX_INTEGER = 2**63 - 1  # of torch's integers and seeds
 
