@@ -99,16 +99,24 @@ __device__ inline void attend_plain(float* shared, const Source& source, int fir
     });
     __syncthreads();
     float scores[Tile::kPerWarp] = {};
-    for (int d = 0; d < head_dim; d += 4) {
-      const float4 k = *reinterpret_cast<const float4*>(kv_tile + lane * Tile::kRow + d);
+    // Sums of 16 products are added to the score: a single sum of up to 256 rounds more. Columns
+    // beyond head_dim are zeros.
+    for (int begin_d = 0; begin_d < head_dim; begin_d += 16) {
+      float part[Tile::kPerWarp] = {};
 #pragma unroll
-      for (int i = 0; i < Tile::kPerWarp; ++i) {
-        const float4 q = *reinterpret_cast<const float4*>(q_rows + i * Tile::kRow + d);
-        scores[i] += q.x * k.x;
-        scores[i] += q.y * k.y;
-        scores[i] += q.z * k.z;
-        scores[i] += q.w * k.w;
+      for (int d = begin_d; d < begin_d + 16; d += 4) {
+        const float4 k = *reinterpret_cast<const float4*>(kv_tile + lane * Tile::kRow + d);
+#pragma unroll
+        for (int i = 0; i < Tile::kPerWarp; ++i) {
+          const float4 q = *reinterpret_cast<const float4*>(q_rows + i * Tile::kRow + d);
+          part[i] += q.x * k.x;
+          part[i] += q.y * k.y;
+          part[i] += q.z * k.z;
+          part[i] += q.w * k.w;
+        }
       }
+#pragma unroll
+      for (int i = 0; i < Tile::kPerWarp; ++i) scores[i] += part[i];
     }
 #pragma unroll
     for (int i = 0; i < Tile::kPerWarp; ++i) {
