@@ -243,7 +243,7 @@ def test_the_command_prints_the_table_and_writes_everything(tmp_path, capsys, mo
     for text in (
         *(
             "beyond",
-            "ceiling",
+            "work alone",
             "equal",
             PLAIN_LOOPS[-1].removesuffix(" autocast"),
             "GFLOP/s",

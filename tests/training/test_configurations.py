@@ -241,7 +241,7 @@ def test_the_file_or_the_name_of_a_schedule_stands_for_its_layers(tmp_path):
     with pytest.raises(UserError, match=r"schedule\.json: no such file"):
         load_recipe("digits", overrides=given)
     save_schedule(file, DepthSchedule.full(7, 6))
-    with pytest.raises(UserError, match="must start with 0 and end with 7"):
+    with pytest.raises(UserError, match="schedule of 8 layers and 6 scales; got one of 7 and 6"):
         load_recipe("digits", overrides=given)
 
 

@@ -113,23 +113,26 @@ def can_be_captured(request: Request, batch: Batch) -> bool:
 
 
 def decode_rgb(weights: EngineWeights, f_hat_BEHW: Tensor) -> Tensor:
-    """(B, 3, H, W) float32 in [0, 1]; a single channel is repeated.
+    """(B, 3, H, W) float32 in [0, 1]; a single channel is repeated."""
+    return weights.decode(f_hat_BEHW).expand(-1, 3, -1, -1).contiguous()
+
+
+def check_pixels(images_B3HW: Tensor, dtype: torch.dtype) -> Tensor:
+    """The images of an engine of that dtype, if they are numbers.
 
     Raises:
-        ValueError: the decoder gives NaN, which would become black; on a CPU alone, as a GPU would
-            have to synchronise.
+        ValueError: there is NaN, which would become black; on a CPU alone, as a GPU would have to
+            synchronise.
     """
-    images_BIYX = weights.decode(f_hat_BEHW)
-    if images_BIYX.device.type == "cpu":
-        lost_B = images_BIYX.isnan().flatten(1).any(1)
+    if images_B3HW.device.type == "cpu":
+        lost_B = images_B3HW.isnan().flatten(1).any(1)
         if lost_B.any():
             raise ValueError(
                 "Engine: the VQ-VAE's decoder must give numbers; got NaN in "
-                f"{int(lost_B.sum())} of {len(lost_B)} images (engine of "
-                f"{dtype_name(weights.dtype)}). Check the weights of vae, and use float32 if they "
-                "overflow in 16 bits"
+                f"{int(lost_B.sum())} of {len(lost_B)} images (engine of {dtype_name(dtype)}). "
+                "Check the weights of vae, and use float32 if they overflow in 16 bits"
             )
-    return images_BIYX.expand(-1, 3, -1, -1).contiguous()
+    return images_B3HW
 
 
 @dataclass(frozen=True)
@@ -407,6 +410,11 @@ class BatchRunner:
     @explains("Engine", *ENCODER)
     @torch.no_grad()
     def decode(self, f_hat_BEHW: Tensor, graphs: GraphReplay | None = None) -> Tensor:
-        """:func:`decode_rgb` of these weights, by a graph where there is one."""
+        """:func:`decode_rgb` of these weights, by a graph where there is one.
+
+        Raises:
+            ValueError: see :func:`check_pixels`.
+        """
         decode = partial(decode_rgb, self.weights)
-        return decode(f_hat_BEHW) if graphs is None else graphs.decode(decode, f_hat_BEHW)
+        images = decode(f_hat_BEHW) if graphs is None else graphs.decode(decode, f_hat_BEHW)
+        return check_pixels(images, self.weights.dtype)

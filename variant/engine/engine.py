@@ -31,6 +31,7 @@ from variant.engine.batches import (
     Request,
     cache_plan,
     can_be_captured,
+    check_pixels,
     decode_rgb,
     without_autocast,
 )
@@ -351,7 +352,8 @@ class Engine(CastModels):
             f_hat_BEHW = self.vae.new_features(len(tokens_BL))
             for k in range(layout.num_scales):
                 self.vae.accumulate(f_hat_BEHW, tokens_BL[:, layout.slice(k)], k)
-            return decode_rgb(self._weights(), f_hat_BEHW)
+            weights = self._weights()
+            return check_pixels(decode_rgb(weights, f_hat_BEHW), weights.dtype)
 
     def _check_tokens(self, op: str, tokens_BL: Tensor, count: int | None) -> Tensor:
         vocab = self.var.config.vocab_size
