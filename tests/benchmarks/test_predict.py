@@ -15,6 +15,7 @@ from benchmarks.docs_results import _predictions
 from benchmarks.prediction import attention, generation, peers, sampling, times, training
 from benchmarks.prediction.fit import fit
 from benchmarks.results import RUN, Result
+from tests.machine_code import table
 from variant.engine.planning import schedule_of
 from variant.models.flops import ceiling, training_flop
 from variant.models.presets import PAPER_BRIDGE, PATCH_NUMS_256, VAR_PRESETS
@@ -136,6 +137,16 @@ def test_sampling_is_no_faster_than_memory_and_grows_with_rows():
     assert some == sorted(some)
     assert some[0] == some[1] < some[2] < some[3] < some[4]
     assert some[-1] > 16384 * 4096 * 4 / COMMITTED.copy_bytes
+
+
+def test_sampling_is_counted_in_the_machine_code_of_the_table():
+    case = "sample_tokens/V 4096, filtered, for a graph, 4 warps, 1 stages"
+    figures = table.read("3.6.0")[case]
+    assert figures["programs"] == sampling.PROGRAMS
+    counted = sampling.STRAIGHT + sampling.PROBE + sampling.TOP_K_SHRINK
+    counted += sampling.HALVING + sampling.TOP_P_SHRINK
+    # Besides: the branch of equal entries, and what fills up the function's end.
+    assert 0.75 * figures["instructions"] < counted < figures["instructions"]
 
 
 def test_a_training_step_takes_no_less_than_its_products():
