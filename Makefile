@@ -6,10 +6,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # Numbers of processes that compile, and that run tests. Each test process imports torch.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 TEST_JOBS ?= $(shell [ $(JOBS) -gt 8 ] && echo 8 || echo $(JOBS))
+# Empty: bytecode is written even where the environment forbids it, as in many containers. Otherwise
+# each test process compiles every module anew, and pytest rewrites every assertion (10 s of 20 s of
+# collection).
+export PYTHONDONTWRITEBYTECODE :=
 # CPU instruction sets under AddressSanitizer: the portable one and the best one of this machine.
 SANITIZED_ISAS ?= local
 RESULTS ?= benchmarks/results
-SOURCES := $(shell find csrc -type f -not -path '*/tests/*') CMakeLists.txt setup.py pyproject.toml constraints.txt
+SOURCES := $(shell find csrc -type f -not -path '*/tests/*' -not -path '*/__pycache__/*') CMakeLists.txt setup.py pyproject.toml constraints.txt
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # setup.py builds here (build_folder); tests of what is installed share its objects.
 RELEASE = build/$(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("SOABI"))')
@@ -101,10 +105,10 @@ sanitized-programs: $(VENV)/.build-requires
 test-cpp: dev
 	@echo "== C++ tests of the installed kernels, and their symbols"
 	@$(call cmake,$(RELEASE),,variant_tests)
-	$(CTEST) --test-dir $(RELEASE)
+	$(CTEST) --test-dir $(RELEASE) --parallel $(JOBS)
 	@echo "== C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@$(call cmake,build/cpp,$(SANITIZED) -DVARIANT_SANITIZE=ON,variant_tests)
-	$(CTEST) --test-dir build/cpp --exclude-regex '^cuda_'
+	$(CTEST) --test-dir build/cpp --parallel $(JOBS) --exclude-regex '^cuda_'
 
 # Without optimization, with the portable instruction set and the best one of this machine: the other
 # ones compile the same lines. A line of a template counts once. The code that joins the kernels to
