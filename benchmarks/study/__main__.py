@@ -1,4 +1,4 @@
-"""``python -m benchmarks.study run``, ``collect`` and ``report``."""
+"""``python -m benchmarks.study run``, ``collect``, ``join`` and ``report``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.study.collect import RESULTS, collect
 from benchmarks.study.export import export
+from benchmarks.study.join import join
 from benchmarks.study.scheduler import end_with_parent, run_tasks
 from benchmarks.study.settings import SMOKE, Study, load_study
 from benchmarks.study.speed import measured_speed
@@ -37,6 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         if options.command == "collect":
             for path in collect(study, options.out, options.results, keep=options.keep):
+                print(f"wrote {path}", flush=True)
+        elif options.command == "join":
+            for path in join(study, options.out, options.results):
                 print(f"wrote {path}", flush=True)
         elif options.command == "export":
             if options.run is None or options.to is None:
@@ -92,7 +96,7 @@ def _tasks(study: Study, options: argparse.Namespace) -> list[Task]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
-    parser.add_argument("command", choices=("run", "collect", "export", "task"))
+    parser.add_argument("command", choices=("run", "collect", "join", "export", "task"))
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=2, help="processes at once, of one thread each")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="parts and runs")

@@ -76,7 +76,7 @@ def collect(study: Study, out: Path, results: Path, *, keep: bool = False) -> li
             ]
         path = results / f"{part.name}.json"
         with atomic_write(path) as temporary:
-            text = json.dumps(_rounded(result), indent=1, allow_nan=False)
+            text = json.dumps(rounded(result), indent=1, allow_nan=False)
             temporary.write_text(f"{text}\n")
         written.append(path)
     if written:
@@ -97,7 +97,7 @@ def _kept(finished: Finished, results: Path) -> Kept:
     def base_row(seed: int) -> dict[str, Any] | None:
         return _row(finished, finished.study.find(BASE, seed))
 
-    return Kept(finished.study, results, _data(finished), base_row, _rounded)
+    return Kept(finished.study, results, _data(finished), base_row, rounded)
 
 
 def _fuller(own: dict[str, Any] | None, kept: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -213,17 +213,25 @@ def _pairs(finished: Finished, part: Part, kept: Kept | None) -> Any:
                     known[seed] = found
             if known:
                 # Rounded first: what is kept from a file is.
-                means = np.array([_rounded(mean) for mean, _ in known.values()])
-                yield {
-                    "run": name,
-                    "against": other,
-                    "schedule": schedule,
-                    "seeds": list(known),
-                    "by_seed": means.tolist(),
-                    "se_by_seed": [error for _, error in known.values()],
-                    "mean": float(means.mean()),
-                    "se": standard_error(means) if len(means) > 1 else None,
-                }
+                means = {seed: (rounded(mean), error) for seed, (mean, error) in known.items()}
+                yield pair_of(name, other, schedule, means)
+
+
+def pair_of(
+    run: str, against: str, schedule: str, known: dict[int, tuple[float, float | None]]
+) -> dict[str, Any]:
+    """A paired difference, of the mean of each seed and its standard error over images."""
+    means = np.array([mean for mean, _ in known.values()])
+    return {
+        "run": run,
+        "against": against,
+        "schedule": schedule,
+        "seeds": list(known),
+        "by_seed": means.tolist(),
+        "se_by_seed": [error for _, error in known.values()],
+        "mean": float(means.mean()),
+        "se": standard_error(means) if len(means) > 1 else None,
+    }
 
 
 def _difference(
@@ -260,12 +268,12 @@ def _control(
     return result
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Numbers with six significant digits, to keep the files small."""
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
+        return [rounded(item) for item in value]
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     return value

@@ -37,6 +37,7 @@ from benchmarks.study.report_data import (
     Study,
     read_study,
 )
+from benchmarks.study.report_tables import joined_seeds
 from benchmarks.study.report_verdicts import (
     CHANCE,
     ERRORS,
@@ -307,8 +308,7 @@ def _method(study: Study, usable: frozenset[Metric]) -> list[str]:
         "",
         "Equal work is equal FLOP of the forward and backward passes, not equal steps or time: "
         f"{_steps(study)}. The seeds differ in the weights and the order of training and in the "
-        "random numbers of generation; they share the VQ-VAE, the tokens and the classifiers, so "
-        "that an error over seeds does not hold what another VQ-VAE would change. Seconds of a "
+        f"random numbers of generation; {_shared(study)} Seconds of a "
         "training are wall time of a machine that did other work as well: they compare nothing.",
         "",
         "The floor of a distance is that of one half of the real held-out images against the "
@@ -318,6 +318,25 @@ def _method(study: Study, usable: frozenset[Metric]) -> list[str]:
         _control_line(study, usable),
         "",
     ]
+
+
+def _shared(study: Study) -> str:
+    """What the seeds share, and which do not."""
+    joined = sorted({seed for part in study.parts.values() for seed in joined_seeds(part)})
+    if not joined:
+        return (
+            "they share the VQ-VAE, the tokens and the classifiers, so that an error over seeds "
+            "does not hold what another VQ-VAE would change."
+        )
+    names = f"seed{'s' * (len(joined) > 1)} {_listed(map(str, joined))}"
+    has = "has a VQ-VAE, tokens, classifiers and a base of its own"
+    if len(joined) > 1:
+        has = "have VQ-VAEs, tokens, classifiers and bases of their own"
+    return (
+        f"all but {names} share the VQ-VAE, the tokens and the classifiers. {names.capitalize()}, "
+        f"made on another machine, {has}. All differences are paired by seed, so that they compare "
+        "runs of one VQ-VAE; means of rows that have other seeds do not compare."
+    )
 
 
 def _steps(study: Study) -> str:

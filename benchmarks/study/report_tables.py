@@ -263,6 +263,11 @@ def paper(name: str) -> list[str]:
 
 def setting(study: Study) -> list[str]:
     """The data, the model and the judges of generated images, from the first file that has them."""
+    joined = {
+        f"{name}, seed {seed}": _scores(about["data"].get(key) or {})
+        for seed, about in _all_joined(study).items()
+        for name, key in (("floor", "floor"), ("reconstruction floor", "reconstruction_floor"))
+    }
     data = next((part.data["data"] for part in study.parts.values() if part.data.get("data")), {})
     judges = data.get("classifier_accuracy") or {}
     sampling = data.get("sampling") or {}
@@ -276,6 +281,7 @@ def setting(study: Study) -> list[str]:
         "floor (two halves of the real images)": _scores(data.get("floor") or {}),
         "reconstruction floor (a half encoded and decoded, against the other)": _scores(
             data.get("reconstruction_floor") or {}),
+        **joined,
         "held-out accuracy of the two classifiers": _list(
             [f"{name} {ACCURACY.text(value)}" for name, value in judges.items() if value]),
     }  # fmt: skip
@@ -285,6 +291,14 @@ def setting(study: Study) -> list[str]:
         if value
     ]
     return table(["setting", "value"], rows) if rows else []
+
+
+def _all_joined(study: Study) -> dict[str, Any]:
+    """By seed, what the parts say of a seed that joined: the same in each part."""
+    found: dict[str, Any] = {}
+    for part in study.parts.values():
+        found |= part.data.get("joined") or {}
+    return found
 
 
 def _scores(row: Mapping[str, Any]) -> str:
@@ -299,16 +313,29 @@ def _list(values: Iterable[Any]) -> str:
     return ", ".join(str(value) for value in values if value is not None)
 
 
+def joined_seeds(part: Part) -> dict[int, str]:
+    """Machine and versions of each seed whose VQ-VAE and classifiers are its own."""
+    return {
+        int(seed): f"{about['machine']}, {_versions(about)}"
+        for seed, about in (part.data.get("joined") or {}).items()
+    }
+
+
+def _versions(data: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in (data.get("versions") or {}).items())
+
+
 def commands(part: Part) -> list[str]:
     """Where the part's numbers were measured, and by which command."""
     data = part.data
-    versions = ", ".join(f"{name} {value}" for name, value in (data.get("versions") or {}).items())
-    seeds = sorted({run.seed for run in part.runs})
+    joined = joined_seeds(part)
+    seeds = sorted({run.seed for run in part.runs} - joined.keys())
     commits = sorted({str(run.data["commit"])[:12] for run in part.runs if run.data.get("commit")})
     parts = [
         "seed" + "s" * (len(seeds) > 1) + " " + ", ".join(map(str, seeds)),
         str(data.get("machine") or ""),
-        versions,
+        _versions(data),
+        *(f"Seed {seed} with a VQ-VAE of its own: {made}" for seed, made in joined.items()),
         "commit " + ", ".join(commits) if commits else "",
     ]
     lines = [". ".join(text for text in parts if text) + "."] if any(parts) else []

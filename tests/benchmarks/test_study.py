@@ -19,7 +19,9 @@ import torch
 from benchmarks.study import report, report_plots, report_tables, work
 from benchmarks.study.__main__ import main
 from benchmarks.study.collect import collect
+from benchmarks.study.join import join
 from benchmarks.study.metrics import distances, halves
+from benchmarks.study.report import page as report_page
 from benchmarks.study.report_data import read_study
 from benchmarks.study.schedules import (
     token_losses,
@@ -362,6 +364,57 @@ def test_a_new_folder_goes_on_from_the_result_files(done, tmp_path):
     assert read_results(results) == everything
     collect(study, other_seed, results)
     assert row_names(results, "ratios") == [("progressive", 1)]
+
+
+def study_of_seed(profile, tmp_path, seed):
+    path = tmp_path / f"seed{seed}.toml"
+    path.write_text(profile.read_text().replace("seeds = [0, 1]", f"seeds = [{seed}]"))
+    return load_study(path)
+
+
+def test_a_seed_of_another_machine_joins_the_results(done, profile, tmp_path):
+    """Rows and differences are those of both seeds; to join again changes nothing."""
+    study, out = done
+    both, results = tmp_path / "both", tmp_path / "results"
+    for folder in (both, results):
+        folder.mkdir()
+    collect(study, out, both)
+    collect(study_of_seed(profile, tmp_path, 0), out, results)
+    for _ in range(2):
+        written = join(study_of_seed(profile, tmp_path, 1), out, results)
+        found = read_results(results)
+        assert {path.stem for path in written} == {"base", "control", "ratios", "extras", "kv8"}
+        assert written[0].read_text() == json.dumps(found["base"], indent=1) + "\n"
+        for name, expected in read_results(both).items():
+            about = {key: expected[key] for key in ("machine", "versions", "data")}
+            joined = found[name].pop("joined", {})
+            assert joined == ({"1": about} if f"{results / name}.json" in map(str, written) else {})
+            assert found[name] == expected
+    assert list(read_results(results)["control"]["flagged"]) == ["0", "1"]
+    page = report_page(read_study(results))
+    assert "Seed 1, made on another machine, has a VQ-VAE, tokens, classifiers and a base" in page
+    assert "Seed 1 with a VQ-VAE of its own: " in page
+    assert "| floor, seed 1 |" in page
+
+
+def test_only_seeds_that_the_results_lack_join(done, profile, tmp_path):
+    study, out = done
+    results = tmp_path / "results"
+    results.mkdir()
+    one = study_of_seed(profile, tmp_path, 1)
+    with pytest.raises(UserError, match=r"base\.json cannot be read: .*; collect its seeds first"):
+        join(one, out, results)
+    collect(study, out, results)
+    before = read_results(results)
+    with pytest.raises(UserError, match="has runs of seed 1 that did not join"):
+        join(one, out, results)
+    collect(study_of_seed(profile, tmp_path, 0), out, results)
+    path = results / "ratios.json"
+    path.write_text(path.read_text().replace(before["ratios"]["settings"], "0" * 64))
+    kept = read_results(results)
+    with pytest.raises(UserError, match=r"ratios\.json is of other settings"):
+        join(one, out, results)
+    assert read_results(results) == kept
 
 
 @pytest.mark.parametrize("kind", ["settings", "data", "base", "run"])
