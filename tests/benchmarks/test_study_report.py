@@ -413,6 +413,9 @@ def test_the_readme_shows_the_best_run_of_all_depths(tmp_path):
     runs += [supernet("several-p0.8", seed, 1.9 + seed / 10) for seed in (0, 1)]
     runs += [supernet("teacher", 0, 1.0, depths=[2])]
     runs += [{**supernet("unfinished", 0, 1.0), "generated": None}]
+    # Seeds that one of the two lacks decide nothing; nor are losses without images shown.
+    runs += [supernet("several", 2, 0.5)]
+    runs += [{**supernet("several-p0.8", 3, 0.5), "generated": None}]
     config = VARConfig(
         depth=8, embed_dim=64, num_heads=4, patch_nums=(1, 2, 3, 4, 6, 8), num_classes=10,
         vocab_size=256, vae_channels=8,
