@@ -329,8 +329,11 @@ def test_the_committed_page_and_pictures_are_what_the_result_files_give():
 
 
 def test_the_differences_of_the_result_files_are_those_of_their_losses():
-    """So is a difference that was kept from an earlier file."""
+    """So is a difference that was kept from an earlier file; and all are of the same data."""
     study = read_study(report.RESULTS)
+    first = study.parts["base"].data
+    for key in ("settings", "data"):
+        assert all(part.data[key] == first[key] for part in study.parts.values())
     for part in study.parts.values():
         for pair in part.data.get("pairs") or ():
             own = study.runs(pair["run"], part.name)
