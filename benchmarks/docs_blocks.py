@@ -19,7 +19,8 @@ from variant.training.memory_plan import fastest, training_rows
 
 # The costs of a search's budgets, and the other kinds of schedules, as the guide names them.
 COSTS = {"kv": "K/V bytes", "work": "work", "latency": "time"}
-OTHERS = {"grid": "depth and bridge", "even": "evenly chosen or trained layers"}
+# The depths of a grid are those that the model offers, in both records.
+OTHERS = {"grid": "depth 8, 4 or 2 and bridge", "even": "evenly chosen or trained layers"}
 # The names of these kinds in the record of `variant search`.
 RECORDED = {"grid": "depth and bridge", "even": "equidistant or trained layers"}
 # The study's runs of a search: the model that they search.
@@ -117,7 +118,39 @@ def search_of_study(study: Study) -> str:
                 ])  # fmt: skip
     shares = f"{SEARCH_BUDGETS[0]:g} to {SEARCH_BUDGETS[-1]:g}"
     lead = f"On two models of the [study](study.md#{SEARCH_ANCHOR}), at budgets of {shares}:"
-    return _text(lead, table(["model", "at equal", *COLUMNS], rows))
+    return _text(
+        lead,
+        [*table(["model", "at equal", *COLUMNS], rows), *_shapes(study)],
+    )
+
+
+def _shapes(study: Study) -> list[str]:
+    """How often the best evenly chosen schedule is no more than another depth after a bridge."""
+    rows = []
+    for name, model in SEARCHED.items():
+        for cost in ("kv", "work"):
+            names = [
+                run.data.get("schedules", {}).get(f"even {cost}={share:g}")
+                for run in study.runs(name, "search").values()
+                for share in SEARCH_BUDGETS
+            ]
+            depths = [depth_after_bridge(name) for name in names if name is not None]
+            if depths:
+                rows.append([
+                    model, COSTS[cost], _of(sum(d is not None for d in depths), depths),
+                    _of(sum(d not in (None, 8, 4, 2) for d in depths), depths),
+                ])  # fmt: skip
+    if not rows:
+        return []
+    columns = ["model", "at equal", "one depth after a bridge", "a depth that is not 8, 4 or 2"]
+    lead = "The shape of the best schedule of evenly chosen or trained layers, at each budget and "
+    return [lead + "seed:", "", *table(columns, rows)]
+
+
+def depth_after_bridge(name: str) -> int | None:
+    """The depth of a schedule of 8 layers that runs all of them, then one depth; None: another."""
+    depths = [int(part.partition("x")[0]) for part in name.split("-")]
+    return depths[-1] if len(depths) == 1 or (len(depths) == 2 and depths[0] == 8) else None
 
 
 SEARCH_ANCHOR = "searched-layers-and-depths"

@@ -62,7 +62,8 @@ def collect(study: Study, out: Path, results: Path, *, keep: bool = False) -> li
             "title": part.title,
             "command": COMMAND,
             "settings": settings_identity(study),
-            **_about(finished, rows),
+            **made_on(rows),
+            "data": _data(finished),
             "runs": rows,
             "pairs": list(_pairs(finished, part, kept)),
         }
@@ -107,12 +108,16 @@ def _fuller(own: dict[str, Any] | None, kept: dict[str, Any] | None) -> dict[str
     return own if len(own["generated"] or ()) >= len(kept["generated"] or ()) else kept
 
 
-def _about(finished: Finished, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    first = rows[0]["made"]
+def made_on(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The machines and versions that made rows: kept ones may be of others."""
+    made = [row["made"] for row in rows]
+    machines = dict.fromkeys(f"{one['cpu']} ({one['isa']})" for one in made)
     return {
-        "machine": f"{first['cpu']} ({first['isa']}), one thread per run",
-        "versions": {"python": first["python"], "torch": first["torch"]},
-        "data": _data(finished),
+        "machine": f"{' and '.join(machines)}, one thread per run",
+        "versions": {
+            name: " and ".join(dict.fromkeys(one[name] for one in made))
+            for name in ("python", "torch")
+        },
     }
 
 

@@ -192,10 +192,11 @@ SECTIONS: Mapping[str, Section] = {
         "Searched layers and depths", (report_tables.searched,),
         text="`variant search` on the full network that never trained a subnet, and on the "
         "supernet of several depths. A budget is a share of the full network's peak K/V bytes or "
-        "of the work of its layers and head. Beside the searched schedule stand the best depth and "
-        "bridge, and the best schedule of evenly chosen or trained layers with any depth at each "
-        "scale. Half of the images choose all three, the other half is measured. Depths are those "
-        "of the first seed; 8x4-5-2 is depth 8 at four scales, then 5, then 2.",
+        "of the work of its layers and head. Beside the searched schedule stand the best of the "
+        "depths 8, 4 and 2 after any bridge (`depth and bridge`), and the best schedule of evenly "
+        "chosen or trained layers with any depth at each scale, which may also be another depth "
+        "after a bridge. Half of the images choose all three, the other half is measured. Depths "
+        "are those of the first seed; 8x4-5-2 is depth 8 at four scales, then 5, then 2.",
     ),
     "control": Section(
         "Control: labels permuted", (*LOSSES, report_tables.generated),
@@ -290,8 +291,9 @@ def _method(study: Study, usable: frozenset[Metric]) -> list[str]:
         "of the scales and all layers at the others; `d4@all` has no bridge.",
         "",
         *report_tables.explained(),
-        "Numbers are means over seeds; those after ± are one standard error over seeds. Where the "
-        "full network of a run was frozen, its rows say so.",
+        "Numbers are means over seeds; those after ± are one standard error over seeds. A number "
+        "of fewer seeds than its row says so. Where the full network of a run was frozen, its rows "
+        "say so.",
         "",
         f'A claim "{Verdict.HOLDS.value}" or "{Verdict.DOES_NOT_HOLD.value}" if the mean '
         f"difference, paired by seed, is at least {ERRORS:g} standard errors over seeds, and "
@@ -442,12 +444,20 @@ def _numbers(claim: Claim, evidence: Evidence) -> str:
         Verdict.DOES_NOT_HOLD: ("speaks against it", "speak against it"),
         Verdict.NOT_RESOLVED: ("is not resolved", "are not resolved"),
         Verdict.NOT_RUN: ("has not run", "have not run"),
+        None: ("is zero in every seed", "are zero in every seed"),  # e.g. of equal schedules
     }
-    counts = {v: sum(leaf.verdict is v for leaf in leaves) for v in verbs}
+    found = [None if (leaf.mean, leaf.error) == (0, 0) else leaf.verdict for leaf in leaves]
+    counts = {verdict: found.count(verdict) for verdict in verbs}
     texts = _listed(
         f"{count} {verbs[verdict][count > 1]}" for verdict, count in counts.items() if count
     )
-    return f"of {len(leaves)} differences, {texts}"
+    seeds = sorted({leaf.seeds for leaf in leaves if leaf.seeds})
+    few = "" if seeds[0] == seeds[-1] else f"{seeds[0]} to "
+    return f"of {len(leaves)} differences, {texts}; {few}{_seeds(seeds[-1])}"
+
+
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
 
 
 def _leaves(evidence: Evidence) -> list[Evidence]:
@@ -459,8 +469,10 @@ def _leaves(evidence: Evidence) -> list[Evidence]:
 def _difference(metric: Metric, evidence: Evidence) -> str:
     if evidence.mean is None:
         return ""
-    error = "" if evidence.error is None else f" ± {metric.text(evidence.error)}"
-    return f"{metric.text(evidence.mean, signed=True)}{error}"
+    mean = metric.text(evidence.mean, signed=True)
+    if evidence.error is None:
+        return mean
+    return f"{mean} ± {metric.text(evidence.error)}, {_seeds(evidence.seeds)}"
 
 
 def _paper_against_itself() -> list[str]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from benchmarks.report import table
-from benchmarks.study.report_data import FASHION_FD, FULL, LOSS, Run, Study, mean_and_error
+from benchmarks.study.report_data import (
+    FASHION_FD,
+    FULL,
+    LOSS,
+    Metric,
+    Run,
+    Study,
+    mean_and_error,
+)
 from benchmarks.study.report_tables import estimate
 from benchmarks.study.settings import load_study
 from variant.engine.planning import plan_row
@@ -26,7 +34,7 @@ def quality(study: Study, config: VARConfig, bridge: int) -> str:
     if chosen is None:
         return ""
     runs = list(chosen.values())
-    name, part = runs[0].name, runs[0].part
+    name = runs[0].name
     floors = [run.data["generated"][FULL]["floor"] for run in runs]
     count = runs[0].data["generated"][FULL]["n"]
     rows = []
@@ -36,8 +44,7 @@ def quality(study: Study, config: VARConfig, bridge: int) -> str:
         kv = plan_row(config, depth or config.depth, bridge, 1, torch.float32).ours
         rows.append([
             str(depth or config.depth),
-            estimate(LOSS, study.values(LOSS, name, schedule, part).values()),
-            estimate(FASHION_FD, study.values(FASHION_FD, name, schedule, part).values()),
+            *(_estimate(metric, runs, schedule) for metric in (LOSS, FASHION_FD)),
             f"{1000 * seconds:.1f} ms",
             f"{kv / 1024:.0f} KiB",
         ])  # fmt: skip
@@ -53,19 +60,33 @@ def quality(study: Study, config: VARConfig, bridge: int) -> str:
     return "\n".join([lead, "", *table(columns, rows)]).strip()
 
 
+def _estimate(metric: Metric, runs: Iterable[Run], schedule: str) -> str:
+    """Of these runs alone: a seed whose images are not measured yet has losses already."""
+    values = (run.value(metric, schedule) for run in runs)
+    return estimate(metric, [value for value in values if value is not None])
+
+
 def best_supernet(study: Study) -> dict[int, Run] | None:
     """By seed, the trained run of one set of weights for all depths with the lowest mean loss.
 
-    Only runs count that trained every depth, and whose images were measured at every depth.
+    Only runs count that trained every depth, and whose images were measured at every depth. They
+    are compared by the seeds that all of them have, where there are such.
     """
-    found: list[tuple[float, dict[int, Run]]] = []
+    found: list[dict[int, Run]] = []
     for part in study.parts.values():
         for name in part.names:
             runs = {s: run for s, run in study.runs(name, part.name).items() if _is_whole(run)}
-            losses = [run.value(LOSS, schedule) for run in runs.values() for schedule in DEPTHS]
-            if runs:
-                found.append((mean_and_error(loss for loss in losses if loss is not None)[0], runs))
-    return min(found, key=lambda pair: pair[0])[1] if found else None
+            found += [runs] if runs else []
+    if not found:
+        return None
+    shared = set.intersection(*map(set, found))
+
+    def mean_loss(runs: dict[int, Run]) -> float:
+        counted = [run for seed, run in runs.items() if seed in shared or not shared]
+        losses = [run.value(LOSS, schedule) for run in counted for schedule in DEPTHS]
+        return mean_and_error(loss for loss in losses if loss is not None)[0]
+
+    return min(found, key=mean_loss)
 
 
 def _is_whole(run: Run) -> bool:

@@ -83,13 +83,19 @@ def label(name: str, runs: Iterable[Run]) -> str:
     return f"`{name}`" + (" (full network frozen)" if any(map(is_frozen, runs)) else "")
 
 
-def estimate(metric: Metric, values: Iterable[float]) -> str:
-    """Mean ± standard error over seeds; of one seed the value alone."""
+def estimate(metric: Metric, values: Iterable[float], seeds: int | None = None) -> str:
+    """Mean ± standard error over seeds; of one seed the value alone.
+
+    Args:
+        seeds: of the row, which a number of fewer seeds does not share.
+    """
     values = list(values)
     if not values:
         return "-"
     mean, error = mean_and_error(values)
-    return metric.text(mean) + ("" if error is None else f" ± {metric.text(error)}")
+    fewer = seeds is not None and len(values) < seeds
+    few = f" ({len(values)} seed{'s' * (len(values) > 1)})" if fewer else ""
+    return metric.text(mean) + ("" if error is None else f" ± {metric.text(error)}") + few
 
 
 def schedules_of(part: Part) -> list[str]:
@@ -108,7 +114,10 @@ def losses(study: Study, part: Part) -> list[str]:
             str(len(runs)),
             _common(runs.values(), "work", ".2f"),
             _common(runs.values(), "seconds", ",.0f"),
-            *(estimate(LOSS, study.values(LOSS, name, s, part.name).values()) for s in schedules),
+            *(
+                estimate(LOSS, study.values(LOSS, name, s, part.name).values(), len(runs))
+                for s in schedules
+            ),
         ])  # fmt: skip
     return named(LOSSES, table(["run", "seeds", "work", "seconds", *schedules], rows))
 
@@ -152,12 +161,13 @@ def searched(study: Study, part: Part) -> list[str]:
                 kind: study.values(LOSS, name, f"{kind} {budget}", part.name)
                 for kind in SEARCH_KINDS
             }
+            seeds = max(map(len, found.values()))
             rows.append([
-                f"`{name}`", budget,
-                *(estimate(LOSS, values.values()) for values in found.values()),
+                f"`{name}`", budget, str(seeds),
+                *(estimate(LOSS, values.values(), seeds) for values in found.values()),
                 *(first.get(f"{kind} {budget}", "-") for kind in SEARCH_KINDS),
             ])  # fmt: skip
-    columns = ["run", "budget", *(f"loss, {kind}" for kind in SEARCH_KINDS.values())]
+    columns = ["run", "budget", "seeds", *(f"loss, {kind}" for kind in SEARCH_KINDS.values())]
     columns += [f"depths, {kind}" for kind in SEARCH_KINDS.values()]
     return named(SEARCHED, table(columns, rows))
 
@@ -180,8 +190,10 @@ def losses_by_scale(study: Study, part: Part) -> list[str]:
                     mean_and_error(here[scale] - full[scale] for here, full in by_seed)[0]
                     for scale in range(len(by_seed[0][0]))
                 ]
-                rows.append([f"`{name}`", schedule, *(f"{mean:+.3f}" for mean in means)])
-    columns = ["run", "schedule", *(f"scale {n}" for n in range(scales))]
+                rows.append([
+                    f"`{name}`", schedule, str(len(by_seed)), *(f"{mean:+.3f}" for mean in means),
+                ])  # fmt: skip
+    columns = ["run", "schedule", "seeds", *(f"scale {n}" for n in range(scales))]
     return named(BY_SCALE, table(columns, rows)) if rows else []
 
 
@@ -196,12 +208,20 @@ def losses_per_layer_token(study: Study, part: Part) -> list[str]:
                 here = [runs[s].value(LOSS, schedule) - runs[s].value(LOSS, FULL) for s in costs]
                 tokens = next(iter(runs.values())).data["layer_tokens"]
                 rows.append([
-                    f"`{name}`", schedule, f"{tokens[FULL] - tokens[schedule]:,}",
+                    f"`{name}`", schedule, str(len(costs)),
+                    f"{tokens[FULL] - tokens[schedule]:,}",
                     estimate(LOSS, here), estimate(LOSS_PER_TOKEN, costs.values()),
                 ])  # fmt: skip
     if not rows:
         return []
-    columns = ["run", "schedule", "layer-tokens saved", "loss above full", "per layer-token saved"]
+    columns = [
+        "run",
+        "schedule",
+        "seeds",
+        "layer-tokens saved",
+        "loss above full",
+        "per layer-token saved",
+    ]
     return named(PER_TOKEN, table(columns, rows))
 
 
@@ -215,9 +235,10 @@ def generated(study: Study, part: Part) -> list[str]:
                 _generated(run)[schedule] for run in runs.values() if schedule in _generated(run)
             ]
             floors = [cell["floor"] for cell in cells if cell.get("floor") is not None]
+            found = (study.values(metric, name, schedule, part.name) for metric in METRICS[1:])
             values = [
-                estimate(metric, study.values(metric, name, schedule, part.name).values())
-                for metric in METRICS[1:]
+                estimate(metric, by_seed.values(), len(cells))
+                for metric, by_seed in zip(METRICS[1:], found, strict=True)
             ]
             counts = sorted({cell["n"] for cell in cells if "n" in cell})
             rows.append([
@@ -249,8 +270,8 @@ def gradient_norms(study: Study, part: Part) -> list[str]:
             cells = [
                 estimate(LOSS, [norm[key] for norm in norms]) for key in ("shared", "full_only")
             ]
-            rows.append([f"`{name}`", *cells])
-    columns = ["run", "shared layers", "full-only layers"]
+            rows.append([f"`{name}`", str(len(norms)), *cells])
+    columns = ["run", "seeds", "shared layers", "full-only layers"]
     return named(GRADIENTS, table(columns, rows)) if rows else []
 
 

@@ -15,6 +15,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from benchmarks.study.report_data import FULL, LOSS, LOSS_PER_TOKEN, Metric, Study, mean_and_error
+from variant.evaluation.intervals import student_quantile, student_within
 
 ERRORS = 2.0
 # Chance that one of several differences decides a claim by accident, where there is none.
@@ -106,34 +107,15 @@ class Evidence:
 
 
 def chance_within(errors: float, seeds: int) -> float:
-    """P(abs(mean) < errors x standard error) of so many normal numbers of mean zero.
-
-    Student's t with n - 1 degrees of freedom, in closed form (Abramowitz and Stegun, 26.7.3-4).
-    """
-    freedom = seeds - 1
-    if freedom < 1:
+    """P(abs(mean) < errors x standard error) of so many normal numbers of mean zero."""
+    if seeds < 2:
         raise ValueError(f"chance_within: seeds must be at least 2; got {seeds}")
-    angle = math.atan(errors / math.sqrt(freedom))
-    term = math.sin(angle) * (math.cos(angle) if freedom % 2 else 1.0)
-    total = 0.0
-    for power in range(2 + freedom % 2, freedom + 1, 2):
-        total += term
-        term *= math.cos(angle) ** 2 * (power - 1) / power
-    return (angle + total) * 2 / math.pi if freedom % 2 else total
+    return student_within(errors, seeds - 1)
 
 
 def needed_errors(seeds: int, chances: int) -> float:
     """Standard errors that a difference needs, if ``chances`` differences can decide alone."""
-    if chances == 1:
-        return ERRORS
-    low, high = ERRORS, ERRORS
-    while 1 - chance_within(high, seeds) > CHANCE / chances:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        is_rare = 1 - chance_within(middle, seeds) <= CHANCE / chances
-        low, high = (low, middle) if is_rare else (middle, high)
-    return high
+    return ERRORS if chances == 1 else max(ERRORS, student_quantile(seeds - 1, CHANCE / chances))
 
 
 def decide(sums: Sequence[float], to_hold: int = 1, to_fail: int = 1) -> Evidence:

@@ -73,7 +73,10 @@ def test_a_search_is_counted_by_its_verdicts():
         ],
     }  # fmt: skip
     text = docs_blocks.search_of_digits(record)
-    assert "| K/V bytes | depth and bridge | 2 of 5 | 1 of 5 | 1 of 5 | 0.013 to 0.250 |" in text
+    assert (
+        "| K/V bytes | depth 8, 4 or 2 and bridge | 2 of 5 | 1 of 5 | 1 of 5 | 0.013 to 0.250 |"
+        in text
+    )
     assert "| work | evenly chosen or trained layers | 0 of 1 | 0 of 1 | 1 of 1 | - |" in text
     assert "`digits`: 1,924 schedules of 2 sets of layers, each evaluated or excluded" in text
     assert "9 images choose and 8 compare (`variant search" in text
@@ -94,8 +97,15 @@ def test_the_searches_of_the_study_are_counted_by_their_verdicts(tmp_path):
     study = study_of(tmp_path, search=runs, control=broken[0], base=broken[1])
     rows = docs_blocks.search_of_study(study).splitlines()
     first = "| full network, no subnet trained (2 seeds) | K/V bytes"
-    assert f"{first} | depth and bridge | 1 of 1 | 0 of 1 | 0 of 1 | 0.550 |" in rows
+    assert f"{first} | depth 8, 4 or 2 and bridge | 1 of 1 | 0 of 1 | 0 of 1 | 0.550 |" in rows
     assert f"{first} | evenly chosen or trained layers | 0 of 1 | 0 of 1 | 1 of 1 | - |" in rows
+    names = iter(("8x5-7", "8x3-4-2"))
+    for one in runs:
+        one["schedules"] = {"even kv=0.4": next(names)}
+    rows = docs_blocks.search_of_study(study_of(tmp_path, search=runs)).splitlines()
+    assert "| full network, no subnet trained | K/V bytes | 1 of 2 | 1 of 2 |" in rows
+    shapes = {"8x6": 8, "3x6": 3, "8-2x5": 2, "8x4-4x2": 4, "7x3-2x3": None, "8x4-4-2": None}
+    assert {name: docs_blocks.depth_after_bridge(name) for name in shapes} == shapes
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -172,13 +182,17 @@ def test_what_recipes_and_the_guide_say_of_the_study_holds(verdicts, study):
 
 def test_what_the_guide_says_of_searches_holds():
     text = words(DOCS / "search.md")
-    assert "a search is worth most where no subnet was trained" in text
-    cell = r"\| ([^|]+) \([23] seeds\) \| [^|]+ \| depth and bridge \| (\d) of 6 \|"
+    assert "A search is worth most where no subnet was trained" in text
+    cell = r"\| ([^|]+) \([23] seeds\) \| [^|]+ \| depth 8, 4 or 2 and bridge \| (\d) of 6 \|"
     won = dict.fromkeys(docs_blocks.SEARCHED.values(), 0)
     for model, count in re.findall(cell, (DOCS / "search.md").read_text()):
         won[model] += int(count)
     untrained, supernet = won.values()
     assert untrained > supernet
+    assert "at equal K/V bytes, what helps is mostly one other depth after the bridge" in text
+    cell = r"\| full network, no subnet trained \| K/V bytes \| \d+ of (\d+) \| (\d+) of \d+ \|"
+    cases, other = map(int, re.findall(cell, (DOCS / "search.md").read_text())[0])
+    assert other > cases / 2
 
 
 def test_the_perceptual_loss_and_the_adversary_are_as_the_guide_says():

@@ -10,8 +10,8 @@ from study_results import control, run, seeds, study_of, write
 
 from benchmarks.study import report, report_plots, report_tables
 from benchmarks.study.__main__ import main as study_main
-from benchmarks.study.report_claims import CLAIMS, CONTROL, FIXED
-from benchmarks.study.report_data import FASHION_FD, FULL, PARTS, Study, read_study
+from benchmarks.study.report_claims import CLAIMS, CONTROL, FIXED, SEARCH_BUDGETS
+from benchmarks.study.report_data import FASHION_FD, FULL, LOSS, PARTS, Study, read_study
 from benchmarks.study.report_readme import quality
 from benchmarks.study.report_verdicts import points
 from benchmarks.study.settings import load_study
@@ -102,7 +102,9 @@ def test_contradictions_are_the_first_lines(tmp_path):
     first = report.page(study).split("## ")[0]
     assert "**Where the miniature contradicts the paper:**" in first
     text = '"No fixed ratio beats the progressive schedule at both depths"'
-    by_loss = "By held-out loss it **does not hold**: of 8 differences, 8 speak against it."
+    by_loss = (
+        "By held-out loss it **does not hold**: of 8 differences, 8 speak against it; 3 seeds."
+    )
     assert f"- {text} (Figure 2a, section 3.3.2). {by_loss} By fashion-FD it **does not" in first
     assert first.count(text) == 1
     assert "so far" not in first
@@ -135,7 +137,7 @@ def test_a_part_that_is_alone_or_empty_makes_a_page(tmp_path, part):
     )
     row = "| `p0` | 1 | 600.00 | 60 | 2.5000 | 2.9000 |"
     if part == "search":
-        row = "| `p0` | kv=0.5 | 2.5000 | 2.9000 | - | - | - | - |"
+        row = "| `p0` | kv=0.5 | 1 | 2.5000 | 2.9000 | - | - | - | - |"
     assert row in report.page(study)
 
 
@@ -172,6 +174,42 @@ def test_a_frozen_full_network_is_named_in_its_rows(tmp_path):
     assert "The full network, frozen in `copies`, is better" in page
 
 
+def test_numbers_of_fewer_seeds_say_so(tmp_path):
+    """Rows, cells and verdicts; a schedule that equals another is no open question."""
+    norms = {"gradient_norms": {"shared": 0.2, "full_only": 0.1}}
+    runs = [
+        *seeds("several", [{FULL: 2.0, "d4": 2.5, "d2": 3.0}, {FULL: 2.1, "d4": 2.7}], **norms),
+        run("several", 2, loss={FULL: 2.2, "d4": 2.8}),
+        *seeds("several-p0.8", [{FULL: 1.0, "d4": 2.0}, {FULL: 1.1, "d4": 2.2}]),
+    ]
+    key = "searched kv=0.4", "grid kv=0.4"
+    searches = seeds("search-supernet", [dict.fromkeys(key, loss) for loss in (2.0, 2.1)])
+    searches += seeds("search-untrained", [dict(zip(key, (2.0, x), strict=True)) for x in (2, 3)])
+    del searches[3]["losses"]["grid kv=0.4"]
+    control(tmp_path, [3.0, 3.3, 3.1], [0.2, 0.23, 0.21])
+    page = report.page(study_of(tmp_path, extras=runs, ratios=runs, search=searches))
+    assert (
+        "| `several` | 3 | 600.00 | 60 | 2.1000 ± 0.0577 | 2.6667 ± 0.0882 | 3.0000 (1 seed) |"
+        in page
+    )
+    assert "| `several` | 2 | 0.2000 ± 0.0000 |" in page
+    assert "| `search-untrained` | kv=0.4 | 2 | 2.0000 ± 0.0000 | 2.0000 (1 seed) |" in page
+    assert "d4 is better than with the progressive schedule and both depths" in page
+    assert "| It **holds**: -0.5000 ± 0.0000, 2 seeds. |" in page
+    beats = "On the trained subnets, at equal K/V bytes the search beats the best of"
+    row = next(line for line in page.splitlines() if line.startswith(f"| {beats}"))
+    assert row.endswith("| It **has not run yet**. |")
+    for share in SEARCH_BUDGETS:
+        for one in searches[:2]:
+            one["losses"] |= {
+                f"{kind} kv={share:g}": {"mean": 2.0} for kind in ("searched", "grid")
+            }
+    control(tmp_path / "all", [3.0, 3.3, 3.1], [0.2, 0.23, 0.21])
+    page = report.page(study_of(tmp_path / "all", search=searches))
+    row = next(line for line in page.splitlines() if line.startswith(f"| {beats}"))
+    assert row.endswith("of 6 differences, 6 are zero in every seed; 2 seeds. |")
+
+
 def test_every_table_has_a_name_that_the_page_explains(tmp_path):
     page = report.page(whole_study(tmp_path))
     ours, explained = page.split("| table | what it holds |")[1].split("\n\n", 1)[::-1]
@@ -193,9 +231,9 @@ def test_every_table_has_a_name_that_the_page_explains(tmp_path):
 @pytest.mark.parametrize(
     ("alone", "what"),
     [
-        (1.2, "by held-out loss the full network is worse than its start (+0.2000 ± 0.0000)"),
-        (0.9, "by held-out loss the full network is better than its start (-0.1000 ± 0.0000)"),
-        (1.0, "differs from its start by less than is resolved (+0.0000 ± 0.0000)"),
+        (1.2, "the full network is worse than its start (+0.2000 ± 0.0000, 2 seeds)"),
+        (0.9, "the full network is better than its start (-0.1000 ± 0.0000, 2 seeds)"),
+        (1.0, "differs from its start by less than is resolved (+0.0000 ± 0.0000, 2 seeds)"),
     ],
 )
 def test_the_page_says_what_training_on_does_to_the_full_network(tmp_path, alone, what):
@@ -290,6 +328,21 @@ def test_the_committed_page_and_pictures_are_what_the_result_files_give():
         assert name not in shown or report_plots.is_current(study, path), "run `make study-report`"
 
 
+def test_the_differences_of_the_result_files_are_those_of_their_losses():
+    """So is a difference that was kept from an earlier file; and all are of the same data."""
+    study = read_study(report.RESULTS)
+    first = study.parts["base"].data
+    for key in ("settings", "data"):
+        assert all(part.data[key] == first[key] for part in study.parts.values())
+    for part in study.parts.values():
+        for pair in part.data.get("pairs") or ():
+            own = study.runs(pair["run"], part.name)
+            against = study.runs(pair["against"], part.name) or study.runs(pair["against"])
+            for seed, difference in zip(pair["seeds"], pair["by_seed"], strict=True):
+                here, there = (runs[seed].value(LOSS, pair["schedule"]) for runs in (own, against))
+                assert difference == pytest.approx(here - there, abs=3e-5), (part.name, pair)
+
+
 # --- the study's settings and the README --------------------------------------------------------
 
 
@@ -363,6 +416,9 @@ def test_the_readme_shows_the_best_run_of_all_depths(tmp_path):
     runs += [supernet("several-p0.8", seed, 1.9 + seed / 10) for seed in (0, 1)]
     runs += [supernet("teacher", 0, 1.0, depths=[2])]
     runs += [{**supernet("unfinished", 0, 1.0), "generated": None}]
+    # Seeds that one of the two lacks decide nothing; nor are losses without images shown.
+    runs += [supernet("several", 2, 0.5)]
+    runs += [{**supernet("several-p0.8", 3, 0.5), "generated": None}]
     config = VARConfig(
         depth=8, embed_dim=64, num_heads=4, patch_nums=(1, 2, 3, 4, 6, 8), num_classes=10,
         vocab_size=256, vae_channels=8,

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.study import scheduler
 from benchmarks.study.__main__ import main
+from benchmarks.study.collect import made_on
 from benchmarks.study.metrics import distances, flagged, halves
 from benchmarks.study.schedules import (
     falling_schedule,
@@ -234,3 +235,13 @@ def test_a_study_that_is_stopped_says_how_to_go_on(tmp_path, capsys, monkeypatch
     monkeypatch.setattr("benchmarks.study.__main__._run", stopped)
     assert main(["run", "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "study: stopped; the same command continues\n"
+
+
+def test_a_file_names_every_machine_of_its_rows():
+    """Rows that were kept from an earlier file may have been made on another one."""
+    one = {"cpu": "A", "isa": "avx2", "python": "3.11", "torch": "2.13"}
+    other = {**one, "cpu": "B", "torch": "2.12"}
+    found = made_on([{"made": one}, {"made": other}, {"made": one}])
+    assert found["machine"] == "A (avx2) and B (avx2), one thread per run"
+    assert found["versions"] == {"python": "3.11", "torch": "2.13 and 2.12"}
+    assert made_on([{"made": one}])["machine"] == "A (avx2), one thread per run"

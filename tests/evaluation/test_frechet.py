@@ -15,6 +15,8 @@ from variant.evaluation.frechet import (
     total,
 )
 
+T_9 = 2.262157  # the 95 % quantile of Student's t with 9 degrees of freedom
+
 
 def random_gaussian(seed, width, rank=None):
     root = noise(seed, width, rank or width) - 0.5
@@ -86,7 +88,7 @@ def test_the_interval_covers_and_the_bias_goes_to_its_limit():
         blocks = [FeatureStatistics.of(features[start::10]) for start in range(10)]
         result = frechet_from_blocks(blocks, reference)
         values.append(result.distance)
-        errors.append((result.high - result.distance) / 1.96)
+        errors.append((result.high - result.distance) / T_9)
         limits.append(result.infinite)
     spread = float(np.std(values))
     assert 0.6 * spread < np.mean(errors) < 1.7 * spread
@@ -105,11 +107,11 @@ def test_the_interval_of_pairs_is_that_of_other_draws_of_pairs():
         )
         result = frechet_from_blocks(blocks, originals)
         values.append(result.distance)
-        errors.append((result.high - result.distance) / 1.96)
+        errors.append((result.high - result.distance) / T_9)
         limits.append(result.infinite)
         against_all = frechet_from_blocks(blocks, total(originals).gaussian())
         assert against_all.distance == pytest.approx(result.distance, abs=1e-9)
-        loose.append((against_all.high - result.distance) / 1.96)
+        loose.append((against_all.high - result.distance) / T_9)
     spread = float(np.std(values))
     assert 0.6 * spread < np.mean(errors) < 1.7 * spread
     assert np.mean(loose) > 2 * spread
@@ -117,6 +119,20 @@ def test_the_interval_of_pairs_is_that_of_other_draws_of_pairs():
     assert np.mean(limits) == pytest.approx(4 * (0.2**2 + (25.09**0.5 - 5) ** 2), rel=0.1)
     with pytest.raises(ValueError, match="reference blocks"):
         frechet_from_blocks(blocks, originals[:9])
+
+
+def test_the_interval_is_that_of_an_error_of_so_many_blocks():
+    features = torch.from_numpy(noise(50, 50, 4))
+    reference = Gaussian(torch.zeros(4).double(), torch.eye(4).double())
+    for count, quantile in ((10, T_9), (5, 2.776445)):
+        blocks = [FeatureStatistics.of(features[start::count]) for start in range(count)]
+        left_out = [
+            frechet_distance(total(blocks[:i] + blocks[i + 1 :]).gaussian(), reference)
+            for i in range(count)
+        ]
+        result = frechet_from_blocks(blocks, reference)
+        half = quantile * jackknife_error(left_out)
+        assert result.high - result.distance == pytest.approx(half, rel=1e-6)
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error():

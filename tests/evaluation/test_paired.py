@@ -43,12 +43,13 @@ def test_the_intervals_of_pairs_are_those_of_means_over_images():
     other = (pixels // 2 + steps[:, None, None, None]).to(torch.uint8)
     result = compare_pairs(as_set("a", other), as_set("b", pixels // 2), batch=7)
     squares = (steps**2).double()
-    half = 1.96 * squares.std() / 40**0.5
+    t_39 = 2.022691
+    half = t_39 * squares.std() / 40**0.5
     ends = [psnr(float(squares.mean() + sign * half)) for sign in (1, -1)]
     assert result.psnr_interval == pytest.approx(ends)
     assert result.psnr == pytest.approx(psnr(float(squares.mean())))
     ssims = structural_similarity(other, pixels // 2)
-    half = float(1.96 * ssims.std() / 40**0.5)
+    half = float(t_39 * ssims.std() / 40**0.5)
     assert result.ssim_interval == pytest.approx((result.ssim - half, min(1, result.ssim + half)))
     assert compare_pairs(as_set("a", pixels), as_set("b", pixels)).psnr_interval is None
 

@@ -291,16 +291,19 @@ def test_pairs_of_schedules_at_equal_cost():
 
 
 @pytest.mark.parametrize(
-    ("difference", "error", "verdict"),
+    ("difference", "error", "images", "verdict"),
     [
-        (-1.0, 0.4, "searched is worse"),
-        (1.0, 0.0, "searched is better"),
-        (0.01, 0.1, "not resolved"),
-        (0.2, 0.1, "not resolved"),  # exactly two standard errors
-        (-1.0, math.nan, "not resolved"),  # one image
-        (0.0, 0.0, "not resolved"),  # every image loses the same
+        (-1.0, 0.4, 100, "searched is worse"),
+        (1.0, 0.0, 100, "searched is better"),
+        (0.01, 0.1, 100, "not resolved"),
+        (0.2, 0.1, 100, "not resolved"),  # exactly two standard errors
+        (-1.0, math.nan, 1, "not resolved"),
+        (0.0, 0.0, 100, "not resolved"),  # every image loses the same
+        (1.0, 0.4, 4, "not resolved"),  # Student's t of 4 images: 3.18 standard errors
+        (1.0, 0.31, 4, "searched is better"),
+        (1.0, 0.1, 2, "not resolved"),  # of 2 images: 12.7
     ],
 )
-def test_a_verdict_needs_more_than_two_standard_errors(difference, error, verdict):
+def test_a_verdict_needs_more_than_two_standard_errors(difference, error, images, verdict):
     searched, other = (Found(schedule, 1.0, {}) for schedule in (((0, 3),), ((0, 1, 3),)))
-    assert Row("kv", 0.5, "grid", searched, other, difference, error).verdict == verdict
+    assert Row("kv", 0.5, "grid", searched, other, difference, error, images).verdict == verdict

@@ -136,6 +136,23 @@ def test_a_narrow_beam_keeps_the_seeds_and_the_budgets(seed):
     assert best is None if not within else best.loss <= min(within)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_beam_gives_away_no_schedule_whose_loss_it_has_computed(seed):
+    """Not even where more whole schedules are on a front than the beam is wide."""
+    space, costs, loss = random_problem(seed)
+    asked = []
+
+    def recorded(prefix):
+        asked.append(prefix)
+        return loss(prefix)
+
+    result = search(space, costs, recorded, exact=0, beam=1)
+    whole = {prefix for prefix in asked if len(prefix) == space.num_scales}
+    known = [one for one in everything(space, costs, loss) if one.schedule in whole]
+    for cost in costs:
+        assert curve(result.found, cost.name) == curve(known, cost.name)
+
+
 def test_at_d30_and_ten_scales_it_ends_within_a_minute():
     config = VAR_PRESETS["var-d30"]
     depths = default_depths(config.depth, (16, 8, 4, 2))

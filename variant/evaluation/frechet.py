@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from variant.evaluation.intervals import student_quantile
 from variant_kernels.arguments import integer
 
 
@@ -159,7 +160,8 @@ class FrechetResult:
     """A Fréchet distance with what is needed to judge it.
 
     distance: of ``count`` images from the reference.
-    low, high: a 95 % interval for other draws of as many images (delete-one-block jackknife).
+    low, high: a 95 % interval for other draws of as many images (delete-one-block jackknife, whose
+        error of so many blocks has Student's t).
     infinite: the distance extrapolated to infinitely many images, by a line in 1/N (Chong, Forsyth
         2020, "Effectively unbiased FID"); the bias of a finite sample falls as 1/N.
     """
@@ -224,11 +226,11 @@ def frechet_from_blocks(
     inverse = torch.tensor(counts, dtype=torch.float64).reciprocal()
     line = torch.stack((torch.ones_like(inverse), inverse), dim=1)
     intercept = torch.linalg.lstsq(line, torch.tensor(values, dtype=torch.float64)[:, None])
-    error = jackknife_error(left_out)
+    half = student_quantile(len(blocks) - 1) * jackknife_error(left_out)
     return FrechetResult(
         distance=distance,
-        low=max(0.0, distance - 1.96 * error),
-        high=distance + 1.96 * error,
+        low=max(0.0, distance - half),
+        high=distance + half,
         infinite=float(intercept.solution[0, 0]),
         count=whole.count,
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from variant.errors import UserError
 from variant.evaluation.image_sets import ImageSet
+from variant.evaluation.intervals import student_quantile
 
 PEAK = 255.0
 # Window and constants of Wang et al. 2004, "Image quality assessment", section III.
@@ -71,8 +72,11 @@ def psnr_with_interval(errors_N: Tensor) -> tuple[float, tuple[float, float] | N
 def _mean(values_N: Tensor) -> tuple[float, float, float]:
     """The mean over images, and the ends of its 95 % interval."""
     mean = float(values_N.mean())
-    error = float(values_N.std(correction=1 if len(values_N) > 1 else 0)) / len(values_N) ** 0.5
-    return mean, mean - 1.96 * error, mean + 1.96 * error
+    if len(values_N) < 2:
+        return mean, mean, mean
+    error = float(values_N.std()) / len(values_N) ** 0.5
+    half = student_quantile(len(values_N) - 1) * error
+    return mean, mean - half, mean + half
 
 
 def check_pairs(images: ImageSet, reference: ImageSet) -> None:

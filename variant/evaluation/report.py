@@ -29,6 +29,7 @@ from variant.evaluation.frechet import (
     total,
 )
 from variant.evaluation.image_sets import ImageSet, Reference
+from variant.evaluation.intervals import student_quantile
 from variant.evaluation.paired import check_pairs, warn_of_order
 from variant.evaluation.scores import NEIGHBOURS, SPLIT, inception_score, precision_recall
 from variant_kernels.arguments import integer
@@ -428,16 +429,15 @@ def indices_of_blocks(count: int, labels: Sequence[int] | None = None) -> list[T
 def _class_metrics(images: ImageSet, network: FeatureNetwork, logits_NC: Tensor) -> list[Metric]:
     """The Inception Score, or for another network its own; with labels also the accuracy."""
     official = network.distance == "FID"
-    score = inception_score(logits_NC)
+    score = inception_score(logits_NC, SPLIT)
     name = "Inception Score" if official else f"class score ({network.name})"
-    if score.splits > 1:
-        error = score.std / (score.splits - 1) ** 0.5
-    else:
-        kept = torch.ones(BLOCKS, len(logits_NC), dtype=torch.bool)
-        for place, block in enumerate(indices_of_blocks(len(logits_NC), images.labels)):
-            kept[place, block] = False
-        error = jackknife_error([inception_score(logits_NC[rows]).mean for rows in kept])
-    low, high = max(1.0, score.mean - 1.96 * error), score.mean + 1.96 * error
+    if score.splits >= BLOCKS:
+        numbers, error = score.splits, score.std / (score.splits - 1) ** 0.5
+    else:  # of few splits the deviation is a guess
+        blocks = indices_of_blocks(len(logits_NC), images.labels)
+        numbers, error = BLOCKS, jackknife_error([_score_without(logits_NC, b) for b in blocks])
+    half = student_quantile(numbers - 1) * error
+    low, high = max(1.0, score.mean - half), score.mean + half
     metrics = [Metric(name, score.mean, len(logits_NC), low, high)]
     if images.labels is None:
         return metrics
@@ -449,6 +449,15 @@ def _class_metrics(images: ImageSet, network: FeatureNetwork, logits_NC: Tensor)
         value = float(right.double().mean())
         metrics.append(share("recognised", value, len(right)))
     return metrics
+
+
+def _score_without(logits_NC: Tensor, block: Tensor) -> float:
+    """The Inception Score of the same splits without some of the images."""
+    kept_N = torch.ones(len(logits_NC), dtype=torch.bool)
+    kept_N[block] = False
+    splits = zip(logits_NC.split(SPLIT), kept_N.split(SPLIT), strict=True)
+    parts = [logits[kept] for logits, kept in splits if kept.any()]
+    return sum(inception_score(part, SPLIT).mean for part in parts) / len(parts)
 
 
 def _warn_of_sorted_labels(name: str, labels: Sequence[int]) -> None:

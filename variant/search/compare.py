@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from variant.evaluation.intervals import student_quantile
 from variant.search.space import Prefix
 from variant.search.tree import Found, best_within
 
-# Only a difference of more than two standard errors is resolved.
+# Only a difference of more than two standard errors is resolved; of few images, whose error is
+# uncertain, more than the 95 % quantile of Student's t.
 RESOLVED = 2.0
 SAME = "the same schedule"
 
@@ -27,6 +29,7 @@ class Row:
     cost, share: the budget.  name: of the other kind of schedules.  searched, other: the best of
     each by the search's images.  difference: mean loss of the other minus that of the searched, on
     the images of the comparison, in nats per token; error: its standard error, NaN for one image.
+    images: of the comparison.
     """
 
     cost: str
@@ -36,14 +39,16 @@ class Row:
     other: Found
     difference: float
     error: float
+    images: int
 
     @property
     def verdict(self) -> str:
         """What the difference says."""
         if self.searched.schedule == self.other.schedule:
             return SAME
+        needed = max(RESOLVED, student_quantile(max(self.images - 1, 1)))
         # An unknown error (NaN) resolves nothing, as a difference of 0 does not.
-        if not abs(self.difference) > RESOLVED * self.error:
+        if not abs(self.difference) > needed * self.error:
             return "not resolved"
         return "searched is better" if self.difference > 0 else "searched is worse"
 
@@ -70,8 +75,9 @@ def compare(
         for name, found in others.items():
             other = best_within(found, limits)
             if best is not None and other is not None:
-                difference, error = paired(losses(other.schedule), losses(best.schedule))
-                rows.append(Row(cost, share, name, best, other, difference, error))
+                other_N, best_N = losses(other.schedule), losses(best.schedule)
+                difference, error = paired(other_N, best_N)
+                rows.append(Row(cost, share, name, best, other, difference, error, len(best_N)))
     return rows
 
 

@@ -55,8 +55,9 @@ class Found:
 class Result:
     """What a search found.
 
-    found: every schedule whose loss was computed.  exact: whether each one that is not in it costs
-    more than a budget, or is beaten in loss and all costs by one that is.  schedules: of the space.
+    found: every schedule whose loss was computed, but those that another of them beats in loss and
+    all costs.  exact: whether each one that is not in it costs more than a budget, or is beaten so
+    by one that is.  schedules: of the space.
     """
 
     found: list[Found]
@@ -300,7 +301,9 @@ class _Tree:
             nodes = [
                 node for node in nodes if not self.is_cut(node[0], node[1] + estimate[scale + 1])
             ]
-            beam = self._selected(nodes, width)
+            # Whole schedules cost nothing more: a front has all of them.
+            is_last = scale + 1 == self.space.num_scales
+            beam = nodes if is_last else self._selected(nodes, width)
         for schedule, loss in beam:
             if schedule not in self.found:
                 self._add(schedule, loss)
