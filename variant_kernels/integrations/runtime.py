@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from variant_kernels.arguments import integer, sequence
 from variant_kernels.packed_linear import can_pack, pack, packed_linear
 from variant_kernels.plans.depth_schedule import DepthSchedule, check_schedule, resolve_layers
+from variant_kernels.tensors import Memory
 from variant_kernels.untraced import untraced
 
 
@@ -39,11 +40,15 @@ class Stats:
 
 
 class _CastWeight(NamedTuple):
-    """The copy of a module's weight; state: version, address and dtype for which it is right."""
+    """The copy of a module's weight.
+
+    state, memory: version, address and dtype for which it is right, while the memory is not freed.
+    """
 
     module: nn.Module
     weight: Tensor
     state: tuple[int | None, int, torch.dtype]
+    memory: Memory
     cast: Tensor
 
 
@@ -150,15 +155,17 @@ class Runtime:
         self.last = Stats(seconds, planned_bytes, allocated_bytes, *self._running, tuple(depths))
 
     def _drop_copies(self) -> None:
-        """Drop all copies, or only those of weights that their modules do not hold any more.
+        """Drop all copies, or only those whose weights may be others at the next generation.
 
-        ``fully_shard``, for instance, makes a module's weight anew at each call.
+        ``fully_shard``, for instance, makes a module's weight anew at each call, and weights made
+        under ``torch.inference_mode()`` have no version that tells of a change.
         """
         kept = self._copies.items() if self.keep_copies else ()
         self._copies = {
             key: entry
             for key, entry in kept
             if entry.module._parameters.get("weight") is entry.weight
+            and not entry.weight.is_inference()
         }
 
     @untraced
@@ -180,9 +187,15 @@ class Runtime:
         version = None if weight_OI.is_inference() else weight_OI._version
         state = version, weight_OI.data_ptr(), dtype
         entry = self._copies.get(id(module))
-        if entry is None or entry.weight is not weight_OI or entry.state != state:
+        if (
+            entry is None
+            or entry.weight is not weight_OI
+            or entry.state != state
+            or entry.memory.was_freed
+        ):
             cast = weight_OI.detach().to(dtype)
-            entry = _CastWeight(module, weight_OI, state, pack(cast) if packed else cast)
+            memory = Memory([weight_OI])
+            entry = _CastWeight(module, weight_OI, state, memory, pack(cast) if packed else cast)
             self._copies[id(module)] = entry
         if packed:
             return packed_linear(x, entry.cast, bias_O)
