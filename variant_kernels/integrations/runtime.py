@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +77,7 @@ class Runtime:
         self._copies: dict[int, _CastWeight] = {}
         self._started = 0.0
         self._thread = 0
+        self._code: CodeType | None = None  # that begins and runs the generation
         # Whose unfinished generation another thread has taken the place of.
         self._displaced: set[int] = set()
         self._running: tuple[int | tuple[int, ...] | DepthSchedule | None, int | None]
@@ -127,6 +130,22 @@ class Runtime:
         self._displaced.discard(own)
         self.generating, self._running = True, (self.depth, self.bridge)
         self._started, self._thread = time.perf_counter(), own
+        frame = sys._getframe(1)
+        while frame.f_back is not None and _is_ours(frame):
+            frame = frame.f_back
+        self._code = frame.f_code
+
+    def is_generating(self, model: nn.Module) -> bool:
+        """Whether the model's function that began the last generation is still running.
+
+        After an interruption :attr:`generating` stays true, but the function's frame is gone.
+        """
+        frame = sys._current_frames().get(self._thread) if self.generating else None
+        while frame is not None:
+            if frame.f_code is self._code and frame.f_locals.get("self") is model:
+                return True
+            frame = frame.f_back
+        return False
 
     def check_thread(self, caching: bool) -> None:
         """Refuses to mix K and V of two threads, or to go on without those of this thread.
@@ -200,6 +219,10 @@ class Runtime:
         if packed:
             return packed_linear(x, entry.cast, bias_O)
         return F.linear(x, entry.cast, bias_O)
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").startswith("variant_kernels.")
 
 
 def can_cast_once(module: nn.Module) -> bool:
