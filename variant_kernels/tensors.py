@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd.graph import increment_version
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 def address_and_strides(x: torch.Tensor) -> tuple[int, ...]:
@@ -93,6 +96,19 @@ class Memory:
     def was_freed(self) -> bool:
         """Whether any of it was freed since."""
         return any(map(torch.UntypedStorage._expired, self._ids))
+
+
+def _record_step(optimizer: Optimizer, *_: Any) -> None:
+    """Give every parameter of an optimiser that made a step a new version.
+
+    torch's fused optimisers (``AdamW(fused=True)``) and those of other libraries, which write
+    through addresses, leave the versions as they are. All others have given new ones already.
+    """
+    for group in optimizer.param_groups:
+        increment_version(group["params"])
+
+
+register_optimizer_step_post_hook(_record_step)
 
 
 def version_of(x: torch.Tensor) -> int:

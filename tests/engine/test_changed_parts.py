@@ -464,6 +464,19 @@ def test_a_parameter_that_views_the_memory_of_the_old_one_is_seen():
 
 
 @pytest.mark.parametrize("options", [{}, BF16])
+def test_a_step_of_a_fused_optimiser_is_seen(options):
+    model = used(gated_model(), options)
+    weights = [p for p in model.parameters() if p.ndim == 2]
+    optimiser = torch.optim.AdamW(weights, lr=0.1, fused=True)  # torch counts no new version
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimiser.step()
+    found = images(model, **options)
+    assert torch.equal(found, images(copy.deepcopy(model), **options))
+    assert not torch.equal(found, images(gated_model(), **options))
+
+
+@pytest.mark.parametrize("options", [{}, BF16])
 @torch.inference_mode()
 def test_weights_of_inference_mode_that_change_are_seen(options):
     model, other = used(gated_model(), options), small_model(seed=5)
