@@ -14,6 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from variant_kernels.untraced import untraced
+
 
 def address_and_strides(x: torch.Tensor) -> tuple[int, ...]:
     """(address, strides in elements) without the stride of the last dimension, which is 1."""
@@ -98,6 +100,7 @@ class Memory:
         return any(map(torch.UntypedStorage._expired, self._ids))
 
 
+@untraced
 def _record_step(optimizer: Optimizer, *_: Any) -> None:
     """Give every parameter of an optimiser that made a step a new version.
 
