@@ -127,6 +127,7 @@ def write_safetensors(
 ) -> None:
     """Write tensors, contiguous and on the CPU, to the path that :func:`atomic_write` yields.
 
+    Tied weights, one tensor under two names, are written twice: safetensors refuses them otherwise.
     ``save_file`` of safetensors 0.8 writes ``.tmp`` and six random letters beside its target first.
     A process that is killed then would leave a file that nobody can tell from another program's, so
     it gets a folder whose name :func:`variant.training.folder_lock.clear_leftovers` knows.
@@ -137,8 +138,13 @@ def write_safetensors(
     folder = temporary.with_suffix(".parts.tmp")
     shutil.rmtree(folder, ignore_errors=True)  # of a killed process that had the same number
     folder.mkdir()
+    addresses: set[int] = set()
+    apart = {}
+    for key, tensor in tensors.items():
+        apart[key] = tensor.clone() if tensor.data_ptr() in addresses else tensor
+        addresses.add(tensor.data_ptr())
     try:
-        save_file(dict(tensors), folder / "tensors", metadata=metadata)
+        save_file(apart, folder / "tensors", metadata=metadata)
         os.replace(folder / "tensors", temporary)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -177,27 +177,16 @@ class LiveEngine(Engine):
         self, var: VAR, vae: VQVAE, links: tuple[LiveWeights, ...], dtype: torch.dtype
     ) -> None:
         self._links = links
-        self._held: tuple[EngineWeights | None, list[Tensor]] = (None, [])
         super().__init__(var, vae, dtype=dtype)
 
     def _weights(self) -> EngineWeights:
         for link in self._links:
             link.check()
-        weights = super()._weights()
-        if self._held[0] is not weights:
-            # Changes are recognised by the tensors' addresses. While the old tensors are held, new
-            # ones cannot have their addresses.
-            tensors = [p.detach() for model in (self.var, self.vae) for p in model.parameters()]
-            self._held = weights, tensors
-        return weights
+        return super()._weights()
 
     def _presumed(self) -> None:
         """Nothing is presumed: the original may have changed in a way that cannot be followed."""
 
-    def refresh(self) -> None:
-        super().refresh()
-        self._held = (None, [])
-
     def __reduce_ex__(self, protocol: Any) -> Any:
-        members = {n: v for n, v in self.__getstate__().items() if n not in ("_links", "_held")}
+        members = {n: v for n, v in self.__getstate__().items() if n != "_links"}
         return object.__new__, (Engine,), members

@@ -150,7 +150,7 @@ class AttentionForward(nn.Module):
         return out_BHTD.transpose(1, 2)
 
     def _kv_store(self, qkv_BT3HD: Tensor) -> KVStore:
-        if self._pages is None:
+        if self._pages is None or not self._pages.stored:  # what a failed first call left
             self._pages = GrowingPages(qkv_BT3HD)
         if self._pages.batch != qkv_BT3HD.shape[0]:
             raise ValueError(
@@ -289,7 +289,7 @@ class VARiantAttention(AttentionForward):
                 f"{op}: attn_bias must be floating-point or bool; got {dtype_name(attn_bias.dtype)}"
             )
         contract.check_device(op, "attn_bias", attn_bias, "x", x)
-        earlier = self._pages.tokens if self.caching and self._pages is not None else 0
+        earlier = self._pages.stored if self.caching and self._pages is not None else 0
         scores = (batch, self.num_heads, tokens, earlier + tokens)
         shape = tuple(attn_bias.shape)
         pairs = zip(reversed(shape), reversed(scores), strict=False)

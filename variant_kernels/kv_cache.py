@@ -306,15 +306,17 @@ class GrowingPages:
     """Pages of one layer without a plan: the pool doubles when it is full.
 
     Page p of sequence b is page ``p * batch + b`` of the pool, so that page numbers stay valid when
-    the pool grows.
+    the pool grows. A call that failed between ``open`` and ``close`` leaves nothing behind.
 
     Args:
         qkv_BT3HD: the first projection; sets batch, heads, dtype and device.
+    Attributes:
+        stored: tokens per sequence of the calls that were closed.
     """
 
     def __init__(self, qkv_BT3HD: Tensor, page_size: int = PAGE_SIZE) -> None:
         self.batch, self.page_size = qkv_BT3HD.shape[0], page_size
-        self.tokens = 0
+        self.tokens = self.stored = 0
         self._entries = 0
         self._like = qkv_BT3HD.new_empty(0)
         self._sizes = page_size, *qkv_BT3HD.shape[-2:]
@@ -331,13 +333,13 @@ class GrowingPages:
 
     def open(self, tokens: int) -> KVStep:
         """Allocate slots for ``tokens`` more; page table and lengths include them."""
-        seen = self.tokens + tokens
+        seen = self.stored + tokens
         needed = -(-seen // self.page_size)
         if needed > self._entries:
             self._grow(max(needed, 2 * self._entries))
         device = self._like.device
         sequence_B1 = torch.arange(self.batch, device=device).unsqueeze(1)
-        position_T = torch.arange(self.tokens, seen, device=device)
+        position_T = torch.arange(self.stored, seen, device=device)
         page_BT = position_T // self.page_size * self.batch + sequence_B1
         table_BM = torch.arange(needed, device=device) * self.batch + sequence_B1
         self.tokens = seen
@@ -350,3 +352,4 @@ class GrowingPages:
 
     def close(self) -> None:
         """Keep the pages: no other layer uses them."""
+        self.stored = self.tokens

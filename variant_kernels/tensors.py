@@ -1,11 +1,20 @@
-"""Tensors in the form that kernels take: addresses, strides, a contiguous last dimension."""
+"""Tensors in the form that kernels take: addresses, strides, a contiguous last dimension; and what
+tells whether a tensor is still the one that it was.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd.graph import increment_version
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from variant_kernels.untraced import untraced
 
 
 def address_and_strides(x: torch.Tensor) -> tuple[int, ...]:
@@ -66,3 +75,73 @@ class _Addresses:
     @classmethod
     def of(cls, x: torch.Tensor) -> np.ndarray:
         return np.asarray(cls(x))
+
+
+# --- changes ------------------------------------------------------------------------------------
+
+# Words of 64 bits per sum. A prime: rows of no usual weight begin with one.
+_CHUNK = 509
+
+
+class Memory:
+    """The memory of some tensors, which this object does not keep alive.
+
+    Memory that was freed is soon given to another tensor, at the same address: an address tells a
+    tensor only while the old memory is there.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._references = [StorageWeakRef(x.untyped_storage()) for x in tensors]
+        self._ids = [reference.cdata for reference in self._references]
+
+    @property
+    def was_freed(self) -> bool:
+        """Whether any of it was freed since."""
+        return any(map(torch.UntypedStorage._expired, self._ids))
+
+
+@untraced
+def _record_step(optimizer: Optimizer, *_: Any) -> None:
+    """Give every parameter of an optimiser that made a step a new version.
+
+    torch's fused optimisers (``AdamW(fused=True)``) and those of other libraries, which write
+    through addresses, leave the versions as they are. All others have given new ones already.
+    """
+    for group in optimizer.param_groups:
+        increment_version(group["params"])
+
+
+register_optimizer_step_post_hook(_record_step)
+
+
+def version_of(x: torch.Tensor) -> int:
+    """A number that differs after any change in place that torch records.
+
+    Tensors that were made under ``torch.inference_mode()`` have no version. Theirs is a checksum of
+    the values, for which all of them are read; a GPU is waited for.
+    """
+    return _checksum(x) if x.is_inference() else x._version
+
+
+def _checksum(x: torch.Tensor) -> int:
+    """Of the bits of all values in their order; 0 for a tensor without values."""
+    if x.is_meta or x.numel() == 0:
+        return 0
+    bytes_N = x.detach().contiguous().flatten().view(torch.uint8)
+    if bytes_N.data_ptr() % 8:
+        bytes_N = bytes_N.clone()
+    whole = len(bytes_N) // 8 * 8
+    words_N = bytes_N[:whole].view(torch.int64)
+    parts = [words_N]
+    if len(words_N) >= 2**16:
+        # Few temporary values; the sums across the chunks tell the order within them.
+        summed = len(words_N) // _CHUNK * _CHUNK
+        chunks = words_N[:summed].view(-1, _CHUNK)
+        parts = [chunks.sum(1), chunks.sum(0), words_N[summed:]]
+    values_N = torch.cat((*parts, bytes_N[whole:].long()))
+    # Low bits of round numbers are zero: bring the high ones down.
+    values_N = (values_N ^ (values_N >> 32)) * 0x2545F4914F6CDD1D
+    values_N = values_N ^ (values_N >> 32)
+    # Odd factors modulo 2^64: every change of one value changes the sum.
+    factors_N = torch.arange(1, 2 * len(values_N), 2, device=x.device)
+    return int((values_N * factors_N).sum())

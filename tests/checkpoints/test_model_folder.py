@@ -48,6 +48,17 @@ def test_a_saved_folder_gives_the_same_model(tmp_path):
     assert torch.equal(a.images, b.images)
 
 
+def test_tied_weights_are_saved_under_both_names(tmp_path):
+    model = small_model()
+    first, second = model.var.blocks[0].ffn, model.var.blocks[1].ffn
+    second.fc1.weight = first.fc1.weight
+    model.save_pretrained(tmp_path)
+    again = VARiant.from_pretrained(tmp_path)
+    expected = model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in again.state_dict().items())
+    assert torch.equal(again.generate([1], seed=0).images, model.generate([1], seed=0).images)
+
+
 def test_a_loaded_model_has_the_files_dtype_by_default(tmp_path):
     model = small_model()
     model.var.bfloat16()

@@ -463,6 +463,45 @@ def test_a_parameter_that_views_the_memory_of_the_old_one_is_seen():
     assert not torch.equal(found, images(gated_model()))
 
 
+@pytest.mark.parametrize("options", [{}, BF16])
+def test_a_step_of_a_fused_optimiser_is_seen(options):
+    model = used(gated_model(), options)
+    weights = [p for p in model.parameters() if p.ndim == 2]
+    optimiser = torch.optim.AdamW(weights, lr=0.1, fused=True)  # torch counts no new version
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimiser.step()
+    found = images(model, **options)
+    assert torch.equal(found, images(copy.deepcopy(model), **options))
+    assert not torch.equal(found, images(gated_model(), **options))
+
+
+@pytest.mark.parametrize("options", [{}, BF16])
+@torch.inference_mode()
+def test_weights_of_inference_mode_that_change_are_seen(options):
+    model, other = used(gated_model(), options), small_model(seed=5)
+    assert model.var.head.weight.is_inference()
+    model.var.load_state_dict(other.var.state_dict())
+    found = model.engine(**options).forced_logits(torch.tensor([1]), TOKENS)
+    fresh = Engine(other.var, model.vae, **options)
+    assert torch.equal(found, fresh.forced_logits(torch.tensor([1]), TOKENS))
+
+
+@pytest.mark.parametrize("options", [{}, BF16])
+def test_new_weights_at_the_address_of_the_old_ones_are_seen(options):
+    model = gated_model()
+    weight = model.var.blocks[1].attn.proj.weight
+    memory = weight.detach().numpy().copy()
+    weight.data = torch.from_numpy(memory)
+    used(model, options)
+    weight.data = torch.empty(0)  # as it is freed to make room
+    memory *= -3
+    weight.data = torch.from_numpy(memory)
+    found = images(model, **options)
+    assert torch.equal(found, images(copy.deepcopy(model), **options))
+    assert not torch.equal(found, images(gated_model(), **options))
+
+
 def test_a_layer_in_anothers_place_may_be_of_torchs_class():
     model = small_model()
     expected = images(model)

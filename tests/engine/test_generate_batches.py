@@ -49,6 +49,30 @@ def test_batches_with_ids_and_a_generator_are_those_of_one_call():
     assert [i for b in batches for i in b.image_ids.tolist()] == ids
 
 
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_the_callers_ids_and_tokens_are_copied(kind):
+    model = small_model()
+    tokens = model.generate(LABELS, seed=1).tokens
+    mask = torch.arange(14) % 2
+
+    def arguments():
+        given = {"image_ids": kind([9, 8, 7, 6, 5]), "tokens": kind(tokens.tolist())}
+        return given | {"mask": kind(mask.tolist()), "seed": 2, "max_batch": 2}
+
+    expected = model.generate(LABELS, **arguments())
+    mine = arguments()
+    found = []
+    for batch in model.generate_batches(LABELS, **mine):  # the arrays are used for something else
+        found.append(batch)
+        for name in ("image_ids", "tokens", "mask"):
+            mine[name][...] = 0
+    assert [i for batch in found for i in batch.image_ids.tolist()] == [9, 8, 7, 6, 5]
+    assert torch.equal(torch.cat([batch.tokens for batch in found]), expected.tokens)
+    result = model.generate(LABELS, **(mine := arguments()))
+    mine["image_ids"] += 10
+    assert result.image_ids.tolist() == [9, 8, 7, 6, 5]
+
+
 def test_captured_batches_are_those_of_one_call(monkeypatch):
     monkeypatch.setattr("variant.engine.engine.new_recorder", lambda device: Repeater())
     model = small_model()

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import os
 import pickle
 import subprocess
@@ -238,6 +239,29 @@ def test_caching_refuses_a_gradient_and_another_batch():
             ours(torch.randn(3, 4, 64), None)
 
 
+@torch.no_grad()
+def test_a_call_that_failed_leaves_the_cache_as_it_was():
+    _, ours = pair()
+    x, later = torch.randn(2, 1, 64), torch.randn(2, 4, 64)
+
+    def in_16_bits(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return ours(x, None)
+
+    ours.kv_caching(True)
+    in_16_bits(x)
+    expected = in_16_bits(later)
+    ours.kv_caching(True)
+    ours.scale = math.nan
+    with pytest.raises(ValueError, match=r"softmax_scale must be a finite number"):
+        in_16_bits(torch.randn(3, 7, 64))
+    ours.scale = 1
+    in_16_bits(x)
+    with pytest.raises(TypeError, match="must have the dtype of"):
+        ours(later, None)  # the pages have 16 bits
+    assert torch.equal(in_16_bits(later), expected)
+
+
 def test_pages_grow_without_losing_what_they_hold():
     qkv = torch.randn(3, 5, 3, 2, 16)
     pages, kept = GrowingPages(qkv, page_size=4), []
@@ -249,6 +273,7 @@ def test_pages_grow_without_losing_what_they_hold():
         seen = pages.k_pages[step.page_table_BM.long()].flatten(1, 2)[:, : pages.tokens]
         assert torch.equal(seen, torch.cat(kept, 1))
         assert step.kv_lens_B.tolist() == [pages.tokens] * 3
+        pages.close()
     assert len(pages.k_pages) <= 3 * 2 * 10
 
 

@@ -736,6 +736,49 @@ def test_kept_copies_follow_new_values_behind_the_same_parameters():
     assert (ours - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+def test_kept_copies_follow_new_values_at_the_old_address():
+    model = seeded("VAR").requires_grad_(False)
+    weight = model.blocks[1].ffn.fc1.weight
+    memory = weight.numpy().copy()
+    weight.data = torch.from_numpy(memory)
+    with torch.autocast("cpu", torch.bfloat16), patch(model, keep_copies=True):
+        paint(model)
+        weight.data = torch.empty(0)
+        memory *= -3
+        weight.data = torch.from_numpy(memory)
+        ours = paint(model)[1][:, :1]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = paint(model)[1][:, :1]
+    assert (ours - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_kept_copies_follow_a_fused_optimiser():
+    model = seeded("VAR").requires_grad_(False)
+    weight = model.blocks[1].ffn.fc1.weight
+    optimiser = torch.optim.SGD([weight], lr=1.0, fused=True)
+    with torch.autocast("cpu", torch.bfloat16), patch(model, keep_copies=True):
+        paint(model)
+        weight.grad = 3 * weight
+        optimiser.step()
+        ours = paint(model)[1][:, :1]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = paint(model)[1][:, :1]
+    assert (ours - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@torch.inference_mode()
+def test_no_copies_are_kept_of_weights_of_inference_mode():
+    model = seeded("VAR")
+    with torch.autocast("cpu", torch.bfloat16), patch(model, keep_copies=True):
+        paint(model)
+        for parameter in (model.blocks[1].ffn.fc1.weight, model.blocks[0].ada_lin[1].weight):
+            parameter.mul_(-3)
+        ours = paint(model)[1][:, :1]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = paint(model)[1][:, :1]
+    assert (ours - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 # --- distributed ---------------------------------------------------------------------------------
 
 

@@ -222,6 +222,45 @@ def test_a_generation_that_was_broken_off_does_not_spoil_the_next():
         assert torch.equal(paint(model)[0], tokens)
 
 
+def by_its_own_method(self, handle):
+    with handle:  # interrupted within: it is unpatched
+        paint(self)
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_generation_that_runs_is_not_unpatched(in_thread):
+    model = lookalike()
+    expected = paint(model)
+    handle = patch(model)
+    errors = []
+
+    def unpatch():
+        try:
+            handle.unpatch()
+        except PatchError as error:
+            errors.append(str(error))
+
+    def in_the_middle(*_):
+        if in_thread:
+            thread = threading.Thread(target=unpatch)
+            thread.start()
+            thread.join()
+        else:
+            unpatch()
+
+    hook = model.blocks[2].ffn.register_forward_hook(in_the_middle)
+    assert torch.equal(paint(model)[0], expected[0])
+    hook.remove()
+    assert errors == [errors[0]] * len(model.patch_nums)
+    assert errors[0].startswith("unpatch: the model is generating; unpatch it after that")
+    hook = model.blocks[2].ffn.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        by_its_own_method(model, handle)
+    hook.remove()
+    assert not handle.patched
+    assert torch.equal(paint(model)[0], expected[0])
+
+
 @pytest.mark.parametrize("other_finishes", [True, False])
 def test_a_second_thread_is_an_error_and_no_other_image(other_finishes):
     model = lookalike()

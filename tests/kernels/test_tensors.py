@@ -76,3 +76,37 @@ def test_memory_counts_as_shared_where_finding_out_takes_too_long(monkeypatch):
 def test_addresses_read_no_memory():
     assert tensors._Addresses.of(torch.empty(2, 3, device="cpu").T).shape == (3, 2)
     assert not tensors._Addresses.of(torch.zeros(2)).flags.writeable
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
+@pytest.mark.parametrize("shape", [(), (3,), (5, 7), (300, 701)])
+def test_the_version_of_a_tensor_of_inference_mode_tells_its_values(shape, dtype):
+    ordinary = torch.ones(shape, dtype=dtype)
+    assert tensors.version_of(ordinary) == ordinary._version
+    with torch.inference_mode():
+        x = torch.arange(ordinary.numel()).remainder(251).to(dtype).view(shape)
+        before = tensors.version_of(x)
+        assert tensors.version_of(x.clone()) == before
+        others = [x + 7]
+        for index in {0, x.numel() // 2, x.numel() - 1}:
+            others.append(x.clone())
+            others[-1].view(-1)[index] += 1
+        if x.ndim == 2:  # the same values in another order
+            rows, columns = torch.arange(len(x)), torch.arange(x.shape[1])
+            rows[:2], columns[:2] = rows[:2].flip(0).clone(), columns[:2].flip(0).clone()
+            others += [x[rows], x[:, columns], x.flip(0), x.flip(1)]
+        versions = [tensors.version_of(other) for other in others]
+        assert len({before, *versions}) == 1 + len(others)
+        if x.ndim:  # also where a value lies across a boundary of eight bytes
+            assert tensors.version_of(x[1:]) == tensors.version_of(x[1:].clone())
+
+
+def test_memory_is_not_kept_alive():
+    x, y = torch.ones(4), torch.ones(4)
+    memory = tensors.Memory([x, y.view(2, 2)])
+    assert not memory.was_freed
+    view = x[1:]
+    del x
+    assert not memory.was_freed
+    del view
+    assert memory.was_freed

@@ -39,7 +39,8 @@ def _integers(op: str, name: str, values: object) -> Tensor:
     dtype = tensor.dtype
     if tensor.numel() and (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool):
         raise TypeError(f"{op}: {name} must be integers; got {dtype_name(dtype)}")
-    return tensor.to(torch.int64)
+    # A copy: the caller may write into his own, also between two batches.
+    return tensor.to(torch.int64, copy=True)
 
 
 def _has_values(tensor: Tensor) -> bool:

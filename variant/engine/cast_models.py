@@ -22,6 +22,7 @@ from variant_kernels.arguments import instance
 from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.packed_linear import can_pack
 from variant_kernels.products import product_dtype
+from variant_kernels.tensors import Memory
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,13 +52,14 @@ class CastModels:
         self._weights_version = WeightsVersion()
         self._checked: tuple[Any, ...] = ()
         self._cast: tuple[Version, EngineWeights] | None = None
+        self._cast_from: Memory | None = None
         self._graphs: tuple[EngineWeights, GraphReplay] | None = None
         self._page_tables = PageTableCache()
 
     def __getstate__(self) -> dict[str, object]:
         """Without the lock, cast weights and graphs, so that a used model can be pickled."""
-        dropped = ("_lock", "_weights_version", "_checked", "_cast", "_graphs", "_page_tables")
-        return {name: value for name, value in self.__dict__.items() if name not in dropped}
+        dropped = ("_lock", "_weights_version", "_checked", "_cast", "_cast_from", "_graphs")
+        return {n: v for n, v in self.__dict__.items() if n not in (*dropped, "_page_tables")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
@@ -107,13 +109,13 @@ class CastModels:
         instance("Engine", "vae", self.vae, VQVAE)
         version = self._weights_version(self.var, self.vae)
         with self._lock:
-            if self._cast is None or self._cast[0] != version:
+            if self._cast is None or self._cast[0] != version or self._was_freed:
                 # Free the old copies, and the graphs that read them, before new ones are allocated.
                 self._cast = self._graphs = None
                 self._check_changed_parts(version)
                 with explained("Engine", self, ENCODER):
                     weights = EngineWeights(self.var, self.vae, self.product_dtype, self.packed)
-                self._cast = version, weights
+                self._cast, self._cast_from = (version, weights), self._weights_version.memory()
             return self._cast[1]
 
     def _presumed(self) -> tuple[EngineWeights, GraphReplay] | None:
@@ -131,7 +133,12 @@ class CastModels:
         """Whether the model's weights are still those that ``weights`` were made from."""
         version = self._weights_version(self.var, self.vae)
         with self._lock:
-            return self._cast is not None and self._cast == (version, weights)
+            return self._cast == (version, weights) and not self._was_freed
+
+    @property
+    def _was_freed(self) -> bool:
+        """Whether a tensor that the weights were cast from is another one now."""
+        return self._cast_from is None or self._cast_from.was_freed
 
     def _tensors(self) -> list[Tensor]:
         """All tensors of both models, which keep their memory also if the models drop them."""

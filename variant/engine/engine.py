@@ -67,10 +67,10 @@ class Engine(CastModels):
     """Generates with one VAR and its VQ-VAE at any depth.
 
     Weights are cast once to ``dtype`` (shared where they have it already); the residual stream is
-    float32 also in 16-bit engines. A caller's autocast has no effect. Weights that changed
-    in place (by an optimiser, by ``load_state_dict``) are cast again at the next call; after a
-    change through ``.data`` call :meth:`refresh`. ``torch.compile`` does not trace its calls: the
-    kernels are compiled already.
+    float32 also in 16-bit engines. A caller's autocast has no effect. Weights that changed (those
+    made under ``torch.inference_mode()`` are read for that at each call) are cast again at the next
+    call; after a change in place by ``.data`` call :meth:`refresh`. ``torch.compile`` does not
+    trace its calls: the kernels are compiled already.
 
     Args:
         var, vae: the models; same codebook and layout.

@@ -22,6 +22,7 @@ from variant.models.parts import check_parts, has_method_of
 from variant.models.var import VAR, projection
 from variant.models.vqvae import VQVAE
 from variant.models.zones import LINEARS, LayerView
+from variant_kernels.tensors import Memory, version_of
 
 # Tokens per call of the MLP on a CPU, so that its hidden tensor stays in the cache (4096 tokens,
 # 1024 x 4096 x 1024, bfloat16: 167 ms in parts of 512 tokens, 181 ms at once).
@@ -147,7 +148,7 @@ class Version(NamedTuple):
     modules, classes, forwards: of both models; forwards are those set on a module itself.
     members: numbers of the attributes of each module, among which other methods may be.
     hooks: ids of all forward hooks and forward pre-hooks.
-    tensors: of every parameter and buffer its identity, address and version counter.
+    tensors: of every parameter and buffer its identity, address and version.
     """
 
     modules: tuple[nn.Module, ...]
@@ -159,7 +160,7 @@ class Version(NamedTuple):
 
 
 class WeightsVersion:
-    """Reads a :class:`Version`, which differs after any change but one through ``.data``.
+    """Reads a :class:`Version`, which differs after any change but one in place by ``.data``.
 
     Walking over the modules of VAR-d30 takes 0.7 ms, during which a GPU would be idle.
     While every module has the same children as at the last walk, its result is used again.
@@ -190,11 +191,12 @@ class WeightsVersion:
             tuple(map(len, self._members)),
             tuple(chain.from_iterable(self._hooks)),
             # The identity, as another parameter may be a view of the same memory.
-            tuple(
-                (id(t), t.data_ptr(), 0 if t.is_inference() else t._version)
-                for t in self._tensors()
-            ),
+            tuple((id(t), t.data_ptr(), version_of(t)) for t in self._tensors()),
         )
+
+    def memory(self) -> Memory:
+        """The memory of the tensors of the last version; where it was freed, they are others."""
+        return Memory(self._tensors())
 
     def structure(self, version: Version) -> tuple[Any, ...]:
         """The last version without the values of tensors: what decides whether the parts fit."""

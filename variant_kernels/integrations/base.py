@@ -230,9 +230,14 @@ class Handle:
         What other tools changed since stays: classes that they put on top, hooks, parameters.
 
         Raises:
-            PatchError: a method was replaced since, perhaps by one that calls the patch's. The
-                message names it; nothing has been changed.
+            PatchError: a method was replaced since, perhaps by one that calls the patch's: the
+                message names it. Or the model is generating: the rest would run without the K and V
+                of the scales so far. Nothing has been changed.
         """
+        if self._objects and self._runtime.is_generating(self.model):
+            raise PatchError(
+                "unpatch: the model is generating; unpatch it after that. Nothing has been changed"
+            )
         obstacles = [text for target in self._objects if (text := _obstacle(target)) is not None]
         if obstacles:
             more = f" ({len(obstacles)} such changes)" if len(obstacles) > 1 else ""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from torch.nn import functional as F
 from variant_kernels.arguments import integer, sequence
 from variant_kernels.packed_linear import can_pack, pack, packed_linear
 from variant_kernels.plans.depth_schedule import DepthSchedule, check_schedule, resolve_layers
+from variant_kernels.tensors import Memory
 from variant_kernels.untraced import untraced
 
 
@@ -39,11 +42,15 @@ class Stats:
 
 
 class _CastWeight(NamedTuple):
-    """The copy of a module's weight; state: version, address and dtype for which it is right."""
+    """The copy of a module's weight.
+
+    state, memory: version, address and dtype for which it is right, while the memory is not freed.
+    """
 
     module: nn.Module
     weight: Tensor
     state: tuple[int | None, int, torch.dtype]
+    memory: Memory
     cast: Tensor
 
 
@@ -70,6 +77,7 @@ class Runtime:
         self._copies: dict[int, _CastWeight] = {}
         self._started = 0.0
         self._thread = 0
+        self._code: CodeType | None = None  # that begins and runs the generation
         # Whose unfinished generation another thread has taken the place of.
         self._displaced: set[int] = set()
         self._running: tuple[int | tuple[int, ...] | DepthSchedule | None, int | None]
@@ -122,6 +130,22 @@ class Runtime:
         self._displaced.discard(own)
         self.generating, self._running = True, (self.depth, self.bridge)
         self._started, self._thread = time.perf_counter(), own
+        frame = sys._getframe(1)
+        while frame.f_back is not None and _is_ours(frame):
+            frame = frame.f_back
+        self._code = frame.f_code
+
+    def is_generating(self, model: nn.Module) -> bool:
+        """Whether the model's function that began the last generation is still running.
+
+        After an interruption :attr:`generating` stays true, but the function's frame is gone.
+        """
+        frame = sys._current_frames().get(self._thread) if self.generating else None
+        while frame is not None:
+            if frame.f_code is self._code and frame.f_locals.get("self") is model:
+                return True
+            frame = frame.f_back
+        return False
 
     def check_thread(self, caching: bool) -> None:
         """Refuses to mix K and V of two threads, or to go on without those of this thread.
@@ -150,15 +174,17 @@ class Runtime:
         self.last = Stats(seconds, planned_bytes, allocated_bytes, *self._running, tuple(depths))
 
     def _drop_copies(self) -> None:
-        """Drop all copies, or only those of weights that their modules do not hold any more.
+        """Drop all copies, or only those whose weights may be others at the next generation.
 
-        ``fully_shard``, for instance, makes a module's weight anew at each call.
+        ``fully_shard``, for instance, makes a module's weight anew at each call, and weights made
+        under ``torch.inference_mode()`` have no version that tells of a change.
         """
         kept = self._copies.items() if self.keep_copies else ()
         self._copies = {
             key: entry
             for key, entry in kept
             if entry.module._parameters.get("weight") is entry.weight
+            and not entry.weight.is_inference()
         }
 
     @untraced
@@ -180,13 +206,23 @@ class Runtime:
         version = None if weight_OI.is_inference() else weight_OI._version
         state = version, weight_OI.data_ptr(), dtype
         entry = self._copies.get(id(module))
-        if entry is None or entry.weight is not weight_OI or entry.state != state:
+        if (
+            entry is None
+            or entry.weight is not weight_OI
+            or entry.state != state
+            or entry.memory.was_freed
+        ):
             cast = weight_OI.detach().to(dtype)
-            entry = _CastWeight(module, weight_OI, state, pack(cast) if packed else cast)
+            memory = Memory([weight_OI])
+            entry = _CastWeight(module, weight_OI, state, memory, pack(cast) if packed else cast)
             self._copies[id(module)] = entry
         if packed:
             return packed_linear(x, entry.cast, bias_O)
         return F.linear(x, entry.cast, bias_O)
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").startswith("variant_kernels.")
 
 
 def can_cast_once(module: nn.Module) -> bool:
