@@ -193,3 +193,15 @@ def test_scales_of_initial_weights_are_numbers(name, value):
     assert all(torch.equal(before[key], now) for key, now in var.state_dict().items())
     # torch 2.13 ends the process where a weight is multiplied by a sparse scalar in place.
     var.init_weights(**{name: torch.tensor(0.5).to_sparse()})
+
+
+def test_empty_memory_filled_by_a_state_dict_is_the_model():
+    """As large models are loaded: what no state dict holds is computed anew."""
+    model = small_model().var
+    with torch.device("meta"):
+        other = small_model().var
+    other.to_empty(device="cpu").scale_index_L.zero_()
+    other.to_empty(device="cpu").load_state_dict(model.state_dict())
+    assert torch.equal(other.scale_index_L, model.scale_index_L)
+    assert torch.equal(other.position_embedding(), model.position_embedding())
+    assert other.to("meta").scale_index_L.is_meta

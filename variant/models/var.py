@@ -12,7 +12,7 @@ each of attention and then of the MLP.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -361,6 +361,12 @@ class VAR(nn.Module):
             uniform_N2B = torch.rand(config.depth, 2, batch, device=device)
             branch_scales_N2B = branch_scales(uniform_N2B, config.drop_path_rate)
         return dropped_B, branch_scales_N2B
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VAR:
+        super()._apply(fn, recurse=recurse)
+        # After `to_empty` it holds whatever was in the memory, and no state dict has its values.
+        self.scale_index_L = _scale_index(self.layout).to(self.scale_index_L.device)
+        return self
 
     def layers(self) -> list[Block]:
         """The blocks, typed."""
