@@ -225,6 +225,25 @@ def test_a_folder_of_another_run_is_refused_and_kept(model, tmp_path, run):
     assert list(pictures(tmp_path / "o")) == ["00000_class3.png"]
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--depth", 99), r"--depth must be an integer in \[2, 4\]"),
+        (("--bridge", 99), "--bridge must be an integer in"),
+        (("--backend", "triton", "--labels", 1), 'backend "triton" cannot run this call'),
+        (("--count", 10**7), "images take at least"),
+    ],
+)
+def test_a_refused_overwrite_keeps_the_earlier_images(words, message, model, tmp_path, run):
+    out = tmp_path / "o"
+    assert run("generate", "--model", model, "--count", 1, "--out", out)[0] == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    code, _, error = run("generate", "--model", model, "--out", out, *words, "--overwrite")
+    assert code == 1
+    assert re.search(message, error), error
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_two_runs_in_one_folder_are_refused(model, tmp_path, run):
     words = ("generate", "--model", model, "--labels", 1, "--out", tmp_path / "o")
     with locked_folder(tmp_path / "o", module.LOCK_NAME):

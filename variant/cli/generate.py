@@ -242,10 +242,15 @@ class Work:
         command, target = self.command, self.target
         settings = self._settings()
         recorded = self._start(settings)
-        done = target.existing()
+        done = set() if command.overwrite else target.existing()
         total = len(target) * len(target.depths)
         self._check_disk(total - len(done))
         results, batches = [], dict(recorded.get("batches", {}))
+        if command.overwrite:
+            # After an image of each depth: what cannot be generated costs no earlier image.
+            batches = {str(self._depth(depth)): self._batch(depth) for depth in target.depths}
+            target.clear()
+            target.write_settings({**settings, "batches": batches})
         try:
             with progress("generate", "generating", total, command.json) as advance:
                 advance(len(done), "images that are there")
@@ -267,14 +272,14 @@ class Work:
         return results
 
     def _start(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Prepare the folder; the recorded settings, or {} for a new run.
+        """Prepare the folder; the recorded settings, or {} for a new run, also with --overwrite.
 
         Raises:
             UserError: the folder holds another run.
         """
         command, target = self.command, self.target
         if command.overwrite:
-            target.clear()
+            return {}
         recorded, found = target.settings(), target.existing()
         if recorded is None and found:
             raise UserError(
