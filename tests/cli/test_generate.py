@@ -291,6 +291,25 @@ def test_what_a_killed_run_left_is_cleared(model, tmp_path, run):
     assert running.exists()
 
 
+def test_images_that_are_cut_off_are_made_again(model, tmp_path, run):
+    out = tmp_path / "o"
+    words = ("generate", "--model", model, "--labels", 1, 2, "--max-batch", 1, "--out", out)
+    assert run(*words)[0] == 0
+    before = pictures(out)
+    first, second = (out / name for name in sorted(before))
+    for content in (b"", before[first.name][:100]):
+        first.write_bytes(content)
+        code, printed, _ = run(*words, "--resume")
+        assert code == 0
+        assert "wrote 1 images" in printed
+        assert pictures(out) == before
+    second.unlink()
+    second.mkdir()
+    code, _, error = run(*words, "--resume")
+    assert code == 1
+    assert f"{second}: cannot be written: is no plain file" in error
+
+
 def test_an_existing_picture_is_not_overwritten(model, tmp_path, run):
     out = tmp_path / "photo.png"
     out.write_text("precious")
@@ -311,6 +330,7 @@ def test_an_existing_picture_is_not_overwritten(model, tmp_path, run):
         (("--count", 10**8, "--labels", 1), r"images take at least .* MiB; .* are free in"),
         (("--count", 5000, "--out", "x.png"), "a grid holds at most 4096 images; got 25000"),
         (("--resume", "--out", "x.png"), "--resume needs a folder"),
+        (("--out", "y/.png"), r"--out must have a name before .png; got y/.png"),
         (("--out", "x.png", "--json", "x.png"), "--json and --out must differ"),
         (("--out", "x.png", "--json", "y/../x.png"), "--json and --out must differ"),
         (("--out", "x", "--json", "x/generate.json"), "must be no file that --out writes"),

@@ -21,6 +21,7 @@ from variant.cli.output import (
     check_file,
     check_folder,
     check_json,
+    check_named,
     check_own_folder,
     checked_path,
     console,
@@ -145,6 +146,7 @@ def check_target(out: Path) -> bool:
         UserError: ``out`` is neither, or it cannot be written.
     """
     with checked_path(out):
+        check_named("generate", out, ".png")
         one_file = out.suffix.lower() == ".png"
         if one_file and out.is_dir():
             raise UserError(f"{out}: is a folder; --out must name a folder without .png, or a file")
@@ -242,7 +244,7 @@ class Work:
         command, target = self.command, self.target
         settings = self._settings()
         recorded = self._start(settings)
-        done = set() if command.overwrite else target.existing()
+        done = set() if command.overwrite else target.whole()
         total = len(target) * len(target.depths)
         self._check_disk(total - len(done))
         results, batches = [], dict(recorded.get("batches", {}))
@@ -264,7 +266,7 @@ class Work:
                     for part in self._batches(depth, batches[key], done, advance):
                         self._write(part, depth, result, done)
         except KeyboardInterrupt as stop:
-            written = len(target.existing())
+            written = len(target.whole())
             again = command_line("generate", command, resume=True, overwrite=False)
             raise type(stop)(
                 f"{written} of {total} images are in {command.out}; continue: {again}"

@@ -98,6 +98,16 @@ def _is_system(path: str) -> bool:
     return path.startswith(("/dev/", "/proc/", "/sys/")) and not path.startswith("/dev/shm/")
 
 
+def check_named(op: str, out: Path, ending: str) -> None:
+    """Refuses an ending without a name, as of ``--out $NAME.png``: it would be a hidden folder.
+
+    Raises:
+        UserError: it is one.
+    """
+    if out.name.lower() == ending:
+        raise UserError(f"{op}: --out must have a name before {ending}; got {out}")
+
+
 def has_ending(path: Path) -> bool:
     """Whether a name ends like that of a file, as x.gif; run-0.5 and v1.0 are names of folders."""
     return re.fullmatch(r"\.[A-Za-z]\w{0,15}", path.suffix) is not None

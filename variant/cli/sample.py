@@ -18,6 +18,7 @@ from variant.cli.output import (
     check_file,
     check_folder,
     check_json,
+    check_named,
     checked_path,
     console,
     has_ending,
@@ -128,6 +129,7 @@ def _form(command: Sample) -> Any:
     """
     out = Path(command.out)
     with checked_path(out):
+        check_named("sample", out, ".npz")
         if out.suffix == ".npz":
             if command.format != "png":
                 raise UserError("sample: --format is for folders; --out names an .npz")
