@@ -30,6 +30,7 @@ from variant.cli.options import (
     Train,
     TrainVae,
 )
+from variant.cli.output import console
 from variant.cli.parser import parse
 from variant.cli.tokenize import train_command
 from variant.cli.words import command_line
@@ -399,6 +400,18 @@ def test_messages_of_a_depth_propose_no_list_of_layers(command):
     text = messages.in_options(str(caught.value), command)
     expected = "must be one that the model was trained at (2 or 4); got 3"
     assert text == f"{command}: {option} {expected}{remedies.get(command, '')}"
+
+
+def test_a_rank_silences_only_commands_whose_work_processes_share(run, monkeypatch):
+    monkeypatch.setenv("RANK", "1")  # as clusters set it for all that runs on a machine
+    code, printed, _ = run("plan", "--model", "digits")
+    assert code == 0
+    assert "K/V cache of digits" in printed
+    assert run("recipe", "check", "digits")[1].startswith("recipe: checking digits\n")
+    for command in ("sample", "tokenize", "train", "train-vae"):
+        assert console(command=command).quiet
+    monkeypatch.setenv("RANK", "0")
+    assert not console(command="train").quiet
 
 
 def test_any_error_becomes_one_printable_line():

@@ -113,7 +113,7 @@ def sample_command(command: Sample) -> None:
         except KeyboardInterrupt as stop:
             message = f"{done:,} images of this process are there; the same command continues"
             raise type(stop)(message) from None
-    out = console(command.json)
+    out = console(command.json, command="sample")
     per_class = num / len(labels)
     out.print(f"{num:,} images, {per_class:g} per class, in {command.out}")
     if missing:
