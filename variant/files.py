@@ -27,6 +27,8 @@ from variant.tensor_files import (
     stored_safetensors,
 )
 
+PROBE_BYTES = 2**20
+
 
 @contextmanager
 def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
@@ -57,7 +59,8 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
             # safetensors and torch.save report a full or failing disk by these.
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):
                 raise
-            raise UserError(f"{path}: cannot be written: {str(error).splitlines()[0]}") from error
+            reason = _reason_of_system(temporary) or str(error).splitlines()[0]
+            raise UserError(f"{path}: cannot be written: {reason}") from error
         # safetensors writes files that only their owner can read; apply the umask instead.
         umask = os.umask(0)
         os.umask(umask)
@@ -74,6 +77,20 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _reason_of_system(temporary: Path) -> str | None:
+    """Why a file that is thrown away cannot be longer: torch.save tells no reason.
+
+    None if it can.
+    """
+    try:
+        with open(temporary, "ab", buffering=0) as file:
+            for _ in range(2):  # the first write may end where the disk does
+                file.write(bytes(PROBE_BYTES))
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def sync(path: Path) -> None:

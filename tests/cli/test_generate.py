@@ -225,6 +225,25 @@ def test_a_folder_of_another_run_is_refused_and_kept(model, tmp_path, run):
     assert list(pictures(tmp_path / "o")) == ["00000_class3.png"]
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--depth", 99), r"--depth must be an integer in \[2, 4\]"),
+        (("--bridge", 99), "--bridge must be an integer in"),
+        (("--backend", "triton", "--labels", 1), 'backend "triton" cannot run this call'),
+        (("--count", 10**7), "images take at least"),
+    ],
+)
+def test_a_refused_overwrite_keeps_the_earlier_images(words, message, model, tmp_path, run):
+    out = tmp_path / "o"
+    assert run("generate", "--model", model, "--count", 1, "--out", out)[0] == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    code, _, error = run("generate", "--model", model, "--out", out, *words, "--overwrite")
+    assert code == 1
+    assert re.search(message, error), error
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_two_runs_in_one_folder_are_refused(model, tmp_path, run):
     words = ("generate", "--model", model, "--labels", 1, "--out", tmp_path / "o")
     with locked_folder(tmp_path / "o", module.LOCK_NAME):
@@ -272,6 +291,25 @@ def test_what_a_killed_run_left_is_cleared(model, tmp_path, run):
     assert running.exists()
 
 
+def test_images_that_are_cut_off_are_made_again(model, tmp_path, run):
+    out = tmp_path / "o"
+    words = ("generate", "--model", model, "--labels", 1, 2, "--max-batch", 1, "--out", out)
+    assert run(*words)[0] == 0
+    before = pictures(out)
+    first, second = (out / name for name in sorted(before))
+    for content in (b"", before[first.name][:100]):
+        first.write_bytes(content)
+        code, printed, _ = run(*words, "--resume")
+        assert code == 0
+        assert "wrote 1 images" in printed
+        assert pictures(out) == before
+    second.unlink()
+    second.mkdir()
+    code, _, error = run(*words, "--resume")
+    assert code == 1
+    assert f"{second}: cannot be written: is no plain file" in error
+
+
 def test_an_existing_picture_is_not_overwritten(model, tmp_path, run):
     out = tmp_path / "photo.png"
     out.write_text("precious")
@@ -292,6 +330,7 @@ def test_an_existing_picture_is_not_overwritten(model, tmp_path, run):
         (("--count", 10**8, "--labels", 1), r"images take at least .* MiB; .* are free in"),
         (("--count", 5000, "--out", "x.png"), "a grid holds at most 4096 images; got 25000"),
         (("--resume", "--out", "x.png"), "--resume needs a folder"),
+        (("--out", "y/.png"), r"--out must have a name before .png; got y/.png"),
         (("--out", "x.png", "--json", "x.png"), "--json and --out must differ"),
         (("--out", "x.png", "--json", "y/../x.png"), "--json and --out must differ"),
         (("--out", "x", "--json", "x/generate.json"), "must be no file that --out writes"),

@@ -1,5 +1,6 @@
 """The command line as a whole: help, version, wrong usage, errors and warnings of one line."""
 
+import dataclasses
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ from typing import get_args
 import pytest
 import torch
 from golden_models import load_golden
+from small_models import small_model
 
 import variant
 from variant.cli import announce, messages
@@ -28,11 +30,13 @@ from variant.cli.options import (
     Train,
     TrainVae,
 )
+from variant.cli.output import console
 from variant.cli.parser import parse
 from variant.cli.tokenize import train_command
 from variant.cli.words import command_line
 from variant.errors import UserError
 from variant.files import atomic_write
+from variant.models.depths import layers_of
 from variant.training.recipe import load_recipe
 
 COMMANDS = [
@@ -372,6 +376,42 @@ def test_messages_name_the_option_and_the_command():
         ("train", "a.toml: seed must be 3", "a.toml: seed must be 3"),
     ):
         assert messages.in_options(text, command) == expected
+
+
+@pytest.mark.parametrize("command", ["generate", "eval", "warm"])
+def test_messages_of_a_depth_propose_no_list_of_layers(command):
+    config = small_model().var.config
+    remedies = {
+        "generate": "; a file as --schedule runs other layers untrained",
+        "eval": "; a file as --schedules runs other layers untrained",
+    }
+    option = "--depth" if command == "generate" else "--depths"
+    for depth, expected in (
+        (99, "must be an integer in [2, 4] (a number of layers); got 99"),
+        (1, "must be an integer in [2, 4] (a number of layers); got 1"),
+    ):
+        with pytest.raises(ValueError, match="or a list of layers") as caught:
+            layers_of(config, depth, "VAR.schedule")
+        text = messages.in_options(str(caught.value), command)
+        assert text == f"{command}: {option} {expected}"
+    config = dataclasses.replace(config, subnets={2: (0, 3)})
+    with pytest.raises(ValueError, match="A list of layers") as caught:
+        layers_of(config, 3, "VAR.schedule")
+    text = messages.in_options(str(caught.value), command)
+    expected = "must be one that the model was trained at (2 or 4); got 3"
+    assert text == f"{command}: {option} {expected}{remedies.get(command, '')}"
+
+
+def test_a_rank_silences_only_commands_whose_work_processes_share(run, monkeypatch):
+    monkeypatch.setenv("RANK", "1")  # as clusters set it for all that runs on a machine
+    code, printed, _ = run("plan", "--model", "digits")
+    assert code == 0
+    assert "K/V cache of digits" in printed
+    assert run("recipe", "check", "digits")[1].startswith("recipe: checking digits\n")
+    for command in ("sample", "tokenize", "train", "train-vae"):
+        assert console(command=command).quiet
+    monkeypatch.setenv("RANK", "0")
+    assert not console(command="train").quiet
 
 
 def test_any_error_becomes_one_printable_line():

@@ -38,6 +38,23 @@ def test_a_check_without_the_images_says_so(run):
     assert "2,010,020,356 parameters" in printed
 
 
+def test_a_check_names_what_is_wrong_with_images_that_are_there(run, tmp_path):
+    words = ["examples/my_images.toml"]
+    for part in ("train", "held_out"):
+        words += [f"--data.{part.replace('_', '-')}", tmp_path / part]
+        (tmp_path / part / "cat").mkdir(parents=True)
+    code, printed, error = run("recipe", "check", *words)
+    assert code == 1
+    assert f"problem: {tmp_path}/train/cat: holds no image (.jpeg" in printed
+    assert "images       cannot be read\n" in printed
+    assert error.endswith("has 1 problem, listed above\n")
+    (tmp_path / "train" / "cat").rmdir()
+    (tmp_path / "train").rmdir()
+    code, printed, _ = run("recipe", "check", *words)
+    assert code == 0
+    assert f"not there: {tmp_path}/train: no such folder" in printed
+
+
 def test_a_check_names_every_problem_on_a_line_of_its_own(run):
     code, printed, error = run(
         "recipe", "check", "digits", "--optim.learning-rate", "fast", "--optim.clip=-1",

@@ -86,6 +86,21 @@ def test_a_class_of_few_images_holds_out_one(tmp_path):
     assert (parts.num_train, parts.num_held_out) == (2, 1)
 
 
+def test_a_class_may_have_the_name_of_a_part(images, tmp_path, run):
+    for before, after in zip(CLASSES, ("train", "test", "bus"), strict=True):
+        (images / before).rename(images / after)
+    code, _, error = run("recipe", "new", "--data", images, "--out", tmp_path / "my.toml")
+    assert code == 1
+    assert "has no sub-folders train and held_out; give --split NEW_FOLDER" in error
+    split(images, tmp_path / "parted")
+    parts = find_parts(tmp_path / "parted")
+    assert (parts.num_train, parts.classes) == (54, ["bus", "test", "train"])
+    # Parts without classes are no classes.
+    shutil.rmtree(images / "bus")
+    with pytest.raises(UserError, match="train: must hold one sub-folder of images per class"):
+        split(images, tmp_path / "other")
+
+
 @pytest.mark.parametrize("names", [("train", "val"), ("training", "test"), ("Train", "Held_Out")])
 def test_common_names_of_the_parts_are_found(images, tmp_path, names):
     split(images, tmp_path / "parted")

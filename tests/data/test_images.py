@@ -346,6 +346,36 @@ def test_hidden_folders_and_files_are_passed_over(folder):
     assert len(paths) == 6
 
 
+def test_images_that_are_not_read_are_named(folder, recwarn):
+    list_images(folder)
+    assert not recwarn.list
+    (Path(folder) / "a" / "notes.txt").write_text("")
+    (Path(folder) / "a" / "2020").mkdir()
+    list_images(folder)
+    assert not recwarn.list
+    for name in ("0.png", "a/photo.HEIC", "a/2020/1.jpg", "b/x.tiff"):
+        GRADIENT.save(Path(folder) / name, format="PNG")
+    assert len(list_images(folder)[0]) == 6
+    (warning,) = recwarn.list
+    assert str(warning.message) == (
+        f"{folder}: passes over 0.png, a/2020/1.jpg, a/photo.HEIC and 1 more: an image ends in "
+        ".jpeg, .jpg, .png, .webp, .bmp, and lies in the folder of its class"
+    )
+    with pytest.warns(RuntimeWarning, match=r"passes over a/photo.HEIC, b/x.tiff: an image ends"):
+        assert open_images(folder).count == 8
+
+
+def test_the_alpha_of_a_palette_is_left_out_without_a_warning(folder, recwarn):
+    for path in (Path(folder) / "a").iterdir():
+        GRADIENT.convert("P").save(path, transparency=bytes(10))
+    open_folder(folder).held_out([0, 1])
+    assert np.array_equal(
+        open_images(Path(folder) / "a").read(range(1))[0].permute(1, 2, 0),
+        np.asarray(GRADIENT.convert("P").convert("RGB")),
+    )
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("kind", ["pipe", "folder", "broken link"])
 def test_an_image_that_is_no_regular_file_is_refused_before_the_run(folder, kind):
     path = Path(folder) / "b" / "9.png"

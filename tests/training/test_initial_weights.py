@@ -145,7 +145,7 @@ def test_a_resumed_run_does_not_read_its_start_again(recipe, trained, tmp_path, 
     save_original(other, vae, tmp_path / "other.pth", files[1])
     files[0].unlink()
     for weights in (str(tmp_path / "other.pth"), None):
-        with pytest.raises(UserError, match="was trained with another weights to start from"):
+        with pytest.raises(UserError, match="was trained with other weights to start from"):
             resume(with_model(recipe, weights=weights), tmp_path, train_var)
     run_until(chosen, tmp_path, monkeypatch, train_var, VARTask, step=4, resume=True)
     assert resume(same, tmp_path, train_var).steps == 8

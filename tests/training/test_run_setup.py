@@ -168,6 +168,30 @@ def test_resuming_needs_a_run_of_the_same_recipe(recipe, tmp_path):
         train_vae(recipe, tmp_path, resume=True, console=quiet(), device=CPU)
 
 
+def test_a_vqvae_is_not_trained_further_under_its_transformer(recipe, tmp_path):
+    train_both(recipe, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    longer = dataclasses.replace(recipe.vae_training, epochs=3)
+    longer = dataclasses.replace(recipe, vae_training=longer)
+    with pytest.raises(UserError, match=r"holds a transformer \(var-last\.pt\).* another folder"):
+        resume(longer, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert resume(recipe, tmp_path).steps == 4  # nothing to do
+    (tmp_path / "copy").mkdir()
+    for name in ("vae-last.pt", "vae-best.safetensors"):
+        shutil.copy(tmp_path / name, tmp_path / "copy")
+    assert resume(longer, tmp_path / "copy").steps == 6
+
+
+def test_weights_whose_checkpoint_was_removed_are_kept(recipe, tmp_path):
+    trained_vae(recipe, tmp_path)
+    (tmp_path / "vae-last.pt").unlink()
+    before = (tmp_path / "vae-best.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"without its checkpoint \(vae-best\.safetensors\)"):
+        train_vae(recipe, tmp_path, console=quiet(), device=CPU)
+    assert (tmp_path / "vae-best.safetensors").read_bytes() == before
+
+
 def test_resuming_with_another_vqvae_is_refused(recipe, tmp_path, monkeypatch):
     trained_vae(recipe, tmp_path / "vae")
     path = tmp_path / "vae" / "vae-best.safetensors"
@@ -181,7 +205,7 @@ def test_resuming_with_another_vqvae_is_refused(recipe, tmp_path, monkeypatch):
     rewrite(last, inputs={**saved, "vae_sha256": sha256})
     run_until(named, tmp_path, monkeypatch, train_var, VARTask, step=4, resume=True)
     save_file({key: value + 1 for key, value in load_file(path).items()}, path)
-    with pytest.raises(UserError, match="was trained with another VQ-VAE weights") as caught:
+    with pytest.raises(UserError, match="was trained with another VQ-VAE; resume") as caught:
         resume(named, tmp_path, train_var)
     assert "\n" not in str(caught.value)
 
@@ -252,7 +276,7 @@ def test_resuming_with_other_data_is_refused(recipe, tmp_path, monkeypatch, fold
     first = folders / "train" / "class0" / "0.png"
     renamed = first.rename(first.with_name("zero.png"))
     try:
-        with pytest.raises(UserError, match="trained with another image files or labels"):
+        with pytest.raises(UserError, match="trained with other image files or labels"):
             resume(recipe, tmp_path)
     finally:
         renamed.rename(first)

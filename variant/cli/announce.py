@@ -30,7 +30,8 @@ def announce(command: Command) -> None:
     """
     text = first_line(command)
     if text:
-        console(getattr(command, "json", None), stderr=True).print(text)
+        name = text.partition(":")[0]
+        console(getattr(command, "json", None), stderr=True, command=name).print(text)
 
 
 def first_line(command: Command) -> str:

@@ -21,6 +21,7 @@ from variant.cli.output import (
     check_file,
     check_folder,
     check_json,
+    check_named,
     check_own_folder,
     checked_path,
     console,
@@ -145,6 +146,7 @@ def check_target(out: Path) -> bool:
         UserError: ``out`` is neither, or it cannot be written.
     """
     with checked_path(out):
+        check_named("generate", out, ".png")
         one_file = out.suffix.lower() == ".png"
         if one_file and out.is_dir():
             raise UserError(f"{out}: is a folder; --out must name a folder without .png, or a file")
@@ -242,10 +244,15 @@ class Work:
         command, target = self.command, self.target
         settings = self._settings()
         recorded = self._start(settings)
-        done = target.existing()
+        done = set() if command.overwrite else target.whole()
         total = len(target) * len(target.depths)
         self._check_disk(total - len(done))
         results, batches = [], dict(recorded.get("batches", {}))
+        if command.overwrite:
+            # After an image of each depth: what cannot be generated costs no earlier image.
+            batches = {str(self._depth(depth)): self._batch(depth) for depth in target.depths}
+            target.clear()
+            target.write_settings({**settings, "batches": batches})
         try:
             with progress("generate", "generating", total, command.json) as advance:
                 advance(len(done), "images that are there")
@@ -259,7 +266,7 @@ class Work:
                     for part in self._batches(depth, batches[key], done, advance):
                         self._write(part, depth, result, done)
         except KeyboardInterrupt as stop:
-            written = len(target.existing())
+            written = len(target.whole())
             again = command_line("generate", command, resume=True, overwrite=False)
             raise type(stop)(
                 f"{written} of {total} images are in {command.out}; continue: {again}"
@@ -267,14 +274,14 @@ class Work:
         return results
 
     def _start(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Prepare the folder; the recorded settings, or {} for a new run.
+        """Prepare the folder; the recorded settings, or {} for a new run, also with --overwrite.
 
         Raises:
             UserError: the folder holds another run.
         """
         command, target = self.command, self.target
         if command.overwrite:
-            target.clear()
+            return {}
         recorded, found = target.settings(), target.existing()
         if recorded is None and found:
             raise UserError(

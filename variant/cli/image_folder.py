@@ -18,6 +18,7 @@ from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
 
 from variant.errors import UserError
+from variant.evaluation.sampler import is_written
 from variant.files import atomic_write
 from variant.paths import path_kind, read_json
 
@@ -78,6 +79,10 @@ class ImageFolder:
     def existing(self) -> set[str]:
         """Names of the files of images in the folder, of this run or another."""
         return {name for name in self._names() if IMAGE_NAME.fullmatch(name)}
+
+    def whole(self) -> set[str]:
+        """Of these the names of whole files: a copy or a power failure cuts some off."""
+        return {name for name in self.existing() if is_written(self.path / name)}
 
     def chunks(self, depth: int | None, batch: int, done: set[str]) -> Iterator[range]:
         """Indices of the batches, in order, of which an image is missing.

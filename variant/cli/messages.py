@@ -45,11 +45,17 @@ def in_options(text: str, command: str) -> str:
     """``select_layers: depth must ...`` as ``generate: --depth must ...``, if it has --depth."""
     # The prefix is a function or a method; in `r.toml: seed must ...` it is a file.
     match = re.match(r"(?:(?:[A-Z]\w*\.)?\w+: )?(\w+) (?=must )", text)
-    names = (match[1], f"{match[1]}s") if match else ()
-    name = next((name for name in names if name in _options(command)), None)
+    names, own = (match[1], f"{match[1]}s") if match else (), _options(command)
+    name = next((name for name in names if name in own), None)
     if match is None or name is None:
         return text
-    return f"{command}: --{name.replace('_', '-')} {text[match.end() :]}"
+    rest = text[match.end() :]
+    if name in ("depth", "depths"):  # which take no list of layers here
+        schedule = next((option for option in ("schedule", "schedules") if option in own), None)
+        remedy = f"; a file as --{schedule} runs other layers untrained" if schedule else ""
+        rest = rest.replace(", or a list of layers", "")
+        rest = re.sub(r"\. A list of layers, such as \[[\d, ]*\], runs untrained", remedy, rest)
+    return f"{command}: --{name.replace('_', '-')} {rest}"
 
 
 def _options(command: str) -> set[str]:

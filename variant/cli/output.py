@@ -28,6 +28,8 @@ RESULT = re.compile(
     rb'eval-compare|search|engine-bench|warm)-\d+"'
 )
 RESULT_BYTES = 200
+# Commands whose work several processes share: torchrun starts them.
+SHARED = ("sample", "tokenize", "train", "train-vae")
 
 
 class _Console(Console):
@@ -38,12 +40,14 @@ class _Console(Console):
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE), "standard output")
 
 
-def console(json_file: Path | None = None, *, stderr: bool = False) -> Console:
+def console(json_file: Path | None = None, *, stderr: bool = False, command: str = "") -> Console:
     """Standard output; plain and 120 columns wide where it is not a terminal.
 
-    Of the processes that torchrun starts, only the first prints there.
+    Of the processes that share a command's work, only the first prints there.
 
     Args:
+        command: its name. The variable RANK says nothing to a command that shares no work: clusters
+            set it for everything that runs on a machine.
         json_file: that of ``--json``. If it is standard output, nothing else may be printed there.
         stderr: print on standard error in that case, and not nowhere.
     """
@@ -54,7 +58,8 @@ def console(json_file: Path | None = None, *, stderr: bool = False) -> Console:
         soft_wrap=True,
         markup=False,
         emoji=False,
-        quiet=(for_machines and not stderr) or os.environ.get("RANK", "0") != "0",
+        quiet=(for_machines and not stderr)
+        or (command in SHARED and os.environ.get("RANK", "0") != "0"),
         stderr=for_machines and stderr,
     )
     if not out.is_terminal:
@@ -96,6 +101,16 @@ def check_file(path: Path) -> None:
 
 def _is_system(path: str) -> bool:
     return path.startswith(("/dev/", "/proc/", "/sys/")) and not path.startswith("/dev/shm/")
+
+
+def check_named(op: str, out: Path, ending: str) -> None:
+    """Refuses an ending without a name, as of ``--out $NAME.png``: it would be a hidden folder.
+
+    Raises:
+        UserError: it is one.
+    """
+    if out.name.lower() == ending:
+        raise UserError(f"{op}: --out must have a name before {ending}; got {out}")
 
 
 def has_ending(path: Path) -> bool:

@@ -32,7 +32,7 @@ def progress(
         json_file: that of ``--json``: lines go where the first line of the command went.
     """
     if not sys.stderr.isatty():
-        yield _Lines(command, total, console(json_file, stderr=True))
+        yield _Lines(command, total, console(json_file, stderr=True, command=command))
         return
     bar = Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True)
     with bar:

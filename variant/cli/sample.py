@@ -18,6 +18,7 @@ from variant.cli.output import (
     check_file,
     check_folder,
     check_json,
+    check_named,
     checked_path,
     console,
     has_ending,
@@ -112,7 +113,7 @@ def sample_command(command: Sample) -> None:
         except KeyboardInterrupt as stop:
             message = f"{done:,} images of this process are there; the same command continues"
             raise type(stop)(message) from None
-    out = console(command.json)
+    out = console(command.json, command="sample")
     per_class = num / len(labels)
     out.print(f"{num:,} images, {per_class:g} per class, in {command.out}")
     if missing:
@@ -128,6 +129,7 @@ def _form(command: Sample) -> Any:
     """
     out = Path(command.out)
     with checked_path(out):
+        check_named("sample", out, ".npz")
         if out.suffix == ".npz":
             if command.format != "png":
                 raise UserError("sample: --format is for folders; --out names an .npz")

@@ -51,7 +51,7 @@ def tokenize(command: Tokenize) -> None:
             )
         except KeyboardInterrupt as stop:
             raise type(stop)(f"{done:,} samples are in {out}; the same command continues") from None
-    printed = console()
+    printed = console(command="tokenize")
     rate = result.samples / result.seconds if result.seconds else 0.0
     printed.print(
         f"wrote {result.samples:,} samples in {result.shards:,} shards to {out} "

@@ -27,7 +27,7 @@ def train(command: Train) -> None:
             recipe, out, resume=command.resume, resume_command=resume_command("train", command)
         )
     _report(summary)
-    console().print(f"wrote {out}: variant generate --model {shlex.quote(str(out))}")
+    console(command="train").print(f"wrote {out}: variant generate --model {shlex.quote(str(out))}")
 
 
 def train_vae(command: TrainVae) -> None:
@@ -41,7 +41,7 @@ def train_vae(command: TrainVae) -> None:
     )
     _report(summary)
     next_command = resume_command("train", command).removesuffix(" --resume")
-    console().print(f"next: {next_command}")
+    console(command="train-vae").print(f"next: {next_command}")
 
 
 def folder_of(command: Train | TrainVae) -> Path:
@@ -83,4 +83,4 @@ def _report(summary: Summary) -> None:
         train_loss = summary.train_loss.get(name)
         train_text = "-" if train_loss is None else f"{train_loss:.4f}"
         losses.add_row(name, train_text, f"{loss:.4f}")
-    console().print(losses)
+    console(command="train").print(losses)

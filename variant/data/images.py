@@ -40,6 +40,7 @@ STREAM_REPLACE = 7
 HELD_OUT_SEED = 0  # of the order of held-out images, which is the same for every recipe
 SAMPLE_SEED = 0  # of the sample of training images that is evaluated at the end
 MAX_REPLACEMENTS = 8  # images that are tried in place of one
+MAX_NAMED = 3  # of the images that are passed over
 
 Indices = Sequence[int] | np.ndarray
 
@@ -59,6 +60,12 @@ UNREADABLE = (
 WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _FILTERS = Lock()
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
+# With those of images that are not read.
+ALL_SUFFIXES = (
+    *SUFFIXES,
+    *(".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".pgm", ".ppm"),
+    *(".tga", ".tif", ".tiff"),
+)
 MAX_PIXELS = 2**28  # of an image after resizing; only very long and narrow ones have more
 # The EXIF tag of the orientation, and what turns each of its values upright.
 ORIENTATION = 0x0112
@@ -133,6 +140,9 @@ def list_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
 
     Hidden folders and files, whose names start with a dot, are passed over.
 
+    Warns:
+        RuntimeWarning: images are passed over: by their endings, or because they do not lie in the
+            folder of a class but above or below one.
     Raises:
         UserError: no such folder, no sub-folders, a class without images, or an image that is no
             regular file.
@@ -149,8 +159,16 @@ def list_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
             raise UserError(f"{folder}: the name of {shown(unnameable)} must be text in UTF-8")
         paths: list[Path] = []
         labels: list[int] = []
+        over = [path for path in _visible(folder) if _is_image(path) and path.is_file()]
         for label, name in enumerate(classes):
-            files = sorted(p for p in _visible(folder / name) if p.suffix.lower() in SUFFIXES)
+            files: list[Path] = []
+            for path in sorted(_visible(folder / name)):
+                if path.suffix.lower() in SUFFIXES:
+                    files.append(path)
+                elif _is_image(path):
+                    over.append(path)
+                elif path.is_dir() and os.access(path, os.R_OK | os.X_OK):
+                    over += sorted(inner for inner in _visible(path) if _is_image(inner))
             if not files:
                 raise UserError(f"{folder / name}: holds no image ({', '.join(SUFFIXES)})")
             for path in files:
@@ -160,7 +178,17 @@ def list_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
             labels += [label] * len(files)
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error.strerror or error}") from None
+    if over:
+        where = ", and lies in the folder of its class"
+        warnings.warn(passed_over(folder, over) + where, RuntimeWarning, stacklevel=2)
     return paths, labels, classes
+
+
+def passed_over(folder: Path, over: Sequence[Path]) -> str:
+    """A message that names some of the images of a folder that are not read."""
+    names = ", ".join(shown(path.relative_to(folder)) for path in over[:MAX_NAMED])
+    more = f" and {len(over) - MAX_NAMED:,} more" if len(over) > MAX_NAMED else ""
+    return f"{shown(folder)}: passes over {names}{more}: an image ends in {', '.join(SUFFIXES)}"
 
 
 def open_image(file: BinaryIO) -> Image.Image:
@@ -183,6 +211,10 @@ def wide_mode(image: Image.Image) -> str | None:
     return next((mode for mode in raw if isinstance(mode, str) and mode.endswith(";16B")), None)
 
 
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in ALL_SUFFIXES
+
+
 def _visible(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
@@ -195,6 +227,14 @@ def upright(image: Image.Image) -> Image.Image:
         return image
     turn = UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return image if turn is None else image.transpose(turn)
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """The image upright in RGB, its alpha left out."""
+    image = upright(image)
+    # Pillow warns of the alpha of a palette that is left out, without the file's name.
+    image.info.pop("transparency", None)
+    return image.convert("RGB")
 
 
 class _Paths(Sequence[Path]):
@@ -343,7 +383,7 @@ class FolderData:
             with open_regular(path) as file, open_image(file) as image:
                 mode = wide_mode(image)
                 if mode is None:
-                    return self._resize(upright(image).convert("RGB"), path)
+                    return self._resize(opaque(image), path)
         except Image.UnidentifiedImageError:  # its message names the path again
             raise UserError(f"{path}: is not a readable image: its format is not known") from None
         except UNREADABLE as error:

@@ -23,7 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from variant.data.images import SUFFIXES, UNREADABLE, open_image, upright, wide_mode
+from variant.data.images import (
+    ALL_SUFFIXES,
+    SUFFIXES,
+    UNREADABLE,
+    opaque,
+    open_image,
+    passed_over,
+    wide_mode,
+)
 from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.evaluation.frechet import Gaussian
@@ -278,9 +286,13 @@ def _reason(error: Exception) -> str:
 
 def _folder(folder: Path) -> ImageSet:
     try:
-        paths = sorted(_images_below(folder))
+        below = sorted(_images_below(folder))
     except OSError as error:
         raise UserError(f"{shown(folder)}: cannot be read: {error.strerror}") from None
+    paths = [path for path in below if _is_image(path.name)]
+    if len(paths) < len(below):
+        over = [path for path in below if not _is_image(path.name)]
+        warnings.warn(passed_over(folder, over), RuntimeWarning, stacklevel=3)
     if not paths:
         raise UserError(f"{shown(folder)}: holds no image ({', '.join(SUFFIXES)})")
 
@@ -293,6 +305,8 @@ def _folder(folder: Path) -> ImageSet:
 
 def _images_below(folder: Path) -> Iterator[Path]:
     """The images of a folder and of its sub-folders, without hidden ones; links are followed.
+
+    Those of other formats, which are not read, are among them.
 
     A folder that several links name, or a link in itself, is visited once.
 
@@ -312,7 +326,7 @@ def _images_below(folder: Path) -> Iterator[Path]:
         visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
-            if _is_image(name) and not name.startswith("."):
+            if Path(name).suffix.lower() in ALL_SUFFIXES and not name.startswith("."):
                 yield Path(root, name)
 
 
@@ -392,7 +406,7 @@ def _encoded(where: Path, names: Sequence[str], content: Callable[[int], bytes])
             with open_image(io.BytesIO(content(index))) as image:
                 mode = wide_mode(image)
                 # As the training sees them.
-                pixels = np.asarray(upright(image).convert("RGB"))
+                pixels = np.asarray(opaque(image))
         except UNREADABLE:
             return None
         if mode is not None:  # convert("RGB") clips their values to 8 bits

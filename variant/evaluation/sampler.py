@@ -105,8 +105,8 @@ class SampleFiles:
     def is_done(self, number: int, images: range) -> bool:
         """Whether a unit is there."""
         if self.form == "png":
-            return all(_is_written(self.image_file(index)) for index in images)
-        return _is_written(self.unit_file(number))
+            return all(is_written(self.image_file(index)) for index in images)
+        return is_written(self.unit_file(number))
 
     def write(
         self, number: int, images: range, pixels_BYX3: np.ndarray, text: Mapping[str, object]
@@ -125,7 +125,7 @@ class SampleFiles:
         if self.form == "png":
             for index, content in zip(images, encoded, strict=True):
                 path = self.image_file(index)
-                if not _is_written(path):
+                if not is_written(path):
                     with atomic_write(path) as temporary:
                         temporary.write_bytes(content)
             return
@@ -211,7 +211,7 @@ def _header(shape: tuple[int, ...]) -> dict[str, Any]:
     return {"descr": "|u1", "fortran_order": False, "shape": shape}
 
 
-def _is_written(path: Path) -> bool:
+def is_written(path: Path) -> bool:
     """Whether a whole file is there; one that a power failure or a copy has cut off is not.
 
     Something else of the name counts as missing, so that writing the file refuses it by name.

@@ -104,9 +104,7 @@ def find_parts(folder: Path) -> Parts:
         )
     if (section := section_of(folder)) is not None:
         return _idx_parts(section)
-    names = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
-    train = next((names[name] for name in TRAIN if name in names), None)
-    held_out = next((names[name] for name in HELD_OUT if name in names), None)
+    train, held_out = _named_parts(folder)
     if train is None or held_out is None:
         missing = "sub-folders train and held_out" if train is None else "sub-folder held_out"
         raise UserError(
@@ -121,6 +119,23 @@ def find_parts(folder: Path) -> Parts:
             f"{held_out}: must have the classes of {train}; only in one of them: {differing}"
         )
     return Parts(train, held_out, len(paths), len(held_out_paths), classes, _side(paths))
+
+
+def _named_parts(folder: Path) -> list[Path | None]:
+    """The sub-folders with a name of the training and of the held-out part.
+
+    Beside sub-folders of other names a part is one that has sub-folders itself: a class may be
+    named "train" or "test" too.
+    """
+
+    def folders(of: Path) -> dict[str, Path]:
+        visible = (path for path in sorted(of.iterdir()) if not path.name.startswith("."))
+        return {path.name.lower(): path for path in visible if path.is_dir()}
+
+    names = folders(folder)
+    others = names.keys() - {*TRAIN, *HELD_OUT}
+    parts = [next((names[n] for n in options if n in names), None) for options in (TRAIN, HELD_OUT)]
+    return [part if part and (not others or folders(part)) else None for part in parts]
 
 
 def _idx_parts(section: DataSection) -> Parts:
@@ -143,7 +158,7 @@ def split(folder: Path, out: Path) -> None:
     """
     if folder.is_dir() and files_in(folder):
         raise UserError(f"{folder}: its IDX files have their parts already; leave out --split")
-    inner = next((folder / name for name in TRAIN if (folder / name).is_dir()), folder)
+    inner = (_named_parts(folder)[0] if folder.is_dir() else None) or folder
     paths, labels, classes = list_images(inner)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: must be a new or an empty folder for --split")

@@ -19,6 +19,7 @@ from variant.data.token_source import TokenSource
 from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.models.parameter_count import var_parameters, vqvae_parameters
+from variant.paths import path_kind
 from variant.training.checkpoint_contents import check_epochs
 from variant.training.checkpoint_files import CheckpointFiles
 from variant.training.checkpointer import Checkpointer
@@ -38,12 +39,12 @@ from variant.training.tensorboard import require_tensorboard
 COMMANDS = {"var": "variant train", "vae": "variant train-vae"}
 # Values that identify the training data besides the recipe; a resumed run must have the same ones.
 INPUTS = {
-    "num_train": "number of training images",
-    "num_held_out": "number of held-out images",
-    "data_sha256": "image files or labels, or tokens of them",
-    "vae_sha256": "VQ-VAE weights",
-    "start_sha256": "weights to start from",
-    "perceptual_sha256": "network of the perceptual loss",
+    "num_train": "another number of training images",
+    "num_held_out": "another number of held-out images",
+    "data_sha256": "other image files or labels, or tokens of them",
+    "vae_sha256": "another VQ-VAE",
+    "start_sha256": "other weights to start from",
+    "perceptual_sha256": "another network of the perceptual loss",
 }
 # Entries of the inputs that may differ between the machines of a run.
 FILE_CONTENTS, FILE_TIMES = "file_contents", "file_times"
@@ -230,7 +231,7 @@ class RunSetup:
         self.inputs[name] = value
         if self.saved is not None and self.saved["inputs"].get(name) != value:
             raise UserError(
-                f"{self.checkpointer.path}: was trained with another {INPUTS[name]}; resume with "
+                f"{self.checkpointer.path}: was trained with {INPUTS[name]}; resume with "
                 f"the same (it was {self.saved['inputs'].get(name)!s:.100}, now it is {value})"
                 f"{detail}"
             )
@@ -291,6 +292,12 @@ class RunSetup:
             raise UserError(
                 f"{folder}: already holds a run; continue it with --resume, or choose another "
                 "folder"
+            )
+        best = self.checkpointer.best
+        if not resume and path_kind(best) is not None:
+            raise UserError(
+                f"{folder}: holds the weights of a run without its checkpoint ({best.name}); "
+                "choose another folder, or move them"
             )
         trained_here = Checkpointer(folder, "var").exists
         models = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if (folder / name).exists()]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from variant.data.config import DataSection
+from variant.data.idx import paths_of
 from variant.data.samples import Source
 from variant.data.sources import classes_problem, open_source
 from variant.data.token_source import TokenSource
 from variant.errors import UserError
 from variant.models.parameter_count import var_parameters, vqvae_parameters
+from variant.paths import path_kind
 from variant.training.optim import OptimSection
 from variant.training.recipe import Recipe
 
@@ -16,9 +19,9 @@ from variant.training.recipe import Recipe
 class RunSummary:
     """The sizes of a recipe's models and the steps of its runs.
 
-    data: the opened images or tokens; None if they are not there.
+    data: the opened images or tokens; None if they are not there or cannot be opened.
     missing: why not; empty if they are.
-    problems: what would stop a run that has these images.
+    problems: what would stop a run.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -26,11 +29,14 @@ class RunSummary:
         self.data: Source | None = None
         self.missing = ""
         vae = recipe.vae
+        self.problems: list[str] = []
         try:
             self.data = open_source(recipe.data, vae.image_size, vae.in_channels, recipe.seed)
         except UserError as error:
             self.missing = str(error)
-        self.problems = list(self._problems())
+            if _is_there(recipe.data):  # else they may be on another machine
+                self.problems.append(self.missing)
+        self.problems += self._problems()
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """(name, text) of every line of the summary."""
@@ -72,7 +78,7 @@ class RunSummary:
 
     def _images(self) -> str:
         if self.data is None:
-            return f"not there: {self.missing}"
+            return "cannot be read" if self.problems else f"not there: {self.missing}"
         data = self.data
         return (
             f"{data.num_train:,} for training, {data.num_held_out:,} held out, "
@@ -114,3 +120,19 @@ class RunSummary:
             steps = training.epochs * self._per_epoch(training.optim, self.data)
             problems = training.adversary.problems(steps)
             yield from (f"vae_training.adversary.{text}" for text in problems)
+
+
+def _is_there(section: DataSection) -> bool:
+    """Whether there is something at every path of the data; of the digits there is none."""
+    if section.kind == "digits":
+        return False
+    try:
+        if section.kind == "idx":
+            paths = list(paths_of(section).values())
+        else:
+            given = (section.train, section.held_out, section.tokens)
+            own = given[2:] if section.kind == "tokens" else given[:2]
+            paths = list(filter(None, own))
+        return all(path_kind(path) is not None for path in paths)
+    except UserError:
+        return False

@@ -20,6 +20,7 @@ from variant.errors import UserError
 from variant.models.vqvae import VQVAE
 from variant.paths import file_sha256, path_kind
 from variant.training.adversary import Adversary
+from variant.training.checkpointer import Checkpointer
 from variant.training.classifier import (
     RUN_NAME,
     is_there,
@@ -229,6 +230,8 @@ def _train(setup: RunSetup, optim: OptimSection, console: Console | None) -> Sum
     epochs, steps = training.epochs, training.epochs * setup.steps_per_epoch
     for problem in training.adversary.problems(steps):
         raise UserError(f"{recipe.name}: vae_training.adversary.{problem}")
+    if training.trainable == "all" and setup.saved is not None and setup.saved["step"] < steps:
+        _check_transformer(setup.folder)
     start = None
     if training.start_weights is not None and not setup.keeps_start:
         start = _start(recipe.name, training.start_weights)
@@ -245,6 +248,17 @@ def _train(setup: RunSetup, optim: OptimSection, console: Console | None) -> Sum
         module.post_quant_conv.requires_grad_(True)
     task = VAETask(module, setup.data, recipe, setup.device, steps, setup.ranks, perceptual)
     return Trainer(task, setup, epochs, console).run()
+
+
+def _check_transformer(folder: Path) -> None:
+    """Raises: UserError, if the folder holds a transformer, whose tokens would change."""
+    transformer = Checkpointer(folder, "var")
+    if transformer.exists:
+        raise UserError(
+            f"{folder}: holds a transformer ({transformer.path.name}) that was trained on the "
+            "tokens of this VQ-VAE; more steps would change them. Copy the files vae-* into "
+            "another folder, and give it as --out"
+        )
 
 
 def _start(recipe: str, name: str) -> Weights:
