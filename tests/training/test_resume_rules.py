@@ -223,7 +223,7 @@ def test_a_file_of_another_size_is_named_by_its_class(recipe, tmp_path, monkeypa
     path = moved / "train" / "class1" / "3.png"
     whole = path.read_bytes()
     path.write_bytes(whole + b"\0")
-    with pytest.raises(UserError, match=r"another image files or labels.*Changed: train/class1$"):
+    with pytest.raises(UserError, match=r"other image files or labels.*Changed: train/class1$"):
         resume(chosen, tmp_path / "run")
     path.write_bytes(whole)
     (moved / "held_out" / "class0" / "0.png").rename(moved / "held_out" / "class0" / "00.png")
