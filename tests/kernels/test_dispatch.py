@@ -21,7 +21,7 @@ from variant_kernels import (
     sample_tokens,
     use_backend,
 )
-from variant_kernels.dispatch import support
+from variant_kernels.dispatch import select, support
 from variant_kernels.dispatch.explain import resolve
 from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import Backend, requested_name
@@ -341,6 +341,13 @@ def test_explain_follows_the_order_of_the_op():
     assert choice.others == {
         "cuda": missing, "flash": missing, "flashinfer": missing, "flex": "it never can"
     }  # fmt: skip
+
+
+def test_explain_says_that_kernels_are_interpreted(monkeypatch):
+    monkeypatch.setattr(select, "for_tests", lambda name: name == "triton")
+    backends = {name: Backend(support.always, "nowhere") for name in ("triton", "cpu")}
+    choice = resolve("an_op", backends, Request("cpu", (torch.float32,)))
+    assert (choice.name, choice.others["triton"]) == ("cpu", "interpreted")
 
 
 def statements(path):

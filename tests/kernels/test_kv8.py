@@ -320,3 +320,4 @@ def test_only_8_bit_pages_are_asked_for_as_such():
         extra = (scales, scales) if dtype is KV8_DTYPE else ()
         request = op._request(tokens, tokens, pages, pages, slots, *extra)
         assert request.kv_dtype == (KV8_DTYPE if extra else None)
+        assert request.head_dim == 16
