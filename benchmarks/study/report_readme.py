@@ -16,7 +16,7 @@ from benchmarks.study.report_data import (
     Study,
     mean_and_error,
 )
-from benchmarks.study.report_tables import estimate
+from benchmarks.study.report_tables import estimate, joined_seeds
 from benchmarks.study.settings import load_study
 from variant.engine.planning import plan_row
 from variant.models.config import VARConfig
@@ -35,11 +35,14 @@ def quality(study: Study, config: VARConfig, bridge: int) -> str:
         return ""
     runs = list(chosen.values())
     name = runs[0].name
-    floors = [run.data["generated"][FULL]["floor"] for run in runs]
+    joined = joined_seeds(study.parts[runs[0].part])
+    # Of one machine: times and the floor.
+    first = [run for run in runs if run.seed not in joined] or runs
+    floor = first[0].data["generated"][FULL]["floor"]
     count = runs[0].data["generated"][FULL]["n"]
     rows = []
     for schedule, depth in DEPTHS.items():
-        cells = [run.data["generated"][schedule] for run in runs]
+        cells = [run.data["generated"][schedule] for run in first]
         seconds = mean_and_error(cell["seconds"] / cell["n"] for cell in cells)[0]
         kv = plan_row(config, depth or config.depth, bridge, 1, torch.float32).ours
         rows.append([
@@ -49,11 +52,13 @@ def quality(study: Study, config: VARConfig, bridge: int) -> str:
             f"{kv / 1024:.0f} KiB",
         ])  # fmt: skip
     seeds = f"mean of {len(runs)} seeds ± standard error" if len(runs) > 1 else "one seed"
+    others = len(runs) - len(first)
+    seeds += f" ({others} with a VQ-VAE of another machine)" if others else ""
     lead = (
         f"Quality by depth on Fashion-MNIST: the miniature `{name}` of the [study](docs/study.md), "
         f"{seeds}. fashion-FD is a Fréchet distance of {count:,} images in the features of a "
         "classifier, no FID; two halves of the real images are at "
-        f"{estimate(FASHION_FD, floors[:1])}. CPU time of one thread with the image decoder and "
+        f"{estimate(FASHION_FD, [floor])}. CPU time of one thread with the image decoder and "
         "the classifiers."
     )
     columns = ["depth", "held-out loss", "fashion-FD", "time per image", "K/V per image"]

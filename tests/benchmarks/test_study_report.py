@@ -433,3 +433,9 @@ def test_the_readme_shows_the_best_run_of_all_depths(tmp_path):
     assert "| 8 | 1.9500 ± 0.0500 | 2.1500 ± 0.0500 | 195.0 ms | 704 KiB |" in text
     assert "| 2 | 2.2500 ± 0.0500 | 2.4500 ± 0.0500 | 225.0 ms | 224 KiB |" in text
     assert quality(Study(), config, 3) == ""
+    # Times and the floor are of one machine.
+    about = {"machine": "another", "versions": {}, "data": {}}
+    write(tmp_path / "results", "extras", runs, joined={"1": about})
+    text = quality(read_study(tmp_path / "results"), config, 3)
+    assert "mean of 2 seeds ± standard error (1 with a VQ-VAE of another machine)" in text
+    assert "| 8 | 1.9500 ± 0.0500 | 2.1500 ± 0.0500 | 190.0 ms | 704 KiB |" in text
