@@ -53,13 +53,12 @@ def quality(study: Study, config: VARConfig, bridge: int) -> str:
         ])  # fmt: skip
     seeds = f"mean of {len(runs)} seeds ± standard error" if len(runs) > 1 else "one seed"
     others = len(runs) - len(first)
-    seeds += f" ({others} with a VQ-VAE of another machine)" if others else ""
+    seeds += f" ({others} of another VQ-VAE)" if others else ""
     lead = (
         f"Quality by depth on Fashion-MNIST: the miniature `{name}` of the [study](docs/study.md), "
         f"{seeds}. fashion-FD is a Fréchet distance of {count:,} images in the features of a "
         "classifier, no FID; two halves of the real images are at "
-        f"{estimate(FASHION_FD, [floor])}. CPU time of one thread with the image decoder and "
-        "the classifiers."
+        f"{estimate(FASHION_FD, [floor])}. CPU time of one thread with decoder and classifiers."
     )
     columns = ["depth", "held-out loss", "fashion-FD", "time per image", "K/V per image"]
     return "\n".join([lead, "", *table(columns, rows)]).strip()

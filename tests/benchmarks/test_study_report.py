@@ -437,5 +437,5 @@ def test_the_readme_shows_the_best_run_of_all_depths(tmp_path):
     about = {"machine": "another", "versions": {}, "data": {}}
     write(tmp_path / "results", "extras", runs, joined={"1": about})
     text = quality(read_study(tmp_path / "results"), config, 3)
-    assert "mean of 2 seeds ± standard error (1 with a VQ-VAE of another machine)" in text
+    assert "mean of 2 seeds ± standard error (1 of another VQ-VAE)" in text
     assert "| 8 | 1.9500 ± 0.0500 | 2.1500 ± 0.0500 | 190.0 ms | 704 KiB |" in text
