@@ -76,9 +76,7 @@ def collect(study: Study, out: Path, results: Path, *, keep: bool = False) -> li
                 if not is_flagged
             ]
         path = results / f"{part.name}.json"
-        with atomic_write(path) as temporary:
-            text = json.dumps(rounded(result), indent=1, allow_nan=False)
-            temporary.write_text(f"{text}\n")
+        write_result(path, rounded(result))
         written.append(path)
     if written:
         for part in study.parts:
@@ -92,6 +90,12 @@ def collect(study: Study, out: Path, results: Path, *, keep: bool = False) -> li
             f"study: permuted labels must be flagged by every metric; not by {'; '.join(missed)}"
         )
     return written
+
+
+def write_result(path: Path, values: dict[str, Any]) -> None:
+    """Write a result file."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(f"{json.dumps(values, indent=1, allow_nan=False)}\n")
 
 
 def _kept(finished: Finished, results: Path) -> Kept:

@@ -13,10 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.study.collect import collect, pair_of, rounded
+from benchmarks.study.collect import collect, pair_of, rounded, write_result
 from benchmarks.study.settings import Study
 from variant.errors import UserError
-from variant.files import atomic_write
 
 Values = dict[str, Any]
 # Of a part: what a joined seed has of its own.
@@ -41,8 +40,7 @@ def join(study: Study, out: Path, results: Path) -> list[Path]:
     paths = [results / f"{values['part']}.json" for values in own]
     joined = [_joined(path, values) for path, values in zip(paths, own, strict=True)]
     for path, values in zip(paths, joined, strict=True):
-        with atomic_write(path) as temporary:
-            temporary.write_text(f"{json.dumps(values, indent=1, allow_nan=False)}\n")
+        write_result(path, values)
     return paths
 
 
