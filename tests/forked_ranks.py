@@ -1,9 +1,14 @@
 """Two ranks of a test program, forked from the process that has done the imports of both."""
 
+import faulthandler
 import os
 import signal
 import sys
 import time
+
+# Seconds after which a rank prints the stack of every thread and ends: before its test's time is
+# over, which would tell only that the test waits for a program.
+TOO_LONG = 200.0
 
 
 def run_ranks(work, *args, grace=0.0):
@@ -31,6 +36,7 @@ def run_ranks(work, *args, grace=0.0):
 def _start(work, *args):
     child = os.fork()  # before any thread of OpenMP exists
     if child == 0:
+        faulthandler.dump_traceback_later(TOO_LONG, exit=True)
         work(*args)
         sys.exit()  # as a process that was started alone: coverage.py saves its record then
     return child
