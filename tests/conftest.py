@@ -123,6 +123,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # else nanobind lists everything of triton's as leaked
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
     with not_recorded() if item.path.name in NOT_RECORDED else contextlib.nullcontext():
