@@ -209,7 +209,8 @@ def build(
         num_bytes = sum(value.numel() * value.itemsize for value in needed.values())
         what = f"the weights of the {type(module).__name__}"
         check_fits(where, what, num_bytes, torch.device("cpu"))
-        module = kind(config)
+        with torch.device("cpu"):  # also where the caller's default is another one
+            module = kind(config)
         module.to(dtype or next((v.dtype for v in state.values() if v.is_floating_point()), None))
     if stored or missing or dtype or device:
         wanted = {key: value for key, value in state.items() if key in needed}
@@ -222,7 +223,8 @@ def build(
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:  # usage statistics, which other checkpoints lack: start at zero
             owner, _, leaf = name.rpartition(".")
-            module.get_submodule(owner).register_buffer(leaf, torch.zeros(buffer.shape))
+            zeros = torch.zeros(buffer.shape, dtype=torch.float32, device="cpu")
+            module.get_submodule(owner).register_buffer(leaf, zeros)
     return module if device is None else module.to(device)
 
 

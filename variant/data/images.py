@@ -298,7 +298,7 @@ class FolderData:
             return self._to_tensor(self._augment(image, rng))
 
         images = torch.stack(self._map(read, indices))
-        return images, self.train_labels[torch.as_tensor(list(indices))]
+        return images, self.train_labels[torch.as_tensor(list(indices), device="cpu")]
 
     def held_out(self, indices: Indices) -> tuple[Tensor, Tensor]:
         def read(index: int) -> Tensor:
@@ -306,7 +306,7 @@ class FolderData:
             return self._to_tensor(self._crop(image, 0.5, 0.5))
 
         images = torch.stack(self._map(read, indices))
-        return images, self.held_out_labels[torch.as_tensor(list(indices))]
+        return images, self.held_out_labels[torch.as_tensor(list(indices), device="cpu")]
 
     def take_bad(self) -> tuple[BadItem, ...]:
         # Threads read the images: the order in which they end must not decide what is named.
