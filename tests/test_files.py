@@ -1,12 +1,15 @@
 """Atomic writes, and texts and JSON that are read."""
 
 import os
+import stat
+import threading
 import time
 
 import pytest
+import torch
 
 from variant.errors import UserError
-from variant.files import atomic_write
+from variant.files import atomic_write, read_safetensors, save_safetensors
 from variant.paths import read_json, read_text
 
 
@@ -20,6 +23,50 @@ def test_a_link_stays_and_its_target_is_replaced(tmp_path):
     assert link.is_symlink()
     assert target.read_text() == "after"
     assert [path.name for path in target.parent.iterdir()] == ["target"]
+
+
+def test_who_may_read_a_file_stays_the_same(tmp_path):
+    path, tensors = tmp_path / "a.safetensors", {"a": torch.ones(2)}
+    before = os.umask(0o027)
+    try:
+        save_safetensors(path, tensors)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+        for mode in (0o600, 0o664, 0o400):
+            path.chmod(mode)
+            save_safetensors(path, tensors)
+            assert stat.S_IMODE(path.stat().st_mode) == mode
+    finally:
+        os.umask(before)
+
+
+def test_the_umask_stays_while_files_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("of other threads too"))
+    save_safetensors(tmp_path / "a.safetensors", {"a": torch.ones(2)})
+
+
+def test_two_threads_write_one_path(tmp_path):
+    path, meet = tmp_path / "a.safetensors", threading.Barrier(2, timeout=20)
+    errors = []
+
+    def write(value):
+        try:
+            with atomic_write(path) as temporary:
+                temporary.write_text(value)
+                meet.wait()
+                assert temporary.read_text() == value
+            save_safetensors(path, {"a": torch.ones(2)})
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    threads = [threading.Thread(target=write, args=(value,)) for value in ("one", "other")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert torch.equal(read_safetensors(path)["a"], torch.ones(2))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_what_is_no_plain_file_is_refused_and_stays(tmp_path):

@@ -349,7 +349,7 @@ def _ends(model: Any, our_var: VAR) -> list[Tensor]:
     like, config = our_var.head.weight, our_var.config
     generator = torch.Generator().manual_seed(0)
     words, hidden = (
-        torch.randn(2, width, generator=generator).to(like)
+        torch.randn(2, width, generator=generator, device="cpu").to(like)
         for width in (config.vae_channels, config.embed_dim)
     )
     index = torch.arange(len(config.patch_nums), device=like.device)
@@ -367,8 +367,12 @@ def _decoded(model: Any, our_vae: VQVAE) -> list[Tensor]:
     like, config = our_vae.post_quant_conv.weight, our_vae.config
     generator = torch.Generator().manual_seed(0)
     side = 2 * config.downsample
-    image = torch.rand(1, config.in_channels, side, side, generator=generator).to(like) * 2 - 1
-    features = torch.randn(1, config.z_channels, 2, 2, generator=generator).to(like)
+    image = (
+        torch.rand(1, config.in_channels, side, side, generator=generator, device="cpu").to(like)
+        * 2
+        - 1
+    )
+    features = torch.randn(1, config.z_channels, 2, 2, generator=generator, device="cpu").to(like)
     outputs = [
         model.quant_conv(model.encoder(image)),
         model.decoder(model.post_quant_conv(features)),

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import stat
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,7 +37,8 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, and rename it to ``path`` if the block succeeds.
 
     A block that raises leaves an existing file as it was. A link stays: the file that it names is
-    replaced. A device, which a rename would replace by a file, is refused.
+    replaced, and who may read it stays the same. A device, which a rename would replace by a file,
+    is refused. Several threads may write one path: each has a temporary file, the last one counts.
 
     Args:
         durable: write the content to the disk before the rename, and the rename after it, so that
@@ -48,11 +51,12 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
         target = Path(os.path.realpath(path))
     except ValueError as error:  # a NUL byte, or what the system's encoding does not have
         raise UserError(f"{shown(path)}: cannot be written: {error}") from None
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{_writer()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not target.is_file():
             raise UserError(f"{path}: cannot be written: is no plain file")
+        mode = _mode(target, temporary)
         try:
             yield temporary
         except (SafetensorError, RuntimeError) as error:
@@ -61,10 +65,8 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
                 raise
             reason = _reason_of_system(temporary) or str(error).splitlines()[0]
             raise UserError(f"{path}: cannot be written: {reason}") from error
-        # safetensors writes files that only their owner can read; apply the umask instead.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:  # that of safetensors: owner alone
+            temporary.chmod(mode)
         if durable:
             sync(temporary)
         os.replace(temporary, target)
@@ -77,6 +79,28 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _writer() -> int:
+    """A number that no other thread of this machine has; in a main thread that of its process."""
+    is_main = threading.current_thread() is threading.main_thread()
+    return os.getpid() if is_main else threading.get_native_id()
+
+
+def _mode(target: Path, temporary: Path) -> int:
+    """The permissions of an existing file, or those that a new one gets here.
+
+    A new file tells them: to read the umask one must set it, for the files of other threads too.
+    """
+    with suppress(FileNotFoundError):
+        return stat.S_IMODE(target.stat().st_mode)
+    with suppress(FileNotFoundError):
+        temporary.unlink()  # of a killed process that had the same number
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
 
 
 def _reason_of_system(temporary: Path) -> str | None:

@@ -65,7 +65,7 @@ class PretrainedPair(nn.Module, PyTorchModelHubMixin):
             name: "digits" and "fashion-mnist" are in this package. An existing path is preferred
                 to one of these and to a Hub id of the same spelling.
             dtype: of the transformer's weights, itself or its name; None or "auto" keeps that of
-                the file.
+                the file, of several the widest.
             device: of both models; None is the CPU.
             torch_dtype, map_location: other names of dtype and device.
             strict: False lets weights be missing (they are initialised) or unexpected, and warns.
@@ -203,7 +203,8 @@ class PretrainedPair(nn.Module, PyTorchModelHubMixin):
             quant_resi: weight of the VQ-VAE's residual convolutions; else 0.5.
             using_znorm: nearest codes by cosine; else False.
             beta: weight of the VQ-VAE's commitment loss; else 0.25.
-            dtype: of the transformer's weights, itself or its name; None keeps that of the file.
+            dtype: of the transformer's weights, itself or its name; None keeps that of the file,
+                of several the widest.
             device: of both models; None is the CPU.
         Returns:
             The model in eval mode.

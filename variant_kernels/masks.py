@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch._guards import detect_fake_mode
 
 from variant_kernels.plans.scale_layout import ScaleLayout
 from variant_kernels.untraced import untraced
@@ -84,16 +86,26 @@ def block_causal_layout(bias: Tensor) -> ScaleLayout | None:
     Args:
         bias: the argument of attention. A bias that requires a gradient is learned, not a mask.
     Returns:
-        A layout of scales (1, tokens), or None.
+        A layout of scales (1, tokens), or None; None too for a mask without values.
     """
     if bias.requires_grad:
         return None
     return _cached_layout(bias)
 
 
+def _has_values(bias: Tensor) -> bool:
+    """Whether the content can be read: not on meta, nor of fake tensors, as in torch.export."""
+    if bias.is_meta:
+        return False
+    is_plain = type(bias) in (Tensor, torch.nn.Parameter) and _len_torch_dispatch_stack() == 0
+    return is_plain or detect_fake_mode([bias]) is None
+
+
 # The result depends on values.
 @untraced
 def _cached_layout(bias: Tensor) -> ScaleLayout | None:
+    if not _has_values(bias):
+        return None  # torch's attention is right for any content
     owner = bias if bias._base is None else bias._base
     key = bias.data_ptr(), bias.shape, bias.stride(), bias.dtype, bias.device
     version = None if bias.is_inference() else bias._version

@@ -70,6 +70,44 @@ def test_a_loaded_model_has_the_files_dtype_by_default(tmp_path):
     assert wide.generate(0, seed=0, dtype=torch.bfloat16).stats.dtype == "bfloat16"
 
 
+@pytest.mark.parametrize(
+    ("head", "rest", "widest"),
+    [
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float16, torch.float32),
+        (torch.float32, torch.float64, torch.float64),
+    ],
+)
+def test_of_several_dtypes_in_a_file_no_value_is_lost(head, rest, widest, tmp_path):
+    model = small_model()
+    model.var.to(rest)
+    model.var.head.to(head)
+    model.vae.decoder.to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "folder")
+    paths = tmp_path / "var.pth", tmp_path / "vae.pth"
+    save_original(model.var, model.vae, *paths)
+    expected = model.state_dict()
+    for loaded in (
+        VARiant.from_pretrained(tmp_path / "folder"),
+        VARiant.from_var_checkpoint(*paths),
+    ):
+        assert {weight.dtype for weight in loaded.var.parameters()} == {widest}
+        assert {weight.dtype for weight in loaded.vae.parameters()} == {torch.float32}
+        for name, value in loaded.named_parameters():
+            assert torch.equal(value, expected[name].to(value.dtype)), name
+
+
+def test_a_dtype_in_which_no_model_runs_is_refused_and_can_be_cast(tmp_path):
+    model = small_model()
+    model.var.head.weight.data = model.var.head.weight.to(torch.float8_e4m3fn)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"head\.weight is float8_e4m3fn; .* Give one of them"):
+        VARiant.from_pretrained(tmp_path)
+    loaded = VARiant.from_pretrained(tmp_path, dtype="bfloat16").var.head.weight
+    assert torch.equal(loaded, model.var.head.weight.to(torch.bfloat16))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_original_files_load_with_sizes_read_from_shapes_and_write_back_equal(name, tmp_path):
     golden = load_golden(name)

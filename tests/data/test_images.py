@@ -256,7 +256,7 @@ def test_images_are_turned_upright_as_pillow_does(tmp_path, orientation, suffix)
     path = tmp_path / f"image.{suffix}"
     image.save(path, exif=exif)
     with Image.open(path) as opened:
-        turned, expected = upright(opened), ImageOps.exif_transpose(opened)
+        turned, expected = upright(opened, path), ImageOps.exif_transpose(opened)
     assert turned.size == expected.size == ((32, 48) if orientation < 5 else (48, 32))
     assert corners(turned) == corners(expected)
     assert (corners(turned) == [[0, 1], [2, 3]]) == (orientation == 1)
@@ -288,8 +288,32 @@ def test_a_damaged_exif_orientation_is_ignored(tmp_path):
     start = content.index(b"Exif\0\0") + 6
     for damage in (b"\xff" * 8, b"II*\0\xff\xff\xff\x7f", b"MM\0*\0\0\0\x08\xff\xff\xff\xff"):
         path.write_bytes(content[:start] + damage + content[start + len(damage) :])
-        with Image.open(path) as image:
-            assert upright(image).size == GRADIENT.size
+        with Image.open(path) as image, warnings.catch_warnings(record=True) as heard:
+            assert upright(image, path).size == GRADIENT.size
+        assert all(str(warning.message).startswith(f"{path}: ") for warning in heard)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_warning_of_pillow_names_the_file_once(folder, workers):
+    path = Path(folder) / "a" / "damaged.jpg"
+    exif = Image.Exif()
+    exif[ORIENTATION], exif[0x010E] = 1, "a description"
+    GRADIENT.save(path, exif=exif)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"\x01\x0e\0\x02\0\0\0\x0e", b"\x01\x0e\0\x02\0\0\xff\0"))
+    assert path.read_bytes() != content
+    data = open_folder(folder, workers=workers)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        for epoch in (1, 2):
+            data.train(range(len(data.paths)), epoch)
+        (Path(folder) / "set").mkdir()
+        copied = shutil.copy(path, Path(folder) / "set" / "copy.jpg")
+        for _ in range(2):
+            open_images(Path(folder) / "set").read(range(1))
+    assert [warning.category for warning in heard] == 2 * [RuntimeWarning]
+    for warning, name in zip(heard, (path, copied), strict=True):
+        assert str(warning.message).startswith(f"{name}: ")  # then Pillow's words
 
 
 def png_of_16_bits(color_type, channels):

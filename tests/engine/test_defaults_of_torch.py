@@ -1,12 +1,16 @@
 """The default device and dtype of torch are for tensors of the caller; results do not change."""
 
+import ast
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from small_models import small_model
+from torch.utils._device import _device_constructors
 
 from variant import VARiant
+from variant.files import read_safetensors, save_safetensors
 from variant_kernels import (
     CachePlan,
     DepthSchedule,
@@ -20,6 +24,39 @@ from variant_kernels import (
     sample_tokens,
 )
 from variant_kernels.masks import layout_of
+
+ROOT = Path(__file__).parents[2]
+# Where a caller's tensors meet ours. A training and a measurement are processes of their own.
+CHECKED = (
+    *("variant_kernels", "variant/engine", "variant/checkpoints", "variant/models"),
+    *("variant/data", "variant/evaluation", "variant/accelerate_original.py"),
+)
+MAKERS = {function.__name__ for function in _device_constructors()}
+
+
+def without_device(tree):
+    """The calls that make a tensor on the default device, but those of modules' constructors:
+    parameters belong where the caller wants them."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            continue
+        yield from without_device(node)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).removeprefix("torch.") in MAKERS:
+            is_torchs = ast.unparse(node.func).startswith("torch.")
+            if is_torchs and not {"device", None} & {word.arg for word in node.keywords}:
+                yield f"{ast.unparse(node)} (line {node.lineno})"
+
+
+@pytest.mark.parametrize("place", CHECKED)
+def test_every_new_tensor_names_its_device(place):
+    paths = sorted((ROOT / place).rglob("*.py")) if (ROOT / place).is_dir() else [ROOT / place]
+    assert paths
+    found = {
+        str(path.relative_to(ROOT)): calls
+        for path in paths
+        if (calls := list(without_device(ast.parse(path.read_text()))))
+    }
+    assert found == {}
 
 
 @contextmanager
@@ -96,3 +133,40 @@ def test_a_mask_is_recognised(dtype, device):
     mask = torch.zeros(14, 14).masked_fill(scale[:, None] < scale, -torch.inf)
     with defaults(dtype, device):
         assert layout_of(mask).total == 14
+
+
+@DEFAULTS
+def test_hooks_are_compared(dtype, device):
+    model = small_model()
+    expected = model.generate([1, 2], seed=3).tokens
+    model.var.blocks[0].register_forward_hook(lambda *_: None)
+    with defaults(dtype, device):
+        assert torch.equal(model.generate([1, 2], seed=3).tokens, expected)
+
+
+@DEFAULTS
+@pytest.mark.parametrize("key", ["var.head.bias", "vae.quantize.ema_vocab_hit_SV"])
+def test_missing_weights_are_initialised_on_the_cpu(dtype, device, key, tmp_path):
+    model, path = small_model(), tmp_path / "model.safetensors"
+    model.save_pretrained(tmp_path)
+    tensors = read_safetensors(path)
+    save_safetensors(path, {k: v for k, v in tensors.items() if k != key})
+    with defaults(dtype, device), pytest.warns(UserWarning, match=f"missing .*{key[4:]}"):
+        loaded = VARiant.from_pretrained(tmp_path, strict=False)
+    value = loaded.state_dict()[key]
+    assert (value.dtype, value.device.type) == (torch.float32, "cpu")
+
+
+@DEFAULTS
+def test_statistics_of_other_scales_start_at_zero_on_the_cpu(dtype, device, tmp_path):
+    model, path, key = (
+        small_model(),
+        tmp_path / "model.safetensors",
+        "vae.quantize.ema_vocab_hit_SV",
+    )
+    model.save_pretrained(tmp_path)
+    tensors = read_safetensors(path)
+    save_safetensors(path, tensors | {key: tensors[key][:1].clone()})
+    with defaults(dtype, device):
+        value = VARiant.from_pretrained(tmp_path).state_dict()[key]
+    assert (value.dtype, value.device.type, float(value.sum())) == (torch.float32, "cpu", 0)

@@ -503,3 +503,49 @@ def test_log_probs_are_of_the_rows_of_the_teacher_forced_pass(model, monkeypatch
     if "generator" in draw:
         draw["generator"].manual_seed(1)
     assert torch.equal(engine.generate(labels, cfg=cfg, **draw).tokens, result.tokens)
+
+
+ARRAYS = {
+    "reversed": lambda array: array[..., ::-1].copy()[..., ::-1],
+    "the other byte order": lambda array: array.astype(array.dtype.newbyteorder()),
+    "objects": lambda array: array.astype(object),
+    "transposed": lambda array: array.T.copy().T,
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("form", [*ARRAYS, "read-only"])
+def test_arrays_of_numpy_in_every_memory_order(model, given, form):
+    def array(tensor):
+        plain = tensor.numpy()
+        if form != "read-only":
+            return ARRAYS[form](plain)
+        plain = plain.copy()
+        plain.setflags(write=False)
+        return plain
+
+    labels, ids, mask = torch.tensor([1, 2, 0]), torch.arange(3), torch.zeros(6, 8).bool()
+    mask[:, 3:] = True
+    expected = model.generate(labels, seed=3, image_ids=ids, tokens=given, mask=mask)
+    result = model.generate(
+        array(labels), seed=3, image_ids=array(ids), tokens=array(given), mask=array(mask)
+    )
+    assert torch.equal(result.tokens, expected.tokens)
+
+
+def test_labels_that_no_64_bits_hold_are_refused(model):
+    for labels in (np.array([2**64 - 1], np.uint64), torch.tensor([2**64 - 1], dtype=torch.uint64)):
+        with pytest.raises(TypeError, match="labels must be integers below 2\\^63; got larger"):
+            model.generate(labels)
+    small = np.array([1, 2], np.uint64)
+    assert torch.equal(model.generate(small, seed=0).tokens, model.generate([1, 2], seed=0).tokens)
+
+
+def test_a_square_map_as_wide_as_the_tokens_are_many(model, given):
+    total = given.shape[1]
+    square, wide = torch.zeros(total, total), torch.zeros(2 * total, 2 * total)
+    square[:, total // 2 :], wide[:, total:] = 1, 1
+    one, other = (
+        model.generate(LABELS, seed=3, tokens=given, mask=mask).tokens for mask in (square, wide)
+    )
+    assert torch.equal(one, other)

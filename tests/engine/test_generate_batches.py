@@ -120,6 +120,13 @@ def test_no_batch_is_kept_while_the_next_is_generated():
     assert (len(references), alive) == (3, [0] * 9)
 
 
+def test_a_batch_is_saved_alone():
+    for batch in small_model().generate_batches(LABELS, max_batch=2, seed=0):
+        for name in ("images", "tokens", "labels", "image_ids"):
+            tensor = getattr(batch, name)
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
+
+
 def test_a_loop_may_end_early():
     model = small_model()
     expected = model.generate(LABELS, seed=0).tokens

@@ -35,6 +35,13 @@ def test_logits_are_those_of_the_live_model(l2, shared, patched):
         handle.unpatch()
 
 
+def test_another_default_device_changes_nothing():
+    model, vae = live()
+    with torch.device("meta"):
+        ours = variant.accelerate(model, vae)
+    assert {weight.device.type for weight in ours.parameters()} == {"cpu"}
+
+
 def test_weights_are_shared_and_changes_are_seen():
     model, vae = live()
     ours = variant.accelerate(model, vae)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from lookalike_var import LookalikeVAR, SelfAttention, lookalike
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import variant_kernels.masks as masks
 from variant_kernels import ScaleLayout, VARiantAttention
@@ -430,3 +431,20 @@ def test_another_bound_of_the_scale_is_refused():
     ours.max_scale_mul = 3.0
     with pytest.raises(ValueError, match=r"VARiantAttention: max_scale_mul must .* got 3.0"):
         ours(torch.zeros(1, 3, 64), None)
+
+
+def test_fake_and_meta_masks_have_no_values_to_look_at():
+    layer, x, mask = VARiantAttention(0, 64, 2), torch.randn(2, LAYOUT.total, 64), causal()
+    expected = layer(x, mask)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = layer(x, mask)
+    meta = copy.deepcopy(layer).to("meta")(x.to("meta"), mask.to("meta"))
+    assert fake.shape == meta.shape == expected.shape
+    assert torch.equal(layer(x, mask), expected)  # nothing fake was remembered
+
+
+@pytest.mark.nightly
+def test_an_exported_layer_gives_the_same_values():
+    layer, x, mask = VARiantAttention(0, 64, 2).eval(), torch.randn(2, LAYOUT.total, 64), causal()
+    exported = torch.export.export(layer, (x, mask)).module()
+    torch.testing.assert_close(exported(x, mask), layer(x, mask))

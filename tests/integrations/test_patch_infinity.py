@@ -21,6 +21,13 @@ def paint(model, scales=SQUARE, **options):
     return model.autoregressive_infer_cfg(TEXT, scales, g_seed=5, **options)
 
 
+def test_another_default_device_changes_nothing():
+    model = lookalike()
+    with torch.device("meta"):
+        handle = patch(model)
+    handle.unpatch()
+
+
 def members(model):
     return [(type(m), dict(vars(m))) for m in model.modules()]
 

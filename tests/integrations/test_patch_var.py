@@ -42,6 +42,13 @@ def test_a_patched_model_paints_the_same_tokens_and_logits(options):
             assert (close - logits).abs().max() < 1e-4 * logits.abs().max()
 
 
+def test_another_default_device_changes_nothing():
+    model = lookalike()
+    with torch.device("meta"):
+        handle = patch(model)
+    handle.unpatch()
+
+
 def test_inference_mode_changes_nothing():
     model = lookalike()
     tokens, _ = paint(model)

@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -70,6 +71,24 @@ def test_a_generation_takes_names_and_numbers(model):
     assert model.generate("a, b", seed=0).labels.tolist() == [2]
     # Text is a name, also where it is a number.
     assert model.generate(("7",), seed=0).labels.tolist() == [3]
+
+
+def test_names_and_numbers_in_an_array_of_numpy(model):
+    expected = model.generate(["circle", 2, "über uns"], seed=0).tokens
+    for labels in (
+        np.array(["circle", "a, b", "über uns"]),
+        np.array(["circle", 2, np.int64(4)], object),
+        odd_array(["circle", 2, 4]),
+    ):
+        assert torch.equal(model.generate(labels, seed=0).tokens, expected)
+    assert len(model.generate(np.array("circle"), seed=0).tokens) == 1
+
+
+def odd_array(items):
+    """An array that is a view, read-only and reversed in memory."""
+    array = np.array(items[::-1], object)[::-1]
+    array.setflags(write=False)
+    return array
 
 
 def test_unknown_names_list_the_known_ones(model):

@@ -11,6 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.files import atomic_write, save_safetensors
 from variant.models.parts import SkipInit, check_saved
+from variant.models.placement import WEIGHT_DTYPES
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.models.zones import is_zone_key, reset_zone_weights
@@ -148,7 +150,7 @@ def load_model(
     read, and then copied one by one: memory never holds the whole file beside the result.
 
     Args:
-        dtype: of the transformer's weights; None keeps the file's.
+        dtype: of the transformer's weights; None keeps the file's, of several the widest.
         device: of both models; None is the CPU.
         strict: False lets keys be missing (these weights are initialised) and unexpected, with a
             warning that names them.
@@ -169,8 +171,6 @@ def load_model(
         part: {k.removeprefix(part): v for k, v in stored.items() if str(k).startswith(part)}
         for part in ("var.", "vae.")
     }
-    if dtype is None and "var.head.weight" in stored:
-        dtype = stored["var.head.weight"].dtype
     var = build(VAR, var_config, parts["var."], str(path), device, dtype, strict=strict)
     vae = build(VQVAE, vae_config, parts["vae."], str(path), device, strict=strict)
     return var.eval(), vae.eval(), config
@@ -192,12 +192,14 @@ def build(
         state: tensors, which the model then shares, or stored tensors, which are read here, after
             their names and shapes were found to be those of the model.
         where: names the state in errors.
-        device, dtype: of the model; None keeps that of the state. Tensors that are on that device
-            and in that dtype already are not copied.
+        device, dtype: of the model; None keeps that of the state, of several dtypes the one that
+            holds the values of all parameters. Tensors that are on that device and in that dtype
+            already are not copied.
         strict: False initialises weights that the state does not hold, leaves out keys that the
             model does not have, and warns.
     Raises:
-        UserError: the state's keys or shapes are not exactly those of this model.
+        UserError: the state's keys or shapes are not exactly those of this model, or without
+            ``dtype`` a parameter has one that no model is loaded in.
     """
     with torch.device("meta"), SkipInit():
         module = kind(config)
@@ -205,11 +207,13 @@ def build(
     load_state(module, state, where, assign=True, strict=strict)
     stored = any(isinstance(value, StoredTensor) for value in state.values())
     missing = needed.keys() - state.keys()
+    dtype = dtype or _kept_dtype(module, state, where)
     if missing:  # not strict, else load_state raised
         num_bytes = sum(value.numel() * value.itemsize for value in needed.values())
         what = f"the weights of the {type(module).__name__}"
         check_fits(where, what, num_bytes, torch.device("cpu"))
-        module = kind(config)
+        with torch.device("cpu"):  # also where the caller's default is another one
+            module = kind(config)
         module.to(dtype or next((v.dtype for v in state.values() if v.is_floating_point()), None))
     if stored or missing or dtype or device:
         wanted = {key: value for key, value in state.items() if key in needed}
@@ -222,8 +226,28 @@ def build(
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:  # usage statistics, which other checkpoints lack: start at zero
             owner, _, leaf = name.rpartition(".")
-            module.get_submodule(owner).register_buffer(leaf, torch.zeros(buffer.shape))
+            zeros = torch.zeros(buffer.shape, dtype=torch.float32, device="cpu")
+            module.get_submodule(owner).register_buffer(leaf, zeros)
     return module if device is None else module.to(device)
+
+
+def _kept_dtype(module: nn.Module, state: Mapping[str, Tensor], where: str) -> torch.dtype | None:
+    """The dtype that holds the values of all parameters of a state; None needs no cast.
+
+    A model runs in one dtype. Each of several would lose values in the narrower one, without a way
+    back.
+    """
+    found = {state[name].dtype: name for name, _ in module.named_parameters() if name in state}
+    for dtype, name in found.items():
+        if dtype not in WEIGHT_DTYPES:
+            raise UserError(
+                f"{where}: {name} is {dtype_name(dtype)}; a model is loaded in "
+                f"{', '.join(map(dtype_name, WEIGHT_DTYPES))}. Give one of them as dtype"
+            )
+    # The statistics of a VQ-VAE may be wider than its weights; of a VAR the buffers are biases.
+    if not found or (len(found) == 1 and not isinstance(module, VAR)):
+        return None
+    return reduce(torch.promote_types, found)
 
 
 def load_state(

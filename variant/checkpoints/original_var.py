@@ -311,7 +311,7 @@ def load_original(
         num_heads, given: settings that no tensor tells, by the names of VAR_SETTINGS and
             VAE_SETTINGS (:mod:`variant.checkpoints.settings`). What neither the files nor these
             tell is assumed, with one warning.
-        dtype: of the transformer's weights; None keeps the file's.
+        dtype: of the transformer's weights; None keeps the file's, of several the widest.
         device: of both models; None is the CPU.
         weights: "model", "ema" or the name of an entry: which of several state dicts in the
             transformer's file; in that of the VQ-VAE too, where it has such an entry.

@@ -296,4 +296,6 @@ def _add_buffers(state: dict[str, Tensor], plain: Sequence[Mapping[str, Tensor]]
     for key in list(state):
         if key.endswith("attn.q_bias"):  # the bias of keys is always zero
             constant = key.removesuffix("q_bias") + "zero_k_bias"
-            state.setdefault(constant, torch.zeros(state[key].shape, dtype=state[key].dtype))
+            state.setdefault(
+                constant, torch.zeros(state[key].shape, dtype=state[key].dtype, device="cpu")
+            )

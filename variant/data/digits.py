@@ -117,7 +117,7 @@ class DigitsData:
         self._held_out = enlarge(scans.held_out_images, image_size)
 
     def train(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:
-        index = torch.as_tensor(np.asarray(indices), dtype=torch.int64)
+        index = torch.as_tensor(np.asarray(indices), dtype=torch.int64, device="cpu")
         # Drawn for all scans, so that an image does not depend on the other indices.
         draws = stream(self.seed, epoch, STREAM_AUGMENT).uniform(-1, 1, (self.num_train, 5))
         images = distort(
@@ -132,7 +132,7 @@ class DigitsData:
         return self._to_range(images), self.train_labels[index]
 
     def held_out(self, indices: Indices) -> tuple[Tensor, Tensor]:
-        index = torch.as_tensor(np.asarray(indices), dtype=torch.int64)
+        index = torch.as_tensor(np.asarray(indices), dtype=torch.int64, device="cpu")
         return self._to_range(self._held_out[index]), self.held_out_labels[index]
 
     def take_bad(self) -> tuple[BadItem, ...]:

@@ -12,8 +12,9 @@ import hashlib
 import os
 import struct
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -59,6 +60,7 @@ UNREADABLE = (
 )
 WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _FILTERS = Lock()
+_told: set[str] = set()  # warnings that were given: an image is read in every epoch
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 # With those of images that are not read.
 ALL_SUFFIXES = (
@@ -191,12 +193,38 @@ def passed_over(folder: Path, over: Sequence[Path]) -> str:
     return f"{shown(folder)}: passes over {names}{more}: an image ends in {', '.join(SUFFIXES)}"
 
 
-def open_image(file: BinaryIO) -> Image.Image:
-    """``Image.open``, which reads the header, without its warning of many pixels."""
-    # The filters of warnings are those of the process, and images are read by several threads.
-    with _FILTERS, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+def open_image(file: BinaryIO, name: str | Path) -> Image.Image:
+    """``Image.open``, which reads the header, without its warning of many pixels.
+
+    Args:
+        name: of the file, which Pillow's warnings lack.
+    """
+    with _named_warnings(name):
         return Image.open(file)
+
+
+@contextmanager
+def _named_warnings(name: str | Path) -> Iterator[None]:
+    """Pillow's warnings in the block are given after it, once, with the name of the file.
+
+    The filters of warnings are those of the process, and images are read by several threads: one
+    thread at a time, so nothing that takes long belongs into the block.
+    """
+    heard: list[warnings.WarningMessage] = []
+    try:
+        with _FILTERS, warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        for warning in heard:
+            if "PIL" not in Path(warning.filename).parts:  # of another thread
+                at = warning.filename, warning.lineno
+                warnings.warn_explicit(warning.message, warning.category, *at)
+            elif warning.category is not Image.DecompressionBombWarning:
+                text = f"{shown(name)}: {' '.join(str(warning.message).split())}"
+                if text not in _told:
+                    _told.add(text)
+                    warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
 def wide_mode(image: Image.Image) -> str | None:
@@ -219,19 +247,25 @@ def _visible(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation says; without one, or with a damaged one, unchanged."""
+def upright(image: Image.Image, name: str | Path) -> Image.Image:
+    """The image as its EXIF orientation says; without one, or with a damaged one, unchanged.
+
+    Args:
+        name: of the file, for a warning that its EXIF is damaged.
+    """
+    image.load()  # getexif reads the pixels of a PNG before it finds what follows them
     try:
-        orientation = image.getexif().get(ORIENTATION)
+        with _named_warnings(name):
+            orientation = image.getexif().get(ORIENTATION)
     except UNREADABLE:
         return image
     turn = UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return image if turn is None else image.transpose(turn)
 
 
-def opaque(image: Image.Image) -> Image.Image:
-    """The image upright in RGB, its alpha left out."""
-    image = upright(image)
+def opaque(image: Image.Image, name: str | Path) -> Image.Image:
+    """The image of a file upright in RGB, its alpha left out."""
+    image = upright(image, name)
     # Pillow warns of the alpha of a palette that is left out, without the file's name.
     image.info.pop("transparency", None)
     return image.convert("RGB")
@@ -298,7 +332,7 @@ class FolderData:
             return self._to_tensor(self._augment(image, rng))
 
         images = torch.stack(self._map(read, indices))
-        return images, self.train_labels[torch.as_tensor(list(indices))]
+        return images, self.train_labels[torch.as_tensor(list(indices), device="cpu")]
 
     def held_out(self, indices: Indices) -> tuple[Tensor, Tensor]:
         def read(index: int) -> Tensor:
@@ -306,7 +340,7 @@ class FolderData:
             return self._to_tensor(self._crop(image, 0.5, 0.5))
 
         images = torch.stack(self._map(read, indices))
-        return images, self.held_out_labels[torch.as_tensor(list(indices))]
+        return images, self.held_out_labels[torch.as_tensor(list(indices), device="cpu")]
 
     def take_bad(self) -> tuple[BadItem, ...]:
         # Threads read the images: the order in which they end must not decide what is named.
@@ -380,10 +414,10 @@ class FolderData:
 
     def _open(self, path: Path) -> Image.Image:
         try:
-            with open_regular(path) as file, open_image(file) as image:
+            with open_regular(path) as file, open_image(file, path) as image:
                 mode = wide_mode(image)
                 if mode is None:
-                    return self._resize(opaque(image), path)
+                    return self._resize(opaque(image, path), path)
         except Image.UnidentifiedImageError:  # its message names the path again
             raise UserError(f"{path}: is not a readable image: its format is not known") from None
         except UNREADABLE as error:

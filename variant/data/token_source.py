@@ -184,14 +184,14 @@ class TokenSource:
             # tells of others.
             if not all(type(value) in (int, float) and 0 <= value <= 1 for value in values):
                 raise self._others("mix", "[0, 1]")
-            mix = torch.tensor(values, dtype=torch.float32)
+            mix = torch.tensor(values, dtype=torch.float32, device="cpu")
         return Samples(None, torch.from_numpy(tokens_BL), labels, mixed, mix, bad)
 
     def _labels(self, values: list[Any]) -> torch.Tensor:
         """Labels (B,) int64.  Raises: UserError, for what is no label, e.g. 1.5 or None."""
         if not all(type(value) is int and 0 <= value < self.num_classes for value in values):
             raise self._others("labels", f"[0, {self.num_classes})")
-        return torch.tensor(values, dtype=torch.int64)
+        return torch.tensor(values, dtype=torch.int64, device="cpu")
 
     def _others(self, what: str, interval: str) -> UserError:
         return UserError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,7 +31,7 @@ def _integers(op: str, name: str, values: object) -> Tensor:
     if isinstance(values, Tensor) and not _has_values(values):
         raise TypeError(f"{op}: {name} must be a plain tensor of integers; got {shown(values)}")
     try:
-        tensor = torch.as_tensor(values, device="cpu")
+        tensor = torch.as_tensor(_plain(values), device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):
         kind = type(values).__name__
         raise TypeError(f"{op}: {name} must be integers of 64 bits; got {kind}") from None
@@ -39,8 +40,23 @@ def _integers(op: str, name: str, values: object) -> Tensor:
     dtype = tensor.dtype
     if tensor.numel() and (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool):
         raise TypeError(f"{op}: {name} must be integers; got {dtype_name(dtype)}")
+    if dtype == torch.uint64 and bool((tensor.view(torch.int64) < 0).any()):
+        raise TypeError(f"{op}: {name} must be integers below 2^63; got larger ones (uint64)")
     # A copy: the caller may write into his own, also between two batches.
     return tensor.to(torch.int64, copy=True)
+
+
+def _plain(values: object) -> object:
+    """An array of numpy as torch can read it; anything else as it is.
+
+    torch refuses reversed axes, the other byte order and objects, and warns of arrays that cannot
+    be written to.
+    """
+    if not isinstance(values, np.ndarray):
+        return values
+    if values.dtype.kind == "O":
+        return values.tolist()
+    return values.astype(values.dtype.newbyteorder("="), order="C")
 
 
 def _has_values(tensor: Tensor) -> bool:
@@ -181,7 +197,7 @@ def check_mask(mask: object, layout: ScaleLayout, count: int) -> Tensor:
         TypeError: no tensor or array of numbers.  ValueError: another shape, or other values.
     """
     try:
-        given = torch.as_tensor(mask, device="cpu")
+        given = torch.as_tensor(_plain(mask), device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"generate: mask must be a tensor or an array; got {type(mask).__name__}"
@@ -192,6 +208,8 @@ def check_mask(mask: object, layout: ScaleLayout, count: int) -> Tensor:
         raise TypeError(f"generate: mask must be booleans or numbers; got {given.dtype}")
     total, shape = layout.total, tuple(given.shape)
     of_tokens = given.ndim in (1, 2) and shape[-1] == total
+    if shape == (total, total) and count != total:  # a square map; other numbers are a mistake
+        of_tokens = False
     batched = given.ndim == (2 if of_tokens else 3)
     fits = shape[0] in (1, count) if batched else given.ndim == (1 if of_tokens else 2)
     if not fits or not given.numel():

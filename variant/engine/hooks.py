@@ -84,7 +84,7 @@ def _outputs(model: VAR, var: VAR) -> list[Tensor]:
     layout = var.layout.prefix(min(NUM_SCALES, var.layout.num_scales))
     generator = torch.Generator().manual_seed(0)
     x_RTC, words_RTE = (
-        torch.randn(2, layout.total, width, generator=generator).to(head)
+        torch.randn(2, layout.total, width, generator=generator, device="cpu").to(head)
         for width in (config.embed_dim, config.vae_channels)
     )
     cond_RC = var.class_emb(torch.tensor([0, config.num_classes], device=head.device))

@@ -161,8 +161,8 @@ class Run:
             _joined([part.images for part in parts]),
             _joined([part.tokens_BL for part in parts]),
             self._stats(parts, seconds),
-            _joined([part.batch.labels_B for part in parts]).to(device),
-            _joined([part.batch.image_ids_B for part in parts]).to(device),
+            _own(_joined([part.batch.labels_B for part in parts]).to(device)),
+            _own(_joined([part.batch.image_ids_B for part in parts]).to(device)),
             _joined(log_probs) if log_probs else None,
         )
 
@@ -191,6 +191,11 @@ class Run:
             kv_paper_bytes=plan.paper_bytes(*sizes, k_bytes=item, v_bytes=item, guidance=guided),
             zone_weight_bytes=last.zone_weight_bytes,
         )
+
+
+def _own(x: Tensor) -> Tensor:
+    """x in memory of its own: a view of one batch is kept, and saved, with those of all batches."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

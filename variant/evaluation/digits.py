@@ -129,7 +129,7 @@ def evaluate_digits_model(
     Raises:
         UserError: the model does not generate 10 classes at a multiple of 8 pixels.
     """
-    labels = torch.arange(count) % NUM_CLASSES
+    labels = torch.arange(count, device="cpu") % NUM_CLASSES
     result = model.generate(labels, depth=depth, cfg=cfg, top_k=0, top_p=top_p, seed=seed)
     config = model.vae.config
     if model.var.config.num_classes != NUM_CLASSES or config.image_size % SIDE:

@@ -223,9 +223,11 @@ def frechet_from_blocks(
         distance, *others = map(frechet_distance, others_side, gaussians)
     left_out, values = others[: len(without)], [*others[len(without) :], distance]
     counts = [sum(blocks[i].count for i in part) for part in parts] + [whole.count]
-    inverse = torch.tensor(counts, dtype=torch.float64).reciprocal()
+    inverse = torch.tensor(counts, dtype=torch.float64, device="cpu").reciprocal()
     line = torch.stack((torch.ones_like(inverse), inverse), dim=1)
-    intercept = torch.linalg.lstsq(line, torch.tensor(values, dtype=torch.float64)[:, None])
+    intercept = torch.linalg.lstsq(
+        line, torch.tensor(values, dtype=torch.float64, device="cpu")[:, None]
+    )
     half = student_quantile(len(blocks) - 1) * jackknife_error(left_out)
     return FrechetResult(
         distance=distance,
@@ -238,6 +240,6 @@ def frechet_from_blocks(
 
 def jackknife_error(left_out: Sequence[float]) -> float:
     """Standard error of a statistic from its values without one block each (Tukey 1958)."""
-    values = torch.tensor(left_out, dtype=torch.float64)
+    values = torch.tensor(left_out, dtype=torch.float64, device="cpu")
     deviation = values - values.mean()
     return float(((len(values) - 1) / len(values) * deviation.square().sum()).sqrt())

@@ -403,10 +403,10 @@ def _encoded(where: Path, names: Sequence[str], content: Callable[[int], bytes])
 
     def decode(index: int) -> np.ndarray | None:
         try:
-            with open_image(io.BytesIO(content(index))) as image:
+            with open_image(io.BytesIO(content(index)), names[index]) as image:
                 mode = wide_mode(image)
                 # As the training sees them.
-                pixels = np.asarray(opaque(image))
+                pixels = np.asarray(opaque(image, names[index]))
         except UNREADABLE:
             return None
         if mode is not None:  # convert("RGB") clips their values to 8 bits

@@ -111,7 +111,7 @@ def measure_kv_error(
     if images < 1:
         raise ValueError(f"measure_kv_error: images must be at least 1; got {images}")
     config = engine.var.config
-    labels_B = torch.arange(images) % config.num_classes
+    labels_B = torch.arange(images, device="cpu") % config.num_classes
     errors = []
     for depth in trained_depths(config) if depths is None else depths:
         tokens_BL = engine.generate(

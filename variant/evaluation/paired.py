@@ -117,7 +117,9 @@ def psnr(mean_squared_error: float) -> float:
     """Peak signal-to-noise ratio in dB for uint8 images; infinite for no error."""
     if mean_squared_error == 0:
         return float("inf")
-    return float(10 * torch.tensor(PEAK**2 / mean_squared_error, dtype=torch.float64).log10())
+    return float(
+        10 * torch.tensor(PEAK**2 / mean_squared_error, dtype=torch.float64, device="cpu").log10()
+    )
 
 
 def squared_errors(first_B3YX: Tensor, second_B3YX: Tensor) -> Tensor:
@@ -132,7 +134,7 @@ def structural_similarity(first_B3YX: Tensor, second_B3YX: Tensor) -> Tensor:
     """
     side = min(*first_B3YX.shape[2:], WINDOW)
     side -= 1 - side % 2
-    place = torch.arange(side, dtype=torch.float64) - side // 2
+    place = torch.arange(side, dtype=torch.float64, device="cpu") - side // 2
     line = torch.exp(-(place**2) / (2 * SIGMA**2))
     line /= line.sum()
     colours = first_B3YX.shape[1]

@@ -393,11 +393,12 @@ def floor_of(real_ND: Tensor, count: int, labels: Sequence[int] | None = None) -
 def _halves(real_ND: Tensor, count: int, labels: Sequence[int] | None) -> list[Tensor]:
     """Two disjoint random sets of ``count`` real images, or of half of all if there are fewer."""
     total, count = len(real_ND), min(count, len(real_ND) // 2)
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(FLOOR_SEED))
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(FLOOR_SEED), device="cpu")
     if labels is None:
         return [real_ND[part] for part in order[: 2 * count].split(count)]
-    order = order[torch.tensor(labels)[order].argsort(stable=True)]
-    chosen = order[torch.arange(2 * count) * total // (2 * count)]  # evenly over the classes
+    order = order[torch.tensor(labels, device="cpu")[order].argsort(stable=True)]
+    evenly = torch.arange(2 * count, device="cpu") * total // (2 * count)
+    chosen = order[evenly]  # over the classes
     return [real_ND[chosen[0::2]], real_ND[chosen[1::2]]]
 
 
@@ -418,11 +419,13 @@ def indices_of_blocks(count: int, labels: Sequence[int] | None = None) -> list[T
     """
     if labels is None:
         generator = torch.Generator().manual_seed(BLOCK_SEED)
-        draws = torch.rand(-(-count // BLOCKS), BLOCKS, generator=generator)
-        order = (draws.argsort(1) + BLOCKS * torch.arange(len(draws))[:, None]).flatten()
+        draws = torch.rand(-(-count // BLOCKS), BLOCKS, generator=generator, device="cpu")
+        order = (
+            draws.argsort(1) + BLOCKS * torch.arange(len(draws), device="cpu")[:, None]
+        ).flatten()
         order = order[order < count]
     else:
-        order = torch.tensor(labels).argsort(stable=True)
+        order = torch.tensor(labels, device="cpu").argsort(stable=True)
     return [order[start::BLOCKS] for start in range(BLOCKS)]
 
 
@@ -443,7 +446,7 @@ def _class_metrics(images: ImageSet, network: FeatureNetwork, logits_NC: Tensor)
         return metrics
     _warn_of_sorted_labels(name, images.labels)
     if not official:  # the Inception of 2015 has classes of its own
-        labels_N, found_N = torch.tensor(images.labels), logits_NC.argmax(1)
+        labels_N, found_N = torch.tensor(images.labels, device="cpu"), logits_NC.argmax(1)
         _warn_of_other_labels(labels_N, found_N)
         right = found_N == labels_N
         value = float(right.double().mean())
@@ -453,7 +456,7 @@ def _class_metrics(images: ImageSet, network: FeatureNetwork, logits_NC: Tensor)
 
 def _score_without(logits_NC: Tensor, block: Tensor) -> float:
     """The Inception Score of the same splits without some of the images."""
-    kept_N = torch.ones(len(logits_NC), dtype=torch.bool)
+    kept_N = torch.ones(len(logits_NC), dtype=torch.bool, device="cpu")
     kept_N[block] = False
     splits = zip(logits_NC.split(SPLIT), kept_N.split(SPLIT), strict=True)
     parts = [logits[kept] for logits, kept in splits if kept.any()]

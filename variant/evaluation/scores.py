@@ -50,10 +50,12 @@ def inception_score(logits_NC: Tensor, split: int = SPLIT) -> InceptionScore:
     scores = []
     for p, log_p in zip(p_NC.split(split), log_p_NC.split(split), strict=True):
         # logsumexp, not the log of the mean: a class that no image has gives 0 and no NaN.
-        log_mean = log_p.logsumexp(0) - torch.tensor(float(len(p)), dtype=p.dtype).log()
+        log_mean = (
+            log_p.logsumexp(0) - torch.tensor(float(len(p)), dtype=p.dtype, device="cpu").log()
+        )
         divergence = torch.where(p > 0, p * (log_p - log_mean), 0.0).sum(1).mean()
         scores.append(float(divergence.exp()))
-    values = torch.tensor(scores, dtype=torch.float64)
+    values = torch.tensor(scores, dtype=torch.float64, device="cpu")
     return InceptionScore(float(values.mean()), float(values.std(correction=0)), len(scores))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any, cast
 
 from variant_kernels.arguments import sequence, shown, typed
 
@@ -111,6 +112,8 @@ def numbered(op: str, labels: object, names: Sequence[str]) -> object:
     Raises:
         TypeError, ValueError: as :func:`label_of`.
     """
+    if getattr(getattr(labels, "dtype", None), "kind", "") in ("U", "O"):  # an array of numpy
+        labels = cast("Any", labels).tolist()
     if isinstance(labels, str):
         labels = [labels]
     if not isinstance(labels, list | tuple) or not any(isinstance(x, str) for x in labels):

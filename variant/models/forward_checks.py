@@ -12,6 +12,7 @@ from variant.models.config import VARConfig
 from variant.models.execution import Execution
 from variant_kernels import DepthSchedule
 from variant_kernels.arguments import instance
+from variant_kernels.linear import is_plain
 from variant_kernels.ops.contract import check_tensor
 
 OP = "VAR.forward"
@@ -91,8 +92,11 @@ def _check_schedule(config: VARConfig, schedule: DepthSchedule) -> None:
 
 
 def _check_labels(config: VARConfig, name: str, labels_B: Tensor) -> None:
-    """Values are checked on the CPU only: elsewhere that would wait for the device."""
-    if labels_B.device.type == "cpu" and labels_B.numel():
+    """Values are checked on the CPU only: elsewhere that would wait for the device.
+
+    A graph (torch.export, torch.compile) and a mode of fake tensors have none to check.
+    """
+    if is_plain(labels_B):
         low, high = (int(x) for x in torch.aminmax(labels_B))
         if low < 0 or high > config.num_classes:
             raise ValueError(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from variant.models.autocast import autocast_of, no_autocast
 from variant.models.config import VQVAEConfig
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -29,7 +30,7 @@ def _without_autocast(method: Method) -> Method:
 
     @wraps(method)
     def inner(self: Any, *args: Any, **rest: Any) -> Any:
-        with torch.autocast(self.embedding.weight.device.type, enabled=False):
+        with no_autocast(self.embedding.weight):
             return method(self, *args, **rest)
 
     return cast(Method, inner)
@@ -65,8 +66,8 @@ class ResidualConv(nn.Conv2d):
         scale's tokens are drawn, would be another on a GPU than on a CPU. The argument of torch's
         operator is used, not ``torch.backends.cudnn.flags``, which sets it for all threads.
         """
-        autocast = torch.is_autocast_enabled(input.device.type)
-        if input.dtype != torch.float32 or torch.is_grad_enabled() or autocast:
+        inside = autocast_of(input) is not None
+        if input.dtype != torch.float32 or torch.is_grad_enabled() or inside:
             return super().forward(input)
         cudnn = torch.backends.cudnn
         return torch.ops.aten._convolution(

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function, once_differentiable
 from torch.nn import functional as F
 
+from variant.models.autocast import no_autocast
 from variant_kernels.linear import product
 
 # Logits at once: 8 MB in float32.
@@ -105,7 +106,7 @@ def linear_cross_entropy(
     Gradient of the mean: h_BLC, weight_VC, bias_V; no second derivative. Under torch.func's
     transforms and in forward mode all logits are kept, and every derivative is torch's.
     """
-    with torch.autocast(h_BLC.device.type, enabled=False):
+    with no_autocast(h_BLC):
         if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return _from_all_logits(h_BLC, weight_VC, bias_V, targets_BL)
         mean, losses_N = _LinearCrossEntropy.apply(

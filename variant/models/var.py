@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from variant.models.autocast import autocast_of
 from variant.models.config import VARConfig
 from variant.models.depths import layers_of
 from variant.models.execution import PLAIN, Checkpointing, Execution, computed_again, recompute
@@ -223,8 +224,7 @@ class HeadNorm(nn.Module):
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which matrix products run: autocast's inside autocast, else the tensor's."""
-    device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+    return autocast_of(tensor) or tensor.dtype
 
 
 def branch_scales(uniform_N2B: Tensor, drop_path_rate: float) -> Tensor:

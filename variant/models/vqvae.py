@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from variant.models.autocast import autocast_of
 from variant.models.config import GROUPS, VQVAEConfig
 from variant.models.parts import explained, explains
 from variant.models.quantizer import MultiScaleQuantizer
 from variant_kernels.arguments import instance, integer
+from variant_kernels.linear import is_plain
 from variant_kernels.ops.contract import check_tensor
 
 # The halves of a VQ-VAE: a function that uses one may be called where the other was removed.
@@ -345,13 +347,14 @@ class VQVAE(nn.Module):
         if not images.is_floating_point():
             raise ValueError(f"{op}: images must be floating point; got {images.dtype}")
         own = self.quant_conv.weight.dtype
-        if images.dtype != own and not torch.is_autocast_enabled(images.device.type):
+        if images.dtype != own and autocast_of(images) is None:
             raise ValueError(
                 f"{op}: images must have the dtype of the weights ({own}); got {images.dtype}. "
                 "Cast them, or use torch.autocast"
             )
-        # Written so that NaN fails too.
-        if images.device.type == "cpu" and not (images.abs().max() <= 1.001):
+        # Values are checked where there are any to read without a wait: not on a GPU, in a graph or
+        # of fake tensors. Written so that NaN fails too.
+        if is_plain(images) and not (images.abs().max() <= 1.001):
             raise ValueError(
                 f"{op}: images must be in [-1, 1]; "
                 f"got values from {float(images.min()):.4g} to {float(images.max()):.4g}"
@@ -373,11 +376,7 @@ class VQVAE(nn.Module):
         if tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"{op}: tokens must be int64 or int32; got {tokens.dtype}")
         vocab = self.config.vocab_size
-        if (
-            tokens.device.type == "cpu"
-            and tokens.numel()
-            and not (tokens.min() >= 0 and tokens.max() < vocab)
-        ):
+        if is_plain(tokens) and not (tokens.min() >= 0 and tokens.max() < vocab):
             raise ValueError(
                 f"{op}: tokens must be in [0, {vocab}); "
                 f"got values from {int(tokens.min())} to {int(tokens.max())}"

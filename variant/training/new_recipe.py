@@ -306,7 +306,7 @@ def _side(paths: list[Path]) -> int:
     sides = []
     for path in paths[:: max(1, len(paths) // SAMPLE)]:
         try:
-            with open_regular(path) as file, open_image(file) as image:
+            with open_regular(path) as file, open_image(file, path) as image:
                 sides.append(min(image.size))
         except (UserError, *UNREADABLE):
             continue  # the run itself skips or names it

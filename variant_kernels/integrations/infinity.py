@@ -314,7 +314,7 @@ class InfinityFamily(ModelFamily):
                 for sa in layers:
                     sa.kv_caching(True)
                 for k, (t, h, w) in enumerate(scales[:2]):
-                    x = torch.randn(2, t * h * w, model.C, generator=generator)
+                    x = torch.randn(2, t * h * w, model.C, generator=generator, device="cpu")
                     x = x.to(weight.device, weight.dtype)
                     for layer, sa in enumerate(layers):
                         if runtime is not None and layer == 0:

@@ -304,7 +304,8 @@ class VARFamily(ModelFamily):
         generator = torch.Generator().manual_seed(0)
         shapes = [(2, model.D), *((2, side * side, model.C) for side in model.patch_nums[:2])]
         return [
-            torch.randn(shape, generator=generator).to(like.device, like.dtype) for shape in shapes
+            torch.randn(shape, generator=generator, device="cpu").to(like.device, like.dtype)
+            for shape in shapes
         ]
 
     def probe(self, model: Any) -> list[Tensor]:

@@ -65,9 +65,9 @@ def page_lists(
     """
     table_BM, lens_B = page_table_BM.cpu(), kv_lens_B.cpu()
     used_B = (lens_B + page_size - 1) // page_size
-    starts = torch.zeros(len(lens_B) + 1, dtype=torch.int32)
+    starts = torch.zeros(len(lens_B) + 1, dtype=torch.int32, device="cpu")
     starts[1:] = used_B.cumsum(0)
-    held_BM = torch.arange(table_BM.shape[1]) < used_B[:, None]
+    held_BM = torch.arange(table_BM.shape[1], device="cpu") < used_B[:, None]
     last_B = torch.where(lens_B > 0, (lens_B - 1) % page_size + 1, 0).to(torch.int32)
     return starts, table_BM[held_BM].contiguous(), last_B
 
@@ -125,7 +125,7 @@ def _plan(
     if workspace is None:
         workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=q_BTHD.device)
         _workspaces[place] = workspace
-    queries = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32)
+    queries = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device="cpu")
     # Buffers of its own: in this mode FlashInfer promises that a run reads them again.
     buffers = [x.to(q_BTHD.device, copy=True) for x in (queries, *lists)]
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(

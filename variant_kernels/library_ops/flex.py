@@ -18,7 +18,7 @@ from torch.nn.attention import flex_attention as flex
 def block_mask(scale_lengths: tuple[int, ...], device: torch.device) -> flex.BlockMask:
     """A token sees its own scale and those before; created once for each layout and device."""
     scale_L = torch.repeat_interleave(
-        torch.arange(len(scale_lengths)), torch.tensor(scale_lengths)
+        torch.arange(len(scale_lengths), device="cpu"), torch.tensor(scale_lengths, device="cpu")
     ).to(device)
     length = sum(scale_lengths)
     return flex.create_block_mask(

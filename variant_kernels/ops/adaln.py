@@ -314,13 +314,15 @@ def sample_inputs(dtype: torch.dtype, generator: torch.Generator) -> list[tuple[
     cases = []
     for batch, tokens, width in ((1, 1, 8), (2, 5, 33), (3, 7, 64), (2, 16, 192), (1, 3, 1030)):
         for stream in dict.fromkeys((dtype, torch.float32)):
-            x = torch.randn(batch, tokens + 2, width, generator=generator).to(stream)
-            y = torch.randn(batch, tokens, width + 5, generator=generator).to(dtype)
-            modulation = torch.randn(batch, 3, width, generator=generator).to(dtype)
+            x = torch.randn(batch, tokens + 2, width, generator=generator, device="cpu").to(stream)
+            y = torch.randn(batch, tokens, width + 5, generator=generator, device="cpu").to(dtype)
+            modulation = torch.randn(batch, 3, width, generator=generator, device="cpu").to(dtype)
             gate, scale, shift = (0.5 * modulation).unbind(1)
             cases.append((x[:, 1 : tokens + 1], y[..., :width], gate, scale, shift))
     # Dense but permuted: batch and tokens change places.
-    x, y = (torch.randn(5, 3, 16, generator=generator).to(dtype) for _ in range(2))
-    gate, scale, shift = torch.randn(3, 3, 16, generator=generator).to(dtype).unbind(0)
+    x, y = (torch.randn(5, 3, 16, generator=generator, device="cpu").to(dtype) for _ in range(2))
+    gate, scale, shift = (
+        torch.randn(3, 3, 16, generator=generator, device="cpu").to(dtype).unbind(0)
+    )
     cases.append((x.transpose(0, 1), y.transpose(0, 1), gate, scale, shift))
     return cases

@@ -139,10 +139,16 @@ def sample_inputs(dtype: torch.dtype, generator: torch.Generator) -> list[tuple[
         (2, 5, 3, 24, 4),
         (3, 9, 2, 64, 16),
     ):
-        packed = torch.randn(batch, tokens, 3, heads, head_dim, generator=generator).to(dtype)
+        packed = torch.randn(
+            batch, tokens, 3, heads, head_dim, generator=generator, device="cpu"
+        ).to(dtype)
         num_pages = -(-2 * batch * tokens // page_size)
-        pages = torch.randn(2, num_pages, page_size, heads, head_dim, generator=generator)
-        slots = torch.randperm(num_pages * page_size, generator=generator)[: batch * tokens]
+        pages = torch.randn(
+            2, num_pages, page_size, heads, head_dim, generator=generator, device="cpu"
+        )
+        slots = torch.randperm(num_pages * page_size, generator=generator, device="cpu")[
+            : batch * tokens
+        ]
         slots = slots.view(batch, tokens)
         slots[-1, -1] = -1 if tokens > 1 else slots[-1, -1]
         k_pages, v_pages = pages.to(dtype).unbind(0)

@@ -313,7 +313,9 @@ def sample_inputs(
     )
     for batch, heads, head_dim, sides in shapes:
         layout = ScaleLayout.from_patch_nums(sides)
-        packed = torch.randn(batch, layout.total, 3, heads, head_dim, generator=generator)
+        packed = torch.randn(
+            batch, layout.total, 3, heads, head_dim, generator=generator, device="cpu"
+        )
         q, k, v = packed.to(dtype).unbind(2)
         cases.append((q, k, v, layout))
     return cases

@@ -105,9 +105,9 @@ def sample_inputs(
         (1, 16, 17, 100, 5),
         (3, 2, 2, 7, 7),
     ):
-        x = torch.randn(batch, height, width, channels, generator=generator)
-        x = x * torch.rand(channels, generator=generator) + 3
-        weight, bias = torch.randn(2, channels, generator=generator)
+        x = torch.randn(batch, height, width, channels, generator=generator, device="cpu")
+        x = x * torch.rand(channels, generator=generator, device="cpu") + 3
+        weight, bias = torch.randn(2, channels, generator=generator, device="cpu")
         cases.append((x.to(dtype), weight.to(dtype), bias.to(dtype), groups))
     x, weight, bias, groups = cases[2]
     return [*cases, (x[:, 1:, ::2], weight, bias, groups)]

@@ -272,16 +272,22 @@ def sample_inputs(dtype: torch.dtype, generator: torch.Generator) -> list[tuple[
     ):
         batch, entries = len(lengths), -(-max(lengths) // page_size) + 1
         num_pages = batch * entries + 2
-        pages = torch.full((2, num_pages, page_size, heads, head_dim), torch.nan)
-        table = torch.full((batch, entries), 10**6, dtype=torch.int32)
-        order = iter(torch.randperm(num_pages, generator=generator).tolist())
+        pages = torch.full((2, num_pages, page_size, heads, head_dim), torch.nan, device="cpu")
+        table = torch.full((batch, entries), 10**6, dtype=torch.int32, device="cpu")
+        order = iter(torch.randperm(num_pages, generator=generator, device="cpu").tolist())
         for row, length in enumerate(lengths):
             for entry in range(-(-length // page_size)):
                 page = next(order)
                 table[row, entry] = page
                 here = min(page_size, length - entry * page_size)
-                pages[:, page, :here] = torch.randn(2, here, heads, head_dim, generator=generator)
-        q = torch.randn(batch, tokens, 3, heads, head_dim, generator=generator).to(dtype)[:, :, 0]
+                pages[:, page, :here] = torch.randn(
+                    2, here, heads, head_dim, generator=generator, device="cpu"
+                )
+        q = torch.randn(batch, tokens, 3, heads, head_dim, generator=generator, device="cpu").to(
+            dtype
+        )[:, :, 0]
         k_pages, v_pages = pages.to(dtype).unbind(0)
-        cases.append((q, k_pages, v_pages, table, torch.tensor(lengths, dtype=torch.int32)))
+        cases.append(
+            (q, k_pages, v_pages, table, torch.tensor(lengths, dtype=torch.int32, device="cpu"))
+        )
     return cases

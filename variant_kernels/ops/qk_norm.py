@@ -183,9 +183,11 @@ def sample_inputs(dtype: torch.dtype, generator: torch.Generator) -> list[tuple[
         (2, 9, 2, 64),
         (1, 3, 2, 256),
     ):
-        packed = torch.randn(batch, tokens, 3, heads, head_dim, generator=generator).to(dtype)
+        packed = torch.randn(
+            batch, tokens, 3, heads, head_dim, generator=generator, device="cpu"
+        ).to(dtype)
         packed[0, 0, 0, 0] = 0
-        scale_mul = torch.linspace(-1, 5, heads).view(1, heads, 1, 1)
+        scale_mul = torch.linspace(-1, 5, heads, device="cpu").view(1, heads, 1, 1)
         for scale in {dtype: scale_mul.to(dtype), torch.float32: scale_mul}.values():
             cases.append((packed[:, :, 0], packed[:, :, 1], scale))
     return cases

@@ -183,14 +183,20 @@ def sample_inputs(
         (3, 9, 2, 64, 16),
         (1, 3, 2, 256, 2),
     ):
-        packed = torch.randn(batch, tokens + 1, 4, heads, head_dim, generator=generator).to(dtype)
+        packed = torch.randn(
+            batch, tokens + 1, 4, heads, head_dim, generator=generator, device="cpu"
+        ).to(dtype)
         packed[0, 1:, 1, 0] = 0
         num_pages = -(-2 * batch * tokens // page_size)
-        pages = torch.randn(num_pages, 2, page_size, heads, head_dim, generator=generator)
-        slots = torch.randperm(num_pages * page_size, generator=generator)[: batch * tokens]
+        pages = torch.randn(
+            num_pages, 2, page_size, heads, head_dim, generator=generator, device="cpu"
+        )
+        slots = torch.randperm(num_pages * page_size, generator=generator, device="cpu")[
+            : batch * tokens
+        ]
         slots = slots.view(batch, tokens)
         slots[-1, -1] = -1 if tokens > 1 else slots[-1, -1]
-        scale_mul = torch.linspace(-1, 5, heads).view(1, heads, 1, 1)
+        scale_mul = torch.linspace(-1, 5, heads, device="cpu").view(1, heads, 1, 1)
         for scale in (scale_mul, scale_mul.to(dtype), None):
             k_pages, v_pages = pages.to(dtype, copy=True).unbind(1)
             cases.append((packed[:, 1:, 1:], scale, k_pages, v_pages, slots))

@@ -158,7 +158,7 @@ def _request(logits: Tensor, *_: Tensor | None) -> Request:
 def _launch(launcher: Launcher, arguments: dict[str, Any]) -> Tensor:
     logits_2BTV = arguments["logits_2BTV"]
     if arguments["seed"] is None:
-        arguments["seed"] = int(torch.randint(2**63 - 1, ()))
+        arguments["seed"] = int(torch.randint(2**63 - 1, (), device="cpu"))
     image_ids_B = arguments.pop("image_ids")
     if image_ids_B is None:
         image_ids_B = torch.arange(logits_2BTV.shape[0] // 2, device=logits_2BTV.device)
@@ -297,7 +297,7 @@ def sample_inputs(dtype: torch.dtype, generator: torch.Generator) -> list[tuple[
         (1, 5, 64, {}),
         (1, 5, 64, {"top_k": 200, "top_p": 1.0}),
     ):
-        logits = 3 * torch.randn(2 * batch, tokens, entries + 3, generator=generator)
+        logits = 3 * torch.randn(2 * batch, tokens, entries + 3, generator=generator, device="cpu")
         logits = logits.to(dtype)
         logits[..., 1::5] = logits[..., :1]
         cases.append((logits[..., :entries], filters))
