@@ -3,6 +3,7 @@
 import gc
 import weakref
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from unittest.mock import MagicMock
 
 import pytest
@@ -14,6 +15,7 @@ from variant.engine import engine as engine_module
 from variant.engine.cuda_graphs import GraphCache, GraphRecorder, Recording
 from variant.engine.engine import Engine
 from variant.engine.graph_replay import GraphReplay
+from variant.engine.memory import USABLE_SHARE
 from variant.engine.weights import WeightsVersion
 from variant_kernels import CachePlan, device_lock
 
@@ -390,6 +392,21 @@ def test_memory_of_the_graphs_is_for_graphs_until_another_batch_needs_it(recorde
     assert len(engine._graphs[1].graphs) == 0
     assert batches() == 1
     assert (recorder.recorded, recorder.cleared) == (2, 1)
+
+
+def test_a_graph_may_use_free_memory_and_that_of_earlier_graphs(monkeypatch):
+    repeater = Repeater()
+    recordings = GraphCache(repeater)
+    recordings.run("a", lambda x: (x,), torch.zeros(1))
+    repeater.idle = 100
+    monkeypatch.setattr("variant.engine.engine.free_bytes", lambda device: 1000)
+    available = partial(engine_module._available, torch.device("cpu"))
+    assert available(recordings, 2000, True) == 1000 + 100 * USABLE_SHARE
+    assert available(None, 2000, True) == 1000
+    assert available(recordings, 1000, False) == 1000
+    assert repeater.cleared == 0
+    assert available(recordings, 1001, False) == 1000
+    assert repeater.cleared == 1
 
 
 def test_a_call_without_a_graph_drops_the_recordings_that_leave_it_no_memory(recorder, monkeypatch):

@@ -66,3 +66,4 @@ def test_the_warning_comes_once_and_not_for_float32(no_16_bit_products):
             Engine(model.var, model.vae, dtype=torch.bfloat16)
     assert len(caught) == 1
     assert "\n" not in str(caught[0].message)
+    assert caught[0].filename == __file__  # the line of the caller
