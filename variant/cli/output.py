@@ -18,6 +18,7 @@ from rich.text import Text
 from variant.bench.result_file import result_text, write_result
 from variant.errors import UserError
 from variant.paths import foreign_name, path_kind, shown
+from variant_kernels.wording import counted
 
 # Room in a file's name for what a temporary file adds to it; the usual limit is 255 bytes.
 NAME_BYTES, TEMPORARY_BYTES = 255, 16
@@ -78,7 +79,7 @@ def table(title: str, *columns: str) -> Table:
 def mebibytes(count: float) -> str:
     """``1,860 MiB``; small sizes in KiB, smaller ones in bytes."""
     if count < 2**10:
-        return f"{count:,.0f} bytes"
+        return counted(round(count), "byte")
     if count < 2**20:
         return f"{count / 2**10:,.0f} KiB"
     return f"{count / 2**20:,.1f} MiB" if count < 100 * 2**20 else f"{count / 2**20:,.0f} MiB"

@@ -14,6 +14,7 @@ from variant.errors import UserError
 from variant.models.config import VARConfig
 from variant.training.memory_plan import TrainingRow, fastest, fits, training_rows
 from variant_kernels.plans.cache_plan import item_bytes
+from variant_kernels.wording import counted
 
 GIB = 2**30
 COLUMNS = ("weights", "gradients", "optimizer", "ema", "casts", "activations", "logits", "encoder")
@@ -60,9 +61,9 @@ def _table(
     columns += ["total", "work"]
     columns += [] if memory is None else ["fits"]
     result = table(
-        f"A training step of {command.model}: {batch} images on {command.gpus} "
-        f"GPU{'s' if command.gpus > 1 else ''}, {var.layout.total} tokens, width {var.embed_dim}, "
-        f"{command.dtype}",
+        f"A training step of {command.model}: {counted(batch, 'image')} on "
+        f"{counted(command.gpus, 'GPU')}, {counted(var.layout.total, 'token')}, width "
+        f"{var.embed_dim}, {command.dtype}",
         *columns,
     )
     result.padding = 0  # fifteen columns in a terminal of 100 characters
@@ -87,7 +88,7 @@ def _verdict(command: Plan, best: TrainingRow | None) -> str:
     mode = "" if best.mode == "single" else f'parallel.mode = "{best.mode}", '
     return (
         f"The fastest that fits {command.memory:g} GiB: {mode}optim.accumulate = {best.parts}, "
-        f'memory.checkpointing = "{best.checkpointing}" ({best.images} images at once, '
+        f'memory.checkpointing = "{best.checkpointing}" ({counted(best.images, "image")} at once, '
         f"{best.total / GIB:.0f} GiB)."
     )
 

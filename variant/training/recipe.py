@@ -59,6 +59,7 @@ from variant.training.vae_sections import (
 )
 from variant_kernels.arguments import integer
 from variant_kernels.plans.depth_schedule import select_layers
+from variant_kernels.wording import counted
 
 # Limits of a recipe's text, in characters; the packaged ones have 3,000.
 MAX_LENGTH = 2**18
@@ -360,7 +361,8 @@ class Recipe:
         for depths in section.schedules:
             require(
                 len(depths) == scales,
-                f"schedule.schedules must have {scales} depths each, one for every scale",
+                f"schedule.schedules must have {counted(scales, 'depth')} each, one for every "
+                "scale",
                 list(depths),
             )
             try:
