@@ -182,7 +182,7 @@ class VAETraining:
         require(
             self.weights is not None or (self.epochs > 0 and self.optim is not None),
             "weights, or epochs and the section optim, must be given",
-            f"weights {self.weights}, epochs {self.epochs}",
+            f"weights none, epochs {self.epochs}",
         )
         require(
             self.weights is None or self.start_weights is None,
