@@ -144,7 +144,7 @@ def test_an_interrupted_run_goes_on_to_the_images_of_an_undisturbed_one(
         code, _, error = run(*command)
         assert code == 130
         assert error.count("\n") == 1
-        assert f"stopped. in {out}: {written} of {total} images; continue: " in error
+        assert f"stopped. {written} of {total} images in {out}; continue: " in error
         again = shlex.split(error.split("continue: ")[1])
         assert again[0] == "variant"
         assert again[-1] == "--resume"

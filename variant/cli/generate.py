@@ -270,7 +270,7 @@ class Work:
             written = len(target.whole())
             again = command_line("generate", command, resume=True, overwrite=False)
             raise type(stop)(
-                f"in {command.out}: {written:,} of {counted(total, 'image')}; continue: {again}"
+                f"{written:,} of {counted(total, 'image')} in {command.out}; continue: {again}"
             ) from None
         return results
 

@@ -112,7 +112,7 @@ def sample_command(command: Sample) -> None:
                 report=report,
             )
         except KeyboardInterrupt as stop:
-            message = f"there: {counted(done, 'image')} of this process; the same command continues"
+            message = f"{counted(done, 'image')} of this process so far; the same command continues"
             raise type(stop)(message) from None
     out = console(command.json, command="sample")
     per_class = num / len(labels)

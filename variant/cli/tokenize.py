@@ -52,7 +52,7 @@ def tokenize(command: Tokenize) -> None:
             )
         except KeyboardInterrupt as stop:
             raise type(stop)(
-                f"in {out}: {counted(done, 'sample')}; the same command continues"
+                f"{counted(done, 'sample')} in {out}; the same command continues"
             ) from None
     printed = console(command="tokenize")
     rate = result.samples / result.seconds if result.seconds else 0.0
