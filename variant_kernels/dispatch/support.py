@@ -36,7 +36,7 @@ def _row_reason(request: Request) -> str | None:
     """Of the two GPU backends: rows that are too long, or another dtype."""
     if (width := request.row_width) is not None and width > MAX_ROW_WIDTH:
         return (
-            f"rows of {counted(width, 'entry')} are longer than the {MAX_ROW_WIDTH} that it takes"
+            f"rows of {counted(width, 'entry')} are longer than the {MAX_ROW_WIDTH:,} that it takes"
         )
     return _dtype_reason(request, _32_OR_16_BITS)
 
