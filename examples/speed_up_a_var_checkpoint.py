@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,6 +87,8 @@ def main() -> None:
     parser.add_argument("--var")
     parser.add_argument("--vae")
     args = parser.parse_args()
+    if not Path(args.repo, "models").is_dir():
+        parser.error(f"--repo must be a clone of FoundationVision/VAR; {args.repo} has no models")
     vae, var = original_models(args.repo, args.depth, args.var, args.vae)
     images = compare(var, vae, torch.tensor([207]), cfg=4.0, top_k=900, top_p=0.96)
     difference = (images["patched"] - images["original"]).abs().max()

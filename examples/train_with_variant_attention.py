@@ -79,7 +79,10 @@ def main() -> None:
     """Train and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
-    losses = train(parser.parse_args().steps)
+    steps = parser.parse_args().steps
+    if steps < 1:
+        parser.error(f"--steps must be at least 1; got {steps}")
+    losses = train(steps)
     print(f"loss: {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last")
 
 

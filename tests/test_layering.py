@@ -35,6 +35,7 @@ VARIANT = (
 # The same for `variant_kernels`. `_C` is the compiled extension.
 KERNELS = (
     "_C",
+    "wording",
     "arguments",
     "plans",
     "device_lock",

@@ -28,6 +28,7 @@ from variant.tensor_files import (
     stored_pickle,
     stored_safetensors,
 )
+from variant_kernels.wording import counted
 
 PROBE_BYTES = 2**20
 
@@ -199,7 +200,9 @@ def _sort_metadata(path: Path) -> None:
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         if len(text) > size:
-            raise ValueError(f"{path}: its header would need {len(text)} bytes; it has {size}")
+            raise ValueError(
+                f"{path}: its header would need {counted(len(text), 'byte')}; it has {size}"
+            )
         file.seek(8)
         file.write(text.ljust(size))
 

@@ -20,6 +20,7 @@ from variant.models.depths import layers_of
 from variant.paths import path_kind, read_json, shown
 from variant_kernels.arguments import instance
 from variant_kernels.plans.depth_schedule import MAX_SCALES, DepthSchedule, check_schedule
+from variant_kernels.wording import counted
 
 # 8x4-4-2: depth 8 at four scales, then 4, then 2.
 PART = r"(\d{1,4})(?:x(\d{1,4}))?"
@@ -137,7 +138,7 @@ def _by_name(name: str, config: VARConfig) -> DepthSchedule:
     scales, depths = len(config.patch_nums), _depths(name)
     if len(depths) != scales:
         raise ValueError(
-            f"must have one depth for each of the {scales} scales of the model; it has "
+            f"must have one depth for each of the {counted(scales, 'scale')} of the model; it has "
             f"{len(depths)}, and there is no file of this name"
         )
     layers = [layers_of(config, depth, "") for depth in depths]

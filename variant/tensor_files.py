@@ -31,6 +31,7 @@ from torch import Tensor
 
 from variant.errors import UserError
 from variant.paths import open_regular, shown, unique_keys
+from variant_kernels.wording import counted
 
 # Limits of what describes the tensors; published models have less than 1 MiB.
 MAX_HEADER_BYTES = 2**25
@@ -125,7 +126,7 @@ class Source:
         if self._allocated > MAX_EXPANSION * self.size:
             raise UserError(
                 f"{self.where}: its tensors overlap: they would take more than {MAX_EXPANSION} "
-                f"times the {self.size:,} bytes of the file"
+                f"times the {counted(self.size, 'byte')} of the file"
             )
 
     def _read_chunk(self, view: memoryview, offset: int) -> None:
@@ -200,7 +201,7 @@ class StoredTensor(Tensor):
         if min(meta.stride(), default=0) < 0 or end > region.size or size * item > region.size:
             raise UserError(
                 f"{source.where}: is damaged: a tensor of shape {tuple(meta.shape)} reaches beyond "
-                f"the {region.size:,} bytes of {region.name}"
+                f"the {counted(region.size, 'byte')} of {region.name}"
             )
         return stored
 
@@ -282,7 +283,9 @@ def stored_safetensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     (length,) = struct.unpack("<Q", bytes(head.numpy()))
     start = 8 + length
     if start > source.size or length > MAX_HEADER_BYTES:
-        raise damaged(f"a header of {length:,} bytes in a file of {source.size:,} bytes")
+        raise damaged(
+            f"a header of {counted(length, 'byte')} in a file of {counted(source.size, 'byte')}"
+        )
     text = bytes(source.read_bytes(Region("the header", 8, length)).numpy())
     try:
         header = json.loads(text, object_pairs_hook=unique_keys)
@@ -290,7 +293,7 @@ def stored_safetensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
             raise ValueError("the header must be an object")
         metadata = header.pop("__metadata__", None) or {}
         if len(header) > MAX_TENSORS:
-            raise ValueError(f"it lists {len(header):,} tensors; at most {MAX_TENSORS:,}")
+            raise ValueError(f"it lists {counted(len(header), 'tensor')}; at most {MAX_TENSORS:,}")
         if not isinstance(metadata, dict):
             raise ValueError("its __metadata__ must be an object")
         entries = [_entry(name, values) for name, values in header.items()]
@@ -333,7 +336,7 @@ def _entry(name: str, values: Any) -> _Entry:
         raise ValueError(f"{name!r} has more than {MAX_AXES} axes or 2^63 values")
     dtype, (begin, end) = DTYPES[values["dtype"]], offsets
     if math.prod(shape) * dtype.itemsize != end - begin:
-        raise ValueError(f"{name!r} of shape {shape} has {end - begin} bytes")
+        raise ValueError(f"{name!r} of shape {shape} has {counted(end - begin, 'byte')}")
     return _Entry(name, dtype, tuple(shape), begin, end)
 
 
@@ -357,7 +360,9 @@ def _regions(
             region = replace(region, checksum="sum64", expected=int(checksums[entry.name], 16))
         regions[entry.name] = region
     if start + position != size:
-        raise ValueError(f"it has {size:,} bytes; its header describes {start + position:,}")
+        raise ValueError(
+            f"it has {counted(size, 'byte')}; its header describes {start + position:,}"
+        )
     return regions
 
 
@@ -518,7 +523,7 @@ def _stored(tensor: Tensor, source: Source, records: Mapping[int, Region]) -> St
         region = Region("an empty tensor", 0, 0)
     if region is None or region.size != storage.nbytes():
         raise UserError(
-            f"{source.where}: is damaged: no record of the archive has the {storage.nbytes():,} "
-            f"bytes of a tensor of shape {tuple(tensor.shape)}"
+            f"{source.where}: is damaged: no record of the archive has the "
+            f"{counted(storage.nbytes(), 'byte')} of a tensor of shape {tuple(tensor.shape)}"
         )
     return StoredTensor.of(tensor, source, region)

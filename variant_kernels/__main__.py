@@ -13,6 +13,7 @@ from variant_kernels.cuda_ops import library
 from variant_kernels.dispatch.request import Request, dtype_name
 from variant_kernels.ops.contract import FLOAT_DTYPES
 from variant_kernels.products import slow_products
+from variant_kernels.wording import counted
 
 
 def report() -> str:
@@ -29,7 +30,7 @@ def report() -> str:
         f"OpenMP {'yes' if build['openmp'] else 'no'}",
         f"CUDA kernels: {library.describe()}",
         f"this machine supports: {', '.join(build['isas_supported'])}; in use: {build['isa']} "
-        f"(VARIANT_CPU_ISA forces one), {torch.get_num_threads()} threads",
+        f"(VARIANT_CPU_ISA forces one), {counted(torch.get_num_threads(), 'thread')}",
         _products(),
         f"backends: {', '.join(available_backends())} (VARIANT_BACKEND or backend= forces one)",
         "",

@@ -22,6 +22,7 @@ from variant_kernels.ops.block_causal_attention import block_causal_attention
 from variant_kernels.ops.paged_attention import paged_attention
 from variant_kernels.ops.qk_norm import MAX_LOG_SCALE, qk_norm
 from variant_kernels.ops.qk_norm_append_paged_kv import qk_norm_append_paged_kv
+from variant_kernels.wording import counted
 
 
 class AttentionForward(nn.Module):
@@ -154,8 +155,8 @@ class AttentionForward(nn.Module):
             self._pages = GrowingPages(qkv_BT3HD)
         if self._pages.batch != qkv_BT3HD.shape[0]:
             raise ValueError(
-                f"VARiantAttention: x must have {self._pages.batch} rows to match the cache; got "
-                f"{qkv_BT3HD.shape[0]}. kv_caching(True) empties the cache"
+                f"VARiantAttention: x must have {counted(self._pages.batch, 'row')} to match the "
+                f"cache; got {qkv_BT3HD.shape[0]}. kv_caching(True) empties the cache"
             )
         return self._pages
 

@@ -16,6 +16,7 @@ from variant_kernels.arguments import instance, integer, shown, typed
 from variant_kernels.kv_quantization import KV8_DTYPE
 from variant_kernels.plans.cache_plan import CachePlan, PageAllocator
 from variant_kernels.plans.depth_schedule import DepthSchedule
+from variant_kernels.wording import counted
 
 # The largest size that torch can count.
 MAX_BYTES = 2**63 - 1
@@ -100,7 +101,7 @@ class PagedKVCache:
             if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
                 mib = size // 2**20 if size > MAX_BYTES else round(size / 2**20, 1)
                 raise MemoryError(
-                    f"{op}: the plan needs {mib} MiB for {batch} sequences, more than "
+                    f"{op}: the plan needs {mib} MiB for {counted(batch, 'sequence')}, more than "
                     f"{device} can allocate; use a smaller batch or depth"
                 ) from error
             kind = TypeError if isinstance(error, TypeError) else ValueError
@@ -220,13 +221,14 @@ class PagedKVCache:
         old, new = self.schedule, schedule
         if (new.full_depth, new.num_scales) != (old.full_depth, old.num_scales):
             raise ValueError(
-                f"{op}: schedule must have {old.full_depth} layers and {old.num_scales} scales; "
-                f"got {new.full_depth} and {new.num_scales}"
+                f"{op}: schedule must have {counted(old.full_depth, 'layer')} and "
+                f"{counted(old.num_scales, 'scale')}; got {new.full_depth} and {new.num_scales}"
             )
         for k in range(old.num_scales):
             if k < done and new.layers[k] != old.layers[k]:
                 raise ValueError(
-                    f"{op}: scale {k} has already run with {len(old.layers[k])} layers; the new "
+                    f"{op}: scale {k} has already run with "
+                    f"{counted(len(old.layers[k]), 'layer')}; the new "
                     f"schedule gives it {len(new.layers[k])}. Use schedule.switched({done}, depth)"
                 )
             if not set(new.layers[k]) <= set(old.layers[k]):

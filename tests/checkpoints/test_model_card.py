@@ -29,7 +29,7 @@ def test_a_card_names_depths_layers_cache_and_how_to_run(tmp_path):
     for depth in (2, 3, 4):
         size = plan_row(model.var.config, depth, 1, 1, torch.float32).ours / 2**20
         assert re.search(rf"^\| {depth} \| .* \| {size:.2f} MiB \|", card, re.MULTILINE)
-    assert "Every layer runs at the first 1 scales" in card
+    assert "Every layer runs at the first 1 scale," in card
     assert "- loss: 2.2500" in card
     assert "settings" not in card
     data = ModelCard.load(tmp_path / "small" / "README.md").data

@@ -29,7 +29,7 @@ def test_only_the_limits_asked_for_are_measured(model, run, quick):
     assert code == 0
     assert quick == [["torch.float32"]] * 2
     first, second, third, *_ = printed.splitlines()
-    assert first == f"bench: {model}, batch 1, float32, cpu, 1 rounds"
+    assert first == f"bench: {model}, batch 1, float32, cpu, 1 round"
     assert second == "measuring the machine's peak rates: copying, float32 products"
     assert third.endswith(" samples of generations")
 

@@ -104,7 +104,7 @@ def test_file_names_may_contain_brackets_and_dots(model, tmp_path, run):
             "generate", "--model", model, "--labels", 1, "--out", tmp_path / name
         )
         assert code == 0
-        assert f"wrote 1 images to {tmp_path / name}" in printed
+        assert f"wrote 1 image to {tmp_path / name}" in printed
         assert len(pictures(tmp_path / name)) == 1
 
 
@@ -144,7 +144,7 @@ def test_an_interrupted_run_goes_on_to_the_images_of_an_undisturbed_one(
         code, _, error = run(*command)
         assert code == 130
         assert error.count("\n") == 1
-        assert f"stopped. {written} of {total} images are in {out}; continue: " in error
+        assert f"stopped. {written} of {total} images in {out}; continue: " in error
         again = shlex.split(error.split("continue: ")[1])
         assert again[0] == "variant"
         assert again[-1] == "--resume"
@@ -152,12 +152,12 @@ def test_an_interrupted_run_goes_on_to_the_images_of_an_undisturbed_one(
         command = again[1:]
     code, printed, _ = run(*command)
     assert code == 0
-    assert f"{total - 1} of {total} images were there" in printed
+    assert f"there before: {total - 1} of {total} images" in printed
     assert pictures(out) == pictures(tmp_path / "whole")
     # Nothing is left to do.
     code, printed, _ = run(*command)
     assert code == 0
-    assert f"{total} of {total} images were there" in printed
+    assert f"there before: {total} of {total} images" in printed
 
 
 def test_only_missing_batches_are_generated(model, tmp_path, run):
@@ -301,7 +301,7 @@ def test_images_that_are_cut_off_are_made_again(model, tmp_path, run):
         first.write_bytes(content)
         code, printed, _ = run(*words, "--resume")
         assert code == 0
-        assert "wrote 1 images" in printed
+        assert "wrote 1 image" in printed
         assert pictures(out) == before
     second.unlink()
     second.mkdir()

@@ -537,3 +537,28 @@ def test_the_process_prints_warnings_as_one_line(tmp_path):
     lines = done.stderr.splitlines()
     assert lines
     assert all(line.startswith("variant: warning: ") for line in lines)
+
+
+def test_help_does_not_follow_a_terminal_of_five_columns(run, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "5")
+    with pytest.raises(SystemExit) as stop:
+        run("warm", "--help")
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "Images per batch; one or more sizes." in printed
+    assert os.environ["COLUMNS"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("convert runs/mine --out models/mine", "convert: reading runs/mine"),
+        ("generate --depth 0", "generate: digits, depth 0, dtype of the weights, cpu, to out"),
+        ("sample --depth 0", "sample: digits, depth 0, cpu, to samples"),
+        ("generate", "generate: digits, full depth, dtype of the weights, cpu, to out"),
+        ("recipe check", ""),
+        ("recipe check digits", "recipe: checking digits"),
+    ],
+)
+def test_the_first_line_says_what_was_given(words, line):
+    assert announce.first_line(parse(words.split())) == line

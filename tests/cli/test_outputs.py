@@ -10,7 +10,7 @@ import torch
 from variant.cli import bench, evaluate, evaluate_depths, search_record
 from variant.cli.generate import check_target
 from variant.cli.options import Eval, Search
-from variant.cli.output import RESULT, check_json, console
+from variant.cli.output import RESULT, check_json, console, table
 from variant.cli.pyplot import pyplot
 from variant.errors import UserError
 
@@ -258,3 +258,26 @@ def test_a_converted_model_replaces_outputs_only_when_asked(model, tmp_path, run
     assert "--overwrite replaces it" in error
     assert run(*words, "--overwrite")[0] == 0
     assert torch.load("v.pth", weights_only=True)
+
+
+@pytest.mark.parametrize("width", [10, 40, 62, 65, 80])
+def test_a_narrow_terminal_cuts_no_number_of_a_table(width, capsys):
+    rows = table("digits", "depth", "ms per image", "K/V planned", "K/V allocated", "of paper's")
+    cells = "8x4-4-2", "1,234.56", "12,345.67", "704", "67.7%"
+    rows.add_row(*cells)
+    out = console()
+    out.width = width
+    out.print(rows)
+    printed = capsys.readouterr().out
+    assert [cell for cell in cells if f" {cell} " not in printed] == []
+    assert "allocated" in printed
+    assert out.width == width
+
+
+def test_a_wide_terminal_changes_no_table(capsys):
+    rows = table("digits", "depth", "ms per image")
+    rows.add_row("8", "1.00")
+    console().print(rows)
+    assert len(max(capsys.readouterr().out.splitlines(), key=len)) == len(
+        "┏━━━━━━━┳━━━━━━━━━━━━━━┓"
+    )

@@ -121,6 +121,19 @@ def test_a_training_plan_without_memory_lists_parts_and_one_that_fits_nothing_sa
     assert "Nothing fits 24 GiB" in printed
 
 
+def test_a_training_plan_of_a_small_model_is_in_mebibytes(run):
+    words = ("plan", "--train", "--model", "digits", "--batch", 16, "--memory", 1)
+    _, printed, _ = run(*words)
+    row = next(line for line in printed.splitlines() if line.startswith("│single│     none│"))
+    total = float(row.split("│")[13])
+    assert 10 < total < 100
+    assert f"16 images at once, {total:.0f} MiB)." in printed
+    assert "\nMiB on each GPU." in printed
+    _, printed, _ = run(*words, "--json", "-")
+    fastest = json.loads(printed)["fastest"]
+    assert fastest["total"] / 2**20 == pytest.approx(total, abs=0.06)
+
+
 def test_gpus_must_divide_the_batch_and_need_train(run):
     code, _, error = run("plan", "--train", "--gpus", 3)
     assert code == 1

@@ -75,7 +75,7 @@ def test_a_signal_during_the_work_is_one_line_and_keeps_what_is_written(signum, 
     words = ("generate", "--model", model, "--labels", 1, "--count", 9, "--max-batch", 3)
     done = child(5, signum, "os.rename", *words, "--out", tmp_path / "o")
     is_stopped(done, signum)
-    assert "of 9 images are in " in done.stderr
+    assert " of 9 images in " in done.stderr
     names = {path.name for path in (tmp_path / "o").iterdir()}
     assert "00003_class1.png" in names
     assert "00005_class1.png" not in names

@@ -82,7 +82,7 @@ def test_ctrl_c_says_how_to_go_on(run, model, steps, monkeypatch):
     monkeypatch.setattr(module, "_step", interrupted)
     code, _, error = run("warm", "--model", model, "--device", "cpu")
     assert code == 130
-    assert "variant: stopped. 1 of 3 steps are done; the same command" in error
+    assert "variant: stopped. 1 of 3 steps done; the same command" in error
     assert not tuning_switch.may_time()
 
 

@@ -444,6 +444,6 @@ def test_the_digest_follows_paths_sizes_and_classes_but_not_the_place(folder, tm
 
 
 def test_operations_without_end_are_refused_before_an_image_is_read():
-    with pytest.raises(ValueError, match=r"randaugment_ops must be at most 100; got 1000000000000"):
+    with pytest.raises(ValueError, match=r"randaugment_ops must be <= 100; got 1000000000000"):
         DataSection("folder", "a", "b", randaugment_ops=10**12)
     assert DataSection("folder", "a", "b", randaugment_ops=100).randaugment_ops == 100

@@ -5,6 +5,7 @@ that they name. Shell commands run there too, unless NOT_RUN gives a reason.
 """
 
 import importlib.util
+import inspect
 import json
 import re
 import runpy
@@ -22,6 +23,8 @@ import torch
 from PIL import Image
 from small_models import small_model
 
+import variant
+import variant_kernels
 from benchmarks import docs_results, readme_picture
 from variant import VARiant
 from variant.cli.main import main
@@ -170,6 +173,31 @@ def test_relative_links_lead_somewhere(document):
         target = document.parent / path if path else document
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+GUIDES = [
+    document for document in DOCUMENTS if document.stem not in ("results", "study", "benchmarks")
+]
+
+
+@pytest.mark.parametrize("package", [variant, variant_kernels], ids=lambda p: p.__name__)
+def test_the_guides_name_every_public_name(package):
+    words = set(re.findall(r"\w+", "\n".join(document.read_text() for document in GUIDES)))
+    assert set(package.__all__) <= words
+
+
+@pytest.mark.parametrize(
+    "function",
+    [VARiant.generate, VARiant.from_pretrained, VARiant.save_pretrained, variant.load_schedule],
+    ids=lambda function: function.__name__,
+)
+def test_the_guide_to_generation_names_every_argument(function):
+    text = (ROOT / "docs" / "generation.md").read_text()
+    named = set(re.findall(r"`(\w+)[`(=]|\b(\w+)=", text))
+    named = {word for words in named for word in words}
+    parameters = inspect.signature(function).parameters.values()
+    keywords = {one.name for one in parameters if one.kind is one.KEYWORD_ONLY}
+    assert keywords - named == set()
 
 
 def test_generated_text_is_what_the_result_files_give():

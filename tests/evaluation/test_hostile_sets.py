@@ -304,7 +304,7 @@ def test_files_larger_than_an_image_are_not_read(tmp_path):
         entry.size = 20 * 2**30
         file.write(entry.tobuf(tarfile.GNU_FORMAT))
         file.truncate(20 * 2**30 + 2048)
-    refused(tmp_path / "s.tar", r"1 of 1 images cannot be read: .*b\.png")
+    refused(tmp_path / "s.tar", r"1 of 1 image cannot be read: .*b\.png")
 
 
 @pytest.mark.parametrize("kind", ["pipe", "dangling", "loop", "device"])
@@ -361,7 +361,7 @@ def test_many_declared_pixels_are_refused_without_a_warning(tmp_path, recwarn):
     data[16:29] = header
     data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
     (folder / "a.png").write_bytes(data)
-    refused(folder, r"1 of 1 images cannot be read: .*a\.png")
+    refused(folder, r"1 of 1 image cannot be read: .*a\.png")
     assert not recwarn.list
 
 

@@ -72,3 +72,22 @@ def test_training_with_the_attention_layer_learns():
     losses = load("train_with_variant_attention").train(60)
     assert losses[0] == pytest.approx(2.1, abs=0.4)
     assert losses[-1] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("train_with_variant_attention", ["--steps", "0"], "--steps must be at least 1; got 0"),
+        (
+            "speed_up_a_var_checkpoint",
+            ["--repo", "nothere"],
+            "--repo must be a clone of FoundationVision/VAR; nothere has no models",
+        ),
+    ],
+)
+def test_wrong_usage_is_one_message(name, words, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    with pytest.raises(SystemExit) as stop:
+        load(name).main()
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

@@ -210,7 +210,7 @@ def test_too_little_memory_is_said_in_one_line():
     plan = CachePlan(ScaleLayout.from_patch_nums((64,)), DepthSchedule.full(30, 1))
     # One layer at a time: no later scale reads the K and V of this one.
     mib = round(100_000_000 * 4096 * (30 * 64) * 4 * 2 / 1024**2, 1)
-    with pytest.raises(MemoryError, match=f"the plan needs {mib} MiB for 100000000 sequences"):
+    with pytest.raises(MemoryError, match=f"the plan needs {mib} MiB for 100,000,000 sequences"):
         PagedKVCache(plan, 100_000_000, 30, 64, torch.float32)
 
 

@@ -34,7 +34,7 @@ def test_rows_too_long_for_a_program_are_refused_by_length():
     dtypes = (torch.float32,)
     assert triton_unsupported(Request(DEVICE, dtypes, row_width=MAX_ROW_WIDTH)) is None
     too_long = triton_unsupported(Request(DEVICE, dtypes, row_width=MAX_ROW_WIDTH + 1))
-    assert too_long == "rows of 65537 entries are longer than the 65536 that it takes"
+    assert too_long == "rows of 65,537 entries are longer than the 65,536 that it takes"
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,6 @@ def test_the_rule_and_the_phases_of_a_run_that_has_begun_stay(recipe):
         compare_recipes(planned, auto, "var", "FILE")
     longer = with_auto(recipe, joint=6)
     compare_schedules(auto, longer, "var", 0, 100, "FILE")
-    with pytest.raises(UserError, match=r"FILE: has completed 1 epochs with schedule.joint 5"):
+    with pytest.raises(UserError, match=r"FILE: has completed 1 epoch with schedule.joint 5"):
         compare_schedules(auto, longer, "var", 100, 100, "FILE")
     compare_schedules(auto, with_auto(recipe, refinement=9), "var", 300, 100, "FILE")

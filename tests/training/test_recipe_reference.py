@@ -68,6 +68,8 @@ def test_the_page_is_what_the_dataclasses_give():
 )
 def test_every_key_and_section_is_documented(section):
     assert [key.name for key in section.keys if len(key.text) < 5] == []
+    texts = [key.text for key in section.keys]
+    assert len(set(texts)) == len(texts)  # of its own, not one for several keys
     assert len(section.text) > 10
     assert section.kind.__name__ not in section.text
 

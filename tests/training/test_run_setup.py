@@ -450,7 +450,7 @@ EPOCH = {
         ({"step": 5}, "step is 5, of 4 steps"),
         ({"step": True}, "step missing or of another type"),
         ({"step": 1.5}, "step missing or of another type"),
-        ({"step": 2}, "sums has 1 steps; the epoch has 2"),
+        ({"step": 2}, "sums has 1 step; the epoch has 2"),
         ({"step": 1}, r"history\[0\]: step"),
         ({"total_steps": 0}, "total_steps is 0"),
         ({"total_steps": 10**30}, "total_steps is 10"),

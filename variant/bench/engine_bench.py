@@ -552,5 +552,5 @@ def switch_line(switch: Mapping[str, Any]) -> str:
     return (
         f"from depth {switch['depth']} to {switch['to']}, {switch['dtype']}, "
         f"batch {switch['batch']}: "
-        f"{switch['ms']:+.2f} ms ({low:+.2f} to {high:+.2f}) of {switch['generation_ms']:,.1f}"
+        f"{switch['ms']:+z.2f} ms ({low:+z.2f} to {high:+z.2f}) of {switch['generation_ms']:,.1f}"
     )

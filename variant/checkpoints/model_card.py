@@ -11,6 +11,7 @@ from variant.errors import UserError
 from variant.models.class_names import listed
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.paths import open_regular, path_kind
+from variant_kernels.wording import counted
 
 CARD_NAME = "README.md"
 # save_model overwrites a README.md that contains this line, and leaves any other alone.
@@ -55,10 +56,11 @@ def model_card(
         f"# {model_id}",
         "A visual autoregressive (VAR) transformer and its VQ-VAE: class labels in, images out, "
         "scale by scale.",
-        f"- {var.depth} layers, width {var.embed_dim}, {var.num_heads} heads{shared}; "
-        f"{var.num_classes} classes; weights in {dtype}\n"
-        f"- {side}x{side} pixels; {layout.num_scales} scales with sides {sides}; "
-        f"{layout.total} tokens; codebook {var.vocab_size} x {var.vae_channels}",
+        f"- {counted(var.depth, 'layer')}, width {var.embed_dim}, "
+        f"{counted(var.num_heads, 'head')}{shared}; "
+        f"{counted(var.num_classes, 'class')}; weights in {dtype}\n"
+        f"- {side}x{side} pixels; {counted(layout.num_scales, 'scale')} with sides {sides}; "
+        f"{counted(layout.total, 'token')}; codebook {var.vocab_size} x {var.vae_channels}",
         *([f"Classes: {listed(var.class_names)}."] if var.class_names else ()),
         "## Depths",
         _depths(var, dtype),
@@ -75,10 +77,10 @@ def model_card(
 
 def _depths(var: VARConfig, dtype: str) -> str:
     """A table of the depths that were trained: their layers and the size of their K/V cache."""
-    if var.subnets:
+    if var.subnets and var.bridge is not None:  # together, or neither
         text = (
-            f"Every layer runs at the first {var.bridge} scales, the listed ones at the others. "
-            f"{_whose_weights(var)}"
+            f"Every layer runs at the first {counted(var.bridge, 'scale')}, the listed ones at "
+            f"the others. {_whose_weights(var)}"
         )
         depths = depths_of(var)
     else:

@@ -35,6 +35,7 @@ from variant.models.zones import is_zone_key
 from variant.paths import path_kind, read_json
 from variant.tensor_files import read_all, read_values
 from variant_kernels.arguments import instance
+from variant_kernels.wording import counted
 
 # Token-map sides of the published models, by (scales, tokens); for files without `lvl_1L`.
 KNOWN_PATCH_NUMS = {
@@ -198,15 +199,17 @@ def _patch_nums(state: Mapping[str, Tensor], where: str, settings: Settings) -> 
     found = settings.value("patch_nums", KNOWN_PATCH_NUMS.get((scales, length)), shown)
     if found is None:
         raise UserError(
-            f"{where}: cannot infer the token maps of {scales} scales and {length} tokens: it has "
+            f"{where}: cannot infer the token maps of {counted(scales, 'scale')} and "
+            f"{counted(length, 'token')}: it has "
             "no lvl_1L and is none of the published layouts; give patch_nums (convert: "
             "--patch-nums), the sides of the token maps"
         )
     tokens = sum(side * side for side in found)
     if (len(found), tokens) != (scales, length):
         raise UserError(
-            f"{where}: patch_nums {found} have {len(found)} scales and {tokens} tokens, but the "
-            f"weights have {scales} scales and {length} tokens"
+            f"{where}: patch_nums {found} have {counted(len(found), 'scale')} and "
+            f"{counted(tokens, 'token')}, but the "
+            f"weights have {counted(scales, 'scale')} and {counted(length, 'token')}"
         )
     return found
 
@@ -271,7 +274,7 @@ def _residual_convs(state: Mapping[str, Tensor], num_scales: int, where: str) ->
     partly = sum(name.startswith("quantize.quant_resi.qresi_ls.") for name in names)
     if not partly and names and len(names) != num_scales:
         raise UserError(
-            f"{where}: has {len(names)} residual convolutions for {num_scales} scales; "
+            f"{where}: has {len(names)} residual convolutions for {counted(num_scales, 'scale')}; "
             "expected one per scale (default_qresi_counts is not supported)"
         )
     return partly, bool(names)

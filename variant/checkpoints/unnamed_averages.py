@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from variant_kernels.wording import counted
+
 # Words in the name of an average of the weights.
 AVERAGES = {"ema", "swa", "averaged", "average", "avg", "shadow"}
 # Words in the name of weights that an average has replaced for a while: torch_ema's
@@ -68,7 +70,9 @@ def with_names(tensors: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> d
         ValueError: their number or their shapes are not those of the parameters.
     """
     if len(tensors) != len(parameters):
-        raise ValueError(f"it has {len(tensors)} tensors for {len(parameters)} parameters")
+        raise ValueError(
+            f"it has {counted(len(tensors), 'tensor')} for {counted(len(parameters), 'parameter')}"
+        )
     for index, (tensor, (name, own)) in enumerate(zip(tensors, parameters.items(), strict=True)):
         if tensor.shape != own.shape:
             raise ValueError(

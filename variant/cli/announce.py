@@ -21,6 +21,7 @@ from variant.cli.options import (
     Warm,
 )
 from variant.cli.output import console
+from variant_kernels.wording import counted
 
 
 def announce(command: Command) -> None:
@@ -46,7 +47,7 @@ def first_line(command: Command) -> str:
         case Bench():
             return (
                 f"bench: {command.model}, batch {_list(command.batch)}, {_list(command.dtype)}, "
-                f"{command.device}, {command.runs} rounds"
+                f"{command.device}, {counted(command.runs, 'round')}"
             )
         case Train() | TrainVae():
             name = "train" if isinstance(command, Train) else "train-vae"
@@ -56,7 +57,8 @@ def first_line(command: Command) -> str:
             out = command.out or Path("runs") / Path(command.recipe).stem / "tokens"
             return f"tokenize: recipe {command.recipe}, passes {command.passes}, to {out}"
         case Convert():
-            names = [str(name) for name in (command.model, command.var, command.vae) if name]
+            inputs = command.checkpoint, command.model, command.var, command.vae
+            names = [str(name) for name in inputs if name]
             return f"convert: reading {' and '.join(names)}" if names else ""
         case Sample():
             return (
@@ -78,7 +80,8 @@ def first_line(command: Command) -> str:
         case Recipe():  # a shown recipe is the whole output
             if command.action == "new" and command.out is not None:
                 return f"recipe: reading {command.data}, to {command.out}"
-            return f"recipe: checking {command.recipe}" if command.action == "check" else ""
+            is_named = command.action == "check" and command.recipe
+            return f"recipe: checking {command.recipe}" if is_named else ""
         case Warm():
             depths = _list(command.depths) or "every depth"
             return (
@@ -92,7 +95,7 @@ def first_line(command: Command) -> str:
 def _layers(command: Generate | Sample) -> str:
     if command.schedule is not None:
         return f"schedule {command.schedule}"
-    return f"depth {command.depth or 'full'}"
+    return "full depth" if command.depth is None else f"depth {command.depth}"
 
 
 def _list(values: tuple[object, ...]) -> str:

@@ -40,6 +40,7 @@ from variant.models.vqvae import VQVAE
 from variant_kernels.arguments import integer
 from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.tuning_switch import timing_allowed
+from variant_kernels.wording import counted
 
 FORMAT = "variant-engine-bench-2"
 MAX_BATCH, MAX_RUNS, MAX_THREADS = 2**16, 10**6, 1024
@@ -122,7 +123,7 @@ def _measure(
     start = measure_peaks(command.device, dtypes)
     result["limits"] = {"start": start.to_dict()}
     total = sum(count_samples(c, var.config.depth, command.device) for c in configs)
-    print_line(f"{total} samples of generations")
+    print_line(f"{counted(total, 'sample')} of generations")
     with progress("bench", "measuring", total, command.json) as advance:
         on_sample = functools.partial(advance, 1)
         for config in configs:
@@ -230,7 +231,7 @@ def _machine(result: dict[str, Any]) -> str:
     machine = result["environment"]
     if result["device"] == "cuda":
         return f"{machine['gpu']}, driver {machine['gpu_driver']}"
-    return f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads"
+    return f"{machine['cpu']}, {machine['isa']}, {counted(machine['threads'], 'thread')}"
 
 
 def _print(out: Console, result: dict[str, Any]) -> None:

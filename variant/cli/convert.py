@@ -24,6 +24,7 @@ from variant.errors import UserError
 from variant.models.placement import check_dtype
 from variant.supernet import VARiant
 from variant.training.export import find_checkpoint, models_of
+from variant_kernels.wording import counted
 
 # What save_pretrained writes into a folder.
 FOLDER_FILES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)
@@ -47,8 +48,8 @@ def convert(command: Convert) -> None:
     if command.out is not None:
         model.save_pretrained(command.out)
         out.print(
-            f"{command.out}: {var.config.depth} layers, width {var.config.embed_dim}, "
-            f"{var.config.num_classes} classes, scales {var.config.patch_nums}"
+            f"{command.out}: {counted(var.config.depth, 'layer')}, width {var.config.embed_dim}, "
+            f"{counted(var.config.num_classes, 'class')}, scales {var.config.patch_nums}"
         )
     if command.to_var is not None and command.to_vae is not None:
         save_original(var, model.vae, command.to_var, command.to_vae)
@@ -57,7 +58,7 @@ def convert(command: Convert) -> None:
         out.print(
             "They hold weights only. Not included, because no shape contains it: "
             f"subnets {config_text(var.config.subnets)}, bridge {var.config.bridge}, "
-            f"norm_eps {var.config.norm_eps:g}, {var.config.num_heads} heads, "
+            f"norm_eps {var.config.norm_eps:g}, {counted(var.config.num_heads, 'head')}, "
             f"quant_resi {vae.quant_resi:g}, using_znorm {vae.using_znorm}"
         )
 

@@ -50,6 +50,7 @@ from variant.models.vqvae import VQVAE
 from variant.paths import path_kind, read_json, shown
 from variant.training.recipe import Recipe, load_recipe
 from variant_kernels.arguments import choice, integer
+from variant_kernels.wording import counted
 
 FORMAT = "variant-eval-1"
 RECORDS = (SAMPLE_FORMAT, GENERATE_FORMAT)
@@ -275,7 +276,8 @@ def network_of(command: Eval, out: Console, size: tuple[int, int]) -> FeatureNet
             f"pixels, {name} has {vae.image_size} x {vae.image_size}; give another --weights"
         )
     out.print(
-        f"classifier {shown(path)}: {record.accuracy:.1%} of {data.num_held_out:,} held-out images"
+        f"classifier {shown(path)}: {record.accuracy:.1%} of "
+        f"{counted(data.num_held_out, 'held-out image')}"
     )
     return network
 
@@ -289,7 +291,7 @@ def _steps(advance: Advance) -> Any:
 
 def _table(command: Eval, result: Evaluation) -> Any:
     rows = table(
-        f"{result.num_images:,} images of {command.images or command.reconstruct} against "
+        f"{counted(result.num_images, 'image')} of {command.images or command.reconstruct} against "
         f"{result.reference}, {result.network}",
         "metric",
         "value",
@@ -359,8 +361,8 @@ def _check_number(images: ImageSet, generated: Mapping[str, Any] | None) -> None
     if recorded.get("format") == SAMPLE_FORMAT and num != images.count:
         says = f"{num:,}" if type(num) is int else repr(num)[:SHOWN]
         warnings.warn(
-            f"eval: {images.name} holds {images.count:,} images; its record of `variant sample` "
-            f"says {says}",
+            f"eval: {images.name} holds {counted(images.count, 'image')}; its record of `variant "
+            f"sample` says {says}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -44,6 +44,7 @@ from variant.evaluation.sampler import SampleFiles, sample
 from variant.supernet import VARiant
 from variant_kernels import DepthSchedule
 from variant_kernels.arguments import integer
+from variant_kernels.wording import counted
 
 FORMAT = "variant-eval-depths-1"
 TOP_K = 900
@@ -269,7 +270,7 @@ def _table(command: Eval, rows: list[tuple[Setting, float, Evaluation]]) -> Any:
     floor = "" if first.floor is None else f"; two real halves of {first.floor_count:,}: "
     floor += "" if first.floor is None else f"{first.name} {first.floor:.4g}"
     result = table(
-        f"{command.model}: {rows[0][2].num_images:,} images of each setting against "
+        f"{command.model}: {counted(rows[0][2].num_images, 'image')} of each setting against "
         f"{rows[0][2].reference}{floor}",
         "depth",
         "bridge",

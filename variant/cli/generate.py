@@ -47,6 +47,7 @@ from variant.training.folder_lock import locked_folder
 from variant_kernels import CachePlan, DepthSchedule, __version__
 from variant_kernels.arguments import choice, integer
 from variant_kernels.dispatch.support import BACKENDS
+from variant_kernels.wording import counted
 
 T = TypeVar("T")
 
@@ -255,7 +256,7 @@ class Work:
             target.write_settings({**settings, "batches": batches})
         try:
             with progress("generate", "generating", total, command.json) as advance:
-                advance(len(done), "images that are there")
+                advance(len(done), "images that are there" if done else "generating")
                 for depth in target.depths:
                     result = Result(self._depth(depth), self._layers(depth), len(target), 0, 0, [])
                     results.append(result)
@@ -269,7 +270,7 @@ class Work:
             written = len(target.whole())
             again = command_line("generate", command, resume=True, overwrite=False)
             raise type(stop)(
-                f"{written} of {total} images are in {command.out}; continue: {again}"
+                f"{written:,} of {counted(total, 'image')} in {command.out}; continue: {again}"
             ) from None
         return results
 
@@ -285,8 +286,8 @@ class Work:
         recorded, found = target.settings(), target.existing()
         if recorded is None and found:
             raise UserError(
-                f"{command.out}: holds {len(found)} images of a run whose settings are not "
-                "recorded; give another --out, or --overwrite"
+                f"{command.out}: holds {counted(len(found), 'image')} of a run whose settings are "
+                "not recorded; give another --out, or --overwrite"
             )
         if recorded is not None and not command.resume:
             raise UserError(
@@ -317,7 +318,8 @@ class Work:
         free = shutil.disk_usage(nearest).free
         if missing * per_image > free:
             raise UserError(
-                f"generate: {missing:,} images take at least {mebibytes(missing * per_image)}; "
+                f"generate: {counted(missing, 'image')} take at least "
+                f"{mebibytes(missing * per_image)}; "
                 f"{mebibytes(free)} are free in {nearest}; give a smaller --count"
             )
 
@@ -497,10 +499,10 @@ def _report(command: Generate, engine: Engine, results: Sequence[Result], out: A
     total = sum(result.total for result in results)
     if any(result.stats for result in results):
         out.print(_table(command, results))
-    what = "" if command.out.suffix.lower() == ".png" else f"{written} images to "
+    what = "" if command.out.suffix.lower() == ".png" else f"{counted(written, 'image')} to "
     out.print(f"wrote {what}{command.out}")
     if written < total:
-        out.print(f"{total - written} of {total} images were there")
+        out.print(f"there before: {total - written:,} of {counted(total, 'image')}")
 
 
 def _table(command: Generate, results: Sequence[Result]) -> Any:
@@ -509,8 +511,9 @@ def _table(command: Generate, results: Sequence[Result]) -> Any:
     kv_text = "" if stats.kv_dtype == stats.dtype else f", K/V {stats.kv_dtype}"
     at_once = -(-first.generated // len(first.stats))
     timings = table(
-        f"{command.model}: {first.generated} images, {at_once} at once, seed {command.seed}, cfg "
-        f"{command.cfg:g}, {stats.dtype}{kv_text}, {torch.get_num_threads()} threads",
+        f"{command.model}: {counted(first.generated, 'image')}, {at_once} at once, seed "
+        f"{command.seed}, cfg "
+        f"{command.cfg:g}, {stats.dtype}{kv_text}, {counted(torch.get_num_threads(), 'thread')}",
         "depth",
         "ms per image",
         "of it decoder",

@@ -25,6 +25,7 @@ from variant.models.vqvae import VQVAE
 from variant_kernels import select_layers
 from variant_kernels.arguments import integer
 from variant_kernels.dispatch.request import dtype_name
+from variant_kernels.wording import counted
 
 # Logits of every image are compared at once; a few images have thousands of tokens.
 MAX_IMAGES = 1024
@@ -103,14 +104,15 @@ def _depths(config: VARConfig, dtype: object) -> list[dict[str, Any]]:
 def _print(out: Console, described: dict[str, Any], config: VARConfig) -> None:
     layout, side = config.layout, described["image_size"]
     out.print(
-        f"{described['model']}: {config.depth} layers, width {config.embed_dim}, "
-        f"{config.num_heads} heads, {config.num_classes} classes; {layout.num_scales} scales "
-        f"{config.patch_nums}, {layout.total} tokens, {side}x{side} pixels"
+        f"{described['model']}: {counted(config.depth, 'layer')}, width {config.embed_dim}, "
+        f"{counted(config.num_heads, 'head')}, {counted(config.num_classes, 'class')}; "
+        f"{counted(layout.num_scales, 'scale')} "
+        f"{config.patch_nums}, {counted(layout.total, 'token')}, {side}x{side} pixels"
     )
     out.print(
-        f"transformer {described['var_parameters']:,} parameters ({described['dtype']}), "
-        f"VQ-VAE {described['vae_parameters']:,} parameters, codebook {config.vocab_size} x "
-        f"{config.vae_channels}"
+        f"transformer {counted(described['var_parameters'], 'parameter')} ({described['dtype']}), "
+        f"VQ-VAE {counted(described['vae_parameters'], 'parameter')}, codebook "
+        f"{config.vocab_size} x {config.vae_channels}"
     )
     if config.zone_weights != "shared":
         out.print(zone_text(config))
@@ -120,9 +122,9 @@ def _print(out: Console, described: dict[str, Any], config: VARConfig) -> None:
         out.print("no subnets are recorded: the model was trained at full depth only")
     else:
         depths = table(
-            f"depths (bridge {config.bridge}: every layer runs at the first {config.bridge} "
-            f"scales; {described['flexible_tokens']} of {layout.total} tokens are in the flexible "
-            "zone)",
+            f"depths (bridge {config.bridge}: every layer runs at the first "
+            f"{counted(config.bridge, 'scale')}; {described['flexible_tokens']} of "
+            f"{counted(layout.total, 'token')} in the flexible zone)",
             "depth",
             "layers",
             "K/V of one image",

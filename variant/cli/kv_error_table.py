@@ -22,6 +22,7 @@ from variant.evaluation.kv_error import (
     measure_kv_error,
     trained_depths,
 )
+from variant_kernels.wording import counted
 
 # Measured by benchmarks/kv8.py; its whole result is in benchmarks/results.
 FIGURES = ASSETS / "kv8.json"
@@ -39,7 +40,9 @@ def measure_with_progress(
 def kv_error_table(model: str, errors: Sequence[KVError]) -> Table:
     """A table of one model, a row per depth."""
     dtype, images = errors[0].dtype, errors[0].images
-    table = _table(f"8-bit K/V compared with exact K/V: {model}, {dtype}, {images} images", [])
+    table = _table(
+        f"8-bit K/V compared with exact K/V: {model}, {dtype}, {counted(images, 'image')}", []
+    )
     for error in errors:
         table.add_row(*_cells(error))
     return table

@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from variant.bench.result_file import result_text, write_result
 from variant.errors import UserError
 from variant.paths import foreign_name, path_kind, shown
+from variant_kernels.wording import counted
 
 # Room in a file's name for what a temporary file adds to it; the usual limit is 255 bytes.
 NAME_BYTES, TEMPORARY_BYTES = 255, 16
 STANDARD_OUTPUT = Path("-")
+UNBOUNDED = 10_000  # columns, more than any table has
+CUT = "…"  # rich writes it in place of what it cuts
 # How a file of --json begins. Any other file may be a model's config.json, and is not replaced.
 RESULT = re.compile(
     rb'\s*\{\s*"format": "variant-(?:plan|train-plan|info|generated|sampled|eval|eval-depths|'
@@ -38,6 +42,26 @@ class _Console(Console):
     def on_broken_pipe(self) -> None:
         """In place of an exit without a message."""
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE), "standard output")
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich prints; but a table is so wide that no number is cut, even if its lines wrap."""
+        width = self.width
+        try:
+            for each in objects:
+                if isinstance(each, Table):
+                    self._widen(each)
+            super().print(*objects, **options)
+        finally:
+            self.width = width
+
+    def _widen(self, rows: Table) -> None:
+        """Set the least width, from the present one on, at which rich cuts nothing."""
+        needed = Measurement.get(self, self.options.update(max_width=UNBOUNDED), rows)
+        self.width = max(self.width, needed.minimum)
+        while self.width < needed.maximum and any(
+            CUT in segment.text for line in self.render_lines(rows) for segment in line
+        ):
+            self.width += 1
 
 
 def console(json_file: Path | None = None, *, stderr: bool = False, command: str = "") -> Console:
@@ -78,7 +102,7 @@ def table(title: str, *columns: str) -> Table:
 def mebibytes(count: float) -> str:
     """``1,860 MiB``; small sizes in KiB, smaller ones in bytes."""
     if count < 2**10:
-        return f"{count:,.0f} bytes"
+        return counted(round(count), "byte")
     if count < 2**20:
         return f"{count / 2**10:,.0f} KiB"
     return f"{count / 2**20:,.1f} MiB" if count < 100 * 2**20 else f"{count / 2**20:,.0f} MiB"

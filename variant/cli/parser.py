@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import MISSING, fields, replace
@@ -24,6 +25,8 @@ DESCRIPTION = """Visual autoregressive models at any depth.
 Tab completion: variant --tyro-print-completion bash (or zsh, tcsh) prints a script."""
 # Wide enough that no message is wrapped.
 ERROR_COLUMNS = "100000"
+# Of help in a narrower terminal: below, tyro writes a letter a line; at 5 it does not end.
+HELP_COLUMNS = 60
 # Options that are given by their place, besides those without a default.
 POSITIONAL = {Recipe: ("recipe",), Convert: ("checkpoint",)}
 KINDS = {"INT": "an integer", "FLOAT": "a number", "STR": "a text", "PATH": "a path"}
@@ -45,7 +48,8 @@ def parse(words: Sequence[str]) -> Command:
         raise UsageError(f"{shorten(words[0])}: no such command; commands: {names}")
     if any(word in ("-h", "--help") or word.startswith("--tyro-") for word in words):
         try:
-            with redirect_stderr(io.StringIO()):
+            columns = max(shutil.get_terminal_size().columns, HELP_COLUMNS)
+            with _columns(str(columns)), redirect_stderr(io.StringIO()):
                 return _cli(words)
         except SystemExit as stop:
             if not stop.code:

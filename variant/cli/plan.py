@@ -27,6 +27,7 @@ from variant.models.config import VARConfig
 from variant.models.parameter_count import zone_parameters
 from variant_kernels.arguments import integer
 from variant_kernels.plans.cache_plan import item_bytes
+from variant_kernels.wording import counted
 
 MAX_BATCH = 2**31 - 1
 MAX_PAGE_SIZE = 2**16
@@ -215,8 +216,10 @@ def _by_depth(
         columns += [f"fits {command.memory:g} GiB\n(with weights)"]
         columns += ["largest batch\n(paper's cache)"]
     depths = table(
-        f"K/V cache of {command.model}: {command.batch} images ({sequences} sequences), "
-        f"{var.layout.total} tokens, width {var.embed_dim}, {command.dtype}, bridge {bridge}",
+        f"K/V cache of {command.model}: {counted(command.batch, 'image')} "
+        f"({counted(sequences, 'sequence')}), "
+        f"{counted(var.layout.total, 'token')}, width {var.embed_dim}, {command.dtype}, bridge "
+        f"{bridge}",
         *columns,
     )
     for depth in depths_of(var):

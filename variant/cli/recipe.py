@@ -22,6 +22,7 @@ from variant.training.recipe import (
 )
 from variant.training.recipe_reference import recipe_toml
 from variant.training.run_summary import RunSummary
+from variant_kernels.wording import counted
 
 MAX_PROBLEMS = 100  # that are listed
 NEW_OPTIONS = ("data", "out", "base", "split")
@@ -88,10 +89,10 @@ def _new(command: Options) -> None:
 
 
 def _header(command: Options, parts: Parts, made: Recipe) -> str:
-    classes = "1 class" if len(parts.classes) == 1 else f"{len(parts.classes)} classes"
+    classes = counted(len(parts.classes), "class")
     lines = [
         f"Written by `variant recipe new` for {parts.num_train:,} training and "
-        f"{parts.num_held_out:,} held-out images in {classes}.",
+        f"{counted(parts.num_held_out, 'held-out image')} in {classes}.",
         f"Sizes are those of {command.base}."
         if command.base
         else "The sizes are a starting point for as many images; they have not been tuned.",
@@ -121,6 +122,6 @@ def _check(command: Options) -> None:
     for problem in problems[:MAX_PROBLEMS]:
         out.print(f"problem: {problem}")
     if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        count = counted(len(problems), "problem")
         more = "" if len(problems) <= MAX_PROBLEMS else f" as far as the first {MAX_PROBLEMS}"
         raise UserError(f"{command.recipe}: has {count}, listed above{more}")

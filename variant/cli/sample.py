@@ -38,6 +38,7 @@ from variant.training.tokenize import gpu_of_environment, rank_of_environment
 from variant_kernels import DepthSchedule, __version__
 from variant_kernels.arguments import choice, integer
 from variant_kernels.dispatch.support import BACKENDS
+from variant_kernels.wording import counted
 
 FORMAT = "variant-sampled-1"
 MAX_NUM = 10**8
@@ -95,7 +96,7 @@ def sample_command(command: Sample) -> None:
             if advance is None:
                 advance = stack.enter_context(progress("sample", "sampling", total, command.json))
             done += images
-            advance(images, f"{done:,} images of this process")
+            advance(images, f"{counted(done, 'image')} of this process")
 
         try:
             missing = sample(
@@ -111,13 +112,13 @@ def sample_command(command: Sample) -> None:
                 report=report,
             )
         except KeyboardInterrupt as stop:
-            message = f"{done:,} images of this process are there; the same command continues"
+            message = f"{counted(done, 'image')} of this process so far; the same command continues"
             raise type(stop)(message) from None
     out = console(command.json, command="sample")
     per_class = num / len(labels)
-    out.print(f"{num:,} images, {per_class:g} per class, in {command.out}")
+    out.print(f"{counted(num, 'image')}, {per_class:g} per class, in {command.out}")
     if missing:
-        out.print(f"{missing:,} parts of other processes are missing")
+        out.print(f"missing: {counted(missing, 'part')} of other processes")
     write_json(command.json, {"format": FORMAT, **settings, "missing_parts": missing})
 
 

@@ -45,6 +45,7 @@ from variant.supernet import VARiant
 from variant.training.folder_lock import clear_leftovers, locked_folder
 from variant_kernels.arguments import integer
 from variant_kernels.plans.depth_schedule import schedule_name
+from variant_kernels.wording import counted
 
 LOSSES = "losses-*.safetensors"
 OWN_NAMES = (RECORD, SCHEDULE, LATENCY, LOSSES)
@@ -91,7 +92,7 @@ def _search(command: Search, budgets: dict[str, float]) -> None:
     text = ", ".join(f"{name} {share_text(best.costs[name])}" for name in best.costs)
     out.print(
         f"Within {budgets_text(budgets)}: {schedule_name(best.depths)}, loss {best.loss:.4f} "
-        f"({best.loss - job.full_loss:+.4f} to the full network), {text}"
+        f"({best.loss - job.full_loss:+z.4f} to the full network), {text}"
     )
     latency = job.measured_latency(best)
     if latency is not None:
@@ -201,8 +202,8 @@ def _front_table(job: Job, result: Result) -> Any:
     names = list(result.found[0].costs)
     inside, besides = job.evaluated(result)
     rows = table(
-        f"{job.command.model}: {inside:,} of {result.schedules:,} schedules evaluated, and "
-        f"{besides:,} of other layers; those that no other beats in loss and "
+        f"{job.command.model}: {inside:,} of {counted(result.schedules, 'schedule')} evaluated, "
+        f"and {besides:,} of other layers; those that no other beats in loss and "
         f"{' or '.join(job.budgets)}",
         "depths by scale",
         *names,
@@ -216,15 +217,15 @@ def _front_table(job: Job, result: Result) -> Any:
             schedule_name(one.depths),
             *(share_text(one.costs[name]) for name in names),
             f"{one.loss:.4f}",
-            f"{one.loss - job.full_loss:+.4f}",
+            f"{one.loss - job.full_loss:+z.4f}",
         )
     return rows
 
 
 def _comparison_table(job: Job, rows: Sequence[Row]) -> Any:
     result = table(
-        f"At equal cost, on {job.compared.count:,} other images: loss of the other minus loss of "
-        "the searched schedule",
+        f"At equal cost, on {counted(job.compared.count, 'other image')}: loss of the other minus "
+        "loss of the searched schedule",
         "budget",
         "searched",
         "beside",
@@ -239,7 +240,7 @@ def _comparison_table(job: Job, rows: Sequence[Row]) -> Any:
             schedule_name(row.searched.depths),
             row.name,
             schedule_name(row.other.depths),
-            f"{row.difference:+.4f}{error}",
+            f"{row.difference:+z.4f}{error}",
             row.verdict,
         )
     return result

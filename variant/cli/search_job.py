@@ -40,6 +40,7 @@ from variant.search.tree import ROUNDING, Found, Result, search
 from variant.supernet import VARiant
 from variant_kernels import DepthSchedule
 from variant_kernels.arguments import integer
+from variant_kernels.wording import counted
 
 RECORD, SCHEDULE, LATENCY = "search.json", "schedule.json", "latency.json"
 # Budgets at which searched schedules are compared with others, besides those asked for.
@@ -179,7 +180,7 @@ class Job:
             share = space.layer_tokens(tokens) / (len(every) * sum(tokens))
             estimate = f", at most about {timedelta(seconds=round(share * of_full))}"
         say(
-            f"search: {count:,} schedules of {len(space.sets)} sets of layers, "
+            f"search: {counted(count, 'schedule')} of {counted(len(space.sets), 'set')} of layers, "
             f"{'each evaluated or excluded' if exact else 'by beam'}, "
             f"{prefixes:,} prefixes{estimate}"
         )

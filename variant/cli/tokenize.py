@@ -15,6 +15,7 @@ from variant.cli.progress import Advance, progress
 from variant.training import tokenize as training
 from variant.training.overrides import override_words
 from variant.training.recipe import load_recipe
+from variant_kernels.wording import counted
 
 
 def tokenize(command: Tokenize) -> None:
@@ -50,15 +51,17 @@ def tokenize(command: Tokenize) -> None:
                 report=report,
             )
         except KeyboardInterrupt as stop:
-            raise type(stop)(f"{done:,} samples are in {out}; the same command continues") from None
+            raise type(stop)(
+                f"{counted(done, 'sample')} in {out}; the same command continues"
+            ) from None
     printed = console(command="tokenize")
     rate = result.samples / result.seconds if result.seconds else 0.0
     printed.print(
-        f"wrote {result.samples:,} samples in {result.shards:,} shards to {out} "
+        f"wrote {counted(result.samples, 'sample')} in {counted(result.shards, 'shard')} to {out} "
         f"({rate:,.0f} images/s); {done - result.samples:,} were there"
     )
     if result.missing:
-        printed.print(f"{result.missing:,} shards of other processes are missing")
+        printed.print(f"missing: {counted(result.missing, 'shard')} of other processes")
     else:
         printed.print(f"next: {train_command(command, out)}")
 

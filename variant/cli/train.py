@@ -14,6 +14,7 @@ from variant.training.task import Summary
 from variant.training.vae_task import train_vae as train_vae_recipe
 from variant.training.var_task import train_var
 from variant_kernels.tuning_switch import timing_allowed
+from variant_kernels.wording import counted
 
 
 def train(command: Train) -> None:
@@ -73,7 +74,8 @@ def _program() -> str:
 
 def _report(summary: Summary) -> None:
     losses = table(
-        f"{summary.steps} steps, {summary.epochs} epochs, {summary.seconds:.0f} s; best held-out "
+        f"{counted(summary.steps, 'step')}, {counted(summary.epochs, 'epoch')}, "
+        f"{summary.seconds:.0f} s; best held-out "
         f"loss at epoch {summary.best_epoch}, whose weights are kept",
         "configuration",
         "training loss",

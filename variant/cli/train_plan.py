@@ -14,8 +14,9 @@ from variant.errors import UserError
 from variant.models.config import VARConfig
 from variant.training.memory_plan import TrainingRow, fastest, fits, training_rows
 from variant_kernels.plans.cache_plan import item_bytes
+from variant_kernels.wording import counted
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 COLUMNS = ("weights", "gradients", "optimizer", "ema", "casts", "activations", "logits", "encoder")
 
 
@@ -44,10 +45,10 @@ def print_train_plan(command: Plan, batch: int) -> None:
     if memory is not None:
         out.print(_verdict(command, best))
     out.print(
-        "GiB on each GPU. The total is the peak: images are encoded before the transformer keeps "
-        "activations of a part. It includes a moving average (EMA) of the weights and, with the "
-        "images of each part, the encoder; a run without them needs less. 6 % of a GPU stay free "
-        "for the CUDA context, collectives and gaps between tensors."
+        f"{_unit(rows)[0]} on each GPU. The total is the peak: images are encoded before the "
+        "transformer keeps activations of a part. It includes a moving average (EMA) of the "
+        "weights and, with the images of each part, the encoder; a run without them needs less. "
+        "6 % of a GPU stay free for the CUDA context, collectives and gaps between tensors."
     )
     write_json(command.json, _as_json(command, batch, rows, best))
 
@@ -60,12 +61,13 @@ def _table(
     columns += ["total", "work"]
     columns += [] if memory is None else ["fits"]
     result = table(
-        f"A training step of {command.model}: {batch} images on {command.gpus} "
-        f"GPU{'s' if command.gpus > 1 else ''}, {var.layout.total} tokens, width {var.embed_dim}, "
-        f"{command.dtype}",
+        f"A training step of {command.model}: {counted(batch, 'image')} on "
+        f"{counted(command.gpus, 'GPU')}, {counted(var.layout.total, 'token')}, width "
+        f"{var.embed_dim}, {command.dtype}",
         *columns,
     )
     result.padding = 0  # fifteen columns in a terminal of 100 characters
+    _, unit = _unit(rows)
     for row in rows:
         sizes = [getattr(row, name) for name in COLUMNS] + [row.total]
         sizes[COLUMNS.index("activations")] += row.working
@@ -74,21 +76,27 @@ def _table(
             row.checkpointing,
             str(row.parts),
             str(row.images),
-            *[f"{size / GIB:.1f}" for size in sizes],
+            *[f"{size / unit:.1f}" for size in sizes],
             f"{row.work:.2f}",
             *([] if memory is None else ["yes" if fits(row, memory) else "no"]),
         )
     return result
 
 
+def _unit(rows: list[TrainingRow]) -> tuple[str, int]:
+    """MiB for a small model, whose row would be zeros in GiB."""
+    return ("GiB", GIB) if max(row.total for row in rows) >= GIB else ("MiB", MIB)
+
+
 def _verdict(command: Plan, best: TrainingRow | None) -> str:
     if best is None:
         return f"Nothing fits {command.memory:g} GiB; use more GPUs or a smaller model."
+    name, unit = _unit([best])
     mode = "" if best.mode == "single" else f'parallel.mode = "{best.mode}", '
     return (
         f"The fastest that fits {command.memory:g} GiB: {mode}optim.accumulate = {best.parts}, "
-        f'memory.checkpointing = "{best.checkpointing}" ({best.images} images at once, '
-        f"{best.total / GIB:.0f} GiB)."
+        f'memory.checkpointing = "{best.checkpointing}" ({counted(best.images, "image")} at once, '
+        f"{best.total / unit:.0f} {name})."
     )
 
 

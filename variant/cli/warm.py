@@ -20,6 +20,7 @@ from variant_kernels.arguments import choice, integer
 from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.dispatch.support import BACKENDS
 from variant_kernels.tuning_switch import timing_allowed
+from variant_kernels.wording import counted
 
 MAX_BATCH = 2**16
 # With the filters of `variant generate`, and without: they are kernels of their own.
@@ -76,8 +77,8 @@ def warm(command: Warm) -> None:
             )
     except KeyboardInterrupt as stop:
         raise type(stop)(
-            f"{len(result['steps'])} of {len(steps)} steps are done; the same command passes "
-            "quickly over what was compiled and timed"
+            f"{len(result['steps'])} of {counted(len(steps), 'step')} done; the same command "
+            "passes quickly over what was compiled and timed"
         ) from None
     write_json(command.json, result)
     out.print("warm: requests of these shapes, in any process of this user, now compile nothing")

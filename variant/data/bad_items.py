@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from variant.errors import UserError
 from variant.models.ranges import Count
+from variant_kernels.wording import counted
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class BadItems:
             self.unshared.append(item)
             self._check(item)
             warnings.warn(
-                f"{item.reason}. Skipped: {self.count:,} of {self.total:,} samples so far",
+                f"{item.reason}. Skipped: {self.count:,} of {counted(self.total, 'sample')} so far",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -80,7 +81,8 @@ class BadItems:
     def _check(self, last: BadItem) -> None:
         if self.count > self.share * self.total:
             raise UserError(
-                f"{last.reason}. {self.count:,} of {self.total:,} samples cannot be read, more "
+                f"{last.reason}. {self.count:,} of {counted(self.total, 'sample')} cannot be "
+                "read, more "
                 f"than data.max_bad = {self.share:g} allows; mend or remove the files, or "
                 "raise it"
             )

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from variant.models.class_names import check_class_names
 from variant.models.config import STRICT, require, require_plain_numbers
-from variant.models.ranges import Share, check_ranges
+from variant.models.ranges import (
+    CountOrZero,
+    NotNegative,
+    Share,
+    ShareBelowOne,
+    check_ranges,
+)
 
-MAX_WORKERS = 1024  # threads
 IDX_FILES = ("train", "train_labels", "held_out", "held_out_labels")
 DISTORTION = ("rotate", "zoom", "shift", "shear")
 # Keys of each kind that others do not have.
@@ -33,7 +38,10 @@ AUGMENTATION = {
     "mixup": 0.0,
 }
 
-MAX_OPS = 100  # of RandAugment on an image
+# Each operation is a pass over the image, and the papers use 2: a slip would run for days.
+Operations: TypeAlias = Annotated[int, Field(ge=0, le=100)]
+Magnitude: TypeAlias = Annotated[float, Field(ge=0, le=30, allow_inf_nan=False)]
+Workers: TypeAlias = Annotated[int, Field(ge=0, le=1024)]
 
 
 @dataclass(frozen=True)
@@ -42,9 +50,11 @@ class DataSection:
 
     kind: "digits" (scikit-learn's scans), "folder" (one sub-folder of images per class), "idx" (two
         pairs of files in MNIST's format) or "tokens" (shards that `variant tokenize` wrote).
-    train, held_out: folders, for kind "folder"; files of images, plain or compressed with gzip, for
+    train: training images: a folder, for kind "folder"; a file, plain or compressed with gzip, for
         kind "idx".
-    train_labels, held_out_labels: files of labels, for kind "idx".
+    held_out: held-out images, likewise; they choose the best weights.
+    train_labels: file of the training images' labels, for kind "idx".
+    held_out_labels: file of the held-out images' labels, for kind "idx".
     dataset: "fashion-mnist" takes the four files of Debian's package dataset-fashion-mnist, for
         kind "idx".
     class_names: names of the classes in the order of their labels, for kind "idx"; those of folders
@@ -53,11 +63,13 @@ class DataSection:
         were when the tokens were made; their files are not read.
     copies: number of augmented copies of each image that are tokenized before training; 0 tokenizes
         newly augmented images in every epoch. Must be 0 with mixup.
-    rotate, zoom, shift, shear: largest random distortion, for kinds "digits" and "idx": degrees,
-        share of the size, share of the width, slope.
+    rotate: largest random rotation in degrees, for kinds "digits" and "idx".
+    zoom: largest random change of size, as a share of it, for kinds "digits" and "idx".
+    shift: largest random shift, in units of the width, for kinds "digits" and "idx".
+    shear: largest random shear, as a slope, for kinds "digits" and "idx".
     hflip: probability of a horizontal flip, for kinds "folder" and "idx".
-    randaugment_ops, randaugment_magnitude: number of operations and their magnitude in [0, 30], for
-        kind "folder" (arXiv 1909.13719).
+    randaugment_ops: operations of RandAugment (arXiv 1909.13719) on each image, for kind "folder".
+    randaugment_magnitude: magnitude of these operations.
     mixup: alpha of the Beta distribution (arXiv 1710.09412); 0 turns mixup off.
     workers: number of processes that read and augment images ahead of the training, for kind
         "folder"; with torchrun, of each rank. Evaluations read by as many threads. For kind
@@ -74,16 +86,16 @@ class DataSection:
     dataset: Literal["fashion-mnist"] | None = None
     class_names: tuple[str, ...] = ()
     tokens: str | None = None
-    copies: int = 0
-    hflip: float = 0.0
-    rotate: float = 0.0
-    zoom: float = 0.0
-    shift: float = 0.0
-    shear: float = 0.0
-    randaugment_ops: int = 0
-    randaugment_magnitude: float = 0.0
-    mixup: float = 0.0
-    workers: int = 4
+    copies: CountOrZero = 0
+    hflip: Share = 0.0
+    rotate: NotNegative = 0.0
+    zoom: ShareBelowOne = 0.0
+    shift: NotNegative = 0.0
+    shear: NotNegative = 0.0
+    randaugment_ops: Operations = 0
+    randaugment_magnitude: Magnitude = 0.0
+    mixup: NotNegative = 0.0
+    workers: Workers = 4
     max_bad: Share = 0.001
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -91,18 +103,6 @@ class DataSection:
     def __post_init__(self) -> None:
         require_plain_numbers(self)
         check_ranges(self)
-        for name in ("copies", "rotate", "shift", "shear", "randaugment_ops", "mixup"):
-            require(getattr(self, name) >= 0, f"{name} must be >= 0", getattr(self, name))
-        require(0 <= self.hflip <= 1, "hflip must be in [0, 1]", self.hflip)
-        require(0 <= self.zoom < 1, "zoom must be in [0, 1)", self.zoom)
-        # Each is a pass over the image, and the papers use 2: a slip would run for days.
-        limit = f"randaugment_ops must be at most {MAX_OPS}"
-        require(self.randaugment_ops <= MAX_OPS, limit, self.randaugment_ops)
-        magnitude = self.randaugment_magnitude
-        require(0 <= magnitude <= 30, "randaugment_magnitude must be in [0, 30]", magnitude)
-        require(
-            0 <= self.workers <= MAX_WORKERS, f"workers must be in [0, {MAX_WORKERS}]", self.workers
-        )
         require(
             not (self.copies and self.mixup),
             "copies must be 0 with mixup, which mixes the pixels of every batch",

@@ -33,6 +33,7 @@ from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.models.class_names import check_class_names
 from variant.paths import open_regular, path_kind, shown
+from variant_kernels.wording import counted
 
 UNSIGNED_BYTE = 0x08
 GZIP, GZIP_ENDING = b"\x1f\x8b", ".gz"
@@ -102,7 +103,9 @@ def _read(where: str, file: BinaryIO, axes: int, most: int) -> np.ndarray:
     expected = math.prod(shape)
     if expected == 0:
         raise UserError(f"{where}: must not be empty; its sizes are {tuple(shape)}")
-    too_short = f"{where}: is cut off: its sizes {tuple(shape)} need {expected:,} bytes of values"
+    too_short = (
+        f"{where}: is cut off: its sizes {tuple(shape)} need {counted(expected, 'byte')} of values"
+    )
     if expected > most:
         raise UserError(too_short)
     check_fits(where, "its values", expected, torch.device("cpu"))
@@ -254,8 +257,8 @@ class IdxData:
         images_NYX, labels_N = read_idx(images, 3), read_idx(labels, 1)
         if len(images_NYX) != len(labels_N):
             raise UserError(
-                f"{shown(labels)}: must have a label for each of the {len(images_NYX):,} images in "
-                f"{shown(images)}; it has {len(labels_N):,}"
+                f"{shown(labels)}: must have a label for each of the "
+                f"{counted(len(images_NYX), 'image')} in {shown(images)}; it has {len(labels_N):,}"
             )
         if max(images_NYX.shape[1:]) > self.image_size:
             raise UserError(

@@ -29,6 +29,7 @@ from variant.files import atomic_write
 from variant.models.config import LIMITS, parse_dataclass, require
 from variant.models.ranges import Count, CountOrZero, check_ranges
 from variant.paths import open_regular, path_kind, read_json, shown
+from variant_kernels.wording import counted
 
 FORMAT = "variant-tokens-1"
 MANIFEST_NAME = "manifest.json"
@@ -109,7 +110,7 @@ class Manifest:
         tokens, codes = int(LIMITS["tokens"]), int(LIMITS["vocab_size"])
         require(
             self.num_tokens <= tokens,
-            f"patch_nums must have at most {tokens:,} tokens in total",
+            f"patch_nums must have at most {counted(tokens, 'token')} in total",
             self.num_tokens,
         )
         require(self.vocab_size <= codes, f"vocab_size must be <= {codes:,}", self.vocab_size)

@@ -32,6 +32,7 @@ from variant_kernels import CachePlan, DepthSchedule, PagedKVCache, ScaleLayout
 from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.kv_cache import PageTables
 from variant_kernels.untraced import untraced
+from variant_kernels.wording import counted
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -129,7 +130,8 @@ def check_pixels(images_B3HW: Tensor, dtype: torch.dtype) -> Tensor:
         if lost_B.any():
             raise ValueError(
                 "Engine: the VQ-VAE's decoder must give numbers; got NaN in "
-                f"{int(lost_B.sum())} of {len(lost_B)} images (engine of {dtype_name(dtype)}). "
+                f"{int(lost_B.sum())} of {counted(len(lost_B), 'image')} (engine of "
+                f"{dtype_name(dtype)}). "
                 "Check the weights of vae, and use float32 if they overflow in 16 bits"
             )
     return images_B3HW

@@ -28,6 +28,7 @@ from variant.data.digits import LEVELS, NUM_CLASSES, SIDE, DigitsData, load_scan
 from variant.errors import UserError
 from variant.evaluation.kv_error import trained_depths
 from variant.supernet import VARiant
+from variant_kernels.wording import counted
 
 if TYPE_CHECKING:
     from sklearn.svm import SVC
@@ -135,8 +136,8 @@ def evaluate_digits_model(
     if model.var.config.num_classes != NUM_CLASSES or config.image_size % SIDE:
         raise UserError(
             f"evaluate_digits_model: the model must generate {NUM_CLASSES} classes at a multiple "
-            f"of {SIDE} pixels; got {model.var.config.num_classes} classes, {config.image_size} "
-            "pixels"
+            f"of {SIDE} pixels; got {counted(model.var.config.num_classes, 'class')}, "
+            f"{config.image_size} pixels"
         )
     data = DigitsData(DataSection("digits"), config.image_size, config.in_channels, seed=0)
     training_tokens = model.vae.encode(data.scans())

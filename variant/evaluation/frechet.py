@@ -20,6 +20,7 @@ from torch import Tensor
 
 from variant.evaluation.intervals import student_quantile
 from variant_kernels.arguments import integer
+from variant_kernels.wording import counted
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class FeatureStatistics:
         bad = int((~features.isfinite()).any(1).sum())
         if bad:
             raise ValueError(
-                f"FeatureStatistics: features must be finite; those of {bad} of {len(features)} "
-                "images are not"
+                f"FeatureStatistics: features must be finite; those of {bad} of "
+                f"{counted(len(features), 'image')} are not"
             )
         mean = features.mean(0)
         centred = features - mean
@@ -205,8 +206,8 @@ def frechet_from_blocks(
     width = len(blocks[0].mean_D)
     if whole.count <= width:
         warnings.warn(
-            f"{name}: {whole.count:,} images for {width:,} features: the covariance is singular "
-            "and the distance too large; give more images",
+            f"{name}: {counted(whole.count, 'image')} for {counted(width, 'feature')}: the "
+            "covariance is singular and the distance too large; give more images",
             RuntimeWarning,
             stacklevel=2,
         )

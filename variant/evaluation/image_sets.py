@@ -36,6 +36,7 @@ from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.evaluation.frechet import Gaussian
 from variant.paths import open_regular, path_kind, shown
+from variant_kernels.wording import counted
 
 # The class in the name of an image file of `variant generate` and `variant sample`.
 LABEL = re.compile(r"_class(\d{1,18})\.", re.ASCII)
@@ -205,7 +206,7 @@ def _labels(name: str, labels_N: np.ndarray | None, count: int) -> list[int] | N
         return None
     if labels_N.shape != (count,) or labels_N.dtype.kind not in "iu":
         warnings.warn(
-            f"{name}: arr_1 holds no integer for each of the {count:,} images but "
+            f"{name}: arr_1 holds no integer for each of the {counted(count, 'image')} but "
             f"{labels_N.dtype} {labels_N.shape}; the images count as without labels",
             RuntimeWarning,
             stacklevel=3,
@@ -388,7 +389,8 @@ class _Headers(io.FileIO):
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {size:,} bytes; at most {MAX_HEADER_BYTES:,}")
+            got = "unknown length" if size is None else counted(size, "byte")
+            raise tarfile.ReadError(f"a header of {got}; at most {MAX_HEADER_BYTES:,}")
         return super().read(size)
 
 
@@ -433,7 +435,7 @@ def _encoded(where: Path, names: Sequence[str], content: Callable[[int], bytes])
             bad.extend(names[index] for index in rest if decode(index) is None)
             shown_names = ", ".join(shown(name) for name in bad[:NAMED])
             raise UserError(
-                f"{shown(where)}: {len(bad):,} of {len(names):,} images cannot be read: "
+                f"{shown(where)}: {len(bad):,} of {counted(len(names), 'image')} cannot be read: "
                 f"{shown_names}{', ...' if len(bad) > NAMED else ''}; mend or remove them"
             )
         stack = np.stack([pixels for _, pixels in images if pixels is not None])

@@ -33,6 +33,7 @@ from variant.evaluation.intervals import student_quantile
 from variant.evaluation.paired import check_pairs, warn_of_order
 from variant.evaluation.scores import NEIGHBOURS, SPLIT, inception_score, precision_recall
 from variant_kernels.arguments import integer
+from variant_kernels.wording import counted
 
 BLOCKS = 10  # of the jackknife
 LEAST = 2 * BLOCKS  # images
@@ -253,8 +254,8 @@ def check_reference(
     highest, known = -1 if labels is None else max(labels), network.num_classes
     if known is not None and highest >= known:
         raise UserError(
-            f"eval: the {network.name} has {known} classes, and {name} has images of class "
-            f"{highest}; give the classifier of a recipe with these classes"
+            f"eval: the {network.name} has {counted(known, 'class')}, and {name} has images of "
+            f"class {highest}; give the classifier of a recipe with these classes"
         )
     if reference.images is None and (network.distance != GIVEN or reference.gaussian is None):
         raise UserError(
@@ -291,7 +292,8 @@ def _warn_of_other_classes(images: ImageSet, reference: ImageSet) -> None:
         if only:
             more = ", ..." if len(only) > NAMED_CLASSES else ""
             warnings.warn(
-                f"eval: {one.name} has images of {len(only):,} classes that {other.name} has none "
+                f"eval: {one.name} has images of {counted(len(only), 'class')} that {other.name} "
+                "has none "
                 f"of ({', '.join(map(str, only[:NAMED_CLASSES]))}{more}): distances compare other "
                 "mixtures of classes",
                 RuntimeWarning,
@@ -303,8 +305,8 @@ def _warn_of_pixels(images: ImageSet) -> None:
     """Warns: RuntimeWarning, of repeated images, and of pixels that are 0 and 1 alone."""
     if images.repeats:
         warnings.warn(
-            f"eval: {images.repeats:,} of {images.count:,} images of {images.name} equal an "
-            "earlier one",
+            f"eval: {images.repeats:,} of {counted(images.count, 'image')} of {images.name} equal "
+            "an earlier one",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -322,8 +324,8 @@ def _warn_of_equal_features(images: ImageSet, network: FeatureNetwork, features:
     rows_ND = features.features_BD
     if images.repeats < images.count - 1 and bool((rows_ND == rows_ND[0]).all()):
         warnings.warn(
-            f"eval: {network.name} gives all {images.count:,} images of {images.name} the same "
-            "features; no number of them says anything",
+            f"eval: {network.name} gives all {counted(images.count, 'image')} of {images.name} "
+            "the same features; no number of them says anything",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -344,9 +346,9 @@ def _distance(
         assert real_ND is not None, "checked before"
         if len(real_ND) <= real_ND.shape[1]:
             warnings.warn(
-                f"{name}: the reference {reference} has {len(real_ND):,} images for "
-                f"{real_ND.shape[1]:,} features: its covariance is singular and the distance too "
-                "large; give more images",
+                f"{name}: the reference {reference} has {counted(len(real_ND), 'image')} for "
+                f"{counted(real_ND.shape[1], 'feature')}: its covariance is singular and the "
+                "distance too large; give more images",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -355,8 +357,8 @@ def _distance(
         side = own_blocks if paired else gaussian
     if own_ND.shape[1] != len(gaussian.mean_D):
         raise UserError(
-            f"eval: {name} compares {own_ND.shape[1]} features; {reference} has statistics of "
-            f"{len(gaussian.mean_D)}"
+            f"eval: {name} compares {counted(own_ND.shape[1], 'feature')}; {reference} has "
+            f"statistics of {len(gaussian.mean_D)}"
         )
     assert side is not None, "set above where it was None"
     result = frechet_from_blocks(blocks_of(own_ND, labels), side, name)
@@ -473,7 +475,8 @@ def _warn_of_sorted_labels(name: str, labels: Sequence[int]) -> None:
         if inside < LEAST_CLASSES_IN_SPLIT * min(classes, size) or is_one_of_two:
             warnings.warn(
                 f"eval: {name}: the images are sorted by class: images {start:,} to {end - 1:,} "
-                f"show {inside:,} of {classes:,} classes, which lowers the score; mix their order",
+                f"show {inside:,} of {counted(classes, 'class')}, which lowers the score; mix "
+                "their order",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from variant_kernels.arguments import integer
+from variant_kernels.wording import counted
 
 # Images of one split of the Inception Score, and neighbours of precision and recall, of ADM.
 SPLIT, NEIGHBOURS = 5000, 3
@@ -132,8 +133,8 @@ def _squared_distances(
 def _check(op: str, name: str, values: Tensor, at_least: int) -> None:
     if values.dim() != 2 or len(values) < at_least or not values.shape[1]:
         raise ValueError(
-            f"{op}: {name} must be a matrix with at least {at_least} rows and one column; got "
-            f"{tuple(values.shape)}"
+            f"{op}: {name} must be a matrix with at least {counted(at_least, 'row')} and one "
+            f"column; got {tuple(values.shape)}"
         )
     if not values.isfinite().all():
         raise ValueError(f"{op}: {name} must be finite")

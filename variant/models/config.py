@@ -29,6 +29,7 @@ from variant_kernels.arguments import (
 )
 from variant_kernels.plans.depth_schedule import check_layers
 from variant_kernels.plans.scale_layout import ScaleLayout
+from variant_kernels.wording import counted
 
 GROUPS = 32  # of every group normalisation in the VQ-VAE
 
@@ -316,7 +317,9 @@ class VARConfig(_Plain):
         }
         for depth, layers in subnets.items():
             self._require(
-                len(layers) == depth, f"subnets[{depth}] must list {depth} layers", layers
+                len(layers) == depth,
+                f"subnets[{depth}] must list {counted(depth, 'layer')}",
+                layers,
             )
         self._require(not subnets or self.bridge is not None, "subnets need a bridge", self.bridge)
         object.__setattr__(self, "subnets", subnets)

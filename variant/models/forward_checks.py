@@ -14,6 +14,7 @@ from variant_kernels import DepthSchedule
 from variant_kernels.arguments import instance
 from variant_kernels.linear import is_plain
 from variant_kernels.ops.contract import check_tensor
+from variant_kernels.wording import counted
 
 OP = "VAR.forward"
 
@@ -78,7 +79,8 @@ def _check_inputs(
     expected = (batch, layout.total - layout.tokens[0], config.vae_channels)
     if tuple(x_teacher.shape) != expected:
         raise ValueError(
-            f"{OP}: x_teacher must be {expected} for {batch} labels; got {tuple(x_teacher.shape)}"
+            f"{OP}: x_teacher must be {expected} for {counted(batch, 'label')}; got "
+            f"{tuple(x_teacher.shape)}"
         )
 
 
@@ -86,8 +88,8 @@ def _check_schedule(config: VARConfig, schedule: DepthSchedule) -> None:
     depth, scales = config.depth, config.layout.num_scales
     if schedule.full_depth != depth or schedule.num_scales != scales:
         raise ValueError(
-            f"{OP}: schedule must have {depth} layers and {scales} scales; got "
-            f"{schedule.full_depth} and {schedule.num_scales}"
+            f"{OP}: schedule must have {counted(depth, 'layer')} and {counted(scales, 'scale')}; "
+            f"got {schedule.full_depth} and {schedule.num_scales}"
         )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from variant_kernels.arguments import shown, typed
 from variant_kernels.dispatch.request import dtype_name
+from variant_kernels.wording import counted
 
 # Of engines: weights, K/V and matrix products.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -80,7 +81,7 @@ def check_device(
         ) from None
     count = torch.cuda.device_count() if found.type == "cuda" else 0
     if found.type == "cuda" and (found.index or 0) >= count:
-        has = f"has {count} GPU{'s' if count > 1 else ''}"
+        has = f"has {counted(count, 'GPU')}"
         if count == 0:
             has = "sees no GPU" if torch.backends.cuda.is_built() else "was built without CUDA"
         remedy = f'"cuda:0" to "cuda:{count - 1}" or "cpu"' if count else '"cpu"'

@@ -15,6 +15,7 @@ from variant.search.space import Layers, Prefix, Space
 from variant_kernels.arguments import real
 from variant_kernels.plans.cache_plan import CachePlan
 from variant_kernels.plans.depth_schedule import DepthSchedule
+from variant_kernels.wording import counted
 
 KINDS = ("kv", "work", "latency")
 
@@ -75,8 +76,8 @@ class AdditiveCost:
         self.name, self.space, self.by_depth = name, space, by_depth
         if len(by_depth) != space.num_scales:
             raise ValueError(
-                f"AdditiveCost: by_depth must have the costs of {space.num_scales} scales; got "
-                f"{len(by_depth)}"
+                "AdditiveCost: by_depth must have the costs of "
+                f"{counted(space.num_scales, 'scale')}; got {len(by_depth)}"
             )
         for scale, costs in enumerate(by_depth):
             for depth in sorted({len(layers) for layers in space.sets}):

@@ -25,6 +25,7 @@ from variant.errors import UserError
 from variant.paths import path_kind, shown
 from variant.supernet import VARiant
 from variant.training.recipe import load_recipe
+from variant_kernels.wording import counted
 
 PART = 64  # images that are read at once
 
@@ -64,8 +65,8 @@ def held_out(model: VARiant, data: str, count: int) -> HeldOut:
     config = model.var.config
     if source.num_classes != config.num_classes:
         raise UserError(
-            f"{shown(data)}: must have the {config.num_classes} classes of the model; it has "
-            f"{source.num_classes} ({source.classes_from})"
+            f"{shown(data)}: must have the {counted(config.num_classes, 'class')} of the model; "
+            f"it has {source.num_classes} ({source.classes_from})"
         )
     _warn_of_names(data, source.classes, config.class_names)
     count = min(count, source.num_held_out)
@@ -82,7 +83,9 @@ def held_out(model: VARiant, data: str, count: int) -> HeldOut:
             tokens.append(encode_images(model.vae, images).cpu())
         else:
             tokens.append(samples.tokens_BL)
-    return HeldOut(torch.cat(labels), torch.cat(tokens), f"{count:,} held-out images of {data}")
+    return HeldOut(
+        torch.cat(labels), torch.cat(tokens), f"{counted(count, 'held-out image')} of {data}"
+    )
 
 
 def _warn_of_names(data: str, classes: Sequence[str], expected: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from variant.search.costs import Cost
 from variant.search.space import Prefix, Space
 from variant_kernels.arguments import instance, integer, real, typed
 from variant_kernels.plans.depth_schedule import check_layers
+from variant_kernels.wording import counted
 
 # loss(prefix) -> the part of the loss that the tokens of the prefix's last scale have: a number, or
 # one for each image, >= 0. The loss of a schedule is the sum over its prefixes.
@@ -163,8 +164,8 @@ def _checked_seed(space: Space, number: int, seed: Prefix) -> Prefix:
     name = f"seeds[{number}]"
     if len(seed) != space.num_scales:
         raise ValueError(
-            f"search: {name} must have layers for each of the {space.num_scales} scales; got "
-            f"{len(seed)}"
+            f"search: {name} must have layers for each of the "
+            f"{counted(space.num_scales, 'scale')}; got {len(seed)}"
         )
     checked = tuple(check_layers(space.full_depth, layers, "search", name) for layers in seed)
     for before, layers in pairwise(checked):

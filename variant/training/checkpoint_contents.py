@@ -10,6 +10,7 @@ from torch import Tensor
 
 from variant.training.phase_ends import ENDED, PHASES
 from variant.training.run_state import ADVERSARIAL, has_best
+from variant_kernels.wording import counted
 
 # The keys of a checkpoint besides "format" and "kind", and the types of their values.
 CONTENTS: dict[str, type | tuple[type, ...]] = {
@@ -46,7 +47,7 @@ def check_contents(saved: Mapping[str, Any]) -> None:
         raise ValueError(f"{', '.join(wrong)} missing or of another type")
     step, total = saved["step"], saved["total_steps"]
     _require(1 <= total <= MAX_STEPS, f"total_steps is {total}")
-    _require(0 <= step <= total, f"step is {step}, of {total} steps")
+    _require(0 <= step <= total, f"step is {step}, of {counted(total, 'step')}")
     for name, value in saved["inputs"].items():
         _require(_is(name, str) and _is_input(value), f"inputs: {name!r:.100}")
     _require(_is_number(saved["seconds"]) and saved["seconds"] >= 0, "seconds is out of range")
@@ -86,17 +87,17 @@ def check_epochs(saved: Mapping[str, Any], steps_per_epoch: int) -> None:
     step, history = saved["step"], saved["history"]
     _require(
         len(history) == step // steps_per_epoch,
-        f"history has {len(history)} epochs, but step {step} is in epoch {step // steps_per_epoch} "
-        f"of {steps_per_epoch} steps each",
+        f"history has {counted(len(history), 'epoch')}, but step {step} is in epoch "
+        f"{step // steps_per_epoch} of {counted(steps_per_epoch, 'step')} each",
     )
     _require(
         all(entry["step"] == entry["epoch"] * steps_per_epoch for entry in history),
-        f"history: its epochs do not end every {steps_per_epoch} steps",
+        f"history: its epochs do not end every {counted(steps_per_epoch, 'step')}",
     )
     # The sums are those of the present epoch, or of the one that has just ended.
-    counted = sum(count for _, count in saved["sums"].values())
+    in_sums = sum(count for _, count in saved["sums"].values())
     in_epoch = step % steps_per_epoch or min(step, steps_per_epoch)
-    _require(counted == in_epoch, f"sums has {counted} steps; the epoch has {in_epoch}")
+    _require(in_sums == in_epoch, f"sums has {counted(in_sums, 'step')}; the epoch has {in_epoch}")
 
 
 def _check_tensors(what: str, tensors: Mapping[Any, Any]) -> None:

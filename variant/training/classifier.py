@@ -31,6 +31,7 @@ from variant.models.pixels import checked_images, to_uint8
 from variant.models.ranges import Count, CountOrZero, Share
 from variant.paths import open_regular, path_kind, read_json, shown
 from variant_kernels.arguments import integer
+from variant_kernels.wording import counted
 
 FORMAT = "variant-classifier-1"
 RUN_NAME = "vae-classifier.safetensors"  # in the folder of a run whose perceptual loss it is
@@ -194,7 +195,7 @@ def read_classifier(path: str | os.PathLike[str]) -> tuple[Classifier, Classifie
     # Before a model of as many classes is built.
     if "head.bias" not in state or state["head.bias"].shape != (len(record.classes),):
         raise UserError(
-            f"{shown(path)}: is no classifier of the {len(record.classes):,} classes in "
+            f"{shown(path)}: is no classifier of the {counted(len(record.classes), 'class')} in "
             f"{record_path.name}"
         )
     classifier = Classifier(len(record.classes))

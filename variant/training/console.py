@@ -18,6 +18,7 @@ from rich.progress import (
 )
 
 from variant.training.phase_ends import ENDED
+from variant_kernels.wording import counted
 
 # Seconds between lines of progress where there is no bar.
 LINE_EVERY = 60.0
@@ -111,8 +112,8 @@ class RunConsole:
         """
         where = f"from step {step} of" if step else "for"
         self._print(
-            f"{self.kind}: training on {num_train} images with {device}, {where} "
-            f"{self.total_steps} steps, {self.epochs} epoch{'s' * (self.epochs != 1)}"
+            f"{self.kind}: training on {counted(num_train, 'image')} with {device}, {where} "
+            f"{counted(self.total_steps, 'step')}, {counted(self.epochs, 'epoch')}"
         )
         if changes:
             self._print(f"changed since the run began: {', '.join(changes)}")

@@ -25,6 +25,7 @@ from variant.training.recipe import (
     load_recipe,
 )
 from variant.training.schedule import ScheduleSection
+from variant_kernels.wording import counted
 
 TRAIN = ("train", "training")
 HELD_OUT = ("held_out", "heldout", "held-out", "val", "valid", "validation", "test")
@@ -297,8 +298,8 @@ def _epochs(steps: int, batch: int, count: int) -> int:
 def _description(recipe: Recipe, parts: Parts) -> str:
     side, depths = recipe.vae.image_size, recipe.schedule.depths
     subnets = f" with subnets of {' and '.join(map(str, depths))}" if depths else ""
-    classes = "1 class" if len(parts.classes) == 1 else f"{len(parts.classes)} classes"
-    return f"{classes} of {side}x{side} images; {recipe.model.depth} layers{subnets}."
+    classes = counted(len(parts.classes), "class")
+    return f"{classes} of {side}x{side} images; {counted(recipe.model.depth, 'layer')}{subnets}."
 
 
 def _side(paths: list[Path]) -> int:

@@ -59,6 +59,7 @@ from variant.training.vae_sections import (
 )
 from variant_kernels.arguments import integer
 from variant_kernels.plans.depth_schedule import select_layers
+from variant_kernels.wording import counted
 
 # Limits of a recipe's text, in characters; the packaged ones have 3,000.
 MAX_LENGTH = 2**18
@@ -181,7 +182,7 @@ class VAETraining:
         require(
             self.weights is not None or (self.epochs > 0 and self.optim is not None),
             "weights, or epochs and the section optim, must be given",
-            f"weights {self.weights}, epochs {self.epochs}",
+            f"weights none, epochs {self.epochs}",
         )
         require(
             self.weights is None or self.start_weights is None,
@@ -360,7 +361,8 @@ class Recipe:
         for depths in section.schedules:
             require(
                 len(depths) == scales,
-                f"schedule.schedules must have {scales} depths each, one for every scale",
+                f"schedule.schedules must have {counted(scales, 'depth')} each, one for every "
+                "scale",
                 list(depths),
             )
             try:

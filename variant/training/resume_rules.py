@@ -13,6 +13,7 @@ from typing import Any
 from variant.errors import UserError
 from variant.models.config import parse_dataclass
 from variant.training.recipe import Recipe
+from variant_kernels.wording import counted
 
 # Keys that change no number; the contents of the data folders are compared by their digest.
 FREE = (
@@ -107,15 +108,15 @@ def compare_schedules(
     before, after = num_epochs(old, kind), num_epochs(new, kind)
     if after < before and step >= after * steps_per_epoch:
         raise UserError(
-            f"{where}: has completed {step / steps_per_epoch:g} of {before} epochs; the recipe now "
-            f"has {after}. Give more epochs ({', '.join(EPOCHS[kind])})"
+            f"{where}: has completed {step / steps_per_epoch:g} of {counted(before, 'epoch')}; "
+            f"the recipe now has {after}. Give more epochs ({', '.join(EPOCHS[kind])})"
         )
     epoch = step / steps_per_epoch
     if kind == "var" and not new.schedule.agrees_until(old.schedule, epoch):
         was, now = old.schedule.phase_lengths, new.schedule.phase_lengths
         before, after = old.schedule.final_probability, new.schedule.final_probability
         raise UserError(
-            f"{where}: has completed {epoch:g} epochs with schedule.joint {was.joint}, "
+            f"{where}: has completed {counted(epoch, 'epoch')} with schedule.joint {was.joint}, "
             f"schedule.transition {was.transition} and schedule.final_probability {before:g}; got "
             f"{now.joint}, {now.transition} and {after:g}, which change their schedule. Only "
             "refinement may change now"

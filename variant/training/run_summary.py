@@ -14,6 +14,7 @@ from variant.models.parameter_count import var_parameters, vqvae_parameters
 from variant.paths import path_kind
 from variant.training.optim import OptimSection
 from variant.training.recipe import Recipe
+from variant_kernels.wording import counted
 
 
 class RunSummary:
@@ -48,14 +49,15 @@ class RunSummary:
         yield "images", self._images()
         yield (
             "VQ-VAE",
-            f"{vqvae_parameters(recipe.vae):,} parameters, {size}x{size} pixels to "
-            f"{config.layout.total} tokens of {recipe.vae.vocab_size} codes, {origin}",
+            f"{counted(vqvae_parameters(recipe.vae), 'parameter')}, {size}x{size} pixels to "
+            f"{counted(config.layout.total, 'token')} of "
+            f"{counted(recipe.vae.vocab_size, 'code')}, {origin}",
         )
         start = f", from {recipe.model.weights}" if recipe.model.weights else ""
         yield (
             "transformer",
-            f"{var_parameters(config):,} parameters, {config.depth} layers of width "
-            f"{config.embed_dim}{start}",
+            f"{counted(var_parameters(config), 'parameter')}, {counted(config.depth, 'layer')} of "
+            f"width {config.embed_dim}{start}",
         )
         for depth, layers in config.subnets.items():
             yield f"subnet {depth}", f"layers {', '.join(map(str, layers))}"
@@ -82,17 +84,18 @@ class RunSummary:
         data = self.data
         return (
             f"{data.num_train:,} for training, {data.num_held_out:,} held out, "
-            f"{data.num_classes} classes"
+            f"{counted(data.num_classes, 'class')}"
         )
 
     def _steps(self, epochs: int, optim: OptimSection) -> str:
-        text = f"{epochs} epoch{'s' * (epochs != 1)}, batches of {optim.batch_size}"
+        text = f"{counted(epochs, 'epoch')}, batches of {optim.batch_size}"
         if optim.accumulate > 1:
-            text += f" in {optim.accumulate} parts"
+            text += f" in {counted(optim.accumulate, 'part')}"
         if self.data is None:
             return f"{text}; the number of steps depends on the images"
         per_epoch = self._per_epoch(optim, self.data)
-        return f"{text}, {epochs * per_epoch:,} steps of {optim.precision}, {per_epoch:,} an epoch"
+        steps = counted(epochs * per_epoch, "step")
+        return f"{text}, {steps} of {optim.precision}, {per_epoch:,} an epoch"
 
     def _per_epoch(self, optim: OptimSection, data: Source) -> int:
         return optim.steps_per_epoch or data.num_train // optim.batch_size

@@ -54,6 +54,7 @@ from variant.training.folder_lock import locked_folder
 from variant.training.initial_weights import find_vae, is_tokenizer, load_vae, tokenizer_sha256
 from variant.training.recipe import Recipe
 from variant_kernels.arguments import integer
+from variant_kernels.wording import counted
 
 MAX_PASSES = 10_000
 MAX_DIGITS = 10  # of a variable of the environment
@@ -241,8 +242,8 @@ def _check_folder(
             )
     if found.passes > wanted.passes:
         raise UserError(
-            f"{shown(out)}: holds {found.passes} passes; --passes must be at least as many, or "
-            f"choose another folder; got {wanted.passes}"
+            f"{shown(out)}: holds {counted(found.passes, 'pass')}; --passes must be at least as "
+            f"many, or choose another folder; got {wanted.passes}"
         )
     # Processes may be on several machines, each with a copy of the images.
     compare_stamps(

@@ -10,6 +10,7 @@ from pydantic import ConfigDict
 
 from variant.models.config import STRICT, require, require_plain_numbers
 from variant.models.ranges import Count, CountOrZero, NotNegative, Positive, ShareBelowOne
+from variant_kernels.wording import counted
 
 CLASSIFIER, LPIPS = "classifier", "lpips"
 LPIPS_LEAST_SIDE = 16  # pixels: VGG16 halves them four times before its last features
@@ -106,5 +107,6 @@ class AdversarySection:
         """What stops a run of so many optimizer steps; each text begins with its key."""
         if self.weight and self.start_step >= steps:
             yield (
-                f"start_step must be below the {steps:,} steps of the run; got {self.start_step:,}"
+                f"start_step must be below the {counted(steps, 'step')} of the run; got "
+                f"{self.start_step:,}"
             )

@@ -44,6 +44,7 @@ from variant.training.sample_grid import COLUMNS
 from variant.training.task import Summary, Task
 from variant.training.trainer import Trainer
 from variant.training.vae_sections import CLASSIFIER
+from variant_kernels.wording import counted
 
 
 class VAETask(Task):
@@ -305,7 +306,7 @@ def _classifier(setup: RunSetup, console: Console | None) -> PerceptualLoss:
         found[1].image_size or recipe.vae.image_size,  # earlier versions did not record it
     ):
         out = lossy(console or Console())
-        out.print(f"vae: training the classifier of the perceptual loss, {steps} steps")
+        out.print(f"vae: training the classifier of the perceptual loss, {counted(steps, 'step')}")
         trained = train_classifier(source.data, seed=recipe.seed, steps=steps, device=setup.device)
         save_classifier(path, *trained)
         found = read_classifier(path)

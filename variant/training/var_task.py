@@ -53,6 +53,7 @@ from variant.training.sample_grid import CFG, COLUMNS, SEED, TOP_P
 from variant.training.task import Report, Summary, Task
 from variant.training.trainer import Trainer
 from variant_kernels import DepthSchedule
+from variant_kernels.wording import counted
 
 # In config.json and the model card, by whether the moving average was better.
 WEIGHTS = {False: "of the last step of that epoch", True: "their moving average (EMA)"}
@@ -92,8 +93,8 @@ class VARTask(Task):
             return None
         own = sum(weight.numel() for weight in zone_parameters(self.var))
         return (
-            f'zone_weights "{kind}": {own:,} parameters are trained, the full network is frozen; '
-            "every step trains a subnet"
+            f'zone_weights "{kind}": {counted(own, "parameter")} are trained, the full network is '
+            "frozen; every step trains a subnet"
         )
 
     def choose_teacher(self, ema: EMA | None) -> None:

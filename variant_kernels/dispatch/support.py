@@ -12,6 +12,7 @@ import torch
 from variant_kernels.cuda_ops import library as cuda_library
 from variant_kernels.dispatch.request import Request, dtype_name
 from variant_kernels.library_ops.installed import find_flash
+from variant_kernels.wording import counted
 
 # All names, in the order of every op's table: fastest first.
 BACKENDS = ("triton", "cuda", "flash", "flashinfer", "flex", "cpu", "reference")
@@ -34,7 +35,9 @@ def _dtype_reason(request: Request, dtypes: Collection[torch.dtype]) -> str | No
 def _row_reason(request: Request) -> str | None:
     """Of the two GPU backends: rows that are too long, or another dtype."""
     if (width := request.row_width) is not None and width > MAX_ROW_WIDTH:
-        return f"rows of {width} entries are longer than the {MAX_ROW_WIDTH} that it takes"
+        return (
+            f"rows of {counted(width, 'entry')} are longer than the {MAX_ROW_WIDTH:,} that it takes"
+        )
     return _dtype_reason(request, _32_OR_16_BITS)
 
 

@@ -33,6 +33,7 @@ from variant_kernels.masks import block_causal_layout
 from variant_kernels.ops.append_paged_kv import append_paged_kv
 from variant_kernels.ops.qk_norm import qk_norm
 from variant_kernels.plans.scale_layout import ScaleLayout
+from variant_kernels.wording import counted
 
 # (frames, height, width) of each scale.
 Scales = list[tuple[int, int, int]]
@@ -143,8 +144,8 @@ def cos_sin(grid: dict[str, Tensor], scale_schedule: Scales, scale: int, x: Tens
     cos_sin_2TF = grid[name][:, 0, 0, 0, start : start + x.shape[1]]
     if cos_sin_2TF.shape[1] != x.shape[1]:
         raise ValueError(
-            f"patch: Infinity has rotations for {grid[name].shape[4]} tokens of the scales {name}; "
-            f"got {x.shape[1]} from {start}"
+            f"patch: Infinity has rotations for {counted(grid[name].shape[4], 'token')} of the "
+            f"scales {name}; got {x.shape[1]} from {start}"
         )
     return cos_sin_2TF
 
@@ -269,7 +270,7 @@ class InfinityFamily(ModelFamily):
         self._require(
             heads * head_dim == width and can_attend(head_dim),
             f"{name} must have {width} channels and heads of a multiple of 8 from 16 to 256",
-            f"{heads} heads of {head_dim}",
+            f"{counted(heads, 'head')} of {head_dim}",
         )
         shapes = {
             "mat_qkv.weight": (attn.mat_qkv.weight, [(3 * width, width)]),

@@ -32,6 +32,7 @@ from variant_kernels.masks import layout_of
 from variant_kernels.ops.adaln import adaln_modulate, gated_residual_adaln
 from variant_kernels.plans.scale_layout import ScaleLayout
 from variant_kernels.untraced import untraced
+from variant_kernels.wording import counted
 
 Modulation = tuple[Tensor, ...]
 
@@ -264,7 +265,7 @@ class VARFamily(ModelFamily):
         self._require(
             heads * head_dim == width and can_attend(head_dim),
             f"{name} must have {width} channels and heads of a multiple of 8 from 16 to 256",
-            f"{heads} heads of {head_dim}",
+            f"{counted(heads, 'head')} of {head_dim}",
         )
         shapes = {
             "mat_qkv.weight": (attn.mat_qkv.weight, (3 * width, width)),

@@ -20,6 +20,7 @@ from variant_kernels.plans.cache_plan import CachePlan
 from variant_kernels.plans.depth_schedule import DepthSchedule
 from variant_kernels.plans.scale_layout import ScaleLayout
 from variant_kernels.untraced import untraced
+from variant_kernels.wording import counted
 
 
 class Layers:
@@ -136,9 +137,9 @@ class VARRuntime(Runtime):
         fits = end in self._ends if begin == 0 else ends.get(begin) == end
         if not fits:
             raise RuntimeError(
-                f"patch: after {begin} tokens the model must generate one complete scale of "
-                f"{self.layout.tokens} (the first call may have several); got {tokens} tokens. "
-                "Other ways to generate need unpatch()"
+                f"patch: after {counted(begin, 'token')} the model must generate one complete "
+                f"scale of {self.layout.tokens} (the first call may have several); got "
+                f"{counted(tokens, 'token')}. Other ways to generate need unpatch()"
             )
         self._seen, self._step = end, self._step + 1
 

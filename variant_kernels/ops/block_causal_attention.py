@@ -24,6 +24,7 @@ from variant_kernels.ops import contract
 from variant_kernels.ops.qk_norm import check_scale_mul, qk_norm, qk_norm_op
 from variant_kernels.ops.registry import Op
 from variant_kernels.plans.scale_layout import ScaleLayout
+from variant_kernels.wording import counted
 
 # --- the definition -----------------------------------------------------------------------------
 
@@ -281,8 +282,8 @@ def block_causal_attention(
         raise TypeError(f"{OP}: layout must be a ScaleLayout; got {type(layout).__name__}")
     if q_BLHD.shape[1] != layout.total:
         raise ValueError(
-            f"{OP}: q_BLHD must have {layout.total} tokens to match layout {layout.tokens}; "
-            f"got {q_BLHD.shape[1]}"
+            f"{OP}: q_BLHD must have {counted(layout.total, 'token')} to match layout "
+            f"{layout.tokens}; got {q_BLHD.shape[1]}"
         )
     softmax_scale = contract.softmax_scale(OP, softmax_scale)
     if softmax_scale is None:

@@ -28,6 +28,7 @@ from variant_kernels.kv_quantization import KV8_DTYPE, dequantize_kv
 from variant_kernels.ops import contract
 from variant_kernels.ops.pages import check_pages
 from variant_kernels.ops.registry import Op
+from variant_kernels.wording import counted
 
 
 def check_table(op: str, page_table_BM: Tensor, kv_lens_B: Tensor, pages_shape: torch.Size) -> None:
@@ -49,7 +50,7 @@ def check_table(op: str, page_table_BM: Tensor, kv_lens_B: Tensor, pages_shape: 
         row = int(((lens_B < 0) | (lens_B > capacity)).argmax())
         raise ValueError(
             f"{op}: kv_lens_B[{row}] must be in [0, {capacity}] ({entries} page-table entries of "
-            f"{page_size} tokens); got {lens_B[row]}"
+            f"{counted(page_size, 'token')}); got {lens_B[row]}"
         )
     used_B1 = -(-lens_B[:, None] // page_size)
     used_BM = np.arange(entries) < used_B1
@@ -59,7 +60,7 @@ def check_table(op: str, page_table_BM: Tensor, kv_lens_B: Tensor, pages_shape: 
         raise ValueError(
             f"{op}: page_table_BM[{row}, {entry}] must be in [0, {num_pages}); got "
             f"{table_BM[row, entry]}. kv_lens_B[{row}] = {lens_B[row]} makes "
-            f"{int(used_B1[row, 0])} pages of {page_size} tokens visible"
+            f"{counted(int(used_B1[row, 0]), 'page')} of {counted(page_size, 'token')} visible"
         )
     raise AssertionError(f"{op}: the page table was refused, but every entry is valid")
 
@@ -151,7 +152,7 @@ def _check(
     contract.check_ndim(op, "page_table_BM", page_table_BM, "(B, M)")
     if page_table_BM.shape[0] != batch:
         raise ValueError(
-            f"{op}: page_table_BM must have {batch} rows to match q_BTHD; "
+            f"{op}: page_table_BM must have {counted(batch, 'row')} to match q_BTHD; "
             f"got {tuple(page_table_BM.shape)}"
         )
     contract.check_shape(op, "kv_lens_B", kv_lens_B, (batch,), "to match q_BTHD")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from variant_kernels.arguments import choice, instance, integer, integers, sequence, shown, typed
 from variant_kernels.plans.scale_layout import MAX_SCALES
+from variant_kernels.wording import counted
 
 Selection = Literal["nested", "equidistant"]
 SELECTIONS = ("nested", "equidistant")
@@ -352,7 +353,8 @@ def check_schedule(
     scales = schedule.num_scales if num_scales is None else num_scales
     if schedule.full_depth != full_depth or schedule.num_scales != scales:
         raise ValueError(
-            f"{op}: {name} must be a schedule of {full_depth} layers and {scales} scales; got one "
+            f"{op}: {name} must be a schedule of {counted(full_depth, 'layer')} and "
+            f"{counted(scales, 'scale')}; got one "
             f"of {schedule.full_depth} and {schedule.num_scales}"
         )
     return schedule
