@@ -93,7 +93,7 @@ def _mode(target: Path, temporary: Path) -> int:
 
     A new file tells them: to read the umask one must set it, for the files of other threads too.
     """
-    with suppress(FileNotFoundError):
+    with suppress(OSError):  # no such file, or a link to itself, which is replaced
         return stat.S_IMODE(target.stat().st_mode)
     with suppress(FileNotFoundError):
         temporary.unlink()  # of a killed process that had the same number

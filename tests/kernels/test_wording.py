@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from variant_kernels.wording import counted
@@ -40,6 +41,8 @@ ALLOWED = {
         (1024, "held-out image", "1,024 held-out images"),
         (1.0, "epoch", "1 epoch"),
         (1.5, "epoch", "1.5 epochs"),
+        (np.int64(1234567), "image", "1,234,567 images"),
+        (np.float32(1.5), "epoch", "1.5 epochs"),
     ],
 )
 def test_the_noun_follows_the_number(count, noun, text):
