@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_models import small_model
 
+from tests.forked_program import run_forked
 from variant import UserError, VARiant
 from variant.checkpoints.config_file import configs_in
 from variant.checkpoints.model_folder import build
@@ -115,15 +116,18 @@ def outlives(form, folder):
         yield change, all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def run_script(script, *arguments):
+def script_path():
     here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent), *sys.path])
+    return os.pathsep.join([str(here), str(here.parent), *sys.path])
+
+
+def run_script(script, *arguments):
     return subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": script_path(), "OMP_NUM_THREADS": "1"},
         timeout=200,
     )
 
@@ -140,7 +144,7 @@ for form in t.FORMS:
     for change, same in t.outlives(form, folder):
         print(form, change.__name__, same, flush=True)
 """
-    done = run_script(script, tmp_path)
+    done = run_forked("-c", script, tmp_path, env={**os.environ, "PYTHONPATH": script_path()})
     expected = [f"{form} {change.__name__} True" for form in FORMS for change in CHANGES]
     assert done.stdout.splitlines() == expected, (done.returncode, done.stderr)
 

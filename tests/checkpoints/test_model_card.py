@@ -2,8 +2,6 @@
 
 import inspect
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hub_mixin
 from small_models import small_model
 
+from tests.forked_program import run_forked
 from variant import VARiant
 from variant.checkpoints.model_card import MARK
 from variant.engine.planning import plan_row
@@ -42,26 +41,15 @@ def test_the_code_and_the_command_of_a_card_run(tmp_path):
     card = card_of(tmp_path / "small")
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
     script = code + "print(tuple(result.images.shape), result.stats.depths)"
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": ""}
+    done = run_forked("-c", script, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[0] == "(1, 3, 6, 6) (4, 2, 2)"
     # The size in the comment of the card's code.
     assert "(1, 3, 6, 6) in [0, 1]" in code
     command = re.search(r"`variant (generate .*?)`", card).group(1)
-    done = subprocess.run(
-        [sys.executable, "-m", "variant.cli", *command.split()],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_forked("-m", "variant.cli", *command.split(), cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "image.png").is_file()
 
 

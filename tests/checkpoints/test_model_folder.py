@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from small_models import small_model
 
+from tests.forked_program import run_forked
 from variant import VAR, VQVAE, UserError, VARiant
 from variant.checkpoints.original_var import load_original, save_original
 from variant.files import atomic_write
@@ -349,10 +350,8 @@ def test_a_full_disk_is_one_clear_line_and_leaves_the_old_model(tmp_path):
         "        print(error)\n"
     )
     helpers = str(Path(__file__).parent.parent)
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), helpers],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = run_forked("-c", script, tmp_path, helpers)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count("cannot be written") == 2, done.stdout + done.stderr
     # The system's reason, which torch.save does not tell.
     assert done.stdout.count("File too large") == 2, done.stdout

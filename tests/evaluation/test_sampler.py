@@ -7,8 +7,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ import torch
 from PIL import Image
 from small_models import small_model
 
+from tests.forked_program import ForkedProgram
 from variant.cli.main import main
 from variant.cli.options import Sample
 from variant.engine.engine import Engine, kernels_of
@@ -182,8 +181,6 @@ def test_kill_at_any_moment_loses_and_doubles_nothing(model, expected, tmp_path,
     out = tmp_path / ("a.npz" if form == "npz" else "a")
     words = ["sample", "--model", model, "--num", NUM, "--batch", 3, "--out", out]
     words += [] if form == "npz" else ["--format", form]
-    command = [sys.executable, "-c", CHILD, *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     progress = out.with_name("a.npz.parts") if form == "npz" else out
 
     def num_files():
@@ -191,9 +188,7 @@ def test_kill_at_any_moment_loses_and_doubles_nothing(model, expected, tmp_path,
 
     killed = 0
     while killed < moments:
-        child = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        child = ForkedProgram("-c", CHILD, *words, streams=[os.devnull] * 3)
         wanted = num_files() + rng.randint(1, 4)
         while child.poll() is None:  # until there are some more files, then at any moment
             if num_files() >= wanted:
@@ -201,10 +196,10 @@ def test_kill_at_any_moment_loses_and_doubles_nothing(model, expected, tmp_path,
                 break
             time.sleep(0.005)
         child.kill()
-        if child.wait() == -signal.SIGKILL:
+        if child.code == -signal.SIGKILL:
             killed += 1
             continue
-        assert child.returncode == 0  # it was complete before its moment came: once more
+        assert child.code == 0  # it was complete before its moment came: once more
         assert torch.equal(pixels(out), expected)
         shutil.rmtree(out) if out.is_dir() else out.unlink()
         out.with_suffix(".json").unlink(missing_ok=True)

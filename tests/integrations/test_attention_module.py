@@ -5,8 +5,6 @@ import inspect
 import math
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import variant_kernels.masks as masks
+from tests.forked_program import run_forked
 from variant_kernels import ScaleLayout, VARiantAttention
 from variant_kernels.kv_cache import GrowingPages
 
@@ -369,13 +368,8 @@ def training_input():
 def test_two_processes_train_as_one(tmp_path):
     here = Path(__file__).parent
     paths = [str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, str(here / "attention_ranks.py"), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    variables = {"PYTHONPATH": os.pathsep.join(paths)}
+    done = run_forked(here / "attention_ranks.py", tmp_path, env=os.environ | variables)
     assert done.returncode == 0, done.stderr
     saved = torch.load(tmp_path / "grads.pt", weights_only=True)
     _, layer = pair()

@@ -1,19 +1,14 @@
 """``python -m variant_kernels``: one line for each op, and why faster backends are not taken."""
 
 import os
-import subprocess
-import sys
 
+from tests.forked_program import run_forked
 from variant_kernels import ops
 
 
 def report(**environment):
-    return subprocess.run(
-        [sys.executable, "-m", "variant_kernels"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "0", "VARIANT_BACKEND": "auto", **environment},
-    )
+    variables = {"TRITON_INTERPRET": "0", "VARIANT_BACKEND": "auto", **environment}
+    return run_forked("-m", "variant_kernels", env={**os.environ, **variables})
 
 
 def test_every_op_has_one_line_and_every_reason_too():

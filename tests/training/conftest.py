@@ -1,33 +1,8 @@
 """Fixtures of the training tests: a small data set, and a recipe that trains on it in seconds."""
 
-import os
-
 import pytest
-import torch
 from PIL import Image
 from tiny_runs import tiny_recipe
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads():
-    """One thread; the usual two in ``make nightly``.
-
-    Two threads that share the small products of these trainings take 1.5 times as much CPU.
-    """
-    before = torch.get_num_threads()
-    if not os.environ.get("VARIANT_NIGHTLY"):
-        torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def two_threads(threads):
-    """Two threads, for tests that runs on two are bit-equal, too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -5,13 +5,12 @@ import os
 import pickle
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.forked_program import run_forked
 from variant.errors import UserError
 from variant.training import checkpoint_folder
 from variant.training.checkpoint_folder import (
@@ -32,13 +31,9 @@ def written(tmp_path_factory):
     (folder / "best").write_bytes(b"best weights")
     places = folder, tmp_path_factory.mktemp("meeting")
     paths = [str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, str(HERE / "folder_ranks.py"), *map(str, places)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    variables = {"PYTHONPATH": os.pathsep.join(paths)}
+    done = run_forked(HERE / "folder_ranks.py", *places, env=os.environ | variables)
+    assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 

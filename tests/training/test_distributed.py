@@ -8,8 +8,6 @@ import pickle
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
@@ -22,6 +20,7 @@ from rank_jobs import Job, run
 from tiny_runs import assert_same, trained_vae
 from torch.distributed import TCPStore
 
+from tests.forked_program import run_forked
 from variant.data.images import epoch_order, list_images
 from variant.training.checkpoint_folder import read_into, stored_tensors
 from variant.training.checkpointer import Checkpointer
@@ -89,14 +88,11 @@ def train_on_two(jobs, folder, ends=(0, 0)):
         "MASTER_ADDR": "127.0.0.1",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
     }
-    program = str(HERE / "rank_program.py")
-    command = [sys.executable, program, str(folder / "jobs"), ports, str(folder)]
-    done = subprocess.run(
-        command, env=os.environ | variables, capture_output=True, text=True, check=True, timeout=900
-    )
+    words = HERE / "rank_program.py", folder / "jobs", ports, folder
+    done = run_forked(*words, env=os.environ | variables, timeout=900)
+    assert done.returncode == 0, done.stderr
     processes, codes = json.loads((folder / "processes.json").read_text())
     assert codes == list(ends), done.stderr
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]

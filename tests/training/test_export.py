@@ -18,7 +18,14 @@ from variant.training.checkpoint_folder import read_into, stored_tensors
 from variant.training.checkpoint_schedule import OutputSection
 from variant.training.ema import EMASection
 
-STEP = "var-step-00000006"
+STEP, LAST = "var-step-00000002", "var-step-00000004"
+
+
+def short_recipe(folders):
+    """A recipe of four steps."""
+    recipe = tiny_recipe(folders)
+    schedule = dataclasses.replace(recipe.schedule, transition=1, refinement=0)
+    return dataclasses.replace(recipe, schedule=schedule)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +33,7 @@ def runs(folders, tmp_path_factory):
     """A folder with the run of one process and that of two, each with an average."""
     root, replace = tmp_path_factory.mktemp("runs"), dataclasses.replace
     recipe = replace(
-        tiny_recipe(folders),
+        short_recipe(folders),
         ema=EMASection(0.5),
         output=OutputSection(checkpoint_steps=2, keep=2),
     )
@@ -65,7 +72,7 @@ def saved_weights(path, kind):
         ("one", "one/var-last.pt"),
         ("one/var-last.pt", "one/var-last.pt"),
         (f"one/{STEP}.pt", f"one/{STEP}.pt"),
-        ("two", "two/var-step-00000008"),
+        ("two", f"two/{LAST}"),
         (f"two/{STEP}", f"two/{STEP}"),
     ],
 )
@@ -85,7 +92,7 @@ def test_a_checkpoint_becomes_a_model_folder(runs, tmp_path, capsys, source, che
     assert model.var.config.class_names == ("class0", "class1")
     assert_same(dict(model.vae.state_dict()), dict(trained.vae.state_dict()))
     training = json.loads((out / "config.json").read_text())["training"]
-    assert training["steps"] == (6 if STEP in checkpoint else 8)
+    assert training["steps"] == (2 if STEP in checkpoint else 4)
     assert ("average" in training["weights"]) == (weights == "ema")
     assert model.generate(["class1"], seed=0, depth=2).images.shape == (1, 3, 8, 8)
 
@@ -99,7 +106,7 @@ def test_files_of_the_original_are_written_too(runs, tmp_path, capsys):
     files = [tmp_path / "var.pth", tmp_path / "vae.pth"]
     words = ("--weights", "ema", "--to-var", files[0], "--to-vae", files[1])
     assert convert(capsys, runs / "two", *words) == (0, "")
-    averages = saved_weights(runs / "two" / "var-step-00000008", "ema")
+    averages = saved_weights(runs / "two" / LAST, "ema")
     state = torch.load(files[0], weights_only=True)
     assert_same({key: state[key] for key in averages}, averages)
 
@@ -139,7 +146,7 @@ def test_what_cannot_be_converted_is_one_line(runs, tmp_path, capsys):
 
 
 def test_a_run_without_an_average_has_none(folders, tmp_path, capsys):
-    train_both(tiny_recipe(folders), tmp_path / "run")
+    train_both(short_recipe(folders), tmp_path / "run")
     words = (tmp_path / "run", "--weights", "ema", "--out", tmp_path / "out")
     code, error = convert(capsys, *words)
     assert (code, "has no moving average of the weights" in error) == (1, True)

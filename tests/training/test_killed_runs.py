@@ -3,13 +3,12 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from tiny_runs import assert_same, metrics, steps_of
 
+from tests.forked_program import run_forked
 from tests.robustness.forked import option
 
 HERE = Path(__file__).parent
@@ -20,15 +19,13 @@ STRIDE = option("KILLED_STRIDE", 5)
 def test_runs_killed_again_and_again_equal_runs_that_never_were(recipe, tmp_path):
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     paths = [str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, str(HERE / "killed_run.py"), str(whole), str(parted), str(STRIDE)],
+    done = run_forked(
+        *(HERE / "killed_run.py", whole, parted, STRIDE),
         input=pickle.dumps(recipe),
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
     )
-    assert done.returncode == 0, done.stderr.decode()
-    kills = json.loads(done.stdout.decode().splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    kills = json.loads(done.stdout.splitlines()[-1])
     for kind in ("vae", "var"):
         assert kills[kind] >= 2
         assert metrics(parted, kind) == metrics(whole, kind)

@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import tarfile
 import time
 import warnings
@@ -19,6 +17,7 @@ import torch
 from small_models import open_recipe_source
 from tiny_runs import CPU, metrics, quiet, resume, run_until, tiny_recipe
 
+from tests.forked_program import run_forked
 from tests.robustness.forked import option
 from variant.cli.main import main
 from variant.data.config import DataSection
@@ -530,14 +529,12 @@ def test_a_killed_process_leaves_whole_shards_alone(tiny, tokens, tmp_path, stri
     """kill -9 at later and later events; at the end every file is that of an undisturbed run."""
     here = Path(__file__).parent
     paths = [str(here), str(here.parent), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, str(here / "killed_tokenize.py"), str(tmp_path / "t"), str(stride)],
+    done = run_forked(
+        *(here / "killed_tokenize.py", tmp_path / "t", stride),
         input=pickle.dumps(tiny),
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr.decode()
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+    )
+    assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 3
     left = files(tmp_path / "t")
     left.pop(".variant-tokenize-0.lock", None)
