@@ -8,7 +8,6 @@ import pytest
 import torch
 from tiny_runs import tiny_recipe, trained_vae
 
-from tests.forked_program import run_forked
 from variant import VARiant
 from variant.training.recipe_reference import recipe_toml
 
@@ -52,7 +51,6 @@ def test_torchrun_trains_a_model_and_resumes_it_in_the_other_mode(folders, tmp_p
     assert images.shape == (2, 3, 8, 8)
 
 
-@pytest.mark.nightly  # the same processes are below, without torchrun
 def test_a_mistake_is_one_line_of_each_process(tmp_path):
     done = torchrun("no-such-recipe", "--out", tmp_path / "run")
     assert done.returncode != 0
@@ -60,15 +58,3 @@ def test_a_mistake_is_one_line_of_each_process(tmp_path):
     assert len(errors) == 2
     assert all("no-such-recipe: no such recipe" in line for line in errors)
     assert done.stderr.count("Traceback (most recent call last)") <= 1  # torchrun's own
-
-
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_mistake_is_one_line_of_a_rank(tmp_path, rank):
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-    words = ("-m", "variant.training", "no-such-recipe", "--out", tmp_path / "run")
-    done = run_forked(*words, env=os.environ | variables)
-    assert done.returncode == 1
-    errors = [line for line in done.stderr.splitlines() if line.startswith("variant: error: ")]
-    assert len(errors) == 1
-    assert "no-such-recipe: no such recipe" in errors[0]
-    assert "Traceback" not in done.stderr
