@@ -63,10 +63,12 @@ def run_forked(
 
 
 class ForkedProgram:
-    """A program that runs; a server has one at a time.
+    """A program that runs; a server has one at a time: the one before is killed.
 
     streams: files for its standard input, output and error.
     """
+
+    _last: ForkedProgram | None = None
 
     def __init__(
         self,
@@ -75,6 +77,11 @@ class ForkedProgram:
         env: dict[str, str] | None = None,
         cwd: Path | None = None,
     ) -> None:
+        if ForkedProgram._last is not None:
+            ForkedProgram._last.kill()  # of a test that was interrupted
+        ForkedProgram._last = self
+        self.pid = 0
+        self.code: int | None = None
         self._input, self._output = _server()
         request = {
             "words": [str(word) for word in words],
@@ -85,7 +92,6 @@ class ForkedProgram:
         self._input.write(json.dumps(request).encode() + b"\n")
         self._input.flush()
         self.pid = int(self._output.readline())
-        self.code: int | None = None
 
     def poll(self, seconds: float = 0.0) -> int | None:
         """The exit code, minus the number of a signal; None if it still runs after the seconds."""
@@ -102,7 +108,7 @@ class ForkedProgram:
         return code
 
     def kill(self) -> None:
-        if self.poll() is None:
+        if self.pid and self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
             self.poll(60)
