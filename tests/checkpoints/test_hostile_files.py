@@ -374,6 +374,8 @@ def test_keys_that_are_no_names_and_numbers_with_gaps_are_refused(tmp_path):
     for key in ("blocks.999999999.attn.proj.weight", "blocks.x.y", "blocks.06.y", "blocks."):
         torch.save({**golden.var_state, key: one}, bad)
         refused(VARiant.from_var_checkpoint, bad, vae, match=r"blocks\.N must be numbered from 0")
+    torch.save({**golden.var_state, f"blocks.{'x' * 50}.y": one}, bad)  # of which 40 are shown
+    refused(VARiant.from_var_checkpoint, bad, vae, match=r"one of them blocks\.x{40}$")
     for prefix in ("encoder.down.", "encoder.down.0.block."):
         torch.save({**golden.vae_state, f"{prefix}999999999.x": one}, bad)
         message = rf"{prefix}N must be numbered from 0"

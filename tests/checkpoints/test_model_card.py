@@ -1,5 +1,6 @@
 """The model card and the conventions of the Hub."""
 
+import dataclasses
 import inspect
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ from small_models import small_model
 
 from tests.forked_program import run_forked
 from variant import VARiant
-from variant.checkpoints.model_card import MARK
+from variant.checkpoints.model_card import MARK, _how_to_run
 from variant.engine.planning import plan_row
 
 
@@ -59,6 +60,15 @@ def test_a_model_without_subnets_claims_none(tmp_path):
     assert "trained at full depth only" in card
     assert re.findall(r"^\| (\d+) \|", card, re.MULTILINE) == ["4"]
     assert "depth=" not in card
+
+
+@pytest.mark.parametrize(("num_classes", "label"), [(1, 0), (2, 1), (5, 1)])
+def test_the_label_of_a_card_is_a_class_of_the_model(num_classes, label):
+    model = small_model(subnets={}, bridge=None)
+    var = dataclasses.replace(model.var.config, num_classes=num_classes)
+    text = _how_to_run(var, model.vae.config, "me/model")
+    assert f"generate([{label}], cfg" in text
+    assert f"--labels {label} --out" in text
 
 
 def test_a_card_is_overwritten_until_its_mark_is_removed(tmp_path):

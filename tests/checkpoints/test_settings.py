@@ -186,7 +186,9 @@ def test_a_value_that_contradicts_the_tensors_is_refused(tmp_path, files):
     with pytest.raises(UserError, match="the weights have num_heads 2, but the argument has 4"):
         VARiant.from_var_checkpoint(tmp_path / "plain.pth", files[1], num_heads=4)
     without = {k: v for k, v in plain.vae_state.items() if ".quant_resi." not in k}
-    assert infer_vqvae_config(without, (1, 2), quant_resi=0.0, using_znorm=False, beta=1.0)
+    for none in (0.0, 1e-6, -1e-6):  # as the original, which has no convolutions up to there
+        config = infer_vqvae_config(without, (1, 2), quant_resi=none, using_znorm=False, beta=1.0)
+        assert config.quant_resi == 0.0
     with pytest.raises(
         UserError, match=r"the weights have quant_resi 0\.0, but the argument has 0\.5"
     ):
