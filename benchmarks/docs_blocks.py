@@ -16,6 +16,7 @@ from benchmarks.study.report_verdicts import Evidence, Verdict, better, judge, s
 from variant.models.presets import VAR_PRESETS, vqvae_of
 from variant.search.compare import SAME
 from variant.training.memory_plan import fastest, training_rows
+from variant_kernels.wording import counted
 
 # The costs of a search's budgets, and the other kinds of schedules, as the guide names them.
 COSTS = {"kv": "K/V bytes", "work": "work", "latency": "time"}
@@ -88,7 +89,8 @@ def search_of_digits(record: Mapping[str, Any]) -> str:
     lead = (
         f"On the shipped model `{record['model']}`: {record['schedules']:,} schedules of "
         f"{len(record['sets'])} sets of layers, {how}; {record['images']} images choose and "
-        f"{record['images_compared']} compare (`{COMMAND}`, {machine['cpu']}, {machine['isa']})."
+        f"{record['images_compared']} compare (`{COMMAND}`, {record['seconds']:.0f} s with "
+        f"{counted(machine['threads'], 'thread')} of {machine['cpu']}, {machine['isa']})."
     )
     return _text(lead, table(["at equal", *COLUMNS], rows))
 

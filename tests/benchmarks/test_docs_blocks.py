@@ -64,7 +64,7 @@ def test_a_search_is_counted_by_its_verdicts():
     same = docs_blocks.SAME
     record = {
         "model": "digits", "schedules": 1924, "sets": [[0], [0, 1]], "exact": True, "images": 9,
-        "images_compared": 8,
+        "images_compared": 8, "seconds": 109.11,
         "environment": {"cpu": "A CPU", "isa": "avx2", "threads": 2},
         "comparison": [
             *search_rows("kv", "depth and bridge", (0.3, 0.25, better), (0.4, 0.0125, better),
@@ -80,7 +80,7 @@ def test_a_search_is_counted_by_its_verdicts():
     assert "| work | evenly chosen or trained layers | 0 of 1 | 0 of 1 | 1 of 1 | - |" in text
     assert "`digits`: 1,924 schedules of 2 sets of layers, each evaluated or excluded" in text
     assert "9 images choose and 8 compare (`variant search" in text
-    assert ", A CPU, avx2)." in text
+    assert ", 109 s with 2 threads of A CPU, avx2)." in text
     assert "by beam" in docs_blocks.search_of_digits({**record, "exact": False})
 
 
@@ -183,7 +183,7 @@ def test_what_recipes_and_the_guide_say_of_the_study_holds(verdicts, study):
 def test_what_the_guide_says_of_searches_holds():
     text = words(DOCS / "search.md")
     assert "A search is worth most where no subnet was trained" in text
-    cell = r"\| ([^|]+) \([23] seeds\) \| [^|]+ \| depth 8, 4 or 2 and bridge \| (\d) of 6 \|"
+    cell = r"\| ([^|]+) \(\d seeds\) \| [^|]+ \| depth 8, 4 or 2 and bridge \| (\d) of 6 \|"
     won = dict.fromkeys(docs_blocks.SEARCHED.values(), 0)
     for model, count in re.findall(cell, (DOCS / "search.md").read_text()):
         won[model] += int(count)
