@@ -52,7 +52,7 @@ def test_is_taken_by_auto_only_where_triton_does_not_serve(on_a_gpu, monkeypatch
         (Request("cuda", (torch.float64,), 64), "float64"),
         (
             Request("cuda", (torch.float32,), row_width=MAX_ROW_WIDTH + 1),
-            f"rows of {MAX_ROW_WIDTH + 1}",
+            f"rows of {MAX_ROW_WIDTH + 1:,}",
         ),
     ],
 )
