@@ -102,19 +102,31 @@ def run_step(run: Run, settings: Settings, step: Step, ends: float) -> str:
     return f"failed: {', '.join(failed)}" if failed else "ok"
 
 
-def _add_tuning(session: Session, since: float, recorded: set[str]) -> None:
+def _tuning() -> dict[Path, int]:
+    """The files of what was timed to choose block sizes, and when each was written last."""
+    if importlib.util.find_spec("triton") is None:
+        return {}
+    from variant_kernels.triton_ops.tuning import cache_dir
+
+    return {path: path.stat().st_mtime_ns for path in sorted(cache_dir().glob("*.json"))}
+
+
+def _add_tuning(session: Session, since: float, known: dict[Path, int]) -> dict[Path, int]:
     """Record what was timed to choose block sizes: each config's milliseconds.
 
     ``python -m benchmarks.shipped_choices`` makes them the package's choices.
-    """
-    if importlib.util.find_spec("triton") is None:
-        return
-    from variant_kernels.triton_ops.tuning import cache_dir
 
-    for path in sorted(cache_dir().glob("*.json")):
-        if path.stat().st_mtime >= since and path.stem not in recorded:
-            recorded.add(path.stem)
+    Args:
+        known: what was there before. Times are compared with each other alone: that of a file may
+            be some milliseconds before that of the clock.
+    Returns:
+        what is there now.
+    """
+    found = _tuning()
+    for path, written in found.items():
+        if known.get(path) != written:
             session.add("tuning", path.stem, json.loads(path.read_text()), since)
+    return found
 
 
 def _measure(
@@ -128,7 +140,7 @@ def _measure(
         with progress.open("a") as file:
             file.write(json.dumps({"item": item, "state": state, "at": time.time()}) + "\n")
 
-    session, recorded = Session(run, settings, step.name), set[str]()
+    session, tuning = Session(run, settings, step.name), _tuning()
     measurement = step.work(session)
     print(f"-- {step.name}: prepared in {time.time() - began:.1f} s", flush=True)
     for item in items:
@@ -147,7 +159,7 @@ def _measure(
                 raise SystemExit(FATAL_STATUS) from error
             del error
         note(item, state)
-        _add_tuning(session, began, recorded)
+        tuning = _add_tuning(session, began, tuning)
         if compiled["found"] or compiled["compiled"]:
             run.add("triton", step.name, "cache", compiled, began)
 
