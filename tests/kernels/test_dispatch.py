@@ -371,8 +371,8 @@ def test_little_generic_python_stands_in_front_of_a_launcher():
     kernels = ROOT / "variant_kernels"
     files = [kernels / "ops/registry.py", kernels / "ops/contract.py"]
     files += (kernels / "dispatch").glob("*.py")
-    # 475: 450 before float64, sparse tensors and backends that are no text were refused by name, and
-    # messages counted their nouns.
+    # 475: 450 before float64, sparse tensors and backends that are no text were refused by name,
+    # and messages counted their nouns.
     assert sum(map(statements, files)) < 475
     # An ordinary call passes a dozen of these lines; the others answer to derivatives, vmap, sparse
     # tensors and negated views.
