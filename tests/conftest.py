@@ -16,11 +16,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+from variant_kernels.dispatch.support import triton_interprets
 from variant_kernels.ops.registry import forget_signatures
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 torch.set_num_threads(2)
+
+if triton_interprets():
+    from tests.quick_interpreter import leave_out_repeated_patches
+
+    leave_out_repeated_patches()
 
 # A shell's background job ignores Ctrl-C, and so would every process that the tests start and stop.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
