@@ -110,8 +110,8 @@ test-cpp: dev
 	@$(call cmake,build/cpp,$(SANITIZED) -DVARIANT_SANITIZE=ON,variant_tests)
 	$(CTEST) --test-dir build/cpp --parallel $(JOBS) --exclude-regex '^cuda_'
 
-# Without optimization, with the portable instruction set and the best one of this machine: the other
-# ones compile the same lines. A line of a template counts once. The code that joins the kernels to
+# With -Og, whose lines are those of the source (-O0 takes three times as long), with the portable
+# instruction set and the best one of this machine: the other ones compile the same lines. A line of a template counts once. The code that joins the kernels to
 # Python (csrc/bindings.cpp) is not counted: the Python tests run it.
 coverage-cpp: dev
 	@echo "== line coverage of csrc/cpu by the C++ tests"
