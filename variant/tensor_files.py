@@ -45,6 +45,7 @@ MAX_TENSORS, MAX_AXES = 2**15, 64
 CHUNK_BYTES = 2**19  # of reads and of sum64: another value makes other sums
 # Key of the metadata of a .safetensors file; as JSON, for each tensor its sum64 in hexadecimal.
 CHECKSUMS = "sum64"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)")  # in torch's message: the class that it does not load
 _ALLOWING = threading.Lock()
 
@@ -81,6 +82,11 @@ class Source:
         weakref.finalize(self, os.close, self.descriptor)
         self.state = self._state()
         self.size = self.state[0]
+        if os.pread(self.descriptor, len(LFS_POINTER), 0) == LFS_POINTER:
+            raise UserError(
+                f"{self.where}: is a pointer of Git LFS, not the file itself; `git lfs pull` in "
+                "its repository fetches it"
+            )
         self._allocated = 0
         self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._last: tuple[Region, Tensor] | None = None
