@@ -141,6 +141,15 @@ def test_the_completion_script_is_printed():
         ("generate --optim.clip 1", "generate: unrecognized options: --optim.clip, 1"),
         ("--model digits", "the command comes before --model"),
         ("generate --out=", "generate: --out must not be empty"),
+        (
+            "generate --labels 1 --out - --json -",
+            "generate: --out must not be -; only --json writes",
+        ),
+        ("sample --out=-", "sample: --out must not be -; only --json writes to standard output (a"),
+        (
+            "train --recipe -",
+            "train: --recipe must not be -; only --json writes to standard output",
+        ),
         ("generate --labels", "generate: --labels needs a value"),
         ("warm --batch --device cpu", "warm: --batch needs a value"),
         ("convert --patch-nums --out x", "convert: --patch-nums needs a value"),

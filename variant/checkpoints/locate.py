@@ -18,6 +18,8 @@ HUB_FILES = [
     "model.safetensors.index.json",
     "model-*.safetensors",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "pytorch_model-*.bin",
 ]
 # A missing file of such a name is not taken for a Hub id.
 FILE_ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".json")
