@@ -248,6 +248,30 @@ def test_paths_of_wrong_types(model):
             call()
 
 
+def test_an_empty_path_is_not_the_current_folder(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for call in (
+        lambda: VARiant.from_pretrained(""),
+        lambda: VARiant.from_var_checkpoint("", "vae.pth"),
+        lambda: model.save_pretrained(""),
+        lambda: save_original(model.var, model.vae, "", "vae.pth"),
+    ):
+        with pytest.raises(ValueError, match="must not be empty"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_negated_views_are_saved(tmp_path):
+    model = small_model()
+    model.var.head.bias = torch.nn.Parameter(torch._neg_view(torch.ones(24)))
+    model.save_pretrained(tmp_path / "model")
+    save_original(model.var, model.vae, tmp_path / "var.safetensors", tmp_path / "vae.pth")
+    saved = VARiant.from_pretrained(tmp_path / "model").var.head.bias
+    original = load_file(tmp_path / "var.safetensors")["head.bias"]
+    assert torch.equal(saved, -torch.ones(24))
+    assert torch.equal(original, -torch.ones(24))
+
+
 def test_a_subfolder(model, tmp_path):
     model.save_pretrained(tmp_path / "a" / "b")
     assert same_weights(VARiant.from_pretrained(tmp_path, subfolder="a/b"), model)

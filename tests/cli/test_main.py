@@ -1,6 +1,7 @@
 """The command line as a whole: help, version, wrong usage, errors and warnings of one line."""
 
 import dataclasses
+import errno
 import os
 import re
 import shlex
@@ -430,6 +431,14 @@ def test_any_error_becomes_one_printable_line():
     assert messages.one_line(OSError(36, "File name too long", "abc"), "plan") == (
         "abc: File name too long"
     )
+    for number, place in {
+        errno.ENOSPC: "standard output",
+        errno.ENOENT: "the current folder",
+        errno.EADDRINUSE: "plan",
+        errno.ENOMEM: "plan",
+    }.items():
+        error = OSError(number, os.strerror(number))
+        assert messages.one_line(error, "plan") == f"{place}: {os.strerror(number)}"
     assert len(messages.one_line(UserError("x" * 10**6), "plan")) < 3000
     for error in (MemoryError(), RuntimeError("could not create a primitive")):
         assert messages.one_line(error, "plan") == (

@@ -419,7 +419,8 @@ def save_original(
         else:
             contiguous = torch.contiguous_format
             tensors = {
-                k: v.detach().cpu().clone(memory_format=contiguous) for k, v in state.items()
+                k: v.detach().cpu().resolve_neg().clone(memory_format=contiguous)
+                for k, v in state.items()
             }
             save_safetensors(path, tensors)
 

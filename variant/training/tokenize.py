@@ -53,6 +53,7 @@ from variant.training.distributed import local_rank
 from variant.training.folder_lock import locked_folder
 from variant.training.initial_weights import find_vae, is_tokenizer, load_vae, tokenizer_sha256
 from variant.training.recipe import Recipe
+from variant.training.torch_modes import modes_of_a_new_process
 from variant_kernels.arguments import integer
 from variant_kernels.wording import counted
 
@@ -113,6 +114,7 @@ def gpu_of_environment(environment: Mapping[str, str], count: int) -> int:
     return local_rank(environment) % max(1, count)
 
 
+@modes_of_a_new_process()
 def tokenize(
     recipe: Recipe,
     out: Path,

@@ -42,6 +42,7 @@ from variant.training.recipe import Recipe, with_seed
 from variant.training.run_setup import RunSetup, open_run
 from variant.training.sample_grid import COLUMNS
 from variant.training.task import Summary, Task
+from variant.training.torch_modes import modes_of_a_new_process
 from variant.training.trainer import Trainer
 from variant.training.vae_sections import CLASSIFIER
 from variant_kernels.wording import counted
@@ -178,6 +179,7 @@ class VAETask(Task):
         return {CODES: self.codebook.revive(images, step)}
 
 
+@modes_of_a_new_process()
 def train_vae(
     recipe: Recipe,
     out: Path,

@@ -51,6 +51,7 @@ from variant.training.recipe import Recipe, with_seed
 from variant.training.run_setup import RunSetup, open_run
 from variant.training.sample_grid import CFG, COLUMNS, SEED, TOP_P
 from variant.training.task import Report, Summary, Task
+from variant.training.torch_modes import modes_of_a_new_process
 from variant.training.trainer import Trainer
 from variant_kernels import DepthSchedule
 from variant_kernels.wording import counted
@@ -299,6 +300,7 @@ class VARTask(Task):
         return Samples(None, tokens_BL, self._labels_N[index_B])
 
 
+@modes_of_a_new_process()
 def train_var(
     recipe: Recipe,
     out: Path,
