@@ -321,6 +321,7 @@ def test_the_picture_is_small_and_shows_the_measured_depths():
     assert readme_picture.draw(data).size == Image.open(path).size
 
 
+@pytest.mark.nightly  # the test before compares the committed picture with its data
 def test_the_picture_is_measured_anew(tmp_path):
     assert readme_picture.main(["--out", str(tmp_path), "--rounds", "1", "--count", "20"]) == 0
     data = json.loads((tmp_path / "digits.json").read_text())

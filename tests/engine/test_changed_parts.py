@@ -201,7 +201,7 @@ def test_images_need_no_encoder():
     [
         pytest.param({"pack": False}, False, id="own-new"),
         pytest.param({"pack": False}, True, id="own-used", marks=pytest.mark.nightly),
-        pytest.param({}, False, id="packed-new"),
+        pytest.param({}, False, id="packed-new", marks=pytest.mark.nightly),
         pytest.param({}, True, id="packed-used"),
         # A used engine of another dtype also had a copy of the part to forget.
         pytest.param(BF16, False, id="bf16-new", marks=pytest.mark.nightly),

@@ -890,7 +890,7 @@ def test_every_family_that_patch_supports_is_tried_here():
     assert sorted(supported) == sorted(FAMILIES)
 
 
-@pytest.mark.parametrize("how", ["compile", "wrapper"])
+@pytest.mark.parametrize("how", ["compile", pytest.param("wrapper", marks=pytest.mark.nightly)])
 def test_a_block_compiled_after_the_patch_paints_the_same(how):
     torch.compiler.reset()
     graphs = []

@@ -11,7 +11,7 @@ from tests.robustness import kills
 from tests.robustness.command import run_generator
 from tests.robustness.forked import Failed, option
 
-KILLS = option("KILLS", 6)
+KILLS = option("KILLS", 4)
 
 
 @pytest.mark.timeout(10_000)
