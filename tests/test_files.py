@@ -1,6 +1,8 @@
 """Atomic writes, and texts and JSON that are read."""
 
 import os
+import random
+import secrets
 import stat
 import threading
 import time
@@ -9,7 +11,13 @@ import pytest
 import torch
 
 from variant.errors import UserError
-from variant.files import atomic_write, read_safetensors, save_safetensors
+from variant.files import (
+    atomic_write,
+    read_safetensors,
+    save_safetensors,
+    temporary_name,
+    write_safetensors,
+)
 from variant.paths import read_json, read_text
 
 
@@ -67,6 +75,31 @@ def test_two_threads_write_one_path(tmp_path):
     assert errors == []
     assert torch.equal(read_safetensors(path)["a"], torch.ones(2))
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_writers_of_one_process_number_share_no_file(tmp_path):
+    """As on two machines with one file system, or in two containers."""
+    path, state = tmp_path / "a", random.getstate()
+    with atomic_write(path) as first, atomic_write(path) as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+        write_safetensors(first, {"a": torch.ones(2)})
+        assert second.read_text() == "second"
+    assert torch.equal(read_safetensors(path)["a"], torch.ones(2))
+    assert list(tmp_path.iterdir()) == [path]
+    assert random.getstate() == state
+
+
+def test_a_temporary_name_that_is_taken_is_left_alone(tmp_path, monkeypatch):
+    numbers = iter([7, 7, 8])
+    monkeypatch.setattr(secrets, "randbelow", lambda end: next(numbers))
+    taken = temporary_name(tmp_path / "a")
+    taken.symlink_to("other")
+    with atomic_write(tmp_path / "a") as temporary:
+        temporary.write_text("text")
+    assert taken.is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"a", taken.name}
 
 
 def test_what_is_no_plain_file_is_refused_and_stays(tmp_path):

@@ -282,13 +282,16 @@ def test_images_without_a_record_and_damaged_records_are_refused(model, tmp_path
 def test_what_a_killed_run_left_is_cleared(model, tmp_path, run):
     words = ("generate", "--model", model, "--labels", 1, "--out", tmp_path / "o")
     assert run(*words)[0] == 0
-    dead = tmp_path / "o" / f".00000_class1.png.{2**22 + 1}.tmp"
-    running = tmp_path / "o" / f".00001_class1.png.{os.getpid()}.tmp"
-    for path in (dead, running):
-        path.write_text("")
+    before = set(os.listdir(tmp_path / "o"))
+    # The process of another machine, which has ended, may have a number that one of this has too.
+    for name in ("00000_class1.png.9", f"00001_class1.png.{os.getpid()}", "generate.json.123456"):
+        (tmp_path / "o" / f".{name}.tmp").write_text("")
+    with locked_folder(tmp_path / "o", module.LOCK_NAME):  # by the run that writes these files
+        assert run(*words, "--resume")[0] == 1
+        assert len(os.listdir(tmp_path / "o")) == len(before) + 4
+    (tmp_path / "o" / ".notes.txt.9.tmp").write_text("of another program")
     assert run(*words, "--resume")[0] == 0
-    assert not dead.exists()
-    assert running.exists()
+    assert set(os.listdir(tmp_path / "o")) == before | {".notes.txt.9.tmp"}
 
 
 def test_images_that_are_cut_off_are_made_again(model, tmp_path, run):

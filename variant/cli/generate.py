@@ -238,7 +238,9 @@ class Work:
         Raises:
             UserError: the folder holds another run, or another process generates into it.
         """
-        with locked_folder(self.command.out, LOCK_NAME, work="generation"):
+        with locked_folder(self.command.out, LOCK_NAME, work="generation") as is_locked:
+            if is_locked:
+                self.target.clear_temporary()
             return self._folder()
 
     def _folder(self) -> list[Result]:
@@ -294,7 +296,6 @@ class Work:
                 f"{command.out}: holds images of an earlier run; give --resume to continue it, "
                 "--overwrite to replace it, or another --out"
             )
-        target.clear_temporary()
         for key, value in settings.items() if recorded is not None else ():
             if recorded is not None and key != "software" and not is_same(recorded, key, value):
                 raise UserError(

@@ -276,7 +276,7 @@ def _finish(out: Path, wanted: Manifest, rank: int, bad: BadItems) -> int:
 
 
 def _write_manifest(out: Path, manifest: Manifest, rank: int) -> None:
-    # By a name of its own: processes on several machines may have the same number.
+    # By a name of its own: what a killed process left is told from what another rank writes.
     own = out / _own_manifest(rank)
     with atomic_write(own) as temporary:
         temporary.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n", "utf-8")
