@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from variant import files
 from variant.errors import UserError
 from variant.files import (
     atomic_write,
@@ -89,6 +90,21 @@ def test_writers_of_one_process_number_share_no_file(tmp_path):
     assert torch.equal(read_safetensors(path)["a"], torch.ones(2))
     assert list(tmp_path.iterdir()) == [path]
     assert random.getstate() == state
+
+
+def test_weights_are_not_copied_to_be_written(tmp_path, monkeypatch):
+    """A model may take more than half of the memory; only a second name of a tensor is copied."""
+    written, save = {}, files.save_file
+    monkeypatch.setattr(
+        files,
+        "save_file",
+        lambda tensors, *rest, **more: written.update(tensors) or save(tensors, *rest, **more),
+    )
+    one, other = torch.ones(3), torch.zeros(2)
+    save_safetensors(tmp_path / "a", {"one": one, "other": other, "tied": one})
+    assert (written["one"] is one, written["other"] is other) == (True, True)
+    assert written["tied"].data_ptr() != one.data_ptr()
+    assert torch.equal(read_safetensors(tmp_path / "a")["tied"], one)
 
 
 def test_a_temporary_name_that_is_taken_is_left_alone(tmp_path, monkeypatch):
