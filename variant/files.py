@@ -90,7 +90,7 @@ def temporary_name(path: Path) -> Path:
 
     Process numbers repeat: on the machines of one file system, and in containers. The system's
     random numbers leave Python's generator, of which results depend, as it is.
-    :func:`variant.training.folder_lock.clear_leftovers` knows these names.
+    :func:`variant.folder_lock.clear_leftovers` knows these names.
     """
     return path.with_name(f".{path.name}.{secrets.randbelow(10**DIGITS):0{DIGITS}d}.tmp")
 
@@ -183,7 +183,7 @@ def write_safetensors(
     Tied weights, one tensor under two names, are written twice: safetensors refuses them otherwise.
     ``save_file`` of safetensors 0.8 writes ``.tmp`` and six random letters beside its target first.
     A process that is killed then would leave a file that nobody can tell from another program's, so
-    it gets a folder whose name :func:`variant.training.folder_lock.clear_leftovers` knows.
+    it gets a folder whose name :func:`variant.folder_lock.clear_leftovers` knows.
 
     Raises:
         OSError, SafetensorError: the file cannot be written.

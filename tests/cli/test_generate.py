@@ -14,8 +14,8 @@ from small_models import small_model
 
 from variant.cli import generate as module
 from variant.cli.main import main
+from variant.folder_lock import locked_folder
 from variant.schedule_files import load_schedule, save_schedule
-from variant.training.folder_lock import locked_folder
 
 
 def pictures(folder):

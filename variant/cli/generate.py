@@ -40,10 +40,10 @@ from variant.engine.memory import batch_size, free_bytes
 from variant.engine.planning import depths_of
 from variant.errors import UserError
 from variant.evaluation.sampler import KERNELS, is_same
+from variant.folder_lock import locked_folder
 from variant.models.class_names import labels_of_words
 from variant.models.placement import check_device
 from variant.supernet import VARiant
-from variant.training.folder_lock import locked_folder
 from variant_kernels import CachePlan, DepthSchedule, __version__
 from variant_kernels.arguments import choice, integer
 from variant_kernels.dispatch.support import BACKENDS
