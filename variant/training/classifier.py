@@ -29,6 +29,7 @@ from variant.folder_lock import saving
 from variant.models.class_names import check_class_names
 from variant.models.config import STRICT, parse_dataclass, require_plain_numbers
 from variant.models.pixels import checked_images, to_uint8
+from variant.models.placement import in_usual_defaults
 from variant.models.ranges import Count, CountOrZero, Share
 from variant.paths import open_regular, path_kind, read_json, shown
 from variant_kernels.arguments import integer
@@ -103,6 +104,7 @@ class ClassifierRecord:
         require_plain_numbers(self)
 
 
+@in_usual_defaults
 def train_classifier(
     data: ImageData,
     *,

@@ -48,6 +48,7 @@ from variant.errors import UserError
 from variant.files import atomic_write
 from variant.folder_lock import locked_folder, saving
 from variant.models.parameter_count import vqvae_parameters
+from variant.models.placement import in_usual_defaults
 from variant.models.vqvae import VQVAE
 from variant.paths import foreign_name, path_kind, shown
 from variant.training.distributed import local_rank
@@ -113,6 +114,7 @@ def gpu_of_environment(environment: Mapping[str, str], count: int) -> int:
     return local_rank(environment) % max(1, count)
 
 
+@in_usual_defaults
 def tokenize(
     recipe: Recipe,
     out: Path,

@@ -17,6 +17,7 @@ from torch import Tensor
 from variant.data.images import Indices
 from variant.data.samples import ImageSource, Source
 from variant.errors import UserError
+from variant.models.placement import in_usual_defaults
 from variant.models.vqvae import VQVAE
 from variant.paths import file_sha256, path_kind
 from variant.training.adversary import Adversary
@@ -178,6 +179,7 @@ class VAETask(Task):
         return {CODES: self.codebook.revive(images, step)}
 
 
+@in_usual_defaults
 def train_vae(
     recipe: Recipe,
     out: Path,

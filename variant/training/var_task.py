@@ -27,6 +27,7 @@ from variant.data.token_source import TokenSource
 from variant.engine.engine import Engine
 from variant.errors import UserError
 from variant.models.flops import training_flop
+from variant.models.placement import in_usual_defaults
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.models.zones import freeze_full_network, zone_of, zone_parameters
@@ -84,7 +85,7 @@ class VARTask(Task):
         self._flop: dict[DepthSchedule, int] = {}
         self.teacher: Teacher | None = None
         self._copies_CNL: Tensor | None = None
-        self._labels_N = torch.empty(0, dtype=torch.int64)
+        self._labels_N = torch.empty(0, dtype=torch.int64, device="cpu")
 
     @property
     def note(self) -> str | None:
@@ -299,6 +300,7 @@ class VARTask(Task):
         return Samples(None, tokens_BL, self._labels_N[index_B])
 
 
+@in_usual_defaults
 def train_var(
     recipe: Recipe,
     out: Path,
