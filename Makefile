@@ -40,7 +40,7 @@ help:
 	@echo "make test-isas the CPU kernels' and the engine's tests with every instruction set of this machine"
 	@echo "make test-tsan Python tests of threads with the CPU kernels under ThreadSanitizer"
 	@echo "make coverage-cpp  lines of csrc/cpu that the C++ tests run; below 90 % is an error"
-	@echo "make nightly   make test with the sanitizers on every CPU instruction set, and what is listed above it"
+	@echo "make nightly   all of these with sanitizers on every CPU instruction set; goes on where it stopped"
 	@echo "make cuda      compile the CUDA kernels with nvcc for the usual GPUs; registers and spills of each"
 	@echo "make sass      compile the Triton kernels for sm_90; compare their machine code with tests/machine_code"
 	@echo "make gpu       on a machine with a GPU: every measurement in nine minutes, into out/gpu"
@@ -110,8 +110,8 @@ test-cpp: dev
 	@$(call cmake,build/cpp,$(SANITIZED) -DVARIANT_SANITIZE=ON,variant_tests)
 	$(CTEST) --test-dir build/cpp --parallel $(JOBS) --exclude-regex '^cuda_'
 
-# Without optimization, with the portable instruction set and the best one of this machine: the other
-# ones compile the same lines. A line of a template counts once. The code that joins the kernels to
+# With -Og, whose lines are those of the source (-O0 takes three times as long), with the portable
+# instruction set and the best one of this machine: the other ones compile the same lines. A line of a template counts once. The code that joins the kernels to
 # Python (csrc/bindings.cpp) is not counted: the Python tests run it.
 coverage-cpp: dev
 	@echo "== line coverage of csrc/cpu by the C++ tests"
@@ -140,16 +140,18 @@ test-cuda-python: dev
 	@$(call cmake,$(RELEASE),,variant_cuda_emulated)
 	VARIANT_CUDA_EMULATION=$(abspath $(RELEASE))/csrc/cuda/tests/libvariant_cuda_emulated.so $(PYTEST) tests/kernels -k cuda
 
+TESTS ?= tests --ignore tests/robustness
 test-python: dev
 	@echo "== Python tests"
-	$(PYTEST) --ignore tests/robustness
+	$(PYTEST) $(TESTS)
 
 # Random and seeded: a failing case prints the command that repeats it. The variables of the
 # numbers of cases are in CONTRIBUTING.md. Without COVERAGE: each call runs in a process of its own.
+RANDOM_TESTS ?= tests/robustness
 test-robustness: override COVERAGE =
 test-robustness: dev
 	@echo "== random bad calls, hostile files, exactness, signals, pressure"
-	$(PYTEST) tests/robustness
+	$(PYTEST) $(RANDOM_TESTS)
 
 # In `make test`, tests/kernels/test_instruction_sets.py runs the kernels' own tests with each set. Here
 # come all tests of the kernels and the engine, and those of older processors, on which oneDNN has no
@@ -181,20 +183,9 @@ test-triton: dev
 	@echo "== Triton kernels in their interpreter"
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels tests/engine tests/robustness -k triton
 
-# What CI tries a part of.
-nightly: export EMULATED_ORDERS = 0123
-nightly: export RACE_ORDERS = 0123
-nightly: export VARIANT_NIGHTLY = 1
-nightly: export VARIANT_ROBUSTNESS_KILLED_STRIDE = 1
-nightly: export VARIANT_ROBUSTNESS_TRITON_DTYPES = 1
-nightly: export VARIANT_ROBUSTNESS_LARGE_DRAWS = 1
-
-# The day is the seed of the random tests.
-NIGHTLY = CALLS=100000 CASES=20000 FILES=8000 SEQUENCES=2000 SIGNALS=60 KILLS=60 GPU_KILLS=20 PRESSURE=400 TOKENIZE_STRIDE=1 SEED=$(shell date +%Y%m%d)
-nightly:
-	$(addprefix VARIANT_ROBUSTNESS_,$(NIGHTLY)) VARIANT_TRAINING_STOPS=all VARIANT_SAMPLER_KILLS=10 VARIANT_VAE_MINUTES=15 VARIANT_SEARCH_IMAGES=90 $(MAKE) test test-isas test-tsan sass SANITIZED_ISAS=all
-	$(if $(shell command -v $${CUDACXX:-nvcc}),$(MAKE) cuda)
-	$(MAKE) mutants
+# In parts; one that fails stops no other. Started again, it goes on with those that have not passed.
+nightly: dev
+	$(BIN)/python -m tests.nightly
 
 # After `make test COVERAGE=1`: the data of test-python and test-cuda-python together. 95 % of
 # variant_kernels is the aim; the bound leaves room for processors on which some tests are skipped.

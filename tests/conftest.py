@@ -16,11 +16,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+from variant_kernels.dispatch.support import triton_interprets
 from variant_kernels.ops.registry import forget_signatures
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
+from tests.recording import function_of, unrecorded_functions
+
 torch.set_num_threads(2)
+
+if triton_interprets():
+    from tests.quick_interpreter import leave_out_repeated_patches
+
+    leave_out_repeated_patches()
 
 # A shell's background job ignores Ctrl-C, and so would every process that the tests start and stop.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -130,9 +138,17 @@ def pytest_unconfigure():
     gc.unfreeze()  # else nanobind lists everything of triton's as leaked
 
 
+# Of the other files, the functions that take long and no branch alone: tests/recording.py.
+UNRECORDED = unrecorded_functions()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    with not_recorded() if item.path.name in NOT_RECORDED else contextlib.nullcontext():
+    listed = function_of(item.nodeid) in UNRECORDED and not item.config.pluginmanager.has_plugin(
+        "tests.recording"
+    )
+    left_out = listed or item.path.name in NOT_RECORDED
+    with not_recorded() if left_out else contextlib.nullcontext():
         return (yield)
 
 

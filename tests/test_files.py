@@ -126,6 +126,15 @@ def test_what_is_no_plain_file_is_refused_and_stays(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
+def test_a_folder_that_was_removed_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").mkdir()
+    os.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(UserError, match=r"^x: cannot be written: the current folder was removed$"):
+        save_safetensors("x", {"a": torch.ones(1)})
+
+
 @pytest.mark.parametrize("name", ["a\0b", "a\udc00b\ud800"])
 def test_what_is_no_path_of_this_system_is_named(tmp_path, name):
     caught = pytest.raises(UserError, match=r"a\\.*: cannot be written: ")

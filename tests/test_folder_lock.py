@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -237,6 +238,20 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, name):
         locked_folder(tmp_path / name),
     ):
         pytest.fail("locked")
+
+
+def test_a_save_into_what_is_no_path_is_one_line(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    for folder in (Path("out"), tmp_path / "a\0b", tmp_path / ("x" * 5000)):
+        with pytest.raises(UserError, match="cannot be written: ") as caught, saving(folder):
+            pytest.fail("saved")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="cannot be written: No such"), locked_folder(Path("out")):
+        pytest.fail("locked")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("call", ["ftruncate", "pwrite"])

@@ -54,6 +54,10 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
         target = Path(os.path.realpath(path))
     except ValueError as error:  # a NUL byte, or what the system's encoding does not have
         raise UserError(f"{shown(path)}: cannot be written: {error}") from None
+    except FileNotFoundError:
+        raise UserError(
+            f"{shown(path)}: cannot be written: the current folder was removed"
+        ) from None
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

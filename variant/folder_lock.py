@@ -45,6 +45,7 @@ LOCK_NAME = ".variant-train.lock"
 SAVE_LOCK_NAME = ".variant-save.lock"
 PATIENCE = 10.0  # seconds before a wait is told
 TRIES = 10_000  # to lock a file that others remove meanwhile
+MOST_MISSING = 1000  # of them, for a folder that others remove
 # A link or a pipe of this name must neither be followed nor waited for.
 FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
@@ -62,7 +63,11 @@ def saving(*folders: Path) -> Iterator[bool]:
         UserError: a folder cannot be written, or this thread is saving into it already, as when a
             signal comes meanwhile whose handler saves too.
     """
-    apart = {os.path.realpath(folder): folder for folder in folders}
+    try:
+        apart = {os.path.realpath(folder): folder for folder in folders}
+    except (OSError, ValueError) as error:  # the current folder was removed; a NUL byte in a path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{shown(folders[0])}: cannot be written: {reason}") from None
     with ExitStack() as stack:
         # In one order everywhere: else two saves could wait for each other.
         locked = [
@@ -163,13 +168,17 @@ def _acquire(path: Path, work: str, waits: bool, created: list[Path]) -> tuple[i
         UserError: another owner holds the lock, or the file is no regular one.
         OSError: the file cannot be opened or written: the disk is full.
     """
+    missing = 0
     for _ in range(TRIES):
         try:
             created += _create(path.parent)
             descriptor = os.open(path, FLAGS, 0o666)
         except (FileNotFoundError, FileExistsError):
-            # An owner that had created the folder and left it empty has just removed it.
-            if os.path.lexists(path.parent) and not path.parent.is_dir():
+            # An owner that had created the folder and left it empty has just removed it; or the
+            # current folder was removed.
+            missing += 1
+            is_other = os.path.lexists(path.parent) and not path.parent.is_dir()
+            if is_other or missing > MOST_MISSING:
                 raise
             continue
         try:

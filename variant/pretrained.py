@@ -80,16 +80,8 @@ class PretrainedPair(nn.Module, PyTorchModelHubMixin):
             UserError: there is no such model, or a file is damaged or of another format.
         """
         op = "from_pretrained"
-        place = _one_of(
-            op,
-            ("device", check_device(op, device)),
-            ("map_location", check_device(op, map_location, name="map_location")),
-        )
-        cast_to = _one_of(
-            op,
-            ("dtype", check_dtype(op, dtype, dtypes=WEIGHT_DTYPES)),
-            ("torch_dtype", check_dtype(op, torch_dtype, name="torch_dtype", dtypes=WEIGHT_DTYPES)),
-        )
+        cast_to = _dtype(op, dtype, torch_dtype)
+        place = _device(op, device, map_location)
         folder = locate(
             check_path(op, "name", name),
             instance(op, "subfolder", "" if subfolder is None else subfolder, str),
@@ -183,6 +175,8 @@ class PretrainedPair(nn.Module, PyTorchModelHubMixin):
         beta: float | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | int | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        map_location: torch.device | str | int | None = None,
     ) -> Self:
         """A model from files of the original repository; sizes are read from tensor shapes.
 
@@ -208,22 +202,23 @@ class PretrainedPair(nn.Module, PyTorchModelHubMixin):
             dtype: of the transformer's weights, itself or its name; None keeps that of the file,
                 of several the widest.
             device: of both models; None is the CPU.
+            torch_dtype, map_location: other names of dtype and device.
         Returns:
             The model in eval mode.
         Raises:
-            TypeError, ValueError: an argument of a wrong type or value, or a device that is not
-                there.
+            TypeError, ValueError: an argument of a wrong type or value, a device that is not
+                there, or two names of one argument with different values.
             UserError: a file is missing, damaged or of another format, or contradicts a setting.
         """
         op = "from_var_checkpoint"
-        dtype = check_dtype(op, dtype, dtypes=WEIGHT_DTYPES)
-        device = check_device(op, device)
+        cast_to = _dtype(op, dtype, torch_dtype)
+        place = _device(op, device, map_location)
         models = load_original(
             fetched(check_path(op, "var_path", var_path)),
             fetched(check_path(op, "vae_path", vae_path)),
             num_heads,
-            dtype,
-            device,
+            cast_to,
+            place,
             weights=weights,
             patch_nums=patch_nums,
             norm_eps=norm_eps,
@@ -234,6 +229,30 @@ class PretrainedPair(nn.Module, PyTorchModelHubMixin):
             beta=beta,
         )
         return cls(*models).eval()
+
+
+def _dtype(
+    op: str, dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None
+) -> torch.dtype | None:
+    """The dtype of weights by either name."""
+    return _one_of(
+        op,
+        ("dtype", check_dtype(op, dtype, dtypes=WEIGHT_DTYPES)),
+        ("torch_dtype", check_dtype(op, torch_dtype, name="torch_dtype", dtypes=WEIGHT_DTYPES)),
+    )
+
+
+def _device(
+    op: str,
+    device: torch.device | str | int | None,
+    map_location: torch.device | str | int | None,
+) -> torch.device | None:
+    """The device of models by either name."""
+    return _one_of(
+        op,
+        ("device", check_device(op, device)),
+        ("map_location", check_device(op, map_location, name="map_location")),
+    )
 
 
 def _one_of(

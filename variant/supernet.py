@@ -103,7 +103,7 @@ class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
         generator: torch.Generator | None = None,
         temperature: PerScale = 1.0,
         more_smooth: bool = False,
-        tokens: Tensor | None = None,
+        tokens: Tensor | Sequence[Tensor] | None = None,
         mask: Tensor | None = None,
         log_probs: bool = False,
         dtype: torch.dtype | str | None = None,
@@ -138,13 +138,15 @@ class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
             more_smooth: as in the original code, for looking at images: mixtures of codes (softmax
                 of filtered logits with Gumbel noise) make the images in place of the drawn tokens,
                 so that ``tokens`` do not decode to them.
-            tokens, mask: edit images: ``tokens`` (B, L), or (L,) for all images, are given, e.g. by
-                ``model.vae.encode``; ``mask`` says which stay (1, True) and which are drawn anew.
-                It is of tokens, (B, L) or (L,); or a map of any size, (H, W) or (B, H, W), that is
-                resized to every scale as in the original's zero-shot editing.
+            tokens, mask: edit images: ``tokens`` (B, L), or (L,) for all images, or a list of one
+                (B, T) per scale, are given, e.g. by ``model.vae.encode``; ``mask`` says which stay
+                (1, True) and which are drawn anew. It is of tokens, (B, L) or (L,); or a map of any
+                size, (H, W) or (B, H, W), that is resized to every scale as in the original's
+                zero-shot editing.
             log_probs: return the log-probability of each token, drawn or kept, under the model:
                 the log-softmax of the conditional logits, before guidance, temperature and
-                filters. ``Engine.forced_log_probs`` gives it for given tokens.
+                filters. ``Engine.forced_log_probs`` gives it for given tokens. Not with
+                ``more_smooth``.
             dtype: of weights, K/V and matrix products: float32, bfloat16 or float16, or its name;
                 None is the dtype of the weights.
             max_batch: images per batch; None is as many as fit into free memory by the cache plan.
@@ -200,7 +202,7 @@ class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
         generator: torch.Generator | None = None,
         temperature: PerScale = 1.0,
         more_smooth: bool = False,
-        tokens: Tensor | None = None,
+        tokens: Tensor | Sequence[Tensor] | None = None,
         mask: Tensor | None = None,
         log_probs: bool = False,
         dtype: torch.dtype | str | None = None,

@@ -10,6 +10,7 @@ ends the process by SIGBUS.)
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import pickle
 import re
 import struct
 import sys
+import threading
 import warnings
 import weakref
 import zipfile
@@ -43,6 +45,9 @@ MAX_TENSORS, MAX_AXES = 2**15, 64
 CHUNK_BYTES = 2**19  # of reads and of sum64: another value makes other sums
 # Key of the metadata of a .safetensors file; as JSON, for each tensor its sum64 in hexadecimal.
 CHECKSUMS = "sum64"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_REFUSED = re.compile(r"GLOBAL ([\w.]+)")  # in torch's message: the class that it does not load
+_ALLOWING = threading.Lock()
 
 DTYPES = {
     "F64": torch.float64,
@@ -77,6 +82,11 @@ class Source:
         weakref.finalize(self, os.close, self.descriptor)
         self.state = self._state()
         self.size = self.state[0]
+        if os.pread(self.descriptor, len(LFS_POINTER), 0) == LFS_POINTER:
+            raise UserError(
+                f"{self.where}: is a pointer of Git LFS, not the file itself; `git lfs pull` in "
+                "its repository fetches it"
+            )
         self._allocated = 0
         self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._last: tuple[Region, Tensor] | None = None
@@ -388,7 +398,8 @@ def stored_pickle(path: str | os.PathLike[str]) -> dict[Any, Any]:
     """The dictionary in a ``.pth`` file, its tensors without their values.
 
     No code in the pickle is run (``weights_only=True``). Files in the format of torch before 1.6
-    are read whole: their tensors are ordinary ones.
+    are read whole: their tensors are ordinary ones. An ``argparse.Namespace``, in which many
+    trainers keep their command line, becomes a dictionary.
 
     Raises:
         UserError: missing, damaged, not a dictionary, or a pickle that would run code.
@@ -400,9 +411,11 @@ def stored_pickle(path: str | os.PathLike[str]) -> dict[Any, Any]:
             zipped = file.read(4) == b"PK\x03\x04"
             file.seek(0)
             records = _records(file, source) if zipped else {}
-            state = torch.load(file, map_location="meta" if zipped else "cpu", weights_only=True)
-            if zipped:
-                state = replace_tensors(state, lambda meta: _stored(meta, source, records))
+            state = _unpickled(file, "meta" if zipped else "cpu")
+            state = replace_tensors(
+                state,
+                (lambda meta: _stored(meta, source, records)) if zipped else (lambda own: own),
+            )
         except UserError:
             raise
         except pickle.UnpicklingError as error:
@@ -419,9 +432,26 @@ def stored_pickle(path: str | os.PathLike[str]) -> dict[Any, Any]:
     return state
 
 
+def _unpickled(file: BinaryIO, place: str) -> Any:
+    """What ``torch.load`` reads without running code.
+
+    It refuses every class but torch's own until the caller allows others, for the whole process. A
+    Namespace is plain values, so it is allowed for as long as such a file is read.
+    """
+    try:
+        return torch.load(file, map_location=place, weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = _REFUSED.search(str(error))
+        if named is None or named[1] != "argparse.Namespace":
+            raise
+    file.seek(0)
+    with _ALLOWING, torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(file, map_location=place, weights_only=True)
+
+
 def _refusal(message: str) -> str:
     """Our words for an error of torch's restricted unpickler."""
-    named = re.search(r"GLOBAL ([\w.]+)", message)
+    named = _REFUSED.search(message)
     if named is None:
         return (
             "refused: loading it would run code that it contains, or it is damaged; only plain "
@@ -488,7 +518,7 @@ def _offset_of(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
 
 def replace_tensors(value: Any, replacement: Callable[[Tensor], Any]) -> Any:
     """``value`` with other tensors in its dictionaries, lists and tuples, which are changed in
-    place where they can be."""
+    place where they can be; a Namespace becomes a dictionary."""
     done: dict[int, tuple[Any, Any]] = {}
 
     def visit(value: Any) -> Any:
@@ -497,6 +527,8 @@ def replace_tensors(value: Any, replacement: Callable[[Tensor], Any]) -> Any:
         result = value
         if isinstance(value, Tensor):
             result = replacement(value)
+        elif isinstance(value, argparse.Namespace):
+            result = visit(vars(value))
         elif isinstance(value, dict | list):
             done[id(value)] = (value, value)  # before its items, which may hold it
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):

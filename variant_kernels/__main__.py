@@ -44,10 +44,14 @@ def _products() -> str:
     """Which dtypes have slow matrix products on this processor."""
     slow = ", ".join(map(dtype_name, slow_products("cpu")))
     if not slow:
-        return "matrix products: native in float32, bfloat16 and float16"
+        return (
+            "matrix products: native in float32, bfloat16 and float16; "
+            "attention in float16 is plain PyTorch on the CPU"
+        )
     return (
         f"matrix products: slow in {slow}, which this processor lacks; an engine of such a dtype "
-        "computes in float32 and stores K and V in it"
+        "computes in float32 and stores K and V in it. "
+        "Attention in float16 is plain PyTorch on the CPU, and slower than in float32"
     )
 
 

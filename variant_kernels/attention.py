@@ -158,6 +158,12 @@ class AttentionForward(nn.Module):
                 f"VARiantAttention: x must have {counted(self._pages.batch, 'row')} to match the "
                 f"cache; got {qkv_BT3HD.shape[0]}. kv_caching(True) empties the cache"
             )
+        if self._pages.k_pages.dtype != qkv_BT3HD.dtype:
+            raise TypeError(
+                f"VARiantAttention: x must give keys of {dtype_name(self._pages.k_pages.dtype)}, "
+                f"the dtype of the cache; got {dtype_name(qkv_BT3HD.dtype)} (weights or autocast "
+                "changed). kv_caching(True) empties the cache"
+            )
         return self._pages
 
     def _read_pages(self, q_BTHD: Tensor, store: KVStore, step: KVStep) -> Tensor:

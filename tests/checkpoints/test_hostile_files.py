@@ -3,6 +3,7 @@
 Every refusal is a UserError of one line that names the file, and comes at once.
 """
 
+import argparse
 import json
 import os
 import pickle
@@ -362,6 +363,21 @@ def test_what_is_refused_in_a_pickle_is_named(tmp_path):
     ):
         torch.save({"weight": torch.zeros(2), "extra": value}, path)
         refused(read_pickle, path, match=f"refused: it holds a {name}, .* torch.save")
+
+
+def test_a_namespace_is_allowed_for_its_file_alone(tmp_path):
+    path = tmp_path / "x.pth"
+    settings = argparse.Namespace(lr=0.1)
+    settings.itself = settings
+    torch.save({"weight": torch.zeros(2), "args": settings}, path)
+    read = read_pickle(path)["args"]
+    assert read["lr"] == 0.1
+    assert read["itself"] is read
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+    settings.folder = Path("a")
+    torch.save({"weight": torch.zeros(2), "args": settings}, path)
+    refused(read_pickle, path, match=r"refused: it holds a pathlib\.\w+, .* torch.save")
 
 
 def test_keys_that_are_no_names_and_numbers_with_gaps_are_refused(tmp_path):

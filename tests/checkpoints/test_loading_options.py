@@ -11,6 +11,7 @@ from small_models import small_model
 
 from variant import UserError, VARiant
 from variant.checkpoints.original_var import load_original, save_original
+from variant.training.initial_weights import Weights
 
 
 def same_weights(a, b):
@@ -71,6 +72,48 @@ def test_a_pickle_of_the_same_keys_gives_the_same_weights(model, folder):
     torch.save({"var": {}, 3: torch.ones(1)}, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="must hold tensors alone"):
         VARiant.from_pretrained(folder)
+
+
+def test_shards_of_a_pickle_give_the_same_weights(model, folder):
+    weight_map = in_shards(folder, 2)
+    for name in set(weight_map.values()):
+        torch.save(load_file(folder / name), folder / name.replace("safetensors", "bin"))
+        (folder / name).unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    weight_map = {key: name.replace("safetensors", "bin") for key, name in weight_map.items()}
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert same_weights(VARiant.from_pretrained(folder), model)
+    before = Weights("var", folder, is_model_folder=True).sha256()
+    with (folder / next(iter(weight_map.values()))).open("ab") as file:
+        file.write(b"x")
+    assert Weights("var", folder, is_model_folder=True).sha256() != before, "shards count"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weight_map, "a.safetensors")}))
+    with pytest.raises(UserError, match=r"must be the name of a \.bin file in the same folder"):
+        VARiant.from_pretrained(folder)
+
+
+def test_what_is_no_file_of_weights_is_named(model, tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+    for name in ("var.pth", "var.safetensors"):
+        (tmp_path / name).write_bytes(pointer)
+        with pytest.raises(UserError, match=r"var\..*: is a pointer of Git LFS"):
+            load_original(tmp_path / name, tmp_path / "vae.pth")
+    folder = tmp_path / "distributed"
+    folder.mkdir()
+    for name in (".metadata", "__0_0.distcp"):
+        (folder / name).touch()
+    for path in (folder, folder / "__0_0.distcp"):
+        with pytest.raises(UserError, match=r"distributed: is a folder of torch\.distributed\.ch"):
+            load_original(path, tmp_path / "vae.pth")
+
+
+def test_files_of_the_original_are_told_which_function_loads_them(tmp_path):
+    (tmp_path / "config.json").write_text('{"depth": 16}')
+    (tmp_path / "var.pth").touch()
+    for path in (tmp_path, tmp_path / "var.pth"):
+        with pytest.raises(UserError, match=r"VARiant\.from_var_checkpoint, or `variant convert`"):
+            VARiant.from_pretrained(path)
 
 
 @pytest.mark.filterwarnings("ignore:.*assumed .*because nothing tells them:UserWarning")
@@ -148,6 +191,17 @@ def test_two_names_of_one_argument_must_agree(folder):
         VARiant.from_pretrained(folder, device="cpu", map_location="meta")
 
 
+@pytest.mark.filterwarnings("ignore:.*assumed .*because nothing tells them:UserWarning")
+def test_files_of_the_original_take_both_names_too(model, tmp_path):
+    paths = tmp_path / "var.safetensors", tmp_path / "vae.safetensors"
+    save_original(model.var, model.vae, *paths)
+    options = {"torch_dtype": "bfloat16", "map_location": "cpu"}
+    loaded = VARiant.from_var_checkpoint(*paths, **options)
+    assert loaded.var.head.weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="map_location is another name of device; got"):
+        VARiant.from_var_checkpoint(*paths, device="cpu", map_location="meta")
+
+
 def test_auto_is_the_dtype_of_the_file(model, tmp_path):
     half = small_model()
     half.var.half()
@@ -192,6 +246,30 @@ def test_paths_of_wrong_types(model):
     ):
         with pytest.raises(TypeError, match="must be a path or a name; got"):
             call()
+
+
+def test_an_empty_path_is_not_the_current_folder(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for call in (
+        lambda: VARiant.from_pretrained(""),
+        lambda: VARiant.from_var_checkpoint("", "vae.pth"),
+        lambda: model.save_pretrained(""),
+        lambda: save_original(model.var, model.vae, "", "vae.pth"),
+    ):
+        with pytest.raises(ValueError, match="must not be empty"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_negated_views_are_saved(tmp_path):
+    model = small_model()
+    model.var.head.bias = torch.nn.Parameter(torch._neg_view(torch.ones(24)))
+    model.save_pretrained(tmp_path / "model")
+    save_original(model.var, model.vae, tmp_path / "var.safetensors", tmp_path / "vae.pth")
+    saved = VARiant.from_pretrained(tmp_path / "model").var.head.bias
+    original = load_file(tmp_path / "var.safetensors")["head.bias"]
+    assert torch.equal(saved, -torch.ones(24))
+    assert torch.equal(original, -torch.ones(24))
 
 
 def test_a_subfolder(model, tmp_path):

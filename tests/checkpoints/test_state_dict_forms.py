@@ -1,6 +1,7 @@
 """Files of many trainers: each gives the weights of the plain file, bit by bit."""
 
 import warnings
+from argparse import Namespace
 
 import pytest
 import torch
@@ -96,6 +97,12 @@ WRAPPED = {
     },
     "twice under two names": lambda s: {"model": s, "state_dict": s},
     "beside numbers": lambda s: {**s, "epoch": 3, 5: 6},
+    "beside a Namespace": lambda s: {
+        "model": s,
+        "args": Namespace(lr=0.1, inner=Namespace(size=torch.ones(2))),
+    },
+    "within a Namespace": lambda s: {"state": Namespace(model=s)},
+    "within a list": lambda s: {"models": [{"step": 1}, (s, 3)]},
 }
 
 
@@ -131,6 +138,14 @@ EMA_FORMS = {
         "model": s,
         "teacher": prefixed("module.", e) | {"n_averaged": torch.tensor(2)},
     },
+    "WeightAveraging": lambda s, e: {
+        "state_dict": prefixed("model.", e),
+        "current_model_state": prefixed("model.", s),
+        "averaging_state": {"n_averaged": torch.tensor(2)},
+    },
+    "list of state dicts": lambda s, e: {"model": s, "emas": [e]},
+    "list in a list": lambda s, e: {"model": s, "optimizers": [{"ema": parameters_of(e)}]},
+    "LitEma in a list": lambda s, e: {"model": s, "callbacks": [{"state": lit_ema(e)}]},
     "trainer": lambda s, e: {"trainer": {"var_wo_ddp": s, "var_ema": e}},
     "parameters alone": lambda s, e: {
         "model": s,
@@ -320,6 +335,8 @@ def test_a_dictionary_within_itself_ends():
     content = {"model": golden().var_state}
     for name in "abcdefgh":
         content[name] = content
+    content["list"] = [content]
+    content["list"].append(content["list"])
     assert len(find_state_dict(content, "var_wo_ddp", "x.pth")) > 50
 
 

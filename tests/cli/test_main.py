@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import errno
 import os
 import re
 import shlex
@@ -142,6 +143,15 @@ def test_the_completion_script_is_printed():
         ("generate --optim.clip 1", "generate: unrecognized options: --optim.clip, 1"),
         ("--model digits", "the command comes before --model"),
         ("generate --out=", "generate: --out must not be empty"),
+        (
+            "generate --labels 1 --out - --json -",
+            "generate: --out must not be -; only --json writes",
+        ),
+        ("sample --out=-", "sample: --out must not be -; only --json writes to standard output (a"),
+        (
+            "train --recipe -",
+            "train: --recipe must not be -; only --json writes to standard output",
+        ),
         ("generate --labels", "generate: --labels needs a value"),
         ("warm --batch --device cpu", "warm: --batch needs a value"),
         ("convert --patch-nums --out x", "convert: --patch-nums needs a value"),
@@ -485,6 +495,14 @@ def test_any_error_becomes_one_printable_line():
     assert messages.one_line(OSError(36, "File name too long", "abc"), "plan") == (
         "abc: File name too long"
     )
+    for number, place in {
+        errno.ENOSPC: "standard output",
+        errno.ENOENT: "the current folder",
+        errno.EADDRINUSE: "plan",
+        errno.ENOMEM: "plan",
+    }.items():
+        error = OSError(number, os.strerror(number))
+        assert messages.one_line(error, "plan") == f"{place}: {os.strerror(number)}"
     assert len(messages.one_line(UserError("x" * 10**6), "plan")) < 3000
     for error in (MemoryError(), RuntimeError("could not create a primitive")):
         assert messages.one_line(error, "plan") == (

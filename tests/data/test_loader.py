@@ -105,6 +105,11 @@ def test_samples_are_those_of_the_source_and_no_generator_is_drawn_from(source, 
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_more_workers_than_cores_are_no_warning(source, recwarn):
+    Loader(source, plan_of(), 4 * (os.cpu_count() or 1), pin=False).close()  # none has started
+    assert not [w for w in recwarn if w.category is UserWarning]
+
+
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("file_bytes", [0, 64])
 def test_workers_need_shared_memory_for_locks_alone(source, file_bytes):

@@ -117,6 +117,18 @@ def test_given_tokens_are_split_with_their_batches(model, given):
     assert torch.equal(seen[1], whole.tokens[:, :5])
 
 
+def test_tokens_may_come_by_scale_as_the_original_gives_them(model, given):
+    tokens, layout = given, model.var.layout
+    parts = [tokens[:, layout.slice(k)] for k in range(layout.num_scales)]
+    mask = torch.zeros(4, 4)
+    mask[:2] = 1
+    expected = model.generate(LABELS, tokens=tokens, mask=mask, seed=0).tokens
+    assert torch.equal(model.generate(LABELS, tokens=parts, mask=mask, seed=0).tokens, expected)
+    for wrong in (parts[1:], parts[::-1], [*parts[:-1], parts[-1][:1]]):
+        with pytest.raises(ValueError, match=r"tokens by scale must be one \(B, T\) tensor per"):
+            model.generate(LABELS, tokens=wrong, mask=mask, seed=0)
+
+
 def test_one_image_may_be_given_for_all(model, given):
     mask = torch.arange(14) < 5
     for tokens in (given[0], given[:1], given[0].tolist(), given[0].numpy().astype(np.int32)):

@@ -388,6 +388,16 @@ def test_unsupported_backends_dtypes_and_page_sizes_raise_at_construction():
             Engine(var, vae, **{name: 2**64})
 
 
+def test_weights_of_a_dtype_without_an_engine_are_named():
+    model = small_model()
+    model.var.double()
+    with pytest.raises(
+        ValueError, match=r"the weights are float64, in which no engine .* float32,"
+    ):
+        model.generate(1, seed=0)
+    assert model.generate(1, seed=0, dtype="float32").stats.dtype == "float32"
+
+
 @pytest.mark.parametrize("part", ["var.blocks.1.attn.proj", "vae.decoder.conv_in"])
 def test_weights_without_values_are_named(part):
     _golden, var, vae = golden_models("plain")

@@ -15,9 +15,9 @@ SIXTEEN_BITS = [torch.bfloat16, torch.float16]
 @pytest.fixture
 def no_16_bit_products(monkeypatch):
     monkeypatch.setattr(cast_models, "product_dtype", lambda device, dtype: torch.float32)
-    cast_models._warn_of_products.cache_clear()
+    cast_models._warn_of_slowness.cache_clear()
     yield
-    cast_models._warn_of_products.cache_clear()
+    cast_models._warn_of_slowness.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
@@ -67,3 +67,22 @@ def test_the_warning_comes_once_and_not_for_float32(no_16_bit_products):
     assert len(caught) == 1
     assert "\n" not in str(caught[0].message)
     assert caught[0].filename == __file__  # the line of the caller
+
+
+@pytest.mark.parametrize(
+    ("dtype", "native", "text"),
+    [
+        (torch.bfloat16, False, "no native bfloat16 products.* is as fast$"),
+        (torch.float16, False, "no native float16 products.*plain PyTorch.* is faster$"),
+        (torch.float16, True, "attention in float16 is plain PyTorch on a CPU, and may be slower"),
+    ],
+    ids=str,
+)
+def test_the_warning_says_whether_float32_is_as_fast(monkeypatch, dtype, native, text):
+    cast_models._warn_of_slowness.cache_clear()
+    products = dtype if native else torch.float32
+    monkeypatch.setattr(cast_models, "product_dtype", lambda device, dtype: products)
+    model = small_model()
+    with pytest.warns(UserWarning, match=f"^Engine: .*{text}"):
+        Engine(model.var, model.vae, dtype=dtype)
+    cast_models._warn_of_slowness.cache_clear()

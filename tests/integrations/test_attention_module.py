@@ -257,7 +257,7 @@ def test_a_call_that_failed_leaves_the_cache_as_it_was():
         in_16_bits(torch.randn(3, 7, 64))
     ours.scale = 1
     in_16_bits(x)
-    with pytest.raises(TypeError, match="must have the dtype of"):
+    with pytest.raises(TypeError, match="the dtype of the cache"):
         ours(later, None)  # the pages have 16 bits
     assert torch.equal(in_16_bits(later), expected)
 
@@ -442,3 +442,18 @@ def test_an_exported_layer_gives_the_same_values():
     layer, x, mask = VARiantAttention(0, 64, 2).eval(), torch.randn(2, LAYOUT.total, 64), causal()
     exported = torch.export.export(layer, (x, mask)).module()
     torch.testing.assert_close(exported(x, mask), layer(x, mask))
+
+
+def test_another_dtype_while_caching_is_named():
+    layer = VARiantAttention(0, 32, 2).eval()
+    x = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        layer.kv_caching(True)
+        layer(x, None)
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            pytest.raises(TypeError, match=r"^VARiantAttention: x must .* float32.*; got bfloat16"),
+        ):
+            layer(x, None)
+        layer.kv_caching(True)
+        assert layer.bfloat16()(x.bfloat16(), None).dtype == torch.bfloat16

@@ -664,7 +664,7 @@ def test_other_blocks_than_those_patched_are_refused_by_name(family, change):
     else:
         model.blocks = nn.ModuleList(new)
     where = {"reordered": r"\[0\]", "deleted": r"\[1\]|3 blocks", "added": r"\[4\]"}
-    match = where.get(change, r"\[1\]") + ".*(is another module|blocks, not 4).*call unpatch"
+    match = where.get(change, r"\[1\]") + ".*(is another module|blocks?, not the 4).*call unpatch"
     with pytest.raises(RuntimeError, match=match):
         paint(model)
     handle.unpatch()
@@ -673,6 +673,22 @@ def test_other_blocks_than_those_patched_are_refused_by_name(family, change):
     expected = paint(model)
     with patch(model):
         assert torch.equal(paint(model)[0], expected[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_projection_without_a_tensor_as_weight_is_refused_by_name(family):
+    """Quantised layers of torch have a method ``weight()``."""
+    model = seeded(family)
+
+    class Quantised(nn.Linear):
+        def weight(self):
+            raise NotImplementedError
+
+    projection = attention_of(blocks_of(model)[1]).mat_qkv
+    del projection._parameters["weight"]
+    projection.__class__ = Quantised
+    with pytest.raises(PatchError, match=r"mat_qkv\.weight must have shape .*; found a method"):
+        patch(model)
 
 
 # --- 16-bit copies -------------------------------------------------------------------------------

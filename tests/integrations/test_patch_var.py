@@ -218,6 +218,43 @@ def test_a_copy_or_pickle_of_a_patched_model_is_the_plain_model():
             assert torch.equal(paint(other)[0], tokens)
 
 
+def test_a_handle_kept_in_the_model_is_copied_and_pickled_with_it():
+    model = lookalike()
+    tokens, _ = paint(model)
+    model.handle = patch(model, depth=2)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.handle.model is other
+        assert not other.handle.patched
+        other.handle.unpatch()
+        with pytest.raises(RuntimeError, match="has been unpatched; patch it again"):
+            other.handle.set_depth(2)
+        assert torch.equal(paint(other)[0], tokens)
+    assert copy.copy(model.handle) is model.handle
+    assert not torch.equal(paint(model)[0], tokens)
+    model.handle.unpatch()
+    assert torch.equal(paint(model)[0], tokens)
+
+
+def test_another_dtype_within_a_generation_is_named():
+    model = lookalike()
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    scales = []
+
+    def switch(module, arguments):
+        scales.append(None)
+        if len(scales) == 2:
+            autocast.__enter__()
+
+    with patch(model):
+        hook = model.blocks[0].register_forward_pre_hook(switch)
+        try:
+            with pytest.raises(RuntimeError, match="the dtype changed from float32 to bfloat16"):
+                paint(model)
+        finally:
+            autocast.__exit__(None, None, None)
+            hook.remove()
+
+
 def test_a_generation_that_was_broken_off_does_not_spoil_the_next():
     model = lookalike()
     tokens, _ = paint(model)

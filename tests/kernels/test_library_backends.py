@@ -321,9 +321,11 @@ def test_flex_attention_and_its_gradients_are_the_definitions(monkeypatch):
     packed = torch.randn(2, layout.total, 3, 3, 16, generator=torch.Generator().manual_seed(1))
     grad = torch.randn(2, layout.total, 3, 16, generator=torch.Generator().manual_seed(2))
     answers = []
-    for backend in ("flex", "reference"):
+    for backend, autocast in (("flex", False), ("flex", True), ("reference", False)):
         qkv = [x.detach().contiguous().requires_grad_() for x in packed.unbind(2)]
-        out = block_causal_attention(*qkv, layout, softmax_scale=0.7, backend=backend)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = block_causal_attention(*qkv, layout, softmax_scale=0.7, backend=backend)
         answers.append((out.detach(), *torch.autograd.grad(out, qkv, grad)))
-    for ours, expected in zip(*answers, strict=True):
+    plain, inside_autocast, expected = answers
+    for ours in (plain, inside_autocast):
         torch.testing.assert_close(ours, expected)

@@ -1,4 +1,4 @@
-"""``torch.library.opcheck`` of every op that the library defines, backward passes too."""
+"""``torch.library.opcheck`` of every op, backward passes too; and autocast changes none of them."""
 
 import pytest
 import torch
@@ -94,6 +94,21 @@ def test_opcheck_passes(name, backend):
             x.detach().requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments
         )
     torch.library.opcheck(overload(name), (*arguments, backend))
+
+
+@pytest.mark.parametrize("backend", ["reference", NATIVE])
+@pytest.mark.parametrize("name", defined())
+def test_autocast_changes_nothing(name, backend):
+    def results(*, autocast):
+        arguments = [x.clone() if isinstance(x, torch.Tensor) else x for x in calls()[name]]
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            returned = overload(name)(*arguments, backend)
+        written = [x for x in arguments if isinstance(x, torch.Tensor)]
+        return [*written, *(returned if isinstance(returned, tuple) else [returned])]
+
+    for inside, outside in zip(results(autocast=True), results(autocast=False), strict=True):
+        # Pages hold NaN where nothing may be read.
+        torch.testing.assert_close(inside, outside, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", ["reference", NATIVE])

@@ -31,6 +31,8 @@ def model():
         (("", *"abcd"), ValueError, "class_names must have 1 to 255 characters"),
         (("x" * (MAX_LENGTH + 1), *"abcd"), ValueError, "class_names must have 1 to 255"),
         (("\udcff", *"abcd"), ValueError, "class_names must have 1 to 255 characters of UTF-8"),
+        (("e\nf", *"abcd"), ValueError, "class_names must .* control character; got 'e.nf'"),
+        (("\x1b[2J", *"abcd"), ValueError, "class_names must .* control character; got '.x1b"),
         ((1, *"abcd"), TypeError, "class_names must be a list of texts"),
         ("abcde", TypeError, "class_names must be a list of texts; got 'abcde'"),
         (None, TypeError, "class_names must be a list of texts; got None"),

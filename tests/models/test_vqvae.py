@@ -293,6 +293,10 @@ def test_configs_round_trip_through_plain_values():
         ({"depth": "deep"}, "VARConfig: depth: .*integer.*; got 'deep'"),
         ({"num_heads": 3}, "embed_dim / num_heads must be a multiple of 8"),
         ({"subnets": {"2": [0, 3, 5]}}, r"subnets\[2\] must list 2 layers; got \(0, 3, 5\)"),
+        (
+            {"subnets": {"3": [0, 3, 5], "03": [0, 2, 5]}},
+            r"VARConfig: subnets\.03.*in plain digits; got '03'",
+        ),
         ({"subnets": {"3": [0, 3, 4]}}, r"must start with 0 and end with 5"),
         ({"bridge": 8}, r"bridge must be an integer in \[0, 7\]; got 8"),
         ({"cond_drop_rate": 1.5}, r"cond_drop_rate must be a finite number in \[0, 1\]; got 1.5"),

@@ -13,6 +13,11 @@ from variant.paths import path_kind, read_json, shown
 
 CONFIG_NAME = "config.json"
 FORMAT = "variant-1"
+# Ends a refusal of what may be a file or a folder of the original code.
+OTHER_FILES = (
+    "Weights of the original code or of a trainer: "
+    "VARiant.from_var_checkpoint, or `variant convert`"
+)
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -25,12 +30,14 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if path_kind(path) is None:
         raise UserError(
             f"{shown(folder)}: is not a model folder: it has no {CONFIG_NAME}. Expected a folder "
-            f'written by save_pretrained or `variant train`, or "digits" or "fashion-mnist"'
+            'written by save_pretrained or `variant train`, or "digits" or "fashion-mnist". '
+            f"{OTHER_FILES}"
         )
     config = read_json(path)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         value = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise UserError(f'{path}: "format" must be "{FORMAT}"; got {str(value)[:100]!r}')
+        remedy = f". {OTHER_FILES}" if value is None else ""
+        raise UserError(f'{path}: "format" must be "{FORMAT}"; got {str(value)[:100]!r}{remedy}')
     return config
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from variant.checkpoints.unnamed_averages import dictionaries
+
 COUNTERS = ("decay", "num_updates")
-MAX_NESTING = 5
 
 
 def dotless_groups(tensors: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
@@ -43,19 +44,11 @@ def without_groups(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return others
 
 
-def dotless_averages(
-    content: Mapping[Any, Any], path: tuple[str, ...] = (), seen: set[int] | None = None
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def dotless_averages(content: Mapping[Any, Any]) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The place of every such average, its keys joined by "/", and its tensors by dotless name."""
-    seen = set() if seen is None else seen
-    if id(content) in seen or len(path) > MAX_NESTING:
-        return
-    seen.add(id(content))
-    for prefix, average in dotless_groups(content).items():
-        yield "/".join((*path, *filter(None, prefix.split(".")))), average
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from dotless_averages(value, (*path, str(key)), seen)
+    for path, dictionary in dictionaries(content):
+        for prefix, average in dotless_groups(dictionary).items():
+            yield "/".join((*path, *filter(None, prefix.split(".")))), average
 
 
 def with_dots(

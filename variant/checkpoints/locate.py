@@ -18,6 +18,8 @@ HUB_FILES = [
     "model.safetensors.index.json",
     "model-*.safetensors",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "pytorch_model-*.bin",
 ]
 # A missing file of such a name is not taken for a Hub id.
 FILE_ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".json")
@@ -37,9 +39,16 @@ def packaged_models() -> list[str]:
 
 
 def check_path(op: str, name: str, value: object) -> str | os.PathLike[str]:
-    """The value, a path or the name of a model.  Raises: TypeError, if it is neither."""
+    """The value, a path or the name of a model.
+
+    Raises:
+        TypeError: it is neither.  ValueError: it is empty: a variable that was not set would be the
+            current folder.
+    """
     if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
         raise TypeError(f"{op}: {name} must be a path or a name; got {typed(value)}")
+    if not os.fspath(value):
+        raise ValueError(f'{op}: {name} must not be empty; "." is the current folder')
     return value
 
 

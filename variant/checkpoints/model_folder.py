@@ -72,7 +72,7 @@ def save_model(
     check_saved("save_pretrained", "var", instance("save_pretrained", "var", var, VAR))
     check_saved("save_pretrained", "vae", instance("save_pretrained", "vae", vae, VQVAE))
     tensors = {
-        f"{part}.{key}": value.detach().cpu().contiguous()
+        f"{part}.{key}": value.detach().cpu().resolve_neg().contiguous()
         for part, module in (("var", var), ("vae", vae))
         for key, value in module.state_dict().items()
     }

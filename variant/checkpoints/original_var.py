@@ -92,14 +92,26 @@ def open_original(
     path, config = Path(path), {}
     if path_kind(path) == "folder":
         path, config = _hub_files(path)
+    if path.suffix == ".distcp":
+        raise _distributed(path.parent)
     content = read_weights_file(path)
     state = find_state_dict(content, part, str(path), weights)
     return OriginalFile(path, state, config, settings_of_training(content))
 
 
+def _distributed(folder: Path) -> UserError:
+    return UserError(
+        f"{folder}: is a folder of torch.distributed.checkpoint; `python -m "
+        f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE.pth` makes a file "
+        "of it (of one that `variant train` wrote: `variant convert --checkpoint`)"
+    )
+
+
 def _hub_files(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The weights file and the constructor arguments in a folder of the original's Hub class."""
     weights = find_weights(folder)
+    if weights is None and (folder / ".metadata").is_file():
+        raise _distributed(folder)
     if weights is None:
         raise UserError(f"{folder}: holds neither {' nor '.join(WEIGHTS_NAMES)}")
     path = folder / CONFIG_NAME
@@ -410,7 +422,8 @@ def save_original(
             else:
                 contiguous = torch.contiguous_format
                 tensors = {
-                    k: v.detach().cpu().clone(memory_format=contiguous) for k, v in state.items()
+                    k: v.detach().cpu().resolve_neg().clone(memory_format=contiguous)
+                    for k, v in state.items()
                 }
                 save_safetensors(path, tensors)
 

@@ -17,7 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from variant.checkpoints.dotless_averages import dotless_averages, with_dots, without_groups
-from variant.checkpoints.unnamed_averages import is_average, unnamed_averages, with_names
+from variant.checkpoints.unnamed_averages import (
+    dictionaries,
+    is_average,
+    unnamed_averages,
+    with_names,
+)
 from variant.errors import UserError
 from variant_kernels.arguments import typed
 
@@ -39,7 +44,7 @@ MODEL, EMA = "model", "ema"
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # Averages over parameters alone lack these; they are no parameters.
 BUFFERS = ("zero_k_bias", "ema_vocab_hit_SV", "lvl_1L", "attn_bias_for_masking")
-MAX_NESTING = 5
+COUNT = "n_averaged"  # of torch's AveragedModel: how often it was updated
 
 
 @dataclass(frozen=True)
@@ -217,19 +222,28 @@ def _all_tensors(content: Mapping[Any, Any]) -> bool:
     return all(isinstance(value, Tensor) for value in content.values())
 
 
-def _search(
-    content: Mapping[Any, Any],
-    marks: Sequence[str],
-    where: str,
-    path: tuple[str, ...] = (),
-    seen: set[int] | None = None,
-) -> Iterator[StateDict]:
+def _search(content: Mapping[Any, Any], marks: Sequence[str], where: str) -> Iterator[StateDict]:
     """Every state dict with these keys in a dictionary and the dictionaries within."""
-    seen = set() if seen is None else seen
-    if id(content) in seen:  # one dictionary under two names, or within itself
-        return
-    seen.add(id(content))
-    tensors, repeated = _without_wrappers(content)
+    averages: set[int] = set()
+    for path, dictionary in dictionaries(content):
+        # Lightning's WeightAveraging puts the average in the place of the model's state dict, and
+        # beside it the count of an AveragedModel and the model's own state dict.
+        counts = dictionary.get("averaging_state")
+        if isinstance(counts, Mapping) and COUNT in counts:
+            averages.add(id(dictionary.get("state_dict")))
+        for name, state, complete in _state_dicts(dictionary, marks, "/".join((where, *path))):
+            counted = state.pop(COUNT, None) is not None
+            names = (*path, *name)
+            averaged = counted or id(dictionary) in averages or is_average(names)
+            yield StateDict("/".join(names), state, complete, averaged)
+
+
+def _state_dicts(
+    dictionary: Mapping[Any, Any], marks: Sequence[str], where: str
+) -> Iterator[tuple[list[str], dict[str, Tensor], bool]]:
+    """The parts of its prefix, the tensors, and whether all marks are there, of each state dict
+    that stands in a dictionary itself."""
+    tensors, repeated = _without_wrappers(dictionary)
     tensors = without_groups(tensors)
     # The ends of other keys can be equal to a mark, so a prefix counts only with all of them.
     complete = _complete_prefixes(tensors, marks)
@@ -244,17 +258,9 @@ def _search(
         twice = next((key for key in state if prefix + key in repeated), None)
         if twice is not None:
             raise UserError(
-                f'{"/".join((where, *path))}: has "{prefix}{twice}" twice, with and without the '
-                "prefix of a wrapper"
+                f'{where}: has "{prefix}{twice}" twice, with and without the prefix of a wrapper'
             )
-        counted = state.pop("n_averaged", None) is not None  # by torch's AveragedModel
-        names = (*path, *filter(None, prefix.split(".")))
-        averaged = counted or is_average(names)
-        yield StateDict("/".join(names), state, prefix in complete, averaged)
-    if len(path) < MAX_NESTING:
-        for key, value in content.items():
-            if isinstance(value, Mapping):
-                yield from _search(value, marks, where, (*path, str(key)), seen)
+        yield [part for part in prefix.split(".") if part], state, prefix in complete
 
 
 def _prefixes(keys: Iterable[str], marks: Sequence[str]) -> set[str]:

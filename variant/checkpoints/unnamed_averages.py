@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from variant_kernels.wording import counted
 
 # Words in the name of an average of the weights.
-AVERAGES = {"ema", "swa", "averaged", "average", "avg", "shadow"}
+AVERAGES = {"ema", "emas", "swa", "averaged", "average", "avg", "averaging", "polyak", "shadow"}
 # Words in the name of weights that an average has replaced for a while: torch_ema's
 # collected_params, diffusers' temp_stored_params.
 KEPT_ASIDE = {"collected", "stored", "backup"}
@@ -34,25 +34,41 @@ def is_average(names: Sequence[str]) -> bool:
     return any(word in AVERAGES for name in names for word in words(name))
 
 
-def unnamed_averages(
-    content: Mapping[Any, Any], path: tuple[str, ...] = (), seen: set[int] | None = None
-) -> Iterator[tuple[str, list[Tensor]]]:
+def dictionaries(
+    content: Mapping[Any, Any] | Sequence[Any],
+    path: tuple[str, ...] = (),
+    seen: set[int] | None = None,
+) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+    """A dictionary and those within it, also within its lists, each once and after its parent.
+
+    Returns:
+        (names, dictionary) of each: the keys, and the places in lists, that lead to it.
+    """
+    seen = set() if seen is None else seen
+    if id(content) in seen or len(path) > MAX_NESTING:  # under two names, or within itself
+        return
+    seen.add(id(content))
+    if isinstance(content, Mapping):
+        yield path, content
+    items = content.items() if isinstance(content, Mapping) else enumerate(content)
+    for key, value in items:
+        if isinstance(value, Mapping | list | tuple):
+            yield from dictionaries(value, (*path, str(key)), seen)
+
+
+def unnamed_averages(content: Mapping[Any, Any]) -> Iterator[tuple[str, list[Tensor]]]:
     """The place of every average that is a list of tensors, its keys joined by "/", and the list.
 
     A dictionary with the keys 0, 1, 2, ... is a list too.
     """
-    seen = set() if seen is None else seen
-    if id(content) in seen or len(path) > MAX_NESTING:
-        return
-    seen.add(id(content))
-    for key, value in content.items():
-        names = (*path, str(key))
-        tensors = _as_list(value)
-        if tensors is not None:
-            if is_average(names) and not KEPT_ASIDE.intersection(words(str(key))):
+    for path, dictionary in dictionaries(content):
+        for key, value in dictionary.items():
+            names = (*path, str(key))
+            tensors = _as_list(value)
+            if tensors is None or not is_average(names):
+                continue
+            if not KEPT_ASIDE.intersection(words(str(key))):
                 yield "/".join(names), tensors
-        elif isinstance(value, Mapping):
-            yield from unnamed_averages(value, names, seen)
 
 
 def _as_list(value: Any) -> list[Tensor] | None:

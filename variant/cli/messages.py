@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -20,6 +21,8 @@ OUT_OF_MEMORY = (
     "could not create a primitive",
     "could not create a memory",
 )
+# What a write ends in. Python names no file then; ours are written through ``variant.files``.
+WRITE_ERRORS = {errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT}
 MAX_CHARACTERS = 2000
 QUOTES = "'\""
 # An argument of Python with its value, and classes of the Python API in front of a message.
@@ -38,8 +41,7 @@ def one_line(error: Exception, command: str) -> str:
     """
     text = plain(str(error))
     if isinstance(error, OSError) and error.strerror:
-        name = plain(str(error.filename)) if error.filename else "standard output"
-        return f"{name}: {error.strerror}"
+        return f"{_place_of(error, command)}: {plain(error.strerror)}"
     if (isinstance(error, MemoryError) and not text) or (
         isinstance(error, RuntimeError) and any(part in text for part in OUT_OF_MEMORY)
     ):
@@ -47,6 +49,16 @@ def one_line(error: Exception, command: str) -> str:
     if isinstance(error, UserError | ValueError | MemoryError) and text:
         return in_words(text, command)
     return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _place_of(error: OSError, command: str) -> str:
+    """The file that an error of the system is about; else what else it can be about."""
+    if error.filename:
+        return plain(str(error.filename))
+    if error.errno in WRITE_ERRORS:
+        return "standard output"
+    # Of all calls without a name, os.getcwd alone finds no file: its folder was removed.
+    return "the current folder" if error.errno == errno.ENOENT else command
 
 
 def in_words(text: str, command: str) -> str:

@@ -21,7 +21,8 @@ def check_words(words: Sequence[str]) -> list[str]:
     """The words, ``--help`` in place of none, and ``--debug`` behind the command.
 
     Raises:
-        UsageError: an option is given twice, or its value is an empty text.
+        UsageError: an option is given twice, or its value is an empty text, or - where that is not
+            standard output.
     """
     if not words:
         return ["--help"]
@@ -41,6 +42,12 @@ def check_words(words: Sequence[str]) -> list[str]:
             raise UsageError(
                 f"{words[0]}: {option or 'an argument'} must not be empty; leave it out for its "
                 "default"
+            )
+        is_stream = (word == "-" and option) or (match and word == match[0] + "=-")
+        if is_stream and option != "--json":
+            raise UsageError(
+                f"{words[0]}: {option} must not be -; only --json writes to standard output (a "
+                "file or folder of that name is ./-)"
             )
     return list(words)
 

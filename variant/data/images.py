@@ -31,7 +31,7 @@ from variant.data.bad_items import BadItem
 from variant.data.config import DataSection
 from variant.data.file_stamps import FileStamps, file_stamps, file_stats
 from variant.errors import UserError
-from variant.models.class_names import is_text
+from variant.models.class_names import is_name
 from variant.paths import open_regular, shown
 
 # Independent random streams of one (seed, epoch), one for each use.
@@ -156,9 +156,12 @@ def list_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
         classes = sorted(path.name for path in _visible(folder) if path.is_dir())
         if not classes:
             raise UserError(f"{folder}: must hold one sub-folder of images per class; it has none")
-        unnameable = next((name for name in classes if not is_text(name)), None)
+        unnameable = next((name for name in classes if not is_name(name)), None)
         if unnameable is not None:
-            raise UserError(f"{folder}: the name of {shown(unnameable)} must be text in UTF-8")
+            raise UserError(
+                f"{folder}: the name of {shown(unnameable)} must be text in UTF-8 without control "
+                "characters"
+            )
         paths: list[Path] = []
         labels: list[int] = []
         over = [path for path in _visible(folder) if _is_image(path) and path.is_file()]

@@ -81,6 +81,14 @@ class Plan(Sampler[Request]):
                 yield Request(indices, epoch)
 
 
+class _AnyNumberOfWorkers(DataLoader[Any]):
+    """Without torch's advice, at its making and its start, to have no more workers than cores: the
+    default of a recipe has more than a small machine, and who waits for a disk may want more."""
+
+    def check_worker_number_rationality(self) -> None:
+        pass
+
+
 class Loader:
     """Reads the samples of a plan ahead, by a DataLoader that starts at the first request.
 
@@ -96,7 +104,7 @@ class Loader:
     def __init__(self, source: Source, plan: Plan, workers: int, *, pin: bool) -> None:
         self.source = source
         self.workers = workers if sys.platform == "linux" else 0
-        self._loader = DataLoader(
+        self._loader = _AnyNumberOfWorkers(
             _SharedReader(source) if self.workers else _Reader(source),
             batch_size=None,  # the plan's requests are batches
             sampler=plan,

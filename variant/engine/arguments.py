@@ -165,6 +165,8 @@ def check_given(
 ) -> GivenTokens | None:
     """The given tokens of ``count`` images; None if neither tokens nor mask are given.
 
+    Args:
+        tokens: (B, L), (L,), or a list of one (B, T) tensor per scale.
     Raises:
         TypeError: of another type.  ValueError: one without the other, a wrong shape or value.
     """
@@ -175,7 +177,7 @@ def check_given(
             "generate: tokens and mask go together (mask: which of the tokens stay); got "
             f"{'mask' if tokens is None else 'tokens'} only"
         )
-    tokens_BL = _integers("generate", "tokens", tokens)
+    tokens_BL = _integers("generate", "tokens", _joined(tokens, layout))
     if tokens_BL.ndim == 1:
         tokens_BL = tokens_BL.unsqueeze(0)
     one = tokens_BL.ndim == 2 and len(tokens_BL) == 1
@@ -185,6 +187,26 @@ def check_given(
     keep_BL = check_mask(mask, layout, count).expand(count, -1)
     kept = (k for k in range(layout.num_scales) if bool(keep_BL[:, layout.slice(k)].all()))
     return GivenTokens(tokens_BL, keep_BL, frozenset(kept))
+
+
+def _joined(tokens: object, layout: ScaleLayout) -> object:
+    """Tokens in one tensor where they come as one (B, T) tensor per scale, as the original's
+    ``img_to_idxBl`` gives them; others as they are.
+
+    Raises:
+        ValueError: their numbers of tokens are not those of the scales, or of different batches.
+    """
+    parts = list(tokens) if isinstance(tokens, list | tuple) else []
+    if not parts or not all(isinstance(part, Tensor) and part.ndim == 2 for part in parts):
+        return tokens
+    expected = [layout.slice(k).stop - layout.slice(k).start for k in range(layout.num_scales)]
+    found = [tuple(part.shape) for part in parts]
+    if found != [(len(parts[0]), count) for count in expected]:
+        raise ValueError(
+            f"generate: tokens by scale must be one (B, T) tensor per scale, T = {expected}; got "
+            f"{found}"
+        )
+    return torch.cat([_integers("generate", "tokens", part) for part in parts], dim=1)
 
 
 def check_mask(mask: object, layout: ScaleLayout, count: int) -> Tensor:

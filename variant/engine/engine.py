@@ -49,11 +49,12 @@ from variant.engine.step_loop import teacher_forced_logits
 from variant.engine.weights import EngineWeights
 from variant.models.config import VARConfig, check_pair_of_configs
 from variant.models.parts import explained, head_weight
-from variant.models.placement import check_dtype
+from variant.models.placement import DTYPES, check_dtype
 from variant.models.var import VAR
 from variant.models.vqvae import ENCODER, VQVAE
 from variant_kernels import CachePlan, DepthSchedule
 from variant_kernels.arguments import boolean, instance, integer
+from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.dispatch.select import check_name
 from variant_kernels.untraced import untraced
 
@@ -449,9 +450,13 @@ def check_engine_dtype(op: str, dtype: torch.dtype | str | None, var: VAR) -> to
     Raises:
         TypeError, ValueError: see :func:`variant.models.placement.check_dtype`.
     """
-    weights = head_weight(op, var).dtype
-    # The dtype of the weights is checked too: an engine runs in three dtypes only.
-    return cast("torch.dtype", check_dtype(op, check_dtype(op, dtype) or weights))
+    asked, weights = check_dtype(op, dtype), head_weight(op, var).dtype
+    if asked is None and weights not in DTYPES:
+        raise ValueError(
+            f"{op}: the weights are {dtype_name(weights)}, in which no engine runs; "
+            f"dtype must be one of {', '.join(map(dtype_name, DTYPES))}"
+        )
+    return asked or weights
 
 
 def check_pair(var: nn.Module | None, vae: nn.Module | None, op: str = "VARiant") -> None:

@@ -31,7 +31,7 @@ class CallOptions(TypedDict, total=False):
     depth: int | Sequence[int] | DepthSchedule | None
     bridge: int | None
     image_ids: Sequence[int] | Tensor | None
-    tokens: Tensor | None
+    tokens: Tensor | Sequence[Tensor] | None
     mask: Tensor | None
     log_probs: bool
     max_batch: int | None
@@ -48,7 +48,7 @@ class Call:
     depth: int | Sequence[int] | DepthSchedule | None = None
     bridge: int | None = None
     image_ids: Sequence[int] | Tensor | None = None
-    tokens: Tensor | None = None
+    tokens: Tensor | Sequence[Tensor] | None = None
     mask: Tensor | None = None
     log_probs: bool = False
     max_batch: int | None = None

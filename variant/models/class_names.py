@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from typing import Any, cast
@@ -19,7 +20,7 @@ def check_class_names(op: str, names: object, num_classes: int) -> tuple[str, ..
     Raises:
         TypeError: no list of texts.
         ValueError: another number of names, the same one twice, an empty or a very long one, or one
-            that cannot be written as UTF-8.
+            that :func:`is_name` refuses.
     """
     items = sequence(names)
     if items is None or not all(isinstance(item, str) for item in items):
@@ -29,10 +30,10 @@ def check_class_names(op: str, names: object, num_classes: int) -> tuple[str, ..
             f"{op}: class_names must be as many as num_classes ({num_classes}); got {len(items)}"
         )
     for item in items:
-        if not 1 <= len(item) <= MAX_LENGTH or not is_text(item):
+        if not 1 <= len(item) <= MAX_LENGTH or not is_name(item):
             raise ValueError(
-                f"{op}: class_names must have 1 to {MAX_LENGTH} characters of UTF-8 each; "
-                f"got {shown(item)}"
+                f"{op}: class_names must have 1 to {MAX_LENGTH} characters of UTF-8 each, none of "
+                f"them a control character; got {shown(item)}"
             )
     if len(set(items)) != len(items):
         twice = next(item for item in items if list(items).count(item) > 1)
@@ -47,6 +48,11 @@ def is_text(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def is_name(name: str) -> bool:
+    """Whether this is text that keeps to its line: a terminal obeys control characters."""
+    return is_text(name) and not any(unicodedata.category(c) == "Cc" for c in name)
 
 
 def label_of(op: str, name: str, word: str, names: Sequence[str]) -> int:

@@ -13,7 +13,8 @@ from functools import cache, cached_property
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 
 from variant.models.class_names import check_class_names
 from variant.models.ranges import Within, bound_text, check_ranges, hints_of, numbers_within
@@ -66,6 +67,18 @@ ZONE_KINDS = ("shared", "adaln", "lora", "copies")
 # What JSON and TOML give for a number: no text, no boolean, no fraction for an integer.
 Integer = Annotated[int, Field(strict=True)]
 Real = Annotated[float, Field(strict=True)]
+
+
+def _integer_of_key(key: Any) -> Any:
+    """The integer of a key of JSON, which is text: "02" would be the key 2 once more."""
+    if not isinstance(key, str):
+        return key
+    if not re.fullmatch("-?(0|[1-9][0-9]{0,9})", key):
+        raise PydanticCustomError("int_parsing", "Input should be an integer in plain digits")
+    return int(key)
+
+
+IntegerKey = Annotated[int, BeforeValidator(_integer_of_key)]
 
 Config = TypeVar("Config")
 
@@ -266,7 +279,7 @@ class VARConfig(_Plain):
     attn_l2_norm: bool = True
     cond_drop_rate: Annotated[Real, Within(0, 1)] = 0.1
     drop_path_rate: Annotated[Real, Within(0, 1)] = 0.0
-    subnets: dict[int, tuple[Integer, ...]] = field(default_factory=dict)
+    subnets: dict[IntegerKey, tuple[Integer, ...]] = field(default_factory=dict)
     bridge: Integer | None = None
     zone_weights: ZoneKind = "shared"
     lora_rank: Integer = 0

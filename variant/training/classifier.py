@@ -29,9 +29,9 @@ from variant.folder_lock import saving
 from variant.models.class_names import check_class_names
 from variant.models.config import STRICT, parse_dataclass, require_plain_numbers
 from variant.models.pixels import checked_images, to_uint8
-from variant.models.placement import in_usual_defaults
 from variant.models.ranges import Count, CountOrZero, Share
 from variant.paths import open_regular, path_kind, read_json, shown
+from variant.training.torch_modes import modes_of_a_new_process
 from variant_kernels.arguments import integer
 from variant_kernels.wording import counted
 
@@ -104,7 +104,7 @@ class ClassifierRecord:
         require_plain_numbers(self)
 
 
-@in_usual_defaults
+@modes_of_a_new_process()
 def train_classifier(
     data: ImageData,
     *,

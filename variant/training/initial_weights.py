@@ -18,7 +18,7 @@ from variant.checkpoints.config_file import CONFIG_NAME, configs_in, read_config
 from variant.checkpoints.locate import FILE_ENDINGS, locate
 from variant.checkpoints.model_folder import load_model, load_state
 from variant.checkpoints.original_var import read_original
-from variant.checkpoints.sharded import INDEX_ENDING, find_weights
+from variant.checkpoints.sharded import INDEX_ENDING, find_weights, shards_beside
 from variant.errors import UserError
 from variant.models.config import VARConfig, VQVAEConfig
 from variant.models.var import VAR
@@ -70,8 +70,7 @@ class Weights:
             raise UserError(f"{self.path}: holds no weights")
         if not file.name.endswith(INDEX_ENDING):
             return file_sha256(file)
-        shards = sorted(path for path in file.parent.iterdir() if path.suffix == ".safetensors")
-        digests = [file_sha256(path) for path in (file, *shards)]
+        digests = [file_sha256(path) for path in (file, *shards_beside(file))]
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
     def load_into(self, module: nn.Module, recipe: Recipe) -> None:

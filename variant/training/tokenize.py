@@ -48,12 +48,12 @@ from variant.errors import UserError
 from variant.files import atomic_write
 from variant.folder_lock import locked_folder, saving
 from variant.models.parameter_count import vqvae_parameters
-from variant.models.placement import in_usual_defaults
 from variant.models.vqvae import VQVAE
 from variant.paths import foreign_name, path_kind, shown
 from variant.training.distributed import local_rank
 from variant.training.initial_weights import find_vae, is_tokenizer, load_vae, tokenizer_sha256
 from variant.training.recipe import Recipe
+from variant.training.torch_modes import modes_of_a_new_process
 from variant_kernels.arguments import integer
 from variant_kernels.wording import counted
 
@@ -114,7 +114,7 @@ def gpu_of_environment(environment: Mapping[str, str], count: int) -> int:
     return local_rank(environment) % max(1, count)
 
 
-@in_usual_defaults
+@modes_of_a_new_process()
 def tokenize(
     recipe: Recipe,
     out: Path,

@@ -17,7 +17,6 @@ from torch import Tensor
 from variant.data.images import Indices
 from variant.data.samples import ImageSource, Source
 from variant.errors import UserError
-from variant.models.placement import in_usual_defaults
 from variant.models.vqvae import VQVAE
 from variant.paths import file_sha256, path_kind
 from variant.training.adversary import Adversary
@@ -43,6 +42,7 @@ from variant.training.recipe import Recipe, with_seed
 from variant.training.run_setup import RunSetup, open_run
 from variant.training.sample_grid import COLUMNS
 from variant.training.task import Summary, Task
+from variant.training.torch_modes import modes_of_a_new_process
 from variant.training.trainer import Trainer
 from variant.training.vae_sections import CLASSIFIER
 from variant_kernels.wording import counted
@@ -179,7 +179,7 @@ class VAETask(Task):
         return {CODES: self.codebook.revive(images, step)}
 
 
-@in_usual_defaults
+@modes_of_a_new_process()
 def train_vae(
     recipe: Recipe,
     out: Path,

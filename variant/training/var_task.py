@@ -27,7 +27,6 @@ from variant.data.token_source import TokenSource
 from variant.engine.engine import Engine
 from variant.errors import UserError
 from variant.models.flops import training_flop
-from variant.models.placement import in_usual_defaults
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.models.zones import freeze_full_network, zone_of, zone_parameters
@@ -52,6 +51,7 @@ from variant.training.recipe import Recipe, with_seed
 from variant.training.run_setup import RunSetup, open_run
 from variant.training.sample_grid import CFG, COLUMNS, SEED, TOP_P
 from variant.training.task import Report, Summary, Task
+from variant.training.torch_modes import modes_of_a_new_process
 from variant.training.trainer import Trainer
 from variant_kernels import DepthSchedule
 from variant_kernels.wording import counted
@@ -300,7 +300,7 @@ class VARTask(Task):
         return Samples(None, tokens_BL, self._labels_N[index_B])
 
 
-@in_usual_defaults
+@modes_of_a_new_process()
 def train_var(
     recipe: Recipe,
     out: Path,

@@ -190,9 +190,16 @@ class Handle:
         self._runtime = runtime
         self._objects: list[Any] = []
 
+    def __copy__(self) -> Self:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle of a patched model is unpatched, and so is the handle that it holds.
+        return {**vars(self), "_runtime": None, "_objects": []}
+
     @property
     def patched(self) -> bool:
-        """False after :meth:`unpatch`."""
+        """False after :meth:`unpatch`, and of a deep copy."""
         return bool(self._objects)
 
     def set_depth(

@@ -27,6 +27,7 @@ from variant_kernels.integrations.var import (
     cast_once,
     require_arguments,
     require_known_parts,
+    shape_of,
 )
 from variant_kernels.integrations.var_generation import Layers, VARRuntime
 from variant_kernels.masks import block_causal_layout
@@ -285,7 +286,7 @@ class InfinityFamily(ModelFamily):
             bound = getattr(attn, "max_scale_mul", None)
             self._require(is_scale_bound(bound), f"{name}.max_scale_mul must be log 100", bound)
         for part, (tensor, allowed) in shapes.items():
-            shape, expected = tuple(tensor.shape), " or ".join(map(str, allowed))
+            shape, expected = shape_of(tensor), " or ".join(map(str, allowed))
             self._require(shape in allowed, f"{name}.{part} must have shape {expected}", shape)
 
     def class_swaps(self, model: Any, runtime: Runtime) -> list[ClassSwap]:

@@ -280,7 +280,7 @@ class VARFamily(ModelFamily):
             bound = getattr(attn, "max_scale_mul", None)
             self._require(is_scale_bound(bound), f"{name}.max_scale_mul must be log 100", bound)
         for part, (tensor, expected) in shapes.items():
-            shape = tuple(tensor.shape)
+            shape = shape_of(tensor)
             self._require(shape == expected, f"{name}.{part} must have shape {expected}", shape)
 
     def class_swaps(self, model: Any, runtime: Runtime) -> list[ClassSwap]:
@@ -359,6 +359,11 @@ def require_known_parts(family: str, attn: nn.Module, name: str) -> None:
     known = {"mat_qkv", "proj", "proj_drop", "parametrizations"}
     unknown = sorted(attn._modules.keys() - known)
     require(family, not unknown, f"{name} must have no other modules than {sorted(known)}", unknown)
+
+
+def shape_of(value: object) -> tuple[int, ...] | str:
+    """The shape of a tensor; the type of anything else, as a quantised layer's ``weight``."""
+    return tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def cast_once(*modules: nn.Module) -> list[ClassSwap]:

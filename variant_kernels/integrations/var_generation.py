@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.integrations.cast_once import autocast_dtype
 from variant_kernels.integrations.runtime import Runtime
 from variant_kernels.kv_cache import KVStep, KVStore, PagedKVCache, PageTables
@@ -47,13 +48,13 @@ class Layers:
                 attention = getattr(now, self._attention, None)
                 if attention is self._attentions[index]:
                     continue
-                what = f"{self._name}[{index}].{self._attention} is another module"
+                what = f"{self._name}[{index}].{self._attention} is another module than"
             elif now is None:
-                what = f"the model has {len(blocks)} blocks, not {len(self)}"
+                what = f"the model has {counted(len(blocks), 'block')}, not the {len(self)} of"
             else:
-                what = f"{self._name}[{index}] is another module"
+                what = f"{self._name}[{index}] is another module than"
             raise RuntimeError(
-                f"patch: {what} than when the model was patched (blocks were replaced, reordered, "
+                f"patch: {what} when the model was patched (blocks were replaced, reordered, "
                 "added or deleted); call unpatch() first and patch the new model"
             )
 
@@ -185,6 +186,12 @@ class VARRuntime(Runtime):
             raise RuntimeError(
                 f"patch: the batch size changed from {self._cache.batch} to {qkv_BT3HD.shape[0]} "
                 "within a generation; that needs unpatch()"
+            )
+        if self._cache.k_pages.dtype != qkv_BT3HD.dtype:
+            raise RuntimeError(
+                f"patch: the dtype changed from {dtype_name(self._cache.k_pages.dtype)} to "
+                f"{dtype_name(qkv_BT3HD.dtype)} within a generation (weights or autocast changed); "
+                "generate anew"
             )
         return self._cache
 

@@ -73,13 +73,15 @@ def attend(
     By the kernels of :func:`kernels_for`.
     Differentiable by torch's autograd, so a training step calls this and not an op around it.
     """
-    out_BHLD, aux = attention()(
-        *(x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD)),
-        block_mask=block_mask(scale_lengths, q_BLHD.device),
-        scale=softmax_scale,
-        return_aux=flex.AuxRequest(lse=True),
-        kernel_options={"BACKEND": kernels_for(q_BLHD)},
-    )
+    # Inside autocast torch would cast q, k and v, and the result would have autocast's dtype.
+    with torch.autocast(q_BLHD.device.type, enabled=False):
+        out_BHLD, aux = attention()(
+            *(x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD)),
+            block_mask=block_mask(scale_lengths, q_BLHD.device),
+            scale=softmax_scale,
+            return_aux=flex.AuxRequest(lse=True),
+            kernel_options={"BACKEND": kernels_for(q_BLHD)},
+        )
     return out_BHLD.transpose(1, 2).contiguous(), aux.lse.float().contiguous()
 
 

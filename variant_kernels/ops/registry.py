@@ -24,6 +24,7 @@ from variant_kernels.dispatch.select import (
     requested_name,
 )
 from variant_kernels.ops.derivatives import differentiate, refuse_derivatives
+from variant_kernels.ops.launch import launch
 from variant_kernels.ops.library import define
 from variant_kernels.tensors import last_contiguous
 
@@ -182,14 +183,14 @@ class Op:
 
     def _run(self, *args: Any) -> Any:
         tensors = self._tensors[len(args)](args)
-        _, launcher, on_cpu, apart = self._verdict(args[self._backend], tensors, self.exclude)
+        name, launcher, on_cpu, apart = self._verdict(args[self._backend], tensors, self.exclude)
         arguments = dict(zip(self._names, args))  # noqa: B905
         del arguments["backend"]
         if self._check_memory is not None:
             self._check_memory(arguments, apart)
         if on_cpu and self._check_values is not None:
             self._check_values(arguments)
-        return launcher(**arguments) if self._launch is None else self._launch(launcher, arguments)
+        return launch(name, launcher, arguments, self._launch)
 
     def _run_fake(self, *args: Any) -> Any:
         if not is_compiling():
@@ -203,9 +204,7 @@ class Op:
             if name not in self.backends:
                 text = f"backend must be one of {', '.join(self.backends)}; got {name!r}"
                 raise ValueError(f"{overload._schema.name}: {text}")
-            launcher = self.backends[name].backward
-            launch = self._launch
-            return launcher(**arguments) if launch is None else launch(launcher, arguments)
+            return launch(name, self.backends[name].backward, arguments, self._launch)
 
         overload = define(schema, run, fake, ())
         self.gradient, self.run_gradient = overload, run
