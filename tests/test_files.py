@@ -1,6 +1,8 @@
 """Atomic writes, and texts and JSON that are read."""
 
 import os
+import random
+import secrets
 import stat
 import threading
 import time
@@ -8,8 +10,15 @@ import time
 import pytest
 import torch
 
+from variant import files
 from variant.errors import UserError
-from variant.files import atomic_write, read_safetensors, save_safetensors
+from variant.files import (
+    atomic_write,
+    read_safetensors,
+    save_safetensors,
+    temporary_name,
+    write_safetensors,
+)
 from variant.paths import read_json, read_text
 
 
@@ -67,6 +76,46 @@ def test_two_threads_write_one_path(tmp_path):
     assert errors == []
     assert torch.equal(read_safetensors(path)["a"], torch.ones(2))
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_writers_of_one_process_number_share_no_file(tmp_path):
+    """As on two machines with one file system, or in two containers."""
+    path, state = tmp_path / "a", random.getstate()
+    with atomic_write(path) as first, atomic_write(path) as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+        write_safetensors(first, {"a": torch.ones(2)})
+        assert second.read_text() == "second"
+    assert torch.equal(read_safetensors(path)["a"], torch.ones(2))
+    assert list(tmp_path.iterdir()) == [path]
+    assert random.getstate() == state
+
+
+def test_weights_are_not_copied_to_be_written(tmp_path, monkeypatch):
+    """A model may take more than half of the memory; only a second name of a tensor is copied."""
+    written, save = {}, files.save_file
+    monkeypatch.setattr(
+        files,
+        "save_file",
+        lambda tensors, *rest, **more: written.update(tensors) or save(tensors, *rest, **more),
+    )
+    one, other = torch.ones(3), torch.zeros(2)
+    save_safetensors(tmp_path / "a", {"one": one, "other": other, "tied": one})
+    assert (written["one"] is one, written["other"] is other) == (True, True)
+    assert written["tied"].data_ptr() != one.data_ptr()
+    assert torch.equal(read_safetensors(tmp_path / "a")["tied"], one)
+
+
+def test_a_temporary_name_that_is_taken_is_left_alone(tmp_path, monkeypatch):
+    numbers = iter([7, 7, 8])
+    monkeypatch.setattr(secrets, "randbelow", lambda end: next(numbers))
+    taken = temporary_name(tmp_path / "a")
+    taken.symlink_to("other")
+    with atomic_write(tmp_path / "a") as temporary:
+        temporary.write_text("text")
+    assert taken.is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"a", taken.name}
 
 
 def test_what_is_no_plain_file_is_refused_and_stays(tmp_path):

@@ -17,6 +17,7 @@ VARIANT = (
     "models",
     "tensor_files",
     "files",
+    "folder_lock",
     "schedule_files",
     "engine",
     "data",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import shutil
 import stat
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +31,7 @@ from variant.tensor_files import (
 from variant_kernels.wording import counted
 
 PROBE_BYTES = 2**20
+DIGITS = 12  # of the random number in a temporary name
 
 
 @contextmanager
@@ -39,7 +40,8 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
     A block that raises leaves an existing file as it was. A link stays: the file that it names is
     replaced, and who may read it stays the same. A device, which a rename would replace by a file,
-    is refused. Several threads may write one path: each has a temporary file, the last one counts.
+    is refused. Several threads and machines may write one path: each has a temporary file, the last
+    one counts.
 
     Args:
         durable: write the content to the disk before the rename, and the rename after it, so that
@@ -56,12 +58,12 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
         raise UserError(
             f"{shown(path)}: cannot be written: the current folder was removed"
         ) from None
-    temporary = target.with_name(f".{target.name}.{_writer()}.tmp")
+    temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not target.is_file():
             raise UserError(f"{path}: cannot be written: is no plain file")
-        mode = _mode(target, temporary)
+        temporary, mode = _new_file(target)
         try:
             yield temporary
         except (SafetensorError, RuntimeError) as error:
@@ -82,30 +84,39 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
-        with suppress(OSError):
-            temporary.unlink()
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink()
 
 
-def _writer() -> int:
-    """A number that no other thread of this machine has; in a main thread that of its process."""
-    is_main = threading.current_thread() is threading.main_thread()
-    return os.getpid() if is_main else threading.get_native_id()
+def temporary_name(path: Path) -> Path:
+    """A hidden path beside ``path`` that no other writer takes, on this machine or another.
 
-
-def _mode(target: Path, temporary: Path) -> int:
-    """The permissions of an existing file, or those that a new one gets here.
-
-    A new file tells them: to read the umask one must set it, for the files of other threads too.
+    Process numbers repeat: on the machines of one file system, and in containers. The system's
+    random numbers leave Python's generator, of which results depend, as it is.
+    :func:`variant.folder_lock.clear_leftovers` knows these names.
     """
-    with suppress(OSError):  # no such file, or a link to itself, which is replaced
-        return stat.S_IMODE(target.stat().st_mode)
-    with suppress(FileNotFoundError):
-        temporary.unlink()  # of a killed process that had the same number
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    return path.with_name(f".{path.name}.{secrets.randbelow(10**DIGITS):0{DIGITS}d}.tmp")
+
+
+def _new_file(target: Path) -> tuple[Path, int]:
+    """A temporary file beside ``target``, empty, and the permissions that ``target`` shall have.
+
+    These are those of an existing file, or those that a new one gets here. A new file tells them:
+    to read the umask one must set it, for the files of other threads too.
+    """
+    while True:
+        temporary = temporary_name(target)
+        with suppress(FileExistsError):
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            break
     try:
-        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+        mode = os.fstat(descriptor).st_mode
     finally:
         os.close(descriptor)
+    with suppress(OSError):  # no such file, or a link to itself, which is replaced
+        mode = target.stat().st_mode
+    return temporary, stat.S_IMODE(mode)
 
 
 def _reason_of_system(temporary: Path) -> str | None:
@@ -176,13 +187,12 @@ def write_safetensors(
     Tied weights, one tensor under two names, are written twice: safetensors refuses them otherwise.
     ``save_file`` of safetensors 0.8 writes ``.tmp`` and six random letters beside its target first.
     A process that is killed then would leave a file that nobody can tell from another program's, so
-    it gets a folder whose name :func:`variant.training.folder_lock.clear_leftovers` knows.
+    it gets a folder whose name :func:`variant.folder_lock.clear_leftovers` knows.
 
     Raises:
         OSError, SafetensorError: the file cannot be written.
     """
     folder = temporary.with_suffix(".parts.tmp")
-    shutil.rmtree(folder, ignore_errors=True)  # of a killed process that had the same number
     folder.mkdir()
     addresses: set[int] = set()
     apart = {}

@@ -154,9 +154,7 @@ class LiveVARiant(VARiant):
         for link in self._links:
             link.check()
         dtype = check_engine_dtype("VARiant", dtype, self.var)
-        if dtype not in self._engines:
-            self._engines[dtype] = LiveEngine(self.var, self.vae, self._links, dtype)
-        return self._engines[dtype]
+        return self._kept_engine(dtype, lambda: LiveEngine(self.var, self.vae, self._links, dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LiveVARiant:
         # In the originals, so that their other tensors come along.

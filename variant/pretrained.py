@@ -110,7 +110,9 @@ class PretrainedPair(nn.Module, PyTorchModelHubMixin):
     ) -> str | None:
         """Write ``config.json``, ``model.safetensors`` and a model card, ``README.md``.
 
-        :meth:`from_pretrained` reads them. A README.md that this method did not write is kept.
+        :meth:`from_pretrained` reads them. A README.md that this method did not write is kept. Of
+        several saves into one folder at once, by threads or processes, each waits for the one
+        before, and the last one counts.
 
         Args:
             extra: further keys of config.json, e.g. how the model was trained; plain values.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from threading import Lock
 from typing import NoReturn
 
 import torch
@@ -18,6 +20,18 @@ from variant.models.vqvae import VQVAE
 from variant.pretrained import PretrainedPair
 from variant_kernels import DepthSchedule
 from variant_kernels.untraced import untraced
+
+# Of all models: one of its own would be copied and saved with a model.
+_building = Lock()
+
+
+def _new_lock() -> None:
+    global _building
+    _building = Lock()  # another thread, which this copy of the process lacks, may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
 
 
 class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
@@ -55,10 +69,24 @@ class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
         var, vae = self._modules.get("var"), self._modules.get("vae")
         check_pair(var, vae)  # another one may have taken a model's place
         dtype = check_engine_dtype("VARiant", dtype, self.var)
+        return self._kept_engine(dtype, lambda: Engine(self.var, self.vae, dtype=dtype))
+
+    def _kept_engine(self, dtype: torch.dtype, build: Callable[[], Engine]) -> Engine:
+        """The engine of a dtype for the present models; of threads that need it first, one builds.
+
+        Each of several would keep weights of its own: packed, cast or merged.
+        """
         engine = self._engines.get(dtype)
-        if engine is None or engine.var is not var or engine.vae is not vae:
-            engine = self._engines[dtype] = Engine(self.var, self.vae, dtype=dtype)
+        if not self._fits(engine):
+            with _building:
+                engine = self._engines.get(dtype)
+                if not self._fits(engine):
+                    engine = self._engines[dtype] = build()
+        assert engine is not None
         return engine
+
+    def _fits(self, engine: Engine | None) -> bool:
+        return engine is not None and engine.var is self.var and engine.vae is self.vae
 
     @untraced
     def generate(

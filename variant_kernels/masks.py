@@ -120,8 +120,9 @@ def _cached_layout(bias: Tensor) -> ScaleLayout | None:
     layout = layout_of(bias)
     bits = None if layout is None or bias.device.type != "cpu" else _bits(bias).copy()
     _cached_layouts[key] = _Verdict(weakref.ref(owner), version, layout, bits)
-    while len(_cached_layouts) > MAX_CACHED_LAYOUTS:
-        _cached_layouts.pop(next(iter(_cached_layouts)), None)
+    # A list at once: an iterator would notice what another thread adds meanwhile.
+    for oldest in list(_cached_layouts.keys())[:-MAX_CACHED_LAYOUTS]:
+        _cached_layouts.pop(oldest, None)
     return layout
 
 

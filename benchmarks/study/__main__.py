@@ -18,7 +18,7 @@ from benchmarks.study.speed import measured_speed
 from benchmarks.study.stages.shared import images_of
 from benchmarks.study.tasks import Task, tasks_of
 from variant.errors import UserError
-from variant.training.folder_lock import locked_folder
+from variant.folder_lock import locked_folder
 
 LOCK = ".study.lock"
 

@@ -30,9 +30,9 @@ from benchmarks.study.settings import identity, load_study, merged
 from benchmarks.study.stages import measuring, searching, shared, training
 from variant.engine.engine import Engine
 from variant.errors import UserError
+from variant.folder_lock import locked_folder
 from variant.models.pixels import to_uint8
 from variant.supernet import VARiant
-from variant.training.folder_lock import locked_folder
 
 ROOT = Path(__file__).parents[2]
 PROFILE = """

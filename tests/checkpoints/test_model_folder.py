@@ -6,6 +6,7 @@ import pickle
 import stat
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from small_models import small_model
 
 from tests.forked_program import run_forked
 from variant import VAR, VQVAE, UserError, VARiant
+from variant.checkpoints import model_folder
 from variant.checkpoints.original_var import load_original, save_original
 from variant.files import atomic_write
+from variant.folder_lock import saving
 from variant.models.var import derived_buffers
 
 # What files of the original do not tell; tests of the warning catch it themselves.
@@ -377,6 +380,49 @@ def test_written_files_are_readable_by_others(tmp_path):
     umask = os.umask(0)
     os.umask(umask)
     assert mode == 0o666 & ~umask
+
+
+def test_two_saves_at_once_leave_one_model(tmp_path, monkeypatch):
+    """The second comes when the first has replaced the weights and not yet the config."""
+    first, second, threads = small_model(), small_model(), []
+    for model, number in ((first, 1), (second, 2)):
+        model.extra = {"number": number}
+        torch.nn.init.constant_(model.var.head.bias, number)
+    save = model_folder.save_safetensors
+
+    def save_then_wait(*args, **options):
+        save(*args, **options)
+        if not threads:
+            threads.append(threading.Thread(target=second.save_pretrained, args=(tmp_path,)))
+            threads[0].start()
+            threads[0].join(0.3)
+
+    monkeypatch.setattr(model_folder, "save_safetensors", save_then_wait)
+    first.save_pretrained(tmp_path)
+    threads[0].join()
+    loaded = VARiant.from_pretrained(tmp_path)
+    assert loaded.extra["number"] == 2
+    assert torch.equal(loaded.var.head.bias, second.var.head.bias)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "README.md", "config.json", "model.safetensors",
+    ]  # fmt: skip
+
+
+def test_a_save_in_the_original_format_waits_in_both_folders(tmp_path):
+    model = small_model()
+    for name in "ab":
+        with saving(tmp_path / name), pytest.raises(UserError, match="is writing into this folder"):
+            save_original(model.var, model.vae, tmp_path / "a" / "var.pth", tmp_path / "b" / "v.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_clears_what_a_killed_save_left(tmp_path):
+    (tmp_path / ".model.safetensors.123456789012.parts.tmp").mkdir()
+    for name in (".model.safetensors.123456789012.parts.tmp/tensors", ".config.json.12.tmp"):
+        (tmp_path / name).write_text("half")
+    (tmp_path / ".notes.12.tmp").write_text("of another program")
+    small_model().save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.glob(".*")] == [".notes.12.tmp"]
 
 
 def test_loading_draws_no_weights_and_imports_no_compiler():

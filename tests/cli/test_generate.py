@@ -14,8 +14,8 @@ from small_models import small_model
 
 from variant.cli import generate as module
 from variant.cli.main import main
+from variant.folder_lock import locked_folder
 from variant.schedule_files import load_schedule, save_schedule
-from variant.training.folder_lock import locked_folder
 
 
 def pictures(folder):
@@ -230,7 +230,7 @@ def test_a_folder_of_another_run_is_refused_and_kept(model, tmp_path, run):
     [
         (("--depth", 99), r"--depth must be an integer in \[2, 4\]"),
         (("--bridge", 99), "--bridge must be an integer in"),
-        (("--backend", "triton", "--labels", 1), 'backend "triton" cannot run this call'),
+        (("--backend", "triton", "--labels", 1), "--backend triton cannot run adaln_modulate: the"),
         (("--count", 10**7), "images take at least"),
     ],
 )
@@ -282,13 +282,16 @@ def test_images_without_a_record_and_damaged_records_are_refused(model, tmp_path
 def test_what_a_killed_run_left_is_cleared(model, tmp_path, run):
     words = ("generate", "--model", model, "--labels", 1, "--out", tmp_path / "o")
     assert run(*words)[0] == 0
-    dead = tmp_path / "o" / f".00000_class1.png.{2**22 + 1}.tmp"
-    running = tmp_path / "o" / f".00001_class1.png.{os.getpid()}.tmp"
-    for path in (dead, running):
-        path.write_text("")
+    before = set(os.listdir(tmp_path / "o"))
+    # The process of another machine, which has ended, may have a number that one of this has too.
+    for name in ("00000_class1.png.9", f"00001_class1.png.{os.getpid()}", "generate.json.123456"):
+        (tmp_path / "o" / f".{name}.tmp").write_text("")
+    with locked_folder(tmp_path / "o", module.LOCK_NAME):  # by the run that writes these files
+        assert run(*words, "--resume")[0] == 1
+        assert len(os.listdir(tmp_path / "o")) == len(before) + 4
+    (tmp_path / "o" / ".notes.txt.9.tmp").write_text("of another program")
     assert run(*words, "--resume")[0] == 0
-    assert not dead.exists()
-    assert running.exists()
+    assert set(os.listdir(tmp_path / "o")) == before | {".notes.txt.9.tmp"}
 
 
 def test_images_that_are_cut_off_are_made_again(model, tmp_path, run):
@@ -364,7 +367,8 @@ def test_backend_and_device(model, tmp_path, run):
     assert run(*words, "reference", "--out", tmp_path / "r")[0] == 0
     code, _, error = run(*words, "nope", "--out", tmp_path / "n")
     assert code == 1
-    assert "--backend must be one of 'auto'" in error
+    assert "--backend must be one of auto, triton, " in error
+    assert error.endswith("; got 'nope'\n")
     code, _, error = run(*words[:-2], "banana", "--out", tmp_path / "n")
     assert code == 1
     assert "--device" in error

@@ -1,5 +1,6 @@
 """The command line as a whole: help, version, wrong usage, errors and warnings of one line."""
 
+import ast
 import dataclasses
 import errno
 import os
@@ -277,7 +278,7 @@ def test_options_without_effect_are_refused(words, message, run):
         ("eval --model digits --reference digits --features builtins:len --schedules 9x6",
          "eval: --schedules 9x6: depth must be an integer in [2, 8]"),
         ("eval --images . --reference digits --features no",
-         "eval: --features must be one of 'inception', 'dinov2', 'classifier:RECIPE'"),
+         "eval: --features must be one of inception, dinov2, classifier:RECIPE"),
         ("eval --reconstruct digits --reference digits --features classifier:",
          "eval: --features classifier:RECIPE needs a recipe"),
         ("eval --reconstruct digits --reference digits --features os:listdir",
@@ -385,7 +386,70 @@ def test_messages_name_the_option_and_the_command():
         ("train-vae", "recipe: seed must be 3", "train-vae: --seed must be 3"),
         ("train", "a.toml: seed must be 3", "a.toml: seed must be 3"),
     ):
-        assert messages.in_options(text, command) == expected
+        assert messages.in_words(text, command) == expected
+
+
+def test_values_of_a_message_are_in_the_words_of_the_command_line(monkeypatch):
+    monkeypatch.delenv("VARIANT_BACKEND", raising=False)
+    unfit = 'adaln_modulate: backend "cpu" cannot run this call: the dtype. Use backend="auto"'
+    for command, text, expected in (
+        ("generate", "(top_k=1 draws the likeliest); got 0.0",
+         "(--top-k 1 draws the likeliest); got 0.0"),
+        ("generate", "Engine: backend must be one of 'auto', 'cpu'; got 'a b' (str)",
+         "generate: --backend must be one of auto, cpu; got 'a b'"),
+        ("convert", "convert: patch_nums must be ascending; got (1, 1) (tuple)",
+         "convert: --patch-nums must be ascending; got 1 1"),
+        ("generate", "Engine: no native products. dtype=torch.float32 is as fast",
+         "generate: no native products. --dtype float32 is as fast"),
+        ("generate", "m: unexpected keys: a; strict=False leaves them out",
+         "m: unexpected keys: a; in Python, strict=False leaves them out"),
+        ("generate", "resume=True, overwrite=False, depth=None, kv_dtype='fp8', other=True",
+         "--resume, --no-overwrite, no --depth, --kv-dtype fp8, other=True"),
+        ("generate", "out/depth=8: cannot be read", "out/depth=8: cannot be read"),
+        ("search", "search: --budget needs a value, as kv=0.5",
+         "search: --budget needs a value, as kv=0.5"),
+        ("tokenize", "digits: load_recipe: seed must be 3", "tokenize: --seed must be 3"),
+        ("generate", unfit,
+         "generate: --backend cpu cannot run adaln_modulate: the dtype. Give --backend auto"),
+        ("plan", unfit, unfit),
+    ):  # fmt: skip
+        assert messages.in_words(text, command) == expected
+    monkeypatch.setenv("VARIANT_BACKEND", "cpu")
+    for command in ("generate", "plan"):
+        assert messages.in_words(unfit, command) == (
+            f"{command}: VARIANT_BACKEND=cpu cannot run adaln_modulate: the dtype. Unset "
+            "VARIANT_BACKEND"
+        )
+
+
+# No command reaches these messages.
+OF_PYTHON_ALONE = {"the engine must keep exact K/V (kv_dtype=None)"}
+
+
+def test_every_argument_in_a_message_has_words_of_the_command_line():
+    found, own = [], Path(messages.__file__).parent
+    for path in sorted(own.parent.rglob("*.py")):
+        text = path.read_text()
+        if own in path.parents or not re.search(
+            r"\"[^\"\n]*[a-z]=(True|False|None|torch\.|\d)[^\"\n]*\"", text
+        ):
+            continue
+        parents = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+        given = [arg for call in parents for arg in (*call.args, *call.keywords)]
+        for arg in given:
+            value = arg.value if isinstance(arg, ast.keyword) else arg
+            parts = value.values if isinstance(value, ast.JoinedStr) else [value]
+            found += [part.value for part in parts if isinstance(part, ast.Constant)]
+    found = [text for text in found if isinstance(text, str) and messages.KEYWORD.search(text)]
+    assert any("top_k=1" in text for text in found), "the messages are elsewhere"
+    left = {
+        text
+        for text in found
+        if messages.KEYWORD.search(messages.in_words(text, "generate").replace("in Python,", ""))
+        and not any(known in text for known in OF_PYTHON_ALONE)
+        and "in Python, strict=False" not in messages.in_words(text, "generate")
+    }
+    assert left == set()
 
 
 @pytest.mark.parametrize("command", ["generate", "eval", "warm"])
@@ -402,12 +466,12 @@ def test_messages_of_a_depth_propose_no_list_of_layers(command):
     ):
         with pytest.raises(ValueError, match="or a list of layers") as caught:
             layers_of(config, depth, "VAR.schedule")
-        text = messages.in_options(str(caught.value), command)
+        text = messages.in_words(str(caught.value), command)
         assert text == f"{command}: {option} {expected}"
     config = dataclasses.replace(config, subnets={2: (0, 3)})
     with pytest.raises(ValueError, match="A list of layers") as caught:
         layers_of(config, 3, "VAR.schedule")
-    text = messages.in_options(str(caught.value), command)
+    text = messages.in_words(str(caught.value), command)
     expected = "must be one that the model was trained at (2 or 4); got 3"
     assert text == f"{command}: {option} {expected}{remedies.get(command, '')}"
 
@@ -449,15 +513,15 @@ def test_any_error_becomes_one_printable_line():
 def test_warnings_of_libraries_are_one_line(run, monkeypatch):
     def warn(command):
         warnings.warn("first\n  second", RuntimeWarning, stacklevel=1)
-        warnings.warn("third", stacklevel=1)
+        warnings.warn("third batch=1", stacklevel=1)
 
     monkeypatch.setattr(module, "function_of", lambda command: warn)
     before = warnings.showwarning
-    with warnings.catch_warnings(), messages.one_line_warnings():
+    with warnings.catch_warnings(), messages.one_line_warnings("plan"):
         warnings.simplefilter("always")
         code, _, error = run("plan")
     assert code == 0
-    assert error == "variant: warning: first second\nvariant: warning: third\n"
+    assert error == "variant: warning: first second\nvariant: warning: third --batch 1\n"
     assert warnings.showwarning is before
 
 

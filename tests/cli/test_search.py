@@ -20,10 +20,10 @@ from variant.cli.main import main
 from variant.cli.search import LOCK_NAME
 from variant.data.sources import open_data
 from variant.errors import UserError
+from variant.folder_lock import locked_folder
 from variant.models.flops import linear_flop
 from variant.search.data import held_out
 from variant.search.space import Space
-from variant.training.folder_lock import locked_folder
 from variant.training.recipe import load_recipe
 from variant_kernels import CachePlan, DepthSchedule, use_backend
 from variant_kernels.plans.depth_schedule import select_layers

@@ -29,6 +29,7 @@ from variant.evaluation.frechet import FeatureStatistics, Gaussian, frechet_dist
 from variant.evaluation.image_sets import Reference, array_images, open_images, open_reference
 from variant.evaluation.report import Metric, evaluate
 from variant.evaluation.scores import PrecisionRecall, precision_recall
+from variant.folder_lock import saving
 from variant.paths import file_sha256
 from variant_kernels import DepthSchedule
 
@@ -521,6 +522,11 @@ def test_a_classifier_is_trained_saved_and_recognises(tmp_path):
     path.with_suffix(".json").write_text("{}")
     with pytest.raises(UserError, match='"format" must be'):
         load_classifier(path, "digits", CPU)
+
+
+def test_weights_and_record_of_a_classifier_are_of_one_save(tmp_path):
+    with saving(tmp_path), pytest.raises(UserError, match="is writing into this folder"):
+        save_classifier(tmp_path / "classifier.safetensors", None, None)
 
 
 def test_the_command_writes_and_compares(tmp_path, monkeypatch, capsys):

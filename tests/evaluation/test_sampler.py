@@ -4,10 +4,12 @@ import errno
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import tarfile
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +21,14 @@ from PIL import Image
 from small_models import small_model
 
 from tests.forked_program import ForkedProgram
+from variant import folder_lock
 from variant.cli.main import main
 from variant.cli.options import Sample
 from variant.engine.engine import Engine, kernels_of
 from variant.errors import UserError
 from variant.evaluation import sampler
 from variant.evaluation.image_sets import open_images
+from variant.evaluation.sampler import SampleFiles
 
 NUM = 23
 TESTS = Path(__file__).parents[1]
@@ -244,8 +248,40 @@ def test_a_kill_while_the_npz_is_assembled_loses_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.npz"]
 
 
+def test_of_ranks_that_begin_at_once_one_records_the_settings(tmp_path, monkeypatch):
+    files, refused, others = SampleFiles(tmp_path / "a", "png", NUM, range(5), 5), [], []
+    monkeypatch.setattr(SampleFiles, "is_done", lambda *rest: True)
+    path_kind = sampler.path_kind
+
+    def other():
+        try:
+            sampler.sample(None, None, files, {"seed": 1}, rank=1, world_size=2)
+        except UserError as error:
+            refused.append(str(error))
+
+    def look(path):
+        found = path_kind(path)
+        if not others:
+            others.append(threading.Thread(target=other))
+            others[0].start()
+            others[0].join(0.2)  # it waits for this rank
+        return found
+
+    monkeypatch.setattr(sampler, "path_kind", look)
+    sampler.sample(None, None, files, {"seed": 0}, rank=0, world_size=2)
+    others[0].join()
+    assert len(refused) == 1
+    assert "was sampled with seed 0; got 1" in refused[0]
+    assert json.loads((tmp_path / "a" / "sample.json").read_text())["seed"] == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be locked:RuntimeWarning")
 def test_a_rank_that_writes_first_is_no_foreign_file(model, expected, tmp_path, monkeypatch):
-    """The other rank writes its images while this one looks whether the folder is new."""
+    """The other rank writes its images while this one looks whether the folder is new.
+
+    It does not wait where the file system has no locks.
+    """
+    monkeypatch.setattr(folder_lock, "fcntl", None)
     out, looked = tmp_path / "a", []
 
     def look(function):
@@ -334,14 +370,15 @@ def test_the_whole_is_on_the_disk_before_its_parts_are_removed(model, tmp_path, 
 
     def record(descriptor):
         path = os.readlink(f"/proc/self/fd/{descriptor}")
-        synced.append((os.path.basename(path), len(list(tmp_path.glob("a.npz.parts/*.npy")))))
+        name = re.sub(r"\d+", "N", os.path.basename(path))
+        synced.append((name, len(list(tmp_path.glob("a.npz.parts/*.npy")))))
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", record)
     assert run(model, tmp_path / "a.npz") == 0
     assert not (tmp_path / "a.npz.parts").exists()
-    assert (f".a.npz.{os.getpid()}.tmp", 1) in synced
-    assert (f".a.json.{os.getpid()}.tmp", 1) in synced
+    assert (".a.npz.N.tmp", 1) in synced
+    assert (".a.json.N.tmp", 1) in synced
 
 
 @pytest.mark.parametrize(("form", "kept"), [("png", 0), ("png", 5), ("png", 200), ("tar", 9000)])

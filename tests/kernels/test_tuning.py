@@ -235,6 +235,17 @@ def test_a_request_times_nothing_and_takes_the_nearest_choice(timed, shipped, mo
     assert len(timed) == 3
 
 
+def test_a_choice_serves_that_another_thread_drops_at_once(timed, monkeypatch):
+    class Dropped(dict):
+        def __setitem__(self, key, value):
+            super().__setitem__(key, value)
+            self.clear()  # the other thread has timed a choice
+
+    monkeypatch.setattr(tuning, "_nearest_configs", Dropped())
+    monkeypatch.setenv("VARIANT_TUNE", "0")
+    assert choose(timed) == CONFIGS[0]
+
+
 def test_timing_is_allowed_in_every_thread_until_the_last_block_ends(timed, monkeypatch):
     monkeypatch.delenv("VARIANT_TUNE")
     with timing_allowed(), ThreadPoolExecutor(1) as pool:

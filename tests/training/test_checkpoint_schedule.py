@@ -21,8 +21,9 @@ from tiny_runs import (
     trained_vae,
 )
 
+from variant import folder_lock
 from variant.errors import UserError
-from variant.training import checkpoint_files, folder_lock
+from variant.training import checkpoint_files
 from variant.training import checkpointer as checkpointer_module
 from variant.training.checkpoint_schedule import CheckpointSchedule, OutputSection
 from variant.training.checkpointer import Checkpointer

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from variant.errors import UserError
 from variant.models.config import to_plain
 from variant.training.recipe import Recipe, load_recipe, recipe_names
 from variant.training.recipe_reference import (
@@ -54,6 +55,53 @@ def test_the_page_has_every_section_and_every_key():
         expected = {field.name: written_default(field) for field in fields}
         assert documented_keys(section.title) == expected, section.title
     assert {field.name for field in dataclasses.fields(Recipe)} == set(TITLES[1:]) | top
+
+
+def test_every_number_of_every_section_has_a_range_or_choices():
+    every = [part for section in sections() for part in (section, *nested_sections(section))]
+    assert {"vae", "schedule", "vae_training.adversary"} <= {section.title for section in every}
+    without = [
+        f"{section.title}.{key.name}: {key.values}"
+        for section in every
+        for key in section.keys
+        if re.search(r"integer|number", key.values) and not re.search(r"[<>=\[]| or \d", key.values)
+    ]
+    assert without == []
+
+
+def test_ranges_of_the_vq_vae_are_those_that_it_checks():
+    """The bounds stand once, in the types of the fields."""
+    values = {
+        key.name: key.values for each in sections() if each.title == "vae" for key in each.keys
+    }
+    assert values["ch_mult"] == "list of integers, in [1, 64]"
+    assert values["patch_nums"] == "list of integers, >= 1"
+    assert values["in_channels"] == "integer, 1 or 3"
+    config = load_recipe("digits").vae
+    for name in ("vocab_size", "z_channels", "num_res_blocks", "share_quant_resi", "quant_resi",
+                 "quant_conv_ks", "beta"):  # fmt: skip
+        low, high = re.search(r"in \[(\S+), (\S+)\]$", values[name]).groups()
+        low, high = (float(text.replace(",", "")) for text in (low, high))
+        kind = type(getattr(config, name))
+        for value in (low, high):
+            if (name, value) != ("share_quant_resi", high):  # more than there are scales
+                dataclasses.replace(config, **{name: kind(value)})
+        for value in (low - 1, high + 1):
+            with pytest.raises(ValueError, match=f"{name} must be .* in "):
+                dataclasses.replace(config, **{name: kind(value)})
+
+
+@pytest.mark.parametrize(
+    ("override", "least", "most"),
+    [("schedule.depths=[{}]", 2, 8), ("schedule.bridge={}", 0, 6), ("schedule.bridges=[{}]", 0, 6)],
+)
+def test_ranges_of_a_schedule_are_those_of_its_model(override, least, most):
+    assert len(load_recipe("digits").vae.patch_nums) == 6 or most == 8
+    for value in (least, most):
+        load_recipe("digits", overrides=(override.format(value),))
+    for value in (least - 1, most + 1):
+        with pytest.raises(UserError, match="must be "):
+            load_recipe("digits", overrides=(override.format(value),))
 
 
 def test_the_page_is_what_the_dataclasses_give():

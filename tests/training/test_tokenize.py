@@ -35,6 +35,7 @@ from variant.data.shards import (
 from variant.data.token_source import TokenSource
 from variant.errors import UserError
 from variant.files import save_safetensors
+from variant.folder_lock import saving
 from variant.models.config import to_plain
 from variant.models.vqvae import VQVAE
 from variant.training.initial_weights import find_vae, load_vae, tokenizer_sha256
@@ -208,6 +209,12 @@ def test_the_same_command_continues_and_more_passes_are_added(tiny, tokens, tmp_
     assert write(recipe, out).shards == 0
     with pytest.raises(UserError, match="holds 3 passes; --passes must be at least as many"):
         write(recipe, out, passes=2)
+
+
+def test_of_ranks_that_begin_at_once_one_writes_the_manifest(tiny, tmp_path):
+    with saving(tmp_path / "t"), pytest.raises(UserError, match="is writing into this folder"):
+        write(tiny, tmp_path / "t", passes=1)
+    assert not (tmp_path / "t").exists()
 
 
 def test_tokens_of_replaced_images_of_their_sizes_are_not_mixed(tiny, tmp_path):

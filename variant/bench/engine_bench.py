@@ -27,6 +27,7 @@ from variant.engine.generation import Generation, Stats
 from variant.evaluation.kv_error import IMAGES as GREEDY_IMAGES
 from variant.evaluation.kv_error import greedy_change
 from variant.models.flops import attention_flop, ceiling, linear_flop, weight_bytes
+from variant.models.placement import in_usual_defaults
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant_kernels import DepthSchedule
@@ -320,7 +321,7 @@ class EngineComparison:
         layout = self.var.layout
         tokens_BL = torch.randint(
             self.var.config.vocab_size, (self.setting.batch, layout.total),
-            generator=torch.Generator().manual_seed(1),
+            generator=torch.Generator().manual_seed(1), device="cpu",
         ).to(self.device)  # fmt: skip
         f_hat = self.vae.new_features(self.setting.batch)
         for k in range(layout.num_scales):
@@ -523,6 +524,7 @@ def count_samples(setting: BenchConfig, full_depth: int, device: str = "cpu") ->
     return (2 * len(depths) + peers + eight) * (setting.runs + 1)
 
 
+@in_usual_defaults
 def measure(
     var: VAR, vae: VQVAE, setting: BenchConfig, on_sample: Callable[[str], None] = lambda name: None
 ) -> dict[str, Any]:

@@ -6,11 +6,13 @@ import torch
 
 from variant.checkpoints.named_configs import configs_of as configs
 from variant.checkpoints.named_configs import is_preset
+from variant.models.placement import in_usual_defaults
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.supernet import VARiant
 
 
+@in_usual_defaults
 def build(name: str, device: str = "cpu") -> tuple[VAR, VQVAE]:
     """A model by name, float32, on ``device``.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from variant.bench.interleaved import Call, time_interleaved
+from variant.models.placement import in_usual_defaults
 from variant_kernels.dispatch.request import dtype_name
 
 # Rows, inputs, outputs: the first MLP layer of VAR-d16 on the last scale with guidance.
@@ -42,6 +43,7 @@ class Peaks:
         return (compute, "compute") if compute > memory else (memory, "memory")
 
 
+@in_usual_defaults
 def measure_peaks(
     device: str = "cpu", dtypes: Sequence[torch.dtype] = (torch.float32,), *, quick: bool = False
 ) -> Peaks:
@@ -78,7 +80,7 @@ def _gemm(device: str, dtype: torch.dtype) -> tuple[Call, int]:
 
 def _rows_within_budget(rows: int, right: Tensor) -> int:
     """The most rows whose product takes at most PRODUCT_SECONDS; at least MIN_ROWS."""
-    few = torch.randn(MIN_ROWS, right.shape[0]).to(right.dtype)
+    few = torch.randn(MIN_ROWS, right.shape[0], device="cpu").to(right.dtype)
     torch.mm(few, right)  # the first call of a dtype compiles its kernel
     begin = time.perf_counter()
     torch.mm(few, right)

@@ -24,6 +24,7 @@ from variant.checkpoints.sharded import WEIGHTS_NAME, find_weights, read_weights
 from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.files import atomic_write, save_safetensors
+from variant.folder_lock import clear_leftovers, saving
 from variant.models.parts import SkipInit, check_saved
 from variant.models.placement import WEIGHT_DTYPES
 from variant.models.var import VAR
@@ -52,7 +53,8 @@ def save_model(
 ) -> None:
     """Write ``config.json``, ``model.safetensors`` and the model card ``README.md``.
 
-    A README.md that save_model did not generate is not overwritten.
+    A README.md that save_model did not generate is not overwritten. Of several saves into one
+    folder at once, by threads or processes, each waits for the one before.
 
     Args:
         folder: created where it is missing.
@@ -81,23 +83,26 @@ def save_model(
         "vae": vae.config.to_dict(),
     }
     text = json.dumps(config, indent=1) + "\n"
-    # The config is written first and renamed last: until both files are complete, the folder keeps
-    # the old pair.
-    with atomic_write(folder / CONFIG_NAME) as path:
-        path.write_text(text, encoding="utf-8")
-        save_safetensors(folder / WEIGHTS_NAME, tensors)
-    card_path = folder / CARD_NAME
-    if was_generated(card_path):
-        card = model_card(
-            var.config,
-            vae.config,
-            model_id or folder.resolve().name,
-            dtype_name(var.head.weight.dtype),
-            config.get("training"),
-        )
-        with atomic_write(card_path) as path:
-            # A folder's name need not be text.
-            path.write_text(card, encoding="utf-8", errors="replace")
+    with saving(folder) as is_locked:
+        if is_locked:
+            clear_leftovers(folder, (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME))
+        # The config is written first and renamed last: until both files are complete, the folder
+        # keeps the old pair.
+        with atomic_write(folder / CONFIG_NAME) as path:
+            path.write_text(text, encoding="utf-8")
+            save_safetensors(folder / WEIGHTS_NAME, tensors)
+        card_path = folder / CARD_NAME
+        if was_generated(card_path):
+            card = model_card(
+                var.config,
+                vae.config,
+                model_id or folder.resolve().name,
+                dtype_name(var.head.weight.dtype),
+                config.get("training"),
+            )
+            with atomic_write(card_path) as path:
+                # A folder's name need not be text.
+                path.write_text(card, encoding="utf-8", errors="replace")
 
 
 def check_extra(op: str, extra: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ from variant.checkpoints.sharded import WEIGHTS_NAMES, find_weights, read_weight
 from variant.checkpoints.state_dict_forms import VAR_KEYS, find_state_dict
 from variant.errors import UserError
 from variant.files import save_pickle, save_safetensors
+from variant.folder_lock import saving
 from variant.models.config import VARConfig, VQVAEConfig, check_pair_of_configs
 from variant.models.parts import check_saved
 from variant.models.var import VAR, derived_buffers
@@ -384,7 +385,8 @@ def save_original(
 ) -> None:
     """Write both models as the original repository reads them, derived buffers included.
 
-    Zone weights are left out, with a warning: the file then has the full network, unchanged.
+    Zone weights are left out, with a warning: the file then has the full network, unchanged. Of
+    several saves into the same folders at once, each waits for the one before.
 
     Args:
         var_path, vae_path: names ending in .safetensors are written in that format, names ending in
@@ -410,19 +412,20 @@ def save_original(
             f"{paths[0]} has the full network",
             stacklevel=2,
         )
-    for path, state in (
-        (paths[0], {**var_state, **derived_buffers(var.layout)}),
-        (paths[1], vae.state_dict()),
-    ):
-        if path.suffix in PICKLE_ENDINGS:
-            save_pickle(path, state)
-        else:
-            contiguous = torch.contiguous_format
-            tensors = {
-                k: v.detach().cpu().resolve_neg().clone(memory_format=contiguous)
-                for k, v in state.items()
-            }
-            save_safetensors(path, tensors)
+    with saving(*(path.parent for path in paths)):
+        for path, state in (
+            (paths[0], {**var_state, **derived_buffers(var.layout)}),
+            (paths[1], vae.state_dict()),
+        ):
+            if path.suffix in PICKLE_ENDINGS:
+                save_pickle(path, state)
+            else:
+                contiguous = torch.contiguous_format
+                tensors = {
+                    k: v.detach().cpu().resolve_neg().clone(memory_format=contiguous)
+                    for k, v in state.items()
+                }
+                save_safetensors(path, tensors)
 
 
 def check_ending(op: str, path: Path) -> None:

@@ -27,7 +27,7 @@ def main() -> int:
     sys.unraisablehook = _unraisable
     try:
         try:
-            with one_line_warnings():
+            with one_line_warnings(*sys.argv[1:2]):
                 code = run_command(before_work=signals.raise_in_main_thread)
         finally:
             signals.exit_at_once()

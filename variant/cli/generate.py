@@ -40,10 +40,10 @@ from variant.engine.memory import batch_size, free_bytes
 from variant.engine.planning import depths_of
 from variant.errors import UserError
 from variant.evaluation.sampler import KERNELS, is_same
+from variant.folder_lock import locked_folder
 from variant.models.class_names import labels_of_words
 from variant.models.placement import check_device
 from variant.supernet import VARiant
-from variant.training.folder_lock import locked_folder
 from variant_kernels import CachePlan, DepthSchedule, __version__
 from variant_kernels.arguments import choice, integer
 from variant_kernels.dispatch.support import BACKENDS
@@ -238,7 +238,9 @@ class Work:
         Raises:
             UserError: the folder holds another run, or another process generates into it.
         """
-        with locked_folder(self.command.out, LOCK_NAME, work="generation"):
+        with locked_folder(self.command.out, LOCK_NAME, work="generation") as is_locked:
+            if is_locked:
+                self.target.clear_temporary()
             return self._folder()
 
     def _folder(self) -> list[Result]:
@@ -294,7 +296,6 @@ class Work:
                 f"{command.out}: holds images of an earlier run; give --resume to continue it, "
                 "--overwrite to replace it, or another --out"
             )
-        target.clear_temporary()
         for key, value in settings.items() if recorded is not None else ():
             if recorded is not None and key != "software" and not is_same(recorded, key, value):
                 raise UserError(

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from variant.paths import path_kind, read_json
 SETTINGS_NAME = "generate.json"
 FORMAT = "variant-generate-1"
 IMAGE_NAME = re.compile(r"(?:depth(?P<depth>\d+)_)?(?P<index>\d{5,})_(?:class\d+|null)\.png")
-TEMPORARY_NAME = re.compile(rf"\.{IMAGE_NAME.pattern}\.(?P<pid>\d+)\.tmp")
+TEMPORARY_NAME = re.compile(rf"\.(?:{IMAGE_NAME.pattern}|{re.escape(SETTINGS_NAME)})\.\d+\.tmp")
 
 
 def save_png(path: Path, image: Image, text: Mapping[str, object]) -> None:
@@ -95,19 +96,18 @@ class ImageFolder:
                 yield indices
 
     def clear(self) -> None:
-        """Delete the images and the settings of an earlier run, and what a killed run left."""
+        """Delete the images and the settings of an earlier run."""
         names = [name for name in self._names() if IMAGE_NAME.fullmatch(name)]
         # The settings last: without them nobody knows what the images are.
         for name in (*names, SETTINGS_NAME):
             (self.path / name).unlink(missing_ok=True)
-        self.clear_temporary()
 
     def clear_temporary(self) -> None:
-        """Delete temporary files of images whose process has ended."""
+        """Delete what killed runs left half written; to be called while the folder is locked."""
         for name in self._names():
-            match = TEMPORARY_NAME.fullmatch(name)
-            if match and not _runs(int(match["pid"])):
-                (self.path / name).unlink(missing_ok=True)
+            if TEMPORARY_NAME.fullmatch(name):
+                with suppress(OSError):
+                    (self.path / name).unlink()
 
     def settings(self) -> dict[str, Any] | None:
         """What the images in the folder were generated from; None where that is not recorded.
@@ -148,13 +148,3 @@ class ImageFolder:
 def is_own_name(name: str) -> bool:
     """Whether a run writes files of this name into its folder."""
     return name == SETTINGS_NAME or IMAGE_NAME.fullmatch(name) is not None
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True

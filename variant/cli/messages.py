@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import sys
 import warnings
@@ -23,6 +24,13 @@ OUT_OF_MEMORY = (
 # What a write ends in. Python names no file then; ours are written through ``variant.files``.
 WRITE_ERRORS = {errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT}
 MAX_CHARACTERS = 2000
+QUOTES = "'\""
+# An argument of Python with its value, and classes of the Python API in front of a message.
+KEYWORD = re.compile(
+    r"(?<![\w.=/-])([a-z]\w*)=(True|False|None|torch\.\w+|-?\d+(?:\.\d+)?|'\w+'|\"\w+\")(?![\w/=-])"
+)
+TYPES = re.compile(r" \((?:bool|float|int|list|str|tuple)\)(?=[.;]|$)")
+CLASSES = re.compile(r"^(?:Engine|Sampling|VARiant|VAR|VQVAE)(?:\.\w+)?: ")
 
 
 def one_line(error: Exception, command: str) -> str:
@@ -39,7 +47,7 @@ def one_line(error: Exception, command: str) -> str:
     ):
         return f"{command}: this machine has too little memory for it"
     if isinstance(error, UserError | ValueError | MemoryError) and text:
-        return in_options(text, command)
+        return in_words(text, command)
     return f"{type(error).__name__}: {text} (--debug shows where)"
 
 
@@ -53,11 +61,26 @@ def _place_of(error: OSError, command: str) -> str:
     return "the current folder" if error.errno == errno.ENOENT else command
 
 
-def in_options(text: str, command: str) -> str:
-    """``select_layers: depth must ...`` as ``generate: --depth must ...``, if it has --depth."""
+def in_words(text: str, command: str) -> str:
+    """A message of the Python API in the words of a command.
+
+    ``select_layers: depth must ...`` is ``generate: --depth must ...`` if the command has --depth,
+    ``top_k=1`` is ``--top-k 1``, and ``'foo' (str)`` is ``'foo'``.
+    """
+    own = _options(command)
+    text = _backend_in_options(text, command, own)
+    text = _argument_as_option(text, command, own)
+    text = CLASSES.sub(f"{command}: ", text)
+    text = re.sub(r"(?<=[ (])strict=False (?=leaves)", "in Python, strict=False ", text)
+    return KEYWORD.sub(lambda match: _keyword_as_option(match, own), text)
+
+
+def _argument_as_option(text: str, command: str, own: set[str]) -> str:
     # The prefix is a function or a method; in `r.toml: seed must ...` it is a file.
-    match = re.match(r"(?:(?:[A-Z]\w*\.)?\w+: )?(\w+) (?=must )", text)
-    names, own = (match[1], f"{match[1]}s") if match else (), _options(command)
+    prefix = r"(?:\S+: load_recipe: |(?:(?:[A-Z]\w*\.)?[\w-]+: )?)"
+    match = re.match(prefix + r"(?:--)?([\w-]+) (?=must )", text)
+    argument = match[1].replace("-", "_") if match else ""
+    names = argument, f"{argument}s"
     name = next((name for name in names if name in own), None)
     if match is None or name is None:
         return text
@@ -67,7 +90,45 @@ def in_options(text: str, command: str) -> str:
         remedy = f"; a file as --{schedule} runs other layers untrained" if schedule else ""
         rest = rest.replace(", or a list of layers", "")
         rest = re.sub(r"\. A list of layers, such as \[[\d, ]*\], runs untrained", remedy, rest)
-    return f"{command}: --{name.replace('_', '-')} {rest}"
+    expected, got, value = rest.partition("; got ")
+    value = TYPES.sub("", value)  # which the command line does not choose
+    if re.fullmatch(r"\(-?[\d.]+(?:, -?[\d.]+)*,?\)", value):
+        value = value.strip("(),").replace(",", "")
+    if expected.startswith("must be one of "):
+        expected = expected.replace("'", "")
+    return f"{command}: {_option(name)} {expected}{got}{value}"
+
+
+def _backend_in_options(text: str, command: str, own: set[str]) -> str:
+    """Where a backend that was asked for cannot run an op: what asked for it, and a remedy."""
+    match = re.fullmatch(
+        r'(\w+): backend "(\w+)" cannot run this call: (.*)\. Use backend="auto"', text
+    )
+    if match is None:
+        return text
+    op, backend, reason = match.groups()
+    if os.environ.get("VARIANT_BACKEND") == backend:
+        asked, remedy = f"VARIANT_BACKEND={backend}", "Unset VARIANT_BACKEND"
+    elif "backend" in own:
+        asked, remedy = f"--backend {backend}", "Give --backend auto"
+    else:
+        return text
+    return f"{command}: {asked} cannot run {op}: {reason}. {remedy}"
+
+
+def _keyword_as_option(match: re.Match[str], own: set[str]) -> str:
+    name, value = match.groups()
+    if name not in own:
+        return match[0]
+    if value in ("True", "False"):
+        return _option(name) if value == "True" else f"--no-{_option(name)[2:]}"
+    if value == "None":
+        return f"no {_option(name)}"
+    return f"{_option(name)} {value.removeprefix('torch.').strip(QUOTES)}"
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _options(command: str) -> set[str]:
@@ -88,8 +149,12 @@ def plain(text: str) -> str:
 
 
 @contextmanager
-def one_line_warnings() -> Iterator[None]:
-    """Within the block a warning, of ours or of a library, is one line on standard error."""
+def one_line_warnings(command: str = "") -> Iterator[None]:
+    """Within the block a warning, of ours or of a library, is one line on standard error.
+
+    Args:
+        command: as in :func:`one_line`.
+    """
     before = warnings.showwarning
 
     def show(
@@ -101,7 +166,8 @@ def one_line_warnings() -> Iterator[None]:
         line: str | None = None,
     ) -> Any:
         with suppress(OSError):
-            print(f"variant: warning: {plain(str(message))}", file=file or sys.stderr)
+            text = in_words(plain(str(message)), command)
+            print(f"variant: warning: {text}", file=file or sys.stderr)
 
     warnings.showwarning = show
     try:

@@ -35,6 +35,7 @@ from variant.cli.search_record import record
 from variant.cli.words import command_line
 from variant.errors import UserError
 from variant.files import atomic_write
+from variant.folder_lock import clear_leftovers, locked_folder
 from variant.models.placement import check_device
 from variant.paths import path_kind, shown
 from variant.schedule_files import save_schedule
@@ -42,7 +43,6 @@ from variant.search.compare import SAME, Row
 from variant.search.costs import KINDS
 from variant.search.tree import Result
 from variant.supernet import VARiant
-from variant.training.folder_lock import clear_leftovers, locked_folder
 from variant_kernels.arguments import integer
 from variant_kernels.plans.depth_schedule import schedule_name
 from variant_kernels.wording import counted

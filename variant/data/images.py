@@ -316,10 +316,10 @@ class FolderData:
         self.num_train, self.num_held_out = len(self.paths), len(self.held_out_paths)
         self.classes, self.num_classes = classes, len(classes)
         self.classes_from = f"sub-folders of {shown(section.train)}"
-        self.train_labels = torch.tensor(labels)
+        self.train_labels = torch.tensor(labels, device="cpu")
         order = np.random.default_rng(HELD_OUT_SEED).permutation(self.num_held_out)
         self.held_out_paths = [self.held_out_paths[index] for index in order]
-        self.held_out_labels = torch.tensor(held_out_labels)[torch.from_numpy(order)]
+        self.held_out_labels = torch.tensor(held_out_labels, device="cpu")[torch.from_numpy(order)]
         self._bad: list[BadItem] = []
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 

@@ -87,7 +87,11 @@ class CastModels:
         return None if self._graphs is None else self._graphs[1].graphs
 
     def refresh(self) -> None:
-        """Casts the weights again at the next call: needed after a change through ``.data``."""
+        """Casts the weights again at the next call.
+
+        Needed after a change that torch does not record: through ``.data``, or by an optimizer's
+        step in the replay of a CUDA graph.
+        """
         with self._lock:
             self._cast = self._graphs = None
 

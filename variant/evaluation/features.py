@@ -20,6 +20,7 @@ from variant.errors import UserError
 from variant.evaluation.dinov2 import STANDARD, DINOv2, size_of
 from variant.evaluation.inception import Inception2015
 from variant.files import read_pickle
+from variant.models.placement import in_usual_defaults
 from variant.named_functions import called, module_sha256, named_function
 from variant.paths import file_sha256, open_regular, shown
 from variant_kernels.arguments import choice
@@ -63,6 +64,7 @@ class FeatureNetwork:
     num_classes: int | None = None
 
 
+@in_usual_defaults
 def load_network(
     name: str, weights: str | os.PathLike[str] | None = None, device: str = "cpu"
 ) -> FeatureNetwork:

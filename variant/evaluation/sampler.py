@@ -37,8 +37,8 @@ from variant.engine.kv_dtype import KVDtype
 from variant.errors import UserError
 from variant.evaluation.image_sets import read_npy
 from variant.files import atomic_write
+from variant.folder_lock import clear_leftovers, locked_folder, saving
 from variant.paths import open_regular, path_kind, read_json, shown
-from variant.training.folder_lock import clear_leftovers, locked_folder
 from variant_kernels import DepthSchedule
 from variant_kernels.arguments import integer
 
@@ -277,7 +277,8 @@ def sample(
     with locked_folder(files.folder, f".variant-sample-{rank}.lock", work="sampling"):
         if files.form == "npz" and path_kind(files.out) is not None:  # just now, by another rank
             return 0
-        _start(files, settings)
+        with saving(files.folder):  # of ranks that begin at once, one records the settings
+            _start(files, settings)
         files.clear_temporary(rank, world_size)
         own = [unit for unit in files.units() if unit[0] % world_size == rank]
         total = sum(len(images) for _, images in own)

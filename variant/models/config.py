@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic_core import PydanticCustomError
 
 from variant.models.class_names import check_class_names
-from variant.models.ranges import bound_text, check_ranges, hints_of
+from variant.models.ranges import Within, bound_text, check_ranges, hints_of, numbers_within
 from variant_kernels.arguments import (
     boolean,
     choice,
@@ -55,7 +55,7 @@ LIMITS = {
     "share_quant_resi": 32,
     "quant_conv_ks": 31,
     "in_channels": 3,
-    "beta": 1e6,
+    "beta": 10**6,
 }
 MAX_SHOWN = 120  # characters of a value in a message
 
@@ -202,15 +202,11 @@ class _Plain:
         if not holds:
             raise ValueError(f"{type(self).__name__}: {what}; got {shown(got)}")
 
-    def _check_integers(self, **lowest: int) -> None:
-        """Check fields against their lowest values and LIMITS; numbers of numpy become ints."""
-        for name, low in lowest.items():
-            value = integer(type(self).__name__, name, getattr(self, name), low, LIMITS[name])
-            object.__setattr__(self, name, value)
-
-    def _check_reals(self, **ranges: tuple[float, float]) -> None:
-        for name, (low, high) in ranges.items():
-            value = real(type(self).__name__, name, getattr(self, name), low, high)
+    def _check_numbers(self) -> None:
+        """Check numbers against the ranges of their types; those of numpy become Python's."""
+        for name, (kind, within) in numbers_within(type(self)).items():
+            check: Any = integer if kind is int else real
+            value = check(type(self).__name__, name, getattr(self, name), within.low, within.high)
             object.__setattr__(self, name, value)
 
     def _integers(self, name: str, longest: int) -> tuple[int, ...]:
@@ -270,19 +266,19 @@ class VARConfig(_Plain):
         ValueError: a value out of range (LIMITS), naming it.
     """
 
-    depth: Integer
-    embed_dim: Integer
-    num_heads: Integer
-    num_classes: Integer
+    depth: Annotated[Integer, Within(1, LIMITS["depth"])]
+    embed_dim: Annotated[Integer, Within(1, LIMITS["embed_dim"])]
+    num_heads: Annotated[Integer, Within(1, LIMITS["num_heads"])]
+    num_classes: Annotated[Integer, Within(1, LIMITS["num_classes"])]
     patch_nums: tuple[Integer, ...]
-    vocab_size: Integer
-    vae_channels: Integer
-    mlp_ratio: Real = 4.0
-    norm_eps: Real = 1e-6
+    vocab_size: Annotated[Integer, Within(1, LIMITS["vocab_size"])]
+    vae_channels: Annotated[Integer, Within(1, LIMITS["vae_channels"])]
+    mlp_ratio: Annotated[Real, Within(0, LIMITS["mlp_ratio"])] = 4.0
+    norm_eps: Annotated[Real, Within(0, 1)] = 1e-6
     shared_aln: bool = False
     attn_l2_norm: bool = True
-    cond_drop_rate: Real = 0.1
-    drop_path_rate: Real = 0.0
+    cond_drop_rate: Annotated[Real, Within(0, 1)] = 0.1
+    drop_path_rate: Annotated[Real, Within(0, 1)] = 0.0
     subnets: dict[IntegerKey, tuple[Integer, ...]] = field(default_factory=dict)
     bridge: Integer | None = None
     zone_weights: ZoneKind = "shared"
@@ -291,15 +287,7 @@ class VARConfig(_Plain):
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self._check_integers(
-            depth=1, embed_dim=1, num_heads=1, num_classes=1, vocab_size=1, vae_channels=1
-        )
-        self._check_reals(
-            mlp_ratio=(0, LIMITS["mlp_ratio"]),
-            norm_eps=(0, 1),
-            cond_drop_rate=(0, 1),
-            drop_path_rate=(0, 1),
-        )
+        self._check_numbers()
         self._check_patch_nums()
         head_dim = self.embed_dim / self.num_heads
         self._require(
@@ -380,43 +368,34 @@ class VQVAEConfig(_Plain):
         ch_mult: channels at each resolution, in units of ch; each resolution after the first halves
             the image.
         num_res_blocks: residual blocks per resolution (one more in the decoder).
-        patch_nums: sides of the token maps; the last is the side of the feature map.
+        patch_nums: ascending sides of the token maps; the last is the side of the feature map.
         share_quant_resi: residual convolutions shared by the scales: 1 for one, 0 for one per
             scale.
         quant_resi: weight of a residual convolution; the identity has the rest. 0 for none.
         quant_conv_ks: kernel size of the convolutions before and after the quantiser (odd).
         using_znorm: the nearest code by cosine, not by Euclidean distance.
         beta: weight of the commitment loss.
-        in_channels: image channels, 1 or 3.
+        in_channels: image channels.
     Raises:
         TypeError: a value that is no number where there must be one.
         ValueError: a value out of range (LIMITS), naming it.
     """
 
-    vocab_size: Integer
-    z_channels: Integer
-    ch: Integer
-    ch_mult: tuple[Integer, ...] = (1, 1, 2, 2, 4)
-    num_res_blocks: Integer = 2
-    patch_nums: tuple[Integer, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-    share_quant_resi: Integer = 4
-    quant_resi: Real = 0.5
-    quant_conv_ks: Integer = 3
+    vocab_size: Annotated[Integer, Within(1, LIMITS["vocab_size"])]
+    z_channels: Annotated[Integer, Within(1, LIMITS["z_channels"])]
+    ch: Annotated[Integer, Within(1, LIMITS["ch"])]
+    ch_mult: tuple[Annotated[Integer, Within(1, LIMITS["ch_mult"])], ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: Annotated[Integer, Within(1, LIMITS["num_res_blocks"])] = 2
+    patch_nums: tuple[Annotated[Integer, Within(1)], ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    share_quant_resi: Annotated[Integer, Within(0, LIMITS["share_quant_resi"])] = 4
+    quant_resi: Annotated[Real, Within(0, 1)] = 0.5
+    quant_conv_ks: Annotated[Integer, Within(1, LIMITS["quant_conv_ks"])] = 3
     using_znorm: bool = False
-    beta: Real = 0.25
-    in_channels: Integer = 3
+    beta: Annotated[Real, Within(0, LIMITS["beta"])] = 0.25
+    in_channels: Annotated[Integer, Within(1, LIMITS["in_channels"], "1 or 3")] = 3
 
     def __post_init__(self) -> None:
-        self._check_integers(
-            vocab_size=1,
-            z_channels=1,
-            ch=1,
-            num_res_blocks=1,
-            share_quant_resi=0,
-            quant_conv_ks=1,
-            in_channels=1,
-        )
-        self._check_reals(quant_resi=(0, 1), beta=(0, LIMITS["beta"]))
+        self._check_numbers()
         self._check_patch_nums()
         object.__setattr__(self, "ch_mult", self._integers("ch_mult", int(LIMITS["resolutions"])))
         self._require(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from types import UnionType
 from typing import Annotated, Any, TypeAlias, Union, get_args, get_origin, get_type_hints
@@ -23,6 +24,20 @@ Share: TypeAlias = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 ShareBelowOne: TypeAlias = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Count: TypeAlias = Annotated[int, Field(ge=1)]
 CountOrZero: TypeAlias = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class Within:
+    """In an ``Annotated`` type: a range that a section checks itself, beside others of its own.
+
+    low, high: of the number, both included; None has no bound here.
+    words: in place of these in :func:`range_text`, where they are not all, or depend on other keys.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    words: str = ""
+
 
 # pydantic's kinds of errors, and the name of the bound in their context.
 BOUNDS = {
@@ -64,6 +79,9 @@ def hints_of(kind: type) -> dict[str, Any]:
 
 def range_text(hint: Any) -> str:
     """The range of a type in words of mathematics: ``>= 1``, ``in [0, 1)``; empty without one."""
+    words = next((within.words for within in _within(hint) if within.words), None)
+    if words is not None:
+        return words
     limits = {sign.strip(): limit for sign, limit in _limits(hint)}
     low = next((sign for sign in (">", ">=") if sign in limits), None)
     high = next((sign for sign in ("<", "<=") if sign in limits), None)
@@ -72,6 +90,26 @@ def range_text(hint: Any) -> str:
         return f"in {opening}{_number(limits[low])}, {_number(limits[high])}{closing}"
     sign = low or high
     return f"{sign} {_number(limits[sign])}" if sign else ""
+
+
+@cache
+def numbers_within(kind: type) -> dict[str, tuple[type, Within]]:
+    """The numbers of a dataclass whose types have a :class:`Within`: int or float, and it."""
+    return {
+        name: (get_args(hint)[0], within)
+        for name, hint in hints_of(kind).items()
+        if get_origin(hint) is Annotated
+        for within in _within(hint)
+    }
+
+
+def _within(hint: Any) -> Iterator[Within]:
+    """Every :class:`Within` of a type and of the types in it."""
+    for part in get_args(hint):
+        if isinstance(part, Within):
+            yield part
+        else:
+            yield from _within(part)
 
 
 def _violations(hint: Any, value: Any) -> Iterator[tuple[str, Any]]:
@@ -101,6 +139,11 @@ def _limits(hint: Any) -> Iterator[tuple[str, float]]:
             yield from _limits(part)
         return
     for field in get_args(hint)[1:]:
+        if isinstance(field, Within):
+            if field.low is not None:
+                yield ">= ", field.low
+            if field.high is not None:
+                yield "<= ", field.high
         for rule in field.metadata if isinstance(field, FieldInfo) else ():
             for kind, sign, name in (
                 (annotated_types.Gt, "> ", "gt"),

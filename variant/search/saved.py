@@ -150,7 +150,7 @@ class SavedLosses:
             values = self.known | self.partial
             prefixes = list(values)
             layers_PKD = torch.zeros(
-                len(prefixes), self.num_scales, self.full_depth, dtype=torch.uint8
+                len(prefixes), self.num_scales, self.full_depth, dtype=torch.uint8, device="cpu"
             )
             for row, prefix in enumerate(prefixes):
                 for scale, layers in enumerate(prefix):

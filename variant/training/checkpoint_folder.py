@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from variant.errors import UserError
-from variant.files import read_pickle, sync
+from variant.files import read_pickle, sync, temporary_name
 from variant.paths import file_sha256, open_regular, path_kind, read_text
 
 CONTENTS_NAME = "contents.pt"
@@ -206,7 +206,7 @@ def remove_folder(folder: Path) -> None:
     """
     if path_kind(folder) is None:
         return
-    leaving = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    leaving = temporary_name(folder)
     os.replace(folder, leaving)
     shutil.rmtree(leaving, ignore_errors=True)
 
@@ -222,7 +222,7 @@ def link(path: Path, name: Path) -> None:
     try:
         os.link(os.path.realpath(path), name)
     except OSError:
-        temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+        temporary = temporary_name(name)
         try:
             shutil.copyfile(path, temporary)
             sync(temporary)

@@ -25,6 +25,7 @@ from variant.checkpoints.model_folder import load_state
 from variant.data.images import ImageData, epoch_order
 from variant.errors import UserError
 from variant.files import atomic_write, read_safetensors, write_safetensors
+from variant.folder_lock import saving
 from variant.models.class_names import check_class_names
 from variant.models.config import STRICT, parse_dataclass, require_plain_numbers
 from variant.models.pixels import checked_images, to_uint8
@@ -169,10 +170,11 @@ def held_out_accuracy(classifier: Classifier, data: ImageData, batch: int = 500)
 
 def save_classifier(path: Path, classifier: Classifier, record: ClassifierRecord) -> None:
     """Write the weights, and the record beside them as ``.json``.  Raises: UserError."""
-    with atomic_write(path) as temporary:
-        write_safetensors(temporary, classifier.state_dict())
-    with atomic_write(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(record.__dict__, indent=1) + "\n")
+    with saving(path.parent):
+        with atomic_write(path) as temporary:
+            write_safetensors(temporary, classifier.state_dict())
+        with atomic_write(path.with_suffix(".json")) as temporary:
+            temporary.write_text(json.dumps(record.__dict__, indent=1) + "\n")
 
 
 def read_classifier(path: str | os.PathLike[str]) -> tuple[Classifier, ClassifierRecord]:

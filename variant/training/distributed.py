@@ -61,7 +61,7 @@ class Ranks:
         """The sum of each value over all ranks, bit-equal on every rank."""
         if self.size == 1:
             return list(values)
-        own = torch.tensor(values, dtype=torch.float64)
+        own = torch.tensor(values, dtype=torch.float64, device="cpu")
         gathered = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(gathered, own)
         # Added in the order of the ranks: sums inside the operation may differ between ranks.
@@ -79,7 +79,7 @@ class Ranks:
         """The largest of each value over all ranks."""
         if self.size == 1:
             return list(values)
-        tensor = torch.tensor(values)
+        tensor = torch.tensor(values, device="cpu")
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
 
@@ -101,7 +101,7 @@ class Ranks:
             return
         number = int.from_bytes(hashlib.sha256(value.encode()).digest()[:7], "big")
         # One operation for both: the least number is minus the largest of the negated ones.
-        limits = torch.tensor((number, -number))
+        limits = torch.tensor((number, -number), device="cpu")
         dist.all_reduce(limits, dist.ReduceOp.MAX)
         if limits[0] == -limits[1]:
             return

@@ -33,6 +33,8 @@ class GradientNorms:
         norms = {}
         for name, (parameters, count) in self._groups.items():
             gradients = [p.grad for p in parameters if p.grad is not None]
-            norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+            norm = (
+                nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device="cpu")
+            )
             norms[name] = unsharded(norm) / math.sqrt(count)
         return norms

@@ -90,7 +90,10 @@ class LossScaler(torch.amp.GradScaler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, also one of torch's GradScaler; a scale above the cap becomes the cap."""
         state = {"skipped": 0, "skipped_in_row": 0, **state_dict}
-        counts = [torch.tensor(int(state.pop(name))) for name in ("skipped", "skipped_in_row")]
+        counts = [
+            torch.tensor(int(state.pop(name)), device="cpu")
+            for name in ("skipped", "skipped_in_row")
+        ]
         if self.is_enabled():
             super().load_state_dict(state | {"scale": min(state["scale"], CAP)})
             self._skipped, self._in_row = counts

@@ -18,6 +18,7 @@ from variant.data.sources import classes_problem, data_inputs, differing_classes
 from variant.data.token_source import TokenSource
 from variant.engine.memory import check_fits
 from variant.errors import UserError
+from variant.folder_lock import clear_leftovers, locked_folder
 from variant.models.parameter_count import var_parameters, vqvae_parameters
 from variant.paths import path_kind
 from variant.training.checkpoint_contents import check_epochs
@@ -25,7 +26,6 @@ from variant.training.checkpoint_files import CheckpointFiles
 from variant.training.checkpointer import Checkpointer
 from variant.training.classifier import RUN_NAME
 from variant.training.distributed import Ranks, device_of_rank
-from variant.training.folder_lock import clear_leftovers, locked_folder
 from variant.training.metrics import MetricsFile
 from variant.training.optim import OptimSection
 from variant.training.parallel import chosen_mode

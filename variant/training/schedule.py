@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from pydantic import ConfigDict
@@ -23,7 +23,7 @@ from variant.models.config import (
     require,
     require_plain_numbers,
 )
-from variant.models.ranges import CountOrZero, Positive, Share
+from variant.models.ranges import CountOrZero, Positive, Share, Within
 from variant_kernels.arguments import integers, shown
 from variant_kernels.plans.depth_schedule import DepthSchedule, Selection
 
@@ -33,6 +33,11 @@ JOINT_EPOCHS = 5
 TRANSITION_EPOCHS = 15
 
 Subnet = TypeVar("Subnet")
+# Their bounds are those of the model, and are checked with it.
+Bridge: TypeAlias = Annotated[int, Within(words="in [0, number of scales]")]
+DepthOrLayer: TypeAlias = Annotated[
+    int, Within(words="depths in [2, model.depth] or layers in [0, model.depth - 1]")
+]
 
 
 @dataclass(frozen=True)
@@ -175,8 +180,8 @@ class ScheduleSection:
     zone_adaln: with "lora": train an adaLN projection of the zone too.
     """
 
-    depths: tuple[int, ...]
-    bridge: int
+    depths: tuple[Annotated[int, Within(words="in [2, model.depth]")], ...]
+    bridge: Bridge
     selection: Selection = "nested"
     joint_probability: Share = 0.2
     final_probability: Share = 1.0
@@ -184,8 +189,8 @@ class ScheduleSection:
     transition: CountOrZero | None = None
     refinement: CountOrZero | None = None
     phases: Literal["planned", "auto"] = "planned"
-    bridges: tuple[int, ...] = ()
-    schedules: tuple[tuple[int | tuple[int, ...], ...], ...] = ()
+    bridges: tuple[Bridge, ...] = ()
+    schedules: tuple[tuple[DepthOrLayer | tuple[DepthOrLayer, ...], ...], ...] = ()
     teacher: Literal["none", "frozen", "ema"] = "none"
     teacher_weight: Positive = 1.0
     zone_weights: ZoneKind = "shared"

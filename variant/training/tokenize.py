@@ -46,11 +46,11 @@ from variant.data.sources import classes_problem, open_source
 from variant.engine.memory import check_fits
 from variant.errors import UserError
 from variant.files import atomic_write
+from variant.folder_lock import locked_folder, saving
 from variant.models.parameter_count import vqvae_parameters
 from variant.models.vqvae import VQVAE
 from variant.paths import foreign_name, path_kind, shown
 from variant.training.distributed import local_rank
-from variant.training.folder_lock import locked_folder
 from variant.training.initial_weights import find_vae, is_tokenizer, load_vae, tokenizer_sha256
 from variant.training.recipe import Recipe
 from variant.training.torch_modes import modes_of_a_new_process
@@ -166,7 +166,10 @@ def tokenize(
     vae = load_vae(recipe, weights)
     wanted = _manifest(recipe, source, passes, tokenizer_sha256(vae), shard_size)
     with locked_folder(out, f".variant-tokenize-{rank}.lock", work="tokenization") as is_locked:
-        wanted = _check_folder(out, wanted, lambda found: is_tokenizer(found, vae, weights), rank)
+        with saving(out):  # of ranks that begin at once, one writes the manifest
+            wanted = _check_folder(
+                out, wanted, lambda found: is_tokenizer(found, vae, weights), rank
+            )
         mine = list(wanted.files())[rank::world_size]
         if is_locked:
             _clear_leftovers(out, {name for name, _, _ in mine}, rank)
@@ -278,7 +281,7 @@ def _finish(out: Path, wanted: Manifest, rank: int, bad: BadItems) -> int:
 
 
 def _write_manifest(out: Path, manifest: Manifest, rank: int) -> None:
-    # By a name of its own: processes on several machines may have the same number.
+    # By a name of its own: what a killed process left is told from what another rank writes.
     own = out / _own_manifest(rank)
     with atomic_write(own) as temporary:
         temporary.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n", "utf-8")

@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from variant.models.placement import usual_defaults
+
 AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
@@ -17,15 +19,11 @@ def modes_of_a_new_process() -> Iterator[None]:
     Gradients are recorded, outside ``torch.inference_mode()`` and ``torch.autocast``; new tensors
     are float32, on the CPU. A training in a notebook is then that of the command line.
     """
-    dtype = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for device in AUTOCAST_DEVICES:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        if torch.get_default_device().type != "cpu":  # the mode slows every call of torch
-            stack.enter_context(torch.device("cpu"))
-        stack.callback(torch.set_default_dtype, dtype)
-        torch.set_default_dtype(torch.float32)
+        stack.enter_context(usual_defaults())
         yield

@@ -85,7 +85,7 @@ class VARTask(Task):
         self._flop: dict[DepthSchedule, int] = {}
         self.teacher: Teacher | None = None
         self._copies_CNL: Tensor | None = None
-        self._labels_N = torch.empty(0, dtype=torch.int64)
+        self._labels_N = torch.empty(0, dtype=torch.int64, device="cpu")
 
     @property
     def note(self) -> str | None:

@@ -43,7 +43,8 @@ def patch(
         bridge: first scales that run every layer; None is 6 of 10, in proportion.
         keep_copies: under autocast weights are cast once per generation and the copies are freed at
             its end. True keeps them, which is faster but takes that memory; a weight that is then
-            changed through ``.data`` is not cast again, because torch does not record the change.
+            changed through ``.data``, or by an optimizer's step in the replay of a CUDA graph, is
+            not cast again, because torch does not record the change.
     Returns:
         :class:`Handle`; also a context manager.
     Raises:

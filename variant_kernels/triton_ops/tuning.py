@@ -143,9 +143,10 @@ def best(
         _chosen_configs[identity] = chosen
         _nearest_configs.clear()
         return chosen
-    if identity not in _nearest_configs:
-        _nearest_configs[identity] = _nearest(kernel, configs, key, device)
-    return _nearest_configs[identity]
+    nearest = _nearest_configs.get(identity)
+    if nearest is None:  # another thread, whose choice is new, may drop all of them at any time
+        nearest = _nearest_configs[identity] = _nearest(kernel, configs, key, device)
+    return nearest
 
 
 def clear_choices() -> None:

@@ -7,17 +7,18 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from variant import folder_lock
 from variant.errors import UserError
-from variant.training import folder_lock
-from variant.training.folder_lock import LOCK_NAME, clear_leftovers, locked_folder
+from variant.folder_lock import LOCK_NAME, clear_leftovers, locked_folder, saving
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from variant.training.folder_lock import locked_folder
+from variant.folder_lock import locked_folder
 with locked_folder(Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(60)
@@ -36,6 +37,84 @@ def test_a_second_training_is_refused_at_once_in_one_line(tmp_path):
         assert "\n" not in str(caught.value)
     with locked_folder(tmp_path) as is_locked:
         assert is_locked
+
+
+def test_a_save_waits_for_the_one_before(tmp_path):
+    order, inside = [], threading.Event()
+
+    def save():
+        inside.set()
+        with saving(tmp_path / "folder"):
+            order.append("second")
+
+    with saving(tmp_path / "folder") as is_locked:
+        assert is_locked
+        thread = threading.Thread(target=save)
+        thread.start()
+        inside.wait()
+        thread.join(0.05)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def test_saves_into_two_folders_never_wait_for_each_other(tmp_path):
+    """They remove the folders, which stay empty, while others are about to lock them."""
+    pairs = (tmp_path / "a", tmp_path / "b"), (tmp_path / "b", tmp_path / "a", tmp_path / "a")
+    saves = []
+
+    def save(folders):
+        for _ in range(20):
+            with saving(*folders):
+                saves.append(threading.get_ident())
+                time.sleep(0)
+
+    threads = [threading.Thread(target=save, args=(pair,), daemon=True) for pair in pairs * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert len(saves) == 4 * 20
+
+
+def test_a_long_wait_is_told(tmp_path, monkeypatch):
+    told, held = threading.Event(), threading.Event()
+    texts = []
+
+    def hold():
+        with saving(tmp_path):
+            held.set()
+            told.wait(20)
+
+    def warn(text, *rest, **options):
+        texts.append(text)
+        told.set()
+
+    monkeypatch.setattr(folder_lock, "PATIENCE", 0.01)
+    monkeypatch.setattr(folder_lock.warnings, "warn", warn)
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    with saving(tmp_path) as is_locked:
+        assert is_locked
+    thread.join()
+    assert texts == [
+        f"{tmp_path}: another saving process is writing into this folder (process {os.getpid()}); "
+        "waiting for its end"
+    ]
+
+
+def test_a_save_within_a_save_of_its_thread_is_refused_and_does_not_wait_for_itself(tmp_path):
+    """As where a signal comes during a save, and its handler saves too."""
+    with (
+        saving(tmp_path),
+        pytest.raises(UserError, match="this thread is writing into this folder already"),
+        saving(tmp_path),
+    ):
+        pytest.fail("two at once")
+    with saving(tmp_path):
+        pass
 
 
 def test_another_name_of_the_folder_is_the_same_folder(tmp_path):
@@ -159,6 +238,20 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, name):
         locked_folder(tmp_path / name),
     ):
         pytest.fail("locked")
+
+
+def test_a_save_into_what_is_no_path_is_one_line(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    for folder in (Path("out"), tmp_path / "a\0b", tmp_path / ("x" * 5000)):
+        with pytest.raises(UserError, match="cannot be written: ") as caught, saving(folder):
+            pytest.fail("saved")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="cannot be written: No such"), locked_folder(Path("out")):
+        pytest.fail("locked")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("call", ["ftruncate", "pwrite"])
