@@ -14,6 +14,7 @@ VARIANT = (
     "errors",
     "paths",
     "named_functions",
+    "torch_modes",
     "models",
     "tensor_files",
     "files",

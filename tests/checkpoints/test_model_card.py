@@ -150,6 +150,8 @@ def test_from_pretrained_passes_on_the_hubs_options(tmp_path, monkeypatch):
         "model.safetensors.index.json",
         "model-*.safetensors",
         "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "pytorch_model-*.bin",
     ]
     VARiant.from_pretrained("someone/small", subfolder="a/b/.")
     assert request["allow_patterns"][3] == "a/b/model-*.safetensors"

@@ -1,4 +1,4 @@
-"""A caller's default device and dtype change no measurement; after it they are as before."""
+"""A caller's default device and dtype, and autocast, change no measurement."""
 
 import pytest
 import torch
@@ -10,7 +10,6 @@ from variant.bench.roofline import measure_peaks
 from variant.data.sources import open_data
 from variant.evaluation.features import load_network
 from variant.evaluation.report import evaluate
-from variant.models.placement import in_usual_defaults
 
 
 @pytest.fixture
@@ -31,11 +30,13 @@ def test_work_that_makes_models_takes_the_usual_defaults(function, odd_defaults,
 
     def look(*arguments, **options):
         seen.append((torch.zeros(1).dtype, torch.zeros(1).device.type))
+        seen.append(torch.is_autocast_enabled("cpu"))
 
-    # The decorated function is the only cell that the wrapper closes over.
-    monkeypatch.setattr(function.__closure__[0], "cell_contents", look)
-    function()
-    assert seen == [(torch.float32, "cpu")]
+    decorated = function.__code__.co_freevars.index("func")
+    monkeypatch.setattr(function.__closure__[decorated], "cell_contents", look)
+    with torch.autocast("cpu", torch.bfloat16):
+        function()
+    assert seen == [(torch.float32, "cpu"), False]
 
 
 def test_labels_of_a_folder_are_on_the_cpu(recipe, odd_defaults):
@@ -43,13 +44,3 @@ def test_labels_of_a_folder_are_on_the_cpu(recipe, odd_defaults):
     labels = data.held_out(range(2))[1]
     assert (labels.device.type, data.train_labels.device.type) == ("cpu", "cpu")
     assert data.train_labels.tolist() == [0] * 12 + [1] * 12
-
-
-def test_the_defaults_come_back_after_an_error(odd_defaults):
-    def fail():
-        assert (torch.zeros(1).dtype, torch.zeros(1).device.type) == (torch.float32, "cpu")
-        raise KeyError
-
-    with pytest.raises(KeyError):
-        in_usual_defaults(fail)()
-    assert (torch.zeros(1).dtype, torch.zeros(1).device.type) == (torch.float64, "meta")

@@ -5,8 +5,8 @@ import torch
 from tiny_runs import CPU, quiet, trained_vae
 
 from variant.files import read_safetensors
+from variant.torch_modes import modes_of_a_new_process
 from variant.training import classifier, tokenize, vae_task, var_task
-from variant.training.torch_modes import modes_of_a_new_process
 from variant.training.vae_task import train_vae
 from variant.training.var_task import train_var
 

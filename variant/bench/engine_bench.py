@@ -27,9 +27,9 @@ from variant.engine.generation import Generation, Stats
 from variant.evaluation.kv_error import IMAGES as GREEDY_IMAGES
 from variant.evaluation.kv_error import greedy_change
 from variant.models.flops import attention_flop, ceiling, linear_flop, weight_bytes
-from variant.models.placement import in_usual_defaults
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
+from variant.torch_modes import modes_of_a_new_process
 from variant_kernels import DepthSchedule
 from variant_kernels.dispatch.request import dtype_name
 
@@ -524,7 +524,7 @@ def count_samples(setting: BenchConfig, full_depth: int, device: str = "cpu") ->
     return (2 * len(depths) + peers + eight) * (setting.runs + 1)
 
 
-@in_usual_defaults
+@modes_of_a_new_process()
 def measure(
     var: VAR, vae: VQVAE, setting: BenchConfig, on_sample: Callable[[str], None] = lambda name: None
 ) -> dict[str, Any]:

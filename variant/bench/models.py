@@ -6,13 +6,13 @@ import torch
 
 from variant.checkpoints.named_configs import configs_of as configs
 from variant.checkpoints.named_configs import is_preset
-from variant.models.placement import in_usual_defaults
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.supernet import VARiant
+from variant.torch_modes import modes_of_a_new_process
 
 
-@in_usual_defaults
+@modes_of_a_new_process()
 def build(name: str, device: str = "cpu") -> tuple[VAR, VQVAE]:
     """A model by name, float32, on ``device``.
 

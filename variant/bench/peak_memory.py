@@ -23,7 +23,7 @@ from variant.bench.device import autocast
 from variant.bench.models import build, configs
 from variant.engine.engine import Engine
 from variant.errors import UserError
-from variant.models.placement import in_usual_defaults
+from variant.torch_modes import modes_of_a_new_process
 
 STATUS = Path("/proc/self/status")
 
@@ -85,7 +85,7 @@ def in_use(device: str, most: bool) -> int:
     return resident("VmHWM" if most else "VmRSS")
 
 
-@in_usual_defaults
+@modes_of_a_new_process()
 def run(job: Job) -> dict[str, int]:
     """One generation in this process."""
     torch.set_num_threads(job.threads)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from variant.bench.interleaved import Call, time_interleaved
-from variant.models.placement import in_usual_defaults
+from variant.torch_modes import modes_of_a_new_process
 from variant_kernels.dispatch.request import dtype_name
 
 # Rows, inputs, outputs: the first MLP layer of VAR-d16 on the last scale with guidance.
@@ -43,7 +43,7 @@ class Peaks:
         return (compute, "compute") if compute > memory else (memory, "memory")
 
 
-@in_usual_defaults
+@modes_of_a_new_process()
 def measure_peaks(
     device: str = "cpu", dtypes: Sequence[torch.dtype] = (torch.float32,), *, quick: bool = False
 ) -> Peaks:

@@ -20,9 +20,9 @@ from variant.errors import UserError
 from variant.evaluation.dinov2 import STANDARD, DINOv2, size_of
 from variant.evaluation.inception import Inception2015
 from variant.files import read_pickle
-from variant.models.placement import in_usual_defaults
 from variant.named_functions import called, module_sha256, named_function
 from variant.paths import file_sha256, open_regular, shown
+from variant.torch_modes import modes_of_a_new_process
 from variant_kernels.arguments import choice
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -64,7 +64,7 @@ class FeatureNetwork:
     num_classes: int | None = None
 
 
-@in_usual_defaults
+@modes_of_a_new_process()
 def load_network(
     name: str, weights: str | os.PathLike[str] | None = None, device: str = "cpu"
 ) -> FeatureNetwork:

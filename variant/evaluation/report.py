@@ -32,7 +32,7 @@ from variant.evaluation.image_sets import ImageSet, Reference
 from variant.evaluation.intervals import student_quantile
 from variant.evaluation.paired import check_pairs, warn_of_order
 from variant.evaluation.scores import NEIGHBOURS, SPLIT, inception_score, precision_recall
-from variant.models.placement import in_usual_defaults
+from variant.torch_modes import modes_of_a_new_process
 from variant_kernels.arguments import integer
 from variant_kernels.wording import counted
 
@@ -134,7 +134,7 @@ def extract(
     )
 
 
-@in_usual_defaults
+@modes_of_a_new_process()
 def evaluate(
     images: ImageSet,
     reference: Reference,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import wraps
-from typing import Any, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -19,38 +17,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WEIGHT_DTYPES = (*DTYPES, torch.float64)
 # Other names of torch for the same dtypes.
 SHORT_NAMES = {"float": "float32", "half": "float16", "double": "float64"}
-
-Call = TypeVar("Call", bound=Callable[..., Any])
-
-
-@contextmanager
-def usual_defaults() -> Iterator[None]:
-    """Within the block new tensors are float32 and on the CPU, whatever the caller's defaults are.
-
-    For work that makes models of its own, as a training. torch's default dtype is that of all
-    threads.
-    """
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    if dtype == torch.float32 and device.type == "cpu":
-        yield  # a device in a block would cost time at every call of torch
-        return
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-
-
-def in_usual_defaults(function: Call) -> Call:
-    """Runs a function within :func:`usual_defaults`."""
-
-    @wraps(function)
-    def run(*arguments: Any, **options: Any) -> Any:
-        with usual_defaults():
-            return function(*arguments, **options)
-
-    return cast("Call", run)
 
 
 def check_dtype(

@@ -31,7 +31,7 @@ from variant.models.config import STRICT, parse_dataclass, require_plain_numbers
 from variant.models.pixels import checked_images, to_uint8
 from variant.models.ranges import Count, CountOrZero, Share
 from variant.paths import open_regular, path_kind, read_json, shown
-from variant.training.torch_modes import modes_of_a_new_process
+from variant.torch_modes import modes_of_a_new_process
 from variant_kernels.arguments import integer
 from variant_kernels.wording import counted
 

@@ -50,10 +50,10 @@ from variant.folder_lock import locked_folder, saving
 from variant.models.parameter_count import vqvae_parameters
 from variant.models.vqvae import VQVAE
 from variant.paths import foreign_name, path_kind, shown
+from variant.torch_modes import modes_of_a_new_process
 from variant.training.distributed import local_rank
 from variant.training.initial_weights import find_vae, is_tokenizer, load_vae, tokenizer_sha256
 from variant.training.recipe import Recipe
-from variant.training.torch_modes import modes_of_a_new_process
 from variant_kernels.arguments import integer
 from variant_kernels.wording import counted
 

@@ -19,6 +19,7 @@ from variant.data.samples import ImageSource, Source
 from variant.errors import UserError
 from variant.models.vqvae import VQVAE
 from variant.paths import file_sha256, path_kind
+from variant.torch_modes import modes_of_a_new_process
 from variant.training.adversary import Adversary
 from variant.training.checkpointer import Checkpointer
 from variant.training.classifier import (
@@ -42,7 +43,6 @@ from variant.training.recipe import Recipe, with_seed
 from variant.training.run_setup import RunSetup, open_run
 from variant.training.sample_grid import COLUMNS
 from variant.training.task import Summary, Task
-from variant.training.torch_modes import modes_of_a_new_process
 from variant.training.trainer import Trainer
 from variant.training.vae_sections import CLASSIFIER
 from variant_kernels.wording import counted

@@ -30,6 +30,7 @@ from variant.models.flops import training_flop
 from variant.models.var import VAR
 from variant.models.vqvae import VQVAE
 from variant.models.zones import freeze_full_network, zone_of, zone_parameters
+from variant.torch_modes import modes_of_a_new_process
 from variant.training.configurations import FULL, Configurations
 from variant.training.distillation import Teacher, distillation_loss
 from variant.training.distributed import Ranks, connected, device_of_rank
@@ -51,7 +52,6 @@ from variant.training.recipe import Recipe, with_seed
 from variant.training.run_setup import RunSetup, open_run
 from variant.training.sample_grid import CFG, COLUMNS, SEED, TOP_P
 from variant.training.task import Report, Summary, Task
-from variant.training.torch_modes import modes_of_a_new_process
 from variant.training.trainer import Trainer
 from variant_kernels import DepthSchedule
 from variant_kernels.wording import counted
