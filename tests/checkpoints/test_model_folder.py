@@ -443,3 +443,37 @@ def test_the_same_weights_give_the_same_file(tmp_path):
         model.save_pretrained(tmp_path / str(number))
         files.add((tmp_path / str(number) / "model.safetensors").read_bytes())
     assert len(files) == 1
+
+
+@pytest.mark.parametrize("shape", ["same", "other"])
+def test_a_save_meanwhile_is_read_whole(tmp_path, monkeypatch, shape):
+    """Config and weights are those of one save, also where the other one's would fit."""
+    first, second = small_model(), small_model(attn_l2_norm=shape == "same")
+    first.save_pretrained(tmp_path, extra={"which": "first"})
+    read, saves = model_folder.read_weights_file, []
+
+    def save_and_read(path):
+        if not saves:
+            saves.append(path)
+            with torch.no_grad():
+                second.var.head.bias.fill_(0.5)
+            second.save_pretrained(tmp_path, extra={"which": "second"})
+        return read(path)
+
+    monkeypatch.setattr(model_folder, "read_weights_file", save_and_read)
+    var, _, config = model_folder.load_model(tmp_path)
+    assert config["which"] == "second"
+    assert torch.equal(var.head.bias, second.var.head.bias)
+
+
+def test_a_folder_that_is_saved_into_all_the_time_is_refused(tmp_path, monkeypatch):
+    model, read = small_model(), model_folder.read_weights_file
+    model.save_pretrained(tmp_path)
+
+    def save_and_read(path):
+        model.save_pretrained(tmp_path)
+        return read(path)
+
+    monkeypatch.setattr(model_folder, "read_weights_file", save_and_read)
+    with pytest.raises(UserError, match=r"was saved into while it was read, 5 times; load it"):
+        model_folder.load_model(tmp_path)

@@ -36,6 +36,7 @@ from variant_kernels.dispatch.request import dtype_name
 
 Model = TypeVar("Model", bound=nn.Module)
 
+READS = 5  # of a folder that is saved into meanwhile
 RESERVED = ("format", "var", "vae")  # keys of config.json that save_model writes
 MAX_LISTED = 10  # keys in a warning
 MAX_NESTING = 100  # of extra; also ends at a list that holds itself
@@ -159,11 +160,42 @@ def load_model(
         device: of both models; None is the CPU.
         strict: False lets keys be missing (these weights are initialised) and unexpected, with a
             warning that names them.
+
+    A save into the folder meanwhile does not mix config and weights: both are read again.
+
     Raises:
         UserError: a file is missing, damaged or of another format, or the weights do not fit the
-            config.
+            config; or the folder is saved into again and again meanwhile.
     """
     folder = Path(folder)
+    for _ in range(READS):
+        before = _versions(folder)
+        try:
+            result = _load_model(folder, dtype, device, strict=strict)
+        except UserError:
+            if _versions(folder) == before:
+                raise
+        else:
+            if _versions(folder) == before:
+                return result
+    raise UserError(f"{folder}: was saved into while it was read, {READS} times; load it later")
+
+
+def _versions(folder: Path) -> list[tuple[int, int, int] | None]:
+    """What changes when config or weights are replaced."""
+    states = []
+    for path in (folder / CONFIG_NAME, find_weights(folder)):
+        try:
+            status = os.stat(path) if path is not None else None
+        except OSError:
+            status = None
+        states.append(status and (status.st_ino, status.st_mtime_ns, status.st_size))
+    return states
+
+
+def _load_model(
+    folder: Path, dtype: torch.dtype | None, device: torch.device | str | None, *, strict: bool
+) -> tuple[VAR, VQVAE, dict[str, Any]]:
     config = read_config(folder)
     var_config, vae_config = configs_in(folder)
     path = find_weights(folder) or folder / WEIGHTS_NAME
