@@ -45,13 +45,12 @@ def _products() -> str:
     slow = ", ".join(map(dtype_name, slow_products("cpu")))
     if not slow:
         return (
-            "matrix products: native in float32, bfloat16 and float16; "
-            "attention in float16 is plain PyTorch on the CPU"
+            "matrix products: native in float32, bfloat16 and float16; a float16 engine computes in"
+            " float32 on the CPU, and stores K and V in float16"
         )
     return (
         f"matrix products: slow in {slow}, which this processor lacks; an engine of such a dtype "
-        "computes in float32 and stores K and V in it. "
-        "Attention in float16 is plain PyTorch on the CPU, and slower than in float32"
+        "computes in float32, and stores K and V in it"
     )
 
 

@@ -37,7 +37,14 @@ def has_products(device: torch.device | str, dtype: torch.dtype) -> bool:
 
 
 def product_dtype(device: torch.device | str, dtype: torch.dtype) -> torch.dtype:
-    """``dtype`` itself, or float32 where its products are emulated."""
+    """``dtype`` itself, or float32 where an engine of it is faster with float32 products.
+
+    So it is where products are emulated, and in float16 on every CPU: the ops between the products
+    have no float16 kernel. An engine of float16, four layers of width 512, 256 x 256 pixels, one
+    thread of a Xeon with native float16 products: 931 ms with these, 692 ms with float32 products.
+    """
+    if dtype == torch.float16 and torch.device(device).type == "cpu":
+        return torch.float32
     return dtype if has_products(device, dtype) else torch.float32
 
 

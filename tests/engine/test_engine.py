@@ -377,8 +377,8 @@ def test_unsupported_backends_dtypes_and_page_sizes_raise_at_construction():
     _golden, var, vae = golden_models("plain")
     with pytest.raises(ValueError, match='backend "nope" is unknown'):
         Engine(var, vae, backend="nope")
-    with pytest.raises(ValueError, match='backend "cpu" cannot run this call: dtype float16'):
-        Engine(var, vae, backend="cpu", dtype=torch.float16)
+    with pytest.raises(ValueError, match='backend "flash" cannot run this call: it does not impl'):
+        Engine(var, vae, backend="flash", dtype=torch.float16)
     with pytest.raises(ValueError, match="page_size must be an integer >= 1; got 0"):
         Engine(var, vae, page_size=0)
     with pytest.raises(TypeError, match=r"Engine: backend must be .*; got ndarray"):
@@ -427,8 +427,11 @@ def test_refresh_casts_weights_that_were_changed_through_data():
     )
 
 
-def test_float16_runs_on_the_plain_torch_backend():
-    golden, engine = golden_engine("plain", dtype=torch.float16)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_keeps_k_and_v_in_it(backend):
+    golden, engine = golden_engine("plain", dtype=torch.float16, backend=backend)
+    assert set(engine._launchers(None).names.values()) == {backend}
+    assert engine.product_dtype == torch.float32
     logits = engine.forced_logits(golden.tensors["label"], golden.tensors["tokens_in"])
     assert (logits - golden.tensors["logits_full"]).abs().max() < 0.05
 

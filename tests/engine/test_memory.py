@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from small_models import small_model
 
 from variant.engine import memory
 from variant.engine.cuda_graphs import GraphRecorder
+from variant.engine.kernels import Launchers
 from variant.engine.memory import (
     _group_limit,
     batch_size,
@@ -18,6 +20,7 @@ from variant.engine.memory import (
 )
 from variant.models.config import VARConfig, VQVAEConfig
 from variant_kernels import CachePlan, DepthSchedule
+from variant_kernels.kv_quantization import KV8_DTYPE
 
 
 def group(folder, limit, used, stat):
@@ -95,12 +98,21 @@ VAE_CONFIG = VQVAEConfig(
 
 
 def bytes_of_one_image(
-    dtype=torch.bfloat16, pages=None, attention=None, gathers=False, config=VAR_CONFIG, **options
+    dtype=torch.bfloat16,
+    pages=None,
+    attention=None,
+    gathers=False,
+    scores=False,
+    config=VAR_CONFIG,
+    **options,
 ):
     """(K/V bytes, all bytes) of one more image of the small model at full depth."""
     plan = CachePlan(config.layout, DepthSchedule.full(4, 3), page_size=1)
     launchers = SimpleNamespace(
-        pages_dtype=pages or dtype, attention_dtype=attention or dtype, gathers_pages=gathers
+        pages_dtype=pages or dtype,
+        attention_dtype=attention or dtype,
+        gathers_pages=gathers,
+        stores_scores=scores,
     )
     settings = {"guidance": True, "packed": True} | options
     kv = plan.peak_bytes(1, 2, 32, launchers.pages_dtype, settings["guidance"])
@@ -127,9 +139,28 @@ def test_bytes_of_casts_around_attention_and_of_gathered_pages():
     kv16, cast = bytes_of_one_image(torch.float32, attention=torch.float16, pages=torch.float16)
     assert (cast - kv16) - (plain - kv) == 5 * tokens * width * 2
     _, gathered = bytes_of_one_image(torch.float32, gathers=True)
+    _, stored = bytes_of_one_image(torch.float32, gathers=True, scores=True)
     keys_and_values = 2 * 2 * total_tokens * width * 4  # of both sequences, float32
     scores = 2 * tokens * total_tokens * 8  # two heads, twice in float32
-    assert gathered - plain == keys_and_values + scores
+    assert gathered - plain == keys_and_values
+    assert stored - gathered == scores
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "kv_dtype", "gathers", "stores"),
+    [
+        ("cpu", torch.float32, None, False, False),
+        ("cpu", torch.bfloat16, None, False, False),
+        ("cpu", torch.float16, None, True, False),  # float32 copies
+        ("cpu", torch.float16, KV8_DTYPE, False, False),
+        ("reference", torch.float32, None, True, True),
+    ],
+    ids=str,
+)
+def test_what_attention_gathers_and_stores(backend, dtype, kv_dtype, gathers, stores):
+    model = small_model()
+    launchers = Launchers(backend, "cpu", dtype, torch.float32, model.var, 16, kv_dtype)
+    assert (launchers.gathers_pages, launchers.stores_scores) == (gathers, stores)
 
 
 def test_bytes_of_logits_where_they_are_more_than_a_layers():
@@ -152,7 +183,10 @@ def test_bytes_of_the_decoder_count_once_where_it_is_packed():
     large = VQVAEConfig(vocab_size=32, z_channels=8, ch=256, ch_mult=(1, 1), patch_nums=(1, 2, 3))
     plan = CachePlan(VAR_CONFIG.layout, DepthSchedule.full(4, 3))
     launchers = SimpleNamespace(
-        pages_dtype=torch.float32, attention_dtype=torch.float32, gathers_pages=False
+        pages_dtype=torch.float32,
+        attention_dtype=torch.float32,
+        gathers_pages=False,
+        stores_scores=False,
     )
     sizes = VAR_CONFIG, large, plan, torch.float32, launchers
     pages = plan.peak_bytes(1, 2, 32, torch.float32, False)

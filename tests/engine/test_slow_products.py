@@ -1,4 +1,7 @@
-"""16-bit engines on processors without 16-bit products: 16-bit K and V, float32 products."""
+"""16-bit engines on processors without 16-bit products: 16-bit K and V, float32 products.
+
+In float16 on every CPU.
+"""
 
 import warnings
 
@@ -8,13 +11,15 @@ from small_models import small_model
 
 from variant.engine import cast_models
 from variant.engine.engine import Engine
+from variant_kernels import products
 
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
 
 
 @pytest.fixture
 def no_16_bit_products(monkeypatch):
-    monkeypatch.setattr(cast_models, "product_dtype", lambda device, dtype: torch.float32)
+    monkeypatch.setattr(products, "has_products", lambda device, dtype: False)
+    monkeypatch.setattr(cast_models, "has_products", lambda device, dtype: False)
     cast_models._warn_of_slowness.cache_clear()
     yield
     cast_models._warn_of_slowness.cache_clear()
@@ -72,16 +77,17 @@ def test_the_warning_comes_once_and_not_for_float32(no_16_bit_products):
 @pytest.mark.parametrize(
     ("dtype", "native", "text"),
     [
-        (torch.bfloat16, False, "no native bfloat16 products.* is as fast$"),
-        (torch.float16, False, "no native float16 products.*plain PyTorch.* is faster$"),
-        (torch.float16, True, "attention in float16 is plain PyTorch on a CPU, and may be slower"),
+        (torch.bfloat16, (), "no native bfloat16 products.* is as fast$"),
+        (torch.float16, (), "no native float16 products.* is as fast$"),
+        (torch.float16, SIXTEEN_BITS, "no float16 kernels.* as fast, torch.bfloat16 faster$"),
+        (torch.float16, SIXTEEN_BITS[:1], "no native float16 .* as fast, torch.bfloat16 faster$"),
     ],
     ids=str,
 )
-def test_the_warning_says_whether_float32_is_as_fast(monkeypatch, dtype, native, text):
+def test_the_warning_says_what_is_as_fast(monkeypatch, dtype, native, text):
     cast_models._warn_of_slowness.cache_clear()
-    products = dtype if native else torch.float32
-    monkeypatch.setattr(cast_models, "product_dtype", lambda device, dtype: products)
+    for module in (products, cast_models):
+        monkeypatch.setattr(module, "has_products", lambda device, dtype: dtype in native)
     model = small_model()
     with pytest.warns(UserWarning, match=f"^Engine: .*{text}"):
         Engine(model.var, model.vae, dtype=dtype)

@@ -400,10 +400,46 @@ def test_float16_tokens_for_8_bit_pages_are_refused_by_name():
             k_BTHD=tokens, v_BTHD=tokens, slots_BT=torch.tensor([[0, 1]]), **pool
         )
 
+    pool |= {name: tensor for name, tensor in paged_arguments().items() if name not in pool}
+    with pytest.raises(TypeError, match="paged_attention: q_BTHD must be float32 or bfloat16"):
+        launch_paged_attention_forward(**pool | {"q_BTHD": tokens})
+
 
 def test_float16_is_refused_by_name():
-    with pytest.raises(TypeError, match="paged_attention: q_BTHD must be float32 or bfloat16"):
-        launch_paged_attention_forward(**paged_arguments(torch.float16))
+    x = random(1, 2, 3, 64, dtype=torch.float16)
+    with pytest.raises(TypeError, match="qk_norm: q_BTHD must be float32 or bfloat16"):
+        launch_qk_norm_forward(q_BTHD=x, k_BTHD=x, scale_mul_1H11=torch.ones(1, 3, 1, 1))
+
+
+@pytest.mark.parametrize("most", [1, 2**30])  # one sequence at a time, all at once
+@pytest.mark.parametrize("lengths", [(300, 17, 0), (305, 319, 320)])
+def test_float16_pages_give_the_rounded_bits_of_their_float32_copies(monkeypatch, most, lengths):
+    monkeypatch.setattr("variant_kernels.cpu_ops.paged_attention.MAX_COPIED", most)
+    generator = torch.Generator().manual_seed(3)
+    pages = torch.full((64, 2, 16, 3, 64), torch.nan, dtype=torch.float16)
+    # Neither the pages nor those of a sequence lie in order; numbers past a length are no pages.
+    table = torch.randperm(64, generator=generator)[:60].view(3, 20).to(torch.int32)
+    for row, length in enumerate(lengths):
+        for entry in range(20):
+            here = min(max(length - 16 * entry, 0), 16)
+            values = torch.randn(2, here, 3, 64, generator=generator)
+            pages[table[row, entry], :, :here] = values.half()
+        table[row, -(-length // 16) :] = 10**6
+    q = torch.randn(3, 30, 3, 3, 64, generator=generator).half()[:, :, 1]
+    tables = {"page_table_BM": table, "kv_lens_B": torch.tensor(lengths, dtype=torch.int32)}
+    k_pages, v_pages = pages.unbind(1)
+    ours = launch_paged_attention_forward(
+        q_BTHD=q, k_pages_PNHD=k_pages, v_pages_PNHD=v_pages, softmax_scale=0.3, **tables
+    )
+    wide = launch_paged_attention_forward(
+        q_BTHD=q.float(),
+        k_pages_PNHD=k_pages.float(),
+        v_pages_PNHD=v_pages.float(),
+        softmax_scale=0.3,
+        **tables,
+    )
+    assert ours.isfinite().all()
+    assert torch.equal(ours, wide.half())
 
 
 def test_build_info_lists_what_runs_here():

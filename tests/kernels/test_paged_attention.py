@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import (
+    DTYPES,
     SCORE_SIZES,
     Tally,
     assert_softmax,
@@ -50,7 +51,7 @@ def test_matches_float64_and_reads_no_poisoned_slot(backend, dtype):
     tally.check()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_neither_the_page_size_nor_the_rest_of_the_batch_changes_a_bit(dtype):
     generator = torch.Generator().manual_seed(4)
     # 211 keys: more than one tile of them, the last odd.
@@ -71,7 +72,7 @@ def test_neither_the_page_size_nor_the_rest_of_the_batch_changes_a_bit(dtype):
 
 @pytest.mark.parametrize("keys", [1, 2])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_what_is_not_finite_in_a_visible_key_is_seen(dtype, poison, keys):
     q = torch.ones(1, 3, 1, 16, dtype=dtype)
     pages = torch.ones(2, 1, 4, 1, 16, dtype=dtype)

@@ -96,7 +96,10 @@ def test_equals_qk_norm_then_append_bit_by_bit(problem, backend):
     scale = None if scale is None else moved(scale)[0]
     expected_pages = k_pages.clone(), v_pages.clone()
     q, k, v = qkv.unbind(2)
-    if scale is not None:
+    if scale is not None and (backend, q.dtype) == ("cpu", torch.float16):
+        # By way of float32, rounded once: qk_norm itself has no float16 there.
+        q, k = (x.half() for x in qk_norm(q.float(), k.float(), scale, backend="cpu"))
+    elif scale is not None:
         q, k = qk_norm(q, k, scale, backend=backend)
     append_paged_kv(k, v, *expected_pages, slots, backend=backend)
     ours = qk_norm_append_paged_kv(qkv, scale, k_pages, v_pages, slots, backend=backend)

@@ -286,9 +286,14 @@ def _pool(d: Draw, batch: int, heads: int, width: int, eight_bits: bool) -> Pool
     return Pool(pages, table, torch.tensor(lens, dtype=torch.int32), *dense)
 
 
+def _eight_bits(d: Draw, backend: str, share: float) -> bool:
+    """Whether pages have 8 bits; none have beside float16 tokens of the C++ backend."""
+    return d.rng.random() < share and (backend, d.dtype) != ("cpu", torch.float16)
+
+
 def _paged(d: Draw, backend: str) -> Case:
     batch, heads, width = d.rng.randint(1, 3), d.rng.randint(1, 3), d.rng.choice(HEAD_DIMS)
-    eight_bits = d.rng.random() < 0.3
+    eight_bits = _eight_bits(d, backend, 0.3)
     pool = _pool(d, batch, heads, width, eight_bits)
     scale = d.rng.choice((None, 1.0, 0.05))
     visible = torch.arange(pool.dense_k.shape[1]) < pool.lens.unsqueeze(1)
@@ -445,7 +450,7 @@ def worst_of(values: list[list[tuple[str, float, float]]]) -> list[str]:
 def check_append(d: Draw, backend: str) -> None:
     """The written slots hold the tokens, bit by bit, and no other byte changes."""
     batch, tokens, heads = d.rng.randint(1, 3), d.rng.randint(1, 20), d.rng.randint(1, 3)
-    width, eight_bits = d.rng.choice(HEAD_DIMS), d.rng.random() < 0.4
+    width, eight_bits = d.rng.choice(HEAD_DIMS), _eight_bits(d, backend, 0.4)
     page_size = d.rng.choice((1, 2, 3, 16))
     num_pages = -(-batch * tokens // page_size) + d.rng.randint(0, 3)
     slots = torch.randperm(num_pages * page_size, generator=d.generator)[: batch * tokens]
@@ -626,13 +631,15 @@ DTYPES = {
     "triton": (torch.float32, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
+ON_PAGES = ("paged_attention", "append")
 
 
 def run(seed: int, number: int, backends: tuple[str, ...], only: str | None) -> Any:
     rng = forked.rng_of(seed, number)
     names = [name for name in (*OPS, *EXACT) if not only or only in name]
     name, backend = rng.choice(names), rng.choice(backends)
-    dtype = rng.choice(DTYPES[backend])
+    also = (torch.float16,) if backend == "cpu" and name in ON_PAGES else ()
+    dtype = rng.choice((*DTYPES[backend], *also))
     state = rng.getstate()
     if name in EXACT:
         EXACT[name](Draw(rng, dtype), backend)

@@ -21,7 +21,7 @@ from variant.models.vqvae import ENCODER, VQVAE
 from variant_kernels.arguments import instance
 from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.packed_linear import can_pack
-from variant_kernels.products import product_dtype
+from variant_kernels.products import has_products, product_dtype
 from variant_kernels.tensors import Memory
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -32,8 +32,8 @@ class CastModels:
 
     Args:
         var, vae: the models.
-        dtype: of weights, K/V and matrix products; a CPU without native 16-bit products stores K/V
-            in it and computes in float32.
+        dtype: of weights, K/V and matrix products; a CPU without native 16-bit products, and every
+            CPU in float16, stores K/V in it and computes in float32.
         pack: on a CPU, keep a second copy of the weights in the layout of its matrix library.
     """
 
@@ -41,9 +41,8 @@ class CastModels:
         self.var, self.vae = var, vae
         self.dtype, self.pack = dtype, pack
         self._reset()
-        native = self.product_dtype == dtype
-        if not native or (dtype == torch.float16 and self.device.type == "cpu"):
-            _warn_of_slowness(dtype, native)
+        if self.product_dtype != dtype:
+            _warn_of_slowness(dtype, has_products(self.device, dtype))
         self._check_parts()
         self._checked = self._weights_version.structure(self._weights_version(var, vae))
 
@@ -177,19 +176,13 @@ def without_graphs_if_full(method: F) -> F:
 def _warn_of_slowness(dtype: torch.dtype, native: bool) -> None:
     """Once in a process: the caller asked for fewer bits to be faster, and is not."""
     name = dtype_name(dtype)
+    reason = f"this processor has no native {name} products"
+    if native:
+        reason = f"the ops between the products have no {name} kernels on a CPU"
     text = (
-        f"this processor has no native {name} products; weights and products are float32, "
-        f"K and V are stored in {name}"
+        f"{reason}; weights and products are float32, K and V are stored in {name}. "
+        "dtype=torch.float32 is as fast"
     )
-    if dtype != torch.float16:
-        text += ". dtype=torch.float32 is as fast"
-    elif native:
-        # One thread of a Xeon with AMX, width 512, 256 x 256 pixels: 747 ms, in float32 496 ms, in
-        # bfloat16 168 ms.
-        text = (
-            "attention in float16 is plain PyTorch on a CPU, and may be slower than with "
-            "dtype=torch.float32; torch.bfloat16 has C++ kernels"
-        )
-    else:  # of the same model, limited to AVX2: 1,004 ms, in float32 707 ms
-        text += " for plain PyTorch to read. dtype=torch.float32 is faster"
+    if has_products("cpu", torch.bfloat16):
+        text += ", torch.bfloat16 faster"
     warnings.warn(f"Engine: {text}", stacklevel=4)

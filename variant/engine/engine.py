@@ -76,9 +76,9 @@ class Engine(CastModels):
     Args:
         var, vae: the models; same codebook and layout.
         dtype: of weights, K/V and matrix products: float32, bfloat16 or float16, or its name;
-            None is the dtype of the weights. On a CPU without native 16-bit products (for bfloat16:
-            AVX-512 BF16 or AMX) K and V are stored in it, and weights and products are float32,
-            which is faster there; the engine warns once.
+            None is the dtype of the weights. On a CPU in float16, and in bfloat16 where its
+            products are not native (AVX-512 BF16 or AMX), K and V are stored in it, and weights and
+            products are float32, which is faster there; the engine warns once.
         backend: of the kernels; "auto" takes the fastest that can run.
         page_size: tokens per cache page.
         kv_dtype: of K and V; None is exact: ``dtype``. "fp8" (or torch.float8_e4m3fn) stores 8 bits

@@ -186,7 +186,7 @@ class Stats:
     number of parts that the request was split into.  depths: layers run at each scale, of the last
     part.  postponed: the scales after which ``on_scale`` asked for another depth that began later,
     after the bridge.  dtype: of the engine.  product_dtype: of the matrix products; the same, or
-    float32 on a CPU without native 16-bit products.  kv_dtype: of K and V; the engine's, or
+    float32 on a CPU (see :class:`variant.Engine`).  kv_dtype: of K and V; the engine's, or
     float8_e4m3fn.  packed: whether the weights were packed for the CPU.  captured: whether a CUDA
     graph ran.
     kv_planned_bytes, kv_allocated_bytes, kv_peak_bytes: K/V cache of the largest part: by the plan,

@@ -97,7 +97,13 @@ class Launchers:
 
     @property
     def gathers_pages(self) -> bool:
-        """Whether attention gathers all visible K and V into new tensors first."""
+        """Whether attention gathers all visible K and V into new float32 tensors first."""
+        float16 = self.pages_dtype == torch.float16
+        return self.stores_scores or (float16 and self.names["paged_attention"] == "cpu")
+
+    @property
+    def stores_scores(self) -> bool:
+        """Whether attention stores the score of every query and key."""
         return self.names["paged_attention"] == "reference"
 
     @property

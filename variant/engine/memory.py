@@ -116,7 +116,7 @@ def image_bytes(
         var, vae: sizes of the two models.
         plan: of the schedule that runs.
         dtype: of the matrix products.
-        launchers: give the dtype of K and V, and whether attention gathers the pages.
+        launchers: give the dtype of K and V, and what attention gathers and stores.
         guidance: an unconditional sequence runs beside each conditional one.
         packed: the decoder is packed and decodes one image at a time.
         extra_logit_bytes: :func:`variant.engine.drawing.extra_logit_bytes`.
@@ -134,8 +134,8 @@ def image_bytes(
     logits = tokens * var.vocab_size * (item + 8)
     logits += max(layout.tokens) * var.vocab_size * extra_logit_bytes
     if launchers.gathers_pages:
-        # Plain torch gathers all visible K and V in float32 and stores every score.
         layer += 4 * num_sequences * layout.total * 2 * var.embed_dim
+    if launchers.stores_scores:  # twice, in float32
         layer += 8 * var.num_heads * tokens * layout.total
     return kv + max(layer, logits, 0 if packed else _decoded_image_bytes(vae))
 

@@ -45,11 +45,13 @@ def always(request: Request) -> None:
     """No reason: plain torch serves every request."""
 
 
-def cpu_unsupported(request: Request) -> str | None:
+def cpu_unsupported(
+    request: Request, dtypes: Collection[torch.dtype] = (torch.float32, torch.bfloat16)
+) -> str | None:
     """Why the C++ kernels cannot serve a request."""
     if request.device != "cpu":
         return f"the tensors are on {request.device}, not on the CPU"
-    return _dtype_reason(request, (torch.float32, torch.bfloat16))
+    return _dtype_reason(request, dtypes)
 
 
 def triton_interprets() -> bool:

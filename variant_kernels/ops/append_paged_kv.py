@@ -16,13 +16,12 @@ from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import Backend
 from variant_kernels.dispatch.support import (
     always,
-    cpu_unsupported,
     cuda_unsupported,
     triton_unsupported,
 )
 from variant_kernels.kv_quantization import KV8_DTYPE, quantize_kv
 from variant_kernels.ops import contract
-from variant_kernels.ops.pages import check_memory, check_slot_values, check_target
+from variant_kernels.ops.pages import check_memory, check_slot_values, check_target, cpu_unsupported
 from variant_kernels.ops.registry import Op
 
 

@@ -18,7 +18,6 @@ from variant_kernels.dispatch.request import Request
 from variant_kernels.dispatch.select import Backend, Launcher
 from variant_kernels.dispatch.support import (
     always,
-    cpu_unsupported,
     cuda_unsupported,
     flash_unsupported,
     flashinfer_unsupported,
@@ -26,7 +25,7 @@ from variant_kernels.dispatch.support import (
 )
 from variant_kernels.kv_quantization import KV8_DTYPE, dequantize_kv
 from variant_kernels.ops import contract
-from variant_kernels.ops.pages import check_pages
+from variant_kernels.ops.pages import check_pages, cpu_unsupported
 from variant_kernels.ops.registry import Op
 from variant_kernels.wording import counted
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from variant_kernels.cpu_ops.values import fits_slots
-from variant_kernels.dispatch.request import dtype_name
+from variant_kernels.dispatch import support
+from variant_kernels.dispatch.request import Request, dtype_name
 from variant_kernels.kv_quantization import KV8_DTYPE
 from variant_kernels.ops import contract
 from variant_kernels.tensors import overlaps_itself, share_memory
@@ -21,6 +22,16 @@ from variant_kernels.tensors import overlaps_itself, share_memory
 MAX_REMEMBERED = 1024
 # What append_paged_kv and qk_norm_append_paged_kv write.
 WRITTEN = ("k_pages_PNHD", "v_pages_PNHD", "k_scales_PNH", "v_scales_PNH")
+
+
+def cpu_unsupported(request: Request) -> str | None:
+    """Why the C++ backend cannot serve one of these ops: it takes float16, by way of float32.
+
+    Not beside 8-bit pages: an engine gives these its products' dtype, which is not float16.
+    """
+    if request.kv_dtype is not None:
+        return support.cpu_unsupported(request)
+    return support.cpu_unsupported(request, contract.FLOAT_DTYPES)
 
 
 def check_pages(
