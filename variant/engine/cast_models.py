@@ -181,7 +181,7 @@ def _warn_of_slowness(dtype: torch.dtype, native: bool) -> None:
         reason = f"the ops between the products have no {name} kernels on a CPU"
     text = (
         f"{reason}; weights and products are float32, K and V are stored in {name}. "
-        "dtype=torch.float32 is as fast"
+        "dtype=torch.float32 is at least as fast"
     )
     if has_products("cpu", torch.bfloat16):
         text += ", torch.bfloat16 faster"
