@@ -150,7 +150,10 @@ def test_recomputed_attention_gives_the_same_bits(autocast):
     assert all(torch.equal(grads[key], others[key]) for key in grads)
 
 
-@pytest.mark.parametrize(("checkpointing", "autocast"), [("none", True), ("attention", False)])
+@pytest.mark.parametrize(
+    ("checkpointing", "autocast"),
+    [("none", True), pytest.param("attention", False, marks=pytest.mark.nightly)],
+)
 def test_a_block_compiles_once_for_each_configuration(checkpointing, autocast):
     torch._dynamo.reset()
     graphs = []

@@ -424,7 +424,7 @@ def main() -> int:
     return forked.main(
         MODULE,
         lambda seed, case: check(made[0], seed, case),
-        forked.option("FILES", 320),
+        forked.option("FILES", 240),
         LIMITS,
         extra=extra,
         prepare=prepare,

@@ -233,7 +233,7 @@ def main() -> int:
     return forked.main(
         MODULE,
         lambda seed, case: check(made[0], seed, case),
-        forked.option("SIGNALS", 6),
+        forked.option("SIGNALS", 3),
         LIMITS,
         extra=extra,
         prepare=prepare,

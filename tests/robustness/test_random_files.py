@@ -8,7 +8,7 @@ from tests.robustness import hostile_contents, hostile_files
 from tests.robustness.command import part, run_generator
 from tests.robustness.forked import Failed, option
 
-FILES = option("FILES", 320)
+FILES = option("FILES", 240)
 
 
 @pytest.mark.timeout(10_000)

@@ -15,7 +15,8 @@ KILLS = option("KILLS", 4)
 
 
 @pytest.mark.timeout(10_000)
-@pytest.mark.parametrize("ranks", kills.KINDS)
+# Of two processes tests/training/test_distributed.py kills one in CI.
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_a_killed_training_ends_as_an_undisturbed_one(ranks):
     # A case has up to five kills; two processes need more time for each.
     cases = max(1, KILLS // 6 if ranks == 2 else KILLS // 3)

@@ -13,7 +13,7 @@ from tests.robustness.forked import Failed, option
 @pytest.mark.timeout(10_000)
 @pytest.mark.parametrize("command", signals.COMMANDS)
 def test_a_stopped_run_equals_an_undisturbed_one(command):
-    cases = max(1, option("SIGNALS", 6) // len(signals.COMMANDS))
+    cases = max(1, option("SIGNALS", 3) // len(signals.COMMANDS))
     run_generator("signals", "--only", command, "--cases", cases)
 
 
