@@ -6,9 +6,11 @@ Recording adds a third to two thirds to the time of a test (coverage 7.17, Pytho
     rm -rf build/coverage
     python -m coverage run -m pytest -n 2 --ignore tests/robustness -p tests.recording
     python -m coverage combine
+    python -m coverage json -o build/coverage/report.json
     python -m tests.recording
 
-The first command records every test apart from the others, and its seconds.
+The first command records every test apart from the others, and its seconds. The report tells which
+steps from one line to another are branches.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tests" / "unrecorded.txt"
 FOLDER = ROOT / "build" / "coverage"
-LEAST_SECONDS = 0.5  # of the processor, that a test takes in the list
+LEAST_SECONDS = 0.25  # of the processor, that a test takes in the list
 
-Branch = tuple[int, int, int]  # file, line, next line
+Branch = tuple[str, int, int]  # file, line, next line
 
 
 def function_of(node: str) -> str:
@@ -85,15 +87,22 @@ def read_records(folder: Path) -> tuple[dict[str, set[Branch]], dict[str, float]
         for line in file.read_text().splitlines():
             number, _, function = line.partition(" ")
             seconds[function] += float(number)
+    files = json.loads((folder / "report.json").read_text())["files"]
+    every = {
+        (name, first, second)
+        for name, file in files.items()
+        for first, second in file["executed_branches"]
+    }
     branches: dict[str, set[Branch]] = collections.defaultdict(set)
     with sqlite3.connect(folder / "data") as data:
         query = (
-            "select context.context, arc.file_id, arc.fromno, arc.tono from arc join context "
-            "on context.id = arc.context_id"
+            "select context.context, file.path, arc.fromno, arc.tono from arc "
+            "join context on context.id = arc.context_id join file on file.id = arc.file_id"
         )
-        for context, *branch in data.execute(query):
-            first, second, third = branch
-            branches[context].add((first, second, third))
+        for context, path, first, second in data.execute(query):
+            step = os.path.relpath(path, ROOT), first, second
+            if step in every:
+                branches[context].add(step)
     return branches, seconds
 
 

@@ -1,6 +1,7 @@
 """Which tests' branches are recorded: the list names tests that exist, and loses no branch."""
 
 import ast
+import json
 
 from coverage import CoverageData
 
@@ -19,7 +20,7 @@ def test_every_function_of_the_list_exists():
 
 
 def test_every_branch_is_taken_by_a_recorded_function():
-    first, second, third = (0, 1, 2), (0, 2, 3), (1, 1, 2)
+    first, second, third = ("a", 1, 2), ("a", 2, 3), ("b", 1, 2)
     branches = {"slow": {first, second}, "slower": {first, third}, "quick": {second, third}}
     seconds = {"slow": 2.0, "slower": 3.0, "quick": 0.1, "slow too": 1.0}
     # Without "slower" only "slow" takes the first branch; "quick" would save no time.
@@ -31,13 +32,15 @@ def test_every_branch_is_taken_by_a_recorded_function():
 def test_records_are_read(tmp_path):
     # Not by a second Coverage: that of the test process would not save its record then.
     data = CoverageData(str(tmp_path / "data"))
-    for context, arcs in (("", [(1, 2)]), ("a.py::test_a", [(2, 4)]), ("a.py::test_b", [(2, 3)])):
+    for context, arcs in (("", [(2, 3)]), ("a.py::test_a", [(2, 4)]), ("a.py::test_b", [(1, 2)])):
         data.set_context(context)
-        data.add_arcs({"module.py": arcs})
+        data.add_arcs({str(ROOT / "module.py"): arcs})
     data.write()
+    report = {"files": {"module.py": {"executed_branches": [[2, 3], [2, 4]]}}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
     (tmp_path / "seconds.1").write_text("0.5 a.py::test_a\n0.25 a.py::test_b\n")
     (tmp_path / "seconds.2").write_text("0.5 a.py::test_b\n")
     branches, seconds = read_records(tmp_path)
     assert seconds == {"a.py::test_a": 0.5, "a.py::test_b": 0.75}
-    lines = {name: [branch[1:] for branch in found] for name, found in branches.items()}
-    assert lines == {"": [(1, 2)], "a.py::test_a": [(2, 4)], "a.py::test_b": [(2, 3)]}
+    # The step from line 1 to line 2 is no branch.
+    assert branches == {"": {("module.py", 2, 3)}, "a.py::test_a": {("module.py", 2, 4)}}
