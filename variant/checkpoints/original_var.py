@@ -297,14 +297,14 @@ def _check_sizes(
     config: VARConfig | VQVAEConfig, told: Mapping[str, Any], names: Sequence[str], where: str
 ) -> None:
     """Raises: UserError, if config.json contradicts what the shapes tell."""
+    wrong = []
     for name in names:
         # Without convolutions nothing is shared, whatever the number.
         free = name == "share_quant_resi" and getattr(config, "quant_resi", 1) == 0
         if name in told and told[name] != getattr(config, name) and not free:
-            raise UserError(
-                f"{where}: {CONFIG_NAME} has {name} {told[name]!r}, but the weights have "
-                f"{getattr(config, name)!r}"
-            )
+            wrong.append(f"{name} {told[name]!r}, but the weights have {getattr(config, name)!r}")
+    if wrong:
+        raise UserError(f"{where}: {CONFIG_NAME} has {'; '.join(wrong)}")
 
 
 # --- whole models --------------------------------------------------------------------------------
