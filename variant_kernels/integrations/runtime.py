@@ -22,6 +22,10 @@ from variant_kernels.tensors import Memory
 from variant_kernels.untraced import untraced
 
 
+class PatchError(ValueError):
+    """The model cannot be patched, run as it is now, or unpatched; the message says why."""
+
+
 @dataclass(frozen=True)
 class Stats:
     """Statistics of the last finished generation of a patched model.
@@ -153,14 +157,14 @@ class Runtime:
         Args:
             caching: whether the layer that is called reads K and V of earlier scales.
         Raises:
-            RuntimeError: another thread has begun a generation within that of this thread.
+            PatchError: another thread has begun a generation within that of this thread.
         """
         if not caching and not self._displaced:
             return
         own = threading.get_ident()
         if own in self._displaced or (caching and self._thread != own):
             self._displaced.discard(own)
-            raise RuntimeError(
+            raise PatchError(
                 "patch: another thread has begun a generation of this model meanwhile; one patched "
                 "model generates in one thread at a time. Use a lock, or patch a copy.deepcopy of "
                 "the model for each thread"
