@@ -1,5 +1,6 @@
 """Atomic writes, and texts and JSON that are read."""
 
+import errno
 import os
 import random
 import secrets
@@ -20,6 +21,7 @@ from variant.files import (
     write_safetensors,
 )
 from variant.paths import read_json, read_text
+from variant.tensor_files import stored_pickle
 
 
 def test_a_link_stays_and_its_target_is_replaced(tmp_path):
@@ -172,3 +174,14 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
     path.write_bytes("{}".encode("utf-16"))
     with pytest.raises(UserError, match=r"a\.json: cannot be read as text in UTF-8"):
         read_text(path)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    torch.save({"a": torch.zeros(2)}, tmp_path / "a.pth")
+
+    def pread(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", pread)
+    with pytest.raises(UserError, match=r"a\.pth: cannot be read: Input/output error"):
+        stored_pickle(tmp_path / "a.pth")

@@ -142,7 +142,7 @@ class VARiant(PretrainedPair, library_name="variant", tags=list(TAGS)):
                 (B, T) per scale, are given, e.g. by ``model.vae.encode``; ``mask`` says which stay
                 (1, True) and which are drawn anew. It is of tokens, (B, L) or (L,); or a map of any
                 size, (H, W) or (B, H, W), that is resized to every scale as in the original's
-                zero-shot editing.
+                zero-shot editing, where the first scale stays always.
             log_probs: return the log-probability of each token, drawn or kept, under the model:
                 the log-softmax of the conditional logits, before guidance, temperature and
                 filters. ``Engine.forced_log_probs`` gives it for given tokens. Not with

@@ -82,7 +82,11 @@ class Source:
         weakref.finalize(self, os.close, self.descriptor)
         self.state = self._state()
         self.size = self.state[0]
-        if os.pread(self.descriptor, len(LFS_POINTER), 0) == LFS_POINTER:
+        try:
+            begin = os.pread(self.descriptor, len(LFS_POINTER), 0)
+        except OSError as error:
+            raise UserError(f"{self.where}: cannot be read: {error.strerror}") from None
+        if begin == LFS_POINTER:
             raise UserError(
                 f"{self.where}: is a pointer of Git LFS, not the file itself; `git lfs pull` in "
                 "its repository fetches it"

@@ -50,7 +50,7 @@ def _products() -> str:
         )
     return (
         f"matrix products: slow in {slow}, which this processor lacks; an engine of such a dtype "
-        "computes in float32, and stores K and V in it"
+        "stores K and V in it and computes in float32"
     )
 
 

@@ -156,7 +156,9 @@ def _text(bound: float) -> str:
         if bound > 2**30 and bound & (bound + 1) == 0:
             return f"2^{power} - 1"
         return str(bound)
-    return f"{bound:g}"
+    text = f"{bound:g}"
+    # Six digits may be another number than the bound, and beyond it.
+    return text if float(text) == bound else f"{bound:.15g}"
 
 
 def _is_bool(value: object) -> bool:

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -393,6 +394,8 @@ def test_strict_false_of_original_files_names_what_does_not_fit(tmp_path):
         ({"a": {"b": [1, {2, 3}]}}, TypeError, r"extra\['a'\]\['b'\]\[1\] must be .*\(set\)"),
         ({"a": {(1, 2): 3}}, TypeError, r"a key of extra\['a'\] must be .*got \(1, 2\) \(tuple\)"),
         ({"t": torch.ones(1)}, TypeError, r"extra\['t'\] must be .*\(Tensor\)"),
+        ({"t": torch.ones((), device="meta")}, TypeError, r"extra\['t'\] must be .*\(Tensor\)"),
+        ({"t": np.complex64(1)}, TypeError, r"extra\['t'\] must be .*\(complex64\)"),
         ({"format": "mine"}, ValueError, "extra must not have the key 'format'"),
         ({"var": {}}, ValueError, "extra must not have the key 'var'"),
         ({3: "x"}, TypeError, "the keys of extra must be text; got 3"),
@@ -410,6 +413,14 @@ def test_a_refused_extra_leaves_the_model_and_the_folder_as_they_were(
     assert model.extra == {"classes": ["a", "b"]}
     model.save_pretrained(tmp_path / "third")
     assert VARiant.from_pretrained(tmp_path / "third").extra == {"classes": ["a", "b"]}
+
+
+def test_numbers_of_numpy_and_torch_in_extra(tmp_path):
+    numbers = {"a": np.int64(3), "b": [np.float32(0.5), torch.tensor(2)], "c": np.array(True)}
+    small_model().save_pretrained(tmp_path, numbers)
+    extra = VARiant.from_pretrained(tmp_path).extra
+    assert extra == {"a": 3, "b": [0.5, 2], "c": True}
+    assert extra["c"] is True
 
 
 def test_an_extra_within_itself_is_refused(tmp_path):

@@ -139,7 +139,7 @@ def test_what_is_no_file_of_weights_is_refused(place, capsys):
         ),
         ((*MODEL, "--out", "x", "--norm-eps", "1e-5"), "--norm-eps is for --var and --vae"),
         ((*MODEL, "--out", "x", "--weights", "ema"), "--weights is for --var and --vae"),
-        ((*FILES, "--out", "x", "--num-heads", "3"), "have num_heads 2, but the argument has 3"),
+        ((*FILES, "--out", "x", "--num-heads", "3"), "have num_heads 2, but --num-heads has 3"),
         ((*FILES, "--out", "x", "--norm-eps", "-1"), "convert: --norm-eps must be a finite number"),
         ((*FILES, "--out", "x", "--weights", "ema"), "has no average"),
         (("--var", "none.pth", "--vae", "vae.pth", "--out", "x"), "none.pth: no such file"),
@@ -203,11 +203,14 @@ def test_settings_and_the_choice_of_weights_are_options(place, capsys):
 def test_the_warning_names_the_options(place, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        with one_line_warnings():
+        with one_line_warnings("convert"):
             code, _, error = run(capsys, *FILES, "--out", "new")
     assert code == 0
     (line,) = [line for line in error.splitlines() if "assumed" in line]
     assert re.search("give --norm-eps, .*--beta if they are wrong", line)
+    # As the options are given.
+    assert "assumed --norm-eps 1e-06, --cond-drop-rate 0.1, " in line
+    assert "--using-znorm False, --beta 0.25, " in line
 
 
 def test_a_model_folder_can_be_written_in_another_dtype(place, capsys):

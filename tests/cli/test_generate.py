@@ -390,6 +390,19 @@ def test_main_can_be_called_with_a_path_that_is_no_text(model, tmp_path):
     assert len(pictures(out)) == 1
 
 
+def test_a_depth_of_a_schedule_that_was_not_trained_is_told_in_options(model, tmp_path, run):
+    words = ("--model", model, "--schedule", "4-4-1", "--out", tmp_path / "a")
+    code, _, error = run("generate", *words)
+    assert code == 1
+    assert "generate: --schedule 4-4-1: depth must be " in error
+    wide = small_model(subnets={2: (0, 3)})
+    wide.save_pretrained(tmp_path / "wide")
+    words = ("--model", tmp_path / "wide", "--schedule", "4-3-2", "--out", tmp_path / "a")
+    code, _, error = run("generate", *words)
+    assert code == 1
+    assert "got 3; a file as --schedule runs other layers untrained" in error
+
+
 def test_a_schedule_by_name_and_by_file_gives_the_same_images(model, tmp_path, run):
     schedule = load_schedule("4-3-2", small_model().var.config)
     save_schedule(tmp_path / "schedule.json", schedule)

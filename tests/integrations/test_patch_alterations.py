@@ -9,6 +9,7 @@ import lookalike_var
 import pytest
 import torch
 from lookalike_var import LookalikeCoDe
+from small_models import small_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, parametrize
@@ -248,12 +249,12 @@ def test_one_block_or_attention_used_twice_is_refused_by_name(family):
         model.block_chunks[0].module[1] = blocks[0]
     else:
         blocks[1] = blocks[0]
-    assert_refused(model, r"blocks\[\d\] and \w*blocks\[\d\] are one module")
+    assert_refused(model, r"blocks\[\d\] is one module at layers 0 and 1")
     model = seeded(family)
     blocks = blocks_of(model)
     name = "sa" if family == "Infinity" else "attn"
     setattr(blocks[3], name, attention_of(blocks[0]))
-    assert_refused(model, "are one module")
+    assert_refused(model, rf"blocks\[\d\].{name} is one module at layers 0 and 3")
 
 
 def test_a_linear_layer_used_twice_runs():
@@ -665,7 +666,7 @@ def test_other_blocks_than_those_patched_are_refused_by_name(family, change):
         model.blocks = nn.ModuleList(new)
     where = {"reordered": r"\[0\]", "deleted": r"\[1\]|3 blocks", "added": r"\[4\]"}
     match = where.get(change, r"\[1\]") + ".*(is another module|blocks?, not the 4).*call unpatch"
-    with pytest.raises(RuntimeError, match=match):
+    with pytest.raises(PatchError, match=match):
         paint(model)
     handle.unpatch()
     for block in new:
@@ -927,3 +928,10 @@ def test_reading_the_annotations_of_a_class_does_not_hinder_unpatch(kind):
     handle.unpatch()
     assert_same(snapshot(model), before)
     assert torch.equal(paint(model)[0], expected[0])
+
+
+def test_our_own_models_need_no_patch():
+    model = small_model()
+    for own in (model, model.var, model.vae):
+        with pytest.raises(PatchError, match=r"runs these kernels already; .*generate\(labels\)"):
+            patch(own)

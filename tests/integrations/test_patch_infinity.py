@@ -239,7 +239,7 @@ def test_ways_to_generate_that_pages_cannot_serve_are_refused():
     with patch(model), torch.no_grad():
         attention = model.unregistered_blocks[0].sa
         attention.kv_caching(True)
-        with pytest.raises(RuntimeError, match="need unpatch"):
+        with pytest.raises(PatchError, match="need unpatch"):
             attention(torch.zeros(1, 1, 64), torch.zeros(1, 1, 1, 1), None, SQUARE, {})
         attention.kv_caching(False)
         with pytest.raises(ValueError, match="no rotation for the scales"):

@@ -111,7 +111,7 @@ def test_a_generation_that_begins_while_the_model_is_unpatched_is_an_error(
     monkeypatch.setattr(base, "_restore", restore_one)
     handle.unpatch()
     (result,) = results
-    assert isinstance(result, RuntimeError)
+    assert isinstance(result, PatchError)
     assert "another thread is unpatching the model; generate again" in str(result)
     assert not any(base.STATE in vars(module) for module in model.modules())
     assert torch.equal(paint(model), tokens)

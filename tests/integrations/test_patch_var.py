@@ -171,7 +171,7 @@ def test_stats_tell_the_plan_and_what_was_allocated():
     model = lookalike()
     layout = ScaleLayout.from_patch_nums(model.patch_nums)
     with patch(model) as handle:
-        with pytest.raises(RuntimeError, match="nothing has been generated"):
+        with pytest.raises(PatchError, match="nothing has been generated"):
             handle.stats()
         sizes = []
         for depth in (None, 2):
@@ -200,7 +200,7 @@ def test_unpatch_leaves_no_trace():
         assert kind is old_kind
         assert list(now) == list(old)
         assert all(now[name] is value for name, value in old.items())
-    with pytest.raises(RuntimeError, match="unpatched"):
+    with pytest.raises(PatchError, match="unpatched"):
         handle.set_depth(2)
 
 
@@ -239,7 +239,7 @@ def test_a_handle_kept_in_the_model_is_copied_and_pickled_with_it():
         assert other.handle.model is other
         assert not other.handle.patched
         other.handle.unpatch()
-        with pytest.raises(RuntimeError, match="has been unpatched; patch it again"):
+        with pytest.raises(PatchError, match="has been unpatched; patch it again"):
             other.handle.set_depth(2)
         assert torch.equal(paint(other)[0], tokens)
     assert copy.copy(model.handle) is model.handle
@@ -261,7 +261,7 @@ def test_another_dtype_within_a_generation_is_named():
     with patch(model):
         hook = model.blocks[0].register_forward_pre_hook(switch)
         try:
-            with pytest.raises(RuntimeError, match="the dtype changed from float32 to bfloat16"):
+            with pytest.raises(PatchError, match="the dtype changed from float32 to bfloat16"):
                 paint(model)
         finally:
             autocast.__exit__(None, None, None)
@@ -339,7 +339,7 @@ def test_a_second_thread_is_an_error_and_no_other_image(other_finishes):
     with patch(model):
         other = threading.Thread(target=lambda: painted.append(paint(model)[0]))
         handle = model.blocks[2].register_forward_pre_hook(hook)
-        with pytest.raises(RuntimeError, match="another thread has begun a generation"):
+        with pytest.raises(PatchError, match="another thread has begun a generation"):
             paint(model)
         refused.set()
         other.join(60)
@@ -355,7 +355,7 @@ def test_a_call_that_fits_no_scale_is_refused():
     with patch(model), torch.no_grad():
         for block in model.blocks:
             block.attn.kv_caching(True)
-        with pytest.raises(RuntimeError, match="got 3 tokens"):
+        with pytest.raises(PatchError, match="got 3 tokens"):
             model.blocks[0](x=x, cond_BD=cond, attn_bias=None)
 
 
@@ -397,7 +397,7 @@ def test_codes_refiner_reads_the_draft_through_a_mask(entry, depth):
             stepwise = model.autoregressive_infer_cfg_refine(2, LABELS, words, 0)
             assert (ours - stepwise).abs().max() < 1e-4 * stepwise.abs().max()
             assert (ours - expected).abs().max() > 1e-2
-        with pytest.raises(RuntimeError, match="beam search"):
+        with pytest.raises(PatchError, match="beam search"):
             model.blocks[0].attn.update_cache_for_beams(2)
 
 

@@ -134,6 +134,21 @@ def test_ranges_in_refusals(low, high, text):
         integer("op", "n", None, low, high)
 
 
+@pytest.mark.parametrize(
+    ("bound", "text"),
+    [
+        (2.0**20, "1048576"),
+        (1e-4, "0.0001"),
+        (1e4, "10000"),
+        (1.2345678, "1.2345678"),
+        (1e300, "1e\\+300"),
+    ],
+)
+def test_no_refused_number_lies_within_the_range_that_is_named(bound, text):
+    with pytest.raises(ValueError, match=rf"in \[-{text}, {text}\]; got "):
+        real("op", "x", math.nextafter(bound, math.inf), -bound, bound)
+
+
 def test_long_values_are_cut_in_refusals():
     for length, shown in ((58, repr("x" * 58)), (59, "'" + "x" * 56 + "...")):
         with pytest.raises(TypeError) as caught:

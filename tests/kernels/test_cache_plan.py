@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -236,6 +237,13 @@ def test_layout_offsets_slices_and_prefixes():
 def test_bytes_of_a_dtype_by_name_are_those_of_the_dtype():
     for name in ("float32", "float16", "bfloat16", "float64", "float8_e4m3fn"):
         assert item_bytes(name) == item_bytes(getattr(torch, name)) == getattr(torch, name).itemsize
+
+
+def test_bytes_of_a_dtype_of_numpy():
+    assert item_bytes(np.float16) == item_bytes(np.dtype(np.float16)) == 2
+    assert item_bytes(np.float64) == 8
+    with pytest.raises(TypeError, match=r"dtype must be a torch or numpy dtype .*; got 'object_'"):
+        item_bytes(np.object_)
 
 
 def test_without_guidance_the_papers_scheme_takes_half():

@@ -82,6 +82,13 @@ def test_moments_of_another_shape_are_refused(checkpointer, state):
         checkpointer.restore(new_state(seed=2), saved)
 
 
+def test_a_missing_part_is_named(checkpointer, state):
+    saved = checkpointer.read()
+    del saved["random"]["numpy"]
+    with pytest.raises(UserError, match=r"is damaged: it has no 'numpy'"):
+        checkpointer.restore(new_state(seed=2), saved)
+
+
 def test_a_history_that_json_cannot_hold_is_refused(checkpointer, state):
     state.history[0]["held_out_mean"] = torch.zeros(1)
     checkpointer.save(state, recipe={}, inputs={}, total_steps=9)

@@ -34,10 +34,14 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
             f"{OTHER_FILES}"
         )
     config = read_json(path)
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        value = config.get("format") if isinstance(config, dict) else type(config).__name__
-        remedy = f". {OTHER_FILES}" if value is None else ""
-        raise UserError(f'{path}: "format" must be "{FORMAT}"; got {str(value)[:100]!r}{remedy}')
+    if not isinstance(config, dict):
+        raise UserError(
+            f"{path}: must hold an object with the sizes of a model; it holds another value"
+        )
+    if config.get("format") != FORMAT:
+        value = config.get("format")
+        found = f"it has none. {OTHER_FILES}" if value is None else f"got {str(value)[:100]!r}"
+        raise UserError(f'{path}: "format" must be "{FORMAT}"; {found}')
     return config
 
 

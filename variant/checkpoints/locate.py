@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from variant.errors import UserError
+from variant.models.presets import VAR_PRESETS
 from variant.paths import path_kind, shown
 from variant_kernels.arguments import typed
 
@@ -72,6 +73,11 @@ def locate(name: str | os.PathLike[str], subfolder: str | None = None, **hub_opt
     text = os.fspath(name)
     if path_kind(path) is not None:
         return path / inner  # the reader of the folder reports what is missing
+    if text in VAR_PRESETS:
+        raise UserError(
+            f"{shown(text)}: is a preset of `variant plan` and `variant bench`, without weights; "
+            "VARiant.from_var_checkpoint and `variant convert` read published weights"
+        )
     if not is_hub_id(name):
         raise UserError(
             f"{shown(text)}: no such model: neither a folder nor one of this package "

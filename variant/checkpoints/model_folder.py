@@ -15,6 +15,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -59,7 +60,8 @@ def save_model(
 
     Args:
         folder: created where it is missing.
-        extra: further keys of config.json, e.g. how the model was trained; plain values.
+        extra: further keys of config.json, e.g. how the model was trained; plain values, and
+            numbers of numpy and torch.
         model_id: name of the model in the card; None is the folder's name.
     Raises:
         UserError: the folder cannot be written.
@@ -83,7 +85,7 @@ def save_model(
         "var": var.config.to_dict(),
         "vae": vae.config.to_dict(),
     }
-    text = json.dumps(config, indent=1) + "\n"
+    text = json.dumps(config, indent=1, default=_number) + "\n"
     with saving(folder) as is_locked:
         if is_locked:
             clear_leftovers(folder, (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME))
@@ -136,7 +138,19 @@ def _not_json(where: str, value: Any, depth: int = 0) -> tuple[str, Any] | None:
     if isinstance(value, list | tuple):
         places = (_not_json(f"{where}[{i}]", item, depth + 1) for i, item in enumerate(value))
         return next(filter(None, places), None)
-    return None if value is None or isinstance(value, str | int | float) else (where, value)
+    plain = value is None or isinstance(value, str | int | float) or _number(value) is not None
+    return None if plain else (where, value)
+
+
+def _number(value: object) -> bool | int | float | None:
+    """A number of numpy or torch as Python's; None of anything else."""
+    if not isinstance(value, np.generic | np.ndarray | Tensor) or value.ndim:
+        return None
+    try:
+        number = value.item()
+    except (RuntimeError, ValueError):  # on the meta device
+        return None
+    return number if isinstance(number, bool | int | float) else None
 
 
 # --- reading our folder -------------------------------------------------------------------------

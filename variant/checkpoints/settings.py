@@ -121,7 +121,8 @@ class Settings:
                     f"{self.op}: unknown setting {name!r}; known are {', '.join(CHECKS)}"
                 )
             if value is not None:
-                known[name].append(("the argument", CHECKS[name](self.op, value)))
+                place = self._option(name) if self.op == "convert" else "the argument"
+                known[name].append((place, CHECKS[name](self.op, value)))
         self._known = known
         conflicts = [text for name in known if (text := _conflict(name, known[name]))]
         if conflicts:
@@ -147,6 +148,10 @@ class Settings:
             raise UserError(f"{self.where}: {conflict}")
         return sources[0][1]
 
+    @staticmethod
+    def _option(name: str) -> str:
+        return "--" + name.replace("_", "-")
+
     def warn(self, *others: Settings, stacklevel: int = 2) -> None:
         """One warning that lists every assumed value of these models; none if there are none.
 
@@ -161,7 +166,7 @@ class Settings:
         where = ", ".join(dict.fromkeys(settings.where for settings in models))
         remedy = "the arguments of these names"
         if self.op == "convert":
-            remedy = ", ".join("--" + name.replace("_", "-") for name in assumed)
+            remedy = ", ".join(self._option(name) for name in assumed)
         warnings.warn(
             f"{where}: assumed {', '.join(assumed.values())}, because nothing tells them; give "
             f"{remedy} if they are wrong",

@@ -20,19 +20,31 @@ from variant.cli.options import (
     TrainVae,
     Warm,
 )
-from variant.cli.output import console
+from variant.cli.output import STANDARD_OUTPUT, console
 from variant_kernels.wording import counted
 
 
 def announce(command: Command) -> None:
-    """Print the first line, on standard error if standard output is for machines.
+    """Print the first line, on standard error if standard output is for the result alone.
 
     ``variant plan`` has its table as fast.
     """
     text = first_line(command)
     if text:
-        name = text.partition(":")[0]
-        console(getattr(command, "json", None), stderr=True, command=name).print(text)
+        name, target = text.partition(":")[0], getattr(command, "json", None)
+        if _prints_its_result_alone(command):
+            target = STANDARD_OUTPUT
+        console(target, stderr=True, command=name).print(text)
+
+
+def _prints_its_result_alone(command: Command) -> bool:
+    """Whether standard output is for a file's text, or for a comparison."""
+    match command:
+        case Recipe():
+            return command.action == "show" or (command.action == "new" and command.out is None)
+        case Eval():
+            return bool(command.compare)
+    return False
 
 
 def first_line(command: Command) -> str:
@@ -66,7 +78,9 @@ def first_line(command: Command) -> str:
             )
         case Eval():
             source = command.images or command.model or command.reconstruct
-            if command.compare or source is None or command.reference is None:
+            if command.compare:
+                return f"eval: comparing {' and '.join(map(str, command.compare))}"
+            if source is None or command.reference is None:
                 return ""
             return (
                 f"eval: {source} against {command.reference}, features of {command.features}, "
@@ -77,11 +91,12 @@ def first_line(command: Command) -> str:
             return f"search: {command.model}, {budget}, {command.device}, to {command.out}"
         case Info():
             return f"info: reading {command.model}"
-        case Recipe():  # a shown recipe is the whole output
-            if command.action == "new" and command.out is not None:
-                return f"recipe: reading {command.data}, to {command.out}"
-            is_named = command.action == "check" and command.recipe
-            return f"recipe: checking {command.recipe}" if is_named else ""
+        case Recipe():
+            if command.action == "new":
+                to = f", to {command.out}" if command.out is not None else ""
+                return f"recipe: reading {command.data}{to}" if command.data is not None else ""
+            doing = {"show": "reading", "check": "checking"}[command.action]
+            return f"recipe: {doing} {command.recipe}" if command.recipe else ""
         case Warm():
             depths = _list(command.depths) or "every depth"
             return (

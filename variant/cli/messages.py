@@ -27,9 +27,11 @@ MAX_CHARACTERS = 2000
 QUOTES = "'\""
 # An argument of Python with its value, and classes of the Python API in front of a message.
 KEYWORD = re.compile(
-    r"(?<![\w.=/-])([a-z]\w*)=(True|False|None|torch\.\w+|-?\d+(?:\.\d+)?|'\w+'|\"\w+\")(?![\w/=-])"
+    r"(?<![\w.=/-])([a-z]\w*)=(True|False|None|torch\.\w+|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?|'\w+'|\"\w+\")(?![\w/=-])"
 )
 TYPES = re.compile(r" \((?:bool|float|int|list|str|tuple)\)(?=[.;]|$)")
+# The remedy of Python for a depth that is not trained.
+UNTRAINED = re.compile(r"\. A list of layers, such as \[[\d, ]*\], runs untrained")
 CLASSES = re.compile(r"^(?:Engine|Sampling|VARiant|VAR|VQVAE)(?:\.\w+)?: ")
 
 
@@ -75,7 +77,7 @@ def in_words(text: str, command: str) -> str:
     return KEYWORD.sub(lambda match: _keyword_as_option(match, own), text)
 
 
-def _argument_as_option(text: str, command: str, own: set[str]) -> str:
+def _argument_as_option(text: str, command: str, own: dict[str, object]) -> str:
     # The prefix is a function or a method; in `r.toml: seed must ...` it is a file.
     prefix = r"(?:\S+: load_recipe: |(?:(?:[A-Z]\w*\.)?[\w-]+: )?)"
     match = re.match(prefix + r"(?:--)?([\w-]+) (?=must )", text)
@@ -89,7 +91,7 @@ def _argument_as_option(text: str, command: str, own: set[str]) -> str:
         schedule = next((option for option in ("schedule", "schedules") if option in own), None)
         remedy = f"; a file as --{schedule} runs other layers untrained" if schedule else ""
         rest = rest.replace(", or a list of layers", "")
-        rest = re.sub(r"\. A list of layers, such as \[[\d, ]*\], runs untrained", remedy, rest)
+        rest = UNTRAINED.sub(remedy, rest)
     expected, got, value = rest.partition("; got ")
     value = TYPES.sub("", value)  # which the command line does not choose
     if re.fullmatch(r"\(-?[\d.]+(?:, -?[\d.]+)*,?\)", value):
@@ -99,7 +101,7 @@ def _argument_as_option(text: str, command: str, own: set[str]) -> str:
     return f"{command}: {_option(name)} {expected}{got}{value}"
 
 
-def _backend_in_options(text: str, command: str, own: set[str]) -> str:
+def _backend_in_options(text: str, command: str, own: dict[str, object]) -> str:
     """Where a backend that was asked for cannot run an op: what asked for it, and a remedy."""
     match = re.fullmatch(
         r'(\w+): backend "(\w+)" cannot run this call: (.*)\. Use backend="auto"', text
@@ -116,11 +118,11 @@ def _backend_in_options(text: str, command: str, own: set[str]) -> str:
     return f"{command}: {asked} cannot run {op}: {reason}. {remedy}"
 
 
-def _keyword_as_option(match: re.Match[str], own: set[str]) -> str:
+def _keyword_as_option(match: re.Match[str], own: dict[str, object]) -> str:
     name, value = match.groups()
     if name not in own:
         return match[0]
-    if value in ("True", "False"):
+    if value in ("True", "False") and own[name] in (bool, "bool"):  # a switch
         return _option(name) if value == "True" else f"--no-{_option(name)[2:]}"
     if value == "None":
         return f"no {_option(name)}"
@@ -131,11 +133,11 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _options(command: str) -> set[str]:
-    """Names of the fields of a command."""
+def _options(command: str) -> dict[str, object]:
+    """Names of the fields of a command, and the type of each."""
     name = command.replace("-", "")
     kinds = [kind for kind in get_args(Command) if kind.__name__.lower() == name]
-    return {option.name for kind in kinds for option in fields(kind)}
+    return {option.name: option.type for kind in kinds for option in fields(kind)}
 
 
 def plain(text: str) -> str:

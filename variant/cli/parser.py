@@ -137,8 +137,10 @@ def _annotate() -> None:
         if hasattr(kind, "__tyro__"):
             continue
         defaults = {option.name: option.default for option in fields(kind)}
-        hint = tyro.conf.arg(help_behavior_hint=_default_text)
         for name, annotation in get_type_hints(kind).items():
+            hint = tyro.conf.arg(
+                help_behavior_hint=_default_text, metavar=_metavar_of_list(annotation)
+            )
             if name == "overrides":  # given as --SECTION.KEY VALUE, see variant.training.overrides
                 annotation = tyro.conf.Suppress[annotation]
             elif defaults[name] is MISSING or name in POSITIONAL.get(kind, ()):
@@ -151,9 +153,15 @@ def _annotate() -> None:
         kind.__tyro__ = True
 
 
+def _metavar_of_list(annotation: object) -> str | None:
+    """Of a list that may be missing, without tyro's braces; None leaves others to tyro."""
+    kinds = [get_args(part)[0] for part in get_args(annotation) if get_origin(part) is tuple]
+    return f"[{(name := kinds[0].__name__.upper())} [{name} ...]]" if kinds else None
+
+
 def _default_text(default: str) -> str:
     """Nothing for a default that the text of the option describes in words."""
-    return "" if default in ("", "None", "False") else f"(default: {default})"
+    return "" if default in ("", "''", "None", "False") else f"(default: {default})"
 
 
 @contextmanager
@@ -183,12 +191,14 @@ def _one_line(box: str, words: Sequence[str]) -> str:
     if not sections:
         return " ".join(box.split()) or "wrong usage; see variant --help"
     message = _problem(sections, words)
+    kind = _kind_of(words[0])  # tyro proposes options of other commands too
+    own = {f"--{option.name.replace('_', '-')}" for option in (fields(kind) if kind else ())}
     proposals = [
         match[0]
         for section in sections[1:]
         if section[0].startswith("Perhaps you meant")
         for line in section
-        if (match := re.match(r"--[\w-]+", line)) and match[0] not in words
+        if (match := re.match(r"--[\w-]+", line)) and match[0] in own and match[0] not in words
     ]
     if proposals:
         message += f"; perhaps you meant {' or '.join(dict.fromkeys(proposals))}"

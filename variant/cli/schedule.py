@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from variant.cli.messages import UNTRAINED
 from variant.errors import UserError
 from variant.models.config import VARConfig
 from variant.paths import path_kind
@@ -23,4 +24,5 @@ def schedule_of(op: str, option: str, source: str, config: VARConfig) -> DepthSc
         remedy = ""
         if not NAME.fullmatch(source) and path_kind(source) is None:
             remedy = "; give a file that `variant search` wrote, or the depths by scale: 8x4-4-2"
-        raise UserError(f"{op}: {option} {error}{remedy}") from None
+        text = UNTRAINED.sub(f"; a file as {option} runs other layers untrained", str(error))
+        raise UserError(f"{op}: {option} {text}{remedy}") from None

@@ -33,8 +33,7 @@ def _integers(op: str, name: str, values: object) -> Tensor:
     try:
         tensor = torch.as_tensor(_plain(values), device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        kind = type(values).__name__
-        raise TypeError(f"{op}: {name} must be integers of 64 bits; got {kind}") from None
+        raise TypeError(f"{op}: {name} must be integers of 64 bits; got {shown(values)}") from None
     if tensor.layout is not torch.strided or tensor.is_nested:
         raise TypeError(f"{op}: {name} must be a dense tensor; got {shown(values)}")
     dtype = tensor.dtype
@@ -104,7 +103,7 @@ def check_image_ids(
     if image_ids_B.shape != (count,):
         raise ValueError(
             f"generate: image_ids must have one id per label ({count}); "
-            f"got {tuple(image_ids_B.shape)}"
+            f"got shape {tuple(image_ids_B.shape)}"
         )
     return image_ids_B
 
@@ -240,11 +239,17 @@ def check_mask(mask: object, layout: ScaleLayout, count: int) -> Tensor:
             f"or ({count}, H, W); got {shape}"
         )
     values = given.float()
-    if of_tokens and not bool(((values == 0) | (values == 1)).all()):
-        raise ValueError("generate: mask of tokens must be 0 (redraw) or 1 (keep); got others")
-    # Written so that NaN fails too.
-    if not bool(((values >= 0) & (values <= 1)).all()):
-        raise ValueError("generate: mask must be in [0, 1] (0 redraws, 1 keeps); got others")
+    if of_tokens:
+        allowed, expected = (
+            (values == 0) | (values == 1),
+            "of tokens must be 0 (redraw) or 1 (keep)",
+        )
+    else:  # written so that NaN fails too
+        allowed = (values >= 0) & (values <= 1)
+        expected = "must be in [0, 1] (0 redraws, 1 keeps)"
+    others = values[~allowed]
+    if len(others):
+        raise ValueError(f"generate: mask {expected}; got {others[0].item():g}")
     if of_tokens:
         return values.bool().reshape(-1, total)
     return keep_by_map(values.reshape(-1, *shape[-2:]), layout)

@@ -228,18 +228,18 @@ class Engine(CastModels):
         Raises:
             TypeError, ValueError, MemoryError: as ``generate``.
         """
-        mask_L = torch.ones(self.var.layout.total, dtype=torch.bool, device="cpu")
+        op = "forced_log_probs"  # checked here, for messages that do not begin with "generate"
+        labels_B = check_labels(labels_B, self.var.config, op)
         result = self.generate_with(
             labels_B,
             Sampling(cfg, seed=0),
-            depth=depth,
-            bridge=bridge,
-            tokens=tokens_BL,
-            mask=mask_L,
+            depth=self.var.schedule(depth, bridge, op=op),
+            tokens=self._check_tokens(op, tokens_BL, len(labels_B)),
+            mask=torch.ones(self.var.layout.total, dtype=torch.bool, device="cpu"),
             log_probs=True,
             max_batch=max_batch,
             decode=False,
-            kv_dtype=kv_dtype,
+            kv_dtype=self._kv_dtype(op, kv_dtype),
         )
         return cast("Tensor", result.log_probs)
 

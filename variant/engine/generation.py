@@ -103,7 +103,7 @@ class Sampling:
             if isinstance(value, tuple) and len(value) != num_scales:
                 raise ValueError(
                     f"generate: {name} must be one number, or one per scale ({num_scales}); "
-                    f"got {len(value)}"
+                    f"got a list of {len(value)}"
                 )
         if self.generator is not None and self.generator.device.type != device.type:
             raise ValueError(
@@ -155,7 +155,9 @@ def _per_scale(
     numbers = sequence(value)
     if numbers is not None:
         if not numbers:
-            raise ValueError(f"{op}: {name} must be one number, or one per scale; got none")
+            raise ValueError(
+                f"{op}: {name} must be one number, or one per scale; got an empty list"
+            )
         return tuple(
             real(op, f"{name}[{k}]", number, low, high, note) for k, number in enumerate(numbers)
         )

@@ -271,7 +271,8 @@ class Checkpointer:
             TypeError,
             ValueError,
         ) as e:
-            raise UserError(f"{path}: is damaged: {' '.join(str(e).split())[:200]}") from None
+            reason = f"it has no {e}" if isinstance(e, KeyError) else " ".join(str(e).split())[:200]
+            raise UserError(f"{path}: is damaged: {reason}") from None
         self.check_best(saved)
 
     def check_best(self, saved: Mapping[str, Any]) -> None:

@@ -225,11 +225,18 @@ def tensor_alteration(model: nn.Module, names: Mapping[int, str], remedy: str) -
     return None
 
 
-def shared(named: Iterable[tuple[str, Any]]) -> str | None:
-    """Whether two of these names are one object."""
-    first: dict[int, str] = {}
-    for name, target in named:
+def shared(named: Iterable[tuple[str, int, Any]]) -> str | None:
+    """Whether one of these modules is there at two layers.
+
+    Args:
+        named: name, layer and module of each.
+    """
+    first: dict[int, int] = {}
+    for name, layer, target in named:
         if id(target) in first:
-            return f"{name} and {first[id(target)]} are one module, which each need their own state"
-        first[id(target)] = name
+            return (
+                f"{name} is one module at layers {first[id(target)]} and {layer}, which each need "
+                "their own state"
+            )
+        first[id(target)] = layer
     return None

@@ -28,7 +28,7 @@ from variant_kernels.integrations.classes import (
     own_namespace,
     patched_class,
 )
-from variant_kernels.integrations.runtime import Runtime, Stats
+from variant_kernels.integrations.runtime import PatchError, Runtime, Stats
 from variant_kernels.plans.depth_schedule import DepthSchedule
 
 # The one entry that a patch adds to an object's __dict__.
@@ -40,10 +40,6 @@ _ABSENT = object()
 _CHANGES = threading.RLock()
 # Seconds. Short runs call hooks, which may wait for a thread that waits here: nobody waits forever.
 PATIENCE = 60.0
-
-
-class PatchError(ValueError):
-    """The model cannot be patched or unpatched; the message names the requirement that it fails."""
 
 
 @contextmanager
@@ -240,7 +236,7 @@ class Handle:
             bridge: first scales that run every layer; None is 6 of 10, in proportion.
         Raises:
             TypeError: depth or bridge of another type.  ValueError: one of them out of range.
-            RuntimeError: the model is unpatched.
+            PatchError: the model is unpatched.
         """
         self._check()
         self._runtime.set_depth(depth, bridge)
@@ -249,11 +245,11 @@ class Handle:
         """Time and K/V bytes of the last finished generation.
 
         Raises:
-            RuntimeError: the model is unpatched or has not generated anything yet.
+            PatchError: the model is unpatched or has not generated anything yet.
         """
         self._check()
         if self._runtime.last is None:
-            raise RuntimeError("stats: nothing has been generated since the model was patched")
+            raise PatchError("stats: nothing has been generated since the model was patched")
         return self._runtime.last
 
     def unpatch(self) -> None:
@@ -286,7 +282,7 @@ class Handle:
 
     def _check(self) -> None:
         if not self.patched:
-            raise RuntimeError("this handle's model has been unpatched; patch it again")
+            raise PatchError("this handle's model has been unpatched; patch it again")
 
     def __enter__(self) -> Self:
         return self
@@ -421,6 +417,11 @@ def _family_of(families: Sequence[ModelFamily], model: nn.Module) -> ModelFamily
                 "which a patch does not run; VARiant(var, vae).generate does"
             )
     if family is None:
+        if any(kind.__module__.partition(".")[0] == "variant" for kind in type(model).__mro__):
+            raise PatchError(
+                f"patch: {type(model).__name__} is no model of another codebase and runs these "
+                "kernels already; VARiant(var, vae).generate(labels) gives images"
+            )
         structures = "; ".join(f"{f.name}: {f.structure}" for f in families)
         raise PatchError(
             f"patch: {type(model).__name__} does not have the structure of a known model family. "
@@ -462,7 +463,11 @@ def _checked(swaps: Iterable[ClassSwap], names: Mapping[int, str]) -> list[Class
         PatchError: one that the patch relies on cannot be made.
     """
     swaps = list(swaps)
-    needed = [(names[id(s.target)], s.target) for s in swaps if s.needed]
+    needed = [
+        (names[id(s.target)], s.attributes["patch_layer"], s.target)
+        for s in swaps
+        if "patch_layer" in s.attributes
+    ]
     common = alterations.shared(needed)
     if common is not None:
         raise PatchError(f"patch: {common}")

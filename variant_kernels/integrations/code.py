@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from torch import nn
 
+from variant_kernels.integrations.runtime import PatchError
 from variant_kernels.integrations.var import PatchedAttention, VARFamily
 
 
@@ -20,9 +21,9 @@ class CoDeAttention(PatchedAttention):
         """Not supported, because pages are planned for one sequence per row.
 
         Raises:
-            RuntimeError: always.
+            PatchError: always.
         """
-        raise RuntimeError(
+        raise PatchError(
             "patch: CoDe's beam search repeats the cache within a generation, which planned pages "
             "do not support; call unpatch() before it"
         )

@@ -21,7 +21,7 @@ from variant_kernels.attention import can_attend, is_scale_bound
 from variant_kernels.integrations.alterations import readable
 from variant_kernels.integrations.base import ClassSwap, ModelFamily, Patched, require
 from variant_kernels.integrations.rope import rotate_pairs
-from variant_kernels.integrations.runtime import Runtime
+from variant_kernels.integrations.runtime import PatchError, Runtime
 from variant_kernels.integrations.var import (
     PatchedAttention,
     cast_once,
@@ -98,7 +98,7 @@ class InfinityAttention(PatchedAttention):
 
     def _original(self, *arguments: Any) -> Tensor:
         if self.caching:
-            raise RuntimeError(
+            raise PatchError(
                 "patch: while Infinity generates, attention must have no mask, no attn_fn and a "
                 "rotation (rope2d_freqs_grid); other ways to generate need unpatch()"
             )

@@ -22,6 +22,10 @@ from variant_kernels.tensors import Memory
 from variant_kernels.untraced import untraced
 
 
+class PatchError(ValueError):
+    """The model cannot be patched, run as it is now, or unpatched; the message says why."""
+
+
 @dataclass(frozen=True)
 class Stats:
     """Statistics of the last finished generation of a patched model.
@@ -126,7 +130,7 @@ class Runtime:
         """Start a generation; drop the state of an unfinished one.
 
         Raises:
-            RuntimeError: the model is being unpatched.
+            PatchError: the model is being unpatched.
         """
         self._drop_copies()
         own = threading.get_ident()
@@ -143,7 +147,7 @@ class Runtime:
         # the model is generating.
         if self.closed:
             self.generating = False
-            raise RuntimeError(
+            raise PatchError(
                 "patch: another thread is unpatching the model; generate again, after that"
             )
 
@@ -171,14 +175,14 @@ class Runtime:
         Args:
             caching: whether the layer that is called reads K and V of earlier scales.
         Raises:
-            RuntimeError: another thread has begun a generation within that of this thread.
+            PatchError: another thread has begun a generation within that of this thread.
         """
         if not caching and not self._displaced:
             return
         own = threading.get_ident()
         if own in self._displaced or (caching and self._thread != own):
             self._displaced.discard(own)
-            raise RuntimeError(
+            raise PatchError(
                 "patch: another thread has begun a generation of this model meanwhile; one patched "
                 "model generates in one thread at a time. Use a lock, or patch a copy.deepcopy of "
                 "the model for each thread"

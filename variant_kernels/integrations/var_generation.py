@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from variant_kernels.dispatch.request import dtype_name
 from variant_kernels.integrations.cast_once import autocast_dtype
-from variant_kernels.integrations.runtime import Runtime
+from variant_kernels.integrations.runtime import PatchError, Runtime
 from variant_kernels.kv_cache import KVStep, KVStore, PagedKVCache, PageTables
 from variant_kernels.plans.cache_plan import CachePlan
 from variant_kernels.plans.depth_schedule import DepthSchedule
@@ -41,7 +41,7 @@ class Layers:
         return len(self._blocks)
 
     def check(self) -> None:
-        """Raises: RuntimeError if a block or its attention is not the one that was patched."""
+        """Raises: PatchError if a block or its attention is not the one that was patched."""
         blocks = self._current()
         for index, (now, patched) in enumerate(zip_longest(blocks, self._blocks)):
             if now is patched:
@@ -53,7 +53,7 @@ class Layers:
                 what = f"the model has {counted(len(blocks), 'block')}, not the {len(self)} of"
             else:
                 what = f"{self._name}[{index}] is another module than"
-            raise RuntimeError(
+            raise PatchError(
                 f"patch: {what} when the model was patched (blocks were replaced, reordered, "
                 "added or deleted); call unpatch() first and patch the new model"
             )
@@ -122,7 +122,7 @@ class VARRuntime(Runtime):
         """The number of tokens, from the first on, that the layer processes; it skips the rest.
 
         Raises:
-            RuntimeError: the tokens are not those of one scale (the first call: of several), or
+            PatchError: the tokens are not those of one scale (the first call: of several), or
                 another thread generates.
         """
         self.check_thread(True)
@@ -137,7 +137,7 @@ class VARRuntime(Runtime):
         ends = dict(zip(self.layout.offsets, self._ends, strict=True))
         fits = end in self._ends if begin == 0 else ends.get(begin) == end
         if not fits:
-            raise RuntimeError(
+            raise PatchError(
                 f"patch: after {counted(begin, 'token')} the model must generate one complete "
                 f"scale of {self.layout.tokens} (the first call may have several); got "
                 f"{counted(tokens, 'token')}. Other ways to generate need unpatch()"
@@ -165,7 +165,7 @@ class VARRuntime(Runtime):
         """The cache of all layers, created at the first call of a generation.
 
         Raises:
-            RuntimeError: the batch size changed within the generation.
+            PatchError: the batch size changed within the generation.
         """
         if self._cache is None:
             layout, schedule = self._plan()
@@ -183,12 +183,12 @@ class VARRuntime(Runtime):
                 page_tables=self._page_tables[1],
             )
         if self._cache.batch != qkv_BT3HD.shape[0]:
-            raise RuntimeError(
+            raise PatchError(
                 f"patch: the batch size changed from {self._cache.batch} to {qkv_BT3HD.shape[0]} "
                 "within a generation; that needs unpatch()"
             )
         if self._cache.k_pages.dtype != qkv_BT3HD.dtype:
-            raise RuntimeError(
+            raise PatchError(
                 f"patch: the dtype changed from {dtype_name(self._cache.k_pages.dtype)} to "
                 f"{dtype_name(qkv_BT3HD.dtype)} within a generation (weights or autocast changed); "
                 "generate anew"

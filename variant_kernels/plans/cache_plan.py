@@ -26,6 +26,8 @@ def item_bytes(dtype: object, op: str = "item_bytes") -> int:
     Raises:
         TypeError: no such dtype; the message starts with ``op``.
     """
+    if isinstance(dtype, type) and dtype.__module__ == "numpy":  # a class, such as numpy.float32
+        dtype = dtype.__name__
     if isinstance(dtype, str):
         if dtype in _ITEM_BYTES:
             return _ITEM_BYTES[dtype]
